@@ -1,0 +1,434 @@
+-- OpenChat's database, whole: what a new installation gets. Read it after protocol/.
+--
+-- The one idea to know: every conversation has a clock, conversation.version. Each durable change takes the
+-- next number in the statement that makes it and stamps the row it changed, so that "what changed since v" is
+-- one indexed read per table, and deletions (soft) are part of the answer. See docs/decisions/0002-one-clock.md.
+--
+-- Older databases arrive here through migrations/; tests/test_migrations.py proves that both ways end alike.
+
+-- ------------------------------------------------------------------------------------------------ users
+
+CREATE TABLE "user" (
+    id uuid CONSTRAINT user_pkey PRIMARY KEY DEFAULT gen_random_uuid(),
+    name text NOT NULL CONSTRAINT user_name_length CHECK (char_length(name) BETWEEN 1 AND 255),
+    -- Kept in lower case, so that the unique constraint means what people expect of an address.
+    email text NOT NULL CONSTRAINT user_email_key UNIQUE CONSTRAINT user_email_lower CHECK (email = lower(email)),
+    email_verified boolean NOT NULL DEFAULT false,
+    image text,
+    display_name text CONSTRAINT user_display_name_length CHECK (char_length(display_name) BETWEEN 1 AND 255),
+    bio text CONSTRAINT user_bio_length CHECK (char_length(bio) <= 500),
+    location text CONSTRAINT user_location_length CHECK (char_length(location) BETWEEN 1 AND 255),
+    website text,
+    -- Presence as of the last transition; the live truth is in presence (server/presence.py).
+    is_online boolean NOT NULL DEFAULT false,
+    last_seen_at timestamptz,
+    -- What the user chose to be seen as while connected. 'offline' here means "never chosen": online.
+    status text NOT NULL DEFAULT 'offline'
+        CONSTRAINT user_status_known CHECK (status IN ('online', 'away', 'busy', 'invisible', 'offline')),
+    custom_status text CONSTRAINT user_custom_status_length CHECK (char_length(custom_status) BETWEEN 1 AND 255),
+    is_active boolean NOT NULL DEFAULT true,
+    is_deleted boolean NOT NULL DEFAULT false,
+    deleted_at timestamptz,
+    is_private boolean NOT NULL DEFAULT false,
+    allow_friend_requests boolean NOT NULL DEFAULT true,
+    show_online_status boolean NOT NULL DEFAULT true,
+    -- The user's own clock: it moves when the set of conversations or of sessions changes, so that a worker
+    -- that missed the news finds out by comparing one number.
+    version bigint NOT NULL DEFAULT 0,
+    created_at timestamptz NOT NULL DEFAULT now(),
+    updated_at timestamptz NOT NULL DEFAULT now()
+);
+CREATE INDEX user_status_idx ON "user" (status);
+CREATE INDEX user_last_seen_idx ON "user" (last_seen_at);
+CREATE INDEX user_active_idx ON "user" (is_active, is_deleted);
+
+CREATE TABLE session (
+    id uuid CONSTRAINT session_pkey PRIMARY KEY DEFAULT gen_random_uuid(),
+    user_id uuid NOT NULL CONSTRAINT session_user_fkey REFERENCES "user" (id) ON DELETE CASCADE,
+    -- SHA-256 of the token, in hex. The token itself (256 random bits) is only ever in the client's hands.
+    token text NOT NULL CONSTRAINT session_token_key UNIQUE,
+    expires_at timestamptz NOT NULL,
+    ip_address text,
+    user_agent text,
+    created_at timestamptz NOT NULL DEFAULT now(),
+    updated_at timestamptz NOT NULL DEFAULT now()
+);
+CREATE INDEX session_user_idx ON session (user_id);
+CREATE INDEX session_expires_idx ON session (expires_at);
+
+-- One linked login. provider_id 'credential' is a password (argon2id), whose account_id is the e-mail address.
+CREATE TABLE account (
+    id uuid CONSTRAINT account_pkey PRIMARY KEY DEFAULT gen_random_uuid(),
+    user_id uuid NOT NULL CONSTRAINT account_user_fkey REFERENCES "user" (id) ON DELETE CASCADE,
+    provider_id text NOT NULL,
+    account_id text NOT NULL,
+    access_token text,
+    refresh_token text,
+    id_token text,
+    access_token_expires_at timestamptz,
+    refresh_token_expires_at timestamptz,
+    scope text,
+    password text,
+    created_at timestamptz NOT NULL DEFAULT now(),
+    updated_at timestamptz NOT NULL DEFAULT now(),
+    CONSTRAINT account_provider_key UNIQUE (provider_id, account_id)
+);
+CREATE INDEX account_user_idx ON account (user_id);
+
+CREATE TABLE verification (
+    id uuid CONSTRAINT verification_pkey PRIMARY KEY DEFAULT gen_random_uuid(),
+    identifier text NOT NULL,
+    value text NOT NULL,
+    expires_at timestamptz NOT NULL,
+    created_at timestamptz NOT NULL DEFAULT now(),
+    updated_at timestamptz NOT NULL DEFAULT now()
+);
+CREATE INDEX verification_identifier_idx ON verification (identifier);
+
+-- -------------------------------------------------------------------------------------------- conversations
+
+CREATE TABLE conversation (
+    id uuid CONSTRAINT conversation_pkey PRIMARY KEY DEFAULT gen_random_uuid(),
+    title text CONSTRAINT conversation_title_length CHECK (char_length(title) BETWEEN 1 AND 255),
+    description text CONSTRAINT conversation_description_length CHECK (char_length(description) <= 1000),
+    type text NOT NULL DEFAULT 'direct'
+        CONSTRAINT conversation_type_known CHECK (type IN ('direct', 'group', 'channel', 'assistant')),
+    is_public boolean NOT NULL DEFAULT false,
+    invite_code text CONSTRAINT conversation_invite_code_key UNIQUE
+        CONSTRAINT conversation_invite_code_length CHECK (char_length(invite_code) BETWEEN 1 AND 50),
+    max_participants integer CONSTRAINT conversation_max_participants_positive CHECK (max_participants > 0),
+    is_active boolean NOT NULL DEFAULT true,
+    is_archived boolean NOT NULL DEFAULT false,
+    is_deleted boolean NOT NULL DEFAULT false,
+    created_by uuid NOT NULL CONSTRAINT conversation_created_by_fkey REFERENCES "user" (id),
+    last_message_at timestamptz,
+    last_activity_at timestamptz NOT NULL DEFAULT now(),
+    -- Both counts are kept by the statements that change the rows they count.
+    message_count integer NOT NULL DEFAULT 0,
+    participant_count integer NOT NULL DEFAULT 0,
+    settings jsonb NOT NULL DEFAULT '{}',
+    -- The pair of a direct conversation, in order: what makes it one per pair.
+    direct_low uuid CONSTRAINT conversation_direct_low_fkey REFERENCES "user" (id),
+    direct_high uuid CONSTRAINT conversation_direct_high_fkey REFERENCES "user" (id),
+    -- The clock (see above), its value when who may do what last changed (a writer whose snapshot is older
+    -- than that starts again), and its value when this row's own settings last changed.
+    version bigint NOT NULL DEFAULT 0,
+    access_version bigint NOT NULL DEFAULT 0,
+    settings_version bigint NOT NULL DEFAULT 0,
+    created_at timestamptz NOT NULL DEFAULT now(),
+    updated_at timestamptz NOT NULL DEFAULT now(),
+    CONSTRAINT conversation_direct_pair_key UNIQUE (direct_low, direct_high),
+    CONSTRAINT conversation_direct_has_pair
+        CHECK ((type = 'direct') = (direct_low IS NOT NULL) AND direct_low < direct_high IS NOT false),
+    CONSTRAINT conversation_group_has_title CHECK (type NOT IN ('group', 'channel') OR title IS NOT NULL)
+);
+CREATE INDEX conversation_type_idx ON conversation (type);
+CREATE INDEX conversation_created_by_idx ON conversation (created_by);
+CREATE INDEX conversation_last_activity_idx ON conversation (last_activity_at);
+
+CREATE TABLE conversation_participant (
+    id uuid CONSTRAINT conversation_participant_pkey PRIMARY KEY DEFAULT gen_random_uuid(),
+    conversation_id uuid NOT NULL
+        CONSTRAINT conversation_participant_conversation_fkey REFERENCES conversation (id) ON DELETE CASCADE,
+    user_id uuid NOT NULL
+        CONSTRAINT conversation_participant_user_fkey REFERENCES "user" (id) ON DELETE CASCADE,
+    role text NOT NULL DEFAULT 'member' CONSTRAINT conversation_participant_role_known
+        CHECK (role IN ('owner', 'admin', 'moderator', 'member', 'guest')),
+    status text NOT NULL DEFAULT 'active' CONSTRAINT conversation_participant_status_known
+        CHECK (status IN ('active', 'invited', 'left', 'removed', 'banned')),
+    -- Permissions granted beyond those that the role brings (see can()).
+    can_add_members boolean NOT NULL DEFAULT false,
+    can_remove_members boolean NOT NULL DEFAULT false,
+    can_edit_conversation boolean NOT NULL DEFAULT false,
+    can_delete_messages boolean NOT NULL DEFAULT false,
+    can_pin_messages boolean NOT NULL DEFAULT false,
+    notifications_enabled boolean NOT NULL DEFAULT true,
+    muted_until timestamptz,
+    is_muted boolean NOT NULL DEFAULT false,
+    -- The read position. Unread and read-by counts are derived from it; no row is written when others send.
+    last_read_message_id uuid,
+    last_read_version bigint NOT NULL DEFAULT 0,
+    last_read_at timestamptz,
+    joined_at timestamptz NOT NULL DEFAULT now(),
+    left_at timestamptz,
+    invited_by uuid CONSTRAINT conversation_participant_invited_by_fkey REFERENCES "user" (id),
+    version bigint NOT NULL DEFAULT 0,
+    CONSTRAINT conversation_participant_key UNIQUE (conversation_id, user_id)
+);
+-- "participant_conversation_idx" of the specification is the unique constraint above.
+CREATE INDEX participant_user_idx ON conversation_participant (user_id, conversation_id) WHERE status = 'active';
+CREATE INDEX participant_version_idx ON conversation_participant (conversation_id, version);
+
+-- --------------------------------------------------------------------------------------------- messages
+
+CREATE TABLE message (
+    id uuid CONSTRAINT message_pkey PRIMARY KEY DEFAULT gen_random_uuid(),
+    conversation_id uuid NOT NULL
+        CONSTRAINT message_conversation_fkey REFERENCES conversation (id) ON DELETE CASCADE,
+    sender_id uuid NOT NULL CONSTRAINT message_sender_fkey REFERENCES "user" (id),
+    content text NOT NULL CONSTRAINT message_content_length CHECK (char_length(content) <= 10000),
+    content_type text NOT NULL DEFAULT 'text' CONSTRAINT message_content_type_known CHECK (content_type IN
+        ('text', 'image', 'file', 'audio', 'video', 'code', 'system', 'poll', 'location')),
+    formatted_content text CONSTRAINT message_formatted_length CHECK (char_length(formatted_content) <= 15000),
+    mentions uuid[] NOT NULL DEFAULT '{}',
+    hashtags text[] NOT NULL DEFAULT '{}',
+    -- Counts by emoji, kept by the statement that changes message_reaction.
+    reactions jsonb NOT NULL DEFAULT '{}',
+    thread_root_id uuid CONSTRAINT message_thread_root_fkey REFERENCES message (id),
+    parent_message_id uuid CONSTRAINT message_parent_fkey REFERENCES message (id),
+    thread_order integer NOT NULL DEFAULT 0,
+    -- Replies that are not deleted, on the root of the thread.
+    reply_count integer NOT NULL DEFAULT 0,
+    status text NOT NULL DEFAULT 'sent' CONSTRAINT message_status_known
+        CHECK (status IN ('sending', 'sent', 'delivered', 'read', 'failed', 'edited', 'deleted')),
+    edited_at timestamptz,
+    edited_by uuid CONSTRAINT message_edited_by_fkey REFERENCES "user" (id),
+    is_pinned boolean NOT NULL DEFAULT false,
+    pinned_at timestamptz,
+    pinned_by uuid CONSTRAINT message_pinned_by_fkey REFERENCES "user" (id),
+    delivered_at timestamptz,
+    is_system_message boolean NOT NULL DEFAULT false,
+    system_message_type text CONSTRAINT message_system_type_known CHECK (system_message_type IN
+        ('join', 'leave', 'add_member', 'remove_member', 'title_change', 'settings_change')),
+    is_moderated boolean NOT NULL DEFAULT false,
+    moderation_reason text CONSTRAINT message_moderation_reason_length
+        CHECK (char_length(moderation_reason) <= 500),
+    moderated_at timestamptz,
+    moderated_by uuid CONSTRAINT message_moderated_by_fkey REFERENCES "user" (id),
+    is_deleted boolean NOT NULL DEFAULT false,
+    deleted_at timestamptz,
+    deleted_by uuid CONSTRAINT message_deleted_by_fkey REFERENCES "user" (id),
+    token_count integer NOT NULL DEFAULT 0,
+    model text CONSTRAINT message_model_length CHECK (char_length(model) <= 255),
+    metadata jsonb,
+    -- The clock when the message was sent, which is its place in the conversation, and when it last changed.
+    sent_version bigint NOT NULL,
+    version bigint NOT NULL,
+    created_at timestamptz NOT NULL DEFAULT now(),
+    updated_at timestamptz NOT NULL DEFAULT now()
+);
+-- History in pages. By the clock, not by created_at: two messages can share an instant, never a version.
+CREATE UNIQUE INDEX message_conversation_created_idx ON message (conversation_id, sent_version);
+CREATE INDEX message_conversation_version_idx ON message (conversation_id, version);
+CREATE INDEX message_sender_idx ON message (sender_id);
+CREATE INDEX message_thread_root_idx ON message (thread_root_id, sent_version) WHERE thread_root_id IS NOT NULL;
+CREATE INDEX message_parent_idx ON message (parent_message_id) WHERE parent_message_id IS NOT NULL;
+
+-- One row for each user and emoji on a message; taken back, it stays as its own tombstone.
+CREATE TABLE message_reaction (
+    message_id uuid NOT NULL CONSTRAINT message_reaction_message_fkey REFERENCES message (id) ON DELETE CASCADE,
+    user_id uuid NOT NULL CONSTRAINT message_reaction_user_fkey REFERENCES "user" (id) ON DELETE CASCADE,
+    emoji text NOT NULL CONSTRAINT message_reaction_emoji_length CHECK (char_length(emoji) BETWEEN 1 AND 32),
+    conversation_id uuid NOT NULL
+        CONSTRAINT message_reaction_conversation_fkey REFERENCES conversation (id) ON DELETE CASCADE,
+    is_removed boolean NOT NULL DEFAULT false,
+    version bigint NOT NULL,
+    created_at timestamptz NOT NULL DEFAULT now(),
+    CONSTRAINT message_reaction_pkey PRIMARY KEY (message_id, user_id, emoji)
+);
+CREATE INDEX message_reaction_version_idx ON message_reaction (conversation_id, version);
+
+-- What a message said before each edit, and before it was deleted: a deleted message keeps its place in
+-- the conversation and loses its words. An edit's id is the client's, so that a repeated edit is one edit.
+CREATE TABLE message_edit (
+    id uuid CONSTRAINT message_edit_pkey PRIMARY KEY,
+    message_id uuid NOT NULL CONSTRAINT message_edit_message_fkey REFERENCES message (id) ON DELETE CASCADE,
+    content text NOT NULL,
+    formatted_content text,
+    edited_by uuid NOT NULL CONSTRAINT message_edit_edited_by_fkey REFERENCES "user" (id),
+    edited_at timestamptz NOT NULL DEFAULT now(),
+    version bigint NOT NULL
+);
+CREATE INDEX message_edit_message_idx ON message_edit (message_id, version);
+
+CREATE TABLE attachment (
+    id uuid CONSTRAINT attachment_pkey PRIMARY KEY DEFAULT gen_random_uuid(),
+    message_id uuid NOT NULL CONSTRAINT attachment_message_fkey REFERENCES message (id) ON DELETE CASCADE,
+    uploaded_by uuid NOT NULL CONSTRAINT attachment_uploaded_by_fkey REFERENCES "user" (id),
+    filename text NOT NULL CONSTRAINT attachment_filename_length CHECK (char_length(filename) BETWEEN 1 AND 255),
+    original_filename text NOT NULL CONSTRAINT attachment_original_filename_length
+        CHECK (char_length(original_filename) BETWEEN 1 AND 255),
+    mime_type text NOT NULL CONSTRAINT attachment_mime_type_length CHECK (char_length(mime_type) BETWEEN 1 AND 255),
+    file_size integer NOT NULL
+        CONSTRAINT attachment_file_size_range CHECK (file_size BETWEEN 1 AND 100 * 1024 * 1024),
+    storage_provider text NOT NULL DEFAULT 'local' CONSTRAINT attachment_storage_provider_known
+        CHECK (storage_provider IN ('local', 's3', 'gcs', 'azure', 'cloudinary')),
+    storage_key text NOT NULL
+        CONSTRAINT attachment_storage_key_length CHECK (char_length(storage_key) BETWEEN 1 AND 1000),
+    storage_url text,
+    metadata jsonb,
+    thumbnail_url text,
+    preview_url text,
+    content_description text CONSTRAINT attachment_description_length
+        CHECK (char_length(content_description) <= 1000),
+    extracted_text text CONSTRAINT attachment_extracted_text_length CHECK (char_length(extracted_text) <= 50000),
+    tags text[] NOT NULL DEFAULT '{}',
+    is_public boolean NOT NULL DEFAULT false,
+    access_token text,
+    expires_at timestamptz,
+    is_scanned boolean NOT NULL DEFAULT false,
+    scan_result text CONSTRAINT attachment_scan_result_known
+        CHECK (scan_result IN ('clean', 'infected', 'suspicious', 'pending')),
+    scan_details jsonb,
+    processing_status text NOT NULL DEFAULT 'pending' CONSTRAINT attachment_processing_status_known
+        CHECK (processing_status IN ('pending', 'processing', 'completed', 'failed')),
+    processing_error text CONSTRAINT attachment_processing_error_length
+        CHECK (char_length(processing_error) <= 1000),
+    download_count integer NOT NULL DEFAULT 0,
+    last_accessed_at timestamptz,
+    is_deleted boolean NOT NULL DEFAULT false,
+    deleted_at timestamptz,
+    created_at timestamptz NOT NULL DEFAULT now(),
+    updated_at timestamptz NOT NULL DEFAULT now()
+);
+CREATE INDEX attachment_message_idx ON attachment (message_id);
+CREATE INDEX attachment_uploaded_by_idx ON attachment (uploaded_by);
+
+-- ---------------------------------------------------------------------------------------- relationships
+
+CREATE TABLE user_relationship (
+    id uuid CONSTRAINT user_relationship_pkey PRIMARY KEY DEFAULT gen_random_uuid(),
+    from_user_id uuid NOT NULL CONSTRAINT user_relationship_from_fkey REFERENCES "user" (id) ON DELETE CASCADE,
+    to_user_id uuid NOT NULL CONSTRAINT user_relationship_to_fkey REFERENCES "user" (id) ON DELETE CASCADE,
+    type text NOT NULL CONSTRAINT user_relationship_type_known CHECK (type IN ('friend', 'block', 'follow', 'mute')),
+    status text NOT NULL DEFAULT 'pending' CONSTRAINT user_relationship_status_known
+        CHECK (status IN ('pending', 'accepted', 'rejected', 'active', 'inactive')),
+    request_message text CONSTRAINT user_relationship_request_length CHECK (char_length(request_message) <= 500),
+    response_message text CONSTRAINT user_relationship_response_length CHECK (char_length(response_message) <= 500),
+    can_see_online_status boolean NOT NULL DEFAULT true,
+    can_send_messages boolean NOT NULL DEFAULT true,
+    can_see_profile boolean NOT NULL DEFAULT true,
+    notifications_enabled boolean NOT NULL DEFAULT true,
+    last_interaction_at timestamptz,
+    interaction_count integer NOT NULL DEFAULT 0,
+    created_at timestamptz NOT NULL DEFAULT now(),
+    updated_at timestamptz NOT NULL DEFAULT now(),
+    accepted_at timestamptz,
+    CONSTRAINT user_relationship_key UNIQUE (from_user_id, to_user_id, type),
+    CONSTRAINT user_relationship_not_self CHECK (from_user_id <> to_user_id)
+);
+CREATE INDEX user_relationship_to_idx ON user_relationship (to_user_id, type);
+
+-- ------------------------------------------------------------------------------------- about this database
+
+-- One row. A new epoch tells every client that positions from before mean nothing here (a restored backup).
+CREATE TABLE database_epoch (
+    is_only boolean CONSTRAINT database_epoch_pkey PRIMARY KEY DEFAULT true
+        CONSTRAINT database_epoch_one_row CHECK (is_only),
+    epoch uuid NOT NULL DEFAULT gen_random_uuid()
+);
+INSERT INTO database_epoch DEFAULT VALUES;
+
+-- --------------------------------------------------------------------------------------------- rules and forms
+
+-- What a role brings, in one place: may a participant with this role and this grant do it?
+-- `needed` is the least role that has the permission without a grant.
+CREATE FUNCTION role_rank(role text) RETURNS integer LANGUAGE sql IMMUTABLE PARALLEL SAFE
+    RETURN array_position(ARRAY['guest', 'member', 'moderator', 'admin', 'owner'], role);
+
+CREATE FUNCTION can(role text, needed text, granted boolean) RETURNS boolean LANGUAGE sql IMMUTABLE PARALLEL SAFE
+    RETURN granted OR role_rank(role) >= role_rank(needed);
+
+-- A row as it goes over the wire (protocol/values.py has the same fields).
+CREATE FUNCTION message_json(m message) RETURNS json LANGUAGE sql STABLE
+    RETURN json_build_object(
+        'id', m.id,
+        'conversation_id', m.conversation_id,
+        'sender_id', m.sender_id,
+        'content', m.content,
+        'content_type', m.content_type,
+        'formatted_content', m.formatted_content,
+        'mentions', m.mentions,
+        'metadata', m.metadata,
+        'reactions', m.reactions,
+        'parent_message_id', m.parent_message_id,
+        'thread_root_id', m.thread_root_id,
+        'reply_count', m.reply_count,
+        'edited_at', m.edited_at,
+        'is_deleted', m.is_deleted,
+        'deleted_at', m.deleted_at,
+        'deleted_by', m.deleted_by,
+        'sent_version', m.sent_version,
+        'version', m.version,
+        'created_at', m.created_at
+    );
+
+CREATE FUNCTION conversation_json(c conversation) RETURNS json LANGUAGE sql STABLE
+    RETURN json_build_object(
+        'id', c.id,
+        'type', c.type,
+        'title', c.title,
+        'description', c.description,
+        'is_public', c.is_public,
+        'max_participants', c.max_participants,
+        'is_archived', c.is_archived,
+        'created_by', c.created_by,
+        'participant_count', c.participant_count,
+        'settings', c.settings,
+        'version', c.settings_version,
+        'created_at', c.created_at
+    );
+
+CREATE FUNCTION participant_json(p conversation_participant) RETURNS json LANGUAGE sql STABLE
+    RETURN json_build_object(
+        'conversation_id', p.conversation_id,
+        'user_id', p.user_id,
+        'role', p.role,
+        'status', p.status,
+        'permissions', json_build_object(
+            'can_add_members', can(p.role, 'admin', p.can_add_members),
+            'can_remove_members', can(p.role, 'admin', p.can_remove_members),
+            'can_edit_conversation', can(p.role, 'admin', p.can_edit_conversation),
+            'can_delete_messages', can(p.role, 'moderator', p.can_delete_messages),
+            'can_pin_messages', can(p.role, 'moderator', p.can_pin_messages)
+        ),
+        'joined_at', p.joined_at,
+        'left_at', p.left_at,
+        'invited_by', p.invited_by,
+        'version', p.version
+    );
+
+-- --------------------------------------------------------------------------------------- row-level security
+
+-- For whoever reads the database directly: the same rules that the queries carry. The server connects as the
+-- owner of the tables, whom policies pass by. A reader gets SELECT from an administrator and says who it is:
+--     SET openchat.user_id = '…';
+
+CREATE FUNCTION current_user_id() RETURNS uuid LANGUAGE sql STABLE
+    RETURN nullif(current_setting('openchat.user_id', true), '')::uuid;
+
+-- As the owner, or a policy on conversation_participant would ask itself.
+CREATE FUNCTION is_participant(conversation uuid) RETURNS boolean LANGUAGE sql STABLE SECURITY DEFINER
+    SET search_path = public
+    RETURN EXISTS (
+        SELECT FROM conversation_participant p
+        WHERE p.conversation_id = is_participant.conversation AND p.user_id = current_user_id()
+            AND p.status = 'active'
+    );
+
+ALTER TABLE "user" ENABLE ROW LEVEL SECURITY;
+ALTER TABLE session ENABLE ROW LEVEL SECURITY;
+ALTER TABLE account ENABLE ROW LEVEL SECURITY;
+ALTER TABLE verification ENABLE ROW LEVEL SECURITY;
+ALTER TABLE conversation ENABLE ROW LEVEL SECURITY;
+ALTER TABLE conversation_participant ENABLE ROW LEVEL SECURITY;
+ALTER TABLE message ENABLE ROW LEVEL SECURITY;
+ALTER TABLE message_reaction ENABLE ROW LEVEL SECURITY;
+ALTER TABLE message_edit ENABLE ROW LEVEL SECURITY;
+ALTER TABLE attachment ENABLE ROW LEVEL SECURITY;
+ALTER TABLE user_relationship ENABLE ROW LEVEL SECURITY;
+
+CREATE POLICY user_access ON "user" FOR SELECT
+    USING (id = current_user_id() OR (NOT is_private AND is_active AND NOT is_deleted));
+CREATE POLICY session_access ON session FOR SELECT USING (user_id = current_user_id());
+CREATE POLICY conversation_access ON conversation FOR SELECT USING (is_participant(id));
+CREATE POLICY conversation_participant_access ON conversation_participant FOR SELECT
+    USING (is_participant(conversation_id));
+CREATE POLICY message_access ON message FOR SELECT USING (is_participant(conversation_id));
+CREATE POLICY message_reaction_access ON message_reaction FOR SELECT USING (is_participant(conversation_id));
+CREATE POLICY message_edit_access ON message_edit FOR SELECT
+    USING (EXISTS (SELECT FROM message m WHERE m.id = message_id AND NOT m.is_deleted));
+CREATE POLICY attachment_access ON attachment FOR SELECT
+    USING (EXISTS (SELECT FROM message m WHERE m.id = message_id AND NOT m.is_deleted));
+CREATE POLICY user_relationship_access ON user_relationship FOR SELECT
+    USING (current_user_id() IN (from_user_id, to_user_id));

@@ -1,0 +1,93 @@
+"""Bytes to frames and back: JSON by msgspec, and the few bytes of WebSocket framing around it."""
+
+import re
+from datetime import UTC, datetime
+from typing import TypeVar
+
+import msgspec
+
+from protocol.client import ClientFrame, FrameId
+from protocol.errors import ErrorCode, Refused
+from protocol.server import ServerFrame
+
+Decoded = TypeVar("Decoded")
+
+_encoder = msgspec.json.Encoder()
+_client_decoder = msgspec.json.Decoder(ClientFrame)
+_server_decoder = msgspec.json.Decoder(ServerFrame)
+
+# What msgspec says of a bad field, and where: "… - at `$.mentions[3]`", "… missing required field `content`".
+_AT = re.compile(r"^(?P<what>.*?)(?: - at (?:`key` in )?`\$\.?(?P<path>[^`]*)`)?$", re.DOTALL)
+_NAMED = re.compile(r"`([a-z_]+)`")
+_NUL_RULE = "matching regex '^[^\\\\x00]*$'"
+
+_SHORT, _MEDIUM = 126, 1 << 16
+
+
+class _Label(msgspec.Struct):
+    id: FrameId | None = None
+
+
+_label_decoder = msgspec.json.Decoder(_Label)
+
+
+def encode(value: object) -> bytes:
+    """Return `value` as JSON."""
+    return _encoder.encode(value)
+
+
+def decode_client(data: bytes | str) -> ClientFrame:
+    """Return the frame a client sent. Raises Refused, with the bad field's path, if it is not one."""
+    return decode(data, _client_decoder)
+
+
+def decode_server(data: bytes | str) -> ServerFrame:
+    """Return the frame a server sent: for clients. Raises Refused if it is not one."""
+    return decode(data, _server_decoder)
+
+
+def decode(data: bytes | str, decoder: msgspec.json.Decoder[Decoded]) -> Decoded:
+    """Return `data` decoded. Raises Refused with a sentence that a person can act on."""
+    try:
+        return decoder.decode(data)
+    except msgspec.ValidationError as error:
+        raise _refusal(str(error)) from None
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        raise Refused(ErrorCode.BAD_FRAME, "This is not valid JSON in UTF-8.") from None
+    except RecursionError:
+        raise Refused(ErrorCode.BAD_FRAME, "This is nested too deeply.") from None
+
+
+def label(data: bytes | str) -> FrameId | None:
+    """Return the id of a frame that could not be decoded, as far as it can be read."""
+    try:
+        return _label_decoder.decode(data).id
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return None
+
+
+def text_frame(payload: bytes) -> bytes:
+    """Return `payload` as one unmasked, final WebSocket text frame (RFC 6455, section 5.2)."""
+    size = len(payload)
+    if size < _SHORT:
+        return bytes((0x81, size)) + payload
+    if size < _MEDIUM:
+        return b"\x81\x7e" + size.to_bytes(2) + payload
+    return b"\x81\x7f" + size.to_bytes(8) + payload
+
+
+def now() -> datetime:
+    """Return the time, in UTC."""
+    return datetime.now(UTC)
+
+
+def _refusal(problem: str) -> Refused:
+    found = _AT.match(problem)
+    what, path = (found["what"], found["path"]) if found else (problem, None)
+    if path == "type" or (not path and "required field `type`" in what):
+        return Refused(ErrorCode.BAD_FRAME, "`type` must be one of the known frame types.", path="type")
+    if not path and (named := _NAMED.search(what)) and not what.startswith("Expected"):
+        path = named[1]
+    if _NUL_RULE in what or "matching regex '^[^\\x00]*$'" in what:
+        what = "The character U+0000 is not allowed"
+    return Refused(ErrorCode.INVALID, what + ("" if what.endswith(".") else "."), path=path or None)

@@ -1,0 +1,79 @@
+"""The two closed lists of what can go wrong: an error answers one frame, a close code ends the connection."""
+
+from enum import IntEnum, StrEnum
+
+
+class ErrorCode(StrEnum):
+    """Why a frame was refused. The connection lives on. Names are never reused for another meaning."""
+
+    BAD_FRAME = "bad_frame"
+    """Not a text frame of JSON, or not one of the known types. Repeating it will not help."""
+    INVALID = "invalid"
+    """A field is missing, of the wrong type or out of bounds; `path` names it."""
+    UNAUTHENTICATED = "unauthenticated"
+    """No session, or an expired or revoked one, or the e-mail address and password do not match."""
+    NOT_FOUND = "not_found"
+    """It does not exist, or you may not see it: the answer is the same."""
+    FORBIDDEN = "forbidden"
+    """You can see it, but your role does not let you do this."""
+    CONFLICT = "conflict"
+    """It contradicts what is there: the same id with other content, a taken address, a full conversation."""
+    RATE_LIMITED = "rate_limited"
+    """Too many; try again after `retry_after_ms`."""
+    UNAVAILABLE = "unavailable"
+    """The database cannot be reached just now. Send the same frame again after `retry_after_ms`: it is done once."""
+    INTERNAL = "internal"
+    """A defect of the server. It was logged; nothing was half-written."""
+
+
+class CloseCode(IntEnum):
+    """Why a connection was closed, and whether to come back."""
+
+    GOING_AWAY = 1012
+    """The server restarts or drains: reconnect, anywhere, and resume."""
+    TOO_BIG = 1009
+    """A frame larger than `limits.frame_bytes`: reconnect, but do not send it again."""
+    UNAUTHENTICATED = 4001
+    """No valid authentication within five seconds, or a bad token: log in first."""
+    SESSION_ENDED = 4002
+    """The session expired or was revoked: log in again."""
+    ABUSE = 4003
+    """Far too many refused frames: do not reconnect before fixing the client."""
+    TOO_MANY_CONNECTIONS = 4004
+    """This user has too many connections: close one first."""
+    SLOW = 4008
+    """The client read too slowly and its queue was full: reconnect and resume."""
+    SILENT = 4009
+    """Nothing was heard for two heartbeats, not even a pong: reconnect and resume."""
+    START_OVER = 4010
+    """The database was restored or replaced: reconnect and resume; expect `start_over`."""
+
+    @property
+    def reconnect(self) -> bool:
+        """Whether a client should reconnect by itself."""
+        return self in _COME_BACK
+
+
+_COME_BACK = {
+    CloseCode.GOING_AWAY,
+    CloseCode.TOO_BIG,
+    CloseCode.SLOW,
+    CloseCode.SILENT,
+    CloseCode.START_OVER,
+}
+
+
+class Refused(Exception):  # noqa: N818 - a refusal is an answer, not a fault
+    """A frame or request that is answered with an error. Raised anywhere; answered in one place.
+
+    `path` is the field at fault, as in `mentions[3]`; `retry_after_ms` is in milliseconds.
+    """
+
+    def __init__(
+        self, code: ErrorCode, message: str, *, path: str | None = None, retry_after_ms: int | None = None
+    ) -> None:
+        super().__init__(message)
+        self.code = code
+        self.message = message
+        self.path = path
+        self.retry_after_ms = retry_after_ms

@@ -1,0 +1,39 @@
+"""The bodies of the HTTP endpoints under /v1/auth."""
+
+from datetime import datetime
+
+import msgspec
+
+from protocol.ids import SessionId
+from protocol.limits import Email, Name, Password
+from protocol.values import Session, User
+
+
+class Register(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Make an account."""
+
+    name: Name
+    email: Email
+    password: Password
+
+
+class Login(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Begin a session."""
+
+    email: Email
+    password: Password
+
+
+class LoggedIn(msgspec.Struct, frozen=True, kw_only=True):
+    """A session has begun. The token is shown this once: the server keeps only its hash."""
+
+    token: str
+    session_id: SessionId
+    expires_at: datetime
+    user: User
+
+
+class SessionList(msgspec.Struct, frozen=True, kw_only=True):
+    """The user's sessions, newest first."""
+
+    sessions: list[Session]

@@ -1,0 +1,28 @@
+"""Identifiers: one type for each kind, and UUIDv7, which clients make for what they create."""
+
+import os
+import time
+from typing import NewType
+from uuid import UUID
+
+UserId = NewType("UserId", UUID)
+SessionId = NewType("SessionId", UUID)
+ConversationId = NewType("ConversationId", UUID)
+MessageId = NewType("MessageId", UUID)
+EditId = NewType("EditId", UUID)
+
+_VERSION_7 = 7
+
+
+def uuid7() -> UUID:
+    """Return a new UUIDv7: 48 bits of Unix time in milliseconds, then 74 random bits (RFC 9562, section 5.7)."""
+    milliseconds = time.time_ns() // 1_000_000
+    random = int.from_bytes(os.urandom(10))
+    high = (milliseconds & 0xFFFF_FFFF_FFFF) << 80
+    return UUID(int=high | 0x7 << 76 | (random >> 68) << 64 | 0b10 << 62 | random & 0x3FFF_FFFF_FFFF_FFFF)
+
+
+def require_uuid7(value: UUID, field: str) -> None:
+    """Raise ValueError, naming `field`, unless `value` is a UUIDv7."""
+    if value.int >> 76 & 0xF != _VERSION_7:
+        raise ValueError(f"`{field}` must be a UUIDv7 made by the client")

@@ -1,0 +1,51 @@
+"""The bounds of everything a client may send, as types that the decoder enforces, and as `Limits` in `ready`."""
+
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
+
+NO_NUL = r"^[^\x00]*$"
+"""PostgreSQL's text cannot hold U+0000, so no text on the wire may."""
+
+MAX_FRAME_BYTES = 256 * 1024
+MAX_CONTENT = 10_000
+MAX_PAGE = 100
+DEFAULT_PAGE = 20
+MAX_PARTICIPANTS_NAMED = 100
+MAX_WATCHED = 500
+MAX_RESUMED = 5_000
+MAX_CHANGES = 1_000
+MAX_METADATA_BYTES = 16 * 1024
+MAX_MENTIONS = 50
+MAX_EMOJI_PER_MESSAGE = 20
+
+Name = Annotated[str, Meta(min_length=1, max_length=255, pattern=NO_NUL)]
+Title = Annotated[str, Meta(min_length=1, max_length=255, pattern=NO_NUL)]
+Description = Annotated[str, Meta(max_length=1_000, pattern=NO_NUL)]
+InviteCode = Annotated[str, Meta(min_length=1, max_length=50, pattern=NO_NUL)]
+CustomStatus = Annotated[str, Meta(min_length=1, max_length=255, pattern=NO_NUL)]
+Content = Annotated[str, Meta(min_length=1, max_length=MAX_CONTENT, pattern=NO_NUL)]
+FormattedContent = Annotated[str, Meta(min_length=1, max_length=15_000, pattern=NO_NUL)]
+Emoji = Annotated[str, Meta(min_length=1, max_length=32, pattern=NO_NUL)]
+Email = Annotated[str, Meta(min_length=3, max_length=254, pattern=r"^[^\x00\s@]+@[^\x00\s@]+$")]
+Password = Annotated[str, Meta(min_length=8, max_length=128)]
+Token = Annotated[str, Meta(min_length=1, max_length=128)]
+Cursor = Annotated[str, Meta(min_length=1, max_length=128)]
+PageSize = Annotated[int, Meta(ge=1, le=MAX_PAGE)]
+Version = Annotated[int, Meta(ge=0, le=2**53 - 1)]
+"""A number of a conversation's clock: exact in JavaScript, too."""
+
+
+class Limits(msgspec.Struct, frozen=True, kw_only=True):
+    """What a client has to keep to; sent in `ready` so that none has to be guessed."""
+
+    frame_bytes: int = MAX_FRAME_BYTES
+    content_characters: int = MAX_CONTENT
+    metadata_bytes: int = MAX_METADATA_BYTES
+    mentions: int = MAX_MENTIONS
+    page: int = MAX_PAGE
+    participants_named: int = MAX_PARTICIPANTS_NAMED
+    watched_users: int = MAX_WATCHED
+    resumed_conversations: int = MAX_RESUMED
+    changes_before_start_over: int = MAX_CHANGES

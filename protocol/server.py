@@ -1,0 +1,354 @@
+"""What the server says: replies to frames, events of conversations, and words about the connection itself.
+
+Durable events carry `version`, the conversation's clock, and the new state of what changed, so that applying
+one is replacing what one has. A client's position in a conversation moves by one with each; `changes` moves it
+from `since` to `version` at once.
+"""
+
+from datetime import datetime
+from typing import Literal
+
+import msgspec
+
+from protocol.client import FrameId
+from protocol.errors import ErrorCode
+from protocol.ids import ConversationId, MessageId, SessionId, UserId
+from protocol.limits import Limits
+from protocol.values import (
+    Conversation,
+    ConversationView,
+    Message,
+    MessageEdit,
+    Participant,
+    Presence,
+    Receipt,
+    User,
+)
+
+
+class _Tagged(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag_field="type"):
+    """A struct that says what it is in `type`."""
+
+
+# ----------------------------------------------------------------------------------------- durable events
+
+
+class _Event(_Tagged, frozen=True):
+    conversation_id: ConversationId
+    version: int
+
+
+class MessageSent(_Event, tag="message_sent", frozen=True):
+    """A new message. `root_reply_count` is the thread root's count when the message is a reply."""
+
+    message: Message
+    root_reply_count: int | None = None
+
+
+class MessageEdited(_Event, tag="message_edited", frozen=True):
+    """A message changed; here it is as it is now."""
+
+    message: Message
+
+
+class MessageDeleted(_Event, tag="message_deleted", frozen=True):
+    """A message was deleted; here is what is left. `root_reply_count` as in `message_sent`."""
+
+    message: Message
+    root_reply_count: int | None = None
+
+
+class MessageReacted(_Event, tag="message_reacted", frozen=True):
+    """Someone put an emoji on a message; `count` is how many have it there now."""
+
+    message_id: MessageId
+    user_id: UserId
+    emoji: str
+    count: int
+
+
+class MessageUnreacted(_Event, tag="message_unreacted", frozen=True):
+    """Someone took an emoji back; `count` is how many are left."""
+
+    message_id: MessageId
+    user_id: UserId
+    emoji: str
+    count: int
+
+
+class ConversationUpdated(_Event, tag="conversation_updated", frozen=True):
+    """The conversation's settings changed, or it was made."""
+
+    conversation: Conversation
+
+
+class ParticipantChanged(_Event, tag="participant_changed", frozen=True):
+    """Someone joined, left, was added or removed, or has another role: `participant` says which."""
+
+    participant: Participant
+    participant_count: int
+
+
+DurableEvent = (
+    MessageSent
+    | MessageEdited
+    | MessageDeleted
+    | MessageReacted
+    | MessageUnreacted
+    | ConversationUpdated
+    | ParticipantChanged
+)
+
+# --------------------------------------------------------------------------------------- ephemeral events
+
+
+class MessageRead(_Tagged, tag="message_read", frozen=True):
+    """Someone has read up to a message. In a large conversation only the reader's own devices are told."""
+
+    conversation_id: ConversationId
+    user_id: UserId
+    message_id: MessageId
+
+
+class TypingStarted(_Tagged, tag="typing_started", frozen=True):
+    """Someone is typing; forget it after `fades_after_ms` unless it is said again."""
+
+    conversation_id: ConversationId
+    user_id: UserId
+    fades_after_ms: int = 6_000
+
+
+class TypingStopped(_Tagged, tag="typing_stopped", frozen=True):
+    """Someone stopped typing."""
+
+    conversation_id: ConversationId
+    user_id: UserId
+
+
+class PresenceChanged(_Tagged, tag="presence_changed", frozen=True):
+    """A watched user is now seen like this."""
+
+    presence: Presence
+
+
+# --------------------------------------------------------------------------- what is said about the connection
+
+
+class Ready(_Tagged, tag="ready", frozen=True):
+    """The connection is authenticated. Keep `epoch` with the versions that are learned from here on."""
+
+    protocol: int
+    user: User
+    session_id: SessionId
+    epoch: str
+    server_time: datetime
+    heartbeat_ms: int
+    limits: Limits = Limits()
+
+
+class Conversations(_Tagged, tag="conversations", frozen=True):
+    """A page of the user's conversations, after `ready`. When `is_last`, everything has been said."""
+
+    conversations: list[ConversationView]
+    is_last: bool
+
+
+class ConversationJoined(_Tagged, tag="conversation_joined", frozen=True):
+    """The user is now in a conversation; its events follow."""
+
+    view: ConversationView
+
+
+class ConversationLeft(_Tagged, tag="conversation_left", frozen=True):
+    """The user is no longer in a conversation; no events follow."""
+
+    conversation_id: ConversationId
+
+
+class Changes(_Tagged, tag="changes", frozen=True):
+    """What happened in a conversation after `since`, up to `version`, in order: the present state of all that
+    changed. The position is `version` afterwards. `receipts` are the read positions, where they are shared.
+    """
+
+    conversation_id: ConversationId
+    since: int
+    version: int
+    events: list[DurableEvent]
+    receipts: list[Receipt] = []
+    unread_count: int | None = None
+    last_read_message_id: MessageId | None = None
+
+
+class StartOver(_Tagged, tag="start_over", frozen=True):
+    """The difference is too large or makes no sense: forget this conversation's messages and begin with `view`."""
+
+    view: ConversationView
+    reason: Literal["too_many_changes", "ahead_of_server", "other_epoch"]
+
+
+class Heartbeat(_Tagged, tag="heartbeat", frozen=True):
+    """The server is there. `versions` are the clocks of what was active since the last one: a client that is
+    behind one of them has lost something and should `resume`.
+    """
+
+    server_time: datetime
+    versions: dict[ConversationId, int] = {}
+
+
+# --------------------------------------------------------------------------------------------------- results
+
+
+class Done(_Tagged, tag="done", frozen=True):
+    """It is so; whether it was already does not matter."""
+
+
+class Pong(_Tagged, tag="pong", frozen=True):
+    """The answer to `ping`."""
+
+    server_time: datetime
+
+
+class Resumed(_Tagged, tag="resumed", frozen=True):
+    """Everything that was missed has been sent, and live events follow."""
+
+    conversations: int
+
+
+class Sent(_Tagged, tag="sent", frozen=True):
+    """The message is stored, for good, at this place."""
+
+    conversation_id: ConversationId
+    message_id: MessageId
+    version: int
+    created_at: datetime
+
+
+class Changed(_Tagged, tag="changed", frozen=True):
+    """It is stored; `version` is the clock when it changed, or the earlier one if it was already so."""
+
+    conversation_id: ConversationId
+    version: int
+
+
+class ReadUpTo(_Tagged, tag="read_up_to", frozen=True):
+    """The read position, which may be further on than what was asked for."""
+
+    conversation_id: ConversationId
+    message_id: MessageId
+    unread_count: int
+
+
+class OneConversation(_Tagged, tag="conversation", frozen=True):
+    """A conversation as the caller sees it."""
+
+    view: ConversationView
+
+
+class ConversationPage(_Tagged, tag="conversation_page", frozen=True):
+    """Some of the caller's conversations; `after` asks for the next page, if there is one."""
+
+    conversations: list[ConversationView]
+    after: str | None = None
+
+
+class ParticipantEntry(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A participant, with how far they have read."""
+
+    participant: Participant
+    user: User
+    last_read_message_id: MessageId | None = None
+
+
+class ParticipantPage(_Tagged, tag="participant_page", frozen=True):
+    """Some of a conversation's participants; `after` asks for the next page, if there is one."""
+
+    participants: list[ParticipantEntry]
+    after: UserId | None = None
+
+
+class MessagePage(_Tagged, tag="message_page", frozen=True):
+    """Messages, oldest first. `mine` has the caller's own reactions, by message."""
+
+    messages: list[Message]
+    has_before: bool
+    has_after: bool
+    mine: dict[MessageId, list[str]] = {}
+
+
+class OneMessage(_Tagged, tag="message", frozen=True):
+    """A message; `mine` has the caller's own reactions, `read_by` how many others have read it."""
+
+    message: Message
+    mine: list[str] = []
+    read_by: int = 0
+
+
+class EditPage(_Tagged, tag="edit_page", frozen=True):
+    """What a message said before, newest first."""
+
+    edits: list[MessageEdit]
+
+
+class PresenceList(_Tagged, tag="presence_list", frozen=True):
+    """How the watched users are seen now, in the order asked."""
+
+    presences: list[Presence]
+
+
+class UserList(_Tagged, tag="user_list", frozen=True):
+    """The users that exist and may be seen."""
+
+    users: list[User]
+
+
+Result = (
+    Done
+    | Pong
+    | Resumed
+    | Sent
+    | Changed
+    | ReadUpTo
+    | OneConversation
+    | ConversationPage
+    | ParticipantPage
+    | MessagePage
+    | OneMessage
+    | EditPage
+    | PresenceList
+    | UserList
+)
+
+
+class Reply(_Tagged, tag="reply", frozen=True):
+    """The answer to the frame with the id `re`. If that frame wrote something, it is committed."""
+
+    re: FrameId | None = None
+    result: Result
+
+
+class Error(_Tagged, tag="error", frozen=True):
+    """The refusal of the frame with the id `re`: nothing was written. `path` names the bad field."""
+
+    re: FrameId | None = None
+    code: ErrorCode
+    message: str
+    path: str | None = None
+    retry_after_ms: int | None = None
+
+
+ServerFrame = (
+    DurableEvent
+    | MessageRead
+    | TypingStarted
+    | TypingStopped
+    | PresenceChanged
+    | Ready
+    | Conversations
+    | ConversationJoined
+    | ConversationLeft
+    | Changes
+    | StartOver
+    | Heartbeat
+    | Reply
+    | Error
+)

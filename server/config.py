@@ -1,0 +1,97 @@
+"""The settings, read once: the only file that reads the environment."""
+
+import os
+import sys
+from pathlib import Path
+
+import msgspec
+import platformdirs
+
+from server.errors import Fatal
+
+MAX_DEFAULT_WORKERS = 4
+
+
+class Settings(msgspec.Struct, kw_only=True, frozen=True):
+    """Everything that can be set. Each field's environment variable is OPENCHAT_ and its name in capitals,
+    except DATABASE_URL and REDIS_URL, which are the customary ones.
+    """
+
+    host: str = "127.0.0.1"
+    """The address to listen on. Loopback unless told otherwise."""
+    port: int = 8000
+    """The TCP port to listen on; 0 takes a free one."""
+    workers: int = 0
+    """Worker processes; 0 is one per core, up to four."""
+    data_dir: str = ""
+    """Where the embedded database lives; empty is the user's state directory."""
+    database_url: str = ""
+    """A PostgreSQL (15 or later) to use; empty starts the embedded one."""
+    redis_url: str = ""
+    """A Redis (7.0 or later) or Valkey to use; empty starts the embedded one."""
+    origins: str = ""
+    """Origins, comma-separated, that browsers may connect from besides the server's own address."""
+    database_connections: int = 8
+    """The most PostgreSQL connections for each worker."""
+    session_days: int = 30
+    """A session ends after this many days without use."""
+    heartbeat_seconds: float = 30.0
+    """How often each connection hears from the server; silence for two of them closes it."""
+    outbox_bytes: int = 1024 * 1024
+    """How many bytes may wait for a slow reader before it is closed."""
+    connections_per_user: int = 50
+    """The most connections of one user to one worker."""
+    write_rate: float = 50.0
+    """Writing frames a second for each user, on average; bursts of four times that."""
+    read_rate: float = 100.0
+    """Reading frames a second for each user, on average; bursts of four times that."""
+    ephemeral_rate: float = 20.0
+    """Typing and presence frames a second for each user, on average; bursts of four times that."""
+    login_attempts: int = 10
+    """Failed logins in five minutes for one account before it has to wait."""
+    login_attempts_per_address: int = 100
+    """Logins and registrations in five minutes from one address before it has to wait."""
+    behind_proxy: bool = False
+    """Believe X-Forwarded-For and X-Forwarded-Proto: only behind a load balancer that sets them."""
+
+    @property
+    def worker_count(self) -> int:
+        """How many worker processes to run."""
+        return self.workers or min(os.cpu_count() or 1, MAX_DEFAULT_WORKERS)
+
+    @property
+    def data_path(self) -> Path:
+        """The data folder, not necessarily there yet."""
+        if self.data_dir:
+            return Path(self.data_dir).expanduser().absolute()
+        # root's own state directory is closed to the unprivileged user that has to run PostgreSQL.
+        if sys.platform == "linux" and os.geteuid() == 0:
+            return Path("/var/lib/openchat")
+        return Path(platformdirs.user_state_dir("openchat", appauthor=False))
+
+    @property
+    def allowed_origins(self) -> frozenset[str]:
+        """The extra origins, without trailing slashes."""
+        return frozenset(origin.strip().rstrip("/") for origin in self.origins.split(",") if origin.strip())
+
+
+def variable(field: str) -> str:
+    """Return the name of the environment variable of a setting."""
+    return field.upper() if field in {"database_url", "redis_url"} else f"OPENCHAT_{field.upper()}"
+
+
+def read(**overrides: object) -> Settings:
+    """Return the settings from the environment, with `overrides` (those that are not None) on top.
+
+    Raises Fatal, naming the variable, if one cannot be understood.
+    """
+    given: dict[str, object] = {
+        field: os.environ[variable(field)] for field in Settings.__struct_fields__ if variable(field) in os.environ
+    }
+    given |= {field: value for field, value in overrides.items() if value is not None}
+    for field in given:
+        try:
+            msgspec.convert({field: given[field]}, Settings, strict=False)
+        except msgspec.ValidationError as error:
+            raise Fatal(f"{variable(field)} is not understood: {error}.") from None
+    return msgspec.convert(given, Settings, strict=False)

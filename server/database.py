@@ -1,0 +1,103 @@
+"""The connections to PostgreSQL."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import TypeAlias
+
+import asyncpg
+
+from server.config import Settings
+from server.errors import Fatal
+
+OLDEST_MAJOR = 15
+CONNECT_SECONDS = 5.0
+STATEMENT_SECONDS = 10.0
+
+Db: TypeAlias = "asyncpg.Connection[asyncpg.Record] | asyncpg.pool.PoolConnectionProxy[asyncpg.Record]"
+"""What queries take first: a connection."""
+
+SESSION = {
+    "application_name": "openchat",
+    # Every query of ours is meant to walk an index, and a plan made while a table was small is kept: without
+    # this, a table that grows quickly is scanned whole until the next ANALYZE (docs/decisions/0008).
+    "enable_seqscan": "off",
+    "jit": "off",
+    "statement_timeout": f"{STATEMENT_SECONDS:.0f}s",
+    "idle_in_transaction_session_timeout": "30s",
+}
+
+EPOCH = """
+SELECT e.epoch || '.' || s.system_identifier || '.' || c.timeline_id
+FROM database_epoch e, pg_control_system() s, pg_control_checkpoint() c
+"""
+
+
+class Database:
+    """A pool of connections. Heals by itself: what was lost is opened again when it is next needed."""
+
+    def __init__(self, pool: "asyncpg.Pool[asyncpg.Record]") -> None:
+        self._pool = pool
+
+    @classmethod
+    async def open(cls, settings: Settings) -> "Database":
+        """Return a pool for `settings.database_url`. Raises Fatal if it cannot be reached or is too old."""
+        try:
+            pool = await asyncpg.create_pool(
+                settings.database_url,
+                min_size=2,
+                max_size=max(2, settings.database_connections),
+                max_inactive_connection_lifetime=0,
+                timeout=CONNECT_SECONDS,
+                command_timeout=STATEMENT_SECONDS,
+                server_settings=SESSION,
+                # Nothing we do leaves state behind, so the round trip of a reset buys nothing.
+                reset=_no_reset,
+            )
+        except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, ValueError) as error:
+            raise Fatal(f"the database cannot be reached: {_one_line(error)}. Check DATABASE_URL.") from error
+        return cls(pool)
+
+    async def close(self) -> None:
+        """Close all connections, without waiting for what is in flight."""
+        self._pool.terminate()
+
+    @asynccontextmanager
+    async def connection(self) -> AsyncIterator[Db]:
+        """Borrow a connection; each statement commits by itself."""
+        async with self._pool.acquire(timeout=CONNECT_SECONDS) as connection:
+            yield connection
+
+    @asynccontextmanager
+    async def transaction(self) -> AsyncIterator[Db]:
+        """Borrow a connection inside a transaction, which commits when the block ends."""
+        async with self._pool.acquire(timeout=CONNECT_SECONDS) as connection, connection.transaction():
+            yield connection
+
+    async def epoch(self) -> str:
+        """Return what tells this database from a restored or replaced one."""
+        async with self.connection() as db:
+            return str(await db.fetchval(EPOCH))
+
+
+async def connect(url: str) -> "asyncpg.Connection[asyncpg.Record]":
+    """Return one connection to the database at `url`, outside any pool.
+
+    Raises Fatal if it cannot be reached or is older than PostgreSQL 15.
+    """
+    try:
+        connection = await asyncpg.connect(url, timeout=CONNECT_SECONDS)
+    except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, ValueError) as error:
+        raise Fatal(f"the database cannot be reached: {_one_line(error)}. Check DATABASE_URL.") from error
+    version = connection.get_server_version()
+    if version.major < OLDEST_MAJOR:
+        await connection.close()
+        raise Fatal(f"PostgreSQL {version.major} is too old: {OLDEST_MAJOR} or later is needed.")
+    return connection
+
+
+async def _no_reset(_: object) -> None:
+    pass
+
+
+def _one_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0].rstrip(".")

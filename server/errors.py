@@ -1,0 +1,65 @@
+"""What goes wrong below the handlers, told as the protocol tells it: constraint names and lost databases."""
+
+import asyncio
+
+import asyncpg
+
+from protocol.errors import ErrorCode, Refused
+
+RETRY_AFTER_MS = 500
+
+
+class Fatal(Exception):  # noqa: N818 - the program's last word, not a fault in it
+    """The program cannot start or go on. Its text is the one line that the operator sees."""
+
+
+class NotFound(Refused):
+    """The answer for what is not there, or may not be seen: always the same words."""
+
+    def __init__(self, path: str | None = None) -> None:
+        super().__init__(ErrorCode.NOT_FOUND, "There is no such thing, or you may not see it.", path=path)
+
+
+# The constraints that a client can run into, by name (schema.sql), and what to tell it.
+CONSTRAINTS: dict[str, tuple[ErrorCode, str, str | None]] = {
+    "user_email_key": (ErrorCode.CONFLICT, "This e-mail address has an account already.", "email"),
+    "account_provider_key": (ErrorCode.CONFLICT, "This e-mail address has an account already.", "email"),
+    "conversation_pkey": (ErrorCode.CONFLICT, "This id is taken by another conversation.", "conversation_id"),
+    "message_pkey": (ErrorCode.CONFLICT, "This id is taken by another message.", "message_id"),
+    "message_edit_pkey": (ErrorCode.CONFLICT, "This id is taken by another edit.", "edit_id"),
+    "conversation_participant_user_fkey": (ErrorCode.NOT_FOUND, "There is no such user.", "participants"),
+    "conversation_direct_low_fkey": (ErrorCode.NOT_FOUND, "There is no such user.", "user_id"),
+    "conversation_direct_high_fkey": (ErrorCode.NOT_FOUND, "There is no such user.", "user_id"),
+}
+
+_LOST: tuple[type[BaseException], ...] = (
+    OSError,  # which ConnectionError and TimeoutError are
+    asyncio.TimeoutError,
+    asyncpg.PostgresConnectionError,
+    asyncpg.InterfaceError,
+    asyncpg.OperatorInterventionError,
+    asyncpg.InsufficientResourcesError,
+    asyncpg.TransactionRollbackError,
+    asyncpg.ReadOnlySQLTransactionError,
+)
+
+
+def is_lost(error: BaseException) -> bool:
+    """Whether the database went away under a statement, so that repeating it later is right."""
+    return isinstance(error, _LOST)
+
+
+def refusal(error: Exception) -> Refused | None:
+    """Return what to tell a client about `error`, or None if it is a defect of ours."""
+    if isinstance(error, Refused):
+        return error
+    if isinstance(error, asyncpg.IntegrityConstraintViolationError):
+        known = CONSTRAINTS.get(error.constraint_name or "")
+        return Refused(known[0], known[1], path=known[2]) if known else None
+    if is_lost(error):
+        return Refused(
+            ErrorCode.UNAVAILABLE,
+            "The database cannot be reached just now; send the same frame again.",
+            retry_after_ms=RETRY_AFTER_MS,
+        )
+    return None

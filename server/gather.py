@@ -1,0 +1,60 @@
+"""Group commit for whatever is asked one at a time: what arrives while a batch is in flight is the next batch."""
+
+import asyncio
+from collections import deque
+from collections.abc import Awaitable, Callable
+from typing import Generic, TypeVar
+
+from server.errors import is_lost
+
+Item = TypeVar("Item")
+Outcome = TypeVar("Outcome")
+
+
+class Gather(Generic[Item, Outcome]):
+    """Runs `work` on the items that gathered while the previous run was in flight, in order.
+
+    1. Nothing waits when nothing is in flight.
+    2. One run at a time, so items keep their order.
+    3. A run that fails for another reason than a lost database is repeated item by item: one bad item
+       does not take its neighbours with it. `work` must be all or nothing.
+    """
+
+    def __init__(self, work: Callable[[list[Item]], Awaitable[list[Outcome]]], *, most: int) -> None:
+        """`work` takes 1 to `most` items and returns as many outcomes, in the same order."""
+        self._work = work
+        self._most = most
+        self._waiting: deque[tuple[Item, asyncio.Future[Outcome]]] = deque()
+        self._runner: asyncio.Task[None] | None = None
+
+    async def submit(self, item: Item) -> Outcome:
+        """Return the outcome of `item`. Raises what `work` raised for it."""
+        future: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+        self._waiting.append((item, future))
+        if self._runner is None:
+            self._runner = asyncio.create_task(self._run())
+        return await future
+
+    async def _run(self) -> None:
+        try:
+            while self._waiting:
+                count = min(len(self._waiting), self._most)
+                await self._run_batch([self._waiting.popleft() for _ in range(count)])
+        finally:
+            self._runner = None
+
+    async def _run_batch(self, batch: list[tuple[Item, asyncio.Future[Outcome]]]) -> None:
+        try:
+            outcomes = await self._work([item for item, _ in batch])
+        except Exception as error:  # noqa: BLE001 - handed to whoever asked
+            if len(batch) == 1 or is_lost(error):
+                for _, future in batch:
+                    if not future.done():
+                        future.set_exception(error)
+            else:
+                for single in batch:
+                    await self._run_batch([single])
+            return
+        for (_, future), outcome in zip(batch, outcomes, strict=True):
+            if not future.done():
+                future.set_result(outcome)
