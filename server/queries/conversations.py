@@ -1,0 +1,260 @@
+"""Conversations: made, changed, and listed as one of their participants sees them."""
+
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Any, NamedTuple
+from uuid import UUID
+
+import msgspec
+
+from protocol.ids import ConversationId, MessageId, UserId
+from protocol.values import Conversation, ConversationType, ConversationView, Json, Role
+from server.database import Db
+from server.queries.messages import COUNT_UNREAD
+
+_view_decoder = msgspec.json.Decoder(ConversationView)
+_conversation_decoder = msgspec.json.Decoder(Conversation)
+
+VIEW = f"""json_build_object(
+    'conversation', conversation_json(c),
+    'version', c.version,
+    'me', participant_json(me),
+    'peer_id', CASE WHEN c.direct_low = me.user_id THEN c.direct_high ELSE c.direct_low END,
+    'last_message', (
+        SELECT message_json(l) FROM message l WHERE l.conversation_id = c.id ORDER BY l.sent_version DESC LIMIT 1
+    ),
+    'unread_count', CASE WHEN c.version <= me.last_read_version THEN 0 ELSE (
+        {COUNT_UNREAD.format(user="me.user_id", conversation="c.id", read="me.last_read_version")}
+    ) END,
+    'last_read_message_id', me.last_read_message_id,
+    'last_activity_at', c.last_activity_at,
+    'invite_code', CASE WHEN can(me.role, 'admin', me.can_add_members) THEN c.invite_code END
+)"""  # noqa: S608 - only column references are put in
+"""What protocol/values.py calls ConversationView, of the conversation `c` and the participant `me`."""
+
+GET = f"""
+SELECT {VIEW}
+FROM conversation_participant me JOIN conversation c ON c.id = me.conversation_id AND NOT c.is_deleted
+WHERE me.user_id = $1 AND me.conversation_id = ANY($2) AND me.status = 'active'
+"""  # noqa: S608 - VIEW is a constant
+
+
+async def get(db: Db, user_id: UserId, conversation_ids: Sequence[ConversationId]) -> list[ConversationView]:
+    """Return those of the conversations that the user takes part in."""
+    return [_view_decoder.decode(row[0]) for row in await db.fetch(GET, user_id, list(conversation_ids))]
+
+
+class Filter(NamedTuple):
+    """Which of a user's conversations: `before` is the last activity and id of the last one of the page before."""
+
+    type: ConversationType | None = None
+    is_archived: bool | None = None
+    before: tuple[datetime, ConversationId] | None = None
+    without: Sequence[ConversationId] = ()
+
+
+PAGE = f"""
+SELECT {VIEW}
+FROM conversation_participant me
+JOIN (
+    SELECT c.* FROM conversation_participant p
+    JOIN conversation c ON c.id = p.conversation_id AND NOT c.is_deleted
+    WHERE p.user_id = $1 AND p.status = 'active'
+        AND ($3::text IS NULL OR c.type = $3)
+        AND ($4::boolean IS NULL OR c.is_archived = $4)
+        AND ($5::timestamptz IS NULL OR (c.last_activity_at, c.id) < ($5, $6::uuid))
+        AND NOT (c.id = ANY($7))
+    ORDER BY c.last_activity_at DESC, c.id DESC
+    LIMIT $2
+) c ON c.id = me.conversation_id
+WHERE me.user_id = $1
+ORDER BY c.last_activity_at DESC, c.id DESC
+"""  # noqa: S608 - VIEW is a constant
+
+
+async def page(db: Db, user_id: UserId, which: Filter, *, limit: int) -> list[ConversationView]:
+    """Return up to `limit` of the user's conversations, most recently active first."""
+    before = which.before or (None, None)
+    rows = await db.fetch(PAGE, user_id, limit, which.type, which.is_archived, *before, list(which.without))
+    return [_view_decoder.decode(row[0]) for row in rows]
+
+
+MEMBERSHIPS = """
+SELECT c.id, c.version FROM conversation_participant p
+JOIN conversation c ON c.id = p.conversation_id AND NOT c.is_deleted
+WHERE p.user_id = $1 AND p.status = 'active'
+"""
+
+
+async def memberships(db: Db, user_id: UserId) -> dict[ConversationId, int]:
+    """Return the user's conversations with their clocks."""
+    return {row[0]: row[1] for row in await db.fetch(MEMBERSHIPS, user_id)}
+
+
+VERSIONS = "SELECT id, version FROM conversation WHERE id = ANY($1)"
+
+
+async def versions(db: Db, conversation_ids: Sequence[ConversationId]) -> dict[ConversationId, int]:
+    """Return the clocks of conversations."""
+    return {row[0]: row[1] for row in await db.fetch(VERSIONS, list(conversation_ids))}
+
+
+LOCK = "SELECT conversation_json(c) FROM conversation c WHERE c.id = $1 AND NOT c.is_deleted FOR NO KEY UPDATE"
+
+
+async def lock(db: Db, conversation_id: ConversationId) -> Conversation | None:
+    """Lock a conversation until the transaction ends. What is read after this in the transaction is current."""
+    text = await db.fetchval(LOCK, conversation_id)
+    return None if text is None else _conversation_decoder.decode(text)
+
+
+LOCK_OF = """
+SELECT c.id FROM conversation c
+WHERE c.id = (SELECT m.conversation_id FROM message m WHERE m.id = $1) AND NOT c.is_deleted
+FOR NO KEY UPDATE
+"""
+
+
+async def lock_of(db: Db, message_id: MessageId) -> bool:
+    """Lock the conversation that a message is in; False if there is no such message."""
+    return await db.fetchval(LOCK_OF, message_id) is not None
+
+
+class Founding(msgspec.Struct, frozen=True, kw_only=True):
+    """A conversation to be made, with those in it from the start."""
+
+    id: ConversationId
+    type: ConversationType
+    created_by: UserId
+    members: dict[UserId, Role]
+    title: str | None = None
+    description: str | None = None
+    is_public: bool = False
+    invite_code: str | None = None
+    max_participants: int | None = None
+    settings: Json = {}
+
+
+# The clock: 1 is the conversation itself, each participant takes one more.
+CREATE = """
+WITH made AS (
+    INSERT INTO conversation (id, type, created_by, title, description, is_public, invite_code, max_participants,
+        settings, direct_low, direct_high, participant_count, settings_version, version, access_version)
+    VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, cardinality($12::uuid[]), 1,
+        1 + cardinality($12::uuid[]), 1 + cardinality($12::uuid[]))
+    ON CONFLICT DO NOTHING
+    RETURNING id
+), joined AS (
+    INSERT INTO conversation_participant (conversation_id, user_id, role, invited_by, version, last_read_version)
+    SELECT made.id, m.user_id, m.role, nullif($3, m.user_id), 1 + m.place, 1 + cardinality($12::uuid[])
+    FROM made, unnest($12::uuid[], $13::text[]) WITH ORDINALITY AS m (user_id, role, place)
+)
+SELECT EXISTS (SELECT FROM made)
+"""
+
+
+async def create(db: Db, founding: Founding) -> bool:
+    """Make a conversation; False if its id or its pair is taken."""
+    pair = sorted(founding.members) if founding.type == "direct" else [None, None]
+    return bool(
+        await db.fetchval(
+            CREATE,
+            founding.id,
+            founding.type,
+            founding.created_by,
+            founding.title,
+            founding.description,
+            founding.is_public,
+            founding.invite_code,
+            founding.max_participants,
+            msgspec.json.encode(founding.settings).decode(),
+            *pair,
+            list(founding.members),
+            list(founding.members.values()),
+        )
+    )
+
+
+# As it was made: the participants whom its maker brought along, whatever became of them.
+IS_SAME = """
+SELECT c.created_by = $2 AND c.type = $3 AND (c.settings_version > 1 OR (
+        c.title = $4 AND c.description IS NOT DISTINCT FROM $5 AND c.is_public = $6
+        AND c.max_participants IS NOT DISTINCT FROM $7 AND c.settings = $8::jsonb
+    )) AND NOT EXISTS (
+        SELECT FROM unnest($9::uuid[]) AS m (user_id) WHERE NOT EXISTS (
+            SELECT FROM conversation_participant p WHERE p.conversation_id = c.id AND p.user_id = m.user_id
+        )
+    )
+FROM conversation c WHERE c.id = $1
+"""
+
+
+async def is_same(db: Db, founding: Founding) -> bool:
+    """Whether the conversation under this id is the one that is being made once more."""
+    settings = msgspec.json.encode(founding.settings).decode()
+    return bool(
+        await db.fetchval(
+            IS_SAME, founding.id, founding.created_by, founding.type, founding.title, founding.description,
+            founding.is_public, founding.max_participants, settings, list(founding.members),
+        )
+    )  # fmt: skip
+
+
+DIRECT = "SELECT id FROM conversation WHERE direct_low = least($1, $2) AND direct_high = greatest($1, $2)"
+
+
+async def direct(db: Db, one: UserId, other: UserId) -> ConversationId | None:
+    """Return the direct conversation of two users."""
+    return ConversationId(found) if (found := await db.fetchval(DIRECT, one, other)) else None
+
+
+OPEN = """
+SELECT id FROM conversation
+WHERE (id = $1 AND is_public OR invite_code = $2 OR id = $1 AND EXISTS (
+        SELECT FROM conversation_participant p
+        WHERE p.conversation_id = id AND p.user_id = $3 AND p.status IN ('active', 'invited')
+    )) AND type IN ('group', 'channel') AND NOT is_deleted
+"""
+
+
+async def open_to(
+    db: Db, user_id: UserId, conversation_id: ConversationId | None, invite_code: str | None
+) -> ConversationId | None:
+    """Return the id of the conversation if the user may join it: public, by its code, or invited."""
+    return ConversationId(found) if (found := await db.fetchval(OPEN, conversation_id, invite_code, user_id)) else None
+
+
+UPDATE = """
+UPDATE conversation c SET
+    title = CASE WHEN $2 ? 'title' THEN $2 ->> 'title' ELSE c.title END,
+    description = CASE WHEN $2 ? 'description' THEN $2 ->> 'description' ELSE c.description END,
+    is_public = CASE WHEN $2 ? 'is_public' THEN ($2 ->> 'is_public')::boolean ELSE c.is_public END,
+    is_archived = CASE WHEN $2 ? 'is_archived' THEN ($2 ->> 'is_archived')::boolean ELSE c.is_archived END,
+    max_participants = CASE WHEN $2 ? 'max_participants' THEN ($2 ->> 'max_participants')::integer
+        ELSE c.max_participants END,
+    settings = CASE WHEN $2 ? 'settings' THEN $2 -> 'settings' ELSE c.settings END,
+    invite_code = CASE WHEN $2 ? 'invite_code' THEN $2 ->> 'invite_code' ELSE c.invite_code END,
+    version = c.version + 1, settings_version = c.version + 1, updated_at = now()
+WHERE c.id = $1
+RETURNING conversation_json(c)
+"""
+
+
+async def update(db: Db, conversation_id: ConversationId, changes: dict[str, Any]) -> Conversation:
+    """Change the fields that are in `changes`, and return the conversation as it is now. Under the lock."""
+    patch = msgspec.json.encode(changes).decode()
+    return _conversation_decoder.decode(await db.fetchval(UPDATE, conversation_id, patch))
+
+
+def cursor(view: ConversationView) -> str:
+    """Return what asks for the page after the one that ends with `view`."""
+    return f"{view.last_activity_at.isoformat()}/{view.conversation.id}"
+
+
+def from_cursor(text: str) -> tuple[datetime, ConversationId]:
+    """Return what `cursor` put in. Raises ValueError if it did not."""
+    moment, _, conversation_id = text.partition("/")
+    when = datetime.fromisoformat(moment)
+    if when.tzinfo is None:
+        raise ValueError("a cursor's time has a zone")
+    return when, ConversationId(UUID(conversation_id))

@@ -1,0 +1,60 @@
+"""Reactions: a row for each user and emoji; the counts on the message change in the same statement."""
+
+from typing import NamedTuple
+
+from protocol.client import React, Unreact
+from protocol.ids import UserId
+from protocol.values import Message
+from server.database import Db
+
+
+class Reacted(NamedTuple):
+    """The version of the change, and how many have the emoji there now; no count if nothing changed."""
+
+    version: int
+    count: int | None
+
+
+REACT = """
+WITH reacted AS (
+    INSERT INTO message_reaction (message_id, user_id, emoji, conversation_id, version)
+    SELECT $2, $3, $4, c.id, c.version + 1 FROM conversation c WHERE c.id = $1
+    ON CONFLICT (message_id, user_id, emoji)
+        DO UPDATE SET is_removed = false, version = excluded.version, created_at = now()
+        WHERE message_reaction.is_removed
+    RETURNING version
+), bumped AS (
+    UPDATE conversation c SET version = r.version FROM reacted r WHERE c.id = $1
+)
+UPDATE message m SET reactions = m.reactions || jsonb_build_object($4::text, coalesce((m.reactions ->> $4)::int, 0) + 1)
+FROM reacted r WHERE m.id = $2
+RETURNING r.version, (m.reactions ->> $4)::int
+"""
+
+UNREACT = """
+WITH unreacted AS (
+    UPDATE message_reaction r SET is_removed = true, version = c.version + 1
+    FROM conversation c
+    WHERE c.id = $1 AND r.message_id = $2 AND r.user_id = $3 AND r.emoji = $4 AND NOT r.is_removed
+    RETURNING r.version
+), bumped AS (
+    UPDATE conversation c SET version = r.version FROM unreacted r WHERE c.id = $1
+)
+UPDATE message m SET reactions = CASE WHEN (m.reactions ->> $4)::int > 1
+    THEN m.reactions || jsonb_build_object($4::text, (m.reactions ->> $4)::int - 1)
+    ELSE m.reactions - $4 END
+FROM unreacted r WHERE m.id = $2
+RETURNING r.version, coalesce((m.reactions ->> $4)::int, 0)
+"""
+
+AS_IT_IS = "SELECT version FROM message_reaction WHERE message_id = $1 AND user_id = $2 AND emoji = $3"
+
+
+async def react(db: Db, found: Message, user_id: UserId, frame: React | Unreact) -> Reacted:
+    """Put an emoji on a message, or take it back. Under the lock."""
+    change = REACT if isinstance(frame, React) else UNREACT
+    row = await db.fetchrow(change, found.conversation_id, found.id, user_id, frame.emoji)
+    if row is not None:
+        return Reacted(*row)
+    version = await db.fetchval(AS_IT_IS, found.id, user_id, frame.emoji)
+    return Reacted(found.version if version is None else version, None)

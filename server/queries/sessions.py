@@ -1,0 +1,98 @@
+"""Sessions: found by the hash of their token, sliding while they are used, gone when revoked."""
+
+from collections.abc import Sequence
+from datetime import datetime, timedelta
+from typing import NamedTuple
+
+import msgspec
+
+from protocol.ids import SessionId, UserId
+from protocol.values import Session, User
+from server.database import Db
+from server.queries.users import FACE
+
+_user_decoder = msgspec.json.Decoder(User)
+_sessions_decoder = msgspec.json.Decoder(list[Session])
+
+CREATE = """
+INSERT INTO session (user_id, token, expires_at, ip_address, user_agent)
+VALUES ($1, $2, now() + $3, $4, $5) RETURNING id, expires_at
+"""
+
+
+async def create(
+    db: Db, user_id: UserId, token_hash: str, lasts: timedelta, device: tuple[str | None, str | None]
+) -> tuple[SessionId, datetime]:
+    """Begin a session; `device` is its address and its user agent. Return its id and when it expires."""
+    row = await db.fetchrow(CREATE, user_id, token_hash, lasts, *device)
+    assert row is not None  # noqa: S101 - the insert returns its row
+    return row[0], row[1]
+
+
+class Active(NamedTuple):
+    """A session that is valid, and whose it is."""
+
+    session_id: SessionId
+    expires_at: datetime
+    user: User
+
+
+FIND = f"""
+SELECT s.token, s.id, s.expires_at, {FACE}
+FROM session s JOIN "user" u ON u.id = s.user_id AND u.is_active AND NOT u.is_deleted
+WHERE s.token = ANY($1) AND s.expires_at > now()
+"""  # noqa: S608 - FACE is a constant
+
+
+async def find(db: Db, token_hashes: Sequence[str]) -> dict[str, Active]:
+    """Return the valid sessions among those, by the hash of their token."""
+    rows = await db.fetch(FIND, list(token_hashes))
+    return {row[0]: Active(row[1], row[2], _user_decoder.decode(row[3])) for row in rows}
+
+
+SLIDE = "UPDATE session SET expires_at = now() + $2, updated_at = now() WHERE id = ANY($1) AND expires_at > now()"
+
+
+async def slide(db: Db, session_ids: Sequence[SessionId], lasts: timedelta) -> None:
+    """Let sessions last from now on."""
+    await db.execute(SLIDE, list(session_ids), lasts)
+
+
+LIVING = """
+SELECT s.id, s.expires_at FROM session s JOIN "user" u ON u.id = s.user_id AND u.is_active AND NOT u.is_deleted
+WHERE s.id = ANY($1) AND s.expires_at > now()
+"""
+
+
+async def living(db: Db, session_ids: Sequence[SessionId]) -> dict[SessionId, datetime]:
+    """Return those of the sessions that are valid, with when they expire."""
+    return {row[0]: row[1] for row in await db.fetch(LIVING, list(session_ids))}
+
+
+LIST = """
+SELECT coalesce(json_agg(s ORDER BY s.created_at DESC), '[]') FROM (
+    SELECT id, created_at, expires_at, ip_address, user_agent, id = $2 AS is_current
+    FROM session WHERE user_id = $1 AND expires_at > now() ORDER BY created_at DESC LIMIT 100
+) s
+"""
+
+
+async def of_user(db: Db, user_id: UserId, current: SessionId) -> list[Session]:
+    """Return a user's valid sessions, newest first, at most 100."""
+    return _sessions_decoder.decode(await db.fetchval(LIST, user_id, current))
+
+
+REVOKE = "DELETE FROM session WHERE user_id = $1 AND ($2::uuid IS NULL OR id = $2) RETURNING id"
+
+
+async def revoke(db: Db, user_id: UserId, session_id: SessionId | None) -> int:
+    """End one session of a user, or all; return how many that were."""
+    return len(await db.fetch(REVOKE, user_id, session_id))
+
+
+EXPIRED = "DELETE FROM session WHERE id IN (SELECT id FROM session WHERE expires_at < now() - interval '1 day' LIMIT 1000)"
+
+
+async def clear_expired(db: Db) -> None:
+    """Drop some of the sessions that ended more than a day ago."""
+    await db.execute(EXPIRED)
