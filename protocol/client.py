@@ -266,10 +266,12 @@ class Typing(Frame, tag="typing"):
 
 
 class SetPresence(Frame, tag="presence"):
-    """How the caller wants to be seen. `away` is this device's; the others are the user's."""
+    """How the caller wants to be seen. `away` is this device's; the others are the user's. `offline` is
+    `invisible`. Without `custom_status` that stays as it is; null takes it away.
+    """
 
     status: PresenceStatus
-    custom_status: CustomStatus | None = None
+    custom_status: CustomStatus | None | UnsetType = UNSET
 
 
 class Watch(Frame, tag="watch"):

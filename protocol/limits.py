@@ -19,6 +19,8 @@ MAX_CHANGES = 1_000
 MAX_METADATA_BYTES = 16 * 1024
 MAX_MENTIONS = 50
 MAX_EMOJI_PER_MESSAGE = 20
+MAX_SHARED_PARTICIPANTS = 100
+"""In a conversation with more than this, who types and who has read is not broadcast."""
 
 Name = Annotated[str, Meta(min_length=1, max_length=255, pattern=NO_NUL)]
 Title = Annotated[str, Meta(min_length=1, max_length=255, pattern=NO_NUL)]

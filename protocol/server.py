@@ -33,32 +33,32 @@ class _Tagged(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag
 # ----------------------------------------------------------------------------------------- durable events
 
 
-class _Event(_Tagged, frozen=True):
+class _Event(_Tagged, frozen=True, kw_only=True):
     conversation_id: ConversationId
     version: int
 
 
-class MessageSent(_Event, tag="message_sent", frozen=True):
+class MessageSent(_Event, tag="message_sent", frozen=True, kw_only=True):
     """A new message. `root_reply_count` is the thread root's count when the message is a reply."""
 
     message: Message
     root_reply_count: int | None = None
 
 
-class MessageEdited(_Event, tag="message_edited", frozen=True):
+class MessageEdited(_Event, tag="message_edited", frozen=True, kw_only=True):
     """A message changed; here it is as it is now."""
 
     message: Message
 
 
-class MessageDeleted(_Event, tag="message_deleted", frozen=True):
+class MessageDeleted(_Event, tag="message_deleted", frozen=True, kw_only=True):
     """A message was deleted; here is what is left. `root_reply_count` as in `message_sent`."""
 
     message: Message
     root_reply_count: int | None = None
 
 
-class MessageReacted(_Event, tag="message_reacted", frozen=True):
+class MessageReacted(_Event, tag="message_reacted", frozen=True, kw_only=True):
     """Someone put an emoji on a message; `count` is how many have it there now."""
 
     message_id: MessageId
@@ -67,7 +67,7 @@ class MessageReacted(_Event, tag="message_reacted", frozen=True):
     count: int
 
 
-class MessageUnreacted(_Event, tag="message_unreacted", frozen=True):
+class MessageUnreacted(_Event, tag="message_unreacted", frozen=True, kw_only=True):
     """Someone took an emoji back; `count` is how many are left."""
 
     message_id: MessageId
@@ -76,13 +76,13 @@ class MessageUnreacted(_Event, tag="message_unreacted", frozen=True):
     count: int
 
 
-class ConversationUpdated(_Event, tag="conversation_updated", frozen=True):
+class ConversationUpdated(_Event, tag="conversation_updated", frozen=True, kw_only=True):
     """The conversation's settings changed, or it was made."""
 
     conversation: Conversation
 
 
-class ParticipantChanged(_Event, tag="participant_changed", frozen=True):
+class ParticipantChanged(_Event, tag="participant_changed", frozen=True, kw_only=True):
     """Someone joined, left, was added or removed, or has another role: `participant` says which."""
 
     participant: Participant
@@ -102,7 +102,7 @@ DurableEvent = (
 # --------------------------------------------------------------------------------------- ephemeral events
 
 
-class MessageRead(_Tagged, tag="message_read", frozen=True):
+class MessageRead(_Tagged, tag="message_read", frozen=True, kw_only=True):
     """Someone has read up to a message. In a large conversation only the reader's own devices are told."""
 
     conversation_id: ConversationId
@@ -110,7 +110,7 @@ class MessageRead(_Tagged, tag="message_read", frozen=True):
     message_id: MessageId
 
 
-class TypingStarted(_Tagged, tag="typing_started", frozen=True):
+class TypingStarted(_Tagged, tag="typing_started", frozen=True, kw_only=True):
     """Someone is typing; forget it after `fades_after_ms` unless it is said again."""
 
     conversation_id: ConversationId
@@ -118,14 +118,14 @@ class TypingStarted(_Tagged, tag="typing_started", frozen=True):
     fades_after_ms: int = 6_000
 
 
-class TypingStopped(_Tagged, tag="typing_stopped", frozen=True):
+class TypingStopped(_Tagged, tag="typing_stopped", frozen=True, kw_only=True):
     """Someone stopped typing."""
 
     conversation_id: ConversationId
     user_id: UserId
 
 
-class PresenceChanged(_Tagged, tag="presence_changed", frozen=True):
+class PresenceChanged(_Tagged, tag="presence_changed", frozen=True, kw_only=True):
     """A watched user is now seen like this."""
 
     presence: Presence
@@ -134,7 +134,7 @@ class PresenceChanged(_Tagged, tag="presence_changed", frozen=True):
 # --------------------------------------------------------------------------- what is said about the connection
 
 
-class Ready(_Tagged, tag="ready", frozen=True):
+class Ready(_Tagged, tag="ready", frozen=True, kw_only=True):
     """The connection is authenticated. Keep `epoch` with the versions that are learned from here on."""
 
     protocol: int
@@ -146,26 +146,26 @@ class Ready(_Tagged, tag="ready", frozen=True):
     limits: Limits = Limits()
 
 
-class Conversations(_Tagged, tag="conversations", frozen=True):
+class Conversations(_Tagged, tag="conversations", frozen=True, kw_only=True):
     """A page of the user's conversations, after `ready`. When `is_last`, everything has been said."""
 
     conversations: list[ConversationView]
     is_last: bool
 
 
-class ConversationJoined(_Tagged, tag="conversation_joined", frozen=True):
+class ConversationJoined(_Tagged, tag="conversation_joined", frozen=True, kw_only=True):
     """The user is now in a conversation; its events follow."""
 
     view: ConversationView
 
 
-class ConversationLeft(_Tagged, tag="conversation_left", frozen=True):
+class ConversationLeft(_Tagged, tag="conversation_left", frozen=True, kw_only=True):
     """The user is no longer in a conversation; no events follow."""
 
     conversation_id: ConversationId
 
 
-class Changes(_Tagged, tag="changes", frozen=True):
+class Changes(_Tagged, tag="changes", frozen=True, kw_only=True):
     """What happened in a conversation after `since`, up to `version`, in order: the present state of all that
     changed. The position is `version` afterwards. `receipts` are the read positions, where they are shared.
     """
@@ -179,14 +179,17 @@ class Changes(_Tagged, tag="changes", frozen=True):
     last_read_message_id: MessageId | None = None
 
 
-class StartOver(_Tagged, tag="start_over", frozen=True):
+StartOverReason = Literal["too_many_changes", "ahead_of_server", "other_epoch"]
+
+
+class StartOver(_Tagged, tag="start_over", frozen=True, kw_only=True):
     """The difference is too large or makes no sense: forget this conversation's messages and begin with `view`."""
 
     view: ConversationView
-    reason: Literal["too_many_changes", "ahead_of_server", "other_epoch"]
+    reason: StartOverReason
 
 
-class Heartbeat(_Tagged, tag="heartbeat", frozen=True):
+class Heartbeat(_Tagged, tag="heartbeat", frozen=True, kw_only=True):
     """The server is there. `versions` are the clocks of what was active since the last one: a client that is
     behind one of them has lost something and should `resume`.
     """
@@ -198,23 +201,24 @@ class Heartbeat(_Tagged, tag="heartbeat", frozen=True):
 # --------------------------------------------------------------------------------------------------- results
 
 
-class Done(_Tagged, tag="done", frozen=True):
+class Done(_Tagged, tag="done", frozen=True, kw_only=True):
     """It is so; whether it was already does not matter."""
 
 
-class Pong(_Tagged, tag="pong", frozen=True):
+class Pong(_Tagged, tag="pong", frozen=True, kw_only=True):
     """The answer to `ping`."""
 
     server_time: datetime
 
 
-class Resumed(_Tagged, tag="resumed", frozen=True):
-    """Everything that was missed has been sent, and live events follow."""
+class Resumed(_Tagged, tag="resumed", frozen=True, kw_only=True):
+    """Everything that was missed has been sent, and live events follow. `read_positions` are the user's own."""
 
     conversations: int
+    read_positions: dict[ConversationId, MessageId] = {}
 
 
-class Sent(_Tagged, tag="sent", frozen=True):
+class Sent(_Tagged, tag="sent", frozen=True, kw_only=True):
     """The message is stored, for good, at this place."""
 
     conversation_id: ConversationId
@@ -223,14 +227,14 @@ class Sent(_Tagged, tag="sent", frozen=True):
     created_at: datetime
 
 
-class Changed(_Tagged, tag="changed", frozen=True):
+class Changed(_Tagged, tag="changed", frozen=True, kw_only=True):
     """It is stored; `version` is the clock when it changed, or the earlier one if it was already so."""
 
     conversation_id: ConversationId
     version: int
 
 
-class ReadUpTo(_Tagged, tag="read_up_to", frozen=True):
+class ReadUpTo(_Tagged, tag="read_up_to", frozen=True, kw_only=True):
     """The read position, which may be further on than what was asked for."""
 
     conversation_id: ConversationId
@@ -238,13 +242,13 @@ class ReadUpTo(_Tagged, tag="read_up_to", frozen=True):
     unread_count: int
 
 
-class OneConversation(_Tagged, tag="conversation", frozen=True):
+class OneConversation(_Tagged, tag="conversation", frozen=True, kw_only=True):
     """A conversation as the caller sees it."""
 
     view: ConversationView
 
 
-class ConversationPage(_Tagged, tag="conversation_page", frozen=True):
+class ConversationPage(_Tagged, tag="conversation_page", frozen=True, kw_only=True):
     """Some of the caller's conversations; `after` asks for the next page, if there is one."""
 
     conversations: list[ConversationView]
@@ -259,14 +263,14 @@ class ParticipantEntry(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=
     last_read_message_id: MessageId | None = None
 
 
-class ParticipantPage(_Tagged, tag="participant_page", frozen=True):
+class ParticipantPage(_Tagged, tag="participant_page", frozen=True, kw_only=True):
     """Some of a conversation's participants; `after` asks for the next page, if there is one."""
 
     participants: list[ParticipantEntry]
     after: UserId | None = None
 
 
-class MessagePage(_Tagged, tag="message_page", frozen=True):
+class MessagePage(_Tagged, tag="message_page", frozen=True, kw_only=True):
     """Messages, oldest first. `mine` has the caller's own reactions, by message."""
 
     messages: list[Message]
@@ -275,7 +279,7 @@ class MessagePage(_Tagged, tag="message_page", frozen=True):
     mine: dict[MessageId, list[str]] = {}
 
 
-class OneMessage(_Tagged, tag="message", frozen=True):
+class OneMessage(_Tagged, tag="message", frozen=True, kw_only=True):
     """A message; `mine` has the caller's own reactions, `read_by` how many others have read it."""
 
     message: Message
@@ -283,19 +287,19 @@ class OneMessage(_Tagged, tag="message", frozen=True):
     read_by: int = 0
 
 
-class EditPage(_Tagged, tag="edit_page", frozen=True):
+class EditPage(_Tagged, tag="edit_page", frozen=True, kw_only=True):
     """What a message said before, newest first."""
 
     edits: list[MessageEdit]
 
 
-class PresenceList(_Tagged, tag="presence_list", frozen=True):
+class PresenceList(_Tagged, tag="presence_list", frozen=True, kw_only=True):
     """How the watched users are seen now, in the order asked."""
 
     presences: list[Presence]
 
 
-class UserList(_Tagged, tag="user_list", frozen=True):
+class UserList(_Tagged, tag="user_list", frozen=True, kw_only=True):
     """The users that exist and may be seen."""
 
     users: list[User]
@@ -319,14 +323,14 @@ Result = (
 )
 
 
-class Reply(_Tagged, tag="reply", frozen=True):
+class Reply(_Tagged, tag="reply", frozen=True, kw_only=True):
     """The answer to the frame with the id `re`. If that frame wrote something, it is committed."""
 
     re: FrameId | None = None
     result: Result
 
 
-class Error(_Tagged, tag="error", frozen=True):
+class Error(_Tagged, tag="error", frozen=True, kw_only=True):
     """The refusal of the frame with the id `re`: nothing was written. `path` names the bad field."""
 
     re: FrameId | None = None

@@ -8,6 +8,7 @@ import asyncpg
 
 from server.config import Settings
 from server.errors import Fatal
+from server.migrate import is_current
 
 OLDEST_MAJOR = 15
 CONNECT_SECONDS = 5.0
@@ -22,6 +23,7 @@ SESSION = {
     # this, a table that grows quickly is scanned whole until the next ANALYZE (docs/decisions/0008).
     "enable_seqscan": "off",
     "jit": "off",
+    "timezone": "UTC",
     "statement_timeout": f"{STATEMENT_SECONDS:.0f}s",
     "idle_in_transaction_session_timeout": "30s",
 }
@@ -72,6 +74,16 @@ class Database:
         """Borrow a connection inside a transaction, which commits when the block ends."""
         async with self._pool.acquire(timeout=CONNECT_SECONDS) as connection, connection.transaction():
             yield connection
+
+    @property
+    def size(self) -> int:
+        """How many connections there are."""
+        return self._pool.get_size()
+
+    async def is_current(self) -> bool:
+        """Whether the database answers and has the schema that this program knows."""
+        async with self.connection() as db:
+            return await is_current(db)
 
     async def epoch(self) -> str:
         """Return what tells this database from a restored or replaced one."""

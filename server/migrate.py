@@ -1,7 +1,7 @@
 """Bring a database to the schema that this program knows: schema.sql for an empty one, migrations for others."""
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import asyncpg
 
@@ -28,6 +28,9 @@ RECORD = "INSERT INTO schema_migration (number, name) VALUES ($1, $2)"
 NEW_EPOCH = "UPDATE database_epoch SET epoch = gen_random_uuid()"
 
 
+Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record] | asyncpg.pool.PoolConnectionProxy[asyncpg.Record]"
+
+
 class Migration(NamedTuple):
     """One step; `number` is its place, counted from 1 without holes."""
 
@@ -42,7 +45,7 @@ def known() -> list[Migration]:
     return [Migration(int(path.stem.split("_")[0]), path.stem, path) for path in paths]
 
 
-async def plan(connection: "asyncpg.Connection[asyncpg.Record]") -> list[str]:
+async def plan(connection: Connection) -> list[str]:
     """Return what `migrate` would do, a line each; none if the database is up to date. Raises Fatal as it does."""
     if await connection.fetchval(IS_EMPTY):
         return ["schema.sql (the database is empty)"]
@@ -50,7 +53,7 @@ async def plan(connection: "asyncpg.Connection[asyncpg.Record]") -> list[str]:
     return [migration.name for migration in known() if migration.number > applied]
 
 
-async def migrate(connection: "asyncpg.Connection[asyncpg.Record]") -> list[str]:
+async def migrate(connection: Connection) -> list[str]:
     """Do what `plan` says and return it. Safe to call from many processes at once.
 
     Raises Fatal if the schema is newer than the program, or is not OpenChat's.
@@ -76,17 +79,17 @@ async def migrate(connection: "asyncpg.Connection[asyncpg.Record]") -> list[str]
         await connection.execute("SELECT pg_advisory_unlock($1)", LOCK)
 
 
-async def new_epoch(connection: "asyncpg.Connection[asyncpg.Record]") -> None:
+async def new_epoch(connection: Connection) -> None:
     """Tell every client, when it next resumes, to start over: after restoring a backup."""
     await connection.execute(NEW_EPOCH)
 
 
-async def is_current(connection: "asyncpg.Connection[asyncpg.Record]") -> bool:
+async def is_current(connection: Connection) -> bool:
     """Whether the database has exactly the schema that this program knows."""
     return bool(await connection.fetchval(HAS_TABLE)) and await _applied(connection) == len(known())
 
 
-async def _applied(connection: "asyncpg.Connection[asyncpg.Record]") -> int:
+async def _applied(connection: Connection) -> int:
     if not await connection.fetchval(HAS_TABLE):
         raise Fatal("the database holds tables that are not OpenChat's; give it an empty one.")
     applied = int(await connection.fetchval(APPLIED))

@@ -43,6 +43,11 @@ class Postgres:
         return f"postgresql://{NAME}@/{database}?host={quote(str(self._folder.run))}"
 
     @property
+    def is_new(self) -> bool:
+        """Whether there is no database yet, so that starting takes a moment longer."""
+        return not self._data.exists()
+
+    @property
     def pid(self) -> int:
         """The server's process id."""
         assert self._process is not None  # noqa: S101 - asked after start
@@ -50,14 +55,14 @@ class Postgres:
 
     def start(self) -> None:
         """Start the server and return when it takes connections. Raises Fatal if it does not."""
-        if not self._data.exists():
+        if self.is_new:
             self._make()
+        settings = [f"--{key}={value}" for key, value in self._options.items()]
         deadline = time.monotonic() + START_SECONDS
         while True:
             self._clear_stale()
             self._process = process.start(
-                [self._binaries / "postgres", "-D", self._data, "-k", self._folder.run]
-                + [word for key, value in self._options.items() for word in ("-c", f"{key}={value}")],
+                [self._binaries / "postgres", "-D", self._data, "-k", self._folder.run, *settings],
                 folder=self._folder,
                 log=self._log,
                 last_signal=signal.SIGINT,
@@ -97,7 +102,7 @@ class Postgres:
             [self._binaries / "initdb", "-D", unfinished, "-U", NAME, "--auth=trust", "--encoding=UTF8",
              "--locale=C.UTF-8", "--no-instructions"],
             capture_output=True, text=True, check=False, cwd=self._folder.path,
-            **({"user": owner.uid, "group": owner.gid, "extra_groups": []} if owner else {}),  # type: ignore[arg-type]
+            user=owner and owner.uid, group=owner and owner.gid, extra_groups=[] if owner else None,
         )  # fmt: skip
         if made.returncode:
             shutil.rmtree(unfinished)

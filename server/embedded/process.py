@@ -4,7 +4,7 @@ import ctypes
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 from server.embedded.folder import DataFolder
@@ -14,7 +14,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def start(
-    command: Sequence[str | Path], *, folder: DataFolder, log: Path, last_signal: signal.Signals
+    command: list[str | Path], *, folder: DataFolder, log: Path, last_signal: signal.Signals
 ) -> subprocess.Popen[bytes]:
     """Start `command` as the folder's owner, in a group of its own, writing to `log`.
 
@@ -32,7 +32,9 @@ def start(
             # A Ctrl-C in the terminal goes to the whole foreground group; these are stopped last, by us.
             start_new_session=True,
             preexec_fn=_dies_with_parent(last_signal),
-            **({"user": owner.uid, "group": owner.gid, "extra_groups": []} if owner else {}),  # type: ignore[arg-type]
+            user=owner and owner.uid,
+            group=owner and owner.gid,
+            extra_groups=[] if owner else None,
         )
 
 

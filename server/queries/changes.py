@@ -8,6 +8,7 @@ from protocol.ids import ConversationId, MessageId, UserId
 from protocol.server import Changes, DurableEvent
 from protocol.values import Receipt
 from server.database import Db
+from server.queries.messages import COUNT_UNREAD
 
 _event_decoder = msgspec.json.Decoder(DurableEvent)
 _receipts_decoder = msgspec.json.Decoder(list[Receipt])
@@ -52,11 +53,16 @@ WHERE c.id = $1
 
 
 class Difference(NamedTuple):
-    """The changes up to a version, whose participation they end, and whether there are more after it."""
+    """The changes up to a version, whose participation they end, and the conversation's clock."""
 
     changes: Changes
     gone: list[UserId]
-    is_whole: bool
+    clock: int
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether these are all changes there are."""
+        return self.changes.version >= self.clock
 
 
 async def since(db: Db, conversation_id: ConversationId, version: int, *, limit: int) -> Difference | None:
@@ -68,36 +74,40 @@ async def since(db: Db, conversation_id: ConversationId, version: int, *, limit:
     if not rows:
         return None
     clock: int = rows[0][0]
+    reached = max(clock, version)
     kept = [row for row in rows if row[1] is not None]
     if len(kept) > limit:
         # The last version may have more events than were read.
-        clock = kept[-1][1] - 1
-        kept = [row for row in kept if row[1] <= clock]
+        reached = kept[-1][1] - 1
+        kept = [row for row in kept if row[1] <= reached]
     changes = Changes(
         conversation_id=conversation_id,
         since=version,
-        version=max(clock, version),
+        version=reached,
         events=[_event_decoder.decode(row[2]) for row in kept],
     )
     gone = [UserId(row[3]) for row in kept if row[3] is not None]
-    return Difference(changes, gone, is_whole=clock == rows[0][0])
+    return Difference(changes, gone, clock)
 
 
-MISSED = """
-SELECT me.last_read_message_id, CASE WHEN c.participant_count <= $3 THEN coalesce((
+READING = f"""
+SELECT me.last_read_message_id, (
+    {COUNT_UNREAD.format(user="me.user_id", conversation="c.id", read="me.last_read_version")}
+), CASE WHEN c.participant_count <= $3 THEN coalesce((
     SELECT json_agg(json_build_object('user_id', p.user_id, 'message_id', p.last_read_message_id))
     FROM conversation_participant p
     WHERE p.conversation_id = c.id AND p.status = 'active' AND p.last_read_message_id IS NOT NULL
 ), '[]') ELSE '[]' END
 FROM conversation_participant me JOIN conversation c ON c.id = me.conversation_id AND NOT c.is_deleted
 WHERE me.conversation_id = $1 AND me.user_id = $2 AND me.status = 'active'
-"""
+"""  # noqa: S608 - only column references are put in
 
 
 class Reading(NamedTuple):
     """Where the caller's read position is, and the others', where those are shared."""
 
     last_read_message_id: MessageId | None
+    unread_count: int
     receipts: list[Receipt]
 
 
@@ -105,5 +115,5 @@ async def reading(db: Db, conversation_id: ConversationId, user_id: UserId, *, m
     """Return the read positions in a conversation, all of them if it has at most `most` participants; None without
     access.
     """
-    row = await db.fetchrow(MISSED, conversation_id, user_id, most)
-    return None if row is None else Reading(row[0], _receipts_decoder.decode(row[1]))
+    row = await db.fetchrow(READING, conversation_id, user_id, most)
+    return None if row is None else Reading(row[0], row[1], _receipts_decoder.decode(row[2]))

@@ -79,16 +79,23 @@ async def page(db: Db, user_id: UserId, which: Filter, *, limit: int) -> list[Co
     return [_view_decoder.decode(row[0]) for row in rows]
 
 
+class Membership(NamedTuple):
+    """The clock of one of a user's conversations, and how far they have read in it."""
+
+    version: int
+    last_read: MessageId | None
+
+
 MEMBERSHIPS = """
-SELECT c.id, c.version FROM conversation_participant p
+SELECT c.id, c.version, p.last_read_message_id FROM conversation_participant p
 JOIN conversation c ON c.id = p.conversation_id AND NOT c.is_deleted
 WHERE p.user_id = $1 AND p.status = 'active'
 """
 
 
-async def memberships(db: Db, user_id: UserId) -> dict[ConversationId, int]:
-    """Return the user's conversations with their clocks."""
-    return {row[0]: row[1] for row in await db.fetch(MEMBERSHIPS, user_id)}
+async def memberships(db: Db, user_id: UserId) -> dict[ConversationId, Membership]:
+    """Return the user's conversations."""
+    return {row[0]: Membership(row[1], row[2]) for row in await db.fetch(MEMBERSHIPS, user_id)}
 
 
 VERSIONS = "SELECT id, version FROM conversation WHERE id = ANY($1)"
@@ -97,6 +104,19 @@ VERSIONS = "SELECT id, version FROM conversation WHERE id = ANY($1)"
 async def versions(db: Db, conversation_ids: Sequence[ConversationId]) -> dict[ConversationId, int]:
     """Return the clocks of conversations."""
     return {row[0]: row[1] for row in await db.fetch(VERSIONS, list(conversation_ids))}
+
+
+SIZE = """
+SELECT c.participant_count FROM conversation c
+JOIN conversation_participant p ON p.conversation_id = c.id AND p.user_id = $2 AND p.status = 'active'
+WHERE c.id = $1 AND NOT c.is_deleted
+"""
+
+
+async def size(db: Db, conversation_id: ConversationId, user_id: UserId) -> int | None:
+    """Return how many participants a conversation has; None if the user is not one of them."""
+    count = await db.fetchval(SIZE, conversation_id, user_id)
+    return None if count is None else int(count)
 
 
 LOCK = "SELECT conversation_json(c) FROM conversation c WHERE c.id = $1 AND NOT c.is_deleted FOR NO KEY UPDATE"

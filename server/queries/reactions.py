@@ -1,18 +1,9 @@
 """Reactions: a row for each user and emoji; the counts on the message change in the same statement."""
 
-from typing import NamedTuple
-
 from protocol.client import React, Unreact
 from protocol.ids import UserId
 from protocol.values import Message
 from server.database import Db
-
-
-class Reacted(NamedTuple):
-    """The version of the change, and how many have the emoji there now; no count if nothing changed."""
-
-    version: int
-    count: int | None
 
 
 REACT = """
@@ -50,11 +41,14 @@ RETURNING r.version, coalesce((m.reactions ->> $4)::int, 0)
 AS_IT_IS = "SELECT version FROM message_reaction WHERE message_id = $1 AND user_id = $2 AND emoji = $3"
 
 
-async def react(db: Db, found: Message, user_id: UserId, frame: React | Unreact) -> Reacted:
-    """Put an emoji on a message, or take it back. Under the lock."""
+async def react(db: Db, found: Message, user_id: UserId, frame: React | Unreact) -> tuple[int, int | None]:
+    """Put an emoji on a message, or take it back. Under the lock.
+
+    Return the version of the change and how many have the emoji there now; no count if nothing changed.
+    """
     change = REACT if isinstance(frame, React) else UNREACT
     row = await db.fetchrow(change, found.conversation_id, found.id, user_id, frame.emoji)
     if row is not None:
-        return Reacted(*row)
+        return row[0], row[1]
     version = await db.fetchval(AS_IT_IS, found.id, user_id, frame.emoji)
-    return Reacted(found.version if version is None else version, None)
+    return found.version if version is None else version, None

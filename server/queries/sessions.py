@@ -50,7 +50,11 @@ async def find(db: Db, token_hashes: Sequence[str]) -> dict[str, Active]:
     return {row[0]: Active(row[1], row[2], _user_decoder.decode(row[3])) for row in rows}
 
 
-SLIDE = "UPDATE session SET expires_at = now() + $2, updated_at = now() WHERE id = ANY($1) AND expires_at > now()"
+SLIDE = """
+UPDATE session s SET expires_at = now() + $2, updated_at = now()
+FROM (SELECT id FROM session WHERE id = ANY($1) AND expires_at > now() ORDER BY id FOR NO KEY UPDATE) t
+WHERE s.id = t.id
+"""
 
 
 async def slide(db: Db, session_ids: Sequence[SessionId], lasts: timedelta) -> None:

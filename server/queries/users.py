@@ -4,7 +4,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import msgspec
+from msgspec import UNSET
 
+from protocol.client import SetPresence
 from protocol.ids import UserId
 from protocol.values import PresenceStatus, User
 from server.database import Db
@@ -63,12 +65,19 @@ async def visible(db: Db, caller: UserId, user_ids: Sequence[UserId]) -> dict[Us
     return {row[0]: Visibility(*row[1:]) for row in await db.fetch(VISIBLE, caller, list(user_ids))}
 
 
-CHOOSE = """UPDATE "user" SET status = $2, custom_status = $3, updated_at = now() WHERE id = $1"""
+# 'away' belongs to a device, not to the user; 'offline' is what the column says of those who never chose.
+CHOOSE = """
+UPDATE "user" SET updated_at = now(),
+    status = CASE $2 WHEN 'away' THEN status WHEN 'offline' THEN 'invisible' ELSE $2 END,
+    custom_status = CASE WHEN $3 THEN $4 ELSE custom_status END
+WHERE id = $1
+"""
 
 
-async def choose(db: Db, user_id: UserId, status: PresenceStatus, custom_status: str | None) -> None:
+async def choose(db: Db, user_id: UserId, frame: SetPresence) -> None:
     """Record how a user wants to be seen."""
-    await db.execute(CHOOSE, user_id, status, custom_status)
+    custom_status = None if frame.custom_status is UNSET else frame.custom_status
+    await db.execute(CHOOSE, user_id, frame.status, frame.custom_status is not UNSET, custom_status)
 
 
 CHOICES = """SELECT id, status, custom_status, show_online_status FROM "user" WHERE id = ANY($1)"""
@@ -115,3 +124,17 @@ ARE_THERE = """SELECT count(*) FROM "user" u WHERE u.id = ANY($1) AND u.is_activ
 async def are_there(db: Db, user_ids: Sequence[UserId]) -> bool:
     """Whether all of the users exist and are active."""
     return bool(await db.fetchval(ARE_THERE, list(user_ids)) == len(set(user_ids)))
+
+
+MAY_WRITE = """
+SELECT EXISTS (SELECT FROM "user" u WHERE u.id = $2 AND u.is_active AND NOT u.is_deleted) AND NOT EXISTS (
+    SELECT FROM user_relationship r
+    WHERE r.from_user_id = $2 AND r.to_user_id = $1
+        AND (NOT r.can_send_messages OR (r.type = 'block' AND r.status = 'active'))
+)
+"""
+
+
+async def may_write(db: Db, user_id: UserId, other: UserId) -> bool:
+    """Whether a user may open a direct conversation with the other one, who is there and does not refuse it."""
+    return bool(await db.fetchval(MAY_WRITE, user_id, other))

@@ -1,0 +1,154 @@
+"""The server of one worker, built from top to bottom."""
+
+import asyncio
+import contextlib
+from pathlib import Path
+
+from redis.asyncio import Redis
+from starlette.applications import Starlette
+
+from server import sync
+from server.auth.attempts import Attempts
+from server.auth.endpoints import Accounts
+from server.auth.sessions import Sessions
+from server.config import Settings
+from server.connection import STRIKES_AT_ONCE, STRIKES_PER_SECOND, Connection, Lifecycle, Shared
+from server.context import Services
+from server.database import Database
+from server.dispatch import Dispatch
+from server.endpoints import Door, Endpoints
+from server.gather import Gather
+from server.hub import Hub
+from server.limits import Allowance
+from server.metrics import Metrics
+from server.presence import Presence
+from server.queries import messages
+from server.queries.messages import Outgoing, Stored
+from server.record import PostgresRecord
+from server.roster import Roster
+from server.routes import ROUTES
+from server.websocket import WebSocket
+
+SENDS_AT_ONCE = 64
+"""How many messages one statement stores at most."""
+REDIS_SECONDS = 1.0
+
+
+class App:
+    """Everything a worker has, wired together."""
+
+    def __init__(self, settings: Settings, database: Database, metrics: Metrics) -> None:
+        WebSocket.outbox_bytes = settings.outbox_bytes
+        self._database = database
+        self._redis = Redis.from_url(
+            settings.redis_url, socket_timeout=REDIS_SECONDS, socket_connect_timeout=REDIS_SECONDS
+        )
+        self._metrics = metrics
+        self._draining = asyncio.Event()
+        self._tasks: list[asyncio.Task[None]] = []
+
+        self.hub = Hub(PostgresRecord(database), settings.redis_url)
+        self.presence = Presence(self._redis, database, self.hub.announce)
+        self.sessions = Sessions(database, days=settings.session_days)
+        self.roster = Roster(self.hub, heartbeat_seconds=settings.heartbeat_seconds, alive=self._alive)
+        self._sends: Gather[Outgoing, Stored | None] = Gather(self._send, most=SENDS_AT_ONCE)
+
+        services = Services(
+            settings=settings, database=database, events=self.hub, presence=self.presence, sends=self._sends
+        )
+        shared = Shared(
+            hub=self.hub,
+            dispatch=Dispatch(ROUTES, settings, metrics),
+            lifecycle=Lifecycle(sync.start, sync.refresh),
+            strikes=Allowance(STRIKES_PER_SECOND, burst=STRIKES_AT_ONCE),
+            arrived=self._arrived,
+            left=self._left,
+            connections_per_user=settings.connections_per_user,
+            heartbeat_seconds=settings.heartbeat_seconds,
+        )
+        accounts = Accounts(
+            database,
+            self.hub,
+            sessions=self.sessions,
+            attempts=Attempts(
+                self._redis,
+                per_account=settings.login_attempts,
+                per_address=settings.login_attempts_per_address,
+            ),
+            origins=settings.allowed_origins,
+        )
+        door = Door(
+            services=services,
+            shared=shared,
+            sessions=self.sessions,
+            accounts=accounts,
+            origins=settings.allowed_origins,
+            metrics=metrics,
+            is_draining=self._draining,
+        )
+        self.starlette = Starlette(routes=[*Endpoints(door).routes(), *accounts.routes()])
+        metrics.values = self._values
+
+    @classmethod
+    async def open(cls, settings: Settings, folder: Path, number: int) -> "App":
+        """Return a worker's server, connected to everything. `folder` is for what the workers share.
+
+        Raises Fatal if the database or the bus cannot be reached.
+        """
+        app = cls(settings, await Database.open(settings), Metrics(folder, number))
+        await app.hub.start()
+        await app.presence.start()
+        app.roster.start()
+        app._tasks = [asyncio.create_task(app._metrics.write()), asyncio.create_task(app.sessions.clear())]
+        return app
+
+    async def drain(self) -> None:
+        """Send everyone elsewhere, after what they have begun is done."""
+        self._draining.set()
+        await self.roster.drain()
+
+    async def close(self) -> None:
+        """Let go of everything."""
+        for task in self._tasks:
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+        await self.presence.close()
+        await self.hub.close()
+        await self._redis.aclose()
+        await self._database.close()
+
+    async def _send(self, batch: list[Outgoing]) -> list[Stored | None]:
+        async with self._database.connection() as db:
+            return await messages.send(db, batch)
+
+    def _arrived(self, connection: Connection) -> None:
+        self.roster.add(connection)
+        self.presence.arrived(connection.user_id, connection)
+
+    def _left(self, connection: Connection) -> None:
+        self.roster.remove(connection)
+        self.presence.left(connection.user_id, connection)
+
+    def _alive(self, connections: list[Connection]) -> None:
+        due = [connection for connection in connections if self.sessions.is_due(connection.expires_at)]
+        if due:
+            self.sessions.slide([connection.session_id for connection in due])
+            for connection in due:
+                connection.expires_at = self.sessions.expiry()
+
+    def _values(self) -> dict[str, float]:
+        return {
+            "connections": len(self.roster),
+            "conversations": len(self.hub.topics),
+            "bus_up": self.hub.bus.is_up,
+            "database_connections": self._database.size,
+            "deliveries": self.hub.delivered,
+            "fetches": self.hub.fetched,
+            "bus_published": self.hub.bus.published,
+            "bus_received": self.hub.bus.received,
+            "bus_dropped": self.hub.bus.dropped,
+            "closed_silent": self.roster.closed_silent,
+            "closed_slow": self.roster.closed_slow,
+        }
+

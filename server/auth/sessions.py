@@ -1,0 +1,91 @@
+"""Sessions: from a token to a user, and how long that lasts."""
+
+import asyncio
+import hashlib
+import secrets
+from collections.abc import Sequence
+from datetime import datetime, timedelta
+
+from protocol.codec import now
+from protocol.errors import ErrorCode, Refused
+from protocol.ids import SessionId
+from server.database import Database
+from server.errors import is_lost
+from server.gather import Gather
+from server.queries import sessions
+from server.queries.sessions import Active
+
+TOKEN_BYTES = 32
+SLIDE_EVERY = timedelta(days=1)
+"""A session in use is extended at most this often."""
+CLEAR_SECONDS = 600.0
+
+
+class Sessions:
+    """Looks tokens up, many in one query when many come at once."""
+
+    def __init__(self, database: Database, *, days: int) -> None:
+        self._database = database
+        self.lasts = timedelta(days=days)
+        self._lookups: Gather[str, Active | None] = Gather(self._find, most=256)
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def authenticate(self, token: str) -> Active:
+        """Return the session of a token. Raises Refused if there is none, or it has expired."""
+        active = await self._lookups.submit(token_hash(token))
+        if active is None:
+            raise Refused(ErrorCode.UNAUTHENTICATED, "There is no such session, or it has ended: log in.")
+        if self.is_due(active.expires_at):
+            self.slide([active.session_id])
+        return active
+
+    def is_due(self, expires_at: datetime) -> bool:
+        """Whether a session that is being used should be extended."""
+        return expires_at - now() < self.lasts - SLIDE_EVERY
+
+    def expiry(self) -> datetime:
+        """Return when a session that is extended now expires."""
+        return now() + self.lasts
+
+    def slide(self, session_ids: Sequence[SessionId]) -> None:
+        """Extend sessions, soon."""
+        task = asyncio.create_task(self._slide(session_ids))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def clear(self) -> None:
+        """Drop expired sessions now and then, for ever."""
+        while True:
+            await asyncio.sleep(CLEAR_SECONDS)
+            try:
+                async with self._database.connection() as db:
+                    await sessions.clear_expired(db)
+            except Exception as error:
+                if not is_lost(error):
+                    raise
+
+    async def _slide(self, session_ids: Sequence[SessionId]) -> None:
+        try:
+            async with self._database.connection() as db:
+                await sessions.slide(db, session_ids, self.lasts)
+        except Exception as error:
+            # It lasts for days yet; the next use extends it.
+            if not is_lost(error):
+                raise
+
+    async def _find(self, hashes: list[str]) -> list[Active | None]:
+        async with self._database.connection() as db:
+            found = await sessions.find(db, hashes)
+        return [found.get(one) for one in hashes]
+
+
+def new_token() -> str:
+    """Return a token of 256 random bits."""
+    return secrets.token_urlsafe(TOKEN_BYTES)
+
+
+def token_hash(token: str) -> str:
+    """Return what is stored of a token. It is random, so one round of SHA-256 is enough, and looked up by
+    equality in an index, so comparing it leaks nothing of use.
+    """
+    return hashlib.sha256(token.encode()).hexdigest()

@@ -1,0 +1,106 @@
+"""The command line: `openchat`, `openchat migrate`, `openchat new-epoch`."""
+
+import argparse
+import asyncio
+import sys
+from importlib.metadata import version
+
+import msgspec
+
+from server import config, database, log, migrate
+from server.config import Settings, variable
+from server.embedded.folder import DataFolder
+from server.embedded.postgres import Postgres
+from server.errors import Fatal
+from server.supervisor import Supervisor, tell
+
+ABOUT = "A real-time chat backend: one command starts it, and it does not lose a message."
+MIGRATE_CONNECTIONS = 10
+
+
+def main() -> None:
+    """Do what the command line says; end with status 1 and one line if it cannot be done."""
+    options = _parser().parse_args()
+    log.configure("openchat")
+    try:
+        settings = config.read(
+            host=options.host, port=options.port, workers=options.workers, data_dir=options.data_dir
+        )
+        if options.command == "migrate":
+            _with_database(settings, is_plan=options.plan)
+        elif options.command == "new-epoch":
+            _with_database(settings, is_new_epoch=True)
+        else:
+            Supervisor(settings).run()
+    except Fatal as error:
+        sys.stderr.write(f"openchat: {error}\n")
+        sys.exit(1)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="openchat",
+        description=ABOUT,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="every setting can also be given as an environment variable:\n\n" + _variables(),
+    )
+    parser.add_argument("--version", action="version", version=f"openchat {version('openchat')}")
+    parser.add_argument(
+        "command",
+        nargs="?",
+        default="run",
+        choices=["run", "migrate", "new-epoch"],
+        help="run: start the server (the default). migrate: bring the database to this program's schema. "
+        "new-epoch: after restoring a backup, have every client start over",
+    )
+    parser.add_argument("--host", help="the address to listen on (127.0.0.1)")
+    parser.add_argument("--port", type=int, help="the port to listen on (8000)")
+    parser.add_argument("--workers", type=int, help="worker processes (one per core, at most 4)")
+    parser.add_argument("--data-dir", help="where the embedded database lives (the user's state folder)")
+    parser.add_argument("--plan", action="store_true", help="with migrate: only say what would be done")
+    return parser
+
+
+def _variables() -> str:
+    defaults = Settings()
+    lines = []
+    for field in Settings.__struct_fields__:
+        default = getattr(defaults, field)
+        lines.append(f"  {variable(field):<36} {default if default != '' else '-'}")
+    return "\n".join([*lines, "", "docs/operations.md says what each one means."])
+
+
+def _with_database(settings: Settings, *, is_plan: bool = False, is_new_epoch: bool = False) -> None:
+    folder, postgres = None, None
+    try:
+        if not settings.database_url:
+            folder = DataFolder(settings.data_path)
+            postgres = Postgres(folder, max_connections=MIGRATE_CONNECTIONS)
+            postgres.start()
+            settings = msgspec.structs.replace(settings, database_url=postgres.url())
+        asyncio.run(_administer(settings, is_plan=is_plan, is_new_epoch=is_new_epoch))
+    finally:
+        if postgres is not None:
+            postgres.stop()
+        if folder is not None:
+            folder.release()
+
+
+async def _administer(settings: Settings, *, is_plan: bool, is_new_epoch: bool) -> None:
+    connection = await database.connect(settings.database_url)
+    try:
+        if is_new_epoch:
+            await migrate.new_epoch(connection)
+            tell("A new epoch has begun: every client starts over.")
+            return
+        steps = await (migrate.plan if is_plan else migrate.migrate)(connection)
+        for step in steps:
+            tell(f"{'would apply' if is_plan else 'applied'}  {step}")
+        if not steps:
+            tell("The database is up to date.")
+    finally:
+        await connection.close()
+
+
+if __name__ == "__main__":
+    main()

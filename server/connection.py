@@ -1,0 +1,237 @@
+"""One client's connection: its frames in order, one at a time, and everything that is written to it."""
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from datetime import datetime
+from typing import NamedTuple
+
+from protocol import PROTOCOL_VERSION
+from protocol.codec import encode, now, text_frame
+from protocol.errors import CloseCode, ErrorCode, Refused
+from protocol.ids import ConversationId, UserId
+from protocol.server import Error, Ready, ServerFrame
+from server.context import Context
+from server.dispatch import Dispatch, error_frame
+from server.errors import is_lost
+from server.hub import Hub
+from server.limits import Allowance
+from server.websocket import WebSocket
+
+log = logging.getLogger(__name__)
+
+MAX_INBOX = 32
+"""How many frames wait for their turn before the socket is not read any more."""
+REFRESH_RETRY_SECONDS = 1.0
+STRIKES_PER_SECOND, STRIKES_AT_ONCE = 2.0, 200.0
+"""How many frames may be refused as malformed or too many before that is abuse."""
+STRIKES = frozenset({ErrorCode.BAD_FRAME, ErrorCode.INVALID, ErrorCode.RATE_LIMITED})
+NOT_TEXT = Refused(ErrorCode.BAD_FRAME, "Frames are JSON in text messages, not in binary ones.")
+
+
+class Lifecycle(NamedTuple):
+    """What happens to a connection besides its frames: when it begins, and when its user's conversations change."""
+
+    start: Callable[[Context], Awaitable[None]]
+    refresh: Callable[[Context], Awaitable[None]]
+
+
+class Shared(NamedTuple):
+    """What all connections of a worker have in common."""
+
+    hub: Hub
+    dispatch: Dispatch
+    lifecycle: Lifecycle
+    strikes: Allowance[int]
+    arrived: Callable[["Connection"], None]
+    left: Callable[["Connection"], None]
+    connections_per_user: int
+    heartbeat_seconds: float
+
+
+class Connection:
+    """A WebSocket that has been authenticated."""
+
+    __slots__ = (
+        "_inbox", "_is_closed", "_is_finishing", "_shared", "_todo", "_worker", "attached", "context",
+        "expires_at", "session_id", "socket", "user_id", "was_slow", "watched", "write",
+    )  # fmt: skip
+
+    def __init__(self, socket: WebSocket, shared: Shared, expires_at: datetime) -> None:
+        """`context` is set by who makes the connection, before `begin`: each needs the other."""
+        self.socket = socket
+        self.write = socket.transport.write
+        self.expires_at = expires_at
+        self.context: Context
+        self.user_id: UserId
+        self.attached: set[ConversationId] = set()
+        self.watched: set[UserId] = set()
+        self._shared = shared
+        self._inbox: deque[bytes | None] = deque()
+        self._todo: list[Callable[[], Awaitable[None]]] = []
+        self._worker: asyncio.Task[None] | None = None
+        self._is_closed = False
+        self._is_finishing = False
+        self.was_slow = False
+
+    def begin(self, context: Context, *, is_resuming: bool) -> None:
+        """Say `ready`, and then, unless the client will `resume`, all conversations."""
+        self.context = context
+        self.user_id = context.user_id
+        self.session_id = context.session_id
+        self._todo.append(self._begin_to_resume if is_resuming else self._begin)
+        self._shared.arrived(self)
+        self.socket.take_over(self)
+        if self._shared.hub.devices(self.user_id) >= self._shared.connections_per_user:
+            self.close(CloseCode.TOO_MANY_CONNECTIONS)
+        self._wake()
+
+    def finish(self) -> bool:
+        """Answer what has been begun, then close and ask to come back; whether that is done already."""
+        self._is_finishing = True
+        self._inbox.clear()
+        if self._worker is None:
+            self.close(CloseCode.GOING_AWAY)
+        return self._is_closed
+
+    # ------------------------------------------------------------------------------ from the socket (Receiver)
+
+    def received(self, data: bytes, *, is_text: bool) -> None:
+        """Put a frame in line; stop reading when the line is long."""
+        if self._is_closed or self._is_finishing:
+            return
+        self._inbox.append(data if is_text else None)
+        if len(self._inbox) >= MAX_INBOX:
+            self.socket.pause_receiving()
+        self._wake()
+
+    def overflowed(self) -> None:
+        """The client reads too slowly."""
+        self.was_slow = True
+        self.close(CloseCode.SLOW)
+
+    def lost(self) -> None:
+        """The connection is gone."""
+        if not self._is_closed:
+            self._leave()
+
+    # ------------------------------------------------------------------------------------------ to the socket
+
+    def say(self, frame: ServerFrame) -> None:
+        """Send a frame to this connection alone."""
+        if not self._is_closed:
+            self.write(text_frame(encode(frame)))
+
+    def close(self, code: CloseCode) -> None:
+        """Close the connection."""
+        if not self._is_closed:
+            self._leave()
+            self.socket.close(code)
+
+    def refresh(self) -> None:
+        """Compare what is followed with what the user takes part in, when there is time."""
+        if not self._is_closed and self._refresh not in self._todo:
+            self._todo.append(self._refresh)
+            self._wake()
+
+    # ---------------------------------------------------------------------------- what handlers use (Subscriber)
+
+    async def open(self, conversation_ids: Sequence[ConversationId]) -> None:
+        """Have the worker follow conversations."""
+        await self._shared.hub.open(conversation_ids)
+
+    def attach(self, conversation_id: ConversationId, version: int) -> bool:
+        """Deliver the events after `version`; False if later ones were delivered already."""
+        return self._is_closed or self._shared.hub.attach(self, conversation_id, version)
+
+    def detach(self, conversation_id: ConversationId) -> None:
+        """Deliver no more of them."""
+        self._shared.hub.detach(self, conversation_id)
+
+    async def watch(self, user_ids: Sequence[UserId]) -> None:
+        """Deliver the presence of users."""
+        if not self._is_closed:
+            await self._shared.hub.watch(self, user_ids)
+
+    def unwatch(self, user_ids: Iterable[UserId]) -> None:
+        """Deliver it no more."""
+        self._shared.hub.unwatch(self, user_ids)
+
+    # ---------------------------------------------------------------------------------------------- the worker
+
+    def _wake(self) -> None:
+        if self._worker is None and not self._is_closed:
+            self._worker = asyncio.create_task(self._work())
+
+    async def _work(self) -> None:
+        """Do what there is to do, in order, and end: an idle connection has no task."""
+        try:
+            while not self._is_closed:
+                if self._todo:
+                    await self._todo.pop(0)()
+                elif self._inbox:
+                    await self._answer(self._inbox.popleft())
+                    if len(self._inbox) < MAX_INBOX // 2:
+                        self.socket.resume_receiving()
+                else:
+                    break
+        except Exception:
+            log.exception("a connection failed")
+            self.close(CloseCode.GOING_AWAY)
+        finally:
+            self._worker = None
+        if self._is_finishing:
+            self.close(CloseCode.GOING_AWAY)
+
+    async def _answer(self, data: bytes | None) -> None:
+        if data is None:
+            answer = error_frame(NOT_TEXT)
+        else:
+            answer = await self._shared.dispatch.run(self.context, data)
+        self.say(answer)
+        if isinstance(answer, Error) and answer.code in STRIKES and self._shared.strikes.take(id(self)) > 0:
+            self.close(CloseCode.ABUSE)
+
+    async def _begin(self) -> None:
+        await self._begin_to_resume()
+        try:
+            await self._shared.lifecycle.start(self.context)
+        except Exception as error:
+            if not isinstance(error, Refused) and not is_lost(error):
+                raise
+            self.close(CloseCode.GOING_AWAY)
+
+    async def _begin_to_resume(self) -> None:
+        try:
+            await self._shared.hub.add(self)
+        except Exception as error:
+            if not is_lost(error):
+                raise
+            self.close(CloseCode.GOING_AWAY)
+            return
+        self.say(
+            Ready(
+                protocol=PROTOCOL_VERSION,
+                user=self.context.user,
+                session_id=self.context.session_id,
+                epoch=self._shared.hub.epoch,
+                server_time=now(),
+                heartbeat_ms=int(self._shared.heartbeat_seconds * 1000),
+            )
+        )
+
+    async def _refresh(self) -> None:
+        try:
+            await self._shared.lifecycle.refresh(self.context)
+        except Exception as error:
+            if not isinstance(error, Refused) and not is_lost(error):
+                raise
+            asyncio.get_running_loop().call_later(REFRESH_RETRY_SECONDS, self.refresh)
+
+    def _leave(self) -> None:
+        self._is_closed = True
+        self._inbox.clear()
+        self._todo.clear()
+        self._shared.hub.remove(self)
+        self._shared.left(self)

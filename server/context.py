@@ -1,0 +1,109 @@
+"""What a handler receives: who asks, and what it may use to answer. The two wings of the server meet here."""
+
+from collections.abc import Collection, Iterable, Sequence
+from typing import Protocol
+
+import msgspec
+
+from protocol.client import SetPresence
+from protocol.errors import ErrorCode, Refused
+from protocol.ids import ConversationId, SessionId, UserId
+from protocol.server import DurableEvent, ServerFrame
+from protocol.values import Presence, User
+from server.config import Settings
+from server.database import Database
+from server.gather import Gather
+from server.queries.messages import Outgoing, Stored
+
+
+class Events(Protocol):
+    """How a handler tells the world, after its commit. The hub is behind it."""
+
+    def publish(self, event: DurableEvent, *, gone: UserId | None = None) -> None:
+        """Deliver a durable event in the order of versions; then stop delivering to the user who is `gone`."""
+
+    def relay(self, conversation_id: ConversationId, event: ServerFrame) -> None:
+        """Deliver something ephemeral to whoever is there now."""
+
+    def whisper(self, user_id: UserId, event: ServerFrame) -> None:
+        """Deliver something ephemeral to a user's own devices."""
+
+    def poke(self, user_ids: Iterable[UserId]) -> None:
+        """Have the workers look again at these users' conversations and sessions."""
+
+
+class Subscriber(Protocol):
+    """The connection that a frame came by, as far as handlers may use it."""
+
+    @property
+    def attached(self) -> Collection[ConversationId]:
+        """The conversations whose events reach the connection."""
+
+    async def open(self, conversation_ids: Sequence[ConversationId]) -> None:
+        """Have the worker follow these conversations: from now on nothing of them is missed."""
+
+    def attach(self, conversation_id: ConversationId, version: int) -> bool:
+        """Deliver the events after `version`; False if later ones were delivered already: read what came, try again."""
+
+    def detach(self, conversation_id: ConversationId) -> None:
+        """Deliver no more of them."""
+
+    def say(self, frame: ServerFrame) -> None:
+        """Send a frame to this connection alone."""
+
+    async def watch(self, user_ids: Sequence[UserId]) -> None:
+        """Deliver the presence of these users. Raises Refused when it would be too many."""
+
+    def unwatch(self, user_ids: Iterable[UserId]) -> None:
+        """Deliver it no more."""
+
+
+class Presences(Protocol):
+    """Who is here, and how they are seen."""
+
+    async def choose(self, user_id: UserId, device: Subscriber | None, frame: SetPresence) -> None:
+        """Record how a user, or one device of theirs, wants to be seen."""
+
+    async def seen_by(self, watcher: UserId, user_ids: Sequence[UserId]) -> list[Presence]:
+        """Return how the watcher sees these users, in this order; those it may not see are left out."""
+
+
+class Services(msgspec.Struct, frozen=True, kw_only=True):
+    """What all connections of a worker share."""
+
+    settings: Settings
+    database: Database
+    events: Events
+    presence: Presences
+    sends: Gather[Outgoing, Stored | None]
+
+
+class Context(msgspec.Struct, frozen=True, kw_only=True):
+    """One caller: a connection, or one HTTP call, which has no `subscriber`."""
+
+    services: Services
+    user: User
+    session_id: SessionId
+    subscriber: Subscriber | None = None
+
+    @property
+    def user_id(self) -> UserId:
+        """Who is calling."""
+        return self.user.id
+
+    @property
+    def database(self) -> Database:
+        """The database."""
+        return self.services.database
+
+    @property
+    def events(self) -> Events:
+        """Where to tell what happened."""
+        return self.services.events
+
+    @property
+    def connection(self) -> Subscriber:
+        """The connection. Raises Refused for frames that came by plain HTTP."""
+        if self.subscriber is None:
+            raise Refused(ErrorCode.INVALID, "This frame makes sense only on a WebSocket connection.", path="type")
+        return self.subscriber

@@ -1,0 +1,91 @@
+"""From bytes to reply: decode, look up in the table, check the allowance, run the handler, answer."""
+
+import logging
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from enum import Enum
+from typing import Any, NamedTuple
+
+from protocol.client import Authenticate, Frame
+from protocol.codec import decode_client, label
+from protocol.errors import ErrorCode, Refused
+from protocol.ids import UserId
+from protocol.server import Error, Reply, Result
+from server.config import Settings
+from server.context import Context
+from server.errors import refusal
+from server.limits import Allowance
+from server.metrics import Metrics
+
+log = logging.getLogger(__name__)
+
+INTERNAL = Refused(ErrorCode.INTERNAL, "The server failed to do this; it has been noted. Nothing was half-written.")
+
+
+class Access(Enum):
+    """Who gets an answer other than `not_found`. The queries see to it; a test asks each as a stranger."""
+
+    USER = "any user"
+    PARTICIPANT = "participants of the conversation"
+
+
+class Rate(Enum):
+    """Whose allowance a frame takes (docs/operations.md has the figures)."""
+
+    WRITE = "write"
+    READ = "read"
+    EPHEMERAL = "ephemeral"
+
+
+class Route(NamedTuple):
+    """One line of the table."""
+
+    handler: Callable[[Context, Any], Awaitable[Result]]
+    access: Access
+    rate: Rate
+
+
+class Dispatch:
+    """The way of every frame, whether it came by WebSocket or by HTTP."""
+
+    def __init__(self, routes: Mapping[type[Frame], Route], settings: Settings, metrics: Metrics) -> None:
+        self._routes = routes
+        self._metrics = metrics
+        self._allowances: dict[Rate, Allowance[UserId]] = {
+            Rate.WRITE: Allowance(settings.write_rate),
+            Rate.READ: Allowance(settings.read_rate),
+            Rate.EPHEMERAL: Allowance(settings.ephemeral_rate),
+        }
+
+    async def run(self, context: Context, data: bytes) -> Reply | Error:
+        """Return the answer to one frame. Whatever goes wrong is an answer, too."""
+        frame = None
+        began = time.perf_counter()
+        try:
+            frame = decode_client(data)
+            route = self._routes.get(type(frame))
+            if route is None:
+                raise _already_authenticated(frame)
+            self._allowances[route.rate].require(context.user_id)
+            result = await route.handler(context, frame)
+        except Exception as error:  # noqa: BLE001 - told to the client, and logged if it is ours
+            refused = refusal(error)
+            if refused is None:
+                log.exception("%s failed", type(frame).__name__)
+                refused = INTERNAL
+            self._metrics.refusals[refused.code] += 1
+            return error_frame(refused, re=label(data) if frame is None else frame.id)
+        self._metrics.answered(str(type(frame).__struct_config__.tag), time.perf_counter() - began)
+        return Reply(re=frame.id, result=result)
+
+
+def error_frame(refused: Refused, *, re: int | str | None = None) -> Error:
+    """Return what tells a client about a refusal."""
+    return Error(
+        re=re, code=refused.code, message=refused.message, path=refused.path, retry_after_ms=refused.retry_after_ms
+    )
+
+
+def _already_authenticated(frame: object) -> Refused:
+    assert isinstance(frame, Authenticate)  # noqa: S101 - the only frame without a line in the table
+    return Refused(ErrorCode.INVALID, "This connection is authenticated already.", path="type")

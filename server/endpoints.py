@@ -1,0 +1,145 @@
+"""The HTTP endpoints that are not about accounts: the socket's door, one frame by HTTP, health, documents."""
+
+import asyncio
+from typing import NamedTuple
+
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response
+from starlette.routing import BaseRoute, Route, WebSocketRoute
+from starlette.websockets import WebSocket as Handshake
+from starlette.websockets import WebSocketDisconnect
+
+from protocol import SUBPROTOCOL
+from protocol.client import Authenticate
+from protocol.codec import decode_client, encode
+from protocol.errors import CloseCode, ErrorCode, Refused
+from protocol.server import Error
+from server import describe
+from server.auth.credentials import token_of
+from server.auth.endpoints import Accounts
+from server.auth.sessions import Sessions
+from server.connection import Connection, Shared
+from server.context import Context, Services
+from server.dispatch import error_frame
+from server.errors import refusal
+from server.metrics import Metrics
+from server.queries.sessions import Active
+from server.web import STATUS, endpoint, json_response, limited_body, refusal_response
+from server.websocket import EXTENSION, WebSocket
+
+AUTHENTICATE_SECONDS = 5.0
+READY_SECONDS = 2.0
+
+
+class Door(NamedTuple):
+    """What it takes to let somebody in."""
+
+    services: Services
+    shared: Shared
+    sessions: Sessions
+    accounts: Accounts
+    origins: frozenset[str]
+    metrics: Metrics
+    is_draining: asyncio.Event
+
+
+class Endpoints:
+    """Everything but /v1/auth."""
+
+    def __init__(self, door: Door) -> None:
+        self._door = door
+
+    def routes(self) -> list[BaseRoute]:
+        """Return the routes."""
+        return [
+            WebSocketRoute("/v1/ws", self.socket),
+            Route("/v1/call", endpoint(self.call), methods=["POST"]),
+            Route("/healthz", self.alive, methods=["GET"]),
+            Route("/readyz", self.ready, methods=["GET"]),
+            Route("/metrics", self.metrics, methods=["GET"]),
+            Route("/v1/asyncapi.json", self.asyncapi, methods=["GET"]),
+            Route("/v1/openapi.json", self.openapi, methods=["GET"]),
+        ]
+
+    async def socket(self, handshake: Handshake) -> None:
+        """Authenticate a WebSocket and hand it over to a connection."""
+        try:
+            if self._door.is_draining.is_set():
+                raise Refused(ErrorCode.UNAVAILABLE, "The server is shutting down.", retry_after_ms=1_000)
+            token = token_of(handshake, self._door.origins)
+            # With a token, a refusal is still an HTTP answer that any client can read.
+            active = None if token is None else await self._door.sessions.authenticate(token)
+        except Exception as error:
+            refused = refusal(error)
+            if refused is None:
+                raise
+            await handshake.send_denial_response(refusal_response(refused))
+            return
+        offered = handshake.scope["subprotocols"]
+        await handshake.accept(subprotocol=SUBPROTOCOL if SUBPROTOCOL in offered else None)
+        socket: WebSocket = handshake.scope["extensions"][EXTENSION]
+        if active is None:
+            try:
+                active = await asyncio.wait_for(self._first_frame(handshake), AUTHENTICATE_SECONDS)
+            except WebSocketDisconnect:
+                return
+            except Exception as error:
+                refused = refusal(error) or Refused(ErrorCode.UNAUTHENTICATED, "No `authenticate` in time.")
+                await handshake.send_text(encode(error_frame(refused)).decode())
+                is_ours = refused.code in {ErrorCode.UNAVAILABLE, ErrorCode.INTERNAL}
+                socket.close(CloseCode.GOING_AWAY if is_ours else CloseCode.UNAUTHENTICATED)
+                return
+        connection = Connection(socket, self._door.shared, active.expires_at)
+        context = Context(
+            services=self._door.services, user=active.user, session_id=active.session_id, subscriber=connection
+        )
+        connection.begin(context, is_resuming=handshake.query_params.get("resume") == "1")
+
+    async def call(self, request: Request) -> Response:
+        """Run one frame."""
+        active = await self._door.accounts.caller(request)
+        context = Context(services=self._door.services, user=active.user, session_id=active.session_id)
+        answer = await self._door.shared.dispatch.run(context, await limited_body(request))
+        return json_response(answer, status=STATUS[answer.code] if isinstance(answer, Error) else 200)
+
+    async def alive(self, request: Request) -> Response:  # noqa: ARG002 - Starlette's shape
+        """Say that the process answers."""
+        return PlainTextResponse("alive\n")
+
+    async def ready(self, request: Request) -> Response:  # noqa: ARG002
+        """Say whether clients should be sent here, and if not, why not."""
+        checks = {
+            "database": await self._has_database(),
+            "bus": self._door.shared.hub.bus.is_up,
+            "accepting": not self._door.is_draining.is_set(),
+        }
+        return json_response(checks, status=200 if all(checks.values()) else 503)
+
+    async def metrics(self, request: Request) -> Response:  # noqa: ARG002
+        """Return all workers' numbers."""
+        return Response(self._door.metrics.page(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    async def asyncapi(self, request: Request) -> Response:  # noqa: ARG002
+        """Return the description of the socket."""
+        return Response(describe.asyncapi(), media_type="application/json")
+
+    async def openapi(self, request: Request) -> Response:  # noqa: ARG002
+        """Return the description of the HTTP endpoints."""
+        return Response(describe.openapi(), media_type="application/json")
+
+    async def _has_database(self) -> bool:
+        try:
+            return await asyncio.wait_for(self._door.services.database.is_current(), READY_SECONDS)
+        except Exception as error:
+            if refusal(error) is None:
+                raise
+            return False
+
+    async def _first_frame(self, handshake: Handshake) -> Active:
+        message = await handshake.receive()
+        if message["type"] == "websocket.disconnect":
+            raise WebSocketDisconnect(message.get("code", 1005))
+        frame = decode_client(message.get("text") or message.get("bytes") or b"")
+        if not isinstance(frame, Authenticate):
+            raise Refused(ErrorCode.UNAUTHENTICATED, "The first frame must be `authenticate`.", path="type")
+        return await self._door.sessions.authenticate(frame.token)

@@ -1,0 +1,37 @@
+"""Reactions: put on, taken back."""
+
+from protocol import client
+from protocol.errors import ErrorCode, Refused
+from protocol.limits import MAX_EMOJI_PER_MESSAGE
+from protocol.server import Changed, MessageReacted, MessageUnreacted
+from server.context import Context
+from server.errors import NotFound
+from server.queries import conversations, messages, reactions
+
+
+async def react(context: Context, frame: client.React | client.Unreact) -> Changed:
+    """Put an emoji on a message, or take it back, and tell everyone; nothing happens if it is so already."""
+    async with context.database.transaction() as db:
+        await conversations.lock_of(db, frame.message_id)
+        found = await messages.find(db, frame.message_id, context.user_id)
+        if found is None or found.message.is_deleted:
+            raise NotFound("message_id")
+        there = found.message.reactions
+        if isinstance(frame, client.React) and frame.emoji not in there and len(there) >= MAX_EMOJI_PER_MESSAGE:
+            raise Refused(
+                ErrorCode.CONFLICT, f"A message has at most {MAX_EMOJI_PER_MESSAGE} different emoji.", path="emoji"
+            )
+        version, count = await reactions.react(db, found.message, context.user_id, frame)
+    if count is not None:
+        event = MessageReacted if isinstance(frame, client.React) else MessageUnreacted
+        context.events.publish(
+            event(
+                conversation_id=found.message.conversation_id,
+                version=version,
+                message_id=frame.message_id,
+                user_id=context.user_id,
+                emoji=frame.emoji,
+                count=count,
+            )
+        )
+    return Changed(conversation_id=found.message.conversation_id, version=version)

@@ -1,0 +1,17 @@
+"""The connection itself: what a frame can ask of it."""
+
+from protocol import client
+from protocol.codec import now
+from protocol.server import Pong, Resumed
+from server import sync
+from server.context import Context
+
+
+async def ping(context: Context, frame: client.Ping) -> Pong:  # noqa: ARG001 - the table's shape
+    """Answer with the server's time."""
+    return Pong(server_time=now())
+
+
+async def resume(context: Context, frame: client.Resume) -> Resumed:
+    """Send exactly what was missed."""
+    return await sync.resume(context, frame)

@@ -1,0 +1,46 @@
+"""Allowances: how much of something a user may do, as token buckets in this worker's memory."""
+
+import asyncio
+from collections.abc import Hashable
+from typing import Generic, TypeVar
+
+from protocol.errors import ErrorCode, Refused
+
+Key = TypeVar("Key", bound=Hashable)
+
+BURST_SECONDS = 4.0
+"""A bucket holds this many seconds' worth."""
+SWEEP_AT = 10_000
+"""How many buckets there may be before the full ones are forgotten."""
+
+
+class Allowance(Generic[Key]):
+    """A bucket for each key: `rate` tokens a second flow in, up to `burst`."""
+
+    def __init__(self, rate: float, *, burst: float | None = None) -> None:
+        self._rate = rate
+        self._burst = rate * BURST_SECONDS if burst is None else burst
+        # When each bucket would be empty of debt: one number says it all.
+        self._full_at: dict[Key, float] = {}
+        self._sweep_at = SWEEP_AT
+        self._clock = asyncio.get_running_loop().time
+
+    def take(self, key: Key) -> float:
+        """Take one token; return 0, or, if there is none, in how many seconds there will be."""
+        now = self._clock()
+        full_at = max(self._full_at.get(key, now), now)
+        wait = full_at - now - (self._burst - 1) / self._rate
+        if wait > 0:
+            return wait
+        self._full_at[key] = full_at + 1 / self._rate
+        if len(self._full_at) > self._sweep_at:
+            self._full_at = {kept: at for kept, at in self._full_at.items() if at > now}
+            self._sweep_at = max(SWEEP_AT, 2 * len(self._full_at))
+        return 0.0
+
+    def require(self, key: Key) -> None:
+        """Take one token. Raises Refused if there is none."""
+        if (wait := self.take(key)) > 0:
+            raise Refused(
+                ErrorCode.RATE_LIMITED, "That is too much at once; wait a moment.", retry_after_ms=int(wait * 1000) + 1
+            )

@@ -1,0 +1,137 @@
+"""What is counted, and how one worker can tell it for all.
+
+Counting is adding to a plain number. Once a second each worker writes its numbers into a file of a folder that
+all workers share; whichever of them is asked puts the files together.
+"""
+
+import asyncio
+import time
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import msgspec
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+
+WRITE_SECONDS = 1.0
+STALE_SECONDS = 10.0
+"""A file that was not written for this long belongs to a worker that is no more."""
+BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
+"""Upper bounds of the latency histogram, in seconds."""
+
+GAUGES = {
+    "connections": "Authenticated WebSocket connections.",
+    "conversations": "Conversations that are followed.",
+    "bus_up": "Whether the bus between workers can be reached.",
+    "database_connections": "Connections to PostgreSQL.",
+}
+COUNTERS = {
+    "deliveries": "Events written to sockets.",
+    "fetches": "Times that missing events were read from PostgreSQL.",
+    "bus_published": "Messages said on the bus.",
+    "bus_received": "Messages heard on the bus.",
+    "bus_dropped": "Messages that could not be said on the bus; their events are found in PostgreSQL.",
+    "closed_silent": "Connections closed because nothing was heard from them.",
+    "closed_slow": "Connections closed because they read too slowly.",
+}
+
+
+class Snapshot(msgspec.Struct, kw_only=True):
+    """One worker's numbers."""
+
+    values: dict[str, float] = {}
+    frames: dict[str, int] = {}
+    refusals: dict[str, int] = {}
+    latency: list[int] = [0] * (len(BUCKETS) + 1)
+    latency_seconds: float = 0.0
+
+
+class Metrics:
+    """This worker's numbers, and the folder with everyone's."""
+
+    def __init__(self, folder: Path, worker: int) -> None:
+        self._folder = folder
+        self._worker = worker
+        self.frames: Counter[str] = Counter()
+        self.refusals: Counter[str] = Counter()
+        self.values: Callable[[], dict[str, float]] = dict
+        self._latency = [0] * (len(BUCKETS) + 1)
+        self._latency_seconds = 0.0
+
+    def answered(self, frame: str, seconds: float) -> None:
+        """Count a frame that was answered after `seconds`."""
+        self.frames[frame] += 1
+        self._latency[bisect_left(BUCKETS, seconds)] += 1
+        self._latency_seconds += seconds
+
+    async def write(self) -> None:
+        """Write this worker's numbers, for ever."""
+        while True:
+            self.write_once()
+            await asyncio.sleep(WRITE_SECONDS)
+
+    def write_once(self) -> None:
+        """Write this worker's numbers."""
+        snapshot = Snapshot(
+            values=self.values(),
+            frames=dict(self.frames),
+            refusals=dict(self.refusals),
+            latency=self._latency,
+            latency_seconds=self._latency_seconds,
+        )
+        path = self._folder / f"{self._worker}.json"
+        unfinished = path.with_suffix(".new")
+        unfinished.write_bytes(msgspec.json.encode(snapshot))
+        unfinished.rename(path)
+
+    def page(self) -> bytes:
+        """Return all workers' numbers in Prometheus' text format."""
+        self.write_once()
+        registry = CollectorRegistry(auto_describe=False)
+        registry.register(_Collected(self._read()))
+        return generate_latest(registry)
+
+    def _read(self) -> dict[str, Snapshot]:
+        found = {}
+        for path in sorted(self._folder.glob("*.json")):
+            if path.stat().st_mtime > time.time() - STALE_SECONDS:
+                found[path.stem] = msgspec.json.decode(path.read_bytes(), type=Snapshot)
+        return found
+
+
+class _Collected(Collector):
+    """The snapshots as families of Prometheus' client library."""
+
+    def __init__(self, snapshots: dict[str, Snapshot]) -> None:
+        self._snapshots = snapshots
+
+    def collect(self) -> Iterator[Metric]:
+        for name, text in GAUGES.items():
+            gauge = GaugeMetricFamily(f"openchat_{name}", text, labels=["worker"])
+            for worker, snapshot in self._snapshots.items():
+                gauge.add_metric([worker], snapshot.values.get(name, 0))
+            yield gauge
+        for name, text in COUNTERS.items():
+            counter = CounterMetricFamily(f"openchat_{name}", text, labels=["worker"])
+            for worker, snapshot in self._snapshots.items():
+                counter.add_metric([worker], snapshot.values.get(name, 0))
+            yield counter
+        frames = CounterMetricFamily("openchat_frames", "Frames answered, by type.", labels=["worker", "type"])
+        refusals = CounterMetricFamily("openchat_refusals", "Frames refused, by code.", labels=["worker", "code"])
+        latency = HistogramMetricFamily("openchat_frame_seconds", "From a frame to its answer.", labels=["worker"])
+        for worker, snapshot in self._snapshots.items():
+            for kind, count in snapshot.frames.items():
+                frames.add_metric([worker, kind], count)
+            for code, count in snapshot.refusals.items():
+                refusals.add_metric([worker, code], count)
+            total, buckets = 0, []
+            for bound, count in zip((*BUCKETS, "+Inf"), snapshot.latency, strict=True):
+                total += count
+                buckets.append((str(bound), total))
+            latency.add_metric([worker], buckets, snapshot.latency_seconds)
+        yield from (frames, refusals, latency)
+

@@ -1,0 +1,282 @@
+"""Who is here, and how they are seen.
+
+Each worker notes in Redis which users it has: a hash for each user with a field for each worker, and a sign of
+life that expires. So presence is right again seconds after a worker is killed, whoever else is there to notice.
+Without Redis a worker knows its own users. PostgreSQL keeps what users chose, and when they were last seen.
+"""
+
+import asyncio
+import logging
+import os
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from datetime import UTC, datetime
+from uuid import UUID
+
+from msgspec import UNSET
+from redis.asyncio import Redis
+from redis.exceptions import RedisError
+
+from protocol.client import SetPresence
+from protocol.ids import UserId
+from protocol.server import PresenceChanged
+from protocol.values import Presence as Seen
+from protocol.values import PresenceStatus
+from server.context import Subscriber
+from server.database import Database
+from server.errors import is_lost
+from server.queries import users
+from server.queries.users import Visibility
+
+FLUSH_SECONDS = 0.1
+"""Arrivals and departures travel together this often."""
+OFFLINE_SECONDS = 5.0
+"""How long after the last device has gone a user is announced as offline: most come back at once."""
+SIGN_SECONDS, SIGN_LASTS_SECONDS = 2.0, 6
+"""A worker's sign of life: how often it is renewed, how long it lasts."""
+RECORD_SECONDS = 1.0
+
+WORKERS = "openchat:workers"
+WORKER = "openchat:worker:"
+USER = "openchat:presence:"
+_LOST = (RedisError, OSError, asyncio.TimeoutError)
+log = logging.getLogger(__name__)
+
+
+class Presence:
+    """The users at this worker, and what is known of the others."""
+
+    def __init__(
+        self, redis: "Redis", database: Database, announce: Callable[[UserId, PresenceChanged], None]
+    ) -> None:
+        """`announce` tells those who watch a user."""
+        self._redis = redis
+        self._database = database
+        self._announce = announce
+        self._worker = os.urandom(8).hex()
+        self._devices: dict[UserId, dict[Subscriber, bool]] = {}
+        self._dirty: set[UserId] = set()
+        self._departing: dict[UserId, float] = {}
+        self._transitions: dict[UserId, bool] = {}
+        self._living: set[str] = {self._worker}
+        self._tasks: list[asyncio.Task[None]] = []
+        self._loop = asyncio.get_running_loop()
+
+    async def start(self) -> None:
+        """Begin to keep Redis and PostgreSQL up to date."""
+        jobs = ((self._flush, FLUSH_SECONDS), (self._sign, SIGN_SECONDS), (self._record, RECORD_SECONDS))
+        self._tasks = [asyncio.create_task(_every(seconds, job)) for job, seconds in jobs]
+
+    async def close(self) -> None:
+        """Stop. The sign of life is taken back, so that others notice soon who is not coming back."""
+        for task in self._tasks:
+            task.cancel()
+        self._transitions.update(dict.fromkeys(self._devices, False))
+        self._transitions.update(dict.fromkeys(self._departing, False))
+        try:
+            await self._record()
+            await self._redis.delete(WORKER + self._worker)
+        except _LOST:
+            return
+
+    # ----------------------------------------------------------------------------------------- coming and going
+
+    def arrived(self, user_id: UserId, device: Subscriber) -> None:
+        """A device of a user is connected."""
+        devices = self._devices.setdefault(user_id, {})
+        devices[device] = False
+        self._departing.pop(user_id, None)
+        self._dirty.add(user_id)
+
+    def left(self, user_id: UserId, device: Subscriber) -> None:
+        """A device is gone."""
+        devices = self._devices.get(user_id)
+        if devices is None or devices.pop(device, None) is None:
+            return
+        if devices:
+            self._dirty.add(user_id)
+        else:
+            del self._devices[user_id]
+            self._dirty.discard(user_id)
+            self._departing[user_id] = self._loop.time() + OFFLINE_SECONDS
+
+    async def choose(self, user_id: UserId, device: Subscriber | None, frame: SetPresence) -> None:
+        """Record how a user, or with `away` one device of theirs, wants to be seen."""
+        async with self._database.connection() as db:
+            await users.choose(db, user_id, frame)
+        devices = self._devices.get(user_id, {})
+        if device in devices:
+            devices[device] = frame.status == "away"
+        await self._flush_users([user_id], announce_always=True)
+
+    # ------------------------------------------------------------------------------------------------- seeing
+
+    async def seen_by(self, watcher: UserId, user_ids: Sequence[UserId]) -> list[Seen]:
+        """Return how the watcher sees these users, in this order; those it may not see are left out."""
+        async with self._database.connection() as db:
+            choices = await users.visible(db, watcher, user_ids)
+        wanted = [user_id for user_id in dict.fromkeys(user_ids) if user_id in choices]
+        fields = await self._fields(wanted)
+        return [_seen(user_id, choices[user_id], self._states(fields[user_id])) for user_id in wanted]
+
+    async def _fields(self, user_ids: Sequence[UserId]) -> dict[UserId, dict[bytes, bytes]]:
+        local = {user_id: self._local(user_id) for user_id in user_ids}
+        try:
+            async with self._redis.pipeline(transaction=False) as pipe:
+                for user_id in user_ids:
+                    pipe.hgetall(USER + user_id.hex)
+                found = await pipe.execute()
+        except _LOST:
+            return local
+        return {user_id: there | local[user_id] for user_id, there in zip(user_ids, found, strict=True)}
+
+    def _local(self, user_id: UserId) -> dict[bytes, bytes]:
+        devices = self._devices.get(user_id)
+        if not devices:
+            return {}
+        return {self._worker.encode(): b"away" if all(devices.values()) else b"online"}
+
+    def _states(self, fields: dict[bytes, bytes]) -> set[bytes]:
+        """What the living workers say."""
+        return {state for worker, state in fields.items() if worker.decode() in self._living}
+
+    # ------------------------------------------------------------------------------------------------ keeping up
+
+    async def _flush(self) -> None:
+        now = self._loop.time()
+        gone = [user_id for user_id, at in self._departing.items() if at <= now]
+        for user_id in gone:
+            del self._departing[user_id]
+        dirty, self._dirty = self._dirty | set(gone), set()
+        if dirty:
+            await self._flush_users(list(dirty))
+
+    async def _flush_users(self, user_ids: Sequence[UserId], *, announce_always: bool = False) -> None:
+        """Note in Redis how these users are here now, and announce what that changes."""
+        before: dict[UserId, dict[bytes, bytes]]
+        try:
+            async with self._redis.pipeline(transaction=False) as pipe:
+                for user_id in user_ids:
+                    key, local = USER + user_id.hex, self._local(user_id)
+                    pipe.hgetall(key)
+                    if local:
+                        pipe.hset(key, mapping=local)  # type: ignore[arg-type]
+                        pipe.sadd(WORKER + self._worker + ":users", user_id.hex)
+                    else:
+                        pipe.hdel(key, self._worker)
+                        pipe.srem(WORKER + self._worker + ":users", user_id.hex)
+                answers = await pipe.execute()
+            before = dict(zip(user_ids, answers[::3], strict=True))
+        except _LOST:
+            before = {user_id: {} for user_id in user_ids}
+        changed: dict[UserId, set[bytes]] = {}
+        for user_id in user_ids:
+            was = self._states(before[user_id])
+            others = {worker: state for worker, state in before[user_id].items() if worker != self._worker.encode()}
+            states = self._states(others | self._local(user_id))
+            if bool(was) != bool(states):
+                self._transitions[user_id] = bool(states)
+            if announce_always or was != states or not before[user_id]:
+                changed[user_id] = states
+        await self._tell(changed)
+
+    async def _tell(self, changed: dict[UserId, set[bytes]]) -> None:
+        if not changed:
+            return
+        try:
+            async with self._database.connection() as db:
+                choices = await users.choices(db, list(changed))
+        except Exception as error:
+            if not is_lost(error):
+                raise
+            return
+        for user_id, choice in choices.items():
+            if not changed[user_id]:
+                choice = choice._replace(last_seen_at=datetime.now(UTC).timestamp())  # noqa: PLW2901
+            self._announce(user_id, PresenceChanged(presence=_seen(user_id, choice, changed[user_id])))
+
+    async def _sign(self) -> None:
+        """Give a sign of life, and look for those who give none any more."""
+        try:
+            async with self._redis.pipeline(transaction=False) as pipe:
+                pipe.set(WORKER + self._worker, "1", ex=SIGN_LASTS_SECONDS, get=True)
+                pipe.sadd(WORKERS, self._worker)
+                pipe.smembers(WORKERS)
+                known, _, members = await pipe.execute()
+            workers = sorted(member.decode() for member in members)
+            async with self._redis.pipeline(transaction=False) as pipe:
+                for worker in workers:
+                    pipe.exists(WORKER + worker)
+                alive = await pipe.execute()
+        except _LOST:
+            self._living = {self._worker}
+            return
+        self._living = {worker for worker, is_there in zip(workers, alive, strict=True) if is_there}
+        if known is None:
+            # Redis is new, or was away for so long that others took us for dead.
+            self._dirty.update(self._devices)
+        for worker in set(workers) - self._living:
+            await self._bury(worker)
+
+    async def _bury(self, worker: str) -> None:
+        """Clean up after a worker that died, and announce who is offline by it. One of the others gets to."""
+        key = WORKER + worker + ":users"
+        try:
+            # The set is taken away at the end: dying in the middle leaves the rest to somebody else.
+            user_ids = [UserId(UUID(hex=member.decode())) for member in await self._redis.smembers(key)]
+            async with self._redis.pipeline(transaction=False) as pipe:
+                for user_id in user_ids:
+                    pipe.hdel(USER + user_id.hex, worker)
+                    pipe.hgetall(USER + user_id.hex)
+                answers = await pipe.execute()
+                await self._redis.delete(key)
+                await self._redis.srem(WORKERS, worker)
+        except _LOST:
+            return
+        left = {
+            user_id: self._states(fields | self._local(user_id))
+            for user_id, was_there, fields in zip(user_ids, answers[::2], answers[1::2], strict=True)
+            if was_there
+        }
+        self._transitions.update({user_id: False for user_id, states in left.items() if not states})
+        await self._tell(left)
+
+    async def _record(self) -> None:
+        if not self._transitions:
+            return
+        transitions, self._transitions = self._transitions, {}
+        try:
+            async with self._database.connection() as db:
+                await users.seen(db, transitions)
+        except Exception as error:
+            if not is_lost(error):
+                raise
+            self._transitions = transitions | self._transitions
+
+
+def _seen(user_id: UserId, choice: Visibility, states: Iterable[bytes]) -> Seen:
+    states = set(states)
+    status: PresenceStatus
+    if not choice.is_shown:
+        return Seen(user_id=user_id, status="offline")
+    if not states or choice.status == "invisible":
+        status = "offline"
+    elif choice.status == "busy":
+        status = "busy"
+    else:
+        status = "away" if states == {b"away"} else "online"
+    last_seen = choice.last_seen_at
+    return Seen(
+        user_id=user_id,
+        status=status,
+        custom_status=choice.custom_status,
+        last_seen_at=datetime.fromtimestamp(last_seen, UTC) if status == "offline" and last_seen else None,
+    )
+
+
+async def _every(seconds: float, job: Callable[[], Awaitable[None]]) -> None:
+    while True:
+        try:
+            await job()
+        except Exception:
+            log.exception("presence failed")
+        await asyncio.sleep(seconds)

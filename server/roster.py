@@ -1,0 +1,97 @@
+"""All connections of a worker: how many each user may have, their heartbeats, and their end when it drains."""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable
+
+from protocol.codec import encode, now, text_frame
+from protocol.errors import CloseCode
+from protocol.server import Heartbeat
+from server.connection import Connection
+from server.hub import Hub
+from server.websocket import PING
+
+log = logging.getLogger(__name__)
+
+SLICES = 30
+"""A heartbeat's period is cut into this many turns, each of which takes its share of the connections."""
+DRAIN_BATCH_SECONDS = 0.1
+DRAIN_BATCHES = 20
+"""Clients are sent away in this many batches, so that they do not all come back in one instant."""
+DRAIN_SECONDS = 10.0
+
+
+class Roster:
+    """Who is connected to this worker."""
+
+    def __init__(self, hub: Hub, *, heartbeat_seconds: float, alive: Callable[[list[Connection]], None]) -> None:
+        """`alive` is told, once in each heartbeat, of every connection that is."""
+        self._hub = hub
+        self._heartbeat_seconds = heartbeat_seconds
+        self._alive = alive
+        self._slices: list[set[Connection]] = [set() for _ in range(SLICES)]
+        self._next = 0
+        self._beating: asyncio.Task[None] | None = None
+        self.closed_silent = 0
+        self.closed_slow = 0
+
+    def __len__(self) -> int:
+        return sum(len(one) for one in self._slices)
+
+    def start(self) -> None:
+        """Begin the heartbeats."""
+        self._beating = asyncio.create_task(self._beat())
+
+    def add(self, connection: Connection) -> None:
+        """Count a connection in."""
+        self._slices[self._next].add(connection)
+        self._next = (self._next + 1) % SLICES
+
+    def remove(self, connection: Connection) -> None:
+        """Count it out."""
+        self.closed_slow += connection.was_slow
+        for one in self._slices:
+            one.discard(connection)
+
+    async def drain(self) -> None:
+        """Let every connection finish what it does and send its client elsewhere, batch by batch."""
+        if self._beating is not None:
+            self._beating.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._beating
+        everyone = [connection for one in self._slices for connection in one]
+        size = max(1, -(-len(everyone) // DRAIN_BATCHES))
+        for start in range(0, len(everyone), size):
+            for connection in everyone[start : start + size]:
+                connection.finish()
+            await asyncio.sleep(DRAIN_BATCH_SECONDS if len(everyone) > size else 0)
+        deadline = asyncio.get_running_loop().time() + DRAIN_SECONDS
+        while len(self) and asyncio.get_running_loop().time() < deadline:
+            await asyncio.sleep(DRAIN_BATCH_SECONDS)
+
+    async def _beat(self) -> None:
+        loop = asyncio.get_running_loop()
+        turn = 0
+        while True:
+            await asyncio.sleep(self._heartbeat_seconds / SLICES)
+            turn = (turn + 1) % SLICES
+            if self._slices[turn]:
+                self._beat_slice(list(self._slices[turn]), loop.time())
+
+    def _beat_slice(self, connections: list[Connection], at: float) -> None:
+        # What is delivered but not written yet must not look like a loss.
+        self._hub.flush()
+        server_time = now()
+        plain = PING + text_frame(encode(Heartbeat(server_time=server_time)))
+        for connection in connections:
+            if connection.socket.heard_at < at - 2 * self._heartbeat_seconds:
+                self.closed_silent += 1
+                connection.close(CloseCode.SILENT)
+                continue
+            recent = self._hub.recent(connection.attached, since=at - self._heartbeat_seconds)
+            if recent:
+                connection.write(PING + text_frame(encode(Heartbeat(server_time=server_time, versions=recent))))
+            else:
+                connection.write(plain)
+        self._alive(connections)

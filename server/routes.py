@@ -1,0 +1,43 @@
+"""THE table: every frame, what it does, who may ask for it, and whose allowance it takes."""
+
+from protocol import client
+from server.dispatch import Access, Rate, Route
+from server.handlers import conversations, messages, participants, reactions, receipts, sessions, users
+
+
+ROUTES: dict[type[client.Frame], Route] = {
+    # the connection
+    client.Ping: Route(sessions.ping, Access.USER, Rate.EPHEMERAL),
+    client.Resume: Route(sessions.resume, Access.USER, Rate.READ),
+    # conversations
+    client.CreateDirect: Route(conversations.create_direct, Access.USER, Rate.WRITE),
+    client.CreateGroup: Route(conversations.create_group, Access.USER, Rate.WRITE),
+    client.CreateChannel: Route(conversations.create_channel, Access.USER, Rate.WRITE),
+    client.ListConversations: Route(conversations.list_conversations, Access.USER, Rate.READ),
+    client.GetConversation: Route(conversations.get, Access.PARTICIPANT, Rate.READ),
+    client.UpdateConversation: Route(conversations.update, Access.PARTICIPANT, Rate.WRITE),
+    # participants
+    client.Join: Route(participants.join, Access.USER, Rate.WRITE),
+    client.Leave: Route(participants.leave, Access.PARTICIPANT, Rate.WRITE),
+    client.AddParticipants: Route(participants.add, Access.PARTICIPANT, Rate.WRITE),
+    client.RemoveParticipant: Route(participants.remove, Access.PARTICIPANT, Rate.WRITE),
+    client.SetRole: Route(participants.set_role, Access.PARTICIPANT, Rate.WRITE),
+    client.ListParticipants: Route(participants.list_participants, Access.PARTICIPANT, Rate.READ),
+    # messages
+    client.Send: Route(messages.send, Access.PARTICIPANT, Rate.WRITE),
+    client.Edit: Route(messages.edit, Access.PARTICIPANT, Rate.WRITE),
+    client.Delete: Route(messages.delete, Access.PARTICIPANT, Rate.WRITE),
+    client.React: Route(reactions.react, Access.PARTICIPANT, Rate.WRITE),
+    client.Unreact: Route(reactions.react, Access.PARTICIPANT, Rate.WRITE),
+    client.Read: Route(receipts.read, Access.PARTICIPANT, Rate.WRITE),
+    client.History: Route(messages.history, Access.PARTICIPANT, Rate.READ),
+    client.GetMessage: Route(messages.get, Access.PARTICIPANT, Rate.READ),
+    client.ListEdits: Route(messages.list_edits, Access.PARTICIPANT, Rate.READ),
+    # people
+    client.Typing: Route(users.typing, Access.PARTICIPANT, Rate.EPHEMERAL),
+    client.SetPresence: Route(users.set_presence, Access.USER, Rate.EPHEMERAL),
+    client.Watch: Route(users.watch, Access.USER, Rate.READ),
+    client.Unwatch: Route(users.unwatch, Access.USER, Rate.EPHEMERAL),
+    client.GetUsers: Route(users.get, Access.USER, Rate.READ),
+}
+"""Every client frame but `authenticate`, which comes before there is anyone to ask for the others."""

@@ -1,0 +1,240 @@
+"""The process that the operator starts: it owns the embedded servers, the port and the workers."""
+
+import asyncio
+import logging
+import selectors
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import msgspec
+from redis.asyncio import Redis
+from redis.exceptions import RedisError
+
+from server import database, migrate
+from server.config import Settings
+from server.embedded.folder import DataFolder
+from server.embedded.postgres import Postgres
+from server.embedded.valkey import Valkey
+from server.errors import Fatal
+from server.worker import DRAIN_SECONDS, READY, Orders
+
+WATCH_SECONDS = 0.2
+READY_SECONDS = 30.0
+STOP_SECONDS = DRAIN_SECONDS + 15.0
+CRASHED_SOON_SECONDS = 5.0
+"""A worker that lives shorter than this is started again only after that long."""
+BACKLOG = 4096
+SPARE_DATABASE_CONNECTIONS = 20
+
+log = logging.getLogger(__name__)
+
+
+class Worker:
+    """A place for a worker process, with a listening socket of its own that outlives it."""
+
+    def __init__(self, settings: Settings, number: int, listener: socket.socket, folder: Path) -> None:
+        self._orders = Orders(settings, number, listener.fileno(), str(folder))
+        self.listener = listener
+        self.number = number
+        self.started_at = 0.0
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def is_running(self) -> bool:
+        """Whether there is a process in this place."""
+        return self.process is not None and self.process.poll() is None
+
+    def start(self) -> None:
+        """Start a process in this place."""
+        self.started_at = time.monotonic()
+        self.process = process = subprocess.Popen(  # noqa: S603 - no outside input
+            # -P: a server.py in the current folder is not ours.
+            [sys.executable, "-P", "-m", "server.worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            pass_fds=[self.listener.fileno()],
+            process_group=0,
+        )
+        assert process.stdin is not None  # noqa: S101 - asked for above
+        process.stdin.write(msgspec.json.encode(self._orders) + b"\n")
+        process.stdin.flush()
+
+    def wait_ready(self) -> None:
+        """Return when it takes connections. Raises Fatal, with what it says, if it does not."""
+        assert self.process is not None and self.process.stdout is not None  # noqa: S101, PT018 - started, with a pipe
+        with selectors.DefaultSelector() as selector:
+            selector.register(self.process.stdout, selectors.EVENT_READ)
+            said = self.process.stdout.readline().decode() if selector.select(READY_SECONDS) else ""
+        if said != READY:
+            self.kill()
+            raise Fatal(said.strip() or f"worker {self.number} does not start.")
+
+
+    def terminate(self) -> None:
+        """Ask it to drain and end."""
+        if self.process is not None and self.is_running():
+            self.process.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """End it now, if it has not."""
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+
+
+class Supervisor:
+    """Starts everything, keeps it running, stops it."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._stopping = threading.Event()
+        self._is_forced = False
+        self._folder: DataFolder | None = None
+        self._postgres: Postgres | None = None
+        self._valkey: Valkey | None = None
+        self._workers: list[Worker] = []
+        self._shared = Path(tempfile.mkdtemp(prefix="openchat-"))
+
+    def run(self) -> None:
+        """Run until SIGINT or SIGTERM. Raises Fatal if it cannot start."""
+        signal.signal(signal.SIGINT, self._on_signal)
+        signal.signal(signal.SIGTERM, self._on_signal)
+        try:
+            self._start()
+            while not self._stopping.wait(WATCH_SECONDS):
+                self._watch()
+        finally:
+            self._stop()
+
+    def _start(self) -> None:
+        listeners = listen(self._settings.host, self._settings.port, self._settings.worker_count)
+        settings = self._with_servers()
+        asyncio.run(prepare(settings))
+        self._workers = [
+            Worker(settings, number, listener, self._shared) for number, listener in enumerate(listeners, start=1)
+        ]
+        for worker in self._workers:
+            worker.start()
+        for worker in self._workers:
+            worker.wait_ready()
+        self._greet(listeners[0])
+
+    def _with_servers(self) -> Settings:
+        settings = self._settings
+        if not (settings.database_url and settings.redis_url):
+            self._folder = DataFolder(settings.data_path)
+        if self._folder is not None and not settings.database_url:
+            connections = settings.worker_count * settings.database_connections + SPARE_DATABASE_CONNECTIONS
+            self._postgres = Postgres(self._folder, max_connections=connections)
+            if self._postgres.is_new:
+                tell("Setting up the database; only the first start does this …")
+            self._postgres.start()
+            settings = msgspec.structs.replace(settings, database_url=self._postgres.url())
+        if self._folder is not None and not settings.redis_url:
+            self._valkey = Valkey(self._folder)
+            self._valkey.start()
+            settings = msgspec.structs.replace(settings, redis_url=self._valkey.url)
+        return settings
+
+    def _watch(self) -> None:
+        for server in (self._postgres, self._valkey):
+            if server is not None and not server.is_running() and not self._stopping.is_set():
+                log.error("%s ended; starting it again", type(server).__name__)
+                try:
+                    server.start()
+                except Fatal as error:
+                    log.error("%s", error)  # noqa: TRY400 - its text says it all; the next turn tries again
+        for worker in self._workers:
+            has_waited = time.monotonic() - worker.started_at > CRASHED_SOON_SECONDS
+            if not worker.is_running() and has_waited and not self._stopping.is_set():
+                log.error("worker %d ended; starting another", worker.number)
+                worker.start()
+
+    def _stop(self) -> None:
+        if self._workers:
+            tell("Stopping: clients are sent away, what is in flight is finished …")
+        for worker in self._workers:
+            # Ours first: the kernel would go on filling it while the worker drains.
+            worker.listener.close()
+        for worker in self._workers:
+            worker.terminate()
+        deadline = time.monotonic() + STOP_SECONDS
+        for worker in self._workers:
+            while worker.is_running() and not self._is_forced and time.monotonic() < deadline:
+                time.sleep(WATCH_SECONDS / 10)
+            worker.kill()
+        for server in (self._valkey, self._postgres):
+            if server is not None:
+                server.stop()
+        if self._folder is not None:
+            self._folder.release()
+        shutil.rmtree(self._shared, ignore_errors=True)
+
+    def _on_signal(self, *_: object) -> None:
+        self._is_forced = self._stopping.is_set()
+        self._stopping.set()
+
+    def _greet(self, listener: socket.socket) -> None:
+        host, port = listener.getsockname()[:2]
+        url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        where = self._settings.data_path if self._folder else "in the servers of DATABASE_URL and REDIS_URL"
+        tell(f"OpenChat {version('openchat')} is running. Ctrl-C stops it.")
+        tell(f"  listening  {url}  (WebSocket at /v1/ws)")
+        tell(f"  data       {where}")
+        tell(f"  workers    {len(self._workers)}")
+        body = '{"name":"Ada","email":"ada@example.org","password":"correct horse"}'
+        tell(f"  try next   curl {url}/v1/auth/register -d '{body}'")
+
+
+async def prepare(settings: Settings) -> None:
+    """Bring the database to this program's schema, and see that Redis answers. Raises Fatal if it cannot be."""
+    connection = await database.connect(settings.database_url)
+    try:
+        for step in await migrate.migrate(connection):
+            tell(f"Database: {step}")
+    finally:
+        await connection.close()
+    redis = Redis.from_url(settings.redis_url, socket_connect_timeout=database.CONNECT_SECONDS)
+    try:
+        await redis.ping()
+    except (RedisError, OSError) as error:
+        raise Fatal(f"Redis cannot be reached: {str(error).rstrip('.')}. Check REDIS_URL.") from None
+    finally:
+        await redis.aclose()
+
+
+def listen(host: str, port: int, count: int) -> list[socket.socket]:
+    """Return `count` listening sockets that share a port, which the kernel balances. Raises Fatal if it is taken."""
+    try:
+        family, kind, number, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        # Alone first: with SO_REUSEPORT, a second server would quietly get half of the connections.
+        with socket.socket(family, kind, number) as alone:
+            alone.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            alone.bind(address)
+            address = alone.getsockname()
+        listeners = []
+        for _ in range(count):
+            listener = socket.socket(family, kind, number)
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            listener.bind(address)
+            listener.listen(BACKLOG)
+            listeners.append(listener)
+    except OSError as error:
+        raise Fatal(f"cannot listen on {host} port {port}: {error.strerror}. Choose another by --port.") from None
+    return listeners
+
+
+def tell(line: str) -> None:
+    """Tell the operator something."""
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()

@@ -1,0 +1,123 @@
+"""Bringing a connection up to date: at the start, after a drop, and when its conversations change.
+
+Always follow first and compare second: once the worker follows a conversation, `attach` tells whether what was
+read before is still the latest, and the difference is asked for until it is. The rest arrives by itself.
+"""
+
+from collections.abc import Iterable
+
+import msgspec
+
+from protocol.client import Resume
+from protocol.ids import ConversationId
+from protocol.limits import MAX_CHANGES, MAX_SHARED_PARTICIPANTS
+from protocol.server import ConversationJoined, ConversationLeft, Conversations, Resumed, ServerFrame, StartOver, StartOverReason
+from protocol.values import ConversationView
+from server.context import Context
+from server.queries import changes, conversations
+from server.queries.conversations import Filter
+
+PAGE = 50
+"""Conversations in each `conversations` frame."""
+
+
+async def start(context: Context) -> None:
+    """Say all of the user's conversations, in pages, most recently active first, and follow them."""
+    said: list[ConversationId] = []
+    is_last = False
+    while not is_last:
+        async with context.database.connection() as db:
+            views = await conversations.page(db, context.user_id, Filter(without=said), limit=PAGE)
+        said += [view.conversation.id for view in views]
+        is_last = len(views) < PAGE
+        await _follow(context, views, [Conversations(conversations=views, is_last=is_last)])
+
+
+async def resume(context: Context, frame: Resume) -> Resumed:
+    """Say the difference to `frame.versions`, and everything that the client does not know; follow it all."""
+    connection = context.connection
+    async with context.database.connection() as db:
+        there = await conversations.memberships(db, context.user_id)
+    for conversation_id in frame.versions.keys() - there.keys():
+        _say_left(context, conversation_id)
+    known = {one: version for one, version in frame.versions.items() if one in there}
+    if frame.epoch == await context.database.epoch():
+        await connection.open(list(known))
+        for conversation_id, version in known.items():
+            connection.detach(conversation_id)
+            if version != there[conversation_id].version or not connection.attach(conversation_id, version):
+                await _catch_up(context, conversation_id, version)
+    else:
+        for conversation_id in known:
+            await _start_over(context, conversation_id, "other_epoch")
+    await _join(context, there.keys() - frame.versions.keys() - set(connection.attached))
+    return Resumed(
+        conversations=len(there),
+        read_positions={one: here.last_read for one, here in there.items() if here.last_read is not None},
+    )
+
+
+async def refresh(context: Context) -> None:
+    """Compare what the connection follows with what the user takes part in, and say what is new and what is over."""
+    connection = context.connection
+    async with context.database.connection() as db:
+        there = await conversations.memberships(db, context.user_id)
+    for conversation_id in set(connection.attached) - there.keys():
+        _say_left(context, conversation_id)
+    await _join(context, there.keys() - set(connection.attached))
+
+
+async def _join(context: Context, conversation_ids: Iterable[ConversationId]) -> None:
+    if not (wanted := list(conversation_ids)):
+        return
+    async with context.database.connection() as db:
+        views = await conversations.get(db, context.user_id, wanted)
+    await _follow(context, views, [ConversationJoined(view=view) for view in views])
+
+
+async def _follow(context: Context, views: list[ConversationView], frames: list[ServerFrame]) -> None:
+    connection = context.connection
+    await connection.open([view.conversation.id for view in views])
+    # From here to the last `attach` nothing else can run: what is said comes before the events that follow it.
+    for frame in frames:
+        connection.say(frame)
+    behind = [view for view in views if not connection.attach(view.conversation.id, view.version)]
+    for view in behind:
+        await _catch_up(context, view.conversation.id, view.version)
+
+
+async def _catch_up(context: Context, conversation_id: ConversationId, version: int) -> None:
+    while True:
+        async with context.database.connection() as db:
+            difference = await changes.since(db, conversation_id, version, limit=MAX_CHANGES)
+            # Asked last: whoever may read now might read all of the above.
+            reading = await changes.reading(db, conversation_id, context.user_id, most=MAX_SHARED_PARTICIPANTS)
+        if difference is None or reading is None:
+            _say_left(context, conversation_id)
+            return
+        if not difference.is_whole:
+            await _start_over(context, conversation_id, "too_many_changes")
+            return
+        if difference.changes.since > difference.clock:
+            await _start_over(context, conversation_id, "ahead_of_server")
+            return
+        context.connection.say(msgspec.structs.replace(difference.changes, **reading._asdict()))
+        version = difference.changes.version
+        if context.connection.attach(conversation_id, version):
+            return
+
+
+async def _start_over(context: Context, conversation_id: ConversationId, reason: StartOverReason) -> None:
+    connection = context.connection
+    connection.detach(conversation_id)
+    async with context.database.connection() as db:
+        views = await conversations.get(db, context.user_id, [conversation_id])
+    if not views:
+        _say_left(context, conversation_id)
+        return
+    await _follow(context, views, [StartOver(view=view, reason=reason) for view in views])
+
+
+def _say_left(context: Context, conversation_id: ConversationId) -> None:
+    context.connection.detach(conversation_id)
+    context.connection.say(ConversationLeft(conversation_id=conversation_id))

@@ -1,0 +1,70 @@
+"""What all HTTP endpoints share: refusals become answers, bodies have a limit, values become JSON."""
+
+import logging
+from collections.abc import Awaitable, Callable
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from protocol.codec import encode
+from protocol.errors import ErrorCode, Refused
+from protocol.limits import MAX_FRAME_BYTES
+from server.dispatch import INTERNAL, error_frame
+from server.errors import refusal
+
+log = logging.getLogger(__name__)
+
+JSON = "application/json"
+STATUS = {
+    ErrorCode.BAD_FRAME: 400,
+    ErrorCode.INVALID: 422,
+    ErrorCode.UNAUTHENTICATED: 401,
+    ErrorCode.NOT_FOUND: 404,
+    ErrorCode.FORBIDDEN: 403,
+    ErrorCode.CONFLICT: 409,
+    ErrorCode.RATE_LIMITED: 429,
+    ErrorCode.UNAVAILABLE: 503,
+    ErrorCode.INTERNAL: 500,
+}
+"""The HTTP status of each refusal."""
+
+Endpoint = Callable[[Request], Awaitable[Response]]
+
+
+def endpoint(inner: Endpoint) -> Endpoint:
+    """Return `inner` with everything that goes wrong in it told to the client as on the socket."""
+
+    async def outer(request: Request) -> Response:
+        try:
+            return await inner(request)
+        except Exception as error:
+            refused = refusal(error)
+            if refused is None:
+                log.exception("%s failed", request.url.path)
+                refused = INTERNAL
+            return refusal_response(refused)
+
+    return outer
+
+
+def refusal_response(refused: Refused) -> Response:
+    """Return the answer to a request that was refused."""
+    response = json_response(error_frame(refused), status=STATUS[refused.code])
+    if refused.retry_after_ms is not None:
+        response.headers["retry-after"] = str(-(-refused.retry_after_ms // 1000))
+    return response
+
+
+def json_response(value: object, *, status: int = 200) -> Response:
+    """Return `value` as JSON, not to be kept by anyone in between."""
+    return Response(encode(value), status, {"cache-control": "no-store"}, JSON)
+
+
+async def limited_body(request: Request) -> bytes:
+    """Return the body of a request. Raises Refused if it is larger than a frame may be."""
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > MAX_FRAME_BYTES:
+            raise Refused(ErrorCode.INVALID, f"A request's body has at most {MAX_FRAME_BYTES} bytes.")
+    return bytes(body)

@@ -1,0 +1,132 @@
+"""The WebSocket, as bytes: uvicorn's protocol class, with a way past ASGI for everything after the handshake.
+
+ASGI carries a connection through authentication. Then a receiver takes the socket over: frames go straight to
+it, and what it writes goes straight to the transport. Per connection that saves a task, two queues and a few
+kilobytes; per delivery it saves most of the cost (docs/performance.md).
+"""
+
+import asyncio
+from typing import Any, Protocol
+
+from uvicorn.protocols.utils import ClientDisconnected
+from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
+from websockets.exceptions import InvalidState
+
+from protocol.errors import CloseCode
+
+EXTENSION = "openchat.socket"
+"""The key of the socket in the scope's extensions."""
+PING = b"\x89\x00"
+"""The frame that asks a peer for a pong (RFC 6455, section 5.5.2)."""
+CLOSE_SECONDS = 5.0
+"""How long a peer may take to answer a close, or to read what is left, before the connection is cut."""
+
+
+class Receiver(Protocol):
+    """Who takes a socket over."""
+
+    def received(self, data: bytes, *, is_text: bool) -> None:
+        """A message came."""
+
+    def overflowed(self) -> None:
+        """More bytes wait to be read by the peer than are allowed."""
+
+    def lost(self) -> None:
+        """The connection is gone."""
+
+
+class WebSocket(WebSocketsSansIOProtocol):
+    """One connection of a client."""
+
+    outbox_bytes = 1024 * 1024
+    """How many bytes may wait for a peer that reads slowly. Set once, for all, when the app is built."""
+
+    receiver: Receiver | None = None
+    heard_at = 0.0
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:  # noqa: D102 - as asyncio.Protocol has it
+        super().connection_made(transport)
+        self.heard_at = self.loop.time()
+        self.transport.set_write_buffer_limits(high=self.outbox_bytes)
+
+    def data_received(self, data: bytes) -> None:  # noqa: D102
+        self.heard_at = self.loop.time()
+        super().data_received(data)
+
+    def connection_lost(self, exc: Exception | None) -> None:  # noqa: D102
+        super().connection_lost(exc)
+        if self.receiver is not None:
+            self.receiver.lost()
+            self.receiver = None
+
+    def pause_writing(self) -> None:  # noqa: D102
+        super().pause_writing()
+        if self.receiver is not None:
+            # Called from within a write: the receiver may not change who is written to just now.
+            self.loop.call_soon(self.receiver.overflowed)
+
+    def handle_connect(self, event: Any) -> None:  # noqa: D102, ANN401 - websockets' Request
+        super().handle_connect(event)
+        if not self.close_sent:
+            self.scope["extensions"][EXTENSION] = self  # type: ignore[index,assignment]
+
+    def send_receive_event_to_app(self) -> None:  # noqa: D102
+        if self.receiver is None:
+            super().send_receive_event_to_app()
+            return
+        frames, self.frames = self.frames, []
+        if not self.close_sent:
+            data = frames[0] if len(frames) == 1 else b"".join(frames)
+            self.receiver.received(data, is_text=self.curr_msg_data_type == "text")
+
+    def take_over(self, receiver: Receiver) -> None:
+        """Hand everything that comes from here on to `receiver`, and what came already."""
+        self.receiver = receiver
+        while not self.queue.empty():
+            event = self.queue.get_nowait()
+            if event["type"] == "websocket.receive":
+                text = event.get("text")
+                data = (event.get("bytes") or b"") if text is None else text.encode()
+                receiver.received(data, is_text=text is not None)
+        self.resume_receiving()
+        if self.disconnected:
+            self.receiver = None
+            receiver.lost()
+
+    def pause_receiving(self) -> None:
+        """Read no more from the peer for now."""
+        if not self.read_paused:
+            self.read_paused = True
+            self.transport.pause_reading()
+
+    def resume_receiving(self) -> None:
+        """Read from the peer again."""
+        if self.read_paused:
+            self.read_paused = False
+            self.transport.resume_reading()
+
+    def close(self, code: CloseCode) -> None:
+        """Close with `code` after what is already on its way, and cut the connection if the peer is too slow."""
+        if self.close_sent or self.transport.is_closing():
+            return
+        try:
+            self.conn.send_close(code, code.name.lower())
+        except InvalidState:
+            self.transport.close()
+            return
+        self.transport.write(b"".join(self.conn.data_to_send()))
+        self.close_sent = True
+        self.resume_receiving()
+        self.close_timer = self.loop.call_later(CLOSE_SECONDS, self.transport.abort)
+
+    async def run_asgi(self) -> None:
+        """Run the app for the handshake; afterwards the connection lives on if somebody took it over."""
+        try:
+            await self.app(self.scope, self.receive, self.send)
+        except ClientDisconnected:
+            pass
+        except Exception:
+            self.logger.exception("the WebSocket handshake failed")
+            self.send_500_response()
+        if self.receiver is None and self.close_timer is None:
+            self.transport.close()

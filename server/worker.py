@@ -1,0 +1,118 @@
+"""A worker process: one loop, one hub, one share of the connections. The supervisor starts it.
+
+`python -m server.worker` reads its orders, one line of JSON, from standard input, and ends when that closes:
+a worker does not outlive its supervisor. It says "ready" on standard output when it takes connections.
+"""
+
+import asyncio
+import contextlib
+import gc
+import signal
+import socket
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import uvicorn
+import uvloop
+
+from protocol.limits import MAX_FRAME_BYTES
+from server import log
+from server.app import App
+from server.config import Settings
+from server.errors import Fatal
+from server.websocket import WebSocket
+
+READY = "ready\n"
+DRAIN_SECONDS = 15
+
+
+class Orders(msgspec.Struct, frozen=True):
+    """What a worker is told: its settings, its number, the listening socket, and the folder workers share."""
+
+    settings: Settings
+    number: int
+    listener: int
+    folder: str
+
+
+class DrainingServer(uvicorn.Server):
+    """uvicorn, which leaves signals to us and sends clients away in batches before it stops."""
+
+    def __init__(self, config: uvicorn.Config, app: App) -> None:
+        super().__init__(config)
+        self._app = app
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Leave signals alone."""
+        yield
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Stop accepting, drain, and then stop as uvicorn does."""
+        for server in self.servers:
+            server.close()
+        await self._app.drain()
+        await super().shutdown(sockets)
+
+
+async def serve(orders: Orders) -> None:
+    """Run until told to stop. Raises Fatal if something it needs cannot be reached."""
+    app = await App.open(orders.settings, Path(orders.folder), orders.number)
+    config = uvicorn.Config(
+        app.starlette,
+        loop="uvloop",
+        http="httptools",
+        ws=WebSocket,
+        ws_max_size=MAX_FRAME_BYTES,
+        ws_per_message_deflate=False,
+        ws_ping_interval=None,
+        lifespan="off",
+        access_log=False,
+        log_config=None,
+        proxy_headers=orders.settings.behind_proxy,
+        forwarded_allow_ips="*" if orders.settings.behind_proxy else None,
+        server_header=False,
+        backlog=4096,
+        timeout_graceful_shutdown=DRAIN_SECONDS,
+    )
+    server = DrainingServer(config, app)
+
+    def stop() -> None:
+        server.should_exit = True
+
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGTERM, stop)
+    loop.add_signal_handler(signal.SIGINT, lambda: None)  # a Ctrl-C is the supervisor's to act on
+    loop.add_reader(sys.stdin.fileno(), stop)
+    announcing = asyncio.create_task(_say_ready(server))
+    # What is there now is there for good: later collections need not look at it.
+    gc.collect()
+    gc.freeze()
+    await server.serve(sockets=[socket.socket(fileno=orders.listener)])
+    announcing.cancel()
+    await app.close()
+
+
+async def _say_ready(server: uvicorn.Server) -> None:
+    while not server.started:
+        await asyncio.sleep(0.005)
+    sys.stdout.write(READY)
+    sys.stdout.flush()
+
+
+def main() -> None:
+    """Run a worker as ordered on standard input."""
+    orders = msgspec.json.decode(sys.stdin.buffer.readline(), type=Orders)
+    log.configure(f"worker {orders.number}")
+    try:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(serve(orders))
+    except Fatal as error:
+        sys.stdout.write(f"{error}\n")
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
