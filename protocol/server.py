@@ -271,8 +271,12 @@ class ParticipantPage(_Tagged, tag="participant_page", frozen=True, kw_only=True
 
 
 class MessagePage(_Tagged, tag="message_page", frozen=True, kw_only=True):
-    """Messages, oldest first. `mine` has the caller's own reactions, by message."""
+    """Messages, oldest first, as of the conversation's `version`. `mine` has the caller's own reactions.
 
+    A client that ignored events of messages it did not have yet applies those after `version` again.
+    """
+
+    version: int
     messages: list[Message]
     has_before: bool
     has_after: bool

@@ -141,7 +141,7 @@ class App:
         return {
             "connections": len(self.roster),
             "conversations": len(self.hub.topics),
-            "bus_up": self.hub.bus.is_up,
+            "bus_up": int(self.hub.bus.is_up),
             "database_connections": self._database.size,
             "deliveries": self.hub.delivered,
             "fetches": self.hub.fetched,

@@ -101,8 +101,8 @@ class Bus:
             self._publisher = asyncio.create_task(self._publish())
 
     async def _connect(self) -> AbstractConnection:
-        connection = self._pool.make_connection()
-        await connection.connect()
+        connection: AbstractConnection = self._pool.make_connection()  # type: ignore[no-untyped-call]
+        await connection.connect()  # type: ignore[no-untyped-call]
         return connection
 
     # ---------------------------------------------------------------------------------------------- publishing

@@ -11,7 +11,7 @@ from protocol import PROTOCOL_VERSION
 from protocol.codec import encode, now, text_frame
 from protocol.errors import CloseCode, ErrorCode, Refused
 from protocol.ids import ConversationId, UserId
-from protocol.server import Error, Ready, ServerFrame
+from protocol.server import Error, Ready, Reply, ServerFrame
 from server.context import Context
 from server.dispatch import Dispatch, error_frame
 from server.errors import is_lost
@@ -61,7 +61,7 @@ class Connection:
     def __init__(self, socket: WebSocket, shared: Shared, expires_at: datetime) -> None:
         """`context` is set by who makes the connection, before `begin`: each needs the other."""
         self.socket = socket
-        self.write = socket.transport.write
+        self.write: Callable[[bytes], None] = socket.transport.write
         self.expires_at = expires_at
         self.context: Context
         self.user_id: UserId
@@ -185,6 +185,7 @@ class Connection:
             self.close(CloseCode.GOING_AWAY)
 
     async def _answer(self, data: bytes | None) -> None:
+        answer: Reply | Error
         if data is None:
             answer = error_frame(NOT_TEXT)
         else:

@@ -357,7 +357,8 @@ class Hub:
             self._fetch_soon(topic, GAP_SECONDS)
 
     def _deliver(self, topic: Topic, version: int, frame: bytes, gone: bytes) -> None:
-        self._let_in(topic, version)
+        if topic.joining:
+            self._let_in(topic, version)
         topic.delivered = version
         topic.changed_at = self._loop.time()
         self._enqueue(topic, frame)
@@ -365,8 +366,11 @@ class Hub:
             self._drop(topic, UserId(UUID(bytes=gone)))
 
     def _let_in(self, topic: Topic, next_version: int) -> None:
-        if topic.joining:
-            for socket in [socket for socket, version in topic.joining.items() if version < next_version]:
+        ready = [socket for socket, version in topic.joining.items() if version < next_version]
+        if ready:
+            # What is waiting to be written is older than they are.
+            self._flush_topic(topic)
+            for socket in ready:
                 del topic.joining[socket]
                 topic.sockets[socket] = socket.write
 

@@ -43,11 +43,11 @@ COUNTERS = {
 class Snapshot(msgspec.Struct, kw_only=True):
     """One worker's numbers."""
 
-    values: dict[str, float] = {}
-    frames: dict[str, int] = {}
-    refusals: dict[str, int] = {}
-    latency: list[int] = [0] * (len(BUCKETS) + 1)
-    latency_seconds: float = 0.0
+    values: dict[str, float]
+    frames: dict[str, int]
+    refusals: dict[str, int]
+    latency: list[int]
+    latency_seconds: float
 
 
 class Metrics:

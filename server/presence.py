@@ -57,7 +57,7 @@ class Presence:
         self._dirty: set[UserId] = set()
         self._departing: dict[UserId, float] = {}
         self._transitions: dict[UserId, bool] = {}
-        self._living: set[str] = {self._worker}
+        self._dead: set[str] = set()
         self._tasks: list[asyncio.Task[None]] = []
         self._loop = asyncio.get_running_loop()
 
@@ -136,8 +136,8 @@ class Presence:
         return {self._worker.encode(): b"away" if all(devices.values()) else b"online"}
 
     def _states(self, fields: dict[bytes, bytes]) -> set[bytes]:
-        """What the living workers say."""
-        return {state for worker, state in fields.items() if worker.decode() in self._living}
+        """What those workers say that are not known to be dead."""
+        return {state for worker, state in fields.items() if worker.decode() not in self._dead}
 
     # ------------------------------------------------------------------------------------------------ keeping up
 
@@ -202,19 +202,18 @@ class Presence:
                 pipe.sadd(WORKERS, self._worker)
                 pipe.smembers(WORKERS)
                 known, _, members = await pipe.execute()
-            workers = sorted(member.decode() for member in members)
+            workers = sorted(_text(member) for member in members)
             async with self._redis.pipeline(transaction=False) as pipe:
                 for worker in workers:
                     pipe.exists(WORKER + worker)
                 alive = await pipe.execute()
         except _LOST:
-            self._living = {self._worker}
             return
-        self._living = {worker for worker, is_there in zip(workers, alive, strict=True) if is_there}
+        self._dead = {worker for worker, is_there in zip(workers, alive, strict=True) if not is_there}
         if known is None:
             # Redis is new, or was away for so long that others took us for dead.
             self._dirty.update(self._devices)
-        for worker in set(workers) - self._living:
+        for worker in self._dead:
             await self._bury(worker)
 
     async def _bury(self, worker: str) -> None:
@@ -222,7 +221,7 @@ class Presence:
         key = WORKER + worker + ":users"
         try:
             # The set is taken away at the end: dying in the middle leaves the rest to somebody else.
-            user_ids = [UserId(UUID(hex=member.decode())) for member in await self._redis.smembers(key)]
+            user_ids = [UserId(UUID(hex=_text(member))) for member in await self._redis.smembers(key)]
             async with self._redis.pipeline(transaction=False) as pipe:
                 for user_id in user_ids:
                     pipe.hdel(USER + user_id.hex, worker)
@@ -271,6 +270,10 @@ def _seen(user_id: UserId, choice: Visibility, states: Iterable[bytes]) -> Seen:
         custom_status=choice.custom_status,
         last_seen_at=datetime.fromtimestamp(last_seen, UTC) if status == "offline" and last_seen else None,
     )
+
+
+def _text(member: bytes | str) -> str:
+    return member.decode() if isinstance(member, bytes) else member
 
 
 async def _every(seconds: float, job: Callable[[], Awaitable[None]]) -> None:

@@ -24,7 +24,7 @@ from server.embedded.folder import DataFolder
 from server.embedded.postgres import Postgres
 from server.embedded.valkey import Valkey
 from server.errors import Fatal
-from server.worker import DRAIN_SECONDS, READY, Orders
+from server.orders import DRAIN_SECONDS, READY, Orders
 
 WATCH_SECONDS = 0.2
 READY_SECONDS = 30.0
@@ -53,6 +53,7 @@ class Worker:
 
     def start(self) -> None:
         """Start a process in this place."""
+        self._forget()
         self.started_at = time.monotonic()
         self.process = process = subprocess.Popen(  # noqa: S603 - no outside input
             # -P: a server.py in the current folder is not ours.
@@ -87,6 +88,13 @@ class Worker:
         if self.process is not None:
             self.process.kill()
             self.process.wait()
+            self._forget()
+
+    def _forget(self) -> None:
+        if self.process is not None:
+            for pipe in (self.process.stdin, self.process.stdout):
+                if pipe is not None:
+                    pipe.close()
 
 
 class Supervisor:

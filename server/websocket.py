@@ -68,7 +68,7 @@ class WebSocket(WebSocketsSansIOProtocol):
     def handle_connect(self, event: Any) -> None:  # noqa: D102, ANN401 - websockets' Request
         super().handle_connect(event)
         if not self.close_sent:
-            self.scope["extensions"][EXTENSION] = self  # type: ignore[index,assignment]
+            self.scope["extensions"][EXTENSION] = self  # type: ignore[assignment]
 
     def send_receive_event_to_app(self) -> None:  # noqa: D102
         if self.receiver is None:

@@ -20,21 +20,9 @@ import uvloop
 from protocol.limits import MAX_FRAME_BYTES
 from server import log
 from server.app import App
-from server.config import Settings
 from server.errors import Fatal
+from server.orders import DRAIN_SECONDS, READY, Orders
 from server.websocket import WebSocket
-
-READY = "ready\n"
-DRAIN_SECONDS = 15
-
-
-class Orders(msgspec.Struct, frozen=True):
-    """What a worker is told: its settings, its number, the listening socket, and the folder workers share."""
-
-    settings: Settings
-    number: int
-    listener: int
-    folder: str
 
 
 class DrainingServer(uvicorn.Server):

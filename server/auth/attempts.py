@@ -51,7 +51,9 @@ class Attempts:
         key = _key(kind, who)
         try:
             async with self._redis.pipeline(transaction=False) as pipe:
-                count, seconds = await pipe.get(key).ttl(key).execute()
+                pipe.get(key)
+                pipe.ttl(key)
+                count, seconds = await pipe.execute()
             return int(count or 0) + 1, max(seconds, 1)
         except (RedisError, OSError):
             count, until = self._local(key)
@@ -63,7 +65,10 @@ class Attempts:
         self._here[key] = (count + 1, until)
         try:
             async with self._redis.pipeline(transaction=True) as pipe:
-                total, _, seconds = await pipe.incr(key).expire(key, WINDOW_SECONDS, nx=True).ttl(key).execute()
+                pipe.incr(key)
+                pipe.expire(key, WINDOW_SECONDS, nx=True)
+                pipe.ttl(key)
+                total, _, seconds = await pipe.execute()
             return total, max(seconds, 1)
         except (RedisError, OSError):
             return count + 1, until - time.monotonic()

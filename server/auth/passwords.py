@@ -29,6 +29,7 @@ def is_outdated(password_hash: str) -> bool:
 
 def _matches(password: str, password_hash: str | None) -> bool:
     try:
-        return _hasher.verify(password_hash or _nobody, password) and password_hash is not None
+        _hasher.verify(password_hash or _nobody, password)
     except (VerificationError, InvalidHashError):
         return False
+    return password_hash is not None

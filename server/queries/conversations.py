@@ -220,7 +220,7 @@ async def is_same(db: Db, founding: Founding) -> bool:
     )  # fmt: skip
 
 
-DIRECT = "SELECT id FROM conversation WHERE direct_low = least($1, $2) AND direct_high = greatest($1, $2)"
+DIRECT = "SELECT id FROM conversation WHERE direct_low = least($1::uuid, $2) AND direct_high = greatest($1::uuid, $2)"
 
 
 async def direct(db: Db, one: UserId, other: UserId) -> ConversationId | None:

@@ -218,7 +218,7 @@ async def get(db: Db, message_id: MessageId, user_id: UserId) -> OneMessage | No
 # $3 is the anchor, whose place ($4 past it, or $4 itself when there is none) divides what is older from what
 # is not. A participant gets at least one row, empty if need be: no row means no access.
 PAGE = """
-SELECT anchor.place, page.is_older, message_json(page.m), ARRAY(
+SELECT c.version, anchor.place, page.is_older, message_json(page.m), ARRAY(
     SELECT r.emoji FROM message_reaction r
     WHERE (page.m).reactions <> '{}' AND r.message_id = (page.m).id AND r.user_id = $2 AND NOT r.is_removed
     ORDER BY r.emoji
@@ -260,13 +260,15 @@ async def page(db: Db, conversation_id: ConversationId, user_id: UserId, span: S
     rows = await db.fetch(PAGE, conversation_id, user_id, span.anchor, offset, *limits)
     if not rows:
         return None
-    if rows[0][0] is None:
+    version, place = rows[0][:2]
+    if place is None:
         raise LookupError
-    older = [(text, mine) for _, is_older, text, mine in rows if is_older]
-    newer = [(text, mine) for _, is_older, text, mine in rows if is_older is False]
+    older = [(text, mine) for *_, is_older, text, mine in rows if is_older]
+    newer = [(text, mine) for *_, is_older, text, mine in rows if is_older is False]
     kept = older[: span.older][::-1] + newer[: span.newer]
     messages = [_message_decoder.decode(text) for text, _ in kept]
     return MessagePage(
+        version=version,
         messages=messages,
         has_before=len(older) > span.older if span.older else span.anchor is not None,
         has_after=len(newer) > span.newer if span.newer else span.anchor is not None,

@@ -1,0 +1,90 @@
+"""One PostgreSQL and one Valkey for the run; a database, and workers, for each test."""
+
+import asyncio
+import shutil
+import socket
+import tempfile
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import asyncpg
+import msgspec
+import pytest
+import uvloop
+from redis.asyncio import Redis
+
+from server import migrate
+from server.config import Settings
+from server.embedded.folder import DataFolder
+from server.embedded.postgres import Postgres
+from server.embedded.valkey import Valkey
+from tests.world import World
+
+TEMPLATE = "template_openchat"
+
+
+class Servers(NamedTuple):
+    """The real thing, twice."""
+
+    postgres: Postgres
+    valkey: Valkey
+
+
+def pytest_asyncio_loop_factories() -> dict[str, Callable[[], asyncio.AbstractEventLoop]]:
+    """The loop that workers run on."""
+    return {"uvloop": uvloop.new_event_loop}
+
+
+@pytest.fixture(scope="session")
+def servers() -> Iterator[Servers]:
+    path = Path(tempfile.mkdtemp(prefix="openchat-tests-"))
+    folder = DataFolder(path)
+    postgres = Postgres(folder, max_connections=200)
+    valkey = Valkey(folder)
+    try:
+        postgres.start()
+        valkey.start()
+        asyncio.run(make_template(postgres.url("postgres"), postgres.url(TEMPLATE)))
+        yield Servers(postgres, valkey)
+    finally:
+        valkey.stop()
+        postgres.stop()
+        folder.release()
+        shutil.rmtree(path)
+
+
+async def make_template(administration: str, template: str) -> None:
+    connection = await asyncpg.connect(administration)
+    await connection.execute(f"CREATE DATABASE {TEMPLATE}")
+    await connection.close()
+    connection = await asyncpg.connect(template)
+    await migrate.migrate(connection)
+    await connection.close()
+
+
+@pytest.fixture
+async def database_url(servers: Servers, request: pytest.FixtureRequest) -> AsyncIterator[str]:
+    name = f"test_{abs(hash(request.node.nodeid)) % 10**12}"
+    administration = await asyncpg.connect(servers.postgres.url("postgres"))
+    await administration.execute(f"CREATE DATABASE {name} TEMPLATE {TEMPLATE} STRATEGY file_copy")
+    await administration.close()
+    yield servers.postgres.url(name)
+    administration = await asyncpg.connect(servers.postgres.url("postgres"))
+    await administration.execute(f"DROP DATABASE {name} WITH (FORCE)")
+    await administration.close()
+
+
+@pytest.fixture
+async def settings(servers: Servers, database_url: str) -> AsyncIterator[Settings]:
+    redis = Redis.from_url(servers.valkey.url)
+    await redis.flushall()
+    await redis.aclose()
+    yield Settings(database_url=database_url, redis_url=servers.valkey.url, database_connections=4)
+
+
+@pytest.fixture
+async def world(settings: Settings) -> AsyncIterator[World]:
+    """Two workers on one database, with users to be made."""
+    async with World(settings) as world:
+        yield world

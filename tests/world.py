@@ -1,0 +1,145 @@
+"""A small world to test in: workers that share a database, and users with conversations."""
+
+import asyncio
+import shutil
+import socket
+import tempfile
+from contextlib import AsyncExitStack
+from datetime import timedelta
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple, Self
+
+import asyncpg
+import uvicorn
+
+from protocol.client import CreateChannel, CreateDirect, CreateGroup, Join, Send
+from protocol.ids import ConversationId, MessageId, UserId, uuid7
+from protocol.limits import MAX_FRAME_BYTES
+from protocol.server import OneConversation, Sent
+from server.app import App
+from server.auth.sessions import new_token, token_hash
+from server.config import Settings
+from server.queries import accounts, sessions
+from server.websocket import WebSocket
+from server.worker import DrainingServer
+from tests.client import Client
+
+ON_LOOPBACK = ("127.0.0.1", 0)
+
+
+class Somebody(NamedTuple):
+    """A user with a session."""
+
+    id: UserId
+    name: str
+    token: str
+
+
+class Worker:
+    """A worker as server/worker.py runs it, in the test's own process, so that starting one takes no time."""
+
+    def __init__(self, settings: Settings, folder: Path, number: int) -> None:
+        self._settings = settings
+        self._folder = folder
+        self._number = number
+        self.app: App
+        self.url: str
+
+    async def start(self) -> None:
+        listener = socket.socket()
+        listener.bind(ON_LOOPBACK)
+        self.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        self.app = await App.open(self._settings, self._folder, self._number)
+        config = uvicorn.Config(
+            self.app.starlette, ws=WebSocket, ws_max_size=MAX_FRAME_BYTES, ws_per_message_deflate=False,
+            ws_ping_interval=None, lifespan="off", access_log=False, log_config=None, server_header=False,
+            timeout_graceful_shutdown=5,
+        )  # fmt: skip
+        self.server = DrainingServer(config, self.app)
+        self._serving = asyncio.create_task(self.server.serve(sockets=[listener]))
+        while not self.server.started:
+            await asyncio.sleep(0)
+
+    async def stop(self) -> None:
+        self.server.should_exit = True
+        await self._serving
+        await self.app.close()
+
+
+class World:
+    """Two workers, a connection to look into their database, and whoever is made."""
+
+    def __init__(self, settings: Settings, *, workers: int = 2) -> None:
+        self.settings = settings
+        self._folder = Path(tempfile.mkdtemp(prefix="openchat-world-"))
+        self.workers = [Worker(settings, self._folder, number) for number in range(1, workers + 1)]
+        self.db: asyncpg.Connection[asyncpg.Record]
+        self._open = AsyncExitStack()
+
+    async def __aenter__(self) -> Self:
+        self.db = await asyncpg.connect(self.settings.database_url)
+        for worker in self.workers:
+            await worker.start()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._open.aclose()
+        for worker in self.workers:
+            await worker.stop()
+        await self.db.close()
+        shutil.rmtree(self._folder)
+
+    @property
+    def url(self) -> str:
+        return self.workers[0].url
+
+    async def user(self, name: str) -> Somebody:
+        """Make a user, with a session, but without the work of hashing a password."""
+        user_id = await accounts.register(self.db, name, f"{name.lower()}.{uuid7().hex}@example.org", "no password")
+        token = new_token()
+        await sessions.create(self.db, user_id, token_hash(token), timedelta(days=30), (None, None))
+        return Somebody(user_id, name, token)
+
+    async def users(self, *names: str) -> list[Somebody]:
+        return [await self.user(name) for name in names]
+
+    async def connect(self, who: Somebody, worker: int = 0, **options: Any) -> Client:
+        """Connect a user to a worker; the connection ends with the test."""
+        client = await self._open.enter_async_context(Client(self.workers[worker].url, who.token, **options))
+        if "resume" not in options.get("query", ""):
+            await client.settled()
+        return client
+
+    async def group(self, owner: Client, *others: Somebody, **fields: Any) -> ConversationId:
+        """Make a group and return its id."""
+        frame = CreateGroup(
+            conversation_id=ConversationId(uuid7()),
+            title=fields.pop("title", "Lovelace's circle"),
+            participants=[one.id for one in others],
+            **fields,
+        )
+        made = await owner.call(frame, OneConversation)
+        return made.view.conversation.id
+
+    async def channel(self, owner: Client, **fields: Any) -> ConversationId:
+        frame = CreateChannel(conversation_id=ConversationId(uuid7()), title=fields.pop("title", "News"), **fields)
+        return (await owner.call(frame, OneConversation)).view.conversation.id
+
+    async def direct(self, one: Client, other: Somebody) -> ConversationId:
+        return (await one.call(CreateDirect(user_id=other.id), OneConversation)).view.conversation.id
+
+
+def message(conversation_id: ConversationId, content: str = "Hello", **fields: Any) -> Send:
+    """Return a frame that sends a new message."""
+    return Send(conversation_id=conversation_id, message_id=MessageId(uuid7()), content=content, **fields)
+
+
+async def sent(client: Client, conversation_id: ConversationId, content: str = "Hello", **fields: Any) -> MessageId:
+    """Send a message and return its id."""
+    return (await client.call(message(conversation_id, content, **fields), Sent)).message_id
+
+
+__all__ = ["Join", "Somebody", "Worker", "World", "message", "sent"]
