@@ -151,4 +151,3 @@ class App:
             "closed_silent": self.roster.closed_silent,
             "closed_slow": self.roster.closed_slow,
         }
-

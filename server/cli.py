@@ -23,9 +23,7 @@ def main() -> None:
     options = _parser().parse_args()
     log.configure("openchat")
     try:
-        settings = config.read(
-            host=options.host, port=options.port, workers=options.workers, data_dir=options.data_dir
-        )
+        settings = config.read(host=options.host, port=options.port, workers=options.workers, data_dir=options.data_dir)
         if options.command == "migrate":
             _with_database(settings, is_plan=options.plan)
         elif options.command == "new-epoch":

@@ -68,7 +68,7 @@ class Dispatch:
                 raise _already_authenticated(frame)
             self._allowances[route.rate].require(context.user_id)
             result = await route.handler(context, frame)
-        except Exception as error:  # noqa: BLE001 - told to the client, and logged if it is ours
+        except Exception as error:
             refused = refusal(error)
             if refused is None:
                 log.exception("%s failed", type(frame).__name__)

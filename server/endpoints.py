@@ -14,12 +14,12 @@ from protocol.client import Authenticate
 from protocol.codec import decode_client, encode
 from protocol.errors import CloseCode, ErrorCode, Refused
 from protocol.server import Error
-from server import describe
 from server.auth.credentials import token_of
 from server.auth.endpoints import Accounts
 from server.auth.sessions import Sessions
 from server.connection import Connection, Shared
 from server.context import Context, Services
+from server.describe import asyncapi, openapi
 from server.dispatch import error_frame
 from server.errors import refusal
 from server.metrics import Metrics
@@ -83,7 +83,7 @@ class Endpoints:
                 active = await asyncio.wait_for(self._first_frame(handshake), AUTHENTICATE_SECONDS)
             except WebSocketDisconnect:
                 return
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001 - the answer is the same for what never came and what was wrong
                 refused = refusal(error) or Refused(ErrorCode.UNAUTHENTICATED, "No `authenticate` in time.")
                 await handshake.send_text(encode(error_frame(refused)).decode())
                 is_ours = refused.code in {ErrorCode.UNAVAILABLE, ErrorCode.INTERNAL}
@@ -121,11 +121,11 @@ class Endpoints:
 
     async def asyncapi(self, request: Request) -> Response:  # noqa: ARG002
         """Return the description of the socket."""
-        return Response(describe.asyncapi(), media_type="application/json")
+        return json_response(asyncapi.document())
 
     async def openapi(self, request: Request) -> Response:  # noqa: ARG002
         """Return the description of the HTTP endpoints."""
-        return Response(describe.openapi(), media_type="application/json")
+        return json_response(openapi.document())
 
     async def _has_database(self) -> bool:
         try:

@@ -6,6 +6,7 @@ bus or PostgreSQL, makes no difference: all of them end in `_accept`.
 """
 
 import asyncio
+import contextlib
 import logging
 import os
 import struct
@@ -485,10 +486,8 @@ class Hub:
         """Compare every position with PostgreSQL, often while there is no bus to tell: the last line of defence."""
         while True:
             pause = COMPARE_SECONDS if self.bus.is_up else COMPARE_SECONDS_WITHOUT_BUS
-            try:
+            with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._compare_now.wait(), pause)
-            except TimeoutError:
-                pass
             self._compare_now.clear()
             try:
                 await self._compare_once()

@@ -134,4 +134,3 @@ class _Collected(Collector):
                 buckets.append((str(bound), total))
             latency.add_metric([worker], buckets, snapshot.latency_seconds)
         yield from (frames, refusals, latency)
-

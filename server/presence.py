@@ -12,7 +12,6 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from datetime import UTC, datetime
 from uuid import UUID
 
-from msgspec import UNSET
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
@@ -45,9 +44,7 @@ log = logging.getLogger(__name__)
 class Presence:
     """The users at this worker, and what is known of the others."""
 
-    def __init__(
-        self, redis: "Redis", database: Database, announce: Callable[[UserId, PresenceChanged], None]
-    ) -> None:
+    def __init__(self, redis: "Redis", database: Database, announce: Callable[[UserId, PresenceChanged], None]) -> None:
         """`announce` tells those who watch a user."""
         self._redis = redis
         self._database = database

@@ -67,7 +67,7 @@ class Roster:
                 connection.finish()
             await asyncio.sleep(DRAIN_BATCH_SECONDS if len(everyone) > size else 0)
         deadline = asyncio.get_running_loop().time() + DRAIN_SECONDS
-        while len(self) and asyncio.get_running_loop().time() < deadline:
+        while len(self) and asyncio.get_running_loop().time() < deadline:  # noqa: ASYNC110 - the end of many
             await asyncio.sleep(DRAIN_BATCH_SECONDS)
 
     async def _beat(self) -> None:

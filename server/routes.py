@@ -4,7 +4,6 @@ from protocol import client
 from server.dispatch import Access, Rate, Route
 from server.handlers import conversations, messages, participants, reactions, receipts, sessions, users
 
-
 ROUTES: dict[type[client.Frame], Route] = {
     # the connection
     client.Ping: Route(sessions.ping, Access.USER, Rate.EPHEMERAL),

@@ -55,7 +55,7 @@ class Worker:
         """Start a process in this place."""
         self._forget()
         self.started_at = time.monotonic()
-        self.process = process = subprocess.Popen(  # noqa: S603 - no outside input
+        self.process = process = subprocess.Popen(
             # -P: a server.py in the current folder is not ours.
             [sys.executable, "-P", "-m", "server.worker"],
             stdin=subprocess.PIPE,
@@ -76,7 +76,6 @@ class Worker:
         if said != READY:
             self.kill()
             raise Fatal(said.strip() or f"worker {self.number} does not start.")
-
 
     def terminate(self) -> None:
         """Ask it to drain and end."""

@@ -11,7 +11,15 @@ import msgspec
 from protocol.client import Resume
 from protocol.ids import ConversationId
 from protocol.limits import MAX_CHANGES, MAX_SHARED_PARTICIPANTS
-from protocol.server import ConversationJoined, ConversationLeft, Conversations, Resumed, ServerFrame, StartOver, StartOverReason
+from protocol.server import (
+    ConversationJoined,
+    ConversationLeft,
+    Conversations,
+    Resumed,
+    ServerFrame,
+    StartOver,
+    StartOverReason,
+)
 from protocol.values import ConversationView
 from server.context import Context
 from server.queries import changes, conversations

@@ -84,7 +84,7 @@ async def serve(orders: Orders) -> None:
 
 
 async def _say_ready(server: uvicorn.Server) -> None:
-    while not server.started:
+    while not server.started:  # noqa: ASYNC110 - uvicorn has no event for it
         await asyncio.sleep(0.005)
     sys.stdout.write(READY)
     sys.stdout.flush()

@@ -38,9 +38,7 @@ class Actor:
     async def connect(self) -> None:
         """Connect somewhere and come up to date."""
         while True:
-            fresh = Client(
-                self._random.choice(self._urls()), self.who.token, query="?resume=1", open_timeout=10
-            )
+            fresh = Client(self._random.choice(self._urls()), self.who.token, query="?resume=1", open_timeout=10)
             fresh.on_event = self._hear
             try:
                 async with asyncio.timeout(10):

@@ -109,9 +109,7 @@ class Client:
         await self.socket.send(data)
         return await self.event(Error, start=seen)
 
-    async def event(
-        self, kind: type[Kind], where: Callable[[Kind], bool] = lambda _: True, *, start: int = 0
-    ) -> Kind:
+    async def event(self, kind: type[Kind], where: Callable[[Kind], bool] = lambda _: True, *, start: int = 0) -> Kind:
         """Return the first event of a kind, whether it has come or is still to come."""
         async with asyncio.timeout(PATIENCE), self._changed:
             while True:

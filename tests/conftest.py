@@ -2,14 +2,12 @@
 
 import asyncio
 import shutil
-import socket
 import tempfile
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import asyncpg
-import msgspec
 import pytest
 import uvloop
 from redis.asyncio import Redis
@@ -76,11 +74,11 @@ async def database_url(servers: Servers, request: pytest.FixtureRequest) -> Asyn
 
 
 @pytest.fixture
-async def settings(servers: Servers, database_url: str) -> AsyncIterator[Settings]:
+async def settings(servers: Servers, database_url: str) -> Settings:
     redis = Redis.from_url(servers.valkey.url)
     await redis.flushall()
     await redis.aclose()
-    yield Settings(database_url=database_url, redis_url=servers.valkey.url, database_connections=4)
+    return Settings(database_url=database_url, redis_url=servers.valkey.url, database_connections=4)
 
 
 @pytest.fixture

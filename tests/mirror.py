@@ -114,9 +114,7 @@ class Mirror:
                 root_id = event.message.thread_root_id
                 count = None if isinstance(event, server.MessageEdited) else event.root_reply_count
                 if root_id in copy.messages and count is not None:
-                    copy.messages[root_id] = replace(
-                        copy.messages[root_id], reply_count=count, version=event.version
-                    )
+                    copy.messages[root_id] = replace(copy.messages[root_id], reply_count=count, version=event.version)
             case server.MessageReacted() | server.MessageUnreacted():
                 if (there := copy.messages.get(event.message_id)) is not None:
                     reactions = {**there.reactions, event.emoji: event.count}

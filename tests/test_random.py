@@ -62,8 +62,8 @@ async def test_everyone_ends_with_the_truth(settings: Settings, cluster: Cluster
     actors = [Actor(who, cluster.urls, channels, seed * 1000 + number) for number, who in enumerate(people)]
     await asyncio.gather(*(actor.connect() for actor in actors))
     assert actors[0].client is not None
-    for number in range(CHANNELS):
-        channels.append(await world.channel(actors[0].client, title=f"Channel {number}", is_public=True))
+    founder = actors[0].client
+    channels += [await world.channel(founder, title=f"Channel {number}", is_public=True) for number in range(CHANNELS)]
 
     acting = asyncio.gather(*(actor.act(ACTIONS) for actor in actors))
     await db.fetchval("SELECT 1")

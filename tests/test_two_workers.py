@@ -107,8 +107,10 @@ async def test_participants(pair: Pair, world: World) -> None:
 
 async def test_owner_leaves_to_the_next(pair: Pair) -> None:
     await pair.ada.call(client.Leave(conversation_id=pair.group), server.Done)
-    event = await pair.charles.event(server.ParticipantChanged, lambda event: event.participant.role == "owner" and
-        event.participant.user_id == pair.them[1].id)
+    event = await pair.charles.event(
+        server.ParticipantChanged,
+        lambda event: event.participant.role == "owner" and event.participant.user_id == pair.them[1].id,
+    )
     assert event.participant_count == 1
     assert (await pair.ada.event(server.ConversationLeft)).conversation_id == pair.group
 

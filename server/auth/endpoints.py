@@ -132,9 +132,7 @@ class Accounts:
         token = new_token()
         device = (_address(request), request.headers.get("user-agent", "")[:MAX_USER_AGENT].replace("\0", "") or None)
         async with self._database.connection() as db:
-            session_id, expires_at = await sessions.create(
-                db, user.id, token_hash(token), self._sessions.lasts, device
-            )
+            session_id, expires_at = await sessions.create(db, user.id, token_hash(token), self._sessions.lasts, device)
         logged_in = LoggedIn(token=token, session_id=session_id, expires_at=expires_at, user=user)
         response = json_response(logged_in, status=status)
         response.set_cookie(

@@ -39,11 +39,15 @@ class DataFolder:
             path.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
-            raise Fatal(f"the data folder {path} cannot be written ({error.strerror}); choose one by --data-dir.") from None
+            raise Fatal(
+                f"the data folder {path} cannot be written ({error.strerror}); choose one by --data-dir."
+            ) from None
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise Fatal(f"another openchat runs with the data folder {path}; stop it or choose another --data-dir.") from None
+            raise Fatal(
+                f"another openchat runs with the data folder {path}; stop it or choose another --data-dir."
+            ) from None
         short = len(os.fsencode(path)) < MAX_SOCKET_DIR
         digest = hashlib.sha256(os.fsencode(path)).hexdigest()[:12]
         self.run = path / "run" if short else Path(tempfile.gettempdir()) / f"openchat-{digest}"

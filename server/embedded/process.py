@@ -23,7 +23,7 @@ def start(
     """
     owner = folder.owner
     with log.open("ab") as output:
-        return subprocess.Popen(
+        return subprocess.Popen(  # noqa: S603 - no outside input, no threads
             command,
             stdin=subprocess.DEVNULL,
             stdout=output,
@@ -31,7 +31,7 @@ def start(
             cwd=folder.path,
             # A Ctrl-C in the terminal goes to the whole foreground group; these are stopped last, by us.
             start_new_session=True,
-            preexec_fn=_dies_with_parent(last_signal),
+            preexec_fn=_dies_with_parent(last_signal),  # noqa: PLW1509 - it makes one system call
             user=owner and owner.uid,
             group=owner and owner.gid,
             extra_groups=[] if owner else None,

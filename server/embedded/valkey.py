@@ -76,4 +76,3 @@ class Valkey:
             client.sendall(command)
             return client.recv(64)
         return b""
-

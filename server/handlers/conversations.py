@@ -134,9 +134,7 @@ async def update(context: Context, frame: client.UpdateConversation) -> OneConve
         conversation = await conversations.update(db, frame.conversation_id, given)
         view = await _view(db, context.user_id, frame.conversation_id)
     context.events.publish(
-        ConversationUpdated(
-            conversation_id=conversation.id, version=conversation.version, conversation=conversation
-        )
+        ConversationUpdated(conversation_id=conversation.id, version=conversation.version, conversation=conversation)
     )
     return OneConversation(view=view)
 

@@ -346,7 +346,7 @@ RETURNING message_json(m), (SELECT reply_count FROM root)
 
 
 async def delete(db: Db, found: Message, user_id: UserId) -> tuple[Message, int | None]:
-    """Take a message's words away; return what is left, and its root's reply count if it was a reply. Under the lock."""
+    """Take a message's words away; return what is left, and the root's count if it was a reply. Under the lock."""
     row = await db.fetchrow(DELETE, found.conversation_id, found.id, user_id)
     assert row is not None  # noqa: S101 - the caller found it under the lock
     return _message_decoder.decode(row[0]), row[1]

@@ -5,7 +5,6 @@ from protocol.ids import UserId
 from protocol.values import Message
 from server.database import Db
 
-
 REACT = """
 WITH reacted AS (
     INSERT INTO message_reaction (message_id, user_id, emoji, conversation_id, version)

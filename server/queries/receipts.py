@@ -34,8 +34,11 @@ WITH target AS (
     RETURNING p.last_read_version
 )
 SELECT t.conversation_id, coalesce(CASE WHEN moved.last_read_version IS NULL THEN p.last_read_message_id END, t.id),
-    ({COUNT_UNREAD.format(user="$2", conversation="t.conversation_id",
-        read="coalesce(moved.last_read_version, p.last_read_version)")}),
+    ({
+    COUNT_UNREAD.format(
+        user="$2", conversation="t.conversation_id", read="coalesce(moved.last_read_version, p.last_read_version)"
+    )
+}),
     t.participant_count, moved.last_read_version IS NOT NULL
 FROM target t
 JOIN conversation_participant p

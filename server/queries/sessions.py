@@ -94,7 +94,9 @@ async def revoke(db: Db, user_id: UserId, session_id: SessionId | None) -> int:
     return len(await db.fetch(REVOKE, user_id, session_id))
 
 
-EXPIRED = "DELETE FROM session WHERE id IN (SELECT id FROM session WHERE expires_at < now() - interval '1 day' LIMIT 1000)"
+EXPIRED = (
+    "DELETE FROM session WHERE id IN (SELECT id FROM session WHERE expires_at < now() - interval '1 day' LIMIT 1000)"
+)
 
 
 async def clear_expired(db: Db) -> None:

@@ -1,0 +1,61 @@
+# make run    start the server, after setting up whatever it needs
+# make test   lint, types, tests, after setting up whatever they need
+# make help   everything else
+
+PYTHON ?= python3
+VENV := .venv
+ARGS ?=
+
+.PHONY: run test lint types tests docs format lock clean help
+
+run: $(VENV)/run-ready
+	@exec $(VENV)/bin/openchat $(ARGS)
+
+test: lint types tests
+
+lint: $(VENV)/test-ready
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+
+types: $(VENV)/test-ready
+	$(VENV)/bin/mypy
+
+tests: $(VENV)/test-ready
+	$(VENV)/bin/pytest $(ARGS)
+
+format: $(VENV)/test-ready  ## format the code and fix what can be fixed
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+docs: $(VENV)/test-ready  ## write the generated part of docs/
+	$(VENV)/bin/python -m server.describe docs
+
+lock:  ## find the newest versions that pyproject.toml allows (needs uv)
+	uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-annotate --no-header \
+	    pyproject.toml -o requirements.lock
+	uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-annotate --no-header \
+	    pyproject.toml --group dev -o requirements-dev.lock
+
+clean:  ## remove what was set up here (the data folder stays)
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+help:
+	@sed -n '1,3s/^# //p' Makefile; sed -n 's/^\([a-z]*\):.*## /make \1 - /p' Makefile
+
+$(VENV)/bin/python:
+	@echo "Setting up $(VENV) …"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	    { echo "OpenChat needs Python 3.11 or later; say which one with PYTHON=…"; exit 1; }
+	@$(PYTHON) -m venv $(VENV)
+
+$(VENV)/run-ready: requirements.lock pyproject.toml | $(VENV)/bin/python
+	@echo "Installing what OpenChat needs (about a minute, this once) …"
+	@$(VENV)/bin/pip install -q --disable-pip-version-check --require-hashes -r requirements.lock
+	@$(VENV)/bin/pip install -q --disable-pip-version-check --no-deps -e .
+	@touch $@
+
+$(VENV)/test-ready: requirements-dev.lock pyproject.toml | $(VENV)/bin/python
+	@echo "Installing what OpenChat and its tests need (about a minute, this once) …"
+	@$(VENV)/bin/pip install -q --disable-pip-version-check --require-hashes -r requirements-dev.lock
+	@$(VENV)/bin/pip install -q --disable-pip-version-check --no-deps -e .
+	@touch $@ $(VENV)/run-ready

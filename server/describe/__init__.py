@@ -1,0 +1,16 @@
+"""The wire, described: AsyncAPI 3 for the socket, OpenAPI 3.1 for HTTP, a handbook for people. All of it is
+generated from the structs and the table; `python -m server.describe docs` writes it.
+"""
+
+import json
+
+from server.describe import asyncapi, handbook, openapi
+
+
+def files() -> dict[str, str]:
+    """Return what belongs into docs/, by file name."""
+    return {
+        "asyncapi.json": json.dumps(asyncapi.document(), indent=1) + "\n",
+        "openapi.json": json.dumps(openapi.document(), indent=1) + "\n",
+        "protocol.md": handbook.document(),
+    }

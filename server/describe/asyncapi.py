@@ -1,0 +1,111 @@
+"""AsyncAPI 3: the socket, seen from the server."""
+
+from importlib.metadata import version
+from typing import Any, get_args
+
+import msgspec
+
+from protocol import SUBPROTOCOL
+from protocol.client import ClientFrame, Frame
+from protocol.errors import CloseCode
+from protocol.server import DurableEvent, Error, Reply, ServerFrame
+
+Json = dict[str, Any]
+CLIENT_FRAMES: tuple[type[Frame], ...] = get_args(ClientFrame)
+SERVER_FRAMES: tuple[type[msgspec.Struct], ...] = get_args(ServerFrame)
+DURABLE: frozenset[type[msgspec.Struct]] = frozenset(get_args(DurableEvent))
+ANSWERS = (Reply, Error)
+
+
+def tag(frame: type[msgspec.Struct]) -> str:
+    """Return what a frame says in `type`."""
+    return str(frame.__struct_config__.tag)
+
+
+def summary(what: type) -> str:
+    """Return a docstring on one line."""
+    return " ".join((what.__doc__ or "").split())
+
+
+def schemas(*types: Any) -> Json:  # noqa: ANN401 - whatever msgspec describes
+    """Return the JSON schemas of types and of all that they use, by name."""
+    _, found = msgspec.json.schema_components(types, ref_template="#/components/schemas/{name}")
+    return dict(found)
+
+
+def document() -> Json:
+    """Return the description of the socket."""
+    frames = [*CLIENT_FRAMES, *SERVER_FRAMES]
+    return {
+        "asyncapi": "3.0.0",
+        "info": {
+            "title": "OpenChat socket",
+            "version": version("openchat"),
+            "description": "Frames of JSON in text messages. "
+            + " ".join(f"{code.value} {code.name.lower()}: {_meaning(code)}" for code in CloseCode),
+        },
+        "defaultContentType": "application/json",
+        "servers": {"local": {"host": "127.0.0.1:8000", "protocol": "ws"}},
+        "channels": {
+            "socket": {
+                "address": "/v1/ws",
+                "description": f"Subprotocol {SUBPROTOCOL}.",
+                "messages": {tag(frame): {"$ref": f"#/components/messages/{tag(frame)}"} for frame in frames},
+                "bindings": {
+                    "ws": {
+                        "method": "GET",
+                        "query": {
+                            "type": "object",
+                            "properties": {
+                                "resume": {
+                                    "const": "1",
+                                    "description": "Say only `ready`: the client will `resume`.",
+                                }
+                            },
+                        },
+                    }
+                },
+            }
+        },
+        "operations": {
+            **{tag(frame): _received(frame) for frame in CLIENT_FRAMES},
+            **{tag(frame): _sent(frame) for frame in SERVER_FRAMES if frame not in ANSWERS},
+        },
+        "components": {
+            "messages": {
+                tag(frame): {
+                    "name": tag(frame),
+                    "summary": summary(frame),
+                    "payload": {"$ref": f"#/components/schemas/{frame.__name__}"},
+                }
+                for frame in frames
+            },
+            "schemas": schemas(*frames),
+        },
+    }
+
+
+def _received(frame: type[Frame]) -> Json:
+    return {
+        "action": "receive",
+        "channel": {"$ref": "#/channels/socket"},
+        "summary": summary(frame),
+        "messages": [{"$ref": f"#/channels/socket/messages/{tag(frame)}"}],
+        "reply": {
+            "channel": {"$ref": "#/channels/socket"},
+            "messages": [{"$ref": f"#/channels/socket/messages/{tag(answer)}"} for answer in ANSWERS],
+        },
+    }
+
+
+def _sent(frame: type[msgspec.Struct]) -> Json:
+    return {
+        "action": "send",
+        "channel": {"$ref": "#/channels/socket"},
+        "summary": summary(frame),
+        "messages": [{"$ref": f"#/channels/socket/messages/{tag(frame)}"}],
+    }
+
+
+def _meaning(code: CloseCode) -> str:
+    return "reconnect." if code.reconnect else "do not reconnect by itself."

@@ -1,0 +1,117 @@
+"""OpenAPI 3.1: what there is over HTTP."""
+
+from importlib.metadata import version
+from typing import Any
+
+from protocol.client import ClientFrame
+from protocol.http import LoggedIn, Login, Register, SessionList
+from protocol.server import Error, Reply
+from server.describe.asyncapi import CLIENT_FRAMES, Json, schemas, tag
+
+_SECURITY: list[dict[str, list[str]]] = [{"token": []}, {"cookie": []}]
+
+
+def document() -> Json:
+    """Return the description of the HTTP endpoints."""
+    return {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "OpenChat HTTP",
+            "version": version("openchat"),
+            "description": "Accounts and sessions, one frame at a time, health. The chat itself is on the socket.",
+        },
+        "servers": [{"url": "http://127.0.0.1:8000"}],
+        "paths": {
+            "/v1/auth/register": {
+                "post": _operation("register", "Make an account and begin its first session.", body=Register)
+                | _responses({"201": ("A session has begun.", LoggedIn)}, 409, 422, 429)
+            },
+            "/v1/auth/login": {
+                "post": _operation("login", "Begin a session.", body=Login)
+                | _responses({"200": ("A session has begun.", LoggedIn)}, 401, 422, 429)
+            },
+            "/v1/auth/logout": {
+                "post": _operation("logout", "End this session.", is_secured=True)
+                | _responses({"204": ("It has ended.", None)}, 401)
+            },
+            "/v1/auth/sessions": {
+                "get": _operation("list_sessions", "Return the user's sessions.", is_secured=True)
+                | _responses({"200": ("The sessions, newest first.", SessionList)}, 401),
+                "delete": _operation("revoke_all_sessions", "End all sessions.", is_secured=True)
+                | _responses({"204": ("They have ended.", None)}, 401),
+            },
+            "/v1/auth/sessions/{session_id}": {
+                "delete": _operation("revoke_session", "End one session.", is_secured=True)
+                | {
+                    "parameters": [
+                        {
+                            "name": "session_id",
+                            "in": "path",
+                            "required": True,
+                            "schema": {"type": "string", "format": "uuid"},
+                        }
+                    ]
+                }
+                | _responses({"204": ("It has ended.", None)}, 401, 404)
+            },
+            "/v1/call": {
+                "post": _operation("call", "Run one frame, as on the socket.", is_secured=True)
+                | {"requestBody": _content({"oneOf": [_ref(frame) for frame in CLIENT_FRAMES]}) | {"required": True}}
+                | _responses({"200": ("The reply.", Reply)}, 400, 401, 403, 404, 409, 422, 429, 500, 503)
+            },
+            "/healthz": {
+                "get": _operation("alive", "Say that the process answers.")
+                | {"responses": {"200": {"description": "It does."}}}
+            },
+            "/readyz": {
+                "get": _operation("ready", "Say whether clients should be sent here.")
+                | {
+                    "responses": {
+                        "200": {"description": "Yes.", **_content(_CHECKS)},
+                        "503": {"description": "No; the check that is false says why.", **_content(_CHECKS)},
+                    }
+                }
+            },
+            "/metrics": {
+                "get": _operation("metrics", "All workers' numbers, for Prometheus.")
+                | {"responses": {"200": {"description": "The text format.", "content": {"text/plain": {}}}}}
+            },
+        },
+        "components": {
+            "schemas": schemas(ClientFrame, Reply, Error, Register, Login, LoggedIn, SessionList),
+            "securitySchemes": {
+                "token": {"type": "http", "scheme": "bearer"},
+                "cookie": {"type": "apiKey", "in": "cookie", "name": "openchat_session"},
+            },
+        },
+        "tags": [{"name": tag(frame), "description": "A frame for /v1/call."} for frame in CLIENT_FRAMES],
+    }
+
+
+_CHECKS: Json = {"type": "object", "additionalProperties": {"type": "boolean"}}
+
+
+def _operation(name: str, what: str, *, body: type | None = None, is_secured: bool = False) -> Json:
+    operation: Json = {"operationId": name, "summary": what}
+    if body is not None:
+        operation["requestBody"] = {"required": True, **_content(_ref(body))}
+    if is_secured:
+        operation["security"] = _SECURITY
+    return operation
+
+
+def _responses(good: dict[str, tuple[str, type | None]], *refusals: int) -> Json:
+    found: Json = {
+        status: {"description": what, **({} if kind is None else _content(_ref(kind)))}
+        for status, (what, kind) in good.items()
+    }
+    found |= {str(status): {"description": "Refused.", **_content(_ref(Error))} for status in refusals}
+    return {"responses": found}
+
+
+def _content(schema: Json) -> Json:
+    return {"content": {"application/json": {"schema": schema}}}
+
+
+def _ref(kind: Any) -> Json:  # noqa: ANN401 - a struct's class
+    return {"$ref": f"#/components/schemas/{kind.__name__}"}
