@@ -80,13 +80,15 @@ class Endpoints:
         socket: WebSocket = handshake.scope["extensions"][EXTENSION]
         if active is None:
             try:
-                active = await asyncio.wait_for(self._first_frame(handshake), AUTHENTICATE_SECONDS)
+                active = await self._introduced(handshake)
             except WebSocketDisconnect:
                 return
-            except Exception as error:  # noqa: BLE001 - the answer is the same for what never came and what was wrong
-                refused = refusal(error) or Refused(ErrorCode.UNAUTHENTICATED, "No `authenticate` in time.")
+            except Exception as error:
+                refused = refusal(error)
+                if refused is None:
+                    raise
                 await handshake.send_text(encode(error_frame(refused)).decode())
-                is_ours = refused.code in {ErrorCode.UNAVAILABLE, ErrorCode.INTERNAL}
+                is_ours = refused.code is ErrorCode.UNAVAILABLE
                 socket.close(CloseCode.GOING_AWAY if is_ours else CloseCode.UNAUTHENTICATED)
                 return
         connection = Connection(socket, self._door.shared, active.expires_at)
@@ -135,8 +137,11 @@ class Endpoints:
                 raise
             return False
 
-    async def _first_frame(self, handshake: Handshake) -> Active:
-        message = await handshake.receive()
+    async def _introduced(self, handshake: Handshake) -> Active:
+        try:
+            message = await asyncio.wait_for(handshake.receive(), AUTHENTICATE_SECONDS)
+        except TimeoutError:
+            raise Refused(ErrorCode.UNAUTHENTICATED, "There was no `authenticate` frame in time.") from None
         if message["type"] == "websocket.disconnect":
             raise WebSocketDisconnect(message.get("code", 1005))
         frame = decode_client(message.get("text") or message.get("bytes") or b"")

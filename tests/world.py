@@ -79,16 +79,14 @@ class World:
 
     async def __aenter__(self) -> Self:
         self.db = await asyncpg.connect(self.settings.database_url)
-        for worker in self.workers:
-            await worker.start()
+        await asyncio.gather(*(worker.start() for worker in self.workers))
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self._open.aclose()
-        for worker in self.workers:
-            await worker.stop()
+        await asyncio.gather(*(worker.stop() for worker in self.workers))
         await self.db.close()
         shutil.rmtree(self._folder)
 

@@ -1,0 +1,213 @@
+"""Accounts and sessions over HTTP, and what ends them."""
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+import httpx
+import msgspec
+import pytest
+from websockets.exceptions import InvalidStatus
+
+from protocol.client import Authenticate
+from protocol.codec import encode
+from protocol.errors import CloseCode
+from protocol.http import LoggedIn
+from protocol.server import Error, Ready
+from server.config import Settings
+from tests.client import Client
+from tests.world import World
+
+ADA = {"name": "Ada", "email": "Ada@Example.org", "password": "correct horse"}
+
+
+@pytest.fixture
+async def http(world: World) -> AsyncIterator[httpx.AsyncClient]:
+    async with httpx.AsyncClient(base_url=world.url, trust_env=False) as http:
+        yield http
+
+
+async def register(http: httpx.AsyncClient, **fields: Any) -> LoggedIn:
+    response = await http.post("/v1/auth/register", json=ADA | fields)
+    http.cookies.clear()
+    assert response.status_code == 201, response.text
+    return msgspec.json.decode(response.content, type=LoggedIn)
+
+
+def bearer(logged_in: LoggedIn) -> dict[str, str]:
+    return {"Authorization": f"Bearer {logged_in.token}"}
+
+
+def refusal(response: httpx.Response) -> tuple[int, str, str | None]:
+    error = msgspec.json.decode(response.content, type=Error)
+    return response.status_code, error.code.value, error.path
+
+
+async def test_register_and_login(http: httpx.AsyncClient, world: World) -> None:
+    first = await register(http)
+    response = await http.post("/v1/auth/login", json={"email": "ada@example.org", "password": ADA["password"]})
+    second = msgspec.json.decode(response.content, type=LoggedIn)
+    assert second.user == first.user
+    assert second.token != first.token
+    async with Client(world.url, second.token) as client:
+        assert client.ready.user.name == "Ada"
+        assert client.ready.limits.content_characters == 10_000
+
+
+async def test_tokens_and_passwords_are_hashed_at_rest(http: httpx.AsyncClient, world: World) -> None:
+    logged_in = await register(http)
+    stored = str(await world.db.fetch("SELECT * FROM session, account"))
+    assert logged_in.token not in stored
+    assert ADA["password"] not in stored
+    assert "$argon2id$" in stored
+
+
+@pytest.mark.parametrize(
+    ("fields", "path"),
+    [
+        ({"password": "short"}, "password"),
+        ({"email": "nowhere"}, "email"),
+        ({"email": "a\0@example.org"}, "email"),
+        ({"name": ""}, "name"),
+        ({"name": "x" * 256}, "name"),
+        ({"role": "admin"}, "role"),
+    ],
+)
+async def test_register_refuses(http: httpx.AsyncClient, fields: dict[str, str], path: str) -> None:
+    assert refusal(await http.post("/v1/auth/register", json=ADA | fields)) == (422, "invalid", path)
+
+
+async def test_register_refuses_a_taken_address(http: httpx.AsyncClient) -> None:
+    await register(http)
+    assert refusal(await http.post("/v1/auth/register", json=ADA)) == (409, "conflict", "email")
+
+
+async def test_login_refuses_alike(http: httpx.AsyncClient) -> None:
+    await register(http)
+    wrong = await http.post("/v1/auth/login", json={"email": ADA["email"], "password": "wrong horse"})
+    nobody = await http.post("/v1/auth/login", json={"email": "no@example.org", "password": "wrong horse"})
+    assert refusal(wrong) == refusal(nobody) == (401, "unauthenticated", None)
+    assert wrong.json() == nobody.json()
+
+
+async def test_bodies_are_limited_and_understood(http: httpx.AsyncClient) -> None:
+    assert refusal(await http.post("/v1/auth/login", content=b"{")) == (400, "bad_frame", None)
+    big = b'{"name": "' + b"x" * 300_000
+    assert refusal(await http.post("/v1/auth/register", content=big)) == (422, "invalid", None)
+
+
+async def test_attempts_are_limited(http: httpx.AsyncClient, settings: Settings) -> None:
+    await register(http)
+    wrong = {"email": ADA["email"], "password": "wrong horse"}
+    for _ in range(settings.login_attempts):
+        assert (await http.post("/v1/auth/login", json=wrong)).status_code == 401
+    refused = await http.post("/v1/auth/login", json=wrong | {"password": ADA["password"]})
+    assert refusal(refused)[:2] == (429, "rate_limited")
+    assert 0 < int(refused.headers["retry-after"]) <= 300
+
+
+async def test_sessions_are_listed_and_revoked(http: httpx.AsyncClient, world: World) -> None:
+    first = await register(http)
+    login = await http.post("/v1/auth/login", json={"email": ADA["email"], "password": ADA["password"]})
+    http.cookies.clear()
+    second = msgspec.json.decode(login.content, type=LoggedIn)
+    listed = (await http.get("/v1/auth/sessions", headers=bearer(first))).json()["sessions"]
+    assert [(one["id"], one.get("is_current", False)) for one in listed] == [
+        (str(second.session_id), False),
+        (str(first.session_id), True),
+    ]
+    other = await Client(world.workers[1].url, second.token).__aenter__()
+    gone = await http.delete(f"/v1/auth/sessions/{second.session_id}", headers=bearer(first))
+    assert gone.status_code == 204
+    assert await other.closed() == CloseCode.SESSION_ENDED
+    again = await http.delete(f"/v1/auth/sessions/{second.session_id}", headers=bearer(first))
+    assert refusal(again) == (404, "not_found", "session_id")
+    strange = await http.delete("/v1/auth/sessions/not-an-id", headers=bearer(first))
+    assert refusal(strange) == (404, "not_found", "session_id")
+
+
+async def test_revoke_all_closes_every_socket(http: httpx.AsyncClient, world: World) -> None:
+    logged_in = await register(http)
+    sockets = [await Client(worker.url, logged_in.token).__aenter__() for worker in world.workers]
+    assert (await http.delete("/v1/auth/sessions", headers=bearer(logged_in))).status_code == 204
+    assert [await socket.closed() for socket in sockets] == [CloseCode.SESSION_ENDED] * 2
+    assert refusal(await http.get("/v1/auth/sessions", headers=bearer(logged_in)))[0] == 401
+
+
+async def test_someone_elses_session_is_not_found(http: httpx.AsyncClient) -> None:
+    ada = await register(http)
+    mary = await register(http, name="Mary", email="mary@example.org")
+    response = await http.delete(f"/v1/auth/sessions/{ada.session_id}", headers=bearer(mary))
+    assert refusal(response) == (404, "not_found", "session_id")
+
+
+async def test_logout_ends_the_session(http: httpx.AsyncClient) -> None:
+    logged_in = await register(http)
+    assert (await http.post("/v1/auth/logout", headers=bearer(logged_in))).status_code == 204
+    assert refusal(await http.post("/v1/auth/logout", headers=bearer(logged_in)))[:2] == (401, "unauthenticated")
+
+
+async def test_expired_session_is_refused(http: httpx.AsyncClient, world: World) -> None:
+    logged_in = await register(http)
+    await world.db.execute("UPDATE session SET expires_at = now() - interval '1 second'")
+    assert refusal(await http.get("/v1/auth/sessions", headers=bearer(logged_in)))[:2] == (401, "unauthenticated")
+    with pytest.raises(InvalidStatus) as refused:
+        await Client(world.url, logged_in.token).open()
+    assert refused.value.response.status_code == 401
+
+
+async def test_a_session_slides_with_use(http: httpx.AsyncClient, world: World) -> None:
+    logged_in = await register(http)
+    await world.db.execute("UPDATE session SET expires_at = now() + interval '2 days'")
+    async with Client(world.url, logged_in.token):
+        while await world.db.fetchval("SELECT expires_at < now() + interval '29 days' FROM session"):
+            await world.db.execute("SELECT pg_sleep(0.01)")
+
+
+async def test_first_frame_authenticates(http: httpx.AsyncClient, world: World) -> None:
+    logged_in = await register(http)
+    client = Client(world.url, None)
+    await client.open()
+    await client.socket.send(encode(Authenticate(token=logged_in.token)).decode())
+    assert (await client.event(Ready)).user == logged_in.user
+    assert (await client.raw('{"type": "authenticate", "token": "again"}')).code == "invalid"
+    await client.close()
+
+
+@pytest.mark.parametrize(
+    ("first", "code"),
+    [
+        ('{"type": "ping"}', "unauthenticated"),
+        ('{"type": "authenticate", "token": "wrong"}', "unauthenticated"),
+        ("garbage", "bad_frame"),
+    ],
+)
+async def test_bad_first_frame_closes(world: World, first: str, code: str) -> None:
+    client = Client(world.url, None)
+    await client.open()
+    assert (await client.raw(first)).code == code
+    assert await client.closed() == CloseCode.UNAUTHENTICATED
+
+
+async def test_no_first_frame_closes_after_five_seconds(world: World) -> None:
+    client = Client(world.url, None)
+    await client.open()
+    assert await client.closed() == CloseCode.UNAUTHENTICATED
+
+
+async def test_cookie_needs_an_allowed_origin(http: httpx.AsyncClient, world: World) -> None:
+    cookie = {"Cookie": f"openchat_session={(await register(http)).token}"}
+    async with Client(world.url, None, headers=cookie, origin=world.url) as client:
+        assert client.ready.user.name == "Ada"
+    for origin in ("https://evil.example", None):
+        with pytest.raises(InvalidStatus) as refused:
+            await Client(world.url, None, headers=cookie, origin=origin).open()
+        assert refused.value.response.status_code == 403
+    forged = await http.post("/v1/auth/logout", headers=cookie | {"Origin": "https://evil.example"})
+    assert refusal(forged) == (403, "forbidden", "origin")
+
+
+async def test_wrong_token_is_refused_before_the_socket_opens(world: World) -> None:
+    with pytest.raises(InvalidStatus) as refused:
+        await Client(world.url, "wrong").open()
+    assert refused.value.response.status_code == 401
+    assert msgspec.json.decode(refused.value.response.body or b"", type=Error).code == "unauthenticated"

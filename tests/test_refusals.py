@@ -1,0 +1,206 @@
+"""Every refusal: an error with a code and a path; the connection lives, and nothing is written."""
+
+import contextlib
+from typing import Any
+
+import httpx
+import msgspec
+import pytest
+from websockets.asyncio.client import connect
+from websockets.exceptions import ConnectionClosed
+
+from protocol import client, server
+from protocol.client import Frame
+from protocol.codec import encode
+from protocol.errors import CloseCode, ErrorCode, Refused
+from protocol.ids import ConversationId, MessageId, UserId, uuid7
+from protocol.limits import MAX_FRAME_BYTES
+from server.config import Settings
+from server.dispatch import Access
+from server.routes import ROUTES
+from tests.client import Client
+from tests.world import World, message, sent
+
+A_UUID4 = "8b9d4d78-2de1-4813-b7a2-e0529d3c0efa"
+
+
+@pytest.fixture
+async def ada(world: World) -> Client:
+    return await world.connect(await world.user("Ada"))
+
+
+def send(**fields: Any) -> dict[str, Any]:
+    frame = {"type": "send", "conversation_id": A_UUID4, "message_id": str(uuid7()), "content": "Hello"}
+    return {name: value for name, value in (frame | fields).items() if value is not None}
+
+
+MALFORMED: list[tuple[Any, str, str | None]] = [
+    ("not json", "bad_frame", None),
+    ("", "bad_frame", None),
+    ("[]", "invalid", None),
+    ('{"type": "dance"}', "bad_frame", "type"),
+    ("{}", "bad_frame", "type"),
+    (b"\x00\x01\xff binary garbage", "bad_frame", None),
+    (b'{"type": "ping"}', "bad_frame", None),
+    ("[" * 100_000, "invalid", None),
+    ('{"type": "send", "metadata": ' + '{"a":' * 50_000, "bad_frame", None),
+    (send(message_id="no uuid"), "invalid", "message_id"),
+    (send(message_id=A_UUID4), "invalid", "message_id"),
+    (send(conversation_id=17), "invalid", "conversation_id"),
+    (send(content=""), "invalid", "content"),
+    (send(content="x" * 10_001), "invalid", "content"),
+    (send(content="a\0b"), "invalid", "content"),
+    (send(content=None), "invalid", "content"),
+    (send(content_type="system"), "invalid", "content_type"),
+    (send(formatted_content="x" * 15_001), "invalid", "formatted_content"),
+    (send(mentions=[A_UUID4, "x"]), "invalid", "mentions[1]"),
+    (send(mentions=[A_UUID4] * 51), "invalid", "mentions"),
+    (send(metadata=[1]), "invalid", "metadata"),
+    (send(metadata={"x": "y" * 17_000}), "invalid", "metadata"),
+    (send(colour="red"), "invalid", "colour"),
+    ({"type": "react", "message_id": A_UUID4, "emoji": "x" * 33}, "invalid", "emoji"),
+    ({"type": "history", "conversation_id": A_UUID4, "limit": 101}, "invalid", "limit"),
+    ({"type": "history", "conversation_id": A_UUID4, "before": A_UUID4, "after": A_UUID4}, "invalid", "before"),
+    ({"type": "join"}, "invalid", "conversation_id"),
+    ({"type": "list_conversations", "after": "nonsense"}, "invalid", "after"),
+    ({"type": "create_group", "conversation_id": str(uuid7()), "title": "x" * 256, "participants": [A_UUID4]},
+        "invalid", "title"),
+    ({"type": "create_group", "conversation_id": str(uuid7()), "title": "x", "participants": []},
+        "invalid", "participants"),
+    ({"type": "presence", "status": "asleep"}, "invalid", "status"),
+    ({"type": "presence", "status": "busy", "custom_status": "x" * 256}, "invalid", "custom_status"),
+    ({"type": "resume", "epoch": "e", "versions": {"x": 1}}, "invalid", "versions"),
+    ({"type": "resume", "epoch": "e", "versions": {A_UUID4: -1}}, "invalid", "versions[...]")]  # fmt: skip
+
+
+async def test_malformed(ada: Client, subtests: pytest.Subtests) -> None:
+    for data, code, path in MALFORMED:
+        with subtests.test(data=str(data)[:60]):
+            error = await ada.raw(encode(data).decode() if isinstance(data, dict) else data)
+            assert (error.code, error.path) == (code, path)
+            assert error.message.endswith(".")
+    await ada.call(client.Ping(), server.Pong)
+
+
+@pytest.mark.parametrize("data", ['{"id": 7, "type": "dance"}', '{"type": "send", "id": 7, "content": 3}'])
+async def test_a_refusal_names_the_frame_as_far_as_it_can_be_read(ada: Client, data: str) -> None:
+    assert (await ada.raw(data)).re == 7
+
+
+async def test_a_frame_of_ten_megabytes_closes_with_its_code(ada: Client) -> None:
+    with contextlib.suppress(ConnectionClosed):
+        await ada.socket.send("x" * 10_000_000)
+    assert await ada.closed() == CloseCode.TOO_BIG
+
+
+async def test_the_largest_frame_is_read(ada: Client) -> None:
+    error = await ada.raw('{"type": "ping", "x": "' + "x" * (MAX_FRAME_BYTES - 30) + '"}')
+    assert error.path == "x"
+
+
+async def test_abuse_closes(ada: Client) -> None:
+    for _ in range(300):
+        await ada.socket.send("abuse")
+    assert await ada.closed() == CloseCode.ABUSE
+
+
+def frames(conversation_id: ConversationId, message_id: MessageId, user_id: UserId) -> list[Frame]:
+    """One of each frame that names a conversation or a message."""
+    about: dict[str, Any] = {"conversation_id": conversation_id}
+    return [
+        client.GetConversation(**about),
+        client.UpdateConversation(**about, title="Mine"),
+        client.Leave(**about),
+        client.AddParticipants(**about, participants=[user_id]),
+        client.RemoveParticipant(**about, user_id=user_id),
+        client.SetRole(**about, user_id=user_id, role="admin"),
+        client.ListParticipants(**about),
+        message(conversation_id),
+        client.Edit(message_id=message_id, content="Mine"),
+        client.Delete(message_id=message_id),
+        client.React(message_id=message_id, emoji="👍"),
+        client.Unreact(message_id=message_id, emoji="👍"),
+        client.Read(message_id=message_id),
+        client.History(**about),
+        client.GetMessage(message_id=message_id),
+        client.ListEdits(message_id=message_id),
+        client.Typing(**about),
+    ]
+
+
+async def test_a_stranger_and_nothing_get_the_same_answer(world: World, ada: Client) -> None:
+    mary = await world.connect(await world.user("Mary"), 1)
+    group = await world.group(ada, await world.user("Charles"))
+    there = frames(group, await sent(ada, group), ada.ready.user.id)
+    nowhere = frames(ConversationId(uuid7()), MessageId(uuid7()), ada.ready.user.id)
+    before = await world.db.fetch("SELECT * FROM conversation, message, conversation_participant")
+    for real, unreal in zip(there, nowhere, strict=True):
+        answers = [await mary.ask(real), await mary.ask(unreal)]
+        assert isinstance(answers[0], server.Error)
+        assert isinstance(answers[1], server.Error)
+        assert answers[0].code == ErrorCode.NOT_FOUND
+        assert (answers[0].message, answers[0].path) == (answers[1].message, answers[1].path)
+    assert before == await world.db.fetch("SELECT * FROM conversation, message, conversation_participant")
+    for frame in there:
+        if not isinstance(frame, (client.Leave, client.Delete)):
+            assert not (isinstance(answer := await ada.ask(frame), server.Error) and answer.code == "not_found")
+
+
+def test_the_stranger_is_asked_about_every_frame_of_participants() -> None:
+    asked = {type(frame) for frame in frames(ConversationId(uuid7()), MessageId(uuid7()), UserId(uuid7()))}
+    assert asked == {frame for frame, route in ROUTES.items() if route.access is Access.PARTICIPANT}
+
+
+async def test_somebody_who_left_is_a_stranger(world: World, ada: Client) -> None:
+    charles = await world.user("Charles")
+    group = await world.group(ada, charles)
+    message_id = await sent(ada, group)
+    phone = await world.connect(charles, 1)
+    await phone.call(client.Leave(conversation_id=group))
+    for frame in frames(group, message_id, ada.ready.user.id):
+        answer = await phone.ask(frame)
+        assert isinstance(answer, server.Error)
+        assert answer.code == ErrorCode.NOT_FOUND
+
+
+async def test_too_much_at_once_is_refused_with_a_time(settings: Settings, ada: Client) -> None:
+    for _ in range(int(settings.ephemeral_rate * 4) + 20):
+        await ada.socket.send('{"type": "ping"}')
+    refused = await ada.event(server.Error)
+    assert refused.code == ErrorCode.RATE_LIMITED
+    assert refused.retry_after_ms is not None
+    assert refused.retry_after_ms > 0
+
+
+async def test_http_runs_the_same_frames(world: World) -> None:
+    who = await world.user("Ada")
+    async with httpx.AsyncClient(base_url=world.url, trust_env=False) as http:
+        headers = {"Authorization": f"Bearer {who.token}"}
+        good = await http.post("/v1/call", content=b'{"type": "ping", "id": "a"}', headers=headers)
+        assert (good.status_code, good.json()["re"], good.json()["result"]["type"]) == (200, "a", "pong")
+        for content, status in [(b"{", 400), (b'{"type": "typing"}', 422), (encode(send()), 404)]:
+            bad = await http.post("/v1/call", content=content, headers=headers)
+            assert (bad.status_code, bad.json()["type"]) == (status, "error")
+        only_sockets = b'{"type": "watch", "user_ids": ["%s"]}' % str(who.id).encode()
+        assert (await http.post("/v1/call", content=only_sockets, headers=headers)).status_code == 422
+        assert (await http.post("/v1/call", content=b'{"type": "ping"}')).status_code == 401
+
+
+async def test_too_many_connections_of_one_user(settings: Settings) -> None:
+    async with World(msgspec.structs.replace(settings, connections_per_user=2), workers=1) as world:
+        who = await world.user("Ada")
+        for _ in range(2):
+            await world.connect(who)
+        third = Client(world.url, who.token)
+        await third.open()
+        assert await third.closed() == CloseCode.TOO_MANY_CONNECTIONS
+
+
+async def test_another_path_is_not_a_socket(world: World) -> None:
+    with pytest.raises(Exception, match=r"403|404"):
+        await connect(world.url.replace("http", "ws") + "/elsewhere", proxy=None)
+
+
+async def test_refused_is_what_the_client_raises(ada: Client) -> None:
+    with pytest.raises(Refused, match="no such thing"):
+        await ada.call(client.GetMessage(message_id=MessageId(uuid7())))
