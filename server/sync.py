@@ -75,6 +75,15 @@ async def refresh(context: Context) -> None:
     await _join(context, there.keys() - set(connection.attached))
 
 
+async def join(context: Context, view: ConversationView) -> None:
+    """Follow a conversation that the caller has just made or joined: its answer comes after this, so the caller
+    gets the events of whatever they do next.
+    """
+    subscriber = context.subscriber
+    if subscriber is not None and view.conversation.id not in subscriber.attached:
+        await _follow(context, [view], [ConversationJoined(view=view)])
+
+
 async def _join(context: Context, conversation_ids: Iterable[ConversationId]) -> None:
     if not (wanted := list(conversation_ids)):
         return

@@ -11,6 +11,7 @@ from protocol.ids import ConversationId, UserId, uuid7
 from protocol.limits import MAX_METADATA_BYTES
 from protocol.server import ConversationPage, ConversationUpdated, OneConversation
 from protocol.values import ConversationView, Json, Role
+from server import sync
 from server.context import Context
 from server.database import Db
 from server.errors import NotFound
@@ -42,6 +43,7 @@ async def create_direct(context: Context, frame: client.CreateDirect) -> OneConv
         view = await _view(db, context.user_id, there)
     if made:
         context.events.poke(founding.members)
+    await sync.join(context, view)
     return OneConversation(view=view)
 
 
@@ -87,6 +89,7 @@ async def _create(
         view = await _view(db, context.user_id, founding.id)
     if made:
         context.events.poke(members)
+    await sync.join(context, view)
     return OneConversation(view=view)
 
 

@@ -5,6 +5,7 @@ from protocol.errors import ErrorCode, Refused
 from protocol.ids import ConversationId, UserId
 from protocol.server import Done, OneConversation, ParticipantChanged, ParticipantPage
 from protocol.values import Conversation, Participant, ParticipantStatus, Role
+from server import sync
 from server.context import Context
 from server.database import Db
 from server.errors import NotFound
@@ -35,6 +36,7 @@ async def join(context: Context, frame: client.Join) -> OneConversation:
             await users.touch(db, [context.user_id])
         (view,) = await conversations.get(db, context.user_id, [conversation.id])
     _tell(context, changes)
+    await sync.join(context, view)
     return OneConversation(view=view)
 
 

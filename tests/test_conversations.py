@@ -1,0 +1,216 @@
+"""Conversations and who takes part in them: what is allowed and, beside it, what is not."""
+
+from collections.abc import Awaitable, Callable
+
+import pytest
+
+from protocol import client, server
+from protocol.errors import ErrorCode
+from protocol.ids import ConversationId, UserId, uuid7
+from protocol.values import ConversationView
+from tests.client import Client
+from tests.test_messages import refused
+from tests.world import World, sent
+
+Make = Callable[[str], Awaitable[tuple[UserId, Client]]]
+
+
+@pytest.fixture
+async def person(world: World) -> Make:
+    async def make(name: str) -> tuple[UserId, Client]:
+        who = await world.user(name)
+        return who.id, await world.connect(who)
+
+    return make
+
+
+async def view(one: Client, conversation_id: ConversationId) -> ConversationView:
+    return (await one.call(client.GetConversation(conversation_id=conversation_id), server.OneConversation)).view
+
+
+async def test_making_a_group_twice_is_making_it_once(person: Make) -> None:
+    (_, ada), (charles, _) = await person("Ada"), await person("Charles")
+    frame = client.CreateGroup(
+        conversation_id=ConversationId(uuid7()), title="Engines", description="Of both kinds",
+        participants=[charles], settings={"colour": "brass"},
+    )  # fmt: skip
+    first = await ada.call(frame, server.OneConversation)
+    assert first.view.me.role == "owner"
+    assert first.view.conversation.participant_count == 2
+    assert first.view.conversation.settings == {"colour": "brass"}
+    assert await ada.call(frame, server.OneConversation) == first
+    frame.title = "Other"
+    with refused(ErrorCode.CONFLICT, "conversation_id"):
+        await ada.call(frame)
+
+
+async def test_a_group_needs_users_that_exist(person: Make, world: World) -> None:
+    _, ada = await person("Ada")
+    frame = client.CreateGroup(conversation_id=ConversationId(uuid7()), title="Nobody", participants=[UserId(uuid7())])
+    with refused(ErrorCode.NOT_FOUND, "participants"):
+        await ada.call(frame)
+    assert await world.db.fetchval("SELECT count(*) FROM conversation") == 0
+
+
+async def test_a_direct_conversation_is_with_somebody_else_who_wants_it(person: Make, world: World) -> None:
+    (ada_id, ada), (charles_id, _) = await person("Ada"), await person("Charles")
+    with refused(ErrorCode.INVALID, "user_id"):
+        await ada.call(client.CreateDirect(user_id=ada_id))
+    with refused(ErrorCode.NOT_FOUND, "user_id"):
+        await ada.call(client.CreateDirect(user_id=UserId(uuid7())))
+    await world.db.execute(
+        "INSERT INTO user_relationship (from_user_id, to_user_id, type, status) VALUES ($1, $2, 'block', 'active')",
+        charles_id, ada_id,
+    )  # fmt: skip
+    with refused(ErrorCode.NOT_FOUND, "user_id"):
+        await ada.call(client.CreateDirect(user_id=charles_id))
+
+
+async def test_a_direct_conversation_stays_as_it_is(person: Make) -> None:
+    (_, ada), (charles_id, _), (mary_id, _) = await person("Ada"), await person("Charles"), await person("Mary")
+    made = await ada.call(client.CreateDirect(user_id=charles_id), server.OneConversation)
+    about = made.view.conversation.id
+    for frame in (
+        client.Leave(conversation_id=about),
+        client.AddParticipants(conversation_id=about, participants=[mary_id]),
+        client.UpdateConversation(conversation_id=about, title="Ours"),
+    ):
+        with refused(ErrorCode.FORBIDDEN, None):
+            await ada.call(frame)
+
+
+async def test_conversations_are_listed_in_pages(person: Make, world: World) -> None:
+    (_, ada), (charles_id, _) = await person("Ada"), await person("Charles")
+    made = [await world.channel(ada, title=f"Channel {number}") for number in range(5)]
+    direct = (await ada.call(client.CreateDirect(user_id=charles_id), server.OneConversation)).view.conversation.id
+    await sent(ada, made[1], "Now the most recent")
+    listed: list[ConversationId] = []
+    after = None
+    while True:
+        page = await ada.call(client.ListConversations(limit=2, after=after), server.ConversationPage)
+        listed += [one.conversation.id for one in page.conversations]
+        if (after := page.after) is None:
+            break
+    assert listed == [made[1], direct, made[4], made[3], made[2], made[0]]
+    only = await ada.call(client.ListConversations(conversation_type="direct"), server.ConversationPage)
+    assert [one.conversation.id for one in only.conversations] == [direct]
+    await ada.call(client.UpdateConversation(conversation_id=made[0], is_archived=True))
+    archived = await ada.call(client.ListConversations(archived=True), server.ConversationPage)
+    assert [one.conversation.id for one in archived.conversations] == [made[0]]
+
+
+async def test_many_conversations_are_said_in_pages(world: World) -> None:
+    who = await world.user("Ada")
+    ada = await world.connect(who)
+    made = {await world.channel(ada) for _ in range(120)}
+    again = await world.connect(who, 1)
+    pages = [event for event in again.events if isinstance(event, server.Conversations)]
+    assert [(len(page.conversations), page.is_last) for page in pages] == [(50, False), (50, False), (20, True)]
+    assert {one.conversation.id for page in pages for one in page.conversations} == made
+
+
+async def test_update_changes_what_is_given(person: Make, world: World) -> None:
+    (_, ada), (_, charles) = await person("Ada"), await person("Charles")
+    channel = await world.channel(ada, description="Old", is_public=True)
+    await charles.call(client.Join(conversation_id=channel))
+    updated = await ada.call(
+        client.UpdateConversation(conversation_id=channel, description=None, settings={"a": 1}),
+        server.OneConversation,
+    )
+    now = updated.view.conversation
+    assert (now.title, now.description, now.settings, now.is_public) == ("News", None, {"a": 1}, True)
+    again = await ada.call(client.UpdateConversation(conversation_id=channel, description=None), server.OneConversation)
+    assert again.view.version == updated.view.version
+    with refused(ErrorCode.FORBIDDEN, None):
+        await charles.call(client.UpdateConversation(conversation_id=channel, title="Mine"))
+
+
+async def test_invite_codes_open_and_close(person: Make, world: World) -> None:
+    (_, ada), (_, charles), (_, mary) = await person("Ada"), await person("Charles"), await person("Mary")
+    channel = await world.channel(ada)
+    with refused(ErrorCode.NOT_FOUND, "conversation_id"):
+        await charles.call(client.Join(conversation_id=channel))
+    first = (await view(ada, channel)).invite_code
+    assert first is not None
+    await charles.call(client.Join(invite_code=first))
+    assert (await view(charles, channel)).invite_code is None
+    await ada.call(client.UpdateConversation(conversation_id=channel, invite_code="new"))
+    with refused(ErrorCode.NOT_FOUND, "invite_code"):
+        await mary.call(client.Join(invite_code=first))
+    await ada.call(client.UpdateConversation(conversation_id=channel, invite_code="none"))
+    assert (await view(ada, channel)).invite_code is None
+
+
+async def test_a_full_conversation_takes_nobody(person: Make, world: World) -> None:
+    (_, ada), (_, charles), (mary_id, mary) = await person("Ada"), await person("Charles"), await person("Mary")
+    channel = await world.channel(ada, is_public=True, max_participants=2)
+    await charles.call(client.Join(conversation_id=channel))
+    with refused(ErrorCode.CONFLICT, None):
+        await mary.call(client.Join(conversation_id=channel))
+    with refused(ErrorCode.CONFLICT, None):
+        await ada.call(client.AddParticipants(conversation_id=channel, participants=[mary_id]))
+    assert (await view(ada, channel)).conversation.participant_count == 2
+    assert (await charles.call(client.Join(conversation_id=channel), server.OneConversation)).view.me.role == "member"
+
+
+async def test_a_ban_holds_until_it_is_lifted(person: Make, world: World) -> None:
+    (_, ada), (charles_id, charles) = await person("Ada"), await person("Charles")
+    channel = await world.channel(ada, is_public=True)
+    await charles.call(client.Join(conversation_id=channel))
+    await ada.call(client.RemoveParticipant(conversation_id=channel, user_id=charles_id, ban=True))
+    with refused(ErrorCode.FORBIDDEN, "conversation_id"):
+        await charles.call(client.Join(conversation_id=channel))
+    await ada.call(client.AddParticipants(conversation_id=channel, participants=[charles_id]))
+    assert (await view(charles, channel)).me.status == "active"
+
+
+async def test_ranks(person: Make, world: World) -> None:
+    (ada_id, ada), (charles_id, charles) = await person("Ada"), await person("Charles")
+    mary_id, mary = await person("Mary")
+    channel = await world.channel(ada, is_public=True)
+    for one in (charles, mary):
+        await one.call(client.Join(conversation_id=channel))
+    with refused(ErrorCode.FORBIDDEN, None):
+        await mary.call(client.SetRole(conversation_id=channel, user_id=charles_id, role="guest"))
+    with refused(ErrorCode.FORBIDDEN, None):
+        await mary.call(client.AddParticipants(conversation_id=channel, participants=[charles_id]))
+    with refused(ErrorCode.FORBIDDEN, None):
+        await mary.call(client.RemoveParticipant(conversation_id=channel, user_id=charles_id))
+    await ada.call(client.SetRole(conversation_id=channel, user_id=charles_id, role="admin"))
+    for frame, path in (
+        (client.SetRole(conversation_id=channel, user_id=ada_id, role="member"), "user_id"),
+        (client.RemoveParticipant(conversation_id=channel, user_id=ada_id), "user_id"),
+        (client.SetRole(conversation_id=channel, user_id=mary_id, role="admin"), "role"),
+        (client.AddParticipants(conversation_id=channel, participants=[mary_id], role="admin"), "role"),
+    ):
+        with refused(ErrorCode.FORBIDDEN, path):
+            await charles.call(frame)
+    await charles.call(client.SetRole(conversation_id=channel, user_id=mary_id, role="moderator"))
+    await charles.call(client.RemoveParticipant(conversation_id=channel, user_id=mary_id))
+    assert (await view(ada, channel)).conversation.participant_count == 2
+
+
+async def test_participants_in_pages(person: Make, world: World) -> None:
+    _, ada = await person("Ada")
+    others = [await world.user(f"Person{number}") for number in range(5)]
+    group = await world.group(ada, *others)
+    found: list[UserId] = []
+    after = None
+    while True:
+        page = await ada.call(
+            client.ListParticipants(conversation_id=group, limit=2, after=after), server.ParticipantPage
+        )
+        found += [one.user.id for one in page.participants]
+        if (after := page.after) is None:
+            break
+    assert found == sorted([ada.ready.user.id, *(one.id for one in others)])
+
+
+async def test_what_was_said_before_is_not_unread_to_who_joins(person: Make, world: World) -> None:
+    (_, ada), (_, charles) = await person("Ada"), await person("Charles")
+    channel = await world.channel(ada, is_public=True)
+    await sent(ada, channel, "Before")
+    joined = await charles.call(client.Join(conversation_id=channel), server.OneConversation)
+    assert joined.view.unread_count == 0
+    await sent(ada, channel, "After")
+    assert (await view(charles, channel)).unread_count == 1

@@ -1,0 +1,226 @@
+"""Messages: the happy way and, beside it, what is refused."""
+
+import pytest
+
+from protocol import client, server
+from protocol.errors import ErrorCode, Refused
+from protocol.ids import ConversationId, EditId, MessageId, UserId, uuid7
+from tests.client import Client
+from tests.world import Somebody, World, message, sent
+
+
+class Room:
+    """Ada, who owns a group, and Charles."""
+
+    def __init__(self, group: ConversationId, ada: Client, charles: Client, them: list[Somebody]) -> None:
+        self.group = group
+        self.ada = ada
+        self.charles = charles
+        self.them = them
+
+
+@pytest.fixture
+async def room(world: World) -> Room:
+    them = await world.users("Ada", "Charles")
+    ada, charles = await world.connect(them[0]), await world.connect(them[1], 1)
+    group = await world.group(ada, them[1])
+    await charles.event(server.ConversationJoined)
+    return Room(group, ada, charles, them)
+
+
+def refused(code: ErrorCode, path: str | None) -> "pytest.RaisesExc[Refused]":
+    return pytest.raises(Refused, check=lambda error: (error.code, error.path) == (code, path))
+
+
+async def test_a_message_keeps_all_that_was_sent(room: Room) -> None:
+    frame = message(
+        room.group, "print(1)", content_type="code", formatted_content="<pre>print(1)</pre>",
+        metadata={"language": "python", "deep": {"n": [1, None, "é\n"]}}, mentions=[room.them[1].id],
+    )  # fmt: skip
+    await room.ada.call(frame)
+    event = (await room.charles.event(server.MessageSent)).message
+    got = await room.charles.call(client.GetMessage(message_id=frame.message_id), server.OneMessage)
+    assert got.message == event
+    assert (event.content_type, event.formatted_content) == (frame.content_type, frame.formatted_content)
+    assert (event.metadata, event.mentions) == (frame.metadata, frame.mentions)
+
+
+@pytest.mark.parametrize("change", [{"content": "Twice"}, {"metadata": {"a": 1}}, {"content_type": "code"}])
+async def test_the_same_id_with_other_content_is_refused(room: Room, change: dict[str, object]) -> None:
+    frame = message(room.group, "Once")
+    await room.ada.call(frame)
+    for field, value in change.items():
+        setattr(frame, field, value)
+    with refused(ErrorCode.CONFLICT, "message_id"):
+        await room.ada.call(frame)
+
+
+async def test_somebody_elses_id_is_refused(room: Room, world: World) -> None:
+    frame = message(room.group)
+    await room.ada.call(frame)
+    with refused(ErrorCode.CONFLICT, "message_id"):
+        await room.charles.call(frame)
+    elsewhere = await world.channel(room.charles)
+    with refused(ErrorCode.CONFLICT, "message_id"):
+        await room.charles.call(client.Send(conversation_id=elsewhere, message_id=frame.message_id, content="Mine"))
+
+
+async def test_a_repeated_send_is_answered_as_the_first_even_after_edit_and_delete(room: Room) -> None:
+    frame = message(room.group, "First words")
+    first = await room.ada.call(frame, server.Sent)
+    await room.ada.call(client.Edit(message_id=frame.message_id, content="Second words"))
+    assert await room.ada.call(frame, server.Sent) == first
+    await room.ada.call(client.Delete(message_id=frame.message_id))
+    assert await room.ada.call(frame, server.Sent) == first
+
+
+async def test_a_reply_needs_a_parent_in_the_same_conversation(room: Room, world: World) -> None:
+    elsewhere = await world.channel(room.ada)
+    foreign = await sent(room.ada, elsewhere)
+    for parent in (foreign, MessageId(uuid7())):
+        with refused(ErrorCode.NOT_FOUND, "parent_message_id"):
+            await sent(room.ada, room.group, parent_message_id=parent)
+
+
+async def test_edits_are_kept(room: Room) -> None:
+    message_id = await sent(room.ada, room.group, "One")
+    await room.ada.call(client.Edit(message_id=message_id, content="Two"))
+    await room.ada.call(client.Edit(message_id=message_id, content="Three", formatted_content="<b>Three</b>"))
+    edits = (await room.charles.call(client.ListEdits(message_id=message_id), server.EditPage)).edits
+    assert [one.content for one in edits] == ["Two", "One"]
+    got = await room.charles.call(client.GetMessage(message_id=message_id), server.OneMessage)
+    assert (got.message.content, got.message.formatted_content) == ("Three", "<b>Three</b>")
+
+
+async def test_a_repeated_edit_is_one_edit(room: Room) -> None:
+    message_id = await sent(room.ada, room.group, "One")
+    frame = client.Edit(message_id=message_id, content="Two", edit_id=EditId(uuid7()))
+    first = await room.ada.call(frame, server.Changed)
+    await room.ada.call(client.Edit(message_id=message_id, content="Three", edit_id=EditId(uuid7())))
+    assert await room.ada.call(frame, server.Changed) == first
+    assert len((await room.ada.call(client.ListEdits(message_id=message_id), server.EditPage)).edits) == 2
+    frame.content = "Other"
+    with refused(ErrorCode.CONFLICT, "edit_id"):
+        await room.ada.call(frame)
+
+
+async def test_an_edit_that_changes_nothing_changes_nothing(room: Room) -> None:
+    message_id = await sent(room.ada, room.group, "Same")
+    changed = await room.ada.call(client.Edit(message_id=message_id, content="Same"), server.Changed)
+    got = await room.ada.call(client.GetMessage(message_id=message_id), server.OneMessage)
+    assert (got.message.version, got.message.edited_at) == (changed.version, None)
+
+
+async def test_only_its_sender_edits_a_message(room: Room) -> None:
+    message_id = await sent(room.charles, room.group)
+    with refused(ErrorCode.FORBIDDEN, "message_id"):
+        await room.ada.call(client.Edit(message_id=message_id, content="Mine"))
+
+
+async def test_a_deleted_message_keeps_its_place_and_loses_its_words(room: Room, world: World) -> None:
+    message_id = await sent(room.ada, room.group, "Secret", metadata={"secret": 1}, mentions=[room.them[1].id])
+    await room.charles.call(client.React(message_id=message_id, emoji="👍"))
+    first = await room.ada.call(client.Delete(message_id=message_id), server.Changed)
+    assert await room.ada.call(client.Delete(message_id=message_id), server.Changed) == first
+    page = await room.charles.call(client.History(conversation_id=room.group), server.MessagePage)
+    (left,) = page.messages
+    assert (left.id, left.is_deleted, left.deleted_by) == (message_id, True, room.them[0].id)
+    assert (left.content, left.metadata, left.mentions, left.reactions) == ("", None, [], {})
+    for frame in (
+        client.Edit(message_id=message_id, content="Back"),
+        client.React(message_id=message_id, emoji="👍"),
+        client.ListEdits(message_id=message_id),
+    ):
+        with refused(ErrorCode.NOT_FOUND, "message_id"):
+            await room.ada.call(frame)
+    assert await world.db.fetchval("SELECT content FROM message_edit") == "Secret"
+
+
+async def test_only_moderators_delete_for_others(room: Room) -> None:
+    hers = await sent(room.ada, room.group)
+    with refused(ErrorCode.FORBIDDEN, "message_id"):
+        await room.charles.call(client.Delete(message_id=hers))
+    await room.ada.call(client.SetRole(conversation_id=room.group, user_id=room.them[1].id, role="moderator"))
+    await room.charles.call(client.Delete(message_id=hers))
+
+
+async def test_reacting_twice_is_reacting_once(room: Room) -> None:
+    message_id = await sent(room.ada, room.group)
+    react, unreact = (kind(message_id=message_id, emoji="🎉") for kind in (client.React, client.Unreact))
+    first = await room.charles.call(react, server.Changed)
+    assert await room.charles.call(react, server.Changed) == first
+    got = await room.charles.call(client.GetMessage(message_id=message_id), server.OneMessage)
+    assert (got.message.reactions, got.mine) == ({"🎉": 1}, ["🎉"])
+    second = await room.charles.call(unreact, server.Changed)
+    assert await room.charles.call(unreact, server.Changed) == second
+    assert second.version == first.version + 1
+    got = await room.charles.call(client.GetMessage(message_id=message_id), server.OneMessage)
+    assert (got.message.reactions, got.mine) == ({}, [])
+
+
+async def test_a_message_has_a_bounded_number_of_emoji(room: Room) -> None:
+    message_id = await sent(room.ada, room.group)
+    for number in range(20):
+        await room.ada.call(client.React(message_id=message_id, emoji=f"e{number}"))
+    with refused(ErrorCode.CONFLICT, "emoji"):
+        await room.ada.call(client.React(message_id=message_id, emoji="one more"))
+    await room.charles.call(client.React(message_id=message_id, emoji="e0"))
+
+
+async def test_history_in_pages(room: Room) -> None:
+    ids = [await sent(room.ada, room.group, str(number)) for number in range(12)]
+
+    async def page(**fields: object) -> tuple[list[int], bool, bool]:
+        frame = client.History(conversation_id=room.group, limit=5, **fields)  # type: ignore[arg-type]
+        got = await room.charles.call(frame, server.MessagePage)
+        return [ids.index(one.id) for one in got.messages], got.has_before, got.has_after
+
+    assert await page() == ([7, 8, 9, 10, 11], True, False)
+    assert await page(before=ids[7]) == ([2, 3, 4, 5, 6], True, True)
+    assert await page(before=ids[2]) == ([0, 1], False, True)
+    assert await page(after=ids[2]) == ([3, 4, 5, 6, 7], True, True)
+    assert await page(after=ids[11]) == ([], True, False)
+    assert await page(around=ids[5]) == ([3, 4, 5, 6, 7], True, True)
+    assert await page(around=ids[0]) == ([0, 1, 2], False, True)
+    for side in ("before", "after", "around"):
+        with refused(ErrorCode.NOT_FOUND, side):
+            await page(**{side: MessageId(uuid7())})
+
+
+async def test_history_says_which_reactions_are_mine(room: Room) -> None:
+    message_id = await sent(room.ada, room.group)
+    await room.charles.call(client.React(message_id=message_id, emoji="👍"))
+    for one, mine in ((room.charles, {message_id: ["👍"]}), (room.ada, {})):
+        page = await one.call(client.History(conversation_id=room.group), server.MessagePage)
+        assert page.mine == mine
+
+
+async def test_read_by_and_unread_follow_from_positions(room: Room, world: World) -> None:
+    ids = [await sent(room.ada, room.group, str(number)) for number in range(3)]
+
+    async def unread(who: Somebody) -> int:
+        async with Client(world.url, who.token) as one:
+            view = (await one.event(server.Conversations)).conversations[0]
+            return view.unread_count
+
+    assert [await unread(one) for one in room.them] == [0, 3]
+    await room.charles.call(client.Read(message_id=ids[1]))
+    assert await unread(room.them[1]) == 1
+    read_by = [(await room.ada.call(client.GetMessage(message_id=one), server.OneMessage)).read_by for one in ids]
+    assert read_by == [1, 1, 0]
+
+
+async def test_unread_stops_at_a_hundred(room: Room, world: World) -> None:
+    for number in range(105):
+        await sent(room.ada, room.group, str(number))
+    phone = await world.connect(room.them[1])
+    assert (await phone.event(server.Conversations)).conversations[0].unread_count == 100
+
+
+async def test_users_have_faces(room: Room, world: World) -> None:
+    private = await world.user("Private")
+    await world.db.execute('UPDATE "user" SET is_private = true WHERE id = $1', private.id)
+    asked = client.GetUsers(user_ids=[room.them[1].id, private.id, UserId(uuid7())])
+    assert [one.name for one in (await room.ada.call(asked, server.UserList)).users] == ["Charles"]
+    await room.ada.call(client.AddParticipants(conversation_id=room.group, participants=[private.id]))
+    assert len((await room.ada.call(asked, server.UserList)).users) == 2

@@ -1,0 +1,247 @@
+"""A reconnect costs the difference: exactly what was missed, in order, or a clear "start over"."""
+
+import msgspec
+import pytest
+from hypothesis import HealthCheck, given
+from hypothesis import settings as examples
+from hypothesis import strategies as st
+
+from protocol import client, server
+from protocol.client import Frame
+from protocol.ids import ConversationId, MessageId, uuid7
+from protocol.limits import MAX_CHANGES
+from protocol.server import Changes, ServerFrame
+from server.config import Settings
+from tests.client import Client
+from tests.mirror import Mirror, assert_same, from_database
+from tests.world import Somebody, World, message, sent
+
+
+class Away:
+    """Charles, who is away while Ada acts."""
+
+    def __init__(self, world: World, ada: Client, charles: Somebody, group: ConversationId) -> None:
+        self.world = world
+        self.ada = ada
+        self.who = charles
+        self.group = group
+        self.epoch = ada.ready.epoch
+        self.version = 3
+
+    async def back(
+        self, versions: dict[ConversationId, int] | None = None, epoch: str | None = None
+    ) -> list[ServerFrame]:
+        """Come back at the other worker, and return what is said between `ready` and the reply."""
+        phone = await self.world.connect(self.who, 1, query="?resume=1")
+        frame = client.Resume(
+            epoch=epoch or self.epoch, versions={self.group: self.version} if versions is None else versions
+        )
+        await phone.call(frame, server.Resumed)
+        return phone.events[1:]
+
+
+@pytest.fixture
+async def away(world: World) -> Away:
+    ada = await world.connect(await world.user("Ada"))
+    charles = await world.user("Charles")
+    return Away(world, ada, charles, await world.group(ada, charles))
+
+
+async def test_nothing_missed_is_nothing_said(away: Away) -> None:
+    assert await away.back() == []
+
+
+async def test_exactly_the_difference_in_order(away: Away) -> None:
+    old = await sent(away.ada, away.group, "Old")
+    away.version = 4
+    new = await sent(away.ada, away.group, "New", parent_message_id=old)
+    await away.ada.call(client.Edit(message_id=old, content="Edited"))
+    await away.ada.call(client.React(message_id=new, emoji="👍"))
+    gone = await sent(away.ada, away.group, "Gone")
+    await away.ada.call(client.Delete(message_id=gone))
+    await away.ada.call(client.UpdateConversation(conversation_id=away.group, title="Renamed"))
+    mary = await away.world.user("Mary")
+    await away.ada.call(client.AddParticipants(conversation_id=away.group, participants=[mary.id]))
+    (changes,) = await away.back()
+    assert isinstance(changes, Changes)
+    assert (changes.since, changes.version) == (4, 11)
+    assert [(event.version, type(event)) for event in changes.events] == [
+        (5, server.MessageSent),
+        (6, server.MessageEdited),
+        (7, server.MessageReacted),
+        (9, server.MessageDeleted),
+        (10, server.ConversationUpdated),
+        (11, server.ParticipantChanged),
+    ]
+    assert changes.unread_count == 2
+
+
+async def test_receipts_and_ones_own_position_come_along(away: Away) -> None:
+    first, second = await sent(away.ada, away.group, "One"), await sent(away.ada, away.group, "Two")
+    await away.ada.call(client.Read(message_id=second))
+    async with Client(away.world.url, away.who.token) as other_device:
+        await other_device.call(client.Read(message_id=first))
+    (changes,) = await away.back()
+    assert isinstance(changes, Changes)
+    assert changes.last_read_message_id == first
+    assert changes.unread_count == 1
+    assert {one.user_id: one.message_id for one in changes.receipts} == {
+        away.ada.ready.user.id: second,
+        away.who.id: first,
+    }
+    phone = await away.world.connect(away.who, 1, query="?resume=1")
+    resumed = await phone.call(client.Resume(epoch=away.epoch, versions={away.group: 5}), server.Resumed)
+    assert resumed.read_positions == {away.group: first}
+
+
+async def test_live_events_follow_without_a_hole(away: Away) -> None:
+    await sent(away.ada, away.group, "Missed")
+    phone = await away.world.connect(away.who, 1, query="?resume=1")
+    await phone.call(client.Resume(epoch=away.epoch, versions={away.group: away.version}), server.Resumed)
+    await sent(away.ada, away.group, "Live")
+    event = await phone.event(server.MessageSent)
+    assert (event.version, event.message.content) == (5, "Live")
+
+
+async def test_new_and_lost_conversations(away: Away) -> None:
+    other = await away.world.group(away.ada, away.who, title="Other")
+    await away.ada.call(client.RemoveParticipant(conversation_id=away.group, user_id=away.who.id))
+    left, joined = await away.back()
+    assert left == server.ConversationLeft(conversation_id=away.group)
+    assert isinstance(joined, server.ConversationJoined)
+    assert joined.view.conversation.id == other
+
+
+async def test_a_strangers_conversation_is_left_like_one_that_is_not(away: Away) -> None:
+    strange = await away.world.channel(away.ada)
+    nowhere = ConversationId(uuid7())
+    said = await away.back({away.group: away.version, strange: 1, nowhere: 1})
+    assert {one.conversation_id for one in said if isinstance(one, server.ConversationLeft)} == {strange, nowhere}
+    assert len(said) == 2
+
+
+async def test_too_much_missed_starts_over(away: Away) -> None:
+    await away.world.db.execute(
+        """WITH bumped AS (UPDATE conversation SET version = version + $2 WHERE id = $1)
+        INSERT INTO message (conversation_id, sender_id, content, sent_version, version)
+        SELECT $1, $3, 'Many', 3 + n, 3 + n FROM generate_series(1, $2) n""",
+        away.group, MAX_CHANGES, away.ada.ready.user.id,
+    )  # fmt: skip
+    (changes,) = await away.back()
+    assert isinstance(changes, Changes)
+    assert len(changes.events) == MAX_CHANGES
+    await sent(away.ada, away.group, "One more")
+    (over,) = await away.back()
+    assert isinstance(over, server.StartOver)
+    assert (over.reason, over.view.version) == ("too_many_changes", 4 + MAX_CHANGES)
+
+
+async def test_from_the_future_starts_over(away: Away) -> None:
+    away.version = 1000
+    (over,) = await away.back()
+    assert isinstance(over, server.StartOver)
+    assert over.reason == "ahead_of_server"
+
+
+async def test_another_epoch_starts_over(away: Away) -> None:
+    (over,) = await away.back(epoch="another")
+    assert isinstance(over, server.StartOver)
+    assert over.reason == "other_epoch"
+
+
+async def test_a_new_epoch_sends_everyone_back(away: Away) -> None:
+    await away.world.db.execute("UPDATE database_epoch SET epoch = gen_random_uuid()")
+    assert await away.ada.closed() == 4010
+
+
+async def test_resume_on_a_living_connection(away: Away) -> None:
+    await sent(away.ada, away.group, "One")
+    await away.ada.event(server.MessageSent)
+    await away.ada.call(client.Resume(epoch=away.epoch, versions={away.group: away.version}), server.Resumed)
+    changes = await away.ada.event(Changes)
+    assert (changes.since, changes.version) == (3, 4)
+    await sent(away.ada, away.group, "Two")
+    event = await away.ada.event(server.MessageSent, lambda event: event.message.content == "Two")
+    assert event.version == 5
+
+
+async def test_heartbeats_carry_the_clocks_of_what_is_active(settings: Settings) -> None:
+    async with World(msgspec.structs.replace(settings, heartbeat_seconds=0.5)) as world:
+        ada = await world.connect(await world.user("Ada"))
+        assert ada.ready.heartbeat_ms == 500
+        channel, quiet = await world.channel(ada), await world.channel(ada)
+        await sent(ada, channel)
+        beat = await ada.event(server.Heartbeat, lambda beat: beat.versions.get(channel) == 3)
+        assert quiet not in beat.versions
+        still = await ada.event(server.Heartbeat, lambda beat: not beat.versions, start=ada.events.index(beat))
+        assert still.server_time > beat.server_time
+
+
+ACTIONS = st.lists(
+    st.tuples(
+        st.sampled_from(["send", "reply", "edit", "delete", "react", "unreact", "rename", "drop"]), st.integers(0, 5)
+    ),
+    min_size=1,
+    max_size=25,
+)
+
+
+@pytest.fixture
+async def watched(world: World) -> tuple[World, Client, Somebody]:
+    return world, await world.connect(await world.user("Ada")), await world.user("Charles")
+
+
+@examples(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(actions=ACTIONS)
+async def test_old_state_plus_events_is_fresh_state(
+    watched: tuple[World, Client, Somebody], actions: list[tuple[str, int]]
+) -> None:
+    """Whatever happens, and wherever the connection drops in between, what was told adds up to what is."""
+    world, ada, charles = watched
+    group = await world.group(ada, charles)
+    mirror = Mirror()
+    phone = await listening(world, charles, mirror, None)
+    mirror.unloaded.discard(group)
+    ids: list[MessageId] = []
+    for action, number in actions:
+        if action == "drop":
+            await phone.drop()
+            ids += [await sent(ada, group, f"Missed {missed}") for missed in range(number)]
+            phone = await listening(world, charles, mirror, mirror.versions)
+            continue
+        frame = to_do(action, group, ids[-1 - number % len(ids)] if ids else None)
+        if isinstance(frame, client.Send):
+            ids.append(frame.message_id)
+        await ada.ask(frame)
+    truth = await from_database(world.db, group)
+    while mirror.copies[group].version < truth.version:
+        await phone.synced()
+    copy = mirror.copies[group]
+    copy.participants = truth.participants
+    assert_same(copy, truth)
+    await phone.close()
+
+
+async def listening(world: World, who: Somebody, mirror: Mirror, versions: dict[ConversationId, int] | None) -> Client:
+    phone = Client(world.workers[1].url, who.token, query="" if versions is None else "?resume=1")
+    phone.on_event = mirror.hear
+    await phone.open()
+    if versions is None:
+        await phone.settled()
+    else:
+        await phone.call(client.Resume(epoch=mirror.epoch, versions=versions), server.Resumed)
+    return phone
+
+
+def to_do(action: str, group: ConversationId, message_id: MessageId | None) -> Frame:
+    if action == "rename":
+        return client.UpdateConversation(conversation_id=group, title=f"Title {uuid7()}")
+    if action == "send" or message_id is None:
+        return message(group)
+    return {
+        "reply": message(group, parent_message_id=message_id),
+        "edit": client.Edit(message_id=message_id, content=f"Edit {uuid7()}"),
+        "delete": client.Delete(message_id=message_id),
+        "react": client.React(message_id=message_id, emoji="👍"),
+        "unreact": client.Unreact(message_id=message_id, emoji="👍"),
+    }[action]
