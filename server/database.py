@@ -7,7 +7,7 @@ from typing import TypeAlias
 import asyncpg
 
 from server.config import Settings
-from server.errors import Fatal
+from server.errors import Fatal, is_lost
 from server.migrate import is_current
 
 OLDEST_MAJOR = 15
@@ -67,12 +67,18 @@ class Database:
     async def connection(self) -> AsyncIterator[Db]:
         """Borrow a connection; each statement commits by itself."""
         async with self._pool.acquire(timeout=CONNECT_SECONDS) as connection:
-            yield connection
+            try:
+                yield connection
+            except Exception as error:
+                # It may still be in the middle of what failed: it must not serve anyone else.
+                if is_lost(error):
+                    connection.terminate()
+                raise
 
     @asynccontextmanager
     async def transaction(self) -> AsyncIterator[Db]:
         """Borrow a connection inside a transaction, which commits when the block ends."""
-        async with self._pool.acquire(timeout=CONNECT_SECONDS) as connection, connection.transaction():
+        async with self.connection() as connection, connection.transaction():
             yield connection
 
     @property

@@ -6,6 +6,8 @@ kilobytes; per delivery it saves most of the cost (docs/performance.md).
 """
 
 import asyncio
+import socket as socket_module
+from socket import IPPROTO_TCP
 from typing import Any, Protocol
 
 from uvicorn.protocols.utils import ClientDisconnected
@@ -20,6 +22,11 @@ PING = b"\x89\x00"
 """The frame that asks a peer for a pong (RFC 6455, section 5.5.2)."""
 CLOSE_SECONDS = 5.0
 """How long a peer may take to answer a close, or to read what is left, before the connection is cut."""
+
+
+KERNEL_BYTES = 128 * 1024
+"""How much the kernel may hold that the peer has not room for, besides `outbox_bytes` of ours."""
+_NOTSENT_LOWAT: int | None = getattr(socket_module, "TCP_NOTSENT_LOWAT", None)
 
 
 class Receiver(Protocol):
@@ -48,6 +55,9 @@ class WebSocket(WebSocketsSansIOProtocol):
         super().connection_made(transport)
         self.heard_at = self.loop.time()
         self.transport.set_write_buffer_limits(high=self.outbox_bytes)
+        if _NOTSENT_LOWAT is not None and (socket := transport.get_extra_info("socket")) is not None:
+            # Or the kernel would hold megabytes more for a slow peer, and we would not know that it is slow.
+            socket.setsockopt(IPPROTO_TCP, _NOTSENT_LOWAT, KERNEL_BYTES)
 
     def data_received(self, data: bytes) -> None:  # noqa: D102
         self.heard_at = self.loop.time()

@@ -4,6 +4,7 @@ import asyncio
 import shutil
 import socket
 import tempfile
+from collections.abc import Callable
 from contextlib import AsyncExitStack
 from datetime import timedelta
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any, NamedTuple, Self
 import asyncpg
 import uvicorn
 
-from protocol.client import CreateChannel, CreateDirect, CreateGroup, Join, Send
+from protocol.client import CreateChannel, CreateDirect, CreateGroup, Send
 from protocol.ids import ConversationId, MessageId, UserId, uuid7
 from protocol.limits import MAX_FRAME_BYTES
 from protocol.server import OneConversation, Sent
@@ -140,4 +141,8 @@ async def sent(client: Client, conversation_id: ConversationId, content: str = "
     return (await client.call(message(conversation_id, content, **fields), Sent)).message_id
 
 
-__all__ = ["Join", "Somebody", "Worker", "World", "message", "sent"]
+async def until(is_so: Callable[[], bool], *, seconds: float = 15.0) -> None:
+    """Wait until something is so. Raises TimeoutError if it does not come to be."""
+    async with asyncio.timeout(seconds):
+        while not is_so():
+            await asyncio.sleep(0.01)

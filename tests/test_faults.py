@@ -1,0 +1,260 @@
+"""Real faults: Valkey stopped, PostgreSQL restarted, a reader that stops reading. Nothing is lost."""
+
+import asyncio
+import os
+import shutil
+import signal
+import socket
+import statistics
+import tempfile
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+
+import asyncpg
+import httpx
+import msgspec
+import pytest
+
+from protocol import client, server
+from protocol.client import Frame
+from protocol.errors import CloseCode, ErrorCode, Refused
+from protocol.ids import ConversationId, MessageId
+from server.config import Settings
+from server.embedded.folder import DataFolder
+from server.embedded.postgres import Postgres
+from server.embedded.valkey import Valkey
+from tests.client import Client
+from tests.conftest import TEMPLATE, Servers, make_template
+from tests.mirror import Mirror, assert_same, from_database
+from tests.world import Somebody, World, message, sent, until
+
+ROOM = 100
+OUTBOX_BYTES = 256 * 1024
+
+
+@pytest.fixture
+async def own(settings: Settings) -> AsyncIterator[tuple[Settings, Servers]]:
+    """A PostgreSQL and a Valkey that a test may hurt."""
+    path = Path(tempfile.mkdtemp(prefix="openchat-tests-"))
+    folder = DataFolder(path)
+    postgres, valkey = Postgres(folder, max_connections=50), Valkey(folder)
+    try:
+        await asyncio.to_thread(postgres.start)
+        await asyncio.to_thread(valkey.start)
+        await make_template(postgres.url("postgres"), postgres.url(TEMPLATE))
+        ours = msgspec.structs.replace(
+            settings,
+            database_url=postgres.url(TEMPLATE),
+            redis_url=valkey.url,
+            write_rate=1e6,
+            ephemeral_rate=1e6,
+        )
+        yield ours, Servers(postgres, valkey)
+    finally:
+        valkey.stop()
+        postgres.stop()
+        folder.release()
+        shutil.rmtree(path)
+
+
+class Talk:
+    """Two people on two workers who send until told to stop, each with a mirror of what they hear."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.people: list[Somebody] = []
+        self.clients: list[Client] = []
+        self.mirrors = [Mirror(), Mirror()]
+        self.channel: ConversationId
+        self.acknowledged: list[MessageId] = []
+        self.refusals: list[Refused] = []
+        self._is_over = False
+        self._talking: list[asyncio.Task[None]] = []
+
+    async def begin(self) -> None:
+        self.people = await self.world.users("Ada", "Charles")
+        for number, (who, mirror) in enumerate(zip(self.people, self.mirrors, strict=True)):
+            one = await self.world.connect(who, number)
+            for event in one.events:
+                mirror.hear(event)
+            one.on_event = mirror.hear
+            self.clients.append(one)
+        self.channel = await self.world.channel(self.clients[0], is_public=True)
+        await self.clients[1].call(client.Join(conversation_id=self.channel))
+        for mirror in self.mirrors:
+            mirror.unloaded.clear()
+        self._talking = [asyncio.create_task(self._talk(one)) for one in self.clients]
+
+    async def end(self) -> None:
+        self._is_over = True
+        await asyncio.gather(*self._talking)
+
+    async def _talk(self, one: Client) -> None:
+        while not self._is_over:
+            frame = message(self.channel, "Still there")
+            await self._surely(one, frame)
+            self.acknowledged.append(frame.message_id)
+            await asyncio.sleep(0.01)
+
+    async def _surely(self, one: Client, frame: Frame) -> None:
+        while True:
+            try:
+                await one.call(frame)
+            except Refused as refused:
+                assert refused.code is ErrorCode.UNAVAILABLE, refused
+                assert refused.retry_after_ms is not None
+                self.refusals.append(refused)
+                await asyncio.sleep(refused.retry_after_ms / 1000)
+                continue
+            return
+
+    async def assert_nothing_lost(self) -> None:
+        """Each heard each version once and in order (or the mirror had refused it), up to the last."""
+        async with asyncio.timeout(10):
+            truth = await from_database(self.world.db, self.channel)
+            for one, mirror in zip(self.clients, self.mirrors, strict=True):
+                while mirror.copies[self.channel].version < truth.version:
+                    await one.synced()
+                mirror.copies[self.channel].participants = truth.participants
+                assert_same(mirror.copies[self.channel], truth)
+        assert sorted(self.acknowledged) == sorted(truth.messages)
+
+
+async def readiness(world: World, wanted: int) -> None:
+    async with httpx.AsyncClient(trust_env=False) as http, asyncio.timeout(15):
+        for worker in world.workers:
+            while (await http.get(f"{worker.url}/readyz")).status_code != wanted:
+                await asyncio.sleep(0.05)
+
+
+async def test_valkey_stops_for_ten_seconds(own: tuple[Settings, Servers]) -> None:
+    settings, servers = own
+    async with World(settings) as world:
+        talk = Talk(world)
+        await talk.begin()
+        servers.valkey.stop()
+        await readiness(world, 503)
+        stopped_at = time.monotonic()
+        slowest = 0.0
+        while time.monotonic() < stopped_at + 10:
+            began = time.monotonic()
+            message_id = await sent(talk.clients[0], talk.channel, "Over PostgreSQL")
+            talk.acknowledged.append(message_id)
+            heard = talk.mirrors[1].copies[talk.channel].messages
+            await until(lambda: message_id in heard)  # noqa: B023 - awaited in this turn
+            slowest = max(slowest, time.monotonic() - began)
+        assert slowest < 2.0
+        await asyncio.to_thread(servers.valkey.start)
+        await readiness(world, 200)
+        await talk.end()
+        assert talk.refusals == []
+        await talk.assert_nothing_lost()
+
+
+async def test_valkey_hangs(own: tuple[Settings, Servers]) -> None:
+    settings, servers = own
+    async with World(settings) as world:
+        talk = Talk(world)
+        await talk.begin()
+        os.kill(servers.valkey.pid, signal.SIGSTOP)
+        try:
+            await readiness(world, 503)
+            message_id = await sent(talk.clients[0], talk.channel, "Over PostgreSQL")
+            talk.acknowledged.append(message_id)
+            await until(lambda: message_id in talk.mirrors[1].copies[talk.channel].messages, seconds=2)
+        finally:
+            os.kill(servers.valkey.pid, signal.SIGCONT)
+        await readiness(world, 200)
+        await talk.end()
+        await talk.assert_nothing_lost()
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+async def test_postgres_restarts(own: tuple[Settings, Servers], how: signal.Signals) -> None:
+    settings, servers = own
+    async with World(settings) as world:
+        talk = Talk(world)
+        await talk.begin()
+        await until(lambda: len(talk.acknowledged) > 50)
+        os.kill(servers.postgres.pid, how)
+        await until(lambda: len(talk.refusals) > 0)
+        async with httpx.AsyncClient(trust_env=False) as http:
+            assert (await http.get(f"{world.url}/healthz")).status_code == 200
+        await readiness(world, 503)
+        await until(lambda: not servers.postgres.is_running())
+        await asyncio.to_thread(servers.postgres.start)
+        await readiness(world, 200)
+        before = len(talk.acknowledged)
+        await until(lambda: len(talk.acknowledged) > before + 50)
+        await talk.end()
+        world.db = await asyncpg.connect(settings.database_url)
+        await talk.assert_nothing_lost()
+
+
+async def test_a_connection_made_while_the_database_is_away_is_told_to_come_back(
+    own: tuple[Settings, Servers],
+) -> None:
+    settings, servers = own
+    async with World(settings, workers=1) as world:
+        who = await world.user("Ada")
+        servers.postgres.stop()
+        with pytest.raises(Exception, match="503"):
+            await Client(world.url, who.token).open()
+        await asyncio.to_thread(servers.postgres.start)
+        world.db = await asyncpg.connect(settings.database_url)
+        async with Client(world.url, who.token) as one:
+            await one.settled()
+
+
+@pytest.fixture
+async def narrow(settings: Settings) -> AsyncIterator[World]:
+    """A worker that lets little wait."""
+    settings = msgspec.structs.replace(settings, outbox_bytes=OUTBOX_BYTES, write_rate=1e6)
+    async with World(settings, workers=1) as world:
+        yield world
+
+
+async def test_a_slow_reader_is_closed_and_nobody_else_notices(narrow: World) -> None:
+    world = narrow
+    owner = await world.connect(await world.user("Ada"))
+    channel = await world.channel(owner, is_public=True)
+    readers = []
+    for number in range(ROOM - 1):
+        one = await world.connect(await world.user(f"Reader{number}"))
+        await one.call(client.Join(conversation_id=channel))
+        readers.append(one)
+    owner.on_event = lambda _: None
+
+    async def p99(meanwhile: Callable[[], Awaitable[object]] | None) -> float:
+        """Send for a while, and return the 99th percentile of from-send-to-everyone, in seconds."""
+        spans = []
+        for number in range(120):
+            if number == 10 and meanwhile is not None:
+                await meanwhile()
+            content = f"{number} " + "x" * 9_900
+            began = time.perf_counter()
+            message_id = await sent(owner, channel, content)
+            for one in readers:
+                start = max(0, len(one.events) - 3)
+                await one.event(server.MessageSent, lambda event: event.message.id == message_id, start=start)  # noqa: B023
+            spans.append(time.perf_counter() - began)
+        return statistics.quantiles(spans, n=100)[98]
+
+    without = await p99(None)
+    # A client's kernel would take megabytes in its stead.
+    with socket.socket() as small:
+        small.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 16 * 1024)
+        small.connect(("127.0.0.1", int(world.url.rpartition(":")[2])))
+        slow = await world.connect(await world.user("Slow"), sock=small.dup())
+    await slow.call(client.Join(conversation_id=channel))
+
+    async def stall() -> None:
+        slow.socket.transport.pause_reading()
+
+    with_one = await p99(stall)
+    assert world.workers[0].app.roster.closed_slow == 1
+    slow.socket.transport.resume_reading()
+    assert await slow.closed() == CloseCode.SLOW
+    assert with_one < max(2 * without, 0.05), (with_one, without)
+    await readers[0].synced()
