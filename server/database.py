@@ -19,9 +19,11 @@ Db: TypeAlias = "asyncpg.Connection[asyncpg.Record] | asyncpg.pool.PoolConnectio
 
 SESSION = {
     "application_name": "openchat",
-    # Every query of ours is meant to walk an index, and a plan made while a table was small is kept: without
-    # this, a table that grows quickly is scanned whole until the next ANALYZE (docs/decisions/0008).
+    # Every query of ours is meant to walk an index in its order and stop early, and a plan made while a table was
+    # small is kept: without these two, a table that grows quickly is scanned or sorted whole until the next
+    # ANALYZE (docs/decisions/0008). Where there is no index, or a sort is needed, they change nothing.
     "enable_seqscan": "off",
+    "enable_sort": "off",
     "jit": "off",
     "timezone": "UTC",
     "statement_timeout": f"{STATEMENT_SECONDS:.0f}s",

@@ -86,7 +86,8 @@ async def new_epoch(connection: Connection) -> None:
 
 async def is_current(connection: Connection) -> bool:
     """Whether the database has exactly the schema that this program knows."""
-    return bool(await connection.fetchval(HAS_TABLE)) and await _applied(connection) == len(known())
+    has_table = await connection.fetchval(HAS_TABLE)
+    return bool(has_table) and int(await connection.fetchval(APPLIED)) == len(known())
 
 
 async def _applied(connection: Connection) -> int:

@@ -5,7 +5,7 @@ import contextlib
 import random
 from collections.abc import Callable, Sequence
 
-from websockets.exceptions import InvalidHandshake, InvalidMessage
+from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidMessage
 
 from protocol import client, server
 from protocol.client import Frame
@@ -49,7 +49,7 @@ class Actor:
                     self.mirror.epoch = ready.epoch
                     await self._until_done(fresh, frame)
                     await self._load()
-            except (OSError, InvalidHandshake, InvalidMessage, TimeoutError):
+            except (OSError, ConnectionClosed, InvalidHandshake, InvalidMessage, TimeoutError):
                 self.client = None
                 self._check()
                 await asyncio.sleep(0.05)

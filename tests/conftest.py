@@ -17,6 +17,7 @@ from server.config import Settings
 from server.embedded.folder import DataFolder
 from server.embedded.postgres import Postgres
 from server.embedded.valkey import Valkey
+from tests.cluster import Cluster
 from tests.world import World
 
 TEMPLATE = "template_openchat"
@@ -94,3 +95,13 @@ async def world(settings: Settings) -> AsyncIterator[World]:
     """Two workers on one database, with users to be made."""
     async with World(settings) as world:
         yield world
+
+
+@pytest.fixture
+async def cluster(settings: Settings, tmp_path: Path) -> AsyncIterator[Cluster]:
+    cluster = Cluster(settings, tmp_path, 2)
+    try:
+        await cluster.start(*cluster.workers)
+        yield cluster
+    finally:
+        cluster.stop()

