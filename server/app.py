@@ -43,7 +43,7 @@ class App:
         self._redis = Redis.from_url(
             settings.redis_url, socket_timeout=REDIS_SECONDS, socket_connect_timeout=REDIS_SECONDS
         )
-        self._metrics = metrics
+        self.metrics = metrics
         self._draining = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -99,7 +99,7 @@ class App:
         await app.hub.start()
         await app.presence.start()
         app.roster.start()
-        app._tasks = [asyncio.create_task(app._metrics.write()), asyncio.create_task(app.sessions.clear())]
+        app._tasks = [asyncio.create_task(app.metrics.write()), asyncio.create_task(app.sessions.clear())]
         return app
 
     async def drain(self) -> None:

@@ -29,7 +29,7 @@ from server.orders import DRAIN_SECONDS, READY, Orders
 WATCH_SECONDS = 0.2
 READY_SECONDS = 30.0
 STOP_SECONDS = DRAIN_SECONDS + 15.0
-CRASHED_SOON_SECONDS = 5.0
+CRASHED_SOON_SECONDS = 2.0
 """A worker that lives shorter than this is started again only after that long."""
 BACKLOG = 4096
 SPARE_DATABASE_CONNECTIONS = 20

@@ -25,7 +25,7 @@ from server.embedded.folder import DataFolder
 from server.embedded.postgres import Postgres
 from server.embedded.valkey import Valkey
 from tests.client import Client
-from tests.conftest import TEMPLATE, Servers, make_template
+from tests.conftest import TEMPLATE, Servers, make_template, scratch
 from tests.mirror import Mirror, assert_same, from_database
 from tests.world import Somebody, World, message, sent, until
 
@@ -36,7 +36,7 @@ OUTBOX_BYTES = 256 * 1024
 @pytest.fixture
 async def own(settings: Settings) -> AsyncIterator[tuple[Settings, Servers]]:
     """A PostgreSQL and a Valkey that a test may hurt."""
-    path = Path(tempfile.mkdtemp(prefix="openchat-tests-"))
+    path = Path(tempfile.mkdtemp(prefix="openchat-tests-", dir=scratch()))
     folder = DataFolder(path)
     postgres, valkey = Postgres(folder, max_connections=50), Valkey(folder)
     try:

@@ -1,0 +1,251 @@
+"""The command, as an operator uses it: it starts, it says what is wrong in one line, it recovers, it stops."""
+
+import asyncio
+import contextlib
+import os
+import re
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import msgspec
+import pytest
+
+from protocol.client import CreateChannel
+from protocol.errors import CloseCode
+from protocol.http import LoggedIn
+from protocol.ids import ConversationId, uuid7
+from tests.client import Client
+from tests.conftest import Servers, scratch
+from tests.world import message, until
+
+COMMAND = [sys.executable, "-P", "-m", "server.cli"]
+ADA = {"name": "Ada", "email": "ada@example.org", "password": "correct horse"}
+
+
+class Program:
+    """One run of `openchat`."""
+
+    def __init__(self, *arguments: str, **environment: str) -> None:
+        self._arguments = arguments
+        self._environment = {k: v for k, v in os.environ.items() if not k.endswith("_URL")} | environment
+        self.said: list[str] = []
+        self.process: asyncio.subprocess.Process
+        self._reader: asyncio.Task[None]
+
+    async def start(self) -> None:
+        self.process = await asyncio.create_subprocess_exec(
+            *COMMAND, *self._arguments, env=self._environment,
+            stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
+        )  # fmt: skip
+        self._reader = asyncio.create_task(self._read())
+
+    async def _read(self) -> None:
+        assert self.process.stdout is not None
+        async for line in self.process.stdout:
+            self.said.append(line.decode().rstrip())
+
+    @property
+    def url(self) -> str:
+        (found,) = (re.search(r"http://\S+", line) for line in self.said if line.startswith("  listening"))
+        assert found is not None
+        return found[0]
+
+    async def ready(self) -> None:
+        """Wait for the last line of the greeting."""
+        await until(
+            lambda: self.process.returncode is not None or any("try next" in line for line in self.said), seconds=30
+        )
+        assert self.process.returncode is None, self.said
+
+    async def ended(self) -> int:
+        async with asyncio.timeout(30):
+            status = await self.process.wait()
+            await self._reader
+        return status
+
+    async def kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            self.process.kill()
+        await self.ended()
+
+
+@pytest.fixture
+async def folder() -> AsyncIterator[Path]:
+    path = Path(tempfile.mkdtemp(prefix="openchat-tests-", dir=scratch()))
+    yield path
+    shutil.rmtree(path, ignore_errors=True)
+
+
+@pytest.fixture
+async def program(folder: Path) -> AsyncIterator[Program]:
+    program = Program("--port", "0", "--workers", "2", "--data-dir", str(folder))
+    await program.start()
+    await program.ready()
+    yield program
+    await program.kill()
+
+
+async def registered(url: str) -> LoggedIn:
+    async with httpx.AsyncClient(base_url=url, trust_env=False) as http:
+        return msgspec.json.decode((await http.post("/v1/auth/register", json=ADA)).content, type=LoggedIn)
+
+
+def workers_of(program: Program) -> list[int]:
+    """Return the process ids of the workers."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            if int(path.read_text().rpartition(")")[2].split()[1]) == program.process.pid:
+                command = (path.parent / "cmdline").read_bytes()
+                found += [int(path.parent.name)] if b"server.worker" in command else []
+    return found
+
+
+async def test_from_nothing_to_running_and_back(folder: Path) -> None:
+    first = Program("--port", "0", "--data-dir", str(folder))
+    await first.start()
+    await first.ready()
+    greeting = "\n".join(first.said)
+    for part in ("OpenChat", "Ctrl-C", "http://127.0.0.1:", str(folder), "workers", "curl"):
+        assert part in greeting
+    logged_in = await registered(first.url)
+    first.process.send_signal(signal.SIGINT)
+    assert await first.ended() == 0
+    assert not (folder / "postgres" / "postmaster.pid").exists()
+
+    second = Program("--port", "0", "--data-dir", str(folder))
+    began = time.monotonic()
+    await second.start()
+    await second.ready()
+    assert time.monotonic() - began < 10  # three seconds on an idle machine
+    async with Client(second.url, logged_in.token) as client:
+        assert client.ready.user == logged_in.user
+    second.process.send_signal(signal.SIGTERM)
+    assert await second.ended() == 0
+
+
+async def test_clients_are_sent_away_when_it_stops(program: Program) -> None:
+    logged_in = await registered(program.url)
+    clients = [Client(program.url, logged_in.token) for _ in range(5)]
+    for client in clients:
+        await client.__aenter__()
+    program.process.send_signal(signal.SIGTERM)
+    assert {await client.closed() for client in clients} == {CloseCode.GOING_AWAY}
+    assert await program.ended() == 0
+
+
+async def test_what_is_in_flight_is_finished_when_it_stops(program: Program) -> None:
+    logged_in = await registered(program.url)
+    async with Client(program.url, logged_in.token) as client:
+        about = ConversationId(uuid7())
+        await client.call(CreateChannel(conversation_id=about, title="Last words"))
+        asking = asyncio.gather(*(client.ask(message(about)) for _ in range(3)), return_exceptions=True)
+        await asyncio.sleep(0)
+        program.process.send_signal(signal.SIGTERM)
+        # Each is answered, or was never begun and can be repeated: none is left hanging.
+        await asking
+        assert await client.closed() == CloseCode.GOING_AWAY
+
+
+async def test_it_recovers_from_kill_9(program: Program, folder: Path) -> None:
+    logged_in = await registered(program.url)
+    orphans = workers_of(program)
+    program.process.kill()
+    await program.ended()
+    again = Program("--port", "0", "--data-dir", str(folder))
+    await again.start()
+    await again.ready()
+    async with Client(again.url, logged_in.token):
+        pass
+    await until(lambda: not any(Path(f"/proc/{pid}/exe").exists() for pid in orphans))
+    again.process.send_signal(signal.SIGINT)
+    assert await again.ended() == 0
+
+
+async def test_a_crashed_worker_is_replaced(program: Program) -> None:
+    await until(lambda: len(workers_of(program)) == 2)
+    before = workers_of(program)
+    os.kill(before[0], signal.SIGKILL)
+    await until(lambda: len(set(workers_of(program)) - set(before)) == 1)
+    async with httpx.AsyncClient(trust_env=False) as http, asyncio.timeout(15):
+        for _ in range(20):
+            response = await http.get(f"{program.url}/readyz", headers={"Connection": "close"})
+            assert response.status_code == 200
+    assert any("worker" in line and "ended" in line for line in program.said)
+
+
+async def test_a_crashed_database_is_started_again(program: Program, folder: Path) -> None:
+    pid = int((folder / "postgres" / "postmaster.pid").read_text().splitlines()[0])
+    os.kill(pid, signal.SIGKILL)
+    await until(lambda: any("Postgres ended" in line for line in program.said))
+    async with httpx.AsyncClient(trust_env=False) as http, asyncio.timeout(15):
+        while (await http.get(f"{program.url}/readyz")).status_code != 200:
+            await asyncio.sleep(0.05)
+
+
+async def refused(*arguments: str, **environment: str) -> str:
+    """Run a command that cannot work, and return the one line that it says."""
+    program = Program(*arguments, **environment)
+    await program.start()
+    assert await program.ended() == 1
+    (line,) = program.said
+    assert line.startswith("openchat: ")
+    return line
+
+
+async def test_one_line_for_everything_that_can_be_wrong(servers: Servers, database_url: str, folder: Path) -> None:
+    data = ("--data-dir", str(folder), "--port", "0")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        assert f"port {port}" in await refused("--port", port, "--data-dir", str(folder))
+    outside: dict[str, Any] = {"DATABASE_URL": database_url, "REDIS_URL": servers.valkey.url}
+    assert "database cannot be reached" in await refused(
+        *data, **outside | {"DATABASE_URL": "postgresql://127.0.0.1:1/x"}
+    )
+    assert "Redis cannot be reached" in await refused(*data, **outside | {"REDIS_URL": "redis://127.0.0.1:1"})
+    assert "DATABASE_URL" in await refused(*data, **outside | {"DATABASE_URL": "nonsense"})
+    assert "OPENCHAT_PORT" in await refused(OPENCHAT_PORT="many")
+    (folder / "file").write_text("")
+    assert "cannot be written" in await refused("--port", "0", "--data-dir", str(folder / "file" / "in"))
+
+
+@pytest.mark.usefixtures("program")
+async def test_two_programs_do_not_share_a_folder(folder: Path) -> None:
+    assert "another openchat" in await refused("--port", "0", "--data-dir", str(folder))
+
+
+async def test_migrate_plans_then_does(folder: Path) -> None:
+    plan = Program("migrate", "--plan", "--data-dir", str(folder))
+    await plan.start()
+    assert await plan.ended() == 0
+    assert plan.said == ["would apply  schema.sql (the database is empty)"]
+    for expected in ("applied  schema.sql (the database is empty)", "The database is up to date."):
+        real = Program("migrate", "--data-dir", str(folder))
+        await real.start()
+        assert await real.ended() == 0
+        assert real.said == [expected]
+
+
+async def test_help_is_for_people() -> None:
+    helping = Program("--help")
+    await helping.start()
+    assert await helping.ended() == 0
+    text = "\n".join(helping.said)
+    for part in ("--host", "--port", "--workers", "--data-dir", "migrate", "DATABASE_URL", "REDIS_URL"):
+        assert part in text
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root changes users")
+@pytest.mark.usefixtures("program")
+async def test_root_does_not_run_the_database(folder: Path) -> None:
+    assert (folder / "postgres").stat().st_uid != 0

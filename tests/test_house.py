@@ -1,0 +1,115 @@
+"""The house: imports point down, SQL and Redis stay where they belong, and what is generated is current."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+from server.describe import files
+
+ROOT = Path(__file__).parent.parent
+SERVER = ROOT / "server"
+
+# From the ground up: a file may import from its own storey or from those below it.
+STOREYS: list[list[str]] = [
+    ["protocol"],
+    ["config", "errors", "log", "limits", "gather", "metrics", "migrate", "database", "orders"],
+    ["queries", "embedded"],
+    ["context"],
+    ["sync", "presence", "auth.passwords", "auth.attempts", "auth.sessions", "auth.credentials"],
+    ["handlers"],
+    ["websocket", "bus", "hub", "dispatch"],
+    ["record", "connection", "web"],
+    ["roster", "routes", "auth.endpoints", "describe"],
+    ["endpoints"],
+    ["app"],
+    ["worker"],
+    ["supervisor"],
+    ["cli"],
+]
+TRANSPORT = {"websocket", "bus", "hub", "dispatch", "connection", "roster"}
+DOMAIN = {"queries", "handlers", "sync"}
+
+
+def modules() -> dict[str, Path]:
+    return {
+        ".".join(path.relative_to(SERVER).with_suffix("").parts): path
+        for path in SERVER.rglob("*.py")
+        if path.name != "__init__.py"
+    }
+
+
+def imported(path: Path) -> list[tuple[int, str]]:
+    """Return the lines of a file that import something of ours, and what."""
+    found: list[tuple[int, str]] = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        names: list[str] = []
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        line = getattr(node, "lineno", 0)
+        found += [(line, name) for name in names if name.split(".")[0] in {"server", "protocol", "tests"}]
+    return found
+
+
+def place(name: str) -> tuple[str, int] | None:
+    """Return the entry of STOREYS that a module belongs to, and its height."""
+    for height, storey in enumerate(STOREYS):
+        for entry in storey:
+            if name == entry or name.startswith(entry + "."):
+                return entry, height
+    return None
+
+
+@pytest.mark.parametrize("name", sorted(modules()))
+def test_imports_point_down(name: str) -> None:
+    mine = place(name)
+    assert mine is not None, f"server/{name} has no storey: say where it belongs"
+    for line, what in imported(modules()[name]):
+        target = place(what.removeprefix("server."))
+        if target is None:
+            continue
+        where = f"{modules()[name].relative_to(ROOT)}:{line} imports {what}"
+        assert target[1] <= mine[1], where
+        assert not (mine[0] in TRANSPORT and target[0] in DOMAIN), where
+        assert not (mine[0] in DOMAIN and target[0] in TRANSPORT), where
+        assert not (mine[0] == "handlers" and target[0] == "handlers" and what != f"server.{name}"), where
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "protocol").glob("*.py")), ids=lambda path: path.stem)
+def test_the_protocol_imports_nothing_of_the_server(path: Path) -> None:
+    assert [what for _, what in imported(path) if not what.startswith("protocol")] == []
+
+
+def test_sql_stays_in_queries() -> None:
+    allowed = {"migrate", "database", "embedded.postgres"}
+    verbs = re.compile(r"\"(SELECT|INSERT|UPDATE|DELETE|WITH) ", re.MULTILINE)
+    for name, path in modules().items():
+        if not name.startswith("queries.") and name not in allowed:
+            assert not verbs.search(path.read_text()), path
+
+
+def test_redis_is_for_a_few() -> None:
+    users = {
+        name for name, path in modules().items() if re.search(r"^(from|import) redis", path.read_text(), re.MULTILINE)
+    }
+    assert users == {"bus", "presence", "auth.attempts", "app", "supervisor"}
+
+
+def test_only_config_reads_the_environment() -> None:
+    for name, path in modules().items():
+        assert name == "config" or "os.environ" not in path.read_text(), path
+
+
+@pytest.mark.parametrize(("name", "content"), files().items(), ids=files())
+def test_generated_documents_are_current(name: str, content: str) -> None:
+    assert (ROOT / "docs" / name).read_text() == content, "run `make docs`"
+
+
+def test_links_in_documents_lead_somewhere() -> None:
+    for path in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]:
+        for target in re.findall(r"\]\(([^)#]+)[^)]*\)", path.read_text()):
+            if "://" not in target:
+                assert (path.parent / target).exists(), f"{path.name} → {target}"

@@ -1,0 +1,102 @@
+"""The wire by itself: what goes in comes out, and what is broken is refused with words."""
+
+import asyncio
+import json
+import time
+from uuid import UUID
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from websockets.frames import Opcode
+from websockets.protocol import CLIENT, OPEN, Protocol
+
+from protocol import client
+from protocol.codec import decode_client, decode_server, encode, label, text_frame
+from protocol.errors import CloseCode, ErrorCode, Refused
+from protocol.ids import ConversationId, MessageId, UserId, uuid7
+from protocol.server import Error, MessageSent
+from server.describe.asyncapi import CLIENT_FRAMES
+from server.limits import Allowance
+
+TEXT = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), min_size=1, max_size=50)
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.floats(allow_nan=False, allow_infinity=False) | TEXT,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(TEXT, inner, max_size=4),
+    max_leaves=10,
+)
+
+
+@given(content=TEXT, metadata=st.dictionaries(TEXT, JSON, max_size=4), mentions=st.lists(st.uuids(), max_size=4))
+def test_what_is_sent_is_what_is_read(content: str, metadata: dict[str, object], mentions: list[UUID]) -> None:
+    frame = client.Send(
+        conversation_id=ConversationId(uuid7()),
+        message_id=MessageId(uuid7()),
+        content=content,
+        metadata=metadata,
+        mentions=[UserId(one) for one in mentions],
+    )
+    assert decode_client(encode(frame)) == frame
+    assert json.loads(encode(frame))["content"] == content
+
+
+@given(st.binary(max_size=200) | st.text(max_size=200) | JSON.map(json.dumps))
+def test_nothing_but_frames_is_accepted_and_nothing_breaks(data: bytes | str) -> None:
+    label(data)
+    try:
+        frame = decode_client(data)
+    except Refused as refused:
+        assert refused.code in {ErrorCode.BAD_FRAME, ErrorCode.INVALID}
+        assert refused.message.endswith(".")
+    else:
+        assert isinstance(frame, CLIENT_FRAMES)
+
+
+@given(st.binary(max_size=70_000))
+def test_frames_are_framed_as_the_standard_says(payload: bytes) -> None:
+    reader = Protocol(CLIENT, state=OPEN)
+    reader.receive_data(text_frame(payload))
+    (frame,) = reader.events_received()
+    assert (frame.opcode, frame.data, frame.fin) == (Opcode.TEXT, payload, True)  # type: ignore[union-attr]
+
+
+def test_ids_are_uuid7_and_grow_with_time() -> None:
+    before, after = uuid7(), None
+    while after is None or after.int >> 80 == before.int >> 80:
+        after = uuid7()
+    assert before < after
+    assert (before.version, before.variant) == (7, "specified in RFC 4122")
+    assert abs((before.int >> 80) / 1000 - time.time()) < 5
+
+
+def test_a_server_frame_survives() -> None:
+    error = Error(re="x", code=ErrorCode.CONFLICT, message="No.", path="message_id")
+    assert decode_server(encode(error)) == error
+    with pytest.raises(Refused):
+        decode_server(b'{"type": "message_sent"}')
+    assert MessageSent.__struct_config__.tag == "message_sent"
+
+
+def test_close_codes_say_whether_to_come_back() -> None:
+    assert {code for code in CloseCode if not code.reconnect} == {4001, 4002, 4003, 4004}
+    assert all(code.value in range(4000, 5000) or code.value in {1009, 1012} for code in CloseCode)
+
+
+def test_the_event_of_an_edit_holds_what_a_client_needs() -> None:
+    frame = client.Edit(message_id=MessageId(uuid7()), content="x")
+    assert msgspec.json.decode(encode(frame))["type"] == "edit"
+
+
+async def test_an_allowance_refills_at_its_rate() -> None:
+    allowance: Allowance[str] = Allowance(100.0, burst=5)
+    assert [allowance.take("a") for _ in range(5)] == [0.0] * 5
+    wait = allowance.take("a")
+    assert 0 < wait <= 0.01
+    assert allowance.take("b") == 0.0
+    await asyncio.sleep(wait + 0.001)
+    assert allowance.take("a") == 0.0
+    while allowance.take("a") == 0.0:
+        pass
+    with pytest.raises(Refused, check=lambda error: error.retry_after_ms is not None):
+        allowance.require("a")
