@@ -6,7 +6,7 @@ PYTHON ?= python3
 VENV := .venv
 ARGS ?=
 
-.PHONY: run test lint types tests docs format lock clean help
+.PHONY: run test lint types tests docs figures format lock clean help
 
 run: $(VENV)/run-ready
 	@exec $(VENV)/bin/openchat $(ARGS)
@@ -29,6 +29,9 @@ format: $(VENV)/test-ready  ## format the code and fix what can be fixed
 
 docs: $(VENV)/test-ready  ## write the generated part of docs/
 	$(VENV)/bin/python -m server.describe docs
+
+figures: $(VENV)/test-ready  ## measure what a connection, a delivery and a message cost
+	$(VENV)/bin/python -m loadtest.figures
 
 lock:  ## find the newest versions that pyproject.toml allows (needs uv)
 	uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-annotate --no-header \

@@ -143,7 +143,7 @@ class Ready(_Tagged, tag="ready", frozen=True, kw_only=True):
     epoch: str
     server_time: datetime
     heartbeat_ms: int
-    limits: Limits = Limits()
+    limits: Limits
 
 
 class Conversations(_Tagged, tag="conversations", frozen=True, kw_only=True):

@@ -11,6 +11,7 @@ from protocol import PROTOCOL_VERSION
 from protocol.codec import encode, now, text_frame
 from protocol.errors import CloseCode, ErrorCode, Refused
 from protocol.ids import ConversationId, UserId
+from protocol.limits import Limits
 from protocol.server import Error, Ready, Reply, ServerFrame
 from server.context import Context
 from server.dispatch import Dispatch, error_frame
@@ -219,6 +220,7 @@ class Connection:
                 epoch=self._shared.hub.epoch,
                 server_time=now(),
                 heartbeat_ms=int(self._shared.heartbeat_seconds * 1000),
+                limits=Limits(),
             )
         )
 

@@ -1,0 +1,1 @@
+"""A crowd that speaks the protocol."""
