@@ -11,7 +11,7 @@ from protocol import PROTOCOL_VERSION
 from protocol.codec import encode, now, text_frame
 from protocol.errors import CloseCode, ErrorCode, Refused
 from protocol.ids import ConversationId, UserId
-from protocol.limits import Limits
+from protocol.limits import MAX_FRAME_BYTES, Limits
 from protocol.server import Error, Ready, Reply, ServerFrame
 from server.context import Context
 from server.dispatch import Dispatch, error_frame
@@ -23,7 +23,7 @@ from server.websocket import WebSocket
 log = logging.getLogger(__name__)
 
 MAX_INBOX = 32
-"""How many frames wait for their turn before the socket is not read any more."""
+"""How many frames, or MAX_FRAME_BYTES in all, wait for their turn before the socket is not read any more."""
 REFRESH_RETRY_SECONDS = 1.0
 STRIKES_PER_SECOND, STRIKES_AT_ONCE = 2.0, 200.0
 """How many frames may be refused as malformed or too many before that is abuse."""
@@ -55,7 +55,7 @@ class Connection:
     """A WebSocket that has been authenticated."""
 
     __slots__ = (
-        "_inbox", "_is_closed", "_is_finishing", "_shared", "_todo", "_worker", "attached", "context",
+        "_inbox", "_inbox_bytes", "_is_closed", "_is_finishing", "_shared", "_todo", "_worker", "attached", "context",
         "expires_at", "session_id", "socket", "user_id", "was_slow", "watched", "write",
     )  # fmt: skip
 
@@ -70,6 +70,7 @@ class Connection:
         self.watched: set[UserId] = set()
         self._shared = shared
         self._inbox: deque[bytes | None] = deque()
+        self._inbox_bytes = 0
         self._todo: list[Callable[[], Awaitable[None]]] = []
         self._worker: asyncio.Task[None] | None = None
         self._is_closed = False
@@ -84,7 +85,7 @@ class Connection:
         self._todo.append(self._begin_to_resume if is_resuming else self._begin)
         self._shared.arrived(self)
         self.socket.take_over(self)
-        if self._shared.hub.devices(self.user_id) >= self._shared.connections_per_user:
+        if len(self._shared.hub.people.sockets(self.user_id)) >= self._shared.connections_per_user:
             self.close(CloseCode.TOO_MANY_CONNECTIONS)
         self._wake()
 
@@ -103,7 +104,8 @@ class Connection:
         if self._is_closed or self._is_finishing:
             return
         self._inbox.append(data if is_text else None)
-        if len(self._inbox) >= MAX_INBOX:
+        self._inbox_bytes += len(data)
+        if len(self._inbox) >= MAX_INBOX or self._inbox_bytes >= MAX_FRAME_BYTES:
             self.socket.pause_receiving()
         self._wake()
 
@@ -140,15 +142,15 @@ class Connection:
 
     async def open(self, conversation_ids: Sequence[ConversationId]) -> None:
         """Have the worker follow conversations."""
-        await self._shared.hub.open(conversation_ids)
+        await self._shared.hub.topics.open(conversation_ids)
 
     def attach(self, conversation_id: ConversationId, version: int) -> bool:
         """Deliver the events after `version`; False if later ones were delivered already."""
-        return self._is_closed or self._shared.hub.attach(self, conversation_id, version)
+        return self._is_closed or self._shared.hub.topics.attach(self, conversation_id, version)
 
     def detach(self, conversation_id: ConversationId) -> None:
         """Deliver no more of them."""
-        self._shared.hub.detach(self, conversation_id)
+        self._shared.hub.topics.detach(self, conversation_id)
 
     async def watch(self, user_ids: Sequence[UserId]) -> None:
         """Deliver the presence of users."""
@@ -173,7 +175,8 @@ class Connection:
                     await self._todo.pop(0)()
                 elif self._inbox:
                     await self._answer(self._inbox.popleft())
-                    if len(self._inbox) < MAX_INBOX // 2:
+                    if not self._inbox:
+                        self._inbox_bytes = 0
                         self.socket.resume_receiving()
                 else:
                     break
@@ -206,7 +209,7 @@ class Connection:
 
     async def _begin_to_resume(self) -> None:
         try:
-            await self._shared.hub.add(self)
+            await self._shared.hub.people.add(self)
         except Exception as error:
             if not is_lost(error):
                 raise

@@ -6,8 +6,8 @@ from protocol.ids import ConversationId, SessionId, UserId
 from protocol.limits import MAX_CHANGES
 from server.database import Database
 from server.gather import Gather
-from server.hub import Fetched
 from server.queries import changes, conversations, sessions, users
+from server.topics import Fetched
 
 
 class PostgresRecord:

@@ -89,7 +89,7 @@ class Roster:
                 self.closed_silent += 1
                 connection.close(CloseCode.SILENT)
                 continue
-            recent = self._hub.recent(connection.attached, since=at - self._heartbeat_seconds)
+            recent = self._hub.topics.recent(connection.attached, since=at - self._heartbeat_seconds)
             if recent:
                 connection.write(PING + text_frame(encode(Heartbeat(server_time=server_time, versions=recent))))
             else:

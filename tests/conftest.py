@@ -87,7 +87,10 @@ async def settings(servers: Servers, database_url: str) -> Settings:
     redis = Redis.from_url(servers.valkey.url)
     await redis.flushall()
     await redis.aclose()
-    return Settings(database_url=database_url, redis_url=servers.valkey.url, database_connections=4)
+    # Tests write faster than people do; the limits are tested with the frames that are `ephemeral`.
+    return Settings(
+        database_url=database_url, redis_url=servers.valkey.url, database_connections=4, write_rate=1e6, read_rate=1e6
+    )
 
 
 @pytest.fixture

@@ -211,3 +211,17 @@ async def test_wrong_token_is_refused_before_the_socket_opens(world: World) -> N
         await Client(world.url, "wrong").open()
     assert refused.value.response.status_code == 401
     assert msgspec.json.decode(refused.value.response.body or b"", type=Error).code == "unauthenticated"
+
+
+async def test_pages_of_allowed_origins_may_read_answers(settings: Settings) -> None:
+    theirs = {"Origin": "https://chat.example"}
+    async with (
+        World(msgspec.structs.replace(settings, origins="https://chat.example/"), workers=1) as world,
+        httpx.AsyncClient(base_url=world.url, trust_env=False) as http,
+    ):
+        assert (await http.get("/healthz", headers=theirs)).headers["access-control-allow-origin"] == theirs["Origin"]
+        other = await http.get("/healthz", headers={"Origin": "https://evil.example"})
+        assert "access-control-allow-origin" not in other.headers
+        cookie = {"Cookie": f"openchat_session={(await register(http)).token}"}
+        async with Client(world.url, None, headers=cookie, origin=theirs["Origin"]) as client:
+            assert client.ready.user.name == "Ada"

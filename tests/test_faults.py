@@ -47,7 +47,6 @@ async def own(settings: Settings) -> AsyncIterator[tuple[Settings, Servers]]:
             settings,
             database_url=postgres.url(TEMPLATE),
             redis_url=valkey.url,
-            write_rate=1e6,
             ephemeral_rate=1e6,
         )
         yield ours, Servers(postgres, valkey)
@@ -210,7 +209,7 @@ async def test_a_connection_made_while_the_database_is_away_is_told_to_come_back
 @pytest.fixture
 async def narrow(settings: Settings) -> AsyncIterator[World]:
     """A worker that lets little wait."""
-    settings = msgspec.structs.replace(settings, outbox_bytes=OUTBOX_BYTES, write_rate=1e6)
+    settings = msgspec.structs.replace(settings, outbox_bytes=OUTBOX_BYTES)
     async with World(settings, workers=1) as world:
         yield world
 

@@ -19,7 +19,7 @@ STOREYS: list[list[str]] = [
     ["context"],
     ["sync", "presence", "auth.passwords", "auth.attempts", "auth.sessions", "auth.credentials"],
     ["handlers"],
-    ["websocket", "bus", "hub", "dispatch"],
+    ["websocket", "bus", "people", "topics", "hub", "dispatch"],
     ["record", "connection", "web"],
     ["roster", "routes", "auth.endpoints", "describe"],
     ["endpoints"],
@@ -28,7 +28,7 @@ STOREYS: list[list[str]] = [
     ["supervisor"],
     ["cli"],
 ]
-TRANSPORT = {"websocket", "bus", "hub", "dispatch", "connection", "roster"}
+TRANSPORT = {"websocket", "bus", "people", "topics", "hub", "dispatch", "connection", "roster"}
 DOMAIN = {"queries", "handlers", "sync"}
 
 

@@ -1,0 +1,150 @@
+"""People: the users with sockets at this worker, and looking again at what is theirs."""
+
+import asyncio
+import logging
+from collections.abc import Callable, Collection, Coroutine, Sequence
+from typing import Protocol
+
+from protocol.errors import CloseCode
+from protocol.ids import ConversationId, SessionId, UserId
+from protocol.server import ServerFrame
+from server.bus import Bus
+
+COMPARE_AT_ONCE = 2_000
+
+log = logging.getLogger(__name__)
+
+
+class Socket(Protocol):
+    """What the hub needs of a connection."""
+
+    user_id: UserId
+    session_id: SessionId
+    attached: set[ConversationId]
+    watched: set[UserId]
+    write: Callable[[bytes], None]
+
+    def say(self, frame: ServerFrame) -> None:
+        """Send a frame to it alone."""
+
+    def refresh(self) -> None:
+        """Have it compare what it follows with what its user takes part in."""
+
+    def close(self, code: CloseCode) -> None:
+        """Close it."""
+
+
+class UserRecord(Protocol):
+    """What is asked of the database about users."""
+
+    async def user_versions(self, user_ids: Sequence[UserId]) -> dict[UserId, int]:
+        """Return users' own clocks."""
+
+    async def living(self, session_ids: Sequence[SessionId]) -> Collection[SessionId]:
+        """Return which of the sessions are valid."""
+
+
+class Person:
+    """A user with sockets at this worker. `version` is their own clock as of the last look."""
+
+    __slots__ = ("channel", "look", "sockets", "version")
+
+    def __init__(self, channel: bytes) -> None:
+        self.channel = channel
+        self.sockets: set[Socket] = set()
+        self.version = -1
+        self.look: asyncio.Task[None] | None = None
+
+
+class People:
+    """All of them."""
+
+    def __init__(self, record: UserRecord, bus: Bus) -> None:
+        self._record = record
+        self._bus = bus
+        self._people: dict[UserId, Person] = {}
+        self._looks: set[asyncio.Task[None]] = set()
+
+    def sockets(self, user_id: UserId) -> list[Socket]:
+        """Return a user's sockets."""
+        return list(person.sockets) if (person := self._people.get(user_id)) is not None else []
+
+    def everyone(self) -> list[Socket]:
+        """Return all sockets."""
+        return [socket for person in self._people.values() for socket in person.sockets]
+
+    async def add(self, socket: Socket) -> None:
+        """Let a socket in: from now on news about its user reaches it."""
+        person = self._people.get(socket.user_id)
+        if person is None:
+            person = self._people[socket.user_id] = Person(channel(socket.user_id))
+        person.sockets.add(socket)
+        await self._bus.subscribe([person.channel])
+        if person.version < 0:
+            found = await self._record.user_versions([socket.user_id])
+            person.version = max(person.version, found.get(socket.user_id, 0))
+
+    def remove(self, socket: Socket) -> None:
+        """Forget a socket."""
+        person = self._people.get(socket.user_id)
+        if person is not None:
+            person.sockets.discard(socket)
+            if not person.sockets:
+                del self._people[socket.user_id]
+                self._bus.unsubscribe(person.channel)
+
+    def write(self, user_id: UserId, frame: bytes) -> None:
+        """Write a frame to a user's sockets."""
+        if (person := self._people.get(user_id)) is not None:
+            for socket in person.sockets:
+                socket.write(frame)
+
+    def look(self, user_id: UserId) -> None:
+        """Look at a user's sessions, and have their sockets look at their conversations: something changed."""
+        if (person := self._people.get(user_id)) is not None:
+            # One look at a time, and one that begins after this.
+            person.look = self._spawn(self._look(user_id, person, person.look))
+
+    async def compare(self) -> None:
+        """Compare the users' own clocks with PostgreSQL, and look at those whose news was missed."""
+        user_ids = list(self._people)
+        for start in range(0, len(user_ids), COMPARE_AT_ONCE):
+            versions = await self._record.user_versions(user_ids[start : start + COMPARE_AT_ONCE])
+            for user_id, version in versions.items():
+                person = self._people.get(user_id)
+                if person is not None and 0 <= person.version != version:
+                    self.look(user_id)
+
+    def close(self) -> None:
+        """Stop looking."""
+        for look in self._looks:
+            look.cancel()
+
+    async def _look(self, user_id: UserId, person: Person, before: asyncio.Task[None] | None) -> None:
+        if before is not None:
+            await asyncio.wait([before])
+        sockets = list(person.sockets)
+        try:
+            version = (await self._record.user_versions([user_id])).get(user_id, 0)
+            living = await self._record.living([socket.session_id for socket in sockets])
+        except Exception as error:  # noqa: BLE001 - the database is away: the next comparison looks again
+            log.warning("user %s could not be looked at: %s", user_id, error)
+            person.version = 0
+            return
+        person.version = version
+        for socket in sockets:
+            if socket.session_id in living:
+                socket.refresh()
+            else:
+                socket.close(CloseCode.SESSION_ENDED)
+
+    def _spawn(self, coroutine: Coroutine[None, None, None]) -> asyncio.Task[None]:
+        task = asyncio.create_task(coroutine)
+        self._looks.add(task)
+        task.add_done_callback(self._looks.discard)
+        return task
+
+
+def channel(user_id: UserId) -> bytes:
+    """Return the bus channel of a user."""
+    return b"u:" + user_id.hex.encode()

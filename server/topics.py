@@ -1,0 +1,295 @@
+"""Topics: the conversations that this worker follows, and how far each has been delivered.
+
+A durable event is delivered in the order of its conversation's clock, once. One that comes early is held back
+while what lies before it is on its way, or is fetched. Where an event came from, this worker's handlers, the
+bus or PostgreSQL, makes no difference: all of them end in `accept`.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple, Protocol
+from uuid import UUID
+
+from protocol.codec import encode, text_frame
+from protocol.errors import ErrorCode, Refused
+from protocol.ids import ConversationId, UserId
+from protocol.server import ConversationLeft, ServerFrame
+from server.bus import Bus
+from server.people import COMPARE_AT_ONCE, People, Socket
+
+GAP_SECONDS = 0.1
+"""How long an early event waits for those before it, before they are fetched."""
+MAX_EARLY = 256
+"""How many early events of a conversation are kept; the others are fetched."""
+LINGER_SECONDS = 30.0
+"""How long a conversation that nobody follows any more is still listened to."""
+NOBODY = bytes(16)
+
+log = logging.getLogger(__name__)
+
+
+class Fetched(NamedTuple):
+    """A `changes` event that leads to a version, and who is gone by it."""
+
+    changes: ServerFrame
+    version: int
+    gone: Sequence[UserId]
+
+
+class ConversationRecord(Protocol):
+    """What is asked of the database about conversations."""
+
+    async def since(self, conversation_id: ConversationId, version: int) -> Fetched | None:
+        """Return what came after a version, or the first part of it."""
+
+    async def versions(self, conversation_ids: Sequence[ConversationId]) -> dict[ConversationId, int]:
+        """Return conversations' clocks."""
+
+
+class Topic:
+    """A conversation that this worker follows."""
+
+    __slots__ = (
+        "changed_at", "channel", "delivered", "early", "fetch", "id", "joining", "opening", "pending", "quiet_at",
+        "sockets",
+    )  # fmt: skip
+
+    def __init__(self, conversation_id: ConversationId) -> None:
+        self.id = conversation_id
+        self.channel = channel(conversation_id)
+        self.delivered = 0
+        self.sockets: dict[Socket, Callable[[bytes], None]] = {}
+        # Sockets that were told of a version which is not delivered yet: they get what comes after it.
+        self.joining: dict[Socket, int] = {}
+        self.early: dict[int, tuple[bytes, bytes]] = {}
+        self.pending: list[bytes] = []
+        self.fetch: asyncio.Task[None] | None = None
+        self.opening: asyncio.Task[None] | None = None
+        self.quiet_at = 0.0
+        self.changed_at = 0.0
+
+
+class Topics:
+    """All of them."""
+
+    def __init__(self, record: ConversationRecord, bus: Bus, people: People, *, flush_soon: Callable[[], None]) -> None:
+        """`flush_soon` is called when there is something to `flush` in this turn of the loop."""
+        self._record = record
+        self._bus = bus
+        self._people = people
+        self._flush_soon = flush_soon
+        self._topics: dict[ConversationId, Topic] = {}
+        self._dirty: list[Topic] = []
+        self._loop = asyncio.get_running_loop()
+        self.delivered = 0
+        self.fetched = 0
+
+    def __len__(self) -> int:
+        return len(self._topics)
+
+    # ---------------------------------------------------------------------------------------- who follows what
+
+    async def open(self, conversation_ids: Iterable[ConversationId]) -> None:
+        """Follow conversations; when this returns, nothing of them is missed from here on."""
+        now = self._loop.time()
+        new: list[Topic] = []
+        waiting: set[asyncio.Task[None]] = set()
+        for conversation_id in conversation_ids:
+            topic = self._topics.get(conversation_id)
+            if topic is None:
+                topic = self._topics[conversation_id] = Topic(conversation_id)
+                new.append(topic)
+            elif topic.opening is not None:
+                waiting.add(topic.opening)
+            topic.quiet_at = now
+        if new:
+            opening = asyncio.create_task(self._open(new))
+            waiting.add(opening)
+            for topic in new:
+                topic.opening = opening
+        for task in waiting:
+            await task
+
+    async def _open(self, topics: list[Topic]) -> None:
+        try:
+            await self._bus.subscribe([topic.channel for topic in topics])
+            versions = await self._record.versions([topic.id for topic in topics])
+        except BaseException:
+            for topic in topics:
+                self._close(topic)
+            raise
+        for topic in topics:
+            topic.opening = None
+            # Only now is there a position to compare with; what the bus brought meanwhile is in it, or early.
+            topic.delivered = versions.get(topic.id, 0)
+            self._drain(topic)
+
+    def attach(self, socket: Socket, conversation_id: ConversationId, version: int) -> bool:
+        """Deliver to a socket what comes after `version`; False if some of that was delivered already.
+
+        Raises Refused if the conversation is not open, which only a very slow reader of the database sees.
+        """
+        topic = self._topics.get(conversation_id)
+        if topic is None or topic.opening is not None:
+            raise Refused(ErrorCode.UNAVAILABLE, "This took too long; try again.", retry_after_ms=1_000)
+        if topic.delivered > version:
+            return False
+        self._flush(topic)
+        socket.attached.add(conversation_id)
+        if topic.delivered < version:
+            topic.joining[socket] = version
+        else:
+            topic.sockets[socket] = socket.write
+        return True
+
+    def detach(self, socket: Socket, conversation_id: ConversationId) -> None:
+        """Deliver no more of a conversation to a socket."""
+        socket.attached.discard(conversation_id)
+        if (topic := self._topics.get(conversation_id)) is not None:
+            self._flush(topic)
+            topic.sockets.pop(socket, None)
+            topic.joining.pop(socket, None)
+            topic.quiet_at = self._loop.time()
+
+    def recent(self, conversation_ids: Iterable[ConversationId], *, since: float) -> dict[ConversationId, int]:
+        """Return how far those of the conversations were delivered in which something was, after a loop time."""
+        topics = [self._topics[conversation_id] for conversation_id in conversation_ids]
+        return {topic.id: topic.delivered for topic in topics if topic.changed_at > since}
+
+    # ---------------------------------------------------------------------------------------- order of versions
+
+    def accept(self, conversation_id: ConversationId, version: int, frame: bytes, gone: bytes) -> None:
+        """Deliver an event when it is its turn, once; then drop who is `gone` by it. Version 0 is ephemeral."""
+        topic = self._topics.get(conversation_id)
+        if topic is None:
+            return
+        if version == 0:
+            self._enqueue(topic, frame)
+        elif version == topic.delivered + 1 and topic.opening is None:
+            self._deliver(topic, version, frame, gone)
+            if topic.early:
+                self._drain(topic)
+        elif version > topic.delivered:
+            if len(topic.early) < MAX_EARLY:
+                topic.early[version] = (frame, gone)
+            if topic.opening is None:
+                self._fetch_soon(topic, GAP_SECONDS)
+
+    def _drain(self, topic: Topic) -> None:
+        for version in [version for version in topic.early if version <= topic.delivered]:
+            del topic.early[version]
+        while (held := topic.early.pop(topic.delivered + 1, None)) is not None:
+            self._deliver(topic, topic.delivered + 1, *held)
+        if topic.early:
+            self._fetch_soon(topic, GAP_SECONDS)
+
+    def _deliver(self, topic: Topic, version: int, frame: bytes, gone: bytes) -> None:
+        self._advance(topic, version, frame)
+        if gone != NOBODY:
+            self._drop(topic, UserId(UUID(bytes=gone)))
+
+    def _advance(self, topic: Topic, version: int, frame: bytes) -> None:
+        ready = [socket for socket, told in topic.joining.items() if told < version]
+        if ready:
+            # What is waiting to be written is older than they are.
+            self._flush(topic)
+            for socket in ready:
+                del topic.joining[socket]
+                topic.sockets[socket] = socket.write
+        topic.delivered = version
+        topic.changed_at = self._loop.time()
+        self._enqueue(topic, frame)
+
+    def _drop(self, topic: Topic, user_id: UserId) -> None:
+        for socket in self._people.sockets(user_id):
+            if topic.id in socket.attached:
+                self.detach(socket, topic.id)
+                socket.say(ConversationLeft(conversation_id=topic.id))
+
+    # --------------------------------------------------------------------------------- what did not come by itself
+
+    def _fetch_soon(self, topic: Topic, delay: float) -> None:
+        if topic.fetch is None:
+            topic.fetch = asyncio.create_task(self._fetch(topic, delay))
+
+    async def _fetch(self, topic: Topic, delay: float) -> None:
+        """Deliver from PostgreSQL what did not come, as one `changes` event or several."""
+        await asyncio.sleep(delay)
+        try:
+            highest = max(topic.early, default=topic.delivered + 1)
+            while topic.delivered < highest:
+                since = topic.delivered
+                fetched = await self._record.since(topic.id, since)
+                if fetched is None or fetched.version <= topic.delivered:
+                    return
+                if since != topic.delivered:
+                    continue  # some of it came meanwhile
+                self.fetched += 1
+                self._advance(topic, fetched.version, text_frame(encode(fetched.changes)))
+                for user_id in fetched.gone:
+                    self._drop(topic, user_id)
+                self._drain(topic)
+        except Exception as error:  # noqa: BLE001 - the database is away: the next comparison finds the gap again
+            log.warning("changes of %s could not be read: %s", topic.id, error)
+        finally:
+            topic.fetch = None
+
+    async def compare(self) -> None:
+        """Compare all positions with PostgreSQL, and fetch what was missed."""
+        self._close_quiet()
+        ids = list(self._topics)
+        for start in range(0, len(ids), COMPARE_AT_ONCE):
+            versions = await self._record.versions(ids[start : start + COMPARE_AT_ONCE])
+            for conversation_id, version in versions.items():
+                topic = self._topics.get(conversation_id)
+                if topic is not None and topic.opening is None and version > topic.delivered:
+                    # With a bus it is most likely on its way.
+                    self._fetch_soon(topic, GAP_SECONDS if self._bus.is_up else 0)
+
+    def close(self) -> None:
+        """Stop fetching."""
+        for topic in self._topics.values():
+            if topic.fetch is not None:
+                topic.fetch.cancel()
+
+    def _close_quiet(self) -> None:
+        before = self._loop.time() - LINGER_SECONDS
+        for topic in list(self._topics.values()):
+            if not topic.sockets and not topic.joining and topic.opening is None and topic.quiet_at < before:
+                self._close(topic)
+
+    def _close(self, topic: Topic) -> None:
+        if self._topics.pop(topic.id, None) is not None:
+            self._bus.unsubscribe(topic.channel)
+        if topic.fetch is not None:
+            topic.fetch.cancel()
+
+    # ---------------------------------------------------------------------------------------- onto the sockets
+
+    def flush(self) -> None:
+        """Write what was delivered in this turn of the loop: once to each socket of each conversation."""
+        dirty, self._dirty = self._dirty, []
+        for topic in dirty:
+            self._flush(topic)
+
+    def _enqueue(self, topic: Topic, frame: bytes) -> None:
+        if topic.sockets:
+            if not topic.pending:
+                self._dirty.append(topic)
+            topic.pending.append(frame)
+            self._flush_soon()
+
+    def _flush(self, topic: Topic) -> None:
+        if not (pending := topic.pending):
+            return
+        self.delivered += len(topic.sockets) * len(pending)
+        data = pending[0] if len(pending) == 1 else b"".join(pending)
+        topic.pending = []
+        for write in topic.sockets.values():
+            write(data)
+
+
+def channel(conversation_id: ConversationId) -> bytes:
+    """Return the bus channel of a conversation."""
+    return b"c:" + conversation_id.hex.encode()
