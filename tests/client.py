@@ -39,6 +39,7 @@ class Client:
         self.events: list[ServerFrame] = []
         self.on_event: Callable[[ServerFrame], None] = self.events.append
         self.ready: Ready
+        self.failure: Exception | None = None
         self._replies: dict[int | str | None, asyncio.Future[Reply | Error]] = {}
         self._changed = asyncio.Condition()
         self._next = 0
@@ -144,10 +145,16 @@ class Client:
                     self._changed.notify_all()
         except ConnectionClosed:
             pass
+        except Exception as error:
+            self.failure = error
+            raise
         finally:
             for waiting in self._replies.values():
                 if not waiting.done():
-                    waiting.set_exception(ConnectionError("the connection ended before the answer"))
+                    ended = ConnectionError(
+                        f"the connection ended before the answer: {self.failure or self.socket.close_code}"
+                    )
+                    waiting.set_exception(ended)
                     waiting.exception()
             async with self._changed:
                 self._changed.notify_all()

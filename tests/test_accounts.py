@@ -1,5 +1,6 @@
 """Accounts and sessions over HTTP, and what ends them."""
 
+import time
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -105,6 +106,18 @@ async def test_attempts_are_limited(http: httpx.AsyncClient, settings: Settings)
     assert 0 < int(refused.headers["retry-after"]) <= 300
 
 
+async def test_attempts_of_an_address_are_limited(settings: Settings) -> None:
+    async with (
+        World(msgspec.structs.replace(settings, login_attempts_per_address=2), workers=2) as world,
+        httpx.AsyncClient(trust_env=False) as http,
+    ):
+        statuses = [
+            (await http.post(f"{world.workers[number % 2].url}/v1/auth/login", json=ADA)).status_code
+            for number in range(4)
+        ]
+        assert statuses == [422, 422, 429, 429]
+
+
 async def test_sessions_are_listed_and_revoked(http: httpx.AsyncClient, world: World) -> None:
     first = await register(http)
     login = await http.post("/v1/auth/login", json={"email": ADA["email"], "password": ADA["password"]})
@@ -116,9 +129,11 @@ async def test_sessions_are_listed_and_revoked(http: httpx.AsyncClient, world: W
         (str(first.session_id), True),
     ]
     other = await Client(world.workers[1].url, second.token).__aenter__()
+    revoked_at = time.monotonic()
     gone = await http.delete(f"/v1/auth/sessions/{second.session_id}", headers=bearer(first))
     assert gone.status_code == 204
     assert await other.closed() == CloseCode.SESSION_ENDED
+    assert time.monotonic() - revoked_at < 1
     again = await http.delete(f"/v1/auth/sessions/{second.session_id}", headers=bearer(first))
     assert refusal(again) == (404, "not_found", "session_id")
     strange = await http.delete("/v1/auth/sessions/not-an-id", headers=bearer(first))

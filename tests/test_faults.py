@@ -20,7 +20,9 @@ from protocol import client, server
 from protocol.client import Frame
 from protocol.errors import CloseCode, ErrorCode, Refused
 from protocol.ids import ConversationId, MessageId
+from protocol.limits import MAX_FRAME_BYTES
 from server.config import Settings
+from server.connection import Connection
 from server.embedded.folder import DataFolder
 from server.embedded.postgres import Postgres
 from server.embedded.valkey import Valkey
@@ -248,11 +250,15 @@ async def test_a_slow_reader_is_closed_and_nobody_else_notices(narrow: World) ->
         slow = await world.connect(await world.user("Slow"), sock=small.dup())
     await slow.call(client.Join(conversation_id=channel))
 
+    (held,) = world.workers[0].app.hub.people.sockets(slow.ready.user.id)
+    assert isinstance(held, Connection)
+
     async def stall() -> None:
         slow.socket.transport.pause_reading()
 
     with_one = await p99(stall)
     assert world.workers[0].app.roster.closed_slow == 1
+    assert held.socket.transport.get_write_buffer_size() < OUTBOX_BYTES + MAX_FRAME_BYTES
     slow.socket.transport.resume_reading()
     assert await slow.closed() == CloseCode.SLOW
     assert with_one < max(2 * without, 0.05), (with_one, without)
