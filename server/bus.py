@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import logging
 import math
+import os
 from collections.abc import Callable, Collection, Iterable
 
 from redis.asyncio.connection import AbstractConnection, ConnectionPool
@@ -22,6 +23,7 @@ PING_SECONDS = 0.5
 REPLY_SECONDS = 2.0
 RETRY_SECONDS = (0.1, 0.2, 0.5, 1.0)
 SUBSCRIBE_AT_ONCE = 500
+ORIGIN_BYTES = 8
 MAX_QUEUED_BYTES = 16 * 1024 * 1024
 """How much may wait for a publisher that is slow; what is more is dropped and found in PostgreSQL."""
 
@@ -33,7 +35,7 @@ class Bus:
     """This worker's two connections to Redis."""
 
     def __init__(self, url: str, *, deliver: Callable[[bytes, bytes], None], caught_up: Callable[[], None]) -> None:
-        """`deliver` takes a channel and what was said in it; `caught_up` is called when it is up (again)."""
+        """`deliver` takes a channel and what another worker said in it; `caught_up` is called when it is up (again)."""
         self._pool = ConnectionPool.from_url(
             url, protocol=2, socket_timeout=REPLY_SECONDS, socket_connect_timeout=CONNECT_SECONDS, retry=None
         )
@@ -42,6 +44,8 @@ class Bus:
         self._channels: set[bytes] = set()
         self._confirming: dict[bytes, asyncio.Future[None]] = {}
         self._commands: list[tuple[bytes, bytes]] = []
+        # Who says it comes first in every message: this worker has heard its own already.
+        self._origin = os.urandom(ORIGIN_BYTES)
         self._queue: dict[bytes, list[bytes]] = {}
         self._queued_bytes = 0
         self._listening: AbstractConnection | None = None
@@ -129,7 +133,7 @@ class Bus:
                 raise ConnectionError
             self._publishing = await self._connect()
         connection = self._publishing
-        commands = [(b"PUBLISH", channel, b"".join(words)) for channel, words in queue.items()]
+        commands = [(b"PUBLISH", channel, b"".join((self._origin, *words))) for channel, words in queue.items()]
         await connection.send_packed_command(connection.pack_commands(commands), check_health=False)
         for _ in commands:
             await connection.read_response(timeout=math.inf)
@@ -186,7 +190,8 @@ class Bus:
             self._heard_at = loop.time()
             if kind == b"message":
                 self.received += 1
-                self._deliver(rest[0], rest[1])
+                if not rest[1].startswith(self._origin):
+                    self._deliver(rest[0], rest[1][ORIGIN_BYTES:])
             elif kind == b"subscribe":
                 unconfirmed.discard(rest[0])
                 if (confirmed := self._confirming.pop(rest[0], None)) is not None:

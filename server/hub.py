@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import logging
-import os
 import struct
 from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
@@ -45,7 +44,6 @@ class Hub:
         self.people = People(record, self.bus)
         self.topics = Topics(record, self.bus, self.people, flush_soon=self._flush_soon)
         self._watchers: dict[UserId, dict[Socket, Callable[[bytes], None]]] = {}
-        self._origin = os.urandom(8)
         self._outgoing: dict[bytes, list[bytes]] = {}
         self._is_flushing = False
         self._loop = asyncio.get_running_loop()
@@ -136,16 +134,14 @@ class Hub:
     def _say(self, channel: bytes, version: int, frame: bytes, gone: bytes = NOBODY) -> None:
         entries = self._outgoing.get(channel)
         if entries is None:
-            entries = self._outgoing[channel] = [self._origin]
+            entries = self._outgoing[channel] = []
         entries.append(_ENTRY.pack(version, len(frame), gone))
         entries.append(frame)
         self._flush_soon()
 
     def _hear(self, channel: bytes, words: bytes) -> None:
-        if words[:8] == self._origin:
-            return
         kind, one = channel[:2], UUID(hex=channel[2:].decode())
-        end = 8
+        end = 0
         while end < len(words):
             version, size, gone = _ENTRY.unpack_from(words, end)
             start = end + _ENTRY.size

@@ -80,7 +80,7 @@ def document() -> Json:
                 }
                 for frame in frames
             },
-            "schemas": schemas(*frames),
+            "schemas": _in_asyncapi(schemas(*frames)),
         },
     }
 
@@ -109,3 +109,15 @@ def _sent(frame: type[msgspec.Struct]) -> Json:
 
 def _meaning(code: CloseCode) -> str:
     return "reconnect." if code.reconnect else "do not reconnect by itself."
+
+
+def _in_asyncapi(schema: Any) -> Any:  # noqa: ANN401 - any part of a schema
+    """Return a schema with its discriminators as AsyncAPI has them: the property's name alone."""
+    if isinstance(schema, list):
+        return [_in_asyncapi(one) for one in schema]
+    if isinstance(schema, dict):
+        return {
+            key: value["propertyName"] if key == "discriminator" else _in_asyncapi(value)
+            for key, value in schema.items()
+        }
+    return schema

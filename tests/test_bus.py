@@ -1,0 +1,72 @@
+"""The bus by itself, between two ends on the real Valkey."""
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import pytest
+from redis.asyncio import Redis
+
+from server.bus import Bus
+from server.config import Settings
+from tests.world import until
+
+
+class End:
+    """One worker's end, and what it heard."""
+
+    def __init__(self, url: str) -> None:
+        self.heard: list[tuple[bytes, bytes]] = []
+        self.bus = Bus(url, deliver=lambda *said: self.heard.append(said), caught_up=lambda: None)
+
+
+@pytest.fixture
+async def ends(settings: Settings) -> AsyncIterator[tuple[End, End]]:
+    ends = End(settings.redis_url), End(settings.redis_url)
+    for end in ends:
+        await end.bus.start()
+        await until(lambda: end.bus.is_up)  # noqa: B023 - awaited in this turn
+    yield ends
+    for end in ends:
+        await end.bus.close()
+
+
+async def test_what_is_said_is_heard_by_others_alone_and_in_order(ends: tuple[End, End]) -> None:
+    one, other = ends
+    for end in ends:
+        await end.bus.subscribe([b"a", b"b"])
+    for number in range(100):
+        one.bus.publish(b"a", b"%d," % number)
+        if number % 7 == 0:
+            # In the middle of a publish, what is said next has to wait, and then travels together.
+            await asyncio.sleep(0)
+    one.bus.publish(b"b", b"end")
+    await until(lambda: (b"b", b"end") in other.heard)
+    assert b"".join(words for channel, words in other.heard if channel == b"a") == b"".join(
+        b"%d," % number for number in range(100)
+    )
+    assert one.heard == []
+
+
+async def test_who_left_a_channel_hears_no_more(ends: tuple[End, End]) -> None:
+    one, other = ends
+    await other.bus.subscribe([b"a", b"b"])
+    other.bus.unsubscribe(b"a")
+    await other.bus.subscribe([b"c"])
+    for channel in (b"a", b"b", b"c"):
+        one.bus.publish(channel, b"said")
+    await until(lambda: len(other.heard) == 2)
+    assert {channel for channel, _ in other.heard} == {b"b", b"c"}
+
+
+async def test_a_lost_connection_is_made_again_with_all_its_channels(ends: tuple[End, End], settings: Settings) -> None:
+    one, other = ends
+    await other.bus.subscribe([b"a"])
+    redis = Redis.from_url(settings.redis_url)
+    await redis.client_kill_filter(_type="pubsub")
+    await until(lambda: not other.bus.is_up)
+    await other.bus.subscribe([b"late"])
+    await until(lambda: other.bus.is_up and one.bus.is_up)
+    for channel in (b"a", b"late"):
+        one.bus.publish(channel, b"said")
+    await until(lambda: len(other.heard) == 2)
+    await redis.aclose()
