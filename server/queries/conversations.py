@@ -229,11 +229,13 @@ async def direct(db: Db, one: UserId, other: UserId) -> ConversationId | None:
 
 
 OPEN = """
-SELECT id FROM conversation
-WHERE (id = $1 AND is_public OR invite_code = $2 OR id = $1 AND EXISTS (
-        SELECT FROM conversation_participant p
-        WHERE p.conversation_id = id AND p.user_id = $3 AND p.status IN ('active', 'invited')
-    )) AND type IN ('group', 'channel') AND NOT is_deleted
+SELECT c.id FROM conversation c
+WHERE c.id = $1 AND c.type IN ('group', 'channel') AND NOT c.is_deleted AND (c.is_public OR EXISTS (
+    SELECT FROM conversation_participant p
+    WHERE p.conversation_id = c.id AND p.user_id = $3 AND p.status IN ('active', 'invited')
+))
+UNION
+SELECT c.id FROM conversation c WHERE c.invite_code = $2 AND c.type IN ('group', 'channel') AND NOT c.is_deleted
 """
 
 

@@ -56,10 +56,10 @@ WITH input AS (
     WHERE (i.parent_message_id IS NULL OR parent.id IS NOT NULL)
         AND NOT EXISTS (SELECT FROM message m WHERE m.id = i.message_id)
 ), locked AS MATERIALIZED (
-    SELECT c.id, c.version, c.access_version FROM conversation c
-    WHERE c.id IN (SELECT w.conversation_id FROM wanted w)
+    SELECT c.id, c.version, c.access_version
+    FROM (SELECT DISTINCT conversation_id FROM wanted) w JOIN conversation c ON c.id = w.conversation_id
     ORDER BY c.id
-    FOR NO KEY UPDATE
+    FOR NO KEY UPDATE OF c
 ), fresh AS MATERIALIZED (
     SELECT w.*, l.version + row_number() OVER (PARTITION BY w.conversation_id ORDER BY w.place) AS version,
         clock_timestamp() AS created_at
