@@ -55,12 +55,13 @@ class Connection:
     """A WebSocket that has been authenticated."""
 
     __slots__ = (
-        "_inbox", "_inbox_bytes", "_is_closed", "_is_finishing", "_shared", "_todo", "_worker", "attached", "context",
-        "expires_at", "session_id", "socket", "user_id", "was_slow", "watched", "write",
+        "_inbox", "_inbox_bytes", "_is_closed", "_is_finishing", "_shared", "_todo", "_user_version",
+        "_worker", "attached", "context", "expires_at", "session_id", "socket", "user_id", "was_slow",
+        "watched", "write",
     )  # fmt: skip
 
-    def __init__(self, socket: WebSocket, shared: Shared, expires_at: datetime) -> None:
-        """`context` is set by who makes the connection, before `begin`: each needs the other."""
+    def __init__(self, socket: WebSocket, shared: Shared, expires_at: datetime, user_version: int) -> None:
+        """The last two are of the session. `context` comes with `begin`: each needs the other."""
         self.socket = socket
         self.write: Callable[[bytes], None] = socket.transport.write
         self.expires_at = expires_at
@@ -75,6 +76,7 @@ class Connection:
         self._worker: asyncio.Task[None] | None = None
         self._is_closed = False
         self._is_finishing = False
+        self._user_version = user_version
         self.was_slow = False
 
     def begin(self, context: Context, *, is_resuming: bool) -> None:
@@ -89,13 +91,12 @@ class Connection:
             self.close(CloseCode.TOO_MANY_CONNECTIONS)
         self._wake()
 
-    def finish(self) -> bool:
-        """Answer what has been begun, then close and ask to come back; whether that is done already."""
+    def finish(self) -> None:
+        """Answer what has been begun, then close and ask to come back."""
         self._is_finishing = True
         self._inbox.clear()
         if self._worker is None:
             self.close(CloseCode.GOING_AWAY)
-        return self._is_closed
 
     # ------------------------------------------------------------------------------ from the socket (Receiver)
 
@@ -200,6 +201,8 @@ class Connection:
 
     async def _begin(self) -> None:
         await self._begin_to_resume()
+        if self._is_closed:
+            return
         try:
             await self._shared.lifecycle.start(self.context)
         except Exception as error:
@@ -209,7 +212,7 @@ class Connection:
 
     async def _begin_to_resume(self) -> None:
         try:
-            await self._shared.hub.people.add(self)
+            await self._shared.hub.people.add(self, self._user_version)
         except Exception as error:
             if not is_lost(error):
                 raise

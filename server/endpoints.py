@@ -91,7 +91,7 @@ class Endpoints:
                 is_ours = refused.code is ErrorCode.UNAVAILABLE
                 socket.close(CloseCode.GOING_AWAY if is_ours else CloseCode.UNAUTHENTICATED)
                 return
-        connection = Connection(socket, self._door.shared, active.expires_at)
+        connection = Connection(socket, self._door.shared, active.expires_at, active.user_version)
         context = Context(
             services=self._door.services, user=active.user, session_id=active.session_id, subscriber=connection
         )

@@ -73,8 +73,10 @@ class People:
         """Return all sockets."""
         return [socket for person in self._people.values() for socket in person.sockets]
 
-    async def add(self, socket: Socket) -> None:
-        """Let a socket in: from now on news about its user reaches it."""
+    async def add(self, socket: Socket, version: int) -> None:
+        """Let a socket in: from now on news about its user reaches it. `version` is the user's own clock as of
+        when its session was found valid: what changed since then is looked at.
+        """
         person = self._people.get(socket.user_id)
         if person is None:
             person = self._people[socket.user_id] = Person(channel(socket.user_id))
@@ -83,6 +85,8 @@ class People:
         if person.version < 0:
             found = await self._record.user_versions([socket.user_id])
             person.version = max(person.version, found.get(socket.user_id, 0))
+        if person.version != version:
+            self.look(socket.user_id)
 
     def remove(self, socket: Socket) -> None:
         """Forget a socket."""

@@ -30,15 +30,16 @@ async def create(
 
 
 class Active(NamedTuple):
-    """A session that is valid, and whose it is."""
+    """A session that is valid, whose it is, and the user's own clock when that was so."""
 
     session_id: SessionId
     expires_at: datetime
+    user_version: int
     user: User
 
 
 FIND = f"""
-SELECT s.token, s.id, s.expires_at, {FACE}
+SELECT s.token, s.id, s.expires_at, u.version, {FACE}
 FROM session s JOIN "user" u ON u.id = s.user_id AND u.is_active AND NOT u.is_deleted
 WHERE s.token = ANY($1) AND s.expires_at > now()
 """  # noqa: S608 - FACE is a constant
@@ -47,7 +48,7 @@ WHERE s.token = ANY($1) AND s.expires_at > now()
 async def find(db: Db, token_hashes: Sequence[str]) -> dict[str, Active]:
     """Return the valid sessions among those, by the hash of their token."""
     rows = await db.fetch(FIND, list(token_hashes))
-    return {row[0]: Active(row[1], row[2], _user_decoder.decode(row[3])) for row in rows}
+    return {row[0]: Active(row[1], row[2], row[3], _user_decoder.decode(row[4])) for row in rows}
 
 
 SLIDE = """

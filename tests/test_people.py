@@ -1,0 +1,21 @@
+"""People by themselves: news that came between the check of a session and the first look is not missed."""
+
+from protocol.errors import CloseCode
+from server.connection import Connection
+from tests.world import World
+
+
+async def test_a_session_revoked_while_its_socket_comes_in_ends_it(world: World) -> None:
+    who = await world.user("Ada")
+    app = world.workers[0].app
+    stale = await app.sessions.authenticate(who.token)
+    # Revoked before the socket is in, and nobody is told.
+    await world.db.execute("DELETE FROM session")
+    await world.db.execute('UPDATE "user" SET version = version + 1')
+    other = await world.user("Charles")
+    one = await world.connect(other)
+    (held,) = app.hub.people.sockets(other.id)
+    assert isinstance(held, Connection)
+    held.session_id, held.user_id = stale.session_id, who.id
+    await app.hub.people.add(held, stale.user_version)
+    assert await one.closed() == CloseCode.SESSION_ENDED
