@@ -10,7 +10,7 @@ import asyncpg
 import pytest
 
 from protocol.ids import ConversationId
-from server import migrate
+from server import database, migrate
 from server.embedded.folder import installed
 from server.errors import CONSTRAINTS, Fatal
 from tests.conftest import Servers
@@ -66,6 +66,12 @@ async def test_a_newer_schema_is_refused(empty: str) -> None:
         await migrate.migrate(connection)
     assert not await migrate.is_current(connection)
     await connection.close()
+
+
+async def test_an_older_postgres_is_refused(empty: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(database, "OLDEST_MAJOR", 99)
+    with pytest.raises(Fatal, match="too old: 99 or later"):
+        await database.connect(empty)
 
 
 async def test_somebody_elses_database_is_refused(empty: str) -> None:
