@@ -67,9 +67,14 @@ class Presence:
         """Stop. The sign of life is taken back, so that others notice soon who is not coming back."""
         for task in self._tasks:
             task.cancel()
-        self._transitions.update(dict.fromkeys(self._devices, False))
-        self._transitions.update(dict.fromkeys(self._departing, False))
+        leaving = [*self._devices, *self._departing]
+        self._devices.clear()
         try:
+            # Some are also somewhere else, or have gone there already.
+            for user_id, fields in (await self._fields(leaving)).items():
+                fields.pop(self._worker.encode(), None)
+                if not self._states(fields):
+                    self._transitions[user_id] = False
             await self._record()
             await self._redis.delete(WORKER + self._worker)
         except _LOST:

@@ -153,3 +153,19 @@ async def test_presence_is_right_soon_after_a_worker_is_killed(settings: Setting
         for one in doomed:
             await one.close()
     await world.db.close()
+
+
+async def test_a_worker_that_drains_knows_who_is_still_elsewhere(world: World) -> None:
+    ada, charles = await world.users("Ada", "Charles")
+    for who, worker in ((ada, 0), (ada, 1), (charles, 0)):
+        await world.connect(who, worker)
+
+    async def online() -> set[UserId]:
+        return {row[0] for row in await world.db.fetch('SELECT id FROM "user" WHERE is_online')}
+
+    async with asyncio.timeout(10):
+        while await online() != {ada.id, charles.id}:
+            await asyncio.sleep(0.05)
+    await world.workers[0].app.drain()
+    await world.workers[0].app.presence.close()
+    assert await online() == {ada.id}
