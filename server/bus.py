@@ -53,6 +53,7 @@ class Bus:
         self._publishing: AbstractConnection | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._heard_at = 0.0
+        self._was_lost = False
         self.is_up = False
         self.published = 0
         self.received = 0
@@ -175,6 +176,7 @@ class Bus:
             except _LOST as error:
                 if self.is_up:
                     log.warning("the bus is down: %s", error)
+                self._was_lost = True
                 await self._go_down()
                 await asyncio.sleep(RETRY_SECONDS[min(attempt, len(RETRY_SECONDS) - 1)])
                 attempt += 1
@@ -201,7 +203,8 @@ class Bus:
                 unconfirmed = self._ask_for(self._channels - asked, asked)
                 if not unconfirmed:
                     self.is_up = True
-                    log.info("the bus is up")
+                    if self._was_lost:
+                        log.info("the bus is up again")
                     self._caught_up()
 
     def _ask_for(self, channels: Iterable[bytes], asked: set[bytes]) -> set[bytes]:
