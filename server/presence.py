@@ -155,26 +155,30 @@ class Presence:
     async def _flush_users(self, user_ids: Sequence[UserId], *, announce_always: bool = False) -> None:
         """Note in Redis how these users are here now, and announce what that changes."""
         before: dict[UserId, dict[bytes, bytes]]
+        here = {user_id: local for user_id in user_ids if (local := self._local(user_id))}
+        gone = [user_id for user_id in user_ids if user_id not in here]
         try:
             async with self._redis.pipeline(transaction=False) as pipe:
                 for user_id in user_ids:
-                    key, local = USER + user_id.hex, self._local(user_id)
-                    pipe.hgetall(key)
-                    if local:
-                        pipe.hset(key, mapping=local)  # type: ignore[arg-type]
-                        pipe.sadd(WORKER + self._worker + ":users", user_id.hex)
-                    else:
-                        pipe.hdel(key, self._worker)
-                        pipe.srem(WORKER + self._worker + ":users", user_id.hex)
+                    pipe.hgetall(USER + user_id.hex)
+                for user_id, local in here.items():
+                    pipe.hset(USER + user_id.hex, mapping=local)  # type: ignore[arg-type]
+                for user_id in gone:
+                    pipe.hdel(USER + user_id.hex, self._worker)
+                # Whom to clean up after, if this worker dies.
+                if here:
+                    pipe.sadd(WORKER + self._worker + ":users", *(user_id.hex for user_id in here))
+                if gone:
+                    pipe.srem(WORKER + self._worker + ":users", *(user_id.hex for user_id in gone))
                 answers = await pipe.execute()
-            before = dict(zip(user_ids, answers[::3], strict=True))
+            before = dict(zip(user_ids, answers, strict=False))
         except _LOST:
             before = {user_id: {} for user_id in user_ids}
         changed: dict[UserId, set[bytes]] = {}
         for user_id in user_ids:
             was = self._states(before[user_id])
             others = {worker: state for worker, state in before[user_id].items() if worker != self._worker.encode()}
-            states = self._states(others | self._local(user_id))
+            states = self._states(others | here.get(user_id, {}))
             if bool(was) != bool(states):
                 self._transitions[user_id] = bool(states)
             if announce_always or was != states or not before[user_id]:
