@@ -24,6 +24,11 @@ from server.errors import Fatal
 from server.orders import DRAIN_SECONDS, READY, Orders
 from server.websocket import WebSocket
 
+GC_THRESHOLDS = (25_000, 20, 20)
+"""New objects between collections. A connection is some hundred objects that stay: by default (700) they would
+be walked over again every few connections.
+"""
+
 
 class DrainingServer(uvicorn.Server):
     """uvicorn, which leaves signals to us and sends clients away in batches before it stops."""
@@ -78,6 +83,7 @@ async def serve(orders: Orders) -> None:
     # What is there now is there for good: later collections need not look at it.
     gc.collect()
     gc.freeze()
+    gc.set_threshold(*GC_THRESHOLDS)
     await server.serve(sockets=[socket.socket(fileno=orders.listener)])
     announcing.cancel()
     await app.close()
