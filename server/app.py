@@ -23,6 +23,7 @@ from server.gather import Gather
 from server.hub import Hub
 from server.limits import Allowance
 from server.metrics import Metrics
+from server.periodic import every
 from server.presence import Presence
 from server.queries import messages
 from server.queries.messages import Outgoing, Stored
@@ -34,6 +35,8 @@ from server.websocket import WebSocket
 SENDS_AT_ONCE = 64
 """How many messages one statement stores at most."""
 REDIS_SECONDS = 1.0
+METRICS_SECONDS = 1.0
+CLEAR_SECONDS = 600.0
 
 
 class App:
@@ -103,7 +106,10 @@ class App:
         await app.hub.start()
         await app.presence.start()
         app.roster.start()
-        app._tasks = [asyncio.create_task(app.metrics.write()), asyncio.create_task(app.sessions.clear())]
+        app._tasks = [
+            asyncio.create_task(every(METRICS_SECONDS, app.metrics.write)),
+            asyncio.create_task(every(CLEAR_SECONDS, app.sessions.clear)),
+        ]
         return app
 
     async def drain(self) -> None:

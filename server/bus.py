@@ -16,6 +16,7 @@ from redis.asyncio.connection import AbstractConnection, ConnectionPool
 from redis.exceptions import RedisError
 
 from server.errors import Fatal
+from server.periodic import every
 
 CONNECT_SECONDS = 2.0
 PING_SECONDS = 0.5
@@ -65,7 +66,7 @@ class Bus:
             self._listening = await self._connect()
         except _LOST as error:
             raise Fatal(f"Redis cannot be reached: {str(error).rstrip('.')}. Check REDIS_URL.") from error
-        self._tasks = [asyncio.create_task(self._listen()), asyncio.create_task(self._watch())]
+        self._tasks = [asyncio.create_task(self._listen()), asyncio.create_task(every(PING_SECONDS, self._watch))]
 
     async def close(self) -> None:
         """Disconnect."""
@@ -173,7 +174,7 @@ class Bus:
                     self._listening = await self._connect()
                 attempt = 0
                 await self._hear(self._listening)
-            except _LOST as error:
+            except Exception as error:  # noqa: BLE001 - whatever it is, without listening there is no bus
                 if self.is_up:
                     log.warning("the bus is down: %s", error)
                 self._was_lost = True
@@ -215,16 +216,13 @@ class Bus:
         return set(new)
 
     async def _watch(self) -> None:
-        loop = asyncio.get_running_loop()
-        while True:
-            await asyncio.sleep(PING_SECONDS)
-            if self._listening is None or not self._listening.is_connected:
-                continue
-            if loop.time() - self._heard_at > 2 * PING_SECONDS:
-                # Not a clean end: a server that hangs, a network that swallows. Reading it will now fail.
-                await self._listening.disconnect(nowait=True)
-            else:
-                self._write([[b"PING"]])
+        if self._listening is None or not self._listening.is_connected:
+            return
+        if asyncio.get_running_loop().time() - self._heard_at > 2 * PING_SECONDS:
+            # Not a clean end: a server that hangs, a network that swallows. Reading it will now fail.
+            await self._listening.disconnect(nowait=True)
+        else:
+            self._write([[b"PING"]])
 
     async def _go_down(self) -> None:
         self.is_up = False

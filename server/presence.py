@@ -6,9 +6,8 @@ Without Redis a worker knows its own users. PostgreSQL keeps what users chose, a
 """
 
 import asyncio
-import logging
 import os
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
 from uuid import UUID
 
@@ -23,6 +22,7 @@ from protocol.values import PresenceStatus
 from server.context import Subscriber
 from server.database import Database
 from server.errors import is_lost
+from server.periodic import every
 from server.queries import users
 from server.queries.users import Visibility
 
@@ -38,7 +38,6 @@ WORKERS = "openchat:workers"
 WORKER = "openchat:worker:"
 USER = "openchat:presence:"
 _LOST = (RedisError, OSError, asyncio.TimeoutError)
-log = logging.getLogger(__name__)
 
 
 class Presence:
@@ -61,7 +60,7 @@ class Presence:
     async def start(self) -> None:
         """Begin to keep Redis and PostgreSQL up to date."""
         jobs = ((self._flush, FLUSH_SECONDS), (self._sign, SIGN_SECONDS), (self._record, RECORD_SECONDS))
-        self._tasks = [asyncio.create_task(_every(seconds, job)) for job, seconds in jobs]
+        self._tasks = [asyncio.create_task(every(seconds, job)) for job, seconds in jobs]
 
     async def close(self) -> None:
         """Stop. The sign of life is taken back, so that others notice soon who is not coming back."""
@@ -280,12 +279,3 @@ def _seen(user_id: UserId, choice: Visibility, states: Iterable[bytes]) -> Seen:
 
 def _text(member: bytes | str) -> str:
     return member.decode() if isinstance(member, bytes) else member
-
-
-async def _every(seconds: float, job: Callable[[], Awaitable[None]]) -> None:
-    while True:
-        try:
-            await job()
-        except Exception:
-            log.exception("presence failed")
-        await asyncio.sleep(seconds)

@@ -10,6 +10,7 @@ from protocol.errors import CloseCode
 from protocol.server import Heartbeat
 from server.connection import Connection
 from server.hub import Hub
+from server.periodic import every
 from server.websocket import PING
 
 log = logging.getLogger(__name__)
@@ -32,6 +33,7 @@ class Roster:
         self._alive = alive
         self._slices: list[set[Connection]] = [set() for _ in range(SLICES)]
         self._next = 0
+        self._turn = 0
         self._beating: asyncio.Task[None] | None = None
         self.closed_silent = 0
         self.closed_slow = 0
@@ -41,7 +43,7 @@ class Roster:
 
     def start(self) -> None:
         """Begin the heartbeats."""
-        self._beating = asyncio.create_task(self._beat())
+        self._beating = asyncio.create_task(every(self._heartbeat_seconds / SLICES, self._beat))
 
     def add(self, connection: Connection) -> None:
         """Count a connection in."""
@@ -71,13 +73,9 @@ class Roster:
             await asyncio.sleep(DRAIN_BATCH_SECONDS)
 
     async def _beat(self) -> None:
-        loop = asyncio.get_running_loop()
-        turn = 0
-        while True:
-            await asyncio.sleep(self._heartbeat_seconds / SLICES)
-            turn = (turn + 1) % SLICES
-            if self._slices[turn]:
-                self._beat_slice(list(self._slices[turn]), loop.time())
+        self._turn = (self._turn + 1) % SLICES
+        if self._slices[self._turn]:
+            self._beat_slice(list(self._slices[self._turn]), asyncio.get_running_loop().time())
 
     def _beat_slice(self, connections: list[Connection], at: float) -> None:
         # What is delivered but not written yet must not look like a loss.

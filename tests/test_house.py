@@ -14,7 +14,7 @@ SERVER = ROOT / "server"
 # From the ground up: a file may import from its own storey or from those below it.
 STOREYS: list[list[str]] = [
     ["protocol"],
-    ["config", "errors", "log", "limits", "gather", "metrics", "migrate", "database", "orders"],
+    ["config", "errors", "log", "limits", "gather", "periodic", "metrics", "migrate", "database", "orders"],
     ["queries", "embedded"],
     ["context"],
     ["sync", "presence", "auth.passwords", "auth.attempts", "auth.sessions", "auth.credentials"],

@@ -18,7 +18,6 @@ from server.queries.sessions import Active
 TOKEN_BYTES = 32
 SLIDE_EVERY = timedelta(days=1)
 """A session in use is extended at most this often."""
-CLEAR_SECONDS = 600.0
 
 
 class Sessions:
@@ -54,15 +53,9 @@ class Sessions:
         task.add_done_callback(self._tasks.discard)
 
     async def clear(self) -> None:
-        """Drop expired sessions now and then, for ever."""
-        while True:
-            await asyncio.sleep(CLEAR_SECONDS)
-            try:
-                async with self._database.connection() as db:
-                    await sessions.clear_expired(db)
-            except Exception as error:
-                if not is_lost(error):
-                    raise
+        """Drop some of the sessions that have long expired."""
+        async with self._database.connection() as db:
+            await sessions.clear_expired(db)
 
     async def _slide(self, session_ids: Sequence[SessionId]) -> None:
         try:
