@@ -58,9 +58,7 @@ class App:
         self.roster = Roster(self.hub, heartbeat_seconds=settings.heartbeat_seconds, alive=self._alive)
         self._sends: Gather[Outgoing, Stored | None] = Gather(self._send, most=SENDS_AT_ONCE)
 
-        services = Services(
-            settings=settings, database=database, events=self.hub, presence=self.presence, sends=self._sends
-        )
+        services = Services(database=database, events=self.hub, presence=self.presence, sends=self._sends)
         shared = Shared(
             hub=self.hub,
             dispatch=Dispatch(ROUTES, settings, metrics),

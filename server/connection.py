@@ -15,7 +15,7 @@ from protocol.limits import MAX_FRAME_BYTES, Limits
 from protocol.server import Error, Ready, Reply, ServerFrame
 from server.context import Context
 from server.dispatch import Dispatch, error_frame
-from server.errors import is_lost
+from server.errors import refusal
 from server.hub import Hub
 from server.limits import Allowance
 from server.websocket import WebSocket
@@ -55,7 +55,7 @@ class Connection:
     """A WebSocket that has been authenticated."""
 
     __slots__ = (
-        "_inbox", "_inbox_bytes", "_is_closed", "_is_finishing", "_shared", "_todo", "_user_version",
+        "_inbox", "_inbox_bytes", "_is_closed", "_is_finishing", "_is_resuming", "_shared", "_todo", "_user_version",
         "_worker", "attached", "context", "expires_at", "session_id", "socket", "user_id", "was_slow",
         "watched", "write",
     )  # fmt: skip
@@ -76,6 +76,7 @@ class Connection:
         self._worker: asyncio.Task[None] | None = None
         self._is_closed = False
         self._is_finishing = False
+        self._is_resuming = False
         self._user_version = user_version
         self.was_slow = False
 
@@ -84,7 +85,8 @@ class Connection:
         self.context = context
         self.user_id = context.user_id
         self.session_id = context.session_id
-        self._todo.append(self._begin_to_resume if is_resuming else self._begin)
+        self._is_resuming = is_resuming
+        self._todo.append(self._begin)
         self._shared.arrived(self)
         self.socket.take_over(self)
         if len(self._shared.hub.people.sockets(self.user_id)) >= self._shared.connections_per_user:
@@ -200,41 +202,32 @@ class Connection:
             self.close(CloseCode.ABUSE)
 
     async def _begin(self) -> None:
-        await self._begin_to_resume()
-        if self._is_closed:
-            return
+        shared = self._shared
         try:
-            await self._shared.lifecycle.start(self.context)
-        except Exception as error:
-            if not isinstance(error, Refused) and not is_lost(error):
-                raise
-            self.close(CloseCode.GOING_AWAY)
-
-    async def _begin_to_resume(self) -> None:
-        try:
-            await self._shared.hub.people.add(self, self._user_version)
-        except Exception as error:
-            if not is_lost(error):
-                raise
-            self.close(CloseCode.GOING_AWAY)
-            return
-        self.say(
-            Ready(
-                protocol=PROTOCOL_VERSION,
-                user=self.context.user,
-                session_id=self.context.session_id,
-                epoch=self._shared.hub.epoch,
-                server_time=now(),
-                heartbeat_ms=int(self._shared.heartbeat_seconds * 1000),
-                limits=Limits(),
+            await shared.hub.people.add(self, self._user_version)
+            self.say(
+                Ready(
+                    protocol=PROTOCOL_VERSION,
+                    user=self.context.user,
+                    session_id=self.session_id,
+                    epoch=shared.hub.epoch,
+                    server_time=now(),
+                    heartbeat_ms=int(shared.heartbeat_seconds * 1000),
+                    limits=Limits(),
+                )
             )
-        )
+            if not self._is_resuming and not self._is_closed:
+                await shared.lifecycle.start(self.context)
+        except Exception as error:
+            if refusal(error) is None:
+                raise
+            self.close(CloseCode.GOING_AWAY)
 
     async def _refresh(self) -> None:
         try:
             await self._shared.lifecycle.refresh(self.context)
         except Exception as error:
-            if not isinstance(error, Refused) and not is_lost(error):
+            if refusal(error) is None:
                 raise
             asyncio.get_running_loop().call_later(REFRESH_RETRY_SECONDS, self.refresh)
 

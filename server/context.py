@@ -10,7 +10,6 @@ from protocol.errors import ErrorCode, Refused
 from protocol.ids import ConversationId, SessionId, UserId
 from protocol.server import DurableEvent, ServerFrame
 from protocol.values import Presence, User
-from server.config import Settings
 from server.database import Database
 from server.gather import Gather
 from server.queries.messages import Outgoing, Stored
@@ -71,7 +70,6 @@ class Presences(Protocol):
 class Services(msgspec.Struct, frozen=True, kw_only=True):
     """What all connections of a worker share."""
 
-    settings: Settings
     database: Database
     events: Events
     presence: Presences

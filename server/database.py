@@ -13,6 +13,7 @@ from server.migrate import is_current
 OLDEST_MAJOR = 15
 CONNECT_SECONDS = 5.0
 STATEMENT_SECONDS = 10.0
+UNREACHABLE = (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, ValueError)
 
 Db: TypeAlias = "asyncpg.Connection[asyncpg.Record] | asyncpg.pool.PoolConnectionProxy[asyncpg.Record]"
 """What queries take first: a connection."""
@@ -47,7 +48,7 @@ class Database:
 
     @classmethod
     async def open(cls, settings: Settings) -> "Database":
-        """Return a pool for `settings.database_url`. Raises Fatal if it cannot be reached or is too old."""
+        """Return a pool for `settings.database_url`. Raises Fatal if it cannot be reached."""
         try:
             pool = await asyncpg.create_pool(
                 settings.database_url,
@@ -60,8 +61,8 @@ class Database:
                 # Nothing we do leaves state behind, so the round trip of a reset buys nothing.
                 reset=_no_reset,
             )
-        except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, ValueError) as error:
-            raise Fatal(f"the database cannot be reached: {_one_line(error)}. Check DATABASE_URL.") from error
+        except UNREACHABLE as error:
+            raise _unreachable(error) from error
         return cls(pool)
 
     async def close(self) -> None:
@@ -109,8 +110,8 @@ async def connect(url: str) -> "asyncpg.Connection[asyncpg.Record]":
     """
     try:
         connection = await asyncpg.connect(url, timeout=CONNECT_SECONDS)
-    except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, ValueError) as error:
-        raise Fatal(f"the database cannot be reached: {_one_line(error)}. Check DATABASE_URL.") from error
+    except UNREACHABLE as error:
+        raise _unreachable(error) from error
     version = connection.get_server_version()
     if version.major < OLDEST_MAJOR:
         await connection.close()
@@ -122,5 +123,6 @@ async def _no_reset(_: object) -> None:
     pass
 
 
-def _one_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
+def _unreachable(error: Exception) -> Fatal:
+    reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
+    return Fatal(f"the database cannot be reached: {reason}. Check DATABASE_URL.")

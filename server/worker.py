@@ -20,6 +20,7 @@ import uvloop
 from protocol.limits import MAX_FRAME_BYTES
 from server import log
 from server.app import App
+from server.config import Settings
 from server.errors import Fatal
 from server.orders import DRAIN_SECONDS, READY, Orders
 from server.websocket import WebSocket
@@ -33,8 +34,26 @@ be walked over again every few connections.
 class DrainingServer(uvicorn.Server):
     """uvicorn, which leaves signals to us and sends clients away in batches before it stops."""
 
-    def __init__(self, config: uvicorn.Config, app: App) -> None:
-        super().__init__(config)
+    def __init__(self, settings: Settings, app: App) -> None:
+        super().__init__(
+            uvicorn.Config(
+                app.starlette,
+                loop="uvloop",
+                http="httptools",
+                ws=WebSocket,
+                ws_max_size=MAX_FRAME_BYTES,
+                ws_per_message_deflate=False,
+                ws_ping_interval=None,
+                lifespan="off",
+                access_log=False,
+                log_config=None,
+                proxy_headers=settings.behind_proxy,
+                forwarded_allow_ips="*" if settings.behind_proxy else None,
+                server_header=False,
+                backlog=4096,
+                timeout_graceful_shutdown=DRAIN_SECONDS,
+            )
+        )
         self._app = app
 
     @contextlib.contextmanager
@@ -53,24 +72,7 @@ class DrainingServer(uvicorn.Server):
 async def serve(orders: Orders) -> None:
     """Run until told to stop. Raises Fatal if something it needs cannot be reached."""
     app = await App.open(orders.settings, Path(orders.folder), orders.number)
-    config = uvicorn.Config(
-        app.starlette,
-        loop="uvloop",
-        http="httptools",
-        ws=WebSocket,
-        ws_max_size=MAX_FRAME_BYTES,
-        ws_per_message_deflate=False,
-        ws_ping_interval=None,
-        lifespan="off",
-        access_log=False,
-        log_config=None,
-        proxy_headers=orders.settings.behind_proxy,
-        forwarded_allow_ips="*" if orders.settings.behind_proxy else None,
-        server_header=False,
-        backlog=4096,
-        timeout_graceful_shutdown=DRAIN_SECONDS,
-    )
-    server = DrainingServer(config, app)
+    server = DrainingServer(orders.settings, app)
 
     def stop() -> None:
         server.should_exit = True

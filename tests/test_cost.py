@@ -162,7 +162,7 @@ def hot(place: Place, ids: dict[str, Any]) -> dict[str, tuple[str, tuple[Any, ..
         "react": (reactions.REACT, (about, ids["middle"], user, "x")),
         "unreact": (reactions.UNREACT, (about, ids["middle"], user, "x")),
         "lock": (conversations.LOCK, (about,)),
-        "lock of": (conversations.LOCK_OF, (ids["middle"],)),
+        "lock of": (messages.LOCK, (ids["middle"],)),
         "direct": (conversations.DIRECT, (user, user)),
         "open": (conversations.OPEN, (about, "no such code", user)),
         "participant": (participants.GET, (about, user)),

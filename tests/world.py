@@ -12,17 +12,14 @@ from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 import asyncpg
-import uvicorn
 
-from protocol.client import CreateChannel, CreateDirect, CreateGroup, Send
+from protocol.client import CreateChannel, CreateGroup, Send
 from protocol.ids import ConversationId, MessageId, UserId, uuid7
-from protocol.limits import MAX_FRAME_BYTES
 from protocol.server import OneConversation, Sent
 from server.app import App
 from server.auth.sessions import new_token, token_hash
 from server.config import Settings
 from server.queries import accounts, sessions
-from server.websocket import WebSocket
 from server.worker import DrainingServer
 from tests.client import Client
 
@@ -52,12 +49,7 @@ class Worker:
         listener.bind(ON_LOOPBACK)
         self.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         self.app = await App.open(self._settings, self._folder, self._number)
-        config = uvicorn.Config(
-            self.app.starlette, ws=WebSocket, ws_max_size=MAX_FRAME_BYTES, ws_per_message_deflate=False,
-            ws_ping_interval=None, lifespan="off", access_log=False, log_config=None, server_header=False,
-            timeout_graceful_shutdown=5,
-        )  # fmt: skip
-        self.server = DrainingServer(config, self.app)
+        self.server = DrainingServer(self._settings, self.app)
         self._serving = asyncio.create_task(self.server.serve(sockets=[listener]))
         while not self.server.started:
             await asyncio.sleep(0)
@@ -126,9 +118,6 @@ class World:
     async def channel(self, owner: Client, **fields: Any) -> ConversationId:
         frame = CreateChannel(conversation_id=ConversationId(uuid7()), title=fields.pop("title", "News"), **fields)
         return (await owner.call(frame, OneConversation)).view.conversation.id
-
-    async def direct(self, one: Client, other: Somebody) -> ConversationId:
-        return (await one.call(CreateDirect(user_id=other.id), OneConversation)).view.conversation.id
 
 
 def message(conversation_id: ConversationId, content: str = "Hello", **fields: Any) -> Send:

@@ -20,7 +20,7 @@ from protocol.server import (
 from protocol.values import Message
 from server.context import Context
 from server.errors import NotFound
-from server.queries import conversations, messages
+from server.queries import messages
 from server.queries.messages import Outgoing, Span, Stored
 
 MAX_RACES = 5
@@ -98,8 +98,7 @@ async def _why_not(context: Context, outgoing: Outgoing) -> Sent | None:
 async def edit(context: Context, frame: client.Edit) -> Changed:
     """Change what the caller's own message says, keep what it said, and tell everyone."""
     async with context.database.transaction() as db:
-        await conversations.lock_of(db, frame.message_id)
-        found = await messages.find(db, frame.message_id, context.user_id)
+        found = await messages.lock(db, frame.message_id, context.user_id)
         if found is None:
             raise NotFound("message_id")
         before = found.message
@@ -125,8 +124,7 @@ async def edit(context: Context, frame: client.Edit) -> Changed:
 async def delete(context: Context, frame: client.Delete) -> Changed:
     """Take a message's words away and tell everyone."""
     async with context.database.transaction() as db:
-        await conversations.lock_of(db, frame.message_id)
-        found = await messages.find(db, frame.message_id, context.user_id)
+        found = await messages.lock(db, frame.message_id, context.user_id)
         if found is None:
             raise NotFound("message_id")
         before = found.message

@@ -43,8 +43,7 @@ async def join(context: Context, frame: client.Join) -> OneConversation:
 async def leave(context: Context, frame: client.Leave) -> Done:
     """Let the caller out; an owner's place goes to the next in rank, then in age."""
     async with context.database.transaction() as db:
-        conversation, me = await _enter(db, context, frame.conversation_id)
-        _require_several(conversation)
+        _, me = await _enter(db, context, frame.conversation_id)
         changes = [await participants.change(db, me, status="left")]
         if me.role == "owner" and (heir := await participants.heir(db, me)) is not None and heir.role != "owner":
             changes.append(await participants.change(db, heir, role="owner"))
@@ -57,7 +56,6 @@ async def add(context: Context, frame: client.AddParticipants) -> Done:
     """Let users in."""
     async with context.database.transaction() as db:
         conversation, me = await _enter(db, context, frame.conversation_id)
-        _require_several(conversation)
         if not me.permissions.can_add_members:
             raise Refused(ErrorCode.FORBIDDEN, "Your role cannot add participants.")
         if RANKS.index(frame.role) >= RANKS.index(me.role) and frame.role != "member":
@@ -80,8 +78,7 @@ async def remove(context: Context, frame: client.RemoveParticipant) -> Done:
     """Put someone of a lower role out."""
     status: ParticipantStatus = "banned" if frame.ban else "removed"
     async with context.database.transaction() as db:
-        conversation, me = await _enter(db, context, frame.conversation_id)
-        _require_several(conversation)
+        _, me = await _enter(db, context, frame.conversation_id)
         if not me.permissions.can_remove_members:
             raise Refused(ErrorCode.FORBIDDEN, "Your role cannot remove participants.")
         them = await _other(db, me, frame.user_id)
@@ -98,8 +95,7 @@ async def remove(context: Context, frame: client.RemoveParticipant) -> Done:
 async def set_role(context: Context, frame: client.SetRole) -> Done:
     """Give someone of a lower role another one."""
     async with context.database.transaction() as db:
-        conversation, me = await _enter(db, context, frame.conversation_id)
-        _require_several(conversation)
+        _, me = await _enter(db, context, frame.conversation_id)
         if RANKS.index(me.role) < RANKS.index("admin"):
             raise Refused(ErrorCode.FORBIDDEN, "Your role cannot change roles.")
         them = await _other(db, me, frame.user_id)
@@ -139,11 +135,16 @@ def _tell(context: Context, changes: list[Change]) -> None:
 
 
 async def _enter(db: Db, context: Context, conversation_id: ConversationId) -> tuple[Conversation, Participant]:
-    """Lock a conversation and return it with the caller's part in it. Raises NotFound for everyone else."""
+    """Lock a conversation whose participants change, and return it with the caller's part in it.
+
+    Raises NotFound for everyone who has none, and Refused where participants stay as they are.
+    """
     conversation = await conversations.lock(db, conversation_id)
     me = await participants.get(db, conversation_id, context.user_id)
     if conversation is None or me is None or me.status != "active":
         raise NotFound("conversation_id")
+    if conversation.type in {"direct", "assistant"}:
+        raise Refused(ErrorCode.FORBIDDEN, "Who takes part in this kind of conversation does not change.")
     return conversation, me
 
 
@@ -155,11 +156,6 @@ async def _other(db: Db, me: Participant, user_id: UserId) -> Participant:
     if RANKS.index(them.role) >= RANKS.index(me.role):
         raise Refused(ErrorCode.FORBIDDEN, "Their role is not below your own.", path="user_id")
     return them
-
-
-def _require_several(conversation: Conversation) -> None:
-    if conversation.type in {"direct", "assistant"}:
-        raise Refused(ErrorCode.FORBIDDEN, "Who takes part in this kind of conversation does not change.")
 
 
 def _require_room(conversation: Conversation, more: int) -> None:

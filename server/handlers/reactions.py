@@ -6,14 +6,13 @@ from protocol.limits import MAX_EMOJI_PER_MESSAGE
 from protocol.server import Changed, MessageReacted, MessageUnreacted
 from server.context import Context
 from server.errors import NotFound
-from server.queries import conversations, messages, reactions
+from server.queries import messages, reactions
 
 
 async def react(context: Context, frame: client.React | client.Unreact) -> Changed:
     """Put an emoji on a message, or take it back, and tell everyone; nothing happens if it is so already."""
     async with context.database.transaction() as db:
-        await conversations.lock_of(db, frame.message_id)
-        found = await messages.find(db, frame.message_id, context.user_id)
+        found = await messages.lock(db, frame.message_id, context.user_id)
         if found is None or found.message.is_deleted:
             raise NotFound("message_id")
         there = found.message.reactions

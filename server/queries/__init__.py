@@ -2,5 +2,5 @@
 
 Every statement carries its own access check or runs in a transaction that has made it. A write of something
 durable happens under the conversation's row lock: `send` takes it inside its one statement, all others by
-`conversations.lock` first, so that what they look at afterwards holds until they commit.
+`conversations.lock` or `messages.lock` first, so that what they look at afterwards holds until they commit.
 """

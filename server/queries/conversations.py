@@ -128,18 +128,6 @@ async def lock(db: Db, conversation_id: ConversationId) -> Conversation | None:
     return None if text is None else _conversation_decoder.decode(text)
 
 
-LOCK_OF = """
-SELECT c.id FROM conversation c
-WHERE c.id = (SELECT m.conversation_id FROM message m WHERE m.id = $1) AND NOT c.is_deleted
-FOR NO KEY UPDATE
-"""
-
-
-async def lock_of(db: Db, message_id: MessageId) -> bool:
-    """Lock the conversation that a message is in; False if there is no such message."""
-    return await db.fetchval(LOCK_OF, message_id) is not None
-
-
 class Founding(msgspec.Struct, frozen=True, kw_only=True):
     """A conversation to be made, with those in it from the start."""
 

@@ -162,30 +162,39 @@ async def existing(db: Db, outgoing: Outgoing) -> Existing:
     return Existing(*row)
 
 
+VISIBLE = """FROM message m
+JOIN conversation c ON c.id = m.conversation_id AND NOT c.is_deleted
+JOIN conversation_participant p ON p.conversation_id = m.conversation_id AND p.user_id = $2 AND p.status = 'active'
+WHERE m.id = $1"""
+"""The message $1, if the user $2 takes part in its conversation."""
+
+
 class Found(NamedTuple):
-    """A message and what the caller may do with it."""
+    """A message, and whether the caller may delete other people's there."""
 
     message: Message
-    role: str
     can_delete_messages: bool
 
 
-FIND = """
-SELECT message_json(m), p.role, can(p.role, 'moderator', p.can_delete_messages)
-FROM message m
-JOIN conversation c ON c.id = m.conversation_id AND NOT c.is_deleted
-JOIN conversation_participant p ON p.conversation_id = m.conversation_id AND p.user_id = $2 AND p.status = 'active'
-WHERE m.id = $1
+LOCK = """
+SELECT FROM conversation c
+WHERE c.id = (SELECT m.conversation_id FROM message m WHERE m.id = $1) AND NOT c.is_deleted
+FOR NO KEY UPDATE
+"""
+FIND = f"""
+SELECT message_json(m), can(p.role, 'moderator', p.can_delete_messages)
+{VISIBLE}
 """
 
 
-async def find(db: Db, message_id: MessageId, user_id: UserId) -> Found | None:
-    """Return a message that the user may see, deleted ones included."""
+async def lock(db: Db, message_id: MessageId, user_id: UserId) -> Found | None:
+    """Lock the conversation of a message, and then return the message as it is, deleted or not; None without access."""
+    await db.execute(LOCK, message_id)
     row = await db.fetchrow(FIND, message_id, user_id)
-    return None if row is None else Found(_message_decoder.decode(row[0]), row[1], row[2])
+    return None if row is None else Found(_message_decoder.decode(row[0]), row[1])
 
 
-GET = """
+GET = f"""
 SELECT json_build_object(
     'type', 'message',
     'message', message_json(m),
@@ -202,11 +211,8 @@ SELECT json_build_object(
         ) o
     )
 )
-FROM message m
-JOIN conversation c ON c.id = m.conversation_id AND NOT c.is_deleted
-JOIN conversation_participant p ON p.conversation_id = m.conversation_id AND p.user_id = $2 AND p.status = 'active'
-WHERE m.id = $1
-"""
+{VISIBLE}
+"""  # noqa: S608 - VISIBLE is a constant
 
 
 async def get(db: Db, message_id: MessageId, user_id: UserId) -> OneMessage | None:
@@ -352,18 +358,15 @@ async def delete(db: Db, found: Message, user_id: UserId) -> tuple[Message, int 
     return _message_decoder.decode(row[0]), row[1]
 
 
-EDITS = """
+EDITS = f"""
 SELECT coalesce((
     SELECT json_agg(e ORDER BY e.version DESC) FROM (
         SELECT e.id, e.content, e.formatted_content, e.edited_by, e.edited_at, e.version
         FROM message_edit e WHERE e.message_id = m.id ORDER BY e.version DESC LIMIT $3
     ) e
 ), '[]')
-FROM message m
-JOIN conversation c ON c.id = m.conversation_id AND NOT c.is_deleted
-JOIN conversation_participant p ON p.conversation_id = m.conversation_id AND p.user_id = $2 AND p.status = 'active'
-WHERE m.id = $1 AND NOT m.is_deleted
-"""
+{VISIBLE} AND NOT m.is_deleted
+"""  # noqa: S608 - VISIBLE is a constant
 
 
 async def edits(db: Db, message_id: MessageId, user_id: UserId, *, limit: int) -> list[MessageEdit] | None:
