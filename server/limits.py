@@ -1,7 +1,7 @@
 """Allowances: how much of something a user may do, as token buckets in this worker's memory."""
 
-import asyncio
-from collections.abc import Hashable
+import time
+from collections.abc import Callable, Hashable
 from typing import Generic, TypeVar
 
 from protocol.errors import ErrorCode, Refused
@@ -15,24 +15,29 @@ SWEEP_AT = 10_000
 
 
 class Allowance(Generic[Key]):
-    """A bucket for each key: `rate` tokens a second flow in, up to `burst`."""
+    """A bucket for each key: `rate` tokens a second flow in, up to `burst`; `clock` counts nanoseconds.
 
-    def __init__(self, rate: float, *, burst: float | None = None) -> None:
-        self._rate = rate
-        self._burst = rate * BURST_SECONDS if burst is None else burst
-        # When each bucket would be empty of debt: one number says it all.
-        self._full_at: dict[Key, float] = {}
+    Counted in whole nanoseconds: with seconds as floats, rounding refused the last token of a burst.
+    """
+
+    def __init__(
+        self, rate: float, *, burst: float | None = None, clock: Callable[[], int] = time.monotonic_ns
+    ) -> None:
+        burst = rate * BURST_SECONDS if burst is None else burst
+        self._interval = round(1e9 / rate)
+        self._ahead = round((burst - 1) * self._interval)
+        # When each bucket would be full again: one number says it all.
+        self._full_at: dict[Key, int] = {}
         self._sweep_at = SWEEP_AT
-        self._clock = asyncio.get_running_loop().time
+        self._clock = clock
 
     def take(self, key: Key) -> float:
         """Take one token; return 0, or, if there is none, in how many seconds there will be."""
         now = self._clock()
         full_at = max(self._full_at.get(key, now), now)
-        wait = full_at - now - (self._burst - 1) / self._rate
-        if wait > 0:
-            return wait
-        self._full_at[key] = full_at + 1 / self._rate
+        if (wait := full_at - now - self._ahead) > 0:
+            return wait / 1e9
+        self._full_at[key] = full_at + self._interval
         if len(self._full_at) > self._sweep_at:
             self._full_at = {kept: at for kept, at in self._full_at.items() if at > now}
             self._sweep_at = max(SWEEP_AT, 2 * len(self._full_at))

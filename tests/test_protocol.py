@@ -1,6 +1,5 @@
 """The wire by itself: what goes in comes out, and what is broken is refused with words."""
 
-import asyncio
 import json
 import time
 from uuid import UUID
@@ -88,15 +87,28 @@ def test_the_event_of_an_edit_holds_what_a_client_needs() -> None:
     assert msgspec.json.decode(encode(frame))["type"] == "edit"
 
 
-async def test_an_allowance_refills_at_its_rate() -> None:
-    allowance: Allowance[str] = Allowance(100.0, burst=5)
-    assert [allowance.take("a") for _ in range(5)] == [0.0] * 5
-    wait = allowance.take("a")
-    assert 0 < wait <= 0.01
-    assert allowance.take("b") == 0.0
-    await asyncio.sleep(wait + 0.001)
-    assert allowance.take("a") == 0.0
-    while allowance.take("a") == 0.0:
-        pass
-    with pytest.raises(Refused, check=lambda error: error.retry_after_ms is not None):
+@given(
+    start=st.integers(0, 10**18),
+    rate=st.floats(0.05, 10_000),
+    burst=st.integers(1, 200),
+    waits=st.lists(st.integers(0, 10**9), max_size=20),
+)
+def test_an_allowance_gives_its_burst_and_refills_at_its_rate(
+    start: int, rate: float, burst: int, waits: list[int]
+) -> None:
+    now = start
+    allowance: Allowance[str] = Allowance(rate, burst=burst, clock=lambda: now)
+    assert all(allowance.take("a") == 0.0 for _ in range(burst))
+    assert 0 < allowance.take("a") <= 1.001 / rate
+    assert allowance.take("b") == 0.0, "one's haste is not another's"
+    with pytest.raises(Refused) as refused:
         allowance.require("a")
+    assert refused.value.retry_after_ms is not None
+    now += refused.value.retry_after_ms * 1_000_000
+    allowance.require("a")
+    taken = 1
+    for wait in waits:
+        now += wait
+        while taken < 1_000 and allowance.take("a") == 0.0:
+            taken += 1
+    assert taken <= 1 + (now - start) * 1e-9 * rate * 1.001
