@@ -4,9 +4,10 @@
 
 PYTHON ?= python3
 VENV := .venv
+NODE := benchmarks/peers/node
 ARGS ?=
 
-.PHONY: run test lint types tests docs figures format lock clean help
+.PHONY: run test lint types tests docs bench format lock clean help
 
 run: $(VENV)/run-ready
 	@exec $(VENV)/bin/openchat $(ARGS)
@@ -30,12 +31,15 @@ format: $(VENV)/test-ready  ## format the code and fix what can be fixed
 docs: $(VENV)/test-ready  ## write the generated part of docs/
 	$(VENV)/bin/python -m server.describe docs
 
-figures: $(VENV)/test-ready  ## measure what a connection, a delivery and a message cost
-	$(VENV)/bin/python -m loadtest.figures
+bench: $(VENV)/test-ready $(NODE)/node_modules  ## compare with other servers, about half an hour (needs Node.js)
+	$(VENV)/bin/python -m benchmarks $(ARGS)
+
+$(NODE)/node_modules: $(NODE)/package-lock.json
+	npm ci --prefix $(NODE) --no-audit --no-fund
 
 lock:  ## find the newest versions that pyproject.toml allows (needs uv)
 	uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-annotate --no-header \
-	    pyproject.toml -o requirements.lock
+	    pyproject.toml --extra load -o requirements.lock
 	uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-annotate --no-header \
 	    pyproject.toml --group dev -o requirements-dev.lock
 

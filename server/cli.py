@@ -1,4 +1,4 @@
-"""The command line: `openchat`, `openchat migrate`, `openchat new-epoch`."""
+"""The command line: `openchat`, `openchat migrate`, `openchat new-epoch`, `openchat load`."""
 
 import argparse
 import asyncio
@@ -20,6 +20,8 @@ MIGRATE_CONNECTIONS = 10
 
 def main() -> None:
     """Do what the command line says; end with status 1 and one line if it cannot be done."""
+    if sys.argv[1:2] == ["load"]:
+        sys.exit(_load(sys.argv[2:]))
     options = _parser().parse_args()
     log.configure("openchat")
     try:
@@ -47,9 +49,10 @@ def _parser() -> argparse.ArgumentParser:
         "command",
         nargs="?",
         default="run",
-        choices=["run", "migrate", "new-epoch"],
+        choices=["run", "migrate", "new-epoch", "load"],
         help="run: start the server (the default). migrate: bring the database to this program's schema. "
-        "new-epoch: after restoring a backup, have every client start over",
+        "new-epoch: after restoring a backup, have every client start over. "
+        "load: put a crowd in front of a running server (`openchat load --help`)",
     )
     parser.add_argument("--host", help="the address to listen on (127.0.0.1)")
     parser.add_argument("--port", type=int, help="the port to listen on (8000)")
@@ -57,6 +60,17 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--data-dir", help="where the embedded database lives (the user's state folder)")
     parser.add_argument("--plan", action="store_true", help="with migrate: only say what would be done")
     return parser
+
+
+def _load(arguments: list[str]) -> int:
+    try:
+        from loadtest import command  # noqa: PLC0415 - its libraries are an extra, which a server does without
+    except ImportError as error:
+        sys.stderr.write(
+            f"openchat: {error.name} is missing; install what a crowd needs: pip install 'openchat[load]'\n"
+        )
+        return 1
+    return command.main(arguments)
 
 
 def _variables() -> str:

@@ -14,7 +14,7 @@ SERVER = ROOT / "server"
 # From the ground up: a file may import from its own storey or from those below it.
 STOREYS: list[list[str]] = [
     ["protocol"],
-    ["config", "errors", "log", "limits", "gather", "periodic", "metrics", "migrate", "database", "orders"],
+    ["config", "errors", "log", "limits", "gather", "periodic", "metrics", "migrate", "pool", "database", "orders"],
     ["queries", "embedded"],
     ["context"],
     ["sync", "presence", "auth.passwords", "auth.attempts", "auth.sessions", "auth.credentials"],
@@ -80,6 +80,11 @@ def test_imports_point_down(name: str) -> None:
 
 @pytest.mark.parametrize("path", sorted((ROOT / "protocol").glob("*.py")), ids=lambda path: path.stem)
 def test_the_protocol_imports_nothing_of_the_server(path: Path) -> None:
+    assert [what for _, what in imported(path) if not what.startswith("protocol")] == []
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "loadtest").rglob("*.py")), ids=lambda path: path.stem)
+def test_the_crowd_speaks_only_the_protocol(path: Path) -> None:
     assert [what for _, what in imported(path) if not what.startswith("protocol")] == []
 
 

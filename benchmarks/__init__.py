@@ -1,0 +1,1 @@
+"""The comparison: `make bench`."""

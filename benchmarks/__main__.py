@@ -1,0 +1,241 @@
+"""`make bench`: OpenChat and the others at the same work, in turns, on one machine, in one run.
+
+What is compared is CPU time of all server processes (workers, PostgreSQL, Valkey) per unit of work, and memory: those
+can be compared on a machine that others use, too. Times of the clock and ceilings are shown for what they are.
+"""
+
+import argparse
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+import uvloop
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.contestants import Contestant, Ground, Obvious, OpenChat, Picows, SocketIo, Uws
+from loadtest.command import find_limit, is_fine
+from loadtest.histogram import Histogram
+from loadtest.run import Phase, Run, Watch
+from loadtest.scenario import Size
+from loadtest.target import Unusable
+
+MS, US = 1e3, 1e6
+BOUND_SECONDS = 0.25
+PROCESSES = 2
+STORED: list[type[Contestant]] = [OpenChat, SocketIo, Obvious]
+EVERYONE: list[type[Contestant]] = [OpenChat, Uws, Picows, SocketIo, Obvious]
+
+Measured = dict[str, float]
+"""Figures by name."""
+
+
+class Work(NamedTuple):
+    """A line of the comparison: what is done, by whom, how it is measured, and which figures are compared."""
+
+    about: str
+    contestants: list[type[Contestant]]
+    measure: Callable[[Contestant, float], Awaitable[Measured]]
+    workers: tuple[int, ...] = (1,)
+    rounds: int | None = None
+
+
+def drive(scenario: str, size: Size) -> Callable[[Contestant, float], Awaitable[Measured]]:
+    """Return what measures a scenario at its rate."""
+
+    async def measure(contestant: Contestant, seconds: float) -> Measured:
+        async with Run(contestant, scenario, size, processes=PROCESSES, watch=Watch()) as run:
+            await run.connect()
+            phase = await run.drive(seconds, size.rate)
+        return of_phase(phase)
+
+    return measure
+
+
+def of_phase(phase: Phase) -> Measured:
+    """Return the figures of work at a rate. Raises Unusable if something was lost: that is no result."""
+    tally = phase.tally
+    if tally.wrong or tally.errors:
+        raise Unusable(f"{tally.wrong} events went wrong; {tally.errors}")
+    measured = {
+        "µs CPU a delivery": phase.cpu_seconds / tally.delivered * US,
+        "µs CPU a message": phase.cpu_seconds / tally.sent * US,
+        "delivery p50 ms": Histogram(tally.deliveries).percentile(0.5) * MS,
+        "delivery p99 ms": Histogram(tally.deliveries).percentile(0.99) * MS,
+    }
+    if tally.answers:
+        measured["answer p99 ms"] = Histogram(tally.answers).percentile(0.99) * MS
+    return measured
+
+
+def ceiling(scenario: str, size: Size) -> Callable[[Contestant, float], Awaitable[Measured]]:
+    """Return what looks for the most that is carried with p99 within the bound."""
+
+    async def measure(contestant: Contestant, seconds: float) -> Measured:
+        async with Run(contestant, scenario, size, processes=PROCESSES, watch=Watch()) as run:
+            await run.connect()
+            await find_limit(run, size.rate, BOUND_SECONDS, seconds=seconds / 2)
+            fine = [phase for phase in run.result.phases[1:] if is_fine(phase, BOUND_SECONDS)]
+        best = max(fine, key=lambda phase: phase.rate)
+        return {
+            "deliveries a second": best.tally.delivered / best.load_seconds,
+            "µs CPU a delivery": best.cpu_seconds / best.tally.delivered * US,
+        }
+
+    return measure
+
+
+def connect(scenario: str, size: Size) -> Callable[[Contestant, float], Awaitable[Measured]]:
+    """Return what measures connections coming and staying."""
+
+    async def measure(contestant: Contestant, seconds: float) -> Measured:
+        async with Run(contestant, scenario, size, processes=PROCESSES, watch=Watch()) as run:
+            connected = await run.connect()
+            quiet = await run.drive(seconds, 0.0)
+            base = run.result.base_memory
+        count = connected.tally.connected
+        return {
+            "ms CPU a connection": connected.cpu_seconds / count * MS,
+            "KiB a connection": (quiet.memory["server"] - base["server"]) / count / 1024,
+            "% of a core while idle": quiet.cpu_seconds / quiet.seconds * 100,
+        }
+
+    return measure
+
+
+def size_of(people: int, rate: float, *, group: int, connections: int = 0) -> Size:
+    """Return how large a run is."""
+    return Size(people=people, connections=connections or people, group=group, rate=rate)
+
+
+ROOM = size_of(1_000, 20, group=1_000)
+TEAMS = size_of(2_000, 200, group=10)
+
+WORKS: dict[str, Work] = {
+    "room": Work("1,000 connected, 20 messages a second", EVERYONE, drive("room", ROOM)),
+    "room-ceiling": Work(
+        "1,000 connected, as much as is carried with p99 within 250 ms",
+        EVERYONE,
+        ceiling("room", msgspec.structs.replace(ROOM, rate=40)),
+        rounds=1,
+    ),
+    "teams": Work("200 conversations of 10, 200 messages a second", STORED, drive("teams", TEAMS)),
+    "teams-ceiling": Work(
+        "200 conversations of 10, as much as is carried with p99 within 250 ms",
+        STORED,
+        ceiling("teams", msgspec.structs.replace(TEAMS, rate=600)),
+        workers=(1, 2),
+        rounds=1,
+    ),
+    "teams-workers": Work(
+        "200 of 10, 1,000 a second, on one worker and on two",
+        [OpenChat],
+        drive("teams", msgspec.structs.replace(TEAMS, rate=1_000)),
+        workers=(1, 2),
+    ),
+    "idle": Work("5,000 authenticated connections", EVERYONE, connect("idle", size_of(5_000, 0, group=10))),
+    "storm": Work("2,000 connect as fast as it goes", STORED, connect("storm", size_of(2_000, 0, group=10))),
+}
+
+
+class Board:
+    """What was measured, and how it compares."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.measured: dict[str, dict[str, dict[str, list[float]]]] = {}
+
+    def add(self, work: str, who: str, figures: Measured) -> None:
+        """Note what one turn measured."""
+        mine = self.measured.setdefault(work, {}).setdefault(who, defaultdict(list))
+        for name, value in figures.items():
+            mine[name].append(value)
+
+    def show(self, work: str) -> None:
+        """Print the medians of one piece of work, and each as a multiple of ours."""
+        rows = self.measured.get(work)
+        if not rows:
+            return
+        names = list(dict.fromkeys(name for figures in rows.values() for name in figures))
+        table = Table(box=None, header_style="bold", title=f"{work}: {WORKS[work].about}", title_justify="left")
+        table.add_column("")
+        for name in names:
+            table.add_column(name, justify="right")
+        ours = next(iter(rows.values()))
+        for who, figures in rows.items():
+            cells = []
+            for name in names:
+                if name not in figures:
+                    cells.append("-")
+                    continue
+                median = statistics.median(figures[name])
+                ratio = median / statistics.median(ours[name]) if ours.get(name) else 0
+                cells.append(
+                    f"{median:,.4g} [dim]({ratio:.2f} x)[/]" if figures is not ours and ratio else f"{median:,.4g}"
+                )
+            table.add_row(who, *cells)
+        self.console.print(table)
+        self.console.print()
+
+
+async def compare(options: argparse.Namespace, ground: Ground, console: Console) -> Board:
+    """Do all of the work, in turns."""
+    board = Board(console)
+    for name in options.work or WORKS:
+        for turn in range(WORKS[name].rounds or options.rounds):
+            for workers in WORKS[name].workers:
+                for kind in WORKS[name].contestants:
+                    if options.only and not kind.name.startswith(tuple(options.only)):
+                        continue
+                    await take_turn(board, name, kind(ground, workers=workers), turn, options.seconds)
+        board.show(name)
+    return board
+
+
+async def take_turn(board: Board, name: str, contestant: Contestant, turn: int, seconds: float) -> None:
+    """Let one do a piece of work once."""
+    who = contestant.name + (f", {contestant.workers} workers" if contestant.workers > 1 else "")
+    if not contestant.is_there():
+        board.console.print(f"[red]{who} is not installed[/]")
+        return
+    board.console.print(f"[dim]{name}: {who}, turn {turn + 1} …[/]")
+    try:
+        async with contestant:
+            board.add(name, who, await WORKS[name].measure(contestant, seconds))
+    except Unusable as error:
+        board.console.print(f"[red]{who}: {error}[/]")
+
+
+def main() -> int:
+    """Compare, show, and keep the figures as JSON."""
+    parser = argparse.ArgumentParser(prog="make bench", description=__doc__)
+    parser.add_argument("work", nargs="*", metavar="WORK", help=f"of {', '.join(WORKS)}; all of them")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="those whose name begins like this")
+    parser.add_argument("--rounds", type=int, default=3, help="turns of each (3); ceilings take one")
+    parser.add_argument("--seconds", type=float, default=10.0, help="of load in each turn (10)")
+    parser.add_argument("--json", type=Path, default=Path("bench.json"), help="where the figures are kept")
+    options = parser.parse_args()
+    if unknown := set(options.work) - set(WORKS):
+        parser.error(f"unknown: {', '.join(unknown)}")
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 150)
+    began = time.monotonic()
+    path = Path(tempfile.mkdtemp(prefix="openchat-bench-"))
+    try:
+        with Ground(path) as ground:
+            board = uvloop.run(compare(options, ground, console))
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+    options.json.write_bytes(msgspec.json.format(msgspec.json.encode(board.measured)))
+    console.print(f"{(time.monotonic() - began) / 60:.0f} minutes; all figures are in {options.json}.")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

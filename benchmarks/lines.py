@@ -1,0 +1,105 @@
+"""How the crowd speaks to the others: the same connection, other words."""
+
+import time
+
+import msgspec
+
+from loadtest.line import FILLING, Head, Line, Said, due_of
+from protocol.codec import encode
+from protocol.ids import MessageId, uuid7
+
+_head = msgspec.json.Decoder(Head)
+_event = msgspec.json.Decoder(tuple[str, Said])
+
+
+class PlainLine(Line):
+    """A server whose events have no order that could be checked: they are counted, and timed."""
+
+    is_ordered = False
+
+    def welcomed(self) -> None:
+        """Nothing is known of the conversations but that they are there."""
+        self.positions = dict.fromkeys(self.seat.conversations, 0)
+
+    def heard(self, payload: bytes, frame: bytes) -> None:
+        """Take in a frame."""
+        head = _head.decode(payload)
+        if head.type == "ready":
+            self.ready.set_result(None)
+        elif head.re is not None:
+            self._answer(head)
+        elif head.message is not None:
+            self.delivered(frame, due_of(head.message.content))
+
+    def delivered(self, frame: bytes, due: int) -> None:
+        """Count an event, and let the other lines compare with it."""
+        stream = self.stream
+        if stream is not None and self._offset == len(stream.log):
+            stream.append(frame, due)
+            self._advance(stream, len(stream.log))
+            return
+        self.leave_stream()
+        self.crowd.ledger.delivered += 1
+        self.crowd.ledger.deliveries.add((time.monotonic_ns() - due) / 1e9)
+
+
+class RawLine(PlainLine):
+    """A server that sends to everyone what comes, as it is: what comes back to whoever sent it is the answer."""
+
+    def send(self, conversation_id: str, due: int) -> MessageId:
+        """Send what everyone is to receive."""
+        message_id = MessageId(uuid7())
+        event = {
+            "type": "message_sent",
+            "conversation_id": conversation_id,
+            "version": 1,
+            "message": {
+                "id": message_id,
+                "conversation_id": conversation_id,
+                "sender_id": self.seat.user_id,
+                "content": f"{due} {FILLING}",
+                "created_at": "2026-01-01T00:00:00.000000Z",
+            },
+        }
+        self.crowd.ledger.sent += 1
+        self.crowd.ledger.answered += 1
+        self.write(encode(event))
+        return message_id
+
+
+class SocketIoLine(PlainLine):
+    """socket.io, version 4, over a WebSocket at once: Engine.IO packets around Socket.IO packets around JSON."""
+
+    READY = b'42["ready"'
+    OPEN, ENGINE_PING, CONNECTED, EVENT, ANSWER = b"0", b"2", b"40", b"42", b"43"
+
+    def request(self) -> bytes:
+        """Return what asks for the WebSocket."""
+        return super().request().replace(b"/v1/ws", b"/socket.io/?EIO=4&transport=websocket")
+
+    def heard(self, payload: bytes, frame: bytes) -> None:
+        """Take in a packet."""
+        if payload.startswith(self.EVENT):
+            if payload.startswith(self.READY):
+                self.ready.set_result(None)
+            else:
+                self.delivered(frame, due_of(_event.decode(payload[2:])[1].content))
+        elif payload.startswith(self.ANSWER):
+            number = payload[2:].partition(b"[")[0]
+            self._answer(Head(type="reply", re=int(number), code="refused" if b'"code"' in payload else None))
+        elif payload.startswith(self.CONNECTED):
+            pass
+        elif payload.startswith(self.OPEN):
+            self.write(b'40{"token":"' + self.seat.token.encode() + b'"}')
+        elif payload == self.ENGINE_PING:
+            self.write(b"3")
+
+    def send(self, conversation_id: str, due: int) -> MessageId:
+        """Send a message and ask for an answer."""
+        message_id = MessageId(uuid7())
+        self._next += 1
+        self._waiting[self._next] = (due, None)
+        self.crowd.ledger.sent += 1
+        message = {"message_id": message_id, "conversation_id": conversation_id, "content": f"{due} {FILLING}"}
+        self.write(b"42%d" % self._next + encode(["send", message]))
+        return message_id

@@ -1,0 +1,1 @@
+"""The servers that OpenChat is compared with."""

@@ -1,0 +1,242 @@
+"""`openchat load`: a crowd in front of a server, what it sees while it is there, and a report."""
+
+import argparse
+import asyncio
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Self
+
+import msgspec
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from loadtest import figures, report
+from loadtest.histogram import Histogram
+from loadtest.ledger import Tally
+from loadtest.run import Moment, Phase, Result, Run, Watch
+from loadtest.scenario import Size
+from loadtest.scenarios import SCENARIOS
+from loadtest.target import OpenChat, Unusable
+
+MS = 1_000
+STEP = 1.5
+"""How much more is offered from one step of --find-limit to the next."""
+NARROWER = 3
+"""How often the last step is halved after the bound was passed."""
+STEP_SECONDS = 6.0
+KEPT_UP = 0.97
+"""A server that answered less than this share of what was offered was too slow, whatever the percentiles say."""
+
+
+def main(arguments: list[str]) -> int:
+    """Run `openchat load` with these arguments; return the exit status: 1 if anything was lost, refused or late."""
+    options = _parser().parse_args(arguments)
+    console = Console()
+    if options.list:
+        console.print(_list())
+        return 0
+    try:
+        return asyncio.run(_load(options, console))
+    except Unusable as error:
+        sys.stderr.write(f"openchat load: {error}\n")
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="openchat load",
+        description="Puts a crowd in front of a running server and checks that everything comes once and in order.",
+        epilog="The server limits each user to 50 frames a second and each address to 100 accounts in five minutes; "
+        "the crowd keeps to that: on loopback it comes from many addresses. It keeps its accounts for the next run.",
+    )
+    parser.add_argument("scenario", nargs="?", default="teams", choices=list(SCENARIOS), help="what happens (teams)")
+    parser.add_argument("--list", action="store_true", help="say what each scenario is")
+    parser.add_argument("--url", default="http://127.0.0.1:8000", help="the server (http://127.0.0.1:8000)")
+    parser.add_argument("--rate", type=float, help="how much happens in a second, whatever the server does")
+    parser.add_argument("--seconds", type=float, default=20.0, help="for how long (20)")
+    parser.add_argument("--people", type=int, help="accounts")
+    parser.add_argument("--connections", type=int, help="connections, if more than one for each of the people")
+    parser.add_argument("--group", type=int, help="people in each conversation")
+    parser.add_argument("--messages", type=int, default=1_000_000, help="length of the conversation of `history`")
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="of the crowd (one per core)")
+    parser.add_argument("--find-limit", action="store_true", help="offer more and more until p99 passes --bound")
+    parser.add_argument("--bound", type=float, default=250.0, metavar="MS", help="for --find-limit, in ms (250)")
+    parser.add_argument("--report", type=Path, default=Path("load-report"), help="folder for the report (load-report)")
+    return parser
+
+
+def _list() -> Table:
+    table = Table(box=None, header_style="bold")
+    for column in ("scenario", "what happens", "at"):
+        table.add_column(column)
+    for one in SCENARIOS.values():
+        table.add_row(one.name, one.about, f"{one.rate:,.0f} {one.unit} a second" if one.rate else "")
+    return table
+
+
+async def _load(options: argparse.Namespace, console: Console) -> int:
+    scenario = SCENARIOS[options.scenario]
+    people = options.people or scenario.people
+    connections = options.connections or (5_000 if scenario.name == "idle" and not options.people else people)
+    size = Size(
+        people=people,
+        connections=connections,
+        group=min(people, options.group or scenario.group),
+        rate=scenario.rate if options.rate is None else options.rate,
+        messages=options.messages,
+    )
+    target = OpenChat(options.url)
+    with Screen(console) as screen:
+        try:
+            async with Run(target, scenario.name, size, processes=options.processes, watch=screen) as run:
+                await run.connect()
+                if scenario.name == "history":
+                    await _write_history(run, target, size.messages, screen)
+                if options.find_limit:
+                    await find_limit(run, size.rate or 100.0, options.bound / MS)
+                elif scenario.name != "storm":
+                    await run.drive(options.seconds, size.rate)
+                result = run.result
+        finally:
+            screen.tell("leaving …")
+            await target.leave()
+    return _conclude(result, options, console)
+
+
+async def _write_history(run: Run, target: OpenChat, count: int, screen: "Screen") -> None:
+    """Write what is missing of the long conversation, which is kept between runs."""
+    about = str(target.purse.history)
+    async for written in run.fill(about, target.purse.written, count):
+        target.purse.written = written
+        target.save()
+        screen.tell(f"writing the conversation: {written:,} of {count:,} …")
+
+
+async def find_limit(run: Run, rate: float, bound: float, *, seconds: float = STEP_SECONDS) -> None:
+    """Offer more and more until it is too much, then look between the last two. `bound` is in seconds."""
+    good, bad = 0.0, 0.0
+    while not bad or (bad - good) / bad > (STEP - 1) / 2**NARROWER:
+        phase = await run.drive(seconds, rate)
+        if is_fine(phase, bound):
+            good, rate = rate, rate * STEP if not bad else (rate + bad) / 2
+        else:
+            bad, rate = rate, (good + rate) / 2
+        run.watch.tell(f"{phase.rate:,.0f} a second: p99 {slowest(phase) * MS:.0f} ms")
+        if bad and good < 1:
+            return
+
+
+def is_fine(phase: Phase, bound: float) -> bool:
+    """Return whether a step of --find-limit was carried."""
+    tally = phase.tally
+    return slowest(phase) <= bound and tally.answered >= tally.sent * KEPT_UP and not tally.wrong and not tally.errors
+
+
+def slowest(phase: Phase) -> float:
+    """Return the p99 of a step, in seconds: of deliveries, or of answers where nothing is delivered."""
+    return Histogram(phase.tally.deliveries or phase.tally.answers).percentile(0.99)
+
+
+def _conclude(result: Result, options: argparse.Namespace, console: Console) -> int:
+    bound = options.bound / MS if options.find_limit else None
+    console.print(_tables(result, bound))
+    options.report.mkdir(parents=True, exist_ok=True)
+    stem = options.report / f"{result.scenario}-{time.strftime('%Y%m%d-%H%M%S')}"
+    stem.with_suffix(".json").write_bytes(msgspec.json.format(msgspec.json.encode(result)))
+    stem.with_suffix(".html").write_text(report.page(result))
+    is_good, sentence = figures.verdict(result)
+    if bound is not None:
+        # The last steps were meant to be too much: only what is lost counts against a search for the limit.
+        is_good = not result.wrong
+        ceiling = max((one for one in result.phases[1:] if is_fine(one, bound)), key=lambda one: one.rate, default=None)
+        if ceiling is None:
+            console.print(f"Even {result.phases[1].rate:,.0f} a second was too much.")
+        else:
+            delivered = ceiling.tally.delivered / ceiling.load_seconds
+            console.print(
+                f"[bold]The ceiling: {ceiling.rate:,.0f} a second, {delivered:,.0f} deliveries a second, "
+                f"with p99 at {slowest(ceiling) * MS:.0f} ms[/] (bound {options.bound:.0f} ms)."
+            )
+    console.print(f"[bold {'green' if is_good else 'red'}]{sentence}[/]")
+    console.print(f"Report: {stem.with_suffix('.html')}")
+    return 0 if is_good else 1
+
+
+def _tables(result: Result, bound: float | None) -> Table:
+    table = Table(box=None, header_style="bold", title=f"{result.scenario} at {result.where}", title_justify="left")
+    if bound is not None:
+        for column in ("offered/s", "sent/s", "delivered/s", "p50 ms", "p99 ms", "CPU µs/delivery", ""):
+            table.add_column(column, justify="right")
+        for phase in result.phases[1:]:
+            tally, seconds = phase.tally, phase.load_seconds
+            spans = Histogram(tally.deliveries or tally.answers)
+            table.add_row(
+                f"{phase.rate:,.0f}", f"{tally.sent / seconds:,.0f}", f"{tally.delivered / seconds:,.0f}",
+                f"{spans.percentile(0.5) * MS:.1f}", f"{spans.percentile(0.99) * MS:.1f}",
+                f"{phase.cpu_seconds / tally.delivered * 1e6:.1f}" if phase.cpu and tally.delivered else "",
+                "[green]carried[/]" if is_fine(phase, bound) else "[red]too much[/]",
+            )  # fmt: skip
+        return table
+    table.add_column("")
+    table.add_column("")
+    for phase in result.phases:
+        table.add_row(f"[bold]{phase.name}[/]", "")
+        for figure in figures.of_phase(phase, result):
+            table.add_row(f"  {figure.name}", figure.value)
+    return table
+
+
+class Screen(Watch):
+    """The live view."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._live = Live(console=console, transient=True, refresh_per_second=4)
+        self._line = "starting …"
+
+    def __enter__(self) -> Self:
+        self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._live.stop()
+
+    def tell(self, line: str) -> None:
+        """Say what is being done."""
+        self._line = line
+        self._live.update(f"[dim]{line}[/]")
+        if not self._console.is_terminal:
+            self._console.print(line)
+
+    def see(self, phase: str, moment: Moment, total: Tally) -> None:
+        """Show the last second."""
+        table = Table.grid(padding=(0, 2))
+        table.add_row(
+            "[bold]" + phase, f"{moment.at:.0f} s", f"{total.connected:,} connected" if total.connected else ""
+        )
+        table.add_row(
+            "sent",
+            f"{moment.sent:,.0f}/s",
+            f"answer p50 {moment.answer_p50 * MS:.1f}  p99 {moment.answer_p99 * MS:.1f} ms",
+        )
+        table.add_row(
+            "delivered",
+            f"{moment.delivered:,.0f}/s",
+            f"p50 {moment.delivery_p50 * MS:.1f}  p99 {moment.delivery_p99 * MS:.1f} ms",
+        )
+        if moment.cpu:
+            table.add_row(
+                "server",
+                f"{sum(moment.cpu.values()):.2f} cores",
+                "  ".join(f"{k} {v:.2f}" for k, v in sorted(moment.cpu.items())),
+            )
+        if total.wrong:
+            table.add_row("[bold red]wrong", f"[bold red]{total.wrong:,}", "[red]lost, duplicated or out of order")
+        for error, count in total.errors.items():
+            table.add_row("[red]errors", f"[red]{count:,}", f"[red]{error}")
+        self._live.update(table)

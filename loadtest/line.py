@@ -1,0 +1,392 @@
+"""One WebSocket of the crowd: as little Python as checking every delivery takes.
+
+It knows the wire (`protocol/`) and nothing of the server. What comes is either compared, a chunk at a time, with what
+another socket of this process read already (`stream.py`), or taken apart frame by frame.
+"""
+
+import asyncio
+import struct
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Protocol, cast
+from uuid import UUID
+
+import msgspec
+
+from loadtest.stream import Stream
+from protocol import SUBPROTOCOL, client
+from protocol.codec import encode
+from protocol.ids import ConversationId, MessageId, uuid7
+
+if TYPE_CHECKING:
+    from loadtest.ledger import Ledger
+
+TEXT, CLOSE, PING = 0x1, 0x8, 0x9
+SHORT, MEDIUM = 126, 127
+"""What a length of these says: it follows, in two bytes or in eight (RFC 6455, section 5.2)."""
+FILLING = "and about as long as what people write to each other when they have something to say"
+
+
+class Seat(msgspec.Struct):
+    """Who connects, from where, and in which conversations they talk."""
+
+    token: str
+    user_id: str
+    source: str
+    conversations: list[str]
+    talks: bool = True
+
+
+class Said(msgspec.Struct):
+    """A message, as far as the crowd looks at it."""
+
+    content: str = ""
+    id: str = ""
+
+
+class View(msgspec.Struct):
+    """A conversation, as far as the crowd looks at it."""
+
+    version: int
+    me: "Me"
+
+
+class Me(msgspec.Struct):
+    """The caller's part in it, which names it."""
+
+    conversation_id: str
+
+
+class Result(msgspec.Struct):
+    """An answer, as far as the crowd looks at it."""
+
+    type: str = ""
+    version: int = 0
+    messages: list[Said] = []
+    has_before: bool = False
+
+
+class Head(msgspec.Struct):
+    """What of all kinds of frames the crowd looks at."""
+
+    type: str
+    conversation_id: str | None = None
+    version: int = 0
+    since: int | None = None
+    message: Said | None = None
+    re: int | None = None
+    result: Result | None = None
+    code: str | None = None
+    is_last: bool = False
+    conversations: list[View] = []
+    view: View | None = None
+    versions: dict[str, int] = {}
+    epoch: str = ""
+
+
+_head = msgspec.json.Decoder(Head)
+
+
+Answered = Callable[[Head], None]
+"""Who waits for an answer."""
+
+
+class Crowd(Protocol):
+    """What a line needs of the process that it is in."""
+
+    ledger: "Ledger"
+    streams: dict[str, Stream]
+    host: tuple[str, int]
+    name: str
+
+
+class Line(asyncio.Protocol):
+    """One connection to OpenChat. Subclasses speak to other servers."""
+
+    is_ordered = True
+    """Whether every conversation has a clock, and its events come in its order."""
+
+    def __init__(self, crowd: Crowd, seat: Seat) -> None:
+        self.seat = seat
+        self.crowd = crowd
+        self.positions: dict[str, int] = {}
+        self.latest: dict[str, str] = {}
+        self.epoch = ""
+        self.stream: Stream | None = None
+        self.began = 0.0
+        self.ready: asyncio.Future[None]
+        self.is_open = False
+        self.transport: asyncio.Transport
+        self._conversation = ""
+        self._offset = 0
+        self._tail = b""
+        self._has_answered = False
+        self._waiting: dict[int, tuple[int, Answered | None]] = {}
+        self._next = 0
+        self._resuming: dict[str, int] | None = None
+
+    # ------------------------------------------------------------------------------------------- coming and going
+
+    async def connect(self, *, due: float | None = None) -> None:
+        """Connect, and return when the first page (or the difference, after `drop`) is there.
+
+        `due` is when that should have begun. Raises OSError, and ConnectionError if it ends before that.
+        """
+        loop = asyncio.get_running_loop()
+        self.began = time.monotonic() if due is None else due
+        self.ready = loop.create_future()
+        self._has_answered = False
+        self._tail = b""
+        local = (self.seat.source, 0) if self.seat.source else None
+        await loop.create_connection(lambda: self, *self.crowd.host, local_addr=local)
+        await self.ready
+        if self._resuming is None:
+            self.crowd.ledger.connected += 1
+        else:
+            self.crowd.ledger.resumed += 1
+        self.crowd.ledger.opened.add(time.monotonic() - self.began)
+        self._resuming = None
+        self.is_open = True
+
+    def drop(self) -> None:
+        """Vanish without a word, and remember where we were, to `connect` again from there."""
+        self.leave_stream()
+        self._resuming = dict(self.positions)
+        self.is_open = False
+        self._waiting.clear()
+        self.transport.abort()
+
+    def request(self) -> bytes:
+        """Return what asks for the WebSocket."""
+        head = (
+            "GET /v1/ws HTTP/1.1",
+            f"Host: {self.crowd.name}",
+            "Upgrade: websocket",
+            "Connection: Upgrade",
+            "Sec-WebSocket-Version: 13",
+            "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==",
+            f"Sec-WebSocket-Protocol: {SUBPROTOCOL}",
+            f"Authorization: Bearer {self.seat.token}",
+        )
+        if self._resuming is not None:
+            head = (head[0].replace("/v1/ws", "/v1/ws?resume=1"), *head[1:])
+        return "\r\n".join((*head, "", "")).encode()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast(asyncio.Transport, transport)
+        self.transport.write(self.request())
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if not self.ready.done():
+            self.ready.set_exception(exc or ConnectionError("the server ended the connection"))
+        elif self.is_open:
+            self.is_open = False
+            self.crowd.ledger.errors["connection lost"] += 1
+        self._waiting.clear()
+
+    # ------------------------------------------------------------------------------------------------- what we say
+
+    def ask(self, frame: client.Frame, due: int, answered: Answered | None = None) -> None:
+        """Send a frame that was due at a time (monotonic, in nanoseconds), and count how long its answer takes."""
+        self._next += 1
+        frame.id = self._next
+        self._waiting[self._next] = (due, answered)
+        self.crowd.ledger.sent += 1
+        self.write(encode(frame))
+
+    async def answer(self, frame: client.Frame) -> Head:
+        """Send a frame and return its answer, if it is not refused."""
+        answered: asyncio.Future[Head] = asyncio.get_running_loop().create_future()
+        self.ask(frame, time.monotonic_ns(), answered.set_result)
+        return await answered
+
+    def send(self, conversation_id: str, due: int) -> MessageId:
+        """Send a message that says when it was due, and return its id."""
+        message_id = MessageId(uuid7())
+        about = ConversationId(UUID(conversation_id))
+        self.ask(client.Send(conversation_id=about, message_id=message_id, content=f"{due} {FILLING}"), due)
+        return message_id
+
+    def write(self, payload: bytes) -> None:
+        """Send one text frame, masked with zeros: a mask's purpose is to protect proxies, and there are none."""
+        size = len(payload)
+        if size < SHORT:
+            head = struct.pack("!BB", 0x80 | TEXT, 0x80 | size)
+        elif size < 1 << 16:
+            head = struct.pack("!BBH", 0x80 | TEXT, 0x80 | SHORT, size)
+        else:
+            head = struct.pack("!BBQ", 0x80 | TEXT, 0x80 | MEDIUM, size)
+        self.transport.write(head + bytes(4) + payload)
+
+    # ------------------------------------------------------------------------------------------------ what we hear
+
+    def data_received(self, data: bytes) -> None:
+        self.crowd.ledger.read_bytes += len(data)
+        stream = self.stream
+        if stream is not None and not self._tail and stream.log.startswith(data, self._offset):
+            self._advance(stream, self._offset + len(data))
+            return
+        if stream is not None and not self._tail and (begin := stream.begin_of_frame(self._offset)) < self._offset:
+            # In the middle of a frame: take it apart from its beginning.
+            data = bytes(stream.log[begin : self._offset]) + data
+            self._offset = begin
+        self._take_apart(self._tail + data if self._tail else data)
+
+    def join_stream(self, conversation_id: str, stream: Stream) -> None:
+        """Compare what comes from here on with what others read in this conversation."""
+        self._conversation, self.stream, self._offset = conversation_id, stream, len(stream.log)
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether an answer is still to come."""
+        return bool(self._waiting)
+
+    def leave_stream(self) -> None:
+        """Look at every frame by itself from here on."""
+        if self.stream is not None:
+            self._offset = self.stream.begin_of_frame(self._offset)
+            self.positions[self._conversation] = self.stream.version_at(self._offset)
+            self.stream = None
+
+    def position(self, conversation_id: str) -> int:
+        """Return the version that this line is at in a conversation."""
+        if self.stream is not None and conversation_id == self._conversation:
+            return self.stream.version_at(self._offset)
+        return self.positions.get(conversation_id, 0)
+
+    def _advance(self, stream: Stream, offset: int) -> None:
+        now = time.monotonic_ns()
+        ledger = self.crowd.ledger
+        for due, count in stream.completed(self._offset, offset):
+            ledger.delivered += count
+            if due:
+                ledger.deliveries.add((now - due) / 1e9, count)
+        self._offset = offset
+
+    def _take_apart(self, data: bytes) -> None:
+        self._tail = b""
+        at = 0
+        if not self._has_answered:
+            head, blank, _ = data.partition(b"\r\n\r\n")
+            if not blank:
+                self._tail = data
+                return
+            if b" 101 " not in head.partition(b"\r\n")[0]:
+                self._refused(head.partition(b"\r\n")[0].decode("latin-1"))
+                return
+            self._has_answered = True
+            at = len(head) + 4
+            self.welcomed()
+        total = len(data)
+        while at + 2 <= total:
+            size, first = data[at + 1], at + 2
+            if size == SHORT:
+                size, first = int.from_bytes(data[at + 2 : at + 4]), at + 4
+            elif size == MEDIUM:
+                size, first = int.from_bytes(data[at + 2 : at + 10]), at + 10
+            if first + size > total:
+                break
+            self._frame(data[at : first + size], first - at)
+            at = first + size
+        self._tail = data[at:]
+
+    def _refused(self, status: str) -> None:
+        self.ready.set_exception(ConnectionError(f"the server answered: {status}"))
+        self.transport.abort()
+
+    def _frame(self, frame: bytes, first: int) -> None:
+        kind = frame[0] & 0xF
+        if kind == TEXT:
+            stream = self.stream
+            if stream is not None and stream.log.startswith(frame, self._offset):
+                self._advance(stream, self._offset + len(frame))
+            else:
+                self.heard(frame[first:], frame)
+        elif kind == PING:
+            self.transport.write(b"\x8a\x80\0\0\0\0")
+        elif kind == CLOSE:
+            self.is_open = False
+            code = int.from_bytes(frame[first : first + 2])
+            self.crowd.ledger.errors[f"closed with {code}"] += 1
+
+    # ------------------------------------------------------------------------------------ what it means (OpenChat)
+
+    def welcomed(self) -> None:
+        """The WebSocket is open."""
+        if self._resuming is not None:
+            versions = {ConversationId(UUID(about)): version for about, version in self._resuming.items()}
+            self._next += 1
+            self._waiting[self._next] = (0, self._has_resumed)
+            self.write(encode(client.Resume(id=self._next, epoch=self.epoch, versions=versions)))
+
+    def heard(self, payload: bytes, frame: bytes) -> None:
+        """Take in a frame."""
+        head = _head.decode(payload)
+        if head.re is not None:
+            self._answer(head)
+        elif head.version and head.conversation_id is not None:
+            self._durable(head, frame)
+        elif head.conversations or head.is_last:
+            for view in head.conversations:
+                self.positions[view.me.conversation_id] = view.version
+            if head.is_last and not self.ready.done():
+                self.ready.set_result(None)
+        elif head.view is not None:
+            self.positions[head.view.me.conversation_id] = head.view.version
+            self.crowd.ledger.errors["start_over"] += head.type == "start_over"
+        elif head.type == "ready":
+            self.epoch = head.epoch
+        elif head.type == "heartbeat":
+            behind = sum(1 for about, version in head.versions.items() if self.position(about) < version)
+            self.crowd.ledger.lost += behind
+        elif head.code is not None:
+            self.crowd.ledger.errors[head.code] += 1
+        else:
+            self.crowd.ledger.ephemeral += 1
+
+    def _answer(self, head: Head) -> None:
+        due, answered = self._waiting.pop(head.re or 0, (0, None))
+        ledger = self.crowd.ledger
+        if head.code is not None:
+            ledger.errors[head.code] += 1
+            return
+        if due:
+            ledger.answered += 1
+            ledger.answers.add((time.monotonic_ns() - due) / 1e9)
+        if answered is not None:
+            answered(head)
+
+    def _has_resumed(self, _: Head) -> None:
+        if not self.ready.done():
+            self.ready.set_result(None)
+
+    def _durable(self, head: Head, frame: bytes) -> None:
+        about = cast(str, head.conversation_id)
+        stream = self.stream
+        before = self.position(about)
+        due = due_of(head.message.content) if head.message is not None else 0
+        if stream is not None:
+            if self._offset == len(stream.log) and head.version == before + 1 and about == self._conversation:
+                stream.append(frame, due)
+                self._advance(stream, len(stream.log))
+                return
+            self.leave_stream()
+        ledger = self.crowd.ledger
+        since = head.version - 1 if head.since is None else head.since
+        if head.version <= before:
+            ledger.duplicated += 1
+            return
+        if since > before:
+            ledger.skipped += since - before
+        ledger.delivered += head.version - before
+        self.positions[about] = head.version
+        if head.message is not None:
+            self.latest[about] = head.message.id
+        if due:
+            ledger.deliveries.add((time.monotonic_ns() - due) / 1e9)
+
+
+def due_of(content: str) -> int:
+    """Return when a message was due by its own words, in nanoseconds of the monotonic clock; 0 if it does not say."""
+    word = content.partition(" ")[0]
+    return int(word) if word.isdecimal() else 0

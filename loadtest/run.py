@@ -1,0 +1,336 @@
+"""One run: people, connections, a scenario at a rate, and what came of it."""
+
+import asyncio
+import contextlib
+import os
+import sys
+import time
+from collections.abc import AsyncIterator, Callable
+from types import TracebackType
+from typing import Self
+
+import msgspec
+
+from loadtest.histogram import Histogram
+from loadtest.ledger import Tally
+from loadtest.line import Seat
+from loadtest.machine import Usage
+from loadtest.orders import Connect, Done, Drive, Fill, Order, Report, Settle, Tick
+from loadtest.scenario import Size
+from loadtest.scenarios import SCENARIOS
+from loadtest.target import Target, Unusable
+
+SETTLE_SECONDS = 30.0
+"""How long what was sent may take to come before it counts as lost."""
+START_SECONDS = 0.5
+"""From saying when to begin to beginning: by then every process knows."""
+REST_SECONDS = 1.0
+"""Between phases: what the server still has to do for the one before is not the next one's cost."""
+FILL_BLOCK = 5_000
+
+_reports: msgspec.json.Decoder[Report] = msgspec.json.Decoder(Report)
+
+
+class Moment(msgspec.Struct, kw_only=True):
+    """Half a second of a run, for the plots."""
+
+    at: float
+    """Seconds since the phase began."""
+    sent: float
+    """A second, as everything that follows."""
+    delivered: float
+    answer_p50: float
+    answer_p99: float
+    delivery_p50: float
+    delivery_p99: float
+    cpu: dict[str, float]
+    """Cores that each kind of server process used; empty if the server is elsewhere."""
+
+
+class Phase(msgspec.Struct, kw_only=True):
+    """What a part of a run did and what that cost."""
+
+    name: str
+    rate: float
+    seconds: float
+    load_seconds: float
+    """How much of that something was offered."""
+    tally: Tally
+    cpu: dict[str, float]
+    """CPU seconds by kind of server process; empty if the server is elsewhere."""
+    memory: dict[str, int]
+    """Bytes at its end, by kind of server process."""
+    crowd_cpu: float
+    """CPU seconds of the crowd's own processes."""
+    behind: float
+    """The latest that the crowd itself ever was, in seconds: what is above a few milliseconds is not the server's."""
+    moments: list[Moment]
+
+    @property
+    def cpu_seconds(self) -> float:
+        """CPU seconds of all server processes."""
+        return sum(self.cpu.values())
+
+
+class Result(msgspec.Struct, kw_only=True):
+    """A whole run."""
+
+    scenario: str
+    where: str
+    people: int
+    connections: int
+    base_memory: dict[str, int]
+    """Bytes before anyone connected."""
+    phases: list[Phase]
+
+    @property
+    def wrong(self) -> int:
+        """How many events did not come once and in order."""
+        return sum(phase.tally.wrong for phase in self.phases)
+
+    @property
+    def errors(self) -> dict[str, int]:
+        """What else went wrong."""
+        total = Tally()
+        for phase in self.phases:
+            total.add(Tally(errors=phase.tally.errors))
+        return total.errors
+
+
+class Process:
+    """One process of the crowd, from the outside."""
+
+    def __init__(self, process: asyncio.subprocess.Process, heard: Callable[[Tick], None]) -> None:
+        self._process = process
+        self._heard = heard
+        self._done: asyncio.Future[Done] | None = None
+        self._reading = asyncio.create_task(self._read())
+
+    @property
+    def pid(self) -> int:
+        """Its number."""
+        return self._process.pid
+
+    async def obey(self, order: Order) -> Done:
+        """Have an order carried out. Raises Unusable if it cannot be."""
+        self._done = asyncio.get_running_loop().create_future()
+        assert self._process.stdin is not None  # noqa: S101 - asked for
+        self._process.stdin.write(msgspec.json.encode(order) + b"\n")
+        done = await self._done
+        if done.failed:
+            raise Unusable(f"the crowd could not go on: {done.failed}")
+        return done
+
+    async def stop(self) -> None:
+        """End it."""
+        with contextlib.suppress(ProcessLookupError):
+            self._process.kill()
+        await self._process.wait()
+        self._reading.cancel()
+
+    async def _read(self) -> None:
+        assert self._process.stdout is not None  # noqa: S101 - asked for
+        while line := await self._process.stdout.readline():
+            report = _reports.decode(line)
+            if isinstance(report, Tick):
+                self._heard(report)
+            elif self._done is not None:
+                self._done.set_result(report)
+        if self._done is not None and not self._done.done():
+            self._done.set_result(Done(failed="one of its processes ended"))
+
+
+class Run:
+    """The crowd in front of one target. An async context: its processes end with it."""
+
+    def __init__(self, target: Target, scenario: str, size: Size, *, processes: int, watch: "Watch") -> None:
+        self._target = target
+        self._scenario = SCENARIOS[scenario]
+        self._size = size
+        self._count = processes
+        self.watch = watch
+        self._processes: list[Process] = []
+        self._hands: list[list[Seat]] = []
+        self._ticks: list[Tick] = []
+        self._phases: list[Phase] = []
+        self._base: dict[str, int] = {}
+        self._seats = 0
+
+    async def __aenter__(self) -> Self:
+        for _ in range(self._count):
+            process = await asyncio.create_subprocess_exec(
+                sys.executable, "-m", "loadtest.crowd",
+                stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, limit=1 << 28,
+            )  # fmt: skip
+            self._processes.append(Process(process, self._ticks.append))
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for process in self._processes:
+            await process.stop()
+
+    @property
+    def result(self) -> Result:
+        """What was done until now."""
+        return Result(
+            scenario=self._scenario.name,
+            where=f"{self._target.host}:{self._target.port}",
+            people=self._size.people,
+            connections=self._seats,
+            base_memory=self._base,
+            phases=self._phases,
+        )
+
+    async def connect(self, *, at_once: int = 64) -> Phase:
+        """Have everyone connect, as fast as it goes with `at_once` under way."""
+        seats, members = await self._target.prepare(self._scenario.layout(self._size), self.watch.tell)
+        seats = [seats[number % len(seats)] for number in range(self._size.connections)]
+        self._seats = len(seats)
+        target = self._target
+        # Whoever shares a conversation is spread over all processes, and every process has some who talk.
+        self._hands = [seats[number :: self._count] for number in range(self._count)]
+
+        def order(seats: list[Seat], at_once: int) -> Connect:
+            mine = {one for seat in seats for one in seat.conversations}
+            return Connect(
+                line=target.line, host=target.host, address=target.address, port=target.port, seats=seats,
+                members={one: members[one] for one in mine}, at_once=at_once,
+            )  # fmt: skip
+
+        # What the first ones alone bring into memory is not the next one's cost.
+        await asyncio.gather(
+            *(
+                process.obey(msgspec.structs.replace(order(hand[:1], 1), is_quiet=True))
+                for process, hand in zip(self._processes, self._hands, strict=True)
+            )
+        )
+        await asyncio.sleep(REST_SECONDS)
+        self._base = dict(self._target.machine.usage(memory=True).memory)
+        async with self._phase("connect"):
+            share = max(1, at_once // self._count)
+            await asyncio.gather(
+                *(
+                    process.obey(order(hand[1:], share))
+                    for process, hand in zip(self._processes, self._hands, strict=True)
+                )
+            )
+        return self._phases[-1]
+
+    async def drive(self, seconds: float, rate: float) -> Phase:
+        """Do the scenario's acts at a rate, wait for what is still to come, and return what it was."""
+        await asyncio.sleep(REST_SECONDS)
+        async with self._phase(self._scenario.name, rate, seconds):
+            begin = time.monotonic_ns() + int(START_SECONDS * 1e9)
+            talking = [sum(seat.talks for seat in hand) for hand in self._hands]
+            done = await asyncio.gather(*(
+                process.obey(
+                    Drive(
+                        scenario=self._scenario.name, size=self._size, rate=rate * share / sum(talking),
+                        begin=begin, end=begin + int(seconds * 1e9), seed=number,
+                    )
+                )
+                for number, (process, share) in enumerate(zip(self._processes, talking, strict=True))
+            ))  # fmt: skip
+            # Two rounds: the first one waits for the last answers, and what was answered must come to everyone.
+            for _ in range(2):
+                versions: dict[str, int] = {}
+                for one in done:
+                    for about, version in one.versions.items():
+                        versions[about] = max(version, versions.get(about, 0))
+                done = await asyncio.gather(
+                    *(process.obey(Settle(versions=versions, seconds=SETTLE_SECONDS)) for process in self._processes)
+                )
+        return self._phases[-1]
+
+    async def fill(self, conversation_id: str, first: int, last: int) -> AsyncIterator[int]:
+        """Write messages of a conversation as fast as it goes, and yield how far that is."""
+        for start in range(first, last, FILL_BLOCK * self._count):
+            ends = [min(last, start + FILL_BLOCK * (number + 1)) for number in range(self._count)]
+            orders = [
+                Fill(conversation_id=conversation_id, first=min(last, start + FILL_BLOCK * number), last=end)
+                for number, end in enumerate(ends)
+            ]
+            await asyncio.gather(*(one.obey(order) for one, order in zip(self._processes, orders, strict=True)))
+            yield ends[-1]
+
+    @contextlib.asynccontextmanager
+    async def _phase(self, name: str, rate: float = 0.0, load_seconds: float = 0.0) -> AsyncIterator[None]:
+        machine = self._target.machine
+        self._ticks.clear()
+        moments: list[Moment] = []
+        total, behind = Tally(), 0.0
+        before, own, began = machine.usage(), self._own(), time.monotonic()
+        last, at = before, began
+
+        def look() -> None:
+            """Make a moment of what was ticked since the last one."""
+            nonlocal last, at, behind
+            now, usage = time.monotonic(), machine.usage()
+            tally = Tally()
+            for tick in self._ticks:
+                tally.add(tick.tally)
+                behind = max(behind, tick.behind)
+            self._ticks.clear()
+            total.add(tally)
+            moments.append(_moment(now - began, now - at, tally, usage, last))
+            self.watch.see(name, moments[-1], total)
+            last, at = usage, now
+
+        async def keep_looking() -> None:
+            while True:
+                await asyncio.sleep(1.0)
+                look()
+
+        looking = asyncio.create_task(keep_looking())
+        try:
+            yield
+        finally:
+            seconds = time.monotonic() - began
+            after = machine.usage(memory=True)
+            crowd_cpu = self._own() - own
+            looking.cancel()
+        await asyncio.sleep(REST_SECONDS)  # for the last ticks
+        look()
+        self._phases.append(
+            Phase(
+                name=name, rate=rate, seconds=seconds, load_seconds=load_seconds or seconds, tally=total,
+                moments=moments[:-1] or moments,
+                cpu={kind: used - before.cpu.get(kind, 0.0) for kind, used in after.cpu.items()},
+                memory=dict(after.memory), crowd_cpu=crowd_cpu, behind=behind,
+            )
+        )  # fmt: skip
+
+    def _own(self) -> float:
+        ticks = os.sysconf("SC_CLK_TCK")
+        used = 0
+        for process in self._processes:
+            with open(f"/proc/{process.pid}/stat") as file:  # noqa: PTH123 - a file of the kernel's
+                fields = file.read().rpartition(")")[2].split()
+            used += int(fields[11]) + int(fields[12])
+        return used / ticks
+
+
+class Watch:
+    """Who is told how a run is going."""
+
+    def tell(self, line: str) -> None:
+        """Say what is being done."""
+
+    def see(self, phase: str, moment: Moment, total: Tally) -> None:
+        """Show the last second."""
+
+
+def _moment(at: float, seconds: float, tally: Tally, usage: Usage, last: Usage) -> Moment:
+    answers, deliveries = Histogram(tally.answers), Histogram(tally.deliveries)
+    return Moment(
+        at=at,
+        sent=tally.sent / seconds,
+        delivered=tally.delivered / seconds,
+        answer_p50=answers.percentile(0.5),
+        answer_p99=answers.percentile(0.99),
+        delivery_p50=deliveries.percentile(0.5),
+        delivery_p99=deliveries.percentile(0.99),
+        cpu={kind: (used - last.cpu.get(kind, 0.0)) / seconds for kind, used in usage.cpu.items()},
+    )

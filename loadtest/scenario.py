@@ -1,0 +1,79 @@
+"""What a scenario is: who there is, and what one of them does each time something is due."""
+
+import random
+from collections.abc import Sequence
+from typing import ClassVar, Protocol
+
+import msgspec
+
+from loadtest.ledger import Ledger
+from loadtest.line import Line
+
+
+class Size(msgspec.Struct, kw_only=True):
+    """How large a run is to be. What is not said takes the scenario's own figure."""
+
+    people: int
+    connections: int
+    group: int
+    rate: float
+    messages: int = 1_000_000
+    """How many messages the conversation of `history` has."""
+
+
+class Layout(msgspec.Struct, kw_only=True):
+    """Who there is: people by number, the conversations they have, and how many of each one's members talk."""
+
+    people: int
+    groups: list[list[int]] = []
+    talkers: int = 0
+    """How many members of each conversation talk; 0 is all of them."""
+    is_direct: bool = False
+    is_kept: bool = False
+    """Whether the (one) conversation is kept for the next run."""
+
+
+class Cast(Protocol):
+    """The lines of one process, as far as a scenario uses them."""
+
+    lines: list[Line]
+    ledger: Ledger
+    members: dict[str, list[str]]
+
+    def reconnect(self, line: Line, due: int) -> None:
+        """Have a line come back that was dropped."""
+
+
+class Scenario:
+    """The base of all scenarios: nothing happens in it."""
+
+    name: ClassVar[str]
+    about: ClassVar[str]
+    unit: ClassVar[str] = "messages"
+    """What `rate` counts."""
+    people: ClassVar[int] = 1_000
+    group: ClassVar[int] = 10
+    rate: ClassVar[float] = 0.0
+    is_broadcast: ClassVar[bool] = False
+    """Whether everyone is in one conversation only, and hears nothing but its messages."""
+
+    def __init__(self, cast: Cast, size: Size, seed: int) -> None:
+        self.cast = cast
+        self.size = size
+        self.random = random.Random(seed)
+
+    @classmethod
+    def layout(cls, size: Size) -> Layout:
+        """Return who there is: by default groups of `size.group`."""
+        return Layout(people=size.people, groups=split(range(size.people), size.group))
+
+    def begin(self) -> None:
+        """Everyone is connected; the clock is about to start."""
+
+    def act(self, due: int) -> None:
+        """Do the next thing, which was due at a time of the monotonic clock, in nanoseconds."""
+
+
+def split(people: Sequence[int], size: int) -> list[list[int]]:
+    """Return people in groups of `size`; the last one is as small as it comes out."""
+    return [list(people[start : start + size]) for start in range(0, len(people), size)]

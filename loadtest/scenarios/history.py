@@ -1,0 +1,41 @@
+"""Random pages in one very long conversation."""
+
+import hashlib
+from uuid import UUID
+
+from loadtest.scenario import Layout, Scenario, Size
+from protocol import client
+from protocol.ids import ConversationId, MessageId
+
+TALKERS = 50
+"""How many write the conversation, before the run."""
+EPOCH_MS = 1_700_000_000_000
+
+
+class History(Scenario):
+    """Each act reads a page around a message that nobody has looked at before."""
+
+    name = "history"
+    about = "random pages in a conversation of 1,000,000"
+    unit = "pages"
+    people = 100
+    group = 100
+    rate = 200.0
+
+    @classmethod
+    def layout(cls, size: Size) -> Layout:
+        everyone = list(range(size.people))
+        return Layout(people=size.people, groups=[everyone], talkers=min(TALKERS, size.people), is_kept=True)
+
+    def act(self, due: int) -> None:
+        line = self.random.choice(self.cast.lines)
+        about = line.seat.conversations[0]
+        anchor = message_id(about, self.random.randrange(self.size.messages))
+        line.ask(client.History(conversation_id=ConversationId(UUID(about)), around=anchor, limit=50), due)
+
+
+def message_id(conversation_id: str, number: int) -> MessageId:
+    """Return the id of a conversation's message by its number: known without being kept. It is a UUIDv7."""
+    high = (EPOCH_MS + number) << 80 | 0x7 << 76
+    low = int.from_bytes(hashlib.blake2b(f"{conversation_id} {number}".encode(), digest_size=8).digest())
+    return MessageId(UUID(int=high | 0b10 << 62 | low & 0x3FFF_FFFF_FFFF_FFFF))

@@ -1,0 +1,41 @@
+"""People who come and go, type, and watch each other."""
+
+from uuid import UUID
+
+from loadtest.line import Line
+from loadtest.scenario import Scenario
+from protocol.client import SetPresence, Typing, Watch
+from protocol.ids import ConversationId, UserId
+
+BREAK_SECONDS = 1.0
+"""How long someone who goes stays away."""
+
+
+class Presence(Scenario):
+    """Six of ten times someone types, two of ten they change how they are seen, two of ten they go and come back."""
+
+    name = "presence"
+    about = "100 teams of 10 who come and go, type, and watch each other"
+    unit = "acts"
+    rate = 100.0
+
+    def begin(self) -> None:
+        for line in self.cast.lines:
+            others = {UserId(UUID(one)) for about in line.seat.conversations for one in self.cast.members[about]}
+            line.ask(Watch(user_ids=list(others)), 0)
+
+    def act(self, due: int) -> None:
+        line = self.random.choice(self.cast.lines)
+        if line.is_open:
+            self._act(line, due)
+
+    def _act(self, line: Line, due: int) -> None:
+        chance = self.random.random()
+        if chance < 0.6:  # noqa: PLR2004 - the shares are in the class's docstring
+            about = ConversationId(UUID(self.random.choice(line.seat.conversations)))
+            line.ask(Typing(conversation_id=about, active=self.random.random() < 0.7), due)  # noqa: PLR2004
+        elif chance < 0.8:  # noqa: PLR2004
+            line.ask(SetPresence(status=self.random.choice(("online", "away", "busy"))), due)
+        else:
+            line.drop()
+            self.cast.reconnect(line, due + int(BREAK_SECONDS * 1e9))

@@ -1,0 +1,53 @@
+"""Connections that drop, miss a thousand events, and come back for them."""
+
+from collections import deque
+
+from loadtest.line import Line
+from loadtest.scenario import Layout, Scenario, Size, split
+
+MISSED = 950
+"""How many events each one misses: more than 1,000 may be answered with `start_over`, and some come meanwhile."""
+DROP_EVERY = 50
+"""One connection drops for each so many messages."""
+
+
+class Resume(Scenario):
+    """Messages flow; now and then someone drops, and comes back when they have missed enough."""
+
+    name = "resume"
+    about = "5 rooms of 100: drop, miss 1,000 events, come back"
+    people = 500
+    group = 100
+    rate = 500.0
+
+    @classmethod
+    def layout(cls, size: Size) -> Layout:
+        return Layout(people=size.people, groups=split(range(size.people), size.group), talkers=size.group // 4)
+
+    def begin(self) -> None:
+        self._talkers = [line for line in self.cast.lines if line.seat.talks]
+        self._awake = deque(line for line in self.cast.lines if not line.seat.talks)
+        self._asleep: deque[tuple[Line, str, int]] = deque()
+        self._count = 0
+        self._heard = {about: line for line in self._talkers for about in line.seat.conversations}
+
+    def act(self, due: int) -> None:
+        talker = self.random.choice(self._talkers)
+        talker.send(self.random.choice(talker.seat.conversations), due)
+        if self._asleep:
+            line, about, version = self._asleep[0]
+            if self._heard[about].position(about) >= version + MISSED:
+                self._asleep.popleft()
+                self.cast.reconnect(line, due)
+                self._awake.append(line)
+        self._count += 1
+        if self._awake and self._count % DROP_EVERY == 0:
+            self._drop(self._awake.popleft())
+
+    def _drop(self, line: Line) -> None:
+        about = line.seat.conversations[0]
+        if line.is_open and about in self._heard:
+            line.drop()
+            self._asleep.append((line, about, line.position(about)))
+        else:
+            self._awake.append(line)

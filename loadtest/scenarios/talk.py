@@ -1,0 +1,64 @@
+"""Conversations in which people talk: one large, many small, pairs."""
+
+from itertools import cycle
+
+from loadtest.line import Line
+from loadtest.scenario import Cast, Layout, Scenario, Size, split
+
+MESSAGES_PER_TALKER = 25
+"""No one says more than this a second: servers limit that."""
+
+
+class Talk(Scenario):
+    """Those who talk take turns."""
+
+    is_broadcast = True
+
+    def __init__(self, cast: Cast, size: Size, seed: int) -> None:
+        super().__init__(cast, size, seed)
+        turns = [(line, about) for line in cast.lines if line.seat.talks for about in line.seat.conversations]
+        self.random.shuffle(turns)
+        self._turns: cycle[tuple[Line, str]] = cycle(turns)
+
+    def act(self, due: int) -> None:
+        line, about = next(self._turns)
+        line.send(about, due)
+
+
+class Room(Talk):
+    """One conversation of many, of whom a few talk."""
+
+    name = "room"
+    about = "one conversation of 1,000, a few talk"
+    group = 1_000
+    rate = 20.0
+
+    @classmethod
+    def layout(cls, size: Size) -> Layout:
+        return Layout(
+            people=size.people,
+            groups=split(range(size.people), size.group),
+            talkers=min(size.group, max(4, int(size.rate / MESSAGES_PER_TALKER) + 1)),
+        )
+
+
+class Teams(Talk):
+    """Many small conversations, in all of which people talk."""
+
+    name = "teams"
+    about = "200 conversations of 10"
+    people = 2_000
+    rate = 200.0
+
+
+class Direct(Talk):
+    """Pairs."""
+
+    name = "direct"
+    about = "500 pairs"
+    group = 2
+    rate = 200.0
+
+    @classmethod
+    def layout(cls, size: Size) -> Layout:
+        return Layout(people=size.people, groups=split(range(size.people - size.people % 2), 2), is_direct=True)

@@ -1,0 +1,232 @@
+"""The server under load, and the people and conversations that a run needs there: made by the wire alone."""
+
+import asyncio
+import os
+import secrets
+import socket
+from collections.abc import Callable, Coroutine, Iterable
+from pathlib import Path
+from typing import Protocol, TypeVar
+from urllib.parse import urlsplit
+
+import httpx
+import msgspec
+import platformdirs
+
+from loadtest.line import Seat
+from loadtest.machine import Machine, behind, is_here
+from loadtest.scenario import Layout
+from protocol import client
+from protocol.codec import decode_server, encode
+from protocol.http import LoggedIn, Register
+from protocol.ids import ConversationId, UserId, uuid7
+from protocol.limits import MAX_PARTICIPANTS_NAMED
+from protocol.server import Error, OneConversation, Reply
+
+PER_ADDRESS = 80
+"""Accounts made from each loopback address: a server allows 100 in five minutes unless told otherwise."""
+AT_ONCE = 8
+SECONDS = 30.0
+TOO_MANY_REQUESTS = 429
+
+
+Outcome = TypeVar("Outcome")
+
+
+class Unusable(Exception):  # noqa: N818 - what the user is told
+    """The run cannot be made, and why."""
+
+
+class Person(msgspec.Struct):
+    """An account."""
+
+    user_id: UserId
+    token: str
+
+
+class Purse(msgspec.Struct):
+    """What is kept between runs: accounts, because a password costs the server tens of milliseconds, and the
+    long conversation of `history`, because it takes minutes to write.
+    """
+
+    people: list[Person] = []
+    history: ConversationId | None = None
+    readers: int = 0
+    """How many of the people are in it."""
+    written: int = 0
+
+
+class Target(Protocol):
+    """A server that takes the crowd."""
+
+    line: str
+    """What of ours speaks to it, as `module:class`."""
+    host: str
+    port: int
+    address: str
+    machine: Machine
+
+    async def prepare(self, layout: Layout, tell: Callable[[str], None]) -> tuple[list[Seat], dict[str, list[str]]]:
+        """Return a seat for each of the people, and who is in each conversation."""
+
+    async def leave(self) -> None:
+        """Take away what `prepare` made."""
+
+
+class OpenChat:
+    """An OpenChat at a URL. Raises Unusable if nothing answers there."""
+
+    line = "loadtest.line:Line"
+
+    def __init__(self, url: str, *, folder: Path | None = None) -> None:
+        parts = urlsplit(url if "//" in url else f"//{url}", scheme="http")
+        if parts.scheme != "http" or not parts.hostname:
+            raise Unusable(f"{url} is not understood: give something like http://127.0.0.1:8000, without TLS.")
+        self.host, self.port = parts.hostname, parts.port or 80
+        try:
+            self.address = str(socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)[0][4][0])
+        except OSError as error:
+            raise Unusable(f"{self.host} is not known here: {error.strerror}.") from None
+        self.is_here = is_here(self.address)
+        self.machine = behind(self.port) if self.is_here else Machine([])
+        self._url = f"http://{self.host}:{self.port}"
+        self._is_loopback = self.address.startswith("127.")
+        folder = Path(platformdirs.user_cache_dir("openchat", appauthor=False)) if folder is None else folder
+        self._path = folder / "load" / f"{self.host}_{self.port}.json"
+        self._made: list[tuple[ConversationId, list[Person]]] = []
+        self.purse = Purse()
+
+    async def prepare(self, layout: Layout, tell: Callable[[str], None]) -> tuple[list[Seat], dict[str, list[str]]]:
+        """Make the people and conversations that are not there yet."""
+        await self._open()
+        people = await self._people(layout.people, tell)
+        members: dict[str, list[str]] = {}
+        seats = [
+            Seat(token=one.token, user_id=str(one.user_id), source=self._source(number), conversations=[], talks=False)
+            for number, one in enumerate(people)
+        ]
+        tell(f"making {len(layout.groups)} conversations …")
+        async with self._client() as http:
+            made = await _all(
+                self._conversation(http, [people[one] for one in group], layout) for group in layout.groups
+            )
+        for conversation_id, group in zip(made, layout.groups, strict=True):
+            about = str(conversation_id)
+            members[about] = [str(people[one].user_id) for one in group]
+            for place, one in enumerate(group):
+                seats[one].conversations.append(about)
+                seats[one].talks |= not layout.talkers or place < layout.talkers
+        return seats, members
+
+    async def leave(self) -> None:
+        """Everyone leaves what was made for this run, so that the next one finds people without a past."""
+        async with self._client() as http:
+            leaves = (
+                self.call(http, one, client.Leave(conversation_id=about))
+                for about, group in self._made
+                for one in group
+            )
+            await _all(leaves)
+        self._made.clear()
+
+    async def call(self, http: httpx.AsyncClient, person: Person, frame: client.Frame) -> Reply:
+        """Do one frame as a person, and wait as the server asks. Raises Unusable when it is refused."""
+        while True:
+            answer = decode_server(
+                (
+                    await http.post(
+                        "/v1/call", content=encode(frame), headers={"authorization": f"Bearer {person.token}"}
+                    )
+                ).content
+            )
+            if isinstance(answer, Reply):
+                return answer
+            if not isinstance(answer, Error) or answer.retry_after_ms is None:
+                raise Unusable(f"the server refused: {answer}")
+            await asyncio.sleep(answer.retry_after_ms / 1000)
+
+    def save(self) -> None:
+        """Keep what is kept."""
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with os.fdopen(os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+            file.write(msgspec.json.encode(self.purse))
+
+    async def _open(self) -> None:
+        """Take out the accounts of earlier runs, if the server still knows them."""
+        if self._path.exists() and not self.purse.people:
+            self.purse = msgspec.json.decode(self._path.read_bytes(), type=Purse)
+        async with self._client() as http:
+            try:
+                await http.get("/healthz")
+                if self.purse.people:
+                    await self.call(http, self.purse.people[0], client.Ping())
+            except httpx.HTTPError:
+                raise Unusable(
+                    f"nothing answers at {self._url}. Start a server with `openchat`, or give another one with --url."
+                ) from None
+            except Unusable:
+                self.purse = Purse()
+
+    async def _people(self, count: int, tell: Callable[[str], None]) -> list[Person]:
+        known = self.purse.people
+        for start in range(len(known), count, PER_ADDRESS):
+            async with self._client(self._source(start)) as http:
+                known += await _all(self._register(http) for _ in range(start, min(start + PER_ADDRESS, count)))
+            tell(f"making accounts: {len(known)} of {count} …")
+            self.save()
+        return known[:count]
+
+    async def _register(self, http: httpx.AsyncClient) -> Person:
+        name = secrets.token_hex(6)
+        body = Register(name=f"Crowd {name}", email=f"{name}@crowd.example", password=secrets.token_urlsafe(12))
+        answer = await http.post("/v1/auth/register", content=encode(body))
+        if answer.status_code == TOO_MANY_REQUESTS:
+            raise Unusable(
+                "the server limits how many accounts an address may make; start it with "
+                "OPENCHAT_LOGIN_ATTEMPTS_PER_ADDRESS=100000 for load tests, or give fewer --people."
+            )
+        if not answer.is_success:
+            raise Unusable(f"the server makes no account: {answer.text}")
+        made = msgspec.json.decode(answer.content, type=LoggedIn)
+        return Person(made.user.id, made.token)
+
+    async def _conversation(self, http: httpx.AsyncClient, people: list[Person], layout: Layout) -> ConversationId:
+        first, *others = people
+        if layout.is_kept and self.purse.history is not None and self.purse.readers == len(people):
+            return self.purse.history
+        if layout.is_direct:
+            reply = await self.call(http, first, client.CreateDirect(user_id=others[0].user_id))
+            assert isinstance(reply.result, OneConversation)  # noqa: S101 - as the protocol says
+            return reply.result.view.conversation.id
+        made = ConversationId(uuid7())
+        ids = [one.user_id for one in others]
+        create = client.CreateGroup(conversation_id=made, title="Crowd", participants=ids[:MAX_PARTICIPANTS_NAMED])
+        await self.call(http, first, create)
+        for start in range(MAX_PARTICIPANTS_NAMED, len(ids), MAX_PARTICIPANTS_NAMED):
+            some = ids[start : start + MAX_PARTICIPANTS_NAMED]
+            await self.call(http, first, client.AddParticipants(conversation_id=made, participants=some))
+        if layout.is_kept:
+            self.purse.history, self.purse.readers, self.purse.written = made, len(people), 0
+        else:
+            self._made.append((made, people))
+        return made
+
+    def _source(self, number: int) -> str:
+        """Return the address that a person comes from: on loopback there are many."""
+        place = number // PER_ADDRESS
+        return f"127.1.{place // 250 % 250}.{place % 250 + 1}" if self._is_loopback else ""
+
+    def _client(self, source: str = "") -> httpx.AsyncClient:
+        transport = httpx.AsyncHTTPTransport(local_address=source or None, limits=httpx.Limits(max_connections=AT_ONCE))
+        return httpx.AsyncClient(base_url=self._url, transport=transport, timeout=SECONDS)
+
+
+async def _all(work: Iterable[Coroutine[None, None, Outcome]]) -> list[Outcome]:
+    """Return the outcomes, in order, of work that is done some at a time."""
+    turn = asyncio.Semaphore(AT_ONCE)
+
+    async def one(coroutine: Coroutine[None, None, Outcome]) -> Outcome:
+        async with turn:
+            return await coroutine
+
+    return await asyncio.gather(*(one(coroutine) for coroutine in work))

@@ -1,0 +1,158 @@
+"""The crowd: what it says of a server that keeps its word, and of a network that does not."""
+
+import asyncio
+import contextlib
+import os
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from loadtest.histogram import Histogram
+from loadtest.plot import axis
+from loadtest.run import Result
+from loadtest.scenarios import SCENARIOS
+from loadtest.scenarios.history import message_id
+from tests.cluster import Cluster
+
+PEOPLE = ["--people", "6", "--group", "3", "--rate", "60", "--seconds", "1.5", "--processes", "1"]
+
+
+class Relay:
+    """Stands between the crowd and a server, and loses, repeats and swaps events: one of each."""
+
+    def __init__(self, port: int) -> None:
+        self._port = port
+        self._faults = ["lose", "repeat", "swap"]
+        self._seen = 0
+
+    @contextlib.asynccontextmanager
+    async def serve(self) -> AsyncIterator[int]:
+        server = await asyncio.start_server(self._relay, "127.0.0.1", 0)
+        async with server:
+            yield server.sockets[0].getsockname()[1]
+
+    async def _relay(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        back, forth = await asyncio.open_connection("127.0.0.1", self._port)
+        upwards = asyncio.create_task(self._pipe(reader, forth))
+        with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
+            await self._down(back, writer)
+        upwards.cancel()
+        writer.close()
+        forth.close()
+
+    async def _pipe(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(ConnectionError):
+            while data := await reader.read(65536):
+                writer.write(data)
+        writer.close()
+
+    async def _down(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = await reader.readuntil(b"\r\n\r\n")
+        writer.write(head)
+        if b" 101 " not in head:
+            while data := await reader.read(65536):
+                writer.write(data)
+            return
+        held: list[bytes] = []
+        while True:
+            frame = await self._frame(reader)
+            if b'"type":"message_sent"' in frame:
+                self._seen += 1
+                if self._seen > 10 and self._faults and not held:
+                    fault = self._faults.pop()
+                    held = [frame] if fault == "swap" else []
+                    writer.write({"lose": b"", "repeat": frame + frame, "swap": b""}[fault])
+                    continue
+            writer.write(frame + b"".join(held))
+            held.clear()
+
+    async def _frame(self, reader: asyncio.StreamReader) -> bytes:
+        frame = await reader.readexactly(2)
+        size = frame[1]
+        if size >= 126:
+            more = await reader.readexactly(2 if size == 126 else 8)
+            frame, size = frame + more, int.from_bytes(more)
+        return frame + await reader.readexactly(size)
+
+
+async def load(port: int, folder: Path, *arguments: str) -> tuple[int, str, Result | None]:
+    """Run `openchat load`; return its exit status, what it printed and what it wrote."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "server.cli", "load", *arguments,
+        "--url", f"http://127.0.0.1:{port}", "--report", str(folder),
+        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
+        env=os.environ | {"XDG_CACHE_HOME": str(folder)},
+    )  # fmt: skip
+    said, _ = await process.communicate()
+    return process.returncode or 0, said.decode(), written(folder)
+
+
+def written(folder: Path) -> Result | None:
+    reports = list(folder.glob("*.json"))
+    return msgspec.json.decode(reports[0].read_bytes(), type=Result) if reports else None
+
+
+async def test_the_crowd_sees_what_goes_wrong_and_nothing_else(cluster: Cluster, tmp_path: Path) -> None:
+    port = cluster.workers[0].listener.getsockname()[1]
+    good, bad = tmp_path / "good", tmp_path / "bad"
+    async with Relay(port).serve() as bad_port:
+        (status, said, result), (bad_status, bad_said, bad_result) = await asyncio.gather(
+            load(port, good, "teams", *PEOPLE), load(bad_port, bad, "teams", *PEOPLE)
+        )
+    assert status == 0, said
+    assert "once and in order" in said
+    assert result is not None
+    assert (result.wrong, result.errors) == (0, {})
+    tally = result.phases[-1].tally
+    assert tally.sent == tally.answered > 0
+    assert tally.delivered == 3 * tally.sent
+    assert len(Histogram(tally.answers)) == tally.sent
+    assert sum(result.phases[-1].cpu.values()) > 0
+    (page,) = good.glob("*.html")
+    assert "<svg" in page.read_text()
+    assert "src=" not in page.read_text()
+
+    assert bad_status == 1, bad_said
+    assert bad_result is not None
+    assert bad_result.phases[-1].tally.duplicated >= 1, bad_said
+    # Lost: one was skipped over. Swapped: one was skipped over, and came late.
+    assert bad_result.phases[-1].tally.skipped >= 2, bad_said
+    assert "out of order" in bad_said
+
+
+async def test_the_crowd_says_that_nobody_is_there(tmp_path: Path) -> None:
+    status, said, _ = await load(9, tmp_path, "idle")
+    assert status == 1
+    assert "nothing answers at http://127.0.0.1:9" in said
+
+
+def test_percentiles_are_as_exact_as_they_claim() -> None:
+    spans = Histogram()
+    for number in range(1, 1_001):
+        spans.add(number / 1_000)
+    both = Histogram().merge([spans, spans])
+    for share in (0.5, 0.9, 0.99):
+        assert spans.percentile(share) == pytest.approx(share, rel=0.025)
+        assert both.percentile(share) == spans.percentile(share)
+    assert Histogram().percentile(0.5) == 0
+
+
+def test_ids_of_a_long_conversation_are_known_without_being_kept() -> None:
+    made = [message_id("a", number) for number in range(1_000)]
+    assert made == sorted(set(made))
+    assert all(one.version == 7 for one in made)
+    assert made[7] == message_id("a", 7) != message_id("b", 7)
+
+
+def test_every_scenario_is_named_as_it_is_called() -> None:
+    assert all(name == one.name and one.about for name, one in SCENARIOS.items())
+
+
+@pytest.mark.parametrize("is_log", [False, True])
+def test_axes_have_round_ticks(is_log: bool) -> None:  # noqa: FBT001 - a parameter of the test
+    ticks = axis("ms", [3.0, 870.0], is_log=is_log).ticks()
+    assert 2 <= len(ticks) <= 12
+    assert all(float(f"{tick:.1g}") == pytest.approx(tick) for tick in ticks)
