@@ -9,13 +9,14 @@ import asyncpg
 from server.config import Settings
 from server.errors import Fatal, is_lost
 from server.migrate import is_current
+from server.pool import Connection, Lease, Pool
 
 OLDEST_MAJOR = 15
 CONNECT_SECONDS = 5.0
 STATEMENT_SECONDS = 10.0
 UNREACHABLE = (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, ValueError)
 
-Db: TypeAlias = "asyncpg.Connection[asyncpg.Record] | asyncpg.pool.PoolConnectionProxy[asyncpg.Record]"
+Db: TypeAlias = Connection
 """What queries take first: a connection."""
 
 SESSION = {
@@ -43,43 +44,35 @@ FROM database_epoch e, pg_control_system() s, pg_control_checkpoint() c
 class Database:
     """A pool of connections. Heals by itself: what was lost is opened again when it is next needed."""
 
-    def __init__(self, pool: "asyncpg.Pool[asyncpg.Record]") -> None:
+    def __init__(self, pool: Pool) -> None:
         self._pool = pool
 
     @classmethod
     async def open(cls, settings: Settings) -> "Database":
         """Return a pool for `settings.database_url`. Raises Fatal if it cannot be reached."""
-        try:
-            pool = await asyncpg.create_pool(
+
+        async def connect() -> Connection:
+            return await asyncpg.connect(
                 settings.database_url,
-                min_size=2,
-                max_size=max(2, settings.database_connections),
-                max_inactive_connection_lifetime=0,
                 timeout=CONNECT_SECONDS,
                 command_timeout=STATEMENT_SECONDS,
                 server_settings=SESSION,
-                # Nothing we do leaves state behind, so the round trip of a reset buys nothing.
-                reset=_no_reset,
             )
+
+        pool = Pool(connect, most=max(2, settings.database_connections), patience=CONNECT_SECONDS)
+        try:
+            pool.give(await pool.take(), is_usable=True)
         except UNREACHABLE as error:
             raise _unreachable(error) from error
         return cls(pool)
 
     async def close(self) -> None:
         """Close all connections, without waiting for what is in flight."""
-        self._pool.terminate()
+        self._pool.close()
 
-    @asynccontextmanager
-    async def connection(self) -> AsyncIterator[Db]:
+    def connection(self) -> Lease:
         """Borrow a connection; each statement commits by itself."""
-        async with self._pool.acquire(timeout=CONNECT_SECONDS) as connection:
-            try:
-                yield connection
-            except Exception as error:
-                # It may still be in the middle of what failed: it must not serve anyone else.
-                if is_lost(error):
-                    connection.terminate()
-                raise
+        return Lease(self._pool, is_lost)
 
     @asynccontextmanager
     async def transaction(self) -> AsyncIterator[Db]:
@@ -90,7 +83,7 @@ class Database:
     @property
     def size(self) -> int:
         """How many connections there are."""
-        return self._pool.get_size()
+        return len(self._pool)
 
     async def is_current(self) -> bool:
         """Whether the database answers and has the schema that this program knows."""
@@ -117,10 +110,6 @@ async def connect(url: str) -> "asyncpg.Connection[asyncpg.Record]":
         await connection.close()
         raise Fatal(f"PostgreSQL {version.major} is too old: {OLDEST_MAJOR} or later is needed.")
     return connection
-
-
-async def _no_reset(_: object) -> None:
-    pass
 
 
 def _unreachable(error: Exception) -> Fatal:

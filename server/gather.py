@@ -14,7 +14,7 @@ Outcome = TypeVar("Outcome")
 class Gather(Generic[Item, Outcome]):
     """Runs `work` on the items that gathered while the previous run was in flight, in order.
 
-    1. Nothing waits when nothing is in flight.
+    1. Nothing waits when nothing is in flight: whoever comes then runs their own item at once.
     2. One run at a time, so items keep their order.
     3. A run that fails for another reason than a lost database is repeated item by item: one bad item
        does not take its neighbours with it. `work` must be all or nothing.
@@ -25,15 +25,23 @@ class Gather(Generic[Item, Outcome]):
         self._work = work
         self._most = most
         self._waiting: deque[tuple[Item, asyncio.Future[Outcome]]] = deque()
+        self._is_running = False
         self._runner: asyncio.Task[None] | None = None
 
     async def submit(self, item: Item) -> Outcome:
         """Return the outcome of `item`. Raises what `work` raised for it."""
-        future: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
-        self._waiting.append((item, future))
-        if self._runner is None:
-            self._runner = asyncio.create_task(self._run())
-        return await future
+        if self._is_running:
+            future: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+            self._waiting.append((item, future))
+            return await future
+        self._is_running = True
+        try:
+            return (await self._work([item]))[0]
+        finally:
+            if self._waiting:
+                self._runner = asyncio.create_task(self._run())
+            else:
+                self._is_running = False
 
     async def _run(self) -> None:
         try:
@@ -41,7 +49,7 @@ class Gather(Generic[Item, Outcome]):
                 count = min(len(self._waiting), self._most)
                 await self._run_batch([self._waiting.popleft() for _ in range(count)])
         finally:
-            self._runner = None
+            self._is_running = False
 
     async def _run_batch(self, batch: list[tuple[Item, asyncio.Future[Outcome]]]) -> None:
         try:

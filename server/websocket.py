@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from uvicorn.protocols.utils import ClientDisconnected
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 from websockets.exceptions import InvalidState
+from websockets.speedups import apply_mask
 
 from protocol.errors import CloseCode
 
@@ -26,6 +27,9 @@ CLOSE_SECONDS = 5.0
 
 KERNEL_BYTES = 128 * 1024
 """How much the kernel may hold that the peer has not room for, besides `outbox_bytes` of ours."""
+_WHOLE_TEXT, _MASKED, _MASK_BYTES = 0x81, 0x80, 4
+_MEDIUM, _LARGE = 126, 127
+"""The bits and lengths of RFC 6455, section 5.2."""
 _NOTSENT_LOWAT: int | None = getattr(socket_module, "TCP_NOTSENT_LOWAT", None)
 
 
@@ -49,6 +53,9 @@ class WebSocket(WebSocketsSansIOProtocol):
     """How many bytes may wait for a peer that reads slowly. Set once, for all, when the app is built."""
 
     receiver: Receiver | None = None
+    # The beginning of a frame that is not all there, and how many bytes it takes at least.
+    _partial: bytearray | None = None
+    _wanted = 0
     heard_at = 0.0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:  # noqa: D102 - as asyncio.Protocol has it
@@ -61,7 +68,49 @@ class WebSocket(WebSocketsSansIOProtocol):
 
     def data_received(self, data: bytes) -> None:  # noqa: D102
         self.heard_at = self.loop.time()
-        super().data_received(data)
+        if not self.handshake_initiated or self.conn.parser_exc is not None:
+            super().data_received(data)
+            return
+        if self._partial is not None:
+            self._partial += data
+            if len(self._partial) < self._wanted:
+                return
+            data, self._partial = bytes(self._partial), None
+        at = 0
+        while at < len(data):
+            end = self._frame(data, at)
+            if not end:
+                self._partial = bytearray(data[at:])
+                return
+            at = end
+
+    def _frame(self, data: bytes, at: int) -> int:
+        """Take in the frame that begins at `at`, and return where it ends; 0 if it is not all there.
+
+        A whole text message, which nearly all frames are, goes straight to the receiver; websockets sees to the rest.
+        """
+        if len(data) < at + 2:
+            self._wanted = 2
+            return 0
+        size, first = data[at + 1] & 0x7F, at + 2
+        if size == _MEDIUM:
+            size, first = int.from_bytes(data[first : first + 2]), first + 2
+        elif size == _LARGE:
+            size, first = int.from_bytes(data[first : first + 8]), first + 8
+        mask, first = first, first + _MASK_BYTES
+        end = first + size
+        is_legal = data[at + 1] & _MASKED and size <= self.config.ws_max_size
+        if is_legal and end > len(data):
+            self._wanted = end - at
+            return 0
+        is_whole = is_legal and data[at] == _WHOLE_TEXT and self.conn.current_size is None
+        if is_whole and self.receiver is not None and not self.close_sent:
+            self.receiver.received(apply_mask(data[first:end], data[mask:first]), is_text=True)
+            return end
+        if not is_legal:
+            end = len(data)
+        super().data_received(data[at:end])
+        return end
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: D102
         super().connection_lost(exc)

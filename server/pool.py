@@ -1,0 +1,111 @@
+"""The pool of connections to PostgreSQL: what every statement passes through, so there is little of it.
+
+asyncpg has a pool; at a few hundred statements a second an eighth of a worker's CPU time went into it
+(docs/performance.md). Ours hands the connection itself to whoever asks, at once if one is free, and asks PostgreSQL
+to forget nothing in between, because nothing that we do leaves anything behind.
+"""
+
+import asyncio
+from collections import deque
+from collections.abc import Awaitable, Callable
+from types import TracebackType
+from typing import TypeAlias
+
+import asyncpg
+
+Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
+
+
+class Pool:
+    """At most `most` connections, opened when they are needed; the one used last is used next."""
+
+    def __init__(self, connect: Callable[[], Awaitable[Connection]], *, most: int, patience: float) -> None:
+        """`patience` is how many seconds to wait for one to become free."""
+        self._connect = connect
+        self._most = most
+        self._patience = patience
+        self._free: list[Connection] = []
+        self._taken: set[Connection] = set()
+        self._opening = 0
+        self._waiting: deque[asyncio.Future[None]] = deque()
+
+    def __len__(self) -> int:
+        return len(self._free) + len(self._taken)
+
+    async def take(self) -> Connection:
+        """Return a connection that is nobody else's until `give`.
+
+        Raises TimeoutError if none becomes free in time, and what connecting raises.
+        """
+        while True:
+            while self._free:
+                connection = self._free.pop()
+                if not connection.is_closed():
+                    self._taken.add(connection)
+                    return connection
+            if len(self._taken) + self._opening < self._most:
+                return await self._open()
+            turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._waiting.append(turn)
+            try:
+                await asyncio.wait_for(turn, self._patience)
+            except BaseException:
+                if turn.done() and not turn.cancelled():
+                    self._wake()  # it was our turn just now: it is somebody else's
+                raise
+
+    def give(self, connection: Connection, *, is_usable: bool) -> None:
+        """Take a connection back; one that may be in the middle of something is ended."""
+        self._taken.discard(connection)
+        if is_usable and not connection.is_closed():
+            self._free.append(connection)
+        else:
+            connection.terminate()
+        self._wake()
+
+    def close(self) -> None:
+        """End all connections, without waiting for what is in flight."""
+        for connection in (*self._free, *self._taken):
+            connection.terminate()
+        self._free.clear()
+
+    async def _open(self) -> Connection:
+        self._opening += 1
+        try:
+            connection = await self._connect()
+        except BaseException:
+            self._wake()
+            raise
+        finally:
+            self._opening -= 1
+        self._taken.add(connection)
+        return connection
+
+    def _wake(self) -> None:
+        while self._waiting:
+            turn = self._waiting.popleft()
+            if not turn.done():
+                turn.set_result(None)
+                return
+
+
+class Lease:
+    """A connection for the length of a block."""
+
+    __slots__ = ("_connection", "_is_lost", "_pool")
+
+    def __init__(self, pool: Pool, is_lost: Callable[[BaseException], bool]) -> None:
+        """`is_lost` tells of an error whether the connection may still be in the middle of what failed."""
+        self._pool = pool
+        self._is_lost = is_lost
+        self._connection: Connection
+
+    async def __aenter__(self) -> Connection:
+        self._connection = await self._pool.take()
+        return self._connection
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        is_usable = error is None or (isinstance(error, Exception) and not self._is_lost(error))
+        self._pool.give(self._connection, is_usable=is_usable)
