@@ -227,6 +227,7 @@ def main() -> int:
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 150)
     began = time.monotonic()
     path = Path(tempfile.mkdtemp(prefix="openchat-bench-"))
+    path.chmod(0o755)  # root starts PostgreSQL as somebody else
     try:
         with Ground(path) as ground:
             board = uvloop.run(compare(options, ground, console))

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import ClassVar, Self
+from urllib.parse import quote
 
 import asyncpg
 
@@ -29,15 +30,14 @@ HERE = Path(__file__).parent
 NODE = HERE / "peers" / "node"
 START_SECONDS = 20.0
 LOOK_SECONDS = 0.05
-SETTINGS = {"OPENCHAT_WRITE_RATE": "1000000", "OPENCHAT_CONNECTIONS_PER_USER": "1000"}
-"""OpenChat's limits are not what is measured; the others have none."""
 
 
 class Ground:
-    """The PostgreSQL and the Valkey that all of them use, each in a database of its own."""
+    """The PostgreSQL and the Valkey that the others use, each in a database of its own, and a place for OpenChat's."""
 
     def __init__(self, path: Path) -> None:
-        self.folder = DataFolder(path)
+        self.openchat = path / "openchat"
+        self.folder = DataFolder(path / "others")
         self.postgres = Postgres(self.folder, max_connections=100)
         self.valkey = Valkey(self.folder)
 
@@ -76,6 +76,14 @@ class Contestant:
         """Return how it is started on `self.port`."""
         raise NotImplementedError
 
+    def settings(self) -> dict[str, str]:
+        """Return what it finds in its environment."""
+        return {"DATABASE_URL": self.database(), "REDIS_URL": self.ground.valkey.url}
+
+    def servers(self) -> list[int]:
+        """Return the processes of the servers that it uses and does not start itself."""
+        return [self.ground.postgres.pid, self.ground.valkey.pid]
+
     def database(self) -> str:
         """Return its database's URL."""
         return self.ground.postgres.url(type(self).__name__.lower())
@@ -85,12 +93,14 @@ class Contestant:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
-        redis = self.ground.valkey.url
-        environment = {**os.environ, **SETTINGS, "DATABASE_URL": self.database(), "REDIS_URL": redis}
         self._process = subprocess.Popen(  # noqa: ASYNC220 - nothing else runs meanwhile
-            self.command(), env=environment, stdout=subprocess.DEVNULL, process_group=0, cwd=HERE.parent
+            self.command(),
+            env=os.environ | self.settings(),
+            stdout=subprocess.DEVNULL,
+            process_group=0,
+            cwd=HERE.parent,
         )
-        self.machine = Machine([self._process.pid, self.ground.postgres.pid, self.ground.valkey.pid])
+        self.machine = Machine([self._process.pid, *self.servers()])
         deadline = time.monotonic() + START_SECONDS
         while time.monotonic() < deadline and self._process.poll() is None:
             with contextlib.suppress(OSError):
@@ -115,15 +125,12 @@ class Contestant:
 
     async def create(self) -> None:
         """Make its database, if it is not there."""
-        await self._create((HERE / "peers" / "schema.sql").read_text())
-
-    async def _create(self, schema: str) -> None:
         admin = await asyncpg.connect(self.ground.postgres.url())
         name = type(self).__name__.lower()
         if not await admin.fetchval("SELECT true FROM pg_database WHERE datname = $1", name):
             await admin.execute(f'CREATE DATABASE "{name}"')
             db = await asyncpg.connect(self.database())
-            await db.execute(schema)
+            await db.execute((HERE / "peers" / "schema.sql").read_text())
             await db.close()
         await admin.close()
 
@@ -166,7 +173,7 @@ class Contestant:
 
 
 class OpenChat(Contestant):
-    """Ours."""
+    """Ours, as it comes: with a PostgreSQL and a Valkey of its own."""
 
     name = "OpenChat"
     line = "loadtest.line:Line"
@@ -175,9 +182,24 @@ class OpenChat(Contestant):
         """Return how it is started."""
         return [sys.executable, "-m", "server.cli", "--port", str(self.port), "--workers", str(self.workers)]
 
+    def settings(self) -> dict[str, str]:
+        """Return what it finds in its environment: its limits are not what is measured; the others have none."""
+        return {
+            "OPENCHAT_DATA_DIR": str(self.ground.openchat),
+            "OPENCHAT_WRITE_RATE": "1000000",
+            "OPENCHAT_CONNECTIONS_PER_USER": "1000",
+        }
+
+    def servers(self) -> list[int]:
+        """All are its children."""
+        return []
+
+    def database(self) -> str:
+        """Return its database's URL."""
+        return f"postgresql://openchat@/openchat?host={quote(str(self.ground.openchat / 'run'))}"
+
     async def create(self) -> None:
-        """Make its database; its schema it makes by itself."""
-        await self._create("")
+        """It does that itself."""
 
     async def store(
         self, db: "asyncpg.Connection[asyncpg.Record]", seats: list[Seat], members: dict[str, list[str]]

@@ -42,7 +42,7 @@ CLEAR_SECONDS = 600.0
 class App:
     """Everything a worker has, wired together."""
 
-    def __init__(self, settings: Settings, database: Database, metrics: Metrics) -> None:
+    def __init__(self, settings: Settings, database: Database, metrics: Metrics, *, is_alone: bool) -> None:
         WebSocket.outbox_bytes = settings.outbox_bytes
         self._database = database
         self._redis = Redis.from_url(
@@ -52,7 +52,7 @@ class App:
         self._draining = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
 
-        self.hub = Hub(PostgresRecord(database), settings.redis_url)
+        self.hub = Hub(PostgresRecord(database), None if is_alone else settings.redis_url)
         self.presence = Presence(self._redis, database, self.hub.announce)
         self.sessions = Sessions(database, days=settings.session_days)
         self.roster = Roster(self.hub, heartbeat_seconds=settings.heartbeat_seconds, alive=self._alive)
@@ -95,12 +95,13 @@ class App:
         metrics.values = self._values
 
     @classmethod
-    async def open(cls, settings: Settings, folder: Path, number: int) -> "App":
-        """Return a worker's server, connected to everything. `folder` is for what the workers share.
+    async def open(cls, settings: Settings, folder: Path, number: int, *, is_alone: bool = False) -> "App":
+        """Return a worker's server, connected to everything. `folder` is for what the workers share; one that
+        `is_alone` has no others to talk to.
 
         Raises Fatal if the database or the bus cannot be reached.
         """
-        app = cls(settings, await Database.open(settings), Metrics(folder, number))
+        app = cls(settings, await Database.open(settings), Metrics(folder, number), is_alone=is_alone)
         await app.hub.start()
         await app.presence.start()
         app.roster.start()

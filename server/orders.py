@@ -11,9 +11,12 @@ DRAIN_SECONDS = 15
 
 
 class Orders(msgspec.Struct, frozen=True):
-    """What a worker is told: its settings, its number, the listening socket, and the folder workers share."""
+    """What a worker is told: its settings, its number, the listening socket, the folder workers share, and whether
+    it is the only one.
+    """
 
     settings: Settings
     number: int
     listener: int
     folder: str
+    is_alone: bool = False

@@ -40,8 +40,10 @@ log = logging.getLogger(__name__)
 class Worker:
     """A place for a worker process, with a listening socket of its own that outlives it."""
 
-    def __init__(self, settings: Settings, number: int, listener: socket.socket, folder: Path) -> None:
-        self._orders = Orders(settings, number, listener.fileno(), str(folder))
+    def __init__(
+        self, settings: Settings, number: int, listener: socket.socket, folder: Path, *, is_alone: bool = False
+    ) -> None:
+        self._orders = Orders(settings, number, listener.fileno(), str(folder), is_alone)
         self.listener = listener
         self.number = number
         self.started_at = 0.0
@@ -124,8 +126,11 @@ class Supervisor:
         listeners = listen(self._settings.host, self._settings.port, self._settings.worker_count)
         settings = self._with_servers()
         asyncio.run(prepare(settings))
+        # With a Valkey of our own, which nobody else can reach, a single worker has nobody to talk to.
+        is_alone = self._valkey is not None and len(listeners) == 1
         self._workers = [
-            Worker(settings, number, listener, self._shared) for number, listener in enumerate(listeners, start=1)
+            Worker(settings, number, listener, self._shared, is_alone=is_alone)
+            for number, listener in enumerate(listeners, start=1)
         ]
         for worker in self._workers:
             worker.start()

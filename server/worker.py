@@ -71,7 +71,7 @@ class DrainingServer(uvicorn.Server):
 
 async def serve(orders: Orders) -> None:
     """Run until told to stop. Raises Fatal if something it needs cannot be reached."""
-    app = await App.open(orders.settings, Path(orders.folder), orders.number)
+    app = await App.open(orders.settings, Path(orders.folder), orders.number, is_alone=orders.is_alone)
     server = DrainingServer(orders.settings, app)
 
     def stop() -> None:

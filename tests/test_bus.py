@@ -6,8 +6,8 @@ from collections.abc import AsyncIterator
 import pytest
 from redis.asyncio import Redis
 
-from server.bus import Bus
 from server.config import Settings
+from server.redisbus import RedisBus
 from tests.world import until
 
 
@@ -16,7 +16,7 @@ class End:
 
     def __init__(self, url: str) -> None:
         self.heard: list[tuple[bytes, bytes]] = []
-        self.bus = Bus(url, deliver=lambda *said: self.heard.append(said), caught_up=lambda: None)
+        self.bus = RedisBus(url, deliver=lambda *said: self.heard.append(said), caught_up=lambda: None)
 
 
 @pytest.fixture
