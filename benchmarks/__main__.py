@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.contestants import Contestant, Ground, Obvious, OpenChat, Picows, SocketIo, Uws
-from loadtest.command import find_limit, is_fine
+from loadtest.command import best, find_limit
 from loadtest.histogram import Histogram
 from loadtest.run import Phase, Run, Watch
 from loadtest.scenario import Size
@@ -82,11 +82,12 @@ def ceiling(scenario: str, size: Size) -> Callable[[Contestant, float], Awaitabl
         async with Run(contestant, scenario, size, processes=PROCESSES, watch=Watch()) as run:
             await run.connect()
             await find_limit(run, size.rate, BOUND_SECONDS, seconds=seconds / 2)
-            fine = [phase for phase in run.result.phases[1:] if is_fine(phase, BOUND_SECONDS)]
-        best = max(fine, key=lambda phase: phase.rate)
+            carried = best(run.result, BOUND_SECONDS)
+        if carried is None:
+            raise Unusable(f"even {size.rate:,.0f} a second was too much")
         return {
-            "deliveries a second": best.tally.delivered / best.load_seconds,
-            "µs CPU a delivery": best.cpu_seconds / best.tally.delivered * US,
+            "deliveries a second": carried.tally.delivered / carried.load_seconds,
+            "µs CPU a delivery": carried.cpu_seconds / carried.tally.delivered * US,
         }
 
     return measure
@@ -110,9 +111,9 @@ def connect(scenario: str, size: Size) -> Callable[[Contestant, float], Awaitabl
     return measure
 
 
-def size_of(people: int, rate: float, *, group: int, connections: int = 0) -> Size:
-    """Return how large a run is."""
-    return Size(people=people, connections=connections or people, group=group, rate=rate)
+def size_of(people: int, rate: float, *, group: int) -> Size:
+    """Return how large a run is, with a connection for each of the people."""
+    return Size(people=people, connections=people, group=group, rate=rate)
 
 
 ROOM = size_of(1_000, 20, group=1_000)

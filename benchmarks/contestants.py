@@ -141,13 +141,7 @@ class Contestant:
             Seat(token=new_token(), user_id=str(uuid7()), source="", conversations=[], talks=False)
             for _ in range(layout.people)
         ]
-        members: dict[str, list[str]] = {}
-        for group in layout.groups:
-            about = str(uuid7())
-            members[about] = [seats[one].user_id for one in group]
-            for place, one in enumerate(group):
-                seats[one].conversations.append(about)
-                seats[one].talks |= not layout.talkers or place < layout.talkers
+        members = layout.fill(seats, [str(uuid7()) for _ in layout.groups])
         if self.is_stored:
             db = await asyncpg.connect(self.database())
             await self.store(db, seats, members)

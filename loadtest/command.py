@@ -82,7 +82,7 @@ def _list() -> Table:
 async def _load(options: argparse.Namespace, console: Console) -> int:
     scenario = SCENARIOS[options.scenario]
     people = options.people or scenario.people
-    connections = options.connections or (5_000 if scenario.name == "idle" and not options.people else people)
+    connections = options.connections or (people if options.people else scenario.connections or people)
     size = Size(
         people=people,
         connections=connections,
@@ -137,6 +137,12 @@ def is_fine(phase: Phase, bound: float) -> bool:
     return slowest(phase) <= bound and tally.answered >= tally.sent * KEPT_UP and not tally.wrong and not tally.errors
 
 
+def best(result: Result, bound: float) -> Phase | None:
+    """Return the step of --find-limit with the highest rate that was carried, if any was."""
+    fine = (phase for phase in result.phases[1:] if is_fine(phase, bound))
+    return max(fine, key=lambda phase: phase.rate, default=None)
+
+
 def slowest(phase: Phase) -> float:
     """Return the p99 of a step, in seconds: of deliveries, or of answers where nothing is delivered."""
     return Histogram(phase.tally.deliveries or phase.tally.answers).percentile(0.99)
@@ -153,7 +159,7 @@ def _conclude(result: Result, options: argparse.Namespace, console: Console) -> 
     if bound is not None:
         # The last steps were meant to be too much: only what is lost counts against a search for the limit.
         is_good = not result.wrong
-        ceiling = max((one for one in result.phases[1:] if is_fine(one, bound)), key=lambda one: one.rate, default=None)
+        ceiling = best(result, bound)
         if ceiling is None:
             console.print(f"Even {result.phases[1].rate:,.0f} a second was too much.")
         else:
@@ -197,7 +203,6 @@ class Screen(Watch):
     def __init__(self, console: Console) -> None:
         self._console = console
         self._live = Live(console=console, transient=True, refresh_per_second=4)
-        self._line = "starting …"
 
     def __enter__(self) -> Self:
         self._live.start()
@@ -208,7 +213,6 @@ class Screen(Watch):
 
     def tell(self, line: str) -> None:
         """Say what is being done."""
-        self._line = line
         self._live.update(f"[dim]{line}[/]")
         if not self._console.is_terminal:
             self._console.print(line)

@@ -25,7 +25,6 @@ class Tally(msgspec.Struct):
     """Events that a socket should have had before the one that came: lost, or out of order."""
     lost: int = 0
     """Events that had not come when all had been given time."""
-    read_bytes: int = 0
     errors: dict[str, int] = {}
     """Refusals by code, and connections that ended by close code."""
     answers: dict[int, int] = {}
@@ -56,7 +55,7 @@ class Ledger:
 
     def _begin(self) -> None:
         self.sent = self.answered = self.delivered = self.ephemeral = self.connected = self.resumed = 0
-        self.duplicated = self.skipped = self.lost = self.read_bytes = 0
+        self.duplicated = self.skipped = self.lost = 0
         self.errors: Counter[str] = Counter()
         self.answers, self.deliveries, self.opened = Histogram(), Histogram(), Histogram()
 

@@ -57,15 +57,6 @@ class Me(msgspec.Struct):
     conversation_id: str
 
 
-class Result(msgspec.Struct):
-    """An answer, as far as the crowd looks at it."""
-
-    type: str = ""
-    version: int = 0
-    messages: list[Said] = []
-    has_before: bool = False
-
-
 class Head(msgspec.Struct):
     """What of all kinds of frames the crowd looks at."""
 
@@ -75,7 +66,6 @@ class Head(msgspec.Struct):
     since: int | None = None
     message: Said | None = None
     re: int | None = None
-    result: Result | None = None
     code: str | None = None
     is_last: bool = False
     conversations: list[View] = []
@@ -95,7 +85,6 @@ class Crowd(Protocol):
     """What a line needs of the process that it is in."""
 
     ledger: "Ledger"
-    streams: dict[str, Stream]
     host: tuple[str, int]
     name: str
 
@@ -221,7 +210,6 @@ class Line(asyncio.Protocol):
     # ------------------------------------------------------------------------------------------------ what we hear
 
     def data_received(self, data: bytes) -> None:
-        self.crowd.ledger.read_bytes += len(data)
         stream = self.stream
         if stream is not None and not self._tail and stream.log.startswith(data, self._offset):
             self._advance(stream, self._offset + len(data))

@@ -33,9 +33,6 @@ class Machine:
     def __init__(self, roots: Collection[int]) -> None:
         self._roots = set(roots)
 
-    def __bool__(self) -> bool:
-        return bool(self._roots)
-
     def usage(self, *, memory: bool = False) -> Usage:
         """Return what they have used until now, and with `memory` what they hold."""
         stats = _stats()

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import os
 import sys
 import time
 from collections.abc import AsyncIterator, Callable
@@ -14,7 +13,7 @@ import msgspec
 from loadtest.histogram import Histogram
 from loadtest.ledger import Tally
 from loadtest.line import Seat
-from loadtest.machine import Usage
+from loadtest.machine import Machine, Usage
 from loadtest.orders import Connect, Done, Drive, Fill, Order, Report, Settle, Tick
 from loadtest.scenario import Size
 from loadtest.scenarios import SCENARIOS
@@ -32,7 +31,7 @@ _reports: msgspec.json.Decoder[Report] = msgspec.json.Decoder(Report)
 
 
 class Moment(msgspec.Struct, kw_only=True):
-    """Half a second of a run, for the plots."""
+    """A second of a run, for the plots."""
 
     at: float
     """Seconds since the phase began."""
@@ -303,13 +302,7 @@ class Run:
         )  # fmt: skip
 
     def _own(self) -> float:
-        ticks = os.sysconf("SC_CLK_TCK")
-        used = 0
-        for process in self._processes:
-            with open(f"/proc/{process.pid}/stat") as file:  # noqa: PTH123 - a file of the kernel's
-                fields = file.read().rpartition(")")[2].split()
-            used += int(fields[11]) + int(fields[12])
-        return used / ticks
+        return Machine([process.pid for process in self._processes]).usage().seconds
 
 
 class Watch:

@@ -7,7 +7,7 @@ from typing import ClassVar, Protocol
 import msgspec
 
 from loadtest.ledger import Ledger
-from loadtest.line import Line
+from loadtest.line import Line, Seat
 
 
 class Size(msgspec.Struct, kw_only=True):
@@ -32,6 +32,18 @@ class Layout(msgspec.Struct, kw_only=True):
     is_kept: bool = False
     """Whether the (one) conversation is kept for the next run."""
 
+    def fill(self, seats: list[Seat], conversations: Sequence[str]) -> dict[str, list[str]]:
+        """Note on everyone's seat where they take part and talk; return who is in each of the conversations,
+        which are given by their ids in the order of `groups`.
+        """
+        members: dict[str, list[str]] = {}
+        for about, group in zip(conversations, self.groups, strict=True):
+            members[about] = [seats[one].user_id for one in group]
+            for place, one in enumerate(group):
+                seats[one].conversations.append(about)
+                seats[one].talks |= not self.talkers or place < self.talkers
+        return members
+
 
 class Cast(Protocol):
     """The lines of one process, as far as a scenario uses them."""
@@ -53,6 +65,8 @@ class Scenario:
     """What `rate` counts."""
     people: ClassVar[int] = 1_000
     group: ClassVar[int] = 10
+    connections: ClassVar[int] = 0
+    """How many there are, if more than one for each of the people."""
     rate: ClassVar[float] = 0.0
     is_broadcast: ClassVar[bool] = False
     """Whether everyone is in one conversation only, and hears nothing but its messages."""

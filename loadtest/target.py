@@ -78,7 +78,7 @@ class OpenChat:
 
     line = "loadtest.line:Line"
 
-    def __init__(self, url: str, *, folder: Path | None = None) -> None:
+    def __init__(self, url: str) -> None:
         parts = urlsplit(url if "//" in url else f"//{url}", scheme="http")
         if parts.scheme != "http" or not parts.hostname:
             raise Unusable(f"{url} is not understood: give something like http://127.0.0.1:8000, without TLS.")
@@ -87,11 +87,10 @@ class OpenChat:
             self.address = str(socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)[0][4][0])
         except OSError as error:
             raise Unusable(f"{self.host} is not known here: {error.strerror}.") from None
-        self.is_here = is_here(self.address)
-        self.machine = behind(self.port) if self.is_here else Machine([])
+        self.machine = behind(self.port) if is_here(self.address) else Machine([])
         self._url = f"http://{self.host}:{self.port}"
         self._is_loopback = self.address.startswith("127.")
-        folder = Path(platformdirs.user_cache_dir("openchat", appauthor=False)) if folder is None else folder
+        folder = Path(platformdirs.user_cache_dir("openchat", appauthor=False))
         self._path = folder / "load" / f"{self.host}_{self.port}.json"
         self._made: list[tuple[ConversationId, list[Person]]] = []
         self.purse = Purse()
@@ -100,7 +99,6 @@ class OpenChat:
         """Make the people and conversations that are not there yet."""
         await self._open()
         people = await self._people(layout.people, tell)
-        members: dict[str, list[str]] = {}
         seats = [
             Seat(token=one.token, user_id=str(one.user_id), source=self._source(number), conversations=[], talks=False)
             for number, one in enumerate(people)
@@ -110,13 +108,7 @@ class OpenChat:
             made = await _all(
                 self._conversation(http, [people[one] for one in group], layout) for group in layout.groups
             )
-        for conversation_id, group in zip(made, layout.groups, strict=True):
-            about = str(conversation_id)
-            members[about] = [str(people[one].user_id) for one in group]
-            for place, one in enumerate(group):
-                seats[one].conversations.append(about)
-                seats[one].talks |= not layout.talkers or place < layout.talkers
-        return seats, members
+        return seats, layout.fill(seats, [str(one) for one in made])
 
     async def leave(self) -> None:
         """Everyone leaves what was made for this run, so that the next one finds people without a past."""

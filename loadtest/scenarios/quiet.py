@@ -9,6 +9,7 @@ class Idle(Scenario):
     name = "idle"
     about = "5,000 authenticated connections and silence"
     people = 1_000
+    connections = 5_000
     unit = ""
 
 
