@@ -51,6 +51,7 @@ class Presence:
         self._worker = os.urandom(8).hex()
         self._devices: dict[UserId, dict[Subscriber, bool]] = {}
         self._dirty: set[UserId] = set()
+        self._has_news = asyncio.Event()
         self._departing: dict[UserId, float] = {}
         self._transitions: dict[UserId, bool] = {}
         self._dead: set[str] = set()
@@ -86,7 +87,7 @@ class Presence:
         devices = self._devices.setdefault(user_id, {})
         devices[device] = False
         self._departing.pop(user_id, None)
-        self._dirty.add(user_id)
+        self._note(user_id)
 
     def left(self, user_id: UserId, device: Subscriber) -> None:
         """A device is gone."""
@@ -94,11 +95,12 @@ class Presence:
         if devices is None or devices.pop(device, None) is None:
             return
         if devices:
-            self._dirty.add(user_id)
+            self._note(user_id)
         else:
             del self._devices[user_id]
             self._dirty.discard(user_id)
             self._departing[user_id] = self._loop.time() + OFFLINE_SECONDS
+            self._has_news.set()
 
     async def choose(self, user_id: UserId, device: Subscriber | None, frame: SetPresence) -> None:
         """Record how a user, or with `away` one device of theirs, wants to be seen."""
@@ -142,11 +144,18 @@ class Presence:
 
     # ------------------------------------------------------------------------------------------------ keeping up
 
+    def _note(self, *user_ids: UserId) -> None:
+        self._dirty.update(user_ids)
+        self._has_news.set()
+
     async def _flush(self) -> None:
+        await self._has_news.wait()
         now = self._loop.time()
         gone = [user_id for user_id, at in self._departing.items() if at <= now]
         for user_id in gone:
             del self._departing[user_id]
+        if not self._departing:
+            self._has_news.clear()
         dirty, self._dirty = self._dirty | set(gone), set()
         if dirty:
             await self._flush_users(list(dirty))
@@ -217,7 +226,7 @@ class Presence:
         self._dead = {worker for worker, is_there in zip(workers, alive, strict=True) if not is_there}
         if known is None:
             # Redis is new, or was away for so long that others took us for dead.
-            self._dirty.update(self._devices)
+            self._note(*self._devices)
         for worker in self._dead:
             await self._bury(worker)
 

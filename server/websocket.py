@@ -33,6 +33,17 @@ _MEDIUM, _LARGE = 126, 127
 _NOTSENT_LOWAT: int | None = getattr(socket_module, "TCP_NOTSENT_LOWAT", None)
 
 
+class _NobodysQueue(asyncio.Queue[Any]):
+    """Where uvicorn puts what it has to say to an application that is not there any more."""
+
+    def put_nowait(self, item: Any) -> None:  # noqa: ANN401 - as asyncio.Queue has it
+        """Drop it."""
+
+
+_NOBODYS_QUEUE = _NobodysQueue()
+_NOBODYS_EVENT = asyncio.Event()
+
+
 class Receiver(Protocol):
     """Who takes a socket over."""
 
@@ -147,10 +158,17 @@ class WebSocket(WebSocketsSansIOProtocol):
                 text = event.get("text")
                 data = (event.get("bytes") or b"") if text is None else text.encode()
                 receiver.received(data, is_text=text is not None)
+        self._forget_handshake()
         self.resume_receiving()
         if self.disconnected:
             self.receiver = None
             receiver.lost()
+
+    def _forget_handshake(self) -> None:
+        """Let go of what only the handshake and ASGI need: half of what an idle connection would hold."""
+        del self.scope, self.request, self.response
+        self.queue = _NOBODYS_QUEUE
+        self.writable = _NOBODYS_EVENT
 
     def pause_receiving(self) -> None:
         """Read no more from the peer for now."""

@@ -29,10 +29,12 @@ GC_THRESHOLDS = (25_000, 20, 20)
 """New objects between collections. A connection is some hundred objects that stay: by default (700) they would
 be walked over again every few connections.
 """
+DATE_SECONDS = 1.0
+"""How often the Date header of HTTP answers is renewed: it counts in seconds."""
 
 
 class DrainingServer(uvicorn.Server):
-    """uvicorn, which leaves signals to us and sends clients away in batches before it stops."""
+    """uvicorn, which leaves signals to us, says when it is ready, and sends clients away in batches before it stops."""
 
     def __init__(self, settings: Settings, app: App) -> None:
         super().__init__(
@@ -56,6 +58,21 @@ class DrainingServer(uvicorn.Server):
         )
         self._app = app
 
+        self._stopping = asyncio.Event()
+
+    def stop(self) -> None:
+        """Have `serve` drain and return."""
+        self.should_exit = True
+        self._stopping.set()
+
+    async def main_loop(self) -> None:
+        """Wait until told to stop, and renew the Date header. uvicorn looks ten times a second; idle should be idle."""
+        sys.stdout.write(READY)
+        sys.stdout.flush()
+        while not await self.on_tick(0):
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._stopping.wait(), DATE_SECONDS)
+
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         """Leave signals alone."""
@@ -74,28 +91,16 @@ async def serve(orders: Orders) -> None:
     app = await App.open(orders.settings, Path(orders.folder), orders.number, is_alone=orders.is_alone)
     server = DrainingServer(orders.settings, app)
 
-    def stop() -> None:
-        server.should_exit = True
-
     loop = asyncio.get_running_loop()
-    loop.add_signal_handler(signal.SIGTERM, stop)
+    loop.add_signal_handler(signal.SIGTERM, server.stop)
     loop.add_signal_handler(signal.SIGINT, lambda: None)  # a Ctrl-C is the supervisor's to act on
-    loop.add_reader(sys.stdin.fileno(), stop)
-    announcing = asyncio.create_task(_say_ready(server))
+    loop.add_reader(sys.stdin.fileno(), server.stop)
     # What is there now is there for good: later collections need not look at it.
     gc.collect()
     gc.freeze()
     gc.set_threshold(*GC_THRESHOLDS)
     await server.serve(sockets=[socket.socket(fileno=orders.listener)])
-    announcing.cancel()
     await app.close()
-
-
-async def _say_ready(server: uvicorn.Server) -> None:
-    while not server.started:  # noqa: ASYNC110 - uvicorn has no event for it
-        await asyncio.sleep(0.005)
-    sys.stdout.write(READY)
-    sys.stdout.flush()
 
 
 def main() -> None:

@@ -9,12 +9,20 @@ from pathlib import Path
 import asyncpg
 import pytest
 
-from protocol.ids import ConversationId
+from protocol.client import Send
+from protocol.ids import ConversationId, MessageId, uuid7
 from server import database, migrate
 from server.embedded.folder import installed
 from server.errors import CONSTRAINTS, Fatal
+from server.queries import messages
+from server.queries.messages import Outgoing
 from tests.conftest import Servers
 from tests.world import World, sent
+
+UPDATED = """
+SELECT pg_stat_get_xact_tuples_updated('conversation'::regclass),
+    pg_stat_get_xact_tuples_hot_updated('conversation'::regclass)
+"""
 
 
 def dump(url: str) -> str:
@@ -131,6 +139,16 @@ async def test_the_clock_is_one_for_each_change(world: World) -> None:
     versions = await world.db.fetch("SELECT sent_version FROM message ORDER BY sent_version")
     assert [row[0] for row in versions] == [3, 4, 5, 6, 7]
     assert await world.db.fetchval("SELECT version FROM conversation") == 7
+
+
+async def test_a_message_changes_no_index_of_its_conversation(world: World) -> None:
+    ada = await world.user("Ada")
+    channel = await world.channel(await world.connect(ada))
+    async with world.db.transaction():
+        for number in range(10):
+            frame = Send(conversation_id=channel, message_id=MessageId(uuid7()), content=str(number))
+            assert await messages.send(world.db, [Outgoing(ada.id, frame)]) != [None]
+        assert tuple(await world.db.fetchrow(UPDATED) or ()) == (10, 10)
 
 
 def test_the_first_migration_is_the_first_schema() -> None:

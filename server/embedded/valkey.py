@@ -42,6 +42,8 @@ class Valkey:
         self._process = process.start(
             [self._folder.reachable(binary.parent) / binary.name, "--port", "0", "--unixsocket", self._socket,
              "--unixsocketperm", "700", "--save", "", "--appendonly", "no", "--dir", self._folder.path,
+             # Its housekeeping once a second instead of ten times: there is little to keep.
+             "--hz", "1",
              # A subscriber that stalls is cut off before it takes the memory, and catches up from PostgreSQL.
              "--client-output-buffer-limit", "pubsub 64mb 16mb 10"],
             folder=self._folder,
