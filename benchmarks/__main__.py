@@ -5,6 +5,8 @@ can be compared on a machine that others use, too. Times of the clock and ceilin
 """
 
 import argparse
+import asyncio
+import contextlib
 import shutil
 import statistics
 import sys
@@ -15,6 +17,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import asyncpg
 import msgspec
 import uvloop
 from rich.console import Console
@@ -26,9 +29,12 @@ from loadtest.histogram import Histogram
 from loadtest.run import Phase, Run, Watch
 from loadtest.scenario import Size
 from loadtest.target import Unusable
+from protocol.ids import uuid7
 
 MS, US = 1e3, 1e6
 BOUND_SECONDS = 0.25
+BARE_SECONDS = 0.02
+"""The pause between two bare commits: often enough to have a percentile, too rare to be a load."""
 PROCESSES = 2
 STORED: list[type[Contestant]] = [OpenChat, SocketIo, Obvious]
 EVERYONE: list[type[Contestant]] = [OpenChat, Uws, Picows, SocketIo, Obvious]
@@ -48,15 +54,54 @@ class Work(NamedTuple):
 
 
 def drive(scenario: str, size: Size) -> Callable[[Contestant, float], Awaitable[Measured]]:
-    """Return what measures a scenario at its rate."""
+    """Return what measures a scenario at its rate for each worker."""
 
     async def measure(contestant: Contestant, seconds: float) -> Measured:
-        async with Run(contestant, scenario, size, processes=PROCESSES, watch=Watch()) as run:
+        load = msgspec.structs.replace(size, rate=size.rate * contestant.workers)
+        async with Run(contestant, scenario, load, processes=PROCESSES, watch=Watch()) as run:
             await run.connect()
-            phase = await run.drive(seconds, size.rate)
+            phase = await run.drive(seconds, load.rate)
         return of_phase(phase)
 
     return measure
+
+
+def acknowledge(scenario: str, size: Size) -> Callable[[Contestant, float], Awaitable[Measured]]:
+    """Return what measures answers beside commits of one bare row in the same database at the same time."""
+
+    async def measure(contestant: Contestant, seconds: float) -> Measured:
+        bare = Histogram()
+        async with Run(contestant, scenario, size, processes=PROCESSES, watch=Watch()) as run:
+            await run.connect()
+            committing = asyncio.create_task(commit_rows(contestant.database(), bare))
+            phase = await run.drive(seconds, size.rate)
+            committing.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await committing
+        answers = Histogram(phase.tally.answers)
+        return {
+            "answer p50 ms": answers.percentile(0.5) * MS,
+            "answer p99 ms": answers.percentile(0.99) * MS,
+            "bare commit p50 ms": bare.percentile(0.5) * MS,
+            "bare commit p99 ms": bare.percentile(0.99) * MS,
+            "p99 of answers / of commits": answers.percentile(0.99) / bare.percentile(0.99),
+        }
+
+    return measure
+
+
+async def commit_rows(url: str, times: Histogram) -> None:
+    """Insert one row after the other, and note how long each took, until cancelled."""
+    db = await asyncpg.connect(url)
+    try:
+        await db.execute("CREATE TABLE IF NOT EXISTS bare (id uuid PRIMARY KEY, said text)")
+        while True:
+            began = time.perf_counter()
+            await db.execute("INSERT INTO bare VALUES ($1, 'Hello')", uuid7())
+            times.add(time.perf_counter() - began)
+            await asyncio.sleep(BARE_SECONDS)
+    finally:
+        db.terminate()
 
 
 def of_phase(phase: Phase) -> Measured:
@@ -136,10 +181,15 @@ WORKS: dict[str, Work] = {
         rounds=1,
     ),
     "teams-workers": Work(
-        "200 of 10, 1,000 a second, on one worker and on two",
+        "200 conversations of 10, 500 messages a second for each worker",
         [OpenChat],
-        drive("teams", msgspec.structs.replace(TEAMS, rate=1_000)),
+        drive("teams", msgspec.structs.replace(TEAMS, rate=500)),
         workers=(1, 2),
+    ),
+    "ack": Work(
+        "500 pairs, 200 messages a second, beside commits of one bare row",
+        [OpenChat],
+        acknowledge("direct", size_of(1_000, 200, group=2)),
     ),
     "idle": Work("5,000 authenticated connections", EVERYONE, connect("idle", size_of(5_000, 0, group=10))),
     "storm": Work("2,000 connect as fast as it goes", STORED, connect("storm", size_of(2_000, 0, group=10))),
