@@ -239,7 +239,9 @@ CREATE TABLE message_edit (
     formatted_content text,
     edited_by uuid NOT NULL CONSTRAINT message_edit_edited_by_fkey REFERENCES "user" (id),
     edited_at timestamptz NOT NULL DEFAULT now(),
-    version bigint NOT NULL
+    version bigint NOT NULL,
+    conversation_id uuid NOT NULL
+        CONSTRAINT message_edit_conversation_fkey REFERENCES conversation (id) ON DELETE CASCADE
 );
 CREATE INDEX message_edit_message_idx ON message_edit (message_id, version);
 

@@ -190,10 +190,14 @@ class Send(Frame, tag="send"):
         require_uuid7(self.message_id, "message_id")
 
 
-class Edit(Frame, tag="edit"):
+class _OfMessage(Frame):
+    conversation_id: ConversationId
+    message_id: MessageId
+
+
+class Edit(_OfMessage, tag="edit"):
     """Change what the caller's own message says. With an `edit_id` of its own, a repeated edit is one edit."""
 
-    message_id: MessageId
     content: Content
     formatted_content: FormattedContent | None = None
     edit_id: EditId | None = None
@@ -203,30 +207,24 @@ class Edit(Frame, tag="edit"):
             require_uuid7(self.edit_id, "edit_id")
 
 
-class Delete(Frame, tag="delete"):
+class Delete(_OfMessage, tag="delete"):
     """Delete a message: one's own, or anyone's with the permission."""
 
-    message_id: MessageId
 
-
-class React(Frame, tag="react"):
+class React(_OfMessage, tag="react"):
     """Put an emoji on a message."""
 
-    message_id: MessageId
     emoji: Emoji
 
 
-class Unreact(Frame, tag="unreact"):
+class Unreact(_OfMessage, tag="unreact"):
     """Take it back."""
 
-    message_id: MessageId
     emoji: Emoji
 
 
-class Read(Frame, tag="read"):
+class Read(_OfMessage, tag="read"):
     """Everything up to this message has been read. The position only moves forward."""
-
-    message_id: MessageId
 
 
 class History(Frame, tag="history"):
@@ -243,16 +241,12 @@ class History(Frame, tag="history"):
             raise ValueError("give at most one of `before`, `after` and `around`")
 
 
-class GetMessage(Frame, tag="get_message"):
+class GetMessage(_OfMessage, tag="get_message"):
     """One message."""
 
-    message_id: MessageId
 
-
-class ListEdits(Frame, tag="list_edits"):
+class ListEdits(_OfMessage, tag="list_edits"):
     """What a message said before, newest first."""
-
-    message_id: MessageId
 
 
 # ---------------------------------------------------------------------------------------------------- people

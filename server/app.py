@@ -2,9 +2,12 @@
 
 import asyncio
 import contextlib
+from functools import partial
 from pathlib import Path
 
-from redis.asyncio import Redis
+from redis.asyncio import Redis, RedisCluster
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
@@ -13,6 +16,8 @@ from server import sync
 from server.auth.attempts import Attempts
 from server.auth.endpoints import Accounts
 from server.auth.sessions import Sessions
+from server.bus import Alone, Connect
+from server.clusterbus import ClusterBus, is_cluster
 from server.config import Settings
 from server.connection import STRIKES_AT_ONCE, STRIKES_PER_SECOND, Connection, Lifecycle, Shared
 from server.context import Services
@@ -28,6 +33,7 @@ from server.presence import Presence
 from server.queries import messages
 from server.queries.messages import Outgoing, Stored
 from server.record import PostgresRecord
+from server.redisbus import RedisBus
 from server.roster import Roster
 from server.routes import ROUTES
 from server.websocket import WebSocket
@@ -42,17 +48,17 @@ CLEAR_SECONDS = 600.0
 class App:
     """Everything a worker has, wired together."""
 
-    def __init__(self, settings: Settings, database: Database, metrics: Metrics, *, is_alone: bool) -> None:
+    def __init__(
+        self, settings: Settings, database: Database, metrics: Metrics, redis: Redis | RedisCluster, connect: Connect
+    ) -> None:
         WebSocket.outbox_bytes = settings.outbox_bytes
         self._database = database
-        self._redis = Redis.from_url(
-            settings.redis_url, socket_timeout=REDIS_SECONDS, socket_connect_timeout=REDIS_SECONDS
-        )
+        self._redis = redis
         self.metrics = metrics
         self._draining = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
 
-        self.hub = Hub(PostgresRecord(database), None if is_alone else settings.redis_url)
+        self.hub = Hub(PostgresRecord(database), connect)
         self.presence = Presence(self._redis, database, self.hub.announce)
         self.sessions = Sessions(database, days=settings.session_days)
         self.roster = Roster(self.hub, heartbeat_seconds=settings.heartbeat_seconds, alive=self._alive)
@@ -101,7 +107,23 @@ class App:
 
         Raises Fatal if the database or the bus cannot be reached.
         """
-        app = cls(settings, await Database.open(settings), Metrics(folder, number), is_alone=is_alone)
+        redis: Redis | RedisCluster
+        connect: Connect
+        if await is_cluster(settings.redis_url):
+            redis = RedisCluster.from_url(
+                settings.redis_url,
+                socket_timeout=REDIS_SECONDS,
+                socket_connect_timeout=REDIS_SECONDS,
+                retry=Retry(NoBackoff(), 1),
+                require_full_coverage=False,
+            )
+            connect = partial(ClusterBus, settings.redis_url)
+        else:
+            redis = Redis.from_url(
+                settings.redis_url, socket_timeout=REDIS_SECONDS, socket_connect_timeout=REDIS_SECONDS
+            )
+            connect = Alone if is_alone else partial(RedisBus, settings.redis_url)
+        app = cls(settings, await Database.open(settings), Metrics(folder, number), redis, connect)
         await app.hub.start()
         await app.presence.start()
         app.roster.start()
@@ -125,6 +147,9 @@ class App:
         await self.presence.close()
         await self.hub.close()
         await self._redis.aclose()
+        if isinstance(self._redis, RedisCluster):
+            # The above leaves all open if the client was about to look at the cluster anew.
+            await self._redis.nodes_manager.aclose()
         await self._database.close()
 
     async def _send(self, batch: list[Outgoing]) -> list[Stored | None]:

@@ -1,19 +1,27 @@
 """The bus between workers, as the hub sees it, and the one of a worker that is alone."""
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Protocol
 
 
 class Bus(Protocol):
-    """Says in channels what happened, and hears what others say. What it carries are hints; PostgreSQL has the truth.
+    """Says in channels what happened, and hears what others say: hints, for PostgreSQL has the truth."""
 
-    `is_up` tells whether what others say is heard now; the numbers are for the metrics.
-    """
+    @property
+    def is_up(self) -> bool:
+        """Whether what others say is heard now."""
 
-    is_up: bool
-    published: int
-    received: int
-    dropped: int
+    @property
+    def published(self) -> int:
+        """How many messages were said."""
+
+    @property
+    def received(self) -> int:
+        """How many were heard."""
+
+    @property
+    def dropped(self) -> int:
+        """How many could not be said; their events are found in PostgreSQL."""
 
     async def start(self) -> None:
         """Connect. Raises Fatal if that cannot be."""
@@ -31,11 +39,23 @@ class Bus(Protocol):
         """Say something in a channel."""
 
 
+class Connect(Protocol):
+    """How the hub gets its bus."""
+
+    def __call__(self, *, deliver: Callable[[bytes, bytes], None], caught_up: Callable[[], None]) -> Bus:
+        """Return a bus. `deliver` is to be told a channel and what another worker said in it; `caught_up`, that
+        the bus is up, so that what was said while it was not has to be looked for.
+        """
+
+
 class Alone:
     """The bus of the only worker there can be: nobody hears it, and there is nobody to hear."""
 
     is_up = True
     published = received = dropped = 0
+
+    def __init__(self, *, deliver: Callable[[bytes, bytes], None], caught_up: Callable[[], None]) -> None:
+        """Neither will be called."""
 
     async def start(self) -> None:
         """Nothing to connect to."""

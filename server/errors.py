@@ -3,6 +3,7 @@
 import asyncio
 
 import asyncpg
+from redis.exceptions import RedisClusterException, RedisError
 
 from protocol.errors import ErrorCode, Refused
 
@@ -43,6 +44,14 @@ _LOST: tuple[type[BaseException], ...] = (
     asyncpg.TransactionRollbackError,
     asyncpg.ReadOnlySQLTransactionError,
 )
+
+REDIS_LOST = (RedisError, RedisClusterException, OSError, asyncio.TimeoutError)
+"""What is raised when Redis cannot be reached."""
+
+
+def redis_unreachable(error: Exception) -> Fatal:
+    """Return what to tell the operator when Redis cannot be reached at the start."""
+    return Fatal(f"Redis cannot be reached: {str(error).rstrip('.')}. Check REDIS_URL.")
 
 
 def is_lost(error: BaseException) -> bool:

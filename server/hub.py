@@ -14,9 +14,8 @@ from protocol.ids import ConversationId, UserId
 from protocol.limits import MAX_WATCHED
 from protocol.server import DurableEvent, ServerFrame
 from server import people, topics
-from server.bus import Alone, Bus
+from server.bus import Bus, Connect
 from server.people import People, Socket, UserRecord
-from server.redisbus import RedisBus
 from server.topics import NOBODY, ConversationRecord, Topics
 
 COMPARE_SECONDS = 5.0
@@ -39,12 +38,10 @@ class Record(ConversationRecord, UserRecord, Protocol):
 class Hub:
     """What one worker delivers."""
 
-    def __init__(self, record: Record, redis_url: str | None) -> None:
-        """`redis_url` is where the other workers are met; None if there are none, and never will be."""
+    def __init__(self, record: Record, connect: Connect) -> None:
+        """`connect` returns the bus by which the other workers are met."""
         self._record = record
-        self.bus: Bus = (
-            Alone() if redis_url is None else RedisBus(redis_url, deliver=self._hear, caught_up=self._compare_soon)
-        )
+        self.bus: Bus = connect(deliver=self._hear, caught_up=self._compare_soon)
         self.people = People(record, self.bus)
         self.topics = Topics(record, self.bus, self.people, flush_soon=self._flush_soon)
         self._watchers: dict[UserId, dict[Socket, Callable[[bytes], None]]] = {}

@@ -11,8 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
 from uuid import UUID
 
-from redis.asyncio import Redis
-from redis.exceptions import RedisError
+from redis.asyncio import Redis, RedisCluster
 
 from protocol.client import SetPresence
 from protocol.ids import UserId
@@ -21,7 +20,7 @@ from protocol.values import Presence as Seen
 from protocol.values import PresenceStatus
 from server.context import Subscriber
 from server.database import Database
-from server.errors import is_lost
+from server.errors import REDIS_LOST, is_lost
 from server.periodic import every
 from server.queries import users
 from server.queries.users import Visibility
@@ -37,13 +36,14 @@ RECORD_SECONDS = 1.0
 WORKERS = "openchat:workers"
 WORKER = "openchat:worker:"
 USER = "openchat:presence:"
-_LOST = (RedisError, OSError, asyncio.TimeoutError)
 
 
 class Presence:
     """The users at this worker, and what is known of the others."""
 
-    def __init__(self, redis: "Redis", database: Database, announce: Callable[[UserId, PresenceChanged], None]) -> None:
+    def __init__(
+        self, redis: Redis | RedisCluster, database: Database, announce: Callable[[UserId, PresenceChanged], None]
+    ) -> None:
         """`announce` tells those who watch a user."""
         self._redis = redis
         self._database = database
@@ -77,7 +77,7 @@ class Presence:
                     self._transitions[user_id] = False
             await self._record()
             await self._redis.delete(WORKER + self._worker)
-        except _LOST:
+        except REDIS_LOST:
             return
 
     # ----------------------------------------------------------------------------------------- coming and going
@@ -128,7 +128,7 @@ class Presence:
                 for user_id in user_ids:
                     pipe.hgetall(USER + user_id.hex)
                 found = await pipe.execute()
-        except _LOST:
+        except REDIS_LOST:
             return local
         return {user_id: there | local[user_id] for user_id, there in zip(user_ids, found, strict=True)}
 
@@ -180,7 +180,7 @@ class Presence:
                     pipe.srem(WORKER + self._worker + ":users", *(user_id.hex for user_id in gone))
                 answers = await pipe.execute()
             before = dict(zip(user_ids, answers, strict=False))
-        except _LOST:
+        except REDIS_LOST:
             before = {user_id: {} for user_id in user_ids}
         changed: dict[UserId, set[bytes]] = {}
         for user_id in user_ids:
@@ -221,7 +221,7 @@ class Presence:
                 for worker in workers:
                     pipe.exists(WORKER + worker)
                 alive = await pipe.execute()
-        except _LOST:
+        except REDIS_LOST:
             return
         self._dead = {worker for worker, is_there in zip(workers, alive, strict=True) if not is_there}
         if known is None:
@@ -243,7 +243,7 @@ class Presence:
                 answers = await pipe.execute()
                 await self._redis.delete(key)
                 await self._redis.srem(WORKERS, worker)
-        except _LOST:
+        except REDIS_LOST:
             return
         left = {
             user_id: self._states(fields | self._local(user_id))

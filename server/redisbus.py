@@ -15,9 +15,8 @@ from typing import Any, NamedTuple
 
 import hiredis
 from redis.asyncio.connection import AbstractConnection, ConnectionPool
-from redis.exceptions import RedisError
 
-from server.errors import Fatal
+from server.errors import REDIS_LOST, redis_unreachable
 from server.periodic import every
 
 CONNECT_SECONDS = 2.0
@@ -29,8 +28,6 @@ ORIGIN_BYTES = 8
 MAX_UNSENT_BYTES = 16 * 1024 * 1024
 """How much may wait for a server that is slow; what is more is dropped and found in PostgreSQL."""
 
-LOST = (RedisError, OSError, asyncio.TimeoutError)
-"""What is raised when Redis cannot be reached."""
 log = logging.getLogger(__name__)
 
 
@@ -112,8 +109,12 @@ class RedisBus:
         """Connect. Raises Fatal if the server cannot be reached: a start is when that is a mistake."""
         try:
             connection = await self._connect()
-        except LOST as error:
-            raise Fatal(f"Redis cannot be reached: {str(error).rstrip('.')}. Check REDIS_URL.") from error
+        except REDIS_LOST as error:
+            raise redis_unreachable(error) from error
+        self.begin(connection)
+
+    def begin(self, connection: AbstractConnection | None = None) -> None:
+        """Connect as soon as the server can be reached, and stay connected."""
         self._tasks = [
             asyncio.create_task(self._stay(connection)),
             asyncio.create_task(every(PING_SECONDS, self._watch)),
@@ -159,8 +160,7 @@ class RedisBus:
         await connection.connect()  # type: ignore[no-untyped-call]
         return connection
 
-    async def _stay(self, first: AbstractConnection) -> None:
-        connection: AbstractConnection | None = first
+    async def _stay(self, connection: AbstractConnection | None) -> None:
         attempt = 0
         while True:
             try:

@@ -16,14 +16,13 @@ from pathlib import Path
 
 import msgspec
 from redis.asyncio import Redis
-from redis.exceptions import RedisError
 
 from server import database, migrate
 from server.config import Settings
 from server.embedded.folder import DataFolder
 from server.embedded.postgres import Postgres
 from server.embedded.valkey import Valkey
-from server.errors import Fatal
+from server.errors import REDIS_LOST, Fatal, redis_unreachable
 from server.orders import DRAIN_SECONDS, READY, Orders
 
 WATCH_SECONDS = 0.2
@@ -216,8 +215,8 @@ async def prepare(settings: Settings) -> None:
     redis = Redis.from_url(settings.redis_url, socket_connect_timeout=database.CONNECT_SECONDS)
     try:
         await redis.ping()
-    except (RedisError, OSError) as error:
-        raise Fatal(f"Redis cannot be reached: {str(error).rstrip('.')}. Check REDIS_URL.") from None
+    except REDIS_LOST as error:
+        raise redis_unreachable(error) from None
     finally:
         await redis.aclose()
 

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import random
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidMessage
 
@@ -174,12 +175,20 @@ class Actor:
             one = self._random.choice(messages)
             emoji = self._random.choice(EMOJI)
             edit_id = EditId(uuid7())
+            place: dict[str, Any] = {"conversation_id": channel, "message_id": one}
             choices += [
-                (10, lambda: client.Edit(message_id=one, content=f"Edit {self._random.random()}", edit_id=edit_id)),
-                (5, lambda: client.Delete(message_id=one)),
-                (14, lambda: client.React(message_id=one, emoji=emoji)),
-                (8, lambda: client.Unreact(message_id=one, emoji=emoji)),
-                (9, lambda: client.Read(message_id=one)),
+                (
+                    10,
+                    lambda: client.Edit(
+                        **place,
+                        content=f"Edit {self._random.random()}",
+                        edit_id=edit_id,
+                    ),
+                ),
+                (5, lambda: client.Delete(**place)),
+                (14, lambda: client.React(**place, emoji=emoji)),
+                (8, lambda: client.Unreact(**place, emoji=emoji)),
+                (9, lambda: client.Read(**place)),
             ]
         (make,) = self._random.choices([make for _, make in choices], [weight for weight, _ in choices])
         return make()

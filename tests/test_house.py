@@ -19,7 +19,8 @@ STOREYS: list[list[str]] = [
     ["context"],
     ["sync", "presence", "auth.passwords", "auth.attempts", "auth.sessions", "auth.credentials"],
     ["handlers"],
-    ["websocket", "bus", "redisbus", "people", "topics", "hub", "dispatch"],
+    ["websocket", "bus", "redisbus"],
+    ["clusterbus", "people", "topics", "hub", "dispatch"],
     ["record", "connection", "web"],
     ["roster", "routes", "auth.endpoints", "describe"],
     ["endpoints"],
@@ -28,7 +29,18 @@ STOREYS: list[list[str]] = [
     ["supervisor"],
     ["cli"],
 ]
-TRANSPORT = {"websocket", "bus", "redisbus", "people", "topics", "hub", "dispatch", "connection", "roster"}
+TRANSPORT = {
+    "websocket",
+    "bus",
+    "redisbus",
+    "clusterbus",
+    "people",
+    "topics",
+    "hub",
+    "dispatch",
+    "connection",
+    "roster",
+}
 DOMAIN = {"queries", "handlers", "sync"}
 
 
@@ -100,7 +112,7 @@ def test_redis_is_for_a_few() -> None:
     users = {
         name for name, path in modules().items() if re.search(r"^(from|import) redis", path.read_text(), re.MULTILINE)
     }
-    assert users == {"redisbus", "presence", "auth.attempts", "app", "supervisor"}
+    assert users == {"redisbus", "clusterbus", "presence", "auth.attempts", "app", "supervisor", "errors"}
 
 
 def test_only_config_reads_the_environment() -> None:

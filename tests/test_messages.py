@@ -1,5 +1,7 @@
 """Messages: the happy way and, beside it, what is refused."""
 
+from typing import Any
+
 import pytest
 
 from protocol import client, server
@@ -17,6 +19,10 @@ class Room:
         self.ada = ada
         self.charles = charles
         self.them = them
+
+    def at(self, message_id: MessageId) -> dict[str, Any]:
+        """What names a message, in a frame about it."""
+        return {"conversation_id": self.group, "message_id": message_id}
 
 
 @pytest.fixture
@@ -39,7 +45,7 @@ async def test_a_message_keeps_all_that_was_sent(room: Room) -> None:
     )  # fmt: skip
     await room.ada.call(frame)
     event = (await room.charles.event(server.MessageSent)).message
-    got = await room.charles.call(client.GetMessage(message_id=frame.message_id), server.OneMessage)
+    got = await room.charles.call(client.GetMessage(**room.at(frame.message_id)), server.OneMessage)
     assert got.message == event
     assert (event.content_type, event.formatted_content) == (frame.content_type, frame.formatted_content)
     assert (event.metadata, event.mentions) == (frame.metadata, frame.mentions)
@@ -68,9 +74,9 @@ async def test_somebody_elses_id_is_refused(room: Room, world: World) -> None:
 async def test_a_repeated_send_is_answered_as_the_first_even_after_edit_and_delete(room: Room) -> None:
     frame = message(room.group, "First words")
     first = await room.ada.call(frame, server.Sent)
-    await room.ada.call(client.Edit(message_id=frame.message_id, content="Second words"))
+    await room.ada.call(client.Edit(**room.at(frame.message_id), content="Second words"))
     assert await room.ada.call(frame, server.Sent) == first
-    await room.ada.call(client.Delete(message_id=frame.message_id))
+    await room.ada.call(client.Delete(**room.at(frame.message_id)))
     assert await room.ada.call(frame, server.Sent) == first
 
 
@@ -84,21 +90,21 @@ async def test_a_reply_needs_a_parent_in_the_same_conversation(room: Room, world
 
 async def test_edits_are_kept(room: Room) -> None:
     message_id = await sent(room.ada, room.group, "One")
-    await room.ada.call(client.Edit(message_id=message_id, content="Two"))
-    await room.ada.call(client.Edit(message_id=message_id, content="Three", formatted_content="<b>Three</b>"))
-    edits = (await room.charles.call(client.ListEdits(message_id=message_id), server.EditPage)).edits
+    await room.ada.call(client.Edit(**room.at(message_id), content="Two"))
+    await room.ada.call(client.Edit(**room.at(message_id), content="Three", formatted_content="<b>Three</b>"))
+    edits = (await room.charles.call(client.ListEdits(**room.at(message_id)), server.EditPage)).edits
     assert [one.content for one in edits] == ["Two", "One"]
-    got = await room.charles.call(client.GetMessage(message_id=message_id), server.OneMessage)
+    got = await room.charles.call(client.GetMessage(**room.at(message_id)), server.OneMessage)
     assert (got.message.content, got.message.formatted_content) == ("Three", "<b>Three</b>")
 
 
 async def test_a_repeated_edit_is_one_edit(room: Room) -> None:
     message_id = await sent(room.ada, room.group, "One")
-    frame = client.Edit(message_id=message_id, content="Two", edit_id=EditId(uuid7()))
+    frame = client.Edit(**room.at(message_id), content="Two", edit_id=EditId(uuid7()))
     first = await room.ada.call(frame, server.Changed)
-    await room.ada.call(client.Edit(message_id=message_id, content="Three", edit_id=EditId(uuid7())))
+    await room.ada.call(client.Edit(**room.at(message_id), content="Three", edit_id=EditId(uuid7())))
     assert await room.ada.call(frame, server.Changed) == first
-    assert len((await room.ada.call(client.ListEdits(message_id=message_id), server.EditPage)).edits) == 2
+    assert len((await room.ada.call(client.ListEdits(**room.at(message_id)), server.EditPage)).edits) == 2
     frame.content = "Other"
     with refused(ErrorCode.CONFLICT, "edit_id"):
         await room.ada.call(frame)
@@ -106,30 +112,30 @@ async def test_a_repeated_edit_is_one_edit(room: Room) -> None:
 
 async def test_an_edit_that_changes_nothing_changes_nothing(room: Room) -> None:
     message_id = await sent(room.ada, room.group, "Same")
-    changed = await room.ada.call(client.Edit(message_id=message_id, content="Same"), server.Changed)
-    got = await room.ada.call(client.GetMessage(message_id=message_id), server.OneMessage)
+    changed = await room.ada.call(client.Edit(**room.at(message_id), content="Same"), server.Changed)
+    got = await room.ada.call(client.GetMessage(**room.at(message_id)), server.OneMessage)
     assert (got.message.version, got.message.edited_at) == (changed.version, None)
 
 
 async def test_only_its_sender_edits_a_message(room: Room) -> None:
     message_id = await sent(room.charles, room.group)
     with refused(ErrorCode.FORBIDDEN, "message_id"):
-        await room.ada.call(client.Edit(message_id=message_id, content="Mine"))
+        await room.ada.call(client.Edit(**room.at(message_id), content="Mine"))
 
 
 async def test_a_deleted_message_keeps_its_place_and_loses_its_words(room: Room, world: World) -> None:
     message_id = await sent(room.ada, room.group, "Secret", metadata={"secret": 1}, mentions=[room.them[1].id])
-    await room.charles.call(client.React(message_id=message_id, emoji="👍"))
-    first = await room.ada.call(client.Delete(message_id=message_id), server.Changed)
-    assert await room.ada.call(client.Delete(message_id=message_id), server.Changed) == first
+    await room.charles.call(client.React(**room.at(message_id), emoji="👍"))
+    first = await room.ada.call(client.Delete(**room.at(message_id)), server.Changed)
+    assert await room.ada.call(client.Delete(**room.at(message_id)), server.Changed) == first
     page = await room.charles.call(client.History(conversation_id=room.group), server.MessagePage)
     (left,) = page.messages
     assert (left.id, left.is_deleted, left.deleted_by) == (message_id, True, room.them[0].id)
     assert (left.content, left.metadata, left.mentions, left.reactions) == ("", None, [], {})
     for frame in (
-        client.Edit(message_id=message_id, content="Back"),
-        client.React(message_id=message_id, emoji="👍"),
-        client.ListEdits(message_id=message_id),
+        client.Edit(**room.at(message_id), content="Back"),
+        client.React(**room.at(message_id), emoji="👍"),
+        client.ListEdits(**room.at(message_id)),
     ):
         with refused(ErrorCode.NOT_FOUND, "message_id"):
             await room.ada.call(frame)
@@ -139,32 +145,32 @@ async def test_a_deleted_message_keeps_its_place_and_loses_its_words(room: Room,
 async def test_only_moderators_delete_for_others(room: Room) -> None:
     hers = await sent(room.ada, room.group)
     with refused(ErrorCode.FORBIDDEN, "message_id"):
-        await room.charles.call(client.Delete(message_id=hers))
+        await room.charles.call(client.Delete(**room.at(hers)))
     await room.ada.call(client.SetRole(conversation_id=room.group, user_id=room.them[1].id, role="moderator"))
-    await room.charles.call(client.Delete(message_id=hers))
+    await room.charles.call(client.Delete(**room.at(hers)))
 
 
 async def test_reacting_twice_is_reacting_once(room: Room) -> None:
     message_id = await sent(room.ada, room.group)
-    react, unreact = (kind(message_id=message_id, emoji="🎉") for kind in (client.React, client.Unreact))
+    react, unreact = (kind(**room.at(message_id), emoji="🎉") for kind in (client.React, client.Unreact))
     first = await room.charles.call(react, server.Changed)
     assert await room.charles.call(react, server.Changed) == first
-    got = await room.charles.call(client.GetMessage(message_id=message_id), server.OneMessage)
+    got = await room.charles.call(client.GetMessage(**room.at(message_id)), server.OneMessage)
     assert (got.message.reactions, got.mine) == ({"🎉": 1}, ["🎉"])
     second = await room.charles.call(unreact, server.Changed)
     assert await room.charles.call(unreact, server.Changed) == second
     assert second.version == first.version + 1
-    got = await room.charles.call(client.GetMessage(message_id=message_id), server.OneMessage)
+    got = await room.charles.call(client.GetMessage(**room.at(message_id)), server.OneMessage)
     assert (got.message.reactions, got.mine) == ({}, [])
 
 
 async def test_a_message_has_a_bounded_number_of_emoji(room: Room) -> None:
     message_id = await sent(room.ada, room.group)
     for number in range(20):
-        await room.ada.call(client.React(message_id=message_id, emoji=f"e{number}"))
+        await room.ada.call(client.React(**room.at(message_id), emoji=f"e{number}"))
     with refused(ErrorCode.CONFLICT, "emoji"):
-        await room.ada.call(client.React(message_id=message_id, emoji="one more"))
-    await room.charles.call(client.React(message_id=message_id, emoji="e0"))
+        await room.ada.call(client.React(**room.at(message_id), emoji="one more"))
+    await room.charles.call(client.React(**room.at(message_id), emoji="e0"))
 
 
 async def test_history_in_pages(room: Room) -> None:
@@ -189,7 +195,7 @@ async def test_history_in_pages(room: Room) -> None:
 
 async def test_history_says_which_reactions_are_mine(room: Room) -> None:
     message_id = await sent(room.ada, room.group)
-    await room.charles.call(client.React(message_id=message_id, emoji="👍"))
+    await room.charles.call(client.React(**room.at(message_id), emoji="👍"))
     for one, mine in ((room.charles, {message_id: ["👍"]}), (room.ada, {})):
         page = await one.call(client.History(conversation_id=room.group), server.MessagePage)
         assert page.mine == mine
@@ -204,9 +210,9 @@ async def test_read_by_and_unread_follow_from_positions(room: Room, world: World
             return view.unread_count
 
     assert [await unread(one) for one in room.them] == [0, 3]
-    await room.charles.call(client.Read(message_id=ids[1]))
+    await room.charles.call(client.Read(**room.at(ids[1])))
     assert await unread(room.them[1]) == 1
-    read_by = [(await room.ada.call(client.GetMessage(message_id=one), server.OneMessage)).read_by for one in ids]
+    read_by = [(await room.ada.call(client.GetMessage(**room.at(one)), server.OneMessage)).read_by for one in ids]
     assert read_by == [1, 1, 0]
 
 
@@ -224,3 +230,21 @@ async def test_users_have_faces(room: Room, world: World) -> None:
     assert [one.name for one in (await room.ada.call(asked, server.UserList)).users] == ["Charles"]
     await room.ada.call(client.AddParticipants(conversation_id=room.group, participants=[private.id]))
     assert len((await room.ada.call(asked, server.UserList)).users) == 2
+
+
+async def test_a_message_is_found_in_its_own_conversation_alone(room: Room, world: World) -> None:
+    message_id = await sent(room.ada, room.group)
+    elsewhere: dict[str, Any] = {"conversation_id": await world.channel(room.ada), "message_id": message_id}
+    for frame in (
+        client.Edit(**elsewhere, content="Changed"),
+        client.Delete(**elsewhere),
+        client.React(**elsewhere, emoji="👍"),
+        client.Unreact(**elsewhere, emoji="👍"),
+        client.Read(**elsewhere),
+        client.GetMessage(**elsewhere),
+        client.ListEdits(**elsewhere),
+    ):
+        with refused(ErrorCode.NOT_FOUND, "message_id"):
+            await room.ada.call(frame)
+    got = await room.ada.call(client.GetMessage(**room.at(message_id)), server.OneMessage)
+    assert (got.message.content, got.message.reactions) == ("Hello", {})

@@ -83,7 +83,7 @@ def test_close_codes_say_whether_to_come_back() -> None:
 
 
 def test_the_event_of_an_edit_holds_what_a_client_needs() -> None:
-    frame = client.Edit(message_id=MessageId(uuid7()), content="x")
+    frame = client.Edit(conversation_id=ConversationId(uuid7()), message_id=MessageId(uuid7()), content="x")
     assert msgspec.json.decode(encode(frame))["type"] == "edit"
 
 

@@ -116,14 +116,14 @@ def frames(conversation_id: ConversationId, message_id: MessageId, user_id: User
         client.SetRole(**about, user_id=user_id, role="admin"),
         client.ListParticipants(**about),
         message(conversation_id),
-        client.Edit(message_id=message_id, content="Mine"),
-        client.Delete(message_id=message_id),
-        client.React(message_id=message_id, emoji="👍"),
-        client.Unreact(message_id=message_id, emoji="👍"),
-        client.Read(message_id=message_id),
+        client.Edit(**about, message_id=message_id, content="Mine"),
+        client.Delete(**about, message_id=message_id),
+        client.React(**about, message_id=message_id, emoji="👍"),
+        client.Unreact(**about, message_id=message_id, emoji="👍"),
+        client.Read(**about, message_id=message_id),
         client.History(**about),
-        client.GetMessage(message_id=message_id),
-        client.ListEdits(message_id=message_id),
+        client.GetMessage(**about, message_id=message_id),
+        client.ListEdits(**about, message_id=message_id),
         client.Typing(**about),
     ]
 
@@ -203,4 +203,4 @@ async def test_another_path_is_not_a_socket(world: World) -> None:
 
 async def test_refused_is_what_the_client_raises(ada: Client) -> None:
     with pytest.raises(Refused, match="no such thing"):
-        await ada.call(client.GetMessage(message_id=MessageId(uuid7())))
+        await ada.call(client.GetMessage(conversation_id=ConversationId(uuid7()), message_id=MessageId(uuid7())))

@@ -55,10 +55,10 @@ async def test_exactly_the_difference_in_order(away: Away) -> None:
     old = await sent(away.ada, away.group, "Old")
     away.version = 4
     new = await sent(away.ada, away.group, "New", parent_message_id=old)
-    await away.ada.call(client.Edit(message_id=old, content="Edited"))
-    await away.ada.call(client.React(message_id=new, emoji="👍"))
+    await away.ada.call(client.Edit(conversation_id=away.group, message_id=old, content="Edited"))
+    await away.ada.call(client.React(conversation_id=away.group, message_id=new, emoji="👍"))
     gone = await sent(away.ada, away.group, "Gone")
-    await away.ada.call(client.Delete(message_id=gone))
+    await away.ada.call(client.Delete(conversation_id=away.group, message_id=gone))
     await away.ada.call(client.UpdateConversation(conversation_id=away.group, title="Renamed"))
     mary = await away.world.user("Mary")
     await away.ada.call(client.AddParticipants(conversation_id=away.group, participants=[mary.id]))
@@ -78,9 +78,9 @@ async def test_exactly_the_difference_in_order(away: Away) -> None:
 
 async def test_receipts_and_ones_own_position_come_along(away: Away) -> None:
     first, second = await sent(away.ada, away.group, "One"), await sent(away.ada, away.group, "Two")
-    await away.ada.call(client.Read(message_id=second))
+    await away.ada.call(client.Read(conversation_id=away.group, message_id=second))
     async with Client(away.world.url, away.who.token) as other_device:
-        await other_device.call(client.Read(message_id=first))
+        await other_device.call(client.Read(conversation_id=away.group, message_id=first))
     (changes,) = await away.back()
     assert isinstance(changes, Changes)
     assert changes.last_read_message_id == first
@@ -240,8 +240,8 @@ def to_do(action: str, group: ConversationId, message_id: MessageId | None) -> F
         return message(group)
     return {
         "reply": message(group, parent_message_id=message_id),
-        "edit": client.Edit(message_id=message_id, content=f"Edit {uuid7()}"),
-        "delete": client.Delete(message_id=message_id),
-        "react": client.React(message_id=message_id, emoji="👍"),
-        "unreact": client.Unreact(message_id=message_id, emoji="👍"),
+        "edit": client.Edit(conversation_id=group, message_id=message_id, content=f"Edit {uuid7()}"),
+        "delete": client.Delete(conversation_id=group, message_id=message_id),
+        "react": client.React(conversation_id=group, message_id=message_id, emoji="👍"),
+        "unreact": client.Unreact(conversation_id=group, message_id=message_id, emoji="👍"),
     }[action]

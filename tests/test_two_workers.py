@@ -40,7 +40,7 @@ async def test_message_sent(pair: Pair) -> None:
 
 async def test_message_edited(pair: Pair) -> None:
     message_id = await sent(pair.ada, pair.group, "Helo")
-    await pair.ada.call(client.Edit(message_id=message_id, content="Hello"), server.Changed)
+    await pair.ada.call(client.Edit(conversation_id=pair.group, message_id=message_id, content="Hello"), server.Changed)
     for one in (pair.ada, pair.charles):
         event = await one.event(server.MessageEdited)
         assert event.message.content == "Hello"
@@ -49,7 +49,7 @@ async def test_message_edited(pair: Pair) -> None:
 
 async def test_message_deleted(pair: Pair) -> None:
     message_id = await sent(pair.ada, pair.group)
-    await pair.ada.call(client.Delete(message_id=message_id), server.Changed)
+    await pair.ada.call(client.Delete(conversation_id=pair.group, message_id=message_id), server.Changed)
     for one in (pair.ada, pair.charles):
         event = await one.event(server.MessageDeleted)
         assert event.message.is_deleted
@@ -58,9 +58,9 @@ async def test_message_deleted(pair: Pair) -> None:
 
 async def test_reactions(pair: Pair) -> None:
     message_id = await sent(pair.ada, pair.group)
-    await pair.charles.call(client.React(message_id=message_id, emoji="👍"), server.Changed)
-    await pair.ada.call(client.React(message_id=message_id, emoji="👍"), server.Changed)
-    await pair.ada.call(client.Unreact(message_id=message_id, emoji="👍"), server.Changed)
+    await pair.charles.call(client.React(conversation_id=pair.group, message_id=message_id, emoji="👍"), server.Changed)
+    await pair.ada.call(client.React(conversation_id=pair.group, message_id=message_id, emoji="👍"), server.Changed)
+    await pair.ada.call(client.Unreact(conversation_id=pair.group, message_id=message_id, emoji="👍"), server.Changed)
     for one in (pair.ada, pair.charles):
         assert (await one.event(server.MessageReacted, lambda event: event.count == 2)).emoji == "👍"
         assert (await one.event(server.MessageUnreacted)).count == 1
@@ -73,7 +73,7 @@ async def test_reply_counts_on_its_root(pair: Pair) -> None:
     for one in (pair.ada, pair.charles):
         event = await one.event(server.MessageSent, lambda event: event.message.id == deeper)
         assert (event.message.thread_root_id, event.root_reply_count) == (root, 2)
-    await pair.charles.call(client.Delete(message_id=answer), server.Changed)
+    await pair.charles.call(client.Delete(conversation_id=pair.group, message_id=answer), server.Changed)
     assert (await pair.ada.event(server.MessageDeleted)).root_reply_count == 1
 
 
@@ -122,11 +122,11 @@ async def test_typing_and_receipts(pair: Pair) -> None:
     await pair.ada.event(server.TypingStopped)
     first = await sent(pair.ada, pair.group, "One")
     second = await sent(pair.ada, pair.group, "Two")
-    answer = await pair.charles.call(client.Read(message_id=first), server.ReadUpTo)
+    answer = await pair.charles.call(client.Read(conversation_id=pair.group, message_id=first), server.ReadUpTo)
     assert answer.unread_count == 1
     assert (await pair.ada.event(server.MessageRead)).message_id == first
-    await pair.charles.call(client.Read(message_id=second), server.ReadUpTo)
-    back = await pair.charles.call(client.Read(message_id=first), server.ReadUpTo)
+    await pair.charles.call(client.Read(conversation_id=pair.group, message_id=second), server.ReadUpTo)
+    back = await pair.charles.call(client.Read(conversation_id=pair.group, message_id=first), server.ReadUpTo)
     assert (back.message_id, back.unread_count) == (second, 0)
 
 

@@ -55,7 +55,7 @@ class Worker:
             await asyncio.sleep(0)
 
     async def stop(self) -> None:
-        self.server.should_exit = True
+        self.server.stop()
         await self._serving
         await self.app.close()
 

@@ -1,6 +1,7 @@
 """A believable day: people in several conversations, who mostly read."""
 
 from collections.abc import Callable
+from typing import Any
 from uuid import UUID
 
 from loadtest.line import Line
@@ -43,12 +44,12 @@ class Mixed(Scenario):
         """Say something; a few think again."""
         message_id = line.send(about, due)
         if self.random.random() < 0.05:  # noqa: PLR2004 - one in twenty
-            line.ask(client.Edit(message_id=message_id, content="I meant to say something else"), due)
+            line.ask(client.Edit(**at(about, str(message_id)), content="I meant to say something else"), due)
 
     def read(self, line: Line, about: str, due: int) -> None:
         """Read what is there."""
         if about in line.latest:
-            line.ask(client.Read(message_id=MessageId(UUID(line.latest[about]))), due)
+            line.ask(client.Read(**at(about, line.latest[about])), due)
 
     def type(self, line: Line, about: str, due: int) -> None:
         """Begin to write."""
@@ -57,8 +58,7 @@ class Mixed(Scenario):
     def react(self, line: Line, about: str, due: int) -> None:
         """Put an emoji on what was said last."""
         if about in line.latest:
-            message_id = MessageId(UUID(line.latest[about]))
-            line.ask(client.React(message_id=message_id, emoji=self.random.choice(EMOJI)), due)
+            line.ask(client.React(**at(about, line.latest[about]), emoji=self.random.choice(EMOJI)), due)
 
     def look_back(self, line: Line, about: str, due: int) -> None:
         """Read the newest page."""
@@ -86,3 +86,8 @@ TABLE: dict[Act, int] = {
 }
 """What people do, in parts of a hundred."""
 ACTS, SHARES = list(TABLE), list(TABLE.values())
+
+
+def at(about: str, message: str) -> dict[str, Any]:
+    """Return what names a message, in a frame about it."""
+    return {"conversation_id": ConversationId(UUID(about)), "message_id": MessageId(UUID(message))}

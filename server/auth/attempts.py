@@ -3,10 +3,10 @@
 import hashlib
 import time
 
-from redis.asyncio import Redis
-from redis.exceptions import RedisError
+from redis.asyncio import Redis, RedisCluster
 
 from protocol.errors import ErrorCode, Refused
+from server.errors import REDIS_LOST
 
 WINDOW_SECONDS = 300
 KEY = "openchat:attempts:"
@@ -15,7 +15,7 @@ KEY = "openchat:attempts:"
 class Attempts:
     """Counts in windows of five minutes."""
 
-    def __init__(self, redis: "Redis", *, per_account: int, per_address: int) -> None:
+    def __init__(self, redis: Redis | RedisCluster, *, per_account: int, per_address: int) -> None:
         self._redis = redis
         self._limits = {"account": per_account, "address": per_address}
         self._here: dict[str, tuple[int, float]] = {}
@@ -38,7 +38,7 @@ class Attempts:
         self._here.pop(key, None)
         try:
             await self._redis.delete(key)
-        except (RedisError, OSError):
+        except REDIS_LOST:
             return
 
     def _require(self, kind: str, count: int, seconds: float) -> None:
@@ -55,7 +55,7 @@ class Attempts:
                 pipe.ttl(key)
                 count, seconds = await pipe.execute()
             return int(count or 0) + 1, max(seconds, 1)
-        except (RedisError, OSError):
+        except REDIS_LOST:
             count, until = self._local(key)
             return count + 1, until - time.monotonic()
 
@@ -70,7 +70,7 @@ class Attempts:
                 pipe.ttl(key)
                 total, _, seconds = await pipe.execute()
             return total, max(seconds, 1)
-        except (RedisError, OSError):
+        except REDIS_LOST:
             return count + 1, until - time.monotonic()
 
     def _local(self, key: str) -> tuple[int, float]:

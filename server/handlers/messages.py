@@ -98,7 +98,7 @@ async def _why_not(context: Context, outgoing: Outgoing) -> Sent | None:
 async def edit(context: Context, frame: client.Edit) -> Changed:
     """Change what the caller's own message says, keep what it said, and tell everyone."""
     async with context.database.transaction() as db:
-        found = await messages.lock(db, frame.message_id, context.user_id)
+        found = await messages.lock(db, frame, context.user_id)
         if found is None:
             raise NotFound("message_id")
         before = found.message
@@ -124,7 +124,7 @@ async def edit(context: Context, frame: client.Edit) -> Changed:
 async def delete(context: Context, frame: client.Delete) -> Changed:
     """Take a message's words away and tell everyone."""
     async with context.database.transaction() as db:
-        found = await messages.lock(db, frame.message_id, context.user_id)
+        found = await messages.lock(db, frame, context.user_id)
         if found is None:
             raise NotFound("message_id")
         before = found.message
@@ -168,7 +168,7 @@ async def history(context: Context, frame: client.History) -> MessagePage:
 async def get(context: Context, frame: client.GetMessage) -> OneMessage:
     """Return one message."""
     async with context.database.connection() as db:
-        found = await messages.get(db, frame.message_id, context.user_id)
+        found = await messages.get(db, frame, context.user_id)
     if found is None:
         raise NotFound("message_id")
     return found
@@ -177,7 +177,7 @@ async def get(context: Context, frame: client.GetMessage) -> OneMessage:
 async def list_edits(context: Context, frame: client.ListEdits) -> EditPage:
     """Return what a message said before."""
     async with context.database.connection() as db:
-        edits = await messages.edits(db, frame.message_id, context.user_id, limit=MAX_PAGE)
+        edits = await messages.edits(db, frame, context.user_id, limit=MAX_PAGE)
     if edits is None:
         raise NotFound("message_id")
     return EditPage(edits=edits)

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from datetime import datetime
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import msgspec
 
@@ -54,7 +54,7 @@ WITH input AS (
     LEFT JOIN message parent
         ON parent.id = i.parent_message_id AND parent.conversation_id = i.conversation_id AND NOT parent.is_deleted
     WHERE (i.parent_message_id IS NULL OR parent.id IS NOT NULL)
-        AND NOT EXISTS (SELECT FROM message m WHERE m.id = i.message_id)
+        AND NOT EXISTS (SELECT FROM message m WHERE m.id = i.message_id AND m.conversation_id = i.conversation_id)
 ), locked AS MATERIALIZED (
     SELECT c.id, c.version, c.access_version
     FROM (SELECT DISTINCT conversation_id FROM wanted) w JOIN conversation c ON c.id = w.conversation_id
@@ -74,8 +74,11 @@ WITH input AS (
     WHERE c.id = f.conversation_id
 ), roots AS (
     UPDATE message m SET reply_count = m.reply_count + f.replies, version = f.version
-    FROM (SELECT root_id, max(version) AS version, count(*) AS replies FROM fresh GROUP BY root_id) f
-    WHERE m.id = f.root_id
+    FROM (
+        SELECT conversation_id, root_id, max(version) AS version, count(*) AS replies
+        FROM fresh GROUP BY conversation_id, root_id
+    ) f
+    WHERE m.id = f.root_id AND m.conversation_id = f.conversation_id
     RETURNING m.id, m.reply_count
 ), inserted AS (
     INSERT INTO message (id, conversation_id, sender_id, content, content_type, formatted_content, mentions,
@@ -145,7 +148,8 @@ SELECT
 FROM (SELECT) AS always
 LEFT JOIN message m ON m.id = $1
 LEFT JOIN LATERAL (
-    SELECT e.id, e.content, e.formatted_content FROM message_edit e WHERE e.message_id = m.id ORDER BY e.version LIMIT 1
+    SELECT e.id, e.content, e.formatted_content FROM message_edit e
+    WHERE e.message_id = m.id AND e.conversation_id = m.conversation_id ORDER BY e.version LIMIT 1
 ) first ON true
 """
 
@@ -165,8 +169,15 @@ async def existing(db: Db, outgoing: Outgoing) -> Existing:
 VISIBLE = """FROM message m
 JOIN conversation c ON c.id = m.conversation_id AND NOT c.is_deleted
 JOIN conversation_participant p ON p.conversation_id = m.conversation_id AND p.user_id = $2 AND p.status = 'active'
-WHERE m.id = $1"""
-"""The message $1, if the user $2 takes part in its conversation."""
+WHERE m.id = $1 AND m.conversation_id = $3"""
+"""The message $1 of the conversation $3, if the user $2 takes part in it."""
+
+
+class Place(Protocol):
+    """What names a message: every frame about one does."""
+
+    conversation_id: ConversationId
+    message_id: MessageId
 
 
 class Found(NamedTuple):
@@ -176,21 +187,17 @@ class Found(NamedTuple):
     can_delete_messages: bool
 
 
-LOCK = """
-SELECT FROM conversation c
-WHERE c.id = (SELECT m.conversation_id FROM message m WHERE m.id = $1) AND NOT c.is_deleted
-FOR NO KEY UPDATE
-"""
+LOCK = "SELECT FROM conversation c WHERE c.id = $1 AND NOT c.is_deleted FOR NO KEY UPDATE"
 FIND = f"""
 SELECT message_json(m), can(p.role, 'moderator', p.can_delete_messages)
 {VISIBLE}
 """
 
 
-async def lock(db: Db, message_id: MessageId, user_id: UserId) -> Found | None:
+async def lock(db: Db, place: Place, user_id: UserId) -> Found | None:
     """Lock the conversation of a message, and then return the message as it is, deleted or not; None without access."""
-    await db.execute(LOCK, message_id)
-    row = await db.fetchrow(FIND, message_id, user_id)
+    await db.execute(LOCK, place.conversation_id)
+    row = await db.fetchrow(FIND, place.message_id, user_id, place.conversation_id)
     return None if row is None else Found(_message_decoder.decode(row[0]), row[1])
 
 
@@ -200,7 +207,8 @@ SELECT json_build_object(
     'message', message_json(m),
     'mine', ARRAY(
         SELECT r.emoji FROM message_reaction r
-        WHERE r.message_id = m.id AND r.user_id = $2 AND NOT r.is_removed ORDER BY r.emoji
+        WHERE r.message_id = m.id AND r.conversation_id = m.conversation_id AND r.user_id = $2 AND NOT r.is_removed
+        ORDER BY r.emoji
     ),
     'read_by', (
         SELECT count(*) FROM (
@@ -215,9 +223,9 @@ SELECT json_build_object(
 """  # noqa: S608 - VISIBLE is a constant
 
 
-async def get(db: Db, message_id: MessageId, user_id: UserId) -> OneMessage | None:
+async def get(db: Db, place: Place, user_id: UserId) -> OneMessage | None:
     """Return a message with the caller's reactions and how many have read it (at most 1,000 are counted)."""
-    text = await db.fetchval(GET, message_id, user_id)
+    text = await db.fetchval(GET, place.message_id, user_id, place.conversation_id)
     return None if text is None else _one_decoder.decode(text)
 
 
@@ -226,7 +234,8 @@ async def get(db: Db, message_id: MessageId, user_id: UserId) -> OneMessage | No
 PAGE = """
 SELECT c.version, anchor.place, page.is_older, message_json(page.m), ARRAY(
     SELECT r.emoji FROM message_reaction r
-    WHERE (page.m).reactions <> '{}' AND r.message_id = (page.m).id AND r.user_id = $2 AND NOT r.is_removed
+    WHERE (page.m).reactions <> '{}' AND r.message_id = (page.m).id AND r.conversation_id = $1
+        AND r.user_id = $2 AND NOT r.is_removed
     ORDER BY r.emoji
 )
 FROM conversation_participant p
@@ -286,12 +295,13 @@ EDIT = """
 WITH bumped AS (
     UPDATE conversation SET version = version + 1 WHERE id = $1 RETURNING version
 ), kept AS (
-    INSERT INTO message_edit (id, message_id, content, formatted_content, edited_by, version)
-    SELECT $3, m.id, m.content, m.formatted_content, $4, b.version FROM message m, bumped b WHERE m.id = $2
+    INSERT INTO message_edit (id, conversation_id, message_id, content, formatted_content, edited_by, version)
+    SELECT $3, $1, m.id, m.content, m.formatted_content, $4, b.version
+    FROM message m, bumped b WHERE m.id = $2 AND m.conversation_id = $1
 )
 UPDATE message m SET content = $5, formatted_content = $6, status = 'edited', edited_at = now(), edited_by = $4,
     version = b.version, updated_at = now()
-FROM bumped b WHERE m.id = $2
+FROM bumped b WHERE m.id = $2 AND m.conversation_id = $1
 RETURNING message_json(m)
 """
 
@@ -313,18 +323,21 @@ SELECT e.version, e.message_id = $2 AND e.edited_by = $3
     AND coalesce(next.content, m.content) = $4
     AND (CASE WHEN next.id IS NULL THEN m.formatted_content ELSE next.formatted_content END) IS NOT DISTINCT FROM $5
 FROM message_edit e
-JOIN message m ON m.id = e.message_id
+JOIN message m ON m.id = e.message_id AND m.conversation_id = e.conversation_id
 LEFT JOIN LATERAL (
     SELECT n.id, n.content, n.formatted_content FROM message_edit n
-    WHERE n.message_id = e.message_id AND n.version > e.version ORDER BY n.version LIMIT 1
+    WHERE n.message_id = e.message_id AND n.conversation_id = e.conversation_id AND n.version > e.version
+    ORDER BY n.version LIMIT 1
 ) next ON true
-WHERE e.id = $1
+WHERE e.id = $1 AND e.conversation_id = $6
 """
 
 
 async def edited(db: Db, frame: Edit, user_id: UserId) -> tuple[int, bool] | None:
     """Return the version of the edit with this id, and whether it is the same edit; None if there is none."""
-    row = await db.fetchrow(EDITED, frame.edit_id, frame.message_id, user_id, frame.content, frame.formatted_content)
+    row = await db.fetchrow(
+        EDITED, frame.edit_id, frame.message_id, user_id, frame.content, frame.formatted_content, frame.conversation_id
+    )
     return None if row is None else (row[0], row[1])
 
 
@@ -332,21 +345,23 @@ DELETE = """
 WITH bumped AS (
     UPDATE conversation SET version = version + 1, message_count = message_count - 1 WHERE id = $1 RETURNING version
 ), kept AS (
-    INSERT INTO message_edit (id, message_id, content, formatted_content, edited_by, version)
-    SELECT gen_random_uuid(), m.id, m.content, m.formatted_content, $3, b.version
-    FROM message m, bumped b WHERE m.id = $2
+    INSERT INTO message_edit (id, conversation_id, message_id, content, formatted_content, edited_by, version)
+    SELECT gen_random_uuid(), $1, m.id, m.content, m.formatted_content, $3, b.version
+    FROM message m, bumped b WHERE m.id = $2 AND m.conversation_id = $1
 ), unreacted AS (
     UPDATE message_reaction r SET is_removed = true, version = b.version
-    FROM bumped b WHERE r.message_id = $2 AND NOT r.is_removed
+    FROM bumped b WHERE r.message_id = $2 AND r.conversation_id = $1 AND NOT r.is_removed
 ), root AS (
     UPDATE message m SET reply_count = m.reply_count - 1, version = b.version
-    FROM bumped b WHERE m.id = (SELECT d.thread_root_id FROM message d WHERE d.id = $2)
+    FROM bumped b
+    WHERE m.id = (SELECT d.thread_root_id FROM message d WHERE d.id = $2 AND d.conversation_id = $1)
+        AND m.conversation_id = $1
     RETURNING m.reply_count
 )
 UPDATE message m SET content = '', formatted_content = NULL, mentions = '{}', hashtags = '{}', metadata = NULL,
     reactions = '{}', status = 'deleted', is_deleted = true, deleted_at = now(), deleted_by = $3,
     version = b.version, updated_at = now()
-FROM bumped b WHERE m.id = $2
+FROM bumped b WHERE m.id = $2 AND m.conversation_id = $1
 RETURNING message_json(m), (SELECT reply_count FROM root)
 """
 
@@ -362,16 +377,17 @@ EDITS = f"""
 SELECT coalesce((
     SELECT json_agg(e ORDER BY e.version DESC) FROM (
         SELECT e.id, e.content, e.formatted_content, e.edited_by, e.edited_at, e.version
-        FROM message_edit e WHERE e.message_id = m.id ORDER BY e.version DESC LIMIT $3
+        FROM message_edit e
+        WHERE e.message_id = m.id AND e.conversation_id = m.conversation_id ORDER BY e.version DESC LIMIT $4
     ) e
 ), '[]')
 {VISIBLE} AND NOT m.is_deleted
 """  # noqa: S608 - VISIBLE is a constant
 
 
-async def edits(db: Db, message_id: MessageId, user_id: UserId, *, limit: int) -> list[MessageEdit] | None:
+async def edits(db: Db, place: Place, user_id: UserId, *, limit: int) -> list[MessageEdit] | None:
     """Return what a message said before, newest first; None without access or when it is deleted."""
-    text = await db.fetchval(EDITS, message_id, user_id, limit)
+    text = await db.fetchval(EDITS, place.message_id, user_id, place.conversation_id, limit)
     return None if text is None else _edits_decoder.decode(text)
 
 

