@@ -23,7 +23,9 @@ import uvloop
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks import growth
 from benchmarks.contestants import Contestant, Ground, Obvious, OpenChat, Picows, SocketIo, Uws
+from benchmarks.growth import Long, Short
 from loadtest.command import best, find_limit
 from loadtest.histogram import Histogram
 from loadtest.run import Phase, Run, Watch
@@ -191,7 +193,9 @@ WORKS: dict[str, Work] = {
         [OpenChat],
         acknowledge("direct", size_of(1_000, 200, group=2)),
     ),
+    "growth": Work("the same frames after little and after much history", [Short, Long], growth.measure),
     "idle": Work("5,000 authenticated connections", EVERYONE, connect("idle", size_of(5_000, 0, group=10))),
+    "idle-many": Work("15,000 authenticated connections", [OpenChat], connect("idle", size_of(15_000, 0, group=10))),
     "storm": Work("2,000 connect as fast as it goes", STORED, connect("storm", size_of(2_000, 0, group=10))),
 }
 

@@ -36,7 +36,7 @@ class Ground:
     """The PostgreSQL and the Valkey that the others use, each in a database of its own, and a place for OpenChat's."""
 
     def __init__(self, path: Path) -> None:
-        self.openchat = path / "openchat"
+        self.path = path
         self.folder = DataFolder(path / "others")
         self.postgres = Postgres(self.folder, max_connections=100)
         self.valkey = Valkey(self.folder)
@@ -172,6 +172,11 @@ class OpenChat(Contestant):
     name = "OpenChat"
     line = "loadtest.line:Line"
 
+    @property
+    def folder(self) -> Path:
+        """Where it keeps its data, from turn to turn."""
+        return self.ground.path / type(self).__name__.lower()
+
     def command(self) -> list[str]:
         """Return how it is started."""
         return [sys.executable, "-m", "server.cli", "--port", str(self.port), "--workers", str(self.workers)]
@@ -179,8 +184,9 @@ class OpenChat(Contestant):
     def settings(self) -> dict[str, str]:
         """Return what it finds in its environment: its limits are not what is measured; the others have none."""
         return {
-            "OPENCHAT_DATA_DIR": str(self.ground.openchat),
+            "OPENCHAT_DATA_DIR": str(self.folder),
             "OPENCHAT_WRITE_RATE": "1000000",
+            "OPENCHAT_READ_RATE": "1000000",
             "OPENCHAT_CONNECTIONS_PER_USER": "1000",
         }
 
@@ -190,7 +196,7 @@ class OpenChat(Contestant):
 
     def database(self) -> str:
         """Return its database's URL."""
-        return f"postgresql://openchat@/openchat?host={quote(str(self.ground.openchat / 'run'))}"
+        return f"postgresql://openchat@/openchat?host={quote(str(self.folder / 'run'))}"
 
     async def create(self) -> None:
         """It does that itself."""

@@ -1,0 +1,139 @@
+"""What history costs: the same frames in a conversation of 10,000 messages and in one of 10,000,000."""
+
+import random
+from collections.abc import Callable, Iterator
+from typing import ClassVar
+from uuid import UUID
+
+import asyncpg
+import websockets
+from rich.progress import track
+from websockets import Subprotocol
+from websockets.asyncio.client import ClientConnection
+
+from benchmarks.contestants import Contestant, OpenChat
+from loadtest.target import Unusable
+from protocol import SUBPROTOCOL, client
+from protocol.client import Frame
+from protocol.codec import decode_server, encode
+from protocol.ids import ConversationId, MessageId, UserId, uuid7
+from protocol.server import Error, Ready, Reply
+from server.auth.sessions import new_token, token_hash
+
+FRAMES = 2_000
+"""How many of each kind: CPU time, which the kernel counts in hundredths of a second, is exact to two per cent then."""
+MISSED = 10
+COPIED_AT_ONCE = 100_000
+US = 1e6
+BEGAN_MS = 1_700_000_000_000
+"""When the first message was sent, in November 2023; one followed each millisecond."""
+TOKEN = new_token()
+ABOUT, READER, WRITER = ConversationId(uuid7()), UserId(uuid7()), UserId(uuid7())
+
+
+class Short(OpenChat):
+    """A server with little history."""
+
+    name = "10,000 messages"
+    messages: ClassVar[int] = 10_000
+
+
+class Long(Short):
+    """A server with much."""
+
+    name = "10,000,000 messages"
+    messages: ClassVar[int] = 10_000_000
+
+
+async def measure(contestant: Contestant, seconds: float) -> dict[str, float]:  # noqa: ARG001 - it counts frames
+    """Return what each kind of frame costs. Raises Unusable if one is refused."""
+    assert isinstance(contestant, Short)  # noqa: S101 - as WORKS has it
+    db = await asyncpg.connect(contestant.database())
+    await fill(db, contestant.messages)
+    await db.close()
+    costs = {}
+    url = f"ws://{contestant.host}:{contestant.port}/v1/ws?resume=1"
+    headers = {"Authorization": f"Bearer {TOKEN}"}
+    async with websockets.connect(
+        url, additional_headers=headers, subprotocols=[Subprotocol(SUBPROTOCOL)], compression=None, max_size=None
+    ) as socket:
+        ready = decode_server(await socket.recv())
+        assert isinstance(ready, Ready)  # noqa: S101 - the first frame
+        for name, frame in frames(contestant.messages, ready.epoch).items():
+            before = contestant.machine.usage().seconds
+            for _ in range(FRAMES):
+                await call(socket, frame())
+            costs[f"µs CPU a {name}"] = (contestant.machine.usage().seconds - before) / FRAMES * US
+    return costs
+
+
+def frames(messages: int, epoch: str) -> dict[str, Callable[[], Frame]]:
+    """Return what makes each kind of frame."""
+    dice = random.Random(messages)  # noqa: S311 - pages, not secrets
+    return {
+        "resume": lambda: client.Resume(epoch=epoch, versions={ABOUT: 2 + messages - MISSED}),
+        "history page": lambda: client.History(conversation_id=ABOUT, around=message_id(dice.randrange(messages))),
+        "unread count": lambda: client.GetConversation(conversation_id=ABOUT),
+        "send": lambda: client.Send(conversation_id=ABOUT, message_id=MessageId(uuid7()), content="Hello"),
+    }
+
+
+async def call(socket: ClientConnection, frame: Frame) -> None:
+    """Send a frame and wait for its answer. Raises Unusable if that is a refusal."""
+    frame.id = 1
+    await socket.send(encode(frame).decode())
+    while not isinstance(answer := decode_server(await socket.recv()), Reply):
+        if isinstance(answer, Error):
+            raise Unusable(answer.message)
+
+
+async def fill(db: "asyncpg.Connection[asyncpg.Record]", messages: int) -> None:
+    """Write the conversation, if it is not there, and leave PostgreSQL with nothing to tidy up."""
+    if await db.fetchval("SELECT true FROM conversation WHERE id = $1", ABOUT):
+        return
+    await db.execute(
+        'INSERT INTO "user" (id, name, email) '
+        "SELECT id, 'Somebody', id || '@crowd.example' FROM unnest($1::uuid[]) AS id",
+        [READER, WRITER],
+    )
+    await db.execute(
+        "INSERT INTO session (user_id, token, expires_at) VALUES ($1, $2, now() + interval '1 day')",
+        READER,
+        token_hash(TOKEN),
+    )
+    await db.execute(
+        "INSERT INTO conversation (id, type, title, created_by, version, message_count, participant_count, "
+        "settings_version) VALUES ($1, 'group', 'Long', $2, 2 + $3::int, $3, 2, 1)",
+        ABOUT,
+        WRITER,
+        messages,
+    )
+    await db.execute(
+        "INSERT INTO conversation_participant (conversation_id, user_id, version) VALUES ($1, $2, 1), ($1, $3, 2)",
+        ABOUT,
+        WRITER,
+        READER,
+    )
+    # References are what the rows are made of here; checking them takes half of the time.
+    await db.execute("SET session_replication_role = replica")
+    starts = range(0, messages, COPIED_AT_ONCE)
+    for start in track(starts, f"writing {messages:,} messages") if len(starts) > 1 else starts:
+        await db.copy_records_to_table(
+            "message",
+            records=rows(range(start, min(start + COPIED_AT_ONCE, messages))),
+            columns=["id", "conversation_id", "sender_id", "content", "sent_version", "version"],
+        )
+    await db.execute("VACUUM (FREEZE, ANALYZE) message")
+    await db.execute("CHECKPOINT")
+
+
+def rows(numbers: range) -> Iterator[tuple[MessageId, ConversationId, UserId, str, int, int]]:
+    """Return messages as they are copied."""
+    for number in numbers:
+        text = f"This is message {number:,} of a long conversation, and not the last one."
+        yield message_id(number), ABOUT, WRITER, text, 3 + number, 3 + number
+
+
+def message_id(number: int) -> MessageId:
+    """Return the id of a message: a UUIDv7, in the order of messages."""
+    return MessageId(UUID(int=(BEGAN_MS + number) << 80 | 7 << 76 | 2 << 62 | number))
