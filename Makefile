@@ -7,7 +7,7 @@ VENV := .venv
 NODE := benchmarks/peers/node
 ARGS ?=
 
-.PHONY: run test lint types tests docs bench format lock clean help
+.PHONY: run test lint types tests docs bench scale format lock clean help
 
 run: $(VENV)/run-ready
 	@exec $(VENV)/bin/openchat $(ARGS)
@@ -33,6 +33,9 @@ docs: $(VENV)/test-ready  ## write the generated part of docs/
 
 bench: $(VENV)/test-ready $(NODE)/node_modules  ## compare with other servers, about half an hour (needs Node.js)
 	$(VENV)/bin/python -m benchmarks $(ARGS)
+
+scale: $(VENV)/test-ready  ## simulate a million connections from the measured costs
+	$(VENV)/bin/python -m benchmarks.scale $(ARGS)
 
 $(NODE)/node_modules: $(NODE)/package-lock.json
 	npm ci --prefix $(NODE) --no-audit --no-fund

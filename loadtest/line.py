@@ -198,6 +198,8 @@ class Line(asyncio.Protocol):
 
     def write(self, payload: bytes) -> None:
         """Send one text frame, masked with zeros: a mask's purpose is to protect proxies, and there are none."""
+        if self.transport.is_closing():
+            return  # which is counted where it is noticed
         size = len(payload)
         if size < SHORT:
             head = struct.pack("!BB", 0x80 | TEXT, 0x80 | size)
