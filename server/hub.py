@@ -21,6 +21,10 @@ from server.topics import NOBODY, ConversationRecord, Topics
 COMPARE_SECONDS = 5.0
 COMPARE_SECONDS_WITHOUT_BUS = 0.5
 """How often all positions are compared with PostgreSQL: the last line of defence, and without a bus the only one."""
+PEOPLE_PARTS = 6
+"""While the bus is up, the users are compared in so many parts, one at a time: there are many more of them than of
+conversations, and their news is rare.
+"""
 
 _ENTRY = struct.Struct("!QI16s")
 """An event on the bus: its version (0 for ephemeral ones), how long its frame is, who is gone by it."""
@@ -180,13 +184,14 @@ class Hub:
             pause = COMPARE_SECONDS if self.bus.is_up else COMPARE_SECONDS_WITHOUT_BUS
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._compare_now.wait(), pause)
+            is_all = self._compare_now.is_set() or not self.bus.is_up
             self._compare_now.clear()
             try:
-                await self._compare_once()
+                await self._compare_once(parts=1 if is_all else PEOPLE_PARTS)
             except Exception as error:  # noqa: BLE001 - the database is away: compare again when it is back
                 log.warning("positions could not be compared: %s", error)
 
-    async def _compare_once(self) -> None:
+    async def _compare_once(self, *, parts: int) -> None:
         if (epoch := await self._record.epoch()) != self.epoch:
             log.warning("the database was replaced: everyone starts over")
             self.epoch = epoch
@@ -194,7 +199,7 @@ class Hub:
                 socket.close(CloseCode.START_OVER)
             return
         await self.topics.compare()
-        await self.people.compare()
+        await self.people.compare(parts=parts)
 
 
 def _presence_channel(user_id: UserId) -> bytes:

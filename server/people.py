@@ -64,6 +64,7 @@ class People:
         self._bus = bus
         self._people: dict[UserId, Person] = {}
         self._looks: set[asyncio.Task[None]] = set()
+        self._turn = 0
 
     def sockets(self, user_id: UserId) -> list[Socket]:
         """Return a user's sockets."""
@@ -109,9 +110,12 @@ class People:
             # One look at a time, and one that begins after this.
             person.look = self._spawn(self._look(user_id, person, person.look))
 
-    async def compare(self) -> None:
-        """Compare the users' own clocks with PostgreSQL, and look at those whose news was missed."""
-        user_ids = list(self._people)
+    async def compare(self, *, parts: int) -> None:
+        """Compare the users' own clocks with PostgreSQL, and look at those whose news was missed: all of them, or
+        one of so many `parts`, and the next one the next time.
+        """
+        self._turn += 1
+        user_ids = list(self._people)[self._turn % parts :: parts]
         for start in range(0, len(user_ids), COMPARE_AT_ONCE):
             versions = await self._record.user_versions(user_ids[start : start + COMPARE_AT_ONCE])
             for user_id, version in versions.items():

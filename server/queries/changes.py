@@ -26,7 +26,7 @@ EVENTS = """
             'conversation_id', r.conversation_id, 'version', r.version, 'message_id', r.message_id,
             'user_id', r.user_id, 'emoji', r.emoji, 'count', coalesce((m.reactions ->> r.emoji)::int, 0)
         ), NULL
-    FROM message_reaction r JOIN message m ON m.id = r.message_id AND m.conversation_id = r.conversation_id
+    FROM message_reaction r JOIN message m ON m.id = r.message_id AND (m.conversation_id = r.conversation_id) IS TRUE
     WHERE r.conversation_id = $1 AND r.version > $2 ORDER BY r.version LIMIT $3)
     UNION ALL
     (SELECT p.version, json_build_object(

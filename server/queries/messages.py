@@ -37,6 +37,10 @@ class Stored(NamedTuple):
     root_reply_count: int | None
 
 
+# `(… = …) IS TRUE` says which conversation a row named by its id belongs to without offering that to the planner as
+# a way to find it: while a table is nearly empty, walking through a conversation looks as cheap as going by the id,
+# and the plan is kept (docs/decisions/0008). OFFSET 0 and ARRAY(…) keep the order of steps for the same reason.
+#
 # One statement for the whole batch. `wanted` are those that may be sent; the conversation's row is locked after
 # that check, so whoever's access changed in between is left out (access_version) and asked about again.
 SEND = """
@@ -46,20 +50,28 @@ WITH input AS (
         formatted_content text, mentions uuid[], metadata jsonb, parent_message_id uuid
     )
 ), wanted AS MATERIALIZED (
-    SELECT i.*, c.access_version, coalesce(parent.thread_root_id, parent.id) AS root_id
+    SELECT i.*, allowed.access_version, coalesce(parent.thread_root_id, parent.id) AS root_id
     FROM input i
-    JOIN conversation_participant p
-        ON p.conversation_id = i.conversation_id AND p.user_id = i.sender_id AND p.status = 'active'
-    JOIN conversation c ON c.id = i.conversation_id AND NOT c.is_deleted
-    LEFT JOIN message parent
-        ON parent.id = i.parent_message_id AND parent.conversation_id = i.conversation_id AND NOT parent.is_deleted
-    WHERE (i.parent_message_id IS NULL OR parent.id IS NOT NULL)
-        AND NOT EXISTS (SELECT FROM message m WHERE m.id = i.message_id AND m.conversation_id = i.conversation_id)
+    CROSS JOIN LATERAL (
+        SELECT c.access_version
+        FROM conversation_participant p JOIN conversation c ON c.id = p.conversation_id AND NOT c.is_deleted
+        WHERE p.conversation_id = i.conversation_id AND p.user_id = i.sender_id AND p.status = 'active'
+        OFFSET 0
+    ) allowed
+    LEFT JOIN LATERAL (
+        SELECT m.id, m.thread_root_id FROM message m
+        WHERE m.id = i.parent_message_id AND (m.conversation_id = i.conversation_id) IS TRUE AND NOT m.is_deleted
+        OFFSET 0
+    ) parent ON true
+    WHERE (i.parent_message_id IS NULL OR parent.id IS NOT NULL) AND NOT EXISTS (
+        SELECT FROM message m
+        WHERE m.id = i.message_id AND (m.conversation_id = i.conversation_id) IS TRUE OFFSET 0
+    )
 ), locked AS MATERIALIZED (
     SELECT c.id, c.version, c.access_version
-    FROM (SELECT DISTINCT conversation_id FROM wanted) w JOIN conversation c ON c.id = w.conversation_id
+    FROM conversation c WHERE c.id = ANY(ARRAY(SELECT conversation_id FROM wanted))
     ORDER BY c.id
-    FOR NO KEY UPDATE OF c
+    FOR NO KEY UPDATE
 ), fresh AS MATERIALIZED (
     SELECT w.*, l.version + row_number() OVER (PARTITION BY w.conversation_id ORDER BY w.place) AS version,
         clock_timestamp() AS created_at
@@ -71,14 +83,14 @@ WITH input AS (
         SELECT conversation_id, max(version) AS version, count(*) AS messages, max(created_at) AS created_at
         FROM fresh GROUP BY conversation_id
     ) f
-    WHERE c.id = f.conversation_id
+    WHERE c.id = f.conversation_id AND c.id = ANY(ARRAY(SELECT conversation_id FROM fresh))
 ), roots AS (
     UPDATE message m SET reply_count = m.reply_count + f.replies, version = f.version
     FROM (
-        SELECT conversation_id, root_id, max(version) AS version, count(*) AS replies
-        FROM fresh GROUP BY conversation_id, root_id
+        SELECT root_id, max(version) AS version, count(*) AS replies FROM fresh GROUP BY root_id
     ) f
-    WHERE m.id = f.root_id AND m.conversation_id = f.conversation_id
+    WHERE m.id = f.root_id AND m.id = ANY(ARRAY(SELECT root_id FROM fresh))
+        AND (m.conversation_id = ANY(ARRAY(SELECT conversation_id FROM fresh))) IS TRUE
     RETURNING m.id, m.reply_count
 ), inserted AS (
     INSERT INTO message (id, conversation_id, sender_id, content, content_type, formatted_content, mentions,
@@ -169,7 +181,7 @@ async def existing(db: Db, outgoing: Outgoing) -> Existing:
 VISIBLE = """FROM message m
 JOIN conversation c ON c.id = m.conversation_id AND NOT c.is_deleted
 JOIN conversation_participant p ON p.conversation_id = m.conversation_id AND p.user_id = $2 AND p.status = 'active'
-WHERE m.id = $1 AND m.conversation_id = $3"""
+WHERE m.id = $1 AND (m.conversation_id = $3) IS TRUE"""
 """The message $1 of the conversation $3, if the user $2 takes part in it."""
 
 
@@ -207,7 +219,8 @@ SELECT json_build_object(
     'message', message_json(m),
     'mine', ARRAY(
         SELECT r.emoji FROM message_reaction r
-        WHERE r.message_id = m.id AND r.conversation_id = m.conversation_id AND r.user_id = $2 AND NOT r.is_removed
+        WHERE r.message_id = m.id AND (r.conversation_id = m.conversation_id) IS TRUE
+            AND r.user_id = $2 AND NOT r.is_removed
         ORDER BY r.emoji
     ),
     'read_by', (
@@ -234,7 +247,7 @@ async def get(db: Db, place: Place, user_id: UserId) -> OneMessage | None:
 PAGE = """
 SELECT c.version, anchor.place, page.is_older, message_json(page.m), ARRAY(
     SELECT r.emoji FROM message_reaction r
-    WHERE (page.m).reactions <> '{}' AND r.message_id = (page.m).id AND r.conversation_id = $1
+    WHERE (page.m).reactions <> '{}' AND r.message_id = (page.m).id AND (r.conversation_id = $1) IS TRUE
         AND r.user_id = $2 AND NOT r.is_removed
     ORDER BY r.emoji
 )
@@ -242,7 +255,7 @@ FROM conversation_participant p
 JOIN conversation c ON c.id = p.conversation_id AND NOT c.is_deleted
 CROSS JOIN LATERAL (
     SELECT $4::bigint + CASE WHEN $3::uuid IS NULL THEN 0
-        ELSE (SELECT a.sent_version FROM message a WHERE a.id = $3 AND a.conversation_id = $1) END AS place
+        ELSE (SELECT a.sent_version FROM message a WHERE a.id = $3 AND (a.conversation_id = $1) IS TRUE) END AS place
 ) anchor
 LEFT JOIN LATERAL (
     (SELECT m, true AS is_older FROM message m
@@ -297,11 +310,11 @@ WITH bumped AS (
 ), kept AS (
     INSERT INTO message_edit (id, conversation_id, message_id, content, formatted_content, edited_by, version)
     SELECT $3, $1, m.id, m.content, m.formatted_content, $4, b.version
-    FROM message m, bumped b WHERE m.id = $2 AND m.conversation_id = $1
+    FROM message m, bumped b WHERE m.id = $2 AND (m.conversation_id = $1) IS TRUE
 )
 UPDATE message m SET content = $5, formatted_content = $6, status = 'edited', edited_at = now(), edited_by = $4,
     version = b.version, updated_at = now()
-FROM bumped b WHERE m.id = $2 AND m.conversation_id = $1
+FROM bumped b WHERE m.id = $2 AND (m.conversation_id = $1) IS TRUE
 RETURNING message_json(m)
 """
 
@@ -323,7 +336,7 @@ SELECT e.version, e.message_id = $2 AND e.edited_by = $3
     AND coalesce(next.content, m.content) = $4
     AND (CASE WHEN next.id IS NULL THEN m.formatted_content ELSE next.formatted_content END) IS NOT DISTINCT FROM $5
 FROM message_edit e
-JOIN message m ON m.id = e.message_id AND m.conversation_id = e.conversation_id
+JOIN message m ON m.id = e.message_id AND (m.conversation_id = e.conversation_id) IS TRUE
 LEFT JOIN LATERAL (
     SELECT n.id, n.content, n.formatted_content FROM message_edit n
     WHERE n.message_id = e.message_id AND n.conversation_id = e.conversation_id AND n.version > e.version
@@ -347,21 +360,21 @@ WITH bumped AS (
 ), kept AS (
     INSERT INTO message_edit (id, conversation_id, message_id, content, formatted_content, edited_by, version)
     SELECT gen_random_uuid(), $1, m.id, m.content, m.formatted_content, $3, b.version
-    FROM message m, bumped b WHERE m.id = $2 AND m.conversation_id = $1
+    FROM message m, bumped b WHERE m.id = $2 AND (m.conversation_id = $1) IS TRUE
 ), unreacted AS (
     UPDATE message_reaction r SET is_removed = true, version = b.version
-    FROM bumped b WHERE r.message_id = $2 AND r.conversation_id = $1 AND NOT r.is_removed
+    FROM bumped b WHERE r.message_id = $2 AND (r.conversation_id = $1) IS TRUE AND NOT r.is_removed
 ), root AS (
     UPDATE message m SET reply_count = m.reply_count - 1, version = b.version
     FROM bumped b
-    WHERE m.id = (SELECT d.thread_root_id FROM message d WHERE d.id = $2 AND d.conversation_id = $1)
-        AND m.conversation_id = $1
+    WHERE m.id = (SELECT d.thread_root_id FROM message d WHERE d.id = $2 AND (d.conversation_id = $1) IS TRUE)
+        AND (m.conversation_id = $1) IS TRUE
     RETURNING m.reply_count
 )
 UPDATE message m SET content = '', formatted_content = NULL, mentions = '{}', hashtags = '{}', metadata = NULL,
     reactions = '{}', status = 'deleted', is_deleted = true, deleted_at = now(), deleted_by = $3,
     version = b.version, updated_at = now()
-FROM bumped b WHERE m.id = $2 AND m.conversation_id = $1
+FROM bumped b WHERE m.id = $2 AND (m.conversation_id = $1) IS TRUE
 RETURNING message_json(m), (SELECT reply_count FROM root)
 """
 

@@ -17,7 +17,7 @@ WITH reacted AS (
     UPDATE conversation c SET version = r.version FROM reacted r WHERE c.id = $1
 )
 UPDATE message m SET reactions = m.reactions || jsonb_build_object($4::text, coalesce((m.reactions ->> $4)::int, 0) + 1)
-FROM reacted r WHERE m.id = $2 AND m.conversation_id = $1
+FROM reacted r WHERE m.id = $2 AND (m.conversation_id = $1) IS TRUE
 RETURNING r.version, (m.reactions ->> $4)::int
 """
 
@@ -25,7 +25,7 @@ UNREACT = """
 WITH unreacted AS (
     UPDATE message_reaction r SET is_removed = true, version = c.version + 1
     FROM conversation c
-    WHERE c.id = $1 AND r.conversation_id = $1 AND r.message_id = $2 AND r.user_id = $3 AND r.emoji = $4
+    WHERE c.id = $1 AND (r.conversation_id = $1) IS TRUE AND r.message_id = $2 AND r.user_id = $3 AND r.emoji = $4
         AND NOT r.is_removed
     RETURNING r.version
 ), bumped AS (
@@ -34,13 +34,13 @@ WITH unreacted AS (
 UPDATE message m SET reactions = CASE WHEN (m.reactions ->> $4)::int > 1
     THEN m.reactions || jsonb_build_object($4::text, (m.reactions ->> $4)::int - 1)
     ELSE m.reactions - $4 END
-FROM unreacted r WHERE m.id = $2 AND m.conversation_id = $1
+FROM unreacted r WHERE m.id = $2 AND (m.conversation_id = $1) IS TRUE
 RETURNING r.version, coalesce((m.reactions ->> $4)::int, 0)
 """
 
 AS_IT_IS = """
 SELECT version FROM message_reaction
-WHERE conversation_id = $1 AND message_id = $2 AND user_id = $3 AND emoji = $4
+WHERE (conversation_id = $1) IS TRUE AND message_id = $2 AND user_id = $3 AND emoji = $4
 """
 
 

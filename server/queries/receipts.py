@@ -24,7 +24,7 @@ WITH target AS (
     SELECT m.id, m.conversation_id, m.sent_version, c.participant_count
     FROM message m
     JOIN conversation c ON c.id = m.conversation_id AND NOT c.is_deleted
-    WHERE m.id = $1 AND m.conversation_id = $3
+    WHERE m.id = $1 AND (m.conversation_id = $3) IS TRUE
 ), moved AS (
     UPDATE conversation_participant p
     SET last_read_message_id = t.id, last_read_version = t.sent_version, last_read_at = now()
