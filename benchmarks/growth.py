@@ -12,13 +12,14 @@ from websockets import Subprotocol
 from websockets.asyncio.client import ClientConnection
 
 from benchmarks.contestants import Contestant, OpenChat
+from loadtest.line import Seat
 from loadtest.target import Unusable
 from protocol import SUBPROTOCOL, client
 from protocol.client import Frame
 from protocol.codec import decode_server, encode
 from protocol.ids import ConversationId, MessageId, UserId, uuid7
 from protocol.server import Error, Ready, Reply
-from server.auth.sessions import new_token, token_hash
+from server.auth.sessions import new_token
 
 FRAMES = 2_000
 """How many of each kind: CPU time, which the kernel counts in hundredths of a second, is exact to two per cent then."""
@@ -49,7 +50,7 @@ async def measure(contestant: Contestant, seconds: float) -> dict[str, float]:  
     """Return what each kind of frame costs. Raises Unusable if one is refused."""
     assert isinstance(contestant, Short)  # noqa: S101 - as WORKS has it
     db = await asyncpg.connect(contestant.database())
-    await fill(db, contestant.messages)
+    await fill(contestant, db)
     await db.close()
     costs = {}
     url = f"ws://{contestant.host}:{contestant.port}/v1/ws?resume=1"
@@ -87,35 +88,21 @@ async def call(socket: ClientConnection, frame: Frame) -> None:
             raise Unusable(answer.message)
 
 
-async def fill(db: "asyncpg.Connection[asyncpg.Record]", messages: int) -> None:
+async def fill(contestant: Short, db: "asyncpg.Connection[asyncpg.Record]") -> None:
     """Write the conversation, if it is not there, and leave PostgreSQL with nothing to tidy up."""
     if await db.fetchval("SELECT true FROM conversation WHERE id = $1", ABOUT):
         return
+    people = [
+        Seat(token=token, user_id=str(user_id), source="", conversations=[], talks=False)
+        for token, user_id in ((new_token(), WRITER), (TOKEN, READER))
+    ]
+    await contestant.store(db, people, {str(ABOUT): [one.user_id for one in people]})
     await db.execute(
-        'INSERT INTO "user" (id, name, email) '
-        "SELECT id, 'Somebody', id || '@crowd.example' FROM unnest($1::uuid[]) AS id",
-        [READER, WRITER],
-    )
-    await db.execute(
-        "INSERT INTO session (user_id, token, expires_at) VALUES ($1, $2, now() + interval '1 day')",
-        READER,
-        token_hash(TOKEN),
-    )
-    await db.execute(
-        "INSERT INTO conversation (id, type, title, created_by, version, message_count, participant_count, "
-        "settings_version) VALUES ($1, 'group', 'Long', $2, 2 + $3::int, $3, 2, 1)",
-        ABOUT,
-        WRITER,
-        messages,
-    )
-    await db.execute(
-        "INSERT INTO conversation_participant (conversation_id, user_id, version) VALUES ($1, $2, 1), ($1, $3, 2)",
-        ABOUT,
-        WRITER,
-        READER,
+        "UPDATE conversation SET version = 2 + $2::int, message_count = $2 WHERE id = $1", ABOUT, contestant.messages
     )
     # References are what the rows are made of here; checking them takes half of the time.
     await db.execute("SET session_replication_role = replica")
+    messages = contestant.messages
     starts = range(0, messages, COPIED_AT_ONCE)
     for start in track(starts, f"writing {messages:,} messages") if len(starts) > 1 else starts:
         await db.copy_records_to_table(

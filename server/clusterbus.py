@@ -37,13 +37,14 @@ class ClusterBus:
         self._origin = os.urandom(ORIGIN_BYTES)
         self._nodes: dict[Address, RedisBus] = {}
         self._slots: list[RedisBus | None] = [None] * REDIS_CLUSTER_HASH_SLOTS
+        self._is_covered = False
         self._followed: dict[bytes, RedisBus | None] = {}
         self._looking: asyncio.Task[None] | None = None
 
     @property
     def is_up(self) -> bool:
         """Whether all that others say is heard now."""
-        return None not in self._slots and all(node.is_up for node in self._nodes.values())
+        return self._is_covered and all(node.is_up for node in self._nodes.values())
 
     @property
     def published(self) -> int:
@@ -119,6 +120,7 @@ class ClusterBus:
         self._slots = [None] * REDIS_CLUSTER_HASH_SLOTS
         for (first, last), address in owners.items():
             self._slots[first : last + 1] = [self._nodes[address]] * (last + 1 - first)
+        self._is_covered = None not in self._slots
         moved = [channel for channel, node in self._followed.items() if node is not self._node(channel)]
         for channel in moved:
             if (before := self._followed[channel]) is not None:
@@ -133,7 +135,7 @@ class ClusterBus:
 async def is_cluster(url: str) -> bool:
     """Whether the Redis at `url` is a node of a cluster. Raises Fatal if it cannot be reached."""
     try:
-        async with Redis.from_url(url, socket_timeout=CONNECT_SECONDS, socket_connect_timeout=CONNECT_SECONDS) as redis:
+        async with _node_at(url) as redis:
             return bool((await redis.info("cluster"))["cluster_enabled"])
     except REDIS_LOST as error:
         raise redis_unreachable(error) from error
@@ -141,11 +143,15 @@ async def is_cluster(url: str) -> bool:
 
 async def slots(url: str) -> dict[tuple[int, int], Address]:
     """Return which primary has which slots, first and last, as the node at `url` sees it."""
-    async with Redis.from_url(url, socket_timeout=CONNECT_SECONDS, socket_connect_timeout=CONNECT_SECONDS) as redis:
+    async with _node_at(url) as redis:
         found = await redis.execute_command("CLUSTER SLOTS")  # type: ignore[no-untyped-call]
     here = urlsplit(url).hostname or "localhost"
     # A node that was never told its own address leaves it out.
     return {(first, last): (host.decode() or here, port) for first, last, (host, port, *_), *_ in found}
+
+
+def _node_at(url: str) -> Redis:
+    return Redis.from_url(url, socket_timeout=CONNECT_SECONDS, socket_connect_timeout=CONNECT_SECONDS)
 
 
 def _at(url: str, address: Address) -> str:
