@@ -7,6 +7,7 @@ bus or PostgreSQL, makes no difference: all of them end in `accept`.
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple, Protocol
 from uuid import UUID
@@ -25,6 +26,8 @@ MAX_EARLY = 256
 LINGER_SECONDS = 30.0
 """How long a conversation that nobody follows any more is still listened to."""
 NOBODY = bytes(16)
+REST = 2.0
+"""How long a crowded conversation rests after its events were written, in times of what that took."""
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +55,7 @@ class Topic:
 
     __slots__ = (
         "changed_at", "channel", "delivered", "early", "fetch", "id", "joining", "opening", "pending", "quiet_at",
-        "sockets",
+        "rests_until", "sockets",
     )  # fmt: skip
 
     def __init__(self, conversation_id: ConversationId) -> None:
@@ -68,6 +71,7 @@ class Topic:
         self.opening: asyncio.Task[None] | None = None
         self.quiet_at = 0.0
         self.changed_at = 0.0
+        self.rests_until = 0.0
 
 
 class Topics:
@@ -155,6 +159,8 @@ class Topics:
     def recent(self, conversation_ids: Iterable[ConversationId], *, since: float) -> dict[ConversationId, int]:
         """Return how far those of the conversations were delivered in which something was, after a loop time."""
         topics = [self._topics[conversation_id] for conversation_id in conversation_ids]
+        for topic in topics:
+            self._flush(topic)  # or a socket would be told of what it was not told
         return {topic.id: topic.delivered for topic in topics if topic.changed_at > since}
 
     # ---------------------------------------------------------------------------------------- order of versions
@@ -268,10 +274,13 @@ class Topics:
     # ---------------------------------------------------------------------------------------- onto the sockets
 
     def flush(self) -> None:
-        """Write what was delivered in this turn of the loop: once to each socket of each conversation."""
+        """Write what was delivered since the last time, once to each socket of each conversation that does not rest."""
         dirty, self._dirty = self._dirty, []
         for topic in dirty:
-            self._flush(topic)
+            if (rest := topic.rests_until - time.monotonic()) > 0:
+                self._loop.call_later(rest, self._flush, topic)
+            else:
+                self._flush(topic)
 
     def _enqueue(self, topic: Topic, frame: bytes) -> None:
         if topic.sockets:
@@ -286,8 +295,13 @@ class Topics:
         self.delivered += len(topic.sockets) * len(pending)
         data = pending[0] if len(pending) == 1 else b"".join(pending)
         topic.pending = []
+        began = time.monotonic()
         for write in topic.sockets.values():
             write(data)
+        ended = time.monotonic()
+        if len(pending) > 1:
+            # It is busy: what comes meanwhile leaves in one write per socket, and others have their turn.
+            topic.rests_until = ended + REST * (ended - began)
 
 
 def channel(conversation_id: ConversationId) -> bytes:
