@@ -26,8 +26,8 @@ MAX_EARLY = 256
 LINGER_SECONDS = 30.0
 """How long a conversation that nobody follows any more is still listened to."""
 NOBODY = bytes(16)
-REST = 2.0
-"""How long a crowded conversation rests after its events were written, in times of what that took."""
+CROWD, REST = 50, 2.0
+"""A busy conversation with so many sockets rests after each write, for so many times as long as that took."""
 
 log = logging.getLogger(__name__)
 
@@ -299,7 +299,7 @@ class Topics:
         for write in topic.sockets.values():
             write(data)
         ended = time.monotonic()
-        if len(pending) > 1:
+        if len(pending) > 1 and len(topic.sockets) >= CROWD:
             # It is busy: what comes meanwhile leaves in one write per socket, and others have their turn.
             topic.rests_until = ended + REST * (ended - began)
 

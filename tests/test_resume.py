@@ -1,5 +1,7 @@
 """A reconnect costs the difference: exactly what was missed, in order, or a clear "start over"."""
 
+import asyncio
+
 import msgspec
 import pytest
 from hypothesis import HealthCheck, given
@@ -11,6 +13,7 @@ from protocol.client import Frame
 from protocol.ids import ConversationId, MessageId, uuid7
 from protocol.limits import MAX_CHANGES
 from protocol.server import Changes, ServerFrame
+from server import topics
 from server.config import Settings
 from tests.client import Client
 from tests.mirror import Mirror, assert_same, from_database
@@ -175,6 +178,35 @@ async def test_heartbeats_carry_the_clocks_of_what_is_active(settings: Settings)
         assert quiet not in beat.versions
         still = await ada.event(server.Heartbeat, lambda beat: not beat.versions, start=ada.events.index(beat))
         assert still.server_time > beat.server_time
+
+
+async def test_a_busy_crowd_hears_everything_in_order_and_heartbeats_never_run_ahead_of_it(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Long rests, so that heartbeats come while events wait.
+    monkeypatch.setattr(topics, "REST", 300.0)
+    async with World(msgspec.structs.replace(settings, heartbeat_seconds=1.5)) as world:
+        ada, charles = await world.users("Ada", "Charles")
+        first = await world.connect(ada)
+        group = await world.group(first, charles)
+        crowd = [first, *[await world.connect(who) for who in (ada, charles) for _ in range(30)]]
+        starts = [len(one.events) for one in crowd]
+
+        async def talk(one: Client) -> None:
+            for number in range(25):
+                await sent(one, group, f"{number}")
+
+        await asyncio.gather(*(talk(one) for one in crowd[:12]))
+        before = await world.db.fetchval("SELECT version - 12 * 25 FROM conversation WHERE id = $1", group)
+        for one, start in zip(crowd, starts, strict=True):
+            await one.event(server.MessageSent, lambda event: event.version == before + 12 * 25, start=start)
+            heard = before
+            for event in one.events[start:]:
+                if isinstance(event, server.MessageSent):
+                    assert event.version == heard + 1
+                    heard = event.version
+                elif isinstance(event, server.Heartbeat):
+                    assert event.versions.get(group, 0) <= heard
 
 
 ACTIONS = st.lists(
