@@ -78,8 +78,6 @@ class Roster:
             self._beat_slice(list(self._slices[self._turn]), asyncio.get_running_loop().time())
 
     def _beat_slice(self, connections: list[Connection], at: float) -> None:
-        # What is delivered but not written yet must not look like a loss.
-        self._hub.flush()
         server_time = now()
         plain = PING + text_frame(encode(Heartbeat(server_time=server_time)))
         for connection in connections:

@@ -160,7 +160,7 @@ class Topics:
         """Return how far those of the conversations were delivered in which something was, after a loop time."""
         topics = [self._topics[conversation_id] for conversation_id in conversation_ids]
         for topic in topics:
-            self._flush(topic)  # or a socket would be told of what it was not told
+            self._flush(topic)  # what is delivered but not written yet must not look like a loss
         return {topic.id: topic.delivered for topic in topics if topic.changed_at > since}
 
     # ---------------------------------------------------------------------------------------- order of versions
