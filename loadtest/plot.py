@@ -53,9 +53,15 @@ def axis(title: str, values: Sequence[float], *, is_log: bool = False) -> Axis:
     return Axis(title, min(positive) / 1.3 if is_log else 0.0, high, is_log)
 
 
-def svg(series: Sequence[Series], x: Axis, y: Axis) -> str:
-    """Return a plot."""
+def svg(series: Sequence[Series], x: Axis, y: Axis, *, spans: Sequence[tuple[float, float, str]] = ()) -> str:
+    """Return a plot; `spans` are shaded from one x to another, and have a name."""
     parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(y.title)} by {escape(x.title)}">']
+    for begin, end, name in spans:
+        left, right = _across(x, begin), _across(x, end)
+        parts.append(
+            f'<rect class="span" x="{left:.1f}" width="{max(1.5, right - left):.1f}" y="{TOP}" '
+            f'height="{HEIGHT - TOP - BOTTOM}"><title>{escape(name)}</title></rect>'
+        )
     for tick in y.ticks():
         at = _down(y, tick)
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>')

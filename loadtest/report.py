@@ -21,7 +21,7 @@ table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nu
 td { padding: .2rem .5rem; border-bottom: 1px solid var(--line) } td + td { text-align: right }
 figure { margin: 1.2rem 0 } figcaption { font-weight: 600 } small span { margin-left: .8em; font-weight: 400 }
 svg { width: 100% } .grid { stroke: var(--line) } .tick { font-size: 11px; fill: currentColor; opacity: .7 }
-.line { fill: none; stroke: currentColor; stroke-width: 2; stroke-linejoin: round }
+.span { fill: #ea580c44 } .line { fill: none; stroke: currentColor; stroke-width: 2; stroke-linejoin: round }
 .s0 { color: var(--s0) } .s1 { color: var(--s1) } .s2 { color: var(--s2) } .s3 { color: var(--s3) }
 """
 

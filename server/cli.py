@@ -1,7 +1,8 @@
-"""The command line: `openchat`, `openchat migrate`, `openchat new-epoch`, `openchat load`."""
+"""The command line: `openchat`, and `openchat migrate`, `new-epoch`, `load`, `prove`."""
 
 import argparse
 import asyncio
+import importlib
 import sys
 from importlib.metadata import version
 
@@ -20,8 +21,8 @@ MIGRATE_CONNECTIONS = 10
 
 def main() -> None:
     """Do what the command line says; end with status 1 and one line if it cannot be done."""
-    if sys.argv[1:2] == ["load"]:
-        sys.exit(_load(sys.argv[2:]))
+    if sys.argv[1:2] in (["load"], ["prove"]):
+        sys.exit(_from_outside(sys.argv[1], sys.argv[2:]))
     options = _parser().parse_args()
     log.configure("openchat")
     try:
@@ -49,10 +50,12 @@ def _parser() -> argparse.ArgumentParser:
         "command",
         nargs="?",
         default="run",
-        choices=["run", "migrate", "new-epoch", "load"],
+        choices=["run", "migrate", "new-epoch", "load", "prove"],
         help="run: start the server (the default). migrate: bring the database to this program's schema. "
         "new-epoch: after restoring a backup, have every client start over. "
-        "load: put a crowd in front of a running server (`openchat load --help`)",
+        "load: put a crowd in front of a running server (`openchat load --help`). "
+        "prove: hurt a cluster in every way while a crowd uses it, and compare what is stored with what was seen "
+        "(`openchat prove --help`)",
     )
     parser.add_argument("--host", help="the address to listen on (127.0.0.1)")
     parser.add_argument("--port", type=int, help="the port to listen on (8000)")
@@ -62,15 +65,18 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _load(arguments: list[str]) -> int:
+def _from_outside(name: str, arguments: list[str]) -> int:
+    """Run what speaks to a server as its clients do."""
     try:
-        from loadtest import command  # noqa: PLC0415 - its libraries are an extra, which a server does without
+        command = importlib.import_module({"load": "loadtest.command", "prove": "prove.command"}[name])
     except ImportError as error:
+        # Their libraries are an extra, which a server does without.
         sys.stderr.write(
             f"openchat: {error.name} is missing; install what a crowd needs: pip install 'openchat[load]'\n"
         )
         return 1
-    return command.main(arguments)
+    status: int = command.main(arguments)
+    return status
 
 
 def _variables() -> str:

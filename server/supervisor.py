@@ -78,6 +78,19 @@ class Worker:
             self.kill()
             raise Fatal(said.strip() or f"worker {self.number} does not start.")
 
+    def replace(self) -> subprocess.Popen[bytes] | None:
+        """Start another process in this place and return the one that was there, which goes on, once the new one takes
+        connections. Raises Fatal, and leaves everything as it was, if it does not.
+        """
+        old, self.process = self.process, None
+        self.start()
+        try:
+            self.wait_ready()
+        except Fatal:
+            self.process = old
+            raise
+        return old
+
     def terminate(self) -> None:
         """Ask it to drain and end."""
         if self.process is not None and self.is_running():
@@ -92,9 +105,7 @@ class Worker:
 
     def _forget(self) -> None:
         if self.process is not None:
-            for pipe in (self.process.stdin, self.process.stdout):
-                if pipe is not None:
-                    pipe.close()
+            close_pipes(self.process)
 
 
 class Supervisor:
@@ -104,6 +115,7 @@ class Supervisor:
         self._settings = settings
         self._stopping = threading.Event()
         self._is_forced = False
+        self._is_rolling = False
         self._folder: DataFolder | None = None
         self._postgres: Postgres | None = None
         self._valkey: Valkey | None = None
@@ -114,10 +126,14 @@ class Supervisor:
         """Run until SIGINT or SIGTERM. Raises Fatal if it cannot start."""
         signal.signal(signal.SIGINT, self._on_signal)
         signal.signal(signal.SIGTERM, self._on_signal)
+        signal.signal(signal.SIGHUP, self._on_hangup)
         try:
             self._start()
             while not self._stopping.wait(WATCH_SECONDS):
                 self._watch()
+                if self._is_rolling:
+                    self._is_rolling = False
+                    self._roll()
         finally:
             self._stop()
 
@@ -168,6 +184,31 @@ class Supervisor:
                 log.error("worker %d ended; starting another", worker.number)
                 worker.start()
 
+    def _roll(self) -> None:
+        """Replace all workers, one after the other: there is always one that takes connections in each place."""
+        log.info("replacing the workers, one after the other")
+        for worker in self._workers:
+            try:
+                old = worker.replace()
+            except Fatal as error:
+                log.error("worker %d could not be replaced: %s", worker.number, error)  # noqa: TRY400 - says it all
+                return
+            if old is not None:
+                self._see_off(old)
+            if self._stopping.is_set():
+                return
+        log.info("all workers are new")
+
+    def _see_off(self, old: subprocess.Popen[bytes]) -> None:
+        """Have a process drain and end, and look after everything else meanwhile."""
+        old.terminate()
+        deadline = time.monotonic() + STOP_SECONDS
+        while old.poll() is None and time.monotonic() < deadline and not self._stopping.wait(WATCH_SECONDS):
+            self._watch()
+        old.kill()
+        old.wait()
+        close_pipes(old)
+
     def _stop(self) -> None:
         if self._workers:
             tell("Stopping: clients are sent away, what is in flight is finished …")
@@ -187,6 +228,9 @@ class Supervisor:
         if self._folder is not None:
             self._folder.release()
         shutil.rmtree(self._shared, ignore_errors=True)
+
+    def _on_hangup(self, *_: object) -> None:
+        self._is_rolling = True
 
     def _on_signal(self, *_: object) -> None:
         self._is_forced = self._stopping.is_set()
@@ -243,6 +287,13 @@ def listen(host: str, port: int, count: int) -> list[socket.socket]:
     except OSError as error:
         raise Fatal(f"cannot listen on {host} port {port}: {error.strerror}. Choose another by --port.") from None
     return listeners
+
+
+def close_pipes(process: subprocess.Popen[bytes]) -> None:
+    """Let go of what a process was spoken to by."""
+    for pipe in (process.stdin, process.stdout):
+        if pipe is not None:
+            pipe.close()
 
 
 def tell(line: str) -> None:

@@ -14,8 +14,8 @@ from protocol.codec import encode
 from protocol.errors import CloseCode
 from protocol.http import LoggedIn
 from protocol.server import Error, Ready
+from prove.client import Client
 from server.config import Settings
-from tests.client import Client
 from tests.world import World
 
 ADA = {"name": "Ada", "email": "Ada@Example.org", "password": "correct horse"}

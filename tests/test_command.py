@@ -22,7 +22,7 @@ from protocol.client import CreateChannel
 from protocol.errors import CloseCode
 from protocol.http import LoggedIn
 from protocol.ids import ConversationId, uuid7
-from tests.client import Client
+from prove.client import Client
 from tests.conftest import Servers, scratch
 from tests.world import message, until
 

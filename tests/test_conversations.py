@@ -8,7 +8,7 @@ from protocol import client, server
 from protocol.errors import ErrorCode
 from protocol.ids import ConversationId, UserId, uuid7
 from protocol.values import ConversationView
-from tests.client import Client
+from prove.client import Client
 from tests.test_messages import refused
 from tests.world import World, sent
 

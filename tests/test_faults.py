@@ -21,14 +21,15 @@ from protocol.client import Frame
 from protocol.errors import CloseCode, ErrorCode, Refused
 from protocol.ids import ConversationId, MessageId
 from protocol.limits import MAX_FRAME_BYTES
+from prove.client import Client
+from prove.mirror import Mirror
+from prove.truth import assert_same, read_conversation
 from server.config import Settings
 from server.connection import Connection
 from server.embedded.folder import DataFolder
 from server.embedded.postgres import Postgres
 from server.embedded.valkey import Valkey
-from tests.client import Client
 from tests.conftest import TEMPLATE, Servers, make_template, scratch
-from tests.mirror import Mirror, assert_same, from_database
 from tests.world import Somebody, World, message, sent, until
 
 ROOM = 100
@@ -113,7 +114,7 @@ class Talk:
     async def assert_nothing_lost(self) -> None:
         """Each heard each version once and in order (or the mirror had refused it), up to the last."""
         async with asyncio.timeout(10):
-            truth = await from_database(self.world.db, self.channel)
+            truth = await read_conversation(self.world.db, self.channel)
             for one, mirror in zip(self.clients, self.mirrors, strict=True):
                 while mirror.copies[self.channel].version < truth.version:
                     await one.synced()

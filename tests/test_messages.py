@@ -7,7 +7,7 @@ import pytest
 from protocol import client, server
 from protocol.errors import ErrorCode, Refused
 from protocol.ids import ConversationId, EditId, MessageId, UserId, uuid7
-from tests.client import Client
+from prove.client import Client
 from tests.world import Somebody, World, message, sent
 
 

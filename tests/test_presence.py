@@ -10,8 +10,8 @@ from protocol import client, server
 from protocol.errors import ErrorCode
 from protocol.ids import UserId, uuid7
 from protocol.values import PresenceStatus
+from prove.client import Client
 from server.config import Settings
-from tests.client import Client
 from tests.cluster import Cluster
 from tests.test_messages import refused
 from tests.world import Somebody, World, until

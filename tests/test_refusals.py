@@ -15,10 +15,10 @@ from protocol.codec import encode
 from protocol.errors import CloseCode, ErrorCode, Refused
 from protocol.ids import ConversationId, MessageId, UserId, uuid7
 from protocol.limits import MAX_FRAME_BYTES
+from prove.client import Client
 from server.config import Settings
 from server.dispatch import Access
 from server.routes import ROUTES
-from tests.client import Client
 from tests.world import World, message, sent
 
 A_UUID4 = "8b9d4d78-2de1-4813-b7a2-e0529d3c0efa"

@@ -13,10 +13,11 @@ from protocol.client import Frame
 from protocol.ids import ConversationId, MessageId, uuid7
 from protocol.limits import MAX_CHANGES
 from protocol.server import Changes, ServerFrame
+from prove.client import Client
+from prove.mirror import Mirror
+from prove.truth import assert_same, read_conversation
 from server import topics
 from server.config import Settings
-from tests.client import Client
-from tests.mirror import Mirror, assert_same, from_database
 from tests.world import Somebody, World, message, sent
 
 
@@ -245,7 +246,7 @@ async def test_old_state_plus_events_is_fresh_state(
         if isinstance(frame, client.Send):
             ids.append(frame.message_id)
         await ada.ask(frame)
-    truth = await from_database(world.db, group)
+    truth = await read_conversation(world.db, group)
     while mirror.copies[group].version < truth.version:
         await phone.synced()
     copy = mirror.copies[group]

@@ -15,10 +15,10 @@ from redis.crc import REDIS_CLUSTER_HASH_SLOTS, key_slot
 from protocol import client, server
 from protocol.ids import ConversationId, UserId
 from protocol.values import Message
+from prove.client import Client
 from server.config import Settings
 from server.embedded.folder import installed
 from server.topics import channel
-from tests.client import Client
 from tests.world import World, sent, until
 
 NODES = 3

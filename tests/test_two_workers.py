@@ -4,7 +4,7 @@ import pytest
 
 from protocol import client, server
 from protocol.ids import ConversationId, MessageId, uuid7
-from tests.client import Client
+from prove.client import Client
 from tests.world import Somebody, World, message, sent
 
 

@@ -16,12 +16,12 @@ import asyncpg
 from protocol.client import CreateChannel, CreateGroup, Send
 from protocol.ids import ConversationId, MessageId, UserId, uuid7
 from protocol.server import OneConversation, Sent
+from prove.client import Client
 from server.app import App
 from server.auth.sessions import new_token, token_hash
 from server.config import Settings
 from server.queries import accounts, sessions
 from server.worker import DrainingServer
-from tests.client import Client
 
 ON_LOOPBACK = ("127.0.0.1", 0)
 

@@ -1,9 +1,9 @@
-"""What a client knows, built from nothing but what it was told; and the same, read from PostgreSQL."""
+"""What a client knows, built from nothing but what it was told, and what of that came twice, late or not at all."""
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-import asyncpg
 import msgspec
 
 from protocol import server
@@ -16,22 +16,30 @@ replace = msgspec.structs.replace
 
 @dataclass
 class Copy:
-    """One conversation."""
+    """One conversation. `missing` are the versions before `version` that never came."""
 
     version: int
     conversation: Conversation
     participants: dict[UserId, Participant] = field(default_factory=dict)
     messages: dict[MessageId, Message] = field(default_factory=dict)
     ignored: list[DurableEvent] = field(default_factory=list)
+    missing: set[int] = field(default_factory=set)
 
 
 class Mirror:
-    """All conversations of one user. Raises AssertionError when an event is missing, early, late or double."""
+    """All conversations of one user.
+
+    `wrong` counts what should never happen: `duplicated` and `out of order` events, and `unknown` ones of
+    conversations that the user is not in. What is lost is in the copies, as `missing`.
+    """
 
     def __init__(self) -> None:
         self.copies: dict[ConversationId, Copy] = {}
         self.unloaded: set[ConversationId] = set()
         self.epoch = ""
+        self.wrong: Counter[str] = Counter()
+        self.shown: set[MessageId] = set()
+        """Messages that events brought since whoever checks them looked."""
 
     @property
     def versions(self) -> dict[ConversationId, int]:
@@ -49,24 +57,32 @@ class Mirror:
             case server.ConversationJoined() | server.StartOver():
                 self._begin(frame.view)
             case server.ConversationLeft():
-                self.copies.pop(frame.conversation_id, None)
-                self.unloaded.discard(frame.conversation_id)
+                self.forget(frame.conversation_id)
             case server.Changes():
-                copy = self.copies[frame.conversation_id]
-                assert frame.since <= copy.version <= frame.version, (frame.since, copy.version, frame.version)
-                for event in frame.events:
-                    self._apply(copy, event)
-                copy.version = frame.version
+                if (copy := self._copy(frame.conversation_id)) is not None:
+                    self._hear_changes(copy, frame)
             case (
                 server.MessageSent() | server.MessageEdited() | server.MessageDeleted() | server.MessageReacted()
                 | server.MessageUnreacted() | server.ConversationUpdated() | server.ParticipantChanged()
             ):  # fmt: skip
-                copy = self.copies[frame.conversation_id]
-                assert frame.version == copy.version + 1, f"expected {copy.version + 1}, got {frame}"
-                self._apply(copy, frame)
-                copy.version = frame.version
+                if (copy := self._copy(frame.conversation_id)) is not None:
+                    self._hear_event(copy, frame)
             case _:
                 pass
+
+    def forget(self, conversation_id: ConversationId) -> None:
+        """Know nothing of a conversation any more."""
+        self.copies.pop(conversation_id, None)
+        self.unloaded.discard(conversation_id)
+
+    def loaded(self, conversation_id: ConversationId) -> None:
+        """Take a conversation for complete: its history and participants have been loaded."""
+        self.unloaded.discard(conversation_id)
+        self.copies[conversation_id].ignored.clear()
+
+    def is_behind(self, beat: server.Heartbeat) -> bool:
+        """Return whether a heartbeat speaks of something that should have come and did not."""
+        return any(one in self.copies and self.copies[one].version < version for one, version in beat.versions.items())
 
     def load(self, conversation_id: ConversationId, page: server.MessagePage) -> None:
         """Take over a page of history."""
@@ -86,12 +102,42 @@ class Mirror:
             if there is None or there.version < entry.participant.version:
                 copy.participants[entry.participant.user_id] = entry.participant
 
+    def _copy(self, conversation_id: ConversationId) -> Copy | None:
+        copy = self.copies.get(conversation_id)
+        if copy is None:
+            self.wrong["unknown"] += 1
+        return copy
+
+    def _hear_changes(self, copy: Copy, frame: server.Changes) -> None:
+        copy.missing.update(range(copy.version + 1, frame.since + 1))
+        if frame.version < copy.version:
+            self.wrong["duplicated"] += 1
+            return
+        for event in frame.events:
+            self._apply(copy, event)
+        copy.version = frame.version
+
+    def _hear_event(self, copy: Copy, event: DurableEvent) -> None:
+        if event.version > copy.version:
+            copy.missing.update(range(copy.version + 1, event.version))
+            copy.version = event.version
+        elif event.version in copy.missing:
+            self.wrong["out of order"] += 1
+            copy.missing.discard(event.version)
+        else:
+            self.wrong["duplicated"] += 1
+            return
+        self._apply(copy, event)
+
     def _begin(self, view: ConversationView) -> None:
         self.copies[view.conversation.id] = Copy(version=view.version, conversation=view.conversation)
         self.unloaded.add(view.conversation.id)
 
     def _apply(self, copy: Copy, event: DurableEvent) -> None:
-        copy.ignored.append(event)
+        if event.conversation_id in self.unloaded:
+            copy.ignored.append(event)
+        if isinstance(event, server.MessageSent):
+            self.shown.add(event.message.id)
         match event:
             case server.ConversationUpdated():
                 if event.conversation.version >= copy.conversation.version:
@@ -133,32 +179,3 @@ def _touched(event: DurableEvent) -> set[MessageId]:
             return {event.message_id}
         case _:
             return set()
-
-
-async def from_database(db: "asyncpg.Connection[asyncpg.Record]", conversation_id: ConversationId) -> Copy:
-    """Return a conversation as PostgreSQL has it."""
-    version, text = await db.fetchrow(
-        "SELECT version, conversation_json(c) FROM conversation c WHERE id = $1", conversation_id
-    ) or (0, "")
-    copy = Copy(version=version, conversation=msgspec.json.decode(text, type=Conversation))
-    for row in await db.fetch("SELECT message_json(m) FROM message m WHERE conversation_id = $1", conversation_id):
-        message = msgspec.json.decode(row[0], type=Message)
-        copy.messages[message.id] = message
-    for row in await db.fetch(
-        "SELECT participant_json(p) FROM conversation_participant p WHERE conversation_id = $1 AND status = 'active'",
-        conversation_id,
-    ):
-        participant = msgspec.json.decode(row[0], type=Participant)
-        copy.participants[participant.user_id] = participant
-    return copy
-
-
-def assert_same(copy: Copy, truth: Copy) -> None:
-    """Compare, with words that help."""
-    assert copy.version == truth.version
-    assert copy.conversation == truth.conversation
-    active = {user_id: one for user_id, one in copy.participants.items() if one.status == "active"}
-    assert active == truth.participants
-    assert copy.messages.keys() == truth.messages.keys()
-    for message_id, message in truth.messages.items():
-        assert copy.messages[message_id] == message

@@ -24,7 +24,7 @@ Answer = TypeVar("Answer", bound=Result)
 class Client:
     """One connection. Frames that are not replies gather in `events` in the order they came."""
 
-    def __init__(self, url: str, token: str | None, **options: Any) -> None:
+    def __init__(self, url: str, token: str | None, **options: Any) -> None:  # noqa: ANN401 - handed on to websockets
         headers = {} if token is None else {"Authorization": f"Bearer {token}"}
         options.setdefault("subprotocols", [SUBPROTOCOL])
         self._connecting = connect(
@@ -74,8 +74,8 @@ class Client:
 
     async def drop(self) -> None:
         """Vanish without a word, as in a tunnel."""
-        self.socket.transport.abort()
         if self._reader is not None:
+            self.socket.transport.abort()
             await self._reader
 
     async def settled(self) -> Self:
@@ -101,7 +101,7 @@ class Client:
         answer = await self.ask(frame)
         if isinstance(answer, Error):
             raise Refused(answer.code, answer.message, path=answer.path, retry_after_ms=answer.retry_after_ms)
-        assert kind is None or isinstance(answer.result, kind), answer
+        assert kind is None or isinstance(answer.result, kind), answer  # noqa: S101 - as the protocol says
         return answer.result  # type: ignore[return-value]
 
     async def raw(self, data: str | bytes) -> Error:

@@ -1,0 +1,382 @@
+"""A user who acts at random, loses connections, comes back, and never gives up on what was not acknowledged."""
+
+import asyncio
+import random
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, Protocol
+from uuid import UUID
+
+from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidMessage, InvalidStatus
+
+from protocol import client, server
+from protocol.client import Frame
+from protocol.errors import ErrorCode, Refused
+from protocol.ids import ConversationId, EditId, MessageId, UserId, uuid7
+from protocol.values import PresenceStatus
+from prove.client import Client
+from prove.mirror import Mirror
+
+EMOJI = ("👍", "🎉", "❤️")
+TRANSIENT = {ErrorCode.UNAVAILABLE, ErrorCode.RATE_LIMITED}
+EXPECTED = {ErrorCode.NOT_FOUND, ErrorCode.FORBIDDEN, ErrorCode.CONFLICT}
+"""Random actions are refused like this now and then: someone was faster, or has the higher role."""
+CONNECT_SECONDS = 5.0
+AGAIN_SECONDS = 0.05
+LOOK_SECONDS = 0.2
+ANSWER_SECONDS = 10.0
+SILENT_HEARTBEATS = 2.5
+"""After so many periods without a heartbeat a connection is given up: it may be half-open."""
+UNAUTHORIZED = 401
+DROPS, JOINS, AT_LARGE, STARTS_TYPING, REPLIES, LONG_ONES = 0.01, 0.5, 0.05, 0.7, 0.3, 0.2
+"""How often, of all times that it could be, a connection drops and one of these is what is done."""
+LONG = 8_000
+"""Characters in the few messages that are long."""
+
+
+class Who(Protocol):
+    """An account."""
+
+    @property
+    def id(self) -> UserId:
+        """The user."""
+
+    @property
+    def name(self) -> str:
+        """What to call it in a report."""
+
+    @property
+    def token(self) -> str:
+        """A session's token."""
+
+
+class Tally:
+    """What an actor did since this was begun. Waits are in seconds, from the first try to the answer."""
+
+    def __init__(self) -> None:
+        self.sent = 0
+        self.acknowledged = 0
+        self.messages: set[MessageId] = set()
+        self.edits: set[EditId] = set()
+        self.longest_wait = 0.0
+        self.reconnects = 0
+        self.unexpected: Counter[str] = Counter()
+
+
+class Actor:
+    """One user with one connection at a time, to any of the workers."""
+
+    def __init__(
+        self,
+        who: Who,
+        urls: Callable[[], Sequence[str]],
+        channels: Sequence[ConversationId],
+        seed: int,
+        *,
+        log_in: Callable[[], Awaitable[str]] | None = None,
+    ) -> None:
+        """`log_in` returns a new token, for when a session has ended."""
+        self.who = who
+        self.token = who.token
+        self._urls = urls
+        self._channels = channels
+        self._log_in = log_in
+        self._random = random.Random(seed)
+        self.others: list[UserId] = []
+        """Whom it may add, write to and watch."""
+        self.mirror = Mirror()
+        self.tally = Tally()
+        self.client: Client | None = None
+        self.asked_at = 0.0
+        """Since when an answer is awaited; 0 while none is."""
+        self._status: PresenceStatus = "online"
+        self._heard_at = 0.0
+        self._is_behind = False
+        self.noticed_losses = 0
+        """How often a heartbeat spoke of something that had not come."""
+
+    # ------------------------------------------------------------------------------------------- coming and going
+
+    async def connect(self) -> None:
+        """Connect somewhere and come up to date."""
+        while True:
+            fresh = Client(
+                self._random.choice(self._urls()), self.token, query="?resume=1", open_timeout=CONNECT_SECONDS
+            )
+            fresh.on_event = self._hear
+            try:
+                async with asyncio.timeout(2 * CONNECT_SECONDS):
+                    await fresh.open()
+                    fresh.ready = ready = await fresh.event(server.Ready)
+                    self._heard_at = time.monotonic()
+                    self.client = fresh
+                    frame = client.Resume(epoch=self.mirror.epoch or ready.epoch, versions=self.mirror.versions)
+                    self.mirror.epoch = ready.epoch
+                    await self._until_done(fresh, frame)
+                    self._is_behind = False
+                    await self._load()
+            except InvalidStatus as error:
+                self.client = None
+                if error.response.status_code == UNAUTHORIZED and self._log_in is not None:
+                    self.token = await self._log_in()
+                await asyncio.sleep(AGAIN_SECONDS)
+                continue
+            except (OSError, ConnectionClosed, InvalidHandshake, InvalidMessage, TimeoutError, Refused):
+                self.client = None
+                await fresh.drop()
+                await asyncio.sleep(AGAIN_SECONDS)
+                continue
+            self.tally.reconnects += 1
+            return
+
+    async def leave(self) -> None:
+        """Disconnect, in good order."""
+        if self.client is not None:
+            await self.client.close()
+            self.client = None
+
+    async def act(
+        self, count: int | None = None, *, rate: float = 0.0, is_over: Callable[[], bool] = lambda: False
+    ) -> None:
+        """Do random things, each until it is acknowledged or refused: `count` of them, or until `is_over`; `rate` a
+        second, or as fast as answers come.
+        """
+        due = time.monotonic() + self._random.random() / rate if rate else 0.0
+        while not is_over() and count != 0:
+            if rate and not await self._rest(due, is_over):
+                return
+            due += 1 / rate if rate else 0.0
+            count = None if count is None else count - 1
+            if self._now_and_then(DROPS) and self.client is not None:
+                await self.client.drop()
+            await self._do(self._frame())
+            await self._load()
+            if self.client is not None:
+                self.client.events.clear()
+
+    async def connected(self) -> Client:
+        """Return the connection, made anew if it is gone or silent."""
+        while self.client is None or self.client.is_over or self._is_behind or self._is_silent(self.client):
+            if self.client is not None:
+                await self._give_up(self.client)
+            await self.connect()
+        return self.client
+
+    @property
+    def is_visible(self) -> bool:
+        """Whether others should see this user as connected."""
+        return self._status not in {"invisible", "offline"}
+
+    async def settle(self, version: Callable[[ConversationId], int], *, seconds: float = 30.0) -> bool:
+        """Wait until what was heard has reached the given clocks; return whether it has."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            connection = await self.connected()
+            await self._load()
+            if not self.mirror.unloaded and all(
+                copy.version >= version(one) for one, copy in self.mirror.copies.items()
+            ):
+                return True
+            if connection is self.client:
+                await asyncio.sleep(0.02)
+        return False
+
+    async def _rest(self, until: float, is_over: Callable[[], bool]) -> bool:
+        """Do nothing for a while, but notice, as clients do, when the connection is gone or has gone silent. Return
+        whether it is not over.
+        """
+        while (left := until - time.monotonic()) > 0 and not is_over():
+            await self.connected()
+            await asyncio.sleep(min(left, LOOK_SECONDS))
+        return not is_over()
+
+    async def _do(self, frame: Frame) -> None:
+        self.asked_at = began = time.monotonic()
+        self.tally.sent += 1
+        try:
+            await self._surely(frame)
+        except Refused as refused:
+            if refused.code not in EXPECTED:
+                self.tally.unexpected[f"{type(frame).__name__}: {refused.code} {refused.message}"] += 1
+                return
+        else:
+            if isinstance(frame, client.Send):
+                self.tally.messages.add(frame.message_id)
+            elif isinstance(frame, client.Edit) and frame.edit_id is not None:
+                self.tally.edits.add(frame.edit_id)
+            elif isinstance(frame, client.SetPresence):
+                self._status = frame.status
+        finally:
+            self.asked_at = 0.0
+        self.tally.acknowledged += 1
+        self.tally.longest_wait = max(self.tally.longest_wait, time.monotonic() - began)
+
+    def _hear(self, frame: server.ServerFrame) -> None:
+        self._heard_at = time.monotonic()
+        if isinstance(frame, server.Heartbeat) and self.mirror.is_behind(frame):
+            self.noticed_losses += 1
+            self._is_behind = True
+        self.mirror.hear(frame)
+
+    async def _surely(self, frame: Frame) -> None:
+        """Repeat a frame, across connections, until it has an answer."""
+        while True:
+            connection = await self.connected()
+            try:
+                await self._until_done(connection, frame)
+            except (OSError, TimeoutError):
+                await self._give_up(connection)
+                continue
+            return
+
+    def _is_silent(self, connection: Client) -> bool:
+        period = connection.ready.heartbeat_ms / 1000
+        return time.monotonic() - self._heard_at > SILENT_HEARTBEATS * period
+
+    async def _give_up(self, connection: Client) -> None:
+        await connection.drop()
+        if self.client is connection:
+            self.client = None
+
+    async def _until_done(self, connection: Client, frame: Frame) -> None:
+        while True:
+            try:
+                await connection.call(frame)
+            except Refused as refused:
+                if refused.code not in TRANSIENT:
+                    raise
+                await asyncio.sleep((refused.retry_after_ms or 50) / 1000)
+                continue
+            return
+
+    # --------------------------------------------------------------------------------------------- what is there
+
+    async def _load(self) -> None:
+        """Read the history and the participants of conversations that are new, or begun over."""
+        while self.mirror.unloaded and self.client is not None:
+            one = next(iter(self.mirror.unloaded))
+            connection = self.client
+            try:
+                await self._load_one(connection, one)
+                self.mirror.loaded(one)
+            except KeyError:
+                continue  # left meanwhile
+            except Refused as refused:
+                if refused.code is ErrorCode.NOT_FOUND:
+                    # No longer in it; what says so is on its way.
+                    await self._wait_out(connection, one)
+                elif refused.code in TRANSIENT:
+                    await asyncio.sleep((refused.retry_after_ms or 50) / 1000)
+                else:
+                    raise
+            except (OSError, TimeoutError):
+                await self._give_up(connection)
+
+    async def _wait_out(self, connection: Client, one: ConversationId) -> None:
+        deadline = time.monotonic() + ANSWER_SECONDS
+        while one in self.mirror.unloaded and time.monotonic() < deadline and not connection.is_over:  # noqa: ASYNC110
+            await asyncio.sleep(AGAIN_SECONDS)
+        if one in self.mirror.unloaded:
+            await self._give_up(connection)
+
+    async def _load_one(self, connection: Client, one: ConversationId) -> None:
+        before: MessageId | None = None
+        while True:
+            page = await connection.call(
+                client.History(conversation_id=one, before=before, limit=100), server.MessagePage
+            )
+            self.mirror.load(one, page)
+            if not page.has_before:
+                break
+            before = page.messages[0].id
+        after: UserId | None = None
+        while True:
+            participants = await connection.call(
+                client.ListParticipants(conversation_id=one, after=after, limit=100), server.ParticipantPage
+            )
+            self.mirror.load_participants(one, participants.participants)
+            if (after := participants.after) is None:
+                return
+
+    # ------------------------------------------------------------------------------------------------ what to do
+
+    def _frame(self) -> Frame:
+        """Return anything that the wire offers, what people do often more often than what they do rarely."""
+        mine = list(self.mirror.copies)
+        channel = self._random.choice(self._channels)
+        if channel not in mine and self._now_and_then(JOINS):
+            return client.Join(conversation_id=channel)
+        if not mine or self._now_and_then(AT_LARGE):
+            return self._at_large()
+        about = self._random.choice(mine)
+        messages = list(self.mirror.copies[about].messages)[-30:]
+        choices = self._in_conversation(about, messages)
+        if messages:
+            choices += self._about_message({"conversation_id": about, "message_id": self._random.choice(messages)})
+        (make,) = self._random.choices([make for _, make in choices], [weight for weight, _ in choices])
+        return make()
+
+    def _in_conversation(
+        self, about: ConversationId, messages: list[MessageId]
+    ) -> list[tuple[int, Callable[[], Frame]]]:
+        choices: list[tuple[int, Callable[[], Frame]]] = [
+            (50, lambda: self._send(about, messages)),
+            (2, lambda: client.Leave(conversation_id=about)),
+            (2, lambda: client.UpdateConversation(conversation_id=about, title=f"Title {self._random.random()}")),
+            (5, lambda: client.Typing(conversation_id=about, active=self._now_and_then(STARTS_TYPING))),
+            (2, lambda: client.GetConversation(conversation_id=about)),
+            (2, lambda: client.History(conversation_id=about, limit=self._random.randint(1, 100))),
+            (1, lambda: client.ListParticipants(conversation_id=about)),
+        ]
+        if self.others:
+            other = self._random.choice(self.others)
+            choices += [
+                (2, lambda: client.AddParticipants(conversation_id=about, participants=[other])),
+                (1, lambda: client.RemoveParticipant(conversation_id=about, user_id=other)),
+                (1, lambda: client.SetRole(conversation_id=about, user_id=other, role="moderator")),
+            ]
+        return choices
+
+    def _about_message(self, place: dict[str, Any]) -> list[tuple[int, Callable[[], Frame]]]:
+        emoji = self._random.choice(EMOJI)
+        return [
+            (10, lambda: client.Edit(**place, content=f"Edit {self._random.random()}", edit_id=EditId(uuid7()))),
+            (5, lambda: client.Delete(**place)),
+            (14, lambda: client.React(**place, emoji=emoji)),
+            (8, lambda: client.Unreact(**place, emoji=emoji)),
+            (9, lambda: client.Read(**place)),
+            (2, lambda: client.GetMessage(**place)),
+            (1, lambda: client.ListEdits(**place)),
+        ]
+
+    def _at_large(self) -> Frame:
+        others = self.others or [UserId(UUID(int=0))]
+        other = self._random.choice(others)
+        made = ConversationId(uuid7())
+        makes: list[Callable[[], Frame]] = [
+            client.Ping,
+            client.ListConversations,
+            lambda: client.SetPresence(status=self._random.choice(("online", "away", "busy", "invisible"))),
+            lambda: client.Watch(user_ids=[other]),
+            lambda: client.Unwatch(user_ids=[other]),
+            lambda: client.GetUsers(user_ids=[other]),
+            lambda: client.CreateDirect(user_id=other),
+            lambda: client.CreateGroup(conversation_id=made, title="A group", participants=[other]),
+        ]
+        return self._random.choice(makes)()
+
+    def _now_and_then(self, share: float) -> bool:
+        return self._random.random() < share
+
+    def _send(self, channel: ConversationId, messages: list[MessageId]) -> client.Send:
+        parent = self._random.choice(messages) if messages and self._now_and_then(REPLIES) else None
+        content = f"Message {self._random.random()}"
+        if self._now_and_then(LONG_ONES):
+            content = content.ljust(LONG, ".")
+        return client.Send(
+            conversation_id=channel,
+            message_id=MessageId(uuid7()),
+            content=content,
+            parent_message_id=parent,
+        )

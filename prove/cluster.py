@@ -1,0 +1,159 @@
+"""What is put to the proof: an installation of our own, started by `openchat` as anybody would, or somebody's URLs."""
+
+import asyncio
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Self
+from urllib.parse import quote, urlsplit
+
+import asyncpg
+import httpx
+from redis.asyncio import Redis
+
+START_SECONDS = 60.0
+STOP_SECONDS = 60.0
+POLL_SECONDS = 0.05
+CONNECT_SECONDS = 5.0
+SETTINGS = {
+    # Everyone comes from one address here, and registers in the same minute.
+    "OPENCHAT_LOGIN_ATTEMPTS_PER_ADDRESS": "100000",
+    # Short, so that silence and slowness are noticed within a phase.
+    "OPENCHAT_HEARTBEAT_SECONDS": "2",
+    "OPENCHAT_OUTBOX_BYTES": "65536",
+}
+
+
+class Unusable(Exception):  # noqa: N818 - what the user is told
+    """The proof cannot be made, and why."""
+
+
+class Cluster:
+    """An OpenChat, its PostgreSQL and its Redis or Valkey, by their URLs."""
+
+    def __init__(self, url: str, database_url: str, redis_url: str) -> None:
+        self.url = url
+        self.database_url = database_url
+        self.redis_url = redis_url
+
+    @property
+    def address(self) -> tuple[str, int]:
+        """Where it listens."""
+        parts = urlsplit(self.url)
+        return parts.hostname or "127.0.0.1", parts.port or 80
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        pass
+
+    async def database(self) -> "asyncpg.Connection[asyncpg.Record]":
+        """Connect to PostgreSQL, as soon as it is there."""
+        async with asyncio.timeout(START_SECONDS):
+            while True:
+                try:
+                    return await asyncpg.connect(self.database_url, timeout=CONNECT_SECONDS)
+                except (OSError, TimeoutError, asyncpg.PostgresError):
+                    await asyncio.sleep(POLL_SECONDS)
+
+    async def end_database_sessions(self) -> None:
+        """Have PostgreSQL end every connection but this one."""
+        db = await self.database()
+        try:
+            await db.execute(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+                " WHERE pid <> pg_backend_pid() AND backend_type = 'client backend'"
+            )
+        finally:
+            await db.close()
+
+    async def flush_redis(self) -> None:
+        """Empty it."""
+        redis = Redis.from_url(self.redis_url)
+        await redis.flushall()
+        await redis.aclose()
+
+    async def ready(self) -> None:
+        """Wait until it says that it is ready. Raises TimeoutError."""
+        async with asyncio.timeout(START_SECONDS), httpx.AsyncClient(trust_env=False) as http:
+            while True:
+                with contextlib.suppress(httpx.HTTPError):
+                    if (await http.get(f"{self.url}/readyz", timeout=CONNECT_SECONDS)).is_success:
+                        return
+                await asyncio.sleep(POLL_SECONDS)
+
+
+class OwnCluster(Cluster):
+    """One that is started for the proof, in a folder of its own, and gone afterwards. Its processes can be hurt."""
+
+    def __init__(self, workers: int) -> None:
+        self._workers = workers
+        self._folder = Path(tempfile.mkdtemp(prefix="openchat-prove-"))
+        self._folder.chmod(0o755)
+        data = self._folder / "data"
+        run = quote(str(data / "run"))  # as docs/operations.md says
+        super().__init__("", f"postgresql://openchat@/openchat?host={run}", f"unix://{data}/run/valkey.sock")
+        self._data = data
+        self.log = self._folder / "openchat.log"
+        self._process: subprocess.Popen[bytes]
+
+    async def __aenter__(self) -> Self:
+        """Start it. Raises Unusable, with the end of its log, if it does not start."""
+        outside = {name: value for name, value in os.environ.items() if name not in {"DATABASE_URL", "REDIS_URL"}}
+        with self.log.open("wb") as log:
+            self._process = subprocess.Popen(  # noqa: S603, ASYNC220 - our own program, which returns at once
+                [sys.executable, "-P", "-m", "server.cli", "--port", "0", "--workers", str(self._workers),
+                 "--data-dir", str(self._data)],
+                stdout=log, stderr=subprocess.STDOUT, env=outside | SETTINGS, process_group=0,
+            )  # fmt: skip
+        async with asyncio.timeout(START_SECONDS):
+            while not self.url:
+                if self._process.poll() is not None:
+                    raise Unusable(f"openchat does not start: {self.log.read_text().strip()}")
+                await asyncio.sleep(POLL_SECONDS)
+                for line in self.log.read_text().splitlines():
+                    if line.strip().startswith("listening"):
+                        self.url = line.split()[1]
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            await asyncio.to_thread(self._process.wait, STOP_SECONDS)
+        self._process.kill()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def workers(self) -> list[int]:
+        """Return the process ids of the workers."""
+        return [pid for pid in self._children() if b"server.worker" in _read(pid, "cmdline")]
+
+    def postgres(self) -> int:
+        """Return the process id of PostgreSQL."""
+        return self._child(b"postgres")
+
+    def valkey(self) -> int:
+        """Return the process id of Valkey."""
+        return self._child(b"valkey-server")
+
+    def roll(self) -> None:
+        """Have it replace its workers, one after the other."""
+        self._process.send_signal(signal.SIGHUP)
+
+    def _child(self, program: bytes) -> int:
+        return next(pid for pid in self._children() if _read(pid, "comm").strip() == program)
+
+    def _children(self) -> list[int]:
+        tasks = Path(f"/proc/{self._process.pid}/task").iterdir()
+        return [int(pid) for task in tasks for pid in (task / "children").read_text().split()]
+
+
+def _read(pid: int, name: str) -> bytes:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/{name}").read_bytes()
+    return b""

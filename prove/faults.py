@@ -1,0 +1,165 @@
+"""What goes wrong, on purpose: each fault is done while people talk, and everything has to be right again after it."""
+
+import asyncio
+import os
+import random
+import signal
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from typing import NamedTuple
+
+from prove.actor import Actor
+from prove.cluster import Cluster, OwnCluster
+from prove.proxy import Pipe, Proxy
+
+FREEZE_SECONDS = 8.0
+CUT_EVERY_SECONDS = 0.5
+BAD_SECONDS = 8.0
+SLOW_BYTES_PER_SECOND = 2_000.0
+DELAY_SECONDS = 0.3
+ROLL_SECONDS = 60.0
+LOOK_SECONDS = 0.1
+
+
+class Stage(NamedTuple):
+    """What a fault can get at."""
+
+    cluster: Cluster
+    proxy: Proxy
+    actors: Sequence[Actor]
+    random: random.Random
+
+    @property
+    def own(self) -> OwnCluster:
+        """The cluster, where its processes are ours to hurt."""
+        assert isinstance(self.cluster, OwnCluster)  # noqa: S101 - only asked by faults that need it
+        return self.cluster
+
+    def some(self) -> list[Pipe]:
+        """Return a quarter of the connections, at least one if there is any."""
+        pipes = [pipe for pipe in self.proxy.pipes if not pipe.is_black_hole]
+        return self.random.sample(pipes, -(-len(pipes) // 4))
+
+
+class Fault(NamedTuple):
+    """One line of the schedule."""
+
+    name: str
+    about: str
+    happen: Callable[[Stage], Awaitable[None]]
+    needs_processes: bool = False
+
+
+async def _nothing(stage: Stage) -> None:
+    del stage
+
+
+async def _kill_worker(stage: Stage) -> None:
+    os.kill(stage.random.choice(stage.own.workers()), signal.SIGKILL)
+
+
+async def _freeze(pid: int) -> None:
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        await asyncio.sleep(FREEZE_SECONDS)
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
+async def _freeze_worker(stage: Stage) -> None:
+    await _freeze(stage.random.choice(stage.own.workers()))
+
+
+async def _restart_postgres(stage: Stage) -> None:
+    os.kill(stage.own.postgres(), signal.SIGINT)
+
+
+async def _kill_postgres(stage: Stage) -> None:
+    os.kill(stage.own.postgres(), signal.SIGKILL)
+
+
+async def _end_database_sessions(stage: Stage) -> None:
+    await stage.cluster.end_database_sessions()
+
+
+async def _kill_valkey(stage: Stage) -> None:
+    os.kill(stage.own.valkey(), signal.SIGKILL)
+
+
+async def _freeze_valkey(stage: Stage) -> None:
+    await _freeze(stage.own.valkey())
+
+
+async def _flush_redis(stage: Stage) -> None:
+    await stage.cluster.flush_redis()
+
+
+async def _cut_sockets(stage: Stage) -> None:
+    end = time.monotonic() + BAD_SECONDS
+    while time.monotonic() < end:
+        for pipe in stage.some():
+            pipe.is_cut_short = True
+        await asyncio.sleep(CUT_EVERY_SECONDS)
+
+
+async def _slow_clients(stage: Stage) -> None:
+    for pipe in stage.some():
+        pipe.bytes_per_second = SLOW_BYTES_PER_SECOND
+    await asyncio.sleep(BAD_SECONDS)
+
+
+async def _half_open(stage: Stage) -> None:
+    for pipe in stage.some():
+        pipe.is_black_hole = True
+    await asyncio.sleep(BAD_SECONDS)
+
+
+async def _slow_network(stage: Stage) -> None:
+    stage.proxy.delay = DELAY_SECONDS
+    pipes = list(stage.proxy.pipes)
+    for pipe in pipes:
+        pipe.delay = DELAY_SECONDS
+    await asyncio.sleep(BAD_SECONDS)
+    stage.proxy.delay = 0.0
+    # Not those that are: what is on its way would be overtaken.
+    for pipe in stage.proxy.pipes:
+        pipe.is_cut_short = True
+
+
+async def _expire_sessions(stage: Stage) -> None:
+    """As if the clock had stepped by a month for some; the users' own clocks tell the workers to look."""
+    db = await stage.cluster.database()
+    try:
+        some = [actor.who.id for actor in stage.actors][::4]
+        await db.execute("UPDATE session SET expires_at = now() - interval '1 second' WHERE user_id = ANY($1)", some)
+        await db.execute('UPDATE "user" SET version = version + 1 WHERE id = ANY($1)', some)
+    finally:
+        await db.close()
+
+
+async def _roll(stage: Stage) -> None:
+    before = set(stage.own.workers())
+    stage.own.roll()
+    async with asyncio.timeout(ROLL_SECONDS):
+        while before & set(stage.own.workers()):  # noqa: ASYNC110 - other processes
+            await asyncio.sleep(LOOK_SECONDS)
+
+
+FAULTS = (
+    Fault("no fault", "people talk", _nothing),
+    Fault("worker killed", "SIGKILL to one of the workers", _kill_worker, needs_processes=True),
+    Fault("worker frozen", "SIGSTOP to one of the workers for 8 s", _freeze_worker, needs_processes=True),
+    Fault("rolling restart", "all workers are replaced, one after the other", _roll, needs_processes=True),
+    Fault("PostgreSQL restarted", "a fast shutdown, and started again", _restart_postgres, needs_processes=True),
+    Fault("PostgreSQL killed", "SIGKILL, and recovered", _kill_postgres, needs_processes=True),
+    Fault("database sessions ended", "PostgreSQL ends every connection", _end_database_sessions),
+    Fault("Valkey killed", "SIGKILL, and started empty", _kill_valkey, needs_processes=True),
+    Fault("Valkey frozen", "SIGSTOP for 8 s", _freeze_valkey, needs_processes=True),
+    Fault("Valkey flushed", "FLUSHALL", _flush_redis),
+    Fault("sockets cut", "a quarter of the sockets, mid-frame, twice a second for 8 s", _cut_sockets),
+    Fault("slow clients", "a quarter of the clients read 2 kB/s for 8 s", _slow_clients),
+    Fault("half-open sockets", "a quarter of the sockets carry nothing more, without a word", _half_open),
+    Fault("slow network", "300 ms in each direction for 8 s, then everyone is cut off", _slow_network),
+    Fault("sessions expired", "a quarter of the sessions end, and people log in again", _expire_sessions),
+)
+"""The schedule, in the order in which the first round does them; later rounds are shuffled by the seed."""

@@ -1,0 +1,76 @@
+"""What came of it, as cells of a table, as a sentence, and as one HTML file with a timeline."""
+
+import time
+from html import escape
+
+from loadtest.plot import Series, axis, svg
+from loadtest.report import STYLE
+from prove.run import Outcome, Proof
+
+HEADS = ("fault", "at", "sent", "acknowledged", "lost", "duplicated", "out of order", "phantom", "wrong",
+         "reconnects", "wait p50", "wait max")  # fmt: skip
+WIDE = "body { max-width: 62rem } th { text-align: right; font-weight: 600 } th:first-child { text-align: left }"
+
+
+def cells(outcome: Outcome) -> list[str]:
+    """Return the figures of one line of the table, without its name."""
+    counts = (
+        outcome.sent, outcome.acknowledged, outcome.lost, outcome.duplicated, outcome.out_of_order, outcome.phantom,
+        outcome.wrong, outcome.reconnects,
+    )  # fmt: skip
+    return [*(f"{count:,}" for count in counts), f"{outcome.wait_p50:.2f} s", f"{outcome.wait_max:.2f} s"]
+
+
+def verdict(proof: Proof) -> str:
+    """Return one sentence about the whole run."""
+    acknowledged = sum(one.acknowledged for one in proof.outcomes)
+    if proof.is_good:
+        return (
+            f"{acknowledged:,} frames were answered through {len(proof.outcomes)} phases: "
+            "nothing was lost, duplicated, out of order, phantom or wrong."
+        )
+    broken = [one.name for one in proof.outcomes if not one.is_good]
+    return f"Promises were broken by: {', '.join(dict.fromkeys(broken))}." if broken else "Nothing was proven."
+
+
+def page(proof: Proof) -> str:
+    """Return the report as HTML, in one file with nothing to load."""
+    rows = "".join(
+        f"<tr><td title='{escape(one.about)}'>{escape(one.name)}<td>{one.begin:.0f} s"
+        + "".join(f"<td>{cell}" for cell in cells(one))
+        for one in proof.outcomes
+    )
+    words = "".join(f"<li>{escape(one.name)}: {escape(word)}" for one in proof.outcomes for word in one.words)
+    return "".join(
+        [
+            "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>",
+            f"<title>openchat prove</title><style>{STYLE}{WIDE}</style><h1>openchat prove</h1>",
+            f"<p>{time.strftime('%Y-%m-%d %H:%M')}: {escape(_circumstances(proof))}</p>",
+            f"<p class='verdict {'good' if proof.is_good else 'bad'}'>{escape(verdict(proof))}</p>",
+            _timeline(proof),
+            "<h2>Faults</h2><table><tr>" + "".join(f"<th>{head}" for head in HEADS) + rows + "</table>",
+            f"<h2>What was wrong</h2><ul>{words}</ul>" if words else "",
+        ]
+    )
+
+
+def _circumstances(proof: Proof) -> str:
+    return f"{proof.people} people, {proof.rate:,.0f} frames a second, seed {proof.seed}, {proof.where}."
+
+
+def _timeline(proof: Proof) -> str:
+    moments = proof.moments
+    if len(moments) < 2:  # noqa: PLR2004 - one point is no line
+        return ""
+    seconds = axis("seconds", [one.at for one in moments])
+    spans = [(one.begin, max(one.end, one.begin + 0.5), one.name) for one in proof.outcomes if one.begin]
+    plots = (
+        ("answers a second", [one.answers for one in moments]),
+        ("s that the slowest answer is awaited", [one.waiting for one in moments]),
+        ("connected", [float(one.connected) for one in moments]),
+    )
+    return "<h2>Timeline</h2>" + "".join(
+        svg([Series(title, [(one.at, value) for one, value in zip(moments, values, strict=True)])],
+            seconds, axis(title, values), spans=spans)
+        for title, values in plots
+    )  # fmt: skip

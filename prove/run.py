@@ -1,0 +1,339 @@
+"""The proof: people act, a fault happens, everything comes to rest, what each saw is compared with the rows."""
+
+import asyncio
+import random
+import secrets
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable, Coroutine, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import asyncpg
+import httpx
+import msgspec
+
+from protocol import client, server
+from protocol.codec import encode
+from protocol.http import LoggedIn, Login, Register
+from protocol.ids import ConversationId, UserId, uuid7
+from prove import truth
+from prove.actor import Actor, Tally
+from prove.cluster import Cluster, Unusable
+from prove.faults import Fault, Stage
+from prove.mirror import Copy
+from prove.proxy import Proxy
+
+CHANNELS = 6
+AT_ONCE = 8
+HTTP_SECONDS = 30.0
+BEFORE_SECONDS = 2.0
+"""How long people talk before a fault happens."""
+PATIENCE_SECONDS = 60.0
+"""How long after a phase someone may wait for an answer before that is given up and counted as lost."""
+PRESENCE_SECONDS = 20.0
+"""How long presence may be wrong after a fault: docs/operations.md says 15."""
+SAMPLE = 10
+"""How many people's unread counts are recounted after each phase: one by one, the slow way."""
+MAX_WORDS = 20
+
+
+class Outcome(msgspec.Struct, kw_only=True):
+    """One line of the table. Waits are in seconds: of each person, the longest for an answer, from the first try."""
+
+    name: str
+    about: str
+    begin: float = 0.0
+    end: float = 0.0
+    sent: int = 0
+    acknowledged: int = 0
+    lost: int = 0
+    duplicated: int = 0
+    out_of_order: int = 0
+    phantom: int = 0
+    wrong: int = 0
+    reconnects: int = 0
+    waits: list[float] = []
+    words: list[str] = []
+    """What exactly was wrong."""
+
+    @property
+    def is_good(self) -> bool:
+        """Whether everything that must be zero is."""
+        return not (self.lost or self.duplicated or self.out_of_order or self.phantom or self.wrong)
+
+    @property
+    def wait_p50(self) -> float:
+        """The median of the waits."""
+        return statistics.median(self.waits) if self.waits else 0.0
+
+    @property
+    def wait_max(self) -> float:
+        """The longest of the waits."""
+        return max(self.waits, default=0.0)
+
+    def blame(self, kind: str, count: int, words: str) -> None:
+        """Count something that must not be."""
+        if count:
+            setattr(self, kind, getattr(self, kind) + count)
+            if len(self.words) < MAX_WORDS:
+                self.words.append(f"{kind.replace('_', ' ')}: {words}")
+
+
+class Moment(msgspec.Struct):
+    """How it went in one second of the run."""
+
+    at: float
+    answers: float
+    waiting: float
+    """Seconds that the answer which is awaited longest has been awaited."""
+    connected: int
+
+
+class Proof(msgspec.Struct, kw_only=True):
+    """The whole run."""
+
+    seed: int
+    people: int
+    rate: float
+    where: str
+    outcomes: list[Outcome] = []
+    moments: list[Moment] = []
+
+    @property
+    def is_good(self) -> bool:
+        """Whether the promises held."""
+        return bool(self.outcomes) and all(one.is_good for one in self.outcomes)
+
+
+class Account(NamedTuple):
+    """One of the people."""
+
+    id: UserId
+    name: str
+    token: str
+    email: str
+    password: str
+
+
+class Run:
+    """Everyone who takes part in a proof, and what has come of it."""
+
+    def __init__(
+        self, cluster: Cluster, proxy: Proxy, proof: Proof, *, tell: Callable[[str], None], tick: Callable[[], None]
+    ) -> None:
+        """`tell` is told what is going on now, `tick` that a second has passed."""
+        self._cluster = cluster
+        self._proxy = proxy
+        self.proof = proof
+        self._tell = tell
+        self._tick = tick
+        self._random = random.Random(proof.seed)
+        self._actors: list[Actor] = []
+        self._channels: list[ConversationId] = []
+        self._began = time.monotonic()
+        self._ticking: asyncio.Task[None] | None = None
+
+    async def prepare(self) -> None:
+        """Make accounts and channels, and have everyone connect. Raises Unusable if that is refused."""
+        self._tell("making accounts …")
+        accounts = await _some_at_once(self._register(number) for number in range(self.proof.people))
+        for number, account in enumerate(accounts):
+            actor = Actor(
+                account,
+                lambda: [self._proxy.url],
+                self._channels,
+                self.proof.seed * 1_000 + number,
+                log_in=lambda account=account: self._log_in(account),  # type: ignore[misc]
+            )
+            actor.others = [one.id for one in accounts if one is not account]
+            self._actors.append(actor)
+        await asyncio.gather(*(actor.connect() for actor in self._actors))
+        founder = self._actors[0].client
+        if founder is None:
+            raise Unusable("nobody can connect.")
+        for number in range(CHANNELS):
+            made = ConversationId(uuid7())
+            await founder.call(client.CreateChannel(conversation_id=made, title=f"Channel {number}", is_public=True))
+            self._channels.append(made)
+        self._ticking = asyncio.create_task(self._watch())
+
+    async def phase(self, fault: Fault, seconds: float) -> Outcome:
+        """Have people act for at least so long while a fault happens, come to rest, and compare."""
+        outcome = Outcome(name=fault.name, about=fault.about)
+        self.proof.outcomes.append(outcome)
+        for actor in self._actors:
+            actor.tally = Tally()
+        self._tell(f"{fault.name}: {fault.about}")
+        is_over = asyncio.Event()
+        acting = [asyncio.create_task(self._act(actor, is_over)) for actor in self._actors]
+        end = time.monotonic() + seconds
+        await asyncio.sleep(BEFORE_SECONDS)
+        outcome.begin = time.monotonic() - self._began
+        await fault.happen(Stage(self._cluster, self._proxy, self._actors, self._random))
+        outcome.end = time.monotonic() - self._began
+        await asyncio.sleep(max(BEFORE_SECONDS, end - time.monotonic()))
+        is_over.set()
+        self._tell(f"{fault.name}: coming to rest …")
+        _, stuck = await asyncio.wait(acting, timeout=PATIENCE_SECONDS)
+        for task in stuck:
+            task.cancel()
+        outcome.blame("lost", len(stuck), f"{len(stuck)} people had no answer after {PATIENCE_SECONDS:.0f} s more")
+        for task in acting:
+            if task not in stuck:
+                task.result()
+        self._tell(f"{fault.name}: comparing …")
+        await self._compare(outcome)
+        return outcome
+
+    async def leave(self) -> Outcome:
+        """Half of the people leave, and are seen to have left; then everyone does."""
+        outcome = Outcome(name="people leave", about="half of them disconnect, and are seen offline")
+        self.proof.outcomes.append(outcome)
+        self._tell(outcome.about)
+        gone, left = self._actors[::2], self._actors[1::2]
+        await asyncio.gather(*(actor.leave() for actor in gone))
+        await self._check_presence(outcome, left, gone)
+        await asyncio.gather(*(actor.leave() for actor in left))
+        if self._ticking is not None:
+            self._ticking.cancel()
+        return outcome
+
+    # ------------------------------------------------------------------------------------------------- comparing
+
+    async def _compare(self, outcome: Outcome) -> None:
+        for actor in self._actors:
+            tally = actor.tally
+            outcome.sent += tally.sent
+            outcome.acknowledged += tally.acknowledged
+            outcome.reconnects += tally.reconnects
+            outcome.waits.append(tally.longest_wait)
+            for words, count in tally.unexpected.items():
+                outcome.blame("wrong", count, f"refused {words}")
+        await self._cluster.ready()
+        db = await self._cluster.database()
+        try:
+            clocks = {row[0]: row[1] for row in await db.fetch("SELECT id, version FROM conversation")}
+            settled = await asyncio.gather(*(actor.settle(clocks.__getitem__) for actor in self._actors))
+            for actor, is_settled in zip(self._actors, settled, strict=True):
+                outcome.blame("lost", not is_settled, f"{actor.who.name} does not hear what is there")
+            truths = {one: await truth.read_conversation(db, one) for one in self._everywhere()}
+            for actor in self._actors:
+                await self._compare_one(db, outcome, actor, truths)
+            for words in await truth.recount(db):
+                outcome.blame("wrong", 1, f"the number of {words}")
+            for actor in self._random.sample(self._actors, min(SAMPLE, len(self._actors))):
+                await self._recount_unread(db, outcome, actor)
+        finally:
+            await db.close()
+        await self._check_presence(outcome, self._actors, [])
+
+    def _everywhere(self) -> set[ConversationId]:
+        return set().union(*(actor.mirror.copies for actor in self._actors))
+
+    async def _compare_one(
+        self,
+        db: "asyncpg.Connection[asyncpg.Record]",
+        outcome: Outcome,
+        actor: Actor,
+        truths: dict[ConversationId, Copy],
+    ) -> None:
+        name, mirror = actor.who.name, actor.mirror
+        absent = await truth.absent(db, "message", actor.tally.messages)
+        outcome.blame("lost", absent, f"{absent} messages that {name} had an answer for are not stored")
+        absent = await truth.absent(db, "message_edit", actor.tally.edits)
+        outcome.blame("lost", absent, f"{absent} edits that {name} had an answer for are not stored")
+        absent = await truth.absent(db, "message", mirror.shown)
+        outcome.blame("phantom", absent, f"{absent} messages that {name} saw are not stored")
+        outcome.blame("lost", actor.noticed_losses, f"{name} heard by heartbeat that something had not come")
+        for kind, count in mirror.wrong.items():
+            outcome.blame({"out of order": "out_of_order", "duplicated": "duplicated"}.get(kind, "wrong"), count,
+                          f"{count} {kind} events for {name}")  # fmt: skip
+        there = await truth.memberships(db, actor.who.id)
+        outcome.blame("wrong", len(there ^ mirror.copies.keys()), f"{name} is in other conversations than told")
+        for one, copy in list(mirror.copies.items()):
+            outcome.blame("lost", len(copy.missing), f"versions {sorted(copy.missing)} of {one} never came to {name}")
+            found = truth.differences(copy, truths[one])
+            outcome.blame("wrong", len(found), f"{name}: {'; '.join(found[:2])}")
+            if copy.missing or found:
+                mirror.forget(one)  # and be told anew: what was wrong in this phase is not the next one's fault
+                await actor.leave()
+        mirror.wrong, mirror.shown, actor.noticed_losses = Counter(), set(), 0
+
+    async def _recount_unread(self, db: "asyncpg.Connection[asyncpg.Record]", outcome: Outcome, actor: Actor) -> None:
+        if actor.client is None or not actor.mirror.copies:
+            return
+        one = self._random.choice(list(actor.mirror.copies))
+        reply = await actor.client.call(client.GetConversation(conversation_id=one), server.OneConversation)
+        counted = await truth.unread(db, actor.who.id, one)
+        outcome.blame(
+            "wrong", reply.view.unread_count != counted,
+            f"{reply.view.unread_count} unread for {actor.who.name} in {one}, and {counted} counted",
+        )  # fmt: skip
+
+    async def _check_presence(self, outcome: Outcome, there: Sequence[Actor], gone: Sequence[Actor]) -> None:
+        """Everyone is seen as they are, within the bound."""
+        expected = {actor.who.id: actor.is_visible for actor in there} | {actor.who.id: False for actor in gone}
+        deadline = time.monotonic() + PRESENCE_SECONDS
+        watcher = there[0]
+        while True:
+            connection = await watcher.connected()
+            known = await connection.call(client.Watch(user_ids=list(expected)), server.PresenceList)
+            unlike = [one.user_id for one in known.presences if expected[one.user_id] != (one.status != "offline")]
+            if not unlike or time.monotonic() > deadline:
+                break
+            await asyncio.sleep(0.25)
+        names = {actor.who.id: actor.who.name for actor in self._actors}
+        outcome.blame("wrong", len(unlike), f"presence of {', '.join(names[one] for one in unlike[:5])}")
+
+    # ---------------------------------------------------------------------------------------------------- people
+
+    async def _act(self, actor: Actor, is_over: asyncio.Event) -> None:
+        await actor.act(rate=self.proof.rate / len(self._actors), is_over=is_over.is_set)
+
+    async def _watch(self) -> None:
+        before = 0
+        while True:
+            await asyncio.sleep(1)
+            now = time.monotonic()
+            answers = sum(actor.tally.acknowledged for actor in self._actors)
+            self.proof.moments.append(
+                Moment(
+                    at=now - self._began,
+                    answers=max(0, answers - before),
+                    waiting=max(now - actor.asked_at if actor.asked_at else 0.0 for actor in self._actors),
+                    connected=sum(actor.client is not None for actor in self._actors),
+                )
+            )
+            before = answers
+            self._tick()
+
+    async def _register(self, number: int) -> Account:
+        name = f"Person {number}"
+        email, password = f"{secrets.token_hex(6)}@prove.example", secrets.token_urlsafe(12)
+        made = await self._post("/v1/auth/register", Register(name=name, email=email, password=password))
+        if made is None:
+            raise Unusable("the server makes no account; see what it limits (docs/prove.md).")
+        return Account(made.user.id, name, made.token, email, password)
+
+    async def _log_in(self, account: Account) -> str:
+        made = await self._post("/v1/auth/login", Login(email=account.email, password=account.password))
+        return account.token if made is None else made.token
+
+    async def _post(self, path: str, body: msgspec.Struct) -> LoggedIn | None:
+        async with httpx.AsyncClient(trust_env=False, timeout=HTTP_SECONDS) as http:
+            try:
+                answer = await http.post(self._cluster.url + path, content=encode(body))
+            except httpx.HTTPError:
+                return None
+        return msgspec.json.decode(answer.content, type=LoggedIn) if answer.is_success else None
+
+
+async def _some_at_once(work: Iterable[Coroutine[Any, Any, Account]]) -> list[Account]:
+    turn = asyncio.Semaphore(AT_ONCE)
+
+    async def one(coroutine: Coroutine[Any, Any, Account]) -> Account:
+        async with turn:
+            return await coroutine
+
+    return await asyncio.gather(*(one(coroutine) for coroutine in work))

@@ -1,0 +1,150 @@
+"""What PostgreSQL holds, read from its tables by statements that the server does not have, and compared."""
+
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any, TypeAlias, TypeVar
+
+import asyncpg
+import msgspec
+
+from protocol.ids import ConversationId, EditId, MessageId, UserId
+from protocol.values import Conversation, Message, Participant, Permissions
+from prove.mirror import Copy
+
+Db: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
+Kind = TypeVar("Kind", Message, Conversation)
+
+_CONVERSATION = f"""
+SELECT version AS clock, {
+    ", ".join("settings_version AS version" if one == "version" else one for one in Conversation.__struct_fields__)
+} FROM conversation WHERE id = $1
+"""  # noqa: S608 - only names of columns
+_MESSAGES = f"SELECT {', '.join(Message.__struct_fields__)} FROM message WHERE conversation_id = $1"  # noqa: S608 - as above
+_GRANTS = {
+    "can_add_members": "admin",
+    "can_remove_members": "admin",
+    "can_edit_conversation": "admin",
+    "can_delete_messages": "moderator",
+    "can_pin_messages": "moderator",
+}
+"""The least role that has each permission without a grant (docs/decisions/0001)."""
+_JSON = {"reactions", "metadata", "settings"}
+_RANKS = ("guest", "member", "moderator", "admin", "owner")
+UNREAD_WINDOW = 100
+"""How many of the newest messages an unread count looks at (protocol/values.py, ConversationView)."""
+
+RECOUNT = """
+SELECT 'participants of ' || c.id FROM conversation c WHERE participant_count <> (
+    SELECT count(*) FROM conversation_participant p WHERE p.conversation_id = c.id AND p.status = 'active')
+UNION ALL
+SELECT 'messages of ' || c.id FROM conversation c WHERE message_count <> (
+    SELECT count(*) FROM message m WHERE m.conversation_id = c.id AND NOT m.is_deleted)
+UNION ALL
+SELECT 'replies to ' || m.id FROM message m WHERE reply_count <> (
+    SELECT count(*) FROM message r WHERE r.thread_root_id = m.id AND NOT r.is_deleted)
+UNION ALL
+SELECT 'reactions to ' || m.id FROM message m WHERE reactions <> coalesce((
+    SELECT jsonb_object_agg(emoji, n) FROM (
+        SELECT emoji, count(*) AS n FROM message_reaction r
+        WHERE r.message_id = m.id AND NOT r.is_removed GROUP BY emoji
+    ) counted), '{}')
+UNION ALL
+SELECT 'clock of ' || c.id FROM conversation c WHERE c.version <> greatest(
+    settings_version,
+    (SELECT max(version) FROM message m WHERE m.conversation_id = c.id),
+    (SELECT max(version) FROM message_reaction r WHERE r.conversation_id = c.id),
+    (SELECT max(version) FROM conversation_participant p WHERE p.conversation_id = c.id))
+UNION ALL
+SELECT 'read position of ' || p.user_id FROM conversation_participant p JOIN message m ON m.id = p.last_read_message_id
+WHERE m.conversation_id <> p.conversation_id OR m.sent_version > p.last_read_version
+UNION ALL
+SELECT 'place of ' || min(m.id::text) FROM message m GROUP BY conversation_id, sent_version HAVING count(*) > 1
+"""
+"""Every count that is kept, beside the rows that it counts; every clock, beside the last change; every place, once."""
+
+
+async def read_conversation(db: Db, conversation_id: ConversationId) -> Copy:
+    """Return a conversation as PostgreSQL has it. Raises LookupError if it has not."""
+    async with db.transaction(isolation="repeatable_read", readonly=True):
+        row = await db.fetchrow(_CONVERSATION, conversation_id)
+        if row is None:
+            raise LookupError(conversation_id)
+        copy = Copy(version=row["clock"], conversation=_struct(Conversation, row))
+        for row in await db.fetch(_MESSAGES, conversation_id):
+            copy.messages[row["id"]] = _struct(Message, row)
+        for row in await db.fetch(
+            "SELECT * FROM conversation_participant WHERE conversation_id = $1 AND status = 'active'", conversation_id
+        ):
+            copy.participants[row["user_id"]] = _participant(row)
+    return copy
+
+
+async def recount(db: Db) -> list[str]:
+    """Return which of the kept numbers differ from the rows."""
+    return [row[0] for row in await db.fetch(RECOUNT)]
+
+
+async def memberships(db: Db, user_id: UserId) -> set[ConversationId]:
+    """Return the conversations that a user takes part in."""
+    rows = await db.fetch(
+        "SELECT conversation_id FROM conversation_participant WHERE user_id = $1 AND status = 'active'", user_id
+    )
+    return {row[0] for row in rows}
+
+
+async def unread(db: Db, user_id: UserId, conversation_id: ConversationId) -> int:
+    """Return how many of the newest messages past the read position are others' and not deleted, one by one."""
+    read = await db.fetchval(
+        "SELECT last_read_version FROM conversation_participant WHERE conversation_id = $1 AND user_id = $2",
+        conversation_id, user_id,
+    )  # fmt: skip
+    rows = await db.fetch(
+        "SELECT sender_id, is_deleted FROM message WHERE conversation_id = $1 AND sent_version > $2"
+        " ORDER BY sent_version DESC",
+        conversation_id, read or 0,
+    )  # fmt: skip
+    return sum(1 for row in rows[:UNREAD_WINDOW] if row["sender_id"] != user_id and not row["is_deleted"])
+
+
+async def absent(db: Db, table: str, ids: Collection[MessageId | EditId]) -> int:
+    """Return how many ids are not in `table`, one of this file's callers' own."""
+    there = await db.fetchval(f"SELECT count(*) FROM {table} WHERE id = ANY($1)", list(ids))  # noqa: S608 - a constant
+    return len(ids) - int(there)
+
+
+def differences(copy: Copy, truth: Copy) -> list[str]:
+    """Return how a complete copy differs from the truth, in words."""
+    found: list[str] = []
+    if copy.version != truth.version:
+        found.append(f"version {copy.version} is {truth.version}")
+    if copy.conversation != truth.conversation:
+        found.append(f"{copy.conversation} is {truth.conversation}")
+    active = {user_id: one for user_id, one in copy.participants.items() if one.status == "active"}
+    found += _unlike(active, truth.participants)
+    found += _unlike(copy.messages, truth.messages)
+    return found
+
+
+def assert_same(copy: Copy, truth: Copy) -> None:
+    """Raise AssertionError, with words that help, unless a copy is whole and the same."""
+    assert not copy.missing, f"these versions never came: {sorted(copy.missing)}"  # noqa: S101 - what it is for
+    assert not (found := differences(copy, truth)), "\n".join(found)  # noqa: S101 - as above
+
+
+def _struct(kind: type[Kind], row: asyncpg.Record) -> Kind:
+    fields = {field: row[field] for field in kind.__struct_fields__}
+    return kind(
+        **{field: msgspec.json.decode(value) if field in _JSON and value else value for field, value in fields.items()}
+    )
+
+
+def _participant(row: asyncpg.Record) -> Participant:
+    rank = _RANKS.index(row["role"])
+    grants = {grant: row[grant] or rank >= _RANKS.index(least) for grant, least in _GRANTS.items()}
+    fields = {field: row[field] for field in Participant.__struct_fields__ if field != "permissions"}
+    return Participant(permissions=Permissions(**grants), **fields)
+
+
+def _unlike(copy: Mapping[Any, object], truth: Mapping[Any, object]) -> Iterable[str]:
+    for one in copy.keys() | truth.keys():
+        if copy.get(one) != truth.get(one):
+            yield f"{copy.get(one)} is {truth.get(one)}"
