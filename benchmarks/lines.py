@@ -4,7 +4,7 @@ import time
 
 import msgspec
 
-from loadtest.line import FILLING, Head, Line, Said, due_of
+from loadtest.line import FILLING, Asked, Head, Line, Said, due_of
 from protocol.codec import encode
 from protocol.ids import MessageId, uuid7
 
@@ -98,7 +98,7 @@ class SocketIoLine(PlainLine):
         """Send a message and ask for an answer."""
         message_id = MessageId(uuid7())
         self._next += 1
-        self._waiting[self._next] = (due, None)
+        self._waiting[self._next] = Asked(due, None, b"")
         self.crowd.ledger.sent += 1
         message = {"message_id": message_id, "conversation_id": conversation_id, "content": f"{due} {FILLING}"}
         self.write(b"42%d" % self._next + encode(["send", message]))

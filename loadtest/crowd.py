@@ -118,7 +118,7 @@ class Crowd:
             await task
         late = self.lines
         while late and time.monotonic() < deadline:
-            late = [line for line in late if line.is_open and (line.is_waiting or self._missing(line, order))]
+            late = [line for line in late if self._is_late(line, order)]
             await asyncio.sleep(LOOK_SECONDS)
         for line in late:
             self.ledger.lost += self._missing(line, order)
@@ -126,6 +126,9 @@ class Crowd:
         for line in self.lines:
             line.leave_stream()
         self.streams.clear()
+
+    def _is_late(self, line: Line, order: Settle) -> bool:
+        return line.is_parting or (line.is_open and (line.is_waiting or bool(self._missing(line, order))))
 
     def _missing(self, line: Line, order: Settle) -> int:
         if not line.is_ordered:

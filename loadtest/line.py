@@ -8,7 +8,7 @@ import asyncio
 import struct
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, NamedTuple, Protocol, cast
 from uuid import UUID
 
 import msgspec
@@ -72,6 +72,8 @@ class Head(msgspec.Struct):
     view: View | None = None
     versions: dict[str, int] = {}
     epoch: str = ""
+    reconnect_after_ms: int = 0
+    ticket: str | None = None
 
 
 _head = msgspec.json.Decoder(Head)
@@ -81,12 +83,26 @@ Answered = Callable[[Head], None]
 """Who waits for an answer."""
 
 
+class Asked(NamedTuple):
+    """A frame without an answer: since when it is due (monotonic, in nanoseconds; 0 is not counted), and itself."""
+
+    due: int
+    answered: Answered | None
+    payload: bytes
+
+
+NOTHING = Asked(0, None, b"")
+
+
 class Crowd(Protocol):
     """What a line needs of the process that it is in."""
 
     ledger: "Ledger"
     host: tuple[str, int]
     name: str
+
+    def reconnect(self, line: "Line", due: int) -> None:
+        """Have a line come back, when that is due (monotonic, in nanoseconds)."""
 
 
 class Line(asyncio.Protocol):
@@ -110,9 +126,14 @@ class Line(asyncio.Protocol):
         self._offset = 0
         self._tail = b""
         self._has_answered = False
-        self._waiting: dict[int, tuple[int, Answered | None]] = {}
+        self._waiting: dict[int, Asked] = {}
         self._next = 0
+        self._resume = 0
         self._resuming: dict[str, int] | None = None
+        self._ticket: str | None = None
+        self._returns_at = 0
+        self.is_parting = False
+        """Whether the server said that it goes away, and the line is to come back."""
 
     # ------------------------------------------------------------------------------------------- coming and going
 
@@ -136,6 +157,11 @@ class Line(asyncio.Protocol):
         self.crowd.ledger.opened.add(time.monotonic() - self.began)
         self._resuming = None
         self.is_open = True
+        if self.is_parting:
+            # What had no answer is asked again: an id makes it one thing.
+            for asked in self._waiting.values():
+                self.write(asked.payload)
+        self.is_parting = False
 
     def drop(self) -> None:
         """Vanish without a word, and remember where we were, to `connect` again from there."""
@@ -155,8 +181,9 @@ class Line(asyncio.Protocol):
             "Sec-WebSocket-Version: 13",
             "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==",
             f"Sec-WebSocket-Protocol: {SUBPROTOCOL}",
-            f"Authorization: Bearer {self.seat.token}",
+            f"Authorization: Bearer {self._ticket or self.seat.token}",
         )
+        self._ticket = None
         if self._resuming is not None:
             head = (head[0].replace("/v1/ws", "/v1/ws?resume=1"), *head[1:])
         return "\r\n".join((*head, "", "")).encode()
@@ -168,6 +195,11 @@ class Line(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         if not self.ready.done():
             self.ready.set_exception(exc or ConnectionError("the server ended the connection"))
+        elif self.is_parting:
+            self.leave_stream()
+            self._resuming = dict(self.positions)
+            self.crowd.reconnect(self, self._returns_at)
+            return
         elif self.is_open:
             self.is_open = False
             self.crowd.ledger.errors["connection lost"] += 1
@@ -179,9 +211,10 @@ class Line(asyncio.Protocol):
         """Send a frame that was due at a time (monotonic, in nanoseconds), and count how long its answer takes."""
         self._next += 1
         frame.id = self._next
-        self._waiting[self._next] = (due, answered)
+        asked = self._waiting[self._next] = Asked(due, answered, encode(frame))
         self.crowd.ledger.sent += 1
-        self.write(encode(frame))
+        if not self.is_parting:
+            self.write(asked.payload)
 
     async def answer(self, frame: client.Frame) -> Head:
         """Send a frame and return its answer, if it is not refused."""
@@ -296,6 +329,9 @@ class Line(asyncio.Protocol):
             self.transport.write(b"\x8a\x80\0\0\0\0")
         elif kind == CLOSE:
             self.is_open = False
+            if self.is_parting:
+                self.transport.close()
+                return
             code = int.from_bytes(frame[first : first + 2])
             self.crowd.ledger.errors[f"closed with {code}"] += 1
 
@@ -306,8 +342,8 @@ class Line(asyncio.Protocol):
         if self._resuming is not None:
             versions = {ConversationId(UUID(about)): version for about, version in self._resuming.items()}
             self._next += 1
-            self._waiting[self._next] = (0, self._has_resumed)
             self.write(encode(client.Resume(id=self._next, epoch=self.epoch, versions=versions)))
+            self._resume = self._next
 
     def heard(self, payload: bytes, frame: bytes) -> None:
         """Take in a frame."""
@@ -324,18 +360,29 @@ class Line(asyncio.Protocol):
         elif head.view is not None:
             self.positions[head.view.me.conversation_id] = head.view.version
             self.crowd.ledger.errors["start_over"] += head.type == "start_over"
-        elif head.type == "ready":
+        elif head.code is not None:
+            self.crowd.ledger.errors[head.code] += 1
+        else:
+            self._about_connection(head)
+
+    def _about_connection(self, head: Head) -> None:
+        if head.type == "ready":
             self.epoch = head.epoch
         elif head.type == "heartbeat":
             behind = sum(1 for about, version in head.versions.items() if self.position(about) < version)
             self.crowd.ledger.lost += behind
-        elif head.code is not None:
-            self.crowd.ledger.errors[head.code] += 1
+        elif head.type == "going_away":
+            self.is_parting, self._ticket = True, head.ticket
+            self._returns_at = time.monotonic_ns() + head.reconnect_after_ms * 1_000_000
         else:
             self.crowd.ledger.ephemeral += 1
 
     def _answer(self, head: Head) -> None:
-        due, answered = self._waiting.pop(head.re or 0, (0, None))
+        if head.re == self._resume:
+            self._resume = 0
+            self._has_resumed()
+            return
+        due, answered, _ = self._waiting.pop(cast(int, head.re), NOTHING)
         ledger = self.crowd.ledger
         if head.code is not None:
             ledger.errors[head.code] += 1
@@ -346,7 +393,7 @@ class Line(asyncio.Protocol):
         if answered is not None:
             answered(head)
 
-    def _has_resumed(self, _: Head) -> None:
+    def _has_resumed(self) -> None:
         if not self.ready.done():
             self.ready.set_result(None)
 

@@ -82,6 +82,9 @@ def _plots(phase: Phase) -> list[str]:
         ]
         late = [one for one in late if one.points]
         plots.append(svg(late, seconds, axis("ms", [value for one in late for _, value in one.points], is_log=True)))
+    if any(one.returned for one in moments):
+        back = Series("came back", [(one.at, one.returned) for one in moments])
+        plots.append(svg([back], seconds, axis("came back a second", [one.returned for one in moments])))
     if any(one.cpu for one in moments):
         kinds = sorted({kind for one in moments for kind in one.cpu})
         used = [Series(kind, [(one.at, one.cpu.get(kind, 0.0)) for one in moments]) for kind in kinds]

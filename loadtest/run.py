@@ -42,6 +42,8 @@ class Moment(msgspec.Struct, kw_only=True):
     answer_p99: float
     delivery_p50: float
     delivery_p99: float
+    returned: float
+    """Lines that came back."""
     cpu: dict[str, float]
     """Cores that each kind of server process used; empty if the server is elsewhere."""
 
@@ -325,5 +327,6 @@ def _moment(at: float, seconds: float, tally: Tally, usage: Usage, last: Usage) 
         answer_p99=answers.percentile(0.99),
         delivery_p50=deliveries.percentile(0.5),
         delivery_p99=deliveries.percentile(0.99),
+        returned=tally.resumed / seconds,
         cpu={kind: (used - last.cpu.get(kind, 0.0)) / seconds for kind, used in usage.cpu.items()},
     )

@@ -198,6 +198,15 @@ class Heartbeat(_Tagged, tag="heartbeat", frozen=True, kw_only=True):
     versions: dict[ConversationId, int] = {}
 
 
+class GoingAway(_Tagged, tag="going_away", frozen=True, kw_only=True):
+    """This worker closes the connection, with 1012, as its next word. Come back, anywhere, after `reconnect_after_ms`,
+    which is another time for each client; `ticket` may be given once instead of the token, within a minute.
+    """
+
+    reconnect_after_ms: int
+    ticket: str | None = None
+
+
 # --------------------------------------------------------------------------------------------------- results
 
 
@@ -357,6 +366,7 @@ ServerFrame = (
     | Changes
     | StartOver
     | Heartbeat
+    | GoingAway
     | Reply
     | Error
 )

@@ -12,10 +12,10 @@ from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidMes
 
 from protocol import client, server
 from protocol.client import Frame
-from protocol.errors import ErrorCode, Refused
+from protocol.errors import CloseCode, ErrorCode, Refused
 from protocol.ids import ConversationId, EditId, MessageId, UserId, uuid7
 from protocol.values import PresenceStatus
-from prove.client import Client
+from prove.client import Answer, Client
 from prove.mirror import Mirror
 
 EMOJI = ("👍", "🎉", "❤️")
@@ -25,7 +25,8 @@ EXPECTED = {ErrorCode.NOT_FOUND, ErrorCode.FORBIDDEN, ErrorCode.CONFLICT}
 CONNECT_SECONDS = 5.0
 AGAIN_SECONDS = 0.05
 LOOK_SECONDS = 0.2
-ANSWER_SECONDS = 10.0
+ANSWER_SECONDS = 5.0
+"""How long an answer is awaited before the connection is given up and the frame sent again."""
 SILENT_HEARTBEATS = 2.5
 """After so many periods without a heartbeat a connection is given up: it may be half-open."""
 UNAUTHORIZED = 401
@@ -62,6 +63,8 @@ class Tally:
         self.longest_wait = 0.0
         self.reconnects = 0
         self.unexpected: Counter[str] = Counter()
+        self.ends: Counter[str] = Counter()
+        """Why connections ended: the server's close code, or what the client noticed."""
 
 
 class Actor:
@@ -92,6 +95,8 @@ class Actor:
         """Since when an answer is awaited; 0 while none is."""
         self._status: PresenceStatus = "online"
         self._heard_at = 0.0
+        self._back_at = 0.0
+        self._ticket: str | None = None
         self._is_behind = False
         self.noticed_losses = 0
         """How often a heartbeat spoke of something that had not come."""
@@ -101,10 +106,12 @@ class Actor:
     async def connect(self) -> None:
         """Connect somewhere and come up to date."""
         while True:
-            fresh = Client(
-                self._random.choice(self._urls()), self.token, query="?resume=1", open_timeout=CONNECT_SECONDS
-            )
+            await asyncio.sleep(max(0.0, self._back_at - time.monotonic()))
+            token, self._ticket = self._ticket or self.token, None
+            fresh = Client(self._random.choice(self._urls()), token, query="?resume=1", open_timeout=CONNECT_SECONDS)
             fresh.on_event = self._hear
+            # Before there is a connection: on it, the server may speak of what is new before it is asked.
+            self.mirror.begin_resume()
             try:
                 async with asyncio.timeout(2 * CONNECT_SECONDS):
                     await fresh.open()
@@ -118,12 +125,15 @@ class Actor:
                     await self._load()
             except InvalidStatus as error:
                 self.client = None
-                if error.response.status_code == UNAUTHORIZED and self._log_in is not None:
+                self.tally.ends[f"HTTP {error.response.status_code}"] += 1
+                is_over = error.response.status_code == UNAUTHORIZED and token == self.token
+                if is_over and self._log_in is not None:
                     self.token = await self._log_in()
                 await asyncio.sleep(AGAIN_SECONDS)
                 continue
-            except (OSError, ConnectionClosed, InvalidHandshake, InvalidMessage, TimeoutError, Refused):
+            except (OSError, ConnectionClosed, InvalidHandshake, InvalidMessage, TimeoutError, Refused) as error:
                 self.client = None
+                self.tally.ends[f"{type(error).__name__} while connecting"] += 1
                 await fresh.drop()
                 await asyncio.sleep(AGAIN_SECONDS)
                 continue
@@ -159,9 +169,19 @@ class Actor:
         """Return the connection, made anew if it is gone or silent."""
         while self.client is None or self.client.is_over or self._is_behind or self._is_silent(self.client):
             if self.client is not None:
+                self.tally.ends[self._end_of(self.client)] += 1
                 await self._give_up(self.client)
             await self.connect()
         return self.client
+
+    async def ask(self, frame: Frame, kind: type[Answer] | None = None) -> Answer:
+        """Return the result of a frame, however often it has to be sent. Raises Refused."""
+        while True:
+            connection = await self.connected()
+            try:
+                return await self._until_done(connection, frame, kind)
+            except (OSError, TimeoutError):
+                await self._give_up(connection)
 
     @property
     def is_visible(self) -> bool:
@@ -195,7 +215,7 @@ class Actor:
         self.asked_at = began = time.monotonic()
         self.tally.sent += 1
         try:
-            await self._surely(frame)
+            await self.ask(frame)
         except Refused as refused:
             if refused.code not in EXPECTED:
                 self.tally.unexpected[f"{type(frame).__name__}: {refused.code} {refused.message}"] += 1
@@ -205,7 +225,7 @@ class Actor:
                 self.tally.messages.add(frame.message_id)
             elif isinstance(frame, client.Edit) and frame.edit_id is not None:
                 self.tally.edits.add(frame.edit_id)
-            elif isinstance(frame, client.SetPresence):
+            elif isinstance(frame, client.SetPresence) and frame.status != "away":  # which is the device's
                 self._status = frame.status
         finally:
             self.asked_at = 0.0
@@ -217,18 +237,16 @@ class Actor:
         if isinstance(frame, server.Heartbeat) and self.mirror.is_behind(frame):
             self.noticed_losses += 1
             self._is_behind = True
+        elif isinstance(frame, server.GoingAway):
+            self._ticket = frame.ticket
+            self._back_at = self._heard_at + frame.reconnect_after_ms / 1000
         self.mirror.hear(frame)
 
-    async def _surely(self, frame: Frame) -> None:
-        """Repeat a frame, across connections, until it has an answer."""
-        while True:
-            connection = await self.connected()
-            try:
-                await self._until_done(connection, frame)
-            except (OSError, TimeoutError):
-                await self._give_up(connection)
-                continue
-            return
+    def _end_of(self, connection: Client) -> str:
+        if connection.is_over:
+            code = connection.socket.close_code
+            return CloseCode(code).name.lower() if code in set(CloseCode) else f"code {code}"
+        return "behind" if self._is_behind else "silent"
 
     def _is_silent(self, connection: Client) -> bool:
         period = connection.ready.heartbeat_ms / 1000
@@ -239,16 +257,15 @@ class Actor:
         if self.client is connection:
             self.client = None
 
-    async def _until_done(self, connection: Client, frame: Frame) -> None:
+    async def _until_done(self, connection: Client, frame: Frame, kind: type[Answer] | None = None) -> Answer:
         while True:
             try:
-                await connection.call(frame)
+                async with asyncio.timeout(ANSWER_SECONDS):
+                    return await connection.call(frame, kind)
             except Refused as refused:
                 if refused.code not in TRANSIENT:
                     raise
                 await asyncio.sleep((refused.retry_after_ms or 50) / 1000)
-                continue
-            return
 
     # --------------------------------------------------------------------------------------------- what is there
 

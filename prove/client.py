@@ -136,7 +136,8 @@ class Client:
             async for message in self.socket:
                 frame = decode_server(message)
                 if isinstance(frame, (Reply, Error)) and (waiting := self._replies.pop(frame.re, None)) is not None:
-                    waiting.set_result(frame)
+                    if not waiting.done():  # or nobody waits any more
+                        waiting.set_result(frame)
                     continue
                 self.events.append(frame)
                 if self.on_event != self.events.append:

@@ -3,6 +3,7 @@
 import argparse
 import asyncio
 import random
+import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -32,6 +33,8 @@ def main(arguments: list[str]) -> int:
     """Run `openchat prove` with these arguments; return the exit status: 1 if any promise was broken."""
     options = _parser().parse_args(arguments)
     console = Console()
+    # What it started ends with it.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     if options.list:
         console.print(_list())
         return 0
@@ -96,6 +99,7 @@ async def _prove(options: argparse.Namespace, console: Console) -> int:
                 await run.phase(fault, options.seconds)
                 screen.show()
             await run.leave()
+            await run.stop()
             screen.tell("stopping the cluster …")
     return _conclude(proof, options, console)
 

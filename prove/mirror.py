@@ -41,6 +41,11 @@ class Mirror:
         self.shown: set[MessageId] = set()
         """Messages that events brought since whoever checks them looked."""
 
+    def begin_resume(self) -> None:
+        """Forget what is not complete: a `resume` does not name it, so it is told anew, or was left meanwhile."""
+        for one in list(self.unloaded):
+            self.forget(one)
+
     @property
     def versions(self) -> dict[ConversationId, int]:
         """What a `resume` names: those that are complete."""

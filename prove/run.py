@@ -54,6 +54,8 @@ class Outcome(msgspec.Struct, kw_only=True):
     wrong: int = 0
     reconnects: int = 0
     waits: list[float] = []
+    ends: dict[str, int] = {}
+    """Why connections ended."""
     words: list[str] = []
     """What exactly was wrong."""
 
@@ -186,18 +188,20 @@ class Run:
         await self._compare(outcome)
         return outcome
 
-    async def leave(self) -> Outcome:
-        """Half of the people leave, and are seen to have left; then everyone does."""
+    async def leave(self) -> None:
+        """Half of the people leave, and are seen to have left."""
         outcome = Outcome(name="people leave", about="half of them disconnect, and are seen offline")
         self.proof.outcomes.append(outcome)
         self._tell(outcome.about)
         gone, left = self._actors[::2], self._actors[1::2]
         await asyncio.gather(*(actor.leave() for actor in gone))
         await self._check_presence(outcome, left, gone)
-        await asyncio.gather(*(actor.leave() for actor in left))
+
+    async def stop(self) -> None:
+        """End it: everyone leaves."""
         if self._ticking is not None:
             self._ticking.cancel()
-        return outcome
+        await asyncio.gather(*(actor.leave() for actor in self._actors))
 
     # ------------------------------------------------------------------------------------------------- comparing
 
@@ -208,6 +212,8 @@ class Run:
             outcome.acknowledged += tally.acknowledged
             outcome.reconnects += tally.reconnects
             outcome.waits.append(tally.longest_wait)
+            for end, count in tally.ends.items():
+                outcome.ends[end] = outcome.ends.get(end, 0) + count
             for words, count in tally.unexpected.items():
                 outcome.blame("wrong", count, f"refused {words}")
         await self._cluster.ready()
@@ -261,10 +267,10 @@ class Run:
         mirror.wrong, mirror.shown, actor.noticed_losses = Counter(), set(), 0
 
     async def _recount_unread(self, db: "asyncpg.Connection[asyncpg.Record]", outcome: Outcome, actor: Actor) -> None:
-        if actor.client is None or not actor.mirror.copies:
+        if not actor.mirror.copies:
             return
         one = self._random.choice(list(actor.mirror.copies))
-        reply = await actor.client.call(client.GetConversation(conversation_id=one), server.OneConversation)
+        reply = await actor.ask(client.GetConversation(conversation_id=one), server.OneConversation)
         counted = await truth.unread(db, actor.who.id, one)
         outcome.blame(
             "wrong", reply.view.unread_count != counted,
@@ -274,11 +280,11 @@ class Run:
     async def _check_presence(self, outcome: Outcome, there: Sequence[Actor], gone: Sequence[Actor]) -> None:
         """Everyone is seen as they are, within the bound."""
         expected = {actor.who.id: actor.is_visible for actor in there} | {actor.who.id: False for actor in gone}
+        await asyncio.gather(*(actor.connected() for actor in there))
         deadline = time.monotonic() + PRESENCE_SECONDS
         watcher = there[0]
         while True:
-            connection = await watcher.connected()
-            known = await connection.call(client.Watch(user_ids=list(expected)), server.PresenceList)
+            known = await watcher.ask(client.Watch(user_ids=list(expected)), server.PresenceList)
             unlike = [one.user_id for one in known.presences if expected[one.user_id] != (one.status != "offline")]
             if not unlike or time.monotonic() > deadline:
                 break

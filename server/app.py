@@ -16,6 +16,7 @@ from server import sync
 from server.auth.attempts import Attempts
 from server.auth.endpoints import Accounts
 from server.auth.sessions import Sessions
+from server.auth.tickets import Tickets
 from server.bus import Alone, Connect
 from server.clusterbus import ClusterBus, is_cluster
 from server.config import Settings
@@ -32,6 +33,7 @@ from server.periodic import every
 from server.presence import Presence
 from server.queries import messages
 from server.queries.messages import Outgoing, Stored
+from server.queries.sessions import Active
 from server.record import PostgresRecord
 from server.redisbus import RedisBus
 from server.roster import Roster
@@ -60,8 +62,14 @@ class App:
 
         self.hub = Hub(PostgresRecord(database), connect)
         self.presence = Presence(self._redis, database, self.hub.announce)
-        self.sessions = Sessions(database, days=settings.session_days)
-        self.roster = Roster(self.hub, heartbeat_seconds=settings.heartbeat_seconds, alive=self._alive)
+        self._tickets = Tickets(self._redis)
+        self.sessions = Sessions(database, self._tickets, days=settings.session_days)
+        self.roster = Roster(
+            self.hub,
+            heartbeat_seconds=settings.heartbeat_seconds,
+            alive=self._alive,
+            tickets=self._issue_tickets,
+        )
         self._sends: Gather[Outgoing, Stored | None] = Gather(self._send, most=SENDS_AT_ONCE)
 
         services = Services(database=database, events=self.hub, presence=self.presence, sends=self._sends)
@@ -163,6 +171,11 @@ class App:
     def _left(self, connection: Connection) -> None:
         self.roster.remove(connection)
         self.presence.left(connection.user_id, connection)
+
+    async def _issue_tickets(self, connections: list[Connection]) -> list[str | None]:
+        return await self._tickets.issue(
+            [Active(one.session_id, one.expires_at, one.user_version, one.context.user) for one in connections]
+        )
 
     def _alive(self, connections: list[Connection]) -> None:
         due = [connection for connection in connections if self.sessions.is_due(connection.expires_at)]

@@ -11,7 +11,7 @@ from protocol.codec import encode, now, text_frame
 from protocol.errors import CloseCode, ErrorCode, Refused
 from protocol.ids import ConversationId, UserId
 from protocol.limits import MAX_FRAME_BYTES, Limits
-from protocol.server import Error, Ready, Reply, ServerFrame
+from protocol.server import Error, GoingAway, Ready, Reply, ServerFrame
 from server.context import Context
 from server.dispatch import Dispatch, error_frame
 from server.errors import refusal
@@ -54,8 +54,8 @@ class Connection:
     """A WebSocket that has been authenticated."""
 
     __slots__ = (
-        "_inbox", "_inbox_bytes", "_is_closed", "_is_finishing", "_is_resuming", "_shared", "_todo", "_user_version",
-        "_worker", "attached", "context", "expires_at", "session_id", "socket", "user_id", "was_slow",
+        "_inbox", "_inbox_bytes", "_is_closed", "_is_resuming", "_last", "_shared", "_todo",
+        "_worker", "attached", "context", "expires_at", "session_id", "socket", "user_id", "user_version", "was_slow",
         "watched", "write",
     )  # fmt: skip
 
@@ -75,9 +75,9 @@ class Connection:
         self._todo: list[Callable[[], Awaitable[None]]] = []
         self._worker: asyncio.Task[None] | None = None
         self._is_closed = False
-        self._is_finishing = False
+        self._last: GoingAway | None = None
         self._is_resuming = False
-        self._user_version = user_version
+        self.user_version = user_version
         self.was_slow = False
 
     def begin(self, context: Context, *, is_resuming: bool) -> None:
@@ -93,18 +93,18 @@ class Connection:
             self.close(CloseCode.TOO_MANY_CONNECTIONS)
         self._wake()
 
-    def finish(self) -> None:
-        """Answer what has been begun, then close and ask to come back."""
-        self._is_finishing = True
+    def finish(self, last: GoingAway) -> None:
+        """Answer what has been begun, say a last word, and close."""
+        self._last = last
         self._inbox.clear()
         if self._worker is None:
-            self.close(CloseCode.GOING_AWAY)
+            self._go()
 
     # ------------------------------------------------------------------------------ from the socket (Receiver)
 
     def received(self, data: bytes, *, is_text: bool) -> None:
         """Put a frame in line; stop reading when the line is long."""
-        if self._is_closed or self._is_finishing:
+        if self._is_closed or self._last is not None:
             return
         self._inbox.append(data if is_text else None)
         self._inbox_bytes += len(data)
@@ -188,8 +188,8 @@ class Connection:
             self.close(CloseCode.GOING_AWAY)
         finally:
             self._worker = None
-        if self._is_finishing:
-            self.close(CloseCode.GOING_AWAY)
+        if self._last is not None:
+            self._go()
 
     async def _answer(self, data: bytes | None) -> None:
         answer: Reply | Error
@@ -204,7 +204,7 @@ class Connection:
     async def _begin(self) -> None:
         shared = self._shared
         try:
-            await shared.hub.people.add(self, self._user_version)
+            await shared.hub.people.add(self, self.user_version)
             self.say(
                 Ready(
                     protocol=PROTOCOL_VERSION,
@@ -230,6 +230,11 @@ class Connection:
             if refusal(error) is None:
                 raise
             asyncio.get_running_loop().call_later(REFRESH_RETRY_SECONDS, self.refresh)
+
+    def _go(self) -> None:
+        if self._last is not None:
+            self.say(self._last)
+        self.close(CloseCode.GOING_AWAY)
 
     def _leave(self) -> None:
         self._is_closed = True

@@ -3,11 +3,12 @@
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable
+import random
+from collections.abc import Awaitable, Callable
 
 from protocol.codec import encode, now, text_frame
 from protocol.errors import CloseCode
-from protocol.server import Heartbeat
+from protocol.server import GoingAway, Heartbeat
 from server.connection import Connection
 from server.hub import Hub
 from server.periodic import every
@@ -21,14 +22,28 @@ DRAIN_BATCH_SECONDS = 0.1
 DRAIN_BATCHES = 20
 """Clients are sent away in this many batches, so that they do not all come back in one instant."""
 DRAIN_SECONDS = 10.0
+RETURNS_PER_SECOND, SPREAD_SECONDS = 500, 10.0
+"""Clients are asked to come back at such a rate, which one worker takes in with half of its time to spare
+(docs/performance.md, storm), and within so many seconds.
+"""
 
 
 class Roster:
     """Who is connected to this worker."""
 
-    def __init__(self, hub: Hub, *, heartbeat_seconds: float, alive: Callable[[list[Connection]], None]) -> None:
-        """`alive` is told, once in each heartbeat, of every connection that is."""
+    def __init__(
+        self,
+        hub: Hub,
+        *,
+        heartbeat_seconds: float,
+        alive: Callable[[list[Connection]], None],
+        tickets: Callable[[list[Connection]], Awaitable[list[str | None]]],
+    ) -> None:
+        """`alive` is told, once in each heartbeat, of every connection that is; `tickets` returns one for each of some
+        connections, with which to come back.
+        """
         self._hub = hub
+        self._tickets = tickets
         self._heartbeat_seconds = heartbeat_seconds
         self._alive = alive
         self._slices: list[set[Connection]] = [set() for _ in range(SLICES)]
@@ -64,9 +79,13 @@ class Roster:
                 await self._beating
         everyone = [connection for one in self._slices for connection in one]
         size = max(1, -(-len(everyone) // DRAIN_BATCHES))
+        spread = min(SPREAD_SECONDS, len(everyone) / RETURNS_PER_SECOND)
         for start in range(0, len(everyone), size):
-            for connection in everyone[start : start + size]:
-                connection.finish()
+            batch = everyone[start : start + size]
+            tickets = await self._tickets(batch)
+            for connection, ticket in zip(batch, tickets, strict=True):
+                after = random.uniform(0, spread)  # noqa: S311 - it need not be secret
+                connection.finish(GoingAway(reconnect_after_ms=int(after * 1000), ticket=ticket))
             await asyncio.sleep(DRAIN_BATCH_SECONDS if len(everyone) > size else 0)
         deadline = asyncio.get_running_loop().time() + DRAIN_SECONDS
         while len(self) and asyncio.get_running_loop().time() < deadline:  # noqa: ASYNC110 - the end of many

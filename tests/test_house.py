@@ -17,7 +17,8 @@ STOREYS: list[list[str]] = [
     ["config", "errors", "log", "limits", "gather", "periodic", "metrics", "migrate", "pool", "database", "orders"],
     ["queries", "embedded"],
     ["context"],
-    ["sync", "presence", "auth.passwords", "auth.attempts", "auth.sessions", "auth.credentials"],
+    ["sync", "presence", "auth.passwords", "auth.attempts", "auth.tickets"],
+    ["auth.sessions", "auth.credentials"],
     ["handlers"],
     ["websocket", "bus", "redisbus"],
     ["clusterbus", "people", "topics", "hub", "dispatch"],
@@ -112,7 +113,16 @@ def test_redis_is_for_a_few() -> None:
     users = {
         name for name, path in modules().items() if re.search(r"^(from|import) redis", path.read_text(), re.MULTILINE)
     }
-    assert users == {"redisbus", "clusterbus", "presence", "auth.attempts", "app", "supervisor", "errors"}
+    assert users == {
+        "redisbus",
+        "clusterbus",
+        "presence",
+        "auth.attempts",
+        "auth.tickets",
+        "app",
+        "supervisor",
+        "errors",
+    }
 
 
 def test_only_config_reads_the_environment() -> None:

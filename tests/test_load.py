@@ -1,10 +1,8 @@
 """The crowd: what it says of a server that keeps its word, and of a network that does not."""
 
 import asyncio
-import contextlib
 import os
 import sys
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import msgspec
@@ -16,66 +14,28 @@ from loadtest.run import Result
 from loadtest.scenarios import SCENARIOS
 from loadtest.scenarios.history import message_id
 from tests.cluster import Cluster
+from tests.relay import Relay
 
 PEOPLE = ["--people", "6", "--group", "3", "--rate", "60", "--seconds", "1.5", "--processes", "1"]
 
 
-class Relay:
-    """Stands between the crowd and a server, and loses, repeats and swaps events: one of each."""
+class Faults:
+    """Loses, repeats and swaps events: one of each."""
 
-    def __init__(self, port: int) -> None:
-        self._port = port
+    def __init__(self) -> None:
         self._faults = ["lose", "repeat", "swap"]
         self._seen = 0
+        self._held: list[bytes] = []
 
-    @contextlib.asynccontextmanager
-    async def serve(self) -> AsyncIterator[int]:
-        server = await asyncio.start_server(self._relay, "127.0.0.1", 0)
-        async with server:
-            yield server.sockets[0].getsockname()[1]
-
-    async def _relay(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        back, forth = await asyncio.open_connection("127.0.0.1", self._port)
-        upwards = asyncio.create_task(self._pipe(reader, forth))
-        with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
-            await self._down(back, writer)
-        upwards.cancel()
-        writer.close()
-        forth.close()
-
-    async def _pipe(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with contextlib.suppress(ConnectionError):
-            while data := await reader.read(65536):
-                writer.write(data)
-        writer.close()
-
-    async def _down(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        head = await reader.readuntil(b"\r\n\r\n")
-        writer.write(head)
-        if b" 101 " not in head:
-            while data := await reader.read(65536):
-                writer.write(data)
-            return
-        held: list[bytes] = []
-        while True:
-            frame = await self._frame(reader)
-            if b'"type":"message_sent"' in frame:
-                self._seen += 1
-                if self._seen > 10 and self._faults and not held:
-                    fault = self._faults.pop()
-                    held = [frame] if fault == "swap" else []
-                    writer.write({"lose": b"", "repeat": frame + frame, "swap": b""}[fault])
-                    continue
-            writer.write(frame + b"".join(held))
-            held.clear()
-
-    async def _frame(self, reader: asyncio.StreamReader) -> bytes:
-        frame = await reader.readexactly(2)
-        size = frame[1]
-        if size >= 126:
-            more = await reader.readexactly(2 if size == 126 else 8)
-            frame, size = frame + more, int.from_bytes(more)
-        return frame + await reader.readexactly(size)
+    def __call__(self, frame: bytes) -> list[bytes]:
+        if b'"type":"message_sent"' in frame:
+            self._seen += 1
+            if self._seen > 10 and self._faults and not self._held:
+                fault = self._faults.pop()
+                self._held = [frame] if fault == "swap" else []
+                return [frame, frame] if fault == "repeat" else []
+        held, self._held = self._held, []
+        return [frame, *held]
 
 
 async def load(port: int, folder: Path, *arguments: str) -> tuple[int, str, Result | None]:
@@ -98,7 +58,8 @@ def written(folder: Path) -> Result | None:
 async def test_the_crowd_sees_what_goes_wrong_and_nothing_else(cluster: Cluster, tmp_path: Path) -> None:
     port = cluster.workers[0].listener.getsockname()[1]
     good, bad = tmp_path / "good", tmp_path / "bad"
-    async with Relay(port).serve() as bad_port:
+    faults = Faults()
+    async with Relay(port, lambda: faults).serve() as bad_port:
         (status, said, result), (bad_status, bad_said, bad_result) = await asyncio.gather(
             load(port, good, "teams", *PEOPLE), load(bad_port, bad, "teams", *PEOPLE)
         )

@@ -9,6 +9,7 @@ from datetime import datetime, timedelta
 from protocol.codec import now
 from protocol.errors import ErrorCode, Refused
 from protocol.ids import SessionId
+from server.auth.tickets import PREFIX, Tickets
 from server.database import Database
 from server.errors import is_lost
 from server.gather import Gather
@@ -23,15 +24,19 @@ SLIDE_EVERY = timedelta(days=1)
 class Sessions:
     """Looks tokens up, many in one query when many come at once."""
 
-    def __init__(self, database: Database, *, days: int) -> None:
+    def __init__(self, database: Database, tickets: Tickets, *, days: int) -> None:
         self._database = database
+        self._tickets = tickets
         self.lasts = timedelta(days=days)
         self._lookups: Gather[str, Active | None] = Gather(self._find, most=256)
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def authenticate(self, token: str) -> Active:
-        """Return the session of a token. Raises Refused if there is none, or it has expired."""
-        active = await self._lookups.submit(token_hash(token))
+        """Return the session of a token, or of a return ticket. Raises Refused if there is none, or it has expired."""
+        if token.startswith(PREFIX):
+            active = await self._tickets.redeem(token)
+        else:
+            active = await self._lookups.submit(token_hash(token))
         if active is None:
             raise Refused(ErrorCode.UNAUTHENTICATED, "There is no such session, or it has ended: log in.")
         if self.is_due(active.expires_at):

@@ -1,0 +1,98 @@
+"""Workers go, clients come back: told when, with a ticket that is good for one return."""
+
+import contextlib
+import signal
+
+import pytest
+from websockets.exceptions import InvalidStatus
+
+from protocol import client, server
+from protocol.errors import CloseCode
+from protocol.ids import ConversationId, uuid7
+from prove.client import Client
+from tests.test_command import Program, folder, program, registered, workers_of
+from tests.world import Somebody, World, message, sent, until
+
+__all__ = ["folder", "program"]
+
+
+async def sent_away(world: World, who: Somebody) -> tuple[Client, server.GoingAway]:
+    """Connect somebody to the first worker, and drain that."""
+    one = await world.connect(who)
+    await world.workers[0].app.drain()
+    assert await one.closed() == CloseCode.GOING_AWAY
+    return one, await one.event(server.GoingAway)
+
+
+async def test_a_ticket_brings_one_back_once_and_a_token_always(world: World) -> None:
+    ada, charles = await world.users("Ada", "Charles")
+    other = await world.connect(charles, 1)
+    channel = await world.channel(other, is_public=True)
+    first = await world.connect(ada)
+    await first.call(client.Join(conversation_id=channel))
+    version = (await first.call(client.GetConversation(conversation_id=channel), server.OneConversation)).view.version
+    _, word = await sent_away(world, ada)
+    assert word.ticket is not None
+    assert 0 <= word.reconnect_after_ms <= 10_000
+    missed = await sent(other, channel, "Missed")
+
+    back = await world.connect(Somebody(ada.id, ada.name, word.ticket), 1, query="?resume=1")
+    assert back.ready.user.id == ada.id
+    await back.call(client.Resume(epoch=back.ready.epoch, versions={channel: version}))
+    changes = await back.event(server.Changes)
+    assert [event.message.id for event in changes.events if isinstance(event, server.MessageSent)] == [missed]
+    with pytest.raises(InvalidStatus, match="401"):
+        await Client(world.workers[1].url, word.ticket).open()
+    await world.connect(ada, 1)
+
+
+async def test_a_ticket_of_a_revoked_session_is_worth_nothing(world: World) -> None:
+    ada = await world.user("Ada")
+    _, word = await sent_away(world, ada)
+    await world.db.execute("DELETE FROM session WHERE user_id = $1", ada.id)
+    await world.db.execute('UPDATE "user" SET version = version + 1 WHERE id = $1', ada.id)
+    async with Client(world.workers[1].url, word.ticket) as back:
+        assert await back.closed() == CloseCode.SESSION_ENDED
+
+
+async def test_a_made_up_ticket_is_refused(world: World) -> None:
+    with pytest.raises(InvalidStatus, match="401"):
+        await Client(world.url, "ticket.made-up").open()
+
+
+async def test_workers_are_replaced_one_after_the_other_while_people_talk(program: Program) -> None:
+    logged_in = await registered(program.url)
+    before = set(workers_of(program))
+    one = Client(program.url, logged_in.token)
+    await one.__aenter__()
+    channel = ConversationId(uuid7())
+    await one.call(client.CreateChannel(conversation_id=channel, title="Talk"))
+    acknowledged = []
+    program.process.send_signal(signal.SIGHUP)
+
+    async def again() -> Client:
+        fresh = Client(program.url, logged_in.token)
+        return await fresh.__aenter__()
+
+    while before & set(workers_of(program)):
+        frame = message(channel)
+        while frame.message_id not in acknowledged:
+            if one.is_over:
+                one = await again()  # at once: there is always a worker that lets people in
+            with contextlib.suppress(ConnectionError):
+                await one.call(frame)
+                acknowledged.append(frame.message_id)
+    assert len(workers_of(program)) == 2
+    await one.close()
+    async with Client(program.url, logged_in.token) as last:
+        stored = []
+        after = None
+        while True:
+            page = await last.call(client.History(conversation_id=channel, before=after, limit=100), server.MessagePage)
+            stored += [one.id for one in page.messages]
+            if not page.has_before:
+                break
+            after = page.messages[0].id
+    assert sorted(stored) == sorted(acknowledged)
+    assert len(stored) > 20
+    await until(lambda: len(set(workers_of(program)) - before) == 2)
