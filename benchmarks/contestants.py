@@ -186,6 +186,8 @@ class OpenChat(Contestant):
         return {
             "OPENCHAT_DATA_DIR": str(self.folder),
             "OPENCHAT_WRITE_RATE": "1000000",
+            "OPENCHAT_FRAME_RATE": "1000000",
+            "OPENCHAT_ADDRESS_RATE": "1000000",
             "OPENCHAT_READ_RATE": "1000000",
             "OPENCHAT_CONNECTIONS_PER_USER": "1000",
         }

@@ -13,6 +13,8 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 
 from server import sync
+from server.addresses import Addresses
+from server.admission import Admission
 from server.auth.attempts import Attempts
 from server.auth.endpoints import Accounts
 from server.auth.sessions import Sessions
@@ -23,7 +25,7 @@ from server.config import Settings
 from server.connection import STRIKES_AT_ONCE, STRIKES_PER_SECOND, Connection, Lifecycle, Shared
 from server.context import Services
 from server.database import Database
-from server.dispatch import Dispatch
+from server.dispatch import Dispatch, Rate
 from server.endpoints import Door, Endpoints
 from server.gather import Gather
 from server.hub import Hub
@@ -31,6 +33,7 @@ from server.limits import Allowance
 from server.metrics import Metrics
 from server.periodic import every
 from server.presence import Presence
+from server.pressure import Pressure
 from server.queries import messages
 from server.queries.messages import Outgoing, Stored
 from server.queries.sessions import Active
@@ -38,6 +41,7 @@ from server.record import PostgresRecord
 from server.redisbus import RedisBus
 from server.roster import Roster
 from server.routes import ROUTES
+from server.sharedallowance import SharedAllowance
 from server.websocket import WebSocket
 
 SENDS_AT_ONCE = 64
@@ -70,18 +74,29 @@ class App:
             alive=self._alive,
             tickets=self._issue_tickets,
         )
+        self.pressure = Pressure()
+        self.admission = Admission()
         self._sends: Gather[Outgoing, Stored | None] = Gather(self._send, most=SENDS_AT_ONCE)
 
         services = Services(database=database, events=self.hub, presence=self.presence, sends=self._sends)
+        rates = {
+            Rate.WRITE: settings.write_rate,
+            Rate.READ: settings.read_rate,
+            Rate.EPHEMERAL: settings.ephemeral_rate,
+        }
+        others = None if connect is Alone else self._redis
+        allowances = {one: SharedAllowance(one.value, rate, others) for one, rate in rates.items()}
         shared = Shared(
             hub=self.hub,
-            dispatch=Dispatch(ROUTES, settings, metrics),
+            dispatch=Dispatch(ROUTES, allowances, metrics=metrics, pressure=self.pressure),
             lifecycle=Lifecycle(sync.start, sync.refresh),
+            frames=Allowance(settings.frame_rate),
             strikes=Allowance(STRIKES_PER_SECOND, burst=STRIKES_AT_ONCE),
             arrived=self._arrived,
             left=self._left,
             connections_per_user=settings.connections_per_user,
             heartbeat_seconds=settings.heartbeat_seconds,
+            admission=self.admission,
         )
         accounts = Accounts(
             database,
@@ -102,6 +117,7 @@ class App:
             origins=settings.allowed_origins,
             metrics=metrics,
             is_draining=self._draining,
+            addresses=Addresses(settings.address_rate, connections=settings.connections_per_address),
         )
         self.starlette = Starlette(
             routes=[*Endpoints(door).routes(), *accounts.routes()], middleware=_for_pages_of(settings.allowed_origins)
@@ -138,6 +154,7 @@ class App:
         app._tasks = [
             asyncio.create_task(every(METRICS_SECONDS, app.metrics.write)),
             asyncio.create_task(every(CLEAR_SECONDS, app.sessions.clear)),
+            asyncio.create_task(app.pressure.watch()),
         ]
         return app
 
@@ -197,6 +214,8 @@ class App:
             "bus_dropped": self.hub.bus.dropped,
             "closed_silent": self.roster.closed_silent,
             "closed_slow": self.roster.closed_slow,
+            "turned_away": self.admission.refused,
+            "shedding": self.pressure.level,
         }
 
 

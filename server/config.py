@@ -41,12 +41,18 @@ class Settings(msgspec.Struct, kw_only=True, frozen=True):
     """How many bytes may wait for a slow reader before it is closed."""
     connections_per_user: int = 50
     """The most connections of one user to one worker."""
+    connections_per_address: int = 2_000
+    """The most connections from one address to one worker: an office may be behind one."""
+    address_rate: float = 500.0
+    """Requests and new connections a second from each address to each worker, on average; bursts of four times that."""
+    frame_rate: float = 200.0
+    """Frames a second on each connection, of all kinds, on average; bursts of four times that."""
     write_rate: float = 50.0
-    """Writing frames a second for each user, on average; bursts of four times that."""
+    """Writing frames a second for each user at all workers, on average; bursts of four times that."""
     read_rate: float = 100.0
-    """Reading frames a second for each user, on average; bursts of four times that."""
+    """Reading frames a second for each user at all workers, on average; bursts of four times that."""
     ephemeral_rate: float = 20.0
-    """Typing and presence frames a second for each user, on average; bursts of four times that."""
+    """Typing and presence frames a second for each user at all workers, on average; bursts of four times that."""
     login_attempts: int = 10
     """Failed logins in five minutes for one account before it has to wait."""
     login_attempts_per_address: int = 100

@@ -7,22 +7,25 @@ from datetime import datetime
 from typing import NamedTuple
 
 from protocol import PROTOCOL_VERSION
-from protocol.codec import encode, now, text_frame
+from protocol.codec import encode, label, now, text_frame
 from protocol.errors import CloseCode, ErrorCode, Refused
 from protocol.ids import ConversationId, UserId
 from protocol.limits import MAX_FRAME_BYTES, Limits
 from protocol.server import Error, GoingAway, Ready, Reply, ServerFrame
+from server.admission import Admission
 from server.context import Context
 from server.dispatch import Dispatch, error_frame
 from server.errors import refusal
 from server.hub import Hub
-from server.limits import Allowance
+from server.limits import Allowance, too_many
 from server.websocket import WebSocket
 
 log = logging.getLogger(__name__)
 
 MAX_INBOX = 32
 """How many frames, or MAX_FRAME_BYTES in all, wait for their turn before the socket is not read any more."""
+ENTER_SECONDS = 10.0
+"""How long one may be on the way in: a client that says it will resume may never do so."""
 REFRESH_RETRY_SECONDS = 1.0
 STRIKES_PER_SECOND, STRIKES_AT_ONCE = 2.0, 200.0
 """How many frames may be refused as malformed or too many before that is abuse."""
@@ -43,24 +46,37 @@ class Shared(NamedTuple):
     hub: Hub
     dispatch: Dispatch
     lifecycle: Lifecycle
+    frames: Allowance[int]
     strikes: Allowance[int]
     arrived: Callable[["Connection"], None]
     left: Callable[["Connection"], None]
     connections_per_user: int
     heartbeat_seconds: float
+    admission: Admission
 
 
 class Connection:
     """A WebSocket that has been authenticated."""
 
     __slots__ = (
-        "_inbox", "_inbox_bytes", "_is_closed", "_is_resuming", "_last", "_shared", "_todo",
+        "_entering", "_gone", "_inbox", "_inbox_bytes", "_is_closed", "_is_resuming", "_last", "_shared", "_todo",
         "_worker", "attached", "context", "expires_at", "session_id", "socket", "user_id", "user_version", "was_slow",
         "watched", "write",
     )  # fmt: skip
 
-    def __init__(self, socket: WebSocket, shared: Shared, expires_at: datetime, user_version: int) -> None:
-        """The last two are of the session. `context` comes with `begin`: each needs the other."""
+    def __init__(
+        self,
+        socket: WebSocket,
+        shared: Shared,
+        *,
+        expires_at: datetime,
+        user_version: int,
+        gone: Callable[[], None],
+    ) -> None:
+        """`expires_at` and `user_version` are of the session; `gone` is called when the connection is no more.
+        `context` comes with `begin`: each needs the other.
+        """
+        self._gone = gone
         self.socket = socket
         self.write: Callable[[bytes], None] = socket.transport.write
         self.expires_at = expires_at
@@ -77,6 +93,7 @@ class Connection:
         self._is_closed = False
         self._last: GoingAway | None = None
         self._is_resuming = False
+        self._entering: asyncio.TimerHandle | None = None
         self.user_version = user_version
         self.was_slow = False
 
@@ -86,6 +103,8 @@ class Connection:
         self.user_id = context.user_id
         self.session_id = context.session_id
         self._is_resuming = is_resuming
+        # Its place among those who are coming in is given back in any case, after a while.
+        self._entering = asyncio.get_running_loop().call_later(ENTER_SECONDS, self._is_in)
         self._todo.append(self._begin)
         self._shared.arrived(self)
         self.socket.take_over(self)
@@ -127,7 +146,7 @@ class Connection:
     def say(self, frame: ServerFrame) -> None:
         """Send a frame to this connection alone."""
         if not self._is_closed:
-            self.write(text_frame(encode(frame)))
+            self.socket.write_asked(text_frame(encode(frame)))
 
     def close(self, code: CloseCode) -> None:
         """Close the connection."""
@@ -146,6 +165,10 @@ class Connection:
     async def open(self, conversation_ids: Sequence[ConversationId]) -> None:
         """Have the worker follow conversations."""
         await self._shared.hub.topics.open(conversation_ids)
+
+    async def drained(self) -> None:
+        """Return when most of what was said has been taken in: before more of it is made."""
+        await self.socket.drained()
 
     def attach(self, conversation_id: ConversationId, version: int) -> bool:
         """Deliver the events after `version`; False if later ones were delivered already."""
@@ -174,6 +197,7 @@ class Connection:
         """Do what there is to do, in order, and end: an idle connection has no task."""
         try:
             while not self._is_closed:
+                await self.socket.drained()
                 if self._todo:
                     await self._todo.pop(0)()
                 elif self._inbox:
@@ -195,9 +219,13 @@ class Connection:
         answer: Reply | Error
         if data is None:
             answer = error_frame(NOT_TEXT)
+        elif (wait := self._shared.frames.take(id(self))) > 0:
+            answer = error_frame(too_many(wait), re=label(data))
         else:
             answer = await self._shared.dispatch.run(self.context, data)
         self.say(answer)
+        if self._entering is not None:
+            self._is_in()
         if isinstance(answer, Error) and answer.code in STRIKES and self._shared.strikes.take(id(self)) > 0:
             self.close(CloseCode.ABUSE)
 
@@ -218,6 +246,7 @@ class Connection:
             )
             if not self._is_resuming and not self._is_closed:
                 await shared.lifecycle.start(self.context)
+                self._is_in()
         except Exception as error:
             if refusal(error) is None:
                 raise
@@ -231,6 +260,12 @@ class Connection:
                 raise
             asyncio.get_running_loop().call_later(REFRESH_RETRY_SECONDS, self.refresh)
 
+    def _is_in(self) -> None:
+        if self._entering is not None:
+            self._entering.cancel()
+            self._entering = None
+            self._shared.admission.end()
+
     def _go(self) -> None:
         if self._last is not None:
             self.say(self._last)
@@ -238,6 +273,8 @@ class Connection:
 
     def _leave(self) -> None:
         self._is_closed = True
+        self._is_in()
+        self._gone()
         self._inbox.clear()
         self._todo.clear()
         self._shared.hub.remove(self)

@@ -50,6 +50,9 @@ class Subscriber(Protocol):
     def say(self, frame: ServerFrame) -> None:
         """Send a frame to this connection alone."""
 
+    async def drained(self) -> None:
+        """Return when most of what was said has been taken in: before more of it is made."""
+
     async def watch(self, user_ids: Sequence[UserId]) -> None:
         """Deliver the presence of these users. Raises Refused when it would be too many."""
 

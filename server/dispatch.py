@@ -9,13 +9,12 @@ from typing import Any, NamedTuple
 from protocol.client import Authenticate, Frame
 from protocol.codec import decode_client, label
 from protocol.errors import ErrorCode, Refused
-from protocol.ids import UserId
 from protocol.server import Error, Reply, Result
-from server.config import Settings
 from server.context import Context
 from server.errors import refusal
-from server.limits import Allowance
 from server.metrics import Metrics
+from server.pressure import Pressure, Shed
+from server.sharedallowance import SharedAllowance
 
 log = logging.getLogger(__name__)
 
@@ -43,19 +42,25 @@ class Route(NamedTuple):
     handler: Callable[[Context, Any], Awaitable[Result]]
     access: Access
     rate: Rate
+    shed: Shed | None = None
+    """Whether it has to wait while the worker is behind, and before what."""
 
 
 class Dispatch:
     """The way of every frame, whether it came by WebSocket or by HTTP."""
 
-    def __init__(self, routes: Mapping[type[Frame], Route], settings: Settings, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        routes: Mapping[type[Frame], Route],
+        allowances: Mapping[Rate, SharedAllowance],
+        *,
+        metrics: Metrics,
+        pressure: Pressure,
+    ) -> None:
         self._routes = routes
         self._metrics = metrics
-        self._allowances: dict[Rate, Allowance[UserId]] = {
-            Rate.WRITE: Allowance(settings.write_rate),
-            Rate.READ: Allowance(settings.read_rate),
-            Rate.EPHEMERAL: Allowance(settings.ephemeral_rate),
-        }
+        self._pressure = pressure
+        self._allowances = allowances
 
     async def run(self, context: Context, data: bytes) -> Reply | Error:
         """Return the answer to one frame. Whatever goes wrong is an answer, too."""
@@ -66,6 +71,8 @@ class Dispatch:
             route = self._routes.get(type(frame))
             if route is None:
                 raise _already_authenticated(frame)
+            if route.shed is not None:
+                self._pressure.require(route.shed)
             self._allowances[route.rate].require(context.user_id)
             result = await route.handler(context, frame)
         except Exception as error:

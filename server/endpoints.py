@@ -1,6 +1,7 @@
 """The HTTP endpoints that are not about accounts: the socket's door, one frame by HTTP, health, documents."""
 
 import asyncio
+from collections.abc import Callable
 from typing import NamedTuple
 
 from starlette.requests import Request
@@ -14,6 +15,7 @@ from protocol.client import Authenticate
 from protocol.codec import decode_client, encode
 from protocol.errors import CloseCode, ErrorCode, Refused
 from protocol.server import Error
+from server.addresses import Addresses
 from server.auth.credentials import token_of
 from server.auth.endpoints import Accounts
 from server.auth.sessions import Sessions
@@ -41,6 +43,7 @@ class Door(NamedTuple):
     origins: frozenset[str]
     metrics: Metrics
     is_draining: asyncio.Event
+    addresses: Addresses
 
 
 class Endpoints:
@@ -64,41 +67,57 @@ class Endpoints:
     async def socket(self, handshake: Handshake) -> None:
         """Authenticate a WebSocket and hand it over to a connection."""
         try:
+            disconnect = self._door.addresses.connect(handshake)
+        except Refused as refused:
+            await handshake.send_denial_response(refusal_response(refused))
+            return
+        connection: Connection | None = None
+        try:
+            connection = await self._let_in(handshake, disconnect)
+        finally:
+            if connection is None:
+                disconnect()
+
+    async def _let_in(self, handshake: Handshake, disconnect: Callable[[], None]) -> Connection | None:
+        active: Active | None = None
+        try:
             if self._door.is_draining.is_set():
                 raise Refused(ErrorCode.UNAVAILABLE, "The server is shutting down.", retry_after_ms=1_000)
-            token = token_of(handshake, self._door.origins)
             # With a token, a refusal is still an HTTP answer that any client can read.
-            active = None if token is None else await self._door.sessions.authenticate(token)
+            if (token := token_of(handshake, self._door.origins)) is not None:
+                active = await self._admit(token)
         except Exception as error:
             refused = refusal(error)
             if refused is None:
                 raise
             await handshake.send_denial_response(refusal_response(refused))
-            return
+            return None
         offered = handshake.scope["subprotocols"]
-        await handshake.accept(subprotocol=SUBPROTOCOL if SUBPROTOCOL in offered else None)
+        try:
+            await handshake.accept(subprotocol=SUBPROTOCOL if SUBPROTOCOL in offered else None)
+        except BaseException:
+            if active is not None:
+                self._door.shared.admission.end()
+            raise
+        if active is None and (active := await self._introduced(handshake)) is None:
+            return None
         socket: WebSocket = handshake.scope["extensions"][EXTENSION]
-        if active is None:
-            try:
-                active = await self._introduced(handshake)
-            except WebSocketDisconnect:
-                return
-            except Exception as error:
-                refused = refusal(error)
-                if refused is None:
-                    raise
-                await handshake.send_text(encode(error_frame(refused)).decode())
-                is_ours = refused.code is ErrorCode.UNAVAILABLE
-                socket.close(CloseCode.GOING_AWAY if is_ours else CloseCode.UNAUTHENTICATED)
-                return
-        connection = Connection(socket, self._door.shared, active.expires_at, active.user_version)
+        connection = Connection(
+            socket,
+            self._door.shared,
+            expires_at=active.expires_at,
+            user_version=active.user_version,
+            gone=disconnect,
+        )
         context = Context(
             services=self._door.services, user=active.user, session_id=active.session_id, subscriber=connection
         )
         connection.begin(context, is_resuming=handshake.query_params.get("resume") == "1")
+        return connection
 
     async def call(self, request: Request) -> Response:
         """Run one frame."""
+        self._door.addresses.require(request)
         active = await self._door.accounts.caller(request)
         context = Context(services=self._door.services, user=active.user, session_id=active.session_id)
         answer = await self._door.shared.dispatch.run(context, await limited_body(request))
@@ -137,7 +156,35 @@ class Endpoints:
                 raise
             return False
 
-    async def _introduced(self, handshake: Handshake) -> Active:
+    async def _admit(self, token: str) -> Active:
+        """Return the session of a token, and count its connection among those that are on their way in: only now, or
+        whoever connects and says nothing would keep others out.
+        """
+        admission = self._door.shared.admission
+        admission.begin()
+        try:
+            return await self._door.sessions.authenticate(token)
+        except BaseException:
+            admission.end()
+            raise
+
+    async def _introduced(self, handshake: Handshake) -> Active | None:
+        """Return the session that the first frame names; if none, tell the client, close, and return None."""
+        try:
+            return await self._admit((await self._first_frame(handshake)).token)
+        except WebSocketDisconnect:
+            return None
+        except Exception as error:
+            refused = refusal(error)
+            if refused is None:
+                raise
+            await handshake.send_text(encode(error_frame(refused)).decode())
+            is_ours = refused.code is ErrorCode.UNAVAILABLE
+            socket: WebSocket = handshake.scope["extensions"][EXTENSION]
+            socket.close(CloseCode.GOING_AWAY if is_ours else CloseCode.UNAUTHENTICATED)
+            return None
+
+    async def _first_frame(self, handshake: Handshake) -> Authenticate:
         try:
             message = await asyncio.wait_for(handshake.receive(), AUTHENTICATE_SECONDS)
         except TimeoutError:
@@ -147,4 +194,4 @@ class Endpoints:
         frame = decode_client(message.get("text") or message.get("bytes") or b"")
         if not isinstance(frame, Authenticate):
             raise Refused(ErrorCode.UNAUTHENTICATED, "The first frame must be `authenticate`.", path="type")
-        return await self._door.sessions.authenticate(frame.token)
+        return frame

@@ -43,9 +43,20 @@ class Allowance(Generic[Key]):
             self._sweep_at = max(SWEEP_AT, 2 * len(self._full_at))
         return 0.0
 
+    def charge(self, key: Key, count: int) -> None:
+        """Take tokens that were given out elsewhere, whether they are there or not; at most one bucket is owed."""
+        now = self._clock()
+        full_at = max(self._full_at.get(key, now), now) + count * self._interval
+        self._full_at[key] = min(full_at, now + 2 * self._ahead)
+
     def require(self, key: Key) -> None:
         """Take one token. Raises Refused if there is none."""
         if (wait := self.take(key)) > 0:
-            raise Refused(
-                ErrorCode.RATE_LIMITED, "That is too much at once; wait a moment.", retry_after_ms=int(wait * 1000) + 1
-            )
+            raise too_many(wait)
+
+
+def too_many(wait: float) -> Refused:
+    """Return what to tell whoever has nothing left and should wait, in seconds."""
+    return Refused(
+        ErrorCode.RATE_LIMITED, "That is too much at once; wait a moment.", retry_after_ms=int(wait * 1000) + 1
+    )

@@ -26,6 +26,7 @@ GAUGES = {
     "conversations": "Conversations that are followed.",
     "bus_up": "Whether the bus between workers can be reached.",
     "database_connections": "Connections to PostgreSQL.",
+    "shedding": "How many kinds of frames are refused because the worker is behind: typing, presence, receipts.",
 }
 COUNTERS = {
     "deliveries": "Events written to sockets.",
@@ -34,6 +35,7 @@ COUNTERS = {
     "bus_received": "Messages heard on the bus.",
     "bus_dropped": "Messages that could not be said on the bus; their events are found in PostgreSQL.",
     "closed_silent": "Connections closed because nothing was heard from them.",
+    "turned_away": "Connections that were told to come later because too many were connecting.",
     "closed_slow": "Connections closed because they read too slowly.",
 }
 

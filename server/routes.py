@@ -1,8 +1,9 @@
-"""THE table: every frame, what it does, who may ask for it, and whose allowance it takes."""
+"""THE table: every frame, what it does, who may ask for it, whose allowance it takes, whether it may wait."""
 
 from protocol import client
 from server.dispatch import Access, Rate, Route
 from server.handlers import conversations, messages, participants, reactions, receipts, sessions, users
+from server.pressure import Shed
 
 ROUTES: dict[type[client.Frame], Route] = {
     # the connection
@@ -28,14 +29,14 @@ ROUTES: dict[type[client.Frame], Route] = {
     client.Delete: Route(messages.delete, Access.PARTICIPANT, Rate.WRITE),
     client.React: Route(reactions.react, Access.PARTICIPANT, Rate.WRITE),
     client.Unreact: Route(reactions.react, Access.PARTICIPANT, Rate.WRITE),
-    client.Read: Route(receipts.read, Access.PARTICIPANT, Rate.WRITE),
+    client.Read: Route(receipts.read, Access.PARTICIPANT, Rate.WRITE, Shed.RECEIPTS),
     client.History: Route(messages.history, Access.PARTICIPANT, Rate.READ),
     client.GetMessage: Route(messages.get, Access.PARTICIPANT, Rate.READ),
     client.ListEdits: Route(messages.list_edits, Access.PARTICIPANT, Rate.READ),
     # people
-    client.Typing: Route(users.typing, Access.PARTICIPANT, Rate.EPHEMERAL),
-    client.SetPresence: Route(users.set_presence, Access.USER, Rate.EPHEMERAL),
-    client.Watch: Route(users.watch, Access.USER, Rate.READ),
+    client.Typing: Route(users.typing, Access.PARTICIPANT, Rate.EPHEMERAL, Shed.TYPING),
+    client.SetPresence: Route(users.set_presence, Access.USER, Rate.EPHEMERAL, Shed.PRESENCE),
+    client.Watch: Route(users.watch, Access.USER, Rate.READ, Shed.PRESENCE),
     client.Unwatch: Route(users.unwatch, Access.USER, Rate.EPHEMERAL),
     client.GetUsers: Route(users.get, Access.USER, Rate.READ),
 }

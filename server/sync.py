@@ -39,6 +39,7 @@ async def start(context: Context) -> None:
         said += [view.conversation.id for view in views]
         is_last = len(views) < PAGE
         await _follow(context, views, [Conversations(conversations=views, is_last=is_last)])
+        await context.connection.drained()
 
 
 async def resume(context: Context, frame: Resume) -> Resumed:
@@ -55,9 +56,11 @@ async def resume(context: Context, frame: Resume) -> Resumed:
             connection.detach(conversation_id)
             if version != there[conversation_id].version or not connection.attach(conversation_id, version):
                 await _catch_up(context, conversation_id, version)
+                await connection.drained()
     else:
         for conversation_id in known:
             await _start_over(context, conversation_id, "other_epoch")
+            await connection.drained()
     await _join(context, there.keys() - frame.versions.keys() - set(connection.attached))
     return Resumed(
         conversations=len(there),

@@ -30,6 +30,7 @@ KERNEL_BYTES = 128 * 1024
 _WHOLE_TEXT, _MASKED, _MASK_BYTES = 0x81, 0x80, 4
 _MEDIUM, _LARGE = 126, 127
 """The bits and lengths of RFC 6455, section 5.2."""
+DRAIN_LOOK_SECONDS = 0.02
 _NOTSENT_LOWAT: int | None = getattr(socket_module, "TCP_NOTSENT_LOWAT", None)
 
 
@@ -68,6 +69,8 @@ class WebSocket(WebSocketsSansIOProtocol):
     _partial: bytearray | None = None
     _wanted = 0
     heard_at = 0.0
+    # Whether more than `outbox_bytes` may wait, because the peer asked for it.
+    _is_wide = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:  # noqa: D102 - as asyncio.Protocol has it
         super().connection_made(transport)
@@ -169,6 +172,25 @@ class WebSocket(WebSocketsSansIOProtocol):
         del self.scope, self.request, self.response
         self.queue = _NOBODYS_QUEUE
         self.writable = _NOBODYS_EVENT
+
+    def write_asked(self, data: bytes) -> None:
+        """Write what the peer asked for: however large, it does not make the peer slow. Await `drained` before the next
+        such thing, so that no more than one of them waits.
+        """
+        if len(data) > self.outbox_bytes // 4:
+            waiting = self.transport.get_write_buffer_size()
+            self.transport.set_write_buffer_limits(high=waiting + len(data) + self.outbox_bytes)
+            self._is_wide = True
+        self.transport.write(data)
+
+    async def drained(self) -> None:
+        """Return when the peer has taken in most of what it asked for, or is gone."""
+        while self._is_wide and not self.transport.is_closing():
+            if self.transport.get_write_buffer_size() <= self.outbox_bytes // 2:
+                self.transport.set_write_buffer_limits(high=self.outbox_bytes)
+                self._is_wide = False
+            else:
+                await asyncio.sleep(DRAIN_LOOK_SECONDS)
 
     def pause_receiving(self) -> None:
         """Read no more from the peer for now."""

@@ -89,7 +89,13 @@ async def settings(servers: Servers, database_url: str) -> Settings:
     await redis.aclose()
     # Tests write faster than people do; the limits are tested with the frames that are `ephemeral`.
     return Settings(
-        database_url=database_url, redis_url=servers.valkey.url, database_connections=4, write_rate=1e6, read_rate=1e6
+        database_url=database_url,
+        redis_url=servers.valkey.url,
+        database_connections=4,
+        frame_rate=1e6,
+        write_rate=1e6,
+        read_rate=1e6,
+        address_rate=1e6,
     )
 
 

@@ -1,0 +1,75 @@
+"""One allowance of a user at all workers: each charges itself what the others have given out.
+
+Asking Redis for every frame would cost more than most frames do. So a worker decides by its own bucket, and twice a
+second tells the others, by counters in Redis, about those users who are busy enough to matter; what others counted is
+taken from its own bucket too. Whoever spreads over workers gets at most half a second's worth more. Without Redis each
+worker's allowance is its own.
+"""
+
+import asyncio
+import logging
+from collections import Counter
+
+from redis.asyncio import Redis, RedisCluster
+
+from protocol.ids import UserId
+from server.errors import REDIS_LOST
+from server.limits import Allowance
+
+SHARE_SECONDS = 0.5
+MATTERS = 0.1
+"""The share of the rate from which on a user's frames at one worker are told to the others."""
+LASTS_SECONDS = 60
+KEY = "openchat:allowance:"
+
+log = logging.getLogger(__name__)
+
+
+class SharedAllowance:
+    """An allowance of frames for each user, of one class."""
+
+    def __init__(self, name: str, rate: float, redis: Redis | RedisCluster | None) -> None:
+        """`rate` is in frames a second; `redis` is None where there is only one worker."""
+        self._name = name
+        self._bucket: Allowance[UserId] = Allowance(rate)
+        self._redis = redis
+        self._matters = max(2.0, rate * SHARE_SECONDS * MATTERS)
+        self._counts: Counter[UserId] = Counter()
+        # The counter in Redis as it was when this worker last looked.
+        self._totals: dict[UserId, int] = {}
+        self._sharing: asyncio.Task[None] | None = None
+
+    def require(self, user_id: UserId) -> None:
+        """Take one frame's worth. Raises Refused if there is none left."""
+        self._bucket.require(user_id)
+        if self._redis is not None:
+            self._counts[user_id] += 1
+            if self._sharing is None:
+                self._sharing = asyncio.create_task(self._share(self._redis))
+
+    async def _share(self, redis: Redis | RedisCluster) -> None:
+        await asyncio.sleep(SHARE_SECONDS)
+        counts, self._counts = self._counts, Counter()
+        self._sharing = None
+        busy = {user_id: count for user_id, count in counts.items() if count >= self._matters}
+        if not busy:
+            self._totals.clear()
+            return
+        try:
+            async with redis.pipeline(transaction=False) as pipe:
+                for user_id, count in busy.items():
+                    pipe.incrby(self._key(user_id), count)
+                    pipe.expire(self._key(user_id), LASTS_SECONDS)
+                totals = (await pipe.execute())[::2]
+        except REDIS_LOST as error:
+            log.debug("allowances are not shared: %s", error)
+            return
+        before, self._totals = self._totals, dict(zip(busy, totals, strict=True))
+        for user_id, total in self._totals.items():
+            # Of a user who was not busy here before, what others counted long ago is not held against them.
+            others = total - before.get(user_id, total - busy[user_id]) - busy[user_id]
+            if others > 0:
+                self._bucket.charge(user_id, others)
+
+    def _key(self, user_id: UserId) -> str:
+        return f"{KEY}{self._name}:{user_id.hex}"

@@ -1,0 +1,143 @@
+"""How much of everything one user, one connection and one address may do; docs/limits.md has the table."""
+
+import asyncio
+import re
+from http import HTTPStatus
+from pathlib import Path
+
+import httpx
+import msgspec
+import pytest
+from websockets.exceptions import InvalidStatus
+
+from protocol import client, server
+from protocol.codec import encode
+from protocol.errors import CloseCode, ErrorCode
+from protocol.server import Error
+from prove.client import Client
+from server.config import Settings
+from tests.world import World, message, sent
+
+ROOT = Path(__file__).parent.parent
+
+
+async def refused(asker: Client, count: int) -> int:
+    """Ask for so much at once, and return how much was too much."""
+    answers = await asyncio.gather(*(asker.ask(client.Ping()) for _ in range(count)))
+    late = [answer for answer in answers if isinstance(answer, Error)]
+    for answer in late:
+        assert answer.code is ErrorCode.RATE_LIMITED
+        assert answer.retry_after_ms is not None
+    return len(late)
+
+
+async def test_frames_of_one_connection(settings: Settings) -> None:
+    settings = msgspec.structs.replace(settings, frame_rate=5.0, ephemeral_rate=1e6)
+    async with World(settings, workers=1) as world:
+        who = await world.user("Ada")
+        one, other = await world.connect(who), await world.connect(who)
+        assert 20 <= await refused(one, 50) <= 30
+        assert await refused(other, 10) == 0
+
+
+async def test_frames_of_one_user_on_two_workers(settings: Settings) -> None:
+    settings = msgspec.structs.replace(settings, ephemeral_rate=40.0)
+    async with World(settings) as world:
+        who, another = await world.users("Ada", "Charles")
+        here, there = await world.connect(who, 0), await world.connect(who, 1)
+        # Told once that it matters, and what there was before that is not counted.
+        assert await refused(here, 20) == await refused(there, 20) == 0
+        await asyncio.sleep(0.7)
+        assert await refused(here, 120) <= 10
+        await asyncio.sleep(0.7)
+        await refused(there, 10)
+        await asyncio.sleep(0.7)
+        # 160 at once are allowed, and 40 a second: alone, this worker would give out most of another 160.
+        assert await refused(there, 140) > 40
+        assert await refused(await world.connect(another, 1), 100) == 0
+
+
+async def test_without_redis_each_worker_counts_for_itself(settings: Settings) -> None:
+    settings = msgspec.structs.replace(settings, ephemeral_rate=5.0)
+    async with World(settings) as world:
+        one = await world.connect(await world.user("Ada"))
+        for worker in world.workers:
+            await worker.app._redis.aclose()  # noqa: SLF001
+            worker.app._redis.connection_pool.connection_kwargs["path"] = "/nowhere"  # type: ignore[union-attr]  # noqa: SLF001
+        assert 10 <= await refused(one, 40) <= 20
+
+
+async def test_requests_of_one_address(settings: Settings) -> None:
+    settings = msgspec.structs.replace(settings, address_rate=2.0)
+    async with World(settings, workers=1) as world, httpx.AsyncClient(base_url=world.url, trust_env=False) as http:
+        who = await world.user("Ada")
+        ask = {"content": b'{"type":"ping"}', "headers": {"authorization": f"Bearer {who.token}"}}
+        answers = [await http.post("/v1/call", **ask) for _ in range(12)]  # type: ignore[arg-type]
+        codes = [answer.status_code for answer in answers]
+        assert codes[:8] == [HTTPStatus.OK] * 8
+        assert HTTPStatus.TOO_MANY_REQUESTS in codes
+        assert int(answers[-1].headers["retry-after"]) >= 1
+        with pytest.raises(InvalidStatus, match="429"):
+            await Client(world.url, who.token).open()
+        assert (await http.get("/healthz")).status_code == HTTPStatus.OK
+
+
+async def test_connections_of_one_address(settings: Settings) -> None:
+    settings = msgspec.structs.replace(settings, connections_per_address=3)
+    async with World(settings, workers=1) as world:
+        who = await world.user("Ada")
+        first = await world.connect(who)
+        for _ in range(2):
+            await Client(world.url, None).open()
+        with pytest.raises(InvalidStatus, match="429"):
+            await Client(world.url, who.token).open()
+        await first.close()
+        async with asyncio.timeout(5):
+            while True:
+                try:
+                    await (await world.connect(who)).call(client.Ping())
+                except InvalidStatus:
+                    await asyncio.sleep(0.01)  # it notices in a moment that the first is gone
+                else:
+                    break
+
+
+async def test_an_answer_may_be_larger_than_what_may_wait_for_a_slow_reader(settings: Settings) -> None:
+    settings = msgspec.structs.replace(settings, outbox_bytes=32 * 1024, heartbeat_seconds=5.0)
+    async with World(settings, workers=1) as world:
+        ada = await world.connect(await world.user("Ada"))
+        channel = await world.channel(ada, is_public=True)
+        for _ in range(100):
+            await sent(ada, channel, "x" * 9_000)
+        charles = await world.user("Charles")
+        reader = await world.connect(charles)
+        await reader.call(client.Join(conversation_id=channel))
+        pages = await asyncio.gather(
+            *(reader.call(client.History(conversation_id=channel, limit=100), server.MessagePage) for _ in range(5))
+        )
+        assert all(len(page.messages) == 100 for page in pages)
+        await sent(ada, channel, "And on it goes")
+        await reader.event(server.MessageSent, lambda event: event.message.content == "And on it goes")
+        # Whoever asks and does not read is not given more than one of them at a time, and closed when nothing is heard.
+        (held,) = world.workers[0].app.hub.people.sockets(charles.id)
+        reader.socket.transport.pause_reading()
+        for number in range(10):
+            frame = client.History(id=number, conversation_id=channel, limit=100)
+            await reader.socket.send(encode(frame).decode())
+        most = 0
+        async with asyncio.timeout(20):
+            while not held.socket.transport.is_closing():  # type: ignore[attr-defined]
+                most = max(most, held.socket.transport.get_write_buffer_size())  # type: ignore[attr-defined]
+                await asyncio.sleep(0.02)
+        assert most < 2_000_000
+        reader.socket.transport.resume_reading()
+        assert await reader.closed() in {CloseCode.SILENT, 1006}
+        await ada.call(message(channel), server.Sent)
+
+
+def test_the_table_names_tests_that_exist() -> None:
+    table = (ROOT / "docs" / "limits.md").read_text()
+    named = set(re.findall(r"`(test_[a-z_0-9]+)`", table))
+    assert len(named) > 15
+    tests = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+    assert [name for name in named if f"def {name}(" not in tests] == []
