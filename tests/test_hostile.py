@@ -1,0 +1,162 @@
+"""Bytes that no client would send, on a live socket: the server answers or closes, lives on, keeps nothing of it."""
+
+import asyncio
+import contextlib
+import gc
+import random
+from collections.abc import AsyncIterator
+
+import httpx
+import pytest
+from hypothesis import HealthCheck, given
+from hypothesis import settings as examples
+from hypothesis import strategies as st
+from websockets.frames import Opcode
+
+from protocol.limits import MAX_FRAME_BYTES
+from server.config import Settings
+from tests.test_frames import Wire
+from tests.world import Somebody, World
+
+PATIENCE = 10.0
+TASKS = 25
+"""More than a worker and a test have that do nothing (about 15), less than what forty examples would leave behind."""
+
+
+def frame(payload: bytes, opcode: int = Opcode.TEXT, *, fin: bool = True, mask: bool = True) -> bytes:
+    """Return a frame, whether the standard allows it or not; its mask is zeros."""
+    head = bytes((0x80 * fin | opcode,))
+    size = len(payload)
+    if size < 126:
+        head += bytes((0x80 * mask | size,))
+    elif size < 1 << 16:
+        head += bytes((0x80 * mask | 126,)) + size.to_bytes(2)
+    else:
+        head += bytes((0x80 * mask | 127,)) + size.to_bytes(8)
+    return head + bytes(4 * mask) + payload
+
+
+HEAD = b"GET /v1/ws HTTP/1.1\r\nHost: here\r\n"
+
+raw = st.binary(max_size=300)
+texts = st.text(max_size=100).map(str.encode)
+jsons = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=10), inner, max_size=4),
+    max_leaves=10,
+).map(lambda value: repr(value).encode())
+frames = st.one_of(
+    raw,
+    st.builds(frame, texts),
+    st.builds(frame, jsons),
+    st.builds(frame, raw, st.integers(0, 15), fin=st.booleans(), mask=st.booleans()),
+    st.sampled_from(
+        [
+            frame(b"\xff\xfe not UTF-8"),
+            frame(b'{"type":"ping"', fin=False) + frame(b"?", Opcode.PING) + frame(b"}", Opcode.CONT),
+            frame(b"x" * 126, Opcode.PING),
+            frame(b"\x00", Opcode.CLOSE),
+            frame(b"\x03\xe8" + b"\xff" * 10, Opcode.CLOSE),
+            b"\xc1\x80\0\0\0\0",
+            b"\x81\xff" + b"\xff" * 8,
+            b"\x81\xfe\x00\x01\0\0\0\0x",
+            frame(b'{"type":"send","conversation_id":"' + b"0" * 2_000 + b'"}'),
+            frame(b"[" * 100_000),
+            frame(b'{"type":"resume","epoch":"","versions":{' + b'"":0,' * 50 + b'"":0}}'),
+        ]
+    ),
+)
+
+
+@pytest.fixture
+async def worker(settings: Settings) -> AsyncIterator[tuple[World, Somebody]]:
+    async with World(settings, workers=1) as world:
+        yield world, await world.user("Ada")
+
+
+async def idle(world: World) -> None:
+    """Wait until nobody is connected and nothing runs but what always does, however many there were before."""
+    app = world.workers[0].app
+    async with asyncio.timeout(PATIENCE):
+        while len(app.roster) or len(asyncio.all_tasks()) > TASKS or app.admission._inside:  # noqa: SLF001
+            await asyncio.sleep(0.01)
+
+
+@examples(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(pieces=st.lists(frames, min_size=1, max_size=6), cut=st.integers(1, 400))
+async def test_whatever_comes_the_server_answers_or_closes(
+    worker: tuple[World, Somebody], pieces: list[bytes], cut: int
+) -> None:
+    world, ada = worker
+    wire = await Wire.open(world, ada)
+    data = b"".join(pieces)
+    for start in range(0, min(len(data), 20_000), cut):
+        wire.writer.write(data[start : start + cut])
+    wire.writer.write(data[20_000:])
+    wire.writer.write_eof()
+    with contextlib.suppress(ConnectionError):
+        async with asyncio.timeout(PATIENCE):
+            while said := await wire.reader.read(65_536):
+                assert b"Traceback" not in said
+    wire.writer.close()
+    await idle(world)
+    async with httpx.AsyncClient(trust_env=False) as http:
+        assert (await http.get(f"{world.url}/healthz")).text == "alive\n"
+
+
+@examples(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    head=st.one_of(raw, st.builds(lambda line: HEAD + line, raw), st.builds(lambda t: HEAD + t + b"\r\n\r\n", texts))
+)
+async def test_whatever_comes_in_place_of_a_handshake(worker: tuple[World, Somebody], head: bytes) -> None:
+    world, _ = worker
+    reader, writer = await asyncio.open_connection(*_address(world))
+    writer.write(head)
+    writer.write_eof()
+    async with asyncio.timeout(PATIENCE):
+        said = await reader.read()
+    assert b"Traceback" not in said
+    assert not said or said.startswith(b"HTTP/1.1 4"), said
+    writer.close()
+    await idle(world)
+
+
+async def test_compression_is_not_agreed_to(worker: tuple[World, Somebody]) -> None:
+    world, ada = worker
+    reader, writer = await asyncio.open_connection(*_address(world))
+    writer.write(
+        HEAD + b"Upgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"
+        b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Extensions: permessage-deflate\r\n"
+        b"Authorization: Bearer " + ada.token.encode() + b"\r\n\r\n"
+    )
+    head = await reader.readuntil(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 101")
+    assert b"permessage-deflate" not in head.lower()
+    writer.close()
+
+
+async def test_garbage_leaves_nothing_behind(worker: tuple[World, Somebody]) -> None:
+    """What hostile connections leave in memory, counted in objects: a busy machine does not change that."""
+    world, ada = worker
+    rng = random.Random(1)
+
+    async def garbage(count: int) -> None:
+        for _ in range(count):
+            wire = await Wire.open(world, ada)
+            wire.writer.write(frame(rng.randbytes(rng.randrange(200))) + rng.randbytes(rng.randrange(60)))
+            wire.writer.write(b"\x81\xfe" + (MAX_FRAME_BYTES // 8).to_bytes(2) + b"\0\0\0\0half of what was promised")
+            wire.writer.transport.abort()
+
+    await garbage(100)
+    await idle(world)
+    gc.collect()
+    before = len(gc.get_objects())
+    await garbage(400)
+    await idle(world)
+    gc.collect()
+    assert len(gc.get_objects()) - before < 400
+
+
+def _address(world: World) -> tuple[str, int]:
+    host, _, port = world.url.removeprefix("http://").rpartition(":")
+    return host, int(port)
