@@ -17,7 +17,7 @@ import msgspec
 import uvloop
 
 from loadtest.ledger import Ledger
-from loadtest.line import Line
+from loadtest.line import Later, Line
 from loadtest.orders import Connect, Done, Drive, Fill, Order, Report, Settle, Tick
 from loadtest.scenario import Scenario
 from loadtest.scenarios import SCENARIOS
@@ -31,6 +31,7 @@ PATIENCE = 30.0
 """Seconds until something that should come is given up."""
 FILL_AT_ONCE = 256
 LOOK_SECONDS = 0.02
+AGAIN_SECONDS = 0.1
 
 _orders = msgspec.json.Decoder(Order)
 
@@ -79,7 +80,7 @@ class Crowd:
 
         async def connect_some() -> None:
             for line in waiting:
-                await asyncio.wait_for(line.connect(), PATIENCE)
+                await self._arrive(line)
 
         await asyncio.gather(*(connect_some() for _ in range(min(order.at_once, len(lines)))))
         self.lines += lines
@@ -174,10 +175,29 @@ class Crowd:
 
     async def _reconnect(self, line: Line, due: int) -> None:
         await asyncio.sleep(max(0.0, (due - time.monotonic_ns()) / 1e9))
-        try:
-            await asyncio.wait_for(line.connect(due=max(due / 1e9, line.began)), PATIENCE)
-        except (OSError, TimeoutError):
-            self.ledger.errors["could not come back"] += 1
+        deadline = time.monotonic() + PATIENCE
+        while time.monotonic() < deadline:
+            try:
+                await self._arrive(line, due=max(due / 1e9, line.began))
+            except ConnectionError:
+                await asyncio.sleep(AGAIN_SECONDS)  # nobody is there just now
+            except (OSError, TimeoutError):
+                break
+            else:
+                return
+        line.is_parting = False
+        self.ledger.errors["could not come back"] += 1
+
+    async def _arrive(self, line: Line, *, due: float | None = None) -> None:
+        """Connect a line, as soon as the server lets it in."""
+        while True:
+            try:
+                await asyncio.wait_for(line.connect(due=due), PATIENCE)
+            except Later as error:
+                self.ledger.turned_away += 1
+                await asyncio.sleep(error.seconds)
+            else:
+                return
 
     def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(coroutine)

@@ -6,6 +6,8 @@ from loadtest.histogram import Histogram
 from loadtest.run import Phase, Result
 
 MS = 1_000
+CURVE = 30
+"""Seconds of it that are printed; the report has all."""
 
 
 class Figure(NamedTuple):
@@ -49,6 +51,9 @@ def _of_driving(phase: Phase) -> list[Figure]:
         figures.append(Figure("typing, presence, receipts", f"{tally.ephemeral:,}"))
     if tally.resumed:
         figures.append(Figure("came back", f"{tally.resumed:,}: {spread(Histogram(tally.opened))}"))
+        figures.append(Figure("came back, each second", curve(phase)))
+    if tally.turned_away:
+        figures.append(Figure("told to come later", f"{tally.turned_away:,} times"))
     if phase.cpu:
         figures.append(Figure("server CPU, cores", cores(phase)))
     if phase.cpu and tally.delivered:
@@ -77,6 +82,13 @@ def spread(histogram: Histogram) -> str:
     """Return the middle and the slow end of spans, in milliseconds."""
     p50, p99, p999 = (histogram.percentile(share) * MS for share in (0.5, 0.99, 0.999))
     return f"p50 {p50:.1f}   p99 {p99:.1f}   p99.9 {p999:.1f} ms"
+
+
+def curve(phase: Phase) -> str:
+    """Return how many came back in each second, from the first to the last in which someone did."""
+    counts = [round(moment.returned) for moment in phase.moments]
+    busy = [number for number, count in enumerate(counts) if count]
+    return "  ".join(f"{count:,}" for count in counts[busy[0] : busy[-1] + 1][:CURVE]) if busy else ""
 
 
 def cores(phase: Phase) -> str:

@@ -19,6 +19,8 @@ class Tally(msgspec.Struct):
     """Typing, presence, receipts."""
     connected: int = 0
     resumed: int = 0
+    turned_away: int = 0
+    """Times that the server said to connect later."""
     duplicated: int = 0
     """Events that came to a socket that was there or further already."""
     skipped: int = 0
@@ -54,7 +56,9 @@ class Ledger:
         self._begin()
 
     def _begin(self) -> None:
-        self.sent = self.answered = self.delivered = self.ephemeral = self.connected = self.resumed = 0
+        self.sent = self.answered = self.delivered = self.ephemeral = self.connected = self.resumed = (
+            self.turned_away
+        ) = 0
         self.duplicated = self.skipped = self.lost = 0
         self.errors: Counter[str] = Counter()
         self.answers, self.deliveries, self.opened = Histogram(), Histogram(), Histogram()

@@ -5,6 +5,8 @@ another socket of this process read already (`stream.py`), or taken apart frame 
 """
 
 import asyncio
+import random
+import re
 import struct
 import time
 from collections.abc import Callable
@@ -24,6 +26,9 @@ if TYPE_CHECKING:
 TEXT, CLOSE, PING = 0x1, 0x8, 0x9
 SHORT, MEDIUM = 126, 127
 """What a length of these says: it follows, in two bytes or in eight (RFC 6455, section 5.2)."""
+RETRY_AFTER = re.compile(rb'"retry_after_ms":(\d+)')
+SOON_NS = 500_000_000
+"""Within which time clients come back when they lost a connection without a word."""
 FILLING = "and about as long as what people write to each other when they have something to say"
 
 
@@ -81,6 +86,14 @@ _head = msgspec.json.Decoder(Head)
 
 Answered = Callable[[Head], None]
 """Who waits for an answer."""
+
+
+class Later(ConnectionError):  # noqa: N818 - an answer, not a fault
+    """The server said to come in so many seconds."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(f"the server asked to come later, in {seconds:.1f} s")
+        self.seconds = seconds
 
 
 class Asked(NamedTuple):
@@ -195,15 +208,18 @@ class Line(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         if not self.ready.done():
             self.ready.set_exception(exc or ConnectionError("the server ended the connection"))
-        elif self.is_parting:
+            return
+        if self.is_open and not self.is_parting:
+            self.crowd.ledger.errors["connection lost"] += 1
+            self.is_parting = True
+            self._returns_at = time.monotonic_ns() + random.randrange(SOON_NS)
+        self.is_open = False
+        if self.is_parting:
             self.leave_stream()
             self._resuming = dict(self.positions)
             self.crowd.reconnect(self, self._returns_at)
-            return
-        elif self.is_open:
-            self.is_open = False
-            self.crowd.ledger.errors["connection lost"] += 1
-        self._waiting.clear()
+        else:
+            self._waiting.clear()
 
     # ------------------------------------------------------------------------------------------------- what we say
 
@@ -295,7 +311,7 @@ class Line(asyncio.Protocol):
                 self._tail = data
                 return
             if b" 101 " not in head.partition(b"\r\n")[0]:
-                self._refused(head.partition(b"\r\n")[0].decode("latin-1"))
+                self._refused(head.partition(b"\r\n")[0].decode("latin-1"), data)
                 return
             self._has_answered = True
             at = len(head) + 4
@@ -313,8 +329,10 @@ class Line(asyncio.Protocol):
             at = first + size
         self._tail = data[at:]
 
-    def _refused(self, status: str) -> None:
-        self.ready.set_exception(ConnectionError(f"the server answered: {status}"))
+    def _refused(self, status: str, answer: bytes) -> None:
+        told = RETRY_AFTER.search(answer)
+        error = ConnectionError(f"the server answered: {status}")
+        self.ready.set_exception(Later(int(told[1]) / 1000) if told else error)
         self.transport.abort()
 
     def _frame(self, frame: bytes, first: int) -> None:
