@@ -29,6 +29,12 @@ GC_THRESHOLDS = (25_000, 20, 20)
 """New objects between collections. A connection is some hundred objects that stay: by default (700) they would
 be walked over again every few connections.
 """
+SECURITY_HEADERS = [
+    ("x-content-type-options", "nosniff"),
+    ("content-security-policy", "default-src 'none'; frame-ancestors 'none'"),
+    ("referrer-policy", "no-referrer"),
+]
+"""On every answer: none of them is a page, and a browser should not take one for one."""
 DATE_SECONDS = 1.0
 """How often the Date header of HTTP answers is renewed: it counts in seconds."""
 
@@ -52,6 +58,7 @@ class DrainingServer(uvicorn.Server):
                 proxy_headers=settings.behind_proxy,
                 forwarded_allow_ips="*" if settings.behind_proxy else None,
                 server_header=False,
+                headers=SECURITY_HEADERS,
                 backlog=4096,
                 timeout_graceful_shutdown=DRAIN_SECONDS,
             )

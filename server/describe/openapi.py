@@ -10,6 +10,9 @@ from server.describe.asyncapi import CLIENT_FRAMES, Json, schemas, tag
 
 _SECURITY: list[dict[str, list[str]]] = [{"token": []}, {"cookie": []}]
 
+ALWAYS = (500, 503)
+"""A defect of ours, and a database that is away, may be the answer to anything that asks it."""
+
 
 def document() -> Json:
     """Return the description of the HTTP endpoints."""
@@ -24,21 +27,21 @@ def document() -> Json:
         "paths": {
             "/v1/auth/register": {
                 "post": _operation("register", "Make an account and begin its first session.", body=Register)
-                | _responses({"201": ("A session has begun.", LoggedIn)}, 409, 422, 429)
+                | _responses({"201": ("A session has begun.", LoggedIn)}, 400, 409, 422, 429)
             },
             "/v1/auth/login": {
                 "post": _operation("login", "Begin a session.", body=Login)
-                | _responses({"200": ("A session has begun.", LoggedIn)}, 401, 422, 429)
+                | _responses({"200": ("A session has begun.", LoggedIn)}, 400, 401, 422, 429)
             },
             "/v1/auth/logout": {
                 "post": _operation("logout", "End this session.", is_secured=True)
-                | _responses({"204": ("It has ended.", None)}, 401)
+                | _responses({"204": ("It has ended.", None)}, 401, 403)
             },
             "/v1/auth/sessions": {
                 "get": _operation("list_sessions", "Return the user's sessions.", is_secured=True)
                 | _responses({"200": ("The sessions, newest first.", SessionList)}, 401),
                 "delete": _operation("revoke_all_sessions", "End all sessions.", is_secured=True)
-                | _responses({"204": ("They have ended.", None)}, 401),
+                | _responses({"204": ("They have ended.", None)}, 401, 403),
             },
             "/v1/auth/sessions/{session_id}": {
                 "delete": _operation("revoke_session", "End one session.", is_secured=True)
@@ -52,12 +55,12 @@ def document() -> Json:
                         }
                     ]
                 }
-                | _responses({"204": ("It has ended.", None)}, 401, 404)
+                | _responses({"204": ("It has ended.", None)}, 401, 403, 404)
             },
             "/v1/call": {
                 "post": _operation("call", "Run one frame, as on the socket.", is_secured=True)
                 | {"requestBody": _content({"oneOf": [_ref(frame) for frame in CLIENT_FRAMES]}) | {"required": True}}
-                | _responses({"200": ("The reply.", Reply)}, 400, 401, 403, 404, 409, 422, 429, 500, 503)
+                | _responses({"200": ("The reply.", Reply)}, 400, 401, 403, 404, 409, 422, 429)
             },
             "/healthz": {
                 "get": _operation("alive", "Say that the process answers.")
@@ -105,7 +108,7 @@ def _responses(good: dict[str, tuple[str, type | None]], *refusals: int) -> Json
         status: {"description": what, **({} if kind is None else _content(_ref(kind)))}
         for status, (what, kind) in good.items()
     }
-    found |= {str(status): {"description": "Refused.", **_content(_ref(Error))} for status in refusals}
+    found |= {str(status): {"description": "Refused.", **_content(_ref(Error))} for status in (*refusals, *ALWAYS)}
     return {"responses": found}
 
 

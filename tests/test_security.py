@@ -1,0 +1,247 @@
+"""What SECURITY.md promises, beside the refusals that every other file tests."""
+
+import ast
+import logging
+import re
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any
+
+import httpx
+import msgspec
+import pytest
+from detect_secrets.core.secrets_collection import SecretsCollection
+from detect_secrets.settings import default_settings
+
+from protocol import client
+from protocol.client import Frame
+from protocol.errors import ErrorCode
+from protocol.ids import ConversationId, MessageId, UserId
+from protocol.server import Error
+from prove.client import Client
+from server.config import Settings
+from server.dispatch import Access
+from server.routes import ROUTES
+from tests.world import Somebody, World, message, sent
+
+ROOT = Path(__file__).parent.parent
+CODE = ("server", "protocol", "prove", "loadtest", "benchmarks")
+ADA = {"name": "Ada", "email": "ada@example.org", "password": "correct horse"}
+
+
+def sources(*folders: str) -> list[Path]:
+    return [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
+
+
+# ----------------------------------------------------------------------------------------------- who may do what
+
+OK, NO, NOTHING = None, ErrorCode.FORBIDDEN, ErrorCode.NOT_FOUND
+IN, OUT = ("owner", "admin", "moderator", "member", "guest"), ("left", "removed", "banned", "outsider")
+LEAST: dict[type[Frame], str | None] = {
+    client.GetConversation: "guest",
+    client.UpdateConversation: "admin",
+    client.Leave: "guest",
+    client.AddParticipants: "admin",
+    client.RemoveParticipant: "admin",
+    client.SetRole: "admin",
+    client.ListParticipants: "guest",
+    client.Send: "guest",
+    client.Edit: None,  # only who sent it
+    client.React: "guest",
+    client.Unreact: "guest",
+    client.Read: "guest",
+    client.History: "guest",
+    client.GetMessage: "guest",
+    client.ListEdits: "guest",
+    client.Typing: "guest",
+    client.Delete: "moderator",
+}
+"""The least role that may do each frame about somebody else's message, or to somebody of the lowest role."""
+
+
+def test_the_matrix_has_every_frame() -> None:
+    assert LEAST.keys() == {frame for frame, route in ROUTES.items() if route.access is Access.PARTICIPANT}
+
+
+@pytest.mark.parametrize("role", [*IN, *OUT])
+async def test_every_frame_as_every_role(world: World, role: str) -> None:
+    ada, charles, mary, grace = await world.users("Ada", "Charles", "Mary", "Grace")
+    owner = await world.connect(ada)
+    channel = await world.channel(owner, is_public=True)
+    for one in (charles, mary, grace):
+        await (await world.connect(one)).call(client.Join(conversation_id=channel))
+    said = await sent(owner, channel, "Mine")
+    actor = owner if role == "owner" else await world.connect(charles, 1)
+    if role == "owner":
+        said = await sent(await world.connect(grace, 1), channel, "Grace's")
+    await become(world, owner, channel, charles, role)
+    for kind, least in LEAST.items():
+        await world.db.execute("UPDATE conversation_participant SET role = 'guest' WHERE user_id = $1", mary.id)
+        answer = await actor.ask(frame(kind, channel, said, mary.id))
+        code = answer.code if isinstance(answer, Error) else None
+        if role in OUT:
+            assert code is NOTHING, kind
+        else:
+            is_allowed = least is not None and IN.index(role) <= IN.index(least)
+            assert code is (OK if is_allowed else NO), (kind, answer)
+        if kind is client.Leave and code is None:
+            await world.db.execute(
+                "UPDATE conversation_participant SET status = 'active', role = $2 WHERE user_id = $1",
+                actor.ready.user.id, role,
+            )  # fmt: skip
+        if kind is client.RemoveParticipant and code is None:
+            await owner.call(client.AddParticipants(conversation_id=channel, participants=[mary.id]))
+
+
+async def become(world: World, owner: Client, channel: ConversationId, who: Somebody, role: str) -> None:
+    """Give somebody a role, or have them be out in one of the ways there are."""
+    if role in {"admin", "moderator", "member", "guest"}:
+        frame = client.SetRole(conversation_id=channel, user_id=who.id, role=role)  # type: ignore[arg-type]
+        await owner.call(frame)
+    elif role == "left":
+        await (await world.connect(who)).call(client.Leave(conversation_id=channel))
+    elif role in {"removed", "banned"}:
+        await owner.call(client.RemoveParticipant(conversation_id=channel, user_id=who.id, ban=role == "banned"))
+    elif role == "outsider":
+        await world.db.execute("DELETE FROM conversation_participant WHERE user_id = $1", who.id)
+
+
+def frame(kind: type[Frame], about: ConversationId, said: MessageId, other: UserId) -> Frame:
+    """Return a frame of a kind about a conversation, somebody's message in it, and somebody in it."""
+    fields: dict[str, Any] = {
+        "conversation_id": about, "message_id": said, "user_id": other, "participants": [other], "content": "Words",
+        "emoji": "👍", "role": "guest", "title": "A title",
+    }  # fmt: skip
+    if kind is client.Send:
+        return message(about)
+    wanted = {name: fields[name] for name in kind.__struct_fields__ if name in fields}
+    if kind is client.AddParticipants:
+        wanted["role"] = "member"
+    return kind(**wanted)
+
+
+# ------------------------------------------------------------------------------------------------- over HTTP
+
+
+async def test_answers_carry_security_headers(world: World) -> None:
+    async with httpx.AsyncClient(base_url=world.url, trust_env=False) as http:
+        for path in ("/healthz", "/nowhere", "/v1/auth/sessions"):
+            headers = (await http.get(path)).headers
+            assert headers["x-content-type-options"] == "nosniff"
+            assert headers["content-security-policy"] == "default-src 'none'; frame-ancestors 'none'"
+            assert headers["referrer-policy"] == "no-referrer"
+            assert "server" not in headers
+
+
+async def test_the_cookie_is_out_of_reach_of_scripts_and_other_sites(world: World) -> None:
+    async with httpx.AsyncClient(base_url=world.url, trust_env=False) as http:
+        cookie = (await http.post("/v1/auth/register", json=ADA)).headers["set-cookie"].lower()
+    assert "httponly" in cookie
+    assert "samesite=lax" in cookie
+    assert "path=/" in cookie
+
+
+async def test_the_cookie_is_secure_behind_tls(settings: Settings) -> None:
+    async with (
+        World(msgspec.structs.replace(settings, behind_proxy=True), workers=1) as world,
+        httpx.AsyncClient(base_url=world.url, trust_env=False) as http,
+    ):
+        answer = await http.post("/v1/auth/register", json=ADA, headers={"x-forwarded-proto": "https"})
+        assert "secure" in answer.headers["set-cookie"].lower()
+
+
+async def test_logging_in_begins_a_new_session_whatever_the_browser_brought(world: World) -> None:
+    async with httpx.AsyncClient(base_url=world.url, trust_env=False) as http:
+        await http.post("/v1/auth/register", json=ADA)
+        planted = http.cookies["openchat_session"]
+        login = {key: ADA[key] for key in ("email", "password")}
+        token = (await http.post("/v1/auth/login", json=login)).json()["token"]
+        assert token != planted
+        http.cookies.set("openchat_session", "planted-by-somebody-else")
+        assert (await http.post("/v1/auth/login", json=login)).json()["token"] not in {planted, token}
+
+
+async def test_paths_lead_nowhere_but_where_they_say(world: World) -> None:
+    async with httpx.AsyncClient(base_url=world.url, trust_env=False) as http:
+        for path in ("/../schema.sql", "/%2e%2e/%2e%2e/etc/passwd", "/v1/..%2f..%2fetc/passwd", "//etc/passwd"):
+            assert (await http.get(path)).status_code == HTTPStatus.NOT_FOUND
+
+
+async def test_tokens_and_passwords_are_never_logged(world: World, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)  # as server/log.py sets it
+    async with httpx.AsyncClient(base_url=world.url, trust_env=False) as http:
+        token = (await http.post("/v1/auth/register", json=ADA)).json()["token"]
+        await http.post("/v1/auth/login", json={"email": ADA["email"], "password": "wrong horse"})
+        await http.post("/v1/auth/login", content=b'{"password": "broken horse"')
+    async with Client(world.url, token) as one:
+        await one.raw(msgspec.json.encode({"type": "authenticate", "token": token}).decode())
+    ours = [record for record in caplog.records if not record.name.startswith(("websockets", "httpx", "httpcore"))]
+    said = "\n".join(record.getMessage() for record in ours)
+    for secret in (token, ADA["password"], "wrong horse", "broken horse"):
+        assert secret not in said
+
+
+# ------------------------------------------------------------------------------------------------- in the code
+
+
+def test_statements_are_constants_and_values_are_parameters() -> None:
+    """What is asked of the database is a name in capitals, or a literal without anything put in."""
+    found = []
+    for path in sources("server"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            is_query = (
+                isinstance(node, ast.Call)
+                and isinstance(node.func, ast.Attribute)
+                and node.func.attr in {"execute", "executemany", "fetch", "fetchrow", "fetchval", "prepare"}
+                and node.args
+            )
+            if not is_query:
+                continue
+            assert isinstance(node, ast.Call)
+            statement = node.args[0]
+            is_constant = isinstance(statement, ast.Name) and statement.id.isupper()
+            is_literal = isinstance(statement, ast.Constant) and isinstance(statement.value, str)
+            if not (is_constant or is_literal):
+                found.append(f"{path.relative_to(ROOT)}: {ast.unparse(statement)}")
+    assert set(found) == KNOWN_STATEMENTS
+
+
+KNOWN_STATEMENTS = {
+    "server/migrate.py: (ROOT / 'schema.sql').read_text()",
+    "server/migrate.py: migration.path.read_text()",
+    "server/embedded/postgres.py: f'CREATE DATABASE {NAME}'",
+    "server/queries/reactions.py: change",
+}
+"""Our own files, a constant, and one of two constants."""
+
+
+def test_the_server_fetches_nothing_from_anywhere() -> None:
+    """So there is nothing that a client could have it fetch."""
+    for path in sources("server"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not [
+                name for name in names if re.match(r"(httpx|aiohttp|requests|urllib\.request|http\.client)", name)
+            ]
+
+
+KNOWN_SECRETS = {
+    "README.md",
+    "server/supervisor.py",
+    *(f"tests/test_{name}.py" for name in ("accounts", "command", "security")),
+}
+"""They show an example's password."""
+
+
+def test_there_are_no_secrets_in_the_code() -> None:
+    found = SecretsCollection(root=str(ROOT))
+    files = sources(*CODE, "tests")
+    files += [
+        path for path in ROOT.iterdir() if path.suffix in {".md", ".toml", ".yaml", ".sql"} or path.name == "Dockerfile"
+    ]
+    files += [path for folder in ("docs", "deploy", "migrations") for path in (ROOT / folder).rglob("*.*")]
+    with default_settings():
+        for path in files:
+            found.scan_file(str(path.relative_to(ROOT)))
+    assert {str(Path(secret.filename).relative_to(ROOT)) for _, secret in found} <= KNOWN_SECRETS
