@@ -7,7 +7,7 @@ VENV := .venv
 NODE := benchmarks/peers/node
 ARGS ?=
 
-.PHONY: run test lint types tests docs bench fuzz scale format lock clean help
+.PHONY: run test lint types tests docs bench prove fuzz scale format lock clean help
 
 run: $(VENV)/run-ready
 	@exec $(VENV)/bin/openchat $(ARGS)
@@ -33,6 +33,9 @@ docs: $(VENV)/test-ready  ## write the generated part of docs/
 
 bench: $(VENV)/test-ready $(NODE)/node_modules  ## compare with other servers, about half an hour (needs Node.js)
 	$(VENV)/bin/python -m benchmarks $(ARGS)
+
+prove: $(VENV)/test-ready  ## hurt a cluster in every way while a crowd uses it, and compare (six minutes)
+	$(VENV)/bin/openchat prove $(ARGS)
 
 fuzz: $(VENV)/test-ready  ## look for bytes and requests that break something, for two minutes (Linux)
 	$(VENV)/bin/pip install -q --disable-pip-version-check 'atheris>=3' 'schemathesis>=4'
