@@ -12,6 +12,7 @@ from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 
+from protocol.ids import ConversationId, UserId
 from server import sync
 from server.addresses import Addresses
 from server.admission import Admission
@@ -34,7 +35,8 @@ from server.metrics import Metrics
 from server.periodic import every
 from server.presence import Presence
 from server.pressure import Pressure
-from server.queries import messages
+from server.queries import conversations, messages
+from server.queries.conversations import Membership
 from server.queries.messages import Outgoing, Stored
 from server.queries.sessions import Active
 from server.record import PostgresRecord
@@ -46,6 +48,8 @@ from server.websocket import WebSocket
 
 SENDS_AT_ONCE = 64
 """How many messages one statement stores at most."""
+MEMBERSHIPS_AT_ONCE = 64
+"""Of how many users one statement reads the conversations at most."""
 REDIS_SECONDS = 1.0
 METRICS_SECONDS = 1.0
 CLEAR_SECONDS = 600.0
@@ -78,7 +82,13 @@ class App:
         self.admission = Admission()
         self._sends: Gather[Outgoing, Stored | None] = Gather(self._send, most=SENDS_AT_ONCE)
 
-        services = Services(database=database, events=self.hub, presence=self.presence, sends=self._sends)
+        services = Services(
+            database=database,
+            events=self.hub,
+            presence=self.presence,
+            sends=self._sends,
+            memberships=Gather(self._read_memberships, most=MEMBERSHIPS_AT_ONCE),
+        )
         rates = {
             Rate.WRITE: settings.write_rate,
             Rate.READ: settings.read_rate,
@@ -180,6 +190,10 @@ class App:
     async def _send(self, batch: list[Outgoing]) -> list[Stored | None]:
         async with self._database.connection() as db:
             return await messages.send(db, batch)
+
+    async def _read_memberships(self, user_ids: list[UserId]) -> list[dict[ConversationId, Membership]]:
+        async with self._database.connection() as db:
+            return await conversations.memberships(db, user_ids)
 
     def _arrived(self, connection: Connection) -> None:
         self.roster.add(connection)

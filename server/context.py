@@ -12,6 +12,7 @@ from protocol.server import DurableEvent, ServerFrame
 from protocol.values import Presence, User
 from server.database import Database
 from server.gather import Gather
+from server.queries.conversations import Membership
 from server.queries.messages import Outgoing, Stored
 
 
@@ -77,6 +78,8 @@ class Services(msgspec.Struct, frozen=True, kw_only=True):
     events: Events
     presence: Presences
     sends: Gather[Outgoing, Stored | None]
+    memberships: Gather[UserId, dict[ConversationId, Membership]]
+    """A user's conversations: when many come back at once, many users' in one query."""
 
 
 class Context(msgspec.Struct, frozen=True, kw_only=True):

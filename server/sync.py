@@ -45,8 +45,7 @@ async def start(context: Context) -> None:
 async def resume(context: Context, frame: Resume) -> Resumed:
     """Say the difference to `frame.versions`, and everything that the client does not know; follow it all."""
     connection = context.connection
-    async with context.database.connection() as db:
-        there = await conversations.memberships(db, context.user_id)
+    there = await context.services.memberships.submit(context.user_id)
     for conversation_id in frame.versions.keys() - there.keys():
         _say_left(context, conversation_id)
     known = {one: version for one, version in frame.versions.items() if one in there}
@@ -71,8 +70,7 @@ async def resume(context: Context, frame: Resume) -> Resumed:
 async def refresh(context: Context) -> None:
     """Compare what the connection follows with what the user takes part in, and say what is new and what is over."""
     connection = context.connection
-    async with context.database.connection() as db:
-        there = await conversations.memberships(db, context.user_id)
+    there = await context.services.memberships.submit(context.user_id)
     for conversation_id in set(connection.attached) - there.keys():
         _say_left(context, conversation_id)
     await _join(context, there.keys() - set(connection.attached))

@@ -174,7 +174,7 @@ def hot(place: Place, ids: dict[str, Any]) -> dict[str, tuple[str, tuple[Any, ..
         "read positions": (changes.READING, (about, user, 100)),
         "conversations": (conversations.PAGE, (user, 50, None, None, None, None, [])),
         "one conversation": (conversations.GET, (user, [about])),
-        "memberships": (conversations.MEMBERSHIPS, (user,)),
+        "memberships": (conversations.MEMBERSHIPS, ([user],)),
         "clocks": (conversations.VERSIONS, ([about],)),
         "participants": (participants.PAGE, (about, user, None, 21)),
         "typing": (conversations.SIZE, (about, user)),

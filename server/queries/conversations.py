@@ -87,15 +87,18 @@ class Membership(NamedTuple):
 
 
 MEMBERSHIPS = """
-SELECT c.id, c.version, p.last_read_message_id FROM conversation_participant p
+SELECT p.user_id, c.id, c.version, p.last_read_message_id FROM conversation_participant p
 JOIN conversation c ON c.id = p.conversation_id AND NOT c.is_deleted
-WHERE p.user_id = $1 AND p.status = 'active'
+WHERE p.user_id = ANY($1) AND p.status = 'active'
 """
 
 
-async def memberships(db: Db, user_id: UserId) -> dict[ConversationId, Membership]:
-    """Return the user's conversations."""
-    return {row[0]: Membership(row[1], row[2]) for row in await db.fetch(MEMBERSHIPS, user_id)}
+async def memberships(db: Db, user_ids: Sequence[UserId]) -> list[dict[ConversationId, Membership]]:
+    """Return the conversations of each of the users, in their order."""
+    found: dict[UserId, dict[ConversationId, Membership]] = {user_id: {} for user_id in user_ids}
+    for row in await db.fetch(MEMBERSHIPS, list(found)):
+        found[row[0]][row[1]] = Membership(row[2], row[3])
+    return [found[user_id] for user_id in user_ids]
 
 
 VERSIONS = "SELECT id, version FROM conversation WHERE id = ANY($1)"
