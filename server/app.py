@@ -205,7 +205,10 @@ class App:
 
     async def _issue_tickets(self, connections: list[Connection]) -> list[str | None]:
         return await self._tickets.issue(
-            [Active(one.session_id, one.expires_at, one.user_version, one.context.user) for one in connections]
+            [
+                Active(one.session_id, one.expires_at, self.hub.people.version(one.user_id), one.context.user)
+                for one in connections
+            ]
         )
 
     def _alive(self, connections: list[Connection]) -> None:

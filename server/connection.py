@@ -59,8 +59,8 @@ class Connection:
     """A WebSocket that has been authenticated."""
 
     __slots__ = (
-        "_entering", "_gone", "_inbox", "_inbox_bytes", "_is_closed", "_is_resuming", "_last", "_shared", "_todo",
-        "_worker", "attached", "context", "expires_at", "session_id", "socket", "user_id", "user_version", "was_slow",
+        "_entering", "_gone", "_has_to_refresh", "_inbox", "_inbox_bytes", "_is_closed", "_is_resuming", "_last", "_shared", "_todo", "_user_version",
+        "_worker", "attached", "context", "expires_at", "session_id", "socket", "user_id", "was_slow",
         "watched", "write",
     )  # fmt: skip
 
@@ -93,8 +93,9 @@ class Connection:
         self._is_closed = False
         self._last: GoingAway | None = None
         self._is_resuming = False
+        self._has_to_refresh = False
         self._entering: asyncio.TimerHandle | None = None
-        self.user_version = user_version
+        self._user_version = user_version
         self.was_slow = False
 
     def begin(self, context: Context, *, is_resuming: bool) -> None:
@@ -156,9 +157,14 @@ class Connection:
 
     def refresh(self) -> None:
         """Compare what is followed with what the user takes part in, when there is time."""
-        if not self._is_closed and self._refresh not in self._todo:
-            self._todo.append(self._refresh)
-            self._wake()
+        if self._is_closed or self._refresh in self._todo:
+            return
+        if self._is_resuming and self._entering is not None:
+            # Nothing is followed yet: all would be said anew, just before the client says what it has.
+            self._has_to_refresh = True
+            return
+        self._todo.append(self._refresh)
+        self._wake()
 
     # ---------------------------------------------------------------------------- what handlers use (Subscriber)
 
@@ -232,7 +238,7 @@ class Connection:
     async def _begin(self) -> None:
         shared = self._shared
         try:
-            await shared.hub.people.add(self, self.user_version)
+            await shared.hub.people.add(self, self._user_version)
             self.say(
                 Ready(
                     protocol=PROTOCOL_VERSION,
@@ -265,6 +271,8 @@ class Connection:
             self._entering.cancel()
             self._entering = None
             self._shared.admission.end()
+            if self._has_to_refresh:
+                self.refresh()
 
     def _go(self) -> None:
         if self._last is not None:

@@ -70,6 +70,10 @@ class People:
         """Return a user's sockets."""
         return list(person.sockets) if (person := self._people.get(user_id)) is not None else []
 
+    def version(self, user_id: UserId) -> int:
+        """Return a user's own clock as of the last look."""
+        return person.version if (person := self._people.get(user_id)) is not None else -1
+
     def everyone(self) -> list[Socket]:
         """Return all sockets."""
         return [socket for person in self._people.values() for socket in person.sockets]

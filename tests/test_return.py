@@ -41,6 +41,9 @@ async def test_a_ticket_brings_one_back_once_and_a_token_always(world: World) ->
     await back.call(client.Resume(epoch=back.ready.epoch, versions={channel: version}))
     changes = await back.event(server.Changes)
     assert [event.message.id for event in changes.events if isinstance(event, server.MessageSent)] == [missed]
+    # The user's own clock has moved since they logged in, which is no reason to say all conversations anew.
+    await back.synced()
+    assert not [event for event in back.events if isinstance(event, (server.ConversationJoined, server.StartOver))]
     with pytest.raises(InvalidStatus, match="401"):
         await Client(world.workers[1].url, word.ticket).open()
     await world.connect(ada, 1)
@@ -53,6 +56,23 @@ async def test_a_ticket_of_a_revoked_session_is_worth_nothing(world: World) -> N
     await world.db.execute('UPDATE "user" SET version = version + 1 WHERE id = $1', ada.id)
     async with Client(world.workers[1].url, word.ticket) as back:
         assert await back.closed() == CloseCode.SESSION_ENDED
+
+
+async def test_what_changes_while_one_is_about_to_resume_is_said_after_that(world: World) -> None:
+    ada, charles = await world.users("Ada", "Charles")
+    other = await world.connect(charles, 1)
+    first = await world.connect(ada)
+    channel = await world.channel(first)
+    version = (await first.call(client.GetConversation(conversation_id=channel), server.OneConversation)).view.version
+    await first.close()
+    back = await world.connect(ada, query="?resume=1")
+    group = await world.group(other, ada)  # of which this worker is told, and looks
+    await other.synced()
+    await back.call(client.Resume(epoch=back.ready.epoch, versions={channel: version}))
+    joined = await back.event(server.ConversationJoined)
+    await back.synced()
+    said = [event.view.conversation.id for event in back.events if isinstance(event, server.ConversationJoined)]
+    assert said == [joined.view.conversation.id] == [group]
 
 
 async def test_a_made_up_ticket_is_refused(world: World) -> None:
