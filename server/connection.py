@@ -59,9 +59,9 @@ class Connection:
     """A WebSocket that has been authenticated."""
 
     __slots__ = (
-        "_entering", "_gone", "_has_to_refresh", "_inbox", "_inbox_bytes", "_is_closed", "_is_resuming", "_last", "_shared", "_todo", "_user_version",
-        "_worker", "attached", "context", "expires_at", "session_id", "socket", "user_id", "was_slow",
-        "watched", "write",
+        "_entering", "_gone", "_has_to_refresh", "_inbox", "_inbox_bytes", "_is_closed", "_is_resuming", "_last",
+        "_shared", "_todo", "_user_version", "_worker", "attached", "context", "expires_at", "session_id", "socket",
+        "user_id", "was_slow", "watched", "write",
     )  # fmt: skip
 
     def __init__(
