@@ -15,7 +15,7 @@ from protocol.errors import CloseCode, ErrorCode, Refused
 from protocol.server import Error
 from prove.client import Client
 from server import connection
-from server.admission import AT_ONCE, Admission
+from server.admission import Admission
 from server.config import Settings
 from server.pressure import LATE_SECONDS
 from tests.world import World, message, sent
@@ -160,7 +160,3 @@ async def test_a_worker_notices_that_it_is_behind_and_recovers(world: World) -> 
         while pressure.level:
             await asyncio.sleep(0.05)
     await ada.call(client.Typing(conversation_id=channel))
-
-
-def test_a_door_is_wide_enough() -> None:
-    assert AT_ONCE >= 100
