@@ -103,7 +103,7 @@ async def test_connections_of_one_address(settings: Settings) -> None:
 
 
 async def test_an_answer_may_be_larger_than_what_may_wait_for_a_slow_reader(settings: Settings) -> None:
-    settings = msgspec.structs.replace(settings, outbox_bytes=32 * 1024, heartbeat_seconds=2.0)
+    settings = msgspec.structs.replace(settings, outbox_bytes=32 * 1024, heartbeat_seconds=1.2)
     async with World(settings, workers=1) as world:
         ada = await world.connect(await world.user("Ada"))
         channel = await world.channel(ada, is_public=True)

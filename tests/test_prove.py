@@ -149,14 +149,14 @@ def prove(*arguments: str) -> tuple[int, str]:
 
 
 def test_prove_from_the_command_line(tmp_path: Path) -> None:
-    size = ("--people", "10", "--rate", "60", "--seconds", "5")
-    status, said = prove(*size, "--only", "worker killed", "rolling", "--report", str(tmp_path))
+    size = ("--people", "8", "--rate", "60", "--seconds", "3")
+    status, said = prove(*size, "--only", "worker killed", "--report", str(tmp_path))
     assert status == 0, said
     assert "nothing was lost" in said
     (written,) = tmp_path.glob("*.json")
     proof = msgspec.json.decode(written.read_bytes(), type=Proof)
-    assert [one.name for one in proof.outcomes] == ["worker killed", "rolling restart", "people leave"]
-    assert all(one.acknowledged > 100 for one in proof.outcomes[:2])
+    assert [one.name for one in proof.outcomes] == ["worker killed", "people leave"]
+    assert proof.outcomes[0].acknowledged > 80
     assert proof.outcomes[0].reconnects > 0
     assert len(proof.moments) > 5
     (page,) = tmp_path.glob("*.html")
