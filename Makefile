@@ -41,6 +41,7 @@ fuzz: $(VENV)/test-ready  ## look for bytes and requests that break something, f
 	$(VENV)/bin/pip install -q --disable-pip-version-check 'atheris>=3' 'schemathesis>=4'
 	$(VENV)/bin/python fuzz/frames.py -max_total_time=60 -max_len=2000
 	$(VENV)/bin/python fuzz/requests_of_all_kinds.py
+	$(VENV)/bin/python fuzz/garbage.py
 
 scale: $(VENV)/test-ready  ## simulate a million connections from the measured costs
 	$(VENV)/bin/python -m benchmarks.scale $(ARGS)

@@ -1,0 +1,99 @@
+"""Talks garbage to an OpenChat for some minutes, and says what it holds in memory before, meanwhile and afterwards.
+
+`python fuzz/garbage.py 60` for an hour. It ends with 1 if the worker holds a tenth more at the end than after the first tenth of the time.
+"""
+
+import asyncio
+import contextlib
+import os
+import random
+import sys
+import time
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import httpx
+
+from prove.cluster import OwnCluster
+
+TALKERS = 8
+REPORTS = 20
+GROWTH = 1.1
+PATIENCE = 5.0
+PAGE = os.sysconf("SC_PAGE_SIZE")
+ACCOUNT = {"name": "Garbage", "email": "garbage@example.org", "password": "correct horse"}
+WORDS = (
+    b"{",
+    b'{"type":"send"',
+    b'{"type":"resume","epoch":"","versions":{}}',
+    b'{"type":"ping","id":1}',
+    b"[" * 5000,
+    b"\xff",
+)
+
+
+def held(pid: int) -> int:
+    """Return what a process holds in memory, in KiB."""
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * PAGE // 1024
+
+
+def frame(chance: random.Random) -> bytes:
+    """Return something like a WebSocket frame, or nothing like one."""
+    payload = chance.choice((chance.randbytes(chance.randrange(400)), chance.choice(WORDS)))
+    kind = chance.choice((0x81, 0x81, 0x81, 0x01, 0x80, 0x82, 0x88, 0x89, 0x8A, 0xC1, chance.randrange(256)))
+    size = len(payload) + chance.choice((0, 0, 0, 1, 100_000))
+    head = (
+        bytes((0x80 | size,))
+        if size < 126
+        else b"\xfe" + size.to_bytes(2)
+        if size < 1 << 16
+        else b"\xff" + size.to_bytes(8)
+    )
+    return bytes((kind,)) + head + bytes(4) + payload
+
+
+async def talk(address: tuple[str, int], token: str, end: float, chance: random.Random) -> int:
+    """Connect, say some garbage, and go, again and again; return how often."""
+    count = 0
+    head = (
+        "GET /v1/ws?resume=1 HTTP/1.1\r\nHost: here\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+        f"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nAuthorization: Bearer {token}\r\n\r\n"
+    ).encode()
+    while time.monotonic() < end:
+        with contextlib.suppress(OSError, TimeoutError):
+            reader, writer = await asyncio.open_connection(*address)
+            writer.write(head if chance.random() < 0.9 else head[: chance.randrange(len(head))] + chance.randbytes(50))
+            for _ in range(chance.randrange(12)):
+                writer.write(frame(chance))
+            async with asyncio.timeout(PATIENCE):
+                await reader.read(1 << 16)
+            if chance.random() < 0.5:
+                writer.transport.abort()
+            else:
+                writer.close()
+        count += 1
+    return count
+
+
+async def main(minutes: float) -> int:
+    """Return 1 if the server holds more at the end than soon after the beginning."""
+    async with OwnCluster(1) as cluster, httpx.AsyncClient(trust_env=False) as http:
+        token = (await http.post(f"{cluster.url}/v1/auth/register", json=ACCOUNT)).json()["token"]
+        (worker,) = cluster.workers()
+        begin = time.monotonic()
+        end = begin + minutes * 60
+        address = (urlsplit(cluster.url).hostname or "", urlsplit(cluster.url).port or 0)
+        talking = [asyncio.create_task(talk(address, token, end, random.Random(number))) for number in range(TALKERS)]
+        seen = []
+        while time.monotonic() < end:
+            await asyncio.sleep(minutes * 60 / REPORTS)
+            seen.append(held(worker))
+            print(f"{time.monotonic() - begin:6.0f} s   {seen[-1]:,} KiB")
+        print(f"{sum(await asyncio.gather(*talking)):,} connections")
+        assert (await http.get(f"{cluster.url}/healthz")).is_success
+        assert cluster.workers() == [worker], "the worker ended"
+        return int(seen[-1] > GROWTH * seen[REPORTS // 10 - 1])
+
+
+if __name__ == "__main__":
+    sys.exit(asyncio.run(main(float(sys.argv[1]) if len(sys.argv) > 1 else 1.0)))
