@@ -1,6 +1,7 @@
 """Talks garbage to an OpenChat for some minutes, and says what it holds in memory before, meanwhile and afterwards.
 
-`python fuzz/garbage.py 60` for an hour. It ends with 1 if the worker holds a tenth more at the end than after the first tenth of the time.
+`python fuzz/garbage.py 60` for an hour. It ends with 1 if the worker holds a tenth more at the end than after the first
+tenth of the time.
 """
 
 import asyncio
@@ -13,6 +14,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import httpx
+import uvloop
 
 from prove.cluster import OwnCluster
 
@@ -57,7 +59,8 @@ async def talk(address: tuple[str, int], token: str, end: float, chance: random.
     count = 0
     head = (
         "GET /v1/ws?resume=1 HTTP/1.1\r\nHost: here\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
-        f"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nAuthorization: Bearer {token}\r\n\r\n"
+        f"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n"
+        f"Authorization: Bearer {token}\r\n\r\n"
     ).encode()
     while time.monotonic() < end:
         with contextlib.suppress(OSError, TimeoutError):
@@ -96,4 +99,5 @@ async def main(minutes: float) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(asyncio.run(main(float(sys.argv[1]) if len(sys.argv) > 1 else 1.0)))
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        sys.exit(runner.run(main(float(sys.argv[1]) if len(sys.argv) > 1 else 1.0)))
