@@ -124,10 +124,12 @@ class OwnCluster(Cluster):
 
     async def __aexit__(self, *_: object) -> None:
         self._process.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            await asyncio.to_thread(self._process.wait, STOP_SECONDS)
-        self._process.kill()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                await asyncio.to_thread(self._process.wait, STOP_SECONDS)
+        finally:  # also if somebody grows impatient
+            self._process.kill()
+            shutil.rmtree(self._folder, ignore_errors=True)
 
     def workers(self) -> list[int]:
         """Return the process ids of the workers."""

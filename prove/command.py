@@ -87,6 +87,16 @@ async def _prove(options: argparse.Namespace, console: Console) -> int:
         seed=options.seed, people=options.people, rate=options.rate,
         where=options.url or f"a cluster of {options.workers} workers",
     )  # fmt: skip
+    try:
+        await _run(faults, proof, options, console)
+    finally:
+        # However it ends: what is known by then is worth knowing.
+        if proof.outcomes:
+            console.print(_table(proof.outcomes))
+    return _conclude(proof, options, console)
+
+
+async def _run(faults: Sequence[Fault], proof: Proof, options: argparse.Namespace, console: Console) -> None:
     with Screen(console, proof) as screen:
         screen.tell("starting a cluster …" if options.url is None else f"looking at {options.url} …")
         async with _cluster(options) as cluster, Proxy(*cluster.address) as proxy:
@@ -101,7 +111,6 @@ async def _prove(options: argparse.Namespace, console: Console) -> int:
             await run.leave()
             await run.stop()
             screen.tell("stopping the cluster …")
-    return _conclude(proof, options, console)
 
 
 def _chosen(options: argparse.Namespace) -> list[Fault]:
@@ -133,7 +142,6 @@ def _schedule(faults: Sequence[Fault], seed: int) -> Iterator[Fault]:
 
 
 def _conclude(proof: Proof, options: argparse.Namespace, console: Console) -> int:
-    console.print(_table(proof.outcomes))
     for outcome in proof.outcomes:
         for words in outcome.words:
             console.print(f"[red]{outcome.name}[/]: {words}", highlight=False, soft_wrap=True)
