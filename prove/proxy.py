@@ -9,6 +9,9 @@ BUFFER_BYTES = 8 * 1024
 """What a kernel may take from the server for a client that does not read: little, so that the server notices."""
 
 
+CUT_SECONDS = 0.01
+
+
 class Pipe:
     """One client's connection: its two sides, and what is wrong with it."""
 
@@ -22,17 +25,20 @@ class Pipe:
         """Nothing comes through any more, in either direction, and nobody is told."""
         self.is_cut_short = False
         """What comes next comes half, and that is the end."""
+        self._is_ending = False
 
     def take(self, side: "Side", data: bytes) -> None:
         """Carry what came from one side to the other."""
         other = self.sides[1 - self.sides.index(side)]
         loop = asyncio.get_running_loop()
-        if self.is_black_hole:
+        if self.is_black_hole or self._is_ending:
             return
         if self.is_cut_short:
-            other.write(data[: len(data) // 2])
-            loop.call_later(0.01, self.cut)
-        elif self.bytes_per_second and side is self.sides[1]:
+            self._is_ending = True
+            data = data[: len(data) // 2]
+            # After what is on its way: a network loses what comes last, and never turns it around.
+            loop.call_later(self.delay + CUT_SECONDS, self.cut)
+        if self.bytes_per_second and side is self.sides[1]:
             side.pause()
             loop.call_later(len(data) / self.bytes_per_second, side.resume)
             other.write(data)

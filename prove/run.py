@@ -35,7 +35,8 @@ PRESENCE_SECONDS = 20.0
 """How long presence may be wrong after a fault: docs/operations.md says 15."""
 SAMPLE = 10
 """How many people's unread counts are recounted after each phase: one by one, the slow way."""
-MAX_WORDS = 20
+MAX_WORDS, MAX_CHARACTERS = 20, 500
+"""How much is said about what was wrong in a phase, and about each thing."""
 
 
 class Outcome(msgspec.Struct, kw_only=True):
@@ -79,7 +80,7 @@ class Outcome(msgspec.Struct, kw_only=True):
         if count:
             setattr(self, kind, getattr(self, kind) + count)
             if len(self.words) < MAX_WORDS:
-                self.words.append(f"{kind.replace('_', ' ')}: {words}")
+                self.words.append(f"{kind.replace('_', ' ')}: {words[:MAX_CHARACTERS]}")
 
 
 class Moment(msgspec.Struct):
