@@ -1,5 +1,7 @@
 """The proof: what it says of a server that keeps its word, and of servers that break it, each in one way."""
 
+import asyncio
+import contextlib
 import re
 import subprocess
 import sys
@@ -139,6 +141,41 @@ async def test_a_server_that_breaks_its_word_is_caught(
     outcome = await proven(settings, defect, up)
     assert getattr(outcome, kind) > 0, outcome
     assert outcome.words
+
+
+async def test_the_bad_network_loses_what_comes_last_and_never_turns_it_around() -> None:
+    """What is on its way when a slow connection is cut comes before what is cut: anything else no TCP would do."""
+    ready, go, over = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+    async def speak(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await ready.wait()
+        writer.write(b"first ")
+        await go.wait()
+        writer.write(b"second")
+        await over.wait()
+        writer.close()
+
+    listening = await asyncio.start_server(speak, "127.0.0.1", 0)
+    async with listening, Proxy(*listening.sockets[0].getsockname()) as proxy:
+        reader, writer = await asyncio.open_connection("127.0.0.1", int(proxy.url.rpartition(":")[2]))
+        async with asyncio.timeout(5):
+            while not proxy.pipes:
+                await asyncio.sleep(0)
+        (pipe,) = proxy.pipes
+        pipe.delay = 0.2
+        ready.set()
+        await asyncio.sleep(0.05)
+        pipe.is_cut_short = True
+        go.set()
+        heard = b""
+        with contextlib.suppress(ConnectionError):
+            async with asyncio.timeout(5):
+                while more := await reader.read(100):
+                    heard += more
+        writer.close()
+        over.set()
+        await asyncio.sleep(0.05)
+    assert heard == b"first sec"
 
 
 def prove(*arguments: str) -> tuple[int, str]:
