@@ -21,7 +21,7 @@ from loadtest.machine import Machine
 from loadtest.scenario import Layout
 from loadtest.target import Unusable
 from protocol.ids import uuid7
-from server.auth.sessions import new_token, token_hash
+from server.auth.tokens import new_token, token_hash
 from server.embedded.folder import DataFolder
 from server.embedded.postgres import Postgres
 from server.embedded.valkey import Valkey

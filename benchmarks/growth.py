@@ -19,7 +19,7 @@ from protocol.client import Frame
 from protocol.codec import decode_server, encode
 from protocol.ids import ConversationId, MessageId, UserId, uuid7
 from protocol.server import Error, Ready, Reply
-from server.auth.sessions import new_token
+from server.auth.tokens import new_token
 
 FRAMES = 2_000
 """How many of each kind: CPU time, which the kernel counts in hundredths of a second, is exact to two per cent then."""

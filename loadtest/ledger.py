@@ -56,9 +56,8 @@ class Ledger:
         self._begin()
 
     def _begin(self) -> None:
-        self.sent = self.answered = self.delivered = self.ephemeral = self.connected = self.resumed = (
-            self.turned_away
-        ) = 0
+        self.sent = self.answered = self.delivered = self.ephemeral = 0
+        self.connected = self.resumed = self.turned_away = 0
         self.duplicated = self.skipped = self.lost = 0
         self.errors: Counter[str] = Counter()
         self.answers, self.deliveries, self.opened = Histogram(), Histogram(), Histogram()

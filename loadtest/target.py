@@ -105,7 +105,7 @@ class OpenChat:
         ]
         tell(f"making {len(layout.groups)} conversations …")
         async with self._client() as http:
-            made = await _all(
+            made = await some_at_once(
                 self._conversation(http, [people[one] for one in group], layout) for group in layout.groups
             )
         return seats, layout.fill(seats, [str(one) for one in made])
@@ -118,7 +118,7 @@ class OpenChat:
                 for about, group in self._made
                 for one in group
             )
-            await _all(leaves)
+            await some_at_once(leaves)
         self._made.clear()
 
     async def call(self, http: httpx.AsyncClient, person: Person, frame: client.Frame) -> Reply:
@@ -163,7 +163,7 @@ class OpenChat:
         known = self.purse.people
         for start in range(len(known), count, PER_ADDRESS):
             async with self._client(self._source(start)) as http:
-                known += await _all(self._register(http) for _ in range(start, min(start + PER_ADDRESS, count)))
+                known += await some_at_once(self._register(http) for _ in range(start, min(start + PER_ADDRESS, count)))
             tell(f"making accounts: {len(known)} of {count} …")
             self.save()
         return known[:count]
@@ -213,7 +213,7 @@ class OpenChat:
         return httpx.AsyncClient(base_url=self._url, transport=transport, timeout=SECONDS)
 
 
-async def _all(work: Iterable[Coroutine[None, None, Outcome]]) -> list[Outcome]:
+async def some_at_once(work: Iterable[Coroutine[None, None, Outcome]]) -> list[Outcome]:
     """Return the outcomes, in order, of work that is done some at a time."""
     turn = asyncio.Semaphore(AT_ONCE)
 

@@ -16,6 +16,8 @@ import asyncpg
 import httpx
 from redis.asyncio import Redis
 
+from loadtest.target import Unusable
+
 START_SECONDS = 60.0
 STOP_SECONDS = 60.0
 POLL_SECONDS = 0.05
@@ -27,10 +29,6 @@ SETTINGS = {
     "OPENCHAT_HEARTBEAT_SECONDS": "2",
     "OPENCHAT_OUTBOX_BYTES": "65536",
 }
-
-
-class Unusable(Exception):  # noqa: N818 - what the user is told
-    """The proof cannot be made, and why."""
 
 
 class Cluster:

@@ -16,8 +16,9 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from loadtest.target import Unusable
 from prove import report
-from prove.cluster import Cluster, OwnCluster, Unusable
+from prove.cluster import Cluster, OwnCluster
 from prove.faults import FAULTS, Fault
 from prove.proxy import Proxy
 from prove.run import Outcome, Proof, Run

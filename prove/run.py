@@ -6,26 +6,26 @@ import secrets
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Coroutine, Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import asyncpg
 import httpx
 import msgspec
 
+from loadtest.target import Unusable, some_at_once
 from protocol import client, server
 from protocol.codec import encode
 from protocol.http import LoggedIn, Login, Register
 from protocol.ids import ConversationId, UserId, uuid7
 from prove import truth
 from prove.actor import Actor, Tally
-from prove.cluster import Cluster, Unusable
+from prove.cluster import Cluster
 from prove.faults import Fault, Stage
 from prove.mirror import Copy
 from prove.proxy import Proxy
 
 CHANNELS = 6
-AT_ONCE = 8
 HTTP_SECONDS = 30.0
 BEFORE_SECONDS = 2.0
 """How long people talk before a fault happens."""
@@ -140,7 +140,7 @@ class Run:
     async def prepare(self) -> None:
         """Make accounts and channels, and have everyone connect. Raises Unusable if that is refused."""
         self._tell("making accounts …")
-        accounts = await _some_at_once(self._register(number) for number in range(self.proof.people))
+        accounts = await some_at_once(self._register(number) for number in range(self.proof.people))
         for number, account in enumerate(accounts):
             actor = Actor(
                 account,
@@ -334,13 +334,3 @@ class Run:
             except httpx.HTTPError:
                 return None
         return msgspec.json.decode(answer.content, type=LoggedIn) if answer.is_success else None
-
-
-async def _some_at_once(work: Iterable[Coroutine[Any, Any, Account]]) -> list[Account]:
-    turn = asyncio.Semaphore(AT_ONCE)
-
-    async def one(coroutine: Coroutine[Any, Any, Account]) -> Account:
-        async with turn:
-            return await coroutine
-
-    return await asyncio.gather(*(one(coroutine) for coroutine in work))

@@ -44,4 +44,4 @@ class Addresses:
 
 def address_of(request: HTTPConnection) -> str:
     """Return the address that a request comes from; behind a trusted proxy, the one that it names."""
-    return request.client.host if request.client else ""
+    return request.client.host if request.client else "unknown"

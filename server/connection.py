@@ -118,7 +118,7 @@ class Connection:
         self._last = last
         self._inbox.clear()
         if self._worker is None:
-            self._go()
+            self._go(last)
 
     # ------------------------------------------------------------------------------ from the socket (Receiver)
 
@@ -219,7 +219,7 @@ class Connection:
         finally:
             self._worker = None
         if self._last is not None:
-            self._go()
+            self._go(self._last)
 
     async def _answer(self, data: bytes | None) -> None:
         answer: Reply | Error
@@ -274,9 +274,8 @@ class Connection:
             if self._has_to_refresh:
                 self.refresh()
 
-    def _go(self) -> None:
-        if self._last is not None:
-            self.say(self._last)
+    def _go(self, last: GoingAway) -> None:
+        self.say(last)
         self.close(CloseCode.GOING_AWAY)
 
     def _leave(self) -> None:

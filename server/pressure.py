@@ -40,7 +40,7 @@ class Pressure:
 
     def require(self, kind: Shed) -> None:
         """Raises Refused if this kind of frame has to wait."""
-        if self.late >= LATE_SECONDS[0] and self.level >= kind:
+        if self.late >= LATE_SECONDS[kind - 1]:
             raise Refused(
                 ErrorCode.UNAVAILABLE,
                 "The server is busy, and this can wait; messages go on.",

@@ -4,6 +4,8 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable
 
+from protocol.codec import text_frame
+
 Spoil = Callable[[bytes], list[bytes]]
 """What becomes of a frame: nothing, itself, or others."""
 
@@ -52,7 +54,7 @@ class Relay:
                 if (answer := self._answer(payload)) is None:
                     forth.write(frame)
                 else:
-                    writer.write(text(answer))
+                    writer.write(text_frame(answer))
         forth.close()
 
     async def _down(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -67,7 +69,7 @@ class Relay:
             frame, payload = await frame_of(reader)
             is_text = frame[0] & 0xF == 1
             for one in spoil(payload) if is_text else []:
-                writer.write(text(one))
+                writer.write(text_frame(one))
             if not is_text:
                 writer.write(frame)
 
@@ -83,13 +85,3 @@ async def frame_of(reader: asyncio.StreamReader) -> tuple[bytes, bytes]:
     data = await reader.readexactly(size)
     payload = bytes(byte ^ mask[place % 4] for place, byte in enumerate(data)) if is_masked else data
     return frame + (mask if is_masked else b"") + data, payload
-
-
-def text(payload: bytes) -> bytes:
-    """Return a frame of a server's."""
-    size = len(payload)
-    if size < PLAIN:
-        return bytes((0x81, size)) + payload
-    if size < 1 << 16:
-        return b"\x81\x7e" + size.to_bytes(2) + payload
-    return b"\x81\x7f" + size.to_bytes(8) + payload

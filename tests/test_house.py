@@ -31,7 +31,7 @@ STOREYS: list[list[str]] = [
         "database",
         "orders",
     ],
-    ["queries", "embedded"],
+    ["queries", "embedded", "auth.tokens"],
     ["context"],
     ["sync", "presence", "auth.passwords", "auth.attempts", "auth.tickets"],
     ["auth.sessions", "auth.credentials"],

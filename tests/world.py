@@ -18,7 +18,7 @@ from protocol.ids import ConversationId, MessageId, UserId, uuid7
 from protocol.server import OneConversation, Sent
 from prove.client import Client
 from server.app import App
-from server.auth.sessions import new_token, token_hash
+from server.auth.tokens import new_token, token_hash
 from server.config import Settings
 from server.queries import accounts, sessions
 from server.worker import DrainingServer

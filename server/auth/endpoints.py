@@ -11,10 +11,12 @@ from protocol.errors import ErrorCode, Refused
 from protocol.http import LoggedIn, Login, Register, SessionList
 from protocol.ids import SessionId, UserId
 from protocol.values import User
+from server.addresses import address_of
 from server.auth import passwords
 from server.auth.attempts import Attempts
 from server.auth.credentials import COOKIE, token_of
-from server.auth.sessions import Sessions, new_token, token_hash
+from server.auth.sessions import Sessions
+from server.auth.tokens import new_token, token_hash
 from server.context import Events
 from server.database import Database
 from server.errors import NotFound
@@ -59,7 +61,7 @@ class Accounts:
 
     async def register(self, request: Request) -> Response:
         """Make an account and begin its first session."""
-        await self._attempts.of_address(_address(request))
+        await self._attempts.of_address(address_of(request))
         body = decode(await limited_body(request), _register)
         email = body.email.lower()
         password_hash = await passwords.hashed(body.password)
@@ -72,7 +74,7 @@ class Accounts:
 
     async def login(self, request: Request) -> Response:
         """Begin a session."""
-        await self._attempts.of_address(_address(request))
+        await self._attempts.of_address(address_of(request))
         body = decode(await limited_body(request), _login)
         email = body.email.lower()
         await self._attempts.require_account(email)
@@ -130,7 +132,7 @@ class Accounts:
 
     async def _begin(self, request: Request, user: User, *, status: int) -> Response:
         token = new_token()
-        device = (_address(request), request.headers.get("user-agent", "")[:MAX_USER_AGENT].replace("\0", "") or None)
+        device = (address_of(request), request.headers.get("user-agent", "")[:MAX_USER_AGENT].replace("\0", "") or None)
         async with self._database.connection() as db:
             session_id, expires_at = await sessions.create(db, user.id, token_hash(token), self._sessions.lasts, device)
         logged_in = LoggedIn(token=token, session_id=session_id, expires_at=expires_at, user=user)
@@ -144,7 +146,3 @@ class Accounts:
             secure=request.url.scheme == "https",
         )
         return response
-
-
-def _address(request: Request) -> str:
-    return request.client.host if request.client else "unknown"

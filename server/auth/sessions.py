@@ -1,8 +1,6 @@
 """Sessions: from a token to a user, and how long that lasts."""
 
 import asyncio
-import hashlib
-import secrets
 from collections.abc import Sequence
 from datetime import datetime, timedelta
 
@@ -10,13 +8,13 @@ from protocol.codec import now
 from protocol.errors import ErrorCode, Refused
 from protocol.ids import SessionId
 from server.auth.tickets import PREFIX, Tickets
+from server.auth.tokens import token_hash
 from server.database import Database
 from server.errors import is_lost
 from server.gather import Gather
 from server.queries import sessions
 from server.queries.sessions import Active
 
-TOKEN_BYTES = 32
 SLIDE_EVERY = timedelta(days=1)
 """A session in use is extended at most this often."""
 
@@ -75,15 +73,3 @@ class Sessions:
         async with self._database.connection() as db:
             found = await sessions.find(db, hashes)
         return [found.get(one) for one in hashes]
-
-
-def new_token() -> str:
-    """Return a token of 256 random bits."""
-    return secrets.token_urlsafe(TOKEN_BYTES)
-
-
-def token_hash(token: str) -> str:
-    """Return what is stored of a token. It is random, so one round of SHA-256 is enough, and looked up by
-    equality in an index, so comparing it leaks nothing of use.
-    """
-    return hashlib.sha256(token.encode()).hexdigest()

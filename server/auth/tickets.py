@@ -4,20 +4,18 @@ A ticket is 256 random bits, good for one return within a minute; Redis keeps wh
 which session it is for and the user's own clock, so one whose session was revoked meanwhile is noticed like any other.
 """
 
-import hashlib
 import logging
-import secrets
 from collections.abc import Sequence
 
 import msgspec
 from redis.asyncio import Redis, RedisCluster
 
+from server.auth.tokens import new_token, token_hash
 from server.errors import REDIS_LOST
 from server.gather import Gather
 from server.queries.sessions import Active
 
 LASTS_SECONDS = 60
-TICKET_BYTES = 32
 PREFIX = "ticket."
 """No token has a full stop in it."""
 KEY = "openchat:ticket:"
@@ -37,7 +35,7 @@ class Tickets:
 
     async def issue(self, sessions: Sequence[Active]) -> list[str | None]:
         """Return a ticket for each session; none while Redis is away: the token does as well."""
-        tickets = [PREFIX + secrets.token_urlsafe(TICKET_BYTES) for _ in sessions]
+        tickets = [PREFIX + new_token() for _ in sessions]
         try:
             async with self._redis.pipeline(transaction=False) as pipe:
                 for ticket, active in zip(tickets, sessions, strict=True):
@@ -64,4 +62,4 @@ class Tickets:
 
 
 def _key(ticket: str) -> str:
-    return KEY + hashlib.sha256(ticket.encode()).hexdigest()
+    return KEY + token_hash(ticket)
