@@ -3,18 +3,20 @@
 Every frame may carry `id`, a number or a short string; its reply, or its error, carries it back in `re`.
 """
 
+from datetime import datetime
 from typing import Annotated, Literal
 
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
-from protocol.ids import ConversationId, EditId, MessageId, UserId, require_uuid7
+from protocol.ids import ConversationId, EditId, MessageId, RelationshipId, ReportId, UserId, require_uuid7
 from protocol.limits import (
     DEFAULT_PAGE,
     MAX_MENTIONS,
     MAX_PARTICIPANTS_NAMED,
     MAX_RESUMED,
     MAX_WATCHED,
+    Bio,
     Content,
     Cursor,
     CustomStatus,
@@ -22,12 +24,27 @@ from protocol.limits import (
     Emoji,
     FormattedContent,
     InviteCode,
+    Link,
+    Name,
     PageSize,
+    PinOrder,
+    Reason,
+    Seconds,
+    Text,
     Title,
     Token,
     Version,
 )
-from protocol.values import ConversationType, Json, PresenceStatus
+from protocol.values import (
+    ConversationSettings,
+    ConversationType,
+    Json,
+    NotificationLevel,
+    PresenceStatus,
+    RelationshipKind,
+    RelationshipStatus,
+    ReportStatus,
+)
 
 FrameId = Annotated[int, Meta(ge=-(2**53), le=2**53)] | Annotated[str, Meta(max_length=64)]
 MaxParticipants = Annotated[int, Meta(ge=1, le=1_000_000)]
@@ -49,13 +66,15 @@ class Authenticate(Frame, tag="authenticate"):
     token: Token
 
 
-class Resume(Frame, tag="resume"):
+class Resume(Frame, tag="resume", kw_only=True):
     """Ask for exactly what was missed: `versions` holds the clock of each conversation that the client has.
 
-    `epoch` is the one from the `ready` in which these versions were learned.
+    `epoch` is the one from the `ready` in which these versions were learned. `user_version` is the user's own clock,
+    from the last event that carried it, or else from that `ready`: with it, what changed for the user alone is said.
     """
 
     epoch: Annotated[str, Meta(max_length=128)]
+    user_version: Version | None = None
     versions: Annotated[dict[ConversationId, Version], Meta(max_length=MAX_RESUMED)]
 
 
@@ -76,9 +95,10 @@ class _Create(Frame, kw_only=True):
     conversation_id: ConversationId
     title: Title
     description: Description | None = None
+    image: Link | None = None
     is_public: bool = False
     max_participants: MaxParticipants | None = None
-    settings: Json = {}
+    settings: ConversationSettings = ConversationSettings()
 
     def __post_init__(self) -> None:
         require_uuid7(self.conversation_id, "conversation_id")
@@ -95,10 +115,11 @@ class CreateChannel(_Create, tag="create_channel"):
 
 
 class ListConversations(Frame, tag="list_conversations"):
-    """The caller's conversations, most recently active first."""
+    """The caller's conversations, most recently active first; all of them, or those of a kind."""
 
     conversation_type: ConversationType | None = None
     archived: bool | None = None
+    hidden: bool | None = None
     after: Cursor | None = None
     limit: PageSize = DEFAULT_PAGE
 
@@ -110,20 +131,47 @@ class GetConversation(Frame, tag="get_conversation"):
 
 
 class UpdateConversation(Frame, tag="update_conversation"):
-    """Change the fields that are given and no others. `invite_code` 'new' makes one, 'none' takes it away."""
+    """Change the fields that are given and no others. `settings` are replaced as a whole."""
 
     conversation_id: ConversationId
     title: Title | UnsetType = UNSET
     description: Description | None | UnsetType = UNSET
+    image: Link | None | UnsetType = UNSET
     is_public: bool | UnsetType = UNSET
     is_archived: bool | UnsetType = UNSET
     max_participants: MaxParticipants | None | UnsetType = UNSET
-    settings: Json | UnsetType = UNSET
-    invite_code: Literal["new", "none"] | UnsetType = UNSET
+    settings: ConversationSettings | UnsetType = UNSET
+
+
+class DeleteConversation(Frame, tag="delete_conversation"):
+    """Delete a group or a channel, for everyone."""
+
+    conversation_id: ConversationId
+
+
+class FindConversations(Frame, tag="find_conversations"):
+    """Public conversations whose title or description has all of these words, or beginnings of words."""
+
+    text: Text
+    limit: PageSize = DEFAULT_PAGE
+
+
+class SetPreferences(Frame, tag="set_preferences"):
+    """How the caller, alone, wants to have a conversation: the fields that are given change and no others."""
+
+    conversation_id: ConversationId
+    pin_order: PinOrder | None | UnsetType = UNSET
+    is_hidden: bool | UnsetType = UNSET
+    is_muted: bool | UnsetType = UNSET
+    muted_until: datetime | None | UnsetType = UNSET
+    notification_level: NotificationLevel | UnsetType = UNSET
+
+
+# -------------------------------------------------------------------------------------------- participants
 
 
 class Join(Frame, tag="join"):
-    """Join a public conversation by its id, or any by its invite code."""
+    """Join a public conversation, or one that the caller is invited to, by its id; or any by its invite code."""
 
     conversation_id: ConversationId | None = None
     invite_code: InviteCode | None = None
@@ -147,8 +195,35 @@ class AddParticipants(Frame, tag="add_participants"):
     role: Literal["admin", "moderator", "member", "guest"] = "member"
 
 
+class Invite(Frame, tag="invite"):
+    """Ask users to join a group or a channel; those who are in it already stay as they are."""
+
+    conversation_id: ConversationId
+    participants: Annotated[list[UserId], PARTICIPANTS_NAMED]
+    role: Literal["admin", "moderator", "member", "guest"] = "member"
+
+
+class Decline(Frame, tag="decline"):
+    """Do not follow an invitation."""
+
+    conversation_id: ConversationId
+
+
+class ListInvitations(Frame, tag="list_invitations"):
+    """Where the caller is invited to and has neither joined nor declined, at most 100."""
+
+
+class SetInviteCode(Frame, tag="set_invite_code"):
+    """With `is_open`, make a new code, good for that long and so often; the one before opens nothing any more."""
+
+    conversation_id: ConversationId
+    is_open: bool = True
+    expires_in_seconds: Seconds | None = None
+    max_uses: Annotated[int, Meta(ge=1, le=1_000_000)] | None = None
+
+
 class RemoveParticipant(Frame, tag="remove_participant"):
-    """Remove someone of a lower role; with `ban`, for good."""
+    """Remove someone of a lower role, or take back their invitation; with `ban`, for good."""
 
     conversation_id: ConversationId
     user_id: UserId
@@ -163,10 +238,39 @@ class SetRole(Frame, tag="set_role"):
     role: Literal["admin", "moderator", "member", "guest"]
 
 
-class ListParticipants(Frame, tag="list_participants"):
-    """Who takes part, in the order of their ids, with how far they have read."""
+class Unban(Frame, tag="unban"):
+    """Lift a ban: they may join again."""
 
     conversation_id: ConversationId
+    user_id: UserId
+
+
+class SetPermissions(Frame, tag="set_permissions"):
+    """Give someone of a lower role permissions beyond it, or take them back; those that are not given stay."""
+
+    conversation_id: ConversationId
+    user_id: UserId
+    can_add_members: bool | UnsetType = UNSET
+    can_remove_members: bool | UnsetType = UNSET
+    can_edit_conversation: bool | UnsetType = UNSET
+    can_delete_messages: bool | UnsetType = UNSET
+    can_pin_messages: bool | UnsetType = UNSET
+
+
+class TransferOwnership(Frame, tag="transfer_ownership"):
+    """Make another participant the owner; the caller becomes an admin."""
+
+    conversation_id: ConversationId
+    user_id: UserId
+
+
+class ListParticipants(Frame, tag="list_participants"):
+    """Who takes part, in the order of their ids, with how far they have read. Who is invited or banned is for those
+    who may add or remove people.
+    """
+
+    conversation_id: ConversationId
+    status: Literal["active", "invited", "banned"] = "active"
     after: UserId | None = None
     limit: PageSize = DEFAULT_PAGE
 
@@ -249,6 +353,49 @@ class ListEdits(_OfMessage, tag="list_edits"):
     """What a message said before, newest first."""
 
 
+# ------------------------------------------------------------------------------------------------ moderation
+
+
+class Moderate(_OfMessage, tag="moderate"):
+    """Hide a message, and say why. Its sender and moderators can still read it. Open reports of it are upheld."""
+
+    reason: Reason
+
+
+class Unmoderate(_OfMessage, tag="unmoderate"):
+    """Show it again."""
+
+
+class ReportMessage(_OfMessage, tag="report"):
+    """Tell the moderators what is wrong with somebody else's message. A message is reported once."""
+
+    reason: Reason
+
+
+class ListReports(Frame, tag="list_reports"):
+    """What was reported in a conversation, oldest first; without one, everywhere, for server administrators."""
+
+    conversation_id: ConversationId | None = None
+    status: ReportStatus = "open"
+    after: ReportId | None = None
+    limit: PageSize = DEFAULT_PAGE
+
+
+class DismissReport(Frame, tag="dismiss_report"):
+    """Find nothing wrong with a message that was reported."""
+
+    conversation_id: ConversationId
+    report_id: ReportId
+
+
+class ListAudit(Frame, tag="list_audit"):
+    """Who used what power, from after an entry on; without a conversation, on the server, for its administrators."""
+
+    conversation_id: ConversationId | None = None
+    after: Version = 0
+    limit: PageSize = DEFAULT_PAGE
+
+
 # ---------------------------------------------------------------------------------------------------- people
 
 
@@ -261,11 +408,12 @@ class Typing(Frame, tag="typing"):
 
 class SetPresence(Frame, tag="presence"):
     """How the caller wants to be seen. `away` is this device's; the others are the user's. `offline` is
-    `invisible`. Without `custom_status` that stays as it is; null takes it away.
+    `invisible`. Without `custom_status` that stays as it is; null takes it away, and so does its time.
     """
 
     status: PresenceStatus
     custom_status: CustomStatus | None | UnsetType = UNSET
+    custom_status_seconds: Seconds | None = None
 
 
 class Watch(Frame, tag="watch"):
@@ -281,9 +429,107 @@ class Unwatch(Frame, tag="unwatch"):
 
 
 class GetUsers(Frame, tag="get_users"):
-    """The public faces of users, those that exist and may be seen."""
+    """The faces of users, those that exist and may be seen."""
 
     user_ids: Annotated[list[UserId], Meta(min_length=1, max_length=100)]
+
+
+class GetProfile(Frame, tag="get_profile"):
+    """What a user tells about themselves."""
+
+    user_id: UserId
+
+
+class SearchUsers(Frame, tag="search_users"):
+    """Users whose name has all of these words, or beginnings of words, and who may be seen."""
+
+    text: Text
+    limit: PageSize = DEFAULT_PAGE
+
+
+class GetMe(Frame, tag="get_me"):
+    """The caller as they see themselves."""
+
+
+class UpdateProfile(Frame, tag="update_profile"):
+    """Change the fields that are given and no others."""
+
+    name: Name | UnsetType = UNSET
+    display_name: Name | None | UnsetType = UNSET
+    image: Link | None | UnsetType = UNSET
+    bio: Bio | None | UnsetType = UNSET
+    location: Text | None | UnsetType = UNSET
+    website: Link | None | UnsetType = UNSET
+    is_private: bool | UnsetType = UNSET
+    allow_friend_requests: bool | UnsetType = UNSET
+    show_online_status: bool | UnsetType = UNSET
+
+
+# --------------------------------------------------------------------------------------------- relationships
+
+
+class _OfUser(Frame):
+    user_id: UserId
+
+
+class RequestFriend(_OfUser, tag="request_friend"):
+    """Ask for friendship. If the other one asks as well, that is a yes."""
+
+    message: Reason | None = None
+
+
+class AnswerFriend(_OfUser, tag="answer_friend"):
+    """Accept or reject a request."""
+
+    accept: bool
+    message: Reason | None = None
+
+
+class Unfriend(_OfUser, tag="unfriend"):
+    """Take back a request, or end a friendship."""
+
+
+class Block(_OfUser, tag="block"):
+    """Be left alone by a user, who is not told. It ends what else there is between the two."""
+
+
+class Unblock(_OfUser, tag="unblock"):
+    """No longer."""
+
+
+class Follow(_OfUser, tag="follow"):
+    """Follow a user, who can see it."""
+
+
+class Unfollow(_OfUser, tag="unfollow"):
+    """No longer."""
+
+
+class Mute(_OfUser, tag="mute"):
+    """Do not be told when a user says something; they cannot see it."""
+
+
+class Unmute(_OfUser, tag="unmute"):
+    """No longer."""
+
+
+class SetSwitches(_OfUser, tag="set_switches"):
+    """Say what someone may see or do beyond the caller's settings. The caller must have a relationship to them."""
+
+    can_see_online_status: bool | UnsetType = UNSET
+    can_send_messages: bool | UnsetType = UNSET
+    can_see_profile: bool | UnsetType = UNSET
+    notifications_enabled: bool | UnsetType = UNSET
+
+
+class ListRelationships(Frame, tag="list_relationships"):
+    """What is between the caller and others, all of it or of a kind; blocks and mutes only who made them knows."""
+
+    kind: RelationshipKind | None = None
+    is_outgoing: bool | None = None
+    status: RelationshipStatus | None = None
+    after: RelationshipId | None = None
+    limit: PageSize = DEFAULT_PAGE
 
 
 ClientFrame = (
@@ -296,11 +542,21 @@ ClientFrame = (
     | ListConversations
     | GetConversation
     | UpdateConversation
+    | DeleteConversation
+    | FindConversations
+    | SetPreferences
     | Join
     | Leave
     | AddParticipants
+    | Invite
+    | Decline
+    | ListInvitations
+    | SetInviteCode
     | RemoveParticipant
+    | Unban
     | SetRole
+    | SetPermissions
+    | TransferOwnership
     | ListParticipants
     | Send
     | Edit
@@ -311,9 +567,30 @@ ClientFrame = (
     | History
     | GetMessage
     | ListEdits
+    | Moderate
+    | Unmoderate
+    | ReportMessage
+    | ListReports
+    | DismissReport
+    | ListAudit
     | Typing
     | SetPresence
     | Watch
     | Unwatch
     | GetUsers
+    | GetProfile
+    | SearchUsers
+    | GetMe
+    | UpdateProfile
+    | RequestFriend
+    | AnswerFriend
+    | Unfriend
+    | Block
+    | Unblock
+    | Follow
+    | Unfollow
+    | Mute
+    | Unmute
+    | SetSwitches
+    | ListRelationships
 )

@@ -10,6 +10,11 @@ SessionId = NewType("SessionId", UUID)
 ConversationId = NewType("ConversationId", UUID)
 MessageId = NewType("MessageId", UUID)
 EditId = NewType("EditId", UUID)
+RelationshipId = NewType("RelationshipId", UUID)
+ReportId = NewType("ReportId", UUID)
+
+EVERYONE = UserId(UUID(int=2**128 - 1))
+"""Stands for all users: no user has this id (RFC 9562, section 5.10)."""
 
 _VERSION_7 = 7
 

@@ -12,16 +12,25 @@ import msgspec
 
 from protocol.client import FrameId
 from protocol.errors import ErrorCode
-from protocol.ids import ConversationId, MessageId, SessionId, UserId
+from protocol.ids import ConversationId, MessageId, RelationshipId, ReportId, SessionId, UserId
 from protocol.limits import Limits
 from protocol.values import (
+    AuditEntry,
     Conversation,
     ConversationView,
+    Invitation,
+    Me,
     Message,
     MessageEdit,
     Participant,
+    Preferences,
     Presence,
+    Profile,
+    PublicConversation,
     Receipt,
+    Relationship,
+    RelationshipEntry,
+    Report,
     User,
 )
 
@@ -46,7 +55,7 @@ class MessageSent(_Event, tag="message_sent", frozen=True, kw_only=True):
 
 
 class MessageEdited(_Event, tag="message_edited", frozen=True, kw_only=True):
-    """A message changed; here it is as it is now."""
+    """A message changed, or was hidden by a moderator or shown again; here it is as it is now."""
 
     message: Message
 
@@ -76,8 +85,14 @@ class MessageUnreacted(_Event, tag="message_unreacted", frozen=True, kw_only=Tru
     count: int
 
 
+class MessageChanged(_Event, tag="message_changed", frozen=True, kw_only=True):
+    """A message changed that not everyone here may see, for they joined later: ask for it with `get_message`."""
+
+    message_id: MessageId
+
+
 class ConversationUpdated(_Event, tag="conversation_updated", frozen=True, kw_only=True):
-    """The conversation's settings changed, or it was made."""
+    """The conversation's settings changed, or it was made, or deleted."""
 
     conversation: Conversation
 
@@ -95,9 +110,51 @@ DurableEvent = (
     | MessageDeleted
     | MessageReacted
     | MessageUnreacted
+    | MessageChanged
     | ConversationUpdated
     | ParticipantChanged
 )
+
+# ------------------------------------------------------------------------------ durable, and for one user alone
+
+
+class _OwnEvent(_Tagged, frozen=True, kw_only=True):
+    user_version: int
+
+
+class MeChanged(_OwnEvent, tag="me_changed", frozen=True, kw_only=True):
+    """The user's own profile or privacy settings changed, perhaps on another device."""
+
+    me: Me
+
+
+class RelationshipChanged(_OwnEvent, tag="relationship_changed", frozen=True, kw_only=True):
+    """What is between the user and another one changed: asked, accepted, blocked and so on."""
+
+    relationship: Relationship
+
+
+class Invited(_OwnEvent, tag="invited", frozen=True, kw_only=True):
+    """The user is invited to a conversation."""
+
+    invitation: Invitation
+
+
+class InvitationEnded(_OwnEvent, tag="invitation_ended", frozen=True, kw_only=True):
+    """An invitation was taken back, or declined on another device."""
+
+    conversation_id: ConversationId
+
+
+class PreferencesChanged(_OwnEvent, tag="preferences_changed", frozen=True, kw_only=True):
+    """How the user wants to have a conversation changed, perhaps on another device."""
+
+    conversation_id: ConversationId
+    preferences: Preferences
+
+
+OwnEvent = MeChanged | RelationshipChanged | Invited | InvitationEnded | PreferencesChanged
+"""Said in no order but that of `user_version`; each is the present state of what it is about."""
 
 # --------------------------------------------------------------------------------------- ephemeral events
 
@@ -131,14 +188,23 @@ class PresenceChanged(_Tagged, tag="presence_changed", frozen=True, kw_only=True
     presence: Presence
 
 
+class UserUpdated(_Tagged, tag="user_updated", frozen=True, kw_only=True):
+    """A watched user has another face."""
+
+    user: User
+
+
 # --------------------------------------------------------------------------- what is said about the connection
 
 
 class Ready(_Tagged, tag="ready", frozen=True, kw_only=True):
-    """The connection is authenticated. Keep `epoch` with the versions that are learned from here on."""
+    """The connection is authenticated. Keep `epoch` with the versions that are learned from here on. What changes for
+    the user alone after `user_version`, their own clock, follows as events.
+    """
 
     protocol: int
     user: User
+    user_version: int
     session_id: SessionId
     epoch: str
     server_time: datetime
@@ -280,7 +346,8 @@ class ParticipantPage(_Tagged, tag="participant_page", frozen=True, kw_only=True
 
 
 class MessagePage(_Tagged, tag="message_page", frozen=True, kw_only=True):
-    """Messages, oldest first, as of the conversation's `version`. `mine` has the caller's own reactions.
+    """Messages, oldest first, as of the conversation's `version`. `mine` has the caller's own reactions,
+    `withheld` what moderators have hidden, for who may read it.
 
     A client that ignored events of messages it did not have yet applies those after `version` again.
     """
@@ -290,12 +357,16 @@ class MessagePage(_Tagged, tag="message_page", frozen=True, kw_only=True):
     has_before: bool
     has_after: bool
     mine: dict[MessageId, list[str]] = {}
+    withheld: dict[MessageId, str] = {}
 
 
 class OneMessage(_Tagged, tag="message", frozen=True, kw_only=True):
-    """A message; `mine` has the caller's own reactions, `read_by` how many others have read it."""
+    """A message; `mine` has the caller's own reactions, `read_by` how many others have read it, `withheld` what a
+    moderator has hidden, for who may read it.
+    """
 
     message: Message
+    withheld: str | None = None
     mine: list[str] = []
     read_by: int = 0
 
@@ -318,6 +389,57 @@ class UserList(_Tagged, tag="user_list", frozen=True, kw_only=True):
     users: list[User]
 
 
+class OneProfile(_Tagged, tag="profile", frozen=True, kw_only=True):
+    """What a user tells about themselves."""
+
+    profile: Profile
+
+
+class OneMe(_Tagged, tag="me", frozen=True, kw_only=True):
+    """The caller as they see themselves."""
+
+    me: Me
+
+
+class PublicConversationList(_Tagged, tag="public_conversation_list", frozen=True, kw_only=True):
+    """Conversations that anyone can join, the largest first."""
+
+    conversations: list[PublicConversation]
+
+
+class InvitationList(_Tagged, tag="invitation_list", frozen=True, kw_only=True):
+    """Where the caller is invited to."""
+
+    invitations: list[Invitation]
+
+
+class OneRelationship(_Tagged, tag="relationship", frozen=True, kw_only=True):
+    """What is between the caller and another user now."""
+
+    relationship: Relationship
+
+
+class RelationshipPage(_Tagged, tag="relationship_page", frozen=True, kw_only=True):
+    """Some of the caller's relationships; `after` asks for the next page, if there is one."""
+
+    relationships: list[RelationshipEntry]
+    after: RelationshipId | None = None
+
+
+class ReportPage(_Tagged, tag="report_page", frozen=True, kw_only=True):
+    """Some of what was reported; `after` asks for the next page, if there is one."""
+
+    reports: list[Report]
+    after: ReportId | None = None
+
+
+class AuditPage(_Tagged, tag="audit_page", frozen=True, kw_only=True):
+    """Some of an audit log, in order; `after` asks for the next page, if there is one."""
+
+    entries: list[AuditEntry]
+    after: int | None = None
+
+
 Result = (
     Done
     | Pong
@@ -333,6 +455,14 @@ Result = (
     | EditPage
     | PresenceList
     | UserList
+    | OneProfile
+    | OneMe
+    | PublicConversationList
+    | InvitationList
+    | OneRelationship
+    | RelationshipPage
+    | ReportPage
+    | AuditPage
 )
 
 
@@ -355,10 +485,12 @@ class Error(_Tagged, tag="error", frozen=True, kw_only=True):
 
 ServerFrame = (
     DurableEvent
+    | OwnEvent
     | MessageRead
     | TypingStarted
     | TypingStopped
     | PresenceChanged
+    | UserUpdated
     | Ready
     | Conversations
     | ConversationJoined

@@ -1,30 +1,64 @@
 """The nouns that frames, replies and events share. None of them depends on who reads it, but the last one."""
 
 from datetime import datetime
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
+from msgspec import Meta
 
-from protocol.ids import ConversationId, EditId, MessageId, SessionId, UserId
+from protocol.ids import ConversationId, EditId, MessageId, RelationshipId, ReportId, SessionId, UserId
 from protocol.limits import CustomStatus
 
 ConversationType = Literal["direct", "group", "channel", "assistant"]
 ContentType = Literal["text", "image", "file", "audio", "video", "code", "system", "poll", "location"]
 Role = Literal["owner", "admin", "moderator", "member", "guest"]
-ParticipantStatus = Literal["active", "invited", "left", "removed", "banned"]
+ParticipantStatus = Literal["active", "invited", "declined", "left", "removed", "banned"]
 PresenceStatus = Literal["online", "away", "busy", "invisible", "offline"]
+SystemMessageType = Literal["join", "leave", "add_member", "remove_member", "title_change", "settings_change"]
+NotificationLevel = Literal["all", "mentions", "none"]
+RelationshipKind = Literal["friend", "block", "follow", "mute"]
+RelationshipStatus = Literal["pending", "accepted", "rejected", "active", "inactive"]
+ReportStatus = Literal["open", "upheld", "dismissed"]
 Json = dict[str, Any]
 """A JSON object whose inside is the client's own affair."""
 
 
 class User(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """A user's public face."""
+    """A user's face: what everyone needs to show who said something."""
 
     id: UserId
     name: str
     display_name: str | None = None
     image: str | None = None
+
+
+class Profile(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What a user tells about themselves, to those who may see it (docs/privacy.md)."""
+
+    user: User
     bio: str | None = None
+    location: str | None = None
+    website: str | None = None
+    created_at: datetime
+
+
+class Me(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A user as they see themselves."""
+
+    user: User
+    email: str
+    email_verified: bool = False
+    bio: str | None = None
+    location: str | None = None
+    website: str | None = None
+    status: PresenceStatus
+    custom_status: str | None = None
+    custom_status_until: datetime | None = None
+    is_private: bool = False
+    allow_friend_requests: bool = True
+    show_online_status: bool = True
+    is_admin: bool = False
+    created_at: datetime
 
 
 class Session(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -41,7 +75,9 @@ class Session(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 class Message(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """A message. Deleted, it keeps its place and loses its words.
 
-    `sent_version` is its place in the conversation; `version` is the clock at its last change.
+    `sent_version` is its place in the conversation; `version` is the clock at its last change. Hidden by a moderator
+    (`is_moderated`), it has no words, either; those who may read them all the same get them beside it, as `withheld`.
+    A system message says what its sender did, by `system_message_type` and `metadata`, and in English.
     """
 
     id: MessageId
@@ -60,6 +96,11 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     is_deleted: bool = False
     deleted_at: datetime | None = None
     deleted_by: UserId | None = None
+    system_message_type: SystemMessageType | None = None
+    is_moderated: bool = False
+    moderation_reason: str | None = None
+    moderated_at: datetime | None = None
+    moderated_by: UserId | None = None
     sent_version: int
     version: int
     created_at: datetime
@@ -100,6 +141,19 @@ class Participant(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     version: int
 
 
+class ConversationSettings(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
+    """How a conversation works. `history` says what newcomers see of what was said before; `send_role` is the least
+    role that may send; in slow mode a member waits that long after each message; `system_messages` tell who came,
+    went and changed what; `custom` is the clients' own.
+    """
+
+    history: Literal["from_start", "from_joining"] = "from_start"
+    send_role: Role = "guest"
+    slow_mode_seconds: Annotated[int, Meta(ge=0, le=6 * 3_600)] = 0
+    system_messages: bool = True
+    custom: Json = {}
+
+
 class Conversation(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """A conversation's own settings; `version` is the clock when they last changed."""
 
@@ -107,12 +161,14 @@ class Conversation(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     type: ConversationType
     title: str | None = None
     description: str | None = None
+    image: str | None = None
     is_public: bool = False
     max_participants: int | None = None
     is_archived: bool = False
+    is_deleted: bool = False
     created_by: UserId
     participant_count: int
-    settings: Json = {}
+    settings: ConversationSettings = ConversationSettings()
     version: int
     created_at: datetime
 
@@ -133,11 +189,118 @@ class Receipt(msgspec.Struct, frozen=True, kw_only=True):
     message_id: MessageId
 
 
+class Preferences(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """How one participant wants to have a conversation, for themselves. The lowest `pin_order` is shown first."""
+
+    pin_order: int | None = None
+    is_hidden: bool = False
+    is_muted: bool = False
+    muted_until: datetime | None = None
+    notification_level: NotificationLevel = "all"
+
+
+class InviteCode(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What lets in whoever has it, until it expires or is used up."""
+
+    code: str
+    expires_at: datetime | None = None
+    uses_left: int | None = None
+
+
+class Invitation(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A conversation that the user is asked to join, as far as one may know it from outside."""
+
+    conversation_id: ConversationId
+    type: ConversationType
+    title: str | None = None
+    description: str | None = None
+    image: str | None = None
+    participant_count: int
+    role: Role
+    invited_by: UserId | None = None
+
+
+class PublicConversation(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A conversation that anyone can find and join."""
+
+    conversation_id: ConversationId
+    type: ConversationType
+    title: str
+    description: str | None = None
+    image: str | None = None
+    participant_count: int
+
+
+class Switches(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What one user lets another one do, beyond what their settings say to everyone."""
+
+    can_see_online_status: bool = True
+    can_send_messages: bool = True
+    can_see_profile: bool = True
+    notifications_enabled: bool = True
+
+
+class Relationship(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What is between the caller and `user_id`: `is_outgoing` if it is the caller's own. Friends have one each way."""
+
+    id: RelationshipId
+    user_id: UserId
+    kind: RelationshipKind
+    is_outgoing: bool
+    status: RelationshipStatus
+    request_message: str | None = None
+    response_message: str | None = None
+    switches: Switches | None = None
+    created_at: datetime
+    accepted_at: datetime | None = None
+
+
+class RelationshipEntry(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A relationship, the other one's face, and how much the two have written to each other directly."""
+
+    relationship: Relationship
+    user: User
+    interaction_count: int = 0
+    last_interaction_at: datetime | None = None
+
+
+class Report(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What someone finds wrong with a message, with the message's words as they are now."""
+
+    id: ReportId
+    conversation_id: ConversationId
+    message_id: MessageId
+    sender_id: UserId
+    content: str
+    reporter_id: UserId
+    reason: str
+    status: ReportStatus
+    resolved_by: UserId | None = None
+    resolved_at: datetime | None = None
+    created_at: datetime
+
+
+class AuditEntry(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Who used what power on whom. `hash` covers the entry and `previous_hash`, that of the one before; without an
+    actor, it was done on the server's command line.
+    """
+
+    number: int
+    actor_id: UserId | None = None
+    action: str
+    user_id: UserId | None = None
+    message_id: MessageId | None = None
+    details: Json = {}
+    created_at: datetime
+    previous_hash: str
+    hash: str
+
+
 class ConversationView(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """A conversation as one of its participants sees it: the only value that depends on the reader.
 
     `version` is the conversation's clock; every event up to it is already in here. `unread_count` stops at 100.
-    `peer_id` is the other one of a direct conversation; `invite_code` is there for who may add participants.
+    `peer_id` is the other one of a direct conversation; `invite` is there for who may add participants.
     """
 
     conversation: Conversation
@@ -148,4 +311,5 @@ class ConversationView(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=
     unread_count: int = 0
     last_read_message_id: MessageId | None = None
     last_activity_at: datetime
-    invite_code: str | None = None
+    preferences: Preferences = Preferences()
+    invite: InviteCode | None = None

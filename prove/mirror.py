@@ -68,7 +68,8 @@ class Mirror:
                     self._hear_changes(copy, frame)
             case (
                 server.MessageSent() | server.MessageEdited() | server.MessageDeleted() | server.MessageReacted()
-                | server.MessageUnreacted() | server.ConversationUpdated() | server.ParticipantChanged()
+                | server.MessageUnreacted() | server.MessageChanged() | server.ConversationUpdated()
+                | server.ParticipantChanged()
             ):  # fmt: skip
                 if (copy := self._copy(frame.conversation_id)) is not None:
                     self._hear_event(copy, frame)
@@ -166,6 +167,9 @@ class Mirror:
                 count = None if isinstance(event, server.MessageEdited) else event.root_reply_count
                 if root_id in copy.messages and count is not None:
                     copy.messages[root_id] = replace(copy.messages[root_id], reply_count=count, version=event.version)
+            case server.MessageChanged():
+                # What it says now has to be asked for.
+                self.unloaded.add(event.conversation_id)
             case server.MessageReacted() | server.MessageUnreacted():
                 if (there := copy.messages.get(event.message_id)) is not None:
                     reactions = {**there.reactions, event.emoji: event.count}

@@ -7,7 +7,7 @@ import asyncpg
 import msgspec
 
 from protocol.ids import ConversationId, EditId, MessageId, UserId
-from protocol.values import Conversation, Message, Participant, Permissions
+from protocol.values import Conversation, ConversationSettings, Message, Participant, Permissions
 from prove.mirror import Copy
 
 Db: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
@@ -54,6 +54,11 @@ SELECT 'clock of ' || c.id FROM conversation c WHERE c.version <> greatest(
     (SELECT max(version) FROM message_reaction r WHERE r.conversation_id = c.id),
     (SELECT max(version) FROM conversation_participant p WHERE p.conversation_id = c.id))
 UNION ALL
+SELECT 'owner of ' || c.id FROM conversation c
+WHERE c.type IN ('group', 'channel') AND NOT c.is_deleted AND (CASE WHEN c.is_active THEN 1 ELSE 0 END) <> (
+    SELECT count(*) FROM conversation_participant p
+    WHERE p.conversation_id = c.id AND p.status = 'active' AND p.role = 'owner')
+UNION ALL
 SELECT 'read position of ' || p.user_id FROM conversation_participant p JOIN message m ON m.id = p.last_read_message_id
 WHERE m.conversation_id <> p.conversation_id OR m.sent_version > p.last_read_version
 UNION ALL
@@ -98,11 +103,12 @@ async def unread(db: Db, user_id: UserId, conversation_id: ConversationId) -> in
         conversation_id, user_id,
     )  # fmt: skip
     rows = await db.fetch(
-        "SELECT sender_id, is_deleted FROM message WHERE conversation_id = $1 AND sent_version > $2"
+        "SELECT sender_id, is_deleted OR is_system_message AS is_not_counted FROM message"
+        " WHERE conversation_id = $1 AND sent_version > $2"
         " ORDER BY sent_version DESC",
         conversation_id, read or 0,
     )  # fmt: skip
-    return sum(1 for row in rows[:UNREAD_WINDOW] if row["sender_id"] != user_id and not row["is_deleted"])
+    return sum(1 for row in rows[:UNREAD_WINDOW] if row["sender_id"] != user_id and not row["is_not_counted"])
 
 
 async def absent(db: Db, table: str, ids: Collection[MessageId | EditId]) -> int:
@@ -132,9 +138,14 @@ def assert_same(copy: Copy, truth: Copy) -> None:
 
 def _struct(kind: type[Kind], row: asyncpg.Record) -> Kind:
     fields = {field: row[field] for field in kind.__struct_fields__}
-    return kind(
-        **{field: msgspec.json.decode(value) if field in _JSON and value else value for field, value in fields.items()}
-    )
+    decoded = {
+        field: msgspec.json.decode(value) if field in _JSON and value else value for field, value in fields.items()
+    }
+    if "settings" in decoded:
+        decoded["settings"] = msgspec.convert(decoded["settings"], ConversationSettings)
+    if decoded.get("is_moderated"):
+        decoded |= {"content": "", "formatted_content": None, "mentions": [], "metadata": None}
+    return kind(**decoded)
 
 
 def _participant(row: asyncpg.Record) -> Participant:

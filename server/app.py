@@ -53,6 +53,8 @@ MEMBERSHIPS_AT_ONCE = 64
 REDIS_SECONDS = 1.0
 METRICS_SECONDS = 1.0
 CLEAR_SECONDS = 600.0
+EXPIRE_SECONDS = 15.0
+"""How often custom statuses are taken away whose time is over; nobody sees them from that time on."""
 
 
 class App:
@@ -164,6 +166,7 @@ class App:
         app._tasks = [
             asyncio.create_task(every(METRICS_SECONDS, app.metrics.write)),
             asyncio.create_task(every(CLEAR_SECONDS, app.sessions.clear)),
+            asyncio.create_task(every(EXPIRE_SECONDS, app.presence.expire_statuses)),
             asyncio.create_task(app.pressure.watch()),
         ]
         return app

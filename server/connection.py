@@ -60,8 +60,8 @@ class Connection:
 
     __slots__ = (
         "_entering", "_gone", "_has_to_refresh", "_inbox", "_inbox_bytes", "_is_closed", "_is_resuming", "_last",
-        "_shared", "_todo", "_user_version", "_worker", "attached", "context", "expires_at", "session_id", "socket",
-        "user_id", "was_slow", "watched", "write",
+        "_shared", "_todo", "_worker", "attached", "context", "expires_at", "session_id", "socket",
+        "user_id", "user_version", "was_slow", "watched", "write",
     )  # fmt: skip
 
     def __init__(
@@ -95,7 +95,7 @@ class Connection:
         self._is_resuming = False
         self._has_to_refresh = False
         self._entering: asyncio.TimerHandle | None = None
-        self._user_version = user_version
+        self.user_version = user_version
         self.was_slow = False
 
     def begin(self, context: Context, *, is_resuming: bool) -> None:
@@ -238,11 +238,12 @@ class Connection:
     async def _begin(self) -> None:
         shared = self._shared
         try:
-            await shared.hub.people.add(self, self._user_version)
+            await shared.hub.people.add(self, self.user_version)
             self.say(
                 Ready(
                     protocol=PROTOCOL_VERSION,
                     user=self.context.user,
+                    user_version=self.user_version,
                     session_id=self.session_id,
                     epoch=shared.hub.epoch,
                     server_time=now(),

@@ -28,6 +28,12 @@ class Events(Protocol):
     def whisper(self, user_id: UserId, event: ServerFrame) -> None:
         """Deliver something ephemeral to a user's own devices."""
 
+    def announce(self, user_id: UserId, event: ServerFrame) -> None:
+        """Deliver something about a user to those who watch them."""
+
+    def reconsider(self, user_id: UserId) -> None:
+        """Have those who watch a user looked at again: some may no longer."""
+
     def poke(self, user_ids: Iterable[UserId]) -> None:
         """Have the workers look again at these users' conversations and sessions."""
 
@@ -35,9 +41,16 @@ class Events(Protocol):
 class Subscriber(Protocol):
     """The connection that a frame came by, as far as handlers may use it."""
 
+    user_version: int
+    """The user's own clock, as far as the connection was told of it."""
+
     @property
     def attached(self) -> Collection[ConversationId]:
         """The conversations whose events reach the connection."""
+
+    @property
+    def watched(self) -> Collection[UserId]:
+        """The users whose presence reaches it."""
 
     async def open(self, conversation_ids: Sequence[ConversationId]) -> None:
         """Have the worker follow these conversations: from now on nothing of them is missed."""
@@ -64,8 +77,14 @@ class Subscriber(Protocol):
 class Presences(Protocol):
     """Who is here, and how they are seen."""
 
-    async def choose(self, user_id: UserId, device: Subscriber | None, frame: SetPresence) -> None:
-        """Record how a user, or one device of theirs, wants to be seen."""
+    async def choose(self, user_id: UserId, device: Subscriber | None, frame: SetPresence) -> bool:
+        """Record how a user, or one device of theirs, wants to be seen; return whether they chose anew."""
+
+    async def watchable(self, watcher: UserId, user_ids: Sequence[UserId]) -> list[UserId]:
+        """Return those of the users whose presence may be delivered to the watcher."""
+
+    async def announce(self, user_id: UserId) -> None:
+        """Tell those who watch a user how they are seen now."""
 
     async def seen_by(self, watcher: UserId, user_ids: Sequence[UserId]) -> list[Presence]:
         """Return how the watcher sees these users, in this order; those it may not see are left out."""

@@ -80,6 +80,13 @@ class Database:
         async with self.connection() as connection, connection.transaction():
             yield connection
 
+    @asynccontextmanager
+    async def searching(self) -> AsyncIterator[Db]:
+        """Borrow a connection inside a transaction in which an index of words may be used, as only bitmaps can."""
+        async with self.transaction() as connection:
+            await connection.execute("SET LOCAL enable_bitmapscan = on")
+            yield connection
+
     @property
     def size(self) -> int:
         """How many connections there are."""

@@ -97,6 +97,11 @@ class Hub:
         self._say(_presence_channel(user_id), 0, frame)
         self._show(user_id, frame)
 
+    def reconsider(self, user_id: UserId) -> None:
+        """Have those who watch a user looked at again: some may no longer."""
+        self._say(_presence_channel(user_id), 0, b"")
+        self._show(user_id, b"")
+
     def poke(self, user_ids: Iterable[UserId]) -> None:
         """Have all workers look again at these users' conversations and sessions."""
         for user_id in user_ids:
@@ -131,8 +136,11 @@ class Hub:
         self.people.remove(socket)
 
     def _show(self, user_id: UserId, frame: bytes) -> None:
-        for write in self._watchers.get(user_id, {}).values():
-            write(frame)
+        for socket, write in self._watchers.get(user_id, {}).items():
+            if frame:
+                write(frame)
+            else:
+                socket.refresh()
 
     # -------------------------------------------------------------------------------------------- other workers
 

@@ -102,14 +102,27 @@ class Presence:
             self._departing[user_id] = self._loop.time() + OFFLINE_SECONDS
             self._has_news.set()
 
-    async def choose(self, user_id: UserId, device: Subscriber | None, frame: SetPresence) -> None:
-        """Record how a user, or with `away` one device of theirs, wants to be seen."""
+    async def choose(self, user_id: UserId, device: Subscriber | None, frame: SetPresence) -> bool:
+        """Record how a user, or with `away` one device of theirs, wants to be seen; return whether they chose anew."""
         async with self._database.connection() as db:
-            await users.choose(db, user_id, frame)
+            is_new = await users.choose(db, user_id, frame)
         devices = self._devices.get(user_id, {})
         if device in devices:
             devices[device] = frame.status == "away"
+        await self.announce(user_id)
+        return is_new
+
+    async def announce(self, user_id: UserId) -> None:
+        """Tell those who watch a user how they are seen now."""
         await self._flush_users([user_id], announce_always=True)
+
+    async def expire_statuses(self) -> None:
+        """Take away custom statuses whose time is over, and tell it."""
+        async with self._database.connection() as db:
+            over = await users.expire_statuses(db)
+        if over:
+            states = await self._fields(over)
+            await self._tell({user_id: self._states(states[user_id]) for user_id in over})
 
     # ------------------------------------------------------------------------------------------------- seeing
 
@@ -120,6 +133,12 @@ class Presence:
         wanted = [user_id for user_id in dict.fromkeys(user_ids) if user_id in choices]
         fields = await self._fields(wanted)
         return [_seen(user_id, choices[user_id], self._states(fields[user_id])) for user_id in wanted]
+
+    async def watchable(self, watcher: UserId, user_ids: Sequence[UserId]) -> list[UserId]:
+        """Return those of the users whose presence may be delivered to the watcher."""
+        async with self._database.connection() as db:
+            choices = await users.visible(db, watcher, user_ids)
+        return [user_id for user_id, choice in choices.items() if choice.is_watchable]
 
     async def _fields(self, user_ids: Sequence[UserId]) -> dict[UserId, dict[bytes, bytes]]:
         local = {user_id: self._local(user_id) for user_id in user_ids}

@@ -15,14 +15,15 @@ from protocol.server import (
     ConversationJoined,
     ConversationLeft,
     Conversations,
+    PresenceChanged,
     Resumed,
     ServerFrame,
     StartOver,
     StartOverReason,
 )
-from protocol.values import ConversationView
+from protocol.values import ConversationView, Presence
 from server.context import Context
-from server.queries import changes, conversations
+from server.queries import changes, conversations, users
 from server.queries.conversations import Filter
 
 PAGE = 50
@@ -61,6 +62,9 @@ async def resume(context: Context, frame: Resume) -> Resumed:
             await _start_over(context, conversation_id, "other_epoch")
             await connection.drained()
     await _join(context, there.keys() - frame.versions.keys() - set(connection.attached))
+    if frame.user_version is not None and frame.epoch == await context.database.epoch():
+        connection.user_version = min(connection.user_version, frame.user_version)
+        await _say_own(context)
     return Resumed(
         conversations=len(there),
         read_positions={one: here.last_read for one, here in there.items() if here.last_read is not None},
@@ -74,6 +78,13 @@ async def refresh(context: Context) -> None:
     for conversation_id in set(connection.attached) - there.keys():
         _say_left(context, conversation_id)
     await _join(context, there.keys() - set(connection.attached))
+    await _say_own(context)
+    if connection.watched:
+        allowed = set(await context.services.presence.watchable(context.user_id, list(connection.watched)))
+        gone = set(connection.watched) - allowed
+        connection.unwatch(gone)
+        for user_id in gone:
+            connection.say(PresenceChanged(presence=Presence(user_id=user_id, status="offline")))
 
 
 async def join(context: Context, view: ConversationView) -> None:
@@ -83,6 +94,16 @@ async def join(context: Context, view: ConversationView) -> None:
     subscriber = context.subscriber
     if subscriber is not None and view.conversation.id not in subscriber.attached:
         await _follow(context, [view], [ConversationJoined(view=view)])
+
+
+async def _say_own(context: Context) -> None:
+    """Say what changed for the user alone since the connection was last told."""
+    connection = context.connection
+    async with context.database.connection() as db:
+        version, news = await users.news(db, context.user_id, connection.user_version)
+    for event in news:
+        connection.say(event)
+    connection.user_version = max(version, connection.user_version)
 
 
 async def _join(context: Context, conversation_ids: Iterable[ConversationId]) -> None:

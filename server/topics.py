@@ -14,7 +14,7 @@ from uuid import UUID
 
 from protocol.codec import encode, text_frame
 from protocol.errors import ErrorCode, Refused
-from protocol.ids import ConversationId, UserId
+from protocol.ids import EVERYONE, ConversationId, UserId
 from protocol.server import ConversationLeft, ServerFrame
 from server.bus import Bus
 from server.people import COMPARE_AT_ONCE, People, Socket
@@ -208,7 +208,8 @@ class Topics:
         self._enqueue(topic, frame)
 
     def _drop(self, topic: Topic, user_id: UserId) -> None:
-        for socket in self._people.sockets(user_id):
+        sockets = [*topic.sockets, *topic.joining] if user_id == EVERYONE else self._people.sockets(user_id)
+        for socket in sockets:
             if topic.id in socket.attached:
                 self.detach(socket, topic.id)
                 socket.say(ConversationLeft(conversation_id=topic.id))

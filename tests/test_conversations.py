@@ -7,7 +7,7 @@ import pytest
 from protocol import client, server
 from protocol.errors import ErrorCode
 from protocol.ids import ConversationId, UserId, uuid7
-from protocol.values import ConversationView
+from protocol.values import ConversationSettings, ConversationView
 from prove.client import Client
 from tests.test_messages import refused
 from tests.world import World, sent
@@ -32,12 +32,12 @@ async def test_making_a_group_twice_is_making_it_once(person: Make) -> None:
     (_, ada), (charles, _) = await person("Ada"), await person("Charles")
     frame = client.CreateGroup(
         conversation_id=ConversationId(uuid7()), title="Engines", description="Of both kinds",
-        participants=[charles], settings={"colour": "brass"},
+        participants=[charles], settings=ConversationSettings(custom={"colour": "brass"}),
     )  # fmt: skip
     first = await ada.call(frame, server.OneConversation)
     assert first.view.me.role == "owner"
     assert first.view.conversation.participant_count == 2
-    assert first.view.conversation.settings == {"colour": "brass"}
+    assert first.view.conversation.settings.custom == {"colour": "brass"}
     assert await ada.call(frame, server.OneConversation) == first
     frame.title = "Other"
     with refused(ErrorCode.CONFLICT, "conversation_id"):
@@ -114,11 +114,13 @@ async def test_update_changes_what_is_given(person: Make, world: World) -> None:
     channel = await world.channel(ada, description="Old", is_public=True)
     await charles.call(client.Join(conversation_id=channel))
     updated = await ada.call(
-        client.UpdateConversation(conversation_id=channel, description=None, settings={"a": 1}),
+        client.UpdateConversation(
+            conversation_id=channel, description=None, settings=ConversationSettings(custom={"a": 1})
+        ),
         server.OneConversation,
     )
     now = updated.view.conversation
-    assert (now.title, now.description, now.settings, now.is_public) == ("News", None, {"a": 1}, True)
+    assert (now.title, now.description, now.settings.custom, now.is_public) == ("News", None, {"a": 1}, True)
     again = await ada.call(client.UpdateConversation(conversation_id=channel, description=None), server.OneConversation)
     assert again.view.version == updated.view.version
     with refused(ErrorCode.FORBIDDEN, None):
@@ -130,15 +132,15 @@ async def test_invite_codes_open_and_close(person: Make, world: World) -> None:
     channel = await world.channel(ada)
     with refused(ErrorCode.NOT_FOUND, "conversation_id"):
         await charles.call(client.Join(conversation_id=channel))
-    first = (await view(ada, channel)).invite_code
+    first = (await view(ada, channel)).invite
     assert first is not None
-    await charles.call(client.Join(invite_code=first))
-    assert (await view(charles, channel)).invite_code is None
-    await ada.call(client.UpdateConversation(conversation_id=channel, invite_code="new"))
+    await charles.call(client.Join(invite_code=first.code))
+    assert (await view(charles, channel)).invite is None
+    await ada.call(client.SetInviteCode(conversation_id=channel))
     with refused(ErrorCode.NOT_FOUND, "invite_code"):
-        await mary.call(client.Join(invite_code=first))
-    await ada.call(client.UpdateConversation(conversation_id=channel, invite_code="none"))
-    assert (await view(ada, channel)).invite_code is None
+        await mary.call(client.Join(invite_code=first.code))
+    await ada.call(client.SetInviteCode(conversation_id=channel, is_open=False))
+    assert (await view(ada, channel)).invite is None
 
 
 async def test_a_full_conversation_takes_nobody(person: Make, world: World) -> None:

@@ -13,12 +13,15 @@ from protocol.ids import ConversationId, UserId
 from server.database import SESSION
 from server.queries import (
     accounts,
+    audit,
     changes,
     conversations,
     messages,
+    moderation,
     participants,
     reactions,
     receipts,
+    relationships,
     sessions,
     users,
 )
@@ -48,7 +51,7 @@ class Plan(NamedTuple):
     astray: list[str]
 
 
-KEY = re.compile(r"\b(conversation_id|user_id|from_user_id|to_user_id|direct_low) = ")
+KEY = re.compile(r"\b(conversation_id|chain|user_id|from_user_id|to_user_id|direct_low) = ")
 """What rows are divided by when there are too many for one server (docs/scale.md)."""
 BY_SOMETHING_ELSE = {
     "login": "by e-mail address",
@@ -172,11 +175,11 @@ def hot(place: Place, ids: dict[str, Any]) -> dict[str, tuple[str, tuple[Any, ..
         "resume, 10 missed": (changes.SINCE, (about, place.size - 8, 1001)),
         "resume, all missed": (changes.SINCE, (about, 0, 1001)),
         "read positions": (changes.READING, (about, user, 100)),
-        "conversations": (conversations.PAGE, (user, 50, None, None, None, None, [])),
+        "conversations": (conversations.PAGE, (user, 50, None, None, None, None, None, [])),
         "one conversation": (conversations.GET, (user, [about])),
         "memberships": (conversations.MEMBERSHIPS, ([user],)),
         "clocks": (conversations.VERSIONS, ([about],)),
-        "participants": (participants.PAGE, (about, user, None, 21)),
+        "participants": (participants.PAGE, (about, user, None, 21, "active")),
         "typing": (conversations.SIZE, (about, user)),
         "session": (sessions.FIND, (["no such hash"],)),
         "users": (users.GET, (user, [user])),
@@ -192,11 +195,29 @@ def hot(place: Place, ids: dict[str, Any]) -> dict[str, tuple[str, tuple[Any, ..
         "open": (conversations.OPEN, (about, "no such code", user)),
         "participant": (participants.GET, (about, user)),
         "add": (participants.ADD, (about, [user], "member", user)),
-        "change": (participants.CHANGE, (about, user, "member", "left")),
+        "change": (participants.CHANGE, (about, user, "member", "left", 1)),
         "heir": (participants.HEIR, (about, user)),
         "banned": (participants.BANNED, (about, [user])),
         "visible": (users.VISIBLE, (user, [user])),
-        "may write": (users.MAY_WRITE, (user, user)),
+        "may": (users.ALL_MAY, ("write", user, [user])),
+        "news": (users.NEWS, (user, 0)),
+        "me": (users.ME, (user,)),
+        "profile": (users.PROFILE, (user, user)),
+        "invite": (participants.INVITE, (about, [user], "member", user)),
+        "invitations": (participants.INVITATIONS, (user,)),
+        "prefer": (participants.PREFER, (about, user, "{}")),
+        "permit": (participants.PERMIT, (about, user, "{}")),
+        "stamp": (participants.STAMP, (about, [user])),
+        "announce": (messages.ANNOUNCE, (about, user, "joined", "{}", "join")),
+        "wait": (messages.WAIT, (about, user)),
+        "moderate": (moderation.MODERATE, (about, ids["middle"], user, "Rude")),
+        "unmoderate": (moderation.UNMODERATE, (about, ids["middle"])),
+        "report": (moderation.REPORT, (about, ids["middle"], user, "Rude", ids["new"])),
+        "reports": (moderation.REPORTS, (about, "open", None, 21)),
+        "audit": (audit.PAGE, (about, 0, 21)),
+        "audited": (audit.RECORD, (about, None, "ban", user, None, "{}")),
+        "relationship": (relationships.STATUS, (user, user, "friend")),
+        "relationships": (relationships.PAGE, (user, None, None, None, None, 21)),
         "touch": (users.TOUCH, ([user],)),
         "seen": (users.SEEN, ([user], ["true"])),
         "user clocks": (users.VERSIONS, ([user],)),

@@ -21,6 +21,7 @@ from protocol.client import Frame
 from protocol.errors import CloseCode, ErrorCode, Refused
 from protocol.ids import ConversationId, MessageId
 from protocol.limits import MAX_FRAME_BYTES
+from protocol.values import ConversationSettings
 from prove.client import Client
 from prove.mirror import Mirror
 from prove.truth import assert_same, read_conversation
@@ -82,7 +83,8 @@ class Talk:
                 mirror.hear(event)
             one.on_event = mirror.hear
             self.clients.append(one)
-        self.channel = await self.world.channel(self.clients[0], is_public=True)
+        quiet = ConversationSettings(system_messages=False)
+        self.channel = await self.world.channel(self.clients[0], is_public=True, settings=quiet)
         await self.clients[1].call(client.Join(conversation_id=self.channel))
         for mirror in self.mirrors:
             mirror.unloaded.clear()

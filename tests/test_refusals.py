@@ -13,7 +13,7 @@ from protocol import client, server
 from protocol.client import Frame
 from protocol.codec import encode
 from protocol.errors import CloseCode, ErrorCode, Refused
-from protocol.ids import ConversationId, MessageId, UserId, uuid7
+from protocol.ids import ConversationId, MessageId, ReportId, UserId, uuid7
 from protocol.limits import MAX_FRAME_BYTES
 from prove.client import Client
 from server.config import Settings
@@ -114,6 +114,18 @@ def frames(conversation_id: ConversationId, message_id: MessageId, user_id: User
         client.AddParticipants(**about, participants=[user_id]),
         client.RemoveParticipant(**about, user_id=user_id),
         client.SetRole(**about, user_id=user_id, role="admin"),
+        client.SetPreferences(**about, is_muted=True),
+        client.Invite(**about, participants=[user_id]),
+        client.SetInviteCode(**about),
+        client.Unban(**about, user_id=user_id),
+        client.SetPermissions(**about, user_id=user_id, can_pin_messages=True),
+        client.TransferOwnership(**about, user_id=user_id),
+        client.Moderate(**about, message_id=message_id, reason="Rude"),
+        client.Unmoderate(**about, message_id=message_id),
+        client.ReportMessage(**about, message_id=message_id, reason="Rude"),
+        client.ListReports(**about),
+        client.DismissReport(**about, report_id=ReportId(message_id)),
+        client.ListAudit(**about),
         client.ListParticipants(**about),
         message(conversation_id),
         client.Edit(**about, message_id=message_id, content="Mine"),
@@ -125,6 +137,7 @@ def frames(conversation_id: ConversationId, message_id: MessageId, user_id: User
         client.GetMessage(**about, message_id=message_id),
         client.ListEdits(**about, message_id=message_id),
         client.Typing(**about),
+        client.DeleteConversation(**about),
     ]
 
 
@@ -142,7 +155,7 @@ async def test_a_stranger_and_nothing_get_the_same_answer(world: World, ada: Cli
         assert (answers[0].message, answers[0].path) == (answers[1].message, answers[1].path)
     assert before == await world.db.fetch("SELECT * FROM conversation, message, conversation_participant")
     for frame in there:
-        if not isinstance(frame, (client.Leave, client.Delete)):
+        if not isinstance(frame, (client.Leave, client.Delete, client.DeleteConversation, client.DismissReport)):
             assert not (isinstance(answer := await ada.ask(frame), server.Error) and answer.code == "not_found")
 
 

@@ -16,7 +16,7 @@ from detect_secrets.settings import default_settings
 from protocol import client
 from protocol.client import Frame
 from protocol.errors import ErrorCode
-from protocol.ids import ConversationId, MessageId, UserId
+from protocol.ids import ConversationId, MessageId, ReportId, UserId
 from protocol.server import Error
 from prove.client import Client
 from server.config import Settings
@@ -44,6 +44,17 @@ LEAST: dict[type[Frame], str | None] = {
     client.AddParticipants: "admin",
     client.RemoveParticipant: "admin",
     client.SetRole: "admin",
+    client.SetPreferences: "guest",
+    client.Invite: "admin",
+    client.SetInviteCode: "admin",
+    client.Unban: "admin",
+    client.SetPermissions: "admin",
+    client.TransferOwnership: "owner",
+    client.Moderate: "moderator",
+    client.Unmoderate: "moderator",
+    client.ReportMessage: "guest",
+    client.ListReports: "moderator",
+    client.ListAudit: "admin",
     client.ListParticipants: "guest",
     client.Send: "guest",
     client.Edit: None,  # only who sent it
@@ -55,6 +66,8 @@ LEAST: dict[type[Frame], str | None] = {
     client.ListEdits: "guest",
     client.Typing: "guest",
     client.Delete: "moderator",
+    client.DismissReport: "moderator",
+    client.DeleteConversation: "owner",
 }
 """The least role that may do each frame about somebody else's message, or to somebody of the lowest role."""
 
@@ -83,7 +96,13 @@ async def test_every_frame_as_every_role(world: World, role: str) -> None:
             assert code is NOTHING, kind
         else:
             is_allowed = least is not None and IN.index(role) <= IN.index(least)
-            assert code is (OK if is_allowed else NO), (kind, answer)
+            nothing_to_dismiss = kind is client.DismissReport and is_allowed
+            assert code is (NOTHING if nothing_to_dismiss else OK if is_allowed else NO), (kind, answer)
+        if kind is client.TransferOwnership and code is None:
+            await world.db.execute(
+                "UPDATE conversation_participant SET role = CASE user_id WHEN $1 THEN 'guest' ELSE 'owner' END"
+                " WHERE user_id = $1 OR role = 'admin'", mary.id,
+            )  # fmt: skip
         if kind is client.Leave and code is None:
             await world.db.execute(
                 "UPDATE conversation_participant SET status = 'active', role = $2 WHERE user_id = $1",
@@ -110,10 +129,13 @@ def frame(kind: type[Frame], about: ConversationId, said: MessageId, other: User
     """Return a frame of a kind about a conversation, somebody's message in it, and somebody in it."""
     fields: dict[str, Any] = {
         "conversation_id": about, "message_id": said, "user_id": other, "participants": [other], "content": "Words",
-        "emoji": "👍", "role": "guest", "title": "A title",
+        "emoji": "👍", "role": "guest", "title": "A title", "reason": "Rude", "can_pin_messages": True,
+        "is_muted": True,
     }  # fmt: skip
     if kind is client.Send:
         return message(about)
+    if kind is client.DismissReport:
+        return client.DismissReport(conversation_id=about, report_id=ReportId(said))
     wanted = {name: fields[name] for name in kind.__struct_fields__ if name in fields}
     if kind is client.AddParticipants:
         wanted["role"] = "member"

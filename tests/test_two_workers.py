@@ -156,11 +156,11 @@ async def test_join_public_and_by_code(pair: Pair, world: World) -> None:
     closed = await pair.ada.call(
         client.CreateChannel(conversation_id=ConversationId(uuid7()), title="Closed"), server.OneConversation
     )
-    code = closed.view.invite_code
-    assert code is not None
-    joined = await pair.charles.call(client.Join(invite_code=code), server.OneConversation)
+    invite = closed.view.invite
+    assert invite is not None
+    joined = await pair.charles.call(client.Join(invite_code=invite.code), server.OneConversation)
     assert joined.view.conversation.id == closed.view.conversation.id
-    assert joined.view.invite_code is None
+    assert joined.view.invite is None
     await sent(pair.charles, joined.view.conversation.id, "In")
     await pair.ada.event(server.MessageSent, lambda event: event.message.content == "In")
 

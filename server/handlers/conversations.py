@@ -1,25 +1,33 @@
 """Conversations: made, listed, changed."""
 
-import secrets
-
 from msgspec import UNSET
 
 from protocol import client
 from protocol.codec import encode
 from protocol.errors import ErrorCode, Refused
-from protocol.ids import ConversationId, UserId, uuid7
+from protocol.ids import EVERYONE, ConversationId, UserId, uuid7
 from protocol.limits import MAX_METADATA_BYTES
-from protocol.server import ConversationPage, ConversationUpdated, OneConversation
-from protocol.values import ConversationView, Json, Role
-from server import sync
+from protocol.roles import Act
+from protocol.server import (
+    ConversationPage,
+    ConversationUpdated,
+    Done,
+    MessageSent,
+    OneConversation,
+    PublicConversationList,
+)
+from protocol.values import Conversation, ConversationSettings, ConversationView, Message, Role
+from server import search, sync
 from server.context import Context
 from server.database import Db
 from server.errors import NotFound
-from server.queries import conversations, users
+from server.invitecode import new_code
+from server.membership import entered
+from server.permissions import require
+from server.queries import audit, conversations, messages, participants, users
+from server.queries.audit import Deed
 from server.queries.conversations import Filter, Founding
-
-INVITE_CODE_BYTES = 12
-"""Of randomness in an invite code: 96 bits, 16 characters."""
+from server.queries.messages import Announcement
 
 
 async def create_direct(context: Context, frame: client.CreateDirect) -> OneConversation:
@@ -33,12 +41,15 @@ async def create_direct(context: Context, frame: client.CreateDirect) -> OneConv
         members={context.user_id: "member", frame.user_id: "member"},
     )
     async with context.database.transaction() as db:
-        if not await users.may_write(db, context.user_id, frame.user_id):
-            raise NotFound("user_id")
-        made = await conversations.create(db, founding)
-        if made:
-            await users.touch(db, list(founding.members))
         there = await conversations.direct(db, context.user_id, frame.user_id)
+        made = False
+        if there is None:
+            if not await users.all_may(db, "write", context.user_id, [frame.user_id]):
+                raise NotFound("user_id")
+            made = await conversations.create(db, founding)
+            if made:
+                await users.touch(db, list(founding.members))
+            there = await conversations.direct(db, context.user_id, frame.user_id)
         assert there is not None  # noqa: S101 - made above, if not before
         view = await _view(db, context.user_id, there)
     if made:
@@ -73,13 +84,15 @@ async def _create(
         members=members,
         title=frame.title,
         description=frame.description,
+        image=frame.image,
         is_public=frame.is_public,
-        invite_code=None if is_group or frame.is_public else _invite_code(),
+        invite_code=None if is_group or frame.is_public else new_code(),
         max_participants=frame.max_participants,
         settings=_checked_settings(frame.settings),
     )
     async with context.database.transaction() as db:
-        if not await users.are_there(db, list(members)):
+        named = [user_id for user_id in members if user_id != context.user_id]
+        if not await users.all_may(db, "invite", context.user_id, named):
             raise NotFound("participants")
         made = await conversations.create(db, founding)
         if made:
@@ -99,7 +112,7 @@ async def list_conversations(context: Context, frame: client.ListConversations) 
         before = None if frame.after is None else conversations.from_cursor(frame.after)
     except ValueError:
         raise Refused(ErrorCode.INVALID, "This is not an `after` that a page came with.", path="after") from None
-    which = Filter(type=frame.conversation_type, is_archived=frame.archived, before=before)
+    which = Filter(type=frame.conversation_type, is_archived=frame.archived, is_hidden=frame.hidden, before=before)
     async with context.database.connection() as db:
         views = await conversations.page(db, context.user_id, which, limit=frame.limit + 1)
     page = views[: frame.limit]
@@ -121,31 +134,81 @@ async def update(context: Context, frame: client.UpdateConversation) -> OneConve
         for field in frame.__struct_fields__
         if field not in {"id", "conversation_id"} and getattr(frame, field) is not UNSET
     }
-    if frame.invite_code is not UNSET:
-        given["invite_code"] = _invite_code() if frame.invite_code == "new" else None
     if frame.settings is not UNSET:
         _checked_settings(frame.settings)
     async with context.database.transaction() as db:
         await conversations.lock(db, frame.conversation_id)
         before = await _view(db, context.user_id, frame.conversation_id)
-        if not before.me.permissions.can_edit_conversation:
-            raise Refused(ErrorCode.FORBIDDEN, "Your role cannot change the conversation.")
+        require(before.me, Act.EDIT_CONVERSATION)
         if before.conversation.type == "direct":
             raise Refused(ErrorCode.FORBIDDEN, "A direct conversation has no settings to change.")
-        if _is_so(before, given):
+        changed = {field: value for field, value in given.items() if getattr(before.conversation, field) != value}
+        if not changed:
             return OneConversation(view=before)
-        conversation = await conversations.update(db, frame.conversation_id, given)
+        conversation = await conversations.update(db, frame.conversation_id, changed)
+        announced = await _announce(db, context, conversation, changed)
+        deed = Deed(context.user_id, "update_conversation", details={"fields": sorted(changed)})
+        await audit.record(db, conversation.id, deed)
         view = await _view(db, context.user_id, frame.conversation_id)
-    context.events.publish(
-        ConversationUpdated(conversation_id=conversation.id, version=conversation.version, conversation=conversation)
-    )
+    _publish(context, conversation)
+    for message in announced:
+        context.events.publish(MessageSent(conversation_id=conversation.id, version=message.version, message=message))
     return OneConversation(view=view)
 
 
-def _is_so(view: ConversationView, given: dict[str, object]) -> bool:
-    if "invite_code" in given and (given["invite_code"] is not None or view.invite_code is not None):
-        return False
-    return all(getattr(view.conversation, field) == value for field, value in given.items() if field != "invite_code")
+async def _announce(db: Db, context: Context, conversation: Conversation, changed: dict[str, object]) -> list[Message]:
+    """Have it said in the conversation what was changed, unless its settings are against that."""
+    said: list[Announcement] = []
+    if "title" in changed:
+        words = f"changed the title to {conversation.title}"
+        said.append(Announcement("title_change", words, {"title": conversation.title}))
+    if fields := sorted(changed.keys() - {"title"}):
+        words = f"changed {', '.join(field.removeprefix('is_') for field in fields)}"
+        said.append(Announcement("settings_change", words, {"fields": fields}))
+    if not conversation.settings.system_messages:
+        return []
+    return [await messages.announce(db, conversation.id, context.user_id, one) for one in said]
+
+
+async def delete(context: Context, frame: client.DeleteConversation) -> Done:
+    """End a conversation, for everyone."""
+    async with context.database.transaction() as db:
+        conversation, me = await entered(db, context, frame.conversation_id)
+        require(me, Act.DELETE_CONVERSATION)
+        await audit.record(db, conversation.id, Deed(context.user_id, "delete_conversation"))
+        conversation = await conversations.delete(db, conversation.id)
+    _publish(context, conversation, gone=EVERYONE)
+    return Done()
+
+
+async def find(context: Context, frame: client.FindConversations) -> PublicConversationList:
+    """Return public conversations that have these words."""
+    query = search.query(frame.text)
+    async with context.database.searching() as db:
+        return PublicConversationList(conversations=await conversations.find(db, query, limit=frame.limit))
+
+
+async def set_preferences(context: Context, frame: client.SetPreferences) -> OneConversation:
+    """Change how the caller, alone, wants to have a conversation."""
+    given = {
+        field: getattr(frame, field)
+        for field in frame.__struct_fields__
+        if field not in {"id", "conversation_id"} and getattr(frame, field) is not UNSET
+    }
+    async with context.database.transaction() as db:
+        if given and not await participants.prefer(db, frame.conversation_id, context.user_id, given):
+            raise NotFound("conversation_id")
+        view = await _view(db, context.user_id, frame.conversation_id)
+    if given:
+        context.events.poke([context.user_id])
+    return OneConversation(view=view)
+
+
+def _publish(context: Context, conversation: Conversation, *, gone: UserId | None = None) -> None:
+    event = ConversationUpdated(
+        conversation_id=conversation.id, version=conversation.version, conversation=conversation
+    )
+    context.events.publish(event, gone=gone)
 
 
 async def _view(db: Db, user_id: UserId, conversation_id: ConversationId) -> ConversationView:
@@ -155,11 +218,9 @@ async def _view(db: Db, user_id: UserId, conversation_id: ConversationId) -> Con
     return views[0]
 
 
-def _checked_settings(settings: Json) -> Json:
-    if len(encode(settings)) > MAX_METADATA_BYTES:
-        raise Refused(ErrorCode.INVALID, f"Settings take at most {MAX_METADATA_BYTES} bytes.", path="settings")
+def _checked_settings(settings: ConversationSettings) -> ConversationSettings:
+    if len(encode(settings.custom)) > MAX_METADATA_BYTES:
+        raise Refused(
+            ErrorCode.INVALID, f"Custom settings take at most {MAX_METADATA_BYTES} bytes.", path="settings.custom"
+        )
     return settings
-
-
-def _invite_code() -> str:
-    return secrets.token_urlsafe(INVITE_CODE_BYTES)

@@ -1,5 +1,7 @@
 """Messages: send, edit, delete, history."""
 
+from typing import Literal
+
 from asyncpg import UniqueViolationError
 
 from protocol import client
@@ -7,11 +9,11 @@ from protocol.codec import encode
 from protocol.errors import ErrorCode, Refused
 from protocol.ids import EditId, uuid7
 from protocol.limits import MAX_METADATA_BYTES, MAX_PAGE
+from protocol.roles import Act
 from protocol.server import (
     Changed,
     EditPage,
     MessageDeleted,
-    MessageEdited,
     MessagePage,
     MessageSent,
     OneMessage,
@@ -20,11 +22,21 @@ from protocol.server import (
 from protocol.values import Message
 from server.context import Context
 from server.errors import NotFound
-from server.queries import messages
+from server.permissions import require
+from server.queries import audit, messages
+from server.queries.audit import Deed
 from server.queries.messages import Outgoing, Span, Stored
+from server.telling import tell_changed
 
 MAX_RACES = 5
 """How often a send is tried again when the sender's access, or the message's id, changed under it."""
+
+
+OBSTACLES = {
+    "archived": "The conversation is archived: nobody can send in it.",
+    "role": "Your role cannot send in this conversation.",
+    "unwanted": "This user cannot be written to.",
+}
 
 
 async def send(context: Context, frame: client.Send) -> Sent:
@@ -32,9 +44,10 @@ async def send(context: Context, frame: client.Send) -> Sent:
     if frame.metadata is not None and len(encode(frame.metadata)) > MAX_METADATA_BYTES:
         raise Refused(ErrorCode.INVALID, f"Metadata takes at most {MAX_METADATA_BYTES} bytes.", path="metadata")
     outgoing = Outgoing(context.user_id, frame)
+    is_slow = False
     for _ in range(MAX_RACES):
         try:
-            stored = await context.services.sends.submit(outgoing)
+            stored = await (_send_slowly(context, outgoing) if is_slow else context.services.sends.submit(outgoing))
         except UniqueViolationError:
             stored = None
         if stored is not None:
@@ -45,8 +58,10 @@ async def send(context: Context, frame: client.Send) -> Sent:
                 version=stored.version,
                 created_at=stored.created_at,
             )
-        if (answer := await _why_not(context, outgoing)) is not None:
+        answer = await _why_not(context, outgoing)
+        if isinstance(answer, Sent):
             return answer
+        is_slow = answer == "slow"
     raise Refused(ErrorCode.UNAVAILABLE, "The conversation is changing; send this again.", retry_after_ms=100)
 
 
@@ -74,8 +89,18 @@ def _sent_event(context: Context, frame: client.Send, stored: Stored) -> Message
     )
 
 
-async def _why_not(context: Context, outgoing: Outgoing) -> Sent | None:
-    """Return the first answer if the message was stored before, None to try again; raises Refused otherwise."""
+async def _send_slowly(context: Context, outgoing: Outgoing) -> Stored | None:
+    async with context.database.transaction() as db:
+        stored = await messages.send_slowly(db, outgoing)
+    if isinstance(stored, int):
+        raise Refused(ErrorCode.RATE_LIMITED, "This conversation is in slow mode.", retry_after_ms=stored)
+    return stored
+
+
+async def _why_not(context: Context, outgoing: Outgoing) -> Sent | Literal["slow"] | None:
+    """Return the first answer if the message was stored before, "slow" if the sender may have to wait, None to try
+    again; raises Refused otherwise.
+    """
     frame = outgoing.frame
     async with context.database.connection() as db:
         there = await messages.existing(db, outgoing)
@@ -86,13 +111,15 @@ async def _why_not(context: Context, outgoing: Outgoing) -> Sent | None:
             version=there.version,
             created_at=there.created_at,
         )
-    if not there.may_send:
+    if there.obstacle == "access":
         raise NotFound("conversation_id")
+    if there.obstacle in OBSTACLES:
+        raise Refused(ErrorCode.FORBIDDEN, OBSTACLES[there.obstacle])
     if there.version is not None:
         raise Refused(ErrorCode.CONFLICT, "This id is taken by another message.", path="message_id")
     if not there.has_parent:
         raise NotFound("parent_message_id")
-    return None
+    return "slow" if there.obstacle == "slow" else None
 
 
 async def edit(context: Context, frame: client.Edit) -> Changed:
@@ -109,16 +136,15 @@ async def edit(context: Context, frame: client.Edit) -> Changed:
             return Changed(conversation_id=before.conversation_id, version=version)
         if before.is_deleted:
             raise NotFound("message_id")
-        if before.sender_id != context.user_id:
+        if before.sender_id != context.user_id or before.system_message_type is not None:
             raise Refused(ErrorCode.FORBIDDEN, "Only its sender can edit a message.", path="message_id")
+        if before.is_moderated:
+            raise Refused(ErrorCode.FORBIDDEN, "A moderator has hidden this message.", path="message_id")
         if (before.content, before.formatted_content) == (frame.content, frame.formatted_content):
             return Changed(conversation_id=before.conversation_id, version=before.version)
         edit_id = frame.edit_id or EditId(uuid7())
         message = await messages.edit(db, before, context.user_id, frame, edit_id)
-    context.events.publish(
-        MessageEdited(conversation_id=message.conversation_id, version=message.version, message=message)
-    )
-    return Changed(conversation_id=message.conversation_id, version=message.version)
+    return tell_changed(context, found, message)
 
 
 async def delete(context: Context, frame: client.Delete) -> Changed:
@@ -128,10 +154,14 @@ async def delete(context: Context, frame: client.Delete) -> Changed:
         if found is None:
             raise NotFound("message_id")
         before = found.message
-        if before.sender_id != context.user_id and not found.can_delete_messages:
-            raise Refused(ErrorCode.FORBIDDEN, "Your role cannot delete other people's messages.", path="message_id")
+        is_own = before.sender_id == context.user_id and before.system_message_type is None
+        if not is_own:
+            require(found.me, Act.DELETE_MESSAGES)
         if before.is_deleted:
             return Changed(conversation_id=before.conversation_id, version=before.version)
+        if not is_own:
+            deed = Deed(context.user_id, "delete_message", before.sender_id, before.id)
+            await audit.record(db, before.conversation_id, deed)
         message, root_reply_count = await messages.delete(db, before, context.user_id)
     context.events.publish(
         MessageDeleted(

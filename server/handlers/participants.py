@@ -1,18 +1,22 @@
-"""Participants: join, leave, add, remove, give another role, list."""
+"""Participants: join, leave, add, remove, roles, permissions, list."""
+
+from msgspec import UNSET
 
 from protocol import client
 from protocol.errors import ErrorCode, Refused
-from protocol.ids import ConversationId, UserId
-from protocol.server import Done, OneConversation, ParticipantChanged, ParticipantPage
-from protocol.values import Conversation, Participant, ParticipantStatus, Role
+from protocol.ids import UserId
+from protocol.roles import Act, may
+from protocol.server import Done, OneConversation, ParticipantPage
+from protocol.values import Participant, ParticipantStatus
 from server import sync
 from server.context import Context
 from server.database import Db
 from server.errors import NotFound
+from server.membership import Membership, entered, require_room
+from server.permissions import require, require_above, require_below
 from server.queries import conversations, participants, users
-from server.queries.participants import Change
-
-RANKS: tuple[Role, ...] = ("guest", "member", "moderator", "admin", "owner")
+from server.queries.audit import Deed
+from server.queries.messages import Announcement
 
 
 async def join(context: Context, frame: client.Join) -> OneConversation:
@@ -29,13 +33,19 @@ async def join(context: Context, frame: client.Join) -> OneConversation:
         before = await participants.get(db, conversation.id, context.user_id)
         if before is not None and before.status == "banned":
             raise Refused(ErrorCode.FORBIDDEN, "You are banned from this conversation.", path=path)
-        changes: list[Change] = []
+        news = Membership(context, db, conversation)
         if before is None or before.status != "active":
-            _require_room(conversation, 1)
-            changes = await participants.add(db, conversation.id, [context.user_id], "member", None)
-            await users.touch(db, [context.user_id])
+            require_room(conversation, 1)
+            news.changes += await participants.add(db, conversation.id, [context.user_id], "member", None)
+            if frame.invite_code is not None:
+                await conversations.use_invite_code(db, conversation.id)
+            await news.announce(Announcement("join", "joined"))
+            if before is not None and before.status == "invited":
+                await participants.stamp(db, conversation.id, [context.user_id])
+            else:
+                await users.touch(db, [context.user_id])
         (view,) = await conversations.get(db, context.user_id, [conversation.id])
-    _tell(context, changes)
+    news.tell()
     await sync.join(context, view)
     return OneConversation(view=view)
 
@@ -43,109 +53,140 @@ async def join(context: Context, frame: client.Join) -> OneConversation:
 async def leave(context: Context, frame: client.Leave) -> Done:
     """Let the caller out; an owner's place goes to the next in rank, then in age."""
     async with context.database.transaction() as db:
-        _, me = await _enter(db, context, frame.conversation_id)
-        changes = [await participants.change(db, me, status="left")]
-        if me.role == "owner" and (heir := await participants.heir(db, me)) is not None and heir.role != "owner":
-            changes.append(await participants.change(db, heir, role="owner"))
-        await users.touch(db, [change.participant.user_id for change in changes])
-    _tell(context, changes)
+        conversation, me = await entered(db, context, frame.conversation_id)
+        news = Membership(context, db, conversation)
+        news.changes += await participants.leave(db, me)
+        if news.changes[0].participant_count:
+            await news.announce(Announcement("leave", "left"))
+        await users.touch(db, [context.user_id])
+    news.tell()
     return Done()
 
 
 async def add(context: Context, frame: client.AddParticipants) -> Done:
     """Let users in."""
     async with context.database.transaction() as db:
-        conversation, me = await _enter(db, context, frame.conversation_id)
-        if not me.permissions.can_add_members:
-            raise Refused(ErrorCode.FORBIDDEN, "Your role cannot add participants.")
-        if RANKS.index(frame.role) >= RANKS.index(me.role) and frame.role != "member":
-            raise Refused(ErrorCode.FORBIDDEN, "You can only give a role below your own.", path="role")
-        if not await users.are_there(db, frame.participants):
+        conversation, me = await entered(db, context, frame.conversation_id)
+        require(me, Act.ADD_MEMBERS)
+        require_below(me, frame.role)
+        if not await users.all_may(db, "invite", context.user_id, frame.participants):
             raise NotFound("participants")
-        if not me.permissions.can_remove_members and await participants.any_banned(
-            db, conversation.id, frame.participants
-        ):
+        if not may(me, Act.REMOVE_MEMBERS) and await participants.any_banned(db, conversation.id, frame.participants):
             raise Refused(ErrorCode.FORBIDDEN, "Your role cannot lift a ban.", path="participants")
-        changes = await participants.add(db, conversation.id, frame.participants, frame.role, context.user_id)
-        if changes:
-            _require_room(conversation, len(changes))
-            await users.touch(db, [change.participant.user_id for change in changes])
-    _tell(context, changes)
+        news = Membership(context, db, conversation)
+        news.changes += await participants.add(db, conversation.id, frame.participants, frame.role, context.user_id)
+        if news.changes:
+            require_room(conversation, len(news.changes))
+            added = [change.participant.user_id for change in news.changes]
+            count = "someone" if len(added) == 1 else f"{len(added)} people"
+            await news.announce(Announcement("add_member", f"added {count}", {"user_ids": added}))
+            await participants.stamp(db, conversation.id, added)
+    news.tell()
     return Done()
 
 
 async def remove(context: Context, frame: client.RemoveParticipant) -> Done:
-    """Put someone of a lower role out."""
+    """Put someone of a lower role out, or take back their invitation."""
     status: ParticipantStatus = "banned" if frame.ban else "removed"
     async with context.database.transaction() as db:
-        _, me = await _enter(db, context, frame.conversation_id)
-        if not me.permissions.can_remove_members:
-            raise Refused(ErrorCode.FORBIDDEN, "Your role cannot remove participants.")
+        conversation, me = await entered(db, context, frame.conversation_id)
+        require(me, Act.REMOVE_MEMBERS)
         them = await _other(db, me, frame.user_id)
         if them.status == status:
             return Done()
-        if them.status != "active":
+        if them.status not in {"active", "invited"} and not frame.ban:
             raise NotFound("user_id")
-        changes = [await participants.change(db, them, status=status)]
-        await users.touch(db, [them.user_id])
-    _tell(context, changes)
+        news = Membership(context, db, conversation)
+        news.changes.append(await participants.change(db, them, status=status))
+        if them.status == "active":
+            await news.announce(Announcement("remove_member", "removed someone", {"user_ids": [them.user_id]}))
+        await news.record(Deed(context.user_id, "ban" if frame.ban else "remove", them.user_id))
+        await participants.stamp(db, conversation.id, [them.user_id])
+    news.tell()
+    return Done()
+
+
+async def unban(context: Context, frame: client.Unban) -> Done:
+    """Lift a ban."""
+    async with context.database.transaction() as db:
+        conversation, me = await entered(db, context, frame.conversation_id)
+        require(me, Act.REMOVE_MEMBERS)
+        them = await _other(db, me, frame.user_id)
+        if them.status != "banned":
+            return Done()
+        news = Membership(context, db, conversation)
+        news.changes.append(await participants.change(db, them, status="removed"))
+        await news.record(Deed(context.user_id, "unban", them.user_id))
+    news.tell()
     return Done()
 
 
 async def set_role(context: Context, frame: client.SetRole) -> Done:
     """Give someone of a lower role another one."""
     async with context.database.transaction() as db:
-        _, me = await _enter(db, context, frame.conversation_id)
-        if RANKS.index(me.role) < RANKS.index("admin"):
-            raise Refused(ErrorCode.FORBIDDEN, "Your role cannot change roles.")
-        them = await _other(db, me, frame.user_id)
-        if them.status != "active":
-            raise NotFound("user_id")
-        if RANKS.index(frame.role) >= RANKS.index(me.role):
-            raise Refused(ErrorCode.FORBIDDEN, "You can only give a role below your own.", path="role")
+        conversation, me = await entered(db, context, frame.conversation_id)
+        require(me, Act.SET_ROLES)
+        them = await _active(db, me, frame.user_id)
+        require_below(me, frame.role)
         if them.role == frame.role:
             return Done()
-        changes = [await participants.change(db, them, role=frame.role)]
-    _tell(context, changes)
+        news = Membership(context, db, conversation)
+        news.changes.append(await participants.change(db, them, role=frame.role))
+        details = {"from": them.role, "to": frame.role}
+        await news.record(Deed(context.user_id, "set_role", them.user_id, details=details))
+    news.tell()
+    return Done()
+
+
+async def set_permissions(context: Context, frame: client.SetPermissions) -> Done:
+    """Give someone of a lower role permissions beyond it, or take them back."""
+    wanted = {
+        name: getattr(frame, name)
+        for name in frame.__struct_fields__
+        if name.startswith("can_") and getattr(frame, name) is not UNSET
+    }
+    async with context.database.transaction() as db:
+        conversation, me = await entered(db, context, frame.conversation_id)
+        require(me, Act.SET_ROLES)
+        them = await _active(db, me, frame.user_id)
+        if not wanted:
+            return Done()
+        news = Membership(context, db, conversation)
+        news.changes.append(await participants.permit(db, them, wanted))
+        await news.record(Deed(context.user_id, "set_permissions", them.user_id, details=wanted))
+    news.tell()
+    return Done()
+
+
+async def transfer_ownership(context: Context, frame: client.TransferOwnership) -> Done:
+    """Make another participant the owner; the caller becomes an admin."""
+    async with context.database.transaction() as db:
+        conversation, me = await entered(db, context, frame.conversation_id)
+        require(me, Act.TRANSFER)
+        if frame.user_id == context.user_id:
+            return Done()
+        them = await _active(db, me, frame.user_id)
+        news = Membership(context, db, conversation)
+        news.changes.append(await participants.change(db, them, role="owner"))
+        news.changes.append(await participants.change(db, me, role="admin"))
+        await news.record(Deed(context.user_id, "transfer_ownership", them.user_id))
+    news.tell()
     return Done()
 
 
 async def list_participants(context: Context, frame: client.ListParticipants) -> ParticipantPage:
-    """Return a page of those who take part."""
+    """Return a page of those who take part, are invited, or are banned."""
     async with context.database.connection() as db:
-        entries = await participants.page(
-            db, frame.conversation_id, context.user_id, frame.after, limit=frame.limit + 1
-        )
-        if not entries and not await participants.is_active(db, frame.conversation_id, context.user_id):
-            raise NotFound("conversation_id")
+        entries = await participants.page(db, context.user_id, frame, limit=frame.limit + 1)
+        if not entries:
+            me = await participants.get(db, frame.conversation_id, context.user_id)
+            if me is None or me.status != "active":
+                raise NotFound("conversation_id")
+            if frame.status != "active" and not may(me, Act.ADD_MEMBERS):
+                require(me, Act.REMOVE_MEMBERS)
     page = entries[: frame.limit]
     after = page[-1].participant.user_id if len(entries) > frame.limit else None
     return ParticipantPage(participants=page, after=after)
-
-
-def _tell(context: Context, changes: list[Change]) -> None:
-    for now, count in changes:
-        context.events.publish(
-            ParticipantChanged(
-                conversation_id=now.conversation_id, version=now.version, participant=now, participant_count=count
-            ),
-            gone=None if now.status == "active" else now.user_id,
-        )
-    context.events.poke([change.participant.user_id for change in changes])
-
-
-async def _enter(db: Db, context: Context, conversation_id: ConversationId) -> tuple[Conversation, Participant]:
-    """Lock a conversation whose participants change, and return it with the caller's part in it.
-
-    Raises NotFound for everyone who has none, and Refused where participants stay as they are.
-    """
-    conversation = await conversations.lock(db, conversation_id)
-    me = await participants.get(db, conversation_id, context.user_id)
-    if conversation is None or me is None or me.status != "active":
-        raise NotFound("conversation_id")
-    if conversation.type in {"direct", "assistant"}:
-        raise Refused(ErrorCode.FORBIDDEN, "Who takes part in this kind of conversation does not change.")
-    return conversation, me
 
 
 async def _other(db: Db, me: Participant, user_id: UserId) -> Participant:
@@ -153,12 +194,12 @@ async def _other(db: Db, me: Participant, user_id: UserId) -> Participant:
     them = await participants.get(db, me.conversation_id, user_id)
     if them is None:
         raise NotFound("user_id")
-    if RANKS.index(them.role) >= RANKS.index(me.role):
-        raise Refused(ErrorCode.FORBIDDEN, "Their role is not below your own.", path="user_id")
+    require_above(me, them)
     return them
 
 
-def _require_room(conversation: Conversation, more: int) -> None:
-    limit = conversation.max_participants
-    if limit is not None and conversation.participant_count + more > limit:
-        raise Refused(ErrorCode.CONFLICT, f"The conversation is full: it takes {limit} participants.")
+async def _active(db: Db, me: Participant, user_id: UserId) -> Participant:
+    them = await _other(db, me, user_id)
+    if them.status != "active":
+        raise NotFound("user_id")
+    return them

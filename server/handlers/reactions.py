@@ -3,7 +3,7 @@
 from protocol import client
 from protocol.errors import ErrorCode, Refused
 from protocol.limits import MAX_EMOJI_PER_MESSAGE
-from protocol.server import Changed, MessageReacted, MessageUnreacted
+from protocol.server import Changed, MessageChanged, MessageReacted, MessageUnreacted
 from server.context import Context
 from server.errors import NotFound
 from server.queries import messages, reactions
@@ -21,7 +21,10 @@ async def react(context: Context, frame: client.React | client.Unreact) -> Chang
                 ErrorCode.CONFLICT, f"A message has at most {MAX_EMOJI_PER_MESSAGE} different emoji.", path="emoji"
             )
         version, count = await reactions.react(db, found.message, context.user_id, frame)
-    if count is not None:
+    if count is not None and found.is_from_before:
+        about = found.message.conversation_id
+        context.events.publish(MessageChanged(conversation_id=about, version=version, message_id=frame.message_id))
+    elif count is not None:
         event = MessageReacted if isinstance(frame, client.React) else MessageUnreacted
         context.events.publish(
             event(

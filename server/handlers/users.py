@@ -1,8 +1,20 @@
 """Users: their faces, their presence, and that they are typing."""
 
+from msgspec import UNSET
+
 from protocol import client
 from protocol.limits import MAX_SHARED_PARTICIPANTS
-from protocol.server import Done, PresenceList, TypingStarted, TypingStopped, UserList
+from protocol.server import (
+    Done,
+    OneMe,
+    OneProfile,
+    PresenceList,
+    TypingStarted,
+    TypingStopped,
+    UserList,
+    UserUpdated,
+)
+from server import search
 from server.context import Context
 from server.errors import NotFound
 from server.queries import conversations, users
@@ -12,6 +24,48 @@ async def get(context: Context, frame: client.GetUsers) -> UserList:
     """Return the public faces of users."""
     async with context.database.connection() as db:
         return UserList(users=await users.get(db, context.user_id, frame.user_ids))
+
+
+async def profile(context: Context, frame: client.GetProfile) -> OneProfile:
+    """Return what a user tells about themselves."""
+    async with context.database.connection() as db:
+        found = await users.profile(db, context.user_id, frame.user_id)
+    if found is None:
+        raise NotFound("user_id")
+    return OneProfile(profile=found)
+
+
+async def search_users(context: Context, frame: client.SearchUsers) -> UserList:
+    """Return users by name."""
+    query = search.query(frame.text)
+    async with context.database.searching() as db:
+        return UserList(users=await users.search(db, context.user_id, query, limit=frame.limit))
+
+
+async def me(context: Context, frame: client.GetMe) -> OneMe:  # noqa: ARG001 - every handler's shape
+    """Return the caller as they see themselves."""
+    async with context.database.connection() as db:
+        return OneMe(me=await users.me(db, context.user_id))
+
+
+async def update_profile(context: Context, frame: client.UpdateProfile) -> OneMe:
+    """Change the caller's profile or privacy, and tell those who watch them, and their other devices."""
+    given = {
+        field: getattr(frame, field)
+        for field in frame.__struct_fields__
+        if field != "id" and getattr(frame, field) is not UNSET
+    }
+    async with context.database.transaction() as db:
+        before = await users.me(db, context.user_id)
+        after = await users.update(db, context.user_id, given) if given else before
+    if after.user != before.user:
+        context.events.announce(context.user_id, UserUpdated(user=after.user))
+    if (after.show_online_status, after.is_private) != (before.show_online_status, before.is_private):
+        context.events.reconsider(context.user_id)
+        await context.services.presence.announce(context.user_id)
+    if given:
+        context.events.poke([context.user_id])
+    return OneMe(me=after)
 
 
 async def typing(context: Context, frame: client.Typing) -> Done:
@@ -30,7 +84,8 @@ async def typing(context: Context, frame: client.Typing) -> Done:
 
 async def set_presence(context: Context, frame: client.SetPresence) -> Done:
     """Record how the caller wants to be seen."""
-    await context.services.presence.choose(context.user_id, context.subscriber, frame)
+    if await context.services.presence.choose(context.user_id, context.subscriber, frame):
+        context.events.poke([context.user_id])
     return Done()
 
 
@@ -39,9 +94,8 @@ async def watch(context: Context, frame: client.Watch) -> PresenceList:
     # Follow first, look second: a change in between is delivered, not missed.
     connection = context.connection
     presence = context.services.presence
-    allowed = [seen.user_id for seen in await presence.seen_by(context.user_id, frame.user_ids)]
-    await connection.watch(allowed)
-    return PresenceList(presences=await presence.seen_by(context.user_id, allowed))
+    await connection.watch(await presence.watchable(context.user_id, frame.user_ids))
+    return PresenceList(presences=await presence.seen_by(context.user_id, frame.user_ids))
 
 
 async def unwatch(context: Context, frame: client.Unwatch) -> Done:

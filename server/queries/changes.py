@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from protocol.ids import ConversationId, MessageId, UserId
+from protocol.ids import EVERYONE, ConversationId, MessageId, UserId
 from protocol.server import Changes, DurableEvent
 from protocol.values import Receipt
 from server.database import Db
@@ -13,19 +13,23 @@ from server.queries.messages import COUNT_UNREAD
 _event_decoder = msgspec.json.Decoder(DurableEvent)
 _receipts_decoder = msgspec.json.Decoder(list[Receipt])
 
+_CHANGED = """json_build_object('type', 'message_changed', 'conversation_id', {row}.conversation_id,
+        'version', {row}.version, 'message_id', m.id)"""
+
+# Where newcomers do not see what was said before, words that someone there may not see are asked for one by one.
 EVENTS = """
-    (SELECT m.version, json_build_object(
+    (SELECT m.version, CASE WHEN NOT m.is_deleted AND {from_before} THEN {changed} ELSE json_build_object(
             'type', CASE WHEN m.is_deleted THEN 'message_deleted'
                 WHEN m.sent_version > $2 THEN 'message_sent' ELSE 'message_edited' END,
             'conversation_id', m.conversation_id, 'version', m.version, 'message', message_json(m)
-        ) AS event, NULL::uuid AS gone
+        ) END AS event, NULL::uuid AS gone
     FROM message m WHERE m.conversation_id = $1 AND m.version > $2 ORDER BY m.version LIMIT $3)
     UNION ALL
-    (SELECT r.version, json_build_object(
+    (SELECT r.version, CASE WHEN {from_before} THEN {reacted} ELSE json_build_object(
             'type', CASE WHEN r.is_removed THEN 'message_unreacted' ELSE 'message_reacted' END,
             'conversation_id', r.conversation_id, 'version', r.version, 'message_id', r.message_id,
             'user_id', r.user_id, 'emoji', r.emoji, 'count', coalesce((m.reactions ->> r.emoji)::int, 0)
-        ), NULL
+        ) END, NULL
     FROM message_reaction r JOIN message m ON m.id = r.message_id AND (m.conversation_id = r.conversation_id) IS TRUE
     WHERE r.conversation_id = $1 AND r.version > $2 ORDER BY r.version LIMIT $3)
     UNION ALL
@@ -39,10 +43,15 @@ EVENTS = """
     SELECT c.settings_version, json_build_object(
             'type', 'conversation_updated', 'conversation_id', c.id, 'version', c.settings_version,
             'conversation', conversation_json(c)
-        ), NULL
+        ), CASE WHEN c.is_deleted THEN '{everyone}'::uuid END
     WHERE c.settings_version > $2
     ORDER BY 1 LIMIT $3
-"""
+""".format(  # noqa: S608 - only column references and a constant are put in
+    from_before="c.settings ->> 'history' = 'from_joining' AND m.sent_version <= c.access_version",
+    changed=_CHANGED.format(row="m"),
+    reacted=_CHANGED.format(row="r"),
+    everyone=EVERYONE,
+)
 """At most $3 events of the conversation `c` after version $2, in order; who is gone by them."""
 
 SINCE = f"""

@@ -1,18 +1,26 @@
 """Conversations: made, changed, and listed as one of their participants sees them."""
 
 from collections.abc import Sequence
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any, NamedTuple
 from uuid import UUID
 
 import msgspec
 
 from protocol.ids import ConversationId, MessageId, UserId
-from protocol.values import Conversation, ConversationType, ConversationView, Json, Role
+from protocol.values import (
+    Conversation,
+    ConversationSettings,
+    ConversationType,
+    ConversationView,
+    PublicConversation,
+    Role,
+)
 from server.database import Db
 from server.queries.messages import COUNT_UNREAD
 
 _view_decoder = msgspec.json.Decoder(ConversationView)
+_public_decoder = msgspec.json.Decoder(list[PublicConversation])
 _conversation_decoder = msgspec.json.Decoder(Conversation)
 
 VIEW = f"""json_build_object(
@@ -21,14 +29,18 @@ VIEW = f"""json_build_object(
     'me', participant_json(me),
     'peer_id', CASE WHEN c.direct_low = me.user_id THEN c.direct_high ELSE c.direct_low END,
     'last_message', (
-        SELECT message_json(l) FROM message l WHERE l.conversation_id = c.id ORDER BY l.sent_version DESC LIMIT 1
+        SELECT message_json(l) FROM message l
+        WHERE l.conversation_id = c.id AND l.sent_version > visible_after(c, me) ORDER BY l.sent_version DESC LIMIT 1
     ),
     'unread_count', CASE WHEN c.version <= me.last_read_version THEN 0 ELSE (
         {COUNT_UNREAD.format(user="me.user_id", conversation="c.id", read="me.last_read_version")}
     ) END,
     'last_read_message_id', me.last_read_message_id,
     'last_activity_at', c.last_activity_at,
-    'invite_code', CASE WHEN can(me.role, 'admin', me.can_add_members) THEN c.invite_code END
+    'preferences', preferences_json(me),
+    'invite', CASE WHEN c.invite_code IS NOT NULL AND can(me.role, 'admin', me.can_add_members) THEN json_build_object(
+        'code', c.invite_code, 'expires_at', c.invite_expires_at, 'uses_left', c.invite_uses_left
+    ) END
 )"""  # noqa: S608 - only column references are put in
 """What protocol/values.py calls ConversationView, of the conversation `c` and the participant `me`."""
 
@@ -49,6 +61,7 @@ class Filter(NamedTuple):
 
     type: ConversationType | None = None
     is_archived: bool | None = None
+    is_hidden: bool | None = None
     before: tuple[datetime, ConversationId] | None = None
     without: Sequence[ConversationId] = ()
 
@@ -62,8 +75,9 @@ JOIN (
     WHERE p.user_id = $1 AND p.status = 'active'
         AND ($3::text IS NULL OR c.type = $3)
         AND ($4::boolean IS NULL OR c.is_archived = $4)
-        AND ($5::timestamptz IS NULL OR (c.last_activity_at, c.id) < ($5, $6::uuid))
-        AND NOT (c.id = ANY($7))
+        AND ($5::boolean IS NULL OR p.is_hidden = $5)
+        AND ($6::timestamptz IS NULL OR (c.last_activity_at, c.id) < ($6, $7::uuid))
+        AND NOT (c.id = ANY($8))
     ORDER BY c.last_activity_at DESC, c.id DESC
     LIMIT $2
 ) c ON c.id = me.conversation_id
@@ -75,7 +89,9 @@ ORDER BY c.last_activity_at DESC, c.id DESC
 async def page(db: Db, user_id: UserId, which: Filter, *, limit: int) -> list[ConversationView]:
     """Return up to `limit` of the user's conversations, most recently active first."""
     before = which.before or (None, None)
-    rows = await db.fetch(PAGE, user_id, limit, which.type, which.is_archived, *before, list(which.without))
+    rows = await db.fetch(
+        PAGE, user_id, limit, which.type, which.is_archived, which.is_hidden, *before, list(which.without)
+    )
     return [_view_decoder.decode(row[0]) for row in rows]
 
 
@@ -140,24 +156,26 @@ class Founding(msgspec.Struct, frozen=True, kw_only=True):
     members: dict[UserId, Role]
     title: str | None = None
     description: str | None = None
+    image: str | None = None
     is_public: bool = False
     invite_code: str | None = None
     max_participants: int | None = None
-    settings: Json = {}
+    settings: ConversationSettings = ConversationSettings()
 
 
 # The clock: 1 is the conversation itself, each participant takes one more.
 CREATE = """
 WITH made AS (
     INSERT INTO conversation (id, type, created_by, title, description, is_public, invite_code, max_participants,
-        settings, direct_low, direct_high, participant_count, settings_version, version, access_version)
+        settings, direct_low, direct_high, participant_count, settings_version, version, access_version, image)
     VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, cardinality($12::uuid[]), 1,
-        1 + cardinality($12::uuid[]), 1 + cardinality($12::uuid[]))
+        1 + cardinality($12::uuid[]), 1 + cardinality($12::uuid[]), $14)
     ON CONFLICT DO NOTHING
     RETURNING id
 ), joined AS (
-    INSERT INTO conversation_participant (conversation_id, user_id, role, invited_by, version, last_read_version)
-    SELECT made.id, m.user_id, m.role, nullif($3, m.user_id), 1 + m.place, 1 + cardinality($12::uuid[])
+    INSERT INTO conversation_participant (conversation_id, user_id, role, invited_by, version, joined_version,
+        last_read_version)
+    SELECT made.id, m.user_id, m.role, nullif($3, m.user_id), 1 + m.place, 1 + m.place, 1 + cardinality($12::uuid[])
     FROM made, unnest($12::uuid[], $13::text[]) WITH ORDINALITY AS m (user_id, role, place)
 )
 SELECT EXISTS (SELECT FROM made)
@@ -182,6 +200,7 @@ async def create(db: Db, founding: Founding) -> bool:
             *pair,
             list(founding.members),
             list(founding.members.values()),
+            founding.image,
         )
     )
 
@@ -190,7 +209,7 @@ async def create(db: Db, founding: Founding) -> bool:
 IS_SAME = """
 SELECT c.created_by = $2 AND c.type = $3 AND (c.settings_version > 1 OR (
         c.title = $4 AND c.description IS NOT DISTINCT FROM $5 AND c.is_public = $6
-        AND c.max_participants IS NOT DISTINCT FROM $7 AND c.settings = $8::jsonb
+        AND c.max_participants IS NOT DISTINCT FROM $7 AND c.settings = $8::jsonb AND c.image IS NOT DISTINCT FROM $10
     )) AND NOT EXISTS (
         SELECT FROM unnest($9::uuid[]) AS m (user_id) WHERE NOT EXISTS (
             SELECT FROM conversation_participant p WHERE p.conversation_id = c.id AND p.user_id = m.user_id
@@ -206,7 +225,7 @@ async def is_same(db: Db, founding: Founding) -> bool:
     return bool(
         await db.fetchval(
             IS_SAME, founding.id, founding.created_by, founding.type, founding.title, founding.description,
-            founding.is_public, founding.max_participants, settings, list(founding.members),
+            founding.is_public, founding.max_participants, settings, list(founding.members), founding.image,
         )
     )  # fmt: skip
 
@@ -221,12 +240,15 @@ async def direct(db: Db, one: UserId, other: UserId) -> ConversationId | None:
 
 OPEN = """
 SELECT c.id FROM conversation c
-WHERE c.id = $1 AND c.type IN ('group', 'channel') AND NOT c.is_deleted AND (c.is_public OR EXISTS (
+WHERE c.id = $1 AND c.type IN ('group', 'channel') AND c.is_active AND NOT c.is_deleted AND (c.is_public OR EXISTS (
     SELECT FROM conversation_participant p
     WHERE p.conversation_id = c.id AND p.user_id = $3 AND p.status IN ('active', 'invited')
 ))
 UNION
-SELECT c.id FROM conversation c WHERE c.invite_code = $2 AND c.type IN ('group', 'channel') AND NOT c.is_deleted
+SELECT c.id FROM conversation c
+WHERE c.invite_code = $2 AND c.type IN ('group', 'channel') AND c.is_active AND NOT c.is_deleted
+    AND (c.invite_expires_at > now() OR c.invite_expires_at IS NULL)
+    AND (c.invite_uses_left > 0 OR c.invite_uses_left IS NULL)
 """
 
 
@@ -246,7 +268,7 @@ UPDATE conversation c SET
     max_participants = CASE WHEN $2 ? 'max_participants' THEN ($2 ->> 'max_participants')::integer
         ELSE c.max_participants END,
     settings = CASE WHEN $2 ? 'settings' THEN $2 -> 'settings' ELSE c.settings END,
-    invite_code = CASE WHEN $2 ? 'invite_code' THEN $2 ->> 'invite_code' ELSE c.invite_code END,
+    image = CASE WHEN $2 ? 'image' THEN $2 ->> 'image' ELSE c.image END,
     version = c.version + 1, settings_version = c.version + 1, updated_at = now()
 WHERE c.id = $1
 RETURNING conversation_json(c)
@@ -257,6 +279,63 @@ async def update(db: Db, conversation_id: ConversationId, changes: dict[str, Any
     """Change the fields that are in `changes`, and return the conversation as it is now. Under the lock."""
     patch = msgspec.json.encode(changes).decode()
     return _conversation_decoder.decode(await db.fetchval(UPDATE, conversation_id, patch))
+
+
+DELETE = """
+UPDATE conversation c SET is_deleted = true, is_active = false, invite_code = NULL, updated_at = now(),
+    version = c.version + 1, settings_version = c.version + 1, access_version = c.version + 1
+WHERE c.id = $1
+RETURNING conversation_json(c)
+"""
+
+
+async def delete(db: Db, conversation_id: ConversationId) -> Conversation:
+    """End a conversation for everyone; return what is left of it. Under the lock."""
+    return _conversation_decoder.decode(await db.fetchval(DELETE, conversation_id))
+
+
+SET_INVITE_CODE = """
+UPDATE conversation c SET invite_code = $2, invite_expires_at = now() + $3, invite_uses_left = $4, updated_at = now(),
+    version = c.version + 1, settings_version = c.version + 1
+WHERE c.id = $1
+RETURNING conversation_json(c)
+"""
+
+
+async def set_invite_code(
+    db: Db, conversation_id: ConversationId, code: str | None, lasts: timedelta | None, uses: int | None
+) -> Conversation:
+    """Replace the invite code, or take it away; return the conversation. Under the lock."""
+    return _conversation_decoder.decode(await db.fetchval(SET_INVITE_CODE, conversation_id, code, lasts, uses))
+
+
+USE_INVITE_CODE = """
+UPDATE conversation SET invite_uses_left = invite_uses_left - 1 WHERE id = $1 AND invite_uses_left IS NOT NULL
+"""
+
+
+async def use_invite_code(db: Db, conversation_id: ConversationId) -> None:
+    """Count that someone has come in by the invite code. Under the lock."""
+    await db.execute(USE_INVITE_CODE, conversation_id)
+
+
+# The largest first: whoever looks for "engines" means the one where the others are.
+FIND = """
+SELECT coalesce(json_agg(json_build_object('conversation_id', c.id, 'type', c.type, 'title', c.title,
+    'description', c.description, 'image', c.image, 'participant_count', c.participant_count)), '[]')
+FROM (
+    SELECT c.* FROM conversation c
+    WHERE c.is_public AND to_tsvector('simple', coalesce(c.title, '') || ' ' || coalesce(c.description, ''))
+        @@ to_tsquery('simple', $1)
+        AND c.is_active AND NOT c.is_archived AND NOT c.is_deleted
+    ORDER BY c.participant_count DESC, c.id LIMIT $2
+) c
+"""
+
+
+async def find(db: Db, query: str, *, limit: int) -> list[PublicConversation]:
+    """Return public conversations that match a query of `search.query`."""
+    return _public_decoder.decode(await db.fetchval(FIND, query, limit))
 
 
 def cursor(view: ConversationView) -> str:

@@ -2,19 +2,20 @@
 
 from collections.abc import Sequence
 from datetime import datetime
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import msgspec
 
 from protocol.client import Edit, Send
 from protocol.ids import ConversationId, EditId, MessageId, UserId
 from protocol.server import MessagePage, OneMessage
-from protocol.values import Message, MessageEdit
+from protocol.values import Json, Message, MessageEdit, Participant, SystemMessageType
 from server.database import Db
 
 _page_decoder = msgspec.json.Decoder(MessagePage)
 _one_decoder = msgspec.json.Decoder(OneMessage)
 _message_decoder = msgspec.json.Decoder(Message)
+_participant_decoder = msgspec.json.Decoder(Participant)
 _edits_decoder = msgspec.json.Decoder(list[MessageEdit])
 
 NEWEST = 2**62
@@ -47,20 +48,24 @@ SEND = """
 WITH input AS (
     SELECT * FROM json_to_recordset($1) AS i (
         place integer, sender_id uuid, message_id uuid, conversation_id uuid, content text, content_type text,
-        formatted_content text, mentions uuid[], metadata jsonb, parent_message_id uuid
+        formatted_content text, mentions uuid[], metadata jsonb, parent_message_id uuid, has_waited boolean
     )
 ), wanted AS MATERIALIZED (
     SELECT i.*, allowed.access_version, coalesce(parent.thread_root_id, parent.id) AS root_id
     FROM input i
     CROSS JOIN LATERAL (
-        SELECT c.access_version
+        SELECT c.access_version, visible_after(c, p) AS visible_after
         FROM conversation_participant p JOIN conversation c ON c.id = p.conversation_id AND NOT c.is_deleted
         WHERE p.conversation_id = i.conversation_id AND p.user_id = i.sender_id AND p.status = 'active'
+            AND may_send(c, p.role, i.has_waited)
+            AND (c.type <> 'direct' OR may('write', i.sender_id,
+                CASE WHEN c.direct_low = i.sender_id THEN c.direct_high ELSE c.direct_low END))
         OFFSET 0
     ) allowed
     LEFT JOIN LATERAL (
         SELECT m.id, m.thread_root_id FROM message m
         WHERE m.id = i.parent_message_id AND (m.conversation_id = i.conversation_id) IS TRUE AND NOT m.is_deleted
+            AND m.sent_version > allowed.visible_after
         OFFSET 0
     ) parent ON true
     WHERE (i.parent_message_id IS NULL OR parent.id IS NOT NULL) AND NOT EXISTS (
@@ -103,8 +108,9 @@ SELECT f.place, f.version, f.created_at, f.root_id, r.reply_count FROM fresh f L
 """
 
 
-async def send(db: Db, batch: Sequence[Outgoing]) -> list[Stored | None]:
-    """Store a batch, in order; None stands for each that was not stored: ask `existing` why.
+async def send(db: Db, batch: Sequence[Outgoing], *, has_waited: bool = False) -> list[Stored | None]:
+    """Store a batch, in order; None stands for each that was not stored: ask `existing` why. In slow mode that is
+    everyone's for whom `has_waited` is not said.
 
     Raises UniqueViolationError, and stores none, if an id in it was taken while it ran.
     """
@@ -120,6 +126,7 @@ async def send(db: Db, batch: Sequence[Outgoing]) -> list[Stored | None]:
             "mentions": item.frame.mentions,
             "metadata": item.frame.metadata,
             "parent_message_id": item.frame.parent_message_id,
+            "has_waited": has_waited,
         }
         for place, item in enumerate(batch)
     ]
@@ -130,9 +137,11 @@ async def send(db: Db, batch: Sequence[Outgoing]) -> list[Stored | None]:
 
 
 class Existing(NamedTuple):
-    """Why a message was not stored, as far as the sender may know."""
+    """Why a message was not stored, as far as the sender may know: `obstacle` is the first of those below that is in
+    its way.
+    """
 
-    may_send: bool
+    obstacle: Literal["access", "archived", "role", "unwanted", "slow"] | None
     has_parent: bool
     version: int | None
     created_at: datetime | None
@@ -142,12 +151,16 @@ class Existing(NamedTuple):
 # What was sent first is compared in its original words: an edit keeps them as its oldest row.
 EXISTING = """
 SELECT
-    EXISTS (
-        SELECT FROM conversation_participant p JOIN conversation c ON c.id = p.conversation_id AND NOT c.is_deleted
-        WHERE p.conversation_id = $2 AND p.user_id = $3 AND p.status = 'active'
+    CASE WHEN p.id IS NULL THEN 'access'
+        WHEN c.is_archived THEN 'archived'
+        WHEN role_rank(p.role) < role_rank(coalesce(c.settings ->> 'send_role', 'guest')) THEN 'role'
+        WHEN c.type = 'direct' AND NOT may('write', $3,
+            CASE WHEN c.direct_low = $3 THEN c.direct_high ELSE c.direct_low END) THEN 'unwanted'
+        WHEN NOT may_send(c, p.role, false) THEN 'slow' END,
+    $4::uuid IS NULL OR EXISTS (
+        SELECT FROM message r WHERE r.id = $4 AND r.conversation_id = $2 AND NOT r.is_deleted
+            AND r.sent_version > visible_after(c, p)
     ),
-    $4::uuid IS NULL
-        OR EXISTS (SELECT FROM message r WHERE r.id = $4 AND r.conversation_id = $2 AND NOT r.is_deleted),
     m.sent_version,
     m.created_at,
     coalesce(m.conversation_id = $2 AND m.sender_id = $3
@@ -158,6 +171,9 @@ SELECT
         AND m.parent_message_id IS NOT DISTINCT FROM $4
         AND (m.is_deleted OR (m.mentions = $8 AND m.metadata IS NOT DISTINCT FROM $9::jsonb)), false)
 FROM (SELECT) AS always
+LEFT JOIN (
+    conversation_participant p JOIN conversation c ON c.id = p.conversation_id AND NOT c.is_deleted
+) ON p.conversation_id = $2 AND p.user_id = $3 AND p.status = 'active'
 LEFT JOIN message m ON m.id = $1
 LEFT JOIN LATERAL (
     SELECT e.id, e.content, e.formatted_content FROM message_edit e
@@ -178,11 +194,69 @@ async def existing(db: Db, outgoing: Outgoing) -> Existing:
     return Existing(*row)
 
 
+# In slow mode a participant's row is written for each message of theirs, and nowhere else.
+WAIT = """
+SELECT greatest(0, 1000 * ((c.settings ->> 'slow_mode_seconds')::int
+    - extract(epoch FROM clock_timestamp() - p.last_sent_at)))::int
+FROM conversation_participant p JOIN conversation c ON c.id = p.conversation_id
+WHERE p.conversation_id = $1 AND p.user_id = $2
+"""
+WAITED = "UPDATE conversation_participant SET last_sent_at = $3 WHERE conversation_id = $1 AND user_id = $2"
+
+
+async def send_slowly(db: Db, outgoing: Outgoing) -> Stored | int | None:
+    """Store a message in slow mode; return the milliseconds that its sender has to wait instead, or None as `send`
+    does. In a transaction.
+    """
+    about = outgoing.frame.conversation_id
+    await db.execute(LOCK, about)
+    if wait := await db.fetchval(WAIT, about, outgoing.sender_id):
+        return int(wait)
+    (stored,) = await send(db, [outgoing], has_waited=True)
+    if stored is not None:
+        await db.execute(WAITED, about, outgoing.sender_id, stored.created_at)
+    return stored
+
+
+ANNOUNCE = """
+WITH bumped AS (
+    UPDATE conversation SET version = version + 1, message_count = message_count + 1,
+        last_message_at = now(), last_activity_at = now()
+    WHERE id = $1 RETURNING version
+)
+INSERT INTO message AS m (conversation_id, sender_id, content, content_type, metadata, is_system_message,
+    system_message_type, sent_version, version)
+SELECT $1, $2, $3, 'system', $4, true, $5, b.version, b.version FROM bumped b
+RETURNING message_json(m)
+"""
+
+
+class Announcement(NamedTuple):
+    """What a system message says its sender did: for programs, and in English. No name is in it: people change theirs,
+    and may want it forgotten.
+    """
+
+    kind: SystemMessageType
+    content: str
+    metadata: Json = {}  # noqa: RUF012 - nobody writes to it
+
+
+async def announce(db: Db, conversation_id: ConversationId, user_id: UserId, said: Announcement) -> Message:
+    """Store what a user did as a system message, and return it. Under the lock."""
+    metadata = msgspec.json.encode(said.metadata).decode()
+    return _message_decoder.decode(
+        await db.fetchval(ANNOUNCE, conversation_id, user_id, said.content, metadata, said.kind)
+    )
+
+
 VISIBLE = """FROM message m
 JOIN conversation c ON c.id = m.conversation_id AND NOT c.is_deleted
 JOIN conversation_participant p ON p.conversation_id = m.conversation_id AND p.user_id = $2 AND p.status = 'active'
-WHERE m.id = $1 AND (m.conversation_id = $3) IS TRUE"""
-"""The message $1 of the conversation $3, if the user $2 takes part in it."""
+WHERE m.id = $1 AND (m.conversation_id = $3) IS TRUE AND m.sent_version > visible_after(c, p)"""
+"""The message $1 of the conversation $3, if the user $2 takes part in it and may see that far back."""
+WITHHELD = """CASE WHEN {message}.is_moderated AND ({message}.sender_id = $2
+    OR can(p.role, 'moderator', p.can_delete_messages)) THEN {message}.content END"""
+"""What a moderator has hidden, for the participant `p`, who is the user $2."""
 
 
 class Place(Protocol):
@@ -193,15 +267,19 @@ class Place(Protocol):
 
 
 class Found(NamedTuple):
-    """A message, and whether the caller may delete other people's there."""
+    """A message, the caller's part in its conversation, and whether there are people there who may not see it because
+    they joined later, so that its words are not for everyone.
+    """
 
     message: Message
-    can_delete_messages: bool
+    me: Participant
+    is_from_before: bool
 
 
 LOCK = "SELECT FROM conversation c WHERE c.id = $1 AND NOT c.is_deleted FOR NO KEY UPDATE"
 FIND = f"""
-SELECT message_json(m), can(p.role, 'moderator', p.can_delete_messages)
+SELECT message_json(m), participant_json(p),
+    coalesce(c.settings ->> 'history' = 'from_joining', false) AND m.sent_version <= c.access_version
 {VISIBLE}
 """
 
@@ -210,13 +288,16 @@ async def lock(db: Db, place: Place, user_id: UserId) -> Found | None:
     """Lock the conversation of a message, and then return the message as it is, deleted or not; None without access."""
     await db.execute(LOCK, place.conversation_id)
     row = await db.fetchrow(FIND, place.message_id, user_id, place.conversation_id)
-    return None if row is None else Found(_message_decoder.decode(row[0]), row[1])
+    if row is None:
+        return None
+    return Found(_message_decoder.decode(row[0]), _participant_decoder.decode(row[1]), row[2])
 
 
 GET = f"""
 SELECT json_build_object(
     'type', 'message',
     'message', message_json(m),
+    'withheld', {WITHHELD.format(message="m")},
     'mine', ARRAY(
         SELECT r.emoji FROM message_reaction r
         WHERE r.message_id = m.id AND (r.conversation_id = m.conversation_id) IS TRUE
@@ -244,10 +325,10 @@ async def get(db: Db, place: Place, user_id: UserId) -> OneMessage | None:
 
 # $3 is the anchor, whose place ($4 past it, or $4 itself when there is none) divides what is older from what
 # is not. A participant gets at least one row, empty if need be: no row means no access.
-PAGE = """
-SELECT c.version, anchor.place, page.is_older, message_json(page.m), ARRAY(
+PAGE = f"""
+SELECT c.version, anchor.place, page.is_older, message_json(page.m), {WITHHELD.format(message="(page.m)")}, ARRAY(
     SELECT r.emoji FROM message_reaction r
-    WHERE (page.m).reactions <> '{}' AND r.message_id = (page.m).id AND (r.conversation_id = $1) IS TRUE
+    WHERE (page.m).reactions <> '{{}}' AND r.message_id = (page.m).id AND (r.conversation_id = $1) IS TRUE
         AND r.user_id = $2 AND NOT r.is_removed
     ORDER BY r.emoji
 )
@@ -255,17 +336,22 @@ FROM conversation_participant p
 JOIN conversation c ON c.id = p.conversation_id AND NOT c.is_deleted
 CROSS JOIN LATERAL (
     SELECT $4::bigint + CASE WHEN $3::uuid IS NULL THEN 0
-        ELSE (SELECT a.sent_version FROM message a WHERE a.id = $3 AND (a.conversation_id = $1) IS TRUE) END AS place
+        ELSE (
+            SELECT a.sent_version FROM message a
+            WHERE a.id = $3 AND (a.conversation_id = $1) IS TRUE AND a.sent_version > visible_after(c, p)
+        ) END AS place
 ) anchor
 LEFT JOIN LATERAL (
     (SELECT m, true AS is_older FROM message m
-        WHERE m.conversation_id = $1 AND m.sent_version < anchor.place ORDER BY m.sent_version DESC LIMIT $5)
+        WHERE m.conversation_id = $1 AND m.sent_version < anchor.place AND m.sent_version > visible_after(c, p)
+        ORDER BY m.sent_version DESC LIMIT $5)
     UNION ALL
     (SELECT m, false FROM message m
-        WHERE m.conversation_id = $1 AND m.sent_version >= anchor.place ORDER BY m.sent_version LIMIT $6)
+        WHERE m.conversation_id = $1 AND m.sent_version >= anchor.place AND m.sent_version > visible_after(c, p)
+        ORDER BY m.sent_version LIMIT $6)
 ) page ON true
 WHERE p.conversation_id = $1 AND p.user_id = $2 AND p.status = 'active'
-"""
+"""  # noqa: S608 - only column references are put in
 
 
 class Span(NamedTuple):
@@ -291,16 +377,21 @@ async def page(db: Db, conversation_id: ConversationId, user_id: UserId, span: S
     version, place = rows[0][:2]
     if place is None:
         raise LookupError
-    older = [(text, mine) for *_, is_older, text, mine in rows if is_older]
-    newer = [(text, mine) for *_, is_older, text, mine in rows if is_older is False]
+    older = [tuple(beside) for _, _, is_older, *beside in rows if is_older]
+    newer = [tuple(beside) for _, _, is_older, *beside in rows if is_older is False]
     kept = older[: span.older][::-1] + newer[: span.newer]
-    messages = [_message_decoder.decode(text) for text, _ in kept]
+    messages = [_message_decoder.decode(text) for text, _, _ in kept]
     return MessagePage(
         version=version,
         messages=messages,
         has_before=len(older) > span.older if span.older else span.anchor is not None,
         has_after=len(newer) > span.newer if span.newer else span.anchor is not None,
-        mine={message.id: mine for message, (_, mine) in zip(messages, kept, strict=True) if mine},
+        mine={message.id: mine for message, (_, _, mine) in zip(messages, kept, strict=True) if mine},
+        withheld={
+            message.id: withheld
+            for message, (_, withheld, _) in zip(messages, kept, strict=True)
+            if withheld is not None
+        },
     )
 
 
@@ -395,20 +486,21 @@ SELECT coalesce((
     ) e
 ), '[]')
 {VISIBLE} AND NOT m.is_deleted
+    AND (NOT m.is_moderated OR m.sender_id = $2 OR can(p.role, 'moderator', p.can_delete_messages))
 """  # noqa: S608 - VISIBLE is a constant
 
 
 async def edits(db: Db, place: Place, user_id: UserId, *, limit: int) -> list[MessageEdit] | None:
-    """Return what a message said before, newest first; None without access or when it is deleted."""
+    """Return what a message said before, newest first; None without access, when it is deleted or hidden from them."""
     text = await db.fetchval(EDITS, place.message_id, user_id, place.conversation_id, limit)
     return None if text is None else _edits_decoder.decode(text)
 
 
 COUNT_UNREAD = """
-SELECT count(*) FILTER (WHERE NOT is_deleted AND sender_id <> {user}) FROM (
-    SELECT n.is_deleted, n.sender_id FROM message n
+SELECT count(*) FILTER (WHERE NOT is_deleted AND NOT is_system_message AND sender_id <> {user}) FROM (
+    SELECT n.is_deleted, n.is_system_message, n.sender_id FROM message n
     WHERE n.conversation_id = {conversation} AND n.sent_version > {read} ORDER BY n.sent_version DESC LIMIT 100
 ) newest
 """
-"""Of the newest 100 messages past the read position, those of others: bounded, however long one was away.
+"""Of the newest 100 messages past the read position, those that others wrote: bounded, however long one was away.
 The names in braces are column references of the queries that embed it, never values."""

@@ -1,17 +1,19 @@
 """Participants: who is in a conversation, as what, and how that changes. All changes are made under the lock."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 
+from protocol.client import ListParticipants
 from protocol.ids import ConversationId, UserId
 from protocol.server import ParticipantEntry
-from protocol.values import Participant, ParticipantStatus, Role
+from protocol.values import Invitation, Participant, ParticipantStatus, Role
 from server.database import Db
 from server.queries.users import FACE
 
 _participant_decoder = msgspec.json.Decoder(Participant)
+_invitations_decoder = msgspec.json.Decoder(list[Invitation])
 _entry_decoder = msgspec.json.Decoder(ParticipantEntry)
 
 
@@ -41,23 +43,23 @@ SELECT json_build_object(
 )
 FROM conversation_participant me
 JOIN conversation c ON c.id = me.conversation_id AND NOT c.is_deleted
-JOIN conversation_participant p ON p.conversation_id = me.conversation_id AND p.status = 'active'
+JOIN conversation_participant p ON p.conversation_id = me.conversation_id AND p.status = $5
 JOIN "user" u ON u.id = p.user_id
 WHERE me.conversation_id = $1 AND me.user_id = $2 AND me.status = 'active' AND ($3::uuid IS NULL OR p.user_id > $3)
+    AND ($5 = 'active' OR can(me.role, 'admin', me.can_add_members OR me.can_remove_members))
 ORDER BY p.user_id
 LIMIT $4
 """  # noqa: S608 - FACE is a constant
 
 
-async def page(
-    db: Db, conversation_id: ConversationId, user_id: UserId, after: UserId | None, *, limit: int
-) -> list[ParticipantEntry]:
+async def page(db: Db, user_id: UserId, frame: ListParticipants, *, limit: int) -> list[ParticipantEntry]:
     """Return up to `limit` participants in the order of their ids; none without access."""
-    rows = await db.fetch(PAGE, conversation_id, user_id, after, limit)
+    rows = await db.fetch(PAGE, frame.conversation_id, user_id, frame.after, limit, frame.status)
     return [_entry_decoder.decode(row[0]) for row in rows]
 
 
-# Whoever enters has nothing unread: what was said before is history to them.
+# Whoever enters has nothing unread: what was said before is history to them. Who was invited, and comes by themselves,
+# has the role that was meant for them.
 ADD = """
 WITH entering AS (
     SELECT a.user_id, row_number() OVER (ORDER BY a.user_id) AS place
@@ -73,11 +75,15 @@ WITH entering AS (
     WHERE c.id = $1 AND n.entering > 0
     RETURNING c.version - n.entering AS base, c.participant_count
 )
-INSERT INTO conversation_participant AS p (conversation_id, user_id, role, invited_by, version, last_read_version)
-SELECT $1, e.user_id, $3, $4, b.base + e.place, b.base FROM entering e, bumped b
+INSERT INTO conversation_participant AS p (conversation_id, user_id, role, invited_by, version, joined_version,
+    last_read_version)
+SELECT $1, e.user_id, $3, $4, b.base + e.place, b.base + e.place, b.base FROM entering e, bumped b
 ON CONFLICT (conversation_id, user_id) DO UPDATE SET
-    role = excluded.role, status = 'active', joined_at = now(), left_at = NULL, invited_by = excluded.invited_by,
-    version = excluded.version, last_read_version = greatest(p.last_read_version, excluded.last_read_version),
+    role = CASE WHEN p.status = 'invited' AND $4 IS NULL THEN p.role ELSE excluded.role END,
+    invited_by = CASE WHEN p.status = 'invited' AND $4 IS NULL THEN p.invited_by ELSE excluded.invited_by END,
+    status = 'active', joined_at = now(), left_at = NULL,
+    version = excluded.version, joined_version = excluded.joined_version,
+    last_read_version = greatest(p.last_read_version, excluded.last_read_version),
     can_add_members = false, can_remove_members = false, can_edit_conversation = false,
     can_delete_messages = false, can_pin_messages = false
 RETURNING participant_json(p), (SELECT participant_count FROM bumped)
@@ -93,10 +99,54 @@ async def add(
     return sorted(changes, key=lambda change: change.participant.version)
 
 
+INVITE = """
+WITH asked AS (
+    SELECT a.user_id, row_number() OVER (ORDER BY a.user_id) AS place
+    FROM (SELECT DISTINCT user_id FROM unnest($2::uuid[]) AS named (user_id)) a
+    WHERE NOT EXISTS (
+        SELECT FROM conversation_participant p
+        WHERE p.conversation_id = $1 AND p.user_id = a.user_id AND p.status IN ('active', 'invited')
+    )
+), bumped AS (
+    UPDATE conversation c SET version = c.version + n.asked
+    FROM (SELECT count(*) AS asked FROM asked) n
+    WHERE c.id = $1 AND n.asked > 0
+    RETURNING c.version - n.asked AS base, c.participant_count
+)
+INSERT INTO conversation_participant AS p (conversation_id, user_id, role, status, invited_by, version)
+SELECT $1, a.user_id, $3, 'invited', $4, b.base + a.place FROM asked a, bumped b
+ON CONFLICT (conversation_id, user_id) DO UPDATE SET
+    role = excluded.role, status = 'invited', invited_by = excluded.invited_by, version = excluded.version,
+    joined_version = 0
+RETURNING participant_json(p), (SELECT participant_count FROM bumped)
+"""
+
+
+async def invite(
+    db: Db, conversation_id: ConversationId, user_ids: Sequence[UserId], role: Role, invited_by: UserId
+) -> list[Change]:
+    """Ask users to come who are neither there nor asked; return those, in the order of their versions."""
+    rows = await db.fetch(INVITE, conversation_id, list(user_ids), role, invited_by)
+    changes = [Change(_participant_decoder.decode(text), count) for text, count in rows]
+    return sorted(changes, key=lambda change: change.participant.version)
+
+
+INVITATIONS = """
+SELECT coalesce(json_agg(invitation_json(p, c) ORDER BY p.user_version DESC), '[]') FROM (
+    SELECT * FROM conversation_participant p WHERE p.user_id = $1 AND p.status = 'invited' LIMIT 100
+) p JOIN conversation c ON c.id = p.conversation_id AND c.is_active AND NOT c.is_deleted
+"""
+
+
+async def invitations(db: Db, user_id: UserId) -> list[Invitation]:
+    """Return where a user is invited to, at most 100, the newest first."""
+    return _invitations_decoder.decode(await db.fetchval(INVITATIONS, user_id))
+
+
 CHANGE = """
 WITH bumped AS (
     UPDATE conversation SET version = version + 1, access_version = version + 1,
-        participant_count = participant_count - CASE WHEN $4 = 'active' THEN 0 ELSE 1 END
+        participant_count = participant_count - $5, is_active = participant_count > $5
     WHERE id = $1 RETURNING version, participant_count
 )
 UPDATE conversation_participant p SET role = $3, status = $4, version = b.version,
@@ -107,10 +157,74 @@ RETURNING participant_json(p), b.participant_count
 
 
 async def change(db: Db, now: Participant, *, role: Role | None = None, status: ParticipantStatus = "active") -> Change:
-    """Give an active participant another role, or another status, which ends their part."""
-    row = await db.fetchrow(CHANGE, now.conversation_id, now.user_id, role or now.role, status)
+    """Give a participant another role, or another status, which ends their part; when nobody is left, the conversation
+    ends, too.
+    """
+    leaving = int(now.status == "active" and status != "active")
+    row = await db.fetchrow(CHANGE, now.conversation_id, now.user_id, role or now.role, status, leaving)
     assert row is not None  # noqa: S101 - the caller read it under the lock
     return Change(_participant_decoder.decode(row[0]), row[1])
+
+
+PERMIT = """
+WITH bumped AS (
+    UPDATE conversation SET version = version + 1, access_version = version + 1
+    WHERE id = $1 RETURNING version, participant_count
+)
+UPDATE conversation_participant p SET version = b.version,
+    can_add_members = coalesce(($3::jsonb ->> 'can_add_members')::boolean, can_add_members),
+    can_remove_members = coalesce(($3 ->> 'can_remove_members')::boolean, can_remove_members),
+    can_edit_conversation = coalesce(($3 ->> 'can_edit_conversation')::boolean, can_edit_conversation),
+    can_delete_messages = coalesce(($3 ->> 'can_delete_messages')::boolean, can_delete_messages),
+    can_pin_messages = coalesce(($3 ->> 'can_pin_messages')::boolean, can_pin_messages)
+FROM bumped b WHERE p.conversation_id = $1 AND p.user_id = $2
+RETURNING participant_json(p), b.participant_count
+"""
+
+
+async def permit(db: Db, now: Participant, granted: dict[str, bool]) -> Change:
+    """Give a participant permissions beyond their role, or take them back."""
+    row = await db.fetchrow(PERMIT, now.conversation_id, now.user_id, msgspec.json.encode(granted).decode())
+    assert row is not None  # noqa: S101 - the caller read it under the lock
+    return Change(_participant_decoder.decode(row[0]), row[1])
+
+
+PREFER = """
+WITH touched AS (UPDATE "user" SET version = version + 1 WHERE id = $2 RETURNING version)
+UPDATE conversation_participant p SET user_version = t.version,
+    pin_order = CASE WHEN $3::jsonb ? 'pin_order' THEN ($3 ->> 'pin_order')::integer ELSE pin_order END,
+    is_hidden = coalesce(($3 ->> 'is_hidden')::boolean, is_hidden),
+    is_muted = coalesce(($3 ->> 'is_muted')::boolean, is_muted),
+    muted_until = CASE WHEN $3 ? 'muted_until' THEN ($3 ->> 'muted_until')::timestamptz ELSE muted_until END,
+    notification_level = coalesce($3 ->> 'notification_level', notification_level),
+    notifications_enabled = coalesce($3 ->> 'notification_level', notification_level) <> 'none'
+FROM touched t WHERE p.conversation_id = $1 AND p.user_id = $2 AND p.status = 'active' AND EXISTS (
+    SELECT FROM conversation c WHERE c.id = $1 AND NOT c.is_deleted
+)
+RETURNING true
+"""
+
+
+async def prefer(db: Db, conversation_id: ConversationId, user_id: UserId, changes: dict[str, Any]) -> bool:
+    """Change how a user wants to have a conversation; False, and in vain, without access."""
+    return bool(await db.fetchval(PREFER, conversation_id, user_id, msgspec.json.encode(changes).decode()))
+
+
+# Users are locked in the order of their ids, after the conversation, as everywhere.
+STAMP = """
+WITH touched AS (
+    UPDATE "user" u SET version = u.version + 1
+    FROM (SELECT id FROM "user" WHERE id = ANY($2) ORDER BY id FOR NO KEY UPDATE) t WHERE u.id = t.id
+    RETURNING u.id, u.version
+)
+UPDATE conversation_participant p SET user_version = t.version FROM touched t
+WHERE p.conversation_id = $1 AND p.user_id = t.id
+"""
+
+
+async def stamp(db: Db, conversation_id: ConversationId, user_ids: Sequence[UserId]) -> None:
+    """Move users' own clocks, and note that it was for their invitations to a conversation."""
+    await db.execute(STAMP, conversation_id, list(user_ids))
 
 
 HEIR = """
@@ -127,6 +241,14 @@ async def heir(db: Db, leaving: Participant) -> Participant | None:
     return None if text is None else _participant_decoder.decode(text)
 
 
+async def leave(db: Db, leaving: Participant) -> list[Change]:
+    """Let a participant out. An owner's place goes to the next in rank, then in age, so that there always is one."""
+    changes = [await change(db, leaving, status="left")]
+    if leaving.role == "owner" and (next_one := await heir(db, leaving)) is not None:
+        changes.append(await change(db, next_one, role="owner"))
+    return changes
+
+
 BANNED = """
 SELECT count(*) FROM conversation_participant
 WHERE conversation_id = $1 AND user_id = ANY($2) AND status = 'banned'
@@ -136,16 +258,3 @@ WHERE conversation_id = $1 AND user_id = ANY($2) AND status = 'banned'
 async def any_banned(db: Db, conversation_id: ConversationId, user_ids: Sequence[UserId]) -> bool:
     """Whether one of the users is banned from the conversation."""
     return bool(await db.fetchval(BANNED, conversation_id, list(user_ids)))
-
-
-IS_ACTIVE = """
-SELECT EXISTS (
-    SELECT FROM conversation_participant p JOIN conversation c ON c.id = p.conversation_id AND NOT c.is_deleted
-    WHERE p.conversation_id = $1 AND p.user_id = $2 AND p.status = 'active'
-)
-"""
-
-
-async def is_active(db: Db, conversation_id: ConversationId, user_id: UserId) -> bool:
-    """Whether a user takes part in a conversation."""
-    return bool(await db.fetchval(IS_ACTIVE, conversation_id, user_id))

@@ -1,42 +1,139 @@
 """Users as others see them."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 from msgspec import UNSET
 
 from protocol.client import SetPresence
 from protocol.ids import UserId
-from protocol.values import PresenceStatus, User
+from protocol.server import OwnEvent
+from protocol.values import Me, PresenceStatus, Profile, User
 from server.database import Db
 
 _users_decoder = msgspec.json.Decoder(list[User])
+_profile_decoder = msgspec.json.Decoder(Profile)
+_me_decoder = msgspec.json.Decoder(Me)
+_own_decoder = msgspec.json.Decoder(OwnEvent)
 
-FACE = """json_build_object(
-    'id', u.id, 'name', u.name, 'display_name', u.display_name, 'image', u.image, 'bio', u.bio)"""
-"""A user's public face (protocol/values.py), for queries that have the user's row as `u`."""
-
-MAY_SEE = """u.id = ANY($2) AND u.is_active AND NOT u.is_deleted AND (
-    NOT u.is_private OR u.id = $1 OR EXISTS (
-        SELECT FROM conversation_participant mine
-        JOIN conversation_participant theirs
-            ON theirs.conversation_id = mine.conversation_id AND theirs.user_id = u.id AND theirs.status = 'active'
-        WHERE mine.user_id = $1 AND mine.status = 'active'
-    )
-)"""
-"""Those of the users $2 whom $1 may see: someone private only by those who share a conversation with them."""
+FACE = "json_build_object('id', u.id, 'name', u.name, 'display_name', u.display_name, 'image', u.image)"
+"""A user's face (protocol/values.py), for queries that have the user's row as `u`."""
 
 GET = f"""
-SELECT coalesce(json_agg({FACE}), '[]')
-FROM "user" u
-WHERE {MAY_SEE}
-"""  # noqa: S608 - FACE and MAY_SEE are constants
+SELECT coalesce(json_agg({FACE}), '[]') FROM "user" u WHERE u.id = ANY($2) AND may('see_face', $1, u.id)
+"""  # noqa: S608 - FACE is a constant
 
 
 async def get(db: Db, caller: UserId, user_ids: Sequence[UserId]) -> list[User]:
     """Return those of the users that exist and that the caller may see."""
     return _users_decoder.decode(await db.fetchval(GET, caller, list(user_ids)))
+
+
+PROFILE = f"""
+SELECT json_build_object('user', {FACE}, 'bio', u.bio, 'location', u.location, 'website', u.website,
+    'created_at', u.created_at)
+FROM "user" u WHERE u.id = $2 AND may('see_profile', $1, $2)
+"""  # noqa: S608 - FACE is a constant
+
+
+async def profile(db: Db, caller: UserId, user_id: UserId) -> Profile | None:
+    """Return what a user tells about themselves; None if the caller may not see it."""
+    text = await db.fetchval(PROFILE, caller, user_id)
+    return None if text is None else _profile_decoder.decode(text)
+
+
+# At most a thousand that match are asked whether they may be seen: whoever is looked for has more words than that.
+SEARCH = f"""
+SELECT coalesce(json_agg({FACE} ORDER BY u.name, u.id), '[]') FROM (
+    SELECT u.* FROM (
+        SELECT * FROM "user" u
+        WHERE to_tsvector('simple', u.name || ' ' || coalesce(u.display_name, '')) @@ to_tsquery('simple', $2)
+            AND u.is_active AND NOT u.is_deleted
+        LIMIT 1000
+    ) u
+    WHERE u.id <> $1 AND may('see_face', $1, u.id)
+    ORDER BY u.name, u.id LIMIT $3
+) u
+"""  # noqa: S608 - FACE is a constant
+
+
+async def search(db: Db, caller: UserId, query: str, *, limit: int) -> list[User]:
+    """Return users who match a query of `search.query` and whom the caller may see."""
+    return _users_decoder.decode(await db.fetchval(SEARCH, caller, query, limit))
+
+
+ME = """SELECT me_json(u) FROM "user" u WHERE u.id = $1"""
+
+
+async def me(db: Db, user_id: UserId) -> Me:
+    """Return a user as they see themselves."""
+    return _me_decoder.decode(await db.fetchval(ME, user_id))
+
+
+UPDATE = """
+UPDATE "user" u SET
+    name = coalesce($2::jsonb ->> 'name', u.name),
+    display_name = CASE WHEN $2 ? 'display_name' THEN $2 ->> 'display_name' ELSE u.display_name END,
+    image = CASE WHEN $2 ? 'image' THEN $2 ->> 'image' ELSE u.image END,
+    bio = CASE WHEN $2 ? 'bio' THEN $2 ->> 'bio' ELSE u.bio END,
+    location = CASE WHEN $2 ? 'location' THEN $2 ->> 'location' ELSE u.location END,
+    website = CASE WHEN $2 ? 'website' THEN $2 ->> 'website' ELSE u.website END,
+    is_private = coalesce(($2 ->> 'is_private')::boolean, u.is_private),
+    allow_friend_requests = coalesce(($2 ->> 'allow_friend_requests')::boolean, u.allow_friend_requests),
+    show_online_status = coalesce(($2 ->> 'show_online_status')::boolean, u.show_online_status),
+    version = u.version + 1, own_version = u.version + 1, updated_at = now()
+WHERE u.id = $1
+RETURNING me_json(u)
+"""
+
+
+async def update(db: Db, user_id: UserId, changes: dict[str, Any]) -> Me:
+    """Change the fields of a user that are in `changes`, and return the user as they are now."""
+    return _me_decoder.decode(await db.fetchval(UPDATE, user_id, msgspec.json.encode(changes).decode()))
+
+
+IS_ADMIN = """SELECT is_admin FROM "user" WHERE id = $1"""
+
+
+async def is_admin(db: Db, user_id: UserId) -> bool:
+    """Whether a user is a server administrator."""
+    return bool(await db.fetchval(IS_ADMIN, user_id))
+
+
+# What is a user's alone, and changed after the number $2 of their own clock, as the events that tell it.
+NEWS = """
+SELECT u.version, news.event FROM "user" u LEFT JOIN LATERAL (
+    SELECT json_build_object('type', 'me_changed', 'user_version', u.own_version, 'me', me_json(u)) AS event
+    WHERE u.own_version > $2
+    UNION ALL
+    (SELECT json_build_object('type', 'relationship_changed', 'user_version', r.from_version,
+        'relationship', relationship_json(r, u.id))
+    FROM user_relationship r WHERE r.from_user_id = u.id AND r.from_version > $2)
+    UNION ALL
+    (SELECT json_build_object('type', 'relationship_changed', 'user_version', r.to_version,
+        'relationship', relationship_json(r, u.id))
+    FROM user_relationship r WHERE r.to_user_id = u.id AND r.to_version > $2 AND r.type IN ('friend', 'follow'))
+    UNION ALL
+    (SELECT CASE
+        WHEN p.status = 'invited' AND c.is_active AND NOT c.is_deleted THEN json_build_object('type', 'invited',
+            'user_version', p.user_version, 'invitation', invitation_json(p, c))
+        WHEN p.status = 'active' THEN json_build_object('type', 'preferences_changed',
+            'user_version', p.user_version, 'conversation_id', c.id, 'preferences', preferences_json(p))
+        ELSE json_build_object('type', 'invitation_ended', 'user_version', p.user_version, 'conversation_id', c.id)
+        END
+    FROM conversation_participant p JOIN conversation c ON c.id = p.conversation_id
+    WHERE p.user_id = u.id AND p.user_version > $2)
+) news ON true
+WHERE u.id = $1
+"""
+
+
+async def news(db: Db, user_id: UserId, since: int) -> tuple[int, list[OwnEvent]]:
+    """Return a user's own clock, and what changed for them alone after a number of it."""
+    rows = await db.fetch(NEWS, user_id, since)
+    events = [_own_decoder.decode(row[1]) for row in rows if row[1] is not None]
+    return rows[0][0] if rows else since, sorted(events, key=lambda event: event.user_version)
 
 
 class Visibility(NamedTuple):
@@ -46,18 +143,18 @@ class Visibility(NamedTuple):
     custom_status: str | None
     is_shown: bool
     last_seen_at: float | None
+    is_watchable: bool = True
+    """Whether they may be seen, or may not only because they show nobody whether they are here."""
 
 
-# A watcher may see the presence of whom they may see at all, unless that user or a relationship says otherwise.
-VISIBLE = f"""
-SELECT u.id, u.status, u.custom_status, u.show_online_status AND NOT EXISTS (
-        SELECT FROM user_relationship r
-        WHERE r.from_user_id = u.id AND r.to_user_id = $1
-            AND (NOT r.can_see_online_status OR (r.type = 'block' AND r.status = 'active'))
-    ), extract(epoch FROM u.last_seen_at)::float8
+VISIBLE = """
+SELECT u.id, u.status,
+    CASE WHEN u.custom_status_until > now() OR u.custom_status_until IS NULL THEN u.custom_status END,
+    may('see_presence', $1, u.id), extract(epoch FROM u.last_seen_at)::float8,
+    may('see_presence', $1, u.id) OR NOT u.show_online_status
 FROM "user" u
-WHERE {MAY_SEE}
-"""  # noqa: S608 - MAY_SEE is a constant
+WHERE u.id = ANY($2) AND u.is_active AND NOT u.is_deleted AND may('see_face', $1, u.id)
+"""
 
 
 async def visible(db: Db, caller: UserId, user_ids: Sequence[UserId]) -> dict[UserId, Visibility]:
@@ -67,20 +164,49 @@ async def visible(db: Db, caller: UserId, user_ids: Sequence[UserId]) -> dict[Us
 
 # 'away' belongs to a device, not to the user; 'offline' is what the column says of those who never chose.
 CHOOSE = """
-UPDATE "user" SET updated_at = now(),
-    status = CASE $2 WHEN 'away' THEN status WHEN 'offline' THEN 'invisible' ELSE $2 END,
-    custom_status = CASE WHEN $3 THEN $4 ELSE custom_status END
-WHERE id = $1
+UPDATE "user" u SET updated_at = now(), status = chosen.status,
+    custom_status = CASE WHEN $3 THEN $4 ELSE u.custom_status END,
+    custom_status_until = CASE WHEN $3 THEN now() + make_interval(secs => $5) ELSE u.custom_status_until END,
+    version = u.version + 1, own_version = u.version + 1
+FROM (
+    SELECT CASE $2 WHEN 'away' THEN status WHEN 'offline' THEN 'invisible' ELSE $2 END AS status
+    FROM "user" WHERE id = $1
+) chosen
+WHERE u.id = $1 AND (u.status <> chosen.status OR ($3 AND (u.custom_status IS DISTINCT FROM $4
+    OR u.custom_status_until IS NOT NULL OR $5::float8 IS NOT NULL)))
+RETURNING true
 """
 
 
-async def choose(db: Db, user_id: UserId, frame: SetPresence) -> None:
-    """Record how a user wants to be seen."""
+async def choose(db: Db, user_id: UserId, frame: SetPresence) -> bool:
+    """Record how a user wants to be seen; return whether that is new."""
     custom_status = None if frame.custom_status is UNSET else frame.custom_status
-    await db.execute(CHOOSE, user_id, frame.status, frame.custom_status is not UNSET, custom_status)
+    seconds = frame.custom_status_seconds
+    return bool(
+        await db.fetchval(CHOOSE, user_id, frame.status, frame.custom_status is not UNSET, custom_status, seconds)
+    )
 
 
-CHOICES = """SELECT id, status, custom_status, show_online_status FROM "user" WHERE id = ANY($1)"""
+EXPIRE = """
+UPDATE "user" u SET custom_status = NULL, custom_status_until = NULL,
+    version = u.version + 1, own_version = u.version + 1
+FROM (
+    SELECT id FROM "user" WHERE custom_status_until <= now() ORDER BY id LIMIT 1000 FOR NO KEY UPDATE SKIP LOCKED
+) t
+WHERE u.id = t.id RETURNING u.id
+"""
+
+
+async def expire_statuses(db: Db) -> list[UserId]:
+    """Take away custom statuses whose time is over, at most 1,000; return whose they were."""
+    return [UserId(row[0]) for row in await db.fetch(EXPIRE)]
+
+
+CHOICES = """
+SELECT id, status, CASE WHEN custom_status_until > now() OR custom_status_until IS NULL THEN custom_status END,
+    show_online_status
+FROM "user" WHERE id = ANY($1)
+"""
 
 
 async def choices(db: Db, user_ids: Sequence[UserId]) -> dict[UserId, Visibility]:
@@ -118,23 +244,18 @@ async def touch(db: Db, user_ids: Sequence[UserId]) -> None:
     await db.execute(TOUCH, list(user_ids))
 
 
-ARE_THERE = """SELECT count(*) FROM "user" u WHERE u.id = ANY($1) AND u.is_active AND NOT u.is_deleted"""
+ARE_TOGETHER = "SELECT are_together($1, $2)"
 
 
-async def are_there(db: Db, user_ids: Sequence[UserId]) -> bool:
-    """Whether all of the users exist and are active."""
-    return bool(await db.fetchval(ARE_THERE, list(user_ids)) == len(set(user_ids)))
+async def are_together(db: Db, one: UserId, other: UserId) -> bool:
+    """Whether two users take part in the same conversation."""
+    return bool(await db.fetchval(ARE_TOGETHER, one, other))
 
 
-MAY_WRITE = """
-SELECT EXISTS (SELECT FROM "user" u WHERE u.id = $2 AND u.is_active AND NOT u.is_deleted) AND NOT EXISTS (
-    SELECT FROM user_relationship r
-    WHERE r.from_user_id = $2 AND r.to_user_id = $1
-        AND (NOT r.can_send_messages OR (r.type = 'block' AND r.status = 'active'))
-)
-"""
+ALL_MAY = "SELECT count(*) FROM unnest($3::uuid[]) AS named (user_id) WHERE NOT may($1, $2, user_id)"
 
 
-async def may_write(db: Db, user_id: UserId, other: UserId) -> bool:
-    """Whether a user may open a direct conversation with the other one, who is there and does not refuse it."""
-    return bool(await db.fetchval(MAY_WRITE, user_id, other))
+async def all_may(db: Db, action: str, caller: UserId, user_ids: Sequence[UserId]) -> bool:
+    """Whether the caller may do something (protocol/privacy.py) to all of the users. Themselves are no question."""
+    others = [user_id for user_id in user_ids if user_id != caller]
+    return not others or not await db.fetchval(ALL_MAY, action, caller, others)

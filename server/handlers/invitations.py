@@ -1,0 +1,70 @@
+"""Invitations: invite, decline, list, and the code that lets in whoever has it. To follow one is to `join`."""
+
+from datetime import timedelta
+
+from protocol import client
+from protocol.errors import ErrorCode, Refused
+from protocol.roles import Act, may
+from protocol.server import ConversationUpdated, Done, InvitationList, OneConversation
+from server.context import Context
+from server.errors import NotFound
+from server.invitecode import new_code
+from server.membership import Membership, entered
+from server.permissions import require, require_below
+from server.queries import audit, conversations, participants, users
+from server.queries.audit import Deed
+
+
+async def invite(context: Context, frame: client.Invite) -> Done:
+    """Ask users to join."""
+    async with context.database.transaction() as db:
+        conversation, me = await entered(db, context, frame.conversation_id)
+        require(me, Act.ADD_MEMBERS)
+        require_below(me, frame.role)
+        if not await users.all_may(db, "invite", context.user_id, frame.participants):
+            raise NotFound("participants")
+        if not may(me, Act.REMOVE_MEMBERS) and await participants.any_banned(db, conversation.id, frame.participants):
+            raise Refused(ErrorCode.FORBIDDEN, "Your role cannot lift a ban.", path="participants")
+        news = Membership(context, db, conversation)
+        news.changes += await participants.invite(db, conversation.id, frame.participants, frame.role, context.user_id)
+        await participants.stamp(db, conversation.id, [change.participant.user_id for change in news.changes])
+    news.tell()
+    return Done()
+
+
+async def decline(context: Context, frame: client.Decline) -> Done:
+    """Do not follow an invitation."""
+    async with context.database.transaction() as db:
+        conversation = await conversations.lock(db, frame.conversation_id)
+        me = await participants.get(db, frame.conversation_id, context.user_id)
+        if conversation is None or me is None or me.status not in {"invited", "declined"}:
+            raise NotFound("conversation_id")
+        news = Membership(context, db, conversation)
+        if me.status == "invited":
+            news.changes.append(await participants.change(db, me, status="declined"))
+            await participants.stamp(db, conversation.id, [context.user_id])
+    news.tell()
+    return Done()
+
+
+async def list_invitations(context: Context, frame: client.ListInvitations) -> InvitationList:  # noqa: ARG001
+    """Return where the caller is invited to."""
+    async with context.database.connection() as db:
+        return InvitationList(invitations=await participants.invitations(db, context.user_id))
+
+
+async def set_invite_code(context: Context, frame: client.SetInviteCode) -> OneConversation:
+    """Make a new invite code, or take it away."""
+    lasts = None if frame.expires_in_seconds is None else timedelta(seconds=frame.expires_in_seconds)
+    code = new_code() if frame.is_open else None
+    async with context.database.transaction() as db:
+        conversation, me = await entered(db, context, frame.conversation_id)
+        require(me, Act.ADD_MEMBERS)
+        conversation = await conversations.set_invite_code(db, conversation.id, code, lasts, frame.max_uses)
+        details = {"is_open": frame.is_open, "max_uses": frame.max_uses, "seconds": frame.expires_in_seconds}
+        await audit.record(db, conversation.id, Deed(context.user_id, "set_invite_code", details=details))
+        (view,) = await conversations.get(db, context.user_id, [conversation.id])
+    context.events.publish(
+        ConversationUpdated(conversation_id=conversation.id, version=conversation.version, conversation=conversation)
+    )
+    return OneConversation(view=view)

@@ -1,0 +1,110 @@
+"""Moderation: hide and show, report, review, and the log of who used what power."""
+
+from protocol import client
+from protocol.errors import ErrorCode, Refused
+from protocol.ids import ConversationId
+from protocol.roles import Act
+from protocol.server import AuditPage, Changed, Done, ReportPage
+from server.context import Context
+from server.database import Db
+from server.errors import NotFound
+from server.permissions import require
+from server.queries import audit, messages, moderation, participants, users
+from server.queries.audit import Deed
+from server.queries.messages import Found
+from server.telling import tell_changed
+
+
+async def moderate(context: Context, frame: client.Moderate) -> Changed:
+    """Hide somebody's message from all but them and the moderators."""
+    async with context.database.transaction() as db:
+        found = await _moderated(db, context, frame)
+        before = found.message
+        if before.is_moderated and before.moderation_reason == frame.reason:
+            return Changed(conversation_id=before.conversation_id, version=before.version)
+        message = await moderation.moderate(db, before, context.user_id, frame.reason)
+        deed = Deed(context.user_id, "moderate", before.sender_id, before.id, {"reason": frame.reason})
+        await audit.record(db, before.conversation_id, deed)
+    return tell_changed(context, found, message)
+
+
+async def unmoderate(context: Context, frame: client.Unmoderate) -> Changed:
+    """Show it again."""
+    async with context.database.transaction() as db:
+        found = await _moderated(db, context, frame)
+        before = found.message
+        if not before.is_moderated:
+            return Changed(conversation_id=before.conversation_id, version=before.version)
+        message = await moderation.unmoderate(db, before)
+        deed = Deed(context.user_id, "unmoderate", before.sender_id, before.id)
+        await audit.record(db, before.conversation_id, deed)
+    return tell_changed(context, found, message)
+
+
+async def report(context: Context, frame: client.ReportMessage) -> Done:
+    """Tell the moderators what is wrong with a message."""
+    async with context.database.connection() as db:
+        found = await messages.get(db, frame, context.user_id)
+        if found is None or found.message.is_deleted:
+            raise NotFound("message_id")
+        if found.message.sender_id == context.user_id:
+            raise Refused(ErrorCode.FORBIDDEN, "This message is your own.", path="message_id")
+        await moderation.report(db, frame, context.user_id)
+    return Done()
+
+
+async def list_reports(context: Context, frame: client.ListReports) -> ReportPage:
+    """Return what was reported."""
+    async with context.database.connection() as db:
+        await _require(db, context, frame.conversation_id, Act.MODERATE)
+        found = await moderation.reports(db, frame, limit=frame.limit + 1)
+    page = list(found[: frame.limit])
+    return ReportPage(reports=page, after=page[-1].id if len(found) > frame.limit else None)
+
+
+async def dismiss_report(context: Context, frame: client.DismissReport) -> Done:
+    """Find nothing wrong."""
+    async with context.database.transaction() as db:
+        await _require(db, context, frame.conversation_id, Act.MODERATE)
+        is_new = await moderation.dismiss(db, frame, context.user_id)
+        if is_new is None:
+            raise NotFound("report_id")
+        if is_new:
+            deed = Deed(context.user_id, "dismiss_report", details={"report_id": frame.report_id})
+            await audit.record(db, frame.conversation_id, deed)
+    return Done()
+
+
+async def list_audit(context: Context, frame: client.ListAudit) -> AuditPage:
+    """Return who used what power."""
+    async with context.database.connection() as db:
+        await _require(db, context, frame.conversation_id, Act.READ_AUDIT)
+        chain = frame.conversation_id or audit.SERVER
+        found = await audit.page(db, chain, frame.after, limit=frame.limit + 1)
+    page = found[: frame.limit]
+    return AuditPage(entries=page, after=page[-1].number if len(found) > frame.limit else None)
+
+
+async def _require(db: Db, context: Context, conversation_id: ConversationId | None, act: Act) -> None:
+    """Raise Refused unless the caller may do something in a conversation, or without one on the server."""
+    if conversation_id is None:
+        if not await users.is_admin(db, context.user_id):
+            raise Refused(ErrorCode.FORBIDDEN, "This is for server administrators; name a conversation.",
+                          path="conversation_id")  # fmt: skip
+        return
+    me = await participants.get(db, conversation_id, context.user_id)
+    if me is None or me.status != "active":
+        raise NotFound("conversation_id")
+    require(me, act)
+
+
+async def _moderated(db: Db, context: Context, frame: client.Moderate | client.Unmoderate) -> Found:
+    found = await messages.lock(db, frame, context.user_id)
+    if found is None:
+        raise NotFound("message_id")
+    require(found.me, Act.MODERATE)
+    if found.message.is_deleted:
+        raise NotFound("message_id")
+    if found.message.system_message_type is not None:
+        raise Refused(ErrorCode.FORBIDDEN, "This is not what somebody said.", path="message_id")
+    return found

@@ -1,0 +1,131 @@
+"""Relationships: friends who ask and answer; block, follow and mute, which nobody has to answer; switches; the list."""
+
+from collections.abc import Awaitable, Callable
+
+from msgspec import UNSET
+
+from protocol import client
+from protocol.errors import ErrorCode, Refused
+from protocol.ids import UserId
+from protocol.server import Done, OneRelationship, RelationshipPage
+from protocol.values import RelationshipKind, RelationshipStatus
+from server.context import Context
+from server.errors import NotFound
+from server.queries import relationships, users
+from server.queries.relationships import Change
+
+
+async def request_friend(context: Context, frame: client.RequestFriend) -> OneRelationship:
+    """Ask for friendship; if the other one has asked already, be friends."""
+    me, them = context.user_id, _other(context, frame.user_id)
+    async with context.database.transaction() as db:
+        await relationships.lock(db, me, them)
+        if not await users.all_may(db, "request_friend", me, [them]):
+            raise NotFound("user_id")
+        mine = await relationships.status(db, me, them, "friend")
+        if mine == "rejected":
+            raise Refused(ErrorCode.CONFLICT, "They have declined; now it is for them to ask.", path="user_id")
+        if mine not in {"pending", "accepted"} and await relationships.status(db, them, me, "friend") == "pending":
+            await relationships.put(db, them, me, Change("friend", "accepted"), me)
+            made = await relationships.put(db, me, them, Change("friend", "accepted", frame.message), me)
+        elif mine == "accepted":
+            made = await relationships.put(db, me, them, Change("friend", "accepted"), me)
+        else:
+            made = await relationships.put(db, me, them, Change("friend", "pending", frame.message), me)
+    context.events.poke([me, them])
+    return OneRelationship(relationship=made)
+
+
+async def answer_friend(context: Context, frame: client.AnswerFriend) -> OneRelationship:
+    """Accept or reject a request."""
+    me, them = context.user_id, _other(context, frame.user_id)
+    answer: RelationshipStatus = "accepted" if frame.accept else "rejected"
+    async with context.database.transaction() as db:
+        await relationships.lock(db, me, them)
+        there = await relationships.status(db, them, me, "friend")
+        if there != answer and there not in {"pending", "rejected"}:
+            raise NotFound("user_id")
+        change = Change("friend", answer, response_message=frame.message)
+        made = await relationships.put(db, them, me, change, me)
+        if frame.accept:
+            await relationships.put(db, me, them, Change("friend", "accepted"), me)
+    context.events.poke([me, them])
+    return OneRelationship(relationship=made)
+
+
+async def unfriend(context: Context, frame: client.Unfriend) -> Done:
+    """Take back a request, or end a friendship."""
+    me, them = context.user_id, _other(context, frame.user_id)
+    async with context.database.transaction() as db:
+        await relationships.lock(db, me, them)
+        mine = await relationships.status(db, me, them, "friend")
+        if mine is None:
+            raise NotFound("user_id")
+        if mine in {"pending", "accepted"}:
+            await relationships.put(db, me, them, Change("friend", "inactive"), me)
+            if await relationships.status(db, them, me, "friend") == "accepted":
+                await relationships.put(db, them, me, Change("friend", "inactive"), me)
+    context.events.poke([me, them])
+    return Done()
+
+
+OneOf = client.Block | client.Unblock | client.Follow | client.Unfollow | client.Mute | client.Unmute
+
+
+def turned(kind: RelationshipKind, *, on: bool) -> Callable[[Context, OneOf], Awaitable[OneRelationship]]:
+    """Return the handler that begins or ends what is the caller's own affair."""
+
+    async def handler(context: Context, frame: OneOf) -> OneRelationship:
+        me, them = context.user_id, _other(context, frame.user_id)
+        async with context.database.transaction() as db:
+            await relationships.lock(db, me, them)
+            action = "follow" if kind == "follow" else "see_face"
+            # Whoever meets somebody may block them, even if they are not to be seen because they block first.
+            if on and not (
+                await users.all_may(db, action, me, [them])
+                or (kind == "block" and await users.are_together(db, me, them))
+            ):
+                raise NotFound("user_id")
+            if not on and await relationships.status(db, me, them, kind) is None:
+                raise NotFound("user_id")
+            if kind == "block" and on:
+                await relationships.end(db, me, them)
+            made = await relationships.put(db, me, them, Change(kind, "active" if on else "inactive"), me)
+        context.events.poke([me, them] if kind != "mute" else [me])
+        if kind == "block":
+            context.events.reconsider(me)
+        return OneRelationship(relationship=made)
+
+    return handler
+
+
+async def set_switches(context: Context, frame: client.SetSwitches) -> OneRelationship:
+    """Say what someone may see or do."""
+    wanted = {
+        field: getattr(frame, field)
+        for field in frame.__struct_fields__
+        if field not in {"id", "user_id"} and getattr(frame, field) is not UNSET
+    }
+    me, them = context.user_id, _other(context, frame.user_id)
+    async with context.database.transaction() as db:
+        await relationships.lock(db, me, them)
+        made = await relationships.switch(db, me, them, wanted)
+        if made is None:
+            raise NotFound("user_id")
+    context.events.poke([me])
+    context.events.reconsider(me)
+    return OneRelationship(relationship=made)
+
+
+async def list_relationships(context: Context, frame: client.ListRelationships) -> RelationshipPage:
+    """Return a page of what is between the caller and others."""
+    async with context.database.connection() as db:
+        found = await relationships.page(db, context.user_id, frame, limit=frame.limit + 1)
+    page = found[: frame.limit]
+    return RelationshipPage(relationships=page, after=page[-1].relationship.id if len(found) > frame.limit else None)
+
+
+def _other(context: Context, user_id: UserId) -> UserId:
+    if user_id == context.user_id:
+        raise Refused(ErrorCode.INVALID, "This is about someone else.", path="user_id")
+    return user_id

@@ -1,0 +1,69 @@
+"""Changes of who takes part in a conversation: made under its lock, told after the commit."""
+
+from protocol.errors import ErrorCode, Refused
+from protocol.ids import ConversationId
+from protocol.server import MessageSent, ParticipantChanged
+from protocol.values import Conversation, Message, Participant
+from server.context import Context
+from server.database import Db
+from server.errors import NotFound
+from server.queries import audit, conversations, messages, participants
+from server.queries.audit import Deed
+from server.queries.messages import Announcement
+from server.queries.participants import Change
+
+
+class Membership:
+    """What changes in one transaction, collected to be told when it is over."""
+
+    def __init__(self, context: Context, db: Db, conversation: Conversation) -> None:
+        self._context = context
+        self._db = db
+        self._conversation = conversation
+        self._announced: list[Message] = []
+        self.changes: list[Change] = []
+
+    async def announce(self, said: Announcement) -> None:
+        """Have it said in the conversation what the caller did, unless its settings are against that."""
+        if self._conversation.settings.system_messages:
+            about = self._conversation.id
+            self._announced.append(await messages.announce(self._db, about, self._context.user_id, said))
+
+    async def record(self, deed: Deed) -> None:
+        """Note it in the conversation's audit log."""
+        await audit.record(self._db, self._conversation.id, deed)
+
+    def tell(self) -> None:
+        """Tell everyone. After the commit."""
+        for now, count in self.changes:
+            event = ParticipantChanged(
+                conversation_id=now.conversation_id, version=now.version, participant=now, participant_count=count
+            )
+            is_in = now.status in {"active", "invited"}
+            self._context.events.publish(event, gone=None if is_in else now.user_id)
+        for message in self._announced:
+            self._context.events.publish(
+                MessageSent(conversation_id=message.conversation_id, version=message.version, message=message)
+            )
+        self._context.events.poke([change.participant.user_id for change in self.changes])
+
+
+async def entered(db: Db, context: Context, conversation_id: ConversationId) -> tuple[Conversation, Participant]:
+    """Lock a conversation whose participants change, and return it with the caller's part in it.
+
+    Raises NotFound for everyone who has none, and Refused where participants stay as they are.
+    """
+    conversation = await conversations.lock(db, conversation_id)
+    me = await participants.get(db, conversation_id, context.user_id)
+    if conversation is None or me is None or me.status != "active":
+        raise NotFound("conversation_id")
+    if conversation.type in {"direct", "assistant"}:
+        raise Refused(ErrorCode.FORBIDDEN, "Who takes part in this kind of conversation does not change.")
+    return conversation, me
+
+
+def require_room(conversation: Conversation, more: int) -> None:
+    """Raise Refused unless so many more people may come."""
+    limit = conversation.max_participants
+    if limit is not None and conversation.participant_count + more > limit:
+        raise Refused(ErrorCode.CONFLICT, f"The conversation is full: it takes {limit} participants.")

@@ -1,0 +1,25 @@
+"""What a participant may do, asked in one way: protocol/roles.py has the rules."""
+
+from protocol.errors import ErrorCode, Refused
+from protocol.roles import Act, may, rank
+from protocol.values import Participant, Role
+
+
+def require(me: Participant, act: Act) -> None:
+    """Raise Refused, naming the role and the permission that it takes, unless a participant may do something."""
+    if not may(me, act):
+        rule = act.value
+        permission = "" if rule.permission is None else f" or the permission `{rule.permission}`"
+        raise Refused(ErrorCode.FORBIDDEN, f"This takes the role `{rule.least}`{permission}; yours is `{me.role}`.")
+
+
+def require_above(me: Participant, them: Participant) -> None:
+    """Raise Refused unless a participant has a higher role than another one."""
+    if rank(them.role) >= rank(me.role):
+        raise Refused(ErrorCode.FORBIDDEN, "Their role is not below your own.", path="user_id")
+
+
+def require_below(me: Participant, role: Role) -> None:
+    """Raise Refused unless a role is below a participant's own, or is the one that everybody has."""
+    if rank(role) >= rank(me.role) and role != "member":
+        raise Refused(ErrorCode.FORBIDDEN, "You can only give a role below your own.", path="role")

@@ -1,0 +1,79 @@
+"""The audit log: a chain of entries for each conversation, and one for the server, each sealed by a hash."""
+
+from typing import NamedTuple
+from uuid import UUID
+
+import msgspec
+
+from protocol.ids import ConversationId, MessageId, UserId
+from protocol.values import AuditEntry, Json
+from server.database import Db
+
+SERVER = ConversationId(UUID(int=0))
+"""The chain of what is done on the server, outside any conversation."""
+
+_entries_decoder = msgspec.json.Decoder(list[AuditEntry])
+
+
+class Deed(NamedTuple):
+    """What is to be noted: who did what, to whom, to which message, and how."""
+
+    actor_id: UserId | None
+    action: str
+    user_id: UserId | None = None
+    message_id: MessageId | None = None
+    details: Json = {}  # noqa: RUF012 - nobody writes to it
+
+
+# One at a time in each chain. An entry is made without its hash first: the hash is of what the row then says.
+LOCK = "SELECT pg_advisory_xact_lock(hashtextextended($1::uuid::text, 0))"
+RECORD = """
+WITH before AS (
+    SELECT number, hash FROM audit_entry WHERE chain = $1 ORDER BY number DESC LIMIT 1
+), entry AS (
+    SELECT $1::uuid AS chain, coalesce((SELECT number FROM before), 0) + 1 AS number, $2::uuid AS actor_id,
+        $3::text AS action, $4::uuid AS user_id, $5::uuid AS message_id, $6::jsonb AS details,
+        clock_timestamp() AS created_at, coalesce((SELECT hash FROM before), '') AS previous_hash
+)
+INSERT INTO audit_entry
+SELECT e.*, audit_hash(ROW(e.*, ''::bytea)::audit_entry) FROM entry e
+"""
+
+
+async def record(db: Db, chain: ConversationId, deed: Deed) -> None:
+    """Add an entry to a chain, in the transaction of what it tells."""
+    await db.execute(LOCK, chain)
+    details = msgspec.json.encode(deed.details).decode()
+    await db.execute(RECORD, chain, deed.actor_id, deed.action, deed.user_id, deed.message_id, details)
+
+
+PAGE = """
+SELECT coalesce(json_agg(json_build_object(
+    'number', e.number, 'actor_id', e.actor_id, 'action', e.action, 'user_id', e.user_id, 'message_id', e.message_id,
+    'details', e.details, 'created_at', e.created_at, 'previous_hash', encode(e.previous_hash, 'hex'),
+    'hash', encode(e.hash, 'hex')
+) ORDER BY e.number), '[]')
+FROM (SELECT * FROM audit_entry WHERE chain = $1 AND number > $2 ORDER BY number LIMIT $3) e
+"""
+
+
+async def page(db: Db, chain: ConversationId, after: int, *, limit: int) -> list[AuditEntry]:
+    """Return up to `limit` entries of a chain from after a number on. There is no access check."""
+    return _entries_decoder.decode(await db.fetchval(PAGE, chain, after, limit))
+
+
+# Changed, exchanged, taken out of the middle: what follows does not fit any more.
+BROKEN = """
+SELECT number FROM (
+    SELECT e.number, row_number() OVER w AS place, e.hash = audit_hash(e) AS is_itself,
+        e.previous_hash = coalesce(lag(e.hash) OVER w, '') AS is_next
+    FROM audit_entry e WHERE e.chain = $1 WINDOW w AS (ORDER BY e.number)
+) e WHERE NOT is_itself OR NOT is_next OR number <> place
+ORDER BY number LIMIT 1
+"""
+
+
+async def broken(db: Db, chain: ConversationId) -> int | None:
+    """Return the number of the first entry that is not what it was, or not where it was; None if all are."""
+    number = await db.fetchval(BROKEN, chain)
+    return None if number is None else int(number)

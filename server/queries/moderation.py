@@ -1,0 +1,97 @@
+"""Messages hidden and shown again, and what people report."""
+
+from collections.abc import Sequence
+
+import msgspec
+
+from protocol.client import DismissReport, ListReports, ReportMessage
+from protocol.ids import UserId, uuid7
+from protocol.values import Message, Report
+from server.database import Db
+
+_message_decoder = msgspec.json.Decoder(Message)
+_reports_decoder = msgspec.json.Decoder(list[Report])
+
+MODERATE = """
+WITH bumped AS (
+    UPDATE conversation SET version = version + 1 WHERE id = $1 RETURNING version
+), upheld AS (
+    UPDATE report SET status = 'upheld', resolved_by = $3, resolved_at = now()
+    WHERE conversation_id = $1 AND message_id = $2 AND status = 'open'
+)
+UPDATE message m SET is_moderated = true, moderation_reason = $4, moderated_by = $3, moderated_at = now(),
+    version = b.version, updated_at = now()
+FROM bumped b WHERE m.id = $2 AND (m.conversation_id = $1) IS TRUE
+RETURNING message_json(m)
+"""
+UNMODERATE = """
+WITH bumped AS (
+    UPDATE conversation SET version = version + 1 WHERE id = $1 RETURNING version
+)
+UPDATE message m SET is_moderated = false, moderation_reason = NULL, moderated_by = NULL, moderated_at = NULL,
+    version = b.version, updated_at = now()
+FROM bumped b WHERE m.id = $2 AND (m.conversation_id = $1) IS TRUE
+RETURNING message_json(m)
+"""
+
+
+async def moderate(db: Db, found: Message, user_id: UserId, reason: str) -> Message:
+    """Hide a message, which upholds what was reported about it; return it as everyone sees it. Under the lock."""
+    return _message_decoder.decode(await db.fetchval(MODERATE, found.conversation_id, found.id, user_id, reason))
+
+
+async def unmoderate(db: Db, found: Message) -> Message:
+    """Show a message again, and return it. Under the lock."""
+    return _message_decoder.decode(await db.fetchval(UNMODERATE, found.conversation_id, found.id))
+
+
+REPORT = """
+INSERT INTO report (id, conversation_id, message_id, reporter_id, reason)
+SELECT $5, $1, m.id, $3, $4 FROM message m WHERE m.id = $2 AND (m.conversation_id = $1) IS TRUE
+ON CONFLICT (message_id, reporter_id) DO NOTHING
+"""
+
+
+async def report(db: Db, frame: ReportMessage, user_id: UserId) -> None:
+    """Note what a user finds wrong with a message; the first time counts."""
+    await db.execute(REPORT, frame.conversation_id, frame.message_id, user_id, frame.reason, uuid7())
+
+
+_REPORT = """json_build_object('id', r.id, 'conversation_id', r.conversation_id, 'message_id', r.message_id,
+    'sender_id', m.sender_id, 'content', m.content, 'reporter_id', r.reporter_id, 'reason', r.reason,
+    'status', r.status, 'resolved_by', r.resolved_by, 'resolved_at', r.resolved_at, 'created_at', r.created_at)"""
+REPORTS = f"""
+SELECT coalesce(json_agg({_REPORT} ORDER BY r.id), '[]') FROM (
+    SELECT * FROM report WHERE conversation_id = $1 AND status = $2 AND ($3::uuid IS NULL OR id > $3)
+    ORDER BY id LIMIT $4
+) r JOIN message m ON m.id = r.message_id AND (m.conversation_id = r.conversation_id) IS TRUE
+"""  # noqa: S608 - only a constant is put in
+ALL_REPORTS = f"""
+SELECT coalesce(json_agg({_REPORT} ORDER BY r.id), '[]') FROM (
+    SELECT * FROM report WHERE status = $1 AND ($2::uuid IS NULL OR id > $2) ORDER BY id LIMIT $3
+) r JOIN message m ON m.id = r.message_id
+"""  # noqa: S608 - only a constant is put in
+
+
+async def reports(db: Db, frame: ListReports, *, limit: int) -> Sequence[Report]:
+    """Return up to `limit` reports of a conversation, or of all of them. There is no access check."""
+    if frame.conversation_id is None:
+        text = await db.fetchval(ALL_REPORTS, frame.status, frame.after, limit)
+    else:
+        text = await db.fetchval(REPORTS, frame.conversation_id, frame.status, frame.after, limit)
+    return _reports_decoder.decode(text)
+
+
+DISMISS = """
+UPDATE report SET status = 'dismissed', resolved_by = $3, resolved_at = now()
+WHERE id = $2 AND conversation_id = $1 AND status = 'open'
+RETURNING message_id
+"""
+IS_REPORT = "SELECT EXISTS (SELECT FROM report WHERE id = $2 AND conversation_id = $1)"
+
+
+async def dismiss(db: Db, frame: DismissReport, user_id: UserId) -> bool | None:
+    """Close an open report; False if it was closed before, None if there is none."""
+    if await db.fetchval(DISMISS, frame.conversation_id, frame.report_id, user_id) is not None:
+        return True
+    return False if await db.fetchval(IS_REPORT, frame.conversation_id, frame.report_id) else None

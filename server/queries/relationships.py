@@ -1,0 +1,133 @@
+"""Relationships: friends, blocks, follows, mutes. Each change moves the clocks of those it is told to."""
+
+from typing import NamedTuple
+
+import msgspec
+
+from protocol.client import ListRelationships
+from protocol.ids import UserId
+from protocol.values import Relationship, RelationshipEntry, RelationshipKind, RelationshipStatus
+from server.database import Db
+from server.queries.users import FACE
+
+_relationship_decoder = msgspec.json.Decoder(Relationship)
+_entries_decoder = msgspec.json.Decoder(list[RelationshipEntry])
+
+# Both users' rows are locked, in the order of their ids, by whoever changes what is between them.
+LOCK = """SELECT id FROM "user" WHERE id = ANY($1) ORDER BY id FOR NO KEY UPDATE"""
+
+
+async def lock(db: Db, one: UserId, other: UserId) -> None:
+    """Lock what is between two users until the transaction ends."""
+    await db.execute(LOCK, [one, other])
+
+
+STATUS = "SELECT status FROM user_relationship WHERE from_user_id = $1 AND to_user_id = $2 AND type = $3"
+
+
+async def status(db: Db, one: UserId, other: UserId, kind: RelationshipKind) -> RelationshipStatus | None:
+    """Return how a relationship of one user to another stands; None if there never was one."""
+    found: RelationshipStatus | None = await db.fetchval(STATUS, one, other, kind)
+    return found
+
+
+class Change(NamedTuple):
+    """What becomes of a relationship: its status, and the words that come with it."""
+
+    kind: RelationshipKind
+    status: RelationshipStatus
+    request_message: str | None = None
+    response_message: str | None = None
+
+
+# A request begins anew with its own words; an answer leaves them. Who is blocked is not told,
+# but what they follow is looked at again.
+SET = """
+WITH touched AS (
+    UPDATE "user" SET version = version + 1
+    WHERE id = $1 OR (id = $2 AND $3 <> 'mute') RETURNING id, version
+)
+INSERT INTO user_relationship AS r (from_user_id, to_user_id, type, status, request_message, response_message,
+    accepted_at, from_version, to_version)
+SELECT $1, $2, $3, $4, $5, $6, CASE WHEN $4 = 'accepted' THEN now() END,
+    (SELECT version FROM touched WHERE id = $1), coalesce((SELECT version FROM touched WHERE id = $2), 0)
+ON CONFLICT (from_user_id, to_user_id, type) DO UPDATE SET
+    status = excluded.status,
+    request_message = CASE WHEN excluded.status = 'pending' THEN excluded.request_message ELSE r.request_message END,
+    response_message = CASE WHEN excluded.status = 'pending' THEN NULL
+        ELSE coalesce(excluded.response_message, r.response_message) END,
+    accepted_at = coalesce(excluded.accepted_at, r.accepted_at), updated_at = now(),
+    from_version = excluded.from_version, to_version = excluded.to_version
+RETURNING relationship_json(r, $7)
+"""
+
+
+async def put(db: Db, one: UserId, other: UserId, change: Change, viewer: UserId) -> Relationship:
+    """Make or change a relationship of one user to another; return it as `viewer` sees it. Under the lock."""
+    return _relationship_decoder.decode(await db.fetchval(SET, one, other, *change, viewer))
+
+
+END = """
+WITH ended AS (
+    SELECT id FROM user_relationship
+    WHERE (from_user_id = $1 AND to_user_id = $2 OR from_user_id = $2 AND to_user_id = $1)
+        AND type IN ('friend', 'follow') AND status <> 'inactive'
+), touched AS (
+    UPDATE "user" SET version = version + 1 WHERE id IN ($1, $2) AND EXISTS (SELECT FROM ended)
+    RETURNING id, version
+)
+UPDATE user_relationship r SET status = 'inactive', updated_at = now(),
+    from_version = (SELECT version FROM touched WHERE id = r.from_user_id),
+    to_version = (SELECT version FROM touched WHERE id = r.to_user_id)
+FROM ended WHERE r.id = ended.id
+"""
+
+
+async def end(db: Db, one: UserId, other: UserId) -> None:
+    """End friendship, requests and follows between two users. Under the lock."""
+    await db.execute(END, one, other)
+
+
+SWITCH = """
+WITH touched AS (UPDATE "user" SET version = version + 1 WHERE id = $1 RETURNING version)
+UPDATE user_relationship r SET from_version = t.version, updated_at = now(),
+    can_see_online_status = coalesce(($3::jsonb ->> 'can_see_online_status')::boolean, can_see_online_status),
+    can_send_messages = coalesce(($3 ->> 'can_send_messages')::boolean, can_send_messages),
+    can_see_profile = coalesce(($3 ->> 'can_see_profile')::boolean, can_see_profile),
+    notifications_enabled = coalesce(($3 ->> 'notifications_enabled')::boolean, notifications_enabled)
+FROM touched t WHERE r.from_user_id = $1 AND r.to_user_id = $2
+RETURNING relationship_json(r, $1)
+"""
+
+
+async def switch(db: Db, user_id: UserId, other: UserId, switches: dict[str, bool]) -> Relationship | None:
+    """Set the switches of all of a user's relationships to another one; return one of them, None if there is none."""
+    text = await db.fetchval(SWITCH, user_id, other, msgspec.json.encode(switches).decode())
+    return None if text is None else _relationship_decoder.decode(text)
+
+
+# How much two users have written to each other is what their direct conversation says: nothing is counted twice.
+PAGE = f"""
+SELECT coalesce(json_agg(json_build_object('relationship', relationship_json(r.r, $1), 'user', {FACE},
+    'interaction_count', coalesce(c.message_count, 0), 'last_interaction_at', c.last_message_at
+) ORDER BY (r.r).id), '[]')
+FROM (
+    SELECT r FROM (
+        SELECT r FROM user_relationship r WHERE r.from_user_id = $1 AND coalesce($3, true)
+        UNION ALL
+        SELECT r FROM user_relationship r
+        WHERE r.to_user_id = $1 AND r.type IN ('friend', 'follow') AND NOT coalesce($3, false)
+    ) r
+    WHERE ($2::text IS NULL OR (r).type = $2) AND (r).status = coalesce($4, (r).status)
+        AND ($4::text IS NOT NULL OR (r).status <> 'inactive') AND ($5::uuid IS NULL OR (r).id > $5)
+    ORDER BY (r).id LIMIT $6
+) r
+JOIN "user" u ON u.id = CASE WHEN (r.r).from_user_id = $1 THEN (r.r).to_user_id ELSE (r.r).from_user_id END
+LEFT JOIN conversation c ON c.direct_low = least(u.id, $1) AND c.direct_high = greatest(u.id, $1)
+"""  # noqa: S608 - FACE is a constant
+
+
+async def page(db: Db, user_id: UserId, frame: ListRelationships, *, limit: int) -> list[RelationshipEntry]:
+    """Return up to `limit` of a user's relationships, in the order of their ids."""
+    text = await db.fetchval(PAGE, user_id, frame.kind, frame.is_outgoing, frame.status, frame.after, limit)
+    return _entries_decoder.decode(text)

@@ -1,0 +1,177 @@
+"""Row-level security: whoever reads PostgreSQL directly sees what the server shows them, and nothing else."""
+
+import random
+from collections.abc import AsyncIterator
+from typing import Any, NamedTuple, TypeAlias
+from uuid import UUID
+
+import asyncpg
+import pytest
+
+from protocol import client, server
+from protocol.ids import ConversationId, MessageId, UserId, uuid7
+from protocol.server import Error
+from protocol.values import ConversationSettings
+from prove.client import Client
+from tests.world import Somebody, World, sent
+
+Db: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
+PEOPLE = 8
+
+
+class Reader(NamedTuple):
+    """A role that may read, and the connection that uses it."""
+
+    name: str
+    db: Db
+
+    async def seen(self, who: UserId | None, query: str) -> list[Any]:
+        await self.db.execute("SELECT set_config('openchat.user_id', $1, false)", "" if who is None else str(who))
+        return [row[0] for row in await self.db.fetch(query)]
+
+
+@pytest.fixture
+async def reader(world: World) -> AsyncIterator[Reader]:
+    name = f"reader_{uuid7().hex}"
+    await world.db.execute(f"CREATE ROLE {name} LOGIN")
+    await world.db.execute("SELECT grant_reader($1)", name)
+    db = await asyncpg.connect(world.settings.database_url)
+    await db.execute(f"SET ROLE {name}")
+    yield Reader(name, db)
+    await db.close()
+    await world.db.execute(f"DROP OWNED BY {name}; DROP ROLE {name}")
+
+
+async def crowd(world: World, seed: int) -> tuple[list[Somebody], list[Client], list[ConversationId]]:
+    """Make people who do random things to each other; return also everything there is to see."""
+    chance = random.Random(seed)
+    people = [await world.user(f"Person {number}") for number in range(PEOPLE)]
+    clients = [await world.connect(who, number % 2) for number, who in enumerate(people)]
+    conversations = [
+        await world.channel(
+            clients[number], is_public=True,
+            settings=ConversationSettings(history="from_joining" if number % 2 else "from_start"),
+        )
+        for number in range(4)
+    ]  # fmt: skip
+    said: list[tuple[ConversationId, MessageId]] = []
+    for _ in range(400):
+        one, other = chance.choice(clients), chance.choice(people).id
+        about = chance.choice(conversations)
+        place = chance.choice(said) if said else (about, MessageId(uuid7()))
+        message: dict[str, Any] = {"conversation_id": place[0], "message_id": place[1]}
+        frame = chance.choice([
+            client.Join(conversation_id=about), client.Join(conversation_id=about), client.Leave(conversation_id=about),
+            client.RemoveParticipant(conversation_id=about, user_id=other, ban=chance.random() < 0.5),
+            client.SetRole(conversation_id=about, user_id=other, role=chance.choice(["moderator", "admin", "guest"])),
+            client.Invite(conversation_id=about, participants=[other]),
+            client.Send(conversation_id=about, message_id=MessageId(uuid7()), content="Words"),
+            client.Send(conversation_id=about, message_id=MessageId(uuid7()), content="Words"),
+            client.React(**message, emoji="x"), client.Edit(**message, content="Edited"), client.Delete(**message),
+            client.Moderate(**message, reason="Rude"), client.ReportMessage(**message, reason="Rude"),
+            client.Block(user_id=other), client.RequestFriend(user_id=other), client.Mute(user_id=other),
+            client.AnswerFriend(user_id=other, accept=chance.random() < 0.5), client.Follow(user_id=other),
+            client.UpdateProfile(is_private=chance.random() < 0.5),
+        ])  # fmt: skip
+        answer = await one.ask(frame)
+        if isinstance(frame, client.Send) and not isinstance(answer, Error):
+            said.append((about, frame.message_id))
+    return people, clients, conversations
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+async def test_a_reader_sees_what_the_server_shows(world: World, reader: Reader, seed: int) -> None:
+    people, clients, conversations = await crowd(world, seed)
+    everyone = [one.id for one in people]
+    totals = {"messages": 0, "hidden": 0, "faces": 0}
+    for who, one in zip(people, clients, strict=True):
+        faces = await one.call(client.GetUsers(user_ids=everyone), server.UserList)
+        assert set(await reader.seen(who.id, 'SELECT id FROM "user"')) == {face.id for face in faces.users}
+        profiles = [
+            other for other in everyone
+            if not isinstance(await one.ask(client.GetProfile(user_id=other)), Error)
+        ]  # fmt: skip
+        assert set(await reader.seen(who.id, "SELECT id FROM user_profile")) == set(profiles)
+        relationships = await one.call(client.ListRelationships(limit=100), server.RelationshipPage)
+        assert set(await reader.seen(who.id, "SELECT id FROM user_relationship WHERE status <> 'inactive'")) == {
+            entry.relationship.id for entry in relationships.relationships
+        }
+        mine = await one.call(client.ListConversations(limit=100), server.ConversationPage)
+        assert set(await reader.seen(who.id, "SELECT id FROM conversation")) == {
+            view.conversation.id for view in mine.conversations
+        }
+        shown: set[UUID] = set()
+        withheld: set[UUID] = set()
+        participants: set[UUID] = set()
+        reports: set[UUID] = set()
+        for view in mine.conversations:
+            about = view.conversation.id
+            page = await one.call(client.History(conversation_id=about, limit=100), server.MessagePage)
+            assert not page.has_before
+            shown |= {each.id for each in page.messages if not each.is_moderated or each.id in page.withheld}
+            withheld |= page.withheld.keys()
+            entries = await one.call(client.ListParticipants(conversation_id=about, limit=100), server.ParticipantPage)
+            participants |= {entry.user.id for entry in entries.participants}
+            answer = await one.ask(client.ListReports(conversation_id=about, limit=100))
+            if not isinstance(answer, Error):
+                assert isinstance(answer.result, server.ReportPage)
+                reports |= {report.id for report in answer.result.reports}
+        assert set(await reader.seen(who.id, "SELECT id FROM message")) == shown
+        active = "SELECT user_id FROM conversation_participant WHERE status = 'active'"
+        assert set(await reader.seen(who.id, active)) == participants
+        assert set(await reader.seen(who.id, "SELECT id FROM report WHERE status = 'open'")) == reports
+        totals["messages"] += len(shown)
+        totals["hidden"] += len(withheld)
+        totals["faces"] += len(faces.users)
+    assert all(totals.values()), totals
+    assert conversations
+
+
+async def test_who_says_nothing_about_themselves_sees_nobody_s(world: World, reader: Reader) -> None:
+    ada = await world.connect(await world.user("Ada"))
+    await sent(ada, await world.channel(ada, is_public=True))
+    for table in ('"user"', "session", "conversation", "conversation_participant", "message", "audit_entry"):
+        assert await reader.seen(None, f"SELECT 1 FROM {table}") == []
+
+
+ATTACKS = [
+    'SELECT email FROM "user"',
+    'SELECT bio FROM "user"',
+    "SELECT token FROM session",
+    "SELECT * FROM account",
+    "SELECT * FROM verification",
+    "SELECT invite_code FROM conversation",
+    "SELECT last_read_message_id FROM conversation_participant",
+    "SELECT may('see_face', gen_random_uuid(), gen_random_uuid())",
+    "SELECT are_together(gen_random_uuid(), gen_random_uuid())",
+    "SELECT grant_reader('postgres')",
+    "UPDATE message SET content = 'Changed'",
+    "DELETE FROM audit_entry",
+    "INSERT INTO user_relationship (from_user_id, to_user_id, type) SELECT id, id, 'friend' FROM message",
+    'UPDATE "user" SET is_admin = true',
+    "TRUNCATE message",
+    "ALTER TABLE message DISABLE ROW LEVEL SECURITY",
+    "CREATE FUNCTION public.leak() RETURNS int LANGUAGE sql RETURN 1",
+]
+
+
+async def test_a_reader_cannot_reach_further(world: World, reader: Reader) -> None:
+    ada = await world.user("Ada")
+    one = await world.connect(ada)
+    kept = await sent(one, await world.channel(one), "Kept")
+    await reader.seen(ada.id, "SELECT 1")
+    for attack in ATTACKS:
+        with pytest.raises(asyncpg.InsufficientPrivilegeError):
+            await reader.db.execute(attack)
+    assert await world.db.fetchval("SELECT content FROM message WHERE id = $1", kept) == "Kept"
+
+
+async def test_a_reader_who_tries_every_row_finds_what_leaks_nowhere(world: World, reader: Reader) -> None:
+    """A function that tells what it is given is not run before the policy has been asked."""
+    ada, mary = await world.users("Ada", "Mary")
+    one = await world.connect(ada)
+    await sent(one, await world.channel(one), "Secret")
+    leaking = "SELECT 1 FROM message WHERE CASE WHEN content LIKE 'Secret%' THEN 1 / (length(content) - 6) > 0 END"
+    assert await reader.seen(mary.id, leaking) == []
+    with pytest.raises(asyncpg.DivisionByZeroError):
+        await reader.seen(ada.id, leaking)
