@@ -14,8 +14,8 @@ STANDINGS = {
 }
 """How the one who asks stands to the other: of those that apply, the last one counts."""
 
-YES, NO, PUBLIC = "yes", "no", "if public"
-"""`if public`: unless the other one `is_private`."""
+YES, NO, PUBLIC, SAME = "yes", "no", "if public", "as otherwise"
+"""`if public`: unless the other one `is_private`. `as otherwise`: whoever blocks sees what they saw before."""
 
 
 class Rule(NamedTuple):
@@ -30,8 +30,8 @@ class Rule(NamedTuple):
 
 
 RULES: dict[str, Rule] = {
-    "see_face": Rule("see name and picture, find by name", (YES, YES, PUBLIC, YES, NO)),
-    "see_profile": Rule("see bio, location, website", (YES, PUBLIC, PUBLIC, PUBLIC, NO), None, "can_see_profile"),
+    "see_face": Rule("see name and picture, find by name", (YES, YES, PUBLIC, SAME, NO)),
+    "see_profile": Rule("see bio, location, website", (YES, PUBLIC, PUBLIC, SAME, NO), None, "can_see_profile"),
     "see_presence": Rule("see presence and custom status", (YES, YES, PUBLIC, NO, NO),
         "show_online_status", "can_see_online_status"),
     "write": Rule("open a direct conversation, send in it", (YES, YES, PUBLIC, NO, NO), None, "can_send_messages"),

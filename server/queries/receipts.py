@@ -24,7 +24,9 @@ WITH target AS (
     SELECT m.id, m.conversation_id, m.sent_version, c.participant_count
     FROM message m
     JOIN conversation c ON c.id = m.conversation_id AND NOT c.is_deleted
-    WHERE m.id = $1 AND (m.conversation_id = $3) IS TRUE
+    JOIN conversation_participant p
+        ON p.conversation_id = m.conversation_id AND p.user_id = $2 AND p.status = 'active'
+    WHERE m.id = $1 AND (m.conversation_id = $3) IS TRUE AND m.sent_version > visible_after(c, p)
 ), moved AS (
     UPDATE conversation_participant p
     SET last_read_message_id = t.id, last_read_version = t.sent_version, last_read_at = now()

@@ -1,0 +1,261 @@
+"""Membership: invited, declined, by code, found, removed on every worker; what newcomers see; system messages."""
+
+import asyncio
+
+from protocol import client, server
+from protocol.errors import ErrorCode
+from protocol.ids import ConversationId
+from protocol.server import Error
+from protocol.values import ConversationSettings, ConversationView
+from prove.client import Client
+from prove.truth import recount
+from tests.test_messages import refused
+from tests.world import World, sent
+
+
+async def view(one: Client, about: ConversationId) -> ConversationView:
+    return (await one.call(client.GetConversation(conversation_id=about), server.OneConversation)).view
+
+
+async def test_an_invitation_is_told_on_every_device_and_followed_or_not(world: World) -> None:
+    ada, charles, mary = await world.users("Ada", "Charles", "Mary")
+    owner, phone, desk = await world.connect(ada), await world.connect(charles), await world.connect(charles, 1)
+    hers = await world.connect(mary, 1)
+    about = await world.channel(owner, title="Engines")
+    with refused(ErrorCode.NOT_FOUND, "conversation_id"):
+        await phone.call(client.Join(conversation_id=about))
+    invite = client.Invite(conversation_id=about, participants=[charles.id, mary.id], role="moderator")
+    await owner.call(invite)
+    await owner.call(invite)
+    for device in (phone, desk, hers):
+        invitation = (await device.event(server.Invited)).invitation
+        assert (invitation.title, invitation.role, invitation.invited_by) == ("Engines", "moderator", ada.id)
+    # To be invited is not to be in.
+    with refused(ErrorCode.NOT_FOUND, "conversation_id"):
+        await phone.call(client.History(conversation_id=about))
+    assert (await view(owner, about)).conversation.participant_count == 1
+
+    joined = await phone.call(client.Join(conversation_id=about), server.OneConversation)
+    assert (joined.view.me.role, joined.view.me.invited_by) == ("moderator", ada.id)
+    await desk.event(server.ConversationJoined)
+    await hers.call(client.Decline(conversation_id=about))
+    await hers.event(server.InvitationEnded)
+    declined = await owner.event(server.ParticipantChanged, lambda event: event.participant.status == "declined")
+    assert declined.participant_count == 2
+    with refused(ErrorCode.NOT_FOUND, "conversation_id"):
+        await hers.call(client.Join(conversation_id=about))
+    assert (await hers.call(client.ListInvitations(), server.InvitationList)).invitations == []
+    await owner.call(invite)
+    assert len((await hers.call(client.ListInvitations(), server.InvitationList)).invitations) == 1
+    await owner.call(client.RemoveParticipant(conversation_id=about, user_id=mary.id))
+    with refused(ErrorCode.NOT_FOUND, "conversation_id"):
+        await hers.call(client.Decline(conversation_id=about))
+    assert await recount(world.db) == []
+
+
+async def test_what_changed_for_oneself_while_away_is_said_on_resume(world: World) -> None:
+    ada, charles = await world.users("Ada", "Charles")
+    owner = await world.connect(ada)
+    about = await world.channel(owner, is_public=True)
+    phone = await world.connect(charles)
+    await phone.call(client.Join(conversation_id=about))
+    epoch = phone.ready.epoch
+    clock = await world.db.fetchval('SELECT version FROM "user" WHERE id = $1', charles.id)
+    await phone.close()
+    desk = await world.connect(charles, 1)
+    await desk.call(client.SetPreferences(conversation_id=about, pin_order=1))
+    await desk.call(client.UpdateProfile(bio="Engines"))
+    await owner.call(client.RequestFriend(user_id=charles.id))
+    closed = await world.channel(owner)
+    await owner.call(client.Invite(conversation_id=closed, participants=[charles.id]))
+    again = await world.connect(charles, query="?resume=1")
+    await again.call(client.Resume(epoch=epoch, versions={}, user_version=clock))
+    kinds = [type(event) for event in again.events if hasattr(event, "user_version")]
+    assert kinds.count(server.PreferencesChanged) == 1
+    assert {server.MeChanged, server.RelationshipChanged, server.Invited} <= set(kinds)
+
+
+async def test_an_invite_code_expires_and_is_used_up(world: World) -> None:
+    ada, one, two, three = await world.users("Ada", "One", "Two", "Three")
+    owner = await world.connect(ada)
+    about = await world.channel(owner)
+    made = await owner.call(client.SetInviteCode(conversation_id=about, max_uses=2), server.OneConversation)
+    assert made.view.invite is not None
+    assert made.view.invite.uses_left == 2
+    code = made.view.invite.code
+    first = await world.connect(one)
+    await first.call(client.Join(invite_code=code))
+    await first.call(client.Join(invite_code=code))  # who is in uses nothing up
+    await (await world.connect(two)).call(client.Join(invite_code=code))
+    third = await world.connect(three)
+    with refused(ErrorCode.NOT_FOUND, "invite_code"):
+        await third.call(client.Join(invite_code=code))
+    timed = await owner.call(client.SetInviteCode(conversation_id=about, expires_in_seconds=60), server.OneConversation)
+    assert timed.view.invite is not None
+    assert timed.view.invite.expires_at is not None
+    await world.db.execute("UPDATE conversation SET invite_expires_at = now() - interval '1 second'")
+    with refused(ErrorCode.NOT_FOUND, "invite_code"):
+        await third.call(client.Join(invite_code=timed.view.invite.code))
+
+
+async def test_a_hundred_who_come_at_once_find_room_for_as_many_as_there_is(world: World) -> None:
+    owner = await world.connect(await world.user("Ada"))
+    about = await world.channel(owner, is_public=True, max_participants=40)
+    people = [await world.user(f"Person {number}") for number in range(100)]
+    clients = await asyncio.gather(*(world.connect(who, number % 2) for number, who in enumerate(people)))
+    answers = await asyncio.gather(*(one.ask(client.Join(conversation_id=about)) for one in clients))
+    codes = [answer.code if isinstance(answer, Error) else None for answer in answers]
+    assert (codes.count(None), codes.count(ErrorCode.CONFLICT)) == (39, 61)
+    assert (await view(owner, about)).conversation.participant_count == 40
+    assert await recount(world.db) == []
+
+
+async def test_public_conversations_are_found(world: World) -> None:
+    owner = await world.connect(await world.user("Ada"))
+    made = await world.channel(owner, title="Analytical engines", is_public=True, description="Brass and steam")
+    await world.channel(owner, title="Analytical secrets")
+    other = await world.connect(await world.user("Charles"), 1)
+    for text in ("engine", "ANALYT eng", "steam"):
+        found = await other.call(client.FindConversations(text=text), server.PublicConversationList)
+        assert [one.conversation_id for one in found.conversations] == [made]
+    with refused(ErrorCode.INVALID, "text"):
+        await other.call(client.FindConversations(text="!?"))
+    await owner.call(client.UpdateConversation(conversation_id=made, is_archived=True))
+    assert (await other.call(client.FindConversations(text="eng"), server.PublicConversationList)).conversations == []
+
+
+async def test_who_is_removed_hears_no_more_on_any_worker(world: World) -> None:
+    ada, charles = await world.users("Ada", "Charles")
+    owner, phone, desk = await world.connect(ada), await world.connect(charles), await world.connect(charles, 1)
+    about = await world.group(owner, charles)
+    for device in (phone, desk):
+        await device.event(server.ConversationJoined)
+    clock = (await view(owner, about)).version
+    await owner.call(client.RemoveParticipant(conversation_id=about, user_id=charles.id))
+    for device in (phone, desk):
+        await device.event(server.ConversationLeft, lambda event: event.conversation_id == about)
+    await sent(owner, about, "Behind their back")
+    back = await world.connect(charles, 1, query="?resume=1")
+    await back.call(client.Resume(epoch=back.ready.epoch, versions={about: clock}))
+    assert (await back.event(server.ConversationLeft)).conversation_id == about
+    for device in (phone, desk, back):
+        await device.call(client.Ping())
+        said = [event for event in device.events if isinstance(event, server.MessageSent)]
+        assert [event for event in said if event.message.content == "Behind their back"] == []
+
+
+async def test_newcomers_see_what_was_said_before_if_the_settings_say_so(world: World) -> None:
+    ada, charles = await world.users("Ada", "Charles")
+    owner = await world.connect(ada)
+    about = await world.channel(owner, is_public=True, settings=ConversationSettings(history="from_joining"))
+    before = await sent(owner, about, "Before")
+    newcomer = await world.connect(charles, 1)
+    joined = await newcomer.call(client.Join(conversation_id=about), server.OneConversation)
+    assert joined.view.last_message is not None
+    assert joined.view.last_message.system_message_type == "join"
+    page = await newcomer.call(client.History(conversation_id=about), server.MessagePage)
+    assert [one.content for one in page.messages] == ["joined"]
+    place = {"conversation_id": about, "message_id": before}
+    for frame in (
+        client.GetMessage(**place), client.React(**place, emoji="x"), client.Read(**place), client.ListEdits(**place),
+        client.ReportMessage(**place, reason="Unseen"),
+    ):  # fmt: skip
+        with refused(ErrorCode.NOT_FOUND, "message_id"):
+            await newcomer.call(frame)
+    # Its words are in no event, live or fetched later.
+    await owner.call(client.Edit(**place, content="Before, edited"))
+    changed = await newcomer.event(server.MessageChanged)
+    assert changed.message_id == before
+    again = await world.connect(charles, query="?resume=1")
+    await again.call(client.Resume(epoch=again.ready.epoch, versions={about: 0}))
+    missed = await again.event(server.Changes)
+    said = [event.message.content for event in missed.events if isinstance(event, server.MessageSent)]
+    assert said == ["joined"]
+    after = await sent(owner, about, "After")
+    assert (
+        await newcomer.event(server.MessageSent, lambda event: event.message.id == after)
+    ).message.content == "After"
+    await owner.call(client.UpdateConversation(conversation_id=about, settings=ConversationSettings()))
+    assert (await newcomer.call(client.GetMessage(**place), server.OneMessage)).message.content == "Before, edited"
+
+
+async def test_the_system_says_who_came_and_went_and_what_changed(world: World) -> None:
+    ada, charles, mary = await world.users("Ada", "Charles", "Mary")
+    owner, other = await world.connect(ada), await world.connect(charles, 1)
+    about = await world.channel(owner, is_public=True)
+    await other.call(client.Join(conversation_id=about))
+    await owner.call(client.AddParticipants(conversation_id=about, participants=[mary.id]))
+    await owner.call(client.RemoveParticipant(conversation_id=about, user_id=mary.id))
+    await owner.call(client.UpdateConversation(conversation_id=about, title="Engines", description="Of brass"))
+    await other.call(client.Leave(conversation_id=about))
+    page = await owner.call(client.History(conversation_id=about), server.MessagePage)
+    said = [(one.system_message_type, one.sender_id, one.metadata) for one in page.messages]
+    assert said == [
+        ("join", charles.id, {}),
+        ("add_member", ada.id, {"user_ids": [str(mary.id)]}),
+        ("remove_member", ada.id, {"user_ids": [str(mary.id)]}),
+        ("title_change", ada.id, {"title": "Engines"}),
+        ("settings_change", ada.id, {"fields": ["description"]}),
+        ("leave", charles.id, {}),
+    ]
+    assert (await view(owner, about)).unread_count == 0
+    place = {"conversation_id": about, "message_id": page.messages[3].id}
+    with refused(ErrorCode.FORBIDDEN, "message_id"):
+        await owner.call(client.Edit(**place, content="Never"))
+    quiet = ConversationSettings(system_messages=False)
+    await owner.call(client.UpdateConversation(conversation_id=about, settings=quiet))
+    await other.call(client.Join(conversation_id=about))
+    assert (await view(owner, about)).last_message == page.messages[-1]
+
+
+async def test_a_deleted_conversation_is_over_for_everyone(world: World) -> None:
+    ada, charles = await world.users("Ada", "Charles")
+    owner, other = await world.connect(ada), await world.connect(charles, 1)
+    about = await world.channel(owner, is_public=True)
+    await other.call(client.Join(conversation_id=about))
+    with refused(ErrorCode.FORBIDDEN, None):
+        await other.call(client.DeleteConversation(conversation_id=about))
+    await owner.call(client.DeleteConversation(conversation_id=about))
+    for one in (owner, other):
+        ended = await one.event(server.ConversationUpdated, lambda event: event.conversation.is_deleted)
+        assert ended.conversation_id == about
+        await one.event(server.ConversationLeft)
+        with refused(ErrorCode.NOT_FOUND, "conversation_id"):
+            await one.call(client.GetConversation(conversation_id=about))
+    with refused(ErrorCode.NOT_FOUND, "conversation_id"):
+        await other.call(client.Join(conversation_id=about))
+
+
+async def test_preferences_are_ones_own_on_all_devices(world: World) -> None:
+    ada, charles = await world.users("Ada", "Charles")
+    owner, phone, desk = await world.connect(ada), await world.connect(charles), await world.connect(charles, 1)
+    about = await world.group(owner, charles)
+    await desk.event(server.ConversationJoined)
+    await phone.call(
+        client.SetPreferences(conversation_id=about, pin_order=3, is_hidden=True, notification_level="mentions")
+    )
+    told = await desk.event(server.PreferencesChanged, lambda event: event.preferences.pin_order == 3)
+    assert (told.preferences.is_hidden, told.preferences.notification_level) == (True, "mentions")
+    await phone.call(client.SetPreferences(conversation_id=about, pin_order=None))
+    now = (await view(phone, about)).preferences
+    assert (now.pin_order, now.is_hidden) == (None, True)
+    shown = await phone.call(client.ListConversations(hidden=False), server.ConversationPage)
+    assert shown.conversations == []
+    assert (await view(owner, about)).preferences.is_hidden is False
+
+
+async def test_who_is_invited_or_banned_is_for_who_sees_to_it(world: World) -> None:
+    ada, charles, mary = await world.users("Ada", "Charles", "Mary")
+    owner, other = await world.connect(ada), await world.connect(charles, 1)
+    about = await world.channel(owner, is_public=True)
+    await other.call(client.Join(conversation_id=about))
+    await owner.call(client.Invite(conversation_id=about, participants=[mary.id]))
+    listed = client.ListParticipants(conversation_id=about, status="invited")
+    assert [one.user.name for one in (await owner.call(listed, server.ParticipantPage)).participants] == ["Mary"]
+    with refused(ErrorCode.FORBIDDEN, None):
+        await other.call(listed)
+    await owner.call(client.RemoveParticipant(conversation_id=about, user_id=charles.id, ban=True))
+    banned = client.ListParticipants(conversation_id=about, status="banned")
+    assert [one.user.name for one in (await owner.call(banned, server.ParticipantPage)).participants] == ["Charles"]
+    await owner.call(client.Unban(conversation_id=about, user_id=charles.id))
+    await other.call(client.Join(conversation_id=about))

@@ -1,0 +1,152 @@
+"""Moderation: hidden with a reason, reported, reviewed, and a log that tells when somebody changed it."""
+
+import pytest
+
+from protocol import client, server
+from protocol.errors import ErrorCode
+from protocol.ids import ConversationId, ReportId, uuid7
+from prove.client import Client
+from server.queries import audit
+from tests.test_messages import refused
+from tests.world import World, sent
+
+
+class Scene:
+    """A channel of a moderator, somebody rude, and a bystander."""
+
+    def __init__(self, world: World, about: ConversationId, moderator: Client, rude: Client, bystander: Client) -> None:
+        self.world, self.about = world, about
+        self.moderator, self.rude, self.bystander = moderator, rude, bystander
+
+
+@pytest.fixture
+async def scene(world: World) -> Scene:
+    ada, charles, mary = await world.users("Ada", "Charles", "Mary")
+    moderator, rude, bystander = await world.connect(ada), await world.connect(charles, 1), await world.connect(mary, 1)
+    about = await world.channel(moderator, is_public=True)
+    for one in (rude, bystander):
+        await one.call(client.Join(conversation_id=about))
+    return Scene(world, about, moderator, rude, bystander)
+
+
+async def test_a_hidden_message_is_hidden_from_bystanders(scene: Scene) -> None:
+    said = await sent(scene.rude, scene.about, "Something rude")
+    place = {"conversation_id": scene.about, "message_id": said}
+    with refused(ErrorCode.FORBIDDEN, None):
+        await scene.bystander.call(client.Moderate(**place, reason="Rude"))
+    moderate = client.Moderate(**place, reason="Rude")
+    first = await scene.moderator.call(moderate, server.Changed)
+    assert await scene.moderator.call(moderate, server.Changed) == first
+    for one in (scene.rude, scene.bystander):
+        hidden = (await one.event(server.MessageEdited, lambda event: event.message.is_moderated)).message
+        assert (hidden.content, hidden.moderation_reason) == ("", "Rude")
+        assert hidden.moderated_by == scene.moderator.ready.user.id
+    for one, withheld in ((scene.moderator, "Something rude"), (scene.rude, "Something rude"), (scene.bystander, None)):
+        got = await one.call(client.GetMessage(**place), server.OneMessage)
+        assert (got.message.content, got.withheld) == ("", withheld)
+        page = await one.call(client.History(conversation_id=scene.about), server.MessagePage)
+        assert page.withheld.get(said) == withheld
+    with refused(ErrorCode.FORBIDDEN, "message_id"):
+        await scene.rude.call(client.Edit(**place, content="Something ruder"))
+    with refused(ErrorCode.NOT_FOUND, "message_id"):
+        await scene.bystander.call(client.ListEdits(**place))
+    await scene.moderator.call(client.Unmoderate(**place))
+    shown = await scene.bystander.event(server.MessageEdited, lambda event: not event.message.is_moderated)
+    assert shown.message.content == "Something rude"
+
+
+async def test_reports_wait_for_a_moderator(scene: Scene) -> None:
+    said = [await sent(scene.rude, scene.about, f"Rude {number}") for number in range(3)]
+    for one in said:
+        frame = client.ReportMessage(conversation_id=scene.about, message_id=one, reason="This is rude")
+        for _ in range(2):
+            await scene.bystander.call(frame)
+    with refused(ErrorCode.FORBIDDEN, "message_id"):
+        await scene.rude.call(client.ReportMessage(conversation_id=scene.about, message_id=said[0], reason="Me"))
+    with refused(ErrorCode.FORBIDDEN, None):
+        await scene.bystander.call(client.ListReports(conversation_id=scene.about))
+    page = await scene.moderator.call(client.ListReports(conversation_id=scene.about, limit=2), server.ReportPage)
+    assert [report.message_id for report in page.reports] == said[:2]
+    assert (page.reports[0].content, page.reports[0].reason) == ("Rude 0", "This is rude")
+    rest = await scene.moderator.call(
+        client.ListReports(conversation_id=scene.about, after=page.after), server.ReportPage
+    )
+    assert [report.message_id for report in rest.reports] == said[2:]
+    dismiss = client.DismissReport(conversation_id=scene.about, report_id=page.reports[0].id)
+    with refused(ErrorCode.FORBIDDEN, None):
+        await scene.bystander.call(dismiss)
+    await scene.moderator.call(dismiss)
+    await scene.moderator.call(dismiss)
+    with refused(ErrorCode.NOT_FOUND, "report_id"):
+        await scene.moderator.call(client.DismissReport(conversation_id=scene.about, report_id=ReportId(uuid7())))
+    await scene.moderator.call(client.Moderate(conversation_id=scene.about, message_id=said[1], reason="Rude"))
+    for status, left in (("open", [said[2]]), ("dismissed", [said[0]]), ("upheld", [said[1]])):
+        listed = client.ListReports(conversation_id=scene.about, status=status)  # type: ignore[arg-type]
+        found = await scene.moderator.call(listed, server.ReportPage)
+        assert [report.message_id for report in found.reports] == left
+
+
+async def test_the_log_tells_who_used_what_power(scene: Scene) -> None:
+    rude = scene.rude.ready.user.id
+    said = await sent(scene.rude, scene.about)
+    for frame in (
+        client.SetRole(conversation_id=scene.about, user_id=rude, role="guest"),
+        client.SetPermissions(conversation_id=scene.about, user_id=rude, can_pin_messages=True),
+        client.Moderate(conversation_id=scene.about, message_id=said, reason="Rude"),
+        client.Delete(conversation_id=scene.about, message_id=said),
+        client.UpdateConversation(conversation_id=scene.about, title="Manners"),
+        client.RemoveParticipant(conversation_id=scene.about, user_id=rude, ban=True),
+        client.Unban(conversation_id=scene.about, user_id=rude),
+        client.SetInviteCode(conversation_id=scene.about),
+    ):
+        await scene.moderator.call(frame)
+    listed = client.ListAudit(conversation_id=scene.about, limit=5)
+    with refused(ErrorCode.FORBIDDEN, None):
+        await scene.bystander.call(listed)
+    page = await scene.moderator.call(listed, server.AuditPage)
+    rest = await scene.moderator.call(
+        client.ListAudit(conversation_id=scene.about, after=page.after or 0), server.AuditPage
+    )
+    entries = [*page.entries, *rest.entries]
+    assert [(entry.number, entry.action) for entry in entries] == list(enumerate([
+        "set_role", "set_permissions", "moderate", "delete_message", "update_conversation", "ban", "unban",
+        "set_invite_code",
+    ], start=1))  # fmt: skip
+    assert entries[0].details == {"from": "member", "to": "guest"}
+    assert (entries[2].user_id, entries[2].message_id) == (rude, said)
+    assert {entry.actor_id for entry in entries} == {scene.moderator.ready.user.id}
+    assert [entry.previous_hash for entry in entries] == ["", *(entry.hash for entry in entries[:-1])]
+
+
+@pytest.mark.parametrize(
+    "tampering",
+    [
+        "UPDATE audit_entry SET action = 'nothing' WHERE number = 2",
+        "UPDATE audit_entry SET created_at = now() - interval '1 day' WHERE number = 2",
+        "UPDATE audit_entry SET actor_id = user_id WHERE number = 2",
+        "DELETE FROM audit_entry WHERE number = 2",
+        "DELETE FROM audit_entry WHERE number = 1",
+        "UPDATE audit_entry SET details = '{}', hash = previous_hash WHERE number = 2",
+    ],
+)
+async def test_the_log_shows_that_it_was_tampered_with(scene: Scene, tampering: str) -> None:
+    for number in range(4):
+        await scene.moderator.call(client.UpdateConversation(conversation_id=scene.about, title=f"Title {number}"))
+    assert await audit.broken(scene.world.db, scene.about) is None
+    await scene.world.db.execute("SET session_replication_role = replica; " + tampering)
+    assert await audit.broken(scene.world.db, scene.about) in {2, 3}
+
+
+async def test_the_servers_log_and_all_reports_are_for_its_administrators(scene: Scene) -> None:
+    said = await sent(scene.rude, scene.about)
+    await scene.bystander.call(client.ReportMessage(conversation_id=scene.about, message_id=said, reason="Rude"))
+    outsider = await scene.world.connect(admin := await scene.world.user("Admin"))
+    for frame in (client.ListAudit(), client.ListReports()):
+        with refused(ErrorCode.FORBIDDEN, "conversation_id"):
+            await outsider.call(frame)
+    await scene.world.db.execute('UPDATE "user" SET is_admin = true WHERE id = $1', admin.id)
+    reports = await outsider.call(client.ListReports(), server.ReportPage)
+    assert [report.message_id for report in reports.reports] == [said]
+    assert (await outsider.call(client.ListAudit(), server.AuditPage)).entries == []
+    with refused(ErrorCode.NOT_FOUND, "conversation_id"):
+        await outsider.call(client.History(conversation_id=scene.about))

@@ -1,0 +1,139 @@
+"""Relationships: asked, answered, taken back, told on every device; and the list of them."""
+
+import asyncio
+
+import pytest
+
+from protocol import client, server
+from protocol.client import Frame
+from protocol.errors import ErrorCode
+from protocol.ids import UserId, uuid7
+from protocol.values import Relationship
+from prove.client import Client
+from tests.test_messages import refused
+from tests.world import Somebody, World, sent
+
+
+class Pair:
+    """Two people on two workers."""
+
+    def __init__(self, ada: Somebody, charles: Somebody, one: Client, other: Client) -> None:
+        self.ada, self.charles, self.one, self.other = ada, charles, one, other
+
+    async def kinds(self, of: Client) -> list[tuple[str, str, bool]]:
+        page = await of.call(client.ListRelationships(limit=100), server.RelationshipPage)
+        found = [entry.relationship for entry in page.relationships]
+        return sorted((one.kind, one.status, one.is_outgoing) for one in found)
+
+
+@pytest.fixture
+async def pair(world: World) -> Pair:
+    ada, charles = await world.users("Ada", "Charles")
+    return Pair(ada, charles, await world.connect(ada), await world.connect(charles, 1))
+
+
+async def told(one: Client, status: str) -> Relationship:
+    event = await one.event(server.RelationshipChanged, lambda event: event.relationship.status == status)
+    return event.relationship
+
+
+async def test_friends_ask_and_answer(pair: Pair) -> None:
+    await pair.one.call(client.RequestFriend(user_id=pair.charles.id, message="We met at the fair"))
+    asked = await told(pair.other, "pending")
+    assert (asked.user_id, asked.is_outgoing, asked.request_message) == (pair.ada.id, False, "We met at the fair")
+    answered = await pair.other.call(
+        client.AnswerFriend(user_id=pair.ada.id, accept=True, message="So we did"), server.OneRelationship
+    )
+    assert answered.relationship.accepted_at is not None
+    assert (await told(pair.one, "accepted")).user_id == pair.charles.id
+    for one in (pair.one, pair.other):
+        assert await pair.kinds(one) == [("friend", "accepted", False), ("friend", "accepted", True)]
+    await pair.one.call(client.Unfriend(user_id=pair.charles.id))
+    await told(pair.other, "inactive")
+    assert await pair.kinds(pair.other) == []
+
+
+async def test_who_is_rejected_does_not_ask_again(pair: Pair) -> None:
+    await pair.one.call(client.RequestFriend(user_id=pair.charles.id))
+    await pair.other.call(client.AnswerFriend(user_id=pair.ada.id, accept=False, message="Not now"))
+    assert (await told(pair.one, "rejected")).response_message == "Not now"
+    with refused(ErrorCode.CONFLICT, "user_id"):
+        await pair.one.call(client.RequestFriend(user_id=pair.charles.id))
+    await pair.other.call(client.RequestFriend(user_id=pair.ada.id))
+    await pair.one.call(client.AnswerFriend(user_id=pair.charles.id, accept=True))
+    assert ("friend", "accepted", True) in await pair.kinds(pair.one)
+
+
+async def test_a_request_is_taken_back(pair: Pair) -> None:
+    with refused(ErrorCode.NOT_FOUND, "user_id"):
+        await pair.one.call(client.Unfriend(user_id=pair.charles.id))
+    await pair.one.call(client.RequestFriend(user_id=pair.charles.id))
+    await pair.one.call(client.Unfriend(user_id=pair.charles.id))
+    await told(pair.other, "inactive")
+    with refused(ErrorCode.NOT_FOUND, "user_id"):
+        await pair.other.call(client.AnswerFriend(user_id=pair.ada.id, accept=True))
+
+
+async def test_two_who_ask_at_once_are_friends(pair: Pair) -> None:
+    await asyncio.gather(
+        pair.one.call(client.RequestFriend(user_id=pair.charles.id)),
+        pair.other.call(client.RequestFriend(user_id=pair.ada.id)),
+    )
+    assert await pair.kinds(pair.one) == [("friend", "accepted", False), ("friend", "accepted", True)]
+
+
+async def test_who_wants_no_requests_gets_none(pair: Pair) -> None:
+    await pair.other.call(client.UpdateProfile(allow_friend_requests=False))
+    with refused(ErrorCode.NOT_FOUND, "user_id"):
+        await pair.one.call(client.RequestFriend(user_id=pair.charles.id))
+
+
+async def test_follow_is_seen_and_mute_is_not(pair: Pair) -> None:
+    await pair.one.call(client.Follow(user_id=pair.charles.id))
+    await pair.one.call(client.Mute(user_id=pair.charles.id))
+    assert (await told(pair.other, "active")).kind == "follow"
+    assert await pair.kinds(pair.other) == [("follow", "active", False)]
+    assert await pair.kinds(pair.one) == [("follow", "active", True), ("mute", "active", True)]
+    await pair.one.call(client.Unmute(user_id=pair.charles.id))
+    await pair.one.call(client.Unfollow(user_id=pair.charles.id))
+    assert await pair.kinds(pair.one) == []
+
+
+async def test_nobody_has_a_relationship_with_themselves_or_nobody(pair: Pair) -> None:
+    ends = (client.Unblock, client.Unfollow, client.Unmute, client.Unfriend)
+    for kind in (client.RequestFriend, client.Block, client.Follow, client.Mute, *ends):
+        frames: list[tuple[Frame, ErrorCode]] = [
+            (kind(user_id=pair.ada.id), ErrorCode.INVALID), (kind(user_id=UserId(uuid7())), ErrorCode.NOT_FOUND),
+        ]  # fmt: skip
+        for frame, code in frames:
+            with refused(code, "user_id"):
+                await pair.one.call(frame)
+
+
+async def test_the_list_says_how_much_two_have_written_to_each_other(pair: Pair) -> None:
+    await pair.one.call(client.Follow(user_id=pair.charles.id))
+    made = await pair.one.call(client.CreateDirect(user_id=pair.charles.id), server.OneConversation)
+    for one in (pair.one, pair.other, pair.one):
+        await sent(one, made.view.conversation.id)
+    page = await pair.one.call(client.ListRelationships(), server.RelationshipPage)
+    (entry,) = page.relationships
+    assert (entry.user.name, entry.interaction_count) == ("Charles", 3)
+    assert entry.last_interaction_at is not None
+
+
+async def test_relationships_in_pages(world: World, pair: Pair) -> None:
+    others = [await world.user(f"Person {number}") for number in range(5)]
+    for other in others:
+        await pair.one.call(client.Follow(user_id=other.id))
+    found: list[UserId] = []
+    after = None
+    while True:
+        page = await pair.one.call(
+            client.ListRelationships(kind="follow", is_outgoing=True, limit=2, after=after), server.RelationshipPage
+        )
+        found += [entry.user.id for entry in page.relationships]
+        if (after := page.after) is None:
+            break
+    assert sorted(found) == sorted(other.id for other in others)
+    none = await pair.one.call(client.ListRelationships(kind="follow", is_outgoing=False), server.RelationshipPage)
+    assert none.relationships == []

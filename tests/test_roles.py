@@ -1,0 +1,189 @@
+"""The matrix of roles, cell by cell: as data, as the database has it, and as frames are answered."""
+
+from typing import Any
+
+import pytest
+
+from protocol import client, server
+from protocol.errors import ErrorCode
+from protocol.ids import ConversationId, MessageId, UserId
+from protocol.roles import ROLES, Act, may, rank
+from protocol.server import Error
+from protocol.values import ConversationSettings, Participant, Role
+from prove.client import Client
+from prove.truth import recount
+from tests.test_messages import refused
+from tests.world import Somebody, World, message, sent
+
+GRANTS = ("can_add_members", "can_remove_members", "can_edit_conversation", "can_delete_messages", "can_pin_messages")
+
+
+def frames(about: ConversationId, said: MessageId, guest: UserId, other: UserId) -> dict[Act, list[client.Frame]]:
+    """Return what takes each right, in an order in which one does not end the next."""
+    place: dict[str, Any] = {"conversation_id": about}
+    return {
+        Act.TAKE_PART: [message(about), client.React(**place, message_id=said, emoji="x"), client.History(**place)],
+        Act.MODERATE: [
+            client.Moderate(**place, message_id=said, reason="Rude"), client.Unmoderate(**place, message_id=said),
+            client.ListReports(**place),
+        ],
+        Act.ADD_MEMBERS: [
+            client.AddParticipants(**place, participants=[other]), client.Invite(**place, participants=[other]),
+            client.SetInviteCode(**place)
+        ],
+        Act.EDIT_CONVERSATION: [client.UpdateConversation(**place, title=f"Title {said}")],
+        Act.SET_ROLES: [
+            client.SetRole(**place, user_id=guest, role="guest"),
+            client.SetPermissions(**place, user_id=guest, can_pin_messages=False),
+        ],
+        Act.READ_AUDIT: [client.ListAudit(**place)],
+        Act.REMOVE_MEMBERS: [
+            client.RemoveParticipant(**place, user_id=guest, ban=True), client.Unban(**place, user_id=guest),
+        ],
+        Act.DELETE_MESSAGES: [client.Delete(**place, message_id=said)],
+        Act.TRANSFER: [client.TransferOwnership(**place, user_id=other)],
+        Act.DELETE_CONVERSATION: [client.DeleteConversation(**place)],
+    }  # fmt: skip
+
+
+class Room:
+    """A channel of an owner, somebody, a guest, and a user who is not there."""
+
+    def __init__(self, world: World, owner: Client, about: ConversationId) -> None:
+        self.world, self.owner, self.about = world, owner, about
+
+    @classmethod
+    async def make(cls, world: World) -> "Room":
+        owner = await world.connect(await world.user("Owner"))
+        return cls(world, owner, await world.channel(owner, is_public=True))
+
+    async def enter(self, who: Somebody, role: Role = "member", **grants: bool) -> Client:
+        one = await self.world.connect(who, 1)
+        await one.call(client.Join(conversation_id=self.about))
+        await self.owner.call(client.SetRole(conversation_id=self.about, user_id=who.id, role=role))  # type: ignore[arg-type]
+        if grants:
+            await self.owner.call(client.SetPermissions(conversation_id=self.about, user_id=who.id, **grants))
+        return one
+
+
+@pytest.mark.parametrize("grant", [None, *GRANTS])
+@pytest.mark.parametrize("role", ["guest", "member", "moderator", "admin"])
+async def test_each_cell(world: World, role: Role, grant: str | None) -> None:
+    room = await Room.make(world)
+    guest, other, somebody = await world.users("Guest", "Other", "Somebody")
+    await room.enter(guest, "guest")
+    actor = await room.enter(somebody, role, **({grant: True} if grant else {}))
+    said = await sent(room.owner, room.about)
+    got = await actor.call(client.GetConversation(conversation_id=room.about), server.OneConversation)
+    for act, asked in frames(room.about, said, guest.id, other.id).items():
+        for frame in asked:
+            answer = await actor.ask(frame)
+            code = answer.code if isinstance(answer, Error) else None
+            is_allowed = may(got.view.me, act)
+            # A guest has nobody below, whatever they are granted.
+            if act is Act.REMOVE_MEMBERS and role == "guest":
+                is_allowed = False
+            assert code == (None if is_allowed else ErrorCode.FORBIDDEN), (act, frame, answer)
+    assert await recount(world.db) == []
+
+
+async def test_the_database_has_the_same_matrix(world: World) -> None:
+    rules = {act.value.permission: act for act in Act if act.value.permission not in {None, "can_delete_messages"}}
+    rules["can_delete_messages"] = Act.DELETE_MESSAGES
+    assert rules.keys() == set(GRANTS)
+    assert Act.MODERATE.value.least == Act.DELETE_MESSAGES.value.least
+    for role in ROLES:
+        for grant, act in rules.items():
+            text = "SELECT (participant_json(p) -> 'permissions' ->> $2)::boolean FROM (SELECT (r).* FROM (SELECT"
+            for granted in (True, False):
+                has = await world.db.fetchval(
+                    f"{text} jsonb_populate_record(NULL::conversation_participant,"
+                    " $1::jsonb || '{\"can_add_members\": false, \"can_remove_members\": false,"
+                    " \"can_edit_conversation\": false, \"can_delete_messages\": false, \"can_pin_messages\": false}'"
+                    " || jsonb_build_object($2::text, $3::boolean)) AS r) r) p",
+                    f'{{"role": "{role}"}}', grant, granted,
+                )  # fmt: skip
+                assert has is (granted or rank(role) >= rank(act.value.least)), (role, grant, granted)
+
+
+async def test_nobody_acts_on_someone_of_the_same_role(world: World) -> None:
+    room = await Room.make(world)
+    one, other = await world.users("One", "Other")
+    actor = await room.enter(one, "admin")
+    await room.enter(other, "admin")
+    for frame in (
+        client.SetRole(conversation_id=room.about, user_id=other.id, role="guest"),
+        client.SetPermissions(conversation_id=room.about, user_id=other.id, can_pin_messages=True),
+        client.RemoveParticipant(conversation_id=room.about, user_id=other.id),
+        client.RemoveParticipant(conversation_id=room.about, user_id=room.owner.ready.user.id, ban=True),
+    ):
+        with refused(ErrorCode.FORBIDDEN, "user_id"):
+            await actor.call(frame)
+
+
+async def test_ownership_is_handed_on_and_never_lost(world: World) -> None:
+    room = await Room.make(world)
+    admin, member = await world.users("Admin", "Member")
+    second, third = await room.enter(admin, "admin"), await room.enter(member)
+    with refused(ErrorCode.NOT_FOUND, "user_id"):
+        await room.owner.call(
+            client.TransferOwnership(conversation_id=room.about, user_id=(await world.user("Stranger")).id)
+        )
+    await room.owner.call(client.TransferOwnership(conversation_id=room.about, user_id=member.id))
+    assert await role_of(third, room.about) == "owner"
+    assert await role_of(room.owner, room.about) == "admin"
+    await third.call(client.Leave(conversation_id=room.about))
+    await second.event(server.ParticipantChanged, lambda event: event.participant.role == "owner")
+    await second.call(client.Leave(conversation_id=room.about))
+    await room.owner.call(client.Leave(conversation_id=room.about))
+    # Nobody is left who could own it: it is over.
+    with refused(ErrorCode.NOT_FOUND, "conversation_id"):
+        await third.call(client.Join(conversation_id=room.about))
+    assert await recount(world.db) == []
+
+
+async def role_of(one: Client, about: ConversationId) -> Role:
+    return (await one.call(client.GetConversation(conversation_id=about), server.OneConversation)).view.me.role
+
+
+async def test_only_some_may_send_where_the_settings_say_so(world: World) -> None:
+    room = await Room.make(world)
+    member, moderator = await world.users("Member", "Moderator")
+    quiet, loud = await room.enter(member), await room.enter(moderator, "moderator")
+    settings = ConversationSettings(send_role="moderator")
+    await room.owner.call(client.UpdateConversation(conversation_id=room.about, settings=settings))
+    with refused(ErrorCode.FORBIDDEN, None):
+        await quiet.call(message(room.about))
+    await sent(loud, room.about, "News")
+    await room.owner.call(client.UpdateConversation(conversation_id=room.about, is_archived=True))
+    with refused(ErrorCode.FORBIDDEN, None):
+        await loud.call(message(room.about))
+    await room.owner.call(client.UpdateConversation(conversation_id=room.about, is_archived=False))
+    await sent(loud, room.about, "More")
+
+
+async def test_slow_mode(world: World) -> None:
+    room = await Room.make(world)
+    member, moderator = await world.users("Member", "Moderator")
+    slow, free = await room.enter(member), await room.enter(moderator, "moderator")
+    settings = ConversationSettings(slow_mode_seconds=3600)
+    await room.owner.call(client.UpdateConversation(conversation_id=room.about, settings=settings))
+    first = message(room.about, "First")
+    answer = await slow.call(first)
+    for _ in range(3):
+        await sent(free, room.about)
+    refusal = await slow.ask(message(room.about, "Second"))
+    assert isinstance(refusal, Error)
+    assert refusal.code == ErrorCode.RATE_LIMITED
+    assert 3_500_000 < (refusal.retry_after_ms or 0) <= 3_600_000
+    # What was stored is answered again, however soon.
+    assert await slow.call(first) == answer
+    await world.db.execute("UPDATE conversation_participant SET last_sent_at = now() - interval '2 hours'")
+    await sent(slow, room.about, "Second")
+
+
+def test_a_participant_who_left_may_nothing() -> None:
+    fields: dict[str, Any] = {"conversation_id": None, "user_id": None, "joined_at": None, "version": 1}
+    for status in ("invited", "declined", "left", "removed", "banned"):
+        gone = Participant(role="owner", status=status, **fields)  # type: ignore[arg-type]
+        assert not any(may(gone, act) for act in Act)
