@@ -242,7 +242,8 @@ CREATE TABLE message (
 -- History in pages. By the clock, not by created_at: two messages can share an instant, never a version.
 CREATE UNIQUE INDEX message_conversation_created_idx ON message (conversation_id, sent_version);
 CREATE INDEX message_conversation_version_idx ON message (conversation_id, version);
-CREATE INDEX message_sender_idx ON message (sender_id);
+-- With the id, so that what somebody said can be read in pages.
+CREATE INDEX message_sender_idx ON message (sender_id, id);
 CREATE INDEX message_thread_root_idx ON message (thread_root_id, sent_version) WHERE thread_root_id IS NOT NULL;
 CREATE INDEX message_parent_idx ON message (parent_message_id) WHERE parent_message_id IS NOT NULL;
 
@@ -259,6 +260,7 @@ CREATE TABLE message_reaction (
     CONSTRAINT message_reaction_pkey PRIMARY KEY (message_id, user_id, emoji)
 );
 CREATE INDEX message_reaction_version_idx ON message_reaction (conversation_id, version);
+CREATE INDEX message_reaction_user_idx ON message_reaction (user_id);
 
 -- What a message said before each edit, and before it was deleted: a deleted message keeps its place in
 -- the conversation and loses its words. An edit's id is the client's, so that a repeated edit is one edit.
@@ -608,6 +610,33 @@ BEGIN
     );
 END
 $$;
+
+-- Where any of these texts is left, in whichever table: what `openchat erase --verify` looks at. What people said and
+-- called things, and what other people are called, is counted apart: that it reads the same proves nothing.
+CREATE FUNCTION traces(needles text[]) RETURNS TABLE (place text, is_said boolean, matches bigint)
+    LANGUAGE plpgsql STABLE AS $$
+DECLARE
+    field record;
+BEGIN
+    FOR field IN
+        SELECT c.table_name, c.column_name FROM information_schema.columns c
+        JOIN information_schema.tables t USING (table_schema, table_name)
+        WHERE c.table_schema = 'public' AND t.table_type = 'BASE TABLE' AND c.data_type IN ('text', 'jsonb', 'ARRAY')
+        ORDER BY 1, 2
+    LOOP
+        EXECUTE format('SELECT count(*) FROM %I WHERE %I::text ILIKE ANY ($1)', field.table_name, field.column_name)
+            INTO matches USING needles;
+        IF matches > 0 THEN
+            place := field.table_name || '.' || field.column_name;
+            is_said := field.table_name IN ('user', 'account') OR place IN ('message.content', 'message.formatted_content', 'message.metadata',
+                'message_edit.content', 'message_edit.formatted_content', 'conversation.title',
+                'conversation.description', 'conversation.settings', 'report.reason');
+            RETURN NEXT;
+        END IF;
+    END LOOP;
+END
+$$;
+REVOKE EXECUTE ON FUNCTION traces(text[]) FROM PUBLIC;
 
 -- --------------------------------------------------------------------------------------- row-level security
 

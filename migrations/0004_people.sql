@@ -34,6 +34,10 @@ ALTER TABLE conversation_participant
     ADD CONSTRAINT conversation_participant_status_known
         CHECK (status IN ('active', 'invited', 'declined', 'left', 'removed', 'banned'));
 
+DROP INDEX message_sender_idx;
+CREATE INDEX message_sender_idx ON message (sender_id, id);
+CREATE INDEX message_reaction_user_idx ON message_reaction (user_id);
+
 ALTER TABLE user_relationship
     DROP last_interaction_at,
     DROP interaction_count,
@@ -287,6 +291,33 @@ BEGIN
     );
 END
 $$;
+
+-- Where any of these texts is left, in whichever table: what `openchat erase --verify` looks at. What people said and
+-- called things, and what other people are called, is counted apart: that it reads the same proves nothing.
+CREATE FUNCTION traces(needles text[]) RETURNS TABLE (place text, is_said boolean, matches bigint)
+    LANGUAGE plpgsql STABLE AS $$
+DECLARE
+    field record;
+BEGIN
+    FOR field IN
+        SELECT c.table_name, c.column_name FROM information_schema.columns c
+        JOIN information_schema.tables t USING (table_schema, table_name)
+        WHERE c.table_schema = 'public' AND t.table_type = 'BASE TABLE' AND c.data_type IN ('text', 'jsonb', 'ARRAY')
+        ORDER BY 1, 2
+    LOOP
+        EXECUTE format('SELECT count(*) FROM %I WHERE %I::text ILIKE ANY ($1)', field.table_name, field.column_name)
+            INTO matches USING needles;
+        IF matches > 0 THEN
+            place := field.table_name || '.' || field.column_name;
+            is_said := field.table_name IN ('user', 'account') OR place IN ('message.content', 'message.formatted_content', 'message.metadata',
+                'message_edit.content', 'message_edit.formatted_content', 'conversation.title',
+                'conversation.description', 'conversation.settings', 'report.reason');
+            RETURN NEXT;
+        END IF;
+    END LOOP;
+END
+$$;
+REVOKE EXECUTE ON FUNCTION traces(text[]) FROM PUBLIC;
 
 
 -- --------------------------------------------------------------------------------------- row-level security

@@ -24,6 +24,12 @@ class Login(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     password: Password
 
 
+class Confirm(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The password once more, for what cannot be taken lightly."""
+
+    password: Password
+
+
 class LoggedIn(msgspec.Struct, frozen=True, kw_only=True):
     """A session has begun. The token is shown this once: the server keeps only its hash."""
 

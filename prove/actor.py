@@ -5,7 +5,7 @@ import random
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 from uuid import UUID
 
 from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidMessage, InvalidStatus
@@ -32,6 +32,8 @@ SILENT_HEARTBEATS = 2.5
 UNAUTHORIZED = 401
 DROPS, JOINS, AT_LARGE, STARTS_TYPING, REPLIES, LONG_ONES = 0.01, 0.5, 0.05, 0.7, 0.3, 0.2
 """How often, of all times that it could be, a connection drops and one of these is what is done."""
+INVITES = 0.7
+ROLES: tuple[Literal["admin", "moderator", "member", "guest"], ...] = ("admin", "moderator", "member", "guest")
 LONG = 8_000
 """Characters in the few messages that are long."""
 
@@ -118,7 +120,11 @@ class Actor:
                     fresh.ready = ready = await fresh.event(server.Ready)
                     self._heard_at = time.monotonic()
                     self.client = fresh
-                    frame = client.Resume(epoch=self.mirror.epoch or ready.epoch, versions=self.mirror.versions)
+                    frame = client.Resume(
+                        epoch=self.mirror.epoch or ready.epoch,
+                        versions=self.mirror.versions,
+                        user_version=self.mirror.user_version,
+                    )
                     self.mirror.epoch = ready.epoch
                     await self._until_done(fresh, frame)
                     self._is_behind = False
@@ -345,13 +351,21 @@ class Actor:
             (2, lambda: client.GetConversation(conversation_id=about)),
             (2, lambda: client.History(conversation_id=about, limit=self._random.randint(1, 100))),
             (1, lambda: client.ListParticipants(conversation_id=about)),
+            (1, lambda: client.ListReports(conversation_id=about)),
+            (1, lambda: client.ListAudit(conversation_id=about)),
+            (1, lambda: client.SetInviteCode(conversation_id=about, is_open=self._now_and_then(INVITES))),
+            (2, lambda: client.SetPreferences(conversation_id=about, pin_order=self._random.randint(0, 9))),
         ]
         if self.others:
             other = self._random.choice(self.others)
             choices += [
                 (2, lambda: client.AddParticipants(conversation_id=about, participants=[other])),
                 (1, lambda: client.RemoveParticipant(conversation_id=about, user_id=other)),
-                (1, lambda: client.SetRole(conversation_id=about, user_id=other, role="moderator")),
+                (1, lambda: client.SetRole(conversation_id=about, user_id=other, role=self._random.choice(ROLES))),
+                (1, lambda: client.SetPermissions(conversation_id=about, user_id=other, can_add_members=True)),
+                (1, lambda: client.TransferOwnership(conversation_id=about, user_id=other)),
+                (1, lambda: client.Invite(conversation_id=about, participants=[other])),
+                (1, lambda: client.Unban(conversation_id=about, user_id=other)),
             ]
         return choices
 
@@ -365,6 +379,9 @@ class Actor:
             (9, lambda: client.Read(**place)),
             (2, lambda: client.GetMessage(**place)),
             (1, lambda: client.ListEdits(**place)),
+            (2, lambda: client.Moderate(**place, reason="Rude")),
+            (1, lambda: client.Unmoderate(**place)),
+            (2, lambda: client.ReportMessage(**place, reason="Rude")),
         ]
 
     def _at_large(self) -> Frame:
@@ -380,6 +397,23 @@ class Actor:
             lambda: client.GetUsers(user_ids=[other]),
             lambda: client.CreateDirect(user_id=other),
             lambda: client.CreateGroup(conversation_id=made, title="A group", participants=[other]),
+            client.GetMe,
+            client.ListInvitations,
+            client.ListRelationships,
+            lambda: client.UpdateProfile(bio=f"Bio {self._random.random()}"),
+            lambda: client.GetProfile(user_id=other),
+            lambda: client.SearchUsers(text="person"),
+            lambda: client.FindConversations(text="channel"),
+            lambda: client.RequestFriend(user_id=other),
+            lambda: client.AnswerFriend(user_id=other, accept=self._now_and_then(INVITES)),
+            lambda: client.Unfriend(user_id=other),
+            lambda: self._random.choice((client.Block, client.Unblock, client.Unblock))(user_id=other),
+            lambda: self._random.choice((client.Follow, client.Unfollow))(user_id=other),
+            lambda: self._random.choice((client.Mute, client.Unmute))(user_id=other),
+            *(
+                lambda: self._random.choice((client.Join, client.Decline))(conversation_id=one)
+                for one in list(self.mirror.invitations)[:1]
+            ),
         ]
         return self._random.choice(makes)()
 

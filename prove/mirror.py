@@ -7,9 +7,18 @@ from dataclasses import dataclass, field
 import msgspec
 
 from protocol import server
-from protocol.ids import ConversationId, MessageId, UserId
-from protocol.server import DurableEvent, ServerFrame
-from protocol.values import Conversation, ConversationView, Message, Participant
+from protocol.ids import ConversationId, MessageId, RelationshipId, UserId
+from protocol.server import DurableEvent, OwnEvent, ServerFrame
+from protocol.values import (
+    Conversation,
+    ConversationView,
+    Invitation,
+    Me,
+    Message,
+    Participant,
+    Preferences,
+    Relationship,
+)
 
 replace = msgspec.structs.replace
 
@@ -37,6 +46,11 @@ class Mirror:
         self.copies: dict[ConversationId, Copy] = {}
         self.unloaded: set[ConversationId] = set()
         self.epoch = ""
+        self.user_version = 0
+        self.me: Me | None = None
+        self.invitations: dict[ConversationId, Invitation] = {}
+        self.preferences: dict[ConversationId, Preferences] = {}
+        self.relationships: dict[RelationshipId, Relationship] = {}
         self.wrong: Counter[str] = Counter()
         self.shown: set[MessageId] = set()
         """Messages that events brought since whoever checks them looked."""
@@ -56,6 +70,11 @@ class Mirror:
         match frame:
             case server.Ready():
                 self.epoch = frame.epoch
+            case (
+                server.MeChanged() | server.RelationshipChanged() | server.Invited() | server.InvitationEnded()
+                | server.PreferencesChanged()
+            ):  # fmt: skip
+                self._hear_own(frame)
             case server.Conversations():
                 for view in frame.conversations:
                     self._begin(view)
@@ -75,6 +94,22 @@ class Mirror:
                     self._hear_event(copy, frame)
             case _:
                 pass
+
+    def _hear_own(self, event: OwnEvent) -> None:
+        """Apply what is this user's alone: the present state of one thing, whatever came before."""
+        self.user_version = max(self.user_version, event.user_version)
+        match event:
+            case server.MeChanged():
+                self.me = event.me
+            case server.RelationshipChanged():
+                self.relationships[event.relationship.id] = event.relationship
+            case server.Invited():
+                self.invitations[event.invitation.conversation_id] = event.invitation
+            case server.InvitationEnded():
+                self.invitations.pop(event.conversation_id, None)
+            case server.PreferencesChanged():
+                self.invitations.pop(event.conversation_id, None)
+                self.preferences[event.conversation_id] = event.preferences
 
     def forget(self, conversation_id: ConversationId) -> None:
         """Know nothing of a conversation any more."""

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 
 from protocol.ids import ConversationId, UserId
+from protocol.server import ParticipantChanged
 from server import sync
 from server.addresses import Addresses
 from server.admission import Admission
@@ -28,6 +30,7 @@ from server.context import Services
 from server.database import Database
 from server.dispatch import Dispatch, Rate
 from server.endpoints import Door, Endpoints
+from server.erasure import erase
 from server.gather import Gather
 from server.hub import Hub
 from server.limits import Allowance
@@ -36,6 +39,7 @@ from server.periodic import every
 from server.presence import Presence
 from server.pressure import Pressure
 from server.queries import conversations, messages
+from server.queries import erasure as erasing
 from server.queries.conversations import Membership
 from server.queries.messages import Outgoing, Stored
 from server.queries.sessions import Active
@@ -67,6 +71,7 @@ class App:
         self._database = database
         self._redis = redis
         self.metrics = metrics
+        self._grace = timedelta(days=settings.erase_after_days)
         self._draining = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -167,6 +172,7 @@ class App:
             asyncio.create_task(every(METRICS_SECONDS, app.metrics.write)),
             asyncio.create_task(every(CLEAR_SECONDS, app.sessions.clear)),
             asyncio.create_task(every(EXPIRE_SECONDS, app.presence.expire_statuses)),
+            asyncio.create_task(every(CLEAR_SECONDS, app.erase_due)),
             asyncio.create_task(app.pressure.watch()),
         ]
         return app
@@ -197,6 +203,21 @@ class App:
     async def _read_memberships(self, user_ids: list[UserId]) -> list[dict[ConversationId, Membership]]:
         async with self._database.connection() as db:
             return await conversations.memberships(db, user_ids)
+
+    async def erase_due(self) -> None:
+        """Erase some of those whose time of grace is over."""
+        async with self._database.connection() as db:
+            due = await erasing.due(db, self._grace)
+        for user_id in due:
+            for now, count in await erase(self._database.transaction, user_id):
+                self.hub.publish(
+                    ParticipantChanged(
+                        conversation_id=now.conversation_id,
+                        version=now.version,
+                        participant=now,
+                        participant_count=count,
+                    )
+                )
 
     def _arrived(self, connection: Connection) -> None:
         self.roster.add(connection)

@@ -1,4 +1,6 @@
-"""The command line: `openchat`, and `openchat migrate`, `new-epoch`, `load`, `prove`."""
+"""The command line: `openchat`, and `openchat migrate`, `new-epoch`, `user`, `conversation`, `export`, `erase`, `load`,
+`prove`.
+"""
 
 import argparse
 import asyncio
@@ -6,23 +8,21 @@ import importlib
 import sys
 from importlib.metadata import version
 
-import msgspec
-
-from server import config, database, log, migrate
+from server import administration, config, database, log, migrate
 from server.config import Settings, variable
-from server.embedded.folder import DataFolder
-from server.embedded.postgres import Postgres
+from server.embedded.reach import reached
 from server.errors import Fatal
 from server.supervisor import Supervisor, tell
 
 ABOUT = "A real-time chat backend: one command starts it, and it does not lose a message."
-MIGRATE_CONNECTIONS = 10
 
 
 def main() -> None:
     """Do what the command line says; end with status 1 and one line if it cannot be done."""
     if sys.argv[1:2] in (["load"], ["prove"]):
         sys.exit(_from_outside(sys.argv[1], sys.argv[2:]))
+    if sys.argv[1:2] and sys.argv[1] in administration.COMMANDS:
+        sys.exit(administration.main(sys.argv[1:]))
     options = _parser().parse_args()
     log.configure("openchat")
     try:
@@ -50,9 +50,10 @@ def _parser() -> argparse.ArgumentParser:
         "command",
         nargs="?",
         default="run",
-        choices=["run", "migrate", "new-epoch", "load", "prove"],
+        choices=["run", "migrate", "new-epoch", *administration.COMMANDS, "load", "prove"],
         help="run: start the server (the default). migrate: bring the database to this program's schema. "
         "new-epoch: after restoring a backup, have every client start over. "
+        "user, conversation, export, erase: administer (`openchat user --help`). "
         "load: put a crowd in front of a running server (`openchat load --help`). "
         "prove: hurt a cluster in every way while a crowd uses it, and compare what is stored with what was seen "
         "(`openchat prove --help`)",
@@ -89,23 +90,12 @@ def _variables() -> str:
 
 
 def _with_database(settings: Settings, *, is_plan: bool = False, is_new_epoch: bool = False) -> None:
-    folder, postgres = None, None
-    try:
-        if not settings.database_url:
-            folder = DataFolder(settings.data_path)
-            postgres = Postgres(folder, max_connections=MIGRATE_CONNECTIONS)
-            postgres.start()
-            settings = msgspec.structs.replace(settings, database_url=postgres.url())
-        asyncio.run(_administer(settings, is_plan=is_plan, is_new_epoch=is_new_epoch))
-    finally:
-        if postgres is not None:
-            postgres.stop()
-        if folder is not None:
-            folder.release()
+    with reached(settings) as url:
+        asyncio.run(_administer(url, is_plan=is_plan, is_new_epoch=is_new_epoch))
 
 
-async def _administer(settings: Settings, *, is_plan: bool, is_new_epoch: bool) -> None:
-    connection = await database.connect(settings.database_url)
+async def _administer(url: str, *, is_plan: bool, is_new_epoch: bool) -> None:
+    connection = await database.connect(url)
     try:
         if is_new_epoch:
             await migrate.new_epoch(connection)

@@ -57,6 +57,8 @@ class Settings(msgspec.Struct, kw_only=True, frozen=True):
     """Failed logins in five minutes for one account before it has to wait."""
     login_attempts_per_address: int = 100
     """Logins and registrations in five minutes from one address before it has to wait."""
+    erase_after_days: float = 30.0
+    """How long a deleted account waits, and may come back, before the person is erased."""
     behind_proxy: bool = False
     """Believe X-Forwarded-For and X-Forwarded-Proto: only behind a load balancer that sets them."""
 

@@ -45,7 +45,7 @@ class Hub:
     def __init__(self, record: Record, connect: Connect) -> None:
         """`connect` returns the bus by which the other workers are met."""
         self._record = record
-        self.bus: Bus = connect(deliver=self._hear, caught_up=self._compare_soon)
+        self.bus: Bus = connect(deliver=self._hear, caught_up=self.compare_soon)
         self.people = People(record, self.bus)
         self.topics = Topics(record, self.bus, self.people, flush_soon=self._flush_soon)
         self._watchers: dict[UserId, dict[Socket, Callable[[bytes], None]]] = {}
@@ -184,7 +184,8 @@ class Hub:
 
     # -------------------------------------------------------------------------------------- looking for oneself
 
-    def _compare_soon(self) -> None:
+    def compare_soon(self) -> None:
+        """Compare all positions with PostgreSQL now: something may have been missed."""
         self._compare_now.set()
 
     async def _compare(self) -> None:

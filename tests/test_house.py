@@ -34,7 +34,7 @@ STOREYS: list[list[str]] = [
     ["queries", "embedded", "auth.tokens"],
     ["context"],
     ["sync", "search", "invitecode", "permissions", "presence", "auth.passwords", "auth.attempts", "auth.tickets"],
-    ["auth.sessions", "auth.credentials", "membership", "telling"],
+    ["auth.sessions", "auth.credentials", "membership", "telling", "erasure", "export"],
     ["handlers"],
     ["websocket", "bus", "redisbus"],
     ["clusterbus", "people", "topics", "hub", "dispatch"],
@@ -43,7 +43,7 @@ STOREYS: list[list[str]] = [
     ["endpoints"],
     ["app"],
     ["worker"],
-    ["supervisor"],
+    ["supervisor", "administration"],
     ["cli"],
 ]
 TRANSPORT = {

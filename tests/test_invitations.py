@@ -1,6 +1,7 @@
 """Membership: invited, declined, by code, found, removed on every worker; what newcomers see; system messages."""
 
 import asyncio
+from typing import Any
 
 from protocol import client, server
 from protocol.errors import ErrorCode
@@ -155,7 +156,7 @@ async def test_newcomers_see_what_was_said_before_if_the_settings_say_so(world: 
     assert joined.view.last_message.system_message_type == "join"
     page = await newcomer.call(client.History(conversation_id=about), server.MessagePage)
     assert [one.content for one in page.messages] == ["joined"]
-    place = {"conversation_id": about, "message_id": before}
+    place: dict[str, Any] = {"conversation_id": about, "message_id": before}
     for frame in (
         client.GetMessage(**place), client.React(**place, emoji="x"), client.Read(**place), client.ListEdits(**place),
         client.ReportMessage(**place, reason="Unseen"),
@@ -199,7 +200,7 @@ async def test_the_system_says_who_came_and_went_and_what_changed(world: World) 
         ("leave", charles.id, {}),
     ]
     assert (await view(owner, about)).unread_count == 0
-    place = {"conversation_id": about, "message_id": page.messages[3].id}
+    place: dict[str, Any] = {"conversation_id": about, "message_id": page.messages[3].id}
     with refused(ErrorCode.FORBIDDEN, "message_id"):
         await owner.call(client.Edit(**place, content="Never"))
     quiet = ConversationSettings(system_messages=False)

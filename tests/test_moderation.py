@@ -1,5 +1,7 @@
 """Moderation: hidden with a reason, reported, reviewed, and a log that tells when somebody changed it."""
 
+from typing import Any
+
 import pytest
 
 from protocol import client, server
@@ -31,7 +33,7 @@ async def scene(world: World) -> Scene:
 
 async def test_a_hidden_message_is_hidden_from_bystanders(scene: Scene) -> None:
     said = await sent(scene.rude, scene.about, "Something rude")
-    place = {"conversation_id": scene.about, "message_id": said}
+    place: dict[str, Any] = {"conversation_id": scene.about, "message_id": said}
     with refused(ErrorCode.FORBIDDEN, None):
         await scene.bystander.call(client.Moderate(**place, reason="Rude"))
     moderate = client.Moderate(**place, reason="Rude")

@@ -169,7 +169,7 @@ async def test_slow_mode(world: World) -> None:
     settings = ConversationSettings(slow_mode_seconds=3600)
     await room.owner.call(client.UpdateConversation(conversation_id=room.about, settings=settings))
     first = message(room.about, "First")
-    answer = await slow.call(first)
+    answer = await slow.call(first, server.Sent)
     for _ in range(3):
         await sent(free, room.about)
     refusal = await slow.ask(message(room.about, "Second"))
@@ -177,7 +177,7 @@ async def test_slow_mode(world: World) -> None:
     assert refusal.code == ErrorCode.RATE_LIMITED
     assert 3_500_000 < (refusal.retry_after_ms or 0) <= 3_600_000
     # What was stored is answered again, however soon.
-    assert await slow.call(first) == answer
+    assert await slow.call(first, server.Sent) == answer
     await world.db.execute("UPDATE conversation_participant SET last_sent_at = now() - interval '2 hours'")
     await sent(slow, room.about, "Second")
 
@@ -185,5 +185,5 @@ async def test_slow_mode(world: World) -> None:
 def test_a_participant_who_left_may_nothing() -> None:
     fields: dict[str, Any] = {"conversation_id": None, "user_id": None, "joined_at": None, "version": 1}
     for status in ("invited", "declined", "left", "removed", "banned"):
-        gone = Participant(role="owner", status=status, **fields)  # type: ignore[arg-type]
+        gone = Participant(role="owner", status=status, **fields)
         assert not any(may(gone, act) for act in Act)

@@ -3,12 +3,12 @@
 import asyncpg
 import msgspec
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
 from protocol.codec import decode
 from protocol.errors import ErrorCode, Refused
-from protocol.http import LoggedIn, Login, Register, SessionList
+from protocol.http import Confirm, LoggedIn, Login, Register, SessionList
 from protocol.ids import SessionId, UserId
 from protocol.values import User
 from server.addresses import address_of
@@ -20,13 +20,18 @@ from server.auth.tokens import new_token, token_hash
 from server.context import Events
 from server.database import Database
 from server.errors import NotFound
+from server.export import written
+from server.limits import Allowance
 from server.queries import accounts, sessions, users
 from server.queries.sessions import Active
-from server.web import endpoint, json_response, limited_body
+from server.web import JSON, endpoint, json_response, limited_body
 
 _register = msgspec.json.Decoder(Register)
 _login = msgspec.json.Decoder(Login)
+_confirm = msgspec.json.Decoder(Confirm)
 MAX_USER_AGENT = 255
+EXPORTS_PER_SECOND, EXPORTS_AT_ONCE = 1 / 60, 3
+"""How often one user may export their data from a worker."""
 
 
 class Accounts:
@@ -40,6 +45,7 @@ class Accounts:
         self._sessions = sessions
         self._attempts = attempts
         self._origins = origins
+        self._exports: Allowance[UserId] = Allowance(EXPORTS_PER_SECOND, burst=EXPORTS_AT_ONCE)
 
     def routes(self) -> list[Route]:
         """Return the routes under /v1/auth."""
@@ -47,6 +53,9 @@ class Accounts:
             Route("/v1/auth/register", endpoint(self.register), methods=["POST"]),
             Route("/v1/auth/login", endpoint(self.login), methods=["POST"]),
             Route("/v1/auth/logout", endpoint(self.logout), methods=["POST"]),
+            Route("/v1/auth/deactivate", endpoint(self.deactivate), methods=["POST"]),
+            Route("/v1/auth/delete", endpoint(self.delete), methods=["POST"]),
+            Route("/v1/auth/export", endpoint(self.export), methods=["GET"]),
             Route("/v1/auth/sessions", endpoint(self.list_sessions), methods=["GET"]),
             Route("/v1/auth/sessions", endpoint(self.revoke_all), methods=["DELETE"]),
             Route("/v1/auth/sessions/{session_id}", endpoint(self.revoke), methods=["DELETE"]),
@@ -88,6 +97,9 @@ class Accounts:
             new_hash = await passwords.hashed(body.password)
             async with self._database.connection() as db:
                 await accounts.rehash(db, email, new_hash)
+        if found.is_away:
+            async with self._database.connection() as db:
+                await accounts.come_back(db, found.user.id)
         return await self._begin(request, found.user, status=200)
 
     async def logout(self, request: Request) -> Response:
@@ -97,6 +109,46 @@ class Accounts:
         response = Response(status_code=204)
         response.delete_cookie(COOKIE)
         return response
+
+    async def deactivate(self, request: Request) -> Response:
+        """Go away until the next login: nobody finds the user or writes to them."""
+        return await self._leave(request, is_for_good=False)
+
+    async def delete(self, request: Request) -> Response:
+        """Go away for good: when the time of grace is over, in which logging in undoes it, the user is erased."""
+        return await self._leave(request, is_for_good=True)
+
+    async def _leave(self, request: Request, *, is_for_good: bool) -> Response:
+        active = await self.caller(request)
+        user_id = active.user.id
+        body = decode(await limited_body(request), _confirm)
+        await self._attempts.require_account(user_id.hex)
+        async with self._database.connection() as db:
+            there = await accounts.password_hash(db, user_id)
+        if not await passwords.matches(body.password, there):
+            await self._attempts.failed(user_id.hex)
+            raise Refused(ErrorCode.FORBIDDEN, "This is not your password.", path="password")
+        async with self._database.transaction() as db:
+            await accounts.leave(db, user_id, is_for_good=is_for_good)
+            await sessions.revoke(db, user_id, None)
+        self._events.poke([user_id])
+        self._events.reconsider(user_id)
+        response = Response(status_code=204)
+        response.delete_cookie(COOKIE)
+        return response
+
+    async def export(self, request: Request) -> Response:
+        """Return everything that is stored about the user."""
+        active = await self.caller(request)
+        self._exports.require(active.user.id)
+        return StreamingResponse(
+            written(self._database.connection, active.user.id),
+            media_type=JSON,
+            headers={
+                "cache-control": "no-store",
+                "content-disposition": f'attachment; filename="openchat-{active.user.id}.json"',
+            },
+        )
 
     async def list_sessions(self, request: Request) -> Response:
         """Return the user's sessions."""

@@ -4,7 +4,8 @@ from importlib.metadata import version
 from typing import Any
 
 from protocol.client import ClientFrame
-from protocol.http import LoggedIn, Login, Register, SessionList
+from protocol.export import Export
+from protocol.http import Confirm, LoggedIn, Login, Register, SessionList
 from protocol.server import Error, Reply
 from server.describe.asyncapi import CLIENT_FRAMES, Json, schemas, tag
 
@@ -36,6 +37,23 @@ def document() -> Json:
             "/v1/auth/logout": {
                 "post": _operation("logout", "End this session.", is_secured=True)
                 | _responses({"204": ("It has ended.", None)}, 401, 403)
+            },
+            "/v1/auth/deactivate": {
+                "post": _operation("deactivate", "Go away until the next login.", body=Confirm, is_secured=True)
+                | _responses({"204": ("All sessions have ended.", None)}, 400, 401, 403, 422, 429)
+            },
+            "/v1/auth/delete": {
+                "post": _operation(
+                    "delete",
+                    "Go away for good: erased after some days, in which a login undoes it.",
+                    body=Confirm,
+                    is_secured=True,
+                )
+                | _responses({"204": ("All sessions have ended.", None)}, 400, 401, 403, 422, 429)
+            },
+            "/v1/auth/export": {
+                "get": _operation("export", "Return everything that is stored about the user.", is_secured=True)
+                | _responses({"200": ("The data.", Export)}, 401, 429)
             },
             "/v1/auth/sessions": {
                 "get": _operation("list_sessions", "Return the user's sessions.", is_secured=True)
@@ -81,7 +99,7 @@ def document() -> Json:
             },
         },
         "components": {
-            "schemas": schemas(ClientFrame, Reply, Error, Register, Login, LoggedIn, SessionList),
+            "schemas": schemas(ClientFrame, Reply, Error, Register, Login, LoggedIn, SessionList, Confirm, Export),
             "securitySchemes": {
                 "token": {"type": "http", "scheme": "bearer"},
                 "cookie": {"type": "apiKey", "in": "cookie", "name": "openchat_session"},

@@ -20,6 +20,14 @@ SHARED_BINARIES = Path("/var/cache/openchat")
 """Where root puts binaries that the unprivileged user cannot reach where they were installed."""
 
 
+class Held(Fatal):
+    """Another process has the data folder. `run` is where its servers listen."""
+
+    def __init__(self, path: Path, run: Path) -> None:
+        super().__init__(f"another openchat runs with the data folder {path}; stop it or choose another --data-dir.")
+        self.run = run
+
+
 class Owner(NamedTuple):
     """The user that runs the embedded servers, when that is not the one who runs the program."""
 
@@ -32,7 +40,7 @@ class DataFolder:
     """A data folder that this process holds, alone, until it ends."""
 
     def __init__(self, path: Path) -> None:
-        """Make and lock the folder. Raises Fatal if it cannot be written or another process holds it."""
+        """Make and lock the folder. Raises Fatal if it cannot be written, Held if another process has it."""
         self.path = path
         self.owner = _unprivileged() if os.geteuid() == 0 else None
         try:
@@ -45,12 +53,9 @@ class DataFolder:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise Fatal(
-                f"another openchat runs with the data folder {path}; stop it or choose another --data-dir."
-            ) from None
-        short = len(os.fsencode(path)) < MAX_SOCKET_DIR
-        digest = hashlib.sha256(os.fsencode(path)).hexdigest()[:12]
-        self.run = path / "run" if short else Path(tempfile.gettempdir()) / f"openchat-{digest}"
+            os.close(self._lock)
+            raise Held(path, _run(path)) from None
+        self.run = _run(path)
         self.run.mkdir(mode=0o700, exist_ok=True)
         if self.run.stat().st_uid not in {os.geteuid(), self.owner.uid if self.owner else os.geteuid()}:
             raise Fatal(f"{self.run} belongs to someone else.")
@@ -93,6 +98,13 @@ class DataFolder:
                 cwd="/", capture_output=True, check=False,
             ).returncode == 0
         )  # fmt: skip
+
+
+def _run(path: Path) -> Path:
+    """Return the folder for the Unix sockets of a data folder's servers."""
+    if len(os.fsencode(path)) < MAX_SOCKET_DIR:
+        return path / "run"
+    return Path(tempfile.gettempdir()) / f"openchat-{hashlib.sha256(os.fsencode(path)).hexdigest()[:12]}"
 
 
 def installed(package: str) -> Path:

@@ -27,6 +27,11 @@ OPTIONS = {
 }
 
 
+def url(run: Path, database: str = NAME) -> str:
+    """Return where to connect to the server that listens in a folder."""
+    return f"postgresql://{NAME}@/{database}?host={quote(str(run))}"
+
+
 class Postgres:
     """A PostgreSQL in a data folder."""
 
@@ -40,7 +45,7 @@ class Postgres:
 
     def url(self, database: str = NAME) -> str:
         """Return where to connect to."""
-        return f"postgresql://{NAME}@/{database}?host={quote(str(self._folder.run))}"
+        return url(self._folder.run, database)
 
     @property
     def is_new(self) -> bool:

@@ -1,5 +1,6 @@
 """Accounts: how a user logs in."""
 
+from datetime import datetime
 from typing import NamedTuple
 
 import msgspec
@@ -24,15 +25,16 @@ async def register(db: Db, name: str, email: str, password_hash: str) -> UserId:
 
 
 class Login(NamedTuple):
-    """A user and the hash of their password."""
+    """A user and the hash of their password; whether they had gone, so that this is how they come back."""
 
     user: User
     password_hash: str
+    is_away: bool
 
 
 FIND = f"""
-SELECT {FACE}, a.password
-FROM account a JOIN "user" u ON u.id = a.user_id AND u.is_active AND NOT u.is_deleted
+SELECT {FACE}, a.password, NOT u.is_active
+FROM account a JOIN "user" u ON u.id = a.user_id AND NOT u.is_disabled AND u.erased_at IS NULL
 WHERE a.provider_id = 'credential' AND a.account_id = $1 AND a.password IS NOT NULL
 """  # noqa: S608 - FACE is a constant
 
@@ -40,7 +42,39 @@ WHERE a.provider_id = 'credential' AND a.account_id = $1 AND a.password IS NOT N
 async def find(db: Db, email: str) -> Login | None:
     """Return who logs in with this address."""
     row = await db.fetchrow(FIND, email)
-    return None if row is None else Login(_user_decoder.decode(row[0]), row[1])
+    return None if row is None else Login(_user_decoder.decode(row[0]), row[1], row[2])
+
+
+HASH = "SELECT password FROM account WHERE provider_id = 'credential' AND user_id = $1"
+
+
+async def password_hash(db: Db, user_id: UserId) -> str | None:
+    """Return the hash of a user's password; None if they have none."""
+    found: str | None = await db.fetchval(HASH, user_id)
+    return found
+
+
+LEAVE = """
+UPDATE "user" SET is_active = false, is_deleted = $2, deleted_at = CASE WHEN $2 THEN now() END, updated_at = now(),
+    version = version + 1
+WHERE id = $1 AND erased_at IS NULL
+"""
+
+
+async def leave(db: Db, user_id: UserId, *, is_for_good: bool) -> None:
+    """Deactivate a user, or mark them to be erased when the time of grace is over."""
+    await db.execute(LEAVE, user_id, is_for_good)
+
+
+COME_BACK = """
+UPDATE "user" SET is_active = true, is_deleted = false, deleted_at = NULL, updated_at = now(), version = version + 1
+WHERE id = $1 AND erased_at IS NULL AND NOT is_disabled
+"""
+
+
+async def come_back(db: Db, user_id: UserId) -> None:
+    """Undo that."""
+    await db.execute(COME_BACK, user_id)
 
 
 REHASH = "UPDATE account SET password = $2, updated_at = now() WHERE provider_id = 'credential' AND account_id = $1"
@@ -49,3 +83,63 @@ REHASH = "UPDATE account SET password = $2, updated_at = now() WHERE provider_id
 async def rehash(db: Db, email: str, password_hash: str) -> None:
     """Keep a password's hash made with today's parameters."""
     await db.execute(REHASH, email, password_hash)
+
+
+NEW_HASH = "UPDATE account SET password = $2, updated_at = now() WHERE provider_id = 'credential' AND user_id = $1"
+
+
+async def set_password(db: Db, user_id: UserId, new_hash: str) -> None:
+    """Give a user another password."""
+    await db.execute(NEW_HASH, user_id, new_hash)
+
+
+DISABLE = """
+UPDATE "user" SET is_disabled = $2, is_active = NOT $2, updated_at = now(), version = version + 1
+WHERE id = $1 AND erased_at IS NULL
+"""
+
+
+async def disable(db: Db, user_id: UserId, *, is_disabled: bool) -> None:
+    """Lock a user out, or let them in again."""
+    await db.execute(DISABLE, user_id, is_disabled)
+
+
+PROMOTE = """UPDATE "user" SET is_admin = $2, version = version + 1, own_version = version + 1 WHERE id = $1"""
+
+
+async def promote(db: Db, user_id: UserId, *, is_admin: bool) -> None:
+    """Make a user a server administrator, or no longer."""
+    await db.execute(PROMOTE, user_id, is_admin)
+
+
+class Card(msgspec.Struct, frozen=True, kw_only=True):
+    """What an administrator sees of an account."""
+
+    id: UserId
+    name: str
+    email: str
+    state: str
+    is_admin: bool
+    sessions: int
+    conversations: int
+    created_at: datetime
+    last_seen_at: datetime | None
+
+
+_card_decoder = msgspec.json.Decoder(Card)
+
+CARD = """
+SELECT json_build_object('id', u.id, 'name', u.name, 'email', u.email, 'is_admin', u.is_admin,
+    'created_at', u.created_at, 'last_seen_at', u.last_seen_at,
+    'state', CASE WHEN u.erased_at IS NOT NULL THEN 'erased' WHEN u.is_disabled THEN 'disabled'
+        WHEN u.is_deleted THEN 'deleted' WHEN NOT u.is_active THEN 'deactivated' ELSE 'active' END,
+    'sessions', (SELECT count(*) FROM session s WHERE s.user_id = u.id AND s.expires_at > now()),
+    'conversations', (SELECT count(*) FROM conversation_participant p WHERE p.user_id = u.id AND p.status = 'active'))
+FROM "user" u WHERE u.id::text = $1 OR u.email = lower($1)
+"""
+
+
+async def card(db: Db, who: str) -> Card | None:
+    """Return the account of a user named by id or e-mail address."""
+    text = await db.fetchval(CARD, who)
+    return None if text is None else _card_decoder.decode(text)

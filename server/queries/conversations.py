@@ -338,6 +338,46 @@ async def find(db: Db, query: str, *, limit: int) -> list[PublicConversation]:
     return _public_decoder.decode(await db.fetchval(FIND, query, limit))
 
 
+class Card(msgspec.Struct, frozen=True, kw_only=True):
+    """What an administrator sees of a conversation without reading it."""
+
+    conversation: Conversation
+    owner: UserId | None
+    message_count: int
+    version: int
+    last_activity_at: datetime
+
+
+_card_decoder = msgspec.json.Decoder(Card)
+
+CARD = """
+SELECT json_build_object('conversation', conversation_json(c), 'message_count', c.message_count, 'version', c.version,
+    'last_activity_at', c.last_activity_at, 'owner', (
+        SELECT p.user_id FROM conversation_participant p
+        WHERE p.conversation_id = c.id AND p.status = 'active' AND p.role = 'owner' LIMIT 1
+    ))
+FROM conversation c WHERE c.id = $1
+"""
+
+
+async def card(db: Db, conversation_id: ConversationId) -> Card | None:
+    """Return what an administrator sees of a conversation, deleted or not."""
+    text = await db.fetchval(CARD, conversation_id)
+    return None if text is None else _card_decoder.decode(text)
+
+
+EVERYTHING = """
+SELECT json_build_object('kind', 'message', 'message', message_json(m),
+    'withheld', CASE WHEN m.is_moderated THEN m.content END)::text, m.sent_version
+FROM message m WHERE m.conversation_id = $1 AND m.sent_version > $2 ORDER BY m.sent_version LIMIT $3
+"""
+
+
+async def everything(db: Db, conversation_id: ConversationId, after: int, *, limit: int) -> list[tuple[str, int]]:
+    """Return up to `limit` messages after a version, each as JSON with its place. There is no access check."""
+    return [(row[0], row[1]) for row in await db.fetch(EVERYTHING, conversation_id, after, limit)]
+
+
 def cursor(view: ConversationView) -> str:
     """Return what asks for the page after the one that ends with `view`."""
     return f"{view.last_activity_at.isoformat()}/{view.conversation.id}"

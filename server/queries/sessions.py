@@ -76,13 +76,13 @@ async def living(db: Db, session_ids: Sequence[SessionId]) -> dict[SessionId, da
 
 LIST = """
 SELECT coalesce(json_agg(s ORDER BY s.created_at DESC), '[]') FROM (
-    SELECT id, created_at, expires_at, ip_address, user_agent, id = $2 AS is_current
+    SELECT id, created_at, expires_at, ip_address, user_agent, coalesce(id = $2, false) AS is_current
     FROM session WHERE user_id = $1 AND expires_at > now() ORDER BY created_at DESC LIMIT 100
 ) s
 """
 
 
-async def of_user(db: Db, user_id: UserId, current: SessionId) -> list[Session]:
+async def of_user(db: Db, user_id: UserId, current: SessionId | None) -> list[Session]:
     """Return a user's valid sessions, newest first, at most 100."""
     return _sessions_decoder.decode(await db.fetchval(LIST, user_id, current))
 

@@ -1,0 +1,67 @@
+"""A person's own data, as `openchat export` and GET /v1/auth/export write it: one JSON object, its lists in pages."""
+
+from datetime import datetime
+
+import msgspec
+
+from protocol.ids import ConversationId, MessageId
+from protocol.values import Json, Me, Message, MessageEdit, Participant, Preferences, Relationship, Session
+
+
+class ExportedLogin(msgspec.Struct, frozen=True, kw_only=True):
+    """A way to log in, without its secrets."""
+
+    provider_id: str
+    account_id: str
+    created_at: datetime
+
+
+class ExportedConversation(msgspec.Struct, frozen=True, kw_only=True):
+    """A conversation, as far as it is the person's: their part in it, and how they want to have it."""
+
+    conversation_id: ConversationId
+    title: str | None
+    participant: Participant
+    preferences: Preferences
+    last_read_at: datetime | None
+
+
+class ExportedMessage(msgspec.Struct, frozen=True, kw_only=True):
+    """A message of the person's, with what it said before. `withheld` is what a moderator has hidden."""
+
+    message: Message
+    withheld: str | None = None
+    edits: list[MessageEdit]
+
+
+class ExportedReaction(msgspec.Struct, frozen=True, kw_only=True):
+    """An emoji that the person put on a message."""
+
+    conversation_id: ConversationId
+    message_id: MessageId
+    emoji: str
+    created_at: datetime
+
+
+class ExportedReport(msgspec.Struct, frozen=True, kw_only=True):
+    """A message that the person reported."""
+
+    conversation_id: ConversationId
+    message_id: MessageId
+    reason: str
+    status: str
+    created_at: datetime
+
+
+class Export(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything that is stored about a person. `deeds` are the entries of audit logs that they are the actor of."""
+
+    me: Me
+    logins: list[ExportedLogin]
+    sessions: list[Session]
+    conversations: list[ExportedConversation]
+    relationships: list[Relationship]
+    reports: list[ExportedReport]
+    deeds: list[Json]
+    reactions: list[ExportedReaction]
+    messages: list[ExportedMessage]

@@ -1,0 +1,343 @@
+"""The administrator's command line: accounts, conversations, a person's data, and forgetting a person.
+
+Whoever may run it may read the database, so it asks nobody else; what it does goes to the server's audit log. A running
+server finds out by comparing clocks, within seconds.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import secrets
+import sys
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from typing import Any, TypeAlias
+from uuid import UUID
+
+import asyncpg
+import msgspec
+
+from protocol import limits
+from protocol.ids import ConversationId, UserId
+from server import config, database, migrate
+from server.auth import passwords
+from server.database import Db
+from server.embedded.reach import reached
+from server.erasure import erase
+from server.errors import Fatal
+from server.export import written
+from server.queries import accounts, audit, conversations, erasure, sessions, users
+from server.queries.accounts import Card
+from server.queries.audit import Deed
+
+COMMANDS = ("user", "conversation", "export", "erase")
+PASSWORD_BYTES = 12
+"""Of randomness in a password that we make."""
+PAGE = 500
+
+Answer: TypeAlias = "Mapping[str, Any] | list[Mapping[str, Any]] | None"
+Work: TypeAlias = Callable[[Db, argparse.Namespace], Coroutine[None, None, Answer]]
+
+
+def main(arguments: list[str]) -> int:
+    """Do what the command line says; return the status to end with."""
+    options = _parser().parse_args(arguments)
+    try:
+        with reached(config.read(data_dir=options.data_dir)) as url:
+            answer = asyncio.run(_run(url, options))
+    except Fatal as error:
+        sys.stderr.write(f"openchat: {error}\n")
+        return 1
+    if answer is not None:
+        _show(answer, is_json=options.json)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="openchat", description=__doc__)
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--json", action="store_true", help="print JSON, for programs")
+    common.add_argument("--data-dir", help="where the embedded database lives, if not in the usual place")
+    who = argparse.ArgumentParser(add_help=False)
+    who.add_argument("user", help="an e-mail address, or an id")
+    which = argparse.ArgumentParser(add_help=False)
+    which.add_argument("conversation", type=UUID, help="an id")
+    top = parser.add_subparsers(required=True, metavar="command")
+
+    def command(
+        group: "argparse._SubParsersAction[argparse.ArgumentParser]",
+        name: str,
+        work: Work,
+        *parents: argparse.ArgumentParser,
+    ) -> argparse.ArgumentParser:
+        about = (work.__doc__ or "").split("\n")[0]
+        made = group.add_parser(name, parents=[common, *parents], help=about, description=about)
+        made.set_defaults(work=work)
+        return made
+
+    user = top.add_parser("user", help="accounts").add_subparsers(required=True, metavar="what")
+    create = command(user, "create", create_user)
+    create.add_argument("name")
+    create.add_argument("email")
+    create.add_argument("--admin", action="store_true", help="make them a server administrator")
+    command(user, "show", show_user, who)
+    command(user, "disable", disable_user, who)
+    command(user, "enable", enable_user, who)
+    command(user, "promote", promote_user, who)
+    command(user, "demote", demote_user, who)
+    command(user, "reset-password", reset_password, who)
+    listed = command(user, "sessions", list_sessions, who)
+    listed.add_argument("--revoke", action="store_true", help="end them all")
+    conversation = top.add_parser("conversation", help="conversations").add_subparsers(required=True, metavar="what")
+    command(conversation, "show", show_conversation, which)
+    command(conversation, "export", export_conversation, which)
+    command(conversation, "delete", delete_conversation, which)
+    audited = command(conversation, "audit", show_audit, which)
+    audited.add_argument("--verify", action="store_true", help="only check that nothing was changed")
+    exported = command(top, "export", export_user)
+    exported.add_argument("--user", required=True, help="an e-mail address, or an id")
+    erased = command(top, "erase", erase_user, who)
+    erased.add_argument("--yes", action="store_true", help="really: there is no way back")
+    erased.add_argument("--verify", action="store_true", help="look afterwards whether anything is left")
+    return parser
+
+
+async def _run(url: str, options: argparse.Namespace) -> Answer:
+    connection = await database.connect(url)
+    try:
+        if not await migrate.is_current(connection):
+            raise Fatal("the database does not have this program's schema; run `openchat migrate`.")
+        work: Work = options.work
+        return await work(connection, options)
+    finally:
+        await connection.close()
+
+
+# ------------------------------------------------------------------------------------------------------ users
+
+
+async def create_user(db: Db, options: argparse.Namespace) -> Answer:
+    """Make an account, and print its password once."""
+    try:
+        msgspec.convert(options.email, limits.Email)
+        msgspec.convert(options.name, limits.Name)
+    except msgspec.ValidationError as error:
+        raise Fatal(f"this does not do: {error}.") from None
+    password = secrets.token_urlsafe(PASSWORD_BYTES)
+    password_hash = await passwords.hashed(password)
+    try:
+        async with db.transaction():
+            user_id = await accounts.register(db, options.name, options.email.lower(), password_hash)
+            if options.admin:
+                await accounts.promote(db, user_id, is_admin=True)
+            await _note(db, "create_user", user_id, is_admin=options.admin)
+    except asyncpg.UniqueViolationError:
+        raise Fatal("this e-mail address has an account already.") from None
+    return {"id": str(user_id), "email": options.email.lower(), "password": password}
+
+
+async def show_user(db: Db, options: argparse.Namespace) -> Answer:
+    """Show an account."""
+    return _fields(await _card(db, options.user))
+
+
+async def disable_user(db: Db, options: argparse.Namespace) -> Answer:
+    """Lock a user out, everywhere, until enabled again."""
+    return await _set_disabled(db, options, is_disabled=True)
+
+
+async def enable_user(db: Db, options: argparse.Namespace) -> Answer:
+    """Let a user in again."""
+    return await _set_disabled(db, options, is_disabled=False)
+
+
+async def promote_user(db: Db, options: argparse.Namespace) -> Answer:
+    """Make a user a server administrator."""
+    return await _set_admin(db, options, is_admin=True)
+
+
+async def demote_user(db: Db, options: argparse.Namespace) -> Answer:
+    """Make a server administrator a user like others."""
+    return await _set_admin(db, options, is_admin=False)
+
+
+async def reset_password(db: Db, options: argparse.Namespace) -> Answer:
+    """Give a user a new password, print it once, and end their sessions."""
+    card = await _card(db, options.user)
+    password = secrets.token_urlsafe(PASSWORD_BYTES)
+    new_hash = await passwords.hashed(password)
+    async with db.transaction():
+        await accounts.set_password(db, card.id, new_hash)
+        await sessions.revoke(db, card.id, None)
+        await users.touch(db, [card.id])
+        await _note(db, "reset_password", card.id)
+    return {"id": str(card.id), "email": card.email, "password": password}
+
+
+async def list_sessions(db: Db, options: argparse.Namespace) -> Answer:
+    """List a user's sessions."""
+    card = await _card(db, options.user)
+    found = await sessions.of_user(db, card.id, None)
+    if options.revoke:
+        async with db.transaction():
+            await sessions.revoke(db, card.id, None)
+            await users.touch(db, [card.id])
+            await _note(db, "revoke_sessions", card.id)
+    return [_fields(session) for session in found]
+
+
+async def _set_disabled(db: Db, options: argparse.Namespace, *, is_disabled: bool) -> Answer:
+    card = await _card(db, options.user)
+    async with db.transaction():
+        await accounts.disable(db, card.id, is_disabled=is_disabled)
+        if is_disabled:
+            await sessions.revoke(db, card.id, None)
+        await _note(db, "disable_user" if is_disabled else "enable_user", card.id)
+    return _fields(await _card(db, options.user))
+
+
+async def _set_admin(db: Db, options: argparse.Namespace, *, is_admin: bool) -> Answer:
+    card = await _card(db, options.user)
+    async with db.transaction():
+        await accounts.promote(db, card.id, is_admin=is_admin)
+        await _note(db, "promote_user" if is_admin else "demote_user", card.id)
+    return _fields(await _card(db, options.user))
+
+
+# ---------------------------------------------------------------------------------------------- conversations
+
+
+async def show_conversation(db: Db, options: argparse.Namespace) -> Answer:
+    """Show what a conversation is, without what is said in it."""
+    found = await _conversation(db, options)
+    rest = {"owner": str(found.owner), "messages": found.message_count, "last_activity_at": str(found.last_activity_at)}
+    return _fields(found.conversation) | rest
+
+
+async def export_conversation(db: Db, options: argparse.Namespace) -> Answer:
+    """Print all messages of a conversation, one JSON object a line. This is noted."""
+    found = await _conversation(db, options)
+    await _note(db, "export_conversation", None, conversation_id=str(found.conversation.id))
+    after = 0
+    while lines := await conversations.everything(db, found.conversation.id, after, limit=PAGE):
+        sys.stdout.writelines(line + "\n" for line, _ in lines)
+        after = lines[-1][1]
+        if sys.stderr.isatty():
+            sys.stderr.write(f"\r{after:,} of {found.version:,} versions")
+    return None
+
+
+async def delete_conversation(db: Db, options: argparse.Namespace) -> Answer:
+    """Delete a conversation, for everyone."""
+    found = await _conversation(db, options)
+    async with db.transaction():
+        await conversations.lock(db, found.conversation.id)
+        if not found.conversation.is_deleted:
+            await conversations.delete(db, found.conversation.id)
+            await _note(db, "delete_conversation", None, conversation_id=str(found.conversation.id))
+    return await show_conversation(db, options)
+
+
+async def show_audit(db: Db, options: argparse.Namespace) -> Answer:
+    """Show who used what power in a conversation (zeros: on the server), or check that nothing was changed."""
+    chain = ConversationId(options.conversation)
+    if (number := await audit.broken(db, chain)) is not None:
+        raise Fatal(f"the log was tampered with at or before entry {number}.")
+    entries: list[Mapping[str, Any]] = []
+    count = 0
+    while page := await audit.page(db, chain, count, limit=PAGE):
+        entries += [_fields(entry) for entry in page]
+        count = page[-1].number
+    return {"entries": count, "tampered_with": False} if options.verify else entries
+
+
+# --------------------------------------------------------------------------------------------- a person's data
+
+
+async def export_user(db: Db, options: argparse.Namespace) -> Answer:
+    """Print everything that is stored about a user, as JSON (protocol/export.py)."""
+    card = await _card(db, options.user)
+    await _note(db, "export_user", card.id)
+
+    @contextlib.asynccontextmanager
+    async def same() -> AsyncIterator[Db]:
+        yield db
+
+    async for piece in written(same, card.id):
+        sys.stdout.buffer.write(piece)
+    return None
+
+
+async def erase_user(db: Db, options: argparse.Namespace) -> Answer:
+    """Erase a person now: what they said stays, and nothing else of them. With --verify, prove it."""
+    card = await _card(db, options.user)
+    texts = [] if card.state == "erased" else await erasure.words(db, card.id)
+    if card.state != "erased":
+        if not options.yes:
+            raise Fatal(f"this erases {card.name} ({card.email}) for good; say --yes if that is meant.")
+
+        @contextlib.asynccontextmanager
+        async def transaction() -> AsyncIterator[Db]:
+            async with db.transaction():
+                yield db
+
+        await erase(transaction, card.id)
+        await _note(db, "erase_user", card.id)
+    answer: dict[str, Any] = {"id": str(card.id), "state": "erased"}
+    if options.verify:
+        found = await erasure.traces(db, card.id, texts)
+        left = [f"{trace.place} ({trace.found})" for trace in found if not trace.is_said]
+        if left:
+            raise Fatal(f"something is left in {', '.join(left)}.")
+        answer["traces"] = 0
+        answer["people_say_the_same_in"] = ", ".join(f"{trace.place} ({trace.found})" for trace in found) or "-"
+    return answer
+
+
+# --------------------------------------------------------------------------------------------------- in common
+
+
+async def _note(db: Db, action: str, user_id: UserId | None, **details: object) -> None:
+    async with db.transaction():
+        await audit.record(db, audit.SERVER, Deed(None, action, user_id, details=details))
+
+
+async def _card(db: Db, who: str) -> Card:
+    card = await accounts.card(db, who)
+    if card is None:
+        raise Fatal(f"there is no user {who}.")
+    return card
+
+
+async def _conversation(db: Db, options: argparse.Namespace) -> conversations.Card:
+    found = await conversations.card(db, ConversationId(options.conversation))
+    if found is None:
+        raise Fatal(f"there is no conversation {options.conversation}.")
+    return found
+
+
+def _fields(struct: msgspec.Struct) -> dict[str, Any]:
+    fields: dict[str, Any] = msgspec.to_builtins(struct)
+    return fields
+
+
+def _show(answer: Answer, *, is_json: bool) -> None:
+    """Print a table: a line for each of several, or for each field of one."""
+    if is_json:
+        sys.stdout.write(msgspec.json.encode(answer).decode() + "\n")
+    elif isinstance(answer, list):
+        names = list(dict.fromkeys(name for row in answer for name in row))
+        _table([names, *([_word(row.get(name)) for name in names] for row in answer)] if answer else [["none"]])
+    elif answer is not None:
+        _table([[name, _word(value)] for name, value in answer.items()])
+
+
+def _word(value: object) -> str:
+    if isinstance(value, (dict, list)):
+        return msgspec.json.encode(value).decode()
+    return "-" if value is None else str(value)
+
+
+def _table(rows: list[list[str]]) -> None:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for row in rows:
+        sys.stdout.write("  ".join(word.ljust(width) for word, width in zip(row, widths, strict=True)).rstrip() + "\n")

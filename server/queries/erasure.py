@@ -1,0 +1,101 @@
+"""Erasing a person: what they said stays, and nothing else of them."""
+
+import re
+from datetime import timedelta
+from typing import NamedTuple
+
+from protocol.ids import ConversationId, UserId
+from server.database import Db
+
+DUE = """
+SELECT id FROM "user" WHERE is_deleted AND erased_at IS NULL AND deleted_at < now() - $1::interval
+ORDER BY deleted_at LIMIT 10
+"""
+
+
+async def due(db: Db, grace: timedelta) -> list[UserId]:
+    """Return some of the users who deleted their account so long ago."""
+    return [UserId(row[0]) for row in await db.fetch(DUE, grace)]
+
+
+TAKES_PART = """
+SELECT p.conversation_id FROM conversation_participant p
+WHERE p.user_id = $1 AND p.status IN ('active', 'invited') ORDER BY p.conversation_id
+"""
+
+
+async def conversations(db: Db, user_id: UserId) -> list[ConversationId]:
+    """Return where a user takes part or is invited to."""
+    return [ConversationId(row[0]) for row in await db.fetch(TAKES_PART, user_id)]
+
+
+WORDS = """
+SELECT ARRAY(SELECT DISTINCT w FROM unnest(ARRAY[u.email, u.name, u.display_name, u.image, u.bio, u.location, u.website,
+    u.custom_status]) w WHERE char_length(w) > 2)
+FROM "user" u WHERE u.id = $1
+"""
+
+
+async def words(db: Db, user_id: UserId) -> list[str]:
+    """Return what a user is known by, to be looked for afterwards."""
+    return list(await db.fetchval(WORDS, user_id) or ())
+
+
+# One after the other, in one transaction. The row stays, for what they said refers to it.
+FORGET = (
+    'DELETE FROM verification v USING "user" u WHERE u.id = $1 AND v.identifier = u.email',
+    "DELETE FROM session WHERE user_id = $1",
+    "DELETE FROM account WHERE user_id = $1",
+    "DELETE FROM user_relationship WHERE from_user_id = $1 OR to_user_id = $1",
+    "UPDATE report SET reason = 'Erased' WHERE reporter_id = $1",
+    """
+    UPDATE conversation_participant SET pin_order = NULL, is_hidden = false, is_muted = false, muted_until = NULL,
+        notification_level = 'all', last_read_at = NULL, last_sent_at = NULL
+    WHERE user_id = $1
+    """,
+    """
+    UPDATE "user" SET name = 'Deleted user', email = 'erased-' || id || '@invalid', email_verified = false,
+        image = NULL, display_name = NULL, bio = NULL, location = NULL, website = NULL, custom_status = NULL,
+        custom_status_until = NULL, status = 'offline', is_online = false, last_seen_at = NULL, is_active = false,
+        is_deleted = true, deleted_at = coalesce(deleted_at, now()), is_private = false, is_admin = false,
+        erased_at = now(), updated_at = now(), version = version + 1
+    WHERE id = $1
+    """,
+)
+
+
+async def forget(db: Db, user_id: UserId) -> None:
+    """Take away everything of a user that is not what they said. In a transaction."""
+    for STATEMENT in FORGET:  # noqa: N806 - a constant of this file, as all that is asked of the database
+        await db.execute(STATEMENT, user_id)
+
+
+_SPECIAL = re.compile(r"[\\%_]")
+
+
+class Trace(NamedTuple):
+    """Where something is left: a column, whether it holds what people said, and in how many rows."""
+
+    place: str
+    is_said: bool
+    found: int
+
+
+TRACES = "SELECT * FROM traces($1)"
+IS_ERASED = """
+SELECT NOT EXISTS (SELECT FROM account WHERE user_id = $1) AND NOT EXISTS (SELECT FROM session WHERE user_id = $1)
+    AND NOT EXISTS (SELECT FROM user_relationship WHERE $1 IN (from_user_id, to_user_id))
+    AND NOT EXISTS (SELECT FROM conversation_participant WHERE user_id = $1 AND status IN ('active', 'invited'))
+    AND EXISTS (
+        SELECT FROM "user" u WHERE u.id = $1 AND u.erased_at IS NOT NULL AND u.name = 'Deleted user'
+            AND u.email = 'erased-' || u.id || '@invalid'
+            AND coalesce(u.image, u.display_name, u.bio, u.location, u.website, u.custom_status) IS NULL
+    )
+"""
+
+
+async def traces(db: Db, user_id: UserId, texts: list[str]) -> list[Trace]:
+    """Return where something of a user is left: rows of theirs, or any of the texts anywhere."""
+    found = [] if await db.fetchval(IS_ERASED, user_id) else [Trace("rows of the user", is_said=False, found=1)]
+    needles = ["%" + _SPECIAL.sub(r"\\\g<0>", text) + "%" for text in texts]
+    return found + [Trace(*row) for row in await db.fetch(TRACES, needles)]

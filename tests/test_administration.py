@@ -1,0 +1,127 @@
+"""The administrator's command line, on a database that a server is using."""
+
+import asyncio
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import httpx
+import pytest
+
+from protocol import client, server
+from protocol.errors import CloseCode
+from prove.client import Client
+from server import administration
+from server.config import Settings
+from server.embedded.reach import reached
+from tests.world import World, sent
+
+
+class Shell:
+    """Runs commands in a thread of their own, as a shell would."""
+
+    def __init__(self, world: World, capsys: pytest.CaptureFixture[str]) -> None:
+        self.world = world
+        self._capsys = capsys
+
+    async def run(self, *arguments: str, status: int = 0) -> str:
+        """Return what a command printed, to its errors if that is what is expected."""
+        self._capsys.readouterr()
+        ended = await asyncio.to_thread(administration.main, list(arguments))
+        printed = self._capsys.readouterr()
+        assert ended == status, printed
+        return printed.err if status else printed.out
+
+    async def json(self, *arguments: str) -> Any:
+        return json.loads(await self.run(*arguments, "--json"))
+
+
+@pytest.fixture
+def shell(world: World, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Shell:
+    monkeypatch.setenv("DATABASE_URL", world.settings.database_url)
+    return Shell(world, capsys)
+
+
+async def test_accounts_are_made_shown_locked_and_let_in(shell: Shell) -> None:
+    made = await shell.json("user", "create", "Ada", "ADA@example.org")
+    login = {"email": "ada@example.org", "password": made["password"]}
+    async with httpx.AsyncClient(base_url=shell.world.url, trust_env=False) as http:
+        token = (await http.post("/v1/auth/login", json=login)).json()["token"]
+        assert "another account" not in await shell.run("user", "create", "Ada", "ada@example.org", status=1)
+        assert "does not do" in await shell.run("user", "create", "Ada", "no address", status=1)
+        shown = await shell.run("user", "show", "ada@example.org")
+        assert "state          active" in shown
+        assert made["id"] in shown
+        async with Client(shell.world.url, token) as one:
+            await one.settled()
+            assert (await shell.json("user", "disable", made["id"]))["state"] == "disabled"
+            shell.world.workers[0].app.hub.compare_soon()
+            assert await one.closed() == CloseCode.SESSION_ENDED
+        assert (await http.post("/v1/auth/login", json=login)).status_code == 401
+        await shell.run("user", "enable", made["id"])
+        assert (await http.post("/v1/auth/login", json=login)).status_code == 200
+        again = await shell.json("user", "reset-password", "ada@example.org")
+        assert (await http.post("/v1/auth/login", json=login)).status_code == 401
+        login["password"] = again["password"]
+        assert (await http.post("/v1/auth/login", json=login)).status_code == 200
+        assert len(await shell.json("user", "sessions", made["id"], "--revoke")) == 1
+        assert await shell.run("user", "sessions", made["id"]) == "none\n"
+    assert "there is no user" in await shell.run("user", "show", "nobody@example.org", status=1)
+
+
+async def test_administrators_are_made_and_their_deeds_are_noted(shell: Shell) -> None:
+    who = await shell.world.user("Ada")
+    ada = await shell.world.connect(who)
+    assert (await shell.json("user", "promote", str(who.id)))["is_admin"] is True
+    noted = await ada.call(client.ListAudit(), server.AuditPage)
+    (entry,) = noted.entries
+    assert (entry.action, entry.user_id, entry.actor_id) == ("promote_user", who.id, None)
+    assert (await shell.json("user", "demote", str(who.id)))["is_admin"] is False
+    log = await shell.json("conversation", "audit", str(UUID(int=0)))
+    assert [entry["action"] for entry in log] == ["promote_user", "demote_user"]
+
+
+async def test_conversations_are_shown_exported_and_deleted(shell: Shell) -> None:
+    ada = await shell.world.connect(await shell.world.user("Ada"))
+    about = await shell.world.channel(ada, title="Engines")
+    for number in range(3):
+        await sent(ada, about, f"Message {number}")
+    shown = await shell.json("conversation", "show", str(about))
+    assert (shown["title"], shown["messages"], shown["owner"]) == ("Engines", 3, str(ada.ready.user.id))
+    lines = (await shell.run("conversation", "export", str(about))).splitlines()
+    assert [json.loads(line)["message"]["content"] for line in lines] == ["Message 0", "Message 1", "Message 2"]
+    assert (await shell.json("conversation", "audit", str(about), "--verify"))["tampered_with"] is False
+    assert (await shell.json("conversation", "delete", str(about)))["is_deleted"] is True
+    shell.world.workers[0].app.hub.compare_soon()
+    await ada.event(server.ConversationLeft)
+    assert "there is no conversation" in await shell.run("conversation", "show", str(UUID(int=1)), status=1)
+    await shell.world.db.execute("UPDATE audit_entry SET action = 'nothing'")
+    assert "tampered with" in await shell.run("conversation", "audit", str(UUID(int=0)), "--verify", status=1)
+
+
+async def test_a_person_is_exported_and_erased_and_no_trace_is_left(shell: Shell) -> None:
+    who = await shell.world.user("Adelaide")
+    one = await shell.world.connect(who)
+    about = await shell.world.channel(one)
+    await sent(one, about, "It is Adelaide")
+    export = json.loads(await shell.run("export", "--user", str(who.id)))
+    assert [entry["message"]["content"] for entry in export["messages"]] == ["It is Adelaide"]
+    assert "--yes" in await shell.run("erase", str(who.id), status=1)
+    erased = await shell.json("erase", str(who.id), "--yes", "--verify")
+    assert erased["traces"] == 0
+    assert "message.content (1)" in erased["people_say_the_same_in"]
+    assert (await shell.json("erase", str(who.id), "--verify"))["traces"] == 0
+    assert (await shell.json("user", "show", str(who.id)))["state"] == "erased"
+    await shell.world.db.execute('UPDATE "user" SET bio = $2 WHERE id = $1', who.id, "Something")
+    assert "something is left" in await shell.run("erase", str(who.id), "--verify", status=1)
+
+
+def test_the_embedded_database_is_reached_whether_its_server_runs_or_not() -> None:
+    folder = Path(tempfile.mkdtemp(prefix="openchat-tests-"))
+    settings = Settings(data_dir=str(folder))
+    with reached(settings) as first, reached(settings) as second:
+        assert first == second
+    shutil.rmtree(folder)

@@ -1,0 +1,165 @@
+"""Going away and coming back, going for good, and a person's own data."""
+
+import contextlib
+from collections.abc import AsyncIterator
+from typing import Any
+
+import httpx
+import msgspec
+import pytest
+
+from protocol import client, server
+from protocol.errors import CloseCode, ErrorCode
+from protocol.export import Export
+from protocol.ids import UserId, uuid7
+from prove.client import Client
+from prove.truth import recount
+from server.database import Db
+from server.erasure import erase
+from server.queries import erasure
+from tests.test_messages import refused
+from tests.world import Somebody, World, sent
+
+PASSWORD = "correct horse"
+ADA = {"name": "Ada Lovelace", "email": "ada.lovelace@example.org", "password": PASSWORD}
+
+
+class Person:
+    """Somebody with a password, over HTTP and on a socket."""
+
+    def __init__(self, world: World, http: httpx.AsyncClient) -> None:
+        self.world, self.http = world, http
+
+    async def register(self) -> Client:
+        answer = (await self.http.post("/v1/auth/register", json=ADA)).json()
+        return await self._on_socket(answer["token"])
+
+    async def log_in(self) -> Client:
+        login = {"email": ADA["email"], "password": PASSWORD}
+        answer = await self.http.post("/v1/auth/login", json=login)
+        assert answer.status_code == 200, answer.text
+        return await self._on_socket(answer.json()["token"])
+
+    async def post(self, what: str, **body: Any) -> int:
+        return (await self.http.post(f"/v1/auth/{what}", json=body, headers=self.headers)).status_code
+
+    async def _on_socket(self, token: str) -> Client:
+        self.headers = {"authorization": f"Bearer {token}"}
+        return await self.world.connect(Somebody(UserId(uuid7()), "Ada", token), 1)
+
+
+@pytest.fixture
+async def ada(world: World) -> AsyncIterator[Person]:
+    async with httpx.AsyncClient(base_url=world.url, trust_env=False) as http:
+        yield Person(world, http)
+
+
+async def test_who_deactivates_is_gone_until_they_log_in(world: World, ada: Person) -> None:
+    one = await ada.register()
+    other = await world.connect(await world.user("Charles"))
+    me = one.ready.user.id
+    assert await ada.post("deactivate", password="wrong horse") == 403
+    assert await ada.post("deactivate") == 422
+    assert await ada.post("deactivate", password=PASSWORD) == 204
+    assert await one.closed() == CloseCode.SESSION_ENDED
+    with refused(ErrorCode.NOT_FOUND, "user_id"):
+        await other.call(client.GetProfile(user_id=me))
+    assert (await other.call(client.SearchUsers(text="Lovelace"), server.UserList)).users == []
+    back = await ada.log_in()
+    assert back.ready.user.id == me
+    assert (await other.call(client.GetProfile(user_id=me), server.OneProfile)).profile.user.name == "Ada Lovelace"
+
+
+async def test_who_deletes_may_come_back_for_a_while(world: World, ada: Person) -> None:
+    await ada.register()
+    assert await ada.post("delete", password=PASSWORD) == 204
+    assert await ada.post("delete", password=PASSWORD) == 401
+    await world.workers[0].app.erase_due()
+    await ada.log_in()
+    assert await world.db.fetchval('SELECT deleted_at IS NULL AND is_active AND NOT is_deleted FROM "user"')
+
+
+async def test_a_locked_account_does_not_come_back(world: World, ada: Person) -> None:
+    await ada.register()
+    await world.db.execute('UPDATE "user" SET is_disabled = true, is_active = false')
+    login = {"email": ADA["email"], "password": PASSWORD}
+    assert (await ada.http.post("/v1/auth/login", json=login)).status_code == 401
+
+
+async def test_who_is_erased_leaves_their_words_and_nothing_else(world: World, ada: Person) -> None:
+    one = await ada.register()
+    charles = await world.user("Charles")
+    other = await world.connect(charles)
+    me = one.ready.user.id
+    await one.call(client.UpdateProfile(bio="Poetical science", location="Marylebone", display_name="The Countess"))
+    owned = await world.channel(one, title="Engines", is_public=True)
+    await other.call(client.Join(conversation_id=owned))
+    said = await sent(one, owned, "Hello")
+    await one.call(client.RequestFriend(user_id=charles.id, message="It is Ada"))
+    direct = (await one.call(client.CreateDirect(user_id=charles.id), server.OneConversation)).view.conversation.id
+    await sent(one, direct, "Dear Charles")
+    texts = await erasure.words(world.db, me)
+    assert {"ada.lovelace@example.org", "The Countess", "Poetical science"} <= set(texts)
+    assert await erasure.traces(world.db, me, texts)
+    assert await ada.post("delete", password=PASSWORD) == 204
+    await world.db.execute("UPDATE \"user\" SET deleted_at = now() - interval '31 days' WHERE id = $1", me)
+    await world.workers[0].app.erase_due()
+
+    promoted = await other.event(server.ParticipantChanged, lambda event: event.participant.user_id == charles.id)
+    assert promoted.participant.role == "owner"
+    assert [trace for trace in await erasure.traces(world.db, me, texts) if not trace.is_said] == []
+    got = await other.call(client.GetMessage(conversation_id=owned, message_id=said), server.OneMessage)
+    assert (got.message.content, got.message.sender_id) == ("Hello", me)
+    (face,) = (await other.call(client.GetUsers(user_ids=[me]), server.UserList)).users
+    assert (face.name, face.display_name) == ("Deleted user", None)
+    with refused(ErrorCode.FORBIDDEN, None):
+        await other.call(client.Send(conversation_id=direct, message_id=said, content="Where are you?"))
+    login = {"email": ADA["email"], "password": PASSWORD}
+    assert (await ada.http.post("/v1/auth/login", json=login)).status_code == 401
+    assert (await ada.http.post("/v1/auth/register", json=ADA)).status_code == 201
+    assert await recount(world.db) == []
+
+    @contextlib.asynccontextmanager
+    async def transaction() -> AsyncIterator[Db]:
+        async with world.db.transaction():
+            yield world.db
+
+    assert await erase(transaction, me) == []
+
+
+async def test_ones_own_data_is_all_there(world: World, ada: Person) -> None:
+    one = await ada.register()
+    charles = await world.user("Charles")
+    other = await world.connect(charles)
+    about = await world.channel(one, is_public=True)
+    await other.call(client.Join(conversation_id=about))
+    theirs = await sent(other, about, "Not hers")
+    said = [await sent(one, about, f"Message {number}") for number in range(3)]
+    await one.call(client.Edit(conversation_id=about, message_id=said[0], content="Edited"))
+    await one.call(client.React(conversation_id=about, message_id=theirs, emoji="x"))
+    await one.call(client.Follow(user_id=charles.id))
+    await other.call(client.Block(user_id=one.ready.user.id))
+    await one.call(client.ReportMessage(conversation_id=about, message_id=theirs, reason="Not mine"))
+    await one.call(client.UpdateConversation(conversation_id=about, title="Ours"))
+    # More than one page of messages.
+    await world.db.execute("""
+        INSERT INTO message (conversation_id, sender_id, content, sent_version, version)
+        SELECT $1, $2, 'Filler', 1000 + n, 1000 + n FROM generate_series(1, 600) n
+    """, about, one.ready.user.id)  # fmt: skip
+    answer = await ada.http.get("/v1/auth/export", headers=ada.headers)
+    assert answer.status_code == 200
+    export = msgspec.json.decode(answer.content, type=Export)
+    assert (export.me.email, export.logins[0].provider_id, len(export.sessions)) == (ADA["email"], "credential", 1)
+    assert [entry.conversation_id for entry in export.conversations] == [about]
+    assert [(one.kind, one.status) for one in export.relationships] == [("follow", "inactive")]
+    assert [reaction.message_id for reaction in export.reactions] == [theirs]
+    assert [report.reason for report in export.reports] == ["Not mine"]
+    assert [deed["action"] for deed in export.deeds] == ["update_conversation"]
+    mine = {entry.message.id: entry for entry in export.messages}
+    assert len(mine) == len(export.messages) == 3 + 1 + 600  # the title's change is told, too
+    assert theirs not in mine
+    assert [edit.content for edit in mine[said[0]].edits] == ["Message 0"]
+    assert (await ada.http.get("/v1/auth/export")).status_code == 401
+    for _ in range(3):
+        answer = await ada.http.get("/v1/auth/export", headers=ada.headers)
+    assert answer.status_code == 429
