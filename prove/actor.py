@@ -410,11 +410,13 @@ class Actor:
             lambda: self._random.choice((client.Block, client.Unblock, client.Unblock))(user_id=other),
             lambda: self._random.choice((client.Follow, client.Unfollow))(user_id=other),
             lambda: self._random.choice((client.Mute, client.Unmute))(user_id=other),
-            *(
-                lambda: self._random.choice((client.Join, client.Decline))(conversation_id=one)
-                for one in list(self.mirror.invitations)[:1]
-            ),
         ]
+        if self.mirror.invitations:
+            invited = next(iter(self.mirror.invitations))
+            makes += [
+                lambda: client.Join(conversation_id=invited),
+                lambda: client.Decline(conversation_id=invited),
+            ]
         return self._random.choice(makes)()
 
     def _now_and_then(self, share: float) -> bool:

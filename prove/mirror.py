@@ -67,14 +67,19 @@ class Mirror:
 
     def hear(self, frame: ServerFrame) -> None:
         """Apply a frame."""
+        if isinstance(frame, OwnEvent):
+            self._hear_own(frame)
+        elif isinstance(frame, DurableEvent):
+            if (copy := self._copy(frame.conversation_id)) is not None:
+                self._hear_event(copy, frame)
+        else:
+            self._hear_news(frame)
+
+    def _hear_news(self, frame: ServerFrame) -> None:
+        """Apply what begins, ends or continues the copy of a conversation."""
         match frame:
             case server.Ready():
                 self.epoch = frame.epoch
-            case (
-                server.MeChanged() | server.RelationshipChanged() | server.Invited() | server.InvitationEnded()
-                | server.PreferencesChanged()
-            ):  # fmt: skip
-                self._hear_own(frame)
             case server.Conversations():
                 for view in frame.conversations:
                     self._begin(view)
@@ -85,13 +90,6 @@ class Mirror:
             case server.Changes():
                 if (copy := self._copy(frame.conversation_id)) is not None:
                     self._hear_changes(copy, frame)
-            case (
-                server.MessageSent() | server.MessageEdited() | server.MessageDeleted() | server.MessageReacted()
-                | server.MessageUnreacted() | server.MessageChanged() | server.ConversationUpdated()
-                | server.ParticipantChanged()
-            ):  # fmt: skip
-                if (copy := self._copy(frame.conversation_id)) is not None:
-                    self._hear_event(copy, frame)
             case _:
                 pass
 

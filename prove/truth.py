@@ -8,7 +8,7 @@ import msgspec
 
 from protocol.ids import ConversationId, EditId, MessageId, UserId
 from protocol.values import Conversation, ConversationSettings, Message, Participant, Permissions
-from prove.mirror import Copy
+from prove.mirror import Copy, Mirror
 
 Db: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
 Kind = TypeVar("Kind", Message, Conversation)
@@ -81,6 +81,37 @@ async def read_conversation(db: Db, conversation_id: ConversationId) -> Copy:
         ):
             copy.participants[row["user_id"]] = _participant(row)
     return copy
+
+
+_OWN = """
+SELECT 'bio' AS kind, '' AS key, bio AS value FROM "user" WHERE id = $1
+UNION ALL
+SELECT 'relationship', id::text, status FROM user_relationship
+WHERE from_user_id = $1 OR (to_user_id = $1 AND type IN ('friend', 'follow'))
+UNION ALL
+SELECT 'invitation', p.conversation_id::text, '' FROM conversation_participant p
+JOIN conversation c ON c.id = p.conversation_id WHERE p.user_id = $1 AND p.status = 'invited' AND c.is_active
+UNION ALL
+SELECT 'pin', conversation_id::text, pin_order::text FROM conversation_participant
+WHERE user_id = $1 AND status = 'active' AND pin_order IS NOT NULL
+"""
+
+
+async def own(db: Db, user_id: UserId) -> set[tuple[str, str, str | None]]:
+    """Return what is a user's alone: their profile, relationships, invitations, and what they have pinned."""
+    return {tuple(row) for row in await db.fetch(_OWN, user_id)}
+
+
+def own_of(mirror: Mirror) -> set[tuple[str, str, str | None]]:
+    """Return the same as a client knows it."""
+    found: set[tuple[str, str, str | None]] = {("bio", "", None if mirror.me is None else mirror.me.bio)}
+    found |= {("relationship", str(one.id), one.status) for one in mirror.relationships.values()}
+    found |= {("invitation", str(one), "") for one in mirror.invitations}
+    return found | {
+        ("pin", str(one), str(kept.pin_order))
+        for one, kept in mirror.preferences.items()
+        if one in mirror.copies and kept.pin_order is not None
+    }
 
 
 async def recount(db: Db) -> list[str]:

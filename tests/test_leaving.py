@@ -159,6 +159,7 @@ async def test_ones_own_data_is_all_there(world: World, ada: Person) -> None:
     assert len(mine) == len(export.messages) == 3 + 1 + 600  # the title's change is told, too
     assert theirs not in mine
     assert [edit.content for edit in mine[said[0]].edits] == ["Message 0"]
+    ada.http.cookies.clear()
     assert (await ada.http.get("/v1/auth/export")).status_code == 401
     for _ in range(3):
         answer = await ada.http.get("/v1/auth/export", headers=ada.headers)

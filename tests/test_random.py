@@ -8,10 +8,10 @@ import pytest
 
 from protocol.ids import ConversationId
 from prove.actor import Actor
-from prove.truth import absent, assert_same, memberships, read_conversation, recount
+from prove.truth import absent, assert_same, memberships, own, own_of, read_conversation, recount
 from server.config import Settings
 from tests.cluster import Cluster
-from tests.world import World
+from tests.world import World, until
 
 PEOPLE, ACTIONS, CHANNELS = 50, 40, 5
 
@@ -42,12 +42,14 @@ async def test_everyone_ends_with_the_truth(settings: Settings, cluster: Cluster
 
     clocks = {row[0]: row[1] for row in await db.fetch("SELECT id, version FROM conversation")}
     assert all(await asyncio.gather(*(actor.settle(clocks.__getitem__) for actor in actors)))
+    ended = {ConversationId(row[0]) for row in await db.fetch("SELECT id FROM conversation WHERE NOT is_active")}
     truths = {one: await read_conversation(db, one) for one in clocks}
     for actor in actors:
         assert (actor.mirror.wrong, actor.tally.unexpected, actor.noticed_losses) == ({}, {}, 0)
         assert actor.mirror.copies.keys() == await memberships(db, actor.who.id)
         for one, copy in actor.mirror.copies.items():
             assert_same(copy, truths[one])
+        await same_own(db, actor, ended)
     messages = set().union(*(actor.tally.messages for actor in actors))
     assert len(messages) > 600
     assert await absent(db, "message", messages) == 0
@@ -56,3 +58,10 @@ async def test_everyone_ends_with_the_truth(settings: Settings, cluster: Cluster
     for actor in actors:
         await actor.leave()
     await db.close()
+
+
+async def same_own(db: "asyncpg.Connection[asyncpg.Record]", actor: Actor, ended: set[ConversationId]) -> None:
+    """Wait until an actor knows what is theirs alone; nobody takes back an invitation to what has ended."""
+    truth = await own(db, actor.who.id)
+    over = {("invitation", str(one), "") for one in ended}
+    await until(lambda: own_of(actor.mirror) - over == truth)
