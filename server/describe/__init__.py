@@ -1,10 +1,10 @@
-"""The wire, described: AsyncAPI 3 for the socket, OpenAPI 3.1 for HTTP, a handbook for people. All of it is
-generated from the structs and the table; `python -m server.describe docs` writes it.
+"""The wire, described: AsyncAPI 3 for the socket, OpenAPI 3.1 for HTTP, a handbook for people, the rules as tables, the
+columns with what uses them. All of it is generated from the code; `python -m server.describe docs` writes it.
 """
 
 import json
 
-from server.describe import asyncapi, handbook, openapi
+from server.describe import asyncapi, columns, handbook, openapi, rules
 
 
 def files() -> dict[str, str]:
@@ -13,4 +13,7 @@ def files() -> dict[str, str]:
         "asyncapi.json": json.dumps(asyncapi.document(), indent=1) + "\n",
         "openapi.json": json.dumps(openapi.document(), indent=1) + "\n",
         "protocol.md": handbook.document(),
+        "roles.md": rules.roles(),
+        "privacy.md": rules.people(),
+        "columns.md": columns.document(),
     }

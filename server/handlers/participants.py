@@ -190,11 +190,12 @@ async def list_participants(context: Context, frame: client.ListParticipants) ->
 
 
 async def _other(db: Db, me: Participant, user_id: UserId) -> Participant:
-    """Return someone whose role is below the caller's."""
+    """Return someone whose role is below the caller's, as is everyone's who is not there any more."""
     them = await participants.get(db, me.conversation_id, user_id)
     if them is None:
         raise NotFound("user_id")
-    require_above(me, them)
+    if them.status in {"active", "invited"}:
+        require_above(me, them)
     return them
 
 

@@ -1,0 +1,359 @@
+"""Random people do what people do to each other, on two workers, and a model that knows nothing but the two tables of
+rules (protocol/roles.py, protocol/privacy.py) says of each frame whether it is done or refused.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+from protocol import client, server
+from protocol.client import Frame
+from protocol.errors import ErrorCode
+from protocol.ids import ConversationId
+from protocol.privacy import NO, PUBLIC, RULES, STANDINGS, YES
+from protocol.roles import ROLES, Act, rank
+from protocol.server import Error
+from prove.client import Client
+from prove.truth import recount
+from tests.world import Somebody, World, message
+
+PEOPLE = 3
+OK, FORBIDDEN, NOT_FOUND, CONFLICT = None, ErrorCode.FORBIDDEN, ErrorCode.NOT_FOUND, ErrorCode.CONFLICT
+GIVEN = ("guest", "member", "moderator", "admin")
+Code = ErrorCode | None
+
+
+@dataclass
+class Part:
+    """Somebody's part in the channel."""
+
+    role: str
+    status: str = "active"
+    grants: set[str] = field(default_factory=set)
+    since: int = 0
+
+
+class Model:
+    """What should be so. People are numbers; the channel is public and 0 has made it."""
+
+    def __init__(self) -> None:
+        self.parts: dict[int, Part] = {0: Part("owner")}
+        self.private: set[int] = set()
+        self.blocks: set[tuple[int, int]] = set()
+        self.friends: set[tuple[int, int]] = set()
+        self.asked: dict[tuple[int, int], str] = {}
+        self.is_over = False
+        self._moment = 0
+
+    # ------------------------------------------------------------------------------------------ the two tables
+
+    def may(self, who: int, act: Act) -> bool:
+        part = self.parts[who]
+        is_granted = act.value.permission in part.grants
+        return is_granted or ROLES.index(part.role) >= rank(act.value.least)
+
+    def may_see(self, action: str, viewer: int, target: int) -> bool:
+        rule = RULES[action]
+        names = list(STANDINGS)
+        if (target, viewer) in self.blocks:
+            return rule.cells[names.index("blocked")] == YES
+        cell = rule.cells[names.index("stranger")]
+        if self.is_in(viewer) and self.is_in(target):
+            cell = rule.cells[names.index("together")]
+        if (viewer, target) in self.friends:
+            cell = rule.cells[names.index("friend")]
+        if (viewer, target) in self.blocks and rule.cells[names.index("blocking")] == NO:
+            cell = NO
+        return cell == YES or (cell == PUBLIC and target not in self.private)
+
+    def is_in(self, who: int) -> bool:
+        return who in self.parts and self.parts[who].status == "active" and not self.is_over
+
+    def is_below(self, who: int, other: int) -> bool:
+        there = self.parts[other]
+        is_gone = there.status not in {"active", "invited"}
+        return is_gone or ROLES.index(there.role) < ROLES.index(self.parts[who].role)
+
+    # ---------------------------------------------------------------------------------------------- the channel
+
+    def join(self, who: int) -> Code:
+        part = self.parts.get(who)
+        if self.is_over:
+            return NOT_FOUND
+        if part is not None and part.status == "banned":
+            return FORBIDDEN
+        if part is None or part.status != "active":
+            self._enter(who, part.role if part is not None and part.status == "invited" else "member")
+        return OK
+
+    def _enter(self, who: int, role: str) -> None:
+        self._moment += 1
+        self.parts[who] = Part(role, since=self._moment)
+
+    def leave(self, who: int) -> Code:
+        if not self.is_in(who):
+            return NOT_FOUND
+        part = self.parts[who]
+        part.status = "left"
+        others = [one for one, there in self.parts.items() if there.status == "active"]
+        if not others:
+            self.is_over = True
+        elif part.role == "owner":
+            heir = max(others, key=lambda one: (ROLES.index(self.parts[one].role), -self.parts[one].since))
+            self.parts[heir].role = "owner"
+        return OK
+
+    def add(self, who: int, other: int, role: str, *, is_invitation: bool) -> Code:  # noqa: PLR0911 - a list of rules
+        if not self.is_in(who):
+            return NOT_FOUND
+        if not self.may(who, Act.ADD_MEMBERS):
+            return FORBIDDEN
+        if ROLES.index(role) >= ROLES.index(self.parts[who].role) and role != "member":
+            return FORBIDDEN
+        if who != other and not self.may_see("invite", who, other):
+            return NOT_FOUND
+        part = self.parts.get(other)
+        if part is not None and part.status == "banned" and not self.may(who, Act.REMOVE_MEMBERS):
+            return FORBIDDEN
+        if part is not None and part.status == "active":
+            return OK
+        if not is_invitation:
+            self._enter(other, role)
+        elif part is None or part.status != "invited":
+            grants = set() if part is None else part.grants
+            self.parts[other] = Part(role, "invited", grants)
+        return OK
+
+    def decline(self, who: int) -> Code:
+        part = self.parts.get(who)
+        if part is None or part.status not in {"invited", "declined"}:
+            return NOT_FOUND
+        part.status = "declined"
+        return OK
+
+    def _other(self, who: int, other: int, act: Act) -> Code:
+        if not self.is_in(who):
+            return NOT_FOUND
+        if not self.may(who, act):
+            return FORBIDDEN
+        if other not in self.parts:
+            return NOT_FOUND
+        return OK if self.is_below(who, other) else FORBIDDEN
+
+    def remove(self, who: int, other: int, *, ban: bool) -> Code:
+        code = self._other(who, other, Act.REMOVE_MEMBERS)
+        if code is not OK:
+            return code
+        part = self.parts[other]
+        if part.status == ("banned" if ban else "removed"):
+            return OK
+        if part.status not in {"active", "invited"} and not ban:
+            return NOT_FOUND
+        part.status = "banned" if ban else "removed"
+        return OK
+
+    def unban(self, who: int, other: int) -> Code:
+        code = self._other(who, other, Act.REMOVE_MEMBERS)
+        if code is OK and self.parts[other].status == "banned":
+            self.parts[other].status = "removed"
+        return code
+
+    def set_role(self, who: int, other: int, role: str) -> Code:
+        code = self._other(who, other, Act.SET_ROLES)
+        if code is not OK:
+            return code
+        if self.parts[other].status != "active":
+            return NOT_FOUND
+        if ROLES.index(role) >= ROLES.index(self.parts[who].role) and role != "member":
+            return FORBIDDEN
+        self.parts[other].role = role
+        return OK
+
+    def set_permission(self, who: int, other: int, name: str, *, is_on: bool) -> Code:
+        code = self._other(who, other, Act.SET_ROLES)
+        if code is not OK:
+            return code
+        if self.parts[other].status != "active":
+            return NOT_FOUND
+        (self.parts[other].grants.add if is_on else self.parts[other].grants.discard)(name)
+        return OK
+
+    def transfer(self, who: int, other: int) -> Code:
+        if not self.is_in(who):
+            return NOT_FOUND
+        if not self.may(who, Act.TRANSFER):
+            return FORBIDDEN
+        if who == other:
+            return OK
+        if other not in self.parts or self.parts[other].status != "active":
+            return NOT_FOUND
+        self.parts[other].role, self.parts[who].role = "owner", "admin"
+        return OK
+
+    # ---------------------------------------------------------------------------------------------- each other
+
+    def block(self, who: int, other: int, *, is_on: bool) -> Code:
+        if not is_on:
+            if ("block", who, other) not in self.asked:  # type: ignore[comparison-overlap]
+                return NOT_FOUND
+            self.blocks.discard((who, other))
+            return OK
+        is_met = self.is_in(who) and self.is_in(other)
+        if not self.may_see("see_face", who, other) and not is_met:
+            return NOT_FOUND
+        self.asked["block", who, other] = "once"  # type: ignore[index]
+        self.blocks.add((who, other))
+        for pair in ((who, other), (other, who)):
+            self.friends.discard(pair)
+            if pair in self.asked:
+                self.asked[pair] = "inactive"
+        return OK
+
+    def request(self, who: int, other: int) -> Code:
+        if not self.may_see("request_friend", who, other):
+            return NOT_FOUND
+        mine, theirs = self.asked.get((who, other)), self.asked.get((other, who))
+        if mine == "rejected":
+            return CONFLICT
+        if mine not in {"pending", "accepted"} and theirs == "pending":
+            self._befriend(who, other)
+        elif mine != "accepted":
+            self.asked[who, other] = "pending"
+        return OK
+
+    def answer(self, who: int, other: int, *, accept: bool) -> Code:
+        theirs = self.asked.get((other, who))
+        if theirs != ("accepted" if accept else "rejected") and theirs not in {"pending", "rejected"}:
+            return NOT_FOUND
+        if accept:
+            self._befriend(who, other)
+        else:
+            self.asked[other, who] = "rejected"
+        return OK
+
+    def unfriend(self, who: int, other: int) -> Code:
+        mine = self.asked.get((who, other))
+        if mine is None:
+            return NOT_FOUND
+        if mine in {"pending", "accepted"}:
+            self.asked[who, other] = "inactive"
+            if self.asked.get((other, who)) == "accepted":
+                self.asked[other, who] = "inactive"
+            self.friends -= {(who, other), (other, who)}
+        return OK
+
+    def _befriend(self, one: int, other: int) -> None:
+        for pair in ((one, other), (other, one)):
+            self.asked[pair] = "accepted"
+            self.friends.add(pair)
+
+
+GRANTS = ("can_add_members", "can_remove_members", "can_edit_conversation", "can_delete_messages")
+KINDS = (
+    "join", "join", "leave", "add", "invite", "decline", "remove", "ban", "unban", "set_role", "set_role",
+    "permit", "permit", "transfer", "send", "update", "block", "unblock", "request", "answer", "unfriend", "private",
+    "profile", "audit",
+)  # fmt: skip
+STEP = st.tuples(
+    st.sampled_from(KINDS), st.integers(0, PEOPLE - 1), st.integers(0, PEOPLE - 1), st.sampled_from(GIVEN),
+    st.sampled_from(GRANTS), st.booleans(),
+)  # fmt: skip
+Step = tuple[str, int, int, Literal["admin", "moderator", "member", "guest"], str, bool]
+
+
+def step_of(  # noqa: C901, PLR0911, PLR0912 - a table of what can be said
+    model: Model, about: ConversationId, people: list[Somebody], step: Step
+) -> tuple[Frame, Code] | None:
+    """Return what somebody says in a step, and what they should be answered; None for what is about oneself."""
+    kind, who, other, role, grant, flag = step
+    place: dict[str, Any] = {"conversation_id": about}
+    them = people[other].id
+    match kind:
+        case "join":
+            return client.Join(**place), model.join(who)
+        case "leave":
+            return client.Leave(**place), model.leave(who)
+        case "decline":
+            return client.Decline(**place), model.decline(who)
+        case "send":
+            return message(about), OK if model.is_in(who) else NOT_FOUND
+        case "update" | "audit":
+            act = Act.EDIT_CONVERSATION if kind == "update" else Act.READ_AUDIT
+            code = NOT_FOUND if not model.is_in(who) else OK if model.may(who, act) else FORBIDDEN
+            return client.UpdateConversation(**place, description=role) if kind == "update" else client.ListAudit(
+                **place
+            ), code
+        case "private":
+            (model.private.add if flag else model.private.discard)(who)
+            return client.UpdateProfile(is_private=flag), OK
+        case "transfer":
+            return client.TransferOwnership(**place, user_id=them), model.transfer(who, other)
+        case "add":
+            frame = client.AddParticipants(**place, participants=[them], role=role)
+            return frame, model.add(who, other, role, is_invitation=False)
+        case "invite":
+            invite = client.Invite(**place, participants=[them], role=role)
+            return invite, model.add(who, other, role, is_invitation=True)
+    if who == other:
+        return None
+    match kind:
+        case "remove" | "ban":
+            is_ban = kind == "ban"
+            return client.RemoveParticipant(**place, user_id=them, ban=is_ban), model.remove(who, other, ban=is_ban)
+        case "unban":
+            return client.Unban(**place, user_id=them), model.unban(who, other)
+        case "set_role":
+            return client.SetRole(**place, user_id=them, role=role), model.set_role(who, other, role)
+        case "permit":
+            given_now: dict[str, Any] = {grant: flag}
+            frame_of = client.SetPermissions(**place, user_id=them, **given_now)
+            return frame_of, model.set_permission(who, other, grant, is_on=flag)
+        case "block" | "unblock":
+            kind_of = client.Block if kind == "block" else client.Unblock
+            return kind_of(user_id=them), model.block(who, other, is_on=kind == "block")
+        case "request":
+            return client.RequestFriend(user_id=them), model.request(who, other)
+        case "answer":
+            return client.AnswerFriend(user_id=them, accept=flag), model.answer(who, other, accept=flag)
+        case "unfriend":
+            return client.Unfriend(user_id=them), model.unfriend(who, other)
+        case _:
+            return client.GetProfile(user_id=them), OK if model.may_see("see_profile", who, other) else NOT_FOUND
+
+
+@given(st.lists(STEP, min_size=150, max_size=200))
+@settings(
+    max_examples=12,
+    deadline=None,
+    phases=[Phase.generate],
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+async def test_every_frame_is_answered_as_the_rules_say(world: World, steps: list[Step]) -> None:
+    people = [await world.user(f"Person {number}") for number in range(PEOPLE)]
+    clients: list[Client] = [await world.connect(who, number % 2) for number, who in enumerate(people)]
+    about = await world.channel(clients[0], is_public=True)
+    model = Model()
+    for number, step in enumerate(steps):
+        made = step_of(model, about, people, step)
+        if made is None:
+            continue
+        frame, expected = made
+        answer = await clients[step[1]].ask(frame)
+        code = answer.code if isinstance(answer, Error) else None
+        assert code == expected, (number, step, frame, answer)
+    rows = await world.db.fetch(
+        "SELECT user_id, role, status FROM conversation_participant WHERE conversation_id = $1", about
+    )
+    there = {row[0]: (row[1], row[2]) for row in rows}
+    assert there == {people[who].id: (part.role, part.status) for who, part in model.parts.items()}
+    assert await recount(world.db) == []
+    # Built from events, or read afresh: the same people are there for everyone who is in.
+    for who, one in enumerate(clients):
+        if model.is_in(who):
+            page = await one.call(client.ListParticipants(conversation_id=about), server.ParticipantPage)
+            assert {entry.user.id for entry in page.participants} == {
+                people[other].id for other in range(PEOPLE) if model.is_in(other)
+            }
+        await one.close()
