@@ -57,6 +57,8 @@ MEMBERSHIPS_AT_ONCE = 64
 REDIS_SECONDS = 1.0
 METRICS_SECONDS = 1.0
 CLEAR_SECONDS = 600.0
+FINISH_SECONDS = 5.0
+"""How long what connections have begun may take when the worker ends."""
 EXPIRE_SECONDS = 15.0
 """How often custom statuses are taken away whose time is over; nobody sees them from that time on."""
 
@@ -73,6 +75,7 @@ class App:
         self.metrics = metrics
         self._grace = timedelta(days=settings.erase_after_days)
         self._draining = asyncio.Event()
+        self._working: set[asyncio.Task[None]] = set()
         self._tasks: list[asyncio.Task[None]] = []
 
         self.hub = Hub(PostgresRecord(database), connect)
@@ -102,10 +105,10 @@ class App:
             Rate.EPHEMERAL: settings.ephemeral_rate,
         }
         others = None if connect is Alone else self._redis
-        allowances = {one: SharedAllowance(one.value, rate, others) for one, rate in rates.items()}
+        self._allowances = {one: SharedAllowance(one.value, rate, others) for one, rate in rates.items()}
         shared = Shared(
             hub=self.hub,
-            dispatch=Dispatch(ROUTES, allowances, metrics=metrics, pressure=self.pressure),
+            dispatch=Dispatch(ROUTES, self._allowances, metrics=metrics, pressure=self.pressure),
             lifecycle=Lifecycle(sync.start, sync.refresh),
             frames=Allowance(settings.frame_rate),
             strikes=Allowance(STRIKES_PER_SECOND, burst=STRIKES_AT_ONCE),
@@ -114,6 +117,7 @@ class App:
             connections_per_user=settings.connections_per_user,
             heartbeat_seconds=settings.heartbeat_seconds,
             admission=self.admission,
+            working=self._working,
         )
         accounts = Accounts(
             database,
@@ -183,11 +187,15 @@ class App:
         await self.roster.drain()
 
     async def close(self) -> None:
-        """Let go of everything."""
+        """Let go of everything, after what is in the middle of something is done."""
+        if self._working:
+            await asyncio.wait(self._working, timeout=FINISH_SECONDS)
         for task in self._tasks:
             task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await task
+        for allowance in self._allowances.values():
+            await allowance.close()
         await self.presence.close()
         await self.hub.close()
         await self._redis.aclose()

@@ -53,6 +53,8 @@ class Shared(NamedTuple):
     connections_per_user: int
     heartbeat_seconds: float
     admission: Admission
+    working: "set[asyncio.Task[None]]"
+    """What connections are in the middle of: it is done before what it needs is closed."""
 
 
 class Connection:
@@ -198,6 +200,7 @@ class Connection:
     def _wake(self) -> None:
         if self._worker is None and not self._is_closed:
             self._worker = asyncio.create_task(self._work())
+            self._shared.working.add(self._worker)
 
     async def _work(self) -> None:
         """Do what there is to do, in order, and end: an idle connection has no task."""
@@ -217,6 +220,8 @@ class Connection:
             log.exception("a connection failed")
             self.close(CloseCode.GOING_AWAY)
         finally:
+            if self._worker is not None:
+                self._shared.working.discard(self._worker)
             self._worker = None
         if self._last is not None:
             self._go(self._last)

@@ -27,6 +27,7 @@ class Pool:
         self._free: list[Connection] = []
         self._taken: set[Connection] = set()
         self._opening = 0
+        self._is_closed = False
         self._waiting: deque[asyncio.Future[None]] = deque()
 
     def __len__(self) -> int:
@@ -35,9 +36,9 @@ class Pool:
     async def take(self) -> Connection:
         """Return a connection that is nobody else's until `give`.
 
-        Raises TimeoutError if none becomes free in time, and what connecting raises.
+        Raises TimeoutError if none becomes free in time, InterfaceError once closed, and what connecting raises.
         """
-        while True:
+        while not self._is_closed:
             while self._free:
                 connection = self._free.pop()
                 if not connection.is_closed():
@@ -53,18 +54,20 @@ class Pool:
                 if turn.done() and not turn.cancelled():
                     self._wake()  # it was our turn just now: it is somebody else's
                 raise
+        raise asyncpg.InterfaceError("the pool is closed")
 
     def give(self, connection: Connection, *, is_usable: bool) -> None:
         """Take a connection back; one that may be in the middle of something is ended."""
         self._taken.discard(connection)
-        if is_usable and not connection.is_closed():
+        if is_usable and not connection.is_closed() and not self._is_closed:
             self._free.append(connection)
         else:
             connection.terminate()
         self._wake()
 
     def close(self) -> None:
-        """End all connections, without waiting for what is in flight."""
+        """End all connections, without waiting for what is in flight; no others are opened."""
+        self._is_closed = True
         for connection in (*self._free, *self._taken):
             connection.terminate()
         self._free.clear()
@@ -78,6 +81,9 @@ class Pool:
             raise
         finally:
             self._opening -= 1
+        if self._is_closed:
+            connection.terminate()
+            raise asyncpg.InterfaceError("the pool is closed")
         self._taken.add(connection)
         return connection
 

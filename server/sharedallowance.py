@@ -47,6 +47,13 @@ class SharedAllowance:
             if self._sharing is None:
                 self._sharing = asyncio.create_task(self._share(self._redis))
 
+    async def close(self) -> None:
+        """Share no more: what is not told yet stays untold."""
+        self._redis = None
+        if self._sharing is not None:
+            self._sharing.cancel()
+            await asyncio.wait([self._sharing])
+
     async def _share(self, redis: Redis | RedisCluster) -> None:
         await asyncio.sleep(SHARE_SECONDS)
         counts, self._counts = self._counts, Counter()

@@ -3,11 +3,12 @@
 from loadtest.scenario import Scenario
 from loadtest.scenarios.history import History
 from loadtest.scenarios.mixed import Mixed
+from loadtest.scenarios.people import People
 from loadtest.scenarios.presence import Presence
 from loadtest.scenarios.quiet import Idle, Storm
 from loadtest.scenarios.resume import Resume
 from loadtest.scenarios.talk import Direct, Room, Teams
 
 SCENARIOS: dict[str, type[Scenario]] = {
-    one.name: one for one in (Room, Teams, Direct, Idle, Storm, Presence, Resume, History, Mixed)
+    one.name: one for one in (Room, Teams, Direct, Idle, Storm, Presence, Resume, History, Mixed, People)
 }

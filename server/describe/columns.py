@@ -82,7 +82,7 @@ def written(text: str) -> dict[str, set[str]]:
 
 def without_targets(text: str) -> str:
     """Return a statement without the places where it says what it writes."""
-    text = INSERT.sub(r"INSERT INTO \1", text)
+    text = INSERT.sub(r"\1", text)
     return re.sub(r"(?m)(^\s*|, |SET )\w+ = ", r"\1", text)
 
 

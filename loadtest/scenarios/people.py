@@ -1,0 +1,44 @@
+"""People who look each other up, ask for friendship, follow, and arrange their conversations."""
+
+from uuid import UUID
+
+from loadtest.line import Line
+from loadtest.scenario import Scenario
+from protocol import client
+from protocol.client import Frame
+from protocol.ids import ConversationId, UserId
+
+
+class People(Scenario):
+    """What is done, and how often, is in the table below."""
+
+    name = "people"
+    about = (
+        "500 people in teams of 10 who look each other up, befriend and follow each other, and arrange what they have"
+    )
+    unit = "acts"
+    people = 500
+    rate = 200.0
+
+    def act(self, due: int) -> None:
+        line = self.random.choice(self.cast.lines)
+        if line.is_open and line.seat.conversations:
+            line.ask(self._frame(line), due)
+
+    def _frame(self, line: Line) -> Frame:
+        about = self.random.choice(line.seat.conversations)
+        others = [one for one in self.cast.members[about] if one != line.seat.user_id]
+        other = UserId(UUID(self.random.choice(others)))
+        place = self.random.randint(0, 9)
+        makes = (
+            (30, lambda: client.GetProfile(user_id=other)),
+            (15, lambda: client.SearchUsers(text=f"crowd {place}")),
+            (15, lambda: client.SetPreferences(conversation_id=ConversationId(UUID(about)), pin_order=place)),
+            (10, client.ListRelationships),
+            (10, lambda: client.RequestFriend(user_id=other)),
+            (10, lambda: client.Follow(user_id=other)),
+            (5, lambda: client.UpdateProfile(bio=f"In my {place}th year")),
+            (5, client.ListInvitations),
+        )
+        (make,) = self.random.choices([make for _, make in makes], [share for share, _ in makes])
+        return make()
