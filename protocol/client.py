@@ -4,7 +4,7 @@ Every frame may carry `id`, a number or a short string; its reply, or its error,
 """
 
 from datetime import datetime
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
@@ -55,6 +55,12 @@ class Frame(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, tag_field=
     """What all frames of a client have in common."""
 
     id: FrameId | None = None
+
+
+def given(frame: Frame) -> dict[str, Any]:
+    """Return those of a frame's fields that may be left out to stay as they are, and were not."""
+    changing = [field.name for field in msgspec.structs.fields(frame) if field.default is UNSET]
+    return {name: getattr(frame, name) for name in changing if getattr(frame, name) is not UNSET}
 
 
 # ------------------------------------------------------------------------------------------- the connection

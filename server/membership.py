@@ -1,13 +1,16 @@
 """Changes of who takes part in a conversation: made under its lock, told after the commit."""
 
+from protocol.client import AddParticipants, Invite
 from protocol.errors import ErrorCode, Refused
 from protocol.ids import ConversationId
+from protocol.roles import Act, may
 from protocol.server import MessageSent, ParticipantChanged
 from protocol.values import Conversation, Message, Participant
 from server.context import Context
 from server.database import Db
 from server.errors import NotFound
-from server.queries import audit, conversations, messages, participants
+from server.permissions import require, require_below
+from server.queries import audit, conversations, messages, participants, users
 from server.queries.audit import Deed
 from server.queries.messages import Announcement
 from server.queries.participants import Change
@@ -60,6 +63,16 @@ async def entered(db: Db, context: Context, conversation_id: ConversationId) -> 
     if conversation.type in {"direct", "assistant"}:
         raise Refused(ErrorCode.FORBIDDEN, "Who takes part in this kind of conversation does not change.")
     return conversation, me
+
+
+async def require_welcome(db: Db, me: Participant, frame: AddParticipants | Invite) -> None:
+    """Raise Refused unless a participant may add or invite all whom a frame names, as what it says."""
+    require(me, Act.ADD_MEMBERS)
+    require_below(me, frame.role)
+    if not await users.all_may(db, "invite", me.user_id, frame.participants):
+        raise NotFound("participants")
+    if not may(me, Act.REMOVE_MEMBERS) and await participants.any_banned(db, me.conversation_id, frame.participants):
+        raise Refused(ErrorCode.FORBIDDEN, "Your role cannot lift a ban.", path="participants")
 
 
 def require_room(conversation: Conversation, more: int) -> None:

@@ -129,11 +129,7 @@ async def get(context: Context, frame: client.GetConversation) -> OneConversatio
 
 async def update(context: Context, frame: client.UpdateConversation) -> OneConversation:
     """Change a conversation's settings and tell everyone."""
-    given = {
-        field: getattr(frame, field)
-        for field in frame.__struct_fields__
-        if field not in {"id", "conversation_id"} and getattr(frame, field) is not UNSET
-    }
+    given = client.given(frame)
     if frame.settings is not UNSET:
         _checked_settings(frame.settings)
     async with context.database.transaction() as db:
@@ -190,11 +186,7 @@ async def find(context: Context, frame: client.FindConversations) -> PublicConve
 
 async def set_preferences(context: Context, frame: client.SetPreferences) -> OneConversation:
     """Change how the caller, alone, wants to have a conversation."""
-    given = {
-        field: getattr(frame, field)
-        for field in frame.__struct_fields__
-        if field not in {"id", "conversation_id"} and getattr(frame, field) is not UNSET
-    }
+    given = client.given(frame)
     async with context.database.transaction() as db:
         if given and not await participants.prefer(db, frame.conversation_id, context.user_id, given):
             raise NotFound("conversation_id")

@@ -3,15 +3,14 @@
 from datetime import timedelta
 
 from protocol import client
-from protocol.errors import ErrorCode, Refused
-from protocol.roles import Act, may
+from protocol.roles import Act
 from protocol.server import ConversationUpdated, Done, InvitationList, OneConversation
 from server.context import Context
 from server.errors import NotFound
 from server.invitecode import new_code
-from server.membership import Membership, entered
-from server.permissions import require, require_below
-from server.queries import audit, conversations, participants, users
+from server.membership import Membership, entered, require_welcome
+from server.permissions import require
+from server.queries import audit, conversations, participants
 from server.queries.audit import Deed
 
 
@@ -19,12 +18,7 @@ async def invite(context: Context, frame: client.Invite) -> Done:
     """Ask users to join."""
     async with context.database.transaction() as db:
         conversation, me = await entered(db, context, frame.conversation_id)
-        require(me, Act.ADD_MEMBERS)
-        require_below(me, frame.role)
-        if not await users.all_may(db, "invite", context.user_id, frame.participants):
-            raise NotFound("participants")
-        if not may(me, Act.REMOVE_MEMBERS) and await participants.any_banned(db, conversation.id, frame.participants):
-            raise Refused(ErrorCode.FORBIDDEN, "Your role cannot lift a ban.", path="participants")
+        await require_welcome(db, me, frame)
         news = Membership(context, db, conversation)
         news.changes += await participants.invite(db, conversation.id, frame.participants, frame.role, context.user_id)
         await participants.stamp(db, conversation.id, [change.participant.user_id for change in news.changes])

@@ -1,7 +1,5 @@
 """Participants: join, leave, add, remove, roles, permissions, list."""
 
-from msgspec import UNSET
-
 from protocol import client
 from protocol.errors import ErrorCode, Refused
 from protocol.ids import UserId
@@ -12,7 +10,7 @@ from server import sync
 from server.context import Context
 from server.database import Db
 from server.errors import NotFound
-from server.membership import Membership, entered, require_room
+from server.membership import Membership, entered, require_room, require_welcome
 from server.permissions import require, require_above, require_below
 from server.queries import conversations, participants, users
 from server.queries.audit import Deed
@@ -67,12 +65,7 @@ async def add(context: Context, frame: client.AddParticipants) -> Done:
     """Let users in."""
     async with context.database.transaction() as db:
         conversation, me = await entered(db, context, frame.conversation_id)
-        require(me, Act.ADD_MEMBERS)
-        require_below(me, frame.role)
-        if not await users.all_may(db, "invite", context.user_id, frame.participants):
-            raise NotFound("participants")
-        if not may(me, Act.REMOVE_MEMBERS) and await participants.any_banned(db, conversation.id, frame.participants):
-            raise Refused(ErrorCode.FORBIDDEN, "Your role cannot lift a ban.", path="participants")
+        await require_welcome(db, me, frame)
         news = Membership(context, db, conversation)
         news.changes += await participants.add(db, conversation.id, frame.participants, frame.role, context.user_id)
         if news.changes:
@@ -140,11 +133,7 @@ async def set_role(context: Context, frame: client.SetRole) -> Done:
 
 async def set_permissions(context: Context, frame: client.SetPermissions) -> Done:
     """Give someone of a lower role permissions beyond it, or take them back."""
-    wanted = {
-        name: getattr(frame, name)
-        for name in frame.__struct_fields__
-        if name.startswith("can_") and getattr(frame, name) is not UNSET
-    }
+    wanted = client.given(frame)
     async with context.database.transaction() as db:
         conversation, me = await entered(db, context, frame.conversation_id)
         require(me, Act.SET_ROLES)

@@ -2,8 +2,6 @@
 
 from collections.abc import Awaitable, Callable
 
-from msgspec import UNSET
-
 from protocol import client
 from protocol.errors import ErrorCode, Refused
 from protocol.ids import UserId
@@ -101,11 +99,7 @@ def turned(kind: RelationshipKind, *, on: bool) -> Callable[[Context, OneOf], Aw
 
 async def set_switches(context: Context, frame: client.SetSwitches) -> OneRelationship:
     """Say what someone may see or do."""
-    wanted = {
-        field: getattr(frame, field)
-        for field in frame.__struct_fields__
-        if field not in {"id", "user_id"} and getattr(frame, field) is not UNSET
-    }
+    wanted = client.given(frame)
     me, them = context.user_id, _other(context, frame.user_id)
     async with context.database.transaction() as db:
         await relationships.lock(db, me, them)

@@ -1,7 +1,5 @@
 """Users: their faces, their presence, and that they are typing."""
 
-from msgspec import UNSET
-
 from protocol import client
 from protocol.limits import MAX_SHARED_PARTICIPANTS
 from protocol.server import (
@@ -50,11 +48,7 @@ async def me(context: Context, frame: client.GetMe) -> OneMe:  # noqa: ARG001 - 
 
 async def update_profile(context: Context, frame: client.UpdateProfile) -> OneMe:
     """Change the caller's profile or privacy, and tell those who watch them, and their other devices."""
-    given = {
-        field: getattr(frame, field)
-        for field in frame.__struct_fields__
-        if field != "id" and getattr(frame, field) is not UNSET
-    }
+    given = client.given(frame)
     async with context.database.transaction() as db:
         before = await users.me(db, context.user_id)
         after = await users.update(db, context.user_id, given) if given else before
