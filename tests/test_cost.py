@@ -147,7 +147,7 @@ async def explained(db: "asyncpg.Connection[asyncpg.Record]", name: str, argumen
         if node["Node Type"] == "Seq Scan":
             scanned.append(node["Relation Name"])
         if "Index Name" in node:
-            table, asked = node["Relation Name"], f"{node.get('Index Cond', '')} {node.get('Filter', '')}"
+            table, asked = node.get("Relation Name", "words"), f"{node.get('Index Cond', '')} {node.get('Filter', '')}"
             is_root = table in {"conversation", "user"} and "(id = " in asked
             if not is_root and not KEY.search(asked):
                 astray.append(f"{table}: {asked}")
@@ -280,3 +280,24 @@ async def test_cost_does_not_grow_with_history(db: "asyncpg.Connection[asyncpg.R
         # The trees are a level or two higher, and neighbours in time share fewer pages: not more than that.
         assert plan.pages <= 1.5 * before.pages + 30, f"{name}\n{report}"
         assert plan.rows < 10_000, f"{name}\n{report}"
+
+
+async def test_a_search_goes_by_its_index(db: "asyncpg.Connection[asyncpg.Record]") -> None:
+    # Planned as in a new installation, with nobody there, and kept.
+    searches = {"people": users.SEARCH, "channels": conversations.FIND}
+    for name, query in searches.items():
+        await db.execute(f'PREPARE "{name}" AS {query}')
+    await others(db)
+    await db.execute("UPDATE conversation SET is_public = true, title = 'Channel ' || left(id::text, 8); ANALYZE")
+    nobody = UserId(uuid4())
+    title = await db.fetchval("SELECT title FROM conversation LIMIT 1")
+    asked: dict[str, tuple[Any, ...]] = {
+        "people": (nobody, "other & 777:*", 20),
+        "channels": (" & ".join(title.lower().split()), 20),
+    }
+    await db.execute("SET enable_bitmapscan = on")
+    for name, arguments in asked.items():
+        plan = await explained(db, name, arguments)
+        assert plan.scanned == [], name
+        assert 0 < plan.rows < 1_000, (name, plan)
+    await db.close()
