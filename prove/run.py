@@ -284,6 +284,13 @@ class Run:
         await asyncio.gather(*(actor.connected() for actor in there))
         deadline = time.monotonic() + PRESENCE_SECONDS
         watcher = there[0]
+        # Who blocks the watcher is not in the list, and whom the watcher blocks is not seen (docs/privacy.md).
+        blocked = {
+            one.user_id
+            for one in watcher.mirror.relationships.values()
+            if one.kind == "block" and one.status == "active"
+        }
+        expected |= dict.fromkeys(blocked & expected.keys(), False)
         while True:
             known = await watcher.ask(client.Watch(user_ids=list(expected)), server.PresenceList)
             unlike = [one.user_id for one in known.presences if expected[one.user_id] != (one.status != "offline")]
