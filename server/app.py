@@ -14,7 +14,6 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 
 from protocol.ids import ConversationId, UserId
-from protocol.server import ParticipantChanged
 from server import sync
 from server.addresses import Addresses
 from server.admission import Admission
@@ -48,6 +47,7 @@ from server.redisbus import RedisBus
 from server.roster import Roster
 from server.routes import ROUTES
 from server.sharedallowance import SharedAllowance
+from server.telling import tell_participant
 from server.websocket import WebSocket
 
 SENDS_AT_ONCE = 64
@@ -217,15 +217,8 @@ class App:
         async with self._database.connection() as db:
             due = await erasing.due(db, self._grace)
         for user_id in due:
-            for now, count in await erase(self._database.transaction, user_id):
-                self.hub.publish(
-                    ParticipantChanged(
-                        conversation_id=now.conversation_id,
-                        version=now.version,
-                        participant=now,
-                        participant_count=count,
-                    )
-                )
+            for change in await erase(self._database.transaction, user_id):
+                tell_participant(self.hub, change)
 
     def _arrived(self, connection: Connection) -> None:
         self.roster.add(connection)

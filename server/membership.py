@@ -4,7 +4,7 @@ from protocol.client import AddParticipants, Invite
 from protocol.errors import ErrorCode, Refused
 from protocol.ids import ConversationId
 from protocol.roles import Act, may
-from protocol.server import MessageSent, ParticipantChanged
+from protocol.server import MessageSent
 from protocol.values import Conversation, Message, Participant
 from server.context import Context
 from server.database import Db
@@ -14,10 +14,11 @@ from server.queries import audit, conversations, messages, participants, users
 from server.queries.audit import Deed
 from server.queries.messages import Announcement
 from server.queries.participants import Change
+from server.telling import tell_participant
 
 
-class Membership:
-    """What changes in one transaction, collected to be told when it is over."""
+class News:
+    """What one transaction changes in a conversation, collected to be told when it is over."""
 
     def __init__(self, context: Context, db: Db, conversation: Conversation) -> None:
         self._context = context
@@ -38,12 +39,8 @@ class Membership:
 
     def tell(self) -> None:
         """Tell everyone. After the commit."""
-        for now, count in self.changes:
-            event = ParticipantChanged(
-                conversation_id=now.conversation_id, version=now.version, participant=now, participant_count=count
-            )
-            is_in = now.status in {"active", "invited"}
-            self._context.events.publish(event, gone=None if is_in else now.user_id)
+        for change in self.changes:
+            tell_participant(self._context.events, change)
         for message in self._announced:
             self._context.events.publish(
                 MessageSent(conversation_id=message.conversation_id, version=message.version, message=message)

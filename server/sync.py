@@ -50,7 +50,8 @@ async def resume(context: Context, frame: Resume) -> Resumed:
     for conversation_id in frame.versions.keys() - there.keys():
         _say_left(context, conversation_id)
     known = {one: version for one, version in frame.versions.items() if one in there}
-    if frame.epoch == await context.database.epoch():
+    is_same_epoch = frame.epoch == await context.database.epoch()
+    if is_same_epoch:
         await connection.open(list(known))
         for conversation_id, version in known.items():
             connection.detach(conversation_id)
@@ -62,7 +63,7 @@ async def resume(context: Context, frame: Resume) -> Resumed:
             await _start_over(context, conversation_id, "other_epoch")
             await connection.drained()
     await _join(context, there.keys() - frame.versions.keys() - set(connection.attached))
-    if frame.user_version is not None and frame.epoch == await context.database.epoch():
+    if frame.user_version is not None and is_same_epoch:
         connection.user_version = min(connection.user_version, frame.user_version)
         await _say_own(context)
     return Resumed(

@@ -1,16 +1,37 @@
-"""Telling that a message changed: with its words, if everyone who is there may read them."""
+"""Telling everyone what changed in a conversation. After the commit."""
 
-from protocol.server import Changed, MessageChanged, MessageEdited
-from protocol.values import Message
-from server.context import Context
+from protocol.ids import UserId
+from protocol.server import Changed, ConversationUpdated, MessageChanged, MessageEdited, ParticipantChanged
+from protocol.values import Conversation, Message
+from server.context import Context, Events
 from server.queries.messages import Found
+from server.queries.participants import Change
 
 
 def tell_changed(context: Context, found: Found, message: Message) -> Changed:
-    """Tell everyone that the message that was `found` is now `message`; return what to answer. After the commit."""
+    """Tell that the message that was `found` is now `message`, with its words if everyone who is there may read them;
+    return what to answer.
+    """
     about, version = message.conversation_id, message.version
     if found.is_from_before:
         context.events.publish(MessageChanged(conversation_id=about, version=version, message_id=message.id))
     else:
         context.events.publish(MessageEdited(conversation_id=about, version=version, message=message))
     return Changed(conversation_id=about, version=version)
+
+
+def tell_updated(context: Context, conversation: Conversation, *, gone: UserId | None = None) -> None:
+    """Tell what a conversation's settings are now; then drop who is `gone` by that."""
+    event = ConversationUpdated(
+        conversation_id=conversation.id, version=conversation.version, conversation=conversation
+    )
+    context.events.publish(event, gone=gone)
+
+
+def tell_participant(events: Events, change: Change) -> None:
+    """Tell what became of a participant; then drop them if they are not in any more."""
+    now, count = change
+    event = ParticipantChanged(
+        conversation_id=now.conversation_id, version=now.version, participant=now, participant_count=count
+    )
+    events.publish(event, gone=None if now.status in {"active", "invited"} else now.user_id)

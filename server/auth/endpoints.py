@@ -96,7 +96,7 @@ class Accounts:
         if passwords.is_outdated(found.password_hash):
             new_hash = await passwords.hashed(body.password)
             async with self._database.connection() as db:
-                await accounts.rehash(db, email, new_hash)
+                await accounts.set_password(db, found.user.id, new_hash)
         if found.is_away:
             async with self._database.connection() as db:
                 await accounts.come_back(db, found.user.id)

@@ -10,24 +10,23 @@ from protocol.limits import MAX_METADATA_BYTES
 from protocol.roles import Act
 from protocol.server import (
     ConversationPage,
-    ConversationUpdated,
     Done,
-    MessageSent,
     OneConversation,
     PublicConversationList,
 )
-from protocol.values import Conversation, ConversationSettings, ConversationView, Message, Role
+from protocol.values import Conversation, ConversationSettings, ConversationView, Role
 from server import search, sync
 from server.context import Context
 from server.database import Db
 from server.errors import NotFound
 from server.invitecode import new_code
-from server.membership import entered
+from server.membership import News, entered
 from server.permissions import require
-from server.queries import audit, conversations, messages, participants, users
+from server.queries import audit, conversations, participants, users
 from server.queries.audit import Deed
 from server.queries.conversations import Filter, Founding
 from server.queries.messages import Announcement
+from server.telling import tell_updated
 
 
 async def create_direct(context: Context, frame: client.CreateDirect) -> OneConversation:
@@ -91,8 +90,7 @@ async def _create(
         settings=_checked_settings(frame.settings),
     )
     async with context.database.transaction() as db:
-        named = [user_id for user_id in members if user_id != context.user_id]
-        if not await users.all_may(db, "invite", context.user_id, named):
+        if not await users.all_may(db, "invite", context.user_id, list(members)):
             raise NotFound("participants")
         made = await conversations.create(db, founding)
         if made:
@@ -142,18 +140,18 @@ async def update(context: Context, frame: client.UpdateConversation) -> OneConve
         if not changed:
             return OneConversation(view=before)
         conversation = await conversations.update(db, frame.conversation_id, changed)
-        announced = await _announce(db, context, conversation, changed)
-        deed = Deed(context.user_id, "update_conversation", details={"fields": sorted(changed)})
-        await audit.record(db, conversation.id, deed)
+        news = News(context, db, conversation)
+        for said in _said(conversation, changed):
+            await news.announce(said)
+        await news.record(Deed(context.user_id, "update_conversation", details={"fields": sorted(changed)}))
         view = await _view(db, context.user_id, frame.conversation_id)
-    _publish(context, conversation)
-    for message in announced:
-        context.events.publish(MessageSent(conversation_id=conversation.id, version=message.version, message=message))
+    tell_updated(context, conversation)
+    news.tell()
     return OneConversation(view=view)
 
 
-async def _announce(db: Db, context: Context, conversation: Conversation, changed: dict[str, object]) -> list[Message]:
-    """Have it said in the conversation what was changed, unless its settings are against that."""
+def _said(conversation: Conversation, changed: dict[str, object]) -> list[Announcement]:
+    """Return what to say in the conversation about what was changed."""
     said: list[Announcement] = []
     if "title" in changed:
         words = f"changed the title to {conversation.title}"
@@ -161,9 +159,7 @@ async def _announce(db: Db, context: Context, conversation: Conversation, change
     if fields := sorted(changed.keys() - {"title"}):
         words = f"changed {', '.join(field.removeprefix('is_') for field in fields)}"
         said.append(Announcement("settings_change", words, {"fields": fields}))
-    if not conversation.settings.system_messages:
-        return []
-    return [await messages.announce(db, conversation.id, context.user_id, one) for one in said]
+    return said
 
 
 async def delete(context: Context, frame: client.DeleteConversation) -> Done:
@@ -173,7 +169,7 @@ async def delete(context: Context, frame: client.DeleteConversation) -> Done:
         require(me, Act.DELETE_CONVERSATION)
         await audit.record(db, conversation.id, Deed(context.user_id, "delete_conversation"))
         conversation = await conversations.delete(db, conversation.id)
-    _publish(context, conversation, gone=EVERYONE)
+    tell_updated(context, conversation, gone=EVERYONE)
     return Done()
 
 
@@ -194,13 +190,6 @@ async def set_preferences(context: Context, frame: client.SetPreferences) -> One
     if given:
         context.events.poke([context.user_id])
     return OneConversation(view=view)
-
-
-def _publish(context: Context, conversation: Conversation, *, gone: UserId | None = None) -> None:
-    event = ConversationUpdated(
-        conversation_id=conversation.id, version=conversation.version, conversation=conversation
-    )
-    context.events.publish(event, gone=gone)
 
 
 async def _view(db: Db, user_id: UserId, conversation_id: ConversationId) -> ConversationView:

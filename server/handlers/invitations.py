@@ -4,14 +4,15 @@ from datetime import timedelta
 
 from protocol import client
 from protocol.roles import Act
-from protocol.server import ConversationUpdated, Done, InvitationList, OneConversation
+from protocol.server import Done, InvitationList, OneConversation
 from server.context import Context
 from server.errors import NotFound
 from server.invitecode import new_code
-from server.membership import Membership, entered, require_welcome
+from server.membership import News, entered, require_welcome
 from server.permissions import require
 from server.queries import audit, conversations, participants
 from server.queries.audit import Deed
+from server.telling import tell_updated
 
 
 async def invite(context: Context, frame: client.Invite) -> Done:
@@ -19,7 +20,7 @@ async def invite(context: Context, frame: client.Invite) -> Done:
     async with context.database.transaction() as db:
         conversation, me = await entered(db, context, frame.conversation_id)
         await require_welcome(db, me, frame)
-        news = Membership(context, db, conversation)
+        news = News(context, db, conversation)
         news.changes += await participants.invite(db, conversation.id, frame.participants, frame.role, context.user_id)
         await participants.stamp(db, conversation.id, [change.participant.user_id for change in news.changes])
     news.tell()
@@ -33,7 +34,7 @@ async def decline(context: Context, frame: client.Decline) -> Done:
         me = await participants.get(db, frame.conversation_id, context.user_id)
         if conversation is None or me is None or me.status not in {"invited", "declined"}:
             raise NotFound("conversation_id")
-        news = Membership(context, db, conversation)
+        news = News(context, db, conversation)
         if me.status == "invited":
             news.changes.append(await participants.change(db, me, status="declined"))
             await participants.stamp(db, conversation.id, [context.user_id])
@@ -58,7 +59,5 @@ async def set_invite_code(context: Context, frame: client.SetInviteCode) -> OneC
         details = {"is_open": frame.is_open, "max_uses": frame.max_uses, "seconds": frame.expires_in_seconds}
         await audit.record(db, conversation.id, Deed(context.user_id, "set_invite_code", details=details))
         (view,) = await conversations.get(db, context.user_id, [conversation.id])
-    context.events.publish(
-        ConversationUpdated(conversation_id=conversation.id, version=conversation.version, conversation=conversation)
-    )
+    tell_updated(context, conversation)
     return OneConversation(view=view)

@@ -10,7 +10,7 @@ from server import sync
 from server.context import Context
 from server.database import Db
 from server.errors import NotFound
-from server.membership import Membership, entered, require_room, require_welcome
+from server.membership import News, entered, require_room, require_welcome
 from server.permissions import require, require_above, require_below
 from server.queries import conversations, participants, users
 from server.queries.audit import Deed
@@ -31,7 +31,7 @@ async def join(context: Context, frame: client.Join) -> OneConversation:
         before = await participants.get(db, conversation.id, context.user_id)
         if before is not None and before.status == "banned":
             raise Refused(ErrorCode.FORBIDDEN, "You are banned from this conversation.", path=path)
-        news = Membership(context, db, conversation)
+        news = News(context, db, conversation)
         if before is None or before.status != "active":
             require_room(conversation, 1)
             news.changes += await participants.add(db, conversation.id, [context.user_id], "member", None)
@@ -52,7 +52,7 @@ async def leave(context: Context, frame: client.Leave) -> Done:
     """Let the caller out; an owner's place goes to the next in rank, then in age."""
     async with context.database.transaction() as db:
         conversation, me = await entered(db, context, frame.conversation_id)
-        news = Membership(context, db, conversation)
+        news = News(context, db, conversation)
         news.changes += await participants.leave(db, me)
         if news.changes[0].participant_count:
             await news.announce(Announcement("leave", "left"))
@@ -66,7 +66,7 @@ async def add(context: Context, frame: client.AddParticipants) -> Done:
     async with context.database.transaction() as db:
         conversation, me = await entered(db, context, frame.conversation_id)
         await require_welcome(db, me, frame)
-        news = Membership(context, db, conversation)
+        news = News(context, db, conversation)
         news.changes += await participants.add(db, conversation.id, frame.participants, frame.role, context.user_id)
         if news.changes:
             require_room(conversation, len(news.changes))
@@ -89,7 +89,7 @@ async def remove(context: Context, frame: client.RemoveParticipant) -> Done:
             return Done()
         if them.status not in {"active", "invited"} and not frame.ban:
             raise NotFound("user_id")
-        news = Membership(context, db, conversation)
+        news = News(context, db, conversation)
         news.changes.append(await participants.change(db, them, status=status))
         if them.status == "active":
             await news.announce(Announcement("remove_member", "removed someone", {"user_ids": [them.user_id]}))
@@ -107,7 +107,7 @@ async def unban(context: Context, frame: client.Unban) -> Done:
         them = await _other(db, me, frame.user_id)
         if them.status != "banned":
             return Done()
-        news = Membership(context, db, conversation)
+        news = News(context, db, conversation)
         news.changes.append(await participants.change(db, them, status="removed"))
         await news.record(Deed(context.user_id, "unban", them.user_id))
     news.tell()
@@ -123,7 +123,7 @@ async def set_role(context: Context, frame: client.SetRole) -> Done:
         require_below(me, frame.role)
         if them.role == frame.role:
             return Done()
-        news = Membership(context, db, conversation)
+        news = News(context, db, conversation)
         news.changes.append(await participants.change(db, them, role=frame.role))
         details = {"from": them.role, "to": frame.role}
         await news.record(Deed(context.user_id, "set_role", them.user_id, details=details))
@@ -140,7 +140,7 @@ async def set_permissions(context: Context, frame: client.SetPermissions) -> Don
         them = await _active(db, me, frame.user_id)
         if not wanted:
             return Done()
-        news = Membership(context, db, conversation)
+        news = News(context, db, conversation)
         news.changes.append(await participants.permit(db, them, wanted))
         await news.record(Deed(context.user_id, "set_permissions", them.user_id, details=wanted))
     news.tell()
@@ -155,7 +155,7 @@ async def transfer_ownership(context: Context, frame: client.TransferOwnership) 
         if frame.user_id == context.user_id:
             return Done()
         them = await _active(db, me, frame.user_id)
-        news = Membership(context, db, conversation)
+        news = News(context, db, conversation)
         news.changes.append(await participants.change(db, them, role="owner"))
         news.changes.append(await participants.change(db, me, role="admin"))
         await news.record(Deed(context.user_id, "transfer_ownership", them.user_id))

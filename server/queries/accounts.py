@@ -77,19 +77,11 @@ async def come_back(db: Db, user_id: UserId) -> None:
     await db.execute(COME_BACK, user_id)
 
 
-REHASH = "UPDATE account SET password = $2, updated_at = now() WHERE provider_id = 'credential' AND account_id = $1"
-
-
-async def rehash(db: Db, email: str, password_hash: str) -> None:
-    """Keep a password's hash made with today's parameters."""
-    await db.execute(REHASH, email, password_hash)
-
-
 NEW_HASH = "UPDATE account SET password = $2, updated_at = now() WHERE provider_id = 'credential' AND user_id = $1"
 
 
 async def set_password(db: Db, user_id: UserId, new_hash: str) -> None:
-    """Give a user another password."""
+    """Give a user another password, or the same one hashed with today's parameters."""
     await db.execute(NEW_HASH, user_id, new_hash)
 
 

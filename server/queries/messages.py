@@ -153,7 +153,7 @@ EXISTING = """
 SELECT
     CASE WHEN p.id IS NULL THEN 'access'
         WHEN c.is_archived THEN 'archived'
-        WHEN role_rank(p.role) < role_rank(coalesce(c.settings ->> 'send_role', 'guest')) THEN 'role'
+        WHEN NOT may_send(c, p.role, true) THEN 'role'
         WHEN c.type = 'direct' AND NOT may('write', $3,
             CASE WHEN c.direct_low = $3 THEN c.direct_high ELSE c.direct_low END) THEN 'unwanted'
         WHEN NOT may_send(c, p.role, false) THEN 'slow' END,

@@ -147,14 +147,15 @@ class Visibility(NamedTuple):
     """Whether they may be seen, or may not only because they show nobody whether they are here."""
 
 
-VISIBLE = """
-SELECT u.id, u.status,
-    CASE WHEN u.custom_status_until > now() OR u.custom_status_until IS NULL THEN u.custom_status END,
-    may('see_presence', $1, u.id), extract(epoch FROM u.last_seen_at)::float8,
-    may('see_presence', $1, u.id) OR NOT u.show_online_status
-FROM "user" u
+STATUS_NOW = "CASE WHEN u.custom_status_until > now() OR u.custom_status_until IS NULL THEN u.custom_status END"
+"""A custom status while it lasts, for queries that have the user's row as `u`."""
+
+VISIBLE = f"""
+SELECT u.id, u.status, {STATUS_NOW}, asked.is_shown, extract(epoch FROM u.last_seen_at)::float8,
+    asked.is_shown OR NOT u.show_online_status
+FROM "user" u CROSS JOIN LATERAL (SELECT may('see_presence', $1, u.id) AS is_shown OFFSET 0) asked
 WHERE u.id = ANY($2) AND u.is_active AND NOT u.is_deleted AND may('see_face', $1, u.id)
-"""
+"""  # noqa: S608 - STATUS_NOW is a constant
 
 
 async def visible(db: Db, caller: UserId, user_ids: Sequence[UserId]) -> dict[UserId, Visibility]:
@@ -202,11 +203,9 @@ async def expire_statuses(db: Db) -> list[UserId]:
     return [UserId(row[0]) for row in await db.fetch(EXPIRE)]
 
 
-CHOICES = """
-SELECT id, status, CASE WHEN custom_status_until > now() OR custom_status_until IS NULL THEN custom_status END,
-    show_online_status
-FROM "user" WHERE id = ANY($1)
-"""
+CHOICES = f"""
+SELECT u.id, u.status, {STATUS_NOW}, u.show_online_status FROM "user" u WHERE u.id = ANY($1)
+"""  # noqa: S608 - STATUS_NOW is a constant
 
 
 async def choices(db: Db, user_ids: Sequence[UserId]) -> dict[UserId, Visibility]:
