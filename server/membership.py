@@ -2,7 +2,7 @@
 
 from protocol.client import AddParticipants, Invite
 from protocol.errors import ErrorCode, Refused
-from protocol.ids import ConversationId
+from protocol.ids import ConversationId, UserId
 from protocol.roles import Act, may
 from protocol.server import MessageSent
 from protocol.values import Conversation, Message, Participant
@@ -48,14 +48,22 @@ class News:
         self._context.events.poke([change.participant.user_id for change in self.changes])
 
 
+async def taking_part(db: Db, conversation_id: ConversationId, user_id: UserId) -> Participant:
+    """Return a user's part in a conversation. Raises NotFound unless they take part."""
+    me = await participants.get(db, conversation_id, user_id)
+    if me is None or me.status != "active":
+        raise NotFound("conversation_id")
+    return me
+
+
 async def entered(db: Db, context: Context, conversation_id: ConversationId) -> tuple[Conversation, Participant]:
     """Lock a conversation whose participants change, and return it with the caller's part in it.
 
     Raises NotFound for everyone who has none, and Refused where participants stay as they are.
     """
     conversation = await conversations.lock(db, conversation_id)
-    me = await participants.get(db, conversation_id, context.user_id)
-    if conversation is None or me is None or me.status != "active":
+    me = await taking_part(db, conversation_id, context.user_id)
+    if conversation is None:
         raise NotFound("conversation_id")
     if conversation.type in {"direct", "assistant"}:
         raise Refused(ErrorCode.FORBIDDEN, "Who takes part in this kind of conversation does not change.")

@@ -8,8 +8,9 @@ from protocol.server import AuditPage, Changed, Done, ReportPage
 from server.context import Context
 from server.database import Db
 from server.errors import NotFound
+from server.membership import taking_part
 from server.permissions import require
-from server.queries import audit, messages, moderation, participants, users
+from server.queries import audit, messages, moderation, users
 from server.queries.audit import Deed
 from server.queries.messages import Found
 from server.telling import tell_changed
@@ -92,10 +93,7 @@ async def _require(db: Db, context: Context, conversation_id: ConversationId | N
             raise Refused(ErrorCode.FORBIDDEN, "This is for server administrators; name a conversation.",
                           path="conversation_id")  # fmt: skip
         return
-    me = await participants.get(db, conversation_id, context.user_id)
-    if me is None or me.status != "active":
-        raise NotFound("conversation_id")
-    require(me, act)
+    require(await taking_part(db, conversation_id, context.user_id), act)
 
 
 async def _moderated(db: Db, context: Context, frame: client.Moderate | client.Unmoderate) -> Found:

@@ -10,7 +10,7 @@ from server import sync
 from server.context import Context
 from server.database import Db
 from server.errors import NotFound
-from server.membership import News, entered, require_room, require_welcome
+from server.membership import News, entered, require_room, require_welcome, taking_part
 from server.permissions import require, require_above, require_below
 from server.queries import conversations, participants, users
 from server.queries.audit import Deed
@@ -168,9 +168,7 @@ async def list_participants(context: Context, frame: client.ListParticipants) ->
     async with context.database.connection() as db:
         entries = await participants.page(db, context.user_id, frame, limit=frame.limit + 1)
         if not entries:
-            me = await participants.get(db, frame.conversation_id, context.user_id)
-            if me is None or me.status != "active":
-                raise NotFound("conversation_id")
+            me = await taking_part(db, frame.conversation_id, context.user_id)
             if frame.status != "active" and not may(me, Act.ADD_MEMBERS):
                 require(me, Act.REMOVE_MEMBERS)
     page = entries[: frame.limit]

@@ -23,13 +23,11 @@ async def request_friend(context: Context, frame: client.RequestFriend) -> OneRe
         mine = await relationships.status(db, me, them, "friend")
         if mine == "rejected":
             raise Refused(ErrorCode.CONFLICT, "They have declined; now it is for them to ask.", path="user_id")
+        becomes: RelationshipStatus = "accepted" if mine == "accepted" else "pending"
         if mine not in {"pending", "accepted"} and await relationships.status(db, them, me, "friend") == "pending":
-            await relationships.put(db, them, me, Change("friend", "accepted"), me)
-            made = await relationships.put(db, me, them, Change("friend", "accepted", frame.message), me)
-        elif mine == "accepted":
-            made = await relationships.put(db, me, them, Change("friend", "accepted"), me)
-        else:
-            made = await relationships.put(db, me, them, Change("friend", "pending", frame.message), me)
+            becomes = "accepted"
+            await relationships.put(db, them, me, Change("friend", becomes), me)
+        made = await relationships.put(db, me, them, Change("friend", becomes, frame.message), me)
     context.events.poke([me, them])
     return OneRelationship(relationship=made)
 
