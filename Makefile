@@ -22,7 +22,7 @@ types: $(VENV)/test-ready
 	$(VENV)/bin/mypy
 
 tests: $(VENV)/test-ready
-	$(VENV)/bin/pytest -n 2 $(ARGS)
+	$(VENV)/bin/pytest -n 3 $(ARGS)
 
 format: $(VENV)/test-ready  ## format the code and fix what can be fixed
 	$(VENV)/bin/ruff check --fix .

@@ -45,7 +45,15 @@ CREATE TABLE "user" (
     -- A server administrator (docs/administration.md says what that opens, and what not).
     is_admin boolean NOT NULL DEFAULT false,
     -- When nothing was left of the person but the row that their messages refer to.
-    erased_at timestamptz
+    erased_at timestamptz,
+    -- Between these times of day, in this zone, nothing is pushed to them.
+    quiet_from time,
+    quiet_until time,
+    time_zone text NOT NULL DEFAULT 'UTC',
+    -- What is newer than this in the feed (see queries/feed.py) is new to them.
+    feed_seen_at timestamptz,
+    -- With which code (protocol/errors.py) the server closed the last of their connections, if it was the server: for `why`.
+    last_close integer
 );
 CREATE INDEX user_search_idx ON "user" USING gin (to_tsvector('simple', name || ' ' || coalesce(display_name, '')));
 CREATE INDEX user_custom_status_until_idx ON "user" (custom_status_until) WHERE custom_status_until IS NOT NULL;
@@ -184,6 +192,13 @@ CREATE TABLE conversation_participant (
         CHECK (notification_level IN ('all', 'mentions', 'none')),
     -- Kept only where slow mode has people wait.
     last_sent_at timestamptz,
+    -- The newest message that one of their clients has taken in.
+    delivered_message_id uuid,
+    delivered_version bigint NOT NULL DEFAULT 0,
+    delivered_at timestamptz,
+    -- From where on they want it to count as unread, for themselves alone, whatever they have read.
+    unread_from_id uuid,
+    unread_from_version bigint,
     CONSTRAINT conversation_participant_key UNIQUE (conversation_id, user_id)
 );
 -- "participant_conversation_idx" of the specification is the unique constraint above.
@@ -208,6 +223,7 @@ CREATE TABLE message (
     reactions jsonb NOT NULL DEFAULT '{}',
     thread_root_id uuid CONSTRAINT message_thread_root_fkey REFERENCES message (id),
     parent_message_id uuid CONSTRAINT message_parent_fkey REFERENCES message (id),
+    -- The place of a reply in its thread, from 1 without holes; on the root, that of its newest reply.
     thread_order integer NOT NULL DEFAULT 0,
     -- Replies that are not deleted, on the root of the thread.
     reply_count integer NOT NULL DEFAULT 0,
@@ -218,7 +234,6 @@ CREATE TABLE message (
     is_pinned boolean NOT NULL DEFAULT false,
     pinned_at timestamptz,
     pinned_by uuid CONSTRAINT message_pinned_by_fkey REFERENCES "user" (id),
-    delivered_at timestamptz,
     is_system_message boolean NOT NULL DEFAULT false,
     system_message_type text CONSTRAINT message_system_type_known CHECK (system_message_type IN
         ('join', 'leave', 'add_member', 'remove_member', 'title_change', 'settings_change')),
@@ -237,14 +252,36 @@ CREATE TABLE message (
     sent_version bigint NOT NULL,
     version bigint NOT NULL,
     created_at timestamptz NOT NULL DEFAULT now(),
-    updated_at timestamptz NOT NULL DEFAULT now()
+    updated_at timestamptz NOT NULL DEFAULT now(),
+    -- What content types other than text consist of: protocol/payloads.py has their forms.
+    payload jsonb,
+    -- Those mentioned by what they are: 'everyone', 'here', or a role.
+    loud_mentions text[] NOT NULL DEFAULT '{}',
+    -- A reply that stands in the conversation as well, and counts there.
+    also_in_conversation boolean NOT NULL DEFAULT false,
+    quoted_message_id uuid CONSTRAINT message_quoted_fkey REFERENCES message (id),
+    -- From where a message was forwarded: of another conversation, so that there is no constraint.
+    forwarded_from_id uuid,
+    forwarded_sender_id uuid CONSTRAINT message_forwarded_sender_fkey REFERENCES "user" (id),
+    -- The votes for each option, and of how many people, kept by the statement that changes poll_vote.
+    poll_counts integer[],
+    poll_voters integer NOT NULL DEFAULT 0,
+    poll_closed_at timestamptz,
+    -- When its words go, where the conversation's settings say so; null afterwards.
+    expires_at timestamptz,
+    link_preview jsonb
 );
 -- History in pages. By the clock, not by created_at: two messages can share an instant, never a version.
 CREATE UNIQUE INDEX message_conversation_created_idx ON message (conversation_id, sent_version);
 CREATE INDEX message_conversation_version_idx ON message (conversation_id, version);
 -- With the id, so that what somebody said can be read in pages.
 CREATE INDEX message_sender_idx ON message (sender_id, id);
-CREATE INDEX message_thread_root_idx ON message (thread_root_id, sent_version) WHERE thread_root_id IS NOT NULL;
+CREATE INDEX message_thread_root_idx ON message (thread_root_id, thread_order) WHERE thread_root_id IS NOT NULL;
+-- What stands in the conversation itself, without the replies in its threads: what unread counts go by.
+CREATE INDEX message_timeline_idx ON message (conversation_id, sent_version)
+    WHERE thread_root_id IS NULL OR also_in_conversation;
+CREATE INDEX message_pinned_idx ON message (conversation_id, pinned_at) WHERE is_pinned;
+CREATE INDEX message_expires_idx ON message (expires_at) WHERE expires_at IS NOT NULL;
 CREATE INDEX message_parent_idx ON message (parent_message_id) WHERE parent_message_id IS NOT NULL;
 
 -- One row for each user and emoji on a message; taken back, it stays as its own tombstone.
@@ -257,8 +294,11 @@ CREATE TABLE message_reaction (
     is_removed boolean NOT NULL DEFAULT false,
     version bigint NOT NULL,
     created_at timestamptz NOT NULL DEFAULT now(),
+    -- Whose message it is, which never changes: the feed asks by it.
+    author_id uuid NOT NULL CONSTRAINT message_reaction_author_fkey REFERENCES "user" (id),
     CONSTRAINT message_reaction_pkey PRIMARY KEY (message_id, user_id, emoji)
 );
+CREATE INDEX message_reaction_author_idx ON message_reaction (author_id, created_at) WHERE NOT is_removed;
 CREATE INDEX message_reaction_version_idx ON message_reaction (conversation_id, version);
 CREATE INDEX message_reaction_user_idx ON message_reaction (user_id);
 
@@ -276,6 +316,106 @@ CREATE TABLE message_edit (
         CONSTRAINT message_edit_conversation_fkey REFERENCES conversation (id) ON DELETE CASCADE
 );
 CREATE INDEX message_edit_message_idx ON message_edit (message_id, version);
+
+-- One row for each voter of a poll, so that nobody votes twice; without options, the vote was withdrawn.
+CREATE TABLE poll_vote (
+    message_id uuid NOT NULL CONSTRAINT poll_vote_message_fkey REFERENCES message (id) ON DELETE CASCADE,
+    user_id uuid NOT NULL CONSTRAINT poll_vote_user_fkey REFERENCES "user" (id) ON DELETE CASCADE,
+    conversation_id uuid NOT NULL
+        CONSTRAINT poll_vote_conversation_fkey REFERENCES conversation (id) ON DELETE CASCADE,
+    -- The places of the options in the payload, from 0, in order.
+    options integer[] NOT NULL,
+    version bigint NOT NULL,
+    voted_at timestamptz NOT NULL DEFAULT now(),
+    CONSTRAINT poll_vote_pkey PRIMARY KEY (message_id, user_id)
+);
+CREATE INDEX poll_vote_version_idx ON poll_vote (conversation_id, version);
+CREATE INDEX poll_vote_user_idx ON poll_vote (user_id);
+
+-- Who follows a thread: whoever began it or replied in it, or wants to, until they say otherwise.
+CREATE TABLE thread_follow (
+    root_id uuid NOT NULL CONSTRAINT thread_follow_root_fkey REFERENCES message (id) ON DELETE CASCADE,
+    user_id uuid NOT NULL CONSTRAINT thread_follow_user_fkey REFERENCES "user" (id) ON DELETE CASCADE,
+    conversation_id uuid NOT NULL
+        CONSTRAINT thread_follow_conversation_fkey REFERENCES conversation (id) ON DELETE CASCADE,
+    is_following boolean NOT NULL DEFAULT true,
+    has_replied boolean NOT NULL DEFAULT false,
+    -- The thread_order of the last reply that they have read.
+    last_read_order integer NOT NULL DEFAULT 0,
+    user_version bigint NOT NULL DEFAULT 0,
+    CONSTRAINT thread_follow_pkey PRIMARY KEY (root_id, user_id)
+);
+CREATE INDEX thread_follow_user_idx ON thread_follow (user_id, is_following);
+
+-- What somebody has put aside; taken back, it stays as its own tombstone.
+CREATE TABLE message_star (
+    user_id uuid NOT NULL CONSTRAINT message_star_user_fkey REFERENCES "user" (id) ON DELETE CASCADE,
+    message_id uuid NOT NULL CONSTRAINT message_star_message_fkey REFERENCES message (id) ON DELETE CASCADE,
+    conversation_id uuid NOT NULL
+        CONSTRAINT message_star_conversation_fkey REFERENCES conversation (id) ON DELETE CASCADE,
+    is_removed boolean NOT NULL DEFAULT false,
+    user_version bigint NOT NULL,
+    starred_at timestamptz NOT NULL DEFAULT now(),
+    CONSTRAINT message_star_pkey PRIMARY KEY (user_id, message_id)
+);
+CREATE INDEX message_star_user_idx ON message_star (user_id, starred_at) WHERE NOT is_removed;
+
+-- What somebody has begun to write: one in each conversation, on all of their devices; empty, there is none.
+CREATE TABLE draft (
+    user_id uuid NOT NULL CONSTRAINT draft_user_fkey REFERENCES "user" (id) ON DELETE CASCADE,
+    conversation_id uuid NOT NULL
+        CONSTRAINT draft_conversation_fkey REFERENCES conversation (id) ON DELETE CASCADE,
+    content text NOT NULL CONSTRAINT draft_content_length CHECK (char_length(content) <= 10000),
+    user_version bigint NOT NULL,
+    updated_at timestamptz NOT NULL DEFAULT now(),
+    CONSTRAINT draft_pkey PRIMARY KEY (user_id, conversation_id)
+);
+
+-- Messages that wait for their time. The id is the message's: sent twice, it is stored once.
+CREATE TABLE scheduled_message (
+    id uuid CONSTRAINT scheduled_message_pkey PRIMARY KEY,
+    sender_id uuid NOT NULL CONSTRAINT scheduled_message_sender_fkey REFERENCES "user" (id) ON DELETE CASCADE,
+    conversation_id uuid NOT NULL
+        CONSTRAINT scheduled_message_conversation_fkey REFERENCES conversation (id) ON DELETE CASCADE,
+    -- What will be said (protocol/values.py, Words).
+    words jsonb NOT NULL,
+    send_at timestamptz NOT NULL,
+    status text NOT NULL DEFAULT 'waiting' CONSTRAINT scheduled_message_status_known
+        CHECK (status IN ('waiting', 'sent', 'failed', 'cancelled')),
+    -- Why it failed, in the words of the refusal.
+    problem text,
+    -- When a worker took it up; should that die, another one does after a while.
+    claimed_at timestamptz,
+    user_version bigint NOT NULL,
+    created_at timestamptz NOT NULL DEFAULT now()
+);
+CREATE INDEX scheduled_message_due_idx ON scheduled_message (send_at) WHERE status = 'waiting';
+CREATE INDEX scheduled_message_sender_idx ON scheduled_message (sender_id, send_at);
+
+-- Where notifications are pushed to: a browser's, which ends with the session that it was registered in.
+CREATE TABLE push_endpoint (
+    id uuid CONSTRAINT push_endpoint_pkey PRIMARY KEY DEFAULT gen_random_uuid(),
+    user_id uuid NOT NULL CONSTRAINT push_endpoint_user_fkey REFERENCES "user" (id) ON DELETE CASCADE,
+    session_id uuid NOT NULL CONSTRAINT push_endpoint_session_fkey REFERENCES session (id) ON DELETE CASCADE,
+    endpoint text NOT NULL CONSTRAINT push_endpoint_key UNIQUE
+        CONSTRAINT push_endpoint_length CHECK (char_length(endpoint) BETWEEN 1 AND 2000),
+    -- The browser's keys, which what is pushed is encrypted with (RFC 8291), in base64url.
+    p256dh text NOT NULL,
+    auth text NOT NULL,
+    created_at timestamptz NOT NULL DEFAULT now()
+);
+CREATE INDEX push_endpoint_user_idx ON push_endpoint (user_id);
+CREATE INDEX push_endpoint_session_idx ON push_endpoint (session_id);
+
+-- What can be searched for in each message that has words, written by the statement that writes the message. A table of
+-- its own, so that a reaction or a reply, which change the message's row, leave the index of words alone.
+CREATE TABLE message_search (
+    message_id uuid CONSTRAINT message_search_pkey PRIMARY KEY,
+    conversation_id uuid NOT NULL,
+    created_at timestamptz NOT NULL,
+    words tsvector NOT NULL
+);
+CREATE INDEX message_search_words_idx ON message_search USING gin (words);
 
 CREATE TABLE attachment (
     id uuid CONSTRAINT attachment_pkey PRIMARY KEY DEFAULT gen_random_uuid(),
@@ -393,6 +533,12 @@ CREATE TABLE database_epoch (
 );
 INSERT INTO database_epoch DEFAULT VALUES;
 
+-- Keys that the server makes for itself once: 'vapid' signs what is pushed (RFC 8292), and is the P-256 private key.
+CREATE TABLE server_key (
+    name text CONSTRAINT server_key_pkey PRIMARY KEY,
+    value text NOT NULL
+);
+
 -- --------------------------------------------------------------------------------------------- rules and forms
 
 -- What a role brings, in one place: may a participant with this role and this grant do it?
@@ -417,6 +563,29 @@ CREATE FUNCTION may_send(c conversation, role text, has_waited boolean) RETURNS 
         AND (NOT c.settings ? 'slow_mode_seconds' OR has_waited OR role_rank(role) >= role_rank('moderator'))
     ));
 
+-- Whose messages somebody does not want to hear of. Unread counts, the feed and notifications leave them out.
+CREATE FUNCTION silenced(by_whom uuid) RETURNS uuid[] LANGUAGE sql STABLE PARALLEL SAFE
+    RETURN ARRAY(
+        SELECT r.to_user_id FROM user_relationship r
+        WHERE r.from_user_id = by_whom AND r.type IN ('block', 'mute') AND r.status = 'active'
+    );
+
+-- Whether a participant may see what a message of that sender said before.
+CREATE FUNCTION shows_edits(c conversation, p conversation_participant, sender uuid) RETURNS boolean
+    LANGUAGE sql IMMUTABLE PARALLEL SAFE
+    RETURN p.user_id = sender OR CASE coalesce(c.settings ->> 'edits_visible_to', 'everyone')
+        WHEN 'everyone' THEN true
+        WHEN 'moderators' THEN can(p.role, 'moderator', p.can_delete_messages)
+        ELSE false END;
+
+-- What a message is found by: its words in the language of the connection (OPENCHAT_SEARCH_LANGUAGE), and beside them
+-- where it was said (c:), who is mentioned (m:) and its hashtags (h:), so that one index narrows down all of them.
+CREATE FUNCTION search_words(conversation uuid, content text, payload jsonb, mentions uuid[], loud text[], hashtags text[])
+    RETURNS tsvector LANGUAGE sql STABLE PARALLEL SAFE
+    RETURN to_tsvector(concat_ws(' ', content, payload ->> 'name', payload ->> 'alt', payload -> 'options'))
+        || array_to_tsvector(ARRAY['c:' || conversation] || ARRAY(SELECT 'm:' || one FROM unnest(mentions) AS one)
+            || ARRAY(SELECT 'm:' || one FROM unnest(loud) AS one) || ARRAY(SELECT 'h:' || one FROM unnest(hashtags) AS one));
+
 -- A row as it goes over the wire (protocol/values.py has the same fields). What a moderator has hidden is hidden here,
 -- for everyone; whoever may see it all the same gets it beside the message.
 CREATE FUNCTION message_json(m message) RETURNS json LANGUAGE sql STABLE
@@ -426,13 +595,29 @@ CREATE FUNCTION message_json(m message) RETURNS json LANGUAGE sql STABLE
         'sender_id', m.sender_id,
         'content', CASE WHEN m.is_moderated THEN '' ELSE m.content END,
         'content_type', m.content_type,
+        'payload', CASE WHEN NOT m.is_moderated THEN m.payload END,
         'formatted_content', CASE WHEN NOT m.is_moderated THEN m.formatted_content END,
         'mentions', CASE WHEN m.is_moderated THEN '{}' ELSE m.mentions END,
+        'loud_mentions', CASE WHEN m.is_moderated THEN '{}' ELSE m.loud_mentions END,
+        'hashtags', CASE WHEN m.is_moderated THEN '{}' ELSE m.hashtags END,
+        'link_preview', CASE WHEN NOT m.is_moderated THEN m.link_preview END,
         'metadata', CASE WHEN NOT m.is_moderated THEN m.metadata END,
         'reactions', m.reactions,
         'parent_message_id', m.parent_message_id,
         'thread_root_id', m.thread_root_id,
+        'thread_order', m.thread_order,
         'reply_count', m.reply_count,
+        'also_in_conversation', m.also_in_conversation,
+        'quoted_message_id', m.quoted_message_id,
+        'forwarded_from_id', m.forwarded_from_id,
+        'forwarded_sender_id', m.forwarded_sender_id,
+        'is_pinned', m.is_pinned,
+        'pinned_at', m.pinned_at,
+        'pinned_by', m.pinned_by,
+        'poll_counts', m.poll_counts,
+        'poll_voters', m.poll_voters,
+        'poll_closed_at', m.poll_closed_at,
+        'expires_at', m.expires_at,
         'edited_at', m.edited_at,
         'is_deleted', m.is_deleted,
         'deleted_at', m.deleted_at,
@@ -490,7 +675,27 @@ CREATE FUNCTION preferences_json(p conversation_participant) RETURNS json LANGUA
         'is_hidden', p.is_hidden,
         'is_muted', p.is_muted,
         'muted_until', p.muted_until,
-        'notification_level', p.notification_level
+        'notification_level', p.notification_level,
+        'unread_from_id', p.unread_from_id
+    );
+
+CREATE FUNCTION scheduled_json(s scheduled_message) RETURNS json LANGUAGE sql STABLE
+    RETURN json_build_object(
+        'message_id', s.id,
+        'conversation_id', s.conversation_id,
+        'words', s.words,
+        'send_at', s.send_at,
+        'status', s.status,
+        'problem', s.problem,
+        'created_at', s.created_at
+    );
+
+CREATE FUNCTION thread_json(t thread_follow) RETURNS json LANGUAGE sql STABLE
+    RETURN json_build_object(
+        'conversation_id', t.conversation_id,
+        'root_id', t.root_id,
+        'is_following', t.is_following,
+        'last_read_order', t.last_read_order
     );
 
 CREATE FUNCTION invitation_json(p conversation_participant, c conversation) RETURNS json LANGUAGE sql STABLE
@@ -540,6 +745,10 @@ CREATE FUNCTION me_json(u "user") RETURNS json LANGUAGE sql STABLE
         'allow_friend_requests', u.allow_friend_requests,
         'show_online_status', u.show_online_status,
         'is_admin', u.is_admin,
+        'quiet_from', u.quiet_from,
+        'quiet_until', u.quiet_until,
+        'time_zone', u.time_zone,
+        'feed_seen_at', u.feed_seen_at,
         'created_at', u.created_at
     );
 
@@ -629,6 +838,7 @@ BEGIN
         IF matches > 0 THEN
             place := field.table_name || '.' || field.column_name;
             is_said := field.table_name IN ('user', 'account') OR place IN ('message.content', 'message.formatted_content', 'message.metadata',
+                'message.payload', 'message.link_preview', 'message.hashtags', 'scheduled_message.words', 'draft.content',
                 'message_edit.content', 'message_edit.formatted_content', 'conversation.title',
                 'conversation.description', 'conversation.settings', 'report.reason');
             RETURN NEXT;
@@ -679,6 +889,15 @@ CREATE FUNCTION is_visible(conversation uuid, sent_version bigint) RETURNS boole
             AND is_visible.sent_version > visible_after(c, p)
     );
 
+-- Whether the reader may see what a message said before: as its sender, a moderator, or if the settings show it to all.
+CREATE FUNCTION are_edits_shown(message uuid) RETURNS boolean LANGUAGE sql STABLE SECURITY DEFINER
+    SET search_path = public
+    RETURN EXISTS (
+        SELECT FROM message m JOIN conversation c ON c.id = m.conversation_id
+        JOIN conversation_participant p ON p.conversation_id = c.id AND p.user_id = current_user_id()
+        WHERE m.id = are_edits_shown.message AND shows_edits(c, p, m.sender_id)
+    );
+
 ALTER TABLE "user" ENABLE ROW LEVEL SECURITY;
 ALTER TABLE session ENABLE ROW LEVEL SECURITY;
 ALTER TABLE account ENABLE ROW LEVEL SECURITY;
@@ -688,6 +907,14 @@ ALTER TABLE conversation_participant ENABLE ROW LEVEL SECURITY;
 ALTER TABLE message ENABLE ROW LEVEL SECURITY;
 ALTER TABLE message_reaction ENABLE ROW LEVEL SECURITY;
 ALTER TABLE message_edit ENABLE ROW LEVEL SECURITY;
+ALTER TABLE poll_vote ENABLE ROW LEVEL SECURITY;
+ALTER TABLE thread_follow ENABLE ROW LEVEL SECURITY;
+ALTER TABLE message_star ENABLE ROW LEVEL SECURITY;
+ALTER TABLE draft ENABLE ROW LEVEL SECURITY;
+ALTER TABLE scheduled_message ENABLE ROW LEVEL SECURITY;
+ALTER TABLE push_endpoint ENABLE ROW LEVEL SECURITY;
+ALTER TABLE message_search ENABLE ROW LEVEL SECURITY;
+ALTER TABLE server_key ENABLE ROW LEVEL SECURITY;
 ALTER TABLE attachment ENABLE ROW LEVEL SECURITY;
 ALTER TABLE user_relationship ENABLE ROW LEVEL SECURITY;
 ALTER TABLE report ENABLE ROW LEVEL SECURITY;
@@ -708,7 +935,15 @@ CREATE POLICY message_access ON message FOR SELECT USING (
 CREATE POLICY message_reaction_access ON message_reaction FOR SELECT
     USING (EXISTS (SELECT FROM message m WHERE m.id = message_id));
 CREATE POLICY message_edit_access ON message_edit FOR SELECT
-    USING (EXISTS (SELECT FROM message m WHERE m.id = message_id AND NOT m.is_deleted));
+    USING (EXISTS (SELECT FROM message m WHERE m.id = message_id AND NOT m.is_deleted)
+        AND are_edits_shown(message_id));
+CREATE POLICY poll_vote_access ON poll_vote FOR SELECT USING (user_id = current_user_id() OR EXISTS (
+    SELECT FROM message m WHERE m.id = message_id AND NOT coalesce((m.payload ->> 'is_anonymous')::boolean, false)
+));
+CREATE POLICY thread_follow_access ON thread_follow FOR SELECT USING (user_id = current_user_id());
+CREATE POLICY message_star_access ON message_star FOR SELECT USING (user_id = current_user_id());
+CREATE POLICY draft_access ON draft FOR SELECT USING (user_id = current_user_id());
+CREATE POLICY scheduled_message_access ON scheduled_message FOR SELECT USING (sender_id = current_user_id());
 CREATE POLICY attachment_access ON attachment FOR SELECT
     USING (EXISTS (SELECT FROM message m WHERE m.id = message_id AND NOT m.is_deleted));
 -- Nobody learns who blocked or muted them.
@@ -725,7 +960,7 @@ CREATE VIEW user_profile WITH (security_barrier) AS
 
 -- A function may be run by anyone unless told otherwise.
 REVOKE EXECUTE ON FUNCTION may(text, uuid, uuid), are_together(uuid, uuid), may_i(text, uuid), is_participant(uuid),
-    is_allowed(uuid, text, text), is_visible(uuid, bigint) FROM PUBLIC;
+    is_allowed(uuid, text, text), is_visible(uuid, bigint), are_edits_shown(uuid), silenced(uuid) FROM PUBLIC;
 
 CREATE FUNCTION grant_reader(role_name text) RETURNS void LANGUAGE plpgsql AS $$
 BEGIN
@@ -738,12 +973,12 @@ BEGIN
     EXECUTE format('GRANT SELECT (id, conversation_id, user_id, role, status, can_add_members, can_remove_members,
         can_edit_conversation, can_delete_messages, can_pin_messages, joined_at, left_at, invited_by, version)
         ON conversation_participant TO %I', role_name);
-    EXECUTE format('GRANT SELECT ON message, message_reaction, message_edit, user_relationship, report, audit_entry,
-        user_profile TO %I', role_name);
+    EXECUTE format('GRANT SELECT ON message, message_reaction, message_edit, poll_vote, thread_follow, message_star,
+        draft, scheduled_message, user_relationship, report, audit_entry, user_profile TO %I', role_name);
     EXECUTE format('GRANT SELECT (id, message_id, uploaded_by, filename, original_filename, mime_type, file_size,
         metadata, is_deleted, created_at, updated_at) ON attachment TO %I', role_name);
     EXECUTE format('GRANT EXECUTE ON FUNCTION may_i(text, uuid), is_participant(uuid), is_allowed(uuid, text, text),
-        is_visible(uuid, bigint) TO %I', role_name);
+        is_visible(uuid, bigint), are_edits_shown(uuid) TO %I', role_name);
 END
 $$;
 REVOKE EXECUTE ON FUNCTION grant_reader(text) FROM PUBLIC;

@@ -3,7 +3,7 @@
 Every frame may carry `id`, a number or a short string; its reply, or its error, carries it back in `re`.
 """
 
-from datetime import datetime
+from datetime import datetime, time
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -12,8 +12,8 @@ from msgspec import UNSET, Meta, UnsetType
 from protocol.ids import ConversationId, EditId, MessageId, RelationshipId, ReportId, UserId, require_uuid7
 from protocol.limits import (
     DEFAULT_PAGE,
-    MAX_MENTIONS,
     MAX_PARTICIPANTS_NAMED,
+    MAX_POLL_OPTIONS,
     MAX_RESUMED,
     MAX_WATCHED,
     Bio,
@@ -21,8 +21,8 @@ from protocol.limits import (
     Cursor,
     CustomStatus,
     Description,
+    DraftContent,
     Emoji,
-    FormattedContent,
     InviteCode,
     Link,
     Name,
@@ -35,9 +35,12 @@ from protocol.limits import (
     Token,
     Version,
 )
+from protocol.payloads import Payload
 from protocol.values import (
+    ContentType,
     ConversationSettings,
     ConversationType,
+    FeedKind,
     Json,
     NotificationLevel,
     PresenceStatus,
@@ -284,20 +287,30 @@ class ListParticipants(Frame, tag="list_participants"):
 # -------------------------------------------------------------------------------------------------- messages
 
 
-class Send(Frame, tag="send"):
-    """Send a message. `message_id` is the client's: sent again, it is answered again and stored once."""
-
+class _Say(Frame):
     conversation_id: ConversationId
     message_id: MessageId
     content: Content
-    content_type: Literal["text", "image", "file", "audio", "video", "code", "location"] = "text"
-    formatted_content: FormattedContent | None = None
+    is_markdown: bool = False
+    payload: Payload | None = None
     parent_message_id: MessageId | None = None
-    mentions: Annotated[list[UserId], Meta(max_length=MAX_MENTIONS)] = []
+    also_in_conversation: bool = False
+    quoted_message_id: MessageId | None = None
     metadata: Json | None = None
 
     def __post_init__(self) -> None:
         require_uuid7(self.message_id, "message_id")
+        if self.also_in_conversation and self.parent_message_id is None:
+            raise ValueError("`also_in_conversation` is for replies")
+
+
+class Send(_Say, tag="send"):
+    """Send a message. `message_id` is the client's: sent again, it is answered again and stored once.
+
+    The server finds mentions (`@name`, `<@id>`, `@everyone`, `@here`, `@moderator`) and hashtags in `content`, and
+    makes safe HTML of it if `is_markdown`. With `parent_message_id` it is a reply in a thread, which stands in the
+    conversation itself only if it is `also_in_conversation`.
+    """
 
 
 class _OfMessage(Frame):
@@ -305,11 +318,21 @@ class _OfMessage(Frame):
     message_id: MessageId
 
 
+class Forward(_OfMessage, tag="forward"):
+    """Send what a message says to another conversation, as the message `new_message_id`."""
+
+    to_conversation_id: ConversationId
+    new_message_id: MessageId
+
+    def __post_init__(self) -> None:
+        require_uuid7(self.new_message_id, "new_message_id")
+
+
 class Edit(_OfMessage, tag="edit"):
     """Change what the caller's own message says. With an `edit_id` of its own, a repeated edit is one edit."""
 
     content: Content
-    formatted_content: FormattedContent | None = None
+    is_markdown: bool = False
     edit_id: EditId | None = None
 
     def __post_init__(self) -> None:
@@ -333,17 +356,66 @@ class Unreact(_OfMessage, tag="unreact"):
     emoji: Emoji
 
 
-class Read(_OfMessage, tag="read"):
-    """Everything up to this message has been read. The position only moves forward."""
+class Pin(_OfMessage, tag="pin"):
+    """Have a message stand out for everyone."""
+
+
+class Unpin(_OfMessage, tag="unpin"):
+    """No longer."""
+
+
+class ListPins(Frame, tag="list_pins"):
+    """What is pinned, the latest first: at most 100 messages."""
+
+    conversation_id: ConversationId
+
+
+class Star(_OfMessage, tag="star"):
+    """Put a message aside, for the caller alone."""
+
+
+class Unstar(_OfMessage, tag="unstar"):
+    """No longer."""
+
+
+class ListStars(Frame, tag="list_stars"):
+    """What the caller has put aside, the latest first."""
+
+    after: Cursor | None = None
+    limit: PageSize = DEFAULT_PAGE
+
+
+class Vote(_OfMessage, tag="vote"):
+    """Vote in a poll for options, by their places from 0, instead of what they voted before; none withdraws it."""
+
+    options: Annotated[list[Annotated[int, Meta(ge=0, lt=MAX_POLL_OPTIONS)]], Meta(max_length=MAX_POLL_OPTIONS)]
+
+    def __post_init__(self) -> None:
+        if len(set(self.options)) != len(self.options):
+            raise ValueError("name each of the `options` once")
+
+
+class ClosePoll(_OfMessage, tag="close_poll"):
+    """End the caller's own poll, or anyone's with the permission to delete messages."""
+
+
+class ListVotes(_OfMessage, tag="list_votes"):
+    """Who voted for what, in the order of their ids; not in an anonymous poll."""
+
+    after: UserId | None = None
+    limit: PageSize = DEFAULT_PAGE
 
 
 class History(Frame, tag="history"):
-    """A page of messages, oldest first: before, after or around a message, or the newest."""
+    """A page of messages, oldest first: before, after or around a message, or the newest. Replies that stand in their
+    threads alone are left out unless asked for `with_replies`.
+    """
 
     conversation_id: ConversationId
     before: MessageId | None = None
     after: MessageId | None = None
     around: MessageId | None = None
+    with_replies: bool = False
     limit: PageSize = DEFAULT_PAGE
 
     def __post_init__(self) -> None:
@@ -357,6 +429,163 @@ class GetMessage(_OfMessage, tag="get_message"):
 
 class ListEdits(_OfMessage, tag="list_edits"):
     """What a message said before, newest first."""
+
+
+class Search(Frame, tag="search"):
+    """Messages with all of these words, or beginnings of words, that the caller may see. A conversation, a hashtag and
+    `mentions_me` can be looked for without words, too. By `relevance`, the best of the newest 1,000 come first.
+    """
+
+    text: Text | None = None
+    conversation_id: ConversationId | None = None
+    sender_id: UserId | None = None
+    content_type: ContentType | None = None
+    sent_before: datetime | None = None
+    sent_after: datetime | None = None
+    hashtag: Annotated[str, Meta(min_length=1, max_length=100, pattern=r"^\w+$")] | None = None
+    has_file: bool = False
+    in_thread: MessageId | None = None
+    mentions_me: bool = False
+    is_pinned: bool = False
+    order: Literal["newest", "relevance"] = "newest"
+    after: Cursor | None = None
+    limit: PageSize = DEFAULT_PAGE
+
+
+class Why(_OfMessage, tag="why"):
+    """Where a message went, for its sender and for moderators: stored, published, delivered, read, and why not."""
+
+
+# ------------------------------------------------------------------------------------------------- threads
+
+
+class GetThread(_OfMessage, tag="get_thread"):
+    """The thread that begins with a message, as the caller sees it."""
+
+
+class ListReplies(_OfMessage, tag="list_replies"):
+    """A page of the thread that begins with a message, oldest first: before or after a place in it, or the newest."""
+
+    before_order: Annotated[int, Meta(ge=1, le=2**31 - 1)] | None = None
+    after_order: Annotated[int, Meta(ge=0, le=2**31 - 1)] | None = None
+    limit: PageSize = DEFAULT_PAGE
+
+    def __post_init__(self) -> None:
+        if self.before_order is not None and self.after_order is not None:
+            raise ValueError("give at most one of `before_order` and `after_order`")
+
+
+class FollowThread(_OfMessage, tag="follow_thread"):
+    """Be told of replies in the thread that begins with a message, as who began it or replied in it is anyway."""
+
+
+class UnfollowThread(_OfMessage, tag="unfollow_thread"):
+    """No longer."""
+
+
+class ReadThread(_OfMessage, tag="read_thread"):
+    """The thread that begins with a message has been read up to a place in it. That only moves forward."""
+
+    thread_order: Annotated[int, Meta(ge=0, le=2**31 - 1)]
+
+
+class ListThreads(Frame, tag="list_threads"):
+    """The threads that the caller follows, those with the latest replies first: at most 100 of the 1,000 newest."""
+
+    is_unread: bool = False
+
+
+# ------------------------------------------------------------------------------------------------- receipts
+
+
+class Read(_OfMessage, tag="read"):
+    """Everything up to this message has been read. The position only moves forward."""
+
+
+class Delivered(_OfMessage, tag="delivered"):
+    """This client has taken in everything up to this message. Say it of the newest one, every few seconds at most."""
+
+
+class MarkUnread(_OfMessage, tag="mark_unread"):
+    """Have everything from this message on count as unread, for the caller alone, until they read again."""
+
+
+class ListReaders(_OfMessage, tag="list_readers"):
+    """Who has read a message. In a conversation of more than 100 participants only how many."""
+
+
+# ---------------------------------------------------------------------------------- drafts and scheduled messages
+
+
+class SetDraft(Frame, tag="set_draft"):
+    """Keep what the caller has begun to write, for their other devices; empty, there is nothing any more."""
+
+    conversation_id: ConversationId
+    content: DraftContent = ""
+
+
+class ListDrafts(Frame, tag="list_drafts"):
+    """What the caller has begun to write, the latest first, at most 100."""
+
+
+class Schedule(_Say, tag="schedule", kw_only=True):
+    """Send a message at a time, whichever worker is there then. Said again with another time or other words while it
+    waits, it is changed.
+    """
+
+    send_at: datetime
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.send_at.tzinfo is None:
+            raise ValueError("`send_at` needs a time zone")
+
+
+class CancelScheduled(_OfMessage, tag="cancel_scheduled"):
+    """Do not send it."""
+
+
+class ListScheduled(Frame, tag="list_scheduled"):
+    """The caller's messages that wait for their time, and those that could not be sent; at most 100."""
+
+
+# -------------------------------------------------------------------------------------------- notifications
+
+
+class ListFeed(Frame, tag="list_feed"):
+    """What concerns the caller, the latest first: mentions, replies, reactions, requests; all, or some kinds."""
+
+    kinds: Annotated[list[FeedKind], Meta(min_length=1, max_length=5)] | None = None
+    after: Cursor | None = None
+    limit: PageSize = DEFAULT_PAGE
+
+
+class SeeFeed(Frame, tag="see_feed"):
+    """The caller has seen what is in the feed up to a time, or up to now."""
+
+    up_to: datetime | None = None
+
+
+class GetBadge(Frame, tag="get_badge"):
+    """How much is unread in all conversations that are neither muted nor hidden, and new in the feed."""
+
+
+class GetPushKey(Frame, tag="get_push_key"):
+    """The key that a browser subscribes to notifications with (VAPID, RFC 8292)."""
+
+
+class RegisterPush(Frame, tag="register_push"):
+    """Push notifications to a browser's endpoint, with the keys of its subscription, until this session ends."""
+
+    endpoint: Link
+    p256dh: Annotated[str, Meta(min_length=80, max_length=100, pattern=r"^[A-Za-z0-9_=-]+$")]
+    auth: Annotated[str, Meta(min_length=16, max_length=32, pattern=r"^[A-Za-z0-9_=-]+$")]
+
+
+class UnregisterPush(Frame, tag="unregister_push"):
+    """No longer."""
+
+    endpoint: Link
 
 
 # ------------------------------------------------------------------------------------------------ moderation
@@ -458,7 +687,9 @@ class GetMe(Frame, tag="get_me"):
 
 
 class UpdateProfile(Frame, tag="update_profile"):
-    """Change the fields that are given and no others."""
+    """Change the fields that are given and no others. Between `quiet_from` and `quiet_until`, times of day in
+    `time_zone` (such as `Europe/London`), nothing is pushed.
+    """
 
     name: Name | UnsetType = UNSET
     display_name: Name | None | UnsetType = UNSET
@@ -469,6 +700,9 @@ class UpdateProfile(Frame, tag="update_profile"):
     is_private: bool | UnsetType = UNSET
     allow_friend_requests: bool | UnsetType = UNSET
     show_online_status: bool | UnsetType = UNSET
+    quiet_from: time | None | UnsetType = UNSET
+    quiet_until: time | None | UnsetType = UNSET
+    time_zone: Annotated[str, Meta(min_length=1, max_length=64)] | UnsetType = UNSET
 
 
 # --------------------------------------------------------------------------------------------- relationships
@@ -565,14 +799,46 @@ ClientFrame = (
     | TransferOwnership
     | ListParticipants
     | Send
+    | Forward
     | Edit
     | Delete
     | React
     | Unreact
-    | Read
+    | Pin
+    | Unpin
+    | ListPins
+    | Star
+    | Unstar
+    | ListStars
+    | Vote
+    | ClosePoll
+    | ListVotes
     | History
     | GetMessage
     | ListEdits
+    | Search
+    | Why
+    | GetThread
+    | ListReplies
+    | FollowThread
+    | UnfollowThread
+    | ReadThread
+    | ListThreads
+    | Read
+    | Delivered
+    | MarkUnread
+    | ListReaders
+    | SetDraft
+    | ListDrafts
+    | Schedule
+    | CancelScheduled
+    | ListScheduled
+    | ListFeed
+    | SeeFeed
+    | GetBadge
+    | GetPushKey
+    | RegisterPush
+    | UnregisterPush
     | Moderate
     | Unmoderate
     | ReportMessage

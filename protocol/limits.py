@@ -19,6 +19,16 @@ MAX_CHANGES = 1_000
 MAX_METADATA_BYTES = 16 * 1024
 MAX_MENTIONS = 50
 MAX_EMOJI_PER_MESSAGE = 20
+MAX_POLL_OPTIONS = 20
+MAX_PINS = 100
+MAX_HASHTAGS = 50
+MAX_SCHEDULED = 100
+"""Messages of one user that wait for their time."""
+MAX_PUSH_ENDPOINTS = 20
+MAX_COUNTED = 100
+"""Where unread counts stop."""
+MAX_NAMED_PARTICIPANTS = 1_000
+"""In a conversation with more than this, `@name` mentions nobody; `<@id>` does."""
 MAX_SHARED_PARTICIPANTS = 100
 """In a conversation with more than this, who types and who has read is not broadcast."""
 
@@ -35,7 +45,8 @@ Link = Annotated[str, Meta(min_length=1, max_length=2_000, pattern=r"^https?://[
 PinOrder = Annotated[int, Meta(ge=0, le=10_000)]
 Seconds = Annotated[int, Meta(ge=1, le=365 * 86_400)]
 Content = Annotated[str, Meta(min_length=1, max_length=MAX_CONTENT, pattern=NO_NUL)]
-FormattedContent = Annotated[str, Meta(min_length=1, max_length=15_000, pattern=NO_NUL)]
+MAX_FORMATTED = 15_000
+DraftContent = Annotated[str, Meta(max_length=MAX_CONTENT, pattern=NO_NUL)]
 Emoji = Annotated[str, Meta(min_length=1, max_length=32, pattern=NO_NUL)]
 Email = Annotated[str, Meta(min_length=3, max_length=254, pattern=r"^[^\x00\s@]+@[^\x00\s@]+$")]
 Password = Annotated[str, Meta(min_length=8, max_length=128)]

@@ -23,6 +23,7 @@ class Act(Enum):
     TAKE_PART = Rule("read, react, follow; send, unless `send_role` asks for more; report; leave", "guest")
     SKIP_SLOW_MODE = Rule("send without waiting in slow mode", "moderator")
     PIN_MESSAGES = Rule("pin messages", "moderator", "can_pin_messages")
+    BE_LOUD = Rule("mention everyone, everyone who is here, or a role", "moderator")
     DELETE_MESSAGES = Rule("delete other people's messages", "moderator", "can_delete_messages")
     MODERATE = Rule("hide messages and show them again, see what is hidden, review reports", "moderator",
         "can_delete_messages")  # fmt: skip

@@ -18,19 +18,29 @@ from protocol.values import (
     AuditEntry,
     Conversation,
     ConversationView,
+    Draft,
+    FeedEntry,
     Invitation,
     Me,
     Message,
     MessageEdit,
     Participant,
+    PollVote,
     Preferences,
     Presence,
     Profile,
     PublicConversation,
+    Reader,
     Receipt,
+    Recipient,
     Relationship,
     RelationshipEntry,
     Report,
+    Scheduled,
+    SearchHit,
+    Star,
+    ThreadFollow,
+    ThreadView,
     User,
 )
 
@@ -85,6 +95,18 @@ class MessageUnreacted(_Event, tag="message_unreacted", frozen=True, kw_only=Tru
     count: int
 
 
+class PollVoted(_Event, tag="poll_voted", frozen=True, kw_only=True):
+    """Someone voted in a poll, or otherwise than before; here is how it stands. Who, and for which options, is told
+    unless the poll is anonymous.
+    """
+
+    message_id: MessageId
+    poll_counts: list[int]
+    poll_voters: int
+    user_id: UserId | None = None
+    options: list[int] | None = None
+
+
 class MessageChanged(_Event, tag="message_changed", frozen=True, kw_only=True):
     """A message changed that not everyone here may see, for they joined later: ask for it with `get_message`."""
 
@@ -110,6 +132,7 @@ DurableEvent = (
     | MessageDeleted
     | MessageReacted
     | MessageUnreacted
+    | PollVoted
     | MessageChanged
     | ConversationUpdated
     | ParticipantChanged
@@ -153,7 +176,41 @@ class PreferencesChanged(_OwnEvent, tag="preferences_changed", frozen=True, kw_o
     preferences: Preferences
 
 
-OwnEvent = MeChanged | RelationshipChanged | Invited | InvitationEnded | PreferencesChanged
+class StarChanged(_OwnEvent, tag="star_changed", frozen=True, kw_only=True):
+    """The user put a message aside, or back."""
+
+    star: Star
+
+
+class DraftChanged(_OwnEvent, tag="draft_changed", frozen=True, kw_only=True):
+    """What the user has begun to write in a conversation changed."""
+
+    draft: Draft
+
+
+class ScheduledChanged(_OwnEvent, tag="scheduled_changed", frozen=True, kw_only=True):
+    """A message that waits was scheduled, changed, sent, given up or cancelled."""
+
+    scheduled: Scheduled
+
+
+class ThreadFollowChanged(_OwnEvent, tag="thread_follow_changed", frozen=True, kw_only=True):
+    """The user follows a thread, or not, or has read on in it."""
+
+    follow: ThreadFollow
+
+
+OwnEvent = (
+    MeChanged
+    | RelationshipChanged
+    | Invited
+    | InvitationEnded
+    | PreferencesChanged
+    | StarChanged
+    | DraftChanged
+    | ScheduledChanged
+    | ThreadFollowChanged
+)
 """Said in no order but that of `user_version`; each is the present state of what it is about."""
 
 # --------------------------------------------------------------------------------------- ephemeral events
@@ -161,6 +218,14 @@ OwnEvent = MeChanged | RelationshipChanged | Invited | InvitationEnded | Prefere
 
 class MessageRead(_Tagged, tag="message_read", frozen=True, kw_only=True):
     """Someone has read up to a message. In a large conversation only the reader's own devices are told."""
+
+    conversation_id: ConversationId
+    user_id: UserId
+    message_id: MessageId
+
+
+class MessageDelivered(_Tagged, tag="message_delivered", frozen=True, kw_only=True):
+    """A client of someone has taken in everything up to a message. Not told in a large conversation."""
 
     conversation_id: ConversationId
     user_id: UserId
@@ -345,9 +410,19 @@ class ParticipantPage(_Tagged, tag="participant_page", frozen=True, kw_only=True
     after: UserId | None = None
 
 
+class MessageList(_Tagged, tag="message_list", frozen=True, kw_only=True):
+    """Messages that were pinned or starred, the latest first; `withheld` is what moderators have hidden, for who may
+    read it. `after` asks for the next page, if there is one.
+    """
+
+    messages: list[Message]
+    withheld: dict[MessageId, str] = {}
+    after: str | None = None
+
+
 class MessagePage(_Tagged, tag="message_page", frozen=True, kw_only=True):
     """Messages, oldest first, as of the conversation's `version`. `mine` has the caller's own reactions,
-    `withheld` what moderators have hidden, for who may read it.
+    `votes` the caller's own votes, `withheld` what moderators have hidden, for who may read it.
 
     A client that ignored events of messages it did not have yet applies those after `version` again.
     """
@@ -357,17 +432,19 @@ class MessagePage(_Tagged, tag="message_page", frozen=True, kw_only=True):
     has_before: bool
     has_after: bool
     mine: dict[MessageId, list[str]] = {}
+    votes: dict[MessageId, list[int]] = {}
     withheld: dict[MessageId, str] = {}
 
 
 class OneMessage(_Tagged, tag="message", frozen=True, kw_only=True):
-    """A message; `mine` has the caller's own reactions, `read_by` how many others have read it, `withheld` what a
-    moderator has hidden, for who may read it.
+    """A message; `mine` has the caller's own reactions, `vote` their own vote, `read_by` how many others have read it,
+    `withheld` what a moderator has hidden, for who may read it.
     """
 
     message: Message
     withheld: str | None = None
     mine: list[str] = []
+    vote: list[int] = []
     read_by: int = 0
 
 
@@ -375,6 +452,103 @@ class EditPage(_Tagged, tag="edit_page", frozen=True, kw_only=True):
     """What a message said before, newest first."""
 
     edits: list[MessageEdit]
+
+
+class VotePage(_Tagged, tag="vote_page", frozen=True, kw_only=True):
+    """Some of the votes in a poll; `after` asks for the next page, if there is one."""
+
+    votes: list[PollVote]
+    after: UserId | None = None
+
+
+class SearchPage(_Tagged, tag="search_page", frozen=True, kw_only=True):
+    """Some of what was found; `after` asks for the next page, if there is one."""
+
+    hits: list[SearchHit]
+    after: str | None = None
+
+
+class Whereabouts(_Tagged, tag="whereabouts", frozen=True, kw_only=True):
+    """Where a message went. `published_at` is when this worker delivered it, if it did and remembers; `recipients` are
+    all others who take part, at most 100, those without it first.
+    """
+
+    message_id: MessageId
+    sender_id: UserId
+    version: int
+    stored_at: datetime
+    published_at: datetime | None = None
+    delivered_to: int
+    read_by: int
+    recipients: list[Recipient]
+
+
+class OneThread(_Tagged, tag="thread", frozen=True, kw_only=True):
+    """A thread as the caller sees it."""
+
+    thread: ThreadView
+
+
+class ThreadList(_Tagged, tag="thread_list", frozen=True, kw_only=True):
+    """Threads that the caller follows, those with the latest replies first."""
+
+    threads: list[ThreadView]
+
+
+class OneThreadFollow(_Tagged, tag="thread_follow", frozen=True, kw_only=True):
+    """Whether the caller follows a thread now, and how far they have read in it."""
+
+    follow: ThreadFollow
+
+
+class Readers(_Tagged, tag="readers", frozen=True, kw_only=True):
+    """How many others have read a message and how many clients have taken it in, up to 1,000; and who has read it,
+    unless it `is_crowd`.
+    """
+
+    read_by: int
+    delivered_to: int
+    readers: list[Reader]
+    is_crowd: bool = False
+
+
+class DraftList(_Tagged, tag="draft_list", frozen=True, kw_only=True):
+    """What the caller has begun to write."""
+
+    drafts: list[Draft]
+
+
+class OneScheduled(_Tagged, tag="scheduled", frozen=True, kw_only=True):
+    """A message that waits for its time."""
+
+    scheduled: Scheduled
+
+
+class ScheduledList(_Tagged, tag="scheduled_list", frozen=True, kw_only=True):
+    """The caller's messages that wait, and those that could not be sent."""
+
+    scheduled: list[Scheduled]
+
+
+class FeedPage(_Tagged, tag="feed_page", frozen=True, kw_only=True):
+    """Some of what concerns the caller, the latest first; `unread_count` is how much of it all is new, up to 100."""
+
+    entries: list[FeedEntry]
+    unread_count: int
+    after: str | None = None
+
+
+class Badge(_Tagged, tag="badge", frozen=True, kw_only=True):
+    """What is unread: `messages` is the sum of `unread_count` of all conversations neither muted nor hidden."""
+
+    messages: int
+    feed: int
+
+
+class PushKey(_Tagged, tag="push_key", frozen=True, kw_only=True):
+    """The `applicationServerKey` to subscribe with, in base64url."""
+
+    key: str
 
 
 class PresenceList(_Tagged, tag="presence_list", frozen=True, kw_only=True):
@@ -451,8 +625,22 @@ Result = (
     | ConversationPage
     | ParticipantPage
     | MessagePage
+    | MessageList
     | OneMessage
     | EditPage
+    | VotePage
+    | SearchPage
+    | Whereabouts
+    | OneThread
+    | ThreadList
+    | OneThreadFollow
+    | Readers
+    | DraftList
+    | OneScheduled
+    | ScheduledList
+    | FeedPage
+    | Badge
+    | PushKey
     | PresenceList
     | UserList
     | OneProfile
@@ -487,6 +675,7 @@ ServerFrame = (
     DurableEvent
     | OwnEvent
     | MessageRead
+    | MessageDelivered
     | TypingStarted
     | TypingStopped
     | PresenceChanged

@@ -1,6 +1,6 @@
 """The nouns that frames, replies and events share. None of them depends on who reads it, but the last one."""
 
-from datetime import datetime
+from datetime import datetime, time
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -8,6 +8,7 @@ from msgspec import Meta
 
 from protocol.ids import ConversationId, EditId, MessageId, RelationshipId, ReportId, SessionId, UserId
 from protocol.limits import CustomStatus
+from protocol.payloads import Payload
 
 ConversationType = Literal["direct", "group", "channel", "assistant"]
 ContentType = Literal["text", "image", "file", "audio", "video", "code", "system", "poll", "location"]
@@ -19,6 +20,11 @@ NotificationLevel = Literal["all", "mentions", "none"]
 RelationshipKind = Literal["friend", "block", "follow", "mute"]
 RelationshipStatus = Literal["pending", "accepted", "rejected", "active", "inactive"]
 ReportStatus = Literal["open", "upheld", "dismissed"]
+ScheduledStatus = Literal["waiting", "sent", "failed", "cancelled"]
+FeedKind = Literal["mention", "reply", "reaction", "friend_request", "invitation"]
+RecipientState = Literal[
+    "read", "delivered", "unconfirmed", "offline", "slow", "muted", "blocked", "left", "joined_later", "hidden"
+]
 Json = dict[str, Any]
 """A JSON object whose inside is the client's own affair."""
 
@@ -58,6 +64,10 @@ class Me(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     allow_friend_requests: bool = True
     show_online_status: bool = True
     is_admin: bool = False
+    quiet_from: time | None = None
+    quiet_until: time | None = None
+    time_zone: str = "UTC"
+    feed_seen_at: datetime | None = None
     created_at: datetime
 
 
@@ -72,12 +82,26 @@ class Session(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     is_current: bool = False
 
 
+class LinkPreview(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What the page behind the first link of a message says of itself."""
+
+    url: str
+    title: str | None = None
+    description: str | None = None
+    image: str | None = None
+
+
 class Message(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """A message. Deleted, it keeps its place and loses its words.
 
     `sent_version` is its place in the conversation; `version` is the clock at its last change. Hidden by a moderator
     (`is_moderated`), it has no words, either; those who may read them all the same get them beside it, as `withheld`.
     A system message says what its sender did, by `system_message_type` and `metadata`, and in English.
+
+    `formatted_content` is what the server has made of `content`, if that was Markdown: HTML that is safe to show.
+    `mentions`, `loud_mentions` (`everyone`, `here`, or a role) and `hashtags` are what the server found in it.
+    `thread_order` is a reply's place in its thread, from 1, and on the root that of the newest reply; a reply is only
+    in its thread unless it is `also_in_conversation`. `poll_counts` are the votes for each option.
     """
 
     id: MessageId
@@ -85,13 +109,29 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     sender_id: UserId
     content: str
     content_type: ContentType = "text"
+    payload: Payload | None = None
     formatted_content: str | None = None
     mentions: list[UserId] = []
+    loud_mentions: list[str] = []
+    hashtags: list[str] = []
+    link_preview: LinkPreview | None = None
     metadata: Json | None = None
     reactions: dict[str, int] = {}
     parent_message_id: MessageId | None = None
     thread_root_id: MessageId | None = None
+    thread_order: int = 0
     reply_count: int = 0
+    also_in_conversation: bool = False
+    quoted_message_id: MessageId | None = None
+    forwarded_from_id: MessageId | None = None
+    forwarded_sender_id: UserId | None = None
+    is_pinned: bool = False
+    pinned_at: datetime | None = None
+    pinned_by: UserId | None = None
+    poll_counts: list[int] | None = None
+    poll_voters: int = 0
+    poll_closed_at: datetime | None = None
+    expires_at: datetime | None = None
     edited_at: datetime | None = None
     is_deleted: bool = False
     deleted_at: datetime | None = None
@@ -104,6 +144,107 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     sent_version: int
     version: int
     created_at: datetime
+
+
+class Words(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What is said, before it is a message."""
+
+    content: str
+    is_markdown: bool = False
+    payload: Payload | None = None
+    parent_message_id: MessageId | None = None
+    also_in_conversation: bool = False
+    quoted_message_id: MessageId | None = None
+    metadata: Json | None = None
+
+
+class Scheduled(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A message that waits for its time, or what became of it; `problem` is why it could not be sent."""
+
+    message_id: MessageId
+    conversation_id: ConversationId
+    words: Words
+    send_at: datetime
+    status: ScheduledStatus
+    problem: str | None = None
+    created_at: datetime
+
+
+class Draft(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What the user has begun to write in a conversation; empty, there is nothing."""
+
+    conversation_id: ConversationId
+    content: str = ""
+    updated_at: datetime
+
+
+class Star(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A message that the user has put aside, or does not have there any more."""
+
+    conversation_id: ConversationId
+    message_id: MessageId
+    is_removed: bool = False
+    starred_at: datetime
+
+
+class ThreadFollow(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Whether the user follows a thread, and the `thread_order` of the last reply that they have read."""
+
+    conversation_id: ConversationId
+    root_id: MessageId
+    is_following: bool
+    last_read_order: int = 0
+
+
+class ThreadView(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A thread as the caller sees it. `participants` are who replied, at most 100; `unread_count` stops at 100."""
+
+    root: Message
+    follow: ThreadFollow
+    participants: list[UserId]
+    unread_count: int = 0
+    last_reply: Message | None = None
+
+
+class PollVote(msgspec.Struct, frozen=True, kw_only=True):
+    """What somebody has voted for, by the places of the options, from 0."""
+
+    user_id: UserId
+    options: list[int]
+    voted_at: datetime
+
+
+class Reader(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Somebody who has read a message; at `read_at` they had read at least so far."""
+
+    user_id: UserId
+    read_at: datetime | None = None
+
+
+class FeedEntry(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Something that concerns the user: `user_id` did it. What is about a message has it with its words."""
+
+    kind: FeedKind
+    at: datetime
+    user_id: UserId
+    conversation_id: ConversationId | None = None
+    message: Message | None = None
+    emoji: str | None = None
+
+
+class SearchHit(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A message that was found. `snippet` is cut at what matches: every second piece, from the second on, does."""
+
+    message: Message
+    snippet: list[str]
+
+
+class Recipient(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Whether a message has reached somebody, and if not, why (docs/clients.md)."""
+
+    user_id: UserId
+    state: RecipientState
+    at: datetime | None = None
 
 
 class MessageEdit(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -144,13 +285,18 @@ class Participant(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
 class ConversationSettings(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
     """How a conversation works. `history` says what newcomers see of what was said before; `send_role` is the least
     role that may send; in slow mode a member waits that long after each message; `system_messages` tell who came,
-    went and changed what; `custom` is the clients' own.
+    went and changed what; what is said from now on disappears after `expire_after_seconds`; senders may edit for
+    `edit_window_seconds` (0: never), and `edits_visible_to` says who, besides the sender, sees what a message said
+    before; `custom` is the clients' own.
     """
 
     history: Literal["from_start", "from_joining"] = "from_start"
     send_role: Role = "guest"
     slow_mode_seconds: Annotated[int, Meta(ge=0, le=6 * 3_600)] = 0
     system_messages: bool = True
+    expire_after_seconds: Annotated[int, Meta(ge=1, le=10 * 365 * 86_400)] | None = None
+    edit_window_seconds: Annotated[int, Meta(ge=0, le=10 * 365 * 86_400)] | None = None
+    edits_visible_to: Literal["everyone", "moderators", "nobody"] = "everyone"
     custom: Json = {}
 
 
@@ -182,21 +328,25 @@ class Presence(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     last_seen_at: datetime | None = None
 
 
-class Receipt(msgspec.Struct, frozen=True, kw_only=True):
-    """How far someone has read."""
+class Receipt(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """How far someone has read, and how far a client of theirs has taken in what was sent."""
 
     user_id: UserId
-    message_id: MessageId
+    message_id: MessageId | None = None
+    delivered_message_id: MessageId | None = None
 
 
 class Preferences(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """How one participant wants to have a conversation, for themselves. The lowest `pin_order` is shown first."""
+    """How one participant wants to have a conversation, for themselves. The lowest `pin_order` is shown first; from
+    `unread_from_id` on they want it to count as unread, until they read again.
+    """
 
     pin_order: int | None = None
     is_hidden: bool = False
     is_muted: bool = False
     muted_until: datetime | None = None
     notification_level: NotificationLevel = "all"
+    unread_from_id: MessageId | None = None
 
 
 class InviteCode(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

@@ -307,7 +307,7 @@ class Actor:
         before: MessageId | None = None
         while True:
             page = await connection.call(
-                client.History(conversation_id=one, before=before, limit=100), server.MessagePage
+                client.History(conversation_id=one, before=before, with_replies=True, limit=100), server.MessagePage
             )
             self.mirror.load(one, page)
             if not page.has_before:

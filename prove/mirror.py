@@ -199,7 +199,14 @@ class Mirror:
                 root_id = event.message.thread_root_id
                 count = None if isinstance(event, server.MessageEdited) else event.root_reply_count
                 if root_id in copy.messages and count is not None:
-                    copy.messages[root_id] = replace(copy.messages[root_id], reply_count=count, version=event.version)
+                    root = copy.messages[root_id]
+                    order = max(root.thread_order, event.message.thread_order)
+                    copy.messages[root_id] = replace(root, reply_count=count, thread_order=order, version=event.version)
+            case server.PollVoted():
+                if (there := copy.messages.get(event.message_id)) is not None:
+                    copy.messages[event.message_id] = replace(
+                        there, poll_counts=event.poll_counts, poll_voters=event.poll_voters
+                    )
             case server.MessageChanged():
                 # What it says now has to be asked for.
                 self.unloaded.add(event.conversation_id)
@@ -217,7 +224,7 @@ def _touched(event: DurableEvent) -> set[MessageId]:
     match event:
         case server.MessageSent() | server.MessageEdited() | server.MessageDeleted():
             return {event.message.id} | ({event.message.thread_root_id} if event.message.thread_root_id else set())
-        case server.MessageReacted() | server.MessageUnreacted():
+        case server.MessageReacted() | server.MessageUnreacted() | server.PollVoted():
             return {event.message_id}
         case _:
             return set()

@@ -7,7 +7,8 @@ import asyncpg
 import msgspec
 
 from protocol.ids import ConversationId, EditId, MessageId, UserId
-from protocol.values import Conversation, ConversationSettings, Message, Participant, Permissions
+from protocol.payloads import Payload
+from protocol.values import Conversation, ConversationSettings, LinkPreview, Message, Participant, Permissions
 from prove.mirror import Copy, Mirror
 
 Db: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
@@ -27,7 +28,8 @@ _GRANTS = {
     "can_pin_messages": "moderator",
 }
 """The least role that has each permission without a grant (docs/decisions/0001)."""
-_JSON = {"reactions", "metadata", "settings"}
+_JSON = {"reactions", "metadata", "settings", "payload", "link_preview"}
+_TYPES: dict[str, Any] = {"settings": ConversationSettings, "payload": Payload, "link_preview": LinkPreview}
 _RANKS = ("guest", "member", "moderator", "admin", "owner")
 UNREAD_WINDOW = 100
 """How many of the newest messages an unread count looks at (protocol/values.py, ConversationView)."""
@@ -42,6 +44,20 @@ UNION ALL
 SELECT 'replies to ' || m.id FROM message m WHERE reply_count <> (
     SELECT count(*) FROM message r WHERE r.thread_root_id = m.id AND NOT r.is_deleted)
 UNION ALL
+SELECT 'places in the thread of ' || m.id FROM message m WHERE m.thread_root_id IS NULL AND (
+    m.thread_order <> (SELECT count(*) FROM message r WHERE r.thread_root_id = m.id)
+    OR m.thread_order <> (SELECT coalesce(max(r.thread_order), 0) FROM message r WHERE r.thread_root_id = m.id))
+UNION ALL
+SELECT 'votes of ' || m.id FROM message m WHERE m.poll_counts IS NOT NULL AND (
+    m.poll_voters <> (SELECT count(*) FROM poll_vote v WHERE v.message_id = m.id AND v.options <> '{}')
+    OR m.poll_counts <> ARRAY(
+        SELECT (SELECT count(*) FROM poll_vote v WHERE v.message_id = m.id AND n - 1 = ANY(v.options))::integer
+        FROM generate_subscripts(m.poll_counts, 1) n ORDER BY n
+    ))
+UNION ALL
+SELECT 'what is found of ' || m.id FROM message m LEFT JOIN message_search s ON s.message_id = m.id
+WHERE (s.message_id IS NOT NULL) <> (NOT m.is_deleted AND NOT m.is_moderated AND NOT m.is_system_message)
+UNION ALL
 SELECT 'reactions to ' || m.id FROM message m WHERE reactions <> coalesce((
     SELECT jsonb_object_agg(emoji, n) FROM (
         SELECT emoji, count(*) AS n FROM message_reaction r
@@ -52,6 +68,7 @@ SELECT 'clock of ' || c.id FROM conversation c WHERE c.version <> greatest(
     settings_version,
     (SELECT max(version) FROM message m WHERE m.conversation_id = c.id),
     (SELECT max(version) FROM message_reaction r WHERE r.conversation_id = c.id),
+    (SELECT max(version) FROM poll_vote v WHERE v.conversation_id = c.id),
     (SELECT max(version) FROM conversation_participant p WHERE p.conversation_id = c.id))
 UNION ALL
 SELECT 'owner of ' || c.id FROM conversation c
@@ -128,18 +145,37 @@ async def memberships(db: Db, user_id: UserId) -> set[ConversationId]:
 
 
 async def unread(db: Db, user_id: UserId, conversation_id: ConversationId) -> int:
-    """Return how many of the newest messages past the read position are others' and not deleted, one by one."""
-    read = await db.fetchval(
-        "SELECT last_read_version FROM conversation_participant WHERE conversation_id = $1 AND user_id = $2",
+    """Return how many messages are unread, by looking at them one by one: of the newest 100 that stand in the
+    conversation itself past the read position, those that count.
+    """
+    me = await db.fetchrow(
+        "SELECT last_read_version, unread_from_version FROM conversation_participant"
+        " WHERE conversation_id = $1 AND user_id = $2",
         conversation_id, user_id,
     )  # fmt: skip
+    silenced = {
+        row[0]
+        for row in await db.fetch(
+            "SELECT to_user_id FROM user_relationship"
+            " WHERE from_user_id = $1 AND type IN ('block', 'mute') AND status = 'active'",
+            user_id,
+        )
+    }
+    past = 0 if me is None else me[0] if me[1] is None else me[1] - 1
     rows = await db.fetch(
-        "SELECT sender_id, is_deleted OR is_system_message AS is_not_counted FROM message"
-        " WHERE conversation_id = $1 AND sent_version > $2"
-        " ORDER BY sent_version DESC",
-        conversation_id, read or 0,
-    )  # fmt: skip
-    return sum(1 for row in rows[:UNREAD_WINDOW] if row["sender_id"] != user_id and not row["is_not_counted"])
+        "SELECT * FROM message WHERE conversation_id = $1 ORDER BY sent_version DESC", conversation_id
+    )
+    window = [
+        row
+        for row in rows
+        if row["sent_version"] > past and (row["thread_root_id"] is None or row["also_in_conversation"])
+    ]
+    count = 0
+    for row in window[:UNREAD_WINDOW]:
+        is_others = row["sender_id"] != user_id and row["sender_id"] not in silenced
+        if is_others and not (row["is_deleted"] or row["is_system_message"] or row["is_moderated"]):
+            count += 1
+    return count
 
 
 async def absent(db: Db, table: str, ids: Collection[MessageId | EditId]) -> int:
@@ -172,10 +208,14 @@ def _struct(kind: type[Kind], row: asyncpg.Record) -> Kind:
     decoded = {
         field: msgspec.json.decode(value) if field in _JSON and value else value for field, value in fields.items()
     }
-    if "settings" in decoded:
-        decoded["settings"] = msgspec.convert(decoded["settings"], ConversationSettings)
+    for field, typed in _TYPES.items():
+        if decoded.get(field) is not None:
+            decoded[field] = msgspec.convert(decoded[field], typed)
     if decoded.get("is_moderated"):
-        decoded |= {"content": "", "formatted_content": None, "mentions": [], "metadata": None}
+        decoded |= {
+            "content": "", "formatted_content": None, "mentions": [], "metadata": None, "payload": None,
+            "loud_mentions": [], "hashtags": [], "link_preview": None,
+        }  # fmt: skip
     return kind(**decoded)
 
 

@@ -30,22 +30,27 @@ from server.database import Database
 from server.dispatch import Dispatch, Rate
 from server.endpoints import Door, Endpoints
 from server.erasure import erase
+from server.expiry import expire_due
 from server.gather import Gather
 from server.hub import Hub
 from server.limits import Allowance
 from server.metrics import Metrics
+from server.notices import Notices, new_key
+from server.outbound import Outbound
 from server.periodic import every
 from server.presence import Presence
 from server.pressure import Pressure
-from server.queries import conversations, messages
+from server.previews import Previews
+from server.queries import conversations, push, sending
 from server.queries import erasure as erasing
 from server.queries.conversations import Membership
-from server.queries.messages import Outgoing, Stored
+from server.queries.sending import Outgoing, Stored
 from server.queries.sessions import Active
 from server.record import PostgresRecord
 from server.redisbus import RedisBus
 from server.roster import Roster
 from server.routes import ROUTES
+from server.scheduling import send_due
 from server.sharedallowance import SharedAllowance
 from server.telling import tell_participant
 from server.websocket import WebSocket
@@ -59,6 +64,8 @@ METRICS_SECONDS = 1.0
 CLEAR_SECONDS = 600.0
 FINISH_SECONDS = 5.0
 """How long what connections have begun may take when the worker ends."""
+DUE_SECONDS = 1.0
+"""How often each worker looks for messages that are to be sent, pushed or taken away now."""
 EXPIRE_SECONDS = 15.0
 """How often custom statuses are taken away whose time is over; nobody sees them from that time on."""
 
@@ -67,7 +74,14 @@ class App:
     """Everything a worker has, wired together."""
 
     def __init__(
-        self, settings: Settings, database: Database, metrics: Metrics, redis: Redis | RedisCluster, connect: Connect
+        self,
+        settings: Settings,
+        database: Database,
+        metrics: Metrics,
+        redis: Redis | RedisCluster,
+        connect: Connect,
+        *,
+        push_key: str,
     ) -> None:
         WebSocket.outbox_bytes = settings.outbox_bytes
         self._database = database
@@ -92,13 +106,27 @@ class App:
         self.admission = Admission()
         self._sends: Gather[Outgoing, Stored | None] = Gather(self._send, most=SENDS_AT_ONCE)
 
+        self._outbound = Outbound(to_private=settings.private_addresses)
+        self.notices = Notices(
+            database,
+            self._outbound,
+            key=push_key,
+            contact=settings.push_contact,
+            after_seconds=settings.push_after_seconds,
+        )
+        self.previews = Previews(database, self.hub, self._outbound, are_on=settings.link_previews)
+
         services = Services(
             database=database,
             events=self.hub,
             presence=self.presence,
             sends=self._sends,
             memberships=Gather(self._read_memberships, most=MEMBERSHIPS_AT_ONCE),
+            notices=self.notices,
+            previews=self.previews,
+            push_key=self.notices.public_key,
         )
+        self._services = services
         rates = {
             Rate.WRITE: settings.write_rate,
             Rate.READ: settings.read_rate,
@@ -168,7 +196,10 @@ class App:
                 settings.redis_url, socket_timeout=REDIS_SECONDS, socket_connect_timeout=REDIS_SECONDS
             )
             connect = Alone if is_alone else partial(RedisBus, settings.redis_url)
-        app = cls(settings, await Database.open(settings), Metrics(folder, number), redis, connect)
+        database = await Database.open(settings)
+        async with database.connection() as db:
+            push_key = await push.key(db, "vapid", new_key())
+        app = cls(settings, database, Metrics(folder, number), redis, connect, push_key=push_key)
         await app.hub.start()
         await app.presence.start()
         app.roster.start()
@@ -177,6 +208,10 @@ class App:
             asyncio.create_task(every(CLEAR_SECONDS, app.sessions.clear)),
             asyncio.create_task(every(EXPIRE_SECONDS, app.presence.expire_statuses)),
             asyncio.create_task(every(CLEAR_SECONDS, app.erase_due)),
+            asyncio.create_task(every(DUE_SECONDS, app.send_due)),
+            asyncio.create_task(every(DUE_SECONDS, app.expire_due)),
+            asyncio.create_task(every(DUE_SECONDS, app.notices.push_due)),
+            asyncio.create_task(app.previews.work()),
             asyncio.create_task(app.pressure.watch()),
         ]
         return app
@@ -198,15 +233,24 @@ class App:
             await allowance.close()
         await self.presence.close()
         await self.hub.close()
+        await self._outbound.close()
         await self._redis.aclose()
         if isinstance(self._redis, RedisCluster):
             # The above leaves all open if the client was about to look at the cluster anew.
             await self._redis.nodes_manager.aclose()
         await self._database.close()
 
+    async def send_due(self) -> None:
+        """Send what was scheduled."""
+        await send_due(self._services)
+
+    async def expire_due(self) -> None:
+        """Take away messages whose time is over."""
+        await expire_due(self._database, self.hub)
+
     async def _send(self, batch: list[Outgoing]) -> list[Stored | None]:
         async with self._database.connection() as db:
-            return await messages.send(db, batch)
+            return await sending.send(db, batch)
 
     async def _read_memberships(self, user_ids: list[UserId]) -> list[dict[ConversationId, Membership]]:
         async with self._database.connection() as db:
@@ -226,7 +270,7 @@ class App:
 
     def _left(self, connection: Connection) -> None:
         self.roster.remove(connection)
-        self.presence.left(connection.user_id, connection)
+        self.presence.left(connection.user_id, connection, connection.closed_with)
 
     async def _issue_tickets(self, connections: list[Connection]) -> list[str | None]:
         return await self._tickets.issue(

@@ -59,6 +59,18 @@ class Settings(msgspec.Struct, kw_only=True, frozen=True):
     """Logins and registrations in five minutes from one address before it has to wait."""
     erase_after_days: float = 30.0
     """How long a deleted account waits, and may come back, before the person is erased."""
+    search_language: str = "simple"
+    """The language of the words that are searched for, such as `english`: a text search configuration of PostgreSQL.
+    `simple` leaves words as they are. After a change, run `openchat reindex`.
+    """
+    link_previews: bool = False
+    """Ask for the page behind the first link of a message, and show what it says of itself."""
+    push_after_seconds: float = 5.0
+    """What is not read for so long after it was sent is pushed to browsers that want notifications."""
+    push_contact: str = "mailto:postmaster@localhost"
+    """How the operators of push services reach this server's: mailto: or https:. Apple's refuses `localhost`."""
+    private_addresses: bool = False
+    """Let push endpoints and previews be at addresses of this machine and its network."""
     behind_proxy: bool = False
     """Believe X-Forwarded-For and X-Forwarded-Proto: only behind a load balancer that sets them."""
 

@@ -62,8 +62,8 @@ class Connection:
 
     __slots__ = (
         "_entering", "_gone", "_has_to_refresh", "_inbox", "_inbox_bytes", "_is_closed", "_is_resuming", "_last",
-        "_shared", "_todo", "_worker", "attached", "context", "expires_at", "session_id", "socket",
-        "user_id", "user_version", "was_slow", "watched", "write",
+        "_shared", "_todo", "_worker", "attached", "closed_with", "context", "expires_at", "session_id", "socket",
+        "user_id", "user_version", "watched", "write",
     )  # fmt: skip
 
     def __init__(
@@ -98,7 +98,7 @@ class Connection:
         self._has_to_refresh = False
         self._entering: asyncio.TimerHandle | None = None
         self.user_version = user_version
-        self.was_slow = False
+        self.closed_with: CloseCode | None = None
 
     def begin(self, context: Context, *, is_resuming: bool) -> None:
         """Say `ready`, and then, unless the client will `resume`, all conversations."""
@@ -136,7 +136,6 @@ class Connection:
 
     def overflowed(self) -> None:
         """The client reads too slowly."""
-        self.was_slow = True
         self.close(CloseCode.SLOW)
 
     def lost(self) -> None:
@@ -154,6 +153,7 @@ class Connection:
     def close(self, code: CloseCode) -> None:
         """Close the connection."""
         if not self._is_closed:
+            self.closed_with = code
             self._leave()
             self.socket.close(code)
 

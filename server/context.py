@@ -1,6 +1,7 @@
 """What a handler receives: who asks, and what it may use to answer. The two wings of the server meet here."""
 
 from collections.abc import Collection, Iterable, Sequence
+from datetime import datetime
 from typing import Protocol
 
 import msgspec
@@ -9,11 +10,11 @@ from protocol.client import SetPresence
 from protocol.errors import ErrorCode, Refused
 from protocol.ids import ConversationId, SessionId, UserId
 from protocol.server import DurableEvent, ServerFrame
-from protocol.values import Presence, User
+from protocol.values import Message, Presence, User
 from server.database import Database
 from server.gather import Gather
 from server.queries.conversations import Membership
-from server.queries.messages import Outgoing, Stored
+from server.queries.sending import Outgoing, Stored
 
 
 class Events(Protocol):
@@ -36,6 +37,9 @@ class Events(Protocol):
 
     def poke(self, user_ids: Iterable[UserId]) -> None:
         """Have the workers look again at these users' conversations and sessions."""
+
+    def published_at(self, conversation_id: ConversationId, version: int) -> datetime | None:
+        """Return when a version was delivered by this worker, as far as it remembers."""
 
 
 class Subscriber(Protocol):
@@ -90,6 +94,13 @@ class Presences(Protocol):
         """Return how the watcher sees these users, in this order; those it may not see are left out."""
 
 
+class Afterwards(Protocol):
+    """What is done about a message some time after it was stored, if anything is."""
+
+    def wanted(self, message: Message) -> None:
+        """Have it done for this one."""
+
+
 class Services(msgspec.Struct, frozen=True, kw_only=True):
     """What all connections of a worker share."""
 
@@ -99,6 +110,12 @@ class Services(msgspec.Struct, frozen=True, kw_only=True):
     sends: Gather[Outgoing, Stored | None]
     memberships: Gather[UserId, dict[ConversationId, Membership]]
     """A user's conversations: when many come back at once, many users' in one query."""
+    notices: Afterwards
+    """Pushes a message to those who have not read it after a while."""
+    previews: Afterwards
+    """Looks at the page that a message links to."""
+    push_key: str
+    """The public key of what is pushed, in base64url."""
 
 
 class Context(msgspec.Struct, frozen=True, kw_only=True):

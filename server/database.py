@@ -50,13 +50,14 @@ class Database:
     @classmethod
     async def open(cls, settings: Settings) -> "Database":
         """Return a pool for `settings.database_url`. Raises Fatal if it cannot be reached."""
+        session = SESSION | {"default_text_search_config": settings.search_language}
 
         async def connect() -> Connection:
             return await asyncpg.connect(
                 settings.database_url,
                 timeout=CONNECT_SECONDS,
                 command_timeout=STATEMENT_SECONDS,
-                server_settings=SESSION,
+                server_settings=session,
             )
 
         pool = Pool(connect, most=max(2, settings.database_connections), patience=CONNECT_SECONDS)

@@ -5,6 +5,7 @@ import contextlib
 import logging
 import struct
 from collections.abc import Callable, Iterable, Sequence
+from datetime import UTC, datetime
 from typing import Protocol
 from uuid import UUID
 
@@ -107,6 +108,11 @@ class Hub:
         for user_id in user_ids:
             self._say(people.channel(user_id), 0, b"")
             self.people.look(user_id)
+
+    def published_at(self, conversation_id: ConversationId, version: int) -> datetime | None:
+        """Return when a version was delivered here, as far as that is remembered."""
+        at = self.topics.told_at(conversation_id, version)
+        return None if at is None else datetime.fromtimestamp(at, UTC)
 
     # ------------------------------------------------------------------------------------ presence, by watching
 

@@ -10,10 +10,10 @@ from server.context import Context
 from server.database import Db
 from server.errors import NotFound
 from server.permissions import require, require_below
-from server.queries import audit, conversations, messages, participants, users
+from server.queries import audit, conversations, participants, sending, users
 from server.queries.audit import Deed
-from server.queries.messages import Announcement
 from server.queries.participants import Change
+from server.queries.sending import Announcement
 from server.telling import tell_participant
 
 
@@ -31,7 +31,7 @@ class News:
         """Have it said in the conversation what the caller did, unless its settings are against that."""
         if self._conversation.settings.system_messages:
             about = self._conversation.id
-            self._announced.append(await messages.announce(self._db, about, self._context.user_id, said))
+            self._announced.append(await sending.announce(self._db, about, self._context.user_id, said))
 
     async def record(self, deed: Deed) -> None:
         """Note it in the conversation's audit log."""

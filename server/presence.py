@@ -14,6 +14,7 @@ from uuid import UUID
 from redis.asyncio import Redis, RedisCluster
 
 from protocol.client import SetPresence
+from protocol.errors import CloseCode
 from protocol.ids import UserId
 from protocol.server import PresenceChanged
 from protocol.values import Presence as Seen
@@ -23,7 +24,7 @@ from server.database import Database
 from server.errors import REDIS_LOST, is_lost
 from server.periodic import every
 from server.queries import users
-from server.queries.users import Visibility
+from server.queries.users import Transition, Visibility
 
 FLUSH_SECONDS = 0.1
 """Arrivals and departures travel together this often."""
@@ -53,7 +54,9 @@ class Presence:
         self._dirty: set[UserId] = set()
         self._has_news = asyncio.Event()
         self._departing: dict[UserId, float] = {}
-        self._transitions: dict[UserId, bool] = {}
+        # With which code the last connection of who is gone was closed.
+        self._ends: dict[UserId, CloseCode] = {}
+        self._transitions: dict[UserId, Transition] = {}
         self._dead: set[str] = set()
         self._tasks: list[asyncio.Task[None]] = []
         self._loop = asyncio.get_running_loop()
@@ -74,7 +77,7 @@ class Presence:
             for user_id, fields in (await self._fields(leaving)).items():
                 fields.pop(self._worker.encode(), None)
                 if not self._states(fields):
-                    self._transitions[user_id] = False
+                    self._transitions[user_id] = self._gone(user_id)
             await self._record()
             await self._redis.delete(WORKER + self._worker)
         except REDIS_LOST:
@@ -87,9 +90,10 @@ class Presence:
         devices = self._devices.setdefault(user_id, {})
         devices[device] = False
         self._departing.pop(user_id, None)
+        self._ends.pop(user_id, None)
         self._note(user_id)
 
-    def left(self, user_id: UserId, device: Subscriber) -> None:
+    def left(self, user_id: UserId, device: Subscriber, code: CloseCode | None) -> None:
         """A device is gone."""
         devices = self._devices.get(user_id)
         if devices is None or devices.pop(device, None) is None:
@@ -99,6 +103,8 @@ class Presence:
         else:
             del self._devices[user_id]
             self._dirty.discard(user_id)
+            if code is not None:
+                self._ends[user_id] = code
             self._departing[user_id] = self._loop.time() + OFFLINE_SECONDS
             self._has_news.set()
 
@@ -207,7 +213,7 @@ class Presence:
             others = {worker: state for worker, state in before[user_id].items() if worker != self._worker.encode()}
             states = self._states(others | here.get(user_id, {}))
             if bool(was) != bool(states):
-                self._transitions[user_id] = bool(states)
+                self._transitions[user_id] = Transition(is_online=True) if states else self._gone(user_id)
             if announce_always or was != states or not before[user_id]:
                 changed[user_id] = states
         await self._tell(changed)
@@ -269,8 +275,11 @@ class Presence:
             for user_id, was_there, fields in zip(user_ids, answers[::2], answers[1::2], strict=True)
             if was_there
         }
-        self._transitions.update({user_id: False for user_id, states in left.items() if not states})
+        self._transitions.update({user_id: self._gone(user_id) for user_id, states in left.items() if not states})
         await self._tell(left)
+
+    def _gone(self, user_id: UserId) -> Transition:
+        return Transition(is_online=False, close_code=self._ends.pop(user_id, None))
 
     async def _record(self) -> None:
         if not self._transitions:

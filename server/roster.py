@@ -67,7 +67,7 @@ class Roster:
 
     def remove(self, connection: Connection) -> None:
         """Count it out."""
-        self.closed_slow += connection.was_slow
+        self.closed_slow += connection.closed_with is CloseCode.SLOW
         for one in self._slices:
             one.discard(connection)
 

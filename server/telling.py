@@ -1,22 +1,38 @@
 """Telling everyone what changed in a conversation. After the commit."""
 
 from protocol.ids import UserId
-from protocol.server import Changed, ConversationUpdated, MessageChanged, MessageEdited, ParticipantChanged
+from protocol.server import (
+    Changed,
+    ConversationUpdated,
+    MessageChanged,
+    MessageDeleted,
+    MessageEdited,
+    ParticipantChanged,
+)
 from protocol.values import Conversation, Message
 from server.context import Context, Events
 from server.queries.messages import Found
 from server.queries.participants import Change
 
 
-def tell_changed(context: Context, found: Found, message: Message) -> Changed:
+def tell_changed(events: Events, found: Found, message: Message) -> Changed:
     """Tell that the message that was `found` is now `message`, with its words if everyone who is there may read them;
     return what to answer.
     """
     about, version = message.conversation_id, message.version
     if found.is_from_before:
-        context.events.publish(MessageChanged(conversation_id=about, version=version, message_id=message.id))
+        events.publish(MessageChanged(conversation_id=about, version=version, message_id=message.id))
     else:
-        context.events.publish(MessageEdited(conversation_id=about, version=version, message=message))
+        events.publish(MessageEdited(conversation_id=about, version=version, message=message))
+    return Changed(conversation_id=about, version=version)
+
+
+def tell_deleted(events: Events, message: Message, root_reply_count: int | None) -> Changed:
+    """Tell what is left of a message that was deleted; return what to answer."""
+    about, version = message.conversation_id, message.version
+    events.publish(
+        MessageDeleted(conversation_id=about, version=version, message=message, root_reply_count=root_reply_count)
+    )
     return Changed(conversation_id=about, version=version)
 
 

@@ -8,6 +8,7 @@ bus or PostgreSQL, makes no difference: all of them end in `accept`.
 import asyncio
 import logging
 import time
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple, Protocol
 from uuid import UUID
@@ -26,6 +27,8 @@ MAX_EARLY = 256
 LINGER_SECONDS = 30.0
 """How long a conversation that nobody follows any more is still listened to."""
 NOBODY = bytes(16)
+REMEMBERED = 256
+"""Of how many of a conversation's last events it is known when they were delivered here."""
 CROWD, REST = 50, 2.0
 """A busy conversation with so many sockets rests after each write, for so many times as long as that took."""
 
@@ -55,7 +58,7 @@ class Topic:
 
     __slots__ = (
         "changed_at", "channel", "delivered", "early", "fetch", "id", "joining", "opening", "pending", "quiet_at",
-        "rests_until", "sockets",
+        "rests_until", "sockets", "told",
     )  # fmt: skip
 
     def __init__(self, conversation_id: ConversationId) -> None:
@@ -67,6 +70,8 @@ class Topic:
         self.joining: dict[Socket, int] = {}
         self.early: dict[int, tuple[bytes, bytes]] = {}
         self.pending: list[bytes] = []
+        # Versions, in order, and when they were delivered here, in Unix seconds.
+        self.told: list[tuple[int, float]] = []
         self.fetch: asyncio.Task[None] | None = None
         self.opening: asyncio.Task[None] | None = None
         self.quiet_at = 0.0
@@ -205,6 +210,9 @@ class Topics:
                 topic.sockets[socket] = socket.write
         topic.delivered = version
         topic.changed_at = self._loop.time()
+        topic.told.append((version, time.time()))
+        if len(topic.told) > 2 * REMEMBERED:
+            del topic.told[:REMEMBERED]
         self._enqueue(topic, frame)
 
     def _drop(self, topic: Topic, user_id: UserId) -> None:
@@ -253,6 +261,14 @@ class Topics:
                 if topic is not None and topic.opening is None and version > topic.delivered:
                     # With a bus it is most likely on its way.
                     self._fetch_soon(topic, GAP_SECONDS if self._bus.is_up else 0)
+
+    def told_at(self, conversation_id: ConversationId, version: int) -> float | None:
+        """Return when a version was delivered here, in Unix seconds; None if it was not, or is long ago."""
+        topic = self._topics.get(conversation_id)
+        if topic is None or not topic.told or version < topic.told[0][0]:
+            return None
+        place = bisect_left(topic.told, (version, 0.0))
+        return topic.told[place][1] if place < len(topic.told) else None
 
     def close(self) -> None:
         """Stop fetching."""

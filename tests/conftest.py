@@ -12,13 +12,14 @@ import pytest
 import uvloop
 from redis.asyncio import Redis
 
+from protocol import server as said
 from server import migrate
 from server.config import Settings
 from server.embedded.folder import DataFolder
 from server.embedded.postgres import Postgres
 from server.embedded.valkey import Valkey
 from tests.cluster import Cluster
-from tests.world import World
+from tests.world import Room, World
 
 TEMPLATE = "template_openchat"
 ROOM = 2 * 1024**3
@@ -114,3 +115,12 @@ async def cluster(settings: Settings, tmp_path: Path) -> AsyncIterator[Cluster]:
         yield cluster
     finally:
         cluster.stop()
+
+
+@pytest.fixture
+async def room(world: World) -> Room:
+    them = await world.users("Ada", "Charles")
+    ada, charles = await world.connect(them[0]), await world.connect(them[1], 1)
+    group = await world.group(ada, them[1])
+    await charles.event(said.ConversationJoined)
+    return Room(group, ada, charles, them)

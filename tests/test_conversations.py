@@ -9,8 +9,7 @@ from protocol.errors import ErrorCode
 from protocol.ids import ConversationId, UserId, uuid7
 from protocol.values import ConversationSettings, ConversationView
 from prove.client import Client
-from tests.test_messages import refused
-from tests.world import World, sent
+from tests.world import World, refused, sent
 
 Make = Callable[[str], Awaitable[tuple[UserId, Client]]]
 

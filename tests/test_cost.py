@@ -16,12 +16,14 @@ from server.queries import (
     audit,
     changes,
     conversations,
+    edits,
     messages,
     moderation,
     participants,
     reactions,
     receipts,
     relationships,
+    sending,
     sessions,
     users,
 )
@@ -51,7 +53,7 @@ class Plan(NamedTuple):
     astray: list[str]
 
 
-KEY = re.compile(r"\b(conversation_id|chain|user_id|from_user_id|to_user_id|direct_low) = ")
+KEY = re.compile(r"\b(conversation_id|chain|user_id|sender_id|author_id|from_user_id|to_user_id|direct_low) = ")
 """What rows are divided by when there are too many for one server (docs/scale.md)."""
 BY_SOMETHING_ELSE = {
     "login": "by e-mail address",
@@ -159,18 +161,23 @@ def hot(place: Place, ids: dict[str, Any]) -> dict[str, tuple[str, tuple[Any, ..
     about, user = place.conversation_id, place.user_id
     send = json.dumps([{
         "place": 0, "sender_id": str(user), "message_id": str(ids["new"]), "conversation_id": str(about),
-        "content": "Hello", "content_type": "text", "mentions": [], "parent_message_id": str(ids["middle"]),
+        "content": "Hello #there", "content_type": "text", "mentions": [str(user)], "loud_mentions": [],
+        "hashtags": ["there"], "parent_message_id": str(ids["middle"]), "also_in_conversation": False,
+        "quoted_message_id": str(ids["middle"]),
     }])  # fmt: skip
     return {
-        "send": (messages.SEND, (send,)),
-        "existing": (messages.EXISTING, (ids["middle"], about, user, None, "Hello", None, "text", [], None)),
+        "send": (sending.SEND, (send,)),
+        "existing": (
+            sending.EXISTING,
+            (ids["middle"], about, user, None, "Hello", "false", "text", None, None, None, "false", None),
+        ),
         "find": (messages.FIND, (ids["middle"], user, about)),
         "get": (messages.GET, (ids["middle"], user, about)),
         "history, newest": (messages.PAGE, (about, user, None, messages.NEWEST, 21, 0)),
         "history, before": (messages.PAGE, (about, user, ids["middle"], 0, 21, 0)),
         "history, after": (messages.PAGE, (about, user, ids["middle"], 1, 0, 21)),
         "history, around": (messages.PAGE, (about, user, ids["middle"], 0, 11, 11)),
-        "edits": (messages.EDITS, (ids["middle"], user, about, 100)),
+        "edits": (edits.EDITS, (ids["middle"], user, about, 100)),
         "read": (receipts.READ, (ids["middle"], user, about)),
         "resume, 10 missed": (changes.SINCE, (about, place.size - 8, 1001)),
         "resume, all missed": (changes.SINCE, (about, 0, 1001)),
@@ -183,9 +190,9 @@ def hot(place: Place, ids: dict[str, Any]) -> dict[str, tuple[str, tuple[Any, ..
         "typing": (conversations.SIZE, (about, user)),
         "session": (sessions.FIND, (["no such hash"],)),
         "users": (users.GET, (user, [user])),
-        "edit": (messages.EDIT, (about, ids["middle"], ids["new"], user, "Edited", None)),
-        "edited": (messages.EDITED, (ids["new"], ids["middle"], user, "Edited", None, about)),
-        "delete": (messages.DELETE, (about, ids["middle"], user)),
+        "edit": (edits.EDIT, (about, ids["middle"], ids["new"], user, "Edited", None, [], [], [])),
+        "edited": (edits.EDITED, (ids["new"], ids["middle"], user, "Edited", "false", about)),
+        "delete": (edits.DELETE, (about, ids["middle"], user, "false")),
         "react": (reactions.REACT, (about, ids["middle"], user, "x")),
         "unreact": (reactions.UNREACT, (about, ids["middle"], user, "x")),
         "reacted": (reactions.AS_IT_IS, (about, ids["middle"], user, "x")),
@@ -208,8 +215,8 @@ def hot(place: Place, ids: dict[str, Any]) -> dict[str, tuple[str, tuple[Any, ..
         "prefer": (participants.PREFER, (about, user, "{}")),
         "permit": (participants.PERMIT, (about, user, "{}")),
         "stamp": (participants.STAMP, (about, [user])),
-        "announce": (messages.ANNOUNCE, (about, user, "joined", "{}", "join")),
-        "wait": (messages.WAIT, (about, user)),
+        "announce": (sending.ANNOUNCE, (about, user, "joined", "{}", "join")),
+        "wait": (sending.WAIT, (about, user)),
         "moderate": (moderation.MODERATE, (about, ids["middle"], user, "Rude")),
         "unmoderate": (moderation.UNMODERATE, (about, ids["middle"])),
         "report": (moderation.REPORT, (about, ids["middle"], user, "Rude", ids["new"])),
@@ -219,7 +226,7 @@ def hot(place: Place, ids: dict[str, Any]) -> dict[str, tuple[str, tuple[Any, ..
         "relationship": (relationships.STATUS, (user, user, "friend")),
         "relationships": (relationships.PAGE, (user, None, None, None, None, 21)),
         "touch": (users.TOUCH, ([user],)),
-        "seen": (users.SEEN, ([user], ["true"])),
+        "seen": (users.SEEN, ([user], ["true"], [1012])),
         "user clocks": (users.VERSIONS, ([user],)),
         "login": (accounts.FIND, ("nobody@example.org",)),
         "living sessions": (sessions.LIVING, ([user],)),

@@ -264,5 +264,7 @@ async def test_a_slow_reader_is_closed_and_nobody_else_notices(narrow: World) ->
     assert held.socket.transport.get_write_buffer_size() < OUTBOX_BYTES + MAX_FRAME_BYTES
     slow.socket.transport.resume_reading()
     assert await slow.closed() == CloseCode.SLOW
+    # The machine is others' too: what it does without a slow reader is measured before and after.
+    without = max(without, await p99(None))
     assert with_one < max(2 * without, 0.05), (with_one, without)
     await readers[0].synced()

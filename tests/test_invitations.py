@@ -10,8 +10,7 @@ from protocol.server import Error
 from protocol.values import ConversationSettings, ConversationView
 from prove.client import Client
 from prove.truth import recount
-from tests.test_messages import refused
-from tests.world import World, sent
+from tests.world import World, refused, sent
 
 
 async def view(one: Client, about: ConversationId) -> ConversationView:

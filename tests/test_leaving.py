@@ -17,8 +17,7 @@ from prove.truth import recount
 from server.database import Db
 from server.erasure import erase
 from server.queries import erasure
-from tests.test_messages import refused
-from tests.world import Somebody, World, sent
+from tests.world import Somebody, World, refused, sent
 
 PASSWORD = "correct horse"
 ADA = {"name": "Ada Lovelace", "email": "ada.lovelace@example.org", "password": PASSWORD}

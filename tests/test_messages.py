@@ -5,53 +5,31 @@ from typing import Any
 import pytest
 
 from protocol import client, server
-from protocol.errors import ErrorCode, Refused
-from protocol.ids import ConversationId, EditId, MessageId, UserId, uuid7
+from protocol.errors import ErrorCode
+from protocol.ids import EditId, MessageId, UserId, uuid7
+from protocol.payloads import Code
 from prove.client import Client
-from tests.world import Somebody, World, message, sent
-
-
-class Room:
-    """Ada, who owns a group, and Charles."""
-
-    def __init__(self, group: ConversationId, ada: Client, charles: Client, them: list[Somebody]) -> None:
-        self.group = group
-        self.ada = ada
-        self.charles = charles
-        self.them = them
-
-    def at(self, message_id: MessageId) -> dict[str, Any]:
-        """What names a message, in a frame about it."""
-        return {"conversation_id": self.group, "message_id": message_id}
-
-
-@pytest.fixture
-async def room(world: World) -> Room:
-    them = await world.users("Ada", "Charles")
-    ada, charles = await world.connect(them[0]), await world.connect(them[1], 1)
-    group = await world.group(ada, them[1])
-    await charles.event(server.ConversationJoined)
-    return Room(group, ada, charles, them)
-
-
-def refused(code: ErrorCode, path: str | None) -> "pytest.RaisesExc[Refused]":
-    return pytest.raises(Refused, check=lambda error: (error.code, error.path) == (code, path))
+from tests.world import Room, Somebody, World, heard, message, refused, sent
 
 
 async def test_a_message_keeps_all_that_was_sent(room: Room) -> None:
+    first = await sent(room.ada, room.group)
     frame = message(
-        room.group, "print(1)", content_type="code", formatted_content="<pre>print(1)</pre>",
-        metadata={"language": "python", "deep": {"n": [1, None, "é\n"]}}, mentions=[room.them[1].id],
+        room.group, "print(1) # **not** @Charles", payload=Code(language="python"), is_markdown=True,
+        metadata={"deep": {"n": [1, None, "é\n"]}}, quoted_message_id=first,
     )  # fmt: skip
     await room.ada.call(frame)
-    event = (await room.charles.event(server.MessageSent)).message
+    event = await heard(room.charles, frame.message_id)
     got = await room.charles.call(client.GetMessage(**room.at(frame.message_id)), server.OneMessage)
     assert got.message == event
-    assert (event.content_type, event.formatted_content) == (frame.content_type, frame.formatted_content)
-    assert (event.metadata, event.mentions) == (frame.metadata, frame.mentions)
+    assert (event.content_type, event.payload, event.metadata) == ("code", frame.payload, frame.metadata)
+    assert (event.formatted_content, event.mentions) == ("<p>print(1) # <strong>not</strong> @Charles</p>", [])
+    assert event.quoted_message_id == first
 
 
-@pytest.mark.parametrize("change", [{"content": "Twice"}, {"metadata": {"a": 1}}, {"content_type": "code"}])
+@pytest.mark.parametrize(
+    "change", [{"content": "Twice"}, {"metadata": {"a": 1}}, {"payload": Code(language="c")}, {"is_markdown": True}]
+)
 async def test_the_same_id_with_other_content_is_refused(room: Room, change: dict[str, object]) -> None:
     frame = message(room.group, "Once")
     await room.ada.call(frame)
@@ -91,11 +69,11 @@ async def test_a_reply_needs_a_parent_in_the_same_conversation(room: Room, world
 async def test_edits_are_kept(room: Room) -> None:
     message_id = await sent(room.ada, room.group, "One")
     await room.ada.call(client.Edit(**room.at(message_id), content="Two"))
-    await room.ada.call(client.Edit(**room.at(message_id), content="Three", formatted_content="<b>Three</b>"))
+    await room.ada.call(client.Edit(**room.at(message_id), content="*Three*", is_markdown=True))
     edits = (await room.charles.call(client.ListEdits(**room.at(message_id)), server.EditPage)).edits
     assert [one.content for one in edits] == ["Two", "One"]
     got = await room.charles.call(client.GetMessage(**room.at(message_id)), server.OneMessage)
-    assert (got.message.content, got.message.formatted_content) == ("Three", "<b>Three</b>")
+    assert (got.message.content, got.message.formatted_content) == ("*Three*", "<p><em>Three</em></p>")
 
 
 async def test_a_repeated_edit_is_one_edit(room: Room) -> None:
@@ -124,7 +102,7 @@ async def test_only_its_sender_edits_a_message(room: Room) -> None:
 
 
 async def test_a_deleted_message_keeps_its_place_and_loses_its_words(room: Room, world: World) -> None:
-    message_id = await sent(room.ada, room.group, "Secret", metadata={"secret": 1}, mentions=[room.them[1].id])
+    message_id = await sent(room.ada, room.group, "Secret", metadata={"secret": 1})
     await room.charles.call(client.React(**room.at(message_id), emoji="👍"))
     first = await room.ada.call(client.Delete(**room.at(message_id)), server.Changed)
     assert await room.ada.call(client.Delete(**room.at(message_id)), server.Changed) == first

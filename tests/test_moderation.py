@@ -9,8 +9,7 @@ from protocol.errors import ErrorCode
 from protocol.ids import ConversationId, ReportId, uuid7
 from prove.client import Client
 from server.queries import audit
-from tests.test_messages import refused
-from tests.world import World, sent
+from tests.world import World, refused, sent
 
 
 class Scene:

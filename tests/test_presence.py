@@ -13,8 +13,7 @@ from protocol.values import PresenceStatus
 from prove.client import Client
 from server.config import Settings
 from tests.cluster import Cluster
-from tests.test_messages import refused
-from tests.world import Somebody, World, until
+from tests.world import Somebody, World, refused, until
 
 
 class Pair:

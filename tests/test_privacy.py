@@ -8,8 +8,7 @@ from protocol import client, server
 from protocol.errors import ErrorCode
 from protocol.ids import ConversationId, UserId, uuid7
 from protocol.privacy import PUBLIC, RULES, SAME, STANDINGS, YES
-from tests.test_messages import refused
-from tests.world import Somebody, World, message, sent
+from tests.world import Somebody, World, message, refused, sent
 
 STRANGER = list(STANDINGS).index("stranger")
 SETTINGS = ("allow_friend_requests", "show_online_status")

@@ -2,8 +2,7 @@
 
 from protocol import client, server
 from protocol.errors import ErrorCode
-from tests.test_messages import refused
-from tests.world import World
+from tests.world import World, refused
 
 
 async def test_a_profile_is_told_to_who_watches_and_to_ones_other_devices(world: World) -> None:

@@ -14,7 +14,7 @@ from websockets.protocol import CLIENT, OPEN, Protocol
 from protocol import client
 from protocol.codec import decode_client, decode_server, encode, label, text_frame
 from protocol.errors import CloseCode, ErrorCode, Refused
-from protocol.ids import ConversationId, MessageId, UserId, uuid7
+from protocol.ids import ConversationId, MessageId, uuid7
 from protocol.server import Error, MessageSent
 from server.describe.asyncapi import CLIENT_FRAMES
 from server.limits import Allowance
@@ -27,14 +27,14 @@ JSON = st.recursive(
 )
 
 
-@given(content=TEXT, metadata=st.dictionaries(TEXT, JSON, max_size=4), mentions=st.lists(st.uuids(), max_size=4))
-def test_what_is_sent_is_what_is_read(content: str, metadata: dict[str, object], mentions: list[UUID]) -> None:
+@given(content=TEXT, metadata=st.dictionaries(TEXT, JSON, max_size=4), quoted=st.uuids() | st.none())
+def test_what_is_sent_is_what_is_read(content: str, metadata: dict[str, object], quoted: UUID | None) -> None:
     frame = client.Send(
         conversation_id=ConversationId(uuid7()),
         message_id=MessageId(uuid7()),
         content=content,
         metadata=metadata,
-        mentions=[UserId(one) for one in mentions],
+        quoted_message_id=None if quoted is None else MessageId(quoted),
     )
     assert decode_client(encode(frame)) == frame
     assert json.loads(encode(frame))["content"] == content

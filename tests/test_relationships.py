@@ -10,8 +10,7 @@ from protocol.errors import ErrorCode
 from protocol.ids import UserId, uuid7
 from protocol.values import Relationship
 from prove.client import Client
-from tests.test_messages import refused
-from tests.world import Somebody, World, sent
+from tests.world import Somebody, World, refused, sent
 
 
 class Pair:

@@ -12,8 +12,7 @@ from protocol.server import Error
 from protocol.values import ConversationSettings, Participant, Role
 from prove.client import Client
 from prove.truth import recount
-from tests.test_messages import refused
-from tests.world import Somebody, World, message, sent
+from tests.world import Somebody, World, message, refused, sent
 
 GRANTS = ("can_add_members", "can_remove_members", "can_edit_conversation", "can_delete_messages", "can_pin_messages")
 
@@ -23,6 +22,7 @@ def frames(about: ConversationId, said: MessageId, guest: UserId, other: UserId)
     place: dict[str, Any] = {"conversation_id": about}
     return {
         Act.TAKE_PART: [message(about), client.React(**place, message_id=said, emoji="x"), client.History(**place)],
+        Act.PIN_MESSAGES: [client.Pin(**place, message_id=said), client.Unpin(**place, message_id=said)],
         Act.MODERATE: [
             client.Moderate(**place, message_id=said, reason="Rude"), client.Unmoderate(**place, message_id=said),
             client.ListReports(**place),

@@ -14,8 +14,8 @@ from protocol.ids import ConversationId, MessageId, uuid7
 from server import database, migrate
 from server.embedded.folder import installed
 from server.errors import CONSTRAINTS, Fatal
-from server.queries import messages
-from server.queries.messages import Outgoing
+from server.queries import sending
+from server.queries.sending import Outgoing
 from tests.conftest import Servers
 from tests.world import World, sent
 
@@ -121,7 +121,7 @@ async def test_a_message_changes_no_index_of_its_conversation(world: World) -> N
     async with world.db.transaction():
         for number in range(10):
             frame = Send(conversation_id=channel, message_id=MessageId(uuid7()), content=str(number))
-            assert await messages.send(world.db, [Outgoing(ada.id, frame)]) != [None]
+            assert await sending.send(world.db, [Outgoing(ada.id, frame)]) != [None]
         assert tuple(await world.db.fetchrow(UPDATED) or ()) == (10, 10)
 
 

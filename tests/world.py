@@ -12,10 +12,13 @@ from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 import asyncpg
+import pytest
 
 from protocol.client import CreateChannel, CreateGroup, Send
+from protocol.errors import ErrorCode, Refused
 from protocol.ids import ConversationId, MessageId, UserId, uuid7
-from protocol.server import OneConversation, Sent
+from protocol.server import MessageSent, OneConversation, Sent
+from protocol.values import Message
 from prove.client import Client
 from server.app import App
 from server.auth.tokens import new_token, token_hash
@@ -130,8 +133,31 @@ async def sent(client: Client, conversation_id: ConversationId, content: str = "
     return (await client.call(message(conversation_id, content, **fields), Sent)).message_id
 
 
+async def heard(client: Client, message_id: MessageId) -> Message:
+    """Return a message as an event brings it, now or soon."""
+    return (await client.event(MessageSent, lambda event: event.message.id == message_id)).message
+
+
 async def until(is_so: Callable[[], bool], *, seconds: float = 15.0) -> None:
     """Wait until something is so. Raises TimeoutError if it does not come to be."""
     async with asyncio.timeout(seconds):
         while not is_so():
             await asyncio.sleep(0.01)
+
+
+class Room:
+    """Ada, who owns a group, and Charles."""
+
+    def __init__(self, group: ConversationId, ada: Client, charles: Client, them: list[Somebody]) -> None:
+        self.group = group
+        self.ada = ada
+        self.charles = charles
+        self.them = them
+
+    def at(self, message_id: MessageId) -> dict[str, Any]:
+        """What names a message, in a frame about it."""
+        return {"conversation_id": self.group, "message_id": message_id}
+
+
+def refused(code: ErrorCode, path: str | None) -> "pytest.RaisesExc[Refused]":
+    return pytest.raises(Refused, check=lambda error: (error.code, error.path) == (code, path))

@@ -17,6 +17,7 @@ from protocol.server import (
 from protocol.values import Conversation, ConversationSettings, ConversationView, Role
 from server import search, sync
 from server.context import Context
+from server.cursor import Cursor
 from server.database import Db
 from server.errors import NotFound
 from server.invitecode import new_code
@@ -25,7 +26,7 @@ from server.permissions import require
 from server.queries import audit, conversations, participants, users
 from server.queries.audit import Deed
 from server.queries.conversations import Filter, Founding
-from server.queries.messages import Announcement
+from server.queries.sending import Announcement
 from server.telling import tell_updated
 
 
@@ -106,16 +107,14 @@ async def _create(
 
 async def list_conversations(context: Context, frame: client.ListConversations) -> ConversationPage:
     """Return a page of the caller's conversations."""
-    try:
-        before = None if frame.after is None else conversations.from_cursor(frame.after)
-    except ValueError:
-        raise Refused(ErrorCode.INVALID, "This is not an `after` that a page came with.", path="after") from None
+    before = Cursor.read(frame.after)
     which = Filter(type=frame.conversation_type, is_archived=frame.archived, is_hidden=frame.hidden, before=before)
     async with context.database.connection() as db:
         views = await conversations.page(db, context.user_id, which, limit=frame.limit + 1)
     page = views[: frame.limit]
     return ConversationPage(
-        conversations=page, after=conversations.cursor(page[-1]) if len(views) > frame.limit else None
+        conversations=page,
+        after=str(Cursor(page[-1].last_activity_at, page[-1].conversation.id)) if len(views) > frame.limit else None,
     )
 
 

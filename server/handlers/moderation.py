@@ -26,7 +26,7 @@ async def moderate(context: Context, frame: client.Moderate) -> Changed:
         message = await moderation.moderate(db, before, context.user_id, frame.reason)
         deed = Deed(context.user_id, "moderate", before.sender_id, before.id, {"reason": frame.reason})
         await audit.record(db, before.conversation_id, deed)
-    return tell_changed(context, found, message)
+    return tell_changed(context.events, found, message)
 
 
 async def unmoderate(context: Context, frame: client.Unmoderate) -> Changed:
@@ -39,7 +39,7 @@ async def unmoderate(context: Context, frame: client.Unmoderate) -> Changed:
         message = await moderation.unmoderate(db, before)
         deed = Deed(context.user_id, "unmoderate", before.sender_id, before.id)
         await audit.record(db, before.conversation_id, deed)
-    return tell_changed(context, found, message)
+    return tell_changed(context.events, found, message)
 
 
 async def report(context: Context, frame: client.ReportMessage) -> Done:

@@ -14,7 +14,7 @@ from server.membership import News, entered, require_room, require_welcome, taki
 from server.permissions import require, require_above, require_below
 from server.queries import conversations, participants, users
 from server.queries.audit import Deed
-from server.queries.messages import Announcement
+from server.queries.sending import Announcement
 
 
 async def join(context: Context, frame: client.Join) -> OneConversation:

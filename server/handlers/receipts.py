@@ -1,29 +1,71 @@
-"""Read positions."""
+"""Receipts: read, delivered, unread again, and who has read."""
 
 from protocol import client
 from protocol.limits import MAX_SHARED_PARTICIPANTS
-from protocol.server import MessageRead, ReadUpTo
+from protocol.server import Done, MessageDelivered, MessageRead, Readers, ReadUpTo, ServerFrame
 from server.context import Context
 from server.errors import NotFound
-from server.queries import receipts
+from server.queries import participants, receipts
 
 
 async def read(context: Context, frame: client.Read) -> ReadUpTo:
     """Move the caller's read position forward, and tell the others, or in a crowd only the caller's devices."""
     async with context.database.connection() as db:
         position = await receipts.read(db, frame, context.user_id)
+        if position is not None and position.was_marked:
+            await participants.stamp(db, frame.conversation_id, [context.user_id])
     if position is None:
         raise NotFound("message_id")
+    if position.was_marked:
+        context.events.poke([context.user_id])
     if position.has_moved:
         event = MessageRead(
             conversation_id=position.conversation_id, user_id=context.user_id, message_id=position.message_id
         )
-        if position.participant_count <= MAX_SHARED_PARTICIPANTS:
-            context.events.relay(position.conversation_id, event)
-        else:
-            context.events.whisper(context.user_id, event)
+        _tell(context, frame, event, position.participant_count)
     return ReadUpTo(
         conversation_id=position.conversation_id,
         message_id=position.message_id,
         unread_count=position.unread_count,
     )
+
+
+async def delivered(context: Context, frame: client.Delivered) -> Done:
+    """Note how far one of the caller's clients has taken in what was sent."""
+    async with context.database.connection() as db:
+        arrival = await receipts.delivered(db, frame, context.user_id)
+    if arrival is None:
+        raise NotFound("message_id")
+    if arrival.has_moved:
+        event = MessageDelivered(
+            conversation_id=frame.conversation_id, user_id=context.user_id, message_id=frame.message_id
+        )
+        _tell(context, frame, event, arrival.participant_count)
+    return Done()
+
+
+async def mark_unread(context: Context, frame: client.MarkUnread) -> ReadUpTo:
+    """Have a conversation count as unread from a message on."""
+    async with context.database.transaction() as db:
+        count = await receipts.mark_unread(db, frame, context.user_id)
+        if count is None:
+            raise NotFound("message_id")
+        await participants.stamp(db, frame.conversation_id, [context.user_id])
+    context.events.poke([context.user_id])
+    return ReadUpTo(conversation_id=frame.conversation_id, message_id=frame.message_id, unread_count=count)
+
+
+async def list_readers(context: Context, frame: client.ListReaders) -> Readers:
+    """Return who has read a message."""
+    async with context.database.connection() as db:
+        found = await receipts.readers(db, frame, context.user_id, most=MAX_SHARED_PARTICIPANTS)
+    if found is None:
+        raise NotFound("message_id")
+    return found
+
+
+def _tell(context: Context, frame: client.Read | client.Delivered, event: ServerFrame, participant_count: int) -> None:
+    if participant_count <= MAX_SHARED_PARTICIPANTS:
+        context.events.relay(frame.conversation_id, event)
+    else:
+        context.events.whisper(context.user_id, event)

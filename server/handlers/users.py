@@ -1,6 +1,9 @@
 """Users: their faces, their presence, and that they are typing."""
 
+from msgspec import UNSET
+
 from protocol import client
+from protocol.errors import ErrorCode, Refused
 from protocol.limits import MAX_SHARED_PARTICIPANTS
 from protocol.server import (
     Done,
@@ -49,6 +52,10 @@ async def me(context: Context, frame: client.GetMe) -> OneMe:  # noqa: ARG001 - 
 async def update_profile(context: Context, frame: client.UpdateProfile) -> OneMe:
     """Change the caller's profile or privacy, and tell those who watch them, and their other devices."""
     given = client.given(frame)
+    if frame.time_zone is not UNSET:
+        async with context.database.connection() as db:
+            if not await users.is_time_zone(db, frame.time_zone):
+                raise Refused(ErrorCode.INVALID, "This is not a time zone such as `Europe/London`.", path="time_zone")
     async with context.database.transaction() as db:
         before = await users.me(db, context.user_id)
         after = await users.update(db, context.user_id, given) if given else before

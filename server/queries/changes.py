@@ -8,7 +8,7 @@ from protocol.ids import EVERYONE, ConversationId, MessageId, UserId
 from protocol.server import Changes, DurableEvent
 from protocol.values import Receipt
 from server.database import Db
-from server.queries.messages import COUNT_UNREAD
+from server.queries.unread import COUNT_UNREAD
 
 _event_decoder = msgspec.json.Decoder(DurableEvent)
 _receipts_decoder = msgspec.json.Decoder(list[Receipt])
@@ -33,6 +33,15 @@ EVENTS = """
     FROM message_reaction r JOIN message m ON m.id = r.message_id AND (m.conversation_id = r.conversation_id) IS TRUE
     WHERE r.conversation_id = $1 AND r.version > $2 ORDER BY r.version LIMIT $3)
     UNION ALL
+    (SELECT v.version, CASE WHEN {from_before} THEN {voted} ELSE json_build_object(
+            'type', 'poll_voted', 'conversation_id', v.conversation_id, 'version', v.version,
+            'message_id', v.message_id, 'poll_counts', coalesce(m.poll_counts, '{{}}'), 'poll_voters', m.poll_voters,
+            'user_id', CASE WHEN m.payload @> '{{"is_anonymous": true}}' THEN NULL ELSE v.user_id END,
+            'options', CASE WHEN m.payload @> '{{"is_anonymous": true}}' THEN NULL ELSE v.options END
+        ) END, NULL
+    FROM poll_vote v JOIN message m ON m.id = v.message_id AND (m.conversation_id = v.conversation_id) IS TRUE
+    WHERE v.conversation_id = $1 AND v.version > $2 AND m.payload IS NOT NULL ORDER BY v.version LIMIT $3)
+    UNION ALL
     (SELECT p.version, json_build_object(
             'type', 'participant_changed', 'conversation_id', p.conversation_id, 'version', p.version,
             'participant', participant_json(p), 'participant_count', c.participant_count
@@ -50,6 +59,7 @@ EVENTS = """
     from_before="c.settings ->> 'history' = 'from_joining' AND m.sent_version <= c.access_version",
     changed=_CHANGED.format(row="m"),
     reacted=_CHANGED.format(row="r"),
+    voted=_CHANGED.format(row="v"),
     everyone=EVERYONE,
 )
 """At most $3 events of the conversation `c` after version $2, in order; who is gone by them."""
@@ -101,11 +111,13 @@ async def since(db: Db, conversation_id: ConversationId, version: int, *, limit:
 
 READING = f"""
 SELECT me.last_read_message_id, (
-    {COUNT_UNREAD.format(user="me.user_id", conversation="c.id", read="me.last_read_version")}
+    {COUNT_UNREAD.format(me="me")}
 ), CASE WHEN c.participant_count <= $3 THEN coalesce((
-    SELECT json_agg(json_build_object('user_id', p.user_id, 'message_id', p.last_read_message_id))
+    SELECT json_agg(json_build_object('user_id', p.user_id, 'message_id', p.last_read_message_id,
+        'delivered_message_id', p.delivered_message_id))
     FROM conversation_participant p
-    WHERE p.conversation_id = c.id AND p.status = 'active' AND p.last_read_message_id IS NOT NULL
+    WHERE p.conversation_id = c.id AND p.status = 'active'
+        AND coalesce(p.last_read_message_id, p.delivered_message_id) IS NOT NULL
 ), '[]') ELSE '[]' END
 FROM conversation_participant me JOIN conversation c ON c.id = me.conversation_id AND NOT c.is_deleted
 WHERE me.conversation_id = $1 AND me.user_id = $2 AND me.status = 'active'

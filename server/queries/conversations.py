@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from datetime import datetime, timedelta
 from typing import Any, NamedTuple
-from uuid import UUID
 
 import msgspec
 
@@ -16,8 +15,9 @@ from protocol.values import (
     PublicConversation,
     Role,
 )
+from server.cursor import Cursor
 from server.database import Db
-from server.queries.messages import COUNT_UNREAD
+from server.queries.unread import COUNT_UNREAD
 
 _view_decoder = msgspec.json.Decoder(ConversationView)
 _public_decoder = msgspec.json.Decoder(list[PublicConversation])
@@ -30,10 +30,12 @@ VIEW = f"""json_build_object(
     'peer_id', CASE WHEN c.direct_low = me.user_id THEN c.direct_high ELSE c.direct_low END,
     'last_message', (
         SELECT message_json(l) FROM message l
-        WHERE l.conversation_id = c.id AND l.sent_version > visible_after(c, me) ORDER BY l.sent_version DESC LIMIT 1
+        WHERE l.conversation_id = c.id AND l.sent_version > visible_after(c, me)
+            AND (l.thread_root_id IS NULL OR l.also_in_conversation)
+        ORDER BY l.sent_version DESC LIMIT 1
     ),
-    'unread_count', CASE WHEN c.version <= me.last_read_version THEN 0 ELSE (
-        {COUNT_UNREAD.format(user="me.user_id", conversation="c.id", read="me.last_read_version")}
+    'unread_count', CASE WHEN c.version <= coalesce(me.unread_from_version - 1, me.last_read_version) THEN 0 ELSE (
+        {COUNT_UNREAD.format(me="me")}
     ) END,
     'last_read_message_id', me.last_read_message_id,
     'last_activity_at', c.last_activity_at,
@@ -62,7 +64,7 @@ class Filter(NamedTuple):
     type: ConversationType | None = None
     is_archived: bool | None = None
     is_hidden: bool | None = None
-    before: tuple[datetime, ConversationId] | None = None
+    before: Cursor | None = None
     without: Sequence[ConversationId] = ()
 
 
@@ -376,17 +378,3 @@ FROM message m WHERE m.conversation_id = $1 AND m.sent_version > $2 ORDER BY m.s
 async def everything(db: Db, conversation_id: ConversationId, after: int, *, limit: int) -> list[tuple[str, int]]:
     """Return up to `limit` messages after a version, each as JSON with its place. There is no access check."""
     return [(row[0], row[1]) for row in await db.fetch(EVERYTHING, conversation_id, after, limit)]
-
-
-def cursor(view: ConversationView) -> str:
-    """Return what asks for the page after the one that ends with `view`."""
-    return f"{view.last_activity_at.isoformat()}/{view.conversation.id}"
-
-
-def from_cursor(text: str) -> tuple[datetime, ConversationId]:
-    """Return what `cursor` put in. Raises ValueError if it did not."""
-    moment, _, conversation_id = text.partition("/")
-    when = datetime.fromisoformat(moment)
-    if when.tzinfo is None:
-        raise ValueError("a cursor's time has a zone")
-    return when, ConversationId(UUID(conversation_id))

@@ -8,6 +8,7 @@ from protocol.client import DismissReport, ListReports, ReportMessage
 from protocol.ids import UserId, uuid7
 from protocol.values import Message, Report
 from server.database import Db
+from server.queries.edits import find_anew
 
 _message_decoder = msgspec.json.Decoder(Message)
 _reports_decoder = msgspec.json.Decoder(list[Report])
@@ -37,12 +38,16 @@ RETURNING message_json(m)
 
 async def moderate(db: Db, found: Message, user_id: UserId, reason: str) -> Message:
     """Hide a message, which upholds what was reported about it; return it as everyone sees it. Under the lock."""
-    return _message_decoder.decode(await db.fetchval(MODERATE, found.conversation_id, found.id, user_id, reason))
+    text = await db.fetchval(MODERATE, found.conversation_id, found.id, user_id, reason)
+    await find_anew(db, found)
+    return _message_decoder.decode(text)
 
 
 async def unmoderate(db: Db, found: Message) -> Message:
     """Show a message again, and return it. Under the lock."""
-    return _message_decoder.decode(await db.fetchval(UNMODERATE, found.conversation_id, found.id))
+    text = await db.fetchval(UNMODERATE, found.conversation_id, found.id)
+    await find_anew(db, found)
+    return _message_decoder.decode(text)
 
 
 REPORT = """

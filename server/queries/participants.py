@@ -117,7 +117,7 @@ INSERT INTO conversation_participant AS p (conversation_id, user_id, role, statu
 SELECT $1, a.user_id, $3, 'invited', $4, b.base + a.place FROM asked a, bumped b
 ON CONFLICT (conversation_id, user_id) DO UPDATE SET
     role = excluded.role, status = 'invited', invited_by = excluded.invited_by, version = excluded.version,
-    joined_version = 0
+    joined_version = 0, joined_at = now()
 RETURNING participant_json(p), (SELECT participant_count FROM bumped)
 """
 

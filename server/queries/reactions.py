@@ -7,8 +7,9 @@ from server.database import Db
 
 REACT = """
 WITH reacted AS (
-    INSERT INTO message_reaction (message_id, user_id, emoji, conversation_id, version)
-    SELECT $2, $3, $4, c.id, c.version + 1 FROM conversation c WHERE c.id = $1
+    INSERT INTO message_reaction (message_id, user_id, emoji, conversation_id, version, author_id)
+    SELECT $2, $3, $4, c.id, c.version + 1, m.sender_id
+    FROM conversation c, message m WHERE c.id = $1 AND m.id = $2 AND (m.conversation_id = $1) IS TRUE
     ON CONFLICT (message_id, user_id, emoji)
         DO UPDATE SET is_removed = false, version = excluded.version, created_at = now()
         WHERE message_reaction.is_removed

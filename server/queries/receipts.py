@@ -1,55 +1,139 @@
-"""Read positions: one number for each participant, which only grows. Unread and read-by follow from it."""
+"""Receipts: how far each participant has read, and how far a client of theirs has taken in what was sent. Both are one
+number that only grows. Unread and read-by follow from it.
+"""
 
 from typing import NamedTuple
 
-from protocol.client import Read
+import msgspec
+
+from protocol.client import Delivered, MarkUnread, Read
 from protocol.ids import ConversationId, MessageId, UserId
+from protocol.server import Readers
 from server.database import Db
-from server.queries.messages import COUNT_UNREAD
+from server.queries.messages import VISIBLE, Place
+from server.queries.unread import COUNT_UNREAD
+
+_readers_decoder = msgspec.json.Decoder(Readers)
 
 
 class Position(NamedTuple):
-    """Where the caller's read position is now, and whether it moved."""
+    """Where the caller's read position is now, whether it moved, and whether something marked as unread was read."""
 
     conversation_id: ConversationId
     message_id: MessageId
     unread_count: int
     participant_count: int
     has_moved: bool
+    was_marked: bool
 
 
-# The second half sees the row as it was before the first: when nothing moved, that is as it is.
+# What is marked as unread is read, too. The statement that counts sees the row as it was before, so the position is
+# told to it as if it were the row.
 READ = f"""
 WITH target AS (
-    SELECT m.id, m.conversation_id, m.sent_version, c.participant_count
-    FROM message m
-    JOIN conversation c ON c.id = m.conversation_id AND NOT c.is_deleted
-    JOIN conversation_participant p
-        ON p.conversation_id = m.conversation_id AND p.user_id = $2 AND p.status = 'active'
-    WHERE m.id = $1 AND (m.conversation_id = $3) IS TRUE AND m.sent_version > visible_after(c, p)
+    SELECT m.id, m.conversation_id, m.sent_version, c.participant_count {VISIBLE}
 ), moved AS (
     UPDATE conversation_participant p
-    SET last_read_message_id = t.id, last_read_version = t.sent_version, last_read_at = now()
+    SET last_read_message_id = CASE WHEN p.last_read_version < t.sent_version THEN t.id ELSE p.last_read_message_id END,
+        last_read_version = greatest(p.last_read_version, t.sent_version), last_read_at = now(),
+        unread_from_id = NULL, unread_from_version = NULL
     FROM target t
     WHERE p.conversation_id = t.conversation_id AND p.user_id = $2 AND p.status = 'active'
-        AND p.last_read_version < t.sent_version
-    RETURNING p.last_read_version
+        AND (p.last_read_version < t.sent_version OR p.unread_from_id IS NOT NULL)
+    RETURNING p.last_read_version, p.last_read_message_id
 )
-SELECT t.conversation_id, coalesce(CASE WHEN moved.last_read_version IS NULL THEN p.last_read_message_id END, t.id),
-    ({
-    COUNT_UNREAD.format(
-        user="$2", conversation="t.conversation_id", read="coalesce(moved.last_read_version, p.last_read_version)"
-    )
-}),
-    t.participant_count, moved.last_read_version IS NOT NULL
+SELECT me.conversation_id, coalesce(moved.last_read_message_id, before.last_read_message_id, t.id),
+    ({COUNT_UNREAD.format(me="me")}), t.participant_count,
+    coalesce(moved.last_read_version > before.last_read_version, false),
+    moved.last_read_version IS NOT NULL AND before.unread_from_id IS NOT NULL
 FROM target t
-JOIN conversation_participant p
-    ON p.conversation_id = t.conversation_id AND p.user_id = $2 AND p.status = 'active'
+JOIN conversation_participant before
+    ON before.conversation_id = t.conversation_id AND before.user_id = $2 AND before.status = 'active'
 LEFT JOIN moved ON true
-"""  # noqa: S608 - only column references are put in
+CROSS JOIN LATERAL (
+    SELECT before.user_id, before.conversation_id, NULL::bigint AS unread_from_version,
+        coalesce(moved.last_read_version, before.last_read_version) AS last_read_version
+) me
+"""  # noqa: S608 - only names are put in
 
 
 async def read(db: Db, frame: Read, user_id: UserId) -> Position | None:
     """Move the read position forward to a message; None without access to it."""
     row = await db.fetchrow(READ, frame.message_id, user_id, frame.conversation_id)
     return None if row is None else Position(*row)
+
+
+MARK_UNREAD = f"""
+WITH target AS (
+    SELECT m.id, m.conversation_id, m.sent_version {VISIBLE}
+), marked AS (
+    UPDATE conversation_participant p SET unread_from_id = t.id, unread_from_version = t.sent_version
+    FROM target t
+    WHERE p.conversation_id = t.conversation_id AND p.user_id = $2 AND p.status = 'active'
+    RETURNING p.user_id, p.conversation_id, p.unread_from_version, p.last_read_version
+)
+SELECT ({COUNT_UNREAD.format(me="marked")}) FROM marked
+"""  # noqa: S608 - only names are put in
+
+
+async def mark_unread(db: Db, frame: MarkUnread, user_id: UserId) -> int | None:
+    """Have a conversation count as unread from a message on; return how much that is, None without access."""
+    count = await db.fetchval(MARK_UNREAD, frame.message_id, user_id, frame.conversation_id)
+    return None if count is None else int(count)
+
+
+DELIVERED = f"""
+WITH target AS (
+    SELECT m.id, m.conversation_id, m.sent_version, c.participant_count {VISIBLE}
+), moved AS (
+    UPDATE conversation_participant p
+    SET delivered_message_id = t.id, delivered_version = t.sent_version, delivered_at = now()
+    FROM target t
+    WHERE p.conversation_id = t.conversation_id AND p.user_id = $2 AND p.status = 'active'
+        AND p.delivered_version < t.sent_version
+    RETURNING 1
+)
+SELECT t.participant_count, EXISTS (SELECT FROM moved) FROM target t
+"""  # noqa: S608 - VISIBLE is a constant
+
+
+class Arrival(NamedTuple):
+    """How many take part, and whether the position moved."""
+
+    participant_count: int
+    has_moved: bool
+
+
+async def delivered(db: Db, frame: Delivered, user_id: UserId) -> Arrival | None:
+    """Note that a client has taken in everything up to a message; None without access to it."""
+    row = await db.fetchrow(DELIVERED, frame.message_id, user_id, frame.conversation_id)
+    return None if row is None else Arrival(*row)
+
+
+# Whoever has read something has taken it in. In a crowd ($4 people) nobody is named.
+READERS = f"""
+SELECT json_build_object('type', 'readers', 'is_crowd', c.participant_count > $4,
+    'read_by', (SELECT count(*) FROM (
+        SELECT FROM conversation_participant o
+        WHERE o.conversation_id = m.conversation_id AND o.status = 'active' AND o.user_id <> m.sender_id
+            AND o.last_read_version >= m.sent_version LIMIT 1000
+    ) o),
+    'delivered_to', (SELECT count(*) FROM (
+        SELECT FROM conversation_participant o
+        WHERE o.conversation_id = m.conversation_id AND o.status = 'active' AND o.user_id <> m.sender_id
+            AND greatest(o.delivered_version, o.last_read_version) >= m.sent_version LIMIT 1000
+    ) o),
+    'readers', CASE WHEN c.participant_count > $4 THEN '[]' ELSE coalesce((
+        SELECT json_agg(json_build_object('user_id', o.user_id, 'read_at', o.last_read_at) ORDER BY o.last_read_at)
+        FROM conversation_participant o
+        WHERE o.conversation_id = m.conversation_id AND o.status = 'active' AND o.user_id <> m.sender_id
+            AND o.last_read_version >= m.sent_version
+    ), '[]') END)
+{VISIBLE}
+"""  # noqa: S608 - VISIBLE is a constant
+
+
+async def readers(db: Db, place: Place, user_id: UserId, *, most: int) -> Readers | None:
+    """Return who has read a message, named where at most `most` take part; None without access."""
+    text = await db.fetchval(READERS, place.message_id, user_id, place.conversation_id, most)
+    return None if text is None else _readers_decoder.decode(text)

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import asyncpg
 import msgspec
 from msgspec import UNSET
 
@@ -82,6 +83,9 @@ UPDATE "user" u SET
     is_private = coalesce(($2 ->> 'is_private')::boolean, u.is_private),
     allow_friend_requests = coalesce(($2 ->> 'allow_friend_requests')::boolean, u.allow_friend_requests),
     show_online_status = coalesce(($2 ->> 'show_online_status')::boolean, u.show_online_status),
+    quiet_from = CASE WHEN $2 ? 'quiet_from' THEN ($2 ->> 'quiet_from')::time ELSE u.quiet_from END,
+    quiet_until = CASE WHEN $2 ? 'quiet_until' THEN ($2 ->> 'quiet_until')::time ELSE u.quiet_until END,
+    time_zone = coalesce($2 ->> 'time_zone', u.time_zone),
     version = u.version + 1, own_version = u.version + 1, updated_at = now()
 WHERE u.id = $1
 RETURNING me_json(u)
@@ -91,6 +95,18 @@ RETURNING me_json(u)
 async def update(db: Db, user_id: UserId, changes: dict[str, Any]) -> Me:
     """Change the fields of a user that are in `changes`, and return the user as they are now."""
     return _me_decoder.decode(await db.fetchval(UPDATE, user_id, msgspec.json.encode(changes).decode()))
+
+
+IS_TIME_ZONE = "SELECT now() AT TIME ZONE $1"
+
+
+async def is_time_zone(db: Db, name: str) -> bool:
+    """Whether PostgreSQL, which reckons with it, knows a time zone. Outside a transaction."""
+    try:
+        await db.fetchval(IS_TIME_ZONE, name)
+    except asyncpg.InvalidParameterValueError:
+        return False
+    return True
 
 
 IS_ADMIN = """SELECT is_admin FROM "user" WHERE id = $1"""
@@ -124,6 +140,23 @@ SELECT u.version, news.event FROM "user" u LEFT JOIN LATERAL (
         END
     FROM conversation_participant p JOIN conversation c ON c.id = p.conversation_id
     WHERE p.user_id = u.id AND p.user_version > $2)
+    UNION ALL
+    (SELECT json_build_object('type', 'star_changed', 'user_version', s.user_version, 'star', json_build_object(
+        'conversation_id', s.conversation_id, 'message_id', s.message_id, 'is_removed', s.is_removed,
+        'starred_at', s.starred_at))
+    FROM message_star s WHERE s.user_id = u.id AND s.user_version > $2)
+    UNION ALL
+    (SELECT json_build_object('type', 'draft_changed', 'user_version', d.user_version, 'draft', json_build_object(
+        'conversation_id', d.conversation_id, 'content', d.content, 'updated_at', d.updated_at))
+    FROM draft d WHERE d.user_id = u.id AND d.user_version > $2)
+    UNION ALL
+    (SELECT json_build_object('type', 'scheduled_changed', 'user_version', s.user_version,
+        'scheduled', scheduled_json(s))
+    FROM scheduled_message s WHERE s.sender_id = u.id AND s.user_version > $2)
+    UNION ALL
+    (SELECT json_build_object('type', 'thread_follow_changed', 'user_version', t.user_version,
+        'follow', thread_json(t))
+    FROM thread_follow t WHERE t.user_id = u.id AND t.user_version > $2)
 ) news ON true
 WHERE u.id = $1
 """
@@ -214,14 +247,23 @@ async def choices(db: Db, user_ids: Sequence[UserId]) -> dict[UserId, Visibility
 
 
 SEEN = """
-UPDATE "user" u SET is_online = s.is_online, last_seen_at = greatest(u.last_seen_at, now())
-FROM (SELECT * FROM unnest($1::uuid[], $2::boolean[]) AS s (id, is_online) ORDER BY s.id) s WHERE u.id = s.id
+UPDATE "user" u SET is_online = s.is_online, last_seen_at = greatest(u.last_seen_at, now()), last_close = s.last_close
+FROM (SELECT * FROM unnest($1::uuid[], $2::boolean[], $3::integer[]) AS s (id, is_online, last_close) ORDER BY s.id) s
+WHERE u.id = s.id
 """
 
 
-async def seen(db: Db, transitions: dict[UserId, bool]) -> None:
-    """Record that users came online (True) or went offline (False) just now."""
-    await db.execute(SEEN, list(transitions), list(transitions.values()))
+class Transition(NamedTuple):
+    """A user came online, or went offline, and with which code the server closed their last connection, if it did."""
+
+    is_online: bool
+    close_code: int | None = None
+
+
+async def seen(db: Db, transitions: dict[UserId, Transition]) -> None:
+    """Record who came and who went just now."""
+    came = [one.is_online for one in transitions.values()]
+    await db.execute(SEEN, list(transitions), came, [one.close_code for one in transitions.values()])
 
 
 VERSIONS = """SELECT id, version FROM "user" WHERE id = ANY($1)"""

@@ -1,0 +1,31 @@
+"""Where a page ends: a moment and an id, as an opaque word that the client hands back to get the next page."""
+
+from datetime import datetime
+from typing import NamedTuple, Self
+from uuid import UUID
+
+from protocol.errors import ErrorCode, Refused
+
+
+class Cursor(NamedTuple):
+    """A place in a list that is sorted by time, and by id where times are the same."""
+
+    at: datetime
+    id: UUID
+
+    def __str__(self) -> str:
+        return f"{self.at.isoformat()}/{self.id}"
+
+    @classmethod
+    def read(cls, text: str | None) -> Self | None:
+        """Return what `str` of a cursor says; None of nothing. Raises Refused if it is something else."""
+        if text is None:
+            return None
+        moment, _, one = text.partition("/")
+        try:
+            at = datetime.fromisoformat(moment)
+            if at.tzinfo is None:
+                raise ValueError
+            return cls(at, UUID(one))
+        except ValueError:
+            raise Refused(ErrorCode.INVALID, "This is not an `after` that a page came with.", path="after") from None

@@ -1,0 +1,91 @@
+"""What is written and not said yet: drafts, and messages that wait for their time."""
+
+from datetime import timedelta
+
+from protocol import client
+from protocol.codec import now
+from protocol.errors import ErrorCode, Refused
+from protocol.limits import MAX_SCHEDULED
+from protocol.server import Done, DraftList, OneScheduled, ScheduledList
+from server.context import Context
+from server.errors import NotFound
+from server.membership import taking_part
+from server.queries import drafts, scheduled
+from server.saying import outgoing
+
+LATEST = timedelta(days=366)
+"""How far ahead a message may be scheduled."""
+
+
+async def set_draft(context: Context, frame: client.SetDraft) -> Done:
+    """Keep what the caller has begun to write, for all of their devices."""
+    async with context.database.connection() as db:
+        if not await drafts.put(db, frame, context.user_id):
+            raise NotFound("conversation_id")
+    context.events.poke([context.user_id])
+    return Done()
+
+
+async def list_drafts(context: Context, frame: client.ListDrafts) -> DraftList:  # noqa: ARG001 - the table's shape
+    """Return what the caller has begun to write."""
+    async with context.database.connection() as db:
+        return DraftList(drafts=await drafts.page(db, context.user_id))
+
+
+async def schedule(context: Context, frame: client.Schedule) -> OneScheduled:
+    """Keep a message until its time, or change one that waits."""
+    if frame.send_at > now() + LATEST:
+        raise Refused(ErrorCode.INVALID, "This is more than a year ahead.", path="send_at")
+    # What is too large is refused now, not when nobody looks.
+    await outgoing(context, _as_send(frame))
+    async with context.database.transaction() as db:
+        await taking_part(db, frame.conversation_id, context.user_id)
+        await scheduled.lock(db, context.user_id)
+        there = await scheduled.get(db, frame.message_id, context.user_id, frame.conversation_id)
+        if there is None and await scheduled.count(db, context.user_id) >= MAX_SCHEDULED:
+            raise Refused(ErrorCode.CONFLICT, f"At most {MAX_SCHEDULED} messages can wait.")
+        made = await scheduled.put(db, frame, context.user_id)
+        if made is None:
+            if there is not None and there.status == "sent":
+                return OneScheduled(scheduled=there)
+            raise Refused(ErrorCode.CONFLICT, "It is too late to change this message, or its id is taken.",
+                          path="message_id")  # fmt: skip
+    context.events.poke([context.user_id])
+    return OneScheduled(scheduled=made)
+
+
+async def cancel(context: Context, frame: client.CancelScheduled) -> OneScheduled:
+    """Do not send a message that waits."""
+    async with context.database.transaction() as db:
+        await scheduled.lock(db, context.user_id)
+        there = await scheduled.get(db, frame.message_id, context.user_id, frame.conversation_id)
+        if there is None:
+            raise NotFound("message_id")
+        made = await scheduled.cancel(db, frame.message_id, context.user_id, frame.conversation_id)
+        if made is None:
+            if there.status == "cancelled":
+                return OneScheduled(scheduled=there)
+            raise Refused(ErrorCode.CONFLICT, "It is too late to cancel this message.", path="message_id")
+    context.events.poke([context.user_id])
+    return OneScheduled(scheduled=made)
+
+
+async def list_scheduled(context: Context, frame: client.ListScheduled) -> ScheduledList:  # noqa: ARG001 - as above
+    """Return what waits, and what could not be sent."""
+    async with context.database.connection() as db:
+        return ScheduledList(scheduled=await scheduled.page(db, context.user_id))
+
+
+def _as_send(frame: client.Schedule) -> client.Send:
+    """Return what will be sent."""
+    return client.Send(
+        conversation_id=frame.conversation_id,
+        message_id=frame.message_id,
+        content=frame.content,
+        is_markdown=frame.is_markdown,
+        payload=frame.payload,
+        parent_message_id=frame.parent_message_id,
+        also_in_conversation=frame.also_in_conversation,
+        quoted_message_id=frame.quoted_message_id,
+        metadata=frame.metadata,
+    )

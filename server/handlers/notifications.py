@@ -1,0 +1,55 @@
+"""Notifications: the feed, the badge, and where to push to."""
+
+from protocol import client
+from protocol.codec import now
+from protocol.server import Badge, Done, FeedPage, PushKey
+from server.context import Context
+from server.cursor import Cursor
+from server.queries import feed, push, unread
+
+
+async def list_feed(context: Context, frame: client.ListFeed) -> FeedPage:
+    """Return a page of what concerns the caller."""
+    before = Cursor.read(frame.after)
+    async with context.database.searching() as db:
+        found = await feed.page(db, context.user_id, frame.kinds or feed.KINDS, before, limit=frame.limit + 1)
+        count = await feed.unseen(db, context.user_id)
+    page = found[: frame.limit]
+    return FeedPage(
+        entries=[one.entry for one in page],
+        unread_count=count,
+        after=str(page[-1].cursor) if len(found) > frame.limit else None,
+    )
+
+
+async def see_feed(context: Context, frame: client.SeeFeed) -> Done:
+    """Note that the caller has seen the feed, on all of their devices."""
+    async with context.database.connection() as db:
+        await feed.see(db, context.user_id, frame.up_to or now())
+    context.events.poke([context.user_id])
+    return Done()
+
+
+async def get_badge(context: Context, frame: client.GetBadge) -> Badge:  # noqa: ARG001 - the table's shape
+    """Return how much is unread, and how much is new."""
+    async with context.database.searching() as db:
+        return Badge(messages=await unread.badge(db, context.user_id), feed=await feed.unseen(db, context.user_id))
+
+
+async def get_push_key(context: Context, frame: client.GetPushKey) -> PushKey:  # noqa: ARG001 - as above
+    """Return what a browser subscribes with."""
+    return PushKey(key=context.services.push_key)
+
+
+async def register_push(context: Context, frame: client.RegisterPush) -> Done:
+    """Push to an endpoint until the session ends."""
+    async with context.database.transaction() as db:
+        await push.register(db, frame, context.user_id, context.session_id)
+    return Done()
+
+
+async def unregister_push(context: Context, frame: client.UnregisterPush) -> Done:
+    """No longer."""
+    async with context.database.connection() as db:
+        await push.unregister(db, context.user_id, frame.endpoint)
+    return Done()

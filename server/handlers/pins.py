@@ -1,0 +1,69 @@
+"""Pins, for everyone in a conversation; stars, for oneself."""
+
+from protocol import client
+from protocol.errors import ErrorCode, Refused
+from protocol.limits import MAX_PINS
+from protocol.roles import Act
+from protocol.server import Changed, Done, MessageList
+from server.context import Context
+from server.cursor import Cursor
+from server.errors import NotFound
+from server.permissions import require
+from server.queries import messages, pins
+from server.telling import tell_changed
+
+
+async def pin(context: Context, frame: client.Pin | client.Unpin) -> Changed:
+    """Pin a message, or take it down, and tell everyone; nothing happens if it is so already."""
+    is_on = isinstance(frame, client.Pin)
+    async with context.database.transaction() as db:
+        found = await messages.lock(db, frame, context.user_id)
+        if found is None or found.message.is_deleted:
+            raise NotFound("message_id")
+        if found.conversation.type != "direct":
+            require(found.me, Act.PIN_MESSAGES)
+        before = found.message
+        if before.is_pinned == is_on:
+            return Changed(conversation_id=before.conversation_id, version=before.version)
+        if is_on and await pins.count(db, before.conversation_id) >= MAX_PINS:
+            raise Refused(ErrorCode.CONFLICT, f"At most {MAX_PINS} messages are pinned: take one down first.")
+        message = await pins.pin(db, before, context.user_id, is_on=is_on)
+    return tell_changed(context.events, found, message)
+
+
+async def list_pins(context: Context, frame: client.ListPins) -> MessageList:
+    """Return what is pinned."""
+    async with context.database.connection() as db:
+        found = await pins.page(db, frame.conversation_id, context.user_id)
+    if found is None:
+        raise NotFound("conversation_id")
+    return found
+
+
+async def star(context: Context, frame: client.Star) -> Done:
+    """Put a message aside, on all of the caller's devices."""
+    async with context.database.connection() as db:
+        if not await pins.star(db, frame, context.user_id):
+            raise NotFound("message_id")
+    context.events.poke([context.user_id])
+    return Done()
+
+
+async def unstar(context: Context, frame: client.Unstar) -> Done:
+    """Take it back, even from where the caller is no longer let in."""
+    async with context.database.connection() as db:
+        await pins.unstar(db, frame, context.user_id)
+    context.events.poke([context.user_id])
+    return Done()
+
+
+async def list_stars(context: Context, frame: client.ListStars) -> MessageList:
+    """Return a page of what the caller has put aside."""
+    async with context.database.connection() as db:
+        found = await pins.stars(db, context.user_id, Cursor.read(frame.after), limit=frame.limit + 1)
+    page = found[: frame.limit]
+    return MessageList(
+        messages=[message for _, message, _ in page],
+        withheld={message.id: withheld for _, message, withheld in page if withheld is not None},
+        after=str(page[-1][0]) if len(found) > frame.limit else None,
+    )

@@ -1,0 +1,83 @@
+"""Polls: vote, close, who voted for what."""
+
+from protocol import client
+from protocol.codec import now
+from protocol.errors import ErrorCode, Refused
+from protocol.payloads import Poll
+from protocol.roles import Act
+from protocol.server import Changed, MessageChanged, PollVoted, VotePage
+from server.context import Context
+from server.errors import NotFound
+from server.permissions import require
+from server.queries import messages, polls
+from server.queries.messages import Found
+from server.telling import tell_changed
+
+
+async def vote(context: Context, frame: client.Vote) -> Changed:
+    """Count the caller's vote instead of the one before, and tell everyone how the poll stands."""
+    options = sorted(frame.options)
+    async with context.database.transaction() as db:
+        found = await messages.lock(db, frame, context.user_id)
+        poll = _poll(found)
+        assert found is not None  # noqa: S101 - or there were no poll
+        message = found.message
+        about = message.conversation_id
+        before, version = await polls.voted(db, message, context.user_id)
+        if before == options:
+            return Changed(conversation_id=about, version=version)
+        if message.poll_closed_at is not None or (poll.closes_at is not None and poll.closes_at <= now()):
+            raise Refused(ErrorCode.FORBIDDEN, "This poll is closed.", path="message_id")
+        if options and options[-1] >= len(poll.options):
+            raise Refused(ErrorCode.INVALID, f"There are {len(poll.options)} options, from 0.", path="options")
+        if len(options) > 1 and not poll.is_multiple:
+            raise Refused(ErrorCode.INVALID, "One option can be voted for in this poll.", path="options")
+        standing = await polls.vote(db, message, context.user_id, options)
+    if found.is_from_before:
+        context.events.publish(
+            MessageChanged(conversation_id=about, version=standing.version, message_id=frame.message_id)
+        )
+    else:
+        context.events.publish(
+            PollVoted(
+                conversation_id=about,
+                version=standing.version,
+                message_id=frame.message_id,
+                poll_counts=standing.poll_counts,
+                poll_voters=standing.poll_voters,
+                user_id=None if poll.is_anonymous else context.user_id,
+                options=None if poll.is_anonymous else options,
+            )
+        )
+    return Changed(conversation_id=about, version=standing.version)
+
+
+async def close(context: Context, frame: client.ClosePoll) -> Changed:
+    """End a poll: one's own, or anyone's with the permission to delete messages."""
+    async with context.database.transaction() as db:
+        found = await messages.lock(db, frame, context.user_id)
+        _poll(found)
+        assert found is not None  # noqa: S101 - or there were no poll
+        if found.message.sender_id != context.user_id:
+            require(found.me, Act.DELETE_MESSAGES)
+        if found.message.poll_closed_at is not None:
+            return Changed(conversation_id=found.message.conversation_id, version=found.message.version)
+        message = await polls.close(db, found.message)
+    return tell_changed(context.events, found, message)
+
+
+async def list_votes(context: Context, frame: client.ListVotes) -> VotePage:
+    """Return a page of who voted for what."""
+    async with context.database.connection() as db:
+        if _poll(await messages.find(db, frame, context.user_id)).is_anonymous:
+            raise Refused(ErrorCode.FORBIDDEN, "This poll is anonymous: only the counts are told.", path="message_id")
+        found = await polls.votes(db, frame, frame.after, limit=frame.limit + 1)
+    page = found[: frame.limit]
+    return VotePage(votes=page, after=page[-1].user_id if len(found) > frame.limit else None)
+
+
+def _poll(found: Found | None) -> Poll:
+    """Return the poll that a message is. Raises NotFound if it is none, or none any more."""
+    if found is None or not isinstance(found.message.payload, Poll):
+        raise NotFound("message_id")
+    return found.message.payload

@@ -1,0 +1,36 @@
+"""Search among messages; where one of them went."""
+
+from protocol import client
+from protocol.errors import ErrorCode, Refused
+from protocol.roles import Act, may
+from protocol.server import SearchPage, Whereabouts
+from server import search as typed
+from server.context import Context
+from server.errors import NotFound
+from server.queries import messages, searches, whereabouts
+
+
+async def search(context: Context, frame: client.Search) -> SearchPage:
+    """Return a page of what matches."""
+    if frame.text is None and frame.hashtag is None and frame.conversation_id is None and not frame.mentions_me:
+        raise Refused(ErrorCode.INVALID, "Say what to look for: `text`, a `hashtag`, `mentions_me`, or where.",
+                      path="text")  # fmt: skip
+    words = None if frame.text is None else typed.query(frame.text)
+    async with context.database.searching() as db:
+        found = await searches.find(db, context.user_id, frame, words, limit=frame.limit + 1)
+    page = found[: frame.limit]
+    return SearchPage(hits=[hit for _, hit in page], after=str(page[-1][0]) if len(found) > frame.limit else None)
+
+
+async def why(context: Context, frame: client.Why) -> Whereabouts:
+    """Return where a message went, and why it did not reach some."""
+    async with context.database.connection() as db:
+        found = await messages.find(db, frame, context.user_id)
+        if found is None:
+            raise NotFound("message_id")
+        if found.message.sender_id != context.user_id and not may(found.me, Act.MODERATE):
+            raise Refused(ErrorCode.FORBIDDEN, "This is for the sender, and for moderators.", path="message_id")
+        told = await whereabouts.of(db, found.message.id, found.message.conversation_id, viewer=context.user_id)
+    if told is None:
+        raise NotFound("message_id")
+    return whereabouts.answer(told, context.events.published_at(found.message.conversation_id, told.version))

@@ -1,0 +1,157 @@
+"""Sending: say something, forward what somebody said."""
+
+from typing import Literal
+
+from asyncpg import UniqueViolationError
+
+from protocol import client
+from protocol.errors import ErrorCode, Refused
+from protocol.server import MessageSent, Sent
+from protocol.values import Message
+from server.context import Context
+from server.errors import NotFound
+from server.queries import messages, sending
+from server.queries.sending import Outgoing, Source, Stored
+from server.saying import outgoing
+
+MAX_RACES = 5
+"""How often a send is tried again when the sender's access, or the message's id, changed under it."""
+
+
+OBSTACLES = {
+    "archived": "The conversation is archived: nobody can send in it.",
+    "role": "Your role cannot send in this conversation.",
+    "unwanted": "This user cannot be written to.",
+}
+
+
+async def send(context: Context, frame: client.Send) -> Sent:
+    """Store a message, once, and tell everyone."""
+    return await _store(context, await outgoing(context, frame))
+
+
+async def forward(context: Context, frame: client.Forward) -> Sent:
+    """Say in another conversation what a message says, and who said it."""
+    async with context.database.connection() as db:
+        found = await messages.get(db, frame, context.user_id)
+    if found is None:
+        raise NotFound("message_id")
+    said = found.message
+    source = Source(said.id, said.forwarded_sender_id or said.sender_id)
+    again = client.Send(
+        conversation_id=frame.to_conversation_id,
+        message_id=frame.new_message_id,
+        content=said.content or " ",
+        payload=said.payload,
+        metadata=said.metadata,
+    )
+    if said.is_deleted or said.is_moderated:
+        # Unless it was forwarded before that.
+        if isinstance(answer := await _why_not(context, Outgoing(context.user_id, again, source=source)), Sent):
+            return answer
+        raise NotFound("message_id")
+    if said.system_message_type is not None:
+        raise Refused(ErrorCode.FORBIDDEN, "This is not what somebody said.", path="message_id")
+    again.is_markdown = said.formatted_content is not None
+    try:
+        return await _store(context, await outgoing(context, again, source))
+    except Refused as refused:
+        refused.path = {"conversation_id": "to_conversation_id", "message_id": "new_message_id"}.get(
+            refused.path or "", refused.path
+        )
+        raise
+
+
+async def _store(context: Context, out: Outgoing) -> Sent:
+    frame = out.frame
+    is_slow = False
+    for _ in range(MAX_RACES):
+        try:
+            stored = await (_send_slowly(context, out) if is_slow else context.services.sends.submit(out))
+        except UniqueViolationError:
+            stored = None
+        if stored is not None:
+            message = _message(out, stored)
+            context.events.publish(
+                MessageSent(
+                    conversation_id=frame.conversation_id,
+                    version=stored.version,
+                    message=message,
+                    root_reply_count=stored.root_reply_count,
+                )
+            )
+            context.services.notices.wanted(message)
+            context.services.previews.wanted(message)
+            return Sent(
+                conversation_id=frame.conversation_id,
+                message_id=frame.message_id,
+                version=stored.version,
+                created_at=stored.created_at,
+            )
+        answer = await _why_not(context, out)
+        if isinstance(answer, Sent):
+            return answer
+        is_slow = answer == "slow"
+    raise Refused(ErrorCode.UNAVAILABLE, "The conversation is changing; send this again.", retry_after_ms=100)
+
+
+def _message(out: Outgoing, stored: Stored) -> Message:
+    frame = out.frame
+    return Message(
+        id=frame.message_id,
+        conversation_id=frame.conversation_id,
+        sender_id=out.sender_id,
+        content=frame.content,
+        content_type=out.content_type,
+        payload=frame.payload,
+        formatted_content=out.made.formatted_content,
+        mentions=list(out.made.mentions),
+        loud_mentions=list(out.made.loud_mentions),
+        hashtags=list(out.made.hashtags),
+        metadata=frame.metadata,
+        parent_message_id=frame.parent_message_id,
+        thread_root_id=stored.root_id,
+        thread_order=stored.thread_order,
+        also_in_conversation=frame.also_in_conversation,
+        quoted_message_id=frame.quoted_message_id,
+        forwarded_from_id=out.source and out.source.message_id,
+        forwarded_sender_id=out.source and out.source.sender_id,
+        poll_counts=None if out.options is None else [0] * out.options,
+        expires_at=stored.expires_at,
+        sent_version=stored.version,
+        version=stored.version,
+        created_at=stored.created_at,
+    )
+
+
+async def _send_slowly(context: Context, out: Outgoing) -> Stored | None:
+    async with context.database.transaction() as db:
+        stored = await sending.send_slowly(db, out)
+    if isinstance(stored, int):
+        raise Refused(ErrorCode.RATE_LIMITED, "This conversation is in slow mode.", retry_after_ms=stored)
+    return stored
+
+
+async def _why_not(context: Context, out: Outgoing) -> Sent | Literal["slow"] | None:
+    """Return the first answer if the message was stored before, "slow" if the sender may have to wait, None to try
+    again; raises Refused otherwise.
+    """
+    frame = out.frame
+    async with context.database.connection() as db:
+        there = await sending.existing(db, out)
+    if there.is_same and there.version is not None and there.created_at is not None:
+        return Sent(
+            conversation_id=frame.conversation_id,
+            message_id=frame.message_id,
+            version=there.version,
+            created_at=there.created_at,
+        )
+    if there.obstacle == "access":
+        raise NotFound("conversation_id")
+    if there.obstacle in OBSTACLES:
+        raise Refused(ErrorCode.FORBIDDEN, OBSTACLES[there.obstacle])
+    if there.version is not None:
+        raise Refused(ErrorCode.CONFLICT, "This id is taken by another message.", path="message_id")
+    if there.missing is not None:
+        raise NotFound(there.missing)
+    return "slow" if there.obstacle == "slow" else None

@@ -1,0 +1,61 @@
+"""Threads: see one, page through it, follow it, read on in it."""
+
+from protocol import client
+from protocol.server import MessagePage, OneThread, OneThreadFollow, ThreadList
+from protocol.values import ThreadFollow
+from server.context import Context
+from server.errors import NotFound
+from server.queries import messages, threads
+from server.queries.messages import NEWEST, Span
+from server.queries.threads import Change
+
+
+async def get(context: Context, frame: client.GetThread) -> OneThread:
+    """Return a thread as the caller sees it."""
+    async with context.database.connection() as db:
+        found = await threads.get(db, frame, context.user_id)
+    if found is None:
+        raise NotFound("message_id")
+    return OneThread(thread=found)
+
+
+async def list_replies(context: Context, frame: client.ListReplies) -> MessagePage:
+    """Return a page of a thread."""
+    order = NEWEST
+    span = Span(frame.message_id, frame.limit, 0)
+    if frame.before_order is not None:
+        order = frame.before_order
+    elif frame.after_order is not None:
+        order, span = frame.after_order + 1, Span(frame.message_id, 0, frame.limit)
+    async with context.database.connection() as db:
+        page = await messages.replies(db, frame, context.user_id, span, order=order)
+    if page is None:
+        raise NotFound("message_id")
+    return page
+
+
+async def follow(context: Context, frame: client.FollowThread | client.UnfollowThread) -> OneThreadFollow:
+    """Be told of replies, or not any more."""
+    return await _change(context, frame, Change(is_following=isinstance(frame, client.FollowThread)))
+
+
+async def read(context: Context, frame: client.ReadThread) -> OneThreadFollow:
+    """Note how far the caller has read in a thread."""
+    return await _change(context, frame, Change(last_read_order=frame.thread_order))
+
+
+async def list_threads(context: Context, frame: client.ListThreads) -> ThreadList:
+    """Return the threads that the caller follows."""
+    async with context.database.connection() as db:
+        return ThreadList(threads=await threads.page(db, context.user_id, is_unread=frame.is_unread))
+
+
+async def _change(
+    context: Context, frame: client.FollowThread | client.UnfollowThread | client.ReadThread, change: Change
+) -> OneThreadFollow:
+    async with context.database.connection() as db:
+        now: ThreadFollow | None = await threads.change(db, frame, context.user_id, change)
+    if now is None:
+        raise NotFound("message_id")
+    context.events.poke([context.user_id])
+    return OneThreadFollow(follow=now)

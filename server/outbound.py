@@ -1,0 +1,108 @@
+"""Requests to addresses that users have named: never to this machine or its network, never for long, never for much.
+
+The name is resolved once, all of its addresses are looked at, and the connection is made to one of those: a name that
+leads elsewhere the second time it is asked (DNS rebinding) leads nowhere.
+"""
+
+import asyncio
+import ipaddress
+import socket
+from typing import NamedTuple
+from urllib.parse import urljoin, urlsplit
+
+import httpx
+
+TOTAL_SECONDS = 5.0
+MAX_REDIRECTS = 3
+REDIRECTS = frozenset({301, 302, 303, 307, 308})
+PORTS = {"http": 80, "https": 443}
+
+
+class Unreachable(Exception):  # noqa: N818 - an answer, not a fault
+    """It cannot be asked, or may not be."""
+
+
+class Answer(NamedTuple):
+    """What came back; `body` is at most as long as was asked for, and `url` where it came from in the end."""
+
+    status: int
+    headers: httpx.Headers
+    body: bytes
+    url: str
+
+
+class Outbound:
+    """Asks other servers."""
+
+    def __init__(self, *, to_private: bool) -> None:
+        """`to_private` lets addresses of this machine and its network be asked, too."""
+        self._to_private = to_private
+        self._http = httpx.AsyncClient(trust_env=False, timeout=TOTAL_SECONDS, follow_redirects=False)
+
+    async def close(self) -> None:
+        """Let go of all connections."""
+        await self._http.aclose()
+
+    async def get(self, url: str, *, most: int) -> Answer:
+        """Return up to `most` bytes of what is at an address, after a few redirects, each looked at anew.
+
+        Raises Unreachable.
+        """
+        for _ in range(MAX_REDIRECTS + 1):
+            answer = await self._ask("GET", url, most=most, headers={"accept": "text/html"})
+            if answer.status not in REDIRECTS or "location" not in answer.headers:
+                return answer
+            url = urljoin(url, answer.headers["location"])
+        raise Unreachable("there are too many redirects")
+
+    async def post(self, url: str, body: bytes, headers: dict[str, str]) -> Answer:
+        """Return the answer to what is sent to an address. Raises Unreachable."""
+        return await self._ask("POST", url, most=1_000, headers=headers, body=body)
+
+    async def _ask(
+        self, method: str, url: str, *, most: int, headers: dict[str, str], body: bytes | None = None
+    ) -> Answer:
+        try:
+            async with asyncio.timeout(TOTAL_SECONDS):
+                parts = urlsplit(url)
+                if parts.scheme not in PORTS or not parts.hostname or parts.username is not None:
+                    raise Unreachable("this is not an address on the web")
+                port = parts.port or PORTS[parts.scheme]
+                address = await self._resolve(parts.hostname, port)
+                request = self._http.build_request(
+                    method,
+                    httpx.URL(url, host=address, port=port),
+                    headers={"host": parts.netloc, "accept-encoding": "identity", "user-agent": "OpenChat"} | headers,
+                    content=body,
+                    extensions={"sni_hostname": parts.hostname},
+                )
+                response = await self._http.send(request, stream=True)
+                try:
+                    return Answer(response.status_code, response.headers, await _read(response, most), url)
+                finally:
+                    await response.aclose()
+        except (httpx.HTTPError, httpx.InvalidURL, OSError, TimeoutError, ValueError) as error:
+            raise Unreachable(str(error) or type(error).__name__) from error
+
+    async def _resolve(self, host: str, port: int) -> str:
+        found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        addresses = [ipaddress.ip_address(one[4][0]) for one in found]
+        if not self._to_private and not all(_is_public(one) for one in addresses):
+            raise Unreachable("its address is not a public one")
+        return str(addresses[0])
+
+
+def _is_public(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
+    inside = getattr(address, "ipv4_mapped", None) or getattr(address, "sixtofour", None)
+    if inside is not None:
+        return _is_public(inside)
+    return address.is_global and not address.is_multicast and not address.is_reserved
+
+
+async def _read(response: httpx.Response, most: int) -> bytes:
+    body = bytearray()
+    async for piece in response.aiter_raw():
+        body += piece
+        if len(body) >= most:
+            break
+    return bytes(body[:most])

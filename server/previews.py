@@ -1,0 +1,131 @@
+"""Link previews: what the page behind the first link of a message says of itself. Only if switched on.
+
+It is asked for after the message was stored, and becomes part of it by a change like any other.
+"""
+
+import asyncio
+import logging
+import re
+from html.parser import HTMLParser
+from urllib.parse import urljoin
+
+from protocol.limits import MAX_CONTENT
+from protocol.values import LinkPreview, Message
+from server.context import Events
+from server.database import Database
+from server.errors import is_lost
+from server.outbound import Outbound, Unreachable
+from server.queries import previews
+from server.telling import tell_changed
+
+MAX_PAGE_BYTES = 256 * 1024
+MAX_WAITING = 1_000
+AT_ONCE = 4
+TITLE, DESCRIPTION, LINK = 300, 1_000, 2_000
+"""How long what is kept of a page may be, in characters."""
+
+_LINK = re.compile(r"https?://[^\s<>\"]{1,2000}")
+
+log = logging.getLogger(__name__)
+
+
+class Previews:
+    """Looks at the pages that messages link to."""
+
+    def __init__(self, database: Database, events: Events, outbound: Outbound, *, are_on: bool) -> None:
+        self._database = database
+        self._events = events
+        self._outbound = outbound
+        self._are_on = are_on
+        self._waiting: asyncio.Queue[tuple[Message, str]] = asyncio.Queue(MAX_WAITING)
+
+    def wanted(self, message: Message) -> None:
+        """Have the first link of a message looked at; one that finds the queue full goes without."""
+        if self._are_on and message.content_type == "text" and (link := first_link(message.content)) is not None:
+            try:
+                self._waiting.put_nowait((message, link))
+            except asyncio.QueueFull:
+                log.warning("too many links: one goes without its preview")
+
+    async def work(self) -> None:
+        """Look at what is wanted, a few at a time, until cancelled."""
+        async with asyncio.TaskGroup() as group:
+            for _ in range(AT_ONCE):
+                group.create_task(self._work())
+
+    async def _work(self) -> None:
+        while True:
+            message, link = await self._waiting.get()
+            try:
+                await self._look(message, link)
+            except Unreachable as error:
+                log.info("no preview of %s: %s", link, error)
+            except Exception as error:
+                if not is_lost(error):
+                    log.exception("a preview failed")
+
+    async def _look(self, message: Message, link: str) -> None:
+        answer = await self._outbound.get(link, most=MAX_PAGE_BYTES)
+        if answer.status != 200 or "text/html" not in answer.headers.get("content-type", ""):  # noqa: PLR2004
+            return
+        preview = await asyncio.to_thread(read, answer.body, link, answer.url)
+        if preview is None:
+            return
+        async with self._database.transaction() as db:
+            found = await previews.lock(db, message)
+            if found is None:
+                return  # edited, deleted or hidden meanwhile
+            changed = await previews.put(db, message, preview)
+        tell_changed(self._events, found, changed)
+
+
+def first_link(content: str) -> str | None:
+    """Return the first address of a page in a text."""
+    found = _LINK.search(content[:MAX_CONTENT])
+    return None if found is None else found[0].rstrip(".,;:!?)]}'")
+
+
+def read(page: bytes, link: str, base: str) -> LinkPreview | None:
+    """Return what a page says of itself; None if that is nothing. `base` is where it came from."""
+    head = _Head()
+    head.feed(page.decode(errors="replace"))
+    title = head.found.get("og:title") or head.title
+    if not title.strip():
+        return None
+    image = head.found.get("og:image")
+    image = None if image is None else urljoin(base, image)
+    return LinkPreview(
+        url=link,
+        title=_short(title, TITLE),
+        description=_short(head.found.get("og:description") or head.found.get("description") or "", DESCRIPTION),
+        image=image if image is not None and len(image) <= LINK and _LINK.fullmatch(image) else None,
+    )
+
+
+def _short(text: str, most: int) -> str | None:
+    return " ".join(text.replace("\0", " ").split())[:most] or None
+
+
+class _Head(HTMLParser):
+    """Collects the title and what `meta` elements say."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.title = ""
+        self.found: dict[str, str] = {}
+        self._is_title = False
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self._is_title = tag == "title" and not self.title
+        if tag == "meta":
+            given = dict(attrs)
+            name = (given.get("property") or given.get("name") or "").lower()
+            if name and given.get("content"):
+                self.found.setdefault(name, given["content"] or "")
+
+    def handle_data(self, data: str) -> None:
+        if self._is_title:
+            self.title += data
+
+    def handle_endtag(self, tag: str) -> None:  # noqa: ARG002 - the library's shape
+        self._is_title = False

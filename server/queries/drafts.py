@@ -1,0 +1,47 @@
+"""Drafts: what somebody has begun to write, one in each conversation."""
+
+import msgspec
+
+from protocol.client import SetDraft
+from protocol.ids import UserId
+from protocol.values import Draft
+from server.database import Db
+
+_drafts_decoder = msgspec.json.Decoder(list[Draft])
+
+# Users are locked before what is theirs, as everywhere.
+SET = """
+WITH here AS (
+    SELECT p.conversation_id FROM conversation_participant p
+    JOIN conversation c ON c.id = p.conversation_id AND NOT c.is_deleted
+    WHERE p.conversation_id = $1 AND p.user_id = $2 AND p.status = 'active'
+), touched AS (
+    UPDATE "user" SET version = version + 1 WHERE id = $2 AND EXISTS (SELECT FROM here) RETURNING version
+)
+INSERT INTO draft (user_id, conversation_id, content, user_version)
+SELECT $2, here.conversation_id, $3, touched.version FROM here, touched
+ON CONFLICT (user_id, conversation_id) DO UPDATE SET content = excluded.content, updated_at = now(),
+    user_version = excluded.user_version
+RETURNING true
+"""
+
+
+async def put(db: Db, frame: SetDraft, user_id: UserId) -> bool:
+    """Keep a draft in the place of the one before; False, and in vain, without access."""
+    return bool(await db.fetchval(SET, frame.conversation_id, user_id, frame.content))
+
+
+LIST = """
+SELECT coalesce(json_agg(json_build_object('conversation_id', d.conversation_id, 'content', d.content,
+    'updated_at', d.updated_at) ORDER BY d.updated_at DESC), '[]')
+FROM (
+    SELECT d.* FROM draft d JOIN conversation_participant p
+        ON p.conversation_id = d.conversation_id AND p.user_id = d.user_id AND p.status = 'active'
+    WHERE d.user_id = $1 AND d.content <> '' ORDER BY d.updated_at DESC LIMIT 100
+) d
+"""
+
+
+async def page(db: Db, user_id: UserId) -> list[Draft]:
+    """Return a user's drafts where they still take part, the latest first, at most 100."""
+    return _drafts_decoder.decode(await db.fetchval(LIST, user_id))

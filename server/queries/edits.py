@@ -1,0 +1,144 @@
+"""Messages changed: edited, deleted, and what they said before."""
+
+import msgspec
+
+from protocol.client import Edit
+from protocol.ids import EditId, UserId, uuid7
+from protocol.values import Message, MessageEdit
+from server.database import Db
+from server.queries.messages import VISIBLE, Place
+from server.queries.sending import Made
+
+_message_decoder = msgspec.json.Decoder(Message)
+_edits_decoder = msgspec.json.Decoder(list[MessageEdit])
+
+EDIT = """
+WITH bumped AS (
+    UPDATE conversation SET version = version + 1 WHERE id = $1 RETURNING version
+), kept AS (
+    INSERT INTO message_edit (id, conversation_id, message_id, content, formatted_content, edited_by, version)
+    SELECT $3, $1, m.id, m.content, m.formatted_content, $4, b.version
+    FROM message m, bumped b WHERE m.id = $2 AND (m.conversation_id = $1) IS TRUE
+)
+UPDATE message m SET content = $5, formatted_content = $6, mentions = $7, loud_mentions = $8, hashtags = $9,
+    status = 'edited', edited_at = now(), edited_by = $4, link_preview = NULL, version = b.version, updated_at = now()
+FROM bumped b WHERE m.id = $2 AND (m.conversation_id = $1) IS TRUE
+RETURNING message_json(m)
+"""
+# After whatever changed a message's words, or hid them, in the same transaction: from then on it is found by what it
+# says now; without words, not at all.
+FIND_ANEW = """
+MERGE INTO message_search s
+USING (
+    SELECT m.*, NOT m.is_deleted AND NOT m.is_moderated AND NOT m.is_system_message AS has_words
+    FROM message m WHERE m.id = $2 AND (m.conversation_id = $1) IS TRUE
+) m ON s.message_id = m.id
+WHEN MATCHED AND m.has_words THEN UPDATE SET
+    words = search_words(m.conversation_id, m.content, m.payload, m.mentions, m.loud_mentions, m.hashtags)
+WHEN MATCHED THEN DELETE
+WHEN NOT MATCHED AND m.has_words THEN INSERT (message_id, conversation_id, created_at, words)
+    VALUES (m.id, m.conversation_id, m.created_at,
+        search_words(m.conversation_id, m.content, m.payload, m.mentions, m.loud_mentions, m.hashtags))
+"""
+
+
+async def edit(db: Db, found: Message, user_id: UserId, frame: Edit, made: Made) -> Message:
+    """Change what a message says, keep what it said, and return it as it is now. Under the lock.
+
+    Raises UniqueViolationError if the edit's id is taken.
+    """
+    edit_id = frame.edit_id or EditId(uuid7())
+    text = await db.fetchval(EDIT, found.conversation_id, found.id, edit_id, user_id, frame.content, *made)
+    await find_anew(db, found)
+    return _message_decoder.decode(text)
+
+
+async def find_anew(db: Db, found: Message) -> None:
+    """Have a message that was changed be found by what it says now. Under the lock."""
+    await db.execute(FIND_ANEW, found.conversation_id, found.id)
+
+
+# What an edit made of the message is what the next edit kept, or what the message says now.
+EDITED = """
+SELECT e.version, e.message_id = $2 AND e.edited_by = $3
+    AND coalesce(next.content, m.content) = $4
+    AND (CASE WHEN next.id IS NULL THEN m.formatted_content ELSE next.formatted_content END IS NOT NULL) = $5
+FROM message_edit e
+JOIN message m ON m.id = e.message_id AND (m.conversation_id = e.conversation_id) IS TRUE
+LEFT JOIN LATERAL (
+    SELECT n.id, n.content, n.formatted_content FROM message_edit n
+    WHERE n.message_id = e.message_id AND n.conversation_id = e.conversation_id AND n.version > e.version
+    ORDER BY n.version LIMIT 1
+) next ON true
+WHERE e.id = $1 AND e.conversation_id = $6
+"""
+
+
+async def edited(db: Db, frame: Edit, user_id: UserId) -> tuple[int, bool] | None:
+    """Return the version of the edit with this id, and whether it is the same edit; None if there is none."""
+    row = await db.fetchrow(
+        EDITED, frame.edit_id, frame.message_id, user_id, frame.content, frame.is_markdown, frame.conversation_id
+    )
+    return None if row is None else (row[0], row[1])
+
+
+DELETE = """
+WITH bumped AS (
+    UPDATE conversation SET version = version + 1, message_count = message_count - 1 WHERE id = $1 RETURNING version
+), kept AS (
+    INSERT INTO message_edit (id, conversation_id, message_id, content, formatted_content, edited_by, version)
+    SELECT gen_random_uuid(), $1, m.id, m.content, m.formatted_content, $3, b.version
+    FROM message m, bumped b WHERE m.id = $2 AND (m.conversation_id = $1) IS TRUE AND NOT $4
+), forgotten AS (
+    DELETE FROM message_edit e WHERE $4 AND e.message_id = $2 AND e.conversation_id = $1
+), unreacted AS (
+    UPDATE message_reaction r SET is_removed = true, version = b.version
+    FROM bumped b WHERE r.message_id = $2 AND (r.conversation_id = $1) IS TRUE AND NOT r.is_removed
+), withdrawn AS (
+    UPDATE poll_vote v SET options = '{}', version = b.version
+    FROM bumped b WHERE v.message_id = $2 AND (v.conversation_id = $1) IS TRUE AND v.options <> '{}'
+), root AS (
+    UPDATE message m SET reply_count = m.reply_count - 1, version = b.version
+    FROM bumped b
+    WHERE m.id = (SELECT d.thread_root_id FROM message d WHERE d.id = $2 AND (d.conversation_id = $1) IS TRUE)
+        AND (m.conversation_id = $1) IS TRUE
+    RETURNING m.reply_count
+)
+UPDATE message m SET content = '', formatted_content = NULL, mentions = '{}', hashtags = '{}', metadata = NULL,
+    reactions = '{}', status = 'deleted', is_deleted = true, deleted_at = now(), deleted_by = $3,
+    version = b.version, updated_at = now(), payload = NULL, loud_mentions = '{}', link_preview = NULL,
+    is_pinned = false, pinned_at = NULL, pinned_by = NULL, poll_counts = NULL, poll_voters = 0, poll_closed_at = NULL,
+    expires_at = NULL
+FROM bumped b WHERE m.id = $2 AND (m.conversation_id = $1) IS TRUE
+RETURNING message_json(m), (SELECT reply_count FROM root)
+"""
+
+
+async def delete(db: Db, found: Message, user_id: UserId | None) -> tuple[Message, int | None]:
+    """Take a message's words away; return what is left, and the root's count if it was a reply. Under the lock.
+
+    What it said is kept for those who read the database, unless it is nobody's deed but its time that is over.
+    """
+    row = await db.fetchrow(DELETE, found.conversation_id, found.id, user_id, user_id is None)
+    assert row is not None  # noqa: S101 - the caller found it under the lock
+    await find_anew(db, found)
+    return _message_decoder.decode(row[0]), row[1]
+
+
+EDITS = f"""
+SELECT coalesce((
+    SELECT json_agg(e ORDER BY e.version DESC) FROM (
+        SELECT e.id, e.content, e.formatted_content, e.edited_by, e.edited_at, e.version
+        FROM message_edit e
+        WHERE e.message_id = m.id AND e.conversation_id = m.conversation_id ORDER BY e.version DESC LIMIT $4
+    ) e
+), '[]')
+{VISIBLE} AND NOT m.is_deleted AND shows_edits(c, p, m.sender_id)
+    AND (NOT m.is_moderated OR m.sender_id = $2 OR can(p.role, 'moderator', p.can_delete_messages))
+"""  # noqa: S608 - VISIBLE is a constant
+
+
+async def edits(db: Db, place: Place, user_id: UserId, *, limit: int) -> list[MessageEdit] | None:
+    """Return what a message said before, newest first; None without access, when it is deleted or hidden from them."""
+    text = await db.fetchval(EDITS, place.message_id, user_id, place.conversation_id, limit)
+    return None if text is None else _edits_decoder.decode(text)

@@ -1,0 +1,132 @@
+"""The feed: what concerns somebody, computed from the rows that say it. Nothing is kept, so nothing can drift."""
+
+from collections.abc import Sequence
+from datetime import datetime
+from typing import NamedTuple
+from uuid import UUID
+
+import msgspec
+
+from protocol.ids import UserId
+from protocol.limits import MAX_COUNTED
+from protocol.values import FeedEntry, FeedKind
+from server.cursor import Cursor
+from server.database import Db
+
+_message_decoder = msgspec.json.Decoder(FeedEntry)
+
+KINDS: tuple[FeedKind, ...] = ("mention", "reply", "reaction", "friend_request", "invitation")
+THREADS = 500
+"""Of how many of the threads that one follows, the newest ones, replies are in the feed."""
+
+MENTIONS_ME = """(
+    SELECT coalesce(string_agg(
+        format('''c:%s'' & (''m:everyone'' | ''m:%s'')', p.conversation_id, p.role), ' | '
+    ), '''nowhere''')::tsquery || format('''m:%s''', {user})::tsquery
+    FROM conversation_participant p WHERE p.user_id = {user} AND p.status = 'active'
+)"""
+"""What finds messages that mention a user: by id, or with everyone, or with their role where they have it."""
+
+# $1 is the user, $2 the kinds, $3 and $4 where the page before ended, $5 the time after which, $6 how many at most.
+# Each branch goes by an index and brings at most as many as are asked for.
+ROWS = f"""
+    (SELECT 'mention' AS kind, m.created_at AS at, m.id AS key, m.sender_id AS user_id, m.conversation_id, m AS message,
+        NULL::text AS emoji
+    FROM message_search s
+    JOIN message m ON m.id = s.message_id AND (m.conversation_id = s.conversation_id) IS TRUE
+    JOIN conversation c ON c.id = m.conversation_id AND NOT c.is_deleted
+    JOIN conversation_participant p ON p.conversation_id = m.conversation_id AND p.user_id = $1 AND p.status = 'active'
+    WHERE 'mention' = ANY($2) AND s.words @@ {MENTIONS_ME.format(user="$1")}
+        AND s.created_at > $5 AND ($3::timestamptz IS NULL OR (s.created_at, s.message_id) < ($3, $4::uuid))
+        AND m.sender_id <> $1 AND NOT m.sender_id = ANY(silenced($1)) AND m.sent_version > visible_after(c, p)
+    ORDER BY s.created_at DESC, s.message_id DESC LIMIT $6)
+    UNION ALL
+    (SELECT 'reply', n.created_at, n.id, n.sender_id, n.conversation_id, n.message, NULL
+    FROM (
+        SELECT * FROM thread_follow t WHERE t.user_id = $1 AND t.is_following ORDER BY t.root_id DESC LIMIT {THREADS}
+    ) t
+    JOIN conversation c ON c.id = t.conversation_id AND NOT c.is_deleted
+    JOIN conversation_participant p ON p.conversation_id = t.conversation_id AND p.user_id = $1 AND p.status = 'active'
+    CROSS JOIN LATERAL (
+        SELECT n.created_at, n.id, n.sender_id, n.conversation_id, n.sent_version, n AS message FROM message n
+        WHERE n.thread_root_id = t.root_id AND (n.conversation_id = t.conversation_id) IS TRUE AND n.created_at > $5
+            AND ($3::timestamptz IS NULL OR (n.created_at, n.id) < ($3, $4::uuid))
+            AND n.sender_id <> $1 AND NOT n.is_deleted AND NOT n.is_moderated AND NOT n.sender_id = ANY(silenced($1))
+            AND NOT $1 = ANY(n.mentions)
+        ORDER BY n.thread_order DESC LIMIT $6
+    ) n
+    WHERE 'reply' = ANY($2) AND n.sent_version > visible_after(c, p)
+    ORDER BY n.created_at DESC, n.id DESC LIMIT $6)
+    UNION ALL
+    (SELECT 'reaction', r.created_at, r.message_id, r.user_id, r.conversation_id, m, r.emoji
+    FROM message_reaction r
+    JOIN message m ON m.id = r.message_id AND (m.conversation_id = r.conversation_id) IS TRUE AND NOT m.is_deleted
+    JOIN conversation c ON c.id = r.conversation_id AND NOT c.is_deleted
+    JOIN conversation_participant p ON p.conversation_id = r.conversation_id AND p.user_id = $1 AND p.status = 'active'
+    WHERE 'reaction' = ANY($2) AND r.author_id = $1 AND NOT r.is_removed AND r.created_at > $5
+        AND ($3::timestamptz IS NULL OR (r.created_at, r.message_id) < ($3, $4::uuid))
+        AND r.user_id <> $1 AND NOT r.user_id = ANY(silenced($1)) AND m.sent_version > visible_after(c, p)
+    ORDER BY r.created_at DESC, r.message_id DESC LIMIT $6)
+    UNION ALL
+    (SELECT 'friend_request', r.updated_at, r.id, r.from_user_id, NULL, NULL, NULL
+    FROM user_relationship r
+    WHERE 'friend_request' = ANY($2) AND r.to_user_id = $1 AND r.type = 'friend' AND r.status = 'pending'
+        AND r.updated_at > $5 AND ($3::timestamptz IS NULL OR (r.updated_at, r.id) < ($3, $4::uuid))
+        AND NOT r.from_user_id = ANY(silenced($1))
+    ORDER BY r.updated_at DESC, r.id DESC LIMIT $6)
+    UNION ALL
+    (SELECT 'invitation', p.joined_at, p.conversation_id, coalesce(p.invited_by, p.user_id), p.conversation_id,
+        NULL, NULL
+    FROM conversation_participant p
+    JOIN conversation c ON c.id = p.conversation_id AND c.is_active AND NOT c.is_deleted
+    WHERE 'invitation' = ANY($2) AND p.user_id = $1 AND p.status = 'invited'
+        AND p.joined_at > $5 AND ($3::timestamptz IS NULL OR (p.joined_at, p.conversation_id) < ($3, $4::uuid))
+        AND NOT coalesce(p.invited_by = ANY(silenced($1)), false)
+    ORDER BY p.joined_at DESC, p.conversation_id DESC LIMIT $6)
+    ORDER BY at DESC, key DESC LIMIT $6
+"""  # noqa: S608 - only constants are put in
+PAGE = f"""
+SELECT e.at, e.key, json_build_object('kind', e.kind, 'at', e.at, 'user_id', e.user_id,
+    'conversation_id', e.conversation_id, 'emoji', e.emoji,
+    'message', CASE WHEN e.kind IN ('mention', 'reply', 'reaction') THEN message_json(e.message) END)
+FROM ({ROWS}) e ORDER BY e.at DESC, e.key DESC
+"""  # noqa: S608 - as above
+COUNT = f"SELECT count(*) FROM ({ROWS}) e"  # noqa: S608 - as above
+SEEN_AT = """SELECT coalesce(u.feed_seen_at, '-infinity') FROM "user" u WHERE u.id = $1"""
+
+
+class Placed(NamedTuple):
+    """An entry, and where it stands."""
+
+    cursor: Cursor
+    entry: FeedEntry
+
+
+async def page(
+    db: Db, user_id: UserId, kinds: Sequence[FeedKind], before: Cursor | None, *, limit: int
+) -> list[Placed]:
+    """Return up to `limit` entries of these kinds, the latest first. In a transaction for searching."""
+    at, key = before or (None, None)
+    rows = await db.fetch(PAGE, user_id, list(kinds), at, key, _EVER, limit)
+    return [Placed(Cursor(at, UUID(int=key.int)), _message_decoder.decode(text)) for at, key, text in rows]
+
+
+_EVER = datetime.fromisoformat("0001-01-02T00:00:00+00:00")
+
+
+async def unseen(db: Db, user_id: UserId) -> int:
+    """Return how many entries are newer than what the user has seen, up to 100. In a transaction for searching."""
+    since = await db.fetchval(SEEN_AT, user_id)
+    return int(await db.fetchval(COUNT, user_id, list(KINDS), None, None, since or _EVER, MAX_COUNTED))
+
+
+SEE = """
+UPDATE "user" SET feed_seen_at = greatest(feed_seen_at, least($2::timestamptz, now())), version = version + 1,
+    own_version = version + 1
+WHERE id = $1 AND coalesce(feed_seen_at < least($2, now()), true)
+"""
+
+
+async def see(db: Db, user_id: UserId, up_to: datetime) -> None:
+    """Note that a user has seen the feed up to a time, which only moves forward."""
+    await db.execute(SEE, user_id, up_to)

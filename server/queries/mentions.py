@@ -1,0 +1,54 @@
+"""Mentions: who of those that a message names is meant by it."""
+
+from typing import NamedTuple
+
+from protocol.ids import ConversationId, UserId
+from protocol.limits import MAX_MENTIONS, MAX_NAMED_PARTICIPANTS
+from server.database import Db
+
+
+class Meant(NamedTuple):
+    """Who is mentioned, and whether the sender may mention many at once."""
+
+    user_ids: list[UserId]
+    may_be_loud: bool
+
+
+# Somebody outside, gone, or on either side of a block is not mentioned, and neither is a name that two people have.
+# Spaces in a name are written as dots or underscores, or left out.
+RESOLVE = f"""
+SELECT c.type <> 'direct' AND can(me.role, 'moderator', false), ARRAY(
+    SELECT found.id FROM (
+        SELECT p.user_id AS id FROM conversation_participant p
+        WHERE p.conversation_id = c.id AND p.user_id = ANY($3) AND p.status = 'active'
+        UNION
+        SELECT min(named.id::text)::uuid FROM (
+            SELECT DISTINCT u.id, n.name FROM conversation_participant p
+            JOIN "user" u ON u.id = p.user_id
+            CROSS JOIN LATERAL (VALUES (u.name), (u.display_name)) AS called (name)
+            CROSS JOIN unnest($4::text[]) AS n (name)
+            WHERE cardinality($4::text[]) > 0 AND c.participant_count <= {MAX_NAMED_PARTICIPANTS}
+                AND p.conversation_id = c.id AND p.status = 'active'
+                AND lower(n.name) IN (lower(called.name), lower(replace(called.name, ' ', '.')),
+                    lower(replace(called.name, ' ', '_')), lower(replace(called.name, ' ', '')))
+        ) named GROUP BY named.name HAVING count(*) = 1
+    ) found
+    JOIN "user" u ON u.id = found.id AND u.is_active AND NOT u.is_deleted
+    WHERE NOT EXISTS (
+        SELECT FROM user_relationship r
+        WHERE r.type = 'block' AND r.status = 'active'
+            AND ((r.from_user_id = $2 AND r.to_user_id = u.id) OR (r.from_user_id = u.id AND r.to_user_id = $2))
+    )
+    ORDER BY found.id LIMIT {MAX_MENTIONS}
+)
+FROM conversation_participant me JOIN conversation c ON c.id = me.conversation_id AND NOT c.is_deleted
+WHERE me.conversation_id = $1 AND me.user_id = $2 AND me.status = 'active'
+"""  # noqa: S608 - only numbers are put in
+
+
+async def resolve(
+    db: Db, conversation_id: ConversationId, sender_id: UserId, ids: list[UserId], names: list[str]
+) -> Meant:
+    """Return who of those named in a conversation is mentioned; nobody if the sender does not take part in it."""
+    row = await db.fetchrow(RESOLVE, conversation_id, sender_id, ids, names)
+    return Meant([], may_be_loud=False) if row is None else Meant(row[1], row[0])

@@ -1,0 +1,121 @@
+"""Pins: what stands out for everyone in a conversation. Stars: what somebody has put aside for themselves."""
+
+import msgspec
+
+from protocol.ids import ConversationId, UserId
+from protocol.limits import MAX_PINS
+from protocol.server import MessageList
+from protocol.values import Message
+from server.cursor import Cursor
+from server.database import Db
+from server.queries.messages import VISIBLE, WITHHELD, Place
+
+_message_decoder = msgspec.json.Decoder(Message)
+_list_decoder = msgspec.json.Decoder(MessageList)
+
+PIN = """
+WITH bumped AS (
+    UPDATE conversation SET version = version + 1 WHERE id = $1 RETURNING version
+)
+UPDATE message m SET is_pinned = $4, version = b.version, updated_at = now(),
+    pinned_at = CASE WHEN $4 THEN now() END, pinned_by = CASE WHEN $4 THEN $3::uuid END
+FROM bumped b WHERE m.id = $2 AND (m.conversation_id = $1) IS TRUE
+RETURNING message_json(m)
+"""
+PINNED = "SELECT count(*) FROM message m WHERE m.conversation_id = $1 AND m.is_pinned"
+
+
+async def pin(db: Db, found: Message, user_id: UserId, *, is_on: bool) -> Message:
+    """Pin a message, or take it down; return it as it is now. Under the lock."""
+    return _message_decoder.decode(await db.fetchval(PIN, found.conversation_id, found.id, user_id, is_on))
+
+
+async def count(db: Db, conversation_id: ConversationId) -> int:
+    """Return how many messages are pinned in a conversation. Under the lock."""
+    return int(await db.fetchval(PINNED, conversation_id))
+
+
+# A participant gets a row, whether or not anything is pinned.
+LIST = f"""
+SELECT json_build_object('type', 'message_list',
+    'messages', coalesce(json_agg(message_json(pinned.m) ORDER BY (pinned.m).pinned_at DESC)
+        FILTER (WHERE (pinned.m).id IS NOT NULL), '[]'),
+    'withheld', coalesce(json_object_agg((pinned.m).id, {WITHHELD.format(message="(pinned.m)")})
+        FILTER (WHERE {WITHHELD.format(message="(pinned.m)")} IS NOT NULL), '{{}}')
+)
+FROM conversation_participant p
+JOIN conversation c ON c.id = p.conversation_id AND NOT c.is_deleted
+LEFT JOIN LATERAL (
+    SELECT m FROM message m
+    WHERE m.conversation_id = $1 AND m.is_pinned AND m.sent_version > visible_after(c, p)
+    ORDER BY m.pinned_at DESC LIMIT {MAX_PINS}
+) pinned ON true
+WHERE p.conversation_id = $1 AND p.user_id = $2 AND p.status = 'active'
+GROUP BY p.id
+"""  # noqa: S608 - only column references are put in
+
+
+async def page(db: Db, conversation_id: ConversationId, user_id: UserId) -> MessageList | None:
+    """Return what is pinned, the latest first; None without access."""
+    text = await db.fetchval(LIST, conversation_id, user_id)
+    return None if text is None else _list_decoder.decode(text)
+
+
+# Users are locked before what is theirs, as everywhere. Whoever has lost access may still take a star back.
+STAR = f"""
+WITH seen AS (SELECT m.id, m.conversation_id {VISIBLE} AND NOT m.is_deleted),
+touched AS (
+    UPDATE "user" SET version = version + 1 WHERE id = $2 AND EXISTS (SELECT FROM seen) AND NOT EXISTS (
+        SELECT FROM message_star s WHERE s.user_id = $2 AND s.message_id = $1 AND NOT s.is_removed
+    ) RETURNING version
+), starred AS (
+    INSERT INTO message_star AS s (user_id, message_id, conversation_id, user_version)
+    SELECT $2, seen.id, seen.conversation_id, t.version FROM seen, touched t
+    ON CONFLICT (user_id, message_id) DO UPDATE SET is_removed = false, user_version = excluded.user_version,
+        starred_at = now()
+)
+SELECT EXISTS (SELECT FROM seen)
+"""  # noqa: S608 - VISIBLE is a constant
+UNSTAR = """
+WITH touched AS (
+    UPDATE "user" SET version = version + 1 WHERE id = $2 AND EXISTS (
+        SELECT FROM message_star s WHERE s.user_id = $2 AND s.message_id = $1 AND NOT s.is_removed
+    ) RETURNING version
+)
+UPDATE message_star s SET is_removed = true, user_version = t.version FROM touched t
+WHERE s.user_id = $2 AND s.message_id = $1
+"""
+
+
+async def star(db: Db, place: Place, user_id: UserId) -> bool:
+    """Put a message aside; False, and in vain, without access to it."""
+    return bool(await db.fetchval(STAR, place.message_id, user_id, place.conversation_id))
+
+
+async def unstar(db: Db, place: Place, user_id: UserId) -> None:
+    """Take a star back, if there is one."""
+    await db.execute(UNSTAR, place.message_id, user_id)
+
+
+STARS = f"""
+SELECT s.starred_at, message_json(m), {WITHHELD.format(message="m")}
+FROM message_star s
+JOIN message m ON m.id = s.message_id AND (m.conversation_id = s.conversation_id) IS TRUE AND NOT m.is_deleted
+JOIN conversation c ON c.id = s.conversation_id AND NOT c.is_deleted
+JOIN conversation_participant p ON p.conversation_id = s.conversation_id AND p.user_id = s.user_id
+    AND p.status = 'active'
+WHERE s.user_id = $2 AND NOT s.is_removed AND m.sent_version > visible_after(c, p)
+    AND ($1::timestamptz IS NULL OR (s.starred_at, s.message_id) < ($1, $4::uuid))
+ORDER BY s.starred_at DESC, s.message_id DESC LIMIT $3
+"""  # noqa: S608 - only column references are put in
+
+
+async def stars(
+    db: Db, user_id: UserId, before: Cursor | None, *, limit: int
+) -> list[tuple[Cursor, Message, str | None]]:
+    """Return up to `limit` messages that a user has put aside and may see, the latest first, with where they stand."""
+    rows = await db.fetch(STARS, before and before.at, user_id, limit, before and before.id)
+    return [
+        (Cursor(starred_at, message.id), message, withheld)
+        for starred_at, message, withheld in ((row[0], _message_decoder.decode(row[1]), row[2]) for row in rows)
+    ]

@@ -1,0 +1,96 @@
+"""Polls: a row for each voter; the counts on the message change in the same statement."""
+
+from typing import NamedTuple
+
+import msgspec
+
+from protocol.ids import UserId
+from protocol.values import Message, PollVote
+from server.database import Db
+from server.queries.messages import Place
+
+_message_decoder = msgspec.json.Decoder(Message)
+_votes_decoder = msgspec.json.Decoder(list[PollVote])
+
+
+class Standing(NamedTuple):
+    """How a poll stands after a vote: when that was, the votes for each option, and of how many people."""
+
+    version: int
+    poll_counts: list[int]
+    poll_voters: int
+
+
+# The vote before is read under the conversation's lock, so it is the one that is replaced. Arrays count from 1.
+VOTE = """
+WITH before AS MATERIALIZED (
+    SELECT coalesce((
+        SELECT v.options FROM poll_vote v
+        WHERE v.message_id = $2 AND v.user_id = $3 AND (v.conversation_id = $1) IS TRUE
+    ), '{}') AS options
+), bumped AS (
+    UPDATE conversation SET version = version + 1 WHERE id = $1 RETURNING version
+), voted AS (
+    INSERT INTO poll_vote AS v (message_id, user_id, conversation_id, options, version)
+    SELECT $2, $3, $1, $4::integer[], b.version FROM bumped b
+    ON CONFLICT (message_id, user_id) DO UPDATE SET options = excluded.options, version = excluded.version,
+        voted_at = now()
+)
+UPDATE message m SET
+    poll_counts = ARRAY(
+        SELECT m.poll_counts[n] + (n - 1 = ANY($4))::integer - (n - 1 = ANY(before.options))::integer
+        FROM generate_subscripts(m.poll_counts, 1) AS n ORDER BY n
+    ),
+    poll_voters = m.poll_voters + (cardinality($4) > 0)::integer - (cardinality(before.options) > 0)::integer
+FROM bumped b, before WHERE m.id = $2 AND (m.conversation_id = $1) IS TRUE
+RETURNING b.version, m.poll_counts, m.poll_voters
+"""
+VOTED = """
+SELECT v.options, v.version FROM poll_vote v
+WHERE v.message_id = $1 AND v.user_id = $2 AND (v.conversation_id = $3) IS TRUE
+"""
+
+
+async def vote(db: Db, found: Message, user_id: UserId, options: list[int]) -> Standing:
+    """Put a vote in the place of the one before; without options, withdraw it. Under the lock."""
+    row = await db.fetchrow(VOTE, found.conversation_id, found.id, user_id, options)
+    assert row is not None  # noqa: S101 - the caller found it under the lock
+    return Standing(*row)
+
+
+async def voted(db: Db, found: Message, user_id: UserId) -> tuple[list[int], int]:
+    """Return what a user has voted for, and when they voted; nothing, and when the message last changed, if not."""
+    row = await db.fetchrow(VOTED, found.id, user_id, found.conversation_id)
+    return ([], found.version) if row is None else (row[0], row[1])
+
+
+CLOSE = """
+WITH bumped AS (
+    UPDATE conversation SET version = version + 1 WHERE id = $1 RETURNING version
+)
+UPDATE message m SET poll_closed_at = now(), version = b.version, updated_at = now()
+FROM bumped b WHERE m.id = $2 AND (m.conversation_id = $1) IS TRUE
+RETURNING message_json(m)
+"""
+
+
+async def close(db: Db, found: Message) -> Message:
+    """End a poll; return its message. Under the lock."""
+    return _message_decoder.decode(await db.fetchval(CLOSE, found.conversation_id, found.id))
+
+
+VOTES = """
+SELECT coalesce(json_agg(json_build_object('user_id', v.user_id, 'options', v.options, 'voted_at', v.voted_at)
+    ORDER BY v.user_id), '[]')
+FROM (
+    SELECT * FROM poll_vote v
+    WHERE v.message_id = $1 AND (v.conversation_id = $2) IS TRUE AND v.options <> '{}'
+        AND ($3::uuid IS NULL OR v.user_id > $3)
+    ORDER BY v.user_id LIMIT $4
+) v
+"""
+
+
+async def votes(db: Db, place: Place, after: UserId | None, *, limit: int) -> list[PollVote]:
+    """Return up to `limit` votes in a poll, by user. There is no access check."""
+    return _votes_decoder.decode(await db.fetchval(VOTES, place.message_id, place.conversation_id, after, limit))

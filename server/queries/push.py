@@ -1,0 +1,134 @@
+"""Notifications: which endpoints there are, and for which of them a message is still news."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import msgspec
+
+from protocol.client import RegisterPush
+from protocol.ids import MessageId, SessionId, UserId
+from protocol.limits import MAX_PUSH_ENDPOINTS
+from protocol.values import Message, User
+from server.database import Db
+from server.queries.users import FACE
+
+_message_decoder = msgspec.json.Decoder(Message)
+_user_decoder = msgspec.json.Decoder(User)
+
+KEY = """
+WITH made AS (INSERT INTO server_key (name, value) VALUES ($1, $2) ON CONFLICT DO NOTHING RETURNING value)
+SELECT coalesce((SELECT value FROM made), (SELECT value FROM server_key WHERE name = $1))
+"""
+
+
+async def key(db: Db, name: str, otherwise: str) -> str:
+    """Return a key of the server's; if there is none, that is `otherwise` from now on."""
+    # The statement does not see what another one has made while it waited for that: the next one does.
+    return str(await db.fetchval(KEY, name, otherwise) or await db.fetchval(KEY, name, otherwise))
+
+
+# An endpoint belongs to whoever registered it last: a browser has one, whoever is logged in there.
+REGISTER = """
+INSERT INTO push_endpoint (user_id, session_id, endpoint, p256dh, auth)
+SELECT $1, s.id, $3, $4, $5 FROM session s WHERE s.id = $2 AND s.user_id = $1
+ON CONFLICT (endpoint) DO UPDATE SET user_id = excluded.user_id, session_id = excluded.session_id,
+    p256dh = excluded.p256dh, auth = excluded.auth, created_at = now()
+"""
+KEEP = f"""
+DELETE FROM push_endpoint e WHERE e.user_id = $1 AND e.id IN (
+    SELECT o.id FROM push_endpoint o WHERE o.user_id = $1 ORDER BY o.created_at DESC OFFSET {MAX_PUSH_ENDPOINTS}
+)
+"""  # noqa: S608 - a number is put in
+UNREGISTER = "DELETE FROM push_endpoint WHERE user_id = $1 AND endpoint = $2"
+FORGET = "DELETE FROM push_endpoint WHERE endpoint = $1"
+
+
+async def register(db: Db, frame: RegisterPush, user_id: UserId, session_id: SessionId) -> None:
+    """Keep an endpoint, and of each user's the newest ones. In a transaction."""
+    await db.execute(REGISTER, user_id, session_id, frame.endpoint, frame.p256dh, frame.auth)
+    await db.execute(KEEP, user_id)
+
+
+async def unregister(db: Db, user_id: UserId, endpoint: str) -> None:
+    """Forget an endpoint of a user's."""
+    await db.execute(UNREGISTER, user_id, endpoint)
+
+
+async def forget(db: Db, endpoint: str) -> None:
+    """Forget an endpoint that its own server does not know any more."""
+    await db.execute(FORGET, endpoint)
+
+
+class Notice(NamedTuple):
+    """A message that is still news for somebody, and where to push it."""
+
+    user_id: UserId
+    endpoint: str
+    p256dh: str
+    auth: str
+    sender: User
+    title: str | None
+    is_mention: bool
+    message: Message
+
+
+ANY = "SELECT EXISTS (SELECT FROM push_endpoint)"
+# One definition of what is news: not read meanwhile, not of somebody or somewhere that is silenced, not in quiet hours;
+# where only mentions are wanted, a mention, or a reply in a thread that is followed; and a reply that stands in its
+# thread alone is for those who follow that, or are mentioned.
+NOTICES = f"""
+SELECT p.user_id, e.endpoint, e.p256dh, e.auth, {FACE}, c.title, said.is_mention, message_json(m)
+FROM message m
+JOIN conversation c ON c.id = m.conversation_id AND NOT c.is_deleted
+JOIN "user" u ON u.id = m.sender_id
+JOIN conversation_participant p ON p.conversation_id = m.conversation_id AND p.status = 'active'
+JOIN push_endpoint e ON e.user_id = p.user_id
+JOIN "user" them ON them.id = p.user_id AND them.is_active AND NOT them.is_deleted
+LEFT JOIN thread_follow t ON t.root_id = m.thread_root_id AND t.user_id = p.user_id AND t.is_following
+    AND (t.conversation_id = m.conversation_id) IS TRUE
+CROSS JOIN LATERAL (
+    SELECT p.user_id = ANY(m.mentions) OR 'everyone' = ANY(m.loud_mentions) OR p.role = ANY(m.loud_mentions)
+            AS is_mention,
+        (now() AT TIME ZONE them.time_zone)::time AS at,
+        m.thread_root_id IS NULL OR m.also_in_conversation AS is_in_conversation
+) said
+WHERE m.id = ANY($1) AND NOT m.is_deleted AND NOT m.is_moderated AND NOT m.is_system_message
+    AND p.user_id <> m.sender_id AND m.sent_version > visible_after(c, p)
+    AND NOT (p.is_muted AND (p.muted_until IS NULL OR p.muted_until > now()))
+    AND (p.notification_level = 'all' AND said.is_in_conversation
+        OR p.notification_level <> 'none' AND (said.is_mention OR t.user_id IS NOT NULL))
+    AND (said.is_in_conversation AND m.sent_version > coalesce(p.unread_from_version - 1, p.last_read_version)
+        OR NOT said.is_in_conversation AND m.thread_order > coalesce(t.last_read_order, 0)
+            AND m.sent_version > p.last_read_version)
+    AND NOT m.sender_id = ANY(silenced(p.user_id))
+    AND NOT EXISTS (
+        SELECT FROM user_relationship r
+        WHERE r.from_user_id = p.user_id AND r.to_user_id = m.sender_id AND NOT r.notifications_enabled
+    )
+    AND NOT coalesce(CASE WHEN them.quiet_from <= them.quiet_until
+        THEN said.at >= them.quiet_from AND said.at < them.quiet_until
+        ELSE said.at >= them.quiet_from OR said.at < them.quiet_until END, false)
+ORDER BY m.created_at
+"""  # noqa: S608 - FACE is a constant
+
+
+async def is_anybody_there(db: Db) -> bool:
+    """Whether anybody wants notifications."""
+    return bool(await db.fetchval(ANY))
+
+
+async def notices(db: Db, message_ids: Sequence[MessageId]) -> list[Notice]:
+    """Return for which endpoints these messages are news, the latest message last."""
+    return [
+        Notice(
+            row[0],
+            row[1],
+            row[2],
+            row[3],
+            _user_decoder.decode(row[4]),
+            row[5],
+            row[6],
+            _message_decoder.decode(row[7]),
+        )
+        for row in await db.fetch(NOTICES, list(message_ids))
+    ]

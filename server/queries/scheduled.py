@@ -1,0 +1,132 @@
+"""Scheduled messages: kept until their time, claimed by one worker, sent by the way of all messages."""
+
+from datetime import timedelta
+from typing import NamedTuple
+
+import msgspec
+
+from protocol.client import Schedule, Send
+from protocol.ids import ConversationId, MessageId, UserId
+from protocol.values import Scheduled, ScheduledStatus, User, Words
+from server.database import Db
+from server.queries.users import FACE
+
+_scheduled_decoder = msgspec.json.Decoder(Scheduled)
+_list_decoder = msgspec.json.Decoder(list[Scheduled])
+_words_decoder = msgspec.json.Decoder(Words)
+_user_decoder = msgspec.json.Decoder(User)
+
+CLAIMED = timedelta(seconds=30)
+"""For how long a worker that has claimed a message may take before another one does."""
+AT_ONCE = 50
+
+# Users are locked before what is theirs, as everywhere.
+LOCK = """SELECT FROM "user" WHERE id = $1 FOR NO KEY UPDATE"""
+GET = (
+    "SELECT scheduled_json(s) FROM scheduled_message s WHERE s.id = $1 AND s.sender_id = $2 AND s.conversation_id = $3"
+)
+WAITING = "SELECT count(*) FROM scheduled_message s WHERE s.sender_id = $1 AND s.status = 'waiting'"
+
+
+async def lock(db: Db, user_id: UserId) -> None:
+    """Lock what a user has scheduled until the transaction ends."""
+    await db.execute(LOCK, user_id)
+
+
+async def get(db: Db, message_id: MessageId, user_id: UserId, conversation_id: ConversationId) -> Scheduled | None:
+    """Return what a user has scheduled under an id."""
+    text = await db.fetchval(GET, message_id, user_id, conversation_id)
+    return None if text is None else _scheduled_decoder.decode(text)
+
+
+async def count(db: Db, user_id: UserId) -> int:
+    """Return how many messages of a user wait. Under the lock."""
+    return int(await db.fetchval(WAITING, user_id))
+
+
+# Until a worker has taken it up; then it is too late.
+PUT = """
+WITH touched AS (UPDATE "user" SET version = version + 1 WHERE id = $2 RETURNING version)
+INSERT INTO scheduled_message AS s (id, sender_id, conversation_id, words, send_at, user_version)
+SELECT $1, $2, $3, $4, $5, t.version FROM touched t
+ON CONFLICT (id) DO UPDATE SET words = excluded.words, send_at = excluded.send_at, user_version = excluded.user_version
+    WHERE s.sender_id = $2 AND s.conversation_id = $3 AND s.status = 'waiting' AND s.claimed_at IS NULL
+RETURNING scheduled_json(s)
+"""
+CANCEL = """
+WITH touched AS (UPDATE "user" SET version = version + 1 WHERE id = $2 RETURNING version)
+UPDATE scheduled_message s SET status = 'cancelled', user_version = t.version FROM touched t
+WHERE s.id = $1 AND s.sender_id = $2 AND s.conversation_id = $3 AND s.status = 'waiting' AND s.claimed_at IS NULL
+RETURNING scheduled_json(s)
+"""
+
+
+async def put(db: Db, frame: Schedule, user_id: UserId) -> Scheduled | None:
+    """Keep a message until its time, or change one that waits; None if the id is taken, or it is too late. Under the
+    lock.
+    """
+    words = msgspec.json.encode(msgspec.convert(frame, Words, from_attributes=True)).decode()
+    text = await db.fetchval(PUT, frame.message_id, user_id, frame.conversation_id, words, frame.send_at)
+    return None if text is None else _scheduled_decoder.decode(text)
+
+
+async def cancel(db: Db, message_id: MessageId, user_id: UserId, conversation_id: ConversationId) -> Scheduled | None:
+    """Do not send a message that waits; None if there is none, or it is too late. Under the lock."""
+    text = await db.fetchval(CANCEL, message_id, user_id, conversation_id)
+    return None if text is None else _scheduled_decoder.decode(text)
+
+
+LIST = """
+SELECT coalesce(json_agg(scheduled_json(s.s) ORDER BY (s.s).send_at), '[]') FROM (
+    SELECT s FROM scheduled_message s WHERE s.sender_id = $1 AND s.status IN ('waiting', 'failed')
+    ORDER BY s.send_at DESC LIMIT 100
+) s
+"""
+
+
+async def page(db: Db, user_id: UserId) -> list[Scheduled]:
+    """Return a user's messages that wait or could not be sent, in the order of their times."""
+    return _list_decoder.decode(await db.fetchval(LIST, user_id))
+
+
+class Due(NamedTuple):
+    """A message whose time has come, and who sends it."""
+
+    sender: User
+    frame: Send
+
+
+# Whoever deleted their account, or was locked out, says nothing any more.
+CLAIM = f"""
+UPDATE scheduled_message s SET claimed_at = now()
+FROM (
+    SELECT id FROM scheduled_message
+    WHERE status = 'waiting' AND send_at <= now() AND (claimed_at IS NULL OR claimed_at < now() - $1::interval)
+    ORDER BY send_at LIMIT $2 FOR NO KEY UPDATE SKIP LOCKED
+) due
+JOIN scheduled_message again ON again.id = due.id
+JOIN "user" u ON u.id = again.sender_id
+WHERE s.id = due.id
+RETURNING s.id, s.conversation_id, s.words, {FACE}, u.is_active AND NOT u.is_deleted
+"""  # noqa: S608 - FACE is a constant
+
+
+async def claim(db: Db) -> list[tuple[Due, bool]]:
+    """Take up messages whose time has come, and which nobody else has taken up; with whether their sender is there."""
+    found = []
+    for message_id, conversation_id, words, face, is_here in await db.fetch(CLAIM, CLAIMED, AT_ONCE):
+        said = msgspec.structs.asdict(_words_decoder.decode(words))
+        frame = Send(conversation_id=conversation_id, message_id=message_id, **said)
+        found.append((Due(_user_decoder.decode(face), frame), is_here))
+    return found
+
+
+FINISH = """
+WITH touched AS (UPDATE "user" SET version = version + 1 WHERE id = $2 RETURNING version)
+UPDATE scheduled_message s SET status = $3, problem = $4, user_version = t.version FROM touched t WHERE s.id = $1
+"""
+
+
+async def finish(db: Db, due: Due, status: ScheduledStatus, problem: str | None = None) -> None:
+    """Note what became of a message that was taken up."""
+    await db.execute(FINISH, due.frame.message_id, due.sender.id, status, problem)

@@ -1,0 +1,125 @@
+"""Search: messages by their words, and by what else they have, as far as somebody may see them.
+
+The index of words holds, beside them, where each message was said and whom it mentions (search_words() in schema.sql),
+so that it narrows down all of that together, and only what is left is looked at one by one.
+"""
+
+import re
+from datetime import datetime
+from typing import NamedTuple, Self
+from uuid import UUID
+
+import msgspec
+
+from protocol.client import Search
+from protocol.codec import now
+from protocol.errors import ErrorCode, Refused
+from protocol.ids import UserId
+from protocol.values import Message, SearchHit
+from server.database import Db
+from server.queries.feed import MENTIONS_ME
+
+_message_decoder = msgspec.json.Decoder(Message)
+
+RANKED = 1_000
+"""How many of the newest that match are ranked by relevance."""
+_CUT = re.compile("[\x02\x03]")
+
+# $1 is the user, $2 the words as a tsquery, $3 a conversation, $4 a hashtag.
+_QUERY = f"""(
+    SELECT coalesce(to_tsquery($2::text) && w.filters, w.filters) FROM (
+        SELECT coalesce(coalesce(('''h:' || $4::text || '''')::tsquery && h.here, h.here) && m.me,
+            ('''h:' || $4 || '''')::tsquery && h.here, h.here) AS filters
+        FROM (
+            SELECT coalesce(string_agg('''c:' || p.conversation_id || '''', '|'), '''nowhere''')::tsquery AS here
+            FROM conversation_participant p
+            WHERE p.user_id = $1 AND p.status = 'active' AND ($3::uuid IS NULL OR p.conversation_id = $3)
+        ) h
+        CROSS JOIN LATERAL (SELECT CASE WHEN $5 THEN {MENTIONS_ME.format(user="$1")} END AS me) m
+    ) w
+)"""  # noqa: S608 - only a constant is put in
+_FOUND = f"""
+    FROM (
+        SELECT s.message_id, s.conversation_id, s.created_at, s.words FROM message_search s
+        WHERE s.words @@ {_QUERY} AND s.created_at < $6 AND ($7::timestamptz IS NULL OR s.created_at > $7) {{cursor}}
+        ORDER BY s.created_at DESC, s.message_id DESC
+    ) s
+    JOIN message m ON m.id = s.message_id AND (m.conversation_id = s.conversation_id) IS TRUE
+    JOIN conversation c ON c.id = m.conversation_id AND NOT c.is_deleted
+    JOIN conversation_participant p ON p.conversation_id = m.conversation_id AND p.user_id = $1 AND p.status = 'active'
+    WHERE m.sent_version > visible_after(c, p) AND ($8::uuid IS NULL OR m.sender_id = $8)
+        AND ($9::text IS NULL OR m.content_type = $9)
+        AND (NOT $10 OR m.content_type IN ('image', 'file', 'audio', 'video'))
+        AND ($11::uuid IS NULL OR m.thread_root_id = $11 OR m.id = $11) AND (NOT $12 OR m.is_pinned)
+    ORDER BY s.created_at DESC, s.message_id DESC LIMIT $13
+"""  # noqa: S608 - as above
+_SNIPPET = """CASE WHEN $2 IS NULL THEN left(translate((found.m).content, E'\\x02\\x03', ''), 200) ELSE ts_headline(
+    translate((found.m).content, E'\\x02\\x03', ''), to_tsquery($2),
+    E'StartSel=\\x02, StopSel=\\x03, MaxFragments=2, MaxWords=30, MinWords=10, FragmentDelimiter=" … "'
+) END"""
+NEWEST = f"""
+SELECT 0::float8, found.created_at, message_json(found.m), {_SNIPPET}
+FROM (SELECT s.created_at, m {_FOUND.format(cursor="AND ($14::timestamptz IS NULL OR (s.created_at, s.message_id) < ($14, $15::uuid))")}) found
+"""  # noqa: S608, E501 - as above
+RELEVANT = f"""
+SELECT found.rank, found.created_at, message_json(found.m), {_SNIPPET}
+FROM (
+    SELECT * FROM (
+        SELECT s.created_at, m, ts_rank_cd(s.words, to_tsquery($2))::float8 AS rank {_FOUND.format(cursor="")}
+    ) ranked
+    WHERE $14::float8 IS NULL OR (ranked.rank, ranked.created_at, (ranked.m).id) < ($14, $15::timestamptz, $16::uuid)
+    ORDER BY ranked.rank DESC, ranked.created_at DESC, (ranked.m).id DESC LIMIT $17
+) found
+"""  # noqa: S608 - as above
+
+
+class Place(NamedTuple):
+    """Where a page of hits ends: as of when it was searched, so that what comes later does not shift the next page."""
+
+    as_of: datetime
+    rank: float
+    at: datetime
+    id: UUID
+
+    def __str__(self) -> str:
+        return f"{self.as_of.isoformat()}/{self.rank!r}/{self.at.isoformat()}/{self.id}"
+
+    @classmethod
+    def read(cls, text: str | None) -> Self | None:
+        """Return what `str` of a place says; None of nothing. Raises Refused if it is something else."""
+        if text is None:
+            return None
+        try:
+            as_of, rank, at, one = text.split("/")
+            place = cls(datetime.fromisoformat(as_of), float(rank), datetime.fromisoformat(at), UUID(one))
+            if place.as_of.tzinfo is None or place.at.tzinfo is None:
+                raise ValueError
+        except ValueError:
+            raise Refused(ErrorCode.INVALID, "This is not an `after` that a page came with.", path="after") from None
+        return place
+
+
+async def find(
+    db: Db, user_id: UserId, frame: Search, words: str | None, *, limit: int
+) -> list[tuple[Place, SearchHit]]:
+    """Return up to `limit` messages that match, with where each stands. `words` is a query of `search.query`. In a
+    transaction for searching.
+    """
+    after = Place.read(frame.after)
+    as_of = now() if after is None else after.as_of
+    until = as_of if frame.sent_before is None else min(as_of, frame.sent_before)
+    hashtag = None if frame.hashtag is None else frame.hashtag.lower()
+    asked = [
+        user_id, words, frame.conversation_id, hashtag, frame.mentions_me, until, frame.sent_after, frame.sender_id,
+        frame.content_type, frame.has_file, frame.in_thread, frame.is_pinned,
+    ]  # fmt: skip
+    if frame.order == "relevance" and words is not None:
+        place = (None, None, None) if after is None else (after.rank, after.at, after.id)
+        rows = await db.fetch(RELEVANT, *asked, RANKED, *place, limit)
+    else:
+        rows = await db.fetch(NEWEST, *asked, limit, *((None, None) if after is None else (after.at, after.id)))
+    found = []
+    for rank, at, text, snippet in rows:
+        message = _message_decoder.decode(text)
+        found.append((Place(as_of, rank, at, message.id), SearchHit(message=message, snippet=_CUT.split(snippet))))
+    return found

@@ -1,0 +1,116 @@
+"""Threads: who follows which, how far they have read in it, and how much is new."""
+
+from typing import NamedTuple
+
+import msgspec
+
+from protocol.ids import UserId
+from protocol.values import ThreadFollow, ThreadView
+from server.database import Db
+from server.queries.messages import VISIBLE, Place
+from server.queries.unread import COUNT_REPLIES
+
+_view_decoder = msgspec.json.Decoder(ThreadView)
+_follow_decoder = msgspec.json.Decoder(ThreadFollow)
+
+MOST_LISTED, MOST_LOOKED_AT, MOST_PARTICIPANTS = 100, 1_000, 100
+
+# `t` is the follower's row, or what stands for one that there is not; `m` is the root. Whoever replied is noted in the
+# rows of followers, so that a thread of 10,000 replies need not be read to say who.
+_VIEW = f"""json_build_object(
+    'root', message_json(m),
+    'follow', json_build_object('conversation_id', m.conversation_id, 'root_id', m.id,
+        'is_following', t.is_following, 'last_read_order', t.last_read_order),
+    'participants', ARRAY(
+        SELECT o.user_id FROM thread_follow o
+        WHERE o.root_id = m.id AND (o.conversation_id = m.conversation_id) IS TRUE AND o.has_replied
+        ORDER BY o.user_id LIMIT {MOST_PARTICIPANTS}
+    ),
+    'unread_count', ({COUNT_REPLIES.format(me="t")}),
+    'last_reply', (
+        SELECT message_json(n) FROM message n
+        WHERE n.thread_root_id = m.id AND (n.conversation_id = m.conversation_id) IS TRUE AND NOT n.is_deleted
+        ORDER BY n.thread_order DESC LIMIT 1
+    )
+)"""  # noqa: S608 - only column references and numbers are put in
+GET = f"""
+SELECT {_VIEW} FROM (
+    SELECT m {VISIBLE}
+) found (m)
+CROSS JOIN LATERAL (SELECT (found.m).*) m
+CROSS JOIN LATERAL (
+    SELECT m.id AS root_id, m.conversation_id, $2::uuid AS user_id,
+        coalesce(bool_or(f.is_following), false) AS is_following, coalesce(max(f.last_read_order), 0) AS last_read_order
+    FROM thread_follow f WHERE f.root_id = m.id AND f.user_id = $2 AND (f.conversation_id = m.conversation_id) IS TRUE
+) t
+"""  # noqa: S608 - as above
+
+
+async def get(db: Db, place: Place, user_id: UserId) -> ThreadView | None:
+    """Return the thread that begins with a message; None without access to that."""
+    text = await db.fetchval(GET, place.message_id, user_id, place.conversation_id)
+    return None if text is None else _view_decoder.decode(text)
+
+
+LIST = f"""
+SELECT coalesce(json_agg(listed.view), '[]') FROM (
+    SELECT {_VIEW} AS view
+    FROM (
+        SELECT * FROM thread_follow t WHERE t.user_id = $1 AND t.is_following
+        ORDER BY t.root_id DESC LIMIT {MOST_LOOKED_AT}
+    ) t
+    JOIN message m ON m.id = t.root_id AND (m.conversation_id = t.conversation_id) IS TRUE
+    JOIN conversation c ON c.id = t.conversation_id AND NOT c.is_deleted
+    JOIN conversation_participant p ON p.conversation_id = t.conversation_id AND p.user_id = t.user_id
+        AND p.status = 'active'
+    CROSS JOIN LATERAL (
+        SELECT max(n.sent_version) AS version, max(n.created_at) AS at FROM (
+            SELECT n.sent_version, n.created_at FROM message n
+            WHERE n.thread_root_id = m.id AND (n.conversation_id = m.conversation_id) IS TRUE
+            ORDER BY n.thread_order DESC LIMIT 1
+        ) n
+    ) newest
+    WHERE m.sent_version > visible_after(c, p) AND m.thread_order > CASE WHEN $2 THEN t.last_read_order ELSE 0 END
+        AND (NOT $2 OR ({COUNT_REPLIES.format(me="t")}) > 0)
+    ORDER BY newest.at DESC, m.id DESC LIMIT {MOST_LISTED}
+) listed
+"""  # noqa: S608 - as above
+_list_decoder = msgspec.json.Decoder(list[ThreadView])
+
+
+async def page(db: Db, user_id: UserId, *, is_unread: bool) -> list[ThreadView]:
+    """Return the threads that a user follows and where somebody replied, or where there is something new, the latest
+    first: at most 100 of the 1,000 that began last.
+    """
+    return _list_decoder.decode(await db.fetchval(LIST, user_id, is_unread))
+
+
+class Change(NamedTuple):
+    """What of a follower's row is to change, and is left as it is if not said."""
+
+    is_following: bool | None = None
+    last_read_order: int | None = None
+
+
+# Users are locked before what is theirs, as everywhere. A thread begins with a message that is in none.
+CHANGE = f"""
+WITH root AS (
+    SELECT m.id, m.conversation_id, m.thread_order {VISIBLE} AND m.thread_root_id IS NULL
+), touched AS (
+    UPDATE "user" SET version = version + 1 WHERE id = $2 AND EXISTS (SELECT FROM root) RETURNING version
+)
+INSERT INTO thread_follow AS t (root_id, user_id, conversation_id, is_following, last_read_order, user_version)
+SELECT root.id, $2, root.conversation_id, coalesce($4, false),
+    least(coalesce($5, CASE WHEN $4 THEN root.thread_order END, 0), root.thread_order), touched.version
+FROM root, touched
+ON CONFLICT (root_id, user_id) DO UPDATE SET is_following = coalesce($4, t.is_following),
+    last_read_order = greatest(t.last_read_order, CASE WHEN $5::integer IS NOT NULL THEN excluded.last_read_order END),
+    user_version = excluded.user_version
+RETURNING thread_json(t)
+"""  # noqa: S608 - VISIBLE is a constant
+
+
+async def change(db: Db, place: Place, user_id: UserId, change: Change) -> ThreadFollow | None:
+    """Follow a thread or not, or read on in it; return how it is now, None without access to a root."""
+    text = await db.fetchval(CHANGE, place.message_id, user_id, place.conversation_id, *change)
+    return None if text is None else _follow_decoder.decode(text)

@@ -1,0 +1,33 @@
+"""What the server makes of what is said: HTML of Markdown, mentions that count, and hashtags."""
+
+from protocol.client import Edit, Send
+from protocol.codec import encode
+from protocol.errors import ErrorCode, Refused
+from protocol.ids import UserId
+from protocol.limits import MAX_METADATA_BYTES
+from protocol.payloads import Code
+from server import markup, mentions
+from server.context import Context
+from server.queries import mentions as meaning
+from server.queries.sending import Made, Outgoing, Source
+
+
+async def made_of(context: Context, frame: Send | Edit, *, is_code: bool) -> Made:
+    """Return what is made of a message's content. Raises Refused if that is too long."""
+    formatted = markup.render(frame.content) if frame.is_markdown else None
+    found = mentions.find(frame.content, is_code=is_code, is_markdown=frame.is_markdown)
+    who: list[UserId] = []
+    loud: list[str] = []
+    if found.is_about_people:
+        async with context.database.connection() as db:
+            meant = await meaning.resolve(db, frame.conversation_id, context.user_id, found.ids, found.names)
+        who, loud = meant.user_ids, found.loud if meant.may_be_loud else []
+    return Made(formatted, who, loud, found.hashtags)
+
+
+async def outgoing(context: Context, frame: Send, source: Source | None = None) -> Outgoing:
+    """Return a message as it is to be stored. Raises Refused if something in it is too large."""
+    if frame.metadata is not None and len(encode(frame.metadata)) > MAX_METADATA_BYTES:
+        raise Refused(ErrorCode.INVALID, f"Metadata takes at most {MAX_METADATA_BYTES} bytes.", path="metadata")
+    made = await made_of(context, frame, is_code=isinstance(frame.payload, Code))
+    return Outgoing(context.user_id, frame, made, source)

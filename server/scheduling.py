@@ -1,0 +1,40 @@
+"""Scheduled messages: sent, when their time has come, by the same handler as all others.
+
+The message's id was made when it was scheduled, so a worker that dies after sending, and before it has noted that,
+leaves nothing behind that the next one could send twice.
+"""
+
+from uuid import UUID
+
+from protocol.errors import ErrorCode, Refused
+from protocol.ids import SessionId
+from server.context import Context, Services
+from server.handlers.sending import send
+from server.queries import scheduled
+from server.queries.scheduled import Due
+
+NO_SESSION = SessionId(UUID(int=0))
+AGAIN = frozenset({ErrorCode.UNAVAILABLE, ErrorCode.RATE_LIMITED})
+"""Refusals that say to come back: the message is taken up again after a while."""
+
+
+async def send_due(services: Services) -> None:
+    """Send the messages whose time has come and that no other worker has taken up."""
+    async with services.database.connection() as db:
+        claimed = await scheduled.claim(db)
+    for due, is_here in claimed:
+        problem: str | None = None if is_here else "The account is not there any more."
+        if is_here:
+            try:
+                await send(Context(services=services, user=due.sender, session_id=NO_SESSION), due.frame)
+            except Refused as refused:
+                if refused.code in AGAIN:
+                    continue
+                problem = refused.message
+        await _finish(services, due, problem)
+
+
+async def _finish(services: Services, due: Due, problem: str | None) -> None:
+    async with services.database.connection() as db:
+        await scheduled.finish(db, due, "sent" if problem is None else "failed", problem)
+    services.events.poke([due.sender.id])

@@ -1,0 +1,317 @@
+"""What messages consist of: payloads of every type, Markdown that is safe to show, mentions and hashtags."""
+
+import asyncio
+import re
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from protocol import client, server
+from protocol.errors import ErrorCode, Refused
+from protocol.ids import MessageId, UserId, uuid7
+from protocol.payloads import Audio, Code, File, Image, Location, Payload, Poll, Video
+from protocol.values import Message
+from server import markup, mentions
+from tests.world import Room, World, heard, message, refused, sent
+
+WEB = "https://example.org/x"
+PAYLOADS: list[Payload] = [
+    Image(url=WEB, alt="A loom", width=640, height=480),
+    File(url=WEB, name="notes.pdf", mime_type="application/pdf", size_bytes=2**33),
+    Audio(url=WEB, duration_ms=1_500),
+    Video(url=WEB, poster=WEB, width=1_920, height=1_080, duration_ms=60_000),
+    Code(language="c++"),
+    Location(latitude=51.5007, longitude=-0.1246, accuracy_meters=5.0, name="Westminster"),
+    Poll(options=["Tea", "Coffee"], is_multiple=True, closes_at=datetime(2030, 1, 1, tzinfo=UTC)),
+]
+
+
+async def test_each_type_of_content_comes_as_it_was_sent(room: Room) -> None:
+    for payload in PAYLOADS:
+        frame = message(room.group, "Words for who does not know the type", payload=payload)
+        first = await room.ada.call(frame, server.Sent)
+        told = await heard(room.charles, frame.message_id)
+        got = await room.charles.call(client.GetMessage(**room.at(frame.message_id)), server.OneMessage)
+        assert got.message == told
+        assert (told.payload, told.content_type) == (payload, payload.__struct_config__.tag)
+        assert await room.ada.call(frame, server.Sent) == first
+        other = client.Send(conversation_id=room.group, message_id=frame.message_id, content=frame.content)
+        with refused(ErrorCode.CONFLICT, "message_id"):
+            await room.ada.call(other)
+        await room.ada.call(client.Delete(**room.at(frame.message_id)))
+        assert await room.ada.call(frame, server.Sent) == first
+        left = await room.charles.call(client.GetMessage(**room.at(frame.message_id)), server.OneMessage)
+        assert (left.message.payload, left.message.poll_counts) == (None, None)
+
+
+# ---------------------------------------------------------------------------------------------------- Markdown
+
+HOSTILE = [
+    "<script>alert(1)</script>",
+    "<img src=x onerror=alert(1)>",
+    "<svg/onload=alert(1)>",
+    "[click](javascript:alert(1))",
+    "[click](JaVaScRiPt:alert(1))",
+    "[click](java\tscript:alert(1))",
+    "[click](&#106;avascript:alert(1))",
+    "[click](data:text/html;base64,PHNjcmlwdD4=)",
+    "[click](vbscript:msgbox(1))",
+    "[click](file:///etc/passwd)",
+    "![x](https://example.org/pixel.gif)",
+    "![x](javascript:alert(1))",
+    '<https://example.org/" onmouseover="alert(1)>',
+    '[x](https://example.org "onclick=alert(1)")',
+    '[x](https://example.org/"><script>alert(1)</script>)',
+    "`<script>alert(1)</script>`",
+    "```html\n<script>alert(1)</script>\n```",
+    '```" onload=alert(1)\nx\n```',
+    "<iframe src=https://example.org></iframe>",
+    "<style>*{display:none}</style>",
+    '<math><mtext></mtext><mglyph><style><!--</style><img title="--&gt;&lt;img src=1 onerror=alert(1)&gt;">',
+    '<noscript><p title="</noscript><img src=x onerror=alert(1)>">',
+    '<a href="javascript:alert(1)">x</a>',
+    "<form action=//example.org><input name=q></form>",
+    "<base href=//example.org>",
+    "\u202ereversed\u202c and \ufeff zero",
+    "[a]: javascript:alert(1)\n\n[a]",
+    "&lt;script&gt;alert(1)&lt;/script&gt;",
+    "<!--[if gte IE 4]><script>alert(1)</script><![endif]-->",
+    "# Heading\n\nUnder\n===",
+]
+ALLOWED = re.compile(
+    r"</?(p|em|strong|s|code|pre|blockquote|ul|ol|li)>|<(br|hr)>|<ol start=\"\d+\">|</a>"
+    r"|<a( href=\"(https?|mailto):[^\"<>]*\")? rel=\"noopener noreferrer nofollow\">"
+)
+
+
+def assert_safe(html: str) -> None:
+    """Nothing is left of the elements that are allowed that could begin another one."""
+    rest = ALLOWED.sub("", html)
+    assert "<" not in rest, html
+    assert ">" not in rest, html
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_hostile_markdown_is_harmless(text: str) -> None:
+    assert_safe(markup.render(text))
+
+
+SCRAPS = st.sampled_from([
+    "<", ">", '"', "'", "`", "```", "*", "**", "_", "[", "](", ")", "![", "<a ", "href=", "javascript:", "https://x.y/",
+    "\n", "\n\n", "> ", "- ", "1. ", "&lt;", "&#60;", "</", "script", "onerror=", "\\", "~~", "    ", "\t", "é",
+])  # fmt: skip
+
+
+@given(st.lists(SCRAPS, max_size=60).map("".join))
+def test_whatever_is_put_together_is_harmless(text: str) -> None:
+    assert_safe(markup.render(text))
+
+
+def test_markdown_does_what_people_expect() -> None:
+    text = "**Bold** and *soft*, ~~gone~~, `code`,\n[a link](https://example.org/?a=1&b=2)\n\n> said\n\n1. one\n2. two"
+    assert markup.render(text) == (
+        "<p><strong>Bold</strong> and <em>soft</em>, <s>gone</s>, <code>code</code>,<br>\n"
+        '<a href="https://example.org/?a=1&amp;b=2" rel="noopener noreferrer nofollow">a link</a></p>\n'
+        "<blockquote>\n<p>said</p>\n</blockquote>\n<ol>\n<li>one</li>\n<li>two</li>\n</ol>"
+    )
+
+
+def test_what_nests_for_ever_ends_soon() -> None:
+    for text in (">" * 10_000, "[" * 10_000, "*a " * 3_333, "- " * 5_000, "`" * 9_999, "![[]()" * 1_600, "<a" * 5_000):
+        try:
+            assert_safe(markup.render(text))
+        except Refused as refusal:
+            assert refusal.path == "content"
+
+
+async def test_html_that_would_be_too_long_is_refused(room: Room) -> None:
+    with refused(ErrorCode.INVALID, "content"):
+        await sent(room.ada, room.group, "&" * 9_000, is_markdown=True)
+    await sent(room.ada, room.group, "&" * 9_000)
+
+
+# ---------------------------------------------------------------------------------------- mentions and hashtags
+
+
+async def said(room: Room, content: str, **fields: Any) -> Message:
+    message_id = await sent(room.ada, room.group, content, **fields)
+    return (await room.ada.call(client.GetMessage(**room.at(message_id)), server.OneMessage)).message
+
+
+async def test_people_are_mentioned_by_id_and_by_name(room: Room, world: World) -> None:
+    charles = room.them[1].id
+    for content in (
+        f"<@{charles}> look",
+        "@charles: look",
+        "(@Charles)",
+        "@CHARLES.",
+        "Hi @charles, @charles and @charles",
+    ):
+        assert (await said(room, content)).mentions == [charles], content
+    for content in (
+        "ada@charles.org",
+        "https://x.y/@charles",
+        "@nobody",
+        "@charlesx",
+        f"<@{uuid7()}>",
+        "@",
+        "`@charles`",
+    ):
+        assert (await said(room, content, is_markdown=True)).mentions == [], content
+    assert (await said(room, "@charles", payload=Code(language="c"))).mentions == []
+    spaced = await world.user("Mary Somerville")
+    await room.ada.call(client.AddParticipants(conversation_id=room.group, participants=[spaced.id]))
+    for content in ("@Mary.Somerville", "@mary_somerville", "@marysomerville"):
+        assert (await said(room, content)).mentions == [spaced.id]
+    assert (await said(room, "@mary")).mentions == []
+
+
+async def test_who_is_outside_blocked_gone_or_one_of_two_is_plain_text(room: Room, world: World) -> None:
+    outside, gone, blocked, blocking, twin, other = await world.users(
+        "Out", "Gone", "Blocked", "Blocking", "Twin", "Twin"
+    )
+    inside = [gone, blocked, blocking, twin, other]
+    await room.ada.call(client.AddParticipants(conversation_id=room.group, participants=[one.id for one in inside]))
+    assert set((await said(room, "@gone @blocked @blocking")).mentions) == {gone.id, blocked.id, blocking.id}
+    await world.db.execute('UPDATE "user" SET is_active = false WHERE id = $1', gone.id)
+    await room.ada.call(client.Block(user_id=blocked.id))
+    await (await world.connect(blocking)).call(client.Block(user_id=room.them[0].id))
+    text = "@out @gone @blocked @blocking @twin " + " ".join(
+        f"<@{one.id}>" for one in (outside, gone, blocked, blocking)
+    )
+    assert (await said(room, text)).mentions == []
+    assert (await said(room, f"<@{twin.id}>")).mentions == [twin.id], "by id there is no doubt"
+    await room.ada.call(client.RemoveParticipant(conversation_id=room.group, user_id=twin.id))
+    assert (await said(room, f"<@{twin.id}>")).mentions == []
+
+
+async def test_the_loud_ones_take_a_permission(room: Room, world: World) -> None:
+    loud = "@everyone, @here and @moderator"
+    assert (await said(room, loud)).loud_mentions == ["everyone", "here", "moderator"]
+    quiet = await sent(room.charles, room.group, loud)
+    got = await room.charles.call(client.GetMessage(**room.at(quiet)), server.OneMessage)
+    assert got.message.loud_mentions == [], "a member's is plain text"
+    await room.ada.call(client.SetRole(conversation_id=room.group, user_id=room.them[1].id, role="moderator"))
+    heard = await sent(room.charles, room.group, loud)
+    got = await room.charles.call(client.GetMessage(**room.at(heard)), server.OneMessage)
+    assert got.message.loud_mentions == ["everyone", "here", "moderator"]
+    direct = (await room.ada.call(client.CreateDirect(user_id=room.them[1].id), server.OneConversation)).view
+    there = await sent(room.ada, direct.conversation.id, "@everyone @charles")
+    got = await room.ada.call(
+        client.GetMessage(conversation_id=direct.conversation.id, message_id=there), server.OneMessage
+    )
+    assert (got.message.loud_mentions, got.message.mentions) == ([], [room.them[1].id])
+    assert await world.db.fetchval("SELECT count(*) FROM message WHERE 'here' = ANY(loud_mentions)") == 2
+
+
+async def test_hashtags_are_found_and_an_edit_finds_anew(room: Room) -> None:
+    first = await said(room, "#Loom and #loom, #42 but #42nd, a#b, https://x.y/#z, #überholt @charles")
+    assert (first.hashtags, first.mentions) == (["loom", "42nd", "überholt"], [room.them[1].id])
+    await room.ada.call(client.Edit(**room.at(first.id), content="Only #cards"))
+    event = await room.charles.event(server.MessageEdited)
+    assert (event.message.hashtags, event.message.mentions) == (["cards"], [])
+
+
+@given(st.text(max_size=300))
+def test_any_text_is_looked_through(text: str) -> None:
+    found = mentions.find(text, is_code=False, is_markdown=True)
+    assert len(found.hashtags) <= 50
+    assert all(name == name.lower() for name in (*found.names, *found.hashtags))
+
+
+# ----------------------------------------------------------------------------------------------------- polls
+
+
+async def poll(room: Room, **fields: Any) -> MessageId:
+    return await sent(room.ada, room.group, "Tea?", payload=Poll(options=["Yes", "No", "Later"], **fields))
+
+
+async def test_a_vote_can_be_changed_and_withdrawn_and_everyone_sees_it(room: Room, world: World) -> None:
+    message_id = await poll(room)
+    place = room.at(message_id)
+    first = await room.charles.call(client.Vote(**place, options=[1]), server.Changed)
+    assert await room.charles.call(client.Vote(**place, options=[1]), server.Changed) == first, "once is once"
+    await room.ada.call(client.Vote(**place, options=[0]))
+    await room.charles.call(client.Vote(**place, options=[2]))
+    await room.ada.event(server.PollVoted, lambda event: event.version == first.version + 2)
+    events = [event for event in room.ada.events if isinstance(event, server.PollVoted)]
+    assert [(one.poll_counts, one.poll_voters) for one in events] == [([0, 1, 0], 1), ([1, 1, 0], 2), ([1, 0, 1], 2)]
+    assert (events[2].user_id, events[2].options) == (room.them[1].id, [2])
+    got = await room.charles.call(client.GetMessage(**place), server.OneMessage)
+    assert (got.message.poll_counts, got.message.poll_voters, got.vote) == ([1, 0, 1], 2, [2])
+    page = await room.charles.call(client.History(conversation_id=room.group), server.MessagePage)
+    assert page.votes == {message_id: [2]}
+    votes = await room.ada.call(client.ListVotes(**place), server.VotePage)
+    assert {one.user_id: one.options for one in votes.votes} == {room.them[0].id: [0], room.them[1].id: [2]}
+    await room.charles.call(client.Vote(**place, options=[]))
+    got = await room.charles.call(client.GetMessage(**place), server.OneMessage)
+    assert (got.message.poll_counts, got.message.poll_voters, got.vote) == ([1, 0, 0], 1, [])
+    assert await world.db.fetchval("SELECT count(*) FROM poll_vote WHERE options <> '{}'") == 1
+
+
+async def test_a_vote_that_the_poll_does_not_know_is_refused(room: Room) -> None:
+    single, many = room.at(await poll(room)), room.at(await poll(room, is_multiple=True))
+    for place, options in ((single, [0, 1]), (single, [3]), (many, [0, 3])):
+        with refused(ErrorCode.INVALID, "options"):
+            await room.charles.call(client.Vote(**place, options=options))
+    await room.charles.call(client.Vote(**many, options=[2, 0]))
+    plain = room.at(await sent(room.ada, room.group))
+    for frame in (client.Vote(**plain, options=[0]), client.ClosePoll(**plain), client.ListVotes(**plain)):
+        with refused(ErrorCode.NOT_FOUND, "message_id"):
+            await room.charles.call(frame)
+
+
+async def test_a_closed_poll_takes_no_votes(room: Room) -> None:
+    over = room.at(await poll(room, closes_at=datetime.now(UTC) - timedelta(seconds=1)))
+    closed = room.at(await poll(room))
+    await room.charles.call(client.Vote(**closed, options=[0]))
+    with refused(ErrorCode.FORBIDDEN, None):
+        await room.charles.call(client.ClosePoll(**closed))
+    await room.ada.call(client.ClosePoll(**closed))
+    assert (await room.charles.event(server.MessageEdited)).message.poll_closed_at is not None
+    for place in (over, closed):
+        with refused(ErrorCode.FORBIDDEN, "message_id"):
+            await room.charles.call(client.Vote(**place, options=[1]))
+    await room.charles.call(client.Vote(**closed, options=[0]))  # as it is already
+
+
+async def test_of_an_anonymous_poll_only_the_counts_are_told(room: Room, world: World) -> None:
+    place = room.at(await poll(room, is_anonymous=True))
+    await room.charles.call(client.Vote(**place, options=[1]))
+    event = await room.ada.event(server.PollVoted)
+    assert (event.poll_counts, event.user_id, event.options) == ([0, 1, 0], None, None)
+    with refused(ErrorCode.FORBIDDEN, "message_id"):
+        await room.ada.call(client.ListVotes(**place))
+    # Nor does whoever comes back learn it.
+    frame = client.Resume(epoch=room.ada.ready.epoch, versions={room.group: event.version - 1})
+    phone = await world.connect(room.them[0], query="?resume=1")
+    await phone.call(frame)
+    (told,) = (await phone.event(server.Changes)).events
+    assert isinstance(told, server.PollVoted)
+    assert (told.poll_counts, told.user_id) == ([0, 1, 0], None)
+
+
+async def test_many_voters_at_once_are_all_counted(room: Room, world: World) -> None:
+    message_id = await poll(room, is_multiple=True)
+    crowd = await world.users(*(f"Voter {number}" for number in range(8)))
+    await room.ada.call(client.AddParticipants(conversation_id=room.group, participants=[one.id for one in crowd]))
+    clients = [await world.connect(one, number % 2) for number, one in enumerate(crowd)]
+    choices: list[list[int]] = [[0], [1], [0, 1], [], [2], [0, 2]]
+    frames = [
+        one.call(client.Vote(**room.at(message_id), options=choices[(number + turn) % len(choices)]), server.Changed)
+        for turn in range(6)
+        for number, one in enumerate(clients)
+    ]
+    await asyncio.gather(*frames)
+    rows = [row[0] for row in await world.db.fetch("SELECT options FROM poll_vote WHERE options <> '{}'")]
+    got = (await room.ada.call(client.GetMessage(**room.at(message_id)), server.OneMessage)).message
+    assert got.poll_counts == [sum(option in one for one in rows) for option in range(3)]
+    assert got.poll_voters == len(rows)
+
+
+def test_a_user_id_is_a_uuid() -> None:
+    one = UserId(uuid7())
+    assert mentions.find(f"<@{str(one).upper()}>", is_code=False, is_markdown=False).ids == [one]

@@ -1,0 +1,267 @@
+"""What somebody is told of: the feed, and what is pushed to a browser that is not looking."""
+
+import asyncio
+import base64
+import os
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime, time, timedelta
+from typing import Any
+
+import http_ece
+import msgspec
+import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+from py_vapid import Vapid02
+
+from protocol import client, server
+from protocol.errors import ErrorCode
+from protocol.ids import MessageId, uuid7
+from protocol.push import Notification
+from server.config import Settings
+from tests.world import Room, Somebody, World, refused, sent
+
+
+async def feed(one: Any, *kinds: str) -> list[tuple[str, Any]]:
+    page = await one.call(client.ListFeed(kinds=list(kinds) or None), server.FeedPage)  # type: ignore[arg-type]
+    return [(entry.kind, entry.message.content if entry.message else entry.user_id) for entry in page.entries]
+
+
+async def test_the_feed_has_what_concerns_one_and_nothing_else(room: Room, world: World) -> None:
+    mary = await world.user("Mary")
+    hers = await world.connect(mary)
+    await room.ada.call(client.AddParticipants(conversation_id=room.group, participants=[mary.id]))
+    mine = await sent(room.charles, room.group, "Mine")
+    await sent(room.ada, room.group, "Nothing to do with him")
+    await sent(room.ada, room.group, "Look, @charles")
+    await sent(room.ada, room.group, "Listen, @everyone")
+    await sent(room.ada, room.group, "Come, @moderator")
+    await sent(room.ada, room.group, "A reply", parent_message_id=mine)
+    await hers.call(client.React(**room.at(mine), emoji="👍"))
+    await hers.call(client.RequestFriend(user_id=room.them[1].id))
+    other = await world.group(hers, await world.user("Grace"))
+    await hers.call(client.Invite(conversation_id=other, participants=[room.them[1].id]))
+    assert await feed(room.charles) == [
+        ("invitation", mary.id), ("friend_request", mary.id), ("reaction", "Mine"), ("reply", "A reply"),
+        ("mention", "Listen, @everyone"), ("mention", "Look, @charles"),
+    ]  # fmt: skip
+    await room.ada.call(client.SetRole(conversation_id=room.group, user_id=room.them[1].id, role="moderator"))
+    assert [said for _, said in await feed(room.charles, "mention")] == [
+        "Come, @moderator", "Listen, @everyone", "Look, @charles",
+    ]  # fmt: skip
+    assert ("reaction", "Mine") not in await feed(hers)
+    await room.charles.call(client.Mute(user_id=mary.id))
+    assert {kind for kind, _ in await feed(room.charles)} == {"mention", "reply"}
+    await room.charles.call(client.Leave(conversation_id=room.group))
+    assert await feed(room.charles) == []
+
+
+async def test_what_is_taken_back_is_in_the_feed_no_more(room: Room) -> None:
+    mine = await sent(room.charles, room.group, "Mine")
+    said = await sent(room.ada, room.group, "Look, @charles")
+    reply = await sent(room.ada, room.group, "A reply", parent_message_id=mine)
+    hidden = await sent(room.ada, room.group, "Hidden, @charles")
+    await room.ada.call(client.React(**room.at(mine), emoji="x"))
+    assert len(await feed(room.charles)) == 4
+    await room.ada.call(client.Edit(**room.at(said), content="Never mind"))
+    await room.ada.call(client.Delete(**room.at(reply)))
+    await room.ada.call(client.Unreact(**room.at(mine), emoji="x"))
+    await room.ada.call(client.Moderate(**room.at(hidden), reason="Rude"))
+    assert await feed(room.charles) == []
+
+
+async def test_the_feed_in_pages_and_what_is_new_in_it(room: Room, world: World) -> None:
+    for number in range(5):
+        await sent(room.ada, room.group, f"{number} @charles")
+    first = await room.charles.call(client.ListFeed(limit=2), server.FeedPage)
+    await sent(room.ada, room.group, "5 @charles")
+    rest = await room.charles.call(client.ListFeed(limit=3, after=first.after), server.FeedPage)
+    contents = [entry.message.content[0] for entry in (*first.entries, *rest.entries) if entry.message]
+    assert (contents, rest.after, first.unread_count) == (["4", "3", "2", "1", "0"], None, 5)
+    phone = await world.connect(room.them[1])
+    await room.charles.call(client.SeeFeed())
+    assert (await phone.event(server.MeChanged)).me.feed_seen_at is not None
+    await sent(room.ada, room.group, "6 @charles")
+    badge = await phone.call(client.GetBadge(), server.Badge)
+    assert (badge.feed, badge.messages) == (1, 7)
+    await phone.call(client.SeeFeed(up_to=datetime.now(UTC) - timedelta(days=1)))
+    assert (await phone.call(client.GetBadge(), server.Badge)).feed == 1, "it only moves forward"
+
+
+# -------------------------------------------------------------------------------------------------------- push
+
+
+class Browser:
+    """A browser's push service and the browser in one: receives what is pushed, and decrypts it."""
+
+    def __init__(self) -> None:
+        self.key = ec.generate_private_key(ec.SECP256R1())
+        self.auth = os.urandom(16)
+        self.received: asyncio.Queue[tuple[dict[str, str], bytes]] = asyncio.Queue()
+        self.status = 201
+        self.url = ""
+        self._server: asyncio.Server
+
+    async def start(self) -> None:
+        self._server = await asyncio.start_server(self._answer, "127.0.0.1", 0)
+        self.url = f"http://127.0.0.1:{self._server.sockets[0].getsockname()[1]}/push/{uuid7().hex}"
+
+    async def stop(self) -> None:
+        self._server.close()
+        await self._server.wait_closed()
+
+    def subscription(self) -> client.RegisterPush:
+        point = self.key.public_key().public_bytes(Encoding.X962, PublicFormat.UncompressedPoint)
+        return client.RegisterPush(endpoint=self.url, p256dh=text(point), auth=text(self.auth))
+
+    async def next(self) -> tuple[dict[str, str], Notification]:
+        async with asyncio.timeout(10):
+            headers, body = await self.received.get()
+        plain = http_ece.decrypt(body, private_key=self.key, auth_secret=self.auth, version="aes128gcm")
+        return headers, msgspec.json.decode(plain, type=Notification)
+
+    async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        lines = (await reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")[1:-2]
+        headers = {name.lower(): value for name, value in (line.split(": ", 1) for line in lines)}
+        body = await reader.readexactly(int(headers["content-length"]))
+        await self.received.put((headers, body))
+        writer.write(f"HTTP/1.1 {self.status} So\r\ncontent-length: 0\r\nconnection: close\r\n\r\n".encode())
+        await writer.drain()
+        writer.close()
+
+
+def text(data: bytes) -> str:
+    return base64.urlsafe_b64encode(data).rstrip(b"=").decode()
+
+
+@pytest.fixture
+def settings(settings: Settings) -> Settings:
+    return msgspec.structs.replace(settings, push_after_seconds=0.0, private_addresses=True)
+
+
+@pytest.fixture
+async def browser(room: Room) -> AsyncIterator[Browser]:
+    browser = Browser()
+    await browser.start()
+    await room.charles.call(browser.subscription())
+    yield browser
+    await browser.stop()
+
+
+async def test_what_is_not_read_is_pushed_encrypted_and_signed(room: Room, browser: Browser) -> None:
+    key = (await room.charles.call(client.GetPushKey(), server.PushKey)).key
+    await sent(room.ada, room.group, "An older one")
+    message_id = await sent(room.ada, room.group, "Are you there, @charles?")
+    headers, said = await browser.next()
+    while said.message_id != message_id:
+        headers, said = await browser.next()
+    assert (said.title, said.sender, said.body) == ("Lovelace's circle", "Ada", "Are you there, @charles?")
+    assert (said.is_mention, said.badge) == (True, 2)
+    assert (headers["content-encoding"], headers["ttl"], headers["topic"]) == (
+        "aes128gcm", "86400", text(room.group.bytes),
+    )  # fmt: skip
+    scheme, _, parts = headers["authorization"].partition(" ")
+    given = dict(part.split("=", 1) for part in parts.split(","))
+    assert (scheme, given["k"]) == ("vapid", key)
+    assert Vapid02.verify(headers["authorization"])
+    claims = msgspec.json.decode(base64.urlsafe_b64decode(given["t"].split(".")[1] + "=="))
+    assert claims["aud"] == browser.url.rsplit("/push", 1)[0]
+
+
+async def quiet(room: Room, browser: Browser) -> bool:
+    """Return whether the last thing pushed is what was sent to be pushed in any case."""
+    last = await sent(room.ada, room.group, "The end, @charles")
+    while True:
+        _, said = await browser.next()
+        if said.message_id == last:
+            return True
+        if not said.body.startswith("The end"):
+            return False
+
+
+async def test_nothing_is_pushed_of_what_was_read_meanwhile(room: Room, world: World, browser: Browser) -> None:
+    for worker in world.workers:
+        worker.app.notices._after_seconds = 1.5  # noqa: SLF001 - long enough to read it
+    message_id = await sent(room.ada, room.group, "Read at once")
+    await room.charles.call(client.Read(**room.at(message_id)))
+    for worker in world.workers:
+        worker.app.notices._after_seconds = 0.0  # noqa: SLF001 - as before
+    assert await quiet(room, browser)
+
+
+async def test_nothing_is_pushed_that_is_not_wanted(room: Room, world: World, browser: Browser) -> None:
+    mary = await world.user("Mary")
+    await room.ada.call(client.AddParticipants(conversation_id=room.group, participants=[mary.id]))
+    hers = await world.connect(mary)
+    root = await sent(hers, room.group, "Root @charles")
+    await browser.next()
+    await room.charles.call(client.SetPreferences(conversation_id=room.group, notification_level="mentions"))
+    await sent(hers, room.group, "No mention")
+    await sent(hers, room.group, "A reply in a thread that he does not follow", parent_message_id=root)
+    await room.charles.call(client.Mute(user_id=mary.id))
+    await sent(hers, room.group, "Muted @charles")
+    await room.charles.call(client.Unmute(user_id=mary.id))
+    await room.charles.call(client.Follow(user_id=mary.id))
+    await room.charles.call(client.SetSwitches(user_id=mary.id, notifications_enabled=False))
+    await sent(hers, room.group, "Switched off @charles")
+    await sent(room.charles, room.group, "His own @charles")
+    hidden = await sent(hers, room.group, "Hidden")
+    await room.ada.call(client.Delete(**room.at(hidden)))
+    assert await quiet(room, browser)
+    for change in (
+        client.SetPreferences(conversation_id=room.group, notification_level="none"),
+        client.SetPreferences(conversation_id=room.group, notification_level="all", is_muted=True),
+    ):
+        await room.charles.call(change)
+        await sent(room.ada, room.group, "Silence, @charles")
+    await asyncio.gather(*(worker.app.notices.push_due() for worker in world.workers))
+    await room.charles.call(client.SetPreferences(conversation_id=room.group, is_muted=False))
+    assert await quiet(room, browser)
+
+
+@pytest.mark.parametrize(("start", "end", "is_quiet"), [(-1, 1, True), (1, -1, False), (1, 2, False)])
+async def test_quiet_hours(room: Room, world: World, browser: Browser, start: int, end: int, *, is_quiet: bool) -> None:
+    zone = "Asia/Kolkata"  # half an hour off, and never in summer time
+    there = datetime.now(UTC) + timedelta(hours=5, minutes=30)
+    hours = [(there + timedelta(hours=one)).time().replace(second=0, microsecond=0) for one in (start, end)]
+    await room.charles.call(client.UpdateProfile(quiet_from=hours[0], quiet_until=hours[1], time_zone=zone))
+    message_id = await sent(room.ada, room.group, "At night?")
+    await asyncio.gather(*(worker.app.notices.push_due() for worker in world.workers))
+    await room.charles.call(client.UpdateProfile(quiet_from=None, quiet_until=None))
+    if is_quiet:
+        assert await quiet(room, browser)
+    else:
+        assert (await browser.next())[1].message_id == message_id
+    assert isinstance(hours[0], time)
+
+
+async def test_an_endpoint_ends_with_its_session_or_its_service(room: Room, world: World, browser: Browser) -> None:
+    browser.status = 410
+    await sent(room.ada, room.group, "Gone")
+    await browser.next()
+    async with asyncio.timeout(10):
+        while await world.db.fetchval("SELECT count(*) FROM push_endpoint"):
+            await asyncio.sleep(0.01)
+    browser.status = 201
+    await room.charles.call(browser.subscription())
+    await room.charles.call(browser.subscription())
+    assert await world.db.fetchval("SELECT count(*) FROM push_endpoint") == 1
+    await room.charles.call(client.UnregisterPush(endpoint=browser.url))
+    assert await world.db.fetchval("SELECT count(*) FROM push_endpoint") == 0
+    await room.charles.call(browser.subscription())
+    await world.db.execute("DELETE FROM session WHERE user_id = $1", room.them[1].id)
+    assert await world.db.fetchval("SELECT count(*) FROM push_endpoint") == 0
+
+
+async def test_of_each_person_the_newest_endpoints_are_kept(room: Room, world: World) -> None:
+    browser = Browser()
+    for number in range(25):
+        browser.url = f"https://push.example.org/{number}"
+        await room.charles.call(browser.subscription())
+    kept = {row[0].rsplit("/", 1)[1] for row in await world.db.fetch("SELECT endpoint FROM push_endpoint")}
+    assert kept == {str(number) for number in range(5, 25)}
+    nobody: Somebody = room.them[0]
+    await room.ada.call(client.UnregisterPush(endpoint=browser.url))
+    assert await world.db.fetchval("SELECT count(*) FROM push_endpoint") == 20, "one's own alone"
+    with refused(ErrorCode.NOT_FOUND, "message_id"):
+        await room.ada.call(client.Star(**room.at(MessageId(nobody.id))))

@@ -1,0 +1,201 @@
+"""What the server asks of addresses that users name: nothing near, nothing for long, nothing much; link previews."""
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable
+
+import msgspec
+import pytest
+
+from protocol import client, server
+from protocol.values import LinkPreview
+from server import outbound, previews
+from server.config import Settings
+from server.outbound import Outbound, Unreachable
+from tests.world import Room, World, message, sent
+
+PAGE = """<html><head><title>The Engine &amp; its notes</title>
+<meta property="og:description" content="On the  Analytical
+Engine"><meta property="og:image" content="/engine.png"></head><body><title>no</title></body></html>"""
+
+
+class Site:
+    """A web server that says whatever a test has it say, byte for byte."""
+
+    def __init__(self) -> None:
+        self.answer: Callable[[str], bytes | Awaitable[bytes]] = lambda _: page(PAGE)
+        self.asked: list[str] = []
+        self.url = ""
+        self._server: asyncio.Server
+
+    async def start(self) -> None:
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+        self.url = f"http://127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
+
+    async def stop(self) -> None:
+        self._server.close()
+        await self._server.wait_closed()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = (await reader.readuntil(b"\r\n\r\n")).decode()
+        self.asked.append(head)
+        answer = self.answer(head.split(" ")[1])
+        try:
+            writer.write(answer if isinstance(answer, bytes) else await answer)
+            await writer.drain()
+        except ConnectionError:
+            pass
+        finally:
+            writer.close()
+
+
+def page(body: str, kind: str = "text/html; charset=utf-8") -> bytes:
+    return f"HTTP/1.1 200 OK\r\ncontent-type: {kind}\r\ncontent-length: {len(body.encode())}\r\n\r\n{body}".encode()
+
+
+@pytest.fixture
+async def site() -> AsyncIterator[Site]:
+    site = Site()
+    await site.start()
+    yield site
+    await site.stop()
+
+
+@pytest.fixture
+async def careful() -> AsyncIterator[Outbound]:
+    one = Outbound(to_private=False)
+    yield one
+    await one.close()
+
+
+@pytest.fixture
+async def careless() -> AsyncIterator[Outbound]:
+    one = Outbound(to_private=True)
+    yield one
+    await one.close()
+
+
+NEAR = [
+    "http://127.0.0.1/", "http://localhost/", "http://127.1/", "http://2130706433/", "http://0x7f.0.0.1/", "http://[::1]/",
+    "http://[::ffff:127.0.0.1]/", "http://[::ffff:10.0.0.1]/", "http://10.0.0.1/", "http://172.16.0.1/",
+    "http://192.168.1.1/", "http://169.254.169.254/latest/meta-data/", "http://100.64.0.1/", "http://0.0.0.0/",
+    "http://[fe80::1]/", "http://[fc00::1]/", "http://[2002:7f00:1::]/", "http://224.0.0.1/", "http://240.0.0.1/",
+    "http://[::]/", "http://[64:ff9b::7f00:1]/",
+]  # fmt: skip
+NOWHERE = ["ftp://example.org/", "file:///etc/passwd", "http:///x", "http://user@example.org/", "gopher://x/", "x", ""]
+
+
+@pytest.mark.parametrize("url", [*NEAR, *NOWHERE])
+async def test_nothing_near_is_asked(careful: Outbound, url: str) -> None:
+    with pytest.raises(Unreachable):
+        await careful.get(url, most=10)
+
+
+async def test_a_name_that_leads_here_is_not_asked(
+    careful: Outbound, site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    port = int(site.url.rsplit(":", 1)[1])
+    answers = iter(["93.184.216.34", "127.0.0.1"])
+
+    async def resolve(_: object, __: str, asked: int, **___: object) -> list[object]:
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (next(answers), asked))]
+
+    monkeypatch.setattr(asyncio.get_running_loop().__class__, "getaddrinfo", resolve, raising=False)
+    asked: list[str] = []
+
+    async def connect(request: object, **_: object) -> None:
+        asked.append(str(request.url))  # type: ignore[attr-defined]
+        raise OSError
+
+    monkeypatch.setattr(careful._http, "send", connect)  # noqa: SLF001 - the network is not to be asked
+    for _ in range(2):
+        with pytest.raises(Unreachable):
+            await careful.get(f"http://rebinding.example:{port}/", most=10)
+    assert asked == [f"http://93.184.216.34:{port}/"], "the address that was looked at, and no other"
+
+
+async def test_a_redirect_is_looked_at_anew(careless: Outbound, site: Site) -> None:
+    site.answer = lambda path: (
+        page("here") if path == "/there" else b"HTTP/1.1 302 Found\r\nlocation: /there\r\ncontent-length: 0\r\n\r\n"
+    )
+    answer = await careless.get(site.url, most=100)
+    assert (answer.body, answer.url) == (b"here", f"{site.url}/there")
+    site.answer = lambda _: b"HTTP/1.1 302 Found\r\nlocation: /again\r\ncontent-length: 0\r\n\r\n"
+    with pytest.raises(Unreachable, match="redirects"):
+        await careless.get(site.url, most=100)
+    # Even where the first one may be asked, the next one is not trusted for it.
+    careless._to_private = False  # noqa: SLF001
+    site.answer = lambda _: b"HTTP/1.1 302 Found\r\nlocation: http://169.254.169.254/\r\ncontent-length: 0\r\n\r\n"
+    with pytest.raises(Unreachable):
+        await careless.get(site.url, most=100)
+
+
+async def test_what_is_too_much_is_cut_and_what_takes_too_long_is_left(
+    careless: Outbound, site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site.answer = lambda _: page("x" * 1_000_000)
+    assert len((await careless.get(site.url, most=1_000)).body) == 1_000
+    monkeypatch.setattr(outbound, "TOTAL_SECONDS", 0.2)
+    never = asyncio.Event()
+
+    async def silence() -> bytes:
+        await never.wait()
+        return b""
+
+    site.answer = lambda _: silence()
+    with pytest.raises(Unreachable):
+        await careless.get(site.url, most=1_000)
+    never.set()
+
+
+# ---------------------------------------------------------------------------------------------------- previews
+
+
+@pytest.mark.parametrize(("text", "link"), [
+    ("See https://example.org/a?b=c.", "https://example.org/a?b=c"), ("(http://x.y/)", "http://x.y/"), ("none", None),
+    ("javascript:alert(1)", None), ("<https://x.y/z>", "https://x.y/z"),
+])  # fmt: skip
+def test_the_first_link_of_a_text(text: str, link: str | None) -> None:
+    assert previews.first_link(text) == link
+
+
+@pytest.mark.parametrize("body", [b"", b"\xff\xfe<title>", b"<title></title>", b"<" * 50_000, b"<meta " * 20_000])
+def test_a_page_that_says_nothing_has_no_preview(body: bytes) -> None:
+    assert previews.read(body, "https://x.y", "https://x.y") is None
+
+
+def test_what_a_page_says_is_kept_short_and_its_picture_is_on_the_web() -> None:
+    body = f'<title>{"t" * 999}</title><meta property="og:image" content="javascript:alert(1)">'.encode()
+    preview = previews.read(body, "https://x.y", "https://x.y")
+    assert preview == LinkPreview(url="https://x.y", title="t" * 300)
+
+
+class TestInTheServer:
+    """Switched on, a preview comes as a change of the message; otherwise nothing is asked."""
+
+    @pytest.fixture
+    def settings(self, settings: Settings, request: pytest.FixtureRequest) -> Settings:
+        is_on = request.node.callspec.params["is_on"]
+        return msgspec.structs.replace(settings, link_previews=is_on, private_addresses=True)
+
+    @pytest.mark.parametrize("is_on", [True, False])
+    async def test_a_preview(self, room: Room, world: World, site: Site, *, is_on: bool) -> None:
+        message_id = await sent(room.ada, room.group, f"Look: {site.url}/engine.")
+        await room.ada.call(message(room.group, "No link"))
+        if not is_on:
+            await room.charles.synced()
+            assert site.asked == []
+            return
+        event = await room.charles.event(server.MessageEdited)
+        assert event.message.id == message_id
+        assert event.message.link_preview == LinkPreview(
+            url=f"{site.url}/engine",
+            title="The Engine & its notes",
+            description="On the Analytical Engine",
+            image=f"{site.url}/engine.png",
+        )
+        assert event.message.edited_at is None
+        await room.ada.call(client.Edit(**room.at(message_id), content="Never mind"))
+        edited = await room.charles.event(server.MessageEdited, lambda event: event.message.content == "Never mind")
+        assert edited.message.link_preview is None
+        assert await world.db.fetchval("SELECT count(*) FROM message WHERE link_preview IS NOT NULL") == 0

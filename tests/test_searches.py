@@ -1,0 +1,129 @@
+"""Search: all that matches, of what one may see, and nothing else; in pages that do not shift."""
+
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import msgspec
+import pytest
+
+from protocol import client, server
+from protocol.errors import ErrorCode
+from protocol.payloads import File, Poll
+from protocol.values import ConversationSettings
+from prove.client import Client
+from server.config import Settings
+from tests.world import Room, World, refused, sent
+
+
+async def found(one: Client, text: str | None = None, **fields: Any) -> list[str]:
+    page = await one.call(client.Search(text=text, **fields), server.SearchPage)
+    return [hit.message.content for hit in page.hits]
+
+
+async def test_words_and_beginnings_of_words(room: Room) -> None:
+    for content in ("The Analytical Engine", "An engine of difference", "Looms"):
+        await sent(room.ada, room.group, content)
+    assert await found(room.charles, "engine") == ["An engine of difference", "The Analytical Engine"]
+    assert await found(room.charles, "ENG anal") == ["The Analytical Engine"]
+    assert await found(room.charles, "gine") == []
+    assert await found(room.charles, "engine & ! | <-> ':*") == ["An engine of difference", "The Analytical Engine"]
+    with refused(ErrorCode.INVALID, "text"):
+        await found(room.charles, "&!|")
+    with refused(ErrorCode.INVALID, "text"):
+        await found(room.charles, sender_id=room.them[0].id)
+
+
+async def test_only_what_one_may_see(room: Room, world: World) -> None:
+    message_id = await sent(room.ada, room.group, "Secret engine")
+    stranger = await world.connect(await world.user("Stranger"))
+    assert await found(stranger, "engine") == []
+    assert await found(stranger, "engine", conversation_id=room.group) == []
+    await room.ada.call(client.Moderate(**room.at(message_id), reason="Rude"))
+    assert await found(room.charles, "engine") == []
+    await room.ada.call(client.Unmoderate(**room.at(message_id)))
+    assert await found(room.charles, "engine") == ["Secret engine"]
+    await room.ada.call(client.Edit(**room.at(message_id), content="Public loom"))
+    assert (await found(room.charles, "engine"), await found(room.charles, "loom")) == ([], ["Public loom"])
+    await room.charles.call(client.Leave(conversation_id=room.group))
+    assert await found(room.charles, "loom") == []
+    await room.ada.call(client.Delete(**room.at(message_id)))
+    assert await found(room.ada, "loom") == []
+    about = await world.channel(room.ada, is_public=True, settings=ConversationSettings(history="from_joining"))
+    await sent(room.ada, about, "Before he came: engine")
+    await room.charles.call(client.Join(conversation_id=about))
+    await sent(room.ada, about, "After he came: engine")
+    assert await found(room.charles, "engine") == ["After he came: engine"]
+
+
+async def test_each_filter(room: Room, world: World) -> None:
+    other = await world.channel(room.ada)
+    root = await sent(room.ada, room.group, "engine root #loom")
+    await sent(room.charles, room.group, "engine reply", parent_message_id=root)
+    await sent(room.ada, room.group, "engine file", payload=File(url="https://x.y", name="drawing of a wheel.pdf"))
+    await sent(room.charles, room.group, "engine @ada")
+    await sent(room.charles, room.group, "engine poll", payload=Poll(options=["Brass", "Steel"]))
+    await sent(room.ada, other, "engine elsewhere")
+    await room.ada.call(client.Pin(**room.at(root)))
+    charles = room.them[1].id
+    here: dict[str, Any] = {"conversation_id": room.group}
+    assert await found(room.ada, "engine", conversation_id=other) == ["engine elsewhere"]
+    assert await found(room.ada, "engine", sender_id=charles, **here) == ["engine poll", "engine @ada", "engine reply"]
+    assert await found(room.ada, "engine", content_type="poll") == ["engine poll"]
+    assert await found(room.ada, "engine", has_file=True) == ["engine file"]
+    assert await found(room.ada, "engine", in_thread=root) == ["engine reply", "engine root #loom"]
+    assert await found(room.ada, "engine", mentions_me=True) == ["engine @ada"]
+    assert await found(room.charles, "engine", mentions_me=True) == []
+    assert await found(room.ada, "engine", is_pinned=True) == ["engine root #loom"]
+    assert await found(room.ada, hashtag="Loom") == ["engine root #loom"]
+    assert await found(room.ada, mentions_me=True) == ["engine @ada"]
+    assert await found(room.ada, is_pinned=True, **here) == ["engine root #loom"]
+    assert await found(room.ada, "wheel") == ["engine file"], "the name of a file"
+    assert await found(room.ada, "steel") == ["engine poll"], "what one can vote for"
+    at = (await room.ada.call(client.GetMessage(**room.at(root)), server.OneMessage)).message.created_at
+    assert await found(room.ada, "engine", sent_before=at) == []
+    assert "engine root #loom" not in await found(room.ada, "engine", sent_after=at)
+    assert await found(room.ada, "engine", sent_after=datetime.now(UTC) + timedelta(days=1)) == []
+
+
+@pytest.mark.parametrize("order", ["newest", "relevance"])
+async def test_pages_do_not_shift_when_more_is_said(room: Room, order: str) -> None:
+    for number in range(7):
+        await sent(room.ada, room.group, "engine " * (1 + number % 3) + str(number))
+    everything = await found(room.charles, "engine", order=order)
+    assert len(everything) == 7
+    if order == "relevance":
+        assert everything[0].count("engine") == 3
+    seen: list[str] = []
+    after = None
+    while len(seen) < 7:
+        page = await room.charles.call(
+            client.Search(text="engine", order=order, limit=2, after=after),  # type: ignore[arg-type]
+            server.SearchPage,
+        )
+        seen += [hit.message.content for hit in page.hits]
+        after = page.after
+        await sent(room.ada, room.group, "engine engine engine and more")
+    assert (seen, after) == (everything, None)
+
+
+async def test_what_matches_is_marked(room: Room) -> None:
+    await sent(room.ada, room.group, "Before \x02 it, the engine; after it, engines")
+    page = await room.charles.call(client.Search(text="engine"), server.SearchPage)
+    (hit,) = page.hits
+    assert hit.snippet[1::2] == ["engine", "engines"]
+    assert "".join(hit.snippet) == "Before  it, the engine; after it, engines"
+    page = await room.charles.call(client.Search(conversation_id=room.group), server.SearchPage)
+    assert page.hits[0].snippet == ["Before  it, the engine; after it, engines"]
+
+
+class TestInEnglish:
+    """The language is a setting."""
+
+    @pytest.fixture
+    def settings(self, settings: Settings) -> Settings:
+        return msgspec.structs.replace(settings, search_language="english")
+
+    async def test_words_of_one_stem(self, room: Room) -> None:
+        await sent(room.ada, room.group, "They were weaving")
+        assert await found(room.charles, "weaves") == ["They were weaving"]
+        assert await found(room.charles, "the weaver") == []
