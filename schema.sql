@@ -848,6 +848,21 @@ END
 $$;
 REVOKE EXECUTE ON FUNCTION traces(text[]) FROM PUBLIC;
 
+-- Puts rows, which all name the same columns, into a table; those whose keys are taken are left out. For `openchat import`.
+CREATE FUNCTION load_rows(table_name text, rows json) RETURNS bigint LANGUAGE plpgsql AS $$
+DECLARE
+    columns text;
+    loaded bigint;
+BEGIN
+    SELECT string_agg(quote_ident(key), ', ') INTO columns FROM json_object_keys(rows -> 0) AS key;
+    EXECUTE format('INSERT INTO %I (%s) SELECT %s FROM json_populate_recordset(NULL::%I, $1) ON CONFLICT DO NOTHING',
+        table_name, columns, columns, table_name) USING rows;
+    GET DIAGNOSTICS loaded = ROW_COUNT;
+    RETURN loaded;
+END
+$$;
+REVOKE EXECUTE ON FUNCTION load_rows(text, json) FROM PUBLIC;
+
 -- --------------------------------------------------------------------------------------- row-level security
 
 -- For whoever reads the database directly, such as analytics or a sync engine: the same rules that the queries carry.

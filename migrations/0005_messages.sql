@@ -252,6 +252,20 @@ CREATE OR REPLACE FUNCTION me_json(u "user") RETURNS json LANGUAGE sql STABLE
         'created_at', u.created_at
     );
 
+CREATE FUNCTION load_rows(table_name text, rows json) RETURNS bigint LANGUAGE plpgsql AS $$
+DECLARE
+    columns text;
+    loaded bigint;
+BEGIN
+    SELECT string_agg(quote_ident(key), ', ') INTO columns FROM json_object_keys(rows -> 0) AS key;
+    EXECUTE format('INSERT INTO %I (%s) SELECT %s FROM json_populate_recordset(NULL::%I, $1) ON CONFLICT DO NOTHING',
+        table_name, columns, columns, table_name) USING rows;
+    GET DIAGNOSTICS loaded = ROW_COUNT;
+    RETURN loaded;
+END
+$$;
+REVOKE EXECUTE ON FUNCTION load_rows(text, json) FROM PUBLIC;
+
 CREATE OR REPLACE FUNCTION traces(needles text[]) RETURNS TABLE (place text, is_said boolean, matches bigint)
     LANGUAGE plpgsql STABLE AS $$
 DECLARE

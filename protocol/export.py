@@ -5,7 +5,20 @@ from datetime import datetime
 import msgspec
 
 from protocol.ids import ConversationId, MessageId
-from protocol.values import Json, Me, Message, MessageEdit, Participant, Preferences, Relationship, Session
+from protocol.values import (
+    Draft,
+    Json,
+    Me,
+    Message,
+    MessageEdit,
+    Participant,
+    Preferences,
+    Relationship,
+    Scheduled,
+    Session,
+    Star,
+    ThreadFollow,
+)
 
 
 class ExportedLogin(msgspec.Struct, frozen=True, kw_only=True):
@@ -53,6 +66,22 @@ class ExportedReport(msgspec.Struct, frozen=True, kw_only=True):
     created_at: datetime
 
 
+class ExportedVote(msgspec.Struct, frozen=True, kw_only=True):
+    """What the person voted for in a poll, by the places of the options."""
+
+    conversation_id: ConversationId
+    message_id: MessageId
+    options: list[int]
+    voted_at: datetime
+
+
+class ExportedEndpoint(msgspec.Struct, frozen=True, kw_only=True):
+    """Where notifications are pushed to."""
+
+    endpoint: str
+    created_at: datetime
+
+
 class Export(msgspec.Struct, frozen=True, kw_only=True):
     """Everything that is stored about a person. `deeds` are the entries of audit logs that they are the actor of."""
 
@@ -62,6 +91,12 @@ class Export(msgspec.Struct, frozen=True, kw_only=True):
     conversations: list[ExportedConversation]
     relationships: list[Relationship]
     reports: list[ExportedReport]
+    stars: list[Star]
+    drafts: list[Draft]
+    scheduled: list[Scheduled]
+    votes: list[ExportedVote]
+    threads: list[ThreadFollow]
+    push_endpoints: list[ExportedEndpoint]
     deeds: list[Json]
     reactions: list[ExportedReaction]
     messages: list[ExportedMessage]

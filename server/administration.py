@@ -29,7 +29,7 @@ from server.queries import accounts, audit, conversations, erasure, sessions, us
 from server.queries.accounts import Card
 from server.queries.audit import Deed
 
-COMMANDS = ("user", "conversation", "export", "erase")
+COMMANDS = ("user", "conversation", "erase")
 PASSWORD_BYTES = 12
 """Of randomness in a password that we make."""
 PAGE = 500
@@ -93,8 +93,6 @@ def _parser() -> argparse.ArgumentParser:
     command(conversation, "delete", delete_conversation, which)
     audited = command(conversation, "audit", show_audit, which)
     audited.add_argument("--verify", action="store_true", help="only check that nothing was changed")
-    exported = command(top, "export", export_user)
-    exported.add_argument("--user", required=True, help="an e-mail address, or an id")
     erased = command(top, "erase", erase_user, who)
     erased.add_argument("--yes", action="store_true", help="really: there is no way back")
     erased.add_argument("--verify", action="store_true", help="look afterwards whether anything is left")

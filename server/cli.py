@@ -1,5 +1,5 @@
-"""The command line: `openchat`, and `openchat migrate`, `new-epoch`, `user`, `conversation`, `export`, `erase`, `load`,
-`prove`.
+"""The command line: `openchat`, and `openchat migrate`, `new-epoch`, `user`, `conversation`, `erase`, `check`, `why`,
+`reindex`, `export`, `import`, `load`, `prove`.
 """
 
 import argparse
@@ -8,7 +8,7 @@ import importlib
 import sys
 from importlib.metadata import version
 
-from server import administration, config, database, log, migrate
+from server import administration, config, database, log, migrate, upkeep
 from server.config import Settings, variable
 from server.embedded.reach import reached
 from server.errors import Fatal
@@ -21,8 +21,9 @@ def main() -> None:
     """Do what the command line says; end with status 1 and one line if it cannot be done."""
     if sys.argv[1:2] in (["load"], ["prove"]):
         sys.exit(_from_outside(sys.argv[1], sys.argv[2:]))
-    if sys.argv[1:2] and sys.argv[1] in administration.COMMANDS:
-        sys.exit(administration.main(sys.argv[1:]))
+    for group in (administration, upkeep):
+        if sys.argv[1:2] and sys.argv[1] in group.COMMANDS:
+            sys.exit(group.main(sys.argv[1:]))
     options = _parser().parse_args()
     log.configure("openchat")
     try:
@@ -50,10 +51,12 @@ def _parser() -> argparse.ArgumentParser:
         "command",
         nargs="?",
         default="run",
-        choices=["run", "migrate", "new-epoch", *administration.COMMANDS, "load", "prove"],
+        choices=["run", "migrate", "new-epoch", *administration.COMMANDS, *upkeep.COMMANDS, "load", "prove"],
         help="run: start the server (the default). migrate: bring the database to this program's schema. "
         "new-epoch: after restoring a backup, have every client start over. "
-        "user, conversation, export, erase: administer (`openchat user --help`). "
+        "user, conversation, erase: administer (`openchat user --help`). "
+        "check: count everything again. why: where a message went. export, import: move everything, or come from "
+        "another chat. reindex: search in another language (`openchat check --help`). "
         "load: put a crowd in front of a running server (`openchat load --help`). "
         "prove: hurt a cluster in every way while a crowd uses it, and compare what is stored with what was seen "
         "(`openchat prove --help`)",

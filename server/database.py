@@ -120,6 +120,17 @@ async def connect(url: str) -> "asyncpg.Connection[asyncpg.Record]":
     return connection
 
 
+LANGUAGE = "SELECT set_config('default_text_search_config', $1, false)"
+
+
+async def speak(connection: Connection, language: str) -> None:
+    """Have a connection take words for those of a language. Raises Fatal if PostgreSQL does not know it."""
+    try:
+        await connection.execute(LANGUAGE, language)
+    except asyncpg.PostgresError as error:
+        raise Fatal(f"OPENCHAT_SEARCH_LANGUAGE is not understood: {error}.") from error
+
+
 def _unreachable(error: Exception) -> Fatal:
     reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
     return Fatal(f"the database cannot be reached: {reason}. Check DATABASE_URL.")

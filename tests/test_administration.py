@@ -14,7 +14,7 @@ import pytest
 from protocol import client, server
 from protocol.errors import CloseCode
 from prove.client import Client
-from server import administration
+from server import administration, upkeep
 from server.config import Settings
 from server.embedded.reach import reached
 from tests.world import World, sent
@@ -27,16 +27,17 @@ class Shell:
         self.world = world
         self._capsys = capsys
 
-    async def run(self, *arguments: str, status: int = 0) -> str:
-        """Return what a command printed, to its errors if that is what is expected."""
+    async def run(self, *arguments: str, status: int = 0, is_output: bool = False) -> str:
+        """Return what a command printed, to its errors if that is what is expected, and not said to be its output."""
         self._capsys.readouterr()
-        ended = await asyncio.to_thread(administration.main, list(arguments))
+        group = administration if arguments[0] in administration.COMMANDS else upkeep
+        ended = await asyncio.to_thread(group.main, list(arguments))
         printed = self._capsys.readouterr()
         assert ended == status, printed
-        return printed.err if status else printed.out
+        return printed.err if status and not is_output else printed.out
 
-    async def json(self, *arguments: str) -> Any:
-        return json.loads(await self.run(*arguments, "--json"))
+    async def json(self, *arguments: str, status: int = 0) -> Any:
+        return json.loads(await self.run(*arguments, "--json", status=status, is_output=True))
 
 
 @pytest.fixture

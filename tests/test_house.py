@@ -29,6 +29,7 @@ STOREYS: list[list[str]] = [
         "migrate",
         "pool",
         "cursor",
+        "progress",
         "markup",
         "mentions",
         "outbound",
@@ -39,7 +40,7 @@ STOREYS: list[list[str]] = [
     ["context"],
     ["sync", "search", "invitecode", "permissions", "presence", "auth.passwords", "auth.attempts", "auth.tickets"],
     ["auth.sessions", "auth.credentials", "membership", "telling", "saying", "erasure", "export"],
-    ["expiry", "notices", "previews"],
+    ["expiry", "notices", "previews", "checking", "reindexing", "transfer"],
     ["handlers"],
     ["websocket", "bus", "redisbus"],
     ["clusterbus", "people", "topics", "hub", "dispatch"],
@@ -48,7 +49,7 @@ STOREYS: list[list[str]] = [
     ["endpoints"],
     ["app"],
     ["worker"],
-    ["supervisor", "administration"],
+    ["supervisor", "administration", "upkeep"],
     ["cli"],
 ]
 TRANSPORT = {

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import AsyncIterator
+from datetime import timedelta
 from typing import Any
 
 import httpx
@@ -9,9 +10,11 @@ import msgspec
 import pytest
 
 from protocol import client, server
+from protocol.codec import now
 from protocol.errors import CloseCode, ErrorCode
 from protocol.export import Export
-from protocol.ids import UserId, uuid7
+from protocol.ids import MessageId, UserId, uuid7
+from protocol.payloads import Poll
 from prove.client import Client
 from prove.truth import recount
 from server.database import Db
@@ -100,12 +103,16 @@ async def test_who_is_erased_leaves_their_words_and_nothing_else(world: World, a
     texts = await erasure.words(world.db, me)
     assert {"ada.lovelace@example.org", "The Countess", "Poetical science"} <= set(texts)
     assert await erasure.traces(world.db, me, texts)
+    await one.call(client.SetDraft(conversation_id=owned, content="A secret thought"))
+    await one.call(client.Star(conversation_id=owned, message_id=said))
     assert await ada.post("delete", password=PASSWORD) == 204
     await world.db.execute("UPDATE \"user\" SET deleted_at = now() - interval '31 days' WHERE id = $1", me)
     await world.workers[0].app.erase_due()
 
     promoted = await other.event(server.ParticipantChanged, lambda event: event.participant.user_id == charles.id)
     assert promoted.participant.role == "owner"
+    for table in ("draft", "message_star", "scheduled_message", "push_endpoint"):
+        assert await world.db.fetchval(f"SELECT count(*) FROM {table}") == 0
     assert [trace for trace in await erasure.traces(world.db, me, texts) if not trace.is_said] == []
     got = await other.call(client.GetMessage(conversation_id=owned, message_id=said), server.OneMessage)
     assert (got.message.content, got.message.sender_id) == ("Hello", me)
@@ -140,6 +147,15 @@ async def test_ones_own_data_is_all_there(world: World, ada: Person) -> None:
     await other.call(client.Block(user_id=one.ready.user.id))
     await one.call(client.ReportMessage(conversation_id=about, message_id=theirs, reason="Not mine"))
     await one.call(client.UpdateConversation(conversation_id=about, title="Ours"))
+    poll = await sent(other, about, "Tea?", payload=Poll(options=["Yes", "No"]))
+    await one.call(client.Vote(conversation_id=about, message_id=poll, options=[1]))
+    await one.call(client.Star(conversation_id=about, message_id=theirs))
+    await one.call(client.SetDraft(conversation_id=about, content="I thi"))
+    await one.call(client.FollowThread(conversation_id=about, message_id=theirs))
+    later = client.Schedule(
+        conversation_id=about, message_id=MessageId(uuid7()), content="Later", send_at=now() + timedelta(days=1)
+    )
+    await one.call(later)
     # More than one page of messages.
     await world.db.execute("""
         INSERT INTO message (conversation_id, sender_id, content, sent_version, version)
@@ -153,6 +169,12 @@ async def test_ones_own_data_is_all_there(world: World, ada: Person) -> None:
     assert [(one.kind, one.status) for one in export.relationships] == [("follow", "inactive")]
     assert [reaction.message_id for reaction in export.reactions] == [theirs]
     assert [report.reason for report in export.reports] == ["Not mine"]
+    assert [(vote.message_id, vote.options) for vote in export.votes] == [(poll, [1])]
+    assert ([star.message_id for star in export.stars], [draft.content for draft in export.drafts]) == (
+        [theirs], ["I thi"],
+    )  # fmt: skip
+    assert [one.words.content for one in export.scheduled] == ["Later"]
+    assert [thread.root_id for thread in export.threads] == [theirs]
     assert [deed["action"] for deed in export.deeds] == ["update_conversation"]
     mine = {entry.message.id: entry for entry in export.messages}
     assert len(mine) == len(export.messages) == 3 + 1 + 600  # the title's change is told, too

@@ -10,6 +10,7 @@ import pytest
 
 from protocol import client, server
 from protocol.ids import ConversationId, MessageId, UserId, uuid7
+from protocol.payloads import Poll
 from protocol.server import Error
 from protocol.values import ConversationSettings
 from prove.client import Client
@@ -66,7 +67,12 @@ async def crowd(world: World, seed: int) -> tuple[list[Somebody], list[Client], 
             client.SetRole(conversation_id=about, user_id=other, role=chance.choice(["moderator", "admin", "guest"])),
             client.Invite(conversation_id=about, participants=[other]),
             client.Send(conversation_id=about, message_id=MessageId(uuid7()), content="Words"),
-            client.Send(conversation_id=about, message_id=MessageId(uuid7()), content="Words"),
+            client.Send(
+                conversation_id=about, message_id=MessageId(uuid7()), content="Tea?",
+                payload=Poll(options=["Yes", "No"], is_anonymous=chance.random() < 0.5),
+            ),
+            client.Vote(**message, options=[chance.randrange(2)]), client.Star(**message), client.Unstar(**message),
+            client.SetDraft(conversation_id=about, content="I thi"), client.FollowThread(**message),
             client.React(**message, emoji="x"), client.Edit(**message, content="Edited"), client.Delete(**message),
             client.Moderate(**message, reason="Rude"), client.ReportMessage(**message, reason="Rude"),
             client.Block(user_id=other), client.RequestFriend(user_id=other), client.Mute(user_id=other),
@@ -83,7 +89,7 @@ async def crowd(world: World, seed: int) -> tuple[list[Somebody], list[Client], 
 async def test_a_reader_sees_what_the_server_shows(world: World, reader: Reader, seed: int) -> None:
     people, clients, conversations = await crowd(world, seed)
     everyone = [one.id for one in people]
-    totals = {"messages": 0, "hidden": 0, "faces": 0}
+    totals = {"messages": 0, "hidden": 0, "faces": 0, "votes": 0}
     for who, one in zip(people, clients, strict=True):
         faces = await one.call(client.GetUsers(user_ids=everyone), server.UserList)
         assert set(await reader.seen(who.id, 'SELECT id FROM "user"')) == {face.id for face in faces.users}
@@ -120,6 +126,19 @@ async def test_a_reader_sees_what_the_server_shows(world: World, reader: Reader,
         active = "SELECT user_id FROM conversation_participant WHERE status = 'active'"
         assert set(await reader.seen(who.id, active)) == participants
         assert set(await reader.seen(who.id, "SELECT id FROM report WHERE status = 'open'")) == reports
+        drafts = await one.call(client.ListDrafts(), server.DraftList)
+        assert set(await reader.seen(who.id, "SELECT conversation_id FROM draft WHERE content <> ''")) >= {
+            draft.conversation_id for draft in drafts.drafts
+        }
+        for table, column in (("draft", "user_id"), ("message_star", "user_id"), ("thread_follow", "user_id")):
+            assert set(await reader.seen(who.id, f"SELECT {column} FROM {table}")) <= {who.id}
+        votes = await world.db.fetch("""
+            SELECT v.message_id, v.user_id FROM poll_vote v JOIN message m ON m.id = v.message_id
+            WHERE v.user_id = $1 OR (m.id = ANY($2) AND (m.payload ->> 'is_anonymous') IS DISTINCT FROM 'true')
+        """, who.id, list(shown))  # fmt: skip
+        key = "message_id || ' ' || user_id"
+        assert set(await reader.seen(who.id, f"SELECT {key} FROM poll_vote")) == {f"{one} {two}" for one, two in votes}
+        totals["votes"] += len(votes)
         totals["messages"] += len(shown)
         totals["hidden"] += len(withheld)
         totals["faces"] += len(faces.users)
@@ -142,6 +161,11 @@ ATTACKS = [
     "SELECT * FROM verification",
     "SELECT invite_code FROM conversation",
     "SELECT last_read_message_id FROM conversation_participant",
+    "SELECT words FROM message_search",
+    "SELECT endpoint FROM push_endpoint",
+    "SELECT value FROM server_key",
+    "SELECT silenced(gen_random_uuid())",
+    "SELECT load_rows('user', '[]')",
     "SELECT may('see_face', gen_random_uuid(), gen_random_uuid())",
     "SELECT are_together(gen_random_uuid(), gen_random_uuid())",
     "SELECT grant_reader('postgres')",

@@ -12,6 +12,14 @@ from server.queries.users import FACE
 
 _user_decoder = msgspec.json.Decoder(User)
 
+NAMES = """SELECT u.id, u.name FROM "user" u WHERE u.id = ANY($1)"""
+
+
+async def names(db: Db, user_ids: list[UserId]) -> dict[UserId, str]:
+    """Return users' names."""
+    return {row[0]: row[1] for row in await db.fetch(NAMES, user_ids)}
+
+
 REGISTER = """
 WITH made AS (INSERT INTO "user" (name, email) VALUES ($1, $2) RETURNING id)
 INSERT INTO account (user_id, provider_id, account_id, password)

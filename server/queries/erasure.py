@@ -47,10 +47,18 @@ FORGET = (
     "DELETE FROM session WHERE user_id = $1",
     "DELETE FROM account WHERE user_id = $1",
     "DELETE FROM user_relationship WHERE from_user_id = $1 OR to_user_id = $1",
+    "DELETE FROM draft WHERE user_id = $1",
+    "DELETE FROM scheduled_message WHERE sender_id = $1",
+    "DELETE FROM message_star WHERE user_id = $1",
+    "DELETE FROM push_endpoint WHERE user_id = $1",
+    """
+    UPDATE thread_follow SET is_following = false, last_read_order = 0 WHERE user_id = $1
+    """,
     "UPDATE report SET reason = 'Erased' WHERE reporter_id = $1",
     """
     UPDATE conversation_participant SET pin_order = NULL, is_hidden = false, is_muted = false, muted_until = NULL,
-        notification_level = 'all', last_read_at = NULL, last_sent_at = NULL
+        notification_level = 'all', last_read_at = NULL, last_sent_at = NULL, delivered_at = NULL,
+        unread_from_id = NULL, unread_from_version = NULL
     WHERE user_id = $1
     """,
     """
@@ -58,7 +66,8 @@ FORGET = (
         image = NULL, display_name = NULL, bio = NULL, location = NULL, website = NULL, custom_status = NULL,
         custom_status_until = NULL, status = 'offline', is_online = false, last_seen_at = NULL, is_active = false,
         is_deleted = true, deleted_at = coalesce(deleted_at, now()), is_private = false, is_admin = false,
-        erased_at = now(), updated_at = now(), version = version + 1
+        erased_at = now(), updated_at = now(), version = version + 1, quiet_from = NULL, quiet_until = NULL,
+        time_zone = 'UTC', feed_seen_at = NULL, last_close = NULL
     WHERE id = $1
     """,
 )
@@ -85,6 +94,8 @@ TRACES = "SELECT * FROM traces($1)"
 IS_ERASED = """
 SELECT NOT EXISTS (SELECT FROM account WHERE user_id = $1) AND NOT EXISTS (SELECT FROM session WHERE user_id = $1)
     AND NOT EXISTS (SELECT FROM user_relationship WHERE $1 IN (from_user_id, to_user_id))
+    AND NOT EXISTS (SELECT FROM draft WHERE user_id = $1) AND NOT EXISTS (SELECT FROM message_star WHERE user_id = $1)
+    AND NOT EXISTS (SELECT FROM scheduled_message WHERE sender_id = $1)
     AND NOT EXISTS (SELECT FROM conversation_participant WHERE user_id = $1 AND status IN ('active', 'invited'))
     AND EXISTS (
         SELECT FROM "user" u WHERE u.id = $1 AND u.erased_at IS NOT NULL AND u.name = 'Deleted user'

@@ -22,6 +22,18 @@ SELECT json_build_object(
     'reports', coalesce((SELECT json_agg(json_build_object('conversation_id', r.conversation_id,
         'message_id', r.message_id, 'reason', r.reason, 'status', r.status, 'created_at', r.created_at))
         FROM report r WHERE r.reporter_id = u.id), '[]'),
+    'stars', coalesce((SELECT json_agg(json_build_object('conversation_id', s.conversation_id,
+        'message_id', s.message_id, 'starred_at', s.starred_at))
+        FROM message_star s WHERE s.user_id = u.id AND NOT s.is_removed), '[]'),
+    'drafts', coalesce((SELECT json_agg(json_build_object('conversation_id', d.conversation_id, 'content', d.content,
+        'updated_at', d.updated_at)) FROM draft d WHERE d.user_id = u.id AND d.content <> ''), '[]'),
+    'scheduled', coalesce((SELECT json_agg(scheduled_json(s)) FROM scheduled_message s WHERE s.sender_id = u.id), '[]'),
+    'votes', coalesce((SELECT json_agg(json_build_object('conversation_id', v.conversation_id,
+        'message_id', v.message_id, 'options', v.options, 'voted_at', v.voted_at))
+        FROM poll_vote v WHERE v.user_id = u.id AND v.options <> '{}'), '[]'),
+    'threads', coalesce((SELECT json_agg(thread_json(t)) FROM thread_follow t WHERE t.user_id = u.id), '[]'),
+    'push_endpoints', coalesce((SELECT json_agg(json_build_object('endpoint', e.endpoint, 'created_at', e.created_at))
+        FROM push_endpoint e WHERE e.user_id = u.id), '[]'),
     'deeds', coalesce((SELECT json_agg(json_build_object('chain', e.chain, 'number', e.number, 'action', e.action,
         'details', e.details, 'created_at', e.created_at)) FROM audit_entry e WHERE e.actor_id = u.id), '[]')
 )::text

@@ -1,0 +1,301 @@
+"""What `openchat check` asks: everything that is derived, counted again from the rows, and everything that must not be.
+
+Each statement finds what is wrong, and is one look at the database as it is at one moment, so that nothing needs to be
+locked: what changes meanwhile changes for both sides of a comparison, or for neither.
+"""
+
+from typing import NamedTuple
+
+from server.database import Db
+
+
+class Check(NamedTuple):
+    """One question: `FINDS` returns a line for each thing that is wrong, of the rows of the table `over`."""
+
+    name: str
+    over: str
+    FINDS: str
+
+
+_COUNT = """
+SELECT {what} FROM {table} t LEFT JOIN ({counted}) c ON c.key = t.id
+WHERE {kept} IS DISTINCT FROM coalesce(c.n, {none})
+"""
+
+
+def _count(what: str, table: str, kept: str, counted: str, none: str = "0") -> str:
+    return _COUNT.format(what=what, table=table, kept=kept, counted=counted, none=none)
+
+
+CHECKS = (
+    Check("participants are counted right", "conversation_participant", _count(
+        "t.id", "conversation", "t.participant_count::bigint",
+        "SELECT conversation_id AS key, count(*) AS n FROM conversation_participant WHERE status = 'active' GROUP BY 1",
+    )),
+    Check("messages are counted right", "message", _count(
+        "t.id", "conversation", "t.message_count::bigint",
+        "SELECT conversation_id AS key, count(*) AS n FROM message WHERE NOT is_deleted GROUP BY 1",
+    )),
+    Check("replies are counted right", "message", _count(
+        "t.id", "(SELECT * FROM message WHERE reply_count <> 0 OR thread_order <> 0 OR thread_root_id IS NULL)",
+        "CASE WHEN t.thread_root_id IS NULL THEN t.reply_count ELSE 0 END::bigint",
+        "SELECT thread_root_id AS key, count(*) AS n FROM message"
+        " WHERE thread_root_id IS NOT NULL AND NOT is_deleted GROUP BY 1",
+    )),
+    Check("threads have places without holes", "message", """
+        SELECT r.thread_root_id FROM (
+            SELECT thread_root_id, count(*) AS n, count(DISTINCT thread_order) AS places, min(thread_order) AS first,
+                max(thread_order) AS last
+            FROM message WHERE thread_root_id IS NOT NULL GROUP BY 1
+        ) r JOIN message m ON m.id = r.thread_root_id
+        WHERE r.first <> 1 OR r.last <> r.n OR r.places <> r.n OR m.thread_order <> r.n OR m.thread_root_id IS NOT NULL
+    """),
+    Check("reactions are counted right", "message_reaction", _count(
+        "t.id", "(SELECT id, reactions FROM message WHERE reactions <> '{}' OR id IN"
+        " (SELECT message_id FROM message_reaction WHERE NOT is_removed))", "t.reactions",
+        "SELECT message_id AS key, jsonb_object_agg(emoji, n) AS n FROM (SELECT message_id, emoji, count(*) AS n"
+        " FROM message_reaction WHERE NOT is_removed GROUP BY 1, 2) e GROUP BY 1", "'{}'",
+    )),
+    Check("votes are counted right", "poll_vote", """
+        SELECT m.id FROM message m WHERE m.poll_counts IS NOT NULL AND (
+            m.poll_voters <> (SELECT count(*) FROM poll_vote v WHERE v.message_id = m.id AND v.options <> '{}')
+            OR m.poll_counts <> ARRAY(
+                SELECT (SELECT count(*) FROM poll_vote v WHERE v.message_id = m.id AND n - 1 = ANY(v.options))::integer
+                FROM generate_subscripts(m.poll_counts, 1) n ORDER BY n))
+        UNION ALL
+        SELECT v.message_id FROM poll_vote v JOIN message m ON m.id = v.message_id
+        WHERE v.options <> '{}' AND m.poll_counts IS NULL
+    """),
+    Check("no clock is behind or ahead of its rows", "conversation", """
+        SELECT c.id FROM conversation c
+        LEFT JOIN (SELECT conversation_id, max(version) AS v FROM message GROUP BY 1) m ON m.conversation_id = c.id
+        LEFT JOIN (SELECT conversation_id, max(version) AS v FROM message_reaction GROUP BY 1) r
+            ON r.conversation_id = c.id
+        LEFT JOIN (SELECT conversation_id, max(version) AS v FROM poll_vote GROUP BY 1) o ON o.conversation_id = c.id
+        LEFT JOIN (SELECT conversation_id, max(version) AS v FROM conversation_participant GROUP BY 1) p
+            ON p.conversation_id = c.id
+        WHERE c.version <> greatest(c.settings_version, m.v, r.v, o.v, p.v) OR c.access_version > c.version
+    """),
+    Check("no version is taken twice", "message", """
+        SELECT taken.conversation_id FROM (
+            SELECT conversation_id, sent_version AS version FROM message
+            UNION ALL SELECT conversation_id, version FROM conversation_participant WHERE version > 0
+            UNION ALL SELECT id, settings_version FROM conversation
+        ) taken GROUP BY taken.conversation_id, taken.version HAVING count(*) > 1
+    """),
+    Check("no message changed before it was sent", "message", """
+        SELECT m.id FROM message m JOIN conversation c ON c.id = m.conversation_id
+        WHERE m.version < m.sent_version OR m.sent_version < 1 OR m.sent_version > c.version
+    """),
+    Check("no user's own clock is behind", "user", """
+        SELECT u.id FROM "user" u
+        LEFT JOIN (SELECT user_id, max(user_version) AS v FROM conversation_participant GROUP BY 1) p
+            ON p.user_id = u.id
+        LEFT JOIN (SELECT user_id, max(user_version) AS v FROM message_star GROUP BY 1) s ON s.user_id = u.id
+        LEFT JOIN (SELECT user_id, max(user_version) AS v FROM draft GROUP BY 1) d ON d.user_id = u.id
+        LEFT JOIN (SELECT user_id, max(user_version) AS v FROM thread_follow GROUP BY 1) t ON t.user_id = u.id
+        LEFT JOIN (SELECT sender_id, max(user_version) AS v FROM scheduled_message GROUP BY 1) w ON w.sender_id = u.id
+        LEFT JOIN (SELECT from_user_id, max(from_version) AS v FROM user_relationship GROUP BY 1) f
+            ON f.from_user_id = u.id
+        WHERE u.version < greatest(u.own_version, p.v, s.v, d.v, t.v, w.v, f.v)
+    """),
+    Check("read and delivered positions are where they say", "conversation_participant", """
+        SELECT p.id FROM conversation_participant p
+        JOIN conversation c ON c.id = p.conversation_id
+        LEFT JOIN message r ON r.id = p.last_read_message_id
+        LEFT JOIN message d ON d.id = p.delivered_message_id
+        LEFT JOIN message n ON n.id = p.unread_from_id
+        WHERE r.conversation_id <> p.conversation_id OR r.sent_version > p.last_read_version
+            OR d.conversation_id <> p.conversation_id OR d.sent_version <> p.delivered_version
+            OR n.conversation_id <> p.conversation_id OR n.sent_version <> p.unread_from_version
+            OR (p.unread_from_id IS NULL) <> (p.unread_from_version IS NULL)
+            OR (p.last_read_message_id IS NOT NULL AND r.id IS NULL)
+            OR greatest(p.last_read_version, p.delivered_version) > c.version
+    """),
+    Check("who is in a thread is noted there", "thread_follow", """
+        SELECT r.thread_root_id FROM (
+            SELECT DISTINCT thread_root_id, sender_id FROM message WHERE thread_root_id IS NOT NULL
+        ) r LEFT JOIN thread_follow t ON t.root_id = r.thread_root_id AND t.user_id = r.sender_id AND t.has_replied
+        WHERE t.root_id IS NULL AND NOT EXISTS (
+            SELECT FROM "user" u WHERE u.id = r.sender_id AND u.erased_at IS NOT NULL
+        )
+        UNION ALL
+        SELECT t.root_id FROM thread_follow t JOIN message m ON m.id = t.root_id
+        WHERE t.last_read_order > m.thread_order OR m.thread_root_id IS NOT NULL
+    """),
+    Check("what refers to a message says where it is", "message", """
+        SELECT r.message_id FROM message_reaction r JOIN message m ON m.id = r.message_id
+        WHERE r.conversation_id <> m.conversation_id OR r.author_id <> m.sender_id
+        UNION ALL SELECT e.message_id FROM message_edit e JOIN message m ON m.id = e.message_id
+        WHERE e.conversation_id <> m.conversation_id
+        UNION ALL SELECT v.message_id FROM poll_vote v JOIN message m ON m.id = v.message_id
+        WHERE v.conversation_id <> m.conversation_id
+        UNION ALL SELECT s.message_id FROM message_star s JOIN message m ON m.id = s.message_id
+        WHERE s.conversation_id <> m.conversation_id
+        UNION ALL SELECT t.root_id FROM thread_follow t JOIN message m ON m.id = t.root_id
+        WHERE t.conversation_id <> m.conversation_id
+        UNION ALL SELECT r.message_id FROM report r JOIN message m ON m.id = r.message_id
+        WHERE r.conversation_id <> m.conversation_id
+    """),
+    Check("what messages refer to is in the same conversation", "message", """
+        SELECT m.id FROM message m JOIN message o ON o.id = m.parent_message_id
+        WHERE o.conversation_id <> m.conversation_id OR m.thread_root_id <> coalesce(o.thread_root_id, o.id)
+            OR m.thread_root_id IS NULL OR o.sent_version >= m.sent_version
+        UNION ALL SELECT m.id FROM message m JOIN message o ON o.id = m.quoted_message_id
+        WHERE o.conversation_id <> m.conversation_id OR o.sent_version >= m.sent_version
+        UNION ALL SELECT m.id FROM message m WHERE (m.forwarded_from_id IS NULL) <> (m.forwarded_sender_id IS NULL)
+    """),
+    Check("who is mentioned exists", "message", """
+        SELECT m.id FROM message m CROSS JOIN unnest(m.mentions) AS mentioned (id)
+        LEFT JOIN "user" u ON u.id = mentioned.id WHERE m.mentions <> '{}' AND u.id IS NULL
+    """),
+    Check("every group has one owner, or is over", "conversation", """
+        SELECT c.id FROM conversation c LEFT JOIN (
+            SELECT conversation_id, count(*) AS n FROM conversation_participant
+            WHERE status = 'active' AND role = 'owner' GROUP BY 1
+        ) o ON o.conversation_id = c.id
+        WHERE c.type IN ('group', 'channel') AND NOT c.is_deleted AND coalesce(o.n, 0) <> c.is_active::integer
+    """),
+    Check("a direct conversation has its two, and no others", "conversation_participant", """
+        SELECT c.id FROM conversation c LEFT JOIN conversation_participant p ON p.conversation_id = c.id
+        WHERE c.type = 'direct' GROUP BY c.id
+        HAVING count(*) <> 2 OR bool_or(p.user_id NOT IN (c.direct_low, c.direct_high)) IS NOT false
+    """),
+    Check("friendship is mutual, and no friend is blocked", "user_relationship", """
+        SELECT r.id FROM user_relationship r LEFT JOIN user_relationship o
+            ON o.from_user_id = r.to_user_id AND o.to_user_id = r.from_user_id AND o.type = 'friend'
+        WHERE r.type = 'friend' AND r.status = 'accepted' AND o.status IS DISTINCT FROM 'accepted'
+        UNION ALL SELECT r.id FROM user_relationship r JOIN user_relationship b
+            ON b.type = 'block' AND b.status = 'active' AND ((b.from_user_id = r.from_user_id
+                AND b.to_user_id = r.to_user_id) OR (b.from_user_id = r.to_user_id AND b.to_user_id = r.from_user_id))
+        WHERE r.type = 'friend' AND r.status = 'accepted'
+    """),
+    Check("deleted messages have no words left", "message", """
+        SELECT m.id FROM message m WHERE m.is_deleted AND (m.content <> '' OR m.formatted_content IS NOT NULL
+            OR m.payload IS NOT NULL OR m.metadata IS NOT NULL OR m.mentions <> '{}' OR m.hashtags <> '{}'
+            OR m.reactions <> '{}' OR m.is_pinned OR m.link_preview IS NOT NULL OR m.deleted_at IS NULL)
+    """),
+    Check("messages whose time is over are gone", "message", """
+        SELECT m.id FROM message m WHERE m.expires_at < now() - interval '5 minutes'
+    """),
+    Check("what can be found is what can be read", "message_search", """
+        SELECT coalesce(m.id, s.message_id) FROM message m FULL JOIN message_search s ON s.message_id = m.id
+        WHERE (s.message_id IS NOT NULL AND m.id IS NOT NULL) IS DISTINCT FROM
+                coalesce(NOT m.is_deleted AND NOT m.is_moderated AND NOT m.is_system_message, true)
+            OR s.conversation_id <> m.conversation_id
+    """),
+    Check("it is found by what it says (one in a hundred)", "message_search", """
+        SELECT m.id FROM message m TABLESAMPLE system (1) JOIN message_search s ON s.message_id = m.id
+        WHERE s.words IS DISTINCT FROM search_words(m.conversation_id, m.content, m.payload, m.mentions,
+            m.loud_mentions, m.hashtags) AND NOT m.is_deleted AND NOT m.is_moderated
+    """),
+    Check("nobody is in what is over", "conversation_participant", """
+        SELECT p.id FROM conversation_participant p JOIN conversation c ON c.id = p.conversation_id
+        WHERE p.status = 'active' AND NOT c.is_active AND NOT c.is_deleted
+    """),
+    Check("who is gone cannot come in", "session", """
+        SELECT s.id FROM session s JOIN "user" u ON u.id = s.user_id
+        WHERE u.is_disabled OR u.erased_at IS NOT NULL
+        UNION ALL SELECT a.id FROM account a JOIN "user" u ON u.id = a.user_id WHERE u.erased_at IS NOT NULL
+        UNION ALL SELECT e.id FROM push_endpoint e JOIN session s ON s.id = e.session_id WHERE s.user_id <> e.user_id
+    """),
+    Check("the audit logs are whole", "audit_entry", """
+        SELECT e.chain FROM (
+            SELECT e.chain, e.number, row_number() OVER w AS place, e.hash = audit_hash(e) AS is_itself,
+                e.previous_hash = coalesce(lag(e.hash) OVER w, '') AS is_next
+            FROM audit_entry e WINDOW w AS (PARTITION BY e.chain ORDER BY e.number)
+        ) e WHERE NOT e.is_itself OR NOT e.is_next OR e.number <> e.place
+    """),
+)  # fmt: skip
+"""In the order in which they are asked. The index of places makes sure by itself that no place is taken twice."""
+
+SIZES = """
+SELECT relname, n_live_tup FROM pg_stat_user_tables WHERE schemaname = 'public'
+"""
+# What the program's own connections are not allowed, because they go from row to row: here whole tables are compared.
+PREPARE = (
+    "SET TRANSACTION READ ONLY",
+    "SET LOCAL statement_timeout = 0",
+    "SET LOCAL work_mem = '256MB'",
+    "SET LOCAL hash_mem_multiplier = 4",
+)
+FOUND_SHOWN = 3
+
+
+class Found(NamedTuple):
+    """How much is wrong, and some of it."""
+
+    number: int
+    some: list[str]
+
+
+async def sizes(db: Db) -> dict[str, int]:
+    """Return about how many rows each table has."""
+    return {row[0]: row[1] for row in await db.fetch(SIZES)}
+
+
+async def run(db: Db, check: Check) -> Found:
+    """Ask one question."""
+    async with db.transaction():
+        for STATEMENT in PREPARE:  # noqa: N806 - a constant, as all that is asked of the database
+            await db.execute(STATEMENT)
+        rows = await db.fetch(check.FINDS)
+    return Found(len(rows), [str(row[0]) for row in rows[:FOUND_SHOWN]])
+
+
+# A role that exists for a moment, and sees by the policies what somebody else's client would see.
+MAY_MAKE_ROLES = "SELECT rolcreaterole OR rolsuper FROM pg_roles WHERE rolname = current_user"
+AS_READER = (
+    "CREATE ROLE openchat_check NOLOGIN",
+    "SELECT grant_reader('openchat_check')",
+    "GRANT openchat_check TO CURRENT_USER",
+)
+SOMEBODY = """
+WITH chosen AS MATERIALIZED (
+    SELECT u.id AS user_id, c.id AS conversation_id
+    FROM (SELECT id FROM "user" ORDER BY random() LIMIT $1) u
+    CROSS JOIN (SELECT id FROM conversation ORDER BY random() LIMIT $1) c
+    ORDER BY random() LIMIT $1
+), there AS MATERIALIZED (
+    SELECT user_id, conversation_id FROM conversation_participant ORDER BY random() LIMIT $1
+)
+SELECT user_id, conversation_id FROM chosen UNION SELECT user_id, conversation_id FROM there
+"""
+EXPECTED = """
+SELECT count(*) FROM message m
+JOIN conversation c ON c.id = m.conversation_id AND NOT c.is_deleted
+JOIN conversation_participant p ON p.conversation_id = c.id AND p.user_id = $1 AND p.status = 'active'
+WHERE m.conversation_id = $2
+    AND (coalesce(c.settings ->> 'history', '') <> 'from_joining' OR m.sent_version > p.joined_version)
+    AND (NOT m.is_moderated OR m.sender_id = $1 OR p.role IN ('moderator', 'admin', 'owner') OR p.can_delete_messages)
+"""
+SEEN = "SELECT count(*) FROM message WHERE conversation_id = $1"
+BECOME = "SELECT set_config('openchat.user_id', $1, true), set_config('role', 'openchat_check', true)"
+BE_ONESELF = "SELECT set_config('role', 'none', true)"
+
+
+async def may_make_roles(db: Db) -> bool:
+    """Whether this connection may make the role that `leaks` needs."""
+    return bool(await db.fetchval(MAY_MAKE_ROLES))
+
+
+async def leaks(db: Db, *, many: int) -> Found:
+    """Return for which of some people and conversations, taken at random, the policies show other messages than those
+    that the rules say. What is made for it is taken back.
+    """
+    found = []
+    transaction = db.transaction()
+    await transaction.start()
+    try:
+        for STATEMENT in AS_READER:  # noqa: N806 - a constant
+            await db.execute(STATEMENT)
+        for user_id, conversation_id in await db.fetch(SOMEBODY, many):
+            expected = await db.fetchval(EXPECTED, user_id, conversation_id)
+            await db.execute(BECOME, str(user_id))
+            seen = await db.fetchval(SEEN, conversation_id)
+            await db.execute(BE_ONESELF)
+            if seen != expected:
+                found.append(f"{user_id} in {conversation_id}")
+    finally:
+        await transaction.rollback()
+    return Found(len(found), found[:FOUND_SHOWN])

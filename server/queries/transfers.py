@@ -1,0 +1,90 @@
+"""Rows in and out of the database, as JSON, for moving a whole installation or bringing in another chat."""
+
+from collections.abc import AsyncIterator
+
+from protocol.ids import ConversationId, UserId
+from server.database import Db
+
+TABLES = {
+    "user": 'SELECT row_to_json(t)::text FROM "user" t ORDER BY t.id',
+    "account": "SELECT row_to_json(t)::text FROM account t ORDER BY t.id",
+    "session": "SELECT row_to_json(t)::text FROM session t ORDER BY t.id",
+    "verification": "SELECT row_to_json(t)::text FROM verification t ORDER BY t.id",
+    "server_key": "SELECT row_to_json(t)::text FROM server_key t ORDER BY t.name",
+    "conversation": "SELECT row_to_json(t)::text FROM conversation t ORDER BY t.id",
+    "conversation_participant": "SELECT row_to_json(t)::text FROM conversation_participant t ORDER BY t.id",
+    "message": "SELECT row_to_json(t)::text FROM message t ORDER BY t.conversation_id, t.sent_version",
+    "message_reaction": "SELECT row_to_json(t)::text FROM message_reaction t ORDER BY t.message_id, t.user_id, t.emoji",
+    "message_edit": "SELECT row_to_json(t)::text FROM message_edit t ORDER BY t.id",
+    "poll_vote": "SELECT row_to_json(t)::text FROM poll_vote t ORDER BY t.message_id, t.user_id",
+    "thread_follow": "SELECT row_to_json(t)::text FROM thread_follow t ORDER BY t.root_id, t.user_id",
+    "message_star": "SELECT row_to_json(t)::text FROM message_star t ORDER BY t.user_id, t.message_id",
+    "draft": "SELECT row_to_json(t)::text FROM draft t ORDER BY t.user_id, t.conversation_id",
+    "scheduled_message": "SELECT row_to_json(t)::text FROM scheduled_message t ORDER BY t.id",
+    "push_endpoint": "SELECT row_to_json(t)::text FROM push_endpoint t ORDER BY t.id",
+    "attachment": "SELECT row_to_json(t)::text FROM attachment t ORDER BY t.id",
+    "user_relationship": "SELECT row_to_json(t)::text FROM user_relationship t ORDER BY t.id",
+    "report": "SELECT row_to_json(t)::text FROM report t ORDER BY t.id",
+    "audit_entry": "SELECT row_to_json(t)::text FROM audit_entry t ORDER BY t.chain, t.number",
+}
+"""Every table with what is not derived, in an order in which each comes after those that it refers to."""
+
+SNAPSHOT = "SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY"
+NO_TIMEOUT = "SET LOCAL statement_timeout = 0"
+AT_ONCE = 500
+
+
+async def rows(db: Db, table: str) -> AsyncIterator[str]:
+    """Return all rows of a table as JSON, in the order of their keys. In a transaction."""
+    STATEMENT = TABLES[table]  # noqa: N806 - a constant, as all that is asked of the database
+    async for row in db.cursor(STATEMENT, prefetch=AT_ONCE):
+        yield row[0]
+
+
+async def begin(db: Db, *, is_snapshot: bool) -> None:
+    """Have a transaction last as long as it takes; and with `is_snapshot`, see the database as it is now."""
+    if is_snapshot:
+        await db.execute(SNAPSHOT)
+    await db.execute(NO_TIMEOUT)
+
+
+LOAD = "SELECT load_rows($1, $2)"
+
+
+async def load(db: Db, table: str, rows: str) -> int:
+    """Put rows, a JSON array, into a table; return how many were not there before. In a transaction."""
+    return int(await db.fetchval(LOAD, table, rows))
+
+
+IS_EMPTY = 'SELECT NOT EXISTS (SELECT FROM "user") AND NOT EXISTS (SELECT FROM conversation)'
+DISCARD_KEYS = "DELETE FROM server_key"
+
+
+async def is_empty(db: Db) -> bool:
+    """Whether nobody is here yet."""
+    return bool(await db.fetchval(IS_EMPTY))
+
+
+async def discard_keys(db: Db) -> None:
+    """Forget the keys that this installation has made for itself: those of the other one come."""
+    await db.execute(DISCARD_KEYS)
+
+
+BY_EMAIL = 'SELECT u.email, u.id FROM "user" u WHERE u.email = ANY($1)'
+THERE = "SELECT c.id FROM conversation c WHERE c.id = ANY($1)"
+PAIRS = "SELECT c.direct_low, c.direct_high FROM conversation c WHERE c.type = 'direct' AND c.direct_low = ANY($1)"
+
+
+async def by_email(db: Db, emails: list[str]) -> dict[str, UserId]:
+    """Return those of the addresses that have accounts here."""
+    return {row[0]: row[1] for row in await db.fetch(BY_EMAIL, emails)}
+
+
+async def there(db: Db, conversation_ids: list[ConversationId]) -> set[ConversationId]:
+    """Return those of the conversations that are here already."""
+    return {row[0] for row in await db.fetch(THERE, conversation_ids)}
+
+
+async def pairs(db: Db, lows: list[UserId]) -> set[tuple[UserId, UserId]]:
+    """Return the pairs that have a direct conversation, by the lower of the two."""
+    return {(row[0], row[1]) for row in await db.fetch(PAIRS, lows)}

@@ -1,0 +1,290 @@
+"""What another chat has exported, in our words, and the rows that it becomes.
+
+Ids follow from what things are called there, so that the same archive brought in again changes nothing; and people who
+have an account here, by their e-mail address, stay who they are. A conversation that is here already is left alone.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from typing import Any, Literal
+from uuid import UUID
+
+import msgspec
+
+from protocol.ids import ConversationId, MessageId, UserId
+from protocol.limits import MAX_CONTENT, MAX_EMOJI_PER_MESSAGE
+from server import mentions
+from server.database import Db
+from server.queries import transfers
+from server.transfer.lines import Row
+
+_encode = msgspec.json.Encoder().encode
+
+
+class Person(msgspec.Struct, kw_only=True):
+    """Somebody, by the key that the other chat has for them."""
+
+    key: str
+    name: str
+    email: str | None = None
+    display_name: str | None = None
+    is_active: bool = True
+
+
+class Reaction(msgspec.Struct, kw_only=True):
+    """An emoji that somebody put on a post."""
+
+    person: str
+    emoji: str
+
+
+class Post(msgspec.Struct, kw_only=True):
+    """A message; `thread` is the key of the post that it replies to. Times are in milliseconds since 1970."""
+
+    key: str
+    person: str
+    text: str
+    at_ms: int
+    thread: str | None = None
+    edited_at_ms: int | None = None
+    reactions: list[Reaction] = []
+
+
+class Place(msgspec.Struct, kw_only=True):
+    """A conversation. `posts` reads what was said in it, in any order."""
+
+    key: str
+    kind: Literal["channel", "group", "direct"]
+    title: str
+    description: str | None = None
+    is_public: bool = False
+    is_archived: bool = False
+    created_at_ms: int = 0
+    owner: str | None = None
+    members: list[str]
+    posts: Callable[[], list[Post]]
+
+
+class Archive(msgspec.Struct, kw_only=True):
+    """All of it. `source` names the chat and its workspace, as part of what ids follow from."""
+
+    source: str
+    people: list[Person]
+    places: list[Place]
+
+
+def made_id(at_ms: int, *parts: str) -> UUID:
+    """Return a UUIDv7 that follows from a moment and from words: the same again for the same."""
+    random = int.from_bytes(hashlib.sha256("\0".join(parts).encode()).digest()[:10])
+    high = (at_ms & 0xFFFF_FFFF_FFFF) << 80
+    return UUID(int=high | 0x7 << 76 | (random >> 68) << 64 | 0b10 << 62 | random & 0x3FFF_FFFF_FFFF_FFFF)
+
+
+async def rows(db: Db, archive: Archive) -> Iterator[Row]:
+    """Return what an archive becomes, as rows to be brought in."""
+    emails = {person.key: (person.email or "").lower() for person in archive.people}
+    known = await transfers.by_email(db, [email for email in emails.values() if email])
+    users = {
+        person.key: known.get(emails[person.key], UserId(made_id(0, archive.source, "user", person.key)))
+        for person in archive.people
+    }
+    ids = {
+        place.key: ConversationId(made_id(place.created_at_ms, archive.source, place.key)) for place in archive.places
+    }
+    there = await transfers.there(db, list(ids.values()))
+    taken = await transfers.pairs(db, list(users.values()))
+    wanted = []
+    for place in archive.places:
+        pair = tuple(sorted({users[key] for key in place.members if key in users}))
+        if ids[place.key] not in there and not (place.kind == "direct" and pair in taken):
+            wanted.append(place)
+    return _rows(archive, wanted, users, ids, set(known.values()))
+
+
+def _rows(
+    archive: Archive,
+    places: list[Place],
+    users: dict[str, UserId],
+    ids: dict[str, ConversationId],
+    known: set[UserId],
+) -> Iterator[Row]:
+    for person in archive.people:
+        if users[person.key] not in known:
+            yield _row("user", _user(archive, person, users[person.key]))
+    for place in places:
+        for table, made in _Made(archive, place, users, ids[place.key]).rows().items():
+            yield from (_row(table, row) for row in made)
+
+
+def _row(table: str, row: dict[str, Any]) -> Row:
+    return Row(table, msgspec.Raw(_encode(row)))
+
+
+def _user(archive: Archive, person: Person, user_id: UserId) -> dict[str, Any]:
+    email = (
+        person.email or f"{hashlib.sha256(f'{archive.source} {person.key}'.encode()).hexdigest()[:24]}@invalid"
+    ).lower()
+    return {
+        "id": user_id,
+        "name": (person.name or person.key)[:255],
+        "display_name": (person.display_name or "")[:255] or None,
+        "email": email,
+        "is_active": person.is_active,
+    }
+
+
+class _Made:
+    """A conversation, with everything in it, as it will be stored: numbered as if it had been said here."""
+
+    def __init__(self, archive: Archive, place: Place, users: dict[str, UserId], about: ConversationId) -> None:
+        self._archive = archive
+        self._place = place
+        self._users = users
+        self._about = about
+        self._everyone = set(users.values())
+        self._clock = 1
+        self._messages: dict[str, dict[str, Any]] = {}
+        self._roots: dict[MessageId, dict[str, Any]] = {}
+        self._follows: dict[tuple[MessageId, UserId], dict[str, Any]] = {}
+
+    def rows(self) -> dict[str, list[dict[str, Any]]]:
+        """Return its rows, by table, each table after those that it refers to."""
+        posts = sorted(
+            (post for post in self._place.posts() if post.person in self._users and post.text),
+            key=lambda post: post.at_ms,
+        )
+        members = [key for key in dict.fromkeys(self._place.members) if key in self._users]
+        gone = [key for key in dict.fromkeys(post.person for post in posts) if key not in members]
+        if self._place.kind == "direct":
+            members, gone = members + gone, []
+        is_pair = self._place.kind == "direct" and len({self._users[key] for key in members}) == 2  # noqa: PLR2004
+        parts = self._participants(members, gone, is_pair=is_pair)
+        joined = self._clock
+        for post in posts:
+            self._say(post)
+        for follow in self._follows.values():
+            follow["last_read_order"] = self._roots[follow["root_id"]]["thread_order"]
+        reactions = [row for post in posts for row in self._react(post)]
+        for part in parts:
+            part["last_read_version"] = self._clock  # what was said elsewhere is history
+        return {
+            "conversation": [self._conversation(members, posts, joined, is_pair=is_pair)],
+            "conversation_participant": parts,
+            "message": list(self._messages.values()),
+            "message_reaction": reactions,
+            "thread_follow": list(self._follows.values()),
+        }
+
+    def _tick(self) -> int:
+        self._clock += 1
+        return self._clock
+
+    def _owner(self, members: list[str]) -> str | None:
+        return self._place.owner if self._place.owner in members else next(iter(members), None)
+
+    def _participants(self, members: list[str], gone: list[str], *, is_pair: bool) -> list[dict[str, Any]]:
+        owner = None if is_pair else self._owner(members)
+        parts = []
+        for key in (*members, *gone):
+            version = self._tick()
+            parts.append({
+                "id": made_id(0, self._archive.source, self._place.key, key),
+                "conversation_id": self._about,
+                "user_id": self._users[key],
+                "role": "owner" if key == owner else "member",
+                "status": "left" if key in gone else "active",
+                "version": version,
+                "joined_version": version,
+            })  # fmt: skip
+        return parts
+
+    def _conversation(self, members: list[str], posts: list[Post], joined: int, *, is_pair: bool) -> dict[str, Any]:
+        place = self._place
+        owner = self._owner(members)
+        low, high = sorted({self._users[key] for key in members}) if is_pair else (None, None)
+        last = max((post.at_ms for post in posts), default=place.created_at_ms)
+        return {
+            "id": self._about,
+            "type": "direct" if is_pair else "group" if place.kind == "direct" else place.kind,
+            "title": None if is_pair else place.title[:255] or place.key[:255],
+            "description": (place.description or "")[:1_000] or None,
+            "is_public": place.is_public,
+            "is_archived": place.is_archived,
+            "is_active": bool(members),
+            "created_by": self._users[owner] if owner is not None else next(iter(self._users.values())),
+            "participant_count": len(members),
+            "message_count": len(self._messages),
+            "direct_low": low,
+            "direct_high": high,
+            "version": self._clock,
+            "access_version": joined,
+            "settings_version": 1,
+            "created_at": _moment(place.created_at_ms or last),
+            "last_activity_at": _moment(last),
+            "last_message_at": _moment(last) if posts else None,
+        }
+
+    def _say(self, post: Post) -> None:
+        root = self._messages.get(post.thread) if post.thread is not None and post.thread != post.key else None
+        if root is not None and root["thread_root_id"] is not None:
+            root = self._roots[root["thread_root_id"]]
+        version = self._tick()
+        self._messages[post.key] = message = self._message(post, version, root)
+        if root is None:
+            return
+        self._roots[root["id"]] = root
+        root["reply_count"] += 1
+        root["thread_order"] += 1
+        root["version"] = version
+        message["thread_order"] = root["thread_order"]
+        for user_id, has_replied in ((root["sender_id"], False), (message["sender_id"], True)):
+            follow = self._follows.setdefault((root["id"], user_id), {
+                "root_id": root["id"], "user_id": user_id, "conversation_id": self._about, "has_replied": False,
+                "last_read_order": 0,
+            })  # fmt: skip
+            follow["has_replied"] |= has_replied
+
+    def _react(self, post: Post) -> Iterator[dict[str, Any]]:
+        message = self._messages[post.key]
+        counts = message["reactions"]
+        for person, emoji in dict.fromkeys((one.person, one.emoji[:32]) for one in post.reactions):
+            if person not in self._users or (emoji not in counts and len(counts) >= MAX_EMOJI_PER_MESSAGE):
+                continue
+            counts[emoji] = counts.get(emoji, 0) + 1
+            yield {
+                "message_id": message["id"],
+                "user_id": self._users[person],
+                "emoji": emoji,
+                "conversation_id": self._about,
+                "version": self._tick(),
+                "author_id": message["sender_id"],
+                "created_at": message["created_at"],
+            }
+
+    def _message(self, post: Post, version: int, root: dict[str, Any] | None) -> dict[str, Any]:
+        content = post.text.replace("\0", "")[:MAX_CONTENT]
+        found = mentions.find(content, is_code=False, is_markdown=True)
+        edited = None if post.edited_at_ms is None else _moment(post.edited_at_ms)
+        return {
+            "id": MessageId(made_id(post.at_ms, self._archive.source, self._place.key, post.key)),
+            "conversation_id": self._about,
+            "sender_id": self._users[post.person],
+            "content": content,
+            "mentions": [one for one in found.ids if one in self._everyone],
+            "hashtags": found.hashtags,
+            "reactions": {},
+            "parent_message_id": None if root is None else root["id"],
+            "thread_root_id": None if root is None else root["id"],
+            "thread_order": 0,
+            "reply_count": 0,
+            "status": "sent" if edited is None else "edited",
+            "edited_at": edited,
+            "sent_version": version,
+            "version": version,
+            "created_at": _moment(post.at_ms),
+        }
+
+
+def _moment(at_ms: int) -> datetime:
+    return datetime.fromtimestamp(at_ms / 1000, UTC)

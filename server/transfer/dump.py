@@ -1,0 +1,77 @@
+"""A whole installation, written as lines of JSON, and read again."""
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+import msgspec
+
+from protocol.codec import now
+from server import migrate
+from server.database import Db
+from server.progress import Progress
+from server.queries import transfers
+from server.transfer.lines import FORMAT, VERSION, Head, Row, Summary, Tail
+
+_encode = msgspec.json.Encoder().encode
+_head_decoder = msgspec.json.Decoder(Head)
+_row_decoder = msgspec.json.Decoder(Row)
+_tail_decoder = msgspec.json.Decoder(Tail)
+
+
+async def write(db: Db, file: BinaryIO, progress: Progress) -> Summary:
+    """Write everything that is not derived, as it is at one moment; return what that was."""
+    digest = hashlib.sha256()
+    counts: Counter[str] = Counter()
+    head = Head(
+        format=FORMAT, version=VERSION, schema=len(migrate.known()), exported_at=now().isoformat(timespec="seconds")
+    )
+    async with db.transaction():
+        await transfers.begin(db, is_snapshot=True)
+        file.write(_encode(head) + b"\n")
+        for table in transfers.TABLES:
+            async for row in transfers.rows(db, table):
+                line = _encode(Row(table, msgspec.Raw(row.encode()))) + b"\n"
+                digest.update(line)
+                file.write(line)
+                counts[table] += 1
+                progress.counts(table, counts[table])
+    progress.done()
+    file.write(_encode(Tail(rows=dict(counts), sha256=digest.hexdigest())) + b"\n")
+    return Summary(rows=dict(counts), sha256=digest.hexdigest())
+
+
+def read(path: Path) -> Iterator[Row]:
+    """Return the rows that were written to a file.
+
+    Raises ValueError if it is something else, of another version, or not all of it.
+    """
+    digest = hashlib.sha256()
+    counts: Counter[str] = Counter()
+    with path.open("rb") as file:
+        try:
+            head = _head_decoder.decode(file.readline())
+        except msgspec.MsgspecError:
+            raise ValueError("its first line is not that of an export of OpenChat") from None
+        if (head.format, head.version) != (FORMAT, VERSION):
+            raise ValueError(f"it has the format {head.format} {head.version}; {FORMAT} {VERSION} is known")
+        if head.schema != len(migrate.known()):
+            raise ValueError(
+                f"it comes from a database at step {head.schema}, and this one is at {len(migrate.known())}: "
+                "bring both to the same version of OpenChat"
+            )
+        for line in file:
+            if line.startswith(b'{"rows":'):
+                tail = _tail_decoder.decode(line)
+                if (tail.rows, tail.sha256) != (dict(counts), digest.hexdigest()):
+                    raise ValueError("it is not what was written")
+                return
+            row = _row_decoder.decode(line)
+            if row.table not in transfers.TABLES:
+                raise ValueError(f"there is no table {row.table}")
+            digest.update(line)
+            counts[row.table] += 1
+            yield row
+    raise ValueError("its end is missing")

@@ -1,0 +1,118 @@
+"""A Slack export: a folder, or the zip file of it, as https://slack.com/help/articles/220556107 describes it.
+
+`users.json`; `channels.json`, `groups.json`, `mpims.json` and `dms.json`, as far as the plan has them; and for each of
+these conversations a folder of its name (of a direct message, its id) with one file a day.
+"""
+
+import html
+import re
+import zipfile
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import msgspec
+
+from server.transfer.archive import Archive, Person, Place, Post, Reaction, made_id
+
+Folder: TypeAlias = "Path | zipfile.Path"
+KINDS = {"channels.json": "channel", "groups.json": "group", "mpims.json": "group", "dms.json": "direct"}
+SAID = {None, "thread_broadcast", "me_message", "bot_message", "file_share", "file_comment"}
+"""Subtypes of messages that are what somebody said; the others tell of joins and settings."""
+SOURCE = "slack"
+
+_LINK = re.compile(r"<([^<>]+)>")
+
+
+def read(path: Path) -> Archive:
+    """Return what is in a Slack export. Raises ValueError, KeyError or OSError if it is none."""
+    folder: Folder = zipfile.Path(path) if path.is_file() else path
+    users = _json(folder / "users.json")
+    if users is None:
+        raise ValueError("there is no users.json in it")
+    people = [_person(user) for user in users]
+    places = [_place(folder, one, kind) for name, kind in KINDS.items() for one in _json(folder / name) or []]
+    return Archive(source=SOURCE, people=people, places=places)
+
+
+def _person(user: dict[str, Any]) -> Person:
+    profile = user.get("profile", {})
+    return Person(
+        key=user["id"],
+        name=user.get("real_name") or profile.get("real_name") or user.get("name") or user["id"],
+        display_name=profile.get("display_name") or None,
+        email=profile.get("email"),
+        is_active=not user.get("deleted", False),
+    )
+
+
+def _place(folder: Folder, one: dict[str, Any], kind: Any) -> Place:  # noqa: ANN401 - one of three words
+    name = one.get("name") or one["id"]
+    return Place(
+        key=one["id"],
+        kind=kind,
+        title=name,
+        description=(one.get("purpose") or {}).get("value") or None,
+        is_public=kind == "channel",
+        is_archived=bool(one.get("is_archived")),
+        created_at_ms=int(one.get("created", 0)) * 1000,
+        owner=one.get("creator"),
+        members=one.get("members", []),
+        posts=lambda: _posts(folder / name),
+    )
+
+
+def _posts(folder: Folder) -> list[Post]:
+    if not folder.exists():
+        return []
+    days: list[Any] = sorted(folder.iterdir(), key=str)
+    return [
+        _post(message)
+        for day in days
+        if day.name.endswith(".json")
+        for message in _json(day)
+        if message.get("type") == "message" and message.get("subtype") in SAID and message.get("user")
+    ]
+
+
+def _post(message: dict[str, Any]) -> Post:
+    edited = message.get("edited")
+    files = [f"{file.get('name', 'file')}: {file['url_private']}" for file in message.get("files") or ()
+             if file.get("url_private")]  # fmt: skip
+    return Post(
+        key=message["ts"],
+        person=message["user"],
+        text="\n".join([*([_text(message["text"])] if message.get("text") else []), *files]),
+        at_ms=_ms(message["ts"]),
+        thread=message.get("thread_ts"),
+        edited_at_ms=_ms(edited["ts"]) if edited else None,
+        reactions=[
+            Reaction(person=user, emoji=f":{reaction['name']}:")
+            for reaction in message.get("reactions") or ()
+            for user in reaction.get("users", ())
+        ],
+    )
+
+
+def _ms(ts: str) -> int:
+    seconds, _, rest = ts.partition(".")
+    return int(seconds) * 1000 + int((rest + "000")[:3])
+
+
+def _text(text: str) -> str:
+    """Return Slack's text as people see it: `<@U1>` is a mention, `<#C1|name>` a channel, `<url|label>` a link."""
+
+    def plain(found: re.Match[str]) -> str:
+        target, _, label = found[1].partition("|")
+        if target.startswith("@"):
+            return f"<@{made_id(0, SOURCE, 'user', target[1:])}>"
+        if target.startswith("#"):
+            return f"#{label or target[1:]}"
+        if target.startswith("!"):
+            return f"@{'everyone' if target[1:] in {'channel', 'everyone'} else target[1:]}"
+        return f"{label} ({target})" if label and label != target else target
+
+    return html.unescape(_LINK.sub(plain, text))
+
+
+def _json(path: Folder) -> Any:  # noqa: ANN401 - whatever is in it
+    return msgspec.json.decode(path.read_bytes()) if path.exists() else None

@@ -1,0 +1,167 @@
+"""The operator's command line: is everything as it should be, where did a message go, move everything elsewhere."""
+
+import argparse
+import asyncio
+import sys
+import zipfile
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from uuid import UUID
+
+import asyncpg
+import msgspec
+
+from protocol.ids import MessageId
+from server import administration, checking, config, database, migrate, reindexing
+from server.database import Db
+from server.embedded.reach import reached
+from server.errors import Fatal
+from server.progress import Progress
+from server.queries import accounts, whereabouts
+from server.transfer import archive, dump, load, mattermost, slack
+from server.transfer.archive import Archive
+
+COMMANDS = ("check", "why", "reindex", "export", "import")
+FOREIGN: dict[str, Callable[[Path], Archive]] = {"slack": slack.read, "mattermost": mattermost.read}
+
+
+def main(arguments: list[str]) -> int:
+    """Do what the command line says; return the status to end with."""
+    options = _parser().parse_args(arguments)
+    settings = config.read(data_dir=options.data_dir)
+    try:
+        with reached(settings) as url:
+            return asyncio.run(_run(url, settings.search_language, options))
+    except Fatal as error:
+        sys.stderr.write(f"openchat: {error}\n")
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="openchat", description=__doc__)
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--data-dir", help="where the embedded database lives, if not in the usual place")
+    json = argparse.ArgumentParser(add_help=False)
+    json.add_argument("--json", action="store_true", help="print JSON, for programs")
+    top = parser.add_subparsers(required=True, metavar="command")
+
+    def command(name: str, work: Work, *parents: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        about = (work.__doc__ or "").split("\n")[0]
+        made = top.add_parser(name, parents=[common, *parents], help=about, description=about)
+        made.set_defaults(work=work)
+        return made
+
+    command("check", check, json)
+    command("why", why, json).add_argument("message", type=UUID, help="an id")
+    command("reindex", reindex)
+    exported = command("export", export)
+    exported.add_argument("file", nargs="?", type=Path, help="where to write it; standard output if left out")
+    exported.add_argument("--user", help="only what is stored about a user: an e-mail address, or an id")
+    imported = command("import", import_all)
+    imported.add_argument("format", choices=("openchat", *FOREIGN), help="what wrote it")
+    imported.add_argument("path", type=Path, help="a file, or for Slack a folder or a zip file")
+    return parser
+
+
+async def _run(url: str, language: str, options: argparse.Namespace) -> int:
+    connection = await database.connect(url)
+    try:
+        if not await migrate.is_current(connection):
+            raise Fatal("the database does not have this program's schema; run `openchat migrate`.")
+        await database.speak(connection, language)
+        work: Work = options.work
+        return await work(connection, options)
+    finally:
+        await connection.close()
+
+
+Work = Callable[[Db, argparse.Namespace], Awaitable[int]]
+
+
+async def check(db: Db, options: argparse.Namespace) -> int:
+    """Count everything again and look for what must not be; end with status 1 if anything is wrong."""
+    progress = Progress(is_on=not options.json)
+    lines = []
+    async for line in checking.run(db, begins=progress.begins):
+        lines.append(line)
+        state = "skipped: may not make roles" if line.found is None else "ok" if line.is_good else "WRONG"
+        progress.line(f"{line.name:<56} {line.rows:>12,} rows {line.seconds:>7.1f} s  {state}")
+        if line.found is not None and line.found.number:
+            progress.line(f"  {line.found.number:,}: {', '.join(line.found.some)}")
+    wrong = sum(not line.is_good for line in lines)
+    if options.json:
+        rows = [
+            {"check": line.name, "rows": line.rows, "seconds": round(line.seconds, 3), "is_good": line.is_good,
+             "wrong": line.found and line.found.number, "some": line.found and line.found.some}
+            for line in lines
+        ]  # fmt: skip
+        sys.stdout.write(msgspec.json.encode(rows).decode() + "\n")
+    else:
+        seconds = sum(line.seconds for line in lines)
+        progress.line(f"{len(lines)} checks in {seconds:.1f} s: {f'{wrong} WRONG' if wrong else 'all is well'}.")
+    return 1 if wrong else 0
+
+
+async def why(db: Db, options: argparse.Namespace) -> int:
+    """Tell where a message went: stored, delivered, read, and for each who has it not, why."""
+    told = await whereabouts.of(db, MessageId(options.message), None, viewer=None)
+    if told is None:
+        raise Fatal(f"there is no message {options.message}.")
+    if options.json:
+        sys.stdout.write(msgspec.json.encode(told).decode() + "\n")
+        return 0
+    names = await accounts.names(db, [told.sender_id, *(one.user_id for one in told.recipients)])
+    write = sys.stdout.write
+    write(f"message       {told.message_id}\nconversation  {told.conversation_id}\n")
+    write(f"sender        {names.get(told.sender_id, '?')} ({told.sender_id})\n")
+    write(f"stored        {told.stored_at.isoformat()} as version {told.version}\n")
+    write(f"delivered to  {told.delivered_to}\nread by       {told.read_by}\n\n")
+    for one in told.recipients:
+        at = "" if one.at is None else one.at.isoformat(timespec="seconds")
+        write(f"{one.state:<13} {names.get(one.user_id, '?'):<30} {one.user_id}  {at}".rstrip() + "\n")
+    return 0
+
+
+async def reindex(db: Db, options: argparse.Namespace) -> int:  # noqa: ARG001 - every command's shape
+    """Make what messages are found by anew, in the language of OPENCHAT_SEARCH_LANGUAGE; the server may run."""
+    count = await reindexing.reindex(db, Progress())
+    sys.stdout.write(f"{count:,} messages can be found.\n")
+    return 0
+
+
+async def export(db: Db, options: argparse.Namespace) -> int:
+    """Write the whole installation, or with --user all about one person, as JSON (docs/transfer.md). Keep it safe."""
+    if options.user is not None:
+        await administration.export_user(db, options)
+        return 0
+    progress = Progress()
+    if options.file is None:
+        await dump.write(db, sys.stdout.buffer, progress)
+        return 0
+    with options.file.open("xb") as file:
+        options.file.chmod(0o600)
+        summary = await dump.write(db, file, progress)
+    sys.stdout.write(f"{summary.total:,} rows in {len(summary.rows)} tables, sha256 {summary.sha256}\n")
+    return 0
+
+
+async def import_all(db: Db, options: argparse.Namespace) -> int:
+    """Bring in what another installation, Slack or Mattermost has exported (docs/transfer.md)."""
+    progress = Progress()
+    is_whole = options.format == "openchat"
+    try:
+        lines = dump.read(options.path) if is_whole else await archive.rows(db, FOREIGN[options.format](options.path))
+        summary = await load.load(db, lines, progress, is_whole=is_whole)
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        zipfile.BadZipFile,
+        asyncpg.DataError,
+        asyncpg.IntegrityConstraintViolationError,
+    ) as error:
+        raise Fatal(f"{options.path} is not understood: {error}. Nothing was brought in.") from error
+    await reindexing.reindex(db, progress, only_missing=True)
+    for table, count in summary.rows.items():
+        sys.stdout.write(f"{table:<26} {count:>12,}\n")
+    return 0

@@ -1,0 +1,287 @@
+"""Check, why, reindex, export and import: the operator's commands, on databases that are in use."""
+
+import json
+import random
+import shutil
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import asyncpg
+import pytest
+
+from protocol import client, server
+from protocol.ids import MessageId, uuid7
+from protocol.payloads import Poll
+from prove.truth import recount
+from server import migrate
+from server.queries.checks import CHECKS
+from tests.conftest import Servers
+from tests.test_administration import Shell
+from tests.world import Room, World, message, sent
+
+SAMPLES = Path(__file__).parent / "samples"
+
+
+@pytest.fixture
+def shell(world: World, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Shell:
+    monkeypatch.setenv("DATABASE_URL", world.settings.database_url)
+    return Shell(world, capsys)
+
+
+@pytest.fixture
+async def elsewhere(servers: Servers) -> AsyncIterator[str]:
+    """Another installation, where nobody is yet."""
+    administration = await asyncpg.connect(servers.postgres.url("postgres"))
+    name = f"elsewhere_{uuid7().hex}"
+    await administration.execute(f"CREATE DATABASE {name}")
+    url = servers.postgres.url(name)
+    connection = await asyncpg.connect(url)
+    await migrate.migrate(connection)
+    await connection.close()
+    yield url
+    await administration.execute(f"DROP DATABASE {name} WITH (FORCE)")
+    await administration.close()
+
+
+async def busy(room: Room, world: World) -> MessageId:
+    """Have something of everything there is; return the id of a message."""
+    mary = await world.user("Mary")
+    await room.ada.call(client.AddParticipants(conversation_id=room.group, participants=[mary.id]))
+    hers = await world.connect(mary)
+    root = await sent(room.ada, room.group, "Root for @charles #loom")
+    for number in range(3):
+        await sent(room.charles, room.group, f"Reply {number}", parent_message_id=root)
+    poll = await sent(room.ada, room.group, "Tea?", payload=Poll(options=["Yes", "No"]))
+    chance = random.Random(1)
+    for one in (room.ada, room.charles, hers):
+        await one.call(client.Vote(**room.at(poll), options=[chance.randrange(2)]))
+        await one.call(client.React(**room.at(root), emoji="👍"))
+        await one.call(client.Star(**room.at(root)))
+        await one.call(client.SetDraft(conversation_id=room.group, content="I thi"))
+    await room.ada.call(client.Edit(**room.at(root), content="Root, edited, for @charles #loom"))
+    gone = await sent(hers, room.group, "Gone")
+    await hers.call(client.Delete(**room.at(gone)))
+    await room.ada.call(client.Moderate(**room.at(await sent(hers, room.group, "Rude")), reason="Rude"))
+    await room.charles.call(client.Read(**room.at(poll)))
+    await hers.call(client.RequestFriend(user_id=room.them[0].id))
+    await room.ada.call(client.AnswerFriend(user_id=mary.id, accept=True))
+    await room.ada.call(client.Pin(**room.at(root)))
+    await room.ada.call(client.CreateDirect(user_id=mary.id))
+    return root
+
+
+async def test_everything_is_well_and_each_thing_that_is_not_is_found(shell: Shell, room: Room, world: World) -> None:
+    root = await busy(room, world)
+    lines = await shell.json("check")
+    assert len(lines) == len(CHECKS) + 1
+    assert [line["check"] for line in lines if not line["is_good"]] == []
+    printed = await shell.run("check")
+    assert "all is well" in printed
+    assert printed.count(" ok\n") == len(lines)
+    wrong: set[str] = set()
+    for statement in DAMAGE:
+        await world.db.execute("BEGIN")
+        await world.db.execute("SET session_replication_role = replica")
+        status = await world.db.execute(statement, *([root] if "$1" in statement else []))
+        assert not status.endswith(" 0"), f"nothing is damaged by {statement}"
+        await world.db.execute("COMMIT")
+        await world.db.execute("SET session_replication_role = origin")
+        found = {line["check"] for line in await shell.json("check", status=1) if not line["is_good"]}
+        assert found - wrong, f"nobody notices {statement}"
+        wrong |= found
+    sampled = {"it is found by what it says (one in a hundred)"}
+    assert wrong | sampled >= {check.name for check in CHECKS}
+    assert "WRONG" in await shell.run("check", status=1, is_output=True)
+
+
+DAMAGE = (
+    "DELETE FROM message_search WHERE message_id = $1",
+    "UPDATE conversation SET participant_count = participant_count + 1",
+    "UPDATE conversation SET message_count = message_count - 1",
+    "UPDATE message SET reply_count = reply_count + 1 WHERE id = $1",
+    "UPDATE message SET thread_order = thread_order + 5 WHERE thread_root_id = $1",
+    """UPDATE message SET reactions = '{"👍": 99}' WHERE id = $1""",
+    "UPDATE message SET poll_voters = poll_voters + 1 WHERE poll_counts IS NOT NULL",
+    "UPDATE conversation SET version = version + 1",
+    "UPDATE conversation_participant SET version = (SELECT sent_version FROM message WHERE id = $1)",
+    "UPDATE message SET version = sent_version - 1 WHERE id = $1",
+    'UPDATE "user" SET version = 0',
+    "UPDATE conversation_participant SET last_read_version = 1 WHERE last_read_message_id IS NOT NULL",
+    "DELETE FROM thread_follow WHERE root_id = $1",
+    "UPDATE message_reaction SET author_id = user_id WHERE message_id = $1",
+    "UPDATE message SET thread_root_id = id WHERE thread_root_id = $1",
+    "UPDATE message SET mentions = ARRAY[gen_random_uuid()] WHERE id = $1",
+    "UPDATE conversation_participant SET role = 'owner'",
+    "UPDATE conversation SET direct_low = id, direct_high = NULL WHERE type = 'direct'",
+    "UPDATE user_relationship SET status = 'pending' WHERE id = (SELECT max(id::text)::uuid FROM user_relationship)",
+    "UPDATE message SET content = 'Still here' WHERE is_deleted",
+    "UPDATE message SET expires_at = now() - interval '1 day' WHERE id = $1",
+    "UPDATE conversation SET is_active = false WHERE type = 'group'",
+    'UPDATE "user" SET is_disabled = true',
+    "UPDATE audit_entry SET details = '{}'",
+    "DROP POLICY message_access ON message",
+)
+
+
+async def test_a_policy_that_shows_too_much_is_found(shell: Shell, room: Room, world: World) -> None:
+    await busy(room, world)
+    await world.db.execute("DROP POLICY message_access ON message")
+    await world.db.execute("CREATE POLICY message_access ON message FOR SELECT USING (true)")
+    stranger = await world.user("Stranger")
+    assert stranger
+    found = [line for line in await shell.json("check", status=1) if not line["is_good"]]
+    assert [line["check"] for line in found] == ["nobody sees what they may not (a sample)"]
+    assert await world.db.fetchval("SELECT count(*) FROM pg_roles WHERE rolname = 'openchat_check'") == 0
+
+
+async def test_why_for_operators(shell: Shell, room: Room) -> None:
+    message_id = await sent(room.ada, room.group)
+    await room.charles.call(client.Mute(user_id=room.them[0].id))
+    printed = await shell.run("why", str(message_id))
+    assert "as version" in printed
+    assert "muted" in printed
+    assert "Charles" in printed
+    assert (await shell.json("why", str(message_id)))["recipients"][0]["state"] == "muted"
+    assert "no message" in await shell.run("why", str(uuid7()), status=1)
+
+
+async def test_reindex_in_another_language(
+    shell: Shell, room: Room, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await busy(room, world)
+    before = await world.db.fetchval("SELECT count(*) FROM message_search")
+    monkeypatch.setenv("OPENCHAT_SEARCH_LANGUAGE", "english")
+    assert f"{before} messages can be found" in await shell.run("reindex")
+    assert await world.db.fetchval("SELECT count(*) FROM message_search WHERE words @@ 'repli'::tsquery") == 3
+    assert [line for line in await shell.json("check") if not line["is_good"]] == []
+    monkeypatch.setenv("OPENCHAT_SEARCH_LANGUAGE", "klingon")
+    assert "OPENCHAT_SEARCH_LANGUAGE" in await shell.run("reindex", status=1)
+
+
+# --------------------------------------------------------------------------------------------- export and import
+
+
+async def test_a_whole_installation_moves(
+    shell: Shell, room: Room, elsewhere: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = shell.world
+    root = await busy(room, world)
+    await room.charles.call(client.Schedule(
+        conversation_id=room.group, message_id=MessageId(uuid7()), content="Later",
+        send_at=(await room.ada.call(client.Ping(), server.Pong)).server_time.replace(year=2027),
+    ))  # fmt: skip
+    first, second = tmp_path / "first.jsonl", tmp_path / "second.jsonl"
+    printed = await shell.run("export", str(first))
+    assert first.stat().st_mode & 0o777 == 0o600
+    monkeypatch.setenv("DATABASE_URL", elsewhere)
+    await shell.run("import", "openchat", str(first))
+    again = await shell.run("export", str(second))
+    assert printed == again, "counts and hashes are the same"
+    assert first.read_text().splitlines()[1:] == second.read_text().splitlines()[1:]
+    assert [line for line in await shell.json("check") if not line["is_good"]] == []
+    there = await asyncpg.connect(elsewhere)
+    here_words = await world.db.fetch("SELECT message_id, words::text FROM message_search ORDER BY message_id")
+    assert await there.fetch("SELECT message_id, words::text FROM message_search ORDER BY message_id") == here_words
+    assert await there.fetchval("SELECT content FROM message WHERE id = $1", root) == "Root, edited, for @charles #loom"
+    await there.close()
+    assert "users here already" in await shell.run("import", "openchat", str(first), status=1)
+
+
+async def test_a_broken_export_brings_in_nothing(
+    shell: Shell, room: Room, elsewhere: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await sent(room.ada, room.group, "Whole")
+    path = tmp_path / "whole.jsonl"
+    await shell.run("export", str(path))
+    lines = path.read_text().splitlines(keepends=True)
+    monkeypatch.setenv("DATABASE_URL", elsewhere)
+    for broken, why in (
+        (lines[:-1], "its end is missing"),
+        ([line.replace("Whole", "Other") for line in lines], "not what was written"),
+        ([lines[0].replace('"version":1', '"version":2'), *lines[1:]], "format openchat 2"),
+        ([lines[0].replace('"schema":', '"schema":9'), *lines[1:]], "at step"),
+        (['{"table": "user"}\n'], "first line"),
+        ([lines[0], '{"table":"pg_authid","row":{}}\n'], "no table pg_authid"),
+        ([], "first line"),
+    ):
+        path.write_text("".join(broken))
+        assert why in await shell.run("import", "openchat", str(path), status=1)
+    there = await asyncpg.connect(elsewhere)
+    assert await there.fetchval('SELECT count(*) FROM "user"') == 0
+    await there.close()
+
+
+async def moved_in(world: World) -> dict[str, Any]:
+    """Return what came in, by what it is called."""
+    assert await recount(world.db) == []
+    rows = await world.db.fetch("""
+        SELECT coalesce(c.title, 'direct') AS title, c.type, c.is_public, ARRAY(
+            SELECT u.name || ': ' || m.content FROM message m JOIN "user" u ON u.id = m.sender_id
+            WHERE m.conversation_id = c.id ORDER BY m.sent_version
+        ) AS said, ARRAY(SELECT r.emoji || r.n FROM (
+            SELECT emoji, count(*) AS n FROM message_reaction r WHERE r.conversation_id = c.id GROUP BY 1 ORDER BY 1
+        ) r) AS reactions
+        FROM conversation c ORDER BY 1
+    """)
+    return {row["title"]: (row["type"], row["is_public"], row["said"], row["reactions"]) for row in rows}
+
+
+@pytest.mark.parametrize("is_zip", [False, True])
+async def test_slack_moves_in(shell: Shell, world: World, tmp_path: Path, *, is_zip: bool) -> None:
+    ada = await world.user("Countess")
+    await world.db.execute("""UPDATE "user" SET email = 'ada@example.org' WHERE id = $1""", ada.id)
+    path = SAMPLES / "slack"
+    if is_zip:
+        path = Path(shutil.make_archive(str(tmp_path / "slack"), "zip", path))
+    await shell.run("import", "slack", str(path))
+    mentioned = await world.db.fetchval("""SELECT id FROM "user" WHERE email = 'charles@example.org'""")
+    general = [
+        f"Countess: Look, <@{mentioned}>: the engine (https://example.org/engine) & its #general notes #loom",
+        "Charles Babbage: A reply", "Mary Somerville: From who has left",
+        "Countess: @everyone the next day\nplan.pdf: https://files.example.org/plan.pdf",
+    ]  # fmt: skip
+    there = await moved_in(world)
+    assert there == {
+        "general": ("channel", True, general, [":eyes:1", ":tada:2"]),
+        "secret": ("group", False, ["Charles Babbage: Psst"], []),
+        "direct": ("direct", False, ["Countess: Just us", "Charles Babbage: Yes"], []),
+    }
+    first = await world.db.fetchrow("SELECT * FROM message WHERE thread_order = 2 AND thread_root_id IS NULL")
+    assert first is not None
+    assert (first["reply_count"], first["mentions"], first["hashtags"]) == (2, [mentioned], ["general", "loom"])
+    assert first["created_at"].timestamp() == pytest.approx(1700000002)
+    assert [line for line in await shell.json("check") if not line["is_good"]] == []
+    # Once more, nothing changes; and people go on where they were.
+    await shell.run("import", "slack", str(path))
+    assert await moved_in(world) == there
+    one = await world.connect(ada)
+    mine = await one.call(client.ListConversations(conversation_type="channel"), server.ConversationPage)
+    (view,) = mine.conversations
+    assert (view.unread_count, view.me.role) == (0, "owner")
+    await one.call(message(view.conversation.id, "Going on"))
+    page = await one.call(client.Search(text="engine"), server.SearchPage)
+    assert len(page.hits) == 1
+
+
+async def test_mattermost_moves_in(shell: Shell, world: World) -> None:
+    await shell.run("import", "mattermost", str(SAMPLES / "mattermost.jsonl"))
+    assert await moved_in(world) == {
+        "Town Square": ("channel", True, ["Ada Lovelace: Hello #loom", "charles: A reply", "Ada Lovelace: Another"],
+            [":tada:1"]),
+        "The board": ("channel", False, ["Ada Lovelace: Alone here\n2023/plan.pdf"], []),
+        "direct": ("direct", False, ["charles: Just us"], []),
+    }  # fmt: skip
+    assert [line for line in await shell.json("check") if not line["is_good"]] == []
+
+
+async def test_what_is_no_export_is_refused(shell: Shell, tmp_path: Path) -> None:
+    nothing = tmp_path / "nothing.zip"
+    nothing.write_text("PK no")
+    missing = tmp_path / "missing"
+    for kind, path in (("slack", tmp_path), ("slack", nothing), ("mattermost", nothing), ("mattermost", missing)):
+        assert "is not understood" in await shell.run("import", kind, str(path), status=1)
+
+
+def test_lines_are_json() -> None:
+    assert all(json.loads(line) for line in (SAMPLES / "mattermost.jsonl").read_text().splitlines())
