@@ -5,6 +5,7 @@ import random
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
+from datetime import UTC, datetime, timedelta
 from typing import Any, Literal, Protocol
 from uuid import UUID
 
@@ -14,6 +15,7 @@ from protocol import client, server
 from protocol.client import Frame
 from protocol.errors import CloseCode, ErrorCode, Refused
 from protocol.ids import ConversationId, EditId, MessageId, UserId, uuid7
+from protocol.payloads import Poll
 from protocol.values import PresenceStatus
 from prove.client import Answer, Client
 from prove.mirror import Mirror
@@ -33,6 +35,9 @@ UNAUTHORIZED = 401
 DROPS, JOINS, AT_LARGE, STARTS_TYPING, REPLIES, LONG_ONES = 0.01, 0.5, 0.05, 0.7, 0.3, 0.2
 """How often, of all times that it could be, a connection drops and one of these is what is done."""
 INVITES = 0.7
+POLLS, ANONYMOUS, MARKDOWN, IN_BOTH, QUOTES = 0.1, 0.3, 0.1, 0.3, 0.1
+SCHEDULED_SECONDS = (0.0, 0.5, 86_400.0)
+"""Now, soon, or long after the end."""
 ROLES: tuple[Literal["admin", "moderator", "member", "guest"], ...] = ("admin", "moderator", "member", "guest")
 LONG = 8_000
 """Characters in the few messages that are long."""
@@ -62,6 +67,7 @@ class Tally:
         self.acknowledged = 0
         self.messages: set[MessageId] = set()
         self.edits: set[EditId] = set()
+        self.scheduled: set[MessageId] = set()
         self.longest_wait = 0.0
         self.reconnects = 0
         self.unexpected: Counter[str] = Counter()
@@ -229,6 +235,10 @@ class Actor:
         else:
             if isinstance(frame, client.Send):
                 self.tally.messages.add(frame.message_id)
+            elif isinstance(frame, client.Forward):
+                self.tally.messages.add(frame.new_message_id)
+            elif isinstance(frame, client.Schedule):
+                self.tally.scheduled.add(frame.message_id)
             elif isinstance(frame, client.Edit) and frame.edit_id is not None:
                 self.tally.edits.add(frame.edit_id)
             elif isinstance(frame, client.SetPresence) and frame.status != "away":  # which is the device's
@@ -355,6 +365,10 @@ class Actor:
             (1, lambda: client.ListAudit(conversation_id=about)),
             (1, lambda: client.SetInviteCode(conversation_id=about, is_open=self._now_and_then(INVITES))),
             (2, lambda: client.SetPreferences(conversation_id=about, pin_order=self._random.randint(0, 9))),
+            (2, lambda: client.SetDraft(conversation_id=about, content=self._random.choice(("", "I thi", "I think")))),
+            (2, lambda: self._schedule(about)),
+            (1, lambda: client.ListPins(conversation_id=about)),
+            (1, lambda: client.Search(text="message", conversation_id=about)),
         ]
         if self.others:
             other = self._random.choice(self.others)
@@ -378,6 +392,24 @@ class Actor:
             (8, lambda: client.Unreact(**place, emoji=emoji)),
             (9, lambda: client.Read(**place)),
             (2, lambda: client.GetMessage(**place)),
+            (2, lambda: client.Pin(**place)),
+            (1, lambda: client.Unpin(**place)),
+            (2, lambda: client.Star(**place)),
+            (1, lambda: client.Unstar(**place)),
+            (6, lambda: client.Vote(**place, options=[self._random.randrange(3)])),
+            (2, lambda: client.Vote(**place, options=[])),
+            (1, lambda: client.ClosePoll(**place)),
+            (1, lambda: client.ListVotes(**place)),
+            (2, lambda: client.GetThread(**place)),
+            (2, lambda: client.ListReplies(**place)),
+            (1, lambda: client.FollowThread(**place)),
+            (1, lambda: client.UnfollowThread(**place)),
+            (2, lambda: client.ReadThread(**place, thread_order=self._random.randint(0, 5))),
+            (4, lambda: client.Delivered(**place)),
+            (2, lambda: client.MarkUnread(**place)),
+            (1, lambda: client.ListReaders(**place)),
+            (1, lambda: client.Why(**place)),
+            (2, lambda: self._forward(place)),
             (1, lambda: client.ListEdits(**place)),
             (2, lambda: client.Moderate(**place, reason="Rude")),
             (1, lambda: client.Unmoderate(**place)),
@@ -400,6 +432,15 @@ class Actor:
             client.GetMe,
             client.ListInvitations,
             client.ListRelationships,
+            client.ListFeed,
+            client.SeeFeed,
+            client.GetBadge,
+            client.ListThreads,
+            client.ListStars,
+            client.ListDrafts,
+            client.ListScheduled,
+            client.GetPushKey,
+            lambda: client.Search(text="message", order="relevance"),
             lambda: client.UpdateProfile(bio=f"Bio {self._random.random()}"),
             lambda: client.GetProfile(user_id=other),
             lambda: client.SearchUsers(text="person"),
@@ -424,12 +465,37 @@ class Actor:
 
     def _send(self, channel: ConversationId, messages: list[MessageId]) -> client.Send:
         parent = self._random.choice(messages) if messages and self._now_and_then(REPLIES) else None
-        content = f"Message {self._random.random()}"
+        content = f"Message {self._random.random()} #tag @everyone"
+        if self.others:
+            content += f" <@{self._random.choice(self.others)}>"
         if self._now_and_then(LONG_ONES):
             content = content.ljust(LONG, ".")
+        is_poll = self._now_and_then(POLLS)
         return client.Send(
             conversation_id=channel,
             message_id=MessageId(uuid7()),
             content=content,
+            payload=Poll(options=["Yes", "No", "Later"], is_anonymous=self._now_and_then(ANONYMOUS))
+            if is_poll
+            else None,
+            is_markdown=self._now_and_then(MARKDOWN),
             parent_message_id=parent,
+            also_in_conversation=parent is not None and self._now_and_then(IN_BOTH),
+            quoted_message_id=self._random.choice(messages) if messages and self._now_and_then(QUOTES) else None,
+        )
+
+    def _schedule(self, about: ConversationId) -> client.Schedule:
+        now = datetime.now(UTC)
+        return client.Schedule(
+            conversation_id=about,
+            message_id=MessageId(uuid7()),
+            content=f"Message {self._random.random()}",
+            send_at=now + timedelta(seconds=self._random.choice(SCHEDULED_SECONDS)),
+        )
+
+    def _forward(self, place: dict[str, Any]) -> client.Forward:
+        return client.Forward(
+            **place,
+            to_conversation_id=self._random.choice(list(self.mirror.copies)),
+            new_message_id=MessageId(uuid7()),
         )

@@ -14,6 +14,7 @@ from urllib.parse import quote, urlsplit
 
 import asyncpg
 import httpx
+import msgspec
 from redis.asyncio import Redis
 
 from loadtest.target import Unusable
@@ -29,6 +30,14 @@ SETTINGS = {
     "OPENCHAT_HEARTBEAT_SECONDS": "2",
     "OPENCHAT_OUTBOX_BYTES": "65536",
 }
+
+
+class Checked(msgspec.Struct):
+    """A line of what `openchat check` says."""
+
+    check: str
+    is_good: bool
+    some: list[str] | None
 
 
 class Cluster:
@@ -76,6 +85,19 @@ class Cluster:
         redis = Redis.from_url(self.redis_url)
         await redis.flushall()
         await redis.aclose()
+
+    async def check(self) -> list[Checked]:
+        """Have `openchat check` count everything again, and return what it says. Raises Unusable if it cannot."""
+        checking = await asyncio.create_subprocess_exec(
+            sys.executable, "-P", "-m", "server.cli", "check", "--json",
+            stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
+            env=os.environ | {"DATABASE_URL": self.database_url},
+        )  # fmt: skip
+        said, problem = await checking.communicate()
+        try:
+            return msgspec.json.decode(said, type=list[Checked])
+        except msgspec.MsgspecError:
+            raise Unusable(f"openchat check does not answer: {problem.decode().strip()}") from None
 
     async def ready(self) -> None:
         """Wait until it says that it is ready. Raises TimeoutError."""

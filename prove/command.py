@@ -111,6 +111,7 @@ async def _run(faults: Sequence[Fault], proof: Proof, options: argparse.Namespac
                 screen.show()
             await run.leave()
             await run.stop()
+            await run.check()
             screen.tell("stopping the cluster …")
 
 

@@ -51,6 +51,12 @@ class Mirror:
         self.invitations: dict[ConversationId, Invitation] = {}
         self.preferences: dict[ConversationId, Preferences] = {}
         self.relationships: dict[RelationshipId, Relationship] = {}
+        self.stars: set[MessageId] = set()
+        self.drafts: dict[ConversationId, str] = {}
+        self.scheduled: dict[MessageId, str] = {}
+        """What became of messages that wait for their time."""
+        self.follows: dict[MessageId, bool] = {}
+        """Threads of which it was told whether they are followed; whoever replies follows without being told."""
         self.wrong: Counter[str] = Counter()
         self.shown: set[MessageId] = set()
         """Messages that events brought since whoever checks them looked."""
@@ -101,6 +107,14 @@ class Mirror:
                 self.me = event.me
             case server.RelationshipChanged():
                 self.relationships[event.relationship.id] = event.relationship
+            case server.StarChanged():
+                (self.stars.discard if event.star.is_removed else self.stars.add)(event.star.message_id)
+            case server.DraftChanged():
+                self.drafts[event.draft.conversation_id] = event.draft.content
+            case server.ScheduledChanged():
+                self.scheduled[event.scheduled.message_id] = event.scheduled.status
+            case server.ThreadFollowChanged():
+                self.follows[event.follow.root_id] = event.follow.is_following
             case server.Invited():
                 self.invitations[event.invitation.conversation_id] = event.invitation
             case server.InvitationEnded():

@@ -111,11 +111,19 @@ JOIN conversation c ON c.id = p.conversation_id WHERE p.user_id = $1 AND p.statu
 UNION ALL
 SELECT 'pin', conversation_id::text, pin_order::text FROM conversation_participant
 WHERE user_id = $1 AND status = 'active' AND pin_order IS NOT NULL
+UNION ALL
+SELECT 'star', message_id::text, '' FROM message_star WHERE user_id = $1 AND NOT is_removed
+UNION ALL
+SELECT 'draft', conversation_id::text, content FROM draft WHERE user_id = $1 AND content <> ''
+UNION ALL
+SELECT 'scheduled', id::text, status FROM scheduled_message WHERE sender_id = $1
+UNION ALL
+SELECT 'thread', root_id::text, is_following::text FROM thread_follow WHERE user_id = $1 AND user_version > 0
 """
 
 
 async def own(db: Db, user_id: UserId) -> set[tuple[str, str, str | None]]:
-    """Return what is a user's alone: their profile, relationships, invitations, and what they have pinned."""
+    """Return what is a user's alone: profile, relationships, invitations, and what they keep for themselves."""
     return {tuple(row) for row in await db.fetch(_OWN, user_id)}
 
 
@@ -124,6 +132,10 @@ def own_of(mirror: Mirror) -> set[tuple[str, str, str | None]]:
     found: set[tuple[str, str, str | None]] = {("bio", "", None if mirror.me is None else mirror.me.bio)}
     found |= {("relationship", str(one.id), one.status) for one in mirror.relationships.values()}
     found |= {("invitation", str(one), "") for one in mirror.invitations}
+    found |= {("star", str(one), "") for one in mirror.stars}
+    found |= {("draft", str(one), content) for one, content in mirror.drafts.items() if content}
+    found |= {("scheduled", str(one), status) for one, status in mirror.scheduled.items()}
+    found |= {("thread", str(one), str(is_following).lower()) for one, is_following in mirror.follows.items()}
     return found | {
         ("pin", str(one), str(kept.pin_order))
         for one, kept in mirror.preferences.items()
@@ -176,6 +188,23 @@ async def unread(db: Db, user_id: UserId, conversation_id: ConversationId) -> in
         if is_others and not (row["is_deleted"] or row["is_system_message"] or row["is_moderated"]):
             count += 1
     return count
+
+
+async def waiting(db: Db) -> int:
+    """Return how many messages should have been sent by now and are still to be."""
+    query = "SELECT count(*) FROM scheduled_message WHERE status = 'waiting' AND send_at < now() + interval '1 minute'"
+    return int(await db.fetchval(query))
+
+
+async def unsent(db: Db, ids: Collection[MessageId]) -> list[str]:
+    """Return what is wrong with messages that were scheduled for a time that has come: each is sent, or has failed."""
+    rows = await db.fetch(
+        "SELECT s.id, s.status, EXISTS (SELECT FROM message m WHERE m.id = s.id) FROM scheduled_message s"
+        " WHERE s.id = ANY($1)",
+        list(ids),
+    )
+    found = [f"{one} is {status}" for one, status, is_there in rows if (status == "sent") is not is_there]
+    return found + [f"{one} is not known" for one in set(ids) - {row[0] for row in rows}]
 
 
 async def absent(db: Db, table: str, ids: Collection[MessageId | EditId]) -> int:

@@ -8,12 +8,12 @@ import pytest
 
 from protocol.ids import ConversationId
 from prove.actor import Actor
-from prove.truth import absent, assert_same, memberships, own, own_of, read_conversation, recount
+from prove.truth import absent, assert_same, memberships, own, own_of, read_conversation, recount, unsent, waiting
 from server.config import Settings
 from tests.cluster import Cluster
 from tests.world import World, until
 
-PEOPLE, ACTIONS, CHANNELS = 50, 40, 5
+PEOPLE, ACTIONS, CHANNELS = 50, 50, 5
 
 
 @pytest.mark.parametrize("seed", [1])
@@ -40,6 +40,9 @@ async def test_everyone_ends_with_the_truth(settings: Settings, cluster: Cluster
     await cluster.start(victim)
     await acting
 
+    async with asyncio.timeout(30):
+        while await waiting(db):
+            await asyncio.sleep(0.05)
     clocks = {row[0]: row[1] for row in await db.fetch("SELECT id, version FROM conversation")}
     assert all(await asyncio.gather(*(actor.settle(clocks.__getitem__) for actor in actors)))
     ended = {ConversationId(row[0]) for row in await db.fetch("SELECT id FROM conversation WHERE NOT is_active")}
@@ -54,6 +57,7 @@ async def test_everyone_ends_with_the_truth(settings: Settings, cluster: Cluster
     assert len(messages) > 600
     assert await absent(db, "message", messages) == 0
     assert await absent(db, "message_edit", set().union(*(actor.tally.edits for actor in actors))) == 0
+    assert await unsent(db, set().union(*(actor.tally.scheduled for actor in actors))) == []
     assert await recount(db) == []
     for actor in actors:
         await actor.leave()

@@ -16,7 +16,7 @@ _list_decoder = msgspec.json.Decoder(list[Scheduled])
 _words_decoder = msgspec.json.Decoder(Words)
 _user_decoder = msgspec.json.Decoder(User)
 
-CLAIMED = timedelta(seconds=30)
+CLAIMED = timedelta(seconds=15)
 """For how long a worker that has claimed a message may take before another one does."""
 AT_ONCE = 50
 
