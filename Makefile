@@ -7,7 +7,7 @@ VENV := .venv
 NODE := benchmarks/peers/node
 ARGS ?=
 
-.PHONY: run test lint types tests docs bench prove fuzz scale format lock clean help
+.PHONY: run test lint types tests docs bench prove fuzz scale search format lock clean help
 
 run: $(VENV)/run-ready
 	@exec $(VENV)/bin/openchat $(ARGS)
@@ -45,6 +45,9 @@ fuzz: $(VENV)/test-ready  ## look for bytes and requests that break something, f
 
 scale: $(VENV)/test-ready  ## simulate a million connections from the measured costs
 	$(VENV)/bin/python -m benchmarks.scale $(ARGS)
+
+search: $(VENV)/test-ready  ## what a search costs among a million messages (two minutes)
+	$(VENV)/bin/python -m benchmarks.search $(ARGS)
 
 $(NODE)/node_modules: $(NODE)/package-lock.json
 	npm ci --prefix $(NODE) --no-audit --no-fund

@@ -578,13 +578,18 @@ CREATE FUNCTION shows_edits(c conversation, p conversation_participant, sender u
         WHEN 'moderators' THEN can(p.role, 'moderator', p.can_delete_messages)
         ELSE false END;
 
+-- Words with something in front of each, none of which has a space in it. Without a subquery, so that it costs nothing
+-- where there are none, as in most messages.
+CREATE FUNCTION prefixed(prefix text, words text[]) RETURNS text[] LANGUAGE sql IMMUTABLE PARALLEL SAFE
+    RETURN CASE WHEN words = '{}' THEN '{}' ELSE string_to_array(prefix || array_to_string(words, ' ' || prefix), ' ') END;
+
 -- What a message is found by: its words in the language of the connection (OPENCHAT_SEARCH_LANGUAGE), and beside them
 -- where it was said (c:), who is mentioned (m:) and its hashtags (h:), so that one index narrows down all of them.
 CREATE FUNCTION search_words(conversation uuid, content text, payload jsonb, mentions uuid[], loud text[], hashtags text[])
     RETURNS tsvector LANGUAGE sql STABLE PARALLEL SAFE
     RETURN to_tsvector(concat_ws(' ', content, payload ->> 'name', payload ->> 'alt', payload -> 'options'))
-        || array_to_tsvector(ARRAY['c:' || conversation] || ARRAY(SELECT 'm:' || one FROM unnest(mentions) AS one)
-            || ARRAY(SELECT 'm:' || one FROM unnest(loud) AS one) || ARRAY(SELECT 'h:' || one FROM unnest(hashtags) AS one));
+        || array_to_tsvector(ARRAY['c:' || conversation] || prefixed('m:', mentions::text[]) || prefixed('m:', loud)
+            || prefixed('h:', hashtags));
 
 -- A row as it goes over the wire (protocol/values.py has the same fields). What a moderator has hidden is hidden here,
 -- for everyone; whoever may see it all the same gets it beside the message.

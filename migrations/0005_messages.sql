@@ -151,11 +151,14 @@ CREATE FUNCTION shows_edits(c conversation, p conversation_participant, sender u
         WHEN 'moderators' THEN can(p.role, 'moderator', p.can_delete_messages)
         ELSE false END;
 
+CREATE FUNCTION prefixed(prefix text, words text[]) RETURNS text[] LANGUAGE sql IMMUTABLE PARALLEL SAFE
+    RETURN CASE WHEN words = '{}' THEN '{}' ELSE string_to_array(prefix || array_to_string(words, ' ' || prefix), ' ') END;
+
 CREATE FUNCTION search_words(conversation uuid, content text, payload jsonb, mentions uuid[], loud text[], hashtags text[])
     RETURNS tsvector LANGUAGE sql STABLE PARALLEL SAFE
     RETURN to_tsvector(concat_ws(' ', content, payload ->> 'name', payload ->> 'alt', payload -> 'options'))
-        || array_to_tsvector(ARRAY['c:' || conversation] || ARRAY(SELECT 'm:' || one FROM unnest(mentions) AS one)
-            || ARRAY(SELECT 'm:' || one FROM unnest(loud) AS one) || ARRAY(SELECT 'h:' || one FROM unnest(hashtags) AS one));
+        || array_to_tsvector(ARRAY['c:' || conversation] || prefixed('m:', mentions::text[]) || prefixed('m:', loud)
+            || prefixed('h:', hashtags));
 
 CREATE FUNCTION message_json(m message) RETURNS json LANGUAGE sql STABLE
     RETURN json_build_object(

@@ -41,7 +41,7 @@ from server.periodic import every
 from server.presence import Presence
 from server.pressure import Pressure
 from server.previews import Previews
-from server.queries import conversations, push, sending
+from server.queries import conversations, indexing, push, sending
 from server.queries import erasure as erasing
 from server.queries.conversations import Membership
 from server.queries.sending import Outgoing, Stored
@@ -66,6 +66,8 @@ FINISH_SECONDS = 5.0
 """How long what connections have begun may take when the worker ends."""
 DUE_SECONDS = 1.0
 """How often each worker looks for messages that are to be sent, pushed or taken away now."""
+TIDY_SECONDS = 5.0
+"""How often each worker sees to the index of words."""
 EXPIRE_SECONDS = 15.0
 """How often custom statuses are taken away whose time is over; nobody sees them from that time on."""
 
@@ -211,6 +213,7 @@ class App:
             asyncio.create_task(every(DUE_SECONDS, app.send_due)),
             asyncio.create_task(every(DUE_SECONDS, app.expire_due)),
             asyncio.create_task(every(DUE_SECONDS, app.notices.push_due)),
+            asyncio.create_task(every(TIDY_SECONDS, app.tidy)),
             asyncio.create_task(app.previews.work()),
             asyncio.create_task(app.pressure.watch()),
         ]
@@ -247,6 +250,11 @@ class App:
     async def expire_due(self) -> None:
         """Take away messages whose time is over."""
         await expire_due(self._database, self.hub)
+
+    async def tidy(self) -> None:
+        """Sort in what is new in the index of words."""
+        async with self._database.connection() as db:
+            await indexing.tidy(db)
 
     async def _send(self, batch: list[Outgoing]) -> list[Stored | None]:
         async with self._database.connection() as db:

@@ -85,7 +85,7 @@ class Database:
     async def searching(self) -> AsyncIterator[Db]:
         """Borrow a connection inside a transaction in which an index of words may be used, as only bitmaps can."""
         async with self.transaction() as connection:
-            await connection.execute("SET LOCAL enable_bitmapscan = on")
+            await connection.execute("SET LOCAL enable_bitmapscan = on; SET LOCAL work_mem = '32MB'")
             yield connection
 
     @property

@@ -54,6 +54,7 @@ class Presence:
         self._dirty: set[UserId] = set()
         self._has_news = asyncio.Event()
         self._departing: dict[UserId, float] = {}
+        self._unsaved: set[UserId] = set()
         # With which code the last connection of who is gone was closed.
         self._ends: dict[UserId, CloseCode] = {}
         self._transitions: dict[UserId, Transition] = {}
@@ -207,6 +208,7 @@ class Presence:
             before = dict(zip(user_ids, answers, strict=False))
         except REDIS_LOST:
             before = {user_id: {} for user_id in user_ids}
+            self._unsaved.update(user_ids)
         changed: dict[UserId, set[bytes]] = {}
         for user_id in user_ids:
             was = self._states(before[user_id])
@@ -249,9 +251,15 @@ class Presence:
         except REDIS_LOST:
             return
         self._dead = {worker for worker, is_there in zip(workers, alive, strict=True) if not is_there}
+        if self._unsaved:
+            # A Redis that was frozen does late, and in any order, what it was told before it seemed lost.
+            self._note(*self._unsaved)
+            self._unsaved.clear()
         if known is None:
-            # Redis is new, or was away for so long that others took us for dead.
+            # Redis is new, or was away for so long that others took us for dead; and may be in the middle of
+            # cleaning up after us, so that it is said once more with the next sign.
             self._note(*self._devices)
+            self._unsaved.update(self._devices)
         for worker in self._dead:
             await self._bury(worker)
 

@@ -16,17 +16,29 @@ from server.queries import (
     audit,
     changes,
     conversations,
+    drafts,
     edits,
+    expiry,
+    feed,
     messages,
     moderation,
     participants,
+    pins,
+    polls,
+    push,
     reactions,
     receipts,
     relationships,
+    scheduled,
+    searches,
     sending,
     sessions,
+    threads,
+    unread,
     users,
+    whereabouts,
 )
+from server.queries import mentions as meaning
 
 MESSAGES = 300_000
 SMALL = 1_000
@@ -62,6 +74,10 @@ BY_SOMETHING_ELSE = {
     "slide": "by session, of users who are here",
     "open": "by invite code, or else by conversation",
     "existing": "by message: asked when an id was refused, to say why",
+    "find anew": "by message, after it was found in its conversation",
+    "what is due": "by time",
+    "what has expired": "by time",
+    "notices": "by message: those of a second, from memory",
 }
 """Which statements may not know about which conversation or user they ask, and how they ask."""
 
@@ -119,6 +135,16 @@ JOIN (SELECT id, row_number() OVER () AS n FROM "user" WHERE name LIKE 'Other %'
 OTHER_SESSIONS = """
 INSERT INTO session (user_id, token, expires_at)
 SELECT id, id::text, now() + interval '1 day' FROM "user" WHERE name LIKE 'Other %'
+"""
+
+
+OTHER_MESSAGES = """
+INSERT INTO message (conversation_id, sender_id, content, mentions, sent_version, version)
+SELECT c.id, c.created_by, 'Other words', ARRAY[c.created_by], 6, 6 FROM conversation c
+"""
+OTHER_WORDS = """
+SELECT id, conversation_id, created_at, search_words(conversation_id, content, payload, mentions, '{}', '{}')
+FROM message
 """
 
 
@@ -233,6 +259,36 @@ def hot(place: Place, ids: dict[str, Any]) -> dict[str, tuple[str, tuple[Any, ..
         "slide": (sessions.SLIDE, ([user], "30 days")),
         "sessions": (sessions.LIST, (user, user)),
         "revoke": (sessions.REVOKE, (user, None)),
+        "timeline, newest": (messages.TIMELINE, (about, user, None, messages.NEWEST, 21, 0)),
+        "timeline, around": (messages.TIMELINE, (about, user, ids["middle"], 0, 11, 11)),
+        "replies": (messages.REPLIES, (about, user, ids["middle"], messages.NEWEST, 21, 0)),
+        "thread": (threads.GET, (ids["middle"], user, about)),
+        "threads": (threads.LIST, (user, "true")),
+        "follow": (threads.CHANGE, (ids["middle"], user, about, "true", None)),
+        "find anew": (edits.FIND_ANEW, (about, ids["middle"])),
+        "mentions": (meaning.RESOLVE, (about, user, [user], [])),
+        "pin": (pins.PIN, (about, ids["middle"], user, "true")),
+        "pinned": (pins.PINNED, (about,)),
+        "pins": (pins.LIST, (about, user)),
+        "star": (pins.STAR, (ids["middle"], user, about)),
+        "unstar": (pins.UNSTAR, (ids["middle"], user)),
+        "stars": (pins.STARS, (None, user, 21, None)),
+        "vote": (polls.VOTE, (about, ids["middle"], user, [0])),
+        "voted": (polls.VOTED, (ids["middle"], user, about)),
+        "votes": (polls.VOTES, (ids["middle"], about, None, 21)),
+        "mark unread": (receipts.MARK_UNREAD, (ids["middle"], user, about)),
+        "delivered": (receipts.DELIVERED, (ids["middle"], user, about)),
+        "readers": (receipts.READERS, (ids["middle"], user, about, 100)),
+        "badge": (unread.BADGE, (user,)),
+        "draft": (drafts.SET, (about, user, "I thi")),
+        "drafts": (drafts.LIST, (user,)),
+        "schedule": (scheduled.PUT, (ids["new"], user, about, "{}", "2030-01-01")),
+        "scheduled": (scheduled.LIST, (user,)),
+        "what is due": (scheduled.CLAIM, ("15 seconds", 50)),
+        "what has expired": (expiry.DUE, (200,)),
+        "see feed": (feed.SEE, (user, "2030-01-01")),
+        "notices": (push.NOTICES, ([ids["middle"]],)),
+        "why": (whereabouts.OF, (ids["middle"], user, about)),
     }
 
 
@@ -291,16 +347,33 @@ async def test_cost_does_not_grow_with_history(db: "asyncpg.Connection[asyncpg.R
 
 async def test_a_search_goes_by_its_index(db: "asyncpg.Connection[asyncpg.Record]") -> None:
     # Planned as in a new installation, with nobody there, and kept.
-    searches = {"people": users.SEARCH, "channels": conversations.FIND}
-    for name, query in searches.items():
+    statements = {
+        "people": users.SEARCH,
+        "channels": conversations.FIND,
+        "messages": searches.NEWEST,
+        "messages, ranked": searches.RELEVANT,
+        "feed": feed.ROWS,
+    }
+    for name, query in statements.items():
         await db.execute(f'PREPARE "{name}" AS {query}')
     await others(db)
     await db.execute("UPDATE conversation SET is_public = true, title = 'Channel ' || left(id::text, 8); ANALYZE")
+    await db.execute("SET session_replication_role = replica")
+    await db.execute(OTHER_MESSAGES)
+    await db.execute("INSERT INTO message_search " + OTHER_WORDS)
+    await db.execute("SET session_replication_role = origin; ANALYZE")
     nobody = UserId(uuid4())
+    somebody = await db.fetchval("SELECT user_id FROM conversation_participant LIMIT 1")
     title = await db.fetchval("SELECT title FROM conversation LIMIT 1")
+    looked_for = (
+        somebody, "words:*", None, None, "false", "2100-01-01", None, None, None, "false", None, "false",
+    )  # fmt: skip
     asked: dict[str, tuple[Any, ...]] = {
         "people": (nobody, "other & 777:*", 20),
         "channels": (" & ".join(title.lower().split()), 20),
+        "messages": (*looked_for, 21, None, None),
+        "messages, ranked": (*looked_for, 1_000, None, None, None, 21),
+        "feed": (somebody, list(feed.KINDS), None, None, "2020-01-01", 21),
     }
     await db.execute("SET enable_bitmapscan = on")
     for name, arguments in asked.items():

@@ -2,6 +2,7 @@
 
 from loadtest.scenario import Scenario
 from loadtest.scenarios.history import History
+from loadtest.scenarios.messages import Messages
 from loadtest.scenarios.mixed import Mixed
 from loadtest.scenarios.people import People
 from loadtest.scenarios.presence import Presence
@@ -10,5 +11,5 @@ from loadtest.scenarios.resume import Resume
 from loadtest.scenarios.talk import Direct, Room, Teams
 
 SCENARIOS: dict[str, type[Scenario]] = {
-    one.name: one for one in (Room, Teams, Direct, Idle, Storm, Presence, Resume, History, Mixed, People)
+    one.name: one for one in (Room, Teams, Direct, Idle, Storm, Presence, Resume, History, Mixed, People, Messages)
 }

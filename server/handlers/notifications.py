@@ -32,8 +32,10 @@ async def see_feed(context: Context, frame: client.SeeFeed) -> Done:
 
 async def get_badge(context: Context, frame: client.GetBadge) -> Badge:  # noqa: ARG001 - the table's shape
     """Return how much is unread, and how much is new."""
+    async with context.database.connection() as db:
+        messages = await unread.badge(db, context.user_id)
     async with context.database.searching() as db:
-        return Badge(messages=await unread.badge(db, context.user_id), feed=await feed.unseen(db, context.user_id))
+        return Badge(messages=messages, feed=await feed.unseen(db, context.user_id))
 
 
 async def get_push_key(context: Context, frame: client.GetPushKey) -> PushKey:  # noqa: ARG001 - as above

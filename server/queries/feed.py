@@ -22,7 +22,7 @@ THREADS = 500
 MENTIONS_ME = """(
     SELECT coalesce(string_agg(
         format('''c:%s'' & (''m:everyone'' | ''m:%s'')', p.conversation_id, p.role), ' | '
-    ), '''nowhere''')::tsquery || format('''m:%s''', {user})::tsquery
+    ), '''nowhere''')::tsquery || format('''m:%s''', {user}::uuid)::tsquery
     FROM conversation_participant p WHERE p.user_id = {user} AND p.status = 'active'
 )"""
 """What finds messages that mention a user: by id, or with everyone, or with their role where they have it."""
@@ -30,15 +30,23 @@ MENTIONS_ME = """(
 # $1 is the user, $2 the kinds, $3 and $4 where the page before ended, $5 the time after which, $6 how many at most.
 # Each branch goes by an index and brings at most as many as are asked for.
 ROWS = f"""
-    (SELECT 'mention' AS kind, m.created_at AS at, m.id AS key, m.sender_id AS user_id, m.conversation_id, m AS message,
-        NULL::text AS emoji
-    FROM message_search s
-    JOIN message m ON m.id = s.message_id AND (m.conversation_id = s.conversation_id) IS TRUE
-    JOIN conversation c ON c.id = m.conversation_id AND NOT c.is_deleted
-    JOIN conversation_participant p ON p.conversation_id = m.conversation_id AND p.user_id = $1 AND p.status = 'active'
-    WHERE 'mention' = ANY($2) AND s.words @@ {MENTIONS_ME.format(user="$1")}
-        AND s.created_at > $5 AND ($3::timestamptz IS NULL OR (s.created_at, s.message_id) < ($3, $4::uuid))
-        AND m.sender_id <> $1 AND NOT m.sender_id = ANY(silenced($1)) AND m.sent_version > visible_after(c, p)
+    (SELECT 'mention' AS kind, s.created_at AS at, s.message_id AS key, seen.sender_id AS user_id, s.conversation_id,
+        seen.message, NULL::text AS emoji
+    FROM (
+        SELECT s.message_id, s.conversation_id, s.created_at FROM message_search s
+        WHERE 'mention' = ANY($2) AND s.words @@ {MENTIONS_ME.format(user="$1")}
+            AND s.created_at > $5 AND ($3::timestamptz IS NULL OR (s.created_at, s.message_id) < ($3, $4::uuid))
+        ORDER BY s.created_at DESC, s.message_id DESC
+    ) s
+    CROSS JOIN LATERAL (
+        SELECT m.sender_id, m AS message FROM message m
+        JOIN conversation c ON c.id = s.conversation_id AND NOT c.is_deleted
+        JOIN conversation_participant p ON p.conversation_id = s.conversation_id AND p.user_id = $1
+            AND p.status = 'active'
+        WHERE m.id = s.message_id AND (m.conversation_id = s.conversation_id) IS TRUE
+            AND m.sender_id <> $1 AND NOT m.sender_id = ANY(silenced($1)) AND m.sent_version > visible_after(c, p)
+        OFFSET 0
+    ) seen
     ORDER BY s.created_at DESC, s.message_id DESC LIMIT $6)
     UNION ALL
     (SELECT 'reply', n.created_at, n.id, n.sender_id, n.conversation_id, n.message, NULL

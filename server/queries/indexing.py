@@ -24,6 +24,15 @@ SELECT (SELECT count(*) FROM made), (SELECT id FROM page ORDER BY id DESC LIMIT 
 """
 
 
+# What was added last waits in a list, which each search reads through, and which whoever finds it full has to sort in.
+TIDY = "SELECT gin_clean_pending_list('message_search_words_idx')"
+
+
+async def tidy(db: Db) -> None:
+    """Sort in what was added to the index of words: so that nobody who sends a message has to."""
+    await db.execute(TIDY)
+
+
 class Page(NamedTuple):
     """How many were made, and where to go on."""
 

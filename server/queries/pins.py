@@ -35,7 +35,8 @@ async def count(db: Db, conversation_id: ConversationId) -> int:
     return int(await db.fetchval(PINNED, conversation_id))
 
 
-# A participant gets a row, whether or not anything is pinned.
+# A participant gets a row, whether or not anything is pinned. What is said in two ways here leaves the planner no index
+# but that of pins, even while there are none (docs/decisions/0008).
 LIST = f"""
 SELECT json_build_object('type', 'message_list',
     'messages', coalesce(json_agg(message_json(pinned.m) ORDER BY (pinned.m).pinned_at DESC)
@@ -47,7 +48,8 @@ FROM conversation_participant p
 JOIN conversation c ON c.id = p.conversation_id AND NOT c.is_deleted
 LEFT JOIN LATERAL (
     SELECT m FROM message m
-    WHERE m.conversation_id = $1 AND m.is_pinned AND m.sent_version > visible_after(c, p)
+    WHERE m.conversation_id = $1 AND m.is_pinned AND m.pinned_at > '-infinity'
+        AND (m.sent_version > visible_after(c, p)) IS TRUE
     ORDER BY m.pinned_at DESC LIMIT {MAX_PINS}
 ) pinned ON true
 WHERE p.conversation_id = $1 AND p.user_id = $2 AND p.status = 'active'

@@ -38,34 +38,45 @@ _QUERY = f"""(
         CROSS JOIN LATERAL (SELECT CASE WHEN $5 THEN {MENTIONS_ME.format(user="$1")} END AS me) m
     ) w
 )"""  # noqa: S608 - only a constant is put in
+# What matches, the newest first, is looked at one by one until there are enough: LATERAL and OFFSET 0 keep it that way.
 _FOUND = f"""
     FROM (
-        SELECT s.message_id, s.conversation_id, s.created_at, s.words FROM message_search s
+        SELECT s.message_id, s.conversation_id, s.created_at FROM message_search s
         WHERE s.words @@ {_QUERY} AND s.created_at < $6 AND ($7::timestamptz IS NULL OR s.created_at > $7) {{cursor}}
         ORDER BY s.created_at DESC, s.message_id DESC
     ) s
-    JOIN message m ON m.id = s.message_id AND (m.conversation_id = s.conversation_id) IS TRUE
-    JOIN conversation c ON c.id = m.conversation_id AND NOT c.is_deleted
-    JOIN conversation_participant p ON p.conversation_id = m.conversation_id AND p.user_id = $1 AND p.status = 'active'
-    WHERE m.sent_version > visible_after(c, p) AND ($8::uuid IS NULL OR m.sender_id = $8)
-        AND ($9::text IS NULL OR m.content_type = $9)
-        AND (NOT $10 OR m.content_type IN ('image', 'file', 'audio', 'video'))
-        AND ($11::uuid IS NULL OR m.thread_root_id = $11 OR m.id = $11) AND (NOT $12 OR m.is_pinned)
+    CROSS JOIN LATERAL (
+        SELECT m FROM message m
+        JOIN conversation c ON c.id = s.conversation_id AND NOT c.is_deleted
+        JOIN conversation_participant p ON p.conversation_id = s.conversation_id AND p.user_id = $1
+            AND p.status = 'active'
+        WHERE m.id = s.message_id AND (m.conversation_id = s.conversation_id) IS TRUE
+            AND m.sent_version > visible_after(c, p) AND ($8::uuid IS NULL OR m.sender_id = $8)
+            AND ($9::text IS NULL OR m.content_type = $9)
+            AND (NOT $10 OR m.content_type IN ('image', 'file', 'audio', 'video'))
+            AND ($11::uuid IS NULL OR m.thread_root_id = $11 OR m.id = $11) AND (NOT $12 OR m.is_pinned)
+        OFFSET 0
+    ) seen
     ORDER BY s.created_at DESC, s.message_id DESC LIMIT $13
 """  # noqa: S608 - as above
 _SNIPPET = """CASE WHEN $2 IS NULL THEN left(translate((found.m).content, E'\\x02\\x03', ''), 200) ELSE ts_headline(
     translate((found.m).content, E'\\x02\\x03', ''), to_tsquery($2),
     E'StartSel=\\x02, StopSel=\\x03, MaxFragments=2, MaxWords=30, MinWords=10, FragmentDelimiter=" … "'
 ) END"""
+_AFTER = "AND ($14::timestamptz IS NULL OR (s.created_at, s.message_id) < ($14, $15::uuid))"
 NEWEST = f"""
 SELECT 0::float8, found.created_at, message_json(found.m), {_SNIPPET}
-FROM (SELECT s.created_at, m {_FOUND.format(cursor="AND ($14::timestamptz IS NULL OR (s.created_at, s.message_id) < ($14, $15::uuid))")}) found
-"""  # noqa: S608, E501 - as above
+FROM (SELECT s.created_at, seen.m {_FOUND.format(cursor=_AFTER)}) found
+"""  # noqa: S608 - as above
 RELEVANT = f"""
 SELECT found.rank, found.created_at, message_json(found.m), {_SNIPPET}
 FROM (
     SELECT * FROM (
-        SELECT s.created_at, m, ts_rank_cd(s.words, to_tsquery($2))::float8 AS rank {_FOUND.format(cursor="")}
+        SELECT newest.created_at, newest.m, (
+            SELECT ts_rank_cd(w.words, to_tsquery($2))::float8 FROM message_search w
+            WHERE w.message_id = newest.message_id
+        ) AS rank
+        FROM (SELECT s.created_at, s.message_id, seen.m {_FOUND.format(cursor="")}) newest
     ) ranked
     WHERE $14::float8 IS NULL OR (ranked.rank, ranked.created_at, (ranked.m).id) < ($14, $15::timestamptz, $16::uuid)
     ORDER BY ranked.rank DESC, ranked.created_at DESC, (ranked.m).id DESC LIMIT $17

@@ -1,0 +1,223 @@
+"""What a search costs: beside reading one row by its key, in the same run, among a million messages or ten.
+
+`make search`, or `python -m benchmarks.search --messages 10000000 --plans`.
+"""
+
+import argparse
+import asyncio
+import bisect
+import itertools
+import random
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+from uuid import UUID
+
+import asyncpg
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from protocol.client import Search
+from protocol.ids import ConversationId, MessageId, UserId
+from server import migrate, search
+from server.config import Settings
+from server.database import SESSION, Database
+from server.embedded.folder import DataFolder
+from server.embedded.postgres import Postgres
+from server.queries import indexing, searches
+
+CONVERSATIONS, PEOPLE, IN_EACH = 1_000, 1_000, 50
+"""Each of so many people takes part in so many of the conversations."""
+WORDS, IN_A_MESSAGE = 50_000, 12
+"""A vocabulary whose words are as unequal as those of a language: the n-th is n times rarer than the first (Zipf)."""
+AT_ONCE = 50_000
+REPEATS = 15
+BEGAN_MS = 1_700_000_000_000
+BY_KEY = "SELECT id, content FROM message WHERE id = $1"
+MS = 1e3
+FILL = {"fsync": "off", "full_page_writes": "off", "maintenance_work_mem": "1GB", "max_wal_size": "16GB",
+        "shared_buffers": "1GB", "autovacuum": "off"}  # fmt: skip
+
+
+class Asked(NamedTuple):
+    """A search that is measured."""
+
+    what: str
+    frame: Search
+
+
+def main() -> None:
+    """Fill a PostgreSQL of its own, search in it, and print what that took."""
+    parser = argparse.ArgumentParser(prog="benchmarks.search", description=__doc__)
+    parser.add_argument("--messages", type=int, default=1_000_000, help="in 1,000 conversations (1,000,000)")
+    parser.add_argument("--plans", action="store_true", help="print the plans, too")
+    options = parser.parse_args()
+    console = Console()
+    path = Path(tempfile.mkdtemp(prefix="openchat-search-"))
+    folder = DataFolder(path)
+    postgres = Postgres(folder, max_connections=20, options=FILL)
+    try:
+        postgres.start()
+        asyncio.run(fill(postgres.url(), options.messages))
+        asyncio.run(measure(postgres.url(), options.messages, console, with_plans=options.plans))
+    finally:
+        postgres.stop()
+        folder.release()
+        shutil.rmtree(path)
+
+
+async def fill(url: str, messages: int) -> None:
+    """Write people, conversations and messages, and make what they are found by."""
+    db = await asyncpg.connect(url)
+    await migrate.migrate(db)
+    await db.execute("SET session_replication_role = replica")
+    await db.execute("DROP INDEX message_search_words_idx")
+    await db.copy_records_to_table(
+        "user",
+        records=[(user(n), f"User {n}", f"{n}@example.org") for n in range(PEOPLE)],
+        columns=["id", "name", "email"],
+    )
+    each = messages // CONVERSATIONS
+    await db.copy_records_to_table(
+        "conversation",
+        records=[(about(n), "group", "A title", user(0), each + 2, IN_EACH, 1) for n in range(CONVERSATIONS)],
+        columns=["id", "type", "title", "created_by", "version", "participant_count", "settings_version"],
+    )
+    await db.copy_records_to_table(
+        "conversation_participant",
+        records=[(about((n * 7 + k * 13) % CONVERSATIONS), user(n), 2) for n in range(PEOPLE) for k in range(IN_EACH)],
+        columns=["conversation_id", "user_id", "version"],
+    )
+    chance = random.Random(1)  # noqa: S311 - words, not secrets
+    starts = range(0, messages, AT_ONCE)
+    for start in track(starts, f"writing {messages:,} messages"):
+        numbers = range(start, min(start + AT_ONCE, messages))
+        await db.copy_records_to_table(
+            "message",
+            records=rows(numbers, chance),
+            columns=["id", "conversation_id", "sender_id", "content", "sent_version", "version", "created_at"],
+        )
+    after: MessageId | None = MessageId(UUID(int=0))
+    pages = itertools.takewhile(lambda _: after is not None, itertools.count())
+    for _ in track(pages, "making what they are found by", total=messages / indexing.AT_ONCE):
+        assert after is not None  # noqa: S101 - or it were over
+        page = await indexing.page(db, after, only_missing=False)
+        after = None if page is None else page.last
+    began = time.monotonic()
+    await db.execute("CREATE INDEX message_search_words_idx ON message_search USING gin (words)")
+    await db.execute("VACUUM (FREEZE, ANALYZE)")
+    Console().print(f"indexed in {time.monotonic() - began:.0f} s")
+    await db.close()
+
+
+def rows(numbers: range, chance: random.Random) -> Iterator[tuple[Any, ...]]:
+    """Return messages as they are copied."""
+    for number in numbers:
+        content = " ".join(words(chance))
+        at = datetime.fromtimestamp((BEGAN_MS + number) / 1000, UTC)
+        version = number // CONVERSATIONS + 3
+        yield message_id(number), about(number % CONVERSATIONS), user(number % PEOPLE), content, version, version, at
+
+
+_weights = list(itertools.accumulate(1 / (n + 1) for n in range(WORDS)))
+
+
+def words(chance: random.Random) -> list[str]:
+    """Return the words of a message."""
+    return [f"w{bisect.bisect(_weights, chance.random() * _weights[-1])}x" for _ in range(IN_A_MESSAGE)]
+
+
+def message_id(number: int) -> MessageId:
+    """Return the id of a message: a UUIDv7, in the order of messages."""
+    return MessageId(UUID(int=(BEGAN_MS + number) << 80 | 7 << 76 | 2 << 62 | number))
+
+
+def about(number: int) -> ConversationId:
+    """Return the id of a conversation."""
+    return ConversationId(UUID(int=1 << 64 | number))
+
+
+def user(number: int) -> UserId:
+    """Return the id of a user."""
+    return UserId(UUID(int=1 << 65 | number))
+
+
+def asked() -> list[Asked]:
+    """Return what is searched for: as the first user, in 50 of 1,000 conversations."""
+    here = about(0)
+    return [
+        Asked("a rare word", Search(text="w30000x")),
+        Asked("a common word (in a third of all)", Search(text="w2x")),
+        Asked("two common words", Search(text="w2x w5x")),
+        Asked("a beginning of many words", Search(text="w12")),
+        Asked("a common word in one conversation", Search(text="w2x", conversation_id=here)),
+        Asked("a common word of one sender", Search(text="w2x", sender_id=user(7))),
+        Asked("a common word, by relevance", Search(text="w2x", order="relevance")),
+        Asked("all of one conversation", Search(conversation_id=here)),
+    ]
+
+
+async def measure(url: str, messages: int, console: Console, *, with_plans: bool) -> None:
+    """Search, and print a table, and the plans if they are wanted."""
+    database = await Database.open(Settings(database_url=url, database_connections=2))
+    one = message_id(messages // 2)
+    async with database.connection() as db:
+        by_key = await median(lambda: db.fetchrow(BY_KEY, one))
+    table = Table(title=f"{messages:,} messages in {CONVERSATIONS:,} conversations, {IN_EACH} of them the searcher's")
+    for column in ("search", "found", "ms", "times reading a row by its key"):
+        table.add_column(column, justify="left" if column == "search" else "right")
+    table.add_row("(reading a row by its key)", "1", f"{by_key * MS:.2f}", "1")
+    for what, frame in asked():
+        text = None if frame.text is None else search.query(frame.text)
+
+        async def once(frame: Search = frame, text: str | None = text) -> list[Any]:
+            async with database.searching() as db:
+                return await searches.find(db, user(0), frame, text, limit=frame.limit)
+
+        found = await once()
+        seconds = await median(once)
+        table.add_row(what, str(len(found)), f"{seconds * MS:.1f}", f"{seconds / by_key:,.0f}")
+    console.print(table)
+    await database.close()
+    if with_plans:
+        await plans(url, console)
+
+
+async def median(work: Any) -> float:  # noqa: ANN401 - whatever can be awaited
+    """Return the median of how long something takes, in seconds."""
+    spans = []
+    for _ in range(REPEATS):
+        began = time.perf_counter()
+        await work()
+        spans.append(time.perf_counter() - began)
+    return statistics.median(spans)
+
+
+async def plans(url: str, console: Console) -> None:
+    """Print the plan of each search, as the server has it made."""
+    db = await asyncpg.connect(url, server_settings=SESSION | {"enable_bitmapscan": "on"})
+    until = "2100-01-01"
+    for what, frame in asked():
+        text = "NULL" if frame.text is None else f"'{search.query(frame.text)}'"
+        where = "NULL" if frame.conversation_id is None else f"'{frame.conversation_id}'"
+        sender = "NULL" if frame.sender_id is None else f"'{frame.sender_id}'"
+        is_ranked = frame.order == "relevance"
+        name = f"plan_{abs(hash(what))}"
+        await db.execute(f"PREPARE {name} AS {searches.RELEVANT if is_ranked else searches.NEWEST}")
+        rest = f"{searches.RANKED}, NULL, NULL, NULL, 20" if is_ranked else "20, NULL, NULL"
+        call = f"'{user(0)}', {text}, {where}, NULL, false, '{until}', NULL, {sender}, NULL, false, NULL, false, {rest}"
+        lines = await db.fetch(f"EXPLAIN (ANALYZE, BUFFERS, COSTS OFF) EXECUTE {name} ({call})")
+        console.print(f"\n[bold]{what}[/]")
+        for line in lines:
+            console.print(line[0], highlight=False, markup=False, soft_wrap=True)
+    await db.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""People who reply in threads, vote, put aside, search, and look at what concerns them."""
+
+from uuid import UUID
+
+from loadtest.line import Line
+from loadtest.scenario import Scenario
+from loadtest.scenarios.mixed import at
+from protocol import client
+from protocol.client import Frame
+from protocol.ids import ConversationId, MessageId, uuid7
+from protocol.payloads import Poll
+
+OPTIONS = ["Yes", "No", "Later"]
+
+
+class Messages(Scenario):
+    """What is done, and how often, is in the table below."""
+
+    name = "messages"
+    about = "500 people in teams of 10 who reply in threads, vote, put aside, search, and look at what concerns them"
+    unit = "acts"
+    people = 500
+    rate = 200.0
+
+    def begin(self) -> None:
+        # Voted in is the last poll but one of each conversation, which is certainly there.
+        self._asked: dict[str, str] = {}
+        self._polls: dict[str, str] = {}
+
+    def act(self, due: int) -> None:
+        line = self.random.choice(self.cast.lines)
+        if line.is_open and line.seat.conversations:
+            line.ask(self._frame(line, self.random.choice(line.seat.conversations)), due)
+
+    def _frame(self, line: Line, about: str) -> Frame:
+        latest = line.latest.get(about)
+        if latest is None:
+            return self._say(about)
+        place = at(about, latest)
+        poll = self._polls.get(about)
+        makes = (
+            (20, lambda: self._say(about)),
+            (20, lambda: self._say(about, reply_to=latest)),
+            (2, lambda: self._ask(about)),
+            (10, lambda: client.Vote(**at(about, poll), options=[self.random.randrange(3)]) if poll else client.Ping()),
+            (10, lambda: client.Delivered(**place)),
+            (10, lambda: client.Read(**place)),
+            (5, lambda: client.Star(**place)),
+            (5, lambda: client.SetDraft(conversation_id=place["conversation_id"], content="I thi")),
+            (5, client.ListFeed),
+            (5, client.GetBadge),
+            (4, lambda: client.Search(text="people say")),
+            (4, client.ListThreads),
+        )
+        (make,) = self.random.choices([make for _, make in makes], [share for share, _ in makes])
+        return make()
+
+    def _say(self, about: str, reply_to: str | None = None) -> client.Send:
+        return client.Send(
+            conversation_id=ConversationId(UUID(about)),
+            message_id=MessageId(uuid7()),
+            content=f"What people say to <@{self.random.choice(self.cast.members[about])}> of #engines",
+            parent_message_id=None if reply_to is None else MessageId(UUID(reply_to)),
+        )
+
+    def _ask(self, about: str) -> client.Send:
+        frame = client.Send(
+            conversation_id=ConversationId(UUID(about)),
+            message_id=MessageId(uuid7()),
+            content="Shall we?",
+            payload=Poll(options=OPTIONS),
+        )
+        if about in self._asked:
+            self._polls[about] = self._asked[about]
+        self._asked[about] = str(frame.message_id)
+        return frame
