@@ -25,7 +25,7 @@ from rich.table import Table
 
 from protocol.client import Search
 from protocol.ids import ConversationId, MessageId, UserId
-from server import migrate, search
+from server import checking, migrate, search
 from server.config import Settings
 from server.database import SESSION, Database
 from server.embedded.folder import DataFolder
@@ -56,6 +56,7 @@ def main() -> None:
     """Fill a PostgreSQL of its own, search in it, and print what that took."""
     parser = argparse.ArgumentParser(prog="benchmarks.search", description=__doc__)
     parser.add_argument("--messages", type=int, default=1_000_000, help="in 1,000 conversations (1,000,000)")
+    parser.add_argument("--check", action="store_true", help="run `openchat check` on it, too")
     parser.add_argument("--plans", action="store_true", help="print the plans, too")
     options = parser.parse_args()
     console = Console()
@@ -66,6 +67,8 @@ def main() -> None:
         postgres.start()
         asyncio.run(fill(postgres.url(), options.messages))
         asyncio.run(measure(postgres.url(), options.messages, console, with_plans=options.plans))
+        if options.check:
+            asyncio.run(check(postgres.url()))
     finally:
         postgres.stop()
         folder.release()
@@ -86,13 +89,30 @@ async def fill(url: str, messages: int) -> None:
     each = messages // CONVERSATIONS
     await db.copy_records_to_table(
         "conversation",
-        records=[(about(n), "group", "A title", user(0), each + 2, IN_EACH, 1) for n in range(CONVERSATIONS)],
-        columns=["id", "type", "title", "created_by", "version", "participant_count", "settings_version"],
+        records=[
+            (about(n), "group", "A title", user(0), each + 1 + IN_EACH, 1 + IN_EACH, IN_EACH, each, 1)
+            for n in range(CONVERSATIONS)
+        ],
+        columns=[
+            "id",
+            "type",
+            "title",
+            "created_by",
+            "version",
+            "access_version",
+            "participant_count",
+            "message_count",
+            "settings_version",
+        ],
     )
     await db.copy_records_to_table(
         "conversation_participant",
-        records=[(about((n * 7 + k * 13) % CONVERSATIONS), user(n), 2) for n in range(PEOPLE) for k in range(IN_EACH)],
-        columns=["conversation_id", "user_id", "version"],
+        records=[
+            (about((n * 7 + k * 13) % CONVERSATIONS), user(n), 2 + k, "owner" if k == 0 else "member")
+            for n in range(PEOPLE)
+            for k in range(IN_EACH)
+        ],
+        columns=["conversation_id", "user_id", "version", "role"],
     )
     chance = random.Random(1)  # noqa: S311 - words, not secrets
     starts = range(0, messages, AT_ONCE)
@@ -121,7 +141,7 @@ def rows(numbers: range, chance: random.Random) -> Iterator[tuple[Any, ...]]:
     for number in numbers:
         content = " ".join(words(chance))
         at = datetime.fromtimestamp((BEGAN_MS + number) / 1000, UTC)
-        version = number // CONVERSATIONS + 3
+        version = number // CONVERSATIONS + 2 + IN_EACH
         yield message_id(number), about(number % CONVERSATIONS), user(number % PEOPLE), content, version, version, at
 
 
@@ -197,6 +217,21 @@ async def median(work: Any) -> float:  # noqa: ANN401 - whatever can be awaited
         await work()
         spans.append(time.perf_counter() - began)
     return statistics.median(spans)
+
+
+async def check(url: str) -> None:
+    """Have everything counted again, as `openchat check` does."""
+    db = await asyncpg.connect(url)
+    table = Table(title="openchat check")
+    for column in ("check", "rows", "s", ""):
+        table.add_column(column, justify="right" if column in {"rows", "s"} else "left")
+    seconds = 0.0
+    async for line in checking.run(db, begins=lambda _: None):
+        table.add_row(line.name, f"{line.rows:,}", f"{line.seconds:.1f}", "ok" if line.is_good else "WRONG")
+        seconds += line.seconds
+    table.add_row("all of it", "", f"{seconds:.1f}", "")
+    Console().print(table)
+    await db.close()
 
 
 async def plans(url: str, console: Console) -> None:

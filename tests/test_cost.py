@@ -345,6 +345,59 @@ async def test_cost_does_not_grow_with_history(db: "asyncpg.Connection[asyncpg.R
         assert plan.rows < 10_000, f"{name}\n{report}"
 
 
+REPLY = """
+INSERT INTO message (conversation_id, sender_id, content, sent_version, version, parent_message_id, thread_root_id,
+    thread_order)
+SELECT $1, $2, 'Reply ' || n, 1000000 + n, 1000000 + n, $3, $3, n FROM generate_series(1, $4::int) n
+"""
+
+
+async def test_a_thread_of_ten_thousand_is_as_fast_as_one_of_ten(db: "asyncpg.Connection[asyncpg.Record]") -> None:
+    def asked(place: Place, root: Any) -> dict[str, tuple[str, tuple[Any, ...]]]:
+        about, user = place.conversation_id, place.user_id
+        send = json.dumps([{
+            "place": 0, "sender_id": str(user), "message_id": str(uuid4()), "conversation_id": str(about),
+            "content": "Hello", "content_type": "text", "mentions": [], "loud_mentions": [], "hashtags": [],
+            "parent_message_id": str(root), "also_in_conversation": False,
+        }])  # fmt: skip
+        return {
+            "reply": (sending.SEND, (send,)),
+            "newest replies": (messages.REPLIES, (about, user, root, messages.NEWEST, 21, 0)),
+            "replies after": (messages.REPLIES, (about, user, root, 5, 0, 21)),
+            "thread": (threads.GET, (root, user, about)),
+            "threads": (threads.LIST, (user, "false")),
+            "unread threads": (threads.LIST, (user, "true")),
+            "feed": (feed.ROWS, (user, ["reply"], None, None, "2020-01-01", 21)),
+            "history": (messages.TIMELINE, (about, user, None, messages.NEWEST, 21, 0)),
+            "unread": (conversations.GET, (user, [about])),
+        }
+
+    nobody = Place(ConversationId(uuid4()), UserId(uuid4()), 0)
+    for name, (query, arguments) in asked(nobody, uuid4()).items():
+        await db.execute(f'PREPARE "{name}" AS {query}')
+        await explained(db, name, arguments)
+    plans: dict[int, dict[str, Plan]] = {}
+    for size in (10, 10_000):
+        place = await filled(db, f"thread{size}", 50)
+        root, sender = await db.fetchrow(  # type: ignore[misc]
+            "SELECT id, sender_id FROM message WHERE conversation_id = $1 LIMIT 1", place.conversation_id
+        )
+        await db.execute("SET session_replication_role = replica")
+        await db.execute(REPLY, place.conversation_id, sender, root, size)
+        await db.execute("UPDATE message SET thread_order = $2, reply_count = $2 WHERE id = $1", root, size)
+        await db.execute("UPDATE conversation SET version = 2000000 WHERE id = $1", place.conversation_id)
+        follow = "INSERT INTO thread_follow (root_id, user_id, conversation_id, has_replied) VALUES ($1, $2, $3, true)"
+        await db.execute(follow, root, place.user_id, place.conversation_id)
+        await db.execute("SET session_replication_role = origin")
+        plans[size] = {name: await explained(db, name, given) for name, (_, given) in asked(place, root).items()}
+    await db.close()
+    for name, plan in plans[10_000].items():
+        before = plans[10][name]
+        # Up to 100 are counted, of those that there are; trees are a level higher.
+        assert plan.rows <= before.rows + 500, (name, before, plan)
+        assert plan.pages <= before.pages + 200, (name, before, plan)
+
+
 async def test_a_search_goes_by_its_index(db: "asyncpg.Connection[asyncpg.Record]") -> None:
     # Planned as in a new installation, with nobody there, and kept.
     statements = {

@@ -11,13 +11,14 @@ from hypothesis import strategies as st
 from protocol import client, server
 from protocol.client import Frame
 from protocol.errors import ErrorCode
-from protocol.ids import ConversationId
+from protocol.ids import ConversationId, MessageId, uuid7
+from protocol.payloads import Poll
 from protocol.privacy import NO, PUBLIC, RULES, STANDINGS, YES
 from protocol.roles import ROLES, Act, rank
 from protocol.server import Error
 from prove.client import Client
 from prove.truth import recount
-from tests.world import Somebody, World, message
+from tests.world import Somebody, World, message, sent
 
 PEOPLE = 3
 OK, FORBIDDEN, NOT_FOUND, CONFLICT = None, ErrorCode.FORBIDDEN, ErrorCode.NOT_FOUND, ErrorCode.CONFLICT
@@ -45,6 +46,9 @@ class Model:
         self.friends: set[tuple[int, int]] = set()
         self.asked: dict[tuple[int, int], str] = {}
         self.is_over = False
+        self.were_loud: set[int] = set()
+        self.poll = self.open_poll = MessageId(uuid7())
+        """Two polls of the founder's, of which one may be closed."""
         self._moment = 0
 
     # ------------------------------------------------------------------------------------------ the two tables
@@ -250,11 +254,13 @@ class Model:
             self.friends.add(pair)
 
 
-GRANTS = ("can_add_members", "can_remove_members", "can_edit_conversation", "can_delete_messages")
+GRANTS = (
+    "can_add_members", "can_remove_members", "can_edit_conversation", "can_delete_messages", "can_pin_messages",
+)  # fmt: skip
 KINDS = (
     "join", "join", "leave", "add", "invite", "decline", "remove", "ban", "unban", "set_role", "set_role",
     "permit", "permit", "transfer", "send", "update", "block", "unblock", "request", "answer", "unfriend", "private",
-    "profile", "audit",
+    "profile", "audit", "pin", "close", "vote", "why",
 )  # fmt: skip
 STEP = st.tuples(
     st.sampled_from(KINDS), st.integers(0, PEOPLE - 1), st.integers(0, PEOPLE - 1), st.sampled_from(GIVEN),
@@ -278,7 +284,23 @@ def step_of(  # noqa: C901, PLR0911, PLR0912 - a table of what can be said
         case "decline":
             return client.Decline(**place), model.decline(who)
         case "send":
-            return message(about), OK if model.is_in(who) else NOT_FOUND
+            if model.is_in(who) and model.may(who, Act.BE_LOUD):
+                model.were_loud.add(who)
+            return message(about, "Words for @everyone"), OK if model.is_in(who) else NOT_FOUND
+        case "pin" | "close":
+            # The first message is a poll of the founder's, who may close it whatever their role.
+            act = Act.PIN_MESSAGES if kind == "pin" else Act.DELETE_MESSAGES
+            is_own = kind == "close" and who == 0
+            code = NOT_FOUND if not model.is_in(who) else OK if is_own or model.may(who, act) else FORBIDDEN
+            place["message_id"] = model.poll
+            return (client.Pin if kind == "pin" else client.ClosePoll)(**place), code
+        case "vote":
+            place["message_id"] = model.open_poll
+            return client.Vote(**place, options=[int(flag)]), OK if model.is_in(who) else NOT_FOUND
+        case "why":
+            place["message_id"] = model.poll
+            may_ask = model.is_in(who) and (who == 0 or model.may(who, Act.MODERATE))
+            return client.Why(**place), NOT_FOUND if not model.is_in(who) else OK if may_ask else FORBIDDEN
         case "update" | "audit":
             act = Act.EDIT_CONVERSATION if kind == "update" else Act.READ_AUDIT
             code = NOT_FOUND if not model.is_in(who) else OK if model.may(who, act) else FORBIDDEN
@@ -335,6 +357,8 @@ async def test_every_frame_is_answered_as_the_rules_say(world: World, steps: lis
     clients: list[Client] = [await world.connect(who, number % 2) for number, who in enumerate(people)]
     about = await world.channel(clients[0], is_public=True)
     model = Model()
+    poll = Poll(options=["Yes", "No"])
+    model.poll, model.open_poll = [await sent(clients[0], about, "Tea?", payload=poll) for _ in range(2)]
     for number, step in enumerate(steps):
         made = step_of(model, about, people, step)
         if made is None:
@@ -349,6 +373,9 @@ async def test_every_frame_is_answered_as_the_rules_say(world: World, steps: lis
     there = {row[0]: (row[1], row[2]) for row in rows}
     assert there == {people[who].id: (part.role, part.status) for who, part in model.parts.items()}
     assert await recount(world.db) == []
+    query = "SELECT DISTINCT sender_id FROM message WHERE conversation_id = $1 AND loud_mentions = '{everyone}'"
+    loud = await world.db.fetch(query, about)
+    assert {row[0] for row in loud} == {people[who].id for who in model.were_loud}
     # Built from events, or read afresh: the same people are there for everyone who is in.
     for who, one in enumerate(clients):
         if model.is_in(who):

@@ -1,6 +1,7 @@
 """A reconnect costs the difference: exactly what was missed, in order, or a clear "start over"."""
 
 import asyncio
+from typing import Any
 
 import msgspec
 import pytest
@@ -12,10 +13,11 @@ from protocol import client, server
 from protocol.client import Frame
 from protocol.ids import ConversationId, MessageId, uuid7
 from protocol.limits import MAX_CHANGES
+from protocol.payloads import Poll
 from protocol.server import Changes, ServerFrame
 from prove.client import Client
 from prove.mirror import Mirror
-from prove.truth import assert_same, read_conversation
+from prove.truth import assert_same, read_conversation, recount
 from server import topics
 from server.config import Settings
 from tests.world import Somebody, World, message, sent
@@ -214,10 +216,32 @@ async def test_a_busy_crowd_hears_everything_in_order_and_heartbeats_never_run_a
 
 ACTIONS = st.lists(
     st.tuples(
-        st.sampled_from(["send", "reply", "edit", "delete", "react", "unreact", "rename", "drop"]), st.integers(0, 5)
+        st.sampled_from(
+            [
+                "send",
+                "reply",
+                "both",
+                "poll",
+                "quote",
+                "edit",
+                "delete",
+                "react",
+                "unreact",
+                "pin",
+                "unpin",
+                "vote",
+                "withdraw",
+                "close",
+                "hide",
+                "show",
+                "rename",
+                "drop",
+            ]
+        ),
+        st.integers(0, 5),
     ),
     min_size=1,
-    max_size=25,
+    max_size=30,
 )
 
 
@@ -226,7 +250,7 @@ async def watched(world: World) -> tuple[World, Client, Somebody]:
     return world, await world.connect(await world.user("Ada")), await world.user("Charles")
 
 
-@examples(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@examples(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(actions=ACTIONS)
 async def test_old_state_plus_events_is_fresh_state(
     watched: tuple[World, Client, Somebody], actions: list[tuple[str, int]]
@@ -248,6 +272,7 @@ async def test_old_state_plus_events_is_fresh_state(
         if isinstance(frame, client.Send):
             ids.append(frame.message_id)
         await ada.ask(frame)
+    assert await recount(world.db) == []
     truth = await read_conversation(world.db, group)
     while mirror.copies[group].version < truth.version:
         await phone.synced()
@@ -273,8 +298,19 @@ def to_do(action: str, group: ConversationId, message_id: MessageId | None) -> F
         return client.UpdateConversation(conversation_id=group, title=f"Title {uuid7()}")
     if action == "send" or message_id is None:
         return message(group)
+    place: dict[str, Any] = {"conversation_id": group, "message_id": message_id}
     return {
         "reply": message(group, parent_message_id=message_id),
+        "both": message(group, parent_message_id=message_id, also_in_conversation=True),
+        "poll": message(group, "Tea? #tea @charles", payload=Poll(options=["Yes", "No"], is_anonymous=True)),
+        "quote": message(group, "*So* said", quoted_message_id=message_id, is_markdown=True),
+        "pin": client.Pin(**place),
+        "unpin": client.Unpin(**place),
+        "vote": client.Vote(**place, options=[message_id.int % 2]),
+        "withdraw": client.Vote(**place, options=[]),
+        "close": client.ClosePoll(**place),
+        "hide": client.Moderate(**place, reason="Rude"),
+        "show": client.Unmoderate(**place),
         "edit": client.Edit(conversation_id=group, message_id=message_id, content=f"Edit {uuid7()}"),
         "delete": client.Delete(conversation_id=group, message_id=message_id),
         "react": client.React(conversation_id=group, message_id=message_id, emoji="👍"),

@@ -26,7 +26,7 @@ _VIEW = f"""json_build_object(
         WHERE o.root_id = m.id AND (o.conversation_id = m.conversation_id) IS TRUE AND o.has_replied
         ORDER BY o.user_id LIMIT {MOST_PARTICIPANTS}
     ),
-    'unread_count', ({COUNT_REPLIES.format(me="t")}),
+    'unread_count', counted.unread,
     'last_reply', (
         SELECT message_json(n) FROM message n
         WHERE n.thread_root_id = m.id AND (n.conversation_id = m.conversation_id) IS TRUE AND NOT n.is_deleted
@@ -43,6 +43,7 @@ CROSS JOIN LATERAL (
         coalesce(bool_or(f.is_following), false) AS is_following, coalesce(max(f.last_read_order), 0) AS last_read_order
     FROM thread_follow f WHERE f.root_id = m.id AND f.user_id = $2 AND (f.conversation_id = m.conversation_id) IS TRUE
 ) t
+CROSS JOIN LATERAL ({COUNT_REPLIES.format(me="t")}) counted (unread)
 """  # noqa: S608 - as above
 
 
@@ -70,8 +71,9 @@ SELECT coalesce(json_agg(listed.view), '[]') FROM (
             ORDER BY n.thread_order DESC LIMIT 1
         ) n
     ) newest
+    CROSS JOIN LATERAL ({COUNT_REPLIES.format(me="t")}) counted (unread)
     WHERE m.sent_version > visible_after(c, p) AND m.thread_order > CASE WHEN $2 THEN t.last_read_order ELSE 0 END
-        AND (NOT $2 OR ({COUNT_REPLIES.format(me="t")}) > 0)
+        AND (NOT $2 OR counted.unread > 0)
     ORDER BY newest.at DESC, m.id DESC LIMIT {MOST_LISTED}
 ) listed
 """  # noqa: S608 - as above
