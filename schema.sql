@@ -346,6 +346,8 @@ CREATE TABLE thread_follow (
     CONSTRAINT thread_follow_pkey PRIMARY KEY (root_id, user_id)
 );
 CREATE INDEX thread_follow_user_idx ON thread_follow (user_id, is_following);
+-- Those rows that were told of: not each that a reply has made.
+CREATE INDEX thread_follow_version_idx ON thread_follow (user_id, user_version) WHERE user_version > 0;
 
 -- What somebody has put aside; taken back, it stays as its own tombstone.
 CREATE TABLE message_star (
@@ -359,6 +361,7 @@ CREATE TABLE message_star (
     CONSTRAINT message_star_pkey PRIMARY KEY (user_id, message_id)
 );
 CREATE INDEX message_star_user_idx ON message_star (user_id, starred_at) WHERE NOT is_removed;
+CREATE INDEX message_star_version_idx ON message_star (user_id, user_version);
 
 -- What somebody has begun to write: one in each conversation, on all of their devices; empty, there is none.
 CREATE TABLE draft (

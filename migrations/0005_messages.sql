@@ -77,6 +77,7 @@ CREATE TABLE thread_follow (
     CONSTRAINT thread_follow_pkey PRIMARY KEY (root_id, user_id)
 );
 CREATE INDEX thread_follow_user_idx ON thread_follow (user_id, is_following);
+CREATE INDEX thread_follow_version_idx ON thread_follow (user_id, user_version) WHERE user_version > 0;
 
 CREATE TABLE message_star (
     user_id uuid NOT NULL CONSTRAINT message_star_user_fkey REFERENCES "user" (id) ON DELETE CASCADE,
@@ -89,6 +90,7 @@ CREATE TABLE message_star (
     CONSTRAINT message_star_pkey PRIMARY KEY (user_id, message_id)
 );
 CREATE INDEX message_star_user_idx ON message_star (user_id, starred_at) WHERE NOT is_removed;
+CREATE INDEX message_star_version_idx ON message_star (user_id, user_version);
 
 CREATE TABLE draft (
     user_id uuid NOT NULL CONSTRAINT draft_user_fkey REFERENCES "user" (id) ON DELETE CASCADE,

@@ -78,14 +78,4 @@ async def list_scheduled(context: Context, frame: client.ListScheduled) -> Sched
 
 def _as_send(frame: client.Schedule) -> client.Send:
     """Return what will be sent."""
-    return client.Send(
-        conversation_id=frame.conversation_id,
-        message_id=frame.message_id,
-        content=frame.content,
-        is_markdown=frame.is_markdown,
-        payload=frame.payload,
-        parent_message_id=frame.parent_message_id,
-        also_in_conversation=frame.also_in_conversation,
-        quoted_message_id=frame.quoted_message_id,
-        metadata=frame.metadata,
-    )
+    return client.Send(**{name: getattr(frame, name) for name in client.Send.__struct_fields__ if name != "id"})

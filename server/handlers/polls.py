@@ -9,7 +9,8 @@ from protocol.server import Changed, MessageChanged, PollVoted, VotePage
 from server.context import Context
 from server.errors import NotFound
 from server.permissions import require
-from server.queries import messages, polls
+from server.queries import audit, messages, polls
+from server.queries.audit import Deed
 from server.queries.messages import Found
 from server.telling import tell_changed
 
@@ -58,11 +59,16 @@ async def close(context: Context, frame: client.ClosePoll) -> Changed:
         found = await messages.lock(db, frame, context.user_id)
         _poll(found)
         assert found is not None  # noqa: S101 - or there were no poll
-        if found.message.sender_id != context.user_id:
+        before = found.message
+        is_own = before.sender_id == context.user_id
+        if not is_own:
             require(found.me, Act.DELETE_MESSAGES)
-        if found.message.poll_closed_at is not None:
-            return Changed(conversation_id=found.message.conversation_id, version=found.message.version)
-        message = await polls.close(db, found.message)
+        if before.poll_closed_at is not None:
+            return Changed(conversation_id=before.conversation_id, version=before.version)
+        if not is_own:
+            deed = Deed(context.user_id, "close_poll", before.sender_id, before.id)
+            await audit.record(db, before.conversation_id, deed)
+        message = await polls.close(db, before)
     return tell_changed(context.events, found, message)
 
 

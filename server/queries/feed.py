@@ -27,6 +27,9 @@ MENTIONS_ME = """(
 )"""
 """What finds messages that mention a user: by id, or with everyone, or with their role where they have it."""
 
+SILENCED = "(SELECT silenced($1))::uuid[]"
+"""Asked once, not for each row."""
+
 # $1 is the user, $2 the kinds, $3 and $4 where the page before ended, $5 the time after which, $6 how many at most.
 # Each branch goes by an index and brings at most as many as are asked for.
 ROWS = f"""
@@ -44,7 +47,7 @@ ROWS = f"""
         JOIN conversation_participant p ON p.conversation_id = s.conversation_id AND p.user_id = $1
             AND p.status = 'active'
         WHERE m.id = s.message_id AND (m.conversation_id = s.conversation_id) IS TRUE
-            AND m.sender_id <> $1 AND NOT m.sender_id = ANY(silenced($1)) AND m.sent_version > visible_after(c, p)
+            AND m.sender_id <> $1 AND NOT m.sender_id = ANY({SILENCED}) AND m.sent_version > visible_after(c, p)
         OFFSET 0
     ) seen
     ORDER BY s.created_at DESC, s.message_id DESC LIMIT $6)
@@ -59,7 +62,7 @@ ROWS = f"""
         SELECT n.created_at, n.id, n.sender_id, n.conversation_id, n.sent_version, n AS message FROM message n
         WHERE n.thread_root_id = t.root_id AND (n.conversation_id = t.conversation_id) IS TRUE AND n.created_at > $5
             AND ($3::timestamptz IS NULL OR (n.created_at, n.id) < ($3, $4::uuid))
-            AND n.sender_id <> $1 AND NOT n.is_deleted AND NOT n.is_moderated AND NOT n.sender_id = ANY(silenced($1))
+            AND n.sender_id <> $1 AND NOT n.is_deleted AND NOT n.is_moderated AND NOT n.sender_id = ANY({SILENCED})
             AND NOT $1 = ANY(n.mentions)
         ORDER BY n.thread_order DESC LIMIT $6
     ) n
@@ -73,14 +76,14 @@ ROWS = f"""
     JOIN conversation_participant p ON p.conversation_id = r.conversation_id AND p.user_id = $1 AND p.status = 'active'
     WHERE 'reaction' = ANY($2) AND r.author_id = $1 AND NOT r.is_removed AND r.created_at > $5
         AND ($3::timestamptz IS NULL OR (r.created_at, r.message_id) < ($3, $4::uuid))
-        AND r.user_id <> $1 AND NOT r.user_id = ANY(silenced($1)) AND m.sent_version > visible_after(c, p)
+        AND r.user_id <> $1 AND NOT r.user_id = ANY({SILENCED}) AND m.sent_version > visible_after(c, p)
     ORDER BY r.created_at DESC, r.message_id DESC LIMIT $6)
     UNION ALL
     (SELECT 'friend_request', r.updated_at, r.id, r.from_user_id, NULL, NULL, NULL
     FROM user_relationship r
     WHERE 'friend_request' = ANY($2) AND r.to_user_id = $1 AND r.type = 'friend' AND r.status = 'pending'
         AND r.updated_at > $5 AND ($3::timestamptz IS NULL OR (r.updated_at, r.id) < ($3, $4::uuid))
-        AND NOT r.from_user_id = ANY(silenced($1))
+        AND NOT r.from_user_id = ANY({SILENCED})
     ORDER BY r.updated_at DESC, r.id DESC LIMIT $6)
     UNION ALL
     (SELECT 'invitation', p.joined_at, p.conversation_id, coalesce(p.invited_by, p.user_id), p.conversation_id,
@@ -89,7 +92,7 @@ ROWS = f"""
     JOIN conversation c ON c.id = p.conversation_id AND c.is_active AND NOT c.is_deleted
     WHERE 'invitation' = ANY($2) AND p.user_id = $1 AND p.status = 'invited'
         AND p.joined_at > $5 AND ($3::timestamptz IS NULL OR (p.joined_at, p.conversation_id) < ($3, $4::uuid))
-        AND NOT coalesce(p.invited_by = ANY(silenced($1)), false)
+        AND NOT coalesce(p.invited_by = ANY({SILENCED}), false)
     ORDER BY p.joined_at DESC, p.conversation_id DESC LIMIT $6)
     ORDER BY at DESC, key DESC LIMIT $6
 """  # noqa: S608 - only constants are put in

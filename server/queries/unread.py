@@ -2,7 +2,7 @@
 
 Past the read position, or from where on somebody marked it unread: messages of others that stand in the conversation
 itself, and are neither deleted, nor hidden by a moderator, nor the server's announcements, nor of somebody whom they
-block or mute.
+block or mute. Who these are is asked once for each conversation, as a query within the query, not for each message.
 """
 
 from protocol.ids import UserId
@@ -11,7 +11,7 @@ from server.database import Db
 
 COUNT_UNREAD = f"""
 SELECT count(*) FILTER (WHERE NOT is_deleted AND NOT is_system_message AND NOT is_moderated
-    AND sender_id <> {{me}}.user_id AND NOT sender_id = ANY(silenced({{me}}.user_id)))
+    AND sender_id <> {{me}}.user_id AND NOT sender_id = ANY((SELECT silenced({{me}}.user_id))::uuid[]))
 FROM (
     SELECT n.is_deleted, n.is_system_message, n.is_moderated, n.sender_id FROM message n
     WHERE n.conversation_id = {{me}}.conversation_id AND (n.thread_root_id IS NULL OR n.also_in_conversation)
@@ -25,7 +25,7 @@ name of the participant in the query that embeds it, never a value.
 
 COUNT_REPLIES = f"""
 SELECT count(*) FILTER (WHERE NOT is_deleted AND NOT is_moderated AND sender_id <> {{me}}.user_id
-    AND NOT sender_id = ANY(silenced({{me}}.user_id)))
+    AND NOT sender_id = ANY((SELECT silenced({{me}}.user_id))::uuid[]))
 FROM (
     SELECT n.is_deleted, n.is_moderated, n.sender_id FROM message n
     WHERE n.thread_root_id = {{me}}.root_id AND n.thread_order > {{me}}.last_read_order

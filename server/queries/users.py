@@ -156,7 +156,7 @@ SELECT u.version, news.event FROM "user" u LEFT JOIN LATERAL (
     UNION ALL
     (SELECT json_build_object('type', 'thread_follow_changed', 'user_version', t.user_version,
         'follow', thread_json(t))
-    FROM thread_follow t WHERE t.user_id = u.id AND t.user_version > $2)
+    FROM thread_follow t WHERE t.user_id = u.id AND t.user_version > $2 AND t.user_version > 0)
 ) news ON true
 WHERE u.id = $1
 """
