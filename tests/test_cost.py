@@ -398,17 +398,22 @@ async def test_a_thread_of_ten_thousand_is_as_fast_as_one_of_ten(db: "asyncpg.Co
         assert plan.pages <= before.pages + 200, (name, before, plan)
 
 
+KEEP_STARS = """
+INSERT INTO message_star (user_id, message_id, conversation_id, user_version)
+SELECT $1, m.id, m.conversation_id, m.version FROM message m
+"""
+KEEP_THREADS = """
+INSERT INTO thread_follow (user_id, root_id, conversation_id, user_version)
+SELECT $1, m.id, m.conversation_id, m.version FROM message m
+"""
+
+
 async def test_news_do_not_grow_with_what_one_has_kept(db: "asyncpg.Connection[asyncpg.Record]") -> None:
     await db.execute(f"PREPARE news AS {users.NEWS}")
     await explained(db, "news", (uuid4(), 0))
     place = await filled(db, "keeper", 2_000)
     await db.execute("SET session_replication_role = replica")
-    for keep in (
-        "INSERT INTO message_star (user_id, message_id, conversation_id, user_version)"
-        " SELECT $1, m.id, m.conversation_id, m.version FROM message m",
-        "INSERT INTO thread_follow (user_id, root_id, conversation_id, user_version)"
-        " SELECT $1, m.id, m.conversation_id, m.version FROM message m",
-    ):
+    for keep in (KEEP_STARS, KEEP_THREADS):
         await db.execute(keep, place.user_id)
     await db.execute("SET session_replication_role = origin")
     plan = await explained(db, "news", (place.user_id, 1_999))

@@ -127,3 +127,4 @@ class TestInEnglish:
         await sent(room.ada, room.group, "They were weaving")
         assert await found(room.charles, "weaves") == ["They were weaving"]
         assert await found(room.charles, "the weaver") == []
+        assert await found(room.charles, "the") == [], "which is no word to search for"

@@ -234,7 +234,10 @@ async def test_slack_moves_in(shell: Shell, world: World, tmp_path: Path, *, is_
     path = SAMPLES / "slack"
     if is_zip:
         path = Path(shutil.make_archive(str(tmp_path / "slack"), "zip", path))
+    online = await world.connect(ada)
     await shell.run("import", "slack", str(path))
+    world.workers[0].app.hub.compare_soon()
+    await online.event(server.ConversationJoined, lambda event: event.view.conversation.title == "secret")
     mentioned = await world.db.fetchval("""SELECT id FROM "user" WHERE email = 'charles@example.org'""")
     general = [
         f"Countess: Look, <@{mentioned}>: the engine (https://example.org/engine) & its #general notes #loom",

@@ -25,17 +25,20 @@ RANKED = 1_000
 """How many of the newest that match are ranked by relevance."""
 _CUT = re.compile("[\x02\x03]")
 
-# $1 is the user, $2 the words as a tsquery, $3 a conversation, $4 a hashtag.
+# $1 is the user, $2 the words as a tsquery, $3 a conversation, $4 a hashtag, $5 whether the user is mentioned. Words
+# that are none in this language, such as "the" in English, are nowhere.
 _QUERY = f"""(
-    SELECT coalesce(to_tsquery($2::text) && w.filters, w.filters) FROM (
-        SELECT coalesce(coalesce(('''h:' || $4::text || '''')::tsquery && h.here, h.here) && m.me,
-            ('''h:' || $4 || '''')::tsquery && h.here, h.here) AS filters
-        FROM (
-            SELECT coalesce(string_agg('''c:' || p.conversation_id || '''', '|'), '''nowhere''')::tsquery AS here
-            FROM conversation_participant p
-            WHERE p.user_id = $1 AND p.status = 'active' AND ($3::uuid IS NULL OR p.conversation_id = $3)
-        ) h
-        CROSS JOIN LATERAL (SELECT CASE WHEN $5 THEN {MENTIONS_ME.format(user="$1")} END AS me) m
+    SELECT CASE WHEN $2::text IS NULL THEN w.filters
+        WHEN numnode(to_tsquery($2)) = 0 THEN '''nowhere'''::tsquery
+        ELSE to_tsquery($2) && w.filters END
+    FROM (
+        SELECT concat_ws(' & ',
+            coalesce('(' || string_agg('''c:' || p.conversation_id || '''', '|') || ')', '''nowhere'''),
+            '''h:' || $4::text || '''',
+            CASE WHEN $5 THEN '(' || {MENTIONS_ME.format(user="$1")}::text || ')' END
+        )::tsquery AS filters
+        FROM conversation_participant p
+        WHERE p.user_id = $1 AND p.status = 'active' AND ($3::uuid IS NULL OR p.conversation_id = $3)
     ) w
 )"""  # noqa: S608 - only a constant is put in
 # What matches, the newest first, is looked at one by one until there are enough: LATERAL and OFFSET 0 keep it that way.

@@ -65,11 +65,9 @@ SELECT coalesce(json_agg(listed.view), '[]') FROM (
     JOIN conversation_participant p ON p.conversation_id = t.conversation_id AND p.user_id = t.user_id
         AND p.status = 'active'
     CROSS JOIN LATERAL (
-        SELECT max(n.sent_version) AS version, max(n.created_at) AS at FROM (
-            SELECT n.sent_version, n.created_at FROM message n
-            WHERE n.thread_root_id = m.id AND (n.conversation_id = m.conversation_id) IS TRUE
-            ORDER BY n.thread_order DESC LIMIT 1
-        ) n
+        SELECT n.created_at AS at FROM message n
+        WHERE n.thread_root_id = m.id AND (n.conversation_id = m.conversation_id) IS TRUE
+        ORDER BY n.thread_order DESC LIMIT 1
     ) newest
     CROSS JOIN LATERAL ({COUNT_REPLIES.format(me="t")}) counted (unread)
     WHERE m.sent_version > visible_after(c, p) AND m.thread_order > CASE WHEN $2 THEN t.last_read_order ELSE 0 END

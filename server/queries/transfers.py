@@ -70,6 +70,20 @@ async def discard_keys(db: Db) -> None:
     await db.execute(DISCARD_KEYS)
 
 
+# Whoever came into a conversation in this transaction.
+TOUCH = """
+UPDATE "user" u SET version = u.version + 1
+WHERE u.id IN (SELECT p.user_id FROM conversation_participant p WHERE p.joined_at = now())
+"""
+
+
+async def touch(db: Db) -> None:
+    """Move the clocks of those who were brought into conversations, so that a running server tells them. In the
+    transaction that did it.
+    """
+    await db.execute(TOUCH)
+
+
 BY_EMAIL = 'SELECT u.email, u.id FROM "user" u WHERE u.email = ANY($1)'
 THERE = "SELECT c.id FROM conversation c WHERE c.id = ANY($1)"
 PAIRS = "SELECT c.direct_low, c.direct_high FROM conversation c WHERE c.type = 'direct' AND c.direct_low = ANY($1)"

@@ -35,6 +35,8 @@ async def load(db: Db, lines: Lines, progress: Progress, *, is_whole: bool) -> S
                     batch = []
             if batch:
                 loaded[table] += await _load(db, table, batch, is_whole=is_whole)
+        if not is_whole:
+            await transfers.touch(db)
     progress.done()
     return Summary(rows=dict(loaded))
 
