@@ -203,7 +203,8 @@ async def test_messages_disappear_where_the_settings_say_so(room: Room, world: W
     kept = await sent(room.ada, room.group, "Kept")
     settings = ConversationSettings(expire_after_seconds=3600)
     await room.ada.call(client.UpdateConversation(conversation_id=room.group, settings=settings))
-    root = await sent(room.ada, room.group, "Secret root")
+    frame = message(room.group, "Secret root")
+    first, root = await room.ada.call(frame, server.Sent), frame.message_id
     reply = await sent(room.charles, room.group, "Secret reply", parent_message_id=root)
     await room.charles.call(client.Edit(**room.at(reply), content="Secret again", edit_id=EditId(uuid7())))
     got = (await room.ada.call(client.GetMessage(**room.at(root)), server.OneMessage)).message
@@ -213,6 +214,7 @@ async def test_messages_disappear_where_the_settings_say_so(room: Room, world: W
         event = await room.charles.event(server.MessageDeleted, lambda event, one=one: event.message.id == one)  # type: ignore[misc]
         assert (event.message.content, event.message.deleted_by) == ("", None)
     await expire_due(world.workers[0].app._database, world.workers[0].app.hub)  # noqa: SLF001 - nothing is due twice
+    assert await room.ada.call(frame, server.Sent) == first, "sent again, it is not said again"
     assert await world.db.fetchval("SELECT count(*) FROM message_edit") == 0, "nothing is kept of it"
     assert await world.db.fetchval("SELECT count(*) FROM message WHERE content LIKE 'Secret%'") == 0
     assert (await room.ada.call(client.GetMessage(**room.at(kept)), server.OneMessage)).message.content == "Kept"

@@ -220,7 +220,8 @@ class Existing(NamedTuple):
 
 
 # What was sent first is compared in its original words: an edit keeps them as its oldest row. A message that was
-# forwarded is compared by where it came from, for that may say something else by now.
+# forwarded is compared by where it came from, for that may say something else by now; of one that has expired nothing
+# is left to compare.
 EXISTING = """
 SELECT
     CASE WHEN p.id IS NULL THEN 'access'
@@ -240,7 +241,7 @@ SELECT
     coalesce(m.conversation_id = $2 AND m.sender_id = $3 AND m.forwarded_from_id IS NOT DISTINCT FROM $12
         AND m.parent_message_id IS NOT DISTINCT FROM $4 AND m.quoted_message_id IS NOT DISTINCT FROM $10
         AND m.also_in_conversation = $11
-        AND (m.forwarded_from_id IS NOT NULL OR m.content_type = $7
+        AND (m.forwarded_from_id IS NOT NULL OR (m.is_deleted AND first.id IS NULL) OR m.content_type = $7
             AND coalesce(first.content, m.content) = $5
             AND (CASE WHEN first.id IS NULL THEN m.formatted_content ELSE first.formatted_content END IS NOT NULL) = $6
             AND (m.is_deleted
