@@ -17,31 +17,26 @@ class Check(NamedTuple):
     FINDS: str
 
 
-_COUNT = """
-SELECT {what} FROM {table} t LEFT JOIN ({counted}) c ON c.key = t.id
-WHERE {kept} IS DISTINCT FROM coalesce(c.n, {none})
-"""
-
-
-def _count(what: str, table: str, kept: str, counted: str, none: str = "0") -> str:
-    return _COUNT.format(what=what, table=table, kept=kept, counted=counted, none=none)
-
-
 CHECKS = (
-    Check("participants are counted right", "conversation_participant", _count(
-        "t.id", "conversation", "t.participant_count::bigint",
-        "SELECT conversation_id AS key, count(*) AS n FROM conversation_participant WHERE status = 'active' GROUP BY 1",
-    )),
-    Check("messages are counted right", "message", _count(
-        "t.id", "conversation", "t.message_count::bigint",
-        "SELECT conversation_id AS key, count(*) AS n FROM message WHERE NOT is_deleted GROUP BY 1",
-    )),
-    Check("replies are counted right", "message", _count(
-        "t.id", "(SELECT * FROM message WHERE reply_count <> 0 OR thread_order <> 0 OR thread_root_id IS NULL)",
-        "CASE WHEN t.thread_root_id IS NULL THEN t.reply_count ELSE 0 END::bigint",
-        "SELECT thread_root_id AS key, count(*) AS n FROM message"
-        " WHERE thread_root_id IS NOT NULL AND NOT is_deleted GROUP BY 1",
-    )),
+    Check("participants are counted right", "conversation_participant", """
+        SELECT c.id FROM conversation c LEFT JOIN (
+            SELECT conversation_id, count(*) AS n FROM conversation_participant WHERE status = 'active' GROUP BY 1
+        ) p ON p.conversation_id = c.id
+        WHERE c.participant_count <> coalesce(p.n, 0)
+    """),
+    Check("messages are counted right", "message", """
+        SELECT c.id FROM conversation c LEFT JOIN (
+            SELECT conversation_id, count(*) AS n FROM message WHERE NOT is_deleted GROUP BY 1
+        ) m ON m.conversation_id = c.id
+        WHERE c.message_count <> coalesce(m.n, 0)
+    """),
+    Check("replies are counted right", "message", """
+        SELECT m.id FROM message m LEFT JOIN (
+            SELECT thread_root_id, count(*) AS n FROM message
+            WHERE thread_root_id IS NOT NULL AND NOT is_deleted GROUP BY 1
+        ) r ON r.thread_root_id = m.id
+        WHERE m.reply_count <> coalesce(r.n, 0)
+    """),
     Check("threads have places without holes", "message", """
         SELECT r.thread_root_id FROM (
             SELECT thread_root_id, count(*) AS n, count(DISTINCT thread_order) AS places, min(thread_order) AS first,
@@ -50,12 +45,14 @@ CHECKS = (
         ) r JOIN message m ON m.id = r.thread_root_id
         WHERE r.first <> 1 OR r.last <> r.n OR r.places <> r.n OR m.thread_order <> r.n OR m.thread_root_id IS NOT NULL
     """),
-    Check("reactions are counted right", "message_reaction", _count(
-        "t.id", "(SELECT id, reactions FROM message WHERE reactions <> '{}' OR id IN"
-        " (SELECT message_id FROM message_reaction WHERE NOT is_removed))", "t.reactions",
-        "SELECT message_id AS key, jsonb_object_agg(emoji, n) AS n FROM (SELECT message_id, emoji, count(*) AS n"
-        " FROM message_reaction WHERE NOT is_removed GROUP BY 1, 2) e GROUP BY 1", "'{}'",
-    )),
+    Check("reactions are counted right", "message_reaction", """
+        SELECT m.id FROM message m LEFT JOIN (
+            SELECT message_id, jsonb_object_agg(emoji, n) AS counts FROM (
+                SELECT message_id, emoji, count(*) AS n FROM message_reaction WHERE NOT is_removed GROUP BY 1, 2
+            ) e GROUP BY 1
+        ) r ON r.message_id = m.id
+        WHERE m.reactions <> coalesce(r.counts, '{}')
+    """),
     Check("votes are counted right", "poll_vote", """
         SELECT m.id FROM message m WHERE m.poll_counts IS NOT NULL AND (
             m.poll_voters <> (SELECT count(*) FROM poll_vote v WHERE v.message_id = m.id AND v.options <> '{}')
