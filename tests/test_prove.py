@@ -143,6 +143,23 @@ async def test_a_server_that_breaks_its_word_is_caught(
     assert outcome.words
 
 
+async def test_what_is_wrong_in_the_end_is_found(world: World) -> None:
+    await world.channel(await world.connect(await world.user("Ada")))
+    await world.db.execute("UPDATE conversation SET message_count = 7")
+    cluster = Cluster(world.url, world.settings.database_url, world.settings.redis_url)
+    run = Run(
+        cluster,
+        Proxy(*cluster.address),
+        Proof(seed=1, people=1, rate=1, where="here"),
+        tell=lambda _: None,
+        tick=lambda: None,
+    )
+    await run.check()
+    (outcome,) = run.proof.outcomes
+    assert (outcome.wrong, outcome.is_good, len(outcome.words)) == (1, False, 1)
+    assert outcome.words[0].startswith("wrong: messages are counted right")
+
+
 async def test_the_bad_network_loses_what_comes_last_and_never_turns_it_around() -> None:
     """What is on its way when a slow connection is cut comes before what is cut: anything else no TCP would do."""
     ready, go, over = asyncio.Event(), asyncio.Event(), asyncio.Event()
@@ -192,7 +209,7 @@ def test_prove_from_the_command_line(tmp_path: Path) -> None:
     assert "nothing was lost" in said
     (written,) = tmp_path.glob("*.json")
     proof = msgspec.json.decode(written.read_bytes(), type=Proof)
-    assert [one.name for one in proof.outcomes] == ["worker killed", "people leave"]
+    assert [one.name for one in proof.outcomes] == ["worker killed", "people leave", "check"]
     assert proof.outcomes[0].acknowledged > 80
     assert proof.outcomes[0].reconnects > 0
     assert len(proof.moments) > 5
