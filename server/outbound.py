@@ -7,6 +7,7 @@ leads elsewhere the second time it is asked (DNS rebinding) leads nowhere.
 import asyncio
 import ipaddress
 import socket
+from functools import cached_property
 from typing import NamedTuple
 from urllib.parse import urljoin, urlsplit
 
@@ -37,11 +38,16 @@ class Outbound:
     def __init__(self, *, to_private: bool) -> None:
         """`to_private` lets addresses of this machine and its network be asked, too."""
         self._to_private = to_private
-        self._http = httpx.AsyncClient(trust_env=False, timeout=TOTAL_SECONDS, follow_redirects=False)
+
+    @cached_property
+    def _http(self) -> httpx.AsyncClient:
+        # Made when it is first needed: it reads all certificates of the web's authorities.
+        return httpx.AsyncClient(trust_env=False, timeout=TOTAL_SECONDS, follow_redirects=False)
 
     async def close(self) -> None:
         """Let go of all connections."""
-        await self._http.aclose()
+        if "_http" in self.__dict__:
+            await self._http.aclose()
 
     async def get(self, url: str, *, most: int) -> Answer:
         """Return up to `most` bytes of what is at an address, after a few redirects, each looked at anew.
