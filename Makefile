@@ -7,6 +7,9 @@ VENV := .venv
 NODE := benchmarks/peers/node
 ARGS ?=
 
+# Tests start many processes: none of them should have to compile what another one has.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: run test lint types tests docs bench prove fuzz scale search format lock clean help
 
 run: $(VENV)/run-ready

@@ -61,6 +61,8 @@ def test_frames_are_framed_as_the_standard_says(payload: bytes) -> None:
 
 
 def test_ids_are_uuid7_and_grow_with_time() -> None:
+    made = [uuid7() for _ in range(10_000)]
+    assert made == sorted(set(made)), "in the same millisecond, too"
     before, after = uuid7(), None
     while after is None or after.int >> 80 == before.int >> 80:
         after = uuid7()
