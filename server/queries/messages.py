@@ -84,6 +84,16 @@ async def find(db: Db, place: Place, user_id: UserId) -> Found | None:
     )  # fmt: skip
 
 
+REACHED = """(
+        SELECT count(*) FROM (
+            SELECT FROM conversation_participant o
+            WHERE o.conversation_id = m.conversation_id AND o.status = 'active'
+                AND o.user_id <> m.sender_id AND {position} >= m.sent_version
+            LIMIT 1000
+        ) o
+    )"""
+"""How many others the message `m` has reached, by a position of theirs; at most 1,000 are counted."""
+
 GET = f"""
 SELECT json_build_object(
     'type', 'message',
@@ -99,14 +109,7 @@ SELECT json_build_object(
         SELECT v.options FROM poll_vote v
         WHERE v.message_id = m.id AND (v.conversation_id = m.conversation_id) IS TRUE AND v.user_id = $2
     ), '{{}}') ELSE '{{}}' END,
-    'read_by', (
-        SELECT count(*) FROM (
-            SELECT FROM conversation_participant o
-            WHERE o.conversation_id = m.conversation_id AND o.status = 'active'
-                AND o.user_id <> m.sender_id AND o.last_read_version >= m.sent_version
-            LIMIT 1000
-        ) o
-    )
+    'read_by', {REACHED.format(position="o.last_read_version")}
 )
 {VISIBLE}
 """  # noqa: S608 - VISIBLE is a constant

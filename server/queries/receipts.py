@@ -10,7 +10,7 @@ from protocol.client import Delivered, MarkUnread, Read
 from protocol.ids import ConversationId, MessageId, UserId
 from protocol.server import Readers
 from server.database import Db
-from server.queries.messages import VISIBLE, Place
+from server.queries.messages import REACHED, VISIBLE, Place
 from server.queries.unread import COUNT_UNREAD
 
 _readers_decoder = msgspec.json.Decoder(Readers)
@@ -113,16 +113,8 @@ async def delivered(db: Db, frame: Delivered, user_id: UserId) -> Arrival | None
 # Whoever has read something has taken it in. In a crowd ($4 people) nobody is named.
 READERS = f"""
 SELECT json_build_object('type', 'readers', 'is_crowd', c.participant_count > $4,
-    'read_by', (SELECT count(*) FROM (
-        SELECT FROM conversation_participant o
-        WHERE o.conversation_id = m.conversation_id AND o.status = 'active' AND o.user_id <> m.sender_id
-            AND o.last_read_version >= m.sent_version LIMIT 1000
-    ) o),
-    'delivered_to', (SELECT count(*) FROM (
-        SELECT FROM conversation_participant o
-        WHERE o.conversation_id = m.conversation_id AND o.status = 'active' AND o.user_id <> m.sender_id
-            AND greatest(o.delivered_version, o.last_read_version) >= m.sent_version LIMIT 1000
-    ) o),
+    'read_by', {REACHED.format(position="o.last_read_version")},
+    'delivered_to', {REACHED.format(position="greatest(o.delivered_version, o.last_read_version)")},
     'readers', CASE WHEN c.participant_count > $4 THEN '[]' ELSE coalesce((
         SELECT json_agg(json_build_object('user_id', o.user_id, 'read_at', o.last_read_at) ORDER BY o.last_read_at)
         FROM conversation_participant o
