@@ -1,0 +1,32 @@
+"""The instrument itself: it sees a server that is slower for everybody, and does not see what is not there."""
+
+import asyncio
+import signal
+
+import pytest
+
+from tests.abuse.conftest import Scene
+
+pytestmark = pytest.mark.more
+
+
+async def test_a_server_that_stops_now_and_then_is_noticed(scene: Scene) -> None:
+    process = scene.worker.process
+    assert process is not None
+
+    async def freeze() -> None:
+        try:
+            while True:
+                process.send_signal(signal.SIGSTOP)
+                await asyncio.sleep(0.25)
+                process.send_signal(signal.SIGCONT)
+                await asyncio.sleep(0.25)
+        finally:
+            process.send_signal(signal.SIGCONT)
+
+    with pytest.raises(AssertionError, match="attacked"):
+        await scene.bystander.is_unaffected(freeze, seconds=1.0)
+
+
+async def test_somebody_who_does_nothing_disturbs_nobody(scene: Scene) -> None:
+    await scene.bystander.is_unaffected(lambda: asyncio.sleep(60), seconds=1.0)

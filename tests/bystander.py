@@ -1,0 +1,122 @@
+"""A user who has nothing to do with an attack, and who measures how long answers take while it goes on.
+
+The bystander is a process of its own: `python -m tests.bystander URL TOKEN CONVERSATION SECONDS` asks, one after the
+other, for what people do all the time, and prints how long each answer took. In the attackers' process it would measure
+how busy they are.
+"""
+
+import asyncio
+import contextlib
+import statistics
+import sys
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from itertools import cycle
+from pathlib import Path
+from typing import NamedTuple
+from uuid import UUID
+
+import msgspec
+
+from protocol import client
+from protocol.ids import ConversationId
+from prove.client import Client
+from tests.world import Somebody, message
+
+PAUSE_SECONDS = 0.01
+"""Pause between an answer and the next request: the bystander is no load."""
+ROUNDS = 4
+"""Max measurements of one attack: another program may have had the processor during the first ones."""
+SECONDS = 3.0
+ROOT = Path(__file__).parent.parent
+
+
+class Answers(NamedTuple):
+    """How long answers took, in milliseconds."""
+
+    median: float
+    p99: float
+    asked: int
+
+
+class Bystander:
+    """Somebody with a conversation of their own, at one server."""
+
+    def __init__(self, url: str, who: Somebody, conversation_id: ConversationId) -> None:
+        self._arguments = (url, who.token, str(conversation_id))
+
+    async def measure(self, seconds: float = SECONDS) -> Answers:
+        """Ask for so long and return how long the answers took. Raises RuntimeError if one was refused."""
+        asking = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "tests.bystander", *self._arguments, str(seconds),
+            stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE, cwd=ROOT,
+        )  # fmt: skip
+        said, problem = await asking.communicate()
+        if asking.returncode:
+            raise RuntimeError(f"the bystander was refused: {problem.decode()[-500:]}")
+        took = sorted(msgspec.json.decode(said, type=list[float]))
+        return Answers(statistics.median(took), took[int(0.99 * len(took))], len(took))
+
+    async def is_unaffected(
+        self, attack: Callable[[], Awaitable[None]], *, ratio: float = 3.0, seconds: float = SECONDS
+    ) -> None:
+        """Measure without the attack, with it, and without it again. The p99 with it must be at most `ratio` times the
+        worse one without it in one of a few rounds; raises AssertionError, with all figures, if it is in none.
+        `attack` goes on until it is cancelled; what it raises before that is raised here.
+        """
+        rounds = []
+        for _ in range(ROUNDS):
+            before = await self.measure(seconds)
+            attacking = asyncio.ensure_future(attack())
+            during = await self.measure(seconds)
+            if attacking.done():
+                attacking.result()
+            attacking.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await attacking
+            after = await self.measure(seconds)
+            rounds.append((before, during, after))
+            if during.p99 <= ratio * max(before.p99, after.p99):
+                return
+        raise AssertionError("\n".join(f"quiet {a}, attacked {b}, quiet again {c}" for a, b, c in rounds))
+
+
+def resident_bytes(pid: int) -> int:
+    """Return how much memory a process holds (VmRSS of /proc/PID/status, proc(5))."""
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("VmRSS:"):
+            return int(line.split()[1]) * 1024
+    raise ValueError(f"process {pid} has no memory")
+
+
+async def _ask(url: str, token: str, conversation_id: ConversationId, seconds: float) -> list[float]:
+    took: list[float] = []
+    async with Client(url, token) as asker:
+        until = time.monotonic() + seconds
+        for frame in _frames(conversation_id):
+            began = time.perf_counter()
+            await asker.call(frame)
+            took.append(1_000 * (time.perf_counter() - began))
+            if time.monotonic() > until:
+                return took
+            await asyncio.sleep(PAUSE_SECONDS)
+    return took
+
+
+def _frames(conversation_id: ConversationId) -> Iterator[client.Frame]:
+    """Yield what people do all the time, for ever."""
+    for number in cycle(range(4)):
+        if number == 0:
+            yield message(conversation_id, "Is it still as quick as it was?")
+        elif number == 1:
+            yield client.History(conversation_id=conversation_id, limit=10)
+        elif number == 2:
+            yield client.GetMe()
+        else:
+            yield client.Ping()
+
+
+if __name__ == "__main__":
+    url, token, conversation, seconds = sys.argv[1:]
+    answers = asyncio.run(_ask(url, token, ConversationId(UUID(conversation)), float(seconds)))
+    sys.stdout.buffer.write(msgspec.json.encode(answers))
