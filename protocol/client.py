@@ -36,6 +36,7 @@ from protocol.limits import (
     Version,
 )
 from protocol.payloads import Payload
+from protocol.reaction import normalized
 from protocol.values import (
     ContentType,
     ConversationSettings,
@@ -344,16 +345,19 @@ class Delete(_OfMessage, tag="delete"):
     """Delete a message: one's own, or anyone's with the permission."""
 
 
-class React(_OfMessage, tag="react"):
-    """Put an emoji on a message."""
-
+class _Reaction(_OfMessage):
     emoji: Emoji
 
+    def __post_init__(self) -> None:
+        self.emoji = normalized(self.emoji)
 
-class Unreact(_OfMessage, tag="unreact"):
+
+class React(_Reaction, tag="react"):
+    """Put an emoji on a message: one of Unicode's, or a name between colons, such as `:shipit:`."""
+
+
+class Unreact(_Reaction, tag="unreact"):
     """Take it back."""
-
-    emoji: Emoji
 
 
 class Pin(_OfMessage, tag="pin"):

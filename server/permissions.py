@@ -3,6 +3,15 @@
 from protocol.errors import ErrorCode, Refused
 from protocol.roles import Act, may, rank
 from protocol.values import Participant, Role
+from server.queries.conversations import SendAccess
+from server.queries.messages import Found, Obstacle
+
+OBSTACLES: dict[Obstacle, str] = {
+    "archived": "The conversation is archived: nobody can send in it.",
+    "role": "Your role cannot send in this conversation.",
+    "unwanted": "This user cannot be written to.",
+}
+"""Error messages for what keeps a participant from saying anything, however long they wait."""
 
 
 def require(me: Participant, act: Act) -> None:
@@ -11,6 +20,21 @@ def require(me: Participant, act: Act) -> None:
         rule = act.value
         permission = "" if rule.permission is None else f" or the permission `{rule.permission}`"
         raise Refused(ErrorCode.FORBIDDEN, f"This takes the role `{rule.least}`{permission}; yours is `{me.role}`.")
+
+
+def require_may_send(access: Found | SendAccess) -> None:
+    """Raise Refused unless a participant may say something now: one rule for messages and for everything that reaches
+    others as a message does.
+    """
+    if access.obstacle in OBSTACLES:
+        raise Refused(ErrorCode.FORBIDDEN, OBSTACLES[access.obstacle])
+    if access.wait_ms:
+        raise slow_mode(access.wait_ms)
+
+
+def slow_mode(wait_ms: int) -> Refused:
+    """Return what to answer a participant whom slow mode has wait for so many milliseconds."""
+    return Refused(ErrorCode.RATE_LIMITED, "This conversation is in slow mode.", retry_after_ms=wait_ms)
 
 
 def require_above(me: Participant, them: Participant) -> None:

@@ -213,7 +213,7 @@ def hot(place: Place, ids: dict[str, Any]) -> dict[str, tuple[str, tuple[Any, ..
         "memberships": (conversations.MEMBERSHIPS, ([user],)),
         "clocks": (conversations.VERSIONS, ([about],)),
         "participants": (participants.PAGE, (about, user, None, 21, "active")),
-        "typing": (conversations.SIZE, (about, user)),
+        "typing": (conversations.SEND_ACCESS, (about, user)),
         "session": (sessions.FIND, (["no such hash"],)),
         "users": (users.GET, (user, [user])),
         "edit": (edits.EDIT, (about, ids["middle"], ids["new"], user, "Edited", None, [], [], [])),

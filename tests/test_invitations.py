@@ -157,7 +157,7 @@ async def test_newcomers_see_what_was_said_before_if_the_settings_say_so(world: 
     assert [one.content for one in page.messages] == ["joined"]
     place: dict[str, Any] = {"conversation_id": about, "message_id": before}
     for frame in (
-        client.GetMessage(**place), client.React(**place, emoji="x"), client.Read(**place), client.ListEdits(**place),
+        client.GetMessage(**place), client.React(**place, emoji="👍"), client.Read(**place), client.ListEdits(**place),
         client.ReportMessage(**place, reason="Unseen"),
     ):  # fmt: skip
         with refused(ErrorCode.NOT_FOUND, "message_id"):

@@ -142,7 +142,7 @@ async def test_ones_own_data_is_all_there(world: World, ada: Person) -> None:
     theirs = await sent(other, about, "Not hers")
     said = [await sent(one, about, f"Message {number}") for number in range(3)]
     await one.call(client.Edit(conversation_id=about, message_id=said[0], content="Edited"))
-    await one.call(client.React(conversation_id=about, message_id=theirs, emoji="x"))
+    await one.call(client.React(conversation_id=about, message_id=theirs, emoji="👍"))
     await one.call(client.Follow(user_id=charles.id))
     await other.call(client.Block(user_id=one.ready.user.id))
     await one.call(client.ReportMessage(conversation_id=about, message_id=theirs, reason="Not mine"))

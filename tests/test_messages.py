@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from protocol import client, server
+from protocol.codec import encode
 from protocol.errors import ErrorCode
 from protocol.ids import EditId, MessageId, UserId, uuid7
 from protocol.payloads import Code
@@ -142,13 +143,57 @@ async def test_reacting_twice_is_reacting_once(room: Room) -> None:
     assert (got.message.reactions, got.mine) == ({}, [])
 
 
+async def test_one_reaction_counts_as_one_however_it_is_written(room: Room) -> None:
+    message_id = await sent(room.ada, room.group)
+    for client_, written in (
+        (room.ada, "❤"),
+        (room.charles, "❤\ufe0f"),
+        (room.ada, ":Ship-It:"),
+        (room.charles, ":ship-it:"),
+    ):
+        await client_.call(client.React(**room.at(message_id), emoji=written))
+    got = await room.charles.call(client.GetMessage(**room.at(message_id)), server.OneMessage)
+    assert got.message.reactions == {"❤\ufe0f": 2, ":ship-it:": 2}
+    assert (await room.charles.event(server.MessageReacted)).emoji == "❤\ufe0f"
+    await room.ada.call(client.Unreact(**room.at(message_id), emoji="❤\ufe0e"))
+    got = await room.charles.call(client.GetMessage(**room.at(message_id)), server.OneMessage)
+    assert got.message.reactions["❤\ufe0f"] == 1
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "lol",
+        "Buy now",
+        " ",
+        "\u200b",
+        "👍👍",
+        "👍\n",
+        "1",
+        "🏻",
+        ":a b:",
+        "::",
+        ":x",
+        ":x:\n",
+        f":{'x' * 31}:",
+        ":İİİİİİİİİİİİİİİİİİİİİİİİİİİİİİ:",
+    ],
+)
+async def test_what_is_no_emoji_is_no_reaction(room: Room, text: str) -> None:
+    message_id = await sent(room.ada, room.group)
+    for kind in ("react", "unreact"):
+        frame = {"type": kind, **room.at(message_id), "emoji": text}
+        error = await room.ada.raw(encode(frame).decode())
+        assert (error.code, error.path) == (ErrorCode.INVALID, "emoji")
+
+
 async def test_a_message_has_a_bounded_number_of_emoji(room: Room) -> None:
     message_id = await sent(room.ada, room.group)
     for number in range(20):
-        await room.ada.call(client.React(**room.at(message_id), emoji=f"e{number}"))
+        await room.ada.call(client.React(**room.at(message_id), emoji=f":e{number}:"))
     with refused(ErrorCode.CONFLICT, "emoji"):
-        await room.ada.call(client.React(**room.at(message_id), emoji="one more"))
-    await room.charles.call(client.React(**room.at(message_id), emoji="e0"))
+        await room.ada.call(client.React(**room.at(message_id), emoji=":one-more:"))
+    await room.charles.call(client.React(**room.at(message_id), emoji=":e0:"))
 
 
 async def test_history_in_pages(room: Room) -> None:

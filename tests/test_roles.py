@@ -21,7 +21,7 @@ def frames(about: ConversationId, said: MessageId, guest: UserId, other: UserId)
     """Return what takes each right, in an order in which one does not end the next."""
     place: dict[str, Any] = {"conversation_id": about}
     return {
-        Act.TAKE_PART: [message(about), client.React(**place, message_id=said, emoji="x"), client.History(**place)],
+        Act.TAKE_PART: [message(about), client.React(**place, message_id=said, emoji="👍"), client.History(**place)],
         Act.PIN_MESSAGES: [client.Pin(**place, message_id=said), client.Unpin(**place, message_id=said)],
         Act.MODERATE: [
             client.Moderate(**place, message_id=said, reason="Rude"), client.Unmoderate(**place, message_id=said),

@@ -9,8 +9,8 @@ from protocol.limits import MAX_SCHEDULED
 from protocol.server import Done, DraftList, OneScheduled, ScheduledList
 from server.context import Context
 from server.errors import NotFound
-from server.membership import taking_part
-from server.queries import drafts, scheduled
+from server.permissions import require_may_send
+from server.queries import conversations, drafts, scheduled
 from server.saying import outgoing
 
 LATEST = timedelta(days=366)
@@ -39,9 +39,14 @@ async def schedule(context: Context, frame: client.Schedule) -> OneScheduled:
     # What is too large is refused now, not when nobody looks.
     await outgoing(context, _as_send(frame))
     async with context.database.transaction() as db:
-        await taking_part(db, frame.conversation_id, context.user_id)
+        access = await conversations.send_access(db, frame.conversation_id, context.user_id)
+        if access is None:
+            raise NotFound("conversation_id")
         await scheduled.lock(db, context.user_id)
         there = await scheduled.get(db, frame.message_id, context.user_id, frame.conversation_id)
+        if there is None:
+            # Slow mode counts when the time has come, and so does everything else once more.
+            require_may_send(access._replace(wait_ms=0))
         if there is None and await scheduled.count(db, context.user_id) >= MAX_SCHEDULED:
             raise Refused(ErrorCode.CONFLICT, f"At most {MAX_SCHEDULED} messages can wait.")
         made = await scheduled.put(db, frame, context.user_id)

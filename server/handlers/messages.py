@@ -10,8 +10,8 @@ from protocol.roles import Act
 from protocol.server import Changed, EditPage, MessagePage, OneMessage
 from server.context import Context
 from server.errors import NotFound
-from server.permissions import require
-from server.queries import audit, edits, messages
+from server.permissions import require, require_may_send
+from server.queries import audit, edits, messages, sending
 from server.queries.audit import Deed
 from server.queries.messages import Found, Span
 from server.saying import made_of
@@ -38,7 +38,10 @@ async def edit(context: Context, frame: client.Edit) -> Changed:
         _require_editable(context, found)
         if (before.content, before.formatted_content) == (frame.content, made.formatted_content):
             return Changed(conversation_id=before.conversation_id, version=before.version)
+        require_may_send(found)
         message = await edits.edit(db, before, context.user_id, frame, made)
+        if found.conversation.settings.slow_mode_seconds:
+            await sending.begin_wait(db, before.conversation_id, context.user_id, now())
     context.services.previews.wanted(message)
     return tell_changed(context.events, found, message)
 

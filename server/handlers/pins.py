@@ -8,7 +8,7 @@ from protocol.server import Changed, Done, MessageList
 from server.context import Context
 from server.cursor import Cursor
 from server.errors import NotFound
-from server.permissions import require
+from server.permissions import require, require_may_send
 from server.queries import messages, pins
 from server.telling import tell_changed
 
@@ -25,6 +25,7 @@ async def pin(context: Context, frame: client.Pin | client.Unpin) -> Changed:
         before = found.message
         if before.is_pinned == is_on:
             return Changed(conversation_id=before.conversation_id, version=before.version)
+        require_may_send(found)
         if is_on and await pins.count(db, before.conversation_id) >= MAX_PINS:
             raise Refused(ErrorCode.CONFLICT, f"At most {MAX_PINS} messages are pinned: take one down first.")
         message = await pins.pin(db, before, context.user_id, is_on=is_on)

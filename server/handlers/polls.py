@@ -8,7 +8,7 @@ from protocol.roles import Act
 from protocol.server import Changed, MessageChanged, PollVoted, VotePage
 from server.context import Context
 from server.errors import NotFound
-from server.permissions import require
+from server.permissions import require, require_may_send
 from server.queries import audit, messages, polls
 from server.queries.audit import Deed
 from server.queries.messages import Found
@@ -27,6 +27,8 @@ async def vote(context: Context, frame: client.Vote) -> Changed:
         before, version = await polls.voted(db, message, context.user_id)
         if before == options:
             return Changed(conversation_id=about, version=version)
+        if options:  # withdrawing a vote says nothing
+            require_may_send(found)
         if message.poll_closed_at is not None or (poll.closes_at is not None and poll.closes_at <= now()):
             raise Refused(ErrorCode.FORBIDDEN, "This poll is closed.", path="message_id")
         if options and options[-1] >= len(poll.options):
@@ -65,7 +67,9 @@ async def close(context: Context, frame: client.ClosePoll) -> Changed:
             require(found.me, Act.DELETE_MESSAGES)
         if before.poll_closed_at is not None:
             return Changed(conversation_id=before.conversation_id, version=before.version)
-        if not is_own:
+        if is_own:
+            require_may_send(found)
+        else:
             deed = Deed(context.user_id, "close_poll", before.sender_id, before.id)
             await audit.record(db, before.conversation_id, deed)
         message = await polls.close(db, before)

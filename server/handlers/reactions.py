@@ -6,6 +6,7 @@ from protocol.limits import MAX_EMOJI_PER_MESSAGE
 from protocol.server import Changed, MessageChanged, MessageReacted, MessageUnreacted
 from server.context import Context
 from server.errors import NotFound
+from server.permissions import require_may_send
 from server.queries import messages, reactions
 
 
@@ -15,6 +16,11 @@ async def react(context: Context, frame: client.React | client.Unreact) -> Chang
         found = await messages.lock(db, frame, context.user_id)
         if found is None or found.message.is_deleted:
             raise NotFound("message_id")
+        # Taking a reaction back says nothing; neither does one that is there already.
+        if isinstance(frame, client.React) and not (
+            found.obstacle and await reactions.is_there(db, found.message, context.user_id, frame)
+        ):
+            require_may_send(found)
         there = found.message.reactions
         if isinstance(frame, client.React) and frame.emoji not in there and len(there) >= MAX_EMOJI_PER_MESSAGE:
             raise Refused(

@@ -10,19 +10,13 @@ from protocol.server import MessageSent, Sent
 from protocol.values import Message
 from server.context import Context
 from server.errors import NotFound
+from server.permissions import OBSTACLES, slow_mode
 from server.queries import messages, sending
 from server.queries.sending import Outgoing, Source, Stored
 from server.saying import outgoing
 
 MAX_RACES = 5
 """How often a send is tried again when the sender's access, or the message's id, changed under it."""
-
-
-OBSTACLES = {
-    "archived": "The conversation is archived: nobody can send in it.",
-    "role": "Your role cannot send in this conversation.",
-    "unwanted": "This user cannot be written to.",
-}
 
 
 async def send(context: Context, frame: client.Send) -> Sent:
@@ -128,7 +122,7 @@ async def _send_slowly(context: Context, out: Outgoing) -> Stored | None:
     async with context.database.transaction() as db:
         stored = await sending.send_slowly(db, out)
     if isinstance(stored, int):
-        raise Refused(ErrorCode.RATE_LIMITED, "This conversation is in slow mode.", retry_after_ms=stored)
+        raise slow_mode(stored)
     return stored
 
 

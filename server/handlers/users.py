@@ -18,6 +18,7 @@ from protocol.server import (
 from server import search
 from server.context import Context
 from server.errors import NotFound
+from server.permissions import require_may_send
 from server.queries import conversations, users
 
 
@@ -72,10 +73,11 @@ async def update_profile(context: Context, frame: client.UpdateProfile) -> OneMe
 async def typing(context: Context, frame: client.Typing) -> Done:
     """Tell the others in a small conversation that the caller is typing, or stopped."""
     async with context.database.connection() as db:
-        size = await conversations.size(db, frame.conversation_id, context.user_id)
-    if size is None:
+        access = await conversations.send_access(db, frame.conversation_id, context.user_id)
+    if access is None:
         raise NotFound("conversation_id")
-    if size <= MAX_SHARED_PARTICIPANTS:
+    require_may_send(access)
+    if access.participant_count <= MAX_SHARED_PARTICIPANTS:
         event = TypingStarted if frame.active else TypingStopped
         context.events.relay(
             frame.conversation_id, event(conversation_id=frame.conversation_id, user_id=context.user_id)

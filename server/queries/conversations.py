@@ -17,6 +17,7 @@ from protocol.values import (
 )
 from server.cursor import Cursor
 from server.database import Db
+from server.queries.messages import Obstacle
 from server.queries.unread import COUNT_UNREAD
 
 _view_decoder = msgspec.json.Decoder(ConversationView)
@@ -127,17 +128,27 @@ async def versions(db: Db, conversation_ids: Sequence[ConversationId]) -> dict[C
     return {row[0]: row[1] for row in await db.fetch(VERSIONS, list(conversation_ids))}
 
 
-SIZE = """
-SELECT c.participant_count FROM conversation c
+class SendAccess(NamedTuple):
+    """How many participants would hear a user, what keeps them from it, and for how many milliseconds slow mode
+    does.
+    """
+
+    participant_count: int
+    obstacle: Obstacle | None
+    wait_ms: int
+
+
+SEND_ACCESS = """
+SELECT c.participant_count, obstacle(c, p), slow_mode_wait(c, p) FROM conversation c
 JOIN conversation_participant p ON p.conversation_id = c.id AND p.user_id = $2 AND p.status = 'active'
 WHERE c.id = $1 AND NOT c.is_deleted
 """
 
 
-async def size(db: Db, conversation_id: ConversationId, user_id: UserId) -> int | None:
-    """Return how many participants a conversation has; None if the user is not one of them."""
-    count = await db.fetchval(SIZE, conversation_id, user_id)
-    return None if count is None else int(count)
+async def send_access(db: Db, conversation_id: ConversationId, user_id: UserId) -> SendAccess | None:
+    """Return whether a user may say anything in a conversation; None if they do not take part in it."""
+    row = await db.fetchrow(SEND_ACCESS, conversation_id, user_id)
+    return None if row is None else SendAccess(*row)
 
 
 LOCK = "SELECT conversation_json(c) FROM conversation c WHERE c.id = $1 AND NOT c.is_deleted FOR NO KEY UPDATE"
@@ -271,7 +282,8 @@ UPDATE conversation c SET
         ELSE c.max_participants END,
     settings = CASE WHEN $2 ? 'settings' THEN $2 -> 'settings' ELSE c.settings END,
     image = CASE WHEN $2 ? 'image' THEN $2 ->> 'image' ELSE c.image END,
-    version = c.version + 1, settings_version = c.version + 1, updated_at = now()
+    version = c.version + 1, settings_version = c.version + 1, updated_at = now(),
+    access_version = CASE WHEN $2 ?| '{is_archived,settings}' THEN c.version + 1 ELSE c.access_version END
 WHERE c.id = $1
 RETURNING conversation_json(c)
 """

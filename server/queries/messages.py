@@ -1,7 +1,7 @@
 """Messages: found, read in pages."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import msgspec
 
@@ -48,21 +48,29 @@ class At(NamedTuple):
     message_id: MessageId
 
 
+Obstacle = Literal["archived", "role", "unwanted", "slow"]
+"""What keeps a participant from saying anything in a conversation: obstacle() in schema.sql."""
+
+
 class Found(NamedTuple):
     """A message, the caller's part in its conversation, the conversation itself, and whether there are people there who
-    may not see the message because they joined later, so that its words are not for everyone.
+    may not see the message because they joined later, so that its words are not for everyone; what keeps the caller
+    from saying anything there, and for how many milliseconds slow mode does.
     """
 
     message: Message
     me: Participant
     conversation: Conversation
     is_from_before: bool
+    obstacle: Obstacle | None
+    wait_ms: int
 
 
 LOCK = "SELECT FROM conversation c WHERE c.id = $1 AND NOT c.is_deleted FOR NO KEY UPDATE"
 FIND = f"""
 SELECT message_json(m), participant_json(p), conversation_json(c),
-    coalesce(c.settings ->> 'history' = 'from_joining', false) AND m.sent_version <= c.access_version
+    coalesce(c.settings ->> 'history' = 'from_joining', false) AND m.sent_version <= c.access_version,
+    obstacle(c, p), slow_mode_wait(c, p)
 {VISIBLE}
 """
 
@@ -80,7 +88,7 @@ async def find(db: Db, place: Place, user_id: UserId) -> Found | None:
         return None
     return Found(
         _message_decoder.decode(row[0]), _participant_decoder.decode(row[1]), _conversation_decoder.decode(row[2]),
-        row[3],
+        *row[3:],
     )  # fmt: skip
 
 

@@ -44,6 +44,19 @@ SELECT version FROM message_reaction
 WHERE (conversation_id = $1) IS TRUE AND message_id = $2 AND user_id = $3 AND emoji = $4
 """
 
+IS_THERE = """
+SELECT EXISTS (
+    SELECT FROM message_reaction r
+    WHERE (r.conversation_id = $1) IS TRUE AND r.message_id = $2 AND r.user_id = $3 AND r.emoji = $4
+        AND NOT r.is_removed
+)
+"""
+
+
+async def is_there(db: Db, found: Message, user_id: UserId, frame: React) -> bool:
+    """Whether a user has put that emoji on a message already. Under the lock."""
+    return bool(await db.fetchval(IS_THERE, found.conversation_id, found.id, user_id, frame.emoji))
+
 
 async def react(db: Db, found: Message, user_id: UserId, frame: React | Unreact) -> tuple[int, int | None]:
     """Put an emoji on a message, or take it back. Under the lock.

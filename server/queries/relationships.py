@@ -13,12 +13,18 @@ from server.queries.users import FACE
 _relationship_decoder = msgspec.json.Decoder(Relationship)
 _entries_decoder = msgspec.json.Decoder(list[RelationshipEntry])
 
-# Both users' rows are locked, in the order of their ids, by whoever changes what is between them.
+# Whoever changes what is between two users locks their direct conversation, where it says who may be written to, and
+# then both users' rows in the order of their ids.
+LOCK_DIRECT = """
+SELECT FROM conversation WHERE direct_low = least($1::uuid, $2) AND direct_high = greatest($1::uuid, $2)
+FOR NO KEY UPDATE
+"""
 LOCK = """SELECT id FROM "user" WHERE id = ANY($1) ORDER BY id FOR NO KEY UPDATE"""
 
 
 async def lock(db: Db, one: UserId, other: UserId) -> None:
     """Lock what is between two users until the transaction ends."""
+    await db.execute(LOCK_DIRECT, one, other)
     await db.execute(LOCK, [one, other])
 
 

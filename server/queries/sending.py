@@ -11,7 +11,7 @@ from protocol.ids import ConversationId, MessageId, UserId
 from protocol.payloads import Poll
 from protocol.values import ContentType, Json, Message, SystemMessageType
 from server.database import Db
-from server.queries.messages import LOCK
+from server.queries.messages import LOCK, Obstacle
 
 _message_decoder = msgspec.json.Decoder(Message)
 
@@ -69,9 +69,10 @@ class Stored(NamedTuple):
 # a way to find it: while a table is nearly empty, walking through a conversation looks as cheap as going by the id,
 # and the plan is kept (docs/decisions/0008). OFFSET 0 and ARRAY(…) keep the order of steps for the same reason.
 #
-# One statement for the whole batch. `wanted` are those that may be sent; the conversation's row is locked after
-# that check, so whoever's access changed in between is left out (access_version) and asked about again. The root of a
-# thread, which is changed under that lock as well, says which places its replies take.
+# One statement for the whole batch. `wanted` are those that may be sent. The conversation's row is locked after that
+# check, so whoever's access changed in between is left out (access_version) and asked about again. Whom one may write
+# to changes without the conversation: that is asked under the lock, as of then (may_now). The root of a thread, which
+# is changed under that lock as well, says which places its replies take.
 SEND = """
 WITH input AS (
     SELECT * FROM json_to_recordset($1) AS i (
@@ -89,8 +90,6 @@ WITH input AS (
         FROM conversation_participant p JOIN conversation c ON c.id = p.conversation_id AND NOT c.is_deleted
         WHERE p.conversation_id = i.conversation_id AND p.user_id = i.sender_id AND p.status = 'active'
             AND may_send(c, p.role, i.has_waited)
-            AND (c.type <> 'direct' OR may('write', i.sender_id,
-                CASE WHEN c.direct_low = i.sender_id THEN c.direct_high ELSE c.direct_low END))
         OFFSET 0
     ) allowed
     LEFT JOIN LATERAL (
@@ -109,7 +108,7 @@ WITH input AS (
         OFFSET 0
     ))
 ), locked AS MATERIALIZED (
-    SELECT c.id, c.version, c.access_version
+    SELECT c.id, c.version, c.access_version, c.direct_low, c.direct_high
     FROM conversation c WHERE c.id = ANY(ARRAY(SELECT conversation_id FROM wanted))
     ORDER BY c.id
     FOR NO KEY UPDATE
@@ -118,6 +117,8 @@ WITH input AS (
         row_number() OVER (PARTITION BY w.root_id ORDER BY w.place DESC) AS from_last,
         clock_timestamp() AS created_at
     FROM wanted w JOIN locked l ON l.id = w.conversation_id AND l.access_version = w.access_version
+        AND (l.direct_low IS NULL OR may_now('write', w.sender_id,
+            CASE WHEN l.direct_low = w.sender_id THEN l.direct_high ELSE l.direct_low END))
 ), bumped AS (
     UPDATE conversation c SET version = f.version, message_count = c.message_count + f.messages,
         last_message_at = f.created_at, last_activity_at = f.created_at
@@ -212,7 +213,7 @@ class Existing(NamedTuple):
     its way, `missing` what it refers to that is not there.
     """
 
-    obstacle: Literal["access", "archived", "role", "unwanted", "slow"] | None
+    obstacle: Literal["access"] | Obstacle | None
     missing: Literal["parent_message_id", "quoted_message_id"] | None
     version: int | None
     created_at: datetime | None
@@ -224,12 +225,7 @@ class Existing(NamedTuple):
 # is left to compare.
 EXISTING = """
 SELECT
-    CASE WHEN p.id IS NULL THEN 'access'
-        WHEN c.is_archived THEN 'archived'
-        WHEN NOT may_send(c, p.role, true) THEN 'role'
-        WHEN c.type = 'direct' AND NOT may('write', $3,
-            CASE WHEN c.direct_low = $3 THEN c.direct_high ELSE c.direct_low END) THEN 'unwanted'
-        WHEN NOT may_send(c, p.role, false) THEN 'slow' END,
+    CASE WHEN p.id IS NULL THEN 'access' ELSE obstacle(c, p) END,
     (SELECT asked.field
         FROM (VALUES ('parent_message_id', $4::uuid), ('quoted_message_id', $10::uuid)) asked (field, id)
         WHERE asked.id IS NOT NULL AND NOT EXISTS (
@@ -275,10 +271,9 @@ def _json(value: object) -> str | None:
     return None if value is None else msgspec.json.encode(value).decode()
 
 
-# In slow mode a participant's row is written for each message of theirs, and nowhere else.
+# In slow mode a participant's row is written for each message and edit of theirs, and nowhere else.
 WAIT = """
-SELECT greatest(0, 1000 * ((c.settings ->> 'slow_mode_seconds')::int
-    - extract(epoch FROM clock_timestamp() - p.last_sent_at)))::int
+SELECT slow_mode_wait(c, p)
 FROM conversation_participant p JOIN conversation c ON c.id = p.conversation_id
 WHERE p.conversation_id = $1 AND p.user_id = $2
 """
@@ -295,8 +290,13 @@ async def send_slowly(db: Db, outgoing: Outgoing) -> Stored | int | None:
         return int(wait)
     (stored,) = await send(db, [outgoing], has_waited=True)
     if stored is not None:
-        await db.execute(WAITED, about, outgoing.sender_id, stored.created_at)
+        await begin_wait(db, about, outgoing.sender_id, stored.created_at)
     return stored
+
+
+async def begin_wait(db: Db, conversation_id: ConversationId, user_id: UserId, at: datetime) -> None:
+    """Record when a participant last said something: slow mode counts from there. Under the lock."""
+    await db.execute(WAITED, conversation_id, user_id, at)
 
 
 ANNOUNCE = """

@@ -1,0 +1,332 @@
+"""One rule for everything that says something: whoever may not send may not edit, react, pin, vote or type, either.
+
+Each frame meets each obstacle twice: when it has been there for long, and when it arises while the frame waits for the
+conversation's row, which is held by the very transaction that makes the change.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from datetime import UTC, datetime, timedelta
+from typing import Any, NamedTuple
+
+import asyncpg
+import msgspec
+import pytest
+
+from protocol import client, server
+from protocol.client import Frame
+from protocol.errors import ErrorCode, Refused
+from protocol.ids import ConversationId, EditId, MessageId, UserId, uuid7
+from protocol.payloads import Poll
+from protocol.server import Error
+from protocol.values import ConversationSettings
+from prove.client import Client
+from server.config import Settings
+from server.database import Db
+from server.dispatch import Rate
+from server.queries import conversations, participants, relationships
+from server.queries.relationships import Change
+from server.routes import ROUTES
+from tests.world import Somebody, World, message, refused, sent
+
+WAITING = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
+
+
+class Stage(NamedTuple):
+    """A conversation of a member, who is about to be kept from saying anything, and of somebody who may do that."""
+
+    world: World
+    about: ConversationId
+    member: Client
+    who: Somebody
+    keeper: Client
+    keeper_id: UserId
+    said: dict[str, MessageId]
+
+    def at(self, which: str = "mine") -> dict[str, Any]:
+        return {"conversation_id": self.about, "message_id": self.said[which]}
+
+
+@pytest.fixture
+async def world(settings: Settings) -> AsyncIterator[World]:
+    """Two workers with as many connections as frames may wait in them."""
+    async with World(msgspec.structs.replace(settings, database_connections=8)) as world:
+        yield world
+
+
+async def waiting(world: World, count: int) -> None:
+    """Return when so many statements wait for a lock."""
+    # A transaction would see the same statistics again and again.
+    watch = await asyncpg.connect(world.settings.database_url)
+    async with asyncio.timeout(10):
+        while await watch.fetchval(WAITING) < count:
+            await asyncio.sleep(0.01)
+    await watch.close()
+
+
+async def stage(world: World, *, is_direct: bool) -> Stage:
+    keeper, member = await world.users("Keeper", "Member")
+    theirs, mine = await world.connect(keeper), await world.connect(member, 1)
+    if is_direct:
+        made = await mine.call(client.CreateDirect(user_id=keeper.id), server.OneConversation)
+        about = made.view.conversation.id
+    else:
+        about = await world.group(theirs, member)
+        await theirs.call(client.SetPermissions(conversation_id=about, user_id=member.id, can_pin_messages=True))
+    await mine.event(server.ConversationJoined)
+    said = {
+        "theirs": await sent(theirs, about, "Hello"),
+        "mine": await sent(mine, about, "Hello"),
+        "reacted": await sent(mine, about, "Liked"),
+        "pinned": await sent(mine, about, "Important"),
+        "poll": await sent(mine, about, "When?", payload=Poll(options=["Now", "Later"])),
+        "voted": await sent(mine, about, "Where?", payload=Poll(options=["Here", "There"])),
+    }
+    here = Stage(world, about, mine, member, theirs, keeper.id, said)
+    await mine.call(client.React(**here.at("reacted"), emoji="👍"))
+    await mine.call(client.Pin(**here.at("pinned")))
+    await mine.call(client.Vote(**here.at("voted"), options=[0]))
+    return here
+
+
+def speech(on: Stage) -> dict[str, Frame]:
+    """Return every frame that reaches others as a message does, each new to the server."""
+    later = datetime.now(UTC) + timedelta(hours=1)
+    return {
+        "send": message(on.about),
+        "forward": client.Forward(
+            **on.at(), to_conversation_id=on.about, new_message_id=MessageId(uuid7())
+        ),
+        "edit": client.Edit(**on.at(), content=f"Edited {uuid7()}", edit_id=EditId(uuid7())),
+        "react": client.React(**on.at("theirs"), emoji="🎉"),
+        "pin": client.Pin(**on.at("theirs")),
+        "unpin": client.Unpin(**on.at("pinned")),
+        "vote": client.Vote(**on.at("poll"), options=[1]),
+        "close_poll": client.ClosePoll(**on.at("poll")),
+        "typing": client.Typing(conversation_id=on.about, active=True),
+        "schedule": client.Schedule(
+            conversation_id=on.about, message_id=MessageId(uuid7()), content="Later", send_at=later
+        ),
+    }  # fmt: skip
+
+
+def no_speech(on: Stage) -> list[Frame]:
+    """Return what takes back what one has said, reads, is for oneself alone, or was done before."""
+    return [
+        client.React(**on.at("reacted"), emoji="👍"),
+        client.Unreact(**on.at("reacted"), emoji="👍"),
+        client.Pin(**on.at("pinned")),
+        client.Vote(**on.at("voted"), options=[0]),
+        client.Vote(**on.at("voted"), options=[]),
+        client.Read(**on.at("poll")),
+        client.Delivered(**on.at("poll")),
+        client.MarkUnread(**on.at("poll")),
+        client.Star(**on.at()),
+        client.FollowThread(**on.at()),
+        client.SetDraft(conversation_id=on.about, content="Wait until"),
+        client.ReportMessage(**on.at("theirs"), reason="Rude"),
+        client.SetPreferences(conversation_id=on.about, is_muted=True),
+        client.Delete(**on.at()),
+    ]
+
+
+NO_SPEECH = {
+    client.Unreact, client.Delete, client.Read, client.ReadThread, client.MarkUnread, client.Star, client.Unstar,
+    client.FollowThread, client.UnfollowThread, client.SetDraft, client.CancelScheduled, client.ReportMessage,
+    client.SetPreferences, client.SeeFeed, client.RegisterPush, client.UnregisterPush, client.UpdateProfile,
+}  # fmt: skip
+"""Writing frames that reach nobody, or only take back."""
+OTHERS = {
+    client.CreateDirect, client.CreateGroup, client.CreateChannel, client.UpdateConversation,
+    client.DeleteConversation, client.Join, client.Leave, client.AddParticipants, client.Invite, client.Decline,
+    client.SetInviteCode, client.RemoveParticipant, client.Unban, client.SetRole, client.SetPermissions,
+    client.TransferOwnership, client.Moderate, client.Unmoderate, client.DismissReport, client.RequestFriend,
+    client.AnswerFriend, client.Unfriend, client.Block, client.Unblock, client.Follow, client.Unfollow, client.Mute,
+    client.Unmute, client.SetSwitches,
+}  # fmt: skip
+"""Writing frames about who takes part, or what people are to each other: docs/roles.md and docs/privacy.md."""
+
+
+async def test_every_writing_frame_is_one_or_the_other(world: World) -> None:
+    says = {type(frame) for frame in speech(await stage(world, is_direct=False)).values()} - {client.Typing}
+    writing = {frame for frame, route in ROUTES.items() if route.rate is Rate.WRITE}
+    assert writing == says | NO_SPEECH | OTHERS
+
+
+# ------------------------------------------------------------------------------------------------- the obstacles
+
+
+async def archive(on: Stage) -> None:
+    await on.keeper.call(client.UpdateConversation(conversation_id=on.about, is_archived=True))
+
+
+async def ask_for_moderators(on: Stage) -> None:
+    settings = ConversationSettings(send_role="moderator")
+    await on.keeper.call(client.UpdateConversation(conversation_id=on.about, settings=settings))
+
+
+async def slow_down(on: Stage) -> None:
+    settings = ConversationSettings(slow_mode_seconds=3_600)
+    await on.keeper.call(client.UpdateConversation(conversation_id=on.about, settings=settings))
+    await sent(on.member, on.about, "The last one for an hour")
+
+
+async def block(on: Stage) -> None:
+    await on.keeper.call(client.Block(user_id=on.who.id))
+
+
+async def be_blocked(on: Stage) -> None:
+    await on.member.call(client.Block(user_id=on.keeper_id))
+
+
+OBSTACLES: dict[Callable[[Stage], Awaitable[None]], tuple[bool, ErrorCode]] = {
+    archive: (False, ErrorCode.FORBIDDEN),
+    ask_for_moderators: (False, ErrorCode.FORBIDDEN),
+    slow_down: (False, ErrorCode.RATE_LIMITED),
+    block: (True, ErrorCode.FORBIDDEN),
+    be_blocked: (True, ErrorCode.FORBIDDEN),
+}
+"""What keeps somebody from speaking, whether that is in a direct conversation, and the answer."""
+
+
+@pytest.mark.parametrize("obstacle", OBSTACLES, ids=lambda one: one.__name__)
+async def test_who_may_not_send_says_nothing_in_any_way(
+    world: World, obstacle: Callable[[Stage], Awaitable[None]]
+) -> None:
+    is_direct, code = OBSTACLES[obstacle]
+    on = await stage(world, is_direct=is_direct)
+    frames = speech(on)
+    await obstacle(on)
+    await on.keeper.synced()
+    seen = len(on.keeper.events)
+    answers = {name: await on.member.ask(frame) for name, frame in frames.items()}
+    # What waits for its time waits out slow mode, too.
+    expected = dict.fromkeys(frames, code) | ({"schedule": None} if obstacle is slow_down else {})
+    assert {name: answer.code if isinstance(answer, Error) else None for name, answer in answers.items()} == expected
+    if obstacle is slow_down:
+        waits = [answer.retry_after_ms for answer in answers.values() if isinstance(answer, Error)]
+        assert all(wait is not None and 3_500_000 < wait <= 3_600_000 for wait in waits)
+    for frame in no_speech(on):
+        await on.member.call(frame)
+    await on.keeper.synced()
+    reached = {type(event) for event in on.keeper.events[seen:] if hasattr(event, "conversation_id")}
+    assert reached <= {server.MessageUnreacted, server.PollVoted, server.MessageDeleted, server.MessageRead,
+                       server.MessageDelivered}  # fmt: skip
+
+
+@pytest.mark.parametrize("is_direct", [False, True], ids=["group", "direct"])
+async def test_who_may_send_says_it_in_every_way(world: World, *, is_direct: bool) -> None:
+    on = await stage(world, is_direct=is_direct)
+    for frame in speech(on).values():
+        await on.member.call(frame)
+
+
+async def test_slow_mode_counts_edits_and_lets_moderators_be(world: World) -> None:
+    on = await stage(world, is_direct=False)
+    settings = ConversationSettings(slow_mode_seconds=3_600)
+    await on.keeper.call(client.UpdateConversation(conversation_id=on.about, settings=settings))
+    await on.member.call(client.Edit(**on.at(), content="Said anew"))
+    with refused(ErrorCode.RATE_LIMITED, None):
+        await sent(on.member, on.about, "And more")
+    await on.keeper.call(client.SetRole(conversation_id=on.about, user_id=on.who.id, role="moderator"))
+    for frame in speech(on).values():
+        await on.member.call(frame)
+
+
+# ------------------------------------------------------------------------------- what changes while a frame waits
+
+
+async def archiving(db: Db, on: Stage) -> None:
+    await conversations.update(db, on.about, {"is_archived": True})
+
+
+async def asking_for_moderators(db: Db, on: Stage) -> None:
+    await conversations.update(db, on.about, {"settings": ConversationSettings(send_role="moderator")})
+
+
+async def slowing_down(db: Db, on: Stage) -> None:
+    await conversations.update(db, on.about, {"settings": ConversationSettings(slow_mode_seconds=3_600)})
+    await db.execute("UPDATE conversation_participant SET last_sent_at = now() WHERE user_id = $1", on.who.id)
+
+
+async def blocking(db: Db, on: Stage) -> None:
+    await relationships.put(db, on.keeper_id, on.who.id, Change("block", "active"), on.keeper_id)
+
+
+async def switching_off(db: Db, on: Stage) -> None:
+    await relationships.put(db, on.keeper_id, on.who.id, Change("follow", "active"), on.keeper_id)
+    await relationships.switch(db, on.keeper_id, on.who.id, {"can_send_messages": False})
+
+
+async def removing(db: Db, on: Stage) -> None:
+    them = await participants.get(db, on.about, on.who.id)
+    assert them is not None
+    await participants.change(db, them, status="removed")
+
+
+CHANGES: dict[Callable[[Any, Stage], Awaitable[None]], tuple[bool, ErrorCode]] = {
+    archiving: (False, ErrorCode.FORBIDDEN),
+    asking_for_moderators: (False, ErrorCode.FORBIDDEN),
+    slowing_down: (False, ErrorCode.RATE_LIMITED),
+    removing: (False, ErrorCode.NOT_FOUND),
+    blocking: (True, ErrorCode.FORBIDDEN),
+    switching_off: (True, ErrorCode.FORBIDDEN),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda one: one.__name__)
+async def test_a_frame_that_waits_is_judged_when_its_turn_comes(
+    world: World, change: Callable[[Any, Stage], Awaitable[None]]
+) -> None:
+    is_direct, code = CHANGES[change]
+    on = await stage(world, is_direct=is_direct)
+    # Those that take no lock do not wait: they are before the change, or after it.
+    frames = {name: frame for name, frame in speech(on).items() if name not in {"typing", "schedule"}}
+    async with on.world.db.transaction():
+        if is_direct:
+            await relationships.lock(on.world.db, on.keeper_id, on.who.id)
+        else:
+            await conversations.lock(on.world.db, on.about)
+        answers = []
+        for number, frame in enumerate(frames.values(), start=1):
+            # A connection takes one frame at a time, and a worker has four connections to the database.
+            device = await world.connect(on.who, number % 2)
+            answers.append(asyncio.create_task(device.ask(frame)))
+        await waiting(world, len(frames))
+        await change(on.world.db, on)
+    got = [answer.code if isinstance(answer, Error) else None for answer in await asyncio.gather(*answers)]
+    assert dict(zip(frames, got, strict=True)) == dict.fromkeys(frames, code)
+
+
+async def test_what_is_said_while_expiry_is_turned_on_expires(world: World) -> None:
+    on = await stage(world, is_direct=False)
+    async with on.world.db.transaction():
+        await conversations.lock(on.world.db, on.about)
+        saying = asyncio.create_task(sent(on.member, on.about, "Not for ever"))
+        await waiting(world, 1)
+        await conversations.update(
+            on.world.db, on.about, {"settings": ConversationSettings(expire_after_seconds=3_600)}
+        )
+    assert await on.world.db.fetchval("SELECT expires_at IS NOT NULL FROM message WHERE id = $1", await saying)
+
+
+async def test_a_block_that_is_acknowledged_is_the_last_word(world: World) -> None:
+    """Whatever a sender has under way when somebody blocks them: nothing comes after the block was answered."""
+    on = await stage(world, is_direct=True)
+    for _ in range(5):
+        saying = asyncio.create_task(keep_saying(on))
+        await sent(on.member, on.about, "Before")
+        await on.keeper.call(client.Block(user_id=on.who.id))
+        newest = await on.world.db.fetchval("SELECT version FROM conversation WHERE id = $1", on.about)
+        await saying
+        assert await on.world.db.fetchval("SELECT version FROM conversation WHERE id = $1", on.about) == newest
+        await on.keeper.call(client.Unblock(user_id=on.who.id))
+
+
+async def keep_saying(on: Stage) -> None:
+    """Send one after the other until that is refused."""
+    try:
+        while True:
+            await sent(on.member, on.about, "Again")
+    except Refused as refusal:
+        assert refusal.code is ErrorCode.FORBIDDEN
