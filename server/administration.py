@@ -164,6 +164,7 @@ async def reset_password(db: Db, options: argparse.Namespace) -> Answer:
     password = secrets.token_urlsafe(PASSWORD_BYTES)
     new_hash = await passwords.hashed(password)
     async with db.transaction():
+        await users.lock(db, [card.id])
         await accounts.set_password(db, card.id, new_hash)
         await sessions.revoke(db, card.id, None)
         await users.touch(db, [card.id])
@@ -177,6 +178,7 @@ async def list_sessions(db: Db, options: argparse.Namespace) -> Answer:
     found = await sessions.of_user(db, card.id, None)
     if options.revoke:
         async with db.transaction():
+            await users.lock(db, [card.id])
             await sessions.revoke(db, card.id, None)
             await users.touch(db, [card.id])
             await _note(db, "revoke_sessions", card.id)
@@ -186,6 +188,7 @@ async def list_sessions(db: Db, options: argparse.Namespace) -> Answer:
 async def _set_disabled(db: Db, options: argparse.Namespace, *, is_disabled: bool) -> Answer:
     card = await _card(db, options.user)
     async with db.transaction():
+        await users.lock(db, [card.id])
         await accounts.disable(db, card.id, is_disabled=is_disabled)
         if is_disabled:
             await sessions.revoke(db, card.id, None)

@@ -20,7 +20,7 @@ from server.admission import Admission
 from server.auth.attempts import Attempts
 from server.auth.endpoints import Accounts
 from server.auth.sessions import Sessions
-from server.auth.tickets import Tickets
+from server.auth.tickets import Ticket, Tickets
 from server.bus import Alone, Connect
 from server.clusterbus import ClusterBus, is_cluster
 from server.config import Settings
@@ -45,7 +45,6 @@ from server.queries import conversations, indexing, push, sending
 from server.queries import erasure as erasing
 from server.queries.conversations import Membership
 from server.queries.sending import Outgoing, Stored
-from server.queries.sessions import Active
 from server.record import PostgresRecord
 from server.redisbus import RedisBus
 from server.roster import Roster
@@ -282,10 +281,7 @@ class App:
 
     async def _issue_tickets(self, connections: list[Connection]) -> list[str | None]:
         return await self._tickets.issue(
-            [
-                Active(one.session_id, one.expires_at, self.hub.people.version(one.user_id), one.context.user)
-                for one in connections
-            ]
+            [Ticket(one.session_id, self.hub.people.version(one.user_id)) for one in connections]
         )
 
     def _alive(self, connections: list[Connection]) -> None:
@@ -301,6 +297,7 @@ class App:
             "conversations": len(self.hub.topics),
             "bus_up": int(self.hub.bus.is_up),
             "database_connections": self._database.size,
+            "deadlocks": self._database.deadlocks,
             "deliveries": self.hub.topics.delivered,
             "fetches": self.hub.topics.fetched,
             "bus_published": self.hub.bus.published,

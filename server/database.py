@@ -1,8 +1,9 @@
 """The connections to PostgreSQL."""
 
-from collections.abc import AsyncIterator
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
 
 import asyncpg
 
@@ -16,8 +17,13 @@ CONNECT_SECONDS = 5.0
 STATEMENT_SECONDS = 10.0
 UNREACHABLE = (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, ValueError)
 
+log = logging.getLogger(__name__)
+
 Db: TypeAlias = Connection
 """What queries take first: a connection."""
+Result = TypeVar("Result")
+ROLLED_BACK = (asyncpg.DeadlockDetectedError, asyncpg.SerializationError)
+"""What PostgreSQL raises when it ends a transaction that succeeds if it is tried once more."""
 
 SESSION = {
     "application_name": "openchat",
@@ -46,6 +52,8 @@ class Database:
 
     def __init__(self, pool: Pool) -> None:
         self._pool = pool
+        self.deadlocks = 0
+        """Transactions that PostgreSQL ended, and that were tried once more."""
 
     @classmethod
     async def open(cls, settings: Settings) -> "Database":
@@ -80,6 +88,30 @@ class Database:
         """Borrow a connection inside a transaction, which commits when the block ends."""
         async with self.connection() as connection, connection.transaction():
             yield connection
+
+    async def atomically(self, what: str, work: Callable[[Db], Awaitable[Result]]) -> Result:
+        """Return what `work` does in a transaction. It is done once more if PostgreSQL ended it to break a deadlock, so
+        it publishes nothing; `what` names it in the log.
+        """
+
+        async def once() -> Result:
+            async with self.transaction() as db:
+                return await work(db)
+
+        return await self.again(what, once)
+
+    async def again(self, what: str, work: Callable[[], Awaitable[Result]]) -> Result:
+        """Return what `work` does, done once more if PostgreSQL ended its transaction to break a deadlock."""
+        try:
+            return await work()
+        except ROLLED_BACK as error:
+            self.rolled_back(what, error)
+        return await work()
+
+    def rolled_back(self, what: str, error: Exception) -> None:
+        """Count and log that PostgreSQL ended a transaction that is tried once more now."""
+        self.deadlocks += 1
+        log.warning("%s was ended by PostgreSQL and is tried once more: %s", what, error)
 
     @asynccontextmanager
     async def searching(self) -> AsyncIterator[Db]:

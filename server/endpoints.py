@@ -163,7 +163,7 @@ class Endpoints:
         admission = self._door.shared.admission
         admission.begin()
         try:
-            return await self._door.sessions.authenticate(token)
+            return await self._door.sessions.admit(token)
         except BaseException:
             admission.end()
             raise

@@ -31,6 +31,7 @@ GAUGES = {
 COUNTERS = {
     "deliveries": "Events written to sockets.",
     "fetches": "Times that missing events were read from PostgreSQL.",
+    "deadlocks": "Transactions that PostgreSQL ended to break a deadlock, and that were tried once more.",
     "bus_published": "Messages said on the bus.",
     "bus_received": "Messages heard on the bus.",
     "bus_dropped": "Messages that could not be said on the bus; their events are found in PostgreSQL.",

@@ -1,7 +1,16 @@
-"""Login attempts, counted for each account and each address: in Redis for all workers, or else in this one."""
+"""Login attempts, counted for each account and each address: in Redis for all workers, or else in this one.
 
+An attempt is counted before it is made. Concurrent attempts therefore cannot all pass a check that none of them has
+yet failed.
+"""
+
+import asyncio
 import hashlib
 import time
+from collections import OrderedDict
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from weakref import WeakValueDictionary
 
 from redis.asyncio import Redis, RedisCluster
 
@@ -10,6 +19,10 @@ from server.errors import REDIS_LOST
 
 WINDOW_SECONDS = 300
 KEY = "openchat:attempts:"
+MAX_COUNTED_HERE = 10_000
+"""Max counters in a worker's own memory; beyond it, the oldest is dropped. They only decide while Redis is away."""
+FAILURES = frozenset({ErrorCode.UNAUTHENTICATED, ErrorCode.FORBIDDEN})
+"""The refusals that tell a wrong password."""
 
 
 class Attempts:
@@ -18,28 +31,32 @@ class Attempts:
     def __init__(self, redis: Redis | RedisCluster, *, per_account: int, per_address: int) -> None:
         self._redis = redis
         self._limits = {"account": per_account, "address": per_address}
-        self._here: dict[str, tuple[int, float]] = {}
+        self._here: OrderedDict[str, tuple[int, float]] = OrderedDict()
+        self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
     async def of_address(self, address: str) -> None:
         """Count one attempt of an address. Raises Refused if it had too many."""
-        self._require("address", *await self._count("address", address))
+        self._require("address", *await self._count(_key("address", address)))
 
-    async def require_account(self, email: str) -> None:
-        """Raises Refused if an account had too many failed attempts."""
-        self._require("account", *await self._read("account", email))
+    @asynccontextmanager
+    async def at_account(self, who: str) -> AsyncIterator[None]:
+        """Count one attempt at an account, made in the block. Raises Refused if there were too many.
 
-    async def failed(self, email: str) -> None:
-        """Count a failed attempt at an account."""
-        await self._count("account", email)
-
-    async def succeeded(self, email: str) -> None:
-        """Forget the failed ones."""
-        key = _key("account", email)
-        self._here.pop(key, None)
-        try:
-            await self._redis.delete(key)
-        except REDIS_LOST:
-            return
+        The block raises Refused with one of FAILURES if the attempt fails. If it succeeds, the earlier failures are
+        forgotten; if it could not be made, it is not counted. A worker makes one attempt at an account at a time, so
+        the attempts of an owner with many devices do not add up before the first of them succeeds.
+        """
+        key = _key("account", who)
+        turn = self._turns.setdefault(key, asyncio.Lock())
+        async with turn:
+            self._require("account", *await self._count(key))
+            try:
+                yield
+            except Exception as error:
+                if not isinstance(error, Refused) or error.code not in FAILURES:
+                    await self._take_back(key)
+                raise
+            await self._forget(key)
 
     def _require(self, kind: str, count: int, seconds: float) -> None:
         if count > self._limits[kind]:
@@ -47,39 +64,48 @@ class Attempts:
                 ErrorCode.RATE_LIMITED, "Too many attempts; wait a little.", retry_after_ms=int(seconds * 1000)
             )
 
-    async def _read(self, kind: str, who: str) -> tuple[int, float]:
-        key = _key(kind, who)
-        try:
-            async with self._redis.pipeline(transaction=False) as pipe:
-                pipe.get(key)
-                pipe.ttl(key)
-                count, seconds = await pipe.execute()
-            return int(count or 0) + 1, max(seconds, 1)
-        except REDIS_LOST:
-            count, until = self._local(key)
-            return count + 1, until - time.monotonic()
-
-    async def _count(self, kind: str, who: str) -> tuple[int, float]:
-        key = _key(kind, who)
-        count, until = self._local(key)
-        self._here[key] = (count + 1, until)
+    async def _count(self, key: str) -> tuple[int, float]:
+        """Count one more; return how many that makes, and for how many seconds they count."""
+        here, until = self._count_here(key)
         try:
             async with self._redis.pipeline(transaction=True) as pipe:
                 pipe.incr(key)
                 pipe.expire(key, WINDOW_SECONDS, nx=True)
                 pipe.ttl(key)
-                total, _, seconds = await pipe.execute()
-            return total, max(seconds, 1)
+                count, _, seconds = await pipe.execute()
+            return count, max(seconds, 1)
         except REDIS_LOST:
-            return count + 1, until - time.monotonic()
+            return here, until - time.monotonic()
 
-    def _local(self, key: str) -> tuple[int, float]:
+    async def _take_back(self, key: str) -> None:
+        if (there := self._here.get(key)) is not None:
+            self._here[key] = (there[0] - 1, there[1])
+        try:
+            async with self._redis.pipeline(transaction=True) as pipe:
+                pipe.decr(key)
+                pipe.expire(key, WINDOW_SECONDS, nx=True)
+                await pipe.execute()
+        except REDIS_LOST:
+            return
+
+    async def _forget(self, key: str) -> None:
+        self._here.pop(key, None)
+        try:
+            await self._redis.delete(key)
+        except REDIS_LOST:
+            return
+
+    def _count_here(self, key: str) -> tuple[int, float]:
         now = time.monotonic()
         count, until = self._here.get(key, (0, 0.0))
-        if until > now:
-            return count, until
-        self._here = {key: entry for key, entry in self._here.items() if entry[1] > now}
-        return 0, now + WINDOW_SECONDS
+        if until <= now:
+            # The first that were counted are the first to end, so that what is over is at the beginning.
+            self._here.pop(key, None)
+            count, until = 0, now + WINDOW_SECONDS
+            while self._here and (len(self._here) >= MAX_COUNTED_HERE or next(iter(self._here.values()))[1] <= now):
+                self._here.popitem(last=False)
+        self._here[key] = (count + 1, until)
+        return count + 1, until
 
 
 def _key(kind: str, who: str) -> str:

@@ -1,5 +1,9 @@
 """The HTTP endpoints for accounts and sessions."""
 
+from collections.abc import AsyncIterator
+from datetime import datetime
+from typing import NamedTuple
+
 import asyncpg
 import msgspec
 from starlette.requests import Request
@@ -18,11 +22,12 @@ from server.auth.credentials import COOKIE, token_of
 from server.auth.sessions import Sessions
 from server.auth.tokens import new_token, token_hash
 from server.context import Events
-from server.database import Database
+from server.database import Database, Db
 from server.errors import NotFound
 from server.export import written
 from server.limits import Allowance
 from server.queries import accounts, sessions, users
+from server.queries.accounts import Login as Found
 from server.queries.sessions import Active
 from server.web import JSON, endpoint, json_response, limited_body
 
@@ -30,8 +35,19 @@ _register = msgspec.json.Decoder(Register)
 _login = msgspec.json.Decoder(Login)
 _confirm = msgspec.json.Decoder(Confirm)
 MAX_USER_AGENT = 255
+MAX_RACES = 2
+"""How often a login is tried again when its password was hashed anew while it was checked."""
 EXPORTS_PER_SECOND, EXPORTS_AT_ONCE = 1 / 60, 3
 """How often one user may export their data from a worker."""
+
+
+class Begun(NamedTuple):
+    """A session that has begun, as LoggedIn tells it."""
+
+    token: str
+    session_id: SessionId
+    expires_at: datetime
+    user: User
 
 
 class Accounts:
@@ -72,35 +88,51 @@ class Accounts:
         """Make an account and begin its first session."""
         await self._attempts.of_address(address_of(request))
         body = decode(await limited_body(request), _register)
-        email = body.email.lower()
         password_hash = await passwords.hashed(body.password)
+
+        async def made(db: Db) -> Begun | None:
+            user_id = await accounts.register(db, body.name, body.email.lower(), password_hash)
+            return await self._begin(db, request, User(id=user_id, name=body.name), password_hash)
+
         try:
-            async with self._database.transaction() as db:
-                user_id = await accounts.register(db, body.name, email, password_hash)
+            begun = await self._database.atomically("register", made)
         except asyncpg.UniqueViolationError:
             raise Refused(ErrorCode.CONFLICT, "This e-mail address has an account already.", path="email") from None
-        return await self._begin(request, User(id=user_id, name=body.name), status=201)
+        assert begun is not None  # noqa: S101 - the account was made in the same transaction
+        return self._welcome(request, begun, status=201)
 
     async def login(self, request: Request) -> Response:
         """Begin a session."""
         await self._attempts.of_address(address_of(request))
         body = decode(await limited_body(request), _login)
         email = body.email.lower()
-        await self._attempts.require_account(email)
-        async with self._database.connection() as db:
-            found = await accounts.find(db, email)
-        if not await passwords.matches(body.password, None if found is None else found.password_hash) or found is None:
-            await self._attempts.failed(email)
+        async with self._attempts.at_account(email):
+            for _ in range(MAX_RACES):
+                async with self._database.connection() as db:
+                    found = await accounts.find(db, email)
+                there = None if found is None else found.password_hash
+                if not await passwords.matches(body.password, there) or found is None:
+                    break
+                if (begun := await self._log_in(request, found, body.password)) is not None:
+                    return self._welcome(request, begun, status=200)
             raise Refused(ErrorCode.UNAUTHENTICATED, "The e-mail address and the password do not match.")
-        await self._attempts.succeeded(email)
-        if passwords.is_outdated(found.password_hash):
-            new_hash = await passwords.hashed(body.password)
-            async with self._database.connection() as db:
-                await accounts.set_password(db, found.user.id, new_hash)
-        if found.is_away:
-            async with self._database.connection() as db:
-                await accounts.come_back(db, found.user.id)
-        return await self._begin(request, found.user, status=200)
+
+    async def _log_in(self, request: Request, found: Found, password: str) -> Begun | None:
+        """Begin a session of whoever gave the right password, which brings back who has gone; None if the password or
+        the account is not what it was when that was checked.
+        """
+        checked = found.password_hash
+        new_hash = await passwords.hashed(password) if passwords.is_outdated(checked) else None
+
+        async def made(db: Db) -> Begun | None:
+            await users.lock(db, [found.user.id])
+            await accounts.come_back(db, found.user.id, checked)
+            begun = await self._begin(db, request, found.user, checked)
+            if begun is not None and new_hash is not None:
+                await accounts.set_password(db, found.user.id, new_hash, instead_of=checked)
+            return begun
+
+        return await self._database.atomically("login", made)
 
     async def logout(self, request: Request) -> Response:
         """End the session of the request."""
@@ -122,15 +154,20 @@ class Accounts:
         active = await self.caller(request)
         user_id = active.user.id
         body = decode(await limited_body(request), _confirm)
-        await self._attempts.require_account(user_id.hex)
-        async with self._database.connection() as db:
-            there = await accounts.password_hash(db, user_id)
-        if not await passwords.matches(body.password, there):
-            await self._attempts.failed(user_id.hex)
-            raise Refused(ErrorCode.FORBIDDEN, "This is not your password.", path="password")
-        async with self._database.transaction() as db:
-            await accounts.leave(db, user_id, is_for_good=is_for_good)
-            await sessions.revoke(db, user_id, None)
+        async with self._attempts.at_account(user_id.hex):
+            async with self._database.connection() as db:
+                checked = await accounts.password_hash(db, user_id)
+
+            async def left(db: Db) -> bool:
+                await users.lock(db, [user_id])
+                is_left = await accounts.leave(db, user_id, checked, is_for_good=is_for_good)
+                if is_left:
+                    await sessions.revoke(db, user_id, None)
+                return is_left
+
+            is_right = await passwords.matches(body.password, checked)
+            if not is_right or not await self._database.atomically("leave", left):
+                raise Refused(ErrorCode.FORBIDDEN, "This is not your password.", path="password")
         self._events.poke([user_id])
         self._events.reconsider(user_id)
         response = Response(status_code=204)
@@ -142,13 +179,21 @@ class Accounts:
         active = await self.caller(request)
         self._exports.require(active.user.id)
         return StreamingResponse(
-            written(self._database.connection, active.user.id),
+            self._exported(active),
             media_type=JSON,
             headers={
                 "cache-control": "no-store",
                 "content-disposition": f'attachment; filename="openchat-{active.user.id}.json"',
             },
         )
+
+    async def _exported(self, active: Active) -> AsyncIterator[bytes]:
+        """Return a user's data piece by piece; when their session ends, break off, so that what came is not whole."""
+        async for piece in written(self._database.connection, active.user.id):
+            async with self._database.connection() as db:
+                if not await sessions.living(db, [active.session_id]):
+                    return
+            yield piece
 
     async def list_sessions(self, request: Request) -> Response:
         """Return the user's sessions."""
@@ -175,23 +220,29 @@ class Accounts:
         return Response(status_code=204)
 
     async def _revoke(self, user_id: UserId, session_id: SessionId | None) -> int:
-        async with self._database.transaction() as db:
+        async def revoked(db: Db) -> int:
+            await users.lock(db, [user_id])
             count = await sessions.revoke(db, user_id, session_id)
             if count:
                 await users.touch(db, [user_id])
+            return count
+
+        count = await self._database.atomically("revoke", revoked)
         self._events.poke([user_id])
         return count
 
-    async def _begin(self, request: Request, user: User, *, status: int) -> Response:
+    async def _begin(self, db: Db, request: Request, user: User, checked: str) -> Begun | None:
         token = new_token()
         device = (address_of(request), request.headers.get("user-agent", "")[:MAX_USER_AGENT].replace("\0", "") or None)
-        async with self._database.connection() as db:
-            session_id, expires_at = await sessions.create(db, user.id, token_hash(token), self._sessions.lasts, device)
-        logged_in = LoggedIn(token=token, session_id=session_id, expires_at=expires_at, user=user)
-        response = json_response(logged_in, status=status)
+        lasts = self._sessions.lasts
+        begun = await sessions.create(db, user.id, token_hash(token), lasts, device, password_hash=checked)
+        return None if begun is None else Begun(token, *begun, user)
+
+    def _welcome(self, request: Request, begun: Begun, *, status: int) -> Response:
+        response = json_response(LoggedIn(**begun._asdict()), status=status)
         response.set_cookie(
             COOKIE,
-            token,
+            begun.token,
             max_age=int(self._sessions.lasts.total_seconds()),
             httponly=True,
             samesite="lax",

@@ -27,14 +27,27 @@ class Sessions:
         self._tickets = tickets
         self.lasts = timedelta(days=days)
         self._lookups: Gather[str, Active | None] = Gather(self._find, most=256)
+        self._returns: Gather[SessionId, Active | None] = Gather(self._find_by_id, most=256)
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def authenticate(self, token: str) -> Active:
-        """Return the session of a token, or of a return ticket. Raises Refused if there is none, or it has expired."""
-        if token.startswith(PREFIX):
-            active = await self._tickets.redeem(token)
-        else:
-            active = await self._lookups.submit(token_hash(token))
+        """Return the session of a token. Raises Refused if there is none, or it has expired."""
+        return self._required(await self._lookups.submit(token_hash(token)))
+
+    async def admit(self, token: str) -> Active:
+        """Return the session of a token, or of a return ticket, which is for the socket alone. Raises Refused as
+        `authenticate` does: a ticket is worth what its session is worth now.
+        """
+        if not token.startswith(PREFIX):
+            return await self.authenticate(token)
+        ticket = await self._tickets.redeem(token)
+        active = None if ticket is None else await self._returns.submit(ticket.session_id)
+        if ticket is not None and active is not None:
+            # What the user's other devices changed meanwhile is news to this one.
+            active = active._replace(user_version=ticket.user_version)
+        return self._required(active)
+
+    def _required(self, active: Active | None) -> Active:
         if active is None:
             raise Refused(ErrorCode.UNAUTHENTICATED, "There is no such session, or it has ended: log in.")
         if self.is_due(active.expires_at):
@@ -73,3 +86,8 @@ class Sessions:
         async with self._database.connection() as db:
             found = await sessions.find(db, hashes)
         return [found.get(one) for one in hashes]
+
+    async def _find_by_id(self, session_ids: list[SessionId]) -> list[Active | None]:
+        async with self._database.connection() as db:
+            found = await sessions.find_by_id(db, session_ids)
+        return [found.get(one) for one in session_ids]

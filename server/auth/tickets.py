@@ -1,29 +1,38 @@
-"""Return tickets: what a worker that drains gives its clients, so that coming back asks PostgreSQL for no session.
+"""Return tickets: what a worker that drains gives its clients, so that they come back without their token.
 
-A ticket is 256 random bits, good for one return within a minute; Redis keeps what it stands for under its hash. It says
-which session it is for and the user's own clock, so one whose session was revoked meanwhile is noticed like any other.
+A ticket is 256 random bits, good for one return to the socket within a minute; Redis keeps what it stands for under its
+hash. A ticket names a session and says nothing about it: whoever redeems it looks whether the session is still valid.
 """
 
 import logging
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import msgspec
 from redis.asyncio import Redis, RedisCluster
 
+from protocol.ids import SessionId
 from server.auth.tokens import new_token, token_hash
 from server.errors import REDIS_LOST
 from server.gather import Gather
-from server.queries.sessions import Active
 
 LASTS_SECONDS = 60
 PREFIX = "ticket."
 """No token has a full stop in it."""
-KEY = "openchat:ticket:"
+KEY = "openchat:return:"
 AT_ONCE = 256
 
-_decoder = msgspec.json.Decoder(Active)
-
 log = logging.getLogger(__name__)
+
+
+class Ticket(NamedTuple):
+    """What a ticket stands for: a session, and the user's own clock as far as the connection was told of it."""
+
+    session_id: SessionId
+    user_version: int
+
+
+_decoder = msgspec.json.Decoder(Ticket)
 
 
 class Tickets:
@@ -31,26 +40,26 @@ class Tickets:
 
     def __init__(self, redis: Redis | RedisCluster) -> None:
         self._redis = redis
-        self._returns: Gather[str, Active | None] = Gather(self._redeem, most=AT_ONCE)
+        self._returns: Gather[str, Ticket | None] = Gather(self._redeem, most=AT_ONCE)
 
-    async def issue(self, sessions: Sequence[Active]) -> list[str | None]:
-        """Return a ticket for each session; none while Redis is away: the token does as well."""
-        tickets = [PREFIX + new_token() for _ in sessions]
+    async def issue(self, wanted: Sequence[Ticket]) -> list[str | None]:
+        """Return the words of each ticket; none while Redis is away: the token does as well."""
+        tickets = [PREFIX + new_token() for _ in wanted]
         try:
             async with self._redis.pipeline(transaction=False) as pipe:
-                for ticket, active in zip(tickets, sessions, strict=True):
-                    pipe.set(_key(ticket), msgspec.json.encode(active), ex=LASTS_SECONDS)
+                for ticket, one in zip(tickets, wanted, strict=True):
+                    pipe.set(_key(ticket), msgspec.json.encode(one), ex=LASTS_SECONDS)
                 await pipe.execute()
         except REDIS_LOST as error:
             log.warning("no return tickets: %s", error)
-            return [None] * len(sessions)
+            return [None] * len(wanted)
         return list(tickets)
 
-    async def redeem(self, ticket: str) -> Active | None:
+    async def redeem(self, ticket: str) -> Ticket | None:
         """Return what a ticket stands for, once; None if it is used, too old or made up, or Redis is away."""
         return await self._returns.submit(ticket)
 
-    async def _redeem(self, tickets: list[str]) -> list[Active | None]:
+    async def _redeem(self, tickets: list[str]) -> list[Ticket | None]:
         try:
             async with self._redis.pipeline(transaction=False) as pipe:
                 for ticket in tickets:

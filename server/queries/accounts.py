@@ -33,15 +33,14 @@ async def register(db: Db, name: str, email: str, password_hash: str) -> UserId:
 
 
 class Login(NamedTuple):
-    """A user and the hash of their password; whether they had gone, so that this is how they come back."""
+    """A user and the hash of their password."""
 
     user: User
     password_hash: str
-    is_away: bool
 
 
 FIND = f"""
-SELECT {FACE}, a.password, NOT u.is_active
+SELECT {FACE}, a.password
 FROM account a JOIN "user" u ON u.id = a.user_id AND NOT u.is_disabled AND u.erased_at IS NULL
 WHERE a.provider_id = 'credential' AND a.account_id = $1 AND a.password IS NOT NULL
 """  # noqa: S608 - FACE is a constant
@@ -50,7 +49,7 @@ WHERE a.provider_id = 'credential' AND a.account_id = $1 AND a.password IS NOT N
 async def find(db: Db, email: str) -> Login | None:
     """Return who logs in with this address."""
     row = await db.fetchrow(FIND, email)
-    return None if row is None else Login(_user_decoder.decode(row[0]), row[1], row[2])
+    return None if row is None else Login(_user_decoder.decode(row[0]), row[1])
 
 
 HASH = "SELECT password FROM account WHERE provider_id = 'credential' AND user_id = $1"
@@ -62,35 +61,47 @@ async def password_hash(db: Db, user_id: UserId) -> str | None:
     return found
 
 
-LEAVE = """
-UPDATE "user" SET is_active = false, is_deleted = $2, deleted_at = CASE WHEN $2 THEN now() END, updated_at = now(),
+# Checking a password takes long, outside any transaction. What follows is done under the user's lock, and only
+# if the hash that it was checked against is still theirs: whoever changes the hash takes the same lock.
+_HAS_HASH = """EXISTS (
+    SELECT FROM account a WHERE a.user_id = u.id AND a.provider_id = 'credential' AND a.password = $2
+)"""
+
+LEAVE = f"""
+UPDATE "user" u SET is_active = false, is_deleted = $3, deleted_at = CASE WHEN $3 THEN now() END, updated_at = now(),
     version = version + 1
-WHERE id = $1 AND erased_at IS NULL
+WHERE u.id = $1 AND u.erased_at IS NULL AND {_HAS_HASH}
+RETURNING true
+"""  # noqa: S608 - a constant is put in
+
+
+async def leave(db: Db, user_id: UserId, password_hash: str | None, *, is_for_good: bool) -> bool:
+    """Deactivate a user, or mark them to be erased when the time of grace is over; False, and in vain, if that is not
+    the hash of their password. Under the user's lock.
+    """
+    return bool(await db.fetchval(LEAVE, user_id, password_hash, is_for_good))
+
+
+COME_BACK = f"""
+UPDATE "user" u SET is_active = true, is_deleted = false, deleted_at = NULL, updated_at = now(), version = version + 1
+WHERE u.id = $1 AND u.erased_at IS NULL AND NOT u.is_disabled AND (NOT u.is_active OR u.is_deleted) AND {_HAS_HASH}
+"""  # noqa: S608 - as above
+
+
+async def come_back(db: Db, user_id: UserId, password_hash: str) -> None:
+    """Undo that, if that is the hash of the user's password. Under the user's lock."""
+    await db.execute(COME_BACK, user_id, password_hash)
+
+
+NEW_HASH = """
+UPDATE account SET password = $2, updated_at = now()
+WHERE provider_id = 'credential' AND user_id = $1 AND ($3::text IS NULL OR password = $3)
 """
 
 
-async def leave(db: Db, user_id: UserId, *, is_for_good: bool) -> None:
-    """Deactivate a user, or mark them to be erased when the time of grace is over."""
-    await db.execute(LEAVE, user_id, is_for_good)
-
-
-COME_BACK = """
-UPDATE "user" SET is_active = true, is_deleted = false, deleted_at = NULL, updated_at = now(), version = version + 1
-WHERE id = $1 AND erased_at IS NULL AND NOT is_disabled
-"""
-
-
-async def come_back(db: Db, user_id: UserId) -> None:
-    """Undo that."""
-    await db.execute(COME_BACK, user_id)
-
-
-NEW_HASH = "UPDATE account SET password = $2, updated_at = now() WHERE provider_id = 'credential' AND user_id = $1"
-
-
-async def set_password(db: Db, user_id: UserId, new_hash: str) -> None:
-    """Give a user another password, or the same one hashed with today's parameters."""
-    await db.execute(NEW_HASH, user_id, new_hash)
+async def set_password(db: Db, user_id: UserId, new_hash: str, *, instead_of: str | None = None) -> None:
+    """Give a user another password, or in the place of a hash another one of the same. Under the user's lock."""
+    await db.execute(NEW_HASH, user_id, new_hash, instead_of)
 
 
 DISABLE = """

@@ -83,6 +83,7 @@ JOIN conversation c ON c.id = m.conversation_id AND NOT c.is_deleted
 JOIN "user" u ON u.id = m.sender_id
 JOIN conversation_participant p ON p.conversation_id = m.conversation_id AND p.status = 'active'
 JOIN push_endpoint e ON e.user_id = p.user_id
+JOIN session s ON s.id = e.session_id AND s.expires_at > now()
 JOIN "user" them ON them.id = p.user_id AND them.is_active AND NOT them.is_deleted
 LEFT JOIN thread_follow t ON t.root_id = m.thread_root_id AND t.user_id = p.user_id AND t.is_following
     AND (t.conversation_id = m.conversation_id) IS TRUE

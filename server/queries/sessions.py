@@ -16,17 +16,31 @@ _sessions_decoder = msgspec.json.Decoder(list[Session])
 
 CREATE = """
 INSERT INTO session (user_id, token, expires_at, ip_address, user_agent)
-VALUES ($1, $2, now() + $3, $4, $5) RETURNING id, expires_at
+SELECT u.id, $2, now() + $3, $4, $5 FROM "user" u
+WHERE u.id = $1 AND u.is_active AND NOT u.is_deleted AND NOT u.is_disabled AND u.erased_at IS NULL
+    AND ($6::text IS NULL OR EXISTS (
+        SELECT FROM account a WHERE a.user_id = u.id AND a.provider_id = 'credential' AND a.password = $6
+    ))
+RETURNING id, expires_at
 """
 
 
 async def create(
-    db: Db, user_id: UserId, token_hash: str, lasts: timedelta, device: tuple[str | None, str | None]
-) -> tuple[SessionId, datetime]:
-    """Begin a session; `device` is its address and its user agent. Return its id and when it expires."""
-    row = await db.fetchrow(CREATE, user_id, token_hash, lasts, *device)
-    assert row is not None  # noqa: S101 - the insert returns its row
-    return row[0], row[1]
+    db: Db,
+    user_id: UserId,
+    token_hash: str,
+    lasts: timedelta,
+    device: tuple[str | None, str | None],
+    *,
+    password_hash: str | None = None,
+) -> tuple[SessionId, datetime] | None:
+    """Begin a session; `device` is its address and its user agent. Return its id and when it expires.
+
+    Return None if the user is not active, or if `password_hash`, against which their password was checked, is not
+    theirs any more. Under the user's lock, which is taken by whoever changes either.
+    """
+    row = await db.fetchrow(CREATE, user_id, token_hash, lasts, *device, password_hash)
+    return None if row is None else (row[0], row[1])
 
 
 class Active(NamedTuple):
@@ -51,9 +65,25 @@ async def find(db: Db, token_hashes: Sequence[str]) -> dict[str, Active]:
     return {row[0]: Active(row[1], row[2], row[3], _user_decoder.decode(row[4])) for row in rows}
 
 
+FIND_BY_ID = f"""
+SELECT s.id, s.expires_at, u.version, {FACE}
+FROM session s JOIN "user" u ON u.id = s.user_id AND u.is_active AND NOT u.is_deleted
+WHERE s.id = ANY($1) AND s.expires_at > now()
+"""  # noqa: S608 - FACE is a constant
+
+
+async def find_by_id(db: Db, session_ids: Sequence[SessionId]) -> dict[SessionId, Active]:
+    """Return the valid sessions among those."""
+    rows = await db.fetch(FIND_BY_ID, list(session_ids))
+    return {row[0]: Active(row[0], row[1], row[2], _user_decoder.decode(row[3])) for row in rows}
+
+
+# A session that somebody else holds is being revoked, or extended: nobody waits for it.
 SLIDE = """
 UPDATE session s SET expires_at = now() + $2, updated_at = now()
-FROM (SELECT id FROM session WHERE id = ANY($1) AND expires_at > now() ORDER BY id FOR NO KEY UPDATE) t
+FROM (
+    SELECT id FROM session WHERE id = ANY($1) AND expires_at > now() ORDER BY id FOR NO KEY UPDATE SKIP LOCKED
+) t
 WHERE s.id = t.id
 """
 
@@ -91,13 +121,15 @@ REVOKE = "DELETE FROM session WHERE user_id = $1 AND ($2::uuid IS NULL OR id = $
 
 
 async def revoke(db: Db, user_id: UserId, session_id: SessionId | None) -> int:
-    """End one session of a user, or all; return how many that were."""
+    """End one session of a user, or all; return how many that were. Under the user's lock."""
     return len(await db.fetch(REVOKE, user_id, session_id))
 
 
-EXPIRED = (
-    "DELETE FROM session WHERE id IN (SELECT id FROM session WHERE expires_at < now() - interval '1 day' LIMIT 1000)"
+EXPIRED = """
+DELETE FROM session WHERE id IN (
+    SELECT id FROM session WHERE expires_at < now() - interval '1 day' LIMIT 1000 FOR UPDATE SKIP LOCKED
 )
+"""
 
 
 async def clear_expired(db: Db) -> None:

@@ -1,6 +1,6 @@
 """Users as others see them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import asyncpg
@@ -272,6 +272,20 @@ VERSIONS = """SELECT id, version FROM "user" WHERE id = ANY($1)"""
 async def versions(db: Db, user_ids: Sequence[UserId]) -> dict[UserId, int]:
     """Return the users' own clocks."""
     return {row[0]: row[1] for row in await db.fetch(VERSIONS, list(user_ids))}
+
+
+# The second step of the order in which everything is locked (queries/__init__.py).
+LOCK = """
+SELECT u.id, u.is_active AND NOT u.is_deleted FROM "user" u WHERE u.id = ANY($1) ORDER BY u.id FOR NO KEY UPDATE
+"""
+
+
+async def lock(db: Db, user_ids: Iterable[UserId]) -> set[UserId]:
+    """Lock users until the transaction ends: what is read of theirs after this is current. Return those who are active.
+
+    After a conversation's lock, before any row of theirs, and once: for everyone whom the transaction is about.
+    """
+    return {UserId(row[0]) for row in await db.fetch(LOCK, list(user_ids)) if row[1]}
 
 
 TOUCH = """

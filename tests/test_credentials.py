@@ -1,0 +1,378 @@
+"""Credentials hold when they are used, not only when they were issued: tickets, sessions, passwords, attempts."""
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Coroutine
+from typing import Any
+
+import httpx
+import msgspec
+import pytest
+from redis.asyncio import Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from websockets.exceptions import InvalidStatus
+
+from protocol import server
+from protocol.errors import ErrorCode, Refused
+from protocol.http import LoggedIn
+from prove.client import Client
+from server import administration
+from server.auth import passwords
+from server.auth.attempts import Attempts
+from server.config import Settings
+from tests.world import Somebody, World
+
+ADA = {"name": "Ada", "email": "ada@example.org", "password": "correct horse"}
+LOGIN = {"email": ADA["email"], "password": ADA["password"]}
+
+
+@pytest.fixture
+async def http(world: World) -> AsyncIterator[httpx.AsyncClient]:
+    async with httpx.AsyncClient(base_url=world.url, trust_env=False, timeout=30) as http:
+        yield http
+
+
+@pytest.fixture
+async def ada(http: httpx.AsyncClient) -> LoggedIn:
+    return await registered(http)
+
+
+async def registered(http: httpx.AsyncClient, **fields: str) -> LoggedIn:
+    answer = await http.post("/v1/auth/register", json=ADA | fields)
+    http.cookies.clear()
+    assert answer.status_code == 201, answer.text
+    return msgspec.json.decode(answer.content, type=LoggedIn)
+
+
+def bearer(token: str | None) -> dict[str, str]:
+    return {"authorization": f"Bearer {token}"}
+
+
+async def administer(world: World, *arguments: str) -> administration.Answer:
+    """Do what a command of `openchat` does, on a connection of its own."""
+    options = administration._parser().parse_args(list(arguments))  # noqa: SLF001
+    return await administration._run(world.settings.database_url, options)  # noqa: SLF001
+
+
+async def ticket_of(world: World, token: str) -> str:
+    """Connect with a token to the first worker, and return the ticket that it gives when it drains."""
+    one = Client(world.workers[0].url, token)
+    await one.__aenter__()
+    await one.settled()
+    await world.workers[0].app.drain()
+    ticket = (await one.event(server.GoingAway)).ticket
+    await one.closed()
+    assert ticket is not None
+    return ticket
+
+
+# -------------------------------------------------------------------------------------------------------- tickets
+
+Ending = Callable[[World, httpx.AsyncClient, LoggedIn], Coroutine[Any, Any, object]]
+
+
+async def revoked(world: World, http: httpx.AsyncClient, ada: LoggedIn) -> None:
+    answer = await http.delete(f"{world.workers[1].url}/v1/auth/sessions", headers=bearer(ada.token))
+    assert answer.status_code == 204
+
+
+async def left(world: World, http: httpx.AsyncClient, ada: LoggedIn) -> None:
+    answer = await http.post(
+        f"{world.workers[1].url}/v1/auth/delete", headers=bearer(ada.token), json={"password": ADA["password"]}
+    )
+    assert answer.status_code == 204
+
+
+async def expired(world: World, http: httpx.AsyncClient, ada: LoggedIn) -> None:  # noqa: ARG001
+    await world.db.execute("UPDATE session SET expires_at = now() - interval '1 second'")
+
+
+def commanded(*arguments: str) -> Ending:
+    async def ending(world: World, http: httpx.AsyncClient, ada: LoggedIn) -> None:  # noqa: ARG001
+        await administer(world, *arguments)
+
+    return ending
+
+
+ENDINGS: dict[str, Ending] = {
+    "revoked": revoked,
+    "deleted by its user": left,
+    "expired": expired,
+    "disabled": commanded("user", "disable", ADA["email"]),
+    "password reset": commanded("user", "reset-password", ADA["email"]),
+    "revoked by an administrator": commanded("user", "sessions", ADA["email"], "--revoke"),
+    "erased": commanded("erase", ADA["email"], "--yes"),
+}
+
+
+@pytest.mark.parametrize("ending", ENDINGS.values(), ids=ENDINGS)
+async def test_ticket_is_refused_once_its_session_has_ended(
+    world: World, http: httpx.AsyncClient, ada: LoggedIn, ending: Ending
+) -> None:
+    ticket = await ticket_of(world, ada.token)
+    await ending(world, http, ada)
+    with pytest.raises(InvalidStatus, match="401"):
+        await Client(world.workers[1].url, ticket).open()
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        ("GET", "/v1/auth/export", None),
+        ("GET", "/v1/auth/sessions", None),
+        ("DELETE", "/v1/auth/sessions", None),
+        ("POST", "/v1/auth/logout", None),
+        ("POST", "/v1/auth/delete", {"password": ADA["password"]}),
+        ("POST", "/v1/call", {"type": "get_me"}),
+    ],
+)
+async def test_ticket_is_refused_over_http_and_stays_good_for_the_socket(
+    world: World, http: httpx.AsyncClient, asked: tuple[str, str, dict[str, str] | None]
+) -> None:
+    method, path, body = asked
+    ada = await registered(http)
+    ticket = await ticket_of(world, ada.token)
+    answer = await http.request(method, f"{world.workers[1].url}{path}", headers=bearer(ticket), json=body)
+    assert (answer.status_code, answer.json()["code"]) == (401, "unauthenticated")
+    back = await world.connect(Somebody(ada.user.id, "Ada", ticket), 1)
+    assert back.ready.session_id == ada.session_id
+
+
+async def test_export_stops_when_its_session_ends(world: World, http: httpx.AsyncClient, ada: LoggedIn) -> None:
+    one = await world.connect(Somebody(ada.user.id, "Ada", ada.token), 1)
+    about = await world.channel(one)
+    await world.db.execute("""
+        INSERT INTO message (conversation_id, sender_id, content, sent_version, version)
+        SELECT $1, $2, repeat('x', 9000), 1000 + n, 1000 + n FROM generate_series(1, 2000) n
+    """, about, ada.user.id)  # fmt: skip
+    read = bytearray()
+    async with http.stream("GET", f"{world.workers[1].url}/v1/auth/export", headers=bearer(ada.token)) as answer:
+        pieces = answer.aiter_bytes()
+        read += await anext(pieces)
+        await revoked(world, http, ada)
+        async for piece in pieces:
+            read += piece
+    assert not read.endswith(b"]}\n")
+
+
+async def test_session_that_was_revoked_is_not_slid_into_life(world: World, ada: LoggedIn) -> None:
+    await world.db.execute("DELETE FROM session")
+    await world.workers[0].app.sessions._slide([ada.session_id])  # noqa: SLF001
+    assert await world.db.fetchval("SELECT count(*) FROM session") == 0
+
+
+# ------------------------------------------------------------------------------------- passwords and new sessions
+
+
+@pytest.mark.usefixtures("ada")
+async def test_session_of_the_old_password_does_not_outlive_its_reset(world: World, http: httpx.AsyncClient) -> None:
+    """A login that is in flight while the password is reset gets a refusal, or a session that the reset ends."""
+    outlived = 0
+    refusals = 0
+    password = ADA["password"]
+    for _ in range(8):
+        login = asyncio.create_task(http.post("/v1/auth/login", json=LOGIN | {"password": password}))
+        # The reset's own hash takes as long as the login's: they commit at about the same time.
+        reset = await administer(world, "user", "reset-password", ADA["email"])
+        answer = await login
+        http.cookies.clear()
+        refusals += answer.status_code == 401
+        if answer.status_code == 200:
+            token = answer.json()["token"]
+            outlived += (await http.get("/v1/auth/sessions", headers=bearer(token))).status_code == 200
+        assert isinstance(reset, dict)
+        password = reset["password"]
+        assert (await http.post("/v1/auth/login", json=LOGIN | {"password": password})).status_code == 200
+    assert outlived == 0
+
+
+@pytest.mark.parametrize("deed", ["reset-password", "disable", "erase"])
+async def test_login_whose_password_was_checked_before_a_deed_gets_no_session_after_it(
+    world: World, http: httpx.AsyncClient, ada: LoggedIn, monkeypatch: pytest.MonkeyPatch, deed: str
+) -> None:
+    """The window itself: the check of the password is held open until the deed is done."""
+    checked, may_go_on = asyncio.Event(), asyncio.Event()
+    matches = passwords.matches
+
+    async def held(password: str, password_hash: str | None) -> bool:
+        is_right = await matches(password, password_hash)
+        if not checked.is_set():
+            checked.set()
+            await may_go_on.wait()
+        return is_right
+
+    monkeypatch.setattr(passwords, "matches", held)
+    login = asyncio.create_task(http.post("/v1/auth/login", json=LOGIN))
+    await checked.wait()
+    await administer(world, *(("erase", ADA["email"], "--yes") if deed == "erase" else ("user", deed, ADA["email"])))
+    may_go_on.set()
+    answer = await login
+    assert (answer.status_code, answer.json()["code"]) == (401, "unauthenticated")
+    assert await world.db.fetchval("SELECT count(*) FROM session WHERE user_id = $1", ada.user.id) == 0
+
+
+async def test_login_during_deactivation_gives_a_living_session_or_a_refusal(
+    world: World, http: httpx.AsyncClient, ada: LoggedIn
+) -> None:
+    token = ada.token
+    dead = 0
+    answers: Counter[int] = Counter()
+    for _ in range(12):
+        leaving = http.post("/v1/auth/deactivate", headers=bearer(token), json={"password": ADA["password"]})
+        login = http.post(f"{world.workers[1].url}/v1/auth/login", json=LOGIN)
+        left, answer = await asyncio.gather(leaving, login)
+        http.cookies.clear()
+        answers[answer.status_code] += 1
+        assert left.status_code == 204
+        if answer.status_code == 200:
+            token = answer.json()["token"]
+            state = (await http.get("/v1/auth/sessions", headers=bearer(token))).status_code
+            is_active = await world.db.fetchval('SELECT is_active FROM "user"')
+            # A session that the deactivation has ended is right: it came after. An inactive user with one is not.
+            dead += not is_active and await world.db.fetchval("SELECT count(*) FROM session") > 0
+            if state == 200:
+                continue
+        token = (await http.post("/v1/auth/login", json=LOGIN)).json()["token"]
+        http.cookies.clear()
+    assert dead == 0, answers
+
+
+async def test_password_is_rehashed_only_in_the_place_of_the_one_that_was_checked(
+    world: World, http: httpx.AsyncClient, ada: LoggedIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(passwords, "is_outdated", lambda _: True)
+    hashed = passwords.hashed
+    reset: list[str] = []
+
+    async def reset_meanwhile(password: str) -> str:
+        if not reset:
+            reset.append("reset")
+            await world.db.execute("UPDATE account SET password = 'reset meanwhile' WHERE user_id = $1", ada.user.id)
+        return await hashed(password)
+
+    monkeypatch.setattr(passwords, "hashed", reset_meanwhile)
+    assert (await http.post("/v1/auth/login", json=LOGIN)).status_code == 401
+    assert await world.db.fetchval("SELECT password FROM account") == "reset meanwhile"
+
+
+async def test_outdated_password_is_rehashed_and_every_login_at_that_moment_succeeds(
+    world: World, http: httpx.AsyncClient, ada: LoggedIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = await world.db.fetchval("SELECT password FROM account WHERE user_id = $1", ada.user.id)
+    monkeypatch.setattr(passwords, "is_outdated", before.__eq__)
+    answers = await asyncio.gather(*(http.post("/v1/auth/login", json=LOGIN) for _ in range(6)))
+    assert [answer.status_code for answer in answers] == [200] * 6
+    assert await world.db.fetchval("SELECT password FROM account WHERE user_id = $1", ada.user.id) != before
+
+
+async def test_registration_is_whole_or_not_at_all(world: World, http: httpx.AsyncClient) -> None:
+    await world.db.execute("ALTER TABLE session ADD CONSTRAINT full_house CHECK (false)")
+    answer = await http.post("/v1/auth/register", json=ADA)
+    assert answer.status_code == 500
+    assert await world.db.fetchval('SELECT count(*) FROM "user"') == 0
+
+
+# ------------------------------------------------------------------------------------------------------- attempts
+
+
+async def guessed(urls: list[str], count: int, last: str = "wrong horse") -> Counter[int]:
+    """Log in so often at the same time, with a wrong password but for the last time; return how often each answer."""
+    async with httpx.AsyncClient(trust_env=False, timeout=30, limits=httpx.Limits(max_connections=None)) as http:
+        passwords = ["wrong horse"] * (count - 1) + [last]
+        answers = await asyncio.gather(
+            *(
+                http.post(f"{urls[number % len(urls)]}/v1/auth/login", json=LOGIN | {"password": password})
+                for number, password in enumerate(passwords)
+            )
+        )
+    return Counter(answer.status_code for answer in answers)
+
+
+async def test_of_concurrent_guesses_ten_are_tried(settings: Settings) -> None:
+    settings = msgspec.structs.replace(settings, login_attempts_per_address=10_000)
+    async with World(settings) as world:
+        async with httpx.AsyncClient(base_url=world.url, trust_env=False, timeout=30) as http:
+            await registered(http)
+        urls = [worker.url for worker in world.workers]
+        assert await guessed(urls, 60) == {401: settings.login_attempts, 429: 60 - settings.login_attempts}
+        assert await guessed(urls[:1], 1, last=ADA["password"]) == {429: 1}
+
+
+def alone(per_account: int) -> Attempts:
+    """Return counters that find no Redis."""
+    redis = Redis(unix_socket_path="/nowhere", retry=Retry(NoBackoff(), 0))
+    return Attempts(redis, per_account=per_account, per_address=100)
+
+
+async def test_of_concurrent_guesses_ten_are_tried_without_redis() -> None:
+    attempts = alone(10)
+    tried = 0
+
+    async def guess() -> ErrorCode:
+        nonlocal tried
+        try:
+            async with attempts.at_account("ada@example.org"):
+                tried += 1
+                await asyncio.sleep(0)
+                raise Refused(ErrorCode.UNAUTHENTICATED, "Wrong")
+        except Refused as refused:
+            return refused.code
+
+    codes = Counter(await asyncio.gather(*(guess() for _ in range(80))))
+    assert (tried, codes) == (10, {ErrorCode.UNAUTHENTICATED: 10, ErrorCode.RATE_LIMITED: 70})
+
+
+async def test_attempt_that_could_not_be_made_is_not_counted() -> None:
+    attempts = alone(1)
+    for _ in range(3):
+        with pytest.raises(ConnectionError):
+            async with attempts.at_account("ada@example.org"):
+                raise ConnectionError
+    async with attempts.at_account("ada@example.org"):
+        pass
+
+
+async def test_attempts_are_counted_in_bounded_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.auth.attempts.MAX_COUNTED_HERE", 50)
+    attempts = alone(1)
+    for number in range(200):
+        await attempts.of_address(f"address {number}")
+    assert len(attempts._here) <= 50  # noqa: SLF001
+
+
+async def test_passwords_that_wait_to_be_hashed_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(passwords, "MAX_WAITING", 4)
+    answers = await asyncio.gather(*(passwords.hashed("correct horse") for _ in range(20)), return_exceptions=True)
+    refused = [answer for answer in answers if isinstance(answer, Refused)]
+    assert len(refused) == 16
+    assert {(one.code, one.retry_after_ms) for one in refused} == {(ErrorCode.UNAVAILABLE, passwords.RETRY_AFTER_MS)}
+    assert await passwords.matches("correct horse", str(answers[0]))
+
+
+@pytest.mark.usefixtures("ada")
+async def test_owner_logs_in_on_many_devices_at_once(world: World, http: httpx.AsyncClient) -> None:
+    urls = [worker.url for worker in world.workers]
+    answers = await asyncio.gather(*(http.post(f"{urls[n % 2]}/v1/auth/login", json=LOGIN) for n in range(20)))
+    assert Counter(answer.status_code for answer in answers) == {200: 20}
+
+
+async def test_concurrent_guesses_at_the_password_of_a_session_are_counted_first(
+    world: World, http: httpx.AsyncClient, ada: LoggedIn
+) -> None:
+    """Whoever has stolen a session may not find out the password by deactivating the account."""
+    paths = [f"{worker.url}/v1/auth/{what}" for worker in world.workers for what in ("deactivate", "delete")]
+    wrong = {"password": "wrong horse"}
+    answers = await asyncio.gather(
+        *(http.post(paths[number % 4], headers=bearer(ada.token), json=wrong) for number in range(40))
+    )
+    assert Counter(answer.status_code for answer in answers) == {403: 10, 429: 30}
+
+
+async def test_concurrent_registrations_of_an_address_are_counted_first(settings: Settings) -> None:
+    settings = msgspec.structs.replace(settings, login_attempts_per_address=5)
+    async with World(settings, workers=1) as world, httpx.AsyncClient(base_url=world.url, trust_env=False) as http:
+        answers = await asyncio.gather(
+            *(http.post("/v1/auth/register", json=ADA | {"email": f"{n}@example.org"}) for n in range(20))
+        )
+        assert Counter(answer.status_code for answer in answers) == {201: 5, 429: 15}
