@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import secrets
 import sys
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from typing import Any, TypeAlias
 from uuid import UUID
 
@@ -105,7 +105,8 @@ async def _run(url: str, options: argparse.Namespace) -> Answer:
         if not await migrate.is_current(connection):
             raise Fatal("the database does not have this program's schema; run `openchat migrate`.")
         work: Work = options.work
-        return await work(connection, options)
+        # All that a command does is in one transaction, or may be done again.
+        return await database.twice(lambda: work(connection, options), lambda _: None)
     finally:
         await connection.close()
 
@@ -267,16 +268,11 @@ async def erase_user(db: Db, options: argparse.Namespace) -> Answer:
     """Erase a person now: what they said stays, and nothing else of them. With --verify, prove it."""
     card = await _card(db, options.user)
     texts = [] if card.state == "erased" else await erasure.words(db, card.id)
-    if card.state != "erased":
-        if not options.yes:
-            raise Fatal(f"this erases {card.name} ({card.email}) for good; say --yes if that is meant.")
-
-        @contextlib.asynccontextmanager
-        async def transaction() -> AsyncIterator[Db]:
-            async with db.transaction():
-                yield db
-
-        await erase(transaction, card.id)
+    if card.state != "erased" and not options.yes:
+        raise Fatal(f"this erases {card.name} ({card.email}) for good; say --yes if that is meant.")
+    if options.yes:
+        # Who was erased before is erased again: what was left, or came since, is taken away.
+        await erase(database.Single(db), card.id)
         await _note(db, "erase_user", card.id)
     answer: dict[str, Any] = {"id": str(card.id), "state": "erased"}
     if options.verify:

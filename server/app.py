@@ -268,7 +268,7 @@ class App:
         async with self._database.connection() as db:
             due = await erasing.due(db, self._grace)
         for user_id in due:
-            for change in await erase(self._database.transaction, user_id):
+            for change in await erase(self._database, user_id, grace=self._grace):
                 tell_participant(self.hub, change)
 
     def _arrived(self, connection: Connection) -> None:

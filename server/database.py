@@ -3,6 +3,7 @@
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import TypeAlias, TypeVar
 
 import asyncpg
@@ -102,11 +103,7 @@ class Database:
 
     async def again(self, what: str, work: Callable[[], Awaitable[Result]]) -> Result:
         """Return what `work` does, done once more if PostgreSQL ended its transaction to break a deadlock."""
-        try:
-            return await work()
-        except ROLLED_BACK as error:
-            self.rolled_back(what, error)
-        return await work()
+        return await twice(work, partial(self.rolled_back, what))
 
     def rolled_back(self, what: str, error: Exception) -> None:
         """Count and log that PostgreSQL ended a transaction that is tried once more now."""
@@ -134,6 +131,33 @@ class Database:
         """Return what tells this database from a restored or replaced one."""
         async with self.connection() as db:
             return str(await db.fetchval(EPOCH))
+
+
+class Single:
+    """One connection, with the transactions of a Database: for the command line."""
+
+    def __init__(self, connection: Db) -> None:
+        self._connection = connection
+
+    async def atomically(self, what: str, work: Callable[[Db], Awaitable[Result]]) -> Result:
+        """Return what `work` does in a transaction, done once more as in Database."""
+
+        async def once() -> Result:
+            async with self._connection.transaction():
+                return await work(self._connection)
+
+        return await twice(once, lambda error: log.warning("%s is tried once more: %s", what, error))
+
+
+async def twice(work: Callable[[], Awaitable[Result]], told: Callable[[Exception], None]) -> Result:
+    """Return what `work` does, done once more if PostgreSQL ended its transaction to break a deadlock. `told` is called
+    with the error before that.
+    """
+    try:
+        return await work()
+    except ROLLED_BACK as error:
+        told(error)
+    return await work()
 
 
 async def connect(url: str) -> "asyncpg.Connection[asyncpg.Record]":

@@ -11,6 +11,7 @@ from protocol.codec import decode_client, label
 from protocol.errors import ErrorCode, Refused
 from protocol.server import Error, Reply, Result
 from server.context import Context
+from server.database import ROLLED_BACK
 from server.errors import refusal
 from server.metrics import Metrics
 from server.pressure import Pressure, Shed
@@ -74,7 +75,12 @@ class Dispatch:
             if route.shed is not None:
                 self._pressure.require(route.shed)
             self._allowances[route.rate].require(context.user_id)
-            result = await route.handler(context, frame)
+            try:
+                result = await route.handler(context, frame)
+            except ROLLED_BACK as error:
+                # Handlers publish after their commit, so nothing has happened yet.
+                context.database.rolled_back(str(type(frame).__struct_config__.tag), error)
+                result = await route.handler(context, frame)
         except Exception as error:
             refused = refusal(error)
             if refused is None:

@@ -1,29 +1,60 @@
 """Erasing a person, when the time of grace is over or an administrator says so."""
 
-from collections.abc import Callable
-from contextlib import AbstractAsyncContextManager
+from collections.abc import Awaitable, Callable
+from datetime import timedelta
+from functools import partial
+from typing import Protocol, TypeVar
 
-from protocol.ids import UserId
+from protocol.ids import ConversationId, UserId
 from server.database import Db
-from server.queries import conversations, erasure, participants
+from server.queries import conversations, erasure, participants, users
 from server.queries.participants import Change
 
-Transaction = Callable[[], AbstractAsyncContextManager[Db]]
+Result = TypeVar("Result")
 
 
-async def erase(transaction: Transaction, user_id: UserId) -> list[Change]:
-    """Let a user out of everything they are in, as `leave` does, so that nothing is left without an owner; then forget
-    them. Done again after a crash in the middle, it goes on. Return who takes part in what else now.
+class Atomic(Protocol):
+    """What runs transactions: a Database, or a connection of the command line."""
+
+    async def atomically(self, what: str, work: Callable[[Db], Awaitable[Result]]) -> Result:
+        """Return what `work` does in a transaction."""
+
+
+async def erase(database: Atomic, user_id: UserId, *, grace: timedelta | None = None) -> list[Change]:
+    """Erase a user, who may be online: shut them out, let them out of everything they are in, as `leave` does, so that
+    nothing is left without an owner, and forget them once nothing is left. Done again after a crash in the middle, or
+    for who was erased before, it takes away what is left. Return who takes part in what else now.
+
+    With `grace`, do nothing if they did not delete their account, or came back, or deleted it not so long ago.
     """
+    if not await database.atomically("erasure", partial(_shut_out, user_id, grace)):
+        return []
     changes: list[Change] = []
-    async with transaction() as db:
-        there = await erasure.conversations(db, user_id)
-    for conversation_id in there:
-        async with transaction() as db:
-            await conversations.lock(db, conversation_id)
-            me = await participants.get(db, conversation_id, user_id)
-            if me is not None and me.status in {"active", "invited"}:
-                changes += await participants.leave(db, me)
-    async with transaction() as db:
-        await erasure.forget(db, user_id)
+    while there := await database.atomically("erasure", partial(_forget, user_id)):
+        for conversation_id in there:
+            changes += await database.atomically("erasure", partial(_leave, user_id, conversation_id))
     return changes
+
+
+async def _shut_out(user_id: UserId, grace: timedelta | None, db: Db) -> bool:
+    await users.lock(db, [user_id])
+    return await erasure.shut_out(db, user_id, grace)
+
+
+async def _leave(user_id: UserId, conversation_id: ConversationId, db: Db) -> list[Change]:
+    if await conversations.lock(db, conversation_id) is None:
+        await erasure.leave_deleted(db, conversation_id, user_id)
+        return []
+    me = await participants.get(db, conversation_id, user_id)
+    if me is None or me.status not in {"active", "invited"}:
+        return []
+    return await participants.leave(db, me)
+
+
+async def _forget(user_id: UserId, db: Db) -> list[ConversationId]:
+    """Forget a user if they take part in nothing; otherwise return in what."""
+    await users.lock(db, [user_id])
+    there = await erasure.conversations(db, user_id)
+    if not there:
+        await erasure.forget(db, user_id)
+    return there

@@ -21,6 +21,13 @@ class NotFound(Refused):
         super().__init__(ErrorCode.NOT_FOUND, "There is no such thing, or you may not see it.", path=path)
 
 
+class NotActive(Refused):
+    """The answer to a user who was deactivated, disabled or erased while their frame was in flight."""
+
+    def __init__(self) -> None:
+        super().__init__(ErrorCode.UNAUTHENTICATED, "Your account is not active: log in.")
+
+
 # The constraints that a client can run into, by name (schema.sql), and what to tell it.
 CONSTRAINTS: dict[str, tuple[ErrorCode, str, str | None]] = {
     "user_email_key": (ErrorCode.CONFLICT, "This e-mail address has an account already.", "email"),

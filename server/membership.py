@@ -71,9 +71,12 @@ async def entered(db: Db, context: Context, conversation_id: ConversationId) -> 
 
 
 async def require_welcome(db: Db, me: Participant, frame: AddParticipants | Invite) -> None:
-    """Raise Refused unless a participant may add or invite all whom a frame names, as what it says."""
+    """Raise Refused unless a participant may add or invite all whom a frame names, as what it says. Locks them, so that
+    none of them is deactivated or erased before the transaction ends.
+    """
     require(me, Act.ADD_MEMBERS)
     require_below(me, frame.role)
+    await users.lock(db, frame.participants)
     if not await users.all_may(db, "invite", me.user_id, frame.participants):
         raise NotFound("participants")
     if not may(me, Act.REMOVE_MEMBERS) and await participants.any_banned(db, me.conversation_id, frame.participants):

@@ -4,6 +4,7 @@ The message's id was made when it was scheduled, so a worker that dies after sen
 leaves nothing behind that the next one could send twice.
 """
 
+from functools import partial
 from uuid import UUID
 
 from protocol.errors import ErrorCode, Refused
@@ -26,7 +27,8 @@ async def send_due(services: Services) -> None:
         problem: str | None = None if is_here else "The account is not there any more."
         if is_here:
             try:
-                await send(Context(services=services, user=due.sender, session_id=NO_SESSION), due.frame)
+                context = Context(services=services, user=due.sender, session_id=NO_SESSION)
+                await services.database.again("a scheduled message", partial(send, context, due.frame))
             except Refused as refused:
                 if refused.code in AGAIN:
                     continue

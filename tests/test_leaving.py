@@ -1,6 +1,5 @@
 """Going away and coming back, going for good, and a person's own data."""
 
-import contextlib
 from collections.abc import AsyncIterator
 from datetime import timedelta
 from typing import Any
@@ -17,7 +16,7 @@ from protocol.ids import MessageId, UserId, uuid7
 from protocol.payloads import Poll
 from prove.client import Client
 from prove.truth import recount
-from server.database import Db
+from server.database import Single
 from server.erasure import erase
 from server.queries import erasure
 from tests.world import Somebody, World, refused, sent
@@ -124,13 +123,7 @@ async def test_who_is_erased_leaves_their_words_and_nothing_else(world: World, a
     assert (await ada.http.post("/v1/auth/login", json=login)).status_code == 401
     assert (await ada.http.post("/v1/auth/register", json=ADA)).status_code == 201
     assert await recount(world.db) == []
-
-    @contextlib.asynccontextmanager
-    async def transaction() -> AsyncIterator[Db]:
-        async with world.db.transaction():
-            yield world.db
-
-    assert await erase(transaction, me) == []
+    assert await erase(Single(world.db), me) == []
 
 
 async def test_ones_own_data_is_all_there(world: World, ada: Person) -> None:

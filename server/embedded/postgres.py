@@ -24,6 +24,7 @@ OPTIONS = {
     "listen_addresses": "",  # reached by its Unix socket alone, in a folder that only its owner can enter
     "shared_buffers": "128MB",
     "log_checkpoints": "off",
+    "log_lock_waits": "on",
 }
 
 

@@ -19,7 +19,7 @@ from server import search, sync
 from server.context import Context
 from server.cursor import Cursor
 from server.database import Db
-from server.errors import NotFound
+from server.errors import NotActive, NotFound
 from server.invitecode import new_code
 from server.membership import News, entered
 from server.permissions import require
@@ -44,6 +44,8 @@ async def create_direct(context: Context, frame: client.CreateDirect) -> OneConv
         there = await conversations.direct(db, context.user_id, frame.user_id)
         made = False
         if there is None:
+            if context.user_id not in await users.lock(db, founding.members):
+                raise NotActive
             if not await users.all_may(db, "write", context.user_id, [frame.user_id]):
                 raise NotFound("user_id")
             made = await conversations.create(db, founding)
@@ -91,6 +93,8 @@ async def _create(
         settings=_checked_settings(frame.settings),
     )
     async with context.database.transaction() as db:
+        if context.user_id not in await users.lock(db, members):
+            raise NotActive
         if not await users.all_may(db, "invite", context.user_id, list(members)):
             raise NotFound("participants")
         made = await conversations.create(db, founding)

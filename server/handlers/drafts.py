@@ -8,9 +8,9 @@ from protocol.errors import ErrorCode, Refused
 from protocol.limits import MAX_SCHEDULED
 from protocol.server import Done, DraftList, OneScheduled, ScheduledList
 from server.context import Context
-from server.errors import NotFound
+from server.errors import NotActive, NotFound
 from server.permissions import require_may_send
-from server.queries import conversations, drafts, scheduled
+from server.queries import conversations, drafts, scheduled, users
 from server.saying import outgoing
 
 LATEST = timedelta(days=366)
@@ -42,7 +42,8 @@ async def schedule(context: Context, frame: client.Schedule) -> OneScheduled:
         access = await conversations.send_access(db, frame.conversation_id, context.user_id)
         if access is None:
             raise NotFound("conversation_id")
-        await scheduled.lock(db, context.user_id)
+        if not await users.lock(db, [context.user_id]):
+            raise NotActive
         there = await scheduled.get(db, frame.message_id, context.user_id, frame.conversation_id)
         if there is None:
             # Slow mode counts when the time has come, and so does everything else once more.
@@ -62,7 +63,7 @@ async def schedule(context: Context, frame: client.Schedule) -> OneScheduled:
 async def cancel(context: Context, frame: client.CancelScheduled) -> OneScheduled:
     """Do not send a message that waits."""
     async with context.database.transaction() as db:
-        await scheduled.lock(db, context.user_id)
+        await users.lock(db, [context.user_id])
         there = await scheduled.get(db, frame.message_id, context.user_id, frame.conversation_id)
         if there is None:
             raise NotFound("message_id")

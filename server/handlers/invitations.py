@@ -10,7 +10,7 @@ from server.errors import NotFound
 from server.invitecode import new_code
 from server.membership import News, entered, require_welcome
 from server.permissions import require
-from server.queries import audit, conversations, participants
+from server.queries import audit, conversations, participants, users
 from server.queries.audit import Deed
 from server.telling import tell_updated
 
@@ -31,6 +31,7 @@ async def decline(context: Context, frame: client.Decline) -> Done:
     """Do not follow an invitation."""
     async with context.database.transaction() as db:
         conversation = await conversations.lock(db, frame.conversation_id)
+        await users.lock(db, [context.user_id])
         me = await participants.get(db, frame.conversation_id, context.user_id)
         if conversation is None or me is None or me.status not in {"invited", "declined"}:
             raise NotFound("conversation_id")

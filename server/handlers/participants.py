@@ -9,7 +9,7 @@ from protocol.values import Participant, ParticipantStatus
 from server import sync
 from server.context import Context
 from server.database import Db
-from server.errors import NotFound
+from server.errors import NotActive, NotFound
 from server.membership import News, entered, require_room, require_welcome, taking_part
 from server.permissions import require, require_above, require_below
 from server.queries import conversations, participants, users
@@ -28,6 +28,8 @@ async def join(context: Context, frame: client.Join) -> OneConversation:
             db, context.user_id, frame.conversation_id, frame.invite_code
         ):
             raise NotFound(path)
+        if not await users.lock(db, [context.user_id]):
+            raise NotActive
         before = await participants.get(db, conversation.id, context.user_id)
         if before is not None and before.status == "banned":
             raise Refused(ErrorCode.FORBIDDEN, "You are banned from this conversation.", path=path)
@@ -52,6 +54,7 @@ async def leave(context: Context, frame: client.Leave) -> Done:
     """Let the caller out; an owner's place goes to the next in rank, then in age."""
     async with context.database.transaction() as db:
         conversation, me = await entered(db, context, frame.conversation_id)
+        await users.lock(db, [context.user_id])
         news = News(context, db, conversation)
         news.changes += await participants.leave(db, me)
         if news.changes[0].participant_count:
@@ -84,6 +87,7 @@ async def remove(context: Context, frame: client.RemoveParticipant) -> Done:
     async with context.database.transaction() as db:
         conversation, me = await entered(db, context, frame.conversation_id)
         require(me, Act.REMOVE_MEMBERS)
+        await users.lock(db, [frame.user_id])
         them = await _other(db, me, frame.user_id)
         if them.status == status:
             return Done()

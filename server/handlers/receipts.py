@@ -5,15 +5,19 @@ from protocol.limits import MAX_SHARED_PARTICIPANTS
 from protocol.server import Done, MessageDelivered, MessageRead, Readers, ReadUpTo, ServerFrame
 from server.context import Context
 from server.errors import NotFound
-from server.queries import participants, receipts
+from server.queries import participants, receipts, users
 
 
 async def read(context: Context, frame: client.Read) -> ReadUpTo:
     """Move the caller's read position forward, and tell the others, or in a crowd only the caller's devices."""
     async with context.database.connection() as db:
         position = await receipts.read(db, frame, context.user_id)
-        if position is not None and position.was_marked:
-            await participants.stamp(db, frame.conversation_id, [context.user_id])
+    if position is not None and position.was_marked:
+        async with context.database.transaction() as db:
+            await users.lock(db, [context.user_id])
+            position = await receipts.read(db, frame, context.user_id, is_locked=True)
+            if position is not None and position.was_marked:
+                await participants.stamp(db, frame.conversation_id, [context.user_id])
     if position is None:
         raise NotFound("message_id")
     if position.was_marked:
@@ -47,6 +51,7 @@ async def delivered(context: Context, frame: client.Delivered) -> Done:
 async def mark_unread(context: Context, frame: client.MarkUnread) -> ReadUpTo:
     """Have a conversation count as unread from a message on."""
     async with context.database.transaction() as db:
+        await users.lock(db, [context.user_id])
         count = await receipts.mark_unread(db, frame, context.user_id)
         if count is None:
             raise NotFound("message_id")

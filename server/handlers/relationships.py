@@ -8,7 +8,8 @@ from protocol.ids import UserId
 from protocol.server import Done, OneRelationship, RelationshipPage
 from protocol.values import RelationshipKind, RelationshipStatus
 from server.context import Context
-from server.errors import NotFound
+from server.database import Db
+from server.errors import NotActive, NotFound
 from server.queries import relationships, users
 from server.queries.relationships import Change
 
@@ -17,7 +18,7 @@ async def request_friend(context: Context, frame: client.RequestFriend) -> OneRe
     """Ask for friendship; if the other one has asked already, be friends."""
     me, them = context.user_id, _other(context, frame.user_id)
     async with context.database.transaction() as db:
-        await relationships.lock(db, me, them)
+        await _lock(db, me, them)
         if not await users.all_may(db, "request_friend", me, [them]):
             raise NotFound("user_id")
         mine = await relationships.status(db, me, them, "friend")
@@ -37,7 +38,7 @@ async def answer_friend(context: Context, frame: client.AnswerFriend) -> OneRela
     me, them = context.user_id, _other(context, frame.user_id)
     answer: RelationshipStatus = "accepted" if frame.accept else "rejected"
     async with context.database.transaction() as db:
-        await relationships.lock(db, me, them)
+        await _lock(db, me, them)
         there = await relationships.status(db, them, me, "friend")
         if there != answer and there not in {"pending", "rejected"}:
             raise NotFound("user_id")
@@ -53,7 +54,7 @@ async def unfriend(context: Context, frame: client.Unfriend) -> Done:
     """Take back a request, or end a friendship."""
     me, them = context.user_id, _other(context, frame.user_id)
     async with context.database.transaction() as db:
-        await relationships.lock(db, me, them)
+        await _lock(db, me, them)
         mine = await relationships.status(db, me, them, "friend")
         if mine is None:
             raise NotFound("user_id")
@@ -74,7 +75,7 @@ def turned(kind: RelationshipKind, *, on: bool) -> Callable[[Context, OneOf], Aw
     async def handler(context: Context, frame: OneOf) -> OneRelationship:
         me, them = context.user_id, _other(context, frame.user_id)
         async with context.database.transaction() as db:
-            await relationships.lock(db, me, them)
+            await _lock(db, me, them)
             action = "follow" if kind == "follow" else "see_face"
             # Whoever meets somebody may block them, even if they are not to be seen because they block first.
             if on and not (
@@ -100,7 +101,7 @@ async def set_switches(context: Context, frame: client.SetSwitches) -> OneRelati
     wanted = client.given(frame)
     me, them = context.user_id, _other(context, frame.user_id)
     async with context.database.transaction() as db:
-        await relationships.lock(db, me, them)
+        await _lock(db, me, them)
         made = await relationships.switch(db, me, them, wanted)
         if made is None:
             raise NotFound("user_id")
@@ -115,6 +116,12 @@ async def list_relationships(context: Context, frame: client.ListRelationships) 
         found = await relationships.page(db, context.user_id, frame, limit=frame.limit + 1)
     page = found[: frame.limit]
     return RelationshipPage(relationships=page, after=page[-1].relationship.id if len(found) > frame.limit else None)
+
+
+async def _lock(db: Db, me: UserId, them: UserId) -> None:
+    """Lock what is between two users. Raises NotActive if the caller is not."""
+    if me not in await relationships.lock(db, me, them):
+        raise NotActive
 
 
 def _other(context: Context, user_id: UserId) -> UserId:

@@ -17,7 +17,7 @@ from protocol.server import (
 )
 from server import search
 from server.context import Context
-from server.errors import NotFound
+from server.errors import NotActive, NotFound
 from server.permissions import require_may_send
 from server.queries import conversations, users
 
@@ -60,6 +60,8 @@ async def update_profile(context: Context, frame: client.UpdateProfile) -> OneMe
     async with context.database.transaction() as db:
         before = await users.me(db, context.user_id)
         after = await users.update(db, context.user_id, given) if given else before
+        if after is None:
+            raise NotActive
     if after.user != before.user:
         context.events.announce(context.user_id, UserUpdated(user=after.user))
     if (after.show_online_status, after.is_private) != (before.show_online_status, before.is_private):

@@ -3,4 +3,16 @@
 Every statement carries its own access check or runs in a transaction that has made it. A write of something
 durable happens under the conversation's row lock: `send` takes it inside its one statement, all others by
 `conversations.lock` or `messages.lock` first, so that what they look at afterwards holds until they commit.
+
+Transactions lock in one order, so that no two ever wait for each other (docs/decisions/0032-one-lock-order.md):
+
+1. the conversation: `conversations.lock`, `messages.lock`; several in the order of their ids
+2. users whose own clock moves, or who must be active: `users.lock`, once, for all of them, in the order of their ids
+3. what is theirs: participants, sessions, accounts, drafts, stars, follows, relationships, endpoints, what they have
+   scheduled
+4. the chain of the audit log: `audit.record`
+
+A step may be left out; nobody goes back. A statement of one row needs no lock before it. The parts of one statement run
+in no particular order, so a statement that changes both a user and what is theirs makes the second depend on the first.
+A job that takes rows of many people skips those that are locked.
 """

@@ -196,6 +196,25 @@ CHECKS = (
         UNION ALL SELECT a.id FROM account a JOIN "user" u ON u.id = a.user_id WHERE u.erased_at IS NOT NULL
         UNION ALL SELECT e.id FROM push_endpoint e JOIN session s ON s.id = e.session_id WHERE s.user_id <> e.user_id
     """),
+    Check("nothing is left of who was erased", "user", """
+        SELECT left_over.user_id FROM (
+            SELECT user_id FROM conversation_participant WHERE status IN ('active', 'invited')
+            UNION ALL SELECT user_id FROM session
+            UNION ALL SELECT user_id FROM account
+            UNION ALL SELECT from_user_id FROM user_relationship
+            UNION ALL SELECT to_user_id FROM user_relationship
+            UNION ALL SELECT user_id FROM draft
+            UNION ALL SELECT sender_id FROM scheduled_message
+            UNION ALL SELECT user_id FROM message_star
+            UNION ALL SELECT user_id FROM push_endpoint
+            UNION ALL SELECT user_id FROM thread_follow WHERE is_following
+        ) left_over JOIN "user" u ON u.id = left_over.user_id WHERE u.erased_at IS NOT NULL
+        UNION ALL SELECT u.id FROM "user" u WHERE u.erased_at IS NOT NULL AND (
+            u.name <> 'Deleted user' OR u.email <> 'erased-' || u.id || '@invalid' OR u.is_active OR NOT u.is_deleted
+            OR u.is_admin
+            OR coalesce(u.image, u.display_name, u.bio, u.location, u.website, u.custom_status) IS NOT NULL
+        )
+    """),
     Check("the audit logs are whole", "audit_entry", """
         SELECT e.chain FROM (
             SELECT e.chain, e.number, row_number() OVER w AS place, e.hash = audit_hash(e) AS is_itself,

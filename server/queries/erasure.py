@@ -18,10 +18,53 @@ async def due(db: Db, grace: timedelta) -> list[UserId]:
     return [UserId(row[0]) for row in await db.fetch(DUE, grace)]
 
 
+# First of all the user cannot come in any more, and whatever lets somebody into a conversation refuses them: it asks
+# under the user's lock whether they are active. The logins go now, so that nobody comes back who is half erased.
+IS_DUE = """
+SELECT is_deleted AND erased_at IS NULL AND deleted_at < now() - $2::interval FROM "user" WHERE id = $1
+"""
+SHUT_OUT = (
+    "DELETE FROM session WHERE user_id = $1",
+    "DELETE FROM account WHERE user_id = $1",
+    """
+    UPDATE "user" SET is_active = false, is_deleted = true, deleted_at = coalesce(deleted_at, now()),
+        updated_at = now(), version = version + 1
+    WHERE id = $1
+    """,
+)
+
+
+async def shut_out(db: Db, user_id: UserId, grace: timedelta | None) -> bool:
+    """Deactivate a user for good; False, and in vain, if `grace` is given and they did not delete their account, or not
+    so long ago. Under the user's lock.
+    """
+    if grace is not None and not await db.fetchval(IS_DUE, user_id, grace):
+        return False
+    for STATEMENT in SHUT_OUT:  # noqa: N806 - a constant of this file, as all that is asked of the database
+        await db.execute(STATEMENT, user_id)
+    return True
+
+
 TAKES_PART = """
 SELECT p.conversation_id FROM conversation_participant p
 WHERE p.user_id = $1 AND p.status IN ('active', 'invited') ORDER BY p.conversation_id
 """
+# What was deleted for everyone has no events and no owner any more, and `participants.leave` does not know it.
+LEAVE_DELETED = """
+WITH counted AS (
+    UPDATE conversation c SET participant_count = c.participant_count - (p.status = 'active')::integer
+    FROM conversation_participant p
+    WHERE c.id = $1 AND c.is_deleted AND p.conversation_id = $1 AND p.user_id = $2 AND p.status IN ('active', 'invited')
+    RETURNING c.id
+)
+UPDATE conversation_participant p SET status = 'left', left_at = now() FROM counted
+WHERE p.conversation_id = counted.id AND p.user_id = $2
+"""
+
+
+async def leave_deleted(db: Db, conversation_id: ConversationId, user_id: UserId) -> None:
+    """Let a user out of a conversation that was deleted."""
+    await db.execute(LEAVE_DELETED, conversation_id, user_id)
 
 
 async def conversations(db: Db, user_id: UserId) -> list[ConversationId]:
@@ -41,7 +84,7 @@ async def words(db: Db, user_id: UserId) -> list[str]:
     return list(await db.fetchval(WORDS, user_id) or ())
 
 
-# One after the other, in one transaction. The row stays, for what they said refers to it.
+# One after the other, under the user's lock. The row stays, for what they said refers to it.
 FORGET = (
     'DELETE FROM verification v USING "user" u WHERE u.id = $1 AND v.identifier = u.email',
     "DELETE FROM session WHERE user_id = $1",
@@ -66,15 +109,15 @@ FORGET = (
         image = NULL, display_name = NULL, bio = NULL, location = NULL, website = NULL, custom_status = NULL,
         custom_status_until = NULL, status = 'offline', is_online = false, last_seen_at = NULL, is_active = false,
         is_deleted = true, deleted_at = coalesce(deleted_at, now()), is_private = false, is_admin = false,
-        erased_at = now(), updated_at = now(), version = version + 1, quiet_from = NULL, quiet_until = NULL,
-        time_zone = 'UTC', feed_seen_at = NULL, last_close = NULL
+        erased_at = coalesce(erased_at, now()), updated_at = now(), version = version + 1, quiet_from = NULL,
+        quiet_until = NULL, time_zone = 'UTC', feed_seen_at = NULL, last_close = NULL
     WHERE id = $1
     """,
 )
 
 
 async def forget(db: Db, user_id: UserId) -> None:
-    """Take away everything of a user that is not what they said. In a transaction."""
+    """Take away everything of a user that is not what they said. Under the user's lock."""
     for STATEMENT in FORGET:  # noqa: N806 - a constant of this file, as all that is asked of the database
         await db.execute(STATEMENT, user_id)
 
@@ -96,6 +139,8 @@ SELECT NOT EXISTS (SELECT FROM account WHERE user_id = $1) AND NOT EXISTS (SELEC
     AND NOT EXISTS (SELECT FROM user_relationship WHERE $1 IN (from_user_id, to_user_id))
     AND NOT EXISTS (SELECT FROM draft WHERE user_id = $1) AND NOT EXISTS (SELECT FROM message_star WHERE user_id = $1)
     AND NOT EXISTS (SELECT FROM scheduled_message WHERE sender_id = $1)
+    AND NOT EXISTS (SELECT FROM push_endpoint WHERE user_id = $1)
+    AND NOT EXISTS (SELECT FROM thread_follow WHERE user_id = $1 AND is_following)
     AND NOT EXISTS (SELECT FROM conversation_participant WHERE user_id = $1 AND status IN ('active', 'invited'))
     AND EXISTS (
         SELECT FROM "user" u WHERE u.id = $1 AND u.erased_at IS NOT NULL AND u.name = 'Deleted user'

@@ -134,7 +134,7 @@ async def unseen(db: Db, user_id: UserId) -> int:
 SEE = """
 UPDATE "user" SET feed_seen_at = greatest(feed_seen_at, least($2::timestamptz, now())), version = version + 1,
     own_version = version + 1
-WHERE id = $1 AND coalesce(feed_seen_at < least($2, now()), true)
+WHERE id = $1 AND is_active AND coalesce(feed_seen_at < least($2, now()), true)
 """
 
 

@@ -37,6 +37,7 @@ ON CONFLICT (endpoint) DO UPDATE SET user_id = excluded.user_id, session_id = ex
 KEEP = f"""
 DELETE FROM push_endpoint e WHERE e.user_id = $1 AND e.id IN (
     SELECT o.id FROM push_endpoint o WHERE o.user_id = $1 ORDER BY o.created_at DESC OFFSET {MAX_PUSH_ENDPOINTS}
+    FOR UPDATE SKIP LOCKED
 )
 """  # noqa: S608 - a number is put in
 UNREGISTER = "DELETE FROM push_endpoint WHERE user_id = $1 AND endpoint = $2"
@@ -44,7 +45,7 @@ FORGET = "DELETE FROM push_endpoint WHERE endpoint = $1"
 
 
 async def register(db: Db, frame: RegisterPush, user_id: UserId, session_id: SessionId) -> None:
-    """Keep an endpoint, and of each user's the newest ones. In a transaction."""
+    """Keep an endpoint, and of each user's the newest ones. Under the user's lock."""
     await db.execute(REGISTER, user_id, session_id, frame.endpoint, frame.p256dh, frame.auth)
     await db.execute(KEEP, user_id)
 

@@ -17,7 +17,9 @@ _readers_decoder = msgspec.json.Decoder(Readers)
 
 
 class Position(NamedTuple):
-    """Where the caller's read position is now, whether it moved, and whether something marked as unread was read."""
+    """Where the caller's read position is now, whether it moved, and whether something is marked as unread: that was
+    read, or under no lock, is still to be read under the user's.
+    """
 
     conversation_id: ConversationId
     message_id: MessageId
@@ -39,13 +41,15 @@ WITH target AS (
         unread_from_id = NULL, unread_from_version = NULL
     FROM target t
     WHERE p.conversation_id = t.conversation_id AND p.user_id = $2 AND p.status = 'active'
-        AND (p.last_read_version < t.sent_version OR p.unread_from_id IS NOT NULL)
+        AND (p.last_read_version < t.sent_version OR p.unread_from_id IS NOT NULL) AND (p.unread_from_id IS NULL OR $4)
     RETURNING p.last_read_version, p.last_read_message_id
 )
 SELECT me.conversation_id, coalesce(moved.last_read_message_id, before.last_read_message_id, t.id),
     ({COUNT_UNREAD.format(me="me")}), t.participant_count,
     coalesce(moved.last_read_version > before.last_read_version, false),
-    moved.last_read_version IS NOT NULL AND before.unread_from_id IS NOT NULL
+    CASE WHEN $4 THEN moved.last_read_version IS NOT NULL AND before.unread_from_id IS NOT NULL
+        ELSE moved.last_read_version IS NULL
+            AND (before.unread_from_id IS NOT NULL OR before.last_read_version < t.sent_version) END
 FROM target t
 JOIN conversation_participant before
     ON before.conversation_id = t.conversation_id AND before.user_id = $2 AND before.status = 'active'
@@ -57,9 +61,11 @@ CROSS JOIN LATERAL (
 """  # noqa: S608 - only names are put in
 
 
-async def read(db: Db, frame: Read, user_id: UserId) -> Position | None:
-    """Move the read position forward to a message; None without access to it."""
-    row = await db.fetchrow(READ, frame.message_id, user_id, frame.conversation_id)
+async def read(db: Db, frame: Read, user_id: UserId, *, is_locked: bool = False) -> Position | None:
+    """Move the read position forward to a message; None without access to it. What is marked as unread takes the user's
+    lock, for it moves their own clock.
+    """
+    row = await db.fetchrow(READ, frame.message_id, user_id, frame.conversation_id, is_locked)
     return None if row is None else Position(*row)
 
 
@@ -77,7 +83,9 @@ SELECT ({COUNT_UNREAD.format(me="marked")}) FROM marked
 
 
 async def mark_unread(db: Db, frame: MarkUnread, user_id: UserId) -> int | None:
-    """Have a conversation count as unread from a message on; return how much that is, None without access."""
+    """Have a conversation count as unread from a message on; return how much that is, None without access.
+    Under the user's lock.
+    """
     count = await db.fetchval(MARK_UNREAD, frame.message_id, user_id, frame.conversation_id)
     return None if count is None else int(count)
 

@@ -8,24 +8,24 @@ from protocol.client import ListRelationships
 from protocol.ids import UserId
 from protocol.values import Relationship, RelationshipEntry, RelationshipKind, RelationshipStatus
 from server.database import Db
+from server.queries import users
 from server.queries.users import FACE
 
 _relationship_decoder = msgspec.json.Decoder(Relationship)
 _entries_decoder = msgspec.json.Decoder(list[RelationshipEntry])
 
 # Whoever changes what is between two users locks their direct conversation, where it says who may be written to, and
-# then both users' rows in the order of their ids.
+# then both users.
 LOCK_DIRECT = """
 SELECT FROM conversation WHERE direct_low = least($1::uuid, $2) AND direct_high = greatest($1::uuid, $2)
 FOR NO KEY UPDATE
 """
-LOCK = """SELECT id FROM "user" WHERE id = ANY($1) ORDER BY id FOR NO KEY UPDATE"""
 
 
-async def lock(db: Db, one: UserId, other: UserId) -> None:
-    """Lock what is between two users until the transaction ends."""
+async def lock(db: Db, one: UserId, other: UserId) -> set[UserId]:
+    """Lock what is between two users until the transaction ends; return which of them are active."""
     await db.execute(LOCK_DIRECT, one, other)
-    await db.execute(LOCK, [one, other])
+    return await users.lock(db, [one, other])
 
 
 STATUS = "SELECT status FROM user_relationship WHERE from_user_id = $1 AND to_user_id = $2 AND type = $3"

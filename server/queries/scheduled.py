@@ -20,17 +20,10 @@ CLAIMED = timedelta(seconds=15)
 """For how long a worker that has claimed a message may take before another one does."""
 AT_ONCE = 50
 
-# Users are locked before what is theirs, as everywhere.
-LOCK = """SELECT FROM "user" WHERE id = $1 FOR NO KEY UPDATE"""
 GET = (
     "SELECT scheduled_json(s) FROM scheduled_message s WHERE s.id = $1 AND s.sender_id = $2 AND s.conversation_id = $3"
 )
 WAITING = "SELECT count(*) FROM scheduled_message s WHERE s.sender_id = $1 AND s.status = 'waiting'"
-
-
-async def lock(db: Db, user_id: UserId) -> None:
-    """Lock what a user has scheduled until the transaction ends."""
-    await db.execute(LOCK, user_id)
 
 
 async def get(db: Db, message_id: MessageId, user_id: UserId, conversation_id: ConversationId) -> Scheduled | None:
@@ -40,7 +33,7 @@ async def get(db: Db, message_id: MessageId, user_id: UserId, conversation_id: C
 
 
 async def count(db: Db, user_id: UserId) -> int:
-    """Return how many messages of a user wait. Under the lock."""
+    """Return how many messages of a user wait. Under the user's lock."""
     return int(await db.fetchval(WAITING, user_id))
 
 
@@ -63,7 +56,7 @@ RETURNING scheduled_json(s)
 
 async def put(db: Db, frame: Schedule, user_id: UserId) -> Scheduled | None:
     """Keep a message until its time, or change one that waits; None if the id is taken, or it is too late. Under the
-    lock.
+    user's lock.
     """
     words = msgspec.json.encode(msgspec.convert(frame, Words, from_attributes=True)).decode()
     text = await db.fetchval(PUT, frame.message_id, user_id, frame.conversation_id, words, frame.send_at)
@@ -71,7 +64,7 @@ async def put(db: Db, frame: Schedule, user_id: UserId) -> Scheduled | None:
 
 
 async def cancel(db: Db, message_id: MessageId, user_id: UserId, conversation_id: ConversationId) -> Scheduled | None:
-    """Do not send a message that waits; None if there is none, or it is too late. Under the lock."""
+    """Do not send a message that waits; None if there is none, or it is too late. Under the user's lock."""
     text = await db.fetchval(CANCEL, message_id, user_id, conversation_id)
     return None if text is None else _scheduled_decoder.decode(text)
 

@@ -73,7 +73,12 @@ async def discard_keys(db: Db) -> None:
 # Whoever came into a conversation in this transaction.
 TOUCH = """
 UPDATE "user" u SET version = u.version + 1
-WHERE u.id IN (SELECT p.user_id FROM conversation_participant p WHERE p.joined_at = now())
+FROM (
+    SELECT o.id FROM "user" o
+    WHERE o.id IN (SELECT p.user_id FROM conversation_participant p WHERE p.joined_at = now())
+    ORDER BY o.id FOR NO KEY UPDATE
+) t
+WHERE u.id = t.id
 """
 
 

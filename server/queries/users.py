@@ -87,14 +87,15 @@ UPDATE "user" u SET
     quiet_until = CASE WHEN $2 ? 'quiet_until' THEN ($2 ->> 'quiet_until')::time ELSE u.quiet_until END,
     time_zone = coalesce($2 ->> 'time_zone', u.time_zone),
     version = u.version + 1, own_version = u.version + 1, updated_at = now()
-WHERE u.id = $1
+WHERE u.id = $1 AND u.is_active
 RETURNING me_json(u)
 """
 
 
-async def update(db: Db, user_id: UserId, changes: dict[str, Any]) -> Me:
-    """Change the fields of a user that are in `changes`, and return the user as they are now."""
-    return _me_decoder.decode(await db.fetchval(UPDATE, user_id, msgspec.json.encode(changes).decode()))
+async def update(db: Db, user_id: UserId, changes: dict[str, Any]) -> Me | None:
+    """Change the fields of a user that are in `changes`, and return the user as they are now; None if not active."""
+    text = await db.fetchval(UPDATE, user_id, msgspec.json.encode(changes).decode())
+    return None if text is None else _me_decoder.decode(text)
 
 
 IS_TIME_ZONE = "SELECT now() AT TIME ZONE $1"
@@ -206,7 +207,7 @@ FROM (
     SELECT CASE $2 WHEN 'away' THEN status WHEN 'offline' THEN 'invisible' ELSE $2 END AS status
     FROM "user" WHERE id = $1
 ) chosen
-WHERE u.id = $1 AND (u.status <> chosen.status OR ($3 AND (u.custom_status IS DISTINCT FROM $4
+WHERE u.id = $1 AND u.is_active AND (u.status <> chosen.status OR ($3 AND (u.custom_status IS DISTINCT FROM $4
     OR u.custom_status_until IS NOT NULL OR $5::float8 IS NOT NULL)))
 RETURNING true
 """
@@ -248,7 +249,10 @@ async def choices(db: Db, user_ids: Sequence[UserId]) -> dict[UserId, Visibility
 
 SEEN = """
 UPDATE "user" u SET is_online = s.is_online, last_seen_at = greatest(u.last_seen_at, now()), last_close = s.last_close
-FROM (SELECT * FROM unnest($1::uuid[], $2::boolean[], $3::integer[]) AS s (id, is_online, last_close) ORDER BY s.id) s
+FROM (
+    SELECT s.* FROM unnest($1::uuid[], $2::boolean[], $3::integer[]) AS s (id, is_online, last_close)
+    JOIN "user" o ON o.id = s.id AND o.erased_at IS NULL ORDER BY o.id FOR NO KEY UPDATE OF o
+) s
 WHERE u.id = s.id
 """
 

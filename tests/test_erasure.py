@@ -1,0 +1,177 @@
+"""Erasing somebody who is online and busy: afterwards nothing is left, and `openchat check` would say if it were."""
+
+import asyncio
+import contextlib
+from typing import Any
+
+import pytest
+
+from protocol import client
+from protocol.errors import ErrorCode, Refused
+from protocol.ids import ConversationId, MessageId, UserId, uuid7
+from prove.client import Client
+from server import checking
+from server.database import Single
+from server.erasure import erase
+from server.queries.checks import CHECKS
+from server.queries.checks import run as ask
+from tests.test_credentials import administer
+from tests.world import Somebody, World, sent
+
+ERASED = next(check for check in CHECKS if check.name == "nothing is left of who was erased")
+
+
+async def is_well(world: World) -> list[str]:
+    """Return which questions of `openchat check` find something wrong."""
+    lines = [line async for line in checking.run(world.db, begins=lambda _: None)]
+    return [f"{line.name}: {line.found}" for line in lines if not line.is_good]
+
+
+async def left(world: World, user_id: UserId) -> int:
+    return int(
+        await world.db.fetchval(
+            "SELECT count(*) FROM conversation_participant WHERE user_id = $1 AND status IN ('active', 'invited')",
+            user_id,
+        )
+    )
+
+
+async def busy(one: Client, frames: Any) -> int:
+    """Send frames as fast as they are answered, until the connection ends; return how many were accepted."""
+    count = 0
+    with contextlib.suppress(ConnectionError, TimeoutError):
+        while True:
+            try:
+                await one.call(frames())
+                count += 1
+            except Refused as refused:
+                assert refused.code not in {ErrorCode.INTERNAL, ErrorCode.UNAVAILABLE}, refused
+    return count
+
+
+async def test_nothing_is_left_of_who_is_erased_while_creating_groups(world: World) -> None:
+    who, charles = await world.users("Ada", "Charles")
+    other = await world.connect(charles)
+    await other.call(client.Follow(user_id=who.id))
+    public = await world.channel(other, is_public=True)
+
+    def group() -> client.Frame:
+        return client.CreateGroup(conversation_id=ConversationId(uuid7()), title="More", participants=[charles.id])
+
+    def again() -> client.Frame:
+        return client.Join(conversation_id=public)
+
+    def profile() -> client.Frame:
+        return client.UpdateProfile(bio="I am still here")
+
+    def friend() -> client.Frame:
+        return client.Follow(user_id=charles.id)
+
+    def added() -> client.Frame:
+        return client.AddParticipants(conversation_id=public, participants=[who.id])
+
+    clients = [await world.connect(who, number % 2) for number in range(4)]
+    working = [
+        asyncio.create_task(busy(one, frames))
+        for one, frames in zip(clients, (group, again, profile, friend), strict=True)
+    ]
+    adding = asyncio.create_task(busy(other, added))
+    while await left(world, who.id) < 10:
+        await asyncio.sleep(0)
+    await administer(world, "erase", str(who.id), "--yes")
+    assert await left(world, who.id) == 0
+    # The command line has no bus: until the workers compare clocks, the connections live, and all goes on.
+    for worker in world.workers:
+        worker.app.hub.compare_soon()
+    assert sum(await asyncio.gather(*working)) > 10
+    adding.cancel()
+    assert await left(world, who.id) == 0
+    assert await is_well(world) == []
+    mine = await world.db.fetchval(
+        "SELECT count(*) FROM conversation_participant WHERE user_id = $1 AND role = 'owner' AND status = 'active'",
+        who.id,
+    )
+    assert mine == 0
+
+
+async def test_second_erase_takes_away_what_came_since(world: World) -> None:
+    ada, charles = await world.users("Ada", "Charles")
+    other = await world.connect(charles)
+    group = await world.group(other, ada)
+    await erase(Single(world.db), ada.id)
+    await world.db.execute(
+        "UPDATE conversation_participant SET status = 'active' WHERE conversation_id = $1 AND user_id = $2",
+        group,
+        ada.id,
+    )
+    await world.db.execute("UPDATE conversation SET participant_count = 2 WHERE id = $1", group)
+    await world.db.execute('UPDATE "user" SET bio = $2 WHERE id = $1', ada.id, "Something")
+    assert (await ask(world.db, ERASED)).number == 2
+    await erase(Single(world.db), ada.id)
+    assert await is_well(world) == []
+
+
+async def test_who_is_in_a_deleted_conversation_is_erased(world: World) -> None:
+    ada, charles = await world.users("Ada", "Charles")
+    one = await world.connect(ada)
+    group = await world.group(one, charles)
+    await one.call(client.DeleteConversation(conversation_id=group))
+    await erase(Single(world.db), ada.id)
+    assert await is_well(world) == []
+
+
+async def test_who_came_back_within_their_time_of_grace_is_not_erased(world: World) -> None:
+    ada = await world.user("Ada")
+    assert await erase(Single(world.db), ada.id, grace=world.workers[0].app._grace) == []  # noqa: SLF001
+    assert await world.db.fetchval('SELECT is_active AND erased_at IS NULL FROM "user"')
+
+
+PLANTED = {
+    "participant": "UPDATE conversation_participant SET status = 'invited' WHERE user_id = $1",
+    "session": "INSERT INTO session (user_id, token, expires_at) VALUES ($1, 'planted', now())",
+    "account": "INSERT INTO account (user_id, provider_id, account_id) VALUES ($1, 'credential', 'planted')",
+    "relationship": "INSERT INTO user_relationship (from_user_id, to_user_id, type) VALUES ($1, $2, 'mute')",
+    "relationship to": "INSERT INTO user_relationship (from_user_id, to_user_id, type) VALUES ($2, $1, 'mute')",
+    "draft": "INSERT INTO draft (user_id, conversation_id, content, user_version) VALUES ($1, $3, 'x', 0)",
+    "scheduled": "INSERT INTO scheduled_message (id, sender_id, conversation_id, words, send_at, user_version)"
+    " VALUES ($3, $1, $3, '{}', now(), 0)",
+    "star": "INSERT INTO message_star (user_id, message_id, conversation_id, user_version) VALUES ($1, $4, $3, 0)",
+    "push": "INSERT INTO push_endpoint (user_id, session_id, endpoint, p256dh, auth)"
+    " SELECT $1, s.id, 'x', '', '' FROM session s LIMIT 1",
+    "thread": "INSERT INTO thread_follow (root_id, user_id, conversation_id) VALUES ($4, $1, $3)",
+    "name": "UPDATE \"user\" SET name = 'Ada' WHERE id = $1",
+    "words": "UPDATE \"user\" SET custom_status = 'Still here' WHERE id = $1",
+}
+
+
+async def test_check_finds_whatever_is_left_of_who_was_erased(world: World) -> None:
+    ada, charles = await world.users("Ada", "Charles")
+    other = await world.connect(charles)
+    group = await world.group(other, ada)
+    said = await sent(other, group)
+    await erase(Single(world.db), ada.id)
+    assert await is_well(world) == []
+    for name, statement in PLANTED.items():
+        transaction = world.db.transaction()
+        await transaction.start()
+        await plant(world, statement, ada, charles, group=group, said=said)
+        found = await world.db.fetch(ERASED.FINDS)
+        assert [row[0] for row in found] == [ada.id], name
+        await transaction.rollback()
+
+
+async def plant(
+    world: World, statement: str, ada: Somebody, charles: Somebody, *, group: ConversationId, said: MessageId
+) -> None:
+    """Run a statement that names some of those."""
+    values = [ada.id, charles.id, group, said]
+    uses = [number for number in range(1, 5) if f"${number}" in statement]
+    for place, number in enumerate(uses, 1):
+        statement = statement.replace(f"${number}", f"${place}")
+    await world.db.execute(statement, *(values[number - 1] for number in uses))
+
+
+@pytest.mark.parametrize("table", ["conversation_participant", "session", "account", "user_relationship", "draft",
+                                   "scheduled_message", "message_star", "push_endpoint", "thread_follow"])  # fmt: skip
+def test_check_asks_about_every_table_that_erasure_empties(table: str) -> None:
+    assert table in ERASED.FINDS

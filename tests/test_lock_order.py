@@ -1,0 +1,324 @@
+"""Everything that writes locks in one order (server/queries/__init__.py), so that nothing ever waits in a circle.
+
+The handlers are run as Dispatch runs them, on the same few rows, by several connections of the same people. A deadlock
+is retried and therefore hidden: that is why the test reads PostgreSQL's own count.
+"""
+
+import asyncio
+import contextlib
+import itertools
+import random
+from collections.abc import AsyncIterator, Awaitable, Callable
+from datetime import timedelta
+from typing import Any
+
+import asyncpg
+import httpx
+import msgspec
+import pytest
+from argon2 import PasswordHasher
+
+from protocol import client
+from protocol.codec import now
+from protocol.errors import ErrorCode, Refused
+from protocol.ids import ConversationId, MessageId, ReportId, SessionId, UserId, uuid7
+from protocol.payloads import Poll
+from protocol.server import OneConversation
+from protocol.values import User
+from server.app import App
+from server.auth import passwords
+from server.auth.tokens import new_token, token_hash
+from server.config import Settings
+from server.context import Context
+from server.database import Db
+from server.dispatch import Rate
+from server.queries import accounts, sessions, users
+from server.queries.users import Transition
+from server.routes import ROUTES
+from tests.test_credentials import administer
+from tests.world import World, message
+
+Act = Callable[[], Awaitable[object]]
+
+PASSWORD = "correct horse"
+CHEAP = PasswordHasher(time_cost=1, memory_cost=8, parallelism=1)
+OTHERS = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"
+NOT_NOW = frozenset({ErrorCode.UNAVAILABLE, ErrorCode.INTERNAL})
+
+
+class Quarrel:
+    """Ada and Charles, who share a group and a direct conversation, and all that can be done to them there."""
+
+    def __init__(self, world: World, http: httpx.AsyncClient) -> None:
+        self.world, self.http = world, http
+        self.group: ConversationId
+        self.direct: ConversationId
+        self.ada: UserId
+        self.charles: UserId
+        self._said: list[MessageId] = []
+        self._poll: MessageId
+        self._root: MessageId
+
+    async def begin(self) -> None:
+        ada, charles = await self.world.users("Ada", "Charles")
+        self.ada, self.charles = ada.id, charles.id
+        await self.world.db.execute("UPDATE account SET password = $1", CHEAP.hash(PASSWORD))
+        self.sessions = {row[1]: row[0] for row in await self.world.db.fetch("SELECT id, user_id FROM session")}
+        self.email = await self.world.db.fetchval('SELECT email FROM "user" WHERE id = $1', self.charles)
+        self.group, self.direct = ConversationId(uuid7()), ConversationId(uuid7())
+        await self.run(self.ada, self._group(self.group))
+        made = await self.run(self.ada, client.CreateDirect(user_id=self.charles))
+        assert isinstance(made, OneConversation)
+        self.direct = made.view.conversation.id
+        frames = [message(self.group), message(self.group), message(self.group, payload=Poll(options=["Yes", "No"]))]
+        for frame in frames:
+            await self.run(self.ada, frame)
+        self._said = [frame.message_id for frame in frames]
+        self._root, self._poll = self._said[0], self._said[2]
+        await self.run(self.charles, message(self.group, parent_message_id=self._root))
+
+    def _group(self, group: ConversationId) -> client.CreateGroup:
+        return client.CreateGroup(conversation_id=group, title="Engines", participants=[self.charles], is_public=True)
+
+    async def run(self, who: UserId, frame: client.Frame) -> object:
+        """Run a frame of somebody's on either worker. What is refused is no matter; what cannot be done is."""
+        user = User(id=who, name="Somebody")
+        services = self.app._services  # noqa: SLF001
+        context = Context(services=services, user=user, session_id=self.sessions[who])
+        try:
+            return await ROUTES[type(frame)].handler(context, frame)
+        except Refused as refused:
+            assert refused.code not in NOT_NOW, refused
+        except asyncpg.TransactionRollbackError:
+            pass  # PostgreSQL has counted it
+        return None
+
+    def frames(self) -> list[client.Frame]:
+        """Return every frame that writes, about the same few rows."""
+        one: Any = {"conversation_id": self.group, "message_id": self._said[1]}
+        root: Any = {"conversation_id": self.group, "message_id": self._root}
+        poll: Any = {"conversation_id": self.group, "message_id": self._poll}
+        here: Any = {"conversation_id": self.group}
+        later = now() + timedelta(days=1)
+        return [
+            self._group(ConversationId(uuid7())),
+            client.CreateChannel(conversation_id=ConversationId(uuid7()), title="News"),
+            client.CreateDirect(user_id=self.charles),
+            client.UpdateConversation(conversation_id=self.group, title=uuid7().hex),
+            client.DeleteConversation(conversation_id=ConversationId(uuid7())),
+            client.SetPreferences(conversation_id=self.group, is_muted=True),
+            client.Join(conversation_id=self.group),
+            client.Leave(conversation_id=self.group),
+            client.AddParticipants(conversation_id=self.group, participants=[self.charles, self.ada]),
+            client.Invite(conversation_id=self.group, participants=[self.ada, self.charles]),
+            client.Decline(conversation_id=self.group),
+            client.SetInviteCode(conversation_id=self.group, is_open=True),
+            client.RemoveParticipant(conversation_id=self.group, user_id=self.charles),
+            client.Unban(conversation_id=self.group, user_id=self.charles),
+            client.SetRole(conversation_id=self.group, user_id=self.charles, role="admin"),
+            client.SetPermissions(conversation_id=self.group, user_id=self.charles, can_pin_messages=True),
+            client.TransferOwnership(conversation_id=self.group, user_id=self.charles),
+            message(self.group, parent_message_id=self._root),
+            client.Forward(**here, message_id=self._root, to_conversation_id=self.direct,
+                           new_message_id=MessageId(uuid7())),
+            client.Edit(**one, content=uuid7().hex),
+            client.Delete(conversation_id=self.group, message_id=self._said[1]),
+            client.React(**root, emoji="👍"),
+            client.Unreact(**root, emoji="👍"),
+            client.Pin(**root),
+            client.Unpin(**root),
+            client.Star(**root),
+            client.Unstar(**root),
+            client.Vote(**poll, options=[random.randrange(2)]),
+            client.ClosePoll(conversation_id=self.direct, message_id=self._poll),
+            client.FollowThread(**root),
+            client.UnfollowThread(**root),
+            client.ReadThread(**root, thread_order=1),
+            client.Read(**poll),
+            client.MarkUnread(**root),
+            client.SetDraft(**here, content="I thi"),
+            client.Schedule(**here, message_id=self._root, content="Later", send_at=later),
+            client.CancelScheduled(**here, message_id=self._root),
+            client.SeeFeed(),
+            client.RegisterPush(endpoint="https://push.example/1", p256dh="B" * 87, auth="A" * 22),
+            client.UnregisterPush(endpoint="https://push.example/1"),
+            client.Moderate(**root, reason=uuid7().hex),
+            client.Unmoderate(**root),
+            client.ReportMessage(**root, reason="Rude"),
+            client.DismissReport(**here, report_id=ReportId(uuid7())),
+            client.UpdateProfile(bio=uuid7().hex),
+            client.SetPresence(status=random.choice(["online", "busy"])),
+            client.Delivered(**poll),
+            client.RequestFriend(user_id=self.charles),
+            client.AnswerFriend(user_id=self.charles, accept=True),
+            client.Unfriend(user_id=self.charles),
+            client.Block(user_id=self.charles),
+            client.Unblock(user_id=self.charles),
+            client.Follow(user_id=self.charles),
+            client.Unfollow(user_id=self.charles),
+            client.Mute(user_id=self.charles),
+            client.Unmute(user_id=self.charles),
+            client.SetSwitches(user_id=self.charles, can_see_profile=True),
+        ]  # fmt: skip
+
+    def acts(self) -> dict[str, Act]:
+        """Return all that can be done, by name: frames of either, accounts, administration, jobs."""
+
+        def framed(who: UserId, index: int) -> Act:
+            other = {self.ada: self.charles, self.charles: self.ada}
+
+            async def act() -> object:
+                frame = self.frames()[index]
+                if who == self.charles and getattr(frame, "user_id", None) == self.charles:
+                    msgspec.structs.force_setattr(frame, "user_id", other[who])
+                return await self.run(who, frame)
+
+            return act
+
+        acts: dict[str, Act] = {}
+        for index, frame in enumerate(self.frames()):
+            for who, name in ((self.ada, "ada"), (self.charles, "charles")):
+                acts[f"{name} {type(frame).__name__}"] = framed(who, index)
+        user = str(self.charles)
+        return acts | {
+            "logout": self.log_out,
+            "revoke all": self.revoke_all,
+            "deactivate": self.deactivate,
+            "log in": self.log_in,
+            "erase": self.erase,
+            "disable": lambda: self.commanded("user", "disable", user),
+            "enable": lambda: self.commanded("user", "enable", user),
+            "reset-password": self.reset_password,
+            "sessions --revoke": lambda: self.commanded("user", "sessions", user, "--revoke"),
+            "promote": lambda: self.commanded("user", "promote", user),
+            "seen": self.seen,
+            "jobs": self.jobs,
+        }
+
+    # ------------------------------------------------------------------------------------------------ accounts
+
+    async def session(self) -> dict[str, str]:
+        token = new_token()
+        device = (None, None)
+
+        async def made(db: Db) -> object:
+            return await sessions.create(db, self.charles, token_hash(token), timedelta(days=1), device)
+
+        await self.on_database(made)
+        return {"authorization": f"Bearer {token}"}
+
+    async def log_out(self) -> None:
+        await self.http.post("/v1/auth/logout", headers=await self.session())
+
+    async def revoke_all(self) -> None:
+        await self.http.delete("/v1/auth/sessions", headers=await self.session())
+
+    async def deactivate(self) -> None:
+        await self.http.post("/v1/auth/deactivate", headers=await self.session(), json={"password": PASSWORD})
+        await self.log_in()
+
+    async def log_in(self) -> None:
+        await self.http.post("/v1/auth/login", json={"email": self.email, "password": PASSWORD})
+        self.http.cookies.clear()
+
+    # ------------------------------------------------------------------------------------------ administration
+
+    async def commanded(self, *arguments: str) -> None:
+        with contextlib.suppress(asyncpg.TransactionRollbackError):
+            await administer(self.world, *arguments)
+
+    async def reset_password(self) -> None:
+        await self.commanded("user", "reset-password", str(self.charles))
+        await self.on_database(lambda db: accounts.set_password(db, self.charles, CHEAP.hash(PASSWORD)))
+
+    async def erase(self) -> None:
+        """Erase somebody new who is in the group, and in a thread there."""
+        guests: list[UserId] = []
+
+        async def made(db: Db) -> None:
+            guests.append(await accounts.register(db, "Guest", f"{uuid7()}@example.org", "no password"))
+
+        await self.on_database(made)
+        await self.run(self.ada, client.AddParticipants(conversation_id=self.group, participants=guests))
+        await self.commanded("erase", str(guests[0]), "--yes")
+
+    # ---------------------------------------------------------------------------------------------------- jobs
+
+    @property
+    def app(self) -> App:
+        """One of the workers."""
+        return random.choice(self.world.workers).app
+
+    async def on_database(self, work: Callable[[Db], Awaitable[object]]) -> None:
+        with contextlib.suppress(asyncpg.TransactionRollbackError):
+            async with self.app._database.connection() as db:  # noqa: SLF001
+                await work(db)
+
+    async def seen(self) -> None:
+        there = random.sample([self.ada, self.charles], 2)
+        await self.on_database(lambda db: users.seen(db, {one: Transition(is_online=True) for one in there}))
+
+    async def jobs(self) -> None:
+        async def slid(db: Db) -> None:
+            ids = [SessionId(row[0]) for row in await db.fetch("SELECT id FROM session ORDER BY random() LIMIT 20")]
+            await sessions.slide(db, ids, timedelta(days=30))
+
+        await self.on_database(slid)
+        with contextlib.suppress(asyncpg.TransactionRollbackError):
+            await self.app.sessions.clear()
+            await self.app.expire_due()
+            await self.app.send_due()
+
+
+@pytest.fixture
+async def quarrel(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Quarrel]:
+    monkeypatch.setattr(passwords, "is_outdated", lambda _: False)
+    monkeypatch.setattr(passwords, "hashed", _cheap)
+    admin = await asyncpg.connect(settings.database_url)
+    name = await admin.fetchval("SELECT current_database()")
+    # A circle is found at once, and broken, and does not hold up the rest.
+    await admin.execute(f"ALTER DATABASE {name} SET deadlock_timeout = '5ms'")
+    settings = msgspec.structs.replace(settings, login_attempts_per_address=1_000_000, login_attempts=1_000_000)
+    async with World(settings) as world, httpx.AsyncClient(base_url=world.url, trust_env=False, timeout=30) as http:
+        quarrel = Quarrel(world, http)
+        await quarrel.begin()
+        yield quarrel
+    # The connections are closed: what their processes have counted is told.
+    for _ in range(200):
+        if not await admin.fetchval(OTHERS):
+            break
+        await asyncio.sleep(0.01)
+    deadlocks = await admin.fetchval("SELECT deadlocks FROM pg_stat_database WHERE datname = $1", name)
+    await admin.close()
+    assert deadlocks == 0
+
+
+async def _cheap(password: str) -> str:
+    return CHEAP.hash(password)
+
+
+async def test_every_writing_frame_is_tried(quarrel: Quarrel) -> None:
+    writing = {kind for kind, route in ROUTES.items() if route.rate is Rate.WRITE}
+    assert writing <= {type(frame) for frame in quarrel.frames()}
+
+
+@pytest.mark.parametrize("seed", range(2))
+async def test_no_deadlock_when_everything_is_done_concurrently(quarrel: Quarrel, seed: int) -> None:
+    """Eight connections do everything, each in another order."""
+    random.seed(seed)
+    acts = list(quarrel.acts().values())
+
+    async def all_of_it() -> None:
+        for act in random.sample(acts, len(acts)):
+            await act()
+
+    await asyncio.gather(*(all_of_it() for _ in range(8)))
+
+
+@pytest.mark.more
+@pytest.mark.timeout(900)
+async def test_no_deadlock_between_any_two(quarrel: Quarrel) -> None:
+    """All pairs, several of each at once."""
+    acts = quarrel.acts()
+    for (_, one), (_, other) in itertools.combinations_with_replacement(acts.items(), 2):
+        await asyncio.gather(*(act() for act in (one, other, one, other)))
