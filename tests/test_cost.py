@@ -68,6 +68,8 @@ class Plan(NamedTuple):
 KEY = re.compile(r"\b(conversation_id|chain|user_id|sender_id|author_id|from_user_id|to_user_id|direct_low) = ")
 """What rows are divided by when there are too many for one server (docs/scale.md)."""
 BY_SOMETHING_ELSE = {
+    "sessions by id": "by session, of users who come back",
+    "begin session": "by user",
     "login": "by e-mail address",
     "session": "by token",
     "living sessions": "by session, of users who are here",
@@ -204,7 +206,7 @@ def hot(place: Place, ids: dict[str, Any]) -> dict[str, tuple[str, tuple[Any, ..
         "history, after": (messages.PAGE, (about, user, ids["middle"], 1, 0, 21)),
         "history, around": (messages.PAGE, (about, user, ids["middle"], 0, 11, 11)),
         "edits": (edits.EDITS, (ids["middle"], user, about, 100)),
-        "read": (receipts.READ, (ids["middle"], user, about)),
+        "read": (receipts.READ, (ids["middle"], user, about, False)),
         "resume, 10 missed": (changes.SINCE, (about, place.size - 8, 1001)),
         "resume, all missed": (changes.SINCE, (about, 0, 1001)),
         "read positions": (changes.READING, (about, user, 100)),
@@ -255,6 +257,9 @@ def hot(place: Place, ids: dict[str, Any]) -> dict[str, tuple[str, tuple[Any, ..
         "seen": (users.SEEN, ([user], ["true"], [1012])),
         "user clocks": (users.VERSIONS, ([user],)),
         "login": (accounts.FIND, ("nobody@example.org",)),
+        "sessions by id": (sessions.FIND_BY_ID, ([user],)),
+        "begin session": (sessions.CREATE, (user, "a hash", "30 days", None, None, None)),
+        "lock users": (users.LOCK, ([user],)),
         "living sessions": (sessions.LIVING, ([user],)),
         "slide": (sessions.SLIDE, ([user], "30 days")),
         "sessions": (sessions.LIST, (user, user)),

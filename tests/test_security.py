@@ -283,7 +283,7 @@ def test_the_server_asks_other_servers_in_one_place() -> None:
 KNOWN_SECRETS = {
     "README.md",
     "server/supervisor.py",
-    *(f"tests/test_{name}.py" for name in ("accounts", "command", "leaving", "security")),
+    *(f"tests/test_{name}.py" for name in ("accounts", "command", "credentials", "leaving", "lock_order", "security")),
 }
 """They show an example's password."""
 
