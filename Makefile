@@ -1,6 +1,7 @@
-# make run    start the server, after setting up whatever it needs
-# make test   lint, types, tests, after setting up whatever they need
-# make help   everything else
+# make run       start the server, after setting up whatever it needs
+# make test      lint, types, tests, after setting up whatever they need
+# make test-all  the same, and the tests that take longer or need nginx
+# make help      everything else
 
 PYTHON ?= python3
 VENV := .venv
@@ -10,12 +11,16 @@ ARGS ?=
 # Tests start many processes: none of them should have to compile what another one has.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: run test lint types tests docs bench prove fuzz scale search format lock clean help
+.PHONY: run test test-all more lint types tests docs bench prove fuzz scale search format lock clean help
 
 run: $(VENV)/run-ready
 	@exec $(VENV)/bin/openchat $(ARGS)
 
 test: lint types tests
+
+# One after the other, also under `make -j`: `more` measures, and nothing else may run meanwhile.
+test-all: test
+	@$(MAKE) --no-print-directory more
 
 lint: $(VENV)/test-ready
 	$(VENV)/bin/ruff format --check .
@@ -26,6 +31,11 @@ types: $(VENV)/test-ready
 
 tests: $(VENV)/test-ready
 	$(VENV)/bin/pytest -n 3 $(ARGS)
+
+more: $(VENV)/test-ready  ## the tests that take longer or need nginx, one at a time
+	@PATH="$$PATH:/usr/sbin" command -v nginx >/dev/null || \
+	    { echo "These tests need nginx, which is missing: apt-get install nginx-light (Debian), brew install nginx (macOS)"; exit 1; }
+	$(VENV)/bin/pytest -m more $(ARGS)
 
 format: $(VENV)/test-ready  ## format the code and fix what can be fixed
 	$(VENV)/bin/ruff check --fix .
@@ -65,7 +75,7 @@ clean:  ## remove what was set up here (the data folder stays)
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 help:
-	@sed -n '1,3s/^# //p' Makefile; sed -n 's/^\([a-z]*\):.*## /make \1 - /p' Makefile
+	@sed -n '1,4s/^# //p' Makefile; sed -n 's/^\([a-z]*\):.*## /make \1 - /p' Makefile
 
 $(VENV)/bin/python:
 	@echo "Setting up $(VENV) …"
