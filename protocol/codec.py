@@ -28,7 +28,12 @@ class _Label(msgspec.Struct):
     id: FrameId | None = None
 
 
+class _Kind(msgspec.Struct):
+    type: str
+
+
 _label_decoder = msgspec.json.Decoder(_Label)
+_kind_decoder = msgspec.json.Decoder(_Kind)
 
 
 def encode(value: object) -> bytes:
@@ -62,6 +67,14 @@ def label(data: bytes | str) -> FrameId | None:
     """Return the id of a frame that could not be decoded, as far as it can be read."""
     try:
         return _label_decoder.decode(data).id
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return None
+
+
+def kind(data: bytes | str) -> str | None:
+    """Return the type of a frame, as far as it can be read."""
+    try:
+        return _kind_decoder.decode(data).type
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None
 

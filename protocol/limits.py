@@ -57,6 +57,15 @@ Version = Annotated[int, Meta(ge=0, le=2**53 - 1)]
 """A number of a conversation's clock: exact in JavaScript, too."""
 
 
+class RateLimit(msgspec.Struct, frozen=True, kw_only=True):
+    """A token bucket that never runs dry on the server if it does not on the client, with a second to spare for frames
+    that arrive closer together than they were sent.
+    """
+
+    per_second: float
+    burst: int
+
+
 class Limits(msgspec.Struct, frozen=True, kw_only=True):
     """What a client has to keep to; sent in `ready` so that none has to be guessed."""
 
@@ -69,3 +78,9 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     watched_users: int = MAX_WATCHED
     resumed_conversations: int = MAX_RESUMED
     changes_before_start_over: int = MAX_CHANGES
+    frames: RateLimit
+    """All frames on this connection."""
+    writes: RateLimit
+    """Frames that count as `write`, of all connections of the user together; so the next two."""
+    reads: RateLimit
+    ephemeral: RateLimit

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+from collections import Counter
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -24,7 +25,7 @@ from server.auth.tickets import Ticket, Tickets
 from server.bus import Alone, Connect
 from server.clusterbus import ClusterBus, is_cluster
 from server.config import Settings
-from server.connection import STRIKES_AT_ONCE, STRIKES_PER_SECOND, Connection, Lifecycle, Shared
+from server.connection import Connection, Lifecycle, Shared
 from server.context import Services
 from server.database import Database
 from server.dispatch import Dispatch, Rate
@@ -33,7 +34,7 @@ from server.erasure import erase
 from server.expiry import expire_due
 from server.gather import Gather
 from server.hub import Hub
-from server.limits import Allowance
+from server.limits import Pace, told
 from server.metrics import Metrics
 from server.notices import Notices, new_key
 from server.outbound import Outbound
@@ -139,11 +140,12 @@ class App:
             hub=self.hub,
             dispatch=Dispatch(ROUTES, self._allowances, metrics=metrics, pressure=self.pressure),
             lifecycle=Lifecycle(sync.start, sync.refresh),
-            frames=Allowance(settings.frame_rate),
-            strikes=Allowance(STRIKES_PER_SECOND, burst=STRIKES_AT_ONCE),
+            limits=told(settings),
+            frames=Pace.of(settings.frame_rate),
             arrived=self._arrived,
             left=self._left,
             connections_per_user=settings.connections_per_user,
+            places=Counter(),
             heartbeat_seconds=settings.heartbeat_seconds,
             admission=self.admission,
             working=self._working,

@@ -2,7 +2,8 @@
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Awaitable, Callable, Hashable, Iterable, Sequence
 from datetime import datetime
 from typing import NamedTuple
 
@@ -17,7 +18,8 @@ from server.context import Context
 from server.dispatch import Dispatch, error_frame
 from server.errors import refusal
 from server.hub import Hub
-from server.limits import Allowance, too_many
+from server.limits import Bucket, Pace, too_many
+from server.strikes import Strikes
 from server.websocket import WebSocket
 
 log = logging.getLogger(__name__)
@@ -27,9 +29,8 @@ MAX_INBOX = 32
 ENTER_SECONDS = 10.0
 """How long one may be on the way in: a client that says it will resume may never do so."""
 REFRESH_RETRY_SECONDS = 1.0
-STRIKES_PER_SECOND, STRIKES_AT_ONCE = 2.0, 200.0
-"""How many frames may be refused as malformed or too many before that is abuse."""
-STRIKES = frozenset({ErrorCode.BAD_FRAME, ErrorCode.INVALID, ErrorCode.RATE_LIMITED})
+FRAMES = "frames"
+"""The limit of frames on a connection, as opposed to those of its user."""
 NOT_TEXT = Refused(ErrorCode.BAD_FRAME, "Frames are JSON in text messages, not in binary ones.")
 
 
@@ -46,11 +47,13 @@ class Shared(NamedTuple):
     hub: Hub
     dispatch: Dispatch
     lifecycle: Lifecycle
-    frames: Allowance[int]
-    strikes: Allowance[int]
+    limits: Limits
+    frames: Pace
     arrived: Callable[["Connection"], None]
     left: Callable[["Connection"], None]
     connections_per_user: int
+    places: Counter[UserId]
+    """Connections of each user."""
     heartbeat_seconds: float
     admission: Admission
     working: "set[asyncio.Task[None]]"
@@ -61,9 +64,9 @@ class Connection:
     """A WebSocket that has been authenticated."""
 
     __slots__ = (
-        "_entering", "_gone", "_has_to_refresh", "_inbox", "_inbox_bytes", "_is_closed", "_is_resuming", "_last",
-        "_shared", "_todo", "_worker", "attached", "closed_with", "context", "expires_at", "session_id", "socket",
-        "user_id", "user_version", "watched", "write",
+        "_entering", "_frames", "_gone", "_has_place", "_has_to_refresh", "_inbox", "_inbox_bytes", "_is_closed",
+        "_is_resuming", "_last", "_shared", "_strikes", "_todo", "_worker", "attached", "closed_with", "context",
+        "expires_at", "session_id", "socket", "user_id", "user_version", "watched", "write",
     )  # fmt: skip
 
     def __init__(
@@ -97,6 +100,10 @@ class Connection:
         self._is_resuming = False
         self._has_to_refresh = False
         self._entering: asyncio.TimerHandle | None = None
+        self._has_place = False
+        # Of this connection alone, and gone with it: the `id` of a connection is used again.
+        self._frames = Bucket(shared.frames)
+        self._strikes: Strikes | None = None
         self.user_version = user_version
         self.closed_with: CloseCode | None = None
 
@@ -109,9 +116,12 @@ class Connection:
         # Its place among those who are coming in is given back in any case, after a while.
         self._entering = asyncio.get_running_loop().call_later(ENTER_SECONDS, self._is_in)
         self._todo.append(self._begin)
+        # Counted before anything is awaited, or connections that come concurrently would not see each other.
+        self._has_place = self._shared.places[self.user_id] < self._shared.connections_per_user
+        self._shared.places[self.user_id] += self._has_place
         self._shared.arrived(self)
         self.socket.take_over(self)
-        if len(self._shared.hub.people.sockets(self.user_id)) >= self._shared.connections_per_user:
+        if not self._has_place:
             self.close(CloseCode.TOO_MANY_CONNECTIONS)
         self._wake()
 
@@ -228,16 +238,23 @@ class Connection:
 
     async def _answer(self, data: bytes | None) -> None:
         answer: Reply | Error
+        limit: Hashable = None
+        is_abuse = False
         if data is None:
             answer = error_frame(NOT_TEXT)
-        elif (wait := self._shared.frames.take(id(self))) > 0:
-            answer = error_frame(too_many(wait), re=label(data))
+        elif (wait := self._frames.take()) > 0:
+            answer, limit = error_frame(too_many(wait), re=label(data)), FRAMES
         else:
             answer = await self._shared.dispatch.run(self.context, data)
+        if isinstance(answer, Error):
+            if answer.code is ErrorCode.RATE_LIMITED and limit is None and data is not None:
+                limit = (self._shared.dispatch.rate(data), answer.path)
+            self._strikes = self._strikes or Strikes()
+            is_abuse = self._strikes.is_abuse(answer, limit)
         self.say(answer)
         if self._entering is not None:
             self._is_in()
-        if isinstance(answer, Error) and answer.code in STRIKES and self._shared.strikes.take(id(self)) > 0:
+        if is_abuse:
             self.close(CloseCode.ABUSE)
 
     async def _begin(self) -> None:
@@ -253,7 +270,7 @@ class Connection:
                     epoch=shared.hub.epoch,
                     server_time=now(),
                     heartbeat_ms=int(shared.heartbeat_seconds * 1000),
-                    limits=Limits(),
+                    limits=shared.limits,
                 )
             )
             if not self._is_resuming and not self._is_closed:
@@ -288,6 +305,11 @@ class Connection:
         self._is_closed = True
         self._is_in()
         self._gone()
+        if self._has_place:
+            self._has_place = False
+            self._shared.places[self.user_id] -= 1
+            if not self._shared.places[self.user_id]:
+                del self._shared.places[self.user_id]
         self._inbox.clear()
         self._todo.clear()
         self._shared.hub.remove(self)

@@ -7,7 +7,7 @@ from enum import Enum
 from typing import Any, NamedTuple
 
 from protocol.client import Authenticate, Frame
-from protocol.codec import decode_client, label
+from protocol.codec import decode_client, kind, label
 from protocol.errors import ErrorCode, Refused
 from protocol.server import Error, Reply, Result
 from server.context import Context
@@ -62,6 +62,11 @@ class Dispatch:
         self._metrics = metrics
         self._pressure = pressure
         self._allowances = allowances
+        self._rates = {str(frame.__struct_config__.tag): route.rate for frame, route in routes.items()}
+
+    def rate(self, data: bytes) -> Rate | None:
+        """Return whose allowance an encoded frame takes."""
+        return self._rates.get(kind(data) or "")
 
     async def run(self, context: Context, data: bytes) -> Reply | Error:
         """Return the answer to one frame. Whatever goes wrong is an answer, too."""

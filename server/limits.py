@@ -2,11 +2,15 @@
 
 import time
 from collections.abc import Callable, Hashable
-from typing import Generic, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 from protocol.errors import ErrorCode, Refused
+from protocol.limits import Limits, RateLimit
+from server.config import Settings
 
 Key = TypeVar("Key", bound=Hashable)
+Clock = Callable[[], int]
+"""Counts nanoseconds."""
 
 BURST_SECONDS = 4.0
 """A bucket holds this many seconds' worth."""
@@ -14,18 +18,53 @@ SWEEP_AT = 10_000
 """How many buckets there may be before the full ones are forgotten."""
 
 
+class Pace(NamedTuple):
+    """The rate and size of a token bucket, in nanoseconds: with seconds as floats, rounding refused the last token."""
+
+    interval: int
+    """Until the next token flows in."""
+    ahead: int
+    """Intervals' worth of tokens that may be taken before they have flowed in."""
+
+    @classmethod
+    def of(cls, rate: float, burst: float | None = None) -> "Pace":
+        """Return the pace of `rate` tokens a second, at most `burst` of them at once (at least one)."""
+        interval = round(1e9 / rate)
+        return cls(interval, round((max(1.0, rate * BURST_SECONDS if burst is None else burst) - 1) * interval))
+
+    def take(self, full_at: int, now: int) -> int:
+        """Take a token from a bucket that is full at `full_at`. Return when it is full again; if there is no token,
+        minus the time until there is one.
+        """
+        full_at = max(full_at, now)
+        wait = full_at - now - self.ahead
+        return -wait if wait > 0 else full_at + self.interval
+
+
+class Bucket:
+    """A token bucket that belongs to one thing, such as a connection, and ends with it."""
+
+    __slots__ = ("_clock", "_full_at", "_pace")
+
+    def __init__(self, pace: Pace, *, clock: Clock = time.monotonic_ns) -> None:
+        self._pace = pace
+        self._full_at = 0
+        self._clock = clock
+
+    def take(self) -> float:
+        """Take one token; return 0, or, if there is none, in how many seconds there will be."""
+        full_at = self._pace.take(self._full_at, self._clock())
+        if full_at < 0:
+            return -full_at / 1e9
+        self._full_at = full_at
+        return 0.0
+
+
 class Allowance(Generic[Key]):
-    """A bucket for each key: `rate` tokens a second flow in, up to `burst`; `clock` counts nanoseconds.
+    """A token bucket for each key, which has to outlive what it stands for: never the `id` of an object."""
 
-    Counted in whole nanoseconds: with seconds as floats, rounding refused the last token of a burst.
-    """
-
-    def __init__(
-        self, rate: float, *, burst: float | None = None, clock: Callable[[], int] = time.monotonic_ns
-    ) -> None:
-        burst = rate * BURST_SECONDS if burst is None else burst
-        self._interval = round(1e9 / rate)
-        self._ahead = round((burst - 1) * self._interval)
+    def __init__(self, rate: float, *, burst: float | None = None, clock: Clock = time.monotonic_ns) -> None:
+        self._pace = Pace.of(rate, burst)
         # When each bucket would be full again: one number says it all.
         self._full_at: dict[Key, int] = {}
         self._sweep_at = SWEEP_AT
@@ -34,10 +73,10 @@ class Allowance(Generic[Key]):
     def take(self, key: Key) -> float:
         """Take one token; return 0, or, if there is none, in how many seconds there will be."""
         now = self._clock()
-        full_at = max(self._full_at.get(key, now), now)
-        if (wait := full_at - now - self._ahead) > 0:
-            return wait / 1e9
-        self._full_at[key] = full_at + self._interval
+        full_at = self._pace.take(self._full_at.get(key, now), now)
+        if full_at < 0:
+            return -full_at / 1e9
+        self._full_at[key] = full_at
         if len(self._full_at) > self._sweep_at:
             self._full_at = {kept: at for kept, at in self._full_at.items() if at > now}
             self._sweep_at = max(SWEEP_AT, 2 * len(self._full_at))
@@ -46,13 +85,24 @@ class Allowance(Generic[Key]):
     def charge(self, key: Key, count: int) -> None:
         """Take tokens that were given out elsewhere, whether they are there or not; at most one bucket is owed."""
         now = self._clock()
-        full_at = max(self._full_at.get(key, now), now) + count * self._interval
-        self._full_at[key] = min(full_at, now + 2 * self._ahead)
+        full_at = max(self._full_at.get(key, now), now) + count * self._pace.interval
+        self._full_at[key] = min(full_at, now + 2 * self._pace.ahead)
 
     def require(self, key: Key) -> None:
         """Take one token. Raises Refused if there is none."""
         if (wait := self.take(key)) > 0:
             raise too_many(wait)
+
+
+def told(settings: Settings) -> Limits:
+    """Return what clients have to keep to. They are told a second's worth less than the buckets hold: frames may arrive
+    closer together than they were sent.
+    """
+    frames, writes, reads, ephemeral = (
+        RateLimit(per_second=rate, burst=max(1, int(rate * (BURST_SECONDS - 1))))
+        for rate in (settings.frame_rate, settings.write_rate, settings.read_rate, settings.ephemeral_rate)
+    )
+    return Limits(frames=frames, writes=writes, reads=reads, ephemeral=ephemeral)
 
 
 def too_many(wait: float) -> Refused:

@@ -2,11 +2,13 @@
 
 import time
 from collections.abc import AsyncIterator
+from http import HTTPStatus
 from typing import Any
 
 import httpx
 import msgspec
 import pytest
+from starlette.routing import Route
 from websockets.exceptions import InvalidStatus
 
 from protocol.client import Authenticate
@@ -15,10 +17,12 @@ from protocol.errors import CloseCode
 from protocol.http import LoggedIn
 from protocol.server import Error, Ready
 from prove.client import Client
+from server.auth.credentials import SAFE_METHODS
 from server.config import Settings
 from tests.world import World
 
 ADA = {"name": "Ada", "email": "Ada@Example.org", "password": "correct horse"}
+WITHOUT_SESSION = {"/v1/auth/register", "/v1/auth/login"}
 
 
 @pytest.fixture
@@ -226,6 +230,36 @@ async def test_wrong_token_is_refused_before_the_socket_opens(world: World) -> N
         await Client(world.url, "wrong").open()
     assert refused.value.response.status_code == 401
     assert msgspec.json.decode(refused.value.response.body or b"", type=Error).code == "unauthenticated"
+
+
+@pytest.mark.parametrize("origin", ["https://evil.example", "null", "", "http://127.0.0.1:1"])
+async def test_pages_of_other_origins_change_nothing(http: httpx.AsyncClient, world: World, origin: str) -> None:
+    """With the cookie that the browser sends along, and, where no session is needed, without."""
+    ada = await register(http)
+    routes = [one for one in world.workers[0].app.starlette.routes if isinstance(one, Route)]
+    changing = [(one.path, method) for one in routes for method in sorted((one.methods or set()) - SAFE_METHODS)]
+    assert {("/v1/auth/login", "POST"), ("/v1/call", "POST"), ("/v1/auth/sessions", "DELETE")} <= set(changing)
+    for path, method in changing:
+        body = {key: ADA[key] for key in ("email", "password")} if path.endswith("login") else ADA
+        for cookie in [{"Cookie": f"openchat_session={ada.token}"}, *([{}] if path in WITHOUT_SESSION else [])]:
+            url = path.format(session_id=ada.session_id)
+            answer = await http.request(method, url, json=body, headers=cookie | {"Origin": origin})
+            assert refusal(answer) == (403, "forbidden", "origin"), path
+            assert "set-cookie" not in answer.headers
+    assert len((await http.get("/v1/auth/sessions", headers=bearer(ada))).json()["sessions"]) == 1
+
+
+async def test_own_and_allowed_origins_and_programs_log_in(settings: Settings) -> None:
+    async with (
+        World(msgspec.structs.replace(settings, origins="https://chat.example"), workers=1) as world,
+        httpx.AsyncClient(base_url=world.url, trust_env=False) as http,
+    ):
+        await register(http)
+        login = {key: ADA[key] for key in ("email", "password")}
+        for headers in ({}, {"Origin": world.url}, {"Origin": "https://chat.example"}):
+            answer = await http.post("/v1/auth/login", json=login, headers=headers)
+            assert answer.status_code == HTTPStatus.OK
+            assert "set-cookie" in answer.headers
 
 
 async def test_pages_of_allowed_origins_may_read_answers(settings: Settings) -> None:

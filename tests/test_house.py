@@ -19,6 +19,7 @@ STOREYS: list[list[str]] = [
         "errors",
         "log",
         "limits",
+        "strikes",
         "sharedallowance",
         "addresses",
         "pressure",

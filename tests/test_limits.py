@@ -16,7 +16,7 @@ from protocol.errors import CloseCode, ErrorCode
 from protocol.server import Error
 from prove.client import Client
 from server.config import Settings
-from tests.world import World, message, sent
+from tests.world import World, message, sent, until
 
 ROOT = Path(__file__).parent.parent
 
@@ -100,6 +100,47 @@ async def test_connections_of_one_address(settings: Settings) -> None:
                     await asyncio.sleep(0.01)  # it notices in a moment that the first is gone
                 else:
                     break
+
+
+async def test_connections_of_one_user_that_come_concurrently(settings: Settings) -> None:
+    async with World(settings, workers=1) as world:
+        who, other = await world.users("Ada", "Charles")
+
+        async def come() -> Client:
+            one = Client(world.url, None)
+            await one.open()
+            return one
+
+        async def introduce(one: Client) -> None:
+            await one.socket.send(encode(client.Authenticate(token=who.token)).decode())
+
+        async def stays(one: Client) -> bool:
+            try:
+                await one.settled()
+            except ConnectionError:
+                assert await one.closed() == CloseCode.TOO_MANY_CONNECTIONS
+                return False
+            return True
+
+        # All are looked up in a few statements, so that they begin in the same turn of the loop.
+        everyone = [await come() for _ in range(120)]
+        await asyncio.gather(*map(introduce, everyone))
+        staying = [
+            one for one, is_in in zip(everyone, await asyncio.gather(*map(stays, everyone)), strict=True) if is_in
+        ]
+        assert len(staying) == settings.connections_per_user
+        await (await world.connect(other)).call(client.Ping())
+        # Who was refused has taken no place; who leaves gives theirs back.
+        await staying[0].close()
+        roster = world.workers[0].app.roster
+        await until(lambda: len(roster) == settings.connections_per_user)  # Charles is one of them
+        again = []
+        for _ in range(2):
+            everyone.append(await come())
+            await introduce(everyone[-1])
+            again.append(await stays(everyone[-1]))
+        assert again == [True, False]
+        await asyncio.gather(*(one.close() for one in everyone))
 
 
 async def test_an_answer_may_be_larger_than_what_may_wait_for_a_slow_reader(settings: Settings) -> None:

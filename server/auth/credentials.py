@@ -30,6 +30,14 @@ def token_of(request: HTTPConnection, allowed_origins: Collection[str]) -> str |
     return cookie
 
 
+def require_origin(request: HTTPConnection, allowed_origins: Collection[str]) -> None:
+    """Raises Refused for a page whose origin is not allowed: what it asks for would set the session cookie of whoever
+    looks at it. Programs, which send no Origin, may.
+    """
+    if "origin" in request.headers and not _is_allowed(request, allowed_origins):
+        raise Refused(ErrorCode.FORBIDDEN, "Pages of this origin may not log anybody in here.", path="origin")
+
+
 def _is_allowed(request: HTTPConnection, allowed_origins: Collection[str]) -> bool:
     origin = request.headers.get("origin")
     if origin is None:

@@ -18,7 +18,7 @@ from protocol.values import User
 from server.addresses import address_of
 from server.auth import passwords
 from server.auth.attempts import Attempts
-from server.auth.credentials import COOKIE, token_of
+from server.auth.credentials import COOKIE, require_origin, token_of
 from server.auth.sessions import Sessions
 from server.auth.tokens import new_token, token_hash
 from server.context import Events
@@ -86,6 +86,7 @@ class Accounts:
 
     async def register(self, request: Request) -> Response:
         """Make an account and begin its first session."""
+        require_origin(request, self._origins)
         await self._attempts.of_address(address_of(request))
         body = decode(await limited_body(request), _register)
         password_hash = await passwords.hashed(body.password)
@@ -103,6 +104,7 @@ class Accounts:
 
     async def login(self, request: Request) -> Response:
         """Begin a session."""
+        require_origin(request, self._origins)
         await self._attempts.of_address(address_of(request))
         body = decode(await limited_body(request), _login)
         email = body.email.lower()

@@ -9,8 +9,10 @@ import msgspec
 
 from protocol import PROTOCOL_VERSION, SUBPROTOCOL, client, server, values
 from protocol.errors import CloseCode, ErrorCode
-from protocol.limits import Limits
+from protocol.limits import Limits, RateLimit
+from server.config import Settings
 from server.describe.asyncapi import ANSWERS, CLIENT_FRAMES, DURABLE, SERVER_FRAMES, summary, tag
+from server.limits import told
 from server.routes import ROUTES
 
 HEAD = f"""\
@@ -50,10 +52,16 @@ def document() -> str:
             f"| {code.value} | {code.name.lower()} | {'yes' if code.reconnect else 'no'} | {_said(CloseCode, code)} |"
             for code in CloseCode
         ),
-        "\n## Limits\n\nAs sent in `ready`.\n\n| limit | value |\n| --- | --- |",
-        *(f"| `{name}` | {getattr(Limits(), name):,} |" for name in Limits.__struct_fields__),
+        "\n## Limits\n\nAs sent in `ready`; the rates are settings.\n\n| limit | value |\n| --- | --- |",
+        *(f"| `{name}` | {_limit(getattr(told(Settings()), name))} |" for name in Limits.__struct_fields__),
     ]
     return "\n".join(parts) + "\n"
+
+
+def _limit(value: int | RateLimit) -> str:
+    if isinstance(value, RateLimit):
+        return f"`per_second` {value.per_second:,g}, `burst` {value.burst:,}"
+    return f"{value:,}"
 
 
 def _is_result(one: Any) -> bool:  # noqa: ANN401 - any member of a module

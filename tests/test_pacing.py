@@ -1,0 +1,152 @@
+"""Who keeps to the limits, or waits as told, is never refused for it, or closed; who does not is."""
+
+import asyncio
+import random
+import time
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import settings as examples
+from hypothesis import strategies as st
+
+from protocol import client
+from protocol.codec import encode
+from protocol.errors import CloseCode, ErrorCode
+from protocol.limits import RateLimit
+from protocol.server import Error
+from server.config import Settings
+from server.dispatch import Rate
+from server.limits import Allowance, Bucket, Pace, told
+from server.routes import ROUTES
+from server.strikes import GRACE_NS, Strikes
+from tests.world import World, message
+
+NS = 1_000_000_000
+
+
+def too_many(wait_ms: int) -> Error:
+    return Error(code=ErrorCode.RATE_LIMITED, message="", retry_after_ms=wait_ms)
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = NS
+
+    def __call__(self) -> int:
+        return self.now
+
+
+class Paced:
+    """A client that keeps to a limit of `ready`, as docs/clients.md says."""
+
+    def __init__(self, limit: RateLimit) -> None:
+        self._limit = limit
+        self._tokens = float(limit.burst)
+        self._at = 0.0
+
+    def wait(self, now: float) -> float:
+        """Return how long to wait before the next frame, and count it."""
+        self._tokens = min(self._limit.burst, self._tokens + (now - self._at) * self._limit.per_second) - 1
+        self._at = now
+        return max(0.0, -self._tokens / self._limit.per_second)
+
+
+@examples(max_examples=200)
+@given(
+    rate=st.floats(1.0, 500.0),
+    pauses=st.lists(st.floats(0.0, 3.0) | st.just(0.0), min_size=1, max_size=400),
+    delays=st.lists(st.floats(0.0, 0.9), min_size=1, max_size=20),
+)
+def test_a_client_that_keeps_to_the_limits_is_never_refused(
+    rate: float, pauses: list[float], delays: list[float]
+) -> None:
+    """Also when frames take up to nearly a second to arrive, each another time, in order."""
+    clock = Clock()
+    bucket = Allowance[str](rate, clock=clock)
+    paced = Paced(told(Settings(write_rate=rate)).writes)
+    now = arrived = 1.0
+    for number, pause in enumerate(pauses):
+        now += pause
+        now += paced.wait(now)
+        paced._at = now  # noqa: SLF001 - it waited
+        paced._tokens = max(paced._tokens, 0.0)  # noqa: SLF001
+        arrived = max(arrived, now + delays[number % len(delays)])
+        clock.now = round(arrived * NS)
+        assert bucket.take("Ada") == 0
+
+
+@examples(max_examples=20, deadline=None)
+@given(rate=st.floats(0.1, 500.0), seed=st.integers(0, 1 << 32), latest=st.sampled_from([0.0, 0.001, 0.1]))
+def test_waiting_as_told_is_never_a_strike(rate: float, seed: int, latest: float) -> None:
+    clock, rng = Clock(), random.Random(seed)
+    bucket, strikes = Bucket(Pace.of(rate), clock=clock), Strikes(clock=clock)
+    for _ in range(3_000):
+        wait = bucket.take()
+        if wait:
+            retry = int(wait * 1000) + 1
+            assert not strikes.is_abuse(too_many(retry), "writes")
+            # Timers may be early by a little, and late by more.
+            clock.now += retry * 1_000_000 - GRACE_NS + round(rng.uniform(0, latest) * NS)
+
+
+def test_coming_back_before_the_time_told_is_a_strike_for_that_limit_alone() -> None:
+    clock = Clock()
+    strikes = Strikes(clock=clock)
+    for limit in range(300):
+        assert not strikes.is_abuse(too_many(60_000), limit)
+    assert [strikes.is_abuse(too_many(60_000), 0) for _ in range(201)] == [False] * 200 + [True]
+
+
+@pytest.mark.parametrize("code", ErrorCode)
+def test_what_is_a_strike(code: ErrorCode) -> None:
+    strikes = Strikes(clock=Clock())
+    are_abuse = [strikes.is_abuse(Error(code=code, message="", retry_after_ms=None), None) for _ in range(300)]
+    assert any(are_abuse) == (code in {ErrorCode.BAD_FRAME, ErrorCode.INVALID, ErrorCode.INTERNAL})
+
+
+def test_no_rate_is_so_small_that_nothing_is_allowed() -> None:
+    assert Bucket(Pace.of(0.01)).take() == 0
+
+
+async def test_a_client_that_waits_as_told_is_not_closed(settings: Settings) -> None:
+    settings = msgspec.structs.replace(settings, write_rate=200.0)
+    async with World(settings, workers=1) as world:
+        ada = await world.connect(await world.user("Ada"))
+        channel = await world.channel(ada)
+        refusals = 0
+        until = time.monotonic() + 12
+        while refusals <= 210 and time.monotonic() < until:
+            answer = await ada.ask(message(channel))
+            if isinstance(answer, Error):
+                assert answer.code is ErrorCode.RATE_LIMITED
+                assert answer.retry_after_ms is not None
+                refusals += 1
+                await asyncio.sleep(answer.retry_after_ms / 1000)
+        # More than would be abuse, had they counted; and it goes on.
+        assert refusals > 200
+        await ada.call(client.Ping())
+
+
+@pytest.mark.parametrize("field", ["write_rate", "frame_rate"])
+async def test_a_client_that_does_not_wait_is_closed(settings: Settings, field: str) -> None:
+    settings = msgspec.structs.replace(settings, **{field: 1.0})
+    async with World(settings, workers=1) as world:
+        who = await world.user("Ada")
+        ada = await world.connect(who)
+        frame = encode(message(await world.channel(ada))).decode()
+        for _ in range(300):
+            await ada.socket.send(frame)
+        assert await ada.closed() == CloseCode.ABUSE
+        # Another connection begins with nothing held against it, whatever `id` it has.
+        if field == "frame_rate":
+            await (await world.connect(who)).call(client.Ping())
+
+
+async def test_ready_tells_the_rates(settings: Settings) -> None:
+    settings = msgspec.structs.replace(settings, write_rate=50.0, frame_rate=200.0)
+    async with World(settings, workers=1) as world:
+        limits = (await world.connect(await world.user("Ada"))).ready.limits
+    assert limits == told(settings)
+    assert limits.writes == RateLimit(per_second=50.0, burst=150)
+    assert {route.rate for route in ROUTES.values()} == {Rate.WRITE, Rate.READ, Rate.EPHEMERAL}
