@@ -1,14 +1,50 @@
 """What one address may do at a worker: so many requests a second, so many connections at once."""
 
+import ipaddress
 from collections import Counter
 from collections.abc import Callable
+from functools import lru_cache
 
 from starlette.requests import HTTPConnection
 
 from protocol.errors import ErrorCode, Refused
 from server.limits import Allowance
 
+Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 RETRY_MS = 5_000
+CLIENT_BITS = 64
+"""The part of an IPv6 address that tells networks apart: one customer has all addresses below it (RFC 6177)."""
+
+
+def parsed(text: str) -> Address | None:
+    """Return an IP address, one of IPv4 in IPv6 as IPv4; None if the text is anything else, such as one with a zone."""
+    try:
+        address = ipaddress.ip_address(text)
+    except ValueError:
+        return None
+    if isinstance(address, ipaddress.IPv4Address):
+        return address
+    return None if address.scope_id is not None else address.ipv4_mapped or address
+
+
+@lru_cache(maxsize=4096)
+def limit_key(host: str) -> str:
+    """Return what limits by address count by: the address, or the first 64 bits of an IPv6 address."""
+    address = parsed(host.partition("%")[0])
+    if isinstance(address, ipaddress.IPv6Address):
+        return str(ipaddress.IPv6Address(int(address) >> CLIENT_BITS << CLIENT_BITS)) + f"/{CLIENT_BITS}"
+    return host if address is None else str(address)
+
+
+def address_of(request: HTTPConnection) -> str | None:
+    """Return the address that a request comes from; behind a trusted proxy, the one that it names."""
+    address = parsed(request.client.host.partition("%")[0]) if request.client else None
+    return None if address is None else str(address)
+
+
+def key_of(request: HTTPConnection) -> str:
+    """Return what limits by address count a request by."""
+    return limit_key(request.client.host) if request.client else "unknown"
 
 
 class Addresses:
@@ -22,26 +58,24 @@ class Addresses:
 
     def require(self, request: HTTPConnection) -> None:
         """Count a request. Raises Refused if its address has too many."""
-        self._requests.require(address_of(request))
+        self._requests.require(key_of(request))
 
     def connect(self, request: HTTPConnection) -> Callable[[], None]:
         """Count a connection, and return what counts it out again. Raises Refused if its address has too many."""
         self.require(request)
-        address = address_of(request)
-        if self._connections[address] >= self._most:
-            raise Refused(
-                ErrorCode.RATE_LIMITED, "There are too many connections from this address.", retry_after_ms=RETRY_MS
-            )
-        self._connections[address] += 1
+        key = key_of(request)
+        if self._connections[key] >= self._most:
+            raise too_many_connections()
+        self._connections[key] += 1
 
         def disconnect() -> None:
-            self._connections[address] -= 1
-            if not self._connections[address]:
-                del self._connections[address]
+            self._connections[key] -= 1
+            if not self._connections[key]:
+                del self._connections[key]
 
         return disconnect
 
 
-def address_of(request: HTTPConnection) -> str:
-    """Return the address that a request comes from; behind a trusted proxy, the one that it names."""
-    return request.client.host if request.client else "unknown"
+def too_many_connections() -> Refused:
+    """Return what to tell an address that has all the connections it may have."""
+    return Refused(ErrorCode.RATE_LIMITED, "Too many connections from this address.", retry_after_ms=RETRY_MS)

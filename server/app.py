@@ -32,9 +32,10 @@ from server.dispatch import Dispatch, Rate
 from server.endpoints import Door, Endpoints
 from server.erasure import erase
 from server.expiry import expire_due
+from server.forwarded import Forwarded
 from server.gather import Gather
 from server.hub import Hub
-from server.limits import Pace, told
+from server.limits import Pace
 from server.metrics import Metrics
 from server.notices import Notices, new_key
 from server.outbound import Outbound
@@ -42,6 +43,7 @@ from server.periodic import every
 from server.presence import Presence
 from server.pressure import Pressure
 from server.previews import Previews
+from server.proxies import Proxies
 from server.queries import conversations, indexing, push, sending
 from server.queries import erasure as erasing
 from server.queries.conversations import Membership
@@ -140,7 +142,7 @@ class App:
             hub=self.hub,
             dispatch=Dispatch(ROUTES, self._allowances, metrics=metrics, pressure=self.pressure),
             lifecycle=Lifecycle(sync.start, sync.refresh),
-            limits=told(settings),
+            limits=settings.limits,
             frames=Pace.of(settings.frame_rate),
             arrived=self._arrived,
             left=self._left,
@@ -172,7 +174,8 @@ class App:
             addresses=Addresses(settings.address_rate, connections=settings.connections_per_address),
         )
         self.starlette = Starlette(
-            routes=[*Endpoints(door).routes(), *accounts.routes()], middleware=_for_pages_of(settings.allowed_origins)
+            routes=[*Endpoints(door).routes(), *accounts.routes()],
+            middleware=[*_behind(settings.proxies), *_for_pages_of(settings.allowed_origins)],
         )
         metrics.values = self._values
 
@@ -310,6 +313,11 @@ class App:
             "turned_away": self.admission.refused,
             "shedding": self.pressure.level,
         }
+
+
+def _behind(proxies: Proxies) -> list[Middleware]:
+    """See through the trusted proxies, if there are any."""
+    return [Middleware(Forwarded, proxies=proxies)] if proxies else []
 
 
 def _for_pages_of(origins: frozenset[str]) -> list[Middleware]:

@@ -7,7 +7,10 @@ from pathlib import Path
 import msgspec
 import platformdirs
 
+from protocol.limits import Limits
 from server.errors import Fatal
+from server.limits import told
+from server.proxies import Proxies
 
 MAX_DEFAULT_WORKERS = 4
 
@@ -71,8 +74,10 @@ class Settings(msgspec.Struct, kw_only=True, frozen=True):
     """How the operators of push services reach this server's: mailto: or https:. Apple's refuses `localhost`."""
     private_addresses: bool = False
     """Let push endpoints and previews be at addresses of this machine and its network."""
-    behind_proxy: bool = False
-    """Believe X-Forwarded-For and X-Forwarded-Proto: only behind a load balancer that sets them."""
+    trusted_proxies: str = ""
+    """Believe X-Forwarded-For and X-Forwarded-Proto of this many proxies in front (`1`, `2`), or of the networks that
+    they are in (`10.0.0.0/8,fd00::/8`). Empty believes nobody.
+    """
 
     @property
     def worker_count(self) -> int:
@@ -88,6 +93,21 @@ class Settings(msgspec.Struct, kw_only=True, frozen=True):
         if sys.platform == "linux" and os.geteuid() == 0:
             return Path("/var/lib/openchat")
         return Path(platformdirs.user_state_dir("openchat", appauthor=False))
+
+    @property
+    def limits(self) -> Limits:
+        """What `ready` tells clients to keep to."""
+        return Limits(
+            frames=told(self.frame_rate),
+            writes=told(self.write_rate),
+            reads=told(self.read_rate),
+            ephemeral=told(self.ephemeral_rate),
+        )
+
+    @property
+    def proxies(self) -> Proxies:
+        """The trusted proxies. Raises ValueError if the setting is not understood."""
+        return Proxies.read(self.trusted_proxies)
 
     @property
     def allowed_origins(self) -> frozenset[str]:
@@ -114,4 +134,9 @@ def read(**overrides: object) -> Settings:
             msgspec.convert({field: given[field]}, Settings, strict=False)
         except msgspec.ValidationError as error:
             raise Fatal(f"{variable(field)} is not understood: {error}.") from None
-    return msgspec.convert(given, Settings, strict=False)
+    settings = msgspec.convert(given, Settings, strict=False)
+    try:
+        _ = settings.proxies
+    except ValueError as error:
+        raise Fatal(f"{variable('trusted_proxies')} is not understood: {error}.") from None
+    return settings

@@ -5,8 +5,7 @@ from collections.abc import Callable, Hashable
 from typing import Generic, NamedTuple, TypeVar
 
 from protocol.errors import ErrorCode, Refused
-from protocol.limits import Limits, RateLimit
-from server.config import Settings
+from protocol.limits import RateLimit
 
 Key = TypeVar("Key", bound=Hashable)
 Clock = Callable[[], int]
@@ -94,15 +93,11 @@ class Allowance(Generic[Key]):
             raise too_many(wait)
 
 
-def told(settings: Settings) -> Limits:
-    """Return what clients have to keep to. They are told a second's worth less than the buckets hold: frames may arrive
-    closer together than they were sent.
+def told(rate: float) -> RateLimit:
+    """Return what clients have to keep to: a second's worth less than the bucket holds, since frames may arrive closer
+    together than they were sent.
     """
-    frames, writes, reads, ephemeral = (
-        RateLimit(per_second=rate, burst=max(1, int(rate * (BURST_SECONDS - 1))))
-        for rate in (settings.frame_rate, settings.write_rate, settings.read_rate, settings.ephemeral_rate)
-    )
-    return Limits(frames=frames, writes=writes, reads=reads, ephemeral=ephemeral)
+    return RateLimit(per_second=rate, burst=max(1, int(rate * (BURST_SECONDS - 1))))
 
 
 def too_many(wait: float) -> Refused:

@@ -20,7 +20,6 @@ import uvloop
 from protocol.limits import MAX_FRAME_BYTES
 from server import log
 from server.app import App
-from server.config import Settings
 from server.errors import Fatal
 from server.orders import DRAIN_SECONDS, READY, Orders
 from server.websocket import WebSocket
@@ -42,7 +41,7 @@ DATE_SECONDS = 1.0
 class DrainingServer(uvicorn.Server):
     """uvicorn, which leaves signals to us, says when it is ready, and sends clients away in batches before it stops."""
 
-    def __init__(self, settings: Settings, app: App) -> None:
+    def __init__(self, app: App) -> None:
         super().__init__(
             uvicorn.Config(
                 app.starlette,
@@ -55,8 +54,7 @@ class DrainingServer(uvicorn.Server):
                 lifespan="off",
                 access_log=False,
                 log_config=None,
-                proxy_headers=settings.behind_proxy,
-                forwarded_allow_ips="*" if settings.behind_proxy else None,
+                proxy_headers=False,  # forwarded.py knows which entry counts
                 server_header=False,
                 headers=SECURITY_HEADERS,
                 backlog=4096,
@@ -96,7 +94,7 @@ class DrainingServer(uvicorn.Server):
 async def serve(orders: Orders) -> None:
     """Run until told to stop. Raises Fatal if something it needs cannot be reached."""
     app = await App.open(orders.settings, Path(orders.folder), orders.number, is_alone=orders.is_alone)
-    server = DrainingServer(orders.settings, app)
+    server = DrainingServer(app)
 
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGTERM, server.stop)

@@ -64,7 +64,7 @@ def test_a_client_that_keeps_to_the_limits_is_never_refused(
     """Also when frames take up to nearly a second to arrive, each another time, in order."""
     clock = Clock()
     bucket = Allowance[str](rate, clock=clock)
-    paced = Paced(told(Settings(write_rate=rate)).writes)
+    paced = Paced(told(rate))
     now = arrived = 1.0
     for number, pause in enumerate(pauses):
         now += pause
@@ -147,6 +147,6 @@ async def test_ready_tells_the_rates(settings: Settings) -> None:
     settings = msgspec.structs.replace(settings, write_rate=50.0, frame_rate=200.0)
     async with World(settings, workers=1) as world:
         limits = (await world.connect(await world.user("Ada"))).ready.limits
-    assert limits == told(settings)
+    assert limits == settings.limits
     assert limits.writes == RateLimit(per_second=50.0, burst=150)
     assert {route.rate for route in ROUTES.values()} == {Rate.WRITE, Rate.READ, Rate.EPHEMERAL}

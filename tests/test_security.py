@@ -193,7 +193,7 @@ async def test_the_cookie_is_out_of_reach_of_scripts_and_other_sites(world: Worl
 
 async def test_the_cookie_is_secure_behind_tls(settings: Settings) -> None:
     async with (
-        World(msgspec.structs.replace(settings, behind_proxy=True), workers=1) as world,
+        World(msgspec.structs.replace(settings, trusted_proxies="1"), workers=1) as world,
         httpx.AsyncClient(base_url=world.url, trust_env=False) as http,
     ):
         answer = await http.post("/v1/auth/register", json=ADA, headers={"x-forwarded-proto": "https"})
@@ -283,7 +283,10 @@ def test_the_server_asks_other_servers_in_one_place() -> None:
 KNOWN_SECRETS = {
     "README.md",
     "server/supervisor.py",
-    *(f"tests/test_{name}.py" for name in ("accounts", "command", "credentials", "leaving", "lock_order", "security")),
+    *(
+        f"tests/test_{name}.py"
+        for name in ("accounts", "command", "credentials", "leaving", "lock_order", "nginx", "proxies", "security")
+    ),
 }
 """They show an example's password."""
 

@@ -52,7 +52,7 @@ class Worker:
         listener.bind(ON_LOOPBACK)
         self.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         self.app = await App.open(self._settings, self._folder, self._number)
-        self.server = DrainingServer(self._settings, self.app)
+        self.server = DrainingServer(self.app)
         self._serving = asyncio.create_task(self.server.serve(sockets=[listener]))
         while not self.server.started:
             await asyncio.sleep(0)

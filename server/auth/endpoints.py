@@ -15,7 +15,7 @@ from protocol.errors import ErrorCode, Refused
 from protocol.http import Confirm, LoggedIn, Login, Register, SessionList
 from protocol.ids import SessionId, UserId
 from protocol.values import User
-from server.addresses import address_of
+from server.addresses import address_of, key_of
 from server.auth import passwords
 from server.auth.attempts import Attempts
 from server.auth.credentials import COOKIE, require_origin, token_of
@@ -87,7 +87,7 @@ class Accounts:
     async def register(self, request: Request) -> Response:
         """Make an account and begin its first session."""
         require_origin(request, self._origins)
-        await self._attempts.of_address(address_of(request))
+        await self._attempts.of_address(key_of(request))
         body = decode(await limited_body(request), _register)
         password_hash = await passwords.hashed(body.password)
 
@@ -105,7 +105,7 @@ class Accounts:
     async def login(self, request: Request) -> Response:
         """Begin a session."""
         require_origin(request, self._origins)
-        await self._attempts.of_address(address_of(request))
+        await self._attempts.of_address(key_of(request))
         body = decode(await limited_body(request), _login)
         email = body.email.lower()
         async with self._attempts.at_account(email):

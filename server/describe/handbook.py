@@ -12,7 +12,6 @@ from protocol.errors import CloseCode, ErrorCode
 from protocol.limits import Limits, RateLimit
 from server.config import Settings
 from server.describe.asyncapi import ANSWERS, CLIENT_FRAMES, DURABLE, SERVER_FRAMES, summary, tag
-from server.limits import told
 from server.routes import ROUTES
 
 HEAD = f"""\
@@ -53,7 +52,7 @@ def document() -> str:
             for code in CloseCode
         ),
         "\n## Limits\n\nAs sent in `ready`; the rates are settings.\n\n| limit | value |\n| --- | --- |",
-        *(f"| `{name}` | {_limit(getattr(told(Settings()), name))} |" for name in Limits.__struct_fields__),
+        *(f"| `{name}` | {_limit(getattr(Settings().limits, name))} |" for name in Limits.__struct_fields__),
     ]
     return "\n".join(parts) + "\n"
 

@@ -1,0 +1,44 @@
+"""X-Forwarded-For and X-Forwarded-Proto: a trusted proxy's address and scheme become its client's."""
+
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from protocol.errors import Refused
+from server.proxies import Proxies
+from server.web import refusal_response
+
+SCHEMES = {"http": {"http": "http", "https": "https"}, "websocket": {"http": "ws", "https": "wss"}}
+
+
+class Forwarded:
+    """ASGI middleware. With the setting `trusted_proxies` empty it is not there."""
+
+    def __init__(self, app: ASGIApp, proxies: Proxies) -> None:
+        self._app = app
+        self._proxies = proxies
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle a request, or refuse it if the address that counts is none."""
+        if scope["type"] in SCHEMES:
+            try:
+                self._rewrite(scope)
+            except Refused as refused:
+                response = refusal_response(refused)
+                response.status_code = 400  # of the request itself, not of a field in its body
+                await response(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+    def _rewrite(self, scope: Scope) -> None:
+        peer = scope["client"]
+        client = self._proxies.client(peer and peer[0], _entries(scope, b"x-forwarded-for"))
+        if client.hops and (protocols := _entries(scope, b"x-forwarded-proto")):
+            proto = protocols[-min(client.hops, len(protocols))].lower()
+            scope["scheme"] = SCHEMES[scope["type"]].get(proto, scope["scheme"])
+        if client.host is not None:
+            scope["client"] = (client.host, 0)
+
+
+def _entries(scope: Scope, name: bytes) -> list[str]:
+    """Return the entries of a header: several lines of it are one list."""
+    lines = [value.decode("latin-1") for key, value in scope["headers"] if key.lower() == name]
+    return [entry.strip() for entry in ",".join(lines).split(",")] if any(map(str.strip, lines)) else []

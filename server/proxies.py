@@ -1,0 +1,83 @@
+"""Trusted proxies: which of the addresses in X-Forwarded-For is the client's (docs/decisions/0029)."""
+
+import ipaddress
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from protocol.errors import ErrorCode, Refused
+from server.addresses import Address, parsed
+
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+MAX_COUNT = 10
+
+
+class Client(NamedTuple):
+    """Who sent a request, as the trusted proxies report it."""
+
+    host: str | None
+    """None if there is no address besides the peer's."""
+    hops: int
+    """Trusted proxies that the request came through; 0 if its headers are not to be believed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Proxies:
+    """The setting: either how many proxies every request comes through, or the networks that they are in."""
+
+    count: int = 0
+    networks: tuple[Network, ...] = ()
+
+    @classmethod
+    def read(cls, text: str) -> "Proxies":
+        """Return the setting. Raises ValueError, with a sentence, if it is not understood."""
+        if not text.strip():
+            return cls()
+        if text.strip().isdecimal():
+            if int(text) > MAX_COUNT:
+                raise ValueError(f"a count of proxies is at most {MAX_COUNT}")
+            return cls(count=int(text))
+        return cls(networks=tuple(ipaddress.ip_network(one.strip()) for one in text.split(",")))
+
+    def __bool__(self) -> bool:
+        return bool(self.count or self.networks)
+
+    def trusts(self, peer: str | None) -> bool:
+        """Whether a TCP peer is a trusted proxy."""
+        if self.count:
+            return True
+        address = None if peer is None else parsed(peer)
+        return address is not None and self._is_in_networks(address)
+
+    def client(self, peer: str | None, forwarded_for: Sequence[str]) -> Client:
+        """Return the client of a request: `forwarded_for` are the entries of X-Forwarded-For, of which each proxy
+        appends one. Raises Refused if the entry that counts is not an IP address.
+        """
+        if not self.trusts(peer):
+            return Client(None, 0)
+        entries = list(forwarded_for)
+        if self.count:
+            # With fewer entries than proxies, the first one is still one that a proxy wrote.
+            host = str(_required(entries[-min(self.count, len(entries))])) if entries else None
+            return Client(host, self.count)
+        hops, address = 1, None
+        for entry in reversed(entries):
+            address = _required(entry)
+            if not self._is_in_networks(address):
+                break
+            hops += 1
+        return Client(None if address is None else str(address), hops)
+
+    def _is_in_networks(self, address: Address) -> bool:
+        return any(address in network for network in self.networks)
+
+
+def _required(entry: str) -> Address:
+    address = parsed(entry)
+    if address is None:
+        raise Refused(
+            ErrorCode.INVALID,
+            "The entry of X-Forwarded-For that counts must be an IP address without port or zone.",
+            path="x-forwarded-for",
+        )
+    return address

@@ -1,0 +1,148 @@
+"""Whose address counts: what proxies append to X-Forwarded-For, and what anybody writes into it."""
+
+import asyncio
+import ipaddress
+from http import HTTPStatus
+
+import httpx
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from websockets.exceptions import InvalidStatus
+
+from protocol import client
+from protocol.errors import Refused
+from prove.client import Client
+from server import config
+from server.addresses import limit_key, parsed
+from server.config import Settings
+from server.errors import Fatal
+from server.proxies import Proxies
+from tests.world import World
+
+ADA = {"name": "Ada", "email": "ada@example.org", "password": "correct horse"}
+PEER = "10.0.0.9"
+GARBAGE = [
+    "<script>",
+    "",
+    "unknown",
+    "1.2.3.4:80",
+    "[2001:db8::1]:80",
+    "fe80::1%eth0",
+    "1.2.3.4, ",
+    "0x7f.1",
+    "01.2.3.4",
+]
+
+v4 = st.ip_addresses(v=4, network="198.51.0.0/16").map(str)
+v6 = st.ip_addresses(v=6, network="2001:db8::/32").map(str)
+proxies = st.ip_addresses(v=4, network="10.0.0.0/8").map(str)
+anything = st.lists(v4 | v6 | proxies | st.sampled_from(GARBAGE) | st.text(max_size=10), max_size=5)
+
+
+@given(forged=anything, who=v4 | v6, chain=st.lists(proxies, max_size=3))
+def test_the_client_is_who_connected_to_the_first_trusted_proxy(forged: list[str], who: str, chain: list[str]) -> None:
+    """Each proxy appends who connected to it: the first one the client, the others the proxy before."""
+    entries = [*forged, who, *chain]
+    for setting in (str(len(chain) + 1), "10.0.0.0/8, fd00::/8"):
+        found = Proxies.read(setting).client(PEER, entries)
+        assert found == (str(ipaddress.ip_address(who)), len(chain) + 1)
+
+
+@given(forged=anything, peer=v4 | v6 | st.none())
+def test_nobody_but_a_trusted_proxy_is_believed(forged: list[str], peer: str | None) -> None:
+    assert Proxies.read("10.0.0.0/8").client(peer, forged) == (None, 0)
+    assert Proxies().client(PEER, forged) == (None, 0)
+
+
+@pytest.mark.parametrize("garbage", GARBAGE)
+@pytest.mark.parametrize("setting", ["1", "10.0.0.0/8"])
+def test_what_is_not_an_address_is_refused_where_it_counts_alone(garbage: str, setting: str) -> None:
+    with pytest.raises(Refused, match="IP address"):
+        Proxies.read(setting).client(PEER, ["198.51.100.7", garbage])
+    assert Proxies.read(setting).client(PEER, [garbage, "198.51.100.7"]).host == "198.51.100.7"
+
+
+def test_there_may_be_fewer_entries_than_proxies() -> None:
+    assert Proxies.read("2").client(PEER, []).host is None
+    assert Proxies.read("2").client(PEER, ["198.51.100.7"]).host == "198.51.100.7"
+    assert Proxies.read("10.0.0.0/8").client(PEER, ["10.1.1.1", "10.2.2.2"]).host == "10.1.1.1"
+
+
+@pytest.mark.parametrize("setting", ["true", "-1", "11", "1.5", "10.0.0.0/33", "10.0.0.1/8", "1,", "example.org", "*"])
+def test_a_setting_that_is_not_understood_ends_the_start_in_one_line(setting: str) -> None:
+    with pytest.raises(Fatal, match=r"^OPENCHAT_TRUSTED_PROXIES is not understood: [^\n]*\.$"):
+        config.read(trusted_proxies=setting)
+
+
+@given(v6, st.integers(0, 2**64 - 1))
+def test_limits_count_a_network_of_ipv6_as_one(address: str, other: int) -> None:
+    number = int(ipaddress.ip_address(address))
+    neighbour = ipaddress.IPv6Address(number >> 64 << 64 | other)
+    assert limit_key(str(neighbour)) == limit_key(address)
+    assert limit_key(str(ipaddress.IPv6Address(number ^ 1 << 64))) != limit_key(address)
+
+
+@given(st.ip_addresses(v=4))
+def test_limits_count_ipv4_in_ipv6_as_ipv4(address: ipaddress.IPv4Address) -> None:
+    assert limit_key(f"::ffff:{address}") == limit_key(str(address)) == str(address) == str(parsed(f"::ffff:{address}"))
+
+
+@pytest.mark.parametrize(
+    ("setting", "appended"), [("1", ""), ("2", ", 10.9.9.9"), ("127.0.0.0/8,10.0.0.0/8", ", 10.9.9.9")]
+)
+async def test_all_limits_by_address_count_the_forwarded_one(settings: Settings, setting: str, appended: str) -> None:
+    changes = {"trusted_proxies": setting, "login_attempts_per_address": 3, "connections_per_address": 2}
+    settings = msgspec.structs.replace(settings, **changes)
+
+    def of(address: str, forged: int) -> dict[str, str]:
+        return {"X-Forwarded-For": f"198.51.100.{forged}, {address}{appended}", "X-Forwarded-Proto": "https"}
+
+    async with World(settings, workers=1) as world, httpx.AsyncClient(base_url=world.url, trust_env=False) as http:
+        registered = await http.post("/v1/auth/register", json=ADA, headers=of("2001:db8::1", 1))
+        assert "secure" in registered.headers["set-cookie"].lower()
+        token = registered.json()["token"]
+        assert await world.db.fetchval("SELECT ip_address FROM session") == "2001:db8::1"
+
+        # Each with another forged entry, and of another address of the same network.
+        wrong = {"email": ADA["email"], "password": "wrong horse"}
+        codes = [
+            (await http.post("/v1/auth/login", json=wrong, headers=of(f"2001:db8::{number}", number))).status_code
+            for number in range(2, 6)
+        ]
+        assert codes == [401, 401, 429, 429]
+        assert (await http.post("/v1/auth/login", json=wrong, headers=of("2001:db8:0:1::1", 1))).status_code == 401
+
+        sockets = [Client(world.url, token, headers=of(f"2001:db8::{number}", number)) for number in range(3)]
+        await asyncio.gather(*(one.open() for one in sockets[:2]))
+        with pytest.raises(InvalidStatus, match="429"):
+            await sockets[2].open()
+        other = Client(world.url, token, headers=of("203.0.113.5", 1))
+        await other.open()
+        await other.call(client.Ping())
+        for one in (*sockets[:2], other):
+            await one.close()
+
+        refused = await http.get("/v1/auth/sessions", headers={"X-Forwarded-For": "<script>" + appended})
+        assert refused.status_code == HTTPStatus.BAD_REQUEST
+        assert (refused.json()["code"], refused.json()["path"]) == ("invalid", "x-forwarded-for")
+        with pytest.raises(InvalidStatus, match="400"):
+            await Client(world.url, token, headers={"X-Forwarded-For": "<script>" + appended}).open()
+
+
+async def test_without_proxies_the_headers_mean_nothing(settings: Settings) -> None:
+    forged = {"X-Forwarded-For": "<script>", "X-Forwarded-Proto": "https"}
+    async with World(settings, workers=1) as world, httpx.AsyncClient(base_url=world.url, trust_env=False) as http:
+        registered = await http.post("/v1/auth/register", json=ADA, headers=forged)
+        assert registered.status_code == HTTPStatus.CREATED
+        assert "secure" not in registered.headers["set-cookie"].lower()
+        assert await world.db.fetchval("SELECT ip_address FROM session") == "127.0.0.1"
+
+
+async def test_several_lines_of_the_header_are_one_list(settings: Settings) -> None:
+    settings = msgspec.structs.replace(settings, trusted_proxies="2")
+    lines = [("X-Forwarded-For", line) for line in ("6.6.6.6", "198.51.100.1 ,203.0.113.5", "10.9.9.9")]
+    async with World(settings, workers=1) as world, httpx.AsyncClient(base_url=world.url, trust_env=False) as http:
+        await http.post("/v1/auth/register", json=ADA, headers=lines)
+        assert await world.db.fetchval("SELECT ip_address FROM session") == "203.0.113.5"
