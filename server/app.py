@@ -54,6 +54,7 @@ from server.roster import Roster
 from server.routes import ROUTES
 from server.scheduling import send_due
 from server.sharedallowance import SharedAllowance
+from server.sockets import Sockets, most_sockets
 from server.telling import tell_participant
 from server.websocket import WebSocket
 
@@ -105,6 +106,12 @@ class App:
             heartbeat_seconds=settings.heartbeat_seconds,
             alive=self._alive,
             tickets=self._issue_tickets,
+        )
+        self.sockets = Sockets(
+            most=most_sockets(settings.database_connections),
+            per_address=settings.connections_per_address,
+            proxies=settings.proxies,
+            frames=Pace.of(settings.frame_rate),
         )
         self.pressure = Pressure()
         self.admission = Admission()
@@ -308,6 +315,9 @@ class App:
             "bus_published": self.hub.bus.published,
             "bus_received": self.hub.bus.received,
             "bus_dropped": self.hub.bus.dropped,
+            "sockets": len(self.sockets),
+            "sockets_shed": self.sockets.shed,
+            "sockets_timed_out": self.sockets.timed_out,
             "closed_silent": self.roster.closed_silent,
             "closed_slow": self.roster.closed_slow,
             "turned_away": self.admission.refused,

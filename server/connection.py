@@ -148,6 +148,10 @@ class Connection:
         """The client reads too slowly."""
         self.close(CloseCode.SLOW)
 
+    def flooded(self) -> None:
+        """The client sends too many control frames or fragments."""
+        self.close(CloseCode.ABUSE)
+
     def lost(self) -> None:
         """The connection is gone."""
         if not self._is_closed:

@@ -23,6 +23,7 @@ BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10
 
 GAUGES = {
     "connections": "Authenticated WebSocket connections.",
+    "sockets": "TCP connections, from when they are accepted.",
     "conversations": "Conversations that are followed.",
     "bus_up": "Whether the bus between workers can be reached.",
     "database_connections": "Connections to PostgreSQL.",
@@ -37,6 +38,8 @@ COUNTERS = {
     "bus_dropped": "Messages that could not be said on the bus; their events are found in PostgreSQL.",
     "closed_silent": "Connections closed because nothing was heard from them.",
     "turned_away": "Connections that were told to come later because too many were connecting.",
+    "sockets_shed": "Connections closed or refused because descriptors ran out.",
+    "sockets_timed_out": "Connections closed because a request did not arrive in time.",
     "closed_slow": "Connections closed because they read too slowly.",
 }
 

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Awaitable, Callable
 
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from protocol.codec import encode
@@ -63,8 +63,11 @@ def json_response(value: object, *, status: int = 200) -> Response:
 async def limited_body(request: Request) -> bytes:
     """Return the body of a request. Raises Refused if it is larger than a frame may be."""
     body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > MAX_FRAME_BYTES:
-            raise Refused(ErrorCode.INVALID, f"A request's body has at most {MAX_FRAME_BYTES} bytes.")
+    try:
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > MAX_FRAME_BYTES:
+                raise Refused(ErrorCode.INVALID, f"A request's body has at most {MAX_FRAME_BYTES} bytes.")
+    except ClientDisconnect:
+        raise Refused(ErrorCode.BAD_FRAME, "The body ended too early.") from None
     return bytes(body)

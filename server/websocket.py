@@ -15,7 +15,9 @@ from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIO
 from websockets.exceptions import InvalidState
 from websockets.speedups import apply_mask
 
-from protocol.errors import CloseCode
+from protocol.errors import CloseCode, Refused
+from server.limits import Bucket
+from server.sockets import Sockets
 
 EXTENSION = "openchat.socket"
 """The key of the socket in the scope's extensions."""
@@ -23,11 +25,16 @@ PING = b"\x89\x00"
 """The frame that asks a peer for a pong (RFC 6455, section 5.5.2)."""
 CLOSE_SECONDS = 5.0
 """How long a peer may take to answer a close, or to read what is left, before the connection is cut."""
+MAX_EARLY_BYTES = 4096
+"""Max bytes of the one message that is read before somebody takes the socket over: `authenticate` is small."""
+MAX_FRAGMENTS = 128
+"""Max frames that a message may be cut into."""
 
 
 KERNEL_BYTES = 128 * 1024
 """How much the kernel may hold that the peer has not room for, besides `outbox_bytes` of ours."""
-_WHOLE_TEXT, _MASKED, _MASK_BYTES = 0x81, 0x80, 4
+_WHOLE_TEXT, _PING, _PONG, _MASKED, _MASK_BYTES = 0x81, 0x89, 0x8A, 0x80, 4
+_FIN, _OPCODE, _CONTROL, _CONTINUATION, _CLOSE, _MAX_CONTROL = 0x80, 0x0F, 0x08, 0, 8, 125
 _MEDIUM, _LARGE = 126, 127
 """The bits and lengths of RFC 6455, section 5.2."""
 DRAIN_LOOK_SECONDS = 0.02
@@ -54,6 +61,9 @@ class Receiver(Protocol):
     def overflowed(self) -> None:
         """More bytes wait to be read by the peer than are allowed."""
 
+    def flooded(self) -> None:
+        """The peer sends more control frames or fragments than are allowed."""
+
     def lost(self) -> None:
         """The connection is gone."""
 
@@ -71,6 +81,25 @@ class WebSocket(WebSocketsSansIOProtocol):
     heard_at = 0.0
     # Whether more than `outbox_bytes` may wait, because the peer asked for it.
     _is_wide = False
+    # What may be in one message.
+    _most_bytes = MAX_EARLY_BYTES
+    # Before the socket is taken over: whether its message is there, and what came after it.
+    _has_message = False
+    _early = b""
+    # Of the message that is being received.
+    _fragments = 0
+    # Control frames and fragments; whole messages are the receiver's to count.
+    _bucket: Bucket | None = None
+    # The newest ping that is not answered.
+    _ping: bytes | None = None
+    _is_flooded = False
+
+    def __init__(self, *args: Any, sockets: Sockets, key: str | None, **kwargs: Any) -> None:  # noqa: ANN401 - uvicorn's
+        """`sockets` has counted this connection under `key`."""
+        super().__init__(*args, **kwargs)
+        self._sockets = sockets
+        self._key = key
+        self.conn.max_message_size = MAX_EARLY_BYTES
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:  # noqa: D102 - as asyncio.Protocol has it
         super().connection_made(transport)
@@ -82,8 +111,8 @@ class WebSocket(WebSocketsSansIOProtocol):
 
     def data_received(self, data: bytes) -> None:  # noqa: D102
         self.heard_at = self.loop.time()
-        if not self.handshake_initiated or self.conn.parser_exc is not None:
-            super().data_received(data)
+        if self.receiver is None:
+            self._received_early(data)
             return
         if self._partial is not None:
             self._partial += data
@@ -95,8 +124,45 @@ class WebSocket(WebSocketsSansIOProtocol):
             end = self._frame(data, at)
             if not end:
                 self._partial = bytearray(data[at:])
-                return
+                break
             at = end
+        if self._ping is not None:
+            self._answer_ping()
+
+    def _received_early(self, data: bytes) -> None:
+        """Take in what comes before somebody takes the socket over: the handshake, and one small message. The rest
+        waits, unread in the kernel but for what came together with that message.
+        """
+        if not self.handshake_initiated or self.conn.parser_exc is not None:
+            super().data_received(data)
+            return
+        if not self.handshake_complete:
+            self.transport.abort()  # RFC 6455, section 4.1: nothing before the answer to the handshake
+            return
+        if self._partial is not None:
+            data, self._partial = bytes(self._partial) + data, None
+        at = 0
+        while at < len(data) and (self.close_sent or not self._has_message):
+            end = self._frame(data, at)
+            if not end:
+                self._partial = bytearray(data[at:])
+                break
+            at = end
+        else:
+            self._keep_early(data[at:])
+        if self._ping is not None:
+            self._answer_ping()
+
+    def _keep_early(self, data: bytes) -> None:
+        if not data:
+            return
+        try:
+            self._sockets.hold(self._key or "", len(data))
+        except Refused:
+            self.transport.abort()
+            return
+        self._early += data
+        self.pause_receiving()
 
     def _frame(self, data: bytes, at: int) -> int:
         """Take in the frame that begins at `at`, and return where it ends; 0 if it is not all there.
@@ -113,7 +179,7 @@ class WebSocket(WebSocketsSansIOProtocol):
             size, first = int.from_bytes(data[first : first + 8]), first + 8
         mask, first = first, first + _MASK_BYTES
         end = first + size
-        is_legal = data[at + 1] & _MASKED and size <= self.config.ws_max_size
+        is_legal = data[at + 1] & _MASKED and size <= self._most_bytes
         if is_legal and end > len(data):
             self._wanted = end - at
             return 0
@@ -121,13 +187,46 @@ class WebSocket(WebSocketsSansIOProtocol):
         if is_whole and self.receiver is not None and not self.close_sent:
             self.receiver.received(apply_mask(data[first:end], data[mask:first]), is_text=True)
             return end
-        if not is_legal:
-            end = len(data)
-        super().data_received(data[at:end])
-        return end
+        if is_legal and data[at] in {_PING, _PONG} and size <= _MAX_CONTROL:
+            if self._is_allowed(data[at]) and data[at] == _PING:
+                self._ping = apply_mask(data[first:end], data[mask:first])
+        elif is_legal and (self.close_sent and data[at] & _OPCODE != _CLOSE):
+            pass  # nobody reads it any more
+        elif self._is_allowed(data[at]):
+            end = end if is_legal else len(data)
+            super().data_received(data[at:end])
+        return len(data) if self._is_flooded else end
+
+    def _is_allowed(self, head: int) -> bool:
+        """Count a frame that is not a whole text message; if that is too many, close."""
+        if not head & _CONTROL:
+            self._fragments = self._fragments + 1 if head & _OPCODE == _CONTINUATION else 1
+        if self._bucket is None:
+            self._bucket = Bucket(self._sockets.frames)
+        if not self._is_flooded and (self._bucket.take() > 0 or self._fragments > MAX_FRAGMENTS):
+            self._is_flooded = True
+            self._ping = None
+            if self.receiver is not None:
+                self.receiver.flooded()
+            else:
+                self.queue.put_nowait({"type": "websocket.disconnect", "code": CloseCode.ABUSE})
+                self.close(CloseCode.ABUSE)
+            self.pause_receiving()
+        return not self._is_flooded
+
+    def _answer_ping(self) -> None:
+        """Answer the newest ping, which is enough (RFC 6455, section 5.5.3), unless the peer does not read."""
+        ping, self._ping = self._ping, None
+        is_reading = self.transport.get_write_buffer_size() <= self.outbox_bytes // 4
+        if ping is not None and is_reading and not self.close_sent:
+            self.transport.write(bytes((_PONG, len(ping))) + ping)
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: D102
         super().connection_lost(exc)
+        self._forget_early()
+        if self._key is not None:
+            self._sockets.leave(self._key)
+            self._key = None
         if self.receiver is not None:
             self.receiver.lost()
             self.receiver = None
@@ -144,7 +243,9 @@ class WebSocket(WebSocketsSansIOProtocol):
             self.scope["extensions"][EXTENSION] = self  # type: ignore[assignment]
 
     def send_receive_event_to_app(self) -> None:  # noqa: D102
+        self._fragments = 0
         if self.receiver is None:
+            self._has_message = True
             super().send_receive_event_to_app()
             return
         frames, self.frames = self.frames, []
@@ -161,11 +262,21 @@ class WebSocket(WebSocketsSansIOProtocol):
                 text = event.get("text")
                 data = (event.get("bytes") or b"") if text is None else text.encode()
                 receiver.received(data, is_text=text is not None)
+        self._most_bytes = self.conn.max_message_size = self.config.ws_max_size
         self._forget_handshake()
         self.resume_receiving()
+        early = self._forget_early()
         if self.disconnected:
             self.receiver = None
             receiver.lost()
+        elif early:
+            self.data_received(early)
+
+    def _forget_early(self) -> bytes:
+        early, self._early = self._early, b""
+        if early:
+            self._sockets.release(self._key or "", len(early))
+        return early
 
     def _forget_handshake(self) -> None:
         """Let go of what only the handshake and ASGI need: half of what an idle connection would hold."""

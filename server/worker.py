@@ -11,6 +11,7 @@ import signal
 import socket
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -21,7 +22,9 @@ from protocol.limits import MAX_FRAME_BYTES
 from server import log
 from server.app import App
 from server.errors import Fatal
+from server.http_protocol import Http
 from server.orders import DRAIN_SECONDS, READY, Orders
+from server.sockets import raise_descriptor_limit
 from server.websocket import WebSocket
 
 GC_THRESHOLDS = (25_000, 20, 20)
@@ -46,7 +49,7 @@ class DrainingServer(uvicorn.Server):
             uvicorn.Config(
                 app.starlette,
                 loop="uvloop",
-                http="httptools",
+                http=partial(Http, sockets=app.sockets),  # type: ignore[arg-type]  # it makes one
                 ws=WebSocket,
                 ws_max_size=MAX_FRAME_BYTES,
                 ws_per_message_deflate=False,
@@ -112,6 +115,7 @@ def main() -> None:
     """Run a worker as ordered on standard input."""
     orders = msgspec.json.decode(sys.stdin.buffer.readline(), type=Orders)
     log.configure(f"worker {orders.number}")
+    raise_descriptor_limit()
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(serve(orders))

@@ -23,6 +23,7 @@ STOREYS: list[list[str]] = [
         "sharedallowance",
         "addresses",
         "proxies",
+        "sockets",
         "pressure",
         "admission",
         "gather",
@@ -46,7 +47,7 @@ STOREYS: list[list[str]] = [
     ["handlers"],
     ["websocket", "bus", "redisbus"],
     ["clusterbus", "people", "topics", "hub", "dispatch"],
-    ["record", "connection", "web", "forwarded"],
+    ["record", "connection", "web", "forwarded", "http_protocol"],
     ["roster", "routes", "auth.endpoints", "describe", "scheduling"],
     ["endpoints"],
     ["app"],
@@ -56,6 +57,7 @@ STOREYS: list[list[str]] = [
 ]
 TRANSPORT = {
     "websocket",
+    "http_protocol",
     "bus",
     "redisbus",
     "clusterbus",

@@ -12,6 +12,7 @@ from datetime import UTC, datetime, timedelta
 from http import HTTPStatus
 from ipaddress import ip_address
 from pathlib import Path
+from typing import Any
 
 import httpx
 import msgspec
@@ -61,7 +62,7 @@ class Nginx:
         folder.mkdir(exist_ok=True)
         (folder / "nginx.conf").write_text(conf)
         own = f"pid {folder}/pid; daemon off; master_process off;"
-        self._command = [found, "-p", folder, "-e", folder / "error.log", "-g", own, "-c", folder / "nginx.conf"]
+        self._command = [found, "-p", str(folder), "-e", f"{folder}/error.log", "-g", own, "-c", f"{folder}/nginx.conf"]
         self._process: subprocess.Popen[bytes] | None = None
 
     def check(self) -> None:
@@ -144,9 +145,9 @@ async def test_a_browser_behind_two_proxies(
         inner_port, outer_port = free_port(), free_port()
         inner = Nginx(tmp_path / "inner", shipped(inner_port, world.url.removeprefix("http://")))
         outer = Nginx(tmp_path / "outer", OUTER.format(port=outer_port, folder=tmp_path / "outer", inner=inner_port))
-        for one, port in ((inner, inner_port), (outer, outer_port)):
-            stopped.append(one)
-            await one.start(port)
+        for nginx, port in ((inner, inner_port), (outer, outer_port)):
+            stopped.append(nginx)
+            await nginx.start(port)
         url = f"https://127.0.0.1:{outer_port}"
         page = {"Origin": url}
 
@@ -164,7 +165,12 @@ async def test_a_browser_behind_two_proxies(
 
             # The socket, with the cookie and the page's Origin: as many as one address may have, whatever it forges.
             def come(address: str, **headers: str) -> Client:
-                options = {"origin": url, "headers": cookie | headers, "ssl": trust, "local_addr": (address, 0)}
+                options: dict[str, Any] = {
+                    "origin": url,
+                    "headers": cookie | headers,
+                    "ssl": trust,
+                    "local_addr": (address, 0),
+                }
                 return Client(url, None, **options)
 
             sockets = [come("127.0.0.2", **{"X-Forwarded-For": f"198.51.100.{number}"}) for number in range(3)]

@@ -1,0 +1,218 @@
+"""HTTP, as bytes: uvicorn's protocol class, with deadlines for what a client has to do, and bounds on what it sends.
+
+The deadlines are for the whole of a thing, not for its next byte: a client that drips is cut off as one that is silent.
+"""
+
+import asyncio
+from collections.abc import Callable
+from enum import Enum
+from functools import partial
+from typing import Any
+
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
+
+from protocol.errors import ErrorCode, Refused
+from protocol.limits import MAX_FRAME_BYTES
+from server.sockets import Sockets
+from server.web import refusal_response
+from server.websocket import WebSocket
+
+HEAD_SECONDS = 10.0
+"""Max seconds from when a connection is accepted, or a request begins, to the end of its header."""
+BODY_SECONDS = 30.0
+"""Max seconds from the end of a header to the end of the body."""
+STALL_SECONDS = 30.0
+"""Max seconds without the client taking in any of an answer."""
+LINGER_SECONDS = 5.0
+"""Max seconds to take in the last of an answer."""
+MAX_HEAD_BYTES = 64 * 1024
+MAX_BODY_BYTES = 4 * MAX_FRAME_BYTES
+"""Max bytes that a body takes on the wire, in however small chunks it comes, also of what nobody reads."""
+MAX_PIPELINED = 8
+"""Max requests that wait for the answer of the one before."""
+
+
+class Stage(Enum):
+    """What a client has to send next, as far as it has begun."""
+
+    NOTHING = "nothing"
+    HEAD = "header"
+    BODY = "body"
+
+
+class Http(HttpToolsProtocol):
+    """One connection, until it becomes a WebSocket."""
+
+    def __init__(self, *args: Any, sockets: Sockets, **kwargs: Any) -> None:  # noqa: ANN401 - as uvicorn makes it
+        super().__init__(*args, **kwargs)
+        self._sockets = sockets
+        self._key: str | None = None
+        self._stage = Stage.NOTHING
+        self._deadline: asyncio.TimerHandle | None = None
+        self._stalled: asyncio.TimerHandle | None = None
+        # Of the header or body that is being received, on the wire.
+        self._bytes = 0
+        # Of bodies, counted at `sockets`.
+        self._held = 0
+        self._is_over = False
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # noqa: D102
+        super().connection_made(transport)
+        try:
+            self._key = self._sockets.arrive(self.client[0] if self.client else None)
+        except Refused as refused:
+            self._refuse(refused)
+            return
+        self._sockets.waits(self, self._abort)
+        self._arm(HEAD_SECONDS, self._too_late)
+
+    def connection_lost(self, exc: Exception | None) -> None:  # noqa: D102
+        self._is_over = True
+        super().connection_lost(exc)
+        self._disarm()
+        self._unset_keepalive_if_required()
+        if self._stalled is not None:
+            self._stalled.cancel()
+        self._release()
+        self._sockets.works(self)
+        if self._key is not None:
+            self._sockets.leave(self._key)
+            self._key = None
+
+    def data_received(self, data: bytes) -> None:  # noqa: D102
+        self._bytes += len(data)
+        super().data_received(data)
+        if self._is_over or self.transport.is_closing():
+            return
+        if self._stage is Stage.BODY:
+            if self._bytes > MAX_BODY_BYTES:
+                self._refuse(Refused(ErrorCode.INVALID, "The body is too large."), status=413)
+            elif self._deadline is None:
+                self._arm(BODY_SECONDS, self._too_late)
+        elif self._stage is Stage.HEAD or not self._is_answering():
+            # Or empty lines, which the parser skips and which put off uvicorn's own deadline.
+            if self._bytes > MAX_HEAD_BYTES:
+                self._refuse(Refused(ErrorCode.BAD_FRAME, "The header is too large."), status=431)
+            elif self._deadline is None:
+                self._arm(HEAD_SECONDS, self._too_late)
+
+    def handle_websocket_upgrade(self) -> None:  # noqa: D102
+        self._is_over = True
+        self._disarm()
+        self._sockets.works(self)
+        key, self._key = self._key, None
+        self.ws_protocol_class = partial(WebSocket, sockets=self._sockets, key=key)  # type: ignore[assignment]
+        super().handle_websocket_upgrade()
+
+    # ------------------------------------------------------------------------------------ what the parser calls
+
+    def on_message_begin(self) -> None:  # noqa: D102
+        self._stage = Stage.HEAD
+        super().on_message_begin()
+
+    def on_headers_complete(self) -> None:  # noqa: D102
+        if self._is_over:
+            return
+        self._disarm()
+        self._stage, self._bytes = Stage.BODY, 0
+        if len(self.pipeline) >= MAX_PIPELINED:
+            self._refuse(Refused(ErrorCode.RATE_LIMITED, "Wait for the answers before sending more requests."))
+            return
+        super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:  # noqa: D102
+        if self._is_over:
+            return
+        if self._is_answering():
+            try:
+                self._sockets.hold(self._key or "", len(body))
+            except Refused as refused:
+                self._refuse(refused)
+                return
+            self._held += len(body)
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:  # noqa: D102
+        if self._is_over:
+            return
+        self._disarm()
+        self._stage, self._bytes = Stage.NOTHING, 0
+        if self._is_answering():
+            self._sockets.works(self)
+        super().on_message_complete()
+
+    # -------------------------------------------------------------------------------------------- the answer
+
+    def on_response_complete(self) -> None:  # noqa: D102
+        super().on_response_complete()
+        if self.transport.is_closing():
+            self._arm(LINGER_SECONDS, self._abort)
+        elif not self.pipeline:
+            self._release()
+            if not self._is_over:
+                self._sockets.waits(self, self._abort)
+
+    def timeout_keep_alive_handler(self) -> None:  # noqa: D102
+        self._close()
+
+    def pause_writing(self) -> None:  # noqa: D102
+        super().pause_writing()
+        self._stalled = self.loop.call_later(STALL_SECONDS, self._abort)
+
+    def resume_writing(self) -> None:  # noqa: D102
+        super().resume_writing()
+        if self._stalled is not None:
+            self._stalled.cancel()
+            self._stalled = None
+
+    # ------------------------------------------------------------------------------------------- the end of it
+
+    def _too_late(self) -> None:
+        self._sockets.timed_out += 1
+        if self._stage is Stage.NOTHING:
+            self._close()
+        else:
+            self._refuse(Refused(ErrorCode.BAD_FRAME, f"The {self._stage.value} did not arrive in time."), status=408)
+
+    def _refuse(self, refused: Refused, *, status: int | None = None) -> None:
+        """Answer in place of the application, and close."""
+        self._is_over = True
+        if self._is_answering():
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+            if self.cycle.response_started or not self.cycle.more_body or self.pipeline:
+                self._abort()  # there is no place for another answer
+                return
+        response = refusal_response(refused)
+        headers = [*self.server_state.default_headers, *response.raw_headers, (b"connection", b"close")]
+        lines = [name + b": " + value + b"\r\n" for name, value in headers]
+        self.transport.write(
+            b"".join([STATUS_LINE[status or response.status_code], *lines, b"\r\n", bytes(response.body)])
+        )
+        self._close()
+
+    def _close(self) -> None:
+        if not self.transport.is_closing():
+            self.transport.close()
+            self._arm(LINGER_SECONDS, self._abort)
+
+    def _abort(self) -> None:
+        self.transport.abort()
+
+    def _is_answering(self) -> bool:
+        cycle: RequestResponseCycle | None = self.cycle
+        return cycle is not None and not cycle.response_complete
+
+    def _release(self) -> None:
+        if self._held:
+            self._sockets.release(self._key or "", self._held)
+            self._held = 0
+
+    def _arm(self, seconds: float, then: Callable[[], None]) -> None:
+        self._disarm()
+        self._deadline = self.loop.call_later(seconds, then)
+
+    def _disarm(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None

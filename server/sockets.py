@@ -1,0 +1,130 @@
+"""The TCP connections of a worker: counted when they are accepted, and never more than there are descriptors for."""
+
+import logging
+import resource
+import time
+from collections import Counter
+from collections.abc import Callable
+
+from protocol.errors import ErrorCode, Refused
+from server.addresses import limit_key, too_many_connections
+from server.limits import Pace
+from server.proxies import Proxies
+
+RESERVED_DESCRIPTORS = 128
+"""Descriptors that connections leave to the database, Redis, logs, metrics and requests to other servers."""
+MACOS_DESCRIPTORS = 10_240
+"""Where the hard limit is infinite, the kernel may still take no more than this."""
+SPARE = 8
+"""Min connections of an address beyond those that are let in."""
+UNREAD_BYTES = 16 * 1024 * 1024
+UNREAD_BYTES_OF_ADDRESS = 4 * 1024 * 1024
+"""Max bytes of requests that are not complete or not answered, of a worker and of one address."""
+LOG_SECONDS = 60.0
+RETRY_MS = 5_000
+
+log = logging.getLogger(__name__)
+
+
+class Sockets:
+    """Counts connections by the address of the TCP peer; a trusted proxy's own address has no limit."""
+
+    def __init__(self, *, most: int, per_address: int, proxies: Proxies, frames: Pace) -> None:
+        """`frames` is the pace of WebSocket control frames and fragments, of each connection."""
+        self._most = most
+        # Some more than are let in: any client can read a refusal that answers its request, unlike one that comes
+        # before it. And one address alone never takes all descriptors.
+        self._per_address = min(per_address + max(SPARE, per_address // 4), max(1, most // 2))
+        self._proxies = proxies
+        self.frames = frames
+        self._count = 0
+        self._of_address: Counter[str] = Counter()
+        self._unread = 0
+        self._unread_of_address: Counter[str] = Counter()
+        # The connections that the server does nothing for now, oldest first, and what closes each.
+        self._waiting: dict[object, Callable[[], None]] = {}
+        self._logged_at = float("-inf")
+        self.shed = 0
+        self.timed_out = 0
+
+    def __len__(self) -> int:
+        return self._count
+
+    def arrive(self, host: str | None) -> str:
+        """Count a connection, and return the key to hand to `leave`. Raises Refused if there is no room for it.
+
+        If descriptors run out, the connection that has waited longest without asking for anything makes room.
+        """
+        key = "" if host is None or self._proxies.trusts(host) else limit_key(host)
+        if key and self._of_address[key] >= self._per_address:
+            raise too_many_connections()
+        if self._count >= self._most:
+            self._shed()
+            if not self._waiting:
+                raise Refused(ErrorCode.UNAVAILABLE, "Too many connections; try again.", retry_after_ms=RETRY_MS)
+            close = self._waiting.pop(next(iter(self._waiting)))
+            close()
+        self._count += 1
+        self._of_address[key] += 1
+        return key
+
+    def leave(self, key: str) -> None:
+        """Count a connection out."""
+        self._count -= 1
+        _take(self._of_address, key, 1)
+
+    def waits(self, connection: object, close: Callable[[], None]) -> None:
+        """Note that a connection has nothing to be answered; `close` closes it if its place is needed."""
+        self._waiting[connection] = close
+
+    def works(self, connection: object) -> None:
+        """Note that a connection has."""
+        self._waiting.pop(connection, None)
+
+    def hold(self, key: str, count: int) -> None:
+        """Count bytes that have to be kept. Raises Refused if there are too many already."""
+        if self._unread + count > UNREAD_BYTES or (
+            key and self._unread_of_address[key] + count > UNREAD_BYTES_OF_ADDRESS
+        ):
+            raise Refused(ErrorCode.UNAVAILABLE, "Too much is being sent at once; try again.", retry_after_ms=RETRY_MS)
+        self._unread += count
+        self._unread_of_address[key] += count
+
+    def release(self, key: str, count: int) -> None:
+        """Count them out."""
+        self._unread -= count
+        _take(self._unread_of_address, key, count)
+
+    def _shed(self) -> None:
+        self.shed += 1
+        now = time.monotonic()
+        if now - self._logged_at > LOG_SECONDS:
+            self._logged_at = now
+            log.warning("no descriptors for more than %d connections: the idle ones make room", self._most)
+
+
+def raise_descriptor_limit() -> None:
+    """Raise this process's soft limit of descriptors to the hard one."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    for limit in (hard, MACOS_DESCRIPTORS):
+        if soft == hard or (limit != resource.RLIM_INFINITY and limit <= soft):
+            return
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+        except (ValueError, OSError):
+            continue
+        return
+
+
+def most_sockets(reserved: int) -> int:
+    """Return how many connections there are descriptors for, besides `reserved` ones and those for everything else."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY:
+        soft = MACOS_DESCRIPTORS
+    return max(soft - RESERVED_DESCRIPTORS - reserved, soft // 2)
+
+
+def _take(counts: Counter[str], key: str, count: int) -> None:
+    counts[key] -= count
+    if counts[key] <= 0:
+        del counts[key]

@@ -1,0 +1,350 @@
+"""Connections that say nothing, or never finish: they are counted, they end, and they keep nobody out."""
+
+import asyncio
+import contextlib
+import logging
+import resource
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import httpx
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from protocol import client
+from protocol.errors import Refused
+from prove.client import Client
+from server import http_protocol
+from server import sockets as sockets_module
+from server.config import Settings
+from server.http_protocol import Http
+from server.limits import Pace
+from server.proxies import Proxies
+from server.sockets import UNREAD_BYTES_OF_ADDRESS, Sockets
+from tests.cluster import Cluster
+from tests.world import World, until
+
+PATIENCE = 10.0
+SHORT = 0.3
+POST = b"POST /v1/call HTTP/1.1\r\nHost: here\r\nAuthorization: Bearer TOKEN\r\nContent-Length: 250000\r\n\r\n"
+CHUNKED = b"POST /v1/call HTTP/1.1\r\nHost: here\r\nAuthorization: Bearer TOKEN\r\nTransfer-Encoding: chunked\r\n\r\n"
+DONE = b"GET /healthz HTTP/1.1\r\nHost: here\r\n\r\n"
+
+Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
+
+
+@pytest.fixture
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HEAD_SECONDS", "BODY_SECONDS", "STALL_SECONDS", "LINGER_SECONDS"):
+        monkeypatch.setattr(http_protocol, name, SHORT)
+
+
+@pytest.fixture
+async def alone(settings: Settings) -> AsyncIterator[World]:
+    async with World(settings, workers=1) as world:
+        yield world
+
+
+async def dial(world: World, source: str = "127.0.0.1") -> Streams:
+    host, _, port = world.url.removeprefix("http://").rpartition(":")
+    return await asyncio.open_connection(host, int(port), local_addr=(source, 0))
+
+
+async def known(world: World, request: bytes) -> bytes:
+    """Return a request of somebody with a session, whose body is read."""
+    return request.replace(b"TOKEN", (await world.user("Ada")).token.encode())
+
+
+async def drip(streams: Streams, bytes_: bytes) -> None:
+    """Write a byte now and then, for ever: no deadline between two bytes would end this."""
+    _, writer = streams
+    with contextlib.suppress(ConnectionError):
+        while True:
+            for one in bytes_:
+                writer.write(bytes((one,)))
+                await writer.drain()
+                await asyncio.sleep(SHORT / 20)
+
+
+@pytest.mark.parametrize(
+    ("begin", "more", "answer"),
+    [
+        (b"", b"", b""),
+        (b"GET / HTTP/1.1\r\nHost:", b"", b"HTTP/1.1 408"),
+        (b"GET / HTTP/1.1\r\nHost:", b"x", b"HTTP/1.1 408"),
+        (b"", b"\r\n", b""),
+        (DONE, b"", b"HTTP/1.1 200"),
+        (DONE, b"\r\n", b"HTTP/1.1 200"),
+        (DONE + b"GET / ", b"x", b"HTTP/1.1 200"),
+        (POST, b"", b"HTTP/1.1 408"),
+        (POST + b"x" * 1000, b"x", b"HTTP/1.1 408"),
+        (CHUNKED, b"1\r\nx\r\n", b"HTTP/1.1 408"),
+    ],
+    ids=[
+        "nothing", "half a header", "a dripping header", "dripping empty lines", "idle", "idle, with empty lines",
+        "idle, with half a header", "no body", "a dripping body", "dripping chunks",
+    ],
+)  # fmt: skip
+async def test_what_is_never_finished_ends(alone: World, short: None, begin: bytes, more: bytes, answer: bytes) -> None:  # noqa: ARG001
+    app = alone.workers[0].app
+    alone.workers[0].server.config.timeout_keep_alive = SHORT  # type: ignore[assignment]
+    streams = await dial(alone)
+    await until(lambda: len(app.sockets) == 1)
+    streams[1].write(await known(alone, begin))
+    dripping = asyncio.create_task(drip(streams, more)) if more else None
+    async with asyncio.timeout(PATIENCE):
+        said = await streams[0].read()
+    assert said.startswith(answer)
+    await until(lambda: len(app.sockets) == 0)
+    if dripping is not None:
+        dripping.cancel()
+    streams[1].close()
+    assert_nothing_is_kept(app.sockets)
+
+
+async def test_an_answer_that_nobody_reads_ends(alone: World, short: None, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: ARG001
+    monkeypatch.setattr("server.describe.openapi.document", lambda: {"pad": "x" * 30_000_000})
+    app = alone.workers[0].app
+    reader, writer = await dial(alone)
+    writer.transport.pause_reading()  # type: ignore[attr-defined]
+    writer.write(b"GET /v1/openapi.json HTTP/1.1\r\nHost: here\r\n\r\n")
+    await until(lambda: len(app.sockets) == 1)
+    await until(lambda: len(app.sockets) == 0)
+    writer.close()
+    assert reader is not None
+
+
+async def test_silent_sockets_are_counted_by_address(settings: Settings) -> None:
+    settings = msgspec.structs.replace(settings, connections_per_address=3)
+    async with World(settings, workers=1) as world:
+        app = world.workers[0].app
+        silent = [await dial(world, "127.0.0.2") for _ in range(3 + sockets_module.SPARE)]
+        await until(lambda: len(app.sockets) == len(silent))
+        reader, writer = await dial(world, "127.0.0.2")
+        async with asyncio.timeout(PATIENCE):
+            assert (await reader.read()).startswith(b"HTTP/1.1 429")
+        writer.close()
+        await (await world.connect(await world.user("Ada"))).call(client.Ping())
+        for _, one in silent:
+            one.close()
+        await until(lambda: len(app.sockets) == 1)
+
+
+async def test_behind_a_proxy_its_own_address_has_no_limit(settings: Settings) -> None:
+    settings = msgspec.structs.replace(settings, connections_per_address=3, trusted_proxies="1")
+    async with World(settings, workers=1) as world:
+        silent = [await dial(world) for _ in range(40)]
+        who = await world.user("Ada")
+        one = Client(world.url, who.token, headers={"X-Forwarded-For": "203.0.113.1"})
+        await one.open()
+        await one.call(client.Ping())
+        await one.close()
+        for _, writer in silent:
+            writer.close()
+
+
+async def test_bodies_that_do_not_end_are_bounded(alone: World) -> None:
+    """400 requests of 250 KB would be 100 MB."""
+    app = alone.workers[0].app
+    held: list[Streams] = []
+    request = await known(alone, POST)
+    for _ in range(60):
+        held.append(await dial(alone, "127.0.0.2"))
+        held[-1][1].write(request + b"x" * 249_000)
+    # Those that are too many are told so, and the others go on.
+    async with asyncio.timeout(PATIENCE):
+        while app.sockets._unread < UNREAD_BYTES_OF_ADDRESS * 3 // 4:  # noqa: SLF001
+            await asyncio.sleep(0.01)
+    assert app.sockets._unread <= UNREAD_BYTES_OF_ADDRESS  # noqa: SLF001
+    answers = [asyncio.create_task(reader.read(12)) for reader, _ in held]
+    async with asyncio.timeout(PATIENCE):
+        while not any(task.done() and not task.exception() and task.result().endswith(b"503") for task in answers):
+            await asyncio.sleep(0.01)
+    async with httpx.AsyncClient(base_url=alone.url, trust_env=False) as http:
+        headers = {"Authorization": f"Bearer {(await alone.user('Charles')).token}"}
+        answer = await http.post("/v1/call", content=b'{"type":"ping"}' + b" " * 200_000, headers=headers)
+        assert answer.status_code == 200
+    for _, writer in held:
+        writer.transport.abort()
+    await asyncio.gather(*answers, return_exceptions=True)
+    await until(lambda: len(app.sockets) <= 1)
+    assert_nothing_is_kept(app.sockets)
+
+
+async def test_a_body_that_ends_too_early_is_no_fault_of_the_server(
+    alone: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    _, writer = await dial(alone)
+    writer.write(await known(alone, POST) + b"x" * 500)
+    app = alone.workers[0].app
+    await until(lambda: app.sockets._unread == 500)  # noqa: SLF001
+    writer.close()
+    await until(lambda: len(app.sockets) == 0 and not alone.workers[0].server.server_state.tasks)
+    assert [record for record in caplog.records if record.levelno >= logging.ERROR] == []
+
+
+@pytest.mark.parametrize(
+    "endless",
+    [
+        b"GET / HTTP/1.1\r\nx: " + b"x" * 8_000_000,
+        b"GET /" + b"x" * 8_000_000,
+        b"GET / HTTP/1.1\r\n" + b"x: y\r\n" * 1_000_000,
+        CHUNKED + b"1\r\nx\r\n" * 1_000_000,
+        CHUNKED + b"0\r\n" + b"x: y\r\n" * 1_000_000,
+        DONE * 100_000,
+    ],
+    ids=["a long header", "a long path", "many headers", "tiny chunks", "many trailers", "pipelined requests"],
+)
+async def test_what_has_no_end_is_cut_off(alone: World, endless: bytes) -> None:
+    _, writer = await dial(alone)
+    with contextlib.suppress(ConnectionError):
+        writer.write(await known(alone, endless))
+        async with asyncio.timeout(PATIENCE):
+            await writer.drain()
+            while not writer.transport.is_closing():
+                await asyncio.sleep(0.01)
+    writer.transport.abort()
+    await until(lambda: len(alone.workers[0].app.sockets) == 0)
+    assert_nothing_is_kept(alone.workers[0].app.sockets)
+
+
+# ------------------------------------------------------------------------------------------------ the counting
+
+
+def assert_nothing_is_kept(sockets: Sockets) -> None:
+    kept = (sockets._unread, sockets._unread_of_address, sockets._waiting)  # noqa: SLF001
+    assert (len(sockets), sockets._of_address, *kept) == (0, {}, 0, {}, {})  # noqa: SLF001
+
+
+def counting(*, most: int, per_address: int = 100) -> Sockets:
+    return Sockets(most=most, per_address=per_address, proxies=Proxies(), frames=Pace.of(1.0))
+
+
+@given(st.lists(st.tuples(st.integers(0, 2), st.sampled_from(["wait", "work", "leave"])), max_size=200))
+def test_there_are_never_more_than_there_may_be(steps: list[tuple[int, str]]) -> None:
+    sockets = counting(most=6)
+    here: dict[object, str] = {}
+
+    def closing(one: object) -> None:
+        sockets.leave(here.pop(one))
+
+    for address, then in steps:
+        one = object()
+        try:
+            here[one] = sockets.arrive(f"198.51.100.{address}")
+        except Refused:
+            assert len(here) == 6 or list(here.values()).count(f"198.51.100.{address}") == 3
+            continue
+        if then == "wait":
+            sockets.waits(one, lambda one=one: closing(one))  # type: ignore[misc]
+        elif then == "leave":
+            closing(one)
+        assert len(sockets) == len(here) <= 6
+        assert max([*map(list(here.values()).count, here.values()), 0]) <= 3
+    for one in list(here):
+        sockets.works(one)
+        closing(one)
+    assert_nothing_is_kept(sockets)
+
+
+def test_who_waits_longest_makes_room_and_it_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    sockets = counting(most=4)
+    closed: list[int] = []
+    for number in range(4):
+        sockets.arrive(f"198.51.100.{number}")
+        sockets.waits(number, lambda number=number: closed.append(number))  # type: ignore[misc]
+    sockets.works(0)
+    for number in range(3):
+        sockets.arrive(f"203.0.113.{number}")
+    assert closed == [1, 2, 3]
+    with pytest.raises(Refused, match="try again"):
+        sockets.arrive("203.0.113.9")
+    assert sockets.shed == 4
+    assert len(caplog.records) == 1
+
+
+# ---------------------------------------------------------------------------------------- a real worker process
+
+DESCRIPTORS = 700
+
+
+@pytest.fixture
+def few_descriptors() -> Iterator[None]:
+    """Let what is started have few descriptors: its hard limit is this process's soft one, for a moment."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard < 8_000:
+        pytest.fail("this test needs 8,000 descriptors")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (8_000, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.mark.more
+@pytest.mark.usefixtures("few_descriptors")
+async def test_three_thousand_silent_sockets_keep_nobody_out(settings: Settings, tmp_path: Path) -> None:
+    cluster = Cluster(settings, tmp_path, 1)
+    (url,) = cluster.urls()
+    host, _, port = url.removeprefix("http://").rpartition(":")
+    async with World(settings, workers=0) as world:
+        who = await world.user("Ada")
+        try:
+            worker = cluster.workers[0]
+            worker.start()
+            assert worker.process is not None
+            process = worker.process.pid
+            # Before it looks: its hard limit is what it may have.
+            resource.prlimit(process, resource.RLIMIT_NOFILE, (DESCRIPTORS // 2, DESCRIPTORS))
+            await asyncio.to_thread(worker.wait_ready)
+            assert resource.prlimit(process, resource.RLIMIT_NOFILE) == (DESCRIPTORS, DESCRIPTORS)
+            async with Client(url, who.token) as bystander:
+                silent: list[asyncio.StreamWriter] = []
+
+                async def come(number: int) -> None:
+                    source = f"127.0.1.{number % 200}"
+                    with contextlib.suppress(OSError):
+                        silent.append((await asyncio.open_connection(host, int(port), local_addr=(source, 0)))[1])
+
+                for start in range(0, 3_000, 250):
+                    await asyncio.gather(*(come(number) for number in range(start, start + 250)))
+                    await bystander.call(client.Ping())
+                assert len(silent) > DESCRIPTORS
+                before = cpu_ticks(process)
+                # Somebody else still gets in, and what a request needs is there.
+                async with Client(url, who.token) as newcomer:
+                    await newcomer.settled()
+                async with httpx.AsyncClient(base_url=url, trust_env=False) as http:
+                    assert (await http.get("/readyz")).status_code == 200
+                    page = (await http.get("/metrics")).text
+                shed = [line for line in page.splitlines() if line.startswith("openchat_sockets_shed_total")]
+                assert float(shed[0].split()[-1]) > 0
+                for _ in range(20):
+                    await bystander.call(client.Ping())
+                    await asyncio.sleep(0.05)
+                assert cpu_ticks(process) - before < 100, "it spins"
+
+                async def sockets() -> float:
+                    async with httpx.AsyncClient(base_url=url, trust_env=False) as http:
+                        page = (await http.get("/metrics")).text
+                    (line,) = [one for one in page.splitlines() if one.startswith("openchat_sockets{")]
+                    return float(line.split()[-1])
+
+                async with asyncio.timeout(http_protocol.HEAD_SECONDS + 10):
+                    while await sockets() > 5:
+                        await asyncio.sleep(0.2)
+                await bystander.call(client.Ping())
+                for writer in silent:
+                    writer.close()
+        finally:
+            cluster.stop()
+
+
+def cpu_ticks(process: int) -> int:
+    """Return the hundredths of a second that a process has run."""
+    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return int(fields[11]) + int(fields[12])
+
+
+def test_every_connection_of_a_worker_is_of_this_kind() -> None:
+    assert issubclass(Http, asyncio.Protocol)
