@@ -1,0 +1,194 @@
+"""Frames that cost the sender nothing: pings, fragments, empty ones. The flooder is closed, memory stays as it was."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import msgspec
+import pytest
+from websockets.frames import Opcode
+
+from protocol import SUBPROTOCOL, client
+from protocol.client import Authenticate
+from protocol.codec import encode
+from protocol.errors import CloseCode
+from prove.client import Client
+from server.config import Settings
+from server.websocket import MAX_EARLY_BYTES, MAX_FRAGMENTS
+from tests.cluster import Cluster
+from tests.test_frames import Wire, frame
+from tests.world import Somebody, World, until
+
+PATIENCE = 10.0
+GROWTH = 8 * 1024
+"""Kilobytes that a worker may grow by; without bounds it is hundreds of times that."""
+HEAD = (
+    b"GET /v1/ws HTTP/1.1\r\nHost: here\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"
+    b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Protocol: " + SUBPROTOCOL.encode() + b"\r\n"
+)
+PING = frame(b"x" * 125, Opcode.PING)
+FLOODS = {
+    "pings": PING,
+    "pongs": frame(b"", Opcode.PONG),
+    "empty fragments": frame(b"", Opcode.CONT, fin=False),
+    "small fragments": frame(b" ", Opcode.CONT, fin=False),
+    "empty binary messages": frame(b"", Opcode.BINARY),
+    "messages of two fragments": frame(b"", Opcode.TEXT, fin=False) + frame(b"", Opcode.CONT),
+}
+"""Frame by frame; those that go on with a message come after its beginning."""
+
+
+@pytest.fixture
+async def alone(settings: Settings) -> AsyncIterator[World]:
+    async with World(msgspec.structs.replace(settings, frame_rate=200.0), workers=1) as world:
+        yield world
+
+
+async def shake(url: str, who: Somebody | None) -> Wire:
+    """Return a WebSocket, of somebody or of nobody yet."""
+    host, _, port = url.removeprefix("http://").rpartition(":")
+    wire = Wire(*await asyncio.open_connection(host, int(port)))
+    token = b"" if who is None else b"Authorization: Bearer " + who.token.encode() + b"\r\n"
+    wire.writer.write(HEAD + token + b"\r\n")
+    assert b" 101 " in await wire.reader.readuntil(b"\r\n\r\n")
+    return wire
+
+
+def memory(process: int) -> int:
+    """Return the kilobytes that a process holds."""
+    (line,) = [line for line in Path(f"/proc/{process}/status").read_text().splitlines() if line.startswith("VmRSS:")]
+    return int(line.split()[1])
+
+
+# Before login there is one message, and the rest is not read.
+@pytest.mark.parametrize(
+    ("name", "is_known"),
+    [(name, is_known) for is_known in (True, False) for name in FLOODS if is_known or "messages" not in name],
+)
+async def test_a_flood_is_abuse(alone: World, name: str, is_known: bool) -> None:  # noqa: FBT001
+    ada = await alone.user("Ada")
+    wire = await shake(alone.url, ada if is_known else None)
+    beginning = frame(b" ", fin=False) if name.endswith("l fragments") or name == "empty fragments" else b""
+    wire.writer.write(beginning + FLOODS[name] * 3_000)
+    assert await wire.closed() == CloseCode.ABUSE
+    wire.writer.transport.abort()
+    await until(lambda: len(alone.workers[0].app.sockets) == 0)
+
+
+async def test_the_newest_ping_of_many_is_answered(alone: World) -> None:
+    wire = await shake(alone.url, await alone.user("Ada"))
+    wire.writer.write(b"".join(frame(str(number).encode(), Opcode.PING) for number in range(300)))
+    answered: list[bytes] = []
+    async with asyncio.timeout(PATIENCE):
+        while not answered or answered[-1] != b"299":
+            kind, payload = await wire.frame()
+            if kind == Opcode.PONG:
+                answered.append(payload)
+    assert len(answered) < 10
+    wire.writer.transport.abort()
+
+
+async def test_a_message_has_a_bounded_number_of_fragments(alone: World) -> None:
+    ada = await alone.user("Ada")
+    pieces = [b'{"type":"ping","id":7}'] + [b""] * (MAX_FRAGMENTS - 1)
+    for more, is_answered in ((0, True), (1, False)):
+        wire = await shake(alone.url, ada)
+        cut = [*pieces, *([b""] * more)]
+        wire.writer.write(
+            b"".join(
+                frame(piece, Opcode.CONT if number else Opcode.TEXT, fin=number == len(cut) - 1)
+                for number, piece in enumerate(cut)
+            )
+        )
+        if is_answered:
+            async with asyncio.timeout(PATIENCE):
+                while (await wire.hear()).get("re") != 7:
+                    pass
+        else:
+            assert await wire.closed() == CloseCode.ABUSE
+        wire.writer.transport.abort()
+
+
+@pytest.mark.parametrize(
+    ("data", "code"),
+    [
+        (frame(b" " * (MAX_EARLY_BYTES + 1)), CloseCode.TOO_BIG),
+        (frame(b" " * MAX_EARLY_BYTES), CloseCode.UNAUTHENTICATED),
+        (frame(b" " * MAX_EARLY_BYTES, fin=False) + frame(b" ", Opcode.CONT), CloseCode.TOO_BIG),
+    ],
+    ids=["too long", "just right, but nonsense", "too long in all"],
+)
+async def test_before_login_a_message_is_small(alone: World, data: bytes, code: int) -> None:
+    wire = await shake(alone.url, None)
+    wire.writer.write(data)
+    assert await wire.closed() == code
+    wire.writer.transport.abort()
+
+
+@pytest.mark.parametrize("size", [10, 100_000])
+async def test_what_comes_together_with_the_login_is_not_lost(alone: World, size: int) -> None:
+    ada = await alone.user("Ada")
+    wire = await shake(alone.url, None)
+    login = frame(encode(Authenticate(token=ada.token)))
+    questions = [frame(b'{"type":"ping","id":%d}' % number + b" " * size) for number in range(5)]
+    wire.writer.write(login + b"".join(questions))
+    answered: list[object] = []
+    async with asyncio.timeout(PATIENCE):
+        while len(answered) < len(questions):
+            if (said := await wire.hear()).get("type") == "reply":
+                answered.append(said["re"])
+    assert answered == list(range(len(questions)))
+    wire.writer.transport.abort()
+    await until(lambda: len(alone.workers[0].app.sockets) == 0)
+    assert alone.workers[0].app.sockets._unread == 0  # noqa: SLF001
+
+
+async def test_nothing_is_read_before_the_handshake_is_answered(alone: World) -> None:
+    app = alone.workers[0].app
+    host, _, port = alone.url.removeprefix("http://").rpartition(":")
+    _, writer = await asyncio.open_connection(host, int(port))
+    writer.write(HEAD + b"Authorization: Bearer nonsense\r\n\r\n")
+    with contextlib.suppress(ConnectionError):
+        for _ in range(200):
+            writer.write(PING * 500)
+            await writer.drain()
+    writer.transport.abort()
+    await until(lambda: len(app.sockets) == 0)
+
+
+@pytest.mark.parametrize("is_known", [True, False], ids=["logged in", "before login"])
+@pytest.mark.parametrize("name", ["pings", "empty fragments"])
+async def test_a_flood_leaves_a_worker_as_it_was(
+    settings: Settings,
+    tmp_path: Path,
+    name: str,
+    is_known: bool,  # noqa: FBT001
+) -> None:
+    settings = msgspec.structs.replace(settings, frame_rate=200.0)
+    cluster = Cluster(settings, tmp_path, 1)
+    (url,) = cluster.urls()
+    try:
+        await cluster.start(*cluster.workers)
+        process = cluster.workers[0].process
+        assert process is not None
+        async with World(settings, workers=0) as world:
+            ada, charles = await world.users("Ada", "Charles")
+            async with Client(url, charles.token) as bystander:
+                most = before = memory(process.pid)
+                beginning = b"" if name == "pings" else frame(b" ", fin=False)
+                for _ in range(2):
+                    wire = await shake(url, ada if is_known else None)
+                    wire.writer.transport.pause_reading()  # type: ignore[attr-defined]
+                    wire.writer.write(beginning)
+                    with contextlib.suppress(ConnectionError, TimeoutError):
+                        async with asyncio.timeout(0.5):
+                            for _ in range(500):
+                                wire.writer.write(FLOODS[name] * 5_000)
+                                await wire.writer.drain()
+                    await bystander.call(client.Ping())
+                    most = max(most, memory(process.pid))
+                    wire.writer.transport.abort()
+                assert most - before < GROWTH
+    finally:
+        cluster.stop()
