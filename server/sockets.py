@@ -33,8 +33,8 @@ class Sockets:
         """`frames` is the pace of WebSocket control frames and fragments, of each connection."""
         self._most = most
         # Some more than are let in: any client can read a refusal that answers its request, unlike one that comes
-        # before it. And one address alone never takes all descriptors.
-        self._per_address = min(per_address + max(SPARE, per_address // 4), max(1, most // 2))
+        # before it. And one address alone never takes the last eighth of all.
+        self._per_address = min(per_address + max(SPARE, per_address // 4), max(1, most - most // 8 - 1))
         self._proxies = proxies
         self.frames = frames
         self._count = 0

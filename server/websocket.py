@@ -25,6 +25,8 @@ PING = b"\x89\x00"
 """The frame that asks a peer for a pong (RFC 6455, section 5.5.2)."""
 CLOSE_SECONDS = 5.0
 """How long a peer may take to answer a close, or to read what is left, before the connection is cut."""
+FLOOD_SECONDS = 0.5
+"""How long a peer that floods us may take to read why it is closed; nothing is read from it meanwhile."""
 MAX_EARLY_BYTES = 4096
 """Max bytes of the one message that is read before somebody takes the socket over: `authenticate` is small."""
 MAX_FRAGMENTS = 128
@@ -212,6 +214,9 @@ class WebSocket(WebSocketsSansIOProtocol):
                 self.queue.put_nowait({"type": "websocket.disconnect", "code": CloseCode.ABUSE})
                 self.close(CloseCode.ABUSE)
             self.pause_receiving()
+            if self.close_timer is not None:
+                self.close_timer.cancel()
+                self.close_timer = self.loop.call_later(FLOOD_SECONDS, self.transport.abort)
         return not self._is_flooded
 
     def _answer_ping(self) -> None:

@@ -80,9 +80,11 @@ def test_a_client_that_keeps_to_the_limits_is_never_refused(
 @given(rate=st.floats(0.1, 500.0), seed=st.integers(0, 1 << 32), latest=st.sampled_from([0.0, 0.001, 0.1]))
 def test_waiting_as_told_is_never_a_strike(rate: float, seed: int, latest: float) -> None:
     clock, rng = Clock(), random.Random(seed)
-    bucket, strikes = Bucket(Pace.of(rate), clock=clock), Strikes(clock=clock)
+    bucket, strikes = Allowance[str](rate, clock=clock), Strikes(clock=clock)
     for _ in range(3_000):
-        wait = bucket.take()
+        if rng.random() < 0.1:
+            bucket.charge("Ada", rng.randrange(20))  # what she sent to another worker
+        wait = bucket.take("Ada")
         if wait:
             retry = int(wait * 1000) + 1
             assert not strikes.is_abuse(too_many(retry), "writes")
