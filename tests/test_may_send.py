@@ -27,7 +27,7 @@ from server.dispatch import Rate
 from server.queries import conversations, participants, relationships
 from server.queries.relationships import Change
 from server.routes import ROUTES
-from tests.world import Somebody, World, message, refused, sent
+from tests.world import Somebody, World, heard, message, refused, sent
 
 WAITING = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
 
@@ -168,7 +168,7 @@ async def ask_for_moderators(on: Stage) -> None:
 async def slow_down(on: Stage) -> None:
     settings = ConversationSettings(slow_mode_seconds=3_600)
     await on.keeper.call(client.UpdateConversation(conversation_id=on.about, settings=settings))
-    await sent(on.member, on.about, "The last one for an hour")
+    await heard(on.keeper, await sent(on.member, on.about, "The last one for an hour"))
 
 
 async def block(on: Stage) -> None:
