@@ -769,6 +769,9 @@ CREATE FUNCTION audit_hash(e audit_entry) RETURNS bytea LANGUAGE sql STABLE
 
 -- The one table of who may see or do what to whom (protocol/privacy.py has it in words; a test compares all cells).
 -- It asks what is cheap first: most people are neither private nor blocked.
+-- The names in a string body are resolved when it runs. Functions that run as the owner call this one, so each table and
+-- function in it is qualified, and no temporary table stands in for one. A SET clause would do the same, and cost time
+-- for each direct message (docs/decisions/0035). The same holds for may_now() and are_together().
 CREATE FUNCTION may(action text, viewer uuid, target uuid) RETURNS boolean LANGUAGE plpgsql STABLE AS $$
 #variable_conflict use_column
 DECLARE
@@ -780,19 +783,19 @@ BEGIN
     END IF;
     SELECT u.is_active AND NOT u.is_deleted AS is_here, u.erased_at, u.is_private, u.allow_friend_requests,
         u.show_online_status
-    INTO them FROM "user" u WHERE u.id = may.target;
+    INTO them FROM public."user" u WHERE u.id = may.target;
     IF NOT FOUND OR viewer IS NULL THEN
         RETURN false;
     ELSIF them.erased_at IS NOT NULL OR NOT them.is_here THEN
         -- What they said stays, and needs a name; without them, that is all.
-        RETURN action = 'see_face' AND (them.erased_at IS NOT NULL OR are_together(viewer, target));
+        RETURN action = 'see_face' AND (them.erased_at IS NOT NULL OR public.are_together(viewer, target));
     END IF;
     SELECT coalesce(bool_or(r.type = 'block' AND r.status = 'active'), false) AS blocks,
         coalesce(bool_or(r.type = 'friend' AND r.status = 'accepted'), false) AS is_friend,
         coalesce(bool_and(r.can_see_online_status), true) AS presence,
         coalesce(bool_and(r.can_see_profile), true) AS profile,
         coalesce(bool_and(r.can_send_messages), true) AS messages
-    INTO theirs FROM user_relationship r WHERE r.from_user_id = may.target AND r.to_user_id = may.viewer;
+    INTO theirs FROM public.user_relationship r WHERE r.from_user_id = may.target AND r.to_user_id = may.viewer;
     IF theirs.blocks
         OR (action = 'see_presence' AND NOT (them.show_online_status AND theirs.presence))
         OR (action = 'see_profile' AND NOT theirs.profile)
@@ -803,7 +806,7 @@ BEGIN
     ELSIF action IN ('see_face', 'see_profile') THEN
         NULL;
     ELSIF EXISTS (
-        SELECT FROM user_relationship r
+        SELECT FROM public.user_relationship r
         WHERE r.from_user_id = may.viewer AND r.to_user_id = may.target AND r.type = 'block' AND r.status = 'active'
     ) THEN
         RETURN false;
@@ -811,7 +814,7 @@ BEGIN
     IF NOT them.is_private OR theirs.is_friend OR action = 'request_friend' THEN
         RETURN true;
     END IF;
-    RETURN action NOT IN ('see_profile', 'follow') AND are_together(viewer, target);
+    RETURN action NOT IN ('see_profile', 'follow') AND public.are_together(viewer, target);
 END
 $$;
 
@@ -833,7 +836,7 @@ CREATE FUNCTION slow_mode_wait(c conversation, p conversation_participant) RETUR
 -- may() as of now, not as of when the statement began: for a statement that has waited for a lock since.
 CREATE FUNCTION may_now(action text, viewer uuid, target uuid) RETURNS boolean LANGUAGE plpgsql VOLATILE AS $$
 BEGIN
-    RETURN may(action, viewer, target);
+    RETURN public.may(action, viewer, target);
 END
 $$;
 
@@ -841,10 +844,10 @@ $$;
 CREATE FUNCTION are_together(one uuid, other uuid) RETURNS boolean LANGUAGE plpgsql STABLE AS $$
 BEGIN
     RETURN EXISTS (
-        SELECT FROM conversation_participant mine
-        JOIN conversation_participant theirs ON theirs.conversation_id = mine.conversation_id
+        SELECT FROM public.conversation_participant mine
+        JOIN public.conversation_participant theirs ON theirs.conversation_id = mine.conversation_id
             AND theirs.user_id = are_together.other AND theirs.status = 'active'
-        JOIN conversation c ON c.id = mine.conversation_id AND NOT c.is_deleted
+        JOIN public.conversation c ON c.id = mine.conversation_id AND NOT c.is_deleted
         WHERE mine.user_id = are_together.one AND mine.status = 'active'
     );
 END
@@ -853,7 +856,7 @@ $$;
 -- Where any of these texts is left, in whichever table: what `openchat erase --verify` looks at. What people said and
 -- called things, and what other people are called, is counted apart: that it reads the same proves nothing.
 CREATE FUNCTION traces(needles text[]) RETURNS TABLE (place text, is_said boolean, matches bigint)
-    LANGUAGE plpgsql STABLE AS $$
+    LANGUAGE plpgsql STABLE SET search_path = pg_catalog, public, pg_temp AS $$
 DECLARE
     field record;
 BEGIN
@@ -863,7 +866,7 @@ BEGIN
         WHERE c.table_schema = 'public' AND t.table_type = 'BASE TABLE' AND c.data_type IN ('text', 'jsonb', 'ARRAY')
         ORDER BY 1, 2
     LOOP
-        EXECUTE format('SELECT count(*) FROM %I WHERE %I::text ILIKE ANY ($1)', field.table_name, field.column_name)
+        EXECUTE format('SELECT count(*) FROM public.%I WHERE %I::text ILIKE ANY ($1)', field.table_name, field.column_name)
             INTO matches USING needles;
         IF matches > 0 THEN
             place := field.table_name || '.' || field.column_name;
@@ -879,13 +882,14 @@ $$;
 REVOKE EXECUTE ON FUNCTION traces(text[]) FROM PUBLIC;
 
 -- Puts rows, which all name the same columns, into a table; those whose keys are taken are left out. For `openchat import`.
-CREATE FUNCTION load_rows(table_name text, rows json) RETURNS bigint LANGUAGE plpgsql AS $$
+CREATE FUNCTION load_rows(table_name text, rows json) RETURNS bigint
+    LANGUAGE plpgsql SET search_path = pg_catalog, public, pg_temp AS $$
 DECLARE
     columns text;
     loaded bigint;
 BEGIN
     SELECT string_agg(quote_ident(key), ', ') INTO columns FROM json_object_keys(rows -> 0) AS key;
-    EXECUTE format('INSERT INTO %I (%s) SELECT %s FROM json_populate_recordset(NULL::%I, $1) ON CONFLICT DO NOTHING',
+    EXECUTE format('INSERT INTO public.%I (%s) SELECT %s FROM json_populate_recordset(NULL::public.%I, $1) ON CONFLICT DO NOTHING',
         table_name, columns, columns, table_name) USING rows;
     GET DIAGNOSTICS loaded = ROW_COUNT;
     RETURN loaded;
@@ -903,31 +907,38 @@ REVOKE EXECUTE ON FUNCTION load_rows(text, json) FROM PUBLIC;
 CREATE FUNCTION current_user_id() RETURNS uuid LANGUAGE sql STABLE
     RETURN nullif(current_setting('openchat.user_id', true), '')::uuid;
 
+-- Functions that run as the owner look for names in pg_catalog first and in the reader's pg_temp last, where a path that
+-- does not name it has it first (docs/decisions/0035).
+
 -- What policies ask, as the owner: a policy on conversation_participant would ask itself. Each is about the reader,
 -- so that none tells what stands between others.
 CREATE FUNCTION may_i(action text, target uuid) RETURNS boolean LANGUAGE sql STABLE SECURITY DEFINER
-    SET search_path = public
+    SET search_path = pg_catalog, public, pg_temp
     RETURN may(action, current_user_id(), target);
 
 CREATE FUNCTION is_participant(conversation uuid) RETURNS boolean LANGUAGE sql STABLE SECURITY DEFINER
-    SET search_path = public
+    SET search_path = pg_catalog, public, pg_temp
     RETURN EXISTS (
         SELECT FROM conversation_participant p JOIN conversation c ON c.id = p.conversation_id AND NOT c.is_deleted
         WHERE p.conversation_id = is_participant.conversation AND p.user_id = current_user_id()
             AND p.status = 'active'
     );
 
--- Whether the reader has the permission `needed` in a conversation, by role or by a grant of that name.
+-- Whether the reader has the permission `needed` in a conversation, by role or by the grant that is named. Other columns
+-- of the row are not looked at: an error about one would tell what is in it.
 CREATE FUNCTION is_allowed(conversation uuid, needed text, permission text) RETURNS boolean
-    LANGUAGE sql STABLE SECURITY DEFINER SET search_path = public
+    LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, public, pg_temp
     RETURN EXISTS (
         SELECT FROM conversation_participant p JOIN conversation c ON c.id = p.conversation_id AND NOT c.is_deleted
         WHERE p.conversation_id = is_allowed.conversation AND p.user_id = current_user_id() AND p.status = 'active'
-            AND can(p.role, needed, coalesce((to_jsonb(p) ->> permission)::boolean, false))
+            AND can(p.role, needed, CASE permission
+                WHEN 'can_delete_messages' THEN p.can_delete_messages
+                WHEN 'can_remove_members' THEN p.can_remove_members
+                ELSE false END)
     );
 
 CREATE FUNCTION is_visible(conversation uuid, sent_version bigint) RETURNS boolean
-    LANGUAGE sql STABLE SECURITY DEFINER SET search_path = public
+    LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, public, pg_temp
     RETURN EXISTS (
         SELECT FROM conversation_participant p JOIN conversation c ON c.id = p.conversation_id AND NOT c.is_deleted
         WHERE p.conversation_id = is_visible.conversation AND p.user_id = current_user_id() AND p.status = 'active'
@@ -936,7 +947,7 @@ CREATE FUNCTION is_visible(conversation uuid, sent_version bigint) RETURNS boole
 
 -- Whether the reader may see what a message said before: as its sender, a moderator, or if the settings show it to all.
 CREATE FUNCTION are_edits_shown(message uuid) RETURNS boolean LANGUAGE sql STABLE SECURITY DEFINER
-    SET search_path = public
+    SET search_path = pg_catalog, public, pg_temp
     RETURN EXISTS (
         SELECT FROM message m JOIN conversation c ON c.id = m.conversation_id
         JOIN conversation_participant p ON p.conversation_id = c.id AND p.user_id = current_user_id()
@@ -982,8 +993,11 @@ CREATE POLICY message_reaction_access ON message_reaction FOR SELECT
 CREATE POLICY message_edit_access ON message_edit FOR SELECT
     USING (EXISTS (SELECT FROM message m WHERE m.id = message_id AND NOT m.is_deleted)
         AND are_edits_shown(message_id));
-CREATE POLICY poll_vote_access ON poll_vote FOR SELECT USING (user_id = current_user_id() OR EXISTS (
-    SELECT FROM message m WHERE m.id = message_id AND NOT coalesce((m.payload ->> 'is_anonymous')::boolean, false)
+-- A poll that was deleted, or that a moderator hides, has no votes, and a vote that was withdrawn is none. A deleted message
+-- has no payload, so whether it was anonymous is not known: what the policies allow, they allow by what is there.
+CREATE POLICY poll_vote_access ON poll_vote FOR SELECT USING (options <> '{}' AND EXISTS (
+    SELECT FROM message m WHERE m.id = message_id AND NOT m.is_deleted AND NOT m.is_moderated AND m.payload IS NOT NULL
+        AND (user_id = current_user_id() OR NOT coalesce((m.payload ->> 'is_anonymous')::boolean, false))
 ));
 CREATE POLICY thread_follow_access ON thread_follow FOR SELECT USING (user_id = current_user_id());
 CREATE POLICY message_star_access ON message_star FOR SELECT USING (user_id = current_user_id());
@@ -1008,8 +1022,41 @@ REVOKE EXECUTE ON FUNCTION may(text, uuid, uuid), are_together(uuid, uuid), may_
     is_allowed(uuid, text, text), is_visible(uuid, bigint), are_edits_shown(uuid), silenced(uuid),
     may_now(text, uuid, uuid), obstacle(conversation, conversation_participant) FROM PUBLIC;
 
-CREATE FUNCTION grant_reader(role_name text) RETURNS void LANGUAGE plpgsql AS $$
+-- Takes from everybody what OpenChat gives to nobody: to make temporary tables, and to make anything in the schema. The
+-- rights on a database are neither copied with a template nor in a dump, so the server calls this at every start.
+CREATE FUNCTION close_to_public() RETURNS void LANGUAGE plpgsql SET search_path = pg_catalog, public, pg_temp AS $$
 BEGIN
+    IF EXISTS (
+        SELECT FROM pg_database d CROSS JOIN aclexplode(coalesce(d.datacl, acldefault('d', d.datdba))) a
+        WHERE d.datname = current_database() AND a.grantee = 0 AND a.privilege_type = 'TEMPORARY'
+    ) THEN
+        EXECUTE format('REVOKE TEMPORARY ON DATABASE %I FROM PUBLIC', current_database());
+    END IF;
+    IF EXISTS (
+        SELECT FROM pg_namespace n CROSS JOIN aclexplode(coalesce(n.nspacl, acldefault('n', n.nspowner))) a
+        WHERE n.nspname = 'public' AND a.grantee = 0 AND a.privilege_type = 'CREATE'
+    ) THEN
+        REVOKE CREATE ON SCHEMA public FROM PUBLIC;
+    END IF;
+EXCEPTION WHEN insufficient_privilege THEN
+    RAISE WARNING 'the owner of the database must REVOKE TEMPORARY on it, and CREATE on the schema public, FROM PUBLIC';
+END
+$$;
+REVOKE EXECUTE ON FUNCTION close_to_public() FROM PUBLIC;
+
+-- Gives a role what a reader may see, and nothing else of these tables: run again, it takes away what was granted before.
+CREATE FUNCTION grant_reader(role_name text) RETURNS void LANGUAGE plpgsql SET search_path = pg_catalog, public, pg_temp AS $$
+BEGIN
+    PERFORM close_to_public();
+    IF EXISTS (
+        SELECT FROM pg_roles r WHERE r.rolname = role_name AND (r.rolsuper OR r.rolbypassrls
+            OR pg_has_role(r.oid, (SELECT c.relowner FROM pg_class c WHERE c.oid = '"user"'::regclass), 'MEMBER')
+            OR has_schema_privilege(r.oid, 'public', 'CREATE'))
+    ) THEN
+        RAISE EXCEPTION 'the role % is not held by policies, or may create objects in the schema public', role_name
+            USING ERRCODE = 'insufficient_privilege', HINT = 'Make a role without these rights for whoever reads.';
+    END IF;
+    EXECUTE format('REVOKE ALL ON ALL TABLES IN SCHEMA public FROM %I', role_name);
     EXECUTE format('GRANT SELECT (id, name, display_name, image, erased_at) ON "user" TO %I', role_name);
     EXECUTE format('GRANT SELECT (id, user_id, expires_at, ip_address, user_agent, created_at) ON session TO %I',
         role_name);
@@ -1020,7 +1067,10 @@ BEGIN
         can_edit_conversation, can_delete_messages, can_pin_messages, joined_at, left_at, invited_by, version)
         ON conversation_participant TO %I', role_name);
     EXECUTE format('GRANT SELECT ON message, message_reaction, message_edit, poll_vote, thread_follow, message_star,
-        draft, scheduled_message, user_relationship, report, audit_entry, user_profile TO %I', role_name);
+        draft, scheduled_message, report, audit_entry, user_profile TO %I', role_name);
+    -- Not the switches: what somebody has set about others is theirs alone.
+    EXECUTE format('GRANT SELECT (id, from_user_id, to_user_id, type, status, request_message, response_message,
+        created_at, accepted_at) ON user_relationship TO %I', role_name);
     EXECUTE format('GRANT SELECT (id, message_id, uploaded_by, filename, original_filename, mime_type, file_size,
         metadata, is_deleted, created_at, updated_at) ON attachment TO %I', role_name);
     EXECUTE format('GRANT EXECUTE ON FUNCTION may_i(text, uuid), is_participant(uuid), is_allowed(uuid, text, text),

@@ -25,6 +25,7 @@ HAS_TABLE = "SELECT to_regclass('public.schema_migration') IS NOT NULL"
 IS_EMPTY = "SELECT NOT EXISTS (SELECT FROM pg_tables WHERE schemaname = 'public')"
 APPLIED = "SELECT coalesce(max(number), 0) FROM schema_migration"
 RECORD = "INSERT INTO schema_migration (number, name) VALUES ($1, $2)"
+CLOSE = "SELECT close_to_public()"
 NEW_EPOCH = "UPDATE database_epoch SET epoch = gen_random_uuid()"
 
 
@@ -61,19 +62,19 @@ async def migrate(connection: Connection) -> list[str]:
     await connection.execute("SELECT pg_advisory_lock($1)", LOCK)
     try:
         todo = await plan(connection)
-        if not todo:
-            return todo
-        if await connection.fetchval(IS_EMPTY):
+        if todo and await connection.fetchval(IS_EMPTY):
             async with connection.transaction():
                 await connection.execute((ROOT / "schema.sql").read_text())
                 await connection.execute(TABLE)
                 await connection.executemany(RECORD, [(m.number, m.name) for m in known()])
-            return todo
-        for migration in known():
-            if migration.name in todo:
-                async with connection.transaction():
-                    await connection.execute(migration.path.read_text())
-                    await connection.execute(RECORD, migration.number, migration.name)
+        else:
+            for migration in known():
+                if migration.name in todo:
+                    async with connection.transaction():
+                        await connection.execute(migration.path.read_text())
+                        await connection.execute(RECORD, migration.number, migration.name)
+        # A restored dump brings grants to readers, and not what was taken from everybody.
+        await connection.execute(CLOSE)
         return todo
     finally:
         await connection.execute("SELECT pg_advisory_unlock($1)", LOCK)

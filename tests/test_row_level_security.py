@@ -12,9 +12,9 @@ from protocol import client, server
 from protocol.ids import ConversationId, MessageId, UserId, uuid7
 from protocol.payloads import Poll
 from protocol.server import Error
-from protocol.values import ConversationSettings
+from protocol.values import ConversationSettings, Message
 from prove.client import Client
-from tests.world import Somebody, World, sent
+from tests.world import Somebody, World, message, sent
 
 Db: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
 PEOPLE = 8
@@ -60,7 +60,7 @@ async def crowd(world: World, seed: int) -> tuple[list[Somebody], list[Client], 
         one, other = chance.choice(clients), chance.choice(people).id
         about = chance.choice(conversations)
         place = chance.choice(said) if said else (about, MessageId(uuid7()))
-        message: dict[str, Any] = {"conversation_id": place[0], "message_id": place[1]}
+        at: dict[str, Any] = {"conversation_id": place[0], "message_id": place[1]}
         frame = chance.choice([
             client.Join(conversation_id=about), client.Join(conversation_id=about), client.Leave(conversation_id=about),
             client.RemoveParticipant(conversation_id=about, user_id=other, ban=chance.random() < 0.5),
@@ -71,10 +71,10 @@ async def crowd(world: World, seed: int) -> tuple[list[Somebody], list[Client], 
                 conversation_id=about, message_id=MessageId(uuid7()), content="Tea?",
                 payload=Poll(options=["Yes", "No"], is_anonymous=chance.random() < 0.5),
             ),
-            client.Vote(**message, options=[chance.randrange(2)]), client.Star(**message), client.Unstar(**message),
-            client.SetDraft(conversation_id=about, content="I thi"), client.FollowThread(**message),
-            client.React(**message, emoji="👍"), client.Edit(**message, content="Edited"), client.Delete(**message),
-            client.Moderate(**message, reason="Rude"), client.ReportMessage(**message, reason="Rude"),
+            client.Vote(**at, options=[chance.randrange(2)]), client.Star(**at), client.Unstar(**at),
+            client.SetDraft(conversation_id=about, content="I thi"), client.FollowThread(**at),
+            client.React(**at, emoji="👍"), client.Edit(**at, content="Edited"), client.Delete(**at),
+            client.Moderate(**at, reason="Rude"), client.ReportMessage(**at, reason="Rude"),
             client.Block(user_id=other), client.RequestFriend(user_id=other), client.Mute(user_id=other),
             client.AnswerFriend(user_id=other, accept=chance.random() < 0.5), client.Follow(user_id=other),
             client.UpdateProfile(is_private=chance.random() < 0.5),
@@ -82,7 +82,46 @@ async def crowd(world: World, seed: int) -> tuple[list[Somebody], list[Client], 
         answer = await one.ask(frame)
         if isinstance(frame, client.Send) and not isinstance(answer, Error):
             said.append((about, frame.message_id))
+    for number, about in enumerate(conversations):
+        await polls(clients[number], [clients[number - 1], clients[number - 2]], about)
     return people, clients, conversations
+
+
+async def polls(owner: Client, others: list[Client], about: ConversationId) -> None:
+    """Have polls of both kinds voted in, and then left, closed, deleted, or hidden by a moderator."""
+    for is_anonymous in (True, False):
+        for end in (None, "close", "delete", "moderate"):
+            poll = Poll(options=["Yes", "No"], is_anonymous=is_anonymous)
+            asked = message(about, "Tea?", payload=poll)
+            if isinstance(await owner.ask(asked), Error):
+                return  # somebody has removed them
+            place: dict[str, Any] = {"conversation_id": about, "message_id": asked.message_id}
+            for one in (owner, *others):
+                await one.ask(client.Join(conversation_id=about))
+                await one.ask(client.Vote(**place, options=[0]))
+            await others[0].ask(client.Vote(**place, options=[]))
+            ends = {
+                "close": client.ClosePoll(**place), "delete": client.Delete(**place),
+                "moderate": client.Moderate(**place, reason="Rude"),
+            }  # fmt: skip
+            if end is not None:
+                await owner.ask(ends[end])
+
+
+async def votes(one: Client, who: UserId, messages: list[Message]) -> set[str]:
+    """Return who has voted for what, as far as the server tells: by the list of votes, and with a message one's own."""
+    found = set()
+    for poll in messages:
+        if poll.is_moderated or poll.content_type != "poll":
+            continue
+        place: dict[str, Any] = {"conversation_id": poll.conversation_id, "message_id": poll.id}
+        answer = await one.ask(client.ListVotes(**place, limit=100))
+        if not isinstance(answer, Error):
+            assert isinstance(answer.result, server.VotePage)
+            found |= {f"{poll.id} {vote.user_id}" for vote in answer.result.votes}
+        if (await one.call(client.GetMessage(**place), server.OneMessage)).vote:
+            found.add(f"{poll.id} {who}")
+    return found
 
 
 @pytest.mark.parametrize("seed", [1, 2])
@@ -106,6 +145,7 @@ async def test_a_reader_sees_what_the_server_shows(world: World, reader: Reader,
         assert set(await reader.seen(who.id, "SELECT id FROM conversation")) == {
             view.conversation.id for view in mine.conversations
         }
+        said: dict[ConversationId, list[Message]] = {}
         shown: set[UUID] = set()
         withheld: set[UUID] = set()
         participants: set[UUID] = set()
@@ -114,6 +154,7 @@ async def test_a_reader_sees_what_the_server_shows(world: World, reader: Reader,
             about = view.conversation.id
             page = await one.call(client.History(conversation_id=about, limit=100), server.MessagePage)
             assert not page.has_before
+            said[about] = page.messages
             shown |= {each.id for each in page.messages if not each.is_moderated or each.id in page.withheld}
             withheld |= page.withheld.keys()
             entries = await one.call(client.ListParticipants(conversation_id=about, limit=100), server.ParticipantPage)
@@ -132,13 +173,12 @@ async def test_a_reader_sees_what_the_server_shows(world: World, reader: Reader,
         }
         for table, column in (("draft", "user_id"), ("message_star", "user_id"), ("thread_follow", "user_id")):
             assert set(await reader.seen(who.id, f"SELECT {column} FROM {table}")) <= {who.id}
-        votes = await world.db.fetch("""
-            SELECT v.message_id, v.user_id FROM poll_vote v JOIN message m ON m.id = v.message_id
-            WHERE v.user_id = $1 OR (m.id = ANY($2) AND (m.payload ->> 'is_anonymous') IS DISTINCT FROM 'true')
-        """, who.id, list(shown))  # fmt: skip
+        expected = await votes(
+            one, who.id, [each for view in mine.conversations for each in said[view.conversation.id]]
+        )
         key = "message_id || ' ' || user_id"
-        assert set(await reader.seen(who.id, f"SELECT {key} FROM poll_vote")) == {f"{one} {two}" for one, two in votes}
-        totals["votes"] += len(votes)
+        assert set(await reader.seen(who.id, f"SELECT {key} FROM poll_vote")) == expected
+        totals["votes"] += len(expected)
         totals["messages"] += len(shown)
         totals["hidden"] += len(withheld)
         totals["faces"] += len(faces.users)
@@ -161,6 +201,7 @@ ATTACKS = [
     "SELECT * FROM verification",
     "SELECT invite_code FROM conversation",
     "SELECT last_read_message_id FROM conversation_participant",
+    "SELECT can_see_online_status FROM user_relationship",
     "SELECT words FROM message_search",
     "SELECT endpoint FROM push_endpoint",
     "SELECT value FROM server_key",
@@ -169,6 +210,10 @@ ATTACKS = [
     "SELECT may('see_face', gen_random_uuid(), gen_random_uuid())",
     "SELECT are_together(gen_random_uuid(), gen_random_uuid())",
     "SELECT grant_reader('postgres')",
+    "SELECT close_to_public()",
+    "CREATE TEMP TABLE mine ()",
+    "CREATE VIEW public.mine AS SELECT 1",
+    "CREATE SCHEMA mine",
     "UPDATE message SET content = 'Changed'",
     "DELETE FROM audit_entry",
     "INSERT INTO user_relationship (from_user_id, to_user_id, type) SELECT id, id, 'friend' FROM message",
@@ -188,6 +233,20 @@ async def test_a_reader_cannot_reach_further(world: World, reader: Reader) -> No
         with pytest.raises(asyncpg.InsufficientPrivilegeError):
             await reader.db.execute(attack)
     assert await world.db.fetchval("SELECT content FROM message WHERE id = $1", kept) == "Kept"
+
+
+async def test_no_error_tells_what_a_grant_withholds(world: World, reader: Reader) -> None:
+    """A column of the reader's own row, named where a permission is asked for, is not looked at."""
+    ada = await world.user("Ada")
+    one = await world.connect(ada)
+    channel = await world.channel(one)
+    await sent(one, channel)
+    columns = [row[0] for row in await world.db.fetch(
+        "SELECT attname FROM pg_attribute WHERE attrelid = 'conversation_participant'::regclass AND attnum > 0"
+    )]  # fmt: skip
+    for column in columns:
+        asked = f"SELECT is_allowed('{channel}', 'nobody', '{column}')"
+        assert await reader.seen(ada.id, asked) in ([False], [None]), column
 
 
 async def test_a_reader_who_tries_every_row_finds_what_leaks_nowhere(world: World, reader: Reader) -> None:

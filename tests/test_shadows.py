@@ -1,0 +1,206 @@
+"""Shadows: a reader may call things as the database's own are called; nothing of them runs as its owner."""
+
+import re
+from collections.abc import AsyncIterator
+from itertools import chain
+from typing import Any
+
+import asyncpg
+import pytest
+
+from protocol import client, server
+from protocol.ids import uuid7
+from protocol.payloads import Poll
+from tests.world import World, sent
+
+PATH = "pg_catalog, public, pg_temp"
+SHADOWS = "shadows"
+# What a reader's functions must not resolve by name, in every way that PostgreSQL lets a reader call something.
+TRAP = f"""
+CREATE FUNCTION {SHADOWS}.trap() RETURNS boolean LANGUAGE plpgsql AS
+$$ BEGIN RAISE EXCEPTION 'a shadow ran as %', current_user; END $$
+"""
+RELATIONS = f"""
+SELECT format('CREATE VIEW {{schema}}.%I AS SELECT * FROM (SELECT %s FROM {SHADOWS}.trap() t WHERE t OFFSET 0) x',
+    c.relname,
+    string_agg(format('NULL::%s AS %I', format_type(a.atttypid, a.atttypmod), a.attname), ', ' ORDER BY a.attnum))
+FROM pg_class c JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
+WHERE c.relnamespace = 'public'::regnamespace AND c.relkind IN ('r', 'v') GROUP BY c.relname
+"""
+# Of pg_catalog, those whose arguments are of the types that we use: no function can be made for "any".
+FUNCTIONS = f"""
+SELECT DISTINCT format('CREATE FUNCTION {SHADOWS}.%I(%s) RETURNS %s LANGUAGE plpgsql AS
+    $f$ BEGIN PERFORM {SHADOWS}.trap(); RETURN NULL; END $f$', p.proname,
+    array_to_string(ARRAY(SELECT format_type(t, NULL) FROM unnest(p.proargtypes) WITH ORDINALITY u (t, n) ORDER BY n),
+        ', '),
+    format_type(p.prorettype, NULL))
+FROM pg_proc p
+WHERE p.prokind = 'f' AND NOT p.proretset AND p.provariadic = 0
+    AND (p.pronamespace = 'public'::regnamespace OR (p.pronamespace = 'pg_catalog'::regnamespace
+        AND EXISTS (SELECT FROM pg_proc o WHERE o.pronamespace = 'public'::regnamespace
+            AND pg_get_functiondef(o.oid) LIKE '%' || p.proname || '(%')))
+    AND NOT EXISTS (SELECT FROM unnest(p.proargtypes::oid[] || p.prorettype) u JOIN pg_type t ON t.oid = u
+        WHERE t.typtype = 'p')
+"""
+OPERATORS = f"""
+SELECT format('CREATE FUNCTION {SHADOWS}.%I(%s, %s) RETURNS %s LANGUAGE plpgsql AS
+    $f$ BEGIN PERFORM {SHADOWS}.trap(); RETURN NULL; END $f$;
+    CREATE OPERATOR {SHADOWS}.%s (FUNCTION = {SHADOWS}.%I, LEFTARG = %s, RIGHTARG = %s)',
+    'op' || o.oid, format_type(o.oprleft, NULL), format_type(o.oprright, NULL), format_type(o.oprresult, NULL),
+    o.oprname, 'op' || o.oid, format_type(o.oprleft, NULL), format_type(o.oprright, NULL))
+FROM pg_operator o JOIN pg_type l ON l.oid = o.oprleft JOIN pg_type r ON r.oid = o.oprright
+WHERE o.oprnamespace = 'pg_catalog'::regnamespace AND l.typtype <> 'p' AND r.typtype <> 'p'
+    AND l.typname IN ('uuid', 'text', 'bool', 'int4', 'int8', 'jsonb', 'json', 'timestamptz', '_uuid', '_text')
+    AND r.typname IN ('uuid', 'text', 'bool', 'int4', 'int8', 'jsonb', 'json', 'timestamptz', '_uuid', '_text')
+"""
+# `pg_temp` is searched for types as it is for tables: before pg_catalog, unless a path names it.
+TYPES = """
+SELECT format('CREATE TYPE {schema}.%I AS (shadow boolean)', t)
+FROM unnest(ARRAY['record', 'uuid', 'text', 'bigint', 'int8', 'bool', 'boolean', 'jsonb', 'json', 'bytea',
+    'timestamptz']) t
+"""
+READING = {
+    "faces": 'SELECT id FROM public."user"',
+    "profiles": "SELECT id FROM public.user_profile",
+    "sessions": "SELECT id FROM public.session",
+    "conversations": "SELECT id FROM public.conversation",
+    "participants": "SELECT id FROM public.conversation_participant",
+    "messages": "SELECT id FROM public.message",
+    "reactions": "SELECT user_id FROM public.message_reaction",
+    "edits": "SELECT id FROM public.message_edit",
+    "votes": "SELECT user_id FROM public.poll_vote",
+    "follows": "SELECT root_id FROM public.thread_follow",
+    "stars": "SELECT message_id FROM public.message_star",
+    "drafts": "SELECT content FROM public.draft",
+    "scheduled": "SELECT id FROM public.scheduled_message",
+    "attachments": "SELECT id FROM public.attachment",
+    "relationships": "SELECT id FROM public.user_relationship",
+    "reports": "SELECT id FROM public.report",
+    "entries": "SELECT action FROM public.audit_entry",
+    "me": "SELECT public.current_user_id()",
+    "may": "SELECT public.may_i('write', id) FROM public.\"user\"",
+    "takes part": "SELECT public.is_participant(id) FROM public.conversation",
+    "allowed": "SELECT public.is_allowed(id, 'admin', 'can_remove_members') FROM public.conversation",
+    "visible": "SELECT public.is_visible(conversation_id, sent_version) FROM public.message",
+    "shown": "SELECT public.are_edits_shown(id) FROM public.message",
+}
+PATHS = (
+    "pg_temp, shadows, public",
+    "shadows, pg_temp, pg_catalog, public",
+    "pg_temp, shadows, pg_catalog, public",
+)
+
+
+@pytest.fixture
+async def role(world: World) -> AsyncIterator[str]:
+    """A reader who, whatever the schema takes from others, may make objects of its own."""
+    name = f"reader_{uuid7().hex}"
+    await world.db.execute(f"CREATE ROLE {name} LOGIN; SELECT grant_reader('{name}')")
+    await world.db.execute(f"CREATE SCHEMA {SHADOWS} AUTHORIZATION {name}")
+    database = await world.db.fetchval("SELECT current_database()")
+    await world.db.execute(f"GRANT TEMPORARY ON DATABASE {database} TO {name}")
+    yield name
+    await world.db.execute(f"DROP OWNED BY {name}; DROP ROLE {name}")
+
+
+async def read(world: World, role: str, path: str | None) -> dict[str, list[Any]]:
+    """Return all that Ada may read, with shadows of everything before it in `path`."""
+    ada = await world.db.fetchval("""SELECT id FROM "user" WHERE name = 'Ada'""")
+    db = await asyncpg.connect(world.settings.database_url)
+    try:
+        await db.execute(f"SET ROLE {role}")
+        await db.execute("SELECT set_config('openchat.user_id', $1, false)", str(ada))
+        if path is not None:
+            await db.execute(TRAP)
+            made = [[row[0] for row in await db.fetch(query)] for query in (RELATIONS, FUNCTIONS, OPERATORS, TYPES)]
+            assert all(len(statements) > 10 for statements in made)
+            for statement in chain.from_iterable(made):
+                for schema in (SHADOWS, "pg_temp") if "{schema}" in statement else ("",):
+                    await db.execute(statement.replace("{schema}", schema))
+            await db.execute(f"SET search_path = {path}")
+        return {name: sorted(row[0] for row in await db.fetch(query)) for name, query in READING.items()}
+    finally:
+        await db.close()
+        await world.db.execute(f"DROP SCHEMA {SHADOWS} CASCADE; CREATE SCHEMA {SHADOWS} AUTHORIZATION {role}")
+
+
+async def test_nothing_that_a_reader_makes_runs_as_the_owner(world: World, role: str) -> None:
+    ada, charles, mary = await world.users("Ada", "Charles", "Mary")
+    one, other, third = await world.connect(ada), await world.connect(charles), await world.connect(mary)
+    group = await world.group(one, charles, mary)
+    await sent(one, await world.channel(one), "Alone")
+    place: dict[str, Any] = {
+        "conversation_id": group, "message_id": await sent(other, group, "Tea?", payload=Poll(options=["Yes", "No"]))
+    }  # fmt: skip
+    said: dict[str, Any] = {"conversation_id": group, "message_id": await sent(other, group, "What?")}
+    for who, frame in (
+        (other, client.Vote(**place, options=[0])), (other, client.React(**said, emoji="👍")),
+        (other, client.Edit(**said, content="Why?")), (one, client.Star(**said)),
+        (one, client.SetDraft(conversation_id=group, content="I thi")), (one, client.FollowThread(**said)),
+        (third, client.ReportMessage(**said, reason="Rude")), (one, client.Follow(user_id=charles.id)),
+        (third, client.UpdateProfile(is_private=True)), (other, client.Block(user_id=mary.id)),
+        (one, client.SetRole(conversation_id=group, user_id=charles.id, role="admin")),
+    ):  # fmt: skip
+        assert not isinstance(await who.ask(frame), server.Error), frame
+    expected = await read(world, role, None)
+    assert all(seen for name, seen in expected.items() if name not in {"scheduled", "attachments"})
+    for path in PATHS:
+        assert await read(world, role, path) == expected
+
+
+async def test_a_cast_of_a_type_of_ours_cannot_be_made(world: World, role: str) -> None:
+    await world.db.execute(f"SET ROLE {role}")
+    for source, target in (("jsonb", "boolean"), ("text", "boolean"), ("public.message", "text")):
+        with pytest.raises(asyncpg.InsufficientPrivilegeError):
+            await world.db.execute(f"CREATE CAST ({source} AS {target}) WITH INOUT")
+    await world.db.execute("RESET ROLE")
+
+
+async def test_what_runs_as_the_owner_has_its_path(world: World) -> None:
+    """And what is resolved by name when it runs has one too, or can be called by nobody who has none."""
+    functions = await world.db.fetch("""
+        SELECT p.proname, p.prosrc, p.prosecdef, p.proconfig, p.prosqlbody IS NULL AS is_text,
+            EXISTS (SELECT FROM aclexplode(coalesce(p.proacl, acldefault('f', p.proowner))) a WHERE a.grantee = 0)
+                AS is_for_all
+        FROM pg_proc p WHERE p.pronamespace = 'public'::regnamespace
+    """)
+    assert {function["proname"] for function in functions if function["prosecdef"]} == {
+        "may_i", "is_participant", "is_allowed", "is_visible", "are_edits_shown"
+    }  # fmt: skip
+    for function in functions:
+        name, path = function["proname"], function["proconfig"]
+        assert path in (None, [f"search_path={PATH}"]), name
+        assert path or not function["prosecdef"], name
+        assert not (function["is_for_all"] and (function["prosecdef"] or function["is_text"])), name
+        if function["is_text"] and not path:  # as `may`, which each direct message asks: a path costs time
+            ours = "|".join(one["proname"] for one in functions)
+            names = re.findall(
+                rf"\b(?:FROM|JOIN|INTO|UPDATE) (?!them|theirs)\S+|(?<!\w)(?:public\.)?(?:{ours})\(", function["prosrc"]
+            )
+            assert names, name
+            assert [one for one in names if "public." not in one] == [], name
+
+
+async def test_a_reader_who_would_not_be_held_is_refused(world: World) -> None:
+    name = f"reader_{uuid7().hex}"
+    for make in ("SUPERUSER", "BYPASSRLS"):
+        await world.db.execute(f"CREATE ROLE {name} {make}")
+        with pytest.raises(asyncpg.InsufficientPrivilegeError, match="not held by policies"):
+            await world.db.execute("SELECT grant_reader($1)", name)
+        await world.db.execute(f"DROP ROLE {name}")
+    await world.db.execute(f"CREATE ROLE {name}; GRANT CREATE ON SCHEMA public TO {name}")
+    with pytest.raises(asyncpg.InsufficientPrivilegeError, match="create objects"):
+        await world.db.execute("SELECT grant_reader($1)", name)
+    await world.db.execute(f"DROP OWNED BY {name}; DROP ROLE {name}")
+
+
+async def test_what_is_granted_to_everybody_is_taken_back(world: World) -> None:
+    """A template, a dump and an upgrade from before PostgreSQL 15 all bring it along."""
+    name = f"reader_{uuid7().hex}"
+    await world.db.execute(f"CREATE ROLE {name}; GRANT CREATE ON SCHEMA public TO PUBLIC")
+    may = """SELECT has_database_privilege($1, current_database(), 'TEMPORARY'),
+        has_schema_privilege($1, 'public', 'CREATE')"""
+    assert tuple(await world.db.fetchrow(may, name) or ()) == (True, True)
+    await world.db.execute("SELECT grant_reader($1)", name)
+    assert tuple(await world.db.fetchrow(may, name) or ()) == (False, False)
+    await world.db.execute(f"DROP OWNED BY {name}; DROP ROLE {name}")
