@@ -8,7 +8,6 @@ import argparse
 import asyncio
 import contextlib
 import secrets
-import sys
 from collections.abc import Callable, Coroutine, Mapping
 from typing import Any, TypeAlias
 from uuid import UUID
@@ -25,9 +24,11 @@ from server.embedded.reach import reached
 from server.erasure import erase
 from server.errors import Fatal
 from server.export import written
+from server.progress import Progress
 from server.queries import accounts, audit, conversations, erasure, sessions, users
 from server.queries.accounts import Card
 from server.queries.audit import Deed
+from server.terminal import complain, plain, say, say_json
 
 COMMANDS = ("user", "conversation", "erase")
 PASSWORD_BYTES = 12
@@ -45,7 +46,7 @@ def main(arguments: list[str]) -> int:
         with reached(config.read(data_dir=options.data_dir)) as url:
             answer = asyncio.run(_run(url, options))
     except Fatal as error:
-        sys.stderr.write(f"openchat: {error}\n")
+        complain(error)
         return 1
     if answer is not None:
         _show(answer, is_json=options.json)
@@ -219,12 +220,13 @@ async def export_conversation(db: Db, options: argparse.Namespace) -> Answer:
     """Print all messages of a conversation, one JSON object a line. This is noted."""
     found = await _conversation(db, options)
     await _note(db, "export_conversation", None, conversation_id=str(found.conversation.id))
-    after = 0
+    progress, after = Progress(), 0
     while lines := await conversations.everything(db, found.conversation.id, after, limit=PAGE):
-        sys.stdout.writelines(line + "\n" for line, _ in lines)
+        for line, _ in lines:
+            say_json(line + "\n")
         after = lines[-1][1]
-        if sys.stderr.isatty():
-            sys.stderr.write(f"\r{after:,} of {found.version:,} versions")
+        progress.counts("versions", after)
+    progress.done()
     return None
 
 
@@ -260,7 +262,7 @@ async def export_user(db: Db, options: argparse.Namespace) -> Answer:
     card = await _card(db, options.user)
     await _note(db, "export_user", card.id)
     async for piece in written(lambda: contextlib.nullcontext(db), card.id):
-        sys.stdout.buffer.write(piece)
+        say_json(piece.decode())
     return None
 
 
@@ -315,7 +317,7 @@ def _fields(struct: msgspec.Struct) -> dict[str, Any]:
 def _show(answer: Answer, *, is_json: bool) -> None:
     """Print a table: a line for each of several, or for each field of one."""
     if is_json:
-        sys.stdout.write(msgspec.json.encode(answer).decode() + "\n")
+        say_json(msgspec.json.encode(answer).decode() + "\n")
     elif isinstance(answer, list):
         names = list(dict.fromkeys(name for row in answer for name in row))
         _table([names, *([_word(row.get(name)) for name in names] for row in answer)] if answer else [["none"]])
@@ -330,6 +332,7 @@ def _word(value: object) -> str:
 
 
 def _table(rows: list[list[str]]) -> None:
+    rows = [[plain(word) for word in row] for row in rows]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for row in rows:
-        sys.stdout.write("  ".join(word.ljust(width) for word, width in zip(row, widths, strict=True)).rstrip() + "\n")
+        say("  ".join(word.ljust(width) for word, width in zip(row, widths, strict=True)).rstrip())

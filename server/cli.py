@@ -13,6 +13,7 @@ from server.config import Settings, variable
 from server.embedded.reach import reached
 from server.errors import Fatal
 from server.supervisor import Supervisor, tell
+from server.terminal import complain
 
 ABOUT = "A real-time chat backend: one command starts it, and it does not lose a message."
 
@@ -35,7 +36,7 @@ def main() -> None:
         else:
             Supervisor(settings).run()
     except Fatal as error:
-        sys.stderr.write(f"openchat: {error}\n")
+        complain(error)
         sys.exit(1)
 
 
@@ -75,9 +76,7 @@ def _from_outside(name: str, arguments: list[str]) -> int:
         command = importlib.import_module({"load": "loadtest.command", "prove": "prove.command"}[name])
     except ImportError as error:
         # Their libraries are an extra, which a server does without.
-        sys.stderr.write(
-            f"openchat: {error.name} is missing; install what a crowd needs: pip install 'openchat[load]'\n"
-        )
+        complain(f"{error.name} is missing; install what a crowd needs: pip install 'openchat[load]'")
         return 1
     status: int = command.main(arguments)
     return status

@@ -3,21 +3,23 @@
 import sys
 import time
 
+from server.terminal import plain, say
+
 REFRESH_SECONDS = 0.2
 
 
 class Progress:
     """Tells how far a command is."""
 
-    def __init__(self, *, is_on: bool = True) -> None:
+    def __init__(self, *, is_on: bool = True, is_terminal: bool | None = None) -> None:
         self._is_on = is_on
-        self._is_terminal = sys.stderr.isatty()
+        self._is_terminal = sys.stderr.isatty() if is_terminal is None else is_terminal
         self._next = 0.0
 
     def begins(self, what: str) -> None:
         """Tell what is being done now, where that can be overwritten."""
         if self._is_on and self._is_terminal:
-            sys.stderr.write(f"\r\x1b[K{what} …")
+            sys.stderr.write(f"\r\x1b[K{plain(what)} …")
             sys.stderr.flush()
 
     def counts(self, what: str, count: int) -> None:
@@ -32,8 +34,7 @@ class Progress:
             if self._is_terminal:
                 sys.stderr.write("\r\x1b[K")
                 sys.stderr.flush()
-            sys.stdout.write(text + "\n")
-            sys.stdout.flush()
+            say(text)
 
     def done(self) -> None:
         """Take away what was being done."""

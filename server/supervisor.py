@@ -24,6 +24,7 @@ from server.embedded.postgres import Postgres
 from server.embedded.valkey import Valkey
 from server.errors import REDIS_LOST, Fatal, redis_unreachable
 from server.orders import DRAIN_SECONDS, READY, Orders
+from server.terminal import say
 
 WATCH_SECONDS = 0.2
 READY_SECONDS = 30.0
@@ -301,5 +302,4 @@ def close_pipes(process: subprocess.Popen[bytes]) -> None:
 
 def tell(line: str) -> None:
     """Tell the operator something."""
-    sys.stdout.write(f"{line}\n")
-    sys.stdout.flush()
+    say(line)

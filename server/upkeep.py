@@ -18,6 +18,7 @@ from server.embedded.reach import reached
 from server.errors import Fatal
 from server.progress import Progress
 from server.queries import accounts, whereabouts
+from server.terminal import complain, say, say_json
 from server.transfer import archive, dump, load, mattermost, slack
 from server.transfer.archive import Archive
 
@@ -33,7 +34,7 @@ def main(arguments: list[str]) -> int:
         with reached(settings) as url:
             return asyncio.run(_run(url, settings.search_language, options))
     except Fatal as error:
-        sys.stderr.write(f"openchat: {error}\n")
+        complain(error)
         return 1
 
 
@@ -95,7 +96,7 @@ async def check(db: Db, options: argparse.Namespace) -> int:
              "wrong": line.found and line.found.number, "some": line.found and line.found.some}
             for line in lines
         ]  # fmt: skip
-        sys.stdout.write(msgspec.json.encode(rows).decode() + "\n")
+        say_json(msgspec.json.encode(rows).decode() + "\n")
     else:
         seconds = sum(line.seconds for line in lines)
         progress.line(f"{len(lines)} checks in {seconds:.1f} s: {f'{wrong} WRONG' if wrong else 'all is well'}.")
@@ -108,24 +109,26 @@ async def why(db: Db, options: argparse.Namespace) -> int:
     if told is None:
         raise Fatal(f"there is no message {options.message}.")
     if options.json:
-        sys.stdout.write(msgspec.json.encode(told).decode() + "\n")
+        say_json(msgspec.json.encode(told).decode() + "\n")
         return 0
     names = await accounts.names(db, [told.sender_id, *(one.user_id for one in told.recipients)])
-    write = sys.stdout.write
-    write(f"message       {told.message_id}\nconversation  {told.conversation_id}\n")
-    write(f"sender        {names.get(told.sender_id, '?')} ({told.sender_id})\n")
-    write(f"stored        {told.stored_at.isoformat()} as version {told.version}\n")
-    write(f"delivered to  {told.delivered_to}\nread by       {told.read_by}\n\n")
+    say(f"message       {told.message_id}")
+    say(f"conversation  {told.conversation_id}")
+    say(f"sender        {names.get(told.sender_id, '?')} ({told.sender_id})")
+    say(f"stored        {told.stored_at.isoformat()} as version {told.version}")
+    say(f"delivered to  {told.delivered_to}")
+    say(f"read by       {told.read_by}")
+    say("")
     for one in told.recipients:
         at = "" if one.at is None else one.at.isoformat(timespec="seconds")
-        write(f"{one.state:<13} {names.get(one.user_id, '?'):<30} {one.user_id}  {at}".rstrip() + "\n")
+        say(f"{one.state:<13} {names.get(one.user_id, '?'):<30} {one.user_id}  {at}".rstrip())
     return 0
 
 
 async def reindex(db: Db, options: argparse.Namespace) -> int:  # noqa: ARG001 - every command's shape
     """Make what messages are found by anew, in the language of OPENCHAT_SEARCH_LANGUAGE; the server may run."""
     count = await reindexing.reindex(db, Progress())
-    sys.stdout.write(f"{count:,} messages can be found.\n")
+    say(f"{count:,} messages can be found.")
     return 0
 
 
@@ -136,12 +139,14 @@ async def export(db: Db, options: argparse.Namespace) -> int:
         return 0
     progress = Progress()
     if options.file is None:
+        if sys.stdout.isatty():
+            raise Fatal("an export of everything is not for a terminal; name a file.")
         await dump.write(db, sys.stdout.buffer, progress)
         return 0
     with options.file.open("xb") as file:
         options.file.chmod(0o600)
         summary = await dump.write(db, file, progress)
-    sys.stdout.write(f"{summary.total:,} rows in {len(summary.rows)} tables, sha256 {summary.sha256}\n")
+    say(f"{summary.total:,} rows in {len(summary.rows)} tables, sha256 {summary.sha256}")
     return 0
 
 
@@ -163,5 +168,5 @@ async def import_all(db: Db, options: argparse.Namespace) -> int:
         raise Fatal(f"{options.path} is not understood: {error}. Nothing was brought in.") from error
     await reindexing.reindex(db, progress, only_missing=True)
     for table, count in summary.rows.items():
-        sys.stdout.write(f"{table:<26} {count:>12,}\n")
+        say(f"{table:<26} {count:>12,}")
     return 0

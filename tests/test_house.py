@@ -33,6 +33,7 @@ STOREYS: list[list[str]] = [
         "pool",
         "cursor",
         "progress",
+        "terminal",
         "markup",
         "mentions",
         "outbound",

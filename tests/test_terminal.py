@@ -1,0 +1,113 @@
+"""The administrator's terminal: what people wrote is shown there, and never obeyed."""
+
+import logging
+import re
+import sys
+import unicodedata
+from pathlib import Path
+
+import pytest
+
+from server import log, supervisor
+from server.progress import Progress
+from server.terminal import plain, plain_json
+from tests.test_administration import Shell, shell
+from tests.world import sent
+
+__all__ = ("shell",)
+ROOT = Path(__file__).parent.parent
+HOSTILE = "\x1b]0;owned\x07\x1b[2J\r\n\x9b31m\x7f\u202eevil\u2066\u2028\u2029\u200b\U000e0041"
+OBEYED = {"Cc", "Cf", "Cs", "Zl", "Zp"}
+MAY_WRITE = {
+    "terminal": "it makes lines visible",
+    "progress": "it moves the cursor itself",
+    "worker": "a pipe to the supervisor, who makes it visible",
+    "describe.__main__": "names of our own files",
+}
+
+
+def obeyed(text: str) -> set[str]:
+    return {character for character in text if unicodedata.category(character) in OBEYED} - {"\n"}
+
+
+async def test_nothing_that_a_command_prints_of_people_is_obeyed(shell: Shell) -> None:
+    db = shell.world.db
+    ada, charles = await shell.world.users("Ada", "Charles")
+    connection = await shell.world.connect(ada)
+    about = await shell.world.group(connection, charles)
+    said = await sent(connection, about, "Hello")
+    await db.execute('UPDATE "user" SET name = $2, display_name = $2, bio = $2 WHERE id = $1', ada.id, f"Ada {HOSTILE}")
+    await db.execute(
+        'UPDATE "user" SET name = $2, email = $3 WHERE id = $1', charles.id, HOSTILE, f"{HOSTILE}@x".lower()
+    )
+    await db.execute("UPDATE session SET user_agent = $1, ip_address = $1", HOSTILE)
+    await db.execute("UPDATE conversation SET title = $1, description = $1", HOSTILE)
+    await db.execute("UPDATE message SET content = $1", f"Hello {HOSTILE}")
+    printed = []
+    for words in (
+        f"user show {ada.id}", f"user show {ada.id} --json",
+        f"user sessions {ada.id}", f"user sessions {ada.id} --json",
+        f"user promote {ada.id}", f"user demote {ada.id}", f"user enable {charles.id}", f"user show {charles.id}",
+        f"conversation show {about}", f"conversation show {about} --json", f"conversation export {about}",
+        f"conversation audit {about}", f"why {said}", f"why {said} --json",
+        f"export --user {ada.id}", "check", "check --json", f"user disable {charles.id}",
+    ):  # fmt: skip
+        text = await shell.run(*words.split())
+        assert not obeyed(text), (words, obeyed(text))
+        printed.append(text)
+    refused = await shell.run("erase", str(ada.id), status=1)
+    assert not obeyed(refused)
+    assert refused.count("\n") == 1
+    for text in printed[:2]:
+        assert r"\u202e" in text, "it is shown"
+    assert (await shell.json("user", "show", str(ada.id)))["name"] == f"Ada {HOSTILE}", "JSON means the same"
+    assert not obeyed(await shell.run("user", "show", HOSTILE, status=1))
+    assert not obeyed(await shell.run("import", "openchat", f"/nowhere/{HOSTILE}".replace("\n", ""), status=1))
+
+
+async def test_what_the_supervisor_and_progress_tell_is_not_obeyed(capsys: pytest.CaptureFixture[str]) -> None:
+    supervisor.tell(HOSTILE)
+    Progress().line(HOSTILE)
+    printed = capsys.readouterr().out
+    assert not obeyed(printed)
+    assert printed.count("\n") == 2
+    terminal = Progress(is_terminal=True)
+    terminal.begins(HOSTILE)
+    assert not obeyed(capsys.readouterr().err.removeprefix("\r\x1b[K"))
+
+
+def test_a_log_line_is_one_line_and_is_not_obeyed(capsys: pytest.CaptureFixture[str]) -> None:
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    try:
+        log.configure("worker 1")
+        logging.getLogger("test").warning("by %s", HOSTILE)
+        try:
+            raise ValueError(HOSTILE)
+        except ValueError:
+            logging.getLogger("test").exception("failed")
+    finally:
+        root.handlers[:] = handlers
+        root.setLevel(level)
+    printed = capsys.readouterr().err
+    assert not obeyed(printed)
+    lines = printed.splitlines()
+    assert [line for line in lines if not line.startswith("  ")] == [
+        line for line in lines if re.match(r"\d{4}-.* worker 1 (WARNING|ERROR) ", line)
+    ], "a line that a text begins cannot pass for an entry"
+
+
+def test_every_character_that_a_terminal_obeys_is_replaced_and_no_other() -> None:
+    for number in range(sys.maxunicode + 1):
+        character = chr(number)
+        if unicodedata.category(character) in OBEYED:
+            assert not obeyed(plain(character) + plain_json(character).replace("\n", " "))
+        elif unicodedata.category(character) not in {"Co", "Cn"}:
+            assert plain(character) == plain_json(character) == character
+
+
+def test_only_the_terminal_writes_to_the_terminal() -> None:
+    writes = re.compile(r"sys\.(stdout|stderr)\.(write|buffer\.write)|= sys\.(stdout|stderr)\.|\bprint\(")
+    for path in sorted((ROOT / "server").rglob("*.py")):
+        name = ".".join(path.relative_to(ROOT / "server").with_suffix("").parts)
+        assert name in MAY_WRITE or not writes.search(path.read_text()), f"{name}: use server/terminal.py"
