@@ -112,14 +112,14 @@ def test_no_rate_is_so_small_that_nothing_is_allowed() -> None:
 
 
 async def test_a_client_that_waits_as_told_is_not_closed(settings: Settings) -> None:
-    settings = msgspec.structs.replace(settings, write_rate=200.0)
+    # Pings ask nothing of the database, so that a busy machine answers more of them than are allowed.
+    settings = msgspec.structs.replace(settings, ephemeral_rate=100.0)
     async with World(settings, workers=1) as world:
         ada = await world.connect(await world.user("Ada"))
-        channel = await world.channel(ada)
         refusals = 0
-        until = time.monotonic() + 12
+        until = time.monotonic() + 30
         while refusals <= 210 and time.monotonic() < until:
-            answer = await ada.ask(message(channel))
+            answer = await ada.ask(client.Ping())
             if isinstance(answer, Error):
                 assert answer.code is ErrorCode.RATE_LIMITED
                 assert answer.retry_after_ms is not None
@@ -127,7 +127,7 @@ async def test_a_client_that_waits_as_told_is_not_closed(settings: Settings) -> 
                 await asyncio.sleep(answer.retry_after_ms / 1000)
         # More than would be abuse, had they counted; and it goes on.
         assert refusals > 200
-        await ada.call(client.Ping())
+        await ada.call(client.GetMe())
 
 
 @pytest.mark.parametrize("field", ["write_rate", "frame_rate"])
