@@ -81,6 +81,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     frames: RateLimit
     """All frames on this connection."""
     writes: RateLimit
-    """Frames that count as `write`, of all connections of the user together; so the next two."""
+    """Frames that count as `write`, of all connections of the user together; so the next three."""
     reads: RateLimit
     ephemeral: RateLimit
+    searches: RateLimit

@@ -142,12 +142,15 @@ class App:
             Rate.WRITE: settings.write_rate,
             Rate.READ: settings.read_rate,
             Rate.EPHEMERAL: settings.ephemeral_rate,
+            Rate.SEARCH: settings.search_rate,
         }
         others = None if connect is Alone else self._redis
         self._allowances = {one: SharedAllowance(one.value, rate, others) for one, rate in rates.items()}
+        dispatch = Dispatch(ROUTES, self._allowances, metrics=metrics, pressure=self.pressure)
+        self.searching = dispatch.searching
         shared = Shared(
             hub=self.hub,
-            dispatch=Dispatch(ROUTES, self._allowances, metrics=metrics, pressure=self.pressure),
+            dispatch=dispatch,
             lifecycle=Lifecycle(sync.start, sync.refresh),
             limits=settings.limits,
             frames=Pace.of(settings.frame_rate),

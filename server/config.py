@@ -56,6 +56,8 @@ class Settings(msgspec.Struct, kw_only=True, frozen=True):
     """Reading frames a second for each user at all workers, on average; bursts of four times that."""
     ephemeral_rate: float = 20.0
     """Typing and presence frames a second for each user at all workers, on average; bursts of four times that."""
+    search_rate: float = 2.0
+    """Searches a second for each user at all workers, on average; bursts of four times that."""
     login_attempts: int = 10
     """Failed logins in five minutes for one account before it has to wait."""
     login_attempts_per_address: int = 100
@@ -102,6 +104,7 @@ class Settings(msgspec.Struct, kw_only=True, frozen=True):
             writes=told(self.write_rate),
             reads=told(self.read_rate),
             ephemeral=told(self.ephemeral_rate),
+            searches=told(self.search_rate),
         )
 
     @property

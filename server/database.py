@@ -8,14 +8,22 @@ from typing import TypeAlias, TypeVar
 
 import asyncpg
 
+from protocol.errors import ErrorCode, Refused
 from server.config import Settings
 from server.errors import Fatal, is_lost
 from server.migrate import is_current
 from server.pool import Connection, Lease, Pool
+from server.share import Share
 
 OLDEST_MAJOR = 15
 CONNECT_SECONDS = 5.0
 STATEMENT_SECONDS = 10.0
+SEARCH_SHARE = 4
+"""Searches hold at most one in `SEARCH_SHARE` of a worker's connections, and at least one."""
+SEARCHES_WAITING = 8
+"""Max searches that wait for a connection, per worker."""
+SEARCH_PATIENCE = 1.0
+"""Max time that a search waits for a connection, in seconds."""
 UNREACHABLE = (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, ValueError)
 
 log = logging.getLogger(__name__)
@@ -42,6 +50,10 @@ SESSION = {
     "idle_in_transaction_session_timeout": "30s",
 }
 
+SEARCHING = "SET LOCAL enable_bitmapscan = on; SET LOCAL work_mem = '32MB'; SET LOCAL statement_timeout = '2s'"
+"""What a transaction that uses an index of words sets. A search that takes longer than `SEARCH_MS` is refused."""
+SEARCH_MS = 2_000
+
 EPOCH = """
 SELECT e.epoch || '.' || s.system_identifier || '.' || c.timeline_id
 FROM database_epoch e, pg_control_system() s, pg_control_checkpoint() c
@@ -51,8 +63,10 @@ FROM database_epoch e, pg_control_system() s, pg_control_checkpoint() c
 class Database:
     """A pool of connections. Heals by itself: what was lost is opened again when it is next needed."""
 
-    def __init__(self, pool: Pool) -> None:
+    def __init__(self, pool: Pool, *, most: int) -> None:
+        """`most` is how many connections `pool` may open."""
         self._pool = pool
+        self._searches = Share(max(1, most // SEARCH_SHARE), waiting=SEARCHES_WAITING, patience=SEARCH_PATIENCE)
         self.deadlocks = 0
         """Transactions that PostgreSQL ended, and that were tried once more."""
 
@@ -69,12 +83,13 @@ class Database:
                 server_settings=session,
             )
 
-        pool = Pool(connect, most=max(2, settings.database_connections), patience=CONNECT_SECONDS)
+        most = max(2, settings.database_connections)
+        pool = Pool(connect, most=most, patience=CONNECT_SECONDS)
         try:
             pool.give(await pool.take(), is_usable=True)
         except UNREACHABLE as error:
             raise _unreachable(error) from error
-        return cls(pool)
+        return cls(pool, most=most)
 
     async def close(self) -> None:
         """Close all connections, without waiting for what is in flight."""
@@ -112,10 +127,19 @@ class Database:
 
     @asynccontextmanager
     async def searching(self) -> AsyncIterator[Db]:
-        """Borrow a connection inside a transaction in which an index of words may be used, as only bitmaps can."""
-        async with self.transaction() as connection:
-            await connection.execute("SET LOCAL enable_bitmapscan = on; SET LOCAL work_mem = '32MB'")
-            yield connection
+        """Borrow a connection, of the share that searches have, inside a transaction in which an index of words may be
+        used, as only bitmaps can. Raises Refused if no connection becomes free soon, or if the search takes too long.
+        """
+        async with self._searches.turn(), self.transaction() as connection:
+            await connection.execute(SEARCHING)
+            try:
+                yield connection
+            except asyncpg.QueryCanceledError:
+                raise Refused(
+                    ErrorCode.UNAVAILABLE,
+                    "This search takes too long. Use longer or rarer words, or name a conversation.",
+                    retry_after_ms=SEARCH_MS,
+                ) from None
 
     @property
     def size(self) -> int:

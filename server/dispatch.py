@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from protocol.client import Authenticate, Frame
 from protocol.codec import decode_client, kind, label
 from protocol.errors import ErrorCode, Refused
+from protocol.ids import UserId
 from protocol.server import Error, Reply, Result
 from server.context import Context
 from server.database import ROLLED_BACK
@@ -19,6 +20,8 @@ from server.sharedallowance import SharedAllowance
 
 log = logging.getLogger(__name__)
 
+SEARCHING_MS = 500
+"""When to retry a search that was refused because another one of the same user runs, in milliseconds."""
 INTERNAL = Refused(ErrorCode.INTERNAL, "The server failed to do this; it has been noted. Nothing was half-written.")
 
 
@@ -35,6 +38,8 @@ class Rate(Enum):
     WRITE = "write"
     READ = "read"
     EPHEMERAL = "ephemeral"
+    SEARCH = "search"
+    """Frames that may cost the database a hundred times a typical read: few a second, and one of a user at a time."""
 
 
 class Route(NamedTuple):
@@ -63,6 +68,8 @@ class Dispatch:
         self._pressure = pressure
         self._allowances = allowances
         self._rates = {str(frame.__struct_config__.tag): route.rate for frame, route in routes.items()}
+        self.searching: set[UserId] = set()
+        """Who is searching at this worker."""
 
     def rate(self, data: bytes) -> Rate | None:
         """Return whose allowance an encoded frame takes."""
@@ -79,13 +86,11 @@ class Dispatch:
                 raise _already_authenticated(frame)
             if route.shed is not None:
                 self._pressure.require(route.shed)
-            self._allowances[route.rate].require(context.user_id)
-            try:
-                result = await route.handler(context, frame)
-            except ROLLED_BACK as error:
-                # Handlers publish after their commit, so nothing has happened yet.
-                context.database.rolled_back(str(type(frame).__struct_config__.tag), error)
-                result = await route.handler(context, frame)
+            if route.rate is Rate.SEARCH:
+                result = await self._search(route, context, frame)
+            else:
+                self._allowances[route.rate].require(context.user_id)
+                result = await self._handle(route, context, frame)
         except Exception as error:
             refused = refusal(error)
             if refused is None:
@@ -95,6 +100,31 @@ class Dispatch:
             return error_frame(refused, re=label(data) if frame is None else frame.id)
         self._metrics.answered(str(type(frame).__struct_config__.tag), time.perf_counter() - began)
         return Reply(re=frame.id, result=result)
+
+    async def _handle(self, route: Route, context: Context, frame: Frame) -> Result:
+        """Run the handler of a frame, and once more if PostgreSQL ended its transaction to break a deadlock."""
+        try:
+            return await route.handler(context, frame)
+        except ROLLED_BACK as error:
+            # Handlers publish after their commit, so nothing has happened yet.
+            context.database.rolled_back(str(type(frame).__struct_config__.tag), error)
+        return await route.handler(context, frame)
+
+    async def _search(self, route: Route, context: Context, frame: Frame) -> Result:
+        """Run the handler of a search. Raises Refused while another search of the same user runs at this worker."""
+        user_id = context.user_id
+        if user_id in self.searching:
+            raise Refused(
+                ErrorCode.RATE_LIMITED,
+                "Another search of yours is running. Retry when it has been answered.",
+                retry_after_ms=SEARCHING_MS,
+            )
+        self._allowances[Rate.SEARCH].require(user_id)
+        self.searching.add(user_id)
+        try:
+            return await self._handle(route, context, frame)
+        finally:
+            self.searching.discard(user_id)
 
 
 def error_frame(refused: Refused, *, re: int | str | None = None) -> Error:

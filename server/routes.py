@@ -35,7 +35,7 @@ ROUTES: dict[type[client.Frame], Route] = {
     client.GetConversation: Route(conversations.get, Access.PARTICIPANT, Rate.READ),
     client.UpdateConversation: Route(conversations.update, Access.PARTICIPANT, Rate.WRITE),
     client.DeleteConversation: Route(conversations.delete, Access.PARTICIPANT, Rate.WRITE),
-    client.FindConversations: Route(conversations.find, Access.USER, Rate.READ),
+    client.FindConversations: Route(conversations.find, Access.USER, Rate.SEARCH),
     client.SetPreferences: Route(conversations.set_preferences, Access.PARTICIPANT, Rate.WRITE),
     # participants
     client.Join: Route(participants.join, Access.USER, Rate.WRITE),
@@ -70,7 +70,7 @@ ROUTES: dict[type[client.Frame], Route] = {
     client.History: Route(messages.history, Access.PARTICIPANT, Rate.READ),
     client.GetMessage: Route(messages.get, Access.PARTICIPANT, Rate.READ),
     client.ListEdits: Route(messages.list_edits, Access.PARTICIPANT, Rate.READ),
-    client.Search: Route(searches.search, Access.USER, Rate.READ),
+    client.Search: Route(searches.search, Access.USER, Rate.SEARCH),
     client.Why: Route(searches.why, Access.PARTICIPANT, Rate.READ),
     # threads
     client.GetThread: Route(threads.get, Access.PARTICIPANT, Rate.READ),
@@ -111,7 +111,7 @@ ROUTES: dict[type[client.Frame], Route] = {
     client.Unwatch: Route(users.unwatch, Access.USER, Rate.EPHEMERAL),
     client.GetUsers: Route(users.get, Access.USER, Rate.READ),
     client.GetProfile: Route(users.profile, Access.USER, Rate.READ),
-    client.SearchUsers: Route(users.search_users, Access.USER, Rate.READ),
+    client.SearchUsers: Route(users.search_users, Access.USER, Rate.SEARCH),
     client.GetMe: Route(users.me, Access.USER, Rate.READ),
     client.UpdateProfile: Route(users.update_profile, Access.USER, Rate.WRITE),
     # relationships

@@ -96,6 +96,7 @@ async def settings(servers: Servers, database_url: str) -> Settings:
         frame_rate=1e6,
         write_rate=1e6,
         read_rate=1e6,
+        search_rate=1e6,
         address_rate=1e6,
     )
 

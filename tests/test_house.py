@@ -31,6 +31,7 @@ STOREYS: list[list[str]] = [
         "metrics",
         "migrate",
         "pool",
+        "share",
         "cursor",
         "progress",
         "terminal",

@@ -151,4 +151,4 @@ async def test_ready_tells_the_rates(settings: Settings) -> None:
         limits = (await world.connect(await world.user("Ada"))).ready.limits
     assert limits == settings.limits
     assert limits.writes == RateLimit(per_second=50.0, burst=150)
-    assert {route.rate for route in ROUTES.values()} == {Rate.WRITE, Rate.READ, Rate.EPHEMERAL}
+    assert {route.rate for route in ROUTES.values()} == {Rate.WRITE, Rate.READ, Rate.EPHEMERAL, Rate.SEARCH}

@@ -1,8 +1,11 @@
 """Search: all that matches, of what one may see, and nothing else; in pages that do not shift."""
 
+import asyncio
+from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+import asyncpg
 import msgspec
 import pytest
 
@@ -12,7 +15,8 @@ from protocol.payloads import File, Poll
 from protocol.values import ConversationSettings
 from prove.client import Client
 from server.config import Settings
-from tests.world import Room, World, refused, sent
+from server.share import Share
+from tests.world import Room, World, refused, sent, until
 
 
 async def found(one: Client, text: str | None = None, **fields: Any) -> list[str]:
@@ -128,3 +132,87 @@ class TestInEnglish:
         assert await found(room.charles, "weaves") == ["They were weaving"]
         assert await found(room.charles, "the weaver") == []
         assert await found(room.charles, "the") == [], "which is no word to search for"
+
+
+# ------------------------------------------------------------------------- searches do not take the database away
+
+
+class TestSearchesThatTakeLong:
+    """The index of words is held by the test, so that no search ends before it lets go."""
+
+    @pytest.fixture
+    async def holding(self, world: World, settings: Settings) -> AsyncIterator["asyncpg.Connection[asyncpg.Record]"]:
+        await world.users("Nobody")
+        holding = await asyncpg.connect(settings.database_url)
+        await holding.execute("BEGIN; LOCK TABLE message_search IN ACCESS EXCLUSIVE MODE")
+        yield holding
+        await holding.close()
+
+    async def test_others_read_while_many_search(self, world: World, holding: Any) -> None:
+        askers = [await world.connect(await world.user(f"User {number}")) for number in range(12)]
+        searching = [asyncio.create_task(one.ask(client.Search(text="engine"))) for one in askers[:8]]
+        for _ in range(20):
+            await askers[8].call(client.GetMe())
+        assert not any(one.done() for one in searching[:1])
+        await holding.execute("ROLLBACK")
+        answers = await asyncio.gather(*searching)
+        refusals = {one.code for one in answers if isinstance(one, server.Error)}
+        assert refusals <= {ErrorCode.UNAVAILABLE}, "who waited for too long is told so"
+        assert any(isinstance(one, server.Reply) for one in answers)
+
+    async def test_one_search_of_a_user_at_a_time(self, world: World, holding: Any) -> None:
+        who, other = await world.users("Ada", "Charles")
+        one, two = await world.connect(who), await world.connect(who)
+        searching = asyncio.create_task(one.ask(client.Search(text="engine")))
+        await until(lambda: bool(world.workers[0].app.searching))
+        for frame in (client.Search(text="engine"), client.SearchUsers(text="ada"), client.FindConversations(text="a")):
+            answer = await two.ask(frame)
+            assert isinstance(answer, server.Error)
+            assert (answer.code, answer.retry_after_ms) == (ErrorCode.RATE_LIMITED, 500)
+        await two.call(client.GetMe())
+        await holding.execute("ROLLBACK")
+        assert isinstance(await searching, server.Reply)
+        await two.call(client.Search(text="engine"))
+        await (await world.connect(other)).call(client.Search(text="engine"))
+
+    async def test_a_search_that_takes_too_long_is_refused(self, world: World, holding: Any) -> None:
+        one = await world.connect(await world.user("Ada"))
+        answer = await one.ask(client.Search(text="engine"))
+        assert isinstance(answer, server.Error)
+        assert (answer.code, answer.retry_after_ms) == (ErrorCode.UNAVAILABLE, 2_000)
+        assert "longer or rarer words" in answer.message
+        await holding.execute("ROLLBACK")
+        await one.call(client.Search(text="engine"))
+
+    async def test_who_waits_in_a_full_line_is_told_when_to_come_back(self) -> None:
+        share = Share(1, waiting=1, patience=60.0)
+        async with share.turn():
+            waiting = asyncio.create_task(share.turn().__aenter__())
+            await asyncio.sleep(0)
+            with refused(ErrorCode.UNAVAILABLE, None):
+                await share.turn().__aenter__()
+        await waiting
+
+
+async def test_searches_have_a_rate_of_their_own(settings: Settings) -> None:
+    async with World(msgspec.structs.replace(settings, search_rate=0.5), workers=1) as world:
+        one = await world.connect(await world.user("Ada"))
+        for frame in (client.Search(text="engine"), client.SearchUsers(text="charles")):
+            await one.call(frame)
+        with refused(ErrorCode.RATE_LIMITED, None):
+            await one.call(client.FindConversations(text="engine"))
+        await one.call(client.GetMe())
+
+
+async def test_a_word_of_two_letters_does_not_find_longer_ones(room: Room) -> None:
+    await sent(room.ada, room.group, "An engine")
+    assert await found(room.charles, "an engi") == ["An engine"]
+    assert await found(room.charles, "en") == []
+    await sent(room.ada, room.group, "日本語")
+    assert await found(room.charles, "日") == ["日本語"]
+
+
+async def test_a_snippet_of_a_long_message_shows_where_the_word_is(room: Room) -> None:
+    await sent(room.ada, room.group, "loom " * 1_500 + "the Engine " + "loom " * 400)
+    page = await room.charles.call(client.Search(text="engi"), server.SearchPage)
+    assert "Engine" in page.hits[0].snippet[1::2]

@@ -1,0 +1,42 @@
+"""A share of something scarce: at most so many hold it, at most so many wait for it, and nobody waits for long."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from protocol.errors import ErrorCode, Refused
+
+
+class Share:
+    """Admits `most` at a time; up to `waiting` others wait for up to `patience` seconds."""
+
+    def __init__(self, most: int, *, waiting: int, patience: float) -> None:
+        self._turns = asyncio.Semaphore(most)
+        self._waiting = 0
+        self._most_waiting = waiting
+        self._patience = patience
+
+    @asynccontextmanager
+    async def turn(self) -> AsyncIterator[None]:
+        """Hold a part of the share. Raises Refused if too many wait, or if no part becomes free in time."""
+        if self._turns.locked() and self._waiting >= self._most_waiting:
+            raise self._busy()
+        self._waiting += 1
+        try:
+            async with asyncio.timeout(self._patience):
+                await self._turns.acquire()
+        except TimeoutError:
+            raise self._busy() from None
+        finally:
+            self._waiting -= 1
+        try:
+            yield
+        finally:
+            self._turns.release()
+
+    def _busy(self) -> Refused:
+        return Refused(
+            ErrorCode.UNAVAILABLE,
+            "The server is busy with other searches. Retry the same frame after `retry_after_ms`.",
+            retry_after_ms=int(self._patience * 1_000),
+        )
