@@ -3,7 +3,6 @@
 import argparse
 import asyncio
 import sys
-import zipfile
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from uuid import UUID
@@ -17,12 +16,17 @@ from server.database import Db
 from server.embedded.reach import reached
 from server.errors import Fatal
 from server.progress import Progress
-from server.queries import accounts, whereabouts
-from server.terminal import complain, say, say_json
-from server.transfer import archive, dump, load, mattermost, slack
-from server.transfer.archive import Archive
+from server.queries import accounts, transfers, whereabouts
+from server.terminal import complain, plain, say, say_json
+from server.transfer import archive, dump, load, mattermost, reading, slack
+from server.transfer.archive import Archive, Unconfirmed
 
 COMMANDS = ("check", "why", "reindex", "export", "import")
+NOT_UNDERSTOOD = (
+    OSError, *reading.WRONG, asyncpg.DataError, asyncpg.IntegrityConstraintViolationError,
+    asyncpg.StatementTooComplexError,
+)  # fmt: skip
+"""What is raised about a file that does not hold what it should."""
 FOREIGN: dict[str, Callable[[Path], Archive]] = {"slack": slack.read, "mattermost": mattermost.read}
 
 
@@ -61,6 +65,10 @@ def _parser() -> argparse.ArgumentParser:
     imported = command("import", import_all)
     imported.add_argument("format", choices=("openchat", *FOREIGN), help="what wrote it")
     imported.add_argument("path", type=Path, help="a file, or for Slack a folder or a zip file")
+    imported.add_argument(
+        "--match-accounts", metavar="CODE",
+        help="who has the same, unverified address is the same person: the code under the list; or `none` of them is",
+    )  # fmt: skip
     return parser
 
 
@@ -155,18 +163,30 @@ async def import_all(db: Db, options: argparse.Namespace) -> int:
     progress = Progress()
     is_whole = options.format == "openchat"
     try:
-        lines = dump.read(options.path) if is_whole else await archive.rows(db, FOREIGN[options.format](options.path))
+        lines = (
+            dump.read(options.path, await transfers.columns(db))
+            if is_whole
+            else await archive.rows(db, FOREIGN[options.format](options.path), options.match_accounts)
+        )
         summary = await load.load(db, lines, progress, is_whole=is_whole)
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        zipfile.BadZipFile,
-        asyncpg.DataError,
-        asyncpg.IntegrityConstraintViolationError,
-    ) as error:
-        raise Fatal(f"{options.path} is not understood: {error}. Nothing was brought in.") from error
+    except Unconfirmed as unconfirmed:
+        raise Fatal(_ask(unconfirmed)) from None
+    except NOT_UNDERSTOOD as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise Fatal(f"{options.path} is not understood: {plain(reason)}. Nothing was brought in.") from error
     await reindexing.reindex(db, progress, only_missing=True)
     for table, count in summary.rows.items():
         say(f"{table:<26} {count:>12,}")
     return 0
+
+
+def _ask(unconfirmed: Unconfirmed) -> str:
+    """Print who would become whom, and return what to do about it."""
+    for person, account in unconfirmed.matches:
+        sys.stderr.write(plain(f"{person.name} ({person.key}) = {account.name}, {account.email} ({account.id})") + "\n")
+    code = archive.confirmation(unconfirmed.matches)
+    return (
+        "these accounts have the addresses of people in the export, and nobody has verified that the addresses are "
+        "theirs. Nothing was brought in. If each of them is the same person, who gets that person's conversations, say "
+        f"--match-accounts {code}; to keep all of them apart, say --match-accounts {archive.OTHERS}."
+    )

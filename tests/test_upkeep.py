@@ -207,7 +207,14 @@ async def test_a_broken_export_brings_in_nothing(
         ([lines[0].replace('"version":1', '"version":2'), *lines[1:]], "format openchat 2"),
         ([lines[0].replace('"schema":', '"schema":9'), *lines[1:]], "at step"),
         (['{"table": "user"}\n'], "first line"),
-        ([lines[0], '{"table":"pg_authid","row":{}}\n'], "no table pg_authid"),
+        ([lines[0], '{"table":"pg_authid","row":{}}\n'], "line 2: there is no table 'pg_authid'"),
+        (
+            [lines[0], '{"table":"server_key","row":{"name":"vapid"}}\n'],
+            "line 2: its columns are not those of server_key",
+        ),
+        ([lines[0], lines[1].replace('"row":{', '"row":{"other":1,')], "line 2: its columns are not those of user"),
+        ([lines[0], "{\n"], "line 2: "),
+        ([lines[0], '{"table":"message","row":' + 100 * "[" + 100 * "]" + "}\n"], "line 2: it is nested more than"),
         ([], "first line"),
     ):
         path.write_text("".join(broken))
@@ -235,7 +242,9 @@ async def moved_in(world: World) -> dict[str, Any]:
 @pytest.mark.parametrize("is_zip", [False, True])
 async def test_slack_moves_in(shell: Shell, world: World, tmp_path: Path, *, is_zip: bool) -> None:
     ada = await world.user("Countess")
-    await world.db.execute("""UPDATE "user" SET email = 'ada@example.org' WHERE id = $1""", ada.id)
+    await world.db.execute(
+        """UPDATE "user" SET email = 'ada@example.org', email_verified = true WHERE id = $1""", ada.id
+    )
     path = SAMPLES / "slack"
     if is_zip:
         path = Path(shutil.make_archive(str(tmp_path / "slack"), "zip", path))

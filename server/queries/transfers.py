@@ -1,6 +1,7 @@
 """Rows in and out of the database, as JSON, for moving a whole installation or bringing in another chat."""
 
 from collections.abc import AsyncIterator
+from typing import NamedTuple
 
 from protocol.ids import ConversationId, UserId
 from server.database import Db
@@ -89,14 +90,29 @@ async def touch(db: Db) -> None:
     await db.execute(TOUCH)
 
 
-BY_EMAIL = 'SELECT u.email, u.id FROM "user" u WHERE u.email = ANY($1)'
+BY_EMAIL = 'SELECT u.email, u.id, u.name, u.email_verified FROM "user" u WHERE u.email = ANY($1) ORDER BY u.email'
+PRESENT = 'SELECT u.id FROM "user" u WHERE u.id = ANY($1)'
 THERE = "SELECT c.id FROM conversation c WHERE c.id = ANY($1)"
 PAIRS = "SELECT c.direct_low, c.direct_high FROM conversation c WHERE c.type = 'direct' AND c.direct_low = ANY($1)"
 
 
-async def by_email(db: Db, emails: list[str]) -> dict[str, UserId]:
-    """Return those of the addresses that have accounts here."""
-    return {row[0]: row[1] for row in await db.fetch(BY_EMAIL, emails)}
+class Account(NamedTuple):
+    """Who has an address here. It is theirs for certain if it is verified."""
+
+    email: str
+    id: UserId
+    name: str
+    is_verified: bool
+
+
+async def by_email(db: Db, emails: list[str]) -> dict[str, Account]:
+    """Return who has which of the addresses here."""
+    return {row[0]: Account(*row) for row in await db.fetch(BY_EMAIL, emails)}
+
+
+async def present(db: Db, user_ids: list[UserId]) -> set[UserId]:
+    """Return those of the users that are here already."""
+    return {row[0] for row in await db.fetch(PRESENT, user_ids)}
 
 
 async def there(db: Db, conversation_ids: list[ConversationId]) -> set[ConversationId]:
@@ -107,3 +123,15 @@ async def there(db: Db, conversation_ids: list[ConversationId]) -> set[Conversat
 async def pairs(db: Db, lows: list[UserId]) -> set[tuple[UserId, UserId]]:
     """Return the pairs that have a direct conversation, by the lower of the two."""
     return {(row[0], row[1]) for row in await db.fetch(PAIRS, lows)}
+
+
+COLUMNS = """
+SELECT c.relname, array_agg(a.attname::text) FROM pg_class c
+JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
+WHERE c.relnamespace = 'public'::regnamespace AND c.relname = ANY($1) GROUP BY c.relname
+"""
+
+
+async def columns(db: Db) -> dict[str, frozenset[str]]:
+    """Return the columns of each table in `TABLES`."""
+    return {row[0]: frozenset(row[1]) for row in await db.fetch(COLUMNS, list(TABLES))}

@@ -1,13 +1,14 @@
 """What another chat has exported, in our words, and the rows that it becomes.
 
-Ids follow from what things are called there, so that the same archive brought in again changes nothing; and people who
-have an account here, by their e-mail address, stay who they are. A conversation that is here already is left alone.
+Ids follow from what things are called there, so that the same archive brought in again changes nothing. Anybody may
+register any address. So a person becomes an account that is here only if its address is verified, or an operator has
+confirmed the list of those who match. A conversation that is here already is left alone.
 """
 
 import hashlib
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 from uuid import UUID
 
 import msgspec
@@ -17,6 +18,7 @@ from protocol.limits import MAX_CONTENT, MAX_EMOJI_PER_MESSAGE
 from server import mentions
 from server.database import Db
 from server.queries import transfers
+from server.queries.transfers import Account
 from server.transfer.lines import Row
 
 _encode = msgspec.json.Encoder().encode
@@ -81,14 +83,54 @@ def made_id(at_ms: int, *parts: str) -> UUID:
     return UUID(int=high | 0x7 << 76 | (random >> 68) << 64 | 0b10 << 62 | random & 0x3FFF_FFFF_FFFF_FFFF)
 
 
-async def rows(db: Db, archive: Archive) -> Iterator[Row]:
-    """Return what an archive becomes, as rows to be brought in."""
+class Match(NamedTuple):
+    """A person of the archive, and the account here that has the same address."""
+
+    person: Person
+    account: Account
+
+
+OTHERS = "none"
+"""What an operator confirms if nobody with an unverified address is who the archive means."""
+
+
+def confirmation(matches: list[Match]) -> str:
+    """Return what confirms exactly these matches: had another account taken an address since, it would be another."""
+    words = [f"{match.person.key} {match.account.email} {match.account.id}" for match in matches]
+    return hashlib.sha256("\0".join(words).encode()).hexdigest()[:12]
+
+
+class Unconfirmed(Exception):  # noqa: N818 - it is a question
+    """People match accounts whose addresses nobody has verified."""
+
+    def __init__(self, matches: list[Match]) -> None:
+        super().__init__("accounts match by unverified addresses")
+        self.matches = matches
+
+
+async def rows(db: Db, archive: Archive, confirmed: str | None) -> Iterator[Row]:
+    """Return what an archive becomes, as rows to be brought in.
+
+    Raises Unconfirmed if people match accounts by unverified addresses, and `confirmed` is neither `OTHERS` nor the
+    confirmation of these matches.
+    """
+    own = {person.key: UserId(made_id(0, archive.source, "user", person.key)) for person in archive.people}
     emails = {person.key: (person.email or "").lower() for person in archive.people}
-    known = await transfers.by_email(db, [email for email in emails.values() if email])
-    users = {
-        person.key: known.get(emails[person.key], UserId(made_id(0, archive.source, "user", person.key)))
+    accounts = await transfers.by_email(db, sorted({email for email in emails.values() if email}))
+    here = await transfers.present(db, list(own.values()))
+    # Who came in before, under an id that follows from the archive, has been decided about.
+    matches = [
+        Match(person, accounts[emails[person.key]])
         for person in archive.people
+        if emails[person.key] in accounts and own[person.key] not in here
+    ]
+    unverified = [match for match in matches if not match.account.is_verified]
+    if unverified and confirmed not in {OTHERS, confirmation(unverified)}:
+        raise Unconfirmed(unverified)
+    matched = {
+        match.person.key: match.account.id for match in matches if match.account.is_verified or confirmed != OTHERS
     }
+    users = own | matched
     ids = {
         place.key: ConversationId(made_id(place.created_at_ms, archive.source, place.key)) for place in archive.places
     }
@@ -99,7 +141,14 @@ async def rows(db: Db, archive: Archive) -> Iterator[Row]:
         pair = tuple(sorted({users[key] for key in place.members if key in users}))
         if ids[place.key] not in there and not (place.kind == "direct" and pair in taken):
             wanted.append(place)
-    return _rows(archive, wanted, users, ids, set(known.values()))
+    return _rows(archive, wanted, users, ids, _News(here | set(matched.values()), set(accounts)))
+
+
+class _News(NamedTuple):
+    """The users that are here, and the addresses that are taken."""
+
+    users: set[UserId]
+    emails: set[str]
 
 
 def _rows(
@@ -107,11 +156,11 @@ def _rows(
     places: list[Place],
     users: dict[str, UserId],
     ids: dict[str, ConversationId],
-    known: set[UserId],
+    here: _News,
 ) -> Iterator[Row]:
     for person in archive.people:
-        if users[person.key] not in known:
-            yield _row("user", _user(archive, person, users[person.key]))
+        if users[person.key] not in here.users:
+            yield _row("user", _user(archive, person, users[person.key], here.emails))
     for place in places:
         for table, made in _Made(archive, place, users, ids[place.key]).rows().items():
             yield from (_row(table, row) for row in made)
@@ -121,10 +170,10 @@ def _row(table: str, row: dict[str, Any]) -> Row:
     return Row(table, msgspec.Raw(_encode(row)))
 
 
-def _user(archive: Archive, person: Person, user_id: UserId) -> dict[str, Any]:
-    email = (
-        person.email or f"{hashlib.sha256(f'{archive.source} {person.key}'.encode()).hexdigest()[:24]}@invalid"
-    ).lower()
+def _user(archive: Archive, person: Person, user_id: UserId, taken: set[str]) -> dict[str, Any]:
+    email = (person.email or "").lower()
+    if not email or email in taken:
+        email = f"{hashlib.sha256(f'{archive.source} {person.key}'.encode()).hexdigest()[:24]}@invalid"
     return {
         "id": user_id,
         "name": (person.name or person.key)[:255],

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
@@ -14,11 +14,13 @@ from server.database import Db
 from server.progress import Progress
 from server.queries import transfers
 from server.transfer.lines import FORMAT, VERSION, Head, Row, Summary, Tail
+from server.transfer.reading import lines, reading
 
 _encode = msgspec.json.Encoder().encode
 _head_decoder = msgspec.json.Decoder(Head)
 _row_decoder = msgspec.json.Decoder(Row)
 _tail_decoder = msgspec.json.Decoder(Tail)
+_keys_decoder = msgspec.json.Decoder(dict[str, msgspec.Raw])
 
 
 async def write(db: Db, file: BinaryIO, progress: Progress) -> Summary:
@@ -43,35 +45,45 @@ async def write(db: Db, file: BinaryIO, progress: Progress) -> Summary:
     return Summary(rows=dict(counts), sha256=digest.hexdigest())
 
 
-def read(path: Path) -> Iterator[Row]:
-    """Return the rows that were written to a file.
+def read(path: Path, columns: Mapping[str, frozenset[str]]) -> Iterator[Row]:
+    """Return the rows that were written to a file. `columns` are those of each table, all of which each row names.
 
     Raises ValueError if it is something else, of another version, or not all of it.
     """
     digest = hashlib.sha256()
     counts: Counter[str] = Counter()
     with path.open("rb") as file:
-        try:
-            head = _head_decoder.decode(file.readline())
-        except msgspec.MsgspecError:
-            raise ValueError("its first line is not that of an export of OpenChat") from None
-        if (head.format, head.version) != (FORMAT, VERSION):
-            raise ValueError(f"it has the format {head.format} {head.version}; {FORMAT} {VERSION} is known")
-        if head.schema != len(migrate.known()):
-            raise ValueError(
-                f"it comes from a database at step {head.schema}, and this one is at {len(migrate.known())}: "
-                "bring both to the same version of OpenChat"
-            )
-        for line in file:
-            if line.startswith(b'{"rows":'):
-                tail = _tail_decoder.decode(line)
+        for number, line in lines(file):
+            if number == 1:
+                _check_head(line)
+            elif line.startswith(b'{"rows":'):
+                with reading(f"line {number}"):
+                    tail = _tail_decoder.decode(line)
                 if (tail.rows, tail.sha256) != (dict(counts), digest.hexdigest()):
                     raise ValueError("it is not what was written")
                 return
-            row = _row_decoder.decode(line)
-            if row.table not in transfers.TABLES:
-                raise ValueError(f"there is no table {row.table}")
-            digest.update(line)
-            counts[row.table] += 1
-            yield row
-    raise ValueError("its end is missing")
+            else:
+                with reading(f"line {number}"):
+                    row = _row_decoder.decode(line)
+                    if row.table not in columns:
+                        raise ValueError(f"there is no table {row.table!r}")
+                    if _keys_decoder.decode(row.row).keys() != columns[row.table]:
+                        raise ValueError(f"its columns are not those of {row.table}")
+                digest.update(line)
+                counts[row.table] += 1
+                yield row
+    raise ValueError("its end is missing" if counts else "its first line is not that of an export of OpenChat")
+
+
+def _check_head(line: bytes) -> None:
+    try:
+        head = _head_decoder.decode(line)
+    except msgspec.MsgspecError:
+        raise ValueError("its first line is not that of an export of OpenChat") from None
+    if (head.format, head.version) != (FORMAT, VERSION):
+        raise ValueError(f"it has the format {head.format} {head.version}; {FORMAT} {VERSION} is known")
+    if head.schema != len(migrate.known()):
+        raise ValueError(
+            f"it comes from a database at step {head.schema}, and this one is at {len(migrate.known())}: "
+            "bring both to the same version of OpenChat"
+        )

@@ -11,39 +11,42 @@ from typing import Any
 import msgspec
 
 from server.transfer.archive import Archive, Person, Place, Post, Reaction
+from server.transfer.reading import lines, moment_ms, reading
 
 SOURCE = "mattermost"
 
 
 def read(path: Path) -> Archive:
-    """Return what is in a Mattermost export. Raises ValueError, KeyError or OSError if it is none."""
+    """Return what is in a Mattermost export. Raises ValueError or OSError if it is none."""
     people: list[Person] = []
     channels: dict[str, dict[str, Any]] = {}
     members: dict[str, list[str]] = defaultdict(list)
     posts: dict[str, list[Post]] = defaultdict(list)
     directs: dict[str, list[str]] = {}
     with path.open("rb") as file:
-        if msgspec.json.decode(file.readline()).get("type") != "version":
-            raise ValueError("its first line is not that of a bulk export")
-        for line in file:
-            one = msgspec.json.decode(line)
-            kind, said = one["type"], one.get(one["type"]) or {}
-            if kind == "user":
-                people.append(_person(said))
-                for team in said.get("teams") or ():
-                    for channel in team.get("channels") or ():
-                        members[f"{team['name']}/{channel['name']}"].append(said["username"])
-            elif kind == "channel":
-                channels[f"{said['team']}/{said['name']}"] = said
-            elif kind == "post":
-                key = f"{said['team']}/{said['channel']}"
-                posts[key] += _posts(said, len(posts[key]))
-            elif kind == "direct_channel":
-                directs[_direct_key(said["members"])] = said["members"]
-            elif kind == "direct_post":
-                key = _direct_key(said["channel_members"])
-                directs.setdefault(key, said["channel_members"])
-                posts[key] += _posts(said, len(posts[key]))
+        for number, line in lines(file):
+            with reading(f"line {number}"):
+                one = msgspec.json.decode(line)
+                if number == 1 and one.get("type") != "version":
+                    raise ValueError("it is not the first of a bulk export")
+                kind, said = one["type"], one.get(one["type"]) or {}
+                if kind == "user":
+                    people.append(_person(said))
+                    for key in _channels(said):
+                        members[key].append(said["username"])
+                elif kind == "channel":
+                    channels[f"{said['team']}/{said['name']}"] = said
+                elif kind == "post":
+                    key = f"{said['team']}/{said['channel']}"
+                    posts[key] += _posts(said, len(posts[key]))
+                elif kind == "direct_channel":
+                    directs[_direct_key(said["members"])] = said["members"]
+                elif kind == "direct_post":
+                    key = _direct_key(said["channel_members"])
+                    directs.setdefault(key, said["channel_members"])
+                    posts[key] += _posts(said, len(posts[key]))
+    if not people:
+        raise ValueError("there are no users in it")
     teams = {channel["team"] for channel in channels.values()}
     places = [
         Place(
@@ -69,6 +72,14 @@ def read(path: Path) -> Archive:
         for key, who in directs.items()
     ]
     return Archive(source=SOURCE, people=people, places=places)
+
+
+def _channels(user: dict[str, Any]) -> list[str]:
+    return [
+        f"{team['name']}/{channel['name']}"
+        for team in user.get("teams") or ()
+        for channel in team.get("channels") or ()
+    ]
 
 
 def _direct_key(members: list[str]) -> str:
@@ -101,7 +112,7 @@ def _post(said: dict[str, Any], key: str) -> Post:
         key=key,
         person=said["user"],
         text="\n".join([*([said["message"]] if said.get("message") else []), *files]),
-        at_ms=int(said["create_at"]),
-        edited_at_ms=int(said["edit_at"]) if said.get("edit_at") else None,
+        at_ms=moment_ms(int(said["create_at"])),
+        edited_at_ms=moment_ms(int(said["edit_at"])) if said.get("edit_at") else None,
         reactions=[Reaction(person=one["user"], emoji=f":{one['emoji_name']}:") for one in said.get("reactions") or ()],
     )

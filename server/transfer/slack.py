@@ -6,15 +6,12 @@ these conversations a folder of its name (of a direct message, its id) with one 
 
 import html
 import re
-import zipfile
 from pathlib import Path
-from typing import Any, TypeAlias
-
-import msgspec
+from typing import Any
 
 from server.transfer.archive import Archive, Person, Place, Post, Reaction, made_id
+from server.transfer.reading import Files, moment_ms, reading
 
-Folder: TypeAlias = "Path | zipfile.Path"
 KINDS = {"channels.json": "channel", "groups.json": "group", "mpims.json": "group", "dms.json": "direct"}
 SAID = {None, "thread_broadcast", "me_message", "bot_message", "file_share", "file_comment"}
 """Subtypes of messages that are what somebody said; the others tell of joins and settings."""
@@ -24,13 +21,18 @@ _LINK = re.compile(r"<([^<>]+)>")
 
 
 def read(path: Path) -> Archive:
-    """Return what is in a Slack export. Raises ValueError, KeyError or OSError if it is none."""
-    folder: Folder = zipfile.Path(path) if path.is_file() else path
-    users = _json(folder / "users.json")
+    """Return what is in a Slack export. Raises ValueError or OSError if it is none."""
+    files = Files(path)
+    users = files.json("users.json")
     if users is None:
         raise ValueError("there is no users.json in it")
-    people = [_person(user) for user in users]
-    places = [_place(folder, one, kind) for name, kind in KINDS.items() for one in _json(folder / name) or []]
+    with reading("users.json"):
+        people = [_person(user) for user in users]
+    places = []
+    for name, kind in KINDS.items():
+        found = files.json(name) or []
+        with reading(name):
+            places += [_place(files, one, kind) for one in found]
     return Archive(source=SOURCE, people=people, places=places)
 
 
@@ -45,7 +47,7 @@ def _person(user: dict[str, Any]) -> Person:
     )
 
 
-def _place(folder: Folder, one: dict[str, Any], kind: Any) -> Place:  # noqa: ANN401 - one of three words
+def _place(files: Files, one: dict[str, Any], kind: Any) -> Place:  # noqa: ANN401 - one of three words
     name = one.get("name") or one["id"]
     return Place(
         key=one["id"],
@@ -54,24 +56,25 @@ def _place(folder: Folder, one: dict[str, Any], kind: Any) -> Place:  # noqa: AN
         description=(one.get("purpose") or {}).get("value") or None,
         is_public=kind == "channel",
         is_archived=bool(one.get("is_archived")),
-        created_at_ms=int(one.get("created", 0)) * 1000,
+        created_at_ms=moment_ms(int(one.get("created", 0)) * 1000),
         owner=one.get("creator"),
         members=one.get("members", []),
-        posts=lambda: _posts(folder / name),
+        posts=lambda: _posts(files, name),
     )
 
 
-def _posts(folder: Folder) -> list[Post]:
-    if not folder.exists():
-        return []
-    days: list[Any] = sorted(folder.iterdir(), key=str)
-    return [
-        _post(message)
-        for day in days
-        if day.name.endswith(".json")
-        for message in _json(day)
-        if message.get("type") == "message" and message.get("subtype") in SAID and message.get("user")
-    ]
+def _posts(files: Files, name: object) -> list[Post]:
+    posts = []
+    for day in files.names(name):
+        if day.endswith(".json"):
+            messages = files.json(name, day)
+            with reading(f"{name}/{day}"):
+                posts += [
+                    _post(message)
+                    for message in messages
+                    if message.get("type") == "message" and message.get("subtype") in SAID and message.get("user")
+                ]
+    return posts
 
 
 def _post(message: dict[str, Any]) -> Post:
@@ -95,7 +98,7 @@ def _post(message: dict[str, Any]) -> Post:
 
 def _ms(ts: str) -> int:
     seconds, _, rest = ts.partition(".")
-    return int(seconds) * 1000 + int((rest + "000")[:3])
+    return moment_ms(int(seconds) * 1000 + int((rest + "000")[:3]))
 
 
 def _text(text: str) -> str:
@@ -112,7 +115,3 @@ def _text(text: str) -> str:
         return f"{label} ({target})" if label and label != target else target
 
     return html.unescape(_LINK.sub(plain, text))
-
-
-def _json(path: Folder) -> Any:  # noqa: ANN401 - whatever is in it
-    return msgspec.json.decode(path.read_bytes()) if path.exists() else None

@@ -1,0 +1,150 @@
+"""Reading what somebody else has written: within bounds, inside its folder, and with the place of what is wrong."""
+
+import re
+import stat
+import zipfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import msgspec
+
+MAX_LINE = 64 * 1024**2
+"""Max bytes of a line."""
+MAX_FILE = 256 * 1024**2
+"""Max bytes of one file of a Slack export."""
+MAX_TOTAL = 64 * 1024**3
+"""Max bytes of all files that are read from a zip file."""
+MAX_FILES = 500_000
+"""Max files in a zip file."""
+MAX_RATIO = 200
+"""Max bytes that a byte of a zip file becomes, for files of more than `RATIO_FROM` bytes."""
+RATIO_FROM = 1024**2
+MAX_DEPTH = 64
+"""Max depth of objects and arrays in a line."""
+
+_STRING = re.compile(rb'"(?:[^"\\]|\\.)*"')
+WRONG = (
+    KeyError, TypeError, AttributeError, ValueError, OverflowError, RecursionError, msgspec.MsgspecError,
+    zipfile.BadZipFile, zlib.error, NotImplementedError,
+)  # fmt: skip
+"""What reading raises about something that has another form than it should."""
+
+
+@contextmanager
+def reading(place: str) -> Iterator[None]:
+    """Have whatever is wrong be a ValueError that names its place."""
+    try:
+        yield
+    except WRONG as error:
+        reason = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) and error.args else str(error)
+        raise ValueError(f"{place}: {reason}") from error
+
+
+def lines(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
+    """Return the lines of a file with their numbers, from 1. Raises ValueError if one is too long or too deep."""
+    number = 0
+    while line := file.readline(MAX_LINE + 1):
+        number += 1
+        if len(line) > MAX_LINE:
+            raise ValueError(f"line {number}: it is longer than {MAX_LINE:,} bytes")
+        if line.count(b"{") + line.count(b"[") > MAX_DEPTH and depth(line) > MAX_DEPTH:
+            raise ValueError(f"line {number}: it is nested more than {MAX_DEPTH} deep")
+        yield number, line
+
+
+def depth(text: bytes) -> int:
+    """Return how deep JSON is nested."""
+    deepest = now = 0
+    for character in _STRING.sub(b"", text):
+        if character in b"[{":
+            now += 1
+            deepest = max(deepest, now)
+        elif character in b"]}":
+            now -= 1
+    return deepest
+
+
+def component(name: object) -> str:
+    """Return a name that stands for one file or folder. Raises ValueError if it leads anywhere else."""
+    if not isinstance(name, str) or name in {"", ".", ".."} or any(one in name for one in "/\\\0") or name[1:2] == ":":
+        raise ValueError(f"{name!r} is not the name of a file in it")
+    return name
+
+
+def moment_ms(at_ms: int) -> int:
+    """Return a time in milliseconds since 1970. Raises ValueError if it is before that, or too far away for UUIDs."""
+    if not 0 <= at_ms < 1 << 47:
+        raise ValueError(f"{at_ms} is not a time in milliseconds since 1970")
+    return at_ms
+
+
+class Files:
+    """The files of an export: those of a folder, or those of a zip file."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises ValueError if the zip file is none, holds a name that leads out of it, or too much."""
+        self._root = path.resolve()
+        self._zip: zipfile.ZipFile | None = None
+        self._entries: dict[tuple[str, ...], zipfile.ZipInfo] = {}
+        self._left = MAX_TOTAL
+        if path.is_file():
+            with reading(path.name):
+                self._zip = zipfile.ZipFile(path)
+            self._check(self._zip.infolist())
+
+    def _check(self, entries: list[zipfile.ZipInfo]) -> None:
+        if len(entries) > MAX_FILES:
+            raise ValueError(f"there are more than {MAX_FILES:,} files in it")
+        for entry in entries:
+            parts = tuple(component(part) for part in entry.orig_filename.removesuffix("/").split("/"))
+            if stat.S_ISLNK(entry.external_attr >> 16):
+                raise ValueError(f"{entry.filename!r} is a link")
+            if entry.file_size > max(RATIO_FROM, entry.compress_size * MAX_RATIO):
+                raise ValueError(f"{entry.filename!r} would become too large")
+            if parts in self._entries:
+                raise ValueError(f"{entry.filename!r} is in it twice")
+            self._entries[parts] = entry
+
+    def json(self, *parts: object) -> Any:  # noqa: ANN401 - whatever is in it
+        """Return what a file holds, or None if there is no such file."""
+        place = tuple(component(part) for part in parts)
+        with reading("/".join(place)):
+            text = self._read(place)
+            return None if text is None else msgspec.json.decode(text)
+
+    def names(self, folder: object) -> list[str]:
+        """Return the names of the files in a folder, in order; none if there is no such folder."""
+        name = component(folder)
+        if self._zip is not None:
+            return sorted(parts[1] for parts in self._entries if parts[0] == name and len(parts) == 2)  # noqa: PLR2004
+        place = self._inside((name,))
+        return sorted(one.name for one in place.iterdir()) if place.is_dir() else []
+
+    def _inside(self, parts: tuple[str, ...]) -> Path:
+        place = self._root.joinpath(*parts)
+        if place.resolve() != place:
+            raise ValueError(f"{'/'.join(parts)!r} is a link")
+        return place
+
+    def _read(self, parts: tuple[str, ...]) -> bytes | None:
+        if self._zip is None:
+            place = self._inside(parts)
+            if not place.is_file():
+                return None
+            with place.open("rb") as file:
+                return self._bounded(file.read(MAX_FILE + 1))
+        entry = self._entries.get(parts)
+        if entry is None:
+            return None
+        with self._zip.open(entry) as file:
+            return self._bounded(file.read(MAX_FILE + 1))
+
+    def _bounded(self, text: bytes) -> bytes:
+        # What was read is counted: what the zip file says about itself may be wrong.
+        self._left -= len(text)
+        if len(text) > MAX_FILE or self._left < 0:
+            raise ValueError("it is too large")
+        return text
