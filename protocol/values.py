@@ -406,10 +406,12 @@ class Relationship(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
 
 
 class RelationshipEntry(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """A relationship, the other one's face, and how much the two have written to each other directly."""
+    """A relationship, the other one's face as far as it may be seen, and how much the two have written to each other
+    directly. Who asks for friendship shows their face by it.
+    """
 
     relationship: Relationship
-    user: User
+    user: User | None = None
     interaction_count: int = 0
     last_interaction_at: datetime | None = None
 

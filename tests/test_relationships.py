@@ -116,6 +116,7 @@ async def test_the_list_says_how_much_two_have_written_to_each_other(pair: Pair)
         await sent(one, made.view.conversation.id)
     page = await pair.one.call(client.ListRelationships(), server.RelationshipPage)
     (entry,) = page.relationships
+    assert entry.user is not None
     assert (entry.user.name, entry.interaction_count) == ("Charles", 3)
     assert entry.last_interaction_at is not None
 
@@ -130,7 +131,7 @@ async def test_relationships_in_pages(world: World, pair: Pair) -> None:
         page = await pair.one.call(
             client.ListRelationships(kind="follow", is_outgoing=True, limit=2, after=after), server.RelationshipPage
         )
-        found += [entry.user.id for entry in page.relationships]
+        found += [entry.relationship.user_id for entry in page.relationships]
         if (after := page.after) is None:
             break
     assert sorted(found) == sorted(other.id for other in others)

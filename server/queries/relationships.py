@@ -113,8 +113,11 @@ async def switch(db: Db, user_id: UserId, other: UserId, switches: dict[str, boo
 
 
 # How much two users have written to each other is what their direct conversation says: nothing is counted twice.
+# Who asks to be a friend shows their face by asking, even if they are private.
 PAGE = f"""
-SELECT coalesce(json_agg(json_build_object('relationship', relationship_json(r.r, $1), 'user', {FACE},
+SELECT coalesce(json_agg(json_build_object('relationship', relationship_json(r.r, $1), 'user',
+    CASE WHEN may('see_face', $1, u.id) OR ((r.r).to_user_id = $1 AND (r.r).type = 'friend'
+        AND (r.r).status = 'pending' AND u.is_active AND NOT u.is_deleted) THEN {FACE} END,
     'interaction_count', coalesce(c.message_count, 0), 'last_interaction_at', c.last_message_at
 ) ORDER BY (r.r).id), '[]')
 FROM (

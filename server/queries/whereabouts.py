@@ -1,7 +1,7 @@
 """Where a message went: stored, taken in, read, and for each who has it not, why.
 
-What somebody asks about others is told as far as they may know it: that one is blocked or muted nobody learns, and
-whether somebody is here only who may see that. An operator, without a viewer, is told all of it.
+What somebody asks about others is told as far as they may know it. Who blocks them, is invisible, or does not show them
+whether they are here, is told as `offline`, as everybody who is away. An operator, without a viewer, is told all of it.
 """
 
 from datetime import datetime
@@ -58,7 +58,8 @@ SELECT json_build_object('message_id', m.id, 'conversation_id', m.conversation_i
                 WHEN $2::uuid IS NULL AND m.sender_id = ANY(blocked.by_them) THEN 'blocked'
                 WHEN $2 IS NULL AND (m.sender_id = ANY(silenced(p.user_id))
                     OR (p.is_muted AND (p.muted_until IS NULL OR p.muted_until > now()))) THEN 'muted'
-                WHEN $2 IS NOT NULL AND NOT may('see_presence', $2, p.user_id) THEN 'unconfirmed'
+                WHEN $2 IS NOT NULL AND (u.status = 'invisible' OR NOT may('see_presence', $2, p.user_id))
+                    THEN 'offline'
                 WHEN NOT u.is_online AND u.last_close = {CloseCode.SLOW:d} AND u.last_seen_at >= m.created_at
                     THEN 'slow'
                 WHEN NOT u.is_online THEN 'offline'

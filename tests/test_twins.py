@@ -1,0 +1,105 @@
+"""Twins: what somebody who blocks the caller, is private or invisible looks like, beside who is plainly not here."""
+
+import json
+from typing import Any
+
+import msgspec
+import pytest
+
+from protocol import client, server
+from protocol.ids import MessageId
+from protocol.values import User
+from prove.client import Client
+from tests.world import Room, Somebody, World, sent
+
+BLOCKS, HIDES, SWITCHED, INVISIBLE, AWAY = "Blocks", "Hides", "Switched", "Invisible", "Away"
+
+
+async def people(room: Room, world: World) -> dict[str, Somebody]:
+    """Return members of the room who are connected in ways that Ada may not know of, and one who is not."""
+    ada = room.them[0].id
+    names = (BLOCKS, HIDES, SWITCHED, INVISIBLE, AWAY)
+    them = dict(zip(names, await world.users(*names), strict=True))
+    await room.ada.call(
+        client.AddParticipants(conversation_id=room.group, participants=[one.id for one in them.values()])
+    )
+    frames: dict[str, list[Any]] = {
+        BLOCKS: [client.Block(user_id=ada)],
+        HIDES: [client.UpdateProfile(show_online_status=False)],
+        SWITCHED: [client.Mute(user_id=ada), client.SetSwitches(user_id=ada, can_see_online_status=False)],
+        INVISIBLE: [client.SetPresence(status="invisible")],
+        AWAY: [],
+    }
+    for name, frame in frames.items():
+        if name != AWAY:
+            one = await world.connect(them[name], 1)
+            for each in frame:
+                await one.call(each)
+    connected = [one.id for name, one in them.items() if name != AWAY]
+    await world.db.execute('UPDATE "user" SET is_online = id = ANY($1), last_seen_at = now()', connected)
+    return them
+
+
+async def about(room: Room, who: Somebody, message_id: MessageId) -> str:
+    """Return all that Ada is told about somebody, without their id and name."""
+    told: list[Any] = []
+    page = await room.ada.call(client.Why(conversation_id=room.group, message_id=message_id), server.Whereabouts)
+    told += [one for one in page.recipients if one.user_id == who.id]
+    readers = await room.ada.call(client.ListReaders(conversation_id=room.group, message_id=message_id), server.Readers)
+    told += [one for one in readers.readers if one.user_id == who.id]
+    text = msgspec.json.encode(told).decode()
+    return json.dumps(json.loads(text.replace(str(who.id), "id").replace(who.name, "name")), sort_keys=True)
+
+
+async def test_where_a_message_went_tells_nothing_of_who_is_not_to_be_seen(room: Room, world: World) -> None:
+    them = await people(room, world)
+    message_id = await sent(room.ada, room.group)
+    plain = await about(room, them[AWAY], message_id)
+    assert '"offline"' in plain
+    for close in (None, 4008):
+        # Somebody who was closed for being slow had a connection.
+        await world.db.execute(
+            'UPDATE "user" SET last_close = $1, last_seen_at = now(), is_online = is_online AND $1::int IS NULL'
+            " WHERE id <> $2", close, them[AWAY].id,
+        )  # fmt: skip
+        for name in (BLOCKS, HIDES, SWITCHED, INVISIBLE):
+            assert await about(room, them[name], message_id) == plain, (name, close)
+
+
+async def listed(one: Client) -> dict[str, User | None]:
+    """Return the faces in the caller's list of relationships, by user."""
+    page = await one.call(client.ListRelationships(limit=100), server.RelationshipPage)
+    return {str(entry.relationship.user_id): entry.user for entry in page.relationships}
+
+
+async def test_a_list_of_relationships_shows_the_faces_that_may_be_seen(world: World) -> None:
+    ada, blocking, private, erased, open_ = await world.users("Ada", "Blocking", "Private", "Gone", "Open")
+    one = await world.connect(ada)
+    for other in (blocking, private, erased, open_):
+        await one.call(client.Mute(user_id=other.id))
+    assert all((await listed(one)).values())
+    theirs, hidden = await world.connect(blocking, 1), await world.connect(private, 1)
+    await theirs.call(client.Block(user_id=ada.id))
+    await hidden.call(client.UpdateProfile(is_private=True, display_name="Secret"))
+    await world.db.execute('UPDATE "user" SET is_active = false WHERE id = $1', erased.id)
+    faces = await listed(one)
+    shown = await one.call(client.GetUsers(user_ids=[blocking.id, private.id, erased.id, open_.id]), server.UserList)
+    assert {user for user, face in faces.items() if face is not None} == {str(face.id) for face in shown.users}
+    for other in (blocking, erased):
+        assert faces[str(other.id)] is None
+    assert faces[str(open_.id)] is not None
+
+
+@pytest.mark.parametrize("is_blocked", [False, True])
+async def test_who_asks_for_friendship_shows_their_face(world: World, *, is_blocked: bool) -> None:
+    ada, private = await world.users("Ada", "Private")
+    one, other = await world.connect(ada), await world.connect(private, 1)
+    await other.call(client.UpdateProfile(is_private=True))
+    await other.call(client.RequestFriend(user_id=ada.id))
+    if is_blocked:
+        await other.call(client.Block(user_id=ada.id))
+        assert await listed(one) == {}
+    else:
+        face = (await listed(one))[str(private.id)]
+        assert face is not None
+        assert face.name == "Private"
