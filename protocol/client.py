@@ -3,19 +3,20 @@
 Every frame may carry `id`, a number or a short string; its reply, or its error, carries it back in `re`.
 """
 
-from datetime import datetime, time
 from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
 from protocol.ids import ConversationId, EditId, MessageId, RelationshipId, ReportId, UserId, require_uuid7
+from protocol.json_object import Json
 from protocol.limits import (
     DEFAULT_PAGE,
     MAX_PARTICIPANTS_NAMED,
     MAX_POLL_OPTIONS,
     MAX_RESUMED,
     MAX_WATCHED,
+    NO_NUL,
     Bio,
     Content,
     Cursor,
@@ -28,6 +29,7 @@ from protocol.limits import (
     Name,
     PageSize,
     PinOrder,
+    Query,
     Reason,
     Seconds,
     Text,
@@ -35,6 +37,7 @@ from protocol.limits import (
     Token,
     Version,
 )
+from protocol.moments import Moment, TimeOfDay, require_moment
 from protocol.payloads import Payload
 from protocol.reaction import normalized
 from protocol.values import (
@@ -42,7 +45,6 @@ from protocol.values import (
     ConversationSettings,
     ConversationType,
     FeedKind,
-    Json,
     NotificationLevel,
     PresenceStatus,
     RelationshipKind,
@@ -162,7 +164,7 @@ class DeleteConversation(Frame, tag="delete_conversation"):
 class FindConversations(Frame, tag="find_conversations"):
     """Public conversations whose title or description has all of these words, or beginnings of words."""
 
-    text: Text
+    text: Query
     limit: PageSize = DEFAULT_PAGE
 
 
@@ -173,8 +175,11 @@ class SetPreferences(Frame, tag="set_preferences"):
     pin_order: PinOrder | None | UnsetType = UNSET
     is_hidden: bool | UnsetType = UNSET
     is_muted: bool | UnsetType = UNSET
-    muted_until: datetime | None | UnsetType = UNSET
+    muted_until: Moment | None | UnsetType = UNSET
     notification_level: NotificationLevel | UnsetType = UNSET
+
+    def __post_init__(self) -> None:
+        require_moment(self.muted_until, "muted_until")
 
 
 # -------------------------------------------------------------------------------------------- participants
@@ -440,13 +445,13 @@ class Search(Frame, tag="search"):
     `mentions_me` can be looked for without words, too. By `relevance`, the best of the newest 1,000 come first.
     """
 
-    text: Text | None = None
+    text: Query | None = None
     conversation_id: ConversationId | None = None
     sender_id: UserId | None = None
     content_type: ContentType | None = None
-    sent_before: datetime | None = None
-    sent_after: datetime | None = None
-    hashtag: Annotated[str, Meta(min_length=1, max_length=100, pattern=r"^\w+$")] | None = None
+    sent_before: Moment | None = None
+    sent_after: Moment | None = None
+    hashtag: Annotated[str, Meta(min_length=1, max_length=100, pattern=r"^\w+\Z")] | None = None
     has_file: bool = False
     in_thread: MessageId | None = None
     mentions_me: bool = False
@@ -454,6 +459,10 @@ class Search(Frame, tag="search"):
     order: Literal["newest", "relevance"] = "newest"
     after: Cursor | None = None
     limit: PageSize = DEFAULT_PAGE
+
+    def __post_init__(self) -> None:
+        require_moment(self.sent_before, "sent_before")
+        require_moment(self.sent_after, "sent_after")
 
 
 class Why(_OfMessage, tag="why"):
@@ -537,12 +546,11 @@ class Schedule(_Say, tag="schedule", kw_only=True):
     waits, it is changed.
     """
 
-    send_at: datetime
+    send_at: Moment
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.send_at.tzinfo is None:
-            raise ValueError("`send_at` needs a time zone")
+        require_moment(self.send_at, "send_at")
 
 
 class CancelScheduled(_OfMessage, tag="cancel_scheduled"):
@@ -567,7 +575,10 @@ class ListFeed(Frame, tag="list_feed"):
 class SeeFeed(Frame, tag="see_feed"):
     """The caller has seen what is in the feed up to a time, or up to now."""
 
-    up_to: datetime | None = None
+    up_to: Moment | None = None
+
+    def __post_init__(self) -> None:
+        require_moment(self.up_to, "up_to")
 
 
 class GetBadge(Frame, tag="get_badge"):
@@ -582,8 +593,8 @@ class RegisterPush(Frame, tag="register_push"):
     """Push notifications to a browser's endpoint, with the keys of its subscription, until this session ends."""
 
     endpoint: Link
-    p256dh: Annotated[str, Meta(min_length=80, max_length=100, pattern=r"^[A-Za-z0-9_=-]+$")]
-    auth: Annotated[str, Meta(min_length=16, max_length=32, pattern=r"^[A-Za-z0-9_=-]+$")]
+    p256dh: Annotated[str, Meta(min_length=80, max_length=100, pattern=r"^[A-Za-z0-9_=-]+\Z")]
+    auth: Annotated[str, Meta(min_length=16, max_length=32, pattern=r"^[A-Za-z0-9_=-]+\Z")]
 
 
 class UnregisterPush(Frame, tag="unregister_push"):
@@ -682,7 +693,7 @@ class GetProfile(Frame, tag="get_profile"):
 class SearchUsers(Frame, tag="search_users"):
     """Users whose name has all of these words, or beginnings of words, and who may be seen."""
 
-    text: Text
+    text: Query
     limit: PageSize = DEFAULT_PAGE
 
 
@@ -704,9 +715,9 @@ class UpdateProfile(Frame, tag="update_profile"):
     is_private: bool | UnsetType = UNSET
     allow_friend_requests: bool | UnsetType = UNSET
     show_online_status: bool | UnsetType = UNSET
-    quiet_from: time | None | UnsetType = UNSET
-    quiet_until: time | None | UnsetType = UNSET
-    time_zone: Annotated[str, Meta(min_length=1, max_length=64)] | UnsetType = UNSET
+    quiet_from: TimeOfDay | None | UnsetType = UNSET
+    quiet_until: TimeOfDay | None | UnsetType = UNSET
+    time_zone: Annotated[str, Meta(min_length=1, max_length=64, pattern=NO_NUL)] | UnsetType = UNSET
 
 
 # --------------------------------------------------------------------------------------------- relationships

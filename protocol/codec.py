@@ -6,20 +6,22 @@ from typing import TypeVar
 
 import msgspec
 
+from protocol import json_object
 from protocol.client import ClientFrame, FrameId
 from protocol.errors import ErrorCode, Refused
+from protocol.limits import RULES
 from protocol.server import ServerFrame
 
 Decoded = TypeVar("Decoded")
 
 _encoder = msgspec.json.Encoder()
-_client_decoder: msgspec.json.Decoder[ClientFrame] = msgspec.json.Decoder(ClientFrame)
-_server_decoder: msgspec.json.Decoder[ServerFrame] = msgspec.json.Decoder(ServerFrame)
+_client_decoder: msgspec.json.Decoder[ClientFrame] = msgspec.json.Decoder(ClientFrame, dec_hook=json_object.accept)
+_server_decoder: msgspec.json.Decoder[ServerFrame] = msgspec.json.Decoder(ServerFrame, dec_hook=json_object.read)
 
 # What msgspec says of a bad field, and where: "… - at `$.mentions[3]`", "… missing required field `content`".
-_AT = re.compile(r"^(?P<what>.*?)(?: - at (?:`key` in )?`\$\.?(?P<path>[^`]*)`)?$", re.DOTALL)
+_AT = re.compile(r"^(?P<what>.*?)(?: - at (?:`key` in )?`\$\.?(?P<path>[^`]*)`)?\Z", re.DOTALL)
 _NAMED = re.compile(r"`([a-z_]+)`")
-_NUL_RULE = "matching regex '^[^\\\\x00]*$'"
+_RULES = {f"Expected `str` matching regex {pattern!r}": sentence for pattern, sentence in RULES.items()}
 
 _SHORT, _MEDIUM = 126, 1 << 16
 
@@ -99,8 +101,7 @@ def _refusal(problem: str) -> Refused:
     what, path = (found["what"], found["path"]) if found else (problem, None)
     if path == "type" or (not path and "required field `type`" in what):
         return Refused(ErrorCode.BAD_FRAME, "`type` must be one of the known frame types.", path="type")
-    if not path and (named := _NAMED.search(what)) and not what.startswith("Expected"):
-        path = named[1]
-    if _NUL_RULE in what or "matching regex '^[^\\x00]*$'" in what:
-        what = "The character U+0000 is not allowed"
+    if (named := _NAMED.search(what)) and not what.startswith("Expected"):
+        path = f"{path}.{named[1]}" if path else named[1]
+    what = _RULES.get(what.replace("`str | null`", "`str`"), what)
     return Refused(ErrorCode.INVALID, what + ("" if what.endswith(".") else "."), path=path or None)

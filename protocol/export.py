@@ -5,9 +5,9 @@ from datetime import datetime
 import msgspec
 
 from protocol.ids import ConversationId, MessageId
+from protocol.json_object import Json
 from protocol.values import (
     Draft,
-    Json,
     Me,
     Message,
     MessageEdit,

@@ -1,5 +1,6 @@
 """The bodies of the HTTP endpoints under /v1/auth."""
 
+import unicodedata
 from datetime import datetime
 
 import msgspec
@@ -43,3 +44,8 @@ class SessionList(msgspec.Struct, frozen=True, kw_only=True):
     """The user's sessions, newest first."""
 
     sessions: list[Session]
+
+
+def canonical(email: str) -> str:
+    """Return an e-mail address in the one form that is stored: in lower case, accents composed (NFC)."""
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", email).lower())

@@ -1,12 +1,40 @@
 """The bounds of everything a client may send, as types that the decoder enforces, and as `Limits` in `ready`."""
 
+import re
 from typing import Annotated
 
 import msgspec
 from msgspec import Meta
 
-NO_NUL = r"^[^\x00]*$"
+NO_NUL = r"^[^\x00]*\Z"
 """PostgreSQL's text cannot hold U+0000, so no text on the wire may."""
+_BREAKS = "\t\n\r"
+_CONTROL = "\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f"
+"""Control characters (Cc), besides `_BREAKS`."""
+_FORMAT = (
+    "\u00ad\u0600-\u0605\u061c\u06dd\u070f\u0890\u0891\u08e2\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff"
+    "\ufff9-\ufffb\U000110bd\U000110cd\U00013430-\U0001343f\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0001"
+    "\U000e0020-\U000e007f"
+)
+"""Format characters (Cf) and the separators of lines and paragraphs, without the two joiners: emoji and names in
+Persian and in Indian scripts need those.
+"""
+_JOINERS = "\u200c\u200d"
+LINE = rf"^[^{_BREAKS}{_CONTROL}{_FORMAT}]*\Z"
+"""What people are shown on one line: nothing that hides, reorders or breaks it."""
+LINES = rf"^[^{_CONTROL}{_FORMAT}]*\Z"
+_HIDDEN = re.compile(f"[{_BREAKS}{_CONTROL}{_FORMAT}]")
+WEB = rf"^https?://[^\s\"<>`\\{_CONTROL}{_FORMAT}]+\Z"
+_ADDRESS = rf"[^\s@{_CONTROL}{_FORMAT}{_JOINERS}]+"
+EMAIL = rf"^{_ADDRESS}@{_ADDRESS}\Z"
+RULES = {
+    NO_NUL: "The character U+0000 is not allowed.",
+    LINE: "Control characters, line breaks and invisible format characters are not allowed.",
+    LINES: "Control characters and invisible format characters are not allowed.",
+    WEB: "Expected an http or https address without spaces, quotation marks, `<`, `>`, backticks and backslashes.",
+    EMAIL: "Expected an e-mail address without spaces, control characters and invisible format characters.",
+}
+"""Sentences for patterns, which say little to people."""
 
 MAX_FRAME_BYTES = 256 * 1024
 MAX_CONTENT = 10_000
@@ -17,6 +45,8 @@ MAX_WATCHED = 500
 MAX_RESUMED = 5_000
 MAX_CHANGES = 1_000
 MAX_METADATA_BYTES = 16 * 1024
+MAX_JSON_DEPTH = 20
+"""Max depth of `metadata` and `settings.custom`, levels."""
 MAX_MENTIONS = 50
 MAX_EMOJI_PER_MESSAGE = 20
 MAX_POLL_OPTIONS = 20
@@ -32,15 +62,17 @@ MAX_NAMED_PARTICIPANTS = 1_000
 MAX_SHARED_PARTICIPANTS = 100
 """In a conversation with more than this, who types and who has read is not broadcast."""
 
-Name = Annotated[str, Meta(min_length=1, max_length=255, pattern=NO_NUL)]
-Title = Annotated[str, Meta(min_length=1, max_length=255, pattern=NO_NUL)]
-Description = Annotated[str, Meta(max_length=1_000, pattern=NO_NUL)]
+Name = Annotated[str, Meta(min_length=1, max_length=255, pattern=LINE)]
+Title = Annotated[str, Meta(min_length=1, max_length=255, pattern=LINE)]
+Description = Annotated[str, Meta(max_length=1_000, pattern=LINES)]
 InviteCode = Annotated[str, Meta(min_length=1, max_length=50, pattern=NO_NUL)]
-CustomStatus = Annotated[str, Meta(min_length=1, max_length=255, pattern=NO_NUL)]
-Text = Annotated[str, Meta(min_length=1, max_length=255, pattern=NO_NUL)]
-Bio = Annotated[str, Meta(max_length=500, pattern=NO_NUL)]
-Reason = Annotated[str, Meta(min_length=1, max_length=500, pattern=NO_NUL)]
-Link = Annotated[str, Meta(min_length=1, max_length=2_000, pattern=r"^https?://[^\x00\s]+$")]
+CustomStatus = Annotated[str, Meta(min_length=1, max_length=255, pattern=LINE)]
+Text = Annotated[str, Meta(min_length=1, max_length=255, pattern=LINE)]
+Query = Annotated[str, Meta(min_length=1, max_length=255, pattern=NO_NUL)]
+"""Words that are searched for: whatever somebody has pasted."""
+Bio = Annotated[str, Meta(max_length=500, pattern=LINES)]
+Reason = Annotated[str, Meta(min_length=1, max_length=500, pattern=LINES)]
+Link = Annotated[str, Meta(min_length=1, max_length=2_000, pattern=WEB)]
 """An address on the web: nothing that a page could be made to run."""
 PinOrder = Annotated[int, Meta(ge=0, le=10_000)]
 Seconds = Annotated[int, Meta(ge=1, le=365 * 86_400)]
@@ -48,13 +80,18 @@ Content = Annotated[str, Meta(min_length=1, max_length=MAX_CONTENT, pattern=NO_N
 MAX_FORMATTED = 15_000
 DraftContent = Annotated[str, Meta(max_length=MAX_CONTENT, pattern=NO_NUL)]
 Emoji = Annotated[str, Meta(min_length=1, max_length=32, pattern=NO_NUL)]
-Email = Annotated[str, Meta(min_length=3, max_length=254, pattern=r"^[^\x00\s@]+@[^\x00\s@]+$")]
+Email = Annotated[str, Meta(min_length=3, max_length=254, pattern=EMAIL)]
 Password = Annotated[str, Meta(min_length=8, max_length=128)]
 Token = Annotated[str, Meta(min_length=1, max_length=128)]
 Cursor = Annotated[str, Meta(min_length=1, max_length=128)]
 PageSize = Annotated[int, Meta(ge=1, le=MAX_PAGE)]
 Version = Annotated[int, Meta(ge=0, le=2**53 - 1)]
 """A number of a conversation's clock: exact in JavaScript, too."""
+
+
+def visible(text: str) -> str:
+    """Return a text from elsewhere without the characters that `LINE` forbids, for what is not refused but shown."""
+    return _HIDDEN.sub("", text)
 
 
 class RateLimit(msgspec.Struct, frozen=True, kw_only=True):
@@ -72,6 +109,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     frame_bytes: int = MAX_FRAME_BYTES
     content_characters: int = MAX_CONTENT
     metadata_bytes: int = MAX_METADATA_BYTES
+    json_depth: int = MAX_JSON_DEPTH
     mentions: int = MAX_MENTIONS
     page: int = MAX_PAGE
     participants_named: int = MAX_PARTICIPANTS_NAMED

@@ -4,18 +4,18 @@ A message with a payload still has `content`, in words: what a client shows that
 a picture, the question of a poll, the code itself. A message of the type `system` is the server's; nobody sends one.
 """
 
-from datetime import datetime
 from typing import Annotated
 
 import msgspec
 from msgspec import Meta
 
-from protocol.limits import MAX_POLL_OPTIONS, NO_NUL, Link, Name, Text
+from protocol.limits import LINES, MAX_POLL_OPTIONS, Link, Name, Text
+from protocol.moments import Moment, require_moment
 
 Pixels = Annotated[int, Meta(ge=1, le=100_000)]
 Milliseconds = Annotated[int, Meta(ge=0, le=2**31 - 1)]
-MimeType = Annotated[str, Meta(max_length=255, pattern=r"^[a-z0-9.+-]+/[a-z0-9.+-]+$")]
-Language = Annotated[str, Meta(max_length=50, pattern=r"^[a-z0-9][a-z0-9+#._-]*$")]
+MimeType = Annotated[str, Meta(max_length=255, pattern=r"^[a-z0-9.+-]+/[a-z0-9.+-]+\Z")]
+Language = Annotated[str, Meta(max_length=50, pattern=r"^[a-z0-9][a-z0-9+#._-]*\Z")]
 Options = Annotated[list[Text], Meta(min_length=2, max_length=MAX_POLL_OPTIONS)]
 
 
@@ -29,7 +29,7 @@ class Image(_Payload, tag="image", frozen=True, kw_only=True):
     """A picture; `alt` says what is on it to who cannot see it."""
 
     url: Link
-    alt: Annotated[str, Meta(max_length=1_000, pattern=NO_NUL)] | None = None
+    alt: Annotated[str, Meta(max_length=1_000, pattern=LINES)] | None = None
     width: Pixels | None = None
     height: Pixels | None = None
 
@@ -83,13 +83,12 @@ class Poll(_Payload, tag="poll", frozen=True, kw_only=True):
     options: Options
     is_multiple: bool = False
     is_anonymous: bool = False
-    closes_at: datetime | None = None
+    closes_at: Moment | None = None
 
     def __post_init__(self) -> None:
         if len(set(self.options)) != len(self.options):
             raise ValueError("the `options` must all be different")
-        if self.closes_at is not None and self.closes_at.tzinfo is None:
-            raise ValueError("`closes_at` needs a time zone")
+        require_moment(self.closes_at, "closes_at")
 
 
 Payload = Image | File | Audio | Video | Code | Location | Poll

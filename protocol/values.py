@@ -1,13 +1,13 @@
 """The nouns that frames, replies and events share. None of them depends on who reads it, but the last one."""
 
 from datetime import datetime, time
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta
 
 from protocol.ids import ConversationId, EditId, MessageId, RelationshipId, ReportId, SessionId, UserId
-from protocol.limits import CustomStatus
+from protocol.json_object import Json
 from protocol.payloads import Payload
 
 ConversationType = Literal["direct", "group", "channel", "assistant"]
@@ -25,8 +25,6 @@ FeedKind = Literal["mention", "reply", "reaction", "friend_request", "invitation
 RecipientState = Literal[
     "read", "delivered", "unconfirmed", "offline", "slow", "muted", "blocked", "left", "joined_later", "hidden"
 ]
-Json = dict[str, Any]
-"""A JSON object whose inside is the client's own affair."""
 
 
 class User(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -102,6 +100,9 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     `mentions`, `loud_mentions` (`everyone`, `here`, or a role) and `hashtags` are what the server found in it.
     `thread_order` is a reply's place in its thread, from 1, and on the root that of the newest reply; a reply is only
     in its thread unless it is `also_in_conversation`. `poll_counts` are the votes for each option.
+
+    `is_unreadable` says that the server cannot read a part of the stored message. That part is left out; clients show
+    the rest, and a note.
     """
 
     id: MessageId
@@ -141,6 +142,7 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     moderation_reason: str | None = None
     moderated_at: datetime | None = None
     moderated_by: UserId | None = None
+    is_unreadable: bool = False
     sent_version: int
     version: int
     created_at: datetime
@@ -324,7 +326,7 @@ class Presence(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     user_id: UserId
     status: PresenceStatus
-    custom_status: CustomStatus | None = None
+    custom_status: str | None = None
     last_seen_at: datetime | None = None
 
 

@@ -16,6 +16,7 @@ import asyncpg
 import msgspec
 
 from protocol import limits
+from protocol.http import canonical
 from protocol.ids import ConversationId, UserId
 from server import config, database, migrate
 from server.auth import passwords
@@ -126,13 +127,13 @@ async def create_user(db: Db, options: argparse.Namespace) -> Answer:
     password_hash = await passwords.hashed(password)
     try:
         async with db.transaction():
-            user_id = await accounts.register(db, options.name, options.email.lower(), password_hash)
+            user_id = await accounts.register(db, options.name, canonical(options.email), password_hash)
             if options.admin:
                 await accounts.promote(db, user_id, is_admin=True)
             await _note(db, "create_user", user_id, is_admin=options.admin)
     except asyncpg.UniqueViolationError:
         raise Fatal("this e-mail address has an account already.") from None
-    return {"id": str(user_id), "email": options.email.lower(), "password": password}
+    return {"id": str(user_id), "email": canonical(options.email), "password": password}
 
 
 async def show_user(db: Db, options: argparse.Namespace) -> Answer:

@@ -16,7 +16,7 @@ from protocol.server import Error, GoingAway, Ready, Reply, ServerFrame
 from server.admission import Admission
 from server.context import Context
 from server.dispatch import Dispatch, error_frame
-from server.errors import refusal
+from server.errors import INTERNAL, log_defect, refusal
 from server.hub import Hub
 from server.limits import Bucket, Pace, too_many
 from server.strikes import Strikes
@@ -255,7 +255,12 @@ class Connection:
                 limit = (self._shared.dispatch.rate(data), answer.path)
             self._strikes = self._strikes or Strikes()
             is_abuse = self._strikes.is_abuse(answer, limit)
-        self.say(answer)
+        try:
+            self.say(answer)
+        except Exception as error:  # noqa: BLE001 - an answer that cannot be written is a defect of its frame alone
+            log_defect(log, "writing an answer", error)
+            answer = error_frame(INTERNAL, re=answer.re)
+            self.say(answer)
         if self._entering is not None:
             self._is_in()
         if is_abuse:

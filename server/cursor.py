@@ -1,10 +1,21 @@
 """Where a page ends: a moment and an id, as an opaque word that the client hands back to get the next page."""
 
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import NamedTuple, Self
 from uuid import UUID
 
 from protocol.errors import ErrorCode, Refused
+
+
+def moment_of(text: str) -> datetime:
+    """Return a time in UTC. Raises ValueError without a time zone, or outside of the years 1 to 9999."""
+    at = datetime.fromisoformat(text)
+    if at.tzinfo is None:
+        raise ValueError
+    try:
+        return at.astimezone(UTC)
+    except OverflowError:
+        raise ValueError from None
 
 
 class Cursor(NamedTuple):
@@ -23,9 +34,6 @@ class Cursor(NamedTuple):
             return None
         moment, _, one = text.partition("/")
         try:
-            at = datetime.fromisoformat(moment)
-            if at.tzinfo is None:
-                raise ValueError
-            return cls(at, UUID(one))
+            return cls(moment_of(moment), UUID(one))
         except ValueError:
             raise Refused(ErrorCode.INVALID, "This is not an `after` that a page came with.", path="after") from None

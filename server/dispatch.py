@@ -13,7 +13,7 @@ from protocol.ids import UserId
 from protocol.server import Error, Reply, Result
 from server.context import Context
 from server.database import ROLLED_BACK
-from server.errors import refusal
+from server.errors import INTERNAL, log_defect, refusal
 from server.metrics import Metrics
 from server.pressure import Pressure, Shed
 from server.sharedallowance import SharedAllowance
@@ -22,7 +22,6 @@ log = logging.getLogger(__name__)
 
 SEARCHING_MS = 500
 """When to retry a search that was refused because another one of the same user runs, in milliseconds."""
-INTERNAL = Refused(ErrorCode.INTERNAL, "The server failed to do this; it has been noted. Nothing was half-written.")
 
 
 class Access(Enum):
@@ -91,10 +90,10 @@ class Dispatch:
             else:
                 self._allowances[route.rate].require(context.user_id)
                 result = await self._handle(route, context, frame)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - whatever goes wrong is answered
             refused = refusal(error)
             if refused is None:
-                log.exception("%s failed", type(frame).__name__)
+                log_defect(log, type(frame).__name__, error)
                 refused = INTERNAL
             self._metrics.refusals[refused.code] += 1
             return error_frame(refused, re=label(data) if frame is None else frame.id)

@@ -1,6 +1,7 @@
 """What goes wrong below the handlers, told as the protocol tells it: constraint names and lost databases."""
 
 import asyncio
+import logging
 
 import asyncpg
 from redis.exceptions import RedisClusterException, RedisError
@@ -8,6 +9,10 @@ from redis.exceptions import RedisClusterException, RedisError
 from protocol.errors import ErrorCode, Refused
 
 RETRY_AFTER_MS = 500
+
+
+UNFIT = "A value is beyond what the database can hold."
+INTERNAL = Refused(ErrorCode.INTERNAL, "Internal error; it was logged.")
 
 
 class Fatal(Exception):  # noqa: N818 - the program's last word, not a fault in it
@@ -32,6 +37,7 @@ class NotActive(Refused):
 CONSTRAINTS: dict[str, tuple[ErrorCode, str, str | None]] = {
     "user_email_key": (ErrorCode.CONFLICT, "This e-mail address has an account already.", "email"),
     "account_provider_key": (ErrorCode.CONFLICT, "This e-mail address has an account already.", "email"),
+    "user_email_lower": (ErrorCode.INVALID, "The letters of this e-mail address have no lower case here.", "email"),
     "conversation_pkey": (ErrorCode.CONFLICT, "This id is taken by another conversation.", "conversation_id"),
     "message_pkey": (ErrorCode.CONFLICT, "This id is taken by another message.", "message_id"),
     "message_edit_pkey": (ErrorCode.CONFLICT, "This id is taken by another edit.", "edit_id"),
@@ -52,6 +58,15 @@ _LOST: tuple[type[BaseException], ...] = (
     asyncpg.ReadOnlySQLTransactionError,
 )
 
+_UNFIT: tuple[type[BaseException], ...] = (
+    asyncpg.DataError,  # U+0000, times and numbers out of range
+    asyncpg.ProgramLimitExceededError,
+    asyncpg.StatementTooComplexError,
+)
+"""Values that PostgreSQL cannot hold: the last net below the bounds of protocol/."""
+_BRIEF: tuple[type[BaseException], ...] = (RecursionError, OverflowError, UnicodeError)
+"""Defects that a value of a client's shows: their tracebacks are long, say little, and quote the value."""
+
 REDIS_LOST = (RedisError, RedisClusterException, OSError, asyncio.TimeoutError)
 """What is raised when Redis cannot be reached."""
 
@@ -66,6 +81,14 @@ def is_lost(error: BaseException) -> bool:
     return isinstance(error, _LOST)
 
 
+def log_defect(log: logging.Logger, what: str, error: Exception) -> None:
+    """Log that `what` failed by a defect of ours: in one line where a client's value explains it."""
+    if isinstance(error, _BRIEF):
+        log.error("%s failed: %s", what, type(error).__name__)
+    else:
+        log.error("%s failed", what, exc_info=error)
+
+
 def refusal(error: Exception) -> Refused | None:
     """Return what to tell a client about `error`, or None if it is a defect of ours."""
     if isinstance(error, Refused):
@@ -73,6 +96,9 @@ def refusal(error: Exception) -> Refused | None:
     if isinstance(error, asyncpg.IntegrityConstraintViolationError):
         known = CONSTRAINTS.get(error.constraint_name or "")
         return Refused(known[0], known[1], path=known[2]) if known else None
+    if isinstance(error, _UNFIT):
+        logging.getLogger(__name__).warning("the database refused a value: %s", type(error).__name__)
+        return Refused(ErrorCode.INVALID, UNFIT)
     if is_lost(error):
         return Refused(
             ErrorCode.UNAVAILABLE,

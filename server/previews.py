@@ -9,7 +9,7 @@ import re
 from html.parser import HTMLParser
 from urllib.parse import urljoin
 
-from protocol.limits import MAX_CONTENT
+from protocol.limits import MAX_CONTENT, visible
 from protocol.values import LinkPreview, Message
 from server.context import Events
 from server.database import Database
@@ -24,7 +24,7 @@ AT_ONCE = 4
 TITLE, DESCRIPTION, LINK = 300, 1_000, 2_000
 """How long what is kept of a page may be, in characters."""
 
-_LINK = re.compile(r"https?://[^\s<>\"]{1,2000}")
+_LINK = re.compile(r"https?://[^\s<>\"`\\]{1,2000}")
 
 log = logging.getLogger(__name__)
 
@@ -103,7 +103,7 @@ def read(page: bytes, link: str, base: str) -> LinkPreview | None:
 
 
 def _short(text: str, most: int) -> str | None:
-    return " ".join(text.replace("\0", " ").split())[:most] or None
+    return visible(" ".join(text.split()))[:most] or None
 
 
 class _Head(HTMLParser):

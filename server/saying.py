@@ -1,10 +1,7 @@
 """What the server makes of what is said: HTML of Markdown, mentions that count, and hashtags."""
 
 from protocol.client import Edit, Send
-from protocol.codec import encode
-from protocol.errors import ErrorCode, Refused
 from protocol.ids import UserId
-from protocol.limits import MAX_METADATA_BYTES
 from protocol.payloads import Code
 from server import markup, mentions
 from server.context import Context
@@ -26,8 +23,6 @@ async def made_of(context: Context, frame: Send | Edit, *, is_code: bool) -> Mad
 
 
 async def outgoing(context: Context, frame: Send, source: Source | None = None) -> Outgoing:
-    """Return a message as it is to be stored. Raises Refused if something in it is too large."""
-    if frame.metadata is not None and len(encode(frame.metadata)) > MAX_METADATA_BYTES:
-        raise Refused(ErrorCode.INVALID, f"Metadata takes at most {MAX_METADATA_BYTES} bytes.", path="metadata")
+    """Return a message as it is to be stored. Raises Refused if what is made of it is too long."""
     made = await made_of(context, frame, is_code=isinstance(frame.payload, Code))
     return Outgoing(context.user_id, frame, made, source)

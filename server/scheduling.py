@@ -4,15 +4,19 @@ The message's id was made when it was scheduled, so a worker that dies after sen
 leaves nothing behind that the next one could send twice.
 """
 
+import logging
 from functools import partial
 from uuid import UUID
 
-from protocol.errors import ErrorCode, Refused
+from protocol.errors import ErrorCode
 from protocol.ids import SessionId
 from server.context import Context, Services
+from server.errors import INTERNAL, log_defect, refusal
 from server.handlers.sending import send
 from server.queries import scheduled
 from server.queries.scheduled import Due
+
+log = logging.getLogger(__name__)
 
 NO_SESSION = SessionId(UUID(int=0))
 AGAIN = frozenset({ErrorCode.UNAVAILABLE, ErrorCode.RATE_LIMITED})
@@ -23,13 +27,21 @@ async def send_due(services: Services) -> None:
     """Send the messages whose time has come and that no other worker has taken up."""
     async with services.database.connection() as db:
         claimed = await scheduled.claim(db)
-    for due, is_here in claimed:
-        problem: str | None = None if is_here else "The account is not there any more."
-        if is_here:
+    for due in claimed:
+        problem: str | None = None
+        if not due.is_here:
+            problem = "The account is not there any more."
+        elif due.frame is None:
+            problem = "The message is stored in a form that the server cannot read. Schedule a new one."
+        else:
             try:
                 context = Context(services=services, user=due.sender, session_id=NO_SESSION)
                 await services.database.again("a scheduled message", partial(send, context, due.frame))
-            except Refused as refused:
+            except Exception as error:  # noqa: BLE001 - the others are due, too
+                refused = refusal(error)
+                if refused is None:
+                    log_defect(log, "send_due", error)
+                    refused = INTERNAL
                 if refused.code in AGAIN:
                     continue
                 problem = refused.message

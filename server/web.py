@@ -9,8 +9,8 @@ from starlette.responses import Response
 from protocol.codec import encode
 from protocol.errors import ErrorCode, Refused
 from protocol.limits import MAX_FRAME_BYTES
-from server.dispatch import INTERNAL, error_frame
-from server.errors import refusal
+from server.dispatch import error_frame
+from server.errors import INTERNAL, log_defect, refusal
 
 log = logging.getLogger(__name__)
 
@@ -37,10 +37,10 @@ def endpoint(inner: Endpoint) -> Endpoint:
     async def outer(request: Request) -> Response:
         try:
             return await inner(request)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - whatever goes wrong is answered
             refused = refusal(error)
             if refused is None:
-                log.exception("%s failed", request.url.path)
+                log_defect(log, request.url.path, error)
                 refused = INTERNAL
             return refusal_response(refused)
 

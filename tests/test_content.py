@@ -1,7 +1,9 @@
 """What messages consist of: payloads of every type, Markdown that is safe to show, mentions and hashtags."""
 
 import asyncio
+import contextlib
 import re
+import time
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -125,6 +127,67 @@ def test_what_nests_for_ever_ends_soon() -> None:
             assert_safe(markup.render(text))
         except Refused as refusal:
             assert refusal.path == "content"
+    assert markup.render(">" * (markup.MAX_DEPTH - 1) + " a").count("<blockquote>") == markup.MAX_DEPTH - 1
+    with refused(ErrorCode.INVALID, "content"):
+        markup.render(">" * markup.MAX_DEPTH + " a")
+
+
+def test_what_messages_do_not_have_is_shown_as_it_was_written() -> None:
+    """HTML, entities, images, headings, and definitions of links; in code, everything."""
+    for text, html in {
+        "List<String> & a < b &copy;": "List&lt;String&gt; &amp; a &lt; b &amp;copy;",
+        r"\<b\> \&amp;": "&lt;b&gt; &amp;amp;",
+        "# Heading": "# Heading",
+        "a\n===": "a<br>\n===",
+        "[a]: https://example.org": "[a]: https://example.org",
+        "`![x](y) <b> &amp;`": "<code>![x](y) &lt;b&gt; &amp;amp;</code>",
+        "one\r\ntwo\\\nthree": "one<br>\ntwo<br>\nthree",
+    }.items():
+        assert markup.render(text) == f"<p>{html}</p>"
+    link = '<a href="https://example.org/?a=1&amp;b=2" rel="noopener noreferrer nofollow">x</a>'
+    assert markup.render("![x](https://example.org/?a=1&b=2)") == f"<p>!{link}</p>"
+    assert markup.render("```\n# a < b\n=\n```") == "<pre><code># a &lt; b\n=\n</code></pre>"
+    assert markup.render("\ue0f0b> \ue0f1lt; \ue0f2") == "<p>\ufffdb&gt; \ufffdlt; \ufffd</p>"
+
+
+COSTLY = [
+    "[", "*a_", "- - a\n", "- a\n", "*_", "a*b*", "***a", "_a*", "[[a]](", "a**b_c~~", "[](", "![[]()", "`", "``a`",
+    "<a", "> ", "<https://a.b/", "a\n", "\\", "&", "1. ", "~~a ", "[a](b) ", "> > > a\n", "=\n", "# a\n", "[a]: b\n", ">",
+]  # fmt: skip
+
+
+def test_no_message_costs_the_loop_much_more_than_others_of_its_length() -> None:
+    """The measure is a text of ordinary words: it took a pure Python renderer 50 times as long, and more."""
+    ordinary = "Some *ordinary* words, and a [link](https://example.org) here and there.\n" * 140
+
+    def cost(text: str) -> float:
+        took = []
+        for _ in range(5):
+            began = time.process_time_ns()
+            with contextlib.suppress(Refused):
+                markup.render(text[:10_000])
+            took.append(time.process_time_ns() - began)
+        return min(took)
+
+    base = cost(ordinary)
+    ratios = {text: cost(text * (10_000 // len(text) + 1)) / base for text in COSTLY}
+    assert max(ratios.values()) < 10, ratios
+
+
+async def test_an_edit_that_changes_nothing_is_not_rendered(room: Room, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = await sent(room.ada, room.group, "*Hello* #loom", is_markdown=True)
+    rendered: list[str] = []
+    render = markup.render
+
+    def noted(content: str) -> str:
+        rendered.append(content)
+        return render(content)
+
+    monkeypatch.setattr(markup, "render", noted)
+    await room.ada.call(client.Edit(**room.at(one), content="*Hello* #loom", is_markdown=True))
+    assert rendered == []
+    await room.ada.call(client.Edit(**room.at(one), content="*Hello* #loom!", is_markdown=True))
+    assert rendered == ["*Hello* #loom!"]
 
 
 async def test_html_that_would_be_too_long_is_refused(room: Room) -> None:

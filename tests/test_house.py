@@ -36,6 +36,7 @@ STOREYS: list[list[str]] = [
         "progress",
         "terminal",
         "markup",
+        "rows",
         "mentions",
         "outbound",
         "database",

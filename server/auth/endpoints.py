@@ -12,7 +12,7 @@ from starlette.routing import Route
 
 from protocol.codec import decode
 from protocol.errors import ErrorCode, Refused
-from protocol.http import Confirm, LoggedIn, Login, Register, SessionList
+from protocol.http import Confirm, LoggedIn, Login, Register, SessionList, canonical
 from protocol.ids import SessionId, UserId
 from protocol.values import User
 from server.addresses import address_of, key_of
@@ -92,7 +92,7 @@ class Accounts:
         password_hash = await passwords.hashed(body.password)
 
         async def made(db: Db) -> Begun | None:
-            user_id = await accounts.register(db, body.name, body.email.lower(), password_hash)
+            user_id = await accounts.register(db, body.name, canonical(body.email), password_hash)
             return await self._begin(db, request, User(id=user_id, name=body.name), password_hash)
 
         try:
@@ -107,7 +107,7 @@ class Accounts:
         require_origin(request, self._origins)
         await self._attempts.of_address(key_of(request))
         body = decode(await limited_body(request), _login)
-        email = body.email.lower()
+        email = canonical(body.email)
         async with self._attempts.at_account(email):
             for _ in range(MAX_RACES):
                 async with self._database.connection() as db:

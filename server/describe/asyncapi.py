@@ -10,7 +10,7 @@ from protocol.client import ClientFrame, Frame
 from protocol.errors import CloseCode
 from protocol.server import DurableEvent, Error, Reply, ServerFrame
 
-Json = dict[str, Any]
+Schema = dict[str, Any]
 CLIENT_FRAMES: tuple[type[Frame], ...] = get_args(ClientFrame)
 SERVER_FRAMES: tuple[type[msgspec.Struct], ...] = get_args(ServerFrame)
 DURABLE: frozenset[type[msgspec.Struct]] = frozenset(get_args(DurableEvent))
@@ -27,13 +27,23 @@ def summary(what: type) -> str:
     return " ".join((what.__doc__ or "").split())
 
 
-def schemas(*types: Any) -> Json:  # noqa: ANN401 - whatever msgspec describes
+def schemas(*types: Any) -> Schema:  # noqa: ANN401 - whatever msgspec describes
     """Return the JSON schemas of types and of all that they use, by name."""
     _, found = msgspec.json.schema_components(types, ref_template="#/components/schemas/{name}")
-    return dict(found)
+    return {name: _in_ecma(one) for name, one in found.items()}
 
 
-def document() -> Json:
+def _in_ecma(schema: Any) -> Any:  # noqa: ANN401 - any JSON
+    """Return a schema with its patterns as other languages write them, where `$` is the end and nothing else."""
+    if isinstance(schema, dict):
+        return {
+            key: inner.replace(r"\Z", "$") if key == "pattern" and isinstance(inner, str) else _in_ecma(inner)
+            for key, inner in schema.items()
+        }
+    return [_in_ecma(inner) for inner in schema] if isinstance(schema, list) else schema
+
+
+def document() -> Schema:
     """Return the description of the socket."""
     frames = [*CLIENT_FRAMES, *SERVER_FRAMES]
     return {
@@ -85,7 +95,7 @@ def document() -> Json:
     }
 
 
-def _received(frame: type[Frame]) -> Json:
+def _received(frame: type[Frame]) -> Schema:
     return {
         "action": "receive",
         "channel": {"$ref": "#/channels/socket"},
@@ -98,7 +108,7 @@ def _received(frame: type[Frame]) -> Json:
     }
 
 
-def _sent(frame: type[msgspec.Struct]) -> Json:
+def _sent(frame: type[msgspec.Struct]) -> Schema:
     return {
         "action": "send",
         "channel": {"$ref": "#/channels/socket"},

@@ -7,7 +7,7 @@ from protocol.client import ClientFrame
 from protocol.export import Export
 from protocol.http import Confirm, LoggedIn, Login, Register, SessionList
 from protocol.server import Error, Reply
-from server.describe.asyncapi import CLIENT_FRAMES, Json, schemas, tag
+from server.describe.asyncapi import CLIENT_FRAMES, Schema, schemas, tag
 
 _SECURITY: list[dict[str, list[str]]] = [{"token": []}, {"cookie": []}]
 
@@ -15,7 +15,7 @@ ALWAYS = (500, 503)
 """A defect of ours, and a database that is away, may be the answer to anything that asks it."""
 
 
-def document() -> Json:
+def document() -> Schema:
     """Return the description of the HTTP endpoints."""
     return {
         "openapi": "3.1.0",
@@ -109,11 +109,11 @@ def document() -> Json:
     }
 
 
-_CHECKS: Json = {"type": "object", "additionalProperties": {"type": "boolean"}}
+_CHECKS: Schema = {"type": "object", "additionalProperties": {"type": "boolean"}}
 
 
-def _operation(name: str, what: str, *, body: type | None = None, is_secured: bool = False) -> Json:
-    operation: Json = {"operationId": name, "summary": what}
+def _operation(name: str, what: str, *, body: type | None = None, is_secured: bool = False) -> Schema:
+    operation: Schema = {"operationId": name, "summary": what}
     if body is not None:
         operation["requestBody"] = {"required": True, **_content(_ref(body))}
     if is_secured:
@@ -121,8 +121,8 @@ def _operation(name: str, what: str, *, body: type | None = None, is_secured: bo
     return operation
 
 
-def _responses(good: dict[str, tuple[str, type | None]], *refusals: int) -> Json:
-    found: Json = {
+def _responses(good: dict[str, tuple[str, type | None]], *refusals: int) -> Schema:
+    found: Schema = {
         status: {"description": what, **({} if kind is None else _content(_ref(kind)))}
         for status, (what, kind) in good.items()
     }
@@ -130,9 +130,9 @@ def _responses(good: dict[str, tuple[str, type | None]], *refusals: int) -> Json
     return {"responses": found}
 
 
-def _content(schema: Json) -> Json:
+def _content(schema: Schema) -> Schema:
     return {"content": {"application/json": {"schema": schema}}}
 
 
-def _ref(kind: Any) -> Json:  # noqa: ANN401 - a struct's class
+def _ref(kind: Any) -> Schema:  # noqa: ANN401 - a struct's class
     return {"$ref": f"#/components/schemas/{kind.__name__}"}

@@ -1,12 +1,8 @@
 """Conversations: made, listed, changed."""
 
-from msgspec import UNSET
-
 from protocol import client
-from protocol.codec import encode
 from protocol.errors import ErrorCode, Refused
 from protocol.ids import EVERYONE, ConversationId, UserId, uuid7
-from protocol.limits import MAX_METADATA_BYTES
 from protocol.roles import Act
 from protocol.server import (
     ConversationPage,
@@ -14,7 +10,7 @@ from protocol.server import (
     OneConversation,
     PublicConversationList,
 )
-from protocol.values import Conversation, ConversationSettings, ConversationView, Role
+from protocol.values import Conversation, ConversationView, Role
 from server import search, sync
 from server.context import Context
 from server.cursor import Cursor
@@ -90,7 +86,7 @@ async def _create(
         is_public=frame.is_public,
         invite_code=None if is_group or frame.is_public else new_code(),
         max_participants=frame.max_participants,
-        settings=_checked_settings(frame.settings),
+        settings=frame.settings,
     )
     async with context.database.transaction() as db:
         if context.user_id not in await users.lock(db, members):
@@ -131,8 +127,6 @@ async def get(context: Context, frame: client.GetConversation) -> OneConversatio
 async def update(context: Context, frame: client.UpdateConversation) -> OneConversation:
     """Change a conversation's settings and tell everyone."""
     given = client.given(frame)
-    if frame.settings is not UNSET:
-        _checked_settings(frame.settings)
     async with context.database.transaction() as db:
         await conversations.lock(db, frame.conversation_id)
         before = await _view(db, context.user_id, frame.conversation_id)
@@ -200,11 +194,3 @@ async def _view(db: Db, user_id: UserId, conversation_id: ConversationId) -> Con
     if not views:
         raise NotFound("conversation_id")
     return views[0]
-
-
-def _checked_settings(settings: ConversationSettings) -> ConversationSettings:
-    if len(encode(settings.custom)) > MAX_METADATA_BYTES:
-        raise Refused(
-            ErrorCode.INVALID, f"Custom settings take at most {MAX_METADATA_BYTES} bytes.", path="settings.custom"
-        )
-    return settings

@@ -8,12 +8,14 @@ from protocol.errors import ErrorCode, Refused
 from protocol.limits import MAX_PAGE
 from protocol.roles import Act
 from protocol.server import Changed, EditPage, MessagePage, OneMessage
+from protocol.values import Message
 from server.context import Context
 from server.errors import NotFound
 from server.permissions import require, require_may_send
 from server.queries import audit, edits, messages, sending
 from server.queries.audit import Deed
 from server.queries.messages import Found, Span
+from server.queries.sending import Made
 from server.saying import made_of
 from server.telling import tell_changed, tell_deleted
 
@@ -21,10 +23,8 @@ from server.telling import tell_changed, tell_deleted
 async def edit(context: Context, frame: client.Edit) -> Changed:
     """Change what the caller's own message says, keep what it said, and tell everyone."""
     async with context.database.connection() as db:
-        is_code = (there := await messages.find(db, frame, context.user_id)) is not None and (
-            there.message.content_type == "code"
-        )
-    made = await made_of(context, frame, is_code=is_code)
+        there = await messages.find(db, frame, context.user_id)
+    made = await _made_anew(context, frame, None if there is None else there.message)
     async with context.database.transaction() as db:
         found = await messages.lock(db, frame, context.user_id)
         if found is None:
@@ -44,6 +44,13 @@ async def edit(context: Context, frame: client.Edit) -> Changed:
             await sending.begin_wait(db, before.conversation_id, context.user_id, now())
     context.services.previews.wanted(message)
     return tell_changed(context.events, found, message)
+
+
+async def _made_anew(context: Context, frame: client.Edit, there: Message | None) -> Made:
+    """Return what is made of an edit's content; it is there already if the message says the same."""
+    if there is not None and (there.content, there.formatted_content is not None) == (frame.content, frame.is_markdown):
+        return Made(there.formatted_content, there.mentions, there.loud_mentions, there.hashtags)
+    return await made_of(context, frame, is_code=there is not None and there.content_type == "code")
 
 
 def _require_editable(context: Context, found: Found) -> None:

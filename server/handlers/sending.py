@@ -46,6 +46,10 @@ async def forward(context: Context, frame: client.Forward) -> Sent:
         raise NotFound("message_id")
     if said.system_message_type is not None:
         raise Refused(ErrorCode.FORBIDDEN, "This is not what somebody said.", path="message_id")
+    if said.is_unreadable:
+        raise Refused(
+            ErrorCode.FORBIDDEN, "A message that cannot be read whole cannot be forwarded.", path="message_id"
+        )
     again.is_markdown = said.formatted_content is not None
     try:
         return await _store(context, await outgoing(context, again, source))

@@ -9,8 +9,9 @@ from protocol.ids import UserId
 from protocol.values import User
 from server.database import Db
 from server.queries.users import FACE
+from server.rows import Reader
 
-_user_decoder = msgspec.json.Decoder(User)
+_user_decoder = Reader(User)
 
 NAMES = """SELECT u.id, u.name FROM "user" u WHERE u.id = ANY($1)"""
 
@@ -137,7 +138,7 @@ class Card(msgspec.Struct, frozen=True, kw_only=True):
     last_seen_at: datetime | None
 
 
-_card_decoder = msgspec.json.Decoder(Card)
+_card_decoder = Reader(Card)
 
 CARD = """
 SELECT json_build_object('id', u.id, 'name', u.name, 'email', u.email, 'is_admin', u.is_admin,

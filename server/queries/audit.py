@@ -6,13 +6,15 @@ from uuid import UUID
 import msgspec
 
 from protocol.ids import ConversationId, MessageId, UserId
-from protocol.values import AuditEntry, Json
+from protocol.json_object import Json
+from protocol.values import AuditEntry
 from server.database import Db
+from server.rows import Reader
 
 SERVER = ConversationId(UUID(int=0))
 """The chain of what is done on the server, outside any conversation."""
 
-_entries_decoder = msgspec.json.Decoder(list[AuditEntry])
+_entries_decoder = Reader(list[AuditEntry])
 
 
 class Deed(NamedTuple):

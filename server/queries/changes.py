@@ -2,16 +2,15 @@
 
 from typing import NamedTuple
 
-import msgspec
-
 from protocol.ids import EVERYONE, ConversationId, MessageId, UserId
 from protocol.server import Changes, DurableEvent
 from protocol.values import Receipt
 from server.database import Db
 from server.queries.unread import COUNT_UNREAD
+from server.rows import Reader
 
-_event_decoder = msgspec.json.Decoder(DurableEvent)
-_receipts_decoder = msgspec.json.Decoder(list[Receipt])
+_event_decoder = Reader(DurableEvent)
+_receipts_decoder = Reader(list[Receipt])
 
 _CHANGED = """json_build_object('type', 'message_changed', 'conversation_id', {row}.conversation_id,
         'version', {row}.version, 'message_id', m.id)"""
@@ -103,7 +102,7 @@ async def since(db: Db, conversation_id: ConversationId, version: int, *, limit:
         conversation_id=conversation_id,
         since=version,
         version=reached,
-        events=[_event_decoder.decode(row[2]) for row in kept],
+        events=_event_decoder.each(row[2] for row in kept),
     )
     gone = [UserId(row[3]) for row in kept if row[3] is not None]
     return Difference(changes, gone, clock)

@@ -19,10 +19,11 @@ from server.cursor import Cursor
 from server.database import Db
 from server.queries.messages import Obstacle
 from server.queries.unread import COUNT_UNREAD
+from server.rows import Reader
 
-_view_decoder = msgspec.json.Decoder(ConversationView)
-_public_decoder = msgspec.json.Decoder(list[PublicConversation])
-_conversation_decoder = msgspec.json.Decoder(Conversation)
+_view_decoder = Reader(ConversationView)
+_public_decoder = Reader(list[PublicConversation])
+_conversation_decoder = Reader(Conversation)
 
 VIEW = f"""json_build_object(
     'conversation', conversation_json(c),
@@ -56,7 +57,7 @@ WHERE me.user_id = $1 AND me.conversation_id = ANY($2) AND me.status = 'active'
 
 async def get(db: Db, user_id: UserId, conversation_ids: Sequence[ConversationId]) -> list[ConversationView]:
     """Return those of the conversations that the user takes part in."""
-    return [_view_decoder.decode(row[0]) for row in await db.fetch(GET, user_id, list(conversation_ids))]
+    return _view_decoder.each(row[0] for row in await db.fetch(GET, user_id, list(conversation_ids)))
 
 
 class Filter(NamedTuple):
@@ -95,7 +96,7 @@ async def page(db: Db, user_id: UserId, which: Filter, *, limit: int) -> list[Co
     rows = await db.fetch(
         PAGE, user_id, limit, which.type, which.is_archived, which.is_hidden, *before, list(which.without)
     )
-    return [_view_decoder.decode(row[0]) for row in rows]
+    return _view_decoder.each(row[0] for row in rows)
 
 
 class Membership(NamedTuple):
@@ -362,7 +363,7 @@ class Card(msgspec.Struct, frozen=True, kw_only=True):
     last_activity_at: datetime
 
 
-_card_decoder = msgspec.json.Decoder(Card)
+_card_decoder = Reader(Card)
 
 CARD = """
 SELECT json_build_object('conversation', conversation_json(c), 'message_count', c.message_count, 'version', c.version,

@@ -1,13 +1,12 @@
 """Drafts: what somebody has begun to write, one in each conversation."""
 
-import msgspec
-
 from protocol.client import SetDraft
 from protocol.ids import UserId
 from protocol.values import Draft
 from server.database import Db
+from server.rows import Reader
 
-_drafts_decoder = msgspec.json.Decoder(list[Draft])
+_drafts_decoder = Reader(list[Draft])
 
 # Users are locked before what is theirs, as everywhere.
 SET = """

@@ -1,16 +1,15 @@
 """Messages changed: edited, deleted, and what they said before."""
 
-import msgspec
-
 from protocol.client import Edit
 from protocol.ids import EditId, UserId, uuid7
 from protocol.values import Message, MessageEdit
 from server.database import Db
 from server.queries.messages import VISIBLE, Place
 from server.queries.sending import Made
+from server.rows import Reader
 
-_message_decoder = msgspec.json.Decoder(Message)
-_edits_decoder = msgspec.json.Decoder(list[MessageEdit])
+_message_decoder = Reader(Message)
+_edits_decoder = Reader(list[MessageEdit])
 
 EDIT = """
 WITH bumped AS (

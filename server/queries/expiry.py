@@ -2,13 +2,12 @@
 
 from collections.abc import Sequence
 
-import msgspec
-
 from protocol.ids import ConversationId, MessageId
 from protocol.values import Message
 from server.database import Db
+from server.rows import Reader
 
-_message_decoder = msgspec.json.Decoder(Message)
+_message_decoder = Reader(Message)
 
 AT_ONCE = 200
 

@@ -5,15 +5,14 @@ from datetime import datetime
 from typing import NamedTuple
 from uuid import UUID
 
-import msgspec
-
 from protocol.ids import UserId
 from protocol.limits import MAX_COUNTED
 from protocol.values import FeedEntry, FeedKind
 from server.cursor import Cursor
 from server.database import Db
+from server.rows import Reader
 
-_message_decoder = msgspec.json.Decoder(FeedEntry)
+_entry_decoder = Reader(FeedEntry)
 
 KINDS: tuple[FeedKind, ...] = ("mention", "reply", "reaction", "friend_request", "invitation")
 THREADS = 500
@@ -119,7 +118,7 @@ async def page(
     """Return up to `limit` entries of these kinds, the latest first. In a transaction for searching."""
     at, key = before or (None, None)
     rows = await db.fetch(PAGE, user_id, list(kinds), at, key, _EVER, limit)
-    return [Placed(Cursor(at, UUID(int=key.int)), _message_decoder.decode(text)) for at, key, text in rows]
+    return [Placed(Cursor(at, UUID(int=key.int)), _entry_decoder.decode(text)) for at, key, text in rows]
 
 
 _EVER = datetime.fromisoformat("0001-01-02T00:00:00+00:00")

@@ -3,17 +3,16 @@
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, Protocol
 
-import msgspec
-
 from protocol.ids import ConversationId, MessageId, UserId
 from protocol.server import MessagePage, OneMessage
 from protocol.values import Conversation, Message, Participant
 from server.database import Db
+from server.rows import Reader
 
-_one_decoder = msgspec.json.Decoder(OneMessage)
-_message_decoder = msgspec.json.Decoder(Message)
-_participant_decoder = msgspec.json.Decoder(Participant)
-_conversation_decoder = msgspec.json.Decoder(Conversation)
+_one_decoder = Reader(OneMessage)
+_message_decoder = Reader(Message)
+_participant_decoder = Reader(Participant)
+_conversation_decoder = Reader(Conversation)
 
 NEWEST = 2**62
 """An anchor after every message."""

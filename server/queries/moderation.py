@@ -2,16 +2,15 @@
 
 from collections.abc import Sequence
 
-import msgspec
-
 from protocol.client import DismissReport, ListReports, ReportMessage
 from protocol.ids import UserId, uuid7
 from protocol.values import Message, Report
 from server.database import Db
 from server.queries.edits import find_anew
+from server.rows import Reader
 
-_message_decoder = msgspec.json.Decoder(Message)
-_reports_decoder = msgspec.json.Decoder(list[Report])
+_message_decoder = Reader(Message)
+_reports_decoder = Reader(list[Report])
 
 MODERATE = """
 WITH bumped AS (

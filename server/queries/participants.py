@@ -11,10 +11,11 @@ from protocol.server import ParticipantEntry
 from protocol.values import Invitation, Participant, ParticipantStatus, Role
 from server.database import Db
 from server.queries.users import FACE
+from server.rows import Reader
 
-_participant_decoder = msgspec.json.Decoder(Participant)
-_invitations_decoder = msgspec.json.Decoder(list[Invitation])
-_entry_decoder = msgspec.json.Decoder(ParticipantEntry)
+_participant_decoder = Reader(Participant)
+_invitations_decoder = Reader(list[Invitation])
+_entry_decoder = Reader(ParticipantEntry)
 
 
 class Change(NamedTuple):

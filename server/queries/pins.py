@@ -1,7 +1,5 @@
 """Pins: what stands out for everyone in a conversation. Stars: what somebody has put aside for themselves."""
 
-import msgspec
-
 from protocol.ids import ConversationId, UserId
 from protocol.limits import MAX_PINS
 from protocol.server import MessageList
@@ -9,9 +7,10 @@ from protocol.values import Message
 from server.cursor import Cursor
 from server.database import Db
 from server.queries.messages import VISIBLE, WITHHELD, Place
+from server.rows import Reader
 
-_message_decoder = msgspec.json.Decoder(Message)
-_list_decoder = msgspec.json.Decoder(MessageList)
+_message_decoder = Reader(Message)
+_list_decoder = Reader(MessageList)
 
 PIN = """
 WITH bumped AS (

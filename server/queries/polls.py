@@ -2,15 +2,14 @@
 
 from typing import NamedTuple
 
-import msgspec
-
 from protocol.ids import UserId
 from protocol.values import Message, PollVote
 from server.database import Db
 from server.queries.messages import Place
+from server.rows import Reader
 
-_message_decoder = msgspec.json.Decoder(Message)
-_votes_decoder = msgspec.json.Decoder(list[PollVote])
+_message_decoder = Reader(Message)
+_votes_decoder = Reader(list[PollVote])
 
 
 class Standing(NamedTuple):

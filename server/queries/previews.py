@@ -6,8 +6,9 @@ from protocol.values import LinkPreview, Message
 from server.database import Db
 from server.queries import messages
 from server.queries.messages import At, Found
+from server.rows import Reader
 
-_message_decoder = msgspec.json.Decoder(Message)
+_message_decoder = Reader(Message)
 
 
 async def lock(db: Db, message: Message) -> Found | None:

@@ -3,17 +3,16 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import msgspec
-
 from protocol.client import RegisterPush
 from protocol.ids import MessageId, SessionId, UserId
 from protocol.limits import MAX_PUSH_ENDPOINTS
 from protocol.values import Message, User
 from server.database import Db
 from server.queries.users import FACE
+from server.rows import Reader
 
-_message_decoder = msgspec.json.Decoder(Message)
-_user_decoder = msgspec.json.Decoder(User)
+_message_decoder = Reader(Message)
+_user_decoder = Reader(User)
 
 KEY = """
 WITH made AS (INSERT INTO server_key (name, value) VALUES ($1, $2) ON CONFLICT DO NOTHING RETURNING value)

@@ -4,16 +4,15 @@ number that only grows. Unread and read-by follow from it.
 
 from typing import NamedTuple
 
-import msgspec
-
 from protocol.client import Delivered, MarkUnread, Read
 from protocol.ids import ConversationId, MessageId, UserId
 from protocol.server import Readers
 from server.database import Db
 from server.queries.messages import REACHED, VISIBLE, Place
 from server.queries.unread import COUNT_UNREAD
+from server.rows import Reader
 
-_readers_decoder = msgspec.json.Decoder(Readers)
+_readers_decoder = Reader(Readers)
 
 
 class Position(NamedTuple):

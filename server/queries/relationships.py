@@ -10,9 +10,10 @@ from protocol.values import Relationship, RelationshipEntry, RelationshipKind, R
 from server.database import Db
 from server.queries import users
 from server.queries.users import FACE
+from server.rows import Reader
 
-_relationship_decoder = msgspec.json.Decoder(Relationship)
-_entries_decoder = msgspec.json.Decoder(list[RelationshipEntry])
+_relationship_decoder = Reader(Relationship)
+_entries_decoder = Reader(list[RelationshipEntry])
 
 # Whoever changes what is between two users locks their direct conversation, where it says who may be written to, and
 # then both users.

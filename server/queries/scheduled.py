@@ -5,16 +5,18 @@ from typing import NamedTuple
 
 import msgspec
 
+from protocol import json_object
 from protocol.client import Schedule, Send
 from protocol.ids import ConversationId, MessageId, UserId
 from protocol.values import Scheduled, ScheduledStatus, User, Words
 from server.database import Db
 from server.queries.users import FACE
+from server.rows import Reader
 
-_scheduled_decoder = msgspec.json.Decoder(Scheduled)
-_list_decoder = msgspec.json.Decoder(list[Scheduled])
-_words_decoder = msgspec.json.Decoder(Words)
-_user_decoder = msgspec.json.Decoder(User)
+_scheduled_decoder = Reader(Scheduled)
+_list_decoder = Reader(list[Scheduled])
+_words_decoder = msgspec.json.Decoder(Words, dec_hook=json_object.read)
+_user_decoder = Reader(User)
 
 CLAIMED = timedelta(seconds=15)
 """For how long a worker that has claimed a message may take before another one does."""
@@ -58,7 +60,9 @@ async def put(db: Db, frame: Schedule, user_id: UserId) -> Scheduled | None:
     """Keep a message until its time, or change one that waits; None if the id is taken, or it is too late. Under the
     user's lock.
     """
-    words = msgspec.json.encode(msgspec.convert(frame, Words, from_attributes=True)).decode()
+    words = msgspec.json.encode(
+        msgspec.convert(frame, Words, from_attributes=True, dec_hook=json_object.accept)
+    ).decode()
     text = await db.fetchval(PUT, frame.message_id, user_id, frame.conversation_id, words, frame.send_at)
     return None if text is None else _scheduled_decoder.decode(text)
 
@@ -83,10 +87,12 @@ async def page(db: Db, user_id: UserId) -> list[Scheduled]:
 
 
 class Due(NamedTuple):
-    """A message whose time has come, and who sends it."""
+    """A message whose time has come, and who sends it if they are still here. Without `frame`, it is unreadable."""
 
     sender: User
-    frame: Send
+    is_here: bool
+    message_id: MessageId
+    frame: Send | None
 
 
 # Whoever deleted their account, or was locked out, says nothing any more.
@@ -104,13 +110,16 @@ RETURNING s.id, s.conversation_id, s.words, {FACE}, u.is_active AND NOT u.is_del
 """  # noqa: S608 - FACE is a constant
 
 
-async def claim(db: Db) -> list[tuple[Due, bool]]:
-    """Take up messages whose time has come, and which nobody else has taken up; with whether their sender is there."""
+async def claim(db: Db) -> list[Due]:
+    """Take up messages whose time has come, and which nobody else has taken up."""
     found = []
     for message_id, conversation_id, words, face, is_here in await db.fetch(CLAIM, CLAIMED, AT_ONCE):
-        said = msgspec.structs.asdict(_words_decoder.decode(words))
-        frame = Send(conversation_id=conversation_id, message_id=message_id, **said)
-        found.append((Due(_user_decoder.decode(face), frame), is_here))
+        try:
+            said = msgspec.structs.asdict(_words_decoder.decode(words))
+            frame = Send(conversation_id=conversation_id, message_id=message_id, **said)
+        except (msgspec.ValidationError, RecursionError, ValueError):
+            frame = None
+        found.append(Due(_user_decoder.decode(face), is_here, message_id, frame))
     return found
 
 
@@ -122,4 +131,4 @@ UPDATE scheduled_message s SET status = $3, problem = $4, user_version = t.versi
 
 async def finish(db: Db, due: Due, status: ScheduledStatus, problem: str | None = None) -> None:
     """Note what became of a message that was taken up."""
-    await db.execute(FINISH, due.frame.message_id, due.sender.id, status, problem)
+    await db.execute(FINISH, due.message_id, due.sender.id, status, problem)

@@ -9,17 +9,17 @@ from datetime import datetime
 from typing import NamedTuple, Self
 from uuid import UUID
 
-import msgspec
-
 from protocol.client import Search
 from protocol.codec import now
 from protocol.errors import ErrorCode, Refused
 from protocol.ids import UserId
 from protocol.values import Message, SearchHit
+from server.cursor import moment_of
 from server.database import Db
 from server.queries.feed import MENTIONS_ME
+from server.rows import Reader
 
-_message_decoder = msgspec.json.Decoder(Message)
+_message_decoder = Reader(Message)
 
 RANKED = 1_000
 """How many of the newest that match are ranked by relevance."""
@@ -113,12 +113,9 @@ class Place(NamedTuple):
             return None
         try:
             as_of, rank, at, one = text.split("/")
-            place = cls(datetime.fromisoformat(as_of), float(rank), datetime.fromisoformat(at), UUID(one))
-            if place.as_of.tzinfo is None or place.at.tzinfo is None:
-                raise ValueError
+            return cls(moment_of(as_of), float(rank), moment_of(at), UUID(one))
         except ValueError:
             raise Refused(ErrorCode.INVALID, "This is not an `after` that a page came with.", path="after") from None
-        return place
 
 
 async def find(

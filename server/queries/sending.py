@@ -8,12 +8,14 @@ import msgspec
 
 from protocol.client import Send
 from protocol.ids import ConversationId, MessageId, UserId
+from protocol.json_object import Json
 from protocol.payloads import Poll
-from protocol.values import ContentType, Json, Message, SystemMessageType
+from protocol.values import ContentType, Message, SystemMessageType
 from server.database import Db
 from server.queries.messages import LOCK, Obstacle
+from server.rows import Reader
 
-_message_decoder = msgspec.json.Decoder(Message)
+_message_decoder = Reader(Message)
 
 
 class Made(NamedTuple):

@@ -4,15 +4,14 @@ from collections.abc import Sequence
 from datetime import datetime, timedelta
 from typing import NamedTuple
 
-import msgspec
-
 from protocol.ids import SessionId, UserId
 from protocol.values import Session, User
 from server.database import Db
 from server.queries.users import FACE
+from server.rows import Reader
 
-_user_decoder = msgspec.json.Decoder(User)
-_sessions_decoder = msgspec.json.Decoder(list[Session])
+_user_decoder = Reader(User)
+_sessions_decoder = Reader(list[Session])
 
 CREATE = """
 INSERT INTO session (user_id, token, expires_at, ip_address, user_agent)

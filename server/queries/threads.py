@@ -2,16 +2,15 @@
 
 from typing import NamedTuple
 
-import msgspec
-
 from protocol.ids import UserId
 from protocol.values import ThreadFollow, ThreadView
 from server.database import Db
 from server.queries.messages import VISIBLE, Place
 from server.queries.unread import COUNT_REPLIES
+from server.rows import Reader
 
-_view_decoder = msgspec.json.Decoder(ThreadView)
-_follow_decoder = msgspec.json.Decoder(ThreadFollow)
+_view_decoder = Reader(ThreadView)
+_follow_decoder = Reader(ThreadFollow)
 
 MOST_LISTED, MOST_LOOKED_AT, MOST_PARTICIPANTS = 100, 1_000, 100
 
@@ -75,7 +74,7 @@ SELECT coalesce(json_agg(listed.view), '[]') FROM (
     ORDER BY newest.at DESC, m.id DESC LIMIT {MOST_LISTED}
 ) listed
 """  # noqa: S608 - as above
-_list_decoder = msgspec.json.Decoder(list[ThreadView])
+_list_decoder = Reader(list[ThreadView])
 
 
 async def page(db: Db, user_id: UserId, *, is_unread: bool) -> list[ThreadView]:

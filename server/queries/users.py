@@ -12,11 +12,12 @@ from protocol.ids import UserId
 from protocol.server import OwnEvent
 from protocol.values import Me, PresenceStatus, Profile, User
 from server.database import Db
+from server.rows import Reader
 
-_users_decoder = msgspec.json.Decoder(list[User])
-_profile_decoder = msgspec.json.Decoder(Profile)
-_me_decoder = msgspec.json.Decoder(Me)
-_own_decoder = msgspec.json.Decoder(OwnEvent)
+_users_decoder = Reader(list[User])
+_profile_decoder = Reader(Profile)
+_me_decoder = Reader(Me)
+_own_decoder = Reader(OwnEvent)
 
 FACE = "json_build_object('id', u.id, 'name', u.name, 'display_name', u.display_name, 'image', u.image)"
 """A user's face (protocol/values.py), for queries that have the user's row as `u`."""

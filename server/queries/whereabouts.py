@@ -13,6 +13,7 @@ from protocol.ids import ConversationId, MessageId, UserId
 from protocol.server import Whereabouts
 from protocol.values import Recipient
 from server.database import Db
+from server.rows import Reader
 
 MOST = 100
 
@@ -30,7 +31,7 @@ class Told(msgspec.Struct, frozen=True, kw_only=True):
     recipients: list[Recipient]
 
 
-_told_decoder = msgspec.json.Decoder(Told)
+_told_decoder = Reader(Told)
 
 # Those without it come first. `slow` is who was closed for reading too slowly after it had been sent and has not been
 # back; who is here and has not confirmed may have a client that does not.

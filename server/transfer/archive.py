@@ -13,8 +13,9 @@ from uuid import UUID
 
 import msgspec
 
+from protocol.http import canonical
 from protocol.ids import ConversationId, MessageId, UserId
-from protocol.limits import MAX_CONTENT, MAX_EMOJI_PER_MESSAGE
+from protocol.limits import MAX_CONTENT, MAX_EMOJI_PER_MESSAGE, visible
 from server import mentions
 from server.database import Db
 from server.queries import transfers
@@ -115,7 +116,7 @@ async def rows(db: Db, archive: Archive, confirmed: str | None) -> Iterator[Row]
     confirmation of these matches.
     """
     own = {person.key: UserId(made_id(0, archive.source, "user", person.key)) for person in archive.people}
-    emails = {person.key: (person.email or "").lower() for person in archive.people}
+    emails = {person.key: canonical(person.email or "") for person in archive.people}
     accounts = await transfers.by_email(db, sorted({email for email in emails.values() if email}))
     here = await transfers.present(db, list(own.values()))
     # Who came in before, under an id that follows from the archive, has been decided about.
@@ -171,13 +172,13 @@ def _row(table: str, row: dict[str, Any]) -> Row:
 
 
 def _user(archive: Archive, person: Person, user_id: UserId, taken: set[str]) -> dict[str, Any]:
-    email = (person.email or "").lower()
+    email = canonical(person.email or "")
     if not email or email in taken:
         email = f"{hashlib.sha256(f'{archive.source} {person.key}'.encode()).hexdigest()[:24]}@invalid"
     return {
         "id": user_id,
-        "name": (person.name or person.key)[:255],
-        "display_name": (person.display_name or "")[:255] or None,
+        "name": (visible(person.name) or person.key)[:255],
+        "display_name": visible(person.display_name or "")[:255] or None,
         "email": email,
         "is_active": person.is_active,
     }

@@ -1,6 +1,7 @@
 """A whole installation, written as lines of JSON, and read again."""
 
 import hashlib
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -21,6 +22,7 @@ _head_decoder = msgspec.json.Decoder(Head)
 _row_decoder = msgspec.json.Decoder(Row)
 _tail_decoder = msgspec.json.Decoder(Tail)
 _keys_decoder = msgspec.json.Decoder(dict[str, msgspec.Raw])
+_DEEP = re.compile(rb'\{"table":"(\w+)","row":(\{.*\})\}\n?\Z', re.DOTALL)
 
 
 async def write(db: Db, file: BinaryIO, progress: Progress) -> Summary:
@@ -64,10 +66,10 @@ def read(path: Path, columns: Mapping[str, frozenset[str]]) -> Iterator[Row]:
                 return
             else:
                 with reading(f"line {number}"):
-                    row = _row_decoder.decode(line)
+                    row, is_deep = _row(line)
                     if row.table not in columns:
                         raise ValueError(f"there is no table {row.table!r}")
-                    if _keys_decoder.decode(row.row).keys() != columns[row.table]:
+                    if not is_deep and _keys_decoder.decode(row.row).keys() != columns[row.table]:
                         raise ValueError(f"its columns are not those of {row.table}")
                 digest.update(line)
                 counts[row.table] += 1
@@ -87,3 +89,15 @@ def _check_head(line: bytes) -> None:
             f"it comes from a database at step {head.schema}, and this one is at {len(migrate.known())}: "
             "bring both to the same version of OpenChat"
         )
+
+
+def _row(line: bytes) -> tuple[Row, bool]:
+    """Return a row, and whether it is nested deeper than decoders go: PostgreSQL reads such a row all the same, and
+    refuses what is no JSON and columns that there are not.
+    """
+    try:
+        return _row_decoder.decode(line), False
+    except RecursionError:
+        if deep := _DEEP.match(line):
+            return Row(deep[1].decode(), msgspec.Raw(deep[2])), True
+        raise

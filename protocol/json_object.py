@@ -1,0 +1,91 @@
+"""JSON objects whose content is up to the client, and the bounds of that content."""
+
+import math
+from typing import TYPE_CHECKING, Annotated, Any
+
+import msgspec
+from msgspec import Meta
+
+from protocol.limits import MAX_JSON_DEPTH, MAX_METADATA_BYTES
+
+
+class _Object(dict[str, Any]):
+    """A JSON object whose content is up to the client. A class of its own makes decoders call the hooks below."""
+
+
+if TYPE_CHECKING:
+    Json = dict[str, Any]
+else:
+    Json = Annotated[_Object, Meta(extra_json_schema={"type": "object"})]
+
+
+MAX_READ_DEPTH = 64
+"""Max depth of an object that a server says or has stored: objects from before the bound of `MAX_JSON_DEPTH` count."""
+_encode = msgspec.json.Encoder().encode
+
+
+def accept(kind: type, value: object) -> object:
+    """Return `value` as a `kind`: the decoder's hook for what a client says. Raises ValueError beyond the bounds."""
+    made = _object(kind, value)
+    try:
+        size = len(_encode(made))
+    except RecursionError:
+        raise _too_deep(MAX_JSON_DEPTH) from None
+    if size <= MAX_METADATA_BYTES:
+        size += _check(made)
+    if size > MAX_METADATA_BYTES:
+        raise ValueError(f"JSON objects take at most {MAX_METADATA_BYTES} bytes, with all digits of their numbers.")
+    return made
+
+
+def read(kind: type, value: object) -> object:
+    """Return `value` as a `kind`: the decoder's hook for what a server says. Raises ValueError if it is too deep."""
+    made = _object(kind, value)
+    _items(made, MAX_READ_DEPTH)
+    return made
+
+
+def _object(kind: type, value: object) -> _Object:
+    if kind is not _Object or not isinstance(value, dict):
+        raise ValueError(f"Expected `object`, got `{type(value).__name__}`")
+    return _Object(value)
+
+
+def _check(made: _Object) -> int:
+    """Return how many more digits PostgreSQL needs for the numbers in an object, which it writes without exponents.
+    Raises ValueError if PostgreSQL or other languages cannot hold the object.
+    """
+    digits = 0
+    for one in _items(made, MAX_JSON_DEPTH):
+        if isinstance(one, str):
+            if "\0" in one:
+                raise ValueError("The character U+0000 is not allowed.")
+        elif isinstance(one, int):
+            if not -(2**63) <= one < 2**64:
+                raise ValueError("Integers must fit in 64 bits.")
+        elif isinstance(one, float) and one:
+            digits += abs(math.floor(math.log10(abs(one))))
+    return digits
+
+
+def _items(made: _Object, depth: int) -> list[object]:
+    """Return all keys and values in an object, level by level. Raises ValueError beyond `depth` levels."""
+    found: list[object] = []
+    level: list[Any] = [made]
+    for _ in range(depth):
+        inner: list[Any] = []
+        for one in level:
+            if isinstance(one, dict):
+                found.extend(one)
+                inner.extend(one.values())
+            else:
+                inner.extend(one)
+        found.extend(inner)
+        level = [one for one in inner if isinstance(one, dict | list)]
+        if not level:
+            return found
+    raise _too_deep(depth)
+
+
+def _too_deep(depth: int) -> ValueError:
+    return ValueError(f"JSON objects nest at most {depth} deep.")

@@ -1,0 +1,121 @@
+"""Characters that hide, reorder or break what people are shown are refused where one line is meant to be one."""
+
+import ast
+import re
+import sys
+import unicodedata
+from pathlib import Path
+
+import httpx
+import msgspec
+import pytest
+
+from protocol import client
+from protocol.client import CreateGroup, UpdateProfile
+from protocol.errors import ErrorCode
+from protocol.ids import ConversationId, uuid7
+from protocol.limits import CustomStatus, Description, Email, Link, Name, Query, Reason, Text, Title
+from protocol.payloads import File, Image, Payload
+from tests.world import Room, World, refused, sent
+
+ROOT = Path(__file__).parent.parent
+JOINERS = "\u200c\u200d"
+HIDDEN = [
+    chr(one)
+    for one in range(sys.maxunicode + 1)
+    if unicodedata.category(chr(one)) in {"Cc", "Cf", "Zl", "Zp"} and chr(one) not in JOINERS
+]
+VISIBLE = ["Ada", "O'Brien-Śmith", "می\u200cخواهم", "क्\u200dष", "👩\u200d🚀", "李", "a b", "ﬁ"]  # noqa: RUF001 - other scripts
+
+
+def fits(kind: object, text: str) -> bool:
+    try:
+        msgspec.convert(text, kind)
+    except msgspec.ValidationError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("kind", [Name, Title, CustomStatus, Text])
+def test_one_line_has_no_hidden_character(kind: object) -> None:
+    assert all(fits(kind, text) for text in VISIBLE)
+    assert [one for one in HIDDEN if any(fits(kind, text) for text in (one, f"a{one}b", f"a{one}"))] == []
+
+
+@pytest.mark.parametrize("kind", [Description, Reason])
+def test_several_lines_have_line_breaks_and_nothing_else_hidden(kind: object) -> None:
+    assert all(fits(kind, text) for text in [*VISIBLE, "a\r\n\tb\n"])
+    assert [one for one in HIDDEN if fits(kind, f"a{one}b")] == ["\t", "\n", "\r"]
+
+
+def test_what_is_searched_for_may_have_been_pasted() -> None:
+    assert fits(Query, "a\tb\u200b\n")
+    assert not fits(Query, "a\0b")
+
+
+def test_addresses_have_no_hidden_character_and_links_nothing_that_ends_an_attribute() -> None:
+    assert fits(Email, "ada@example.org")
+    assert fits(Email, "zoë@exämple.org")
+    for one in [*HIDDEN, *JOINERS, " ", "\u3000"]:
+        assert not any(fits(Email, text) for text in (f"a{one}da@example.org", f"ada@example.org{one}")), repr(one)
+    assert fits(Link, "https://example.org/~a?b=(c)&d='e'#f%22")
+    for one in [*HIDDEN, *'"<>`\\ ']:
+        assert not any(fits(Link, f"https://example.org/{rest}") for rest in (f"{one}x", one)), repr(one)
+
+
+async def test_each_refusal_names_its_field_in_words(room: Room) -> None:
+    group = CreateGroup(conversation_id=ConversationId(uuid7()), participants=[room.them[1].id], title="News\u200b")
+    frames: list[tuple[client.Frame, str]] = [
+        (UpdateProfile(name="Ada\u202e"), "name"), (UpdateProfile(display_name="Ada\n"), "display_name"),
+        (UpdateProfile(bio="a\x1b[2J"), "bio"), (UpdateProfile(image='https://example.org/"'), "image"),
+        (group, "title"),
+        (client.SetPresence(status="online", custom_status="\u2066"), "custom_status"),
+    ]  # fmt: skip
+    for frame, path in frames:
+        with refused(ErrorCode.INVALID, path) as error:
+            await room.ada.call(frame)
+        assert "regex" not in str(error.value)
+    payloads: list[tuple[Payload, str]] = [
+        (File(url="https://example.org/x", name="gpj.exe\u202e"), "payload.name"),
+        (Image(url="https://example.org/<x>"), "payload.url"),
+    ]
+    for payload, path in payloads:
+        with refused(ErrorCode.INVALID, path):
+            await sent(room.ada, room.group, payload=payload)
+    await room.ada.call(UpdateProfile(name="Ada 👩\u200d🚀", bio="one\ntwo"))
+
+
+@pytest.mark.parametrize(
+    "twin", ["ada@example.org\n", "ADA@example.org", "ada@example.org\u200b", "ada@exa\u00admple.org"]
+)
+async def test_one_address_has_one_account(world: World, twin: str) -> None:
+    async with httpx.AsyncClient(base_url=world.workers[0].url) as http:
+        first = {"name": "Ada", "email": "ada@example.org", "password": "correct horse"}
+        assert (await http.post("/v1/auth/register", json=first)).status_code == 201
+        answer = await http.post("/v1/auth/register", json=first | {"email": twin})
+    assert answer.status_code in {409, 422}
+    assert answer.json()["path"] == "email"
+
+
+async def test_an_accent_that_is_composed_otherwise_is_the_same_address(world: World) -> None:
+    async with httpx.AsyncClient(base_url=world.workers[0].url) as http:
+        first = {"name": "Zoë", "email": "zoe\u0308@example.org", "password": "correct horse"}
+        assert (await http.post("/v1/auth/register", json=first)).status_code == 201
+        again = {"email": "ZO\u00cb@example.org", "password": first["password"]}
+        assert (await http.post("/v1/auth/login", json=again)).status_code == 200
+        assert (await http.post("/v1/auth/register", json=first | again)).status_code == 409
+
+
+def test_no_pattern_lets_a_final_line_break_through() -> None:
+    r"""In Python, `$` also matches before a line break at the end; `\Z` does not."""
+    found = [
+        f"{path.relative_to(ROOT)}:{node.lineno}"
+        for folder in ("protocol", "server")
+        for path in (ROOT / folder).rglob("*.py")
+        if path.parent.name != "describe"  # reads our own files
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Constant)
+        and isinstance(node.value, str)
+        and re.search(r"(?<!\\)\$(?:\)*\Z)", node.value)
+    ]
+    assert found == []

@@ -1,0 +1,328 @@
+"""Hostile values in every field of every frame and of every body over HTTP: an answer each time, never `internal`."""
+
+import asyncio
+import itertools
+import json
+import logging
+from collections.abc import AsyncIterator, Iterator
+from typing import Any, NamedTuple, Self
+
+import httpx
+import msgspec
+import pytest
+from hypothesis import HealthCheck, given
+from hypothesis import settings as examples
+from hypothesis import strategies as st
+from msgspec import inspect
+from websockets.asyncio.client import connect
+
+from protocol.client import CreateChannel, CreateGroup, Send
+from protocol.codec import encode
+from protocol.errors import ErrorCode
+from protocol.http import Confirm, Login, Register
+from protocol.ids import uuid7
+from protocol.limits import MAX_FRAME_BYTES
+from protocol.server import Error
+from server.config import Settings
+from server.connection import Connection
+from server.context import Context
+from server.dispatch import Dispatch
+from server.errors import UNFIT
+from server.routes import ROUTES
+from tests.test_protocol import JSON
+from tests.world import Somebody, World, sent
+
+HOLE = "the hole that a hostile value is put into"
+BIG = MAX_FRAME_BYTES - 2_000
+
+
+def nested(depth: int, opening: str = "[", closing: str = "]") -> str:
+    return opening * depth + closing * depth
+
+
+# As JSON text: some are values that no encoder would write.
+SMALL = [
+    "null", "true", '""', "[]", "{}", "0", "-1", "1.5", "-0.0",
+    *(str(sign * 2**bits + more) for bits in (15, 31, 32, 53, 63, 64) for sign in (1, -1) for more in (-1, 0)),
+    "1e308", "-1e308", "1e999", "5e-324", "1e-400", "NaN", "Infinity", "9" * 400, "9" * 5_000,
+    r'"\u0000"', r'"a\u0000b"', r'"\ud800"', r'"\udc00\ud800"', '"\x7f"', r'"\u202eevil\u202c"', r'"x\n"', r'"x\ty"',
+    '"' + "x" * 300 + '"', '"' + "\U0001f469\u200d\U0001f680" * 20 + '"', '"\'; DROP TABLE message; --"',
+    '"00000000-0000-0000-0000-000000000000"', '"ffffffff-ffff-ffff-ffff-ffffffffffff"', '"' + str(uuid7()) + '"',
+    '"0000-01-01T00:00:00Z"', '"0001-01-01T00:00:00Z"', '"0001-01-01T00:00:00+23:59"', '"0001-01-01T00:00:00"',
+    '"9999-12-31T23:59:59-23:59"', '"9999-12-31T23:59:59.999999Z"', '"10000-01-01T00:00:00Z"', '"24:00:00"',
+    '"10:00:00+05:00"', '"infinity"', '"nan"', '"-infinity"',
+    '"0001-01-01T00:00:00+23:59/00000000-0000-0000-0000-000000000000"',
+    '"9999-12-31T23:59:59-23:59/00000000-0000-0000-0000-000000000000"',
+    '"2025-01-01T00:00:00Z/nan/2025-01-01T00:00:00Z/00000000-0000-0000-0000-000000000000"',
+    '"2025-01-01T00:00:00Z/1e999/0001-01-01T00:00:00+23:59/00000000-0000-0000-0000-000000000000"',
+    '"0001-01-01T00:00:00+23:59/0/2025-01-01T00:00:00Z/00000000-0000-0000-0000-000000000000"',
+    nested(1_000), nested(900), nested(21), nested(300, '{"a":', "}").replace(":}", ":1}", 1),
+    nested(960, '{"a":', "}").replace(":}", ":1}", 1), r'{"a\u0000":1}', r'{"a":"\u0000"}', r'{"a":[{"b":"x\u0000"}]}',
+    '{"a":1,"a":2}', '{"a":1e308}', '{"a":' + "9" * 400 + "}", '{"a":18446744073709551616}', '["x","x"]', "[null]",
+]  # fmt: skip
+LARGE = [
+    '"' + "x" * BIG + '"',
+    '"' + "\U0001f600" * (BIG // 4) + '"',
+    "[" + ",".join(["0"] * (BIG // 2)) + "]",
+    "{" + ",".join(f'"{number:07}":0' for number in range(BIG // 12)) + "}",
+    "1" * BIG,
+    "[" + ",".join([f'"{uuid7()}"'] * (BIG // 39)) + "]",
+]
+LAST = (
+    "leave",
+    "delete",
+    "remove",
+    "transfer",
+    "set_role",
+    "unban",
+    "block",
+    "decline",
+    "moderate",
+    "archive",
+    "unfriend",
+)
+
+
+def valid(  # noqa: C901, PLR0911, PLR0912 - one case for each type
+    kind: inspect.Type, name: str, ids: dict[str, str], *, whole: bool = False
+) -> Any:
+    """Return a value that a field of this type takes; with `whole`, structs have all of their fields."""
+    match kind:
+        case inspect.StructType():
+            fields = {
+                field.encode_name: valid(field.type, field.encode_name, ids, whole=whole)
+                for field in kind.fields
+                if whole or field.required
+            }
+            return ({kind.tag_field: kind.tag} if kind.tag_field else {}) | fields
+        case inspect.UnionType():
+            return valid(
+                next(one for one in kind.types if not isinstance(one, inspect.NoneType)), name, ids, whole=whole
+            )
+        case inspect.UUIDType():
+            return ids.get(name) or str(uuid7())
+        case inspect.StrType():
+            return TEXTS.get(name, "words")
+        case inspect.IntType():
+            return max(kind.ge or 0, 1)
+        case inspect.FloatType():
+            return 1.0
+        case inspect.BoolType():
+            return True
+        case inspect.LiteralType():
+            return kind.values[0]
+        case inspect.DateTimeType():
+            return "2027-01-01T00:00:00Z"
+        case inspect.TimeType():
+            return "10:00:00"
+        case inspect.ListType():
+            count = max(kind.min_length or 0, 1)
+            return [
+                valid(kind.item_type, name.removesuffix("s"), ids) if place == 0 else f"{place}"
+                for place in range(count)
+            ]
+        case inspect.DictType():
+            return {valid(kind.key_type, "conversation_id", ids): valid(kind.value_type, "", ids)}
+        case _:  # an object that is the client's own
+            return {"a": {"b": [1, "c"]}}
+
+
+TEXTS = {
+    "url": "https://example.org/x", "image": "https://example.org/x", "website": "https://example.org/x",
+    "poster": "https://example.org/x", "endpoint": "https://example.org/x", "p256dh": "B" * 87, "auth": "A" * 22,
+    "mime_type": "image/png", "language": "python", "time_zone": "Europe/London", "emoji": "\N{THUMBS UP SIGN}",
+    "email": "somebody@example.org", "password": "correct horse", "after": "2025-01-01T00:00:00Z/" + str(uuid7()),
+}  # fmt: skip
+
+
+def holes(kind: inspect.Type, around: Any) -> Iterator[tuple[Any, ...]]:
+    """Return the ways to every value and key in `around`, which is a valid `kind`, outermost first."""
+    yield ()
+    match kind:
+        case inspect.StructType():
+            for field in kind.fields:
+                for rest in holes(field.type, around.get(field.encode_name)):
+                    yield (field.encode_name, *rest)
+        case inspect.UnionType():
+            for one in kind.types:
+                if not isinstance(one, inspect.NoneType | inspect.StructType):
+                    yield from list(holes(one, around))[1:]
+        case inspect.ListType():
+            yield (0,)
+        case inspect.DictType() | inspect.CustomType():
+            yield ("a new key",)
+            yield (HOLE,)
+
+
+def with_hole(value: Any, way: tuple[Any, ...]) -> Any:
+    if not way:
+        return HOLE
+    if way == (HOLE,):
+        return {HOLE: 1}
+    if isinstance(value, list):
+        return [HOLE, *value[1:]]
+    return (value or {}) | {way[0]: with_hole((value or {}).get(way[0]), way[1:])}
+
+
+def frames(kind: type[msgspec.Struct], ids: dict[str, str]) -> Iterator[tuple[str, str]]:
+    """Return the JSON of valid structs with a hole in one place each, with the place's name."""
+    about = inspect.type_info(kind)
+    assert isinstance(about, inspect.StructType)
+    for field in about.fields:
+        nested_in = [field.type] if not isinstance(field.type, inspect.UnionType) else list(field.type.types)
+        structs = [one for one in nested_in if isinstance(one, inspect.StructType)]
+        base = valid(about, "", ids)
+        for one in structs:
+            inner = valid(one, field.encode_name, ids, whole=True)
+            for way in holes(one, inner):
+                frame = base | {field.encode_name: with_hole(inner, way)}
+                yield ".".join(map(str, (one.cls.__name__, *way))), json.dumps(frame)
+        if not structs:
+            full = base | {field.encode_name: valid(field.type, field.encode_name, ids)}
+            for way in holes(field.type, full[field.encode_name]):
+                yield (
+                    ".".join(map(str, (field.encode_name, *way))),
+                    json.dumps(with_hole(full, (field.encode_name, *way))),
+                )
+
+
+def filled(text: str, value: str) -> bytes:
+    """Return a frame with a hostile value in its hole; as a key, if there the value is a text."""
+    if f'"{HOLE}":' in text and not value.startswith('"'):
+        value = json.dumps(value[:100])
+    return text.replace(f'"{HOLE}"', value).encode("utf-8", "surrogatepass")
+
+
+@pytest.fixture
+async def lone(settings: Settings) -> AsyncIterator[World]:
+    """One worker, so that there is one log; nothing is refused for being too much."""
+    quick = msgspec.structs.replace(
+        settings, ephemeral_rate=1e6, login_attempts=10**6, login_attempts_per_address=10**6
+    )
+    async with World(quick, workers=1) as world:
+        yield world
+
+
+async def ids_in(world: World) -> tuple[Somebody, dict[str, str]]:
+    ada, charles = await world.users("Ada", "Charles")
+    client = await world.connect(ada)
+    group = await world.group(client, charles)
+    message_id = await sent(client, group)
+    return ada, {
+        "conversation_id": str(group), "to_conversation_id": str(group), "message_id": str(message_id),
+        "user_id": str(charles.id), "participant": str(charles.id), "quoted_message_id": str(message_id),
+        "parent_message_id": str(message_id),
+    }  # fmt: skip
+
+
+def assert_quiet(log: pytest.LogCaptureFixture) -> None:
+    """Nothing failed, and nothing came as far as the database that it refuses."""
+    loud = [record.getMessage() for record in log.records if record.levelno >= logging.WARNING]
+    assert not loud, loud[:5]
+
+
+def each_frame() -> list[type[msgspec.Struct]]:
+    """Return all frames, those that end what others need last."""
+    return sorted(ROUTES, key=lambda frame: str(frame.__struct_config__.tag).startswith(LAST))
+
+
+class Direct(NamedTuple):
+    """The way of a frame without the socket: what the server makes of bytes."""
+
+    dispatch: Dispatch
+    context: Context
+    ids: dict[str, str]
+
+    @classmethod
+    async def of(cls, world: World) -> Self:
+        somebody, ids = await ids_in(world)
+        (one,) = world.workers[0].app.hub.people.sockets(somebody.id)
+        assert isinstance(one, Connection)
+        return cls(one._shared.dispatch, one.context, ids)  # noqa: SLF001
+
+    async def run_all(self, values: list[str]) -> int:
+        """Put each value into each field; return how many that were. None is answered with `internal`."""
+        wrong, count = [], 0
+        for kind in each_frame():
+            is_new = kind.__struct_config__.tag in {"send", "schedule", "create_group", "create_channel"}
+            own = "conversation_id" if issubclass(kind, CreateGroup | CreateChannel) else "message_id"
+            ids = {name: one for name, one in self.ids.items() if not (is_new and name == own)}
+            for place, text in frames(kind, ids):
+                for value in values:
+                    answer = await self.dispatch.run(self.context, filled(text, value))
+                    encode(answer)
+                    count += 1
+                    if isinstance(answer, Error) and (answer.code is ErrorCode.INTERNAL or answer.message == UNFIT):
+                        wrong.append((kind.__name__, place, value[:60]))
+        assert not wrong, (len(wrong), count, wrong[:20])
+        return count
+
+
+async def test_every_field_of_every_frame_takes_hostile_values(lone: World, caplog: pytest.LogCaptureFixture) -> None:
+    assert await (await Direct.of(lone)).run_all(SMALL) > 10_000
+    assert_quiet(caplog)
+
+
+@pytest.mark.more
+async def test_every_field_of_every_frame_takes_large_values(lone: World, caplog: pytest.LogCaptureFixture) -> None:
+    assert await (await Direct.of(lone)).run_all(LARGE) > 1_000
+    assert_quiet(caplog)
+
+
+@pytest.mark.more
+@given(data=st.data())
+@examples(max_examples=2_000, deadline=None, suppress_health_check=list(HealthCheck))
+async def test_any_json_in_any_field(lone: World, data: st.DataObject) -> None:
+    direct = await Direct.of(lone)
+    kind = data.draw(st.sampled_from(each_frame()))
+    _, text = data.draw(st.sampled_from(list(frames(kind, direct.ids))))
+    value = json.dumps(data.draw(JSON))
+    answer = await direct.dispatch.run(direct.context, filled(text, value))
+    assert not isinstance(answer, Error) or answer.code is not ErrorCode.INTERNAL
+
+
+async def test_a_connection_survives_hostile_values(lone: World, caplog: pytest.LogCaptureFixture) -> None:
+    somebody, ids = await ids_in(lone)
+    value = itertools.cycle(SMALL)
+    every = [
+        filled(text, next(value)).decode("utf-8", "surrogatepass")
+        for kind in each_frame()
+        for _, text in frames(kind, ids)
+    ]
+    every += [filled(text, big).decode() for big in LARGE for _, text in itertools.islice(frames(Send, ids), 3)]
+    url = lone.workers[0].url.replace("http", "ws") + "/v1/ws"
+    for batch in batches(every, 150):
+        token = {"Authorization": f"Bearer {somebody.token}"}
+        async with connect(url, additional_headers=token, max_size=None, compression=None) as socket:
+            for text in [*batch, '{"type":"ping","id":"last"}']:
+                await socket.send(text)
+            answers: list[Any] = []
+            while not answers or answers[-1].get("re") != "last":
+                said = json.loads(await asyncio.wait_for(socket.recv(), 15))
+                if said["type"] in {"reply", "error"}:
+                    answers.append(said)
+            assert len(answers) == len(batch) + 1
+            assert "internal" not in {one.get("code") for one in answers}
+    assert_quiet(caplog)
+
+
+async def test_every_field_of_every_body_takes_hostile_values(lone: World, caplog: pytest.LogCaptureFixture) -> None:
+    somebody = await lone.user("Ada")
+    bodies: dict[str, type[msgspec.Struct]] = {
+        "register": Register,
+        "login": Login,
+        "delete": Confirm,
+        "deactivate": Confirm,
+    }
+    async with httpx.AsyncClient(base_url=lone.workers[0].url) as http:
+        for name, kind in bodies.items():
+            texts = [text for _, text in frames(kind, {})]
+            for text, value in itertools.product(texts, SMALL):
+                headers = {"Authorization": f"Bearer {somebody.token}"}
+                answer = await http.post(f"/v1/auth/{name}", content=filled(text, value), headers=headers)
+                assert answer.status_code < 500, (name, text, value[:60])
+    assert_quiet(caplog)
+
+
+def batches(items: list[str], size: int) -> Iterator[list[str]]:
+    return (items[start : start + size] for start in range(0, len(items), size))
