@@ -6,6 +6,7 @@ from typing import Any, TypeAlias, TypeVar
 import asyncpg
 import msgspec
 
+from protocol import json_object
 from protocol.ids import ConversationId, EditId, MessageId, UserId
 from protocol.payloads import Payload
 from protocol.values import Conversation, ConversationSettings, LinkPreview, Message, Participant, Permissions
@@ -19,7 +20,8 @@ SELECT version AS clock, {
     ", ".join("settings_version AS version" if one == "version" else one for one in Conversation.__struct_fields__)
 } FROM conversation WHERE id = $1
 """  # noqa: S608 - only names of columns
-_MESSAGES = f"SELECT {', '.join(Message.__struct_fields__)} FROM message WHERE conversation_id = $1"  # noqa: S608 - as above
+_STORED = [field for field in Message.__struct_fields__ if field != "is_unreadable"]
+_MESSAGES = f"SELECT {', '.join(_STORED)} FROM message WHERE conversation_id = $1"  # noqa: S608 - as above
 _GRANTS = {
     "can_add_members": "admin",
     "can_remove_members": "admin",
@@ -233,13 +235,13 @@ def assert_same(copy: Copy, truth: Copy) -> None:
 
 
 def _struct(kind: type[Kind], row: asyncpg.Record) -> Kind:
-    fields = {field: row[field] for field in kind.__struct_fields__}
+    fields = {field: row[field] for field in kind.__struct_fields__ if field in row.keys()}  # noqa: SIM118 - a record has values
     decoded = {
         field: msgspec.json.decode(value) if field in _JSON and value else value for field, value in fields.items()
     }
     for field, typed in _TYPES.items():
         if decoded.get(field) is not None:
-            decoded[field] = msgspec.convert(decoded[field], typed)
+            decoded[field] = msgspec.convert(decoded[field], typed, dec_hook=json_object.read)
     if decoded.get("is_moderated"):
         decoded |= {
             "content": "", "formatted_content": None, "mentions": [], "metadata": None, "payload": None,

@@ -152,7 +152,8 @@ def test_what_messages_do_not_have_is_shown_as_it_was_written() -> None:
 
 COSTLY = [
     "[", "*a_", "- - a\n", "- a\n", "*_", "a*b*", "***a", "_a*", "[[a]](", "a**b_c~~", "[](", "![[]()", "`", "``a`",
-    "<a", "> ", "<https://a.b/", "a\n", "\\", "&", "1. ", "~~a ", "[a](b) ", "> > > a\n", "=\n", "# a\n", "[a]: b\n", ">",
+    "<a", "> ", "<https://a.b/", "a\n", "\\", "&", "1. ", "~~a ", "[a](b) ", "> > > a\n", "=\n", "# a\n",
+    "[a]: b\n", ">",
 ]  # fmt: skip
 
 

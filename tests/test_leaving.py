@@ -8,7 +8,7 @@ import httpx
 import msgspec
 import pytest
 
-from protocol import client, server
+from protocol import client, json_object, server
 from protocol.codec import now
 from protocol.errors import CloseCode, ErrorCode
 from protocol.export import Export
@@ -156,7 +156,7 @@ async def test_ones_own_data_is_all_there(world: World, ada: Person) -> None:
     """, about, one.ready.user.id)  # fmt: skip
     answer = await ada.http.get("/v1/auth/export", headers=ada.headers)
     assert answer.status_code == 200
-    export = msgspec.json.decode(answer.content, type=Export)
+    export = msgspec.json.decode(answer.content, type=Export, dec_hook=json_object.read)
     assert (export.me.email, export.logins[0].provider_id, len(export.sessions)) == (ADA["email"], "credential", 1)
     assert [entry.conversation_id for entry in export.conversations] == [about]
     assert [(one.kind, one.status) for one in export.relationships] == [("follow", "inactive")]

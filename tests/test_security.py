@@ -285,7 +285,18 @@ KNOWN_SECRETS = {
     "server/supervisor.py",
     *(
         f"tests/test_{name}.py"
-        for name in ("accounts", "command", "credentials", "leaving", "lock_order", "nginx", "proxies", "security")
+        for name in (
+            "accounts",
+            "characters",
+            "command",
+            "credentials",
+            "hostile_values",
+            "leaving",
+            "lock_order",
+            "nginx",
+            "proxies",
+            "security",
+        )
     ),
 }
 """They show an example's password."""
