@@ -188,6 +188,7 @@ class App:
             middleware=[*_behind(settings.proxies), *_for_pages_of(settings.allowed_origins)],
         )
         metrics.values = self._values
+        metrics.push_dropped = self.notices.dropped
 
     @classmethod
     async def open(cls, settings: Settings, folder: Path, number: int, *, is_alone: bool = False) -> "App":
@@ -250,6 +251,7 @@ class App:
             await allowance.close()
         await self.presence.close()
         await self.hub.close()
+        await self.notices.close()
         await self._outbound.close()
         await self._redis.aclose()
         if isinstance(self._redis, RedisCluster):

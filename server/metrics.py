@@ -50,6 +50,7 @@ class Snapshot(msgspec.Struct, kw_only=True):
     values: dict[str, float]
     frames: dict[str, int]
     refusals: dict[str, int]
+    push_dropped: dict[str, int]
     latency: list[int]
     latency_seconds: float
 
@@ -62,6 +63,7 @@ class Metrics:
         self._worker = worker
         self.frames: Counter[str] = Counter()
         self.refusals: Counter[str] = Counter()
+        self.push_dropped: Counter[str] = Counter()
         self.values: Callable[[], dict[str, float]] = dict
         self._latency = [0] * (len(BUCKETS) + 1)
         self._latency_seconds = 0.0
@@ -82,6 +84,7 @@ class Metrics:
             values=self.values(),
             frames=dict(self.frames),
             refusals=dict(self.refusals),
+            push_dropped=dict(self.push_dropped),
             latency=self._latency,
             latency_seconds=self._latency_seconds,
         )
@@ -124,15 +127,20 @@ class _Collected(Collector):
             yield counter
         frames = CounterMetricFamily("openchat_frames", "Frames answered, by type.", labels=["worker", "type"])
         refusals = CounterMetricFamily("openchat_refusals", "Frames refused, by code.", labels=["worker", "code"])
+        dropped = CounterMetricFamily(
+            "openchat_push_dropped", "Notifications dropped, by reason.", labels=["worker", "reason"]
+        )
         latency = HistogramMetricFamily("openchat_frame_seconds", "From a frame to its answer.", labels=["worker"])
         for worker, snapshot in self._snapshots.items():
             for kind, count in snapshot.frames.items():
                 frames.add_metric([worker, kind], count)
             for code, count in snapshot.refusals.items():
                 refusals.add_metric([worker, code], count)
+            for reason, count in snapshot.push_dropped.items():
+                dropped.add_metric([worker, reason], count)
             total, buckets = 0, []
             for bound, count in zip((*BUCKETS, "+Inf"), snapshot.latency, strict=True):
                 total += count
                 buckets.append((str(bound), total))
             latency.add_metric([worker], buckets, snapshot.latency_seconds)
-        yield from (frames, refusals, latency)
+        yield from (frames, refusals, dropped, latency)

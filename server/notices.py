@@ -5,13 +5,12 @@ service that the browser named. That is done by the worker that stored the messa
 those seconds, a notification is lost, which is a hint; the message is not.
 """
 
-import asyncio
 import base64
 import logging
 import os
 import time
-from collections import deque
-from urllib.parse import urlsplit
+from collections import OrderedDict, deque
+from email.utils import parsedate_to_datetime
 
 import http_ece
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -25,19 +24,22 @@ from protocol.values import Message
 from server.database import Database
 from server.errors import is_lost
 from server.outbound import Outbound, Unreachable
+from server.posts import Drops, Failed, Post, Posts, host_of
 from server.queries import push, unread
 from server.queries.push import Notice
 
 MAX_WAITING = 10_000
 AT_ONCE = 200
 """Messages looked at by one statement."""
-POSTS_AT_ONCE = 16
+MAX_SIGNED = 500
+"""Max signatures kept, one per host."""
 EXCERPT = 160
 TTL_SECONDS = 86_400
 """For how long a push service keeps it for a browser that is not there."""
 SIGNED_SECONDS = 3_600
 GONE = frozenset({404, 410})
 """What a push service answers about an endpoint that is no more."""
+TOO_MANY_REQUESTS = 429
 
 log = logging.getLogger(__name__)
 
@@ -52,18 +54,26 @@ class Notices:
         self._vapid = Vapid02.from_raw(key.encode())
         self._contact = contact
         self._after_seconds = after_seconds
-        self._waiting: deque[tuple[float, MessageId]] = deque(maxlen=MAX_WAITING)
-        self._signed: dict[str, tuple[float, str]] = {}
+        self._waiting: deque[tuple[float, MessageId]] = deque()
+        self._signed: OrderedDict[str, tuple[float, str]] = OrderedDict()
+        self._drops = Drops()
+        self.dropped = self._drops.counts
+        """Notifications dropped, by reason."""
+        self._posts = Posts(self._post, self._drops)
         point = self._vapid.public_key.public_bytes(Encoding.X962, PublicFormat.UncompressedPoint)
         self.public_key = _base64url(point)
         """What browsers subscribe with."""
 
     def wanted(self, message: Message) -> None:
         """Have a message pushed to those who have not read it in a few seconds. The oldest make room if many wait."""
+        if len(self._waiting) >= MAX_WAITING:
+            self._waiting.popleft()
+            self._drops.add("messages_full")
         self._waiting.append((time.monotonic() + self._after_seconds, message.id))
 
     async def push_due(self) -> None:
-        """Push what has waited for long enough."""
+        """Queue posts for what has waited long enough. Never waits for a post."""
+        self._posts.start()
         now = time.monotonic()
         due: list[MessageId] = []
         while self._waiting and self._waiting[0][0] <= now:
@@ -79,77 +89,101 @@ class Notices:
         except Exception as error:
             if not is_lost(error):
                 raise
-            log.warning("notifications are lost, for the database is: %s", error)
+            self._drops.add("database", len(due))
 
     async def _push(self, message_ids: list[MessageId]) -> None:
         latest: dict[tuple[str, ConversationId], Notice] = {}
         async with self._database.connection() as db:
             for notice in await push.notices(db, message_ids):
                 latest[notice.endpoint, notice.message.conversation_id] = notice
-            badges = {one.user_id: 0 for one in latest.values()}
-            for user_id in badges:
-                badges[user_id] = await unread.badge(db, user_id)
-        gate = asyncio.Semaphore(POSTS_AT_ONCE)
+            badges = await unread.badges(db, {one.user_id for one in latest.values()})
+        for notice in latest.values():
+            self._posts.add(_post_of(notice, badges.get(notice.user_id, 0)))
+        self._posts.start()
 
-        async def post(notice: Notice) -> None:
-            async with gate:
-                await self._post(notice, badges[notice.user_id])
+    async def close(self) -> None:
+        """Give up the posts in flight."""
+        await self._posts.close()
 
-        await asyncio.gather(*(post(notice) for notice in latest.values()))
-
-    async def _post(self, notice: Notice, badge: int) -> None:
-        message = notice.message
-        said = Notification(
-            conversation_id=message.conversation_id,
-            message_id=message.id,
-            thread_root_id=message.thread_root_id,
-            title=notice.title or notice.sender.display_name or notice.sender.name,
-            sender=notice.sender.display_name or notice.sender.name,
-            body=message.content[:EXCERPT],
-            is_mention=notice.is_mention,
-            badge=badge,
-        )
+    async def _post(self, post: Post) -> None:
+        """Encrypt and send. Raises Failed."""
         try:
             body = http_ece.encrypt(
-                encode(said),
+                post.payload,
                 salt=os.urandom(16),
                 private_key=ec.generate_private_key(ec.SECP256R1()),
-                dh=_from_base64url(notice.p256dh),
-                auth_secret=_from_base64url(notice.auth),
+                dh=_from_base64url(post.p256dh),
+                auth_secret=_from_base64url(post.auth),
                 version="aes128gcm",
             )
             headers = {
-                "authorization": self._authorization(notice.endpoint),
+                "authorization": self._authorization(post.endpoint),
                 "content-encoding": "aes128gcm",
                 "content-type": "application/octet-stream",
                 "ttl": str(TTL_SECONDS),
                 # A newer one of the same conversation takes its place, while it waits (RFC 8030, section 5.4).
-                "topic": _base64url(message.conversation_id.bytes),
+                "topic": post.topic,
             }
-            answer = await self._outbound.post(notice.endpoint, body, headers)
+            answer = await self._outbound.post(post.endpoint, body, headers)
         except Unreachable as error:
             log.info("a notification could not be pushed: %s", error)
-            return
+            raise Failed from error
         except ValueError as error:
             log.info("the keys of an endpoint do not do: %s", error)
             answer = None
         if answer is None or answer.status in GONE:
+            await self._forget(post.endpoint)
+        elif answer.status == TOO_MANY_REQUESTS or answer.status >= 500:  # noqa: PLR2004
+            raise Failed(_seconds(answer.headers.get("retry-after", "")))
+        elif answer.status >= 400:  # noqa: PLR2004 - about this endpoint, not its host
+            self._drops.add("refused")
+
+    async def _forget(self, endpoint: str) -> None:
+        try:
             async with self._database.connection() as db:
-                await push.forget(db, notice.endpoint)
-        elif answer.status >= 400:  # noqa: PLR2004
-            log.warning("a push service answered %d", answer.status)
+                await push.forget(db, endpoint)
+        except Exception as error:
+            # The next notification for this endpoint tries again.
+            if not is_lost(error):
+                raise
 
     def _authorization(self, endpoint: str) -> str:
         """Return the signature for a push service, which is the same for an hour."""
-        parts = urlsplit(endpoint)
-        audience = f"{parts.scheme}://{parts.netloc}"
-        until, signed = self._signed.get(audience, (0.0, ""))
+        audience = host_of(endpoint)
+        until, signed = self._signed.pop(audience, (0.0, ""))
         if until < time.time():
             until = time.time() + SIGNED_SECONDS
             claims = {"sub": self._contact, "aud": audience, "exp": int(until + SIGNED_SECONDS)}
             signed = self._vapid.sign(claims)["Authorization"]
-            self._signed[audience] = (until, signed)
+        self._signed[audience] = (until, signed)
+        if len(self._signed) > MAX_SIGNED:
+            self._signed.popitem(last=False)
         return signed
+
+
+def _post_of(notice: Notice, badge: int) -> Post:
+    message = notice.message
+    said = Notification(
+        conversation_id=message.conversation_id,
+        message_id=message.id,
+        thread_root_id=message.thread_root_id,
+        title=notice.title or notice.sender.display_name or notice.sender.name,
+        sender=notice.sender.display_name or notice.sender.name,
+        body=message.content[:EXCERPT],
+        is_mention=notice.is_mention,
+        badge=badge,
+    )
+    return Post(notice.endpoint, notice.p256dh, notice.auth, _base64url(message.conversation_id.bytes), encode(said))
+
+
+def _seconds(retry_after: str) -> float:
+    """Return the seconds that a Retry-After header asks for, in either of its forms; 0 if it has neither."""
+    if retry_after.isascii() and retry_after.isdigit():
+        return float(retry_after[:9])
+    try:
+        return max(0.0, parsedate_to_datetime(retry_after).timestamp() - time.time())
+    except ValueError:
+        return 0.0
 
 
 def new_key() -> str:

@@ -7,7 +7,8 @@ leads elsewhere the second time it is asked (DNS rebinding) leads nowhere.
 import asyncio
 import ipaddress
 import socket
-from functools import cached_property
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property, partial
 from typing import NamedTuple
 from urllib.parse import urljoin, urlsplit
 
@@ -16,6 +17,8 @@ import httpx
 TOTAL_SECONDS = 5.0
 MAX_REDIRECTS = 3
 REDIRECTS = frozenset({301, 302, 303, 307, 308})
+RESOLVERS = 32
+"""Max concurrent look-ups of names, in threads of their own: a slow resolver holds up nothing else."""
 PORTS = {"http": 80, "https": 443}
 
 
@@ -38,6 +41,7 @@ class Outbound:
     def __init__(self, *, to_private: bool) -> None:
         """`to_private` lets addresses of this machine and its network be asked, too."""
         self._to_private = to_private
+        self._resolvers = ThreadPoolExecutor(RESOLVERS, thread_name_prefix="resolver")
 
     @cached_property
     def _http(self) -> httpx.AsyncClient:
@@ -46,6 +50,7 @@ class Outbound:
 
     async def close(self) -> None:
         """Let go of all connections."""
+        self._resolvers.shutdown(wait=False, cancel_futures=True)
         if "_http" in self.__dict__:
             await self._http.aclose()
 
@@ -91,7 +96,9 @@ class Outbound:
             raise Unreachable(str(error) or type(error).__name__) from error
 
     async def _resolve(self, host: str, port: int) -> str:
-        found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        found = await asyncio.get_running_loop().run_in_executor(
+            self._resolvers, partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
+        )
         addresses = [ipaddress.ip_address(one[4][0]) for one in found]
         if not self._to_private and not all(_is_public(one) for one in addresses):
             raise Unreachable("its address is not a public one")

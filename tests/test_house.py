@@ -46,6 +46,7 @@ STOREYS: list[list[str]] = [
     ["context"],
     ["sync", "search", "invitecode", "permissions", "presence", "auth.passwords", "auth.attempts", "auth.tickets"],
     ["auth.sessions", "auth.credentials", "membership", "telling", "saying", "erasure", "export"],
+    ["posts"],
     ["expiry", "notices", "previews", "checking", "reindexing", "transfer"],
     ["handlers"],
     ["websocket", "bus", "redisbus"],

@@ -2,7 +2,10 @@
 
 import asyncio
 import base64
+import contextlib
 import os
+import re
+from collections import Counter
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, time, timedelta
 from typing import Any
@@ -15,11 +18,15 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from py_vapid import Vapid02
 
 from protocol import client, server
-from protocol.errors import ErrorCode
+from protocol.errors import ErrorCode, Refused
 from protocol.ids import MessageId, uuid7
+from protocol.limits import MAX_PINS, MAX_PUSH_ENDPOINTS, MAX_SCHEDULED
 from protocol.push import Notification
+from server import notices, outbound, posts
 from server.config import Settings
-from tests.world import Room, Somebody, World, refused, sent
+from server.notices import _seconds
+from server.posts import Drops, Failed, Post, Posts
+from tests.world import Room, Somebody, World, refused, sent, until
 
 
 async def feed(one: Any, *kinds: str) -> list[tuple[str, Any]]:
@@ -265,3 +272,240 @@ async def test_of_each_person_the_newest_endpoints_are_kept(room: Room, world: W
     assert await world.db.fetchval("SELECT count(*) FROM push_endpoint") == 20, "one's own alone"
     with refused(ErrorCode.NOT_FOUND, "message_id"):
         await room.ada.call(client.Star(**room.at(MessageId(nobody.id))))
+
+
+class Silent:
+    """Push services that accept connections and never answer, each on a port of its own."""
+
+    def __init__(self) -> None:
+        self.urls: list[str] = []
+        self.open: Counter[int] = Counter()
+        self._servers: list[asyncio.Server] = []
+
+    async def add(self, endpoints: int = 1) -> None:
+        number = len(self._servers)
+
+        async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            self.open[number] += 1
+            with contextlib.suppress(ConnectionError):
+                while await reader.read(65_536):
+                    pass
+            self.open[number] -= 1
+            writer.close()
+
+        self._servers.append(await asyncio.start_server(serve, "127.0.0.1", 0))
+        port = self._servers[-1].sockets[0].getsockname()[1]
+        self.urls += [f"http://127.0.0.1:{port}/{one}" for one in range(endpoints)]
+
+    def stop(self) -> None:
+        for one in self._servers:
+            one.close()
+
+
+async def test_silent_endpoints_delay_nobody_else(
+    room: Room, world: World, browser: Browser, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(outbound, "TOTAL_SECONDS", 60.0)
+    silent = Silent()
+    await silent.add(endpoints=10)
+    for _ in range(29):
+        await silent.add()
+    mary, grace = await world.users("Mary", "Grace")
+    await room.ada.call(client.AddParticipants(conversation_id=room.group, participants=[mary.id, grace.id]))
+    for who, urls in ((mary, silent.urls[:20]), (grace, silent.urls[20:])):
+        theirs = await world.connect(who)
+        for browser_of_theirs in urls:
+            subscription = browser.subscription()
+            subscription.endpoint = browser_of_theirs
+            await theirs.call(subscription)
+    try:
+        first = await sent(room.ada, room.group, "One")
+        assert (await browser.next())[1].message_id == first
+        await until(lambda: len(silent.open) == 30)
+        second = await sent(room.ada, room.group, "Two")
+        assert (await browser.next())[1].message_id == second
+        assert [silent.open[number] for number in range(30)] == [1] * 30, "all of them still wait, one post each"
+    finally:
+        await asyncio.gather(*(worker.app.notices.close() for worker in world.workers))
+        silent.stop()
+
+
+def post(number: int = 0, host: str = "slow.example") -> Post:
+    return Post(f"https://{host}/{number}", "", "", "", b"")
+
+
+class Held:
+    """Stands in for the push services: each post waits until it is let go."""
+
+    def __init__(self) -> None:
+        self.begun: list[str] = []
+        self.gate = asyncio.Event()
+        self.retry_after: float | None = None
+
+    async def send(self, post: Post) -> None:
+        self.begun.append(post.endpoint)
+        await self.gate.wait()
+        if self.retry_after is not None:
+            raise Failed(self.retry_after)
+
+
+@pytest.fixture
+async def held() -> Held:
+    return Held()
+
+
+async def idle(queue: Posts) -> None:
+    while queue._tasks:  # noqa: SLF001
+        await asyncio.wait(queue._tasks)  # noqa: SLF001
+        await asyncio.sleep(0)
+
+
+async def test_a_silent_host_takes_one_slot(held: Held) -> None:
+    queue = Posts(held.send, Drops())
+    for number in range(20):
+        queue.add(post(number))
+    for number in range(posts.SLOTS):
+        queue.add(post(host=f"{number}.example"))
+    queue.start()
+    await asyncio.sleep(0)
+    assert len(held.begun) == posts.SLOW_SLOTS
+    assert sum("slow.example" in one for one in held.begun) == 1
+    held.gate.set()
+    await idle(queue)
+    assert len(held.begun) == 20 + posts.SLOTS
+    held.begun.clear()
+    held.gate.clear()
+    for number in range(20):
+        queue.add(post(number))
+    queue.start()
+    await asyncio.sleep(0)
+    assert len(held.begun) == posts.PER_HOST, "it has answered fast"
+    await queue.close()
+
+
+@pytest.mark.parametrize(("retry_after", "waits"), [
+    (0.0, [1, 2, 4, 8, 16, 32, 64, 128, 256, 300, 300]), (90.0, [90, 90]), (1e9, [3_600, 3_600]),
+])  # fmt: skip
+async def test_a_failing_host_is_left_alone_for_longer_each_time(
+    held: Held, monkeypatch: pytest.MonkeyPatch, retry_after: float, waits: list[int]
+) -> None:
+    clock = 1_000.0
+    monkeypatch.setattr(posts.time, "monotonic", lambda: clock)  # type: ignore[attr-defined]
+    held.retry_after = retry_after
+    held.gate.set()
+    queue = Posts(held.send, Drops())
+    for wait in waits:
+        queue.add(post())
+        queue.start()
+        await idle(queue)
+        begun = len(held.begun)
+        queue.add(post())
+        clock += wait - 0.5
+        queue.start()
+        assert (len(held.begun), len(queue._tasks)) == (begun, 0)  # noqa: SLF001
+        queue._hosts["https://slow.example"].queue.clear()  # noqa: SLF001
+        clock += 0.5
+    held.retry_after = None
+    queue.add(post())
+    queue.start()
+    await idle(queue)
+    assert queue._hosts["https://slow.example"].failures == 0  # noqa: SLF001
+
+
+@pytest.mark.parametrize(("header", "least", "most"), [
+    ("120", 120, 120), ("", 0, 0), ("soon", 0, 0), ("-1", 0, 0), ("9" * 5_000, 3_600, 1e9), ("\u00b2", 0, 0),
+    ("Fri, 31 Dec 1999 23:59:59 GMT", 0, 0), ("Fri, 31 Dec 2100 23:59:59 GMT", 3_600, 1e10),
+    ("Fri, 31 Dec 99999 23:59:59 GMT", 0, 0),
+])  # fmt: skip
+def test_retry_after_in_both_forms(header: str, least: float, most: float) -> None:
+    assert least <= _seconds(header) <= most
+
+
+async def test_every_dropped_notification_is_counted_and_one_of_a_stretch_is_logged(
+    held: Held, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(posts, "MAX_QUEUED", 40)
+    held.retry_after = 0.0
+    drops = Drops()
+    queue = Posts(held.send, drops)
+    for number in range(30):
+        queue.add(post(number))
+    assert drops.counts == {"queue_full": 10}, "hosts that are not known to be fast fill half of the queue"
+    held.gate.set()
+    for _ in range(2):
+        queue._hosts["https://slow.example"].retry_at = 0.0  # noqa: SLF001
+        queue.start()
+        await idle(queue)
+    assert drops.counts == {"queue_full": 10, "host_failed": 2, "host_slow": 18 - posts.MAX_QUEUED_SLOW}
+    assert len(caplog.messages) == 3
+
+
+async def test_a_full_queue_of_messages_counts_what_it_drops(
+    room: Room, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(notices, "MAX_WAITING", 2)
+    for worker in world.workers:
+        worker.app.notices._after_seconds = 60.0  # noqa: SLF001 - nothing leaves the queue
+    for _ in range(5):
+        await sent(room.ada, room.group)
+    page = world.workers[0].app.metrics.page().decode()
+    assert 3.0 in map(float, re.findall(r'push_dropped_total{.*reason="messages_full".*} (.*)', page)), page
+
+
+async def test_hosts_and_signatures_are_bounded(held: Held, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(posts, "MAX_HOSTS", 3)
+    monkeypatch.setattr(notices, "MAX_SIGNED", 3)
+    drops = Drops()
+    queue = Posts(held.send, drops)
+    for number in range(4):
+        queue.add(post(host=f"{number}.example"))
+    assert drops.counts == {"too_many_hosts": 1}, "all of them have something queued"
+    held.gate.set()
+    queue.start()
+    await idle(queue)
+    queue.add(post(host="4.example"))
+    assert list(queue._hosts) == [f"https://{number}.example" for number in (1, 2, 4)]  # noqa: SLF001
+    one = world.workers[0].app.notices
+    first = one._authorization("https://0.example/a")  # noqa: SLF001
+    for number in range(6):
+        one._authorization(f"https://{number}.example/a")  # noqa: SLF001
+        assert one._authorization("https://0.example/b") == first, "used all the time, it is kept"  # noqa: SLF001
+    assert len(one._signed) == 3  # noqa: SLF001
+
+
+async def test_bounds_hold_for_frames_that_come_concurrently_on_two_workers(room: Room, world: World) -> None:
+    """All but two of what is allowed are there already."""
+    await asyncio.gather(*(sent(room.ada, room.group) for _ in range(MAX_PINS - 2)))
+    await world.db.execute("UPDATE message SET is_pinned = true")
+    ids = [await sent(room.ada, room.group) for _ in range(8)]
+    elsewhere = await world.connect(room.them[0], worker=1)
+    both = (room.ada, elsewhere)
+    here: dict[str, Any] = {"conversation_id": room.group}
+    later = datetime.now(UTC) + timedelta(hours=1)
+    for _ in range(MAX_SCHEDULED - 2):
+        await room.ada.call(client.Schedule(**here, message_id=MessageId(uuid7()), content="Later", send_at=later))
+    answers = await asyncio.gather(
+        *(both[number % 2].call(client.Pin(**room.at(one))) for number, one in enumerate(ids)),
+        *(
+            both[number % 2].call(
+                client.Schedule(**here, message_id=MessageId(uuid7()), content="Later", send_at=later)
+            )
+            for number in range(8)
+        ),
+        *(
+            both[number % 2].call(
+                client.RegisterPush(endpoint=f"https://push.example/{number}", p256dh="A" * 87, auth="A" * 22)
+            )
+            for number in range(25)
+        ),
+        return_exceptions=True,
+    )
+    refusals = Counter(
+        one.code if isinstance(one, Refused) else type(one) for one in answers if isinstance(one, Exception)
+    )
+    assert refusals == {ErrorCode.CONFLICT: 12}
+    counted = await world.db.fetchrow(
+        """SELECT (SELECT count(*) FROM message WHERE is_pinned), (SELECT count(*) FROM push_endpoint),
+        (SELECT count(*) FROM scheduled_message WHERE status = 'waiting')"""
+    )
+    assert tuple(counted or ()) == (MAX_PINS, MAX_PUSH_ENDPOINTS, MAX_SCHEDULED)

@@ -1,7 +1,9 @@
 """What the server asks of addresses that users name: nothing near, nothing for long, nothing much; link previews."""
 
 import asyncio
+import os
 import socket
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 
 import msgspec
@@ -12,7 +14,7 @@ from protocol.values import LinkPreview
 from server import outbound, previews
 from server.config import Settings
 from server.outbound import Outbound, Unreachable
-from tests.world import Room, World, message, sent
+from tests.world import Room, World, message, sent, until
 
 PAGE = """<html><head><title>The Engine &amp; its notes</title>
 <meta property="og:description" content="On the  Analytical
@@ -97,10 +99,10 @@ async def test_a_name_that_leads_here_is_not_asked(
     port = int(site.url.rsplit(":", 1)[1])
     answers = iter(["93.184.216.34", "127.0.0.1"])
 
-    async def resolve(_: object, __: str, asked: int, **___: object) -> list[object]:
+    def resolve(_: str, asked: int, **__: object) -> list[object]:
         return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (next(answers), asked))]
 
-    monkeypatch.setattr(asyncio.get_running_loop().__class__, "getaddrinfo", resolve, raising=False)
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
     asked: list[str] = []
 
     async def connect(request: object, **_: object) -> None:
@@ -112,6 +114,27 @@ async def test_a_name_that_leads_here_is_not_asked(
         with pytest.raises(Unreachable):
             await careful.get(f"http://rebinding.example:{port}/", most=10)
     assert asked == [f"http://93.184.216.34:{port}/"], "the address that was looked at, and no other"
+
+
+async def test_a_slow_resolver_holds_up_nothing_else(careful: Outbound, monkeypatch: pytest.MonkeyPatch) -> None:
+    answered = threading.Event()
+    asked: list[str] = []
+
+    def resolve(host: str, port: int, **_: object) -> list[object]:
+        asked.append(host)
+        answered.wait()
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", port))]
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    waiting = [asyncio.create_task(careful.get(f"http://{number}.example/", most=1)) for number in range(100)]
+    try:
+        await until(lambda: len(asked) >= min(outbound.RESOLVERS, (os.cpu_count() or 1) + 4))
+        assert await asyncio.wait_for(asyncio.to_thread(lambda: "done"), 3) == "done"
+        assert len(asked) <= outbound.RESOLVERS
+    finally:
+        answered.set()
+    for one in await asyncio.gather(*waiting, return_exceptions=True):
+        assert isinstance(one, Unreachable)
 
 
 async def test_a_redirect_is_looked_at_anew(careless: Outbound, site: Site) -> None:

@@ -5,6 +5,8 @@ itself, and are neither deleted, nor hidden by a moderator, nor the server's ann
 block or mute. Who these are is asked once for each conversation, as a query within the query, not for each message.
 """
 
+from collections.abc import Collection
+
 from protocol.ids import UserId
 from protocol.limits import MAX_COUNTED
 from server.database import Db
@@ -37,14 +39,20 @@ FROM (
 
 # Those where nothing has happened since need no counting.
 BADGE = f"""
-SELECT coalesce(sum(({COUNT_UNREAD.format(me="me")})), 0)::integer
+SELECT me.user_id, coalesce(sum(({COUNT_UNREAD.format(me="me")})), 0)::integer
 FROM conversation_participant me JOIN conversation c ON c.id = me.conversation_id AND NOT c.is_deleted
-WHERE me.user_id = $1 AND me.status = 'active' AND NOT me.is_hidden
+WHERE me.user_id = ANY($1) AND me.status = 'active' AND NOT me.is_hidden
     AND NOT (me.is_muted AND (me.muted_until IS NULL OR me.muted_until > now()))
     AND c.version > coalesce(me.unread_from_version - 1, me.last_read_version)
+GROUP BY me.user_id
 """  # noqa: S608 - only the name of a participant is put in
 
 
 async def badge(db: Db, user_id: UserId) -> int:
     """Return the sum of what is unread in a user's conversations that are neither muted nor hidden."""
-    return int(await db.fetchval(BADGE, user_id))
+    return (await badges(db, {user_id})).get(user_id, 0)
+
+
+async def badges(db: Db, user_ids: Collection[UserId]) -> dict[UserId, int]:
+    """Return the badges of several users; those with nothing unread may be absent."""
+    return {row[0]: row[1] for row in await db.fetch(BADGE, list(user_ids))}
