@@ -284,7 +284,7 @@ def hot(place: Place, ids: dict[str, Any]) -> dict[str, tuple[str, tuple[Any, ..
         "mark unread": (receipts.MARK_UNREAD, (ids["middle"], user, about)),
         "delivered": (receipts.DELIVERED, (ids["middle"], user, about)),
         "readers": (receipts.READERS, (ids["middle"], user, about, 100)),
-        "badge": (unread.BADGE, (user,)),
+        "badge": (unread.BADGE, ([user],)),
         "draft": (drafts.SET, (about, user, "I thi")),
         "drafts": (drafts.LIST, (user,)),
         "schedule": (scheduled.PUT, (ids["new"], user, about, "{}", "2030-01-01")),
