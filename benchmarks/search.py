@@ -194,7 +194,7 @@ async def measure(url: str, messages: int, console: Console, *, with_plans: bool
         table.add_column(column, justify="left" if column == "search" else "right")
     table.add_row("(reading a row by its key)", "1", f"{by_key * MS:.2f}", "1")
     for what, frame in asked():
-        text = None if frame.text is None else search.query(frame.text)
+        text = None if frame.text is None else search.query(frame.text, prefix=search.PREFIX_OF_WORDS)
 
         async def once(frame: Search = frame, text: str | None = text) -> list[Any]:
             async with database.searching() as db:
@@ -239,7 +239,7 @@ async def plans(url: str, console: Console) -> None:
     db = await asyncpg.connect(url, server_settings=SESSION | {"enable_bitmapscan": "on"})
     until = "2100-01-01"
     for what, frame in asked():
-        text = "NULL" if frame.text is None else f"'{search.query(frame.text)}'"
+        text = "NULL" if frame.text is None else f"'{search.query(frame.text, prefix=search.PREFIX_OF_WORDS)}'"
         where = "NULL" if frame.conversation_id is None else f"'{frame.conversation_id}'"
         sender = "NULL" if frame.sender_id is None else f"'{frame.sender_id}'"
         is_ranked = frame.order == "relevance"

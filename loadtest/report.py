@@ -1,12 +1,14 @@
 """The report: one HTML file with tables and plots, nothing to load, light or dark as the reader likes it."""
 
 import time
+from collections.abc import Sequence
 from html import escape
 
 from loadtest import figures
 from loadtest.histogram import Histogram
+from loadtest.ledger import Tally
 from loadtest.plot import Series, axis, svg
-from loadtest.run import Phase, Result
+from loadtest.run import Moment, Phase, Result
 
 MS = 1_000
 SHARES = (0.5, 0.9, 0.99, 0.999, 0.9999)
@@ -60,18 +62,18 @@ def _limit(phases: list[Phase]) -> str:
 def _phase(phase: Phase, result: Result) -> str:
     title = phase.name + (f" at {phase.rate:,.0f} a second" if phase.rate else "")
     rows = "".join(f"<tr><td>{escape(one.name)}<td>{escape(one.value)}" for one in figures.of_phase(phase, result))
-    return f"<h2>{escape(title)}</h2><table>{rows}</table>{''.join(_plots(phase))}"
+    plots = "".join(_over_time(phase.moments, phase.tally) + _distributions(phase.tally))
+    return f"<h2>{escape(title)}</h2><table>{rows}</table>{plots}"
 
 
-def _plots(phase: Phase) -> list[str]:
-    moments = phase.moments
+def _over_time(moments: Sequence[Moment], tally: Tally) -> list[str]:
     if len(moments) < 2:  # noqa: PLR2004 - one point is no line
         return []
     seconds = axis("seconds", [moment.at for moment in moments])
     plots = []
-    if phase.tally.sent:
+    if tally.sent:
         flow = [Series("sent", [(one.at, one.sent) for one in moments])]
-        if phase.tally.delivered:
+        if tally.delivered:
             flow.append(Series("delivered", [(one.at, one.delivered) for one in moments]))
         values = [value for one in flow for _, value in one.points]
         plots.append(svg(flow, seconds, axis("a second", values, is_log=max(values) > 20 * min(values))))
@@ -89,14 +91,18 @@ def _plots(phase: Phase) -> list[str]:
         kinds = sorted({kind for one in moments for kind in one.cpu})
         used = [Series(kind, [(one.at, one.cpu.get(kind, 0.0)) for one in moments]) for kind in kinds]
         plots.append(svg(used, seconds, axis("cores", [value for one in used for _, value in one.points])))
-    spans = [("answers", phase.tally.answers), ("deliveries", phase.tally.deliveries), ("connects", phase.tally.opened)]
+    return plots
+
+
+def _distributions(tally: Tally) -> list[str]:
+    spans = [("answers", tally.answers), ("deliveries", tally.deliveries), ("connects", tally.opened)]
     curves = [
         Series(name, [(1 / (1 - share), Histogram(counts).percentile(share) * MS) for share in SHARES])
         for name, counts in spans
         if counts
     ]
-    if curves:
-        slow = axis("one in so many is slower", [1 / (1 - share) for share in SHARES], is_log=True)
-        values = [value for one in curves for _, value in one.points]
-        plots.append(svg(curves, slow, axis("ms at most", values, is_log=True)))
-    return plots
+    if not curves:
+        return []
+    slow = axis("one in so many is slower", [1 / (1 - share) for share in SHARES], is_log=True)
+    values = [value for one in curves for _, value in one.points]
+    return [svg(curves, slow, axis("ms at most", values, is_log=True))]

@@ -5,18 +5,21 @@ import re
 from protocol.errors import ErrorCode, Refused
 
 MAX_WORDS = 10
-MIN_PREFIX_BYTES = 3
-"""Min length, in bytes of UTF-8, of a word that also finds longer words. The beginning `a` would find half of all
-words; one character of Chinese, which takes three bytes, is a word by itself.
+PREFIX_OF_WORDS = 3
+"""Min length, in bytes of UTF-8, of a word that also finds longer words in texts. The beginning `a` would find half of
+all words; one character of Chinese, which takes three bytes, is a word by itself.
 """
+PREFIX_OF_NAMES = 2
+"""Min length, in bytes of UTF-8, of a word that also finds longer names."""
 _WORD = re.compile(r"\w+")
 
 
-def query(text: str) -> str:
-    """Return a tsquery for what has all of these words, or words that begin with them. Raises Refused if there is no
-    word.
+def query(text: str, *, prefix: int) -> str:
+    """Return a tsquery for what has all of these words. Words of at least `prefix` bytes also find longer words.
+
+    Raises Refused if there is no word.
     """
     words = _WORD.findall(text)[:MAX_WORDS]
     if not words:
         raise Refused(ErrorCode.INVALID, "There is no word in this to search for.", path="text")
-    return " & ".join(f"{word}:*" if len(word.encode()) >= MIN_PREFIX_BYTES else word for word in words)
+    return " & ".join(f"{word}:*" if len(word.encode()) >= prefix else word for word in words)

@@ -31,7 +31,7 @@ def say_json(text: str) -> None:
 
 
 def complain(error: object) -> None:
-    """Print a command's last words on standard error, as one line."""
+    """Print an error, or a part of a longer one, on standard error as one line."""
     sys.stderr.write(f"openchat: {plain(str(error))}\n")
 
 

@@ -183,7 +183,7 @@ async def import_all(db: Db, options: argparse.Namespace) -> int:
 def _ask(unconfirmed: Unconfirmed) -> str:
     """Print who would become whom, and return what to do about it."""
     for person, account in unconfirmed.matches:
-        sys.stderr.write(plain(f"{person.name} ({person.key}) = {account.name}, {account.email} ({account.id})") + "\n")
+        complain(f"{person.name} ({person.key}) = {account.name}, {account.email} ({account.id})")
     code = archive.confirmation(unconfirmed.matches)
     return (
         "these accounts have the addresses of people in the export, and nobody has verified that the addresses are "

@@ -214,7 +214,7 @@ async def test_a_broken_export_brings_in_nothing(
         ),
         ([lines[0], lines[1].replace('"row":{', '"row":{"other":1,')], "line 2: its columns are not those of user"),
         ([lines[0], "{\n"], "line 2: "),
-        ([lines[0], '{"table":"message","row":' + 100 * "[" + 100 * "]" + "}\n"], "line 2: it is nested more than"),
+        ([lines[0], '{"table":"message","row":' + 100 * "[" + 100 * "]" + "}\n"], "line 2: Expected `object`"),
         ([], "first line"),
     ):
         path.write_text("".join(broken))

@@ -172,7 +172,7 @@ async def delete(context: Context, frame: client.DeleteConversation) -> Done:
 
 async def find(context: Context, frame: client.FindConversations) -> PublicConversationList:
     """Return public conversations that have these words."""
-    query = search.query(frame.text)
+    query = search.query(frame.text, prefix=search.PREFIX_OF_NAMES)
     async with context.database.searching() as db:
         return PublicConversationList(conversations=await conversations.find(db, query, limit=frame.limit))
 

@@ -15,7 +15,7 @@ async def search(context: Context, frame: client.Search) -> SearchPage:
     if frame.text is None and frame.hashtag is None and frame.conversation_id is None and not frame.mentions_me:
         raise Refused(ErrorCode.INVALID, "Say what to look for: `text`, a `hashtag`, `mentions_me`, or where.",
                       path="text")  # fmt: skip
-    words = None if frame.text is None else typed.query(frame.text)
+    words = None if frame.text is None else typed.query(frame.text, prefix=typed.PREFIX_OF_WORDS)
     async with context.database.searching() as db:
         found = await searches.find(db, context.user_id, frame, words, limit=frame.limit + 1)
     page = found[: frame.limit]

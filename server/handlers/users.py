@@ -39,7 +39,7 @@ async def profile(context: Context, frame: client.GetProfile) -> OneProfile:
 
 async def search_users(context: Context, frame: client.SearchUsers) -> UserList:
     """Return users by name."""
-    query = search.query(frame.text)
+    query = search.query(frame.text, prefix=search.PREFIX_OF_NAMES)
     async with context.database.searching() as db:
         return UserList(users=await users.search(db, context.user_id, query, limit=frame.limit))
 

@@ -43,15 +43,18 @@ def reading(place: str) -> Iterator[None]:
         raise ValueError(f"{place}: {reason}") from error
 
 
-def lines(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
-    """Return the lines of a file with their numbers, from 1. Raises ValueError if one is too long or too deep."""
+def lines(file: BinaryIO, *, max_depth: int | None = MAX_DEPTH) -> Iterator[tuple[int, bytes]]:
+    """Return the lines of a file with their numbers, from 1. Raises ValueError if one is too long or too deep.
+
+    Without `max_depth`, the caller bounds the depth.
+    """
     number = 0
     while line := file.readline(MAX_LINE + 1):
         number += 1
         if len(line) > MAX_LINE:
             raise ValueError(f"line {number}: it is longer than {MAX_LINE:,} bytes")
-        if line.count(b"{") + line.count(b"[") > MAX_DEPTH and depth(line) > MAX_DEPTH:
-            raise ValueError(f"line {number}: it is nested more than {MAX_DEPTH} deep")
+        if max_depth and line.count(b"{") + line.count(b"[") > max_depth and depth(line) > max_depth:
+            raise ValueError(f"line {number}: it is nested more than {max_depth} deep")
         yield number, line
 
 
