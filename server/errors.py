@@ -81,6 +81,18 @@ def is_lost(error: BaseException) -> bool:
     return isinstance(error, _LOST)
 
 
+def told(error: BaseException) -> str:
+    """Return what `error` says, for the log: of PostgreSQL's errors no DETAIL, HINT or context, which quote rows and
+    parameters, and no message that quotes a value.
+    """
+    is_about_a_value = isinstance(error, asyncpg.InterfaceError) and isinstance(error, ValueError)
+    if is_about_a_value or isinstance(error, asyncpg.DataError):
+        return "a value was refused"
+    if isinstance(error, (asyncpg.PostgresError, asyncpg.InterfaceError)):
+        return str(error.args[0])
+    return str(error)
+
+
 def log_defect(log: logging.Logger, what: str, error: Exception) -> None:
     """Log that `what` failed by a defect of ours: in one line where a client's value explains it."""
     if isinstance(error, _BRIEF):
