@@ -796,8 +796,10 @@ BEGIN
         coalesce(bool_and(r.can_see_profile), true) AS profile,
         coalesce(bool_and(r.can_send_messages), true) AS messages
     INTO theirs FROM public.user_relationship r WHERE r.from_user_id = may.target AND r.to_user_id = may.viewer;
-    IF theirs.blocks
-        OR (action = 'see_presence' AND NOT (them.show_online_status AND theirs.presence))
+    IF theirs.blocks THEN
+        -- In a conversation a private face is shown: if this one were hidden there, that would reveal the block.
+        RETURN action = 'see_face' AND public.are_together(viewer, target);
+    ELSIF (action = 'see_presence' AND NOT (them.show_online_status AND theirs.presence))
         OR (action = 'see_profile' AND NOT theirs.profile)
         OR (action IN ('write', 'invite') AND NOT theirs.messages)
         OR (action = 'request_friend' AND NOT them.allow_friend_requests)

@@ -14,8 +14,10 @@ STANDINGS = {
 }
 """How the one who asks stands to the other: of those that apply, the last one counts."""
 
-YES, NO, PUBLIC, SAME = "yes", "no", "if public", "as otherwise"
-"""`if public`: unless the other one `is_private`. `as otherwise`: whoever blocks sees what they saw before."""
+YES, NO, PUBLIC, SAME, MET = "yes", "no", "if public", "as otherwise", "in a conversation"
+"""`if public`: unless the other one `is_private`. `as otherwise`: whoever blocks sees what they saw before.
+`in a conversation`: only while both take part in the same one.
+"""
 
 
 class Rule(NamedTuple):
@@ -30,7 +32,7 @@ class Rule(NamedTuple):
 
 
 RULES: dict[str, Rule] = {
-    "see_face": Rule("see name and picture, find by name", (YES, YES, PUBLIC, SAME, NO)),
+    "see_face": Rule("see name and picture, find by name", (YES, YES, PUBLIC, SAME, MET)),
     "see_profile": Rule("see bio, location, website", (YES, PUBLIC, PUBLIC, SAME, NO), None, "can_see_profile"),
     "see_presence": Rule("see presence and custom status", (YES, YES, PUBLIC, NO, NO),
         "show_online_status", "can_see_online_status"),

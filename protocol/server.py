@@ -396,10 +396,12 @@ class ConversationPage(_Tagged, tag="conversation_page", frozen=True, kw_only=Tr
 
 
 class ParticipantEntry(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """A participant, with how far they have read."""
+    """A participant, with how far they have read. Those who take part show their faces; those who are invited or banned
+    show them to whoever may see them elsewhere.
+    """
 
     participant: Participant
-    user: User
+    user: User | None = None
     last_read_message_id: MessageId | None = None
 
 

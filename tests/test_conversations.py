@@ -201,7 +201,7 @@ async def test_participants_in_pages(person: Make, world: World) -> None:
         page = await ada.call(
             client.ListParticipants(conversation_id=group, limit=2, after=after), server.ParticipantPage
         )
-        found += [one.user.id for one in page.participants]
+        found += [one.participant.user_id for one in page.participants]
         if (after := page.after) is None:
             break
     assert found == sorted([ada.ready.user.id, *(one.id for one in others)])

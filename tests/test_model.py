@@ -13,7 +13,7 @@ from protocol.client import Frame
 from protocol.errors import ErrorCode
 from protocol.ids import ConversationId, MessageId, uuid7
 from protocol.payloads import Poll
-from protocol.privacy import NO, PUBLIC, RULES, STANDINGS, YES
+from protocol.privacy import MET, NO, PUBLIC, RULES, STANDINGS, YES
 from protocol.roles import ROLES, Act, rank
 from protocol.server import Error
 from prove.client import Client
@@ -62,7 +62,8 @@ class Model:
         rule = RULES[action]
         names = list(STANDINGS)
         if (target, viewer) in self.blocks:
-            return rule.cells[names.index("blocked")] == YES
+            cell = rule.cells[names.index("blocked")]
+            return cell == YES or (cell == MET and self.is_in(viewer) and self.is_in(target))
         cell = rule.cells[names.index("stranger")]
         if self.is_in(viewer) and self.is_in(target):
             cell = rule.cells[names.index("together")]
@@ -204,8 +205,7 @@ class Model:
                 return NOT_FOUND
             self.blocks.discard((who, other))
             return OK
-        is_met = self.is_in(who) and self.is_in(other)
-        if not self.may_see("see_face", who, other) and not is_met:
+        if not self.may_see("see_face", who, other):
             return NOT_FOUND
         self.asked["block", who, other] = "once"  # type: ignore[index]
         self.blocks.add((who, other))
@@ -380,7 +380,7 @@ async def test_every_frame_is_answered_as_the_rules_say(world: World, steps: lis
     for who, one in enumerate(clients):
         if model.is_in(who):
             page = await one.call(client.ListParticipants(conversation_id=about), server.ParticipantPage)
-            assert {entry.user.id for entry in page.participants} == {
+            assert {entry.participant.user_id for entry in page.participants} == {
                 people[other].id for other in range(PEOPLE) if model.is_in(other)
             }
         await one.close()

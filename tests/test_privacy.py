@@ -7,10 +7,9 @@ import pytest
 from protocol import client, server
 from protocol.errors import ErrorCode
 from protocol.ids import ConversationId, UserId, uuid7
-from protocol.privacy import PUBLIC, RULES, SAME, STANDINGS, YES
+from protocol.privacy import MET, PUBLIC, RULES, SAME, STANDINGS, YES
 from tests.world import Somebody, World, message, refused, sent
 
-STRANGER = list(STANDINGS).index("stranger")
 SETTINGS = ("allow_friend_requests", "show_online_status")
 SWITCHES = ("can_see_online_status", "can_send_messages", "can_see_profile")
 RELATE = """
@@ -22,6 +21,10 @@ ON CONFLICT ON CONSTRAINT user_relationship_key DO UPDATE SET status = excluded.
 async def stand(world: World, viewer: UserId, target: UserId, standing: str) -> None:
     """Have one user stand to another as said, in nothing else."""
     await world.db.execute("DELETE FROM user_relationship; DELETE FROM conversation_participant")
+    await stand_also(world, viewer, target, standing)
+
+
+async def stand_also(world: World, viewer: UserId, target: UserId, standing: str) -> None:
     match standing:
         case "friend":
             await world.db.execute(RELATE, viewer, target, "friend", "accepted")
@@ -40,10 +43,12 @@ async def stand(world: World, viewer: UserId, target: UserId, standing: str) -> 
             await world.db.execute(RELATE, target, viewer, "block", "active")
 
 
+@pytest.mark.parametrize("before", ["stranger", "together"])
 @pytest.mark.parametrize("standing", STANDINGS)
-async def test_each_cell(world: World, standing: str) -> None:
+async def test_each_cell(world: World, standing: str, before: str) -> None:
     viewer, target = await world.users("Viewer", "Target")
-    await stand(world, viewer.id, target.id, standing)
+    await stand(world, viewer.id, target.id, before)
+    await stand_also(world, viewer.id, target.id, standing)
     # A relationship that says nothing by itself carries the switches.
     await world.db.execute(RELATE, target.id, viewer.id, "mute", "inactive")
     place = list(STANDINGS).index(standing)
@@ -63,9 +68,11 @@ async def test_each_cell(world: World, standing: str) -> None:
         )  # fmt: skip
         for action, answer in rows:
             rule = RULES[action]
-            cell = rule.cells[STRANGER if rule.cells[place] == SAME else place]
+            cell = rule.cells[place]
+            if standing == "stranger" or cell == SAME:
+                cell = rule.cells[list(STANDINGS).index(before)]
             expected = (
-                (cell == YES or (cell == PUBLIC and not is_private))
+                (cell == YES or (cell == PUBLIC and not is_private) or (cell == MET and before == "together"))
                 and (rule.setting is None or is_on[rule.setting])
                 and (rule.switch is None or is_on[rule.switch])
             )
@@ -129,10 +136,12 @@ async def test_blocking_ends_what_there_was(world: World) -> None:
     ):
         with refused(code, path):
             await each.call(frame)
-    # They share the direct conversation still, and its history.
+    # They share the direct conversation still, its history, and the faces of who takes part.
     assert len((await other.call(client.History(conversation_id=direct), server.MessagePage)).messages) == 1
-    assert (await other.call(client.GetUsers(user_ids=[ada.id]), server.UserList)).users == []
-    assert (await other.call(client.SearchUsers(text="Ada"), server.UserList)).users == []
+    assert [face.id for face in (await other.call(client.GetUsers(user_ids=[ada.id]), server.UserList)).users] == [
+        ada.id
+    ]
+    assert [face.id for face in (await other.call(client.SearchUsers(text="Ada"), server.UserList)).users] == [ada.id]
     # Whoever is blocked is not told so, and may block, too.
     theirs = await other.call(client.ListRelationships(), server.RelationshipPage)
     assert [entry.relationship.kind for entry in theirs.relationships] == []

@@ -158,7 +158,7 @@ async def test_a_reader_sees_what_the_server_shows(world: World, reader: Reader,
             shown |= {each.id for each in page.messages if not each.is_moderated or each.id in page.withheld}
             withheld |= page.withheld.keys()
             entries = await one.call(client.ListParticipants(conversation_id=about, limit=100), server.ParticipantPage)
-            participants |= {entry.user.id for entry in entries.participants}
+            participants |= {entry.participant.user_id for entry in entries.participants}
             answer = await one.ask(client.ListReports(conversation_id=about, limit=100))
             if not isinstance(answer, Error):
                 assert isinstance(answer.result, server.ReportPage)

@@ -90,6 +90,38 @@ async def test_a_list_of_relationships_shows_the_faces_that_may_be_seen(world: W
     assert faces[str(open_.id)] is not None
 
 
+async def test_every_frame_shows_the_same_faces_of_participants(room: Room, world: World) -> None:
+    """Who blocks the caller, is private, deactivated or erased: if one frame shows a face, so do the others."""
+    names = ("Blocks", "Private", "Gone", "Erased")
+    them = dict(zip(names, await world.users(*names), strict=True))
+    outsiders = dict(zip(("Invited", "Banned"), await world.users("Invited", "Banned"), strict=True))
+    listed = [one.id for one in (*them.values(), outsiders["Banned"])]
+    await room.ada.call(client.AddParticipants(conversation_id=room.group, participants=listed))
+    await room.ada.call(client.Invite(conversation_id=room.group, participants=[outsiders["Invited"].id]))
+    await room.ada.call(client.RemoveParticipant(conversation_id=room.group, user_id=outsiders["Banned"].id, ban=True))
+    for one in (them["Blocks"], *outsiders.values()):
+        await (await world.connect(one)).call(client.Block(user_id=room.them[0].id))
+    await world.db.execute('UPDATE "user" SET is_private = true WHERE id = $1', them["Private"].id)
+    await world.db.execute('UPDATE "user" SET is_active = false WHERE id = $1', them["Gone"].id)
+    await world.db.execute('UPDATE "user" SET erased_at = now(), is_deleted = true WHERE id = $1', them["Erased"].id)
+    entries = [
+        entry
+        for status in ("active", "invited", "banned")
+        for entry in (
+            await room.ada.call(
+                client.ListParticipants(conversation_id=room.group, status=status),
+                server.ParticipantPage,
+            )
+        ).participants
+    ]
+    asked = client.GetUsers(user_ids=[entry.participant.user_id for entry in entries])
+    shown = {face.id: face for face in (await room.ada.call(asked, server.UserList)).users}
+    assert {entry.participant.user_id: entry.user for entry in entries if entry.user is not None} == shown
+    assert {one.id for one in (*them.values(), *room.them)} == set(shown)
+    assert len(entries) == len(shown) + len(outsiders)
+    assert await room.ada.call(client.Mute(user_id=them["Blocks"].id)), "one can mute whom one sees"
+
+
 @pytest.mark.parametrize("is_blocked", [False, True])
 async def test_who_asks_for_friendship_shows_their_face(world: World, *, is_blocked: bool) -> None:
     ada, private = await world.users("Ada", "Private")

@@ -77,11 +77,7 @@ def turned(kind: RelationshipKind, *, on: bool) -> Callable[[Context, OneOf], Aw
         async with context.database.transaction() as db:
             await _lock(db, me, them)
             action = "follow" if kind == "follow" else "see_face"
-            # Whoever meets somebody may block them, even if they are not to be seen because they block first.
-            if on and not (
-                await users.all_may(db, action, me, [them])
-                or (kind == "block" and await users.are_together(db, me, them))
-            ):
+            if on and not await users.all_may(db, action, me, [them]):
                 raise NotFound("user_id")
             if not on and await relationships.status(db, me, them, kind) is None:
                 raise NotFound("user_id")

@@ -38,9 +38,11 @@ async def get(db: Db, conversation_id: ConversationId, user_id: UserId) -> Parti
     return None if text is None else _participant_decoder.decode(text)
 
 
+# Who takes part may be seen by all others who do, so that nothing has to be asked about them.
 PAGE = f"""
 SELECT json_build_object(
-    'participant', participant_json(p), 'last_read_message_id', p.last_read_message_id, 'user', {FACE}
+    'participant', participant_json(p), 'last_read_message_id', p.last_read_message_id,
+    'user', CASE WHEN $5 = 'active' OR may('see_face', $2, u.id) THEN {FACE} END
 )
 FROM conversation_participant me
 JOIN conversation c ON c.id = me.conversation_id AND NOT c.is_deleted

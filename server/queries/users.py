@@ -304,14 +304,6 @@ async def touch(db: Db, user_ids: Sequence[UserId]) -> None:
     await db.execute(TOUCH, list(user_ids))
 
 
-ARE_TOGETHER = "SELECT are_together($1, $2)"
-
-
-async def are_together(db: Db, one: UserId, other: UserId) -> bool:
-    """Whether two users take part in the same conversation."""
-    return bool(await db.fetchval(ARE_TOGETHER, one, other))
-
-
 ALL_MAY = "SELECT count(*) FROM unnest($3::uuid[]) AS named (user_id) WHERE NOT may($1, $2, user_id)"
 
 
