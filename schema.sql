@@ -53,7 +53,9 @@ CREATE TABLE "user" (
     -- What is newer than this in the feed (see queries/feed.py) is new to them.
     feed_seen_at timestamptz,
     -- With which code (protocol/errors.py) the server closed the last of their connections, if it was the server: for `why`.
-    last_close integer
+    last_close integer,
+    -- Whether friends may add them to groups and channels without asking.
+    allow_adding boolean NOT NULL DEFAULT true
 );
 CREATE INDEX user_search_idx ON "user" USING gin (to_tsvector('simple', name || ' ' || coalesce(display_name, '')));
 CREATE INDEX user_custom_status_until_idx ON "user" (custom_status_until) WHERE custom_status_until IS NOT NULL;
@@ -205,6 +207,9 @@ CREATE TABLE conversation_participant (
 -- Not "WHERE status = 'active'": a plan made while the table is small might walk all of a partial index.
 CREATE INDEX participant_user_idx ON conversation_participant (user_id);
 CREATE INDEX participant_version_idx ON conversation_participant (conversation_id, version);
+-- Invitations that nobody has answered, by who has them and by who sent them.
+CREATE INDEX participant_invited_idx ON conversation_participant (user_id) WHERE status = 'invited';
+CREATE INDEX participant_invited_by_idx ON conversation_participant (invited_by) WHERE status = 'invited';
 
 -- --------------------------------------------------------------------------------------------- messages
 
@@ -752,6 +757,7 @@ CREATE FUNCTION me_json(u "user") RETURNS json LANGUAGE sql STABLE
         'is_private', u.is_private,
         'allow_friend_requests', u.allow_friend_requests,
         'show_online_status', u.show_online_status,
+        'allow_adding', u.allow_adding,
         'is_admin', u.is_admin,
         'quiet_from', u.quiet_from,
         'quiet_until', u.quiet_until,
@@ -782,7 +788,7 @@ BEGIN
         RETURN action IN ('see_face', 'see_profile', 'see_presence');
     END IF;
     SELECT u.is_active AND NOT u.is_deleted AS is_here, u.erased_at, u.is_private, u.allow_friend_requests,
-        u.show_online_status
+        u.show_online_status, u.allow_adding
     INTO them FROM public."user" u WHERE u.id = may.target;
     IF NOT FOUND OR viewer IS NULL THEN
         RETURN false;
@@ -801,7 +807,8 @@ BEGIN
         RETURN action = 'see_face' AND public.are_together(viewer, target);
     ELSIF (action = 'see_presence' AND NOT (them.show_online_status AND theirs.presence))
         OR (action = 'see_profile' AND NOT theirs.profile)
-        OR (action IN ('write', 'invite') AND NOT theirs.messages)
+        OR (action IN ('write', 'invite', 'add') AND NOT theirs.messages)
+        OR (action = 'add' AND NOT (theirs.is_friend AND them.allow_adding))
         OR (action = 'request_friend' AND NOT them.allow_friend_requests)
     THEN
         RETURN false;

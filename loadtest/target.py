@@ -21,7 +21,7 @@ from protocol.codec import decode_server, encode
 from protocol.http import LoggedIn, Register
 from protocol.ids import ConversationId, UserId, uuid7
 from protocol.limits import MAX_PARTICIPANTS_NAMED
-from protocol.server import Error, OneConversation, Reply
+from protocol.server import Added, Error, OneConversation, Reply
 
 PER_ADDRESS = 80
 """Accounts made from each loopback address: a server allows 100 in five minutes unless told otherwise."""
@@ -193,15 +193,24 @@ class OpenChat:
         made = ConversationId(uuid7())
         ids = [one.user_id for one in others]
         create = client.CreateGroup(conversation_id=made, title="Crowd", participants=ids[:MAX_PARTICIPANTS_NAMED])
-        await self.call(http, first, create)
+        await self._follow(http, made, await self.call(http, first, create), others)
         for start in range(MAX_PARTICIPANTS_NAMED, len(ids), MAX_PARTICIPANTS_NAMED):
             some = ids[start : start + MAX_PARTICIPANTS_NAMED]
-            await self.call(http, first, client.AddParticipants(conversation_id=made, participants=some))
+            added = client.AddParticipants(conversation_id=made, participants=some)
+            await self._follow(http, made, await self.call(http, first, added), others)
         if layout.is_kept:
             self.purse.history, self.purse.readers, self.purse.written = made, len(people), 0
         else:
             self._made.append((made, people))
         return made
+
+    async def _follow(self, http: httpx.AsyncClient, about: ConversationId, reply: Reply, people: list[Person]) -> None:
+        """Have those join whom a server with the default of OPENCHAT_ADD_PEOPLE has invited: they are strangers."""
+        assert isinstance(reply.result, Added | OneConversation)  # noqa: S101 - as the protocol says
+        invited = set(reply.result.invited)
+        for one in people:
+            if one.user_id in invited:
+                await self.call(http, one, client.Join(conversation_id=about))
 
     def _source(self, number: int) -> str:
         """Return the address that a person comes from: on loopback there are many."""

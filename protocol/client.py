@@ -117,7 +117,9 @@ class _Create(Frame, kw_only=True):
 
 
 class CreateGroup(_Create, tag="create_group", kw_only=True):
-    """Make a group of the caller, its owner, and the participants named."""
+    """Make a group of the caller, its owner, and those participants who may be added without asking (docs/privacy.md).
+    The others are invited.
+    """
 
     participants: Annotated[list[UserId], PARTICIPANTS_NAMED]
 
@@ -203,7 +205,9 @@ class Leave(Frame, tag="leave"):
 
 
 class AddParticipants(Frame, tag="add_participants"):
-    """Add users to a group or a channel; those who are in it already stay as they are."""
+    """Add users to a group or a channel. Those who may not be added without asking (docs/privacy.md) are invited; those
+    who are in it already stay as they are.
+    """
 
     conversation_id: ConversationId
     participants: Annotated[list[UserId], PARTICIPANTS_NAMED]
@@ -715,6 +719,7 @@ class UpdateProfile(Frame, tag="update_profile"):
     is_private: bool | UnsetType = UNSET
     allow_friend_requests: bool | UnsetType = UNSET
     show_online_status: bool | UnsetType = UNSET
+    allow_adding: bool | UnsetType = UNSET
     quiet_from: TimeOfDay | None | UnsetType = UNSET
     quiet_until: TimeOfDay | None | UnsetType = UNSET
     time_zone: Annotated[str, Meta(min_length=1, max_length=64, pattern=NO_NUL)] | UnsetType = UNSET

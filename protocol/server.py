@@ -383,9 +383,20 @@ class ReadUpTo(_Tagged, tag="read_up_to", frozen=True, kw_only=True):
 
 
 class OneConversation(_Tagged, tag="conversation", frozen=True, kw_only=True):
-    """A conversation as the caller sees it."""
+    """A conversation as the caller sees it. `added` and `invited` answer `create_group`: of the users named, those who
+    take part, and those who are asked to.
+    """
 
     view: ConversationView
+    added: list[UserId] = []
+    invited: list[UserId] = []
+
+
+class Added(_Tagged, tag="added", frozen=True, kw_only=True):
+    """Of the users named, those who take part, and those who are asked to."""
+
+    added: list[UserId] = []
+    invited: list[UserId] = []
 
 
 class ConversationPage(_Tagged, tag="conversation_page", frozen=True, kw_only=True):
@@ -624,6 +635,7 @@ Result = (
     | Changed
     | ReadUpTo
     | OneConversation
+    | Added
     | ConversationPage
     | ParticipantPage
     | MessagePage

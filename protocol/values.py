@@ -61,6 +61,7 @@ class Me(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     is_private: bool = False
     allow_friend_requests: bool = True
     show_online_status: bool = True
+    allow_adding: bool = True
     is_admin: bool = False
     quiet_from: time | None = None
     quiet_until: time | None = None

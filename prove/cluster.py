@@ -29,6 +29,8 @@ SETTINGS = {
     # Short, so that silence and slowness are noticed within a phase.
     "OPENCHAT_HEARTBEAT_SECONDS": "2",
     "OPENCHAT_OUTBOX_BYTES": "65536",
+    # The actors are strangers to each other.
+    "OPENCHAT_ADD_PEOPLE": "anyone",
 }
 
 

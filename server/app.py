@@ -136,6 +136,7 @@ class App:
             notices=self.notices,
             previews=self.previews,
             push_key=self.notices.public_key,
+            anyone_adds=settings.add_people == "anyone",
         )
         self._services = services
         rates = {

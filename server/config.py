@@ -3,6 +3,7 @@
 import os
 import sys
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 import platformdirs
@@ -70,6 +71,10 @@ class Settings(msgspec.Struct, kw_only=True, frozen=True):
     """
     link_previews: bool = False
     """Ask for the page behind the first link of a message, and show what it says of itself."""
+    add_people: Literal["by_privacy", "anyone"] = "by_privacy"
+    """Who is added to groups and channels without being asked: `by_privacy`, by friends alone (docs/privacy.md);
+    `anyone`, by everybody who may invite them, for an installation in which all know each other, such as a company's.
+    """
     push_after_seconds: float = 5.0
     """What is not read for so long after it was sent is pushed to browsers that want notifications."""
     push_contact: str = "mailto:postmaster@localhost"

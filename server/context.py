@@ -116,6 +116,8 @@ class Services(msgspec.Struct, frozen=True, kw_only=True):
     """Looks at the page that a message links to."""
     push_key: str
     """The public key of what is pushed, in base64url."""
+    anyone_adds: bool
+    """Whether everybody who may invite somebody may add them without asking (`OPENCHAT_ADD_PEOPLE`)."""
 
 
 class Context(msgspec.Struct, frozen=True, kw_only=True):

@@ -1,8 +1,12 @@
 """Changes of who takes part in a conversation: made under its lock, told after the commit."""
 
+from collections.abc import Iterable
+from typing import NamedTuple
+
 from protocol.client import AddParticipants, Invite
 from protocol.errors import ErrorCode, Refused
 from protocol.ids import ConversationId, UserId
+from protocol.limits import MAX_INVITATIONS_SENT
 from protocol.roles import Act, may
 from protocol.server import MessageSent
 from protocol.values import Conversation, Message, Participant
@@ -10,10 +14,11 @@ from server.context import Context
 from server.database import Db
 from server.errors import NotFound
 from server.permissions import require, require_below
-from server.queries import audit, conversations, participants, sending, users
+from server.queries import audit, conversations, participants, sending, users, welcome
 from server.queries.audit import Deed
 from server.queries.participants import Change
 from server.queries.sending import Announcement
+from server.queries.welcome import Guest
 from server.telling import tell_participant
 
 
@@ -70,17 +75,70 @@ async def entered(db: Db, context: Context, conversation_id: ConversationId) -> 
     return conversation, me
 
 
-async def require_welcome(db: Db, me: Participant, frame: AddParticipants | Invite) -> None:
-    """Raise Refused unless a participant may add or invite all whom a frame names, as what it says. Locks them, so that
-    none of them is deactivated or erased before the transaction ends.
+class Welcome(NamedTuple):
+    """How those whom a frame names come in, in its order. The caller is none of them."""
+
+    present: list[UserId]
+    """They take part already."""
+    waiting: list[UserId]
+    """They may only be invited, and are."""
+    added: list[UserId]
+    """They may be added, invited or not."""
+    invited: list[UserId]
+    """They may only be invited, and are not yet."""
+
+
+async def guests(db: Db, context: Context, conversation_id: ConversationId, named: Iterable[UserId]) -> list[Guest]:
+    """Return how the users named stand to the caller and to a conversation. Raises NotFound if one of them may not even
+    be invited.
+
+    All of them and the caller must be locked: a block, or a change of privacy, then waits until the transaction ends.
+    """
+    others = [user_id for user_id in dict.fromkeys(named) if user_id != context.user_id]
+    found = await welcome.guests(db, context.user_id, conversation_id, others)
+    if not all(guest.may_be_invited for guest in found):
+        raise NotFound("participants")
+    return found
+
+
+def welcomed(context: Context, named: list[Guest], *, only_invited: bool = False) -> Welcome:
+    """Return whom of the guests the caller adds, and whom they invite; with `only_invited`, nobody is added.
+
+    Raises Refused if too many invitations would wait for an answer: the caller's, or those of somebody invited by a
+    person who may not add them. The words are the same for both.
+    """
+    found = Welcome([], [], [], [])
+    for guest in named:
+        may_add = guest.may_be_added or context.services.anyone_adds
+        if guest.status == "active":
+            found.present.append(guest.user_id)
+        elif may_add and not only_invited:
+            found.added.append(guest.user_id)
+        elif guest.status == "invited":
+            found.waiting.append(guest.user_id)
+        else:
+            found.invited.append(guest.user_id)
+    is_full = any(guest.is_full and not guest.may_be_added for guest in named if guest.user_id in found.invited)
+    if is_full or (found.invited and named[0].sent + len(found.invited) > MAX_INVITATIONS_SENT):
+        raise Refused(
+            ErrorCode.CONFLICT,
+            "Too many invitations wait for an answer. Invite again when some are answered or taken back.",
+            path="participants",
+        )
+    return found
+
+
+async def welcomed_by(db: Db, context: Context, me: Participant, frame: AddParticipants | Invite) -> Welcome:
+    """Lock all whom a frame adds or invites, and return how they come in. Raises Refused unless the caller may do that,
+    as what the frame says.
     """
     require(me, Act.ADD_MEMBERS)
     require_below(me, frame.role)
-    await users.lock(db, frame.participants)
-    if not await users.all_may(db, "invite", me.user_id, frame.participants):
-        raise NotFound("participants")
-    if not may(me, Act.REMOVE_MEMBERS) and await participants.any_banned(db, me.conversation_id, frame.participants):
+    await users.lock(db, [context.user_id, *frame.participants])
+    named = await guests(db, context, me.conversation_id, frame.participants)
+    if not may(me, Act.REMOVE_MEMBERS) and any(guest.status == "banned" for guest in named):
         raise Refused(ErrorCode.FORBIDDEN, "Your role cannot lift a ban.", path="participants")
+    return welcomed(context, named, only_invited=isinstance(frame, Invite))
 
 
 def require_room(conversation: Conversation, more: int) -> None:

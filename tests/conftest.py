@@ -88,7 +88,8 @@ async def settings(servers: Servers, database_url: str) -> Settings:
     redis = Redis.from_url(servers.valkey.url)
     await redis.flushall()
     await redis.aclose()
-    # Tests write faster than people do; the limits are tested with the frames that are `ephemeral`.
+    # Tests write faster than people do; the limits are tested with the frames that are `ephemeral`. People in them are
+    # mere strangers who add each other; tests/test_adding.py is about the default.
     return Settings(
         database_url=database_url,
         redis_url=servers.valkey.url,
@@ -98,6 +99,7 @@ async def settings(servers: Servers, database_url: str) -> Settings:
         read_rate=1e6,
         search_rate=1e6,
         address_rate=1e6,
+        add_people="anyone",
     )
 
 

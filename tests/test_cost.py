@@ -36,6 +36,7 @@ from server.queries import (
     threads,
     unread,
     users,
+    welcome,
     whereabouts,
 )
 from server.queries import mentions as meaning
@@ -75,6 +76,7 @@ BY_SOMETHING_ELSE = {
     "living sessions": "by session, of users who are here",
     "slide": "by session, of users who are here",
     "open": "by invite code, or else by conversation",
+    "guests": "by who was invited, and who has invited",
     "existing": "by message: asked when an id was refused, to say why",
     "find anew": "by message, after it was found in its conversation",
     "what is due": "by time",
@@ -232,7 +234,7 @@ def hot(place: Place, ids: dict[str, Any]) -> dict[str, tuple[str, tuple[Any, ..
         "add": (participants.ADD, (about, [user], "member", user)),
         "change": (participants.CHANGE, (about, user, "member", "left", 1)),
         "heir": (participants.HEIR, (about, user)),
-        "banned": (participants.BANNED, (about, [user])),
+        "guests": (welcome.GUESTS, (user, about, [user], 100, 1_000)),
         "visible": (users.VISIBLE, (user, [user])),
         "may": (users.ALL_MAY, ("write", user, [user])),
         "news": (users.NEWS, (user, 0)),

@@ -2,10 +2,14 @@
 rules (protocol/roles.py, protocol/privacy.py) says of each frame whether it is done or refused.
 """
 
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from hypothesis import HealthCheck, Phase, given, settings
+import msgspec
+import pytest
+from hypothesis import HealthCheck, Phase, given
+from hypothesis import settings as trying
 from hypothesis import strategies as st
 
 from protocol import client, server
@@ -18,6 +22,7 @@ from protocol.roles import ROLES, Act, rank
 from protocol.server import Error
 from prove.client import Client
 from prove.truth import recount
+from server.config import Settings
 from tests.world import Somebody, World, message, sent
 
 PEOPLE = 3
@@ -42,6 +47,8 @@ class Model:
     def __init__(self) -> None:
         self.parts: dict[int, Part] = {0: Part("owner")}
         self.private: set[int] = set()
+        self.unaddable: set[int] = set()
+        """Those who do not want to be added, not even by friends."""
         self.blocks: set[tuple[int, int]] = set()
         self.friends: set[tuple[int, int]] = set()
         self.asked: dict[tuple[int, int], str] = {}
@@ -61,6 +68,8 @@ class Model:
     def may_see(self, action: str, viewer: int, target: int) -> bool:
         rule = RULES[action]
         names = list(STANDINGS)
+        if rule.setting == "allow_adding" and target in self.unaddable:
+            return False
         if (target, viewer) in self.blocks:
             cell = rule.cells[names.index("blocked")]
             return cell == YES or (cell == MET and self.is_in(viewer) and self.is_in(target))
@@ -124,7 +133,8 @@ class Model:
             return FORBIDDEN
         if part is not None and part.status == "active":
             return OK
-        if not is_invitation:
+        # Whoever may not be added is invited.
+        if not is_invitation and self.may_see("add", who, other):
             self._enter(other, role)
         elif part is None or part.status != "invited":
             grants = set() if part is None else part.grants
@@ -260,7 +270,7 @@ GRANTS = (
 KINDS = (
     "join", "join", "leave", "add", "invite", "decline", "remove", "ban", "unban", "set_role", "set_role",
     "permit", "permit", "transfer", "send", "update", "block", "unblock", "request", "answer", "unfriend", "private",
-    "profile", "audit", "pin", "close", "vote", "why",
+    "unaddable", "profile", "audit", "pin", "close", "vote", "why",
 )  # fmt: skip
 STEP = st.tuples(
     st.sampled_from(KINDS), st.integers(0, PEOPLE - 1), st.integers(0, PEOPLE - 1), st.sampled_from(GIVEN),
@@ -310,6 +320,9 @@ def step_of(  # noqa: C901, PLR0911, PLR0912 - a table of what can be said
         case "private":
             (model.private.add if flag else model.private.discard)(who)
             return client.UpdateProfile(is_private=flag), OK
+        case "unaddable":
+            (model.unaddable.add if flag else model.unaddable.discard)(who)
+            return client.UpdateProfile(allow_adding=not flag), OK
         case "transfer":
             return client.TransferOwnership(**place, user_id=them), model.transfer(who, other)
         case "add":
@@ -345,8 +358,15 @@ def step_of(  # noqa: C901, PLR0911, PLR0912 - a table of what can be said
             return client.GetProfile(user_id=them), OK if model.may_see("see_profile", who, other) else NOT_FOUND
 
 
+@pytest.fixture
+async def world(settings: Settings) -> AsyncIterator[World]:
+    """Two workers with the default of OPENCHAT_ADD_PEOPLE."""
+    async with World(msgspec.structs.replace(settings, add_people=Settings().add_people)) as world:
+        yield world
+
+
 @given(st.lists(STEP, min_size=150, max_size=200))
-@settings(
+@trying(
     max_examples=12,
     deadline=None,
     phases=[Phase.generate],

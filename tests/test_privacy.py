@@ -10,7 +10,7 @@ from protocol.ids import ConversationId, UserId, uuid7
 from protocol.privacy import MET, PUBLIC, RULES, SAME, STANDINGS, YES
 from tests.world import Somebody, World, message, refused, sent
 
-SETTINGS = ("allow_friend_requests", "show_online_status")
+SETTINGS = ("allow_friend_requests", "show_online_status", "allow_adding")
 SWITCHES = ("can_see_online_status", "can_send_messages", "can_see_profile")
 RELATE = """
 INSERT INTO user_relationship (from_user_id, to_user_id, type, status) VALUES ($1, $2, $3, $4)
@@ -55,8 +55,8 @@ async def test_each_cell(world: World, standing: str, before: str) -> None:
     for is_private, *flags in product((False, True), repeat=1 + len(SETTINGS) + len(SWITCHES)):
         is_on = dict(zip((*SETTINGS, *SWITCHES), flags, strict=True))
         await world.db.execute(
-            'UPDATE "user" SET is_private = $2, allow_friend_requests = $3, show_online_status = $4 WHERE id = $1',
-            target.id, is_private, *(is_on[name] for name in SETTINGS),
+            'UPDATE "user" SET is_private = $2, allow_friend_requests = $3, show_online_status = $4, allow_adding = $5'
+            " WHERE id = $1", target.id, is_private, *(is_on[name] for name in SETTINGS),
         )  # fmt: skip
         await world.db.execute(
             "UPDATE user_relationship SET can_see_online_status = $2, can_send_messages = $3, can_see_profile = $4"

@@ -1,5 +1,7 @@
 """Conversations: made, listed, changed."""
 
+import msgspec
+
 from protocol import client
 from protocol.errors import ErrorCode, Refused
 from protocol.ids import EVERYONE, ConversationId, UserId, uuid7
@@ -17,7 +19,7 @@ from server.cursor import Cursor
 from server.database import Db
 from server.errors import NotActive, NotFound
 from server.invitecode import new_code
-from server.membership import News, entered
+from server.membership import News, entered, guests, welcomed
 from server.permissions import require
 from server.queries import audit, conversations, participants, users
 from server.queries.audit import Deed
@@ -91,18 +93,19 @@ async def _create(
     async with context.database.transaction() as db:
         if context.user_id not in await users.lock(db, members):
             raise NotActive
-        if not await users.all_may(db, "invite", context.user_id, list(members)):
-            raise NotFound("participants")
+        named = await guests(db, context, founding.id, members) if is_group else []
+        they = welcomed(context, named)
+        founding = msgspec.structs.replace(founding, invited=frozenset(they.invited))
         made = await conversations.create(db, founding)
         if made:
-            await users.touch(db, list(members))
+            await participants.stamp(db, founding.id, list(members))
         elif not await conversations.is_same(db, founding):
             raise Refused(ErrorCode.CONFLICT, "This id is taken by another conversation.", path="conversation_id")
         view = await _view(db, context.user_id, founding.id)
     if made:
         context.events.poke(members)
     await sync.join(context, view)
-    return OneConversation(view=view)
+    return OneConversation(view=view, added=they.present + they.added, invited=they.waiting + they.invited)
 
 
 async def list_conversations(context: Context, frame: client.ListConversations) -> ConversationPage:

@@ -8,7 +8,7 @@ from protocol.server import Done, InvitationList, OneConversation
 from server.context import Context
 from server.errors import NotFound
 from server.invitecode import new_code
-from server.membership import News, entered, require_welcome
+from server.membership import News, entered, welcomed_by
 from server.permissions import require
 from server.queries import audit, conversations, participants, users
 from server.queries.audit import Deed
@@ -19,10 +19,11 @@ async def invite(context: Context, frame: client.Invite) -> Done:
     """Ask users to join."""
     async with context.database.transaction() as db:
         conversation, me = await entered(db, context, frame.conversation_id)
-        await require_welcome(db, me, frame)
+        they = await welcomed_by(db, context, me, frame)
         news = News(context, db, conversation)
-        news.changes += await participants.invite(db, conversation.id, frame.participants, frame.role, context.user_id)
-        await participants.stamp(db, conversation.id, [change.participant.user_id for change in news.changes])
+        if they.invited:
+            news.changes += await participants.invite(db, conversation.id, they.invited, frame.role, context.user_id)
+            await participants.stamp(db, conversation.id, they.invited)
     news.tell()
     return Done()
 

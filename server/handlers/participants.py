@@ -4,13 +4,13 @@ from protocol import client
 from protocol.errors import ErrorCode, Refused
 from protocol.ids import UserId
 from protocol.roles import Act, may
-from protocol.server import Done, OneConversation, ParticipantPage
+from protocol.server import Added, Done, OneConversation, ParticipantPage
 from protocol.values import Participant, ParticipantStatus
 from server import sync
 from server.context import Context
 from server.database import Db
 from server.errors import NotActive, NotFound
-from server.membership import News, entered, require_room, require_welcome, taking_part
+from server.membership import News, entered, require_room, taking_part, welcomed_by
 from server.permissions import require, require_above, require_below
 from server.queries import conversations, participants, users
 from server.queries.audit import Deed
@@ -64,21 +64,24 @@ async def leave(context: Context, frame: client.Leave) -> Done:
     return Done()
 
 
-async def add(context: Context, frame: client.AddParticipants) -> Done:
-    """Let users in."""
+async def add(context: Context, frame: client.AddParticipants) -> Added:
+    """Let users in whom the caller may add, and ask the others to come."""
     async with context.database.transaction() as db:
         conversation, me = await entered(db, context, frame.conversation_id)
-        await require_welcome(db, me, frame)
+        they = await welcomed_by(db, context, me, frame)
         news = News(context, db, conversation)
-        news.changes += await participants.add(db, conversation.id, frame.participants, frame.role, context.user_id)
+        if they.added:
+            require_room(conversation, len(they.added))
+            news.changes += await participants.add(db, conversation.id, they.added, frame.role, context.user_id)
+        if they.invited:
+            news.changes += await participants.invite(db, conversation.id, they.invited, frame.role, context.user_id)
+        if they.added:
+            count = "someone" if len(they.added) == 1 else f"{len(they.added)} people"
+            await news.announce(Announcement("add_member", f"added {count}", {"user_ids": they.added}))
         if news.changes:
-            require_room(conversation, len(news.changes))
-            added = [change.participant.user_id for change in news.changes]
-            count = "someone" if len(added) == 1 else f"{len(added)} people"
-            await news.announce(Announcement("add_member", f"added {count}", {"user_ids": added}))
-            await participants.stamp(db, conversation.id, added)
+            await participants.stamp(db, conversation.id, they.added + they.invited)
     news.tell()
-    return Done()
+    return Added(added=they.present + they.added, invited=they.waiting + they.invited)
 
 
 async def remove(context: Context, frame: client.RemoveParticipant) -> Done:

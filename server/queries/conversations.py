@@ -168,6 +168,8 @@ class Founding(msgspec.Struct, frozen=True, kw_only=True):
     type: ConversationType
     created_by: UserId
     members: dict[UserId, Role]
+    invited: frozenset[UserId] = frozenset()
+    """Those of the members who are not in it, but asked to come."""
     title: str | None = None
     description: str | None = None
     image: str | None = None
@@ -177,20 +179,22 @@ class Founding(msgspec.Struct, frozen=True, kw_only=True):
     settings: ConversationSettings = ConversationSettings()
 
 
-# The clock: 1 is the conversation itself, each participant takes one more.
+# The clock: 1 is the conversation itself, each participant, in it or invited, takes one more.
 CREATE = """
 WITH made AS (
     INSERT INTO conversation (id, type, created_by, title, description, is_public, invite_code, max_participants,
         settings, direct_low, direct_high, participant_count, settings_version, version, access_version, image)
-    VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, cardinality($12::uuid[]), 1,
+    VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, cardinality(array_positions($15::text[], 'active')), 1,
         1 + cardinality($12::uuid[]), 1 + cardinality($12::uuid[]), $14)
     ON CONFLICT DO NOTHING
     RETURNING id
 ), joined AS (
-    INSERT INTO conversation_participant (conversation_id, user_id, role, invited_by, version, joined_version,
+    INSERT INTO conversation_participant (conversation_id, user_id, role, status, invited_by, version, joined_version,
         last_read_version)
-    SELECT made.id, m.user_id, m.role, nullif($3, m.user_id), 1 + m.place, 1 + m.place, 1 + cardinality($12::uuid[])
-    FROM made, unnest($12::uuid[], $13::text[]) WITH ORDINALITY AS m (user_id, role, place)
+    SELECT made.id, m.user_id, m.role, m.status, nullif($3, m.user_id), 1 + m.place,
+        CASE m.status WHEN 'active' THEN 1 + m.place ELSE 0 END,
+        CASE m.status WHEN 'active' THEN 1 + cardinality($12::uuid[]) ELSE 0 END
+    FROM made, unnest($12::uuid[], $13::text[], $15::text[]) WITH ORDINALITY AS m (user_id, role, status, place)
 )
 SELECT EXISTS (SELECT FROM made)
 """
@@ -215,6 +219,7 @@ async def create(db: Db, founding: Founding) -> bool:
             list(founding.members),
             list(founding.members.values()),
             founding.image,
+            ["invited" if member in founding.invited else "active" for member in founding.members],
         )
     )
 

@@ -136,8 +136,10 @@ async def invite(
 
 INVITATIONS = """
 SELECT coalesce(json_agg(invitation_json(p, c) ORDER BY p.user_version DESC), '[]') FROM (
-    SELECT * FROM conversation_participant p WHERE p.user_id = $1 AND p.status = 'invited' LIMIT 100
-) p JOIN conversation c ON c.id = p.conversation_id AND c.is_active AND NOT c.is_deleted
+    SELECT p.* FROM conversation_participant p
+    JOIN conversation c ON c.id = p.conversation_id AND c.is_active AND NOT c.is_deleted
+    WHERE p.user_id = $1 AND p.status = 'invited' ORDER BY p.user_version DESC LIMIT 100
+) p JOIN conversation c ON c.id = p.conversation_id
 """
 
 
@@ -221,12 +223,14 @@ WITH touched AS (
     RETURNING u.id, u.version
 )
 UPDATE conversation_participant p SET user_version = t.version FROM touched t
-WHERE p.conversation_id = $1 AND p.user_id = t.id
+WHERE p.conversation_id = $1 AND p.user_id = t.id AND (p.status <> 'active' OR p.user_version > 0)
 """
 
 
 async def stamp(db: Db, conversation_id: ConversationId, user_ids: Sequence[UserId]) -> None:
-    """Move users' own clocks, and note that it was for their invitations to a conversation."""
+    """Move users' own clocks, and note that it was for their invitations to a conversation. Those who take part and
+    never had an invitation or preferences there have nothing to be noted.
+    """
     await db.execute(STAMP, conversation_id, list(user_ids))
 
 
@@ -250,14 +254,3 @@ async def leave(db: Db, leaving: Participant) -> list[Change]:
     if leaving.role == "owner" and (next_one := await heir(db, leaving)) is not None:
         changes.append(await change(db, next_one, role="owner"))
     return changes
-
-
-BANNED = """
-SELECT count(*) FROM conversation_participant
-WHERE conversation_id = $1 AND user_id = ANY($2) AND status = 'banned'
-"""
-
-
-async def any_banned(db: Db, conversation_id: ConversationId, user_ids: Sequence[UserId]) -> bool:
-    """Whether one of the users is banned from the conversation."""
-    return bool(await db.fetchval(BANNED, conversation_id, list(user_ids)))

@@ -84,6 +84,7 @@ UPDATE "user" u SET
     is_private = coalesce(($2 ->> 'is_private')::boolean, u.is_private),
     allow_friend_requests = coalesce(($2 ->> 'allow_friend_requests')::boolean, u.allow_friend_requests),
     show_online_status = coalesce(($2 ->> 'show_online_status')::boolean, u.show_online_status),
+    allow_adding = coalesce(($2 ->> 'allow_adding')::boolean, u.allow_adding),
     quiet_from = CASE WHEN $2 ? 'quiet_from' THEN ($2 ->> 'quiet_from')::time ELSE u.quiet_from END,
     quiet_until = CASE WHEN $2 ? 'quiet_until' THEN ($2 ->> 'quiet_until')::time ELSE u.quiet_until END,
     time_zone = coalesce($2 ->> 'time_zone', u.time_zone),

@@ -1,0 +1,46 @@
+"""How users stand to somebody who wants them in a conversation. Asked once for all of them, after they are locked."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from protocol.ids import ConversationId, UserId
+from protocol.limits import MAX_INVITATIONS, MAX_INVITATIONS_SENT
+from protocol.values import ParticipantStatus
+from server.database import Db
+
+
+class Guest(NamedTuple):
+    """A user who is named to be added or invited."""
+
+    user_id: UserId
+    may_be_invited: bool
+    may_be_added: bool
+    status: ParticipantStatus | None
+    """Their part in the conversation; None if they never had one."""
+    is_full: bool
+    """Whether `MAX_INVITATIONS` wait for their answer."""
+    sent: int
+    """Invitations of the one who asks that wait for an answer, counted up to `MAX_INVITATIONS_SENT`."""
+
+
+# An invitation to a conversation that is over can be neither answered nor taken back, so it does not count.
+GUESTS = """
+SELECT named.user_id, may('invite', $1, named.user_id), may('add', $1, named.user_id), p.status,
+    $4 = (SELECT count(*) FROM (
+        SELECT FROM conversation_participant w JOIN conversation c ON c.id = w.conversation_id AND c.is_active
+        WHERE w.user_id = named.user_id AND w.status = 'invited' LIMIT $4
+    ) waiting),
+    (SELECT count(*) FROM (
+        SELECT FROM conversation_participant s JOIN conversation c ON c.id = s.conversation_id AND c.is_active
+        WHERE s.invited_by = $1 AND s.status = 'invited' LIMIT $5
+    ) sent)
+FROM unnest($3::uuid[]) WITH ORDINALITY AS named (user_id, place)
+LEFT JOIN conversation_participant p ON p.conversation_id = $2 AND p.user_id = named.user_id
+ORDER BY named.place
+"""
+
+
+async def guests(db: Db, caller: UserId, conversation_id: ConversationId, user_ids: Sequence[UserId]) -> list[Guest]:
+    """Return how users stand to the caller and to a conversation, in their order. Under the lock of all of them."""
+    rows = await db.fetch(GUESTS, caller, conversation_id, list(user_ids), MAX_INVITATIONS, MAX_INVITATIONS_SENT)
+    return [Guest(*row) for row in rows]

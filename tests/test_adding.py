@@ -1,0 +1,463 @@
+"""Strangers are invited, not added: which frames add whom, what they answer, and what changes while they wait."""
+
+import asyncio
+import re
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import asyncpg
+import httpx
+import msgspec
+import pytest
+
+from protocol import client, server
+from protocol.client import Frame
+from protocol.codec import decode_server, encode
+from protocol.errors import ErrorCode
+from protocol.ids import ConversationId, UserId, uuid7
+from protocol.limits import MAX_INVITATIONS, MAX_INVITATIONS_SENT
+from protocol.server import Added, Error, OneConversation, Reply
+from protocol.values import Participant, User
+from prove.client import Client
+from prove.truth import recount
+from server.config import Settings
+from server.context import Context
+from server.database import Db
+from server.handlers import conversations
+from server.queries import relationships, users
+from server.queries.relationships import Change
+from tests.test_may_send import waiting
+from tests.test_security import ROOT, sources
+from tests.world import Somebody, World, refused
+
+ENTERED = "SELECT count(*) FROM conversation_participant WHERE user_id = $1"
+BEFRIEND = """
+INSERT INTO user_relationship (from_user_id, to_user_id, type, status)
+VALUES ($1, $2, 'friend', 'accepted'), ($2, $1, 'friend', 'accepted')
+"""
+
+
+@pytest.fixture
+async def world(settings: Settings) -> AsyncIterator[World]:
+    """Two workers with the default of OPENCHAT_ADD_PEOPLE, and as many connections as frames may wait in them."""
+    settings = msgspec.structs.replace(settings, add_people=Settings().add_people, database_connections=8)
+    async with World(settings) as world:
+        yield world
+
+
+def group_of(*them: Somebody) -> client.CreateGroup:
+    ids = [one.id for one in them]
+    return client.CreateGroup(conversation_id=ConversationId(uuid7()), title="Engines", participants=ids)
+
+
+def adding(about: ConversationId, *them: Somebody) -> client.AddParticipants:
+    return client.AddParticipants(conversation_id=about, participants=[one.id for one in them])
+
+
+def inviting(about: ConversationId, *them: Somebody) -> client.Invite:
+    return client.Invite(conversation_id=about, participants=[one.id for one in them])
+
+
+async def statuses(world: World, about: ConversationId) -> dict[UserId, str]:
+    query = "SELECT user_id, status FROM conversation_participant WHERE conversation_id = $1"
+    return {row[0]: row[1] for row in await world.db.fetch(query, about)}
+
+
+async def listed(one: Client) -> tuple[set[ConversationId], set[ConversationId]]:
+    """Return where somebody takes part, and where they are invited to."""
+    page = await one.call(client.ListConversations(limit=100), server.ConversationPage)
+    asked = await one.call(client.ListInvitations(), server.InvitationList)
+    return {view.conversation.id for view in page.conversations}, {one.conversation_id for one in asked.invitations}
+
+
+# ----------------------------------------------------------------------------------------- who is added, who invited
+
+
+async def test_a_stranger_takes_nobody_into_any_conversation(world: World) -> None:
+    """As many frames as there is time for: the victim takes part in nothing, and at most 100 invitations wait."""
+    stranger, victim = await world.users("Stranger", "Victim")
+    one, other = await world.connect(stranger), await world.connect(victim, 1)
+    for _ in range(20):
+        await one.call(group_of(victim))
+    about = await world.channel(one)
+    await one.call(adding(about, victim))
+    # To write to somebody, or to meet them in a channel, is not to know them.
+    await one.call(client.CreateDirect(user_id=victim.id))
+    public = await world.channel(one, is_public=True)
+    await other.call(client.Join(conversation_id=public))
+    await one.call(group_of(victim))
+    entered, asked = await listed(other)
+    assert (len(entered), len(asked)) == (2, 22)
+    assert public in entered
+    assert await recount(world.db) == []
+
+
+@pytest.mark.parametrize("is_http", [False, True], ids=["socket", "http"])
+async def test_the_reply_names_who_was_added_and_who_was_invited(world: World, *, is_http: bool) -> None:
+    ada, friend, stranger, mary = await world.users("Ada", "Friend", "Stranger", "Mary")
+    for one in (friend, mary):
+        await world.db.execute(BEFRIEND, ada.id, one.id)
+    owner, theirs, others = await world.connect(ada), await world.connect(friend), await world.connect(stranger, 1)
+
+    async def call(frame: Frame) -> Any:
+        if not is_http:
+            return await owner.call(frame)
+        async with httpx.AsyncClient(base_url=world.url, trust_env=False) as http:
+            headers = {"authorization": f"Bearer {ada.token}"}
+            reply = decode_server((await http.post("/v1/call", content=encode(frame), headers=headers)).content)
+            assert isinstance(reply, Reply), reply
+            return reply.result
+
+    make = group_of(stranger, friend)
+    made = await call(make)
+    assert (made.added, made.invited) == ([friend.id], [stranger.id])
+    assert made.view.conversation.participant_count == 2
+    about = made.view.conversation.id
+    await theirs.event(server.ConversationJoined, lambda event: event.view.conversation.id == about)
+    invitation = (await others.event(server.Invited)).invitation
+    assert (invitation.conversation_id, invitation.invited_by, invitation.role) == (about, ada.id, "member")
+    # A frame whose answer was lost is sent again.
+    assert await call(make) == made
+    assert await statuses(world, about) == {ada.id: "active", friend.id: "active", stranger.id: "invited"}
+
+    elsewhere = await world.channel(owner)
+    frame = client.AddParticipants(
+        conversation_id=elsewhere, participants=[stranger.id, mary.id, friend.id, ada.id], role="moderator"
+    )
+    for _ in range(2):
+        assert await call(frame) == Added(added=[mary.id, friend.id], invited=[stranger.id])
+    assert (await others.event(server.Invited, lambda event: event.invitation.conversation_id == elsewhere)
+        ).invitation.role == "moderator"  # fmt: skip
+    joined = await others.call(client.Join(conversation_id=elsewhere), OneConversation)
+    assert joined.view.me.role == "moderator"
+    assert (await call(frame)).added == [stranger.id, mary.id, friend.id]
+    assert await recount(world.db) == []
+
+
+async def test_who_left_or_was_removed_or_declined_is_invited_again_unless_they_are_a_friend(world: World) -> None:
+    ada, *them = await world.users("Ada", "Left", "Removed", "Declined", "Friend")
+    owner = await world.connect(ada)
+    about = await world.channel(owner, is_public=True)
+    left, removed, declined, friend = [await world.connect(one, 1) for one in them]
+    for one in (left, removed, friend):
+        await one.call(client.Join(conversation_id=about))
+    await owner.call(inviting(about, them[2]))
+    await declined.call(client.Decline(conversation_id=about))
+    for one in (left, friend):
+        await one.call(client.Leave(conversation_id=about))
+    await owner.call(client.RemoveParticipant(conversation_id=about, user_id=them[1].id))
+    await world.db.execute(BEFRIEND, ada.id, them[3].id)
+    reply = await owner.call(adding(about, *them), Added)
+    assert reply == Added(added=[them[3].id], invited=[one.id for one in them[:3]])
+    for one in (left, removed, declined):
+        await one.event(server.Invited)
+    assert await recount(world.db) == []
+
+
+async def test_a_friend_who_is_invited_already_is_added(world: World) -> None:
+    ada, charles = await world.users("Ada", "Charles")
+    owner, other = await world.connect(ada), await world.connect(charles, 1)
+    about = await world.channel(owner)
+    await owner.call(adding(about, charles))
+    await other.call(client.RequestFriend(user_id=ada.id))
+    await owner.call(client.AnswerFriend(user_id=charles.id, accept=True))
+    assert await owner.call(adding(about, charles), Added) == Added(added=[charles.id])
+    await other.event(server.ConversationJoined)
+    # It was an invitation; the other devices learn that it is none any more.
+    assert await listed(other) == ({about}, set())
+
+
+async def test_who_does_not_want_to_be_added_is_invited_by_friends(world: World) -> None:
+    ada, charles = await world.users("Ada", "Charles")
+    await world.db.execute(BEFRIEND, ada.id, charles.id)
+    owner, other = await world.connect(ada), await world.connect(charles, 1)
+    me = (await other.call(client.UpdateProfile(allow_adding=False), server.OneMe)).me
+    assert me.allow_adding is False
+    assert (await owner.call(group_of(charles), OneConversation)).invited == [charles.id]
+    await other.call(client.UpdateProfile(allow_adding=True))
+    assert (await owner.call(group_of(charles), OneConversation)).added == [charles.id]
+
+
+async def test_in_an_open_installation_everybody_adds_whom_they_may_invite(settings: Settings) -> None:
+    async with World(msgspec.structs.replace(settings, add_people="anyone")) as world:
+        ada, charles, private, blocking = await world.users("Ada", "Charles", "Private", "Blocking")
+        owner = await world.connect(ada)
+        await (await world.connect(charles)).call(client.UpdateProfile(allow_adding=False))
+        await (await world.connect(private)).call(client.UpdateProfile(is_private=True))
+        await (await world.connect(blocking)).call(client.Block(user_id=ada.id))
+        made = await owner.call(group_of(charles), OneConversation)
+        assert (made.added, made.invited) == ([charles.id], [])
+        for one in (private, blocking):
+            with refused(ErrorCode.NOT_FOUND, "participants"):
+                await owner.call(adding(made.view.conversation.id, one))
+
+
+def test_the_setting_has_two_values() -> None:
+    assert Settings().add_people == "by_privacy"
+    with pytest.raises(msgspec.ValidationError):
+        msgspec.convert({"add_people": "everyone"}, Settings)
+
+
+def test_three_statements_put_somebody_into_a_conversation() -> None:
+    """A new one has to ask who may be added, too. What is imported goes through `load_rows`."""
+    found = []
+    for path in sources("server"):
+        for name, _ in re.findall(r'^([A-Z_]+) = f?"""(?:(?!""").)*?(INSERT INTO conversation_participant)',
+                                  path.read_text(), re.DOTALL | re.MULTILINE):  # fmt: skip
+            found.append(f"{path.relative_to(ROOT)}: {name}")
+        assert path.read_text().count("INSERT INTO conversation_participant") == sum(
+            one.startswith(f"{path.relative_to(ROOT)}:") for one in found
+        )
+    assert found == [
+        "server/queries/conversations.py: CREATE",
+        "server/queries/participants.py: ADD",
+        "server/queries/participants.py: INVITE",
+    ]
+
+
+# ------------------------------------------------------------------------------------------------- what is not told
+
+
+async def test_who_blocks_reads_as_somebody_who_is_not_there(world: World) -> None:
+    """Who blocks, has messages switched off, is private, deactivated or was never there: one answer to all frames."""
+    names = ("Ada", "Blocking", "Switched", "Private", "Deactivated")
+    ada, blocking, switched, private, deactivated = await world.users(*names)
+    owner = await world.connect(ada)
+    await (await world.connect(blocking, 1)).call(client.Block(user_id=ada.id))
+    theirs = await world.connect(switched, 1)
+    await theirs.call(client.Mute(user_id=ada.id))
+    await theirs.call(client.SetSwitches(user_id=ada.id, can_send_messages=False))
+    await (await world.connect(private, 1)).call(client.UpdateProfile(is_private=True))
+    await world.db.execute('UPDATE "user" SET is_active = false WHERE id = $1', deactivated.id)
+    nobody = Somebody(UserId(uuid7()), "Nobody", "")
+    about = await world.channel(owner)
+    answers = set()
+    for one in (blocking, switched, private, deactivated, nobody):
+        for frame in (group_of(one), adding(about, one), inviting(about, one)):
+            answer = await owner.ask(frame)
+            assert isinstance(answer, Error)
+            answers.add(msgspec.json.encode(msgspec.structs.replace(answer, re=None)))
+    assert len(answers) == 1
+    assert await statuses(world, about) == {ada.id: "active"}
+
+
+async def test_a_block_changes_nothing_about_an_invitation_that_waits(world: World) -> None:
+    ada, silent, blocking = await world.users("Ada", "Silent", "Blocking")
+    owner = await world.connect(ada)
+    about = (await owner.call(group_of(silent, blocking), OneConversation)).view.conversation.id
+
+    async def invited() -> list[Participant]:
+        frame = client.ListParticipants(conversation_id=about, status="invited")
+        return [entry.participant for entry in (await owner.call(frame, server.ParticipantPage)).participants]
+
+    before = await invited()
+    await owner.synced()
+    seen = len(owner.events)
+    await (await world.connect(blocking, 1)).call(client.Block(user_id=ada.id))
+    assert await invited() == before
+    await owner.synced()
+    assert [event for event in owner.events[seen:] if hasattr(event, "conversation_id")] == []
+
+
+# ----------------------------------------------------------------------------------- what changes while a frame waits
+
+
+async def blocking(db: Db, caller: UserId, them: UserId) -> None:
+    await relationships.end(db, them, caller)
+    await relationships.put(db, them, caller, Change("block", "active"), them)
+
+
+async def unfriending(db: Db, caller: UserId, them: UserId) -> None:
+    await relationships.end(db, them, caller)
+
+
+async def switching_off(db: Db, caller: UserId, them: UserId) -> None:
+    await relationships.switch(db, them, caller, {"can_send_messages": False})
+
+
+async def not_to_be_added(db: Db, _: UserId, them: UserId) -> None:
+    await users.update(db, them, {"allow_adding": False})
+
+
+async def hiding(db: Db, caller: UserId, them: UserId) -> None:
+    await relationships.end(db, them, caller)
+    await users.update(db, them, {"is_private": True})
+
+
+CHANGES: dict[Callable[[Db, UserId, UserId], Awaitable[None]], bool] = {
+    blocking: False,
+    switching_off: False,
+    hiding: False,
+    unfriending: True,
+    not_to_be_added: True,
+}
+"""What a friend changes, and whether they may be invited after that."""
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda one: one.__name__)
+async def test_a_frame_that_waits_is_judged_when_its_turn_comes(
+    world: World, change: Callable[[Any, UserId, UserId], Awaitable[None]]
+) -> None:
+    ada, friend = await world.users("Ada", "Friend")
+    await world.db.execute(BEFRIEND, ada.id, friend.id)
+    owner = await world.connect(ada)
+    first, second = await world.channel(owner), await world.channel(owner)
+    frames: list[Frame] = [
+        group_of(friend), adding(first, friend), inviting(second, friend), client.CreateDirect(user_id=friend.id),
+    ]  # fmt: skip
+    devices = [await world.connect(ada, number % 2) for number in range(len(frames))]
+    async with world.db.transaction():
+        # As the handlers of what changes between two users, and `update_profile`, lock.
+        await relationships.lock(world.db, ada.id, friend.id)
+        answers = [asyncio.create_task(one.ask(frame)) for one, frame in zip(devices, frames, strict=True)]
+        await waiting(world, len(frames))
+        await change(world.db, ada.id, friend.id)
+    created, added, invited, direct = [
+        answer.code if isinstance(answer, Error) else answer.result for answer in await asyncio.gather(*answers)
+    ]
+    rows = await world.db.fetch(
+        "SELECT p.status, c.type FROM conversation_participant p JOIN conversation c ON c.id = p.conversation_id"
+        " WHERE p.user_id = $1", friend.id,
+    )  # fmt: skip
+    if CHANGES[change]:
+        assert isinstance(created, OneConversation)
+        assert (created.added, created.invited) == ([], [friend.id])
+        assert added == Added(invited=[friend.id])
+        assert sorted(map(tuple, rows)) == [
+            ("active", "direct"), ("invited", "channel"), ("invited", "channel"), ("invited", "group"),
+        ]  # fmt: skip
+    else:
+        assert {created, added, invited, direct} == {ErrorCode.NOT_FOUND}
+        assert rows == []
+
+
+async def test_nobody_is_added_or_invited_after_their_block_was_acknowledged(world: World) -> None:
+    ada, friend = await world.users("Ada", "Friend")
+    other = await world.connect(friend, 1)
+    owners = [await world.connect(ada, number % 2) for number in range(4)]
+    about = [await world.channel(owners[0]) for _ in range(20)]
+
+    async def keep_adding(one: Client, kind: Callable[[ConversationId, Somebody], Frame]) -> None:
+        for channel in about:
+            answer = await one.ask(kind(channel, friend))
+            if isinstance(answer, Error):
+                assert answer.code is ErrorCode.NOT_FOUND
+                return
+
+    kinds: list[Callable[[ConversationId, Somebody], Frame]] = [
+        adding, inviting, lambda _, who: group_of(who), adding,
+    ]  # fmt: skip
+    for wait in range(3):
+        await world.db.execute("DELETE FROM user_relationship")
+        await world.db.execute("DELETE FROM conversation_participant WHERE user_id = $1", friend.id)
+        await world.db.execute(BEFRIEND, ada.id, friend.id)
+        working = [asyncio.create_task(keep_adding(*pair)) for pair in zip(owners, kinds, strict=True)]
+        for _ in range(wait):
+            await other.call(client.Ping())
+        await other.call(client.Block(user_id=ada.id))
+        there = await world.db.fetchval(ENTERED, friend.id)
+        await asyncio.gather(*working)
+        assert await world.db.fetchval(ENTERED, friend.id) == there
+
+
+# ------------------------------------------------------------------------------------------------------------ bounds
+
+INVITATIONS = """
+WITH them AS (
+    INSERT INTO "user" (name, email)
+    SELECT 'Crowd', gen_random_uuid() || '@example.org' FROM generate_series(1, $1::int) RETURNING id
+), made AS (
+    INSERT INTO conversation (type, title, created_by, version, settings_version)
+    SELECT 'channel', 'Spam', coalesce($3, id), 1, 1 FROM them RETURNING id, created_by
+), numbered AS (SELECT id, row_number() OVER () AS n FROM them)
+INSERT INTO conversation_participant (conversation_id, user_id, status, invited_by, version)
+SELECT m.id, coalesce($2, t.id), 'invited', m.created_by, 1
+FROM (SELECT *, row_number() OVER () AS n FROM made) m JOIN numbered t ON t.n = m.n
+"""
+
+
+async def let_wait(world: World, count: int, to: Somebody | None = None, sender: Somebody | None = None) -> None:
+    """Have invitations wait for somebody, from others, or from somebody, for others; each to its own conversation."""
+    await world.db.execute(INVITATIONS, count, None if to is None else to.id, None if sender is None else sender.id)
+
+
+def codes(answers: list[Any]) -> list[ErrorCode | None]:
+    return [answer.code if isinstance(answer, Error) else None for answer in answers]
+
+
+async def test_invitations_that_wait_for_one_person_are_bounded(world: World) -> None:
+    victim, friend = await world.users("Victim", "Friend")
+    other = await world.connect(victim, 1)
+    await let_wait(world, MAX_INVITATIONS - 1, to=victim)
+    strangers = [await world.connect(await world.user("Stranger"), number % 2) for number in range(6)]
+    channels = [await world.channel(one) for one in strangers]
+    frames: list[Frame] = [
+        kind(channel, victim) for kind, channel in zip([adding, inviting] * 3, channels, strict=True)
+    ]
+    frames[4:] = [group_of(victim), group_of(victim)]
+    answers = await asyncio.gather(*(one.ask(frame) for one, frame in zip(strangers, frames, strict=True)))
+    assert sorted(map(str, codes(list(answers)))) == sorted([str(None), *[str(ErrorCode.CONFLICT)] * 5])
+    (place,) = [number for number, code in enumerate(codes(list(answers))) if code is None]
+    # The same invitation again is none more.
+    assert codes([await strangers[place].ask(frames[place])]) == [None]
+    late = (place + 1) % 6
+    assert codes([await strangers[late].ask(frames[late])]) == [ErrorCode.CONFLICT]
+
+    # Friends are not kept from inviting by strangers.
+    await world.db.execute(BEFRIEND, victim.id, friend.id)
+    known = await world.connect(friend)
+    about = await world.channel(known)
+    await known.call(inviting(about, victim))
+    _, asked = await listed(other)
+    assert len(asked) == MAX_INVITATIONS
+    assert about in asked
+    # Whatever is answered makes room, and so does what is over.
+    for one in list(asked - {about})[:2]:
+        await other.call(client.Decline(conversation_id=one))
+    assert codes([await strangers[late].ask(frames[late])]) == [None]
+
+
+async def test_invitations_of_one_person_that_wait_are_bounded(world: World) -> None:
+    spammer, *them = await world.users("Spammer", *["Victim"] * 6)
+    await let_wait(world, MAX_INVITATIONS_SENT - 1, sender=spammer)
+    devices = [await world.connect(spammer, number % 2) for number in range(6)]
+    about = await world.channel(devices[0])
+    frames: list[Frame] = [
+        adding(about, them[0]), inviting(about, them[1]), group_of(them[2]),
+        adding(about, them[3]), inviting(about, them[4]), group_of(them[5]),
+    ]  # fmt: skip
+    answers = await asyncio.gather(*(one.ask(frame) for one, frame in zip(devices, frames, strict=True)))
+    assert sorted(map(str, codes(list(answers)))) == sorted([str(None), *[str(ErrorCode.CONFLICT)] * 5])
+    assert len({answer.message for answer in answers if isinstance(answer, Error)}) == 1
+    # To a conversation that is over nobody can come, and nobody can take the invitation back.
+    await world.db.execute("UPDATE conversation SET is_deleted = true, is_active = false WHERE title = 'Spam'")
+    assert codes([await devices[0].ask(group_of(*them))]) == [None]
+
+
+# -------------------------------------------------------------------------------------------------------------- cost
+
+
+async def test_a_group_of_strangers_takes_as_many_statements_as_one_of_friends(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ada, friend, stranger = await world.users("Ada", "Friend", "Stranger")
+    await world.db.execute(BEFRIEND, ada.id, friend.id)
+    session = await world.db.fetchval("SELECT id FROM session WHERE user_id = $1", ada.id)
+    services = world.workers[0].app._services  # noqa: SLF001
+    context = Context(services=services, user=User(id=ada.id, name="Ada"), session_id=session)
+    task, asked = asyncio.current_task(), 0
+    execute = asyncpg.Connection._execute  # type: ignore[attr-defined]  # noqa: SLF001
+
+    async def counted(self: Any, *arguments: Any, **options: Any) -> Any:
+        nonlocal asked
+        asked += asyncio.current_task() is task
+        return await execute(self, *arguments, **options)
+
+    monkeypatch.setattr(asyncpg.Connection, "_execute", counted)
+    took = []
+    for one in (friend, stranger):
+        asked = 0
+        made = await conversations.create_group(context, group_of(one))
+        assert (made.added, made.invited) == (([one.id], []) if one is friend else ([], [one.id]))
+        took.append(asked)
+    assert took[0] == took[1] > 0
