@@ -31,10 +31,6 @@ from tests.test_security import ROOT, sources
 from tests.world import Somebody, World, refused
 
 ENTERED = "SELECT count(*) FROM conversation_participant WHERE user_id = $1"
-BEFRIEND = """
-INSERT INTO user_relationship (from_user_id, to_user_id, type, status)
-VALUES ($1, $2, 'friend', 'accepted'), ($2, $1, 'friend', 'accepted')
-"""
 
 
 @pytest.fixture
@@ -96,7 +92,7 @@ async def test_a_stranger_takes_nobody_into_any_conversation(world: World) -> No
 async def test_the_reply_names_who_was_added_and_who_was_invited(world: World, *, is_http: bool) -> None:
     ada, friend, stranger, mary = await world.users("Ada", "Friend", "Stranger", "Mary")
     for one in (friend, mary):
-        await world.db.execute(BEFRIEND, ada.id, one.id)
+        await world.befriend(ada, one)
     owner, theirs, others = await world.connect(ada), await world.connect(friend), await world.connect(stranger, 1)
 
     async def call(frame: Frame) -> Any:
@@ -146,7 +142,7 @@ async def test_who_left_or_was_removed_or_declined_is_invited_again_unless_they_
     for one in (left, friend):
         await one.call(client.Leave(conversation_id=about))
     await owner.call(client.RemoveParticipant(conversation_id=about, user_id=them[1].id))
-    await world.db.execute(BEFRIEND, ada.id, them[3].id)
+    await world.befriend(ada, them[3])
     reply = await owner.call(adding(about, *them), Added)
     assert reply == Added(added=[them[3].id], invited=[one.id for one in them[:3]])
     for one in (left, removed, declined):
@@ -169,7 +165,7 @@ async def test_a_friend_who_is_invited_already_is_added(world: World) -> None:
 
 async def test_who_does_not_want_to_be_added_is_invited_by_friends(world: World) -> None:
     ada, charles = await world.users("Ada", "Charles")
-    await world.db.execute(BEFRIEND, ada.id, charles.id)
+    await world.befriend(ada, charles)
     owner, other = await world.connect(ada), await world.connect(charles, 1)
     me = (await other.call(client.UpdateProfile(allow_adding=False), server.OneMe)).me
     assert me.allow_adding is False
@@ -299,7 +295,7 @@ async def test_a_frame_that_waits_is_judged_when_its_turn_comes(
     world: World, change: Callable[[Any, UserId, UserId], Awaitable[None]]
 ) -> None:
     ada, friend = await world.users("Ada", "Friend")
-    await world.db.execute(BEFRIEND, ada.id, friend.id)
+    await world.befriend(ada, friend)
     owner = await world.connect(ada)
     first, second = await world.channel(owner), await world.channel(owner)
     frames: list[Frame] = [
@@ -350,7 +346,7 @@ async def test_nobody_is_added_or_invited_after_their_block_was_acknowledged(wor
     for wait in range(3):
         await world.db.execute("DELETE FROM user_relationship")
         await world.db.execute("DELETE FROM conversation_participant WHERE user_id = $1", friend.id)
-        await world.db.execute(BEFRIEND, ada.id, friend.id)
+        await world.befriend(ada, friend)
         working = [asyncio.create_task(keep_adding(*pair)) for pair in zip(owners, kinds, strict=True)]
         for _ in range(wait):
             await other.call(client.Ping())
@@ -404,7 +400,7 @@ async def test_invitations_that_wait_for_one_person_are_bounded(world: World) ->
     assert codes([await strangers[late].ask(frames[late])]) == [ErrorCode.CONFLICT]
 
     # Friends are not kept from inviting by strangers.
-    await world.db.execute(BEFRIEND, victim.id, friend.id)
+    await world.befriend(victim, friend)
     known = await world.connect(friend)
     about = await world.channel(known)
     await known.call(inviting(about, victim))
@@ -441,7 +437,7 @@ async def test_a_group_of_strangers_takes_as_many_statements_as_one_of_friends(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ada, friend, stranger = await world.users("Ada", "Friend", "Stranger")
-    await world.db.execute(BEFRIEND, ada.id, friend.id)
+    await world.befriend(ada, friend)
     session = await world.db.fetchval("SELECT id FROM session WHERE user_id = $1", ada.id)
     services = world.workers[0].app._services  # noqa: SLF001
     context = Context(services=services, user=User(id=ada.id, name="Ada"), session_id=session)

@@ -3,6 +3,7 @@
 import ast
 import logging
 import re
+from collections.abc import AsyncIterator
 from datetime import timedelta
 from http import HTTPStatus
 from pathlib import Path
@@ -100,9 +101,17 @@ def test_the_matrix_has_every_frame() -> None:
     assert LEAST.keys() == {frame for frame, route in ROUTES.items() if route.access is Access.PARTICIPANT}
 
 
+@pytest.fixture
+async def world(settings: Settings) -> AsyncIterator[World]:
+    """Two workers with the default of OPENCHAT_ADD_PEOPLE."""
+    async with World(msgspec.structs.replace(settings, add_people=Settings().add_people)) as world:
+        yield world
+
+
 @pytest.mark.parametrize("role", [*IN, *OUT])
 async def test_every_frame_as_every_role(world: World, role: str) -> None:
     ada, charles, mary, grace = await world.users("Ada", "Charles", "Mary", "Grace")
+    await world.befriend(ada, mary)
     owner = await world.connect(ada)
     channel = await world.channel(owner, is_public=True)
     for one in (charles, mary, grace):
@@ -293,6 +302,7 @@ KNOWN_SECRETS = {
             "hostile_values",
             "leaving",
             "lock_order",
+            "log",
             "nginx",
             "proxies",
             "security",

@@ -29,6 +29,12 @@ from server.worker import DrainingServer
 ON_LOOPBACK = ("127.0.0.1", 0)
 
 
+BEFRIEND = """
+INSERT INTO user_relationship (from_user_id, to_user_id, type, status)
+VALUES ($1, $2, 'friend', 'accepted'), ($2, $1, 'friend', 'accepted')
+"""
+
+
 class Somebody(NamedTuple):
     """A user with a session."""
 
@@ -99,6 +105,9 @@ class World:
 
     async def users(self, *names: str) -> list[Somebody]:
         return [await self.user(name) for name in names]
+
+    async def befriend(self, one: Somebody, other: Somebody) -> None:
+        await self.db.execute(BEFRIEND, one.id, other.id)
 
     async def connect(self, who: Somebody, worker: int = 0, **options: Any) -> Client:
         """Connect a user to a worker; the connection ends with the test."""
