@@ -6,7 +6,7 @@ from protocol import client
 from protocol.codec import now
 from protocol.errors import ErrorCode, Refused
 from protocol.limits import MAX_PAGE
-from protocol.roles import Act
+from protocol.roles import Act, may
 from protocol.server import Changed, EditPage, MessagePage, OneMessage
 from protocol.values import Message
 from server.context import Context
@@ -39,6 +39,9 @@ async def edit(context: Context, frame: client.Edit) -> Changed:
         if (before.content, before.formatted_content) == (frame.content, made.formatted_content):
             return Changed(conversation_id=before.conversation_id, version=before.version)
         require_may_send(found)
+        if not may(found.me, Act.BE_LOUD):
+            # What was made before the lock may be of a role that was lost since.
+            made = made._replace(loud_mentions=[])
         message = await edits.edit(db, before, context.user_id, frame, made)
         if found.conversation.settings.slow_mode_seconds:
             await sending.begin_wait(db, before.conversation_id, context.user_id, now())

@@ -10,7 +10,7 @@ from server.database import Db
 from server.errors import NotFound
 from server.membership import taking_part
 from server.permissions import require
-from server.queries import audit, messages, moderation, users
+from server.queries import audit, conversations, messages, moderation, users
 from server.queries.audit import Deed
 from server.queries.messages import Found
 from server.telling import tell_changed
@@ -44,8 +44,8 @@ async def unmoderate(context: Context, frame: client.Unmoderate) -> Changed:
 
 async def report(context: Context, frame: client.ReportMessage) -> Done:
     """Tell the moderators what is wrong with a message."""
-    async with context.database.connection() as db:
-        found = await messages.get(db, frame, context.user_id)
+    async with context.database.transaction() as db:
+        found = await messages.lock(db, frame, context.user_id)
         if found is None or found.message.is_deleted:
             raise NotFound("message_id")
         if found.message.sender_id == context.user_id:
@@ -57,8 +57,9 @@ async def report(context: Context, frame: client.ReportMessage) -> Done:
 async def list_reports(context: Context, frame: client.ListReports) -> ReportPage:
     """Return what was reported."""
     async with context.database.connection() as db:
-        await _require(db, context, frame.conversation_id, Act.MODERATE)
         found = await moderation.reports(db, frame, limit=frame.limit + 1)
+        # Checked last: whoever may read now may read all of the above.
+        await _require(db, context, frame.conversation_id, Act.MODERATE)
     page = list(found[: frame.limit])
     return ReportPage(reports=page, after=page[-1].id if len(found) > frame.limit else None)
 
@@ -66,6 +67,7 @@ async def list_reports(context: Context, frame: client.ListReports) -> ReportPag
 async def dismiss_report(context: Context, frame: client.DismissReport) -> Done:
     """Find nothing wrong."""
     async with context.database.transaction() as db:
+        await conversations.lock(db, frame.conversation_id)
         await _require(db, context, frame.conversation_id, Act.MODERATE)
         is_new = await moderation.dismiss(db, frame, context.user_id)
         if is_new is None:
@@ -78,10 +80,11 @@ async def dismiss_report(context: Context, frame: client.DismissReport) -> Done:
 
 async def list_audit(context: Context, frame: client.ListAudit) -> AuditPage:
     """Return who used what power."""
+    chain = frame.conversation_id or audit.SERVER
     async with context.database.connection() as db:
-        await _require(db, context, frame.conversation_id, Act.READ_AUDIT)
-        chain = frame.conversation_id or audit.SERVER
         found = await audit.page(db, chain, frame.after, limit=frame.limit + 1)
+        # Checked last, as in `list_reports`.
+        await _require(db, context, frame.conversation_id, Act.READ_AUDIT)
     page = found[: frame.limit]
     return AuditPage(entries=page, after=page[-1].number if len(found) > frame.limit else None)
 

@@ -25,12 +25,11 @@ async def search(context: Context, frame: client.Search) -> SearchPage:
 async def why(context: Context, frame: client.Why) -> Whereabouts:
     """Return where a message went, and why it did not reach some."""
     async with context.database.connection() as db:
+        told = await whereabouts.of(db, frame.message_id, frame.conversation_id, viewer=context.user_id)
+        # Checked last: whoever may read now may read the above.
         found = await messages.find(db, frame, context.user_id)
-        if found is None:
+        if found is None or told is None:
             raise NotFound("message_id")
         if found.message.sender_id != context.user_id and not may(found.me, Act.MODERATE):
             raise Refused(ErrorCode.FORBIDDEN, "This is for the sender, and for moderators.", path="message_id")
-        told = await whereabouts.of(db, found.message.id, found.message.conversation_id, viewer=context.user_id)
-    if told is None:
-        raise NotFound("message_id")
     return whereabouts.answer(told, context.events.published_at(found.message.conversation_id, told.version))

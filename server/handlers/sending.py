@@ -90,6 +90,9 @@ async def _store(context: Context, out: Outgoing) -> Sent:
         if isinstance(answer, Sent):
             return answer
         is_slow = answer == "slow"
+        if out.made.loud_mentions:
+            # The sender may have lost the role that these take.
+            out = await outgoing(context, frame, out.source)
     raise Refused(ErrorCode.UNAVAILABLE, "The conversation is changing; send this again.", retry_after_ms=100)
 
 

@@ -92,6 +92,7 @@ WITH input AS (
         FROM conversation_participant p JOIN conversation c ON c.id = p.conversation_id AND NOT c.is_deleted
         WHERE p.conversation_id = i.conversation_id AND p.user_id = i.sender_id AND p.status = 'active'
             AND may_send(c, p.role, i.has_waited)
+            AND (i.loud_mentions = '{}' OR (c.type <> 'direct' AND can(p.role, 'moderator', false)))
         OFFSET 0
     ) allowed
     LEFT JOIN LATERAL (
