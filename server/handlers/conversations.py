@@ -98,7 +98,7 @@ async def _create(
         founding = msgspec.structs.replace(founding, invited=frozenset(they.invited))
         made = await conversations.create(db, founding)
         if made:
-            await participants.stamp(db, founding.id, list(members))
+            await participants.stamp(db, founding.id, they.invited, also=list(members))
         elif not await conversations.is_same(db, founding):
             raise Refused(ErrorCode.CONFLICT, "This id is taken by another conversation.", path="conversation_id")
         view = await _view(db, context.user_id, founding.id)

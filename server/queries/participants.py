@@ -219,19 +219,22 @@ async def prefer(db: Db, conversation_id: ConversationId, user_id: UserId, chang
 STAMP = """
 WITH touched AS (
     UPDATE "user" u SET version = u.version + 1
-    FROM (SELECT id FROM "user" WHERE id = ANY($2) ORDER BY id FOR NO KEY UPDATE) t WHERE u.id = t.id
+    FROM (SELECT id FROM "user" WHERE id = ANY($2::uuid[] || $3::uuid[]) ORDER BY id FOR NO KEY UPDATE) t
+    WHERE u.id = t.id
     RETURNING u.id, u.version
 )
 UPDATE conversation_participant p SET user_version = t.version FROM touched t
-WHERE p.conversation_id = $1 AND p.user_id = t.id AND (p.status <> 'active' OR p.user_version > 0)
+WHERE p.conversation_id = $1 AND p.user_id = t.id AND p.user_id = ANY($2)
 """
 
 
-async def stamp(db: Db, conversation_id: ConversationId, user_ids: Sequence[UserId]) -> None:
-    """Move users' own clocks, and note that it was for their invitations to a conversation. Those who take part and
-    never had an invitation or preferences there have nothing to be noted.
+async def stamp(
+    db: Db, conversation_id: ConversationId, user_ids: Sequence[UserId], *, also: Sequence[UserId] = ()
+) -> None:
+    """Move users' own clocks, and note that it was for their invitations to a conversation, or their preferences there.
+    The clocks of those in `also` move without a note.
     """
-    await db.execute(STAMP, conversation_id, list(user_ids))
+    await db.execute(STAMP, conversation_id, list(user_ids), list(also))
 
 
 HEIR = """
