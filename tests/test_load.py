@@ -13,10 +13,17 @@ from loadtest.plot import axis
 from loadtest.run import Result
 from loadtest.scenarios import SCENARIOS
 from loadtest.scenarios.history import message_id
+from server.config import Settings
 from tests.cluster import Cluster
 from tests.relay import Relay
 
 PEOPLE = ["--people", "6", "--group", "3", "--rate", "60", "--seconds", "1.5", "--processes", "1"]
+
+
+@pytest.fixture
+def settings(settings: Settings) -> Settings:
+    """The default of OPENCHAT_ADD_PEOPLE: the crowd are strangers, who follow their invitations."""
+    return msgspec.structs.replace(settings, add_people=Settings().add_people)
 
 
 class Faults:
