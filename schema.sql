@@ -153,7 +153,8 @@ CREATE TABLE conversation (
 -- Each message moves the clock. With room on the page, and no index on what moves, that changes no index (HOT).
 WITH (fillfactor = 70);
 CREATE INDEX conversation_type_idx ON conversation (type);
-CREATE INDEX conversation_created_by_idx ON conversation (created_by);
+-- With the time, so that the conversations of a day are counted without those of all years.
+CREATE INDEX conversation_created_by_idx ON conversation (created_by, created_at);
 CREATE INDEX conversation_search_idx ON conversation
     USING gin (to_tsvector('simple', coalesce(title, '') || ' ' || coalesce(description, ''))) WHERE is_public;
 
@@ -513,6 +514,7 @@ CREATE TABLE report (
 );
 CREATE INDEX report_conversation_idx ON report (conversation_id, status, id);
 CREATE INDEX report_open_idx ON report (id) WHERE status = 'open';
+CREATE INDEX report_reporter_idx ON report (reporter_id, created_at);
 
 -- Who used what power on whom. Each chain, one for each conversation and one (of zeros) for the server, is numbered
 -- without holes, and each entry carries the hash of the one before: see audit_hash().

@@ -59,6 +59,28 @@ MAX_INVITATIONS = 100
 """Max invitations that wait for an answer of one user, sent by users who may not add them: as many as are listed."""
 MAX_INVITATIONS_SENT = 1_000
 """Max invitations of one user that wait for an answer."""
+MAX_MEMBERSHIPS = MAX_RESUMED
+"""Max conversations that a user takes part in, as many as a `resume` may name."""
+MAX_CONVERSATIONS_A_DAY = 500
+"""Max conversations that a user makes within 24 hours."""
+MAX_STARS = 10_000
+"""Max stars, per user."""
+MAX_RELATIONSHIPS = 5_000
+"""Max relationships of each kind from a user to others, ended ones included."""
+MAX_REQUESTS_SENT = 500
+"""Max friend requests without an answer, per sender."""
+MAX_REQUESTS_RECEIVED = 5_000
+"""Max friend requests without an answer, per receiver."""
+MAX_REPORTS_A_DAY = 200
+"""Max messages that a user reports within 24 hours."""
+MAX_THREAD_FOLLOWS = 10_000
+"""Max threads that a user follows, or has read in, beside those that they replied in."""
+MAX_EDITS = 1_000
+"""Max edits, per message."""
+MAX_EMOJI_OF_USER = 100
+"""Max emoji that a user ever puts on a message, those taken back included."""
+MAX_SESSIONS = 100
+"""Max sessions, per user."""
 MAX_COUNTED = 100
 """Where unread counts stop."""
 MAX_NAMED_PARTICIPANTS = 1_000

@@ -3,6 +3,7 @@
 
 import json
 import re
+from collections.abc import AsyncIterator
 from typing import Any, NamedTuple
 from uuid import uuid4
 
@@ -14,6 +15,7 @@ from server.database import SESSION
 from server.queries import (
     accounts,
     audit,
+    bounds,
     changes,
     conversations,
     drafts,
@@ -78,6 +80,8 @@ BY_SOMETHING_ELSE = {
     "open": "by invite code, or else by conversation",
     "guests": "by who was invited, and who has invited",
     "existing": "by message: asked when an id was refused, to say why",
+    "made in a day": "by maker",
+    "reported in a day": "by reporter",
     "find anew": "by message, after it was found in its conversation",
     "what is due": "by time",
     "what has expired": "by time",
@@ -103,8 +107,10 @@ SELECT $1, $2, 'Message ' || n, 2 + n, 2 + n FROM generate_series(1, $3::int) n
 
 
 @pytest.fixture
-async def db(database_url: str) -> "asyncpg.Connection[asyncpg.Record]":
-    return await asyncpg.connect(database_url, server_settings=SESSION | {"statement_timeout": "0"})
+async def db(database_url: str) -> "AsyncIterator[asyncpg.Connection[asyncpg.Record]]":
+    connection = await asyncpg.connect(database_url, server_settings=SESSION | {"statement_timeout": "0"})
+    yield connection
+    await connection.close()
 
 
 async def filled(db: "asyncpg.Connection[asyncpg.Record]", name: str, size: int) -> Place:
@@ -295,6 +301,16 @@ def hot(place: Place, ids: dict[str, Any]) -> dict[str, tuple[str, tuple[Any, ..
         "what has expired": (expiry.DUE, (200,)),
         "see feed": (feed.SEE, (user, "2030-01-01")),
         "notices": (push.NOTICES, ([ids["middle"]],)),
+        "edits kept": (edits.COUNT, (about, ids["middle"])),
+        "made in a day": (bounds.MADE, (user,)),
+        "taking part": (bounds.MEMBERSHIPS, ([user], 5_000)),
+        "stars kept": (bounds.STARS, (user,)),
+        "relationships kept": (bounds.RELATIONSHIPS, (user, "friend")),
+        "requests": (bounds.REQUESTS, (user, user)),
+        "reported in a day": (bounds.REPORTS, (user,)),
+        "threads kept": (bounds.THREADS, (user,)),
+        "threads forgotten": (bounds.FORGET_THREADS, (user, 100)),
+        "end": (conversations.DELETE, (about,)),
         "why": (whereabouts.OF, (ids["middle"], user, about)),
     }
 
@@ -427,6 +443,33 @@ async def test_news_do_not_grow_with_what_one_has_kept(db: "asyncpg.Connection[a
     await db.close()
     assert plan.scanned == []
     assert plan.rows < 50, plan
+
+
+MAKE_OLD = """
+INSERT INTO conversation (type, title, created_by, created_at)
+SELECT 'channel', 'Old', $1, now() - interval '2 days' FROM generate_series(1, 2000)
+"""
+REPORT_OLD = """
+INSERT INTO report (conversation_id, message_id, reporter_id, reason, created_at)
+SELECT m.conversation_id, m.id, $1, 'Rude', now() - interval '2 days' FROM message m
+"""
+
+
+async def test_counts_of_a_day_do_not_grow_with_what_is_older(db: "asyncpg.Connection[asyncpg.Record]") -> None:
+    counts = {"made": bounds.MADE, "reported": bounds.REPORTS}
+    for name, query in counts.items():
+        await db.execute(f'PREPARE "{name}" AS {query}')
+        await explained(db, name, (uuid4(),))
+    place = await filled(db, "maker", 2_000)
+    await db.execute("SET session_replication_role = replica")
+    for old in (MAKE_OLD, REPORT_OLD):
+        await db.execute(old, place.user_id)
+    await db.execute("SET session_replication_role = origin")
+    for name in counts:
+        plan = await explained(db, name, (place.user_id,))
+        assert plan.scanned == []
+        assert plan.rows < 50, (name, plan)
+    await db.close()
 
 
 async def test_a_search_goes_by_its_index(db: "asyncpg.Connection[asyncpg.Record]") -> None:

@@ -42,12 +42,13 @@ EXPORTS_PER_SECOND, EXPORTS_AT_ONCE = 1 / 60, 3
 
 
 class Begun(NamedTuple):
-    """A session that has begun, as LoggedIn tells it."""
+    """A session that has begun, as LoggedIn tells it, and whether others had to end for it."""
 
     token: str
     session_id: SessionId
     expires_at: datetime
     user: User
+    has_ended_others: bool
 
 
 class Accounts:
@@ -134,7 +135,10 @@ class Accounts:
                 await accounts.set_password(db, found.user.id, new_hash, instead_of=checked)
             return begun
 
-        return await self._database.atomically("login", made)
+        begun = await self._database.atomically("login", made)
+        if begun is not None and begun.has_ended_others:
+            self._events.poke([found.user.id])
+        return begun
 
     async def logout(self, request: Request) -> Response:
         """End the session of the request."""
@@ -238,10 +242,13 @@ class Accounts:
         device = (address_of(request), request.headers.get("user-agent", "")[:MAX_USER_AGENT].replace("\0", "") or None)
         lasts = self._sessions.lasts
         begun = await sessions.create(db, user.id, token_hash(token), lasts, device, password_hash=checked)
-        return None if begun is None else Begun(token, *begun, user)
+        if begun is None:
+            return None
+        return Begun(token, begun.session_id, begun.expires_at, user, begun.has_ended_others)
 
     def _welcome(self, request: Request, begun: Begun, *, status: int) -> Response:
-        response = json_response(LoggedIn(**begun._asdict()), status=status)
+        said = LoggedIn(token=begun.token, session_id=begun.session_id, expires_at=begun.expires_at, user=begun.user)
+        response = json_response(said, status=status)
         response.set_cookie(
             COOKIE,
             begun.token,

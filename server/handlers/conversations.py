@@ -21,7 +21,7 @@ from server.errors import NotActive, NotFound
 from server.invitecode import new_code
 from server.membership import News, entered, guests, welcomed
 from server.permissions import require
-from server.queries import audit, conversations, participants, users
+from server.queries import audit, bounds, conversations, participants, users
 from server.queries.audit import Deed
 from server.queries.conversations import Filter, Founding
 from server.queries.sending import Announcement
@@ -49,6 +49,8 @@ async def create_direct(context: Context, frame: client.CreateDirect) -> OneConv
             made = await conversations.create(db, founding)
             if made:
                 await users.touch(db, list(founding.members))
+                await bounds.require_made(db, context.user_id)
+                await bounds.require_memberships(db, list(founding.members), "user_id")
             there = await conversations.direct(db, context.user_id, frame.user_id)
         assert there is not None  # noqa: S101 - made above, if not before
         view = await _view(db, context.user_id, there)
@@ -99,6 +101,9 @@ async def _create(
         made = await conversations.create(db, founding)
         if made:
             await participants.stamp(db, founding.id, they.invited, also=list(members))
+            await bounds.require_made(db, context.user_id)
+            entering = [one for one in members if one not in founding.invited]
+            await bounds.require_memberships(db, entering, "participants" if is_group else "conversation_id")
         elif not await conversations.is_same(db, founding):
             raise Refused(ErrorCode.CONFLICT, "This id is taken by another conversation.", path="conversation_id")
         view = await _view(db, context.user_id, founding.id)
@@ -167,8 +172,8 @@ async def delete(context: Context, frame: client.DeleteConversation) -> Done:
     async with context.database.transaction() as db:
         conversation, me = await entered(db, context, frame.conversation_id)
         require(me, Act.DELETE_CONVERSATION)
-        await audit.record(db, conversation.id, Deed(context.user_id, "delete_conversation"))
         conversation = await conversations.delete(db, conversation.id)
+        await audit.record(db, conversation.id, Deed(context.user_id, "delete_conversation"))
     tell_updated(context, conversation, gone=EVERYONE)
     return Done()
 

@@ -5,7 +5,7 @@ from datetime import timedelta
 from protocol import client
 from protocol.codec import now
 from protocol.errors import ErrorCode, Refused
-from protocol.limits import MAX_PAGE
+from protocol.limits import MAX_EDITS, MAX_PAGE
 from protocol.roles import Act, may
 from protocol.server import Changed, EditPage, MessagePage, OneMessage
 from protocol.values import Message
@@ -42,6 +42,10 @@ async def edit(context: Context, frame: client.Edit) -> Changed:
         if not may(found.me, Act.BE_LOUD):
             # What was made before the lock may be of a role that was lost since.
             made = made._replace(loud_mentions=[])
+        # Refused, not forgotten: what an edit made is known by what the next one kept (`edits.EDITED`).
+        if await edits.count(db, before) >= MAX_EDITS:
+            sentence = f"A message can be edited at most {MAX_EDITS} times. Send a new one."
+            raise Refused(ErrorCode.CONFLICT, sentence, path="message_id")
         message = await edits.edit(db, before, context.user_id, frame, made)
         if found.conversation.settings.slow_mode_seconds:
             await sending.begin_wait(db, before.conversation_id, context.user_id, now())

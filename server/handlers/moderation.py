@@ -7,10 +7,10 @@ from protocol.roles import Act
 from protocol.server import AuditPage, Changed, Done, ReportPage
 from server.context import Context
 from server.database import Db
-from server.errors import NotFound
+from server.errors import NotActive, NotFound
 from server.membership import taking_part
 from server.permissions import require
-from server.queries import audit, conversations, messages, moderation, users
+from server.queries import audit, bounds, conversations, messages, moderation, users
 from server.queries.audit import Deed
 from server.queries.messages import Found
 from server.telling import tell_changed
@@ -50,7 +50,10 @@ async def report(context: Context, frame: client.ReportMessage) -> Done:
             raise NotFound("message_id")
         if found.message.sender_id == context.user_id:
             raise Refused(ErrorCode.FORBIDDEN, "This message is your own.", path="message_id")
+        if not await users.lock(db, [context.user_id]):
+            raise NotActive
         await moderation.report(db, frame, context.user_id)
+        await bounds.require_reports(db, context.user_id)
     return Done()
 
 

@@ -5,7 +5,7 @@ from protocol.codec import now
 from protocol.server import Badge, Done, FeedPage, PushKey
 from server.context import Context
 from server.cursor import Cursor
-from server.queries import feed, push, unread, users
+from server.queries import feed, push, unread
 
 
 async def list_feed(context: Context, frame: client.ListFeed) -> FeedPage:
@@ -45,8 +45,7 @@ async def get_push_key(context: Context, frame: client.GetPushKey) -> PushKey:  
 
 async def register_push(context: Context, frame: client.RegisterPush) -> Done:
     """Push to an endpoint until the session ends."""
-    async with context.database.transaction() as db:
-        await users.lock(db, [context.user_id])
+    async with context.database.connection() as db:
         await push.register(db, frame, context.user_id, context.session_id)
     return Done()
 

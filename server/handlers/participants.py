@@ -12,7 +12,7 @@ from server.database import Db
 from server.errors import NotActive, NotFound
 from server.membership import News, entered, require_room, taking_part, welcomed_by
 from server.permissions import require, require_above, require_below
-from server.queries import conversations, participants, users
+from server.queries import bounds, conversations, participants, users
 from server.queries.audit import Deed
 from server.queries.sending import Announcement
 
@@ -44,6 +44,7 @@ async def join(context: Context, frame: client.Join) -> OneConversation:
                 await participants.stamp(db, conversation.id, [context.user_id])
             else:
                 await users.touch(db, [context.user_id])
+            await bounds.require_memberships(db, [context.user_id], path)
         (view,) = await conversations.get(db, context.user_id, [conversation.id])
     news.tell()
     await sync.join(context, view)
@@ -80,6 +81,8 @@ async def add(context: Context, frame: client.AddParticipants) -> Added:
             await news.announce(Announcement("add_member", f"added {count}", {"user_ids": they.added}))
         if news.changes:
             await participants.stamp(db, conversation.id, they.added + they.invited)
+        if they.added:
+            await bounds.require_memberships(db, they.added, "participants")
     news.tell()
     return Added(added=they.present + they.added, invited=they.waiting + they.invited)
 

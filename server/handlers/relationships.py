@@ -10,7 +10,7 @@ from protocol.values import RelationshipKind, RelationshipStatus
 from server.context import Context
 from server.database import Db
 from server.errors import NotActive, NotFound
-from server.queries import relationships, users
+from server.queries import bounds, relationships, users
 from server.queries.relationships import Change
 
 
@@ -29,6 +29,8 @@ async def request_friend(context: Context, frame: client.RequestFriend) -> OneRe
             becomes = "accepted"
             await relationships.put(db, them, me, Change("friend", becomes), me)
         made = await relationships.put(db, me, them, Change("friend", becomes, frame.message), me)
+        await bounds.require_relationships(db, me, "friend")
+        await bounds.require_requests(db, me, them)
     context.events.poke([me, them])
     return OneRelationship(relationship=made)
 
@@ -46,6 +48,7 @@ async def answer_friend(context: Context, frame: client.AnswerFriend) -> OneRela
         made = await relationships.put(db, them, me, change, me)
         if frame.accept:
             await relationships.put(db, me, them, Change("friend", "accepted"), me)
+            await bounds.require_relationships(db, me, "friend")
     context.events.poke([me, them])
     return OneRelationship(relationship=made)
 
@@ -84,6 +87,8 @@ def turned(kind: RelationshipKind, *, on: bool) -> Callable[[Context, OneOf], Aw
             if kind == "block" and on:
                 await relationships.end(db, me, them)
             made = await relationships.put(db, me, them, Change(kind, "active" if on else "inactive"), me)
+            if on:
+                await bounds.require_relationships(db, me, kind)
         context.events.poke([me, them] if kind != "mute" else [me])
         if kind == "block":
             context.events.reconsider(me)

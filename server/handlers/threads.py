@@ -2,10 +2,9 @@
 
 from protocol import client
 from protocol.server import MessagePage, OneThread, OneThreadFollow, ThreadList
-from protocol.values import ThreadFollow
 from server.context import Context
 from server.errors import NotFound
-from server.queries import messages, threads
+from server.queries import bounds, messages, threads
 from server.queries.messages import NEWEST, Span
 from server.queries.threads import Change
 
@@ -53,9 +52,11 @@ async def list_threads(context: Context, frame: client.ListThreads) -> ThreadLis
 async def _change(
     context: Context, frame: client.FollowThread | client.UnfollowThread | client.ReadThread, change: Change
 ) -> OneThreadFollow:
-    async with context.database.connection() as db:
-        now: ThreadFollow | None = await threads.change(db, frame, context.user_id, change)
-    if now is None:
-        raise NotFound("message_id")
+    async with context.database.transaction() as db:
+        now = await threads.change(db, frame, context.user_id, change)
+        if now is None:
+            raise NotFound("message_id")
+        if now.is_new:
+            await bounds.require_threads(db, context.user_id)
     context.events.poke([context.user_id])
-    return OneThreadFollow(follow=now)
+    return OneThreadFollow(follow=now.follow)

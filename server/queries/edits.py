@@ -41,6 +41,16 @@ WHEN NOT MATCHED AND m.has_words THEN INSERT (message_id, conversation_id, creat
 """
 
 
+COUNT = """
+SELECT count(*) FROM message_edit e WHERE e.message_id = $2 AND (e.conversation_id = $1) IS TRUE
+"""
+
+
+async def count(db: Db, found: Message) -> int:
+    """Return how many versions of a message are kept. Under the lock."""
+    return int(await db.fetchval(COUNT, found.conversation_id, found.id))
+
+
 async def edit(db: Db, found: Message, user_id: UserId, frame: Edit, made: Made) -> Message:
     """Change what a message says, keep what it said, and return it as it is now. Under the lock.
 

@@ -1,15 +1,20 @@
 """Reactions: a row for each user and emoji; the counts on the message change in the same statement."""
 
 from protocol.client import React, Unreact
+from protocol.errors import ErrorCode, Refused
 from protocol.ids import UserId
+from protocol.limits import MAX_EMOJI_OF_USER
 from protocol.values import Message
 from server.database import Db
 
-REACT = """
+REACT = f"""
 WITH reacted AS (
     INSERT INTO message_reaction (message_id, user_id, emoji, conversation_id, version, author_id)
     SELECT $2, $3, $4, c.id, c.version + 1, m.sender_id
-    FROM conversation c, message m WHERE c.id = $1 AND m.id = $2 AND (m.conversation_id = $1) IS TRUE
+    FROM conversation c, message m WHERE c.id = $1 AND m.id = $2 AND (m.conversation_id = $1) IS TRUE AND (
+        SELECT count(*) FROM message_reaction o
+        WHERE o.message_id = $2 AND o.user_id = $3 AND (o.conversation_id = $1) IS TRUE AND o.emoji <> $4
+    ) < {MAX_EMOJI_OF_USER}
     ON CONFLICT (message_id, user_id, emoji)
         DO UPDATE SET is_removed = false, version = excluded.version, created_at = now()
         WHERE message_reaction.is_removed
@@ -20,7 +25,7 @@ WITH reacted AS (
 UPDATE message m SET reactions = m.reactions || jsonb_build_object($4::text, coalesce((m.reactions ->> $4)::int, 0) + 1)
 FROM reacted r WHERE m.id = $2 AND (m.conversation_id = $1) IS TRUE
 RETURNING r.version, (m.reactions ->> $4)::int
-"""
+"""  # noqa: S608 - a number is put in
 
 UNREACT = """
 WITH unreacted AS (
@@ -61,11 +66,15 @@ async def is_there(db: Db, found: Message, user_id: UserId, frame: React) -> boo
 async def react(db: Db, found: Message, user_id: UserId, frame: React | Unreact) -> tuple[int, int | None]:
     """Put an emoji on a message, or take it back. Under the lock.
 
-    Return the version of the change and how many have the emoji there now; no count if nothing changed.
+    Return the version of the change and how many have the emoji there now; no count if nothing changed. Raises Refused
+    if the user has had too many different emoji there: those taken back keep their rows.
     """
     change = REACT if isinstance(frame, React) else UNREACT
     row = await db.fetchrow(change, found.conversation_id, found.id, user_id, frame.emoji)
     if row is not None:
         return row[0], row[1]
     version = await db.fetchval(AS_IT_IS, found.conversation_id, found.id, user_id, frame.emoji)
+    if version is None and isinstance(frame, React):
+        sentence = f"You can put at most {MAX_EMOJI_OF_USER} different emoji on a message, those taken back included."
+        raise Refused(ErrorCode.CONFLICT, sentence, path="emoji")
     return found.version if version is None else version, None

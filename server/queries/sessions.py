@@ -5,6 +5,7 @@ from datetime import datetime, timedelta
 from typing import NamedTuple
 
 from protocol.ids import SessionId, UserId
+from protocol.limits import MAX_SESSIONS
 from protocol.values import Session, User
 from server.database import Db
 from server.queries.users import FACE
@@ -13,15 +14,34 @@ from server.rows import Reader
 _user_decoder = Reader(User)
 _sessions_decoder = Reader(list[Session])
 
-CREATE = """
+# `updated_at` is when a session last began or was extended, which happens daily while it is used.
+CREATE = f"""
+WITH welcome AS (
+    SELECT u.id FROM "user" u
+    WHERE u.id = $1 AND u.is_active AND NOT u.is_deleted AND NOT u.is_disabled AND u.erased_at IS NULL
+        AND ($6::text IS NULL OR EXISTS (
+            SELECT FROM account a WHERE a.user_id = u.id AND a.provider_id = 'credential' AND a.password = $6
+        ))
+), unused AS (
+    SELECT s.id FROM welcome JOIN session s ON s.user_id = welcome.id
+    ORDER BY s.updated_at DESC, s.id DESC OFFSET {MAX_SESSIONS - 1}
+), touched AS (
+    UPDATE "user" SET version = version + 1 WHERE id = $1 AND EXISTS (SELECT FROM unused) RETURNING id
+), ended AS (
+    DELETE FROM session s USING unused, touched WHERE s.id = unused.id
+)
 INSERT INTO session (user_id, token, expires_at, ip_address, user_agent)
-SELECT u.id, $2, now() + $3, $4, $5 FROM "user" u
-WHERE u.id = $1 AND u.is_active AND NOT u.is_deleted AND NOT u.is_disabled AND u.erased_at IS NULL
-    AND ($6::text IS NULL OR EXISTS (
-        SELECT FROM account a WHERE a.user_id = u.id AND a.provider_id = 'credential' AND a.password = $6
-    ))
-RETURNING id, expires_at
-"""
+SELECT welcome.id, $2, now() + $3, $4, $5 FROM welcome
+RETURNING id, expires_at, EXISTS (SELECT FROM unused)
+"""  # noqa: S608 - a number is put in
+
+
+class Beginning(NamedTuple):
+    """A session that has begun, and whether others had to end for it."""
+
+    session_id: SessionId
+    expires_at: datetime
+    has_ended_others: bool
 
 
 async def create(
@@ -32,14 +52,15 @@ async def create(
     device: tuple[str | None, str | None],
     *,
     password_hash: str | None = None,
-) -> tuple[SessionId, datetime] | None:
-    """Begin a session; `device` is its address and its user agent. Return its id and when it expires.
+) -> Beginning | None:
+    """Begin a session; `device` is its address and its user agent. Of `MAX_SESSIONS` that there are, the one unused for
+    longest ends.
 
     Return None if the user is not active, or if `password_hash`, against which their password was checked, is not
     theirs any more. Under the user's lock, which is taken by whoever changes either.
     """
     row = await db.fetchrow(CREATE, user_id, token_hash, lasts, *device, password_hash)
-    return None if row is None else (row[0], row[1])
+    return None if row is None else Beginning(*row)
 
 
 class Active(NamedTuple):

@@ -105,11 +105,18 @@ FROM root, touched
 ON CONFLICT (root_id, user_id) DO UPDATE SET is_following = coalesce($4, t.is_following),
     last_read_order = greatest(t.last_read_order, CASE WHEN $5::integer IS NOT NULL THEN excluded.last_read_order END),
     user_version = excluded.user_version
-RETURNING thread_json(t)
+RETURNING thread_json(t), xmax = 0
 """  # noqa: S608 - VISIBLE is a constant
 
 
-async def change(db: Db, place: Place, user_id: UserId, change: Change) -> ThreadFollow | None:
-    """Follow a thread or not, or read on in it; return how it is now, None without access to a root."""
-    text = await db.fetchval(CHANGE, place.message_id, user_id, place.conversation_id, *change)
-    return None if text is None else _follow_decoder.decode(text)
+class Changed(NamedTuple):
+    """How a user follows a thread now, and whether there is a new row for that."""
+
+    follow: ThreadFollow
+    is_new: bool
+
+
+async def change(db: Db, place: Place, user_id: UserId, change: Change) -> Changed | None:
+    """Follow a thread or not, or read on in it; None without access to a root."""
+    row = await db.fetchrow(CHANGE, place.message_id, user_id, place.conversation_id, *change)
+    return None if row is None else Changed(_follow_decoder.decode(row[0]), row[1])

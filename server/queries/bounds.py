@@ -1,0 +1,149 @@
+"""Bounds on what users own. Each function counts after a write, in the same transaction, and raises to undo it.
+
+The transaction has locked the user's row before, so no other transaction adds to the same user meanwhile.
+"""
+
+from collections.abc import Sequence
+
+from protocol.errors import ErrorCode, Refused
+from protocol.ids import UserId
+from protocol.limits import (
+    MAX_CONVERSATIONS_A_DAY,
+    MAX_MEMBERSHIPS,
+    MAX_RELATIONSHIPS,
+    MAX_REPORTS_A_DAY,
+    MAX_REQUESTS_RECEIVED,
+    MAX_REQUESTS_SENT,
+    MAX_STARS,
+    MAX_THREAD_FOLLOWS,
+)
+from protocol.values import RelationshipKind
+from server.database import Db
+
+RETRY_MS = 3_600_000
+"""Interval until the next try after too many conversations or reports of a day, milliseconds."""
+
+MADE = """
+SELECT count(*) FROM conversation c WHERE c.created_by = $1 AND c.created_at > now() - interval '1 day'
+"""
+
+
+async def require_made(db: Db, user_id: UserId) -> None:
+    """Raise Refused if a user has made too many conversations within a day. Under the user's lock."""
+    if int(await db.fetchval(MADE, user_id)) > MAX_CONVERSATIONS_A_DAY:
+        raise Refused(
+            ErrorCode.RATE_LIMITED,
+            f"You can make {MAX_CONVERSATIONS_A_DAY} conversations a day. Try again later.",
+            retry_after_ms=RETRY_MS,
+        )
+
+
+# Participants of a deleted conversation keep their status, and nobody can leave it: it does not count.
+MEMBERSHIPS = """
+SELECT EXISTS (
+    SELECT FROM unnest($1::uuid[]) AS them (id) CROSS JOIN LATERAL (
+        SELECT count(*) AS taken FROM conversation_participant p
+        JOIN conversation c ON c.id = p.conversation_id AND NOT c.is_deleted
+        WHERE p.user_id = them.id AND p.status = 'active'
+    ) n WHERE n.taken > $2
+)
+"""
+
+
+async def require_memberships(db: Db, user_ids: Sequence[UserId], path: str) -> None:
+    """Raise Refused if one of the users takes part in too many conversations. Under the users' locks."""
+    if await db.fetchval(MEMBERSHIPS, list(user_ids), MAX_MEMBERSHIPS):
+        raise Refused(
+            ErrorCode.CONFLICT,
+            f"A user can take part in at most {MAX_MEMBERSHIPS} conversations. Leave one, or name other users.",
+            path=path,
+        )
+
+
+STARS = "SELECT count(*) FROM message_star s WHERE s.user_id = $1 AND NOT s.is_removed"
+
+
+async def require_stars(db: Db, user_id: UserId) -> None:
+    """Raise Refused if a user has starred too many messages. Under the user's lock."""
+    if int(await db.fetchval(STARS, user_id)) > MAX_STARS:
+        raise Refused(ErrorCode.CONFLICT, f"You can star at most {MAX_STARS} messages. Unstar one first.")
+
+
+RELATIONSHIPS = "SELECT count(*) FROM user_relationship r WHERE r.from_user_id = $1 AND r.type = $2"
+
+
+async def require_relationships(db: Db, user_id: UserId, kind: RelationshipKind) -> None:
+    """Raise Refused if a user has too many relationships of a kind, ended ones included. Under the user's lock."""
+    if int(await db.fetchval(RELATIONSHIPS, user_id, kind)) > MAX_RELATIONSHIPS:
+        raise Refused(
+            ErrorCode.CONFLICT,
+            f"You can have at most {MAX_RELATIONSHIPS} relationships of the kind `{kind}`.",
+            path="user_id",
+        )
+
+
+REQUESTS = """
+SELECT (SELECT count(*) FROM user_relationship r
+        WHERE r.from_user_id = $1 AND r.type = 'friend' AND r.status = 'pending'),
+    (SELECT count(*) FROM user_relationship r
+        WHERE r.to_user_id = $2 AND r.type = 'friend' AND r.status = 'pending')
+"""
+
+
+async def require_requests(db: Db, user_id: UserId, other: UserId) -> None:
+    """Raise Refused if a user has sent, or `other` has received, too many friend requests that are not answered. Under
+    both users' locks.
+    """
+    sent, received = await db.fetchrow(REQUESTS, user_id, other) or (0, 0)
+    if sent > MAX_REQUESTS_SENT:
+        sentence = f"At most {MAX_REQUESTS_SENT} of your friend requests can wait for an answer. Take one back first."
+        raise Refused(ErrorCode.CONFLICT, sentence)
+    if received > MAX_REQUESTS_RECEIVED:
+        raise Refused(ErrorCode.CONFLICT, "This user has too many friend requests to answer.", path="user_id")
+
+
+REPORTS = """
+SELECT count(*) FROM report r WHERE r.reporter_id = $1 AND r.created_at > now() - interval '1 day'
+"""
+
+
+async def require_reports(db: Db, user_id: UserId) -> None:
+    """Raise Refused if a user has reported too many messages within a day. Under the user's lock."""
+    if int(await db.fetchval(REPORTS, user_id)) > MAX_REPORTS_A_DAY:
+        raise Refused(
+            ErrorCode.RATE_LIMITED,
+            f"You can report {MAX_REPORTS_A_DAY} messages a day. Try again later.",
+            retry_after_ms=RETRY_MS,
+        )
+
+
+# Rows of replies do not count, as each stands for a message of the user's. A row has a version once the user follows,
+# unfollows or reads the thread.
+THREADS = """
+SELECT count(*) FROM thread_follow t WHERE t.user_id = $1 AND t.user_version > 0 AND NOT t.has_replied
+"""
+FORGET_THREADS = """
+DELETE FROM thread_follow t WHERE t.user_id = $1 AND t.root_id IN (
+    SELECT o.root_id FROM thread_follow o
+    WHERE o.user_id = $1 AND o.user_version > 0 AND NOT o.is_following AND NOT o.has_replied
+        -- Whoever began a thread and does not follow it would follow it again with the next reply.
+        AND NOT EXISTS (
+            SELECT FROM message m
+            WHERE m.id = o.root_id AND (m.conversation_id = o.conversation_id) IS TRUE AND m.sender_id = $1
+        )
+    ORDER BY o.user_version LIMIT $2
+)
+"""
+FORGOTTEN_AT_ONCE = 100
+"""Max rows that one frame deletes."""
+
+
+async def require_threads(db: Db, user_id: UserId) -> None:
+    """Delete the oldest read positions in threads that a user neither follows nor replied in, if there are too many
+    rows; raise Refused if too many threads are followed. Under the user's lock.
+    """
+    if int(await db.fetchval(THREADS, user_id)) <= MAX_THREAD_FOLLOWS:
+        return
+    if await db.execute(FORGET_THREADS, user_id, FORGOTTEN_AT_ONCE) == "DELETE 0":
+        sentence = f"You can follow at most {MAX_THREAD_FOLLOWS} threads. Unfollow one first."
+        raise Refused(ErrorCode.CONFLICT, sentence, path="message_id")

@@ -1,0 +1,243 @@
+"""Bounds on what users own hold for frames that come concurrently, on connections of two workers."""
+
+import asyncio
+from collections.abc import Sequence
+from datetime import timedelta
+
+import httpx
+import msgspec
+import pytest
+
+from protocol import client, server
+from protocol.errors import CloseCode, ErrorCode
+from protocol.http import LoggedIn
+from protocol.ids import ConversationId, EditId, uuid7
+from protocol.limits import MAX_EMOJI_OF_USER, MAX_SESSIONS
+from protocol.server import Error
+from prove.client import Client
+from server.handlers import messages
+from server.queries import bounds, sessions
+from tests.world import Room, Somebody, World, refused, sent
+
+MOST, ASKED = 5, 15
+
+
+async def refusals(who: Somebody, world: World, frames: Sequence[client.Frame]) -> list[ErrorCode]:
+    """Send frames concurrently, each on a connection of its own, and return the codes of those that were refused.
+    Frames that a busy worker puts off (docs/limits.md) are sent again.
+    """
+    askers: list[Client] = [await world.connect(who, number % 2) for number in range(len(frames))]
+
+    async def asked(asker: Client, frame: client.Frame) -> object:
+        while isinstance(answer := await asker.ask(frame), Error) and answer.code == ErrorCode.UNAVAILABLE:
+            await asyncio.sleep((answer.retry_after_ms or 0) / 1000)
+        return answer
+
+    answers = await asyncio.gather(*(asked(asker, frame) for asker, frame in zip(askers, frames, strict=True)))
+    return [answer.code for answer in answers if isinstance(answer, Error)]
+
+
+def channels() -> list[client.Frame]:
+    return [client.CreateChannel(conversation_id=ConversationId(uuid7()), title="News") for _ in range(ASKED)]
+
+
+async def test_conversations_of_a_day_are_bounded(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bounds, "MAX_CONVERSATIONS_A_DAY", MOST)
+    ada, charles = await world.users("Ada", "Charles")
+    assert await refusals(ada, world, channels()) == [ErrorCode.RATE_LIMITED] * (ASKED - MOST)
+    assert await world.db.fetchval("SELECT count(*) FROM conversation") == MOST
+    await world.channel(await world.connect(charles))
+    await world.db.execute("UPDATE conversation SET created_at = now() - interval '2 days'")
+    await world.channel(await world.connect(ada))
+
+
+async def test_memberships_are_bounded(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bounds, "MAX_MEMBERSHIPS", MOST)
+    ada, charles, mary = await world.users("Ada", "Charles", "Mary")
+    owner = await world.connect(ada)
+    await refusals(ada, world, channels())
+    taking_part = "SELECT count(*) FROM conversation_participant WHERE user_id = $1 AND status = 'active'"
+    assert await world.db.fetchval(taking_part, ada.id) == MOST
+    other = await world.connect(charles)
+    public = [await world.channel(other, is_public=True) for _ in range(MOST)]
+    joining = [client.Join(conversation_id=one) for one in public]
+    assert await refusals(ada, world, joining) == [ErrorCode.CONFLICT] * MOST
+    await refusals(mary, world, joining)
+    assert await world.db.fetchval(taking_part, mary.id) == MOST
+    answer = await other.ask(client.AddParticipants(conversation_id=public[0], participants=[ada.id]))
+    assert isinstance(answer, Error)
+    assert (answer.code, answer.path) == (ErrorCode.CONFLICT, "participants")
+    (left,) = await world.db.fetch(
+        "SELECT conversation_id FROM conversation_participant WHERE user_id = $1 LIMIT 1", ada.id
+    )
+    await owner.call(client.Leave(conversation_id=left[0]))
+    await owner.call(joining[0])
+
+
+async def test_deleted_conversations_do_not_count(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bounds, "MAX_MEMBERSHIPS", 2)
+    ada, charles = await world.users("Ada", "Charles")
+    owner = await world.connect(ada)
+    for _ in range(3):
+        group = await world.group(owner, charles)
+        await owner.call(client.DeleteConversation(conversation_id=group))
+    await world.group(owner, charles)
+
+
+async def test_stars_are_bounded(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bounds, "MAX_STARS", MOST)
+    ada = await world.user("Ada")
+    one = await world.connect(ada)
+    about = await world.channel(one)
+    said = [await sent(one, about) for _ in range(ASKED)]
+    frames = [client.Star(conversation_id=about, message_id=message_id) for message_id in said]
+    assert await refusals(ada, world, frames) == [ErrorCode.CONFLICT] * (ASKED - MOST)
+    assert await world.db.fetchval("SELECT count(*) FROM message_star") == MOST
+
+
+async def test_relationships_of_each_kind_are_bounded(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bounds, "MAX_RELATIONSHIPS", MOST)
+    ada = await world.user("Ada")
+    others = await world.users(*(f"User {number}" for number in range(ASKED)))
+    for kind in (client.Block, client.RequestFriend):
+        wanted: list[client.Frame] = [kind(user_id=other.id) for other in others]
+        assert len(await refusals(ada, world, wanted)) >= ASKED - MOST
+    counts = await world.db.fetch(
+        "SELECT count(*) FROM user_relationship WHERE from_user_id = $1 GROUP BY type", ada.id
+    )
+    assert [row[0] for row in counts] == [MOST, MOST]
+
+
+async def test_friend_requests_sent_are_bounded(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bounds, "MAX_REQUESTS_SENT", MOST)
+    ada = await world.user("Ada")
+    others = await world.users(*(f"User {number}" for number in range(ASKED)))
+    requests: list[client.Frame] = [client.RequestFriend(user_id=other.id) for other in others]
+    assert await refusals(ada, world, requests) == [ErrorCode.CONFLICT] * (ASKED - MOST)
+    pending = await world.db.fetch("SELECT to_user_id FROM user_relationship WHERE status = 'pending'")
+    assert len(pending) == MOST
+    await (await world.connect(ada)).call(client.Unfriend(user_id=pending[0][0]))
+    assert await refusals(ada, world, [client.RequestFriend(user_id=pending[0][0])]) == []
+
+
+async def test_friend_requests_received_are_bounded(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bounds, "MAX_REQUESTS_RECEIVED", MOST)
+    ada = await world.user("Ada")
+    others = await world.users(*(f"User {number}" for number in range(ASKED)))
+    asked = await asyncio.gather(*(refusals(other, world, [client.RequestFriend(user_id=ada.id)]) for other in others))
+    assert [code for codes in asked for code in codes] == [ErrorCode.CONFLICT] * (ASKED - MOST)
+    (first,) = await world.db.fetch("SELECT from_user_id FROM user_relationship LIMIT 1")
+    await (await world.connect(ada)).call(client.AnswerFriend(user_id=first[0], accept=False))
+    refusing = await world.db.fetchval(
+        """SELECT id FROM "user" u
+        WHERE u.id <> $1 AND NOT EXISTS (SELECT FROM user_relationship WHERE from_user_id = u.id) LIMIT 1""",
+        ada.id,
+    )
+    (one,) = [other for other in others if other.id == refusing]
+    assert await refusals(one, world, [client.RequestFriend(user_id=ada.id)]) == []
+
+
+async def test_reports_of_a_day_are_bounded(room: Room, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bounds, "MAX_REPORTS_A_DAY", MOST)
+    said = [await sent(room.ada, room.group) for _ in range(ASKED)]
+    reports: list[client.Frame] = [client.ReportMessage(**room.at(one), reason="Rude") for one in said]
+    assert await refusals(room.them[1], world, reports) == [ErrorCode.RATE_LIMITED] * (ASKED - MOST)
+    assert await world.db.fetchval("SELECT count(*) FROM report") == MOST
+    await world.db.execute("UPDATE report SET created_at = now() - interval '2 days'")
+    for report in reports:
+        await room.charles.ask(report)
+    assert await world.db.fetchval("SELECT count(*) FROM report") == 2 * MOST
+
+
+async def test_edits_of_a_message_are_bounded(room: Room, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(messages, "MAX_EDITS", MOST)
+    said = await sent(room.ada, room.group)
+    edits = [client.Edit(**room.at(said), content=f"{number}", edit_id=EditId(uuid7())) for number in range(ASKED)]
+    assert await refusals(room.them[0], world, edits) == [ErrorCode.CONFLICT] * (ASKED - MOST)
+    page = await room.ada.call(client.ListEdits(**room.at(said)), server.EditPage)
+    assert len(page.edits) == MOST
+    # An edit that was made is acknowledged again, and the message can be deleted.
+    (made,) = [edit for edit in edits if edit.edit_id == page.edits[0].id]
+    await room.ada.call(made)
+    await room.ada.call(client.Delete(**room.at(said)))
+
+
+async def test_followed_threads_are_bounded(room: Room, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bounds, "MAX_THREAD_FOLLOWS", MOST)
+    said = [await sent(room.ada, room.group) for _ in range(ASKED)]
+    rows = "SELECT count(*) FROM thread_follow WHERE user_id = $1"
+    reads: list[client.Frame] = [client.ReadThread(**room.at(one), thread_order=0) for one in said]
+    assert await refusals(room.them[1], world, reads) == []
+    assert await world.db.fetchval(rows, room.them[1].id) <= MOST
+    follows: list[client.Frame] = [client.FollowThread(**room.at(one)) for one in said]
+    assert await refusals(room.them[1], world, follows) == [ErrorCode.CONFLICT] * (ASKED - MOST)
+    assert await world.db.fetchval(rows, room.them[1].id) == MOST
+    assert await refusals(room.them[1], world, reads) == []
+    assert await world.db.fetchval(rows, room.them[1].id) == MOST
+    await sent(room.charles, room.group, parent_message_id=said[-1])
+
+
+async def test_what_is_unfollowed_by_its_author_is_not_forgotten(
+    room: Room, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bounds, "MAX_THREAD_FOLLOWS", 1)
+    begun = await sent(room.ada, room.group)
+    await room.ada.call(client.UnfollowThread(**room.at(begun)))
+    await room.charles.call(client.UnfollowThread(**room.at(begun)))
+    for _ in range(3):
+        other = await sent(room.charles, room.group)
+        assert await refusals(room.them[0], world, [client.ReadThread(**room.at(other), thread_order=0)]) == []
+    told = await world.db.fetch("SELECT user_id FROM thread_follow WHERE root_id = $1", begun)
+    assert [row[0] for row in told if row[0] == room.them[0].id] == [room.them[0].id]
+
+
+async def test_emoji_of_a_user_on_a_message_are_bounded(room: Room, world: World) -> None:
+    said = await sent(room.ada, room.group)
+    await world.db.execute(
+        """INSERT INTO message_reaction (message_id, user_id, emoji, conversation_id, version, author_id, is_removed)
+        SELECT $1, $2, ':e' || n || ':', $3, 1, $2, true FROM generate_series(1, $4) n""",
+        said, room.them[0].id, room.group, MAX_EMOJI_OF_USER - MOST,
+    )  # fmt: skip
+    put: list[client.Frame] = [client.React(**room.at(said), emoji=f":new{number}:") for number in range(ASKED)]
+    assert await refusals(room.them[0], world, put) == [ErrorCode.CONFLICT] * (ASKED - MOST)
+    assert await world.db.fetchval("SELECT count(*) FROM message_reaction") == MAX_EMOJI_OF_USER
+    with refused(ErrorCode.CONFLICT, "emoji"):
+        await room.ada.call(client.React(**room.at(said), emoji=":other:"))
+    await room.ada.call(client.React(**room.at(said), emoji=":e1:"))
+    await room.charles.call(client.React(**room.at(said), emoji=":other:"))
+
+
+@pytest.mark.parametrize("frame", ["leave", "remove", "delete"])
+async def test_draft_goes_with_its_conversation(room: Room, world: World, frame: str) -> None:
+    await room.charles.call(client.SetDraft(conversation_id=room.group, content="I thi"))
+    match frame:
+        case "leave":
+            await room.charles.call(client.Leave(conversation_id=room.group))
+        case "remove":
+            await room.ada.call(client.RemoveParticipant(conversation_id=room.group, user_id=room.them[1].id))
+        case _:
+            await room.ada.call(client.DeleteConversation(conversation_id=room.group))
+    assert await world.db.fetchval("SELECT count(*) FROM draft") == 0
+    with refused(ErrorCode.NOT_FOUND, "conversation_id"):
+        await room.charles.call(client.SetDraft(conversation_id=room.group, content="I think"))
+
+
+async def test_session_unused_for_longest_ends_when_there_are_too_many(world: World) -> None:
+    ada = {"email": "ada@example.org", "password": "correct horse"}
+    async with httpx.AsyncClient(trust_env=False) as http:
+        registered = await http.post(f"{world.url}/v1/auth/register", json=ada | {"name": "Ada"})
+        first = msgspec.json.decode(registered.content, type=LoggedIn)
+        for number in range(MAX_SESSIONS - 1):
+            await sessions.create(world.db, first.user.id, f"{number}", timedelta(days=1), (None, None))
+        await world.db.execute(
+            "UPDATE session SET updated_at = now() - interval '1 hour' WHERE id = $1", first.session_id
+        )
+        oldest = await world.connect(Somebody(first.user.id, "Ada", first.token), 1)
+        answers = await asyncio.gather(
+            *(http.post(f"{world.workers[number % 2].url}/v1/auth/login", json=ada) for number in range(4))
+        )
+    assert [answer.status_code for answer in answers] == [200] * 4
+    assert await oldest.closed() == CloseCode.SESSION_ENDED
+    assert await world.db.fetchval("SELECT count(*) FROM session") == MAX_SESSIONS
+    left = {row[0] for row in await world.db.fetch("SELECT id FROM session")}
+    assert {msgspec.json.decode(answer.content, type=LoggedIn).session_id for answer in answers} < left
