@@ -55,7 +55,10 @@ CREATE TABLE "user" (
     -- With which code (protocol/errors.py) the server closed the last of their connections, if it was the server: for `why`.
     last_close integer,
     -- Whether friends may add them to groups and channels without asking.
-    allow_adding boolean NOT NULL DEFAULT true
+    allow_adding boolean NOT NULL DEFAULT true,
+    -- It moves when somebody blocks or unblocks them, or sets a switch about them, so that what they watch is checked
+    -- again. Nobody is told of it: their own clock would tell of the block.
+    hidden_version bigint NOT NULL DEFAULT 0
 );
 CREATE INDEX user_search_idx ON "user" USING gin (to_tsvector('simple', name || ' ' || coalesce(display_name, '')));
 CREATE INDEX user_custom_status_until_idx ON "user" (custom_status_until) WHERE custom_status_until IS NOT NULL;

@@ -520,7 +520,9 @@ class Read(_OfMessage, tag="read"):
 
 
 class Delivered(_OfMessage, tag="delivered"):
-    """This client has taken in everything up to this message. Say it of the newest one, every few seconds at most."""
+    """This client has taken in everything up to this message. Say it of the newest one, every few seconds at most.
+    Those who may not see the caller's presence are not told; of an invisible caller it is not kept.
+    """
 
 
 class MarkUnread(_OfMessage, tag="mark_unread"):
@@ -750,7 +752,9 @@ class Unfriend(_OfUser, tag="unfriend"):
 
 
 class Block(_OfUser, tag="block"):
-    """Be left alone by a user, who is not told. It ends what else there is between the two."""
+    """Be left alone by a user, who is not told. It ends a friendship, and the caller's own request or follow. Those of
+    the other one stay, without effect, so that their end does not tell of the block.
+    """
 
 
 class Unblock(_OfUser, tag="unblock"):

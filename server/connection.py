@@ -3,7 +3,7 @@
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Awaitable, Callable, Hashable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Hashable, Iterable, Sequence
 from datetime import datetime
 from typing import NamedTuple
 
@@ -66,7 +66,7 @@ class Connection:
     __slots__ = (
         "_entering", "_frames", "_gone", "_has_place", "_has_to_refresh", "_inbox", "_inbox_bytes", "_is_closed",
         "_is_resuming", "_last", "_shared", "_strikes", "_todo", "_worker", "attached", "closed_with", "context",
-        "expires_at", "session_id", "socket", "user_id", "user_version", "watched", "write",
+        "expires_at", "faces_only", "session_id", "socket", "user_id", "user_version", "watched", "write",
     )  # fmt: skip
 
     def __init__(
@@ -89,6 +89,7 @@ class Connection:
         self.user_id: UserId
         self.attached: set[ConversationId] = set()
         self.watched: set[UserId] = set()
+        self.faces_only: set[UserId] = set()
         self._shared = shared
         # A list: it is short, and an empty deque takes ten times the memory.
         self._inbox: list[bytes | None] = []
@@ -200,8 +201,8 @@ class Connection:
         """Deliver no more of them."""
         self._shared.hub.topics.detach(self, conversation_id)
 
-    async def watch(self, user_ids: Sequence[UserId]) -> None:
-        """Deliver the presence of users."""
+    async def watch(self, user_ids: Collection[UserId]) -> None:
+        """Deliver the presence and the faces of users."""
         if not self._is_closed:
             await self._shared.hub.watch(self, user_ids)
 

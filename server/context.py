@@ -71,8 +71,11 @@ class Subscriber(Protocol):
     async def drained(self) -> None:
         """Return when most of what was said has been taken in: before more of it is made."""
 
-    async def watch(self, user_ids: Sequence[UserId]) -> None:
-        """Deliver the presence of these users. Raises Refused when it would be too many."""
+    faces_only: set[UserId]
+    """Those of the watched whose presence does not reach the connection, but their face does."""
+
+    async def watch(self, user_ids: Collection[UserId]) -> None:
+        """Deliver the presence and the faces of these users. Raises Refused when it would be too many."""
 
     def unwatch(self, user_ids: Iterable[UserId]) -> None:
         """Deliver it no more."""
@@ -84,8 +87,8 @@ class Presences(Protocol):
     async def choose(self, user_id: UserId, device: Subscriber | None, frame: SetPresence) -> bool:
         """Record how a user, or one device of theirs, wants to be seen; return whether they chose anew."""
 
-    async def watchable(self, watcher: UserId, user_ids: Sequence[UserId]) -> list[UserId]:
-        """Return those of the users whose presence may be delivered to the watcher."""
+    async def watchable(self, watcher: UserId, user_ids: Sequence[UserId]) -> dict[UserId, bool]:
+        """Return those of the users whose face may be delivered to the watcher, and whether their presence may."""
 
     async def announce(self, user_id: UserId) -> None:
         """Tell those who watch a user how they are seen now."""

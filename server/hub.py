@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import logging
 import struct
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable
 from datetime import UTC, datetime
 from typing import Protocol
 from uuid import UUID
@@ -13,7 +13,7 @@ from protocol.codec import encode, text_frame
 from protocol.errors import CloseCode, ErrorCode, Refused
 from protocol.ids import ConversationId, UserId
 from protocol.limits import MAX_WATCHED
-from protocol.server import DurableEvent, ServerFrame
+from protocol.server import DurableEvent, ServerFrame, UserUpdated
 from server import people, topics
 from server.bus import Bus, Connect
 from server.people import People, Socket, UserRecord
@@ -29,6 +29,8 @@ conversations, and their news is rare.
 
 _ENTRY = struct.Struct("!QI16s")
 """An event on the bus: its version (0 for ephemeral ones), how long its frame is, who is gone by it."""
+FACE = 1
+"""In the place of the version: about a user's face, for all who watch them, and not about their presence."""
 
 log = logging.getLogger(__name__)
 
@@ -93,15 +95,16 @@ class Hub:
         self.people.write(user_id, frame)
 
     def announce(self, user_id: UserId, event: ServerFrame) -> None:
-        """Deliver a user's presence to those who watch it."""
+        """Deliver a user's presence, or their face, to those who watch them."""
         frame = text_frame(encode(event))
-        self._say(_presence_channel(user_id), 0, frame)
-        self._show(user_id, frame)
+        kind = FACE if isinstance(event, UserUpdated) else 0
+        self._say(_presence_channel(user_id), kind, frame)
+        self._show(user_id, frame, kind)
 
     def reconsider(self, user_id: UserId) -> None:
         """Have those who watch a user looked at again: some may no longer."""
         self._say(_presence_channel(user_id), 0, b"")
-        self._show(user_id, b"")
+        self._show(user_id, b"", 0)
 
     def poke(self, user_ids: Iterable[UserId]) -> None:
         """Have all workers look again at these users' conversations and sessions."""
@@ -116,8 +119,8 @@ class Hub:
 
     # ------------------------------------------------------------------------------------ presence, by watching
 
-    async def watch(self, socket: Socket, user_ids: Sequence[UserId]) -> None:
-        """Deliver the presence of users to a socket. Raises Refused if that would be too many."""
+    async def watch(self, socket: Socket, user_ids: Collection[UserId]) -> None:
+        """Deliver the presence and the faces of users to a socket. Raises Refused if that would be too many."""
         if len(socket.watched.union(user_ids)) > MAX_WATCHED:
             raise Refused(ErrorCode.CONFLICT, f"A connection watches at most {MAX_WATCHED} users.", path="user_ids")
         socket.watched.update(user_ids)
@@ -129,6 +132,7 @@ class Hub:
         """Deliver it no more."""
         for user_id in user_ids:
             socket.watched.discard(user_id)
+            socket.faces_only.discard(user_id)
             watchers = self._watchers.get(user_id)
             if watchers is not None and watchers.pop(socket, None) is not None and not watchers:
                 del self._watchers[user_id]
@@ -141,12 +145,12 @@ class Hub:
         self.unwatch(socket, list(socket.watched))
         self.people.remove(socket)
 
-    def _show(self, user_id: UserId, frame: bytes) -> None:
+    def _show(self, user_id: UserId, frame: bytes, kind: int) -> None:
         for socket, write in self._watchers.get(user_id, {}).items():
-            if frame:
-                write(frame)
-            else:
+            if not frame:
                 socket.refresh()
+            elif kind == FACE or user_id not in socket.faces_only:
+                write(frame)
 
     # -------------------------------------------------------------------------------------------- other workers
 
@@ -169,7 +173,7 @@ class Hub:
             if kind == b"c:":
                 self.topics.accept(ConversationId(one), version, frame, gone)
             elif kind == b"p:":
-                self._show(UserId(one), frame)
+                self._show(UserId(one), frame, version)
             elif frame:
                 self.people.write(UserId(one), frame)
             else:

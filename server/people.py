@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Callable, Collection, Coroutine, Sequence
+from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
 from typing import Protocol
 
 from protocol.errors import CloseCode
@@ -22,6 +22,7 @@ class Socket(Protocol):
     session_id: SessionId
     attached: set[ConversationId]
     watched: set[UserId]
+    faces_only: set[UserId]
     write: Callable[[bytes], None]
 
     def say(self, frame: ServerFrame) -> None:
@@ -37,22 +38,23 @@ class Socket(Protocol):
 class UserRecord(Protocol):
     """What is asked of the database about users."""
 
-    async def user_versions(self, user_ids: Sequence[UserId]) -> dict[UserId, int]:
-        """Return users' own clocks."""
+    async def user_versions(self, user_ids: Sequence[UserId]) -> Mapping[UserId, tuple[int, int]]:
+        """Return users' own clocks, and the hidden ones, which move when others let them see less or more."""
 
     async def living(self, session_ids: Sequence[SessionId]) -> Collection[SessionId]:
         """Return which of the sessions are valid."""
 
 
 class Person:
-    """A user with sockets at this worker. `version` is their own clock as of the last look."""
+    """A user with sockets at this worker. `version` and `hidden` are their clocks as of the last look."""
 
-    __slots__ = ("channel", "look", "sockets", "version")
+    __slots__ = ("channel", "hidden", "look", "sockets", "version")
 
     def __init__(self, channel: bytes) -> None:
         self.channel = channel
         self.sockets: set[Socket] = set()
         self.version = -1
+        self.hidden = 0
         self.look: asyncio.Task[None] | None = None
 
 
@@ -89,7 +91,8 @@ class People:
         await self._bus.subscribe([person.channel])
         if person.version < 0:
             found = await self._record.user_versions([socket.user_id])
-            person.version = max(person.version, found.get(socket.user_id, 0))
+            own, person.hidden = found.get(socket.user_id, (0, 0))
+            person.version = max(person.version, own)
         if person.version != version:
             self.look(socket.user_id)
 
@@ -122,9 +125,9 @@ class People:
         user_ids = list(self._people)[self._turn % parts :: parts]
         for start in range(0, len(user_ids), COMPARE_AT_ONCE):
             versions = await self._record.user_versions(user_ids[start : start + COMPARE_AT_ONCE])
-            for user_id, version in versions.items():
+            for user_id, clocks in versions.items():
                 person = self._people.get(user_id)
-                if person is not None and 0 <= person.version != version:
+                if person is not None and person.version >= 0 and (person.version, person.hidden) != clocks:
                     self.look(user_id)
 
     def close(self) -> None:
@@ -137,13 +140,13 @@ class People:
             await asyncio.wait([before])
         sockets = list(person.sockets)
         try:
-            version = (await self._record.user_versions([user_id])).get(user_id, 0)
+            version, hidden = (await self._record.user_versions([user_id])).get(user_id, (0, 0))
             living = await self._record.living([socket.session_id for socket in sockets])
         except Exception as error:  # noqa: BLE001 - the database is away: the next comparison looks again
             log.warning("user %s could not be looked at: %s", user_id, error)
             person.version = 0
             return
-        person.version = version
+        person.version, person.hidden = version, hidden
         for socket in sockets:
             if socket.session_id in living:
                 socket.refresh()

@@ -9,6 +9,7 @@ import asyncio
 import os
 from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
+from enum import Enum
 from uuid import UUID
 
 from redis.asyncio import Redis, RedisCluster
@@ -37,6 +38,20 @@ RECORD_SECONDS = 1.0
 WORKERS = "openchat:workers"
 WORKER = "openchat:worker:"
 USER = "openchat:presence:"
+
+
+class Reason(Enum):
+    """Why a user's presence is announced. An event that an invisible user causes would tell that they are here."""
+
+    DEVICE = "a device came, went, or is idle"
+    CHOICE = "another status or custom status, or the end of one"
+    PRIVACY = "another setting of privacy"
+
+    def is_told_of(self, choice: Visibility) -> bool:
+        """Whether those who watch a user who has chosen this are told."""
+        if self is Reason.DEVICE:
+            return choice.is_shown and choice.status != "invisible"
+        return choice.is_shown or self is Reason.PRIVACY
 
 
 class Presence:
@@ -111,17 +126,17 @@ class Presence:
 
     async def choose(self, user_id: UserId, device: Subscriber | None, frame: SetPresence) -> bool:
         """Record how a user, or with `away` one device of theirs, wants to be seen; return whether they chose anew."""
-        async with self._database.connection() as db:
-            is_new = await users.choose(db, user_id, frame)
         devices = self._devices.get(user_id, {})
+        async with self._database.connection() as db:
+            is_new = await users.choose(db, user_id, frame, is_here=bool(devices))
         if device in devices:
             devices[device] = frame.status == "away"
-        await self.announce(user_id)
+        await self._flush_users([user_id], Reason.CHOICE if is_new else Reason.DEVICE)
         return is_new
 
     async def announce(self, user_id: UserId) -> None:
-        """Tell those who watch a user how they are seen now."""
-        await self._flush_users([user_id], announce_always=True)
+        """Tell those who watch a user how they are seen now that their privacy is another."""
+        await self._flush_users([user_id], Reason.PRIVACY)
 
     async def expire_statuses(self) -> None:
         """Take away custom statuses whose time is over, and tell it."""
@@ -129,7 +144,7 @@ class Presence:
             over = await users.expire_statuses(db)
         if over:
             states = await self._fields(over)
-            await self._tell({user_id: self._states(states[user_id]) for user_id in over})
+            await self._tell({user_id: self._states(states[user_id]) for user_id in over}, Reason.CHOICE)
 
     # ------------------------------------------------------------------------------------------------- seeing
 
@@ -141,11 +156,11 @@ class Presence:
         fields = await self._fields(wanted)
         return [_seen(user_id, choices[user_id], self._states(fields[user_id])) for user_id in wanted]
 
-    async def watchable(self, watcher: UserId, user_ids: Sequence[UserId]) -> list[UserId]:
-        """Return those of the users whose presence may be delivered to the watcher."""
+    async def watchable(self, watcher: UserId, user_ids: Sequence[UserId]) -> dict[UserId, bool]:
+        """Return those of the users whose face may be delivered to the watcher, and whether their presence may."""
         async with self._database.connection() as db:
             choices = await users.visible(db, watcher, user_ids)
-        return [user_id for user_id, choice in choices.items() if choice.is_watchable]
+        return {user_id: choice.is_watchable for user_id, choice in choices.items()}
 
     async def _fields(self, user_ids: Sequence[UserId]) -> dict[UserId, dict[bytes, bytes]]:
         local = {user_id: self._local(user_id) for user_id in user_ids}
@@ -186,8 +201,8 @@ class Presence:
         if dirty:
             await self._flush_users(list(dirty))
 
-    async def _flush_users(self, user_ids: Sequence[UserId], *, announce_always: bool = False) -> None:
-        """Note in Redis how these users are here now, and announce what that changes."""
+    async def _flush_users(self, user_ids: Sequence[UserId], reason: "Reason | None" = None) -> None:
+        """Note in Redis how these users are here now, and announce what that changes, or with a reason all of them."""
         before: dict[UserId, dict[bytes, bytes]]
         here = {user_id: local for user_id in user_ids if (local := self._local(user_id))}
         gone = [user_id for user_id in user_ids if user_id not in here]
@@ -216,11 +231,11 @@ class Presence:
             states = self._states(others | here.get(user_id, {}))
             if bool(was) != bool(states):
                 self._transitions[user_id] = Transition(is_online=True) if states else self._gone(user_id)
-            if announce_always or was != states or not before[user_id]:
+            if reason is not None or was != states or not before[user_id]:
                 changed[user_id] = states
-        await self._tell(changed)
+        await self._tell(changed, reason or Reason.DEVICE)
 
-    async def _tell(self, changed: dict[UserId, set[bytes]]) -> None:
+    async def _tell(self, changed: dict[UserId, set[bytes]], reason: "Reason") -> None:
         if not changed:
             return
         try:
@@ -231,7 +246,9 @@ class Presence:
                 raise
             return
         for user_id, choice in choices.items():
-            if not changed[user_id]:
+            if not reason.is_told_of(choice):
+                continue
+            if not changed[user_id] and reason is Reason.DEVICE:
                 choice = choice._replace(last_seen_at=datetime.now(UTC).timestamp())  # noqa: PLW2901
             self._announce(user_id, PresenceChanged(presence=_seen(user_id, choice, changed[user_id])))
 
@@ -284,7 +301,7 @@ class Presence:
             if was_there
         }
         self._transitions.update({user_id: self._gone(user_id) for user_id, states in left.items() if not states})
-        await self._tell(left)
+        await self._tell(left, Reason.DEVICE)
 
     def _gone(self, user_id: UserId) -> Transition:
         return Transition(is_online=False, close_code=self._ends.pop(user_id, None))

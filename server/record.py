@@ -7,6 +7,7 @@ from protocol.limits import MAX_CHANGES
 from server.database import Database
 from server.gather import Gather
 from server.queries import changes, conversations, sessions, users
+from server.queries.users import Clocks
 from server.topics import Fetched
 
 
@@ -16,7 +17,7 @@ class PostgresRecord:
     def __init__(self, database: Database) -> None:
         self._database = database
         self._versions: Gather[Sequence[ConversationId], dict[ConversationId, int]] = Gather(self._read, most=256)
-        self._users: Gather[Sequence[UserId], dict[UserId, int]] = Gather(self._read_users, most=256)
+        self._users: Gather[Sequence[UserId], dict[UserId, Clocks]] = Gather(self._read_users, most=256)
 
     async def since(self, conversation_id: ConversationId, version: int) -> Fetched | None:
         """Return what came after a version, or the first part of it."""
@@ -30,8 +31,8 @@ class PostgresRecord:
         """Return conversations' clocks."""
         return await self._versions.submit(conversation_ids)
 
-    async def user_versions(self, user_ids: Sequence[UserId]) -> dict[UserId, int]:
-        """Return users' own clocks."""
+    async def user_versions(self, user_ids: Sequence[UserId]) -> dict[UserId, Clocks]:
+        """Return users' own clocks, and the hidden ones."""
         return await self._users.submit(user_ids)
 
     async def living(self, session_ids: Sequence[SessionId]) -> Collection[SessionId]:
@@ -48,7 +49,7 @@ class PostgresRecord:
             found = await conversations.versions(db, [one for ids in batch for one in ids])
         return [found] * len(batch)
 
-    async def _read_users(self, batch: list[Sequence[UserId]]) -> list[dict[UserId, int]]:
+    async def _read_users(self, batch: list[Sequence[UserId]]) -> list[dict[UserId, Clocks]]:
         async with self._database.connection() as db:
             found = await users.versions(db, [one for ids in batch for one in ids])
         return [found] * len(batch)

@@ -81,9 +81,13 @@ async def refresh(context: Context) -> None:
     await _join(context, there.keys() - set(connection.attached))
     await _say_own(context)
     if connection.watched:
-        allowed = set(await context.services.presence.watchable(context.user_id, list(connection.watched)))
-        gone = set(connection.watched) - allowed
+        watchable = await context.services.presence.watchable(context.user_id, list(connection.watched))
+        gone = connection.watched - watchable.keys()
         connection.unwatch(gone)
+        # In a conversation a face is seen when presence is not, whoever hides it from whom.
+        unseen = {user_id for user_id in watchable.keys() & connection.watched if not watchable[user_id]}
+        gone |= unseen - connection.faces_only
+        connection.faces_only = unseen
         for user_id in gone:
             connection.say(PresenceChanged(presence=Presence(user_id=user_id, status="offline")))
 

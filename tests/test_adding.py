@@ -259,12 +259,12 @@ async def test_a_block_changes_nothing_about_an_invitation_that_waits(world: Wor
 
 
 async def blocking(db: Db, caller: UserId, them: UserId) -> None:
-    await relationships.end(db, them, caller)
+    await relationships.end(db, them, caller, "friend")
     await relationships.put(db, them, caller, Change("block", "active"), them)
 
 
 async def unfriending(db: Db, caller: UserId, them: UserId) -> None:
-    await relationships.end(db, them, caller)
+    await relationships.end(db, them, caller, "friend")
 
 
 async def switching_off(db: Db, caller: UserId, them: UserId) -> None:
@@ -276,7 +276,7 @@ async def not_to_be_added(db: Db, _: UserId, them: UserId) -> None:
 
 
 async def hiding(db: Db, caller: UserId, them: UserId) -> None:
-    await relationships.end(db, them, caller)
+    await relationships.end(db, them, caller, "friend")
     await users.update(db, them, {"is_private": True})
 
 

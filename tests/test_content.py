@@ -246,7 +246,7 @@ async def test_who_is_outside_blocked_gone_or_one_of_two_is_plain_text(room: Roo
     text = "@out @gone @blocked @blocking @twin " + " ".join(
         f"<@{one.id}>" for one in (outside, gone, blocked, blocking)
     )
-    assert (await said(room, text)).mentions == []
+    assert (await said(room, text)).mentions == [blocking.id], "who blocks the sender is not told, and does not tell"
     assert (await said(room, f"<@{twin.id}>")).mentions == [twin.id], "by id there is no doubt"
     await room.ada.call(client.RemoveParticipant(conversation_id=room.group, user_id=twin.id))
     assert (await said(room, f"<@{twin.id}>")).mentions == []

@@ -290,7 +290,7 @@ def hot(place: Place, ids: dict[str, Any]) -> dict[str, tuple[str, tuple[Any, ..
         "voted": (polls.VOTED, (ids["middle"], user, about)),
         "votes": (polls.VOTES, (ids["middle"], about, None, 21)),
         "mark unread": (receipts.MARK_UNREAD, (ids["middle"], user, about)),
-        "delivered": (receipts.DELIVERED, (ids["middle"], user, about)),
+        "delivered": (receipts.DELIVERED, (ids["middle"], user, about, 100)),
         "readers": (receipts.READERS, (ids["middle"], user, about, 100)),
         "badge": (unread.BADGE, ([user],)),
         "draft": (drafts.SET, (about, user, "I thi")),

@@ -219,10 +219,7 @@ class Model:
             return NOT_FOUND
         self.asked["block", who, other] = "once"  # type: ignore[index]
         self.blocks.add((who, other))
-        for pair in ((who, other), (other, who)):
-            self.friends.discard(pair)
-            if pair in self.asked:
-                self.asked[pair] = "inactive"
+        self._part(who, other)
         return OK
 
     def request(self, who: int, other: int) -> Code:
@@ -241,6 +238,8 @@ class Model:
         theirs = self.asked.get((other, who))
         if theirs != ("accepted" if accept else "rejected") and theirs not in {"pending", "rejected"}:
             return NOT_FOUND
+        if accept and (who, other) in self.blocks:
+            return CONFLICT
         if accept:
             self._befriend(who, other)
         else:
@@ -251,12 +250,16 @@ class Model:
         mine = self.asked.get((who, other))
         if mine is None:
             return NOT_FOUND
-        if mine in {"pending", "accepted"}:
-            self.asked[who, other] = "inactive"
-            if self.asked.get((other, who)) == "accepted":
-                self.asked[other, who] = "inactive"
-            self.friends -= {(who, other), (other, who)}
+        self._part(who, other)
         return OK
+
+    def _part(self, who: int, other: int) -> None:
+        """End a friendship, and a request of the first one's."""
+        if self.asked.get((who, other)) in {"pending", "accepted"}:
+            self.asked[who, other] = "inactive"
+        if self.asked.get((other, who)) == "accepted":
+            self.asked[other, who] = "inactive"
+        self.friends -= {(who, other), (other, who)}
 
     def _befriend(self, one: int, other: int) -> None:
         for pair in ((one, other), (other, one)):

@@ -37,14 +37,17 @@ async def read(context: Context, frame: client.Read) -> ReadUpTo:
 async def delivered(context: Context, frame: client.Delivered) -> Done:
     """Note how far one of the caller's clients has taken in what was sent."""
     async with context.database.connection() as db:
-        arrival = await receipts.delivered(db, frame, context.user_id)
+        arrival = await receipts.delivered(db, frame, context.user_id, most=MAX_SHARED_PARTICIPANTS)
     if arrival is None:
         raise NotFound("message_id")
     if arrival.has_moved:
         event = MessageDelivered(
             conversation_id=frame.conversation_id, user_id=context.user_id, message_id=frame.message_id
         )
-        _tell(context, frame, event, arrival.participant_count)
+        if arrival.told is None:
+            _tell(context, frame, event, arrival.participant_count)
+        for user_id in arrival.told or ():
+            context.events.whisper(user_id, event)
     return Done()
 
 

@@ -44,6 +44,8 @@ async def answer_friend(context: Context, frame: client.AnswerFriend) -> OneRela
         there = await relationships.status(db, them, me, "friend")
         if there != answer and there not in {"pending", "rejected"}:
             raise NotFound("user_id")
+        if frame.accept and await relationships.status(db, me, them, "block") == "active":
+            raise Refused(ErrorCode.CONFLICT, "You block this user. Unblock them first.", path="user_id")
         change = Change("friend", answer, response_message=frame.message)
         made = await relationships.put(db, them, me, change, me)
         if frame.accept:
@@ -61,10 +63,7 @@ async def unfriend(context: Context, frame: client.Unfriend) -> Done:
         mine = await relationships.status(db, me, them, "friend")
         if mine is None:
             raise NotFound("user_id")
-        if mine in {"pending", "accepted"}:
-            await relationships.put(db, me, them, Change("friend", "inactive"), me)
-            if await relationships.status(db, them, me, "friend") == "accepted":
-                await relationships.put(db, them, me, Change("friend", "inactive"), me)
+        await relationships.end(db, me, them, "friend")
     context.events.poke([me, them])
     return Done()
 
@@ -85,7 +84,9 @@ def turned(kind: RelationshipKind, *, on: bool) -> Callable[[Context, OneOf], Aw
             if not on and await relationships.status(db, me, them, kind) is None:
                 raise NotFound("user_id")
             if kind == "block" and on:
-                await relationships.end(db, me, them)
+                # One after the other, as if each were ended by itself.
+                await relationships.end(db, me, them, "friend")
+                await relationships.end(db, me, them, "follow")
             made = await relationships.put(db, me, them, Change(kind, "active" if on else "inactive"), me)
             if on:
                 await bounds.require_relationships(db, me, kind)

@@ -66,6 +66,7 @@ async def update_profile(context: Context, frame: client.UpdateProfile) -> OneMe
         context.events.announce(context.user_id, UserUpdated(user=after.user))
     if (after.show_online_status, after.is_private) != (before.show_online_status, before.is_private):
         context.events.reconsider(context.user_id)
+    if after.show_online_status != before.show_online_status:
         await context.services.presence.announce(context.user_id)
     if given:
         context.events.poke([context.user_id])
@@ -99,7 +100,10 @@ async def watch(context: Context, frame: client.Watch) -> PresenceList:
     # Follow first, look second: a change in between is delivered, not missed.
     connection = context.connection
     presence = context.services.presence
-    await connection.watch(await presence.watchable(context.user_id, frame.user_ids))
+    watchable = await presence.watchable(context.user_id, frame.user_ids)
+    unseen = {user_id for user_id, is_seen in watchable.items() if not is_seen}
+    connection.faces_only = connection.faces_only - watchable.keys() | unseen
+    await connection.watch(watchable)
     return PresenceList(presences=await presence.seen_by(context.user_id, frame.user_ids))
 
 

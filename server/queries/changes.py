@@ -7,6 +7,7 @@ from protocol.server import Changes, DurableEvent
 from protocol.values import Receipt
 from server.database import Db
 from server.queries.unread import COUNT_UNREAD
+from server.queries.users import UNSEEN
 from server.rows import Reader
 
 _event_decoder = Reader(DurableEvent)
@@ -113,10 +114,13 @@ SELECT me.last_read_message_id, (
     {COUNT_UNREAD.format(me="me")}
 ), CASE WHEN c.participant_count <= $3 THEN coalesce((
     SELECT json_agg(json_build_object('user_id', p.user_id, 'message_id', p.last_read_message_id,
-        'delivered_message_id', p.delivered_message_id))
+        'delivered_message_id', seen.delivered_message_id))
     FROM conversation_participant p
+    CROSS JOIN LATERAL (
+        SELECT CASE WHEN NOT p.user_id = ANY({UNSEEN}) THEN p.delivered_message_id END AS delivered_message_id
+    ) seen
     WHERE p.conversation_id = c.id AND p.status = 'active'
-        AND coalesce(p.last_read_message_id, p.delivered_message_id) IS NOT NULL
+        AND coalesce(p.last_read_message_id, seen.delivered_message_id) IS NOT NULL
 ), '[]') ELSE '[]' END
 FROM conversation_participant me JOIN conversation c ON c.id = me.conversation_id AND NOT c.is_deleted
 WHERE me.conversation_id = $1 AND me.user_id = $2 AND me.status = 'active'

@@ -14,7 +14,8 @@ class Meant(NamedTuple):
     may_be_loud: bool
 
 
-# Somebody outside, gone, or on either side of a block is not mentioned, and neither is a name that two people have.
+# Somebody outside, gone, or blocked by the sender is not mentioned, and neither is a name that two people have. Whoever
+# blocks the sender is mentioned as everybody is, and not told of it: a mention that failed would tell of the block.
 # Spaces in a name are written as dots or underscores, or left out.
 RESOLVE = f"""
 SELECT c.type <> 'direct' AND can(me.role, 'moderator', false), ARRAY(
@@ -37,7 +38,7 @@ SELECT c.type <> 'direct' AND can(me.role, 'moderator', false), ARRAY(
     WHERE NOT EXISTS (
         SELECT FROM user_relationship r
         WHERE r.type = 'block' AND r.status = 'active'
-            AND ((r.from_user_id = $2 AND r.to_user_id = u.id) OR (r.from_user_id = u.id AND r.to_user_id = $2))
+            AND r.from_user_id = $2 AND r.to_user_id = u.id
     )
     ORDER BY found.id LIMIT {MAX_MENTIONS}
 )

@@ -10,6 +10,7 @@ from protocol.server import Readers
 from server.database import Db
 from server.queries.messages import REACHED, VISIBLE, Place
 from server.queries.unread import COUNT_UNREAD
+from server.queries.users import UNSEEN
 from server.rows import Reader
 
 _readers_decoder = Reader(Readers)
@@ -89,6 +90,8 @@ async def mark_unread(db: Db, frame: MarkUnread, user_id: UserId) -> int | None:
     return None if count is None else int(count)
 
 
+# An invisible user confirms nothing: that would tell that they are here. Where a participant may not see the user's
+# presence, `told` are the others.
 DELIVERED = f"""
 WITH target AS (
     SELECT m.id, m.conversation_id, m.sent_version, c.participant_count {VISIBLE}
@@ -97,31 +100,57 @@ WITH target AS (
     SET delivered_message_id = t.id, delivered_version = t.sent_version, delivered_at = now()
     FROM target t
     WHERE p.conversation_id = t.conversation_id AND p.user_id = $2 AND p.status = 'active'
-        AND p.delivered_version < t.sent_version
+        AND p.delivered_version < t.sent_version AND EXISTS (
+            SELECT FROM "user" u WHERE u.id = $2 AND u.status <> 'invisible' AND u.show_online_status
+        )
     RETURNING 1
 )
-SELECT t.participant_count, EXISTS (SELECT FROM moved) FROM target t
+SELECT t.participant_count, EXISTS (SELECT FROM moved), CASE WHEN blind.ids <> '{{}}' THEN ARRAY(
+    SELECT o.user_id FROM conversation_participant o
+    WHERE o.conversation_id = t.conversation_id AND o.status = 'active' AND NOT o.user_id = ANY(blind.ids)
+        AND t.participant_count <= $4
+) END
+FROM target t CROSS JOIN LATERAL (
+    SELECT ARRAY(
+        SELECT o.user_id FROM (
+            SELECT r.to_user_id AS user_id FROM user_relationship r
+            WHERE r.from_user_id = $2 AND (NOT r.can_see_online_status OR (r.type = 'block' AND r.status = 'active'))
+            UNION
+            SELECT r.from_user_id FROM user_relationship r
+            WHERE r.to_user_id = $2 AND r.type = 'block' AND r.status = 'active'
+        ) r
+        JOIN conversation_participant o ON o.conversation_id = t.conversation_id AND o.user_id = r.user_id
+            AND o.status = 'active'
+    ) AS ids
+) blind
 """  # noqa: S608 - VISIBLE is a constant
 
 
 class Arrival(NamedTuple):
-    """How many take part, and whether the position moved."""
+    """How many take part, whether the position moved, and who may be told of it if not everyone."""
 
     participant_count: int
     has_moved: bool
+    told: list[UserId] | None
 
 
-async def delivered(db: Db, frame: Delivered, user_id: UserId) -> Arrival | None:
-    """Note that a client has taken in everything up to a message; None without access to it."""
-    row = await db.fetchrow(DELIVERED, frame.message_id, user_id, frame.conversation_id)
+async def delivered(db: Db, frame: Delivered, user_id: UserId, *, most: int) -> Arrival | None:
+    """Note that a client has taken in everything up to a message; None without access to it. In a crowd of more than
+    `most` nobody is named who may be told.
+    """
+    row = await db.fetchrow(DELIVERED, frame.message_id, user_id, frame.conversation_id, most)
     return None if row is None else Arrival(*row)
 
+
+SEEN = f"""CASE WHEN o.user_id = ANY({UNSEEN}) THEN o.last_read_version
+    ELSE greatest(o.delivered_version, o.last_read_version) END"""
+"""How far `o` has taken in what was sent, as far as the user $2 may know it."""
 
 # Whoever has read something has taken it in. In a crowd ($4 people) nobody is named.
 READERS = f"""
 SELECT json_build_object('type', 'readers', 'is_crowd', c.participant_count > $4,
     'read_by', {REACHED.format(position="o.last_read_version")},
-    'delivered_to', {REACHED.format(position="greatest(o.delivered_version, o.last_read_version)")},
+    'delivered_to', {REACHED.format(position=SEEN)},
     'readers', CASE WHEN c.participant_count > $4 THEN '[]' ELSE coalesce((
         SELECT json_agg(json_build_object('user_id', o.user_id, 'read_at', o.last_read_at) ORDER BY o.last_read_at)
         FROM conversation_participant o

@@ -47,11 +47,12 @@ class Change(NamedTuple):
     response_message: str | None = None
 
 
-# A request begins anew with its own words; an answer leaves them. Who is blocked is not told,
-# but what they follow is looked at again.
+# A request begins anew with its own words; an answer leaves them. Who is blocked is not told, not even by their own
+# clock: what they watch is checked again because `hidden_version` moves.
 SET = """
 WITH touched AS (
-    UPDATE "user" SET version = version + 1
+    UPDATE "user" SET version = version + (id = $1 OR $3 <> 'block')::integer,
+        hidden_version = hidden_version + (id = $2 AND $3 = 'block')::integer
     WHERE id = $1 OR (id = $2 AND $3 <> 'mute') RETURNING id, version
 )
 INSERT INTO user_relationship AS r (from_user_id, to_user_id, type, status, request_message, response_message,
@@ -74,11 +75,12 @@ async def put(db: Db, one: UserId, other: UserId, change: Change, viewer: UserId
     return _relationship_decoder.decode(await db.fetchval(SET, one, other, *change, viewer))
 
 
+# A request or a follow of the other one stays: only they can end it, so its end would tell of a block.
 END = """
 WITH ended AS (
     SELECT id FROM user_relationship
-    WHERE (from_user_id = $1 AND to_user_id = $2 OR from_user_id = $2 AND to_user_id = $1)
-        AND type IN ('friend', 'follow') AND status <> 'inactive'
+    WHERE type = $3 AND (from_user_id = $1 AND to_user_id = $2 AND status IN ('pending', 'accepted', 'active')
+        OR from_user_id = $2 AND to_user_id = $1 AND status = 'accepted')
 ), touched AS (
     UPDATE "user" SET version = version + 1 WHERE id IN ($1, $2) AND EXISTS (SELECT FROM ended)
     RETURNING id, version
@@ -90,13 +92,14 @@ FROM ended WHERE r.id = ended.id
 """
 
 
-async def end(db: Db, one: UserId, other: UserId) -> None:
-    """End friendship, requests and follows between two users. Under the lock."""
-    await db.execute(END, one, other)
+async def end(db: Db, one: UserId, other: UserId, kind: RelationshipKind) -> None:
+    """End a user's relationship of a kind to another one, and a friendship on both sides. Under the lock."""
+    await db.execute(END, one, other, kind)
 
 
 SWITCH = """
-WITH touched AS (UPDATE "user" SET version = version + 1 WHERE id = $1 RETURNING version)
+WITH touched AS (UPDATE "user" SET version = version + 1 WHERE id = $1 RETURNING version),
+noticed AS (UPDATE "user" SET hidden_version = hidden_version + 1 WHERE id = $2)
 UPDATE user_relationship r SET from_version = t.version, updated_at = now(),
     can_see_online_status = coalesce(($3::jsonb ->> 'can_see_online_status')::boolean, can_see_online_status),
     can_send_messages = coalesce(($3 ->> 'can_send_messages')::boolean, can_send_messages),

@@ -172,6 +172,13 @@ async def news(db: Db, user_id: UserId, since: int) -> tuple[int, list[OwnEvent]
     return rows[0][0] if rows else since, sorted(events, key=lambda event: event.user_version)
 
 
+class Clocks(NamedTuple):
+    """A user's own clock, and the one that nobody is told of."""
+
+    version: int
+    hidden_version: int
+
+
 class Visibility(NamedTuple):
     """What a user has chosen about being seen."""
 
@@ -180,7 +187,7 @@ class Visibility(NamedTuple):
     is_shown: bool
     last_seen_at: float | None
     is_watchable: bool = True
-    """Whether they may be seen, or may not only because they show nobody whether they are here."""
+    """Whether their presence is delivered: they may be seen, or show nobody whether they are here."""
 
 
 STATUS_NOW = "CASE WHEN u.custom_status_until > now() OR u.custom_status_until IS NULL THEN u.custom_status END"
@@ -199,9 +206,12 @@ async def visible(db: Db, caller: UserId, user_ids: Sequence[UserId]) -> dict[Us
     return {row[0]: Visibility(*row[1:]) for row in await db.fetch(VISIBLE, caller, list(user_ids))}
 
 
-# 'away' belongs to a device, not to the user; 'offline' is what the column says of those who never chose.
+# 'away' belongs to a device, not to the user; 'offline' is what the column says of those who never chose. Whoever
+# becomes invisible is last seen then, as if they had gone.
 CHOOSE = """
 UPDATE "user" u SET updated_at = now(), status = chosen.status,
+    last_seen_at = CASE WHEN ($6 OR u.is_online) AND chosen.status = 'invisible' AND u.status <> 'invisible' THEN now()
+        ELSE u.last_seen_at END,
     custom_status = CASE WHEN $3 THEN $4 ELSE u.custom_status END,
     custom_status_until = CASE WHEN $3 THEN now() + make_interval(secs => $5) ELSE u.custom_status_until END,
     version = u.version + 1, own_version = u.version + 1
@@ -215,12 +225,14 @@ RETURNING true
 """
 
 
-async def choose(db: Db, user_id: UserId, frame: SetPresence) -> bool:
-    """Record how a user wants to be seen; return whether that is new."""
+async def choose(db: Db, user_id: UserId, frame: SetPresence, *, is_here: bool) -> bool:
+    """Record how a user, who is here or not, wants to be seen; return whether that is new."""
     custom_status = None if frame.custom_status is UNSET else frame.custom_status
     seconds = frame.custom_status_seconds
     return bool(
-        await db.fetchval(CHOOSE, user_id, frame.status, frame.custom_status is not UNSET, custom_status, seconds)
+        await db.fetchval(
+            CHOOSE, user_id, frame.status, frame.custom_status is not UNSET, custom_status, seconds, is_here
+        )
     )
 
 
@@ -240,17 +252,20 @@ async def expire_statuses(db: Db) -> list[UserId]:
 
 
 CHOICES = f"""
-SELECT u.id, u.status, {STATUS_NOW}, u.show_online_status FROM "user" u WHERE u.id = ANY($1)
+SELECT u.id, u.status, {STATUS_NOW}, u.show_online_status, extract(epoch FROM u.last_seen_at)::float8
+FROM "user" u WHERE u.id = ANY($1)
 """  # noqa: S608 - STATUS_NOW is a constant
 
 
 async def choices(db: Db, user_ids: Sequence[UserId]) -> dict[UserId, Visibility]:
     """Return how users want to be seen, to announce it."""
-    return {row[0]: Visibility(row[1], row[2], row[3], None) for row in await db.fetch(CHOICES, list(user_ids))}
+    return {row[0]: Visibility(*row[1:]) for row in await db.fetch(CHOICES, list(user_ids))}
 
 
+# Whoever is invisible is not seen to come and go.
 SEEN = """
-UPDATE "user" u SET is_online = s.is_online, last_seen_at = greatest(u.last_seen_at, now()), last_close = s.last_close
+UPDATE "user" u SET is_online = s.is_online, last_close = s.last_close,
+    last_seen_at = CASE WHEN u.status = 'invisible' THEN u.last_seen_at ELSE greatest(u.last_seen_at, now()) END
 FROM (
     SELECT s.* FROM unnest($1::uuid[], $2::boolean[], $3::integer[]) AS s (id, is_online, last_close)
     JOIN "user" o ON o.id = s.id AND o.erased_at IS NULL ORDER BY o.id FOR NO KEY UPDATE OF o
@@ -272,12 +287,21 @@ async def seen(db: Db, transitions: dict[UserId, Transition]) -> None:
     await db.execute(SEEN, list(transitions), came, [one.close_code for one in transitions.values()])
 
 
-VERSIONS = """SELECT id, version FROM "user" WHERE id = ANY($1)"""
+UNSEEN = """(SELECT ARRAY(
+    SELECT r.from_user_id FROM user_relationship r
+    WHERE r.to_user_id = $2 AND (NOT r.can_see_online_status OR (r.type = 'block' AND r.status = 'active'))
+    UNION ALL
+    SELECT r.to_user_id FROM user_relationship r
+    WHERE r.from_user_id = $2 AND r.type = 'block' AND r.status = 'active'
+))::uuid[]"""
+"""Those whose presence the user $2 may not see, of whom they meet. Asked once, not for each row."""
+
+VERSIONS = """SELECT id, version, hidden_version FROM "user" WHERE id = ANY($1)"""
 
 
-async def versions(db: Db, user_ids: Sequence[UserId]) -> dict[UserId, int]:
-    """Return the users' own clocks."""
-    return {row[0]: row[1] for row in await db.fetch(VERSIONS, list(user_ids))}
+async def versions(db: Db, user_ids: Sequence[UserId]) -> dict[UserId, Clocks]:
+    """Return the users' own clocks, and the hidden ones."""
+    return {row[0]: Clocks(*row[1:]) for row in await db.fetch(VERSIONS, list(user_ids))}
 
 
 # The second step of the order in which everything is locked (queries/__init__.py).

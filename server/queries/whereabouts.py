@@ -13,6 +13,7 @@ from protocol.ids import ConversationId, MessageId, UserId
 from protocol.server import Whereabouts
 from protocol.values import Recipient
 from server.database import Db
+from server.queries.users import UNSEEN
 from server.rows import Reader
 
 MOST = 100
@@ -33,6 +34,9 @@ class Told(msgspec.Struct, frozen=True, kw_only=True):
 
 _told_decoder = Reader(Told)
 
+TAKEN_IN = f"""CASE WHEN p.user_id = ANY({UNSEEN}) THEN p.last_read_version
+    ELSE greatest(p.last_read_version, p.delivered_version) END"""
+
 # Those without it come first. `slow` is who was closed for reading too slowly after it had been sent and has not been
 # back; who is here and has not confirmed may have a client that does not.
 OF = f"""
@@ -40,7 +44,7 @@ SELECT json_build_object('message_id', m.id, 'conversation_id', m.conversation_i
     'version', m.sent_version, 'stored_at', m.created_at,
     'delivered_to', (SELECT count(*) FROM conversation_participant p
         WHERE p.conversation_id = m.conversation_id AND p.status = 'active' AND p.user_id <> m.sender_id
-            AND greatest(p.delivered_version, p.last_read_version) >= m.sent_version
+            AND {TAKEN_IN} >= m.sent_version
             AND p.joined_version < m.sent_version),
     'read_by', (SELECT count(*) FROM conversation_participant p
         WHERE p.conversation_id = m.conversation_id AND p.status = 'active' AND p.user_id <> m.sender_id
@@ -55,7 +59,7 @@ SELECT json_build_object('message_id', m.id, 'conversation_id', m.conversation_i
                 WHEN p.last_read_version >= m.sent_version THEN 'read'
                 WHEN p.status <> 'active' THEN 'left'
                 WHEN m.is_moderated THEN 'hidden'
-                WHEN p.delivered_version >= m.sent_version THEN 'delivered'
+                WHEN p.taken_in >= m.sent_version THEN 'delivered'
                 WHEN $2::uuid IS NULL AND m.sender_id = ANY(blocked.by_them) THEN 'blocked'
                 WHEN $2 IS NULL AND (m.sender_id = ANY(silenced(p.user_id))
                     OR (p.is_muted AND (p.muted_until IS NULL OR p.muted_until > now()))) THEN 'muted'
@@ -66,10 +70,10 @@ SELECT json_build_object('message_id', m.id, 'conversation_id', m.conversation_i
                 WHEN NOT u.is_online THEN 'offline'
                 ELSE 'unconfirmed' END AS state
             FROM (
-                SELECT * FROM conversation_participant p
+                SELECT p.*, {TAKEN_IN} AS taken_in FROM conversation_participant p
                 WHERE p.conversation_id = m.conversation_id AND p.user_id <> m.sender_id
                     AND p.status NOT IN ('invited', 'declined')
-                ORDER BY greatest(p.last_read_version, p.delivered_version), p.user_id LIMIT {MOST}
+                ORDER BY {TAKEN_IN}, p.user_id LIMIT {MOST}
             ) p
             JOIN "user" u ON u.id = p.user_id
             CROSS JOIN LATERAL (

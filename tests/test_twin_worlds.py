@@ -1,0 +1,165 @@
+"""Nothing that a viewer is told differs by who blocks or mutes them, or hides that they are here: every frame, every
+event, the way in, resuming, the export and notifications of worlds that differ in that alone.
+"""
+
+import difflib
+from collections.abc import AsyncIterator, Awaitable, Callable
+
+import httpx
+import pytest
+
+from protocol import client
+from server import presence, pressure
+from server.config import Settings
+from server.dispatch import Rate
+from server.routes import ROUTES
+from tests.twins import VIEWER, WORDS, XAVER, Twin
+from tests.world import World
+
+Fact = Callable[[Twin], Awaitable[None]]
+
+
+@pytest.fixture
+async def world(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[World]:
+    monkeypatch.setattr(presence, "OFFLINE_SECONDS", 0.05)
+    monkeypatch.setattr(presence, "FLUSH_SECONDS", 0.01)
+    # Nothing is refused on a busy machine.
+    monkeypatch.setattr(pressure, "LATE_SECONDS", (60, 60, 60))
+    async with World(settings, workers=1) as world:
+        yield world
+
+
+async def test_every_frame_is_asked(world: World) -> None:
+    twin = Twin(world, "é0")
+    await twin.begin(have_met=True, are_friends=False)
+    reads, writes = ({type(frame) for frame in frames} for frames in (twin.reads(), twin.writes()))
+    assert reads | writes == set(ROUTES)
+    assert reads == {frame for frame, route in ROUTES.items() if route.rate in {Rate.READ, Rate.SEARCH}}
+
+
+# ----------------------------------------------------------------------------------------------------- being here
+
+
+async def goes(twin: Twin) -> None:
+    await twin.leave()
+
+
+async def goes_invisible(twin: Twin) -> None:
+    assert twin.xaver is not None
+    await twin.xaver.call(client.SetPresence(status="invisible"))
+    await twin.behave("away")
+
+
+async def hides_and_goes(twin: Twin) -> None:
+    assert twin.xaver is not None
+    await twin.xaver.call(client.UpdateProfile(show_online_status=False))
+    await twin.leave()
+
+
+async def hides_and_stays(twin: Twin) -> None:
+    assert twin.xaver is not None
+    await twin.xaver.call(client.UpdateProfile(show_online_status=False))
+    await twin.behave()
+
+
+# -------------------------------------------------------------------------------------------------- leave me alone
+
+
+async def blocks(twin: Twin) -> None:
+    assert twin.xaver is not None
+    await twin.xaver.call(client.Block(user_id=twin.id(VIEWER)))
+    await twin.behave()
+    await twin.act()
+
+
+async def parts(twin: Twin) -> None:
+    """End friendship, and what Xaver has begun."""
+    assert twin.xaver is not None
+    await twin.xaver.ask(client.Unfriend(user_id=twin.id(VIEWER)))
+    await twin.xaver.ask(client.Unfollow(user_id=twin.id(VIEWER)))
+
+
+async def is_private(twin: Twin) -> None:
+    assert twin.xaver is not None
+    await parts(twin)
+    await twin.xaver.call(client.UpdateProfile(is_private=True, show_online_status=False, allow_friend_requests=False))
+    await twin.behave()
+    await twin.act()
+
+
+async def is_private_to_strangers(twin: Twin) -> None:
+    assert twin.xaver is not None
+    await parts(twin)
+    await twin.xaver.call(client.UpdateProfile(is_private=True, allow_friend_requests=False))
+    await twin.behave()
+    await twin.act()
+
+
+async def deactivates(twin: Twin) -> None:
+    async with httpx.AsyncClient(base_url=twin.world.url, trust_env=False) as http:
+        headers = {"authorization": f"Bearer {twin.people[XAVER].token}"}
+        answer = await http.post("/v1/auth/deactivate", headers=headers, json={"password": WORDS})
+    assert answer.status_code == 204
+    twin.xaver = None
+    await twin.settle()
+
+
+async def switches_off(twin: Twin) -> None:
+    """Do all against the viewer that there is short of a block, none of which they are told."""
+    assert twin.xaver is not None
+    await parts(twin)
+    await twin.xaver.call(client.Mute(user_id=twin.id(VIEWER)))
+    await twin.xaver.call(client.SetSwitches(
+        user_id=twin.id(VIEWER), can_see_online_status=False, can_send_messages=False, can_see_profile=False,
+        notifications_enabled=False,
+    ))  # fmt: skip
+    await twin.xaver.call(client.UpdateProfile(is_private=True, allow_friend_requests=False))
+    await twin.behave()
+    await twin.act()
+
+
+async def is_open(twin: Twin) -> None:
+    await twin.behave()
+    await twin.act()
+
+
+async def mutes(twin: Twin) -> None:
+    assert twin.xaver is not None
+    await twin.xaver.call(client.Mute(user_id=twin.id(VIEWER)))
+    await twin.xaver.call(client.SetSwitches(user_id=twin.id(VIEWER), notifications_enabled=False))
+    await is_open(twin)
+
+
+STRANGERS, MET, FRIENDS = (False, False), (True, False), (True, True)
+CASES: dict[str, tuple[tuple[bool, bool], list[Fact], bool]] = {
+    "invisible": (MET, [goes, goes_invisible], True),
+    "invisible stranger": (STRANGERS, [goes, goes_invisible], True),
+    "hides": (MET, [hides_and_goes, hides_and_stays], True),
+    "mutes": (MET, [is_open, mutes], True),
+    "blocks, seen": (MET, [is_private, blocks], False),
+    "blocks": (MET, [switches_off, blocks], True),
+    "a friend blocks": (FRIENDS, [switches_off, blocks], True),
+    "a stranger blocks": (STRANGERS, [is_private_to_strangers, blocks, deactivates], True),
+}
+"""How the two stand to each other, the facts that look alike, and whether frames that write are compared as well."""
+SLOW = {"invisible stranger", "blocks"}
+
+
+@pytest.mark.parametrize("case", [pytest.param(one, marks=pytest.mark.more if one in SLOW else ()) for one in CASES])
+async def test_worlds_that_differ_in_a_hidden_fact_look_alike(world: World, case: str) -> None:
+    (have_met, are_friends), facts, writes = CASES[case]
+    twins = []
+    for number, fact in enumerate(facts):
+        twin = Twin(world, f"é{number}")
+        await twin.begin(have_met=have_met, are_friends=are_friends)
+        await fact(twin)
+        await twin.look(writes=writes)
+        twins.append(twin)
+    first, *others = twins
+    for fact, other in zip(facts[1:], others, strict=True):
+        wrong = {
+            kind: list(difflib.unified_diff(told, other.told[kind], facts[0].__name__, fact.__name__, n=0))
+            for kind, told in first.told.items()
+            if told != other.told[kind]
+        }
+        assert not wrong, "\n".join(f"{kind}:\n" + "\n".join(lines) for kind, lines in wrong.items())

@@ -1,0 +1,340 @@
+"""Twins: small worlds, each with a viewer, that are alike but for one fact about somebody else. What the viewer is told
+in one, with ids, names and times replaced, is compared byte by byte with what they are told in the other.
+"""
+
+import asyncio
+import json
+import re
+from datetime import UTC, datetime, timedelta
+from typing import Any
+from uuid import UUID
+
+import httpx
+import msgspec
+from argon2 import PasswordHasher
+
+from protocol import client, server
+from protocol.client import Frame
+from protocol.codec import now
+from protocol.ids import ConversationId, EditId, MessageId, ReportId, UserId, uuid7
+from protocol.payloads import Poll
+from protocol.server import Error
+from protocol.values import PresenceStatus
+from prove.client import Client
+from server.auth.tokens import new_token, token_hash
+from server.queries import push, sessions
+from tests.world import Somebody, World, message, sent
+
+VIEWER, XAVER, COMPANION, MARKER = "Viewer", "Xaver", "Companion", "Marker"
+ADD = """INSERT INTO "user" (id, name, display_name, email, bio, last_seen_at) VALUES ($1, $2, $2, $3, 'Bio', $4)"""
+ACCOUNT = """
+INSERT INTO account (user_id, provider_id, account_id, password) VALUES ($1, 'credential', $2, $3)
+"""
+WORDS = "correct horse"
+CHEAP = PasswordHasher(time_cost=1, memory_cost=8, parallelism=1)
+LONG_AGO = datetime(2020, 1, 1, tzinfo=UTC)
+ID = re.compile(r"[0-9a-f]{8}-(?:[0-9a-f]{4}-){3}[0-9a-f]{12}")
+TIME = re.compile(r'"(\d{4}-\d\d-\d\dT[0-9:.]+(?:Z|[+-][0-9:]+))"')
+RANDOM = re.compile(r'"(token|ip_address|user_agent|email|account_id|hash|previous_hash)":"[^"]*"')
+
+
+class Twin:
+    """One of the worlds: people of this name in the same database as the others."""
+
+    def __init__(self, world: World, label: str) -> None:
+        self.world, self.label = world, label
+        self.people: dict[str, Somebody] = {}
+        self.names: dict[str, str] = {}
+        self.group = self.direct = ConversationId(uuid7())
+        self.other = ConversationId(uuid7())
+        self.said: dict[str, MessageId] = {}
+        self.viewer: Client
+        self.xaver: Client | None = None
+        self.companion: Client
+        self.began: datetime
+        self.told: dict[str, list[str]] = {}
+
+    async def begin(self, *, have_met: bool, are_friends: bool) -> None:
+        """Make the people, what they are to each other and what they have said, and have the viewer watch them."""
+        for rank, name in enumerate((VIEWER, XAVER, COMPANION, MARKER)):
+            # Lists that go by ids have the same order in each world.
+            user_id = UserId(
+                UUID(int=(rank << 96) | (int.from_bytes(self.label.encode()) << 24) | (4 << 76) | (8 << 60))
+            )
+            called = f"{name}{self.label}"
+            await self.world.db.execute(ADD, user_id, called, f"{called.lower()}@example.org", LONG_AGO)
+            await self.world.db.execute(ACCOUNT, user_id, f"{called.lower()}@example.org", CHEAP.hash(WORDS))
+            token = new_token()
+            await sessions.create(self.world.db, user_id, token_hash(token), timedelta(days=1), (None, None))
+            self.people[name] = Somebody(user_id, called, token)
+        self.viewer = await self.world.connect(self.people[VIEWER])
+        self.companion = await self.world.connect(self.people[COMPANION])
+        xaver = self.xaver = await self.world.connect(self.people[XAVER])
+        if have_met:
+            await self._meet(xaver)
+        if are_friends:
+            await xaver.call(client.RequestFriend(user_id=self.id(VIEWER)))
+            await self.viewer.call(client.AnswerFriend(user_id=self.id(XAVER), accept=True))
+            await xaver.call(client.Follow(user_id=self.id(VIEWER)))
+        else:
+            await self.viewer.call(client.RequestFriend(user_id=self.id(XAVER)))
+        await self.viewer.call(client.Follow(user_id=self.id(XAVER)))
+        self.other = await self.world.group(self.viewer, self.people[COMPANION], title=f"Other{self.label}")
+        watch = client.Watch(user_ids=[self.id(name) for name in (XAVER, COMPANION, MARKER)])
+        await self.viewer.call(watch)
+        await self.settle()
+        # What was told so far is no matter.
+        self.start = len(self.viewer.events)
+        self.began = now()
+
+    async def _meet(self, xaver: Client) -> None:
+        self.group = await self.world.group(
+            self.companion, self.people[VIEWER], self.people[XAVER], title=f"Circle{self.label}", is_public=True
+        )
+        here: dict[str, Any] = {"conversation_id": self.group}
+        await self.companion.call(client.SetRole(**here, user_id=self.id(VIEWER), role="admin"))
+        made = await self.viewer.call(client.CreateDirect(user_id=self.id(XAVER)), server.OneConversation)
+        self.direct = made.view.conversation.id
+        mention = f"Hello <@{self.id(VIEWER)}>"
+        self.said["poll"] = await sent(xaver, self.group, "Tea?", payload=Poll(options=["Yes", "No"]))
+        self.said["theirs"] = await sent(xaver, self.group, mention)
+        self.said["mine"] = await sent(self.viewer, self.group, "Mine")
+        self.said["reply"] = await sent(xaver, self.group, "Reply", parent_message_id=self.said["mine"])
+        self.said["direct"] = await sent(xaver, self.direct, "Direct")
+        self.said["my direct"] = await sent(self.viewer, self.direct, "My direct")
+        await xaver.call(client.React(**here, message_id=self.said["mine"], emoji="👍"))
+        await xaver.call(client.Vote(**here, message_id=self.said["poll"], options=[0]))
+        await xaver.call(client.Read(**here, message_id=self.said["reply"]))
+        await self.companion.call(client.Pin(**here, message_id=self.said["theirs"]))
+        await self.companion.call(client.ReportMessage(**here, message_id=self.said["theirs"], reason="Rude"))
+
+    def id(self, name: str) -> UserId:
+        return self.people[name].id
+
+    def at(self, which: str) -> dict[str, Any]:
+        place = self.direct if which.endswith("direct") else self.group
+        return {"conversation_id": place, "message_id": self.said.get(which, MessageId(UUID(int=1)))}
+
+    # ----------------------------------------------------------------------------------------- what is done meanwhile
+
+    async def settle(self) -> None:
+        """Return when all arrivals and departures are told: somebody comes and goes after them."""
+        seen = len(self.viewer.events)
+        marker = await self.world.connect(self.people[MARKER])
+        await marker.close()
+        marked = self.id(MARKER)
+        await self.viewer.event(
+            server.PresenceChanged,
+            lambda event: (event.presence.user_id, event.presence.status) == (marked, "offline"),
+            start=seen,
+        )
+        await self.world.workers[0].app.presence._record()  # noqa: SLF001
+        await self.caught_up()
+        await self.viewer.synced()
+
+    async def behave(self, *statuses: PresenceStatus) -> None:
+        """Do what a client does by itself: come and go, confirm what it has taken in, and say when it is idle."""
+        for _ in range(2):
+            if self.xaver is None:
+                self.xaver = await self.world.connect(self.people[XAVER])
+            for which in ("reply", "my direct"):
+                await self.xaver.ask(client.Delivered(**self.at(which)))
+            for status in statuses or ("away", "online"):
+                await self.xaver.call(client.SetPresence(status=status))
+            await self.settle()
+            await self.leave()
+        self.xaver = await self.world.connect(self.people[XAVER])
+        await self.settle()
+
+    async def leave(self) -> None:
+        """Have Xaver's client go, and wait until that is known."""
+        assert self.xaver is not None
+        await self.xaver.close()
+        self.xaver = None
+        await self.settle()
+
+    async def act(self) -> None:
+        """Do what is seen of whoever does it: say something, react, read, have another name."""
+        one = self.xaver or await self.world.connect(self.people[XAVER])
+        if self.said:
+            await sent(one, self.group, "Afterwards")
+            await one.call(client.React(**self.at("theirs"), emoji="🎉"))
+            await one.call(client.Read(**self.at("reply")))
+        await one.call(client.UpdateProfile(display_name=f"Xaver{self.label} II"))
+
+    # ------------------------------------------------------------------------------------------- what the viewer asks
+
+    def reads(self) -> list[Frame]:
+        """Return every frame that reads, about Xaver as far as it can be."""
+        here: dict[str, Any] = {"conversation_id": self.group}
+        them: dict[str, Any] = {"user_id": self.id(XAVER)}
+        name = f"Xaver{self.label}"
+        frames: list[Frame] = [
+            client.GetUsers(user_ids=[one.id for one in self.people.values()]),
+            client.GetProfile(**them),
+            client.SearchUsers(text=name),
+            client.ListParticipants(**here),
+            client.ListParticipants(**here, status="invited"),
+            client.History(**here, with_replies=True),
+            client.History(conversation_id=self.direct),
+            *(client.GetMessage(**self.at(which)) for which in ("theirs", "mine", "my direct")),
+            *(client.ListReaders(**self.at(which)) for which in ("theirs", "mine", "my direct")),
+            *(client.Why(**self.at(which)) for which in ("theirs", "mine", "my direct")),
+            client.ListEdits(**self.at("mine")),
+            client.ListPins(**here),
+            client.ListStars(),
+            client.ListVotes(**self.at("poll")),
+            client.GetThread(**self.at("mine")),
+            client.ListReplies(**self.at("mine")),
+            client.ListThreads(),
+            client.ListReports(**here),
+            client.ListAudit(**here),
+            client.Search(text="Hello", conversation_id=self.group),
+            client.Search(mentions_me=True),
+            client.FindConversations(text=f"Circle{self.label}"),
+            client.ListConversations(),
+            client.GetConversation(**here),
+            client.GetConversation(conversation_id=self.direct),
+            client.ListFeed(),
+            client.GetBadge(),
+            client.ListRelationships(limit=100),
+            client.ListInvitations(),
+            client.ListDrafts(),
+            client.ListScheduled(),
+            client.GetPushKey(),
+            client.GetMe(),
+            client.Resume(epoch="another", user_version=0, versions={}),
+        ]
+        return [*frames, client.Watch(user_ids=[self.id(XAVER), self.id(COMPANION)])]
+
+    def writes(self) -> list[Frame]:
+        """Return all other frames, about Xaver as far as they can be; the last ones end what there is."""
+        here: dict[str, Any] = {"conversation_id": self.group}
+        other: dict[str, Any] = {"conversation_id": self.other}
+        them: dict[str, Any] = {"user_id": self.id(XAVER)}
+        name, user = f"Xaver{self.label}", self.id(XAVER)
+        new = [MessageId(uuid7()) for _ in range(6)]
+        endpoint = f"https://push.example/{self.label}"
+        return [
+            client.Ping(),
+            message(self.group, f"Hello <@{user}>"),
+            message(self.group, f"Hello @{name}"),
+            message(self.group, "Reply", parent_message_id=self.said.get("reply")),
+            message(self.direct, "Are you there?"),
+            client.Edit(**self.at("mine"), content=f"Mine, <@{user}>", edit_id=EditId(uuid7())),
+            client.Edit(**self.at("my direct"), content="Edited", edit_id=EditId(uuid7())),
+            *(client.React(**self.at(which), emoji="❤️") for which in ("theirs", "direct")),
+            *(client.Unreact(**self.at(which), emoji="❤️") for which in ("theirs", "direct")),
+            *(client.Pin(**self.at(which)) for which in ("mine", "direct")),
+            *(client.Unpin(**self.at(which)) for which in ("mine", "direct")),
+            client.Vote(**self.at("poll"), options=[1]),
+            client.Typing(**here), client.Typing(conversation_id=self.direct),
+            *(client.Delivered(**self.at(which)) for which in ("theirs", "direct")),
+            *(client.Read(**self.at(which)) for which in ("theirs", "direct")),
+            client.MarkUnread(**self.at("direct")),
+            client.Star(**self.at("theirs")), client.Unstar(**self.at("theirs")),
+            client.FollowThread(**self.at("mine")), client.ReadThread(**self.at("mine"), thread_order=1),
+            client.UnfollowThread(**self.at("mine")),
+            client.Forward(**self.at("theirs"), to_conversation_id=self.direct, new_message_id=new[0]),
+            client.Forward(**self.at("direct"), to_conversation_id=self.other, new_message_id=new[1]),
+            client.SetDraft(conversation_id=self.direct, content="Dear"),
+            client.Schedule(conversation_id=self.direct, message_id=new[2], content="Later",
+                            send_at=now() + timedelta(days=1)),
+            client.CancelScheduled(conversation_id=self.direct, message_id=new[2]),
+            client.CreateDirect(**them),
+            client.CreateGroup(conversation_id=ConversationId(uuid7()), title="Us", participants=[user]),
+            client.CreateChannel(conversation_id=ConversationId(uuid7()), title="News"),
+            client.AddParticipants(**other, participants=[user]), client.Invite(**other, participants=[user]),
+            client.SetPreferences(conversation_id=self.direct, is_muted=True),
+            client.UpdateConversation(**other, title="Another title"), client.SetInviteCode(**other),
+            client.SetRole(**here, user_id=user, role="guest"),
+            client.SetPermissions(**here, user_id=user, can_pin_messages=True),
+            client.TransferOwnership(**other, user_id=self.id(COMPANION)),
+            client.Moderate(**self.at("theirs"), reason="Rude"), client.Unmoderate(**self.at("theirs")),
+            client.ReportMessage(**self.at("theirs"), reason="Rude"),
+            client.DismissReport(**here, report_id=ReportId(UUID(int=1))),
+            client.ClosePoll(**self.at("poll")), client.Delete(**self.at("theirs")),
+            client.RequestFriend(**them), client.AnswerFriend(**them, accept=True), client.Unfriend(**them),
+            client.Follow(**them), client.Unfollow(**them), client.Mute(**them), client.Unmute(**them),
+            client.SetSwitches(**them, can_see_profile=True),
+            client.SeeFeed(), client.SetPresence(status="busy"), client.UpdateProfile(bio="Mine"),
+            client.RegisterPush(endpoint=endpoint, p256dh="B" * 87, auth="A" * 22),
+            client.UnregisterPush(endpoint=endpoint),
+            client.Decline(conversation_id=self.group), client.Join(conversation_id=self.group),
+            client.Block(**them), client.Unblock(**them),
+            client.RemoveParticipant(**here, user_id=user, ban=True), client.Unban(**here, user_id=user),
+            client.Unwatch(user_ids=[user]), client.Leave(**here), client.DeleteConversation(**other),
+        ]  # fmt: skip
+
+    async def ask(self, one: Client, kind: str, frames: list[Frame]) -> None:
+        answers = self.told.setdefault(kind, [])
+        for number, frame in enumerate(frames):
+            answer = await one.ask(frame)
+            found: object = msgspec.structs.replace(answer, re=None) if isinstance(answer, Error) else answer.result
+            if isinstance(found, server.RelationshipPage):
+                found.relationships.sort(key=lambda entry: (entry.relationship.kind, entry.relationship.is_outgoing))
+            if isinstance(found, server.UserList):
+                found.users.sort(key=lambda face: face.id)
+            answers.append(f"{number} {type(frame).__name__} {self.plain(found)}")
+            if kind == "writes":
+                await self.caught_up()
+
+    async def caught_up(self) -> None:
+        """Return when the viewer's connections are told of all that is theirs alone: it is told as it is by then."""
+        people = self.world.workers[0].app.hub.people
+        async with asyncio.timeout(10):
+            while True:
+                version = await self.world.db.fetchval('SELECT version FROM "user" WHERE id = $1', self.id(VIEWER))
+                sockets = people.sockets(self.id(VIEWER))
+                if all(socket.user_version == version for socket in sockets):  # type: ignore[attr-defined]
+                    break
+                await asyncio.sleep(0.002)
+
+    async def look(self, *, writes: bool) -> None:
+        """Have the viewer ask for everything, on the connection that there is, on a new one, on one that resumes, and
+        over HTTP; and note all that their connections were told meanwhile.
+        """
+        await self.ask(self.viewer, "reads", self.reads())
+        again = await self.world.connect(self.people[VIEWER])
+        back = await self.world.connect(self.people[VIEWER], query="?resume=1")
+        versions = dict.fromkeys((self.group, self.direct), 1) if self.said else {}
+        epoch = self.viewer.ready.epoch
+        resumed = await back.call(client.Resume(epoch=epoch, user_version=0, versions=versions), server.Resumed)
+        self.told["resumed"] = [self.plain(resumed)]
+        async with httpx.AsyncClient(base_url=self.world.url, trust_env=False) as http:
+            headers = {"authorization": f"Bearer {self.people[VIEWER].token}"}
+            export = (await http.get("/v1/auth/export", headers=headers)).json()
+        export["relationships"].sort(key=lambda one: one["kind"])
+        for key in ("conversations", "stars", "threads", "sessions"):
+            export[key].sort(key=lambda one: json.dumps(self._cut(json.dumps(one)), sort_keys=True))
+        self.told["export"] = [self._cut(json.dumps(export, separators=(",", ":"), ensure_ascii=False))]
+        due = [self.said[name] for name in ("theirs", "reply", "direct") if name in self.said]
+        self.told["pushed"] = [self.plain(one) for one in await push.notices(self.world.db, due)]
+        if writes:
+            await self.ask(self.viewer, "writes", self.writes())
+        await self.settle()
+        for name, one in {"first": self.viewer, "again": again, "back": back}.items():
+            await one.synced()
+            start = self.start if one is self.viewer else 0
+            events = [self.plain(event) for event in one.events[start:] if not isinstance(event, server.Heartbeat)]
+            # Events of different things come in no order.
+            self.told[f"events {name}"] = sorted(event for event in events if MARKER not in event)
+
+    def plain(self, told: object) -> str:
+        if isinstance(told, server.Conversations):
+            told.conversations.sort(key=lambda view: (view.conversation.type, view.conversation.title or ""))
+        return self._cut(msgspec.json.encode(told, enc_hook=str).decode())
+
+    def _cut(self, text: str) -> str:
+        """Return a text without what differs from world to world by itself."""
+        known: dict[str, str] = {str(one.id): name for name, one in self.people.items()}
+        known |= {str(one): name for name, one in self.said.items()}
+        known |= {str(self.group): "group", str(self.direct): "direct", str(self.other): "other"}
+        text = ID.sub(lambda found: known.get(found[0], "id"), text)
+        text = TIME.sub(self._when, text)
+        text = re.sub(r'"invite":{"code":"[^"]*"', '"invite":{"code":""', text)
+        return RANDOM.sub(r'"\1":""', text.replace(self.label, ""))
+
+    def _when(self, found: re.Match[str]) -> str:
+        at = datetime.fromisoformat(found[1])
+        return '"before"' if at < self.began else '"after"'
