@@ -10,7 +10,9 @@ from protocol import client, server
 from protocol.ids import MessageId
 from protocol.values import User
 from prove.client import Client
-from tests.world import Room, Somebody, World, sent
+from server.queries import relationships
+from server.queries.relationships import Change
+from tests.world import Room, Somebody, World, sent, until
 
 BLOCKS, HIDES, SWITCHED, INVISIBLE, AWAY = "Blocks", "Hides", "Switched", "Invisible", "Away"
 
@@ -135,3 +137,44 @@ async def test_who_asks_for_friendship_shows_their_face(world: World, *, is_bloc
         face = (await listed(one))[str(private.id)]
         assert face is not None
         assert face.name == "Private"
+
+
+async def meet(room: Room, world: World) -> tuple[Somebody, Client]:
+    """Return somebody in the room, whom Ada watches and sees, and their connection to the other worker."""
+    who = await world.user("Xaver")
+    await room.ada.call(client.AddParticipants(conversation_id=room.group, participants=[who.id]))
+    one = await world.connect(who, 1)
+    await one.event(server.Conversations)
+    watched = await room.ada.call(client.Watch(user_ids=[who.id]), server.PresenceList)
+    if watched.presences[0].status == "offline":
+        await room.ada.event(server.PresenceChanged, lambda event: event.presence.status == "online")
+    return who, one
+
+
+async def test_a_new_face_is_told_to_who_may_not_see_presence_and_presence_is_not(room: Room, world: World) -> None:
+    _, one = await meet(room, world)
+    await one.call(client.Block(user_id=room.them[0].id))
+    await room.ada.event(server.PresenceChanged, lambda event: event.presence.status == "offline")
+    await room.ada.synced()
+    seen = len(room.ada.events)
+    await one.call(client.SetPresence(status="busy", custom_status="Computing"))
+    await one.call(client.UpdateProfile(display_name="X."))
+    assert (await room.ada.event(server.UserUpdated)).user.display_name == "X."
+    assert not [event for event in room.ada.events[seen:] if isinstance(event, server.PresenceChanged)]
+    await one.call(client.Unblock(user_id=room.them[0].id))
+    (socket,) = world.workers[0].app.hub.people.sockets(room.them[0].id)
+    await until(lambda: not socket.faces_only)
+    await one.call(client.SetPresence(status="online"))
+    await room.ada.event(server.PresenceChanged, lambda event: event.presence.custom_status == "Computing")
+
+
+async def test_a_worker_that_missed_a_block_notices_it_and_tells_nobody_of_its_clock(room: Room, world: World) -> None:
+    who, _ = await meet(room, world)
+    ada = room.them[0].id
+    before = await world.db.fetchval('SELECT version FROM "user" WHERE id = $1', ada)
+    await relationships.put(world.db, who.id, ada, Change("block", "active"), who.id)
+    await world.workers[0].app.hub.people.compare(parts=1)
+    await room.ada.event(server.PresenceChanged, lambda event: event.presence.status == "offline")
+    assert await world.db.fetchval('SELECT version FROM "user" WHERE id = $1', ada) == before
+    again = await world.connect(room.them[0])
+    assert again.ready.user_version == before

@@ -111,7 +111,7 @@ SELECT t.participant_count, EXISTS (SELECT FROM moved), CASE WHEN blind.ids <> '
         AND t.participant_count <= $4
 ) END
 FROM target t CROSS JOIN LATERAL (
-    SELECT ARRAY(
+    SELECT CASE WHEN EXISTS (SELECT FROM moved) THEN ARRAY(
         SELECT o.user_id FROM (
             SELECT r.to_user_id AS user_id FROM user_relationship r
             WHERE r.from_user_id = $2 AND (NOT r.can_see_online_status OR (r.type = 'block' AND r.status = 'active'))
@@ -121,7 +121,7 @@ FROM target t CROSS JOIN LATERAL (
         ) r
         JOIN conversation_participant o ON o.conversation_id = t.conversation_id AND o.user_id = r.user_id
             AND o.status = 'active'
-    ) AS ids
+    ) ELSE '{{}}' END AS ids
 ) blind
 """  # noqa: S608 - VISIBLE is a constant
 
