@@ -11,7 +11,7 @@ ARGS ?=
 # Tests start many processes: none of them should have to compile what another one has.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: run test test-all more lint types tests docs bench prove fuzz scale search format lock clean help
+.PHONY: run test test-all more lint types tests docs bench prove fuzz scale search worst format lock clean help
 
 run: $(VENV)/run-ready
 	@exec $(VENV)/bin/openchat $(ARGS)
@@ -61,6 +61,9 @@ scale: $(VENV)/test-ready  ## simulate a million connections from the measured c
 
 search: $(VENV)/test-ready  ## what a search costs among a million messages (two minutes)
 	$(VENV)/bin/python -m benchmarks.search $(ARGS)
+
+worst: $(VENV)/test-ready  ## what each frame costs at most, asked by an account at its bounds (ten minutes)
+	$(VENV)/bin/python -m benchmarks.worst $(ARGS)
 
 $(NODE)/node_modules: $(NODE)/package-lock.json
 	npm ci --prefix $(NODE) --no-audit --no-fund

@@ -209,7 +209,9 @@ CREATE TABLE conversation_participant (
 );
 -- "participant_conversation_idx" of the specification is the unique constraint above.
 -- Not "WHERE status = 'active'": a plan made while the table is small might walk all of a partial index.
-CREATE INDEX participant_user_idx ON conversation_participant (user_id);
+-- With the conversation, so that whichever index is taken to find somebody in a conversation finds one row: by the user
+-- alone, all conversations of somebody who is in thousands would be looked through.
+CREATE INDEX participant_user_idx ON conversation_participant (user_id, conversation_id);
 CREATE INDEX participant_version_idx ON conversation_participant (conversation_id, version);
 -- Invitations that nobody has answered, by who has them and by who sent them.
 CREATE INDEX participant_invited_idx ON conversation_participant (user_id) WHERE status = 'invited';
@@ -496,7 +498,7 @@ CREATE TABLE user_relationship (
     CONSTRAINT user_relationship_key UNIQUE (from_user_id, to_user_id, type),
     CONSTRAINT user_relationship_not_self CHECK (from_user_id <> to_user_id)
 );
-CREATE INDEX user_relationship_to_idx ON user_relationship (to_user_id, type);
+CREATE INDEX user_relationship_to_idx ON user_relationship (to_user_id, type, from_user_id);
 
 -- ------------------------------------------------------------------------------------------- moderation
 
@@ -856,13 +858,24 @@ $$;
 
 -- Whether two users take part in the same conversation.
 CREATE FUNCTION are_together(one uuid, other uuid) RETURNS boolean LANGUAGE plpgsql STABLE AS $$
+DECLARE
+    fewer uuid := are_together.one;
+    more uuid := are_together.other;
 BEGIN
+    -- The conversations of whoever has fewer are looked through: asking about strangers costs little, also for somebody
+    -- who takes part in thousands.
+    IF (SELECT count(*) FROM (SELECT FROM public.conversation_participant p WHERE p.user_id = more LIMIT 100) some_of)
+        < (SELECT count(*) FROM (SELECT FROM public.conversation_participant p WHERE p.user_id = fewer LIMIT 100) some_of)
+    THEN
+        fewer := are_together.other;
+        more := are_together.one;
+    END IF;
     RETURN EXISTS (
-        SELECT FROM public.conversation_participant mine
-        JOIN public.conversation_participant theirs ON theirs.conversation_id = mine.conversation_id
-            AND theirs.user_id = are_together.other AND theirs.status = 'active'
-        JOIN public.conversation c ON c.id = mine.conversation_id AND NOT c.is_deleted
-        WHERE mine.user_id = are_together.one AND mine.status = 'active'
+        SELECT FROM public.conversation_participant p
+        JOIN public.conversation_participant o ON o.conversation_id = p.conversation_id AND o.user_id = more
+            AND o.status = 'active'
+        JOIN public.conversation c ON c.id = p.conversation_id AND NOT c.is_deleted
+        WHERE p.user_id = fewer AND p.status = 'active'
     );
 END
 $$;

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
 from typing import TypeAlias, TypeVar
 
@@ -24,6 +24,10 @@ SEARCHES_WAITING = 8
 """Max searches that wait for a connection, per worker."""
 SEARCH_PATIENCE = 1.0
 """Max time that a search waits for a connection, in seconds."""
+COUNTS_WAITING = 256
+"""Max badges that wait for a connection, per worker: every client asks for one when it starts."""
+COUNT_PATIENCE = 5.0
+"""Max time that a badge waits for a connection, in seconds."""
 UNREACHABLE = (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, ValueError)
 
 log = logging.getLogger(__name__)
@@ -67,6 +71,7 @@ class Database:
         """`most` is how many connections `pool` may open."""
         self._pool = pool
         self._searches = Share(max(1, most // SEARCH_SHARE), waiting=SEARCHES_WAITING, patience=SEARCH_PATIENCE)
+        self._counts = Share(max(1, most // SEARCH_SHARE), waiting=COUNTS_WAITING, patience=COUNT_PATIENCE)
         self.deadlocks = 0
         """Transactions that PostgreSQL ended, and that were tried once more."""
 
@@ -125,21 +130,26 @@ class Database:
         self.deadlocks += 1
         log.warning("%s was ended by PostgreSQL and is tried once more: %s", what, error)
 
-    @asynccontextmanager
-    async def searching(self) -> AsyncIterator[Db]:
+    def searching(self) -> AbstractAsyncContextManager[Db]:
         """Borrow a connection, of the share that searches have, inside a transaction in which an index of words may be
         used, as only bitmaps can. Raises Refused if no connection becomes free soon, or if the search takes too long.
         """
-        async with self._searches.turn(), self.transaction() as connection:
+        return self._with_words(
+            self._searches, "This search takes too long. Use longer or rarer words, or name a conversation."
+        )
+
+    def counting(self) -> AbstractAsyncContextManager[Db]:
+        """The same of the share that badges have: other users' searches refuse no badge."""
+        return self._with_words(self._counts, "Counting takes too long. Retry after `retry_after_ms`.")
+
+    @asynccontextmanager
+    async def _with_words(self, share: Share, too_long: str) -> AsyncIterator[Db]:
+        async with share.turn(), self.transaction() as connection:
             await connection.execute(SEARCHING)
             try:
                 yield connection
             except asyncpg.QueryCanceledError:
-                raise Refused(
-                    ErrorCode.UNAVAILABLE,
-                    "This search takes too long. Use longer or rarer words, or name a conversation.",
-                    retry_after_ms=SEARCH_MS,
-                ) from None
+                raise Refused(ErrorCode.UNAVAILABLE, too_long, retry_after_ms=SEARCH_MS) from None
 
     @property
     def size(self) -> int:

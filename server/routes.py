@@ -91,7 +91,7 @@ ROUTES: dict[type[client.Frame], Route] = {
     client.CancelScheduled: Route(drafts.cancel, Access.PARTICIPANT, Rate.WRITE),
     client.ListScheduled: Route(drafts.list_scheduled, Access.USER, Rate.READ),
     # notifications
-    client.ListFeed: Route(notifications.list_feed, Access.USER, Rate.READ),
+    client.ListFeed: Route(notifications.list_feed, Access.USER, Rate.SEARCH),
     client.SeeFeed: Route(notifications.see_feed, Access.USER, Rate.WRITE),
     client.GetBadge: Route(notifications.get_badge, Access.USER, Rate.READ),
     client.GetPushKey: Route(notifications.get_push_key, Access.USER, Rate.READ),

@@ -24,7 +24,6 @@ from protocol.server import (
 from protocol.values import ConversationView, Presence
 from server.context import Context
 from server.queries import changes, conversations, users
-from server.queries.conversations import Filter
 
 PAGE = 50
 """Conversations in each `conversations` frame."""
@@ -32,14 +31,16 @@ PAGE = 50
 
 async def start(context: Context) -> None:
     """Say all of the user's conversations, in pages, most recently active first, and follow them."""
-    said: list[ConversationId] = []
-    is_last = False
-    while not is_last:
+    async with context.database.connection() as db:
+        order = await conversations.order(db, context.user_id)
+    # Read by id, page by page: each page of an order would sort all of them again. Conversations that are joined
+    # meanwhile move the user's clock, which has them said.
+    for start in range(0, max(1, len(order)), PAGE):
+        wanted = order[start : start + PAGE]
         async with context.database.connection() as db:
-            views = await conversations.page(db, context.user_id, Filter(without=said), limit=PAGE)
-        said += [view.conversation.id for view in views]
-        is_last = len(views) < PAGE
-        await _follow(context, views, [Conversations(conversations=views, is_last=is_last)])
+            found = await conversations.get(db, context.user_id, wanted) if wanted else []
+        views = sorted(found, key=lambda view: wanted.index(view.conversation.id))
+        await _follow(context, views, [Conversations(conversations=views, is_last=start + PAGE >= len(order))])
         await context.connection.drained()
 
 

@@ -218,7 +218,7 @@ def hot(place: Place, ids: dict[str, Any]) -> dict[str, tuple[str, tuple[Any, ..
         "resume, 10 missed": (changes.SINCE, (about, place.size - 8, 1001)),
         "resume, all missed": (changes.SINCE, (about, 0, 1001)),
         "read positions": (changes.READING, (about, user, 100)),
-        "conversations": (conversations.PAGE, (user, 50, None, None, None, None, None, [])),
+        "conversations": (conversations.PAGE, (user, 50, None, None, None, None, None)),
         "one conversation": (conversations.GET, (user, [about])),
         "memberships": (conversations.MEMBERSHIPS, ([user],)),
         "clocks": (conversations.VERSIONS, ([about],)),
@@ -419,6 +419,56 @@ async def test_a_thread_of_ten_thousand_is_as_fast_as_one_of_ten(db: "asyncpg.Co
         # Up to 100 are counted, of those that there are; trees are a level higher.
         assert plan.rows <= before.rows + 500, (name, before, plan)
         assert plan.pages <= before.pages + 200, (name, before, plan)
+
+
+GROWN = """
+WITH made AS (
+    INSERT INTO conversation (type, title, created_by, version) SELECT 'group', 'Grown', $1, 2
+    FROM generate_series(1, $3::int) RETURNING id
+), joined AS (
+    INSERT INTO conversation_participant (conversation_id, user_id, version, last_read_version)
+    SELECT id, $1, 2, 2 FROM made
+), people AS (
+    INSERT INTO "user" (name, email) SELECT 'Silenced ' || n, 'silenced' || n || '@example.org'
+    FROM generate_series(1, $3) n RETURNING id
+)
+INSERT INTO user_relationship (from_user_id, to_user_id, type, status)
+SELECT $1, id, 'mute', 'active' FROM people UNION ALL SELECT id, $2, 'mute', 'active' FROM people
+"""
+"""Somebody is in thousands of conversations and mutes thousands; thousands mute another one."""
+LISTS_ALL = {
+    "conversations",
+    "memberships",
+    "drafts",
+    "made in a day",
+    "taking part",
+    "delivered",
+    "badge",
+    "news",
+    "relationships",
+}
+"""Statements that go through all that a user has, as far as it is bounded; `delivered` goes through relationships."""
+
+
+async def test_cost_does_not_grow_with_what_somebody_else_may_grow_to(db: "asyncpg.Connection[asyncpg.Record]") -> None:
+    nobody = Place(ConversationId(uuid4()), UserId(uuid4()), SMALL)
+    for name, (query, arguments) in hot(nobody, {"new": uuid4(), "middle": uuid4()}).items():
+        await db.execute(f'PREPARE "{name}" AS {query}')
+        await explained(db, name, arguments)
+    place = await filled(db, "grown", 200)
+    middle = await db.fetchrow(
+        "SELECT id, sender_id FROM message WHERE conversation_id = $1 AND sent_version = 100", place.conversation_id
+    )
+    assert middle is not None
+    statements = hot(place, {"new": uuid4(), "middle": middle[0]})
+    before = {name: await explained(db, name, arguments) for name, (_, arguments) in statements.items()}
+    await db.execute("SET session_replication_role = replica")
+    await db.execute(GROWN, place.user_id, middle[1], 2_000)
+    await db.execute("SET session_replication_role = origin")
+    after = {name: await explained(db, name, arguments) for name, (_, arguments) in statements.items()}
+    await db.close()
+    grown = {name: (before[name].rows, plan.rows) for name, plan in after.items() if plan.rows > before[name].rows + 50}
+    assert grown.keys() <= LISTS_ALL, grown
 
 
 KEEP_STARS = """

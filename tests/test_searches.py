@@ -160,6 +160,15 @@ class TestSearchesThatTakeLong:
         assert refusals <= {ErrorCode.UNAVAILABLE}, "who waited for too long is told so"
         assert any(isinstance(one, server.Reply) for one in answers)
 
+    async def test_a_badge_is_not_refused_because_others_search(self, world: World, holding: Any) -> None:
+        askers = [await world.connect(await world.user(f"User {number}")) for number in range(12)]
+        searching = [asyncio.create_task(one.ask(client.Search(text="engine"))) for one in askers[:11]]
+        await until(lambda: any(one.done() for one in searching))  # the line of searches is full
+        counting = asyncio.create_task(askers[11].ask(client.GetBadge()))
+        await holding.execute("ROLLBACK")
+        assert isinstance(await counting, server.Reply)
+        await asyncio.gather(*searching)
+
     async def test_one_search_of_a_user_at_a_time(self, world: World, holding: Any) -> None:
         who, other = await world.users("Ada", "Charles")
         one, two = await world.connect(who), await world.connect(who)

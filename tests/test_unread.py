@@ -138,3 +138,25 @@ async def test_what_somebody_cannot_see_cannot_be_marked(room: Room, world: Worl
     ):
         with refused(ErrorCode.NOT_FOUND, "message_id"):
             await one.call(frame)
+
+
+MANY = """
+WITH made AS (
+    INSERT INTO conversation (type, title, created_by, version) SELECT 'group', 'One of many', $2, 4
+    FROM generate_series(1, 120) RETURNING id
+), joined AS (
+    INSERT INTO conversation_participant (conversation_id, user_id, version)
+    SELECT made.id, who, 2 FROM made, unnest(ARRAY[$1::uuid, $2]) who
+)
+INSERT INTO message (conversation_id, sender_id, content, sent_version, version) SELECT id, $2, 'Hello', 4, 4 FROM made
+"""
+
+
+async def test_a_badge_adds_up_a_hundred_conversations(world: World) -> None:
+    ada, charles = await world.users("Ada", "Charles")
+    await world.db.execute(MANY, ada.id, charles.id)
+    one = await world.connect(ada)
+    assert (await one.call(client.GetBadge(), server.Badge)).messages == counting.MAX_IN_BADGE
+    listed_first = [event for event in one.events if isinstance(event, server.Conversations)]
+    assert sum(len(event.conversations) for event in listed_first) == 120, "all are said on connecting"
+    assert [event.is_last for event in listed_first] == [False, False, True]

@@ -34,7 +34,7 @@ async def get_badge(context: Context, frame: client.GetBadge) -> Badge:  # noqa:
     """Return how much is unread, and how much is new."""
     async with context.database.connection() as db:
         messages = await unread.badge(db, context.user_id)
-    async with context.database.searching() as db:
+    async with context.database.counting() as db:
         return Badge(messages=messages, feed=await feed.unseen(db, context.user_id))
 
 

@@ -67,25 +67,24 @@ class Filter(NamedTuple):
     is_archived: bool | None = None
     is_hidden: bool | None = None
     before: Cursor | None = None
-    without: Sequence[ConversationId] = ()
 
 
+# The participant's row comes along: joined again, it might be looked for among all of the user's.
 PAGE = f"""
 SELECT {VIEW}
-FROM conversation_participant me
-JOIN (
-    SELECT c.* FROM conversation_participant p
+FROM (
+    SELECT c, p FROM conversation_participant p
     JOIN conversation c ON c.id = p.conversation_id AND NOT c.is_deleted
     WHERE p.user_id = $1 AND p.status = 'active'
         AND ($3::text IS NULL OR c.type = $3)
         AND ($4::boolean IS NULL OR c.is_archived = $4)
         AND ($5::boolean IS NULL OR p.is_hidden = $5)
         AND ($6::timestamptz IS NULL OR (c.last_activity_at, c.id) < ($6, $7::uuid))
-        AND NOT (c.id = ANY($8))
     ORDER BY c.last_activity_at DESC, c.id DESC
     LIMIT $2
-) c ON c.id = me.conversation_id
-WHERE me.user_id = $1
+) listed
+CROSS JOIN LATERAL (SELECT (listed.c).*) c
+CROSS JOIN LATERAL (SELECT (listed.p).*) me
 ORDER BY c.last_activity_at DESC, c.id DESC
 """  # noqa: S608 - VIEW is a constant
 
@@ -93,10 +92,19 @@ ORDER BY c.last_activity_at DESC, c.id DESC
 async def page(db: Db, user_id: UserId, which: Filter, *, limit: int) -> list[ConversationView]:
     """Return up to `limit` of the user's conversations, most recently active first."""
     before = which.before or (None, None)
-    rows = await db.fetch(
-        PAGE, user_id, limit, which.type, which.is_archived, which.is_hidden, *before, list(which.without)
-    )
+    rows = await db.fetch(PAGE, user_id, limit, which.type, which.is_archived, which.is_hidden, *before)
     return _view_decoder.each(row[0] for row in rows)
+
+
+ORDER = """
+SELECT c.id FROM conversation_participant p JOIN conversation c ON c.id = p.conversation_id AND NOT c.is_deleted
+WHERE p.user_id = $1 AND p.status = 'active' ORDER BY c.last_activity_at DESC, c.id DESC
+"""
+
+
+async def order(db: Db, user_id: UserId) -> list[ConversationId]:
+    """Return all of a user's conversations, most recently active first."""
+    return [ConversationId(row[0]) for row in await db.fetch(ORDER, user_id)]
 
 
 class Membership(NamedTuple):

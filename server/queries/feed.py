@@ -10,6 +10,7 @@ from protocol.limits import MAX_COUNTED
 from protocol.values import FeedEntry, FeedKind
 from server.cursor import Cursor
 from server.database import Db
+from server.queries.unread import SILENCES
 from server.rows import Reader
 
 _entry_decoder = Reader(FeedEntry)
@@ -25,9 +26,6 @@ MENTIONS_ME = """(
     FROM conversation_participant p WHERE p.user_id = {user} AND p.status = 'active'
 )"""
 """What finds messages that mention a user: by id, or with everyone, or with their role where they have it."""
-
-SILENCED = "(SELECT silenced($1))::uuid[]"
-"""Asked once, not for each row."""
 
 # $1 is the user, $2 the kinds, $3 and $4 where the page before ended, $5 the time after which, $6 how many at most.
 # Each branch goes by an index and brings at most as many as are asked for.
@@ -46,7 +44,8 @@ ROWS = f"""
         JOIN conversation_participant p ON p.conversation_id = s.conversation_id AND p.user_id = $1
             AND p.status = 'active'
         WHERE m.id = s.message_id AND (m.conversation_id = s.conversation_id) IS TRUE
-            AND m.sender_id <> $1 AND NOT m.sender_id = ANY({SILENCED}) AND m.sent_version > visible_after(c, p)
+            AND m.sender_id <> $1 AND m.sent_version > visible_after(c, p)
+            AND NOT {SILENCES.format(me="$1", them="m.sender_id")}
         OFFSET 0
     ) seen
     ORDER BY s.created_at DESC, s.message_id DESC LIMIT $6)
@@ -61,8 +60,8 @@ ROWS = f"""
         SELECT n.created_at, n.id, n.sender_id, n.conversation_id, n.sent_version, n AS message FROM message n
         WHERE n.thread_root_id = t.root_id AND (n.conversation_id = t.conversation_id) IS TRUE AND n.created_at > $5
             AND ($3::timestamptz IS NULL OR (n.created_at, n.id) < ($3, $4::uuid))
-            AND n.sender_id <> $1 AND NOT n.is_deleted AND NOT n.is_moderated AND NOT n.sender_id = ANY({SILENCED})
-            AND NOT $1 = ANY(n.mentions)
+            AND n.sender_id <> $1 AND NOT n.is_deleted AND NOT n.is_moderated AND NOT $1 = ANY(n.mentions)
+            AND NOT {SILENCES.format(me="$1", them="n.sender_id")}
         ORDER BY n.thread_order DESC LIMIT $6
     ) n
     WHERE 'reply' = ANY($2) AND n.sent_version > visible_after(c, p)
@@ -75,14 +74,15 @@ ROWS = f"""
     JOIN conversation_participant p ON p.conversation_id = r.conversation_id AND p.user_id = $1 AND p.status = 'active'
     WHERE 'reaction' = ANY($2) AND r.author_id = $1 AND NOT r.is_removed AND r.created_at > $5
         AND ($3::timestamptz IS NULL OR (r.created_at, r.message_id) < ($3, $4::uuid))
-        AND r.user_id <> $1 AND NOT r.user_id = ANY({SILENCED}) AND m.sent_version > visible_after(c, p)
+        AND r.user_id <> $1 AND m.sent_version > visible_after(c, p)
+        AND NOT {SILENCES.format(me="$1", them="r.user_id")}
     ORDER BY r.created_at DESC, r.message_id DESC LIMIT $6)
     UNION ALL
     (SELECT 'friend_request', r.updated_at, r.id, r.from_user_id, NULL, NULL, NULL
     FROM user_relationship r
     WHERE 'friend_request' = ANY($2) AND r.to_user_id = $1 AND r.type = 'friend' AND r.status = 'pending'
         AND r.updated_at > $5 AND ($3::timestamptz IS NULL OR (r.updated_at, r.id) < ($3, $4::uuid))
-        AND NOT r.from_user_id = ANY({SILENCED})
+        AND NOT {SILENCES.format(me="$1", them="r.from_user_id")}
     ORDER BY r.updated_at DESC, r.id DESC LIMIT $6)
     UNION ALL
     (SELECT 'invitation', p.joined_at, p.conversation_id, coalesce(p.invited_by, p.user_id), p.conversation_id,
@@ -91,7 +91,7 @@ ROWS = f"""
     JOIN conversation c ON c.id = p.conversation_id AND c.is_active AND NOT c.is_deleted
     WHERE 'invitation' = ANY($2) AND p.user_id = $1 AND p.status = 'invited'
         AND p.joined_at > $5 AND ($3::timestamptz IS NULL OR (p.joined_at, p.conversation_id) < ($3, $4::uuid))
-        AND NOT coalesce(p.invited_by = ANY({SILENCED}), false)
+        AND NOT {SILENCES.format(me="$1", them="p.invited_by")}
     ORDER BY p.joined_at DESC, p.conversation_id DESC LIMIT $6)
     ORDER BY at DESC, key DESC LIMIT $6
 """  # noqa: S608 - only constants are put in

@@ -8,6 +8,7 @@ from protocol.ids import MessageId, SessionId, UserId
 from protocol.limits import MAX_PUSH_ENDPOINTS
 from protocol.values import Message, User
 from server.database import Db
+from server.queries.unread import SILENCES
 from server.queries.users import FACE
 from server.rows import Reader
 
@@ -103,7 +104,7 @@ WHERE m.id = ANY($1) AND NOT m.is_deleted AND NOT m.is_moderated AND NOT m.is_sy
     AND (said.is_in_conversation AND m.sent_version > coalesce(p.unread_from_version - 1, p.last_read_version)
         OR NOT said.is_in_conversation AND m.thread_order > coalesce(t.last_read_order, 0)
             AND m.sent_version > p.last_read_version)
-    AND NOT m.sender_id = ANY(silenced(p.user_id))
+    AND NOT {SILENCES.format(me="p.user_id", them="m.sender_id")}
     AND NOT EXISTS (
         SELECT FROM user_relationship r
         WHERE r.from_user_id = p.user_id AND r.to_user_id = m.sender_id AND NOT r.notifications_enabled

@@ -6,7 +6,7 @@ from protocol.ids import UserId
 from protocol.values import ThreadFollow, ThreadView
 from server.database import Db
 from server.queries.messages import VISIBLE, Place
-from server.queries.unread import COUNT_REPLIES
+from server.queries.unread import COUNT_REPLIES, HAS_UNREAD_REPLY
 from server.rows import Reader
 
 _view_decoder = Reader(ThreadView)
@@ -52,9 +52,10 @@ async def get(db: Db, place: Place, user_id: UserId) -> ThreadView | None:
     return None if text is None else _view_decoder.decode(text)
 
 
+# Those that are shown are found first, and only in them the replies are counted.
 LIST = f"""
-SELECT coalesce(json_agg(listed.view), '[]') FROM (
-    SELECT {_VIEW} AS view
+SELECT coalesce(json_agg({_VIEW} ORDER BY found.at DESC, m.id DESC), '[]') FROM (
+    SELECT t, m, newest.at
     FROM (
         SELECT * FROM thread_follow t WHERE t.user_id = $1 AND t.is_following
         ORDER BY t.root_id DESC LIMIT {MOST_LOOKED_AT}
@@ -68,11 +69,13 @@ SELECT coalesce(json_agg(listed.view), '[]') FROM (
         WHERE n.thread_root_id = m.id AND (n.conversation_id = m.conversation_id) IS TRUE
         ORDER BY n.thread_order DESC LIMIT 1
     ) newest
-    CROSS JOIN LATERAL ({COUNT_REPLIES.format(me="t")}) counted (unread)
     WHERE m.sent_version > visible_after(c, p) AND m.thread_order > CASE WHEN $2 THEN t.last_read_order ELSE 0 END
-        AND (NOT $2 OR counted.unread > 0)
+        AND (NOT $2 OR {HAS_UNREAD_REPLY.format(me="t")})
     ORDER BY newest.at DESC, m.id DESC LIMIT {MOST_LISTED}
-) listed
+) found
+CROSS JOIN LATERAL (SELECT (found.m).*) m
+CROSS JOIN LATERAL (SELECT (found.t).*) t
+CROSS JOIN LATERAL ({COUNT_REPLIES.format(me="t")}) counted (unread)
 """  # noqa: S608 - as above
 _list_decoder = Reader(list[ThreadView])
 

@@ -2,7 +2,8 @@
 
 Past the read position, or from where on somebody marked it unread: messages of others that stand in the conversation
 itself, and are neither deleted, nor hidden by a moderator, nor the server's announcements, nor of somebody whom they
-block or mute. Who these are is asked once for each conversation, as a query within the query, not for each message.
+block or mute. That is asked by key for each message: who mutes thousands would otherwise have all of them compared with
+each message.
 """
 
 from collections.abc import Collection
@@ -11,9 +12,17 @@ from protocol.ids import UserId
 from protocol.limits import MAX_COUNTED
 from server.database import Db
 
+SILENCES = """coalesce((
+    SELECT true FROM user_relationship s WHERE s.from_user_id = {me} AND s.to_user_id = {them}
+        AND s.type IN ('block', 'mute') AND s.status = 'active' LIMIT 1
+), false)"""
+"""Whether a user blocks or mutes another one. With EXISTS, PostgreSQL would hash all whom the user silences, again for
+each conversation.
+"""
+
 COUNT_UNREAD = f"""
 SELECT count(*) FILTER (WHERE NOT is_deleted AND NOT is_system_message AND NOT is_moderated
-    AND sender_id <> {{me}}.user_id AND NOT sender_id = ANY((SELECT silenced({{me}}.user_id))::uuid[]))
+    AND sender_id <> {{me}}.user_id AND NOT {SILENCES.format(me="{me}.user_id", them="sender_id")})
 FROM (
     SELECT n.is_deleted, n.is_system_message, n.is_moderated, n.sender_id FROM message n
     WHERE n.conversation_id = {{me}}.conversation_id AND (n.thread_root_id IS NULL OR n.also_in_conversation)
@@ -25,31 +34,41 @@ FROM (
 name of the participant in the query that embeds it, never a value.
 """
 
-COUNT_REPLIES = f"""
-SELECT count(*) FILTER (WHERE NOT is_deleted AND NOT is_moderated AND sender_id <> {{me}}.user_id
-    AND NOT sender_id = ANY((SELECT silenced({{me}}.user_id))::uuid[]))
-FROM (
+_UNREAD_REPLIES = f"""
     SELECT n.is_deleted, n.is_moderated, n.sender_id FROM message n
     WHERE n.thread_root_id = {{me}}.root_id AND n.thread_order > {{me}}.last_read_order
         AND (n.conversation_id = {{me}}.conversation_id) IS TRUE
     ORDER BY n.thread_order DESC LIMIT {MAX_COUNTED}
-) newest
 """  # noqa: S608 - a number is put in
+_COUNTS = f"""NOT newest.is_deleted AND NOT newest.is_moderated AND newest.sender_id <> {{me}}.user_id
+    AND NOT {SILENCES.format(me="{me}.user_id", them="newest.sender_id")}"""
+COUNT_REPLIES = f"SELECT count(*) FILTER (WHERE {_COUNTS}) FROM ({_UNREAD_REPLIES}) newest"  # noqa: S608 - constants
 """The same in a thread. `{me}` is the name of the follower."""
+HAS_UNREAD_REPLY = f"EXISTS (SELECT FROM ({_UNREAD_REPLIES}) newest WHERE {_COUNTS})"
+"""Whether COUNT_REPLIES is more than 0."""
+
+MAX_IN_BADGE = 100
+"""Max conversations that a badge adds up: those with something new that were active last."""
 
 # Those where nothing has happened since need no counting.
 BADGE = f"""
-SELECT me.user_id, coalesce(sum(({COUNT_UNREAD.format(me="me")})), 0)::integer
-FROM conversation_participant me JOIN conversation c ON c.id = me.conversation_id AND NOT c.is_deleted
-WHERE me.user_id = ANY($1) AND me.status = 'active' AND NOT me.is_hidden
-    AND NOT (me.is_muted AND (me.muted_until IS NULL OR me.muted_until > now()))
-    AND c.version > coalesce(me.unread_from_version - 1, me.last_read_version)
-GROUP BY me.user_id
+SELECT who.user_id, coalesce(sum(({COUNT_UNREAD.format(me="me")})), 0)::integer
+FROM unnest($1::uuid[]) AS who (user_id) CROSS JOIN LATERAL (
+    SELECT me.* FROM conversation_participant me
+    JOIN conversation c ON c.id = me.conversation_id AND NOT c.is_deleted
+    WHERE me.user_id = who.user_id AND me.status = 'active' AND NOT me.is_hidden
+        AND NOT (me.is_muted AND (me.muted_until IS NULL OR me.muted_until > now()))
+        AND c.version > coalesce(me.unread_from_version - 1, me.last_read_version)
+    ORDER BY c.last_activity_at DESC, c.id DESC LIMIT {MAX_IN_BADGE}
+) me
+GROUP BY who.user_id
 """  # noqa: S608 - only the name of a participant is put in
 
 
 async def badge(db: Db, user_id: UserId) -> int:
-    """Return the sum of what is unread in a user's conversations that are neither muted nor hidden."""
+    """Return the sum of what is unread in those 100 of a user's conversations with something new that were active last,
+    without those that are muted or hidden.
+    """
     return (await badges(db, {user_id})).get(user_id, 0)
 
 

@@ -1,0 +1,174 @@
+"""What each frame costs at most: asked by an account that has grown to its bounds, beside an ordinary one and beside
+reading one row by its key, in the same run.
+
+`make worst`, or `python -m benchmarks.worst --size 0.1 search_users get_badge`.
+"""
+
+import argparse
+import asyncio
+import re
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import asyncpg
+import msgspec
+import uvloop
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.bad import BOB, MALLORY, Ids, fill
+from benchmarks.worstframes import WORST
+from protocol.client import Frame
+from protocol.server import Error
+from prove.client import Client
+from server import migrate
+from server.auth.tokens import new_token, token_hash
+from server.config import Settings
+from server.embedded.folder import DataFolder
+from server.embedded.postgres import Postgres
+from server.embedded.valkey import Valkey
+from server.supervisor import Worker, listen
+
+REPEATS = 5
+SLOW_MS = 500.0
+"""A frame that takes longer is asked once."""
+BY_KEY = "SELECT id, content FROM message WHERE id = $1"
+POSTGRES = {
+    "fsync": "off", "full_page_writes": "off", "maintenance_work_mem": "512MB", "max_wal_size": "8GB",
+    "shared_buffers": "1GB", "autovacuum": "off", "log_min_duration_statement": "0",
+}  # fmt: skip
+COLUMNS = ("frame", "worst input", "ms of the database", "ordinary", "ratio", "keys", "ms to the answer", "answer")
+TOOK = re.compile(rb"duration: ([\d.]+) ms")
+
+
+class Cost(NamedTuple):
+    """What a frame cost, in milliseconds, and what came back."""
+
+    database: float
+    answered: float
+    answer: str
+
+
+def main() -> None:
+    """Fill a PostgreSQL of its own, ask a worker for everything, and print what that took."""
+    parser = argparse.ArgumentParser(prog="benchmarks.worst", description=__doc__)
+    parser.add_argument("--size", type=float, default=1.0, help="how bad the database is, beside the bounds (1.0)")
+    parser.add_argument("frames", nargs="*", help="those whose names begin like this; all of them")
+    options = parser.parse_args()
+    path = Path(tempfile.mkdtemp(prefix="openchat-worst-"))
+    folder = DataFolder(path)
+    postgres, valkey = Postgres(folder, max_connections=40, options=POSTGRES), Valkey(folder)
+    try:
+        postgres.start()
+        valkey.start()
+        settings = Settings(
+            database_url=postgres.url(), redis_url=valkey.url,
+            database_connections=8, read_rate=1e6, write_rate=1e6, search_rate=1e6,
+        )  # fmt: skip
+        ids = asyncio.run(prepare(postgres, options.size))
+        worker = Worker(settings, 1, listen("127.0.0.1", 0, 1)[0], path)
+        try:
+            worker.start()
+            worker.wait_ready()
+            uvloop.run(measure(worker, postgres, ids, tuple(options.frames)))
+        finally:
+            worker.kill()
+    finally:
+        valkey.stop()
+        postgres.stop()
+        folder.release()
+        shutil.rmtree(path)
+
+
+async def prepare(postgres: Postgres, size: float) -> Ids:
+    """Make the tables and what is in them."""
+    began = time.monotonic()
+    db = await asyncpg.connect(postgres.url(), server_settings={"log_min_duration_statement": "-1"})
+    await migrate.migrate(db)
+    ids = await fill(db, size)
+    await db.close()
+    Console().print(f"filled in {time.monotonic() - began:.0f} s")
+    return ids
+
+
+async def measure(worker: Worker, postgres: Postgres, ids: Ids, names: tuple[str, ...]) -> None:
+    """Ask for everything, and print a table."""
+    db = await asyncpg.connect(postgres.url(), server_settings={"log_min_duration_statement": "-1"})
+    tokens = [await session(db, user_id) for user_id in (BOB, MALLORY)]
+    by_key = await read_by_key(db, ids)
+    await db.close()
+    host, port = worker.listener.getsockname()[:2]
+    table = Table(title=f"one row by its key takes {by_key:.3f} ms", title_justify="left")
+    for column in (
+        "frame",
+        "worst input",
+        "ms of the database",
+        "ordinary",
+        "ratio",
+        "keys",
+        "ms to the answer",
+        "answer",
+    ):
+        table.add_column(column, justify="left" if column in {"frame", "worst input", "answer"} else "right")
+    async with Client(f"http://{host}:{port}", tokens[0]) as bob, Client(f"http://{host}:{port}", tokens[1]) as mallory:
+        await mallory.settled()
+        for worst in WORST:
+            if names and not worst.name.startswith(names):
+                continue
+            ordinary = await cost(bob, postgres, lambda worst=worst: worst.frame(ids.of_bob))  # type: ignore[misc]
+            most = await cost(mallory, postgres, lambda worst=worst: worst.frame(ids.of_mallory))  # type: ignore[misc]
+            table.add_row(
+                worst.name, worst.about, f"{most.database:.1f}", f"{ordinary.database:.2f}",
+                f"{most.database / max(ordinary.database, 0.001):,.0f}", f"{most.database / by_key:,.0f}",
+                f"{most.answered:.1f}", most.answer,
+            )  # fmt: skip
+    Console(width=180).print(table)
+
+
+async def session(db: "asyncpg.Connection[asyncpg.Record]", user_id: object) -> str:
+    """Return the token of a new session."""
+    token = new_token()
+    await db.execute(
+        "INSERT INTO session (user_id, token, expires_at) VALUES ($1, $2, now() + interval '1 day')",
+        user_id, token_hash(token),
+    )  # fmt: skip
+    return token
+
+
+async def read_by_key(db: "asyncpg.Connection[asyncpg.Record]", ids: Ids) -> float:
+    """Return how long it takes to read one row by its key, in milliseconds."""
+    spans = []
+    for _ in range(200):
+        began = time.perf_counter()
+        await db.fetchrow(BY_KEY, ids.of_mallory.root)
+        spans.append(time.perf_counter() - began)
+    return 1_000 * statistics.median(spans)
+
+
+async def cost(client: Client, postgres: Postgres, frame: Callable[[], Frame]) -> Cost:
+    """Return the median of what a frame costs."""
+    costs: list[Cost] = []
+    while len(costs) < REPEATS and (not costs or costs[-1].answered < SLOW_MS):
+        start = postgres.log.path.stat().st_size
+        began = time.perf_counter()
+        answer = await client.ask(frame())
+        answered = 1_000 * (time.perf_counter() - began)
+        await asyncio.sleep(0.02)
+        with postgres.log.path.open("rb") as log:
+            log.seek(start)
+            took = sum(float(span) for span in TOOK.findall(log.read()))
+        if isinstance(answer, Error):
+            came = f"{answer.code}: {answer.message[:40]}"
+        else:
+            came = f"{len(msgspec.json.encode(answer)) / 1024:,.0f} KiB"
+        costs.append(Cost(took, answered, came))
+    return sorted(costs)[len(costs) // 2]
+
+
+if __name__ == "__main__":
+    main()
