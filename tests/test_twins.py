@@ -10,7 +10,7 @@ from protocol import client, server
 from protocol.ids import MessageId
 from protocol.values import User
 from prove.client import Client
-from server.queries import relationships
+from server.queries import push, relationships
 from server.queries.relationships import Change
 from tests.world import Room, Somebody, World, sent, until
 
@@ -178,3 +178,15 @@ async def test_a_worker_that_missed_a_block_notices_it_and_tells_nobody_of_its_c
     assert await world.db.fetchval('SELECT version FROM "user" WHERE id = $1', ada) == before
     again = await world.connect(room.them[0])
     assert again.ready.user_version == before
+
+
+async def test_nobody_is_pushed_a_name_that_they_may_not_see_any_more(room: Room, world: World) -> None:
+    who, one = await meet(room, world)
+    key = client.RegisterPush(endpoint="https://push.example/1", p256dh="B" * 87, auth="A" * 22)
+    await room.ada.call(key)
+    message_id = await sent(one, room.group)
+    assert [notice.sender.id for notice in await push.notices(world.db, [message_id])] == [who.id]
+    await one.call(client.Leave(conversation_id=room.group))
+    assert len(await push.notices(world.db, [message_id])) == 1, "a name that everybody may see"
+    await one.call(client.UpdateProfile(is_private=True))
+    assert await push.notices(world.db, [message_id]) == []

@@ -78,7 +78,8 @@ class Notice(NamedTuple):
 ANY = "SELECT EXISTS (SELECT FROM push_endpoint)"
 # One definition of what is news: not read meanwhile, not of somebody or somewhere that is silenced, not in quiet hours;
 # where only mentions are wanted, a mention, or a reply in a thread that is followed; and a reply that stands in its
-# thread alone is for those who follow that, or are mentioned.
+# thread alone is for those who follow that, or are mentioned. A notification has the sender's name: if the sender has
+# left meanwhile, it is for those who may see that name.
 NOTICES = f"""
 SELECT p.user_id, e.endpoint, e.p256dh, e.auth, {FACE}, c.title, said.is_mention, message_json(m)
 FROM message m
@@ -105,6 +106,10 @@ WHERE m.id = ANY($1) AND NOT m.is_deleted AND NOT m.is_moderated AND NOT m.is_sy
         OR NOT said.is_in_conversation AND m.thread_order > coalesce(t.last_read_order, 0)
             AND m.sent_version > p.last_read_version)
     AND NOT {SILENCES.format(me="p.user_id", them="m.sender_id")}
+    AND (EXISTS (
+        SELECT FROM conversation_participant s
+        WHERE s.conversation_id = m.conversation_id AND s.user_id = m.sender_id AND s.status = 'active'
+    ) OR may('see_face', p.user_id, m.sender_id))
     AND NOT EXISTS (
         SELECT FROM user_relationship r
         WHERE r.from_user_id = p.user_id AND r.to_user_id = m.sender_id AND NOT r.notifications_enabled
