@@ -48,13 +48,14 @@ class UserRecord(Protocol):
 class Person:
     """A user with sockets at this worker. `version` and `hidden` are their clocks as of the last look."""
 
-    __slots__ = ("channel", "hidden", "look", "sockets", "version")
+    __slots__ = ("channel", "hidden", "is_look_due", "look", "sockets", "version")
 
     def __init__(self, channel: bytes) -> None:
         self.channel = channel
         self.sockets: set[Socket] = set()
         self.version = -1
         self.hidden = 0
+        self.is_look_due = False
         self.look: asyncio.Task[None] | None = None
 
 
@@ -113,8 +114,10 @@ class People:
 
     def look(self, user_id: UserId) -> None:
         """Look at a user's sessions, and have their sockets look at their conversations: something changed."""
-        if (person := self._people.get(user_id)) is not None:
-            # One look at a time, and one that begins after this.
+        person = self._people.get(user_id)
+        # Serialize rechecks; always run one that starts after this call. One that waits does for all calls.
+        if person is not None and not person.is_look_due:
+            person.is_look_due = True
             person.look = self._spawn(self._look(user_id, person, person.look))
 
     async def compare(self, *, parts: int) -> None:
@@ -138,6 +141,7 @@ class People:
     async def _look(self, user_id: UserId, person: Person, before: asyncio.Task[None] | None) -> None:
         if before is not None:
             await asyncio.wait([before])
+        person.is_look_due = False
         sockets = list(person.sockets)
         try:
             version, hidden = (await self._record.user_versions([user_id])).get(user_id, (0, 0))

@@ -229,8 +229,7 @@ class Presence:
             was = self._states(before[user_id])
             others = {worker: state for worker, state in before[user_id].items() if worker != self._worker.encode()}
             states = self._states(others | here.get(user_id, {}))
-            if bool(was) != bool(states):
-                self._transitions[user_id] = Transition(is_online=True) if states else self._gone(user_id)
+            self._note_transition(user_id, was, states)
             if reason is not None or was != states or not before[user_id]:
                 changed[user_id] = states
         await self._tell(changed, reason or Reason.DEVICE)
@@ -302,6 +301,13 @@ class Presence:
         }
         self._transitions.update({user_id: self._gone(user_id) for user_id, states in left.items() if not states})
         await self._tell(left, Reason.DEVICE)
+
+    def _note_transition(self, user_id: UserId, was: set[bytes], states: set[bytes]) -> None:
+        if states:
+            # At this worker or another, so the code of a connection that ended does not matter.
+            self._ends.pop(user_id, None)
+        if bool(was) != bool(states):
+            self._transitions[user_id] = Transition(is_online=True) if states else self._gone(user_id)
 
     def _gone(self, user_id: UserId) -> Transition:
         return Transition(is_online=False, close_code=self._ends.pop(user_id, None))

@@ -1,0 +1,255 @@
+"""Everything that a client can grow is bounded: docs/growth.md lists what is kept, and is compared with the code."""
+
+import ast
+import fnmatch
+import gc
+import json
+import re
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import asyncpg
+import msgspec
+import pytest
+from redis.asyncio import Redis
+
+import server
+from protocol.errors import CloseCode
+from server import presence, topics
+from server.config import Settings
+from tests.test_hostile import idle
+from tests.test_hostile_values import each_frame, ids_in, valid
+from tests.world import World, until
+
+ROOT = Path(__file__).parents[1]
+SERVER = Path(server.__file__).parent
+BOUNDS = frozenset(
+    {"number", "rate", "row", "operator", "fixed", "sockets", "flight", "turn", "swept", "users", "unused"}
+)
+NOT_FOR_CLIENTS = ("transfer", "describe", "embedded", "supervisor.py", "cli.py", "upkeep.py", "administration.py")
+"""What runs once, or for an operator alone."""
+MAKERS = frozenset({
+    "dict", "set", "list", "deque", "Counter", "defaultdict", "OrderedDict", "WeakKeyDictionary", "WeakValueDictionary",
+    "WeakSet", "Queue", "LifoQueue", "PriorityQueue", "bytearray", "fromkeys", "BytesIO", "StringIO", "array",
+})  # fmt: skip
+"""What makes a container that can grow."""
+CACHES = frozenset({"lru_cache", "cache", "cached_property"})
+
+
+def listed(title: str) -> dict[str, tuple[str, str]]:
+    """Return the names in a table of docs/growth.md, each with its bound and its last cell."""
+    page = (ROOT / "docs" / "growth.md").read_text()
+    section = page.split(f"\n## {title}\n")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| (`.*`) \| (\w+) \| ?(.*?) ?\|$", section, re.MULTILINE)
+    found = {name: (bound, last) for names, bound, last in rows for name in re.findall(r"`([^`]+)`", names)}
+    assert {bound for bound, _ in found.values()} <= BOUNDS
+    return found
+
+
+def name_of(called: ast.expr) -> str:
+    return called.id if isinstance(called, ast.Name) else called.attr if isinstance(called, ast.Attribute) else ""
+
+
+def makes_container(value: ast.expr) -> bool:
+    """Whether an expression makes a container that can grow."""
+    match value:
+        case ast.Dict() | ast.List() | ast.Set() | ast.ListComp() | ast.DictComp() | ast.SetComp():
+            return True
+        case ast.Call():
+            return name_of(value.func) in MAKERS
+        case ast.BinOp():
+            return makes_container(value.left) or makes_container(value.right)
+        case ast.IfExp():
+            return makes_container(value.body) or makes_container(value.orelse)
+        case ast.BoolOp():
+            return any(makes_container(one) for one in value.values)
+    return False
+
+
+def assigned(node: ast.AST) -> Iterator[ast.expr]:
+    """Return what a statement assigns a container to."""
+    if isinstance(node, ast.Assign) and makes_container(node.value):
+        for target in node.targets:
+            yield from target.elts if isinstance(target, ast.Tuple) else [target]
+    elif isinstance(node, ast.AnnAssign) and node.value is not None and makes_container(node.value):
+        yield node.target
+
+
+def containers() -> set[str]:
+    """Return the containers of the server's code that outlive a call: attributes, globals in lower case, caches."""
+    found = set()
+    for path in SERVER.rglob("*.py"):
+        file = path.relative_to(SERVER).as_posix()
+        if file.startswith(NOT_FOR_CLIENTS):
+            continue
+        tree = ast.parse(path.read_text())
+        for node in ast.walk(tree):
+            found |= {f"{file} {ast.unparse(one)}" for one in assigned(node) if isinstance(one, ast.Attribute)}
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                for decorator in node.decorator_list:
+                    called = decorator.func if isinstance(decorator, ast.Call) else decorator
+                    if name_of(called) in CACHES:
+                        found.add(f"{file} {node.name}")
+        for node in tree.body:
+            found |= {
+                f"{file} {one.id}"
+                for one in assigned(node)
+                if isinstance(one, ast.Name) and not one.id.strip("_").isupper()
+            }
+    return found
+
+
+async def test_every_table_has_a_bound(database_url: str) -> None:
+    db = await asyncpg.connect(database_url)
+    rows = await db.fetch(
+        "SELECT table_name FROM information_schema.tables WHERE table_schema = 'public' AND table_type = 'BASE TABLE'"
+    )
+    await db.close()
+    assert {row[0] for row in rows} == listed("Tables").keys()
+
+
+def test_every_container_has_a_bound() -> None:
+    found = containers()
+    assert len(found) > 50
+    assert found == listed("Memory of a worker").keys()
+
+
+def test_scan_finds_containers_of_all_kinds() -> None:
+    source = """
+class One:
+    def __init__(self):
+        self.a = {}
+        self.b: set[int] = set()
+        self.c = collections.deque()
+        self.d, self.e = [], 1
+        self.f = other or []
+        self.g = [0] * 5
+        self.h = asyncio.Queue(5)
+        self.no = 1
+"""
+    found = [ast.unparse(one) for node in ast.walk(ast.parse(source)) for one in assigned(node)]
+    assert found == ["self.a", "self.b", "self.c", "self.f", "self.g", "self.h"]
+
+
+def test_every_kind_of_key_has_a_bound() -> None:
+    """Of the code; the next test asks the server."""
+    kinds = {one for path in SERVER.rglob("*.py") for one in re.findall(r'"(openchat:[a-z:]*)"', path.read_text())}
+    patterns = listed("Redis")
+    assert kinds
+    assert [
+        one for one in kinds if not any(fnmatch.fnmatch(one, name.removesuffix("*") + "*") for name in patterns)
+    ] == []
+
+
+async def every_frame(world: World) -> None:
+    """Send each frame once, in a new conversation, on a connection of its own, and leave."""
+    ada, ids = await ids_in(world)
+    client = await world.connect(ada)
+    for kind in each_frame():
+        tag = str(kind.__struct_config__.tag)
+        own = "conversation_id" if tag in {"create_group", "create_channel"} else "message_id"
+        is_new = tag in {"create_group", "create_channel", "send", "schedule"}
+        about = msgspec.inspect.type_info(kind)
+        names = {name: one for name, one in ids.items() if not (is_new and name == own)}
+        await client.socket.send(json.dumps(valid(about, "", names)))
+    await client.synced()
+    await world._open.aclose()  # noqa: SLF001
+
+
+async def test_keys_expire_or_go_with_their_sockets(world: World, settings: Settings) -> None:
+    redis = Redis.from_url(settings.redis_url, decode_responses=True)
+    ada, _ = await ids_in(world)
+    await world.connect(ada, 1)
+    kept = {name for name, (_, expires) in listed("Redis").items() if expires.startswith("no:")}
+    patterns = sorted(listed("Redis"), key=len, reverse=True)
+    seen = set()
+    async for key in redis.scan_iter(match="*"):
+        (pattern, *_) = [one for one in patterns if fnmatch.fnmatch(key, one)] or [key]
+        assert pattern in patterns
+        seen.add(pattern)
+        assert (await redis.ttl(key) > 0) == (pattern not in kept), key
+    assert {"openchat:workers", "openchat:worker:*"} <= seen
+    await redis.aclose()
+
+
+def sizes() -> dict[str, int]:
+    """Return how many items the listed containers of all living objects have, by name."""
+    wanted: dict[str, set[str]] = {}
+    for name in containers():
+        file, _, attribute = name.partition(" ")
+        module = "server." + file.removesuffix(".py").replace("/", ".")
+        wanted.setdefault(module, set()).add(attribute.partition(".")[2])
+    found: dict[str, int] = {}
+    for one in gc.get_objects():
+        module = type(one).__module__
+        if module in wanted and not isinstance(one, type):
+            for attribute in wanted[module]:
+                value: Any = getattr(one, attribute, None)
+                if attribute and hasattr(value, "__len__"):
+                    key = f"{module.removeprefix('server.').replace('.', '/')}.py self.{attribute}"
+                    found[key] = found.get(key, 0) + len(value)
+    return found
+
+
+@pytest.fixture
+async def lone(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[World]:
+    """One worker that forgets immediately what it keeps for a while for those who come back."""
+    monkeypatch.setattr(presence, "OFFLINE_SECONDS", 0.0)
+    monkeypatch.setattr(topics, "LINGER_SECONDS", -1.0)
+    async with World(msgspec.structs.replace(settings, ephemeral_rate=1e6), workers=1) as world:
+        yield world
+
+
+async def test_frames_of_all_kinds_leave_containers_as_they_were(lone: World) -> None:
+    app = lone.workers[0].app
+
+    async def settled() -> dict[str, int]:
+        await idle(lone)
+        app.hub.topics._close_quiet()  # noqa: SLF001
+        await until(lambda: not app.presence._departing and not app.presence._transitions)  # noqa: SLF001
+        gc.collect()
+        return sizes()
+
+    await every_frame(lone)
+    before = await settled()
+    assert len(before) > 30
+    for _ in range(3):
+        await every_frame(lone)
+    may_grow = {name for name, (bound, _) in listed("Memory of a worker").items() if bound in {"fixed", "swept"}}
+
+    def grown() -> dict[str, tuple[int, int]]:
+        return {
+            name: (before.get(name, 0), size)
+            for name, size in sizes().items()
+            if size > before.get(name, 0) and name not in may_grow
+        }
+
+    await settled()
+    # Frames' last commands to Redis leave in the next turn of the loop.
+    await until(lambda: not grown())
+
+
+async def test_rechecks_of_a_user_are_coalesced(lone: World) -> None:
+    ada = await lone.user("Ada")
+    client = await lone.connect(ada)
+    people = lone.workers[0].app.hub.people
+    for _ in range(1_000):
+        people.look(ada.id)
+    assert len(people._looks) <= 2  # noqa: SLF001
+    await until(lambda: not people._looks)  # noqa: SLF001
+    await lone.db.execute("DELETE FROM session")
+    people.look(ada.id)
+    assert await client.closed() == CloseCode.SESSION_ENDED
+
+
+async def test_close_code_of_who_is_elsewhere_is_forgotten(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(presence, "OFFLINE_SECONDS", 0.0)
+    ada = await world.user("Ada")
+    here, _ = await world.connect(ada), await world.connect(ada, 1)
+    app = world.workers[0].app
+    for socket in app.hub.people.sockets(ada.id):
+        socket.close(CloseCode.SILENT)
+    await here.closed()
+    await until(lambda: not app.presence._departing and not app.presence._devices)  # noqa: SLF001
+    await until(lambda: not app.presence._ends)  # noqa: SLF001
