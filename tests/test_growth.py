@@ -15,8 +15,10 @@ import pytest
 from redis.asyncio import Redis
 
 import server
+from protocol.client import Block, Watch
 from protocol.errors import CloseCode
-from server import presence, topics
+from protocol.server import Error, Reply
+from server import hub, presence, topics
 from server.config import Settings
 from tests.test_hostile import idle
 from tests.test_hostile_values import each_frame, ids_in, valid
@@ -253,3 +255,15 @@ async def test_close_code_of_who_is_elsewhere_is_forgotten(world: World, monkeyp
     await here.closed()
     await until(lambda: not app.presence._departing and not app.presence._devices)  # noqa: SLF001
     await until(lambda: not app.presence._ends)  # noqa: SLF001
+
+
+async def test_refused_watch_leaves_nothing(lone: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub, "MAX_WATCHED", 1)
+    ada, charles, mary = await lone.users("Ada", "Charles", "Mary")
+    client = await lone.connect(ada)
+    for one in (charles, mary):
+        await client.call(Block(user_id=one.id))
+    assert isinstance(await client.ask(Watch(user_ids=[charles.id])), Reply)
+    assert isinstance(await client.ask(Watch(user_ids=[mary.id])), Error)
+    (socket,) = lone.workers[0].app.hub.people.sockets(ada.id)
+    assert socket.watched == socket.faces_only == {charles.id}

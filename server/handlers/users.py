@@ -103,7 +103,11 @@ async def watch(context: Context, frame: client.Watch) -> PresenceList:
     watchable = await presence.watchable(context.user_id, frame.user_ids)
     unseen = {user_id for user_id, is_seen in watchable.items() if not is_seen}
     connection.faces_only = connection.faces_only - watchable.keys() | unseen
-    await connection.watch(watchable)
+    try:
+        await connection.watch(watchable)
+    finally:
+        # Refused, those are not watched.
+        connection.faces_only.intersection_update(connection.watched)
     return PresenceList(presences=await presence.seen_by(context.user_id, frame.user_ids))
 
 
