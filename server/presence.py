@@ -303,11 +303,10 @@ class Presence:
         await self._tell(left, Reason.DEVICE)
 
     def _note_transition(self, user_id: UserId, was: set[bytes], states: set[bytes]) -> None:
-        if states:
-            # At this worker or another, so the code of a connection that ended does not matter.
-            self._ends.pop(user_id, None)
         if bool(was) != bool(states):
             self._transitions[user_id] = Transition(is_online=True) if states else self._gone(user_id)
+        # At another worker, or gone before they were noted: the code of a connection that ended does not matter.
+        self._ends.pop(user_id, None)
 
     def _gone(self, user_id: UserId) -> Transition:
         return Transition(is_online=False, close_code=self._ends.pop(user_id, None))
