@@ -2,6 +2,7 @@
 
 import re
 from datetime import UTC, datetime
+from itertools import islice
 from typing import TypeVar
 
 import msgspec
@@ -9,7 +10,7 @@ import msgspec
 from protocol import json_object
 from protocol.client import ClientFrame, FrameId
 from protocol.errors import ErrorCode, Refused
-from protocol.limits import RULES
+from protocol.limits import MAX_EXTREME_NUMBERS, RULES
 from protocol.server import ServerFrame
 
 Decoded = TypeVar("Decoded")
@@ -22,6 +23,10 @@ _server_decoder: msgspec.json.Decoder[ServerFrame] = msgspec.json.Decoder(Server
 _AT = re.compile(r"^(?P<what>.*?)(?: - at (?:`key` in )?`\$\.?(?P<path>[^`]*)`)?\Z", re.DOTALL)
 _NAMED = re.compile(r"`([a-z_]+)`")
 _RULES = {f"Expected `str` matching regex {pattern!r}": sentence for pattern, sentence in RULES.items()}
+
+_EXPONENT = re.compile(rb"[eE][+-]?[0-9]{3}")
+# The closing quotation mark is optional: otherwise many strings without an end take time that is quadratic.
+_STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"?', re.DOTALL)
 
 _SHORT, _MEDIUM = 126, 1 << 16
 
@@ -45,7 +50,12 @@ def encode(value: object) -> bytes:
 
 def decode_client(data: bytes | str) -> ClientFrame:
     """Return the frame a client sent. Raises Refused, with the bad field's path, if it is not one."""
-    return decode(data, _client_decoder)
+    raw = data.encode() if isinstance(data, str) else data
+    if _are_extreme(raw) and _are_extreme(_STRING.sub(b"", raw)):
+        raise Refused(
+            ErrorCode.BAD_FRAME, f"A frame holds at most {MAX_EXTREME_NUMBERS} numbers with exponents of three digits."
+        )
+    return decode(raw, _client_decoder)
 
 
 def decode_server(data: bytes | str) -> ServerFrame:
@@ -94,6 +104,11 @@ def text_frame(payload: bytes) -> bytes:
 def now() -> datetime:
     """Return the time, in UTC."""
     return datetime.now(UTC)
+
+
+def _are_extreme(data: bytes) -> bool:
+    found = islice(_EXPONENT.finditer(data), MAX_EXTREME_NUMBERS + 1)
+    return len(data) > MAX_EXTREME_NUMBERS and sum(1 for _ in found) > MAX_EXTREME_NUMBERS
 
 
 def _refusal(problem: str) -> Refused:

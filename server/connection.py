@@ -3,7 +3,7 @@
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Awaitable, Callable, Collection, Hashable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
 from datetime import datetime
 from typing import NamedTuple
 
@@ -29,8 +29,6 @@ MAX_INBOX = 32
 ENTER_SECONDS = 10.0
 """How long one may be on the way in: a client that says it will resume may never do so."""
 REFRESH_RETRY_SECONDS = 1.0
-FRAMES = "frames"
-"""The limit of frames on a connection, as opposed to those of its user."""
 NOT_TEXT = Refused(ErrorCode.BAD_FRAME, "Frames are JSON in text messages, not in binary ones.")
 
 
@@ -243,19 +241,16 @@ class Connection:
 
     async def _answer(self, data: bytes | None) -> None:
         answer: Reply | Error
-        limit: Hashable = None
-        is_abuse = False
+        is_flood = is_abuse = False
         if data is None:
             answer = error_frame(NOT_TEXT)
         elif (wait := self._frames.take()) > 0:
-            answer, limit = error_frame(too_many(wait), re=label(data)), FRAMES
+            answer, is_flood = error_frame(too_many(wait), re=label(data)), True
         else:
             answer = await self._shared.dispatch.run(self.context, data)
         if isinstance(answer, Error):
-            if answer.code is ErrorCode.RATE_LIMITED and limit is None and data is not None:
-                limit = (self._shared.dispatch.rate(data), answer.path)
             self._strikes = self._strikes or Strikes()
-            is_abuse = self._strikes.is_abuse(answer, limit)
+            is_abuse = self._strikes.is_abuse(answer, is_flood=is_flood)
         try:
             self.say(answer)
         except Exception as error:  # noqa: BLE001 - an answer that cannot be written is a defect of its frame alone

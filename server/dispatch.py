@@ -10,6 +10,7 @@ from protocol.client import Authenticate, Frame
 from protocol.codec import decode_client, kind, label
 from protocol.errors import ErrorCode, Refused
 from protocol.ids import UserId
+from protocol.limits import TOKEN_BYTES
 from protocol.server import Error, Reply, Result
 from server.context import Context
 from server.database import ROLLED_BACK
@@ -70,25 +71,21 @@ class Dispatch:
         self.searching: set[UserId] = set()
         """Who is searching at this worker."""
 
-    def rate(self, data: bytes) -> Rate | None:
-        """Return whose allowance an encoded frame takes."""
-        return self._rates.get(kind(data) or "")
-
     async def run(self, context: Context, data: bytes) -> Reply | Error:
         """Return the answer to one frame. Whatever goes wrong is an answer, too."""
         frame = None
         began = time.perf_counter()
         try:
+            rate = self._charge(context.user_id, data)
             frame = decode_client(data)
             route = self._routes.get(type(frame))
             if route is None:
                 raise _already_authenticated(frame)
             if route.shed is not None:
                 self._pressure.require(route.shed)
-            if route.rate is Rate.SEARCH:
+            if rate is Rate.SEARCH:
                 result = await self._search(route, context, frame)
             else:
-                self._allowances[route.rate].require(context.user_id)
                 result = await self._handle(route, context, frame)
         except Exception as error:  # noqa: BLE001 - whatever goes wrong is answered
             refused = refusal(error)
@@ -100,6 +97,21 @@ class Dispatch:
         self._metrics.answered(str(type(frame).__struct_config__.tag), time.perf_counter() - began)
         return Reply(re=frame.id, result=result)
 
+    def _charge(self, user_id: UserId, data: bytes) -> Rate:
+        """Take tokens for an encoded frame, by its size, before it costs the work of decoding. Return which tokens.
+
+        Raises Refused if there are too few, or if the frame is a search and another one of the user runs.
+        """
+        rate = self._rates.get(kind(data) or "", Rate.READ)
+        if rate is Rate.SEARCH and user_id in self.searching:
+            raise Refused(
+                ErrorCode.RATE_LIMITED,
+                "Another search of yours is running. Retry when it has been answered.",
+                retry_after_ms=SEARCHING_MS,
+            )
+        self._allowances[rate].require(user_id, 1 + len(data) // TOKEN_BYTES)
+        return rate
+
     async def _handle(self, route: Route, context: Context, frame: Frame) -> Result:
         """Run the handler of a frame, and once more if PostgreSQL ended its transaction to break a deadlock."""
         try:
@@ -110,15 +122,8 @@ class Dispatch:
         return await route.handler(context, frame)
 
     async def _search(self, route: Route, context: Context, frame: Frame) -> Result:
-        """Run the handler of a search. Raises Refused while another search of the same user runs at this worker."""
+        """Run the handler of a search; meanwhile `_charge` refuses others of the same user at this worker."""
         user_id = context.user_id
-        if user_id in self.searching:
-            raise Refused(
-                ErrorCode.RATE_LIMITED,
-                "Another search of yours is running. Retry when it has been answered.",
-                retry_after_ms=SEARCHING_MS,
-            )
-        self._allowances[Rate.SEARCH].require(user_id)
         self.searching.add(user_id)
         try:
             return await self._handle(route, context, frame)

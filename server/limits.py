@@ -31,13 +31,15 @@ class Pace(NamedTuple):
         interval = round(1e9 / rate)
         return cls(interval, round((max(1.0, rate * BURST_SECONDS if burst is None else burst) - 1) * interval))
 
-    def take(self, full_at: int, now: int) -> int:
-        """Take a token from a bucket that is full at `full_at`. Return when it is full again; if there is no token,
-        minus the time until there is one.
+    def take(self, full_at: int, now: int, count: int = 1) -> int:
+        """Take `count` tokens, at most all of them, from a bucket that is full at `full_at`.
+
+        Return when the bucket is full again; if there are too few tokens, minus the time until there are enough.
         """
         full_at = max(full_at, now)
-        wait = full_at - now - self.ahead
-        return -wait if wait > 0 else full_at + self.interval
+        more = min((count - 1) * self.interval, self.ahead)
+        wait = full_at - now + more - self.ahead
+        return -wait if wait > 0 else full_at + more + self.interval
 
 
 class Bucket:
@@ -69,10 +71,10 @@ class Allowance(Generic[Key]):
         self._sweep_at = SWEEP_AT
         self._clock = clock
 
-    def take(self, key: Key) -> float:
-        """Take one token; return 0, or, if there is none, in how many seconds there will be."""
+    def take(self, key: Key, count: int = 1) -> float:
+        """Take tokens, at most a full bucket; return 0, or, if there are too few, in how many seconds there will be."""
         now = self._clock()
-        full_at = self._pace.take(self._full_at.get(key, now), now)
+        full_at = self._pace.take(self._full_at.get(key, now), now, count)
         if full_at < 0:
             return -full_at / 1e9
         self._full_at[key] = full_at
@@ -87,9 +89,9 @@ class Allowance(Generic[Key]):
         full_at = max(self._full_at.get(key, now), now) + count * self._pace.interval
         self._full_at[key] = min(full_at, now + 2 * self._pace.ahead)
 
-    def require(self, key: Key) -> None:
-        """Take one token. Raises Refused if there is none."""
-        if (wait := self.take(key)) > 0:
+    def require(self, key: Key, count: int = 1) -> None:
+        """Take tokens, at most a full bucket. Raises Refused if there are too few."""
+        if (wait := self.take(key, count)) > 0:
             raise too_many(wait)
 
 

@@ -39,11 +39,11 @@ class SharedAllowance:
         self._totals: dict[UserId, int] = {}
         self._sharing: asyncio.Task[None] | None = None
 
-    def require(self, user_id: UserId) -> None:
-        """Take one frame's worth. Raises Refused if there is none left."""
-        self._bucket.require(user_id)
+    def require(self, user_id: UserId, count: int = 1) -> None:
+        """Take tokens, at most a full bucket. Raises Refused if there are too few."""
+        self._bucket.require(user_id, count)
         if self._redis is not None:
-            self._counts[user_id] += 1
+            self._counts[user_id] += count
             if self._sharing is None:
                 self._sharing = asyncio.create_task(self._share(self._redis))
 

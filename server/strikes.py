@@ -1,7 +1,6 @@
 """Strikes: the refused frames of one connection that add up to abuse."""
 
 import time
-from collections.abc import Hashable
 
 from protocol.errors import ErrorCode
 from protocol.server import Error
@@ -16,21 +15,28 @@ GRACE_NS = 2_000_000
 
 
 class Strikes:
-    """The strikes of one connection. Waiting as told by `retry_after_ms` is never one; coming back sooner is."""
+    """The strikes of one connection.
+
+    The rates of a user cause no strikes: a refusal is cheap, and a client with many frames in flight cannot know which
+    of them will be refused. Beyond the rate of the connection, a frame before `retry_after_ms` is over is a strike.
+    """
 
     __slots__ = ("_bucket", "_clock", "_until")
 
     def __init__(self, *, clock: Clock = time.monotonic_ns) -> None:
         self._bucket = Bucket(PACE, clock=clock)
         self._clock = clock
-        # Of each limit, until when the client was told to wait.
-        self._until: dict[Hashable, int] = {}
+        # The time until which the client was told to send nothing.
+        self._until = 0
 
-    def is_abuse(self, error: Error, limit: Hashable) -> bool:
-        """Count a refusal; return whether there were too many. `limit` names what a `rate_limited` frame ran into."""
+    def is_abuse(self, error: Error, *, is_flood: bool = False) -> bool:
+        """Count a refusal, and return whether there were too many.
+
+        `is_flood` is true if the frame was beyond the rate of the connection.
+        """
         is_strike = error.code in ALWAYS
-        if error.code is ErrorCode.RATE_LIMITED and error.retry_after_ms is not None:
+        if is_flood and error.retry_after_ms is not None:
             now = self._clock()
-            is_strike = now < self._until.get(limit, 0)
-            self._until[limit] = now + error.retry_after_ms * 1_000_000 - GRACE_NS
+            is_strike = now < self._until
+            self._until = now + error.retry_after_ms * 1_000_000 - GRACE_NS
         return is_strike and self._bucket.take() > 0

@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
 
-from protocol import client
+from protocol import client, server
 from protocol.codec import encode
 from protocol.errors import CloseCode, ErrorCode
-from protocol.limits import RateLimit
+from protocol.limits import TOKEN_BYTES, RateLimit
 from protocol.server import Error
 from server.config import Settings
 from server.dispatch import Rate
@@ -87,23 +87,24 @@ def test_waiting_as_told_is_never_a_strike(rate: float, seed: int, latest: float
         wait = bucket.take("Ada")
         if wait:
             retry = int(wait * 1000) + 1
-            assert not strikes.is_abuse(too_many(retry), "writes")
+            assert not strikes.is_abuse(too_many(retry), is_flood=True)
             # Timers may be early by a little, and late by more.
             clock.now += retry * 1_000_000 - GRACE_NS + round(rng.uniform(0, latest) * NS)
 
 
-def test_coming_back_before_the_time_told_is_a_strike_for_that_limit_alone() -> None:
+def test_coming_back_before_the_time_told_is_a_strike_beyond_the_rate_of_the_connection_alone() -> None:
     clock = Clock()
     strikes = Strikes(clock=clock)
-    for limit in range(300):
-        assert not strikes.is_abuse(too_many(60_000), limit)
-    assert [strikes.is_abuse(too_many(60_000), 0) for _ in range(201)] == [False] * 200 + [True]
+    for _ in range(300):
+        assert not strikes.is_abuse(too_many(60_000))
+    assert not strikes.is_abuse(too_many(60_000), is_flood=True)
+    assert [strikes.is_abuse(too_many(60_000), is_flood=True) for _ in range(201)] == [False] * 200 + [True]
 
 
 @pytest.mark.parametrize("code", ErrorCode)
 def test_what_is_a_strike(code: ErrorCode) -> None:
     strikes = Strikes(clock=Clock())
-    are_abuse = [strikes.is_abuse(Error(code=code, message="", retry_after_ms=None), None) for _ in range(300)]
+    are_abuse = [strikes.is_abuse(Error(code=code, message="", retry_after_ms=None)) for _ in range(300)]
     assert any(are_abuse) == (code in {ErrorCode.BAD_FRAME, ErrorCode.INVALID, ErrorCode.INTERNAL})
 
 
@@ -130,9 +131,32 @@ async def test_a_client_that_waits_as_told_is_not_closed(settings: Settings) -> 
         await ada.call(client.GetMe())
 
 
-@pytest.mark.parametrize("field", ["write_rate", "frame_rate"])
-async def test_a_client_that_does_not_wait_is_closed(settings: Settings, field: str) -> None:
-    settings = msgspec.structs.replace(settings, **{field: 1.0})
+async def test_a_client_with_many_frames_in_flight_is_refused_and_not_closed(settings: Settings) -> None:
+    settings = msgspec.structs.replace(settings, write_rate=1.0)
+    async with World(settings, workers=1) as world:
+        ada = await world.connect(await world.user("Ada"))
+        frame = encode(message(await world.channel(ada))).decode()
+        for _ in range(400):
+            await ada.socket.send(frame)
+        assert isinstance(await ada.call(client.GetMe()), server.OneMe)
+
+
+@pytest.mark.parametrize("rate", [50.0, 5.0])
+async def test_a_large_frame_takes_tokens_by_its_size_before_it_is_decoded(settings: Settings, rate: float) -> None:
+    """Frames that are refused for what they hold count, too: decoding them is what they cost."""
+    settings = msgspec.structs.replace(settings, write_rate=rate)
+    async with World(settings, workers=1) as world:
+        ada = await world.connect(await world.user("Ada"))
+        large = '{"type": "send", "content": "' + 250_000 * "x" + '"}'
+        codes = [(await ada.raw(large)).code for _ in range(20)]
+        tokens, each = int(4 * rate), 1 + 250_000 // TOKEN_BYTES
+        whole = max(1, tokens // each)
+        assert codes[:whole] == [ErrorCode.INVALID] * whole
+        assert ErrorCode.RATE_LIMITED in codes[whole:]
+
+
+async def test_a_client_that_does_not_wait_is_closed(settings: Settings) -> None:
+    settings = msgspec.structs.replace(settings, frame_rate=1.0)
     async with World(settings, workers=1) as world:
         who = await world.user("Ada")
         ada = await world.connect(who)
@@ -141,8 +165,7 @@ async def test_a_client_that_does_not_wait_is_closed(settings: Settings, field: 
             await ada.socket.send(frame)
         assert await ada.closed() == CloseCode.ABUSE
         # Another connection begins with nothing held against it, whatever `id` it has.
-        if field == "frame_rate":
-            await (await world.connect(who)).call(client.Ping())
+        await (await world.connect(who)).call(client.Ping())
 
 
 async def test_ready_tells_the_rates(settings: Settings) -> None:

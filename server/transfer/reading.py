@@ -25,7 +25,8 @@ RATIO_FROM = 1024**2
 MAX_DEPTH = 64
 """Max depth of objects and arrays in a line."""
 
-_STRING = re.compile(rb'"(?:[^"\\]|\\.)*"')
+# The closing quotation mark is optional: otherwise many strings without an end take time that is quadratic.
+_STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"?', re.DOTALL)
 WRONG = (
     KeyError, TypeError, AttributeError, ValueError, OverflowError, RecursionError, msgspec.MsgspecError,
     zipfile.BadZipFile, zlib.error, NotImplementedError,
