@@ -939,11 +939,13 @@ CREATE FUNCTION current_user_id() RETURNS uuid LANGUAGE sql STABLE
 
 -- What policies ask, as the owner: a policy on conversation_participant would ask itself. Each is about the reader,
 -- so that none tells what stands between others.
-CREATE FUNCTION may_i(action text, target uuid) RETURNS boolean LANGUAGE sql STABLE SECURITY DEFINER
+-- Each costs less than any operator, so that PostgreSQL asks it first: comparisons are leakproof, and would otherwise be
+-- made on hidden rows before the policy, which EXPLAIN (ANALYZE) tells (docs/decisions/0043).
+CREATE FUNCTION may_i(action text, target uuid) RETURNS boolean LANGUAGE sql STABLE SECURITY DEFINER COST 0.0001
     SET search_path = pg_catalog, public, pg_temp
     RETURN may(action, current_user_id(), target);
 
-CREATE FUNCTION is_participant(conversation uuid) RETURNS boolean LANGUAGE sql STABLE SECURITY DEFINER
+CREATE FUNCTION is_participant(conversation uuid) RETURNS boolean LANGUAGE sql STABLE SECURITY DEFINER COST 0.0001
     SET search_path = pg_catalog, public, pg_temp
     RETURN EXISTS (
         SELECT FROM conversation_participant p JOIN conversation c ON c.id = p.conversation_id AND NOT c.is_deleted
@@ -954,7 +956,7 @@ CREATE FUNCTION is_participant(conversation uuid) RETURNS boolean LANGUAGE sql S
 -- Whether the reader has the permission `needed` in a conversation, by role or by the grant that is named. Other columns
 -- of the row are not looked at: an error about one would tell what is in it.
 CREATE FUNCTION is_allowed(conversation uuid, needed text, permission text) RETURNS boolean
-    LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, public, pg_temp
+    LANGUAGE sql STABLE SECURITY DEFINER COST 0.0001 SET search_path = pg_catalog, public, pg_temp
     RETURN EXISTS (
         SELECT FROM conversation_participant p JOIN conversation c ON c.id = p.conversation_id AND NOT c.is_deleted
         WHERE p.conversation_id = is_allowed.conversation AND p.user_id = current_user_id() AND p.status = 'active'
@@ -965,21 +967,53 @@ CREATE FUNCTION is_allowed(conversation uuid, needed text, permission text) RETU
     );
 
 CREATE FUNCTION is_visible(conversation uuid, sent_version bigint) RETURNS boolean
-    LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, public, pg_temp
+    LANGUAGE sql STABLE SECURITY DEFINER COST 0.0001 SET search_path = pg_catalog, public, pg_temp
     RETURN EXISTS (
         SELECT FROM conversation_participant p JOIN conversation c ON c.id = p.conversation_id AND NOT c.is_deleted
         WHERE p.conversation_id = is_visible.conversation AND p.user_id = current_user_id() AND p.status = 'active'
             AND is_visible.sent_version > visible_after(c, p)
     );
 
--- Whether the reader may see what a message said before: as its sender, a moderator, or if the settings show it to all.
-CREATE FUNCTION are_edits_shown(message uuid) RETURNS boolean LANGUAGE sql STABLE SECURITY DEFINER
-    SET search_path = pg_catalog, public, pg_temp
+-- The policies of tables, one call each, so that nothing of a reader's comes between the parts of a policy.
+CREATE FUNCTION is_message_shown(conversation uuid, sent_version bigint, is_moderated boolean, sender uuid) RETURNS boolean
+    LANGUAGE sql STABLE SECURITY DEFINER COST 0.0001 SET search_path = pg_catalog, public, pg_temp
+    RETURN is_visible(conversation, sent_version) AND (NOT is_moderated OR sender = current_user_id()
+        OR is_allowed(conversation, 'moderator', 'can_delete_messages'));
+
+CREATE FUNCTION is_part_shown(message uuid, of_deleted boolean) RETURNS boolean
+    LANGUAGE sql STABLE SECURITY DEFINER COST 0.0001 SET search_path = pg_catalog, public, pg_temp
     RETURN EXISTS (
+        SELECT FROM message m WHERE m.id = is_part_shown.message AND (of_deleted OR NOT m.is_deleted)
+            AND is_message_shown(m.conversation_id, m.sent_version, m.is_moderated, m.sender_id)
+    );
+
+-- Whether the reader may see what a message said before: as its sender, a moderator, or if the settings show it to all.
+CREATE FUNCTION are_edits_shown(message uuid) RETURNS boolean LANGUAGE sql STABLE SECURITY DEFINER COST 0.0001
+    SET search_path = pg_catalog, public, pg_temp
+    RETURN is_part_shown(message, false) AND EXISTS (
         SELECT FROM message m JOIN conversation c ON c.id = m.conversation_id
         JOIN conversation_participant p ON p.conversation_id = c.id AND p.user_id = current_user_id()
         WHERE m.id = are_edits_shown.message AND shows_edits(c, p, m.sender_id)
     );
+
+-- A poll that was deleted, or that a moderator hides, has no votes, and a vote that was withdrawn is none. A deleted message
+-- has no payload, so whether it was anonymous is not known: what the policies allow, they allow by what is there.
+CREATE FUNCTION is_vote_shown(message uuid, voter uuid, options integer[]) RETURNS boolean
+    LANGUAGE sql STABLE SECURITY DEFINER COST 0.0001 SET search_path = pg_catalog, public, pg_temp
+    RETURN options <> '{}' AND is_part_shown(message, false) AND EXISTS (
+        SELECT FROM message m WHERE m.id = is_vote_shown.message AND NOT m.is_moderated AND m.payload IS NOT NULL
+            AND (voter = current_user_id() OR NOT coalesce((m.payload ->> 'is_anonymous')::boolean, false))
+    );
+
+CREATE FUNCTION is_membership_shown(conversation uuid, member uuid, status text) RETURNS boolean
+    LANGUAGE sql STABLE SECURITY DEFINER COST 0.0001 SET search_path = pg_catalog, public, pg_temp
+    RETURN is_participant(conversation) AND (status = 'active' OR member = current_user_id()
+        OR is_allowed(conversation, 'admin', 'can_remove_members'));
+
+-- Nobody learns who blocked or muted them.
+CREATE FUNCTION is_relationship_shown(from_user uuid, to_user uuid, type text) RETURNS boolean
+    LANGUAGE sql STABLE SECURITY DEFINER COST 0.0001 SET search_path = pg_catalog, public, pg_temp
+    RETURN from_user = current_user_id() OR (to_user = current_user_id() AND type IN ('friend', 'follow'));
 
 ALTER TABLE "user" ENABLE ROW LEVEL SECURITY;
 ALTER TABLE session ENABLE ROW LEVEL SECURITY;
@@ -1006,36 +1040,20 @@ ALTER TABLE audit_entry ENABLE ROW LEVEL SECURITY;
 CREATE POLICY user_access ON "user" FOR SELECT USING (may_i('see_face', id));
 CREATE POLICY session_access ON session FOR SELECT USING (user_id = current_user_id());
 CREATE POLICY conversation_access ON conversation FOR SELECT USING (is_participant(id));
-CREATE POLICY conversation_participant_access ON conversation_participant FOR SELECT USING (
-    is_participant(conversation_id) AND (status = 'active' OR user_id = current_user_id()
-        OR is_allowed(conversation_id, 'admin', 'can_remove_members'))
-);
-CREATE POLICY message_access ON message FOR SELECT USING (
-    is_visible(conversation_id, sent_version) AND (NOT is_moderated OR sender_id = current_user_id()
-        OR is_allowed(conversation_id, 'moderator', 'can_delete_messages'))
-);
--- These ask for the message, whose own policy is asked in turn.
-CREATE POLICY message_reaction_access ON message_reaction FOR SELECT
-    USING (EXISTS (SELECT FROM message m WHERE m.id = message_id));
-CREATE POLICY message_edit_access ON message_edit FOR SELECT
-    USING (EXISTS (SELECT FROM message m WHERE m.id = message_id AND NOT m.is_deleted)
-        AND are_edits_shown(message_id));
--- A poll that was deleted, or that a moderator hides, has no votes, and a vote that was withdrawn is none. A deleted message
--- has no payload, so whether it was anonymous is not known: what the policies allow, they allow by what is there.
-CREATE POLICY poll_vote_access ON poll_vote FOR SELECT USING (options <> '{}' AND EXISTS (
-    SELECT FROM message m WHERE m.id = message_id AND NOT m.is_deleted AND NOT m.is_moderated AND m.payload IS NOT NULL
-        AND (user_id = current_user_id() OR NOT coalesce((m.payload ->> 'is_anonymous')::boolean, false))
-));
+CREATE POLICY conversation_participant_access ON conversation_participant FOR SELECT
+    USING (is_membership_shown(conversation_id, user_id, status));
+CREATE POLICY message_access ON message FOR SELECT
+    USING (is_message_shown(conversation_id, sent_version, is_moderated, sender_id));
+CREATE POLICY message_reaction_access ON message_reaction FOR SELECT USING (is_part_shown(message_id, true));
+CREATE POLICY message_edit_access ON message_edit FOR SELECT USING (are_edits_shown(message_id));
+CREATE POLICY poll_vote_access ON poll_vote FOR SELECT USING (is_vote_shown(message_id, user_id, options));
 CREATE POLICY thread_follow_access ON thread_follow FOR SELECT USING (user_id = current_user_id());
 CREATE POLICY message_star_access ON message_star FOR SELECT USING (user_id = current_user_id());
 CREATE POLICY draft_access ON draft FOR SELECT USING (user_id = current_user_id());
 CREATE POLICY scheduled_message_access ON scheduled_message FOR SELECT USING (sender_id = current_user_id());
-CREATE POLICY attachment_access ON attachment FOR SELECT
-    USING (EXISTS (SELECT FROM message m WHERE m.id = message_id AND NOT m.is_deleted));
--- Nobody learns who blocked or muted them.
-CREATE POLICY user_relationship_access ON user_relationship FOR SELECT USING (
-    from_user_id = current_user_id() OR (to_user_id = current_user_id() AND type IN ('friend', 'follow'))
-);
+CREATE POLICY attachment_access ON attachment FOR SELECT USING (is_part_shown(message_id, false));
+CREATE POLICY user_relationship_access ON user_relationship FOR SELECT
+    USING (is_relationship_shown(from_user_id, to_user_id, type));
 CREATE POLICY report_access ON report FOR SELECT
     USING (is_allowed(conversation_id, 'moderator', 'can_delete_messages'));
 CREATE POLICY audit_entry_access ON audit_entry FOR SELECT USING (is_allowed(chain, 'admin', ''));
@@ -1047,6 +1065,9 @@ CREATE VIEW user_profile WITH (security_barrier) AS
 -- A function may be run by anyone unless told otherwise.
 REVOKE EXECUTE ON FUNCTION may(text, uuid, uuid), are_together(uuid, uuid), may_i(text, uuid), is_participant(uuid),
     is_allowed(uuid, text, text), is_visible(uuid, bigint), are_edits_shown(uuid), silenced(uuid),
+    is_message_shown(uuid, bigint, boolean, uuid),
+    is_part_shown(uuid, boolean), is_vote_shown(uuid, uuid, integer[]), is_membership_shown(uuid, uuid, text),
+    is_relationship_shown(uuid, uuid, text),
     may_now(text, uuid, uuid), obstacle(conversation, conversation_participant) FROM PUBLIC;
 
 -- Takes from everybody what OpenChat gives to nobody: to make temporary tables, and to make anything in the schema. The
@@ -1101,7 +1122,9 @@ BEGIN
     EXECUTE format('GRANT SELECT (id, message_id, uploaded_by, filename, original_filename, mime_type, file_size,
         metadata, is_deleted, created_at, updated_at) ON attachment TO %I', role_name);
     EXECUTE format('GRANT EXECUTE ON FUNCTION may_i(text, uuid), is_participant(uuid), is_allowed(uuid, text, text),
-        is_visible(uuid, bigint), are_edits_shown(uuid) TO %I', role_name);
+        is_visible(uuid, bigint), are_edits_shown(uuid), is_message_shown(uuid, bigint, boolean, uuid),
+        is_part_shown(uuid, boolean), is_vote_shown(uuid, uuid, integer[]), is_membership_shown(uuid, uuid, text),
+        is_relationship_shown(uuid, uuid, text) TO %I', role_name);
 END
 $$;
 REVOKE EXECUTE ON FUNCTION grant_reader(text) FROM PUBLIC;

@@ -258,3 +258,32 @@ async def test_a_reader_who_tries_every_row_finds_what_leaks_nowhere(world: Worl
     assert await reader.seen(mary.id, leaking) == []
     with pytest.raises(asyncpg.DivisionByZeroError):
         await reader.seen(ada.id, leaking)
+
+
+async def test_policies_are_asked_before_anything_that_a_reader_compares(world: World, reader: Reader) -> None:
+    """Comparisons are leakproof: asked before a policy, they tell by EXPLAIN (ANALYZE) what a hidden row holds, since
+    the policy reads blocks for those rows alone that pass them. Policies without a function read none.
+    """
+    columns = await world.db.fetch("""
+        SELECT p.tablename, a.attname, format_type(a.atttypid, NULL) AS type FROM pg_policies p
+        JOIN pg_attribute a ON a.attrelid = format('public.%I', p.tablename)::regclass AND a.attnum > 0
+        WHERE NOT a.attisdropped AND p.schemaname = 'public' AND p.qual NOT LIKE '(% = %current_user_id())'
+    """)
+    values = {
+        "text": "'x'", "uuid": f"'{uuid7()}'", "timestamp with time zone": "'2000-01-01'", "bigint": "1",
+        "integer": "1",
+    }  # fmt: skip
+    who = UserId(uuid7())
+    asked = set()
+    for table, column, kind in columns:
+        if kind not in values:
+            continue
+        try:
+            plan = await reader.seen(who, f'EXPLAIN SELECT 1 FROM "{table}" WHERE {column} >= {values[kind]}')
+        except asyncpg.InsufficientPrivilegeError:
+            continue
+        filters = [line for line in plan if "Filter:" in line]
+        policy = min(filters[0].find(name) % 10_000 for name in ("may_i(", "is_", "are_"))
+        assert policy < filters[0].find(f"{column} >=") % 10_000, (table, column, plan)
+        asked.add(table)
+    assert {"message", "message_edit", "user", "conversation_participant", "user_relationship", "poll_vote"} <= asked

@@ -296,6 +296,7 @@ KNOWN_SECRETS = {
         f"tests/test_{name}.py"
         for name in (
             "accounts",
+            "bounds",
             "characters",
             "command",
             "credentials",

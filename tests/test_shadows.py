@@ -165,7 +165,8 @@ async def test_what_runs_as_the_owner_has_its_path(world: World) -> None:
         FROM pg_proc p WHERE p.pronamespace = 'public'::regnamespace
     """)
     assert {function["proname"] for function in functions if function["prosecdef"]} == {
-        "may_i", "is_participant", "is_allowed", "is_visible", "are_edits_shown"
+        "may_i", "is_participant", "is_allowed", "is_visible", "are_edits_shown", "is_message_shown", "is_part_shown",
+        "is_vote_shown", "is_membership_shown", "is_relationship_shown",
     }  # fmt: skip
     for function in functions:
         name, path = function["proname"], function["proconfig"]
@@ -175,7 +176,8 @@ async def test_what_runs_as_the_owner_has_its_path(world: World) -> None:
         if function["is_text"] and not path:  # as `may`, which each direct message asks: a path costs time
             ours = "|".join(one["proname"] for one in functions)
             names = re.findall(
-                rf"\b(?:FROM|JOIN|INTO|UPDATE) (?!them|theirs)\S+|(?<!\w)(?:public\.)?(?:{ours})\(", function["prosrc"]
+                rf"\b(?:FROM|JOIN|INTO|UPDATE) (?!them|theirs|\()\S+|(?<!\w)(?:public\.)?(?:{ours})\(",
+                function["prosrc"],
             )
             assert names, name
             assert [one for one in names if "public." not in one] == [], name
