@@ -59,6 +59,8 @@ MAX_HASHTAGS = 50
 MAX_SCHEDULED = 100
 """Messages of one user that wait for their time."""
 MAX_PUSH_ENDPOINTS = 20
+MAX_INVITATIONS_OF_PAIR = 5
+"""Max pending invitations, per inviter and invitee."""
 MAX_INVITATIONS = 100
 """Max invitations that wait for an answer of one user, sent by users who may not add them: as many as are listed."""
 MAX_INVITATIONS_SENT = 1_000

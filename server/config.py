@@ -136,6 +136,8 @@ def read(**overrides: object) -> Settings:
     given: dict[str, object] = {
         field: os.environ[variable(field)] for field in Settings.__struct_fields__ if variable(field) in os.environ
     }
+    if "OPENCHAT_BEHIND_PROXY" in os.environ:
+        raise Fatal("OPENCHAT_BEHIND_PROXY was replaced. Set OPENCHAT_TRUSTED_PROXIES to the number of proxies.")
     given |= {field: value for field, value in overrides.items() if value is not None}
     for field in given:
         try:

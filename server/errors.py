@@ -89,7 +89,7 @@ def told(error: BaseException) -> str:
     if is_about_a_value or isinstance(error, asyncpg.DataError):
         return "a value was refused"
     if isinstance(error, (asyncpg.PostgresError, asyncpg.InterfaceError)):
-        return str(error.args[0])
+        return str(error.args[0]) if error.args else type(error).__name__
     return str(error)
 
 

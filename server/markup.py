@@ -23,9 +23,11 @@ MAX_DEPTH = 20
 # Markup that messages do not have is hidden from the renderer behind characters for private use, and shown as text.
 _LESS, _AND, _NOTHING = "\ue0f0", "\ue0f1", "\ue0f2"
 _OURS = re.compile(f"[{_LESS}{_AND}{_NOTHING}]")
-_HTML = re.compile(r"(?<!\\)<(?!https?://)")
-_ENTITY = re.compile(r"(?<!\\)&")
-_BREAK = re.compile(r"(?<!\\)\n")
+# A backslash escapes what follows it, also another backslash: an even number of them escapes nothing.
+_UNESCAPED = r"(?<!\\)((?:\\\\)*)"
+_HTML = re.compile(_UNESCAPED + r"<(?!https?://)")
+_ENTITY = re.compile(_UNESCAPED + "&")
+_BREAK = re.compile(_UNESCAPED + r"\n")
 _IMAGE_OR_HEADING = re.compile(r"(?<=!)(?=\[)|^(?= {0,3}(?:#{1,6}[ \t\r\n]|=+[ \t]*$|\[[^\]\n]+\]:))", re.MULTILINE)
 _REVEALED = {_LESS: "&lt;", _AND: "&amp;", _NOTHING: "", "%EE%83%B0": "%3C", "%EE%83%B1": "&amp;", "%EE%83%B2": ""}
 _HIDDEN = re.compile("|".join(_REVEALED))
@@ -37,10 +39,10 @@ _SINGLE = {"br", "hr"}
 def render(content: str) -> str:
     """Return the HTML of a message in Markdown. Raises Refused if that is too long, or nested too deeply."""
     hidden = _OURS.sub("\ufffd", content).replace("\r\n", "\n").replace("\r", "\n")
-    hidden = _ENTITY.sub(_AND, _HTML.sub(_LESS, hidden))
+    hidden = _ENTITY.sub(rf"\1{_AND}", _HTML.sub(rf"\1{_LESS}", hidden))
     hidden = _IMAGE_OR_HEADING.sub(_NOTHING, hidden)
     # Two spaces before a line break make it one that is seen; in code, they are taken away again.
-    raw = pyromark.html(_BREAK.sub("  \n", hidden), options=pyromark.Options.ENABLE_STRIKETHROUGH)
+    raw = pyromark.html(_BREAK.sub(r"\1  \n", hidden), options=pyromark.Options.ENABLE_STRIKETHROUGH)
     raw = _HEADING.sub(r"<\1p>", raw.replace("  \n", "\n").replace("<del>", "<s>").replace("</del>", "</s>"))
     raw = _HIDDEN.sub(lambda found: _REVEALED[found[0]], raw)
     if len(raw) > MAX_RAW:

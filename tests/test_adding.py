@@ -15,7 +15,7 @@ from protocol.client import Frame
 from protocol.codec import decode_server, encode
 from protocol.errors import ErrorCode
 from protocol.ids import ConversationId, UserId, uuid7
-from protocol.limits import MAX_INVITATIONS, MAX_INVITATIONS_SENT
+from protocol.limits import MAX_INVITATIONS, MAX_INVITATIONS_OF_PAIR, MAX_INVITATIONS_SENT
 from protocol.server import Added, Error, OneConversation, Reply
 from protocol.values import Participant, User
 from prove.client import Client
@@ -70,10 +70,10 @@ async def listed(one: Client) -> tuple[set[ConversationId], set[ConversationId]]
 
 
 async def test_a_stranger_takes_nobody_into_any_conversation(world: World) -> None:
-    """As many frames as there is time for: the victim takes part in nothing, and at most 100 invitations wait."""
+    """The victim takes part in nothing, and five invitations wait."""
     stranger, victim = await world.users("Stranger", "Victim")
     one, other = await world.connect(stranger), await world.connect(victim, 1)
-    for _ in range(20):
+    for _ in range(3):
         await one.call(group_of(victim))
     about = await world.channel(one)
     await one.call(adding(about, victim))
@@ -83,7 +83,7 @@ async def test_a_stranger_takes_nobody_into_any_conversation(world: World) -> No
     await other.call(client.Join(conversation_id=public))
     await one.call(group_of(victim))
     entered, asked = await listed(other)
-    assert (len(entered), len(asked)) == (2, 22)
+    assert (len(entered), len(asked)) == (2, 5)
     assert public in entered
     assert await recount(world.db) == []
 
@@ -363,8 +363,8 @@ WITH them AS (
     INSERT INTO "user" (name, email)
     SELECT 'Crowd', gen_random_uuid() || '@example.org' FROM generate_series(1, $1::int) RETURNING id
 ), made AS (
-    INSERT INTO conversation (type, title, created_by, version, settings_version)
-    SELECT 'channel', 'Spam', coalesce($3, id), 1, 1 FROM them RETURNING id, created_by
+    INSERT INTO conversation (type, title, created_by, version, settings_version, created_at)
+    SELECT 'channel', 'Spam', coalesce($3, id), 1, 1, now() - interval '2 days' FROM them RETURNING id, created_by
 ), numbered AS (SELECT id, row_number() OVER () AS n FROM them)
 INSERT INTO conversation_participant (conversation_id, user_id, status, invited_by, version)
 SELECT m.id, coalesce($2, t.id), 'invited', m.created_by, 1
@@ -411,6 +411,14 @@ async def test_invitations_that_wait_for_one_person_are_bounded(world: World) ->
     for one in list(asked - {about})[:2]:
         await other.call(client.Decline(conversation_id=one))
     assert codes([await strangers[late].ask(frames[late])]) == [None]
+
+
+async def test_nobody_fills_the_invitations_of_somebody_alone(world: World) -> None:
+    spammer, victim, honest = await world.users("Spammer", "Victim", "Honest")
+    one = await world.connect(spammer)
+    answers = [await one.ask(group_of(victim)) for _ in range(MAX_INVITATIONS_OF_PAIR + 2)]
+    assert codes(answers) == [None] * MAX_INVITATIONS_OF_PAIR + [ErrorCode.CONFLICT] * 2
+    assert codes([await (await world.connect(honest)).ask(group_of(victim))]) == [None]
 
 
 async def test_invitations_of_one_person_that_wait_are_bounded(world: World) -> None:

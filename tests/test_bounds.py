@@ -16,7 +16,8 @@ from protocol.limits import MAX_EMOJI_OF_USER, MAX_SESSIONS
 from protocol.server import Error
 from prove.client import Client
 from server.handlers import messages
-from server.queries import bounds, sessions
+from server.queries import bounds, participants, sessions, users
+from tests.test_may_send import waiting
 from tests.world import Room, Somebody, World, refused, sent
 
 MOST, ASKED = 5, 15
@@ -220,6 +221,21 @@ async def test_draft_goes_with_its_conversation(room: Room, world: World, frame:
     assert await world.db.fetchval("SELECT count(*) FROM draft") == 0
     with refused(ErrorCode.NOT_FOUND, "conversation_id"):
         await room.charles.call(client.SetDraft(conversation_id=room.group, content="I think"))
+
+
+async def test_a_draft_that_waits_while_its_writer_is_removed_is_refused(room: Room, world: World) -> None:
+    charles = room.them[1].id
+    async with world.db.transaction():
+        await users.lock(world.db, [charles])
+        asked = asyncio.create_task(room.charles.ask(client.SetDraft(conversation_id=room.group, content="I thi")))
+        await waiting(world, 1)
+        them = await participants.get(world.db, room.group, charles)
+        assert them is not None
+        await participants.change(world.db, them, status="removed")
+    answer = await asked
+    assert isinstance(answer, Error)
+    assert answer.code is ErrorCode.NOT_FOUND
+    assert await world.db.fetchval("SELECT count(*) FROM draft") == 0
 
 
 async def test_session_unused_for_longest_ends_when_there_are_too_many(world: World) -> None:

@@ -112,6 +112,20 @@ def test_whatever_is_put_together_is_harmless(text: str) -> None:
     assert_safe(markup.render(text))
 
 
+@given(
+    st.lists(
+        st.sampled_from(["\\", "<", ">", "<a href='https://evil.example'>", "</a>", "<b>", "&amp;", "\n", "x", " "]),
+        max_size=12,
+    ).map("".join)
+)
+def test_no_tag_of_the_sender_is_one_however_it_is_escaped(text: str) -> None:
+    assert re.findall(r"</?(?:a|b)[ >]", markup.render(text)) == []
+
+
+def test_what_follows_an_escaped_backslash_is_shown() -> None:
+    assert "&lt;script&gt;lost text" in markup.render(r"\\<script>lost text</script> end")
+
+
 def test_markdown_does_what_people_expect() -> None:
     text = "**Bold** and *soft*, ~~gone~~, `code`,\n[a link](https://example.org/?a=1&b=2)\n\n> said\n\n1. one\n2. two"
     assert markup.render(text) == (

@@ -240,7 +240,7 @@ def hot(place: Place, ids: dict[str, Any]) -> dict[str, tuple[str, tuple[Any, ..
         "add": (participants.ADD, (about, [user], "member", user)),
         "change": (participants.CHANGE, (about, user, "member", "left", 1)),
         "heir": (participants.HEIR, (about, user)),
-        "guests": (welcome.GUESTS, (user, about, [user], 100, 1_000)),
+        "guests": (welcome.GUESTS, (user, about, [user], 100, 1_000, 5)),
         "visible": (users.VISIBLE, (user, [user])),
         "may": (users.ALL_MAY, ("write", user, [user])),
         "news": (users.NEWS, (user, 0)),

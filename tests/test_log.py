@@ -15,6 +15,7 @@ import pytest
 from protocol import client, server
 from protocol.errors import ErrorCode
 from server import log
+from server.errors import told
 from tests.world import Room, World, message, until
 
 ADDRESS = "ada@secret.example.org"
@@ -164,3 +165,7 @@ def is_text_of_something(argument: ast.expr) -> bool:
         isinstance(argument, ast.Call) and isinstance(argument.func, ast.Name) and argument.func.id in {"str", "repr"}
     )
     return is_made or isinstance(argument, ast.JoinedStr)
+
+
+def test_an_error_without_words_is_named() -> None:
+    assert told(asyncpg.PostgresError()) == "PostgresError"

@@ -70,6 +70,12 @@ def test_there_may_be_fewer_entries_than_proxies() -> None:
     assert Proxies.read("10.0.0.0/8").client(PEER, ["10.1.1.1", "10.2.2.2"]).host == "10.1.1.1"
 
 
+def test_the_setting_of_before_is_refused_with_its_successor(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENCHAT_BEHIND_PROXY", "true")
+    with pytest.raises(Fatal, match="Set OPENCHAT_TRUSTED_PROXIES"):
+        config.read()
+
+
 @pytest.mark.parametrize("setting", ["true", "-1", "11", "1.5", "10.0.0.0/33", "10.0.0.1/8", "1,", "example.org", "*"])
 def test_a_setting_that_is_not_understood_ends_the_start_in_one_line(setting: str) -> None:
     with pytest.raises(Fatal, match=r"^OPENCHAT_TRUSTED_PROXIES is not understood: [^\n]*\.$"):

@@ -26,7 +26,9 @@ RETURNING true
 
 
 async def put(db: Db, frame: SetDraft, user_id: UserId) -> bool:
-    """Keep a draft in the place of the one before; False, and in vain, without access."""
+    """Keep a draft in the place of the one before; False, and in vain, without access. Under the user's lock, which
+    leaving and removal take, so that no draft outlives the membership.
+    """
     return bool(await db.fetchval(SET, frame.conversation_id, user_id, frame.content))
 
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from protocol.ids import ConversationId, UserId
-from protocol.limits import MAX_INVITATIONS, MAX_INVITATIONS_SENT
+from protocol.limits import MAX_INVITATIONS, MAX_INVITATIONS_OF_PAIR, MAX_INVITATIONS_SENT
 from protocol.values import ParticipantStatus
 from server.database import Db
 
@@ -18,7 +18,7 @@ class Guest(NamedTuple):
     status: ParticipantStatus | None
     """Their part in the conversation; None if they never had one."""
     is_full: bool
-    """Whether `MAX_INVITATIONS` wait for their answer."""
+    """Whether `MAX_INVITATIONS` wait for their answer, or `MAX_INVITATIONS_OF_PAIR` of the one who asks."""
     sent: int
     """Invitations of the one who asks that wait for an answer, counted up to `MAX_INVITATIONS_SENT`."""
 
@@ -29,7 +29,10 @@ SELECT named.user_id, may('invite', $1, named.user_id), may('add', $1, named.use
     $4 = (SELECT count(*) FROM (
         SELECT FROM conversation_participant w JOIN conversation c ON c.id = w.conversation_id AND c.is_active
         WHERE w.user_id = named.user_id AND w.status = 'invited' LIMIT $4
-    ) waiting),
+    ) waiting) OR $6 = (SELECT count(*) FROM (
+        SELECT FROM conversation_participant w JOIN conversation c ON c.id = w.conversation_id AND c.is_active
+        WHERE w.user_id = named.user_id AND w.status = 'invited' AND w.invited_by = $1 LIMIT $6
+    ) of_pair),
     (SELECT count(*) FROM (
         SELECT FROM conversation_participant s JOIN conversation c ON c.id = s.conversation_id AND c.is_active
         WHERE s.invited_by = $1 AND s.status = 'invited' LIMIT $5
@@ -42,5 +45,6 @@ ORDER BY named.place
 
 async def guests(db: Db, caller: UserId, conversation_id: ConversationId, user_ids: Sequence[UserId]) -> list[Guest]:
     """Return how users stand to the caller and to a conversation, in their order. Under the lock of all of them."""
-    rows = await db.fetch(GUESTS, caller, conversation_id, list(user_ids), MAX_INVITATIONS, MAX_INVITATIONS_SENT)
+    bounds = (MAX_INVITATIONS, MAX_INVITATIONS_SENT, MAX_INVITATIONS_OF_PAIR)
+    rows = await db.fetch(GUESTS, caller, conversation_id, list(user_ids), *bounds)
     return [Guest(*row) for row in rows]
