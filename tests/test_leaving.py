@@ -159,7 +159,8 @@ async def test_ones_own_data_is_all_there(world: World, ada: Person) -> None:
     export = msgspec.json.decode(answer.content, type=Export, dec_hook=json_object.read)
     assert (export.me.email, export.logins[0].provider_id, len(export.sessions)) == (ADA["email"], "credential", 1)
     assert [entry.conversation_id for entry in export.conversations] == [about]
-    assert [(one.kind, one.status) for one in export.relationships] == [("follow", "inactive")]
+    # A block, which is not told, leaves her follow as it was (docs/decisions/0042).
+    assert [(one.kind, one.status) for one in export.relationships] == [("follow", "active")]
     assert [reaction.message_id for reaction in export.reactions] == [theirs]
     assert [report.reason for report in export.reports] == ["Not mine"]
     assert [(vote.message_id, vote.options) for vote in export.votes] == [(poll, [1])]

@@ -112,7 +112,7 @@ async def proven(settings: Settings, down: Callable[[], Spoil], up: Answer = han
             await run.prepare()
             outcome = await run.phase(FAULTS[0], 3.0)
             await run.stop()
-        assert outcome.acknowledged > 150
+        assert outcome.acknowledged > 75
         assert ("phases" in report.verdict(proof)) == outcome.is_good == proof.is_good
         return outcome
 
