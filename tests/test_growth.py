@@ -203,6 +203,7 @@ async def lone(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> AsyncIter
         yield world
 
 
+@pytest.mark.more  # it has failed on a busy machine
 async def test_frames_of_all_kinds_leave_containers_as_they_were(lone: World) -> None:
     app = lone.workers[0].app
 
