@@ -210,7 +210,10 @@ async def test_emoji_of_a_user_on_a_message_are_bounded(room: Room, world: World
 
 @pytest.mark.parametrize("frame", ["leave", "remove", "delete"])
 async def test_draft_goes_with_its_conversation(room: Room, world: World, frame: str) -> None:
+    """The writer's other devices are told, and the row keeps no text."""
+    other = await world.connect(room.them[1], 1)
     await room.charles.call(client.SetDraft(conversation_id=room.group, content="I thi"))
+    await other.event(server.DraftChanged, lambda event: event.draft.content == "I thi")
     match frame:
         case "leave":
             await room.charles.call(client.Leave(conversation_id=room.group))
@@ -218,7 +221,8 @@ async def test_draft_goes_with_its_conversation(room: Room, world: World, frame:
             await room.ada.call(client.RemoveParticipant(conversation_id=room.group, user_id=room.them[1].id))
         case _:
             await room.ada.call(client.DeleteConversation(conversation_id=room.group))
-    assert await world.db.fetchval("SELECT count(*) FROM draft") == 0
+    assert await world.db.fetchval("SELECT count(*) FROM draft WHERE content <> ''") == 0
+    await other.event(server.DraftChanged, lambda event: event.draft.content == "")
     with refused(ErrorCode.NOT_FOUND, "conversation_id"):
         await room.charles.call(client.SetDraft(conversation_id=room.group, content="I think"))
 

@@ -310,10 +310,6 @@ async def update(db: Db, conversation_id: ConversationId, changes: dict[str, Any
 
 
 DELETE = """
-WITH forgotten AS (
-    DELETE FROM draft d USING conversation_participant p
-    WHERE p.conversation_id = $1 AND d.user_id = p.user_id AND d.conversation_id = $1
-)
 UPDATE conversation c SET is_deleted = true, is_active = false, invite_code = NULL, updated_at = now(),
     version = c.version + 1, settings_version = c.version + 1, access_version = c.version + 1
 WHERE c.id = $1
@@ -322,7 +318,7 @@ RETURNING conversation_json(c)
 
 
 async def delete(db: Db, conversation_id: ConversationId) -> Conversation:
-    """End a conversation for everyone, and delete their drafts; return what is left of it. Under the lock."""
+    """End a conversation for everyone; return what is left of it. Under the lock."""
     return _conversation_decoder.decode(await db.fetchval(DELETE, conversation_id))
 
 

@@ -1,7 +1,7 @@
 """Drafts: what somebody has begun to write, one in each conversation."""
 
 from protocol.client import SetDraft
-from protocol.ids import UserId
+from protocol.ids import ConversationId, UserId
 from protocol.values import Draft
 from server.database import Db
 from server.rows import Reader
@@ -30,6 +30,28 @@ async def put(db: Db, frame: SetDraft, user_id: UserId) -> bool:
     leaving and removal take, so that no draft outlives the membership.
     """
     return bool(await db.fetchval(SET, frame.conversation_id, user_id, frame.content))
+
+
+# The row stays, so that the user's other devices are told.
+EMPTY = """
+WITH touched AS (
+    UPDATE "user" u SET version = u.version + 1 FROM (
+        SELECT o.id FROM conversation_participant p
+        JOIN draft d ON d.user_id = p.user_id AND d.conversation_id = p.conversation_id AND d.content <> ''
+        JOIN "user" o ON o.id = p.user_id
+        WHERE p.conversation_id = $1 AND ($2::uuid IS NULL OR p.user_id = $2)
+        ORDER BY o.id FOR NO KEY UPDATE OF o
+    ) t WHERE u.id = t.id RETURNING u.id, u.version
+)
+UPDATE draft d SET content = '', updated_at = now(), user_version = t.version FROM touched t
+WHERE d.user_id = t.id AND d.conversation_id = $1
+RETURNING d.user_id
+"""
+
+
+async def empty(db: Db, conversation_id: ConversationId, user_id: UserId | None = None) -> list[UserId]:
+    """Empty the draft that a user, or everyone, has in a conversation; return whose. Under the conversation's lock."""
+    return [UserId(row[0]) for row in await db.fetch(EMPTY, conversation_id, user_id)]
 
 
 LIST = """

@@ -10,6 +10,7 @@ from protocol.ids import ConversationId, UserId
 from protocol.server import ParticipantEntry
 from protocol.values import Invitation, Participant, ParticipantStatus, Role
 from server.database import Db
+from server.queries import drafts
 from server.queries.users import FACE
 from server.rows import Reader
 
@@ -153,8 +154,6 @@ WITH bumped AS (
     UPDATE conversation SET version = version + 1, access_version = version + 1,
         participant_count = participant_count - $5, is_active = participant_count > $5
     WHERE id = $1 RETURNING version, participant_count
-), forgotten AS (
-    DELETE FROM draft d USING bumped WHERE d.conversation_id = $1 AND d.user_id = $2 AND $4 <> 'active'
 )
 UPDATE conversation_participant p SET role = $3, status = $4, version = b.version,
     left_at = CASE WHEN $4 = 'active' THEN NULL ELSE now() END
@@ -164,10 +163,12 @@ RETURNING participant_json(p), b.participant_count
 
 
 async def change(db: Db, now: Participant, *, role: Role | None = None, status: ParticipantStatus = "active") -> Change:
-    """Give a participant another role, or another status, which ends their part and deletes their draft. When nobody is
+    """Give a participant another role, or another status, which ends their part and empties their draft. When nobody is
     left, the conversation ends, too.
     """
     leaving = int(now.status == "active" and status != "active")
+    if leaving:
+        await drafts.empty(db, now.conversation_id, now.user_id)
     row = await db.fetchrow(CHANGE, now.conversation_id, now.user_id, role or now.role, status, leaving)
     assert row is not None  # noqa: S101 - the caller read it under the lock
     return Change(_participant_decoder.decode(row[0]), row[1])
