@@ -91,7 +91,7 @@ class RedisBus:
         self._origin = origin or os.urandom(ORIGIN_BYTES)
         self._channels: set[bytes] = set()
         self._confirming: dict[bytes, asyncio.Future[None]] = {}
-        # Of this connection: the channels that were asked for, and those of them that are not confirmed.
+        # Of a connection that is not up yet: the channels that were asked for, and those that are not confirmed.
         self._asked: set[bytes] = set()
         self._unconfirmed: set[bytes] = set()
         self._commands: list[tuple[bytes, bytes]] = []
@@ -237,6 +237,7 @@ class RedisBus:
 
     def _go_up(self) -> None:
         self.is_up = True
+        self._asked.clear()
         if self._was_lost:
             log.info("the bus is up again")
         self._caught_up()

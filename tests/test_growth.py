@@ -1,6 +1,7 @@
 """Everything that a client can grow is bounded: docs/growth.md lists what is kept, and is compared with the code."""
 
 import ast
+import contextlib
 import fnmatch
 import gc
 import json
@@ -203,7 +204,6 @@ async def lone(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> AsyncIter
         yield world
 
 
-@pytest.mark.more  # it has failed on a busy machine
 async def test_frames_of_all_kinds_leave_containers_as_they_were(lone: World) -> None:
     app = lone.workers[0].app
 
@@ -230,7 +230,9 @@ async def test_frames_of_all_kinds_leave_containers_as_they_were(lone: World) ->
 
     await settled()
     # Frames' last commands to Redis leave in the next turn of the loop.
-    await until(lambda: not grown())
+    with contextlib.suppress(TimeoutError):
+        await until(lambda: not grown())
+    assert grown() == {}
 
 
 async def test_rechecks_of_a_user_are_coalesced(lone: World) -> None:

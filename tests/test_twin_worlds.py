@@ -145,7 +145,6 @@ CASES: dict[str, tuple[tuple[bool, bool], list[Fact], bool]] = {
 SLOW = {"invisible stranger", "blocks"}
 
 
-@pytest.mark.more  # it has failed on a busy machine
 @pytest.mark.parametrize("case", [pytest.param(one, marks=pytest.mark.more if one in SLOW else ()) for one in CASES])
 async def test_worlds_that_differ_in_a_hidden_fact_look_alike(world: World, case: str) -> None:
     (have_met, are_friends), facts, writes = CASES[case]

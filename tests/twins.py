@@ -137,6 +137,8 @@ class Twin:
         for _ in range(2):
             if self.xaver is None:
                 self.xaver = await self.world.connect(self.people[XAVER])
+                # Or else the arrival is told together with what Xaver does next.
+                await self.settle()
             for which in ("reply", "my direct"):
                 await self.xaver.ask(client.Delivered(**self.at(which)))
             for status in statuses or ("away", "online"):
