@@ -19,14 +19,11 @@ _encoder = msgspec.json.Encoder()
 _client_decoder: msgspec.json.Decoder[ClientFrame] = msgspec.json.Decoder(ClientFrame, dec_hook=json_object.accept)
 _server_decoder: msgspec.json.Decoder[ServerFrame] = msgspec.json.Decoder(ServerFrame, dec_hook=json_object.read)
 
-# What msgspec says of a bad field, and where: "… - at `$.mentions[3]`", "… missing required field `content`".
-_AT = re.compile(r"^(?P<what>.*?)(?: - at (?:`key` in )?`\$\.?(?P<path>[^`]*)`)?\Z", re.DOTALL)
+_AT = re.compile(r"(?P<what>.*) - at (?:`key` in )?`\$(?P<path>[^`]*)`\Z", re.DOTALL)
 _NAMED = re.compile(r"`([a-z_]+)`")
 _RULES = {f"Expected `str` matching regex {pattern!r}": sentence for pattern, sentence in RULES.items()}
 
 _EXPONENT = re.compile(rb"[eE][+-]?[0-9]{3}")
-# The closing quotation mark is optional: otherwise many strings without an end take time that is quadratic.
-_STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"?', re.DOTALL)
 
 _SHORT, _MEDIUM = 126, 1 << 16
 
@@ -51,7 +48,7 @@ def encode(value: object) -> bytes:
 def decode_client(data: bytes | str) -> ClientFrame:
     """Return the frame a client sent. Raises Refused, with the bad field's path, if it is not one."""
     raw = data.encode() if isinstance(data, str) else data
-    if _are_extreme(raw) and _are_extreme(_STRING.sub(b"", raw)):
+    if _are_extreme(raw) and _are_extreme(json_object.STRING.sub(b"", raw)):
         raise Refused(
             ErrorCode.BAD_FRAME, f"A frame holds at most {MAX_EXTREME_NUMBERS} numbers with exponents of three digits."
         )
@@ -107,13 +104,22 @@ def now() -> datetime:
 
 
 def _are_extreme(data: bytes) -> bool:
+    # Such a number takes five bytes at least, as `1e300`, and a comma: few frames are long enough to be looked through.
+    if len(data) < 6 * MAX_EXTREME_NUMBERS:
+        return False
     found = islice(_EXPONENT.finditer(data), MAX_EXTREME_NUMBERS + 1)
-    return len(data) > MAX_EXTREME_NUMBERS and sum(1 for _ in found) > MAX_EXTREME_NUMBERS
+    return sum(1 for _ in found) > MAX_EXTREME_NUMBERS
+
+
+def located(problem: str) -> tuple[str, str]:
+    """Return what msgspec says of a bad field, and where, as in "… - at `$.mentions[3]`": here `.mentions[3]`."""
+    found = _AT.match(problem)
+    return (found["what"], found["path"]) if found else (problem, "")
 
 
 def _refusal(problem: str) -> Refused:
-    found = _AT.match(problem)
-    what, path = (found["what"], found["path"]) if found else (problem, None)
+    what, path = located(problem)
+    path = path.removeprefix(".")
     if path == "type" or (not path and "required field `type`" in what):
         return Refused(ErrorCode.BAD_FRAME, "`type` must be one of the known frame types.", path="type")
     if (named := _NAMED.search(what)) and not what.startswith("Expected"):

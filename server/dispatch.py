@@ -76,14 +76,14 @@ class Dispatch:
         frame = None
         began = time.perf_counter()
         try:
-            rate = self._charge(context.user_id, data)
+            self._charge(context.user_id, data)
             frame = decode_client(data)
             route = self._routes.get(type(frame))
             if route is None:
                 raise _already_authenticated(frame)
             if route.shed is not None:
                 self._pressure.require(route.shed)
-            if rate is Rate.SEARCH:
+            if route.rate is Rate.SEARCH:
                 result = await self._search(route, context, frame)
             else:
                 result = await self._handle(route, context, frame)
@@ -97,8 +97,8 @@ class Dispatch:
         self._metrics.answered(str(type(frame).__struct_config__.tag), time.perf_counter() - began)
         return Reply(re=frame.id, result=result)
 
-    def _charge(self, user_id: UserId, data: bytes) -> Rate:
-        """Take tokens for an encoded frame, by its size, before it costs the work of decoding. Return which tokens.
+    def _charge(self, user_id: UserId, data: bytes) -> None:
+        """Take tokens for an encoded frame, by its size, before it costs the work of decoding.
 
         Raises Refused if there are too few, or if the frame is a search and another one of the user runs.
         """
@@ -110,7 +110,6 @@ class Dispatch:
                 retry_after_ms=SEARCHING_MS,
             )
         self._allowances[rate].require(user_id, 1 + len(data) // TOKEN_BYTES)
-        return rate
 
     async def _handle(self, route: Route, context: Context, frame: Frame) -> Result:
         """Run the handler of a frame, and once more if PostgreSQL ended its transaction to break a deadlock."""
@@ -123,12 +122,11 @@ class Dispatch:
 
     async def _search(self, route: Route, context: Context, frame: Frame) -> Result:
         """Run the handler of a search; meanwhile `_charge` refuses others of the same user at this worker."""
-        user_id = context.user_id
-        self.searching.add(user_id)
+        self.searching.add(context.user_id)
         try:
             return await self._handle(route, context, frame)
         finally:
-            self.searching.discard(user_id)
+            self.searching.discard(context.user_id)
 
 
 def error_frame(refused: Refused, *, re: int | str | None = None) -> Error:

@@ -201,7 +201,7 @@ class Presence:
         if dirty:
             await self._flush_users(list(dirty))
 
-    async def _flush_users(self, user_ids: Sequence[UserId], reason: "Reason | None" = None) -> None:
+    async def _flush_users(self, user_ids: Sequence[UserId], reason: Reason | None = None) -> None:
         """Note in Redis how these users are here now, and announce what that changes, or with a reason all of them."""
         before: dict[UserId, dict[bytes, bytes]]
         here = {user_id: local for user_id in user_ids if (local := self._local(user_id))}
@@ -234,7 +234,7 @@ class Presence:
                 changed[user_id] = states
         await self._tell(changed, reason or Reason.DEVICE)
 
-    async def _tell(self, changed: dict[UserId, set[bytes]], reason: "Reason") -> None:
+    async def _tell(self, changed: dict[UserId, set[bytes]], reason: Reason) -> None:
         if not changed:
             return
         try:

@@ -14,6 +14,7 @@ from urllib.parse import quote
 import msgspec
 
 from protocol import json_object
+from protocol.codec import located
 from protocol.limits import visible
 
 log = logging.getLogger(__name__)
@@ -33,7 +34,6 @@ LONG_AGO = "1970-01-01T00:00:00Z"
 """Stands in for a time that has no default, whose field ends in `_at`."""
 
 _TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[\[{]|[\]}]|[^"\[\]{}]+')
-_AT = re.compile(r"(?P<what>.*) - at (?:`key` in )?`\$(?P<path>[^`]*)`\Z", re.DOTALL)
 _STEP = re.compile(r"\.(?P<name>\w+)|\[(?P<place>\d+)\]|\[\.\.\.\]")
 _FIELD = re.compile(r"(?P<problem>missing required|contains unknown) field `(?P<name>\w+)`")
 _told: set[tuple[str, str]] = set()
@@ -85,8 +85,7 @@ class Reader(Generic[Row]):
 
 def _mend(value: Any, problem: str) -> bool:  # noqa: ANN401 - as above
     """Leave out the smallest part of a row that explains a decoder's problem; False if that is all of it."""
-    found = _AT.match(problem)
-    what, path = (found["what"], found["path"]) if found else (problem, "")
+    what, path = located(problem)
     steps: list[str | int] = []
     for one in _STEP.finditer(path):
         if one["name"] is None and one["place"] is None:

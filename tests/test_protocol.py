@@ -12,9 +12,10 @@ from websockets.frames import Opcode
 from websockets.protocol import CLIENT, OPEN, Protocol
 
 from protocol import client
-from protocol.codec import _STRING, decode_client, decode_server, encode, label, text_frame
+from protocol.codec import decode_client, decode_server, encode, label, text_frame
 from protocol.errors import CloseCode, ErrorCode, Refused
 from protocol.ids import ConversationId, MessageId, uuid7
+from protocol.json_object import STRING
 from protocol.limits import MAX_EXTREME_NUMBERS
 from protocol.server import Error, MessageSent
 from server.describe.asyncapi import CLIENT_FRAMES
@@ -131,4 +132,4 @@ def test_numbers_that_are_slow_to_read_are_bounded() -> None:
 
 def test_strings_without_an_end_are_told_from_numbers_in_linear_time() -> None:
     for text in (b'"\\', rb"\"", rb'"\"e300', b'"e300'):
-        assert len(_STRING.sub(b"", text * 50_000)) <= 50_000 * len(text)
+        assert len(STRING.sub(b"", text * 50_000)) <= 50_000 * len(text)

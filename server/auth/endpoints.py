@@ -1,7 +1,6 @@
 """The HTTP endpoints for accounts and sessions."""
 
 from collections.abc import AsyncIterator
-from datetime import datetime
 from typing import NamedTuple
 
 import asyncpg
@@ -28,7 +27,7 @@ from server.export import written
 from server.limits import Allowance
 from server.queries import accounts, sessions, users
 from server.queries.accounts import Login as Found
-from server.queries.sessions import Active
+from server.queries.sessions import Active, Beginning
 from server.web import JSON, endpoint, json_response, limited_body
 
 _register = msgspec.json.Decoder(Register)
@@ -42,13 +41,11 @@ EXPORTS_PER_SECOND, EXPORTS_AT_ONCE = 1 / 60, 3
 
 
 class Begun(NamedTuple):
-    """A session that has begun, as LoggedIn tells it, and whether others had to end for it."""
+    """Whose session has begun, and by which token it is known."""
 
-    token: str
-    session_id: SessionId
-    expires_at: datetime
     user: User
-    has_ended_others: bool
+    token: str
+    session: Beginning
 
 
 class Accounts:
@@ -136,7 +133,7 @@ class Accounts:
             return begun
 
         begun = await self._database.atomically("login", made)
-        if begun is not None and begun.has_ended_others:
+        if begun is not None and begun.session.has_ended_others:
             self._events.poke([found.user.id])
         return begun
 
@@ -242,12 +239,13 @@ class Accounts:
         device = (address_of(request), request.headers.get("user-agent", "")[:MAX_USER_AGENT].replace("\0", "") or None)
         lasts = self._sessions.lasts
         begun = await sessions.create(db, user.id, token_hash(token), lasts, device, password_hash=checked)
-        if begun is None:
-            return None
-        return Begun(token, begun.session_id, begun.expires_at, user, begun.has_ended_others)
+        return None if begun is None else Begun(user, token, begun)
 
     def _welcome(self, request: Request, begun: Begun, *, status: int) -> Response:
-        said = LoggedIn(token=begun.token, session_id=begun.session_id, expires_at=begun.expires_at, user=begun.user)
+        session = begun.session
+        said = LoggedIn(
+            token=begun.token, session_id=session.session_id, expires_at=session.expires_at, user=begun.user
+        )
         response = json_response(said, status=status)
         response.set_cookie(
             COOKIE,

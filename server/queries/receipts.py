@@ -142,15 +142,15 @@ async def delivered(db: Db, frame: Delivered, user_id: UserId, *, most: int) -> 
     return None if row is None else Arrival(*row)
 
 
-SEEN = f"""CASE WHEN o.user_id = ANY({UNSEEN}) THEN o.last_read_version
-    ELSE greatest(o.delivered_version, o.last_read_version) END"""
-"""How far `o` has taken in what was sent, as far as the user $2 may know it."""
+TAKEN_IN = f"""CASE WHEN {{who}}.user_id = ANY({UNSEEN}) THEN {{who}}.last_read_version
+    ELSE greatest({{who}}.delivered_version, {{who}}.last_read_version) END"""
+"""How far the participant `{who}` has taken in what was sent, as far as the user $2 may know it."""
 
 # Whoever has read something has taken it in. In a crowd ($4 people) nobody is named.
 READERS = f"""
 SELECT json_build_object('type', 'readers', 'is_crowd', c.participant_count > $4,
     'read_by', {REACHED.format(position="o.last_read_version")},
-    'delivered_to', {REACHED.format(position=SEEN)},
+    'delivered_to', {REACHED.format(position=TAKEN_IN.format(who="o"))},
     'readers', CASE WHEN c.participant_count > $4 THEN '[]' ELSE coalesce((
         SELECT json_agg(json_build_object('user_id', o.user_id, 'read_at', o.last_read_at) ORDER BY o.last_read_at)
         FROM conversation_participant o

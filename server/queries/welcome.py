@@ -24,23 +24,20 @@ class Guest(NamedTuple):
 
 
 # An invitation to a conversation that is over can be neither answered nor taken back, so it does not count.
-GUESTS = """
+_WAITING = """(SELECT count(*) FROM (
+    SELECT FROM conversation_participant w JOIN conversation c ON c.id = w.conversation_id AND c.is_active
+    WHERE {whose} AND w.status = 'invited' LIMIT {most}
+) waiting)"""
+
+GUESTS = f"""
 SELECT named.user_id, may('invite', $1, named.user_id), may('add', $1, named.user_id), p.status,
-    $4 = (SELECT count(*) FROM (
-        SELECT FROM conversation_participant w JOIN conversation c ON c.id = w.conversation_id AND c.is_active
-        WHERE w.user_id = named.user_id AND w.status = 'invited' LIMIT $4
-    ) waiting) OR $6 = (SELECT count(*) FROM (
-        SELECT FROM conversation_participant w JOIN conversation c ON c.id = w.conversation_id AND c.is_active
-        WHERE w.user_id = named.user_id AND w.status = 'invited' AND w.invited_by = $1 LIMIT $6
-    ) of_pair),
-    (SELECT count(*) FROM (
-        SELECT FROM conversation_participant s JOIN conversation c ON c.id = s.conversation_id AND c.is_active
-        WHERE s.invited_by = $1 AND s.status = 'invited' LIMIT $5
-    ) sent)
+    $4 = {_WAITING.format(whose="w.user_id = named.user_id", most="$4")}
+        OR $6 = {_WAITING.format(whose="w.user_id = named.user_id AND w.invited_by = $1", most="$6")},
+    {_WAITING.format(whose="w.invited_by = $1", most="$5")}
 FROM unnest($3::uuid[]) WITH ORDINALITY AS named (user_id, place)
 LEFT JOIN conversation_participant p ON p.conversation_id = $2 AND p.user_id = named.user_id
 ORDER BY named.place
-"""
+"""  # noqa: S608 - only constants are put in
 
 
 async def guests(db: Db, caller: UserId, conversation_id: ConversationId, user_ids: Sequence[UserId]) -> list[Guest]:

@@ -13,7 +13,7 @@ from protocol.ids import ConversationId, MessageId, UserId
 from protocol.server import Whereabouts
 from protocol.values import Recipient
 from server.database import Db
-from server.queries.users import UNSEEN
+from server.queries.receipts import TAKEN_IN
 from server.rows import Reader
 
 MOST = 100
@@ -34,8 +34,7 @@ class Told(msgspec.Struct, frozen=True, kw_only=True):
 
 _told_decoder = Reader(Told)
 
-TAKEN_IN = f"""CASE WHEN p.user_id = ANY({UNSEEN}) THEN p.last_read_version
-    ELSE greatest(p.last_read_version, p.delivered_version) END"""
+_TAKEN_IN = TAKEN_IN.format(who="p")
 
 # Those without it come first. `slow` is who was closed for reading too slowly after it had been sent and has not been
 # back; who is here and has not confirmed may have a client that does not.
@@ -44,7 +43,7 @@ SELECT json_build_object('message_id', m.id, 'conversation_id', m.conversation_i
     'version', m.sent_version, 'stored_at', m.created_at,
     'delivered_to', (SELECT count(*) FROM conversation_participant p
         WHERE p.conversation_id = m.conversation_id AND p.status = 'active' AND p.user_id <> m.sender_id
-            AND {TAKEN_IN} >= m.sent_version
+            AND {_TAKEN_IN} >= m.sent_version
             AND p.joined_version < m.sent_version),
     'read_by', (SELECT count(*) FROM conversation_participant p
         WHERE p.conversation_id = m.conversation_id AND p.status = 'active' AND p.user_id <> m.sender_id
@@ -70,10 +69,10 @@ SELECT json_build_object('message_id', m.id, 'conversation_id', m.conversation_i
                 WHEN NOT u.is_online THEN 'offline'
                 ELSE 'unconfirmed' END AS state
             FROM (
-                SELECT p.*, {TAKEN_IN} AS taken_in FROM conversation_participant p
+                SELECT p.*, {_TAKEN_IN} AS taken_in FROM conversation_participant p
                 WHERE p.conversation_id = m.conversation_id AND p.user_id <> m.sender_id
                     AND p.status NOT IN ('invited', 'declined')
-                ORDER BY {TAKEN_IN}, p.user_id LIMIT {MOST}
+                ORDER BY {_TAKEN_IN}, p.user_id LIMIT {MOST}
             ) p
             JOIN "user" u ON u.id = p.user_id
             CROSS JOIN LATERAL (

@@ -55,7 +55,7 @@ def read(path: Path, columns: Mapping[str, frozenset[str]]) -> Iterator[Row]:
     digest = hashlib.sha256()
     counts: Counter[str] = Counter()
     with path.open("rb") as file:
-        for number, line in lines(file, max_depth=None):
+        for number, line in lines(file):
             if number == 1:
                 _check_head(line)
             elif line.startswith(b'{"rows":'):

@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 
 from server.transfer.archive import Archive, Person, Place, Post, Reaction
-from server.transfer.reading import lines, moment_ms, reading
+from server.transfer.reading import lines, moment_ms, reading, require_shallow
 
 SOURCE = "mattermost"
 
@@ -26,6 +26,7 @@ def read(path: Path) -> Archive:
     with path.open("rb") as file:
         for number, line in lines(file):
             with reading(f"line {number}"):
+                require_shallow(line)
                 one = msgspec.json.decode(line)
                 if number == 1 and one.get("type") != "version":
                     raise ValueError("it is not the first of a bulk export")

@@ -1,6 +1,5 @@
 """Reading what somebody else has written: within bounds, inside its folder, and with the place of what is wrong."""
 
-import re
 import stat
 import zipfile
 import zlib
@@ -10,6 +9,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import msgspec
+
+from protocol.json_object import STRING
 
 MAX_LINE = 64 * 1024**2
 """Max bytes of a line."""
@@ -25,8 +26,6 @@ RATIO_FROM = 1024**2
 MAX_DEPTH = 64
 """Max depth of objects and arrays in a line."""
 
-# The closing quotation mark is optional: otherwise many strings without an end take time that is quadratic.
-_STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"?', re.DOTALL)
 WRONG = (
     KeyError, TypeError, AttributeError, ValueError, OverflowError, RecursionError, msgspec.MsgspecError,
     zipfile.BadZipFile, zlib.error, NotImplementedError,
@@ -44,25 +43,26 @@ def reading(place: str) -> Iterator[None]:
         raise ValueError(f"{place}: {reason}") from error
 
 
-def lines(file: BinaryIO, *, max_depth: int | None = MAX_DEPTH) -> Iterator[tuple[int, bytes]]:
-    """Return the lines of a file with their numbers, from 1. Raises ValueError if one is too long or too deep.
-
-    Without `max_depth`, the caller bounds the depth.
-    """
+def lines(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
+    """Return the lines of a file with their numbers, from 1. Raises ValueError if one is too long."""
     number = 0
     while line := file.readline(MAX_LINE + 1):
         number += 1
         if len(line) > MAX_LINE:
             raise ValueError(f"line {number}: it is longer than {MAX_LINE:,} bytes")
-        if max_depth and line.count(b"{") + line.count(b"[") > max_depth and depth(line) > max_depth:
-            raise ValueError(f"line {number}: it is nested more than {max_depth} deep")
         yield number, line
+
+
+def require_shallow(line: bytes) -> None:
+    """Raise ValueError if a line of JSON is nested too deeply."""
+    if line.count(b"{") + line.count(b"[") > MAX_DEPTH and depth(line) > MAX_DEPTH:
+        raise ValueError(f"it is nested more than {MAX_DEPTH} deep")
 
 
 def depth(text: bytes) -> int:
     """Return how deep JSON is nested."""
     deepest = now = 0
-    for character in _STRING.sub(b"", text):
+    for character in STRING.sub(b"", text):
         if character in b"[{":
             now += 1
             deepest = max(deepest, now)
