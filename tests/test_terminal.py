@@ -35,14 +35,13 @@ async def test_nothing_that_a_command_prints_of_people_is_obeyed(shell: Shell) -
     ada, charles = await shell.world.users("Ada", "Charles")
     connection = await shell.world.connect(ada)
     about = await shell.world.group(connection, charles)
-    said = await sent(connection, about, "Hello")
+    said = await sent(connection, about, f"Hello {HOSTILE}")
     await db.execute('UPDATE "user" SET name = $2, display_name = $2, bio = $2 WHERE id = $1', ada.id, f"Ada {HOSTILE}")
     await db.execute(
         'UPDATE "user" SET name = $2, email = $3 WHERE id = $1', charles.id, HOSTILE, f"{HOSTILE}@x".lower()
     )
     await db.execute("UPDATE session SET user_agent = $1, ip_address = $1", HOSTILE)
     await db.execute("UPDATE conversation SET title = $1, description = $1", HOSTILE)
-    await db.execute("UPDATE message SET content = $1", f"Hello {HOSTILE}")
     printed = []
     for words in (
         f"user show {ada.id}", f"user show {ada.id} --json",
