@@ -1,19 +1,33 @@
 """The settings, read once: the only file that reads the environment."""
 
+import difflib
 import os
+import re
 import sys
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal, TypeAlias
+from urllib.parse import urlsplit
 
 import msgspec
 import platformdirs
+from msgspec import Meta
 
 from protocol.limits import Limits
 from server.errors import Fatal
 from server.limits import told
-from server.proxies import Proxies
+from server.proxies import MAX_COUNT, Proxies
 
 MAX_DEFAULT_WORKERS = 4
+MAX_QUOTED = 60
+"""Max characters of a refused value that are quoted."""
+PREFIX = "OPENCHAT_"
+REPLACED = {"OPENCHAT_BEHIND_PROXY": "OPENCHAT_TRUSTED_PROXIES to the number of proxies"}
+"""Variables of earlier versions, and what to set instead."""
+SERVICE_LINK = re.compile(r"OPENCHAT_(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT|PORT_\d+_(TCP|UDP|SCTP)(_\w+)?)")
+"""Variables that Kubernetes sets for each Service whose name begins with `openchat`."""
+
+Rate: TypeAlias = Annotated[float, Meta(ge=0.1, le=1_000_000)]
+"""A number per second. A token bucket has no longer interval than ten seconds, and no shorter one than 1 µs."""
 
 
 class Settings(msgspec.Struct, kw_only=True, frozen=True):
@@ -23,9 +37,9 @@ class Settings(msgspec.Struct, kw_only=True, frozen=True):
 
     host: str = "127.0.0.1"
     """The address to listen on. Loopback unless told otherwise."""
-    port: int = 8000
+    port: Annotated[int, Meta(ge=0, le=65_535)] = 8000
     """The TCP port to listen on; 0 takes a free one."""
-    workers: int = 0
+    workers: Annotated[int, Meta(ge=0, le=256)] = 0
     """Worker processes; 0 is one per core, up to four."""
     data_dir: str = ""
     """Where the embedded database lives; empty is the user's state directory."""
@@ -35,35 +49,35 @@ class Settings(msgspec.Struct, kw_only=True, frozen=True):
     """A Redis (7.0 or later) or Valkey to use; empty starts the embedded one."""
     origins: str = ""
     """Origins, comma-separated, that browsers may connect from besides the server's own address."""
-    database_connections: int = 8
+    database_connections: Annotated[int, Meta(ge=2, le=500)] = 8
     """The most PostgreSQL connections for each worker."""
-    session_days: int = 30
+    session_days: Annotated[int, Meta(ge=1, le=3650)] = 30
     """A session ends after this many days without use."""
-    heartbeat_seconds: float = 30.0
+    heartbeat_seconds: Annotated[float, Meta(ge=0.1, le=300)] = 30.0
     """How often each connection hears from the server; silence for two of them closes it."""
-    outbox_bytes: int = 1024 * 1024
+    outbox_bytes: Annotated[int, Meta(ge=65_536, le=1_073_741_824)] = 1024 * 1024
     """How many bytes may wait for a slow reader before it is closed."""
-    connections_per_user: int = 50
+    connections_per_user: Annotated[int, Meta(ge=1, le=1_000_000)] = 50
     """The most connections of one user to one worker."""
-    connections_per_address: int = 2_000
+    connections_per_address: Annotated[int, Meta(ge=1, le=1_000_000)] = 2_000
     """The most connections from one address to one worker: an office may be behind one."""
-    address_rate: float = 500.0
+    address_rate: Rate = 500.0
     """Requests and new connections a second from each address to each worker, on average; bursts of four times that."""
-    frame_rate: float = 200.0
+    frame_rate: Rate = 200.0
     """Frames a second on each connection, of all kinds, on average; bursts of four times that."""
-    write_rate: float = 50.0
+    write_rate: Rate = 50.0
     """Writing frames a second for each user at all workers, on average; bursts of four times that."""
-    read_rate: float = 100.0
+    read_rate: Rate = 100.0
     """Reading frames a second for each user at all workers, on average; bursts of four times that."""
-    ephemeral_rate: float = 20.0
+    ephemeral_rate: Rate = 20.0
     """Typing and presence frames a second for each user at all workers, on average; bursts of four times that."""
-    search_rate: float = 2.0
+    search_rate: Rate = 2.0
     """Searches a second for each user at all workers, on average; bursts of four times that."""
-    login_attempts: int = 10
+    login_attempts: Annotated[int, Meta(ge=1, le=1_000_000)] = 10
     """Failed logins in five minutes for one account before it has to wait."""
-    login_attempts_per_address: int = 100
+    login_attempts_per_address: Annotated[int, Meta(ge=1, le=1_000_000)] = 100
     """Logins and registrations in five minutes from one address before it has to wait."""
-    erase_after_days: float = 30.0
+    erase_after_days: Annotated[float, Meta(ge=0, le=3650)] = 30.0
     """How long a deleted account waits, and may come back, before the person is erased."""
     search_language: str = "simple"
     """The language of the words that are searched for, such as `english`: a text search configuration of PostgreSQL.
@@ -75,7 +89,7 @@ class Settings(msgspec.Struct, kw_only=True, frozen=True):
     """Who is added to groups and channels without being asked: `by_privacy`, by friends alone (docs/privacy.md);
     `anyone`, by everybody who may invite them, for an installation in which all know each other, such as a company's.
     """
-    push_after_seconds: float = 5.0
+    push_after_seconds: Annotated[float, Meta(ge=0, le=3600)] = 5.0
     """What is not read for so long after it was sent is pushed to browsers that want notifications."""
     push_contact: str = "mailto:postmaster@localhost"
     """How the operators of push services reach this server's: mailto: or https:. Apple's refuses `localhost`."""
@@ -125,28 +139,107 @@ class Settings(msgspec.Struct, kw_only=True, frozen=True):
 
 def variable(field: str) -> str:
     """Return the name of the environment variable of a setting."""
-    return field.upper() if field in {"database_url", "redis_url"} else f"OPENCHAT_{field.upper()}"
+    return field.upper() if field in {"database_url", "redis_url"} else f"{PREFIX}{field.upper()}"
+
+
+def allowed(field: str) -> str:
+    """Return which values a setting may have."""
+    if field in TEXTS:
+        return TEXTS[field]
+    kind = FIELDS[field].type
+    if isinstance(kind, msgspec.inspect.LiteralType):
+        return " or ".join(f"`{value}`" for value in kind.values)
+    if isinstance(kind, msgspec.inspect.BoolType):
+        return "`true` or `false`"
+    assert isinstance(kind, (msgspec.inspect.IntType, msgspec.inspect.FloatType))  # noqa: S101 - tests/test_settings.py
+    number = "a whole number" if isinstance(kind, msgspec.inspect.IntType) else "a number"
+    return f"{number} from {kind.ge} to {kind.le}"
 
 
 def read(**overrides: object) -> Settings:
     """Return the settings from the environment, with `overrides` (those that are not None) on top.
 
-    Raises Fatal, naming the variable, if one cannot be understood.
+    Raises Fatal, naming the variable, if one is unknown or has a value that is not allowed.
     """
-    given: dict[str, object] = {
-        field: os.environ[variable(field)] for field in Settings.__struct_fields__ if variable(field) in os.environ
-    }
-    if "OPENCHAT_BEHIND_PROXY" in os.environ:
-        raise Fatal("OPENCHAT_BEHIND_PROXY was replaced. Set OPENCHAT_TRUSTED_PROXIES to the number of proxies.")
+    for name in os.environ:
+        _require_known(name)
+    given: dict[str, object] = {field: os.environ[variable(field)] for field in FIELDS if variable(field) in os.environ}
     given |= {field: value for field, value in overrides.items() if value is not None}
-    for field in given:
+    for field, value in given.items():
         try:
-            msgspec.convert({field: given[field]}, Settings, strict=False)
-        except msgspec.ValidationError as error:
-            raise Fatal(f"{variable(field)} is not understood: {error}.") from None
-    settings = msgspec.convert(given, Settings, strict=False)
-    try:
-        _ = settings.proxies
-    except ValueError as error:
-        raise Fatal(f"{variable('trusted_proxies')} is not understood: {error}.") from None
-    return settings
+            one = msgspec.convert({field: value}, Settings, strict=False)
+            _require_understood(one, field)
+        except (msgspec.ValidationError, ValueError):
+            raise Fatal(_not_allowed(field, str(value))) from None
+    return msgspec.convert(given, Settings, strict=False)
+
+
+def _require_known(name: str) -> None:
+    known = [variable(field) for field in FIELDS]
+    if not name.startswith(PREFIX) or name in known or SERVICE_LINK.fullmatch(name):
+        return
+    if name in REPLACED:
+        raise Fatal(f"{name} was replaced. Set {REPLACED[name]}.")
+    if (bare := name.removeprefix(PREFIX)) in known:
+        raise Fatal(f"{name} is not a setting; it is named {bare}.")
+    near = difflib.get_close_matches(bare.lower(), FIELDS, n=1)
+    guess = f"; did you mean {variable(near[0])}?" if near else "."
+    raise Fatal(f"{name} is not a setting{guess} Correct its name, or unset it.")
+
+
+def _require_understood(settings: Settings, field: str) -> None:
+    """Raise ValueError if a text is not of the form that its setting has."""
+    match field:
+        case "host":
+            _require(bool(settings.host.strip()))
+        case "data_dir":
+            try:
+                _ = settings.data_path
+            except RuntimeError:  # a home folder of a user that there is not
+                raise ValueError from None
+        case "database_url" if settings.database_url:
+            _require(urlsplit(settings.database_url).scheme in {"postgresql", "postgres"})
+        case "redis_url" if settings.redis_url:
+            _require(urlsplit(settings.redis_url).scheme in {"redis", "rediss", "unix"})
+        case "origins":
+            _require(all(map(_is_origin, settings.allowed_origins)))
+        case "push_contact":
+            _require(re.fullmatch(r"(mailto:|https://)\S+", settings.push_contact) is not None)
+        case "search_language":
+            _require(re.fullmatch(r"\w+(\.\w+)?", settings.search_language) is not None)
+        case "trusted_proxies":
+            _ = settings.proxies
+
+
+def _require(is_so: bool) -> None:  # noqa: FBT001 - it has one
+    if not is_so:
+        raise ValueError
+
+
+def _is_origin(origin: str) -> bool:
+    parts = urlsplit(origin)
+    return bool(parts.scheme and parts.hostname) and origin == f"{parts.scheme}://{parts.netloc}"
+
+
+def _not_allowed(field: str, value: str) -> str:
+    sentence = f"{variable(field)} must be {allowed(field)}"
+    if field in SECRET:
+        return f"{sentence}. The one given is not shown, since it may hold a password."
+    link = " Kubernetes sets it for a Service named `openchat`: have `enableServiceLinks: false`."
+    quoted = value if len(value) <= MAX_QUOTED else f"{value[:MAX_QUOTED]}…"
+    return f"{sentence}, not '{quoted}'.{link if value.startswith('tcp://') else ''}"
+
+
+FIELDS = {field.name: field for field in msgspec.inspect.type_info(Settings).fields}  # type: ignore[attr-defined]
+SECRET = {"database_url", "redis_url"}
+TEXTS = {
+    "host": "an address or a name of this machine",
+    "data_dir": "a folder",
+    "database_url": "empty, or a URL that begins with postgresql://",
+    "redis_url": "empty, or a URL that begins with redis://, rediss:// or unix://",
+    "origins": "origins such as https://chat.example.org, separated by commas",
+    "search_language": "a text search configuration of PostgreSQL",
+    "push_contact": "a URL that begins with mailto: or https://",
+    "trusted_proxies": f"a number from 0 to {MAX_COUNT}, or networks such as 10.0.0.0/8, separated by commas",
+}
+"""What may be given for the settings that are texts."""

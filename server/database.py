@@ -210,6 +210,7 @@ async def connect(url: str) -> "asyncpg.Connection[asyncpg.Record]":
     return connection
 
 
+LANGUAGES = "SELECT cfgname FROM pg_ts_config WHERE pg_ts_config_is_visible(oid) ORDER BY cfgname"
 LANGUAGE = "SELECT set_config('default_text_search_config', $1, false)"
 
 
@@ -217,10 +218,16 @@ async def speak(connection: Connection, language: str) -> None:
     """Have a connection take words for those of a language. Raises Fatal if PostgreSQL does not know it."""
     try:
         await connection.execute(LANGUAGE, language)
-    except asyncpg.PostgresError as error:
-        raise Fatal(f"OPENCHAT_SEARCH_LANGUAGE is not understood: {error}.") from error
+    except asyncpg.PostgresError:
+        known = ", ".join([row[0] for row in await connection.fetch(LANGUAGES)])
+        raise Fatal(
+            f"OPENCHAT_SEARCH_LANGUAGE must be a text search configuration of PostgreSQL, not '{language}'. "
+            f"This one has {known}."
+        ) from None
 
 
 def _unreachable(error: Exception) -> Fatal:
+    if isinstance(error, ValueError):  # about the URL, which it may quote
+        return Fatal("DATABASE_URL is not understood. Check its host, its port and its options.")
     reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
     return Fatal(f"the database cannot be reached: {reason}. Check DATABASE_URL.")

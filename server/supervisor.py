@@ -258,9 +258,13 @@ async def prepare(settings: Settings) -> None:
     try:
         for step in await migrate.migrate(connection):
             tell(f"Database: {step}")
+        await database.speak(connection, settings.search_language)
     finally:
         await connection.close()
-    redis = Redis.from_url(settings.redis_url, socket_connect_timeout=database.CONNECT_SECONDS)
+    try:
+        redis = Redis.from_url(settings.redis_url, socket_connect_timeout=database.CONNECT_SECONDS)
+    except ValueError:
+        raise Fatal("REDIS_URL is not understood. Check its port, its database and its options.") from None
     try:
         await redis.ping()
     except REDIS_LOST as error:
@@ -288,8 +292,9 @@ def listen(host: str, port: int, count: int) -> list[socket.socket]:
             listener.bind(address)
             listener.listen(BACKLOG)
             listeners.append(listener)
-    except OSError as error:
-        raise Fatal(f"cannot listen on {host} port {port}: {error.strerror}. Choose another by --port.") from None
+    except (OSError, UnicodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is no name"
+        raise Fatal(f"cannot listen on {host} port {port}: {reason}. Choose another by --host or --port.") from None
     return listeners
 
 

@@ -33,8 +33,8 @@ FOREIGN: dict[str, Callable[[Path], Archive]] = {"slack": slack.read, "mattermos
 def main(arguments: list[str]) -> int:
     """Do what the command line says; return the status to end with."""
     options = _parser().parse_args(arguments)
-    settings = config.read(data_dir=options.data_dir)
     try:
+        settings = config.read(data_dir=options.data_dir)
         with reached(settings) as url:
             return asyncio.run(_run(url, settings.search_language, options))
     except Fatal as error:

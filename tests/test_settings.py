@@ -1,0 +1,145 @@
+"""The settings: each has bounds, and whatever is beyond them ends the start in one sentence that says so."""
+
+import asyncio
+import os
+import re
+from pathlib import Path
+
+import msgspec
+import pytest
+from msgspec.inspect import BoolType, FloatType, IntType, LiteralType
+
+from server import config, upkeep
+from server.config import FIELDS, TEXTS, Settings, allowed, variable
+from server.errors import Fatal
+from server.supervisor import listen, prepare
+
+OPERATIONS = (Path(__file__).parent.parent / "docs" / "operations.md").read_text()
+NUMBERS = [name for name, field in FIELDS.items() if isinstance(field.type, (IntType, FloatType))]
+HOSTILE = ["-1", "-0.1", "nan", "inf", "-inf", "1e400", "1e18", "0x10", "1_0", "many", "", " ", "1;", "9" * 400, "1\n2"]
+WRONG = {
+    "host": ["", " "],
+    "data_dir": ["~nobody-of-this-name/data"],
+    "database_url": ["nonsense", "mysql://ada:secret@host/x", "http://ada:secret@host"],
+    "redis_url": ["nonsense", "localhost:6379", "http://ada:secret@host"],
+    "origins": ["chat.example.org", "https://", "https://a.example,https://b.example/path", "*"],
+    "search_language": ["", "english; DROP", "a.b.c"],
+    "push_contact": ["", "postmaster@example.org", "http://example.org"],
+    "trusted_proxies": ["true", "-1", "11", "1.5", "10.0.0.0/33", "10.0.0.1/8", "1,", "example.org", "*"],
+}
+"""Values that are refused, of each setting that is a text."""
+
+
+@pytest.fixture(autouse=True)
+def _no_other_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith("OPENCHAT_") or name in {"DATABASE_URL", "REDIS_URL"}]:
+        monkeypatch.delenv(name)
+
+
+def refusal(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> str:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(Fatal) as caught:
+        config.read()
+    monkeypatch.delenv(name)
+    return str(caught.value)
+
+
+def test_every_setting_has_bounds_or_a_form() -> None:
+    for name, field in FIELDS.items():
+        if name in NUMBERS:
+            assert isinstance(field.type, (IntType, FloatType))
+            assert field.type.ge is not None and field.type.le is not None, name  # noqa: PT018 - one thing
+            assert field.type.ge <= field.default <= field.type.le
+        else:
+            assert isinstance(field.type, (BoolType, LiteralType)) or name in TEXTS, name
+    assert TEXTS.keys() == WRONG.keys()
+    assert config.read() == Settings()
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_numbers_beyond_their_bounds_are_refused_with_the_bounds(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    kind = FIELDS[name].type
+    assert isinstance(kind, (IntType, FloatType))
+    least, most = kind.ge, kind.le
+    assert least is not None
+    assert most is not None
+    for value in (str(least), str(most)):
+        monkeypatch.setenv(variable(name), value)
+        assert str(getattr(config.read(), name)) in {value, f"{value}.0"}
+    beyond = [str(least - 1), str(most + 1), *(["0"] if least > 0 else [])]
+    for value in HOSTILE + beyond + (["1.5"] if isinstance(kind, IntType) else []):
+        said = refusal(monkeypatch, variable(name), value)
+        shown = value if len(value) < 60 else value[:60]
+        assert said.startswith(f"{variable(name)} must be {allowed(name)}, not '{shown}"), (value, said)
+        assert str(least) in said
+        assert str(most) in said
+
+
+@pytest.mark.parametrize("name", [name for name in FIELDS if name not in NUMBERS])
+def test_other_values_are_refused_with_what_is_allowed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for value in WRONG.get(name, ["", "perhaps", "2", "True ", "on;"]):
+        said = refusal(monkeypatch, variable(name), value)
+        assert said.startswith(f"{variable(name)} must be {allowed(name)}"), (value, said)
+        assert ("secret" not in said) if name in config.SECRET else (f"not '{value}'" in said)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("OPENCHAT_WORKER", "did you mean OPENCHAT_WORKERS?"),
+        ("OPENCHAT_DATABASE_URL", "it is named DATABASE_URL"),
+        ("OPENCHAT_XYZZY", "is not a setting."),
+        ("OPENCHAT_workers", "is not a setting"),
+        ("OPENCHAT_BEHIND_PROXY", "Set OPENCHAT_TRUSTED_PROXIES"),
+    ],
+)
+def test_unknown_names_are_refused_with_the_nearest_known_one(
+    name: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = refusal(monkeypatch, name, "1")
+    assert text.startswith(name)
+    assert said in text
+
+
+def test_variables_that_kubernetes_sets_for_services_are_no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("SERVICE_HOST", "SERVICE_PORT_HTTP", "PORT_8000_TCP_ADDR", "BALANCER_PORT", "BALANCER_PORT_80_TCP"):
+        monkeypatch.setenv(f"OPENCHAT_{name}", "tcp://10.0.0.1:8000")
+    assert config.read() == Settings()
+    assert "enableServiceLinks" in refusal(monkeypatch, "OPENCHAT_PORT", "tcp://10.0.0.1:8000")
+
+
+def test_a_refused_setting_ends_every_command_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("OPENCHAT_WRITE_RATE", "0")
+    assert upkeep.main(["check"]) == 1
+    assert re.fullmatch(r"openchat: OPENCHAT_WRITE_RATE must be [^\n]*\n", capsys.readouterr().err)
+
+
+def test_a_host_that_is_no_name_is_refused() -> None:
+    for host in ("a..b", "x" * 70, "no.such.name.invalid"):
+        with pytest.raises(Fatal, match="--host"):
+            listen(host, 0, 1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"search_language": "klingon"}, "not 'klingon'.*english"),
+        ({"redis_url": "redis://ada:secret@host:port/0"}, "REDIS_URL is not understood"),
+        ({"database_url": "postgresql://ada:se@cret@host:port/x"}, "DATABASE_URL is not understood"),
+    ],
+)
+async def test_what_only_the_servers_can_tell_is_one_sentence_too(
+    settings: Settings, changes: dict[str, str], said: str
+) -> None:
+    with pytest.raises(Fatal, match=rf"^{said if changes.keys() != {'search_language'} else '.*' + said}") as caught:
+        await asyncio.wait_for(prepare(msgspec.structs.replace(settings, **changes)), 20)
+    assert "cret" not in str(caught.value)
+
+
+def test_the_handbook_lists_every_setting_with_its_default_and_its_bounds() -> None:
+    rows = re.findall(r"^\| `(\w+)` \| (.*?) \| (.*?) \| .+ \|$", OPERATIONS, re.MULTILINE)
+    words = {"": "none", "True": "true", "False": "false"}
+    defaults = {name: words.get(str(field.default), str(field.default)) for name, field in FIELDS.items()}
+    assert rows == [(variable(name), defaults[name], allowed(name)) for name in FIELDS]
