@@ -31,6 +31,13 @@ class Confirm(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     password: Password
 
 
+class ChangePassword(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Another password. `password` is the present one."""
+
+    password: Password
+    new_password: Password
+
+
 class LoggedIn(msgspec.Struct, frozen=True, kw_only=True):
     """A session has begun. The token is shown this once: the server keeps only its hash."""
 

@@ -173,6 +173,7 @@ class App:
                 per_address=settings.login_attempts_per_address,
             ),
             origins=settings.allowed_origins,
+            is_open=settings.registration == "open",
         )
         door = Door(
             services=services,

@@ -83,6 +83,8 @@ class Settings(msgspec.Struct, kw_only=True, frozen=True):
     """The language of the words that are searched for, such as `english`: a text search configuration of PostgreSQL.
     `simple` leaves words as they are. After a change, run `openchat reindex`.
     """
+    registration: Literal["open", "closed"] = "open"
+    """Who may make an account: everybody, or, if `closed`, the operator alone by `openchat user create`."""
     link_previews: bool = False
     """Ask for the page behind the first link of a message, and show what it says of itself."""
     add_people: Literal["by_privacy", "anyone"] = "by_privacy"

@@ -13,8 +13,8 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from websockets.exceptions import InvalidStatus
 
-from protocol import server
-from protocol.errors import ErrorCode, Refused
+from protocol import client, server
+from protocol.errors import CloseCode, ErrorCode, Refused
 from protocol.http import LoggedIn
 from prove.client import Client
 from server import administration
@@ -84,6 +84,21 @@ async def left(world: World, http: httpx.AsyncClient, ada: LoggedIn) -> None:
     assert answer.status_code == 204
 
 
+NEW = "a longer horse"
+
+
+async def changed(http: httpx.AsyncClient, token: str, old: str = ADA["password"], new: str = NEW) -> httpx.Response:
+    return await http.post(
+        "/v1/auth/password", headers=bearer(token), json={"password": old, "new_password": new}, timeout=30
+    )
+
+
+async def changed_elsewhere(world: World, http: httpx.AsyncClient, ada: LoggedIn) -> None:  # noqa: ARG001
+    token = (await http.post("/v1/auth/login", json=LOGIN)).json()["token"]
+    http.cookies.clear()
+    assert (await changed(http, token)).status_code == 204
+
+
 async def expired(world: World, http: httpx.AsyncClient, ada: LoggedIn) -> None:  # noqa: ARG001
     await world.db.execute("UPDATE session SET expires_at = now() - interval '1 second'")
 
@@ -100,6 +115,7 @@ ENDINGS: dict[str, Ending] = {
     "deleted by its user": left,
     "expired": expired,
     "disabled": commanded("user", "disable", ADA["email"]),
+    "password changed elsewhere": changed_elsewhere,
     "password reset": commanded("user", "reset-password", ADA["email"]),
     "revoked by an administrator": commanded("user", "sessions", ADA["email"], "--revoke"),
     "erased": commanded("erase", ADA["email"], "--yes"),
@@ -124,6 +140,7 @@ async def test_ticket_is_refused_once_its_session_has_ended(
         ("DELETE", "/v1/auth/sessions", None),
         ("POST", "/v1/auth/logout", None),
         ("POST", "/v1/auth/delete", {"password": ADA["password"]}),
+        ("POST", "/v1/auth/password", {"password": ADA["password"], "new_password": "a longer horse"}),
         ("POST", "/v1/call", {"type": "get_me"}),
     ],
 )
@@ -273,6 +290,79 @@ async def test_registration_is_whole_or_not_at_all(world: World, http: httpx.Asy
     assert await world.db.fetchval('SELECT count(*) FROM "user"') == 0
 
 
+# ------------------------------------------------------------------------------------------ changing one's password
+
+
+async def test_changed_password_ends_every_session_but_the_one_that_changed_it(
+    world: World, http: httpx.AsyncClient, ada: LoggedIn
+) -> None:
+    other = (await http.post("/v1/auth/login", json=LOGIN)).json()["token"]
+    http.cookies.clear()
+    here = await world.connect(Somebody(ada.user.id, "Ada", ada.token), 0)
+    there = await world.connect(Somebody(ada.user.id, "Ada", other), 1)
+    for wrong in ({"old": "wrong horse"}, {"new": "short"}, {"new": "x" * 2000}):
+        answer = await changed(http, ada.token, **wrong)
+        assert answer.status_code == (403 if "old" in wrong else 422)
+        assert answer.json()["path"] == ("password" if "old" in wrong else "new_password")
+    assert (await http.post("/v1/auth/login", json=LOGIN | {"password": NEW})).status_code == 401
+    assert (await changed(http, "no token")).status_code == 401
+    assert (await changed(http, ada.token)).status_code == 204
+    assert await there.closed() == CloseCode.SESSION_ENDED
+    await here.call(client.Ping())
+    assert (await http.get("/v1/auth/sessions", headers=bearer(other))).status_code == 401
+    (mine,) = (await http.get("/v1/auth/sessions", headers=bearer(ada.token))).json()["sessions"]
+    assert mine["is_current"]
+    assert (await http.post("/v1/auth/login", json=LOGIN)).status_code == 401
+    assert (await http.post("/v1/auth/login", json=LOGIN | {"password": NEW})).status_code == 200
+
+
+async def test_of_concurrent_changes_from_one_password_one_holds(
+    world: World, http: httpx.AsyncClient, ada: LoggedIn
+) -> None:
+    tokens = [ada.token, (await http.post("/v1/auth/login", json=LOGIN)).json()["token"]]
+    http.cookies.clear()
+    url = world.workers[1].url
+    async with httpx.AsyncClient(base_url=url, trust_env=False) as elsewhere:
+        answers = await asyncio.gather(
+            changed(http, tokens[0], new="the first horse"), changed(elsewhere, tokens[1], new="the second horse")
+        )
+    codes = [answer.status_code for answer in answers]
+    assert sorted(codes) in ([204, 401], [204, 403])
+    holds = ["the first horse", "the second horse"][codes.index(204)]
+    for password in ("the first horse", "the second horse"):
+        answer = await http.post("/v1/auth/login", json=LOGIN | {"password": password})
+        assert answer.status_code == (200 if password == holds else 401)
+
+
+@pytest.mark.parametrize("ending", [revoked, expired, ENDINGS["disabled"], ENDINGS["password reset"]])
+async def test_change_that_waits_while_its_session_or_password_ends_is_refused(
+    world: World, http: httpx.AsyncClient, ada: LoggedIn, ending: Ending, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hashed = passwords.hashed
+
+    async def ended_meanwhile(password: str) -> str:
+        monkeypatch.setattr(passwords, "hashed", hashed)
+        await ending(world, http, ada)
+        return await hashed(password)
+
+    monkeypatch.setattr(passwords, "hashed", ended_meanwhile)
+    assert (await changed(http, ada.token)).status_code == 403
+    assert (await http.post("/v1/auth/login", json=LOGIN | {"password": NEW})).status_code == 401
+
+
+async def test_closed_registration_makes_no_account_and_the_operator_does(settings: Settings) -> None:
+    settings = msgspec.structs.replace(settings, registration="closed", login_attempts_per_address=3)
+    async with World(settings, workers=1) as world, httpx.AsyncClient(base_url=world.url, trust_env=False) as http:
+        for body in (ADA, {}):
+            answer = await http.post("/v1/auth/register", json=body)
+            assert (answer.status_code, answer.json()["code"]) == (403, "forbidden")
+        assert await world.db.fetchval('SELECT count(*) FROM "user"') == 0
+        made = await administer(world, "user", "create", "Ada", ADA["email"])
+        assert isinstance(made, dict)
+        assert (await http.post("/v1/auth/login", json=LOGIN | {"password": made["password"]})).status_code == 200
+        assert (await http.post("/v1/auth/register", json=ADA)).status_code == 429
+
+
 # ------------------------------------------------------------------------------------------------------- attempts
 
 
@@ -361,10 +451,11 @@ async def test_concurrent_guesses_at_the_password_of_a_session_are_counted_first
     world: World, http: httpx.AsyncClient, ada: LoggedIn
 ) -> None:
     """Whoever has stolen a session may not find out the password by deactivating the account."""
-    paths = [f"{worker.url}/v1/auth/{what}" for worker in world.workers for what in ("deactivate", "delete")]
     wrong = {"password": "wrong horse"}
+    bodies = {"deactivate": wrong, "delete": wrong, "password": wrong | {"new_password": NEW}}
+    asked = [(f"{worker.url}/v1/auth/{what}", body) for worker in world.workers for what, body in bodies.items()]
     answers = await asyncio.gather(
-        *(http.post(paths[number % 4], headers=bearer(ada.token), json=wrong) for number in range(40))
+        *(http.post(path, headers=bearer(ada.token), json=body) for path, body in (asked * 7)[:40])
     )
     assert Counter(answer.status_code for answer in answers) == {403: 10, 429: 30}
 

@@ -19,7 +19,7 @@ from websockets.asyncio.client import connect
 from protocol.client import CreateChannel, CreateGroup, Send
 from protocol.codec import encode
 from protocol.errors import ErrorCode
-from protocol.http import Confirm, Login, Register
+from protocol.http import ChangePassword, Confirm, Login, Register
 from protocol.ids import uuid7
 from protocol.limits import MAX_FRAME_BYTES
 from protocol.server import Error
@@ -312,6 +312,7 @@ async def test_every_field_of_every_body_takes_hostile_values(lone: World, caplo
         "register": Register,
         "login": Login,
         "delete": Confirm,
+        "password": ChangePassword,
         "deactivate": Confirm,
     }
     async with httpx.AsyncClient(base_url=lone.workers[0].url) as http:

@@ -86,6 +86,7 @@ def test_other_values_are_refused_with_what_is_allowed(name: str, monkeypatch: p
 @pytest.mark.parametrize(
     ("name", "said"),
     [
+        ("OPENCHAT_REGISTRATON", "did you mean OPENCHAT_REGISTRATION?"),
         ("OPENCHAT_WORKER", "did you mean OPENCHAT_WORKERS?"),
         ("OPENCHAT_DATABASE_URL", "it is named DATABASE_URL"),
         ("OPENCHAT_XYZZY", "is not a setting."),

@@ -11,7 +11,7 @@ from starlette.routing import Route
 
 from protocol.codec import decode
 from protocol.errors import ErrorCode, Refused
-from protocol.http import Confirm, LoggedIn, Login, Register, SessionList, canonical
+from protocol.http import ChangePassword, Confirm, LoggedIn, Login, Register, SessionList, canonical
 from protocol.ids import SessionId, UserId
 from protocol.values import User
 from server.addresses import address_of, key_of
@@ -33,6 +33,7 @@ from server.web import JSON, endpoint, json_response, limited_body
 _register = msgspec.json.Decoder(Register)
 _login = msgspec.json.Decoder(Login)
 _confirm = msgspec.json.Decoder(Confirm)
+_change = msgspec.json.Decoder(ChangePassword)
 MAX_USER_AGENT = 255
 MAX_RACES = 2
 """How often a login is tried again when its password was hashed anew while it was checked."""
@@ -52,13 +53,22 @@ class Accounts:
     """Register, log in, log out, and see to one's sessions."""
 
     def __init__(
-        self, database: Database, events: Events, *, sessions: Sessions, attempts: Attempts, origins: frozenset[str]
+        self,
+        database: Database,
+        events: Events,
+        *,
+        sessions: Sessions,
+        attempts: Attempts,
+        origins: frozenset[str],
+        is_open: bool,
     ) -> None:
+        """`is_open` is whether everybody may register."""
         self._database = database
         self._events = events
         self._sessions = sessions
         self._attempts = attempts
         self._origins = origins
+        self._is_open = is_open
         self._exports: Allowance[UserId] = Allowance(EXPORTS_PER_SECOND, burst=EXPORTS_AT_ONCE)
 
     def routes(self) -> list[Route]:
@@ -67,6 +77,7 @@ class Accounts:
             Route("/v1/auth/register", endpoint(self.register), methods=["POST"]),
             Route("/v1/auth/login", endpoint(self.login), methods=["POST"]),
             Route("/v1/auth/logout", endpoint(self.logout), methods=["POST"]),
+            Route("/v1/auth/password", endpoint(self.change_password), methods=["POST"]),
             Route("/v1/auth/deactivate", endpoint(self.deactivate), methods=["POST"]),
             Route("/v1/auth/delete", endpoint(self.delete), methods=["POST"]),
             Route("/v1/auth/export", endpoint(self.export), methods=["GET"]),
@@ -86,6 +97,10 @@ class Accounts:
         """Make an account and begin its first session."""
         require_origin(request, self._origins)
         await self._attempts.of_address(key_of(request))
+        if not self._is_open:
+            raise Refused(
+                ErrorCode.FORBIDDEN, "Registration is closed. Ask the operator of this server for an account."
+            )
         body = decode(await limited_body(request), _register)
         password_hash = await passwords.hashed(body.password)
 
@@ -145,6 +160,32 @@ class Accounts:
         response.delete_cookie(COOKIE)
         return response
 
+    async def change_password(self, request: Request) -> Response:
+        """Take another password, and end all sessions but the one of the request."""
+        active = await self.caller(request)
+        user_id = active.user.id
+        body = decode(await limited_body(request), _change)
+        async with self._attempts.at_account(user_id.hex):
+            async with self._database.connection() as db:
+                checked = await accounts.password_hash(db, user_id)
+            if not await passwords.matches(body.password, checked):
+                raise not_the_password()
+            new_hash = await passwords.hashed(body.new_password)
+
+            async def changed(db: Db) -> bool:
+                await users.lock(db, [user_id])
+                is_changed = await accounts.change_password(
+                    db, user_id, new_hash, instead_of=checked, session_id=active.session_id
+                )
+                if is_changed:
+                    await users.touch(db, [user_id])
+                return is_changed
+
+            if not await self._database.atomically("change a password", changed):
+                raise not_the_password()
+        self._events.poke([user_id])
+        return Response(status_code=204)
+
     async def deactivate(self, request: Request) -> Response:
         """Go away until the next login: nobody finds the user or writes to them."""
         return await self._leave(request, is_for_good=False)
@@ -170,7 +211,7 @@ class Accounts:
 
             is_right = await passwords.matches(body.password, checked)
             if not is_right or not await self._database.atomically("leave", left):
-                raise Refused(ErrorCode.FORBIDDEN, "This is not your password.", path="password")
+                raise not_the_password()
         self._events.poke([user_id])
         self._events.reconsider(user_id)
         response = Response(status_code=204)
@@ -256,3 +297,8 @@ class Accounts:
             secure=request.url.scheme == "https",
         )
         return response
+
+
+def not_the_password() -> Refused:
+    """Return what to tell whoever gave another password than the present one."""
+    return Refused(ErrorCode.FORBIDDEN, "This is not your password.", path="password")

@@ -5,7 +5,7 @@ from typing import Any
 
 from protocol.client import ClientFrame
 from protocol.export import Export
-from protocol.http import Confirm, LoggedIn, Login, Register, SessionList
+from protocol.http import ChangePassword, Confirm, LoggedIn, Login, Register, SessionList
 from protocol.server import Error, Reply
 from server.describe.asyncapi import CLIENT_FRAMES, Schema, schemas, tag
 
@@ -28,7 +28,7 @@ def document() -> Schema:
         "paths": {
             "/v1/auth/register": {
                 "post": _operation("register", "Make an account and begin its first session.", body=Register)
-                | _responses({"201": ("A session has begun.", LoggedIn)}, 400, 409, 422, 429)
+                | _responses({"201": ("A session has begun.", LoggedIn)}, 400, 403, 409, 422, 429)
             },
             "/v1/auth/login": {
                 "post": _operation("login", "Begin a session.", body=Login)
@@ -37,6 +37,15 @@ def document() -> Schema:
             "/v1/auth/logout": {
                 "post": _operation("logout", "End this session.", is_secured=True)
                 | _responses({"204": ("It has ended.", None)}, 401, 403)
+            },
+            "/v1/auth/password": {
+                "post": _operation(
+                    "change_password",
+                    "Take another password; all other sessions end.",
+                    body=ChangePassword,
+                    is_secured=True,
+                )
+                | _responses({"204": ("It has been changed.", None)}, 400, 401, 403, 422, 429)
             },
             "/v1/auth/deactivate": {
                 "post": _operation("deactivate", "Go away until the next login.", body=Confirm, is_secured=True)
@@ -99,7 +108,9 @@ def document() -> Schema:
             },
         },
         "components": {
-            "schemas": schemas(ClientFrame, Reply, Error, Register, Login, LoggedIn, SessionList, Confirm, Export),
+            "schemas": schemas(
+                ClientFrame, Reply, Error, Register, Login, LoggedIn, SessionList, Confirm, ChangePassword, Export
+            ),
             "securitySchemes": {
                 "token": {"type": "http", "scheme": "bearer"},
                 "cookie": {"type": "apiKey", "in": "cookie", "name": "openchat_session"},

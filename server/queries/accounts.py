@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from protocol.ids import UserId
+from protocol.ids import SessionId, UserId
 from protocol.values import User
 from server.database import Db
 from server.queries.users import FACE
@@ -92,6 +92,30 @@ WHERE u.id = $1 AND u.erased_at IS NULL AND NOT u.is_disabled AND (NOT u.is_acti
 async def come_back(db: Db, user_id: UserId, password_hash: str) -> None:
     """Undo that, if that is the hash of the user's password. Under the user's lock."""
     await db.execute(COME_BACK, user_id, password_hash)
+
+
+CHANGE = """
+WITH changed AS (
+    UPDATE account c SET password = $3, updated_at = now()
+    FROM "user" u
+    WHERE c.provider_id = 'credential' AND c.user_id = u.id AND c.password = $2
+        AND u.id = $1 AND u.is_active AND NOT u.is_deleted AND NOT u.is_disabled AND u.erased_at IS NULL
+        AND EXISTS (SELECT FROM session s WHERE s.id = $4 AND s.user_id = u.id AND s.expires_at > now())
+    RETURNING c.user_id
+), ended AS (
+    DELETE FROM session s USING changed c WHERE s.user_id = c.user_id AND s.id <> $4
+)
+SELECT EXISTS (SELECT FROM changed)
+"""
+
+
+async def change_password(
+    db: Db, user_id: UserId, new_hash: str, *, instead_of: str | None, session_id: SessionId
+) -> bool:
+    """Give an active user another password from one of their sessions, and end all the others; False, and in vain, if
+    `instead_of` is not the hash of their password any more, or if that session has ended. Under the user's lock.
+    """
+    return bool(await db.fetchval(CHANGE, user_id, instead_of, new_hash, session_id))
 
 
 NEW_HASH = """
