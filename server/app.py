@@ -182,6 +182,7 @@ class App:
             accounts=accounts,
             origins=settings.allowed_origins,
             metrics=metrics,
+            metrics_from=settings.metrics_networks,
             is_draining=self._draining,
             addresses=Addresses(settings.address_rate, connections=settings.connections_per_address),
         )

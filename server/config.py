@@ -4,6 +4,7 @@ import difflib
 import os
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal, TypeAlias
 from urllib.parse import urlsplit
@@ -15,7 +16,7 @@ from msgspec import Meta
 from protocol.limits import Limits
 from server.errors import Fatal
 from server.limits import told
-from server.proxies import MAX_COUNT, Proxies
+from server.proxies import MAX_COUNT, Network, Proxies, networks
 
 MAX_DEFAULT_WORKERS = 4
 MAX_QUOTED = 60
@@ -97,6 +98,8 @@ class Settings(msgspec.Struct, kw_only=True, frozen=True):
     """How the operators of push services reach this server's: mailto: or https:. Apple's refuses `localhost`."""
     private_addresses: bool = False
     """Let push endpoints and previews be at addresses of this machine and its network."""
+    metrics_from: str = "127.0.0.0/8,::1/128"
+    """The networks from which `/metrics` may be read, directly and not through a proxy. Empty is none."""
     trusted_proxies: str = ""
     """Believe X-Forwarded-For and X-Forwarded-Proto of this many proxies in front (`1`, `2`), or of the networks that
     they are in (`10.0.0.0/8,fd00::/8`). Empty believes nobody.
@@ -132,6 +135,11 @@ class Settings(msgspec.Struct, kw_only=True, frozen=True):
     def proxies(self) -> Proxies:
         """The trusted proxies. Raises ValueError if the setting is not understood."""
         return Proxies.read(self.trusted_proxies)
+
+    @property
+    def metrics_networks(self) -> tuple[Network, ...]:
+        """The networks of `metrics_from`. Raises ValueError if the setting is not understood."""
+        return networks(self.metrics_from) if self.metrics_from.strip() else ()
 
     @property
     def allowed_origins(self) -> frozenset[str]:
@@ -170,9 +178,11 @@ def read(**overrides: object) -> Settings:
     for field, value in given.items():
         try:
             one = msgspec.convert({field: value}, Settings, strict=False)
-            _require_understood(one, field)
-        except (msgspec.ValidationError, ValueError):
-            raise Fatal(_not_allowed(field, str(value))) from None
+            is_understood = FORMS[field](one) if field in FORMS else True
+        except (msgspec.ValidationError, ValueError, RuntimeError):  # the last for the folder of a user there is not
+            is_understood = False
+        if not is_understood:
+            raise Fatal(_not_allowed(field, str(value)))
     return msgspec.convert(given, Settings, strict=False)
 
 
@@ -187,35 +197,6 @@ def _require_known(name: str) -> None:
     near = difflib.get_close_matches(bare.lower(), FIELDS, n=1)
     guess = f"; did you mean {variable(near[0])}?" if near else "."
     raise Fatal(f"{name} is not a setting{guess} Correct its name, or unset it.")
-
-
-def _require_understood(settings: Settings, field: str) -> None:
-    """Raise ValueError if a text is not of the form that its setting has."""
-    match field:
-        case "host":
-            _require(bool(settings.host.strip()))
-        case "data_dir":
-            try:
-                _ = settings.data_path
-            except RuntimeError:  # a home folder of a user that there is not
-                raise ValueError from None
-        case "database_url" if settings.database_url:
-            _require(urlsplit(settings.database_url).scheme in {"postgresql", "postgres"})
-        case "redis_url" if settings.redis_url:
-            _require(urlsplit(settings.redis_url).scheme in {"redis", "rediss", "unix"})
-        case "origins":
-            _require(all(map(_is_origin, settings.allowed_origins)))
-        case "push_contact":
-            _require(re.fullmatch(r"(mailto:|https://)\S+", settings.push_contact) is not None)
-        case "search_language":
-            _require(re.fullmatch(r"\w+(\.\w+)?", settings.search_language) is not None)
-        case "trusted_proxies":
-            _ = settings.proxies
-
-
-def _require(is_so: bool) -> None:  # noqa: FBT001 - it has one
-    if not is_so:
-        raise ValueError
 
 
 def _is_origin(origin: str) -> bool:
@@ -242,6 +223,19 @@ TEXTS = {
     "origins": "origins such as https://chat.example.org, separated by commas",
     "search_language": "a text search configuration of PostgreSQL",
     "push_contact": "a URL that begins with mailto: or https://",
+    "metrics_from": "empty, or networks such as 10.0.0.0/8, separated by commas",
     "trusted_proxies": f"a number from 0 to {MAX_COUNT}, or networks such as 10.0.0.0/8, separated by commas",
 }
 """What may be given for the settings that are texts."""
+FORMS: dict[str, Callable[[Settings], object]] = {
+    "host": lambda one: one.host.strip(),
+    "data_dir": lambda one: one.data_path,
+    "database_url": lambda one: re.match(r"(postgres(ql)?://|$)", one.database_url),
+    "redis_url": lambda one: re.match(r"((rediss?|unix)://|$)", one.redis_url),
+    "origins": lambda one: all(map(_is_origin, one.allowed_origins)),
+    "search_language": lambda one: re.fullmatch(r"\w+(\.\w+)?", one.search_language),
+    "push_contact": lambda one: re.fullmatch(r"(mailto:|https://)\S+", one.push_contact),
+    "metrics_from": lambda one: one.metrics_networks is not None,
+    "trusted_proxies": lambda one: one.proxies is not None,
+}
+"""What is true of a text that its setting understands; or else it is false, or raises ValueError."""

@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Callable
 from typing import NamedTuple
 
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import BaseRoute, Route, WebSocketRoute
@@ -15,7 +16,7 @@ from protocol.client import Authenticate
 from protocol.codec import decode_client, encode
 from protocol.errors import CloseCode, ErrorCode, Refused
 from protocol.server import Error
-from server.addresses import Addresses
+from server.addresses import Addresses, parsed
 from server.auth.credentials import token_of
 from server.auth.endpoints import Accounts
 from server.auth.sessions import Sessions
@@ -25,10 +26,13 @@ from server.describe import asyncapi, openapi
 from server.dispatch import error_frame
 from server.errors import refusal
 from server.metrics import Metrics
+from server.proxies import Network, is_within
 from server.queries.sessions import Active
 from server.web import STATUS, endpoint, json_response, limited_body, refusal_response
 from server.websocket import EXTENSION, WebSocket
 
+FORWARDING = frozenset({"forwarded", "via", "x-forwarded-for", "x-forwarded-host", "x-forwarded-proto", "x-real-ip"})
+"""Headers that proxies add: what comes through one comes from elsewhere, whatever the peer's address is."""
 AUTHENTICATE_SECONDS = 5.0
 READY_SECONDS = 2.0
 
@@ -42,6 +46,7 @@ class Door(NamedTuple):
     accounts: Accounts
     origins: frozenset[str]
     metrics: Metrics
+    metrics_from: tuple[Network, ...]
     is_draining: asyncio.Event
     addresses: Addresses
 
@@ -136,8 +141,12 @@ class Endpoints:
         }
         return json_response(checks, status=200 if all(checks.values()) else 503)
 
-    async def metrics(self, request: Request) -> Response:  # noqa: ARG002
-        """Return all workers' numbers."""
+    async def metrics(self, request: Request) -> Response:
+        """Return all workers' numbers, to those who may read them: for others the path is not there."""
+        address = parsed(request.client.host) if request.client else None
+        is_direct = FORWARDING.isdisjoint(request.headers.keys())
+        if address is None or not is_direct or not is_within(address, self._door.metrics_from):
+            raise HTTPException(404)
         return Response(self._door.metrics.page(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def asyncapi(self, request: Request) -> Response:  # noqa: ARG002

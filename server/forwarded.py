@@ -1,10 +1,14 @@
 """X-Forwarded-For and X-Forwarded-Proto: a trusted proxy's address and scheme become its client's."""
 
+import logging
+
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from protocol.errors import Refused
 from server.proxies import Proxies
 from server.web import refusal_response
+
+log = logging.getLogger(__name__)
 
 SCHEMES = {"http": {"http": "http", "https": "https"}, "websocket": {"http": "ws", "https": "wss"}}
 
@@ -15,6 +19,7 @@ class Forwarded:
     def __init__(self, app: ASGIApp, proxies: Proxies) -> None:
         self._app = app
         self._proxies = proxies
+        self._has_warned = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle a request, or refuse it if the address that counts is none."""
@@ -30,7 +35,14 @@ class Forwarded:
 
     def _rewrite(self, scope: Scope) -> None:
         peer = scope["client"]
-        client = self._proxies.client(peer and peer[0], _entries(scope, b"x-forwarded-for"))
+        entries = _entries(scope, b"x-forwarded-for")
+        client = self._proxies.client(peer and peer[0], entries)
+        if entries and not client.hops and self._proxies.count and not self._has_warned:
+            self._has_warned = True
+            log.warning(
+                "X-Forwarded-For has %d of the %d entries that OPENCHAT_TRUSTED_PROXIES counts; it is ignored, and "
+                "clients are counted by the address of the proxy", len(entries), self._proxies.count,
+            )  # fmt: skip
         if client.hops and (protocols := _entries(scope, b"x-forwarded-proto")):
             proto = protocols[-min(client.hops, len(protocols))].lower()
             scope["scheme"] = SCHEMES[scope["type"]].get(proto, scope["scheme"])

@@ -37,7 +37,7 @@ class Proxies:
             if int(text) > MAX_COUNT:
                 raise ValueError(f"a count of proxies is at most {MAX_COUNT}")
             return cls(count=int(text))
-        return cls(networks=tuple(ipaddress.ip_network(one.strip()) for one in text.split(",")))
+        return cls(networks=networks(text))
 
     def __bool__(self) -> bool:
         return bool(self.count or self.networks)
@@ -47,7 +47,7 @@ class Proxies:
         if self.count:
             return True
         address = None if peer is None else parsed(peer)
-        return address is not None and self._is_in_networks(address)
+        return address is not None and is_within(address, self.networks)
 
     def client(self, peer: str | None, forwarded_for: Sequence[str]) -> Client:
         """Return the client of a request: `forwarded_for` are the entries of X-Forwarded-For, of which each proxy
@@ -57,19 +57,27 @@ class Proxies:
             return Client(None, 0)
         entries = list(forwarded_for)
         if self.count:
-            # With fewer entries than proxies, the first one is still one that a proxy wrote.
-            host = str(_required(entries[-min(self.count, len(entries))])) if entries else None
-            return Client(host, self.count)
+            # With fewer entries than proxies, the request came past one of them, and the client may have written all.
+            if len(entries) < self.count:
+                return Client(None, 0)
+            return Client(str(_required(entries[-self.count])), self.count)
         hops, address = 1, None
         for entry in reversed(entries):
             address = _required(entry)
-            if not self._is_in_networks(address):
+            if not is_within(address, self.networks):
                 break
             hops += 1
         return Client(None if address is None else str(address), hops)
 
-    def _is_in_networks(self, address: Address) -> bool:
-        return any(address in network for network in self.networks)
+
+def networks(text: str) -> tuple[Network, ...]:
+    """Return the networks that a text names, separated by commas. Raises ValueError if one is none."""
+    return tuple(ipaddress.ip_network(one.strip()) for one in text.split(","))
+
+
+def is_within(address: Address, some: Sequence[Network]) -> bool:
+    """Whether an address is in one of some networks."""
+    return any(address in network for network in some)
 
 
 def _required(entry: str) -> Address:

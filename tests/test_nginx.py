@@ -202,6 +202,8 @@ async def test_a_browser_behind_two_proxies(
         # Whoever reaches the inner proxy without TLS gets no Secure cookie, unless a balancer vouches for it.
         async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{inner_port}", trust_env=False) as plain:
             account = ADA | {"email": "plain@example.org"}
+            assert (await plain.get("/metrics")).status_code == HTTPStatus.NOT_FOUND
+            assert (await plain.get("//metrics/")).status_code != HTTPStatus.OK
             answer = await plain.post("/v1/auth/register", json=account, headers={"X-Forwarded-Proto": "gopher"})
             assert answer.status_code == HTTPStatus.CREATED
             assert "secure" not in answer.headers["set-cookie"].lower()

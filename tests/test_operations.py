@@ -1,10 +1,20 @@
 """What an operator looks at: health, readiness, numbers, documents."""
 
+import re
+from pathlib import Path
+
 import httpx
+import msgspec
+import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from protocol import client
+from server.config import Settings
+from server.endpoints import FORWARDING
+from server.proxies import Proxies
 from tests.world import World, sent
+
+ROOT = Path(__file__).parent.parent
 
 
 async def get(world: World, path: str, worker: int = 0) -> httpx.Response:
@@ -52,6 +62,37 @@ async def test_any_worker_tells_the_numbers_of_all(world: World) -> None:
     assert found["openchat_refusals_total", ("code", "bad_frame"), ("worker", "1")] == 1
     assert found["openchat_deliveries_total", ("worker", "1")] >= 1
     assert found["openchat_frame_seconds_count", ("worker", "1")] >= 3
+
+
+async def test_numbers_are_for_the_machine_itself_and_not_for_who_comes_through_a_proxy(world: World) -> None:
+    assert Settings().metrics_from == world.settings.metrics_from
+    async with httpx.AsyncClient(base_url=world.url, trust_env=False) as http:
+        nowhere = await http.get("/nowhere")
+        for name in sorted(FORWARDING):
+            answer = await http.get("/metrics", headers={name: "127.0.0.1"})
+            assert (answer.status_code, answer.content) == (404, nowhere.content), name
+        assert (await http.get("/metrics")).status_code == 200
+
+
+@pytest.mark.parametrize(("metrics_from", "status"), [("", 404), ("10.0.0.0/8", 404), ("10.0.0.0/8,127.0.0.1/32", 200)])
+async def test_numbers_are_for_the_networks_that_are_set(settings: Settings, metrics_from: str, status: int) -> None:
+    changes = {"metrics_from": metrics_from, "trusted_proxies": "127.0.0.0/8"}
+    async with World(msgspec.structs.replace(settings, **changes), workers=1) as world:
+        assert (await get(world, "/metrics")).status_code == status
+        assert (await get(world, "/healthz")).status_code == 200
+        async with httpx.AsyncClient(base_url=world.url, trust_env=False) as http:
+            assert (await http.get("/metrics", headers={"X-Forwarded-For": "10.0.0.1"})).status_code == 404
+
+
+def test_the_shipped_composition_counts_its_own_proxy_alone() -> None:
+    """`docker compose up` has one nginx: an entry that a client wrote must not be the one that counts."""
+    setting = re.search(
+        r'OPENCHAT_TRUSTED_PROXIES: "?\$\{OPENCHAT_TRUSTED_PROXIES:-(\d)\}', (ROOT / "compose.yaml").read_text()
+    )
+    assert setting is not None
+    found = Proxies.read(setting[1]).client("172.18.0.9", ["203.0.113.66", "198.51.100.7"])
+    assert found.host == "198.51.100.7"
+    assert "location = /metrics { return 404; }" in (ROOT / "deploy" / "nginx.conf").read_text()
 
 
 async def test_the_wire_is_described_where_it_is_served(world: World) -> None:

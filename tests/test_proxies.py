@@ -65,8 +65,9 @@ def test_what_is_not_an_address_is_refused_where_it_counts_alone(garbage: str, s
 
 
 def test_there_may_be_fewer_entries_than_proxies() -> None:
-    assert Proxies.read("2").client(PEER, []).host is None
-    assert Proxies.read("2").client(PEER, ["198.51.100.7"]).host == "198.51.100.7"
+    """Then a proxy was passed by, and who did may have written every entry: the peer's address counts."""
+    for entries in ([], ["198.51.100.7"], ["<script>"]):
+        assert Proxies.read("2").client(PEER, entries) == (None, 0)
     assert Proxies.read("10.0.0.0/8").client(PEER, ["10.1.1.1", "10.2.2.2"]).host == "10.1.1.1"
 
 
@@ -144,6 +145,24 @@ async def test_without_proxies_the_headers_mean_nothing(settings: Settings) -> N
         assert registered.status_code == HTTPStatus.CREATED
         assert "secure" not in registered.headers["set-cookie"].lower()
         assert await world.db.fetchval("SELECT ip_address FROM session") == "127.0.0.1"
+
+
+async def test_who_comes_past_a_proxy_is_counted_by_the_address_of_the_socket(
+    settings: Settings, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = msgspec.structs.replace(settings, trusted_proxies="2", login_attempts_per_address=3)
+    async with World(settings, workers=1) as world, httpx.AsyncClient(base_url=world.url, trust_env=False) as http:
+        forged = {"X-Forwarded-For": "198.51.100.1", "X-Forwarded-Proto": "https"}
+        registered = await http.post("/v1/auth/register", json=ADA, headers=forged)
+        assert "secure" not in registered.headers["set-cookie"].lower()
+        assert await world.db.fetchval("SELECT ip_address FROM session") == "127.0.0.1"
+        wrong = {"email": ADA["email"], "password": "wrong horse"}
+        codes = [
+            (await http.post("/v1/auth/login", json=wrong, headers={"X-Forwarded-For": f"198.51.100.{n}"})).status_code
+            for n in range(4)
+        ]
+        assert codes == [401, 401, 429, 429]
+    assert sum("1 of the 2 entries" in record.getMessage() for record in caplog.records) == 1
 
 
 async def test_several_lines_of_the_header_are_one_list(settings: Settings) -> None:

@@ -25,6 +25,7 @@ WRONG = {
     "origins": ["chat.example.org", "https://", "https://a.example,https://b.example/path", "*"],
     "search_language": ["", "english; DROP", "a.b.c"],
     "push_contact": ["", "postmaster@example.org", "http://example.org"],
+    "metrics_from": ["1", "everybody", "10.0.0.1/8", "127.0.0.1,", "*"],
     "trusted_proxies": ["true", "-1", "11", "1.5", "10.0.0.0/33", "10.0.0.1/8", "1,", "example.org", "*"],
 }
 """Values that are refused, of each setting that is a text."""

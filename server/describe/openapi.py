@@ -104,7 +104,12 @@ def document() -> Schema:
             },
             "/metrics": {
                 "get": _operation("metrics", "All workers' numbers, for Prometheus.")
-                | {"responses": {"200": {"description": "The text format.", "content": {"text/plain": {}}}}}
+                | {
+                    "responses": {
+                        "200": {"description": "The text format.", "content": {"text/plain": {}}},
+                        "404": {"description": "Not from this address, or not through a proxy."},
+                    }
+                }
             },
         },
         "components": {
