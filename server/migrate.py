@@ -7,20 +7,23 @@ import asyncpg
 
 from server.errors import Fatal
 
-LOCK = 0x6F70656E63686174
-"""The advisory lock that lets one process migrate at a time: "openchat" in ASCII."""
+LOCK_SECONDS = 60
+"""Max wait of a migration for a lock on a table, in seconds."""
 
 _HERE = Path(__file__).parent
 ROOT = _HERE if (_HERE / "schema.sql").exists() else _HERE.parent
 """Where schema.sql and migrations/ are: inside the package when installed, beside it in a checkout."""
 
 TABLE = """
-CREATE TABLE IF NOT EXISTS schema_migration (
+CREATE TABLE schema_migration (
     number integer CONSTRAINT schema_migration_pkey PRIMARY KEY,
     name text NOT NULL,
     applied_at timestamptz NOT NULL DEFAULT now()
 )
 """
+LOCK = "LOCK TABLE schema_migration IN SHARE ROW EXCLUSIVE MODE"
+"""Lets one process migrate at a time. A reader can take an advisory lock, but not this one."""
+PATIENCE = f"SET LOCAL lock_timeout = '{LOCK_SECONDS}s'"
 HAS_TABLE = "SELECT to_regclass('public.schema_migration') IS NOT NULL"
 IS_EMPTY = "SELECT NOT EXISTS (SELECT FROM pg_tables WHERE schemaname = 'public')"
 APPLIED = "SELECT coalesce(max(number), 0) FROM schema_migration"
@@ -59,25 +62,52 @@ async def migrate(connection: Connection) -> list[str]:
 
     Raises Fatal if the schema is newer than the program, or is not OpenChat's.
     """
-    await connection.execute("SELECT pg_advisory_lock($1)", LOCK)
     try:
-        todo = await plan(connection)
-        if todo and await connection.fetchval(IS_EMPTY):
-            async with connection.transaction():
-                await connection.execute((ROOT / "schema.sql").read_text())
-                await connection.execute(TABLE)
-                await connection.executemany(RECORD, [(m.number, m.name) for m in known()])
-        else:
-            for migration in known():
-                if migration.name in todo:
-                    async with connection.transaction():
-                        await connection.execute(migration.path.read_text())
-                        await connection.execute(RECORD, migration.number, migration.name)
+        return await _migrate(connection)
+    except asyncpg.LockNotAvailableError as error:
+        raise Fatal(
+            f"another session held a table for {LOCK_SECONDS} seconds, such as a reader's open transaction or another "
+            "migration; end it (see pg_locks) and start again."
+        ) from error
+
+
+async def _migrate(connection: Connection) -> list[str]:
+    if await connection.fetchval(IS_EMPTY):
+        try:
+            return await _create(connection)
+        except (asyncpg.UniqueViolationError, asyncpg.DuplicateTableError):
+            pass  # Another process created the tables first, and has committed.
+    await _applied(connection)
+    done = []
+    while (name := await _step(connection)) is not None:
+        done.append(name)
+    return done
+
+
+async def _create(connection: Connection) -> list[str]:
+    """Create all tables. The first statement lets one process do so at a time; others wait, and raise."""
+    async with connection.transaction():
+        await connection.execute(TABLE)
+        await connection.execute((ROOT / "schema.sql").read_text())
+        await connection.executemany(RECORD, [(m.number, m.name) for m in known()])
+        await connection.execute(CLOSE)
+    return ["schema.sql (the database is empty)"]
+
+
+async def _step(connection: Connection) -> str | None:
+    """Apply the next migration and return its name. Return None if there is none."""
+    async with connection.transaction():
+        await connection.execute(PATIENCE)
+        await connection.execute(LOCK)
+        applied = await _applied(connection)
+        for migration in known():
+            if migration.number > applied:
+                await connection.execute(migration.path.read_text())
+                await connection.execute(RECORD, migration.number, migration.name)
+                return migration.name
         # A restored dump brings grants to readers, and not what was taken from everybody.
         await connection.execute(CLOSE)
-        return todo
-    finally:
-        await connection.execute("SELECT pg_advisory_unlock($1)", LOCK)
+    return None
 
 
 async def new_epoch(connection: Connection) -> None:

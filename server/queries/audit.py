@@ -28,7 +28,9 @@ class Deed(NamedTuple):
 
 
 # One at a time in each chain. An entry is made without its hash first: the hash is of what the row then says.
-LOCK = "SELECT pg_advisory_xact_lock(hashtextextended($1::uuid::text, 0))"
+# A row is locked: whoever may only read can take an advisory lock, and no row lock.
+LOCK = "SELECT FROM conversation WHERE id = $1 FOR NO KEY UPDATE"
+LOCK_SERVER = "SELECT FROM database_epoch FOR NO KEY UPDATE"
 RECORD = """
 WITH before AS (
     SELECT number, hash FROM audit_entry WHERE chain = $1 ORDER BY number DESC LIMIT 1
@@ -44,7 +46,10 @@ SELECT e.*, audit_hash(ROW(e.*, ''::bytea)::audit_entry) FROM entry e
 
 async def record(db: Db, chain: ConversationId, deed: Deed) -> None:
     """Add an entry to a chain, in the transaction of what it tells."""
-    await db.execute(LOCK, chain)
+    if chain == SERVER:
+        await db.execute(LOCK_SERVER)
+    else:
+        await db.execute(LOCK, chain)
     details = msgspec.json.encode(deed.details).decode()
     await db.execute(RECORD, chain, deed.actor_id, deed.action, deed.user_id, deed.message_id, details)
 
