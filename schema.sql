@@ -1092,6 +1092,63 @@ END
 $$;
 REVOKE EXECUTE ON FUNCTION close_to_public() FROM PUBLIC;
 
+-- Takes from everybody the functions of PostgreSQL by which any role fills what all share: the table of locks, and the disk.
+-- Only a superuser can. These rights are copied with a template and are in a dump.
+CREATE FUNCTION close_functions_to_public() RETURNS void LANGUAGE plpgsql SET search_path = pg_catalog, public, pg_temp AS $$
+DECLARE
+    found record;
+BEGIN
+    FOR found IN
+        SELECT p.oid::regprocedure AS name, pg_has_role(p.proowner, 'USAGE') AS is_mine
+        FROM pg_proc p CROSS JOIN aclexplode(coalesce(p.proacl, acldefault('f', p.proowner))) a
+        WHERE p.pronamespace = 'pg_catalog'::regnamespace AND a.grantee = 0 AND a.privilege_type = 'EXECUTE'
+            AND (p.proname ~ '^pg_(try_)?advisory_(xact_)?lock' OR p.proname IN ('lo_creat', 'lo_create', 'lo_from_bytea',
+                'lo_put', 'lowrite', 'lo_truncate', 'lo_truncate64'))
+    LOOP
+        IF NOT found.is_mine THEN
+            RAISE WARNING 'advisory locks and large objects stay open to everybody: a superuser must call'
+                ' close_functions_to_public()';
+            RETURN;
+        END IF;
+        EXECUTE format('REVOKE EXECUTE ON FUNCTION %s FROM PUBLIC', found.name);
+    END LOOP;
+END
+$$;
+REVOKE EXECUTE ON FUNCTION close_functions_to_public() FROM PUBLIC;
+
+-- Bounds what a reader takes, as far as nobody has set it yet. The timeouts are defaults, which a reader can change; the
+-- number of connections and the size of temporary files are not. They hold for whoever logs in with that role.
+CREATE FUNCTION bound_reader(role_name text) RETURNS void LANGUAGE plpgsql SET search_path = pg_catalog, public, pg_temp AS $$
+DECLARE
+    bound record;
+BEGIN
+    IF (SELECT r.rolconnlimit FROM pg_roles r WHERE r.rolname = role_name) < 0 THEN
+        BEGIN
+            EXECUTE format('ALTER ROLE %I CONNECTION LIMIT 10', role_name);
+        EXCEPTION WHEN insufficient_privilege THEN
+            RAISE WARNING 'an administrator must ALTER ROLE % CONNECTION LIMIT 10', quote_ident(role_name);
+        END;
+    END IF;
+    FOR bound IN
+        SELECT b.name, b.value FROM (VALUES ('statement_timeout', '5min'), ('idle_in_transaction_session_timeout', '1min'),
+            ('temp_file_limit', '1GB')) b (name, value)
+        WHERE NOT EXISTS (
+            SELECT FROM pg_db_role_setting s JOIN pg_roles r ON r.oid = s.setrole CROSS JOIN unnest(s.setconfig) c
+            WHERE r.rolname = role_name AND s.setdatabase IN (0, (SELECT d.oid FROM pg_database d
+                WHERE d.datname = current_database())) AND c LIKE b.name || '=%'
+        )
+    LOOP
+        BEGIN
+            EXECUTE format('ALTER ROLE %I SET %s = %L', role_name, bound.name, bound.value);
+        EXCEPTION WHEN insufficient_privilege THEN
+            RAISE WARNING 'an administrator must ALTER ROLE % SET % = %', quote_ident(role_name), bound.name,
+                quote_literal(bound.value);
+        END;
+    END LOOP;
+END
+$$;
+REVOKE EXECUTE ON FUNCTION bound_reader(text) FROM PUBLIC;
+
 -- Gives a role what a reader may see, and nothing else of these tables: run again, it takes away what was granted before.
 CREATE FUNCTION grant_reader(role_name text) RETURNS void LANGUAGE plpgsql SET search_path = pg_catalog, public, pg_temp AS $$
 BEGIN
@@ -1104,6 +1161,8 @@ BEGIN
         RAISE EXCEPTION 'the role % is not held by policies, or may create objects in the schema public', role_name
             USING ERRCODE = 'insufficient_privilege', HINT = 'Make a role without these rights for whoever reads.';
     END IF;
+    PERFORM close_functions_to_public();
+    PERFORM bound_reader(role_name);
     EXECUTE format('REVOKE ALL ON ALL TABLES IN SCHEMA public FROM %I', role_name);
     EXECUTE format('GRANT SELECT (id, name, display_name, image, erased_at) ON "user" TO %I', role_name);
     EXECUTE format('GRANT SELECT (id, user_id, expires_at, ip_address, user_agent, created_at) ON session TO %I',

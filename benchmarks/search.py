@@ -77,8 +77,8 @@ def main() -> None:
 
 async def fill(url: str, messages: int) -> None:
     """Write people, conversations and messages, and make what they are found by."""
+    await migrate.migrate(url)
     db = await asyncpg.connect(url)
-    await migrate.migrate(db)
     await db.execute("SET session_replication_role = replica")
     await db.execute("DROP INDEX message_search_words_idx")
     await db.copy_records_to_table(

@@ -88,8 +88,8 @@ def main() -> None:
 async def prepare(postgres: Postgres, size: float) -> Ids:
     """Make the tables and what is in them."""
     began = time.monotonic()
+    await migrate.migrate(postgres.url())
     db = await asyncpg.connect(postgres.url(), server_settings={"log_min_duration_statement": "-1"})
-    await migrate.migrate(db)
     ids = await fill(db, size)
     await db.close()
     Console().print(f"filled in {time.monotonic() - began:.0f} s")

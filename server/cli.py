@@ -103,7 +103,7 @@ async def _administer(url: str, *, is_plan: bool, is_new_epoch: bool) -> None:
             await migrate.new_epoch(connection)
             tell("A new epoch has begun: every client starts over.")
             return
-        steps = await (migrate.plan if is_plan else migrate.migrate)(connection)
+        steps = await (migrate.plan(connection) if is_plan else migrate.migrate(url))
         for step in steps:
             tell(f"{'would apply' if is_plan else 'applied'}  {step}")
         if not steps:

@@ -1,5 +1,8 @@
 """Bring a database to the schema that this program knows: schema.sql for an empty one, migrations for others."""
 
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
@@ -7,8 +10,12 @@ import asyncpg
 
 from server.errors import Fatal
 
-LOCK_SECONDS = 60
-"""Max wait of a migration for a lock on a table, in seconds."""
+LOCK_SECONDS = 1
+"""Max wait of a migration for each lock, in seconds: whoever needs the table meanwhile waits behind it."""
+ATTEMPTS = 30
+"""Max attempts of a migration that another session's lock stops."""
+PAUSE_SECONDS = 1.0
+"""Pause between two attempts, in seconds: those who waited behind the first one pass."""
 
 _HERE = Path(__file__).parent
 ROOT = _HERE if (_HERE / "schema.sql").exists() else _HERE.parent
@@ -21,9 +28,20 @@ CREATE TABLE schema_migration (
     applied_at timestamptz NOT NULL DEFAULT now()
 )
 """
-LOCK = "LOCK TABLE schema_migration IN SHARE ROW EXCLUSIVE MODE"
-"""Lets one process migrate at a time. A reader can take an advisory lock, but not this one."""
+LOCK = "LOCK TABLE schema_migration IN SHARE UPDATE EXCLUSIVE MODE"
+"""Lets one process migrate at a time. A reader can take an advisory lock, and none of this table."""
 PATIENCE = f"SET LOCAL lock_timeout = '{LOCK_SECONDS}s'"
+UNHURRIED = """
+SELECT set_config(name, '0', false) FROM pg_settings
+WHERE name IN ('lock_timeout', 'statement_timeout', 'idle_in_transaction_session_timeout', 'transaction_timeout')
+"""
+OLDEST = """
+SELECT format(' Process %s of role %s has a transaction open since %s.', pid, usename, date_trunc('second', xact_start))
+FROM pg_stat_activity
+WHERE datname = current_database() AND pid <> ALL($1::int[]) AND backend_type = 'client backend'
+    AND xact_start IS NOT NULL
+ORDER BY xact_start LIMIT 1
+"""
 HAS_TABLE = "SELECT to_regclass('public.schema_migration') IS NOT NULL"
 IS_EMPTY = "SELECT NOT EXISTS (SELECT FROM pg_tables WHERE schemaname = 'public')"
 APPLIED = "SELECT coalesce(max(number), 0) FROM schema_migration"
@@ -33,6 +51,10 @@ NEW_EPOCH = "UPDATE database_epoch SET epoch = gen_random_uuid()"
 
 
 Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record] | asyncpg.pool.PoolConnectionProxy[asyncpg.Record]"
+
+
+STOPPED = (asyncpg.LockNotAvailableError, asyncpg.DeadlockDetectedError)
+"""What PostgreSQL raises when a migration gets in the way of others, or they in its way."""
 
 
 class Migration(NamedTuple):
@@ -57,31 +79,32 @@ async def plan(connection: Connection) -> list[str]:
     return [migration.name for migration in known() if migration.number > applied]
 
 
-async def migrate(connection: Connection) -> list[str]:
-    """Do what `plan` says and return it. Safe to call from many processes at once.
+async def migrate(url: str) -> list[str]:
+    """Do what `plan` says in the database at `url`, and return it. Safe to call from many processes at once.
 
-    Raises Fatal if the schema is newer than the program, or is not OpenChat's.
+    Raises Fatal if the schema is newer than the program, or is not OpenChat's, or if another session holds its tables.
     """
+    async with _connected(url) as connection:
+        if await connection.fetchval(IS_EMPTY):
+            try:
+                return await _create(connection)
+            except (asyncpg.UniqueViolationError, asyncpg.DuplicateTableError):
+                pass  # Another process created the tables first, and has committed.
+        await _applied(connection)
+        # The lock is held by a connection of its own, since an index is not built in a transaction.
+        async with _connected(url) as keeper, keeper.transaction():
+            await keeper.execute(LOCK)
+            return await _migrate(connection, keeper)
+
+
+@asynccontextmanager
+async def _connected(url: str) -> AsyncIterator[Connection]:
+    connection = await asyncpg.connect(url)
     try:
-        return await _migrate(connection)
-    except asyncpg.LockNotAvailableError as error:
-        raise Fatal(
-            f"another session held a table for {LOCK_SECONDS} seconds, such as a reader's open transaction or another "
-            "migration; end it (see pg_locks) and start again."
-        ) from error
-
-
-async def _migrate(connection: Connection) -> list[str]:
-    if await connection.fetchval(IS_EMPTY):
-        try:
-            return await _create(connection)
-        except (asyncpg.UniqueViolationError, asyncpg.DuplicateTableError):
-            pass  # Another process created the tables first, and has committed.
-    await _applied(connection)
-    done = []
-    while (name := await _step(connection)) is not None:
-        done.append(name)
-    return done
+        await connection.execute(UNHURRIED)
+        yield connection
+    finally:
+        await connection.close()
 
 
 async def _create(connection: Connection) -> list[str]:
@@ -94,20 +117,36 @@ async def _create(connection: Connection) -> list[str]:
     return ["schema.sql (the database is empty)"]
 
 
-async def _step(connection: Connection) -> str | None:
-    """Apply the next migration and return its name. Return None if there is none."""
-    async with connection.transaction():
-        await connection.execute(PATIENCE)
-        await connection.execute(LOCK)
-        applied = await _applied(connection)
-        for migration in known():
-            if migration.number > applied:
+async def _migrate(connection: Connection, keeper: Connection) -> list[str]:
+    todo = await plan(connection)
+    for migration in known():
+        if migration.name in todo:
+            try:
+                await _apply(connection, migration)
+            except STOPPED as error:
+                ours = [connection.get_server_pid(), keeper.get_server_pid()]
+                oldest = await connection.fetchval(OLDEST, ours) or ""
+                raise Fatal(
+                    f"the migration {migration.name} waits for a table that another session holds, such as a "
+                    f"reader with an open transaction.{oldest} End it, and start again."
+                ) from error
+    # A restored dump brings grants to readers, and not what was taken from everybody.
+    await connection.execute(CLOSE)
+    return todo
+
+
+async def _apply(connection: Connection, migration: Migration) -> None:
+    for attempt in range(ATTEMPTS):
+        try:
+            async with connection.transaction():
+                await connection.execute(PATIENCE)
                 await connection.execute(migration.path.read_text())
                 await connection.execute(RECORD, migration.number, migration.name)
-                return migration.name
-        # A restored dump brings grants to readers, and not what was taken from everybody.
-        await connection.execute(CLOSE)
-    return None
+                return
+        except STOPPED:
+            if attempt == ATTEMPTS - 1:
+                raise
+            await asyncio.sleep(PAUSE_SECONDS)
 
 
 async def new_epoch(connection: Connection) -> None:

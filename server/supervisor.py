@@ -256,7 +256,7 @@ async def prepare(settings: Settings) -> None:
     """Bring the database to this program's schema, and see that Redis answers. Raises Fatal if it cannot be."""
     connection = await database.connect(settings.database_url)
     try:
-        for step in await migrate.migrate(connection):
+        for step in await migrate.migrate(settings.database_url):
             tell(f"Database: {step}")
         await database.speak(connection, settings.search_language)
     finally:

@@ -66,9 +66,7 @@ async def make_template(administration: str, template: str) -> None:
     connection = await asyncpg.connect(administration)
     await connection.execute(f"CREATE DATABASE {TEMPLATE}")
     await connection.close()
-    connection = await asyncpg.connect(template)
-    await migrate.migrate(connection)
-    await connection.close()
+    await migrate.migrate(template)
 
 
 @pytest.fixture

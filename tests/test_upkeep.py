@@ -37,9 +37,7 @@ async def elsewhere(servers: Servers) -> AsyncIterator[str]:
     name = f"elsewhere_{uuid7().hex}"
     await administration.execute(f"CREATE DATABASE {name}")
     url = servers.postgres.url(name)
-    connection = await asyncpg.connect(url)
-    await migrate.migrate(connection)
-    await connection.close()
+    await migrate.migrate(url)
     yield url
     await administration.execute(f"DROP DATABASE {name} WITH (FORCE)")
     await administration.close()

@@ -1,0 +1,160 @@
+"""Locks: readers of the database hold none that the server needs, and take no more than their share."""
+
+import asyncio
+import re
+import shutil
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import NamedTuple
+
+import asyncpg
+import pytest
+
+from protocol import client
+from protocol.ids import uuid7
+from protocol.server import Changed, OneConversation
+from server import migrate
+from server.config import Settings
+from server.database import Db
+from server.errors import Fatal
+from server.queries import audit
+from server.queries.audit import Deed
+from tests.world import World, sent
+
+MODES = [
+    "ACCESS SHARE", "ROW SHARE", "ROW EXCLUSIVE", "SHARE UPDATE EXCLUSIVE", "SHARE", "SHARE ROW EXCLUSIVE", "EXCLUSIVE",
+    "ACCESS EXCLUSIVE",
+]  # fmt: skip
+ROWS = ["KEY SHARE", "SHARE", "NO KEY UPDATE", "UPDATE"]
+RELATIONS = (
+    "SELECT oid::regclass::text FROM pg_class WHERE relnamespace = 'public'::regnamespace AND relkind IN ('r', 'v')"
+)
+LOCKING = """
+SELECT p.oid::regprocedure::text, p.proargtypes::text FROM pg_proc p
+WHERE p.pronamespace = 'pg_catalog'::regnamespace AND p.proname ~ 'advisory.*lock' AND p.proname !~ 'unlock'
+"""
+WRITING = [
+    "lo_create(0)",
+    "lo_creat(-1)",
+    "lo_from_bytea(0, 'x')",
+    "lo_put(1, 0, 'x')",
+    "lowrite(0, 'x')",
+    "lo_truncate(0, 1)",
+]
+OLD_KEYS = [
+    "hashtextextended($1::uuid::text, 0)", "hashtextextended('00000000-0000-0000-0000-000000000000', 0)",
+    str(0x6F70656E63686174),
+]  # fmt: skip
+
+
+class Role(NamedTuple):
+    """A reader that logged in by itself."""
+
+    name: str
+    db: Db
+
+    async def takes(self, statement: str) -> bool:
+        """Whether a statement is allowed; what it locks is held until the reader's transaction ends."""
+        try:
+            async with self.db.transaction():
+                await self.db.execute(statement)
+        except (asyncpg.InsufficientPrivilegeError, asyncpg.FeatureNotSupportedError):
+            return False
+        return True
+
+
+@pytest.fixture
+async def role(world: World) -> AsyncIterator[Role]:
+    name = f"reader_{uuid7().hex}"
+    await world.db.execute(f"CREATE ROLE {name} LOGIN; SELECT grant_reader('{name}')")
+    db = await asyncpg.connect(world.settings.database_url)
+    await db.execute(f"SET ROLE {name}")
+    yield Role(name, db)
+    await db.close()
+    await world.db.execute(f"DROP OWNED BY {name}; DROP ROLE {name}")
+
+
+async def test_reader_who_holds_every_lock_it_can_take_stops_no_writer(world: World, role: Role) -> None:
+    one = await world.connect(await world.user("Ada"))
+    channel = await world.channel(one)
+    kept = await sent(one, channel)
+    # An operator may give them back to a sync engine that wants one: nothing of ours waits for it.
+    await world.db.execute(f"GRANT EXECUTE ON FUNCTION pg_advisory_xact_lock(bigint) TO {role.name}")
+    held: dict[str, set[str]] = {}
+    async with role.db.transaction():
+        for key in OLD_KEYS:
+            await role.db.execute(f"SELECT pg_advisory_xact_lock({key.replace('$1', repr(str(channel)))})")
+        for (relation,) in await world.db.fetch(RELATIONS):
+            held[relation] = {mode for mode in MODES if await role.takes(f"LOCK TABLE {relation} IN {mode} MODE")}
+            held[relation] |= {row for row in ROWS if await role.takes(f"SELECT 1 FROM {relation} LIMIT 1 FOR {row}")}
+        async with asyncio.timeout(5):
+            await sent(one, channel, "Still writing")
+            moderated = await one.ask(client.Moderate(conversation_id=channel, message_id=kept, reason="Rude"))
+            assert isinstance(moderated.result, Changed)  # type: ignore[union-attr]
+            await one.call(client.SetInviteCode(conversation_id=channel, is_open=True), OneConversation)
+            async with world.db.transaction():
+                await audit.record(world.db, audit.SERVER, Deed(None, "disable_user"))
+            assert await migrate.migrate(world.settings.database_url) == []
+    assert held["schema_migration"] == held["database_epoch"] == held["conversation"] == set()
+    assert set.union(*held.values()) == {"ACCESS SHARE"}
+
+
+async def test_reader_takes_no_advisory_lock_and_writes_no_large_object(world: World, role: Role) -> None:
+    functions = await world.db.fetch(LOCKING)
+    assert len(functions) == 16
+    calls = [
+        f"{name.split('(')[0]}({', '.join('1' for _ in arguments.split())})" for name, arguments in functions
+    ]  # fmt: skip
+    assert [call for call in [*calls, *WRITING] if await role.takes(f"SELECT {call}")] == []
+    assert await role.takes("SELECT 1")
+
+
+def test_no_statement_takes_an_advisory_lock() -> None:
+    """Whoever may run any statement can take one: on a key that is known, it stops whoever waits for it."""
+    files = [*Path(migrate.__file__).parent.rglob("*.py"), migrate.ROOT / "schema.sql"]
+    files += [migration.path for migration in migrate.known()]
+    assert len(files) > 100
+    assert [path.name for path in files if re.search(r"advisory\w*lock\w*\s*\(\s*[^)\s]", path.read_text())] == []
+
+
+async def test_bounds_of_a_reader_are_set_unless_somebody_has_set_others(world: World, role: Role) -> None:
+    limit = "SELECT rolconnlimit FROM pg_roles WHERE rolname = $1"
+    settings = """
+        SELECT c FROM pg_db_role_setting s JOIN pg_roles r ON r.oid = s.setrole, unnest(s.setconfig) c
+        WHERE r.rolname = $1 ORDER BY 1
+    """
+    assert await world.db.fetchval(limit, role.name) == 10
+    assert [row[0] for row in await world.db.fetch(settings, role.name)] == [
+        "idle_in_transaction_session_timeout=1min", "statement_timeout=5min", "temp_file_limit=1GB",
+    ]  # fmt: skip
+    await world.db.execute(f"ALTER ROLE {role.name} CONNECTION LIMIT 20")
+    await world.db.execute(f"ALTER ROLE {role.name} SET statement_timeout = 0")
+    await world.db.execute("SELECT grant_reader($1)", role.name)
+    assert await world.db.fetchval(limit, role.name) == 20
+    assert "statement_timeout=0" in [row[0] for row in await world.db.fetch(settings, role.name)]
+    with pytest.raises(asyncpg.InsufficientPrivilegeError):
+        await role.db.execute("SET temp_file_limit = -1")
+
+
+async def test_migration_that_a_reader_stops_lets_others_pass_and_says_who_it_is(
+    world: World, role: Role, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(migrate.ROOT / "migrations", tmp_path / "migrations")
+    number = len(migrate.known()) + 1
+    (tmp_path / "migrations" / f"{number:04}_next.sql").write_text("ALTER TABLE message ADD COLUMN next text;")
+    monkeypatch.setattr(migrate, "ROOT", tmp_path)
+    monkeypatch.setattr(migrate, "PATIENCE", "SET LOCAL lock_timeout = '50ms'")
+    monkeypatch.setattr(migrate, "PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(migrate, "ATTEMPTS", 5)
+    one = await world.connect(await world.user("Ada"))
+    channel = await world.channel(one)
+    async with role.db.transaction():
+        await role.db.execute("SELECT 1 FROM message")
+        migrating = asyncio.create_task(migrate.migrate(settings.database_url))
+        while not migrating.done():
+            await sent(one, channel)
+        with pytest.raises(
+            Fatal, match=f"{number:04}_next waits for a table .* Process {role.db.get_server_pid()} of "
+        ):
+            await migrating
+    assert await migrate.migrate(settings.database_url) == [f"{number:04}_next"]
