@@ -6,19 +6,17 @@ leads elsewhere the second time it is asked (DNS rebinding) leads nowhere.
 
 import asyncio
 import ipaddress
-import socket
-from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property, partial
+from functools import cached_property
 from typing import NamedTuple
 from urllib.parse import urljoin, urlsplit
 
 import httpx
 
+from server.resolver import Resolver
+
 TOTAL_SECONDS = 5.0
 MAX_REDIRECTS = 3
 REDIRECTS = frozenset({301, 302, 303, 307, 308})
-RESOLVERS = 32
-"""Max concurrent look-ups of names, in threads of their own: a slow resolver holds up nothing else."""
 PORTS = {"http": 80, "https": 443}
 
 
@@ -41,7 +39,7 @@ class Outbound:
     def __init__(self, *, to_private: bool) -> None:
         """`to_private` lets addresses of this machine and its network be asked, too."""
         self._to_private = to_private
-        self._resolvers = ThreadPoolExecutor(RESOLVERS, thread_name_prefix="resolver")
+        self._resolver = Resolver()
 
     @cached_property
     def _http(self) -> httpx.AsyncClient:
@@ -50,7 +48,6 @@ class Outbound:
 
     async def close(self) -> None:
         """Let go of all connections."""
-        self._resolvers.shutdown(wait=False, cancel_futures=True)
         if "_http" in self.__dict__:
             await self._http.aclose()
 
@@ -73,13 +70,15 @@ class Outbound:
     async def _ask(
         self, method: str, url: str, *, most: int, headers: dict[str, str], body: bytes | None = None
     ) -> Answer:
+        until = asyncio.get_running_loop().time() + TOTAL_SECONDS
         try:
-            async with asyncio.timeout(TOTAL_SECONDS):
-                parts = urlsplit(url)
-                if parts.scheme not in PORTS or not parts.hostname or parts.username is not None:
-                    raise Unreachable("this is not an address on the web")
-                port = parts.port or PORTS[parts.scheme]
-                address = await self._resolve(parts.hostname, port)
+            parts = urlsplit(url)
+            if parts.scheme not in PORTS or not parts.hostname or parts.username is not None:
+                raise Unreachable("this is not an address on the web")
+            port = parts.port or PORTS[parts.scheme]
+            # Not under the time-out: after it, this may have to wait for the look-up's thread to end.
+            address = await self._resolve(parts.hostname)
+            async with asyncio.timeout_at(until):
                 request = self._http.build_request(
                     method,
                     httpx.URL(url, host=address, port=port),
@@ -95,11 +94,9 @@ class Outbound:
         except (httpx.HTTPError, httpx.InvalidURL, OSError, TimeoutError, ValueError) as error:
             raise Unreachable(str(error) or type(error).__name__) from error
 
-    async def _resolve(self, host: str, port: int) -> str:
-        found = await asyncio.get_running_loop().run_in_executor(
-            self._resolvers, partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
-        )
-        addresses = [ipaddress.ip_address(one[4][0]) for one in found]
+    async def _resolve(self, host: str) -> str:
+        found = await self._resolver.addresses(host, seconds=TOTAL_SECONDS)
+        addresses = [ipaddress.ip_address(one) for one in found]
         if not self._to_private and not all(_is_public(one) for one in addresses):
             raise Unreachable("its address is not a public one")
         return str(addresses[0])

@@ -38,6 +38,7 @@ STOREYS: list[list[str]] = [
         "markup",
         "rows",
         "mentions",
+        "resolver",
         "outbound",
         "database",
         "orders",

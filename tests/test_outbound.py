@@ -1,19 +1,22 @@
 """What the server asks of addresses that users name: nothing near, nothing for long, nothing much; link previews."""
 
 import asyncio
-import os
 import socket
+import subprocess
+import sys
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from pathlib import Path
 
 import msgspec
 import pytest
 
 from protocol import client, server
 from protocol.values import LinkPreview
-from server import outbound, previews
+from server import outbound, previews, resolver
 from server.config import Settings
 from server.outbound import Outbound, Unreachable
+from server.posts import SLOW_SLOTS, Drops, Failed, Post, Posts
 from tests.world import Room, World, message, sent, until
 
 PAGE = """<html><head><title>The Engine &amp; its notes</title>
@@ -128,13 +131,121 @@ async def test_a_slow_resolver_holds_up_nothing_else(careful: Outbound, monkeypa
     monkeypatch.setattr(socket, "getaddrinfo", resolve)
     waiting = [asyncio.create_task(careful.get(f"http://{number}.example/", most=1)) for number in range(100)]
     try:
-        await until(lambda: len(asked) >= min(outbound.RESOLVERS, (os.cpu_count() or 1) + 4))
+        await until(lambda: len(asked) == len(waiting))
         assert await asyncio.wait_for(asyncio.to_thread(lambda: "done"), 3) == "done"
-        assert len(asked) <= outbound.RESOLVERS
     finally:
         answered.set()
     for one in await asyncio.gather(*waiting, return_exceptions=True):
         assert isinstance(one, Unreachable)
+
+
+class Names:
+    """A resolver for names: `good` ones are at this machine, all others are silent until `answered` is set."""
+
+    def __init__(self) -> None:
+        self.answered = threading.Event()
+        self.asked: list[str] = []
+
+    def __call__(self, host: str, *_: object, **__: object) -> list[object]:
+        self.asked.append(host)
+        if not host.startswith("good"):
+            self.answered.wait()
+            raise OSError("no such name")
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", 0))]
+
+
+@pytest.fixture
+def names(monkeypatch: pytest.MonkeyPatch) -> Iterator[Names]:
+    names = Names()
+    monkeypatch.setattr(socket, "getaddrinfo", names)
+    monkeypatch.setattr(outbound, "TOTAL_SECONDS", 0.5)
+    yield names
+    names.answered.set()
+
+
+def posts_by(asker: Outbound, drops: Drops) -> Posts:
+    async def send(post: Post) -> None:
+        try:
+            await asker.post(post.endpoint, post.payload, {})
+        except Unreachable as error:
+            raise Failed from error
+
+    return Posts(send, drops)
+
+
+def post_to(endpoint: str) -> Post:
+    return Post(endpoint, "", "", "", b"x")
+
+
+async def test_silent_names_fail_no_push_service_that_answers(careless: Outbound, site: Site, names: Names) -> None:
+    port = site.url.rsplit(":", 1)[1]
+    drops = Drops()
+    queue = posts_by(careless, drops)
+    silent = 2 * SLOW_SLOTS
+    try:
+        queue.add(post_to(f"http://good-known:{port}/"))
+        queue.start()
+        await until(lambda: len(site.asked) == 1)
+        for number in range(silent):
+            queue.add(post_to(f"http://silent-{number}/"))
+        queue.add(post_to(f"http://good-new:{port}/"))
+        queue.start()
+        await until(lambda: len(names.asked) == 1 + SLOW_SLOTS)
+        queue.add(post_to(f"http://good-known:{port}/"))
+        queue.start()
+        await until(lambda: len(site.asked) == 2)
+        assert not drops.counts, "a known host waits for no silent name"
+        await until(lambda: len(site.asked) == 3 and drops.counts["host_failed"] == silent)
+        assert not names.answered.is_set(), "a new host waits one round of time-outs, not for the silent names"
+    finally:
+        names.answered.set()
+        await queue.close()
+
+
+async def test_silent_names_take_a_bounded_number_of_threads(
+    careless: Outbound, site: Site, names: Names, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(resolver, "MAX_OVERDUE", 8)
+    drops = Drops()
+    queue = posts_by(careless, drops)
+    silent = 2 * SLOW_SLOTS
+    try:
+        for number in range(silent):
+            queue.add(post_to(f"http://silent-{number}/"))
+        queue.add(post_to(f"http://good:{site.url.rsplit(':', 1)[1]}/"))
+        queue.start()
+        await until(lambda: drops.counts["host_failed"] == 8)
+        await until(lambda: len(names.asked) == SLOW_SLOTS + 8)
+        with pytest.raises(Unreachable):
+            await careless.get("http://silent-0/", most=1)
+        assert len(names.asked) == SLOW_SLOTS + 8, "a name that is being looked up takes no second thread"
+        names.answered.set()
+        await until(lambda: len(site.asked) == 1)
+        await until(lambda: drops.counts["host_failed"] == silent)
+    finally:
+        names.answered.set()
+        await queue.close()
+
+
+def test_a_look_up_that_never_ends_does_not_hold_up_the_stop() -> None:
+    script = """
+import asyncio, socket, threading
+from server import outbound
+asked = threading.Event()
+def silent(*_, **__):
+    asked.set()
+    threading.Event().wait()
+async def main():
+    asker = outbound.Outbound(to_private=False)
+    asking = asyncio.create_task(asker.get("http://silent/", most=1))
+    while not asked.is_set():
+        await asyncio.sleep(0.01)
+    asking.cancel()
+    await asker.close()
+socket.getaddrinfo = silent
+asyncio.run(main())
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=20, cwd=Path(__file__).parent.parent)
 
 
 async def test_a_redirect_is_looked_at_anew(careless: Outbound, site: Site) -> None:
