@@ -187,12 +187,18 @@ class Posts:
             self._drops.add("host_slow", over)
 
     def _forget_one(self) -> bool:
-        """Forget the host that was idle for longest; False if none is idle."""
-        for name, host in self._hosts.items():
-            if not host.queue and not host.in_flight:
-                del self._hosts[name]
-                return True
-        return False
+        """Forget the host that was idle for longest; among hosts that back off, the one that may be asked soonest.
+
+        Return False if none is idle. A back-off that is forgotten early is lost, so those hosts come last.
+        """
+        now = time.monotonic()
+        idle = (name for name, host in self._hosts.items() if not host.queue and not host.in_flight)
+        # `min` returns the first of equals: that is the one idle for longest.
+        name = min(idle, key=lambda name: max(self._hosts[name].retry_at, now), default=None)
+        if name is None:
+            return False
+        del self._hosts[name]
+        return True
 
 
 def host_of(endpoint: str) -> str:

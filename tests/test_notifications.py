@@ -473,6 +473,29 @@ async def test_hosts_and_signatures_are_bounded(held: Held, world: World, monkey
     assert len(one._signed) == 3  # noqa: SLF001
 
 
+async def test_hosts_that_back_off_are_forgotten_last(held: Held, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(posts, "MAX_HOSTS", 3)
+    held.gate.set()
+    drops = Drops()
+    queue = Posts(held.send, drops)
+    for name, retry_after in (("longer", 900.0), ("shorter", 600.0), ("idle", None)):
+        held.retry_after = retry_after
+        queue.add(post(host=name))
+        queue.start()
+        await idle(queue)
+
+    def known_after(new: str) -> list[str]:
+        queue.add(post(host=new))
+        return [name.removeprefix("https://") for name in queue._hosts]  # noqa: SLF001
+
+    assert known_after("new") == ["longer", "shorter", "new"], "an idle host is forgotten before a back-off"
+    assert known_after("newer") == ["longer", "new", "newer"], "of back-offs, the one that ends first"
+    assert known_after("newest") == ["new", "newer", "newest"], "back-offs never keep a new host out"
+    assert drops.counts == {"host_failed": 2}
+    assert known_after("one more") == ["new", "newer", "newest"], "hosts with queued posts are never forgotten"
+    assert drops.counts == {"host_failed": 2, "too_many_hosts": 1}
+
+
 async def test_bounds_hold_for_frames_that_come_concurrently_on_two_workers(room: Room, world: World) -> None:
     """All but two of what is allowed are there already."""
     await asyncio.gather(*(sent(room.ada, room.group) for _ in range(MAX_PINS - 2)))
