@@ -248,11 +248,12 @@ async def show_audit(db: Db, options: argparse.Namespace) -> Answer:
     if (number := await audit.broken(db, chain)) is not None:
         raise Fatal(f"the log was tampered with at or before entry {number}.")
     entries: list[Mapping[str, Any]] = []
-    count = 0
-    while page := await audit.page(db, chain, count, limit=PAGE):
-        entries += [_fields(entry) for entry in page]
-        count = page[-1].number
-    return {"entries": count, "tampered_with": False} if options.verify else entries
+    after: int | None = 0
+    while after is not None:
+        page = await audit.page(db, chain, after, limit=PAGE)
+        entries += [_fields(entry) for entry in page.rows]
+        after = page.after
+    return {"entries": await audit.count(db, chain), "tampered_with": False} if options.verify else entries
 
 
 # --------------------------------------------------------------------------------------------- a person's data

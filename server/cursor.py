@@ -1,7 +1,7 @@
 """Where a page ends: a moment and an id, as an opaque word that the client hands back to get the next page."""
 
 from datetime import UTC, datetime
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 from uuid import UUID
 
 from protocol.errors import ErrorCode, Refused
@@ -26,6 +26,11 @@ class Cursor(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.at.isoformat()}/{self.id}"
+
+    @classmethod
+    def of(cls, columns: Any) -> str | None:  # noqa: ANN401 - a row has no type
+        """Return where a row stands, by its second and third column; None before the year 1, where nothing follows."""
+        return None if columns[1] is None else str(cls(columns[1], UUID(int=columns[2].int)))
 
     @classmethod
     def read(cls, text: str | None) -> Self | None:

@@ -7,8 +7,9 @@ out, its message says `is_unreadable`, and the log names it once.
 import json
 import logging
 import re
-from collections.abc import Iterable
-from typing import Any, Generic, TypeVar, overload
+from collections.abc import Callable, Iterable, Sequence
+from operator import itemgetter
+from typing import Any, Generic, NamedTuple, TypeVar, overload
 from urllib.parse import quote
 
 import msgspec
@@ -39,6 +40,13 @@ _FIELD = re.compile(r"(?P<problem>missing required|contains unknown) field `(?P<
 _told: set[tuple[str, str]] = set()
 
 
+class Page(NamedTuple, Generic[Row]):
+    """Rows that can be read, and where the next page begins: None if there are no more, readable or not."""
+
+    rows: list[Row]
+    after: Any
+
+
 class Reader(Generic[Row]):
     """Decodes rows of one kind."""
 
@@ -50,6 +58,9 @@ class Reader(Generic[Row]):
 
     def __init__(self, kind: Any) -> None:
         self._decoder: msgspec.json.Decoder[Row] = msgspec.json.Decoder(kind, dec_hook=json_object.read)
+        self._list_decoder: msgspec.json.Decoder[list[Row]] = msgspec.json.Decoder(
+            list[kind], dec_hook=json_object.read
+        )
 
     def decode(self, text: str) -> Row:
         """Return a row. Raises ValidationError if what is left without its unreadable parts is not one."""
@@ -63,15 +74,36 @@ class Reader(Generic[Row]):
                 raise
             return self._mended(value)
 
+    def read(self, text: str) -> Row | None:
+        """Return a row; None, which is logged, if too little of it can be read."""
+        try:
+            return self.decode(text)
+        except msgspec.ValidationError as error:
+            _tell(_name([_parsed(text)]), f"{error}: the row was left out")
+            return None
+
     def each(self, texts: Iterable[str]) -> list[Row]:
         """Return rows, without those of which too little can be read."""
-        found = []
-        for text in texts:
-            try:
-                found.append(self.decode(text))
-            except msgspec.ValidationError as error:
-                _tell(str(error), "a row was left out")
-        return found
+        return [row for text in texts if (row := self.read(text)) is not None]
+
+    def every(self, text: str) -> list[Row]:
+        """Return the rows of a JSON array, without those of which too little can be read."""
+        try:
+            return self._list_decoder.decode(text)
+        except (RecursionError, msgspec.ValidationError):
+            return self.each(msgspec.json.encode(one).decode() for one in _parsed(text))
+
+    def beside(self, found: Iterable[Any]) -> list[tuple[Row, Any]]:
+        """Return rows whose first column is JSON: that as a row, and all columns. Those that `read` leaves out are."""
+        return [(row, columns) for columns in found if (row := self.read(columns[0])) is not None]
+
+    def page(self, found: Sequence[Any], limit: int, key: Callable[[Any], Any] = itemgetter(1)) -> "Page[Row]":
+        """Return the first `limit` of the rows that a query found, which asked for one more, as `beside` takes them.
+
+        `key` tells where a row stands. It reads columns, not the row: the last one of a page may be unreadable.
+        """
+        rows = [row for row, _ in self.beside(found[:limit])]
+        return Page(rows, key(found[limit - 1]) if len(found) > limit else None)
 
     def _mended(self, value: Any) -> Row:  # noqa: ANN401 - whatever JSON holds
         for _ in range(MAX_MENDED):

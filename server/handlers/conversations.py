@@ -118,12 +118,8 @@ async def list_conversations(context: Context, frame: client.ListConversations) 
     before = Cursor.read(frame.after)
     which = Filter(type=frame.conversation_type, is_archived=frame.archived, is_hidden=frame.hidden, before=before)
     async with context.database.connection() as db:
-        views = await conversations.page(db, context.user_id, which, limit=frame.limit + 1)
-    page = views[: frame.limit]
-    return ConversationPage(
-        conversations=page,
-        after=str(Cursor(page[-1].last_activity_at, page[-1].conversation.id)) if len(views) > frame.limit else None,
-    )
+        page = await conversations.page(db, context.user_id, which, limit=frame.limit)
+    return ConversationPage(conversations=page.rows, after=page.after)
 
 
 async def get(context: Context, frame: client.GetConversation) -> OneConversation:

@@ -60,11 +60,10 @@ async def report(context: Context, frame: client.ReportMessage) -> Done:
 async def list_reports(context: Context, frame: client.ListReports) -> ReportPage:
     """Return what was reported."""
     async with context.database.connection() as db:
-        found = await moderation.reports(db, frame, limit=frame.limit + 1)
+        found = await moderation.reports(db, frame, limit=frame.limit)
         # Checked last: whoever may read now may read all of the above.
         await _require(db, context, frame.conversation_id, Act.MODERATE)
-    page = list(found[: frame.limit])
-    return ReportPage(reports=page, after=page[-1].id if len(found) > frame.limit else None)
+    return ReportPage(reports=found.rows, after=found.after)
 
 
 async def dismiss_report(context: Context, frame: client.DismissReport) -> Done:
@@ -85,11 +84,10 @@ async def list_audit(context: Context, frame: client.ListAudit) -> AuditPage:
     """Return who used what power."""
     chain = frame.conversation_id or audit.SERVER
     async with context.database.connection() as db:
-        found = await audit.page(db, chain, frame.after, limit=frame.limit + 1)
+        found = await audit.page(db, chain, frame.after, limit=frame.limit)
         # Checked last, as in `list_reports`.
         await _require(db, context, frame.conversation_id, Act.READ_AUDIT)
-    page = found[: frame.limit]
-    return AuditPage(entries=page, after=page[-1].number if len(found) > frame.limit else None)
+    return AuditPage(entries=found.rows, after=found.after)
 
 
 async def _require(db: Db, context: Context, conversation_id: ConversationId | None, act: Act) -> None:

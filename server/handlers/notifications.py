@@ -12,14 +12,9 @@ async def list_feed(context: Context, frame: client.ListFeed) -> FeedPage:
     """Return a page of what concerns the caller."""
     before = Cursor.read(frame.after)
     async with context.database.searching() as db:
-        found = await feed.page(db, context.user_id, frame.kinds or feed.KINDS, before, limit=frame.limit + 1)
+        found = await feed.page(db, context.user_id, frame.kinds or feed.KINDS, before, limit=frame.limit)
         count = await feed.unseen(db, context.user_id)
-    page = found[: frame.limit]
-    return FeedPage(
-        entries=[one.entry for one in page],
-        unread_count=count,
-        after=str(page[-1].cursor) if len(found) > frame.limit else None,
-    )
+    return FeedPage(entries=found.rows, unread_count=count, after=found.after)
 
 
 async def see_feed(context: Context, frame: client.SeeFeed) -> Done:

@@ -176,14 +176,12 @@ async def transfer_ownership(context: Context, frame: client.TransferOwnership) 
 async def list_participants(context: Context, frame: client.ListParticipants) -> ParticipantPage:
     """Return a page of those who take part, are invited, or are banned."""
     async with context.database.connection() as db:
-        entries = await participants.page(db, context.user_id, frame, limit=frame.limit + 1)
-        if not entries:
+        page = await participants.page(db, context.user_id, frame, limit=frame.limit)
+        if not page.rows:
             me = await taking_part(db, frame.conversation_id, context.user_id)
             if frame.status != "active" and not may(me, Act.ADD_MEMBERS):
                 require(me, Act.REMOVE_MEMBERS)
-    page = entries[: frame.limit]
-    after = page[-1].participant.user_id if len(entries) > frame.limit else None
-    return ParticipantPage(participants=page, after=after)
+    return ParticipantPage(participants=page.rows, after=page.after)
 
 
 async def _other(db: Db, me: Participant, user_id: UserId) -> Participant:

@@ -62,10 +62,4 @@ async def unstar(context: Context, frame: client.Unstar) -> Done:
 async def list_stars(context: Context, frame: client.ListStars) -> MessageList:
     """Return a page of what the caller has put aside."""
     async with context.database.connection() as db:
-        found = await pins.stars(db, context.user_id, Cursor.read(frame.after), limit=frame.limit + 1)
-    page = found[: frame.limit]
-    return MessageList(
-        messages=[message for _, message, _ in page],
-        withheld={message.id: withheld for _, message, withheld in page if withheld is not None},
-        after=str(page[-1][0]) if len(found) > frame.limit else None,
-    )
+        return await pins.stars(db, context.user_id, Cursor.read(frame.after), limit=frame.limit)

@@ -79,12 +79,11 @@ async def close(context: Context, frame: client.ClosePoll) -> Changed:
 async def list_votes(context: Context, frame: client.ListVotes) -> VotePage:
     """Return a page of who voted for what."""
     async with context.database.connection() as db:
-        found = await polls.votes(db, frame, frame.after, limit=frame.limit + 1)
+        found = await polls.votes(db, frame, frame.after, limit=frame.limit)
         # Checked last: whoever may read now may read all of the above.
         if _poll(await messages.find(db, frame, context.user_id)).is_anonymous:
             raise Refused(ErrorCode.FORBIDDEN, "This poll is anonymous: only the counts are told.", path="message_id")
-    page = found[: frame.limit]
-    return VotePage(votes=page, after=page[-1].user_id if len(found) > frame.limit else None)
+    return VotePage(votes=found.rows, after=found.after)
 
 
 def _poll(found: Found | None) -> Poll:

@@ -115,9 +115,8 @@ async def set_switches(context: Context, frame: client.SetSwitches) -> OneRelati
 async def list_relationships(context: Context, frame: client.ListRelationships) -> RelationshipPage:
     """Return a page of what is between the caller and others."""
     async with context.database.connection() as db:
-        found = await relationships.page(db, context.user_id, frame, limit=frame.limit + 1)
-    page = found[: frame.limit]
-    return RelationshipPage(relationships=page, after=page[-1].relationship.id if len(found) > frame.limit else None)
+        found = await relationships.page(db, context.user_id, frame, limit=frame.limit)
+    return RelationshipPage(relationships=found.rows, after=found.after)
 
 
 async def _lock(db: Db, me: UserId, them: UserId) -> None:

@@ -17,9 +17,7 @@ async def search(context: Context, frame: client.Search) -> SearchPage:
                       path="text")  # fmt: skip
     words = None if frame.text is None else typed.query(frame.text, prefix=typed.PREFIX_OF_WORDS)
     async with context.database.searching() as db:
-        found = await searches.find(db, context.user_id, frame, words, limit=frame.limit + 1)
-    page = found[: frame.limit]
-    return SearchPage(hits=[hit for _, hit in page], after=str(page[-1][0]) if len(found) > frame.limit else None)
+        return await searches.find(db, context.user_id, frame, words, limit=frame.limit)
 
 
 async def why(context: Context, frame: client.Why) -> Whereabouts:

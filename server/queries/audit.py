@@ -9,12 +9,12 @@ from protocol.ids import ConversationId, MessageId, UserId
 from protocol.json_object import Json
 from protocol.values import AuditEntry
 from server.database import Db
-from server.rows import Reader
+from server.rows import Page, Reader
 
 SERVER = ConversationId(UUID(int=0))
 """The chain of what is done on the server, outside any conversation."""
 
-_entries_decoder = Reader(list[AuditEntry])
+_entry_decoder = Reader(AuditEntry)
 
 
 class Deed(NamedTuple):
@@ -55,18 +55,26 @@ async def record(db: Db, chain: ConversationId, deed: Deed) -> None:
 
 
 PAGE = """
-SELECT coalesce(json_agg(json_build_object(
+SELECT json_build_object(
     'number', e.number, 'actor_id', e.actor_id, 'action', e.action, 'user_id', e.user_id, 'message_id', e.message_id,
     'details', e.details, 'created_at', e.created_at, 'previous_hash', encode(e.previous_hash, 'hex'),
     'hash', encode(e.hash, 'hex')
-) ORDER BY e.number), '[]')
-FROM (SELECT * FROM audit_entry WHERE chain = $1 AND number > $2 ORDER BY number LIMIT $3) e
+), e.number
+FROM audit_entry e WHERE e.chain = $1 AND e.number > $2 ORDER BY e.number LIMIT $3
 """
 
 
-async def page(db: Db, chain: ConversationId, after: int, *, limit: int) -> list[AuditEntry]:
+async def page(db: Db, chain: ConversationId, after: int, *, limit: int) -> Page[AuditEntry]:
     """Return up to `limit` entries of a chain from after a number on. There is no access check."""
-    return _entries_decoder.decode(await db.fetchval(PAGE, chain, after, limit))
+    return _entry_decoder.page(await db.fetch(PAGE, chain, after, limit + 1), limit)
+
+
+COUNT = "SELECT coalesce(max(number), 0) FROM audit_entry WHERE chain = $1"
+
+
+async def count(db: Db, chain: ConversationId) -> int:
+    """Return the number of the last entry of a chain."""
+    return int(await db.fetchval(COUNT, chain))
 
 
 # Changed, exchanged, taken out of the middle: what follows does not fit any more.

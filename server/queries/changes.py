@@ -11,7 +11,7 @@ from server.queries.users import UNSEEN
 from server.rows import Reader
 
 _event_decoder = Reader(DurableEvent)
-_receipts_decoder = Reader(list[Receipt])
+_receipts_decoder = Reader(Receipt)
 
 _CHANGED = """json_build_object('type', 'message_changed', 'conversation_id', {row}.conversation_id,
         'version', {row}.version, 'message_id', m.id)"""
@@ -140,4 +140,4 @@ async def reading(db: Db, conversation_id: ConversationId, user_id: UserId, *, m
     access.
     """
     row = await db.fetchrow(READING, conversation_id, user_id, most)
-    return None if row is None else Reading(row[0], row[1], _receipts_decoder.decode(row[2]))
+    return None if row is None else Reading(row[0], row[1], _receipts_decoder.every(row[2]))

@@ -19,10 +19,10 @@ from server.cursor import Cursor
 from server.database import Db
 from server.queries.messages import Obstacle
 from server.queries.unread import COUNT_UNREAD
-from server.rows import Reader
+from server.rows import Page, Reader
 
 _view_decoder = Reader(ConversationView)
-_public_decoder = Reader(list[PublicConversation])
+_public_decoder = Reader(PublicConversation)
 _conversation_decoder = Reader(Conversation)
 
 VIEW = f"""json_build_object(
@@ -70,8 +70,10 @@ class Filter(NamedTuple):
 
 
 # The participant's row comes along: joined again, it might be looked for among all of the user's.
+_ACTIVE_AT = "greatest(least(c.last_activity_at, '9999-12-30'), '0001-01-02')"
+"""When a conversation was last active, as a page can say it. A restored one may say any time."""
 PAGE = f"""
-SELECT {VIEW}
+SELECT {VIEW}, {_ACTIVE_AT}, c.id
 FROM (
     SELECT c, p FROM conversation_participant p
     JOIN conversation c ON c.id = p.conversation_id AND NOT c.is_deleted
@@ -79,21 +81,21 @@ FROM (
         AND ($3::text IS NULL OR c.type = $3)
         AND ($4::boolean IS NULL OR c.is_archived = $4)
         AND ($5::boolean IS NULL OR p.is_hidden = $5)
-        AND ($6::timestamptz IS NULL OR (c.last_activity_at, c.id) < ($6, $7::uuid))
-    ORDER BY c.last_activity_at DESC, c.id DESC
+        AND ($6::timestamptz IS NULL OR ({_ACTIVE_AT}, c.id) < ($6, $7::uuid))
+    ORDER BY {_ACTIVE_AT} DESC, c.id DESC
     LIMIT $2
 ) listed
 CROSS JOIN LATERAL (SELECT (listed.c).*) c
 CROSS JOIN LATERAL (SELECT (listed.p).*) me
-ORDER BY c.last_activity_at DESC, c.id DESC
+ORDER BY {_ACTIVE_AT} DESC, c.id DESC
 """  # noqa: S608 - VIEW is a constant
 
 
-async def page(db: Db, user_id: UserId, which: Filter, *, limit: int) -> list[ConversationView]:
+async def page(db: Db, user_id: UserId, which: Filter, *, limit: int) -> Page[ConversationView]:
     """Return up to `limit` of the user's conversations, most recently active first."""
     before = which.before or (None, None)
-    rows = await db.fetch(PAGE, user_id, limit, which.type, which.is_archived, which.is_hidden, *before)
-    return _view_decoder.each(row[0] for row in rows)
+    rows = await db.fetch(PAGE, user_id, limit + 1, which.type, which.is_archived, which.is_hidden, *before)
+    return _view_decoder.page(rows, limit, Cursor.of)
 
 
 ORDER = """
@@ -363,7 +365,7 @@ FROM (
 
 async def find(db: Db, query: str, *, limit: int) -> list[PublicConversation]:
     """Return public conversations that match a query of `search.query`."""
-    return _public_decoder.decode(await db.fetchval(FIND, query, limit))
+    return _public_decoder.every(await db.fetchval(FIND, query, limit))
 
 
 class Card(msgspec.Struct, frozen=True, kw_only=True):

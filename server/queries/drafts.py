@@ -6,7 +6,7 @@ from protocol.values import Draft
 from server.database import Db
 from server.rows import Reader
 
-_drafts_decoder = Reader(list[Draft])
+_drafts_decoder = Reader(Draft)
 
 # Users are locked before what is theirs, as everywhere.
 SET = """
@@ -67,4 +67,4 @@ FROM (
 
 async def page(db: Db, user_id: UserId) -> list[Draft]:
     """Return a user's drafts where they still take part, the latest first, at most 100."""
-    return _drafts_decoder.decode(await db.fetchval(LIST, user_id))
+    return _drafts_decoder.every(await db.fetchval(LIST, user_id))

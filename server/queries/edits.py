@@ -9,7 +9,7 @@ from server.queries.sending import Made
 from server.rows import Reader
 
 _message_decoder = Reader(Message)
-_edits_decoder = Reader(list[MessageEdit])
+_edits_decoder = Reader(MessageEdit)
 
 EDIT = """
 WITH bumped AS (
@@ -150,4 +150,4 @@ SELECT coalesce((
 async def edits(db: Db, place: Place, user_id: UserId, *, limit: int) -> list[MessageEdit] | None:
     """Return what a message said before, newest first; None without access, when it is deleted or hidden from them."""
     text = await db.fetchval(EDITS, place.message_id, user_id, place.conversation_id, limit)
-    return None if text is None else _edits_decoder.decode(text)
+    return None if text is None else _edits_decoder.every(text)

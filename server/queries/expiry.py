@@ -31,4 +31,4 @@ WHERE m.id = ANY($2) AND (m.conversation_id = $1) IS TRUE AND m.expires_at <= no
 async def still_due(db: Db, conversation_id: ConversationId, message_ids: Sequence[MessageId]) -> list[Message]:
     """Return those of the messages that no other worker has dealt with. Under the lock."""
     rows = await db.fetch(STILL_DUE, conversation_id, list(message_ids))
-    return [_message_decoder.decode(row[0]) for row in rows]
+    return _message_decoder.each(row[0] for row in rows)

@@ -2,16 +2,15 @@
 
 from collections.abc import Sequence
 from datetime import datetime
-from typing import NamedTuple
-from uuid import UUID
 
 from protocol.ids import UserId
 from protocol.limits import MAX_COUNTED
 from protocol.values import FeedEntry, FeedKind
 from server.cursor import Cursor
 from server.database import Db
+from server.queries.moment import MOMENT
 from server.queries.unread import SILENCES
-from server.rows import Reader
+from server.rows import Page, Reader
 
 _entry_decoder = Reader(FeedEntry)
 
@@ -95,30 +94,24 @@ ROWS = f"""
     ORDER BY p.joined_at DESC, p.conversation_id DESC LIMIT $6)
     ORDER BY at DESC, key DESC LIMIT $6
 """  # noqa: S608 - only constants are put in
+_AT = MOMENT.format(at="e.at")
 PAGE = f"""
-SELECT e.at, e.key, json_build_object('kind', e.kind, 'at', e.at, 'user_id', e.user_id,
+SELECT json_build_object('kind', e.kind, 'at', e.at, 'user_id', e.user_id,
     'conversation_id', e.conversation_id, 'emoji', e.emoji,
-    'message', CASE WHEN e.kind IN ('mention', 'reply', 'reaction') THEN message_json(e.message) END)
+    'message', CASE WHEN e.kind IN ('mention', 'reply', 'reaction') THEN message_json(e.message) END), {_AT}, e.key
 FROM ({ROWS}) e ORDER BY e.at DESC, e.key DESC
 """  # noqa: S608 - as above
 COUNT = f"SELECT count(*) FROM ({ROWS}) e"  # noqa: S608 - as above
 SEEN_AT = """SELECT coalesce(u.feed_seen_at, '-infinity') FROM "user" u WHERE u.id = $1"""
 
 
-class Placed(NamedTuple):
-    """An entry, and where it stands."""
-
-    cursor: Cursor
-    entry: FeedEntry
-
-
 async def page(
     db: Db, user_id: UserId, kinds: Sequence[FeedKind], before: Cursor | None, *, limit: int
-) -> list[Placed]:
+) -> Page[FeedEntry]:
     """Return up to `limit` entries of these kinds, the latest first. In a transaction for searching."""
     at, key = before or (None, None)
-    rows = await db.fetch(PAGE, user_id, list(kinds), at, key, _EVER, limit)
-    return [Placed(Cursor(at, UUID(int=key.int)), _entry_decoder.decode(text)) for at, key, text in rows]
+    rows = await db.fetch(PAGE, user_id, list(kinds), at, key, _EVER, limit + 1)
+    return _entry_decoder.page(rows, limit, Cursor.of)
 
 
 _EVER = datetime.fromisoformat("0001-01-02T00:00:00+00:00")

@@ -218,11 +218,11 @@ def _page(rows: Sequence[Any], span: Span, *, is_open: bool) -> MessagePage | No
     older = [tuple(beside) for _, _, is_older, *beside in rows if is_older]
     newer = [tuple(beside) for _, _, is_older, *beside in rows if is_older is False]
     kept = older[: span.older][::-1] + newer[: span.newer]
-    messages = [_message_decoder.decode(text) for text, *_ in kept]
-    beside = [(message.id, *rest) for message, (_, *rest) in zip(messages, kept, strict=True)]
+    read = _message_decoder.beside(kept)
+    beside = [(message.id, *rest) for message, (_, *rest) in read]
     return MessagePage(
         version=version,
-        messages=messages,
+        messages=[message for message, _ in read],
         has_before=len(older) > span.older if span.older else not is_open,
         has_after=len(newer) > span.newer if span.newer else not is_open,
         withheld={message_id: withheld for message_id, withheld, _, _ in beside if withheld is not None},

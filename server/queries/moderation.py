@@ -1,16 +1,14 @@
 """Messages hidden and shown again, and what people report."""
 
-from collections.abc import Sequence
-
 from protocol.client import DismissReport, ListReports, ReportMessage
 from protocol.ids import UserId, uuid7
 from protocol.values import Message, Report
 from server.database import Db
 from server.queries.edits import find_anew
-from server.rows import Reader
+from server.rows import Page, Reader
 
 _message_decoder = Reader(Message)
-_reports_decoder = Reader(list[Report])
+_report_decoder = Reader(Report)
 
 MODERATE = """
 WITH bumped AS (
@@ -65,25 +63,27 @@ _REPORT = """json_build_object('id', r.id, 'conversation_id', r.conversation_id,
     'sender_id', m.sender_id, 'content', m.content, 'reporter_id', r.reporter_id, 'reason', r.reason,
     'status', r.status, 'resolved_by', r.resolved_by, 'resolved_at', r.resolved_at, 'created_at', r.created_at)"""
 REPORTS = f"""
-SELECT coalesce(json_agg({_REPORT} ORDER BY r.id), '[]') FROM (
+SELECT {_REPORT}, r.id FROM (
     SELECT * FROM report WHERE conversation_id = $1 AND status = $2 AND ($3::uuid IS NULL OR id > $3)
     ORDER BY id LIMIT $4
-) r JOIN message m ON m.id = r.message_id AND (m.conversation_id = r.conversation_id) IS TRUE
+) r LEFT JOIN message m ON m.id = r.message_id AND (m.conversation_id = r.conversation_id) IS TRUE
+ORDER BY r.id
 """  # noqa: S608 - only a constant is put in
 ALL_REPORTS = f"""
-SELECT coalesce(json_agg({_REPORT} ORDER BY r.id), '[]') FROM (
+SELECT {_REPORT}, r.id FROM (
     SELECT * FROM report WHERE status = $1 AND ($2::uuid IS NULL OR id > $2) ORDER BY id LIMIT $3
-) r JOIN message m ON m.id = r.message_id
+) r LEFT JOIN message m ON m.id = r.message_id
+ORDER BY r.id
 """  # noqa: S608 - only a constant is put in
 
 
-async def reports(db: Db, frame: ListReports, *, limit: int) -> Sequence[Report]:
+async def reports(db: Db, frame: ListReports, *, limit: int) -> Page[Report]:
     """Return up to `limit` reports of a conversation, or of all of them. There is no access check."""
     if frame.conversation_id is None:
-        text = await db.fetchval(ALL_REPORTS, frame.status, frame.after, limit)
+        rows = await db.fetch(ALL_REPORTS, frame.status, frame.after, limit + 1)
     else:
-        text = await db.fetchval(REPORTS, frame.conversation_id, frame.status, frame.after, limit)
-    return _reports_decoder.decode(text)
+        rows = await db.fetch(REPORTS, frame.conversation_id, frame.status, frame.after, limit + 1)
+    return _report_decoder.page(rows, limit)
 
 
 DISMISS = """

@@ -12,10 +12,10 @@ from protocol.values import Invitation, Participant, ParticipantStatus, Role
 from server.database import Db
 from server.queries import drafts
 from server.queries.users import FACE
-from server.rows import Reader
+from server.rows import Page, Reader
 
 _participant_decoder = Reader(Participant)
-_invitations_decoder = Reader(list[Invitation])
+_invitations_decoder = Reader(Invitation)
 _entry_decoder = Reader(ParticipantEntry)
 
 
@@ -44,7 +44,7 @@ PAGE = f"""
 SELECT json_build_object(
     'participant', participant_json(p), 'last_read_message_id', p.last_read_message_id,
     'user', CASE WHEN $5 = 'active' OR may('see_face', $2, u.id) THEN {FACE} END
-)
+), p.user_id
 FROM conversation_participant me
 JOIN conversation c ON c.id = me.conversation_id AND NOT c.is_deleted
 JOIN conversation_participant p ON p.conversation_id = me.conversation_id AND p.status = $5
@@ -56,10 +56,10 @@ LIMIT $4
 """  # noqa: S608 - FACE is a constant
 
 
-async def page(db: Db, user_id: UserId, frame: ListParticipants, *, limit: int) -> list[ParticipantEntry]:
+async def page(db: Db, user_id: UserId, frame: ListParticipants, *, limit: int) -> Page[ParticipantEntry]:
     """Return up to `limit` participants in the order of their ids; none without access."""
-    rows = await db.fetch(PAGE, frame.conversation_id, user_id, frame.after, limit, frame.status)
-    return [_entry_decoder.decode(row[0]) for row in rows]
+    rows = await db.fetch(PAGE, frame.conversation_id, user_id, frame.after, limit + 1, frame.status)
+    return _entry_decoder.page(rows, limit)
 
 
 # Whoever enters has nothing unread: what was said before is history to them. Who was invited, and comes by themselves,
@@ -146,7 +146,7 @@ SELECT coalesce(json_agg(invitation_json(p, c) ORDER BY p.user_version DESC), '[
 
 async def invitations(db: Db, user_id: UserId) -> list[Invitation]:
     """Return where a user is invited to, at most 100, the newest first."""
-    return _invitations_decoder.decode(await db.fetchval(INVITATIONS, user_id))
+    return _invitations_decoder.every(await db.fetchval(INVITATIONS, user_id))
 
 
 CHANGE = """

@@ -7,6 +7,7 @@ from protocol.values import Message
 from server.cursor import Cursor
 from server.database import Db
 from server.queries.messages import VISIBLE, WITHHELD, Place
+from server.queries.moment import MOMENT
 from server.rows import Reader
 
 _message_decoder = Reader(Message)
@@ -99,7 +100,7 @@ async def unstar(db: Db, place: Place, user_id: UserId) -> None:
 
 
 STARS = f"""
-SELECT s.starred_at, message_json(m), {WITHHELD.format(message="m")}
+SELECT message_json(m), {MOMENT.format(at="s.starred_at")}, s.message_id, {WITHHELD.format(message="m")}
 FROM message_star s
 JOIN message m ON m.id = s.message_id AND (m.conversation_id = s.conversation_id) IS TRUE AND NOT m.is_deleted
 JOIN conversation c ON c.id = s.conversation_id AND NOT c.is_deleted
@@ -111,12 +112,12 @@ ORDER BY s.starred_at DESC, s.message_id DESC LIMIT $3
 """  # noqa: S608 - only column references are put in
 
 
-async def stars(
-    db: Db, user_id: UserId, before: Cursor | None, *, limit: int
-) -> list[tuple[Cursor, Message, str | None]]:
-    """Return up to `limit` messages that a user has put aside and may see, the latest first, with where they stand."""
-    rows = await db.fetch(STARS, before and before.at, user_id, limit, before and before.id)
-    return [
-        (Cursor(starred_at, message.id), message, withheld)
-        for starred_at, message, withheld in ((row[0], _message_decoder.decode(row[1]), row[2]) for row in rows)
-    ]
+async def stars(db: Db, user_id: UserId, before: Cursor | None, *, limit: int) -> MessageList:
+    """Return up to `limit` messages that a user has put aside and may see, the latest first."""
+    rows = await db.fetch(STARS, before and before.at, user_id, limit + 1, before and before.id)
+    page = _message_decoder.page(rows, limit, Cursor.of)
+    return MessageList(
+        messages=page.rows,
+        withheld={message_id: withheld for _, _, message_id, withheld in rows[:limit] if withheld is not None},
+        after=page.after,
+    )

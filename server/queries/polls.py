@@ -6,10 +6,10 @@ from protocol.ids import UserId
 from protocol.values import Message, PollVote
 from server.database import Db
 from server.queries.messages import Place
-from server.rows import Reader
+from server.rows import Page, Reader
 
 _message_decoder = Reader(Message)
-_votes_decoder = Reader(list[PollVote])
+_vote_decoder = Reader(PollVote)
 
 
 class Standing(NamedTuple):
@@ -79,17 +79,15 @@ async def close(db: Db, found: Message) -> Message:
 
 
 VOTES = """
-SELECT coalesce(json_agg(json_build_object('user_id', v.user_id, 'options', v.options, 'voted_at', v.voted_at)
-    ORDER BY v.user_id), '[]')
-FROM (
-    SELECT * FROM poll_vote v
-    WHERE v.message_id = $1 AND (v.conversation_id = $2) IS TRUE AND v.options <> '{}'
-        AND ($3::uuid IS NULL OR v.user_id > $3)
-    ORDER BY v.user_id LIMIT $4
-) v
+SELECT json_build_object('user_id', v.user_id, 'options', v.options, 'voted_at', v.voted_at), v.user_id
+FROM poll_vote v
+WHERE v.message_id = $1 AND (v.conversation_id = $2) IS TRUE AND v.options <> '{}'
+    AND ($3::uuid IS NULL OR v.user_id > $3)
+ORDER BY v.user_id LIMIT $4
 """
 
 
-async def votes(db: Db, place: Place, after: UserId | None, *, limit: int) -> list[PollVote]:
+async def votes(db: Db, place: Place, after: UserId | None, *, limit: int) -> Page[PollVote]:
     """Return up to `limit` votes in a poll, by user. There is no access check."""
-    return _votes_decoder.decode(await db.fetchval(VOTES, place.message_id, place.conversation_id, after, limit))
+    rows = await db.fetch(VOTES, place.message_id, place.conversation_id, after, limit + 1)
+    return _vote_decoder.page(rows, limit)

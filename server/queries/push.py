@@ -128,16 +128,9 @@ async def is_anybody_there(db: Db) -> bool:
 
 async def notices(db: Db, message_ids: Sequence[MessageId]) -> list[Notice]:
     """Return for which endpoints these messages are news, the latest message last."""
-    return [
-        Notice(
-            row[0],
-            row[1],
-            row[2],
-            row[3],
-            _user_decoder.decode(row[4]),
-            row[5],
-            row[6],
-            _message_decoder.decode(row[7]),
-        )
-        for row in await db.fetch(NOTICES, list(message_ids))
-    ]
+    found = []
+    for user_id, endpoint, p256dh, auth, face, title, is_mention, text in await db.fetch(NOTICES, list(message_ids)):
+        sender, message = _user_decoder.read(face), _message_decoder.read(text)
+        if sender is not None and message is not None:
+            found.append(Notice(user_id, endpoint, p256dh, auth, sender, title, is_mention, message))
+    return found

@@ -10,10 +10,10 @@ from protocol.values import Relationship, RelationshipEntry, RelationshipKind, R
 from server.database import Db
 from server.queries import users
 from server.queries.users import FACE
-from server.rows import Reader
+from server.rows import Page, Reader
 
 _relationship_decoder = Reader(Relationship)
-_entries_decoder = Reader(list[RelationshipEntry])
+_entry_decoder = Reader(RelationshipEntry)
 
 # Whoever changes what is between two users locks their direct conversation, where it says who may be written to, and
 # then both users.
@@ -119,11 +119,11 @@ async def switch(db: Db, user_id: UserId, other: UserId, switches: dict[str, boo
 # How much two users have written to each other is what their direct conversation says: nothing is counted twice.
 # Who asks to be a friend shows their face by asking, even if they are private.
 PAGE = f"""
-SELECT coalesce(json_agg(json_build_object('relationship', relationship_json(r.r, $1), 'user',
+SELECT json_build_object('relationship', relationship_json(r.r, $1), 'user',
     CASE WHEN may('see_face', $1, u.id) OR ((r.r).to_user_id = $1 AND (r.r).type = 'friend'
         AND (r.r).status = 'pending' AND u.is_active AND NOT u.is_deleted) THEN {FACE} END,
     'interaction_count', coalesce(c.message_count, 0), 'last_interaction_at', c.last_message_at
-) ORDER BY (r.r).id), '[]')
+), (r.r).id
 FROM (
     SELECT r FROM (
         SELECT r FROM user_relationship r WHERE r.from_user_id = $1 AND coalesce($3, true)
@@ -137,10 +137,11 @@ FROM (
 ) r
 JOIN "user" u ON u.id = CASE WHEN (r.r).from_user_id = $1 THEN (r.r).to_user_id ELSE (r.r).from_user_id END
 LEFT JOIN conversation c ON c.direct_low = least(u.id, $1) AND c.direct_high = greatest(u.id, $1)
+ORDER BY (r.r).id
 """  # noqa: S608 - FACE is a constant
 
 
-async def page(db: Db, user_id: UserId, frame: ListRelationships, *, limit: int) -> list[RelationshipEntry]:
+async def page(db: Db, user_id: UserId, frame: ListRelationships, *, limit: int) -> Page[RelationshipEntry]:
     """Return up to `limit` of a user's relationships, in the order of their ids."""
-    text = await db.fetchval(PAGE, user_id, frame.kind, frame.is_outgoing, frame.status, frame.after, limit)
-    return _entries_decoder.decode(text)
+    rows = await db.fetch(PAGE, user_id, frame.kind, frame.is_outgoing, frame.status, frame.after, limit + 1)
+    return _entry_decoder.page(rows, limit)

@@ -14,7 +14,7 @@ from server.queries.users import FACE
 from server.rows import Reader
 
 _scheduled_decoder = Reader(Scheduled)
-_list_decoder = Reader(list[Scheduled])
+_list_decoder = Reader(Scheduled)
 _words_decoder = msgspec.json.Decoder(Words, dec_hook=json_object.read)
 _user_decoder = Reader(User)
 
@@ -83,7 +83,7 @@ SELECT coalesce(json_agg(scheduled_json(s.s) ORDER BY (s.s).send_at), '[]') FROM
 
 async def page(db: Db, user_id: UserId) -> list[Scheduled]:
     """Return a user's messages that wait or could not be sent, in the order of their times."""
-    return _list_decoder.decode(await db.fetchval(LIST, user_id))
+    return _list_decoder.every(await db.fetchval(LIST, user_id))
 
 
 class Due(NamedTuple):
@@ -119,7 +119,8 @@ async def claim(db: Db) -> list[Due]:
             frame = Send(conversation_id=conversation_id, message_id=message_id, **said)
         except (msgspec.ValidationError, RecursionError, ValueError):
             frame = None
-        found.append(Due(_user_decoder.decode(face), is_here, message_id, frame))
+        if (sender := _user_decoder.read(face)) is not None:
+            found.append(Due(sender, is_here, message_id, frame))
     return found
 
 

@@ -6,17 +6,19 @@ so that it narrows down all of that together, and only what is left is looked at
 
 import re
 from datetime import datetime
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 from uuid import UUID
 
 from protocol.client import Search
 from protocol.codec import now
 from protocol.errors import ErrorCode, Refused
 from protocol.ids import UserId
+from protocol.server import SearchPage
 from protocol.values import Message, SearchHit
 from server.cursor import moment_of
 from server.database import Db
 from server.queries.feed import MENTIONS_ME
+from server.queries.moment import MOMENT
 from server.rows import Reader
 
 _message_decoder = Reader(Message)
@@ -76,11 +78,11 @@ _SNIPPET = f"""CASE WHEN $2 IS NULL THEN left(translate((found.m).content, E'\\x
 ) END"""
 _AFTER = "AND ($14::timestamptz IS NULL OR (s.created_at, s.message_id) < ($14, $15::uuid))"
 NEWEST = f"""
-SELECT 0::float8, found.created_at, message_json(found.m), {_SNIPPET}
+SELECT message_json(found.m), 0::float8, {MOMENT.format(at="found.created_at")}, (found.m).id, {_SNIPPET}
 FROM (SELECT s.created_at, seen.m {_FOUND.format(cursor=_AFTER)}) found
 """  # noqa: S608 - as above
 RELEVANT = f"""
-SELECT found.rank, found.created_at, message_json(found.m), {_SNIPPET}
+SELECT message_json(found.m), found.rank, {MOMENT.format(at="found.created_at")}, (found.m).id, {_SNIPPET}
 FROM (
     SELECT * FROM (
         SELECT newest.created_at, newest.m, (
@@ -118,10 +120,8 @@ class Place(NamedTuple):
             raise Refused(ErrorCode.INVALID, "This is not an `after` that a page came with.", path="after") from None
 
 
-async def find(
-    db: Db, user_id: UserId, frame: Search, words: str | None, *, limit: int
-) -> list[tuple[Place, SearchHit]]:
-    """Return up to `limit` messages that match, with where each stands. `words` is a query of `search.query`. In a
+async def find(db: Db, user_id: UserId, frame: Search, words: str | None, *, limit: int) -> SearchPage:
+    """Return up to `limit` messages that match. `words` is a query of `search.query`. In a
     transaction for searching.
     """
     after = Place.read(frame.after)
@@ -134,11 +134,16 @@ async def find(
     ]  # fmt: skip
     if frame.order == "relevance" and words is not None:
         place = (None, None, None) if after is None else (after.rank, after.at, after.id)
-        rows = await db.fetch(RELEVANT, *asked, RANKED, *place, limit)
+        rows = await db.fetch(RELEVANT, *asked, RANKED, *place, limit + 1)
     else:
-        rows = await db.fetch(NEWEST, *asked, limit, *((None, None) if after is None else (after.at, after.id)))
-    found = []
-    for rank, at, text, snippet in rows:
-        message = _message_decoder.decode(text)
-        found.append((Place(as_of, rank, at, message.id), SearchHit(message=message, snippet=_CUT.split(snippet))))
-    return found
+        rows = await db.fetch(NEWEST, *asked, limit + 1, *((None, None) if after is None else (after.at, after.id)))
+    hits = _message_decoder.beside(rows[:limit])
+    return SearchPage(
+        hits=[SearchHit(message=message, snippet=_CUT.split(columns[4])) for message, columns in hits],
+        after=_after(as_of, rows[limit - 1]) if len(rows) > limit else None,
+    )
+
+
+def _after(as_of: datetime, columns: Any) -> str | None:  # noqa: ANN401 - a row has no type
+    _, rank, at, one, _ = columns
+    return None if at is None else str(Place(as_of, rank, at, one))

@@ -12,7 +12,7 @@ from server.queries.users import FACE
 from server.rows import Reader
 
 _user_decoder = Reader(User)
-_sessions_decoder = Reader(list[Session])
+_sessions_decoder = Reader(Session)
 
 # `updated_at` is when a session last began or was extended, which happens daily while it is used.
 CREATE = f"""
@@ -72,8 +72,9 @@ class Active(NamedTuple):
     user: User
 
 
+# A restored session may end in any year; Python knows those up to 9999.
 FIND = f"""
-SELECT s.token, s.id, s.expires_at, u.version, {FACE}
+SELECT s.token, s.id, least(s.expires_at, '9999-12-30'), u.version, {FACE}
 FROM session s JOIN "user" u ON u.id = s.user_id AND u.is_active AND NOT u.is_deleted
 WHERE s.token = ANY($1) AND s.expires_at > now()
 """  # noqa: S608 - FACE is a constant
@@ -82,11 +83,12 @@ WHERE s.token = ANY($1) AND s.expires_at > now()
 async def find(db: Db, token_hashes: Sequence[str]) -> dict[str, Active]:
     """Return the valid sessions among those, by the hash of their token."""
     rows = await db.fetch(FIND, list(token_hashes))
-    return {row[0]: Active(row[1], row[2], row[3], _user_decoder.decode(row[4])) for row in rows}
+    found = _user_decoder.beside((row[4], *row[:4]) for row in rows)
+    return {row[1]: Active(row[2], row[3], row[4], user) for user, row in found}
 
 
 FIND_BY_ID = f"""
-SELECT s.id, s.expires_at, u.version, {FACE}
+SELECT s.id, least(s.expires_at, '9999-12-30'), u.version, {FACE}
 FROM session s JOIN "user" u ON u.id = s.user_id AND u.is_active AND NOT u.is_deleted
 WHERE s.id = ANY($1) AND s.expires_at > now()
 """  # noqa: S608 - FACE is a constant
@@ -95,7 +97,8 @@ WHERE s.id = ANY($1) AND s.expires_at > now()
 async def find_by_id(db: Db, session_ids: Sequence[SessionId]) -> dict[SessionId, Active]:
     """Return the valid sessions among those."""
     rows = await db.fetch(FIND_BY_ID, list(session_ids))
-    return {row[0]: Active(row[0], row[1], row[2], _user_decoder.decode(row[3])) for row in rows}
+    found = _user_decoder.beside((row[3], *row[:3]) for row in rows)
+    return {row[1]: Active(row[1], row[2], row[3], user) for user, row in found}
 
 
 # A session that somebody else holds is being revoked, or extended: nobody waits for it.
@@ -114,7 +117,8 @@ async def slide(db: Db, session_ids: Sequence[SessionId], lasts: timedelta) -> N
 
 
 LIVING = """
-SELECT s.id, s.expires_at FROM session s JOIN "user" u ON u.id = s.user_id AND u.is_active AND NOT u.is_deleted
+SELECT s.id, least(s.expires_at, '9999-12-30')
+FROM session s JOIN "user" u ON u.id = s.user_id AND u.is_active AND NOT u.is_deleted
 WHERE s.id = ANY($1) AND s.expires_at > now()
 """
 
@@ -134,7 +138,7 @@ SELECT coalesce(json_agg(s ORDER BY s.created_at DESC), '[]') FROM (
 
 async def of_user(db: Db, user_id: UserId, current: SessionId | None) -> list[Session]:
     """Return a user's valid sessions, newest first, at most 100."""
-    return _sessions_decoder.decode(await db.fetchval(LIST, user_id, current))
+    return _sessions_decoder.every(await db.fetchval(LIST, user_id, current))
 
 
 REVOKE = "DELETE FROM session WHERE user_id = $1 AND ($2::uuid IS NULL OR id = $2) RETURNING id"

@@ -77,14 +77,14 @@ CROSS JOIN LATERAL (SELECT (found.m).*) m
 CROSS JOIN LATERAL (SELECT (found.t).*) t
 CROSS JOIN LATERAL ({COUNT_REPLIES.format(me="t")}) counted (unread)
 """  # noqa: S608 - as above
-_list_decoder = Reader(list[ThreadView])
+_list_decoder = Reader(ThreadView)
 
 
 async def page(db: Db, user_id: UserId, *, is_unread: bool) -> list[ThreadView]:
     """Return the threads that a user follows and where somebody replied, or where there is something new, the latest
     first: at most 100 of the 1,000 that began last.
     """
-    return _list_decoder.decode(await db.fetchval(LIST, user_id, is_unread))
+    return _list_decoder.every(await db.fetchval(LIST, user_id, is_unread))
 
 
 class Change(NamedTuple):

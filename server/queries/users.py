@@ -14,7 +14,7 @@ from protocol.values import Me, PresenceStatus, Profile, User
 from server.database import Db
 from server.rows import Reader
 
-_users_decoder = Reader(list[User])
+_users_decoder = Reader(User)
 _profile_decoder = Reader(Profile)
 _me_decoder = Reader(Me)
 _own_decoder = Reader(OwnEvent)
@@ -29,7 +29,7 @@ SELECT coalesce(json_agg({FACE}), '[]') FROM "user" u WHERE u.id = ANY($2) AND m
 
 async def get(db: Db, caller: UserId, user_ids: Sequence[UserId]) -> list[User]:
     """Return those of the users that exist and that the caller may see."""
-    return _users_decoder.decode(await db.fetchval(GET, caller, list(user_ids)))
+    return _users_decoder.every(await db.fetchval(GET, caller, list(user_ids)))
 
 
 PROFILE = f"""
@@ -62,7 +62,7 @@ SELECT coalesce(json_agg({FACE} ORDER BY u.name, u.id), '[]') FROM (
 
 async def search(db: Db, caller: UserId, query: str, *, limit: int) -> list[User]:
     """Return users who match a query of `search.query` and whom the caller may see."""
-    return _users_decoder.decode(await db.fetchval(SEARCH, caller, query, limit))
+    return _users_decoder.every(await db.fetchval(SEARCH, caller, query, limit))
 
 
 ME = """SELECT me_json(u) FROM "user" u WHERE u.id = $1"""
@@ -168,7 +168,7 @@ WHERE u.id = $1
 async def news(db: Db, user_id: UserId, since: int) -> tuple[int, list[OwnEvent]]:
     """Return a user's own clock, and what changed for them alone after a number of it."""
     rows = await db.fetch(NEWS, user_id, since)
-    events = [_own_decoder.decode(row[1]) for row in rows if row[1] is not None]
+    events = _own_decoder.each(row[1] for row in rows if row[1] is not None)
     return rows[0][0] if rows else since, sorted(events, key=lambda event: event.user_version)
 
 
