@@ -975,6 +975,10 @@ CREATE FUNCTION is_visible(conversation uuid, sent_version bigint) RETURNS boole
     );
 
 -- The policies of tables, one call each, so that nothing of a reader's comes between the parts of a policy.
+CREATE FUNCTION is_mine(owner uuid) RETURNS boolean LANGUAGE sql STABLE SECURITY DEFINER COST 0.0001
+    SET search_path = pg_catalog, public, pg_temp
+    RETURN owner = current_user_id();
+
 CREATE FUNCTION is_message_shown(conversation uuid, sent_version bigint, is_moderated boolean, sender uuid) RETURNS boolean
     LANGUAGE sql STABLE SECURITY DEFINER COST 0.0001 SET search_path = pg_catalog, public, pg_temp
     RETURN is_visible(conversation, sent_version) AND (NOT is_moderated OR sender = current_user_id()
@@ -1038,7 +1042,7 @@ ALTER TABLE report ENABLE ROW LEVEL SECURITY;
 ALTER TABLE audit_entry ENABLE ROW LEVEL SECURITY;
 
 CREATE POLICY user_access ON "user" FOR SELECT USING (may_i('see_face', id));
-CREATE POLICY session_access ON session FOR SELECT USING (user_id = current_user_id());
+CREATE POLICY session_access ON session FOR SELECT USING (is_mine(user_id));
 CREATE POLICY conversation_access ON conversation FOR SELECT USING (is_participant(id));
 CREATE POLICY conversation_participant_access ON conversation_participant FOR SELECT
     USING (is_membership_shown(conversation_id, user_id, status));
@@ -1047,10 +1051,10 @@ CREATE POLICY message_access ON message FOR SELECT
 CREATE POLICY message_reaction_access ON message_reaction FOR SELECT USING (is_part_shown(message_id, true));
 CREATE POLICY message_edit_access ON message_edit FOR SELECT USING (are_edits_shown(message_id));
 CREATE POLICY poll_vote_access ON poll_vote FOR SELECT USING (is_vote_shown(message_id, user_id, options));
-CREATE POLICY thread_follow_access ON thread_follow FOR SELECT USING (user_id = current_user_id());
-CREATE POLICY message_star_access ON message_star FOR SELECT USING (user_id = current_user_id());
-CREATE POLICY draft_access ON draft FOR SELECT USING (user_id = current_user_id());
-CREATE POLICY scheduled_message_access ON scheduled_message FOR SELECT USING (sender_id = current_user_id());
+CREATE POLICY thread_follow_access ON thread_follow FOR SELECT USING (is_mine(user_id));
+CREATE POLICY message_star_access ON message_star FOR SELECT USING (is_mine(user_id));
+CREATE POLICY draft_access ON draft FOR SELECT USING (is_mine(user_id));
+CREATE POLICY scheduled_message_access ON scheduled_message FOR SELECT USING (is_mine(sender_id));
 CREATE POLICY attachment_access ON attachment FOR SELECT USING (is_part_shown(message_id, false));
 CREATE POLICY user_relationship_access ON user_relationship FOR SELECT
     USING (is_relationship_shown(from_user_id, to_user_id, type));
@@ -1065,7 +1069,7 @@ CREATE VIEW user_profile WITH (security_barrier) AS
 -- A function may be run by anyone unless told otherwise.
 REVOKE EXECUTE ON FUNCTION may(text, uuid, uuid), are_together(uuid, uuid), may_i(text, uuid), is_participant(uuid),
     is_allowed(uuid, text, text), is_visible(uuid, bigint), are_edits_shown(uuid), silenced(uuid),
-    is_message_shown(uuid, bigint, boolean, uuid),
+    is_mine(uuid), is_message_shown(uuid, bigint, boolean, uuid),
     is_part_shown(uuid, boolean), is_vote_shown(uuid, uuid, integer[]), is_membership_shown(uuid, uuid, text),
     is_relationship_shown(uuid, uuid, text),
     may_now(text, uuid, uuid), obstacle(conversation, conversation_participant) FROM PUBLIC;
@@ -1183,7 +1187,7 @@ BEGIN
     EXECUTE format('GRANT EXECUTE ON FUNCTION may_i(text, uuid), is_participant(uuid), is_allowed(uuid, text, text),
         is_visible(uuid, bigint), are_edits_shown(uuid), is_message_shown(uuid, bigint, boolean, uuid),
         is_part_shown(uuid, boolean), is_vote_shown(uuid, uuid, integer[]), is_membership_shown(uuid, uuid, text),
-        is_relationship_shown(uuid, uuid, text) TO %I', role_name);
+        is_relationship_shown(uuid, uuid, text), is_mine(uuid) TO %I', role_name);
 END
 $$;
 REVOKE EXECUTE ON FUNCTION grant_reader(text) FROM PUBLIC;

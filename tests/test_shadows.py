@@ -77,6 +77,7 @@ READING = {
     "relationships": "SELECT id FROM public.user_relationship",
     "reports": "SELECT id FROM public.report",
     "entries": "SELECT action FROM public.audit_entry",
+    "mine": "SELECT public.is_mine(user_id) FROM public.draft",
     "me": "SELECT public.current_user_id()",
     "may": "SELECT public.may_i('write', id) FROM public.\"user\"",
     "takes part": "SELECT public.is_participant(id) FROM public.conversation",
@@ -166,7 +167,7 @@ async def test_what_runs_as_the_owner_has_its_path(world: World) -> None:
     """)
     assert {function["proname"] for function in functions if function["prosecdef"]} == {
         "may_i", "is_participant", "is_allowed", "is_visible", "are_edits_shown", "is_message_shown", "is_part_shown",
-        "is_vote_shown", "is_membership_shown", "is_relationship_shown",
+        "is_vote_shown", "is_membership_shown", "is_relationship_shown", "is_mine",
     }  # fmt: skip
     for function in functions:
         name, path = function["proname"], function["proconfig"]
