@@ -40,6 +40,9 @@ async def schedule(context: Context, frame: client.Schedule) -> OneScheduled:
     # What is too large is refused now, not when nobody looks.
     await outgoing(context, _as_send(frame))
     async with context.database.transaction() as db:
+        # Access is read under the conversation's lock, like that of every frame that says something.
+        if await conversations.lock(db, frame.conversation_id) is None:
+            raise NotFound("conversation_id")
         access = await conversations.send_access(db, frame.conversation_id, context.user_id)
         if access is None:
             raise NotFound("conversation_id")
