@@ -8,7 +8,7 @@ import argparse
 import asyncio
 import contextlib
 import secrets
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from typing import Any, TypeAlias
 from uuid import UUID
 
@@ -17,7 +17,7 @@ import msgspec
 
 from protocol import limits
 from protocol.http import canonical
-from protocol.ids import ConversationId, UserId
+from protocol.ids import ConversationId, MessageId, UserId
 from server import config, database, migrate
 from server.auth import passwords
 from server.database import Db
@@ -29,7 +29,7 @@ from server.progress import Progress
 from server.queries import accounts, audit, conversations, erasure, sessions, users
 from server.queries.accounts import Card
 from server.queries.audit import Deed
-from server.terminal import complain, plain, say, say_json
+from server.terminal import plain, say, say_json, status_of
 
 COMMANDS = ("user", "conversation", "erase")
 PASSWORD_BYTES = 12
@@ -43,15 +43,15 @@ Work: TypeAlias = Callable[[Db, argparse.Namespace], Coroutine[None, None, Answe
 def main(arguments: list[str]) -> int:
     """Do what the command line says; return the status to end with."""
     options = _parser().parse_args(arguments)
-    try:
+
+    def done() -> int:
         with reached(config.read(data_dir=options.data_dir)) as url:
             answer = asyncio.run(_run(url, options))
-    except Fatal as error:
-        complain(error)
-        return 1
-    if answer is not None:
-        _show(answer, is_json=options.json)
-    return 0
+        if answer is not None:
+            _show(answer, is_json=options.json)
+        return 0
+
+    return status_of(done)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -130,7 +130,7 @@ async def create_user(db: Db, options: argparse.Namespace) -> Answer:
             user_id = await accounts.register(db, options.name, canonical(options.email), password_hash)
             if options.admin:
                 await accounts.promote(db, user_id, is_admin=True)
-            await _note(db, "create_user", user_id, is_admin=options.admin)
+            await note(db, "create_user", user_id, is_admin=options.admin)
     except asyncpg.UniqueViolationError:
         raise Fatal("this e-mail address has an account already.") from None
     return {"id": str(user_id), "email": canonical(options.email), "password": password}
@@ -138,7 +138,9 @@ async def create_user(db: Db, options: argparse.Namespace) -> Answer:
 
 async def show_user(db: Db, options: argparse.Namespace) -> Answer:
     """Show an account."""
-    return _fields(await _card(db, options.user))
+    card = await _card(db, options.user)
+    await note(db, "show_user", card.id)
+    return _fields(card)
 
 
 async def disable_user(db: Db, options: argparse.Namespace) -> Answer:
@@ -171,7 +173,7 @@ async def reset_password(db: Db, options: argparse.Namespace) -> Answer:
         await accounts.set_password(db, card.id, new_hash)
         await sessions.revoke(db, card.id, None)
         await users.touch(db, [card.id])
-        await _note(db, "reset_password", card.id)
+        await note(db, "reset_password", card.id)
     return {"id": str(card.id), "email": card.email, "password": password}
 
 
@@ -184,7 +186,9 @@ async def list_sessions(db: Db, options: argparse.Namespace) -> Answer:
             await users.lock(db, [card.id])
             await sessions.revoke(db, card.id, None)
             await users.touch(db, [card.id])
-            await _note(db, "revoke_sessions", card.id)
+            await note(db, "revoke_sessions", card.id)
+    else:
+        await note(db, "list_sessions", card.id)
     return [_fields(session) for session in found]
 
 
@@ -195,7 +199,7 @@ async def _set_disabled(db: Db, options: argparse.Namespace, *, is_disabled: boo
         await accounts.disable(db, card.id, is_disabled=is_disabled)
         if is_disabled:
             await sessions.revoke(db, card.id, None)
-        await _note(db, "disable_user" if is_disabled else "enable_user", card.id)
+        await note(db, "disable_user" if is_disabled else "enable_user", card.id)
     return _fields(await _card(db, options.user))
 
 
@@ -203,7 +207,7 @@ async def _set_admin(db: Db, options: argparse.Namespace, *, is_admin: bool) -> 
     card = await _card(db, options.user)
     async with db.transaction():
         await accounts.promote(db, card.id, is_admin=is_admin)
-        await _note(db, "promote_user" if is_admin else "demote_user", card.id)
+        await note(db, "promote_user" if is_admin else "demote_user", card.id)
     return _fields(await _card(db, options.user))
 
 
@@ -213,6 +217,11 @@ async def _set_admin(db: Db, options: argparse.Namespace, *, is_admin: bool) -> 
 async def show_conversation(db: Db, options: argparse.Namespace) -> Answer:
     """Show what a conversation is, without what is said in it."""
     found = await _conversation(db, options)
+    await note(db, "show_conversation", None, conversation_id=str(found.conversation.id))
+    return _shown(found)
+
+
+def _shown(found: conversations.Card) -> Answer:
     rest = {"owner": str(found.owner), "messages": found.message_count, "last_activity_at": str(found.last_activity_at)}
     return _fields(found.conversation) | rest
 
@@ -220,7 +229,7 @@ async def show_conversation(db: Db, options: argparse.Namespace) -> Answer:
 async def export_conversation(db: Db, options: argparse.Namespace) -> Answer:
     """Print all messages of a conversation, one JSON object a line. This is noted."""
     found = await _conversation(db, options)
-    await _note(db, "export_conversation", None, conversation_id=str(found.conversation.id))
+    await note(db, "export_conversation", None, conversation_id=str(found.conversation.id))
     progress, after = Progress(), 0
     while lines := await conversations.everything(db, found.conversation.id, after, limit=PAGE):
         for line, _ in lines:
@@ -238,8 +247,8 @@ async def delete_conversation(db: Db, options: argparse.Namespace) -> Answer:
         await conversations.lock(db, found.conversation.id)
         if not found.conversation.is_deleted:
             await conversations.delete(db, found.conversation.id)
-            await _note(db, "delete_conversation", None, conversation_id=str(found.conversation.id))
-    return await show_conversation(db, options)
+            await note(db, "delete_conversation", None, conversation_id=str(found.conversation.id))
+    return _shown(await _conversation(db, options))
 
 
 async def show_audit(db: Db, options: argparse.Namespace) -> Answer:
@@ -259,13 +268,12 @@ async def show_audit(db: Db, options: argparse.Namespace) -> Answer:
 # --------------------------------------------------------------------------------------------- a person's data
 
 
-async def export_user(db: Db, options: argparse.Namespace) -> Answer:
-    """Print everything that is stored about a user, as JSON (protocol/export.py)."""
+async def export_user(db: Db, options: argparse.Namespace) -> AsyncIterator[bytes]:
+    """Return everything that is stored about a user, as JSON (protocol/export.py), piece by piece. This is noted."""
     card = await _card(db, options.user)
-    await _note(db, "export_user", card.id)
+    await note(db, "export_user", card.id)
     async for piece in written(lambda: contextlib.nullcontext(db), card.id):
-        say_json(piece.decode())
-    return None
+        yield piece
 
 
 async def erase_user(db: Db, options: argparse.Namespace) -> Answer:
@@ -273,11 +281,12 @@ async def erase_user(db: Db, options: argparse.Namespace) -> Answer:
     card = await _card(db, options.user)
     texts = [] if card.state == "erased" else await erasure.words(db, card.id)
     if card.state != "erased" and not options.yes:
+        await note(db, "show_user", card.id)
         raise Fatal(f"this erases {card.name} ({card.email}) for good; say --yes if that is meant.")
     if options.yes:
         # Who was erased before is erased again: what was left, or came since, is taken away.
         await erase(database.Single(db), card.id)
-        await _note(db, "erase_user", card.id)
+        await note(db, "erase_user", card.id)
     answer: dict[str, Any] = {"id": str(card.id), "state": "erased"}
     if options.verify:
         found = await erasure.traces(db, card.id, texts)
@@ -292,9 +301,12 @@ async def erase_user(db: Db, options: argparse.Namespace) -> Answer:
 # --------------------------------------------------------------------------------------------------- in common
 
 
-async def _note(db: Db, action: str, user_id: UserId | None, **details: object) -> None:
+async def note(
+    db: Db, action: str, user_id: UserId | None = None, message_id: MessageId | None = None, **details: object
+) -> None:
+    """Note in the server's audit log what is done, or read, on the command line: before it is shown."""
     async with db.transaction():
-        await audit.record(db, audit.SERVER, Deed(None, action, user_id, details=details))
+        await audit.record(db, audit.SERVER, Deed(None, action, user_id, message_id, details))
 
 
 async def _card(db: Db, who: str) -> Card:

@@ -11,33 +11,34 @@ from importlib.metadata import version
 from server import administration, config, database, log, migrate, upkeep
 from server.config import Settings, variable
 from server.embedded.reach import reached
-from server.errors import Fatal
-from server.supervisor import Supervisor, tell
-from server.terminal import complain
+from server.supervisor import Supervisor
+from server.terminal import complain, say, status_of
 
 ABOUT = "A real-time chat backend: one command starts it, and it does not lose a message."
 
 
 def main() -> None:
     """Do what the command line says; end with status 1 and one line if it cannot be done."""
-    if sys.argv[1:2] in (["load"], ["prove"]):
-        sys.exit(_from_outside(sys.argv[1], sys.argv[2:]))
+    sys.exit(status_of(lambda: _run(sys.argv[1:])))
+
+
+def _run(arguments: list[str]) -> int:
+    if arguments[:1] in (["load"], ["prove"]):
+        return _from_outside(arguments[0], arguments[1:])
     for group in (administration, upkeep):
-        if sys.argv[1:2] and sys.argv[1] in group.COMMANDS:
-            sys.exit(group.main(sys.argv[1:]))
-    options = _parser().parse_args()
+        if arguments[:1] and arguments[0] in group.COMMANDS:
+            status: int = group.main(arguments)
+            return status
+    options = _parser().parse_args(arguments)
     log.configure("openchat")
-    try:
-        settings = config.read(host=options.host, port=options.port, workers=options.workers, data_dir=options.data_dir)
-        if options.command == "migrate":
-            _with_database(settings, is_plan=options.plan)
-        elif options.command == "new-epoch":
-            _with_database(settings, is_new_epoch=True)
-        else:
-            Supervisor(settings).run()
-    except Fatal as error:
-        complain(error)
-        sys.exit(1)
+    settings = config.read(host=options.host, port=options.port, workers=options.workers, data_dir=options.data_dir)
+    if options.command == "migrate":
+        _with_database(settings, is_plan=options.plan)
+    elif options.command == "new-epoch":
+        _with_database(settings, is_new_epoch=True)
+    else:
+        Supervisor(settings).run()
+    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -101,13 +102,13 @@ async def _administer(url: str, *, is_plan: bool, is_new_epoch: bool) -> None:
     try:
         if is_new_epoch:
             await migrate.new_epoch(connection)
-            tell("A new epoch has begun: every client starts over.")
+            say("A new epoch has begun: every client starts over.")
             return
         steps = await (migrate.plan(connection) if is_plan else migrate.migrate(url))
         for step in steps:
-            tell(f"{'would apply' if is_plan else 'applied'}  {step}")
+            say(f"{'would apply' if is_plan else 'applied'}  {step}")
         if not steps:
-            tell("The database is up to date.")
+            say("The database is up to date.")
     finally:
         await connection.close()
 

@@ -8,12 +8,16 @@ from server.terminal import plain, say
 REFRESH_SECONDS = 0.2
 
 
+def _has_terminal() -> bool:
+    return sys.stderr is not None and not sys.stderr.closed and sys.stderr.isatty()
+
+
 class Progress:
     """Tells how far a command is."""
 
     def __init__(self, *, is_on: bool = True, is_terminal: bool | None = None) -> None:
         self._is_on = is_on
-        self._is_terminal = sys.stderr.isatty() if is_terminal is None else is_terminal
+        self._is_terminal = _has_terminal() if is_terminal is None else is_terminal
         self._next = 0.0
 
     def begins(self, what: str) -> None:

@@ -1,6 +1,7 @@
 """The process that the operator starts: it owns the embedded servers, the port and the workers."""
 
 import asyncio
+import contextlib
 import logging
 import selectors
 import shutil
@@ -306,5 +307,6 @@ def close_pipes(process: subprocess.Popen[bytes]) -> None:
 
 
 def tell(line: str) -> None:
-    """Tell the operator something."""
-    say(line)
+    """Tell the operator something, if anybody listens: a server outlives the terminal that started it."""
+    with contextlib.suppress(Fatal):
+        say(line)

@@ -1,9 +1,18 @@
 """Text for a terminal or a log: what others have written cannot move the cursor, change colours or reorder a line."""
 
+import contextlib
 import json
+import os
 import sys
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TextIO
+
+from server.errors import Fatal, is_lost, told
+
+INTERRUPTED = 130
+"""The status of a command that a Ctrl-C ends."""
 
 INVISIBLE = {"Cc", "Cf", "Cs", "Co", "Zl", "Zp"}
 """Categories of characters that a terminal obeys instead of showing them: controls, formats, line ends."""
@@ -20,19 +29,72 @@ def plain_json(text: str) -> str:
 
 
 def say(line: str) -> None:
-    """Print a line."""
-    sys.stdout.write(plain(line) + "\n")
-    sys.stdout.flush()
+    """Print a line. Raises Fatal if nobody takes it."""
+    with printing() as out:
+        out.write(plain(line) + "\n")
+        out.flush()
 
 
 def say_json(text: str) -> None:
-    """Print JSON, or a piece of it."""
-    sys.stdout.write(plain_json(text))
+    """Print JSON, or a piece of it. Raises Fatal if nobody takes it."""
+    with printing() as out:
+        out.write(plain_json(text))
+
+
+@contextmanager
+def printing() -> Iterator[TextIO]:
+    """Return standard output. Raises Fatal if it is closed, or if what the block writes is not taken."""
+    if sys.stdout is None or sys.stdout.closed:
+        raise Fatal("standard output is closed.")
+    try:
+        yield sys.stdout
+    except OSError as error:
+        raise Fatal(f"standard output cannot be written: {error.strerror or type(error).__name__}.") from None
 
 
 def complain(error: object) -> None:
-    """Print an error, or a part of a longer one, on standard error as one line."""
-    sys.stderr.write(f"openchat: {plain(str(error))}\n")
+    """Print an error, or a part of a longer one, on standard error as one line, if anybody takes it."""
+    if sys.stderr is not None:
+        with contextlib.suppress(OSError, ValueError):
+            sys.stderr.write(f"openchat: {plain(str(error))}\n")
+
+
+def status_of(work: Callable[[], int]) -> int:
+    """Return the status that a command ends with: what `work` returns, or, after one sentence, 1 if it fails by
+    something outside the program, and 130 if it is interrupted.
+    """
+    try:
+        try:
+            status = work()
+        except SystemExit as end:  # argparse has printed its help, or what is wrong with the arguments
+            status = end.code if isinstance(end.code, int) else 1
+        with printing() as out:
+            out.flush()
+    except Fatal as error:
+        complain(error)
+    except KeyboardInterrupt:
+        complain("interrupted.")
+        _discard_output()
+        return INTERRUPTED
+    except OSError as error:
+        where = "" if error.filename is None else f"{error.filename}: "
+        complain(f"{where}{error.strerror or type(error).__name__}.")
+    except Exception as error:
+        if not is_lost(error):
+            raise
+        complain(f"the database cannot be used: {told(error).rstrip('.')}. Run the command again.")
+    else:
+        return status
+    _discard_output()
+    return 1
+
+
+def _discard_output() -> None:
+    """Have what is still to be printed go nowhere: the interpreter would complain of it when it ends."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        sys.stdout.flush()
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _escaped(text: str, escape: Callable[[str], str]) -> str:

@@ -2,12 +2,10 @@
 
 import argparse
 import asyncio
-import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from uuid import UUID
 
-import asyncpg
 import msgspec
 
 from protocol.ids import MessageId
@@ -17,15 +15,14 @@ from server.embedded.reach import reached
 from server.errors import Fatal
 from server.progress import Progress
 from server.queries import accounts, transfers, whereabouts
-from server.terminal import complain, plain, say, say_json
+from server.queries.audit import Deed
+from server.terminal import complain, plain, printing, say, say_json, status_of
 from server.transfer import archive, dump, load, mattermost, reading, slack
 from server.transfer.archive import Archive, Unconfirmed
+from server.transfer.aside import aside
 
 COMMANDS = ("check", "why", "reindex", "export", "import")
-NOT_UNDERSTOOD = (
-    OSError, *reading.WRONG, asyncpg.DataError, asyncpg.IntegrityConstraintViolationError,
-    asyncpg.StatementTooComplexError,
-)  # fmt: skip
+NOT_UNDERSTOOD = (*reading.WRONG, *load.REFUSED)
 """What is raised about a file that does not hold what it should."""
 FOREIGN: dict[str, Callable[[Path], Archive]] = {"slack": slack.read, "mattermost": mattermost.read}
 
@@ -33,13 +30,13 @@ FOREIGN: dict[str, Callable[[Path], Archive]] = {"slack": slack.read, "mattermos
 def main(arguments: list[str]) -> int:
     """Do what the command line says; return the status to end with."""
     options = _parser().parse_args(arguments)
-    try:
+
+    def done() -> int:
         settings = config.read(data_dir=options.data_dir)
         with reached(settings) as url:
             return asyncio.run(_run(url, settings.search_language, options))
-    except Fatal as error:
-        complain(error)
-        return 1
+
+    return status_of(done)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -116,6 +113,7 @@ async def why(db: Db, options: argparse.Namespace) -> int:
     told = await whereabouts.of(db, MessageId(options.message), None, viewer=None)
     if told is None:
         raise Fatal(f"there is no message {options.message}.")
+    await administration.note(db, "why", message_id=told.message_id)
     if options.json:
         say_json(msgspec.json.encode(told).decode() + "\n")
         return 0
@@ -143,18 +141,36 @@ async def reindex(db: Db, options: argparse.Namespace) -> int:  # noqa: ARG001 -
 async def export(db: Db, options: argparse.Namespace) -> int:
     """Write the whole installation, or with --user all about one person, as JSON (docs/transfer.md). Keep it safe."""
     if options.user is not None:
-        await administration.export_user(db, options)
-        return 0
+        return await _export_user(db, options)
     progress = Progress()
     if options.file is None:
-        if sys.stdout.isatty():
-            raise Fatal("an export of everything is not for a terminal; name a file.")
-        await dump.write(db, sys.stdout.buffer, progress)
+        with printing() as out:
+            if out.isatty():
+                raise Fatal("an export of everything is not for a terminal; name a file.")
+            await _note_export(db)
+            await dump.write(db, out.buffer, progress)
         return 0
-    with options.file.open("xb") as file:
-        options.file.chmod(0o600)
+    with aside(options.file) as file:
+        await _note_export(db)
         summary = await dump.write(db, file, progress)
     say(f"{summary.total:,} rows in {len(summary.rows)} tables, sha256 {summary.sha256}")
+    return 0
+
+
+async def _note_export(db: Db) -> None:
+    # Where nobody is, nothing of anybody is read, and a whole installation may come, with an audit log of its own.
+    if not await transfers.is_empty(db):
+        await administration.note(db, "export")
+
+
+async def _export_user(db: Db, options: argparse.Namespace) -> int:
+    if options.file is None:
+        async for piece in administration.export_user(db, options):
+            say_json(piece.decode())
+        return 0
+    with aside(options.file) as file:
+        async for piece in administration.export_user(db, options):
+            file.write(piece)
     return 0
 
 
@@ -162,15 +178,18 @@ async def import_all(db: Db, options: argparse.Namespace) -> int:
     """Bring in what another installation, Slack or Mattermost has exported (docs/transfer.md)."""
     progress = Progress()
     is_whole = options.format == "openchat"
+    deed = Deed(None, "import", details={"format": options.format})
     try:
         lines = (
             dump.read(options.path, await transfers.columns(db))
             if is_whole
             else await archive.rows(db, FOREIGN[options.format](options.path), options.match_accounts)
         )
-        summary = await load.load(db, lines, progress, is_whole=is_whole)
+        summary = await load.load(db, lines, progress, is_whole=is_whole, deed=deed)
     except Unconfirmed as unconfirmed:
         raise Fatal(_ask(unconfirmed)) from None
+    except OSError as error:
+        raise Fatal(f"{options.path} cannot be read: {error.strerror}. Nothing was brought in.") from None
     except NOT_UNDERSTOOD as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise Fatal(f"{options.path} is not understood: {plain(reason)}. Nothing was brought in.") from error

@@ -22,6 +22,7 @@ _head_decoder = msgspec.json.Decoder(Head)
 _row_decoder = msgspec.json.Decoder(Row)
 _tail_decoder = msgspec.json.Decoder(Tail)
 _keys_decoder = msgspec.json.Decoder(dict[str, msgspec.Raw])
+NO_HEAD = "line 1: its first line is not that of an export of OpenChat"
 _DEEP = re.compile(rb'\{"table":"(\w+)","row":(\{.*\})\}\n?\Z', re.DOTALL)
 
 
@@ -54,6 +55,7 @@ def read(path: Path, columns: Mapping[str, frozenset[str]]) -> Iterator[Row]:
     """
     digest = hashlib.sha256()
     counts: Counter[str] = Counter()
+    number = 0
     with path.open("rb") as file:
         for number, line in lines(file):
             if number == 1:
@@ -62,7 +64,7 @@ def read(path: Path, columns: Mapping[str, frozenset[str]]) -> Iterator[Row]:
                 with reading(f"line {number}"):
                     tail = _tail_decoder.decode(line)
                 if (tail.rows, tail.sha256) != (dict(counts), digest.hexdigest()):
-                    raise ValueError("it is not what was written")
+                    raise ValueError(f"line {number}: it is not what was written, by its counts or its hash")
                 return
             else:
                 with reading(f"line {number}"):
@@ -74,19 +76,19 @@ def read(path: Path, columns: Mapping[str, frozenset[str]]) -> Iterator[Row]:
                 digest.update(line)
                 counts[row.table] += 1
                 yield row
-    raise ValueError("its end is missing" if counts else "its first line is not that of an export of OpenChat")
+    raise ValueError(f"after line {number}: its end is missing" if counts else NO_HEAD)
 
 
 def _check_head(line: bytes) -> None:
     try:
         head = _head_decoder.decode(line)
     except msgspec.MsgspecError:
-        raise ValueError("its first line is not that of an export of OpenChat") from None
+        raise ValueError(NO_HEAD) from None
     if (head.format, head.version) != (FORMAT, VERSION):
-        raise ValueError(f"it has the format {head.format} {head.version}; {FORMAT} {VERSION} is known")
+        raise ValueError(f"line 1: it has the format {head.format} {head.version}; {FORMAT} {VERSION} is known")
     if head.schema != len(migrate.known()):
         raise ValueError(
-            f"it comes from a database at step {head.schema}, and this one is at {len(migrate.known())}: "
+            f"line 1: it comes from a database at step {head.schema}, and this one is at {len(migrate.known())}: "
             "bring both to the same version of OpenChat"
         )
 

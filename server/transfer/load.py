@@ -3,20 +3,26 @@
 from collections import Counter
 from itertools import groupby
 
+import asyncpg
+
 from server.database import Db
 from server.errors import Fatal
 from server.progress import Progress
-from server.queries import transfers
+from server.queries import audit, transfers
+from server.queries.audit import Deed
 from server.transfer.lines import Lines, Summary
 
 AT_ONCE = 500
+REFUSED = (asyncpg.DataError, asyncpg.IntegrityConstraintViolationError, asyncpg.StatementTooComplexError)
+"""What PostgreSQL raises about rows that it does not take."""
 
 
-async def load(db: Db, lines: Lines, progress: Progress, *, is_whole: bool) -> Summary:
+async def load(db: Db, lines: Lines, progress: Progress, *, is_whole: bool, deed: Deed) -> Summary:
     """Bring rows in, in one transaction; return how many of each table were not there before. With `is_whole`, they are
-    a whole installation.
+    a whole installation. `deed` is noted with them in the server's audit log, with how many rows came.
 
-    Raises Fatal, and brings in nothing, if that is to come where somebody is already, or does not all fit.
+    Raises Fatal, and brings in nothing, if that is to come where somebody is already; ValueError if
+    it does not all fit.
     """
     loaded: Counter[str] = Counter()
     async with db.transaction():
@@ -25,24 +31,41 @@ async def load(db: Db, lines: Lines, progress: Progress, *, is_whole: bool) -> S
             if not await transfers.is_empty(db):
                 raise Fatal("there are users here already; a whole installation is brought into an empty one.")
             await transfers.discard_keys(db)
+        number = 0
         for table, group in groupby(lines, key=lambda line: line.table):
             batch: list[bytes] = []
             for line in group:
                 batch.append(bytes(line.row))
+                number += 1
                 if len(batch) == AT_ONCE:
-                    loaded[table] += await _load(db, table, batch, is_whole=is_whole)
+                    loaded[table] += await _load(db, table, batch, number, is_whole=is_whole)
                     progress.counts(table, loaded[table])
                     batch = []
             if batch:
-                loaded[table] += await _load(db, table, batch, is_whole=is_whole)
+                loaded[table] += await _load(db, table, batch, number, is_whole=is_whole)
         if not is_whole:
             await transfers.touch(db)
+        await audit.record(db, audit.SERVER, deed._replace(details={**deed.details, "rows": loaded.total()}))
     progress.done()
     return Summary(rows=dict(loaded))
 
 
-async def _load(db: Db, table: str, batch: list[bytes], *, is_whole: bool) -> int:
-    count = await transfers.load(db, table, (b"[" + b",".join(batch) + b"]").decode())
-    if is_whole and count != len(batch):
-        raise Fatal(f"{len(batch) - count} rows of {table} contradict others. Nothing was brought in.")
-    return count
+async def _load(db: Db, table: str, batch: list[bytes], number: int, *, is_whole: bool) -> int:
+    """Bring some rows of a table in, of which the last is row `number` of all; return how many were not there before.
+
+    Raises ValueError, with the place of the row, if one does not fit: it is looked for by halving.
+    """
+    try:
+        async with db.transaction():
+            count = await transfers.load(db, table, (b"[" + b",".join(batch) + b"]").decode())
+            if is_whole and count != len(batch):
+                raise ValueError("it contradicts a row before it")
+            return count
+    except (*REFUSED, ValueError) as error:
+        half = len(batch) // 2
+        if half == 0:
+            place = f"line {number + 1}" if is_whole else f"row {number}"  # an export begins with a line of its own
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"{place}: this row of {table} is refused: {reason}") from error
+    count = await _load(db, table, batch[:half], number - len(batch) + half, is_whole=is_whole)
+    return count + await _load(db, table, batch[half:], number, is_whole=is_whole)

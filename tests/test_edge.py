@@ -1,0 +1,221 @@
+"""The edge of the commands: what an auditor finds of each, and what each does if nobody takes what it writes."""
+
+import argparse
+import asyncio
+import io
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple, TextIO
+from uuid import UUID
+
+import pytest
+
+from server import administration, upkeep
+from server.queries import audit
+from tests.test_administration import Shell, shell
+from tests.world import sent
+
+__all__ = ("shell",)
+NOTED = {
+    "user create": "create_user", "user show": "show_user", "user disable": "disable_user",
+    "user enable": "enable_user", "user promote": "promote_user", "user demote": "demote_user",
+    "user reset-password": "reset_password", "user sessions": "list_sessions",
+    "conversation show": "show_conversation", "conversation export": "export_conversation",
+    "conversation delete": "delete_conversation", "erase": "show_user", "why": "why", "export": "export",
+    "export --user": "export_user", "import": "import",
+}  # fmt: skip
+"""What the audit log calls each command."""
+UNNOTED = {
+    "conversation audit": "the log itself, which names people by id alone",
+    "check": "counts and ids",
+    "reindex": "it counts messages",
+}
+"""Commands that tell nothing of what people are or wrote."""
+
+
+def commands(parser: argparse.ArgumentParser, *words: str) -> Iterator[str]:
+    for action in parser._actions:  # noqa: SLF001 - argparse has no other way
+        if isinstance(action, argparse._SubParsersAction):  # noqa: SLF001
+            for name, one in action.choices.items():
+                yield from commands(one, *words, name)
+            return
+    yield " ".join(words)
+
+
+class Place(NamedTuple):
+    """What commands are about."""
+
+    ada: str
+    charles: str
+    about: str
+    said: str
+    samples: Path
+
+    def arguments(self, command: str) -> list[str]:
+        """Return a command with what it takes."""
+        rest = {
+            "user create": ["Mary", "mary@example.org"],
+            "conversation": [self.about],
+            "why": [self.said],
+            "import": ["mattermost", str(self.samples / "mattermost.jsonl")],
+            "export --user": [self.ada],
+            "user": [self.charles],
+            "erase": [self.charles],
+        }
+        found = [value for key, value in rest.items() if command == key or command.startswith(f"{key} ")]
+        return [*command.split(), *(found[0] if found else [])]
+
+
+@pytest.fixture
+async def place(shell: Shell) -> Place:
+    them = await shell.world.users("Ada", "Charles")
+    ada = await shell.world.connect(them[0])
+    about = await shell.world.channel(ada)
+    said = await sent(ada, about, "Hello")
+    return Place(str(them[0].id), str(them[1].id), str(about), str(said), Path(__file__).parent / "samples")
+
+
+async def log(shell: Shell) -> list[dict[str, Any]]:
+    rows = await shell.world.db.fetch("SELECT * FROM audit_entry WHERE chain = $1 ORDER BY number", audit.SERVER)
+    return [dict(row) for row in rows]
+
+
+async def test_every_command_that_reads_or_changes_what_is_somebodys_is_noted(shell: Shell, place: Place) -> None:
+    known = {*commands(administration._parser()), *commands(upkeep._parser()), "export --user"}  # noqa: SLF001
+    assert known == NOTED.keys() | UNNOTED.keys()
+    # What deletes comes last.
+    for command in sorted(NOTED, key=lambda one: ("delete" in one, one == "erase")):
+        before = len(await log(shell))
+        arguments = place.arguments(command)
+        if command == "export":
+            arguments.append(str(shell.world._folder / "all.jsonl"))  # noqa: SLF001
+        await shell.run(*arguments, status=int(command == "erase"))
+        new = (await log(shell))[before:]
+        assert [entry["action"] for entry in new] == [NOTED[command]], command
+        about = str([new[0]["user_id"], new[0]["message_id"], new[0]["details"]])
+        named = [one for one in place[:4] if one in arguments]
+        assert all(one in about for one in named), (command, about)
+        assert "example.org" not in about, "people are named by id alone"
+    for command in UNNOTED:
+        before = len(await log(shell))
+        await shell.run(*place.arguments(command))
+        assert len(await log(shell)) == before
+    assert (await shell.json("conversation", "audit", str(UUID(int=0)), "--verify"))["tampered_with"] is False
+
+
+async def test_a_refused_import_and_an_export_of_nobody_are_not_noted(shell: Shell, tmp_path: Path) -> None:
+    await shell.run("import", "mattermost", str(tmp_path / "missing"), status=1)
+    await shell.run("export", str(tmp_path / "nobody.jsonl"))
+    assert await log(shell) == []
+
+
+def full() -> TextIO:
+    return Path("/dev/full").open("w")
+
+
+def unread() -> TextIO:
+    reading, writing = os.pipe()
+    os.close(reading)
+    return os.fdopen(writing, "w")
+
+
+def closed() -> TextIO:
+    one = io.StringIO()
+    one.close()
+    return one
+
+
+MORE = pytest.mark.more
+
+
+@pytest.mark.parametrize(
+    "target",
+    [full, pytest.param(unread, marks=MORE), pytest.param(closed, marks=MORE), pytest.param(None, marks=MORE)],
+)
+async def test_every_command_whose_output_nobody_takes_ends_with_one_sentence(
+    place: Place, target: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for command in sorted(NOTED | UNNOTED, key=lambda one: ("delete" in one, one == "erase")):
+        arguments = place.arguments(command)
+        group = administration if arguments[0] in administration.COMMANDS else upkeep
+        capsys.readouterr()
+        out = target and target()
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "stdout", out)
+            status = await asyncio.to_thread(group.main, arguments)
+        if out is not None:
+            out.close()
+        said = capsys.readouterr().err
+        assert status == 1, command
+        assert said.startswith("openchat: standard output " if command != "erase" else "openchat: this erases"), said
+        assert said.count("\n") == 1, said
+    monkeypatch.setattr(sys, "stderr", None)
+    assert await asyncio.to_thread(administration.main, ["user", "show", "nobody"]) == 1
+
+
+@pytest.mark.parametrize("user", [False, True])
+async def test_an_export_is_whole_or_not_there(
+    shell: Shell, place: Place, tmp_path: Path, *, user: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await shell.world.db.execute("UPDATE message SET content = repeat('x', 9000)")
+    export = ["export", *(["--user", place.ada] if user else [])]
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    there = folder / "there"
+    there.write_text("there")
+    (folder / "link").symlink_to(tmp_path / "elsewhere")
+    for path, why in (
+        (there, "is there already"),
+        (folder, "is there already"),
+        (folder / "link", "is there already"),
+        (folder / "missing" / "file", "No such file or directory"),
+        (there / "file", "Not a directory"),
+        (folder / ("x" * 300), "name too long"),
+        (Path("/proc/file"), "cannot be written"),
+    ):
+        said = await shell.run(*export, str(path), status=1)
+        assert why in said
+        assert said.startswith(f"openchat: {path} ")
+        assert said.count("\n") == 1
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))  # a disk that becomes full
+    try:
+        said = await shell.run(*export, str(folder / "large"), status=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert said == f"openchat: {folder / 'large'} cannot be written: File too large. Nothing of it is left.\n"
+    name = "server.administration.written" if user else "server.transfer.dump.transfers.rows"
+    with monkeypatch.context() as patch:
+        patch.setattr(name, lambda *_: interrupted())
+        assert await asyncio.to_thread(upkeep.main, [*export, str(folder / "interrupted")]) == 130
+    assert sorted(one.name for one in folder.iterdir()) == ["link", "there"]
+    assert there.read_text() == "there"
+    assert not (tmp_path / "elsewhere").exists()
+    await shell.run(*export, str(folder / "good"))
+    assert (folder / "good").stat().st_mode & 0o777 == 0o600
+    assert len(list(folder.iterdir())) == 3
+
+
+async def interrupted() -> AsyncIterator[Any]:
+    """Yield nothing: a Ctrl-C comes."""
+    if sys.flags:
+        raise KeyboardInterrupt
+    yield
+
+
+@pytest.mark.parametrize("arguments", [["user", "--help"], ["migrate", "--plan"]])
+def test_a_process_whose_output_nobody_takes_says_so_and_no_more(arguments: list[str], database_url: str) -> None:
+    # Unbuffered, argparse itself ignores that nobody takes its help.
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"} | {"DATABASE_URL": database_url}
+    command = [sys.executable, "-P", "-m", "server.cli", *arguments]
+    with full() as out:
+        ended = subprocess.run(
+            command, stdout=out, stderr=subprocess.PIPE, text=True, env=environment, timeout=30, check=False
+        )
+    assert ended.returncode == 1
+    assert ended.stderr.startswith("openchat: standard output cannot be written: No space left on device.")
+    assert ended.stderr.count("\n") == 1
