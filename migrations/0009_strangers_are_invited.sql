@@ -1,8 +1,6 @@
 -- Who may add somebody to a group or a channel without asking: friends, unless they do not want that.
 
 ALTER TABLE "user" ADD COLUMN allow_adding boolean NOT NULL DEFAULT true;
-CREATE INDEX participant_invited_idx ON conversation_participant (user_id) WHERE status = 'invited';
-CREATE INDEX participant_invited_by_idx ON conversation_participant (invited_by) WHERE status = 'invited';
 
 CREATE OR REPLACE FUNCTION may(action text, viewer uuid, target uuid) RETURNS boolean LANGUAGE plpgsql STABLE AS $$
 #variable_conflict use_column

@@ -1,10 +1,3 @@
--- With all that a row is looked up by in either index, somebody who is in thousands of conversations, or whom thousands
--- mute, costs no more than others.
-DROP INDEX participant_user_idx;
-CREATE INDEX participant_user_idx ON conversation_participant (user_id, conversation_id);
-DROP INDEX user_relationship_to_idx;
-CREATE INDEX user_relationship_to_idx ON user_relationship (to_user_id, type, from_user_id);
-
 -- Whether two users are together is asked of the conversations of whoever has fewer.
 CREATE OR REPLACE FUNCTION are_together(one uuid, other uuid) RETURNS boolean LANGUAGE plpgsql STABLE AS $$
 DECLARE

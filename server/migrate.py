@@ -1,6 +1,7 @@
 """Bring a database to the schema that this program knows: schema.sql for an empty one, migrations for others."""
 
 import asyncio
+import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -16,6 +17,10 @@ ATTEMPTS = 30
 """Max attempts of a migration that another session's lock stops."""
 PAUSE_SECONDS = 1.0
 """Pause between two attempts, in seconds: those who waited behind the first one pass."""
+TURN_SECONDS = 0.1
+"""Interval at which a process asks whether another one still migrates, or builds an index, in seconds."""
+BUILD_SECONDS = 600
+"""Max wait of an index that is built for transactions that began before, in seconds. Nobody waits behind it."""
 
 _HERE = Path(__file__).parent
 ROOT = _HERE if (_HERE / "schema.sql").exists() else _HERE.parent
@@ -28,9 +33,16 @@ CREATE TABLE schema_migration (
     applied_at timestamptz NOT NULL DEFAULT now()
 )
 """
-LOCK = "LOCK TABLE schema_migration IN SHARE UPDATE EXCLUSIVE MODE"
+LOCK = "LOCK TABLE schema_migration IN SHARE UPDATE EXCLUSIVE MODE NOWAIT"
 """Lets one process migrate at a time. A reader can take an advisory lock, and none of this table."""
 PATIENCE = f"SET LOCAL lock_timeout = '{LOCK_SECONDS}s'"
+UNTIL_BUILT = f"SET lock_timeout = '{BUILD_SECONDS}s'"
+BUILD = re.compile(r'CREATE (?:UNIQUE )?INDEX CONCURRENTLY (?P<index>\w+) ON (?P<table>\w+|"\w+") [^;]+;')
+"""The only statement of a migration that holds `CONCURRENTLY`."""
+IS_BUILDING = (
+    "SELECT EXISTS (SELECT FROM pg_stat_progress_create_index WHERE relid = to_regclass('public.' || $1::text))"
+)
+IS_VALID = "SELECT i.indisvalid FROM pg_index i WHERE i.indexrelid = to_regclass(format('public.%I', $1::text))"
 UNHURRIED = """
 SELECT set_config(name, '0', false) FROM pg_settings
 WHERE name IN ('lock_timeout', 'statement_timeout', 'idle_in_transaction_session_timeout', 'transaction_timeout')
@@ -91,9 +103,7 @@ async def migrate(url: str) -> list[str]:
             except (asyncpg.UniqueViolationError, asyncpg.DuplicateTableError):
                 pass  # Another process created the tables first, and has committed.
         await _applied(connection)
-        # The lock is held by a connection of its own, since an index is not built in a transaction.
-        async with _connected(url) as keeper, keeper.transaction():
-            await keeper.execute(LOCK)
+        async with _alone(url) as keeper:
             return await _migrate(connection, keeper)
 
 
@@ -105,6 +115,26 @@ async def _connected(url: str) -> AsyncIterator[Connection]:
         yield connection
     finally:
         await connection.close()
+
+
+@asynccontextmanager
+async def _alone(url: str) -> AsyncIterator[Connection]:
+    """Let one process migrate at a time. The lock has a connection of its own: no transaction builds an index.
+
+    A statement that waits for a lock has a snapshot, for which an index that is built would wait: so ask again instead.
+    """
+    async with _connected(url) as keeper:
+        while True:
+            transaction = keeper.transaction()
+            await transaction.start()
+            try:
+                await keeper.execute(LOCK)
+                break
+            except asyncpg.LockNotAvailableError:
+                await transaction.rollback()
+                await asyncio.sleep(TURN_SECONDS)
+        # Closing the connection ends the transaction.
+        yield keeper
 
 
 async def _create(connection: Connection) -> list[str]:
@@ -136,17 +166,37 @@ async def _migrate(connection: Connection, keeper: Connection) -> list[str]:
 
 
 async def _apply(connection: Connection, migration: Migration) -> None:
+    text = migration.path.read_text()
+    if "CONCURRENTLY" in text:
+        await connection.execute(UNTIL_BUILT)
+        for statement in BUILD.finditer(text):
+            await _build(connection, statement)
+        await connection.execute(RECORD, migration.number, migration.name)
+        return
     for attempt in range(ATTEMPTS):
         try:
             async with connection.transaction():
                 await connection.execute(PATIENCE)
-                await connection.execute(migration.path.read_text())
+                await connection.execute(text)
                 await connection.execute(RECORD, migration.number, migration.name)
                 return
         except STOPPED:
             if attempt == ATTEMPTS - 1:
                 raise
             await asyncio.sleep(PAUSE_SECONDS)
+
+
+async def _build(connection: Connection, statement: re.Match[str]) -> None:
+    """Build an index beside those who write. One that a broken build left behind is dropped first."""
+    index = statement["index"]
+    # PostgreSQL goes on building for a client that was killed.
+    while await connection.fetchval(IS_BUILDING, statement["table"]):  # noqa: ASYNC110 - PostgreSQL tells nobody
+        await asyncio.sleep(TURN_SECONDS)
+    is_valid = await connection.fetchval(IS_VALID, index)
+    if is_valid is False:
+        await connection.execute(f"DROP INDEX CONCURRENTLY {index}")
+    if not is_valid:
+        await connection.execute(statement[0])
 
 
 async def new_epoch(connection: Connection) -> None:

@@ -1,0 +1,115 @@
+"""Migrations run while older workers serve: they neither hold a table for long nor break off halfway."""
+
+import asyncio
+import re
+import shutil
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import asyncpg
+import pytest
+
+from server import migrate
+from server.database import Db
+
+STOPPED = 8
+"""Steps up to this one rewrite tables and take columns away: servers are stopped before them (docs/operations.md)."""
+NEXT = f"{len(migrate.known()) + 1:04}_next"
+HAZARDS = {
+    "an index that is not built CONCURRENTLY": r"CREATE (UNIQUE )?INDEX (?!CONCURRENTLY)",
+    "a constraint without NOT VALID or USING INDEX": r"ADD CONSTRAINT (?!.*(NOT VALID|USING INDEX))",
+    "a column with a constraint": r"ADD (COLUMN )?(?!CONSTRAINT)\S+ \S.*"
+    "(CHECK|REFERENCES|UNIQUE|PRIMARY KEY|GENERATED|SERIAL)",
+    "a column with a default of its own for each row": r"ADD (COLUMN )?\S+ \S.*DEFAULT (?!now\(\))\S*\w\(",
+    "a column that takes another type": r"ALTER (COLUMN )?\S+ (SET DATA )?TYPE ",
+    "a column that is looked through for nulls": r"SET NOT NULL",
+    "what older workers use": r"ALTER TABLE .*(DROP (?!CONSTRAINT|NOT NULL|DEFAULT)|RENAME )|DROP TABLE",
+    "a table that is written anew": r"\bCLUSTER\b|VACUUM FULL|SET (UN)?LOGGED|TABLESPACE|REINDEX (?!.*CONCURRENTLY)",
+}
+SAMPLES = [
+    "CREATE UNIQUE INDEX one ON message (id);", "ALTER TABLE message ADD CONSTRAINT one CHECK (true);",
+    'ALTER TABLE "user" ADD one uuid REFERENCES message (id);',
+    "ALTER TABLE message ADD COLUMN one uuid DEFAULT gen_random_uuid();",
+    "ALTER TABLE message ALTER COLUMN content TYPE varchar;", "ALTER TABLE message ALTER content SET NOT NULL;",
+    "ALTER TABLE message DROP content;", "ALTER TABLE message SET UNLOGGED;",
+    "ALTER TABLE message RENAME content TO text;",
+]  # fmt: skip
+HARMLESS = """
+    CREATE TABLE one (id uuid PRIMARY KEY); CREATE INDEX one_idx ON one (id);
+    ALTER TABLE one ADD CONSTRAINT a CHECK (true);
+    ALTER TABLE message ADD COLUMN one timestamptz NOT NULL DEFAULT now(); DROP INDEX message_one_idx;
+    ALTER TABLE message ADD CONSTRAINT one CHECK (true) NOT VALID; CREATE INDEX CONCURRENTLY one_idx ON message (id);
+"""
+
+
+def hazards(text: str) -> list[str]:
+    """Return what in a migration holds a table that it did not make for as long as it takes to go through it."""
+    text = re.sub(r"--.*", "", text)
+    text = re.sub(r"\$(\w*)\$.*?\$\1\$", "", text, flags=re.DOTALL)
+    made = set(re.findall(r"CREATE TABLE (\w+)", text))
+    found = []
+    for statement in (" ".join(part.split()) for part in text.split(";")):
+        about = re.search(r'(?:ALTER TABLE|CREATE (?:UNIQUE )?INDEX \w+ ON) "?(\w+)', statement)
+        if about is None or about[1] not in made:
+            found += [f"{name}: {statement}" for name, pattern in HAZARDS.items() if re.search(pattern, statement)]
+    return found
+
+
+def test_no_migration_holds_a_table_while_it_goes_through_it() -> None:
+    assert all(hazards(sample) for sample in SAMPLES)
+    assert hazards(HARMLESS) == []
+    texts = {step.name: step.path.read_text() for step in migrate.known() if step.number > STOPPED}
+    assert {name: found for name, text in texts.items() if (found := hazards(text))} == {}
+
+
+def test_migration_that_builds_indexes_does_nothing_else() -> None:
+    texts = [step.path.read_text() for step in migrate.known()]
+    building = [re.sub(r"--.*", "", text) for text in texts if "CONCURRENTLY" in text]
+    assert building
+    assert [left for text in building if (left := migrate.BUILD.sub("", text).strip())] == []
+
+
+@pytest.fixture
+async def db(database_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Db]:
+    """A connection to a database that the next migration adds an index to."""
+    shutil.copytree(migrate.ROOT / "migrations", tmp_path / "migrations")
+    text = 'CREATE INDEX CONCURRENTLY user_next_idx ON "user" (location);'
+    (tmp_path / "migrations" / f"{NEXT}.sql").write_text(text)
+    monkeypatch.setattr(migrate, "ROOT", tmp_path)
+    connection = await asyncpg.connect(database_url)
+    for name in ("Ada", "Bo"):
+        await connection.execute('INSERT INTO "user" (name, email) VALUES ($1, lower($1))', name)
+    yield connection
+    await connection.close()
+
+
+async def test_index_of_a_broken_build_is_built_anew(db: Db, database_url: str) -> None:
+    with pytest.raises(asyncpg.UniqueViolationError):
+        await db.execute('CREATE UNIQUE INDEX CONCURRENTLY user_next_idx ON "user" (status)')
+    assert await db.fetchval(migrate.IS_VALID, "user_next_idx") is False
+    done = await asyncio.gather(*(migrate.migrate(database_url) for _ in range(3)))
+    assert sorted(done) == [[], [], [NEXT]]
+    assert await db.fetchval(migrate.IS_VALID, "user_next_idx")
+    assert "(location)" in await db.fetchval("SELECT pg_get_indexdef('user_next_idx'::regclass)")
+    assert await migrate.is_current(db)
+
+
+async def test_others_write_while_an_index_waits_to_be_built(db: Db, database_url: str) -> None:
+    writer = await asyncpg.connect(database_url)
+    async with db.transaction():
+        await db.execute("UPDATE \"user\" SET bio = 'Begun before' WHERE name = 'Ada'")
+        migrating = asyncio.create_task(migrate.migrate(database_url))
+        async with asyncio.timeout(10):
+            while not await writer.fetchval("SELECT count(*) FROM pg_stat_progress_create_index"):
+                await asyncio.sleep(0.01)
+        await writer.execute("SET lock_timeout = '2s'; UPDATE \"user\" SET bio = 'Written' WHERE name = 'Bo'")
+        assert not migrating.done()
+    assert await migrating == [NEXT]
+    await writer.close()
+
+
+async def test_index_that_an_installation_has_already_stays(db: Db, database_url: str) -> None:
+    await db.execute('CREATE INDEX user_next_idx ON "user" (location)')
+    before = await db.fetchval("SELECT 'user_next_idx'::regclass::oid")
+    assert await migrate.migrate(database_url) == [NEXT]
+    assert await db.fetchval("SELECT 'user_next_idx'::regclass::oid") == before
