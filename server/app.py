@@ -223,15 +223,18 @@ class App:
         await app.hub.start()
         await app.presence.start()
         app.roster.start()
+        jobs = (
+            (CLEAR_SECONDS, app.sessions.clear),
+            (EXPIRE_SECONDS, app.presence.expire_statuses),
+            (CLEAR_SECONDS, app.erase_due),
+            (DUE_SECONDS, app.send_due),
+            (DUE_SECONDS, app.expire_due),
+            (DUE_SECONDS, app.notices.push_due),
+            (TIDY_SECONDS, app.tidy),
+        )
         app._tasks = [
+            *(asyncio.create_task(every(seconds, job, is_spread=True)) for seconds, job in jobs),
             asyncio.create_task(every(METRICS_SECONDS, app.metrics.write)),
-            asyncio.create_task(every(CLEAR_SECONDS, app.sessions.clear)),
-            asyncio.create_task(every(EXPIRE_SECONDS, app.presence.expire_statuses)),
-            asyncio.create_task(every(CLEAR_SECONDS, app.erase_due)),
-            asyncio.create_task(every(DUE_SECONDS, app.send_due)),
-            asyncio.create_task(every(DUE_SECONDS, app.expire_due)),
-            asyncio.create_task(every(DUE_SECONDS, app.notices.push_due)),
-            asyncio.create_task(every(TIDY_SECONDS, app.tidy)),
             asyncio.create_task(app.previews.work()),
             asyncio.create_task(app.pressure.watch()),
         ]

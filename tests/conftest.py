@@ -1,6 +1,7 @@
 """One PostgreSQL and one Valkey for the run; a database, and workers, for each test."""
 
 import asyncio
+import functools
 import shutil
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -9,6 +10,7 @@ from typing import NamedTuple
 
 import asyncpg
 import pytest
+import redis.utils
 import uvloop
 from redis.asyncio import Redis
 
@@ -23,6 +25,9 @@ from tests.world import Room, World
 
 TEMPLATE = "template_openchat"
 ROOM = 2 * 1024**3
+
+# The library reads its own version from the disk for each connection (4 ms), and each test makes a dozen.
+redis.utils.get_lib_version = functools.cache(redis.utils.get_lib_version)
 
 
 class Servers(NamedTuple):
@@ -83,9 +88,9 @@ async def database_url(servers: Servers, request: pytest.FixtureRequest) -> Asyn
 
 @pytest.fixture
 async def settings(servers: Servers, database_url: str) -> Settings:
-    redis = Redis.from_url(servers.valkey.url)
-    await redis.flushall()
-    await redis.aclose()
+    valkey = Redis.from_url(servers.valkey.url)
+    await valkey.flushall()
+    await valkey.aclose()
     # Tests write faster than people do; the limits are tested with the frames that are `ephemeral`. People in them are
     # mere strangers who add each other; tests/test_adding.py is about the default.
     return Settings(

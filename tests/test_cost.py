@@ -43,9 +43,9 @@ from server.queries import (
 )
 from server.queries import mentions as meaning
 
-MESSAGES = 300_000
+MESSAGES = 60_000
 SMALL = 1_000
-OTHERS = 20_000
+OTHERS = 8_000
 """Conversations of five participants each that have nothing to do with what is asked."""
 
 
