@@ -19,7 +19,7 @@ from protocol.server import Error, Ready
 from prove.client import Client
 from server.auth.credentials import SAFE_METHODS
 from server.config import Settings
-from tests.world import World
+from tests.world import World, http_client
 
 ADA = {"name": "Ada", "email": "Ada@Example.org", "password": "correct horse"}
 WITHOUT_SESSION = {"/v1/auth/register", "/v1/auth/login"}
@@ -27,7 +27,7 @@ WITHOUT_SESSION = {"/v1/auth/register", "/v1/auth/login"}
 
 @pytest.fixture
 async def http(world: World) -> AsyncIterator[httpx.AsyncClient]:
-    async with httpx.AsyncClient(base_url=world.url, trust_env=False) as http:
+    async with http_client(world.url) as http:
         yield http
 
 
@@ -113,7 +113,7 @@ async def test_attempts_are_limited(http: httpx.AsyncClient, settings: Settings)
 async def test_attempts_of_an_address_are_limited(settings: Settings) -> None:
     async with (
         World(msgspec.structs.replace(settings, login_attempts_per_address=2), workers=2) as world,
-        httpx.AsyncClient(trust_env=False) as http,
+        http_client() as http,
     ):
         statuses = [
             (await http.post(f"{world.workers[number % 2].url}/v1/auth/login", json=ADA)).status_code
@@ -252,7 +252,7 @@ async def test_pages_of_other_origins_change_nothing(http: httpx.AsyncClient, wo
 async def test_own_and_allowed_origins_and_programs_log_in(settings: Settings) -> None:
     async with (
         World(msgspec.structs.replace(settings, origins="https://chat.example"), workers=1) as world,
-        httpx.AsyncClient(base_url=world.url, trust_env=False) as http,
+        http_client(world.url) as http,
     ):
         await register(http)
         login = {key: ADA[key] for key in ("email", "password")}
@@ -266,7 +266,7 @@ async def test_pages_of_allowed_origins_may_read_answers(settings: Settings) -> 
     theirs = {"Origin": "https://chat.example"}
     async with (
         World(msgspec.structs.replace(settings, origins="https://chat.example/"), workers=1) as world,
-        httpx.AsyncClient(base_url=world.url, trust_env=False) as http,
+        http_client(world.url) as http,
     ):
         assert (await http.get("/healthz", headers=theirs)).headers["access-control-allow-origin"] == theirs["Origin"]
         other = await http.get("/healthz", headers={"Origin": "https://evil.example"})

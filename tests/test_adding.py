@@ -6,7 +6,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import asyncpg
-import httpx
 import msgspec
 import pytest
 
@@ -28,7 +27,7 @@ from server.queries import relationships, users
 from server.queries.relationships import Change
 from tests.test_may_send import waiting
 from tests.test_security import ROOT, sources
-from tests.world import Somebody, World, refused
+from tests.world import Somebody, World, http_client, refused
 
 ENTERED = "SELECT count(*) FROM conversation_participant WHERE user_id = $1"
 
@@ -98,7 +97,7 @@ async def test_the_reply_names_who_was_added_and_who_was_invited(world: World, *
     async def call(frame: Frame) -> Any:
         if not is_http:
             return await owner.call(frame)
-        async with httpx.AsyncClient(base_url=world.url, trust_env=False) as http:
+        async with http_client(world.url) as http:
             headers = {"authorization": f"Bearer {ada.token}"}
             reply = decode_server((await http.post("/v1/call", content=encode(frame), headers=headers)).content)
             assert isinstance(reply, Reply), reply

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID
 
-import httpx
 import pytest
 
 from protocol import client, server
@@ -17,7 +16,7 @@ from prove.client import Client
 from server import administration, upkeep
 from server.config import Settings
 from server.embedded.reach import reached
-from tests.world import World, sent
+from tests.world import World, http_client, sent
 
 
 class Shell:
@@ -49,7 +48,7 @@ def shell(world: World, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.
 async def test_accounts_are_made_shown_locked_and_let_in(shell: Shell) -> None:
     made = await shell.json("user", "create", "Ada", "ADA@example.org")
     login = {"email": "ada@example.org", "password": made["password"]}
-    async with httpx.AsyncClient(base_url=shell.world.url, trust_env=False) as http:
+    async with http_client(shell.world.url) as http:
         token = (await http.post("/v1/auth/login", json=login)).json()["token"]
         assert "another account" not in await shell.run("user", "create", "Ada", "ada@example.org", status=1)
         assert "does not do" in await shell.run("user", "create", "Ada", "no address", status=1)

@@ -4,7 +4,6 @@ import asyncio
 from collections.abc import Sequence
 from datetime import timedelta
 
-import httpx
 import msgspec
 import pytest
 
@@ -18,7 +17,7 @@ from prove.client import Client
 from server.handlers import messages
 from server.queries import bounds, participants, sessions, users
 from tests.test_may_send import waiting
-from tests.world import Room, Somebody, World, refused, sent
+from tests.world import Room, Somebody, World, http_client, refused, sent
 
 MOST, ASKED = 5, 15
 
@@ -244,7 +243,7 @@ async def test_a_draft_that_waits_while_its_writer_is_removed_is_refused(room: R
 
 async def test_session_unused_for_longest_ends_when_there_are_too_many(world: World) -> None:
     ada = {"email": "ada@example.org", "password": "correct horse"}
-    async with httpx.AsyncClient(trust_env=False) as http:
+    async with http_client() as http:
         registered = await http.post(f"{world.url}/v1/auth/register", json=ada | {"name": "Ada"})
         first = msgspec.json.decode(registered.content, type=LoggedIn)
         for number in range(MAX_SESSIONS - 1):

@@ -6,7 +6,6 @@ import sys
 import unicodedata
 from pathlib import Path
 
-import httpx
 import msgspec
 import pytest
 
@@ -16,7 +15,7 @@ from protocol.errors import ErrorCode
 from protocol.ids import ConversationId, uuid7
 from protocol.limits import CustomStatus, Description, Email, Link, Name, Query, Reason, Text, Title
 from protocol.payloads import File, Image, Payload
-from tests.world import Room, World, refused, sent
+from tests.world import Room, World, http_client, refused, sent
 
 ROOT = Path(__file__).parent.parent
 JOINERS = "\u200c\u200d"
@@ -89,7 +88,7 @@ async def test_each_refusal_names_its_field_in_words(room: Room) -> None:
     "twin", ["ada@example.org\n", "ADA@example.org", "ada@example.org\u200b", "ada@exa\u00admple.org"]
 )
 async def test_one_address_has_one_account(world: World, twin: str) -> None:
-    async with httpx.AsyncClient(base_url=world.workers[0].url) as http:
+    async with http_client(world.workers[0].url) as http:
         first = {"name": "Ada", "email": "ada@example.org", "password": "correct horse"}
         assert (await http.post("/v1/auth/register", json=first)).status_code == 201
         answer = await http.post("/v1/auth/register", json=first | {"email": twin})
@@ -98,7 +97,7 @@ async def test_one_address_has_one_account(world: World, twin: str) -> None:
 
 
 async def test_an_accent_that_is_composed_otherwise_is_the_same_address(world: World) -> None:
-    async with httpx.AsyncClient(base_url=world.workers[0].url) as http:
+    async with http_client(world.workers[0].url) as http:
         first = {"name": "Zoë", "email": "zoe\u0308@example.org", "password": "correct horse"}
         assert (await http.post("/v1/auth/register", json=first)).status_code == 201
         again = {"email": "ZO\u00cb@example.org", "password": first["password"]}

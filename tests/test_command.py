@@ -14,7 +14,6 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import msgspec
 import pytest
 
@@ -24,7 +23,7 @@ from protocol.http import LoggedIn
 from protocol.ids import ConversationId, uuid7
 from prove.client import Client
 from tests.conftest import Servers, scratch
-from tests.world import message, until
+from tests.world import http_client, message, until
 
 COMMAND = [sys.executable, "-P", "-m", "server.cli"]
 ADA = {"name": "Ada", "email": "ada@example.org", "password": "correct horse"}
@@ -95,7 +94,7 @@ async def program(folder: Path) -> AsyncIterator[Program]:
 
 
 async def registered(url: str) -> LoggedIn:
-    async with httpx.AsyncClient(base_url=url, trust_env=False) as http:
+    async with http_client(url) as http:
         return msgspec.json.decode((await http.post("/v1/auth/register", json=ADA)).content, type=LoggedIn)
 
 
@@ -176,7 +175,7 @@ async def test_a_crashed_worker_is_replaced(program: Program) -> None:
     before = workers_of(program)
     os.kill(before[0], signal.SIGKILL)
     await until(lambda: len(set(workers_of(program)) - set(before)) == 1)
-    async with httpx.AsyncClient(trust_env=False) as http, asyncio.timeout(15):
+    async with http_client() as http, asyncio.timeout(15):
         for _ in range(20):
             response = await http.get(f"{program.url}/readyz", headers={"Connection": "close"})
             assert response.status_code == 200
@@ -187,7 +186,7 @@ async def test_a_crashed_database_is_started_again(program: Program, folder: Pat
     pid = int((folder / "postgres" / "postmaster.pid").read_text().splitlines()[0])
     os.kill(pid, signal.SIGKILL)
     await until(lambda: any("Postgres ended" in line for line in program.said))
-    async with httpx.AsyncClient(trust_env=False) as http, asyncio.timeout(15):
+    async with http_client() as http, asyncio.timeout(15):
         while (await http.get(f"{program.url}/readyz")).status_code != 200:
             await asyncio.sleep(0.05)
 

@@ -21,7 +21,7 @@ from server import administration
 from server.auth import passwords
 from server.auth.attempts import Attempts
 from server.config import Settings
-from tests.world import Somebody, World
+from tests.world import Somebody, World, http_client
 
 ADA = {"name": "Ada", "email": "ada@example.org", "password": "correct horse"}
 LOGIN = {"email": ADA["email"], "password": ADA["password"]}
@@ -29,7 +29,7 @@ LOGIN = {"email": ADA["email"], "password": ADA["password"]}
 
 @pytest.fixture
 async def http(world: World) -> AsyncIterator[httpx.AsyncClient]:
-    async with httpx.AsyncClient(base_url=world.url, trust_env=False, timeout=30) as http:
+    async with http_client(world.url, timeout=30) as http:
         yield http
 
 
@@ -382,7 +382,7 @@ async def guessed(urls: list[str], count: int, last: str = "wrong horse") -> Cou
 async def test_of_concurrent_guesses_ten_are_tried(settings: Settings) -> None:
     settings = msgspec.structs.replace(settings, login_attempts_per_address=10_000)
     async with World(settings) as world:
-        async with httpx.AsyncClient(base_url=world.url, trust_env=False, timeout=30) as http:
+        async with http_client(world.url, timeout=30) as http:
             await registered(http)
         urls = [worker.url for worker in world.workers]
         assert await guessed(urls, 60) == {401: settings.login_attempts, 429: 60 - settings.login_attempts}
@@ -462,7 +462,7 @@ async def test_concurrent_guesses_at_the_password_of_a_session_are_counted_first
 
 async def test_concurrent_registrations_of_an_address_are_counted_first(settings: Settings) -> None:
     settings = msgspec.structs.replace(settings, login_attempts_per_address=5)
-    async with World(settings, workers=1) as world, httpx.AsyncClient(base_url=world.url, trust_env=False) as http:
+    async with World(settings, workers=1) as world, http_client(world.url) as http:
         answers = await asyncio.gather(
             *(http.post("/v1/auth/register", json=ADA | {"email": f"{n}@example.org"}) for n in range(20))
         )

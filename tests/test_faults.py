@@ -12,7 +12,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
 import asyncpg
-import httpx
 import msgspec
 import pytest
 
@@ -31,7 +30,7 @@ from server.embedded.folder import DataFolder
 from server.embedded.postgres import Postgres
 from server.embedded.valkey import Valkey
 from tests.conftest import TEMPLATE, Servers, make_template, scratch
-from tests.world import Somebody, World, message, sent, until
+from tests.world import Somebody, World, http_client, message, sent, until
 
 ROOM = 100
 OUTBOX_BYTES = 256 * 1024
@@ -126,7 +125,7 @@ class Talk:
 
 
 async def readiness(world: World, wanted: int) -> None:
-    async with httpx.AsyncClient(trust_env=False) as http, asyncio.timeout(15):
+    async with http_client() as http, asyncio.timeout(15):
         for worker in world.workers:
             while (await http.get(f"{worker.url}/readyz")).status_code != wanted:
                 await asyncio.sleep(0.05)
@@ -183,7 +182,7 @@ async def test_postgres_restarts(own: tuple[Settings, Servers], how: signal.Sign
         await until(lambda: len(talk.acknowledged) > 50)
         os.kill(servers.postgres.pid, how)
         await until(lambda: len(talk.refusals) > 0)
-        async with httpx.AsyncClient(trust_env=False) as http:
+        async with http_client() as http:
             assert (await http.get(f"{world.url}/healthz")).status_code == 200
         await readiness(world, 503)
         await until(lambda: not servers.postgres.is_running())

@@ -6,7 +6,6 @@ import gc
 import random
 from collections.abc import AsyncIterator
 
-import httpx
 import pytest
 from hypothesis import HealthCheck, given
 from hypothesis import settings as examples
@@ -16,7 +15,7 @@ from websockets.frames import Opcode
 from protocol.limits import MAX_FRAME_BYTES
 from server.config import Settings
 from tests.test_frames import Wire
-from tests.world import Somebody, World
+from tests.world import Somebody, World, http_client
 
 PATIENCE = 10.0
 TASKS = 25
@@ -100,7 +99,7 @@ async def test_whatever_comes_the_server_answers_or_closes(
                 assert b"Traceback" not in said
     wire.writer.close()
     await idle(world)
-    async with httpx.AsyncClient(trust_env=False) as http:
+    async with http_client() as http:
         assert (await http.get(f"{world.url}/healthz")).text == "alive\n"
 
 

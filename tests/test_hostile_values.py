@@ -7,7 +7,6 @@ import logging
 from collections.abc import AsyncIterator, Iterator
 from typing import Any, NamedTuple, Self
 
-import httpx
 import msgspec
 import pytest
 from hypothesis import HealthCheck, given
@@ -30,7 +29,7 @@ from server.dispatch import Dispatch
 from server.errors import UNFIT
 from server.routes import ROUTES
 from tests.test_protocol import JSON
-from tests.world import Somebody, World, sent
+from tests.world import Somebody, World, http_client, sent
 
 HOLE = "the hole that a hostile value is put into"
 BIG = MAX_FRAME_BYTES - 2_000
@@ -315,7 +314,7 @@ async def test_every_field_of_every_body_takes_hostile_values(lone: World, caplo
         "password": ChangePassword,
         "deactivate": Confirm,
     }
-    async with httpx.AsyncClient(base_url=lone.workers[0].url) as http:
+    async with http_client(lone.workers[0].url) as http:
         for name, kind in bodies.items():
             texts = [text for _, text in frames(kind, {})]
             for text, value in itertools.product(texts, SMALL):

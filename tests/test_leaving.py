@@ -19,7 +19,7 @@ from prove.truth import recount
 from server.database import Single
 from server.erasure import erase
 from server.queries import erasure
-from tests.world import Somebody, World, refused, sent
+from tests.world import Somebody, World, http_client, refused, sent
 
 PASSWORD = "correct horse"
 ADA = {"name": "Ada Lovelace", "email": "ada.lovelace@example.org", "password": PASSWORD}
@@ -51,7 +51,7 @@ class Person:
 
 @pytest.fixture
 async def ada(world: World) -> AsyncIterator[Person]:
-    async with httpx.AsyncClient(base_url=world.url, trust_env=False) as http:
+    async with http_client(world.url) as http:
         yield Person(world, http)
 
 

@@ -5,7 +5,6 @@ import re
 from http import HTTPStatus
 from pathlib import Path
 
-import httpx
 import msgspec
 import pytest
 from websockets.exceptions import InvalidStatus
@@ -16,7 +15,7 @@ from protocol.errors import CloseCode, ErrorCode
 from protocol.server import Error
 from prove.client import Client
 from server.config import Settings
-from tests.world import World, message, sent, until
+from tests.world import World, http_client, message, sent, until
 
 ROOT = Path(__file__).parent.parent
 
@@ -69,7 +68,7 @@ async def test_without_redis_each_worker_counts_for_itself(settings: Settings) -
 
 async def test_requests_of_one_address(settings: Settings) -> None:
     settings = msgspec.structs.replace(settings, address_rate=2.0)
-    async with World(settings, workers=1) as world, httpx.AsyncClient(base_url=world.url, trust_env=False) as http:
+    async with World(settings, workers=1) as world, http_client(world.url) as http:
         who = await world.user("Ada")
         ask = {"content": b'{"type":"ping"}', "headers": {"authorization": f"Bearer {who.token}"}}
         answers = [await http.post("/v1/call", **ask) for _ in range(12)]  # type: ignore[arg-type]

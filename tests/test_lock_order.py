@@ -36,7 +36,7 @@ from server.queries import accounts, sessions, users
 from server.queries.users import Transition
 from server.routes import ROUTES
 from tests.test_credentials import administer
-from tests.world import World, message
+from tests.world import World, http_client, message
 
 Act = Callable[[], Awaitable[object]]
 
@@ -279,7 +279,7 @@ async def quarrel(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> AsyncI
     # A circle is found at once, and broken, and does not hold up the rest.
     await admin.execute(f"ALTER DATABASE {name} SET deadlock_timeout = '5ms'")
     settings = msgspec.structs.replace(settings, login_attempts_per_address=1_000_000, login_attempts=1_000_000)
-    async with World(settings) as world, httpx.AsyncClient(base_url=world.url, trust_env=False, timeout=30) as http:
+    async with World(settings) as world, http_client(world.url, timeout=30) as http:
         quarrel = Quarrel(world, http)
         await quarrel.begin()
         yield quarrel

@@ -9,14 +9,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import asyncpg
-import httpx
 import pytest
 
 from protocol import client, server
 from protocol.errors import ErrorCode
 from server import log
 from server.errors import told
-from tests.world import Room, World, message, until
+from tests.world import Room, World, http_client, message, until
 
 ADDRESS = "ada@secret.example.org"
 WORDS = "Meet me at the old mill"
@@ -71,7 +70,7 @@ async def test_a_row_that_the_database_refuses_is_not_in_the_log(room: Room, wor
 
 async def test_an_address_that_the_database_refuses_is_not_in_the_log(world: World, lines: Lines) -> None:
     await world.db.execute('ALTER TABLE "user" ADD CONSTRAINT user_unknown CHECK (email NOT LIKE $$%secret%$$)')
-    async with httpx.AsyncClient(base_url=world.url, trust_env=False) as http:
+    async with http_client(world.url) as http:
         fields = {"name": "Ada", "email": ADDRESS, "password": "correct horse battery"}
         response = await http.post("/v1/auth/register", json=fields)
     assert response.status_code == 500

@@ -160,31 +160,31 @@ async def test_one_reaction_counts_as_one_however_it_is_written(room: Room) -> N
     assert got.message.reactions["❤\ufe0f"] == 1
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "lol",
-        "Buy now",
-        " ",
-        "\u200b",
-        "👍👍",
-        "👍\n",
-        "1",
-        "🏻",
-        ":a b:",
-        "::",
-        ":x",
-        ":x:\n",
-        f":{'x' * 31}:",
-        ":İİİİİİİİİİİİİİİİİİİİİİİİİİİİİİ:",
-    ],
+NO_EMOJI = (
+    "lol",
+    "Buy now",
+    " ",
+    "\u200b",
+    "👍👍",
+    "👍\n",
+    "1",
+    "🏻",
+    ":a b:",
+    "::",
+    ":x",
+    ":x:\n",
+    f":{'x' * 31}:",
+    ":İİİİİİİİİİİİİİİİİİİİİİİİİİİİİİ:",
 )
-async def test_what_is_no_emoji_is_no_reaction(room: Room, text: str) -> None:
+
+
+async def test_what_is_no_emoji_is_no_reaction(room: Room) -> None:
     message_id = await sent(room.ada, room.group)
-    for kind in ("react", "unreact"):
-        frame = {"type": kind, **room.at(message_id), "emoji": text}
-        error = await room.ada.raw(encode(frame).decode())
-        assert (error.code, error.path) == (ErrorCode.INVALID, "emoji")
+    for text in NO_EMOJI:
+        for kind in ("react", "unreact"):
+            frame = {"type": kind, **room.at(message_id), "emoji": text}
+            error = await room.ada.raw(encode(frame).decode())
+            assert (error.code, error.path) == (ErrorCode.INVALID, "emoji"), text
 
 
 async def test_a_message_has_a_bounded_number_of_emoji(room: Room) -> None:

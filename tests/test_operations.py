@@ -12,13 +12,13 @@ from protocol import client
 from server.config import Settings
 from server.endpoints import FORWARDING
 from server.proxies import Proxies
-from tests.world import World, sent
+from tests.world import World, http_client, sent
 
 ROOT = Path(__file__).parent.parent
 
 
 async def get(world: World, path: str, worker: int = 0) -> httpx.Response:
-    async with httpx.AsyncClient(base_url=world.workers[worker].url, trust_env=False) as http:
+    async with http_client(world.workers[worker].url) as http:
         return await http.get(path)
 
 

@@ -127,11 +127,23 @@ async def test_a_server_that_keeps_its_word_is_believed(settings: Settings) -> N
     [
         pytest.param(lambda: now_and_then(lambda _: []), hands_on, "lost", id="an event is dropped"),
         pytest.param(
-            lambda: now_and_then(lambda frame: [frame, frame]), hands_on, "duplicated", id="an event comes twice"
+            lambda: now_and_then(lambda frame: [frame, frame]),
+            hands_on,
+            "duplicated",
+            id="an event comes twice",
+            marks=pytest.mark.more,
         ),
-        pytest.param(late, hands_on, "out_of_order", id="an event is overtaken"),
-        pytest.param(lambda: now_and_then(invents), hands_on, "phantom", id="an event of a message that is not stored"),
-        pytest.param(lambda: now_and_then(garbles), hands_on, "wrong", id="an event says something else"),
+        pytest.param(late, hands_on, "out_of_order", id="an event is overtaken", marks=pytest.mark.more),
+        pytest.param(
+            lambda: now_and_then(invents),
+            hands_on,
+            "phantom",
+            id="an event of a message that is not stored",
+            marks=pytest.mark.more,
+        ),
+        pytest.param(
+            lambda: now_and_then(garbles), hands_on, "wrong", id="an event says something else", marks=pytest.mark.more
+        ),
         pytest.param(lambda: honest, Forgets(), "lost", id="acknowledged before the commit, which fails"),
     ],
 )
@@ -202,6 +214,7 @@ def prove(*arguments: str) -> tuple[int, str]:
     return done.returncode, done.stdout + done.stderr
 
 
+@pytest.mark.more
 def test_prove_from_the_command_line(tmp_path: Path) -> None:
     size = ("--people", "8", "--rate", "60", "--seconds", "3")
     status, said = prove(*size, "--only", "worker killed", "--report", str(tmp_path))

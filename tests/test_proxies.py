@@ -4,7 +4,6 @@ import asyncio
 import ipaddress
 from http import HTTPStatus
 
-import httpx
 import msgspec
 import pytest
 from hypothesis import given
@@ -19,7 +18,7 @@ from server.addresses import limit_key, parsed
 from server.config import Settings
 from server.errors import Fatal
 from server.proxies import Proxies
-from tests.world import World
+from tests.world import World, http_client
 
 ADA = {"name": "Ada", "email": "ada@example.org", "password": "correct horse"}
 PEER = "10.0.0.9"
@@ -106,7 +105,7 @@ async def test_all_limits_by_address_count_the_forwarded_one(settings: Settings,
     def of(address: str, forged: int) -> dict[str, str]:
         return {"X-Forwarded-For": f"198.51.100.{forged}, {address}{appended}", "X-Forwarded-Proto": "https"}
 
-    async with World(settings, workers=1) as world, httpx.AsyncClient(base_url=world.url, trust_env=False) as http:
+    async with World(settings, workers=1) as world, http_client(world.url) as http:
         registered = await http.post("/v1/auth/register", json=ADA, headers=of("2001:db8::1", 1))
         assert "secure" in registered.headers["set-cookie"].lower()
         token = registered.json()["token"]
@@ -140,7 +139,7 @@ async def test_all_limits_by_address_count_the_forwarded_one(settings: Settings,
 
 async def test_without_proxies_the_headers_mean_nothing(settings: Settings) -> None:
     forged = {"X-Forwarded-For": "<script>", "X-Forwarded-Proto": "https"}
-    async with World(settings, workers=1) as world, httpx.AsyncClient(base_url=world.url, trust_env=False) as http:
+    async with World(settings, workers=1) as world, http_client(world.url) as http:
         registered = await http.post("/v1/auth/register", json=ADA, headers=forged)
         assert registered.status_code == HTTPStatus.CREATED
         assert "secure" not in registered.headers["set-cookie"].lower()
@@ -168,6 +167,6 @@ async def test_who_comes_past_a_proxy_is_counted_by_the_address_of_the_socket(
 async def test_several_lines_of_the_header_are_one_list(settings: Settings) -> None:
     settings = msgspec.structs.replace(settings, trusted_proxies="2")
     lines = [("X-Forwarded-For", line) for line in ("6.6.6.6", "198.51.100.1 ,203.0.113.5", "10.9.9.9")]
-    async with World(settings, workers=1) as world, httpx.AsyncClient(base_url=world.url, trust_env=False) as http:
+    async with World(settings, workers=1) as world, http_client(world.url) as http:
         await http.post("/v1/auth/register", json=ADA, headers=lines)
         assert await world.db.fetchval("SELECT ip_address FROM session") == "203.0.113.5"

@@ -1,4 +1,4 @@
-"""Fifty people do two thousand random things while connections drop and a worker is killed: nobody loses anything."""
+"""Fifty people do random things, 1,500 in all; connections drop, a worker is killed, and nobody loses anything."""
 
 import asyncio
 import random
@@ -13,7 +13,7 @@ from server.config import Settings
 from tests.cluster import Cluster
 from tests.world import World, until
 
-PEOPLE, ACTIONS, CHANNELS = 50, 50, 5
+PEOPLE, ACTIONS, CHANNELS = 50, 30, 5
 
 
 @pytest.mark.parametrize("seed", [1])
@@ -33,7 +33,7 @@ async def test_everyone_ends_with_the_truth(settings: Settings, cluster: Cluster
         actor.others = [one.id for one in people if one is not actor.who]
     acting = asyncio.gather(*(actor.act(ACTIONS) for actor in actors))
     await db.fetchval("SELECT 1")
-    while not acting.done() and await db.fetchval("SELECT count(*) FROM message") < 300:
+    while not acting.done() and await db.fetchval("SELECT count(*) FROM message") < 200:
         await asyncio.sleep(0.02)
     victim = random.Random(seed).choice(cluster.workers)
     victim.kill()
@@ -54,7 +54,7 @@ async def test_everyone_ends_with_the_truth(settings: Settings, cluster: Cluster
             assert_same(copy, truths[one])
         await same_own(db, actor, ended)
     messages = set().union(*(actor.tally.messages for actor in actors))
-    assert len(messages) > 600
+    assert len(messages) > 300
     assert await absent(db, "message", messages) == 0
     assert await absent(db, "message_edit", set().union(*(actor.tally.edits for actor in actors))) == 0
     assert await unsent(db, set().union(*(actor.tally.scheduled for actor in actors))) == []

@@ -3,7 +3,6 @@
 import contextlib
 from typing import Any
 
-import httpx
 import msgspec
 import pytest
 from websockets.asyncio.client import connect
@@ -19,7 +18,7 @@ from prove.client import Client
 from server.config import Settings
 from server.dispatch import Access
 from server.routes import ROUTES
-from tests.world import World, message, sent
+from tests.world import World, http_client, message, sent
 
 A_UUID4 = "8b9d4d78-2de1-4813-b7a2-e0529d3c0efa"
 
@@ -233,7 +232,7 @@ async def test_too_much_at_once_is_refused_with_a_time(settings: Settings, ada: 
 
 async def test_http_runs_the_same_frames(world: World) -> None:
     who = await world.user("Ada")
-    async with httpx.AsyncClient(base_url=world.url, trust_env=False) as http:
+    async with http_client(world.url) as http:
         headers = {"Authorization": f"Bearer {who.token}"}
         good = await http.post("/v1/call", content=b'{"type": "ping", "id": "a"}', headers=headers)
         assert (good.status_code, good.json()["re"], good.json()["result"]["type"]) == (200, "a", "pong")

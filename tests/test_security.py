@@ -9,7 +9,6 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
-import httpx
 import msgspec
 import pytest
 from detect_secrets.core.secrets_collection import SecretsCollection
@@ -27,7 +26,7 @@ from server.config import Settings
 from server.describe import files as generated
 from server.dispatch import Access
 from server.routes import ROUTES
-from tests.world import Somebody, World, message, sent
+from tests.world import Somebody, World, http_client, message, sent
 
 ROOT = Path(__file__).parent.parent
 CODE = ("server", "protocol", "prove", "loadtest", "benchmarks")
@@ -183,7 +182,7 @@ def frame(kind: type[Frame], about: ConversationId, said: MessageId, other: User
 
 
 async def test_answers_carry_security_headers(world: World) -> None:
-    async with httpx.AsyncClient(base_url=world.url, trust_env=False) as http:
+    async with http_client(world.url) as http:
         for path in ("/healthz", "/nowhere", "/v1/auth/sessions"):
             headers = (await http.get(path)).headers
             assert headers["x-content-type-options"] == "nosniff"
@@ -193,7 +192,7 @@ async def test_answers_carry_security_headers(world: World) -> None:
 
 
 async def test_the_cookie_is_out_of_reach_of_scripts_and_other_sites(world: World) -> None:
-    async with httpx.AsyncClient(base_url=world.url, trust_env=False) as http:
+    async with http_client(world.url) as http:
         cookie = (await http.post("/v1/auth/register", json=ADA)).headers["set-cookie"].lower()
     assert "httponly" in cookie
     assert "samesite=lax" in cookie
@@ -203,14 +202,14 @@ async def test_the_cookie_is_out_of_reach_of_scripts_and_other_sites(world: Worl
 async def test_the_cookie_is_secure_behind_tls(settings: Settings) -> None:
     async with (
         World(msgspec.structs.replace(settings, trusted_proxies="1"), workers=1) as world,
-        httpx.AsyncClient(base_url=world.url, trust_env=False) as http,
+        http_client(world.url) as http,
     ):
         answer = await http.post("/v1/auth/register", json=ADA, headers={"x-forwarded-proto": "https"})
         assert "secure" in answer.headers["set-cookie"].lower()
 
 
 async def test_logging_in_begins_a_new_session_whatever_the_browser_brought(world: World) -> None:
-    async with httpx.AsyncClient(base_url=world.url, trust_env=False) as http:
+    async with http_client(world.url) as http:
         await http.post("/v1/auth/register", json=ADA)
         planted = http.cookies["openchat_session"]
         login = {key: ADA[key] for key in ("email", "password")}
@@ -221,14 +220,14 @@ async def test_logging_in_begins_a_new_session_whatever_the_browser_brought(worl
 
 
 async def test_paths_lead_nowhere_but_where_they_say(world: World) -> None:
-    async with httpx.AsyncClient(base_url=world.url, trust_env=False) as http:
+    async with http_client(world.url) as http:
         for path in ("/../schema.sql", "/%2e%2e/%2e%2e/etc/passwd", "/v1/..%2f..%2fetc/passwd", "//etc/passwd"):
             assert (await http.get(path)).status_code == HTTPStatus.NOT_FOUND
 
 
 async def test_tokens_and_passwords_are_never_logged(world: World, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)  # as server/log.py sets it
-    async with httpx.AsyncClient(base_url=world.url, trust_env=False) as http:
+    async with http_client(world.url) as http:
         token = (await http.post("/v1/auth/register", json=ADA)).json()["token"]
         await http.post("/v1/auth/login", json={"email": ADA["email"], "password": "wrong horse"})
         await http.post("/v1/auth/login", content=b'{"password": "broken horse"')
@@ -315,6 +314,7 @@ KNOWN_SECRETS = {
 """They show an example's password."""
 
 
+@pytest.mark.more
 def test_there_are_no_secrets_in_the_code() -> None:
     found = SecretsCollection(root=str(ROOT))
     made = generated()  # from code, which is looked at

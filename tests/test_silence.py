@@ -7,7 +7,6 @@ import resource
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
-import httpx
 import msgspec
 import pytest
 from hypothesis import given
@@ -23,7 +22,7 @@ from server.limits import Pace
 from server.proxies import Proxies
 from server.sockets import UNREAD_BYTES_OF_ADDRESS, Sockets
 from tests.cluster import Cluster
-from tests.world import World, until
+from tests.world import World, http_client, until
 
 PATIENCE = 10.0
 SHORT = 0.3
@@ -161,7 +160,7 @@ async def test_bodies_that_do_not_end_are_bounded(alone: World) -> None:
     async with asyncio.timeout(PATIENCE):
         while not any(task.done() and not task.exception() and task.result().endswith(b"503") for task in answers):
             await asyncio.sleep(0.01)
-    async with httpx.AsyncClient(base_url=alone.url, trust_env=False) as http:
+    async with http_client(alone.url) as http:
         headers = {"Authorization": f"Bearer {(await alone.user('Charles')).token}"}
         answer = await http.post("/v1/call", content=b'{"type":"ping"}' + b" " * 200_000, headers=headers)
         assert answer.status_code == 200
@@ -313,7 +312,7 @@ async def test_three_thousand_silent_sockets_keep_nobody_out(settings: Settings,
                 # Somebody else still gets in, and what a request needs is there.
                 async with Client(url, who.token) as newcomer:
                     await newcomer.settled()
-                async with httpx.AsyncClient(base_url=url, trust_env=False) as http:
+                async with http_client(url) as http:
                     assert (await http.get("/readyz")).status_code == 200
                     page = (await http.get("/metrics")).text
                 shed = [line for line in page.splitlines() if line.startswith("openchat_sockets_shed_total")]
@@ -324,7 +323,7 @@ async def test_three_thousand_silent_sockets_keep_nobody_out(settings: Settings,
                 assert cpu_ticks(process) - before < 100, "it spins"
 
                 async def sockets() -> float:
-                    async with httpx.AsyncClient(base_url=url, trust_env=False) as http:
+                    async with http_client(url) as http:
                         page = (await http.get("/metrics")).text
                     (line,) = [one for one in page.splitlines() if one.startswith("openchat_sockets{")]
                     return float(line.split()[-1])

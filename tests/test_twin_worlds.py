@@ -5,7 +5,6 @@ event, the way in, resuming, the export and notifications of worlds that differ 
 import difflib
 from collections.abc import AsyncIterator, Awaitable, Callable
 
-import httpx
 import pytest
 
 from protocol import client
@@ -14,7 +13,7 @@ from server.config import Settings
 from server.dispatch import Rate
 from server.routes import ROUTES
 from tests.twins import VIEWER, WORDS, XAVER, Twin
-from tests.world import World
+from tests.world import World, http_client
 
 Fact = Callable[[Twin], Awaitable[None]]
 
@@ -96,7 +95,7 @@ async def is_private_to_strangers(twin: Twin) -> None:
 
 
 async def deactivates(twin: Twin) -> None:
-    async with httpx.AsyncClient(base_url=twin.world.url, trust_env=False) as http:
+    async with http_client(twin.world.url) as http:
         headers = {"authorization": f"Bearer {twin.people[XAVER].token}"}
         answer = await http.post("/v1/auth/deactivate", headers=headers, json={"password": WORDS})
     assert answer.status_code == 204

@@ -7,7 +7,6 @@ from datetime import timedelta
 from pathlib import Path
 
 import asyncpg
-import httpx
 import pytest
 
 from protocol import client, server
@@ -18,7 +17,7 @@ from protocol.limits import MAX_JSON_DEPTH
 from protocol.payloads import File
 from tests.test_administration import Shell
 from tests.test_upkeep import elsewhere, shell
-from tests.world import Room, World, heard, refused, sent
+from tests.world import Room, World, heard, http_client, refused, sent
 
 __all__ = ["elsewhere", "shell"]
 
@@ -164,7 +163,7 @@ async def test_an_installation_with_unreadable_rows_moves(
     there = await asyncpg.connect(elsewhere)
     assert len(await there.fetchval("SELECT metadata::text FROM message WHERE id = $1", one)) > 5_000
     await there.close()
-    async with httpx.AsyncClient(base_url=shell.world.workers[0].url) as http:
+    async with http_client(shell.world.workers[0].url) as http:
         token = {"Authorization": f"Bearer {room.them[0].token}"}
         exported = await http.get("/v1/auth/export", headers=token)
     assert str(one) in exported.text

@@ -9,7 +9,6 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID
 
-import httpx
 import msgspec
 from argon2 import PasswordHasher
 
@@ -23,7 +22,7 @@ from protocol.values import PresenceStatus
 from prove.client import Client
 from server.auth.tokens import new_token, token_hash
 from server.queries import push, sessions
-from tests.world import Somebody, World, message, sent
+from tests.world import Somebody, World, http_client, message, sent
 
 VIEWER, XAVER, COMPANION, MARKER = "Viewer", "Xaver", "Companion", "Marker"
 ADD = """INSERT INTO "user" (id, name, display_name, email, bio, last_seen_at) VALUES ($1, $2, $2, $3, 'Bio', $4)"""
@@ -303,7 +302,7 @@ class Twin:
         epoch = self.viewer.ready.epoch
         resumed = await back.call(client.Resume(epoch=epoch, user_version=0, versions=versions), server.Resumed)
         self.told["resumed"] = [self.plain(resumed)]
-        async with httpx.AsyncClient(base_url=self.world.url, trust_env=False) as http:
+        async with http_client(self.world.url) as http:
             headers = {"authorization": f"Bearer {self.people[VIEWER].token}"}
             export = (await http.get("/v1/auth/export", headers=headers)).json()
         export["relationships"].sort(key=lambda one: one["kind"])
