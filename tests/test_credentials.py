@@ -352,7 +352,7 @@ async def test_change_that_waits_while_its_session_or_password_ends_is_refused(
 
 async def test_closed_registration_makes_no_account_and_the_operator_does(settings: Settings) -> None:
     settings = msgspec.structs.replace(settings, registration="closed", login_attempts_per_address=3)
-    async with World(settings, workers=1) as world, httpx.AsyncClient(base_url=world.url, trust_env=False) as http:
+    async with World(settings, workers=1) as world, http_client(world.url) as http:
         for body in (ADA, {}):
             answer = await http.post("/v1/auth/register", json=body)
             assert (answer.status_code, answer.json()["code"]) == (403, "forbidden")

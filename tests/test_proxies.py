@@ -150,7 +150,7 @@ async def test_who_comes_past_a_proxy_is_counted_by_the_address_of_the_socket(
     settings: Settings, caplog: pytest.LogCaptureFixture
 ) -> None:
     settings = msgspec.structs.replace(settings, trusted_proxies="2", login_attempts_per_address=3)
-    async with World(settings, workers=1) as world, httpx.AsyncClient(base_url=world.url, trust_env=False) as http:
+    async with World(settings, workers=1) as world, http_client(world.url) as http:
         forged = {"X-Forwarded-For": "198.51.100.1", "X-Forwarded-Proto": "https"}
         registered = await http.post("/v1/auth/register", json=ADA, headers=forged)
         assert "secure" not in registered.headers["set-cookie"].lower()
