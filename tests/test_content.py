@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import re
+import threading
 import time
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -15,9 +16,10 @@ from protocol import client, server
 from protocol.errors import ErrorCode, Refused
 from protocol.ids import MessageId, UserId, uuid7
 from protocol.payloads import Audio, Code, File, Image, Location, Payload, Poll, Video
+from protocol.server import Reply
 from protocol.values import Message
 from server import markup, mentions
-from tests.world import Room, World, heard, message, refused, sent
+from tests.world import Room, World, heard, message, refused, sent, until
 
 WEB = "https://example.org/x"
 PAYLOADS: list[Payload] = [
@@ -167,7 +169,7 @@ def test_what_messages_do_not_have_is_shown_as_it_was_written() -> None:
 COSTLY = [
     "[", "*a_", "- - a\n", "- a\n", "*_", "a*b*", "***a", "_a*", "[[a]](", "a**b_c~~", "[](", "![[]()", "`", "``a`",
     "<a", "> ", "<https://a.b/", "a\n", "\\", "&", "1. ", "~~a ", "[a](b) ", "> > > a\n", "=\n", "# a\n",
-    "[a]: b\n", ">",
+    "[a]: b\n", ">", "\n", "<<", "a\n\n* * *\n", "\\&", "> - a\n![a\n",
 ]  # fmt: skip
 
 
@@ -187,6 +189,42 @@ def test_no_message_costs_the_loop_much_more_than_others_of_its_length() -> None
     base = cost(ordinary)
     ratios = {text: cost(text * (10_000 // len(text) + 1)) / base for text in COSTLY}
     assert max(ratios.values()) < 10, ratios
+
+
+async def test_a_long_message_in_markdown_is_rendered_beside_the_loop_and_in_order(
+    room: Room, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    render = markup.render
+    begun, released = threading.Event(), threading.Event()
+
+    def held(content: str) -> str:
+        assert threading.current_thread() is not threading.main_thread(), "the loop is held up"
+        begun.set()
+        assert released.wait(10)
+        return render(content)
+
+    monkeypatch.setattr(markup, "render", held)
+    try:
+        dear = message(room.group, "*word* and " * 500, is_markdown=True)
+        first = asyncio.create_task(room.ada.ask(dear))
+        after = message(room.group, "After it")
+        second = asyncio.create_task(room.ada.ask(after))
+        await until(lambda: begun.is_set() or first.done())
+        assert not first.done(), first.result()
+        meanwhile = await sent(room.charles, room.group, "Meanwhile")
+        assert not second.done(), "frames of one connection keep their order"
+        released.set()
+        assert isinstance(await first, Reply)
+        assert isinstance(await second, Reply)
+    finally:
+        released.set()
+    versions = [
+        (await heard(room.charles, message_id)).version for message_id in (meanwhile, dear.message_id, after.message_id)
+    ]
+    assert versions == sorted(versions)
+    monkeypatch.setattr(markup, "render", render)
+    with refused(ErrorCode.INVALID, "content"):
+        await sent(room.ada, room.group, "- - a\n" * 1_500, is_markdown=True)
 
 
 async def test_an_edit_that_changes_nothing_is_not_rendered(room: Room, monkeypatch: pytest.MonkeyPatch) -> None:
