@@ -12,6 +12,8 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -85,10 +87,11 @@ class Worker:
         connections. Raises Fatal, and leaves everything as it was, if it does not.
         """
         old, self.process = self.process, None
-        self.start()
         try:
+            self.start()
             self.wait_ready()
-        except Fatal:
+        except (Fatal, OSError):
+            self.kill()
             self.process = old
             raise
         return old
@@ -122,6 +125,8 @@ class Supervisor:
         self._postgres: Postgres | None = None
         self._valkey: Valkey | None = None
         self._workers: list[Worker] = []
+        self._resting: dict[str, float] = {}
+        """Until when each of them is left alone, after something failed."""
         self._shared = Path(tempfile.mkdtemp(prefix="openchat-"))
 
     def run(self) -> None:
@@ -174,20 +179,34 @@ class Supervisor:
 
     def _watch(self) -> None:
         for server in (self._postgres, self._valkey):
-            if server is None:
-                continue
-            server.log.rotate()
-            if not server.is_running() and not self._stopping.is_set():
-                log.error("%s ended; starting it again", type(server).__name__)
-                try:
-                    server.start()
-                except Fatal as error:
-                    log.error("%s", error)  # noqa: TRY400 - its text says it all; the next turn tries again
+            if server is not None:
+                self._attend(type(server).__name__, partial(self._see_to_server, server))
         for worker in self._workers:
-            has_waited = time.monotonic() - worker.started_at > CRASHED_SOON_SECONDS
-            if not worker.is_running() and has_waited and not self._stopping.is_set():
-                log.error("worker %d ended; starting another", worker.number)
-                worker.start()
+            self._attend(f"worker {worker.number}", partial(self._see_to_worker, worker))
+
+    def _attend(self, what: str, work: Callable[[], None]) -> None:
+        """Do what one of the processes needs now. Nothing that fails in it ends the supervisor, which has all others to
+        look after: a full disk, a table of processes without room, a package that is being replaced.
+        """
+        if time.monotonic() < self._resting.get(what, 0):
+            return
+        try:
+            work()
+        except Exception as error:  # noqa: BLE001 - said above
+            self._resting[what] = time.monotonic() + CRASHED_SOON_SECONDS
+            log.error("%s: %s; trying again", what, error)  # noqa: TRY400 - its text says it all
+
+    def _see_to_server(self, server: Postgres | Valkey) -> None:
+        if not server.is_running() and not self._stopping.is_set():
+            log.error("%s ended; starting it again", type(server).__name__)
+            server.start()
+        server.log.rotate()
+
+    def _see_to_worker(self, worker: Worker) -> None:
+        has_waited = time.monotonic() - worker.started_at > CRASHED_SOON_SECONDS
+        if not worker.is_running() and has_waited and not self._stopping.is_set():
+            log.error("worker %d ended; starting another", worker.number)
+            worker.start()
 
     def _roll(self) -> None:
         """Replace all workers, one after the other: there is always one that takes connections in each place."""
@@ -195,7 +214,7 @@ class Supervisor:
         for worker in self._workers:
             try:
                 old = worker.replace()
-            except Fatal as error:
+            except (Fatal, OSError) as error:
                 log.error("worker %d could not be replaced: %s", worker.number, error)  # noqa: TRY400 - says it all
                 return
             if old is not None:

@@ -1,15 +1,18 @@
 """The data folder: who may use it, who holds it, and as whom the servers in it run."""
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import importlib.util
 import os
 import pwd
+import secrets
 import shutil
 import stat
 import subprocess
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,6 +25,9 @@ USER = "openchat"
 """The system user that runs the servers when root starts them. It is shared with no other program."""
 
 MAKE_USER = ("useradd", "--system", "--no-create-home", "--shell", "/usr/sbin/nologin", USER)
+
+FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+MAX_READ = 4096
 
 SHARED_BINARIES = Path("/var/cache/openchat")
 """Where root puts binaries that the unprivileged user cannot reach where they were installed."""
@@ -65,6 +71,7 @@ class DataFolder:
         except BlockingIOError:
             os.close(self._lock)
             raise Held(path, _run(path)) from None
+        self._here = os.open(path.resolve(), FOLDER)
         self.run = _run(path)
         self.run.mkdir(mode=0o700, exist_ok=True)
         # Beside the data folder only ours will do; within it, root gives over what an earlier user had.
@@ -75,6 +82,7 @@ class DataFolder:
 
     def release(self) -> None:
         """Let another process have the folder."""
+        os.close(self._here)
         os.close(self._lock)
 
     def reachable(self, package: Path) -> Path:
@@ -97,23 +105,87 @@ class DataFolder:
         """Give a tree to the servers' user, if another one has it. The tree's own folder comes last."""
         if self.owner is None or tree.lstat().st_uid == self.owner.uid:
             return
-        for _, folders, files, here in os.fwalk(tree):
-            for name in (*folders, *files):
-                entry = os.stat(name, dir_fd=here, follow_symlinks=False)
-                # A second name of a file may be a file elsewhere, which is not theirs to be given.
-                if stat.S_ISDIR(entry.st_mode) or entry.st_nlink == 1:
-                    os.chown(name, self.owner.uid, self.owner.gid, dir_fd=here, follow_symlinks=False)
-        os.chown(tree, self.owner.uid, self.owner.gid, follow_symlinks=False)
+        with self._opened(tree) as top:
+            for _, folders, files, here in os.fwalk(".", dir_fd=top):
+                for name in (*folders, *files):
+                    self._give_entry(name, here)
+            os.fchown(top, self.owner.uid, self.owner.gid)
+
+    def _give_entry(self, name: str, here: int) -> None:
+        assert self.owner is not None  # noqa: S101 - asked before
+        try:
+            entry = os.open(name, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=here)
+        except OSError:  # a link or a socket: nobody needs to own it
+            return
+        try:
+            what = os.fstat(entry)
+            # A second name of a file may be a file elsewhere, which is not theirs to be given.
+            if stat.S_ISDIR(what.st_mode) or (stat.S_ISREG(what.st_mode) and what.st_nlink == 1):
+                os.fchown(entry, self.owner.uid, self.owner.gid)
+        finally:
+            os.close(entry)
+
+    def make(self, prefix: str) -> Path:
+        """Make a new folder in this one that the servers' user owns, and return it."""
+        name = f"{prefix}{secrets.token_hex(4)}"
+        os.mkdir(name, 0o700, dir_fd=self._here)
+        made = os.open(name, FOLDER, dir_fd=self._here)
+        try:
+            if self.owner:
+                os.fchown(made, self.owner.uid, self.owner.gid)
+        finally:
+            os.close(made)
+        return self.path / name
 
     def write(self, path: Path, text: str) -> None:
         """Write a file that only the servers' user reads, in the place of the one that is there."""
-        new = path.with_name(f"{path.name}.new")
-        new.unlink(missing_ok=True)
-        with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "w") as file:
-            file.write(text)
-            if self.owner:
-                os.fchown(file.fileno(), self.owner.uid, self.owner.gid)
-        new.replace(path)
+        new = f"{path.name}.new"
+        with self._opened(path.parent) as here:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(new, dir_fd=here)
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+            with os.fdopen(os.open(new, flags, 0o600, dir_fd=here), "w") as file:
+                file.write(text)
+                if self.owner:
+                    os.fchown(file.fileno(), self.owner.uid, self.owner.gid)
+            os.replace(new, path.name, src_dir_fd=here, dst_dir_fd=here)
+
+    def read(self, path: Path) -> str | None:
+        """Return the beginning of a file, or None if there is no such file."""
+        try:
+            with self._opened(path.parent) as here:
+                flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
+                with os.fdopen(os.open(path.name, flags, dir_fd=here), errors="replace") as file:
+                    return file.read(MAX_READ)
+        except FileNotFoundError:
+            return None
+
+    def remove(self, path: Path) -> None:
+        """Remove a file, if it is there."""
+        with contextlib.suppress(FileNotFoundError), self._opened(path.parent) as here:
+            os.unlink(path.name, dir_fd=here)
+
+    @contextlib.contextmanager
+    def _opened(self, folder: Path) -> Iterator[int]:
+        """Open a folder in this one, step by step: the servers' user, who owns it, may put a link into each place.
+
+        Raises Fatal if one of them is a link.
+        """
+        is_inside = folder.is_relative_to(self.path)
+        here = os.dup(self._here) if is_inside else os.open(folder, FOLDER)
+        try:
+            for name in folder.relative_to(self.path).parts if is_inside else ():
+                try:
+                    below = os.open(name, FOLDER, dir_fd=here)
+                except OSError as error:
+                    if error.errno in {errno.ELOOP, errno.ENOTDIR}:
+                        raise Fatal(f"{folder} is a link or no folder; somebody has changed {self.path}.") from None
+                    raise
+                os.close(here)
+                here = below
+            yield here
+        finally:
+            os.close(here)
 
     @property
     def users(self) -> list[str]:

@@ -5,7 +5,6 @@ import os
 import shutil
 import signal
 import subprocess
-import tempfile
 import time
 from pathlib import Path
 from urllib.parse import quote
@@ -109,9 +108,7 @@ class Postgres:
     def _make(self) -> None:
         owner = self._folder.owner
         # Made beside its place and moved there whole, so that a kill in the middle leaves nothing half-made.
-        unfinished = Path(tempfile.mkdtemp(prefix="initdb-", dir=self._folder.path))
-        if owner:
-            os.chown(unfinished, owner.uid, owner.gid)
+        unfinished = self._folder.make("initdb-")
         made = subprocess.run(  # noqa: S603 - no outside input
             [self._binaries / "initdb", "-D", unfinished, "-U", NAME, "--auth-local=peer", "--auth-host=reject",
              "--encoding=UTF8", "--locale=C.UTF-8", "--no-instructions"],
@@ -119,7 +116,7 @@ class Postgres:
             user=owner and owner.uid, group=owner and owner.gid, extra_groups=[] if owner else None,
         )  # fmt: skip
         if made.returncode:
-            shutil.rmtree(unfinished)
+            shutil.rmtree(unfinished, ignore_errors=True)
             reason = (made.stderr.strip().splitlines() or ["no reason given"])[0].removeprefix("initdb: error: ")
             raise Fatal(f"the embedded PostgreSQL cannot be set up: {reason}. DATABASE_URL can name another one.")
         unfinished.rename(self._data)
@@ -135,8 +132,8 @@ class Postgres:
         """We hold the folder's lock, so whoever else is in it is left over from a killed program."""
         pid_file = self._data / "postmaster.pid"
         try:
-            pid = int(pid_file.read_text().split("\n", 1)[0])
-        except (FileNotFoundError, ValueError):
+            pid = int((self._folder.read(pid_file) or "").split("\n", 1)[0])
+        except ValueError:
             return
         if _is_postgres(pid):
             os.kill(pid, signal.SIGINT)
@@ -146,7 +143,7 @@ class Postgres:
             if _is_postgres(pid):
                 raise Fatal(f"an older PostgreSQL (process {pid}) does not stop.")
         # A zombie that nobody reaps, or another program with its number, must not pass for a server.
-        pid_file.unlink(missing_ok=True)
+        self._folder.remove(pid_file)
 
     async def _answers(self) -> bool:
         try:

@@ -70,7 +70,7 @@ class Valkey:
         # A second server would silently take the socket over and both would run.
         if self._say(b"SHUTDOWN NOSAVE\r\n"):
             raise Fatal("an older Valkey does not stop.")
-        self._socket.unlink(missing_ok=True)
+        self._folder.remove(self._socket)
 
     def _say(self, command: bytes) -> bytes:
         with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as client:

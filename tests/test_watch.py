@@ -1,0 +1,261 @@
+"""What the supervisor survives, and what it does as root in a folder that the servers' user owns."""
+
+import ast
+import os
+import shutil
+import socket
+import stat
+import subprocess
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from server.config import Settings
+from server.embedded.folder import DataFolder
+from server.embedded.logfile import LogFile
+from server.errors import Fatal
+from server.supervisor import Supervisor, Worker
+
+EMBEDDED = Path(__file__).parent.parent / "server" / "embedded"
+
+
+# --------------------------------------------------------------------------------------------------------- the watch
+
+
+class Part:
+    """A server or a worker that has ended, and of which something may fail."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.started_at = -1e9
+        self.log = self
+        self.attended = 0
+
+    def is_running(self) -> bool:
+        return False
+
+    def rotate(self) -> None: ...
+
+    def start(self) -> None:
+        self.attended += 1
+
+
+def failing(error: Exception) -> Callable[[], None]:
+    def fail() -> None:
+        raise error
+
+    return fail
+
+
+@pytest.fixture
+def supervisor() -> Iterator[tuple[Any, list[Part]]]:
+    made: Any = Supervisor(Settings())
+    # Each has a type of its own, as PostgreSQL and Valkey have.
+    parts: list[Part] = [type(f"Part{number}", (Part,), {})(number) for number in range(4)]
+    made._postgres, made._valkey, made._workers = parts[0], parts[1], parts[2:]  # noqa: SLF001
+    yield made, parts
+    made._shared.rmdir()  # noqa: SLF001
+
+
+@pytest.mark.parametrize("error", [
+    FileNotFoundError(2, "No such file"), OSError(28, "No space left on device"), BlockingIOError(11, "fork"),
+    BrokenPipeError(32, "Broken pipe"), Fatal("it does not start."), ValueError("not enough values to unpack"),
+    subprocess.SubprocessError("preexec_fn"), MemoryError(), ConnectionResetError(104, "reset"),
+], ids=repr)  # fmt: skip
+@pytest.mark.parametrize("what", ["start", "rotate", "is_running"])
+def test_nothing_that_fails_for_one_process_ends_the_watch_or_keeps_it_from_the_others(
+    supervisor: tuple[Any, list[Part]], what: str, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watch, parts = supervisor
+    for broken in parts:
+        before = [part.attended for part in parts]
+        watch._resting.clear()  # noqa: SLF001
+        with monkeypatch.context() as patch:
+            patch.setattr(broken, what, failing(error))
+            watch._watch()  # noqa: SLF001
+        others = [part.attended - count for part, count in zip(parts, before, strict=True) if part is not broken]
+        assert others == [1, 1, 1]
+    assert len(watch._resting) <= 1, "the others are looked at with every turn"  # noqa: SLF001
+
+
+def test_a_replacement_that_cannot_be_started_leaves_the_worker_that_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.socket() as listener:
+        worker = Worker(Settings(), 1, listener, tmp_path)
+        there: Any = object()
+        worker.process = there
+        monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: failing(BlockingIOError(11, "fork"))())
+        monkeypatch.setattr("server.supervisor.close_pipes", lambda _: None)
+        with pytest.raises(BlockingIOError):
+            worker.replace()
+        assert worker.process is there
+
+
+# ----------------------------------------------------------------------------------------------------------- the logs
+
+
+def test_whatever_somebody_does_to_a_log_meanwhile_rotating_raises_nothing(tmp_path: Path) -> None:
+    log = LogFile(tmp_path / "postgres.log", max_bytes=10)
+    victim = tmp_path / "victim"
+    victim.write_text("kept" * 10)
+    spare = tmp_path / "spare"
+    is_over = threading.Event()
+
+    def disturb() -> None:
+        deeds: list[Callable[[], object]] = [
+            lambda: spare.write_text("x" * 30),
+            lambda: spare.symlink_to(victim),
+            lambda: os.link(victim, spare),
+            lambda: os.mkfifo(spare),
+            spare.mkdir,
+        ]
+        number = 0
+        while not is_over.is_set():
+            deeds[number % len(deeds)]()
+            number += 1
+            if log.path.is_dir():
+                log.path.rmdir()
+            else:
+                log.path.unlink(missing_ok=True)
+            spare.rename(log.path)
+
+    other = threading.Thread(target=disturb)
+    other.start()
+    try:
+        for _ in range(3_000):
+            log.rotate()
+            log.last_line()
+    finally:
+        is_over.set()
+        other.join()
+    assert victim.read_text() == "kept" * 10
+
+
+@pytest.mark.parametrize("make", [Path.symlink_to, Path.hardlink_to, None])
+def test_a_log_that_is_another_file_is_replaced_and_the_other_is_left(tmp_path: Path, make: Any) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("kept" * 10)
+    victim.chmod(0o644)
+    log = LogFile(tmp_path / "postgres.log", max_bytes=10)
+    os.mkfifo(log.path) if make is None else make(log.path, victim)
+    log.rotate()
+    with log.open() as file:
+        file.write(b"ours\n")
+    assert (victim.read_text(), stat.S_IMODE(victim.stat().st_mode)) == ("kept" * 10, 0o644)
+    assert log.last_line() == "ours"
+
+
+# --------------------------------------------------------------------------------------------------------- the folder
+
+
+def seen(folder: Path) -> dict[str, tuple[int, int, bytes]]:
+    """Return what there is in a folder: owners, modes and contents."""
+    return {
+        str(one.relative_to(folder)): (
+            one.lstat().st_uid,
+            one.lstat().st_mode,
+            one.read_bytes() if one.is_file() else b"",
+        )
+        for one in (folder, *folder.rglob("*"))
+    }
+
+
+@pytest.fixture
+def place() -> Iterator[Path]:
+    """A folder that the servers' user can reach."""
+    path = Path(tempfile.mkdtemp(prefix="openchat-tests-"))
+    path.chmod(0o755)
+    yield path
+    shutil.rmtree(path)
+
+
+DEEDS: dict[str, Callable[[DataFolder, Path], object]] = {
+    "write": lambda folder, path: folder.write(path / "pg_hba.conf", "ours"),
+    "read": lambda folder, path: folder.read(path / "postmaster.pid"),
+    "remove": lambda folder, path: folder.remove(path / "postmaster.pid"),
+    "give": lambda folder, path: folder.give(path),
+}
+
+
+@pytest.mark.parametrize("deed", DEEDS.values(), ids=DEEDS)
+@pytest.mark.parametrize("depth", [0, 1, 2])
+def test_no_link_in_the_data_folder_leads_out_of_it(
+    place: Path, deed: Callable[[DataFolder, Path], object], depth: int
+) -> None:
+    """The servers' user owns the folder, and may put a link into each place of a path of which root writes the end."""
+    outside, data = place / "outside", place / "data"
+    (outside / "a" / "b").mkdir(parents=True)
+    folder = DataFolder(data)
+    parts = ["postgres", "a", "b"][: depth + 1]
+    for at, part in enumerate(parts):
+        here = data.joinpath(*parts[:at])
+        if at == depth:
+            (here / part).symlink_to(outside.joinpath(*parts[1 : at + 1]))
+        else:
+            (here / part).mkdir()
+    target = outside.joinpath(*parts[1:])
+    for name in ("postmaster.pid", "pg_hba.conf"):
+        (target / name).write_text("1234")
+    before = seen(outside)
+    try:
+        found = deed(folder, data.joinpath(*parts))
+    except Fatal as error:
+        assert str(data) in str(error)
+    else:
+        assert found is None
+    assert seen(outside) == before
+    folder.release()
+
+
+def test_a_new_folder_is_made_and_files_are_written_read_and_removed(place: Path) -> None:
+    folder = DataFolder(place / "data")
+    made = folder.make("initdb-")
+    mine = folder.owner.uid if folder.owner else os.geteuid()
+    folder.write(made / "pg_hba.conf", "first")
+    (made / "pg_hba.conf.new").symlink_to(place / "elsewhere")
+    folder.write(made / "pg_hba.conf", "second")
+    assert folder.read(made / "pg_hba.conf") == "second"
+    for one in (made, made / "pg_hba.conf"):
+        assert (one.stat().st_uid, stat.S_IMODE(one.stat().st_mode)) == (mine, 0o700 if one == made else 0o600)
+    folder.remove(made / "pg_hba.conf")
+    folder.remove(made / "pg_hba.conf")
+    assert folder.read(made / "pg_hba.conf") is None
+    assert not (place / "elsewhere").exists()
+    folder.release()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files over")
+def test_giving_over_leaves_second_names_and_links_alone(place: Path) -> None:
+    folder = DataFolder(place / "data")
+    tree = place / "data" / "tree"
+    tree.mkdir()
+    shadow = place / "shadow"
+    shadow.write_text("secret")
+    (tree / "second").hardlink_to(shadow)
+    (tree / "link").symlink_to(shadow)
+    (tree / "own").write_text("")
+    os.mkfifo(tree / "pipe")
+    folder.give(tree)
+    assert folder.owner is not None
+    assert [(tree / name).stat().st_uid for name in ("second", "link", "own")] == [0, 0, folder.owner.uid]
+    assert tree.stat().st_uid == folder.owner.uid
+    folder.release()
+
+
+def test_in_the_data_folder_names_are_used_by_the_folder_and_the_logs_alone() -> None:
+    """Whatever else changes an owner, a mode or a file there has to go through them: a path is walked by its owner."""
+    changing = {"chown", "chmod", "unlink", "write_text", "write_bytes", "read_text", "mkdtemp", "symlink_to", "touch"}
+    allowed = {("folder.py", "chmod"), ("logfile.py", "unlink"), ("folder.py", "unlink"), ("folder.py", "mkdtemp")}
+    allowed.add(("postgres.py", "read_text"))  # of /proc
+    found = {
+        (path.name, node.attr)
+        for path in EMBEDDED.glob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute) and node.attr in changing
+    }
+    assert found <= allowed
