@@ -212,6 +212,8 @@ CREATE TABLE conversation_participant (
 -- With the conversation, so that whichever index is taken to find somebody in a conversation finds one row: by the user
 -- alone, all conversations of somebody who is in thousands would be looked through.
 CREATE INDEX participant_user_idx ON conversation_participant (user_id, conversation_id);
+-- What was told to a user alone, by their own clock.
+CREATE INDEX participant_user_version_idx ON conversation_participant (user_id, user_version) WHERE user_version > 0;
 CREATE INDEX participant_version_idx ON conversation_participant (conversation_id, version);
 -- Invitations that nobody has answered, by who has them and by who sent them.
 CREATE INDEX participant_invited_idx ON conversation_participant (user_id) WHERE status = 'invited';
@@ -384,6 +386,7 @@ CREATE TABLE draft (
     updated_at timestamptz NOT NULL DEFAULT now(),
     CONSTRAINT draft_pkey PRIMARY KEY (user_id, conversation_id)
 );
+CREATE INDEX draft_version_idx ON draft (user_id, user_version) WHERE user_version > 0;
 
 -- Messages that wait for their time. The id is the message's: sent twice, it is stored once.
 CREATE TABLE scheduled_message (
@@ -404,6 +407,7 @@ CREATE TABLE scheduled_message (
     created_at timestamptz NOT NULL DEFAULT now()
 );
 CREATE INDEX scheduled_message_due_idx ON scheduled_message (send_at) WHERE status = 'waiting';
+CREATE INDEX scheduled_message_version_idx ON scheduled_message (sender_id, user_version) WHERE user_version > 0;
 CREATE INDEX scheduled_message_sender_idx ON scheduled_message (sender_id, send_at);
 
 -- Where notifications are pushed to: a browser's, which ends with the session that it was registered in.
@@ -498,6 +502,12 @@ CREATE TABLE user_relationship (
     CONSTRAINT user_relationship_key UNIQUE (from_user_id, to_user_id, type),
     CONSTRAINT user_relationship_not_self CHECK (from_user_id <> to_user_id)
 );
+-- What changed for either user since a number of their own clock. Partial, so that nothing else is looked up by them.
+CREATE INDEX user_relationship_from_version_idx ON user_relationship (from_user_id, from_version) WHERE from_version > 0;
+CREATE INDEX user_relationship_to_version_idx ON user_relationship (to_user_id, to_version) WHERE to_version > 0;
+-- Who hides from a user: not all who follow them.
+CREATE INDEX user_relationship_hiding_idx ON user_relationship (to_user_id)
+    WHERE NOT can_see_online_status OR (type = 'block' AND status = 'active');
 CREATE INDEX user_relationship_to_idx ON user_relationship (to_user_id, type, from_user_id);
 
 -- ------------------------------------------------------------------------------------------- moderation

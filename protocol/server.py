@@ -475,10 +475,14 @@ class VotePage(_Tagged, tag="vote_page", frozen=True, kw_only=True):
 
 
 class SearchPage(_Tagged, tag="search_page", frozen=True, kw_only=True):
-    """Some of what was found; `after` asks for the next page, if there is one."""
+    """Some of what was found; `after` asks for the next page, if there is one. The last page `is_partial` if the caller
+    takes part in more than 200 conversations: only those that were active last were searched. Name a `conversation_id`
+    to search another one.
+    """
 
     hits: list[SearchHit]
     after: str | None = None
+    is_partial: bool = False
 
 
 class Whereabouts(_Tagged, tag="whereabouts", frozen=True, kw_only=True):

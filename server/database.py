@@ -1,5 +1,6 @@
 """The connections to PostgreSQL."""
 
+import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -28,6 +29,8 @@ COUNTS_WAITING = 256
 """Max badges that wait for a connection, per worker: every client asks for one when it starts."""
 COUNT_PATIENCE = 5.0
 """Max time that a badge waits for a connection, in seconds."""
+CATCHING_UP_SHARE = 4
+"""Connections that catch up on more than a page hold at most one in `CATCHING_UP_SHARE`, and at least one."""
 UNREACHABLE = (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, ValueError)
 
 log = logging.getLogger(__name__)
@@ -72,6 +75,7 @@ class Database:
         self._pool = pool
         self._searches = Share(max(1, most // SEARCH_SHARE), waiting=SEARCHES_WAITING, patience=SEARCH_PATIENCE)
         self._counts = Share(max(1, most // SEARCH_SHARE), waiting=COUNTS_WAITING, patience=COUNT_PATIENCE)
+        self._catching_up = asyncio.Semaphore(max(1, most // CATCHING_UP_SHARE))
         self.deadlocks = 0
         """Transactions that PostgreSQL ended, and that were tried once more."""
 
@@ -103,6 +107,14 @@ class Database:
     def connection(self) -> Lease:
         """Borrow a connection; each statement commits by itself."""
         return Lease(self._pool, is_lost)
+
+    @asynccontextmanager
+    async def catching_up(self) -> AsyncIterator[Db]:
+        """Borrow a connection of the share that clients with much to catch up on have, for one statement or two. They
+        come in turns, each with one statement at a time.
+        """
+        async with self._catching_up, self.connection() as connection:
+            yield connection
 
     @asynccontextmanager
     async def transaction(self) -> AsyncIterator[Db]:

@@ -4,7 +4,8 @@ Always follow first and compare second: once the worker follows a conversation, 
 read before is still the latest, and the difference is asked for until it is. The rest arrives by itself.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager
 
 import msgspec
 
@@ -23,10 +24,13 @@ from protocol.server import (
 )
 from protocol.values import ConversationView, Presence
 from server.context import Context
+from server.database import Db
 from server.queries import changes, conversations, users
 
 PAGE = 50
-"""Conversations in each `conversations` frame."""
+"""Conversations in each `conversations` frame, and in each statement that reads them."""
+OWN_PAGE = 500
+"""Changes of the user's own that one statement reads, about."""
 
 
 async def start(context: Context) -> None:
@@ -37,7 +41,7 @@ async def start(context: Context) -> None:
     # meanwhile move the user's clock, which has them said.
     for start in range(0, max(1, len(order)), PAGE):
         wanted = order[start : start + PAGE]
-        async with context.database.connection() as db:
+        async with _reading(context, start) as db:
             found = await conversations.get(db, context.user_id, wanted) if wanted else []
         views = sorted(found, key=lambda view: wanted.index(view.conversation.id))
         await _follow(context, views, [Conversations(conversations=views, is_last=start + PAGE >= len(order))])
@@ -54,14 +58,16 @@ async def resume(context: Context, frame: Resume) -> Resumed:
     is_same_epoch = frame.epoch == await context.database.epoch()
     if is_same_epoch:
         await connection.open(list(known))
+        done = 0
         for conversation_id, version in known.items():
             connection.detach(conversation_id)
             if version != there[conversation_id].version or not connection.attach(conversation_id, version):
-                await _catch_up(context, conversation_id, version)
+                await _catch_up(context, conversation_id, version, done=done)
+                done += 1
                 await connection.drained()
     else:
-        for conversation_id in known:
-            await _start_over(context, conversation_id, "other_epoch")
+        for done, some in _pages(known):
+            await _start_over(context, some, "other_epoch", done=done)
             await connection.drained()
     await _join(context, there.keys() - frame.versions.keys() - set(connection.attached))
     if frame.user_version is not None and is_same_epoch:
@@ -105,19 +111,25 @@ async def join(context: Context, view: ConversationView) -> None:
 async def _say_own(context: Context) -> None:
     """Say what changed for the user alone since the connection was last told."""
     connection = context.connection
-    async with context.database.connection() as db:
-        version, news = await users.news(db, context.user_id, connection.user_version)
-    for event in news:
-        connection.say(event)
-    connection.user_version = max(version, connection.user_version)
+    is_whole, done = False, 0
+    while not is_whole:
+        async with _reading(context, done) as db:
+            version, news, is_whole = await users.news(db, context.user_id, connection.user_version, limit=OWN_PAGE)
+        for event in news:
+            connection.say(event)
+        connection.user_version = max(version, connection.user_version)
+        done += OWN_PAGE
+        if not is_whole:
+            await connection.drained()
 
 
 async def _join(context: Context, conversation_ids: Iterable[ConversationId]) -> None:
-    if not (wanted := list(conversation_ids)):
-        return
-    async with context.database.connection() as db:
-        views = await conversations.get(db, context.user_id, wanted)
-    await _follow(context, views, [ConversationJoined(view=view) for view in views])
+    for done, some in _pages(conversation_ids):
+        async with _reading(context, done) as db:
+            views = await conversations.get(db, context.user_id, some)
+        await _follow(context, views, [ConversationJoined(view=view) for view in views])
+        if done:
+            await context.connection.drained()
 
 
 async def _follow(context: Context, views: list[ConversationView], frames: list[ServerFrame]) -> None:
@@ -131,9 +143,9 @@ async def _follow(context: Context, views: list[ConversationView], frames: list[
         await _catch_up(context, view.conversation.id, view.version)
 
 
-async def _catch_up(context: Context, conversation_id: ConversationId, version: int) -> None:
+async def _catch_up(context: Context, conversation_id: ConversationId, version: int, *, done: int = 0) -> None:
     while True:
-        async with context.database.connection() as db:
+        async with _reading(context, done) as db:
             difference = await changes.since(db, conversation_id, version, limit=MAX_CHANGES)
             # Asked last: whoever may read now might read all of the above.
             reading = await changes.reading(db, conversation_id, context.user_id, most=MAX_SHARED_PARTICIPANTS)
@@ -141,10 +153,10 @@ async def _catch_up(context: Context, conversation_id: ConversationId, version: 
             _say_left(context, conversation_id)
             return
         if not difference.is_whole:
-            await _start_over(context, conversation_id, "too_many_changes")
+            await _start_over(context, [conversation_id], "too_many_changes", done=done)
             return
         if difference.changes.since > difference.clock:
-            await _start_over(context, conversation_id, "ahead_of_server")
+            await _start_over(context, [conversation_id], "ahead_of_server", done=done)
             return
         context.connection.say(msgspec.structs.replace(difference.changes, **reading._asdict()))
         version = difference.changes.version
@@ -152,15 +164,29 @@ async def _catch_up(context: Context, conversation_id: ConversationId, version: 
             return
 
 
-async def _start_over(context: Context, conversation_id: ConversationId, reason: StartOverReason) -> None:
-    connection = context.connection
-    connection.detach(conversation_id)
-    async with context.database.connection() as db:
-        views = await conversations.get(db, context.user_id, [conversation_id])
-    if not views:
+async def _start_over(
+    context: Context, conversation_ids: Sequence[ConversationId], reason: StartOverReason, *, done: int
+) -> None:
+    for conversation_id in conversation_ids:
+        context.connection.detach(conversation_id)
+    async with _reading(context, done) as db:
+        views = await conversations.get(db, context.user_id, conversation_ids)
+    for conversation_id in set(conversation_ids) - {view.conversation.id for view in views}:
         _say_left(context, conversation_id)
-        return
     await _follow(context, views, [StartOver(view=view, reason=reason) for view in views])
+
+
+def _pages(conversation_ids: Iterable[ConversationId]) -> Iterator[tuple[int, list[ConversationId]]]:
+    """Return conversations in pages, each with how many came before."""
+    every = list(conversation_ids)
+    return ((start, every[start : start + PAGE]) for start in range(0, len(every), PAGE))
+
+
+def _reading(context: Context, done: int) -> AbstractAsyncContextManager[Db]:
+    """Borrow a connection to the database, for one statement or two. Past the first page, take turns: clients with much
+    to catch up on share a part of the connections, whatever their number.
+    """
+    return context.database.connection() if done < PAGE else context.database.catching_up()
 
 
 def _say_left(context: Context, conversation_id: ConversationId) -> None:

@@ -220,7 +220,7 @@ def hot(place: Place, ids: dict[str, Any]) -> dict[str, tuple[str, tuple[Any, ..
         "read positions": (changes.READING, (about, user, 100)),
         "conversations": (conversations.PAGE, (user, 50, None, None, None, None, None)),
         "one conversation": (conversations.GET, (user, [about])),
-        "memberships": (conversations.MEMBERSHIPS, ([user],)),
+        "memberships": (conversations.MEMBERSHIPS, ([user], [uuid4()], 2_000)),
         "clocks": (conversations.VERSIONS, ([about],)),
         "participants": (participants.PAGE, (about, user, None, 21, "active")),
         "typing": (conversations.SEND_ACCESS, (about, user)),
@@ -243,7 +243,7 @@ def hot(place: Place, ids: dict[str, Any]) -> dict[str, tuple[str, tuple[Any, ..
         "guests": (welcome.GUESTS, (user, about, [user], 100, 1_000, 5)),
         "visible": (users.VISIBLE, (user, [user])),
         "may": (users.ALL_MAY, ("write", user, [user])),
-        "news": (users.NEWS, (user, 0)),
+        "news": (users.NEWS, (user, 0, 501)),
         "me": (users.ME, (user,)),
         "profile": (users.PROFILE, (user, user)),
         "invite": (participants.INVITE, (about, [user], "member", user)),
@@ -475,6 +475,23 @@ KEEP_STARS = """
 INSERT INTO message_star (user_id, message_id, conversation_id, user_version)
 SELECT $1, m.id, m.conversation_id, m.version FROM message m
 """
+KEEP_MORE = """
+WITH drafted AS (
+    INSERT INTO draft (user_id, conversation_id, content, user_version)
+    SELECT $1::uuid, gen_random_uuid(), '', n FROM generate_series(1, 1000) n
+), scheduled AS (
+    INSERT INTO scheduled_message (id, sender_id, conversation_id, words, send_at, user_version)
+    SELECT gen_random_uuid(), $1, gen_random_uuid(), '{}', now(), n FROM generate_series(1, 1000) n
+), joined AS (
+    INSERT INTO conversation_participant (conversation_id, user_id, version, user_version)
+    SELECT gen_random_uuid(), $1, 1, n FROM generate_series(1, 1000) n
+), liked AS (
+    INSERT INTO user_relationship (from_user_id, to_user_id, type, from_version)
+    SELECT $1, gen_random_uuid(), 'follow', n FROM generate_series(1, 1000) n
+)
+INSERT INTO user_relationship (from_user_id, to_user_id, type, to_version)
+SELECT gen_random_uuid(), $1, 'follow', n FROM generate_series(1, 1000) n
+"""
 KEEP_THREADS = """
 INSERT INTO thread_follow (user_id, root_id, conversation_id, user_version)
 SELECT $1, m.id, m.conversation_id, m.version FROM message m
@@ -483,13 +500,13 @@ SELECT $1, m.id, m.conversation_id, m.version FROM message m
 
 async def test_news_do_not_grow_with_what_one_has_kept(db: "asyncpg.Connection[asyncpg.Record]") -> None:
     await db.execute(f"PREPARE news AS {users.NEWS}")
-    await explained(db, "news", (uuid4(), 0))
+    await explained(db, "news", (uuid4(), 0, 501))
     place = await filled(db, "keeper", 2_000)
     await db.execute("SET session_replication_role = replica")
-    for keep in (KEEP_STARS, KEEP_THREADS):
+    for keep in (KEEP_STARS, KEEP_THREADS, KEEP_MORE):
         await db.execute(keep, place.user_id)
     await db.execute("SET session_replication_role = origin")
-    plan = await explained(db, "news", (place.user_id, 1_999))
+    plan = await explained(db, "news", (place.user_id, 1_999, 501))
     await db.close()
     assert plan.scanned == []
     assert plan.rows < 50, plan

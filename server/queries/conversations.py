@@ -1,8 +1,10 @@
 """Conversations: made, changed, and listed as one of their participants sees them."""
 
+from collections import Counter
 from collections.abc import Sequence
 from datetime import datetime, timedelta
 from typing import Any, NamedTuple
+from uuid import UUID
 
 import msgspec
 
@@ -116,19 +118,38 @@ class Membership(NamedTuple):
     last_read: MessageId | None
 
 
+MEMBERSHIPS_READ = 2_000
+"""Max memberships that one statement reads."""
+# Of each of the users $1, at most $3 past the conversation in $2.
 MEMBERSHIPS = """
-SELECT p.user_id, c.id, c.version, p.last_read_message_id FROM conversation_participant p
-JOIN conversation c ON c.id = p.conversation_id AND NOT c.is_deleted
-WHERE p.user_id = ANY($1) AND p.status = 'active'
+SELECT who.user_id, part.* FROM unnest($1::uuid[], $2::uuid[]) AS who (user_id, after)
+CROSS JOIN LATERAL (
+    SELECT c.id, c.version, p.last_read_message_id FROM conversation_participant p
+    JOIN conversation c ON c.id = p.conversation_id AND NOT c.is_deleted
+    WHERE p.user_id = who.user_id AND p.status = 'active' AND p.conversation_id > who.after
+    ORDER BY p.conversation_id LIMIT $3
+) part
 """
 
 
 async def memberships(db: Db, user_ids: Sequence[UserId]) -> list[dict[ConversationId, Membership]]:
-    """Return the conversations of each of the users, in their order."""
+    """Return the conversations of each of the users, in their order. A user's clock moves when they join or leave
+    meanwhile, and then these are read again.
+    """
     found: dict[UserId, dict[ConversationId, Membership]] = {user_id: {} for user_id in user_ids}
-    for row in await db.fetch(MEMBERSHIPS, list(found)):
-        found[row[0]][row[1]] = Membership(row[2], row[3])
+    after = dict.fromkeys(found, _FIRST)
+    while after:
+        limit = MEMBERSHIPS_READ // len(after)
+        counts: Counter[UserId] = Counter()
+        for user_id, one, *rest in await db.fetch(MEMBERSHIPS, list(after), list(after.values()), limit):
+            found[user_id][one] = Membership(*rest)
+            counts[user_id] += 1
+            after[user_id] = one
+        after = {user_id: one for user_id, one in after.items() if counts[user_id] == limit}
     return [found[user_id] for user_id in user_ids]
+
+
+_FIRST = ConversationId(UUID(int=0))
 
 
 VERSIONS = "SELECT id, version FROM conversation WHERE id = ANY($1)"

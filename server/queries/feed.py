@@ -18,14 +18,34 @@ KINDS: tuple[FeedKind, ...] = ("mention", "reply", "reaction", "friend_request",
 THREADS = 500
 """Of how many of the threads that one follows, the newest ones, replies are in the feed."""
 
-MENTIONS_ME = """(
+SEARCHED = 200
+"""Max conversations that a search or the feed looks through: those that were active last. Each is named in what the
+index of words is asked, and compared with each message: naming thousands took longer than a search may.
+"""
+LATEST = f"""
+    SELECT p.conversation_id, p.role FROM conversation_participant p
+    JOIN conversation c ON c.id = p.conversation_id AND NOT c.is_deleted
+    WHERE p.user_id = {{user}} AND p.status = 'active' {{also}}
+    ORDER BY c.last_activity_at DESC, c.id DESC LIMIT {SEARCHED}
+"""  # noqa: S608 - a number is put in
+"""Those conversations of a user."""
+MENTIONS_ME = f"""(
     SELECT coalesce(string_agg(
-        format('''c:%s'' & (''m:everyone'' | ''m:%s'')', p.conversation_id, p.role), ' | '
-    ), '''nowhere''')::tsquery || format('''m:%s''', {user}::uuid)::tsquery
-    FROM conversation_participant p WHERE p.user_id = {user} AND p.status = 'active'
-)"""
-"""What finds messages that mention a user: by id, or with everyone, or with their role where they have it."""
+        format('(''m:everyone'' | ''m:%s'') & (%s)', r.role, r.there), ' | '
+    ), '''nowhere''')::tsquery || format('''m:%s''', {{user}}::uuid)::tsquery
+    FROM (
+        SELECT p.role, string_agg(format('''c:%s''', p.conversation_id), ' | ') AS there
+        FROM ({LATEST.format(user="{user}", also="")}) p GROUP BY p.role
+    ) r
+)"""  # noqa: S608 - constants are put in
+"""What finds messages that mention a user: by id anywhere, or with everyone, or with their role, in the latest."""
 
+# By key, for each row: joined, all of the user's conversations would be compared with each.
+_SEEN_AFTER = """
+    SELECT visible_after(c, p) AS after FROM conversation c
+    JOIN conversation_participant p ON p.conversation_id = {at} AND p.user_id = $1 AND p.status = 'active'
+    WHERE c.id = {at} AND NOT c.is_deleted OFFSET 0
+"""
 # $1 is the user, $2 the kinds, $3 and $4 where the page before ended, $5 the time after which, $6 how many at most.
 # Each branch goes by an index and brings at most as many as are asked for.
 ROWS = f"""
@@ -53,8 +73,7 @@ ROWS = f"""
     FROM (
         SELECT * FROM thread_follow t WHERE t.user_id = $1 AND t.is_following ORDER BY t.root_id DESC LIMIT {THREADS}
     ) t
-    JOIN conversation c ON c.id = t.conversation_id AND NOT c.is_deleted
-    JOIN conversation_participant p ON p.conversation_id = t.conversation_id AND p.user_id = $1 AND p.status = 'active'
+    CROSS JOIN LATERAL ({_SEEN_AFTER.format(at="t.conversation_id")}) there
     CROSS JOIN LATERAL (
         SELECT n.created_at, n.id, n.sender_id, n.conversation_id, n.sent_version, n AS message FROM message n
         WHERE n.thread_root_id = t.root_id AND (n.conversation_id = t.conversation_id) IS TRUE AND n.created_at > $5
@@ -63,17 +82,19 @@ ROWS = f"""
             AND NOT {SILENCES.format(me="$1", them="n.sender_id")}
         ORDER BY n.thread_order DESC LIMIT $6
     ) n
-    WHERE 'reply' = ANY($2) AND n.sent_version > visible_after(c, p)
+    WHERE 'reply' = ANY($2) AND n.sent_version > there.after
     ORDER BY n.created_at DESC, n.id DESC LIMIT $6)
     UNION ALL
-    (SELECT 'reaction', r.created_at, r.message_id, r.user_id, r.conversation_id, m, r.emoji
+    (SELECT 'reaction', r.created_at, r.message_id, r.user_id, r.conversation_id, seen.m, r.emoji
     FROM message_reaction r
-    JOIN message m ON m.id = r.message_id AND (m.conversation_id = r.conversation_id) IS TRUE AND NOT m.is_deleted
-    JOIN conversation c ON c.id = r.conversation_id AND NOT c.is_deleted
-    JOIN conversation_participant p ON p.conversation_id = r.conversation_id AND p.user_id = $1 AND p.status = 'active'
+    CROSS JOIN LATERAL ({_SEEN_AFTER.format(at="r.conversation_id")}) there
+    CROSS JOIN LATERAL (
+        SELECT m FROM message m WHERE m.id = r.message_id AND (m.conversation_id = r.conversation_id) IS TRUE
+            AND NOT m.is_deleted AND m.sent_version > there.after OFFSET 0
+    ) seen
     WHERE 'reaction' = ANY($2) AND r.author_id = $1 AND NOT r.is_removed AND r.created_at > $5
         AND ($3::timestamptz IS NULL OR (r.created_at, r.message_id) < ($3, $4::uuid))
-        AND r.user_id <> $1 AND m.sent_version > visible_after(c, p)
+        AND r.user_id <> $1
         AND NOT {SILENCES.format(me="$1", them="r.user_id")}
     ORDER BY r.created_at DESC, r.message_id DESC LIMIT $6)
     UNION ALL

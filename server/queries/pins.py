@@ -100,13 +100,17 @@ async def unstar(db: Db, place: Place, user_id: UserId) -> None:
 
 
 STARS = f"""
-SELECT message_json(m), {MOMENT.format(at="s.starred_at")}, s.message_id, {WITHHELD.format(message="m")}
+SELECT message_json(seen.m), {MOMENT.format(at="s.starred_at")}, s.message_id, seen.withheld
 FROM message_star s
-JOIN message m ON m.id = s.message_id AND (m.conversation_id = s.conversation_id) IS TRUE AND NOT m.is_deleted
-JOIN conversation c ON c.id = s.conversation_id AND NOT c.is_deleted
-JOIN conversation_participant p ON p.conversation_id = s.conversation_id AND p.user_id = s.user_id
-    AND p.status = 'active'
-WHERE s.user_id = $2 AND NOT s.is_removed AND m.sent_version > visible_after(c, p)
+CROSS JOIN LATERAL (
+    SELECT m, {WITHHELD.format(message="m")} AS withheld FROM message m
+    JOIN conversation c ON c.id = s.conversation_id AND NOT c.is_deleted
+    JOIN conversation_participant p ON p.conversation_id = s.conversation_id AND p.user_id = $2 AND p.status = 'active'
+    WHERE m.id = s.message_id AND (m.conversation_id = s.conversation_id) IS TRUE AND NOT m.is_deleted
+        AND m.sent_version > visible_after(c, p)
+    OFFSET 0
+) seen
+WHERE s.user_id = $2 AND NOT s.is_removed
     AND ($1::timestamptz IS NULL OR (s.starred_at, s.message_id) < ($1, $4::uuid))
 ORDER BY s.starred_at DESC, s.message_id DESC LIMIT $3
 """  # noqa: S608 - only column references are put in

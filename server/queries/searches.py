@@ -17,7 +17,7 @@ from protocol.server import SearchPage
 from protocol.values import Message, SearchHit
 from server.cursor import moment_of
 from server.database import Db
-from server.queries.feed import MENTIONS_ME
+from server.queries.feed import LATEST, MENTIONS_ME, SEARCHED
 from server.queries.moment import MOMENT
 from server.rows import Reader
 
@@ -43,8 +43,7 @@ _QUERY = f"""(
             '''h:' || $4::text || '''',
             CASE WHEN $5 THEN '(' || {MENTIONS_ME.format(user="$1")}::text || ')' END
         )::tsquery AS filters
-        FROM conversation_participant p
-        WHERE p.user_id = $1 AND p.status = 'active' AND ($3::uuid IS NULL OR p.conversation_id = $3)
+        FROM ({LATEST.format(user="$1", also="AND ($3::uuid IS NULL OR p.conversation_id = $3)")}) p
     ) w
 )"""  # noqa: S608 - only a constant is put in
 # What matches, the newest first, is looked at one by one until there are enough: LATERAL and OFFSET 0 keep it that way.
@@ -97,6 +96,13 @@ FROM (
 """  # noqa: S608 - as above
 
 
+HAS_MORE = """
+SELECT count(*) > $2 FROM (
+    SELECT FROM conversation_participant p WHERE p.user_id = $1 AND p.status = 'active' LIMIT $2 + 1
+) p
+"""
+
+
 class Place(NamedTuple):
     """Where a page of hits ends: as of when it was searched, so that what comes later does not shift the next page."""
 
@@ -138,9 +144,13 @@ async def find(db: Db, user_id: UserId, frame: Search, words: str | None, *, lim
     else:
         rows = await db.fetch(NEWEST, *asked, limit + 1, *((None, None) if after is None else (after.at, after.id)))
     hits = _message_decoder.beside(rows[:limit])
+    following = _after(as_of, rows[limit - 1]) if len(rows) > limit else None
+    # Asked at the end only: whatever was said in the others is older than what all pages before have.
+    is_last = following is None and frame.conversation_id is None
     return SearchPage(
         hits=[SearchHit(message=message, snippet=_CUT.split(columns[4])) for message, columns in hits],
-        after=_after(as_of, rows[limit - 1]) if len(rows) > limit else None,
+        after=following,
+        is_partial=is_last and bool(await db.fetchval(HAS_MORE, user_id, SEARCHED)),
     )
 
 

@@ -61,15 +61,18 @@ SELECT coalesce(json_agg({_VIEW} ORDER BY found.at DESC, m.id DESC), '[]') FROM 
         ORDER BY t.root_id DESC LIMIT {MOST_LOOKED_AT}
     ) t
     JOIN message m ON m.id = t.root_id AND (m.conversation_id = t.conversation_id) IS TRUE
-    JOIN conversation c ON c.id = t.conversation_id AND NOT c.is_deleted
-    JOIN conversation_participant p ON p.conversation_id = t.conversation_id AND p.user_id = t.user_id
-        AND p.status = 'active'
+    CROSS JOIN LATERAL (
+        SELECT visible_after(c, p) AS after FROM conversation c
+        JOIN conversation_participant p ON p.conversation_id = t.conversation_id AND p.user_id = $1
+            AND p.status = 'active'
+        WHERE c.id = t.conversation_id AND NOT c.is_deleted OFFSET 0
+    ) there
     CROSS JOIN LATERAL (
         SELECT n.created_at AS at FROM message n
         WHERE n.thread_root_id = m.id AND (n.conversation_id = m.conversation_id) IS TRUE
         ORDER BY n.thread_order DESC LIMIT 1
     ) newest
-    WHERE m.sent_version > visible_after(c, p) AND m.thread_order > CASE WHEN $2 THEN t.last_read_order ELSE 0 END
+    WHERE m.sent_version > there.after AND m.thread_order > CASE WHEN $2 THEN t.last_read_order ELSE 0 END
         AND (NOT $2 OR {HAS_UNREAD_REPLY.format(me="t")})
     ORDER BY newest.at DESC, m.id DESC LIMIT {MOST_LISTED}
 ) found

@@ -120,21 +120,26 @@ async def is_admin(db: Db, user_id: UserId) -> bool:
     return bool(await db.fetchval(IS_ADMIN, user_id))
 
 
-# What is a user's alone, and changed after the number $2 of their own clock, as the events that tell it.
+# What is a user's alone, and changed after the number $2 of their own clock, as the events that tell it: the first $3,
+# each kind by an index of its own.
 NEWS = """
-SELECT u.version, news.event FROM "user" u LEFT JOIN LATERAL (
-    SELECT json_build_object('type', 'me_changed', 'user_version', u.own_version, 'me', me_json(u)) AS event
+SELECT u.version, news.version, news.event FROM "user" u LEFT JOIN LATERAL (
+    SELECT u.own_version AS version, json_build_object('type', 'me_changed', 'user_version', u.own_version,
+        'me', me_json(u)) AS event
     WHERE u.own_version > $2
     UNION ALL
-    (SELECT json_build_object('type', 'relationship_changed', 'user_version', r.from_version,
+    (SELECT r.from_version, json_build_object('type', 'relationship_changed', 'user_version', r.from_version,
         'relationship', relationship_json(r, u.id))
-    FROM user_relationship r WHERE r.from_user_id = u.id AND r.from_version > $2)
+    FROM user_relationship r WHERE r.from_user_id = u.id AND r.from_version > $2 AND r.from_version > 0
+    ORDER BY r.from_version LIMIT $3)
     UNION ALL
-    (SELECT json_build_object('type', 'relationship_changed', 'user_version', r.to_version,
+    (SELECT r.to_version, json_build_object('type', 'relationship_changed', 'user_version', r.to_version,
         'relationship', relationship_json(r, u.id))
-    FROM user_relationship r WHERE r.to_user_id = u.id AND r.to_version > $2 AND r.type IN ('friend', 'follow'))
+    FROM user_relationship r WHERE r.to_user_id = u.id AND r.to_version > $2 AND r.to_version > 0
+        AND r.type IN ('friend', 'follow')
+    ORDER BY r.to_version LIMIT $3)
     UNION ALL
-    (SELECT CASE
+    (SELECT p.user_version, CASE
         WHEN p.status = 'invited' AND c.is_active AND NOT c.is_deleted THEN json_build_object('type', 'invited',
             'user_version', p.user_version, 'invitation', invitation_json(p, c))
         WHEN p.status = 'active' THEN json_build_object('type', 'preferences_changed',
@@ -142,34 +147,57 @@ SELECT u.version, news.event FROM "user" u LEFT JOIN LATERAL (
         ELSE json_build_object('type', 'invitation_ended', 'user_version', p.user_version, 'conversation_id', c.id)
         END
     FROM conversation_participant p JOIN conversation c ON c.id = p.conversation_id
-    WHERE p.user_id = u.id AND p.user_version > $2)
+    WHERE p.user_id = u.id AND p.user_version > $2 AND p.user_version > 0
+    ORDER BY p.user_version LIMIT $3)
     UNION ALL
-    (SELECT json_build_object('type', 'star_changed', 'user_version', s.user_version, 'star', json_build_object(
-        'conversation_id', s.conversation_id, 'message_id', s.message_id, 'is_removed', s.is_removed,
-        'starred_at', s.starred_at))
-    FROM message_star s WHERE s.user_id = u.id AND s.user_version > $2)
+    (SELECT s.user_version, json_build_object('type', 'star_changed', 'user_version', s.user_version,
+        'star', json_build_object('conversation_id', s.conversation_id, 'message_id', s.message_id,
+            'is_removed', s.is_removed, 'starred_at', s.starred_at))
+    FROM message_star s WHERE s.user_id = u.id AND s.user_version > $2
+    ORDER BY s.user_version LIMIT $3)
     UNION ALL
-    (SELECT json_build_object('type', 'draft_changed', 'user_version', d.user_version, 'draft', json_build_object(
-        'conversation_id', d.conversation_id, 'content', d.content, 'updated_at', d.updated_at))
-    FROM draft d WHERE d.user_id = u.id AND d.user_version > $2)
+    (SELECT d.user_version, json_build_object('type', 'draft_changed', 'user_version', d.user_version,
+        'draft', json_build_object('conversation_id', d.conversation_id, 'content', d.content,
+            'updated_at', d.updated_at))
+    FROM draft d WHERE d.user_id = u.id AND d.user_version > $2 AND d.user_version > 0
+    ORDER BY d.user_version LIMIT $3)
     UNION ALL
-    (SELECT json_build_object('type', 'scheduled_changed', 'user_version', s.user_version,
+    (SELECT s.user_version, json_build_object('type', 'scheduled_changed', 'user_version', s.user_version,
         'scheduled', scheduled_json(s))
-    FROM scheduled_message s WHERE s.sender_id = u.id AND s.user_version > $2)
+    FROM scheduled_message s WHERE s.sender_id = u.id AND s.user_version > $2 AND s.user_version > 0
+    ORDER BY s.user_version LIMIT $3)
     UNION ALL
-    (SELECT json_build_object('type', 'thread_follow_changed', 'user_version', t.user_version,
+    (SELECT t.user_version, json_build_object('type', 'thread_follow_changed', 'user_version', t.user_version,
         'follow', thread_json(t))
-    FROM thread_follow t WHERE t.user_id = u.id AND t.user_version > $2 AND t.user_version > 0)
+    FROM thread_follow t WHERE t.user_id = u.id AND t.user_version > $2 AND t.user_version > 0
+    ORDER BY t.user_version LIMIT $3)
+    ORDER BY 1 LIMIT $3
 ) news ON true
 WHERE u.id = $1
 """
 
 
-async def news(db: Db, user_id: UserId, since: int) -> tuple[int, list[OwnEvent]]:
-    """Return a user's own clock, and what changed for them alone after a number of it."""
-    rows = await db.fetch(NEWS, user_id, since)
-    events = _own_decoder.each(row[1] for row in rows if row[1] is not None)
-    return rows[0][0] if rows else since, sorted(events, key=lambda event: event.user_version)
+class OwnNews(NamedTuple):
+    """What changed for a user alone up to a number of their own clock, and whether that is all of it."""
+
+    version: int
+    events: list[OwnEvent]
+    is_whole: bool
+
+
+async def news(db: Db, user_id: UserId, since: int, *, limit: int) -> OwnNews:
+    """Return about `limit` changes after a number of a user's own clock, cut where a number of it ends."""
+    rows = await db.fetch(NEWS, user_id, since, limit + 1)
+    found = [row for row in rows if row[1] is not None]
+    version = rows[0][0] if rows else since
+    is_whole = len(found) <= limit
+    if not is_whole:
+        # The last number may have more events than were read.
+        version = found[-1][1] - 1
+        if version <= since:
+            return await news(db, user_id, since, limit=2 * limit)
+        found = [row for row in found if row[1] <= version]
+    return OwnNews(version, _own_decoder.each(row[2] for row in found), is_whole)
 
 
 class Clocks(NamedTuple):

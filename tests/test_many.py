@@ -1,0 +1,103 @@
+"""An account with thousands of conversations, and of changes: read in pages, in turns, without a loss."""
+
+from typing import Any
+
+import pytest
+
+from protocol import client, server
+from protocol.errors import ErrorCode
+from server import sync
+from server.database import Database
+from server.queries import conversations, feed
+from tests.world import Room, World, refused, sent
+
+FILL = """
+WITH made AS (
+    INSERT INTO conversation (type, title, created_by, version, participant_count, settings_version)
+    SELECT 'group', 'Room ' || n, $1, 2, 1, 1 FROM generate_series(1, $2::int) n RETURNING id
+)
+INSERT INTO conversation_participant (conversation_id, user_id, role, version, last_read_version)
+SELECT id, $1, 'owner', 2, 2 FROM made
+"""
+FOLLOW = """
+WITH others AS (
+    INSERT INTO "user" (name, email) SELECT 'Other ' || n, 'other' || n || '@example.org'
+    FROM generate_series(1, $2::int) n RETURNING id
+), moved AS (UPDATE "user" SET version = version + $2 WHERE id = $1 RETURNING version)
+INSERT INTO user_relationship (from_user_id, to_user_id, type, status, from_version)
+SELECT $1, id, 'follow', 'active', m.version - $2 + 1 + row_number() OVER () / 9 FROM others, moved m
+"""
+
+
+async def test_resume_of_many_conversations_reads_pages_in_turns(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In each statement few conversations, past the first page with a connection of a share: and all are there."""
+    monkeypatch.setattr(sync, "PAGE", 3)
+    monkeypatch.setattr(conversations, "MEMBERSHIPS_READ", 4)
+    asked: list[int] = []
+    in_turn: list[int] = []
+    get, catching_up = conversations.get, Database.catching_up
+
+    async def counted(db: Any, user_id: Any, wanted: Any) -> Any:
+        asked.append(len(wanted))
+        return await get(db, user_id, wanted)
+
+    def taken(database: Database) -> Any:
+        in_turn.append(1)
+        return catching_up(database)
+
+    monkeypatch.setattr(conversations, "get", counted)
+    monkeypatch.setattr(Database, "catching_up", taken)
+    (ada,) = await world.users("Ada")
+    await world.db.execute(FILL, ada.id, 10)
+    every = {row[0] for row in await world.db.fetch("SELECT id FROM conversation")}
+    for versions, epoch, kind, expected in (
+        ({}, None, server.ConversationJoined, 4),
+        (dict.fromkeys(every, 1), "another", server.StartOver, 4),
+        (dict.fromkeys(every, 1), None, server.Changes, 0),
+    ):
+        asked.clear()
+        in_turn.clear()
+        reader = await world.connect(ada, query="?resume=1")
+        done = await reader.call(client.Resume(epoch=epoch or reader.ready.epoch, versions=versions), server.Resumed)
+        assert done.conversations == 10
+        told = [event for event in reader.events if isinstance(event, kind)]
+        said = {one.conversation_id if isinstance(one, server.Changes) else one.view.conversation.id for one in told}
+        assert (len(told), said) == (10, every)
+        assert len(asked) == expected
+        assert max(asked, default=0) <= 3
+        assert len(in_turn) >= 3
+
+
+async def test_own_changes_are_read_in_pages_and_none_is_lost(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where more of them than a page holds have one number of the user's clock."""
+    monkeypatch.setattr(sync, "OWN_PAGE", 7)
+    (ada,) = await world.users("Ada")
+    await world.db.execute(FOLLOW, ada.id, 50)
+    reader = await world.connect(ada, query="?resume=1")
+    await reader.call(client.Resume(epoch=reader.ready.epoch, versions={}, user_version=0))
+    news = [event for event in reader.events if isinstance(event, server.RelationshipChanged)]
+    assert len({event.relationship.user_id for event in news}) == len(news) == 50
+    assert [event.user_version for event in news] == sorted(event.user_version for event in news)
+    late = await world.connect(ada, query="?resume=1")
+    await late.call(client.Resume(epoch=late.ready.epoch, versions={}, user_version=news[-1].user_version))
+    assert not [event for event in late.events if isinstance(event, server.RelationshipChanged)]
+
+
+async def test_search_and_feed_look_through_the_latest_conversations(room: Room, world: World) -> None:
+    """Those before are found by name, and the answer says that it lacks them."""
+    ada, mine = room.ada, room.them[0].id
+    await world.db.execute(FILL, mine, feed.SEARCHED)
+    old, new = await world.group(room.charles, room.them[0]), await world.group(room.charles, room.them[0])
+    there = {one: await sent(room.charles, one, "Found @everyone") for one in (old, new)}
+    named = await sent(room.charles, old, "Hello @Ada")
+    await world.db.execute("UPDATE conversation SET last_activity_at = '2020-01-01' WHERE id = $1", old)
+    found = await ada.call(client.Search(text="found"), server.SearchPage)
+    assert ([hit.message.id for hit in found.hits], found.is_partial) == ([there[new]], True)
+    found = await ada.call(client.Search(text="found", conversation_id=old), server.SearchPage)
+    assert ([hit.message.id for hit in found.hits], found.is_partial) == ([there[old]], False)
+    page = await ada.call(client.ListFeed(kinds=["mention"]), server.FeedPage)
+    assert [one.message.id for one in page.entries if one.message is not None] == [named, there[new]]
+    found = await room.charles.call(client.Search(text="found"), server.SearchPage)
+    assert (len(found.hits), found.is_partial) == (2, False)
+    with refused(ErrorCode.INVALID, "text"):
+        await ada.call(client.Search())
