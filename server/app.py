@@ -1,7 +1,6 @@
 """The server of one worker, built from top to bottom."""
 
 import asyncio
-import contextlib
 from collections import Counter
 from datetime import timedelta
 from functools import partial
@@ -39,7 +38,7 @@ from server.limits import Pace
 from server.metrics import Metrics
 from server.notices import Notices, new_key
 from server.outbound import Outbound
-from server.periodic import every
+from server.periodic import end, every
 from server.presence import Presence
 from server.pressure import Pressure
 from server.previews import Previews
@@ -249,10 +248,7 @@ class App:
         """Let go of everything, after what is in the middle of something is done."""
         if self._working:
             await asyncio.wait(self._working, timeout=FINISH_SECONDS)
-        for task in self._tasks:
-            task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await task
+        await end(self._tasks)
         for allowance in self._allowances.values():
             await allowance.close()
         await self.presence.close()

@@ -17,7 +17,7 @@ from redis.asyncio import Redis
 from redis.crc import REDIS_CLUSTER_HASH_SLOTS, key_slot
 
 from server.errors import REDIS_LOST, redis_unreachable
-from server.periodic import every
+from server.periodic import end, every
 from server.redisbus import CONNECT_SECONDS, ORIGIN_BYTES, SHARDED, RedisBus
 
 LOOK_SECONDS = 2.0
@@ -72,9 +72,7 @@ class ClusterBus:
     async def close(self) -> None:
         """Disconnect."""
         if self._looking is not None:
-            self._looking.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._looking
+            await end([self._looking])
         for node in self._nodes.values():
             await node.close()
 

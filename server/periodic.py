@@ -1,11 +1,14 @@
-"""What is done again and again, and goes on whatever happens to it once."""
+"""What is done again and again, and goes on whatever happens to it once, until it is ended."""
 
 import asyncio
 import logging
 import random
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 
 log = logging.getLogger(__name__)
+
+SWALLOWED_SECONDS = 1.0
+"""A task that goes on for so long after it was cancelled did not hear of it."""
 
 
 async def every(seconds: float, job: Callable[[], Awaitable[None]], *, is_spread: bool = False) -> None:
@@ -22,3 +25,16 @@ async def every(seconds: float, job: Callable[[], Awaitable[None]], *, is_spread
         except Exception:
             log.exception("%s failed", job.__qualname__)
         await asyncio.sleep(seconds)
+
+
+async def end(tasks: Iterable[asyncio.Task[None]]) -> None:
+    """Cancel tasks, and return when they have ended.
+
+    They are cancelled until they do: `wait_for` of Python 3.11 takes a cancellation for its own if what it waits for
+    ends in the same turn of the loop, and a job that was not cancelled goes on for ever.
+    """
+    running = set(tasks)
+    while running:
+        for task in running:
+            task.cancel()
+        _, running = await asyncio.wait(running, timeout=SWALLOWED_SECONDS)

@@ -23,7 +23,7 @@ from protocol.values import PresenceStatus
 from server.context import Subscriber
 from server.database import Database
 from server.errors import REDIS_LOST, is_lost
-from server.periodic import every
+from server.periodic import end, every
 from server.queries import users
 from server.queries.users import Transition, Visibility
 
@@ -84,8 +84,7 @@ class Presence:
 
     async def close(self) -> None:
         """Stop. The sign of life is taken back, so that others notice soon who is not coming back."""
-        for task in self._tasks:
-            task.cancel()
+        await end(self._tasks)  # first: a sign of life in flight would come after the one that takes it back
         leaving = [*self._devices, *self._departing]
         self._devices.clear()
         try:

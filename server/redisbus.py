@@ -7,7 +7,6 @@ whoever follows a channel has to look for news elsewhere.
 """
 
 import asyncio
-import contextlib
 import logging
 import os
 from collections.abc import Callable, Collection, Iterable
@@ -17,7 +16,7 @@ import hiredis
 from redis.asyncio.connection import AbstractConnection, ConnectionPool
 
 from server.errors import REDIS_LOST, redis_unreachable
-from server.periodic import every
+from server.periodic import end, every
 
 CONNECT_SECONDS = 2.0
 PING_SECONDS = 0.5
@@ -122,10 +121,7 @@ class RedisBus:
 
     async def close(self) -> None:
         """Disconnect."""
-        for task in self._tasks:
-            task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await task
+        await end(self._tasks)
 
     async def subscribe(self, channels: Collection[bytes]) -> None:
         """Listen to channels, and return when that is confirmed; at once while the bus is down."""

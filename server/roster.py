@@ -1,7 +1,6 @@
 """All connections of a worker: how many each user may have, their heartbeats, and their end when it drains."""
 
 import asyncio
-import contextlib
 import logging
 import random
 from collections.abc import Awaitable, Callable
@@ -11,7 +10,7 @@ from protocol.errors import CloseCode
 from protocol.server import GoingAway, Heartbeat
 from server.connection import Connection
 from server.hub import Hub
-from server.periodic import every
+from server.periodic import end, every
 from server.websocket import PING
 
 log = logging.getLogger(__name__)
@@ -74,9 +73,7 @@ class Roster:
     async def drain(self) -> None:
         """Let every connection finish what it does and send its client elsewhere, batch by batch."""
         if self._beating is not None:
-            self._beating.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._beating
+            await end([self._beating])
         everyone = [connection for one in self._slices for connection in one]
         size = max(1, -(-len(everyone) // DRAIN_BATCHES))
         spread = min(SPREAD_SECONDS, len(everyone) / RETURNS_PER_SECOND)

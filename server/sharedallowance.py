@@ -15,6 +15,7 @@ from redis.asyncio import Redis, RedisCluster
 from protocol.ids import UserId
 from server.errors import REDIS_LOST
 from server.limits import Allowance
+from server.periodic import end
 
 SHARE_SECONDS = 0.5
 MATTERS = 0.1
@@ -51,8 +52,7 @@ class SharedAllowance:
         """Share no more: what is not told yet stays untold."""
         self._redis = None
         if self._sharing is not None:
-            self._sharing.cancel()
-            await asyncio.wait([self._sharing])
+            await end([self._sharing])
 
     async def _share(self, redis: Redis | RedisCluster) -> None:
         await asyncio.sleep(SHARE_SECONDS)
