@@ -2,6 +2,7 @@
 
 import ast
 import os
+import pwd
 import shutil
 import socket
 import stat
@@ -17,6 +18,7 @@ import pytest
 from server.config import Settings
 from server.embedded.folder import DataFolder
 from server.embedded.logfile import LogFile
+from server.embedded.postgres import Postgres
 from server.errors import Fatal
 from server.supervisor import Supervisor, Worker
 
@@ -227,6 +229,27 @@ def test_a_new_folder_is_made_and_files_are_written_read_and_removed(place: Path
     assert folder.read(made / "pg_hba.conf") is None
     assert not (place / "elsewhere").exists()
     folder.release()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root ends processes of others")
+@pytest.mark.parametrize("is_ours", [True, False])
+def test_a_process_that_the_servers_user_names_is_ended_only_if_it_is_theirs(place: Path, *, is_ours: bool) -> None:
+    program = place / "postgres"
+    shutil.copy("/bin/sleep", program)
+    program.chmod(0o755)
+    folder = DataFolder(place / "data")
+    assert folder.owner is not None
+    data = folder.make("postgres-").rename(place / "data" / "postgres")
+    other = subprocess.Popen([program, "60"], user=folder.owner.uid if is_ours else pwd.getpwnam("nobody").pw_uid)
+    try:
+        (data / "postmaster.pid").write_text(f"{other.pid}\n")
+        Postgres(folder, max_connections=1)._clear_stale()  # noqa: SLF001
+        assert (other.poll() is None) is not is_ours
+        assert not (data / "postmaster.pid").exists()
+    finally:
+        other.kill()
+        other.wait()
+        folder.release()
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files over")

@@ -135,12 +135,14 @@ class Postgres:
             pid = int((self._folder.read(pid_file) or "").split("\n", 1)[0])
         except ValueError:
             return
-        if _is_postgres(pid):
+        # The file belongs to the servers' user, who may write any number into it: only what runs as its owner is ended.
+        uid = self._data.lstat().st_uid
+        if _is_postgres(pid, uid):
             os.kill(pid, signal.SIGINT)
             deadline = time.monotonic() + STOP_SECONDS
-            while _is_postgres(pid) and time.monotonic() < deadline:
+            while _is_postgres(pid, uid) and time.monotonic() < deadline:
                 time.sleep(POLL_SECONDS)
-            if _is_postgres(pid):
+            if _is_postgres(pid, uid):
                 raise Fatal(f"an older PostgreSQL (process {pid}) does not stop.")
         # A zombie that nobody reaps, or another program with its number, must not pass for a server.
         self._folder.remove(pid_file)
@@ -158,15 +160,20 @@ class Postgres:
         return True
 
 
-def _is_postgres(pid: int) -> bool:
-    """Whether a living process of this number is a PostgreSQL server."""
+def _is_postgres(pid: int, uid: int) -> bool:
+    """Whether a living process of this number is a PostgreSQL server that runs as `uid`."""
     try:
         name, _, rest = Path(f"/proc/{pid}/stat").read_text().partition("(")[2].rpartition(")")
     except FileNotFoundError:
         if Path("/proc/self").exists():
             return False
         state = subprocess.run(  # noqa: S603 - no outside input
-            ["/bin/ps", "-o", "stat=,comm=", "-p", str(pid)], capture_output=True, text=True, check=False
+            ["/bin/ps", "-o", "stat=,uid=,comm=", "-p", str(pid)], capture_output=True, text=True, check=False
         )
-        return "postgres" in state.stdout and not state.stdout.startswith("Z")
-    return name == "postgres" and rest.split()[0] != "Z"
+        words = state.stdout.split()
+        return "postgres" in state.stdout and not words[0].startswith("Z") and words[1] == str(uid)
+    try:
+        is_theirs = Path(f"/proc/{pid}").stat().st_uid == uid
+    except FileNotFoundError:
+        return False
+    return is_theirs and name == "postgres" and rest.split()[0] != "Z"
