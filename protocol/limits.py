@@ -126,6 +126,15 @@ def visible(text: str) -> str:
     return _HIDDEN.sub("", text)
 
 
+FURTHER_TOKENS = {
+    "list_threads": 20, "watch": 20, "resume": 20, "list_conversations": 10, "list_relationships": 10, "list_stars": 10,
+    "why": 10,
+}  # fmt: skip
+"""Max tokens that a frame takes beside its first, by what it costs the database. A frame that asks for a part of what
+it may (`limit`, `user_ids`, `versions`) takes that part of them.
+"""
+
+
 class RateLimit(msgspec.Struct, frozen=True, kw_only=True):
     """A token bucket that never runs dry on the server if it does not on the client, with a second to spare for frames
     that arrive closer together than they were sent.
@@ -144,6 +153,8 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     json_depth: int = MAX_JSON_DEPTH
     token_bytes: int = TOKEN_BYTES
     """A frame takes one token, and another one for every further `token_bytes` of it."""
+    further_tokens: dict[str, int] = msgspec.field(default_factory=FURTHER_TOKENS.copy)
+    """How many more a frame takes that asks for as much as it may; in proportion if it asks for less."""
     mentions: int = MAX_MENTIONS
     page: int = MAX_PAGE
     participants_named: int = MAX_PARTICIPANTS_NAMED

@@ -6,11 +6,11 @@ from collections.abc import Awaitable, Callable, Mapping
 from enum import Enum
 from typing import Any, NamedTuple
 
-from protocol.client import Authenticate, Frame
+from protocol.client import Authenticate, Frame, ListConversations, ListRelationships, ListStars, Resume, Watch
 from protocol.codec import decode_client, kind, label
 from protocol.errors import ErrorCode, Refused
 from protocol.ids import UserId
-from protocol.limits import TOKEN_BYTES
+from protocol.limits import FURTHER_TOKENS, MAX_PAGE, MAX_RESUMED, MAX_WATCHED, TOKEN_BYTES
 from protocol.server import Error, Reply, Result
 from server.context import Context
 from server.database import ROLLED_BACK
@@ -81,6 +81,8 @@ class Dispatch:
             route = self._routes.get(type(frame))
             if route is None:
                 raise _already_authenticated(frame)
+            if (further := _further(frame)) > 0:
+                self._allowances[route.rate].require(context.user_id, further)
             if route.shed is not None:
                 self._pressure.require(route.shed)
             if route.rate is Rate.SEARCH:
@@ -134,6 +136,20 @@ def error_frame(refused: Refused, *, re: int | str | None = None) -> Error:
     return Error(
         re=re, code=refused.code, message=refused.message, path=refused.path, retry_after_ms=refused.retry_after_ms
     )
+
+
+def _further(frame: Frame) -> int:
+    """Return how many more tokens a frame takes for what it asks for."""
+    match frame:
+        case Watch():
+            part = len(frame.user_ids) / MAX_WATCHED
+        case Resume():
+            part = len(frame.versions) / MAX_RESUMED
+        case ListConversations() | ListRelationships() | ListStars():
+            part = frame.limit / MAX_PAGE
+        case _:
+            part = 1.0
+    return round(FURTHER_TOKENS.get(str(type(frame).__struct_config__.tag), 0) * part)
 
 
 def _already_authenticated(frame: object) -> Refused:

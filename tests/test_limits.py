@@ -12,6 +12,7 @@ from websockets.exceptions import InvalidStatus
 from protocol import client, server
 from protocol.codec import encode
 from protocol.errors import CloseCode, ErrorCode
+from protocol.ids import UserId, uuid7
 from protocol.server import Error
 from prove.client import Client
 from server.config import Settings
@@ -181,3 +182,24 @@ def test_the_table_names_tests_that_exist() -> None:
     assert len(named) > 15
     tests = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
     assert [name for name in named if f"def {name}(" not in tests] == []
+
+
+async def test_a_frame_takes_tokens_by_what_it_costs(settings: Settings) -> None:
+    """Reads at 10 a second, 40 at once: of those that take 21, one at once; of a small part, nearly as many as ever."""
+    settings = msgspec.structs.replace(settings, read_rate=10.0)
+    async with World(settings, workers=1) as world:
+        for frames, fewest, most in (
+            ([client.ListThreads()], 1, 3),
+            ([client.Watch(user_ids=[UserId(uuid7()) for _ in range(500)])], 1, 3),
+            ([client.ListStars(limit=100), client.ListRelationships(limit=100)], 3, 5),
+            ([client.Watch(user_ids=[UserId(uuid7())]), client.ListStars(limit=1), client.GetMe()], 30, 50),
+        ):
+            asker = await world.connect(await world.user("Ada"))
+            wanted = [frames[n % len(frames)] for n in range(60)]
+            answers = [await asker.ask(msgspec.structs.replace(frame)) for frame in wanted]
+            answered = [one for one in answers if not isinstance(one, Error)]
+            late = [one for one in answers if isinstance(one, Error)]
+            assert fewest <= len(answered) <= most, frames
+            assert {one.code for one in late} == {ErrorCode.RATE_LIMITED}
+            assert all(one.retry_after_ms for one in late)
+            assert asker.ready.limits.further_tokens["list_threads"] == 20

@@ -57,9 +57,11 @@ def document() -> str:
     return "\n".join(parts) + "\n"
 
 
-def _limit(value: int | RateLimit) -> str:
+def _limit(value: int | RateLimit | dict[str, int]) -> str:
     if isinstance(value, RateLimit):
         return f"`per_second` {value.per_second:,g}, `burst` {value.burst:,}"
+    if isinstance(value, dict):
+        return ", ".join(f"`{frame}` {count}" for frame, count in value.items())
     return f"{value:,}"
 
 
