@@ -354,19 +354,19 @@ class Delete(_OfMessage, tag="delete"):
     """Delete a message: one's own, or anyone's with the permission."""
 
 
-class _Reaction(_OfMessage):
+class React(_OfMessage, tag="react"):
+    """Put an emoji on a message: one of Unicode's, or a name between colons, such as `:shipit:`."""
+
     emoji: Emoji
 
     def __post_init__(self) -> None:
         self.emoji = normalized(self.emoji)
 
 
-class React(_Reaction, tag="react"):
-    """Put an emoji on a message: one of Unicode's, or a name between colons, such as `:shipit:`."""
+class Unreact(_OfMessage, tag="unreact"):
+    """Take it back. What `mine` names can be taken back as it stands there, also if it can no longer be put on."""
 
-
-class Unreact(_Reaction, tag="unreact"):
-    """Take it back."""
+    emoji: Emoji
 
 
 class Pin(_OfMessage, tag="pin"):

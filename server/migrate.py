@@ -101,7 +101,9 @@ async def migrate(url: str) -> list[str]:
             try:
                 return await _create(connection)
             except (asyncpg.UniqueViolationError, asyncpg.DuplicateTableError):
-                pass  # Another process created the tables first, and has committed.
+                # Another process created the tables first, and has committed.
+                if not await connection.fetchval(HAS_TABLE):
+                    raise
         await _applied(connection)
         async with _alone(url) as keeper:
             return await _migrate(connection, keeper)

@@ -231,6 +231,7 @@ def hot(place: Place, ids: dict[str, Any]) -> dict[str, tuple[str, tuple[Any, ..
         "delete": (edits.DELETE, (about, ids["middle"], user, "false")),
         "react": (reactions.REACT, (about, ids["middle"], user, "x")),
         "unreact": (reactions.UNREACT, (about, ids["middle"], user, "x")),
+        "stored": (reactions.STORED, (about, ids["middle"], user, "x", "x")),
         "reacted": (reactions.AS_IT_IS, (about, ids["middle"], user, "x")),
         "lock": (conversations.LOCK, (about,)),
         "lock of": (messages.LOCK, (about,)),

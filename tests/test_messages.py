@@ -3,13 +3,16 @@
 from typing import Any
 
 import pytest
+from emoji import EMOJI_DATA
 
 from protocol import client, server
 from protocol.codec import encode
 from protocol.errors import ErrorCode
 from protocol.ids import EditId, MessageId, UserId, uuid7
 from protocol.payloads import Code
+from protocol.reaction import normalized
 from prove.client import Client
+from server import migrate
 from tests.world import Room, Somebody, World, heard, message, refused, sent
 
 
@@ -158,6 +161,56 @@ async def test_one_reaction_counts_as_one_however_it_is_written(room: Room) -> N
     await room.ada.call(client.Unreact(**room.at(message_id), emoji="❤\ufe0e"))
     got = await room.charles.call(client.GetMessage(**room.at(message_id)), server.OneMessage)
     assert got.message.reactions["❤\ufe0f"] == 1
+
+
+OLD_REACTION = """
+INSERT INTO message_reaction (message_id, user_id, emoji, conversation_id, version, author_id)
+SELECT $1, $2, emoji, $3, 0, $2 FROM unnest($4::text[]) emoji
+"""
+COUNTED = "UPDATE message SET reactions = (SELECT jsonb_object_agg(e, 1) FROM unnest($2::text[]) e) WHERE id = $1"
+
+
+async def test_reaction_that_can_no_longer_be_put_on_can_be_taken_back(room: Room, world: World) -> None:
+    """Older versions stored any text, and each spelling of an emoji; imports store names that nobody may send."""
+    stored = ["lol", "❤", "❤\ufe0f", ":thumbsup::skin-tone-2:", ":Ship-It:"]
+    message_id = await sent(room.ada, room.group)
+    await world.db.execute(OLD_REACTION, message_id, room.them[0].id, room.group, stored)
+    await world.db.execute(COUNTED, message_id, stored)
+    with refused(ErrorCode.INVALID, "emoji"):
+        await room.charles.call(client.Unreact(**room.at(message_id), emoji="lol"))
+    for written, taken in [*((emoji, emoji) for emoji in stored if emoji != "❤\ufe0f"), ("❤", "❤\ufe0f")]:
+        await room.ada.call(client.Unreact(**room.at(message_id), emoji=written))
+        stored.remove(taken)
+        got = await room.ada.call(client.GetMessage(**room.at(message_id)), server.OneMessage)
+        assert (got.message.reactions, got.mine) == (dict.fromkeys(stored, 1), sorted(stored))
+    assert (await room.charles.event(server.MessageUnreacted)).emoji == "lol"
+
+
+async def test_reactions_in_older_spellings_become_one(room: Room, world: World) -> None:
+    message_id = await sent(room.ada, room.group)
+    ada, charles = (one.id for one in room.them)
+    await world.db.execute(OLD_REACTION, message_id, ada, room.group, ["❤", "❤\ufe0f", ":Ship-It:", "lol"])
+    await world.db.execute(OLD_REACTION, message_id, charles, room.group, ["❤", "☺\ufe0e", "👍"])
+    old = ["❤", "❤\ufe0f", ":Ship-It:", "lol", "☺\ufe0e", "👍"]
+    await world.db.execute(COUNTED, message_id, old)
+    before = await world.db.fetchval("SELECT version FROM conversation WHERE id = $1", room.group)
+    step = next(step for step in migrate.known() if step.name.endswith("one_spelling_of_reactions"))
+    for _ in range(2):  # the second time, nothing is left to do
+        await world.db.execute(step.path.read_text())
+    got = await room.charles.call(client.GetMessage(**room.at(message_id)), server.OneMessage)
+    assert got.message.reactions == {"❤\ufe0f": 2, "☺\ufe0f": 1, ":ship-it:": 1, "lol": 1, "👍": 1}
+    assert got.mine == sorted(["❤\ufe0f", "☺\ufe0f", "👍"])
+    versions = await world.db.fetch("SELECT version FROM message_reaction WHERE version > 0 ORDER BY version")
+    after = await world.db.fetchval("SELECT version FROM conversation WHERE id = $1", room.group)
+    # Four are taken back, and three put on: Ada has had the heart in both spellings.
+    assert [row[0] for row in versions] == list(range(before + 1, after + 1)) == list(range(before + 1, before + 8))
+    await room.charles.call(client.Unreact(**room.at(message_id), emoji="☺"))
+
+
+def test_migration_of_spellings_knows_every_emoji_that_is_spelt_in_two_ways() -> None:
+    step = next(step for step in migrate.known() if step.name.endswith("one_spelling_of_reactions"))
+    listed = set(step.path.read_text().split())
+    assert {emoji for emoji in EMOJI_DATA if "\ufe0f" in emoji and normalized(emoji) == emoji} <= listed
 
 
 NO_EMOJI = (

@@ -21,6 +21,8 @@ async def react(context: Context, frame: client.React | client.Unreact) -> Chang
             found.obstacle and await reactions.is_there(db, found.message, context.user_id, frame)
         ):
             require_may_send(found)
+        if isinstance(frame, client.Unreact):
+            frame = await reactions.stored(db, found.message, context.user_id, frame)
         there = found.message.reactions
         if isinstance(frame, client.React) and frame.emoji not in there and len(there) >= MAX_EMOJI_PER_MESSAGE:
             raise Refused(

@@ -1,9 +1,12 @@
 """Reactions: a row for each user and emoji; the counts on the message change in the same statement."""
 
+import msgspec
+
 from protocol.client import React, Unreact
 from protocol.errors import ErrorCode, Refused
 from protocol.ids import UserId
 from protocol.limits import MAX_EMOJI_OF_USER
+from protocol.reaction import normalized
 from protocol.values import Message
 from server.database import Db
 
@@ -49,6 +52,13 @@ SELECT version FROM message_reaction
 WHERE (conversation_id = $1) IS TRUE AND message_id = $2 AND user_id = $3 AND emoji = $4
 """
 
+STORED = """
+SELECT r.emoji FROM message_reaction r
+WHERE (r.conversation_id = $1) IS TRUE AND r.message_id = $2 AND r.user_id = $3 AND NOT r.is_removed
+    AND (r.emoji = $5 OR translate(r.emoji, '\ufe0e\ufe0f', '') = translate($4, '\ufe0e\ufe0f', ''))
+ORDER BY r.emoji = $4 DESC, r.emoji = $5 DESC LIMIT 1
+"""
+
 IS_THERE = """
 SELECT EXISTS (
     SELECT FROM message_reaction r
@@ -61,6 +71,22 @@ SELECT EXISTS (
 async def is_there(db: Db, found: Message, user_id: UserId, frame: React) -> bool:
     """Whether a user has put that emoji on a message already. Under the lock."""
     return bool(await db.fetchval(IS_THERE, found.conversation_id, found.id, user_id, frame.emoji))
+
+
+async def stored(db: Db, found: Message, user_id: UserId, frame: Unreact) -> Unreact:
+    """Return a frame with the reaction as it is stored: as `frame` spells it, or as it is written now, or otherwise.
+
+    Raises Refused if there is none, and none can be. Older versions stored any text, and imports store any name.
+    """
+    error = None
+    try:
+        now = normalized(frame.emoji)
+    except ValueError as found_out:
+        now, error = frame.emoji, found_out
+    emoji = await db.fetchval(STORED, found.conversation_id, found.id, user_id, frame.emoji, now)
+    if emoji is None and error is not None:
+        raise Refused(ErrorCode.INVALID, str(error), path="emoji") from error
+    return msgspec.structs.replace(frame, emoji=emoji or now)
 
 
 async def react(db: Db, found: Message, user_id: UserId, frame: React | Unreact) -> tuple[int, int | None]:
