@@ -199,12 +199,15 @@ async def test_the_cookie_is_out_of_reach_of_scripts_and_other_sites(world: Worl
     assert "path=/" in cookie
 
 
+BEHIND_TLS = {"X-Forwarded-For": "198.51.100.1", "X-Forwarded-Proto": "https"}
+
+
 async def test_the_cookie_is_secure_behind_tls(settings: Settings) -> None:
     async with (
         World(msgspec.structs.replace(settings, trusted_proxies="1"), workers=1) as world,
         http_client(world.url) as http,
     ):
-        answer = await http.post("/v1/auth/register", json=ADA, headers={"x-forwarded-proto": "https"})
+        answer = await http.post("/v1/auth/register", json=ADA, headers=BEHIND_TLS)
         assert "secure" in answer.headers["set-cookie"].lower()
 
 
