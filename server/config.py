@@ -230,8 +230,8 @@ TEXTS = {
 FORMS: dict[str, Callable[[Settings], object]] = {
     "host": lambda one: one.host.strip(),
     "data_dir": lambda one: one.data_path,
-    "database_url": lambda one: re.match(r"(postgres(ql)?://|$)", one.database_url),
-    "redis_url": lambda one: re.match(r"((rediss?|unix)://|$)", one.redis_url),
+    "database_url": lambda one: re.match(r"(postgres(ql)?://|\Z)", one.database_url),
+    "redis_url": lambda one: re.match(r"((rediss?|unix)://|\Z)", one.redis_url),
     "origins": lambda one: all(map(_is_origin, one.allowed_origins)),
     "search_language": lambda one: re.fullmatch(r"\w+(\.\w+)?", one.search_language),
     "push_contact": lambda one: re.fullmatch(r"(mailto:|https://)\S+", one.push_contact),

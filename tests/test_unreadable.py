@@ -150,16 +150,22 @@ async def test_what_a_rule_would_refuse_today_is_still_shown(room: Room, world: 
     assert (got.payload, got.is_unreadable) == (File(url="https://example.org/%22%3Cx%3E", name="ab"), False)
 
 
+def moved(path: Path) -> list[str]:
+    """Return the lines of an export but for its head, its end, and the entries about exports and imports."""
+    return [line for line in path.read_text().splitlines()[1:-1] if '"table":"audit_entry"' not in line]
+
+
 async def test_an_installation_with_unreadable_rows_moves(
     shell: Shell, room: Room, elsewhere: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one = await sent(room.ada, room.group)
     await shell.world.db.execute(f"UPDATE message SET metadata = '{deep(5_000)}' WHERE id = $1", one)
     first, second = tmp_path / "first.jsonl", tmp_path / "second.jsonl"
-    printed = await shell.run("export", str(first))
+    await shell.run("export", str(first))
     monkeypatch.setenv("DATABASE_URL", elsewhere)
     await shell.run("import", "openchat", str(first))
-    assert await shell.run("export", str(second)) == printed
+    await shell.run("export", str(second))
+    assert moved(second) == moved(first)
     there = await asyncpg.connect(elsewhere)
     assert len(await there.fetchval("SELECT metadata::text FROM message WHERE id = $1", one)) > 5_000
     await there.close()
