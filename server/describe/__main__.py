@@ -3,14 +3,14 @@
 import sys
 from pathlib import Path
 
-from server.describe import files
+from server.describe import DOCUMENTS
 
 
 def main() -> None:
     """Write all files."""
     folder = Path(sys.argv[1])
-    for name, content in files().items():
-        (folder / name).write_text(content)
+    for name, document in DOCUMENTS.items():
+        (folder / name).write_text(document())
         sys.stdout.write(f"wrote {folder / name}\n")
 
 

@@ -42,6 +42,7 @@ UPDATE = re.compile(
     re.IGNORECASE | re.DOTALL,
 )
 UPSERT = re.compile(r"DO UPDATE SET\b(.*?)(?=\bWHERE\b|\bRETURNING\b|$)", re.IGNORECASE | re.DOTALL)
+WORD = re.compile(r"\w+")
 TARGET = re.compile(r"(?:^|,)\s*(\w+)\s*=", re.MULTILINE)
 
 
@@ -98,6 +99,7 @@ def columns() -> list[Column]:
         for table, targets in written(text).items():
             for column in targets:
                 writers[f"{table}.{column}"].add(name)
+    words = {name: (set(WORD.findall(one)), set(WORD.findall(without_targets(one)))) for name, one in texts.items()}
     found = []
     text = re.sub(r"--.*", "", (migrate.ROOT / "schema.sql").read_text())
     for table, inside in re.findall(r'CREATE TABLE "?(\w+)"? \((.*?)\n\)', text, re.DOTALL):
@@ -108,11 +110,7 @@ def columns() -> list[Column]:
             made = [*writers[place], *(["its default"] if "DEFAULT" in definition else [])]
             if table == "audit_entry" and not made:
                 made = ["audit.RECORD"]  # a whole row at once
-            readers = [
-                name
-                for name, one in texts.items()
-                if re.search(rf"\b{table}\b", one) and re.search(rf"\b{column}\b", without_targets(one))
-            ]
+            readers = [name for name, (said, read) in words.items() if table in said and column in read]
             note = WAITING.get(place, WAITING.get(table, ""))
             if not note and not readers and place in FOR_READERS:
                 readers = ["whoever reads the database directly"]
