@@ -219,11 +219,6 @@ async def test_one_line_for_everything_that_can_be_wrong(servers: Servers, datab
     assert "cannot be written" in await refused("--port", "0", "--data-dir", str(folder / "file" / "in"))
 
 
-@pytest.mark.usefixtures("program")
-async def test_two_programs_do_not_share_a_folder(folder: Path) -> None:
-    assert "another openchat" in await refused("--port", "0", "--data-dir", str(folder))
-
-
 async def test_migrate_plans_then_does(folder: Path) -> None:
     plan = Program("migrate", "--plan", "--data-dir", str(folder))
     await plan.start()
@@ -245,7 +240,7 @@ async def test_help_is_for_people() -> None:
         assert part in text
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root changes users")
 @pytest.mark.usefixtures("program")
-async def test_root_does_not_run_the_database(folder: Path) -> None:
+async def test_a_folder_is_for_one_program_and_its_database_is_not_roots(folder: Path) -> None:
+    assert "another openchat" in await refused("--port", "0", "--data-dir", str(folder))
     assert (folder / "postgres").stat().st_uid != 0

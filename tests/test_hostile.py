@@ -81,7 +81,7 @@ async def idle(world: World) -> None:
             await asyncio.sleep(0.01)
 
 
-@examples(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@examples(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(pieces=st.lists(frames, min_size=1, max_size=6), cut=st.integers(1, 400))
 async def test_whatever_comes_the_server_answers_or_closes(
     worker: tuple[World, Somebody], pieces: list[bytes], cut: int

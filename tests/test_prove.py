@@ -144,7 +144,9 @@ async def test_a_server_that_keeps_its_word_is_believed(settings: Settings) -> N
         pytest.param(
             lambda: now_and_then(garbles), hands_on, "wrong", id="an event says something else", marks=pytest.mark.more
         ),
-        pytest.param(lambda: honest, Forgets(), "lost", id="acknowledged before the commit, which fails"),
+        pytest.param(
+            lambda: honest, Forgets(), "lost", id="acknowledged before the commit, which fails", marks=pytest.mark.more
+        ),
     ],
 )
 async def test_a_server_that_breaks_its_word_is_caught(

@@ -124,7 +124,7 @@ async def votes(one: Client, who: UserId, messages: list[Message]) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("seed", [1, pytest.param(2, marks=pytest.mark.more)])
 async def test_a_reader_sees_what_the_server_shows(world: World, reader: Reader, seed: int) -> None:
     people, clients, conversations = await crowd(world, seed)
     everyone = [one.id for one in people]
