@@ -1,0 +1,209 @@
+"""Ways of attacking that an account has within its rates. `WAYS` is the table of contents.
+
+Elsewhere: searches (test_searching), three thousand silent sockets (test_silence), each kind of flood (test_floods),
+deadlocks (test_lock_order), push services that never answer (test_notifications), hostile values (test_hostile_values).
+"""
+
+import asyncio
+import contextlib
+from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack
+
+import httpx
+import pytest
+from websockets.exceptions import ConnectionClosed
+
+from protocol import client
+from protocol.errors import Refused
+from protocol.ids import ConversationId, MessageId, uuid7
+from prove.client import Client
+from tests.abuse.conftest import Scene
+from tests.bystander import resident_bytes
+from tests.test_floods import FLOODS, shake
+from tests.world import message, sent
+
+pytestmark = [pytest.mark.more, pytest.mark.timeout(300)]
+
+CONNECTIONS = 8
+ROOM_BYTES = 64 * 1024 * 1024
+"""Max growth of a worker by an attack: caches, and memory that the allocator keeps."""
+FORGED = {"origin": "https://elsewhere.example", "x-forwarded-for": "<script>, 8.8.8.8"}
+PAUSE = 0.01
+"""Interval between frames of which each is refused, in seconds: within the rate of a connection."""
+
+Way = Callable[[Scene, Client, ConversationId], Awaitable[None]]
+
+
+async def ask(one: Client, frame: client.Frame) -> None:
+    """Ask, and wait as told if refused."""
+    try:
+        await one.call(frame)
+    except Refused as error:
+        await asyncio.sleep((error.retry_after_ms or 20) / 1_000)
+
+
+def markdown(scrap: str) -> Way:
+    async def attack(_: Scene, one: Client, about: ConversationId) -> None:
+        content = (scrap * 10_000)[:10_000]
+        while True:
+            await ask(one, message(about, content, is_markdown=True))
+
+    return attack
+
+
+async def unchanged_edits(_: Scene, one: Client, about: ConversationId) -> None:
+    content = "**a *b " * 1_400
+    message_id = await sent(one, about, content, is_markdown=True)
+    edit = client.Edit(conversation_id=about, message_id=message_id, content=content, is_markdown=True)
+    while True:
+        await ask(one, edit)
+
+
+def metadata(json: str, *, pause: float) -> Way:
+    """Send raw frames with `json` as metadata, as fast as the user's rate allows if `pause` is 0."""
+
+    async def attack(_: Scene, one: Client, about: ConversationId) -> None:
+        while True:
+            error = await one.raw(
+                f'{{"type":"send","conversation_id":"{about}","message_id":"{uuid7()}","content":"x","metadata":{json}}}'
+            )
+            await asyncio.sleep(max(pause, (error.retry_after_ms or 0) / 1_000))
+
+    return attack
+
+
+async def many_in_flight(_: Scene, one: Client, about: ConversationId) -> None:
+    while True:
+        await asyncio.gather(*(ask(one, message(about, "x" * 1_000)) for _ in range(100)))
+
+
+async def too_many_connections(scene: Scene, _: Client, __: ConversationId) -> None:
+    while True:
+        async with AsyncExitStack() as stack:
+            others = [Client(scene.url, scene.attacker.token) for _ in range(15)]
+            await asyncio.gather(*(stack.enter_async_context(one) for one in others), return_exceptions=True)
+        await asyncio.sleep(1.0)
+
+
+async def silent_sockets(scene: Scene, _: Client, __: ConversationId) -> None:
+    host, _colon, port = scene.url.removeprefix("http://").rpartition(":")
+    connections = await asyncio.gather(*(asyncio.open_connection(host, int(port)) for _number in range(100)))
+    try:
+        await asyncio.sleep(60)
+    finally:
+        for _reader, writer in connections:
+            writer.close()
+
+
+def flood(name: str) -> Way:
+    """Flood a connection until it is closed, then another one."""
+
+    async def attack(scene: Scene, _: Client, __: ConversationId) -> None:
+        while True:
+            wire = await shake(scene.url, scene.attacker)
+            with contextlib.suppress(ConnectionError):
+                while not wire.reader.at_eof():
+                    wire.writer.write(FLOODS[name] * 50)
+                    await wire.writer.drain()
+                    await asyncio.sleep(PAUSE)
+            wire.writer.close()
+            await asyncio.sleep(0.2)
+
+    return attack
+
+
+async def foreign_origins(scene: Scene, _: Client, __: ConversationId) -> None:
+    async with httpx.AsyncClient(base_url=scene.url, trust_env=False) as http:
+        while True:
+            await http.post("/v1/auth/login", json={"email": "a@b.c", "password": "wrong"}, headers=FORGED)
+            await asyncio.sleep(0.02)
+
+
+async def dead_credentials(scene: Scene, _: Client, __: ConversationId) -> None:
+    async with httpx.AsyncClient(base_url=scene.url, trust_env=False) as http:
+        while True:
+            await http.post(
+                "/v1/call", json={"type": "get_me"}, headers={"authorization": f"Bearer {scene.attacker.token[::-1]}"}
+            )
+            await asyncio.sleep(0.02)
+
+
+async def invitations(scene: Scene, one: Client, about: ConversationId) -> None:
+    stranger = await scene.world.user("Eve")
+    while True:
+        await ask(one, client.Invite(conversation_id=about, participants=[stranger.id]))
+
+
+async def creating_until_refused(_: Scene, one: Client, __: ConversationId) -> None:
+    while True:
+        await ask(one, client.CreateChannel(conversation_id=ConversationId(uuid7()), title="One of many"))
+
+
+async def starring(_: Scene, one: Client, about: ConversationId) -> None:
+    message_id: MessageId = await sent(one, about, "A star")
+    while True:
+        await ask(one, client.Star(conversation_id=about, message_id=message_id))
+        await ask(one, client.Unstar(conversation_id=about, message_id=message_id))
+
+
+async def badges(_: Scene, one: Client, __: ConversationId) -> None:
+    while True:
+        await ask(one, client.GetBadge())
+        await ask(one, client.ListThreads())
+
+
+async def searches(_: Scene, one: Client, __: ConversationId) -> None:
+    while True:
+        await ask(one, client.Search(text="a b c d e f g h i j", limit=100))
+
+
+LARGE = 250_000
+WAYS: dict[str, Way] = {
+    "Markdown whose HTML is too long": markdown("a\n\n* * *\n"),
+    "Markdown of entities": markdown("&"),
+    "Markdown of nested emphasis": markdown("**a *b "),
+    "edits that change nothing": unchanged_edits,
+    "metadata that is nested too deeply": metadata("[" * 900 + "]" * 900, pause=0.6),
+    "metadata of many objects": metadata("[" + "{}," * (LARGE // 3) + "1]", pause=0.6),
+    "metadata of extreme numbers": metadata("[" + "1e-307," * (LARGE // 7) + "1]", pause=0.6),
+    "many frames in flight": many_in_flight,
+    "120 concurrent connections": too_many_connections,
+    "silent sockets": silent_sockets,
+    "pings": flood("pings"),
+    "continuation frames": flood("messages of two fragments"),
+    "logins from foreign origins with forged addresses": foreign_origins,
+    "credentials that are dead": dead_credentials,
+    "invitations of a stranger": invitations,
+    "conversations made until the bound": creating_until_refused,
+    "stars put and taken back": starring,
+    "badges and lists of threads": badges,
+    "searches": searches,
+}
+ALONE = {"pings": 1, "continuation frames": 1}
+"""Connections of attacks that would be an address's flood with more of them."""
+
+
+@pytest.mark.parametrize("name", WAYS)
+async def test_an_account_within_its_rates_delays_nobody_else(scene: Scene, name: str) -> None:
+    assert scene.worker.process is not None
+    async with AsyncExitStack() as stack:
+        attackers = [
+            await stack.enter_async_context(Client(scene.url, scene.attacker.token))
+            for _ in range(ALONE.get(name, CONNECTIONS))
+        ]
+        about = await scene.world.channel(attackers[0])
+        memory = resident_bytes(scene.worker.process.pid)
+
+        async def attack() -> None:
+            async with asyncio.TaskGroup() as group:
+                for one in attackers:
+                    group.create_task(unless_closed(WAYS[name](scene, one, about)))
+
+        await scene.bystander.is_unaffected(attack)
+    assert resident_bytes(scene.worker.process.pid) < memory + ROOM_BYTES
+
+
+async def unless_closed(way: Awaitable[None]) -> None:
+    """Attack until the server closes the connection: then the attack is over."""
+    with contextlib.suppress(ConnectionError, ConnectionClosed):
+        await way
