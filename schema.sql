@@ -840,7 +840,7 @@ BEGIN
     IF NOT them.is_private OR theirs.is_friend OR action = 'request_friend' THEN
         RETURN true;
     END IF;
-    RETURN action NOT IN ('see_profile', 'follow') AND public.are_together(viewer, target);
+    RETURN action NOT IN ('see_profile', 'follow', 'invite', 'add') AND public.are_together(viewer, target);
 END
 $$;
 

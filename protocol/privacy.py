@@ -37,7 +37,7 @@ RULES: dict[str, Rule] = {
     "see_presence": Rule("see presence and custom status", (YES, YES, PUBLIC, NO, NO),
         "show_online_status", "can_see_online_status"),
     "write": Rule("open a direct conversation, send in it", (YES, YES, PUBLIC, NO, NO), None, "can_send_messages"),
-    "invite": Rule("invite to a group or a channel", (YES, YES, PUBLIC, NO, NO), None, "can_send_messages"),
+    "invite": Rule("invite to a group or a channel", (YES, PUBLIC, PUBLIC, NO, NO), None, "can_send_messages"),
     "add": Rule("add to a group or a channel without asking", (YES, NO, NO, NO, NO),
         "allow_adding", "can_send_messages"),
     "request_friend": Rule("ask for friendship", (YES, YES, YES, NO, NO), "allow_friend_requests"),

@@ -213,27 +213,37 @@ def test_three_statements_put_somebody_into_a_conversation() -> None:
 # ------------------------------------------------------------------------------------------------- what is not told
 
 
-async def test_who_blocks_reads_as_somebody_who_is_not_there(world: World) -> None:
-    """Who blocks, has messages switched off, is private, deactivated or was never there: one answer to all frames."""
-    names = ("Ada", "Blocking", "Switched", "Private", "Deactivated")
-    ada, blocking, switched, private, deactivated = await world.users(*names)
-    owner = await world.connect(ada)
-    await (await world.connect(blocking, 1)).call(client.Block(user_id=ada.id))
-    theirs = await world.connect(switched, 1)
-    await theirs.call(client.Mute(user_id=ada.id))
-    await theirs.call(client.SetSwitches(user_id=ada.id, can_send_messages=False))
-    await (await world.connect(private, 1)).call(client.UpdateProfile(is_private=True))
-    await world.db.execute('UPDATE "user" SET is_active = false WHERE id = $1', deactivated.id)
-    nobody = Somebody(UserId(uuid7()), "Nobody", "")
-    about = await world.channel(owner)
-    answers = set()
-    for one in (blocking, switched, private, deactivated, nobody):
-        for frame in (group_of(one), adding(about, one), inviting(about, one)):
-            answer = await owner.ask(frame)
-            assert isinstance(answer, Error)
-            answers.add(msgspec.json.encode(msgspec.structs.replace(answer, re=None)))
-    assert len(answers) == 1
-    assert await statuses(world, about) == {ada.id: "active"}
+@pytest.mark.parametrize("add_people", ["by_privacy", "anyone"])
+async def test_who_blocks_reads_as_somebody_who_is_not_there(settings: Settings, add_people: str) -> None:
+    """Users who block, switched messages off, are private, deactivated or do not exist give one answer to all frames,
+    to strangers and to those who share a group with them.
+    """
+    async with World(msgspec.structs.replace(settings, add_people=add_people)) as world:
+        names = ("Blocking", "Switched", "Private", "Deactivated")
+        ada, host, *them = await world.users("Ada", "Host", *names, *names)
+        owner = await world.connect(ada)
+        shared = await world.channel(await world.connect(host), is_public=True)
+        await owner.call(client.Join(conversation_id=shared))
+        for blocking, switched, private, deactivated in (them[:4], them[4:]):
+            devices = [await world.connect(one, 1) for one in (blocking, switched, private, deactivated)]
+            if blocking is them[4]:
+                for device in devices:
+                    await device.call(client.Join(conversation_id=shared))
+            await devices[0].call(client.Block(user_id=ada.id))
+            await devices[1].call(client.Mute(user_id=ada.id))
+            await devices[1].call(client.SetSwitches(user_id=ada.id, can_send_messages=False))
+            await devices[2].call(client.UpdateProfile(is_private=True))
+            await world.db.execute('UPDATE "user" SET is_active = false WHERE id = $1', deactivated.id)
+        nobody = Somebody(UserId(uuid7()), "Nobody", "")
+        about = await world.channel(owner)
+        answers = set()
+        for one in (*them, nobody):
+            for frame in (group_of(one), adding(about, one), inviting(about, one), group_of(host, one)):
+                answer = await owner.ask(frame)
+                assert isinstance(answer, Error), one.name
+                answers.add(msgspec.json.encode(msgspec.structs.replace(answer, re=None)))
+        assert len(answers) == 1
+        assert await statuses(world, about) == {ada.id: "active"}
 
 
 async def test_a_block_changes_nothing_about_an_invitation_that_waits(world: World) -> None:

@@ -280,6 +280,9 @@ async def quarrel(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> AsyncI
     await admin.execute(f"ALTER DATABASE {name} SET deadlock_timeout = '5ms'")
     settings = msgspec.structs.replace(settings, login_attempts_per_address=1_000_000, login_attempts=1_000_000)
     async with World(settings) as world, http_client(world.url, timeout=30) as http:
+        # One worker adds whom the other one invites, so that both branches run.
+        invites = world.workers[1].app
+        invites._services = msgspec.structs.replace(invites._services, anyone_adds=False)  # noqa: SLF001
         quarrel = Quarrel(world, http)
         await quarrel.begin()
         yield quarrel
@@ -298,6 +301,7 @@ async def _cheap(password: str) -> str:
 
 
 async def test_every_writing_frame_is_tried(quarrel: Quarrel) -> None:
+    assert {one.app._services.anyone_adds for one in quarrel.world.workers} == {True, False}  # noqa: SLF001
     writing = {kind for kind, route in ROUTES.items() if route.rate is Rate.WRITE}
     assert writing <= {type(frame) for frame in quarrel.frames()}
 

@@ -5,15 +5,17 @@ event, the way in, resuming, the export and notifications of worlds that differ 
 import difflib
 from collections.abc import AsyncIterator, Awaitable, Callable
 
+import msgspec
 import pytest
 
 from protocol import client
+from protocol.ids import UserId, uuid7
 from server import presence, pressure
 from server.config import Settings
 from server.dispatch import Rate
 from server.routes import ROUTES
-from tests.twins import VIEWER, WORDS, XAVER, Twin
-from tests.world import World, http_client
+from tests.twins import COMPANION, VIEWER, WORDS, XAVER, Twin
+from tests.world import Somebody, World, http_client
 
 Fact = Callable[[Twin], Awaitable[None]]
 
@@ -162,3 +164,63 @@ async def test_worlds_that_differ_in_a_hidden_fact_look_alike(world: World, case
             if told != other.told[kind]
         }
         assert not wrong, "\n".join(f"{kind}:\n" + "\n".join(lines) for kind, lines in wrong.items())
+
+
+# --------------------------------------------------------------------------------------------------- adding, inviting
+
+
+async def only_blocks(twin: Twin) -> None:
+    assert twin.xaver is not None
+    await twin.xaver.call(client.Block(user_id=twin.id(VIEWER)))
+
+
+async def only_is_private(twin: Twin) -> None:
+    assert twin.xaver is not None
+    await parts(twin)
+    await twin.xaver.call(client.UpdateProfile(is_private=True))
+
+
+async def only_switches_off(twin: Twin) -> None:
+    assert twin.xaver is not None
+    await parts(twin)
+    await twin.xaver.call(client.Mute(user_id=twin.id(VIEWER)))
+    await twin.xaver.call(client.SetSwitches(user_id=twin.id(VIEWER), can_send_messages=False))
+
+
+async def blocks_and_allows_no_adding(twin: Twin) -> None:
+    assert twin.xaver is not None
+    await twin.xaver.call(client.UpdateProfile(allow_adding=False))
+    await only_blocks(twin)
+
+
+UNINVITABLE: list[Fact] = [only_is_private, only_switches_off, only_blocks, blocks_and_allows_no_adding, deactivates]
+
+
+def inviting(twin: Twin) -> list[client.Frame]:
+    """Return every frame that adds or invites, about Xaver alone and with a companion."""
+    frames = [one for one in twin.writes() if hasattr(one, "participants")]
+    both = [twin.id(XAVER), twin.id(COMPANION)]
+    return [*frames, *(msgspec.structs.replace(one, participants=both) for one in frames)]
+
+
+async def test_every_frame_that_names_participants_is_compared(world: World) -> None:
+    twin = Twin(world, "é0")
+    naming = {frame for frame in ROUTES if "participants" in frame.__struct_fields__}
+    twin.people = {name: Somebody(UserId(uuid7()), name, "") for name in (VIEWER, XAVER, COMPANION)}
+    assert {type(frame) for frame in inviting(twin)} == naming
+
+
+@pytest.mark.more
+@pytest.mark.parametrize("add_people", ["by_privacy", "anyone"])
+async def test_answers_to_an_invitation_hide_a_block_in_each_world(settings: Settings, add_people: str) -> None:
+    """Whoever may not be invited gives the same answers to those who share a group with them."""
+    settings = msgspec.structs.replace(settings, add_people=add_people)
+    told: dict[str, list[str]] = {}
+    async with World(settings, workers=1) as world:
+        for number, fact in enumerate(UNINVITABLE):
+            twin = Twin(world, f"é{number}")
+            await twin.begin(have_met=True, are_friends=False)
+            await fact(twin)
+            await twin.ask(twin.viewer, "inviting", inviting(twin))
+            told[fact.__name__] = twin.told["inviting"]
+    assert all(one == told["only_blocks"] for one in told.values()), told
