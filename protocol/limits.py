@@ -72,7 +72,7 @@ MAX_CONVERSATIONS_A_DAY = 500
 MAX_STARS = 10_000
 """Max stars, per user."""
 MAX_RELATIONSHIPS = 5_000
-"""Max relationships of each kind from a user to others, ended ones included."""
+"""Max relationships of each kind from a user to others that have not ended."""
 MAX_REQUESTS_SENT = 500
 """Max friend requests without an answer, per sender."""
 MAX_REQUESTS_RECEIVED = 5_000

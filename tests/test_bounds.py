@@ -15,7 +15,7 @@ from protocol.limits import MAX_EMOJI_OF_USER, MAX_SESSIONS
 from protocol.server import Error
 from prove.client import Client
 from server.handlers import messages
-from server.queries import bounds, participants, sessions, users
+from server.queries import bounds, drafts, participants, sessions, users
 from tests.test_may_send import waiting
 from tests.world import Room, Somebody, World, http_client, refused, sent
 
@@ -106,6 +106,26 @@ async def test_relationships_of_each_kind_are_bounded(world: World, monkeypatch:
         "SELECT count(*) FROM user_relationship WHERE from_user_id = $1 GROUP BY type", ada.id
     )
     assert [row[0] for row in counts] == [MOST, MOST]
+
+
+async def test_blocks_that_ended_keep_nobody_from_blocking(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bounds, "MAX_RELATIONSHIPS", 2)
+    ada, *others = await world.users("Ada", *(f"User {number}" for number in range(5)))
+    one = await world.connect(ada)
+    for kind, ending in (
+        (client.Block, client.Unblock),
+        (client.Follow, client.Unfollow),
+        (client.Mute, client.Unmute),
+    ):
+        for other in others[:3]:
+            await one.call(kind(user_id=other.id))
+            await one.call(ending(user_id=other.id))
+        for other in others[:2]:
+            await one.call(kind(user_id=other.id))
+        with refused(ErrorCode.CONFLICT, "user_id"):
+            await one.call(kind(user_id=others[3].id))
+        for other in others[:2]:
+            await one.call(ending(user_id=other.id))
 
 
 async def test_friend_requests_sent_are_bounded(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -224,6 +244,18 @@ async def test_draft_goes_with_its_conversation(room: Room, world: World, frame:
     await other.event(server.DraftChanged, lambda event: event.draft.content == "")
     with refused(ErrorCode.NOT_FOUND, "conversation_id"):
         await room.charles.call(client.SetDraft(conversation_id=room.group, content="I think"))
+
+
+async def test_a_draft_that_is_set_while_its_conversation_is_deleted_goes_with_it(room: Room, world: World) -> None:
+    charles = room.them[1].id
+    async with world.db.transaction():
+        # As `set_draft` locks and writes.
+        await users.lock(world.db, [charles])
+        assert await drafts.put(world.db, client.SetDraft(conversation_id=room.group, content="I thi"), charles)
+        asked = asyncio.create_task(room.ada.ask(client.DeleteConversation(conversation_id=room.group)))
+        await waiting(world, 1)
+    assert not isinstance(await asked, Error)
+    assert await world.db.fetchval("SELECT count(*) FROM draft WHERE content <> ''") == 0
 
 
 async def test_a_draft_that_waits_while_its_writer_is_removed_is_refused(room: Room, world: World) -> None:

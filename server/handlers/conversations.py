@@ -168,6 +168,7 @@ async def delete(context: Context, frame: client.DeleteConversation) -> Done:
     async with context.database.transaction() as db:
         conversation, me = await entered(db, context, frame.conversation_id)
         require(me, Act.DELETE_CONVERSATION)
+        await drafts.lock_writers(db, conversation.id)
         drafted = await drafts.empty(db, conversation.id)
         conversation = await conversations.delete(db, conversation.id)
         await audit.record(db, conversation.id, Deed(context.user_id, "delete_conversation"))

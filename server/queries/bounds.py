@@ -69,15 +69,19 @@ async def require_stars(db: Db, user_id: UserId) -> None:
         raise Refused(ErrorCode.CONFLICT, f"You can star at most {MAX_STARS} messages. Unstar one first.")
 
 
-RELATIONSHIPS = "SELECT count(*) FROM user_relationship r WHERE r.from_user_id = $1 AND r.type = $2"
+# Rows that ended do not count: they stay as tombstones, and would keep a user from blocking anybody else. A rejected
+# request counts, as it does something: its sender may not send another one.
+RELATIONSHIPS = """
+SELECT count(*) FROM user_relationship r WHERE r.from_user_id = $1 AND r.type = $2 AND r.status <> 'inactive'
+"""
 
 
 async def require_relationships(db: Db, user_id: UserId, kind: RelationshipKind) -> None:
-    """Raise Refused if a user has too many relationships of a kind, ended ones included. Under the user's lock."""
+    """Raise Refused if a user has too many relationships of a kind that have not ended. Under the user's lock."""
     if int(await db.fetchval(RELATIONSHIPS, user_id, kind)) > MAX_RELATIONSHIPS:
         raise Refused(
             ErrorCode.CONFLICT,
-            f"You can have at most {MAX_RELATIONSHIPS} relationships of the kind `{kind}`.",
+            f"You can have at most {MAX_RELATIONSHIPS} relationships of the kind `{kind}`. End one first.",
             path="user_id",
         )
 
