@@ -510,6 +510,18 @@ CREATE INDEX user_relationship_hiding_idx ON user_relationship (to_user_id)
     WHERE NOT can_see_online_status OR (type = 'block' AND status = 'active');
 CREATE INDEX user_relationship_to_idx ON user_relationship (to_user_id, type, from_user_id);
 
+-- How often somebody has tried to reach somebody else since `began_at`, by kind. Rows older than a day are deleted.
+CREATE TABLE approach (
+    from_user_id uuid NOT NULL CONSTRAINT approach_from_fkey REFERENCES "user" (id) ON DELETE CASCADE,
+    to_user_id uuid NOT NULL CONSTRAINT approach_to_fkey REFERENCES "user" (id) ON DELETE CASCADE,
+    kind text NOT NULL CONSTRAINT approach_kind_known CHECK (kind IN ('add', 'invite', 'friend', 'follow')),
+    made integer NOT NULL DEFAULT 1,
+    began_at timestamptz NOT NULL DEFAULT now(),
+    CONSTRAINT approach_pkey PRIMARY KEY (from_user_id, to_user_id, kind)
+);
+CREATE INDEX approach_began_idx ON approach (began_at);
+CREATE INDEX approach_to_idx ON approach (to_user_id);
+
 -- ------------------------------------------------------------------------------------------- moderation
 
 -- One for each message and reporter: said again, it is the same report.
@@ -1048,6 +1060,7 @@ ALTER TABLE message_search ENABLE ROW LEVEL SECURITY;
 ALTER TABLE server_key ENABLE ROW LEVEL SECURITY;
 ALTER TABLE attachment ENABLE ROW LEVEL SECURITY;
 ALTER TABLE user_relationship ENABLE ROW LEVEL SECURITY;
+ALTER TABLE approach ENABLE ROW LEVEL SECURITY;
 ALTER TABLE report ENABLE ROW LEVEL SECURITY;
 ALTER TABLE audit_entry ENABLE ROW LEVEL SECURITY;
 

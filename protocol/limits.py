@@ -65,6 +65,10 @@ MAX_INVITATIONS = 100
 """Max invitations that wait for an answer of one user, sent by users who may not add them: as many as are listed."""
 MAX_INVITATIONS_SENT = 1_000
 """Max invitations of one user that wait for an answer."""
+MAX_APPROACHES_A_DAY = 10
+"""Max invitations, friend requests and follows within 24 hours, per sender, receiver and kind."""
+MAX_ADDED_A_DAY = 500
+"""Max conversations that a user adds the same user to within 24 hours."""
 MAX_MEMBERSHIPS = MAX_RESUMED
 """Max conversations that a user takes part in, as many as a `resume` may name."""
 MAX_CONVERSATIONS_A_DAY = 500

@@ -43,7 +43,7 @@ from server.presence import Presence
 from server.pressure import Pressure
 from server.previews import Previews
 from server.proxies import Proxies
-from server.queries import conversations, indexing, push, sending
+from server.queries import approaches, conversations, indexing, push, sending
 from server.queries import erasure as erasing
 from server.queries.conversations import Membership
 from server.queries.sending import Outgoing, Stored
@@ -226,6 +226,7 @@ class App:
             (CLEAR_SECONDS, app.sessions.clear),
             (EXPIRE_SECONDS, app.presence.expire_statuses),
             (CLEAR_SECONDS, app.erase_due),
+            (CLEAR_SECONDS, app.forget_approaches),
             (DUE_SECONDS, app.send_due),
             (DUE_SECONDS, app.expire_due),
             (DUE_SECONDS, app.notices.push_due),
@@ -273,6 +274,11 @@ class App:
         """Sort in what is new in the index of words."""
         async with self._database.connection() as db:
             await indexing.tidy(db)
+
+    async def forget_approaches(self) -> None:
+        """Delete counts of what users did to each other more than a day ago."""
+        async with self._database.connection() as db:
+            await approaches.expire(db)
 
     async def _send(self, batch: list[Outgoing]) -> list[Stored | None]:
         async with self._database.connection() as db:

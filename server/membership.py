@@ -14,7 +14,7 @@ from server.context import Context
 from server.database import Db
 from server.errors import NotFound
 from server.permissions import require, require_below
-from server.queries import audit, conversations, participants, sending, users, welcome
+from server.queries import approaches, audit, conversations, participants, sending, users, welcome
 from server.queries.audit import Deed
 from server.queries.participants import Change
 from server.queries.sending import Announcement
@@ -138,7 +138,15 @@ async def welcomed_by(db: Db, context: Context, me: Participant, frame: AddParti
     named = await guests(db, context, me.conversation_id, frame.participants)
     if not may(me, Act.REMOVE_MEMBERS) and any(guest.status == "banned" for guest in named):
         raise Refused(ErrorCode.FORBIDDEN, "Your role cannot lift a ban.", path="participants")
-    return welcomed(context, named, only_invited=isinstance(frame, Invite))
+    they = welcomed(context, named, only_invited=isinstance(frame, Invite))
+    await counted(db, context, they)
+    return they
+
+
+async def counted(db: Db, context: Context, they: Welcome) -> None:
+    """Count that the caller adds and invites them. Raises Refused if one of them was, too often within a day."""
+    await approaches.count(db, "add", context.user_id, they.added)
+    await approaches.count(db, "invite", context.user_id, they.invited)
 
 
 def require_room(conversation: Conversation, more: int) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 
+import msgspec
 import pytest
 
 from protocol import client, server
@@ -10,6 +11,7 @@ from protocol.errors import ErrorCode
 from protocol.ids import UserId, uuid7
 from protocol.values import Relationship
 from prove.client import Client
+from server.queries import approaches
 from tests.world import Somebody, World, refused, sent
 
 
@@ -137,3 +139,47 @@ async def test_relationships_in_pages(world: World, pair: Pair) -> None:
     assert sorted(found) == sorted(other.id for other in others)
     none = await pair.one.call(client.ListRelationships(kind="follow", is_outgoing=False), server.RelationshipPage)
     assert none.relationships == []
+
+
+async def test_nobody_reaches_somebody_again_and_again(
+    pair: Pair, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Requests, follows and invitations that are taken back are counted by pair and day, and repeats are not told."""
+    monkeypatch.setattr(approaches, "MAX_APPROACHES_A_DAY", 3)
+    them = pair.charles.id
+    about = await world.channel(pair.one)
+    app = world.workers[0].app
+    app._services = msgspec.structs.replace(app._services, anyone_adds=False)  # noqa: SLF001
+    owner = await world.connect(pair.ada)
+    clock = 'SELECT version FROM "user" WHERE id = $1'
+    ways: list[tuple[Frame, Frame]] = [
+        (client.RequestFriend(user_id=them), client.Unfriend(user_id=them)),
+        (client.Follow(user_id=them), client.Unfollow(user_id=them)),
+        (
+            client.Invite(conversation_id=about, participants=[them]),
+            client.RemoveParticipant(conversation_id=about, user_id=them),
+        ),
+    ]
+    for begin, end in ways:
+        for _ in range(3):
+            await owner.call(begin)
+            await owner.call(end)
+        before = await world.db.fetchval(clock, them)
+        answer = await owner.ask(begin)
+        assert isinstance(answer, server.Error), begin
+        assert answer.code == ErrorCode.RATE_LIMITED
+        assert answer.retry_after_ms is not None
+        assert 80_000_000 < answer.retry_after_ms <= 86_400_000
+        # What ended, and bans of somebody who is gone, are not told again.
+        await owner.ask(end)
+        for frame in (client.RemoveParticipant(conversation_id=about, user_id=them, ban=True),
+                      client.Unban(conversation_id=about, user_id=them)):  # fmt: skip
+            await owner.ask(frame)
+        assert await world.db.fetchval(clock, them) == before
+    # Others are not counted with her, and the next day she may again.
+    mary = await world.connect(await world.user("Mary"))
+    await mary.call(client.Follow(user_id=them))
+    await world.db.execute("UPDATE approach SET began_at = began_at - interval '1 day'")
+    await owner.call(ways[1][0])
+    await world.workers[0].app.forget_approaches()
+    assert await world.db.fetchval("SELECT count(*) FROM approach") == 1

@@ -19,7 +19,7 @@ from server.cursor import Cursor
 from server.database import Db
 from server.errors import NotActive, NotFound
 from server.invitecode import new_code
-from server.membership import News, entered, guests, welcomed
+from server.membership import News, counted, entered, guests, welcomed
 from server.permissions import require
 from server.queries import audit, bounds, conversations, drafts, participants, users
 from server.queries.audit import Deed
@@ -100,6 +100,7 @@ async def _create(
         founding = msgspec.structs.replace(founding, invited=frozenset(they.invited))
         made = await conversations.create(db, founding)
         if made:
+            await counted(db, context, they)
             await participants.stamp(db, founding.id, they.invited, also=list(members))
             await bounds.require_made(db, context.user_id)
             entering = [one for one in members if one not in founding.invited]

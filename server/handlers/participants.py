@@ -104,7 +104,9 @@ async def remove(context: Context, frame: client.RemoveParticipant) -> Done:
         if them.status == "active":
             await news.announce(Announcement("remove_member", "removed someone", {"user_ids": [them.user_id]}))
         await news.record(Deed(context.user_id, "ban" if frame.ban else "remove", them.user_id))
-        await participants.stamp(db, conversation.id, [them.user_id])
+        # Nothing is new to a user who has left already, or bans and unbans would reach them again and again.
+        if them.status in {"active", "invited"}:
+            await participants.stamp(db, conversation.id, [them.user_id])
     news.tell()
     return Done()
 

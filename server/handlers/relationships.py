@@ -10,7 +10,7 @@ from protocol.values import RelationshipKind, RelationshipStatus
 from server.context import Context
 from server.database import Db
 from server.errors import NotActive, NotFound
-from server.queries import bounds, relationships, users
+from server.queries import approaches, bounds, relationships, users
 from server.queries.relationships import Change
 
 
@@ -28,6 +28,12 @@ async def request_friend(context: Context, frame: client.RequestFriend) -> OneRe
         if mine not in {"pending", "accepted"} and await relationships.status(db, them, me, "friend") == "pending":
             becomes = "accepted"
             await relationships.put(db, them, me, Change("friend", becomes), me)
+        if mine == "accepted":
+            made = await relationships.get(db, me, them, Change("friend", "accepted"), me)
+            assert made is not None  # noqa: S101 - read above, under the lock
+            return OneRelationship(relationship=made)
+        if becomes == "pending":
+            await approaches.count(db, "friend", me, [them])
         made = await relationships.put(db, me, them, Change("friend", becomes, frame.message), me)
         await bounds.require_relationships(db, me, "friend")
         await bounds.require_requests(db, me, them)
@@ -47,6 +53,9 @@ async def answer_friend(context: Context, frame: client.AnswerFriend) -> OneRela
         if frame.accept and await relationships.status(db, me, them, "block") == "active":
             raise Refused(ErrorCode.CONFLICT, "You block this user. Unblock them first.", path="user_id")
         change = Change("friend", answer, response_message=frame.message)
+        if there == answer and (same := await relationships.get(db, them, me, change, me)) is not None:
+            # Answered before: the other one is not told again.
+            return OneRelationship(relationship=same)
         made = await relationships.put(db, them, me, change, me)
         if frame.accept:
             await relationships.put(db, me, them, Change("friend", "accepted"), me)
@@ -83,11 +92,16 @@ def turned(kind: RelationshipKind, *, on: bool) -> Callable[[Context, OneOf], Aw
                 raise NotFound("user_id")
             if not on and await relationships.status(db, me, them, kind) is None:
                 raise NotFound("user_id")
+            turn = Change(kind, "active" if on else "inactive")
+            if (same := await relationships.get(db, me, them, turn, me)) is not None:
+                return OneRelationship(relationship=same)
+            if kind == "follow" and on:
+                await approaches.count(db, "follow", me, [them])
             if kind == "block" and on:
                 # One after the other, as if each were ended by itself.
                 await relationships.end(db, me, them, "friend")
                 await relationships.end(db, me, them, "follow")
-            made = await relationships.put(db, me, them, Change(kind, "active" if on else "inactive"), me)
+            made = await relationships.put(db, me, them, turn, me)
             if on:
                 await bounds.require_relationships(db, me, kind)
         context.events.poke([me, them] if kind != "mute" else [me])

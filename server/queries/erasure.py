@@ -90,6 +90,7 @@ FORGET = (
     "DELETE FROM session WHERE user_id = $1",
     "DELETE FROM account WHERE user_id = $1",
     "DELETE FROM user_relationship WHERE from_user_id = $1 OR to_user_id = $1",
+    "DELETE FROM approach WHERE from_user_id = $1 OR to_user_id = $1",
     "DELETE FROM draft WHERE user_id = $1",
     "DELETE FROM scheduled_message WHERE sender_id = $1",
     "DELETE FROM message_star WHERE user_id = $1",
@@ -137,6 +138,7 @@ TRACES = "SELECT * FROM traces($1)"
 IS_ERASED = """
 SELECT NOT EXISTS (SELECT FROM account WHERE user_id = $1) AND NOT EXISTS (SELECT FROM session WHERE user_id = $1)
     AND NOT EXISTS (SELECT FROM user_relationship WHERE $1 IN (from_user_id, to_user_id))
+    AND NOT EXISTS (SELECT FROM approach WHERE $1 IN (from_user_id, to_user_id))
     AND NOT EXISTS (SELECT FROM draft WHERE user_id = $1) AND NOT EXISTS (SELECT FROM message_star WHERE user_id = $1)
     AND NOT EXISTS (SELECT FROM scheduled_message WHERE sender_id = $1)
     AND NOT EXISTS (SELECT FROM push_endpoint WHERE user_id = $1)

@@ -38,6 +38,18 @@ async def status(db: Db, one: UserId, other: UserId, kind: RelationshipKind) -> 
     return found
 
 
+GET = """
+SELECT relationship_json(r, $4) FROM user_relationship r
+WHERE r.from_user_id = $1 AND r.to_user_id = $2 AND r.type = $3 AND r.status = $5
+"""
+
+
+async def get(db: Db, one: UserId, other: UserId, change: "Change", viewer: UserId) -> Relationship | None:
+    """Return a relationship of one user to another as `viewer` sees it, if its status is that of `change`."""
+    text = await db.fetchval(GET, one, other, change.kind, viewer, change.status)
+    return None if text is None else _relationship_decoder.decode(text)
+
+
 class Change(NamedTuple):
     """What becomes of a relationship: its status, and the words that come with it."""
 

@@ -25,6 +25,7 @@ TABLES = {
     "push_endpoint": "SELECT row_to_json(t)::text FROM push_endpoint t ORDER BY t.id",
     "attachment": "SELECT row_to_json(t)::text FROM attachment t ORDER BY t.id",
     "user_relationship": "SELECT row_to_json(t)::text FROM user_relationship t ORDER BY t.id",
+    "approach": "SELECT row_to_json(t)::text FROM approach t ORDER BY t.from_user_id, t.to_user_id, t.kind",
     "report": "SELECT row_to_json(t)::text FROM report t ORDER BY t.id",
     "audit_entry": "SELECT row_to_json(t)::text FROM audit_entry t ORDER BY t.chain, t.number",
 }

@@ -1,0 +1,58 @@
+"""Approaches: how often a user reached another one within a day, counted by the statement that allows it."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+from protocol.errors import ErrorCode, Refused
+from protocol.ids import UserId
+from protocol.limits import MAX_ADDED_A_DAY, MAX_APPROACHES_A_DAY
+from server.database import Db
+
+Kind = Literal["add", "invite", "friend", "follow"]
+
+# A row that is not returned has reached its bound.
+COUNT = """
+INSERT INTO approach AS a (from_user_id, to_user_id, kind)
+SELECT $1, named.user_id, $3 FROM unnest($2::uuid[]) AS named (user_id) ORDER BY named.user_id
+ON CONFLICT (from_user_id, to_user_id, kind) DO UPDATE SET
+    made = CASE WHEN a.began_at > now() - interval '1 day' THEN a.made + 1 ELSE 1 END,
+    began_at = CASE WHEN a.began_at > now() - interval '1 day' THEN a.began_at ELSE now() END
+    WHERE a.made < $4 OR a.began_at <= now() - interval '1 day'
+RETURNING a.to_user_id
+"""
+WAIT = """
+SELECT ceil(1000 * extract(epoch FROM min(a.began_at) + interval '1 day' - now()))::bigint FROM approach a
+WHERE a.from_user_id = $1 AND a.to_user_id = ANY($2) AND a.kind = $3
+"""
+
+
+async def count(db: Db, kind: Kind, user_id: UserId, others: Sequence[UserId]) -> None:
+    """Count that a user reaches others. Raises Refused if one of them was reached too often within a day. Under the
+    locks of all of them.
+    """
+    if not others:
+        return
+    most = MAX_ADDED_A_DAY if kind == "add" else MAX_APPROACHES_A_DAY
+    allowed = {row[0] for row in await db.fetch(COUNT, user_id, list(others), kind, most)}
+    if refused := [other for other in others if other not in allowed]:
+        wait = await db.fetchval(WAIT, user_id, refused, kind)
+        raise Refused(
+            ErrorCode.RATE_LIMITED,
+            f"You can do this to the same user {most} times a day. Try again after `retry_after_ms`.",
+            path="participants" if kind in {"add", "invite"} else "user_id",
+            retry_after_ms=max(1, int(wait or 1)),
+        )
+
+
+EXPIRE = """
+DELETE FROM approach a USING (
+    SELECT o.from_user_id, o.to_user_id, o.kind FROM approach o WHERE o.began_at <= now() - interval '1 day'
+    ORDER BY o.began_at LIMIT 1000 FOR UPDATE SKIP LOCKED
+) due
+WHERE a.from_user_id = due.from_user_id AND a.to_user_id = due.to_user_id AND a.kind = due.kind
+"""
+
+
+async def expire(db: Db) -> None:
+    """Delete counts that are older than a day, at most 1,000."""
+    await db.execute(EXPIRE)
