@@ -223,10 +223,9 @@ class App:
         await app.presence.start()
         app.roster.start()
         jobs = (
-            (CLEAR_SECONDS, app.sessions.clear),
+            (CLEAR_SECONDS, app.clear_expired),
             (EXPIRE_SECONDS, app.presence.expire_statuses),
             (CLEAR_SECONDS, app.erase_due),
-            (CLEAR_SECONDS, app.forget_approaches),
             (DUE_SECONDS, app.send_due),
             (DUE_SECONDS, app.expire_due),
             (DUE_SECONDS, app.notices.push_due),
@@ -275,8 +274,9 @@ class App:
         async with self._database.connection() as db:
             await indexing.tidy(db)
 
-    async def forget_approaches(self) -> None:
-        """Delete counts of what users did to each other more than a day ago."""
+    async def clear_expired(self) -> None:
+        """Delete some of the sessions that expired long ago, and of the approaches that were counted a day ago."""
+        await self.sessions.clear()
         async with self._database.connection() as db:
             await approaches.expire(db)
 

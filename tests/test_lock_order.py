@@ -265,7 +265,7 @@ class Quarrel:
 
         await self.on_database(slid)
         with contextlib.suppress(asyncpg.TransactionRollbackError):
-            await self.app.sessions.clear()
+            await self.app.clear_expired()
             await self.app.expire_due()
             await self.app.send_due()
 

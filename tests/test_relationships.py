@@ -181,5 +181,5 @@ async def test_nobody_reaches_somebody_again_and_again(
     await mary.call(client.Follow(user_id=them))
     await world.db.execute("UPDATE approach SET began_at = began_at - interval '1 day'")
     await owner.call(ways[1][0])
-    await world.workers[0].app.forget_approaches()
+    await world.workers[0].app.clear_expired()
     assert await world.db.fetchval("SELECT count(*) FROM approach") == 1
