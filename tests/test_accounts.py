@@ -17,6 +17,7 @@ from protocol.errors import CloseCode
 from protocol.http import LoggedIn
 from protocol.server import Error, Ready
 from prove.client import Client
+from server.auth import passwords
 from server.auth.credentials import SAFE_METHODS
 from server.config import Settings
 from tests.world import World, http_client
@@ -92,6 +93,32 @@ async def test_login_refuses_alike(http: httpx.AsyncClient) -> None:
     nobody = await http.post("/v1/auth/login", json={"email": "no@example.org", "password": "wrong horse"})
     assert refusal(wrong) == refusal(nobody) == (401, "unauthenticated", None)
     assert wrong.json() == nobody.json()
+
+
+async def test_a_password_of_nobody_takes_the_same_work() -> None:
+    """In processor time, the median of five."""
+    taken: dict[str | None, float] = {}
+    for password_hash in (await passwords.hashed("correct horse"), None):
+        times = []
+        for _ in range(5):
+            begun = time.process_time()
+            assert not await passwords.matches("wrong horse", password_hash)
+            times.append(time.process_time() - begun)
+        taken[password_hash] = sorted(times)[2]
+    of_somebody, of_nobody = taken.values()
+    assert 1 / 3 < of_nobody / of_somebody < 3
+
+
+async def test_a_token_in_the_url_is_not_read(http: httpx.AsyncClient, world: World) -> None:
+    token = (await register(http)).token
+    for name in ("token", "access_token", "authorization", "openchat_session"):
+        response = await http.get("/v1/auth/sessions", params={name: token})
+        assert refusal(response)[:2] == (401, "unauthenticated")
+        client = Client(world.url, None, query=f"?{name}={token}")
+        await client.open()
+        await client.raw('{"type":"get_me"}')
+        assert await client.closed() == CloseCode.UNAUTHENTICATED
+    assert (await http.get("/v1/auth/sessions", headers={"Authorization": f"Bearer {token}"})).status_code == 200
 
 
 async def test_bodies_are_limited_and_understood(http: httpx.AsyncClient) -> None:

@@ -1,7 +1,6 @@
 """How much of everything one user, one connection and one address may do; docs/limits.md has the table."""
 
 import asyncio
-import re
 from http import HTTPStatus
 from pathlib import Path
 
@@ -174,14 +173,6 @@ async def test_an_answer_may_be_larger_than_what_may_wait_for_a_slow_reader(sett
         reader.socket.transport.resume_reading()
         assert await reader.closed() in {CloseCode.SILENT, 1006}
         await ada.call(message(channel), server.Sent)
-
-
-def test_the_table_names_tests_that_exist() -> None:
-    table = (ROOT / "docs" / "limits.md").read_text()
-    named = set(re.findall(r"`(test_[a-z_0-9]+)`", table))
-    assert len(named) > 15
-    tests = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
-    assert [name for name in named if f"def {name}(" not in tests] == []
 
 
 async def test_a_frame_takes_tokens_by_what_it_costs(settings: Settings) -> None:

@@ -5,6 +5,7 @@ import contextlib
 import signal
 
 import pytest
+from redis.asyncio import Redis
 from websockets.exceptions import InvalidStatus
 
 from protocol import client, server
@@ -74,6 +75,17 @@ async def test_what_changes_while_one_is_about_to_resume_is_said_after_that(worl
     await back.synced()
     said = [event.view.conversation.id for event in back.events if isinstance(event, server.ConversationJoined)]
     assert said == [joined.view.conversation.id] == [group]
+
+
+async def test_a_ticket_is_stored_as_its_hash_alone(world: World) -> None:
+    _, word = await sent_away(world, await world.user("Ada"))
+    assert word.ticket is not None
+    async with Redis.from_url(world.settings.redis_url) as redis:
+        keys = [key async for key in redis.scan_iter("*openchat:return:*")]
+        stored = [await redis.get(key) for key in keys]
+    assert stored
+    for bare in (word.ticket, word.ticket.partition(".")[2]):
+        assert not [one for one in keys + stored if bare.encode() in one]
 
 
 async def test_a_made_up_ticket_is_refused(world: World) -> None:
