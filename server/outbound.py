@@ -106,7 +106,9 @@ def _is_public(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
     inside = getattr(address, "ipv4_mapped", None) or getattr(address, "sixtofour", None)
     if inside is not None:
         return _is_public(inside)
-    return address.is_global and not address.is_multicast and not address.is_reserved
+    # Python takes the site-local addresses of IPv6, which networks may still route to themselves, for global ones.
+    is_near = address.is_multicast or address.is_reserved or getattr(address, "is_site_local", False)
+    return address.is_global and not is_near
 
 
 async def _read(response: httpx.Response, most: int) -> bytes:

@@ -130,7 +130,8 @@ TEXTS = {
     "url": "https://example.org/x", "image": "https://example.org/x", "website": "https://example.org/x",
     "poster": "https://example.org/x", "endpoint": "https://example.org/x", "p256dh": "B" * 87, "auth": "A" * 22,
     "mime_type": "image/png", "language": "python", "time_zone": "Europe/London", "emoji": "\N{THUMBS UP SIGN}",
-    "email": "somebody@example.org", "password": "correct horse", "after": "2025-01-01T00:00:00Z/" + str(uuid7()),
+    "email": "somebody@example.org", "password": "correct horse", "new_password": "another horse",
+    "after": "2025-01-01T00:00:00Z/" + str(uuid7()),
 }  # fmt: skip
 
 

@@ -2,7 +2,6 @@
 
 import asyncio
 from http import HTTPStatus
-from pathlib import Path
 
 import msgspec
 import pytest
@@ -10,14 +9,18 @@ from websockets.exceptions import InvalidStatus
 
 from protocol import client, server
 from protocol.codec import encode
-from protocol.errors import CloseCode, ErrorCode
+from protocol.errors import CloseCode, ErrorCode, Refused
 from protocol.ids import UserId, uuid7
+from protocol.limits import MAX_CONTENT, MAX_FRAME_BYTES
 from protocol.server import Error
 from prove.client import Client
 from server.config import Settings
-from tests.world import World, http_client, message, sent, until
-
-ROOT = Path(__file__).parent.parent
+from server.connection import MAX_INBOX, Connection
+from server.limits import Pace
+from server.proxies import Proxies
+from server.queries import conversations
+from server.sockets import UNREAD_BYTES, UNREAD_BYTES_OF_ADDRESS, Sockets
+from tests.world import World, heard, http_client, message, sent, until
 
 
 async def refused(asker: Client, count: int) -> int:
@@ -194,3 +197,51 @@ async def test_a_frame_takes_tokens_by_what_it_costs(settings: Settings) -> None
             assert {one.code for one in late} == {ErrorCode.RATE_LIMITED}
             assert all(one.retry_after_ms for one in late)
             assert asker.ready.limits.further_tokens["list_threads"] == 20
+
+
+@pytest.mark.parametrize("size", [10, MAX_CONTENT])
+async def test_a_socket_is_not_read_while_many_of_its_frames_wait(world: World, size: int) -> None:
+    ada = await world.user("Ada")
+    one = await world.connect(ada)
+    about = await world.channel(one)
+    (there,) = world.workers[0].app.hub.people.sockets(ada.id)
+    assert isinstance(there, Connection)
+    frames = [message(about, "x" * size) for _ in range(MAX_INBOX + 1)]
+    async with world.db.transaction():
+        await conversations.lock(world.db, about)
+        count = 0
+        while not there.socket.read_paused:
+            await one.socket.send(encode(frames[count]).decode())
+            # One is being answered, and the others wait.
+            await until(lambda: len(there._inbox) == count and bool(there._worker))  # noqa: B023, SLF001
+            count += 1
+        if size == MAX_CONTENT:
+            assert MAX_FRAME_BYTES <= there._inbox_bytes < MAX_FRAME_BYTES + 2 * MAX_CONTENT  # noqa: SLF001
+        else:
+            assert len(there._inbox) == MAX_INBOX  # noqa: SLF001
+    await one.call(client.Ping())
+    await heard(one, frames[count - 1].message_id)
+
+
+def test_bytes_of_unanswered_requests_are_counted_by_address_and_in_all() -> None:
+    sockets = Sockets(most=1_000, per_address=1_000, proxies=Proxies.read(""), frames=Pace.of(1.0))
+    addresses = [str(number) for number in range(UNREAD_BYTES // UNREAD_BYTES_OF_ADDRESS)]
+    for address in addresses:
+        sockets.hold(address, UNREAD_BYTES_OF_ADDRESS - 1)
+        with pytest.raises(Refused, match="Too much"):
+            sockets.hold(address, 2)
+        sockets.hold(address, 1)
+    with pytest.raises(Refused, match="Too much"):
+        sockets.hold("another", 1)
+    sockets.release(addresses[0], 1)
+    sockets.hold("another", 1)
+
+
+async def test_three_exports_of_a_user_are_begun_and_no_fourth(world: World) -> None:
+    headers = {"Authorization": f"Bearer {(await world.user('Ada')).token}"}
+    others = {"Authorization": f"Bearer {(await world.user('Charles')).token}"}
+    async with http_client(world.url) as http:
+        answers = [await http.get("/v1/auth/export", headers=headers) for _ in range(4)]
+        assert [answer.status_code for answer in answers] == [200, 200, 200, 429]
+        assert 0 < int(answers[-1].headers["retry-after"]) <= 60
+        assert (await http.get("/v1/auth/export", headers=others)).status_code == 200

@@ -1,6 +1,7 @@
 """What the server asks of addresses that users name: nothing near, nothing for long, nothing much; link previews."""
 
 import asyncio
+import ipaddress
 import socket
 import subprocess
 import sys
@@ -92,8 +93,21 @@ NOWHERE = ["ftp://example.org/", "file:///etc/passwd", "http:///x", "http://user
 
 @pytest.mark.parametrize("url", [*NEAR, *NOWHERE])
 async def test_nothing_near_is_asked(careful: Outbound, url: str) -> None:
-    with pytest.raises(Unreachable):
+    # The reason tells a refusal from a connection that was tried and failed.
+    with pytest.raises(Unreachable, match="not a public one" if url in NEAR else "not an address on the web"):
         await careful.get(url, most=10)
+
+
+def test_addresses_that_lead_near_are_not_public() -> None:
+    """Also those that hold another address, and ranges that were given up. Only read, never asked."""
+    near = [
+        "127.0.0.1", "0.0.0.1", "10.0.0.1", "169.254.169.254", "100.64.0.1", "192.168.0.1", "224.0.0.1", "240.0.0.1",
+        "::", "::1", "fe80::1", "fc00::1", "fec0::1", "ff02::1", "::ffff:127.0.0.1", "::127.0.0.1", "2002:7f00:1::",
+        "2002:a00:1::1", "64:ff9b::127.0.0.1", "64:ff9b:1::10.0.0.1", "2001:0:7f00:1::", "2001:db8::1",
+    ]  # fmt: skip
+    assert [one for one in near if outbound._is_public(ipaddress.ip_address(one))] == []  # noqa: SLF001
+    far = ["8.8.8.8", "2606:4700:4700::1111", "2002:808:808::1"]
+    assert [one for one in far if not outbound._is_public(ipaddress.ip_address(one))] == []  # noqa: SLF001
 
 
 async def test_a_name_that_leads_here_is_not_asked(
