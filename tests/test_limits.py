@@ -196,7 +196,10 @@ async def test_a_frame_takes_tokens_by_what_it_costs(settings: Settings) -> None
             assert fewest <= len(answered) <= most, frames
             assert {one.code for one in late} == {ErrorCode.RATE_LIMITED}
             assert all(one.retry_after_ms for one in late)
-            assert asker.ready.limits.further_tokens["list_threads"] == 20
+            assert asker.ready.limits.further_tokens == {
+                "list_threads": 20, "watch": 20, "resume": 20,
+                "list_conversations": 10, "list_relationships": 10, "list_stars": 10, "why": 10,
+            }  # fmt: skip
 
 
 @pytest.mark.parametrize("size", [10, MAX_CONTENT])

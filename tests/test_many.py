@@ -3,12 +3,13 @@
 from typing import Any
 
 import pytest
+from asyncpg import Connection
 
 from protocol import client, server
 from protocol.errors import ErrorCode
 from server import sync
 from server.database import Database
-from server.queries import conversations, feed
+from server.queries import conversations, feed, users
 from tests.world import Room, World, refused, sent
 
 FILL = """
@@ -35,7 +36,8 @@ async def test_resume_of_many_conversations_reads_pages_in_turns(world: World, m
     monkeypatch.setattr(conversations, "MEMBERSHIPS_READ", 4)
     asked: list[int] = []
     in_turn: list[int] = []
-    get, catching_up = conversations.get, Database.catching_up
+    rows_read: list[int] = []
+    get, catching_up, fetch = conversations.get, Database.catching_up, Connection.fetch
 
     async def counted(db: Any, user_id: Any, wanted: Any) -> Any:
         asked.append(len(wanted))
@@ -45,6 +47,13 @@ async def test_resume_of_many_conversations_reads_pages_in_turns(world: World, m
         in_turn.append(1)
         return catching_up(database)
 
+    async def fetched(db: Any, query: str, *args: Any, **options: Any) -> Any:
+        rows = await fetch(db, query, *args, **options)
+        if query == conversations.MEMBERSHIPS:
+            rows_read.append(len(rows))
+        return rows
+
+    monkeypatch.setattr(Connection, "fetch", fetched)
     monkeypatch.setattr(conversations, "get", counted)
     monkeypatch.setattr(Database, "catching_up", taken)
     (ada,) = await world.users("Ada")
@@ -65,21 +74,33 @@ async def test_resume_of_many_conversations_reads_pages_in_turns(world: World, m
         assert (len(told), said) == (10, every)
         assert len(asked) == expected
         assert max(asked, default=0) <= 3
+        assert 0 < max(rows_read) <= 4
         assert len(in_turn) >= 3
 
 
 async def test_own_changes_are_read_in_pages_and_none_is_lost(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where more of them than a page holds have one number of the user's clock."""
     monkeypatch.setattr(sync, "OWN_PAGE", 7)
+    read: list[int] = []
+    news = users.news
+
+    async def counted(db: Any, user_id: Any, since: int, *, limit: int) -> Any:
+        page = await news(db, user_id, since, limit=limit)
+        read.append(len(page.events))
+        return page
+
+    monkeypatch.setattr(users, "news", counted)
     (ada,) = await world.users("Ada")
     await world.db.execute(FOLLOW, ada.id, 50)
     reader = await world.connect(ada, query="?resume=1")
     await reader.call(client.Resume(epoch=reader.ready.epoch, versions={}, user_version=0))
-    news = [event for event in reader.events if isinstance(event, server.RelationshipChanged)]
-    assert len({event.relationship.user_id for event in news}) == len(news) == 50
-    assert [event.user_version for event in news] == sorted(event.user_version for event in news)
+    told = [event for event in reader.events if isinstance(event, server.RelationshipChanged)]
+    assert len({event.relationship.user_id for event in told}) == len(told) == 50
+    assert [event.user_version for event in told] == sorted(event.user_version for event in told)
+    # Nine changes have one number, more than a page holds: that page alone is read at twice its size.
+    assert max(read) <= 14
     late = await world.connect(ada, query="?resume=1")
-    await late.call(client.Resume(epoch=late.ready.epoch, versions={}, user_version=news[-1].user_version))
+    await late.call(client.Resume(epoch=late.ready.epoch, versions={}, user_version=told[-1].user_version))
     assert not [event for event in late.events if isinstance(event, server.RelationshipChanged)]
 
 

@@ -1,4 +1,7 @@
-"""Every statement that reads many rows has a LIMIT, or is named here with what bounds it."""
+"""Statements that read many rows have a LIMIT, or are named here with what bounds them.
+
+A first look, no proof: of a statement that reads from a query in parentheses, only the parts that gather are looked at.
+"""
 
 import importlib
 import inspect
@@ -15,6 +18,7 @@ HIDING = "those who block one user or hide from them, by an index of those alone
 OPERATOR = "asked by an operator"
 BOUNDED = {
     "accounts.CARD": OPERATOR,
+    "approaches.COUNT": KEYS,
     "bounds.MADE": MANY,
     "bounds.MEMBERSHIPS": MANY,
     "bounds.REPORTS": MANY,
