@@ -65,7 +65,7 @@ def test_only_their_owner_reads_the_logs_and_enters_the_data_folder(servers: Ser
 async def test_a_log_that_is_too_large_is_rotated_under_a_server_that_goes_on_writing(
     servers: Servers, database_url: str
 ) -> None:
-    log = LogFile(servers.postgres.log.path, max_bytes=500)
+    log = LogFile(servers.postgres.log.path, uid=servers.postgres.log.uid, max_bytes=500)
     for _ in range(3):
         while log.path.stat().st_size <= log.max_bytes:
             await provoke(database_url)

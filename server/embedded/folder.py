@@ -75,10 +75,15 @@ class DataFolder:
         self.run = _run(path)
         self.run.mkdir(mode=0o700, exist_ok=True)
         # Beside the data folder only ours will do; within it, root gives over what an earlier user had.
-        is_ours = self.run.stat().st_uid in {os.geteuid(), self.owner.uid if self.owner else os.geteuid()}
+        is_ours = self.run.stat().st_uid in {os.geteuid(), self.uid}
         if self.run.is_symlink() or not (is_ours or (self.owner and self.run.parent == path)):
             raise Fatal(f"{self.run} belongs to someone else; remove it.")
         self._give_to_owner()
+
+    @property
+    def uid(self) -> int:
+        """The user who runs the servers."""
+        return self.owner.uid if self.owner else os.geteuid()
 
     def release(self) -> None:
         """Let another process have the folder."""

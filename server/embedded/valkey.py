@@ -22,7 +22,7 @@ class Valkey:
     def __init__(self, folder: DataFolder) -> None:
         self._folder = folder
         self._socket = folder.run / "valkey.sock"
-        self.log = LogFile(folder.path / "valkey.log")
+        self.log = LogFile(folder.path / "valkey.log", uid=folder.uid)
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
