@@ -304,6 +304,7 @@ KNOWN_SECRETS = {
             "characters",
             "command",
             "credentials",
+            "edge",
             "hostile_values",
             "leaving",
             "lock_order",
@@ -311,8 +312,10 @@ KNOWN_SECRETS = {
             "nginx",
             "proxies",
             "security",
+            "settings",
         )
     ),
+    "tests/abuse/test_ways.py",
 }
 """They show an example's password."""
 
