@@ -15,7 +15,7 @@ import uvloop
 from redis.asyncio import Redis
 
 from protocol import server as said
-from server import migrate
+from server import migrate, pressure
 from server.config import Settings
 from server.embedded.folder import DataFolder
 from server.embedded.postgres import Postgres
@@ -72,6 +72,13 @@ async def make_template(administration: str, template: str) -> None:
     await connection.execute(f"CREATE DATABASE {TEMPLATE}")
     await connection.close()
     await migrate.migrate(template)
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_shed(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A busy machine refuses no test's frames; tests/test_overload.py is about what is refused when."""
+    if request.path.name != "test_overload.py":
+        monkeypatch.setattr(pressure, "LATE_SECONDS", (60, 60, 60))
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ ON CONFLICT (from_user_id, to_user_id, kind) DO UPDATE SET
 RETURNING a.to_user_id
 """
 WAIT = """
-SELECT ceil(1000 * extract(epoch FROM min(a.began_at) + interval '1 day' - now()))::bigint FROM approach a
+SELECT ceil(1000 * extract(epoch FROM max(a.began_at) + interval '1 day' - now()))::bigint FROM approach a
 WHERE a.from_user_id = $1 AND a.to_user_id = ANY($2) AND a.kind = $3
 """
 
