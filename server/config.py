@@ -24,8 +24,11 @@ MAX_QUOTED = 60
 PREFIX = "OPENCHAT_"
 REPLACED = {"OPENCHAT_BEHIND_PROXY": "OPENCHAT_TRUSTED_PROXIES to the number of proxies"}
 """Variables of earlier versions, and what to set instead."""
-SERVICE_LINK = re.compile(r"OPENCHAT_(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT|PORT_\d+_(TCP|UDP|SCTP)(_\w+)?)")
-"""Variables that Kubernetes sets for each Service whose name begins with `openchat`."""
+SERVICE = re.compile(r"(OPENCHAT(?:_\w+)?)_PORT(?:_\d+_(?:TCP|UDP|SCTP))?")
+"""Variables that Kubernetes sets to a URL of `SERVICE_URL` for each Service whose name begins with `openchat`."""
+SERVICE_URL = re.compile(r"(?:tcp|udp|sctp)://")
+SERVICE_PARTS = r"_(?:SERVICE_HOST|SERVICE_PORT(?:_\w+)?|PORT(?:_\d+_(?:TCP|UDP|SCTP)(?:_PROTO|_PORT|_ADDR)?)?)"
+"""Ends of the names of all variables that Kubernetes sets for a Service."""
 
 Rate: TypeAlias = Annotated[float, Meta(ge=0.1, le=1_000_000)]
 """A number per second. A token bucket has no longer interval than ten seconds, and no shorter one than 1 µs."""
@@ -171,7 +174,7 @@ def read(**overrides: object) -> Settings:
 
     Raises Fatal, naming the variable, if one is unknown or has a value that is not allowed.
     """
-    for name in os.environ:
+    for name in _names():
         _require_known(name)
     given: dict[str, object] = {field: os.environ[variable(field)] for field in FIELDS if variable(field) in os.environ}
     given |= {field: value for field, value in overrides.items() if value is not None}
@@ -186,17 +189,25 @@ def read(**overrides: object) -> Settings:
     return msgspec.convert(given, Settings, strict=False)
 
 
+def _names() -> list[str]:
+    """Return the variables that may be meant as settings: all with our prefix, but those of Kubernetes Services."""
+    ours = {name: value for name, value in os.environ.items() if name.upper().startswith(PREFIX)}
+    found = (SERVICE.fullmatch(name) for name, value in ours.items() if SERVICE_URL.match(value))
+    services = "|".join({re.escape(match[1]) for match in found if match})
+    link = re.compile(f"(?:{services}){SERVICE_PARTS}" if services else r"(?!)")
+    return [name for name in ours if not link.fullmatch(name)]
+
+
 def _require_known(name: str) -> None:
     known = [variable(field) for field in FIELDS]
-    if not name.startswith(PREFIX) or name in known or SERVICE_LINK.fullmatch(name):
+    if name in known:
         return
     if name in REPLACED:
         raise Fatal(f"{name} was replaced. Set {REPLACED[name]}.")
-    if (bare := name.removeprefix(PREFIX)) in known:
-        raise Fatal(f"{name} is not a setting; it is named {bare}.")
-    near = difflib.get_close_matches(bare.lower(), FIELDS, n=1)
-    guess = f"; did you mean {variable(near[0])}?" if near else "."
-    raise Fatal(f"{name} is not a setting{guess} Correct its name, or unset it.")
+    bare = name[len(PREFIX) :].upper()
+    near = [bare] if bare in known else map(variable, difflib.get_close_matches(bare.lower(), FIELDS, n=1))
+    advice = next((f"Rename it to {other}" for other in near), "Correct its name")
+    raise Fatal(f"{name} is not a setting. {advice}, or unset it.")
 
 
 def _is_origin(origin: str) -> bool:
@@ -238,4 +249,4 @@ FORMS: dict[str, Callable[[Settings], object]] = {
     "metrics_from": lambda one: one.metrics_networks is not None,
     "trusted_proxies": lambda one: one.proxies is not None,
 }
-"""What is true of a text that its setting understands; or else it is false, or raises ValueError."""
+"""Checks of the settings that are texts. A check returns false or raises ValueError for a text that is not allowed."""

@@ -87,11 +87,14 @@ def test_other_values_are_refused_with_what_is_allowed(name: str, monkeypatch: p
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("OPENCHAT_REGISTRATON", "did you mean OPENCHAT_REGISTRATION?"),
-        ("OPENCHAT_WORKER", "did you mean OPENCHAT_WORKERS?"),
-        ("OPENCHAT_DATABASE_URL", "it is named DATABASE_URL"),
-        ("OPENCHAT_XYZZY", "is not a setting."),
-        ("OPENCHAT_workers", "is not a setting"),
+        ("OPENCHAT_REGISTRATON", "is not a setting. Rename it to OPENCHAT_REGISTRATION, or unset it."),
+        ("OPENCHAT_WORKER", "is not a setting. Rename it to OPENCHAT_WORKERS, or unset it."),
+        ("OPENCHAT_DATABASE_URL", "is not a setting. Rename it to DATABASE_URL, or unset it."),
+        ("OPENCHAT_XYZZY", "is not a setting. Correct its name, or unset it."),
+        ("OPENCHAT_workers", "Rename it to OPENCHAT_WORKERS"),
+        ("openchat_workers", "Rename it to OPENCHAT_WORKERS"),
+        ("OPENCHAT_HTTP_PORT", "Rename it to OPENCHAT_PORT"),
+        ("OPENCHAT_SERVICE_HOST", "is not a setting."),
         ("OPENCHAT_BEHIND_PROXY", "Set OPENCHAT_TRUSTED_PROXIES"),
     ],
 )
@@ -103,11 +106,44 @@ def test_unknown_names_are_refused_with_the_nearest_known_one(
     assert said in text
 
 
-def test_variables_that_kubernetes_sets_for_services_are_no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("SERVICE_HOST", "SERVICE_PORT_HTTP", "PORT_8000_TCP_ADDR", "BALANCER_PORT", "BALANCER_PORT_80_TCP"):
-        monkeypatch.setenv(f"OPENCHAT_{name}", "tcp://10.0.0.1:8000")
-    assert config.read() == Settings()
-    assert "enableServiceLinks" in refusal(monkeypatch, "OPENCHAT_PORT", "tcp://10.0.0.1:8000")
+SERVICE = {
+    "SERVICE_HOST": "10.0.0.1",
+    "SERVICE_PORT": "8000",
+    "SERVICE_PORT_HTTP": "8000",
+    "PORT": "tcp://10.0.0.1:8000",
+    "PORT_8000_TCP": "tcp://10.0.0.1:8000",
+    "PORT_8000_TCP_PROTO": "tcp",
+    "PORT_8000_TCP_PORT": "8000",
+    "PORT_8000_TCP_ADDR": "10.0.0.1",
+    "PORT_53_UDP": "udp://10.0.0.1:53",
+    "PORT_53_UDP_ADDR": "10.0.0.1",
+    "PORT_9_SCTP": "sctp://10.0.0.1:9",
+    "PORT_9_SCTP_PORT": "9",
+}
+"""What Kubernetes sets for one Service, after its name."""
+
+
+@pytest.mark.parametrize("service", ["OPENCHAT", "OPENCHAT_BALANCER", "OPENCHAT_PORT_80"])
+def test_variables_of_a_kubernetes_service_are_no_settings(service: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in SERVICE.items():
+        monkeypatch.setenv(f"{service}_{name}", value)
+    if service == "OPENCHAT":
+        with pytest.raises(Fatal, match="enableServiceLinks"):
+            config.read()
+        monkeypatch.setenv("OPENCHAT_PORT", "9000")  # a pod may override the one that collides
+        assert config.read() == Settings(port=9000)
+    else:
+        assert config.read() == Settings()
+    assert "is not a setting" in refusal(monkeypatch, f"{service}_WORKRS", "3"), "a link hides no other name"
+    assert "is not a setting" in refusal(monkeypatch, f"{service}_X_SERVICE_HOST", "10.0.0.1"), "nor another Service's"
+
+
+@pytest.mark.parametrize("name", SERVICE)
+def test_names_of_a_kubernetes_service_without_its_links_are_refused(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for value in ("9000", "http://10.0.0.1:9000", ""):
+        assert "is not a setting" in refusal(monkeypatch, f"OPENCHAT_HTTP_{name}", value)
 
 
 def test_a_refused_setting_ends_every_command_in_one_line(
