@@ -856,8 +856,8 @@ BEGIN
 END
 $$;
 
--- What keeps a participant from saying anything in a conversation, whichever frame would say it: null if nothing does.
--- 'slow' is everyone's whom slow mode may have wait: slow_mode_wait() says for how long.
+-- Returns the reason why a participant may not write in a conversation, with any frame; null if they may.
+-- 'slow' means that slow mode applies to the participant; slow_mode_wait() returns how long they have to wait.
 CREATE FUNCTION obstacle(c conversation, p conversation_participant) RETURNS text LANGUAGE sql STABLE
     RETURN CASE WHEN c.is_archived THEN 'archived'
         WHEN NOT may_send(c, p.role, true) THEN 'role'
@@ -1085,11 +1085,11 @@ CREATE POLICY report_access ON report FOR SELECT
     USING (is_allowed(conversation_id, 'moderator', 'can_delete_messages'));
 CREATE POLICY audit_entry_access ON audit_entry FOR SELECT USING (is_allowed(chain, 'admin', ''));
 
--- What is not everyone's who may see a user's face: the policies are about rows, this is about columns.
+-- The columns of "user" that not everybody may read who may read the row. Policies restrict rows, this view columns.
 CREATE VIEW user_profile WITH (security_barrier) AS
     SELECT id, bio, location, website, created_at FROM "user" WHERE may_i('see_profile', id);
 
--- A function may be run by anyone unless told otherwise.
+-- PostgreSQL grants EXECUTE on new functions to PUBLIC.
 REVOKE EXECUTE ON FUNCTION may(text, uuid, uuid), are_together(uuid, uuid), may_i(text, uuid), is_participant(uuid),
     is_allowed(uuid, text, text), is_visible(uuid, bigint), are_edits_shown(uuid), silenced(uuid),
     is_mine(uuid), is_message_shown(uuid, bigint, boolean, uuid),
@@ -1097,8 +1097,8 @@ REVOKE EXECUTE ON FUNCTION may(text, uuid, uuid), are_together(uuid, uuid), may_
     is_relationship_shown(uuid, uuid, text),
     may_now(text, uuid, uuid), obstacle(conversation, conversation_participant) FROM PUBLIC;
 
--- Takes from everybody what OpenChat gives to nobody: to make temporary tables, and to make anything in the schema. The
--- rights on a database are neither copied with a template nor in a dump, so the server calls this at every start.
+-- Revokes from PUBLIC the rights to create temporary tables and objects in the schema. Neither CREATE DATABASE with a
+-- template nor pg_dump copies the rights on a database, so the server calls this at every start.
 CREATE FUNCTION close_to_public() RETURNS void LANGUAGE plpgsql SET search_path = pg_catalog, public, pg_temp AS $$
 BEGIN
     IF EXISTS (

@@ -69,7 +69,7 @@ def decode(data: bytes | str, decoder: msgspec.json.Decoder[Decoded]) -> Decoded
     except (msgspec.DecodeError, UnicodeDecodeError):
         raise Refused(ErrorCode.BAD_FRAME, "This is not valid JSON in UTF-8.") from None
     except RecursionError:
-        raise Refused(ErrorCode.BAD_FRAME, "This is nested too deeply.") from None
+        raise Refused(ErrorCode.BAD_FRAME, "The JSON is nested too deeply.") from None
 
 
 def label(data: bytes | str) -> FrameId | None:

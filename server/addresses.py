@@ -78,4 +78,8 @@ class Addresses:
 
 def too_many_connections() -> Refused:
     """Return what to tell an address that has all the connections it may have."""
-    return Refused(ErrorCode.RATE_LIMITED, "Too many connections from this address.", retry_after_ms=RETRY_MS)
+    return Refused(
+        ErrorCode.RATE_LIMITED,
+        "Too many connections from this address. Close one, or retry after `retry_after_ms`.",
+        retry_after_ms=RETRY_MS,
+    )

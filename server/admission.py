@@ -37,7 +37,11 @@ class Admission:
             # Nobody is told the same moment, and nobody who comes when told finds the ones before still waiting.
             wait = (self._booked_until - now) * random.uniform(0.9, 1.3)  # noqa: S311 - it need not be secret
             wait = min(max(wait, SOONEST_SECONDS), LATEST_SECONDS)
-            raise Refused(ErrorCode.UNAVAILABLE, "Too many are connecting just now.", retry_after_ms=int(wait * 1000))
+            raise Refused(
+                ErrorCode.UNAVAILABLE,
+                "Too many clients are connecting. Reconnect after `retry_after_ms`.",
+                retry_after_ms=int(wait * 1000),
+            )
         if not self._inside:
             self._since, self._entered = self._clock(), 0  # what comes now and then says nothing about how fast it goes
         self._inside += 1

@@ -29,7 +29,7 @@ MAX_INBOX = 32
 ENTER_SECONDS = 10.0
 """How long one may be on the way in: a client that says it will resume may never do so."""
 REFRESH_RETRY_SECONDS = 1.0
-NOT_TEXT = Refused(ErrorCode.BAD_FRAME, "Frames are JSON in text messages, not in binary ones.")
+NOT_TEXT = Refused(ErrorCode.BAD_FRAME, "Send frames in text messages, not in binary ones.")
 
 
 class Lifecycle(NamedTuple):

@@ -41,4 +41,6 @@ class Cursor(NamedTuple):
         try:
             return cls(moment_of(moment), UUID(one))
         except ValueError:
-            raise Refused(ErrorCode.INVALID, "This is not an `after` that a page came with.", path="after") from None
+            raise Refused(
+                ErrorCode.INVALID, "`after` must be the `after` of an earlier page, unchanged.", path="after"
+            ) from None

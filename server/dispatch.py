@@ -154,4 +154,6 @@ def _further(frame: Frame) -> int:
 
 def _already_authenticated(frame: object) -> Refused:
     assert isinstance(frame, Authenticate)  # noqa: S101 - the only frame without a line in the table
-    return Refused(ErrorCode.INVALID, "This connection is authenticated already.", path="type")
+    return Refused(
+        ErrorCode.INVALID, "This connection is already authenticated. Do not send `authenticate` again.", path="type"
+    )

@@ -197,7 +197,7 @@ class Endpoints:
         try:
             message = await asyncio.wait_for(handshake.receive(), AUTHENTICATE_SECONDS)
         except TimeoutError:
-            raise Refused(ErrorCode.UNAUTHENTICATED, "There was no `authenticate` frame in time.") from None
+            raise Refused(ErrorCode.UNAUTHENTICATED, "No `authenticate` frame within five seconds.") from None
         if message["type"] == "websocket.disconnect":
             raise WebSocketDisconnect(message.get("code", 1005))
         frame = decode_client(message.get("text") or message.get("bytes") or b"")

@@ -33,21 +33,33 @@ class NotActive(Refused):
         super().__init__(ErrorCode.UNAUTHENTICATED, "Your account is not active: log in.")
 
 
-# The constraints that a client can run into, by name (schema.sql), and what to tell it.
+# The answer to each constraint of schema.sql that a frame can violate, by the constraint's name.
 CONSTRAINTS: dict[str, tuple[ErrorCode, str, str | None]] = {
-    "user_email_key": (ErrorCode.CONFLICT, "This e-mail address has an account already.", "email"),
-    "account_provider_key": (ErrorCode.CONFLICT, "This e-mail address has an account already.", "email"),
-    "user_email_lower": (ErrorCode.INVALID, "The letters of this e-mail address have no lower case here.", "email"),
-    "conversation_pkey": (ErrorCode.CONFLICT, "This id is taken by another conversation.", "conversation_id"),
-    "message_pkey": (ErrorCode.CONFLICT, "This id is taken by another message.", "message_id"),
-    "message_edit_pkey": (ErrorCode.CONFLICT, "This id is taken by another edit.", "edit_id"),
+    "user_email_key": (
+        ErrorCode.CONFLICT,
+        "This e-mail address already has an account. Log in, or use another address.",
+        "email",
+    ),
+    "account_provider_key": (
+        ErrorCode.CONFLICT,
+        "This e-mail address already has an account. Log in, or use another address.",
+        "email",
+    ),
+    "user_email_lower": (
+        ErrorCode.INVALID,
+        "PostgreSQL cannot lower-case this e-mail address. Use another one.",
+        "email",
+    ),
+    "conversation_pkey": (ErrorCode.CONFLICT, "Another conversation has this id. Make a new one.", "conversation_id"),
+    "message_pkey": (ErrorCode.CONFLICT, "Another message has this id. Make a new one.", "message_id"),
+    "message_edit_pkey": (ErrorCode.CONFLICT, "Another edit has this id. Make a new one.", "edit_id"),
     "conversation_participant_user_fkey": (ErrorCode.NOT_FOUND, "There is no such user.", "participants"),
     "conversation_direct_low_fkey": (ErrorCode.NOT_FOUND, "There is no such user.", "user_id"),
     "conversation_direct_high_fkey": (ErrorCode.NOT_FOUND, "There is no such user.", "user_id"),
 }
 
 _LOST: tuple[type[BaseException], ...] = (
-    OSError,  # which ConnectionError and TimeoutError are
+    OSError,  # the base of ConnectionError and TimeoutError
     asyncio.TimeoutError,
     asyncpg.PostgresConnectionError,
     asyncpg.InterfaceError,
@@ -114,7 +126,7 @@ def refusal(error: Exception) -> Refused | None:
     if is_lost(error):
         return Refused(
             ErrorCode.UNAVAILABLE,
-            "The database cannot be reached just now; send the same frame again.",
+            "Temporarily unavailable. Retry the same frame after `retry_after_ms`.",
             retry_after_ms=RETRY_AFTER_MS,
         )
     return None

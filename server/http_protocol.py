@@ -86,13 +86,15 @@ class Http(HttpToolsProtocol):
             return
         if self._stage is Stage.BODY:
             if self._bytes > MAX_BODY_BYTES:
-                self._refuse(Refused(ErrorCode.INVALID, "The body is too large."), status=413)
+                self._refuse(Refused(ErrorCode.INVALID, "The body is longer than 1 MiB."), status=413)
             elif self._deadline is None:
                 self._arm(BODY_SECONDS, self._too_late)
         elif self._stage is Stage.HEAD or not self._is_answering():
-            # Or empty lines, which the parser skips and which put off uvicorn's own deadline.
+            # Also for empty lines: the parser skips them, and uvicorn restarts its own deadline at each.
             if self._bytes > MAX_HEAD_BYTES:
-                self._refuse(Refused(ErrorCode.BAD_FRAME, "The header is too large."), status=431)
+                self._refuse(
+                    Refused(ErrorCode.BAD_FRAME, "The request line and headers are longer than 64 KiB."), status=431
+                )
             elif self._deadline is None:
                 self._arm(HEAD_SECONDS, self._too_late)
 
@@ -116,7 +118,9 @@ class Http(HttpToolsProtocol):
         self._disarm()
         self._stage, self._bytes = Stage.BODY, 0
         if len(self.pipeline) >= MAX_PIPELINED:
-            self._refuse(Refused(ErrorCode.RATE_LIMITED, "Wait for the answers before sending more requests."))
+            self._refuse(
+                Refused(ErrorCode.RATE_LIMITED, "Too many requests wait for an answer. Read the answers first.")
+            )
             return
         super().on_headers_complete()
 

@@ -122,7 +122,11 @@ class Hub:
     async def watch(self, socket: Socket, user_ids: Collection[UserId]) -> None:
         """Deliver the presence and the faces of users to a socket. Raises Refused if that would be too many."""
         if len(socket.watched.union(user_ids)) > MAX_WATCHED:
-            raise Refused(ErrorCode.CONFLICT, f"A connection watches at most {MAX_WATCHED} users.", path="user_ids")
+            raise Refused(
+                ErrorCode.CONFLICT,
+                f"A connection watches at most {MAX_WATCHED} users. Unwatch some first.",
+                path="user_ids",
+            )
         socket.watched.update(user_ids)
         for user_id in user_ids:
             self._watchers.setdefault(user_id, {})[socket] = socket.write

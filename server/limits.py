@@ -105,5 +105,7 @@ def told(rate: float) -> RateLimit:
 def too_many(wait: float) -> Refused:
     """Return what to tell whoever has nothing left and should wait, in seconds."""
     return Refused(
-        ErrorCode.RATE_LIMITED, "That is too much at once; wait a moment.", retry_after_ms=int(wait * 1000) + 1
+        ErrorCode.RATE_LIMITED,
+        "Too many frames or requests. Retry after `retry_after_ms`.",
+        retry_after_ms=int(wait * 1000) + 1,
     )

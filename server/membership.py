@@ -71,7 +71,7 @@ async def entered(db: Db, context: Context, conversation_id: ConversationId) -> 
     if conversation is None:
         raise NotFound("conversation_id")
     if conversation.type in {"direct", "assistant"}:
-        raise Refused(ErrorCode.FORBIDDEN, "Who takes part in this kind of conversation does not change.")
+        raise Refused(ErrorCode.FORBIDDEN, "The participants of a direct conversation do not change.")
     return conversation, me
 
 

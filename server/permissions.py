@@ -19,7 +19,7 @@ def require(me: Participant, act: Act) -> None:
     if not may(me, act):
         rule = act.value
         permission = "" if rule.permission is None else f" or the permission `{rule.permission}`"
-        raise Refused(ErrorCode.FORBIDDEN, f"This takes the role `{rule.least}`{permission}; yours is `{me.role}`.")
+        raise Refused(ErrorCode.FORBIDDEN, f"Requires the role `{rule.least}`{permission}; you are `{me.role}`.")
 
 
 def require_may_send(access: Found | SendAccess) -> None:
@@ -34,13 +34,17 @@ def require_may_send(access: Found | SendAccess) -> None:
 
 def slow_mode(wait_ms: int) -> Refused:
     """Return what to answer a participant whom slow mode has wait for so many milliseconds."""
-    return Refused(ErrorCode.RATE_LIMITED, "This conversation is in slow mode.", retry_after_ms=wait_ms)
+    return Refused(
+        ErrorCode.RATE_LIMITED,
+        "The conversation is in slow mode. Retry after `retry_after_ms`.",
+        retry_after_ms=wait_ms,
+    )
 
 
 def require_above(me: Participant, them: Participant) -> None:
     """Raise Refused unless a participant has a higher role than another one."""
     if rank(them.role) >= rank(me.role):
-        raise Refused(ErrorCode.FORBIDDEN, "Their role is not below your own.", path="user_id")
+        raise Refused(ErrorCode.FORBIDDEN, "Their role must be below yours.", path="user_id")
 
 
 def require_below(me: Participant, role: Role) -> None:

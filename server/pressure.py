@@ -43,6 +43,6 @@ class Pressure:
         if self.late >= LATE_SECONDS[kind - 1]:
             raise Refused(
                 ErrorCode.UNAVAILABLE,
-                "The server is busy, and this can wait; messages go on.",
+                "The server is busy. Retry the same frame after `retry_after_ms`.",
                 retry_after_ms=int(LOOK_SECONDS * 1000),
             )

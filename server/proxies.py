@@ -71,12 +71,12 @@ class Proxies:
 
 
 def networks(text: str) -> tuple[Network, ...]:
-    """Return the networks that a text names, separated by commas. Raises ValueError if one is none."""
+    """Parse networks separated by commas. Raises ValueError if one of them is not a network."""
     return tuple(ipaddress.ip_network(one.strip()) for one in text.split(","))
 
 
 def is_within(address: Address, some: Sequence[Network]) -> bool:
-    """Whether an address is in one of some networks."""
+    """Whether an address is in at least one of the networks."""
     return any(address in network for network in some)
 
 

@@ -21,5 +21,5 @@ def query(text: str, *, prefix: int) -> str:
     """
     words = _WORD.findall(text)[:MAX_WORDS]
     if not words:
-        raise Refused(ErrorCode.INVALID, "There is no word in this to search for.", path="text")
+        raise Refused(ErrorCode.INVALID, "`text` must contain a word.", path="text")
     return " & ".join(f"{word}:*" if len(word.encode()) >= prefix else word for word in words)

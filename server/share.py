@@ -37,6 +37,6 @@ class Share:
     def _busy(self) -> Refused:
         return Refused(
             ErrorCode.UNAVAILABLE,
-            "The server is busy with other searches. Retry the same frame after `retry_after_ms`.",
+            "The server is busy. Retry the same frame after `retry_after_ms`.",
             retry_after_ms=int(self._patience * 1_000),
         )

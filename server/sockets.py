@@ -61,7 +61,11 @@ class Sockets:
         if self._count >= self._most:
             self._shed()
             if not self._waiting:
-                raise Refused(ErrorCode.UNAVAILABLE, "Too many connections; try again.", retry_after_ms=RETRY_MS)
+                raise Refused(
+                    ErrorCode.UNAVAILABLE,
+                    "The server has too many connections. Retry after `retry_after_ms`.",
+                    retry_after_ms=RETRY_MS,
+                )
             close = self._waiting.pop(next(iter(self._waiting)))
             close()
         self._count += 1
@@ -69,29 +73,33 @@ class Sockets:
         return key
 
     def leave(self, key: str) -> None:
-        """Count a connection out."""
+        """Give back the place of a connection that is closed."""
         self._count -= 1
         _take(self._of_address, key, 1)
 
     def waits(self, connection: object, close: Callable[[], None]) -> None:
-        """Note that a connection has nothing to be answered; `close` closes it if its place is needed."""
+        """Note that a connection is idle. `close` closes it when another connection needs its place."""
         self._waiting[connection] = close
 
     def works(self, connection: object) -> None:
-        """Note that a connection has."""
+        """Note that a connection is no longer idle."""
         self._waiting.pop(connection, None)
 
     def hold(self, key: str, count: int) -> None:
-        """Count bytes that have to be kept. Raises Refused if there are too many already."""
+        """Count `count` bytes of an unanswered request. Raises Refused beyond the two maxima."""
         if self._unread + count > UNREAD_BYTES or (
             key and self._unread_of_address[key] + count > UNREAD_BYTES_OF_ADDRESS
         ):
-            raise Refused(ErrorCode.UNAVAILABLE, "Too much is being sent at once; try again.", retry_after_ms=RETRY_MS)
+            raise Refused(
+                ErrorCode.UNAVAILABLE,
+                "Too many bytes of unanswered requests. Retry after `retry_after_ms`.",
+                retry_after_ms=RETRY_MS,
+            )
         self._unread += count
         self._unread_of_address[key] += count
 
     def release(self, key: str, count: int) -> None:
-        """Count them out."""
+        """Give back bytes that `hold` counted."""
         self._unread -= count
         _take(self._unread_of_address, key, count)
 

@@ -1,4 +1,4 @@
-"""Strikes: the refused frames of one connection that add up to abuse."""
+"""Strikes: refused frames of a connection. A connection with too many strikes is closed for abuse."""
 
 import time
 
@@ -9,7 +9,7 @@ from server.limits import Bucket, Clock, Pace
 PACE = Pace.of(2.0, 200.0)
 """Max strikes per second, and at once."""
 ALWAYS = frozenset({ErrorCode.BAD_FRAME, ErrorCode.INVALID, ErrorCode.INTERNAL})
-"""A well-written client causes none of these."""
+"""Errors that are always strikes: a correct client causes none of them."""
 GRACE_NS = 2_000_000
 """Timers of clients may fire early by this much."""
 
@@ -17,8 +17,9 @@ GRACE_NS = 2_000_000
 class Strikes:
     """The strikes of one connection.
 
-    The rates of a user cause no strikes: a refusal is cheap, and a client with many frames in flight cannot know which
-    of them will be refused. Beyond the rate of the connection, a frame before `retry_after_ms` is over is a strike.
+    A frame beyond the rates of its user is no strike: a refusal is cheap, and a client with many frames in flight
+    cannot know which of them will be refused. A frame beyond the rate of its connection is a strike if it arrives
+    before the `retry_after_ms` of the last such refusal is over.
     """
 
     __slots__ = ("_bucket", "_clock", "_until")

@@ -137,11 +137,15 @@ class Topics:
     def attach(self, socket: Socket, conversation_id: ConversationId, version: int) -> bool:
         """Deliver to a socket what comes after `version`; False if some of that was delivered already.
 
-        Raises Refused if the conversation is not open, which only a very slow reader of the database sees.
+        Raises Refused while the topic is opening, which takes long only if PostgreSQL is slow.
         """
         topic = self._topics.get(conversation_id)
         if topic is None or topic.opening is not None:
-            raise Refused(ErrorCode.UNAVAILABLE, "This took too long; try again.", retry_after_ms=1_000)
+            raise Refused(
+                ErrorCode.UNAVAILABLE,
+                "The conversation is not open yet. Retry after `retry_after_ms`.",
+                retry_after_ms=1_000,
+            )
         if topic.delivered > version:
             return False
         self._flush(topic)

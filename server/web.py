@@ -69,5 +69,5 @@ async def limited_body(request: Request) -> bytes:
             if len(body) > MAX_FRAME_BYTES:
                 raise Refused(ErrorCode.INVALID, f"A request's body has at most {MAX_FRAME_BYTES} bytes.")
     except ClientDisconnect:
-        raise Refused(ErrorCode.BAD_FRAME, "The body ended too early.") from None
+        raise Refused(ErrorCode.BAD_FRAME, "The body is shorter than its `Content-Length`.") from None
     return bytes(body)

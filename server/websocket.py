@@ -77,18 +77,18 @@ class WebSocket(WebSocketsSansIOProtocol):
     """How many bytes may wait for a peer that reads slowly. Set once, for all, when the app is built."""
 
     receiver: Receiver | None = None
-    # The beginning of a frame that is not all there, and how many bytes it takes at least.
+    # The first bytes of an incomplete frame, and the min number of bytes that complete it.
     _partial: bytearray | None = None
     _wanted = 0
     heard_at = 0.0
-    # Whether more than `outbox_bytes` may wait, because the peer asked for it.
+    # True while a large answer, which the peer asked for, may exceed `outbox_bytes`.
     _is_wide = False
-    # What may be in one message.
+    # Max bytes of a message.
     _most_bytes = MAX_EARLY_BYTES
-    # Before the socket is taken over: whether its message is there, and what came after it.
+    # Until `take_over`: whether the first message has arrived, and the bytes after it.
     _has_message = False
     _early = b""
-    # Of the message that is being received.
+    # Fragments of the message that is being received.
     _fragments = 0
     # Control frames and fragments; whole messages are the receiver's to count.
     _bucket: Bucket | None = None
@@ -132,8 +132,8 @@ class WebSocket(WebSocketsSansIOProtocol):
             self._answer_ping()
 
     def _received_early(self, data: bytes) -> None:
-        """Take in what comes before somebody takes the socket over: the handshake, and one small message. The rest
-        waits, unread in the kernel but for what came together with that message.
+        """Receive the handshake and one small message, before `take_over`. Reading then pauses: later bytes stay in the
+        kernel, except those that arrived in the same read.
         """
         if not self.handshake_initiated or self.conn.parser_exc is not None:
             super().data_received(data)

@@ -231,10 +231,10 @@ def test_bytes_of_unanswered_requests_are_counted_by_address_and_in_all() -> Non
     addresses = [str(number) for number in range(UNREAD_BYTES // UNREAD_BYTES_OF_ADDRESS)]
     for address in addresses:
         sockets.hold(address, UNREAD_BYTES_OF_ADDRESS - 1)
-        with pytest.raises(Refused, match="Too much"):
+        with pytest.raises(Refused, match="unanswered requests"):
             sockets.hold(address, 2)
         sockets.hold(address, 1)
-    with pytest.raises(Refused, match="Too much"):
+    with pytest.raises(Refused, match="unanswered requests"):
         sockets.hold("another", 1)
     sockets.release(addresses[0], 1)
     sockets.hold("another", 1)

@@ -61,7 +61,9 @@ class Attempts:
     def _require(self, kind: str, count: int, seconds: float) -> None:
         if count > self._limits[kind]:
             raise Refused(
-                ErrorCode.RATE_LIMITED, "Too many attempts; wait a little.", retry_after_ms=int(seconds * 1000)
+                ErrorCode.RATE_LIMITED,
+                "Too many attempts. Retry after `retry_after_ms`.",
+                retry_after_ms=int(seconds * 1000),
             )
 
     async def _count(self, key: str) -> tuple[int, float]:
@@ -99,7 +101,7 @@ class Attempts:
         now = time.monotonic()
         count, until = self._here.get(key, (0, 0.0))
         if until <= now:
-            # The first that were counted are the first to end, so that what is over is at the beginning.
+            # All windows are equally long, so expired counters are at the beginning of the OrderedDict.
             self._here.pop(key, None)
             count, until = 0, now + WINDOW_SECONDS
             while self._here and (len(self._here) >= MAX_COUNTED_HERE or next(iter(self._here.values()))[1] <= now):
@@ -109,5 +111,5 @@ class Attempts:
 
 
 def _key(kind: str, who: str) -> str:
-    # Hashed: neither addresses of people nor of machines belong into another server's memory.
+    # Hashed, so that Redis holds no e-mail address and no IP address.
     return f"{KEY}{kind}:{hashlib.sha256(who.encode()).hexdigest()[:32]}"

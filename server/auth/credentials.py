@@ -26,7 +26,11 @@ def token_of(request: HTTPConnection, allowed_origins: Collection[str]) -> str |
         return None
     method = request.scope.get("method", "WEBSOCKET")
     if method not in SAFE_METHODS and not _is_allowed(request, allowed_origins):
-        raise Refused(ErrorCode.FORBIDDEN, "Pages of this origin may not use the session cookie here.", path="origin")
+        raise Refused(
+            ErrorCode.FORBIDDEN,
+            "This origin may not use the session cookie. Ask the operator to add it to `OPENCHAT_ORIGINS`.",
+            path="origin",
+        )
     return cookie
 
 
@@ -35,7 +39,11 @@ def require_origin(request: HTTPConnection, allowed_origins: Collection[str]) ->
     looks at it. Programs, which send no Origin, may.
     """
     if "origin" in request.headers and not _is_allowed(request, allowed_origins):
-        raise Refused(ErrorCode.FORBIDDEN, "Pages of this origin may not log anybody in here.", path="origin")
+        raise Refused(
+            ErrorCode.FORBIDDEN,
+            "This origin may not log in. Ask the operator to add it to `OPENCHAT_ORIGINS`.",
+            path="origin",
+        )
 
 
 def _is_allowed(request: HTTPConnection, allowed_origins: Collection[str]) -> bool:

@@ -111,7 +111,11 @@ class Accounts:
         try:
             begun = await self._database.atomically("register", made)
         except asyncpg.UniqueViolationError:
-            raise Refused(ErrorCode.CONFLICT, "This e-mail address has an account already.", path="email") from None
+            raise Refused(
+                ErrorCode.CONFLICT,
+                "This e-mail address already has an account. Log in, or use another address.",
+                path="email",
+            ) from None
         assert begun is not None  # noqa: S101 - the account was made in the same transaction
         return self._welcome(request, begun, status=201)
 
@@ -301,4 +305,4 @@ class Accounts:
 
 def not_the_password() -> Refused:
     """Return what to tell whoever gave another password than the present one."""
-    return Refused(ErrorCode.FORBIDDEN, "This is not your password.", path="password")
+    return Refused(ErrorCode.FORBIDDEN, "The password is wrong.", path="password")

@@ -49,7 +49,7 @@ class Sessions:
 
     def _required(self, active: Active | None) -> Active:
         if active is None:
-            raise Refused(ErrorCode.UNAUTHENTICATED, "There is no such session, or it has ended: log in.")
+            raise Refused(ErrorCode.UNAUTHENTICATED, "The session does not exist or has ended. Log in again.")
         if self.is_due(active.expires_at):
             self.slide([active.session_id])
         return active

@@ -31,7 +31,7 @@ from server.telling import tell_updated
 async def create_direct(context: Context, frame: client.CreateDirect) -> OneConversation:
     """Return the caller's conversation with a user, made if there is none."""
     if frame.user_id == context.user_id:
-        raise Refused(ErrorCode.INVALID, "A direct conversation is with someone else.", path="user_id")
+        raise Refused(ErrorCode.INVALID, "`user_id` must name another user.", path="user_id")
     founding = Founding(
         id=ConversationId(uuid7()),
         type="direct",
@@ -106,7 +106,9 @@ async def _create(
             entering = [one for one in members if one not in founding.invited]
             await bounds.require_memberships(db, entering, "participants" if is_group else "conversation_id")
         elif not await conversations.is_same(db, founding):
-            raise Refused(ErrorCode.CONFLICT, "This id is taken by another conversation.", path="conversation_id")
+            raise Refused(
+                ErrorCode.CONFLICT, "Another conversation has this id. Make a new one.", path="conversation_id"
+            )
         view = await _view(db, context.user_id, founding.id)
     if made:
         context.events.poke(members)

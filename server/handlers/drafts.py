@@ -36,7 +36,7 @@ async def list_drafts(context: Context, frame: client.ListDrafts) -> DraftList: 
 async def schedule(context: Context, frame: client.Schedule) -> OneScheduled:
     """Keep a message until its time, or change one that waits."""
     if frame.send_at > now() + LATEST:
-        raise Refused(ErrorCode.INVALID, "This is more than a year ahead.", path="send_at")
+        raise Refused(ErrorCode.INVALID, "`send_at` must be at most 366 days ahead.", path="send_at")
     # What is too large is refused now, not when nobody looks.
     await outgoing(context, _as_send(frame))
     async with context.database.transaction() as db:
@@ -53,12 +53,12 @@ async def schedule(context: Context, frame: client.Schedule) -> OneScheduled:
             # Slow mode counts when the time has come, and so does everything else once more.
             require_may_send(access._replace(wait_ms=0))
         if there is None and await scheduled.count(db, context.user_id) >= MAX_SCHEDULED:
-            raise Refused(ErrorCode.CONFLICT, f"At most {MAX_SCHEDULED} messages can wait.")
+            raise Refused(ErrorCode.CONFLICT, f"At most {MAX_SCHEDULED} scheduled messages can wait. Cancel one first.")
         made = await scheduled.put(db, frame, context.user_id)
         if made is None:
             if there is not None and there.status == "sent":
                 return OneScheduled(scheduled=there)
-            raise Refused(ErrorCode.CONFLICT, "It is too late to change this message, or its id is taken.",
+            raise Refused(ErrorCode.CONFLICT, "The message is being sent, or another message has this id.",
                           path="message_id")  # fmt: skip
     context.events.poke([context.user_id])
     return OneScheduled(scheduled=made)
@@ -75,7 +75,9 @@ async def cancel(context: Context, frame: client.CancelScheduled) -> OneSchedule
         if made is None:
             if there.status == "cancelled":
                 return OneScheduled(scheduled=there)
-            raise Refused(ErrorCode.CONFLICT, "It is too late to cancel this message.", path="message_id")
+            raise Refused(
+                ErrorCode.CONFLICT, "The message was sent or is being sent. Delete it instead.", path="message_id"
+            )
     context.events.poke([context.user_id])
     return OneScheduled(scheduled=made)
 

@@ -33,7 +33,7 @@ async def edit(context: Context, frame: client.Edit) -> Changed:
         if frame.edit_id is not None and (earlier := await edits.edited(db, frame, context.user_id)) is not None:
             version, is_same = earlier
             if not is_same:
-                raise Refused(ErrorCode.CONFLICT, "This id is taken by another edit.", path="edit_id")
+                raise Refused(ErrorCode.CONFLICT, "Another edit has this id. Make a new one.", path="edit_id")
             return Changed(conversation_id=before.conversation_id, version=version)
         _require_editable(context, found)
         if (before.content, before.formatted_content) == (frame.content, made.formatted_content):
@@ -69,7 +69,7 @@ def _require_editable(context: Context, found: Found) -> None:
     if message.is_moderated:
         raise Refused(ErrorCode.FORBIDDEN, "A moderator has hidden this message.", path="message_id")
     if message.forwarded_from_id is not None:
-        raise Refused(ErrorCode.FORBIDDEN, "These are somebody else's words: they are as forwarded.", path="message_id")
+        raise Refused(ErrorCode.FORBIDDEN, "A forwarded message cannot be edited.", path="message_id")
     window = found.conversation.settings.edit_window_seconds
     if window is not None and now() - message.created_at > timedelta(seconds=window):
         raise Refused(

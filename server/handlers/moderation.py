@@ -49,7 +49,7 @@ async def report(context: Context, frame: client.ReportMessage) -> Done:
         if found is None or found.message.is_deleted:
             raise NotFound("message_id")
         if found.message.sender_id == context.user_id:
-            raise Refused(ErrorCode.FORBIDDEN, "This message is your own.", path="message_id")
+            raise Refused(ErrorCode.FORBIDDEN, "You cannot report your own message.", path="message_id")
         if not await users.lock(db, [context.user_id]):
             raise NotActive
         await moderation.report(db, frame, context.user_id)
@@ -94,7 +94,7 @@ async def _require(db: Db, context: Context, conversation_id: ConversationId | N
     """Raise Refused unless the caller may do something in a conversation, or without one on the server."""
     if conversation_id is None:
         if not await users.is_admin(db, context.user_id):
-            raise Refused(ErrorCode.FORBIDDEN, "This is for server administrators; name a conversation.",
+            raise Refused(ErrorCode.FORBIDDEN, "Server administrators only. Name a conversation.",
                           path="conversation_id")  # fmt: skip
         return
     require(await taking_part(db, conversation_id, context.user_id), act)
@@ -108,5 +108,5 @@ async def _moderated(db: Db, context: Context, frame: client.Moderate | client.U
     if found.message.is_deleted:
         raise NotFound("message_id")
     if found.message.system_message_type is not None:
-        raise Refused(ErrorCode.FORBIDDEN, "This is not what somebody said.", path="message_id")
+        raise Refused(ErrorCode.FORBIDDEN, "System messages cannot be moderated.", path="message_id")
     return found

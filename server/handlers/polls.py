@@ -32,9 +32,11 @@ async def vote(context: Context, frame: client.Vote) -> Changed:
         if message.poll_closed_at is not None or (poll.closes_at is not None and poll.closes_at <= now()):
             raise Refused(ErrorCode.FORBIDDEN, "This poll is closed.", path="message_id")
         if options and options[-1] >= len(poll.options):
-            raise Refused(ErrorCode.INVALID, f"There are {len(poll.options)} options, from 0.", path="options")
+            raise Refused(
+                ErrorCode.INVALID, f"`options` must be between 0 and {len(poll.options) - 1}.", path="options"
+            )
         if len(options) > 1 and not poll.is_multiple:
-            raise Refused(ErrorCode.INVALID, "One option can be voted for in this poll.", path="options")
+            raise Refused(ErrorCode.INVALID, "This poll takes one option per vote.", path="options")
         standing = await polls.vote(db, message, context.user_id, options)
     if found.is_from_before:
         context.events.publish(
@@ -82,7 +84,9 @@ async def list_votes(context: Context, frame: client.ListVotes) -> VotePage:
         found = await polls.votes(db, frame, frame.after, limit=frame.limit)
         # Checked last: whoever may read now may read all of the above.
         if _poll(await messages.find(db, frame, context.user_id)).is_anonymous:
-            raise Refused(ErrorCode.FORBIDDEN, "This poll is anonymous: only the counts are told.", path="message_id")
+            raise Refused(
+                ErrorCode.FORBIDDEN, "This poll is anonymous. Its counts are in the message.", path="message_id"
+            )
     return VotePage(votes=found.rows, after=found.after)
 
 

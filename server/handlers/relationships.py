@@ -23,7 +23,9 @@ async def request_friend(context: Context, frame: client.RequestFriend) -> OneRe
             raise NotFound("user_id")
         mine = await relationships.status(db, me, them, "friend")
         if mine == "rejected":
-            raise Refused(ErrorCode.CONFLICT, "They have declined; now it is for them to ask.", path="user_id")
+            raise Refused(
+                ErrorCode.CONFLICT, "They declined your request. Only they can send a new one.", path="user_id"
+            )
         becomes: RelationshipStatus = "accepted" if mine == "accepted" else "pending"
         if mine not in {"pending", "accepted"} and await relationships.status(db, them, me, "friend") == "pending":
             becomes = "accepted"
@@ -141,5 +143,5 @@ async def _lock(db: Db, me: UserId, them: UserId) -> None:
 
 def _other(context: Context, user_id: UserId) -> UserId:
     if user_id == context.user_id:
-        raise Refused(ErrorCode.INVALID, "This is about someone else.", path="user_id")
+        raise Refused(ErrorCode.INVALID, "`user_id` must name another user.", path="user_id")
     return user_id

@@ -13,7 +13,7 @@ from server.queries import messages, searches, whereabouts
 async def search(context: Context, frame: client.Search) -> SearchPage:
     """Return a page of what matches."""
     if frame.text is None and frame.hashtag is None and frame.conversation_id is None and not frame.mentions_me:
-        raise Refused(ErrorCode.INVALID, "Say what to look for: `text`, a `hashtag`, `mentions_me`, or where.",
+        raise Refused(ErrorCode.INVALID, "Give at least one of `text`, `hashtag`, `mentions_me` and `conversation_id`.",
                       path="text")  # fmt: skip
     words = None if frame.text is None else typed.query(frame.text, prefix=typed.PREFIX_OF_WORDS)
     async with context.database.searching() as db:
@@ -29,5 +29,7 @@ async def why(context: Context, frame: client.Why) -> Whereabouts:
         if found is None or told is None:
             raise NotFound("message_id")
         if found.message.sender_id != context.user_id and not may(found.me, Act.MODERATE):
-            raise Refused(ErrorCode.FORBIDDEN, "This is for the sender, and for moderators.", path="message_id")
+            raise Refused(
+                ErrorCode.FORBIDDEN, "Only the sender and moderators may ask about a message.", path="message_id"
+            )
     return whereabouts.answer(told, context.events.published_at(found.message.conversation_id, told.version))

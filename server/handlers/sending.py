@@ -45,7 +45,7 @@ async def forward(context: Context, frame: client.Forward) -> Sent:
             return answer
         raise NotFound("message_id")
     if said.system_message_type is not None:
-        raise Refused(ErrorCode.FORBIDDEN, "This is not what somebody said.", path="message_id")
+        raise Refused(ErrorCode.FORBIDDEN, "System messages cannot be forwarded.", path="message_id")
     if said.is_unreadable:
         raise Refused(
             ErrorCode.FORBIDDEN, "A message that cannot be read whole cannot be forwarded.", path="message_id"
@@ -93,7 +93,11 @@ async def _store(context: Context, out: Outgoing) -> Sent:
         if out.made.loud_mentions:
             # The sender may have lost the role that these take.
             out = await outgoing(context, frame, out.source)
-    raise Refused(ErrorCode.UNAVAILABLE, "The conversation is changing; send this again.", retry_after_ms=100)
+    raise Refused(
+        ErrorCode.UNAVAILABLE,
+        "The conversation is changing. Retry the same frame after `retry_after_ms`.",
+        retry_after_ms=100,
+    )
 
 
 def _message(out: Outgoing, stored: Stored) -> Message:
@@ -152,7 +156,7 @@ async def _why_not(context: Context, out: Outgoing) -> Sent | Literal["slow"] | 
     if there.obstacle in OBSTACLES:
         raise Refused(ErrorCode.FORBIDDEN, OBSTACLES[there.obstacle])
     if there.version is not None:
-        raise Refused(ErrorCode.CONFLICT, "This id is taken by another message.", path="message_id")
+        raise Refused(ErrorCode.CONFLICT, "Another message has this id. Make a new one.", path="message_id")
     if there.missing is not None:
         raise NotFound(there.missing)
     return "slow" if there.obstacle == "slow" else None

@@ -56,7 +56,9 @@ async def update_profile(context: Context, frame: client.UpdateProfile) -> OneMe
     if frame.time_zone is not UNSET:
         async with context.database.connection() as db:
             if not await users.is_time_zone(db, frame.time_zone):
-                raise Refused(ErrorCode.INVALID, "This is not a time zone such as `Europe/London`.", path="time_zone")
+                raise Refused(
+                    ErrorCode.INVALID, "`time_zone` must be an IANA name such as `Europe/London`.", path="time_zone"
+                )
     async with context.database.transaction() as db:
         before = await users.me(db, context.user_id)
         after = await users.update(db, context.user_id, given) if given else before

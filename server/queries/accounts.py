@@ -62,8 +62,8 @@ async def password_hash(db: Db, user_id: UserId) -> str | None:
     return found
 
 
-# Checking a password takes long, outside any transaction. What follows is done under the user's lock, and only
-# if the hash that it was checked against is still theirs: whoever changes the hash takes the same lock.
+# A password is checked outside of any transaction, since that takes long. Each statement below therefore repeats that
+# the checked hash is still the user's. It runs under the user's lock, which every change of the hash takes, too.
 _HAS_HASH = """EXISTS (
     SELECT FROM account a WHERE a.user_id = u.id AND a.provider_id = 'credential' AND a.password = $2
 )"""
@@ -77,8 +77,9 @@ RETURNING true
 
 
 async def leave(db: Db, user_id: UserId, password_hash: str | None, *, is_for_good: bool) -> bool:
-    """Deactivate a user, or mark them to be erased when the time of grace is over; False, and in vain, if that is not
-    the hash of their password. Under the user's lock.
+    """Deactivate a user, or mark them to be erased after the grace period. Under the user's lock.
+
+    Return False, and change nothing, if `password_hash` is no longer the user's.
     """
     return bool(await db.fetchval(LEAVE, user_id, password_hash, is_for_good))
 
@@ -90,7 +91,7 @@ WHERE u.id = $1 AND u.erased_at IS NULL AND NOT u.is_disabled AND (NOT u.is_acti
 
 
 async def come_back(db: Db, user_id: UserId, password_hash: str) -> None:
-    """Undo that, if that is the hash of the user's password. Under the user's lock."""
+    """Undo `leave`, if `password_hash` is still the user's. Under the user's lock."""
     await db.execute(COME_BACK, user_id, password_hash)
 
 

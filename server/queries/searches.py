@@ -123,7 +123,9 @@ class Place(NamedTuple):
             as_of, rank, at, one = text.split("/")
             return cls(moment_of(as_of), float(rank), moment_of(at), UUID(one))
         except ValueError:
-            raise Refused(ErrorCode.INVALID, "This is not an `after` that a page came with.", path="after") from None
+            raise Refused(
+                ErrorCode.INVALID, "`after` must be the `after` of an earlier page, unchanged.", path="after"
+            ) from None
 
 
 async def find(db: Db, user_id: UserId, frame: Search, words: str | None, *, limit: int) -> SearchPage:

@@ -55,8 +55,8 @@ class Outgoing(NamedTuple):
 
 
 class Stored(NamedTuple):
-    """Where and when a message was stored, and when its words go; the root, its count, and its place in the thread when
-    it is a reply.
+    """The version and times of a stored message. For a reply, also its thread: the root, its reply count, and the
+    reply's place.
     """
 
     version: int
@@ -67,14 +67,14 @@ class Stored(NamedTuple):
     thread_order: int
 
 
-# `(… = …) IS TRUE` says which conversation a row named by its id belongs to without offering that to the planner as
-# a way to find it: while a table is nearly empty, walking through a conversation looks as cheap as going by the id,
-# and the plan is kept (docs/decisions/0008). OFFSET 0 and ARRAY(…) keep the order of steps for the same reason.
+# `(conversation_id = …) IS TRUE` is a filter that no index serves, so rows are always found by their id. A generic plan
+# made while a table is nearly empty would otherwise scan the conversation, and be kept (docs/decisions/0008).
+# OFFSET 0 and ARRAY(…) are optimization fences for the same reason.
 #
-# One statement for the whole batch. `wanted` are those that may be sent. The conversation's row is locked after that
-# check, so whoever's access changed in between is left out (access_version) and asked about again. Whom one may write
-# to changes without the conversation: that is asked under the lock, as of then (may_now). The root of a thread, which
-# is changed under that lock as well, says which places its replies take.
+# One statement sends the whole batch. `wanted` selects the messages that may be sent, before any lock. `locked` then
+# locks the conversations. `fresh` drops each message whose sender's access changed in between, by `access_version`;
+# the handler then finds out why. In direct conversations `may_now` reads blocks and privacy under the lock, since these
+# change without the conversation. `roots` is updated under the lock, too, and numbers the replies of each thread.
 SEND = """
 WITH input AS (
     SELECT * FROM json_to_recordset($1) AS i (
