@@ -20,6 +20,8 @@ from loadtest.run import Moment, Phase, Result, Run, Watch
 from loadtest.scenario import Size
 from loadtest.scenarios import SCENARIOS
 from loadtest.target import OpenChat, Unusable
+from server.aside import aside, require_folder
+from server.errors import Fatal
 
 MS = 1_000
 STEP = 1.5
@@ -40,7 +42,7 @@ def main(arguments: list[str]) -> int:
         return 0
     try:
         return asyncio.run(_load(options, console))
-    except Unusable as error:
+    except (Unusable, Fatal) as error:
         sys.stderr.write(f"openchat load: {error}\n")
         return 1
     except KeyboardInterrupt:
@@ -90,6 +92,7 @@ async def _load(options: argparse.Namespace, console: Console) -> int:
         rate=scenario.rate if options.rate is None else options.rate,
         messages=options.messages,
     )
+    require_folder(options.report)
     target = OpenChat(options.url)
     with Screen(console) as screen:
         try:
@@ -151,10 +154,11 @@ def slowest(phase: Phase) -> float:
 def _conclude(result: Result, options: argparse.Namespace, console: Console) -> int:
     bound = options.bound / MS if options.find_limit else None
     console.print(_tables(result, bound))
-    options.report.mkdir(parents=True, exist_ok=True)
     stem = options.report / f"{result.scenario}-{time.strftime('%Y%m%d-%H%M%S')}"
-    stem.with_suffix(".json").write_bytes(msgspec.json.format(msgspec.json.encode(result)))
-    stem.with_suffix(".html").write_text(report.page(result))
+    with aside(stem.with_suffix(".json")) as write:
+        write(msgspec.json.format(msgspec.json.encode(result)))
+    with aside(stem.with_suffix(".html")) as write:
+        write(report.page(result).encode())
     is_good, sentence = figures.verdict(result)
     if bound is not None:
         # The last steps were meant to be too much: only what is lost counts against a search for the limit.

@@ -1,7 +1,6 @@
 """The server under load, and the people and conversations that a run needs there: made by the wire alone."""
 
 import asyncio
-import os
 import secrets
 import socket
 from collections.abc import Callable, Coroutine, Iterable
@@ -22,6 +21,7 @@ from protocol.http import LoggedIn, Register
 from protocol.ids import ConversationId, UserId, uuid7
 from protocol.limits import MAX_PARTICIPANTS_NAMED
 from protocol.server import Added, Error, OneConversation, Reply
+from server.aside import aside, require_folder
 
 PER_ADDRESS = 80
 """Accounts made from each loopback address: a server allows 100 in five minutes unless told otherwise."""
@@ -139,9 +139,9 @@ class OpenChat:
 
     def save(self) -> None:
         """Keep what is kept."""
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        with os.fdopen(os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
-            file.write(msgspec.json.encode(self.purse))
+        require_folder(self._path.parent)
+        with aside(self._path, replaces=True) as write:
+            write(msgspec.json.encode(self.purse))
 
     async def _open(self) -> None:
         """Take out the accounts of earlier runs, if the server still knows them."""

@@ -22,6 +22,8 @@ from prove.cluster import Cluster, OwnCluster
 from prove.faults import FAULTS, Fault
 from prove.proxy import Proxy
 from prove.run import Outcome, Proof, Run
+from server.aside import aside, require_folder
+from server.errors import Fatal
 
 PHASE_SECONDS = 15.0
 COLUMNS = (
@@ -42,7 +44,7 @@ def main(arguments: list[str]) -> int:
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             return runner.run(_prove(options, console))
-    except (Unusable, TimeoutError) as error:
+    except (Unusable, Fatal, TimeoutError) as error:
         sys.stderr.write(f"openchat prove: {str(error) or 'the installation does not become ready.'}\n")
         return 1
     except KeyboardInterrupt:
@@ -84,6 +86,8 @@ def _list() -> Table:
 
 async def _prove(options: argparse.Namespace, console: Console) -> int:
     faults = _chosen(options)
+    if options.report:
+        require_folder(options.report)
     proof = Proof(
         seed=options.seed, people=options.people, rate=options.rate,
         where=options.url or f"a cluster of {options.workers} workers",
@@ -148,10 +152,11 @@ def _conclude(proof: Proof, options: argparse.Namespace, console: Console) -> in
         for words in outcome.words:
             console.print(f"[red]{outcome.name}[/]: {words}", highlight=False, soft_wrap=True)
     if options.report:
-        options.report.mkdir(parents=True, exist_ok=True)
         stem = options.report / f"prove-{time.strftime('%Y%m%d-%H%M%S')}"
-        stem.with_suffix(".json").write_bytes(msgspec.json.format(msgspec.json.encode(proof)))
-        stem.with_suffix(".html").write_text(report.page(proof))
+        with aside(stem.with_suffix(".json")) as write:
+            write(msgspec.json.format(msgspec.json.encode(proof)))
+        with aside(stem.with_suffix(".html")) as write:
+            write(report.page(proof).encode())
         console.print(f"The report is {stem.with_suffix('.html')}")
     verdict = report.verdict(proof)
     console.print(f"[bold {'green' if proof.is_good else 'red'}]{verdict}[/]", highlight=False)

@@ -93,6 +93,13 @@ def is_lost(error: BaseException) -> bool:
     return isinstance(error, _LOST)
 
 
+def cause(error: BaseException) -> BaseException:
+    """Return the error that closed a connection, of one that was raised because the connection is closed."""
+    while isinstance(error, asyncpg.InterfaceError) and error.__context__ is not None and is_lost(error.__context__):
+        error = error.__context__
+    return error
+
+
 def told(error: BaseException) -> str:
     """Return what `error` says, for the log: of PostgreSQL's errors no DETAIL, HINT or context, which quote rows and
     parameters, and no message that quotes a value.

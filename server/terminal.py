@@ -1,6 +1,7 @@
 """Text for a terminal or a log: what others have written cannot move the cursor, change colours or reorder a line."""
 
 import contextlib
+import errno
 import json
 import os
 import sys
@@ -9,10 +10,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TextIO
 
-from server.errors import Fatal, is_lost, told
+from server.errors import Fatal, cause, is_lost, told
 
 INTERRUPTED = 130
 """The status of a command that a Ctrl-C ends."""
+
+UNREACHABLE = {errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EHOSTDOWN, errno.ENETDOWN, errno.ENETRESET}
+"""Errors of a network that have no class of their own."""
 
 INVISIBLE = {"Cc", "Cf", "Cs", "Co", "Zl", "Zp"}
 """Categories of characters that a terminal obeys instead of showing them: controls, formats, line ends."""
@@ -41,9 +45,17 @@ def say_json(text: str) -> None:
         out.write(plain_json(text))
 
 
+def say_bytes(piece: bytes) -> None:
+    """Print a piece of a file for a pipe, as it is. Raises Fatal if nobody takes it."""
+    with printing() as out:
+        out.buffer.write(piece)
+
+
 @contextmanager
 def printing() -> Iterator[TextIO]:
-    """Return standard output. Raises Fatal if it is closed, or if what the block writes is not taken."""
+    """Return standard output. Raises Fatal if it is closed, or if what the block writes is not taken. The block uses
+    nothing else that raises OSError, such as a database.
+    """
     if sys.stdout is None or sys.stdout.closed:
         raise Fatal("standard output is closed.")
     try:
@@ -76,17 +88,22 @@ def status_of(work: Callable[[], int]) -> int:
         complain("interrupted.")
         _discard_output()
         return INTERRUPTED
-    except OSError as error:
-        where = "" if error.filename is None else f"{error.filename}: "
-        complain(f"{where}{error.strerror or type(error).__name__}.")
     except Exception as error:
         if not is_lost(error):
             raise
-        complain(f"the database cannot be used: {told(error).rstrip('.')}. Run the command again.")
+        complain(_failure(cause(error)))
     else:
         return status
     _discard_output()
     return 1
+
+
+def _failure(error: BaseException) -> str:
+    reason = (isinstance(error, OSError) and error.strerror) or told(error) or type(error).__name__
+    is_of_a_connection = isinstance(error, (ConnectionError, TimeoutError))
+    if isinstance(error, OSError) and not is_of_a_connection and error.errno not in UNREACHABLE:
+        return f"{error.filename}: {reason}." if error.filename is not None else f"{reason}."
+    return f"the database cannot be used: {reason.rstrip('.')}. Run the command again."
 
 
 def _discard_output() -> None:

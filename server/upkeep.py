@@ -2,7 +2,8 @@
 
 import argparse
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from uuid import UUID
 
@@ -10,16 +11,17 @@ import msgspec
 
 from protocol.ids import MessageId
 from server import administration, checking, config, database, migrate, reindexing
+from server.aside import aside
 from server.database import Db
 from server.embedded.reach import reached
 from server.errors import Fatal
 from server.progress import Progress
 from server.queries import accounts, transfers, whereabouts
 from server.queries.audit import Deed
-from server.terminal import complain, plain, printing, say, say_json, status_of
+from server.terminal import complain, plain, printing, say, say_bytes, say_json, status_of
 from server.transfer import archive, dump, load, mattermost, reading, slack
 from server.transfer.archive import Archive, Unconfirmed
-from server.transfer.aside import aside
+from server.transfer.lines import Lines
 
 COMMANDS = ("check", "why", "reindex", "export", "import")
 NOT_UNDERSTOOD = (*reading.WRONG, *load.REFUSED)
@@ -147,12 +149,12 @@ async def export(db: Db, options: argparse.Namespace) -> int:
         with printing() as out:
             if out.isatty():
                 raise Fatal("an export of everything is not for a terminal; name a file.")
-            await _note_export(db)
-            await dump.write(db, out.buffer, progress)
-        return 0
-    with aside(options.file) as file:
         await _note_export(db)
-        summary = await dump.write(db, file, progress)
+        await dump.write(db, say_bytes, progress)
+        return 0
+    with aside(options.file) as write:
+        await _note_export(db)
+        summary = await dump.write(db, write, progress)
     say(f"{summary.total:,} rows in {len(summary.rows)} tables, sha256 {summary.sha256}")
     return 0
 
@@ -168,9 +170,9 @@ async def _export_user(db: Db, options: argparse.Namespace) -> int:
         async for piece in administration.export_user(db, options):
             say_json(piece.decode())
         return 0
-    with aside(options.file) as file:
+    with aside(options.file) as write:
         async for piece in administration.export_user(db, options):
-            file.write(piece)
+            write(piece)
     return 0
 
 
@@ -180,16 +182,15 @@ async def import_all(db: Db, options: argparse.Namespace) -> int:
     is_whole = options.format == "openchat"
     deed = Deed(None, "import", details={"format": options.format})
     try:
-        lines = (
-            dump.read(options.path, await transfers.columns(db))
-            if is_whole
-            else await archive.rows(db, FOREIGN[options.format](options.path), options.match_accounts)
-        )
-        summary = await load.load(db, lines, progress, is_whole=is_whole, deed=deed)
+        if is_whole:
+            lines = dump.read(options.path, await transfers.columns(db))
+        else:
+            with _reading(options.path):
+                found = FOREIGN[options.format](options.path)
+            lines = await archive.rows(db, found, options.match_accounts)
+        summary = await load.load(db, _read(options.path, lines), progress, is_whole=is_whole, deed=deed)
     except Unconfirmed as unconfirmed:
         raise Fatal(_ask(unconfirmed)) from None
-    except OSError as error:
-        raise Fatal(f"{options.path} cannot be read: {error.strerror}. Nothing was brought in.") from None
     except NOT_UNDERSTOOD as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise Fatal(f"{options.path} is not understood: {plain(reason)}. Nothing was brought in.") from error
@@ -197,6 +198,21 @@ async def import_all(db: Db, options: argparse.Namespace) -> int:
     for table, count in summary.rows.items():
         say(f"{table:<26} {count:>12,}")
     return 0
+
+
+def _read(path: Path, lines: Lines) -> Lines:
+    # The database is used between two lines: its errors are not those of the file.
+    with _reading(path):
+        yield from lines
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Raise Fatal for an OSError of the block, in which nothing but a file is read."""
+    try:
+        yield
+    except OSError as error:
+        raise Fatal(f"{path} cannot be read: {error.strerror or error}. Nothing was brought in.") from None
 
 
 def _ask(unconfirmed: Unconfirmed) -> str:

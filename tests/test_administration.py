@@ -28,12 +28,17 @@ class Shell:
 
     async def run(self, *arguments: str, status: int = 0, is_output: bool = False) -> str:
         """Return what a command printed, to its errors if that is what is expected, and not said to be its output."""
+        out, err = await self.both(*arguments, status=status)
+        return err if status and not is_output else out
+
+    async def both(self, *arguments: str, status: int = 0) -> tuple[str, str]:
+        """Return what a command printed to standard output, and to standard error."""
         self._capsys.readouterr()
         group = administration if arguments[0] in administration.COMMANDS else upkeep
         ended = await asyncio.to_thread(group.main, list(arguments))
-        printed = self._capsys.readouterr()
-        assert ended == status, printed
-        return printed.err if status and not is_output else printed.out
+        out, err = self._capsys.readouterr()
+        assert ended == status, (out, err)
+        return out, err
 
     async def json(self, *arguments: str, status: int = 0) -> Any:
         return json.loads(await self.run(*arguments, "--json", status=status, is_output=True))

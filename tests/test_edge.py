@@ -2,24 +2,35 @@
 
 import argparse
 import asyncio
+import contextlib
+import errno
+import functools
 import io
 import os
+import re
 import resource
+import socket
+import struct
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any, NamedTuple, NoReturn, TextIO
+from urllib.parse import parse_qs, urlsplit
 from uuid import UUID
 
+import msgspec
 import pytest
 
-from server import administration, upkeep
+from server import administration, aside, terminal, upkeep
+from server.errors import Fatal
 from server.queries import audit
+from server.transfer.lines import Row
 from tests.test_administration import Shell, shell
 from tests.world import sent
 
 __all__ = ("shell",)
+ROOT = Path(__file__).parent.parent
 NOTED = {
     "user create": "create_user", "user show": "show_user", "user disable": "disable_user",
     "user enable": "enable_user", "user promote": "promote_user", "user demote": "demote_user",
@@ -198,6 +209,158 @@ async def test_an_export_is_whole_or_not_there(
     await shell.run(*export, str(folder / "good"))
     assert (folder / "good").stat().st_mode & 0o777 == 0o600
     assert len(list(folder.iterdir())) == 3
+
+
+def refuses(error: int) -> Any:
+    def refuse(*_: object, **__: object) -> NoReturn:
+        raise OSError(error, os.strerror(error))
+
+    return refuse
+
+
+@pytest.mark.parametrize("error", [errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK])
+def test_a_file_is_written_where_there_are_no_hard_links(
+    error: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "link", refuses(error))  # as exFAT and some network file systems do
+    with aside.aside(tmp_path / "good") as write:
+        write(b"all of it")
+    assert (tmp_path / "good").read_bytes() == b"all of it"
+    with pytest.raises(Fatal, match="is there already"), aside.aside(tmp_path / "late") as write:
+        (tmp_path / "late").write_text("somebody's")
+    assert (tmp_path / "late").read_text() == "somebody's"
+    monkeypatch.setattr(Path, "replace", refuses(errno.EIO))
+    said = r"cannot be written: Input/output error\. Nothing of it is left\."
+    with pytest.raises(Fatal, match=said), aside.aside(tmp_path / "bad") as write:
+        write(b"some of it")
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["good", "late"]
+
+
+@pytest.mark.parametrize(
+    "error", [ConnectionResetError(errno.ECONNRESET, "Reset"), TimeoutError(), FileExistsError("x"), ValueError("x")]
+)
+def test_an_error_of_something_else_is_no_fault_of_the_file(
+    error: Exception, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(type(error)) as caught, aside.aside(tmp_path / "x"):
+        fail(error)
+    assert caught.value is error
+    assert names(tmp_path) == []
+
+    def rows() -> Iterator[Row]:
+        yield Row("user", msgspec.Raw(b"{}"))
+
+    with pytest.raises(type(error)) as caught:
+        list(map(lambda _: fail(error), upkeep._read(tmp_path, rows())))  # noqa: C417, SLF001 - not in the generator
+    assert caught.value is error
+    if isinstance(error, (ConnectionError, TimeoutError)):
+        assert terminal.status_of(functools.partial(fail, error)) == 1
+        assert capsys.readouterr().err.startswith("openchat: the database cannot be used: ")
+
+
+def fail(error: Exception) -> int:
+    raise error
+
+
+def test_a_file_that_is_replaced_is_the_old_or_the_new_one(tmp_path: Path) -> None:
+    path = tmp_path / "kept"
+    for text in (b"old", b"new"):
+        with aside.aside(path, replaces=True) as write:
+            write(text)
+            assert not path.exists() or path.read_bytes() == b"old"
+    with contextlib.suppress(KeyError), aside.aside(path, replaces=True) as write:
+        write(b"half")
+        raise KeyError
+    assert path.read_bytes() == b"new"
+    assert [one.name for one in tmp_path.iterdir()] == ["kept"]
+
+
+async def test_a_killed_export_is_named_by_the_next_one(shell: Shell, tmp_path: Path) -> None:
+    program = "import os, pathlib, sys; from server.aside import aside\nwith aside(pathlib.Path(sys.argv[1])) as write:"
+    program += "\n write(b'secret')\n os.kill(os.getpid(), 9)"
+    path = tmp_path / "all [1].jsonl"
+    await asyncio.to_thread(subprocess.run, [sys.executable, "-c", program, str(path)], check=False)
+    (left,) = names(tmp_path)
+    _, told = await shell.both("export", str(path))
+    assert re.fullmatch(
+        rf"openchat: {re.escape(str(tmp_path / left))} is left of a command that was killed, .* Delete it .*\n", told
+    )
+    assert names(tmp_path) == [left, path.name], "nobody's file is deleted unasked"
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(one.name for one in folder.iterdir())
+
+
+def test_every_file_that_is_for_somebody_is_written_aside() -> None:
+    writes = re.compile(r"write_text\(|write_bytes\(|O_TRUNC|open\([^)]*[\"'][wax]b?[\"']")
+    found = {
+        f"{path.relative_to(ROOT)}: {line.strip()}"
+        for folder in ("server", "prove", "loadtest")
+        for path in (ROOT / folder).rglob("*.py")
+        for line in path.read_text().splitlines()
+        if writes.search(line)
+    }
+    assert {one.split(":")[0] for one in found} == OTHERWISE.keys(), found
+
+
+OTHERWISE = {
+    "server/describe/__main__.py": "our own documents",
+    "server/embedded/logfile.py": "it goes by descriptors",
+    "prove/cluster.py": "a log",
+    "server/metrics.py": "it replaces a file that only this program reads",
+}
+"""Files that write files without server/aside.py."""
+
+
+async def test_a_lost_database_is_not_a_fault_of_a_file(
+    shell: Shell, place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await shell.world.db.execute("UPDATE message SET content = repeat('x', 9000)")
+    url = urlsplit(shell.world.settings.database_url)
+    path = f"{parse_qs(url.query)['host'][0]}/.s.PGSQL.5432"
+    outside = {"check": b"schema_migration", "import": b"email_verified FROM", "export --user file": b"reaction"}
+    for command in (*NOTED, "check", "export file", "export --user file"):
+        # Most is reset in the transaction that notes what is done, and some outside of any.
+        async with resets(path, outside.get(command, b"audit_entry")) as port:
+            monkeypatch.setenv("DATABASE_URL", f"postgresql://openchat@127.0.0.1:{port}{url.path}")
+            arguments = place.arguments(command.removesuffix(" file"))
+            said = await shell.run(*arguments, *([str(tmp_path / "x")] if command.endswith("file") else []), status=1)
+            reason = "(Connection reset by peer|connection was closed in the middle of operation)"
+            assert re.fullmatch(
+                rf"openchat: the database cannot be used: {reason}\. Run the command again\.\n", said
+            ), (
+                command,
+                said,
+            )
+            assert names(tmp_path) == []
+
+
+@contextlib.asynccontextmanager
+async def resets(path: str, word: bytes) -> AsyncIterator[int]:
+    """Pass connections on to PostgreSQL, and reset each when a client says a word."""
+
+    async def carry(source: asyncio.StreamReader, sink: asyncio.StreamWriter, *, is_up: bool) -> None:
+        while data := await source.read(65536):
+            if is_up and word in data:
+                return
+            sink.write(data)
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        back, forth = await asyncio.open_unix_connection(path)
+        ways = [
+            asyncio.create_task(carry(reader, forth, is_up=True)),
+            asyncio.create_task(carry(back, writer, is_up=False)),
+        ]
+        await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
+        for way in ways:
+            way.cancel()
+        writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        writer.transport.abort()
+        forth.close()
+
+    async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
+        yield server.sockets[0].getsockname()[1]
 
 
 async def interrupted() -> AsyncIterator[Any]:

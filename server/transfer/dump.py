@@ -3,9 +3,8 @@
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import BinaryIO
 
 import msgspec
 
@@ -26,7 +25,7 @@ NO_HEAD = "line 1: its first line is not that of an export of OpenChat"
 _DEEP = re.compile(rb'\{"table":"(\w+)","row":(\{.*\})\}\n?\Z', re.DOTALL)
 
 
-async def write(db: Db, file: BinaryIO, progress: Progress) -> Summary:
+async def write(db: Db, write_piece: Callable[[bytes], object], progress: Progress) -> Summary:
     """Write everything that is not derived, as it is at one moment; return what that was."""
     digest = hashlib.sha256()
     counts: Counter[str] = Counter()
@@ -35,16 +34,16 @@ async def write(db: Db, file: BinaryIO, progress: Progress) -> Summary:
     )
     async with db.transaction():
         await transfers.begin(db, is_snapshot=True)
-        file.write(_encode(head) + b"\n")
+        write_piece(_encode(head) + b"\n")
         for table in transfers.TABLES:
             async for row in transfers.rows(db, table):
                 line = _encode(Row(table, msgspec.Raw(row.encode()))) + b"\n"
                 digest.update(line)
-                file.write(line)
+                write_piece(line)
                 counts[table] += 1
                 progress.counts(table, counts[table])
     progress.done()
-    file.write(_encode(Tail(rows=dict(counts), sha256=digest.hexdigest())) + b"\n")
+    write_piece(_encode(Tail(rows=dict(counts), sha256=digest.hexdigest())) + b"\n")
     return Summary(rows=dict(counts), sha256=digest.hexdigest())
 
 
