@@ -4,6 +4,8 @@
 DO $$
 DECLARE
     old record;
+    held uuid;
+    changed integer := 0;
 BEGIN
     FOR old IN
         SELECT r.*, e.spelling FROM message_reaction r JOIN regexp_split_to_table(trim('
@@ -65,6 +67,12 @@ BEGIN
         WHERE NOT r.is_removed AND r.emoji ~ '^:[A-Za-z0-9_+''-]{1,30}:$' AND r.emoji <> lower(r.emoji COLLATE "C")
         ORDER BY conversation_id, message_id, user_id, emoji
     LOOP
+        IF held IS DISTINCT FROM old.conversation_id OR changed = 100 THEN
+            COMMIT; -- and let go of a conversation before the next one is locked
+            held := old.conversation_id;
+            changed := 0;
+        END IF;
+        changed := changed + 1;
         -- As a frame does it: under the conversation's lock, and with a version for each row that changes.
         PERFORM FROM conversation c WHERE c.id = old.conversation_id FOR NO KEY UPDATE;
         WITH taken AS (

@@ -1,6 +1,7 @@
-"""Bring a database to the schema that this program knows: schema.sql for an empty one, migrations for others."""
+"""Brings a database to the schema that this program knows: schema.sql for an empty one, migrations for others."""
 
 import asyncio
+import logging
 import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -36,9 +37,12 @@ CREATE TABLE schema_migration (
 LOCK = "LOCK TABLE schema_migration IN SHARE UPDATE EXCLUSIVE MODE NOWAIT"
 """Lets one process migrate at a time. A reader can take an advisory lock, and none of this table."""
 PATIENCE = f"SET LOCAL lock_timeout = '{LOCK_SECONDS}s'"
+PATIENCE_OF_STEPS = f"SET lock_timeout = '{LOCK_SECONDS}s'"
 UNTIL_BUILT = f"SET lock_timeout = '{BUILD_SECONDS}s'"
 BUILD = re.compile(r'CREATE (?:UNIQUE )?INDEX CONCURRENTLY (?P<index>\w+) ON (?P<table>\w+|"\w+") [^;]+;')
 """The only statement of a migration that holds `CONCURRENTLY`."""
+COMMITS = re.compile(r"^\s*COMMIT;", re.MULTILINE)
+"""In the only statement of a migration that changes rows in small transactions: a block that finds what is left."""
 IS_BUILDING = (
     "SELECT EXISTS (SELECT FROM pg_stat_progress_create_index WHERE relid = to_regclass('public.' || $1::text))"
 )
@@ -61,6 +65,8 @@ RECORD = "INSERT INTO schema_migration (number, name) VALUES ($1, $2)"
 CLOSE = "SELECT close_to_public()"
 NEW_EPOCH = "UPDATE database_epoch SET epoch = gen_random_uuid()"
 
+
+log = logging.getLogger(__name__)
 
 Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record] | asyncpg.pool.PoolConnectionProxy[asyncpg.Record]"
 
@@ -112,11 +118,24 @@ async def migrate(url: str) -> list[str]:
 @asynccontextmanager
 async def _connected(url: str) -> AsyncIterator[Connection]:
     connection = await asyncpg.connect(url)
+    connection.add_log_listener(_Warnings())
     try:
         await connection.execute(UNHURRIED)
         yield connection
     finally:
         await connection.close()
+
+
+class _Warnings:
+    """Logs what PostgreSQL and our functions warn of, each message once for each connection."""
+
+    def __init__(self) -> None:
+        self._seen: set[str] = set()
+
+    def __call__(self, _: object, message: asyncpg.PostgresLogMessage) -> None:
+        if message.severity_en in {"WARNING", "NOTICE"} and message.message not in self._seen:
+            self._seen.add(message.message)
+            log.warning("PostgreSQL: %s", message.message)
 
 
 @asynccontextmanager
@@ -177,6 +196,11 @@ async def _apply(connection: Connection, migration: Migration) -> None:
         return
     for attempt in range(ATTEMPTS):
         try:
+            if COMMITS.search(text):
+                await connection.execute(PATIENCE_OF_STEPS)
+                await connection.execute(text)
+                await connection.execute(RECORD, migration.number, migration.name)
+                return
             async with connection.transaction():
                 await connection.execute(PATIENCE)
                 await connection.execute(text)

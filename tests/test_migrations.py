@@ -1,15 +1,18 @@
 """Migrations run while older workers serve: they neither hold a table for long nor break off halfway."""
 
 import asyncio
+import logging
 import re
 import shutil
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import asyncpg
 import pytest
 
-from server import migrate
+from protocol.ids import uuid7
+from server import cli, migrate
 from server.database import Db
 
 STOPPED = 8
@@ -69,6 +72,17 @@ def test_migration_that_builds_indexes_does_nothing_else() -> None:
     assert [left for text in building if (left := migrate.BUILD.sub("", text).strip())] == []
 
 
+def test_migration_that_commits_is_one_statement_and_rows_are_changed_by_no_other() -> None:
+    """A block that commits runs alone, and again if it broke off. Others would hold what they change until they end."""
+    for step in migrate.known():
+        text = re.sub(r"--.*", "", step.path.read_text()).strip()
+        outside = re.sub(r"CREATE (?:OR REPLACE )?FUNCTION.*?(\$\w*\$).*?\1;", "", text, flags=re.DOTALL)
+        if migrate.COMMITS.search(text):
+            assert re.fullmatch(r"DO \$\$(?:(?!\$\$).)*\$\$;", text, re.DOTALL), step.name
+        elif step.number > STOPPED:
+            assert not re.search(r"\bUPDATE (?!ON\b)|\bDELETE FROM|\bINSERT INTO", outside), step.name
+
+
 @pytest.fixture
 async def db(database_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Db]:
     """A connection to a database that the next migration adds an index to."""
@@ -113,3 +127,84 @@ async def test_index_that_an_installation_has_already_stays(db: Db, database_url
     before = await db.fetchval("SELECT 'user_next_idx'::regclass::oid")
     assert await migrate.migrate(database_url) == [NEXT]
     assert await db.fetchval("SELECT 'user_next_idx'::regclass::oid") == before
+
+
+@asynccontextmanager
+async def connected(url: str) -> AsyncIterator[Db]:
+    connection = await asyncpg.connect(url)
+    yield connection
+    await connection.close()
+
+
+SPEAK = """
+WITH a AS (INSERT INTO "user" (name, email) VALUES ($1, $1) RETURNING id),
+    c AS (
+        INSERT INTO conversation (id, type, title, created_by, version)
+        SELECT $2, 'group', 'G', id, 1 FROM a RETURNING id
+    ),
+    m AS (
+        INSERT INTO message (id, conversation_id, sender_id, content, reactions, sent_version, version)
+        SELECT gen_random_uuid(), c.id, a.id, 'Hello', $3, 1, 1 FROM a, c RETURNING id, conversation_id, sender_id
+    )
+INSERT INTO message_reaction (message_id, user_id, emoji, conversation_id, version, author_id)
+SELECT m.id, m.sender_id, jsonb_object_keys($3), m.conversation_id, 1, m.sender_id FROM m
+"""
+
+
+WAITS = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
+
+
+async def test_migration_of_many_rows_holds_one_conversation_at_a_time(
+    database_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(migrate.ROOT / "migrations", tmp_path / "migrations")
+    (step,) = (step for step in migrate.known() if step.name.endswith("spelling_of_reactions"))
+    shutil.copy(step.path, tmp_path / "migrations" / f"{NEXT}.sql")
+    monkeypatch.setattr(migrate, "ROOT", tmp_path)
+    one, other = sorted((uuid7(), uuid7()))
+    reactions = "SELECT reactions::text FROM message WHERE conversation_id = $1"
+    async with connected(database_url) as holder, connected(database_url) as db:
+        for about in (one, other):
+            await db.execute(SPEAK, about.hex, about, '{"\u2764": 1, ":TADA:": 1}')
+        async with holder.transaction():
+            await holder.execute("SELECT FROM conversation WHERE id = $1 FOR UPDATE", other)
+            migrating = asyncio.create_task(migrate.migrate(database_url))
+            async with asyncio.timeout(10):
+                while not await db.fetchval(WAITS):
+                    await asyncio.sleep(0.01)
+            async with db.transaction():
+                await db.execute("SELECT FROM conversation WHERE id = $1 FOR UPDATE NOWAIT", one)
+            assert "tada" in await db.fetchval(reactions, one)
+            assert "TADA" in await db.fetchval(reactions, other)
+            # The one that waits gives up after `LOCK_SECONDS`, keeps what it has done, and goes on from there.
+            version = await db.fetchval("SELECT version FROM conversation WHERE id = $1", one)
+            assert version == 5
+        assert await migrating == [NEXT]
+        for about in (one, other):
+            assert await db.fetchval(reactions, about) == '{":tada:": 1, "\u2764\ufe0f": 1}'
+            assert await db.fetchval("SELECT version FROM conversation WHERE id = $1", about) == version
+
+
+async def test_operator_is_told_once_what_a_migration_warns_of(
+    database_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(migrate.ROOT / "migrations", tmp_path / "migrations")
+    speaks = "RAISE WARNING E'keep\\n%', 'me'; RAISE WARNING E'keep\\nme'; RAISE NOTICE 'note'; RAISE LOG 'no';"
+    text = f"DO $$ BEGIN {speaks} END $$;"
+    (tmp_path / "migrations" / f"{NEXT}.sql").write_text(text)
+    monkeypatch.setattr(migrate, "ROOT", tmp_path)
+    monkeypatch.setenv("DATABASE_URL", database_url)
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    try:
+        await asyncio.to_thread(cli._run, ["migrate"])  # noqa: SLF001
+    finally:
+        root.handlers[:] = handlers
+        root.setLevel(level)
+    printed = capsys.readouterr()
+    assert printed.out == f"applied  {NEXT}\n"
+    lines = printed.err.splitlines()
+    assert [line.split(" openchat ")[1] for line in lines] == [
+        r"WARNING PostgreSQL: keep\nme",
+        "WARNING PostgreSQL: note",
+    ]
