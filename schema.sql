@@ -296,6 +296,8 @@ CREATE INDEX message_timeline_idx ON message (conversation_id, sent_version)
 CREATE INDEX message_pinned_idx ON message (conversation_id, pinned_at) WHERE is_pinned;
 CREATE INDEX message_expires_idx ON message (expires_at) WHERE expires_at IS NOT NULL;
 CREATE INDEX message_parent_idx ON message (parent_message_id) WHERE parent_message_id IS NOT NULL;
+-- Messages that mention everyone, or a role, which the feed reads the latest first, conversation by conversation.
+CREATE INDEX message_loud_idx ON message (conversation_id, created_at, id) WHERE loud_mentions <> '{}';
 
 -- One row for each user and emoji on a message; taken back, it stays as its own tombstone.
 CREATE TABLE message_reaction (
@@ -358,7 +360,8 @@ CREATE TABLE thread_follow (
     user_version bigint NOT NULL DEFAULT 0,
     CONSTRAINT thread_follow_pkey PRIMARY KEY (root_id, user_id)
 );
-CREATE INDEX thread_follow_user_idx ON thread_follow (user_id, is_following);
+-- With the root, whose id tells when the thread began, so that the newest ones are read without all others.
+CREATE INDEX thread_follow_user_idx ON thread_follow (user_id, is_following, root_id);
 -- Those rows that were told of: not each that a reply has made.
 CREATE INDEX thread_follow_version_idx ON thread_follow (user_id, user_version) WHERE user_version > 0;
 
@@ -509,6 +512,9 @@ CREATE INDEX user_relationship_to_version_idx ON user_relationship (to_user_id, 
 CREATE INDEX user_relationship_hiding_idx ON user_relationship (to_user_id)
     WHERE NOT can_see_online_status OR (type = 'block' AND status = 'active');
 CREATE INDEX user_relationship_to_idx ON user_relationship (to_user_id, type, from_user_id);
+-- Friend requests without an answer, for the feed.
+CREATE INDEX user_relationship_pending_idx ON user_relationship (to_user_id, updated_at, id)
+    WHERE type = 'friend' AND status = 'pending';
 
 -- How often somebody has tried to reach somebody else since `began_at`, by kind. Rows older than a day are deleted.
 CREATE TABLE approach (

@@ -119,7 +119,7 @@ Emoji = Annotated[str, Meta(min_length=1, max_length=32, pattern=NO_NUL)]
 Email = Annotated[str, Meta(min_length=3, max_length=254, pattern=EMAIL)]
 Password = Annotated[str, Meta(min_length=8, max_length=128)]
 Token = Annotated[str, Meta(min_length=1, max_length=128)]
-Cursor = Annotated[str, Meta(min_length=1, max_length=128)]
+Cursor = Annotated[str, Meta(min_length=1, max_length=200)]
 PageSize = Annotated[int, Meta(ge=1, le=MAX_PAGE)]
 Version = Annotated[int, Meta(ge=0, le=2**53 - 1)]
 """A number of a conversation's clock: exact in JavaScript, too."""
@@ -131,8 +131,8 @@ def visible(text: str) -> str:
 
 
 FURTHER_TOKENS = {
-    "list_threads": 20, "watch": 20, "resume": 20, "list_conversations": 10, "list_relationships": 10, "list_stars": 10,
-    "why": 10,
+    "list_threads": 20, "watch": 20, "resume": 20, "get_badge": 20, "list_conversations": 10, "list_relationships": 10,
+    "list_stars": 10, "why": 10,
 }  # fmt: skip
 """Max tokens that a frame takes beside its first, by what it costs the database. A frame that asks for a part of what
 it may (`limit`, `user_ids`, `versions`) takes that part of them.

@@ -475,9 +475,9 @@ class VotePage(_Tagged, tag="vote_page", frozen=True, kw_only=True):
 
 
 class SearchPage(_Tagged, tag="search_page", frozen=True, kw_only=True):
-    """Some of what was found; `after` asks for the next page, if there is one. The last page `is_partial` if the caller
-    takes part in more than 200 conversations: only those that were active last were searched. Name a `conversation_id`
-    to search another one.
+    """Some of what was found; `after` asks for the next page, if there is one. Every page `is_partial` if the caller
+    takes part in more than 200 conversations and named none: those were searched that were active last when the first
+    page was read. Name a `conversation_id` to search another one.
     """
 
     hits: list[SearchHit]
@@ -548,11 +548,15 @@ class ScheduledList(_Tagged, tag="scheduled_list", frozen=True, kw_only=True):
 
 
 class FeedPage(_Tagged, tag="feed_page", frozen=True, kw_only=True):
-    """Some of what concerns the caller, the latest first; `unread_count` is how much of it all is new, up to 100."""
+    """Some of what concerns the caller, the latest first; `unread_count` is how much of it all is new, up to 100. Every
+    page with mentions `is_partial` if the caller takes part in more than 200 conversations: mentions of everyone and of
+    roles are from those that were active last when the first page was read. Mentions by name are from all of them.
+    """
 
     entries: list[FeedEntry]
     unread_count: int
     after: str | None = None
+    is_partial: bool = False
 
 
 class Badge(_Tagged, tag="badge", frozen=True, kw_only=True):

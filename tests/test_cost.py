@@ -391,7 +391,7 @@ async def test_a_thread_of_ten_thousand_is_as_fast_as_one_of_ten(db: "asyncpg.Co
             "thread": (threads.GET, (root, user, about)),
             "threads": (threads.LIST, (user, "false")),
             "unread threads": (threads.LIST, (user, "true")),
-            "feed": (feed.ROWS, (user, ["reply"], None, None, "2020-01-01", 21)),
+            "feed": (feed.ROWS, (user, ["reply"], None, None, "2020-01-01", 21, None)),
             "history": (messages.TIMELINE, (about, user, None, messages.NEWEST, 21, 0)),
             "unread": (conversations.GET, (user, [about])),
         }
@@ -566,9 +566,9 @@ async def test_a_search_goes_by_its_index(db: "asyncpg.Connection[asyncpg.Record
     asked: dict[str, tuple[Any, ...]] = {
         "people": (nobody, "other & 777:*", 20),
         "channels": (" & ".join(title.lower().split()), 20),
-        "messages": (*looked_for, 21, None, None),
-        "messages, ranked": (*looked_for, 1_000, None, None, None, 21),
-        "feed": (somebody, list(feed.KINDS), None, None, "2020-01-01", 21),
+        "messages": (*looked_for, 21, None, None, None),
+        "messages, ranked": (*looked_for, 1_000, None, None, None, 21, None),
+        "feed": (somebody, list(feed.KINDS), None, None, "2020-01-01", 21, None),
     }
     await db.execute("SET enable_bitmapscan = on")
     for name, arguments in asked.items():

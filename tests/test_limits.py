@@ -184,6 +184,7 @@ async def test_a_frame_takes_tokens_by_what_it_costs(settings: Settings) -> None
     async with World(settings, workers=1) as world:
         for frames, fewest, most in (
             ([client.ListThreads()], 1, 3),
+            ([client.GetBadge()], 1, 3),
             ([client.Watch(user_ids=[UserId(uuid7()) for _ in range(500)])], 1, 3),
             ([client.ListStars(limit=100), client.ListRelationships(limit=100)], 3, 5),
             ([client.Watch(user_ids=[UserId(uuid7())]), client.ListStars(limit=1), client.GetMe()], 30, 50),
@@ -197,7 +198,7 @@ async def test_a_frame_takes_tokens_by_what_it_costs(settings: Settings) -> None
             assert {one.code for one in late} == {ErrorCode.RATE_LIMITED}
             assert all(one.retry_after_ms for one in late)
             assert asker.ready.limits.further_tokens == {
-                "list_threads": 20, "watch": 20, "resume": 20,
+                "list_threads": 20, "watch": 20, "resume": 20, "get_badge": 20,
                 "list_conversations": 10, "list_relationships": 10, "list_stars": 10, "why": 10,
             }  # fmt: skip
 

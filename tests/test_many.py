@@ -9,7 +9,7 @@ from protocol import client, server
 from protocol.errors import ErrorCode
 from server import sync
 from server.database import Database
-from server.queries import conversations, feed, users
+from server.queries import conversations, latest, users
 from tests.world import Room, World, refused, sent
 
 FILL = """
@@ -107,7 +107,7 @@ async def test_own_changes_are_read_in_pages_and_none_is_lost(world: World, monk
 async def test_search_and_feed_look_through_the_latest_conversations(room: Room, world: World) -> None:
     """Those before are found by name, and the answer says that it lacks them."""
     ada, mine = room.ada, room.them[0].id
-    await world.db.execute(FILL, mine, feed.SEARCHED)
+    await world.db.execute(FILL, mine, latest.SEARCHED)
     old, new = await world.group(room.charles, room.them[0]), await world.group(room.charles, room.them[0])
     there = {one: await sent(room.charles, one, "Found @everyone") for one in (old, new)}
     named = await sent(room.charles, old, "Hello @Ada")
@@ -118,6 +118,10 @@ async def test_search_and_feed_look_through_the_latest_conversations(room: Room,
     assert ([hit.message.id for hit in found.hits], found.is_partial) == ([there[old]], False)
     page = await ada.call(client.ListFeed(kinds=["mention"]), server.FeedPage)
     assert [one.message.id for one in page.entries if one.message is not None] == [named, there[new]]
+    assert page.is_partial, "it lacks a mention of everyone"
+    assert not (await ada.call(client.ListFeed(kinds=["reply"]), server.FeedPage)).is_partial
+    found = await ada.call(client.Search(mentions_me=True, conversation_id=old), server.SearchPage)
+    assert [hit.message.id for hit in found.hits] == [named, there[old]], "here mentions of everyone, too"
     found = await room.charles.call(client.Search(text="found"), server.SearchPage)
     assert (len(found.hits), found.is_partial) == (2, False)
     with refused(ErrorCode.INVALID, "text"):

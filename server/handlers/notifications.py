@@ -4,17 +4,13 @@ from protocol import client
 from protocol.codec import now
 from protocol.server import Badge, Done, FeedPage, PushKey
 from server.context import Context
-from server.cursor import Cursor
 from server.queries import feed, push, unread
 
 
 async def list_feed(context: Context, frame: client.ListFeed) -> FeedPage:
     """Return a page of what concerns the caller."""
-    before = Cursor.read(frame.after)
     async with context.database.searching() as db:
-        found = await feed.page(db, context.user_id, frame.kinds or feed.KINDS, before, limit=frame.limit)
-        count = await feed.unseen(db, context.user_id)
-    return FeedPage(entries=found.rows, unread_count=count, after=found.after)
+        return await feed.page(db, context.user_id, frame)
 
 
 async def see_feed(context: Context, frame: client.SeeFeed) -> Done:

@@ -72,10 +72,10 @@ class Filter(NamedTuple):
 
 
 # The participant's row comes along: joined again, it might be looked for among all of the user's.
-_ACTIVE_AT = "greatest(least(c.last_activity_at, '9999-12-30'), '0001-01-02')"
+ACTIVE_AT = "greatest(least(c.last_activity_at, '9999-12-30'), '0001-01-02')"
 """When a conversation was last active, as a page can say it. A restored one may say any time."""
 PAGE = f"""
-SELECT {VIEW}, {_ACTIVE_AT}, c.id
+SELECT {VIEW}, {ACTIVE_AT}, c.id
 FROM (
     SELECT c, p FROM conversation_participant p
     JOIN conversation c ON c.id = p.conversation_id AND NOT c.is_deleted
@@ -83,13 +83,13 @@ FROM (
         AND ($3::text IS NULL OR c.type = $3)
         AND ($4::boolean IS NULL OR c.is_archived = $4)
         AND ($5::boolean IS NULL OR p.is_hidden = $5)
-        AND ($6::timestamptz IS NULL OR ({_ACTIVE_AT}, c.id) < ($6, $7::uuid))
-    ORDER BY {_ACTIVE_AT} DESC, c.id DESC
+        AND ($6::timestamptz IS NULL OR ({ACTIVE_AT}, c.id) < ($6, $7::uuid))
+    ORDER BY {ACTIVE_AT} DESC, c.id DESC
     LIMIT $2
 ) listed
 CROSS JOIN LATERAL (SELECT (listed.c).*) c
 CROSS JOIN LATERAL (SELECT (listed.p).*) me
-ORDER BY {_ACTIVE_AT} DESC, c.id DESC
+ORDER BY {ACTIVE_AT} DESC, c.id DESC
 """  # noqa: S608 - VIEW is a constant
 
 

@@ -17,7 +17,8 @@ from protocol.server import SearchPage
 from protocol.values import Message, SearchHit
 from server.cursor import moment_of
 from server.database import Db
-from server.queries.feed import LATEST, MENTIONS_ME, SEARCHED
+from server.queries import latest
+from server.queries.latest import LATEST, MENTIONS_ME
 from server.queries.moment import MOMENT
 from server.rows import Reader
 
@@ -33,6 +34,8 @@ _CUT = re.compile("[\x02\x03]")
 
 # $1 is the user, $2 the words as a tsquery, $3 a conversation, $4 a hashtag, $5 whether the user is mentioned. Words
 # that are none in this language, such as "the" in English, are nowhere.
+# `since` stands for the parameter that tells which conversations are the latest.
+_THERE = "AND ($3::uuid IS NULL OR p.conversation_id = $3)"
 _QUERY = f"""(
     SELECT CASE WHEN $2::text IS NULL THEN w.filters
         WHEN numnode(to_tsquery($2)) = 0 THEN '''nowhere'''::tsquery
@@ -41,9 +44,9 @@ _QUERY = f"""(
         SELECT concat_ws(' & ',
             coalesce('(' || string_agg('''c:' || p.conversation_id || '''', '|') || ')', '''nowhere'''),
             '''h:' || $4::text || '''',
-            CASE WHEN $5 THEN '(' || {MENTIONS_ME.format(user="$1")}::text || ')' END
+            CASE WHEN $5 THEN '(' || {MENTIONS_ME.format(user="$1", also=_THERE, since="{since}")}::text || ')' END
         )::tsquery AS filters
-        FROM ({LATEST.format(user="$1", also="AND ($3::uuid IS NULL OR p.conversation_id = $3)")}) p
+        FROM ({LATEST.format(user="$1", also=_THERE, since="{since}")}) p
     ) w
 )"""  # noqa: S608 - only a constant is put in
 # What matches, the newest first, is looked at one by one until there are enough: LATERAL and OFFSET 0 keep it that way.
@@ -78,7 +81,7 @@ _SNIPPET = f"""CASE WHEN $2 IS NULL THEN left(translate((found.m).content, E'\\x
 _AFTER = "AND ($14::timestamptz IS NULL OR (s.created_at, s.message_id) < ($14, $15::uuid))"
 NEWEST = f"""
 SELECT message_json(found.m), 0::float8, {MOMENT.format(at="found.created_at")}, (found.m).id, {_SNIPPET}
-FROM (SELECT s.created_at, seen.m {_FOUND.format(cursor=_AFTER)}) found
+FROM (SELECT s.created_at, seen.m {_FOUND.format(cursor=_AFTER, since="$16")}) found
 """  # noqa: S608 - as above
 RELEVANT = f"""
 SELECT message_json(found.m), found.rank, {MOMENT.format(at="found.created_at")}, (found.m).id, {_SNIPPET}
@@ -88,7 +91,7 @@ FROM (
             SELECT ts_rank_cd(w.words, to_tsquery($2))::float8 FROM message_search w
             WHERE w.message_id = newest.message_id
         ) AS rank
-        FROM (SELECT s.created_at, s.message_id, seen.m {_FOUND.format(cursor="")}) newest
+        FROM (SELECT s.created_at, s.message_id, seen.m {_FOUND.format(cursor="", since="$18")}) newest
     ) ranked
     WHERE $14::float8 IS NULL OR (ranked.rank, ranked.created_at, (ranked.m).id) < ($14, $15::timestamptz, $16::uuid)
     ORDER BY ranked.rank DESC, ranked.created_at DESC, (ranked.m).id DESC LIMIT $17
@@ -96,23 +99,20 @@ FROM (
 """  # noqa: S608 - as above
 
 
-HAS_MORE = """
-SELECT count(*) > $2 FROM (
-    SELECT FROM conversation_participant p WHERE p.user_id = $1 AND p.status = 'active' LIMIT $2 + 1
-) p
-"""
-
-
 class Place(NamedTuple):
-    """Where a page of hits ends: as of when it was searched, so that what comes later does not shift the next page."""
+    """Where a page of hits ends: as of when it was searched, so that what comes later does not shift the next page, and
+    since when the conversations were active that it looked through.
+    """
 
     as_of: datetime
     rank: float
     at: datetime
     id: UUID
+    since: datetime | None
 
     def __str__(self) -> str:
-        return f"{self.as_of.isoformat()}/{self.rank!r}/{self.at.isoformat()}/{self.id}"
+        since = "" if self.since is None else self.since.isoformat()
+        return f"{self.as_of.isoformat()}/{self.rank!r}/{self.at.isoformat()}/{self.id}/{since}"
 
     @classmethod
     def read(cls, text: str | None) -> Self | None:
@@ -120,8 +120,8 @@ class Place(NamedTuple):
         if text is None:
             return None
         try:
-            as_of, rank, at, one = text.split("/")
-            return cls(moment_of(as_of), float(rank), moment_of(at), UUID(one))
+            as_of, rank, at, one, since = text.split("/")
+            return cls(moment_of(as_of), float(rank), moment_of(at), UUID(one), moment_of(since) if since else None)
         except ValueError:
             raise Refused(
                 ErrorCode.INVALID, "`after` must be the `after` of an earlier page, unchanged.", path="after"
@@ -140,22 +140,23 @@ async def find(db: Db, user_id: UserId, frame: Search, words: str | None, *, lim
         user_id, words, frame.conversation_id, hashtag, frame.mentions_me, until, frame.sent_after, frame.sender_id,
         frame.content_type, frame.has_file, frame.in_thread, frame.is_pinned,
     ]  # fmt: skip
+    since = None if after is None else after.since
+    if after is None and frame.conversation_id is None:
+        since = await latest.since(db, user_id)
     if frame.order == "relevance" and words is not None:
-        place = (None, None, None) if after is None else (after.rank, after.at, after.id)
-        rows = await db.fetch(RELEVANT, *asked, RANKED, *place, limit + 1)
+        ranked = (None, None, None) if after is None else (after.rank, after.at, after.id)
+        rows = await db.fetch(RELEVANT, *asked, RANKED, *ranked, limit + 1, since)
     else:
-        rows = await db.fetch(NEWEST, *asked, limit + 1, *((None, None) if after is None else (after.at, after.id)))
+        place = (None, None) if after is None else (after.at, after.id)
+        rows = await db.fetch(NEWEST, *asked, limit + 1, *place, since)
     hits = _message_decoder.beside(rows[:limit])
-    following = _after(as_of, rows[limit - 1]) if len(rows) > limit else None
-    # Asked at the end only: whatever was said in the others is older than what all pages before have.
-    is_last = following is None and frame.conversation_id is None
     return SearchPage(
         hits=[SearchHit(message=message, snippet=_CUT.split(columns[4])) for message, columns in hits],
-        after=following,
-        is_partial=is_last and bool(await db.fetchval(HAS_MORE, user_id, SEARCHED)),
+        after=_after(as_of, rows[limit - 1], since) if len(rows) > limit else None,
+        is_partial=since is not None,
     )
 
 
-def _after(as_of: datetime, columns: Any) -> str | None:  # noqa: ANN401 - a row has no type
+def _after(as_of: datetime, columns: Any, since: datetime | None) -> str | None:  # noqa: ANN401 - a row has no type
     _, rank, at, one, _ = columns
-    return None if at is None else str(Place(as_of, rank, at, one))
+    return None if at is None else str(Place(as_of, rank, at, one, since))
