@@ -32,8 +32,8 @@ class Events(Protocol):
     def announce(self, user_id: UserId, event: ServerFrame) -> None:
         """Deliver something about a user to those who watch them."""
 
-    def reconsider(self, user_id: UserId) -> None:
-        """Have those who watch a user looked at again: some may no longer."""
+    def reconsider(self, user_id: UserId, watcher: UserId | None = None) -> None:
+        """Check again whether all who watch a user may do so, or one of them. They get nothing until that is done."""
 
     def poke(self, user_ids: Iterable[UserId]) -> None:
         """Have the workers look again at these users' conversations and sessions."""
@@ -73,6 +73,11 @@ class Subscriber(Protocol):
 
     faces_only: set[UserId]
     """Those of the watched whose presence does not reach the connection, but their face does."""
+    held: set[tuple[UserId, bool]] | None
+    """The watched users whose presence (or face: True) changed while `refresh` is due; None while it is not due."""
+
+    def release(self) -> None:
+        """Deliver presence and faces again, unless another `refresh` is due."""
 
     async def watch(self, user_ids: Collection[UserId]) -> None:
         """Deliver the presence and the faces of these users. Raises Refused when it would be too many."""

@@ -99,12 +99,13 @@ class Hub:
         frame = text_frame(encode(event))
         kind = FACE if isinstance(event, UserUpdated) else 0
         self._say(_presence_channel(user_id), kind, frame)
-        self._show(user_id, frame, kind)
+        self._show(user_id, frame, kind, NOBODY)
 
-    def reconsider(self, user_id: UserId) -> None:
-        """Have those who watch a user looked at again: some may no longer."""
-        self._say(_presence_channel(user_id), 0, b"")
-        self._show(user_id, b"", 0)
+    def reconsider(self, user_id: UserId, watcher: UserId | None = None) -> None:
+        """Check again whether all who watch a user may do so, or one of them. They get nothing until that is done."""
+        who = NOBODY if watcher is None else watcher.bytes
+        self._say(_presence_channel(user_id), 0, b"", who)
+        self._show(user_id, b"", 0, who)
 
     def poke(self, user_ids: Iterable[UserId]) -> None:
         """Have all workers look again at these users' conversations and sessions."""
@@ -149,10 +150,13 @@ class Hub:
         self.unwatch(socket, list(socket.watched))
         self.people.remove(socket)
 
-    def _show(self, user_id: UserId, frame: bytes, kind: int) -> None:
+    def _show(self, user_id: UserId, frame: bytes, kind: int, who: bytes) -> None:
         for socket, write in self._watchers.get(user_id, {}).items():
             if not frame:
-                socket.refresh()
+                if who in {NOBODY, socket.user_id.bytes}:
+                    socket.refresh()
+            elif socket.held is not None:
+                socket.held.add((user_id, kind == FACE))
             elif kind == FACE or user_id not in socket.faces_only:
                 write(frame)
 
@@ -177,7 +181,7 @@ class Hub:
             if kind == b"c:":
                 self.topics.accept(ConversationId(one), version, frame, gone)
             elif kind == b"p:":
-                self._show(UserId(one), frame, version)
+                self._show(UserId(one), frame, version, gone)
             elif frame:
                 self.people.write(UserId(one), frame)
             else:

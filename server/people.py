@@ -23,10 +23,14 @@ class Socket(Protocol):
     attached: set[ConversationId]
     watched: set[UserId]
     faces_only: set[UserId]
+    held: set[tuple[UserId, bool]] | None
     write: Callable[[bytes], None]
 
     def say(self, frame: ServerFrame) -> None:
         """Send a frame to it alone."""
+
+    def hold(self) -> None:
+        """Hold presence and faces back until the next `refresh` is done."""
 
     def refresh(self) -> None:
         """Have it compare what it follows with what its user takes part in."""
@@ -117,6 +121,8 @@ class People:
         person = self._people.get(user_id)
         # Serialize rechecks; always run one that starts after this call. One that waits does for all calls.
         if person is not None and not person.is_look_due:
+            for socket in person.sockets:
+                socket.hold()
             person.is_look_due = True
             person.look = self._spawn(self._look(user_id, person, person.look))
 

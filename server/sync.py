@@ -21,6 +21,7 @@ from protocol.server import (
     ServerFrame,
     StartOver,
     StartOverReason,
+    UserUpdated,
 )
 from protocol.values import ConversationView, Presence
 from server.context import Context
@@ -97,6 +98,24 @@ async def refresh(context: Context) -> None:
         connection.faces_only = unseen
         for user_id in gone:
             connection.say(PresenceChanged(presence=Presence(user_id=user_id, status="offline")))
+    await _say_held(context)
+
+
+async def _say_held(context: Context) -> None:
+    """Say whose presence and faces changed during the comparison, as far as the user may still see them."""
+    connection = context.connection
+    while connection.held:
+        held, connection.held = connection.held, set()
+        watched = [(one, is_face) for one, is_face in held if one in connection.watched]
+        here = [one for one, is_face in watched if not is_face and one not in connection.faces_only]
+        faces = [one for one, is_face in watched if is_face]
+        for presence in await context.services.presence.seen_by(context.user_id, here) if here else ():
+            connection.say(PresenceChanged(presence=presence))
+        if faces:
+            async with context.database.connection() as db:
+                for user in await users.get(db, context.user_id, faces):
+                    connection.say(UserUpdated(user=user))
+    connection.release()
 
 
 async def join(context: Context, view: ConversationView) -> None:

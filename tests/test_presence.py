@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from collections.abc import Awaitable, Callable
 
 import asyncpg
 import pytest
@@ -13,7 +14,9 @@ from protocol.values import PresenceStatus
 from prove.client import Client
 from server.config import Settings
 from tests.cluster import Cluster
-from tests.world import Somebody, World, refused, until
+from tests.world import Somebody, World, message, refused, until
+
+WAITING = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
 
 
 class Pair:
@@ -102,6 +105,73 @@ async def test_who_may_not_be_seen_is_not_watched(pair: Pair, world: World) -> N
     await world.connect(pair.charles, 1)
     await pair.becomes("online")
     assert {event.presence.user_id for event in pair.seen} == {pair.charles.id}
+
+
+async def blocks(charles: Client, ada: UserId) -> None:
+    await charles.call(client.Block(user_id=ada))
+
+
+async def switches_off(charles: Client, ada: UserId) -> None:
+    await charles.call(client.SetSwitches(user_id=ada, can_see_online_status=False, can_see_profile=False))
+
+
+async def unfriends(charles: Client, ada: UserId) -> None:
+    await charles.call(client.Unfriend(user_id=ada))
+
+
+@pytest.mark.parametrize("act", [blocks, switches_off, unfriends])
+async def test_a_busy_connection_gets_no_presence_that_it_may_no_longer_see(
+    world: World, act: Callable[[Client, UserId], Awaitable[None]]
+) -> None:
+    """A client can delay the comparison of what it follows: by not reading, or by frames that wait for a lock."""
+    people = await world.users("Ada", "Charles", "Mary")
+    ada, charles, mary = [await world.connect(one, number % 2) for number, one in enumerate(people)]
+    for friend in (people[0], people[2]):
+        await world.befriend(people[1], friend)
+    if act is unfriends:
+        await charles.call(client.UpdateProfile(is_private=True))
+    group = await world.group(ada, people[2])
+    watch = client.Watch(user_ids=[people[1].id])
+    for one in (ada, mary):
+        await one.call(watch)
+        await one.synced()
+    seen = len(ada.events)
+    async with world.db.transaction():
+        await world.db.execute("SELECT FROM conversation WHERE id = $1 FOR UPDATE", group)
+        waiting = asyncio.create_task(ada.ask(message(group, "This waits for the lock")))
+        while not await world.db.fetchval(WAITING):
+            await asyncio.sleep(0.01)
+        await act(charles, people[0].id)
+        await charles.call(client.UpdateProfile(display_name="Charles Babbage"))
+        await charles.call(client.SetPresence(status="busy"))
+        await charles.call(client.SetPresence(status="away"))
+        await mary.event(server.PresenceChanged, lambda event: event.presence.status == "busy")
+    await waiting
+    await ada.synced()
+    told = [event for event in ada.events[seen:] if isinstance(event, server.PresenceChanged | server.UserUpdated)]
+    assert [event.presence.status for event in told if isinstance(event, server.PresenceChanged)] == ["offline"]
+    # A switch hides presence alone.
+    assert any(isinstance(event, server.UserUpdated) for event in told) == (act is switches_off)
+
+
+async def test_what_changed_during_the_comparison_is_told_after_it(world: World) -> None:
+    people = await world.users("Ada", "Charles", "Mary")
+    ada, charles = [await world.connect(one, number) for number, one in enumerate(people[:2])]
+    await world.befriend(*people[:2])
+    group = await world.group(ada, people[2])
+    await ada.call(client.Watch(user_ids=[people[1].id]))
+    seen = len(ada.events)
+    async with world.db.transaction():
+        await world.db.execute("SELECT FROM conversation WHERE id = $1 FOR UPDATE", group)
+        waiting = asyncio.create_task(ada.ask(message(group, "This waits for the lock")))
+        while not await world.db.fetchval(WAITING):
+            await asyncio.sleep(0.01)
+        await charles.call(client.SetSwitches(user_id=people[0].id, can_send_messages=False))
+        await charles.call(client.UpdateProfile(display_name="Charles Babbage"))
+        await charles.call(client.SetPresence(status="busy"))
+    await waiting
+    await ada.event(server.PresenceChanged, lambda event: event.presence.status == "busy", start=seen)
+    await ada.event(server.UserUpdated, lambda event: event.user.display_name == "Charles Babbage", start=seen)
 
 
 async def test_unwatch(pair: Pair, world: World) -> None:

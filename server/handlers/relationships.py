@@ -108,7 +108,7 @@ def turned(kind: RelationshipKind, *, on: bool) -> Callable[[Context, OneOf], Aw
                 await bounds.require_relationships(db, me, kind)
         context.events.poke([me, them] if kind != "mute" else [me])
         if kind == "block":
-            context.events.reconsider(me)
+            context.events.reconsider(me, them)
         return OneRelationship(relationship=made)
 
     return handler
@@ -124,7 +124,7 @@ async def set_switches(context: Context, frame: client.SetSwitches) -> OneRelati
         if made is None:
             raise NotFound("user_id")
     context.events.poke([me])
-    context.events.reconsider(me)
+    context.events.reconsider(me, them)
     return OneRelationship(relationship=made)
 
 
