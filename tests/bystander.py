@@ -45,6 +45,7 @@ class Bystander:
     """Somebody with a conversation of their own, at one server."""
 
     def __init__(self, url: str, who: Somebody, conversation_id: ConversationId) -> None:
+        self.user_id = who.id
         self._arguments = (url, who.token, str(conversation_id))
 
     async def measure(self, seconds: float = SECONDS) -> Answers:

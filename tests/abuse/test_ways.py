@@ -101,12 +101,15 @@ def flood(name: str) -> Way:
     async def attack(scene: Scene, _: Client, __: ConversationId) -> None:
         while True:
             wire = await shake(scene.url, scene.attacker)
-            with contextlib.suppress(ConnectionError):
-                while not wire.reader.at_eof():
+            try:
+                while not wire.writer.is_closing():
                     wire.writer.write(FLOODS[name] * 50)
                     await wire.writer.drain()
                     await asyncio.sleep(PAUSE)
-            wire.writer.close()
+            except (ConnectionError, RuntimeError):
+                pass  # uvloop raises RuntimeError if the server has closed meanwhile
+            finally:
+                wire.writer.transport.abort()
             await asyncio.sleep(0.2)
 
     return attack
@@ -129,9 +132,8 @@ async def dead_credentials(scene: Scene, _: Client, __: ConversationId) -> None:
 
 
 async def invitations(scene: Scene, one: Client, about: ConversationId) -> None:
-    stranger = await scene.world.user("Eve")
     while True:
-        await ask(one, client.Invite(conversation_id=about, participants=[stranger.id]))
+        await ask(one, client.Invite(conversation_id=about, participants=[scene.bystander.user_id]))
 
 
 async def creating_until_refused(_: Scene, one: Client, __: ConversationId) -> None:
