@@ -24,10 +24,14 @@ BODY_SECONDS = 30.0
 STALL_SECONDS = 30.0
 """Max seconds without the client taking in any of an answer."""
 LINGER_SECONDS = 5.0
-"""Max seconds to take in the last of an answer."""
+"""Max seconds to take in the last of an answer, and in which the rest of a refused request is read and dropped."""
 MAX_HEAD_BYTES = 64 * 1024
 MAX_BODY_BYTES = 4 * MAX_FRAME_BYTES
 """Max bytes that a body takes on the wire, in however small chunks it comes, also of what nobody reads."""
+LINGER_BYTES = 4 * MAX_BODY_BYTES
+"""Max bytes of the rest of a refused request. A socket that is closed with unread bytes is reset, and then the client
+may lose the answer.
+"""
 MAX_PIPELINED = 8
 """Max requests that wait for the answer of the one before."""
 
@@ -38,6 +42,15 @@ class Stage(Enum):
     NOTHING = "nothing"
     HEAD = "header"
     BODY = "body"
+
+
+class Answering:
+    """The transport that an answer is written to. Closing it is the connection's decision."""
+
+    def __init__(self, transport: asyncio.Transport, close: Callable[[], None]) -> None:
+        self.write = transport.write
+        self.is_closing = transport.is_closing
+        self.close = close
 
 
 class Http(HttpToolsProtocol):
@@ -55,6 +68,7 @@ class Http(HttpToolsProtocol):
         # Of bodies, counted at `sockets`.
         self._held = 0
         self._is_over = False
+        self._is_lingering = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # noqa: D102
         super().connection_made(transport)
@@ -81,6 +95,10 @@ class Http(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:  # noqa: D102
         self._bytes += len(data)
+        if self._is_lingering:
+            if self._bytes > LINGER_BYTES:
+                self._abort()
+            return
         super().data_received(data)
         if self._is_over or self.transport.is_closing():
             return
@@ -99,6 +117,8 @@ class Http(HttpToolsProtocol):
                 self._arm(HEAD_SECONDS, self._too_late)
 
     def handle_websocket_upgrade(self) -> None:  # noqa: D102
+        if self._is_over:
+            return
         self._is_over = True
         self._disarm()
         self._sockets.works(self)
@@ -122,7 +142,10 @@ class Http(HttpToolsProtocol):
                 Refused(ErrorCode.RATE_LIMITED, "Too many requests wait for an answer. Read the answers first.")
             )
             return
+        before = self.cycle
         super().on_headers_complete()
+        if self.cycle is not before:
+            self.cycle.transport = Answering(self.transport, self._close)  # type: ignore[assignment]
 
     def on_body(self, body: bytes) -> None:  # noqa: D102
         if self._is_over:
@@ -148,6 +171,9 @@ class Http(HttpToolsProtocol):
     # -------------------------------------------------------------------------------------------- the answer
 
     def on_response_complete(self) -> None:  # noqa: D102
+        if self._is_lingering:
+            self.server_state.total_requests += 1
+            return
         super().on_response_complete()
         if self.transport.is_closing():
             self._arm(LINGER_SECONDS, self._abort)
@@ -155,6 +181,10 @@ class Http(HttpToolsProtocol):
             self._release()
             if not self._is_over:
                 self._sockets.waits(self, self._abort)
+
+    def send_400_response(self, msg: str) -> None:  # noqa: ARG002, D102 - the library's name
+        if not self._is_over:
+            self._refuse(Refused(ErrorCode.BAD_FRAME, "The request is not valid HTTP. Correct it."))
 
     def timeout_keep_alive_handler(self) -> None:  # noqa: D102
         self._close()
@@ -187,18 +217,45 @@ class Http(HttpToolsProtocol):
             if self.cycle.response_started or not self.cycle.more_body or self.pipeline:
                 self._abort()  # there is no place for another answer
                 return
+        elif self._stage is Stage.BODY and self.cycle is not None:
+            self._linger()  # the answer came before the end of the body
+            return
         response = refusal_response(refused)
         headers = [*self.server_state.default_headers, *response.raw_headers, (b"connection", b"close")]
         lines = [name + b": " + value + b"\r\n" for name, value in headers]
         self.transport.write(
             b"".join([STATUS_LINE[status or response.status_code], *lines, b"\r\n", bytes(response.body)])
         )
-        self._close()
+        if self._key is None:
+            self._shut()  # it is not counted, so it must not stay
+        else:
+            self._linger()
 
     def _close(self) -> None:
+        if self._stage is Stage.NOTHING:
+            self._shut()
+        else:
+            self._linger()
+
+    def _shut(self) -> None:
         if not self.transport.is_closing():
             self.transport.close()
             self._arm(LINGER_SECONDS, self._abort)
+
+    def _linger(self) -> None:
+        """Tell the client that no more comes. Close when the client does, or at the bounds of what is dropped."""
+        if self._is_lingering or self.transport.is_closing():
+            return
+        self._is_over = self._is_lingering = True
+        self._bytes = 0
+        if self.cycle is not None:
+            self.cycle.body.clear()
+        self._release()
+        self._unset_keepalive_if_required()
+        self._sockets.waits(self, self._abort)
+        self._arm(LINGER_SECONDS, self._abort)
+        self.flow.resume_reading()
+        self.transport.write_eof()
 
     def _abort(self) -> None:
         self.transport.abort()

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import logging
 import resource
+import socket
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -203,16 +204,68 @@ async def test_a_body_that_ends_too_early_is_no_fault_of_the_server(
     ids=["a long header", "a long path", "many headers", "tiny chunks", "many trailers", "pipelined requests"],
 )
 async def test_what_has_no_end_is_cut_off(alone: World, endless: bytes) -> None:
+    sockets = alone.workers[0].app.sockets
     _, writer = await dial(alone)
+    await until(lambda: len(sockets) == 1)
     with contextlib.suppress(ConnectionError):
         writer.write(await known(alone, endless))
-        async with asyncio.timeout(PATIENCE):
-            await writer.drain()
-            while not writer.transport.is_closing():
-                await asyncio.sleep(0.01)
+    await until(lambda: len(sockets) == 0)
     writer.transport.abort()
-    await until(lambda: len(alone.workers[0].app.sockets) == 0)
-    assert_nothing_is_kept(alone.workers[0].app.sockets)
+    assert_nothing_is_kept(sockets)
+
+
+LARGE = b"x" * 3_000_000
+MORE = b"Content-Length: %d\r\n\r\n" % len(LARGE) + LARGE
+
+
+REFUSED = [
+    (b"POST /v1/call HTTP/1.1\r\nHost: here\r\nAuthorization: Bearer TOKEN\r\n" + MORE, 422),
+    (CHUNKED + b"%x\r\n" % len(LARGE) + LARGE + b"\r\n0\r\n\r\n", 422),
+    (b"POST /v1/call HTTP/1.1\r\nHost: here\r\nConnection: close\r\n" + MORE, 401),
+    (b"POST /v1/call HTTP/1.0\r\nHost: here\r\n" + MORE, 401),
+    (b"POST /healthz HTTP/1.1\r\nHost: here\r\n" + MORE, 405),
+    (b"POST /nowhere HTTP/1.1\r\nHost: here\r\nConnection: close\r\n" + MORE, 404),
+    (b"POST /v1/auth/login HTTP/1.0\r\nHost: here\r\nOrigin: https://evil.example\r\n" + MORE, 403),
+    (b"GET / HTTP/1.1\r\nx: " + LARGE, 431),
+    (b"not HTTP at all\r\n" + LARGE, 400),
+]
+
+
+async def test_who_sends_all_before_reading_is_told_why_it_was_refused(alone: World) -> None:
+    host, _, port = alone.url.removeprefix("http://").rpartition(":")
+    sockets = alone.workers[0].app.sockets
+    token = (await alone.user("Ada")).token.encode()
+
+    def asked(request: bytes) -> bytes:
+        with socket.create_connection((host, int(port)), PATIENCE) as one:
+            one.sendall(request.replace(b"TOKEN", token))
+            said = b""
+            while more := one.recv(65_536):
+                said += more
+            return said
+
+    for request, status in REFUSED:
+        said = await asyncio.to_thread(asked, request)
+        assert said.startswith(b"HTTP/1.1 %d " % status), said
+        assert said.count(b"HTTP/1.1 ") == 1, said
+        await until(lambda: len(sockets) == 0)
+        assert_nothing_is_kept(sockets)
+
+
+async def test_who_was_refused_and_does_not_go_makes_room_and_is_closed(alone: World, short: None) -> None:  # noqa: ARG001
+    sockets = alone.workers[0].app.sockets
+    for more in (b"", b"x"):
+        streams = await dial(alone)
+        streams[1].write(b"GET / HTTP/1.1\r\nx: " + b"x" * 70_000)
+        assert (await streams[0].read(12)) == b"HTTP/1.1 431"
+        assert len(sockets) == len(sockets._waiting) == 1  # noqa: SLF001
+        dripping = asyncio.create_task(drip(streams, more)) if more else None
+        await heard(streams[0])
+        await until(lambda: len(sockets) == 0)
+        if dripping is not None:
+            dripping.cancel()
+        streams[1].close()
+        assert_nothing_is_kept(sockets)
 
 
 # ------------------------------------------------------------------------------------------------ the counting
