@@ -1,116 +1,357 @@
-"""Statements that read many rows have a LIMIT, or are named here with what bounds them.
+"""Each statement reads a bounded number of rows, or is named here with what bounds them.
 
-A first look, no proof: of a statement that reads from a query in parentheses, only the parts that gather are looked at.
+PostgreSQL plans every statement of `server.queries`, without running it. A plan is bounded where a LIMIT stops it, or
+where rows are named by all columns of a unique key. A sort, an aggregate or a lock reads all of its input first, so a
+LIMIT above it bounds nothing. Rows that a filter removes are not seen here: tests/test_cost.py runs the statements. An
+EXISTS that depends on no other row stops at the first one, which its plan does not tell, so it is named, too.
 """
 
 import importlib
 import inspect
+import json
 import pkgutil
 import re
-from collections.abc import Iterator
+from collections import Counter, defaultdict
+from collections.abc import AsyncIterator, Iterator
+from typing import Any, NamedTuple
+
+import asyncpg
+import pytest
 
 import server.queries
+from server.database import SESSION
 
-KEYS = "named by key: as many as the caller named, whose number is bounded"
-MANY = "counts a user's own, which has a highest number (docs/limits.md)"
-OUTER = "as many as the query inside, which is checked by itself"
-HIDING = "those who block one user or hide from them, by an index of those alone"
-OPERATOR = "asked by an operator"
-BOUNDED = {
-    "accounts.CARD": OPERATOR,
-    "approaches.COUNT": KEYS,
-    "bounds.MADE": MANY,
-    "bounds.MEMBERSHIPS": MANY,
-    "bounds.REPORTS": MANY,
-    "bounds.RELATIONSHIPS": MANY,
-    "bounds.REQUESTS": MANY,
-    "bounds.STARS": MANY,
-    "bounds.THREADS": MANY,
-    "changes.READING": "receipts in conversations of up to 100; " + HIDING,
-    "checks.EXPECTED": OPERATOR,
-    "checks.SEEN": OPERATOR,
-    "checks.SIZES": OPERATOR,
-    "checks.SOMEBODY": OPERATOR,
-    "conversations.ORDER": "ids of a user's 5,000 conversations, which have to be sorted to be read in pages",
-    "drafts.EMPTY": "drafts in a conversation that ends, one of each participant",
-    "edits.COUNT": "edits of a message: 1,000",
-    "erasure.TAKES_PART": "conversations of one who is erased, in the background",
-    "erasure.TRACES": OPERATOR,
-    "erasure.WORDS": OPERATOR,
-    "exports.HEAD": "a person's own data: one export a minute and worker, three at a time",
-    "exports.MESSAGES": "edits of a message: 1,000",
-    "exports.REACTIONS": "a person's own data, as above",
-    "indexing.PAGE": OUTER,
-    "messages.GET": "emoji of a user on a message: 100",
-    "messages.PAGE": "emoji of a user on a message: 100",
-    "messages.REPLIES": "emoji of a user on a message: 100",
-    "messages.TIMELINE": "emoji of a user on a message: 100",
-    "participants.ADD": KEYS,
-    "participants.INVITE": KEYS,
-    "pins.PINNED": "pins of a conversation: 100",
-    "polls.VOTE": "options of a poll: 20",
-    "receipts.READERS": "named in conversations of up to 100; " + HIDING,
-    "reactions.REACT": "emoji of a user on a message: 100",
-    "scheduled.WAITING": "messages of a user that wait: 100",
-    "sending.SEND": KEYS,
-    "sessions.REVOKE": "sessions of a user: 100",
-    "users.ALL_MAY": KEYS,
-    "users.UNSEEN": HIDING,
-    "welcome.GUESTS": KEYS,
-    "whereabouts.OF": "participants are counted; " + HIDING,
+FRAGMENTS = {"changes.EVENTS", "latest.LATEST", "unread.COUNT_REPLIES", "unread.COUNT_UNREAD", "users.UNSEEN"}
+"""Parts of other statements, which are planned there."""
+WHY = {
+    "one row, two of one pair, or the first that there is": {
+        "audit.LOCK_SERVER": "database_epoch()",
+        "push.ANY": "push_endpoint()",
+        "relationships.SET": "user()",
+        "relationships.SWITCH": "user_relationship(from_user_id, to_user_id)",
+    },
+    "a user's own, or of one conversation, which has a highest number (docs/limits.md)": {
+        "accounts.HASH": "account(provider_id, user_id)",
+        "accounts.CHANGE": "account(provider_id, user_id); session(user_id)",
+        "accounts.NEW_HASH": "account(provider_id, user_id)",
+        "bounds.MADE": "conversation()",
+        "bounds.MEMBERSHIPS": "conversation_participant(user_id)",
+        "bounds.STARS": "message_star(user_id)",
+        "bounds.RELATIONSHIPS": "user_relationship(from_user_id)",
+        "bounds.REQUESTS": "user_relationship(from_user_id); user_relationship(to_user_id)",
+        "bounds.REPORTS": "report(reporter_id)",
+        "bounds.THREADS": "thread_follow(user_id)",
+        "pins.PINNED": "message(conversation_id)",
+        "push.KEEP": "push_endpoint(user_id); push_endpoint(user_id) cut 1",
+        "relationships.PAGE": "user_relationship(from_user_id) cut 1; user_relationship(to_user_id) cut 1",
+        "scheduled.WAITING": "scheduled_message(sender_id)",
+        "sessions.CREATE": "account(provider_id); session(user_id) cut 1",
+        "sessions.LIST": "session(user_id) cut 1",
+        "sessions.REVOKE": "session(user_id)",
+    },
+    "5,000 conversations of a user, which have to be sorted to be read in pages, or are compared with each": {
+        "conversations.PAGE": "conversation_participant(user_id) cut 1",
+        "conversations.ORDER": "conversation_participant(user_id)",
+        "conversations.OPEN": "conversation_participant(user_id)",
+        "drafts.LIST": "conversation_participant(user_id) cut 1",
+        "latest.SINCE": "conversation_participant(user_id) cut 1",
+        "participants.INVITATIONS": "conversation_participant(user_id) cut 1",
+        "receipts.READ": "conversation_participant(user_id)",
+        "receipts.MARK_UNREAD": "conversation_participant(user_id)",
+        "threads.CHANGE": "conversation_participant(user_id)",
+        "unread.BADGE": "conversation_participant(user_id) cut 1",
+    },
+    "matches of words, and the conversations of a user: rate and share of searches, two seconds": {
+        "conversations.FIND": "conversation() cut 1",
+        "feed.ROWS": (
+            "conversation_participant(user_id) cut 2; conversation_participant(user_id) cut 4; message_search() cut 2"
+        ),
+        "feed.PAGE": (
+            "conversation_participant(user_id) cut 2; conversation_participant(user_id) cut 4; message_search() cut 2"
+        ),
+        "feed.COUNT": (
+            "conversation_participant(user_id) cut 2; conversation_participant(user_id) cut 4; message_search() cut 2"
+        ),
+        "searches.NEWEST": "2 x conversation_participant(user_id) cut 2; message_search() cut 1",
+        "searches.RELEVANT": "2 x conversation_participant(user_id) cut 3; message_search() cut 2",
+    },
+    "participants of a conversation, by name in those of up to 100 or 1,000, and who hides from one user": {
+        "changes.READING": (
+            "conversation_participant(conversation_id); 2 x user_relationship(from_user_id); "
+            "2 x user_relationship(to_user_id)"
+        ),
+        "mentions.RESOLVE": "conversation_participant(conversation_id) cut 1",
+        "receipts.DELIVERED": (
+            "3 x conversation_participant(conversation_id); conversation_participant(user_id); "
+            "2 x user_relationship(from_user_id, to_user_id); 2 x user_relationship(to_user_id)"
+        ),
+        "receipts.READERS": (
+            "conversation_participant(conversation_id); user_relationship(from_user_id) cut 1; "
+            "user_relationship(to_user_id) cut 1"
+        ),
+    },
+    "participants of a conversation, which are counted, told or asked once": {
+        "drafts.LOCK_WRITERS": "conversation_participant(conversation_id)",
+        "drafts.EMPTY": "conversation_participant(conversation_id)",
+        "participants.HEIR": "conversation_participant(conversation_id) cut 1",
+        "push.NOTICES": "conversation_participant(); conversation_participant(conversation_id); push_endpoint(user_id)",
+        "whereabouts.OF": (
+            "2 x conversation_participant(conversation_id); conversation_participant(conversation_id) cut 1; "
+            "3 x user_relationship(from_user_id); user_relationship(from_user_id) cut 1; "
+            "user_relationship(to_user_id); user_relationship(to_user_id) cut 1"
+        ),
+    },
+    "what one message may have: 1,000 edits, emoji, votes and reports of its participants": {
+        "edits.COUNT": "message_edit(message_id)",
+        "edits.DELETE": (
+            "message_edit(conversation_id, message_id); message_reaction(message_id); poll_vote(message_id)"
+        ),
+        "exports.MESSAGES": "message_edit(message_id) cut 1",
+        "messages.GET": "message_reaction(message_id, user_id)",
+        "messages.PAGE": "message_reaction(message_id, user_id)",
+        "messages.TIMELINE": "message_reaction(message_id, user_id)",
+        "messages.REPLIES": "message_reaction(message_id, user_id)",
+        "moderation.MODERATE": "report(conversation_id, message_id)",
+        "reactions.REACT": "message_reaction(message_id, user_id)",
+        "reactions.STORED": "message_reaction(message_id, user_id) cut 1",
+    },
+    "in the background, a page at a time": {
+        "erasure.TAKES_PART": "conversation_participant(user_id)",
+        "erasure.LEAVE_DELETED": "conversation_participant(user_id)",
+        "erasure.IS_ERASED": (
+            "account(user_id); approach(); conversation_participant(user_id); draft(user_id); "
+            "message_star(user_id); push_endpoint(user_id); scheduled_message(sender_id); session(user_id); "
+            "thread_follow(user_id); user_relationship()"
+        ),
+        "users.EXPIRE": "user() cut 1",
+    },
+    "asked by an operator, or for one's own export: one a minute and worker": {
+        "accounts.CARD": "conversation_participant(user_id); session(user_id); user()",
+        "audit.BROKEN": "audit_entry(chain) cut 1",
+        "checks.SIZES": "pg_class(); pg_index()",
+        "checks.SOMEBODY": "conversation() cut 2; conversation_participant() cut 1; user() cut 2",
+        "checks.EXPECTED": "message(conversation_id)",
+        "checks.SEEN": "message(conversation_id)",
+        "exports.HEAD": (
+            "account(user_id); audit_entry(actor_id); conversation_participant(user_id); draft(user_id); "
+            "message_star(user_id); poll_vote(user_id); push_endpoint(user_id); report(reporter_id); "
+            "scheduled_message(sender_id); session(user_id); thread_follow(user_id); "
+            "user_relationship(from_user_id)"
+        ),
+        "exports.REACTIONS": "message_reaction(user_id)",
+        "moderation.ALL_REPORTS": "report() cut 1",
+        "transfers.IS_EMPTY": "conversation(); user()",
+        "transfers.DISCARD_KEYS": "server_key()",
+        "transfers.TOUCH": "conversation_participant()",
+        "transfers.PAIRS": "conversation()",
+        "transfers.COLUMNS": "pg_attribute()",
+    },
 }
-"""Reads without a LIMIT, and what bounds each."""
-GATHERS = re.compile(r"json_agg|json_object_agg|array_agg|string_agg|\bcount\b|\bsum\b")
-STATEMENT = re.compile(r"\s*(SELECT|WITH|INSERT|UPDATE|DELETE|\(SELECT)")
-IS_BOUNDED = re.compile(r"\bLIMIT\b|(?<!NOT )\b[\w.]+ = ANY\(\)|(FROM|LATERAL) \(\)")
-"""Has a LIMIT, or names the keys, or reads from a query in parentheses, which is checked by itself."""
+"""Reads that neither a LIMIT nor a unique key bounds, by what does: for each statement, the tables, and the ids that
+rows of them are found by. Of those that are cut, all rows are read, and as many LIMITs above cut what they become.
+"""
+BOUNDED = {name: reads for statements in WHY.values() for name, reads in statements.items()}
+LIMITS = {
+    "changes.SINCE": 5,
+    "changes.READING": 2,
+    "conversations.GET": 3,
+    "conversations.PAGE": 4,
+    "feed.ROWS": 25,
+    "feed.PAGE": 25,
+    "feed.COUNT": 25,
+    "indexing.PAGE": 2,
+    "latest.SINCE": 1,
+    "push.NOTICES": 1,
+    "receipts.READ": 2,
+    "receipts.MARK_UNREAD": 2,
+    "sending.EXISTING": 2,
+    "threads.GET": 4,
+    "threads.LIST": 9,
+    "unread.BADGE": 3,
+    "users.SEARCH": 2,
+    "users.NEWS": 8,
+}
+"""How many LIMITs there are in statements that have more than it takes: one stops a read inside another one, or names
+two rows of a unique key.
+"""
+STATEMENT = re.compile(r"\s*(SELECT|WITH|INSERT|UPDATE|DELETE|MERGE|\(SELECT)")
+LIMIT = re.compile(r"\bLIMIT (CASE .*? END|\$?\w+( \+ \d+)?)")
+STOPPING = {"Sort", "Aggregate", "Hash", "WindowAgg", "SetOp", "ModifyTable", "Memoize", "Recursive Union"}
+"""Nodes of a plan that read all of their input whatever is above them."""
+
+CONDITIONS = ("Index Cond", "Recheck Cond", "Filter", "Join Filter")
+Node = dict[str, Any]
+Uniques = dict[str, list[set[str]]]
 
 
-def selects(statement: str) -> Iterator[tuple[str, str]]:
-    """Return each query of a statement, without those inside it, and what stands before its parenthesis."""
-    plain = re.sub(r"'(?:[^']|'')*'", "''", re.sub(r"--[^\n]*", "", statement))
-    open_ones = [""]
-    for letter in plain:
-        if letter == "(":
-            open_ones.append("")
-        elif letter == ")" and len(open_ones) > 1:
-            inside = open_ones.pop()
-            yield open_ones[-1], inside
-            open_ones[-1] += "()"
-        else:
-            open_ones[-1] += letter
-    yield "", open_ones[0]
-
-
-def unbounded(statement: str, *, is_fetched: bool) -> list[str]:
-    """Return the queries of a statement that read many rows without a LIMIT."""
-    found = []
-    for before, query in selects(statement):
-        if not re.search(r"\bFROM\b", query) or IS_BOUNDED.search(query):
-            continue
-        if GATHERS.search(query) or before.endswith("ARRAY") or (not before and is_fetched):
-            found.append(" ".join(query.split()))
-    return found
-
-
-def test_every_read_of_many_rows_is_bounded() -> None:
-    found: dict[str, list[str]] = {}
+def statements() -> Iterator[tuple[str, str]]:
+    """Return the name and text of each statement."""
     for module in pkgutil.iter_modules(server.queries.__path__):
         queries = importlib.import_module(f"server.queries.{module.name}")
         source = inspect.getsource(queries)
         for name, text in vars(queries).items():
             is_own = not name.startswith("_") and f"\n{name} = " in source
-            if not is_own or not isinstance(text, str) or not STATEMENT.match(text):
-                continue
-            if without := unbounded(text, is_fetched=re.search(rf"\.fetch\(\s*{name}\b", source) is not None):
-                found[f"{module.name}.{name}"] = without
-    assert {name: text for name, text in found.items() if name not in BOUNDED} == {}, "give it a LIMIT, or a reason"
-    assert BOUNDED.keys() - found.keys() == set(), "these have a LIMIT now"
+            if is_own and isinstance(text, str) and STATEMENT.match(text):
+                yield f"{module.name}.{name}", text
 
 
-def test_a_read_without_limit_is_found() -> None:
-    assert unbounded("SELECT id FROM message WHERE sender_id = $1", is_fetched=True)
-    assert unbounded("SELECT ARRAY(SELECT id FROM message)", is_fetched=False)
-    assert unbounded("SELECT (SELECT json_agg(m.id) FROM message m)", is_fetched=False)
-    assert not unbounded("SELECT id FROM message WHERE sender_id = $1 LIMIT 5", is_fetched=True)
-    assert not unbounded("SELECT count(*) FROM (SELECT FROM message LIMIT 5) m", is_fetched=False)
+class Above(NamedTuple):
+    """What stands above a node: conditions, how many LIMITs, and whether one of them stops the node itself."""
+
+    conditions: str
+    limits: int
+    is_limited: bool
+
+
+class Planner:
+    """Asks PostgreSQL how it would run statements."""
+
+    def __init__(self, db: "asyncpg.Connection[asyncpg.Record]", uniques: Uniques) -> None:
+        self._db = db
+        self._uniques = uniques
+
+    async def types(self, text: str) -> str:
+        """Return the types of the parameters of a statement."""
+        await self._db.execute(f"PREPARE it AS {text}")
+        types = await self._db.fetchval("SELECT parameter_types::text[] FROM pg_prepared_statements WHERE name = 'it'")
+        await self._db.execute("DEALLOCATE it")
+        return f"({', '.join(types)})" if types else ""
+
+    async def reads(self, text: str, types: str = "") -> str:
+        """Return the reads of a statement that nothing in it bounds, sorted. Raises PostgresError if it is none.
+
+        `types` are those of its parameters, if it does not tell them.
+        """
+        await self._db.execute(f"PREPARE it {types} AS {text}")
+        try:
+            count = await self._db.fetchval(
+                "SELECT cardinality(parameter_types) FROM pg_prepared_statements WHERE name = 'it'"
+            )
+            given = f"({', '.join(['NULL'] * count)})" if count else ""
+            plan = await self._db.fetchval(f"EXPLAIN (FORMAT JSON, VERBOSE, COSTS OFF) EXECUTE it{given}")
+        finally:
+            await self._db.execute("DEALLOCATE it")
+        top = json.loads(plan)[0]["Plan"]
+        existing = set(re.findall(r"EXISTS\(((?:Sub|Init)Plan \d+)\)", plan))
+        counted = Counter(self._unbounded(top, Above("", 0, is_limited=False), existing))
+        return "; ".join(f"{count} x {read}" if count > 1 else read for read, count in sorted(counted.items()))
+
+    def _unbounded(self, node: Node, above: Above, existing: set[str]) -> Iterator[str]:
+        kind, table = node["Node Type"], node.get("Relation Name")
+        conditions = " AND ".join(node[name] for name in CONDITIONS if name in node)
+        if table is not None and "Scan" in kind:
+            named = equated(node["Alias"], f"{conditions} AND {above.conditions}")
+            is_stopped = above.is_limited and not kind.startswith("Bitmap")
+            if not is_stopped and not any(key <= named for key in self._uniques[table]):
+                ids = sorted(one for one in named if one.endswith("_id") or one in {"id", "chain"})
+                yield f"{table}({', '.join(ids)})" + (f" cut {above.limits}" if above.limits else "")
+        # A filter above a query may leave out whatever that brings.
+        is_filtered = kind == "Subquery Scan" and "Filter" in node
+        for child in node.get("Plans", []):
+            relation, limits = child.get("Parent Relationship"), above.limits + (kind == "Limit")
+            if relation in {"SubPlan", "InitPlan"}:
+                limited = child.get("Subplan Name") in existing
+            elif kind == "Limit" or (relation == "Inner" and node.get("Join Type") in {"Semi", "Anti"}):
+                limited = True
+            else:
+                limited = above.is_limited and kind not in STOPPING and not is_filtered
+            joined = node.get("Join Filter", "") if relation == "Inner" else ""
+            below = Above(
+                f"{above.conditions} AND {joined}" if joined else above.conditions, limits, is_limited=limited
+            )
+            yield from self._unbounded(child, below, existing)
+
+
+def conjuncts(condition: str) -> Iterator[str]:
+    """Return the parts of a condition of a plan that all have to hold."""
+    depth, start, parts = 0, 0, []
+    for place, letter in enumerate(condition):
+        depth += {"(": 1, ")": -1}.get(letter, 0)
+        if depth == 0 and condition.startswith(" AND ", place):
+            parts.append(condition[start:place])
+            start = place + len(" AND ")
+    parts.append(condition[start:])
+    for part in parts:
+        if part.startswith("(") and part.endswith(")"):
+            yield from conjuncts(part[1:-1])
+        else:
+            yield part
+
+
+def equated(alias: str, conditions: str) -> set[str]:
+    """Return the columns of a table that conditions of a plan compare for equality."""
+    name = rf'"?{re.escape(alias)}"?\.(\w+)'
+    parts = [part for part in conjuncts(conditions) if " OR " not in part]
+    return {found[1] for part in parts if (found := re.match(f"{name} = ", part) or re.search(f" = {name}$", part))}
+
+
+UNIQUES = """
+SELECT c.relname, array_agg(a.attname::text) FROM pg_index i JOIN pg_class c ON c.oid = i.indrelid
+JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum = ANY(i.indkey::int2[])
+WHERE i.indisunique GROUP BY i.indexrelid, c.relname
+"""
+
+
+@pytest.fixture
+async def planner(database_url: str) -> AsyncIterator[Planner]:
+    db = await asyncpg.connect(database_url, server_settings=SESSION)
+    uniques: Uniques = defaultdict(list)
+    for table, columns in await db.fetch(UNIQUES):
+        uniques[table].append(set(columns))
+    yield Planner(db, uniques)
+    await db.close()
+
+
+async def test_every_read_of_many_rows_is_bounded(planner: Planner) -> None:
+    found, fragments, limits = {}, set(), {}
+    for name, text in statements():
+        limits[name] = len(LIMIT.findall(uncommented(text)))
+        try:
+            reads = await planner.reads(text)
+        except asyncpg.PostgresError:
+            fragments.add(name)
+            continue
+        if reads:
+            found[name] = reads
+    assert fragments == FRAGMENTS
+    new = {name: reads for name, reads in found.items() if BOUNDED.get(name) != reads}
+    assert new == {}, "give it a LIMIT, or name what bounds it"
+    assert BOUNDED.keys() - found.keys() == set(), "these are bounded now"
+    assert {name: limits[name] for name in LIMITS} == LIMITS
+
+
+async def test_every_limit_that_is_removed_is_noticed(planner: Planner) -> None:
+    """By the reads of the statement, or, where another LIMIT still bounds them, by the number of its LIMITs."""
+    unnoticed = set()
+    for name, text in statements():
+        if name in FRAGMENTS or name in LIMITS:
+            continue
+        plain, types = uncommented(text), await planner.types(text)
+        for limit in LIMIT.finditer(plain):
+            reads = await planner.reads(plain[: limit.start()] + plain[limit.end() :], types)
+            if reads == BOUNDED.get(name, ""):
+                unnoticed.add(f"{name}: {limit[0]}")
+    assert unnoticed == set()
+
+
+def uncommented(text: str) -> str:
+    return re.sub(r"--[^\n]*", "", text)
+
+
+EXAMPLES = {
+    "SELECT id FROM message WHERE sender_id = $1": "message(sender_id)",
+    "SELECT id FROM message WHERE sender_id = $1 LIMIT 5": "",
+    "SELECT id FROM message WHERE sender_id = $1 ORDER BY created_at LIMIT 5": "message(sender_id) cut 1",
+    "SELECT count(*) FROM message WHERE sender_id = $1 LIMIT 5": "message(sender_id) cut 1",
+    "SELECT count(*) FROM (SELECT FROM message WHERE sender_id = $1 LIMIT 5) m": "",
+    "SELECT ARRAY(SELECT id FROM message WHERE sender_id = $1)": "message(sender_id)",
+    "SELECT EXISTS (SELECT FROM message o WHERE o.sender_id = m.sender_id) FROM message m WHERE m.id = $1": "",
+    "SELECT id FROM message WHERE id = $1 OR sender_id = $2": "message()",
+    "SELECT id FROM message WHERE id = ANY($1)": "",
+    "UPDATE message SET content = '' WHERE sender_id = $1": "message(sender_id)",
+}
+
+
+async def test_what_bounds_a_read_and_what_does_not(planner: Planner) -> None:
+    for text, reads in EXAMPLES.items():
+        assert await planner.reads(text) == reads, text
