@@ -89,8 +89,13 @@ def redis_unreachable(error: Exception) -> Fatal:
 
 
 def is_lost(error: BaseException) -> bool:
-    """Whether the database went away under a statement, so that repeating it later is right."""
-    return isinstance(error, _LOST)
+    """Whether the database went away under a statement, or the system refused a thread: repeating it later is right."""
+    return isinstance(error, _LOST) or is_without_thread(error)
+
+
+def is_without_thread(error: BaseException) -> bool:
+    """Whether the system refused a new thread. Python has no class for this."""
+    return type(error) is RuntimeError and str(error) == "can't start new thread"
 
 
 def cause(error: BaseException) -> BaseException:

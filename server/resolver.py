@@ -51,7 +51,10 @@ class Resolver:
             with contextlib.suppress(RuntimeError):  # the worker has stopped meanwhile
                 loop.call_soon_threadsafe(self._ended, host, addresses, problem)
 
-        threading.Thread(target=look_up, name="resolver", daemon=True).start()
+        try:
+            threading.Thread(target=look_up, name="resolver", daemon=True).start()
+        except RuntimeError:
+            raise OSError("no thread to resolve its name") from None
         self._running[host] = found
         return found
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TextIO
 
-from server.errors import Fatal, cause, is_lost, told
+from server.errors import Fatal, cause, is_lost, is_without_thread, told
 
 INTERRUPTED = 130
 """The status of a command that a Ctrl-C ends."""
@@ -103,6 +103,8 @@ def _failure(error: BaseException) -> str:
     is_of_a_connection = isinstance(error, (ConnectionError, TimeoutError))
     if isinstance(error, OSError) and not is_of_a_connection and error.errno not in UNREACHABLE:
         return f"{error.filename}: {reason}." if error.filename is not None else f"{reason}."
+    if is_without_thread(error):
+        return f"{reason}. Run the command again when the machine has more room."
     return f"the database cannot be used: {reason.rstrip('.')}. Run the command again."
 
 

@@ -6,7 +6,9 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import msgspec
@@ -14,11 +16,12 @@ import pytest
 
 from protocol import client, server
 from protocol.values import LinkPreview
-from server import outbound, previews, resolver
+from server import markup, outbound, previews, resolver
+from server.auth import passwords
 from server.config import Settings
 from server.outbound import Outbound, Unreachable
 from server.posts import SLOW_SLOTS, Drops, Failed, Post, Posts
-from tests.world import Room, World, message, sent, until
+from tests.world import Room, World, http_client, message, sent, until
 
 PAGE = """<html><head><title>The Engine &amp; its notes</title>
 <meta property="og:description" content="On the  Analytical
@@ -239,6 +242,50 @@ async def test_silent_names_take_a_bounded_number_of_threads(
     finally:
         names.answered.set()
         await queue.close()
+
+
+@pytest.fixture
+def no_thread() -> Iterator[None]:
+    """Have the system refuse new threads: it has no room for so large a stack."""
+    before = threading.stack_size(1 << 46)
+    yield
+    threading.stack_size(before)
+
+
+@pytest.mark.usefixtures("no_thread")
+async def test_a_thread_that_the_system_refuses_is_a_look_up_that_failed(careless: Outbound) -> None:
+    drops = Drops()
+    queue = posts_by(careless, drops)
+    queue.add(post_to("http://good/"))
+    queue.start()
+    await until(lambda: drops.counts.total() == 1)
+    assert drops.counts == {"host_failed": 1}
+    (host,) = queue._hosts.values()  # noqa: SLF001
+    assert host.retry_at > time.monotonic(), "it is not asked again immediately"
+    assert not careless._resolver._running  # noqa: SLF001
+    await queue.close()
+
+
+@pytest.mark.usefixtures("no_thread")
+async def test_a_thread_that_the_system_refuses_makes_an_answer_unavailable(
+    room: Room,
+    world: World,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(markup, "_thread", ThreadPoolExecutor(1))
+    monkeypatch.setattr(passwords, "_threads", ThreadPoolExecutor(1))
+    long = message(room.group, "*long* " * 1_000, is_markdown=True)
+    refused = await room.ada.ask(long)
+    assert isinstance(refused, server.Error)
+    assert refused.code == "unavailable"
+    assert refused.retry_after_ms
+    async with http_client(world.url) as http:
+        answer = await http.post("/v1/auth/login", json={"email": "ada@example.org", "password": "correct horse"})
+    assert answer.status_code == 503
+    assert [record for record in caplog.records if record.levelname == "ERROR"] == []
+    threading.stack_size(0)
+    await room.ada.call(long)
 
 
 def test_a_look_up_that_never_ends_does_not_hold_up_the_stop() -> None:
