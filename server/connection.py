@@ -64,7 +64,7 @@ class Connection:
     __slots__ = (
         "_entering", "_frames", "_gone", "_has_place", "_has_to_refresh", "_inbox", "_inbox_bytes", "_is_closed",
         "_is_resuming", "_last", "_shared", "_strikes", "_todo", "_worker", "attached", "closed_with", "context",
-        "expires_at", "faces_only", "held", "session_id", "socket", "user_id", "user_version", "watched", "write",
+        "expires_at", "faces_only", "session_id", "socket", "user_id", "user_version", "watched", "write",
     )  # fmt: skip
 
     def __init__(
@@ -88,7 +88,6 @@ class Connection:
         self.attached: set[ConversationId] = set()
         self.watched: set[UserId] = set()
         self.faces_only: set[UserId] = set()
-        self.held: set[tuple[UserId, bool]] | None = None
         self._shared = shared
         # A list: it is short, and an empty deque takes ten times the memory.
         self._inbox: list[bytes | None] = []
@@ -171,18 +170,10 @@ class Connection:
             self._leave()
             self.socket.close(code)
 
-    def hold(self) -> None:
-        """Hold presence and faces back until the next comparison is done: the user may see less by then, and a client
-        that does not read can delay it.
-        """
-        if self.held is None:
-            self.held = set()
-
     def refresh(self) -> None:
         """Compare what is followed with what the user takes part in, when there is time."""
         if self._is_closed or self._refresh in self._todo:
             return
-        self.hold()
         if self._is_resuming and self._entering is not None:
             # Nothing is followed yet: all would be said anew, just before the client says what it has.
             self._has_to_refresh = True
@@ -208,19 +199,14 @@ class Connection:
         """Deliver no more of them."""
         self._shared.hub.topics.detach(self, conversation_id)
 
-    def release(self) -> None:
-        """Deliver presence and faces again, unless another comparison is due."""
-        if self._refresh not in self._todo:
-            self.held = None
-
     async def watch(self, user_ids: Collection[UserId]) -> None:
         """Deliver the presence and the faces of users."""
         if not self._is_closed:
-            await self._shared.hub.watch(self, user_ids)
+            await self._shared.hub.watchers.add(self, user_ids)
 
     def unwatch(self, user_ids: Iterable[UserId]) -> None:
         """Deliver it no more."""
-        self._shared.hub.unwatch(self, user_ids)
+        self._shared.hub.watchers.remove(self, user_ids)
 
     # ---------------------------------------------------------------------------------------------- the worker
 

@@ -73,11 +73,6 @@ class Subscriber(Protocol):
 
     faces_only: set[UserId]
     """Those of the watched whose presence does not reach the connection, but their face does."""
-    held: set[tuple[UserId, bool]] | None
-    """The watched users whose presence (or face: True) changed while `refresh` is due; None while it is not due."""
-
-    def release(self) -> None:
-        """Deliver presence and faces again, unless another `refresh` is due."""
 
     async def watch(self, user_ids: Collection[UserId]) -> None:
         """Deliver the presence and the faces of these users. Raises Refused when it would be too many."""
@@ -91,9 +86,6 @@ class Presences(Protocol):
 
     async def choose(self, user_id: UserId, device: Subscriber | None, frame: SetPresence) -> bool:
         """Record how a user, or one device of theirs, wants to be seen; return whether they chose anew."""
-
-    async def watchable(self, watcher: UserId, user_ids: Sequence[UserId]) -> dict[UserId, bool]:
-        """Return those of the users whose face may be delivered to the watcher, and whether their presence may."""
 
     async def announce(self, user_id: UserId) -> None:
         """Tell those who watch a user how they are seen now."""

@@ -4,20 +4,20 @@ import asyncio
 import contextlib
 import logging
 import struct
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from typing import Protocol
 from uuid import UUID
 
 from protocol.codec import encode, text_frame
-from protocol.errors import CloseCode, ErrorCode, Refused
+from protocol.errors import CloseCode
 from protocol.ids import ConversationId, UserId
-from protocol.limits import MAX_WATCHED
 from protocol.server import DurableEvent, ServerFrame, UserUpdated
-from server import people, topics
+from server import people, topics, watchers
 from server.bus import Bus, Connect
 from server.people import People, Socket, UserRecord
 from server.topics import NOBODY, ConversationRecord, Topics
+from server.watchers import Watchers, WatchRecord
 
 COMPARE_SECONDS = 5.0
 COMPARE_SECONDS_WITHOUT_BUS = 0.5
@@ -35,7 +35,7 @@ FACE = 1
 log = logging.getLogger(__name__)
 
 
-class Record(ConversationRecord, UserRecord, Protocol):
+class Record(ConversationRecord, UserRecord, WatchRecord, Protocol):
     """What the hub asks of the database."""
 
     async def epoch(self) -> str:
@@ -49,9 +49,11 @@ class Hub:
         """`connect` returns the bus by which the other workers are met."""
         self._record = record
         self.bus: Bus = connect(deliver=self._hear, caught_up=self.compare_soon)
-        self.people = People(record, self.bus)
-        self.topics = Topics(record, self.bus, self.people, flush_soon=self._flush_soon)
-        self._watchers: dict[UserId, dict[Socket, Callable[[bytes], None]]] = {}
+        self.watchers = Watchers(record, self.bus)
+        self.people = People(record, self.bus, doubt=self.watchers.doubt_watched)
+        self.topics = Topics(
+            record, self.bus, self.people, flush_soon=self._flush_soon, doubt=self.watchers.doubt_watched
+        )
         self._outgoing: dict[bytes, list[bytes]] = {}
         self._is_flushing = False
         self._loop = asyncio.get_running_loop()
@@ -70,6 +72,7 @@ class Hub:
         if self._comparing is not None:
             self._comparing.cancel()
         self.people.close()
+        self.watchers.close()
         self.topics.close()
         await self.bus.close()
 
@@ -98,14 +101,14 @@ class Hub:
         """Deliver a user's presence, or their face, to those who watch them."""
         frame = text_frame(encode(event))
         kind = FACE if isinstance(event, UserUpdated) else 0
-        self._say(_presence_channel(user_id), kind, frame)
-        self._show(user_id, frame, kind, NOBODY)
+        self._say(watchers.channel(user_id), kind, frame)
+        self.watchers.tell(user_id, frame, is_face=kind == FACE)
 
     def reconsider(self, user_id: UserId, watcher: UserId | None = None) -> None:
         """Check again whether all who watch a user may do so, or one of them. They get nothing until that is done."""
         who = NOBODY if watcher is None else watcher.bytes
-        self._say(_presence_channel(user_id), 0, b"", who)
-        self._show(user_id, b"", 0, who)
+        self._say(watchers.channel(user_id), 0, b"", who)
+        self.watchers.doubt_watchers(user_id, watcher)
 
     def poke(self, user_ids: Iterable[UserId]) -> None:
         """Have all workers look again at these users' conversations and sessions."""
@@ -118,47 +121,12 @@ class Hub:
         at = self.topics.told_at(conversation_id, version)
         return None if at is None else datetime.fromtimestamp(at, UTC)
 
-    # ------------------------------------------------------------------------------------ presence, by watching
-
-    async def watch(self, socket: Socket, user_ids: Collection[UserId]) -> None:
-        """Deliver the presence and the faces of users to a socket. Raises Refused if that would be too many."""
-        if len(socket.watched.union(user_ids)) > MAX_WATCHED:
-            raise Refused(
-                ErrorCode.CONFLICT,
-                f"A connection watches at most {MAX_WATCHED} users. Unwatch some first.",
-                path="user_ids",
-            )
-        socket.watched.update(user_ids)
-        for user_id in user_ids:
-            self._watchers.setdefault(user_id, {})[socket] = socket.write
-        await self.bus.subscribe([_presence_channel(user_id) for user_id in user_ids])
-
-    def unwatch(self, socket: Socket, user_ids: Iterable[UserId]) -> None:
-        """Deliver it no more."""
-        for user_id in user_ids:
-            socket.watched.discard(user_id)
-            socket.faces_only.discard(user_id)
-            watchers = self._watchers.get(user_id)
-            if watchers is not None and watchers.pop(socket, None) is not None and not watchers:
-                del self._watchers[user_id]
-                self.bus.unsubscribe(_presence_channel(user_id))
-
     def remove(self, socket: Socket) -> None:
         """Forget a socket altogether."""
         for conversation_id in list(socket.attached):
             self.topics.detach(socket, conversation_id)
-        self.unwatch(socket, list(socket.watched))
+        self.watchers.remove(socket, list(socket.watched))
         self.people.remove(socket)
-
-    def _show(self, user_id: UserId, frame: bytes, kind: int, who: bytes) -> None:
-        for socket, write in self._watchers.get(user_id, {}).items():
-            if not frame:
-                if who in {NOBODY, socket.user_id.bytes}:
-                    socket.refresh()
-            elif socket.held is not None:
-                socket.held.add((user_id, kind == FACE))
-            elif kind == FACE or user_id not in socket.faces_only:
-                write(frame)
 
     # -------------------------------------------------------------------------------------------- other workers
 
@@ -180,8 +148,10 @@ class Hub:
             frame = words[start:end]
             if kind == b"c:":
                 self.topics.accept(ConversationId(one), version, frame, gone)
+            elif kind == b"p:" and frame:
+                self.watchers.tell(UserId(one), frame, is_face=version == FACE)
             elif kind == b"p:":
-                self._show(UserId(one), frame, version, gone)
+                self.watchers.doubt_watchers(UserId(one), None if gone == NOBODY else UserId(UUID(bytes=gone)))
             elif frame:
                 self.people.write(UserId(one), frame)
             else:
@@ -227,7 +197,3 @@ class Hub:
             return
         await self.topics.compare()
         await self.people.compare(parts=parts)
-
-
-def _presence_channel(user_id: UserId) -> bytes:
-    return b"p:" + user_id.hex.encode()

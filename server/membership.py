@@ -51,6 +51,10 @@ class News:
                 MessageSent(conversation_id=message.conversation_id, version=message.version, message=message)
             )
         self._context.events.poke([change.participant.user_id for change in self.changes])
+        for change in self.changes:
+            # Those who shared the conversation with somebody private see them no more.
+            if change.participant.status not in {"active", "invited"}:
+                self._context.events.reconsider(change.participant.user_id)
 
 
 async def taking_part(db: Db, conversation_id: ConversationId, user_id: UserId) -> Participant:

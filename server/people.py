@@ -23,14 +23,10 @@ class Socket(Protocol):
     attached: set[ConversationId]
     watched: set[UserId]
     faces_only: set[UserId]
-    held: set[tuple[UserId, bool]] | None
     write: Callable[[bytes], None]
 
     def say(self, frame: ServerFrame) -> None:
         """Send a frame to it alone."""
-
-    def hold(self) -> None:
-        """Hold presence and faces back until the next `refresh` is done."""
 
     def refresh(self) -> None:
         """Have it compare what it follows with what its user takes part in."""
@@ -66,9 +62,11 @@ class Person:
 class People:
     """All of them."""
 
-    def __init__(self, record: UserRecord, bus: Bus) -> None:
+    def __init__(self, record: UserRecord, bus: Bus, *, doubt: Callable[[Socket], None]) -> None:
+        """`doubt` is called with each socket whose user may see less than before."""
         self._record = record
         self._bus = bus
+        self._doubt = doubt
         self._people: dict[UserId, Person] = {}
         self._looks: set[asyncio.Task[None]] = set()
         self._turn = 0
@@ -119,10 +117,13 @@ class People:
     def look(self, user_id: UserId) -> None:
         """Look at a user's sessions, and have their sockets look at their conversations: something changed."""
         person = self._people.get(user_id)
+        if person is None:
+            return
+        # Not a part of `refresh`, which a client that does not read can delay.
+        for socket in person.sockets:
+            self._doubt(socket)
         # Serialize rechecks; always run one that starts after this call. One that waits does for all calls.
-        if person is not None and not person.is_look_due:
-            for socket in person.sockets:
-                socket.hold()
+        if not person.is_look_due:
             person.is_look_due = True
             person.look = self._spawn(self._look(user_id, person, person.look))
 

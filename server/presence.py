@@ -155,12 +155,6 @@ class Presence:
         fields = await self._fields(wanted)
         return [_seen(user_id, choices[user_id], self._states(fields[user_id])) for user_id in wanted]
 
-    async def watchable(self, watcher: UserId, user_ids: Sequence[UserId]) -> dict[UserId, bool]:
-        """Return those of the users whose face may be delivered to the watcher, and whether their presence may."""
-        async with self._database.connection() as db:
-            choices = await users.visible(db, watcher, user_ids)
-        return {user_id: choice.is_watchable for user_id, choice in choices.items()}
-
     async def _fields(self, user_ids: Sequence[UserId]) -> dict[UserId, dict[bytes, bytes]]:
         local = {user_id: self._local(user_id) for user_id in user_ids}
         try:

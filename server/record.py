@@ -9,6 +9,7 @@ from server.gather import Gather
 from server.queries import changes, conversations, sessions, users
 from server.queries.users import Clocks
 from server.topics import Fetched
+from server.watchers import Pair
 
 
 class PostgresRecord:
@@ -39,6 +40,11 @@ class PostgresRecord:
         """Return which of the sessions are valid."""
         async with self._database.connection() as db:
             return await sessions.living(db, session_ids)
+
+    async def watchable(self, pairs: Sequence[Pair]) -> dict[Pair, bool]:
+        """Return those of the pairs whose watcher may see the face, and whether also the presence."""
+        async with self._database.connection() as db:
+            return await users.watchable(db, pairs)
 
     async def epoch(self) -> str:
         """Return what tells this database from another one."""

@@ -16,14 +16,12 @@ from protocol.server import (
     ConversationJoined,
     ConversationLeft,
     Conversations,
-    PresenceChanged,
     Resumed,
     ServerFrame,
     StartOver,
     StartOverReason,
-    UserUpdated,
 )
-from protocol.values import ConversationView, Presence
+from protocol.values import ConversationView
 from server.context import Context
 from server.database import Db
 from server.queries import changes, conversations, users
@@ -88,34 +86,6 @@ async def refresh(context: Context) -> None:
         _say_left(context, conversation_id)
     await _join(context, there.keys() - set(connection.attached))
     await _say_own(context)
-    if connection.watched:
-        watchable = await context.services.presence.watchable(context.user_id, list(connection.watched))
-        gone = connection.watched - watchable.keys()
-        connection.unwatch(gone)
-        # In a conversation a face is seen when presence is not, whoever hides it from whom.
-        unseen = {user_id for user_id in watchable.keys() & connection.watched if not watchable[user_id]}
-        gone |= unseen - connection.faces_only
-        connection.faces_only = unseen
-        for user_id in gone:
-            connection.say(PresenceChanged(presence=Presence(user_id=user_id, status="offline")))
-    await _say_held(context)
-
-
-async def _say_held(context: Context) -> None:
-    """Say whose presence and faces changed during the comparison, as far as the user may still see them."""
-    connection = context.connection
-    while connection.held:
-        held, connection.held = connection.held, set()
-        watched = [(one, is_face) for one, is_face in held if one in connection.watched]
-        here = [one for one, is_face in watched if not is_face and one not in connection.faces_only]
-        faces = [one for one, is_face in watched if is_face]
-        for presence in await context.services.presence.seen_by(context.user_id, here) if here else ():
-            connection.say(PresenceChanged(presence=presence))
-        if faces:
-            async with context.database.connection() as db:
-                for user in await users.get(db, context.user_id, faces):
-                    connection.say(UserUpdated(user=user))
-    connection.release()
 
 
 async def join(context: Context, view: ConversationView) -> None:

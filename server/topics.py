@@ -82,12 +82,23 @@ class Topic:
 class Topics:
     """All of them."""
 
-    def __init__(self, record: ConversationRecord, bus: Bus, people: People, *, flush_soon: Callable[[], None]) -> None:
-        """`flush_soon` is called when there is something to `flush` in this turn of the loop."""
+    def __init__(
+        self,
+        record: ConversationRecord,
+        bus: Bus,
+        people: People,
+        *,
+        flush_soon: Callable[[], None],
+        doubt: Callable[[Socket], None],
+    ) -> None:
+        """`flush_soon` is called when there is something to `flush` in this turn of the loop; `doubt` with each socket
+        that leaves a conversation: its user may see fewer people.
+        """
         self._record = record
         self._bus = bus
         self._people = people
         self._flush_soon = flush_soon
+        self._doubt = doubt
         self._topics: dict[ConversationId, Topic] = {}
         self._dirty: list[Topic] = []
         self._loop = asyncio.get_running_loop()
@@ -225,6 +236,7 @@ class Topics:
             if topic.id in socket.attached:
                 self.detach(socket, topic.id)
                 socket.say(ConversationLeft(conversation_id=topic.id))
+                self._doubt(socket)
 
     # --------------------------------------------------------------------------------- what did not come by itself
 

@@ -19,7 +19,7 @@ import server
 from protocol.client import Block, Watch
 from protocol.errors import CloseCode
 from protocol.server import Error, Reply
-from server import hub, presence, topics
+from server import presence, topics, watchers
 from server.config import Settings
 from tests.test_hostile import idle
 from tests.test_hostile_values import each_frame, ids_in, valid
@@ -261,7 +261,7 @@ async def test_close_code_of_who_is_elsewhere_is_forgotten(world: World, monkeyp
 
 
 async def test_refused_watch_leaves_nothing(lone: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hub, "MAX_WATCHED", 1)
+    monkeypatch.setattr(watchers, "MAX_WATCHED", 1)
     ada, charles, mary = await lone.users("Ada", "Charles", "Mary")
     client = await lone.connect(ada)
     for one in (charles, mary):

@@ -2,17 +2,19 @@
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 
 import asyncpg
 import pytest
 
 from protocol import client, server
 from protocol.errors import ErrorCode
-from protocol.ids import UserId, uuid7
+from protocol.ids import ConversationId, UserId, uuid7
 from protocol.values import PresenceStatus
 from prove.client import Client
 from server.config import Settings
+from server.database import Db
+from server.queries import users
 from tests.cluster import Cluster
 from tests.world import Somebody, World, message, refused, until
 
@@ -154,6 +156,44 @@ async def test_a_busy_connection_gets_no_presence_that_it_may_no_longer_see(
     assert any(isinstance(event, server.UserUpdated) for event in told) == (act is switches_off)
 
 
+async def leaves(group: ConversationId, charles: Client, _: UserId, __: Client) -> None:
+    await charles.call(client.Leave(conversation_id=group))
+
+
+async def is_removed(group: ConversationId, _: Client, them: UserId, owner: Client) -> None:
+    await owner.call(client.RemoveParticipant(conversation_id=group, user_id=them))
+
+
+async def loses_the_group(group: ConversationId, _: Client, __: UserId, owner: Client) -> None:
+    await owner.call(client.DeleteConversation(conversation_id=group))
+
+
+@pytest.mark.parametrize("act", [leaves, is_removed, loses_the_group])
+async def test_who_is_private_is_seen_no_more_by_those_whose_conversation_they_have_left(
+    world: World, act: Callable[[ConversationId, Client, UserId, Client], Awaitable[None]]
+) -> None:
+    people = await world.users("Ada", "Charles", "Mary")
+    ada, charles, mary = [await world.connect(one, number % 2) for number, one in enumerate(people)]
+    for other in (people[0], people[2]):
+        await world.befriend(people[1], other)
+    await world.befriend(people[0], people[2])
+    group = await world.group(mary, *people[:2])
+    await charles.call(client.Unfriend(user_id=people[0].id))
+    await charles.call(client.UpdateProfile(is_private=True))
+    for one in (ada, mary):
+        listed = await one.call(client.Watch(user_ids=[people[1].id]), server.PresenceList)
+        assert [presence.status for presence in listed.presences] == ["online"]
+        await one.synced()
+    seen = len(ada.events)
+    await act(group, charles, people[1].id, mary)
+    await ada.event(server.PresenceChanged, lambda event: event.presence.status == "offline", start=seen)
+    await charles.call(client.SetPresence(status="busy"))
+    await mary.event(server.PresenceChanged, lambda event: event.presence.status == "busy")
+    await ada.synced()
+    told = [event.presence.status for event in ada.events[seen:] if isinstance(event, server.PresenceChanged)]
+    assert told == ["offline"]
+
+
 async def test_what_changed_during_the_comparison_is_told_after_it(world: World) -> None:
     people = await world.users("Ada", "Charles", "Mary")
     ada, charles = [await world.connect(one, number) for number, one in enumerate(people[:2])]
@@ -172,6 +212,32 @@ async def test_what_changed_during_the_comparison_is_told_after_it(world: World)
     await waiting
     await ada.event(server.PresenceChanged, lambda event: event.presence.status == "busy", start=seen)
     await ada.event(server.UserUpdated, lambda event: event.user.display_name == "Charles Babbage", start=seen)
+
+
+async def test_a_change_of_privacy_takes_one_statement_however_many_watch(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    async def counted(db: Db, pairs: Sequence[tuple[UserId, UserId]]) -> dict[tuple[UserId, UserId], bool]:
+        asked.append(len(pairs))
+        return await watchable(db, pairs)
+
+    watchable = users.watchable
+    charles = await world.user("Charles")
+    one = await world.connect(charles)
+    watching = [await world.connect(await world.user(f"Watcher {number}")) for number in range(10)]
+    for watcher in watching:
+        await watcher.call(client.Watch(user_ids=[charles.id]))
+    await until(lambda: not world.workers[0].app.hub.watchers._held)  # noqa: SLF001
+    monkeypatch.setattr(users, "watchable", counted)
+    for is_shown in (False, True, False):
+        await one.call(client.UpdateProfile(show_online_status=is_shown))
+    for watcher in watching:
+        await watcher.event(server.PresenceChanged, lambda event: event.presence.status == "offline")
+    await until(lambda: not world.workers[0].app.hub.watchers._held)  # noqa: SLF001
+    assert len(asked) <= 3
+    assert sum(asked) >= len(watching)
 
 
 async def test_unwatch(pair: Pair, world: World) -> None:

@@ -102,9 +102,11 @@ async def watch(context: Context, frame: client.Watch) -> PresenceList:
     # Follow first, look second: a change in between is delivered, not missed.
     connection = context.connection
     presence = context.services.presence
-    watchable = await presence.watchable(context.user_id, frame.user_ids)
-    unseen = {user_id for user_id, is_seen in watchable.items() if not is_seen}
-    connection.faces_only = connection.faces_only - watchable.keys() | unseen
+    async with context.database.connection() as db:
+        found = await users.watchable(db, [(context.user_id, user_id) for user_id in frame.user_ids])
+    watchable = {user_id for _, user_id in found}
+    unseen = {user_id for (_, user_id), is_seen in found.items() if not is_seen}
+    connection.faces_only = connection.faces_only - watchable | unseen
     try:
         await connection.watch(watchable)
     finally:
