@@ -60,6 +60,8 @@ SESSION = {
 SEARCHING = "SET LOCAL enable_bitmapscan = on; SET LOCAL work_mem = '32MB'; SET LOCAL statement_timeout = '2s'"
 """What a transaction that uses an index of words sets. A search that takes longer than `SEARCH_MS` is refused."""
 SEARCH_MS = 2_000
+IN_ORDER = "SET LOCAL enable_bitmapscan = off"
+"""What such a transaction sets for statements that read in the order of an index and stop: a bitmap has no order."""
 
 EPOCH = """
 SELECT e.epoch || '.' || s.system_identifier || '.' || c.timeline_id

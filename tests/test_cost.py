@@ -391,7 +391,7 @@ async def test_a_thread_of_ten_thousand_is_as_fast_as_one_of_ten(db: "asyncpg.Co
             "thread": (threads.GET, (root, user, about)),
             "threads": (threads.LIST, (user, "false")),
             "unread threads": (threads.LIST, (user, "true")),
-            "feed": (feed.ROWS, (user, ["reply"], None, None, "2020-01-01", 21, None)),
+            "feed": (feed.ROWS, (user, ["reply"], None, None, "2020-01-01", 21, None, [], [], [], [])),
             "history": (messages.TIMELINE, (about, user, None, messages.NEWEST, 21, 0)),
             "unread": (conversations.GET, (user, [about])),
         }
@@ -472,6 +472,64 @@ async def test_cost_does_not_grow_with_what_somebody_else_may_grow_to(db: "async
     assert grown.keys() <= LISTS_ALL, grown
 
 
+MUCH = (
+    """INSERT INTO conversation (id, type, title, created_by, version, is_public)
+    SELECT place($1, n), 'group', 'Much', $1, $2::int, true FROM generate_series(1, 120) n""",
+    """INSERT INTO conversation_participant (conversation_id, user_id, version, status, invited_by)
+    SELECT place($1, n), $1, 2, CASE WHEN n <= 20 THEN 'active' ELSE 'invited' END, gen_random_uuid()
+    FROM generate_series(1, 119 + least(1, $2::int)) n""",
+    # In each of twenty conversations: a message of the user's, messages that mention everyone, and replies.
+    """INSERT INTO message (id, conversation_id, sender_id, content, sent_version, version, loud_mentions, created_at,
+        thread_root_id, thread_order)
+    SELECT place($1, 1000 * n + k), place($1, n), CASE k WHEN 0 THEN $1 ELSE gen_random_uuid() END, '', 1 + k, 1 + k,
+        CASE WHEN k % 2 = 1 THEN '{everyone}'::text[] ELSE '{}' END, now() - k * interval '1 s',
+        CASE WHEN k > 0 AND k % 2 = 0 THEN place($1, 1000 * n) END, k
+    FROM generate_series(1, 20) n, generate_series(0, 2 * $2::int) k""",
+    """INSERT INTO message_search SELECT id, conversation_id, created_at,
+        search_words(conversation_id, content, payload, mentions, loud_mentions, '{}')
+    FROM message WHERE conversation_id IN (SELECT place($1, n) FROM generate_series(1, $2::int) n)""",
+    """INSERT INTO thread_follow (root_id, user_id, conversation_id)
+    SELECT place($1, 1000 * n), $1, place($1, n) FROM generate_series(1, least(20, 20 * $2::int)) n""",
+    """INSERT INTO message_reaction (message_id, user_id, emoji, conversation_id, version, author_id, created_at)
+    SELECT place($1, 1000 * n), gen_random_uuid(), 'x', place($1, n), k, $1, now() - (20 * k + n) * interval '1 s'
+    FROM generate_series(1, 20) n, generate_series(1, $2::int) k""",
+    """INSERT INTO user_relationship (from_user_id, to_user_id, type, updated_at)
+    SELECT gen_random_uuid(), $1, 'friend', now() - k * interval '1 s' FROM generate_series(1, 20 * $2::int) k""",
+)
+"""Entries in the feed of the user $1: 100 invitations, and $2 of each other kind for each of 20 conversations."""
+PLACE = """
+CREATE FUNCTION pg_temp.place(user_id uuid, n bigint) RETURNS uuid LANGUAGE sql IMMUTABLE RETURN
+    (left(user_id::text, 24) || lpad(to_hex(n), 12, '0'))::uuid
+"""
+
+
+async def test_cost_of_the_feed_does_not_grow_with_what_is_in_it(db: "asyncpg.Connection[asyncpg.Record]") -> None:
+    """Mentions by name are left out: the index of words has no order."""
+    await db.execute(PLACE)
+    asked = {kind: (feed.ROWS, [kind], 21) for kind in feed.KINDS} | {"count": (feed.COUNT, list(feed.KINDS), 21)}
+    for name, (query, _, _) in asked.items():
+        await db.execute(f'PREPARE "{name}" AS {query}')
+    plans: dict[int, dict[str, Plan]] = {}
+    await db.execute("SET session_replication_role = replica")
+    for much in (30, 300):
+        user = await db.fetchval(
+            'INSERT INTO "user" (name, email) VALUES ($1, $1) RETURNING id', f"much{much}@example.org"
+        )
+        for statement in MUCH:
+            await db.execute(statement.replace("place(", "pg_temp.place("), user, much)
+        plans[much] = {
+            name: await explained(db, name, (user, kinds, None, None, "2020-01-01", most, None, [], [], [], []))
+            for name, (_, kinds, most) in asked.items()
+        }
+    await db.close()
+    for name, plan in plans[300].items():
+        before = plans[30][name]
+        assert before.rows > 20, name
+        assert plan.scanned == [], name
+        assert plan.rows < 1.5 * before.rows + 400, (name, before, plan)
+        assert plan.pages < 1.5 * before.pages + 400, (name, before, plan)
+
+
 KEEP_STARS = """
 INSERT INTO message_star (user_id, message_id, conversation_id, user_version)
 SELECT $1, m.id, m.conversation_id, m.version FROM message m
@@ -547,7 +605,7 @@ async def test_a_search_goes_by_its_index(db: "asyncpg.Connection[asyncpg.Record
         "channels": conversations.FIND,
         "messages": searches.NEWEST,
         "messages, ranked": searches.RELEVANT,
-        "feed": feed.ROWS,
+        "feed": feed.NAMED,
     }
     for name, query in statements.items():
         await db.execute(f'PREPARE "{name}" AS {query}')
@@ -568,7 +626,7 @@ async def test_a_search_goes_by_its_index(db: "asyncpg.Connection[asyncpg.Record
         "channels": (" & ".join(title.lower().split()), 20),
         "messages": (*looked_for, 21, None, None, None),
         "messages, ranked": (*looked_for, 1_000, None, None, None, 21, None),
-        "feed": (somebody, list(feed.KINDS), None, None, "2020-01-01", 21, None),
+        "feed": (somebody, list(feed.KINDS), None, None, "2020-01-01", 21),
     }
     await db.execute("SET enable_bitmapscan = on")
     for name, arguments in asked.items():

@@ -208,10 +208,10 @@ async def test_feed_is_that_of_a_slow_and_obvious_recount(db: "asyncpg.Connectio
         expected = await recounted(db, kinds)
         assert len(expected) > 2, kinds
         assert await listed(db, kinds, chance.choice([7, 20, 99])) == expected, kinds
-    assert await feed.unseen(db, UserId(uid(1, ME))) == 100
+    assert await feed.count_unseen(db, UserId(uid(1, ME))) == 100
     seen = expected[17][1]
     await db.execute('UPDATE "user" SET feed_seen_at = $2 WHERE id = $1', uid(1, ME), seen)
-    assert await feed.unseen(db, UserId(uid(1, ME))) == sum(1 for one in expected if one[1] > seen)
+    assert await feed.count_unseen(db, UserId(uid(1, ME))) == sum(1 for one in expected if one[1] > seen)
 
 
 async def test_pages_keep_to_the_conversations_of_the_first_one(db: "asyncpg.Connection[asyncpg.Record]") -> None:

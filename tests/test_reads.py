@@ -23,6 +23,10 @@ from server.database import SESSION
 
 FRAGMENTS = {"changes.EVENTS", "latest.LATEST", "unread.COUNT_REPLIES", "unread.COUNT_UNREAD", "users.UNSEEN"}
 """Parts of other statements, which are planned there."""
+FEED = (
+    "conversation_participant(user_id) cut 2; conversation_participant(user_id) cut 4; "
+    "message_reaction(author_id) cut 2"
+)
 WHY = {
     "one row, two of one pair, or the first that there is": {
         "audit.LOCK_SERVER": "database_epoch()",
@@ -61,17 +65,12 @@ WHY = {
         "threads.CHANGE": "conversation_participant(user_id)",
         "unread.BADGE": "conversation_participant(user_id) cut 1",
     },
-    "matches of words, and the conversations of a user: rate and share of searches, two seconds": {
+    "matches of words, a user's conversations, reactions of those whom they mute: rate and share of searches, 2 s": {
         "conversations.FIND": "conversation() cut 1",
-        "feed.ROWS": (
-            "conversation_participant(user_id) cut 2; conversation_participant(user_id) cut 4; message_search() cut 2"
-        ),
-        "feed.PAGE": (
-            "conversation_participant(user_id) cut 2; conversation_participant(user_id) cut 4; message_search() cut 2"
-        ),
-        "feed.COUNT": (
-            "conversation_participant(user_id) cut 2; conversation_participant(user_id) cut 4; message_search() cut 2"
-        ),
+        "feed.NAMED": "message_search() cut 1",
+        "feed.ROWS": FEED,
+        "feed.PAGE": FEED,
+        "feed.COUNT": FEED,
         "searches.NEWEST": "2 x conversation_participant(user_id) cut 2; message_search() cut 1",
         "searches.RELEVANT": "2 x conversation_participant(user_id) cut 3; message_search() cut 2",
     },
@@ -156,9 +155,10 @@ LIMITS = {
     "changes.READING": 2,
     "conversations.GET": 3,
     "conversations.PAGE": 4,
-    "feed.ROWS": 25,
-    "feed.PAGE": 25,
-    "feed.COUNT": 25,
+    "feed.NAMED": 2,
+    "feed.ROWS": 23,
+    "feed.PAGE": 23,
+    "feed.COUNT": 23,
     "indexing.PAGE": 2,
     "latest.SINCE": 1,
     "push.NOTICES": 1,

@@ -26,7 +26,7 @@ async def get_badge(context: Context, frame: client.GetBadge) -> Badge:  # noqa:
     async with context.database.connection() as db:
         messages = await unread.badge(db, context.user_id)
     async with context.database.counting() as db:
-        return Badge(messages=messages, feed=await feed.unseen(db, context.user_id))
+        return Badge(messages=messages, feed=await feed.count_unseen(db, context.user_id))
 
 
 async def get_push_key(context: Context, frame: client.GetPushKey) -> PushKey:  # noqa: ARG001 - as above

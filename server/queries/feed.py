@@ -1,5 +1,6 @@
 """The feed: what concerns somebody, computed from the rows that say it. Nothing is kept, so nothing can drift."""
 
+from collections.abc import Sequence
 from datetime import datetime
 from typing import Any, NamedTuple, Self
 from uuid import UUID
@@ -11,7 +12,7 @@ from protocol.limits import MAX_COUNTED
 from protocol.server import FeedPage
 from protocol.values import FeedEntry, FeedKind
 from server.cursor import moment_of
-from server.database import Db
+from server.database import IN_ORDER, Db
 from server.queries import latest
 from server.queries.latest import LATEST
 from server.queries.moment import MOMENT
@@ -70,46 +71,55 @@ _THREADS = f"""
         ) t CROSS JOIN LATERAL ({_SEEN_AFTER.format(at="t.conversation_id")}) there
 """  # noqa: S608 - constants are put in
 _LATEST = LATEST.format(user="$1", also="AND 'mention' = ANY($2)", since="$7::timestamptz")
+# Mentions by name, of the user $1. Only this goes by the index of words, which has no order.
+NAMED = f"""
+SELECT s.created_at, s.message_id, seen.sender_id, s.conversation_id
+FROM (
+    SELECT s.message_id, s.conversation_id, s.created_at FROM message_search s
+    WHERE s.words @@ format('''m:%s''', $1::uuid)::tsquery
+        AND {_BEFORE.format(at="s.created_at", key="s.message_id")}
+    ORDER BY s.created_at DESC, s.message_id DESC
+) s
+CROSS JOIN LATERAL (
+    SELECT m.sender_id FROM message m
+    JOIN conversation c ON c.id = s.conversation_id AND NOT c.is_deleted
+    JOIN conversation_participant p ON p.conversation_id = s.conversation_id AND p.user_id = $1
+        AND p.status = 'active'
+    WHERE m.id = s.message_id AND (m.conversation_id = s.conversation_id) IS TRUE
+        AND m.sender_id <> $1 AND m.sent_version > visible_after(c, p)
+        AND NOT {SILENCES.format(me="$1", them="m.sender_id")}
+    OFFSET 0
+) seen
+WHERE 'mention' = ANY($2)
+ORDER BY s.created_at DESC, s.message_id DESC LIMIT $6
+"""  # noqa: S608 - constants are put in
 # $1 is the user, $2 the kinds, $3 and $4 where the page before ended, $5 the time after which, $6 how many at most, $7
-# since when the latest conversations were active. Each branch goes by an index, the latest first, and stops when it has
-# as many as are asked for. A branch whose kind is not asked for reads nothing. A message that mentions the user is no
-# reply as well: the place where a page ends could not tell two entries of one time and id apart.
+# since when the latest conversations were active, $8 to $11 what NAMED brought. Each branch goes by an index, the
+# latest first, and stops when it has as many as are asked for. A branch whose kind is not asked for reads nothing. A
+# message that mentions the user is no reply as well: the place where a page ends could not tell two entries of one time
+# and id apart.
 ROWS = f"""
 SELECT DISTINCT ON (at, key, user_id, emoji) * FROM (
-    (SELECT 'mention' AS kind, s.created_at AS at, s.message_id AS key, seen.sender_id AS user_id, s.conversation_id,
-        NULL::text AS emoji
-    FROM (
-        SELECT s.message_id, s.conversation_id, s.created_at FROM message_search s
-        WHERE 'mention' = ANY($2) AND s.words @@ format('''m:%s''', $1::uuid)::tsquery
-            AND {_BEFORE.format(at="s.created_at", key="s.message_id")}
-        ORDER BY s.created_at DESC, s.message_id DESC
-    ) s
-    CROSS JOIN LATERAL (
-        SELECT m.sender_id FROM message m
-        JOIN conversation c ON c.id = s.conversation_id AND NOT c.is_deleted
-        JOIN conversation_participant p ON p.conversation_id = s.conversation_id AND p.user_id = $1
-            AND p.status = 'active'
-        WHERE m.id = s.message_id AND (m.conversation_id = s.conversation_id) IS TRUE
-            AND m.sender_id <> $1 AND m.sent_version > visible_after(c, p)
-            AND NOT {SILENCES.format(me="$1", them="m.sender_id")}
-        OFFSET 0
-    ) seen
-    ORDER BY s.created_at DESC, s.message_id DESC LIMIT $6)
+    (SELECT 'mention' AS kind, n.at, n.key, n.user_id, n.conversation_id, NULL::text AS emoji
+    FROM unnest($8::timestamptz[], $9::uuid[], $10::uuid[], $11::uuid[]) AS n (at, key, user_id, conversation_id))
     UNION ALL
     {_OF_PLACES.format(kind="'mention'", places=_LATEST, messages=_LOUD)}
     UNION ALL
     {_OF_PLACES.format(kind="'reply'", places=_THREADS, messages=_REPLIES)}
     UNION ALL
     (SELECT 'reaction', r.created_at, r.message_id, r.user_id, r.conversation_id, r.emoji
-    FROM message_reaction r
+    FROM (
+        SELECT r.created_at, r.message_id, r.user_id, r.conversation_id, r.emoji FROM message_reaction r
+        WHERE 'reaction' = ANY($2) AND r.author_id = $1 AND NOT r.is_removed AND r.user_id <> $1
+            AND {_BEFORE.format(at="r.created_at", key="r.message_id")}
+        ORDER BY r.created_at DESC, r.message_id DESC
+    ) r
     CROSS JOIN LATERAL ({_SEEN_AFTER.format(at="r.conversation_id")}) there
     CROSS JOIN LATERAL (
         SELECT FROM message m WHERE m.id = r.message_id AND (m.conversation_id = r.conversation_id) IS TRUE
             AND NOT m.is_deleted AND m.sent_version > there.after OFFSET 0
     ) seen
-    WHERE 'reaction' = ANY($2) AND r.author_id = $1 AND NOT r.is_removed AND r.user_id <> $1
-        AND {_BEFORE.format(at="r.created_at", key="r.message_id")}
-        AND NOT {SILENCES.format(me="$1", them="r.user_id")}
+    WHERE NOT {SILENCES.format(me="$1", them="r.user_id")}
     ORDER BY r.created_at DESC, r.message_id DESC LIMIT $6)
     UNION ALL
     (SELECT 'friend_request', r.updated_at, r.id, r.from_user_id, NULL, NULL
@@ -173,29 +183,57 @@ class Place(NamedTuple):
             ) from None
 
 
+class Asked(NamedTuple):
+    """Which entries of a user: of these kinds, before a place, after a time, and how many at most."""
+
+    user_id: UserId
+    kinds: Sequence[FeedKind]
+    at: datetime | None
+    key: UUID | None
+    after: datetime
+    limit: int
+
+
+async def _named(db: Db, asked: Asked) -> list[list[Any]]:
+    """Return the mentions by name as columns. While an index of words may be used."""
+    rows = await db.fetch(NAMED, *asked)
+    return [[row[column] for row in rows] for column in range(4)]
+
+
 async def page(db: Db, user_id: UserId, frame: ListFeed) -> FeedPage:
     """Return a page of entries, the latest first, and how many are new. In a transaction for searching."""
     kinds, before = frame.kinds or KINDS, Place.read(frame.after)
     at, key, since = before or (None, None, None)
     if before is None and "mention" in kinds:
         since = await latest.since(db, user_id)
-    rows = await db.fetch(PAGE, user_id, list(kinds), at, key, _EVER, frame.limit + 1, since)
+    asked = Asked(user_id, list(kinds), at, key, _EVER, frame.limit + 1)
+    unseen = await _unseen(db, user_id)
+    named, named_unseen = await _named(db, asked), await _named(db, unseen)
+    await db.execute(IN_ORDER)
+    rows = await db.fetch(PAGE, *asked, since, *named)
 
     def after(columns: Any) -> str | None:  # noqa: ANN401 - a row has no type
         return None if columns[1] is None else str(Place(columns[1], UUID(int=columns[2].int), since))
 
     found = _entry_decoder.page(rows, frame.limit, after)
-    count = await unseen(db, user_id)
+    count = await db.fetchval(COUNT, *unseen, None, *named_unseen)
     return FeedPage(entries=found.rows, unread_count=count, after=found.after, is_partial=since is not None)
+
+
+async def count_unseen(db: Db, user_id: UserId) -> int:
+    """Return how many entries are newer than what the user has seen, up to 100. In a transaction for searching."""
+    asked = await _unseen(db, user_id)
+    named = await _named(db, asked)
+    await db.execute(IN_ORDER)
+    return int(await db.fetchval(COUNT, *asked, None, *named))
 
 
 _EVER = datetime.fromisoformat("0001-01-02T00:00:00+00:00")
 
 
-async def unseen(db: Db, user_id: UserId) -> int:
-    """Return how many entries are newer than what the user has seen, up to 100. In a transaction for searching."""
+async def _unseen(db: Db, user_id: UserId) -> Asked:
     since = await db.fetchval(SEEN_AT, user_id)
-    return int(await db.fetchval(COUNT, user_id, list(KINDS), None, None, since or _EVER, MAX_COUNTED, None))
+    return Asked(user_id, list(KINDS), None, None, since or _EVER, MAX_COUNTED)
 
 
 SEE = """
