@@ -18,7 +18,7 @@ import msgspec
 from protocol import limits
 from protocol.http import canonical
 from protocol.ids import ConversationId, MessageId, UserId
-from server import config, database, migrate
+from server import config, database, membership, migrate
 from server.auth import passwords
 from server.database import Db
 from server.embedded.reach import reached
@@ -244,9 +244,8 @@ async def delete_conversation(db: Db, options: argparse.Namespace) -> Answer:
     """Delete a conversation, for everyone."""
     found = await _conversation(db, options)
     async with db.transaction():
-        await conversations.lock(db, found.conversation.id)
-        if not found.conversation.is_deleted:
-            await conversations.delete(db, found.conversation.id)
+        if await conversations.lock(db, found.conversation.id) is not None:
+            await membership.end(db, found.conversation.id)
             await note(db, "delete_conversation", None, conversation_id=str(found.conversation.id))
     return _shown(await _conversation(db, options))
 

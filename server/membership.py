@@ -14,7 +14,7 @@ from server.context import Context
 from server.database import Db
 from server.errors import NotFound
 from server.permissions import require, require_below
-from server.queries import approaches, audit, conversations, participants, sending, users, welcome
+from server.queries import approaches, audit, conversations, drafts, participants, sending, users, welcome
 from server.queries.audit import Deed
 from server.queries.participants import Change
 from server.queries.sending import Announcement
@@ -77,6 +77,16 @@ async def entered(db: Db, context: Context, conversation_id: ConversationId) -> 
     if conversation.type in {"direct", "assistant"}:
         raise Refused(ErrorCode.FORBIDDEN, "The participants of a direct conversation do not change.")
     return conversation, me
+
+
+async def end(db: Db, conversation_id: ConversationId) -> tuple[Conversation, list[UserId]]:
+    """Delete a conversation for everyone. Return what is left of it, and the users whose drafts there were emptied.
+
+    Under the conversation's lock.
+    """
+    await conversations.lock_all_out(db, conversation_id)
+    drafted = await drafts.empty(db, conversation_id)
+    return await conversations.delete(db, conversation_id), drafted
 
 
 class Welcome(NamedTuple):

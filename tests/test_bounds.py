@@ -15,7 +15,8 @@ from protocol.limits import MAX_EMOJI_OF_USER, MAX_SESSIONS
 from protocol.server import Error
 from prove.client import Client
 from server.handlers import messages
-from server.queries import bounds, drafts, participants, sessions, users
+from server.queries import bounds, conversations, drafts, participants, sessions, users
+from tests.test_credentials import administer
 from tests.test_may_send import waiting
 from tests.world import Room, Somebody, World, http_client, refused, sent
 
@@ -227,7 +228,7 @@ async def test_emoji_of_a_user_on_a_message_are_bounded(room: Room, world: World
     await room.charles.call(client.React(**room.at(said), emoji=":other:"))
 
 
-@pytest.mark.parametrize("frame", ["leave", "remove", "delete"])
+@pytest.mark.parametrize("frame", ["leave", "remove", "delete", "openchat conversation delete"])
 async def test_draft_goes_with_its_conversation(room: Room, world: World, frame: str) -> None:
     """The writer's other devices are told, and the row keeps no text."""
     other = await world.connect(room.them[1], 1)
@@ -238,8 +239,11 @@ async def test_draft_goes_with_its_conversation(room: Room, world: World, frame:
             await room.charles.call(client.Leave(conversation_id=room.group))
         case "remove":
             await room.ada.call(client.RemoveParticipant(conversation_id=room.group, user_id=room.them[1].id))
-        case _:
+        case "delete":
             await room.ada.call(client.DeleteConversation(conversation_id=room.group))
+        case _:
+            await administer(world, "conversation", "delete", str(room.group))
+            world.workers[1].app.hub.compare_soon()
     assert await world.db.fetchval("SELECT count(*) FROM draft WHERE content <> ''") == 0
     await other.event(server.DraftChanged, lambda event: event.draft.content == "")
     with refused(ErrorCode.NOT_FOUND, "conversation_id"):
@@ -250,12 +254,19 @@ async def test_a_draft_that_is_set_while_its_conversation_is_deleted_goes_with_i
     charles = room.them[1].id
     async with world.db.transaction():
         # As `set_draft` locks and writes.
+        await conversations.keep(world.db, room.group)
         await users.lock(world.db, [charles])
         assert await drafts.put(world.db, client.SetDraft(conversation_id=room.group, content="I thi"), charles)
         asked = asyncio.create_task(room.ada.ask(client.DeleteConversation(conversation_id=room.group)))
         await waiting(world, 1)
     assert not isinstance(await asked, Error)
     assert await world.db.fetchval("SELECT count(*) FROM draft WHERE content <> ''") == 0
+
+
+async def test_a_deletion_waits_for_nobody_who_has_no_draft_there(room: Room, world: World) -> None:
+    async with world.db.transaction():
+        await users.lock(world.db, [room.them[1].id])
+        await room.ada.call(client.DeleteConversation(conversation_id=room.group))
 
 
 async def test_a_draft_that_waits_while_its_writer_is_removed_is_refused(room: Room, world: World) -> None:

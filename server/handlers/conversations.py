@@ -19,9 +19,9 @@ from server.cursor import Cursor
 from server.database import Db
 from server.errors import NotActive, NotFound
 from server.invitecode import new_code
-from server.membership import News, counted, entered, guests, welcomed
+from server.membership import News, counted, end, entered, guests, welcomed
 from server.permissions import require
-from server.queries import audit, bounds, conversations, drafts, participants, users
+from server.queries import audit, bounds, conversations, participants, users
 from server.queries.audit import Deed
 from server.queries.conversations import Filter, Founding
 from server.queries.sending import Announcement
@@ -171,9 +171,7 @@ async def delete(context: Context, frame: client.DeleteConversation) -> Done:
     async with context.database.transaction() as db:
         conversation, me = await entered(db, context, frame.conversation_id)
         require(me, Act.DELETE_CONVERSATION)
-        await drafts.lock_writers(db, conversation.id)
-        drafted = await drafts.empty(db, conversation.id)
-        conversation = await conversations.delete(db, conversation.id)
+        conversation, drafted = await end(db, conversation.id)
         await audit.record(db, conversation.id, Deed(context.user_id, "delete_conversation"))
     tell_updated(context, conversation, gone=EVERYONE)
     context.events.poke(drafted)

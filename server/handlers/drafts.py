@@ -20,6 +20,7 @@ LATEST = timedelta(days=366)
 async def set_draft(context: Context, frame: client.SetDraft) -> Done:
     """Keep what the caller has begun to write, for all of their devices."""
     async with context.database.transaction() as db:
+        await conversations.keep(db, frame.conversation_id)
         await users.lock(db, [context.user_id])
         if not await drafts.put(db, frame, context.user_id):
             raise NotFound("conversation_id")

@@ -192,6 +192,22 @@ async def lock(db: Db, conversation_id: ConversationId) -> Conversation | None:
     return None if text is None else _conversation_decoder.decode(text)
 
 
+KEEP = "SELECT FROM conversation WHERE id = $1 FOR KEY SHARE"
+
+
+async def keep(db: Db, conversation_id: ConversationId) -> None:
+    """Make `lock_all_out` wait until the transaction ends. Whoever sends or changes something is not delayed."""
+    await db.execute(KEEP, conversation_id)
+
+
+LOCK_ALL_OUT = "SELECT FROM conversation WHERE id = $1 FOR UPDATE"
+
+
+async def lock_all_out(db: Db, conversation_id: ConversationId) -> None:
+    """Wait for every transaction that refers to a conversation, and hold up new ones. Under the lock."""
+    await db.execute(LOCK_ALL_OUT, conversation_id)
+
+
 class Founding(msgspec.Struct, frozen=True, kw_only=True):
     """A conversation to be made, with those in it from the start."""
 
@@ -341,7 +357,7 @@ RETURNING conversation_json(c)
 
 
 async def delete(db: Db, conversation_id: ConversationId) -> Conversation:
-    """End a conversation for everyone; return what is left of it. Under the lock."""
+    """End a conversation for everyone; return what is left of it. Under the lock of `lock_all_out`."""
     return _conversation_decoder.decode(await db.fetchval(DELETE, conversation_id))
 
 

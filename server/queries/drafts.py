@@ -26,24 +26,12 @@ RETURNING true
 
 
 async def put(db: Db, frame: SetDraft, user_id: UserId) -> bool:
-    """Keep a draft in the place of the one before; False, and in vain, without access. Under the user's lock, which
-    leaving and removal take, so that no draft outlives the membership.
+    """Keep a draft in the place of the one before. Return False, and keep nothing, without access.
+
+    Under the lock of `conversations.keep`, which a deletion waits for, and under the user's lock, which leaving and
+    removal take: no draft outlives the membership.
     """
     return bool(await db.fetchval(SET, frame.conversation_id, user_id, frame.content))
-
-
-# A statement of its own: EMPTY then reads the drafts that were set before the locks were granted.
-LOCK_WRITERS = """
-SELECT FROM conversation_participant p JOIN "user" u ON u.id = p.user_id
-WHERE p.conversation_id = $1 AND p.status = 'active' ORDER BY u.id FOR NO KEY UPDATE OF u
-"""
-
-
-async def lock_writers(db: Db, conversation_id: ConversationId) -> None:
-    """Lock everybody who takes part in a conversation, so that no draft is set there until the transaction ends. Under
-    the conversation's lock.
-    """
-    await db.execute(LOCK_WRITERS, conversation_id)
 
 
 # The row stays, so that the user's other devices are told.
