@@ -47,6 +47,8 @@ MAX_CHANGES = 1_000
 MAX_METADATA_BYTES = 16 * 1024
 TOKEN_BYTES = 16 * 1024
 """Bytes of a frame per token: a frame takes one token, and another one for every further `TOKEN_BYTES`."""
+ANSWER_TOKEN_BYTES = 32 * 1024
+"""Bytes of an answer per further token of its frame, taken once it was given. That much costs about one small read."""
 MAX_EXTREME_NUMBERS = 100
 """Max numbers in a frame with exponents of three digits. Near the largest double, msgspec takes 14 µs for each."""
 MAX_JSON_DEPTH = 20
@@ -159,6 +161,8 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     """A frame takes one token, and another one for every further `token_bytes` of it."""
     further_tokens: dict[str, int] = msgspec.field(default_factory=FURTHER_TOKENS.copy)
     """How many more a frame takes that asks for as much as it may; in proportion if it asks for less."""
+    answer_token_bytes: int = ANSWER_TOKEN_BYTES
+    """An answer takes a further token for every `answer_token_bytes` of it, whether there is one or not."""
     mentions: int = MAX_MENTIONS
     page: int = MAX_PAGE
     participants_named: int = MAX_PARTICIPANTS_NAMED

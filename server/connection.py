@@ -160,8 +160,15 @@ class Connection:
 
     def say(self, frame: ServerFrame) -> None:
         """Send a frame to this connection alone."""
-        if not self._is_closed:
-            self.socket.write_asked(text_frame(encode(frame)))
+        self._say(frame)
+
+    def _say(self, frame: ServerFrame) -> int:
+        """Send a frame, and return its size in bytes."""
+        if self._is_closed:
+            return 0
+        encoded = encode(frame)
+        self.socket.write_asked(text_frame(encoded))
+        return len(encoded)
 
     def close(self, code: CloseCode) -> None:
         """Close the connection."""
@@ -252,7 +259,9 @@ class Connection:
             self._strikes = self._strikes or Strikes()
             is_abuse = self._strikes.is_abuse(answer, is_flood=is_flood)
         try:
-            self.say(answer)
+            size = self._say(answer)
+            if data is not None:
+                self._shared.dispatch.answered(self.context.user_id, data, size)
         except Exception as error:  # noqa: BLE001 - an answer that cannot be written is a defect of its frame alone
             log_defect(log, "writing an answer", error)
             answer = error_frame(INTERNAL, re=answer.re)

@@ -10,7 +10,7 @@ from protocol.client import Authenticate, Frame, ListConversations, ListRelation
 from protocol.codec import decode_client, kind, label
 from protocol.errors import ErrorCode, Refused
 from protocol.ids import UserId
-from protocol.limits import FURTHER_TOKENS, MAX_PAGE, MAX_RESUMED, MAX_WATCHED, TOKEN_BYTES
+from protocol.limits import ANSWER_TOKEN_BYTES, FURTHER_TOKENS, MAX_PAGE, MAX_RESUMED, MAX_WATCHED, TOKEN_BYTES
 from protocol.server import Error, Reply, Result
 from server.context import Context
 from server.database import ROLLED_BACK
@@ -112,6 +112,11 @@ class Dispatch:
                 retry_after_ms=SEARCHING_MS,
             )
         self._allowances[rate].require(user_id, 1 + len(data) // TOKEN_BYTES)
+
+    def answered(self, user_id: UserId, data: bytes, size: int) -> None:
+        """Take tokens for an answer to an encoded frame, by the size of the answer."""
+        if (further := size // ANSWER_TOKEN_BYTES) > 0:
+            self._allowances[self._rates.get(kind(data) or "", Rate.READ)].charge(user_id, further)
 
     async def _handle(self, route: Route, context: Context, frame: Frame) -> Result:
         """Run the handler of a frame, and once more if PostgreSQL ended its transaction to break a deadlock."""

@@ -125,8 +125,11 @@ class Endpoints:
         self._door.addresses.require(request)
         active = await self._door.accounts.caller(request)
         context = Context(services=self._door.services, user=active.user, session_id=active.session_id)
-        answer = await self._door.shared.dispatch.run(context, await limited_body(request))
-        return json_response(answer, status=STATUS[answer.code] if isinstance(answer, Error) else 200)
+        dispatch, data = self._door.shared.dispatch, await limited_body(request)
+        answer = await dispatch.run(context, data)
+        response = json_response(answer, status=STATUS[answer.code] if isinstance(answer, Error) else 200)
+        dispatch.answered(context.user_id, data, len(response.body))
+        return response
 
     async def alive(self, request: Request) -> Response:  # noqa: ARG002 - Starlette's shape
         """Say that the process answers."""

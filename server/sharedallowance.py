@@ -43,6 +43,14 @@ class SharedAllowance:
     def require(self, user_id: UserId, count: int = 1) -> None:
         """Take tokens, at most a full bucket. Raises Refused if there are too few."""
         self._bucket.require(user_id, count)
+        self._tell(user_id, count)
+
+    def charge(self, user_id: UserId, count: int) -> None:
+        """Take tokens for what was done already, whether they are there or not; at most one bucket is owed."""
+        self._bucket.charge(user_id, count)
+        self._tell(user_id, count)
+
+    def _tell(self, user_id: UserId, count: int) -> None:
         if self._redis is not None:
             self._counts[user_id] += count
             if self._sharing is None:

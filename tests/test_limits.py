@@ -203,6 +203,37 @@ async def test_a_frame_takes_tokens_by_what_it_costs(settings: Settings) -> None
             }  # fmt: skip
 
 
+async def test_a_large_answer_takes_tokens_by_its_size(settings: Settings) -> None:
+    """Reads at 10 a second, 40 at once: a page of 1.6 MB leaves none, on the socket and over HTTP; small ones do."""
+    settings = msgspec.structs.replace(settings, read_rate=10.0)
+    async with World(settings, workers=1) as world:
+        ada = await world.connect(await world.user("Ada"))
+        small, large = await world.channel(ada, is_public=True), await world.channel(ada, is_public=True)
+        for number in range(40):
+            await sent(ada, large, "😀" * MAX_CONTENT)
+            await sent(ada, small, f"Number {number}")
+        for is_http in (False, True):
+            who = await world.user("Charles")
+            reader = await world.connect(who)
+            await reader.call(client.Join(conversation_id=small))
+            await reader.call(client.Join(conversation_id=large))
+
+            async def ask(frame: client.Frame, *, over_http: bool = is_http) -> int | None:
+                if not over_http:
+                    answer = await reader.ask(frame)  # noqa: B023 - asked in this turn
+                    return answer.retry_after_ms if isinstance(answer, Error) else None
+                async with http_client(world.url) as http:
+                    bearer = {"authorization": f"Bearer {who.token}"}  # noqa: B023 - as above
+                    response = await http.post("/v1/call", content=encode(frame), headers=bearer)
+                return response.json().get("retry_after_ms")  # type: ignore[no-any-return]
+
+            for _ in range(10):
+                assert await ask(client.History(conversation_id=small, limit=100)) is None
+            assert await ask(client.History(conversation_id=large, limit=100)) is None, "it is given"
+            assert (await ask(client.GetMe()) or 0) > 1_000
+            assert await ask(client.SetDraft(conversation_id=small, content="I thi")) is None, "writes have their own"
+
+
 @pytest.mark.parametrize("size", [10, MAX_CONTENT])
 async def test_a_socket_is_not_read_while_many_of_its_frames_wait(world: World, size: int) -> None:
     ada = await world.user("Ada")
