@@ -25,7 +25,7 @@ import pytest
 from server import administration, aside, terminal, upkeep
 from server.errors import Fatal
 from server.queries import audit
-from server.transfer.lines import Row
+from server.transfer.lines import Line, Row
 from tests.test_administration import Shell, shell
 from tests.world import sent
 
@@ -247,8 +247,8 @@ def test_an_error_of_something_else_is_no_fault_of_the_file(
     assert caught.value is error
     assert names(tmp_path) == []
 
-    def rows() -> Iterator[Row]:
-        yield Row("user", msgspec.Raw(b"{}"))
+    def rows() -> Iterator[Line]:
+        yield Line(Row("user", msgspec.Raw(b"{}")), "line 2")
 
     with pytest.raises(type(error)) as caught:
         list(map(lambda _: fail(error), upkeep._read(tmp_path, rows())))  # noqa: C417, SLF001 - not in the generator

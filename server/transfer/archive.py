@@ -6,7 +6,7 @@ confirmed the list of those who match. A conversation that is here already is le
 """
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime
 from typing import Any, Literal, NamedTuple
 from uuid import UUID
@@ -20,15 +20,16 @@ from server import mentions
 from server.database import Db
 from server.queries import transfers
 from server.queries.transfers import Account
-from server.transfer.lines import Row
+from server.transfer.lines import Line, Lines, Row
 
 _encode = msgspec.json.Encoder().encode
 
 
 class Person(msgspec.Struct, kw_only=True):
-    """Somebody, by the key that the other chat has for them."""
+    """Somebody, by the key that the other chat has for them. `found` is the file, and the line or id in it."""
 
     key: str
+    found: str
     name: str
     email: str | None = None
     display_name: str | None = None
@@ -46,6 +47,7 @@ class Post(msgspec.Struct, kw_only=True):
     """A message; `thread` is the key of the post that it replies to. Times are in milliseconds since 1970."""
 
     key: str
+    found: str
     person: str
     text: str
     at_ms: int
@@ -58,6 +60,7 @@ class Place(msgspec.Struct, kw_only=True):
     """A conversation. `posts` reads what was said in it, in any order."""
 
     key: str
+    found: str
     kind: Literal["channel", "group", "direct"]
     title: str
     description: str | None = None
@@ -109,7 +112,7 @@ class Unconfirmed(Exception):  # noqa: N818 - it is a question
         self.matches = matches
 
 
-async def rows(db: Db, archive: Archive, confirmed: str | None) -> Iterator[Row]:
+async def rows(db: Db, archive: Archive, confirmed: str | None) -> Lines:
     """Return what an archive becomes, as rows to be brought in.
 
     Raises Unconfirmed if people match accounts by unverified addresses, and `confirmed` is neither `OTHERS` nor the
@@ -158,17 +161,17 @@ def _rows(
     users: dict[str, UserId],
     ids: dict[str, ConversationId],
     here: _News,
-) -> Iterator[Row]:
+) -> Lines:
     for person in archive.people:
         if users[person.key] not in here.users:
-            yield _row("user", _user(archive, person, users[person.key], here.emails))
+            yield _line("user", _user(archive, person, users[person.key], here.emails), person.found)
     for place in places:
         for table, made in _Made(archive, place, users, ids[place.key]).rows().items():
-            yield from (_row(table, row) for row in made)
+            yield from (_line(table, row, found) for row, found in made)
 
 
-def _row(table: str, row: dict[str, Any]) -> Row:
-    return Row(table, msgspec.Raw(_encode(row)))
+def _line(table: str, row: dict[str, Any], found: str) -> Line:
+    return Line(Row(table, msgspec.Raw(_encode(row))), found)
 
 
 def _user(archive: Archive, person: Person, user_id: UserId, taken: set[str]) -> dict[str, Any]:
@@ -198,8 +201,8 @@ class _Made:
         self._roots: dict[MessageId, dict[str, Any]] = {}
         self._follows: dict[tuple[MessageId, UserId], dict[str, Any]] = {}
 
-    def rows(self) -> dict[str, list[dict[str, Any]]]:
-        """Return its rows, by table, each table after those that it refers to."""
+    def rows(self) -> dict[str, Iterable[tuple[dict[str, Any], str]]]:
+        """Return its rows, each with where it was found, by table, each table after those that it refers to."""
         posts = sorted(
             (post for post in self._place.posts() if post.person in self._users and post.text),
             key=lambda post: post.at_ms,
@@ -215,15 +218,17 @@ class _Made:
             self._say(post)
         for follow in self._follows.values():
             follow["last_read_order"] = self._roots[follow["root_id"]]["thread_order"]
-        reactions = [row for post in posts for row in self._react(post)]
+        reactions = [(row, post.found) for post in posts for row in self._react(post)]
         for part in parts:
             part["last_read_version"] = self._clock  # what was said elsewhere is history
         return {
-            "conversation": [self._conversation(members, posts, joined, is_pair=is_pair)],
-            "conversation_participant": parts,
-            "message": list(self._messages.values()),
+            "conversation": [(self._conversation(members, posts, joined, is_pair=is_pair), self._place.found)],
+            "conversation_participant": [(row, self._place.found) for row in parts],
+            "message": (
+                (self._messages[key], found) for key, found in {post.key: post.found for post in posts}.items()
+            ),
             "message_reaction": reactions,
-            "thread_follow": list(self._follows.values()),
+            "thread_follow": [(row, self._place.found) for row in self._follows.values()],
         }
 
     def _tick(self) -> int:

@@ -3,7 +3,7 @@
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import msgspec
@@ -13,7 +13,7 @@ from server import migrate
 from server.database import Db
 from server.progress import Progress
 from server.queries import transfers
-from server.transfer.lines import FORMAT, VERSION, Head, Row, Summary, Tail
+from server.transfer.lines import FORMAT, VERSION, Head, Line, Lines, Row, Summary, Tail
 from server.transfer.reading import lines, reading
 
 _encode = msgspec.json.Encoder().encode
@@ -47,7 +47,7 @@ async def write(db: Db, write_piece: Callable[[bytes], object], progress: Progre
     return Summary(rows=dict(counts), sha256=digest.hexdigest())
 
 
-def read(path: Path, columns: Mapping[str, frozenset[str]]) -> Iterator[Row]:
+def read(path: Path, columns: Mapping[str, frozenset[str]]) -> Lines:
     """Return the rows that were written to a file. `columns` are those of each table, all of which each row names.
 
     Raises ValueError if it is something else, of another version, or not all of it.
@@ -74,7 +74,7 @@ def read(path: Path, columns: Mapping[str, frozenset[str]]) -> Iterator[Row]:
                         raise ValueError(f"its columns are not those of {row.table}")
                 digest.update(line)
                 counts[row.table] += 1
-                yield row
+                yield Line(row, f"line {number}")
     raise ValueError(f"after line {number}: its end is missing" if counts else NO_HEAD)
 
 

@@ -1,6 +1,7 @@
 """The format: lines of JSON, the first of which says what it is, and the last what there was (docs/transfer.md)."""
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import msgspec
 
@@ -42,5 +43,12 @@ class Summary(msgspec.Struct, kw_only=True):
         return sum(self.rows.values())
 
 
-Lines = Iterator[Row]
+class Line(NamedTuple):
+    """A row to be brought in. `place` is where an operator finds what it was made of."""
+
+    row: Row
+    place: str
+
+
+Lines = Iterator[Line]
 """Rows to be brought in, those of a table one after the other, each after those that it refers to."""

@@ -1,7 +1,7 @@
 """Bringing rows in: all of them, or none."""
 
 from collections import Counter
-from itertools import groupby
+from itertools import groupby, islice
 
 import asyncpg
 
@@ -10,7 +10,7 @@ from server.errors import Fatal
 from server.progress import Progress
 from server.queries import audit, transfers
 from server.queries.audit import Deed
-from server.transfer.lines import Lines, Summary
+from server.transfer.lines import Line, Lines, Summary
 
 AT_ONCE = 500
 REFUSED = (asyncpg.DataError, asyncpg.IntegrityConstraintViolationError, asyncpg.StatementTooComplexError)
@@ -31,18 +31,10 @@ async def load(db: Db, lines: Lines, progress: Progress, *, is_whole: bool, deed
             if not await transfers.is_empty(db):
                 raise Fatal("there are users here already; a whole installation is brought into an empty one.")
             await transfers.discard_keys(db)
-        number = 0
-        for table, group in groupby(lines, key=lambda line: line.table):
-            batch: list[bytes] = []
-            for line in group:
-                batch.append(bytes(line.row))
-                number += 1
-                if len(batch) == AT_ONCE:
-                    loaded[table] += await _load(db, table, batch, number, is_whole=is_whole)
-                    progress.counts(table, loaded[table])
-                    batch = []
-            if batch:
-                loaded[table] += await _load(db, table, batch, number, is_whole=is_whole)
+        for table, group in groupby(lines, key=lambda line: line.row.table):
+            while batch := list(islice(group, AT_ONCE)):
+                loaded[table] += await _load(db, table, batch, is_whole=is_whole)
+                progress.counts(table, loaded[table])
         if not is_whole:
             await transfers.touch(db)
         await audit.record(db, audit.SERVER, deed._replace(details={**deed.details, "rows": loaded.total()}))
@@ -50,22 +42,22 @@ async def load(db: Db, lines: Lines, progress: Progress, *, is_whole: bool, deed
     return Summary(rows=dict(loaded))
 
 
-async def _load(db: Db, table: str, batch: list[bytes], number: int, *, is_whole: bool) -> int:
-    """Bring some rows of a table in, of which the last is row `number` of all; return how many were not there before.
+async def _load(db: Db, table: str, batch: list[Line], *, is_whole: bool) -> int:
+    """Bring some rows of a table in; return how many were not there before.
 
     Raises ValueError, with the place of the row, if one does not fit: it is looked for by halving.
     """
     try:
         async with db.transaction():
-            count = await transfers.load(db, table, (b"[" + b",".join(batch) + b"]").decode())
+            rows = b",".join(bytes(line.row.row) for line in batch)
+            count = await transfers.load(db, table, f"[{rows.decode()}]")
             if is_whole and count != len(batch):
                 raise ValueError("it contradicts a row before it")
             return count
     except (*REFUSED, ValueError) as error:
         half = len(batch) // 2
         if half == 0:
-            place = f"line {number + 1}" if is_whole else f"row {number}"  # an export begins with a line of its own
             reason = str(error).splitlines()[0]
-            raise ValueError(f"{place}: this row of {table} is refused: {reason}") from error
-    count = await _load(db, table, batch[:half], number - len(batch) + half, is_whole=is_whole)
-    return count + await _load(db, table, batch[half:], number, is_whole=is_whole)
+            raise ValueError(f"{batch[0].place}: this row of {table} is refused: {reason}") from error
+    count = await _load(db, table, batch[:half], is_whole=is_whole)
+    return count + await _load(db, table, batch[half:], is_whole=is_whole)

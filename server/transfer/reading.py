@@ -3,14 +3,16 @@
 import stat
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import msgspec
 
 from protocol.json_object import STRING
+
+Made = TypeVar("Made")
 
 MAX_LINE = 64 * 1024**2
 """Max bytes of a line."""
@@ -23,6 +25,8 @@ MAX_FILES = 500_000
 MAX_RATIO = 200
 """Max bytes that a byte of a zip file becomes, for files of more than `RATIO_FROM` bytes."""
 RATIO_FROM = 1024**2
+MAX_VALUES = 16_000_000
+"""Max commas, objects and arrays in a line or file: short ones take 25 times their bytes when they are decoded."""
 MAX_DEPTH = 64
 """Max depth of objects and arrays in a line."""
 
@@ -39,8 +43,24 @@ def reading(place: str) -> Iterator[None]:
     try:
         yield
     except WRONG as error:
-        reason = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) and error.args else str(error)
-        raise ValueError(f"{place}: {reason}") from error
+        raise _at(place, error) from error
+
+
+def each(file: str, entries: Iterable[Any], make: Callable[[Any], Made]) -> list[Made]:
+    """Return what `make` returns of each entry. Raises ValueError, with the file and the number of the entry."""
+    made: list[Made] = []
+    number = 0
+    try:
+        for number, entry in enumerate(entries, 1):  # noqa: B007 - what goes wrong is named by it
+            made.append(make(entry))
+    except WRONG as error:
+        raise _at(f"{file}: entry {number}" if number else file, error) from error
+    return made
+
+
+def _at(place: str, error: Exception) -> ValueError:
+    reason = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) and error.args else str(error)
+    return ValueError(f"{place}: {reason}")
 
 
 def lines(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
@@ -51,6 +71,12 @@ def lines(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
         if len(line) > MAX_LINE:
             raise ValueError(f"line {number}: it is longer than {MAX_LINE:,} bytes")
         yield number, line
+
+
+def require_few(text: bytes) -> None:
+    """Raise ValueError if JSON holds too many values."""
+    if text.count(b",") + text.count(b"{") + text.count(b"[") > MAX_VALUES:
+        raise ValueError(f"it holds more than {MAX_VALUES:,} values")
 
 
 def require_shallow(line: bytes) -> None:
@@ -117,7 +143,10 @@ class Files:
         place = tuple(component(part) for part in parts)
         with reading("/".join(place)):
             text = self._read(place)
-            return None if text is None else msgspec.json.decode(text)
+            if text is None:
+                return None
+            require_few(text)
+            return msgspec.json.decode(text)
 
     def names(self, folder: object) -> list[str]:
         """Return the names of the files in a folder, in order; none if there is no such folder."""

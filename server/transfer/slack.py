@@ -6,16 +6,19 @@ these conversations a folder of its name (of a direct message, its id) with one 
 
 import html
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from server.transfer.archive import Archive, Person, Place, Post, Reaction, made_id
-from server.transfer.reading import Files, moment_ms, reading
+from server.transfer.reading import Files, each, moment_ms
 
 KINDS = {"channels.json": "channel", "groups.json": "group", "mpims.json": "group", "dms.json": "direct"}
 SAID = {None, "thread_broadcast", "me_message", "bot_message", "file_share", "file_comment"}
 """Subtypes of messages that are what somebody said; the others tell of joins and settings."""
 SOURCE = "slack"
+MAX_POSTS = 5_000_000
+"""Max messages of a conversation, which is in memory while it is imported: 1.4 KiB each."""
 
 _LINK = re.compile(r"<([^<>]+)>")
 
@@ -26,13 +29,10 @@ def read(path: Path) -> Archive:
     users = files.json("users.json")
     if users is None:
         raise ValueError("there is no users.json in it")
-    with reading("users.json"):
-        people = [_person(user) for user in users]
+    people = each("users.json", users, _person)
     places = []
     for name, kind in KINDS.items():
-        found = files.json(name) or []
-        with reading(name):
-            places += [_place(files, one, kind) for one in found]
+        places += each(name, files.json(name) or [], partial(_place, files, name, kind))
     return Archive(source=SOURCE, people=people, places=places)
 
 
@@ -40,6 +40,7 @@ def _person(user: dict[str, Any]) -> Person:
     profile = user.get("profile", {})
     return Person(
         key=user["id"],
+        found=f"users.json: {user['id']}",
         name=user.get("real_name") or profile.get("real_name") or user.get("name") or user["id"],
         display_name=profile.get("display_name") or None,
         email=profile.get("email"),
@@ -47,10 +48,11 @@ def _person(user: dict[str, Any]) -> Person:
     )
 
 
-def _place(files: Files, one: dict[str, Any], kind: Any) -> Place:  # noqa: ANN401 - one of three words
+def _place(files: Files, file: str, kind: Any, one: dict[str, Any]) -> Place:  # noqa: ANN401 - one of three words
     name = one.get("name") or one["id"]
     return Place(
         key=one["id"],
+        found=f"{file}: {one['id']}",
         kind=kind,
         title=name,
         description=(one.get("purpose") or {}).get("value") or None,
@@ -67,22 +69,23 @@ def _posts(files: Files, name: object) -> list[Post]:
     posts = []
     for day in files.names(name):
         if day.endswith(".json"):
-            messages = files.json(name, day)
-            with reading(f"{name}/{day}"):
-                posts += [
-                    _post(message)
-                    for message in messages
-                    if message.get("type") == "message" and message.get("subtype") in SAID and message.get("user")
-                ]
+            made = each(f"{name}/{day}", files.json(name, day), partial(_post, f"{name}/{day}"))
+            posts += [post for post in made if post is not None]
+            if len(posts) > MAX_POSTS:
+                raise ValueError(f"{name}/{day}: there are more than {MAX_POSTS:,} messages in {name} up to here")
     return posts
 
 
-def _post(message: dict[str, Any]) -> Post:
+def _post(file: str, message: dict[str, Any]) -> Post | None:
+    """Return what somebody said, or None for anything else."""
+    if message.get("type") != "message" or message.get("subtype") not in SAID or not message.get("user"):
+        return None
     edited = message.get("edited")
     files = [f"{file.get('name', 'file')}: {file['url_private']}" for file in message.get("files") or ()
              if file.get("url_private")]  # fmt: skip
     return Post(
         key=message["ts"],
+        found=f"{file}: {message['ts']}",
         person=message["user"],
         text="\n".join([*([_text(message["text"])] if message.get("text") else []), *files]),
         at_ms=_ms(message["ts"]),
