@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import msgspec
 from msgspec import Meta
 
-from protocol.limits import MAX_JSON_DEPTH, MAX_METADATA_BYTES
+from protocol.limits import MAX_JSON_DEPTH, MAX_JSON_VALUES, MAX_METADATA_BYTES
 
 
 class _Object(dict[str, Any]):
@@ -45,7 +45,13 @@ def accept(kind: type, value: object) -> object:
 def read(kind: type, value: object) -> object:
     """Return `value` as a `kind`: the decoder's hook for what a server says. Raises ValueError if it is too deep."""
     made = _object(kind, value)
-    _items(made, MAX_READ_DEPTH)
+    try:
+        encoded = _encode(made)
+    except RecursionError:
+        raise _too_deep(MAX_READ_DEPTH) from None
+    # An object is looked through level by level if it has enough brackets to be too deep, which few have.
+    if encoded.count(b"[") + encoded.count(b"{") > MAX_READ_DEPTH:
+        _items(made, MAX_READ_DEPTH)
     return made
 
 
@@ -60,7 +66,7 @@ def _check(made: _Object) -> int:
     Raises ValueError if PostgreSQL or other languages cannot hold the object.
     """
     digits = 0
-    for one in _items(made, MAX_JSON_DEPTH):
+    for one in _items(made, MAX_JSON_DEPTH, most=MAX_JSON_VALUES):
         if isinstance(one, str):
             if "\0" in one:
                 raise ValueError("The character U+0000 is not allowed.")
@@ -72,8 +78,10 @@ def _check(made: _Object) -> int:
     return digits
 
 
-def _items(made: _Object, depth: int) -> list[object]:
-    """Return all keys and values in an object, level by level. Raises ValueError beyond `depth` levels."""
+def _items(made: _Object, depth: int, most: int | None = None) -> list[object]:
+    """Return all keys and values in an object, level by level. Raises ValueError beyond `depth` levels, and beyond
+    `most` of them.
+    """
     found: list[object] = []
     level: list[Any] = [made]
     for _ in range(depth):
@@ -85,6 +93,8 @@ def _items(made: _Object, depth: int) -> list[object]:
             else:
                 inner.extend(one)
         found.extend(inner)
+        if most is not None and len(found) > most:
+            raise ValueError(f"JSON objects hold at most {most} keys and values. Send a text that you decode.")
         level = [one for one in inner if isinstance(one, dict | list)]
         if not level:
             return found

@@ -51,6 +51,12 @@ ANSWER_TOKEN_BYTES = 32 * 1024
 """Bytes of an answer per further token of its frame, taken once it was given. That much costs about one small read."""
 MAX_EXTREME_NUMBERS = 100
 """Max numbers in a frame with exponents of three digits. Near the largest double, msgspec takes 14 µs for each."""
+MAX_FRAME_VALUES = 6_000
+"""Max values in a frame outside its texts: a `resume` of `MAX_RESUMED` conversations, and some."""
+MAX_JSON_VALUES = 250
+"""Max keys and values in `metadata` and `settings.custom`, all levels together: a page holds a hundred of them, and
+Python makes an object of each value.
+"""
 MAX_JSON_DEPTH = 20
 """Max depth of `metadata` and `settings.custom`, levels."""
 MAX_MENTIONS = 50
@@ -137,7 +143,9 @@ FURTHER_TOKENS = {
     "list_stars": 10, "why": 10,
 }  # fmt: skip
 """Max tokens that a frame takes beside its first, by what it costs the database. A frame that asks for a part of what
-it may (`limit`, `user_ids`, `versions`) takes that part of them.
+it may (`limit`, `user_ids`) takes that part of them. The others always take all: whatever they ask for, the server
+looks through all threads, badges or conversations of the user. A frame never takes more than the burst that `ready`
+tells.
 """
 
 
@@ -157,10 +165,13 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     content_characters: int = MAX_CONTENT
     metadata_bytes: int = MAX_METADATA_BYTES
     json_depth: int = MAX_JSON_DEPTH
+    json_values: int = MAX_JSON_VALUES
     token_bytes: int = TOKEN_BYTES
     """A frame takes one token, and another one for every further `token_bytes` of it."""
     further_tokens: dict[str, int] = msgspec.field(default_factory=FURTHER_TOKENS.copy)
-    """How many more a frame takes that asks for as much as it may; in proportion if it asks for less."""
+    """How many more a frame takes that asks for as much as it may; in proportion if it has a `limit` or `user_ids` and
+    asks for less.
+    """
     answer_token_bytes: int = ANSWER_TOKEN_BYTES
     """An answer takes a further token for every `answer_token_bytes` of it, whether there is one or not."""
     mentions: int = MAX_MENTIONS

@@ -31,6 +31,9 @@ COUNT_PATIENCE = 5.0
 """Max time that a badge waits for a connection, in seconds."""
 CATCHING_UP_SHARE = 4
 """Connections that catch up on more than a page hold at most one in `CATCHING_UP_SHARE`, and at least one."""
+CATCHING_UP_WAITING = 1_024
+CATCHING_UP_PATIENCE = 10.0
+"""Max connections that wait for their next page, and max time that each waits, in seconds."""
 UNREACHABLE = (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, ValueError)
 
 log = logging.getLogger(__name__)
@@ -77,7 +80,9 @@ class Database:
         self._pool = pool
         self._searches = Share(max(1, most // SEARCH_SHARE), waiting=SEARCHES_WAITING, patience=SEARCH_PATIENCE)
         self._counts = Share(max(1, most // SEARCH_SHARE), waiting=COUNTS_WAITING, patience=COUNT_PATIENCE)
-        self._catching_up = asyncio.Semaphore(max(1, most // CATCHING_UP_SHARE))
+        self._catching_up = Share(
+            max(1, most // CATCHING_UP_SHARE), waiting=CATCHING_UP_WAITING, patience=CATCHING_UP_PATIENCE
+        )
         self.deadlocks = 0
         """Transactions that PostgreSQL ended, and that were tried once more."""
 
@@ -113,9 +118,9 @@ class Database:
     @asynccontextmanager
     async def catching_up(self) -> AsyncIterator[Db]:
         """Borrow a connection of the share that clients with much to catch up on have, for one statement or two. They
-        come in turns, each with one statement at a time.
+        come in turns, each with one statement at a time. Raises Refused if too many wait, or if no turn comes soon.
         """
-        async with self._catching_up, self.connection() as connection:
+        async with self._catching_up.turn(), self.connection() as connection:
             yield connection
 
     @asynccontextmanager

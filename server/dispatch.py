@@ -6,11 +6,11 @@ from collections.abc import Awaitable, Callable, Mapping
 from enum import Enum
 from typing import Any, NamedTuple
 
-from protocol.client import Authenticate, Frame, ListConversations, ListRelationships, ListStars, Resume, Watch
+from protocol.client import Authenticate, Frame, ListConversations, ListRelationships, ListStars, Watch
 from protocol.codec import decode_client, kind, label
 from protocol.errors import ErrorCode, Refused
 from protocol.ids import UserId
-from protocol.limits import ANSWER_TOKEN_BYTES, FURTHER_TOKENS, MAX_PAGE, MAX_RESUMED, MAX_WATCHED, TOKEN_BYTES
+from protocol.limits import ANSWER_TOKEN_BYTES, FURTHER_TOKENS, MAX_PAGE, MAX_WATCHED, TOKEN_BYTES
 from protocol.server import Error, Reply, Result
 from server.context import Context
 from server.database import ROLLED_BACK
@@ -76,13 +76,13 @@ class Dispatch:
         frame = None
         began = time.perf_counter()
         try:
-            self._charge(context.user_id, data)
+            taken = self._charge(context.user_id, data)
             frame = decode_client(data)
             route = self._routes.get(type(frame))
             if route is None:
                 raise _already_authenticated(frame)
             if (further := _further(frame)) > 0:
-                self._allowances[route.rate].require(context.user_id, further)
+                self._allowances[route.rate].require(context.user_id, further, taken=taken)
             if route.shed is not None:
                 self._pressure.require(route.shed)
             if route.rate is Rate.SEARCH:
@@ -99,19 +99,22 @@ class Dispatch:
         self._metrics.answered(str(type(frame).__struct_config__.tag), time.perf_counter() - began)
         return Reply(re=frame.id, result=result)
 
-    def _charge(self, user_id: UserId, data: bytes) -> None:
-        """Take tokens for an encoded frame, by its size, before it costs the work of decoding.
+    def _charge(self, user_id: UserId, data: bytes) -> int:
+        """Take tokens for an encoded frame, by its size, before it costs the work of decoding; return how many.
 
         Raises Refused if there are too few, or if the frame is a search and another one of the user runs.
         """
-        rate = self._rates.get(kind(data) or "", Rate.READ)
+        named = kind(data) or ""
+        rate = self._rates.get(named, Rate.READ)
         if rate is Rate.SEARCH and user_id in self.searching:
             raise Refused(
                 ErrorCode.RATE_LIMITED,
                 "Another search of yours is running. Retry when it has been answered.",
                 retry_after_ms=SEARCHING_MS,
             )
-        self._allowances[rate].require(user_id, 1 + len(data) // TOKEN_BYTES)
+        count = 1 + len(data) // TOKEN_BYTES
+        self._allowances[rate].require(user_id, count, to_come=FURTHER_TOKENS.get(named, 0))
+        return count
 
     def answered(self, user_id: UserId, data: bytes, size: int) -> None:
         """Take tokens for an answer to an encoded frame, by the size of the answer."""
@@ -148,8 +151,6 @@ def _further(frame: Frame) -> int:
     match frame:
         case Watch():
             part = len(frame.user_ids) / MAX_WATCHED
-        case Resume():
-            part = len(frame.versions) / MAX_RESUMED
         case ListConversations() | ListRelationships() | ListStars():
             part = frame.limit / MAX_PAGE
         case _:

@@ -24,22 +24,29 @@ class Pace(NamedTuple):
     """Until the next token flows in."""
     ahead: int
     """Intervals' worth of tokens that may be taken before they have flowed in."""
+    most: int
+    """Max tokens that one frame takes: the burst that clients are told, which a client that waits always has."""
 
     @classmethod
     def of(cls, rate: float, burst: float | None = None) -> "Pace":
         """Return the pace of `rate` tokens a second, at most `burst` of them at once (at least one)."""
         interval = round(1e9 / rate)
-        return cls(interval, round((max(1.0, rate * BURST_SECONDS if burst is None else burst) - 1) * interval))
+        ahead = round((max(1.0, rate * BURST_SECONDS if burst is None else burst) - 1) * interval)
+        return cls(interval, ahead, max(1, int(rate * (BURST_SECONDS - 1) if burst is None else burst)))
 
-    def take(self, full_at: int, now: int, count: int = 1) -> int:
-        """Take `count` tokens, at most all of them, from a bucket that is full at `full_at`.
+    def take(self, full_at: int, now: int, count: int = 1, *, taken: int = 0, to_come: int = 0) -> int:
+        """Take `count` tokens from a bucket that is full at `full_at`, for a frame that has `taken` some before and
+        will take up to `to_come` after these: together at most `most`.
 
-        Return when the bucket is full again; if there are too few tokens, minus the time until there are enough.
+        Return when the bucket is full again; if there are too few tokens, minus the time until there are enough for
+        the whole frame, since a retry takes all of them again.
         """
         full_at = max(full_at, now)
-        more = min((count - 1) * self.interval, self.ahead)
-        wait = full_at - now + more - self.ahead
-        return -wait if wait > 0 else full_at + more + self.interval
+        full_after = full_at + (min(taken + count, self.most) - min(taken, self.most)) * self.interval
+        full_at_most = now + self.ahead + self.interval
+        if full_after > full_at_most:
+            return full_at_most - full_at - min(taken + count + to_come, self.most) * self.interval
+        return full_after
 
 
 class Bucket:
@@ -71,10 +78,10 @@ class Allowance(Generic[Key]):
         self._sweep_at = SWEEP_AT
         self._clock = clock
 
-    def take(self, key: Key, count: int = 1) -> float:
-        """Take tokens, at most a full bucket; return 0, or, if there are too few, in how many seconds there will be."""
+    def take(self, key: Key, count: int = 1, *, taken: int = 0, to_come: int = 0) -> float:
+        """Take tokens as `Pace.take` does; return 0, or, if there are too few, in how many seconds there will be."""
         now = self._clock()
-        full_at = self._pace.take(self._full_at.get(key, now), now, count)
+        full_at = self._pace.take(self._full_at.get(key, now), now, count, taken=taken, to_come=to_come)
         if full_at < 0:
             return -full_at / 1e9
         self._full_at[key] = full_at
@@ -89,9 +96,9 @@ class Allowance(Generic[Key]):
         full_at = max(self._full_at.get(key, now), now) + count * self._pace.interval
         self._full_at[key] = min(full_at, now + 2 * self._pace.ahead)
 
-    def require(self, key: Key, count: int = 1) -> None:
-        """Take tokens, at most a full bucket. Raises Refused if there are too few."""
-        if (wait := self.take(key, count)) > 0:
+    def require(self, key: Key, count: int = 1, *, taken: int = 0, to_come: int = 0) -> None:
+        """Take tokens as `Pace.take` does. Raises Refused if there are too few."""
+        if (wait := self.take(key, count, taken=taken, to_come=to_come)) > 0:
             raise too_many(wait)
 
 
@@ -99,7 +106,7 @@ def told(rate: float) -> RateLimit:
     """Return what clients have to keep to: a second's worth less than the bucket holds, since frames may arrive closer
     together than they were sent.
     """
-    return RateLimit(per_second=rate, burst=max(1, int(rate * (BURST_SECONDS - 1))))
+    return RateLimit(per_second=rate, burst=Pace.of(rate).most)
 
 
 def too_many(wait: float) -> Refused:

@@ -8,13 +8,14 @@ worker's allowance is its own.
 
 import asyncio
 import logging
+import time
 from collections import Counter
 
 from redis.asyncio import Redis, RedisCluster
 
 from protocol.ids import UserId
 from server.errors import REDIS_LOST
-from server.limits import Allowance
+from server.limits import Allowance, Clock
 from server.periodic import end
 
 SHARE_SECONDS = 0.5
@@ -29,10 +30,12 @@ log = logging.getLogger(__name__)
 class SharedAllowance:
     """An allowance of frames for each user, of one class."""
 
-    def __init__(self, name: str, rate: float, redis: Redis | RedisCluster | None) -> None:
+    def __init__(
+        self, name: str, rate: float, redis: Redis | RedisCluster | None, *, clock: Clock = time.monotonic_ns
+    ) -> None:
         """`rate` is in frames a second; `redis` is None where there is only one worker."""
         self._name = name
-        self._bucket: Allowance[UserId] = Allowance(rate)
+        self._bucket: Allowance[UserId] = Allowance(rate, clock=clock)
         self._redis = redis
         self._matters = max(2.0, rate * SHARE_SECONDS * MATTERS)
         self._counts: Counter[UserId] = Counter()
@@ -40,9 +43,9 @@ class SharedAllowance:
         self._totals: dict[UserId, int] = {}
         self._sharing: asyncio.Task[None] | None = None
 
-    def require(self, user_id: UserId, count: int = 1) -> None:
-        """Take tokens, at most a full bucket. Raises Refused if there are too few."""
-        self._bucket.require(user_id, count)
+    def require(self, user_id: UserId, count: int = 1, *, taken: int = 0, to_come: int = 0) -> None:
+        """Take tokens as `Pace.take` does. Raises Refused if there are too few."""
+        self._bucket.require(user_id, count, taken=taken, to_come=to_come)
         self._tell(user_id, count)
 
     def charge(self, user_id: UserId, count: int) -> None:

@@ -185,6 +185,7 @@ async def test_a_frame_takes_tokens_by_what_it_costs(settings: Settings) -> None
         for frames, fewest, most in (
             ([client.ListThreads()], 1, 3),
             ([client.GetBadge()], 1, 3),
+            ([client.Resume(epoch="", versions={}, user_version=0)], 1, 3),
             ([client.Watch(user_ids=[UserId(uuid7()) for _ in range(500)])], 1, 3),
             ([client.ListStars(limit=100), client.ListRelationships(limit=100)], 3, 5),
             ([client.Watch(user_ids=[UserId(uuid7())]), client.ListStars(limit=1), client.GetMe()], 30, 50),

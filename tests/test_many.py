@@ -10,6 +10,7 @@ from protocol.errors import ErrorCode
 from server import sync
 from server.database import Database
 from server.queries import conversations, latest, users
+from server.share import Share
 from tests.world import Room, World, refused, sent
 
 FILL = """
@@ -28,6 +29,24 @@ WITH others AS (
 INSERT INTO user_relationship (from_user_id, to_user_id, type, status, from_version)
 SELECT $1, id, 'follow', 'active', m.version - $2 + 1 + row_number() OVER () / 9 FROM others, moved m
 """
+
+
+async def test_a_resume_that_gets_no_turn_is_refused_and_succeeds_later(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sync, "PAGE", 3)
+    turns = world.workers[0].app._database._catching_up = Share(1, waiting=0, patience=60.0)  # noqa: SLF001
+    (ada,) = await world.users("Ada")
+    await world.db.execute(FILL, ada.id, 10)
+    reader = await world.connect(ada, query="?resume=1")
+    frame = client.Resume(epoch=reader.ready.epoch, versions={}, user_version=0)
+    async with turns.turn():
+        answer = await reader.ask(frame)
+        assert isinstance(answer, server.Error)
+        assert (answer.code, bool(answer.retry_after_ms)) == (ErrorCode.UNAVAILABLE, True)
+    assert (await reader.call(frame, server.Resumed)).conversations == 10
+    joined = [event.view.conversation.id for event in reader.events if isinstance(event, server.ConversationJoined)]
+    assert len(set(joined)) == 10
 
 
 async def test_resume_of_many_conversations_reads_pages_in_turns(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import random
 import time
+from itertools import product
 
 import msgspec
 import pytest
@@ -13,12 +14,14 @@ from hypothesis import strategies as st
 from protocol import client, server
 from protocol.codec import encode
 from protocol.errors import CloseCode, ErrorCode
-from protocol.limits import TOKEN_BYTES, RateLimit
+from protocol.ids import ConversationId, MessageId, UserId, uuid7
+from protocol.limits import FURTHER_TOKENS, MAX_PAGE, MAX_WATCHED, TOKEN_BYTES, RateLimit
 from protocol.server import Error
 from server.config import Settings
 from server.dispatch import Rate
 from server.limits import Allowance, Bucket, Pace, told
 from server.routes import ROUTES
+from server.sharedallowance import SharedAllowance
 from server.strikes import GRACE_NS, Strikes
 from tests.world import World, message
 
@@ -45,9 +48,10 @@ class Paced:
         self._tokens = float(limit.burst)
         self._at = 0.0
 
-    def wait(self, now: float) -> float:
-        """Return how long to wait before the next frame, and count it."""
-        self._tokens = min(self._limit.burst, self._tokens + (now - self._at) * self._limit.per_second) - 1
+    def wait(self, now: float, tokens: int = 1) -> float:
+        """Return how long to wait before the next frame, and count its tokens."""
+        tokens = min(tokens, self._limit.burst)
+        self._tokens = min(self._limit.burst, self._tokens + (now - self._at) * self._limit.per_second) - tokens
         self._at = now
         return max(0.0, -self._tokens / self._limit.per_second)
 
@@ -57,9 +61,10 @@ class Paced:
     rate=st.floats(1.0, 500.0),
     pauses=st.lists(st.floats(0.0, 3.0) | st.just(0.0), min_size=1, max_size=400),
     delays=st.lists(st.floats(0.0, 0.9), min_size=1, max_size=20),
+    costs=st.lists(st.tuples(st.integers(1, 17), st.sampled_from([0, 0, 0, 1, 10, 20])), min_size=1, max_size=20),
 )
 def test_a_client_that_keeps_to_the_limits_is_never_refused(
-    rate: float, pauses: list[float], delays: list[float]
+    rate: float, pauses: list[float], delays: list[float], costs: list[tuple[int, int]]
 ) -> None:
     """Also when frames take up to nearly a second to arrive, each another time, in order."""
     clock = Clock()
@@ -67,13 +72,46 @@ def test_a_client_that_keeps_to_the_limits_is_never_refused(
     paced = Paced(told(rate))
     now = arrived = 1.0
     for number, pause in enumerate(pauses):
+        first, further = costs[number % len(costs)]
         now += pause
-        now += paced.wait(now)
+        now += paced.wait(now, first + further)
         paced._at = now  # noqa: SLF001 - it waited
         paced._tokens = max(paced._tokens, 0.0)  # noqa: SLF001
         arrived = max(arrived, now + delays[number % len(delays)])
         clock.now = round(arrived * NS)
-        assert bucket.take("Ada") == 0
+        assert bucket.take("Ada", first, to_come=further) == 0
+        assert bucket.take("Ada", further, taken=first) == 0
+
+
+COSTLY: dict[str, client.Frame] = {
+    "list_threads": client.ListThreads(),
+    "watch": client.Watch(user_ids=[UserId(uuid7()) for _ in range(MAX_WATCHED)]),
+    "resume": client.Resume(epoch="", versions={}, user_version=0),
+    "get_badge": client.GetBadge(),
+    "list_conversations": client.ListConversations(limit=MAX_PAGE),
+    "list_relationships": client.ListRelationships(limit=MAX_PAGE),
+    "list_stars": client.ListStars(limit=MAX_PAGE),
+    "why": client.Why(conversation_id=ConversationId(uuid7()), message_id=MessageId(uuid7())),
+}
+
+
+async def test_one_retry_after_the_time_told_is_not_refused_whatever_the_frame_costs(world: World) -> None:
+    assert COSTLY.keys() == FURTHER_TOKENS.keys()
+    ada = await world.user("Ada")
+    asker = await world.connect(ada)
+    allowances = world.workers[0].app._allowances  # noqa: SLF001
+    for rate, (name, frame), left in product((100.0, 5.0, 1.0), COSTLY.items(), (0, 1)):
+        clock = Clock()
+        allowances[Rate.READ] = allowance = SharedAllowance("read", rate, None, clock=clock)
+        for _ in range(round(4 * rate) - left):
+            allowance.require(ada.id)
+        refused = await asker.ask(frame)
+        assert isinstance(refused, Error), (name, rate, left)
+        assert refused.code is ErrorCode.RATE_LIMITED
+        assert refused.retry_after_ms
+        clock.now += refused.retry_after_ms * 1_000_000
+        answer = await asker.ask(frame)
+        assert not isinstance(answer, Error) or answer.code is ErrorCode.NOT_FOUND, (name, rate, left, answer)
 
 
 @examples(max_examples=20, deadline=None)

@@ -16,7 +16,7 @@ from protocol.codec import decode_client, decode_server, encode, label, text_fra
 from protocol.errors import CloseCode, ErrorCode, Refused
 from protocol.ids import ConversationId, MessageId, uuid7
 from protocol.json_object import STRING
-from protocol.limits import MAX_EXTREME_NUMBERS
+from protocol.limits import MAX_CONTENT, MAX_EXTREME_NUMBERS, MAX_FRAME_BYTES, MAX_FRAME_VALUES, MAX_JSON_VALUES
 from protocol.server import Error, MessageSent
 from server.describe.asyncapi import CLIENT_FRAMES
 from server.limits import Allowance
@@ -116,6 +116,27 @@ def test_an_allowance_gives_its_burst_and_refills_at_its_rate(
         while taken < 1_000 and allowance.take("a") == 0.0:
             taken += 1
     assert taken <= 1 + (now - start) * 1e-9 * rate * 1.001
+
+
+SEND = '{"type": "send", "conversation_id": "%s", "message_id": "%s", "content": %s, "metadata": %s}'
+
+
+@pytest.mark.parametrize("unit", ["{},", "[],", "1,", '"",', r'"\"",', '{"":1},', "[" * 18 + "]" * 18 + ",", '"a":{},'])
+def test_values_of_a_frame_are_bounded(unit: str) -> None:
+    """Arrays of arrays cost the decoder twenty times what text of the same length does."""
+    for start, end in (('{"a": [', "1]}"), ("{", '"b": 1}')):
+        text = SEND % (uuid7(), uuid7(), '"x"', start + unit * (MAX_FRAME_BYTES // len(unit) - 100) + end)
+        with pytest.raises(Refused, match=f"at most {MAX_FRAME_VALUES} values"):
+            decode_client(text)
+
+
+@given(st.lists(st.sampled_from([*',[{"\\é', "x,[{"]), min_size=1, max_size=8), st.integers(1, 1_200))
+def test_texts_are_no_values_of_a_frame(parts: list[str], times: int) -> None:
+    content = ("".join(parts) * times)[:MAX_CONTENT]
+    metadata = {"text": content[:2_000], "values": list(range(MAX_JSON_VALUES - 4))}
+    read = decode_client(SEND % (uuid7(), uuid7(), json.dumps(content), json.dumps(metadata)))
+    assert isinstance(read, client.Send)
+    assert (read.content, read.metadata) == (content, metadata)
 
 
 def test_numbers_that_are_slow_to_read_are_bounded() -> None:

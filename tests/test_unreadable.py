@@ -13,7 +13,7 @@ from protocol import client, server
 from protocol.codec import now
 from protocol.errors import ErrorCode
 from protocol.ids import MessageId, uuid7
-from protocol.limits import MAX_JSON_DEPTH
+from protocol.limits import MAX_JSON_DEPTH, MAX_JSON_VALUES
 from protocol.payloads import File
 from tests.test_administration import Shell
 from tests.test_upkeep import elsewhere, shell
@@ -201,6 +201,18 @@ async def test_what_is_nested_too_deeply_is_refused_with_the_bound(room: Room, d
 async def test_what_is_nested_as_deeply_as_allowed_comes_as_it_was_sent(room: Room) -> None:
     assert (room.ada.ready.limits.json_depth, room.ada.ready.limits.metadata_bytes) == (20, 16 * 1024)
     metadata = json.loads(deep(MAX_JSON_DEPTH))
+    one = await sent(room.ada, room.group, metadata=metadata)
+    assert (await heard(room.charles, one)).metadata == metadata
+
+
+async def test_values_of_an_object_are_bounded(room: Room) -> None:
+    assert room.ada.ready.limits.json_values == MAX_JSON_VALUES
+    for values in ("[" + "1," * (MAX_JSON_VALUES - 2) + "1]", json.dumps({str(n): {} for n in range(125)})):
+        for path, text in PLACES.items():
+            error = await room.ada.raw(text % (room.group, uuid7(), f'{{"a": {values}}}'))
+            assert (error.code, error.path) == (ErrorCode.INVALID, path)
+            assert str(MAX_JSON_VALUES) in error.message
+    metadata: dict[str, list[list[int]]] = {"a": [[] for _ in range(MAX_JSON_VALUES - 2)]}
     one = await sent(room.ada, room.group, metadata=metadata)
     assert (await heard(room.charles, one)).metadata == metadata
 
