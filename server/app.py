@@ -2,6 +2,7 @@
 
 import asyncio
 from collections import Counter
+from collections.abc import Awaitable, Callable, Iterable
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -29,7 +30,7 @@ from server.context import Services
 from server.database import Database
 from server.dispatch import Dispatch, Rate
 from server.endpoints import Door, Endpoints
-from server.erasure import erase
+from server.erasure import erase_due
 from server.expiry import expire_due
 from server.forwarded import Forwarded
 from server.gather import Gather
@@ -44,7 +45,6 @@ from server.pressure import Pressure
 from server.previews import Previews
 from server.proxies import Proxies
 from server.queries import approaches, conversations, indexing, push, sending
-from server.queries import erasure as erasing
 from server.queries.conversations import Membership
 from server.queries.sending import Outgoing, Stored
 from server.record import PostgresRecord
@@ -54,7 +54,6 @@ from server.routes import ROUTES
 from server.scheduling import send_due
 from server.sharedallowance import SharedAllowance
 from server.sockets import Sockets, most_sockets
-from server.telling import tell_participant
 from server.websocket import WebSocket
 
 SENDS_AT_ONCE = 64
@@ -222,22 +221,25 @@ class App:
         await app.hub.start()
         await app.presence.start()
         app.roster.start()
-        jobs = (
-            (CLEAR_SECONDS, app.clear_expired),
-            (EXPIRE_SECONDS, app.presence.expire_statuses),
-            (CLEAR_SECONDS, app.erase_due),
-            (DUE_SECONDS, app.send_due),
-            (DUE_SECONDS, app.expire_due),
-            (DUE_SECONDS, app.notices.push_due),
-            (TIDY_SECONDS, app.tidy),
-        )
         app._tasks = [
-            *(asyncio.create_task(every(seconds, job, is_spread=True)) for seconds, job in jobs),
+            *(asyncio.create_task(every(seconds, job, is_spread=True)) for seconds, job in app.jobs()),
             asyncio.create_task(every(METRICS_SECONDS, app.metrics.write)),
             asyncio.create_task(app.previews.work()),
             asyncio.create_task(app.pressure.watch()),
         ]
         return app
+
+    def jobs(self) -> Iterable[tuple[float, Callable[[], Awaitable[bool | None]]]]:
+        """Return the periodic jobs, each with its period in seconds. A job does all that is due, or returns True."""
+        return (
+            (CLEAR_SECONDS, self.clear_expired),
+            (EXPIRE_SECONDS, self.presence.expire_statuses),
+            (CLEAR_SECONDS, self.erase_due),
+            (DUE_SECONDS, self.send_due),
+            (DUE_SECONDS, self.expire_due),
+            (DUE_SECONDS, self.notices.push_due),
+            (TIDY_SECONDS, self.tidy),
+        )
 
     async def drain(self) -> None:
         """Send everyone elsewhere, after what they have begun is done."""
@@ -261,9 +263,9 @@ class App:
             await self._redis.nodes_manager.aclose()
         await self._database.close()
 
-    async def send_due(self) -> None:
-        """Send what was scheduled."""
-        await send_due(self._services)
+    async def send_due(self) -> bool:
+        """Send some of what was scheduled; return whether there may be more."""
+        return await send_due(self._services)
 
     async def expire_due(self) -> None:
         """Take away messages whose time is over."""
@@ -274,11 +276,13 @@ class App:
         async with self._database.connection() as db:
             await indexing.tidy(db)
 
-    async def clear_expired(self) -> None:
-        """Delete some of the sessions that expired long ago, and of the approaches that were counted a day ago."""
-        await self.sessions.clear()
+    async def clear_expired(self) -> bool:
+        """Delete some of the sessions that expired long ago, and of the approaches that were counted a day ago; return
+        whether there may be more.
+        """
+        is_more_due = await self.sessions.clear()
         async with self._database.connection() as db:
-            await approaches.expire(db)
+            return await approaches.expire(db) or is_more_due
 
     async def _send(self, batch: list[Outgoing]) -> list[Stored | None]:
         async with self._database.connection() as db:
@@ -289,12 +293,8 @@ class App:
             return await conversations.memberships(db, user_ids)
 
     async def erase_due(self) -> None:
-        """Erase some of those whose time of grace is over."""
-        async with self._database.connection() as db:
-            due = await erasing.due(db, self._grace)
-        for user_id in due:
-            for change in await erase(self._database, user_id, grace=self._grace):
-                tell_participant(self.hub, change)
+        """Erase those whose time of grace is over."""
+        await erase_due(self._database, self.hub, self._grace)
 
     def _arrived(self, connection: Connection) -> None:
         self.roster.add(connection)

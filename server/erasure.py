@@ -1,14 +1,20 @@
 """Erasing a person, when the time of grace is over or an administrator says so."""
 
+import logging
 from collections.abc import Awaitable, Callable
 from datetime import timedelta
 from functools import partial
 from typing import Protocol, TypeVar
 
 from protocol.ids import ConversationId, UserId
-from server.database import Db
+from server.context import Events
+from server.database import Database, Db
+from server.errors import is_lost, log_defect
 from server.queries import conversations, erasure, participants, users
 from server.queries.participants import Change
+from server.telling import tell_participant
+
+log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
@@ -18,6 +24,29 @@ class Atomic(Protocol):
 
     async def atomically(self, what: str, work: Callable[[Db], Awaitable[Result]]) -> Result:
         """Return what `work` does in a transaction."""
+
+
+async def erase_due(database: Database, events: Events, grace: timedelta) -> None:
+    """Erase those whose time of grace is over, and tell who takes part in what now."""
+    tried: set[UserId] = set()
+    while due := await _due(database, grace, tried):
+        for user_id in due:
+            tried.add(user_id)
+            try:
+                changes = await erase(database, user_id, grace=grace)
+            except Exception as error:
+                if is_lost(error):
+                    raise
+                # The others are due, too.
+                log_defect(log, "erase_due", error)
+                continue
+            for change in changes:
+                tell_participant(events, change)
+
+
+async def _due(database: Database, grace: timedelta, tried: set[UserId]) -> list[UserId]:
+    async with database.connection() as db:
+        return await erasure.due(db, grace, tried)
 
 
 async def erase(database: Atomic, user_id: UserId, *, grace: timedelta | None = None) -> list[Change]:

@@ -1,23 +1,40 @@
 """Messages that disappear: deleted for everyone when the time is over that the conversation's settings give them."""
 
+import logging
 from functools import partial
 
 from protocol.ids import ConversationId, MessageId
 from protocol.values import Message
 from server.context import Events
 from server.database import Database, Db
+from server.errors import is_lost, log_defect
 from server.queries import conversations, edits, expiry
 from server.telling import tell_deleted
 
+log = logging.getLogger(__name__)
+
 
 async def expire_due(database: Database, events: Events) -> None:
-    """Delete some of the messages whose time is over, and tell everyone. Any worker may; one of them does."""
+    """Delete the messages whose time is over, and tell everyone. Any worker may; one of them does."""
+    failed: set[ConversationId] = set()
+    while due := await _due(database, failed):
+        for conversation_id, message_ids in due.items():
+            try:
+                gone = await database.atomically("expiry", partial(_expire, conversation_id, message_ids))
+            except Exception as error:
+                if is_lost(error):
+                    raise
+                # The other conversations' messages are due, too.
+                log_defect(log, "expire_due", error)
+                failed.add(conversation_id)
+                continue
+            for message, root_reply_count in gone:
+                tell_deleted(events, message, root_reply_count)
+
+
+async def _due(database: Database, failed: set[ConversationId]) -> dict[ConversationId, list[MessageId]]:
     async with database.connection() as db:
-        due = await expiry.due(db)
-    for conversation_id, message_ids in due.items():
-        gone = await database.atomically("expiry", partial(_expire, conversation_id, message_ids))
-        for message, root_reply_count in gone:
-            tell_deleted(events, message, root_reply_count)
+        return await expiry.due(db, failed)
 
 
 async def _expire(
@@ -25,6 +42,6 @@ async def _expire(
 ) -> list[tuple[Message, int | None]]:
     # Deleted as a whole, it is locked by nobody, and its messages go all the same.
     await conversations.lock(db, conversation_id)
-    return [
-        await edits.delete(db, message, None) for message in await expiry.still_due(db, conversation_id, message_ids)
-    ]
+    due = await expiry.still_due(db, conversation_id, message_ids)
+    gone = [await edits.expire(db, conversation_id, message_id) for message_id in due]
+    return [one for one in gone if one is not None]

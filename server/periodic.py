@@ -1,4 +1,4 @@
-"""What is done again and again, and goes on whatever happens to it once, until it is ended."""
+"""Jobs that run again and again, whatever happens in one run, until they are ended."""
 
 import asyncio
 import logging
@@ -11,20 +11,22 @@ SWALLOWED_SECONDS = 1.0
 """A task that goes on for so long after it was cancelled did not hear of it."""
 
 
-async def every(seconds: float, job: Callable[[], Awaitable[None]], *, is_spread: bool = False) -> None:
-    """Do `job` now and then every so many seconds, until cancelled. What it raises is logged.
+async def every(seconds: float, job: Callable[[], Awaitable[bool | None]], *, is_spread: bool = False) -> None:
+    """Run `job` now and then every so many seconds, until cancelled. What it raises is logged.
 
-    A job that `is_spread` begins after a random part of its period: workers that start together do not ask the database
-    for the same at the same moment.
+    A job that returns whether more is due is run again without a pause: what fills faster than one batch in each period
+    would grow for ever. A job that `is_spread` begins after a random part of its period: workers that start together do
+    not ask the database for the same at the same moment.
     """
     if is_spread:
         await asyncio.sleep(random.random() * seconds)  # noqa: S311 - it spreads load, and keeps no secret
     while True:
+        is_more_due: bool | None = False
         try:
-            await job()
+            is_more_due = await job()
         except Exception:
             log.exception("%s failed", job.__qualname__)
-        await asyncio.sleep(seconds)
+        await asyncio.sleep(0 if is_more_due else seconds)
 
 
 async def end(tasks: Iterable[asyncio.Task[None]]) -> None:

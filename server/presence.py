@@ -137,13 +137,14 @@ class Presence:
         """Tell those who watch a user how they are seen now that their privacy is another."""
         await self._flush_users([user_id], Reason.PRIVACY)
 
-    async def expire_statuses(self) -> None:
-        """Take away custom statuses whose time is over, and tell it."""
+    async def expire_statuses(self) -> bool:
+        """Take away custom statuses whose time is over, and tell it; return whether there may be more."""
         async with self._database.connection() as db:
             over = await users.expire_statuses(db)
         if over:
             states = await self._fields(over)
             await self._tell({user_id: self._states(states[user_id]) for user_id in over}, Reason.CHOICE)
+        return len(over) == users.AT_ONCE
 
     # ------------------------------------------------------------------------------------------------- seeing
 

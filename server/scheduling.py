@@ -5,6 +5,7 @@ leaves nothing behind that the next one could send twice.
 """
 
 import logging
+from datetime import timedelta
 from functools import partial
 from uuid import UUID
 
@@ -23,14 +24,16 @@ AGAIN = frozenset({ErrorCode.UNAVAILABLE, ErrorCode.RATE_LIMITED})
 """Refusals that say to come back: the message is taken up again after a while."""
 
 
-async def send_due(services: Services) -> None:
-    """Send the messages whose time has come and that no other worker has taken up."""
+async def send_due(services: Services) -> bool:
+    """Send messages whose time has come and that no other worker has taken up, as many as one claim takes; return
+    whether there may be more.
+    """
     async with services.database.connection() as db:
         claimed = await scheduled.claim(db)
     for due in claimed:
         problem: str | None = None
-        if not due.is_here:
-            problem = "The account is not there any more."
+        if due.sender is None:
+            problem = "The account cannot send messages any more."
         elif due.frame is None:
             problem = "The message is stored in a form that the server cannot read. Schedule a new one."
         else:
@@ -43,12 +46,19 @@ async def send_due(services: Services) -> None:
                     log_defect(log, "send_due", error)
                     refused = INTERNAL
                 if refused.code in AGAIN:
+                    await _put_off(services, due, refused.retry_after_ms or 0)
                     continue
                 problem = refused.message
         await _finish(services, due, problem)
+    return len(claimed) == scheduled.AT_ONCE
+
+
+async def _put_off(services: Services, due: Due, wait_ms: int) -> None:
+    async with services.database.connection() as db:
+        await scheduled.put_off(db, due, timedelta(milliseconds=wait_ms))
 
 
 async def _finish(services: Services, due: Due, problem: str | None) -> None:
     async with services.database.connection() as db:
         await scheduled.finish(db, due, "sent" if problem is None else "failed", problem)
-    services.events.poke([due.sender.id])
+    services.events.poke([due.sender_id])

@@ -4,12 +4,20 @@ import asyncio
 import logging
 import random
 import re
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 
-from server import periodic
+from protocol import client
+from protocol.codec import now
+from protocol.ids import ConversationId, MessageId, uuid7
+from protocol.values import ConversationSettings
+from server import app, periodic
+from server.config import Settings
 from server.periodic import end, every
+from server.queries import approaches, erasure, expiry, scheduled, sessions, users
+from tests.world import World, message
 
 SERVER = Path(__file__).parent.parent / "server"
 
@@ -72,6 +80,141 @@ async def test_a_job_that_swallows_its_cancellation_ends(monkeypatch: pytest.Mon
     await begun.wait()
     await asyncio.wait_for(end([task]), 5)
     assert (task.cancelled(), swallowed) == (True, 3)
+
+
+AT_ONCE = 2
+DUE = 5
+"""More than two batches."""
+STUCK = 3
+"""More than a batch of what fails whenever it is tried, and is due before all others."""
+FAIL = """
+CREATE FUNCTION fail() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE EXCEPTION 'never'; END $$
+"""
+
+
+class Backlog:
+    """What is due for each job of a worker, `count` of it; and how much of it is left."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.db = world.db
+
+    async def begin(self) -> None:
+        ada, charles = await self.world.users("Ada", "Charles")
+        self.ada, self.charles = ada.id, charles.id
+        self.owner, self.member = await self.world.connect(ada), await self.world.connect(charles)
+        await self.db.execute(FAIL)
+
+    async def clear_expired(self) -> str:
+        await self.db.execute(
+            """INSERT INTO session (user_id, token, expires_at)
+            SELECT $1, n::text, now() - interval '2 days' FROM generate_series(1, $2) n""",
+            self.ada, DUE,
+        )  # fmt: skip
+        await self.db.execute(
+            """INSERT INTO approach (from_user_id, to_user_id, kind, began_at)
+            SELECT f, t, kind, now() - interval '2 days' FROM (VALUES ($1::uuid, $2::uuid), ($2, $1)) AS pair (f, t),
+            unnest('{add,invite,friend}'::text[]) kind""",
+            self.ada, self.charles,
+        )  # fmt: skip
+        return "SELECT (SELECT count(*) FROM session WHERE expires_at < now()) + (SELECT count(*) FROM approach)"
+
+    async def expire_statuses(self) -> str:
+        await self.db.execute(
+            """INSERT INTO "user" (name, email, custom_status, custom_status_until)
+            SELECT 's' || n, 's' || n || '@example.org', 'Busy', now() FROM generate_series(1, $1) n""",
+            DUE,
+        )  # fmt: skip
+        return """SELECT count(*) FROM "user" WHERE custom_status IS NOT NULL"""
+
+    async def erase_due(self) -> str:
+        await self.db.execute(
+            """INSERT INTO "user" (name, email, is_deleted, is_active, deleted_at)
+            SELECT 'e' || n, 'e' || n || '@example.org', true, false, now() - interval '1 year' + n * interval '1 day'
+            FROM generate_series(1, $1) n""",
+            STUCK + DUE,
+        )  # fmt: skip
+        await self._fail_at("user", "name", [f"e{number + 1}" for number in range(STUCK)])
+        return """SELECT count(*) FROM "user" WHERE name LIKE 'e%' AND erased_at IS NULL"""
+
+    async def send_due(self) -> str:
+        slow = await self._messages("slow", 1, ConversationSettings(slow_mode_seconds=3600))
+        other = await self._messages("other", 1, ConversationSettings())
+        for number in range(STUCK + DUE):
+            await self.member.call(
+                client.Schedule(
+                    conversation_id=slow if number < STUCK else other,
+                    message_id=MessageId(uuid7()),
+                    content="Due",
+                    send_at=now() + timedelta(hours=1),
+                )
+            )
+        await self.db.execute(
+            """UPDATE scheduled_message
+            SET send_at = now() - interval '1 hour' * (1 + (conversation_id = $1)::integer)""",
+            slow,
+        )  # fmt: skip
+        return "SELECT count(*) FROM scheduled_message WHERE status = 'waiting'"
+
+    async def expire_due(self) -> str:
+        settings = ConversationSettings(expire_after_seconds=3600)
+        stuck = await self._messages("stuck", STUCK, settings)
+        await self._messages("expiring", DUE, settings)
+        await self.db.execute(
+            """UPDATE message SET expires_at = now() - interval '1 hour' * (1 + (conversation_id = $1)::integer)
+            WHERE expires_at IS NOT NULL""",
+            stuck,
+        )  # fmt: skip
+        await self._fail_at("message", "conversation_id", [str(stuck)])
+        return "SELECT count(*) FROM message WHERE expires_at IS NOT NULL"
+
+    async def _messages(self, title: str, count: int, settings: ConversationSettings) -> ConversationId:
+        """Make a conversation in which Charles, a member, has said so many things."""
+        about = await self.world.channel(self.owner, title=title, is_public=True, settings=settings)
+        await self.member.call(client.Join(conversation_id=about))
+        for number in range(count):
+            await self.member.call(message(about, f"{title} {number}"))
+        return about
+
+    async def _fail_at(self, table: str, column: str, values: list[str]) -> None:
+        listed = ", ".join(f"'{value}'" for value in values)
+        await self.db.execute(
+            f"""CREATE TRIGGER fail BEFORE UPDATE ON "{table}" FOR EACH ROW
+            WHEN (old.{column}::text IN ({listed})) EXECUTE FUNCTION fail()"""
+        )
+
+
+NO_QUEUE = {"push_due", "tidy"}
+"""Jobs without rows that wait for them: push_due empties a list in memory, tidy sorts what is new into an index."""
+
+
+async def test_each_job_does_all_that_is_due_past_what_fails_again_and_again(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("CLEAR_SECONDS", "EXPIRE_SECONDS", "DUE_SECONDS"):
+        monkeypatch.setattr(app, name, 36_000.0)
+    for module in (approaches, erasure, expiry, scheduled, sessions, users):
+        monkeypatch.setattr(module, "AT_ONCE", AT_ONCE)
+    async with World(settings, workers=1) as world:
+        backlog = Backlog(world)
+        await backlog.begin()
+        for _, job in world.workers[0].app.jobs():
+            name = job.__name__
+            if name in NO_QUEUE:
+                continue
+            left = await getattr(backlog, name)()
+            stuck = STUCK if name in {"erase_due", "send_due", "expire_due"} else 0
+            assert await world.db.fetchval(left) >= stuck + DUE
+            task = asyncio.create_task(every(36_000, job))
+            async with asyncio.timeout(20):
+                while await world.db.fetchval(left) > stuck:
+                    await asyncio.sleep(0.01)
+            await end([task])
+            assert await world.db.fetchval(left) == stuck, name
+        assert await world.db.fetchval("SELECT count(*) FROM message WHERE content = 'Due'") == DUE
+        # What has to wait for slow mode is put off for so long, and not tried again and again.
+        waits = "SELECT min(claimed_at) > now() + interval '30 minutes' FROM scheduled_message WHERE status = 'waiting'"
+        assert await world.db.fetchval(waits)
 
 
 def test_no_task_is_awaited_after_one_cancellation() -> None:

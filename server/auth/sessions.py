@@ -68,10 +68,10 @@ class Sessions:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def clear(self) -> None:
-        """Drop some of the sessions that have long expired."""
+    async def clear(self) -> bool:
+        """Delete some of the sessions that have long expired; return whether there may be more."""
         async with self._database.connection() as db:
-            await sessions.clear_expired(db)
+            return await sessions.clear_expired(db)
 
     async def _slide(self, session_ids: Sequence[SessionId]) -> None:
         try:

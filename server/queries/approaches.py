@@ -9,6 +9,9 @@ from protocol.limits import MAX_ADDED_A_DAY, MAX_APPROACHES_A_DAY
 from server.database import Db
 
 Kind = Literal["add", "invite", "friend", "follow"]
+SAID: dict[Kind, str] = {"add": "add", "invite": "invite", "friend": "send a friend request to", "follow": "follow"}
+AT_ONCE = 1_000
+"""Counts that one statement deletes."""
 
 # A row that is not returned has reached its bound.
 COUNT = """
@@ -38,7 +41,7 @@ async def count(db: Db, kind: Kind, user_id: UserId, others: Sequence[UserId]) -
         wait = await db.fetchval(WAIT, user_id, refused, kind)
         raise Refused(
             ErrorCode.RATE_LIMITED,
-            f"You can do this to the same user {most} times a day. Try again after `retry_after_ms`.",
+            f"You can {SAID[kind]} the same user {most} times a day. Retry after `retry_after_ms`.",
             path="participants" if kind in {"add", "invite"} else "user_id",
             retry_after_ms=max(1, int(wait or 1)),
         )
@@ -47,12 +50,13 @@ async def count(db: Db, kind: Kind, user_id: UserId, others: Sequence[UserId]) -
 EXPIRE = """
 DELETE FROM approach a USING (
     SELECT o.from_user_id, o.to_user_id, o.kind FROM approach o WHERE o.began_at <= now() - interval '1 day'
-    ORDER BY o.began_at LIMIT 1000 FOR UPDATE SKIP LOCKED
+    ORDER BY o.began_at LIMIT $1 FOR UPDATE SKIP LOCKED
 ) due
 WHERE a.from_user_id = due.from_user_id AND a.to_user_id = due.to_user_id AND a.kind = due.kind
+RETURNING true
 """
 
 
-async def expire(db: Db) -> None:
-    """Delete counts that are older than a day, at most 1,000."""
-    await db.execute(EXPIRE)
+async def expire(db: Db) -> bool:
+    """Delete counts that are older than a day, at most `AT_ONCE`; return whether there may be more."""
+    return len(await db.fetch(EXPIRE, AT_ONCE)) == AT_ONCE

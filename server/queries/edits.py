@@ -1,7 +1,7 @@
 """Messages changed: edited, deleted, and what they said before."""
 
 from protocol.client import Edit
-from protocol.ids import EditId, UserId, uuid7
+from protocol.ids import ConversationId, EditId, MessageId, UserId, uuid7
 from protocol.values import Message, MessageEdit
 from server.database import Db
 from server.queries.messages import VISIBLE, Place
@@ -58,13 +58,13 @@ async def edit(db: Db, found: Message, user_id: UserId, frame: Edit, made: Made)
     """
     edit_id = frame.edit_id or EditId(uuid7())
     text = await db.fetchval(EDIT, found.conversation_id, found.id, edit_id, user_id, frame.content, *made)
-    await find_anew(db, found)
+    await find_anew(db, found.conversation_id, found.id)
     return _message_decoder.decode(text)
 
 
-async def find_anew(db: Db, found: Message) -> None:
+async def find_anew(db: Db, conversation_id: ConversationId, message_id: MessageId) -> None:
     """Have a message that was changed be found by what it says now. Under the lock."""
-    await db.execute(FIND_ANEW, found.conversation_id, found.id)
+    await db.execute(FIND_ANEW, conversation_id, message_id)
 
 
 # What an edit made of the message is what the next edit kept, or what the message says now.
@@ -123,15 +123,27 @@ RETURNING message_json(m), (SELECT reply_count FROM root)
 """
 
 
-async def delete(db: Db, found: Message, user_id: UserId | None) -> tuple[Message, int | None]:
+async def delete(db: Db, found: Message, user_id: UserId) -> tuple[Message, int | None]:
     """Take a message's words away; return what is left, and the root's count if it was a reply. Under the lock.
 
-    What it said is kept for those who read the database, unless it is nobody's deed but its time that is over.
+    What it said is kept for those who read the database.
     """
-    row = await db.fetchrow(DELETE, found.conversation_id, found.id, user_id, user_id is None)
+    row = await db.fetchrow(DELETE, found.conversation_id, found.id, user_id, False)  # noqa: FBT003 - a parameter
     assert row is not None  # noqa: S101 - the caller found it under the lock
-    await find_anew(db, found)
+    await find_anew(db, found.conversation_id, found.id)
     return _message_decoder.decode(row[0]), row[1]
+
+
+async def expire(db: Db, conversation_id: ConversationId, message_id: MessageId) -> tuple[Message, int | None] | None:
+    """Take the words away of a message whose time is over, and keep none; return as `delete`. Under the lock.
+
+    Return None if what is left cannot be read: it is gone all the same.
+    """
+    row = await db.fetchrow(DELETE, conversation_id, message_id, None, True)  # noqa: FBT003 - a parameter
+    assert row is not None  # noqa: S101 - the caller found it under the lock
+    await find_anew(db, conversation_id, message_id)
+    left = _message_decoder.read(row[0])
+    return None if left is None else (left, row[1])
 
 
 EDITS = f"""

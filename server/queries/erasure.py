@@ -1,21 +1,24 @@
 """Erasing a person: what they said stays, and nothing else of them."""
 
 import re
+from collections.abc import Collection
 from datetime import timedelta
 from typing import NamedTuple
 
 from protocol.ids import ConversationId, UserId
 from server.database import Db
 
+AT_ONCE = 10
+
 DUE = """
-SELECT id FROM "user" WHERE is_deleted AND erased_at IS NULL AND deleted_at < now() - $1::interval
-ORDER BY deleted_at LIMIT 10
+SELECT id FROM "user" WHERE is_deleted AND erased_at IS NULL AND deleted_at < now() - $1::interval AND id <> ALL ($2)
+ORDER BY deleted_at LIMIT $3
 """
 
 
-async def due(db: Db, grace: timedelta) -> list[UserId]:
-    """Return some of the users who deleted their account so long ago."""
-    return [UserId(row[0]) for row in await db.fetch(DUE, grace)]
+async def due(db: Db, grace: timedelta, besides: Collection[UserId]) -> list[UserId]:
+    """Return the users, besides some whose time of grace is over, the first ones, at most `AT_ONCE`."""
+    return [UserId(row[0]) for row in await db.fetch(DUE, grace, list(besides), AT_ONCE)]
 
 
 # First of all the user cannot come in any more, and whatever lets somebody into a conversation refuses them: it asks

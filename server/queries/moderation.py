@@ -36,14 +36,14 @@ RETURNING message_json(m)
 async def moderate(db: Db, found: Message, user_id: UserId, reason: str) -> Message:
     """Hide a message, which upholds what was reported about it; return it as everyone sees it. Under the lock."""
     text = await db.fetchval(MODERATE, found.conversation_id, found.id, user_id, reason)
-    await find_anew(db, found)
+    await find_anew(db, found.conversation_id, found.id)
     return _message_decoder.decode(text)
 
 
 async def unmoderate(db: Db, found: Message) -> Message:
     """Show a message again, and return it. Under the lock."""
     text = await db.fetchval(UNMODERATE, found.conversation_id, found.id)
-    await find_anew(db, found)
+    await find_anew(db, found.conversation_id, found.id)
     return _message_decoder.decode(text)
 
 

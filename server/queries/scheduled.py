@@ -87,12 +87,14 @@ async def page(db: Db, user_id: UserId) -> list[Scheduled]:
 
 
 class Due(NamedTuple):
-    """A message whose time has come, and who sends it if they are still here. Without `frame`, it is unreadable."""
+    """A message whose time has come."""
 
-    sender: User
-    is_here: bool
     message_id: MessageId
+    sender_id: UserId
+    sender: User | None
+    """None if they are not here any more, or cannot be read."""
     frame: Send | None
+    """None if it cannot be read."""
 
 
 # Whoever deleted their account, or was locked out, says nothing any more.
@@ -106,22 +108,30 @@ FROM (
 JOIN scheduled_message again ON again.id = due.id
 JOIN "user" u ON u.id = again.sender_id
 WHERE s.id = due.id
-RETURNING s.id, s.conversation_id, s.words, {FACE}, u.is_active AND NOT u.is_deleted
+RETURNING s.id, s.conversation_id, s.sender_id, s.words, CASE WHEN u.is_active AND NOT u.is_deleted THEN {FACE} END
 """  # noqa: S608 - FACE is a constant
 
 
 async def claim(db: Db) -> list[Due]:
     """Take up messages whose time has come, and which nobody else has taken up."""
     found = []
-    for message_id, conversation_id, words, face, is_here in await db.fetch(CLAIM, CLAIMED, AT_ONCE):
+    for message_id, conversation_id, sender_id, words, face in await db.fetch(CLAIM, CLAIMED, AT_ONCE):
         try:
             said = msgspec.structs.asdict(_words_decoder.decode(words))
             frame = Send(conversation_id=conversation_id, message_id=message_id, **said)
         except (msgspec.ValidationError, RecursionError, ValueError):
             frame = None
-        if (sender := _user_decoder.read(face)) is not None:
-            found.append(Due(sender, is_here, message_id, frame))
+        found.append(Due(message_id, sender_id, None if face is None else _user_decoder.read(face), frame))
     return found
+
+
+# It is taken up again when the claim is over.
+PUT_OFF = "UPDATE scheduled_message SET claimed_at = now() + $2::interval WHERE id = $1"
+
+
+async def put_off(db: Db, due: Due, wait: timedelta) -> None:
+    """Have a message that was taken up wait, so that those behind it have their turn."""
+    await db.execute(PUT_OFF, due.message_id, wait)
 
 
 FINISH = """
@@ -132,4 +142,4 @@ UPDATE scheduled_message s SET status = $3, problem = $4, user_version = t.versi
 
 async def finish(db: Db, due: Due, status: ScheduledStatus, problem: str | None = None) -> None:
     """Note what became of a message that was taken up."""
-    await db.execute(FINISH, due.message_id, due.sender.id, status, problem)
+    await db.execute(FINISH, due.message_id, due.sender_id, status, problem)

@@ -14,6 +14,9 @@ from server.rows import Reader
 _user_decoder = Reader(User)
 _sessions_decoder = Reader(Session)
 
+AT_ONCE = 1_000
+"""Sessions that one statement deletes."""
+
 # `updated_at` is when a session last began or was extended, which happens daily while it is used.
 CREATE = f"""
 WITH welcome AS (
@@ -151,11 +154,12 @@ async def revoke(db: Db, user_id: UserId, session_id: SessionId | None) -> int:
 
 EXPIRED = """
 DELETE FROM session WHERE id IN (
-    SELECT id FROM session WHERE expires_at < now() - interval '1 day' LIMIT 1000 FOR UPDATE SKIP LOCKED
+    SELECT id FROM session WHERE expires_at < now() - interval '1 day' LIMIT $1 FOR UPDATE SKIP LOCKED
 )
+RETURNING true
 """
 
 
-async def clear_expired(db: Db) -> None:
-    """Drop some of the sessions that ended more than a day ago."""
-    await db.execute(EXPIRED)
+async def clear_expired(db: Db) -> bool:
+    """Delete sessions that ended more than a day ago, at most `AT_ONCE`; return whether there may be more."""
+    return len(await db.fetch(EXPIRED, AT_ONCE)) == AT_ONCE

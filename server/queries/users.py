@@ -19,6 +19,9 @@ _profile_decoder = Reader(Profile)
 _me_decoder = Reader(Me)
 _own_decoder = Reader(OwnEvent)
 
+AT_ONCE = 1_000
+"""Custom statuses that one statement takes away."""
+
 FACE = "json_build_object('id', u.id, 'name', u.name, 'display_name', u.display_name, 'image', u.image)"
 """A user's face (protocol/values.py), for queries that have the user's row as `u`."""
 
@@ -281,15 +284,15 @@ EXPIRE = """
 UPDATE "user" u SET custom_status = NULL, custom_status_until = NULL,
     version = u.version + 1, own_version = u.version + 1
 FROM (
-    SELECT id FROM "user" WHERE custom_status_until <= now() ORDER BY id LIMIT 1000 FOR NO KEY UPDATE SKIP LOCKED
+    SELECT id FROM "user" WHERE custom_status_until <= now() ORDER BY id LIMIT $1 FOR NO KEY UPDATE SKIP LOCKED
 ) t
 WHERE u.id = t.id RETURNING u.id
 """
 
 
 async def expire_statuses(db: Db) -> list[UserId]:
-    """Take away custom statuses whose time is over, at most 1,000; return whose they were."""
-    return [UserId(row[0]) for row in await db.fetch(EXPIRE)]
+    """Take away custom statuses whose time is over, at most `AT_ONCE`; return whose they were."""
+    return [UserId(row[0]) for row in await db.fetch(EXPIRE, AT_ONCE)]
 
 
 CHOICES = f"""
