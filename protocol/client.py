@@ -355,7 +355,9 @@ class Delete(_OfMessage, tag="delete"):
 
 
 class React(_OfMessage, tag="react"):
-    """Put an emoji on a message: one of Unicode's, or a name between colons, such as `:shipit:`."""
+    """Put an emoji on a message: one of Unicode's, or a name between colons, such as `:shipit:`. The server stores
+    emoji fully qualified (❤ as ❤️) and names in lower case. Events and `reactions` have that spelling.
+    """
 
     emoji: Emoji
 
@@ -364,7 +366,9 @@ class React(_OfMessage, tag="react"):
 
 
 class Unreact(_OfMessage, tag="unreact"):
-    """Take it back. What `mine` names can be taken back as it stands there, also if it can no longer be put on."""
+    """Take back the caller's emoji from a message, in any spelling that `react` takes, or as `mine` has it. Names that
+    `react` no longer takes can be taken back, too.
+    """
 
     emoji: Emoji
 

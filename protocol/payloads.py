@@ -78,7 +78,9 @@ class Location(_Payload, tag="location", frozen=True, kw_only=True):
 
 
 class Poll(_Payload, tag="poll", frozen=True, kw_only=True):
-    """A question, in `content`, with options that are all different. Of an anonymous one only the counts are told."""
+    """A question, in `content`, with options that are all different. `is_multiple` allows votes for several of them. Of
+    an anonymous poll only the counts are told. After `closes_at` no vote is taken.
+    """
 
     options: Options
     is_multiple: bool = False

@@ -361,7 +361,9 @@ class InviteCode(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class Invitation(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """A conversation that the user is asked to join, as far as one may know it from outside."""
+    """A conversation that the user is asked to join, as far as one may know it from outside. `role` is the one that
+    they join with, and `invited_by` the user who asked them.
+    """
 
     conversation_id: ConversationId
     type: ConversationType

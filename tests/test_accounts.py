@@ -1,8 +1,10 @@
 """Accounts and sessions over HTTP, and what ends them."""
 
+import re
 import time
 from collections.abc import AsyncIterator
 from http import HTTPStatus
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -301,3 +303,18 @@ async def test_pages_of_allowed_origins_may_read_answers(settings: Settings) -> 
         cookie = {"Cookie": f"openchat_session={(await register(http)).token}"}
         async with Client(world.url, None, headers=cookie, origin=theirs["Origin"]) as client:
             assert client.ready.user.name == "Ada"
+
+
+async def test_the_handbook_of_clients_logs_in(world: World) -> None:
+    page = (Path(__file__).parent.parent / "docs" / "clients.md").read_text()
+    page = page.replace("localhost:8000", world.url.removeprefix("http://"))
+    commands = re.findall(r"^curl -s (\S+/v1/auth/\S+) -d '(.*)'$", page, re.MULTILINE)
+    (program,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    async with http_client(world.url) as http:
+        answers = [await http.post(f"http://{url}", content=body) for url, body in commands]
+    assert [answer.status_code for answer in answers] == [201, 200]
+    found: dict[str, Any] = {}
+    exec(program, found)  # noqa: S102 - it is our own
+    for answer in answers:
+        assert {"token", "session_id", "expires_at", "user"} == answer.json().keys()
+        assert await found["main"](answer.json()["token"]) == "Ada"

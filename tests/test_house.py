@@ -172,6 +172,20 @@ def test_generated_documents_are_current(name: str) -> None:
     assert (ROOT / "docs" / name).read_text() == DOCUMENTS[name](), "run `make docs`"
 
 
+PRIMITIVES = {
+    "string", "integer", "number", "boolean", "null", "list", "object", "anything", "uuid", "date", "partial", "time",
+    "of", "or", "to", "from",
+}  # fmt: skip
+
+
+def test_every_type_in_the_handbook_is_described() -> None:
+    page = (ROOT / "docs" / "protocol.md").read_text()
+    described = {*re.findall(r"^#{3,4} (\w+)$", page, re.MULTILINE), "ErrorCode", "Limits"}  # two have chapters
+    rows = re.findall(r"^\| `\w+` \| (.*?) \| ", page.split("## Error codes")[0], re.MULTILINE)
+    named = {name for row in rows for name in re.findall(r"[A-Za-z]\w+", re.sub(r"`[^`]*`", "", row))}
+    assert named - PRIMITIVES - described == set()
+
+
 def test_links_in_documents_lead_somewhere() -> None:
     for path in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]:
         for target in re.findall(r"\]\(([^)#]+)[^)]*\)", path.read_text()):

@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from protocol import PROTOCOL_VERSION, SUBPROTOCOL, client, server, values
+from protocol import PROTOCOL_VERSION, SUBPROTOCOL, client, payloads, server, values
 from protocol.errors import CloseCode, ErrorCode
 from protocol.limits import Limits, RateLimit
 from server.config import Settings
@@ -29,7 +29,9 @@ text message, named by its `type`. `POST /v1/call` takes the same frames, one at
 def document() -> str:
     """Return the handbook in Markdown."""
     results = [one for one in vars(server).values() if _is_result(one)]
+    parts_of_answers = [one for one in vars(server).values() if _is_struct_of(one, server) and one not in TAGGED]
     shared = [one for one in vars(values).values() if _is_struct_of(one, values)]
+    held = [one for one in vars(payloads).values() if _is_struct_of(one, payloads)]
     parts = [
         HEAD,
         "## What clients say\n",
@@ -43,7 +45,9 @@ def document() -> str:
         "## Everything else the server says\n",
         *(_frame(frame) for frame in SERVER_FRAMES if frame not in DURABLE and frame not in ANSWERS),
         "## Shared values\n",
-        *(_value(one) for one in shared),
+        *(_value(one) for one in (*parts_of_answers, *shared)),
+        "## Payloads\n\nThe `payload` of a message, beside its words. Its `type` is the message's `content_type`.\n",
+        *(_value(one, f"`type` is `{tag(one)}`. ") for one in held),
         "## Error codes\n\n| code | meaning |\n| --- | --- |",
         *(f"| `{code.value}` | {_said(ErrorCode, code)} |" for code in ErrorCode),
         "\n## Close codes\n\n| code | name | reconnect by itself | meaning |\n| --- | --- | --- | --- |",
@@ -83,8 +87,8 @@ def _frame(frame: type[msgspec.Struct], more: str = "", *, level: int = 3) -> st
     return f"{'#' * level} {tag(frame)}\n\n{summary(frame)}{more}\n\n{_fields(frame)}"
 
 
-def _value(one: type[msgspec.Struct]) -> str:
-    return f"### {one.__name__}\n\n{summary(one)}\n\n{_fields(one)}"
+def _value(one: type[msgspec.Struct], before: str = "") -> str:
+    return f"### {one.__name__}\n\n{before}{summary(one)}\n\n{_fields(one)}"
 
 
 def _fields(struct: type[msgspec.Struct]) -> str:
@@ -113,7 +117,7 @@ def _type(kind: Any) -> str:  # noqa: ANN401 - any annotation
 
 def _words(schema: dict[str, Any]) -> str:
     if "$ref" in schema:
-        return str(schema["$ref"])
+        return NAMES.get(schema["$ref"], str(schema["$ref"]))
     if "anyOf" in schema:
         return " or ".join(dict.fromkeys(_words(one) for one in schema["anyOf"]))
     if "enum" in schema:
@@ -144,3 +148,8 @@ def _said(kind: type[enum.Enum], member: enum.Enum) -> str:
         if textwrap.dedent("\n".join(said)).count('"""') == 2:  # noqa: PLR2004 - one opens, one closes
             break
     return " ".join("\n".join(said).replace('"""', "").split())
+
+
+TAGGED = {one for one in vars(server).values() if _is_struct_of(one, server) and one.__struct_config__.tag is not None}
+NAMES = {one.__name__: tag(one) for one in TAGGED}
+"""The names of classes on the wire."""
