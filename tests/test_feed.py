@@ -214,6 +214,32 @@ async def test_feed_is_that_of_a_slow_and_obvious_recount(db: "asyncpg.Connectio
     assert await feed.count_unseen(db, UserId(uid(1, ME))) == sum(1 for one in expected if one[1] > seen)
 
 
+MENTIONED = """
+SELECT m.id FROM message m JOIN conversation_participant p ON p.conversation_id = m.conversation_id AND p.user_id = $1
+JOIN (
+    SELECT c.* FROM conversation c JOIN conversation_participant o ON o.conversation_id = c.id
+    WHERE o.user_id = $1 AND o.status = 'active' AND NOT c.is_deleted ORDER BY c.last_activity_at DESC LIMIT 200
+) c ON c.id = m.conversation_id
+WHERE ('everyone' = ANY(m.loud_mentions) OR p.role = ANY(m.loud_mentions) OR $1 = ANY(m.mentions))
+    AND NOT m.is_deleted AND NOT m.is_moderated
+    AND m.sent_version > CASE WHEN c.settings ->> 'history' IS NULL THEN 0 ELSE p.joined_version END
+ORDER BY m.created_at DESC
+"""
+
+
+async def test_search_of_mentions_finds_everyone_and_roles_one_has(db: "asyncpg.Connection[asyncpg.Record]") -> None:
+    await fill(db, random.Random(4))
+    expected = [row[0] for row in await db.fetch(MENTIONED, uid(1, ME))]
+    found: list[UUID] = []
+    after = None
+    while not found or after is not None:
+        page = await searches.find(db, UserId(uid(1, ME)), Search(mentions_me=True, after=after), None, limit=30)
+        found += [UUID(int=hit.message.id.int) for hit in page.hits]
+        after = page.after
+    assert len(expected) > 50
+    assert found == expected
+
+
 async def test_pages_keep_to_the_conversations_of_the_first_one(db: "asyncpg.Connection[asyncpg.Record]") -> None:
     """Others that become active in between do not push any of them out."""
     me = uid(1, ME)

@@ -71,8 +71,8 @@ WHY = {
         "feed.ROWS": FEED,
         "feed.PAGE": FEED,
         "feed.COUNT": FEED,
-        "searches.NEWEST": "2 x conversation_participant(user_id) cut 2; message_search() cut 1",
-        "searches.RELEVANT": "2 x conversation_participant(user_id) cut 3; message_search() cut 2",
+        "searches.NEWEST": "conversation_participant(user_id) cut 2; message_search() cut 1",
+        "searches.RELEVANT": "conversation_participant(user_id) cut 3; message_search() cut 2",
     },
     "participants of a conversation, by name in those of up to 100 or 1,000, and who hides from one user": {
         "changes.READING": (
@@ -90,7 +90,6 @@ WHY = {
         ),
     },
     "participants of a conversation, which are counted, told or asked once": {
-        "drafts.LOCK_WRITERS": "conversation_participant(conversation_id)",
         "drafts.EMPTY": "conversation_participant(conversation_id)",
         "participants.HEIR": "conversation_participant(conversation_id) cut 1",
         "push.NOTICES": "conversation_participant(); conversation_participant(conversation_id); push_endpoint(user_id)",
@@ -122,7 +121,6 @@ WHY = {
             "message_star(user_id); push_endpoint(user_id); scheduled_message(sender_id); session(user_id); "
             "thread_follow(user_id); user_relationship()"
         ),
-        "users.EXPIRE": "user() cut 1",
     },
     "asked by an operator, or for one's own export: one a minute and worker": {
         "accounts.CARD": "conversation_participant(user_id); session(user_id); user()",

@@ -23,17 +23,6 @@ LATEST = f"""
 """These conversations, with the user's role and the version after which they see messages. `since` is what `since`
 returned for the first page; null stands for now.
 """
-MENTIONS_ME = f"""(
-    SELECT coalesce(string_agg(
-        format('(''m:everyone'' | ''m:%s'') & (%s)', r.role, r.there), ' | '
-    ), '''nowhere''')::tsquery || format('''m:%s''', {{user}}::uuid)::tsquery
-    FROM (
-        SELECT p.role, string_agg(format('''c:%s''', p.conversation_id), ' | ') AS there
-        FROM ({LATEST.format(user="{user}", also="{also}", since="{since}")}) p GROUP BY p.role
-    ) r
-)"""  # noqa: S608 - constants are put in
-"""What finds messages that mention a user: by id anywhere, or with everyone, or with their role, in the latest."""
-
 SINCE = f"""
 SELECT {ACTIVE_AT} FROM conversation_participant p
 JOIN conversation c ON c.id = p.conversation_id AND NOT c.is_deleted

@@ -18,7 +18,7 @@ from protocol.values import Message, SearchHit
 from server.cursor import moment_of
 from server.database import Db
 from server.queries import latest
-from server.queries.latest import LATEST, MENTIONS_ME
+from server.queries.latest import LATEST
 from server.queries.moment import MOMENT
 from server.rows import Reader
 
@@ -33,8 +33,8 @@ was searched for. Marking all of a message of 10,000 characters took millisecond
 _CUT = re.compile("[\x02\x03]")
 
 # $1 is the user, $2 the words as a tsquery, $3 a conversation, $4 a hashtag, $5 whether the user is mentioned. Words
-# that are none in this language, such as "the" in English, are nowhere.
-# `since` stands for the parameter that tells which conversations are the latest.
+# that are none in this language, such as "the" in English, are nowhere. Of mentions of roles, those of another one than
+# the user has there are left out later. `since` stands for the parameter that tells which conversations are the latest.
 _THERE = "AND ($3::uuid IS NULL OR p.conversation_id = $3)"
 _QUERY = f"""(
     SELECT CASE WHEN $2::text IS NULL THEN w.filters
@@ -44,7 +44,8 @@ _QUERY = f"""(
         SELECT concat_ws(' & ',
             coalesce('(' || string_agg('''c:' || p.conversation_id || '''', '|') || ')', '''nowhere'''),
             '''h:' || $4::text || '''',
-            CASE WHEN $5 THEN '(' || {MENTIONS_ME.format(user="$1", also=_THERE, since="{since}")}::text || ')' END
+            CASE WHEN $5 THEN format('(''m:everyone'' | ''m:%s''', $1::uuid)
+                || string_agg(DISTINCT format(' | ''m:%s''', p.role), '') || ')' END
         )::tsquery AS filters
         FROM ({LATEST.format(user="$1", also=_THERE, since="{since}")}) p
     ) w
@@ -65,6 +66,7 @@ _FOUND = f"""
             AND m.sent_version > visible_after(c, p) AND ($8::uuid IS NULL OR m.sender_id = $8)
             AND ($9::text IS NULL OR m.content_type = $9)
             AND (NOT $10 OR m.content_type IN ('image', 'file', 'audio', 'video'))
+            AND (NOT $5 OR $1 = ANY(m.mentions) OR m.loud_mentions && ARRAY['everyone', p.role])
             AND ($11::uuid IS NULL OR m.thread_root_id = $11 OR m.id = $11) AND (NOT $12 OR m.is_pinned)
         OFFSET 0
     ) seen
