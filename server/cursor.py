@@ -29,7 +29,9 @@ class Cursor(NamedTuple):
 
     @classmethod
     def of(cls, columns: Any) -> str | None:  # noqa: ANN401 - a row has no type
-        """Return where a row stands, by its second and third column; None before the year 1, where nothing follows."""
+        """Return the cursor of a row, whose second and third column are its time and id; None if the time is NULL, as
+        it is before the year 1: the list ends there.
+        """
         return None if columns[1] is None else str(cls(columns[1], UUID(int=columns[2].int)))
 
     @classmethod

@@ -13,19 +13,19 @@ import asyncpg
 from server.errors import Fatal
 
 LOCK_SECONDS = 1
-"""Max wait of a migration for each lock, in seconds: whoever needs the table meanwhile waits behind it."""
+"""Max wait of a migration for each lock, in seconds. Other statements on that table wait behind it."""
 ATTEMPTS = 30
-"""Max attempts of a migration that another session's lock stops."""
+"""Max attempts at a migration that other sessions' locks stop."""
 PAUSE_SECONDS = 1.0
-"""Pause between two attempts, in seconds: those who waited behind the first one pass."""
+"""Pause between two attempts, in seconds, in which the statements that waited go on."""
 TURN_SECONDS = 0.1
-"""Interval at which a process asks whether another one still migrates, or builds an index, in seconds."""
+"""Interval at which a process asks whether another one still migrates or builds an index, in seconds."""
 BUILD_SECONDS = 600
-"""Max wait of an index that is built for transactions that began before, in seconds. Nobody waits behind it."""
+"""Max wait of an index build for older transactions, in seconds. No statement waits behind it."""
 
 _HERE = Path(__file__).parent
 ROOT = _HERE if (_HERE / "schema.sql").exists() else _HERE.parent
-"""Where schema.sql and migrations/ are: inside the package when installed, beside it in a checkout."""
+"""The folder of schema.sql and migrations/: the package when installed, its parent in a checkout."""
 
 TABLE = """
 CREATE TABLE schema_migration (
@@ -35,14 +35,14 @@ CREATE TABLE schema_migration (
 )
 """
 LOCK = "LOCK TABLE schema_migration IN SHARE UPDATE EXCLUSIVE MODE NOWAIT"
-"""Lets one process migrate at a time. A reader can take an advisory lock, and none of this table."""
+"""Lets one process migrate at a time. Readers of the database could hold an advisory lock, but not this one."""
 PATIENCE = f"SET LOCAL lock_timeout = '{LOCK_SECONDS}s'"
 PATIENCE_OF_STEPS = f"SET lock_timeout = '{LOCK_SECONDS}s'"
 UNTIL_BUILT = f"SET lock_timeout = '{BUILD_SECONDS}s'"
 BUILD = re.compile(r'CREATE (?:UNIQUE )?INDEX CONCURRENTLY (?P<index>\w+) ON (?P<table>\w+|"\w+") [^;]+;')
-"""The only statement of a migration that holds `CONCURRENTLY`."""
+"""The only kind of statement in a migration whose text holds `CONCURRENTLY`."""
 COMMITS = re.compile(r"^\s*COMMIT;", re.MULTILINE)
-"""In the only statement of a migration that changes rows in small transactions: a block that finds what is left."""
+"""Marks a migration that is one block, which changes rows in small transactions. Run again, it changes the rest."""
 IS_BUILDING = (
     "SELECT EXISTS (SELECT FROM pg_stat_progress_create_index WHERE relid = to_regclass('public.' || $1::text))"
 )
@@ -72,11 +72,11 @@ Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record] | asyncpg.pool.PoolC
 
 
 STOPPED = (asyncpg.LockNotAvailableError, asyncpg.DeadlockDetectedError)
-"""What PostgreSQL raises when a migration gets in the way of others, or they in its way."""
+"""Errors of PostgreSQL about locks of other sessions, after which a migration is tried again."""
 
 
 class Migration(NamedTuple):
-    """One step; `number` is its place, counted from 1 without holes."""
+    """One step. `number` is its place: 1, 2, 3 and so on."""
 
     number: int
     name: str
@@ -90,7 +90,7 @@ def known() -> list[Migration]:
 
 
 async def plan(connection: Connection) -> list[str]:
-    """Return what `migrate` would do, a line each; none if the database is up to date. Raises Fatal as it does."""
+    """Return the steps that `migrate` would do, none if the database is up to date. Raises Fatal as `migrate` does."""
     if await connection.fetchval(IS_EMPTY):
         return ["schema.sql (the database is empty)"]
     applied = await _applied(connection)
@@ -98,7 +98,7 @@ async def plan(connection: Connection) -> list[str]:
 
 
 async def migrate(url: str) -> list[str]:
-    """Do what `plan` says in the database at `url`, and return it. Safe to call from many processes at once.
+    """Do the steps of `plan` in the database at `url`, and return them. Processes may call it concurrently.
 
     Raises Fatal if the schema is newer than the program, or is not OpenChat's, or if another session holds its tables.
     """
@@ -159,7 +159,7 @@ async def _alone(url: str) -> AsyncIterator[Connection]:
 
 
 async def _create(connection: Connection) -> list[str]:
-    """Create all tables. The first statement lets one process do so at a time; others wait, and raise."""
+    """Create all tables. Of concurrent processes one does; the others wait at the first statement, and raise."""
     async with connection.transaction():
         await connection.execute(TABLE)
         await connection.execute((ROOT / "schema.sql").read_text())
@@ -213,7 +213,7 @@ async def _apply(connection: Connection, migration: Migration) -> None:
 
 
 async def _build(connection: Connection, statement: re.Match[str]) -> None:
-    """Build an index beside those who write. One that a broken build left behind is dropped first."""
+    """Build an index while others write. An invalid one, which a broken build left behind, is dropped first."""
     index = statement["index"]
     # PostgreSQL goes on building for a client that was killed.
     while await connection.fetchval(IS_BUILDING, statement["table"]):  # noqa: ASYNC110 - PostgreSQL tells nobody
@@ -226,12 +226,12 @@ async def _build(connection: Connection, statement: re.Match[str]) -> None:
 
 
 async def new_epoch(connection: Connection) -> None:
-    """Tell every client, when it next resumes, to start over: after restoring a backup."""
+    """Have every client start over at its next `resume`, as after restoring a backup."""
     await connection.execute(NEW_EPOCH)
 
 
 async def is_current(connection: Connection) -> bool:
-    """Whether the database has exactly the schema that this program knows."""
+    """Return whether the database has exactly the schema that this program knows."""
     has_table = await connection.fetchval(HAS_TABLE)
     return bool(has_table) and int(await connection.fetchval(APPLIED)) == len(known())
 

@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, Iterable
 log = logging.getLogger(__name__)
 
 SWALLOWED_SECONDS = 1.0
-"""A task that goes on for so long after it was cancelled did not hear of it."""
+"""Max seconds that a cancelled task takes to end, before it is cancelled once more."""
 
 
 async def every(seconds: float, job: Callable[[], Awaitable[bool | None]], *, is_spread: bool = False) -> None:

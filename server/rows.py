@@ -94,7 +94,9 @@ class Reader(Generic[Row]):
             return self.each(msgspec.json.encode(one).decode() for one in _parsed(text))
 
     def beside(self, found: Iterable[Any]) -> list[tuple[Row, Any]]:
-        """Return rows whose first column is JSON: that as a row, and all columns. Those that `read` leaves out are."""
+        """Return pairs: the row that `read` makes of the first column, which is JSON, and all columns. What `read`
+        leaves out is left out here, too.
+        """
         return [(row, columns) for columns in found if (row := self.read(columns[0])) is not None]
 
     def page(self, found: Sequence[Any], limit: int, key: Callable[[Any], Any] = itemgetter(1)) -> "Page[Row]":

@@ -186,6 +186,15 @@ def test_every_type_in_the_handbook_is_described() -> None:
     assert named - PRIMITIVES - described == set()
 
 
+def test_prose_in_documents_wraps() -> None:
+    for path in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]:
+        if path.name == "CHANGELOG.md":  # a line for each change
+            continue
+        prose = re.sub(r"^```.*?^```$", "", path.read_text(), flags=re.MULTILINE | re.DOTALL)
+        long = [line for line in prose.splitlines() if len(line) > 120 and not line.startswith("|")]
+        assert [line for line in long if " " in line.strip()] == [], f"{path.name}: wrap prose at 120 characters"
+
+
 def test_links_in_documents_lead_somewhere() -> None:
     for path in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]:
         for target in re.findall(r"\]\(([^)#]+)[^)]*\)", path.read_text()):

@@ -14,6 +14,7 @@ from server.config import Settings
 from server.describe.asyncapi import ANSWERS, CLIENT_FRAMES, DURABLE, SERVER_FRAMES, summary, tag
 from server.routes import ROUTES
 
+WIDTH = 120
 HEAD = f"""\
 # The protocol
 
@@ -84,11 +85,15 @@ def _rules(frame: type[client.Frame]) -> str:
 
 
 def _frame(frame: type[msgspec.Struct], more: str = "", *, level: int = 3) -> str:
-    return f"{'#' * level} {tag(frame)}\n\n{summary(frame)}{more}\n\n{_fields(frame)}"
+    return f"{'#' * level} {tag(frame)}\n\n{_wrapped(summary(frame))}{more}\n\n{_fields(frame)}"
 
 
 def _value(one: type[msgspec.Struct], before: str = "") -> str:
-    return f"### {one.__name__}\n\n{before}{summary(one)}\n\n{_fields(one)}"
+    return f"### {one.__name__}\n\n{_wrapped(before + summary(one))}\n\n{_fields(one)}"
+
+
+def _wrapped(text: str) -> str:
+    return textwrap.fill(text, WIDTH, break_long_words=False, break_on_hyphens=False)
 
 
 def _fields(struct: type[msgspec.Struct]) -> str:
