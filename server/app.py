@@ -54,6 +54,7 @@ from server.routes import ROUTES
 from server.scheduling import send_due
 from server.sharedallowance import SharedAllowance
 from server.sockets import Sockets, most_sockets
+from server.web import Counted
 from server.websocket import WebSocket
 
 SENDS_AT_ONCE = 64
@@ -173,6 +174,7 @@ class App:
             origins=settings.allowed_origins,
             is_open=settings.registration == "open",
         )
+        addresses = Addresses(settings.address_rate, connections=settings.connections_per_address)
         door = Door(
             services=services,
             shared=shared,
@@ -182,11 +184,15 @@ class App:
             metrics=metrics,
             metrics_from=settings.metrics_networks,
             is_draining=self._draining,
-            addresses=Addresses(settings.address_rate, connections=settings.connections_per_address),
+            addresses=addresses,
         )
         self.starlette = Starlette(
             routes=[*Endpoints(door).routes(), *accounts.routes()],
-            middleware=[*_behind(settings.proxies), *_for_pages_of(settings.allowed_origins)],
+            middleware=[
+                *_behind(settings.proxies),
+                *_for_pages_of(settings.allowed_origins),
+                Middleware(Counted, addresses=addresses),
+            ],
         )
         metrics.values = self._values
         metrics.push_dropped = self.notices.dropped

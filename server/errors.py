@@ -125,6 +125,14 @@ def log_defect(log: logging.Logger, what: str, error: Exception) -> None:
         log.error("%s failed", what, exc_info=error)
 
 
+def log_failure(log: logging.Logger, what: str, error: Exception) -> None:
+    """Log that `what` failed and is tried again: in one line if the machine, the database or Redis explains it."""
+    if isinstance(error, (Fatal, *REDIS_LOST)) or is_lost(error):
+        log.warning("%s failed: %s", what, error)
+    else:
+        log_defect(log, what, error)
+
+
 def refusal(error: Exception) -> Refused | None:
     """Return what to tell a client about `error`, or None if it is a defect of ours."""
     if isinstance(error, Refused):

@@ -15,6 +15,7 @@ from protocol.ids import ConversationId, UserId
 from protocol.server import DurableEvent, ServerFrame, UserUpdated
 from server import people, topics, watchers
 from server.bus import Bus, Connect
+from server.errors import log_failure
 from server.people import People, Socket, UserRecord
 from server.topics import NOBODY, ConversationRecord, Topics
 from server.watchers import Watchers, WatchRecord
@@ -186,7 +187,7 @@ class Hub:
             try:
                 await self._compare_once(parts=1 if is_all else PEOPLE_PARTS)
             except Exception as error:  # noqa: BLE001 - the database is away: compare again when it is back
-                log.warning("positions could not be compared: %s", error)
+                log_failure(log, "comparing positions", error)
 
     async def _compare_once(self, *, parts: int) -> None:
         if (epoch := await self._record.epoch()) != self.epoch:

@@ -9,6 +9,7 @@ from protocol.errors import CloseCode
 from protocol.ids import ConversationId, SessionId, UserId
 from protocol.server import ServerFrame
 from server.bus import Bus
+from server.errors import log_failure
 
 COMPARE_AT_ONCE = 2_000
 
@@ -154,7 +155,7 @@ class People:
             version, hidden = (await self._record.user_versions([user_id])).get(user_id, (0, 0))
             living = await self._record.living([socket.session_id for socket in sockets])
         except Exception as error:  # noqa: BLE001 - the database is away: the next comparison looks again
-            log.warning("user %s could not be looked at: %s", user_id, error)
+            log_failure(log, f"looking at user {user_id}", error)
             person.version = 0
             return
         person.version, person.hidden = version, hidden

@@ -164,7 +164,7 @@ class RedisBus:
                 await self._listen(connection)
             except Exception as error:  # noqa: BLE001 - whatever it is, without a connection there is no bus
                 if self.is_up:
-                    log.warning("the bus is down: %s", error)
+                    log_failure(log, "the bus", error)
                     attempt = 0
                 self._go_down()
             finally:

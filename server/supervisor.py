@@ -127,6 +127,8 @@ class Supervisor:
         self._workers: list[Worker] = []
         self._resting: dict[str, float] = {}
         """Until when each of them is left alone, after something failed."""
+        self._failures: dict[str, str] = {}
+        """The last failure of each of them."""
         self._shared = Path(tempfile.mkdtemp(prefix="openchat-"))
 
     def run(self) -> None:
@@ -192,9 +194,13 @@ class Supervisor:
             return
         try:
             work()
-        except Exception as error:  # noqa: BLE001 - said above
+        except Exception as error:
             self._resting[what] = time.monotonic() + CRASHED_SOON_SECONDS
-            log.error("%s: %s; trying again", what, error)  # noqa: TRY400 - its text says it all
+            failure = repr(error)
+            # A text says all about the machine. A defect of ours needs its traceback, but not with every attempt.
+            is_new_defect = not isinstance(error, Fatal | OSError) and self._failures.get(what) != failure
+            self._failures[what] = failure
+            log.error("%s: %s; trying again", what, error, exc_info=error if is_new_defect else None)  # noqa: TRY400
 
     def _see_to_server(self, server: Postgres | Valkey) -> None:
         if not server.is_running() and not self._stopping.is_set():

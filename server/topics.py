@@ -18,6 +18,7 @@ from protocol.errors import ErrorCode, Refused
 from protocol.ids import EVERYONE, ConversationId, UserId
 from protocol.server import ConversationLeft, ServerFrame
 from server.bus import Bus
+from server.errors import log_failure
 from server.people import COMPARE_AT_ONCE, People, Socket
 
 GAP_SECONDS = 0.1
@@ -262,7 +263,7 @@ class Topics:
                     self._drop(topic, user_id)
                 self._drain(topic)
         except Exception as error:  # noqa: BLE001 - the database is away: the next comparison finds the gap again
-            log.warning("changes of %s could not be read: %s", topic.id, error)
+            log_failure(log, f"reading the changes of {topic.id}", error)
         finally:
             topic.fetch = None
 

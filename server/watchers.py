@@ -12,6 +12,7 @@ from protocol.limits import MAX_WATCHED
 from protocol.server import PresenceChanged
 from protocol.values import Presence
 from server.bus import Bus
+from server.errors import log_failure
 from server.people import Socket
 
 PAIRS = 2_000
@@ -116,7 +117,7 @@ class Watchers:
                 try:
                     found = await self._record.watchable([(socket.user_id, user_id) for socket, user_id in pairs])
                 except Exception as error:  # noqa: BLE001 - what is held back stays so until it could be asked
-                    log.warning("it could not be asked who may watch whom: %s", error)
+                    log_failure(log, "asking who may watch whom", error)
                     self._due |= dict.fromkeys(pairs)
                     await asyncio.sleep(RETRY_SECONDS)
                     continue

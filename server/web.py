@@ -3,12 +3,14 @@
 import logging
 from collections.abc import Awaitable, Callable
 
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import ClientDisconnect, HTTPConnection, Request
 from starlette.responses import Response
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from protocol.codec import encode
 from protocol.errors import ErrorCode, Refused
 from protocol.limits import MAX_FRAME_BYTES
+from server.addresses import Addresses
 from server.dispatch import error_frame
 from server.errors import INTERNAL, log_defect, refusal
 
@@ -28,6 +30,9 @@ STATUS = {
 }
 """The HTTP status of each refusal."""
 
+PROBES = frozenset({"/healthz", "/readyz"})
+"""Paths that a load balancer asks, from an address that it may share with all clients. Each costs next to nothing."""
+
 Endpoint = Callable[[Request], Awaitable[Response]]
 
 
@@ -45,6 +50,26 @@ def endpoint(inner: Endpoint) -> Endpoint:
             return refusal_response(refused)
 
     return outer
+
+
+class Counted:
+    """ASGI middleware: every request takes from the allowance of its address, but for probes. Handshakes are counted
+    where their connection is.
+    """
+
+    def __init__(self, app: ASGIApp, addresses: Addresses) -> None:
+        self._app = app
+        self._addresses = addresses
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle a request, or refuse it if its address has sent too many."""
+        if scope["type"] == "http" and scope["path"] not in PROBES:
+            try:
+                self._addresses.require(HTTPConnection(scope))
+            except Refused as refused:
+                await refusal_response(refused)(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
 
 
 def refusal_response(refused: Refused) -> Response:

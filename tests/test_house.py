@@ -29,6 +29,7 @@ STOREYS: list[list[str]] = [
         "admission",
         "gather",
         "periodic",
+        "readiness",
         "metrics",
         "migrate",
         "pool",

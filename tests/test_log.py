@@ -159,6 +159,27 @@ def test_the_log_is_given_exceptions_and_not_their_texts() -> None:
     assert found == []
 
 
+def test_a_failure_of_any_kind_is_logged_with_its_traceback() -> None:
+    """Where everything is caught, a defect is caught, too: its text alone tells nobody where it is."""
+    found = [
+        f"{path.relative_to(ROOT)}:{call.lineno}"
+        for path in sorted(ROOT.glob("server/**/*.py"))
+        for handler in ast.walk(ast.parse(path.read_text()))
+        if isinstance(handler, ast.ExceptHandler) and handler.type and ast.unparse(handler.type) == "Exception"
+        for call in ast.walk(handler)
+        if isinstance(call, ast.Call) and is_text_alone(call, handler.name)
+    ]
+    assert found == []
+
+
+def is_text_alone(call: ast.Call, error: str | None) -> bool:
+    is_logged = isinstance(call.func, ast.Attribute) and ast.unparse(call.func.value) == "log"
+    has_traceback = (
+        "exc_info" in {keyword.arg for keyword in call.keywords} or ast.unparse(call.func) == "log.exception"
+    )
+    return is_logged and not has_traceback and error in {one.id for one in call.args if isinstance(one, ast.Name)}
+
+
 def is_text_of_something(argument: ast.expr) -> bool:
     is_made = (
         isinstance(argument, ast.Call) and isinstance(argument.func, ast.Name) and argument.func.id in {"str", "repr"}

@@ -84,6 +84,20 @@ def test_nothing_that_fails_for_one_process_ends_the_watch_or_keeps_it_from_the_
     assert len(watch._resting) <= 1, "the others are looked at with every turn"  # noqa: SLF001
 
 
+def test_a_defect_is_logged_with_its_traceback_once(
+    supervisor: tuple[Any, list[Part]], caplog: pytest.LogCaptureFixture
+) -> None:
+    watch, _ = supervisor
+    for error, traces in (
+        (OSError(28, "No space left on device"), 0), (ValueError("one"), 1), (ValueError("one"), 0),
+        (ValueError("two"), 1),
+    ):  # fmt: skip
+        caplog.clear()
+        watch._resting.clear()  # noqa: SLF001
+        watch._attend("worker 1", failing(error))  # noqa: SLF001
+        assert [bool(record.exc_info) for record in caplog.records] == [bool(traces)]
+
+
 def test_a_replacement_that_cannot_be_started_leaves_the_worker_that_is_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
