@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import hiredis
 from redis.asyncio.connection import AbstractConnection, ConnectionPool
 
-from server.errors import REDIS_LOST, redis_unreachable
+from server.errors import REDIS_LOST, log_failure, redis_unreachable
 from server.periodic import end, every
 
 CONNECT_SECONDS = 2.0
