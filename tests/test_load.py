@@ -2,12 +2,16 @@
 
 import asyncio
 import os
+import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
 import pytest
 
+import loadtest.command
+import prove.command
 from loadtest.histogram import Histogram
 from loadtest.plot import axis
 from loadtest.run import Result
@@ -95,6 +99,22 @@ async def test_the_crowd_says_that_nobody_is_there(tmp_path: Path) -> None:
     status, said, _ = await load(9, tmp_path, "idle")
     assert status == 1
     assert "nothing answers at http://127.0.0.1:9" in said
+
+
+@pytest.mark.parametrize("command", [loadtest.command.main, prove.command.main])
+def test_a_report_that_cannot_be_written_ends_the_command_before_its_work(
+    command: Callable[[list[str]], int],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("prove.command.signal.signal", lambda *_: None)
+    monkeypatch.setattr("prove.command._run", lambda *_: pytest.fail("it works"))
+    (tmp_path / "file").write_text("")
+    assert command(["--report", str(tmp_path / "file" / "reports")]) == 1
+    assert re.fullmatch(
+        r"openchat \w+: /\S+/reports cannot be written: Not a directory\. .*\n", capsys.readouterr().err
+    )
 
 
 def test_percentiles_are_as_exact_as_they_claim() -> None:
