@@ -47,6 +47,8 @@ MAX_CHANGES = 1_000
 MAX_METADATA_BYTES = 16 * 1024
 TOKEN_BYTES = 16 * 1024
 """Bytes of a frame per token: a frame takes one token, and another one for every further `TOKEN_BYTES`."""
+MAX_PAGE_BYTES = 1024 * 1024
+"""Max bytes of the rows of a page, beyond its first one: a hundred messages at their bounds are 11 MB."""
 ANSWER_TOKEN_BYTES = 32 * 1024
 """Bytes of an answer per further token of its frame, taken once it was given. That much costs about one small read."""
 MAX_EXTREME_NUMBERS = 100
@@ -176,6 +178,8 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     """An answer takes a further token for every `answer_token_bytes` of it, whether there is one or not."""
     mentions: int = MAX_MENTIONS
     page: int = MAX_PAGE
+    page_bytes: int = MAX_PAGE_BYTES
+    """A page ends with so much, whatever its `limit`: `after`, `has_before` and `has_after` tell that there is more."""
     participants_named: int = MAX_PARTICIPANTS_NAMED
     watched_users: int = MAX_WATCHED
     resumed_conversations: int = MAX_RESUMED

@@ -16,7 +16,7 @@ import msgspec
 
 from protocol import json_object
 from protocol.codec import located
-from protocol.limits import visible
+from protocol.limits import MAX_PAGE_BYTES, visible
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +38,17 @@ _TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[\[{]|[\]}]|[^"\[\]{}]+')
 _STEP = re.compile(r"\.(?P<name>\w+)|\[(?P<place>\d+)\]|\[\.\.\.\]")
 _FIELD = re.compile(r"(?P<problem>missing required|contains unknown) field `(?P<name>\w+)`")
 _told: set[tuple[str, str]] = set()
+
+
+def fitting(texts: Iterable[str], most: int = MAX_PAGE_BYTES) -> int:
+    """Return how many of these rows fit into a page of `most` bytes: one at least, if there is one."""
+    count = total = 0
+    for text in texts:
+        total += len(text) if text.isascii() else len(text.encode())
+        if count and total > most:
+            break
+        count += 1
+    return count
 
 
 class Page(NamedTuple, Generic[Row]):
@@ -100,12 +111,14 @@ class Reader(Generic[Row]):
         return [(row, columns) for columns in found if (row := self.read(columns[0])) is not None]
 
     def page(self, found: Sequence[Any], limit: int, key: Callable[[Any], Any] = itemgetter(1)) -> "Page[Row]":
-        """Return the first `limit` of the rows that a query found, which asked for one more, as `beside` takes them.
+        """Return the first `limit` of the rows that a query found, which asked for one more, as `beside` takes them, or
+        as many as fit into a page.
 
         `key` tells where a row stands. It reads columns, not the row: the last one of a page may be unreadable.
         """
-        rows = [row for row, _ in self.beside(found[:limit])]
-        return Page(rows, key(found[limit - 1]) if len(found) > limit else None)
+        count = fitting(columns[0] for columns in found[:limit])
+        rows = [row for row, _ in self.beside(found[:count])]
+        return Page(rows, key(found[count - 1]) if len(found) > count else None)
 
     def _mended(self, value: Any) -> Row:  # noqa: ANN401 - whatever JSON holds
         for _ in range(MAX_MENDED):

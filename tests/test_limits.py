@@ -3,6 +3,7 @@
 import asyncio
 import time
 from http import HTTPStatus
+from typing import Any
 
 import httpx
 import msgspec
@@ -13,8 +14,8 @@ from websockets.exceptions import InvalidStatus
 from protocol import client, server
 from protocol.codec import encode
 from protocol.errors import CloseCode, ErrorCode, Refused
-from protocol.ids import UserId, uuid7
-from protocol.limits import MAX_CONTENT, MAX_FRAME_BYTES
+from protocol.ids import MessageId, UserId, uuid7
+from protocol.limits import MAX_CONTENT, MAX_FRAME_BYTES, MAX_PAGE_BYTES
 from protocol.server import Error
 from prove.client import Client
 from server.config import Settings
@@ -260,8 +261,57 @@ async def test_a_frame_takes_tokens_by_what_it_costs(settings: Settings) -> None
             }  # fmt: skip
 
 
+def tag(frame: Any) -> str:
+    return str(type(frame).__struct_config__.tag)
+
+
+async def test_a_page_ends_when_it_is_large(world: World) -> None:
+    """Whatever it is a page of, the next ones bring the rest, in order."""
+    people = await world.users("Ada", "Charles")
+    ada, charles = [await world.connect(who) for who in people]
+    about = await world.group(ada, people[1])
+    root = await sent(charles, about, "Root")
+    ids = [await sent(ada, about, f"engine <@{people[1].id}> " + "😀" * 9_900, parent_message_id=root,
+                      also_in_conversation=True) for _ in range(40)]  # fmt: skip
+    for message_id in ids:
+        await charles.call(client.Star(conversation_id=about, message_id=message_id))
+
+    async def walked(frame: Any, **asked: Any) -> list[MessageId]:
+        """Return the ids on a page and on those that follow, in their order."""
+        answer = await charles.ask(msgspec.structs.replace(frame, id=None, limit=100, **asked))
+        assert len(encode(answer)) < MAX_PAGE_BYTES + 100_000
+        assert isinstance(answer, server.Reply)
+        page: Any = answer.result
+        if isinstance(page, server.MessagePage):
+            found = [one.id for one in page.messages]
+            if isinstance(frame, client.ListReplies):
+                before: dict[str, Any] = {"before_order": page.messages[0].thread_order}
+            else:
+                before = {"before": found[0]}
+            if page.has_before and "after" not in asked:
+                return await walked(frame, **before) + found
+            return found + await walked(frame, after=found[-1]) if page.has_after and "after" in asked else found
+        rows = getattr(page, {"message_list": "messages", "search_page": "hits"}.get(tag(page), "entries"))
+        found = [getattr(row, "message", row).id for row in rows]
+        return found if page.after is None else found + await walked(frame, after=page.after)
+
+    history = client.History(conversation_id=about)
+    assert await walked(history) == [root, *ids]
+    assert await walked(history, after=root) == ids
+    around = await charles.call(client.History(conversation_id=about, around=ids[20], limit=100), server.MessagePage)
+    there = [one.id for one in around.messages]
+    assert ids[20] in there
+    assert there == ids[ids.index(there[0]) : ids.index(there[-1]) + 1]
+    assert around.has_before
+    assert around.has_after
+    assert await walked(client.ListReplies(conversation_id=about, message_id=root)) == ids
+    for frame in (client.ListStars(), client.Search(text="engine"), client.ListFeed()):
+        assert await walked(frame) == ids[::-1], frame
+    assert set(await walked(client.Search(text="engine", order="relevance"))) == set(ids)
+
+
 async def test_a_large_answer_takes_tokens_by_its_size(settings: Settings) -> None:
-    """Reads at 10 a second, 40 at once: a page of 1.6 MB leaves none, on the socket and over HTTP; small ones do."""
+    """Reads at 10 a second, 40 at once: a page of 1 MB and thirty small ones leave none, also over HTTP."""
     settings = msgspec.structs.replace(settings, read_rate=10.0)
     async with World(settings, workers=1) as world:
         ada = await world.connect(await world.user("Ada"))
@@ -284,7 +334,7 @@ async def test_a_large_answer_takes_tokens_by_its_size(settings: Settings) -> No
                     response = await http.post("/v1/call", content=encode(frame), headers=bearer)
                 return response.json().get("retry_after_ms")  # type: ignore[no-any-return]
 
-            for _ in range(10):
+            for _ in range(30):
                 assert await ask(client.History(conversation_id=small, limit=100)) is None
             assert await ask(client.History(conversation_id=large, limit=100)) is None, "it is given"
             assert (await ask(client.GetMe()) or 0) > 1_000

@@ -4,10 +4,11 @@ from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, Protocol
 
 from protocol.ids import ConversationId, MessageId, UserId
+from protocol.limits import MAX_PAGE_BYTES
 from protocol.server import MessagePage, OneMessage
 from protocol.values import Conversation, Message, Participant
 from server.database import Db
-from server.rows import Reader
+from server.rows import Reader, fitting
 
 _one_decoder = Reader(OneMessage)
 _message_decoder = Reader(Message)
@@ -217,14 +218,17 @@ def _page(rows: Sequence[Any], span: Span, *, is_open: bool) -> MessagePage | No
         raise LookupError
     older = [tuple(beside) for _, _, is_older, *beside in rows if is_older]
     newer = [tuple(beside) for _, _, is_older, *beside in rows if is_older is False]
-    kept = older[: span.older][::-1] + newer[: span.newer]
+    most = MAX_PAGE_BYTES // (2 if span.older and span.newer else 1)
+    older_kept = fitting((one[0] for one in older[: span.older]), most)
+    newer_kept = fitting((one[0] for one in newer[: span.newer]), most)
+    kept = older[:older_kept][::-1] + newer[:newer_kept]
     read = _message_decoder.beside(kept)
     beside = [(message.id, *rest) for message, (_, *rest) in read]
     return MessagePage(
         version=version,
         messages=[message for message, _ in read],
-        has_before=len(older) > span.older if span.older else not is_open,
-        has_after=len(newer) > span.newer if span.newer else not is_open,
+        has_before=len(older) > older_kept if span.older else not is_open,
+        has_after=len(newer) > newer_kept if span.newer else not is_open,
         withheld={message_id: withheld for message_id, withheld, _, _ in beside if withheld is not None},
         mine={message_id: mine for message_id, _, mine, _ in beside if mine},
         votes={message_id: vote for message_id, _, _, vote in beside if vote},

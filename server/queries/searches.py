@@ -20,7 +20,7 @@ from server.database import Db
 from server.queries import latest
 from server.queries.latest import LATEST
 from server.queries.moment import MOMENT
-from server.rows import Reader
+from server.rows import Reader, fitting
 
 _message_decoder = Reader(Message)
 
@@ -151,10 +151,11 @@ async def find(db: Db, user_id: UserId, frame: Search, words: str | None, *, lim
     else:
         place = (None, None) if after is None else (after.at, after.id)
         rows = await db.fetch(NEWEST, *asked, limit + 1, *place, since)
-    hits = _message_decoder.beside(rows[:limit])
+    count = fitting(columns[0] for columns in rows[:limit])
+    hits = _message_decoder.beside(rows[:count])
     return SearchPage(
         hits=[SearchHit(message=message, snippet=_CUT.split(columns[4])) for message, columns in hits],
-        after=_after(as_of, rows[limit - 1], since) if len(rows) > limit else None,
+        after=_after(as_of, rows[count - 1], since) if len(rows) > count else None,
         is_partial=since is not None,
     )
 
