@@ -299,7 +299,7 @@ def hot(place: Place, ids: dict[str, Any]) -> dict[str, tuple[str, tuple[Any, ..
         "schedule": (scheduled.PUT, (ids["new"], user, about, "{}", "2030-01-01")),
         "scheduled": (scheduled.LIST, (user,)),
         "what is due": (scheduled.CLAIM, ("15 seconds", 50)),
-        "what has expired": (expiry.DUE, (200,)),
+        "what has expired": (expiry.DUE, (200, [])),
         "see feed": (feed.SEE, (user, "2030-01-01")),
         "notices": (push.NOTICES, ([ids["middle"]],)),
         "edits kept": (edits.COUNT, (about, ids["middle"])),

@@ -21,6 +21,7 @@ from server import administration
 from server.auth import passwords
 from server.auth.attempts import Attempts
 from server.config import Settings
+from server.queries import accounts
 from tests.world import Somebody, World, http_client
 
 ADA = {"name": "Ada", "email": "ada@example.org", "password": "correct horse"}
@@ -346,8 +347,30 @@ async def test_change_that_waits_while_its_session_or_password_ends_is_refused(
         return await hashed(password)
 
     monkeypatch.setattr(passwords, "hashed", ended_meanwhile)
-    assert (await changed(http, ada.token)).status_code == 403
+    assert (await changed(http, ada.token)).status_code == 401
     assert (await http.post("/v1/auth/login", json=LOGIN | {"password": NEW})).status_code == 401
+
+
+async def test_what_takes_a_password_is_done_although_it_was_hashed_anew_meanwhile(
+    world: World, http: httpx.AsyncClient, ada: LoggedIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A login hashes a password anew when its parameters are outdated: that is no wrong password."""
+    matches = passwords.matches
+
+    async def matches_and_is_replaced(password: str, checked: str | None) -> bool:
+        monkeypatch.setattr(passwords, "matches", matches)
+        is_right = await matches(password, checked)
+        await accounts.set_password(world.db, ada.user.id, await passwords.hashed(password))
+        return is_right
+
+    monkeypatch.setattr(passwords, "matches", matches_and_is_replaced)
+    assert (await changed(http, ada.token)).status_code == 204
+    for path in ("deactivate", "delete"):
+        token = (await http.post("/v1/auth/login", json=LOGIN | {"password": NEW})).json()["token"]
+        http.cookies.clear()
+        monkeypatch.setattr(passwords, "matches", matches_and_is_replaced)
+        answer = await http.post(f"/v1/auth/{path}", headers=bearer(token), json={"password": NEW})
+        assert answer.status_code == 204
 
 
 async def test_closed_registration_makes_no_account_and_the_operator_does(settings: Settings) -> None:

@@ -32,6 +32,7 @@ WHY = {
         "audit.LOCK_SERVER": "database_epoch()",
         "push.ANY": "push_endpoint()",
         "relationships.SET": "user()",
+        "relationships.BETWEEN": "user_relationship(from_user_id, to_user_id)",
         "relationships.SWITCH": "user_relationship(from_user_id, to_user_id)",
     },
     "a user's own, or of one conversation, which has a highest number (docs/limits.md)": {

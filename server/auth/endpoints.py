@@ -1,6 +1,6 @@
 """The HTTP endpoints for accounts and sessions."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import NamedTuple
 
 import asyncpg
@@ -36,7 +36,8 @@ _confirm = msgspec.json.Decoder(Confirm)
 _change = msgspec.json.Decoder(ChangePassword)
 MAX_USER_AGENT = 255
 MAX_RACES = 2
-"""How often a login is tried again when its password was hashed anew while it was checked."""
+"""Max tries of what takes a password, if another request changes its hash after it was checked."""
+RETRY_MS = 1_000
 EXPORTS_PER_SECOND, EXPORTS_AT_ONCE = 1 / 60, 3
 """How often one user may export their data from a worker."""
 
@@ -169,11 +170,8 @@ class Accounts:
         active = await self.caller(request)
         user_id = active.user.id
         body = decode(await limited_body(request), _change)
-        async with self._attempts.at_account(user_id.hex):
-            async with self._database.connection() as db:
-                checked = await accounts.password_hash(db, user_id)
-            if not await passwords.matches(body.password, checked):
-                raise not_the_password()
+
+        async def change(checked: str | None) -> bool:
             new_hash = await passwords.hashed(body.new_password)
 
             async def changed(db: Db) -> bool:
@@ -185,8 +183,9 @@ class Accounts:
                     await users.touch(db, [user_id])
                 return is_changed
 
-            if not await self._database.atomically("change a password", changed):
-                raise not_the_password()
+            return await self._database.atomically("change a password", changed)
+
+        await self._with_password(request, body.password, change)
         self._events.poke([user_id])
         return Response(status_code=204)
 
@@ -202,10 +201,8 @@ class Accounts:
         active = await self.caller(request)
         user_id = active.user.id
         body = decode(await limited_body(request), _confirm)
-        async with self._attempts.at_account(user_id.hex):
-            async with self._database.connection() as db:
-                checked = await accounts.password_hash(db, user_id)
 
+        async def leave(checked: str | None) -> bool:
             async def left(db: Db) -> bool:
                 await users.lock(db, [user_id])
                 is_left = await accounts.leave(db, user_id, checked, is_for_good=is_for_good)
@@ -213,14 +210,39 @@ class Accounts:
                     await sessions.revoke(db, user_id, None)
                 return is_left
 
-            is_right = await passwords.matches(body.password, checked)
-            if not is_right or not await self._database.atomically("leave", left):
-                raise not_the_password()
+            return await self._database.atomically("leave", left)
+
+        await self._with_password(request, body.password, leave)
         self._events.poke([user_id])
         self._events.reconsider(user_id)
         response = Response(status_code=204)
         response.delete_cookie(COOKIE)
         return response
+
+    async def _with_password(
+        self, request: Request, password: str, act: Callable[[str | None], Awaitable[bool]]
+    ) -> None:
+        """Act for whoever has a session and knows the password. Raises Refused if the session has ended, or the
+        password is wrong, which alone counts as an attempt.
+
+        `act` gets the hash that the password was checked against, and returns False, in vain, if that is not the user's
+        any more: another request has hashed the password anew, or changed it.
+        """
+        for _ in range(MAX_RACES):
+            user_id = (await self.caller(request)).user.id
+            async with self._attempts.at_account(user_id.hex):
+                async with self._database.connection() as db:
+                    checked = await accounts.password_hash(db, user_id)
+                if not await passwords.matches(password, checked):
+                    raise not_the_password()
+                if await act(checked):
+                    return
+        await self.caller(request)
+        raise Refused(
+            ErrorCode.UNAVAILABLE,
+            "Another request is changing the account. Retry after `retry_after_ms`.",
+            retry_after_ms=RETRY_MS,
+        )
 
     async def export(self, request: Request) -> Response:
         """Return everything that is stored about the user."""

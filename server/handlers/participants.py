@@ -154,8 +154,11 @@ async def set_permissions(context: Context, frame: client.SetPermissions) -> Don
         them = await _active(db, me, frame.user_id)
         if not wanted:
             return Done()
+        changed = await participants.permit(db, them, wanted)
+        if changed is None:
+            return Done()
         news = News(context, db, conversation)
-        news.changes.append(await participants.permit(db, them, wanted))
+        news.changes.append(changed)
         await news.record(Deed(context.user_id, "set_permissions", them.user_id, details=wanted))
     news.tell()
     return Done()

@@ -30,10 +30,10 @@ async def request_friend(context: Context, frame: client.RequestFriend) -> OneRe
         if mine not in {"pending", "accepted"} and await relationships.status(db, them, me, "friend") == "pending":
             becomes = "accepted"
             await relationships.put(db, them, me, Change("friend", becomes), me)
-        if mine == "accepted":
-            made = await relationships.get(db, me, them, Change("friend", "accepted"), me)
-            assert made is not None  # noqa: S101 - read above, under the lock
-            return OneRelationship(relationship=made)
+        same = await relationships.get(db, me, them, Change("friend", becomes), me)
+        if same is not None and (becomes == "accepted" or same.request_message == frame.message):
+            # Asked before: the other one is not told again.
+            return OneRelationship(relationship=same)
         if becomes == "pending":
             await approaches.count(db, "friend", me, [them])
         made = await relationships.put(db, me, them, Change("friend", becomes, frame.message), me)
@@ -120,9 +120,12 @@ async def set_switches(context: Context, frame: client.SetSwitches) -> OneRelati
     me, them = context.user_id, _other(context, frame.user_id)
     async with context.database.transaction() as db:
         await _lock(db, me, them)
-        made = await relationships.switch(db, me, them, wanted)
-        if made is None:
+        there = await relationships.between(db, me, them)
+        if not there:
             raise NotFound("user_id")
+        if all(getattr(one.switches, name) is is_on for one in there for name, is_on in wanted.items()):
+            return OneRelationship(relationship=there[0])
+        made = await relationships.switch(db, me, them, wanted)
     context.events.poke([me])
     context.events.reconsider(me, them)
     return OneRelationship(relationship=made)

@@ -175,26 +175,38 @@ async def change(db: Db, now: Participant, *, role: Role | None = None, status: 
 
 
 PERMIT = """
-WITH bumped AS (
+WITH changed AS (
+    SELECT w.* FROM conversation_participant p CROSS JOIN LATERAL (
+        SELECT coalesce(($3::jsonb ->> 'can_add_members')::boolean, p.can_add_members) AS can_add_members,
+            coalesce(($3 ->> 'can_remove_members')::boolean, p.can_remove_members) AS can_remove_members,
+            coalesce(($3 ->> 'can_edit_conversation')::boolean, p.can_edit_conversation) AS can_edit_conversation,
+            coalesce(($3 ->> 'can_delete_messages')::boolean, p.can_delete_messages) AS can_delete_messages,
+            coalesce(($3 ->> 'can_pin_messages')::boolean, p.can_pin_messages) AS can_pin_messages
+    ) w
+    WHERE p.conversation_id = $1 AND p.user_id = $2
+        AND (w.can_add_members, w.can_remove_members, w.can_edit_conversation, w.can_delete_messages,
+            w.can_pin_messages)
+        <> (p.can_add_members, p.can_remove_members, p.can_edit_conversation, p.can_delete_messages,
+            p.can_pin_messages)
+), bumped AS (
     UPDATE conversation SET version = version + 1, access_version = version + 1
-    WHERE id = $1 RETURNING version, participant_count
+    WHERE id = $1 AND EXISTS (SELECT FROM changed) RETURNING version, participant_count
 )
 UPDATE conversation_participant p SET version = b.version,
-    can_add_members = coalesce(($3::jsonb ->> 'can_add_members')::boolean, can_add_members),
-    can_remove_members = coalesce(($3 ->> 'can_remove_members')::boolean, can_remove_members),
-    can_edit_conversation = coalesce(($3 ->> 'can_edit_conversation')::boolean, can_edit_conversation),
-    can_delete_messages = coalesce(($3 ->> 'can_delete_messages')::boolean, can_delete_messages),
-    can_pin_messages = coalesce(($3 ->> 'can_pin_messages')::boolean, can_pin_messages)
-FROM bumped b WHERE p.conversation_id = $1 AND p.user_id = $2
+    can_add_members = c.can_add_members, can_remove_members = c.can_remove_members,
+    can_edit_conversation = c.can_edit_conversation, can_delete_messages = c.can_delete_messages,
+    can_pin_messages = c.can_pin_messages
+FROM bumped b, changed c WHERE p.conversation_id = $1 AND p.user_id = $2
 RETURNING participant_json(p), b.participant_count
 """
 
 
-async def permit(db: Db, now: Participant, granted: dict[str, bool]) -> Change:
-    """Give a participant permissions beyond their role, or take them back."""
+async def permit(db: Db, now: Participant, granted: dict[str, bool]) -> Change | None:
+    """Give a participant permissions beyond their role, or take them back; None, and in vain, if they are so already.
+    Under the conversation's lock.
+    """
     row = await db.fetchrow(PERMIT, now.conversation_id, now.user_id, msgspec.json.encode(granted).decode())
-    assert row is not None  # noqa: S101 - the caller read it under the lock
-    return Change(_participant_decoder.decode(row[0]), row[1])
+    return None if row is None else Change(_participant_decoder.decode(row[0]), row[1])
 
 
 PREFER = """

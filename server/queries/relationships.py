@@ -109,6 +109,14 @@ async def end(db: Db, one: UserId, other: UserId, kind: RelationshipKind) -> Non
     await db.execute(END, one, other, kind)
 
 
+BETWEEN = "SELECT relationship_json(r, $1) FROM user_relationship r WHERE r.from_user_id = $1 AND r.to_user_id = $2"
+
+
+async def between(db: Db, user_id: UserId, other: UserId) -> list[Relationship]:
+    """Return a user's relationships of all kinds to another one."""
+    return _relationship_decoder.each(row[0] for row in await db.fetch(BETWEEN, user_id, other))
+
+
 SWITCH = """
 WITH touched AS (UPDATE "user" SET version = version + 1 WHERE id = $1 RETURNING version),
 noticed AS (UPDATE "user" SET hidden_version = hidden_version + 1 WHERE id = $2)
@@ -122,10 +130,11 @@ RETURNING relationship_json(r, $1)
 """
 
 
-async def switch(db: Db, user_id: UserId, other: UserId, switches: dict[str, bool]) -> Relationship | None:
-    """Set the switches of all of a user's relationships to another one; return one of them, None if there is none."""
-    text = await db.fetchval(SWITCH, user_id, other, msgspec.json.encode(switches).decode())
-    return None if text is None else _relationship_decoder.decode(text)
+async def switch(db: Db, user_id: UserId, other: UserId, switches: dict[str, bool]) -> Relationship:
+    """Set the switches of all of a user's relationships to another one, and return one of these. Under the lock."""
+    return _relationship_decoder.decode(
+        await db.fetchval(SWITCH, user_id, other, msgspec.json.encode(switches).decode())
+    )
 
 
 # How much two users have written to each other is what their direct conversation says: nothing is counted twice.
