@@ -229,10 +229,12 @@ async def test_a_slow_reader_is_closed_and_nobody_else_notices(narrow: World) ->
         readers.append(one)
     owner.on_event = lambda _: None
 
-    async def p99(meanwhile: Callable[[], Awaitable[object]] | None) -> float:
-        """Send for a while, and return the 99th percentile of from-send-to-everyone, in seconds."""
+    async def median(meanwhile: Callable[[], Awaitable[object]] | None) -> float:
+        """Send for a while, and return the median of from-send-to-everyone, in seconds. Other programs on the machine
+        delay some of them much, and most of them alike.
+        """
         spans = []
-        for number in range(120):
+        for number in range(60):
             if number == 10 and meanwhile is not None:
                 await meanwhile()
             content = f"{number} " + "x" * 9_900
@@ -242,9 +244,9 @@ async def test_a_slow_reader_is_closed_and_nobody_else_notices(narrow: World) ->
                 start = max(0, len(one.events) - 3)
                 await one.event(server.MessageSent, lambda event: event.message.id == message_id, start=start)  # noqa: B023
             spans.append(time.perf_counter() - began)
-        return statistics.quantiles(spans, n=100)[98]
+        return statistics.median(spans)
 
-    without = await p99(None)
+    without = await median(None)
     # A client's kernel would take megabytes in its stead.
     with socket.socket() as small:
         small.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 16 * 1024)
@@ -258,12 +260,13 @@ async def test_a_slow_reader_is_closed_and_nobody_else_notices(narrow: World) ->
     async def stall() -> None:
         slow.socket.transport.pause_reading()
 
-    with_one = await p99(stall)
+    # The slow client reads nothing until all have all messages: whoever waited for it would wait for ever.
+    with_one = await median(stall)
     assert world.workers[0].app.roster.closed_slow == 1
     assert held.socket.transport.get_write_buffer_size() < OUTBOX_BYTES + MAX_FRAME_BYTES
     slow.socket.transport.resume_reading()
     assert await slow.closed() == CloseCode.SLOW
     # The machine is others' too: what it does without a slow reader is measured before and after.
-    without = max(without, await p99(None))
-    assert with_one < max(2 * without, 0.05), (with_one, without)
+    without = max(without, await median(None))
+    assert with_one < 2 * without, (with_one, without)
     await readers[0].synced()
