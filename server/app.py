@@ -29,13 +29,13 @@ from server.connection import Connection, Lifecycle, Shared
 from server.context import Services
 from server.database import Database
 from server.dispatch import Dispatch, Rate
-from server.endpoints import Door, Endpoints
+from server.endpoints import CONNECTS_PER_SECOND, Door, Endpoints
 from server.erasure import erase_due
 from server.expiry import expire_due
 from server.forwarded import Forwarded
 from server.gather import Gather
 from server.hub import Hub
-from server.limits import Pace
+from server.limits import Allowance, Pace
 from server.metrics import Metrics
 from server.notices import Notices, new_key
 from server.outbound import Outbound
@@ -175,6 +175,7 @@ class App:
             is_open=settings.registration == "open",
         )
         addresses = Addresses(settings.address_rate, connections=settings.connections_per_address)
+        self._connects: Allowance[UserId] = Allowance(CONNECTS_PER_SECOND, burst=2.0 * settings.connections_per_user)
         door = Door(
             services=services,
             shared=shared,
@@ -185,6 +186,7 @@ class App:
             metrics_from=settings.metrics_networks,
             is_draining=self._draining,
             addresses=addresses,
+            connects=self._connects,
         )
         self.starlette = Starlette(
             routes=[*Endpoints(door).routes(), *accounts.routes()],

@@ -16,6 +16,7 @@ from protocol import SUBPROTOCOL
 from protocol.client import Authenticate
 from protocol.codec import decode_client, encode
 from protocol.errors import CloseCode, ErrorCode, Refused
+from protocol.ids import UserId
 from protocol.server import Error
 from server.addresses import Addresses, parsed
 from server.auth.credentials import token_of
@@ -26,6 +27,7 @@ from server.context import Context, Services
 from server.describe import asyncapi, openapi
 from server.dispatch import error_frame
 from server.errors import refusal
+from server.limits import Allowance
 from server.metrics import Metrics
 from server.proxies import Network, is_within
 from server.queries.sessions import Active
@@ -37,6 +39,10 @@ FORWARDING = frozenset({"forwarded", "via", "x-forwarded-for", "x-forwarded-host
 """Headers that proxies add: what comes through one comes from elsewhere, whatever the peer's address is."""
 AUTHENTICATE_SECONDS = 5.0
 READY_SECONDS = 2.0
+CONNECTS_PER_SECOND = 10.0
+"""Max connections of one user that begin, per second and worker; twice as many as may be open begin immediately. One
+that begins costs as much as ten small frames, and more with each conversation.
+"""
 
 
 @cache
@@ -57,6 +63,7 @@ class Door(NamedTuple):
     metrics_from: tuple[Network, ...]
     is_draining: asyncio.Event
     addresses: Addresses
+    connects: Allowance[UserId]
 
 
 class Endpoints:
@@ -183,10 +190,12 @@ class Endpoints:
         admission = self._door.shared.admission
         admission.begin()
         try:
-            return await self._door.sessions.admit(token)
+            active = await self._door.sessions.admit(token)
+            self._door.connects.require(active.user.id)
         except BaseException:
             admission.end()
             raise
+        return active
 
     async def _introduced(self, handshake: Handshake) -> Active | None:
         """Return the session that the first frame names; if none, tell the client, close, and return None."""
@@ -199,9 +208,9 @@ class Endpoints:
             if refused is None:
                 raise
             await handshake.send_text(encode(error_frame(refused)).decode())
-            is_ours = refused.code is ErrorCode.UNAVAILABLE
+            may_return = refused.code in {ErrorCode.UNAVAILABLE, ErrorCode.RATE_LIMITED}
             socket: WebSocket = handshake.scope["extensions"][EXTENSION]
-            socket.close(CloseCode.GOING_AWAY if is_ours else CloseCode.UNAUTHENTICATED)
+            socket.close(CloseCode.GOING_AWAY if may_return else CloseCode.UNAUTHENTICATED)
             return None
 
     async def _first_frame(self, handshake: Handshake) -> Authenticate:

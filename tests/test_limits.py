@@ -182,7 +182,7 @@ async def test_connections_of_one_user_that_come_concurrently(settings: Settings
             return True
 
         # All are looked up in a few statements, so that they begin in the same turn of the loop.
-        everyone = [await come() for _ in range(120)]
+        everyone = [await come() for _ in range(90)]
         await asyncio.gather(*map(introduce, everyone))
         staying = [
             one for one, is_in in zip(everyone, await asyncio.gather(*map(stays, everyone)), strict=True) if is_in
@@ -200,6 +200,33 @@ async def test_connections_of_one_user_that_come_concurrently(settings: Settings
             again.append(await stays(everyone[-1]))
         assert again == [True, False]
         await asyncio.gather(*(one.close() for one in everyone))
+
+
+async def test_who_connects_again_and_again_is_told_when_to_come(settings: Settings) -> None:
+    """Twice as many begin at once as may be open, however soon they end."""
+    async with World(msgspec.structs.replace(settings, connections_per_user=1), workers=1) as world:
+        ada, charles = await world.users("Ada", "Charles")
+        app = world.workers[0].app
+        now = time.monotonic_ns()
+        app._connects._clock = lambda: now  # noqa: SLF001
+        for _ in range(2):
+            await (await world.connect(ada)).close()
+            await until(lambda: len(app.roster) == 0)
+        with pytest.raises(InvalidStatus) as told:
+            await world.connect(ada)
+        assert told.value.response.status_code == HTTPStatus.TOO_MANY_REQUESTS
+        error = msgspec.json.decode(told.value.response.body or b"", type=Error)
+        assert (error.code, bool(error.retry_after_ms)) == (ErrorCode.RATE_LIMITED, True)
+        await (await world.connect(charles)).call(client.Ping())
+        # Those who introduce themselves in a frame are told the same in a frame, and to come back.
+        late = Client(world.url, None)
+        await late.open()
+        answer = await late.raw(encode(client.Authenticate(token=ada.token)).decode())
+        assert (answer.code, answer.retry_after_ms) == (error.code, error.retry_after_ms)
+        assert await late.closed() == CloseCode.GOING_AWAY
+        assert app.admission._inside == 0  # noqa: SLF001
+        now += (error.retry_after_ms or 0) * 1_000_000
+        await (await world.connect(ada)).call(client.Ping())
 
 
 async def test_an_answer_may_be_larger_than_what_may_wait_for_a_slow_reader(settings: Settings) -> None:
