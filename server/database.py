@@ -11,6 +11,7 @@ import asyncpg
 from protocol.errors import ErrorCode, Refused
 from server.config import Settings
 from server.errors import Fatal, is_lost
+from server.limits import BURST_SECONDS
 from server.migrate import is_current
 from server.pool import Connection, Lease, Pool
 from server.share import Share
@@ -153,21 +154,25 @@ class Database:
         used, as only bitmaps can. Raises Refused if no connection becomes free soon, or if the search takes too long.
         """
         return self._with_words(
-            self._searches, "This search takes too long. Use longer or rarer words, or name a conversation."
+            self._searches,
+            "This search takes too long. Use longer or rarer words, or name a conversation.",
+            retry_after_ms=int(BURST_SECONDS * 1_000),  # until then at most, the allowance has no token
         )
 
     def counting(self) -> AbstractAsyncContextManager[Db]:
         """The same of the share that badges have: other users' searches refuse no badge."""
-        return self._with_words(self._counts, "Counting takes too long. Retry after `retry_after_ms`.")
+        return self._with_words(
+            self._counts, "Counting takes too long. Retry after `retry_after_ms`.", retry_after_ms=SEARCH_MS
+        )
 
     @asynccontextmanager
-    async def _with_words(self, share: Share, too_long: str) -> AsyncIterator[Db]:
+    async def _with_words(self, share: Share, too_long: str, *, retry_after_ms: int) -> AsyncIterator[Db]:
         async with share.turn(), self.transaction() as connection:
             await connection.execute(SEARCHING)
             try:
                 yield connection
             except asyncpg.QueryCanceledError:
-                raise Refused(ErrorCode.UNAVAILABLE, too_long, retry_after_ms=SEARCH_MS) from None
+                raise Refused(ErrorCode.UNAVAILABLE, too_long, retry_after_ms=retry_after_ms) from None
 
     @property
     def size(self) -> int:

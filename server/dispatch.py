@@ -17,12 +17,18 @@ from server.database import ROLLED_BACK
 from server.errors import INTERNAL, log_defect, refusal
 from server.metrics import Metrics
 from server.pressure import Pressure, Shed
+from server.share import HELD
 from server.sharedallowance import SharedAllowance
 
 log = logging.getLogger(__name__)
 
 SEARCHING_MS = 500
 """When to retry a search that was refused because another one of the same user runs, in milliseconds."""
+
+SEARCH_REST = 4
+"""Rest after a search, as a multiple of its time at the database: a user whose searches are slow does not occupy a
+connection all the time.
+"""
 
 
 class Access(Enum):
@@ -133,10 +139,14 @@ class Dispatch:
     async def _search(self, route: Route, context: Context, frame: Frame) -> Result:
         """Run the handler of a search; meanwhile `_charge` refuses others of the same user at this worker."""
         self.searching.add(context.user_id)
+        HELD.set(0.0)
         try:
             return await self._handle(route, context, frame)
         finally:
             self.searching.discard(context.user_id)
+            allowance = self._allowances[Rate.SEARCH]
+            if (further := int(HELD.get() * SEARCH_REST * allowance.rate)) > 0:
+                allowance.charge(context.user_id, further)
 
 
 def error_frame(refused: Refused, *, re: int | str | None = None) -> Error:

@@ -1,20 +1,28 @@
 """A share of something scarce: at most so many hold it, at most so many wait for it, and nobody waits for long."""
 
 import asyncio
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from contextvars import ContextVar
 
 from protocol.errors import ErrorCode, Refused
+
+HELD: ContextVar[float] = ContextVar("held", default=0.0)
+"""Seconds for which the current task has held a part of a share. The time that it waited for one does not count."""
 
 
 class Share:
     """Admits `most` at a time; up to `waiting` others wait for up to `patience` seconds."""
 
-    def __init__(self, most: int, *, waiting: int, patience: float) -> None:
+    def __init__(
+        self, most: int, *, waiting: int, patience: float, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._turns = asyncio.Semaphore(most)
         self._waiting = 0
         self._most_waiting = waiting
         self._patience = patience
+        self._clock = clock
 
     @asynccontextmanager
     async def turn(self) -> AsyncIterator[None]:
@@ -29,9 +37,11 @@ class Share:
             raise self._busy() from None
         finally:
             self._waiting -= 1
+        began = self._clock()
         try:
             yield
         finally:
+            HELD.set(HELD.get() + self._clock() - began)
             self._turns.release()
 
     def _busy(self) -> Refused:

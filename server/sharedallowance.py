@@ -35,6 +35,7 @@ class SharedAllowance:
     ) -> None:
         """`rate` is in frames a second; `redis` is None where there is only one worker."""
         self._name = name
+        self.rate = rate
         self._bucket: Allowance[UserId] = Allowance(rate, clock=clock)
         self._redis = redis
         self._matters = max(2.0, rate * SHARE_SECONDS * MATTERS)

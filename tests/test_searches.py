@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
+from itertools import count
 from typing import Any
 
 import asyncpg
@@ -15,7 +16,9 @@ from protocol.payloads import File, Poll
 from protocol.values import ConversationSettings
 from prove.client import Client
 from server.config import Settings
+from server.dispatch import Rate
 from server.share import Share
+from server.sharedallowance import SharedAllowance
 from tests.world import Room, World, refused, sent, until
 
 
@@ -188,10 +191,11 @@ class TestSearchesThatTakeLong:
         one = await world.connect(await world.user("Ada"))
         answer = await one.ask(client.Search(text="engine"))
         assert isinstance(answer, server.Error)
-        assert (answer.code, answer.retry_after_ms) == (ErrorCode.UNAVAILABLE, 2_000)
+        assert (answer.code, answer.retry_after_ms) == (ErrorCode.UNAVAILABLE, 4_000)
         assert "longer or rarer words" in answer.message
         await holding.execute("ROLLBACK")
-        await one.call(client.Search(text="engine"))
+        other = await world.connect(await world.user("Charles"))
+        await other.call(client.Search(text="engine"))
 
     async def test_who_waits_in_a_full_line_is_told_when_to_come_back(self) -> None:
         share = Share(1, waiting=1, patience=60.0)
@@ -211,6 +215,21 @@ async def test_searches_have_a_rate_of_their_own(settings: Settings) -> None:
         with refused(ErrorCode.RATE_LIMITED, None):
             await one.call(client.FindConversations(text="engine"))
         await one.call(client.GetMe())
+
+
+async def test_a_user_whose_searches_are_slow_waits_between_them(settings: Settings) -> None:
+    """The time at the database counts, and not the time in line."""
+    async with World(msgspec.structs.replace(settings, search_rate=2.0), workers=1) as world:
+        app = world.workers[0].app
+        one, other = [await world.connect(who) for who in await world.users("Ada", "Charles")]
+        app._allowances[Rate.SEARCH] = SharedAllowance("search", 2.0, None, clock=lambda: 1)  # noqa: SLF001
+        for asker, seconds, answered in ((one, 0.0, 8), (other, 1.0, 1)):
+            app._database._searches._clock = count(0.0, seconds).__next__  # noqa: SLF001
+            answers = [await asker.ask(client.Search(text="engine")) for _ in range(9)]
+            late = [answer for answer in answers if isinstance(answer, server.Error)]
+            assert len(answers) - len(late) == answered
+            assert {answer.code for answer in late} == {ErrorCode.RATE_LIMITED}
+            assert all(answer.retry_after_ms for answer in late)
 
 
 async def test_a_word_of_two_letters_does_not_find_longer_ones(room: Room) -> None:
