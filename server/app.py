@@ -196,6 +196,8 @@ class App:
                 Middleware(Counted, addresses=addresses),
             ],
         )
+        # A redirect would name whatever host the request does.
+        self.starlette.router.redirect_slashes = False
         metrics.values = self._values
         metrics.push_dropped = self.notices.dropped
 

@@ -32,7 +32,7 @@ from server.metrics import Metrics
 from server.proxies import Network, is_within
 from server.queries.sessions import Active
 from server.readiness import Readiness
-from server.web import JSON, STATUS, endpoint, json_response, limited_body, refusal_response
+from server.web import JSON, STATUS, endpoint, json_response, refusal_response
 from server.websocket import EXTENSION, WebSocket
 
 FORWARDING = frozenset({"forwarded", "via", "x-forwarded-for", "x-forwarded-host", "x-forwarded-proto", "x-real-ip"})
@@ -138,9 +138,9 @@ class Endpoints:
 
     async def call(self, request: Request) -> Response:
         """Run one frame."""
-        active = await self._door.accounts.caller(request)
+        active, data = await self._door.accounts.asked(request)
         context = Context(services=self._door.services, user=active.user, session_id=active.session_id)
-        dispatch, data = self._door.shared.dispatch, await limited_body(request)
+        dispatch = self._door.shared.dispatch
         answer = await dispatch.run(context, data)
         response = json_response(answer, status=STATUS[answer.code] if isinstance(answer, Error) else 200)
         dispatch.answered(context.user_id, data, len(response.body))

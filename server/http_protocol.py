@@ -32,6 +32,9 @@ LINGER_BYTES = 4 * MAX_BODY_BYTES
 """Max bytes of the rest of a refused request. A socket that is closed with unread bytes is reset, and then the client
 may lose the answer.
 """
+NO_HANDSHAKE = Refused(
+    ErrorCode.BAD_FRAME, "This is no WebSocket handshake: it has a body, more than 128 headers, or a line over 8 KiB."
+)
 MAX_PIPELINED = 8
 """Max requests that wait for the answer of the one before."""
 
@@ -125,8 +128,21 @@ class Http(HttpToolsProtocol):
         key, self._key = self._key, None
         self.ws_protocol_class = partial(WebSocket, sockets=self._sockets, key=key)  # type: ignore[assignment]
         super().handle_websocket_upgrade()
+        upgraded = self.transport.get_protocol()
+        if isinstance(upgraded, WebSocket) and not upgraded.handshake_initiated:
+            # websockets takes fewer and shorter headers than HTTP does, and no body. It says so to nobody.
+            self.transport.set_protocol(self)
+            self.connections.discard(upgraded)
+            self.connections.add(self)
+            self._key = key
+            self._refuse(NO_HANDSHAKE, status=400)
 
     # ------------------------------------------------------------------------------------ what the parser calls
+
+    def on_header(self, name: bytes, value: bytes) -> None:  # noqa: D102
+        # Trailers come after the body. Nothing reads them, and a proxy may pass on those of its client unchecked.
+        if self._stage is Stage.HEAD:
+            super().on_header(name, value)
 
     def on_message_begin(self) -> None:  # noqa: D102
         self._stage = Stage.HEAD

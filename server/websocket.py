@@ -23,6 +23,8 @@ EXTENSION = "openchat.socket"
 """The key of the socket in the scope's extensions."""
 PING = b"\x89\x00"
 """The frame that asks a peer for a pong (RFC 6455, section 5.5.2)."""
+HANDSHAKE_SECONDS = 30.0
+"""Max seconds from the handshake's request until somebody takes the socket over, `authenticate` included."""
 CLOSE_SECONDS = 5.0
 """How long a peer may take to answer a close, or to read what is left, before the connection is cut."""
 FLOOD_SECONDS = 0.5
@@ -94,6 +96,7 @@ class WebSocket(WebSocketsSansIOProtocol):
     _bucket: Bucket | None = None
     # The newest ping that is not answered.
     _ping: bytes | None = None
+    _deadline: asyncio.TimerHandle | None = None
     _is_flooded = False
 
     def __init__(self, *args: Any, sockets: Sockets, key: str | None, **kwargs: Any) -> None:  # noqa: ANN401 - uvicorn's
@@ -105,6 +108,7 @@ class WebSocket(WebSocketsSansIOProtocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:  # noqa: D102 - as asyncio.Protocol has it
         super().connection_made(transport)
+        self._deadline = self.loop.call_later(HANDSHAKE_SECONDS, self.transport.abort)
         self.heard_at = self.loop.time()
         self.transport.set_write_buffer_limits(high=self.outbox_bytes)
         if _NOTSENT_LOWAT is not None and (socket := transport.get_extra_info("socket")) is not None:
@@ -228,6 +232,7 @@ class WebSocket(WebSocketsSansIOProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: D102
         super().connection_lost(exc)
+        self._disarm()
         self._forget_early()
         if self._key is not None:
             self._sockets.leave(self._key)
@@ -260,6 +265,7 @@ class WebSocket(WebSocketsSansIOProtocol):
 
     def take_over(self, receiver: Receiver) -> None:
         """Hand everything that comes from here on to `receiver`, and what came already."""
+        self._disarm()
         self.receiver = receiver
         while not self.queue.empty():
             event = self.queue.get_nowait()
@@ -276,6 +282,11 @@ class WebSocket(WebSocketsSansIOProtocol):
             receiver.lost()
         elif early:
             self.data_received(early)
+
+    def _disarm(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
 
     def _forget_early(self) -> bytes:
         early, self._early = self._early, b""

@@ -291,6 +291,38 @@ async def test_registration_is_whole_or_not_at_all(world: World, http: httpx.Asy
     assert await world.db.fetchval('SELECT count(*) FROM "user"') == 0
 
 
+BODIES: dict[str, dict[str, str]] = {
+    "/v1/call": {"type": "get_me"},
+    "/v1/auth/password": {"password": ADA["password"], "new_password": "a stolen horse"},
+    "/v1/auth/deactivate": {"password": ADA["password"]},
+    "/v1/auth/delete": {"password": ADA["password"]},
+}
+
+
+@pytest.mark.parametrize("ending", [revoked, ENDINGS["password changed elsewhere"]], ids=["revoked", "changed"])
+async def test_a_session_that_ends_while_a_body_arrives_does_nothing_more(
+    world: World, http: httpx.AsyncClient, ada: LoggedIn, ending: Ending
+) -> None:
+    host, _, port = world.url.removeprefix("http://").rpartition(":")
+    waiting = []
+    for path, body in BODIES.items():
+        reader, writer = await asyncio.open_connection(host, int(port))
+        data = msgspec.json.encode(body)
+        head = (
+            f"POST {path} HTTP/1.1\r\nHost: here\r\nConnection: close\r\nAuthorization: Bearer {ada.token}\r\n"
+            f"Content-Length: {len(data)}\r\n\r\n"
+        )
+        writer.write(head.encode() + data[:-1])
+        await writer.drain()
+        waiting.append((path, reader, writer, data[-1:]))
+    await ending(world, http, ada)
+    for path, reader, writer, last in waiting:
+        writer.write(last)
+        assert (await reader.read()).startswith(b"HTTP/1.1 401"), path
+        writer.close()
+    assert await world.db.fetchval('SELECT bool_and(is_active AND NOT is_deleted) FROM "user"')
+
+
 # ------------------------------------------------------------------------------------------ changing one's password
 
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from protocol import client
 from protocol.errors import Refused
 from prove.client import Client
-from server import http_protocol
+from server import http_protocol, websocket
 from server import sockets as sockets_module
 from server.config import Settings
 from server.limits import Pace
@@ -109,6 +109,68 @@ async def test_what_is_never_finished_ends(alone: World, short: None, begin: byt
         dripping.cancel()
     streams[1].close()
     assert_nothing_is_kept(app.sockets)
+
+
+HANDSHAKE = (
+    b"Upgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"
+    b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
+)
+
+
+@pytest.mark.parametrize(
+    "begin",
+    [
+        b"GET /v1/ws HTTP/1.1\r\nHost: here\r\n" + b"a: b\r\n" * 200,
+        b"GET /v1/ws HTTP/1.1\r\nHost: here\r\nCookie: " + b"a" * 9_000 + b"\r\n",
+        b"GET /v1/ws?" + b"a" * 9_000 + b" HTTP/1.1\r\nHost: here\r\n",
+        b"GET /v1/ws HTTP/1.1\r\nHost: here\r\nContent-Length: 3\r\n",
+        b"POST /v1/call HTTP/1.1\r\nHost: here\r\nTransfer-Encoding: chunked\r\n",
+        b"GET /v1/ws HTTP/1.0\r\nHost: here\r\nSec-WebSocket-Version: 12\r\n",
+    ],
+    ids=["200 headers", "a long header", "a long address", "a body", "chunks", "another version"],
+)
+async def test_every_upgrade_is_answered_and_ends(alone: World, short: None, begin: bytes) -> None:  # noqa: ARG001
+    app = alone.workers[0].app
+    reader, writer = await dial(alone)
+    writer.write(begin + HANDSHAKE)
+    assert (await heard(reader)).startswith(b"HTTP/1.1 4")
+    writer.close()
+    await until(lambda: len(app.sockets) == 0)
+    assert_nothing_is_kept(app.sockets)
+
+
+async def test_a_handshake_that_the_application_does_not_answer_ends(
+    alone: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(websocket, "HANDSHAKE_SECONDS", SHORT)
+    reader, writer = await dial(alone)
+    async with alone.db.transaction():
+        await alone.db.execute("LOCK TABLE session IN ACCESS EXCLUSIVE MODE")
+        token = b"Authorization: Bearer " + b"x" * 43 + b"\r\n"
+        writer.write(b"GET /v1/ws HTTP/1.1\r\nHost: here\r\n" + token + HANDSHAKE)
+        assert await heard(reader) == b""
+    writer.close()
+
+
+async def test_trailers_are_no_headers(alone: World) -> None:
+    """A proxy may pass on its client's trailers: an address or a token there would be the client's to choose."""
+    trailer = await known(alone, b"Authorization: Bearer TOKEN\r\n\r\n")
+    reader, writer = await dial(alone)
+    writer.write(
+        b"POST /v1/call HTTP/1.1\r\nHost: here\r\nConnection: close\r\nTransfer-Encoding: chunked\r\n\r\n"
+        b'f\r\n{"type":"ping"}\r\n0\r\n' + trailer
+    )
+    assert (await heard(reader)).startswith(b"HTTP/1.1 401")
+    writer.close()
+
+
+async def test_no_path_leads_to_the_host_that_a_request_names(alone: World) -> None:
+    reader, writer = await dial(alone)
+    writer.write(b"GET /healthz/ HTTP/1.1\r\nHost: elsewhere.example\r\nConnection: close\r\n\r\n")
+    said = await heard(reader)
+    assert said.startswith(b"HTTP/1.1 404")
+    assert b"elsewhere" not in said
+    writer.close()
 
 
 async def test_an_answer_that_nobody_reads_ends(alone: World, short: None, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: ARG001
@@ -221,8 +283,8 @@ MORE = b"Content-Length: %d\r\n\r\n" % len(LARGE) + LARGE
 REFUSED = [
     (b"POST /v1/call HTTP/1.1\r\nHost: here\r\nAuthorization: Bearer TOKEN\r\n" + MORE, 422),
     (CHUNKED + b"%x\r\n" % len(LARGE) + LARGE + b"\r\n0\r\n\r\n", 422),
-    (b"POST /v1/call HTTP/1.1\r\nHost: here\r\nConnection: close\r\n" + MORE, 401),
-    (b"POST /v1/call HTTP/1.0\r\nHost: here\r\n" + MORE, 401),
+    (b"POST /v1/call HTTP/1.1\r\nHost: here\r\nConnection: close\r\n" + MORE, 422),
+    (b"POST /v1/call HTTP/1.0\r\nHost: here\r\n" + MORE, 422),
     (b"POST /healthz HTTP/1.1\r\nHost: here\r\n" + MORE, 405),
     (b"POST /nowhere HTTP/1.1\r\nHost: here\r\nConnection: close\r\n" + MORE, 404),
     (b"POST /v1/auth/login HTTP/1.0\r\nHost: here\r\nOrigin: https://evil.example\r\n" + MORE, 403),

@@ -94,6 +94,11 @@ class Accounts:
             raise Refused(ErrorCode.UNAUTHENTICATED, "Log in, and send the token as `Authorization: Bearer`.")
         return await self._sessions.authenticate(token)
 
+    async def asked(self, request: Request) -> tuple[Active, bytes]:
+        """Return the session and the body of a request: the session last, or it might end while the body arrives."""
+        data = await limited_body(request)
+        return await self.caller(request), data
+
     async def register(self, request: Request) -> Response:
         """Make an account and begin its first session."""
         require_origin(request, self._origins)
@@ -167,9 +172,8 @@ class Accounts:
 
     async def change_password(self, request: Request) -> Response:
         """Take another password, and end all sessions but the one of the request."""
-        active = await self.caller(request)
-        user_id = active.user.id
-        body = decode(await limited_body(request), _change)
+        active, data = await self.asked(request)
+        user_id, body = active.user.id, decode(data, _change)
 
         async def change(checked: str | None) -> bool:
             new_hash = await passwords.hashed(body.new_password)
@@ -198,14 +202,15 @@ class Accounts:
         return await self._leave(request, is_for_good=True)
 
     async def _leave(self, request: Request, *, is_for_good: bool) -> Response:
-        active = await self.caller(request)
-        user_id = active.user.id
-        body = decode(await limited_body(request), _confirm)
+        active, data = await self.asked(request)
+        user_id, body = active.user.id, decode(data, _confirm)
 
         async def leave(checked: str | None) -> bool:
             async def left(db: Db) -> bool:
                 await users.lock(db, [user_id])
-                is_left = await accounts.leave(db, user_id, checked, is_for_good=is_for_good)
+                is_left = await accounts.leave(
+                    db, user_id, checked, session_id=active.session_id, is_for_good=is_for_good
+                )
                 if is_left:
                     await sessions.revoke(db, user_id, None)
                 return is_left

@@ -72,16 +72,20 @@ LEAVE = f"""
 UPDATE "user" u SET is_active = false, is_deleted = $3, deleted_at = CASE WHEN $3 THEN now() END, updated_at = now(),
     version = version + 1
 WHERE u.id = $1 AND u.erased_at IS NULL AND {_HAS_HASH}
+    AND EXISTS (SELECT FROM session s WHERE s.id = $4 AND s.user_id = u.id AND s.expires_at > now())
 RETURNING true
 """  # noqa: S608 - a constant is put in
 
 
-async def leave(db: Db, user_id: UserId, password_hash: str | None, *, is_for_good: bool) -> bool:
-    """Deactivate a user, or mark them to be erased after the grace period. Under the user's lock.
+async def leave(
+    db: Db, user_id: UserId, password_hash: str | None, *, session_id: SessionId, is_for_good: bool
+) -> bool:
+    """Deactivate a user from one of their sessions, or mark them to be erased after the grace period. Under the user's
+    lock.
 
-    Return False, and change nothing, if `password_hash` is no longer the user's.
+    Return False, and change nothing, if `password_hash` is no longer the user's, or that session has ended.
     """
-    return bool(await db.fetchval(LEAVE, user_id, password_hash, is_for_good))
+    return bool(await db.fetchval(LEAVE, user_id, password_hash, is_for_good, session_id))
 
 
 COME_BACK = f"""
