@@ -155,6 +155,15 @@ CREATE TABLE conversation (
 )
 -- Each message moves the clock. With room on the page, and no index on what moves, that changes no index (HOT).
 WITH (fillfactor = 70);
+-- Python's hash of an id. Whoever makes ids can make thousands with the same one, and a worker keeps dictionaries of the
+-- conversations that somebody takes part in (docs/decisions/0050-ids-that-collide.md).
+CREATE FUNCTION id_hash(id uuid) RETURNS bigint LANGUAGE sql IMMUTABLE PARALLEL SAFE
+    RETURN (
+        substring(('x' || replace(id::text, '-', ''))::bit(128) FROM 1 FOR 6)::bit(6)::integer::bigint
+        + substring(('x' || replace(id::text, '-', ''))::bit(128) FROM 7 FOR 61)::bit(61)::bigint
+        + substring(('x' || replace(id::text, '-', ''))::bit(128) FROM 68 FOR 61)::bit(61)::bigint
+    ) % 2305843009213693951;
+CREATE UNIQUE INDEX conversation_id_hash_key ON conversation (id_hash(id));
 CREATE INDEX conversation_type_idx ON conversation (type);
 -- With the time, so that the conversations of a day are counted without those of all years.
 CREATE INDEX conversation_created_by_idx ON conversation (created_by, created_at);

@@ -3,12 +3,21 @@
 Every frame may carry `id`, a number or a short string; its reply, or its error, carries it back in `re`.
 """
 
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
-from protocol.ids import ConversationId, EditId, MessageId, RelationshipId, ReportId, UserId, require_uuid7
+from protocol.ids import (
+    ConversationId,
+    EditId,
+    MessageId,
+    RelationshipId,
+    ReportId,
+    UserId,
+    require_different_hashes,
+    require_uuid7,
+)
 from protocol.json_object import Json
 from protocol.limits import (
     DEFAULT_PAGE,
@@ -56,6 +65,13 @@ FrameId = Annotated[int, Meta(ge=-(2**53), le=2**53)] | Annotated[str, Meta(max_
 MaxParticipants = Annotated[int, Meta(ge=1, le=1_000_000)]
 PARTICIPANTS_NAMED = Meta(min_length=1, max_length=MAX_PARTICIPANTS_NAMED)
 
+if TYPE_CHECKING:
+    Versions = dict[ConversationId, Version]
+else:
+    # Decoded with texts as keys, whose hashes nobody can choose. `Resume` makes ids of them.
+    _Key = Annotated[str, Meta(extra_json_schema={"format": "uuid"})]
+    Versions = Annotated[dict[_Key, Version], Meta(max_length=MAX_RESUMED)]
+
 
 class Frame(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, tag_field="type"):
     """What all frames of a client have in common."""
@@ -87,7 +103,15 @@ class Resume(Frame, tag="resume", kw_only=True):
 
     epoch: Annotated[str, Meta(max_length=128)]
     user_version: Version | None = None
-    versions: Annotated[dict[ConversationId, Version], Meta(max_length=MAX_RESUMED)]
+    versions: Versions
+
+    def __post_init__(self) -> None:
+        try:
+            ids = msgspec.convert(list(self.versions), list[ConversationId])
+        except msgspec.ValidationError:
+            raise ValueError("the keys of `versions` must be ids of conversations") from None
+        require_different_hashes(ids, "versions")
+        self.versions = dict(zip(ids, self.versions.values(), strict=True))
 
 
 class Ping(Frame, tag="ping"):
@@ -681,11 +705,17 @@ class Watch(Frame, tag="watch"):
 
     user_ids: Annotated[list[UserId], Meta(min_length=1, max_length=MAX_WATCHED)]
 
+    def __post_init__(self) -> None:
+        require_different_hashes(self.user_ids, "user_ids")
+
 
 class Unwatch(Frame, tag="unwatch"):
     """No longer."""
 
     user_ids: Annotated[list[UserId], Meta(min_length=1, max_length=MAX_WATCHED)]
+
+    def __post_init__(self) -> None:
+        require_different_hashes(self.user_ids, "user_ids")
 
 
 class GetUsers(Frame, tag="get_users"):

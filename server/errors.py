@@ -51,6 +51,11 @@ CONSTRAINTS: dict[str, tuple[ErrorCode, str, str | None]] = {
         "email",
     ),
     "conversation_pkey": (ErrorCode.CONFLICT, "Another conversation has this id. Make a new one.", "conversation_id"),
+    "conversation_id_hash_key": (
+        ErrorCode.CONFLICT,
+        "Another conversation has this id. Make a new one.",
+        "conversation_id",
+    ),
     "message_pkey": (ErrorCode.CONFLICT, "Another message has this id. Make a new one.", "message_id"),
     "message_edit_pkey": (ErrorCode.CONFLICT, "Another edit has this id. Make a new one.", "edit_id"),
     "conversation_participant_user_fkey": (ErrorCode.NOT_FOUND, "There is no such user.", "participants"),

@@ -6,6 +6,7 @@ import json
 import logging
 from collections.abc import AsyncIterator, Iterator
 from typing import Any, NamedTuple, Self
+from uuid import UUID, uuid4
 
 import msgspec
 import pytest
@@ -16,10 +17,10 @@ from msgspec import inspect
 from websockets.asyncio.client import connect
 
 from protocol.client import CreateChannel, CreateGroup, Send
-from protocol.codec import encode
+from protocol.codec import decode_client, encode
 from protocol.errors import ErrorCode
 from protocol.http import ChangePassword, Confirm, Login, Register
-from protocol.ids import uuid7
+from protocol.ids import ConversationId, uuid7
 from protocol.limits import MAX_FRAME_BYTES
 from protocol.server import Error
 from server.config import Settings
@@ -29,7 +30,7 @@ from server.dispatch import Dispatch
 from server.errors import UNFIT
 from server.routes import ROUTES
 from tests.test_protocol import JSON
-from tests.world import Somebody, World, http_client, sent
+from tests.world import Somebody, World, http_client, refused, sent
 
 HOLE = "the hole that a hostile value is put into"
 BIG = MAX_FRAME_BYTES - 2_000
@@ -121,7 +122,7 @@ def valid(  # noqa: C901, PLR0911, PLR0912 - one case for each type
                 for place in range(count)
             ]
         case inspect.DictType():
-            return {valid(kind.key_type, "conversation_id", ids): valid(kind.value_type, "", ids)}
+            return {ids.get("conversation_id") or str(uuid7()): valid(kind.value_type, "", ids)}
         case _:  # an object that is the client's own
             return {"a": {"b": [1, "c"]}}
 
@@ -327,3 +328,55 @@ async def test_every_field_of_every_body_takes_hostile_values(lone: World, caplo
 
 def batches(items: list[str], size: int) -> Iterator[list[str]]:
     return (items[start : start + size] for start in range(0, len(items), size))
+
+
+# ---------------------------------------------------------------------------------------------- ids that collide
+
+
+def sharing(one: UUID, count: int) -> list[UUID]:
+    """Return different UUIDv7s of the same time, and with the same hash in Python, as a UUIDv7."""
+    low, middle = one.int & (1 << 62) - 1, one.int >> 64 & 0xFFF
+    rest = one.int - low - (middle << 64)
+    # 2^64 is 8 modulo 2^61 - 1.
+    found = [UUID(int=rest + (number << 64) + (low + 8 * (middle - number)) % (2**61 - 1)) for number in range(count)]
+    assert len({one, *found}) >= count
+    assert {hash(other) for other in found} == {hash(one)}
+    return found
+
+
+def test_ids_that_share_a_hash_are_refused() -> None:
+    """In every frame that may hold many: a dictionary of thousands takes seconds."""
+    many = {
+        (str(frame.__struct_config__.tag), field.encode_name)
+        for frame in ROUTES
+        for field in inspect.type_info(frame).fields  # type: ignore[attr-defined]
+        if getattr(field.type, "max_length", None) is not None and field.type.max_length > 100
+        and (isinstance(field.type, inspect.DictType)
+             or (isinstance(field.type, inspect.ListType) and isinstance(field.type.item_type, inspect.UUIDType)))
+    }  # fmt: skip
+    assert many == {("resume", "versions"), ("watch", "user_ids"), ("unwatch", "user_ids")}
+    ids = [str(one) for one in sharing(uuid7(), 2)]
+    for kind, field in many:
+        for named in ([ids[0], ids[0].upper()], ids):
+            frame: dict[str, Any] = {"type": kind, field: named}
+            if kind == "resume":
+                frame = {"type": kind, "epoch": "", field: dict.fromkeys(named, 1)}
+            if named is not ids:
+                decode_client(json.dumps(frame))
+                continue
+            with refused(ErrorCode.INVALID, field):
+                decode_client(json.dumps(frame))
+
+
+async def test_no_two_conversations_share_a_hash(lone: World) -> None:
+    ids = [uuid7(), *(uuid4() for _ in range(100)), UUID(int=0), UUID(int=2**128 - 1)]
+    hashes = await lone.db.fetch(
+        "SELECT id_hash(one) FROM unnest($1::uuid[]) WITH ORDINALITY u (one, n) ORDER BY n", ids
+    )
+    assert [row[0] for row in hashes] == [hash(one) for one in ids]
+    ada = await lone.connect(await lone.user("Ada"))
+    first, other = sharing(uuid7(), 2)
+    await ada.call(CreateChannel(conversation_id=ConversationId(first), title="First"))
+    for _ in range(2):
+        with refused(ErrorCode.CONFLICT, "conversation_id"):
+            await ada.call(CreateChannel(conversation_id=ConversationId(other), title="Other"))
