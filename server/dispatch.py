@@ -6,11 +6,21 @@ from collections.abc import Awaitable, Callable, Mapping
 from enum import Enum
 from typing import Any, NamedTuple
 
-from protocol.client import Authenticate, Frame, ListConversations, ListRelationships, ListStars, Watch
+from protocol.client import (
+    Authenticate,
+    Edit,
+    Frame,
+    ListConversations,
+    ListRelationships,
+    ListStars,
+    Schedule,
+    Send,
+    Watch,
+)
 from protocol.codec import decode_client, kind, label
 from protocol.errors import ErrorCode, Refused
 from protocol.ids import UserId
-from protocol.limits import ANSWER_TOKEN_BYTES, FURTHER_TOKENS, MAX_PAGE, MAX_WATCHED, TOKEN_BYTES
+from protocol.limits import ANSWER_TOKEN_BYTES, FURTHER_TOKENS, MAX_MENTIONS, MAX_PAGE, MAX_WATCHED, TOKEN_BYTES
 from protocol.server import Error, Reply, Result
 from server.context import Context
 from server.database import ROLLED_BACK
@@ -159,6 +169,9 @@ def error_frame(refused: Refused, *, re: int | str | None = None) -> Error:
 def _further(frame: Frame) -> int:
     """Return how many more tokens a frame takes for what it asks for."""
     match frame:
+        case Send() | Edit() | Schedule():
+            # Each name is compared with those of everybody there.
+            part = min(frame.content.count("@"), MAX_MENTIONS) / MAX_MENTIONS
         case Watch():
             part = len(frame.user_ids) / MAX_WATCHED
         case ListConversations() | ListRelationships() | ListStars():

@@ -15,10 +15,12 @@ from hypothesis import strategies as st
 from protocol import client, server
 from protocol.errors import ErrorCode, Refused
 from protocol.ids import MessageId, UserId, uuid7
+from protocol.limits import MAX_MENTIONS
 from protocol.payloads import Audio, Code, File, Image, Location, Payload, Poll, Video
 from protocol.server import Reply
 from protocol.values import Message
 from server import markup, mentions
+from server.queries import mentions as meaning
 from tests.world import Room, World, heard, message, refused, sent, until
 
 WEB = "https://example.org/x"
@@ -431,3 +433,31 @@ async def test_many_voters_at_once_are_all_counted(room: Room, world: World) -> 
 def test_a_user_id_is_a_uuid() -> None:
     one = UserId(uuid7())
     assert mentions.find(f"<@{str(one).upper()}>", is_code=False, is_markdown=False).ids == [one]
+
+
+PEOPLE = """
+WITH made AS (
+    INSERT INTO "user" (name, display_name, email)
+    SELECT repeat('a b ', 55) || n, repeat('c d ', 55) || n, n || '@example.org' FROM generate_series(1, 300) n
+    RETURNING id
+), counted AS (UPDATE conversation SET participant_count = participant_count + 300 WHERE id = $1)
+INSERT INTO conversation_participant (conversation_id, user_id, role, status)
+SELECT $1, id, 'member', 'active' FROM made
+"""
+
+
+async def test_many_long_names_cost_little_more_than_one(room: Room, world: World) -> None:
+    await world.db.execute(PEOPLE, room.group)
+    names = ["a_b_" * 55 + f"{number}" for number in range(1, MAX_MENTIONS + 1)]
+
+    async def took(some: list[str]) -> float:
+        times = []
+        for _ in range(3):
+            began = time.perf_counter()
+            meant = await meaning.resolve(world.db, room.group, room.them[0].id, [], some)
+            times.append(time.perf_counter() - began)
+            assert len(meant.user_ids) == len(some)
+        return min(times)
+
+    one = await took(names[:1])
+    assert await took(names) < 6 * one

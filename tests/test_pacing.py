@@ -3,6 +3,7 @@
 import asyncio
 import random
 import time
+from datetime import UTC, datetime, timedelta
 from itertools import product
 
 import msgspec
@@ -15,7 +16,7 @@ from protocol import client, server
 from protocol.codec import encode
 from protocol.errors import CloseCode, ErrorCode
 from protocol.ids import ConversationId, MessageId, UserId, uuid7
-from protocol.limits import FURTHER_TOKENS, MAX_PAGE, MAX_WATCHED, TOKEN_BYTES, RateLimit
+from protocol.limits import FURTHER_TOKENS, MAX_MENTIONS, MAX_PAGE, MAX_WATCHED, TOKEN_BYTES, RateLimit
 from protocol.server import Error
 from server.config import Settings
 from server.dispatch import Rate
@@ -91,6 +92,18 @@ COSTLY: dict[str, client.Frame] = {
     "list_conversations": client.ListConversations(limit=MAX_PAGE),
     "list_relationships": client.ListRelationships(limit=MAX_PAGE),
     "list_stars": client.ListStars(limit=MAX_PAGE),
+    "send": client.Send(
+        conversation_id=ConversationId(uuid7()), message_id=MessageId(uuid7()), content="@" * MAX_MENTIONS
+    ),
+    "edit": client.Edit(
+        conversation_id=ConversationId(uuid7()), message_id=MessageId(uuid7()), content="@" * MAX_MENTIONS
+    ),
+    "schedule": client.Schedule(
+        conversation_id=ConversationId(uuid7()),
+        message_id=MessageId(uuid7()),
+        content="@" * MAX_MENTIONS,
+        send_at=datetime.now(UTC) + timedelta(hours=1),
+    ),
     "why": client.Why(conversation_id=ConversationId(uuid7()), message_id=MessageId(uuid7())),
 }
 
@@ -102,7 +115,7 @@ async def test_one_retry_after_the_time_told_is_not_refused_whatever_the_frame_c
     allowances = world.workers[0].app._allowances  # noqa: SLF001
     for rate, (name, frame), left in product((100.0, 5.0, 1.0), COSTLY.items(), (0, 1)):
         clock = Clock()
-        allowances[Rate.READ] = allowance = SharedAllowance("read", rate, None, clock=clock)
+        allowances[ROUTES[type(frame)].rate] = allowance = SharedAllowance("", rate, None, clock=clock)
         for _ in range(round(4 * rate) - left):
             allowance.require(ada.id)
         refused = await asker.ask(frame)

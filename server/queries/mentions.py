@@ -24,14 +24,21 @@ SELECT c.type <> 'direct' AND can(me.role, 'moderator', false), ARRAY(
         WHERE p.conversation_id = c.id AND p.user_id = ANY($3) AND p.status = 'active'
         UNION
         SELECT min(named.id::text)::uuid FROM (
-            SELECT DISTINCT u.id, n.name FROM conversation_participant p
+            SELECT DISTINCT u.id, spelled.name
+            FROM (SELECT array_agg(lower(n.name)) AS names FROM unnest($4::text[]) AS n (name) OFFSET 0) wanted
+            JOIN conversation_participant p ON p.conversation_id = c.id AND p.status = 'active'
             JOIN "user" u ON u.id = p.user_id
-            CROSS JOIN LATERAL (VALUES (u.name), (u.display_name)) AS called (name)
-            CROSS JOIN unnest($4::text[]) AS n (name)
+            CROSS JOIN LATERAL (
+                SELECT lower(u.name) AS name UNION SELECT lower(u.display_name) OFFSET 0
+            ) called
+            CROSS JOIN LATERAL (
+                SELECT called.name UNION ALL
+                SELECT replace(called.name, ' ', put.instead) FROM unnest('{{.,_,""}}'::text[]) AS put (instead)
+                WHERE strpos(called.name, ' ') > 0
+                OFFSET 0
+            ) spelled
             WHERE cardinality($4::text[]) > 0 AND c.participant_count <= {MAX_NAMED_PARTICIPANTS}
-                AND p.conversation_id = c.id AND p.status = 'active'
-                AND lower(n.name) IN (lower(called.name), lower(replace(called.name, ' ', '.')),
-                    lower(replace(called.name, ' ', '_')), lower(replace(called.name, ' ', '')))
+                AND spelled.name = ANY (wanted.names)
         ) named GROUP BY named.name HAVING count(*) = 1
     ) found
     JOIN "user" u ON u.id = found.id AND u.is_active AND NOT u.is_deleted
