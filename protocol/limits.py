@@ -141,8 +141,8 @@ def visible(text: str) -> str:
 
 
 FURTHER_TOKENS = {
-    "list_threads": 20, "watch": 20, "resume": 20, "get_badge": 20, "list_conversations": 10, "list_relationships": 10,
-    "list_stars": 10, "why": 10, "send": 10, "edit": 10, "schedule": 10,
+    "watch": 100, "list_threads": 20, "get_users": 20, "resume": 20, "get_badge": 20, "list_conversations": 10,
+    "list_relationships": 10, "list_stars": 10, "why": 10, "send": 10, "edit": 10, "schedule": 10,
 }  # fmt: skip
 """Max tokens that a frame takes beside its first, by what it costs the database. A frame that asks for a part of what
 it may (`limit`, `user_ids`, or up to 50 `@` in `content`) takes that part of them. The others always take all: whatever

@@ -10,6 +10,7 @@ from protocol.client import (
     Authenticate,
     Edit,
     Frame,
+    GetUsers,
     ListConversations,
     ListRelationships,
     ListStars,
@@ -174,6 +175,8 @@ def _further(frame: Frame) -> int:
             part = min(frame.content.count("@"), MAX_MENTIONS) / MAX_MENTIONS
         case Watch():
             part = len(frame.user_ids) / MAX_WATCHED
+        case GetUsers():
+            part = len(frame.user_ids) / MAX_PAGE
         case ListConversations() | ListRelationships() | ListStars():
             part = frame.limit / MAX_PAGE
         case _:

@@ -598,6 +598,47 @@ async def test_counts_of_a_day_do_not_grow_with_what_is_older(db: "asyncpg.Conne
     await db.close()
 
 
+TAKES_PART = """
+WITH made AS (
+    INSERT INTO conversation (type, title, created_by, version, participant_count, settings_version)
+    SELECT 'group', 'Room', $1, 2, 1, 1 FROM generate_series(1, $2::int) RETURNING id
+)
+INSERT INTO conversation_participant (conversation_id, user_id, role) SELECT id, $1, 'owner' FROM made
+"""
+READ_OF = """
+SELECT pg_stat_get_xact_tuples_returned(i) + pg_stat_get_xact_tuples_fetched(i)
+FROM CAST('participant_user_idx'::regclass AS oid) i
+"""
+
+
+async def test_who_is_together_costs_what_the_smaller_side_has(db: "asyncpg.Connection[asyncpg.Record]") -> None:
+    """Also when both have many conversations, and nothing when they have one of their own."""
+    one, other = [
+        await db.fetchval("""INSERT INTO "user" (name, email) VALUES ($1, $1) RETURNING id""", name)
+        for name in ("o", "p")
+    ]
+    await db.execute(TAKES_PART, one, 3_000)
+    await db.execute(TAKES_PART, other, 100)
+
+    async def read(first: UserId, second: UserId, *, are: bool) -> int:
+        before = await db.fetchval(READ_OF)
+        assert await db.fetchval("SELECT are_together($1, $2)", first, second) is are
+        return int(await db.fetchval(READ_OF)) - int(before)
+
+    async with db.transaction():
+        for pair in ((one, other), (other, one)):
+            assert 100 <= await read(*pair, are=False) < 2_500
+        direct = await db.fetchval(
+            """INSERT INTO conversation (type, created_by, direct_low, direct_high)
+            VALUES ('direct', $1, least($1::uuid, $2), greatest($1::uuid, $2)) RETURNING id""", one, other,
+        )  # fmt: skip
+        for user_id in (one, other):
+            await db.execute(
+                "INSERT INTO conversation_participant (conversation_id, user_id) VALUES ($1, $2)", direct, user_id
+            )
+        assert await read(one, other, are=True) < 10
+
+
 async def test_a_search_goes_by_its_index(db: "asyncpg.Connection[asyncpg.Record]") -> None:
     # Planned as in a new installation, with nobody there, and kept.
     statements = {

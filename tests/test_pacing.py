@@ -87,6 +87,7 @@ def test_a_client_that_keeps_to_the_limits_is_never_refused(
 COSTLY: dict[str, client.Frame] = {
     "list_threads": client.ListThreads(),
     "watch": client.Watch(user_ids=[UserId(uuid7()) for _ in range(MAX_WATCHED)]),
+    "get_users": client.GetUsers(user_ids=[UserId(uuid7()) for _ in range(MAX_PAGE)]),
     "resume": client.Resume(epoch="", versions={}, user_version=0),
     "get_badge": client.GetBadge(),
     "list_conversations": client.ListConversations(limit=MAX_PAGE),
