@@ -51,7 +51,7 @@ def read(kind: type, value: object) -> object:
         raise _too_deep(MAX_READ_DEPTH) from None
     # An object is looked through level by level if it has enough brackets to be too deep, which few have.
     if encoded.count(b"[") + encoded.count(b"{") > MAX_READ_DEPTH:
-        _items(made, MAX_READ_DEPTH)
+        _require_depth(made, MAX_READ_DEPTH)
     return made
 
 
@@ -98,6 +98,21 @@ def _items(made: _Object, depth: int, most: int | None = None) -> list[object]:
         level = [one for one in inner if isinstance(one, dict | list)]
         if not level:
             return found
+    raise _too_deep(depth)
+
+
+def _require_depth(made: _Object, depth: int) -> None:
+    """Raises ValueError if an object nests deeper. This looks at containers alone: a page has hundreds."""
+    level: list[Any] = [made]
+    for _ in range(depth):
+        level = [
+            inner
+            for one in level
+            for inner in (one if type(one) is list else one.values())
+            if type(inner) is list or type(inner) is dict
+        ]
+        if not level:
+            return
     raise _too_deep(depth)
 
 

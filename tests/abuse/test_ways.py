@@ -1,7 +1,8 @@
 """Ways of attacking that an account has within its rates. `WAYS` is the table of contents.
 
 Elsewhere: searches (test_searching), three thousand silent sockets (test_silence), each kind of flood (test_floods),
-deadlocks (test_lock_order), push services that never answer (test_notifications), hostile values (test_hostile_values).
+deadlocks (test_lock_order), push services that never answer (`test_silent_endpoints_delay_nobody_else` of
+test_notifications), hostile values (test_hostile_values).
 """
 
 import asyncio
@@ -16,6 +17,7 @@ from websockets.exceptions import ConnectionClosed
 from protocol import client
 from protocol.errors import Refused
 from protocol.ids import ConversationId, MessageId, uuid7
+from protocol.limits import MAX_JSON_VALUES, MAX_PAGE
 from prove.client import Client
 from tests.abuse.conftest import Scene
 from tests.bystander import resident_bytes
@@ -115,6 +117,20 @@ def flood(name: str) -> Way:
     return attack
 
 
+async def pages_of_metadata(_: Scene, one: Client, about: ConversationId) -> None:
+    for _number in range(1 + MAX_PAGE // CONNECTIONS):
+        await ask(one, message(about, "x", metadata={"a": [[] for _value in range(MAX_JSON_VALUES - 2)]}))
+    while True:
+        await ask(one, client.History(conversation_id=about, limit=MAX_PAGE))
+
+
+async def descriptions(scene: Scene, _: Client, __: ConversationId) -> None:
+    async with httpx.AsyncClient(base_url=scene.url, trust_env=False) as http:
+        while True:
+            await http.get("/v1/asyncapi.json")
+            await asyncio.sleep(0.1)
+
+
 async def foreign_origins(scene: Scene, _: Client, __: ConversationId) -> None:
     async with httpx.AsyncClient(base_url=scene.url, trust_env=False) as http:
         while True:
@@ -168,11 +184,13 @@ WAYS: dict[str, Way] = {
     "metadata that is nested too deeply": metadata("[" * 900 + "]" * 900, pause=0.6),
     "metadata of many objects": metadata("[" + "{}," * (LARGE // 3) + "1]", pause=0.6),
     "metadata of extreme numbers": metadata("[" + "1e-307," * (LARGE // 7) + "1]", pause=0.6),
+    "pages of metadata of many arrays": pages_of_metadata,
     "many frames in flight": many_in_flight,
     "120 concurrent connections": too_many_connections,
     "silent sockets": silent_sockets,
     "pings": flood("pings"),
     "continuation frames": flood("messages of two fragments"),
+    "descriptions without an account": descriptions,
     "logins from foreign origins with forged addresses": foreign_origins,
     "credentials that are dead": dead_credentials,
     "invitations of a stranger": invitations,
