@@ -48,6 +48,6 @@ def require_above(me: Participant, them: Participant) -> None:
 
 
 def require_below(me: Participant, role: Role) -> None:
-    """Raise Refused unless a role is below a participant's own, or is the one that everybody has."""
-    if rank(role) >= rank(me.role) and role != "member":
+    """Raise Refused unless a role is below a participant's own. Guests and members may also give their own."""
+    if rank(role) >= rank(me.role) and not role == me.role in {"guest", "member"}:
         raise Refused(ErrorCode.FORBIDDEN, "You can only give a role below your own.", path="role")

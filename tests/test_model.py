@@ -99,7 +99,8 @@ class Model:
         if part is not None and part.status == "banned":
             return FORBIDDEN
         if part is None or part.status != "active":
-            self._enter(who, part.role if part is not None and part.status == "invited" else "member")
+            keeps = part is not None and (part.status == "invited" or part.role == "guest")
+            self._enter(who, part.role if part is not None and keeps else "member")
         return OK
 
     def _enter(self, who: int, role: str) -> None:
@@ -119,12 +120,19 @@ class Model:
             self.parts[heir].role = "owner"
         return OK
 
+    def may_give(self, who: int, role: str) -> bool:
+        mine = self.parts[who].role
+        return ROLES.index(role) < ROLES.index(mine) or role == mine in {"guest", "member"}
+
     def add(self, who: int, other: int, role: str, *, is_invitation: bool) -> Code:  # noqa: PLR0911 - a list of rules
         if not self.is_in(who):
             return NOT_FOUND
         if not self.may(who, Act.ADD_MEMBERS):
             return FORBIDDEN
-        if ROLES.index(role) >= ROLES.index(self.parts[who].role) and role != "member":
+        if ROLES.index(role) >= ROLES.index(self.parts[who].role) and not role == self.parts[who].role in {
+            "guest",
+            "member",
+        }:
             return FORBIDDEN
         if who != other and not self.may_see("invite", who, other):
             return NOT_FOUND
@@ -181,7 +189,10 @@ class Model:
             return code
         if self.parts[other].status != "active":
             return NOT_FOUND
-        if ROLES.index(role) >= ROLES.index(self.parts[who].role) and role != "member":
+        if ROLES.index(role) >= ROLES.index(self.parts[who].role) and not role == self.parts[who].role in {
+            "guest",
+            "member",
+        }:
             return FORBIDDEN
         self.parts[other].role = role
         return OK

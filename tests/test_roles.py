@@ -28,7 +28,8 @@ def frames(about: ConversationId, said: MessageId, guest: UserId, other: UserId)
             client.ListReports(**place),
         ],
         Act.ADD_MEMBERS: [
-            client.AddParticipants(**place, participants=[other]), client.Invite(**place, participants=[other]),
+            client.AddParticipants(**place, participants=[other], role="guest"),
+            client.Invite(**place, participants=[other], role="guest"),
             client.SetInviteCode(**place)
         ],
         Act.EDIT_CONVERSATION: [client.UpdateConversation(**place, title=f"Title {said}")],
@@ -165,6 +166,33 @@ async def test_only_some_may_send_where_the_settings_say_so(world: World) -> Non
         await loud.call(message(room.about))
     await room.owner.call(client.UpdateConversation(conversation_id=room.about, is_archived=False))
     await sent(loud, room.about, "More")
+
+
+async def test_a_guest_stays_one_by_leaving_and_coming_back(world: World) -> None:
+    """And makes nobody a member, also with the permission to add people."""
+    ada, charles, mary = await world.users("Ada", "Charles", "Mary")
+    owner, guest, friend = [await world.connect(one) for one in (ada, charles, mary)]
+    await world.befriend(charles, mary)
+    about = await world.channel(owner, is_public=True, settings=ConversationSettings(send_role="member"))
+    view = (await owner.call(client.SetInviteCode(conversation_id=about), server.OneConversation)).view
+    code = view.invite.code if view.invite else None
+    await guest.call(client.Join(conversation_id=about))
+    await owner.call(client.SetRole(conversation_id=about, user_id=charles.id, role="guest"))
+    for join in (client.Join(conversation_id=about), client.Join(invite_code=code)):
+        await guest.call(client.Leave(conversation_id=about))
+        await guest.call(join)
+        with refused(ErrorCode.FORBIDDEN, None):
+            await sent(guest, about)
+    await owner.call(client.RemoveParticipant(conversation_id=about, user_id=charles.id))
+    await guest.call(client.Join(conversation_id=about))
+    await owner.call(client.SetPermissions(conversation_id=about, user_id=charles.id, can_add_members=True))
+    for frame in (client.AddParticipants, client.Invite):
+        with refused(ErrorCode.FORBIDDEN, "role"):
+            await guest.call(frame(conversation_id=about, participants=[mary.id]))
+    await guest.call(client.AddParticipants(conversation_id=about, participants=[mary.id], role="guest"))
+    with refused(ErrorCode.FORBIDDEN, None):
+        await sent(friend, about)
+    await owner.call(client.AddParticipants(conversation_id=about, participants=[charles.id]))
 
 
 async def test_slow_mode(world: World) -> None:

@@ -83,7 +83,7 @@ INSERT INTO conversation_participant AS p (conversation_id, user_id, role, invit
     last_read_version)
 SELECT $1, e.user_id, $3, $4, b.base + e.place, b.base + e.place, b.base FROM entering e, bumped b
 ON CONFLICT (conversation_id, user_id) DO UPDATE SET
-    role = CASE WHEN p.status = 'invited' AND $4 IS NULL THEN p.role ELSE excluded.role END,
+    role = CASE WHEN $4 IS NULL AND (p.status = 'invited' OR p.role = 'guest') THEN p.role ELSE excluded.role END,
     invited_by = CASE WHEN p.status = 'invited' AND $4 IS NULL THEN p.invited_by ELSE excluded.invited_by END,
     status = 'active', joined_at = now(), left_at = NULL,
     version = excluded.version, joined_version = excluded.joined_version,
@@ -97,7 +97,10 @@ RETURNING participant_json(p), (SELECT participant_count FROM bumped)
 async def add(
     db: Db, conversation_id: ConversationId, user_ids: Sequence[UserId], role: Role, invited_by: UserId | None
 ) -> list[Change]:
-    """Let users in who are not; return those, in the order of their versions."""
+    """Let users in who are not; return those, in the order of their versions.
+
+    Without `invited_by` they come by themselves: as what they were invited as, or as a guest if they were one.
+    """
     rows = await db.fetch(ADD, conversation_id, list(user_ids), role, invited_by)
     changes = [Change(_participant_decoder.decode(text), count) for text, count in rows]
     return sorted(changes, key=lambda change: change.participant.version)
