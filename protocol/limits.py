@@ -44,6 +44,8 @@ MAX_PARTICIPANTS_NAMED = 100
 MAX_WATCHED = 500
 MAX_RESUMED = 5_000
 MAX_CHANGES = 1_000
+MAX_CHANGES_BYTES = 2 * 1024 * 1024
+"""Max bytes of what one `changes` frame tells."""
 MAX_METADATA_BYTES = 16 * 1024
 TOKEN_BYTES = 16 * 1024
 """Bytes of a frame per token: a frame takes one token, and another one for every further `TOKEN_BYTES`."""
@@ -184,6 +186,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     watched_users: int = MAX_WATCHED
     resumed_conversations: int = MAX_RESUMED
     changes_before_start_over: int = MAX_CHANGES
+    changes_bytes_before_start_over: int = MAX_CHANGES_BYTES
     frames: RateLimit
     """All frames on this connection."""
     writes: RateLimit

@@ -25,6 +25,8 @@ PING = b"\x89\x00"
 """The frame that asks a peer for a pong (RFC 6455, section 5.5.2)."""
 HANDSHAKE_SECONDS = 30.0
 """Max seconds from the handshake's request until somebody takes the socket over, `authenticate` included."""
+STALL_SECONDS = 30.0
+"""Max seconds without the peer taking in any of a large answer."""
 CLOSE_SECONDS = 5.0
 """How long a peer may take to answer a close, or to read what is left, before the connection is cut."""
 FLOOD_SECONDS = 0.5
@@ -97,6 +99,7 @@ class WebSocket(WebSocketsSansIOProtocol):
     # The newest ping that is not answered.
     _ping: bytes | None = None
     _deadline: asyncio.TimerHandle | None = None
+    _stalled: asyncio.TimerHandle | None = None
     _is_flooded = False
 
     def __init__(self, *args: Any, sockets: Sockets, key: str | None, **kwargs: Any) -> None:  # noqa: ANN401 - uvicorn's
@@ -233,6 +236,8 @@ class WebSocket(WebSocketsSansIOProtocol):
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: D102
         super().connection_lost(exc)
         self._disarm()
+        if self._stalled is not None:
+            self._stalled.cancel()
         self._forget_early()
         if self._key is not None:
             self._sockets.leave(self._key)
@@ -308,7 +313,19 @@ class WebSocket(WebSocketsSansIOProtocol):
             waiting = self.transport.get_write_buffer_size()
             self.transport.set_write_buffer_limits(high=waiting + len(data) + self.outbox_bytes)
             self._is_wide = True
+            if self._stalled is None:
+                self._stalled = self.loop.call_later(STALL_SECONDS, self._is_stalled, waiting + len(data))
         self.transport.write(data)
+
+    def _is_stalled(self, before: int) -> None:
+        """Cut the connection if the peer has taken in nothing of a large answer; look again while some of it waits."""
+        waiting = self.transport.get_write_buffer_size()
+        self._stalled = None
+        if waiting > self.outbox_bytes // 2:
+            if waiting >= before:
+                self.transport.abort()
+            else:
+                self._stalled = self.loop.call_later(STALL_SECONDS, self._is_stalled, waiting)
 
     async def drained(self) -> None:
         """Return when the peer has taken in most of what it asked for, or is gone."""

@@ -11,6 +11,7 @@ import asyncpg
 import pytest
 
 from protocol.ids import ConversationId, UserId
+from protocol.limits import MAX_CHANGES_BYTES
 from server.database import SESSION
 from server.queries import (
     accounts,
@@ -215,8 +216,8 @@ def hot(place: Place, ids: dict[str, Any]) -> dict[str, tuple[str, tuple[Any, ..
         "history, around": (messages.PAGE, (about, user, ids["middle"], 0, 11, 11)),
         "edits": (edits.EDITS, (ids["middle"], user, about, 100)),
         "read": (receipts.READ, (ids["middle"], user, about, False)),
-        "resume, 10 missed": (changes.SINCE, (about, place.size - 8, 1001)),
-        "resume, all missed": (changes.SINCE, (about, 0, 1001)),
+        "resume, 10 missed": (changes.SINCE, (about, place.size - 8, 1001, MAX_CHANGES_BYTES)),
+        "resume, all missed": (changes.SINCE, (about, 0, 1001, MAX_CHANGES_BYTES)),
         "read positions": (changes.READING, (about, user, 100)),
         "conversations": (conversations.PAGE, (user, 50, None, None, None, None, None)),
         "one conversation": (conversations.GET, (user, [about])),

@@ -18,6 +18,7 @@ from protocol.ids import MessageId, UserId, uuid7
 from protocol.limits import MAX_CONTENT, MAX_FRAME_BYTES, MAX_PAGE_BYTES
 from protocol.server import Error
 from prove.client import Client
+from server import websocket
 from server.config import Settings
 from server.connection import MAX_INBOX, Connection
 from server.database import Database
@@ -260,6 +261,35 @@ async def test_an_answer_may_be_larger_than_what_may_wait_for_a_slow_reader(sett
         reader.socket.transport.resume_reading()
         assert await reader.closed() in {CloseCode.SILENT, 1006}
         await ada.call(message(channel), server.Sent)
+
+
+async def test_a_large_answer_that_nobody_reads_ends_the_connection(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also if the peer answers pings: it is there, and does not read."""
+    monkeypatch.setattr(websocket, "STALL_SECONDS", 0.3)
+    settings = msgspec.structs.replace(settings, outbox_bytes=32 * 1024)
+    async with World(settings, workers=1) as world:
+        ada = await world.user("Ada")
+        reader = await world.connect(ada)
+        channel = await world.channel(reader)
+        for _ in range(100):
+            await sent(reader, channel, "x" * 9_000)
+        (held,) = world.workers[0].app.hub.people.sockets(ada.id)
+        transport = held.socket.transport  # type: ignore[attr-defined]
+        await reader.call(client.History(conversation_id=channel, limit=100))
+        await until(lambda: held.socket._stalled is None)  # type: ignore[attr-defined]  # noqa: SLF001
+        assert not transport.is_closing(), "whoever reads stays"
+        reader.socket.transport.pause_reading()
+        # The kernel holds some of them.
+        for number in range(15):
+            frame = client.History(id=number, conversation_id=channel, limit=100)
+            await reader.socket.send(encode(frame).decode())
+        async with asyncio.timeout(20):
+            while not transport.is_closing():
+                await reader.socket.pong()
+                await asyncio.sleep(0.02)
+        reader.socket.transport.resume_reading()
 
 
 async def test_a_frame_takes_tokens_by_what_it_costs(settings: Settings) -> None:

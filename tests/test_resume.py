@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from protocol import client, server
 from protocol.client import Frame
+from protocol.codec import encode
 from protocol.ids import ConversationId, MessageId, uuid7
-from protocol.limits import MAX_CHANGES
+from protocol.limits import MAX_CHANGES, MAX_CHANGES_BYTES
 from protocol.payloads import Poll
 from protocol.server import Changes, ServerFrame
 from prove.client import Client
@@ -20,6 +21,7 @@ from prove.mirror import Mirror
 from prove.truth import assert_same, read_conversation, recount
 from server import topics
 from server.config import Settings
+from server.queries.changes import since
 from tests.world import Somebody, World, message, sent
 
 
@@ -322,3 +324,37 @@ def to_do(action: str, group: ConversationId, message_id: MessageId | None) -> F
         "react": client.React(conversation_id=group, message_id=message_id, emoji="👍"),
         "unreact": client.Unreact(conversation_id=group, message_id=message_id, emoji="👍"),
     }[action]
+
+
+async def test_missed_changes_that_are_large_start_over(away: Away) -> None:
+    """And the hub, which cannot start over, reads them in pieces."""
+    say = """WITH bumped AS (UPDATE conversation SET version = version + $2 WHERE id = $1)
+        INSERT INTO message (conversation_id, sender_id, content, sent_version, version)
+        SELECT $1, $3, repeat(U&'\\0001', 10000), 3 + n, 3 + n FROM generate_series(1, $2) n"""
+    count = 120
+    await away.world.db.execute(say, away.group, count, away.ada.ready.user.id)
+    (over,) = await away.back()
+    assert isinstance(over, server.StartOver)
+    assert over.reason == "too_many_changes"
+    version, pieces = away.version, 0
+    while (found := await since(away.world.db, away.group, version, limit=MAX_CHANGES)) is not None:
+        assert len(encode(found.changes)) < MAX_CHANGES_BYTES + 100_000
+        assert [event.version for event in found.changes.events] == list(range(version + 1, found.changes.version + 1))
+        version, pieces = found.changes.version, pieces + 1
+        if found.is_whole:
+            break
+    assert version == 3 + count
+    assert pieces > 3
+
+
+async def test_the_first_version_that_was_missed_is_read_whole_however_large(away: Away) -> None:
+    await away.world.db.execute(
+        """WITH bumped AS (UPDATE conversation SET version = 5 WHERE id = $1)
+        INSERT INTO message (conversation_id, sender_id, content, sent_version, version)
+        SELECT $1, $2, repeat(U&'\\0001', 10000), 3 + n, CASE WHEN n < 60 THEN 4 ELSE 5 END
+        FROM generate_series(1, 60) n""",
+        away.group, away.ada.ready.user.id,
+    )  # fmt: skip
+    found = await since(away.world.db, away.group, 3, limit=MAX_CHANGES)
+    assert found is not None
+    assert (found.changes.version, len(found.changes.events), found.is_whole) == (4, 59, False)

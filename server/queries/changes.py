@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 from protocol.ids import EVERYONE, ConversationId, MessageId, UserId
+from protocol.limits import MAX_CHANGES_BYTES
 from protocol.server import Changes, DurableEvent
 from protocol.values import Receipt
 from server.database import Db
@@ -64,9 +65,16 @@ EVENTS = """
 )
 """At most $3 events of the conversation `c` after version $2, in order; who is gone by them."""
 
+# All of the first version, and then as much as fits.
 SINCE = f"""
-SELECT c.version, e.version, e.event, e.gone
-FROM conversation c LEFT JOIN LATERAL ({EVENTS}) e ON true
+SELECT c.version, e.version, e.event, e.gone, e.found
+FROM conversation c LEFT JOIN LATERAL (
+    SELECT s.version, s.event, s.gone, s.found FROM (
+        SELECT e.*, count(*) OVER () AS found, min(e.version) OVER () AS first,
+            sum(octet_length(e.event::text)) OVER (ORDER BY e.version ROWS UNBOUNDED PRECEDING) AS bytes
+        FROM ({EVENTS}) e
+    ) s WHERE s.bytes <= $4 OR s.version = s.first
+) e ON true
 WHERE c.id = $1
 """  # noqa: S608 - EVENTS is a constant
 
@@ -85,19 +93,21 @@ class Difference(NamedTuple):
 
 
 async def since(db: Db, conversation_id: ConversationId, version: int, *, limit: int) -> Difference | None:
-    """Return about `limit` changes after `version`, cut where a version ends; None if there is no such conversation.
+    """Return about `limit` changes after `version`, or as many as fit, cut where a version ends; None without such a
+    conversation.
 
     For the hub, which delivers to those who are in: there is no access check.
     """
-    rows = await db.fetch(SINCE, conversation_id, version, limit + 1)
+    rows = await db.fetch(SINCE, conversation_id, version, limit + 1, MAX_CHANGES_BYTES)
     if not rows:
         return None
     clock: int = rows[0][0]
     reached = max(clock, version)
     kept = [row for row in rows if row[1] is not None]
-    if len(kept) > limit:
-        # The last version may have more events than were read.
-        reached = kept[-1][1] - 1
+    if kept and (len(kept) > limit or len(kept) < kept[0][4]):
+        # The last version may have more events than were read, unless it is the first: that one is whole, if it fits.
+        last = kept[-1][1]
+        reached = last if last == kept[0][1] and len(kept) <= limit else last - 1
         kept = [row for row in kept if row[1] <= reached]
     changes = Changes(
         conversation_id=conversation_id,
