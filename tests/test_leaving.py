@@ -18,7 +18,8 @@ from prove.client import Client
 from prove.truth import recount
 from server.database import Single
 from server.erasure import erase
-from server.queries import erasure
+from server.export import written
+from server.queries import erasure, exports
 from tests.world import Somebody, World, http_client, refused, sent
 
 PASSWORD = "correct horse"
@@ -104,10 +105,15 @@ async def test_who_is_erased_leaves_their_words_and_nothing_else(world: World, a
     assert await erasure.traces(world.db, me, texts)
     await one.call(client.SetDraft(conversation_id=owned, content="A secret thought"))
     await one.call(client.Star(conversation_id=owned, message_id=said))
+    regretted = await sent(one, owned, "Never mind")
+    await one.call(client.Delete(conversation_id=owned, message_id=regretted))
+    assert await world.db.fetchval("SELECT count(*) FROM message_edit WHERE content = 'Never mind'") == 1
     assert await ada.post("delete", password=PASSWORD) == 204
     await world.db.execute("UPDATE \"user\" SET deleted_at = now() - interval '31 days' WHERE id = $1", me)
     await world.workers[0].app.erase_due()
 
+    # What they took back themselves goes with them.
+    assert await world.db.fetchval("SELECT count(*) FROM message_edit WHERE content = 'Never mind'") == 0
     promoted = await other.event(server.ParticipantChanged, lambda event: event.participant.user_id == charles.id)
     assert promoted.participant.role == "owner"
     for table in ("draft", "message_star", "scheduled_message", "push_endpoint"):
@@ -179,3 +185,29 @@ async def test_ones_own_data_is_all_there(world: World, ada: Person) -> None:
     for _ in range(3):
         answer = await ada.http.get("/v1/auth/export", headers=ada.headers)
     assert answer.status_code == 429
+
+
+async def test_an_export_is_made_in_pieces_however_often_a_message_was_edited(world: World) -> None:
+    ada = await world.user("Ada")
+    one = await world.connect(ada)
+    about = await world.channel(one)
+    often, never = await sent(one, about, "Often"), await sent(one, about, "Never")
+    large = "repeat(U&'\\0001', 10000)"  # six bytes each in JSON
+    await world.db.execute(
+        f"""INSERT INTO message_edit (id, conversation_id, message_id, content, edited_by, version)
+        SELECT gen_random_uuid(), $1, $2, {large}, $3, n FROM generate_series(1, 130) n""",
+        about, often, ada.id,
+    )  # fmt: skip
+    await world.db.execute(
+        f"""WITH made AS (INSERT INTO conversation (type, title, created_by)
+            SELECT 'group', 'G', $1 FROM generate_series(1, 120) RETURNING id)
+        INSERT INTO draft (user_id, conversation_id, content, user_version) SELECT $1, id, {large}, 1 FROM made""",
+        ada.id,
+    )  # fmt: skip
+    pieces = [piece async for piece in written(world.workers[0].app._database.connection, ada.id)]  # noqa: SLF001
+    assert max(map(len, pieces)) < (exports.PAGE + 1) * 61_000
+    export = msgspec.json.decode(b"".join(pieces), type=Export, dec_hook=json_object.read)
+    assert {message.message.id: [edit.version for edit in message.edits] for message in export.messages} == {
+        often: list(range(1, 131)), never: [],
+    }  # fmt: skip
+    assert (len(export.drafts), len({draft.conversation_id for draft in export.drafts})) == (120, 120)

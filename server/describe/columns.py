@@ -59,7 +59,8 @@ def statements() -> dict[str, str]:
     text = re.sub(r"--.*", "", (migrate.ROOT / "schema.sql").read_text())
     for part in re.split(r"\n(?=CREATE (?:FUNCTION|POLICY|VIEW))", text)[1:]:
         if kind := re.match(r"CREATE (?:FUNCTION|POLICY|VIEW) (\w+)", part):
-            found[f"schema.{kind[1]}"] = part
+            # To its own end: tables may follow.
+            found[f"schema.{kind[1]}"] = part.split("\n$$;" if "$$" in part.split(";\n")[0] else ";\n")[0]
     return found
 
 

@@ -99,6 +99,10 @@ FORGET = (
     "DELETE FROM message_star WHERE user_id = $1",
     "DELETE FROM push_endpoint WHERE user_id = $1",
     """
+    DELETE FROM message_edit e USING message m
+    WHERE m.sender_id = $1 AND m.is_deleted AND e.message_id = m.id AND e.conversation_id = m.conversation_id
+    """,
+    """
     UPDATE thread_follow SET is_following = false, last_read_order = 0 WHERE user_id = $1
     """,
     "UPDATE report SET reason = 'Erased' WHERE reporter_id = $1",

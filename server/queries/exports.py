@@ -1,9 +1,14 @@
-"""A person's own data: messages in pages, the rest in one piece. The fields are those of protocol/export.py."""
+"""A person's own data: what may be large in pages, the rest whole. The fields are those of protocol/export.py."""
 
-from protocol.ids import MessageId, UserId
+from collections.abc import Sequence
+from typing import NamedTuple
+from uuid import UUID
+
+from protocol.ids import UserId
 from server.database import Db
 
-PAGE = 500
+PAGE = 50
+"""Rows in each piece: messages, drafts and edits may have 10,000 characters each."""
 
 # What a person sent to others is among their own relationships; what others did about them is not theirs.
 HEAD = """
@@ -25,9 +30,6 @@ SELECT json_build_object(
     'stars', coalesce((SELECT json_agg(json_build_object('conversation_id', s.conversation_id,
         'message_id', s.message_id, 'starred_at', s.starred_at))
         FROM message_star s WHERE s.user_id = u.id AND NOT s.is_removed), '[]'),
-    'drafts', coalesce((SELECT json_agg(json_build_object('conversation_id', d.conversation_id, 'content', d.content,
-        'updated_at', d.updated_at)) FROM draft d WHERE d.user_id = u.id AND d.content <> ''), '[]'),
-    'scheduled', coalesce((SELECT json_agg(scheduled_json(s)) FROM scheduled_message s WHERE s.sender_id = u.id), '[]'),
     'votes', coalesce((SELECT json_agg(json_build_object('conversation_id', v.conversation_id,
         'message_id', v.message_id, 'options', v.options, 'voted_at', v.voted_at))
         FROM poll_vote v WHERE v.user_id = u.id AND v.options <> '{}'), '[]'),
@@ -44,21 +46,53 @@ SELECT json_build_object('conversation_id', r.conversation_id, 'message_id', r.m
     'emoji', r.emoji, 'created_at', r.created_at)::text
 FROM message_reaction r WHERE r.user_id = $1 AND NOT r.is_removed
 """
+DRAFTS = """
+SELECT d.conversation_id, json_build_object('conversation_id', d.conversation_id, 'content', d.content,
+    'updated_at', d.updated_at)::text
+FROM draft d WHERE d.user_id = $1 AND d.content <> '' AND d.conversation_id > $2 ORDER BY d.conversation_id LIMIT $3
+"""
+SCHEDULED = """
+SELECT s.id, scheduled_json(s)::text
+FROM scheduled_message s WHERE s.sender_id = $1 AND s.id > $2 ORDER BY s.id LIMIT $3
+"""
 MESSAGES = """
-SELECT m.id, json_build_object(
-    'message', message_json(m),
-    'withheld', CASE WHEN m.is_moderated THEN m.content END,
-    'edits', coalesce((SELECT json_agg(json_build_object('id', e.id, 'content', e.content,
-        'formatted_content', e.formatted_content, 'edited_by', e.edited_by, 'edited_at', e.edited_at,
-        'version', e.version) ORDER BY e.version) FROM message_edit e WHERE e.message_id = m.id), '[]')
-)::text
+SELECT m.id, json_build_object('message', message_json(m),
+    'withheld', CASE WHEN m.is_moderated THEN m.content END)::text
 FROM message m WHERE m.sender_id = $1 AND m.id > $2 ORDER BY m.id LIMIT $3
 """
+EDITS = """
+SELECT e.version, json_build_object('id', e.id, 'content', e.content, 'formatted_content', e.formatted_content,
+    'edited_by', e.edited_by, 'edited_at', e.edited_at, 'version', e.version)::text
+FROM message_edit e WHERE e.message_id = $1 AND e.version > $2 ORDER BY e.version LIMIT $3
+"""
+EDITED = """
+SELECT asked.id FROM unnest($1::uuid[]) AS asked (id)
+WHERE EXISTS (SELECT FROM message_edit e WHERE e.message_id = asked.id)
+"""
+
+NOTHING = UUID(int=0)
+
+
+class Row(NamedTuple):
+    """A row as JSON, and after what to go on."""
+
+    id: UUID
+    text: str
 
 
 async def head(db: Db, user_id: UserId) -> str:
-    """Return all but the messages and the reactions, as a JSON object."""
+    """Return all that is not large, as a JSON object."""
     return str(await db.fetchval(HEAD, user_id))
+
+
+async def drafts(db: Db, user_id: UserId, after: UUID) -> list[Row]:
+    """Return up to `PAGE` of a user's drafts, in the order of their conversations."""
+    return [Row(*row) for row in await db.fetch(DRAFTS, user_id, after, PAGE)]
+
+
+async def scheduled(db: Db, user_id: UserId, after: UUID) -> list[Row]:
+    """Return up to `PAGE` of a user's scheduled messages."""
+    return [Row(*row) for row in await db.fetch(SCHEDULED, user_id, after, PAGE)]
 
 
 async def reactions(db: Db, user_id: UserId) -> list[str]:
@@ -66,7 +100,16 @@ async def reactions(db: Db, user_id: UserId) -> list[str]:
     return [row[0] for row in await db.fetch(REACTIONS, user_id)]
 
 
-async def messages(db: Db, user_id: UserId, after: MessageId) -> tuple[list[str], MessageId | None]:
-    """Return the next of a user's messages, each as JSON, and after which to go on, if there may be more."""
-    rows = await db.fetch(MESSAGES, user_id, after, PAGE)
-    return [row[1] for row in rows], MessageId(rows[-1][0]) if len(rows) == PAGE else None
+async def messages(db: Db, user_id: UserId, after: UUID) -> list[Row]:
+    """Return up to `PAGE` of a user's messages, without their edits."""
+    return [Row(*row) for row in await db.fetch(MESSAGES, user_id, after, PAGE)]
+
+
+async def edited(db: Db, message_ids: Sequence[UUID]) -> set[UUID]:
+    """Return which of the messages have been edited."""
+    return {row[0] for row in await db.fetch(EDITED, message_ids)}
+
+
+async def edits(db: Db, message_id: UUID, after: int) -> list[tuple[int, str]]:
+    """Return up to `PAGE` of what a message said before, each with its version, after one."""
+    return [(row[0], row[1]) for row in await db.fetch(EDITS, message_id, after, PAGE)]
