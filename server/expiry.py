@@ -4,11 +4,11 @@ import logging
 from functools import partial
 
 from protocol.ids import ConversationId, MessageId
-from protocol.values import Message
 from server.context import Events
 from server.database import Database, Db
 from server.errors import is_lost, log_defect
 from server.queries import conversations, edits, expiry
+from server.queries.edits import Deleted
 from server.telling import tell_deleted
 
 log = logging.getLogger(__name__)
@@ -28,8 +28,8 @@ async def expire_due(database: Database, events: Events) -> None:
                 log_defect(log, "expire_due", error)
                 failed.add(conversation_id)
                 continue
-            for message, root_reply_count in gone:
-                tell_deleted(events, message, root_reply_count)
+            for deleted in gone:
+                tell_deleted(events, deleted)
 
 
 async def _due(database: Database, failed: set[ConversationId]) -> dict[ConversationId, list[MessageId]]:
@@ -37,9 +37,7 @@ async def _due(database: Database, failed: set[ConversationId]) -> dict[Conversa
         return await expiry.due(db, failed)
 
 
-async def _expire(
-    conversation_id: ConversationId, message_ids: list[MessageId], db: Db
-) -> list[tuple[Message, int | None]]:
+async def _expire(conversation_id: ConversationId, message_ids: list[MessageId], db: Db) -> list[Deleted]:
     # Deleted as a whole, it is locked by nobody, and its messages go all the same.
     await conversations.lock(db, conversation_id)
     due = await expiry.still_due(db, conversation_id, message_ids)

@@ -11,6 +11,7 @@ from protocol.server import (
 )
 from protocol.values import Conversation, Message
 from server.context import Context, Events
+from server.queries.edits import Deleted
 from server.queries.messages import Found
 from server.queries.participants import Change
 
@@ -27,12 +28,20 @@ def tell_changed(events: Events, found: Found, message: Message) -> Changed:
     return Changed(conversation_id=about, version=version)
 
 
-def tell_deleted(events: Events, message: Message, root_reply_count: int | None) -> Changed:
-    """Tell what is left of a message that was deleted; return what to answer."""
+def tell_deleted(events: Events, deleted: Deleted) -> Changed:
+    """Publish that a message was deleted, with what is left if everyone who is there may see it; return what to
+    answer.
+    """
+    message = deleted.message
     about, version = message.conversation_id, message.version
-    events.publish(
-        MessageDeleted(conversation_id=about, version=version, message=message, root_reply_count=root_reply_count)
-    )
+    if deleted.is_from_before:
+        events.publish(MessageChanged(conversation_id=about, version=version, message_id=message.id))
+    else:
+        events.publish(
+            MessageDeleted(
+                conversation_id=about, version=version, message=message, root_reply_count=deleted.root_reply_count
+            )
+        )
     return Changed(conversation_id=about, version=version)
 
 

@@ -10,6 +10,7 @@ from protocol.server import Error
 from protocol.values import ConversationSettings, ConversationView
 from prove.client import Client
 from prove.truth import recount
+from server.expiry import expire_due
 from tests.world import World, refused, sent
 
 
@@ -148,7 +149,7 @@ async def test_newcomers_see_what_was_said_before_if_the_settings_say_so(world: 
     ada, charles = await world.users("Ada", "Charles")
     owner = await world.connect(ada)
     about = await world.channel(owner, is_public=True, settings=ConversationSettings(history="from_joining"))
-    before = await sent(owner, about, "Before")
+    before, hidden, fading = [await sent(owner, about, text) for text in ("Before", "Hidden", "Fading")]
     newcomer = await world.connect(charles, 1)
     joined = await newcomer.call(client.Join(conversation_id=about), server.OneConversation)
     assert joined.view.last_message is not None
@@ -162,15 +163,28 @@ async def test_newcomers_see_what_was_said_before_if_the_settings_say_so(world: 
     ):  # fmt: skip
         with refused(ErrorCode.NOT_FOUND, "message_id"):
             await newcomer.call(frame)
-    # Its words are in no event, live or fetched later.
+    # Its words are in no event, live or fetched later; nor is who sent, hid or deleted what was said before.
     await owner.call(client.Edit(**place, content="Before, edited"))
     changed = await newcomer.event(server.MessageChanged)
     assert changed.message_id == before
+    await owner.call(client.Moderate(conversation_id=about, message_id=hidden, reason="Unseen"))
+    await owner.call(client.Delete(conversation_id=about, message_id=hidden))
+    await world.db.execute("UPDATE message SET expires_at = now() WHERE id = $1", fading)
+    await expire_due(world.workers[0].app._database, world.workers[0].app.hub)  # noqa: SLF001 - due now
+    await newcomer.event(server.MessageChanged, lambda event: event.message_id == fading)
+    told = [event for event in newcomer.events if isinstance(event, server.MessageChanged)]
+    assert [event.message_id for event in told] == [before, hidden, hidden, fading]
+    # The owner, who was there before, asks for it.
+    left = await owner.call(client.GetMessage(conversation_id=about, message_id=hidden), server.OneMessage)
+    assert (left.message.is_deleted, left.message.deleted_by) == (True, ada.id)
     again = await world.connect(charles, query="?resume=1")
     await again.call(client.Resume(epoch=again.ready.epoch, versions={about: 0}))
     missed = await again.event(server.Changes)
     said = [event.message.content for event in missed.events if isinstance(event, server.MessageSent)]
     assert said == ["joined"]
+    older = {event.message_id for event in missed.events if isinstance(event, server.MessageChanged)}
+    assert older == {before, hidden, fading}
+    assert not any(isinstance(event, server.MessageDeleted) for event in missed.events)
     after = await sent(owner, about, "After")
     assert (
         await newcomer.event(server.MessageSent, lambda event: event.message.id == after)

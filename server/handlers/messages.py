@@ -92,8 +92,8 @@ async def delete(context: Context, frame: client.Delete) -> Changed:
         if not is_own:
             deed = Deed(context.user_id, "delete_message", before.sender_id, before.id)
             await audit.record(db, before.conversation_id, deed)
-        message, root_reply_count = await edits.delete(db, before, context.user_id)
-    return tell_deleted(context.events, message, root_reply_count)
+        deleted = await edits.delete(db, before, context.user_id)
+    return tell_deleted(context.events, deleted)
 
 
 async def history(context: Context, frame: client.History) -> MessagePage:

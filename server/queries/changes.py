@@ -17,9 +17,10 @@ _receipts_decoder = Reader(Receipt)
 _CHANGED = """json_build_object('type', 'message_changed', 'conversation_id', {row}.conversation_id,
         'version', {row}.version, 'message_id', m.id)"""
 
-# Where newcomers do not see what was said before, words that someone there may not see are asked for one by one.
+# Where newcomers do not see what was said before, messages that someone there may not see are asked for one by one,
+# deleted ones too: what is left of them names their sender, and who deleted or hid them, and why.
 EVENTS = """
-    (SELECT m.version, CASE WHEN NOT m.is_deleted AND {from_before} THEN {changed} ELSE json_build_object(
+    (SELECT m.version, CASE WHEN {from_before} THEN {changed} ELSE json_build_object(
             'type', CASE WHEN m.is_deleted THEN 'message_deleted'
                 WHEN m.sent_version > $2 THEN 'message_sent' ELSE 'message_edited' END,
             'conversation_id', m.conversation_id, 'version', m.version, 'message', message_json(m)

@@ -1,5 +1,7 @@
 """Messages changed: edited, deleted, and what they said before."""
 
+from typing import NamedTuple
+
 from protocol.client import Edit
 from protocol.ids import ConversationId, EditId, MessageId, UserId, uuid7
 from protocol.values import Message, MessageEdit
@@ -93,7 +95,8 @@ async def edited(db: Db, frame: Edit, user_id: UserId) -> tuple[int, bool] | Non
 
 DELETE = """
 WITH bumped AS (
-    UPDATE conversation SET version = version + 1, message_count = message_count - 1 WHERE id = $1 RETURNING version
+    UPDATE conversation SET version = version + 1, message_count = message_count - 1 WHERE id = $1
+    RETURNING version, access_version, settings
 ), kept AS (
     INSERT INTO message_edit (id, conversation_id, message_id, content, formatted_content, edited_by, version)
     SELECT gen_random_uuid(), $1, m.id, m.content, m.formatted_content, $3, b.version
@@ -119,22 +122,31 @@ UPDATE message m SET content = '', formatted_content = NULL, mentions = '{}', ha
     is_pinned = false, pinned_at = NULL, pinned_by = NULL, poll_counts = NULL, poll_voters = 0, poll_closed_at = NULL,
     expires_at = NULL
 FROM bumped b WHERE m.id = $2 AND (m.conversation_id = $1) IS TRUE
-RETURNING message_json(m), (SELECT reply_count FROM root)
+RETURNING message_json(m), (SELECT reply_count FROM root),
+    coalesce(b.settings ->> 'history' = 'from_joining', false) AND m.sent_version <= b.access_version
 """
 
 
-async def delete(db: Db, found: Message, user_id: UserId) -> tuple[Message, int | None]:
-    """Take a message's words away; return what is left, and the root's count if it was a reply. Under the lock.
+class Deleted(NamedTuple):
+    """What is left of a deleted message; its root's count if it was a reply; `is_from_before` as in `Found`."""
+
+    message: Message
+    root_reply_count: int | None
+    is_from_before: bool
+
+
+async def delete(db: Db, found: Message, user_id: UserId) -> Deleted:
+    """Delete a message's words; return what is left. Under the lock.
 
     What it said is kept for those who read the database.
     """
     row = await db.fetchrow(DELETE, found.conversation_id, found.id, user_id, False)  # noqa: FBT003 - a parameter
     assert row is not None  # noqa: S101 - the caller found it under the lock
     await find_anew(db, found.conversation_id, found.id)
-    return _message_decoder.decode(row[0]), row[1]
+    return Deleted(_message_decoder.decode(row[0]), row[1], row[2])
 
 
-async def expire(db: Db, conversation_id: ConversationId, message_id: MessageId) -> tuple[Message, int | None] | None:
+async def expire(db: Db, conversation_id: ConversationId, message_id: MessageId) -> Deleted | None:
     """Take the words away of a message whose time is over, and keep none; return as `delete`. Under the lock.
 
     Return None if what is left cannot be read: it is gone all the same.
@@ -143,7 +155,7 @@ async def expire(db: Db, conversation_id: ConversationId, message_id: MessageId)
     assert row is not None  # noqa: S101 - the caller found it under the lock
     await find_anew(db, conversation_id, message_id)
     left = _message_decoder.read(row[0])
-    return None if left is None else (left, row[1])
+    return None if left is None else Deleted(left, row[1], row[2])
 
 
 EDITS = f"""
