@@ -1156,7 +1156,8 @@ END
 $$;
 REVOKE EXECUTE ON FUNCTION close_to_public() FROM PUBLIC;
 
--- Takes from everybody the functions of PostgreSQL by which any role fills what all share: the table of locks, and the disk.
+-- Takes from everybody the functions of PostgreSQL by which any role fills what all share: the table of locks, the disk,
+-- the log of changes that every replica reads, and the ids of transactions.
 -- Only a superuser can. These rights are copied with a template and are in a dump.
 CREATE FUNCTION close_functions_to_public() RETURNS void LANGUAGE plpgsql SET search_path = pg_catalog, public, pg_temp AS $$
 DECLARE
@@ -1167,10 +1168,11 @@ BEGIN
         FROM pg_proc p CROSS JOIN aclexplode(coalesce(p.proacl, acldefault('f', p.proowner))) a
         WHERE p.pronamespace = 'pg_catalog'::regnamespace AND a.grantee = 0 AND a.privilege_type = 'EXECUTE'
             AND (p.proname ~ '^pg_(try_)?advisory_(xact_)?lock' OR p.proname IN ('lo_creat', 'lo_create', 'lo_from_bytea',
-                'lo_put', 'lowrite', 'lo_truncate', 'lo_truncate64'))
+                'lo_put', 'lowrite', 'lo_truncate', 'lo_truncate64', 'pg_logical_emit_message', 'pg_export_snapshot',
+                'pg_current_xact_id', 'txid_current'))
     LOOP
         IF NOT found.is_mine THEN
-            RAISE WARNING 'advisory locks and large objects stay open to everybody: a superuser must call'
+            RAISE WARNING 'advisory locks, large objects and WAL stay open to everybody: a superuser must call'
                 ' close_functions_to_public()';
             RETURN;
         END IF;

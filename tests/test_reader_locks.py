@@ -40,7 +40,34 @@ WRITING = [
     "lo_put(1, 0, 'x')",
     "lowrite(0, 'x')",
     "lo_truncate(0, 1)",
+    "pg_logical_emit_message(false, 'x', 'x')",
+    "pg_export_snapshot()",
+    "pg_current_xact_id()",
+    "txid_current()",
 ]
+CALLABLE = """
+SELECT DISTINCT p.proname FROM pg_proc p
+WHERE p.pronamespace = 'pg_catalog'::regnamespace AND p.provolatile = 'v' AND p.prokind = 'f'
+    AND has_function_privilege($1, p.oid, 'EXECUTE') AND NOT 'internal'::regtype = ANY (p.proargtypes)
+    AND p.prorettype NOT IN ('trigger'::regtype, 'event_trigger'::regtype)
+ORDER BY 1
+"""
+JUDGED = re.compile(
+    # Values, and counters that are shown to everybody.
+    r"array_(sample|shuffle)|clock_timestamp|current_query|gen_random_uuid|random(_normal)?|setseed|timeofday|uuidv\d"
+    r"|txid_status|ts_(rewrite|stat)|amvalidate|pg_stat_(get_|clear_snapshot|force_next_flush)\w*|pg_(control|is)_\w+"
+    r"|pg_current_wal_\w*lsn|pg_last_\w+|pg_get_\w+|pg_\w*collation_actual_version|pg_jit_available|pg_lock_status"
+    r"|pg_(safe_snapshot_)?blocking_pids|pg_isolation_test_session_is_blocked|pg_notification_queue_usage"
+    r"|pg_partition_\w+|pg_prepared_xact|pg_(\w+_)?size|pg_\w*wal_summar\w+|pg_xact_\w+|pg_available_wal_summaries"
+    # As the caller's own statements, or the settings and sessions of the role itself; see decision 0045.
+    r"|\w+_to_xml\w*|set_config|pg_sleep\w*|pg_notify|pg_(cancel|terminate)_backend|pg_advisory_unlock\w*|plpgsql_\w+"
+    # Only on what one has rights on, and a reader has none: sequences, large objects, indexes, statistics.
+    r"|currtid2|currval|lastval|nextval|setval|pg_sequence_last_value|lo_(close|get|l?open|lseek|tell|unlink)(64)?|loread"
+    r"|brin_\w+|gin_clean_pending_list|pg_(clear|restore)_\w+_stats|pg_extension_config_dump"
+    # Only for roles that replicate, for superusers, and while the server is being upgraded.
+    r"|pg_\w*replication_slot\w*|pg_logical_slot_\w+|pg_nextoid|pg_import_system_collations"
+    r"|pg_stop_making_pinned_objects|binary_upgrade_\w+"
+)
 OLD_KEYS = [
     "hashtextextended($1::uuid::text, 0)", "hashtextextended('00000000-0000-0000-0000-000000000000', 0)",
     str(0x6F70656E63686174),
@@ -99,7 +126,13 @@ async def test_reader_who_holds_every_lock_it_can_take_stops_no_writer(world: Wo
     assert set.union(*held.values()) == {"ACCESS SHARE"}
 
 
-async def test_reader_takes_no_advisory_lock_and_writes_no_large_object(world: World, role: Role) -> None:
+async def test_each_volatile_function_that_a_reader_may_call_is_judged(world: World, role: Role) -> None:
+    callable_ = [row[0] for row in await world.db.fetch(CALLABLE, role.name)]
+    assert len(callable_) > 100
+    assert [name for name in callable_ if not JUDGED.fullmatch(name)] == []
+
+
+async def test_reader_takes_no_advisory_lock_and_writes_no_large_object_and_no_wal(world: World, role: Role) -> None:
     functions = await world.db.fetch(LOCKING)
     assert len(functions) == 16
     calls = [
