@@ -5,6 +5,7 @@ import itertools
 import json
 import logging
 from collections.abc import AsyncIterator, Iterator
+from datetime import datetime
 from typing import Any, NamedTuple, Self
 from uuid import UUID, uuid4
 
@@ -18,7 +19,7 @@ from websockets.asyncio.client import connect
 
 from protocol.client import CreateChannel, CreateGroup, Send
 from protocol.codec import decode_client, encode
-from protocol.errors import ErrorCode
+from protocol.errors import ErrorCode, Refused
 from protocol.http import ChangePassword, Confirm, Login, Register
 from protocol.ids import ConversationId, uuid7
 from protocol.limits import MAX_FRAME_BYTES
@@ -342,6 +343,39 @@ def sharing(one: UUID, count: int) -> list[UUID]:
     assert len({one, *found}) >= count
     assert {hash(other) for other in found} == {hash(one)}
     return found
+
+
+INFINITE = ("0001-01-01T00:00:00Z", "0001-01-01T01:00:00+01:00",
+            "9999-12-31T23:59:59.999999Z", "9999-12-31T22:59:59.999999-01:00")  # fmt: skip
+"""The first and the last time that Python holds: the driver stores them as `-infinity` and `infinity`."""
+
+
+def test_times_that_the_driver_stores_as_infinite_are_refused_in_every_field() -> None:
+    taken, refused_in = [], set()
+    for kind in each_frame():
+        for place, text in frames(kind, {}):
+            for value in INFINITE:
+                try:
+                    frame = decode_client(filled(text, json.dumps(value)))
+                except Refused as refusal:
+                    if "must be later than 0001" in refusal.message:
+                        refused_in.add(place.split(".")[-1])
+                    continue
+                if any(isinstance(one, datetime) and one.year in {1, 9999} for one in leaves(frame)):
+                    taken.append((kind.__name__, place, value))
+    assert taken == []
+    assert refused_in == {"muted_until", "sent_before", "sent_after", "send_at", "up_to", "closes_at"}
+
+
+def leaves(value: object) -> Iterator[object]:
+    """Return what structs and lists hold, down to the last."""
+    if isinstance(value, msgspec.Struct):
+        value = list(msgspec.structs.asdict(value).values())
+    if isinstance(value, list):
+        for one in value:
+            yield from leaves(one)
+    else:
+        yield value
 
 
 def test_ids_that_share_a_hash_are_refused() -> None:
