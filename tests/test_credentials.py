@@ -513,6 +513,8 @@ async def test_concurrent_guesses_at_the_password_of_a_session_are_counted_first
         *(http.post(path, headers=bearer(ada.token), json=body) for path, body in (asked * 7)[:40])
     )
     assert Counter(answer.status_code for answer in answers) == {403: 10, 429: 30}
+    # One account has one counter: the ten are those of a login, too.
+    assert await guessed([worker.url for worker in world.workers], 2) == {429: 2}
 
 
 async def test_concurrent_registrations_of_an_address_are_counted_first(settings: Settings) -> None:

@@ -235,7 +235,10 @@ class Accounts:
         """
         for _ in range(MAX_RACES):
             user_id = (await self.caller(request)).user.id
-            async with self._attempts.at_account(user_id.hex):
+            async with self._database.connection() as db:
+                address = await accounts.address(db, user_id)
+            # By the same key as a login, so that an account has one counter.
+            async with self._attempts.at_account(address or user_id.hex):
                 async with self._database.connection() as db:
                     checked = await accounts.password_hash(db, user_id)
                 if not await passwords.matches(password, checked):

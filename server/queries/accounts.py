@@ -53,6 +53,15 @@ async def find(db: Db, email: str) -> Login | None:
     return None if row is None else Login(_user_decoder.decode(row[0]), row[1])
 
 
+ADDRESS = "SELECT account_id FROM account WHERE provider_id = 'credential' AND user_id = $1"
+
+
+async def address(db: Db, user_id: UserId) -> str | None:
+    """Return the e-mail address that a user logs in with; None if they have no password."""
+    found: str | None = await db.fetchval(ADDRESS, user_id)
+    return found
+
+
 HASH = "SELECT password FROM account WHERE provider_id = 'credential' AND user_id = $1"
 
 
