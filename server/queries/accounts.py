@@ -53,7 +53,7 @@ async def find(db: Db, email: str) -> Login | None:
     return None if row is None else Login(_user_decoder.decode(row[0]), row[1])
 
 
-ADDRESS = "SELECT account_id FROM account WHERE provider_id = 'credential' AND user_id = $1"
+ADDRESS = "SELECT account_id FROM account WHERE provider_id = 'credential' AND user_id = $1 LIMIT 1"
 
 
 async def address(db: Db, user_id: UserId) -> str | None:
