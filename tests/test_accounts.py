@@ -246,7 +246,8 @@ async def test_cookie_needs_an_allowed_origin(http: httpx.AsyncClient, world: Wo
     cookie = {"Cookie": f"openchat_session={(await register(http)).token}"}
     async with Client(world.url, None, headers=cookie, origin=world.url) as client:
         assert client.ready.user.name == "Ada"
-    for origin in ("https://evil.example", None):
+    near = [f"{world.url}.evil.example", f"{world.url}0", world.url.replace("http:", "https:"), world.url[:-1]]
+    for origin in ("https://evil.example", None, *near):
         with pytest.raises(InvalidStatus) as refused:
             await Client(world.url, None, headers=cookie, origin=origin).open()
         assert refused.value.response.status_code == 403

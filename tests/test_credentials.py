@@ -22,6 +22,7 @@ from server.auth import passwords
 from server.auth.attempts import Attempts
 from server.config import Settings
 from server.queries import accounts
+from tests.test_may_send import waiting
 from tests.world import Somebody, World, http_client
 
 ADA = {"name": "Ada", "email": "ada@example.org", "password": "correct horse"}
@@ -227,6 +228,22 @@ async def test_login_whose_password_was_checked_before_a_deed_gets_no_session_af
     may_go_on.set()
     answer = await login
     assert (answer.status_code, answer.json()["code"]) == (401, "unauthenticated")
+    assert await world.db.fetchval("SELECT count(*) FROM session WHERE user_id = $1", ada.user.id) == 0
+
+
+async def test_login_waits_for_a_reset_that_is_not_committed_and_is_refused(
+    world: World, http: httpx.AsyncClient, ada: LoggedIn
+) -> None:
+    """Without the user's lock, the login sees the old hash, and the reset does not see the new session."""
+    async with world.db.transaction():
+        await world.db.execute('SELECT FROM "user" WHERE id = $1 FOR NO KEY UPDATE', ada.user.id)
+        await world.db.execute("UPDATE account SET password = 'reset meanwhile' WHERE user_id = $1", ada.user.id)
+        await world.db.execute("DELETE FROM session WHERE user_id = $1", ada.user.id)
+        login = asyncio.create_task(http.post("/v1/auth/login", json=LOGIN))
+        waits = asyncio.create_task(waiting(world, 1))
+        await asyncio.wait([login, waits], return_when=asyncio.FIRST_COMPLETED)
+        waits.cancel()
+    assert (await login).status_code == 401
     assert await world.db.fetchval("SELECT count(*) FROM session WHERE user_id = $1", ada.user.id) == 0
 
 

@@ -214,6 +214,45 @@ async def test_what_changed_during_the_comparison_is_told_after_it(world: World)
     await ada.event(server.UserUpdated, lambda event: event.user.display_name == "Charles Babbage", start=seen)
 
 
+@pytest.mark.parametrize("is_new", [True, False], ids=["a new watch", "a comparison"])
+async def test_answer_that_was_read_before_a_block_decides_nothing(
+    world: World, monkeypatch: pytest.MonkeyPatch, *, is_new: bool
+) -> None:
+    people = await world.users("Ada", "Charles", "Mary")
+    ada, charles, mary = [await world.connect(one, number % 2) for number, one in enumerate(people)]
+    await world.befriend(*people[:2])
+    watch = client.Watch(user_ids=[people[1].id])
+    for one in (mary,) if is_new else (mary, ada):
+        await one.call(watch)
+    await until(lambda: not world.workers[0].app.hub.watchers._held)  # noqa: SLF001
+    was_read, may_go_on, watchable = asyncio.Event(), asyncio.Event(), users.watchable
+
+    async def held(db: Db, pairs: Sequence[tuple[UserId, UserId]]) -> dict[tuple[UserId, UserId], bool]:
+        found = await watchable(db, pairs)
+        if not was_read.is_set():
+            was_read.set()
+            await may_go_on.wait()
+        return found
+
+    monkeypatch.setattr(users, "watchable", held)
+    seen = len(ada.events)
+    change = client.SetSwitches(user_id=people[0].id, can_send_messages=False)
+    asked = asyncio.create_task(ada.call(watch) if is_new else charles.call(change))
+    await was_read.wait()
+    await charles.call(client.Block(user_id=people[0].id))
+    await charles.call(client.SetPresence(status="busy"))
+    await mary.event(server.PresenceChanged, lambda event: event.presence.status == "busy")
+    may_go_on.set()
+    await asked
+    await until(lambda: not world.workers[0].app.hub.watchers._held)  # noqa: SLF001
+    start = len(mary.events)
+    await charles.call(client.UpdateProfile(display_name="Charles Babbage"))
+    await mary.event(server.UserUpdated, start=start)
+    await ada.synced()
+    told = [event for event in ada.events[seen:] if isinstance(event, server.PresenceChanged | server.UserUpdated)]
+    assert all(isinstance(event, server.PresenceChanged) and event.presence.status == "offline" for event in told)
+
+
 async def test_a_change_of_privacy_takes_one_statement_however_many_watch(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -124,11 +124,23 @@ async def votes(one: Client, who: UserId, messages: list[Message]) -> set[str]:
     return found
 
 
+async def edits(one: Client, messages: list[Message]) -> set[UUID]:
+    """Return the ids of the earlier wordings that the server lists; a deleted message keeps some and lists none."""
+    found: set[UUID] = set()
+    for each in messages:
+        if each.edited_at is not None or each.is_deleted:
+            answer = await one.ask(client.ListEdits(conversation_id=each.conversation_id, message_id=each.id))
+            if not isinstance(answer, Error):
+                assert isinstance(answer.result, server.EditPage)
+                found |= {edit.id for edit in answer.result.edits}
+    return found
+
+
 @pytest.mark.parametrize("seed", [1, pytest.param(2, marks=pytest.mark.more)])
 async def test_a_reader_sees_what_the_server_shows(world: World, reader: Reader, seed: int) -> None:
     people, clients, conversations = await crowd(world, seed)
     everyone = [one.id for one in people]
-    totals = {"messages": 0, "hidden": 0, "faces": 0, "votes": 0}
+    totals = {"messages": 0, "hidden": 0, "faces": 0, "votes": 0, "edits": 0}
     for who, one in zip(people, clients, strict=True):
         faces = await one.call(client.GetUsers(user_ids=everyone), server.UserList)
         assert set(await reader.seen(who.id, 'SELECT id FROM "user"')) == {face.id for face in faces.users}
@@ -178,6 +190,9 @@ async def test_a_reader_sees_what_the_server_shows(world: World, reader: Reader,
         )
         key = "message_id || ' ' || user_id"
         assert set(await reader.seen(who.id, f"SELECT {key} FROM poll_vote")) == expected
+        kept = await edits(one, [each for messages in said.values() for each in messages])
+        assert set(await reader.seen(who.id, "SELECT id FROM message_edit")) == kept
+        totals["edits"] += len(kept)
         totals["votes"] += len(expected)
         totals["messages"] += len(shown)
         totals["hidden"] += len(withheld)
