@@ -237,7 +237,7 @@ async def test_answer_that_was_read_before_a_block_decides_nothing(
     monkeypatch.setattr(users, "watchable", held)
     seen = len(ada.events)
     change = client.SetSwitches(user_id=people[0].id, can_send_messages=False)
-    asked = asyncio.create_task(ada.call(watch) if is_new else charles.call(change))
+    asked: asyncio.Task[object] = asyncio.create_task(ada.call(watch) if is_new else charles.call(change))
     await was_read.wait()
     await charles.call(client.Block(user_id=people[0].id))
     await charles.call(client.SetPresence(status="busy"))
