@@ -250,7 +250,10 @@ async def test_answer_that_was_read_before_a_block_decides_nothing(
     await mary.event(server.UserUpdated, start=start)
     await ada.synced()
     told = [event for event in ada.events[seen:] if isinstance(event, server.PresenceChanged | server.UserUpdated)]
-    assert all(isinstance(event, server.PresenceChanged) and event.presence.status == "offline" for event in told)
+    # Charles's arrival may be announced late, but before the block.
+    assert [event for event in told if isinstance(event, server.UserUpdated)] == []
+    statuses = [event.presence.status for event in told if isinstance(event, server.PresenceChanged)]
+    assert statuses in ([], ["offline"], ["online", "offline"])
 
 
 async def test_a_change_of_privacy_takes_one_statement_however_many_watch(
