@@ -156,6 +156,21 @@ async def test_a_busy_connection_gets_no_presence_that_it_may_no_longer_see(
     assert any(isinstance(event, server.UserUpdated) for event in told) == (act is switches_off)
 
 
+async def test_a_name_that_comes_with_privacy_is_not_told_to_strangers(world: World) -> None:
+    people = await world.users("Ada", "Charles", "Mary")
+    ada, charles, mary = [await world.connect(one, number % 2) for number, one in enumerate(people)]
+    await world.befriend(people[1], people[2])
+    for one in (ada, mary):
+        await one.call(client.Watch(user_ids=[people[1].id]))
+        await one.synced()
+    seen = len(ada.events)
+    await charles.call(client.UpdateProfile(is_private=True, display_name="Charles the Secret"))
+    await mary.event(server.UserUpdated, lambda event: event.user.display_name == "Charles the Secret")
+    await ada.event(server.PresenceChanged, lambda event: event.presence.status == "offline", start=seen)
+    await ada.synced()
+    assert not any(isinstance(event, server.UserUpdated) for event in ada.events[seen:])
+
+
 async def leaves(group: ConversationId, charles: Client, _: UserId, __: Client) -> None:
     await charles.call(client.Leave(conversation_id=group))
 

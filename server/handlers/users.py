@@ -64,10 +64,11 @@ async def update_profile(context: Context, frame: client.UpdateProfile) -> OneMe
         after = await users.update(db, context.user_id, given) if given else before
         if after is None:
             raise NotActive
-    if after.user != before.user:
-        context.events.announce(context.user_id, UserUpdated(user=after.user))
+    # First, so that a new name is held back from those who may not see it any more.
     if (after.show_online_status, after.is_private) != (before.show_online_status, before.is_private):
         context.events.reconsider(context.user_id)
+    if after.user != before.user:
+        context.events.announce(context.user_id, UserUpdated(user=after.user))
     if after.show_online_status != before.show_online_status:
         await context.services.presence.announce(context.user_id)
     if given:
