@@ -131,6 +131,7 @@ class Http(HttpToolsProtocol):
         upgraded = self.transport.get_protocol()
         if isinstance(upgraded, WebSocket) and not upgraded.handshake_initiated:
             # websockets takes fewer and shorter headers than HTTP does, and no body. It says so to nobody.
+            upgraded.disarm()
             self.transport.set_protocol(self)
             self.connections.discard(upgraded)
             self.connections.add(self)

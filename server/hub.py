@@ -183,6 +183,8 @@ class Hub:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._compare_now.wait(), pause)
             is_all = self._compare_now.is_set() or not self.bus.is_up
+            if self._compare_now.is_set():
+                self.watchers.doubt_all()
             self._compare_now.clear()
             try:
                 await self._compare_once(parts=1 if is_all else PEOPLE_PARTS)

@@ -89,6 +89,10 @@ class Watchers:
             if watcher is None or socket.user_id == watcher
         )
 
+    def doubt_all(self) -> None:
+        """Ask again about everybody: news that forbids something may have been missed."""
+        self._doubt((socket, user_id) for user_id, watchers in self._watchers.items() for socket in watchers)
+
     def doubt_watched(self, socket: Socket) -> None:
         """Ask again whether a socket may watch whom it watches."""
         self._doubt((socket, user_id) for user_id in socket.watched)
@@ -109,18 +113,24 @@ class Watchers:
 
     async def _ask(self) -> None:
         """Ask about all pairs in doubt, one statement after the other: many changes take no more of the database."""
+        most = PAIRS
         try:
             while self._due:
-                pairs = list(islice(self._due, PAIRS))
+                pairs = list(islice(self._due, most))
                 for pair in pairs:
                     del self._due[pair]
                 try:
-                    found = await self._record.watchable([(socket.user_id, user_id) for socket, user_id in pairs])
+                    # Each once, however many sockets a user has.
+                    asked = dict.fromkeys((socket.user_id, user_id) for socket, user_id in pairs)
+                    found = await self._record.watchable(list(asked))
                 except Exception as error:  # noqa: BLE001 - what is held back stays so until it could be asked
                     log_failure(log, "asking who may watch whom", error)
+                    # Behind the others, and fewer together: the statement may have taken too long.
                     self._due |= dict.fromkeys(pairs)
+                    most = max(1, most // 2)
                     await asyncio.sleep(RETRY_SECONDS)
                     continue
+                most = PAIRS
                 for socket, user_id in pairs:
                     if (socket, user_id) not in self._due:
                         self._decide(socket, user_id, is_seen=found.get((socket.user_id, user_id)))

@@ -235,7 +235,7 @@ class WebSocket(WebSocketsSansIOProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: D102
         super().connection_lost(exc)
-        self._disarm()
+        self.disarm()
         if self._stalled is not None:
             self._stalled.cancel()
         self._forget_early()
@@ -270,7 +270,7 @@ class WebSocket(WebSocketsSansIOProtocol):
 
     def take_over(self, receiver: Receiver) -> None:
         """Hand everything that comes from here on to `receiver`, and what came already."""
-        self._disarm()
+        self.disarm()
         self.receiver = receiver
         while not self.queue.empty():
             event = self.queue.get_nowait()
@@ -288,7 +288,8 @@ class WebSocket(WebSocketsSansIOProtocol):
         elif early:
             self.data_received(early)
 
-    def _disarm(self) -> None:
+    def disarm(self) -> None:
+        """End the deadline of the handshake."""
         if self._deadline is not None:
             self._deadline.cancel()
             self._deadline = None
@@ -313,8 +314,10 @@ class WebSocket(WebSocketsSansIOProtocol):
             waiting = self.transport.get_write_buffer_size()
             self.transport.set_write_buffer_limits(high=waiting + len(data) + self.outbox_bytes)
             self._is_wide = True
-            if self._stalled is None:
-                self._stalled = self.loop.call_later(STALL_SECONDS, self._is_stalled, waiting + len(data))
+            # Most of the answer before was taken in: the time begins anew, with what waits now.
+            if self._stalled is not None:
+                self._stalled.cancel()
+            self._stalled = self.loop.call_later(STALL_SECONDS, self._is_stalled, waiting + len(data))
         self.transport.write(data)
 
     def _is_stalled(self, before: int) -> None:

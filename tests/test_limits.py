@@ -1,6 +1,7 @@
 """How much of everything one user, one connection and one address may do; docs/limits.md has the table."""
 
 import asyncio
+import socket
 import time
 from http import HTTPStatus
 from typing import Any
@@ -263,6 +264,11 @@ async def test_an_answer_may_be_larger_than_what_may_wait_for_a_slow_reader(sett
         await ada.call(message(channel), server.Sent)
 
 
+def hold_little(reader: Client) -> None:
+    """Have the kernel hold little of what a client does not read: some kernels hold 30 MB."""
+    reader.socket.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 64 * 1024)
+
+
 async def test_a_large_answer_that_nobody_reads_ends_the_connection(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -280,8 +286,8 @@ async def test_a_large_answer_that_nobody_reads_ends_the_connection(
         await reader.call(client.History(conversation_id=channel, limit=100))
         await until(lambda: held.socket._stalled is None)  # type: ignore[attr-defined]  # noqa: SLF001
         assert not transport.is_closing(), "whoever reads stays"
+        hold_little(reader)
         reader.socket.transport.pause_reading()
-        # The kernel holds some of them.
         for number in range(15):
             frame = client.History(id=number, conversation_id=channel, limit=100)
             await reader.socket.send(encode(frame).decode())
@@ -290,6 +296,35 @@ async def test_a_large_answer_that_nobody_reads_ends_the_connection(
                 await reader.socket.pong()
                 await asyncio.sleep(0.02)
         reader.socket.transport.resume_reading()
+
+
+async def test_each_large_answer_has_its_own_time_to_be_taken_in(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever read a small answer whole is not cut because a larger one follows."""
+    looks: list[tuple[int, int]] = []
+
+    def look(self: websocket.WebSocket, before: int) -> None:
+        self._stalled = None
+        looks.append((self.transport.get_write_buffer_size(), before))
+
+    monkeypatch.setattr(websocket, "STALL_SECONDS", 0.3)
+    monkeypatch.setattr(websocket.WebSocket, "_is_stalled", look)
+    settings = msgspec.structs.replace(settings, outbox_bytes=32 * 1024)
+    async with World(settings, workers=1) as world:
+        reader = await world.connect(await world.user("Ada"))
+        channel = await world.channel(reader)
+        for _ in range(100):
+            await sent(reader, channel, "x" * 9_000)
+        await reader.call(client.History(conversation_id=channel, limit=2))
+        hold_little(reader)
+        reader.socket.transport.pause_reading()
+        for number in range(10):
+            frame = client.History(id=number, conversation_id=channel, limit=100)
+            await reader.socket.send(encode(frame).decode())
+        await until(lambda: any(waiting for waiting, _ in looks))
+        reader.socket.transport.resume_reading()
+    assert all(waiting <= before for waiting, before in looks)
 
 
 async def test_a_frame_takes_tokens_by_what_it_costs(settings: Settings) -> None:
