@@ -14,6 +14,7 @@ import pytest
 from protocol.ids import uuid7
 from server import cli, migrate
 from server.database import Db
+from tests.test_may_send import WAITING
 
 STOPPED = 8
 """Steps up to this one rewrite tables and take columns away: servers are stopped before them (docs/operations.md)."""
@@ -151,9 +152,6 @@ SELECT m.id, m.sender_id, jsonb_object_keys($3), m.conversation_id, 1, m.sender_
 """
 
 
-WAITS = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
-
-
 async def test_migration_of_many_rows_holds_one_conversation_at_a_time(
     database_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -170,7 +168,7 @@ async def test_migration_of_many_rows_holds_one_conversation_at_a_time(
             await holder.execute("SELECT FROM conversation WHERE id = $1 FOR UPDATE", other)
             migrating = asyncio.create_task(migrate.migrate(database_url))
             async with asyncio.timeout(10):
-                while not await db.fetchval(WAITS):
+                while not await db.fetchval(WAITING):
                     await asyncio.sleep(0.01)
             async with db.transaction():
                 await db.execute("SELECT FROM conversation WHERE id = $1 FOR UPDATE NOWAIT", one)

@@ -16,9 +16,8 @@ from server.config import Settings
 from server.database import Db
 from server.queries import users
 from tests.cluster import Cluster
+from tests.test_may_send import waiting
 from tests.world import Somebody, World, message, refused, until
-
-WAITING = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
 
 
 class Pair:
@@ -109,6 +108,12 @@ async def test_who_may_not_be_seen_is_not_watched(pair: Pair, world: World) -> N
     assert {event.presence.user_id for event in pair.seen} == {pair.charles.id}
 
 
+async def three(world: World) -> tuple[list[Somebody], list[Client]]:
+    """Return Ada, Charles and Mary, who are strangers, and their clients. Charles is at the other worker."""
+    people = await world.users("Ada", "Charles", "Mary")
+    return people, [await world.connect(one, number % 2) for number, one in enumerate(people)]
+
+
 async def blocks(charles: Client, ada: UserId) -> None:
     await charles.call(client.Block(user_id=ada))
 
@@ -126,8 +131,7 @@ async def test_a_busy_connection_gets_no_presence_that_it_may_no_longer_see(
     world: World, act: Callable[[Client, UserId], Awaitable[None]]
 ) -> None:
     """A client can delay the comparison of what it follows: by not reading, or by frames that wait for a lock."""
-    people = await world.users("Ada", "Charles", "Mary")
-    ada, charles, mary = [await world.connect(one, number % 2) for number, one in enumerate(people)]
+    people, (ada, charles, mary) = await three(world)
     for friend in (people[0], people[2]):
         await world.befriend(people[1], friend)
     if act is unfriends:
@@ -140,15 +144,14 @@ async def test_a_busy_connection_gets_no_presence_that_it_may_no_longer_see(
     seen = len(ada.events)
     async with world.db.transaction():
         await world.db.execute("SELECT FROM conversation WHERE id = $1 FOR UPDATE", group)
-        waiting = asyncio.create_task(ada.ask(message(group, "This waits for the lock")))
-        while not await world.db.fetchval(WAITING):
-            await asyncio.sleep(0.01)
+        asked = asyncio.create_task(ada.ask(message(group, "This waits for the lock")))
+        await waiting(world, 1)
         await act(charles, people[0].id)
         await charles.call(client.UpdateProfile(display_name="Charles Babbage"))
         await charles.call(client.SetPresence(status="busy"))
         await charles.call(client.SetPresence(status="away"))
         await mary.event(server.PresenceChanged, lambda event: event.presence.status == "busy")
-    await waiting
+    await asked
     await ada.synced()
     told = [event for event in ada.events[seen:] if isinstance(event, server.PresenceChanged | server.UserUpdated)]
     assert [event.presence.status for event in told if isinstance(event, server.PresenceChanged)] == ["offline"]
@@ -157,8 +160,7 @@ async def test_a_busy_connection_gets_no_presence_that_it_may_no_longer_see(
 
 
 async def test_a_name_that_comes_with_privacy_is_not_told_to_strangers(world: World) -> None:
-    people = await world.users("Ada", "Charles", "Mary")
-    ada, charles, mary = [await world.connect(one, number % 2) for number, one in enumerate(people)]
+    people, (ada, charles, mary) = await three(world)
     await world.befriend(people[1], people[2])
     for one in (ada, mary):
         await one.call(client.Watch(user_ids=[people[1].id]))
@@ -187,8 +189,7 @@ async def loses_the_group(group: ConversationId, _: Client, __: UserId, owner: C
 async def test_who_is_private_is_seen_no_more_by_those_whose_conversation_they_have_left(
     world: World, act: Callable[[ConversationId, Client, UserId, Client], Awaitable[None]]
 ) -> None:
-    people = await world.users("Ada", "Charles", "Mary")
-    ada, charles, mary = [await world.connect(one, number % 2) for number, one in enumerate(people)]
+    people, (ada, charles, mary) = await three(world)
     for other in (people[0], people[2]):
         await world.befriend(people[1], other)
     await world.befriend(people[0], people[2])
@@ -218,13 +219,12 @@ async def test_what_changed_during_the_comparison_is_told_after_it(world: World)
     seen = len(ada.events)
     async with world.db.transaction():
         await world.db.execute("SELECT FROM conversation WHERE id = $1 FOR UPDATE", group)
-        waiting = asyncio.create_task(ada.ask(message(group, "This waits for the lock")))
-        while not await world.db.fetchval(WAITING):
-            await asyncio.sleep(0.01)
+        asked = asyncio.create_task(ada.ask(message(group, "This waits for the lock")))
+        await waiting(world, 1)
         await charles.call(client.SetSwitches(user_id=people[0].id, can_send_messages=False))
         await charles.call(client.UpdateProfile(display_name="Charles Babbage"))
         await charles.call(client.SetPresence(status="busy"))
-    await waiting
+    await asked
     await ada.event(server.PresenceChanged, lambda event: event.presence.status == "busy", start=seen)
     await ada.event(server.UserUpdated, lambda event: event.user.display_name == "Charles Babbage", start=seen)
 
@@ -233,8 +233,7 @@ async def test_what_changed_during_the_comparison_is_told_after_it(world: World)
 async def test_answer_that_was_read_before_a_block_decides_nothing(
     world: World, monkeypatch: pytest.MonkeyPatch, *, is_new: bool
 ) -> None:
-    people = await world.users("Ada", "Charles", "Mary")
-    ada, charles, mary = [await world.connect(one, number % 2) for number, one in enumerate(people)]
+    people, (ada, charles, mary) = await three(world)
     await world.befriend(*people[:2])
     watch = client.Watch(user_ids=[people[1].id])
     for one in (mary,) if is_new else (mary, ada):
