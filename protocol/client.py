@@ -700,22 +700,19 @@ class SetPresence(Frame, tag="presence"):
     custom_status_seconds: Seconds | None = None
 
 
-class Watch(Frame, tag="watch"):
+class _OfWatched(Frame):
+    user_ids: Annotated[list[UserId], Meta(min_length=1, max_length=MAX_WATCHED)]
+
+    def __post_init__(self) -> None:
+        require_different_hashes(self.user_ids, "user_ids")
+
+
+class Watch(_OfWatched, tag="watch"):
     """Be told when the presence of these users changes; the reply has it as it is now."""
 
-    user_ids: Annotated[list[UserId], Meta(min_length=1, max_length=MAX_WATCHED)]
 
-    def __post_init__(self) -> None:
-        require_different_hashes(self.user_ids, "user_ids")
-
-
-class Unwatch(Frame, tag="unwatch"):
+class Unwatch(_OfWatched, tag="unwatch"):
     """No longer."""
-
-    user_ids: Annotated[list[UserId], Meta(min_length=1, max_length=MAX_WATCHED)]
-
-    def __post_init__(self) -> None:
-        require_different_hashes(self.user_ids, "user_ids")
 
 
 class GetUsers(Frame, tag="get_users"):

@@ -43,6 +43,9 @@ class Cursor(NamedTuple):
         try:
             return cls(moment_of(moment), UUID(one))
         except ValueError:
-            raise Refused(
-                ErrorCode.INVALID, "`after` must be the `after` of an earlier page, unchanged.", path="after"
-            ) from None
+            raise not_a_cursor() from None
+
+
+def not_a_cursor() -> Refused:
+    """Return what to tell whoever gives an `after` that no page came with."""
+    return Refused(ErrorCode.INVALID, "`after` must be the `after` of an earlier page, unchanged.", path="after")

@@ -33,29 +33,23 @@ class NotActive(Refused):
         super().__init__(ErrorCode.UNAUTHENTICATED, "Your account is not active: log in.")
 
 
+_EMAIL_TAKEN = (
+    ErrorCode.CONFLICT,
+    "This e-mail address already has an account. Log in, or use another address.",
+    "email",
+)
+_CONVERSATION_TAKEN = (ErrorCode.CONFLICT, "Another conversation has this id. Make a new one.", "conversation_id")
 # The answer to each constraint of schema.sql that a frame can violate, by the constraint's name.
 CONSTRAINTS: dict[str, tuple[ErrorCode, str, str | None]] = {
-    "user_email_key": (
-        ErrorCode.CONFLICT,
-        "This e-mail address already has an account. Log in, or use another address.",
-        "email",
-    ),
-    "account_provider_key": (
-        ErrorCode.CONFLICT,
-        "This e-mail address already has an account. Log in, or use another address.",
-        "email",
-    ),
+    "user_email_key": _EMAIL_TAKEN,
+    "account_provider_key": _EMAIL_TAKEN,
     "user_email_lower": (
         ErrorCode.INVALID,
         "PostgreSQL cannot lower-case this e-mail address. Use another one.",
         "email",
     ),
-    "conversation_pkey": (ErrorCode.CONFLICT, "Another conversation has this id. Make a new one.", "conversation_id"),
-    "conversation_id_hash_key": (
-        ErrorCode.CONFLICT,
-        "Another conversation has this id. Make a new one.",
-        "conversation_id",
-    ),
+    "conversation_pkey": _CONVERSATION_TAKEN,
+    "conversation_id_hash_key": _CONVERSATION_TAKEN,
     "message_pkey": (ErrorCode.CONFLICT, "Another message has this id. Make a new one.", "message_id"),
     "message_edit_pkey": (ErrorCode.CONFLICT, "Another edit has this id. Make a new one.", "edit_id"),
     "conversation_participant_user_fkey": (ErrorCode.NOT_FOUND, "There is no such user.", "participants"),

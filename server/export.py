@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
+from typing import Any
 from uuid import UUID
 
 from protocol.ids import UserId
@@ -11,8 +12,9 @@ from server.queries.exports import Row
 
 Connect = Callable[[], AbstractAsyncContextManager[Db]]
 """Returns a connection for one query: none is kept while the reader takes its time."""
-Page = Callable[[Db, UserId, UUID], Awaitable[list[Row]]]
-"""Returns the rows after one."""
+Page = Callable[[Db, Any, Any], Awaitable[list[Row]]]
+"""Returns the rows of an owner after a place."""
+NO_ID = UUID(int=0)
 
 
 async def written(connect: Connect, user_id: UserId) -> AsyncIterator[bytes]:
@@ -22,45 +24,45 @@ async def written(connect: Connect, user_id: UserId) -> AsyncIterator[bytes]:
         reactions = await exports.reactions(db, user_id)
     yield f'{_open(head)},"reactions":[{",".join(reactions)}]'.encode()
     for name, page in (("drafts", exports.drafts), ("scheduled", exports.scheduled)):
-        before = f',"{name}":['
-        async for rows in _pages(connect, page, user_id):
-            yield (before + ",".join(row.text for row in rows)).encode()
-            before = ","
-        yield b"]" if before == "," else f"{before}]".encode()
-    before = ',"messages":['
-    async for rows in _pages(connect, exports.messages, user_id):
-        async with connect() as db:
-            edited = await exports.edited(db, [row.id for row in rows])
+        yield f',"{name}":['.encode()
+        async for piece in _pages(connect, page, user_id, NO_ID):
+            yield piece
+        yield b"]"
+    yield b',"messages":['
+    separator = ""
+    async for rows in _rows(connect, exports.messages, user_id, NO_ID):
+        # One piece for each page, but for edits: whoever passes the pieces on asks the database before each.
+        texts: list[str] = []
         for row in rows:
-            yield f'{before}{_open(row.text)},"edits":['.encode()
-            before = ","
-            if row.id in edited:
-                async for piece in _edits(connect, row.id):
+            texts.append(f'{separator}{_open(row.text)},"edits":[')
+            separator = ","
+            if row.is_edited:
+                yield "".join(texts).encode()
+                texts.clear()
+                async for piece in _pages(connect, exports.edits, row.place, 0):
                     yield piece
-            yield b"]}"
-    yield b"]}\n" if before == "," else f"{before}]}}\n".encode()
+            texts.append("]}")
+        yield "".join(texts).encode()
+    yield b"]}\n"
 
 
-async def _pages(connect: Connect, page: Page, user_id: UserId) -> AsyncIterator[list[Row]]:
-    after = exports.NOTHING
+async def _rows(connect: Connect, page: Page, owner: UUID, after: Any) -> AsyncIterator[list[Row]]:  # noqa: ANN401 - as `Row.place`
+    """Return what one owns, page by page, from the first row after a place."""
     while True:
         async with connect() as db:
-            rows = await page(db, user_id, after)
+            rows = await page(db, owner, after)
         if not rows:
             return
         yield rows
-        after = rows[-1].id
+        after = rows[-1].place
 
 
-async def _edits(connect: Connect, message_id: UUID) -> AsyncIterator[bytes]:
-    before, after = "", 0
-    while True:
-        async with connect() as db:
-            found = await exports.edits(db, message_id, after)
-        if not found:
-            return
-        yield (before + ",".join(text for _, text in found)).encode()
-        before, after = ",", found[-1][0]
+async def _pages(connect: Connect, page: Page, owner: UUID, after: Any) -> AsyncIterator[bytes]:  # noqa: ANN401 - as above
+    """Return the same as the pieces of a JSON array, without its brackets."""
+    separator = ""
+    async for rows in _rows(connect, page, owner, after):
+        yield (separator + ",".join(row.text for row in rows)).encode()
+        separator = ","
 
 
 def _open(head: str) -> str:

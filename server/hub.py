@@ -182,10 +182,11 @@ class Hub:
             pause = COMPARE_SECONDS if self.bus.is_up else COMPARE_SECONDS_WITHOUT_BUS
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._compare_now.wait(), pause)
-            is_all = self._compare_now.is_set() or not self.bus.is_up
-            if self._compare_now.is_set():
-                self.watchers.doubt_all()
+            was_away = self._compare_now.is_set()
             self._compare_now.clear()
+            if was_away:
+                self.watchers.doubt_all()
+            is_all = was_away or not self.bus.is_up
             try:
                 await self._compare_once(parts=1 if is_all else PEOPLE_PARTS)
             except Exception as error:  # noqa: BLE001 - the database is away: compare again when it is back

@@ -93,9 +93,9 @@ class Allowance(Generic[Key]):
     def charge(self, key: Key, count: int) -> None:
         """Take tokens that were given out elsewhere, whether they are there or not; at most one bucket is owed."""
         now = self._clock()
-        full_at = max(self._full_at.get(key, now), now) + count * self._pace.interval
-        owed = min(full_at, now + 2 * (self._pace.ahead + self._pace.interval))
-        self._full_at[key] = max(self._full_at.get(key, now), owed)
+        before = max(self._full_at.get(key, now), now)
+        owed = min(before + count * self._pace.interval, now + 2 * (self._pace.ahead + self._pace.interval))
+        self._full_at[key] = max(before, owed)
 
     def require(self, key: Key, count: int = 1, *, taken: int = 0, to_come: int = 0) -> None:
         """Take tokens as `Pace.take` does. Raises Refused if there are too few."""

@@ -229,7 +229,7 @@ def hot(place: Place, ids: dict[str, Any]) -> dict[str, tuple[str, tuple[Any, ..
         "users": (users.GET, (user, [user])),
         "edit": (edits.EDIT, (about, ids["middle"], ids["new"], user, "Edited", None, [], [], [])),
         "edited": (edits.EDITED, (ids["new"], ids["middle"], user, "Edited", "false", about)),
-        "delete": (edits.DELETE, (about, ids["middle"], user, "false")),
+        "delete": (edits.DELETE, (about, ids["middle"], user)),
         "react": (reactions.REACT, (about, ids["middle"], user, "x")),
         "unreact": (reactions.UNREACT, (about, ids["middle"], user, "x")),
         "stored": (reactions.STORED, (about, ids["middle"], user, "x", "x")),

@@ -3,7 +3,6 @@
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import NamedTuple
 
-import asyncpg
 import msgspec
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
@@ -114,14 +113,7 @@ class Accounts:
             user_id = await accounts.register(db, body.name, canonical(body.email), password_hash)
             return await self._begin(db, request, User(id=user_id, name=body.name), password_hash)
 
-        try:
-            begun = await self._database.atomically("register", made)
-        except asyncpg.UniqueViolationError:
-            raise Refused(
-                ErrorCode.CONFLICT,
-                "This e-mail address already has an account. Log in, or use another address.",
-                path="email",
-            ) from None
+        begun = await self._database.atomically("register", made)
         assert begun is not None  # noqa: S101 - the account was made in the same transaction
         return self._welcome(request, begun, status=201)
 
@@ -189,7 +181,7 @@ class Accounts:
 
             return await self._database.atomically("change a password", changed)
 
-        await self._with_password(request, body.password, change)
+        await self._with_password(request, user_id, body.password, change)
         self._events.poke([user_id])
         return Response(status_code=204)
 
@@ -217,7 +209,7 @@ class Accounts:
 
             return await self._database.atomically("leave", left)
 
-        await self._with_password(request, body.password, leave)
+        await self._with_password(request, user_id, body.password, leave)
         self._events.poke([user_id])
         self._events.reconsider(user_id)
         response = Response(status_code=204)
@@ -225,7 +217,7 @@ class Accounts:
         return response
 
     async def _with_password(
-        self, request: Request, password: str, act: Callable[[str | None], Awaitable[bool]]
+        self, request: Request, user_id: UserId, password: str, act: Callable[[str | None], Awaitable[bool]]
     ) -> None:
         """Act for whoever has a session and knows the password. Raises Refused if the session has ended, or the
         password is wrong, which alone counts as an attempt.
@@ -234,7 +226,6 @@ class Accounts:
         any more: another request has hashed the password anew, or changed it.
         """
         for _ in range(MAX_RACES):
-            user_id = (await self.caller(request)).user.id
             async with self._database.connection() as db:
                 address = await accounts.address(db, user_id)
             # By the same key as a login, so that an account has one counter.
@@ -245,7 +236,7 @@ class Accounts:
                     raise not_the_password()
                 if await act(checked):
                     return
-        await self.caller(request)
+            await self.caller(request)
         raise Refused(
             ErrorCode.UNAVAILABLE,
             "Another request is changing the account. Retry after `retry_after_ms`.",

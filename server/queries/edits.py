@@ -93,6 +93,7 @@ async def edited(db: Db, frame: Edit, user_id: UserId) -> tuple[int, bool] | Non
     return None if row is None else (row[0], row[1])
 
 
+# By a user ($3), what a message said is kept; without one, its time is over, and nothing is.
 DELETE = """
 WITH bumped AS (
     UPDATE conversation SET version = version + 1, message_count = message_count - 1 WHERE id = $1
@@ -100,9 +101,9 @@ WITH bumped AS (
 ), kept AS (
     INSERT INTO message_edit (id, conversation_id, message_id, content, formatted_content, edited_by, version)
     SELECT gen_random_uuid(), $1, m.id, m.content, m.formatted_content, $3, b.version
-    FROM message m, bumped b WHERE m.id = $2 AND (m.conversation_id = $1) IS TRUE AND NOT $4
+    FROM message m, bumped b WHERE m.id = $2 AND (m.conversation_id = $1) IS TRUE AND $3::uuid IS NOT NULL
 ), forgotten AS (
-    DELETE FROM message_edit e WHERE $4 AND e.message_id = $2 AND e.conversation_id = $1
+    DELETE FROM message_edit e WHERE $3::uuid IS NULL AND e.message_id = $2 AND e.conversation_id = $1
 ), unreacted AS (
     UPDATE message_reaction r SET is_removed = true, version = b.version
     FROM bumped b WHERE r.message_id = $2 AND (r.conversation_id = $1) IS TRUE AND NOT r.is_removed
@@ -140,10 +141,8 @@ async def delete(db: Db, found: Message, user_id: UserId) -> Deleted:
 
     What it said is kept for those who read the database.
     """
-    row = await db.fetchrow(DELETE, found.conversation_id, found.id, user_id, False)  # noqa: FBT003 - a parameter
-    assert row is not None  # noqa: S101 - the caller found it under the lock
-    await find_anew(db, found.conversation_id, found.id)
-    return Deleted(_message_decoder.decode(row[0]), row[1], row[2])
+    text, root_reply_count, is_from_before = await _delete(db, found.conversation_id, found.id, user_id)
+    return Deleted(_message_decoder.decode(text), root_reply_count, is_from_before)
 
 
 async def expire(db: Db, conversation_id: ConversationId, message_id: MessageId) -> Deleted | None:
@@ -151,11 +150,18 @@ async def expire(db: Db, conversation_id: ConversationId, message_id: MessageId)
 
     Return None if what is left cannot be read: it is gone all the same.
     """
-    row = await db.fetchrow(DELETE, conversation_id, message_id, None, True)  # noqa: FBT003 - a parameter
+    text, root_reply_count, is_from_before = await _delete(db, conversation_id, message_id, None)
+    left = _message_decoder.read(text)
+    return None if left is None else Deleted(left, root_reply_count, is_from_before)
+
+
+async def _delete(
+    db: Db, conversation_id: ConversationId, message_id: MessageId, user_id: UserId | None
+) -> tuple[str, int | None, bool]:
+    row = await db.fetchrow(DELETE, conversation_id, message_id, user_id)
     assert row is not None  # noqa: S101 - the caller found it under the lock
     await find_anew(db, conversation_id, message_id)
-    left = _message_decoder.read(row[0])
-    return None if left is None else Deleted(left, row[1], row[2])
+    return row[0], row[1], row[2]
 
 
 EDITS = f"""

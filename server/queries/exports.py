@@ -1,7 +1,6 @@
 """A person's own data: what may be large in pages, the rest whole. The fields are those of protocol/export.py."""
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from uuid import UUID
 
 from protocol.ids import UserId
@@ -57,7 +56,8 @@ FROM scheduled_message s WHERE s.sender_id = $1 AND s.id > $2 ORDER BY s.id LIMI
 """
 MESSAGES = """
 SELECT m.id, json_build_object('message', message_json(m),
-    'withheld', CASE WHEN m.is_moderated THEN m.content END)::text
+    'withheld', CASE WHEN m.is_moderated THEN m.content END)::text,
+    EXISTS (SELECT FROM message_edit e WHERE e.message_id = m.id)
 FROM message m WHERE m.sender_id = $1 AND m.id > $2 ORDER BY m.id LIMIT $3
 """
 EDITS = """
@@ -65,19 +65,14 @@ SELECT e.version, json_build_object('id', e.id, 'content', e.content, 'formatted
     'edited_by', e.edited_by, 'edited_at', e.edited_at, 'version', e.version)::text
 FROM message_edit e WHERE e.message_id = $1 AND e.version > $2 ORDER BY e.version LIMIT $3
 """
-EDITED = """
-SELECT asked.id FROM unnest($1::uuid[]) AS asked (id)
-WHERE EXISTS (SELECT FROM message_edit e WHERE e.message_id = asked.id)
-"""
-
-NOTHING = UUID(int=0)
 
 
 class Row(NamedTuple):
-    """A row as JSON, and after what to go on."""
+    """A row as JSON, and after what to go on: an id, or an edit's version."""
 
-    id: UUID
+    place: Any
     text: str
+    is_edited: bool = False
 
 
 async def head(db: Db, user_id: UserId) -> str:
@@ -105,11 +100,6 @@ async def messages(db: Db, user_id: UserId, after: UUID) -> list[Row]:
     return [Row(*row) for row in await db.fetch(MESSAGES, user_id, after, PAGE)]
 
 
-async def edited(db: Db, message_ids: Sequence[UUID]) -> set[UUID]:
-    """Return which of the messages have been edited."""
-    return {row[0] for row in await db.fetch(EDITED, message_ids)}
-
-
-async def edits(db: Db, message_id: UUID, after: int) -> list[tuple[int, str]]:
-    """Return up to `PAGE` of what a message said before, each with its version, after one."""
-    return [(row[0], row[1]) for row in await db.fetch(EDITS, message_id, after, PAGE)]
+async def edits(db: Db, message_id: UUID, after: int) -> list[Row]:
+    """Return up to `PAGE` of what a message said before, in the order of versions."""
+    return [Row(*row) for row in await db.fetch(EDITS, message_id, after, PAGE)]

@@ -6,12 +6,11 @@ from typing import Any, NamedTuple, Self
 from uuid import UUID
 
 from protocol.client import ListFeed
-from protocol.errors import ErrorCode, Refused
 from protocol.ids import UserId
 from protocol.limits import MAX_COUNTED
 from protocol.server import FeedPage
 from protocol.values import FeedEntry, FeedKind
-from server.cursor import moment_of
+from server.cursor import moment_of, not_a_cursor
 from server.database import IN_ORDER, Db
 from server.queries import latest
 from server.queries.latest import LATEST
@@ -178,9 +177,7 @@ class Place(NamedTuple):
             at, one, since = text.split("/")
             return cls(moment_of(at), UUID(one), moment_of(since) if since else None)
         except ValueError:
-            raise Refused(
-                ErrorCode.INVALID, "`after` must be the `after` of an earlier page, unchanged.", path="after"
-            ) from None
+            raise not_a_cursor() from None
 
 
 class Asked(NamedTuple):

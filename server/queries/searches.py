@@ -11,11 +11,10 @@ from uuid import UUID
 
 from protocol.client import Search
 from protocol.codec import now
-from protocol.errors import ErrorCode, Refused
 from protocol.ids import UserId
 from protocol.server import SearchPage
 from protocol.values import Message, SearchHit
-from server.cursor import moment_of
+from server.cursor import moment_of, not_a_cursor
 from server.database import Db
 from server.queries import latest
 from server.queries.latest import LATEST
@@ -125,9 +124,7 @@ class Place(NamedTuple):
             as_of, rank, at, one, since = text.split("/")
             return cls(moment_of(as_of), float(rank), moment_of(at), UUID(one), moment_of(since) if since else None)
         except ValueError:
-            raise Refused(
-                ErrorCode.INVALID, "`after` must be the `after` of an earlier page, unchanged.", path="after"
-            ) from None
+            raise not_a_cursor() from None
 
 
 async def find(db: Db, user_id: UserId, frame: Search, words: str | None, *, limit: int) -> SearchPage:
