@@ -1182,6 +1182,51 @@ END
 $$;
 REVOKE EXECUTE ON FUNCTION close_functions_to_public() FROM PUBLIC;
 
+-- Statistics hold samples of all rows, hidden ones too, and the estimates of EXPLAIN tell a reader what is in them
+-- (docs/decisions/0051-no-statistics.md). Keeps ANALYZE from making any for tables with policies, and deletes those there are.
+CREATE FUNCTION keep_no_statistics() RETURNS void LANGUAGE plpgsql SET search_path = pg_catalog, public, pg_temp AS $$
+DECLARE
+    change text;
+    found record;
+BEGIN
+    FOR change IN
+        SELECT format('ALTER TABLE public.%I %s', c.relname,
+            string_agg(format('ALTER COLUMN %I SET STATISTICS 0', a.attname), ', ' ORDER BY a.attnum))
+        FROM pg_class c JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
+        WHERE c.relnamespace = 'public'::regnamespace AND c.relkind = 'r' AND a.attstattarget IS DISTINCT FROM 0
+            AND EXISTS (SELECT FROM pg_policy p WHERE p.polrelid = c.oid)
+        GROUP BY c.relname
+        UNION ALL
+        SELECT format('ALTER INDEX public.%I ALTER COLUMN %s SET STATISTICS 0', c.relname, a.attnum)
+        FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid
+        JOIN pg_attribute a ON a.attrelid = c.oid AND i.indkey[a.attnum - 1] = 0
+        WHERE c.relnamespace = 'public'::regnamespace AND a.attstattarget IS DISTINCT FROM 0
+            AND EXISTS (SELECT FROM pg_policy p WHERE p.polrelid = i.indrelid)
+    LOOP
+        EXECUTE change;
+    END LOOP;
+    BEGIN
+        FOR found IN
+            SELECT s.tablename, s.attname, s.inherited FROM pg_stats s
+            JOIN pg_class c ON c.relname = s.tablename AND c.relnamespace = 'public'::regnamespace
+            LEFT JOIN pg_index i ON i.indexrelid = c.oid
+            WHERE s.schemaname = 'public' AND EXISTS (SELECT FROM pg_policy p WHERE p.polrelid = coalesce(i.indrelid, c.oid))
+        LOOP
+            IF current_setting('server_version_num')::integer >= 180000 THEN
+                EXECUTE 'SELECT pg_clear_attribute_stats($1, $2, $3, $4)'
+                    USING 'public', found.tablename, found.attname, found.inherited;
+            ELSE
+                DELETE FROM pg_statistic s WHERE s.starelid = format('public.%I', found.tablename)::regclass;
+            END IF;
+        END LOOP;
+    EXCEPTION WHEN insufficient_privilege THEN
+        RAISE WARNING 'statistics of hidden rows stay readable by estimates: a superuser must call keep_no_statistics()';
+    END;
+END
+$$;
+REVOKE EXECUTE ON FUNCTION keep_no_statistics() FROM PUBLIC;
+SELECT keep_no_statistics();
+
 -- Bounds what a reader takes, as far as nobody has set it yet. The timeouts are defaults, which a reader can change; the
 -- number of connections and the size of temporary files are not. They hold for whoever logs in with that role.
 CREATE FUNCTION bound_reader(role_name text) RETURNS void LANGUAGE plpgsql SET search_path = pg_catalog, public, pg_temp AS $$
@@ -1228,6 +1273,7 @@ BEGIN
             USING ERRCODE = 'insufficient_privilege', HINT = 'Make a role without these rights for whoever reads.';
     END IF;
     PERFORM close_functions_to_public();
+    PERFORM keep_no_statistics();
     PERFORM bound_reader(role_name);
     EXECUTE format('REVOKE ALL ON ALL TABLES IN SCHEMA public FROM %I', role_name);
     EXECUTE format('GRANT SELECT (id, name, display_name, image, erased_at) ON "user" TO %I', role_name);

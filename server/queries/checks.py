@@ -222,6 +222,18 @@ CHECKS = (
             FROM audit_entry e WINDOW w AS (PARTITION BY e.chain ORDER BY e.number)
         ) e WHERE NOT e.is_itself OR NOT e.is_next OR e.number <> e.place
     """),
+    # Where somebody reads. What was there before is deleted by a superuser's keep_no_statistics(); see schema.sql.
+    Check("no estimates tell readers of the database what is hidden", "message", """
+        SELECT s.tablename || '.' || s.attname FROM pg_stats s
+        JOIN pg_class c ON c.relname = s.tablename AND c.relnamespace = 'public'::regnamespace
+        LEFT JOIN pg_index i ON i.indexrelid = c.oid
+        WHERE s.schemaname = 'public'
+            AND EXISTS (SELECT FROM pg_policy p WHERE p.polrelid = coalesce(i.indrelid, c.oid))
+            AND EXISTS (
+                SELECT FROM pg_class v CROSS JOIN aclexplode(v.relacl) a
+                WHERE v.oid = 'user_profile'::regclass AND a.grantee <> v.relowner
+            )
+    """),
 )  # fmt: skip
 """In the order in which they are asked. The index of places makes sure by itself that no place is taken twice."""
 
