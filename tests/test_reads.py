@@ -74,6 +74,7 @@ WHY = {
         "feed.COUNT": FEED,
         "searches.NEWEST": "conversation_participant(user_id) cut 2; message_search() cut 1",
         "searches.RELEVANT": "conversation_participant(user_id) cut 3; message_search() cut 2",
+        "users.SEARCH": "user() cut 2",
     },
     "participants of a conversation, by name in those of up to 100 or 1,000, and who hides from one user": {
         "changes.READING": (
