@@ -1,7 +1,7 @@
 """The administrator's command line: accounts, conversations, a person's data, and forgetting a person.
 
 Whoever may run it may read the database, so it asks nobody else; what it does goes to the server's audit log. A running
-server finds out by comparing clocks, within seconds.
+server is told by the bus, as by its own workers.
 """
 
 import argparse
@@ -9,7 +9,8 @@ import asyncio
 import contextlib
 import secrets
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
-from typing import Any, TypeAlias
+from functools import partial
+from typing import Any, NamedTuple, TypeAlias
 from uuid import UUID
 
 import asyncpg
@@ -17,18 +18,21 @@ import msgspec
 
 from protocol import limits
 from protocol.http import canonical
-from protocol.ids import ConversationId, MessageId, UserId
+from protocol.ids import EVERYONE, ConversationId, MessageId, UserId
 from server import config, database, membership, migrate
+from server.announcement import News, announce
 from server.auth import passwords
+from server.context import Events
 from server.database import Db
-from server.embedded.reach import reached
+from server.embedded.reach import Reached, reached
 from server.erasure import erase
 from server.errors import Fatal
 from server.export import written
 from server.progress import Progress
-from server.queries import accounts, audit, conversations, erasure, sessions, users
+from server.queries import accounts, audit, conversations, erasure, participants, sessions, users
 from server.queries.accounts import Card
 from server.queries.audit import Deed
+from server.telling import tell_participant, tell_updated
 from server.terminal import plain, say, say_json, status_of
 
 COMMANDS = ("user", "conversation", "erase")
@@ -36,8 +40,19 @@ PASSWORD_BYTES = 12
 """Of randomness in a password that we make."""
 PAGE = 500
 
-Answer: TypeAlias = "Mapping[str, Any] | list[Mapping[str, Any]] | None"
-Work: TypeAlias = Callable[[Db, argparse.Namespace], Coroutine[None, None, Answer]]
+Answer: TypeAlias = Mapping[str, Any] | list[Mapping[str, Any]] | None
+
+
+class Change(NamedTuple):
+    """The answer of a command that changed rights, and the news for the workers, whose sockets see it."""
+
+    answer: Answer
+    news: News
+    failure: str | None = None
+    """What to end with, once the workers were told."""
+
+
+Work: TypeAlias = Callable[[Db, argparse.Namespace], Coroutine[None, None, Answer | Change]]
 
 
 def main(arguments: list[str]) -> int:
@@ -45,8 +60,8 @@ def main(arguments: list[str]) -> int:
     options = _parser().parse_args(arguments)
 
     def done() -> int:
-        with reached(config.read(data_dir=options.data_dir)) as url:
-            answer = asyncio.run(_run(url, options))
+        with reached(config.read(data_dir=options.data_dir)) as servers:
+            answer = asyncio.run(_run(servers, options))
         if answer is not None:
             _show(answer, is_json=options.json)
         return 0
@@ -101,16 +116,21 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-async def _run(url: str, options: argparse.Namespace) -> Answer:
-    connection = await database.connect(url)
+async def _run(servers: Reached, options: argparse.Namespace) -> Answer:
+    connection = await database.connect(servers.database_url)
     try:
-        if not await migrate.is_current(connection):
-            raise Fatal("the database does not have this program's schema; run `openchat migrate`.")
+        await migrate.require_current(connection)
         work: Work = options.work
         # All that a command does is in one transaction, or may be done again.
-        return await database.twice(lambda: work(connection, options), lambda _: None)
+        answer = await database.twice(lambda: work(connection, options), lambda _: None)
     finally:
         await connection.close()
+    if isinstance(answer, Change):
+        await announce(servers.redis_url, answer.news)
+        if answer.failure is not None:
+            raise Fatal(answer.failure)
+        return answer.answer
+    return answer
 
 
 # ------------------------------------------------------------------------------------------------------ users
@@ -143,27 +163,27 @@ async def show_user(db: Db, options: argparse.Namespace) -> Answer:
     return _fields(card)
 
 
-async def disable_user(db: Db, options: argparse.Namespace) -> Answer:
+async def disable_user(db: Db, options: argparse.Namespace) -> Change:
     """Lock a user out, everywhere, until enabled again."""
     return await _set_disabled(db, options, is_disabled=True)
 
 
-async def enable_user(db: Db, options: argparse.Namespace) -> Answer:
+async def enable_user(db: Db, options: argparse.Namespace) -> Change:
     """Let a user in again."""
     return await _set_disabled(db, options, is_disabled=False)
 
 
-async def promote_user(db: Db, options: argparse.Namespace) -> Answer:
+async def promote_user(db: Db, options: argparse.Namespace) -> Change:
     """Make a user a server administrator."""
     return await _set_admin(db, options, is_admin=True)
 
 
-async def demote_user(db: Db, options: argparse.Namespace) -> Answer:
+async def demote_user(db: Db, options: argparse.Namespace) -> Change:
     """Make a server administrator a user like others."""
     return await _set_admin(db, options, is_admin=False)
 
 
-async def reset_password(db: Db, options: argparse.Namespace) -> Answer:
+async def reset_password(db: Db, options: argparse.Namespace) -> Change:
     """Give a user a new password, print it once, and end their sessions."""
     card = await _card(db, options.user)
     password = secrets.token_urlsafe(PASSWORD_BYTES)
@@ -174,25 +194,26 @@ async def reset_password(db: Db, options: argparse.Namespace) -> Answer:
         await sessions.revoke(db, card.id, None)
         await users.touch(db, [card.id])
         await note(db, "reset_password", card.id)
-    return {"id": str(card.id), "email": card.email, "password": password}
+    answer = {"id": str(card.id), "email": card.email, "password": password}
+    return Change(answer, News(partial(_of_user, card.id), account=card.email))
 
 
-async def list_sessions(db: Db, options: argparse.Namespace) -> Answer:
+async def list_sessions(db: Db, options: argparse.Namespace) -> Answer | Change:
     """List a user's sessions."""
     card = await _card(db, options.user)
-    found = await sessions.of_user(db, card.id, None)
+    found: list[Mapping[str, Any]] = [_fields(session) for session in await sessions.of_user(db, card.id, None)]
     if options.revoke:
         async with db.transaction():
             await users.lock(db, [card.id])
             await sessions.revoke(db, card.id, None)
             await users.touch(db, [card.id])
             await note(db, "revoke_sessions", card.id)
-    else:
-        await note(db, "list_sessions", card.id)
-    return [_fields(session) for session in found]
+        return Change(found, News(partial(_of_user, card.id)))
+    await note(db, "list_sessions", card.id)
+    return found
 
 
-async def _set_disabled(db: Db, options: argparse.Namespace, *, is_disabled: bool) -> Answer:
+async def _set_disabled(db: Db, options: argparse.Namespace, *, is_disabled: bool) -> Change:
     card = await _card(db, options.user)
     async with db.transaction():
         await users.lock(db, [card.id])
@@ -200,15 +221,21 @@ async def _set_disabled(db: Db, options: argparse.Namespace, *, is_disabled: boo
         if is_disabled:
             await sessions.revoke(db, card.id, None)
         await note(db, "disable_user" if is_disabled else "enable_user", card.id)
-    return _fields(await _card(db, options.user))
+    return Change(_fields(await _card(db, options.user)), News(partial(_of_user, card.id)))
 
 
-async def _set_admin(db: Db, options: argparse.Namespace, *, is_admin: bool) -> Answer:
+async def _set_admin(db: Db, options: argparse.Namespace, *, is_admin: bool) -> Change:
     card = await _card(db, options.user)
     async with db.transaction():
         await accounts.promote(db, card.id, is_admin=is_admin)
         await note(db, "promote_user" if is_admin else "demote_user", card.id)
-    return _fields(await _card(db, options.user))
+    return Change(_fields(await _card(db, options.user)), News(partial(_of_user, card.id)))
+
+
+def _of_user(user_id: UserId, events: Events) -> None:
+    """Have the workers look again at a user's sessions, and at who may see the user."""
+    events.poke([user_id])
+    events.reconsider(user_id)
 
 
 # ---------------------------------------------------------------------------------------------- conversations
@@ -240,14 +267,20 @@ async def export_conversation(db: Db, options: argparse.Namespace) -> Answer:
     return None
 
 
-async def delete_conversation(db: Db, options: argparse.Namespace) -> Answer:
+async def delete_conversation(db: Db, options: argparse.Namespace) -> Answer | Change:
     """Delete a conversation, for everyone."""
     found = await _conversation(db, options)
     async with db.transaction():
-        if await conversations.lock(db, found.conversation.id) is not None:
-            await membership.end(db, found.conversation.id)
-            await note(db, "delete_conversation", None, conversation_id=str(found.conversation.id))
-    return _shown(await _conversation(db, options))
+        if await conversations.lock(db, found.conversation.id) is None:
+            return _shown(found)
+        ended, drafted = await membership.end(db, found.conversation.id)
+        await note(db, "delete_conversation", None, conversation_id=str(found.conversation.id))
+
+    def news(events: Events) -> None:
+        tell_updated(events, ended, gone=EVERYONE)
+        events.poke(drafted)
+
+    return Change(_shown(await _conversation(db, options)), News(news))
 
 
 async def show_audit(db: Db, options: argparse.Namespace) -> Answer:
@@ -275,26 +308,34 @@ async def export_user(db: Db, options: argparse.Namespace) -> AsyncIterator[byte
         yield piece
 
 
-async def erase_user(db: Db, options: argparse.Namespace) -> Answer:
+async def erase_user(db: Db, options: argparse.Namespace) -> Change:
     """Erase a person now: what they said stays, and nothing else of them. With --verify, prove it."""
     card = await _card(db, options.user)
     texts = [] if card.state == "erased" else await erasure.words(db, card.id)
     if card.state != "erased" and not options.yes:
         await note(db, "show_user", card.id)
         raise Fatal(f"this erases {card.name} ({card.email}) for good; say --yes if that is meant.")
+    changes: list[participants.Change] = []
     if options.yes:
         # Who was erased before is erased again: what was left, or came since, is taken away.
-        await erase(database.Single(db), card.id)
+        changes = await erase(database.Single(db), card.id)
         await note(db, "erase_user", card.id)
     answer: dict[str, Any] = {"id": str(card.id), "state": "erased"}
+    failure = None
     if options.verify:
         found = await erasure.traces(db, card.id, texts)
         left = [f"{trace.place} ({trace.found})" for trace in found if not trace.is_said]
         if left:
-            raise Fatal(f"something is left in {', '.join(left)}.")
+            failure = f"something is left in {', '.join(left)}."
         answer["traces"] = 0
         answer["people_say_the_same_in"] = ", ".join(f"{trace.place} ({trace.found})" for trace in found) or "-"
-    return answer
+
+    def news(events: Events) -> None:
+        for change in changes:
+            tell_participant(events, change)
+        _of_user(card.id, events)
+
+    return Change(answer, News(news), failure)
 
 
 # --------------------------------------------------------------------------------------------------- in common

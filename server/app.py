@@ -22,7 +22,7 @@ from server.auth.attempts import Attempts
 from server.auth.endpoints import Accounts
 from server.auth.sessions import Sessions
 from server.auth.tickets import Ticket, Tickets
-from server.bus import Alone, Connect
+from server.bus import Connect
 from server.clusterbus import ClusterBus, is_cluster
 from server.config import Settings
 from server.connection import Connection, Lifecycle, Shared
@@ -48,7 +48,7 @@ from server.queries import approaches, conversations, indexing, push, sending
 from server.queries.conversations import Membership
 from server.queries.sending import Outgoing, Stored
 from server.record import PostgresRecord
-from server.redisbus import RedisBus
+from server.redisbus import Alone, RedisBus
 from server.roster import Roster
 from server.routes import ROUTES
 from server.scheduling import send_due
@@ -144,7 +144,7 @@ class App:
             Rate.EPHEMERAL: settings.ephemeral_rate,
             Rate.SEARCH: settings.search_rate,
         }
-        others = None if connect is Alone else self._redis
+        others = None if isinstance(self.hub.bus, Alone) else self._redis
         self._allowances = {one: SharedAllowance(one.value, rate, others) for one, rate in rates.items()}
         dispatch = Dispatch(ROUTES, self._allowances, metrics=metrics, pressure=self.pressure)
         self.searching = dispatch.searching
@@ -223,7 +223,7 @@ class App:
             redis = Redis.from_url(
                 settings.redis_url, socket_timeout=REDIS_SECONDS, socket_connect_timeout=REDIS_SECONDS
             )
-            connect = Alone if is_alone else partial(RedisBus, settings.redis_url)
+            connect = partial(Alone if is_alone else RedisBus, settings.redis_url)
         database = await Database.open(settings)
         async with database.connection() as db:
             push_key = await push.key(db, "vapid", new_key())

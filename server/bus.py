@@ -1,4 +1,4 @@
-"""The bus between workers, as the hub sees it, and the one of a worker that is alone."""
+"""The bus between workers, as the hub sees it."""
 
 from collections.abc import Callable, Collection
 from typing import Protocol
@@ -46,28 +46,3 @@ class Connect(Protocol):
         """Return a bus. `deliver` is to be told a channel and what another worker said in it; `caught_up`, that
         the bus is up, so that what was said while it was not has to be looked for.
         """
-
-
-class Alone:
-    """The bus of the only worker there can be: nobody hears it, and there is nobody to hear."""
-
-    is_up = True
-    published = received = dropped = 0
-
-    def __init__(self, *, deliver: Callable[[bytes, bytes], None], caught_up: Callable[[], None]) -> None:
-        """Neither will be called."""
-
-    async def start(self) -> None:
-        """Nothing to connect to."""
-
-    async def close(self) -> None:
-        """Nothing to disconnect from."""
-
-    async def subscribe(self, channels: Collection[bytes]) -> None:
-        """Nobody says anything."""
-
-    def unsubscribe(self, channel: bytes) -> None:
-        """Nobody did."""
-
-    def publish(self, channel: bytes, words: bytes) -> None:
-        """Nobody is told."""

@@ -93,7 +93,8 @@ def _variables() -> str:
 
 
 def _with_database(settings: Settings, *, is_plan: bool = False, is_new_epoch: bool = False) -> None:
-    with reached(settings) as url:
+    may_create = not (is_plan or is_new_epoch)
+    with reached(settings, may_create=may_create) as (url, _):
         asyncio.run(_administer(url, is_plan=is_plan, is_new_epoch=is_new_epoch))
 
 

@@ -236,6 +236,12 @@ async def is_current(connection: Connection) -> bool:
     return bool(has_table) and int(await connection.fetchval(APPLIED)) == len(known())
 
 
+async def require_current(connection: Connection) -> None:
+    """Raise Fatal unless the database has exactly the schema that this program knows."""
+    if not await is_current(connection):
+        raise Fatal("the database does not have this program's schema; run `openchat migrate`.")
+
+
 async def _applied(connection: Connection) -> int:
     if not await connection.fetchval(HAS_TABLE):
         raise Fatal("the database holds tables that are not OpenChat's; give it an empty one.")

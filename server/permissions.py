@@ -3,6 +3,7 @@
 from protocol.errors import ErrorCode, Refused
 from protocol.roles import Act, may, rank
 from protocol.values import Participant, Role
+from server.errors import NotActive
 from server.queries.conversations import SendAccess
 from server.queries.messages import Found, Obstacle
 
@@ -26,6 +27,8 @@ def require_may_send(access: Found | SendAccess) -> None:
     """Raise Refused unless a participant may say something now: one rule for messages and for everything that reaches
     others as a message does.
     """
+    if access.obstacle == "inactive":
+        raise NotActive
     if access.obstacle in OBSTACLES:
         raise Refused(ErrorCode.FORBIDDEN, OBSTACLES[access.obstacle])
     if access.wait_ms:

@@ -44,6 +44,9 @@ class Verbs(NamedTuple):
 PLAIN = Verbs(b"PUBLISH", b"SUBSCRIBE", b"UNSUBSCRIBE", b"subscribe", b"message", 500)
 SHARDED = Verbs(b"SPUBLISH", b"SSUBSCRIBE", b"SUNSUBSCRIBE", b"ssubscribe", b"smessage", 1)
 """Those of a cluster: a channel lives in one node, and a command takes channels of one slot."""
+PATTERNS = Verbs(b"PUBLISH", b"PSUBSCRIBE", b"PUNSUBSCRIBE", b"psubscribe", b"pmessage", 500)
+"""Those of channels that are named by a pattern."""
+EVERY = b"*"
 
 
 class _Ear(asyncio.Protocol):
@@ -213,8 +216,10 @@ class RedisBus:
         if isinstance(said, hiredis.PushNotification):
             if said[0] == self._verbs.message:
                 self.received += 1
-                if not said[2].startswith(self._origin):
-                    self._deliver(said[1], said[2][ORIGIN_BYTES:])
+                # A message by a pattern has the pattern before the channel.
+                channel, words = said[-2:]
+                if not words.startswith(self._origin):
+                    self._deliver(channel, words[ORIGIN_BYTES:])
             elif said[0] == self._verbs.subscribed:
                 self._confirm(said[1])
         elif isinstance(said, hiredis.ReplyError):
@@ -262,6 +267,24 @@ class RedisBus:
             groups[-1].append(channel)
         assert self._transport is not None  # noqa: S101 - called while connected
         self._transport.write(b"".join(_pack(*group) for group in groups))
+
+
+class Alone(RedisBus):
+    """The bus of the only worker: it publishes nothing, and receives all that commands of the operator publish."""
+
+    def __init__(self, url: str, *, deliver: Callable[[bytes, bytes], None], caught_up: Callable[[], None]) -> None:
+        """As RedisBus."""
+        super().__init__(url, deliver=deliver, caught_up=caught_up, verbs=PATTERNS)
+        self._channels.add(EVERY)
+
+    async def subscribe(self, channels: Collection[bytes]) -> None:
+        """All channels are received."""
+
+    def unsubscribe(self, channel: bytes) -> None:
+        """All channels are received."""
+
+    def publish(self, channel: bytes, words: bytes) -> None:
+        """No other worker is there."""
 
 
 def _pack(*words: bytes) -> bytes:

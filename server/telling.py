@@ -10,7 +10,7 @@ from protocol.server import (
     ParticipantChanged,
 )
 from protocol.values import Conversation, Message
-from server.context import Context, Events
+from server.context import Events
 from server.queries.edits import Deleted
 from server.queries.messages import Found
 from server.queries.participants import Change
@@ -45,12 +45,12 @@ def tell_deleted(events: Events, deleted: Deleted) -> Changed:
     return Changed(conversation_id=about, version=version)
 
 
-def tell_updated(context: Context, conversation: Conversation, *, gone: UserId | None = None) -> None:
+def tell_updated(events: Events, conversation: Conversation, *, gone: UserId | None = None) -> None:
     """Tell what a conversation's settings are now; then drop who is `gone` by that."""
     event = ConversationUpdated(
         conversation_id=conversation.id, version=conversation.version, conversation=conversation
     )
-    context.events.publish(event, gone=gone)
+    events.publish(event, gone=gone)
 
 
 def tell_participant(events: Events, change: Change) -> None:

@@ -35,7 +35,7 @@ def main(arguments: list[str]) -> int:
 
     def done() -> int:
         settings = config.read(data_dir=options.data_dir)
-        with reached(settings) as url:
+        with reached(settings) as (url, _):
             return asyncio.run(_run(url, settings.search_language, options))
 
     return status_of(done)
@@ -74,8 +74,7 @@ def _parser() -> argparse.ArgumentParser:
 async def _run(url: str, language: str, options: argparse.Namespace) -> int:
     connection = await database.connect(url)
     try:
-        if not await migrate.is_current(connection):
-            raise Fatal("the database does not have this program's schema; run `openchat migrate`.")
+        await migrate.require_current(connection)
         await database.speak(connection, language)
         work: Work = options.work
         return await work(connection, options)

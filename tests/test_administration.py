@@ -16,6 +16,7 @@ from prove.client import Client
 from server import administration, upkeep
 from server.config import Settings
 from server.embedded.reach import reached
+from server.errors import Fatal
 from tests.world import World, http_client, sent
 
 
@@ -47,6 +48,7 @@ class Shell:
 @pytest.fixture
 def shell(world: World, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Shell:
     monkeypatch.setenv("DATABASE_URL", world.settings.database_url)
+    monkeypatch.setenv("REDIS_URL", world.settings.redis_url)
     return Shell(world, capsys)
 
 
@@ -126,7 +128,14 @@ async def test_a_person_is_exported_and_erased_and_no_trace_is_left(shell: Shell
 
 def test_the_embedded_database_is_reached_whether_its_server_runs_or_not() -> None:
     folder = Path(tempfile.mkdtemp(prefix="openchat-tests-"))
+    folder.rmdir()
     settings = Settings(data_dir=str(folder))
-    with reached(settings) as first, reached(settings) as second:
+    with pytest.raises(Fatal, match="there is no database"), reached(settings):
+        pytest.fail("a mistyped --data-dir made a database")
+    assert not folder.exists()
+    with reached(settings, may_create=True) as first, reached(settings) as second:
         assert first == second
+        assert first.redis_url is None
+    with reached(settings):
+        pass
     shutil.rmtree(folder)

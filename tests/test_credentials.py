@@ -21,6 +21,7 @@ from server import administration
 from server.auth import passwords
 from server.auth.attempts import Attempts
 from server.config import Settings
+from server.embedded.reach import Reached
 from server.queries import accounts
 from tests.test_may_send import waiting
 from tests.world import Somebody, World, http_client
@@ -54,7 +55,7 @@ def bearer(token: str | None) -> dict[str, str]:
 async def administer(world: World, *arguments: str) -> administration.Answer:
     """Do what a command of `openchat` does, on a connection of its own."""
     options = administration._parser().parse_args(list(arguments))  # noqa: SLF001
-    return await administration._run(world.settings.database_url, options)  # noqa: SLF001
+    return await administration._run(Reached(world.settings.database_url, world.settings.redis_url), options)  # noqa: SLF001
 
 
 async def ticket_of(world: World, token: str) -> str:

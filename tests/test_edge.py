@@ -103,7 +103,7 @@ async def test_every_command_that_reads_or_changes_what_is_somebodys_is_noted(sh
         before = len(await log(shell))
         arguments = place.arguments(command)
         if command == "export":
-            arguments.append(str(shell.world._folder / "all.jsonl"))  # noqa: SLF001
+            arguments.append(str(shell.world.folder / "all.jsonl"))
         await shell.run(*arguments, status=int(command == "erase"))
         new = (await log(shell))[before:]
         assert [entry["action"] for entry in new] == [NOTED[command]], command

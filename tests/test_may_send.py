@@ -179,12 +179,18 @@ async def be_blocked(on: Stage) -> None:
     await on.member.call(client.Block(user_id=on.keeper_id))
 
 
+async def be_disabled(on: Stage) -> None:
+    """As a socket is that has not heard of it yet."""
+    await on.world.db.execute('UPDATE "user" SET is_active = false WHERE id = $1', on.who.id)
+
+
 OBSTACLES: dict[Callable[[Stage], Awaitable[None]], tuple[bool, ErrorCode]] = {
     archive: (False, ErrorCode.FORBIDDEN),
     ask_for_moderators: (False, ErrorCode.FORBIDDEN),
     slow_down: (False, ErrorCode.RATE_LIMITED),
     block: (True, ErrorCode.FORBIDDEN),
     be_blocked: (True, ErrorCode.FORBIDDEN),
+    be_disabled: (False, ErrorCode.UNAUTHENTICATED),
 }
 """What keeps somebody from speaking, whether that is in a direct conversation, and the answer."""
 
@@ -207,7 +213,8 @@ async def test_who_may_not_send_says_nothing_in_any_way(
         waits = [answer.retry_after_ms for answer in answers.values() if isinstance(answer, Error)]
         assert all(wait is not None and 3_500_000 < wait <= 3_600_000 for wait in waits)
     for frame in no_speech(on):
-        await on.member.call(frame)
+        if obstacle is not be_disabled:
+            await on.member.call(frame)
     await on.keeper.synced()
     reached = {type(event) for event in on.keeper.events[seen:] if hasattr(event, "conversation_id")}
     assert reached <= {server.MessageUnreacted, server.PollVoted, server.MessageDeleted, server.MessageRead,

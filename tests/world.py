@@ -47,8 +47,9 @@ class Somebody(NamedTuple):
 class Worker:
     """A worker as server/worker.py runs it, in the test's own process, so that starting one takes no time."""
 
-    def __init__(self, settings: Settings, folder: Path, number: int) -> None:
+    def __init__(self, settings: Settings, folder: Path, number: int, *, is_alone: bool = False) -> None:
         self._settings = settings
+        self._is_alone = is_alone
         self._folder = folder
         self._number = number
         self.app: App
@@ -58,7 +59,7 @@ class Worker:
         listener = socket.socket()
         listener.bind(ON_LOOPBACK)
         self.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        self.app = await App.open(self._settings, self._folder, self._number)
+        self.app = await App.open(self._settings, self._folder, self._number, is_alone=self._is_alone)
         self.server = DrainingServer(self.app)
         self._serving = asyncio.create_task(self.server.serve(sockets=[listener]))
         while not self.server.started:
@@ -75,8 +76,8 @@ class World:
 
     def __init__(self, settings: Settings, *, workers: int = 2) -> None:
         self.settings = settings
-        self._folder = Path(tempfile.mkdtemp(prefix="openchat-world-"))
-        self.workers = [Worker(settings, self._folder, number) for number in range(1, workers + 1)]
+        self.folder = Path(tempfile.mkdtemp(prefix="openchat-world-"))
+        self.workers = [Worker(settings, self.folder, number) for number in range(1, workers + 1)]
         self.db: asyncpg.Connection[asyncpg.Record]
         self._open = AsyncExitStack()
 
@@ -91,7 +92,7 @@ class World:
         await self._open.aclose()
         await asyncio.gather(*(worker.stop() for worker in self.workers))
         await self.db.close()
-        shutil.rmtree(self._folder)
+        shutil.rmtree(self.folder)
 
     @property
     def url(self) -> str:

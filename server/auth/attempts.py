@@ -58,6 +58,10 @@ class Attempts:
                 raise
             await self._forget(key)
 
+    async def forget(self, who: str) -> None:
+        """Forget the failed attempts at an account."""
+        await self._forget(_key("account", who))
+
     def _require(self, kind: str, count: int, seconds: float) -> None:
         if count > self._limits[kind]:
             raise Refused(

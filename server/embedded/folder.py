@@ -70,9 +70,9 @@ class DataFolder:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(self._lock)
-            raise Held(path, _run(path)) from None
+            raise Held(path, run_folder(path)) from None
         self._here = os.open(path.resolve(), FOLDER)
-        self.run = _run(path)
+        self.run = run_folder(path)
         self.run.mkdir(mode=0o700, exist_ok=True)
         # Beside the data folder only ours will do; within it, root gives over what an earlier user had.
         is_ours = self.run.stat().st_uid in {os.geteuid(), self.uid}
@@ -221,7 +221,7 @@ class DataFolder:
         )  # fmt: skip
 
 
-def _run(path: Path) -> Path:
+def run_folder(path: Path) -> Path:
     """Return the folder for the Unix sockets of a data folder's servers."""
     if len(os.fsencode(path)) < MAX_SOCKET_DIR:
         return path / "run"

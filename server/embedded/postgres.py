@@ -35,6 +35,11 @@ ACCESS = f"local all {NAME} peer map={NAME}\nlocal replication {NAME} peer map={
 """pg_hba.conf: the kernel says who connects. Nobody comes by TCP or as another role."""
 
 
+def data(folder: Path) -> Path:
+    """Return where the database lies in a data folder."""
+    return folder / "postgres"
+
+
 def url(run: Path, database: str = NAME) -> str:
     """Return where to connect to the server that listens in a folder."""
     return f"postgresql://{NAME}@/{database}?host={quote(str(run))}"
@@ -46,7 +51,7 @@ class Postgres:
     def __init__(self, folder: DataFolder, *, max_connections: int, options: dict[str, str] | None = None) -> None:
         """`options` go on top of OPTIONS."""
         self._folder = folder
-        self._data = folder.path / "postgres"
+        self._data = data(folder.path)
         self.log = LogFile(folder.path / "postgres.log", uid=folder.uid)
         self._options = OPTIONS | {"max_connections": str(max_connections)} | (options or {})
         self._process: subprocess.Popen[bytes] | None = None

@@ -5,6 +5,7 @@ import signal
 import socket
 import subprocess
 import time
+from pathlib import Path
 
 from server.embedded import process
 from server.embedded.folder import DataFolder, installed
@@ -16,19 +17,29 @@ STOP_SECONDS = 5.0
 POLL_SECONDS = 0.02
 
 
+def socket_of(run: Path) -> Path:
+    """Return the socket of the server that listens in a folder."""
+    return run / "valkey.sock"
+
+
+def url(run: Path) -> str:
+    """Return where to connect to the server that listens in a folder."""
+    return f"unix://{socket_of(run)}"
+
+
 class Valkey:
     """A Valkey in a data folder, reached by its Unix socket alone."""
 
     def __init__(self, folder: DataFolder) -> None:
         self._folder = folder
-        self._socket = folder.run / "valkey.sock"
+        self._socket = socket_of(folder.run)
         self.log = LogFile(folder.path / "valkey.log", uid=folder.uid)
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
     def url(self) -> str:
         """Where to connect to."""
-        return f"unix://{self._socket}"
+        return url(self._folder.run)
 
     @property
     def pid(self) -> int:

@@ -149,7 +149,7 @@ async def update(context: Context, frame: client.UpdateConversation) -> OneConve
             await news.announce(said)
         await news.record(Deed(context.user_id, "update_conversation", details={"fields": sorted(changed)}))
         view = await _view(db, context.user_id, frame.conversation_id)
-    tell_updated(context, conversation)
+    tell_updated(context.events, conversation)
     news.tell()
     return OneConversation(view=view)
 
@@ -173,7 +173,7 @@ async def delete(context: Context, frame: client.DeleteConversation) -> Done:
         require(me, Act.DELETE_CONVERSATION)
         conversation, drafted = await end(db, conversation.id)
         await audit.record(db, conversation.id, Deed(context.user_id, "delete_conversation"))
-    tell_updated(context, conversation, gone=EVERYONE)
+    tell_updated(context.events, conversation, gone=EVERYONE)
     context.events.poke(drafted)
     return Done()
 

@@ -61,5 +61,5 @@ async def set_invite_code(context: Context, frame: client.SetInviteCode) -> OneC
         details = {"is_open": frame.is_open, "max_uses": frame.max_uses, "seconds": frame.expires_in_seconds}
         await audit.record(db, conversation.id, Deed(context.user_id, "set_invite_code", details=details))
         (view,) = await conversations.get(db, context.user_id, [conversation.id])
-    tell_updated(context, conversation)
+    tell_updated(context.events, conversation)
     return OneConversation(view=view)

@@ -9,7 +9,7 @@ from protocol.errors import ErrorCode, Refused
 from protocol.server import MessageSent, Sent
 from protocol.values import Message
 from server.context import Context
-from server.errors import NotFound
+from server.errors import NotActive, NotFound
 from server.permissions import OBSTACLES, slow_mode
 from server.queries import messages, sending
 from server.queries.sending import Outgoing, Source, Stored
@@ -153,6 +153,8 @@ async def _why_not(context: Context, out: Outgoing) -> Sent | Literal["slow"] | 
         )
     if there.obstacle == "access":
         raise NotFound("conversation_id")
+    if there.obstacle == "inactive":
+        raise NotActive
     if there.obstacle in OBSTACLES:
         raise Refused(ErrorCode.FORBIDDEN, OBSTACLES[there.obstacle])
     if there.version is not None:

@@ -48,7 +48,7 @@ class At(NamedTuple):
     message_id: MessageId
 
 
-Obstacle = Literal["archived", "role", "unwanted", "slow"]
+Obstacle = Literal["inactive", "archived", "role", "unwanted", "slow"]
 """What keeps a participant from saying anything in a conversation: obstacle() in schema.sql."""
 
 

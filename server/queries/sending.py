@@ -90,6 +90,7 @@ WITH input AS (
         SELECT c.access_version, visible_after(c, p) AS visible_after, CASE WHEN c.settings <> '{}' THEN
             make_interval(secs => (c.settings ->> 'expire_after_seconds')::float8) END AS expires_after
         FROM conversation_participant p JOIN conversation c ON c.id = p.conversation_id AND NOT c.is_deleted
+        JOIN "user" u ON u.id = p.user_id AND u.is_active AND NOT u.is_deleted
         WHERE p.conversation_id = i.conversation_id AND p.user_id = i.sender_id AND p.status = 'active'
             AND may_send(c, p.role, i.has_waited)
             AND (i.loud_mentions = '{}' OR (c.type <> 'direct' AND can(p.role, 'moderator', false)))

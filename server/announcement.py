@@ -1,0 +1,54 @@
+"""News of a command of the operator for the workers of a running server: published on the bus after the commit."""
+
+from collections.abc import Callable
+from typing import NamedTuple, cast
+
+from redis.asyncio import RedisCluster
+
+from server.auth.attempts import Attempts
+from server.commandbus import CommandBus, connect
+from server.context import Events
+from server.errors import REDIS_LOST, Fatal
+from server.hub import COMPARE_SECONDS, PEOPLE_PARTS, Hub, Record
+from server.terminal import complain
+
+BOUND_SECONDS = COMPARE_SECONDS * PEOPLE_PARTS
+"""Max seconds after which a worker that was not told finds out, by comparing clocks."""
+UNTOLD = f"Open sockets see it within {BOUND_SECONDS:.0f} seconds."
+
+
+class News(NamedTuple):
+    """What to tell the workers, and the address of an account whose failed logins are forgotten."""
+
+    tell: Callable[[Events], None]
+    account: str | None = None
+
+
+async def announce(redis_url: str | None, news: News) -> None:
+    """Publish news, or tell the operator why that cannot be and when workers find out. `redis_url` is as in Reached."""
+    if redis_url is None:
+        return
+    if not redis_url:
+        complain(f"The change is stored, but no server was told: set REDIS_URL as the server has it. {UNTOLD}")
+        return
+    try:
+        await _publish(redis_url, news)
+    except (Fatal, ValueError, *REDIS_LOST) as error:
+        complain(f"The change is stored, but no server was told: {str(error).rstrip('.')}. {UNTOLD}")
+
+
+async def _publish(redis_url: str, news: News) -> None:
+    bus = CommandBus()
+    # A hub without sockets asks nothing of the database.
+    hub = Hub(cast("Record", None), lambda **_: bus)
+    news.tell(hub)
+    hub.flush()
+    redis = await connect(redis_url)
+    try:
+        await bus.send(redis)
+        if news.account is not None:
+            await Attempts(redis, per_account=0, per_address=0).forget(news.account)
+    finally:
+        await redis.aclose()
+        if isinstance(redis, RedisCluster):
+            await redis.nodes_manager.aclose()

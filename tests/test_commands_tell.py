@@ -1,0 +1,123 @@
+"""Commands of the operator reach open sockets by the bus: nothing here waits for a worker to compare clocks."""
+
+import argparse
+import json
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import TypeAlias
+
+import pytest
+
+from protocol import server
+from protocol.errors import CloseCode
+from prove.client import Client
+from server import administration, announcement, hub
+from tests.test_administration import Shell, shell
+from tests.world import Worker, World, http_client
+
+__all__ = ("shell",)
+
+Seen: TypeAlias = Callable[[Client], Awaitable[None]]
+
+
+@pytest.fixture(autouse=True)
+def _never_compare(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub, "COMPARE_SECONDS", 3600.0)
+
+
+async def _ended(socket: Client) -> None:
+    assert await socket.closed() == CloseCode.SESSION_ENDED
+
+
+def _is_admin(*, expected: bool) -> Seen:
+    async def seen(socket: Client) -> None:
+        await socket.event(server.MeChanged, lambda event: event.me.is_admin is expected)
+
+    return seen
+
+
+async def _left(socket: Client) -> None:
+    await socket.event(server.ConversationLeft)
+
+
+CHANGES: dict[str, tuple[Seen, ...]] = {
+    "user promote": (_is_admin(expected=True),),
+    "user demote": (_is_admin(expected=False),),
+    "conversation delete": (_left,),
+    "user sessions --revoke": (_ended,),
+    "user reset-password": (_ended,),
+    "user disable": (_ended,),
+    "user enable": (),
+    "erase --yes": (_ended,),
+}
+"""What an open socket sees of each command that changes rights. Nobody has a socket whose account is disabled."""
+READS = {"user create", "user show", "user sessions", "conversation show", "conversation export", "conversation audit"}
+"""Commands that change nothing for an open socket."""
+
+
+def _commands(parser: argparse.ArgumentParser) -> Iterator[str]:
+    for action in parser._actions:  # noqa: SLF001
+        if isinstance(action, argparse._SubParsersAction):  # noqa: SLF001
+            for name, child in action.choices.items():
+                below = list(_commands(child))
+                yield from (f"{name} {one}" for one in below) if below else (name,)
+
+
+def test_every_command_is_known_to_change_rights_or_not_to() -> None:
+    assert {name.split(" --")[0] for name in CHANGES} | READS == set(_commands(administration._parser()))  # noqa: SLF001
+
+
+@pytest.fixture
+async def alone(world: World) -> int:
+    """The place of a worker that is the only one of its server, as in an embedded installation."""
+    world.workers.append(Worker(world.settings, world.folder, 3, is_alone=True))
+    await world.workers[-1].start()
+    return len(world.workers) - 1
+
+
+async def test_open_sockets_see_every_command_that_changes_rights(shell: Shell, alone: int) -> None:
+    missed: list[str] = []
+    for command, sees in CHANGES.items():
+        who = await shell.world.user("Ada")
+        sockets = [await shell.world.connect(who, worker) for worker in (1, alone)]
+        subject = str(who.id)
+        if command.startswith("conversation"):
+            subject = str(await shell.world.channel(sockets[0]))
+            shell.world.workers[alone].app.hub.people.look(who.id)  # a real one has no neighbours
+            await sockets[1].event(server.ConversationJoined)
+        _, err = await shell.both(*command.split(), subject)
+        assert err == "", command
+        for socket in sockets:
+            try:
+                for seen in sees:
+                    await seen(socket)
+            except TimeoutError:
+                missed.append(command)
+    assert missed == []
+
+
+@pytest.mark.parametrize(
+    ("redis_url", "reason"), [("unix:///nowhere/valkey.sock", "Check REDIS_URL"), ("", "set REDIS_URL")]
+)
+async def test_command_says_that_no_server_was_told_and_until_when(
+    shell: Shell, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, redis_url: str, reason: str
+) -> None:
+    monkeypatch.setenv("REDIS_URL", redis_url)
+    monkeypatch.setenv("OPENCHAT_DATA_DIR", str(tmp_path))
+    who = await shell.world.user("Ada")
+    out, err = await shell.both("user", "disable", str(who.id), "--json")
+    assert json.loads(out)["state"] == "disabled"
+    assert "no server was told" in err
+    assert reason in err
+    assert f"within {announcement.BOUND_SECONDS:.0f} seconds" in err
+
+
+async def test_reset_password_forgets_failed_logins(shell: Shell) -> None:
+    who = await shell.world.user("Ada")
+    login = {"email": (await shell.json("user", "show", str(who.id)))["email"], "password": "no idea of it"}
+    async with http_client(shell.world.url) as http:
+        for _ in range(shell.world.settings.login_attempts):
+            assert (await http.post("/v1/auth/login", json=login)).status_code == 401
+        assert (await http.post("/v1/auth/login", json=login)).status_code == 429
+        login["password"] = (await shell.json("user", "reset-password", str(who.id)))["password"]
+        assert (await http.post("/v1/auth/login", json=login)).status_code == 200
