@@ -4,6 +4,7 @@ import ipaddress
 from collections import Counter
 from collections.abc import Callable
 from functools import lru_cache
+from urllib.parse import urlsplit
 
 from starlette.requests import HTTPConnection
 
@@ -40,6 +41,14 @@ def address_of(request: HTTPConnection) -> str | None:
     """Return the address that a request comes from; behind a trusted proxy, the one that it names."""
     address = parsed(request.client.host.partition("%")[0]) if request.client else None
     return None if address is None else str(address)
+
+
+def host_of(request: HTTPConnection) -> str | None:
+    """Return the name or address in `Host`, in lower case and without a port; None if there is none."""
+    try:
+        return urlsplit(f"//{request.headers.get('host', '')}").hostname
+    except ValueError:
+        return None
 
 
 def key_of(request: HTTPConnection) -> str:

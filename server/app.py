@@ -184,6 +184,7 @@ class App:
             origins=settings.allowed_origins,
             metrics=metrics,
             metrics_from=settings.metrics_networks,
+            metrics_names=settings.metrics_names,
             is_draining=self._draining,
             addresses=addresses,
             connects=self._connects,

@@ -103,6 +103,8 @@ class Settings(msgspec.Struct, kw_only=True, frozen=True):
     """Let push endpoints and previews be at addresses of this machine and its network."""
     metrics_from: str = "127.0.0.0/8,::1/128"
     """The networks from which `/metrics` may be read, directly and not through a proxy. Empty is none."""
+    metrics_hosts: str = ""
+    """Names, comma-separated, by which `/metrics` may be asked for besides `localhost` and IP addresses."""
     trusted_proxies: str = ""
     """Believe X-Forwarded-For and X-Forwarded-Proto of this many proxies in front (`1`, `2`), or of the networks that
     they are in (`10.0.0.0/8,fd00::/8`). Empty believes nobody.
@@ -143,6 +145,11 @@ class Settings(msgspec.Struct, kw_only=True, frozen=True):
     def metrics_networks(self) -> tuple[Network, ...]:
         """The networks of `metrics_from`. Raises ValueError if the setting is not understood."""
         return networks(self.metrics_from) if self.metrics_from.strip() else ()
+
+    @property
+    def metrics_names(self) -> frozenset[str]:
+        """The names of `metrics_hosts`, in lower case."""
+        return frozenset(name.strip().lower() for name in self.metrics_hosts.split(",") if name.strip())
 
     @property
     def allowed_origins(self) -> frozenset[str]:
@@ -235,6 +242,7 @@ TEXTS = {
     "search_language": "a text search configuration of PostgreSQL",
     "push_contact": "a URL that begins with mailto: or https://",
     "metrics_from": "empty, or networks such as 10.0.0.0/8, separated by commas",
+    "metrics_hosts": "empty, or names such as chat-1.internal, without ports, separated by commas",
     "trusted_proxies": f"a number from 0 to {MAX_COUNT}, or networks such as 10.0.0.0/8, separated by commas",
 }
 """What may be given for the settings that are texts."""
@@ -247,6 +255,7 @@ FORMS: dict[str, Callable[[Settings], object]] = {
     "search_language": lambda one: re.fullmatch(r"\w+(\.\w+)?", one.search_language),
     "push_contact": lambda one: re.fullmatch(r"(mailto:|https://)\S+", one.push_contact),
     "metrics_from": lambda one: one.metrics_networks is not None,
+    "metrics_hosts": lambda one: all(re.fullmatch(r"[\w.-]+", name, re.ASCII) for name in one.metrics_names),
     "trusted_proxies": lambda one: one.proxies is not None,
 }
 """Checks of the settings that are texts. A check returns false or raises ValueError for a text that is not allowed."""

@@ -1,6 +1,7 @@
 """The HTTP endpoints that are not about accounts: the socket's door, one frame by HTTP, health, documents."""
 
 import asyncio
+import re
 from collections.abc import Callable
 from functools import cache
 from typing import NamedTuple
@@ -18,7 +19,7 @@ from protocol.codec import decode_client, encode
 from protocol.errors import CloseCode, ErrorCode, Refused
 from protocol.ids import UserId
 from protocol.server import Error
-from server.addresses import Addresses, parsed
+from server.addresses import Addresses, host_of, parsed
 from server.auth.credentials import token_of
 from server.auth.endpoints import Accounts
 from server.auth.sessions import Sessions
@@ -37,6 +38,8 @@ from server.websocket import EXTENSION, WebSocket
 
 FORWARDING = frozenset({"forwarded", "via", "x-forwarded-for", "x-forwarded-host", "x-forwarded-proto", "x-real-ip"})
 """Headers that proxies add: what comes through one comes from elsewhere, whatever the peer's address is."""
+LOCAL = re.compile(r"(^|\.)localhost\Z")
+"""Names that browsers themselves take for this machine (RFC 6761)."""
 AUTHENTICATE_SECONDS = 5.0
 READY_SECONDS = 2.0
 CONNECTS_PER_SECOND = 10.0
@@ -61,6 +64,7 @@ class Door(NamedTuple):
     origins: frozenset[str]
     metrics: Metrics
     metrics_from: tuple[Network, ...]
+    metrics_names: frozenset[str]
     is_draining: asyncio.Event
     addresses: Addresses
     connects: Allowance[UserId]
@@ -162,8 +166,12 @@ class Endpoints:
     async def metrics(self, request: Request) -> Response:
         """Return all workers' numbers, to those who may read them: for others the path is not there."""
         address = parsed(request.client.host) if request.client else None
-        is_direct = FORWARDING.isdisjoint(request.headers.keys())
+        is_direct = FORWARDING.isdisjoint(request.headers.keys()) and "origin" not in request.headers
         if address is None or not is_direct or not is_within(address, self._door.metrics_from):
+            raise HTTPException(404)
+        # A page's name may be made to lead here (DNS rebinding), and its browser may run on this machine.
+        host = host_of(request)
+        if host is None or not (host in self._door.metrics_names or LOCAL.search(host) or parsed(host)):
             raise HTTPException(404)
         return Response(self._door.metrics.page(), media_type="text/plain; version=0.0.4; charset=utf-8")
 

@@ -74,6 +74,47 @@ async def test_numbers_are_for_the_machine_itself_and_not_for_who_comes_through_
         assert (await http.get("/metrics")).status_code == 200
 
 
+FOREIGN_HOSTS = [
+    "evil.example", "localhost.evil.example", "127.0.0.1.evil.example", "evil", "localhost@evil", "[::1", "",
+    "127.0.0.1,evil.example", "127.0.0.1 evil.example", "0x7f.1",
+]  # fmt: skip
+"""What a page has in `Host` whose name was made to lead here (DNS rebinding), and what is no name."""
+
+
+async def test_numbers_are_not_for_pages_whose_name_was_made_to_lead_here(settings: Settings) -> None:
+    async with (
+        World(msgspec.structs.replace(settings, metrics_hosts="Chat-1, chat.example"), workers=1) as world,
+        httpx.AsyncClient(base_url=world.url, trust_env=False) as http,
+    ):
+        nowhere = await http.get("/nowhere")
+        for host in FOREIGN_HOSTS:
+            for name in (host, f"{host}:8000"):
+                answer = await http.get("/metrics", headers={"Host": name})
+                assert answer.status_code in {400, 404}, name
+                assert answer.status_code == 400 or answer.content == nowhere.content, name
+        here = ("localhost", "one.localhost", "127.0.0.1:8000", "10.1.2.3", "[::1]:9", "chat-1:80", "CHAT.example")
+        for host in here:
+            assert (await http.get("/metrics", headers={"Host": host})).status_code == 200, host
+        for origin in ("https://evil.example", "null", world.url):
+            answer = await http.get("/metrics", headers={"Origin": origin})
+            assert (answer.status_code, answer.content) == (404, nowhere.content), origin
+
+
+def test_one_answer_alone_depends_on_the_address_that_it_goes_to() -> None:
+    """Any page that a browser on that machine opens has the same address, so each such answer checks `Host`, too."""
+    found = {
+        path.relative_to(ROOT).as_posix()
+        for path in (ROOT / "server").rglob("*.py")
+        if re.search(r"(request|handshake|self|scope)(\.client\b|\[\"client\"\])|peername", path.read_text())
+    }
+    assert found == {
+        "server/addresses.py",  # counts by it
+        "server/http_protocol.py",  # counts by it
+        "server/forwarded.py",  # believes trusted proxies about addresses that are counted
+        "server/endpoints.py",  # the numbers
+    }
+
+
 @pytest.mark.parametrize(("metrics_from", "status"), [("", 404), ("10.0.0.0/8", 404), ("10.0.0.0/8,127.0.0.1/32", 200)])
 async def test_numbers_are_for_the_networks_that_are_set(settings: Settings, metrics_from: str, status: int) -> None:
     changes = {"metrics_from": metrics_from, "trusted_proxies": "127.0.0.0/8"}

@@ -26,6 +26,7 @@ WRONG = {
     "search_language": ["", "english; DROP", "a.b.c"],
     "push_contact": ["", "postmaster@example.org", "http://example.org"],
     "metrics_from": ["1", "everybody", "10.0.0.1/8", "127.0.0.1,", "*"],
+    "metrics_hosts": ["*", "chat-1:8000", "http://chat-1", "a b", "ä.example"],
     "trusted_proxies": ["true", "-1", "11", "1.5", "10.0.0.0/33", "10.0.0.1/8", "1,", "example.org", "*"],
 }
 """Values that are refused, of each setting that is a text."""
