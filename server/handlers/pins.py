@@ -9,7 +9,7 @@ from server.context import Context
 from server.cursor import Cursor
 from server.errors import NotFound
 from server.permissions import require, require_may_send
-from server.queries import bounds, messages, pins
+from server.queries import bounds, conversations, messages, pins
 from server.telling import tell_changed
 
 
@@ -44,6 +44,7 @@ async def list_pins(context: Context, frame: client.ListPins) -> MessageList:
 async def star(context: Context, frame: client.Star) -> Done:
     """Put a message aside, on all of the caller's devices."""
     async with context.database.transaction() as db:
+        await conversations.keep(db, frame.conversation_id)
         if not await pins.star(db, frame, context.user_id):
             raise NotFound("message_id")
         await bounds.require_stars(db, context.user_id)

@@ -5,7 +5,7 @@ from protocol.limits import MAX_SHARED_PARTICIPANTS
 from protocol.server import Done, MessageDelivered, MessageRead, Readers, ReadUpTo, ServerFrame
 from server.context import Context
 from server.errors import NotFound
-from server.queries import participants, receipts, users
+from server.queries import conversations, participants, receipts, users
 
 
 async def read(context: Context, frame: client.Read) -> ReadUpTo:
@@ -14,6 +14,7 @@ async def read(context: Context, frame: client.Read) -> ReadUpTo:
         position = await receipts.read(db, frame, context.user_id)
     if position is not None and position.was_marked:
         async with context.database.transaction() as db:
+            await conversations.keep(db, frame.conversation_id)
             await users.lock(db, [context.user_id])
             position = await receipts.read(db, frame, context.user_id, is_locked=True)
             if position is not None and position.was_marked:
@@ -54,6 +55,7 @@ async def delivered(context: Context, frame: client.Delivered) -> Done:
 async def mark_unread(context: Context, frame: client.MarkUnread) -> ReadUpTo:
     """Have a conversation count as unread from a message on."""
     async with context.database.transaction() as db:
+        await conversations.keep(db, frame.conversation_id)
         await users.lock(db, [context.user_id])
         count = await receipts.mark_unread(db, frame, context.user_id)
         if count is None:

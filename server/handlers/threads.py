@@ -4,7 +4,7 @@ from protocol import client
 from protocol.server import MessagePage, OneThread, OneThreadFollow, ThreadList
 from server.context import Context
 from server.errors import NotFound
-from server.queries import bounds, messages, threads
+from server.queries import bounds, conversations, messages, threads
 from server.queries.messages import NEWEST, Span
 from server.queries.threads import Change
 
@@ -53,6 +53,7 @@ async def _change(
     context: Context, frame: client.FollowThread | client.UnfollowThread | client.ReadThread, change: Change
 ) -> OneThreadFollow:
     async with context.database.transaction() as db:
+        await conversations.keep(db, frame.conversation_id)
         now = await threads.change(db, frame, context.user_id, change)
         if now is None:
             raise NotFound("message_id")

@@ -14,5 +14,7 @@ Transactions lock in one order, so that no two ever wait for each other (docs/de
 
 A step may be left out; nobody goes back. A statement of one row needs no lock before it. The parts of one statement run
 in no particular order, so a statement that changes both a user and what is theirs makes the second depend on the first.
+An INSERT locks the rows that its foreign keys name, and so does the second UPDATE of a row in one transaction. Where
+they name a conversation, `conversations.keep` comes before the lock of a user.
 A job that takes rows of many people skips those that are locked.
 """
