@@ -13,7 +13,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from protocol.errors import ErrorCode, Refused
 from protocol.limits import MAX_FRAME_BYTES
-from server.sockets import Sockets
+from server.sockets import LINGER_BYTES, Sockets
 from server.web import refusal_response
 from server.websocket import WebSocket
 
@@ -28,10 +28,6 @@ LINGER_SECONDS = 5.0
 MAX_HEAD_BYTES = 64 * 1024
 MAX_BODY_BYTES = 4 * MAX_FRAME_BYTES
 """Max bytes that a body takes on the wire, in however small chunks it comes, also of what nobody reads."""
-LINGER_BYTES = 4 * MAX_BODY_BYTES
-"""Max bytes of the rest of a refused request. A socket that is closed with unread bytes is reset, and then the client
-may lose the answer.
-"""
 NO_HANDSHAKE = Refused(
     ErrorCode.BAD_FRAME, "This is no WebSocket handshake: it has a body, more than 128 headers, or a line over 8 KiB."
 )

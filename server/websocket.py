@@ -17,7 +17,7 @@ from websockets.speedups import apply_mask
 
 from protocol.errors import CloseCode, Refused
 from server.limits import Bucket
-from server.sockets import Sockets
+from server.sockets import LINGER_BYTES, Sockets
 
 EXTENSION = "openchat.socket"
 """The key of the socket in the scope's extensions."""
@@ -29,8 +29,6 @@ STALL_SECONDS = 30.0
 """Max seconds without the peer taking in any of a large answer."""
 CLOSE_SECONDS = 5.0
 """How long a peer may take to answer a close, or to read what is left, before the connection is cut."""
-FLOOD_SECONDS = 0.5
-"""How long a peer that floods us may take to read why it is closed; nothing is read from it meanwhile."""
 MAX_EARLY_BYTES = 4096
 """Max bytes of the one message that is read before somebody takes the socket over: `authenticate` is small."""
 MAX_FRAGMENTS = 128
@@ -101,6 +99,9 @@ class WebSocket(WebSocketsSansIOProtocol):
     _deadline: asyncio.TimerHandle | None = None
     _stalled: asyncio.TimerHandle | None = None
     _is_flooded = False
+    # True once nothing is written any more, and no frame is read. Bytes that arrived since the close frame was sent.
+    _is_lingering = False
+    _dropped = 0
 
     def __init__(self, *args: Any, sockets: Sockets, key: str | None, **kwargs: Any) -> None:  # noqa: ANN401 - uvicorn's
         """`sockets` has counted this connection under `key`."""
@@ -120,6 +121,12 @@ class WebSocket(WebSocketsSansIOProtocol):
 
     def data_received(self, data: bytes) -> None:  # noqa: D102
         self.heard_at = self.loop.time()
+        if self.close_sent:
+            self._dropped += len(data)
+            if self._dropped > LINGER_BYTES:
+                self.transport.abort()
+            if self._is_lingering or self.transport.is_closing():
+                return
         if self.receiver is None:
             self._received_early(data)
             return
@@ -204,7 +211,7 @@ class WebSocket(WebSocketsSansIOProtocol):
         elif self._is_allowed(data[at]):
             end = end if is_legal else len(data)
             super().data_received(data[at:end])
-        return len(data) if self._is_flooded else end
+        return len(data) if self._is_lingering else end
 
     def _is_allowed(self, head: int) -> bool:
         """Count a frame that is not a whole text message; if that is too many, close."""
@@ -220,10 +227,7 @@ class WebSocket(WebSocketsSansIOProtocol):
             else:
                 self.queue.put_nowait({"type": "websocket.disconnect", "code": CloseCode.ABUSE})
                 self.close(CloseCode.ABUSE)
-            self.pause_receiving()
-            if self.close_timer is not None:
-                self.close_timer.cancel()
-                self.close_timer = self.loop.call_later(FLOOD_SECONDS, self.transport.abort)
+            self._linger()
         return not self._is_flooded
 
     def _answer_ping(self) -> None:
@@ -242,9 +246,8 @@ class WebSocket(WebSocketsSansIOProtocol):
         if self._key is not None:
             self._sockets.leave(self._key)
             self._key = None
-        if self.receiver is not None:
-            self.receiver.lost()
-            self.receiver = None
+        self._sockets.works(self)
+        self._leave()
 
     def pause_writing(self) -> None:  # noqa: D102
         super().pause_writing()
@@ -282,9 +285,8 @@ class WebSocket(WebSocketsSansIOProtocol):
         self._forget_handshake()
         self.resume_receiving()
         early = self._forget_early()
-        if self.disconnected:
-            self.receiver = None
-            receiver.lost()
+        if self.disconnected or self._is_lingering:
+            self._leave()
         elif early:
             self.data_received(early)
 
@@ -364,6 +366,38 @@ class WebSocket(WebSocketsSansIOProtocol):
         self.close_sent = True
         self.resume_receiving()
         self.close_timer = self.loop.call_later(CLOSE_SECONDS, self.transport.abort)
+
+    def handle_parser_exception(self) -> None:  # noqa: D102
+        assert self.conn.close_sent is not None  # noqa: S101 - the library's condition
+        code, reason = self.conn.close_sent.code, self.conn.close_sent.reason
+        self.queue.put_nowait({"type": "websocket.disconnect", "code": code, "reason": reason})
+        self.transport.write(b"".join(self.conn.data_to_send()))
+        self.close_sent = True
+        self._linger()
+
+    def _linger(self) -> None:
+        """After the close frame of a peer that no frame is taken from any more: drop what comes, until the peer closes
+        or at the bounds.
+        """
+        if self._is_lingering or self.transport.is_closing():
+            return
+        self._is_lingering = True
+        self._partial = self._ping = None
+        self._forget_early()
+        self.disarm()
+        self._leave()
+        self._sockets.waits(self, self.transport.abort)
+        self.resume_receiving()
+        self.transport.write_eof()
+        if self.close_timer is not None:
+            self.close_timer.cancel()
+        self.close_timer = self.loop.call_later(CLOSE_SECONDS, self.transport.abort)
+
+    def _leave(self) -> None:
+        """Tell the receiver that nothing can be written any more."""
+        if self.receiver is not None:
+            self.receiver.lost()
+            self.receiver = None
 
     async def run_asgi(self) -> None:
         """Run the app for the handshake; afterwards the connection lives on if somebody took it over."""

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import socket
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -14,7 +15,10 @@ from protocol.client import Authenticate
 from protocol.codec import encode
 from protocol.errors import CloseCode
 from prove.client import Client
+from server import websocket
 from server.config import Settings
+from server.periodic import end
+from server.sockets import LINGER_BYTES
 from server.websocket import MAX_EARLY_BYTES, MAX_FRAGMENTS
 from tests.cluster import Cluster
 from tests.test_frames import Wire, frame
@@ -74,6 +78,87 @@ async def test_a_flood_is_abuse(alone: World, name: str, is_known: bool) -> None
     assert await wire.closed() == CloseCode.ABUSE
     wire.writer.transport.abort()
     await until(lambda: len(alone.workers[0].app.sockets) == 0)
+
+
+LARGE = b" " * 3_000_000
+ENDS = {
+    "too long": (frame(LARGE), CloseCode.TOO_BIG),
+    "not masked": (frame(b"{}", mask=False) + LARGE, 1002),
+    "a reserved bit": (b"\xc1" + frame(b"{}")[1:] + LARGE, 1002),
+    "a flood": (PING * 25_000, CloseCode.ABUSE),
+}
+"""What a client may not send, with much behind it, and the code that the connection is closed with."""
+
+
+@pytest.mark.parametrize("is_known", [True, False])
+async def test_who_sends_all_before_reading_is_told_why_it_was_closed(alone: World, is_known: bool) -> None:  # noqa: FBT001
+    """A socket that is closed with unread bytes is reset, and the client loses the close frame."""
+    host, _, port = alone.url.removeprefix("http://").rpartition(":")
+    ada = await alone.user("Ada")
+    token = b"Authorization: Bearer " + ada.token.encode() + b"\r\n" if is_known else b""
+    sockets = alone.workers[0].app.sockets
+
+    def asked(data: bytes) -> bytes:
+        with socket.create_connection((host, int(port)), PATIENCE) as one:
+            one.sendall(HEAD + token + b"\r\n")
+            assert b" 101 " in one.recv(65_536)
+            one.sendall(data)
+            said = b""
+            while more := one.recv(65_536):
+                said += more
+            return said
+
+    for name, (data, code) in ENDS.items():
+        said = await asyncio.to_thread(asked, data)
+        assert b"\x88" in said, name
+        assert code.to_bytes(2) in said[said.rindex(b"\x88") :], name
+        await until(lambda: len(sockets) == 0)
+        assert not sockets._waiting  # noqa: SLF001
+
+
+@pytest.mark.parametrize("more", [b"", b"x"])
+async def test_who_was_closed_and_does_not_go_makes_room_and_is_cut(
+    alone: World, monkeypatch: pytest.MonkeyPatch, more: bytes
+) -> None:
+    monkeypatch.setattr(websocket, "CLOSE_SECONDS", 0.3)
+    wire = await shake(alone.url, await alone.user("Ada"))
+    sockets = alone.workers[0].app.sockets
+    wire.writer.write(frame(b"{}", mask=False) + b"x" * 100_000)
+    assert await wire.closed() == 1002
+    assert len(sockets) == len(sockets._waiting) == 1  # noqa: SLF001
+
+    async def drip() -> None:
+        with contextlib.suppress(ConnectionError):
+            while True:
+                wire.writer.write(more)
+                await asyncio.sleep(0.01)
+
+    dripping = asyncio.create_task(drip())
+    await until(lambda: len(sockets) == 0)
+    await end([dripping])
+    assert not sockets._waiting  # noqa: SLF001
+    wire.writer.transport.abort()
+
+
+async def test_a_bounded_number_of_bytes_is_dropped_after_a_close(
+    alone: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(websocket, "CLOSE_SECONDS", 600.0)
+    ada = await alone.user("Ada")
+    sockets = alone.workers[0].app.sockets
+    for is_broken in (True, False):
+        wire = await shake(alone.url, ada)
+        await until(lambda: len(alone.workers[0].app.roster) == 1)
+        (one,) = alone.workers[0].app.hub.people.sockets(ada.id)
+        if not is_broken:
+            one.close(CloseCode.SILENT)
+        with contextlib.suppress(ConnectionError):
+            wire.writer.write(frame(b"{}", mask=False) if is_broken else b"")
+            for _ in range(2 * LINGER_BYTES // 100_000):
+                wire.writer.write(frame(b" " * 100_000))
+                await wire.writer.drain()
+        await until(lambda: len(sockets) == 0)
+        wire.writer.transport.abort()
 
 
 async def test_the_newest_ping_of_many_is_answered(alone: World) -> None:
