@@ -22,8 +22,8 @@ UNREAD_BYTES = 16 * 1024 * 1024
 UNREAD_BYTES_OF_ADDRESS = 4 * 1024 * 1024
 """Max bytes of requests that are not complete or not answered, of a worker and of one address."""
 LINGER_BYTES = 16 * MAX_FRAME_BYTES
-"""Max bytes that are read and dropped before a connection is closed. A socket that is closed with unread bytes is reset,
-and then the client may lose the answer or the close frame.
+"""Max bytes that are read and dropped before a connection is closed. A socket that is closed with unread bytes is
+reset, and then the client may lose the answer or the close frame.
 """
 LOG_SECONDS = 60.0
 RETRY_MS = 5_000
