@@ -161,7 +161,7 @@ async def test_a_browser_behind_two_proxies(
             assert answer.status_code == HTTPStatus.CREATED, answer.text
             assert "secure" in answer.headers["set-cookie"].lower()
             assert await world.db.fetchval("SELECT ip_address FROM session") == "127.0.0.2"
-            cookie = {"Cookie": f"openchat_session={answer.json()['token']}"}
+            cookie = {"Cookie": f"__Host-openchat_session={answer.json()['token']}"}
 
             # The socket, with the cookie and the page's Origin: as many as one address may have, whatever it forges.
             def come(address: str, **headers: str) -> Client:

@@ -13,6 +13,7 @@ import msgspec
 import pytest
 from detect_secrets.core.secrets_collection import SecretsCollection
 from detect_secrets.settings import default_settings
+from websockets.exceptions import InvalidStatus
 
 from protocol import client
 from protocol.client import Frame
@@ -202,13 +203,63 @@ async def test_the_cookie_is_out_of_reach_of_scripts_and_other_sites(world: Worl
 BEHIND_TLS = {"X-Forwarded-For": "198.51.100.1", "X-Forwarded-Proto": "https"}
 
 
-async def test_the_cookie_is_secure_behind_tls(settings: Settings) -> None:
+HOST_COOKIE = "__Host-openchat_session"
+"""A name that browsers take from this host alone, by TLS, and never from a page of another one (RFC 6265bis)."""
+
+
+async def test_the_cookie_behind_tls_comes_from_this_host_alone(settings: Settings) -> None:
     async with (
         World(msgspec.structs.replace(settings, trusted_proxies="1"), workers=1) as world,
         http_client(world.url) as http,
     ):
-        answer = await http.post("/v1/auth/register", json=ADA, headers=BEHIND_TLS)
-        assert "secure" in answer.headers["set-cookie"].lower()
+        ada, eve = await world.users("Ada", "Eve")
+
+        async def seen(cookie: str, **headers: str) -> object:
+            answer = await http.get("/v1/auth/sessions", headers={"Cookie": cookie} | headers)
+            return answer.json().get("code") or [one["user_agent"] for one in answer.json()["sessions"]]
+
+        made = await http.post("/v1/auth/register", json=ADA, headers=BEHIND_TLS | {"User-Agent": "hers"})
+        name, _, rest = made.headers["set-cookie"].partition("=")
+        token, *attributes = rest.lower().split("; ")
+        assert (name, token) == (HOST_COOKIE, made.json()["token"].lower())
+        assert {"secure", "path=/", "httponly", "samesite=lax"} <= set(attributes)
+        assert not [one for one in attributes if one.startswith("domain")]
+        token = made.json()["token"]
+        http.cookies.clear()
+        # A page on a sibling subdomain has set one that it knows.
+        for planted in (
+            f"openchat_session={eve.token}",
+            f"openchat_session={token}",
+            f"__host-openchat_session={token}",
+        ):
+            assert await seen(planted, **BEHIND_TLS) == "unauthenticated", planted
+            assert await seen(f"{planted}; {HOST_COOKIE}={token}", **BEHIND_TLS) == ["hers"]
+        # Without TLS the name is the plain one.
+        assert await seen(f"{HOST_COOKIE}={token}") == "unauthenticated"
+        assert await seen(f"openchat_session={token}; {HOST_COOKIE}={ada.token}") == ["hers"]
+        # The answer that takes it away is one that a browser obeys.
+        page = {"Origin": world.url.replace("http:", "https:"), "Cookie": f"{HOST_COOKIE}={token}"}
+        gone = (await http.post("/v1/auth/logout", headers=BEHIND_TLS | page)).headers["set-cookie"].lower()
+        assert gone.startswith(f'{HOST_COOKIE.lower()}="";')
+        assert {"secure", "path=/", "max-age=0"} <= set(gone.split("; "))
+
+
+async def test_of_two_cookies_of_one_name_none_is_taken(world: World) -> None:
+    """A browser sends the one with the longer path first, the one that was set earlier first, and tells of neither."""
+    ada, eve = await world.users("Ada", "Eve")
+    one, other = (f"openchat_session={who.token}" for who in (ada, eve))
+    async with http_client(world.url) as http:
+        for lines in ([f"{one}; {other}"], [f"{other};{one}"], [one, other], [f"{one}; a=b; openchat_session="]):
+            answer = await http.get("/v1/auth/sessions", headers=[("Cookie", line) for line in lines])
+            assert (answer.status_code, answer.json()["path"]) == (401, "cookie"), lines
+        for lines in ([one], [f"{one}; {one}"], [f"a=b; {one}", "c"]):
+            answer = await http.get("/v1/auth/sessions", headers=[("Cookie", line) for line in lines])
+            assert answer.status_code == 200, lines
+        both = [("Cookie", f"{one}; {other}"), ("Authorization", f"Bearer {ada.token}")]
+        assert (await http.get("/v1/auth/sessions", headers=both)).status_code == 200
+    with pytest.raises(InvalidStatus) as refused:
+        await Client(world.url, None, headers={"Cookie": f"{one}; {other}"}, origin=world.url).open()
+    assert refused.value.response.status_code == 401
 
 
 async def test_logging_in_begins_a_new_session_whatever_the_browser_brought(world: World) -> None:

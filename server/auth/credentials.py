@@ -2,12 +2,16 @@
 
 import hmac
 from collections.abc import Collection
+from datetime import timedelta
 
-from starlette.requests import HTTPConnection
+from starlette.requests import HTTPConnection, Request
+from starlette.responses import Response
 
 from protocol.errors import ErrorCode, Refused
 
 COOKIE = "openchat_session"
+HOST_COOKIE = f"__Host-{COOKIE}"
+"""The cookie behind TLS. Browsers take this prefix from the host itself alone, and from no sibling subdomain."""
 SAFE_METHODS = frozenset({"GET", "HEAD"})
 
 
@@ -21,8 +25,8 @@ def token_of(request: HTTPConnection, allowed_origins: Collection[str]) -> str |
     scheme, _, token = header.partition(" ")
     if scheme.lower() == "bearer" and token:
         return token.strip()
-    cookie = request.cookies.get(COOKIE)
-    if cookie is None:
+    cookies = _values(request, _cookie_of(request))
+    if not cookies:
         return None
     method = request.scope.get("method", "WEBSOCKET")
     if method not in SAFE_METHODS and not _is_allowed(request, allowed_origins):
@@ -31,7 +35,30 @@ def token_of(request: HTTPConnection, allowed_origins: Collection[str]) -> str |
             "This origin may not use the session cookie. Ask the operator to add it to `OPENCHAT_ORIGINS`.",
             path="origin",
         )
-    return cookie
+    if len(cookies) > 1:
+        raise Refused(
+            ErrorCode.UNAUTHENTICATED,
+            "There are two session cookies, of which another site may have set one. Delete both, and log in again.",
+            path="cookie",
+        )
+    return cookies.pop()
+
+
+def set_cookie(request: Request, response: Response, token: str, lasts: timedelta) -> None:
+    """Have the browser keep the token of a session."""
+    response.set_cookie(
+        _cookie_of(request),
+        token,
+        max_age=int(lasts.total_seconds()),
+        httponly=True,
+        samesite="lax",
+        secure=_is_secure(request),
+    )
+
+
+def forget_cookie(request: Request, response: Response) -> None:
+    """Have the browser delete the token of a session. It obeys only with the attributes that the name needs."""
+    response.delete_cookie(_cookie_of(request), httponly=True, samesite="lax", secure=_is_secure(request))
 
 
 def require_origin(request: HTTPConnection, allowed_origins: Collection[str]) -> None:
@@ -53,3 +80,17 @@ def _is_allowed(request: HTTPConnection, allowed_origins: Collection[str]) -> bo
     scheme = {"ws": "http", "wss": "https"}.get(request.url.scheme, request.url.scheme)
     own = f"{scheme}://{request.headers.get('host', '')}"
     return hmac.compare_digest(origin.lower(), own.lower()) or origin.rstrip("/") in allowed_origins
+
+
+def _is_secure(request: HTTPConnection) -> bool:
+    return request.url.scheme in {"https", "wss"}
+
+
+def _cookie_of(request: HTTPConnection) -> str:
+    return HOST_COOKIE if _is_secure(request) else COOKIE
+
+
+def _values(request: HTTPConnection, name: str) -> set[str]:
+    """Return all values of a cookie, of which a browser sends several if other hosts or paths have set it, too."""
+    pairs = (pair.partition("=") for line in request.headers.getlist("cookie") for pair in line.split(";"))
+    return {value.strip() for key, _, value in pairs if key.strip() == name}

@@ -16,7 +16,7 @@ from protocol.values import User
 from server.addresses import address_of, key_of
 from server.auth import passwords
 from server.auth.attempts import Attempts
-from server.auth.credentials import COOKIE, require_origin, token_of
+from server.auth.credentials import forget_cookie, require_origin, set_cookie, token_of
 from server.auth.sessions import Sessions
 from server.auth.tokens import new_token, token_hash
 from server.context import Events
@@ -159,7 +159,7 @@ class Accounts:
         active = await self.caller(request)
         await self._revoke(active.user.id, active.session_id)
         response = Response(status_code=204)
-        response.delete_cookie(COOKIE)
+        forget_cookie(request, response)
         return response
 
     async def change_password(self, request: Request) -> Response:
@@ -213,7 +213,7 @@ class Accounts:
         self._events.poke([user_id])
         self._events.reconsider(user_id)
         response = Response(status_code=204)
-        response.delete_cookie(COOKIE)
+        forget_cookie(request, response)
         return response
 
     async def _with_password(
@@ -313,14 +313,7 @@ class Accounts:
             token=begun.token, session_id=session.session_id, expires_at=session.expires_at, user=begun.user
         )
         response = json_response(said, status=status)
-        response.set_cookie(
-            COOKIE,
-            begun.token,
-            max_age=int(self._sessions.lasts.total_seconds()),
-            httponly=True,
-            samesite="lax",
-            secure=request.url.scheme == "https",
-        )
+        set_cookie(request, response, begun.token, self._sessions.lasts)
         return response
 
 

@@ -118,7 +118,12 @@ def document() -> Schema:
             ),
             "securitySchemes": {
                 "token": {"type": "http", "scheme": "bearer"},
-                "cookie": {"type": "apiKey", "in": "cookie", "name": "openchat_session"},
+                "cookie": {
+                    "type": "apiKey",
+                    "in": "cookie",
+                    "name": "__Host-openchat_session",
+                    "description": "Without TLS, `openchat_session`.",
+                },
             },
         },
         "tags": [{"name": tag(frame), "description": "A frame for /v1/call."} for frame in CLIENT_FRAMES],
