@@ -4,9 +4,9 @@ import asyncio
 import functools
 import shutil
 import tempfile
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import asyncpg
 import pytest
@@ -28,6 +28,24 @@ ROOM = 2 * 1024**3
 
 # The library reads its own version from the disk for each connection (4 ms), and each test makes a dozen.
 redis.utils.get_lib_version = functools.cache(redis.utils.get_lib_version)
+
+
+introspect = asyncpg.Connection._introspect_types  # type: ignore[attr-defined]  # noqa: SLF001 - has no public name
+known_types: dict[frozenset[int], Any] = {}
+
+
+async def introspect_once(connection: asyncpg.Connection, oids: Iterable[int], timeout: float | None) -> Any:  # noqa: ASYNC109 - as the library calls it
+    """Ask PostgreSQL about a type once per process, not once per connection: the question costs it 20 ms.
+
+    The schema has no types of its own, and those of PostgreSQL have the same numbers in every database.
+    """
+    asked = frozenset(oids)
+    if asked not in known_types:
+        known_types[asked] = await introspect(connection, asked, timeout)
+    return known_types[asked]
+
+
+asyncpg.Connection._introspect_types = introspect_once  # type: ignore[attr-defined]  # noqa: SLF001
 
 
 class Servers(NamedTuple):
