@@ -214,6 +214,8 @@ CREATE TABLE conversation_participant (
     -- From where on they want it to count as unread, for themselves alone, whatever they have read.
     unread_from_id uuid,
     unread_from_version bigint,
+    -- The clock when they last left or were removed; later invitations and bans do not move it. See gone_version().
+    left_version bigint NOT NULL DEFAULT 0,
     CONSTRAINT conversation_participant_key UNIQUE (conversation_id, user_id)
 );
 -- "participant_conversation_idx" of the specification is the unique constraint above.
@@ -224,6 +226,9 @@ CREATE INDEX participant_user_idx ON conversation_participant (user_id, conversa
 -- What was told to a user alone, by their own clock.
 CREATE INDEX participant_user_version_idx ON conversation_participant (user_id, user_version) WHERE user_version > 0;
 CREATE INDEX participant_version_idx ON conversation_participant (conversation_id, version);
+-- Those who left and were invited or banned later: the clock of what the others may know of them.
+CREATE INDEX participant_left_version_idx ON conversation_participant (conversation_id, left_version)
+    WHERE left_version > 0 AND left_version < version;
 -- Invitations that nobody has answered, by who has them and by who sent them.
 CREATE INDEX participant_invited_idx ON conversation_participant (user_id) WHERE status = 'invited';
 CREATE INDEX participant_invited_by_idx ON conversation_participant (invited_by) WHERE status = 'invited';
@@ -726,6 +731,45 @@ CREATE FUNCTION participant_json(p conversation_participant) RETURNS json LANGUA
         'version', p.version
     );
 
+-- The one rule of who learns what of a participation (docs/decisions/0052): `sees_participant` for whoever asks,
+-- `participant_event` for what everybody is told.
+
+-- Whether `viewer`, whose own part is `me`, sees the part of somebody and its status. An invitation and its refusal are
+-- for those who may add or remove people, for whoever sent it while they take part, and for whoever got it; a ban is for
+-- the first alone.
+CREATE FUNCTION sees_participant(viewer uuid, me conversation_participant, them conversation_participant)
+    RETURNS boolean LANGUAGE sql IMMUTABLE PARALLEL SAFE
+    RETURN CASE
+        WHEN them.status = 'active' THEN (me.status = 'active') IS TRUE
+        WHEN them.status NOT IN ('invited', 'declined', 'banned') THEN false
+        WHEN them.status <> 'banned' AND them.user_id = viewer THEN true
+        ELSE (me.status = 'active' AND (can(me.role, 'admin', me.can_add_members OR me.can_remove_members)
+            OR (them.status <> 'banned' AND them.invited_by = viewer))) IS TRUE END;
+
+-- The clock when somebody left, and 0 if they take part or never did. Versions before 0030 kept `left_at` alone.
+CREATE FUNCTION gone_version(p conversation_participant) RETURNS bigint LANGUAGE sql IMMUTABLE PARALLEL SAFE
+    RETURN CASE WHEN p.status = 'active' THEN 0
+        WHEN p.left_version > 0 THEN p.left_version
+        WHEN p.status IN ('left', 'removed', 'banned') AND p.left_at IS NOT NULL THEN p.version
+        ELSE 0 END;
+
+-- That somebody takes part no more, and nothing about why.
+CREATE FUNCTION participant_left_json(p conversation_participant, participant_count integer) RETURNS json
+    LANGUAGE sql STABLE
+    RETURN json_build_object('type', 'participant_left', 'conversation_id', p.conversation_id,
+        'version', gone_version(p), 'user_id', p.user_id, 'participant_count', participant_count);
+
+-- What everybody in the conversation is told of a participant's last change. Of somebody who did not take part before
+-- it, and does not after it, that is nothing but the version.
+CREATE FUNCTION participant_event(p conversation_participant, participant_count integer) RETURNS json
+    LANGUAGE sql STABLE
+    RETURN CASE WHEN p.status = 'active' THEN json_build_object('type', 'participant_changed',
+            'conversation_id', p.conversation_id, 'version', p.version, 'participant', participant_json(p),
+            'participant_count', participant_count)
+        WHEN gone_version(p) = p.version THEN participant_left_json(p, participant_count)
+        ELSE json_build_object('type', 'outsiders_changed', 'conversation_id', p.conversation_id,
+            'version', p.version) END;
+
 CREATE FUNCTION preferences_json(p conversation_participant) RETURNS json LANGUAGE sql STABLE
     RETURN json_build_object(
         'pin_order', p.pin_order,
@@ -1072,8 +1116,13 @@ CREATE FUNCTION is_vote_shown(message uuid, voter uuid, options integer[]) RETUR
 
 CREATE FUNCTION is_membership_shown(conversation uuid, member uuid, status text) RETURNS boolean
     LANGUAGE sql STABLE SECURITY DEFINER COST 0.0001 SET search_path = pg_catalog, public, pg_temp
-    RETURN is_participant(conversation) AND (status = 'active' OR member = current_user_id()
-        OR is_allowed(conversation, 'admin', 'can_remove_members'));
+    RETURN CASE WHEN status = 'active' THEN is_participant(conversation) ELSE EXISTS (
+        SELECT FROM conversation_participant them
+        JOIN conversation c ON c.id = them.conversation_id AND NOT c.is_deleted
+        LEFT JOIN conversation_participant me ON me.conversation_id = c.id AND me.user_id = current_user_id()
+        WHERE them.conversation_id = is_membership_shown.conversation AND them.user_id = is_membership_shown.member
+            AND sees_participant(current_user_id(), me, them)
+    ) END;
 
 -- Nobody learns who blocked or muted them.
 CREATE FUNCTION is_relationship_shown(from_user uuid, to_user uuid, type text) RETURNS boolean

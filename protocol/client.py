@@ -308,12 +308,12 @@ class TransferOwnership(Frame, tag="transfer_ownership"):
 
 
 class ListParticipants(Frame, tag="list_participants"):
-    """Who takes part, in the order of their ids, with how far they have read. Who is invited or banned is for those
-    who may add or remove people.
+    """Who takes part, in the order of their ids, with how far they have read. Who is invited, has declined or is banned
+    is for those who may add or remove people; the first two also for whoever sent the invitation.
     """
 
     conversation_id: ConversationId
-    status: Literal["active", "invited", "banned"] = "active"
+    status: Literal["active", "invited", "declined", "banned"] = "active"
     after: UserId | None = None
     limit: PageSize = DEFAULT_PAGE
 

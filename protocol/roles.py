@@ -27,8 +27,10 @@ class Act(Enum):
     DELETE_MESSAGES = Rule("delete other people's messages", "moderator", "can_delete_messages")
     MODERATE = Rule("hide messages and show them again, see what is hidden, review reports", "moderator",
         "can_delete_messages")  # fmt: skip
-    ADD_MEMBERS = Rule("add and invite people, see and change the invite code", "admin", "can_add_members")
-    REMOVE_MEMBERS = Rule("remove and ban people, lift bans", "admin", "can_remove_members")
+    ADD_MEMBERS = Rule("add and invite people, see who is invited or banned, see and change the invite code", "admin",
+        "can_add_members")  # fmt: skip
+    REMOVE_MEMBERS = Rule("remove and ban people, lift bans, see who is invited or banned", "admin",
+        "can_remove_members")  # fmt: skip
     EDIT_CONVERSATION = Rule("change title, description, image, settings; archive", "admin", "can_edit_conversation")
     SET_ROLES = Rule("give roles and permissions below one's own", "admin")
     READ_AUDIT = Rule("read the audit log", "admin")

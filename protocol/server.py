@@ -120,10 +120,21 @@ class ConversationUpdated(_Event, tag="conversation_updated", frozen=True, kw_on
 
 
 class ParticipantChanged(_Event, tag="participant_changed", frozen=True, kw_only=True):
-    """Someone joined, left, was added or removed, or has another role: `participant` says which."""
+    """Someone joined, was added, or has another role or other permissions."""
 
     participant: Participant
     participant_count: int
+
+
+class ParticipantLeft(_Event, tag="participant_left", frozen=True, kw_only=True):
+    """Someone takes part no more. Whether they left, or were removed or banned, it does not say."""
+
+    user_id: UserId
+    participant_count: int
+
+
+class OutsidersChanged(_Event, tag="outsiders_changed", frozen=True, kw_only=True):
+    """The invitations, refusals or bans changed. Whoever may see them asks with `list_participants`."""
 
 
 DurableEvent = (
@@ -136,6 +147,8 @@ DurableEvent = (
     | MessageChanged
     | ConversationUpdated
     | ParticipantChanged
+    | ParticipantLeft
+    | OutsidersChanged
 )
 
 # ------------------------------------------------------------------------------ durable, and for one user alone

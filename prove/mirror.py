@@ -30,6 +30,8 @@ class Copy:
     version: int
     conversation: Conversation
     participants: dict[UserId, Participant] = field(default_factory=dict)
+    left: dict[UserId, int] = field(default_factory=dict)
+    """Versions at which users left, so that a page of participants from before does not bring them back."""
     messages: dict[MessageId, Message] = field(default_factory=dict)
     ignored: list[DurableEvent] = field(default_factory=list)
     missing: set[int] = field(default_factory=set)
@@ -152,7 +154,8 @@ class Mirror:
         copy = self.copies[conversation_id]
         for entry in entries:
             there = copy.participants.get(entry.participant.user_id)
-            if there is None or there.version < entry.participant.version:
+            version = copy.left.get(entry.participant.user_id, 0) if there is None else there.version
+            if version < entry.participant.version:
                 copy.participants[entry.participant.user_id] = entry.participant
 
     def _copy(self, conversation_id: ConversationId) -> Copy | None:
@@ -200,6 +203,12 @@ class Mirror:
                 there = copy.participants.get(event.participant.user_id)
                 if there is None or there.version < event.version:
                     copy.participants[event.participant.user_id] = event.participant
+                copy.conversation = replace(copy.conversation, participant_count=event.participant_count)
+            case server.ParticipantLeft():
+                copy.left[event.user_id] = event.version
+                there = copy.participants.get(event.user_id)
+                if there is not None and there.version < event.version:
+                    del copy.participants[event.user_id]
                 copy.conversation = replace(copy.conversation, participant_count=event.participant_count)
             case _:
                 self._apply_to_messages(copy, event)

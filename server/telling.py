@@ -7,7 +7,6 @@ from protocol.server import (
     MessageChanged,
     MessageDeleted,
     MessageEdited,
-    ParticipantChanged,
 )
 from protocol.values import Conversation, Message
 from server.context import Events
@@ -54,9 +53,6 @@ def tell_updated(events: Events, conversation: Conversation, *, gone: UserId | N
 
 
 def tell_participant(events: Events, change: Change) -> None:
-    """Tell what became of a participant; then drop them if they are not in any more."""
-    now, count = change
-    event = ParticipantChanged(
-        conversation_id=now.conversation_id, version=now.version, participant=now, participant_count=count
-    )
-    events.publish(event, gone=None if now.status in {"active", "invited"} else now.user_id)
+    """Tell what everybody may know of what became of a participant; then drop them if they are not in any more."""
+    now = change.participant
+    events.publish(change.event, gone=None if now.status in {"active", "invited"} else now.user_id)

@@ -150,7 +150,7 @@ rows of them are found by. Of those that are cut, all rows are read, and as many
 """
 BOUNDED = {name: reads for statements in WHY.values() for name, reads in statements.items()}
 LIMITS = {
-    "changes.SINCE": 5,
+    "changes.SINCE": 6,
     "changes.READING": 2,
     "conversations.GET": 3,
     "conversations.PAGE": 4,

@@ -97,7 +97,7 @@ async def test_participants(pair: Pair, world: World) -> None:
         assert event.participant.permissions.can_delete_messages
     await pair.ada.call(client.RemoveParticipant(conversation_id=pair.group, user_id=pair.them[2].id), server.Done)
     for one in (pair.ada, pair.charles, mary):
-        await one.event(server.ParticipantChanged, lambda event: event.participant.status == "removed")
+        await one.event(server.ParticipantLeft, lambda event: event.user_id == pair.them[2].id)
     await mary.event(server.ConversationLeft)
     await sent(pair.ada, pair.group, "Between us")
     await pair.charles.event(server.MessageSent)

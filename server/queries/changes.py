@@ -44,12 +44,15 @@ EVENTS = """
     FROM poll_vote v JOIN message m ON m.id = v.message_id AND (m.conversation_id = v.conversation_id) IS TRUE
     WHERE v.conversation_id = $1 AND v.version > $2 AND m.payload IS NOT NULL ORDER BY v.version LIMIT $3)
     UNION ALL
-    (SELECT p.version, json_build_object(
-            'type', 'participant_changed', 'conversation_id', p.conversation_id, 'version', p.version,
-            'participant', participant_json(p), 'participant_count', c.participant_count
-        ), CASE WHEN p.status <> 'active' THEN p.user_id END
+    (SELECT p.version, participant_event(p, c.participant_count), CASE WHEN p.status <> 'active' THEN p.user_id END
     FROM conversation_participant p
     WHERE p.conversation_id = $1 AND p.version > $2 ORDER BY p.version LIMIT $3)
+    UNION ALL
+    (SELECT p.left_version, participant_left_json(p, c.participant_count), p.user_id
+    FROM conversation_participant p
+    WHERE p.conversation_id = $1 AND p.left_version > $2 AND p.left_version > 0 AND p.left_version < p.version
+        AND p.status <> 'active'
+    ORDER BY p.left_version LIMIT $3)
     UNION ALL
     SELECT c.settings_version, json_build_object(
             'type', 'conversation_updated', 'conversation_id', c.id, 'version', c.settings_version,

@@ -9,7 +9,8 @@ from server.database import Db
 PAGE = 50
 """Rows in each piece: messages, drafts and edits may have 10,000 characters each."""
 
-# What a person sent to others is among their own relationships; what others did about them is not theirs.
+# What a person sent to others is among their own relationships; what others did about them is not theirs. Of where they
+# take part no more, it has not why, nor what it is called now.
 HEAD = """
 SELECT json_build_object(
     'me', me_json(u),
@@ -18,9 +19,13 @@ SELECT json_build_object(
     'sessions', coalesce((SELECT json_agg(json_build_object('id', s.id, 'created_at', s.created_at,
         'expires_at', s.expires_at, 'ip_address', s.ip_address, 'user_agent', s.user_agent))
         FROM session s WHERE s.user_id = u.id), '[]'),
-    'conversations', coalesce((SELECT json_agg(json_build_object('conversation_id', c.id, 'title', c.title,
-        'participant', participant_json(p), 'preferences', preferences_json(p), 'last_read_at', p.last_read_at))
-        FROM conversation_participant p JOIN conversation c ON c.id = p.conversation_id WHERE p.user_id = u.id), '[]'),
+    'conversations', coalesce((SELECT json_agg(json_build_object('conversation_id', c.id,
+        'title', CASE WHEN p.status IN ('active', 'invited') THEN c.title END,
+        'participant', CASE WHEN p.status IN ('active', 'invited', 'declined') THEN participant_json(p)::jsonb
+            ELSE participant_json(p)::jsonb || jsonb_build_object('status', 'left', 'version', gone_version(p)) END,
+        'preferences', preferences_json(p), 'last_read_at', p.last_read_at))
+        FROM conversation_participant p JOIN conversation c ON c.id = p.conversation_id
+        WHERE p.user_id = u.id AND (p.status IN ('active', 'invited', 'declined') OR gone_version(p) > 0)), '[]'),
     'relationships', coalesce((SELECT json_agg(relationship_json(r, u.id))
         FROM user_relationship r WHERE r.from_user_id = u.id), '[]'),
     'reports', coalesce((SELECT json_agg(json_build_object('conversation_id', r.conversation_id,

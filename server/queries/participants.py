@@ -3,11 +3,12 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import asyncpg
 import msgspec
 
 from protocol.client import ListParticipants
 from protocol.ids import ConversationId, UserId
-from protocol.server import ParticipantEntry
+from protocol.server import OutsidersChanged, ParticipantChanged, ParticipantEntry, ParticipantLeft
 from protocol.values import Invitation, Participant, ParticipantStatus, Role
 from server.database import Db
 from server.queries import drafts
@@ -17,13 +18,21 @@ from server.rows import Page, Reader
 _participant_decoder = Reader(Participant)
 _invitations_decoder = Reader(Invitation)
 _entry_decoder = Reader(ParticipantEntry)
+ParticipantEvent = ParticipantChanged | ParticipantLeft | OutsidersChanged
+_event_decoder: Reader[ParticipantEvent] = Reader(ParticipantEvent)
 
 
 class Change(NamedTuple):
-    """A participant as they are now, and how many there are."""
+    """A participant as they are now, how many there are, and what everybody in the conversation is told of it."""
 
     participant: Participant
     participant_count: int
+    event: ParticipantEvent
+
+
+def _change(row: "asyncpg.Record") -> Change:
+    text, count, event = row
+    return Change(_participant_decoder.decode(text), count, _event_decoder.decode(event))
 
 
 GET = """
@@ -39,7 +48,7 @@ async def get(db: Db, conversation_id: ConversationId, user_id: UserId) -> Parti
     return None if text is None else _participant_decoder.decode(text)
 
 
-# Who takes part may be seen by all others who do, so that nothing has to be asked about them.
+# Participants see each other's faces, so that nothing has to be asked about those.
 PAGE = f"""
 SELECT json_build_object(
     'participant', participant_json(p), 'last_read_message_id', p.last_read_message_id,
@@ -50,7 +59,7 @@ JOIN conversation c ON c.id = me.conversation_id AND NOT c.is_deleted
 JOIN conversation_participant p ON p.conversation_id = me.conversation_id AND p.status = $5
 JOIN "user" u ON u.id = p.user_id
 WHERE me.conversation_id = $1 AND me.user_id = $2 AND me.status = 'active' AND ($3::uuid IS NULL OR p.user_id > $3)
-    AND ($5 = 'active' OR can(me.role, 'admin', me.can_add_members OR me.can_remove_members))
+    AND sees_participant($2, me, p)
 ORDER BY p.user_id
 LIMIT $4
 """  # noqa: S608 - FACE is a constant
@@ -85,12 +94,13 @@ SELECT $1, e.user_id, $3, $4, b.base + e.place, b.base + e.place, b.base FROM en
 ON CONFLICT (conversation_id, user_id) DO UPDATE SET
     role = CASE WHEN $4 IS NULL AND (p.status = 'invited' OR p.role = 'guest') THEN p.role ELSE excluded.role END,
     invited_by = CASE WHEN p.status = 'invited' AND $4 IS NULL THEN p.invited_by ELSE excluded.invited_by END,
-    status = 'active', joined_at = now(), left_at = NULL,
+    status = 'active', joined_at = now(), left_at = NULL, left_version = 0,
     version = excluded.version, joined_version = excluded.joined_version,
     last_read_version = greatest(p.last_read_version, excluded.last_read_version),
     can_add_members = false, can_remove_members = false, can_edit_conversation = false,
     can_delete_messages = false, can_pin_messages = false
-RETURNING participant_json(p), (SELECT participant_count FROM bumped)
+RETURNING participant_json(p), (SELECT participant_count FROM bumped),
+    participant_event(p, (SELECT participant_count FROM bumped))
 """
 
 
@@ -102,8 +112,7 @@ async def add(
     Without `invited_by` they come by themselves: as what they were invited as, or as a guest if they were one.
     """
     rows = await db.fetch(ADD, conversation_id, list(user_ids), role, invited_by)
-    changes = [Change(_participant_decoder.decode(text), count) for text, count in rows]
-    return sorted(changes, key=lambda change: change.participant.version)
+    return sorted((_change(row) for row in rows), key=lambda change: change.participant.version)
 
 
 INVITE = """
@@ -124,8 +133,9 @@ INSERT INTO conversation_participant AS p (conversation_id, user_id, role, statu
 SELECT $1, a.user_id, $3, 'invited', $4, b.base + a.place FROM asked a, bumped b
 ON CONFLICT (conversation_id, user_id) DO UPDATE SET
     role = excluded.role, status = 'invited', invited_by = excluded.invited_by, version = excluded.version,
-    joined_version = 0, joined_at = now()
-RETURNING participant_json(p), (SELECT participant_count FROM bumped)
+    joined_at = now(), left_version = gone_version(p)
+RETURNING participant_json(p), (SELECT participant_count FROM bumped),
+    participant_event(p, (SELECT participant_count FROM bumped))
 """
 
 
@@ -134,8 +144,7 @@ async def invite(
 ) -> list[Change]:
     """Ask users to come who are neither there nor asked; return those, in the order of their versions."""
     rows = await db.fetch(INVITE, conversation_id, list(user_ids), role, invited_by)
-    changes = [Change(_participant_decoder.decode(text), count) for text, count in rows]
-    return sorted(changes, key=lambda change: change.participant.version)
+    return sorted((_change(row) for row in rows), key=lambda change: change.participant.version)
 
 
 INVITATIONS = """
@@ -159,9 +168,10 @@ WITH bumped AS (
     WHERE id = $1 RETURNING version, participant_count
 )
 UPDATE conversation_participant p SET role = $3, status = $4, version = b.version,
-    left_at = CASE WHEN $4 = 'active' THEN NULL ELSE now() END
+    left_at = CASE WHEN $4 = 'active' THEN NULL WHEN $5 > 0 THEN now() ELSE p.left_at END,
+    left_version = CASE WHEN $5 > 0 THEN b.version ELSE gone_version(p) END
 FROM bumped b WHERE p.conversation_id = $1 AND p.user_id = $2
-RETURNING participant_json(p), b.participant_count
+RETURNING participant_json(p), b.participant_count, participant_event(p, b.participant_count)
 """
 
 
@@ -174,7 +184,7 @@ async def change(db: Db, now: Participant, *, role: Role | None = None, status: 
         await drafts.empty(db, now.conversation_id, now.user_id)
     row = await db.fetchrow(CHANGE, now.conversation_id, now.user_id, role or now.role, status, leaving)
     assert row is not None  # noqa: S101 - the caller read it under the lock
-    return Change(_participant_decoder.decode(row[0]), row[1])
+    return _change(row)
 
 
 PERMIT = """
@@ -200,7 +210,7 @@ UPDATE conversation_participant p SET version = b.version,
     can_edit_conversation = c.can_edit_conversation, can_delete_messages = c.can_delete_messages,
     can_pin_messages = c.can_pin_messages
 FROM bumped b, changed c WHERE p.conversation_id = $1 AND p.user_id = $2
-RETURNING participant_json(p), b.participant_count
+RETURNING participant_json(p), b.participant_count, participant_event(p, b.participant_count)
 """
 
 
@@ -209,7 +219,7 @@ async def permit(db: Db, now: Participant, granted: dict[str, bool]) -> Change |
     Under the conversation's lock.
     """
     row = await db.fetchrow(PERMIT, now.conversation_id, now.user_id, msgspec.json.encode(granted).decode())
-    return None if row is None else Change(_participant_decoder.decode(row[0]), row[1])
+    return None if row is None else _change(row)
 
 
 PREFER = """

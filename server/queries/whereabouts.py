@@ -51,9 +51,9 @@ SELECT json_build_object('message_id', m.id, 'conversation_id', m.conversation_i
     'recipients', coalesce((
         SELECT json_agg(json_build_object('user_id', r.user_id, 'state', r.state, 'at', CASE r.state
             WHEN 'read' THEN r.last_read_at WHEN 'delivered' THEN r.delivered_at WHEN 'left' THEN r.left_at
-            WHEN 'joined_later' THEN r.joined_at END)) FROM (
+            WHEN 'joined_later' THEN CASE r.status WHEN 'active' THEN r.joined_at END END)) FROM (
             SELECT p.*, CASE
-                WHEN p.status NOT IN ('active', 'invited', 'declined') AND p.version < m.sent_version THEN 'left'
+                WHEN p.status <> 'active' AND p.gone < m.sent_version THEN 'left'
                 WHEN p.joined_version > m.sent_version THEN 'joined_later'
                 WHEN p.last_read_version >= m.sent_version THEN 'read'
                 WHEN p.status <> 'active' THEN 'left'
@@ -69,9 +69,9 @@ SELECT json_build_object('message_id', m.id, 'conversation_id', m.conversation_i
                 WHEN NOT u.is_online THEN 'offline'
                 ELSE 'unconfirmed' END AS state
             FROM (
-                SELECT p.*, {_TAKEN_IN} AS taken_in FROM conversation_participant p
+                SELECT p.*, {_TAKEN_IN} AS taken_in, gone_version(p) AS gone FROM conversation_participant p
                 WHERE p.conversation_id = m.conversation_id AND p.user_id <> m.sender_id
-                    AND p.status NOT IN ('invited', 'declined')
+                    AND (p.status = 'active' OR gone_version(p) > 0)
                 ORDER BY {_TAKEN_IN}, p.user_id LIMIT {MOST}
             ) p
             JOIN "user" u ON u.id = p.user_id
