@@ -1,5 +1,6 @@
 -- Who is invited, has declined or is banned is for those who see to it: one rule for every way to learn of it.
 ALTER TABLE conversation_participant ADD COLUMN left_version bigint NOT NULL DEFAULT 0;
+ALTER TABLE conversation_participant ALTER COLUMN left_version SET STATISTICS 0;
 
 -- The one rule of who learns what of a participation (docs/decisions/0052): `sees_participant` for whoever asks,
 -- `participant_event` for what everybody is told.
