@@ -421,7 +421,9 @@ CREATE TABLE scheduled_message (
     -- When a worker took it up; should that die, another one does after a while.
     claimed_at timestamptz,
     user_version bigint NOT NULL,
-    created_at timestamptz NOT NULL DEFAULT now()
+    created_at timestamptz NOT NULL DEFAULT now(),
+    -- The time of the next try, after slow mode or a busy server put it off. Nobody has claimed it meanwhile.
+    not_before timestamptz
 );
 CREATE INDEX scheduled_message_due_idx ON scheduled_message (send_at) WHERE status = 'waiting';
 CREATE INDEX scheduled_message_version_idx ON scheduled_message (sender_id, user_version) WHERE user_version > 0;
@@ -788,7 +790,8 @@ CREATE FUNCTION scheduled_json(s scheduled_message) RETURNS json LANGUAGE sql ST
         'send_at', s.send_at,
         'status', s.status,
         'problem', s.problem,
-        'created_at', s.created_at
+        'created_at', s.created_at,
+        'not_before', s.not_before
     );
 
 CREATE FUNCTION thread_json(t thread_follow) RETURNS json LANGUAGE sql STABLE

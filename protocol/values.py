@@ -162,7 +162,10 @@ class Words(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class Scheduled(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """A message that waits for its time, or what became of it; `problem` is why it could not be sent."""
+    """A message that waits for its time, or what became of it; `problem` is why it could not be sent.
+
+    `not_before` is the time of the next try, after slow mode or a busy server put the message off.
+    """
 
     message_id: MessageId
     conversation_id: ConversationId
@@ -171,6 +174,7 @@ class Scheduled(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     status: ScheduledStatus
     problem: str | None = None
     created_at: datetime
+    not_before: datetime | None = None
 
 
 class Draft(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

@@ -56,6 +56,7 @@ async def send_due(services: Services) -> bool:
 async def _put_off(services: Services, due: Due, wait_ms: int) -> None:
     async with services.database.connection() as db:
         await scheduled.put_off(db, due, timedelta(milliseconds=wait_ms))
+    services.events.poke([due.sender_id])
 
 
 async def _finish(services: Services, due: Due, problem: str | None) -> None:

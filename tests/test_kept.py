@@ -177,6 +177,47 @@ async def test_what_waits_can_be_cancelled_and_what_is_gone_cannot(room: Room, w
         await room.ada.call(schedule(room, at=datetime.now(UTC) + timedelta(days=400)))
 
 
+async def test_message_put_off_for_slow_mode_is_listed_changed_and_cancelled(room: Room) -> None:
+    slow = ConversationSettings(slow_mode_seconds=3600)
+    await room.ada.call(client.UpdateConversation(conversation_id=room.group, settings=slow))
+    await sent(room.charles, room.group)
+    changed, cancelled = (schedule(room, at=datetime.now(UTC)) for _ in range(2))
+    for frame in (changed, cancelled):
+        await room.charles.call(frame)
+        told = await room.charles.event(
+            server.ScheduledChanged,
+            lambda event: event.scheduled.not_before is not None,
+            start=len(room.charles.events),
+        )
+        assert told.scheduled.status == "waiting"
+    listed = (await room.charles.call(client.ListScheduled(), server.ScheduledList)).scheduled
+    assert {one.message_id for one in listed} == {changed.message_id, cancelled.message_id}
+    for one in listed:
+        assert one.not_before is not None
+        assert one.not_before > one.send_at + timedelta(minutes=30)
+    changed.content, changed.send_at = "Changed", datetime.now(UTC) + SOON
+    now = (await room.charles.call(changed, server.OneScheduled)).scheduled
+    assert (now.words.content, now.not_before) == ("Changed", None)
+    place = room.at(cancelled.message_id)
+    now = (await room.charles.call(client.CancelScheduled(**place), server.OneScheduled)).scheduled
+    assert now.status == "cancelled"
+    listed = (await room.charles.call(client.ListScheduled(), server.ScheduledList)).scheduled
+    assert [one.words.content for one in listed] == ["Changed"]
+
+
+async def test_message_that_was_sent_before_it_was_put_off_is_not_cancelled(room: Room, world: World) -> None:
+    frame = schedule(room, at=datetime.now(UTC))
+    await room.ada.call(frame)
+    await room.ada.event(server.ScheduledChanged, lambda event: event.scheduled.status == "sent")
+    # As if the worker had lost the answer to `send`.
+    await world.db.execute(
+        "UPDATE scheduled_message SET status = 'waiting', claimed_at = NULL, not_before = now() + interval '1 hour'"
+    )
+    for late in (client.CancelScheduled(**room.at(frame.message_id)), schedule_of(frame)):
+        with refused(ErrorCode.CONFLICT, "message_id"):
+            await room.ada.call(late)
+
+
 def schedule_of(frame: client.Schedule) -> client.Schedule:
     return client.Schedule(
         conversation_id=frame.conversation_id, message_id=frame.message_id, content="Changed", send_at=frame.send_at

@@ -213,7 +213,7 @@ async def test_each_job_does_all_that_is_due_past_what_fails_again_and_again(
             assert await world.db.fetchval(left) == stuck, name
         assert await world.db.fetchval("SELECT count(*) FROM message WHERE content = 'Due'") == DUE
         # What has to wait for slow mode is put off for so long, and not tried again and again.
-        waits = "SELECT min(claimed_at) > now() + interval '30 minutes' FROM scheduled_message WHERE status = 'waiting'"
+        waits = "SELECT min(not_before) > now() + interval '30 minutes' FROM scheduled_message WHERE status = 'waiting'"
         assert await world.db.fetchval(waits)
 
 

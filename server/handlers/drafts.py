@@ -7,6 +7,7 @@ from protocol.codec import now
 from protocol.errors import ErrorCode, Refused
 from protocol.limits import MAX_SCHEDULED
 from protocol.server import Done, DraftList, OneScheduled, ScheduledList
+from protocol.values import Scheduled
 from server.context import Context
 from server.errors import NotActive, NotFound
 from server.permissions import require_may_send
@@ -59,8 +60,7 @@ async def schedule(context: Context, frame: client.Schedule) -> OneScheduled:
         if made is None:
             if there is not None and there.status == "sent":
                 return OneScheduled(scheduled=there)
-            raise Refused(ErrorCode.CONFLICT, "The message is being sent, or another message has this id.",
-                          path="message_id")  # fmt: skip
+            raise _too_late(there)
     context.events.poke([context.user_id])
     return OneScheduled(scheduled=made)
 
@@ -76,9 +76,7 @@ async def cancel(context: Context, frame: client.CancelScheduled) -> OneSchedule
         if made is None:
             if there.status == "cancelled":
                 return OneScheduled(scheduled=there)
-            raise Refused(
-                ErrorCode.CONFLICT, "The message was sent or is being sent. Delete it instead.", path="message_id"
-            )
+            raise _too_late(there)
     context.events.poke([context.user_id])
     return OneScheduled(scheduled=made)
 
@@ -87,6 +85,21 @@ async def list_scheduled(context: Context, frame: client.ListScheduled) -> Sched
     """Return what waits, and what could not be sent."""
     async with context.database.connection() as db:
         return ScheduledList(scheduled=await scheduled.page(db, context.user_id))
+
+
+def _too_late(there: Scheduled | None) -> Refused:
+    """Return why a scheduled message does not change."""
+    if there is None:
+        sentence = "Another message has this id. Make a new one."
+    elif there.status == "waiting":
+        sentence = "The message is being sent. Edit or delete it when it is sent."
+    elif there.status == "sent":
+        sentence = "The message was sent. Edit or delete it instead."
+    elif there.status == "failed":
+        sentence = "The message could not be sent. Schedule a new one."
+    else:
+        sentence = "The message was cancelled. Schedule a new one."
+    return Refused(ErrorCode.CONFLICT, sentence, path="message_id")
 
 
 def _as_send(frame: client.Schedule) -> client.Send:

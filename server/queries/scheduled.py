@@ -39,21 +39,26 @@ async def count(db: Db, user_id: UserId) -> int:
     return int(await db.fetchval(WAITING, user_id))
 
 
-# Until a worker has taken it up; then it is too late.
-PUT = """
+# Until a worker has taken it up; then it is too late. A worker that lost the answer of the database may have put off
+# what was sent.
+_WAITS = """s.sender_id = $2 AND s.conversation_id = $3 AND s.claimed_at IS NULL AND NOT EXISTS (
+        SELECT FROM message m WHERE m.id = s.id AND m.sender_id = $2 AND (m.conversation_id = $3) IS TRUE
+    )"""
+PUT = f"""
 WITH touched AS (UPDATE "user" SET version = version + 1 WHERE id = $2 RETURNING version)
 INSERT INTO scheduled_message AS s (id, sender_id, conversation_id, words, send_at, user_version)
 SELECT $1, $2, $3, $4, $5, t.version FROM touched t
-ON CONFLICT (id) DO UPDATE SET words = excluded.words, send_at = excluded.send_at, user_version = excluded.user_version
-    WHERE s.sender_id = $2 AND s.conversation_id = $3 AND s.status = 'waiting' AND s.claimed_at IS NULL
+ON CONFLICT (id) DO UPDATE SET words = excluded.words, send_at = excluded.send_at, user_version = excluded.user_version,
+        not_before = NULL
+    WHERE s.status = 'waiting' AND {_WAITS}
 RETURNING scheduled_json(s)
-"""
-CANCEL = """
+"""  # noqa: S608 - a constant is put in
+CANCEL = f"""
 WITH touched AS (UPDATE "user" SET version = version + 1 WHERE id = $2 RETURNING version)
 UPDATE scheduled_message s SET status = 'cancelled', user_version = t.version FROM touched t
-WHERE s.id = $1 AND s.sender_id = $2 AND s.conversation_id = $3 AND s.status = 'waiting' AND s.claimed_at IS NULL
+WHERE s.id = $1 AND s.status = 'waiting' AND {_WAITS}
 RETURNING scheduled_json(s)
-"""
+"""  # noqa: S608 - a constant is put in
 
 
 async def put(db: Db, frame: Schedule, user_id: UserId) -> Scheduled | None:
@@ -103,6 +108,7 @@ UPDATE scheduled_message s SET claimed_at = now()
 FROM (
     SELECT id FROM scheduled_message
     WHERE status = 'waiting' AND send_at <= now() AND (claimed_at IS NULL OR claimed_at < now() - $1::interval)
+        AND (not_before IS NULL OR not_before <= now())
     ORDER BY send_at LIMIT $2 FOR NO KEY UPDATE SKIP LOCKED
 ) due
 JOIN scheduled_message again ON again.id = due.id
@@ -125,13 +131,19 @@ async def claim(db: Db) -> list[Due]:
     return found
 
 
-# It is taken up again when the claim is over.
-PUT_OFF = "UPDATE scheduled_message SET claimed_at = now() + $2::interval WHERE id = $1"
+PUT_OFF = """
+WITH touched AS (UPDATE "user" SET version = version + 1 WHERE id = $2 RETURNING version)
+UPDATE scheduled_message s SET claimed_at = NULL, not_before = now() + $3::interval, user_version = t.version
+FROM touched t WHERE s.id = $1 AND s.status = 'waiting'
+"""
 
 
 async def put_off(db: Db, due: Due, wait: timedelta) -> None:
-    """Have a message that was taken up wait, so that those behind it have their turn."""
-    await db.execute(PUT_OFF, due.message_id, wait)
+    """Have a message that was taken up wait for at least `CLAIMED`, so that those behind it have their turn.
+
+    Nobody has claimed it meanwhile: its owner may change or cancel it.
+    """
+    await db.execute(PUT_OFF, due.message_id, due.sender_id, max(wait, CLAIMED))
 
 
 FINISH = """
