@@ -42,7 +42,7 @@ async def count(db: Db, user_id: UserId) -> int:
 # Until a worker has taken it up; then it is too late. A worker that lost the answer of the database may have put off
 # what was sent.
 _WAITS = """s.sender_id = $2 AND s.conversation_id = $3 AND s.claimed_at IS NULL AND NOT EXISTS (
-        SELECT FROM message m WHERE m.id = s.id AND m.sender_id = $2 AND (m.conversation_id = $3) IS TRUE
+        SELECT FROM message m WHERE m.id = $1 AND m.sender_id = $2 AND (m.conversation_id = $3) IS TRUE
     )"""
 PUT = f"""
 WITH touched AS (UPDATE "user" SET version = version + 1 WHERE id = $2 RETURNING version)
