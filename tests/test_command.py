@@ -132,27 +132,21 @@ async def test_from_nothing_to_running_and_back(folder: Path) -> None:
     assert await second.ended() == 0
 
 
-async def test_clients_are_sent_away_when_it_stops(program: Program) -> None:
+async def test_when_it_stops_what_is_in_flight_is_finished_and_clients_are_sent_away(program: Program) -> None:
     logged_in = await registered(program.url)
-    clients = [Client(program.url, logged_in.token) for _ in range(5)]
-    for client in clients:
+    idle = [Client(program.url, logged_in.token) for _ in range(5)]
+    for client in idle:
         await client.__aenter__()
-    program.process.send_signal(signal.SIGTERM)
-    assert {await client.closed() for client in clients} == {CloseCode.GOING_AWAY}
-    assert await program.ended() == 0
-
-
-async def test_what_is_in_flight_is_finished_when_it_stops(program: Program) -> None:
-    logged_in = await registered(program.url)
-    async with Client(program.url, logged_in.token) as client:
+    async with Client(program.url, logged_in.token) as busy:
         about = ConversationId(uuid7())
-        await client.call(CreateChannel(conversation_id=about, title="Last words"))
-        asking = asyncio.gather(*(client.ask(message(about)) for _ in range(3)), return_exceptions=True)
+        await busy.call(CreateChannel(conversation_id=about, title="Last words"))
+        asking = asyncio.gather(*(busy.ask(message(about)) for _ in range(3)), return_exceptions=True)
         await asyncio.sleep(0)
         program.process.send_signal(signal.SIGTERM)
         # Each is answered, or was never begun and can be repeated: none is left hanging.
         await asking
-        assert await client.closed() == CloseCode.GOING_AWAY
+        assert {await client.closed() for client in (busy, *idle)} == {CloseCode.GOING_AWAY}
+    assert await program.ended() == 0
 
 
 async def test_it_recovers_from_kill_9(program: Program, folder: Path) -> None:
@@ -168,27 +162,6 @@ async def test_it_recovers_from_kill_9(program: Program, folder: Path) -> None:
     await until(lambda: not any(Path(f"/proc/{pid}/exe").exists() for pid in orphans))
     again.process.send_signal(signal.SIGINT)
     assert await again.ended() == 0
-
-
-async def test_a_crashed_worker_is_replaced(program: Program) -> None:
-    await until(lambda: len(workers_of(program)) == 2)
-    before = workers_of(program)
-    os.kill(before[0], signal.SIGKILL)
-    await until(lambda: len(set(workers_of(program)) - set(before)) == 1)
-    async with http_client() as http, asyncio.timeout(15):
-        for _ in range(20):
-            response = await http.get(f"{program.url}/readyz", headers={"Connection": "close"})
-            assert response.status_code == 200
-    assert any("worker" in line and "ended" in line for line in program.said)
-
-
-async def test_a_crashed_database_is_started_again(program: Program, folder: Path) -> None:
-    pid = int((folder / "postgres" / "postmaster.pid").read_text().splitlines()[0])
-    os.kill(pid, signal.SIGKILL)
-    await until(lambda: any("Postgres ended" in line for line in program.said))
-    async with http_client() as http, asyncio.timeout(15):
-        while (await http.get(f"{program.url}/readyz")).status_code != 200:
-            await asyncio.sleep(0.05)
 
 
 async def refused(*arguments: str, **environment: str) -> str:
@@ -219,16 +192,20 @@ async def test_one_line_for_everything_that_can_be_wrong(servers: Servers, datab
     assert "cannot be written" in await refused("--port", "0", "--data-dir", str(folder / "file" / "in"))
 
 
+async def migrated(folder: Path, *options: str) -> tuple[int, list[str]]:
+    """Return how `openchat migrate` ended, and what it said."""
+    program = Program("migrate", *options, "--data-dir", str(folder))
+    await program.start()
+    return await program.ended(), program.said
+
+
 async def test_migrate_plans_then_does(folder: Path) -> None:
-    plan = Program("migrate", "--plan", "--data-dir", str(folder))
-    await plan.start()
-    assert await plan.ended() == 0
-    assert plan.said == ["would apply  schema.sql (the database is empty)"]
-    for expected in ("applied  schema.sql (the database is empty)", "The database is up to date."):
-        real = Program("migrate", "--data-dir", str(folder))
-        await real.start()
-        assert await real.ended() == 0
-        assert real.said == [expected]
+    code, (said,) = await migrated(folder, "--plan")
+    assert (code, (folder / "postgres").exists()) == (1, False)
+    assert "there is no database" in said
+    assert await migrated(folder) == (0, ["applied  schema.sql (the database is empty)"])
+    assert await migrated(folder) == (0, ["The database is up to date."])
+    assert await migrated(folder, "--plan") == (0, ["The database is up to date."])
 
 
 async def test_help_is_for_people() -> None:
@@ -240,7 +217,23 @@ async def test_help_is_for_people() -> None:
         assert part in text
 
 
-@pytest.mark.usefixtures("program")
-async def test_a_folder_is_for_one_program_and_its_database_is_not_roots(folder: Path) -> None:
+async def test_what_crashes_is_started_again_in_a_folder_of_its_own(program: Program, folder: Path) -> None:
     assert "another openchat" in await refused("--port", "0", "--data-dir", str(folder))
-    assert (folder / "postgres").stat().st_uid != 0
+    assert (folder / "postgres").stat().st_uid != 0  # PostgreSQL refuses to run as root
+
+    await until(lambda: len(workers_of(program)) == 2)
+    before = workers_of(program)
+    os.kill(before[0], signal.SIGKILL)
+    await until(lambda: len(set(workers_of(program)) - set(before)) == 1)
+    async with http_client() as http, asyncio.timeout(15):
+        for _ in range(20):
+            response = await http.get(f"{program.url}/readyz", headers={"Connection": "close"})
+            assert response.status_code == 200
+    assert any("worker" in line and "ended" in line for line in program.said)
+
+    pid = int((folder / "postgres" / "postmaster.pid").read_text().splitlines()[0])
+    os.kill(pid, signal.SIGKILL)
+    await until(lambda: any("Postgres ended" in line for line in program.said))
+    async with http_client() as http, asyncio.timeout(15):
+        while (await http.get(f"{program.url}/readyz")).status_code != 200:
+            await asyncio.sleep(0.05)
