@@ -97,6 +97,7 @@ ON CONFLICT (conversation_id, user_id) DO UPDATE SET
     status = 'active', joined_at = now(), left_at = NULL, left_version = 0,
     version = excluded.version, joined_version = excluded.joined_version,
     last_read_version = greatest(p.last_read_version, excluded.last_read_version),
+    unread_from_id = NULL, unread_from_version = NULL,
     can_add_members = false, can_remove_members = false, can_edit_conversation = false,
     can_delete_messages = false, can_pin_messages = false
 RETURNING participant_json(p), (SELECT participant_count FROM bumped),
