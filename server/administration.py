@@ -29,7 +29,7 @@ from server.erasure import erase
 from server.errors import Fatal
 from server.export import written
 from server.progress import Progress
-from server.queries import accounts, audit, conversations, erasure, participants, sessions, users
+from server.queries import accounts, audit, conversations, erasure, exports, participants, sessions, users
 from server.queries.accounts import Card
 from server.queries.audit import Deed
 from server.telling import tell_participant, tell_updated
@@ -39,6 +39,7 @@ COMMANDS = ("user", "conversation", "erase")
 PASSWORD_BYTES = 12
 """Of randomness in a password that we make."""
 PAGE = 500
+"""Max entries of an audit log that are read at a time."""
 
 Answer: TypeAlias = Mapping[str, Any] | list[Mapping[str, Any]] | None
 
@@ -258,7 +259,7 @@ async def export_conversation(db: Db, options: argparse.Namespace) -> Answer:
     found = await _conversation(db, options)
     await note(db, "export_conversation", None, conversation_id=str(found.conversation.id))
     progress, after = Progress(), 0
-    while lines := await conversations.everything(db, found.conversation.id, after, limit=PAGE):
+    while lines := await conversations.everything(db, found.conversation.id, after, limit=exports.PAGE):
         for line, _ in lines:
             say_json(line + "\n")
         after = lines[-1][1]
@@ -288,13 +289,15 @@ async def show_audit(db: Db, options: argparse.Namespace) -> Answer:
     chain = ConversationId(options.conversation)
     if (number := await audit.broken(db, chain)) is not None:
         raise Fatal(f"the log was tampered with at or before entry {number}.")
+    if options.verify:
+        return {"entries": await audit.count(db, chain), "tampered_with": False}
     entries: list[Mapping[str, Any]] = []
     after: int | None = 0
     while after is not None:
         page = await audit.page(db, chain, after, limit=PAGE)
         entries += [_fields(entry) for entry in page.rows]
         after = page.after
-    return {"entries": await audit.count(db, chain), "tampered_with": False} if options.verify else entries
+    return entries
 
 
 # --------------------------------------------------------------------------------------------- a person's data

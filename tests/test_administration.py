@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID
 
+import asyncpg
 import pytest
 
 from protocol import client, server
@@ -17,6 +18,7 @@ from server import administration, upkeep
 from server.config import Settings
 from server.embedded.reach import reached
 from server.errors import Fatal
+from server.queries import conversations, exports
 from tests.world import World, http_client, sent
 
 
@@ -107,6 +109,31 @@ async def test_conversations_are_shown_exported_and_deleted(shell: Shell) -> Non
     assert "there is no conversation" in await shell.run("conversation", "show", str(UUID(int=1)), status=1)
     await shell.world.db.execute("UPDATE audit_entry SET action = 'nothing'")
     assert "tampered with" in await shell.run("conversation", "audit", str(UUID(int=0)), "--verify", status=1)
+
+
+async def test_a_conversation_is_exported_by_few_messages_at_a_time(
+    shell: Shell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ada = await shell.world.connect(await shell.world.user("Ada"))
+    about = await shell.world.channel(ada)
+    await shell.world.db.execute(
+        """INSERT INTO message (conversation_id, sender_id, content, sent_version, version)
+        SELECT $1, $2, repeat(U&'\\0001', 10000), 100 + n, 100 + n FROM generate_series(1, 120) n""",
+        about, ada.ready.user.id,
+    )  # fmt: skip
+    held: list[int] = []
+    fetch = asyncpg.Connection.fetch
+
+    async def fetched(db: Any, query: str, *args: Any, **options: Any) -> Any:
+        rows = await fetch(db, query, *args, **options)
+        if query == conversations.EVERYTHING:
+            held.append(sum(len(row[0]) for row in rows))
+        return rows
+
+    monkeypatch.setattr(asyncpg.Connection, "fetch", fetched)
+    lines = (await shell.run("conversation", "export", str(about))).splitlines()
+    assert [json.loads(line)["message"]["sent_version"] for line in lines] == list(range(101, 221))
+    assert max(held) < (exports.PAGE + 1) * 62_000
 
 
 async def test_a_person_is_exported_and_erased_and_no_trace_is_left(shell: Shell) -> None:

@@ -17,7 +17,7 @@ COLUMNS = {
     "their place in the conversation": {"id", "conversation_id", "user_id"},
     "as of somebody who enters for the first time": {
         "role", "status", "can_add_members", "can_remove_members", "can_edit_conversation", "can_delete_messages",
-        "can_pin_messages", "invited_by", "left_at", "unread_from_id", "unread_from_version",
+        "can_pin_messages", "invited_by", "left_at", "left_version", "unread_from_id", "unread_from_version",
     },
     "anew": {"joined_at", "version", "joined_version"},
     "forward alone, for what was said meanwhile is history to them": {"last_read_version", "user_version"},
@@ -119,4 +119,4 @@ def assert_kept(before: dict[str, Any], after: dict[str, Any], first: dict[str, 
     assert not {name for name in anew if after[name] <= before[name]}, way
     assert not {name for name in forward if after[name] < before[name]}, way
     assert after["last_read_version"] >= first["joined_version"] - 1, way
-    assert [name for name in as_first - {"left_at"} if before[name] == after[name]] == ["status"], way
+    assert [name for name in as_first - {"left_at", "left_version"} if before[name] == after[name]] == ["status"], way
