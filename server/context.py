@@ -135,8 +135,8 @@ class Context(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def database(self) -> Database:
-        """The database."""
-        return self.services.database
+        """The database, as the caller has it."""
+        return self.services.database.of(self.user_id)
 
     @property
     def events(self) -> Events:

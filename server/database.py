@@ -9,11 +9,12 @@ from typing import TypeAlias, TypeVar
 import asyncpg
 
 from protocol.errors import ErrorCode, Refused
+from protocol.ids import UserId
 from server.config import Settings
 from server.errors import Fatal, is_lost
 from server.limits import BURST_SECONDS
 from server.migrate import is_current
-from server.pool import Connection, Lease, Pool
+from server.pool import Connection, Lease, Part, Pool
 from server.share import Share
 
 OLDEST_MAJOR = 15
@@ -72,19 +73,37 @@ FROM database_epoch e, pg_control_system() s, pg_control_checkpoint() c
 """
 
 
-class Database:
-    """A pool of connections. Heals by itself: what was lost is opened again when it is next needed."""
+class Shared:
+    """What all users of a pool share."""
 
     def __init__(self, pool: Pool, *, most: int) -> None:
         """`most` is how many connections `pool` may open."""
-        self._pool = pool
-        self._searches = Share(max(1, most // SEARCH_SHARE), waiting=SEARCHES_WAITING, patience=SEARCH_PATIENCE)
-        self._counts = Share(max(1, most // SEARCH_SHARE), waiting=COUNTS_WAITING, patience=COUNT_PATIENCE)
-        self._catching_up = Share(
+        self.pool = pool
+        self.searches = Share(max(1, most // SEARCH_SHARE), waiting=SEARCHES_WAITING, patience=SEARCH_PATIENCE)
+        self.counts = Share(max(1, most // SEARCH_SHARE), waiting=COUNTS_WAITING, patience=COUNT_PATIENCE)
+        self.catching_up = Share(
             max(1, most // CATCHING_UP_SHARE), waiting=CATCHING_UP_WAITING, patience=CATCHING_UP_PATIENCE
         )
         self.deadlocks = 0
+
+
+class Database:
+    """A pool of connections. Heals by itself: what was lost is opened again when it is next needed."""
+
+    __slots__ = ("_pool", "_shared")
+
+    def __init__(self, pool: Pool | Part, shared: Shared) -> None:
+        self._pool = pool
+        self._shared = shared
+
+    def of(self, user_id: UserId) -> "Database":
+        """Return the database as one user has it, who holds a share of the connections at most."""
+        return Database(self._shared.pool.of(user_id), self._shared)
+
+    @property
+    def deadlocks(self) -> int:
         """Transactions that PostgreSQL ended, and that were tried once more."""
+        return self._shared.deadlocks
 
     @classmethod
     async def open(cls, settings: Settings) -> "Database":
@@ -105,11 +124,11 @@ class Database:
             pool.give(await pool.take(), is_usable=True)
         except UNREACHABLE as error:
             raise _unreachable(error) from error
-        return cls(pool, most=most)
+        return cls(pool, Shared(pool, most=most))
 
     async def close(self) -> None:
         """Close all connections, without waiting for what is in flight."""
-        self._pool.close()
+        self._shared.pool.close()
 
     def connection(self) -> Lease:
         """Borrow a connection; each statement commits by itself."""
@@ -120,7 +139,7 @@ class Database:
         """Borrow a connection of the share that clients with much to catch up on have, for one statement or two. They
         come in turns, each with one statement at a time. Raises Refused if too many wait, or if no turn comes soon.
         """
-        async with self._catching_up.turn(), self.connection() as connection:
+        async with self._shared.catching_up.turn(), self.connection() as connection:
             yield connection
 
     @asynccontextmanager
@@ -146,7 +165,7 @@ class Database:
 
     def rolled_back(self, what: str, error: Exception) -> None:
         """Count and log that PostgreSQL ended a transaction that is tried once more now."""
-        self.deadlocks += 1
+        self._shared.deadlocks += 1
         log.warning("%s was ended by PostgreSQL and is tried once more: %s", what, error)
 
     def searching(self) -> AbstractAsyncContextManager[Db]:
@@ -154,7 +173,7 @@ class Database:
         used, as only bitmaps can. Raises Refused if no connection becomes free soon, or if the search takes too long.
         """
         return self._with_words(
-            self._searches,
+            self._shared.searches,
             "This search takes too long. Use longer or rarer words, or name a conversation.",
             retry_after_ms=int(BURST_SECONDS * 1_000),  # until then at most, the allowance has no token
         )
@@ -162,7 +181,7 @@ class Database:
     def counting(self) -> AbstractAsyncContextManager[Db]:
         """The same of the share that badges have: other users' searches refuse no badge."""
         return self._with_words(
-            self._counts, "Counting takes too long. Retry after `retry_after_ms`.", retry_after_ms=SEARCH_MS
+            self._shared.counts, "Counting takes too long. Retry after `retry_after_ms`.", retry_after_ms=SEARCH_MS
         )
 
     @asynccontextmanager
@@ -177,7 +196,7 @@ class Database:
     @property
     def size(self) -> int:
         """How many connections there are."""
-        return len(self._pool)
+        return len(self._shared.pool)
 
     async def is_current(self) -> bool:
         """Whether the database answers and has the schema that this program knows."""

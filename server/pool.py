@@ -13,6 +13,12 @@ from typing import TypeAlias
 
 import asyncpg
 
+from protocol.ids import UserId
+from server.turns import Turns
+
+USER_SHARE = 2
+"""One user holds at most one in `USER_SHARE` of a worker's connections, and at least one."""
+
 Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
 
 
@@ -29,6 +35,11 @@ class Pool:
         self._opening = 0
         self._is_closed = False
         self._waiting: deque[asyncio.Future[None]] = deque()
+        self._turns: Turns[UserId] = Turns(max(1, most // USER_SHARE), patience=patience)
+
+    def of(self, user_id: UserId) -> "Part":
+        """Return the pool as one user has it."""
+        return Part(self, self._turns, user_id)
 
     def __len__(self) -> int:
         return len(self._free) + len(self._taken)
@@ -95,12 +106,39 @@ class Pool:
                 return
 
 
+class Part:
+    """The pool as one user has it: who holds a share of the connections waits for one of their own to come back, so
+    that there are others for everybody else.
+    """
+
+    __slots__ = ("_pool", "_turns", "_user_id")
+
+    def __init__(self, pool: Pool, turns: Turns[UserId], user_id: UserId) -> None:
+        self._pool = pool
+        self._turns = turns
+        self._user_id = user_id
+
+    async def take(self) -> Connection:
+        """Return a connection as the pool does. Raises TimeoutError if none of the user comes back in time, too."""
+        await self._turns.take(self._user_id)
+        try:
+            return await self._pool.take()
+        except BaseException:
+            self._turns.give(self._user_id)
+            raise
+
+    def give(self, connection: Connection, *, is_usable: bool) -> None:
+        """Take a connection back."""
+        self._pool.give(connection, is_usable=is_usable)
+        self._turns.give(self._user_id)
+
+
 class Lease:
     """A connection for the length of a block."""
 
     __slots__ = ("_connection", "_is_lost", "_pool")
 
-    def __init__(self, pool: Pool, is_lost: Callable[[BaseException], bool]) -> None:
+    def __init__(self, pool: Pool | Part, is_lost: Callable[[BaseException], bool]) -> None:
         """`is_lost` tells of an error whether the connection may still be in the middle of what failed."""
         self._pool = pool
         self._is_lost = is_lost

@@ -32,6 +32,7 @@ STOREYS: list[list[str]] = [
         "readiness",
         "metrics",
         "migrate",
+        "turns",
         "pool",
         "share",
         "cursor",

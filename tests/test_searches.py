@@ -224,7 +224,7 @@ async def test_a_user_whose_searches_are_slow_waits_between_them(settings: Setti
         one, other = [await world.connect(who) for who in await world.users("Ada", "Charles")]
         app._allowances[Rate.SEARCH] = SharedAllowance("search", 2.0, None, clock=lambda: 1)  # noqa: SLF001
         for asker, seconds, answered in ((one, 0.0, 8), (other, 1.0, 1)):
-            app._database._searches._clock = count(0.0, seconds).__next__  # noqa: SLF001
+            app._database._shared.searches._clock = count(0.0, seconds).__next__  # noqa: SLF001
             answers = [await asker.ask(client.Search(text="engine")) for _ in range(9)]
             late = [answer for answer in answers if isinstance(answer, server.Error)]
             assert len(answers) - len(late) == answered
