@@ -45,7 +45,7 @@ class Stage(NamedTuple):
 @pytest.fixture
 async def world(settings: Settings) -> AsyncIterator[World]:
     """Two workers with as many connections as frames may wait in them."""
-    async with World(msgspec.structs.replace(settings, database_connections=14)) as world:
+    async with World(msgspec.structs.replace(settings, database_connections=28)) as world:
         yield world
 
 

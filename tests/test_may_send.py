@@ -50,7 +50,7 @@ class Stage(NamedTuple):
 @pytest.fixture
 async def world(settings: Settings) -> AsyncIterator[World]:
     """Two workers with as many connections as frames may wait in them."""
-    async with World(msgspec.structs.replace(settings, database_connections=9)) as world:
+    async with World(msgspec.structs.replace(settings, database_connections=18)) as world:
         yield world
 
 

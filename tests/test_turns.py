@@ -28,7 +28,7 @@ async def test_a_user_whose_frames_wait_for_a_lock_leaves_connections_to_others(
         await holding.execute("BEGIN")
         await holding.execute("SELECT FROM conversation WHERE id = $1 FOR UPDATE", busy)
         frame = client.React(conversation_id=busy, message_id=about, emoji="👍")
-        asking = [asyncio.ensure_future(one.call(frame)) for one in more]
+        asking: list[asyncio.Future[server.Result]] = [asyncio.ensure_future(one.call(frame)) for one in more]
         await until(lambda: pool._turns._waiting.get(ada.id) is not None)  # noqa: SLF001
         async with asyncio.timeout(5):
             await other.call(message(quiet))
