@@ -39,13 +39,19 @@ LOCK = "LOCK TABLE schema_migration IN SHARE UPDATE EXCLUSIVE MODE NOWAIT"
 PATIENCE = f"SET LOCAL lock_timeout = '{LOCK_SECONDS}s'"
 PATIENCE_OF_STEPS = f"SET lock_timeout = '{LOCK_SECONDS}s'"
 UNTIL_BUILT = f"SET lock_timeout = '{BUILD_SECONDS}s'"
-BUILD = re.compile(r'CREATE (?:UNIQUE )?INDEX CONCURRENTLY (?P<index>\w+) ON (?P<table>\w+|"\w+") [^;]+;')
+BUILD = re.compile(
+    r'CREATE (?:UNIQUE )?INDEX CONCURRENTLY (?P<index>\w+) ON (?P<table>\w+|"\w+")\s+(?:USING \w+ )?'
+    r"\((?P<key>[^;]+?)\)(?P<where>\s+WHERE [^;]+)?;"
+)
 """The only kind of statement in a migration whose text holds `CONCURRENTLY`."""
 COMMITS = re.compile(r"^\s*COMMIT;", re.MULTILINE)
 """Marks a migration that is one block, which changes rows in small transactions. Run again, it changes the rest."""
 IS_BUILDING = (
     "SELECT EXISTS (SELECT FROM pg_stat_progress_create_index WHERE relid = to_regclass('public.' || $1::text))"
 )
+ALIKE = "SELECT string_agg(id::text, ', ' ORDER BY id) FROM {table} {where} GROUP BY {key} HAVING count(*) > 1 LIMIT 1"
+"""Rows that keep a unique index from being built. Every table that gets one this way has an `id`."""
+DELETE_ONE = "DELETE FROM {table} WHERE id = '<its id>'"
 IS_VALID = "SELECT i.indisvalid FROM pg_index i WHERE i.indexrelid = to_regclass(format('public.%I', $1::text))"
 UNHURRIED = """
 SELECT set_config(name, '0', false) FROM pg_settings
@@ -181,6 +187,11 @@ async def _migrate(connection: Connection, keeper: Connection) -> list[str]:
                     f"the migration {migration.name} waits for a table that another session holds, such as a "
                     f"reader with an open transaction.{oldest} End it, and start again."
                 ) from error
+            except asyncpg.IntegrityConstraintViolationError as error:
+                raise Fatal(
+                    f"the migration {migration.name} met rows of the table {error.table_name} that "
+                    f"{error.constraint_name or 'a constraint'} forbids. Change or delete these rows, and start again."
+                ) from error
     # A restored dump brings grants to readers, and not what was taken from everybody.
     await connection.execute(CLOSE)
     return todo
@@ -222,7 +233,18 @@ async def _build(connection: Connection, statement: re.Match[str]) -> None:
     if is_valid is False:
         await connection.execute(f"DROP INDEX CONCURRENTLY {index}")
     if not is_valid:
-        await connection.execute(statement[0])
+        try:
+            await connection.execute(statement[0])
+        except asyncpg.UniqueViolationError as error:
+            table, key = statement["table"], statement["key"]
+            alike = await connection.fetchval(ALIKE.format(table=table, key=key, where=statement["where"] or ""))
+            if alike is None:
+                raise
+            raise Fatal(
+                f"the unique index {index} cannot be built: rows of the table {table} have the same {key}. Their ids "
+                f"are {alike}. Back up the database, keep one of these rows, delete each other one in psql by "
+                f"`{DELETE_ONE.format(table=table)}`, and start again."
+            ) from error
 
 
 async def new_epoch(connection: Connection) -> None:
