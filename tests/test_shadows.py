@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import AsyncIterator
-from itertools import chain
 from typing import Any
 
 import asyncpg
@@ -29,16 +28,19 @@ WHERE c.relnamespace = 'public'::regnamespace AND c.relkind IN ('r', 'v') GROUP 
 """
 # Of pg_catalog, those whose arguments are of the types that we use: no function can be made for "any".
 FUNCTIONS = f"""
+WITH ours AS MATERIALIZED (
+    SELECT string_agg(pg_get_functiondef(oid), ' ') AS source
+    FROM pg_proc WHERE pronamespace = 'public'::regnamespace
+)
 SELECT DISTINCT format('CREATE FUNCTION {SHADOWS}.%I(%s) RETURNS %s LANGUAGE plpgsql AS
     $f$ BEGIN PERFORM {SHADOWS}.trap(); RETURN NULL; END $f$', p.proname,
     array_to_string(ARRAY(SELECT format_type(t, NULL) FROM unnest(p.proargtypes) WITH ORDINALITY u (t, n) ORDER BY n),
         ', '),
     format_type(p.prorettype, NULL))
-FROM pg_proc p
+FROM pg_proc p, ours
 WHERE p.prokind = 'f' AND NOT p.proretset AND p.provariadic = 0
-    AND (p.pronamespace = 'public'::regnamespace OR (p.pronamespace = 'pg_catalog'::regnamespace
-        AND EXISTS (SELECT FROM pg_proc o WHERE o.pronamespace = 'public'::regnamespace
-            AND pg_get_functiondef(o.oid) LIKE '%' || p.proname || '(%')))
+    AND (p.pronamespace = 'public'::regnamespace
+        OR (p.pronamespace = 'pg_catalog'::regnamespace AND strpos(ours.source, p.proname || '(') > 0))
     AND NOT EXISTS (SELECT FROM unnest(p.proargtypes::oid[] || p.prorettype) u JOIN pg_type t ON t.oid = u
         WHERE t.typtype = 'p')
 """
@@ -115,9 +117,9 @@ async def shadow(db: "asyncpg.Connection[asyncpg.Record]") -> None:
     await db.execute(TRAP)
     made = [[row[0] for row in await db.fetch(query)] for query in (RELATIONS, FUNCTIONS, OPERATORS, TYPES)]
     assert all(len(statements) > 10 for statements in made)
-    for statement in chain.from_iterable(made):
-        for schema in (SHADOWS, "pg_temp") if "{schema}" in statement else ("",):
-            await db.execute(statement.replace("{schema}", schema))
+    for statements in made:
+        for schema in (SHADOWS, "pg_temp") if "{schema}" in statements[0] else ("",):
+            await db.execute(";".join(statements).replace("{schema}", schema))
 
 
 async def test_nothing_that_a_reader_makes_runs_as_the_owner(world: World, role: str) -> None:
