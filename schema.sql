@@ -329,7 +329,8 @@ CREATE TABLE message_reaction (
 );
 CREATE INDEX message_reaction_author_idx ON message_reaction (author_id, created_at) WHERE NOT is_removed;
 CREATE INDEX message_reaction_version_idx ON message_reaction (conversation_id, version);
-CREATE INDEX message_reaction_user_idx ON message_reaction (user_id);
+-- With the rest of the key, so that a person's own data is read in pages.
+CREATE INDEX message_reaction_user_idx ON message_reaction (user_id, message_id, emoji);
 
 -- What a message said before each edit, and before it was deleted: a deleted message keeps its place in
 -- the conversation and loses its words. An edit's id is the client's, so that a repeated edit is one edit.
@@ -359,7 +360,7 @@ CREATE TABLE poll_vote (
     CONSTRAINT poll_vote_pkey PRIMARY KEY (message_id, user_id)
 );
 CREATE INDEX poll_vote_version_idx ON poll_vote (conversation_id, version);
-CREATE INDEX poll_vote_user_idx ON poll_vote (user_id);
+CREATE INDEX poll_vote_user_idx ON poll_vote (user_id, message_id);
 
 -- Who follows a thread: whoever began it or replied in it, or wants to, until they say otherwise.
 CREATE TABLE thread_follow (
@@ -581,6 +582,7 @@ CREATE TABLE audit_entry (
     hash bytea NOT NULL,
     CONSTRAINT audit_entry_pkey PRIMARY KEY (chain, number)
 );
+CREATE INDEX audit_entry_actor_idx ON audit_entry (actor_id, chain, number);
 
 -- ------------------------------------------------------------------------------------- about this database
 

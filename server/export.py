@@ -15,17 +15,24 @@ Connect = Callable[[], AbstractAsyncContextManager[Db]]
 Page = Callable[[Db, Any, Any], Awaitable[list[Row]]]
 """Returns the rows of an owner after a place."""
 NO_ID = UUID(int=0)
+LISTS: tuple[tuple[str, Page, Any], ...] = (
+    ("drafts", exports.drafts, NO_ID),
+    ("scheduled", exports.scheduled, NO_ID),
+    ("votes", exports.votes, NO_ID),
+    ("reactions", exports.reactions, (NO_ID, "")),
+    ("deeds", exports.deeds, (NO_ID, 0)),
+)
+"""Lists without a highest number, besides messages: field, page, and the place before all of them."""
 
 
 async def written(connect: Connect, user_id: UserId) -> AsyncIterator[bytes]:
     """Return a user's data, as protocol/export.py has it, in pieces of JSON."""
     async with connect() as db:
         head = await exports.head(db, user_id)
-        reactions = await exports.reactions(db, user_id)
-    yield f'{_open(head)},"reactions":[{",".join(reactions)}]'.encode()
-    for name, page in (("drafts", exports.drafts), ("scheduled", exports.scheduled)):
+    yield _open(head).encode()
+    for name, page, first in LISTS:
         yield f',"{name}":['.encode()
-        async for piece in _pages(connect, page, user_id, NO_ID):
+        async for piece in _pages(connect, page, user_id, first):
             yield piece
         yield b"]"
     yield b',"messages":['

@@ -229,3 +229,28 @@ async def test_an_export_is_made_in_pieces_however_often_a_message_was_edited(wo
         often: list(range(1, 131)), never: [],
     }  # fmt: skip
     assert (len(export.drafts), len({draft.conversation_id for draft in export.drafts})) == (120, 120)
+
+
+async def test_an_export_is_made_in_pieces_however_often_a_person_reacted_voted_and_moderated(world: World) -> None:
+    ada, charles = await world.users("Ada", "Charles")
+    one = await world.connect(ada)
+    about = await world.channel(one)
+    await world.db.execute("SET session_replication_role = replica")
+    for who in (ada, charles):
+        for statement in (
+            """INSERT INTO message_reaction (message_id, user_id, emoji, conversation_id, version, author_id)
+            SELECT md5((n / 3)::text)::uuid, $1, 'e' || n % 3, $2, n, $1 FROM generate_series(1, 170) n""",
+            """INSERT INTO poll_vote (message_id, user_id, conversation_id, options, version)
+            SELECT md5(n::text)::uuid, $1, $2, '{1}', n FROM generate_series(1, 170) n""",
+            """INSERT INTO audit_entry (actor_id, chain, number, action, previous_hash, hash)
+            SELECT $1, md5((n / 30)::text || $1::uuid || $2::uuid)::uuid, n, 'x', '', ''
+            FROM generate_series(1, 170) n""",
+        ):
+            await world.db.execute(statement, who.id, about)
+    pieces = [piece async for piece in written(world.workers[0].app._database.connection, ada.id)]  # noqa: SLF001
+    assert max(map(len, pieces)) < (exports.PAGE + 1) * 400
+    export = msgspec.json.decode(b"".join(pieces), type=Export, dec_hook=json_object.read)
+    reactions = {(each.message_id, each.emoji) for each in export.reactions}
+    deeds = {(str(each["chain"]), each["number"]) for each in export.deeds}
+    assert len(reactions) == len({each.message_id for each in export.votes}) == len(deeds) == 170
+    assert [len(export.reactions), len(export.votes), len(export.deeds)] == [170, 170, 170]

@@ -131,12 +131,10 @@ WHY = {
         "checks.EXPECTED": "message(conversation_id)",
         "checks.SEEN": "message(conversation_id)",
         "exports.HEAD": (
-            "account(user_id); audit_entry(actor_id); conversation_participant(user_id); "
-            "message_star(user_id); poll_vote(user_id); push_endpoint(user_id); report(reporter_id); "
-            "session(user_id); thread_follow(user_id); user_relationship(from_user_id)"
+            "account(user_id); conversation_participant(user_id); message_star(user_id); push_endpoint(user_id); "
+            "report(reporter_id); session(user_id); thread_follow(user_id); user_relationship(from_user_id)"
         ),
         "exports.SCHEDULED": "scheduled_message(sender_id) cut 1",
-        "exports.REACTIONS": "message_reaction(user_id)",
         "moderation.ALL_REPORTS": "report() cut 1",
         "transfers.IS_EMPTY": "conversation(); user()",
         "transfers.DISCARD_KEYS": "server_key()",

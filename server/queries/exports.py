@@ -34,21 +34,27 @@ SELECT json_build_object(
     'stars', coalesce((SELECT json_agg(json_build_object('conversation_id', s.conversation_id,
         'message_id', s.message_id, 'starred_at', s.starred_at))
         FROM message_star s WHERE s.user_id = u.id AND NOT s.is_removed), '[]'),
-    'votes', coalesce((SELECT json_agg(json_build_object('conversation_id', v.conversation_id,
-        'message_id', v.message_id, 'options', v.options, 'voted_at', v.voted_at))
-        FROM poll_vote v WHERE v.user_id = u.id AND v.options <> '{}'), '[]'),
     'threads', coalesce((SELECT json_agg(thread_json(t)) FROM thread_follow t WHERE t.user_id = u.id), '[]'),
     'push_endpoints', coalesce((SELECT json_agg(json_build_object('endpoint', e.endpoint, 'created_at', e.created_at))
-        FROM push_endpoint e WHERE e.user_id = u.id), '[]'),
-    'deeds', coalesce((SELECT json_agg(json_build_object('chain', e.chain, 'number', e.number, 'action', e.action,
-        'details', e.details, 'created_at', e.created_at)) FROM audit_entry e WHERE e.actor_id = u.id), '[]')
+        FROM push_endpoint e WHERE e.user_id = u.id), '[]')
 )::text
 FROM "user" u WHERE u.id = $1
 """
 REACTIONS = """
-SELECT json_build_object('conversation_id', r.conversation_id, 'message_id', r.message_id,
+SELECT r.message_id, r.emoji, json_build_object('conversation_id', r.conversation_id, 'message_id', r.message_id,
     'emoji', r.emoji, 'created_at', r.created_at)::text
-FROM message_reaction r WHERE r.user_id = $1 AND NOT r.is_removed
+FROM message_reaction r WHERE r.user_id = $1 AND NOT r.is_removed AND (r.message_id, r.emoji) > ($2, $3)
+ORDER BY r.message_id, r.emoji LIMIT $4
+"""
+VOTES = """
+SELECT v.message_id, json_build_object('conversation_id', v.conversation_id, 'message_id', v.message_id,
+    'options', v.options, 'voted_at', v.voted_at)::text
+FROM poll_vote v WHERE v.user_id = $1 AND v.options <> '{}' AND v.message_id > $2 ORDER BY v.message_id LIMIT $3
+"""
+DEEDS = """
+SELECT e.chain, e.number, json_build_object('chain', e.chain, 'number', e.number, 'action', e.action,
+    'details', e.details, 'created_at', e.created_at)::text
+FROM audit_entry e WHERE e.actor_id = $1 AND (e.chain, e.number) > ($2, $3) ORDER BY e.chain, e.number LIMIT $4
 """
 DRAFTS = """
 SELECT d.conversation_id, json_build_object('conversation_id', d.conversation_id, 'content', d.content,
@@ -73,7 +79,7 @@ FROM message_edit e WHERE e.message_id = $1 AND e.version > $2 ORDER BY e.versio
 
 
 class Row(NamedTuple):
-    """A row as JSON, and after what to go on: an id, or an edit's version."""
+    """A row as JSON, and after what to go on: an id, an edit's version, or both columns of a key."""
 
     place: Any
     text: str
@@ -95,9 +101,19 @@ async def scheduled(db: Db, user_id: UserId, after: UUID) -> list[Row]:
     return [Row(*row) for row in await db.fetch(SCHEDULED, user_id, after, PAGE)]
 
 
-async def reactions(db: Db, user_id: UserId) -> list[str]:
-    """Return a user's reactions, each as JSON."""
-    return [row[0] for row in await db.fetch(REACTIONS, user_id)]
+async def reactions(db: Db, user_id: UserId, after: tuple[UUID, str]) -> list[Row]:
+    """Return up to `PAGE` of a user's reactions, in the order of messages and emoji."""
+    return [Row((row[0], row[1]), row[2]) for row in await db.fetch(REACTIONS, user_id, *after, PAGE)]
+
+
+async def votes(db: Db, user_id: UserId, after: UUID) -> list[Row]:
+    """Return up to `PAGE` of a user's votes."""
+    return [Row(*row) for row in await db.fetch(VOTES, user_id, after, PAGE)]
+
+
+async def deeds(db: Db, user_id: UserId, after: tuple[UUID, int]) -> list[Row]:
+    """Return up to `PAGE` entries of audit logs that a user is the actor of, in the order of the logs."""
+    return [Row((row[0], row[1]), row[2]) for row in await db.fetch(DEEDS, user_id, *after, PAGE)]
 
 
 async def messages(db: Db, user_id: UserId, after: UUID) -> list[Row]:
