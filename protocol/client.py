@@ -409,6 +409,7 @@ class ListPins(Frame, tag="list_pins"):
     """What is pinned, the latest first: at most 100 messages."""
 
     conversation_id: ConversationId
+    after: Cursor | None = None
 
 
 class Star(_OfMessage, tag="star"):
@@ -469,7 +470,9 @@ class GetMessage(_OfMessage, tag="get_message"):
 
 
 class ListEdits(_OfMessage, tag="list_edits"):
-    """What a message said before, newest first."""
+    """What a message said before, newest first. `after` is the version at which the page before ended."""
+
+    after: Version | None = None
 
 
 class Search(Frame, tag="search"):
@@ -535,9 +538,12 @@ class ReadThread(_OfMessage, tag="read_thread"):
 
 
 class ListThreads(Frame, tag="list_threads"):
-    """The threads that the caller follows, those with the latest replies first: at most 100 of the 1,000 newest."""
+    """The threads that the caller follows, those with the latest replies first: at most 100 of the 1,000 newest in a
+    page.
+    """
 
     is_unread: bool = False
+    after: Cursor | None = None
 
 
 # ------------------------------------------------------------------------------------------------- receipts
@@ -572,7 +578,9 @@ class SetDraft(Frame, tag="set_draft"):
 
 
 class ListDrafts(Frame, tag="list_drafts"):
-    """What the caller has begun to write, the latest first, at most 100."""
+    """What the caller has begun to write, the latest first, at most 100 in a page."""
+
+    after: Cursor | None = None
 
 
 class Schedule(_Say, tag="schedule", kw_only=True):
@@ -592,7 +600,11 @@ class CancelScheduled(_OfMessage, tag="cancel_scheduled"):
 
 
 class ListScheduled(Frame, tag="list_scheduled"):
-    """The caller's messages that wait for their time, and those that could not be sent; at most 100."""
+    """The caller's messages that wait for their time, and those that could not be sent: the latest first, at most 100
+    in a page.
+    """
+
+    after: Cursor | None = None
 
 
 # -------------------------------------------------------------------------------------------- notifications

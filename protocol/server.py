@@ -475,9 +475,10 @@ class OneMessage(_Tagged, tag="message", frozen=True, kw_only=True):
 
 
 class EditPage(_Tagged, tag="edit_page", frozen=True, kw_only=True):
-    """What a message said before, newest first."""
+    """What a message said before, newest first; `after` asks for the next page, if there is one."""
 
     edits: list[MessageEdit]
+    after: int | None = None
 
 
 class VotePage(_Tagged, tag="vote_page", frozen=True, kw_only=True):
@@ -520,9 +521,12 @@ class OneThread(_Tagged, tag="thread", frozen=True, kw_only=True):
 
 
 class ThreadList(_Tagged, tag="thread_list", frozen=True, kw_only=True):
-    """Threads that the caller follows, those with the latest replies first."""
+    """Threads that the caller follows, those with the latest replies first; `after` asks for the next page, if there is
+    one.
+    """
 
     threads: list[ThreadView]
+    after: str | None = None
 
 
 class OneThreadFollow(_Tagged, tag="thread_follow", frozen=True, kw_only=True):
@@ -543,9 +547,12 @@ class Readers(_Tagged, tag="readers", frozen=True, kw_only=True):
 
 
 class DraftList(_Tagged, tag="draft_list", frozen=True, kw_only=True):
-    """What the caller has begun to write."""
+    """What the caller has begun to write; `after` asks for the next page, if there is
+    one.
+    """
 
     drafts: list[Draft]
+    after: str | None = None
 
 
 class OneScheduled(_Tagged, tag="scheduled", frozen=True, kw_only=True):
@@ -555,9 +562,12 @@ class OneScheduled(_Tagged, tag="scheduled", frozen=True, kw_only=True):
 
 
 class ScheduledList(_Tagged, tag="scheduled_list", frozen=True, kw_only=True):
-    """The caller's messages that wait, and those that could not be sent."""
+    """The caller's messages that wait, and those that could not be sent; `after` asks for the next page, if there is
+    one.
+    """
 
     scheduled: list[Scheduled]
+    after: str | None = None
 
 
 class FeedPage(_Tagged, tag="feed_page", frozen=True, kw_only=True):

@@ -40,11 +40,15 @@ _FIELD = re.compile(r"(?P<problem>missing required|contains unknown) field `(?P<
 _told: set[tuple[str, str]] = set()
 
 
-def fitting(texts: Iterable[str], most: int = MAX_PAGE_BYTES) -> int:
-    """Return how many of these rows fit into a page of `most` bytes: one at least, if there is one."""
+def fitting(found: Iterable[Iterable[Any]], most: int = MAX_PAGE_BYTES) -> int:
+    """Return how many of these rows fit into a page of `most` bytes, by all texts in them: one at least, if there is
+    one.
+    """
     count = total = 0
-    for text in texts:
-        total += len(text) if text.isascii() else len(text.encode())
+    for columns in found:
+        for text in columns:
+            if isinstance(text, str):
+                total += len(text) if text.isascii() else len(text.encode())
         if count and total > most:
             break
         count += 1
@@ -116,7 +120,7 @@ class Reader(Generic[Row]):
 
         `key` tells where a row stands. It reads columns, not the row: the last one of a page may be unreadable.
         """
-        count = fitting(columns[0] for columns in found[:limit])
+        count = fitting(found[:limit])
         rows = [row for row, _ in self.beside(found[:count])]
         return Page(rows, key(found[count - 1]) if len(found) > count else None)
 

@@ -41,10 +41,11 @@ async def start(context: Context) -> None:
     for start in range(0, max(1, len(order)), PAGE):
         wanted = order[start : start + PAGE]
         async with _reading(context, start) as db:
-            found = await conversations.get(db, context.user_id, wanted) if wanted else []
-        views = sorted(found, key=lambda view: wanted.index(view.conversation.id))
-        await _follow(context, views, [Conversations(conversations=views, is_last=start + PAGE >= len(order))])
-        await context.connection.drained()
+            parts = await conversations.parts(db, context.user_id, wanted) if wanted else []
+        for number, views in enumerate(parts or [[]], 1):
+            is_last = start + PAGE >= len(order) and number >= len(parts)
+            await _follow(context, views, [Conversations(conversations=views, is_last=is_last)])
+            await context.connection.drained()
 
 
 async def resume(context: Context, frame: Resume) -> Resumed:
@@ -115,10 +116,11 @@ async def _say_own(context: Context) -> None:
 async def _join(context: Context, conversation_ids: Iterable[ConversationId]) -> None:
     for done, some in _pages(conversation_ids):
         async with _reading(context, done) as db:
-            views = await conversations.get(db, context.user_id, some)
-        await _follow(context, views, [ConversationJoined(view=view) for view in views])
-        if done:
-            await context.connection.drained()
+            parts = await conversations.parts(db, context.user_id, some)
+        for number, views in enumerate(parts):
+            await _follow(context, views, [ConversationJoined(view=view) for view in views])
+            if done or number:
+                await context.connection.drained()
 
 
 async def _follow(context: Context, views: list[ConversationView], frames: list[ServerFrame]) -> None:
@@ -159,10 +161,13 @@ async def _start_over(
     for conversation_id in conversation_ids:
         context.connection.detach(conversation_id)
     async with _reading(context, done) as db:
-        views = await conversations.get(db, context.user_id, conversation_ids)
-    for conversation_id in set(conversation_ids) - {view.conversation.id for view in views}:
+        parts = await conversations.parts(db, context.user_id, conversation_ids)
+    for conversation_id in set(conversation_ids) - {view.conversation.id for views in parts for view in views}:
         _say_left(context, conversation_id)
-    await _follow(context, views, [StartOver(view=view, reason=reason) for view in views])
+    for number, views in enumerate(parts):
+        if number:
+            await context.connection.drained()
+        await _follow(context, views, [StartOver(view=view, reason=reason) for view in views])
 
 
 def _pages(conversation_ids: Iterable[ConversationId]) -> Iterator[tuple[int, list[ConversationId]]]:

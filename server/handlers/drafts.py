@@ -9,6 +9,7 @@ from protocol.limits import MAX_SCHEDULED
 from protocol.server import Done, DraftList, OneScheduled, ScheduledList
 from protocol.values import Scheduled
 from server.context import Context
+from server.cursor import Cursor
 from server.errors import NotActive, NotFound
 from server.permissions import require_may_send
 from server.queries import conversations, drafts, scheduled, users
@@ -29,10 +30,11 @@ async def set_draft(context: Context, frame: client.SetDraft) -> Done:
     return Done()
 
 
-async def list_drafts(context: Context, frame: client.ListDrafts) -> DraftList:  # noqa: ARG001 - the table's shape
-    """Return what the caller has begun to write."""
+async def list_drafts(context: Context, frame: client.ListDrafts) -> DraftList:
+    """Return a page of what the caller has begun to write."""
     async with context.database.connection() as db:
-        return DraftList(drafts=await drafts.page(db, context.user_id))
+        page = await drafts.page(db, context.user_id, Cursor.read(frame.after))
+    return DraftList(drafts=page.rows, after=page.after)
 
 
 async def schedule(context: Context, frame: client.Schedule) -> OneScheduled:
@@ -81,10 +83,11 @@ async def cancel(context: Context, frame: client.CancelScheduled) -> OneSchedule
     return OneScheduled(scheduled=made)
 
 
-async def list_scheduled(context: Context, frame: client.ListScheduled) -> ScheduledList:  # noqa: ARG001 - as above
-    """Return what waits, and what could not be sent."""
+async def list_scheduled(context: Context, frame: client.ListScheduled) -> ScheduledList:
+    """Return a page of what waits, and what could not be sent."""
     async with context.database.connection() as db:
-        return ScheduledList(scheduled=await scheduled.page(db, context.user_id))
+        page = await scheduled.page(db, context.user_id, Cursor.read(frame.after))
+    return ScheduledList(scheduled=page.rows, after=page.after)
 
 
 def _too_late(there: Scheduled | None) -> Refused:

@@ -129,9 +129,9 @@ async def get(context: Context, frame: client.GetMessage) -> OneMessage:
 
 
 async def list_edits(context: Context, frame: client.ListEdits) -> EditPage:
-    """Return what a message said before."""
+    """Return a page of what a message said before."""
     async with context.database.connection() as db:
-        kept = await edits.edits(db, frame, context.user_id, limit=MAX_PAGE)
-    if kept is None:
+        page = await edits.edits(db, frame, context.user_id, frame.after, limit=MAX_PAGE)
+    if page is None:
         raise NotFound("message_id")
-    return EditPage(edits=kept)
+    return EditPage(edits=page.rows, after=page.after)

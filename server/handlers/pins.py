@@ -35,7 +35,7 @@ async def pin(context: Context, frame: client.Pin | client.Unpin) -> Changed:
 async def list_pins(context: Context, frame: client.ListPins) -> MessageList:
     """Return what is pinned."""
     async with context.database.connection() as db:
-        found = await pins.page(db, frame.conversation_id, context.user_id)
+        found = await pins.page(db, frame.conversation_id, context.user_id, Cursor.read(frame.after))
     if found is None:
         raise NotFound("conversation_id")
     return found

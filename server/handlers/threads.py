@@ -3,6 +3,7 @@
 from protocol import client
 from protocol.server import MessagePage, OneThread, OneThreadFollow, ThreadList
 from server.context import Context
+from server.cursor import Cursor
 from server.errors import NotFound
 from server.queries import bounds, conversations, messages, threads
 from server.queries.messages import NEWEST, Span
@@ -44,9 +45,10 @@ async def read(context: Context, frame: client.ReadThread) -> OneThreadFollow:
 
 
 async def list_threads(context: Context, frame: client.ListThreads) -> ThreadList:
-    """Return the threads that the caller follows."""
+    """Return a page of the threads that the caller follows."""
     async with context.database.connection() as db:
-        return ThreadList(threads=await threads.page(db, context.user_id, is_unread=frame.is_unread))
+        page = await threads.page(db, context.user_id, Cursor.read(frame.after), is_unread=frame.is_unread)
+    return ThreadList(threads=page.rows, after=page.after)
 
 
 async def _change(

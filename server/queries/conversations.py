@@ -21,7 +21,7 @@ from server.cursor import Cursor
 from server.database import Db
 from server.queries.messages import Obstacle
 from server.queries.unread import COUNT_UNREAD
-from server.rows import Page, Reader
+from server.rows import Page, Reader, fitting
 
 _view_decoder = Reader(ConversationView)
 _public_decoder = Reader(PublicConversation)
@@ -59,7 +59,20 @@ WHERE me.user_id = $1 AND me.conversation_id = ANY($2) AND me.status = 'active'
 
 async def get(db: Db, user_id: UserId, conversation_ids: Sequence[ConversationId]) -> list[ConversationView]:
     """Return those of the conversations that the user takes part in."""
-    return _view_decoder.each(row[0] for row in await db.fetch(GET, user_id, list(conversation_ids)))
+    return [view for part in await parts(db, user_id, conversation_ids) for view in part]
+
+
+async def parts(db: Db, user_id: UserId, conversation_ids: Sequence[ConversationId]) -> list[list[ConversationView]]:
+    """Return those of the conversations that the user takes part in, in their order, in parts of the size of a page."""
+    place = {conversation_id: number for number, conversation_id in enumerate(conversation_ids)}
+    rows = await db.fetch(GET, user_id, list(place))
+    found = sorted(_view_decoder.beside(rows), key=lambda pair: place[pair[0].conversation.id])
+    kept = []
+    while found:
+        count = fitting(columns for _, columns in found)
+        kept.append([view for view, _ in found[:count]])
+        del found[:count]
+    return kept
 
 
 class Filter(NamedTuple):

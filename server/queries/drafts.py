@@ -2,11 +2,14 @@
 
 from protocol.client import SetDraft
 from protocol.ids import ConversationId, UserId
+from protocol.limits import MAX_PAGE
 from protocol.values import Draft
+from server.cursor import Cursor
 from server.database import Db
-from server.rows import Reader
+from server.queries.moment import MOMENT
+from server.rows import Page, Reader
 
-_drafts_decoder = Reader(Draft)
+_draft_decoder = Reader(Draft)
 
 # Users are locked before what is theirs, as everywhere.
 SET = """
@@ -56,17 +59,20 @@ async def empty(db: Db, conversation_id: ConversationId, user_id: UserId | None 
     return [UserId(row[0]) for row in await db.fetch(EMPTY, conversation_id, user_id)]
 
 
-LIST = """
-SELECT coalesce(json_agg(json_build_object('conversation_id', d.conversation_id, 'content', d.content,
-    'updated_at', d.updated_at) ORDER BY d.updated_at DESC), '[]')
+LIST = f"""
+SELECT json_build_object('conversation_id', d.conversation_id, 'content', d.content, 'updated_at', d.updated_at),
+    {MOMENT.format(at="d.updated_at")}, d.conversation_id
 FROM (
     SELECT d.* FROM draft d JOIN conversation_participant p
         ON p.conversation_id = d.conversation_id AND p.user_id = d.user_id AND p.status = 'active'
-    WHERE d.user_id = $1 AND d.content <> '' ORDER BY d.updated_at DESC LIMIT 100
+    WHERE d.user_id = $1 AND d.content <> ''
+        AND ($2::timestamptz IS NULL OR (d.updated_at, d.conversation_id) < ($2, $3::uuid))
+    ORDER BY d.updated_at DESC, d.conversation_id DESC LIMIT {MAX_PAGE + 1}
 ) d
-"""
+ORDER BY d.updated_at DESC, d.conversation_id DESC
+"""  # noqa: S608 - a column and a number are put in
 
 
-async def page(db: Db, user_id: UserId) -> list[Draft]:
-    """Return a user's drafts where they still take part, the latest first, at most 100."""
-    return _drafts_decoder.every(await db.fetchval(LIST, user_id))
+async def page(db: Db, user_id: UserId, before: Cursor | None) -> Page[Draft]:
+    """Return a page of a user's drafts where they still take part, the latest first."""
+    return _draft_decoder.page(await db.fetch(LIST, user_id, *(before or (None, None))), MAX_PAGE, Cursor.of)

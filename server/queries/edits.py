@@ -8,10 +8,10 @@ from protocol.values import Message, MessageEdit
 from server.database import Db
 from server.queries.messages import VISIBLE, Place
 from server.queries.sending import Made
-from server.rows import Reader
+from server.rows import Page, Reader
 
 _message_decoder = Reader(Message)
-_edits_decoder = Reader(MessageEdit)
+_edit_decoder = Reader(MessageEdit)
 
 EDIT = """
 WITH bumped AS (
@@ -164,20 +164,27 @@ async def _delete(
     return row[0], row[1], row[2]
 
 
+# Whoever may see them gets a row, whether or not there are any.
 EDITS = f"""
-SELECT coalesce((
-    SELECT json_agg(e ORDER BY e.version DESC) FROM (
-        SELECT e.id, e.content, e.formatted_content, e.edited_by, e.edited_at, e.version
-        FROM message_edit e
-        WHERE e.message_id = m.id AND e.conversation_id = m.conversation_id ORDER BY e.version DESC LIMIT $4
-    ) e
-), '[]')
-{VISIBLE} AND NOT m.is_deleted AND shows_edits(c, p, m.sender_id)
-    AND (NOT m.is_moderated OR m.sender_id = $2 OR can(p.role, 'moderator', p.can_delete_messages))
+SELECT CASE WHEN e.id IS NOT NULL THEN row_to_json(e) END, e.version
+FROM (
+    SELECT m.id, m.conversation_id {VISIBLE} AND NOT m.is_deleted AND shows_edits(c, p, m.sender_id)
+        AND (NOT m.is_moderated OR m.sender_id = $2 OR can(p.role, 'moderator', p.can_delete_messages))
+) seen
+LEFT JOIN LATERAL (
+    SELECT e.id, e.content, e.formatted_content, e.edited_by, e.edited_at, e.version
+    FROM message_edit e
+    WHERE e.message_id = seen.id AND e.conversation_id = seen.conversation_id
+        AND ($5::bigint IS NULL OR e.version < $5)
+    ORDER BY e.version DESC LIMIT $4
+) e ON true
+ORDER BY e.version DESC
 """  # noqa: S608 - VISIBLE is a constant
 
 
-async def edits(db: Db, place: Place, user_id: UserId, *, limit: int) -> list[MessageEdit] | None:
-    """Return what a message said before, newest first; None without access, when it is deleted or hidden from them."""
-    text = await db.fetchval(EDITS, place.message_id, user_id, place.conversation_id, limit)
-    return None if text is None else _edits_decoder.every(text)
+async def edits(db: Db, place: Place, user_id: UserId, before: int | None, *, limit: int) -> Page[MessageEdit] | None:
+    """Return up to `limit` of what a message said before a version, newest first; None without access, when it is
+    deleted or hidden from them.
+    """
+    rows = await db.fetch(EDITS, place.message_id, user_id, place.conversation_id, limit + 1, before)
+    return _edit_decoder.page([row for row in rows if row[0] is not None], limit) if rows else None

@@ -219,8 +219,8 @@ def _page(rows: Sequence[Any], span: Span, *, is_open: bool) -> MessagePage | No
     older = [tuple(beside) for _, _, is_older, *beside in rows if is_older]
     newer = [tuple(beside) for _, _, is_older, *beside in rows if is_older is False]
     most = MAX_PAGE_BYTES // (2 if span.older and span.newer else 1)
-    older_kept = fitting((one[0] for one in older[: span.older]), most)
-    newer_kept = fitting((one[0] for one in newer[: span.newer]), most)
+    older_kept = fitting(older[: span.older], most)
+    newer_kept = fitting(newer[: span.newer], most)
     kept = older[:older_kept][::-1] + newer[:newer_kept]
     read = _message_decoder.beside(kept)
     beside = [(message.id, *rest) for message, (_, *rest) in read]

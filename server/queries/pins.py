@@ -1,5 +1,8 @@
 """Pins: what stands out for everyone in a conversation. Stars: what somebody has put aside for themselves."""
 
+from collections.abc import Sequence
+from typing import Any
+
 from protocol.ids import ConversationId, UserId
 from protocol.limits import MAX_PINS
 from protocol.server import MessageList
@@ -11,7 +14,6 @@ from server.queries.moment import MOMENT
 from server.rows import Reader
 
 _message_decoder = Reader(Message)
-_list_decoder = Reader(MessageList)
 
 PIN = """
 WITH bumped AS (
@@ -38,29 +40,38 @@ async def count(db: Db, conversation_id: ConversationId) -> int:
 # A participant gets a row, whether or not anything is pinned. What is said in two ways here leaves the planner no index
 # but that of pins, even while there are none (docs/decisions/0008).
 LIST = f"""
-SELECT json_build_object('type', 'message_list',
-    'messages', coalesce(json_agg(message_json(pinned.m) ORDER BY (pinned.m).pinned_at DESC)
-        FILTER (WHERE (pinned.m).id IS NOT NULL), '[]'),
-    'withheld', coalesce(json_object_agg((pinned.m).id, {WITHHELD.format(message="(pinned.m)")})
-        FILTER (WHERE {WITHHELD.format(message="(pinned.m)")} IS NOT NULL), '{{}}')
-)
+SELECT CASE WHEN (pinned.m).id IS NOT NULL THEN message_json(pinned.m) END,
+    {MOMENT.format(at="(pinned.m).pinned_at")}, (pinned.m).id,
+    {WITHHELD.format(message="(pinned.m)")}
 FROM conversation_participant p
 JOIN conversation c ON c.id = p.conversation_id AND NOT c.is_deleted
 LEFT JOIN LATERAL (
     SELECT m FROM message m
     WHERE m.conversation_id = $1 AND m.is_pinned AND m.pinned_at > '-infinity'
         AND (m.sent_version > visible_after(c, p)) IS TRUE
-    ORDER BY m.pinned_at DESC LIMIT {MAX_PINS}
+        AND ($3::timestamptz IS NULL OR (m.pinned_at, m.id) < ($3, $4::uuid))
+    ORDER BY m.pinned_at DESC, m.id DESC LIMIT {MAX_PINS + 1}
 ) pinned ON true
 WHERE p.conversation_id = $1 AND p.user_id = $2 AND p.status = 'active'
-GROUP BY p.id
-"""  # noqa: S608 - only column references are put in
+ORDER BY (pinned.m).pinned_at DESC, (pinned.m).id DESC
+"""  # noqa: S608 - only column references and a number are put in
 
 
-async def page(db: Db, conversation_id: ConversationId, user_id: UserId) -> MessageList | None:
-    """Return what is pinned, the latest first; None without access."""
-    text = await db.fetchval(LIST, conversation_id, user_id)
-    return None if text is None else _list_decoder.decode(text)
+async def page(db: Db, conversation_id: ConversationId, user_id: UserId, before: Cursor | None) -> MessageList | None:
+    """Return a page of what is pinned, the latest first; None without access."""
+    rows = await db.fetch(LIST, conversation_id, user_id, *(before or (None, None)))
+    return _list([row for row in rows if row[0] is not None], MAX_PINS) if rows else None
+
+
+def _list(rows: Sequence[Any], limit: int) -> MessageList:
+    """Return a page of the rows of `LIST` or `STARS`."""
+    page = _message_decoder.page(rows, limit, Cursor.of)
+    shown = {message.id for message in page.rows}
+    return MessageList(
+        messages=page.rows,
+        withheld={message_id: withheld for _, _, message_id, withheld in rows if withheld and message_id in shown},
+        after=page.after,
+    )
 
 
 # Users are locked before what is theirs, as everywhere. Whoever has lost access may still take a star back.
@@ -119,9 +130,4 @@ ORDER BY s.starred_at DESC, s.message_id DESC LIMIT $3
 async def stars(db: Db, user_id: UserId, before: Cursor | None, *, limit: int) -> MessageList:
     """Return up to `limit` messages that a user has put aside and may see, the latest first."""
     rows = await db.fetch(STARS, before and before.at, user_id, limit + 1, before and before.id)
-    page = _message_decoder.page(rows, limit, Cursor.of)
-    return MessageList(
-        messages=page.rows,
-        withheld={message_id: withheld for _, _, message_id, withheld in rows[:limit] if withheld is not None},
-        after=page.after,
-    )
+    return _list(rows, limit)

@@ -8,13 +8,15 @@ import msgspec
 from protocol import json_object
 from protocol.client import Schedule, Send
 from protocol.ids import ConversationId, MessageId, UserId
+from protocol.limits import MAX_PAGE
 from protocol.values import Scheduled, ScheduledStatus, User, Words
+from server.cursor import Cursor
 from server.database import Db
+from server.queries.moment import MOMENT
 from server.queries.users import FACE
-from server.rows import Reader
+from server.rows import Page, Reader
 
 _scheduled_decoder = Reader(Scheduled)
-_list_decoder = Reader(Scheduled)
 _words_decoder = msgspec.json.Decoder(Words, dec_hook=json_object.read)
 _user_decoder = Reader(User)
 
@@ -78,17 +80,17 @@ async def cancel(db: Db, message_id: MessageId, user_id: UserId, conversation_id
     return None if text is None else _scheduled_decoder.decode(text)
 
 
-LIST = """
-SELECT coalesce(json_agg(scheduled_json(s.s) ORDER BY (s.s).send_at), '[]') FROM (
-    SELECT s FROM scheduled_message s WHERE s.sender_id = $1 AND s.status IN ('waiting', 'failed')
-    ORDER BY s.send_at DESC LIMIT 100
-) s
-"""
+LIST = f"""
+SELECT scheduled_json(s), {MOMENT.format(at="s.send_at")}, s.id
+FROM scheduled_message s WHERE s.sender_id = $1 AND s.status IN ('waiting', 'failed')
+    AND ($2::timestamptz IS NULL OR (s.send_at, s.id) < ($2, $3::uuid))
+ORDER BY s.send_at DESC, s.id DESC LIMIT {MAX_PAGE + 1}
+"""  # noqa: S608 - a column and a number are put in
 
 
-async def page(db: Db, user_id: UserId) -> list[Scheduled]:
-    """Return a user's messages that wait or could not be sent, in the order of their times."""
-    return _list_decoder.every(await db.fetchval(LIST, user_id))
+async def page(db: Db, user_id: UserId, before: Cursor | None) -> Page[Scheduled]:
+    """Return a page of a user's messages that wait or could not be sent, the latest first."""
+    return _scheduled_decoder.page(await db.fetch(LIST, user_id, *(before or (None, None))), MAX_PAGE, Cursor.of)
 
 
 class Due(NamedTuple):

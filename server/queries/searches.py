@@ -148,7 +148,7 @@ async def find(db: Db, user_id: UserId, frame: Search, words: str | None, *, lim
     else:
         place = (None, None) if after is None else (after.at, after.id)
         rows = await db.fetch(NEWEST, *asked, limit + 1, *place, since)
-    count = fitting(columns[0] for columns in rows[:limit])
+    count = fitting(rows[:limit])
     hits = _message_decoder.beside(rows[:count])
     return SearchPage(
         hits=[SearchHit(message=message, snippet=_CUT.split(columns[4])) for message, columns in hits],

@@ -4,10 +4,12 @@ from typing import NamedTuple
 
 from protocol.ids import UserId
 from protocol.values import ThreadFollow, ThreadView
+from server.cursor import Cursor
 from server.database import Db
 from server.queries.messages import VISIBLE, Place
+from server.queries.moment import MOMENT
 from server.queries.unread import COUNT_REPLIES, HAS_UNREAD_REPLY
-from server.rows import Reader
+from server.rows import Page, Reader
 
 _view_decoder = Reader(ThreadView)
 _follow_decoder = Reader(ThreadFollow)
@@ -54,7 +56,7 @@ async def get(db: Db, place: Place, user_id: UserId) -> ThreadView | None:
 
 # Those that are shown are found first, and only in them the replies are counted.
 LIST = f"""
-SELECT coalesce(json_agg({_VIEW} ORDER BY found.at DESC, m.id DESC), '[]') FROM (
+SELECT {_VIEW}, {MOMENT.format(at="found.at")}, m.id FROM (
     SELECT t, m, newest.at
     FROM (
         SELECT * FROM thread_follow t WHERE t.user_id = $1 AND t.is_following
@@ -74,20 +76,22 @@ SELECT coalesce(json_agg({_VIEW} ORDER BY found.at DESC, m.id DESC), '[]') FROM 
     ) newest
     WHERE m.sent_version > there.after AND m.thread_order > CASE WHEN $2 THEN t.last_read_order ELSE 0 END
         AND (NOT $2 OR {HAS_UNREAD_REPLY.format(me="t")})
-    ORDER BY newest.at DESC, m.id DESC LIMIT {MOST_LISTED}
+        AND ($3::timestamptz IS NULL OR (newest.at, m.id) < ($3, $4::uuid))
+    ORDER BY newest.at DESC, m.id DESC LIMIT {MOST_LISTED + 1}
 ) found
 CROSS JOIN LATERAL (SELECT (found.m).*) m
 CROSS JOIN LATERAL (SELECT (found.t).*) t
 CROSS JOIN LATERAL ({COUNT_REPLIES.format(me="t")}) counted (unread)
+ORDER BY found.at DESC, m.id DESC
 """  # noqa: S608 - as above
-_list_decoder = Reader(ThreadView)
 
 
-async def page(db: Db, user_id: UserId, *, is_unread: bool) -> list[ThreadView]:
-    """Return the threads that a user follows and where somebody replied, or where there is something new, the latest
-    first: at most 100 of the 1,000 that began last.
+async def page(db: Db, user_id: UserId, before: Cursor | None, *, is_unread: bool) -> Page[ThreadView]:
+    """Return a page of the threads that a user follows and where somebody replied, or where there is something new, the
+    latest first: of the 1,000 that began last.
     """
-    return _list_decoder.every(await db.fetchval(LIST, user_id, is_unread))
+    rows = await db.fetch(LIST, user_id, is_unread, *(before or (None, None)))
+    return _view_decoder.page(rows, MOST_LISTED, Cursor.of)
 
 
 class Change(NamedTuple):
