@@ -49,8 +49,10 @@ def read(kind: type, value: object) -> object:
         encoded = _encode(made)
     except RecursionError:
         raise _too_deep(MAX_READ_DEPTH) from None
-    # An object is looked through level by level if it has enough brackets to be too deep, which few have.
-    if encoded.count(b"[") + encoded.count(b"{") > MAX_READ_DEPTH:
+    # An object is looked through level by level if it has enough brackets to be too deep, which few have. Of all that
+    # are empty, one counts: the innermost.
+    brackets = encoded.count(b"[") + encoded.count(b"{") - encoded.count(b"[]") - encoded.count(b"{}")
+    if brackets >= MAX_READ_DEPTH:
         _require_depth(made, MAX_READ_DEPTH)
     return made
 
@@ -109,7 +111,7 @@ def _require_depth(made: _Object, depth: int) -> None:
             inner
             for one in level
             for inner in (one if type(one) is list else one.values())
-            if type(inner) is list or type(inner) is dict
+            if inner and (type(inner) is list or type(inner) is dict)
         ]
         if not level:
             return

@@ -11,8 +11,12 @@ from protocol.client import (
     Edit,
     Frame,
     GetUsers,
+    History,
+    ListAudit,
     ListConversations,
     ListRelationships,
+    ListReplies,
+    ListReports,
     ListStars,
     Schedule,
     Send,
@@ -98,8 +102,8 @@ class Dispatch:
             route = self._routes.get(type(frame))
             if route is None:
                 raise _already_authenticated(frame)
-            if (further := _further(frame)) > 0:
-                self._allowances[route.rate].require(context.user_id, further, taken=taken)
+            if (more := further(frame)) > 0:
+                self._allowances[route.rate].require(context.user_id, more, taken=taken)
             if route.shed is not None:
                 self._pressure.require(route.shed)
             if route.rate is Rate.SEARCH:
@@ -135,8 +139,8 @@ class Dispatch:
 
     def answered(self, user_id: UserId, data: bytes, size: int) -> None:
         """Take tokens for an answer to an encoded frame, by the size of the answer."""
-        if (further := size // ANSWER_TOKEN_BYTES) > 0:
-            self._allowances[self._rates.get(kind(data) or "", Rate.READ)].charge(user_id, further)
+        if (more := size // ANSWER_TOKEN_BYTES) > 0:
+            self._allowances[self._rates.get(kind(data) or "", Rate.READ)].charge(user_id, more)
 
     async def _handle(self, route: Route, context: Context, frame: Frame) -> Result:
         """Run the handler of a frame, and once more if PostgreSQL ended its transaction to break a deadlock."""
@@ -156,8 +160,8 @@ class Dispatch:
         finally:
             self.searching.discard(context.user_id)
             allowance = self._allowances[Rate.SEARCH]
-            if (further := int(HELD.get() * SEARCH_REST * allowance.rate)) > 0:
-                allowance.charge(context.user_id, further)
+            if (more := int(HELD.get() * SEARCH_REST * allowance.rate)) > 0:
+                allowance.charge(context.user_id, more)
 
 
 def error_frame(refused: Refused, *, re: int | str | None = None) -> Error:
@@ -167,7 +171,7 @@ def error_frame(refused: Refused, *, re: int | str | None = None) -> Error:
     )
 
 
-def _further(frame: Frame) -> int:
+def further(frame: Frame) -> int:
     """Return how many more tokens a frame takes for what it asks for."""
     match frame:
         case Send() | Edit() | Schedule():
@@ -177,11 +181,14 @@ def _further(frame: Frame) -> int:
             part = len(frame.user_ids) / MAX_WATCHED
         case GetUsers():
             part = len(frame.user_ids) / MAX_PAGE
-        case ListConversations() | ListRelationships() | ListStars():
+        case (
+            ListConversations() | ListRelationships() | ListStars() | History() | ListReplies() | ListReports()
+            | ListAudit()
+        ):  # fmt: skip
             part = frame.limit / MAX_PAGE
         case _:
             part = 1.0
-    return round(FURTHER_TOKENS.get(str(type(frame).__struct_config__.tag), 0) * part)
+    return int(FURTHER_TOKENS.get(str(type(frame).__struct_config__.tag), 0) * part)
 
 
 def _already_authenticated(frame: object) -> Refused:

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from msgspec import inspect
 from websockets.asyncio.client import connect
 
+from protocol import json_object
 from protocol.client import CreateChannel, CreateGroup, Send
 from protocol.codec import decode_client, encode
 from protocol.errors import ErrorCode, Refused
@@ -414,3 +415,20 @@ async def test_no_two_conversations_share_a_hash(lone: World) -> None:
     for _ in range(2):
         with refused(ErrorCode.CONFLICT, "conversation_id"):
             await ada.call(CreateChannel(conversation_id=ConversationId(other), title="Other"))
+
+
+@given(
+    depth=st.integers(1, json_object.MAX_READ_DEPTH + 8),
+    beside=st.lists(st.sampled_from(["[]", "{}", '"[]"', '"]["', '"{}}"', "[[]]", "1"]), max_size=80),
+)
+def test_a_stored_object_is_read_up_to_its_depth_whatever_is_beside_it(depth: int, beside: list[str]) -> None:
+    inner = ", ".join(beside) if depth < json_object.MAX_READ_DEPTH - 2 else ""
+    text = '{"a": ' + "[" * (depth - 1) + inner + "]" * (depth - 1) + (', "b": [' + ", ".join(beside) + "]}")
+    if depth == 1:
+        text = '{"b": [' + ", ".join(beside) + "]}"
+    decoder = msgspec.json.Decoder(json_object.Json, dec_hook=json_object.read)
+    if depth <= json_object.MAX_READ_DEPTH:
+        assert decoder.decode(text) == json.loads(text)
+    else:
+        with pytest.raises(msgspec.ValidationError, match="nest at most"):
+            decoder.decode(text)

@@ -19,7 +19,7 @@ from protocol.ids import ConversationId, MessageId, UserId, uuid7
 from protocol.limits import FURTHER_TOKENS, MAX_MENTIONS, MAX_PAGE, MAX_WATCHED, TOKEN_BYTES, RateLimit
 from protocol.server import Error
 from server.config import Settings
-from server.dispatch import Rate
+from server.dispatch import Rate, further
 from server.limits import Allowance, Bucket, Pace, told
 from server.routes import ROUTES
 from server.sharedallowance import SharedAllowance
@@ -106,7 +106,34 @@ COSTLY: dict[str, client.Frame] = {
         send_at=datetime.now(UTC) + timedelta(hours=1),
     ),
     "why": client.Why(conversation_id=ConversationId(uuid7()), message_id=MessageId(uuid7())),
+    "history": client.History(conversation_id=ConversationId(uuid7()), limit=MAX_PAGE),
+    "list_replies": client.ListReplies(
+        conversation_id=ConversationId(uuid7()), message_id=MessageId(uuid7()), limit=MAX_PAGE
+    ),
+    "list_reports": client.ListReports(conversation_id=ConversationId(uuid7()), limit=MAX_PAGE),
+    "list_audit": client.ListAudit(conversation_id=ConversationId(uuid7()), limit=MAX_PAGE),
+    "list_pins": client.ListPins(conversation_id=ConversationId(uuid7())),
+    "list_edits": client.ListEdits(conversation_id=ConversationId(uuid7()), message_id=MessageId(uuid7())),
+    "list_drafts": client.ListDrafts(),
+    "list_scheduled": client.ListScheduled(),
+    "list_invitations": client.ListInvitations(),
 }
+CHEAP = {"list_participants", "list_votes"}
+"""Frames with a `limit` whose dearest page costs the database little more than a row (docs/performance.md)."""
+
+
+def test_every_page_takes_tokens_by_its_limit() -> None:
+    for frame, route in ROUTES.items():
+        name = str(frame.__struct_config__.tag)
+        if route.rate is not Rate.READ or "limit" not in frame.__struct_fields__ or name in CHEAP:
+            continue
+        dearest = COSTLY[name]
+        assert further(dearest) == FURTHER_TOKENS[name], name
+        if name != "list_threads":
+            assert further(msgspec.structs.replace(dearest, limit=1)) == 0, name
+    about = ConversationId(uuid7())
+    asked = (1, 20, 50, 100)
+    assert [further(client.History(conversation_id=about, limit=limit)) for limit in asked] == [0, 0, 1, 3]
 
 
 async def test_one_retry_after_the_time_told_is_not_refused_whatever_the_frame_costs(world: World) -> None:
