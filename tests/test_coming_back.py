@@ -93,12 +93,14 @@ async def test_whoever_comes_back_has_no_more_than_who_enters_for_the_first_time
         await world.db.execute(CHANGE_ALL, about, charles.id, await sent(owner, about))
         before = await row(world, about, charles.id)
         await out(them, owner, charles, about)
-        await sent(owner, about, "While they are away")
+        meanwhile = await sent(owner, about, "While they are away")
         await back(hers, owner, mary, about)
         await back(them, owner, charles, about)
         assert_kept(before, await row(world, about, charles.id), await row(world, about, mary.id), way)
         got = await them.call(client.GetConversation(conversation_id=about), server.OneConversation)
         assert (got.view.unread_count, got.view.invite) == (0, None), way
+        read = await owner.call(client.ListReaders(conversation_id=about, message_id=meanwhile), server.Readers)
+        assert (read.read_by, read.delivered_to, read.readers) == (0, 0, []), way
         with refused(ErrorCode.RATE_LIMITED, None):
             await them.call(message(about))
         with refused(ErrorCode.FORBIDDEN, None):

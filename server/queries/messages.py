@@ -96,11 +96,13 @@ REACHED = """(
         SELECT count(*) FROM (
             SELECT FROM conversation_participant o
             WHERE o.conversation_id = m.conversation_id AND o.status = 'active'
-                AND o.user_id <> m.sender_id AND {position} >= m.sent_version
+                AND o.user_id <> m.sender_id AND {position} >= m.sent_version AND o.joined_version < m.sent_version
             LIMIT 1000
         ) o
     )"""
-"""How many others the message `m` has reached, by a position of theirs; at most 1,000 are counted."""
+"""How many others the message `m` has reached, by a position of theirs; at most 1,000 are counted. Those who came
+after the message have a position past it, and have not read it.
+"""
 
 GET = f"""
 SELECT json_build_object(

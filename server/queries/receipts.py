@@ -155,7 +155,7 @@ SELECT json_build_object('type', 'readers', 'is_crowd', c.participant_count > $4
         SELECT json_agg(json_build_object('user_id', o.user_id, 'read_at', o.last_read_at) ORDER BY o.last_read_at)
         FROM conversation_participant o
         WHERE o.conversation_id = m.conversation_id AND o.status = 'active' AND o.user_id <> m.sender_id
-            AND o.last_read_version >= m.sent_version
+            AND o.last_read_version >= m.sent_version AND o.joined_version < m.sent_version
     ), '[]') END)
 {VISIBLE}
 """  # noqa: S608 - VISIBLE is a constant
