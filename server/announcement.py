@@ -11,6 +11,7 @@ from server.context import Events
 from server.errors import REDIS_LOST, Fatal
 from server.hub import COMPARE_SECONDS, PEOPLE_PARTS, Hub, Record
 from server.terminal import complain
+from server.watchers import Describe
 
 BOUND_SECONDS = COMPARE_SECONDS * PEOPLE_PARTS
 """Max seconds after which a worker that was not told finds out, by comparing clocks."""
@@ -40,7 +41,7 @@ async def announce(redis_url: str | None, news: News) -> None:
 async def _publish(redis_url: str, news: News) -> None:
     bus = CommandBus()
     # A hub without sockets asks nothing of the database.
-    hub = Hub(cast("Record", None), lambda **_: bus)
+    hub = Hub(cast("Record", None), lambda **_: bus, describe=cast("Describe", None))
     news.tell(hub)
     hub.flush()
     redis = await connect(redis_url)

@@ -96,7 +96,11 @@ class App:
         self._working: set[asyncio.Task[None]] = set()
         self._tasks: list[asyncio.Task[None]] = []
 
-        self.hub = Hub(PostgresRecord(database), connect)
+        self.hub = Hub(
+            PostgresRecord(database),
+            connect,
+            describe=lambda found: self.presence.describe(found),  # noqa: PLW0108 - it is made below
+        )
         self.presence = Presence(self._redis, database, self.hub.announce)
         self._tickets = Tickets(self._redis)
         self.sessions = Sessions(database, self._tickets, days=settings.session_days)

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import NamedTuple
 
@@ -13,12 +13,14 @@ from protocol.errors import CloseCode, ErrorCode, Refused
 from protocol.ids import ConversationId, UserId
 from protocol.limits import MAX_FRAME_BYTES, Limits
 from protocol.server import Error, GoingAway, Ready, Reply, ServerFrame
+from protocol.values import Presence
 from server.admission import Admission
 from server.context import Context
 from server.dispatch import Dispatch, error_frame
 from server.errors import INTERNAL, log_defect, refusal
 from server.hub import Hub
 from server.limits import Bucket, Pace, too_many
+from server.people import Sight
 from server.strikes import Strikes
 from server.websocket import WebSocket
 
@@ -64,7 +66,7 @@ class Connection:
     __slots__ = (
         "_entering", "_frames", "_gone", "_has_place", "_has_to_refresh", "_inbox", "_inbox_bytes", "_is_closed",
         "_is_resuming", "_last", "_shared", "_strikes", "_todo", "_worker", "attached", "closed_with", "context",
-        "expires_at", "faces_only", "session_id", "socket", "user_id", "user_version", "watched", "write",
+        "expires_at", "session_id", "socket", "user_id", "user_version", "watched", "write",
     )  # fmt: skip
 
     def __init__(
@@ -86,8 +88,7 @@ class Connection:
         self.context: Context
         self.user_id: UserId
         self.attached: set[ConversationId] = set()
-        self.watched: set[UserId] = set()
-        self.faces_only: set[UserId] = set()
+        self.watched: dict[UserId, Sight] = {}
         self._shared = shared
         # A list: it is short, and an empty deque takes ten times the memory.
         self._inbox: list[bytes | None] = []
@@ -206,10 +207,9 @@ class Connection:
         """Deliver no more of them."""
         self._shared.hub.topics.detach(self, conversation_id)
 
-    async def watch(self, user_ids: Collection[UserId]) -> None:
-        """Deliver the presence and the faces of users."""
-        if not self._is_closed:
-            await self._shared.hub.watchers.add(self, user_ids)
+    async def watch(self, user_ids: Collection[UserId]) -> Mapping[UserId, Presence]:
+        """Deliver the presence and the faces of users; return how they are seen."""
+        return {} if self._is_closed else await self._shared.hub.watchers.watch(self, user_ids)
 
     def unwatch(self, user_ids: Iterable[UserId]) -> None:
         """Deliver it no more."""

@@ -1,6 +1,6 @@
 """What a handler receives: who asks, and what it may use to answer. The two wings of the server meet here."""
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import Protocol
 
@@ -35,8 +35,10 @@ class Events(Protocol):
     def reconsider(self, user_id: UserId, watcher: UserId | None = None) -> None:
         """Check again whether all who watch a user may do so, or one of them. They get nothing until that is done."""
 
-    def poke(self, user_ids: Iterable[UserId]) -> None:
-        """Have the workers look again at these users' conversations and sessions."""
+    def poke(self, user_ids: Iterable[UserId], *, may_watch_others: bool = False) -> None:
+        """Have the workers look again at these users' conversations and sessions, and with `may_watch_others` check
+        whom they may watch.
+        """
 
     def published_at(self, conversation_id: ConversationId, version: int) -> datetime | None:
         """Return when a version was delivered by this worker, as far as it remembers."""
@@ -51,10 +53,6 @@ class Subscriber(Protocol):
     @property
     def attached(self) -> Collection[ConversationId]:
         """The conversations whose events reach the connection."""
-
-    @property
-    def watched(self) -> Collection[UserId]:
-        """The users whose presence reaches it."""
 
     async def open(self, conversation_ids: Sequence[ConversationId]) -> None:
         """Have the worker follow these conversations: from now on nothing of them is missed."""
@@ -71,11 +69,10 @@ class Subscriber(Protocol):
     async def drained(self) -> None:
         """Return when most of what was said has been taken in: before more of it is made."""
 
-    faces_only: set[UserId]
-    """Those of the watched whose presence does not reach the connection, but their face does."""
-
-    async def watch(self, user_ids: Collection[UserId]) -> None:
-        """Deliver the presence and the faces of these users. Raises Refused when it would be too many."""
+    async def watch(self, user_ids: Collection[UserId]) -> Mapping[UserId, Presence]:
+        """Deliver the presence and the faces of these users; return how they are seen, as far as the caller may see
+        them. Raises Refused when it would be too many.
+        """
 
     def unwatch(self, user_ids: Iterable[UserId]) -> None:
         """Deliver it no more."""
@@ -89,9 +86,6 @@ class Presences(Protocol):
 
     async def announce(self, user_id: UserId) -> None:
         """Tell those who watch a user how they are seen now."""
-
-    async def seen_by(self, watcher: UserId, user_ids: Sequence[UserId]) -> list[Presence]:
-        """Return how the watcher sees these users, in this order; those it may not see are left out."""
 
 
 class Afterwards(Protocol):

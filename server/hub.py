@@ -18,7 +18,7 @@ from server.bus import Bus, Connect
 from server.errors import log_failure
 from server.people import People, Socket, UserRecord
 from server.topics import NOBODY, ConversationRecord, Topics
-from server.watchers import Watchers, WatchRecord
+from server.watchers import Describe, Watchers, WatchRecord
 
 COMPARE_SECONDS = 5.0
 COMPARE_SECONDS_WITHOUT_BUS = 0.5
@@ -32,6 +32,8 @@ _ENTRY = struct.Struct("!QI16s")
 """An event on the bus: its version (0 for ephemeral ones), how long its frame is, who is gone by it."""
 FACE = 1
 """In the place of the version: about a user's face, for all who watch them, and not about their presence."""
+WATCHING = 1
+"""In the place of the version: what changed about a user decides whom they may watch."""
 
 log = logging.getLogger(__name__)
 
@@ -46,14 +48,18 @@ class Record(ConversationRecord, UserRecord, WatchRecord, Protocol):
 class Hub:
     """What one worker delivers."""
 
-    def __init__(self, record: Record, connect: Connect) -> None:
-        """`connect` returns the bus by which the other workers are met."""
+    def __init__(self, record: Record, connect: Connect, *, describe: Describe) -> None:
+        """`connect` returns the bus by which the other workers are met; `describe`, the presences of those watched."""
         self._record = record
         self.bus: Bus = connect(deliver=self._hear, caught_up=self.compare_soon)
-        self.watchers = Watchers(record, self.bus)
+        self.watchers = Watchers(record, self.bus, describe=describe)
         self.people = People(record, self.bus, doubt=self.watchers.doubt_watched)
         self.topics = Topics(
-            record, self.bus, self.people, flush_soon=self._flush_soon, doubt=self.watchers.doubt_watched
+            record,
+            self.bus,
+            self.people,
+            flush_soon=self._flush_soon,
+            doubt=lambda user_id, left: self.watchers.doubt_watched(user_id, cause=left),
         )
         self._outgoing: dict[bytes, list[bytes]] = {}
         self._is_flushing = False
@@ -111,11 +117,13 @@ class Hub:
         self._say(watchers.channel(user_id), 0, b"", who)
         self.watchers.doubt_watchers(user_id, watcher)
 
-    def poke(self, user_ids: Iterable[UserId]) -> None:
-        """Have all workers look again at these users' conversations and sessions."""
+    def poke(self, user_ids: Iterable[UserId], *, may_watch_others: bool = False) -> None:
+        """Have all workers look again at these users' conversations and sessions, and with `may_watch_others` check
+        whom they may watch.
+        """
         for user_id in user_ids:
-            self._say(people.channel(user_id), 0, b"")
-            self.people.look(user_id)
+            self._say(people.channel(user_id), WATCHING if may_watch_others else 0, b"")
+            self.people.look(user_id, may_watch_others=may_watch_others)
 
     def published_at(self, conversation_id: ConversationId, version: int) -> datetime | None:
         """Return when a version was delivered here, as far as that is remembered."""
@@ -156,7 +164,7 @@ class Hub:
             elif frame:
                 self.people.write(UserId(one), frame)
             else:
-                self.people.look(UserId(one))
+                self.people.look(UserId(one), may_watch_others=version == WATCHING)
 
     def _flush_soon(self) -> None:
         if not self._is_flushing:

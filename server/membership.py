@@ -50,11 +50,13 @@ class News:
             self._context.events.publish(
                 MessageSent(conversation_id=message.conversation_id, version=message.version, message=message)
             )
-        self._context.events.poke([change.participant.user_id for change in self.changes])
         for change in self.changes:
+            who = change.participant.user_id
             # Those who shared the conversation with somebody private see them no more.
-            if change.participant.status not in {"active", "invited"}:
-                self._context.events.reconsider(change.participant.user_id)
+            has_left = change.participant.status not in {"active", "invited"}
+            self._context.events.poke([who], may_watch_others=has_left)
+            if has_left:
+                self._context.events.reconsider(who)
 
 
 async def taking_part(db: Db, conversation_id: ConversationId, user_id: UserId) -> Participant:

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
+from enum import IntEnum
 from typing import Protocol
 
 from protocol.errors import CloseCode
@@ -16,14 +17,21 @@ COMPARE_AT_ONCE = 2_000
 log = logging.getLogger(__name__)
 
 
+class Sight(IntEnum):
+    """What a socket may see of a user whom it watches. Each includes those before it."""
+
+    NOTHING = 0
+    FACE = 1
+    ALL = 2
+
+
 class Socket(Protocol):
     """What the hub needs of a connection."""
 
     user_id: UserId
     session_id: SessionId
     attached: set[ConversationId]
-    watched: set[UserId]
-    faces_only: set[UserId]
+    watched: dict[UserId, Sight]
     write: Callable[[bytes], None]
 
     def say(self, frame: ServerFrame) -> None:
@@ -63,8 +71,8 @@ class Person:
 class People:
     """All of them."""
 
-    def __init__(self, record: UserRecord, bus: Bus, *, doubt: Callable[[Socket], None]) -> None:
-        """`doubt` is called with each socket whose user may see less than before."""
+    def __init__(self, record: UserRecord, bus: Bus, *, doubt: Callable[[UserId], None]) -> None:
+        """`doubt` is called with each user who may see less, or more, than before."""
         self._record = record
         self._bus = bus
         self._doubt = doubt
@@ -115,14 +123,16 @@ class People:
             for socket in person.sockets:
                 socket.write(frame)
 
-    def look(self, user_id: UserId) -> None:
-        """Look at a user's sessions, and have their sockets look at their conversations: something changed."""
+    def look(self, user_id: UserId, *, may_watch_others: bool = False) -> None:
+        """Look at a user's sessions, and have their sockets look at their conversations: something changed. With
+        `may_watch_others`, that decides whom they may watch.
+        """
         person = self._people.get(user_id)
         if person is None:
             return
         # Not a part of `refresh`, which a client that does not read can delay.
-        for socket in person.sockets:
-            self._doubt(socket)
+        if may_watch_others:
+            self._doubt(user_id)
         # Serialize rechecks; always run one that starts after this call. One that waits does for all calls.
         if not person.is_look_due:
             person.is_look_due = True
@@ -139,7 +149,8 @@ class People:
             for user_id, clocks in versions.items():
                 person = self._people.get(user_id)
                 if person is not None and person.version >= 0 and (person.version, person.hidden) != clocks:
-                    self.look(user_id)
+                    # The news was missed, and nobody knows what it was.
+                    self.look(user_id, may_watch_others=True)
 
     def close(self) -> None:
         """Stop looking."""

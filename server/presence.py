@@ -7,9 +7,10 @@ Without Redis a worker knows its own users. PostgreSQL keeps what users chose, a
 
 import asyncio
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from enum import Enum
+from typing import TypeVar
 from uuid import UUID
 
 from redis.asyncio import Redis, RedisCluster
@@ -25,7 +26,7 @@ from server.database import Database
 from server.errors import REDIS_LOST, is_lost
 from server.periodic import end, every
 from server.queries import users
-from server.queries.users import Transition, Visibility
+from server.queries.users import Transition, Visibility, Watchable
 
 FLUSH_SECONDS = 0.1
 """Arrivals and departures travel together this often."""
@@ -34,6 +35,9 @@ OFFLINE_SECONDS = 5.0
 SIGN_SECONDS, SIGN_LASTS_SECONDS = 2.0, 6
 """A worker's sign of life: how often it is renewed, how long it lasts."""
 RECORD_SECONDS = 1.0
+
+WatchedBy = TypeVar("WatchedBy", bound=tuple[UserId, UserId])
+"""A watcher and a watched user."""
 
 WORKERS = "openchat:workers"
 WORKER = "openchat:worker:"
@@ -148,13 +152,10 @@ class Presence:
 
     # ------------------------------------------------------------------------------------------------- seeing
 
-    async def seen_by(self, watcher: UserId, user_ids: Sequence[UserId]) -> list[Seen]:
-        """Return how the watcher sees these users, in this order; those it may not see are left out."""
-        async with self._database.connection() as db:
-            choices = await users.visible(db, watcher, user_ids)
-        wanted = [user_id for user_id in dict.fromkeys(user_ids) if user_id in choices]
-        fields = await self._fields(wanted)
-        return [_seen(user_id, choices[user_id], self._states(fields[user_id])) for user_id in wanted]
+    async def describe(self, found: Mapping[WatchedBy, Watchable]) -> dict[WatchedBy, Seen]:
+        """Return how watchers see those whom they may watch."""
+        fields = await self._fields(list({watched for _, watched in found}))
+        return {pair: _seen(pair[1], one.choice, self._states(fields[pair[1]])) for pair, one in found.items()}
 
     async def _fields(self, user_ids: Sequence[UserId]) -> dict[UserId, dict[bytes, bytes]]:
         local = {user_id: self._local(user_id) for user_id in user_ids}

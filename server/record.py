@@ -5,11 +5,11 @@ from collections.abc import Collection, Sequence
 from protocol.ids import ConversationId, SessionId, UserId
 from protocol.limits import MAX_CHANGES
 from server.database import Database
+from server.doubts import Pair
 from server.gather import Gather
 from server.queries import changes, conversations, sessions, users
-from server.queries.users import Clocks
+from server.queries.users import Clocks, Watchable
 from server.topics import Fetched
-from server.watchers import Pair
 
 
 class PostgresRecord:
@@ -41,10 +41,11 @@ class PostgresRecord:
         async with self._database.connection() as db:
             return await sessions.living(db, session_ids)
 
-    async def watchable(self, pairs: Sequence[Pair]) -> dict[Pair, bool]:
-        """Return those of the pairs whose watcher may see the face, and whether also the presence."""
+    async def watchable(self, pairs: Sequence[Pair]) -> dict[Pair, Watchable]:
+        """Return those of the pairs whose watcher may see the face."""
         async with self._database.connection() as db:
-            return await users.watchable(db, pairs)
+            found = await users.watchable(db, pairs)
+        return {Pair(*pair): one for pair, one in found.items()}
 
     async def epoch(self) -> str:
         """Return what tells this database from another one."""

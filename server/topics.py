@@ -90,10 +90,10 @@ class Topics:
         people: People,
         *,
         flush_soon: Callable[[], None],
-        doubt: Callable[[Socket], None],
+        doubt: Callable[[UserId, ConversationId], None],
     ) -> None:
-        """`flush_soon` is called when there is something to `flush` in this turn of the loop; `doubt` with each socket
-        that leaves a conversation: its user may see fewer people.
+        """`flush_soon` is called when there is something to `flush` in this turn of the loop; `doubt` with each user
+        who leaves a conversation, and with that conversation: the user may see fewer people.
         """
         self._record = record
         self._bus = bus
@@ -237,7 +237,7 @@ class Topics:
             if topic.id in socket.attached:
                 self.detach(socket, topic.id)
                 socket.say(ConversationLeft(conversation_id=topic.id))
-                self._doubt(socket)
+                self._doubt(socket.user_id, topic.id)
 
     # --------------------------------------------------------------------------------- what did not come by itself
 

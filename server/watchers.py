@@ -1,10 +1,10 @@
 """Watchers: the sockets that are told each user's presence and face, and whether they still may be."""
 
 import asyncio
+import contextlib
 import logging
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from itertools import islice
-from typing import Protocol
+from collections.abc import Awaitable, Callable, Collection, Hashable, Iterable, Mapping, Sequence
+from typing import Any, Protocol
 
 from protocol.errors import ErrorCode, Refused
 from protocol.ids import UserId
@@ -12,24 +12,33 @@ from protocol.limits import MAX_WATCHED
 from protocol.server import PresenceChanged
 from protocol.values import Presence
 from server.bus import Bus
-from server.errors import log_failure
-from server.people import Socket
+from server.doubts import Batch, Doubts, Pair, Whole
+from server.errors import log_defect, log_failure
+from server.people import Sight, Socket
 
-PAIRS = 2_000
-"""Max pairs of a watcher and a watched user in one statement."""
-RETRY_SECONDS = 1.0
-
-Pair = tuple[UserId, UserId]
-"""A watcher and a watched user."""
+TRIES = 3
+"""Max reads for one `watch`, when what it reads changes meanwhile."""
 
 log = logging.getLogger(__name__)
+
+
+class Watchable(Protocol):
+    """What the database knows of a pair whose watcher may see at least the face."""
+
+    @property
+    def is_seen(self) -> bool:
+        """Whether the watcher may have the presence as well."""
 
 
 class WatchRecord(Protocol):
     """What is asked of the database about watchers."""
 
-    async def watchable(self, pairs: Sequence[Pair]) -> Mapping[Pair, bool]:
-        """Return those of the pairs whose watcher may see the face, and whether also the presence."""
+    async def watchable(self, pairs: Sequence[Pair]) -> Mapping[Pair, Watchable]:
+        """Return those of the pairs whose watcher may see the face."""
+
+
+Describe = Callable[[Mapping[Pair, Any]], Awaitable[Mapping[Pair, Presence]]]
+"""Returns the presences of pairs that were found watchable."""
 
 
 class Watchers:
@@ -39,63 +48,116 @@ class Watchers:
     delivered meanwhile is held back: of each kind the newest, since each frame says all.
     """
 
-    def __init__(self, record: WatchRecord, bus: Bus) -> None:
+    def __init__(self, record: WatchRecord, bus: Bus, *, describe: Describe) -> None:
         self._record = record
         self._bus = bus
+        self._describe = describe
         self._watchers: dict[UserId, dict[Socket, Callable[[bytes], None]]] = {}
-        self._held: dict[UserId, dict[Socket, dict[bool, bytes]]] = {}
-        self._due: dict[tuple[Socket, UserId], None] = {}
+        self._sockets: dict[UserId, dict[Socket, None]] = {}
+        self._doubts = Doubts(self._pairs)
         self._asking: asyncio.Task[None] | None = None
+        self._has_doubts = asyncio.Event()
+        self._loop = asyncio.get_running_loop()
+        self._is_failing = False
 
-    async def add(self, socket: Socket, user_ids: Collection[UserId]) -> None:
-        """Deliver the presence and the faces of users to a socket. Raises Refused if that would be too many."""
-        if len(socket.watched.union(user_ids)) > MAX_WATCHED:
-            raise Refused(
-                ErrorCode.CONFLICT,
-                f"A connection watches at most {MAX_WATCHED} users. Unwatch some first.",
-                path="user_ids",
-            )
-        socket.watched.update(user_ids)
-        for user_id in user_ids:
-            self._watchers.setdefault(user_id, {})[socket] = socket.write
-        # The caller asked before the socket was among the watchers: what changed since then told it nothing.
-        self._doubt((socket, user_id) for user_id in user_ids)
-        await self._bus.subscribe([channel(user_id) for user_id in user_ids])
+    @property
+    def are_in_doubt(self) -> bool:
+        """Whether anything is held back."""
+        return bool(self._doubts)
+
+    async def watch(self, socket: Socket, user_ids: Collection[UserId]) -> Mapping[UserId, Presence]:
+        """Deliver the presence and the faces of users to a socket; return how they are seen now.
+
+        Those that it may not see are left out. Raises Refused if the socket would watch too many.
+        """
+        new = {user_id for user_id in user_ids if user_id not in socket.watched}
+        pairs = {Pair(socket.user_id, user_id) for user_id in user_ids}
+        seen: dict[UserId, Presence] = {}
+        try:
+            # In doubt first, and asked second: what changes in between is noticed.
+            self._doubts.begin(pairs)
+            self._add(socket, new)
+            await self._bus.subscribe([channel(user_id) for user_id in new])
+            for _ in range(TRIES):
+                since = self._doubts.begin(pairs)
+                found = await self._record.watchable(list(pairs))
+                presences = await self._describe(found)
+                settled = [pair for pair in pairs if self._doubts.is_current(pair, since)]
+                pairs.difference_update(settled)
+                for pair in settled:
+                    if pair not in found:
+                        self.remove(socket, {pair.watched} & new)
+                    elif pair.watched in socket.watched:
+                        socket.watched[pair.watched] = sight_of(found[pair])
+                        seen[pair.watched] = presences[pair]
+                # The reply is written before the loop gets to this: what is newer comes after it.
+                self._loop.call_soon(self._decide_all, settled, since, found, presences)
+                if not pairs:
+                    break
+            if len(socket.watched) > MAX_WATCHED:
+                raise Refused(
+                    ErrorCode.CONFLICT,
+                    f"A connection watches at most {MAX_WATCHED} users. Unwatch some first.",
+                    path="user_ids",
+                )
+        except BaseException:
+            self.remove(socket, new)
+            raise
+        finally:
+            for pair in pairs:
+                if self._is_watched(pair):
+                    self._doubts.add(pair, cause=Whole(socket.user_id, is_watcher=True))
+                else:
+                    self._doubts.settle(pair)
+            self._ask_soon()
+        return seen
 
     def remove(self, socket: Socket, user_ids: Iterable[UserId]) -> None:
         """Deliver them no more."""
         for user_id in user_ids:
-            socket.watched.discard(user_id)
-            socket.faces_only.discard(user_id)
+            socket.watched.pop(user_id, None)
             watchers = self._watchers.get(user_id)
             if watchers is not None and watchers.pop(socket, None) is not None and not watchers:
                 del self._watchers[user_id]
                 self._bus.unsubscribe(channel(user_id))
+            pair = Pair(socket.user_id, user_id)
+            if self._doubts and not self._is_watched(pair):
+                self._doubts.settle(pair)
+        if not socket.watched and (sockets := self._sockets.get(socket.user_id)) is not None:
+            sockets.pop(socket, None)
+            if not sockets:
+                del self._sockets[socket.user_id]
 
     def tell(self, user_id: UserId, frame: bytes, *, is_face: bool) -> None:
         """Write a user's presence, or their face, to the sockets that may have it."""
-        held = self._held.get(user_id, {})
+        needed = Sight.FACE if is_face else Sight.ALL
+        are_in_doubt = self.are_in_doubt
         for socket, write in self._watchers.get(user_id, {}).items():
-            if socket in held:
-                held[socket][is_face] = frame
-            elif is_face or user_id not in socket.faces_only:
+            if are_in_doubt and (held := self._doubts.held(Pair(socket.user_id, user_id))) is not None:
+                held[is_face] = frame
+            elif socket.watched[user_id] >= needed:
                 write(frame)
 
     def doubt_watchers(self, user_id: UserId, watcher: UserId | None) -> None:
         """Ask again whether all who watch a user may, or one of them."""
-        self._doubt(
-            (socket, user_id)
-            for socket in self._watchers.get(user_id, {})
-            if watcher is None or socket.user_id == watcher
-        )
+        whole = Whole(user_id, is_watcher=False)
+        if watcher is None and user_id in self._watchers:
+            self._doubts.add_all(whole, cause=whole)
+        elif watcher is not None and self._is_watched(pair := Pair(watcher, user_id)):
+            self._doubts.add(pair, cause=whole)
+        self._ask_soon()
+
+    def doubt_watched(self, user_id: UserId, *, cause: Hashable = None) -> None:
+        """Ask again whether a user may watch whom they watch. `cause`, or else the user, is what waits its turn."""
+        if user_id in self._sockets:
+            whole = Whole(user_id, is_watcher=True)
+            self._doubts.add_all(whole, cause=whole if cause is None else cause)
+        self._ask_soon()
 
     def doubt_all(self) -> None:
         """Ask again about everybody: news that forbids something may have been missed."""
-        self._doubt((socket, user_id) for user_id, watchers in self._watchers.items() for socket in watchers)
-
-    def doubt_watched(self, socket: Socket) -> None:
-        """Ask again whether a socket may watch whom it watches."""
-        self._doubt((socket, user_id) for user_id in socket.watched)
+        for user_id in self._sockets:
+            self.doubt_watched(user_id)
 
     def close(self) -> None:
         """Ask no more."""
@@ -104,59 +166,112 @@ class Watchers:
 
     # ------------------------------------------------------------------------------------------------- asking
 
-    def _doubt(self, pairs: Iterator[tuple[Socket, UserId]]) -> None:
-        for socket, user_id in pairs:
-            self._held.setdefault(user_id, {}).setdefault(socket, {})
-            self._due[socket, user_id] = None
-        if self._due and self._asking is None:
+    def _pairs(self, whole: Whole) -> set[Pair]:
+        if whole.is_watcher:
+            sockets = self._sockets.get(whole.user_id, {})
+            return {Pair(whole.user_id, user_id) for socket in sockets for user_id in socket.watched}
+        return {Pair(socket.user_id, whole.user_id) for socket in self._watchers.get(whole.user_id, {})}
+
+    def _add(self, socket: Socket, user_ids: Iterable[UserId]) -> None:
+        self._sockets.setdefault(socket.user_id, {})[socket] = None
+        for user_id in user_ids:
+            socket.watched[user_id] = Sight.NOTHING
+            self._watchers.setdefault(user_id, {})[socket] = socket.write
+
+    def _is_watched(self, pair: Pair) -> bool:
+        return any(pair.watched in socket.watched for socket in self._sockets.get(pair.watcher, ()))
+
+    def _ask_soon(self) -> None:
+        if self._asking is None and self._doubts:
             self._asking = asyncio.create_task(self._ask())
+        self._has_doubts.set()
 
     async def _ask(self) -> None:
         """Ask about all pairs in doubt, one statement after the other: many changes take no more of the database."""
-        most = PAIRS
         try:
-            while self._due:
-                pairs = list(islice(self._due, most))
-                for pair in pairs:
-                    del self._due[pair]
-                try:
-                    # Each once, however many sockets a user has.
-                    asked = dict.fromkeys((socket.user_id, user_id) for socket, user_id in pairs)
-                    found = await self._record.watchable(list(asked))
-                except Exception as error:  # noqa: BLE001 - what is held back stays so until it could be asked
-                    log_failure(log, "asking who may watch whom", error)
-                    # Behind the others, and fewer together: the statement may have taken too long.
-                    self._due |= dict.fromkeys(pairs)
-                    most = max(1, most // 2)
-                    await asyncio.sleep(RETRY_SECONDS)
-                    continue
-                most = PAIRS
-                for socket, user_id in pairs:
-                    if (socket, user_id) not in self._due:
-                        self._decide(socket, user_id, is_seen=found.get((socket.user_id, user_id)))
+            while True:
+                self._has_doubts.clear()
+                batch = self._doubts.take(self._loop.time())
+                if batch.turns:
+                    await self._ask_about(batch)
+                elif (pause := self._doubts.pause(self._loop.time())) is not None:
+                    with contextlib.suppress(TimeoutError):
+                        await asyncio.wait_for(self._has_doubts.wait(), pause)
+                else:
+                    return
         finally:
             self._asking = None
 
-    def _decide(self, socket: Socket, user_id: UserId, *, is_seen: bool | None) -> None:
-        """Deliver what was held back of a user, as far as the socket may see it; None: not even the face."""
-        held = self._held[user_id].pop(socket)
-        if not self._held[user_id]:
-            del self._held[user_id]
-        if user_id not in socket.watched:
+    async def _ask_about(self, batch: Batch) -> None:
+        began = self._loop.time()
+        try:
+            found = await self._record.watchable(batch.pairs)
+            regained = {pair: one for pair, one in found.items() if one.is_seen and self._is_unseen(pair)}
+            presences = await self._describe(regained) if regained else {}
+        except Exception as error:  # noqa: BLE001 - what is held back stays so until it could be asked
+            if not self._is_failing:
+                log_failure(log, "asking who may watch whom", error)
+            self._is_failing = True
+            self._doubts.failed(batch, self._loop.time())
             return
-        was_seen = user_id not in socket.faces_only
-        if is_seen is None:
-            self.remove(socket, [user_id])
-        elif is_seen:
-            socket.faces_only.discard(user_id)
-        else:
-            # In a conversation a face is seen when presence is not, whoever hides it from whom.
-            socket.faces_only.add(user_id)
-        if was_seen and not is_seen:
-            socket.say(PresenceChanged(presence=Presence(user_id=user_id, status="offline")))
-        for is_face, frame in held.items():
-            if is_seen or (is_face and is_seen is not None):
-                socket.write(frame)
+        seconds = self._loop.time() - began
+        failed = self._decide_all(batch.pairs, batch.since, found, presences)
+        self._doubts.answered(batch, self._loop.time(), seconds=seconds, failed=failed)
+        self._is_failing = bool(failed)
+
+    def _is_unseen(self, pair: Pair) -> bool:
+        sockets = self._sockets.get(pair.watcher, ())
+        return any(socket.watched.get(pair.watched, Sight.ALL) is not Sight.ALL for socket in sockets)
+
+    def _decide_all(
+        self,
+        pairs: Iterable[Pair],
+        since: int,
+        found: Mapping[Pair, Watchable],
+        presences: Mapping[Pair, Presence],
+    ) -> list[Pair]:
+        """Decide about those pairs that nothing has put in doubt since then. Return those with which that failed; they
+        stay in doubt.
+        """
+        failed: list[Pair] = []
+        for pair in pairs:
+            if self._doubts.is_current(pair, since):
+                try:
+                    self._decide(pair, sight_of(found.get(pair)), presences.get(pair))
+                except Exception as error:  # noqa: BLE001 - a defect with one pair decides nothing about the others
+                    if not self._is_failing:
+                        log_defect(log, "deciding who may watch whom", error)
+                    self._is_failing = True
+                    failed.append(pair)
+        if failed:
+            self._doubts.retry(failed, self._loop.time())
+            self._ask_soon()
+        return failed
+
+    def _decide(self, pair: Pair, sight: Sight, presence: Presence | None) -> None:
+        """Deliver what was held back of a user, as far as the watcher may see it, after their presence if the watcher
+        may see that again. The pair stays in doubt if this fails.
+        """
+        frames = self._doubts.held(pair) or {}
+        for socket in list(self._sockets.get(pair.watcher, ())):
+            before = socket.watched.get(pair.watched)
+            if before is None:
+                continue
+            if before is Sight.ALL and sight is not Sight.ALL:
+                socket.say(PresenceChanged(presence=Presence(user_id=pair.watched, status="offline")))
+            elif before is not Sight.ALL and sight is Sight.ALL and presence is not None:
+                socket.say(PresenceChanged(presence=presence))
+            socket.watched[pair.watched] = sight
+            for is_face, frame in frames.items():
+                if sight >= (Sight.FACE if is_face else Sight.ALL):
+                    socket.write(frame)
+        self._doubts.settle(pair)
+
+
+def sight_of(found: Watchable | None) -> Sight:
+    """Return what a watcher may see, by what was found of the pair."""
+    # In a conversation a face is seen when presence is not, whoever hides it from whom.
+    return Sight.NOTHING if found is None else Sight.ALL if found.is_seen else Sight.FACE
 
 
 def channel(user_id: UserId) -> bytes:

@@ -243,7 +243,7 @@ def hot(place: Place, ids: dict[str, Any]) -> dict[str, tuple[str, tuple[Any, ..
         "change": (participants.CHANGE, (about, user, "member", "left", 1)),
         "heir": (participants.HEIR, (about, user)),
         "guests": (welcome.GUESTS, (user, about, [user], 100, 1_000, 5)),
-        "visible": (users.VISIBLE, (user, [user])),
+        "watchable": (users.WATCHABLE, ([user], [user])),
         "may": (users.ALL_MAY, ("write", user, [user])),
         "news": (users.NEWS, (user, 0, 501)),
         "me": (users.ME, (user,)),

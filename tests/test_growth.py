@@ -21,6 +21,7 @@ from protocol.errors import CloseCode
 from protocol.server import Error, Reply
 from server import presence, topics, watchers
 from server.config import Settings
+from server.people import Sight
 from tests.test_hostile import idle
 from tests.test_hostile_values import each_frame, ids_in, valid
 from tests.world import World, until
@@ -269,4 +270,4 @@ async def test_refused_watch_leaves_nothing(lone: World, monkeypatch: pytest.Mon
     assert isinstance(await client.ask(Watch(user_ids=[charles.id])), Reply)
     assert isinstance(await client.ask(Watch(user_ids=[mary.id])), Error)
     (socket,) = lone.workers[0].app.hub.people.sockets(ada.id)
-    assert socket.watched == socket.faces_only == {charles.id}
+    assert socket.watched == {charles.id: Sight.FACE}

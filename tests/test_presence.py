@@ -238,10 +238,10 @@ async def test_answer_that_was_read_before_a_block_decides_nothing(
     watch = client.Watch(user_ids=[people[1].id])
     for one in (mary,) if is_new else (mary, ada):
         await one.call(watch)
-    await until(lambda: not world.workers[0].app.hub.watchers._held)  # noqa: SLF001
+    await until(lambda: not world.workers[0].app.hub.watchers.are_in_doubt)
     was_read, may_go_on, watchable = asyncio.Event(), asyncio.Event(), users.watchable
 
-    async def held(db: Db, pairs: Sequence[tuple[UserId, UserId]]) -> dict[tuple[UserId, UserId], bool]:
+    async def held(db: Db, pairs: Sequence[tuple[UserId, UserId]]) -> dict[tuple[UserId, UserId], users.Watchable]:
         found = await watchable(db, pairs)
         if not was_read.is_set():
             was_read.set()
@@ -258,7 +258,7 @@ async def test_answer_that_was_read_before_a_block_decides_nothing(
     await mary.event(server.PresenceChanged, lambda event: event.presence.status == "busy")
     may_go_on.set()
     await asked
-    await until(lambda: not world.workers[0].app.hub.watchers._held)  # noqa: SLF001
+    await until(lambda: not world.workers[0].app.hub.watchers.are_in_doubt)
     start = len(mary.events)
     await charles.call(client.UpdateProfile(display_name="Charles Babbage"))
     await mary.event(server.UserUpdated, start=start)
@@ -275,7 +275,7 @@ async def test_a_change_of_privacy_takes_one_statement_however_many_watch(
 ) -> None:
     asked: list[int] = []
 
-    async def counted(db: Db, pairs: Sequence[tuple[UserId, UserId]]) -> dict[tuple[UserId, UserId], bool]:
+    async def counted(db: Db, pairs: Sequence[tuple[UserId, UserId]]) -> dict[tuple[UserId, UserId], users.Watchable]:
         asked.append(len(pairs))
         return await watchable(db, pairs)
 
@@ -285,13 +285,13 @@ async def test_a_change_of_privacy_takes_one_statement_however_many_watch(
     watching = [await world.connect(await world.user(f"Watcher {number}")) for number in range(10)]
     for watcher in watching:
         await watcher.call(client.Watch(user_ids=[charles.id]))
-    await until(lambda: not world.workers[0].app.hub.watchers._held)  # noqa: SLF001
+    await until(lambda: not world.workers[0].app.hub.watchers.are_in_doubt)
     monkeypatch.setattr(users, "watchable", counted)
     for is_shown in (False, True, False):
         await one.call(client.UpdateProfile(show_online_status=is_shown))
     for watcher in watching:
         await watcher.event(server.PresenceChanged, lambda event: event.presence.status == "offline")
-    await until(lambda: not world.workers[0].app.hub.watchers._held)  # noqa: SLF001
+    await until(lambda: not world.workers[0].app.hub.watchers.are_in_doubt)
     assert len(asked) <= 3
     assert sum(asked) >= len(watching)
 

@@ -12,7 +12,7 @@ from protocol.values import User
 from prove.client import Client
 from server.queries import push, relationships
 from server.queries.relationships import Change
-from tests.world import Room, Somebody, World, sent, until
+from tests.world import Room, Somebody, World, sent
 
 BLOCKS, HIDES, SWITCHED, INVISIBLE, AWAY = "Blocks", "Hides", "Switched", "Invisible", "Away"
 
@@ -162,10 +162,10 @@ async def test_a_new_face_is_told_to_who_may_not_see_presence_and_presence_is_no
     assert (await room.ada.event(server.UserUpdated)).user.display_name == "X."
     assert not [event for event in room.ada.events[seen:] if isinstance(event, server.PresenceChanged)]
     await one.call(client.Unblock(user_id=room.them[0].id))
-    (socket,) = world.workers[0].app.hub.people.sockets(room.them[0].id)
-    await until(lambda: not socket.faces_only)
-    await one.call(client.SetPresence(status="online"))
+    # The presence of now comes without another change of it.
     await room.ada.event(server.PresenceChanged, lambda event: event.presence.custom_status == "Computing")
+    await one.call(client.SetPresence(status="online"))
+    await room.ada.event(server.PresenceChanged, lambda event: event.presence.status == "online", start=seen)
 
 
 async def test_a_worker_that_missed_a_block_notices_it_and_tells_nobody_of_its_clock(room: Room, world: World) -> None:

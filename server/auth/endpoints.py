@@ -141,15 +141,17 @@ class Accounts:
         checked = found.password_hash
         new_hash = await passwords.hashed(password) if passwords.is_outdated(checked) else None
 
-        async def made(db: Db) -> Begun | None:
+        async def made(db: Db) -> tuple[Begun | None, bool]:
             await users.lock(db, [found.user.id])
-            await accounts.come_back(db, found.user.id, checked)
+            is_back = await accounts.come_back(db, found.user.id, checked)
             begun = await self._begin(db, request, found.user, checked)
             if begun is not None and new_hash is not None:
                 await accounts.set_password(db, found.user.id, new_hash, instead_of=checked)
-            return begun
+            return begun, is_back
 
-        begun = await self._database.atomically("login", made)
+        begun, is_back = await self._database.atomically("login", made)
+        if is_back:
+            self._events.reconsider(found.user.id)
         if begun is not None and begun.session.has_ended_others:
             self._events.poke([found.user.id])
         return begun

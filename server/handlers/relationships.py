@@ -39,7 +39,7 @@ async def request_friend(context: Context, frame: client.RequestFriend) -> OneRe
         made = await relationships.put(db, me, them, Change("friend", becomes, frame.message), me)
         await bounds.require_relationships(db, me, "friend")
         await bounds.require_requests(db, me, them)
-    context.events.poke([me, them])
+    _tell(context, me, them)
     return OneRelationship(relationship=made)
 
 
@@ -62,7 +62,7 @@ async def answer_friend(context: Context, frame: client.AnswerFriend) -> OneRela
         if frame.accept:
             await relationships.put(db, me, them, Change("friend", "accepted"), me)
             await bounds.require_relationships(db, me, "friend")
-    context.events.poke([me, them])
+    _tell(context, me, them)
     return OneRelationship(relationship=made)
 
 
@@ -75,7 +75,7 @@ async def unfriend(context: Context, frame: client.Unfriend) -> Done:
         if mine is None:
             raise NotFound("user_id")
         await relationships.end(db, me, them, "friend")
-    context.events.poke([me, them])
+    _tell(context, me, them)
     return Done()
 
 
@@ -106,9 +106,10 @@ def turned(kind: RelationshipKind, *, on: bool) -> Callable[[Context, OneOf], Aw
             made = await relationships.put(db, me, them, turn, me)
             if on:
                 await bounds.require_relationships(db, me, kind)
-        context.events.poke([me, them] if kind != "mute" else [me])
         if kind == "block":
-            context.events.reconsider(me, them)
+            _tell(context, me, them)
+        else:
+            context.events.poke([me, them] if kind == "follow" else [me])
         return OneRelationship(relationship=made)
 
     return handler
@@ -142,6 +143,13 @@ async def _lock(db: Db, me: UserId, them: UserId) -> None:
     """Lock what is between two users. Raises NotActive if the caller is not."""
     if me not in await relationships.lock(db, me, them):
         raise NotActive
+
+
+def _tell(context: Context, me: UserId, them: UserId) -> None:
+    """Tell both users of what is between them now, which decides whether they see each other. After the commit."""
+    context.events.poke([me, them])
+    context.events.reconsider(me, them)
+    context.events.reconsider(them, me)
 
 
 def _other(context: Context, user_id: UserId) -> UserId:

@@ -100,20 +100,8 @@ async def set_presence(context: Context, frame: client.SetPresence) -> Done:
 
 async def watch(context: Context, frame: client.Watch) -> PresenceList:
     """Begin to deliver the presence of users; return it as it is now."""
-    # Follow first, look second: a change in between is delivered, not missed.
-    connection = context.connection
-    presence = context.services.presence
-    async with context.database.connection() as db:
-        found = await users.watchable(db, [(context.user_id, user_id) for user_id in frame.user_ids])
-    watchable = {user_id for _, user_id in found}
-    unseen = {user_id for (_, user_id), is_seen in found.items() if not is_seen}
-    connection.faces_only = connection.faces_only - watchable | unseen
-    try:
-        await connection.watch(watchable)
-    finally:
-        # Refused, those are not watched.
-        connection.faces_only.intersection_update(connection.watched)
-    return PresenceList(presences=await presence.seen_by(context.user_id, frame.user_ids))
+    seen = await context.connection.watch(frame.user_ids)
+    return PresenceList(presences=[seen[user_id] for user_id in dict.fromkeys(frame.user_ids) if user_id in seen])
 
 
 async def unwatch(context: Context, frame: client.Unwatch) -> Done:

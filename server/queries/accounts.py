@@ -100,12 +100,15 @@ async def leave(
 COME_BACK = f"""
 UPDATE "user" u SET is_active = true, is_deleted = false, deleted_at = NULL, updated_at = now(), version = version + 1
 WHERE u.id = $1 AND u.erased_at IS NULL AND NOT u.is_disabled AND (NOT u.is_active OR u.is_deleted) AND {_HAS_HASH}
+RETURNING true
 """  # noqa: S608 - as above
 
 
-async def come_back(db: Db, user_id: UserId, password_hash: str) -> None:
-    """Undo `leave`, if `password_hash` is still the user's. Under the user's lock."""
-    await db.execute(COME_BACK, user_id, password_hash)
+async def come_back(db: Db, user_id: UserId, password_hash: str) -> bool:
+    """Undo `leave`, if `password_hash` is still the user's; return whether there was anything to undo. Under the user's
+    lock.
+    """
+    return bool(await db.fetchval(COME_BACK, user_id, password_hash))
 
 
 CHANGE = """

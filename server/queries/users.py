@@ -223,32 +223,32 @@ class Visibility(NamedTuple):
 STATUS_NOW = "CASE WHEN u.custom_status_until > now() OR u.custom_status_until IS NULL THEN u.custom_status END"
 """A custom status while it lasts, for queries that have the user's row as `u`."""
 
-VISIBLE = f"""
-SELECT u.id, u.status, {STATUS_NOW}, may('see_presence', $1, u.id), extract(epoch FROM u.last_seen_at)::float8
-FROM "user" u
-WHERE u.id = ANY($2) AND u.is_active AND NOT u.is_deleted AND may('see_face', $1, u.id)
+
+class Watchable(NamedTuple):
+    """What a watcher may know of a user whose face they may see."""
+
+    is_seen: bool
+    """Whether the user's presence may be delivered to the watcher."""
+    choice: Visibility
+
+
+WATCHABLE = f"""
+SELECT pair.watcher, u.id, u.show_online_status, u.status, {STATUS_NOW}, may('see_presence', pair.watcher, u.id),
+    extract(epoch FROM u.last_seen_at)::float8
+FROM unnest($1::uuid[], $2::uuid[]) AS pair (watcher, watched) JOIN "user" u ON u.id = pair.watched
+WHERE u.is_active AND NOT u.is_deleted AND may('see_face', pair.watcher, u.id)
 """  # noqa: S608 - STATUS_NOW is a constant
 
 
-async def visible(db: Db, caller: UserId, user_ids: Sequence[UserId]) -> dict[UserId, Visibility]:
-    """Return the choices of those of the users that the caller may know of. `last_seen_at` is in Unix seconds."""
-    return {row[0]: Visibility(*row[1:]) for row in await db.fetch(VISIBLE, caller, list(user_ids))}
-
-
-# The presence of who shows it to nobody is delivered: it is `offline`.
-WATCHABLE = """
-SELECT pair.watcher, u.id, may('see_presence', pair.watcher, u.id) OR NOT u.show_online_status
-FROM unnest($1::uuid[], $2::uuid[]) AS pair (watcher, watched) JOIN "user" u ON u.id = pair.watched
-WHERE u.is_active AND NOT u.is_deleted AND may('see_face', pair.watcher, u.id)
-"""
-
-
-async def watchable(db: Db, pairs: Sequence[tuple[UserId, UserId]]) -> dict[tuple[UserId, UserId], bool]:
-    """Return those pairs of a watcher and a watched user of which the face may be delivered to the watcher, and whether
-    also the presence.
-    """
+async def watchable(db: Db, pairs: Sequence[tuple[UserId, UserId]]) -> dict[tuple[UserId, UserId], Watchable]:
+    """Return those pairs of a watcher and a watched user of which the face may be delivered to the watcher."""
     rows = await db.fetch(WATCHABLE, [one for one, _ in pairs], [other for _, other in pairs])
-    return {(watcher, watched): is_seen for watcher, watched, is_seen in rows}
+    found: dict[tuple[UserId, UserId], Watchable] = {}
+    for watcher, watched, is_shown, *choice in rows:
+        visibility = Visibility(*choice)
+        # The presence of who shows it to nobody is delivered: it is `offline`.
+        found[watcher, watched] = Watchable(visibility.is_shown or not is_shown, visibility)
+    return found
 
 
 # 'away' belongs to a device, not to the user; 'offline' is what the column says of those who never chose. Whoever

@@ -1,0 +1,272 @@
+"""Doubts about who may watch whom: what puts pairs in doubt, in whose turn the database is asked, and what fails."""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+
+import pytest
+
+from protocol import client, server
+from protocol.client import Frame
+from protocol.ids import ConversationId, UserId, uuid7
+from server import doubts
+from server.config import Settings
+from server.database import Db
+from server.doubts import PAIRS, REST, SHARE, Doubts, Pair, Whole
+from server.people import Sight
+from server.queries import users
+from server.queries.users import Watchable
+from tests.twins import CHEAP, WORDS
+from tests.world import World, http_client, sent, until
+
+Asked = list[list[tuple[UserId, UserId]]]
+
+
+def some_pairs(count: int) -> list[Pair]:
+    """Return pairs of one watcher."""
+    watcher = UserId(uuid7())
+    return [Pair(watcher, UserId(uuid7())) for _ in range(count)]
+
+
+# ---------------------------------------------------------------------------------------------------- whose turn it is
+
+
+def test_each_cause_has_a_share_of_each_statement() -> None:
+    there = Doubts(lambda _: ())
+    for number in range(3):
+        for pair in some_pairs(10 * PAIRS):
+            there.add(pair, cause=f"attacker {number}")
+    (mine,) = some_pairs(1)
+    there.add(mine, cause="me")
+    batch = there.take(0.0)
+    assert mine in batch.pairs
+    assert {len(pairs) for pairs in batch.turns.values()} == {SHARE, 1}
+
+
+def test_all_pairs_of_a_user_are_looked_up_when_it_is_their_turn() -> None:
+    looks: list[Whole] = []
+    mine = some_pairs(SHARE)
+
+    def look(whole: Whole) -> list[Pair]:
+        looks.append(whole)
+        return mine
+
+    there = Doubts(look)
+    whole = Whole(mine[0].watcher, is_watcher=True)
+    for _ in range(1_000):
+        there.add_all(whole, cause=whole)
+    assert looks == []
+    assert there.held(mine[0]) == {}, "held back from the first moment"
+    batch = there.take(0.0)
+    assert (looks, set(batch.pairs)) == ([whole], set(mine))
+    for pair in batch.pairs:
+        assert there.is_current(pair, batch.since)
+        there.settle(pair)
+    there.answered(batch, 0.0, seconds=0.0)
+    assert not there
+
+
+def test_cause_rests_between_rounds_and_others_do_not_wait() -> None:
+    mine, (other,) = some_pairs(3 * SHARE), some_pairs(1)
+    there, whole = Doubts(lambda _: mine), Whole(mine[0].watcher, is_watcher=True)
+    now, rounds, asked_at = 0.0, 0.0, 0.0
+    while now < 100.0:
+        there.add_all(whole, cause=whole)
+        there.add(other, cause="other")
+        batch = there.take(now)
+        rounds += sum(pair in mine for pair in batch.pairs) / len(mine)
+        if other in batch.pairs:
+            asked_at = now
+        assert now - asked_at <= 2 * SHARE / 100
+        # Each pair takes 10 ms.
+        now += max(0.05, len(batch.pairs) / 100)
+        for pair in batch.pairs:
+            there.settle(pair)
+        there.answered(batch, now, seconds=len(batch.pairs) / 100)
+    most = 100.0 / (len(mine) / 100)
+    assert 0.8 * most / (REST + 1) <= rounds <= 1.2 * most / (REST + 1)
+
+
+@pytest.mark.parametrize("is_whole", [False, True])
+def test_answer_from_before_a_doubt_is_not_current(*, is_whole: bool) -> None:
+    (pair,) = some_pairs(1)
+    there, whole = Doubts(lambda _: [pair]), Whole(pair.watched, is_watcher=False)
+    there.add(pair, cause="cause")
+    batch = there.take(0.0)
+    assert there.is_current(pair, batch.since)
+    if is_whole:
+        there.add_all(whole, cause=whole)
+    else:
+        there.add(pair, cause="another cause")
+    assert not there.is_current(pair, batch.since)
+    assert there.is_current(pair, there.take(0.0).since)
+
+
+def test_pairs_that_fail_are_asked_about_alone_in_halves_and_later_each_time() -> None:
+    bad, good = some_pairs(SHARE), some_pairs(SHARE)
+    there = Doubts(lambda _: ())
+    for pair in bad:
+        there.add(pair, cause="bad")
+    for pair in good:
+        there.add(pair, cause="good")
+    there.failed(there.take(0.0), 0.0)
+    now = 0.0
+    sizes: list[int] = []
+    pauses: list[float] = []
+    while len(sizes) < 8:
+        batch = there.take(now)
+        if set(batch.pairs) == set(good):
+            there.answered(batch, now, seconds=0.0)
+        elif batch.turns:
+            assert not set(batch.pairs) & set(good)
+            there.failed(batch, now)
+            sizes.append(len(batch.pairs))
+            pauses.append(there.pause(now) or 0.0)
+        now += there.pause(now) or 0.0
+    assert sizes == [50, 25, 12, 6, 3, 1, 1, 1]
+    assert pauses == sorted(pauses)
+    assert pauses[0] < pauses[-1] == doubts.RETRY_MOST_SECONDS
+
+
+# -------------------------------------------------------------------------------------------- what puts pairs in doubt
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> Asked:
+    """All that is asked about who may watch whom."""
+    found: Asked = []
+    watchable = users.watchable
+
+    async def noted(db: Db, pairs: Sequence[tuple[UserId, UserId]]) -> dict[tuple[UserId, UserId], Watchable]:
+        found.append(list(pairs))
+        return await watchable(db, pairs)
+
+    monkeypatch.setattr(users, "watchable", noted)
+    return found
+
+
+async def certain(world: World) -> None:
+    """Return when nothing is held back at the first worker."""
+    await until(lambda: not world.workers[0].app.hub.watchers.are_in_doubt)
+
+
+async def test_only_what_decides_who_may_watch_whom_is_asked_about(settings: Settings, asked: Asked) -> None:
+    async with World(settings, workers=1) as world:
+        people = await world.users("Ada", "Charles", "Mary")
+        ada, again, charles = [await world.connect(one) for one in (people[0], *people[:2])]
+        group = await world.group(ada, people[1])
+        message = await sent(charles, group)
+        asked.clear()
+        for one in (ada, again):
+            await one.call(client.Watch(user_ids=[people[1].id, people[2].id]))
+        mine = {(people[0].id, one.id) for one in people[1:]}
+        assert [set(pairs) for pairs in asked] == [mine, mine], "a watch asks once"
+        await certain(world)
+        asked.clear()
+        at: dict[str, Any] = {"conversation_id": group, "message_id": message}
+        frames: list[Frame] = [
+            client.SetDraft(conversation_id=group, content="Dear"), client.Star(**at), client.Unstar(**at),
+            client.FollowThread(**at), client.ReadThread(**at, thread_order=1), client.UnfollowThread(**at),
+            client.MarkUnread(**at), client.Read(**at), client.SetPreferences(conversation_id=group, is_muted=True),
+            client.SeeFeed(), client.SetPresence(status="busy"), client.UpdateProfile(display_name="Countess"),
+            client.UpdateProfile(allow_adding=False), client.Follow(user_id=people[1].id),
+            client.Mute(user_id=people[1].id),
+            client.CreateGroup(conversation_id=ConversationId(uuid7()), title="Us", participants=[people[2].id]),
+        ]  # fmt: skip
+        for frame in frames:
+            assert isinstance(await ada.ask(frame), server.Reply), frame
+        await certain(world)
+        assert asked == []
+        # One pair each way, and once for both sockets.
+        await ada.call(client.Block(user_id=people[1].id))
+        await again.event(server.PresenceChanged, lambda event: event.presence.status == "offline")
+        await certain(world)
+        assert asked == [[(people[0].id, people[1].id)]]
+
+
+async def test_what_a_socket_is_told_follows_the_rules_after_every_act(world: World) -> None:  # noqa: C901
+    people = await world.users("Ada", "Charles", "Mary")
+    ada, charles, mary = [await world.connect(one, number % 2) for number, one in enumerate(people)]
+    await world.db.execute("UPDATE account SET password = $1", CHEAP.hash(WORDS))
+    email = await world.db.fetchval('SELECT email FROM "user" WHERE id = $1', people[1].id)
+    them = {one.id for one in people[:2]}
+
+    async def together() -> ConversationId:
+        group = await world.group(mary, *people[:2])
+        for one in (ada, charles):
+            await one.event(server.ConversationJoined, lambda event: event.view.conversation.id == group)
+            await one.call(client.Watch(user_ids=list(them)))
+        assert await agrees("a group") == [everything, everything]
+        return group
+
+    async def by_http(path: str, **body: str) -> None:
+        headers = {"authorization": f"Bearer {people[1].token}"}
+        async with http_client(world.workers[1].url) as http:
+            answer = await http.post(f"/v1/auth/{path}", headers=headers, json={"password": WORDS, **body})
+        assert answer.is_success, answer.text
+
+    async def agrees(what: str) -> list[Sight]:
+        """Return what Ada and Charles may see of each other, once what their sockets are told is that."""
+        pairs = [(one, other) for one in them for other in them - {one}]
+        rules: dict[tuple[UserId, UserId], Sight] = {}
+        sights: dict[tuple[UserId, UserId], Sight] = {}
+        try:
+            async with asyncio.timeout(3):
+                while True:
+                    found = await users.watchable(world.db, pairs)
+                    rules = {
+                        pair: Sight.NOTHING if pair not in found else Sight.ALL if found[pair].is_seen else Sight.FACE
+                        for pair in pairs
+                    }
+                    sights = {
+                        (who.id, other): socket.watched[other]
+                        for number, who in enumerate(people[:2])
+                        for socket in world.workers[number].app.hub.people.sockets(who.id)
+                        for other in them - {who.id}
+                    }
+                    if sights == {pair: sight for pair, sight in rules.items() if pair in sights}:
+                        return [rules[people[0].id, people[1].id], rules[people[1].id, people[0].id]]
+                    await asyncio.sleep(0.01)
+        except TimeoutError:
+            pytest.fail(f"{what}: the rules are {rules}, and sockets are told {sights}")
+
+    async def are_friends() -> None:
+        await ada.call(client.RequestFriend(user_id=people[1].id))
+        await charles.call(client.AnswerFriend(user_id=people[0].id, accept=True))
+
+    nothing, face, everything = Sight.NOTHING, Sight.FACE, Sight.ALL
+    for who in people[:2]:
+        await world.befriend(people[2], who)
+    for one in (charles, ada):
+        await one.call(client.UpdateProfile(is_private=True))
+    endings: list[Callable[[ConversationId], Awaitable[object]]] = [
+        lambda group: charles.call(client.Leave(conversation_id=group)),
+        lambda group: ada.call(client.Leave(conversation_id=group)),
+        lambda group: mary.call(client.RemoveParticipant(conversation_id=group, user_id=people[0].id)),
+        lambda group: mary.call(client.DeleteConversation(conversation_id=group)),
+    ]
+    for number, end in enumerate(endings):
+        await end(await together())
+        assert await agrees(f"ending {number}") == [nothing, nothing]
+    steps: list[tuple[str, Callable[[], Awaitable[object]], list[Sight]]] = [
+        ("Charles is public", lambda: charles.call(client.UpdateProfile(is_private=False)), [everything, nothing]),
+        ("Ada is public", lambda: ada.call(client.UpdateProfile(is_private=False)), [everything, everything]),
+        ("Charles blocks", lambda: charles.call(client.Block(user_id=people[0].id)), [nothing, face]),
+        ("Charles unblocks", lambda: charles.call(client.Unblock(user_id=people[0].id)), [everything, everything]),
+        ("Charles is private", lambda: charles.call(client.UpdateProfile(is_private=True)), [nothing, everything]),
+        ("friends", are_friends, [everything, everything]),
+        ("switched off", lambda: charles.call(
+            client.SetSwitches(user_id=people[0].id, can_see_online_status=False)), [face, everything]),
+        ("switched on", lambda: charles.call(
+            client.SetSwitches(user_id=people[0].id, can_see_online_status=True)), [everything, everything]),
+        ("hides from all", lambda: charles.call(client.UpdateProfile(show_online_status=False)),
+         [everything, everything]),
+        ("shows all", lambda: charles.call(client.UpdateProfile(show_online_status=True)), [everything, everything]),
+        ("no friends", lambda: ada.call(client.Unfriend(user_id=people[1].id)), [nothing, everything]),
+        ("friends again", are_friends, [everything, everything]),
+        ("deactivated", lambda: by_http("deactivate"), [nothing, everything]),
+        ("came back", lambda: by_http("login", email=email), [everything, everything]),
+    ]  # fmt: skip
+    for what, act, expected in steps:
+        await act()
+        assert await agrees(what) == expected, what
