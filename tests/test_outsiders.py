@@ -1,6 +1,6 @@
 """Who is invited, has declined or is banned: each way to learn of it gives each viewer the same answer."""
 
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Sequence
 from typing import Any, Literal, TypeAlias
 
 import asyncpg
@@ -124,22 +124,25 @@ class Scene:
         return {name for name in among if str(self.id(name)) in text}
 
 
-def statuses(events: Iterable[Any]) -> set[str]:
-    """Return the statuses that events give to participants."""
-    return {event.participant.status for event in events if isinstance(event, server.ParticipantChanged)}
+def told_by(scene: Scene, events: Sequence[Any]) -> tuple[set[str], set[str], set[str]]:
+    """Return whom events name in any way, who left by them, and the statuses that they give to participants."""
+    left = [event.user_id for event in events if isinstance(event, server.ParticipantLeft)]
+    statuses = {str(event.participant.status) for event in events if isinstance(event, server.ParticipantChanged)}
+    assert len(left) == len(set(left))
+    return scene.named(events), {scene.names[user_id] for user_id in left}, statuses
 
 
 async def by_events(scene: Scene) -> Told:
     told: Told = []
     for name in VIEWERS:
         live = scene.of[name].events[scene.starts[name] :]
-        told.append((f"{name}, live", (scene.named(live), statuses(live)), ({*GONE, "accepted"}, {"active"})))
-        for since, known in ((scene.base, GONE), (0, BEFORE)):
+        told.append((f"{name}, live", told_by(scene, live), ({*GONE, "accepted"}, {*GONE}, {"active"})))
+        for since, known in ((scene.base, {*GONE}), (0, {*BEFORE})):
             again = await scene.world.connect(scene.people[name], query="?resume=1")
             await again.call(client.Resume(epoch=again.ready.epoch, versions={scene.about: since}))
             missed = (await again.event(server.Changes)).events
-            found = (scene.named(missed), statuses(missed))
-            told.append((f"{name}, resume from {since}", found, ({*known, "accepted"}, {"active"})))
+            expected = (known | {"accepted"}, known - {"stays"}, {"active"})
+            told.append((f"{name}, resume from {since}", told_by(scene, missed), expected))
     stranger = scene.of["stranger"]
     await stranger.synced()
     return [*told, ("stranger, live", scene.named(stranger.events, set(scene.people) - {"stranger"}), set())]
