@@ -6,13 +6,16 @@ from uuid import UUID
 import asyncpg
 
 from protocol.ids import ConversationId, MessageId, UserId
-from protocol.limits import MAX_PINS, MAX_RESUMED, MAX_SCHEDULED
+from protocol.limits import MAX_PAGE, MAX_PINS, MAX_RESUMED, MAX_SCHEDULED
 
+BUSY = 1_000
+"""Strangers with as many memberships as the account has."""
 WORDS = "engine loom weave brass steel punch cards gear wheel crank"
 
 
 def _id(kind: int, number: int) -> UUID:
-    return UUID(int=kind << 64 | number)
+    # No two conversations have one hash (docs/decisions/0050-ids-that-collide.md): there are less than 2**23 of each kind.
+    return UUID(int=kind << 84 | number)
 
 
 MALLORY, BOB = UserId(_id(1, 0)), UserId(_id(1, 1))
@@ -27,6 +30,8 @@ class Place(NamedTuple):
     """A message of theirs, with a thread, reactions and edits."""
     poll: MessageId
     others: list[UserId]
+    busy: list[UserId]
+    """Strangers with as many memberships."""
     conversations: list[ConversationId]
 
 
@@ -39,7 +44,7 @@ class Ids(NamedTuple):
 
 HELPERS = """
 CREATE FUNCTION pg_temp.id(kind bigint, n bigint) RETURNS uuid LANGUAGE sql IMMUTABLE RETURN
-    (lpad(to_hex(kind), 16, '0') || lpad(to_hex(n), 16, '0'))::uuid;
+    (lpad(to_hex(kind << 20), 16, '0') || lpad(to_hex(n), 16, '0'))::uuid;
 SET session_replication_role = replica;
 """
 # Kinds of ids: 1 users, 2 conversations, 3 messages in small conversations, 4 of the crowd, 5 replies, 6 others.
@@ -63,6 +68,13 @@ STATEMENTS = (
     """INSERT INTO conversation_participant (conversation_id, user_id, role, version, joined_at, invited_by, status)
     SELECT pg_temp.id(7, n), pg_temp.id(1, 0), 'member', 2, now(), pg_temp.id(1, 7), 'invited'
     FROM generate_series(1, {conversations}) n""",
+    # People whose names Mallory looks for, and who take part in as many conversations as she does, in none of hers.
+    """INSERT INTO "user" (id, name, email, is_private, version)
+    SELECT pg_temp.id(11, n), 'Charles Babbage ' || n, 'charles' || n || '@example.org', true, 1
+    FROM generate_series(1, {busy}) n""",
+    """INSERT INTO conversation_participant (conversation_id, user_id, role, version)
+    SELECT pg_temp.id(7, {conversations} + k), pg_temp.id(11, n), 'member', 2
+    FROM generate_series(1, {busy}) n, generate_series(1, {conversations}) k""",
     # Bob has twenty conversations, with a handful of messages each.
     """INSERT INTO conversation (id, type, title, created_by, version, participant_count, message_count,
         settings_version)
@@ -144,6 +156,7 @@ async def fill(db: "asyncpg.Connection[asyncpg.Record]", size: float) -> Ids:
     figures: dict[str, object] = {
         "people": people,
         "conversations": conversations,
+        "busy": BUSY,
         "crowd": max(3_000, int(10_000 * size)),
         "messages": int(100_000 * size),
         "muted": int(5_000 * size),
@@ -157,14 +170,15 @@ async def fill(db: "asyncpg.Connection[asyncpg.Record]", size: float) -> Ids:
     await db.execute(HELPERS)
     for statement in STATEMENTS:
         await db.execute(statement.format(**figures))
+    busy = [UserId(_id(11, n)) for n in range(1, MAX_PAGE + 1)]
     strangers = [UserId(_id(1, people - n)) for n in range(500)]
     return Ids(
         of_mallory=Place(
-            MALLORY, ConversationId(_id(2, 0)), MessageId(_id(5, 1)), MessageId(_id(5, 2)), strangers,
+            MALLORY, ConversationId(_id(2, 0)), MessageId(_id(5, 1)), MessageId(_id(5, 2)), strangers, busy,
             [ConversationId(_id(2, n)) for n in range(conversations)],
         ),
         of_bob=Place(
-            BOB, ConversationId(_id(8, 0)), MessageId(_id(8, 1)), MessageId(_id(8, 2)), [UserId(_id(1, 2))],
+            BOB, ConversationId(_id(8, 0)), MessageId(_id(8, 1)), MessageId(_id(8, 2)), [UserId(_id(1, 2))], busy,
             [ConversationId(_id(8, n)) for n in range(20)],
         ),
     )  # fmt: skip
