@@ -952,6 +952,7 @@ DECLARE
     most integer := 64;
     these bigint;
     those bigint;
+    theirs uuid[];
 BEGIN
     -- Who writes to somebody shares at least that conversation: `send` asks this for every direct message.
     IF EXISTS (
@@ -976,16 +977,31 @@ BEGIN
         fewer := are_together.other;
         more := are_together.one;
     END IF;
-    -- OFFSET 0 keeps the order: to the planner, which does not know them, both have as many.
-    RETURN EXISTS (
+    -- Who shares many conversations shares one of the first. LIMIT and OFFSET 0 keep the order: to the planner, which does
+    -- not know them, both have as many.
+    IF EXISTS (
         SELECT FROM (
             SELECT p.conversation_id FROM public.conversation_participant p
-            WHERE p.user_id = fewer AND p.status = 'active' OFFSET 0
+            WHERE p.user_id = fewer AND p.status = 'active' LIMIT 64
         ) some_of, LATERAL (
             SELECT FROM public.conversation_participant o
             JOIN public.conversation c ON c.id = o.conversation_id AND NOT c.is_deleted
             WHERE o.conversation_id = some_of.conversation_id AND o.user_id = more AND o.status = 'active' OFFSET 0
         ) shared
+    ) THEN
+        RETURN true;
+    ELSIF least(these, those) <= 64 THEN
+        RETURN false;
+    END IF;
+    -- Of two who have thousands, an array of the rest costs a seventh of asking for each.
+    theirs := ARRAY(
+        SELECT p.conversation_id FROM public.conversation_participant p
+        WHERE p.user_id = fewer AND p.status = 'active'
+    );
+    RETURN EXISTS (
+        SELECT FROM public.conversation_participant o
+        JOIN public.conversation c ON c.id = o.conversation_id AND NOT c.is_deleted
+        WHERE o.user_id = more AND o.status = 'active' AND o.conversation_id = ANY(theirs)
     );
 END
 $$;

@@ -603,6 +603,8 @@ async def test_counts_of_a_day_do_not_grow_with_what_is_older(db: "asyncpg.Conne
     await db.close()
 
 
+ARRAYS_IN_ORDER = 17
+"""Major version of PostgreSQL that reads an array of keys in one scan of an index."""
 TAKES_PART = """
 WITH made AS (
     INSERT INTO conversation (type, title, created_by, version, participant_count, settings_version)
@@ -642,6 +644,43 @@ async def test_who_is_together_costs_what_the_smaller_side_has(db: "asyncpg.Conn
                 "INSERT INTO conversation_participant (conversation_id, user_id) VALUES ($1, $2)", direct, user_id
             )
         assert await read(one, other, are=True) < 10
+
+
+LOOKED_UP = """
+SELECT sum(pg_stat_get_xact_numscans(i)) FROM unnest(ARRAY[
+    'participant_user_idx'::regclass, 'conversation_participant_key'::regclass, 'conversation_pkey'::regclass
+]::oid[]) i
+"""
+TAKE_PART = "INSERT INTO conversation_participant (conversation_id, user_id) SELECT unnest($1::uuid[]), $2"
+
+
+async def test_two_who_have_thousands_are_compared_at_once(db: "asyncpg.Connection[asyncpg.Record]") -> None:
+    """Of neither's conversations each is looked up; and whoever shares the last one alone is found."""
+    one, other = [
+        await db.fetchval("""INSERT INTO "user" (name, email) VALUES ($1, $1) RETURNING id""", name)
+        for name in ("q", "r")
+    ]
+    for user_id in (one, other):
+        await db.execute(TAKES_PART, user_id, 1_000)
+    await db.execute("ANALYZE")
+    async with db.transaction():
+        before = await db.fetchval(LOOKED_UP)
+        assert not await db.fetchval("SELECT are_together($1, $2)", one, other)
+        looked_up = await db.fetchval(LOOKED_UP) - before
+        if db.get_server_version().major >= ARRAYS_IN_ORDER:
+            assert looked_up < 300
+    theirs = [
+        row[0]
+        for row in await db.fetch(
+            "SELECT conversation_id FROM conversation_participant WHERE user_id = $1 ORDER BY 1", one
+        )
+    ]
+    for shared in (theirs[-1:], theirs[:1]):
+        await db.execute(TAKE_PART, shared, other)
+        for pair in ((one, other), (other, one)):
+            assert await db.fetchval("SELECT are_together($1, $2)", *pair)
+        await db.execute("UPDATE conversation SET is_deleted = true WHERE id = ANY($1)", shared)
+        assert not await db.fetchval("SELECT are_together($1, $2)", one, other)
 
 
 async def test_a_search_goes_by_its_index(db: "asyncpg.Connection[asyncpg.Record]") -> None:
