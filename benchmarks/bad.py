@@ -14,7 +14,7 @@ WORDS = "engine loom weave brass steel punch cards gear wheel crank"
 
 
 def _id(kind: int, number: int) -> UUID:
-    # No two conversations have one hash (docs/decisions/0050-ids-that-collide.md): there are less than 2**23 of each kind.
+    # No two conversations have one hash (docs/decisions/0050-ids-that-collide.md): up to 2**23 of each kind.
     return UUID(int=kind << 84 | number)
 
 
