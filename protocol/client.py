@@ -720,7 +720,11 @@ class _OfWatched(Frame):
 
 
 class Watch(_OfWatched, tag="watch"):
-    """Be told when the presence of these users changes; the reply has it as it is now."""
+    """Be told when the presence of these users changes; the reply has it as it is now.
+
+    A user in the reply stays watched until `unwatch`: `presence_changed` also tells when they may not be seen any more,
+    as `offline`, and when they may be seen again.
+    """
 
 
 class Unwatch(_OfWatched, tag="unwatch"):

@@ -9,6 +9,8 @@ import pytest
 from protocol import client, server
 from protocol.client import Frame
 from protocol.ids import ConversationId, UserId, uuid7
+from protocol.values import Presence
+from prove.client import Client
 from server import doubts
 from server.config import Settings
 from server.database import Db
@@ -16,6 +18,7 @@ from server.doubts import PAIRS, REST, SHARE, Doubts, Pair, Whole
 from server.people import Sight
 from server.queries import users
 from server.queries.users import Watchable
+from server.watchers import Watchers
 from tests.twins import CHEAP, WORDS
 from tests.world import World, http_client, sent, until
 
@@ -270,3 +273,121 @@ async def test_what_a_socket_is_told_follows_the_rules_after_every_act(world: Wo
     for what, act, expected in steps:
         await act()
         assert await agrees(what) == expected, what
+
+
+# ------------------------------------------------------------------------------------------------------- what fails
+
+
+async def test_failures_with_some_pairs_hold_back_nothing_else_and_end(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(doubts, "RETRY_SECONDS", 0.01)
+    sizes: list[int] = []
+    defects: list[Pair] = []
+    watchable, decide = users.watchable, Watchers._decide  # noqa: SLF001
+
+    async def late(db: Db, pairs: Sequence[tuple[UserId, UserId]]) -> dict[tuple[UserId, UserId], Watchable]:
+        sizes.append(len(pairs))
+        if len(pairs) > 3:
+            raise TimeoutError
+        return await watchable(db, pairs)
+
+    def fails(self: Watchers, pair: Pair, sight: Sight, presence: Presence | None) -> None:
+        if pair.watcher == ada_.id and len(defects) < 3:
+            defects.append(pair)
+            raise RuntimeError("a defect")
+        decide(self, pair, sight, presence)
+
+    async with World(settings, workers=1) as world:
+        ada_, charles_ = await world.users("Ada", "Charles")
+        charles = await world.connect(charles_)
+        watching = [await world.connect(one) for one in [ada_, *await world.users(*[f"W{n}" for n in range(6)])]]
+        for one in watching:
+            await one.call(client.Watch(user_ids=[charles_.id]))
+        await certain(world)
+        monkeypatch.setattr(users, "watchable", late)
+        monkeypatch.setattr(Watchers, "_decide", fails)
+        caplog.clear()
+        seen = len(watching[0].events)
+        await charles.call(client.UpdateProfile(is_private=True, display_name="Charles the Secret"))
+        for one in reversed(watching):
+            await one.event(server.PresenceChanged, lambda event: event.presence.status == "offline")
+        await certain(world)
+    assert sizes[:3] == [7, 3, 3], "half as many after a timeout"
+    assert len(defects) == 3
+    assert [record.getMessage().split(":")[0] for record in caplog.records if "may watch" in record.getMessage()] == [
+        "asking who may watch whom failed", "deciding who may watch whom failed"
+    ]  # fmt: skip
+    assert not [event for event in watching[0].events[seen:] if isinstance(event, server.UserUpdated)]
+
+
+async def test_news_that_was_missed_while_the_bus_was_away_is_asked_about(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    people = await world.users("Ada", "Charles")
+    ada, charles = [await world.connect(one, number) for number, one in enumerate(people)]
+    await ada.call(client.Watch(user_ids=[people[1].id]))
+    with monkeypatch.context() as away:
+        away.setattr(world.workers[1].app.hub.bus, "publish", lambda *_: None)
+        await charles.call(client.UpdateProfile(is_private=True))
+    seen = len(ada.events)
+    world.workers[0].app.hub.compare_soon()
+    await ada.event(server.PresenceChanged, lambda event: event.presence.status == "offline", start=seen)
+
+
+# ------------------------------------------------------------------------------------------------------ seen again
+
+
+async def test_whoever_is_seen_again_is_told_of_at_once_and_alike(world: World) -> None:
+    ada_ = await world.user("Ada")
+    ada = await world.connect(ada_)
+
+    def privacy(*, is_private: bool) -> Callable[[Client], Awaitable[object]]:
+        return lambda one: one.call(client.UpdateProfile(is_private=is_private))
+
+    def switch(*, is_on: bool) -> Callable[[Client], Awaitable[object]]:
+        return lambda one: one.call(client.SetSwitches(user_id=ada_.id, can_see_online_status=is_on))
+
+    def blocks(one: Client) -> Awaitable[object]:
+        return one.call(client.Block(user_id=ada_.id))
+
+    def unblocks(one: Client) -> Awaitable[object]:
+        return one.call(client.Unblock(user_id=ada_.id))
+
+    cases = {
+        "blocks in a group": (True, blocks, unblocks),
+        "switches off in a group": (True, switch(is_on=False), switch(is_on=True)),
+        "blocks a stranger": (False, blocks, unblocks),
+        "is private to a stranger": (False, privacy(is_private=True), privacy(is_private=False)),
+    }
+    told: dict[str, list[tuple[str, str | None]]] = {}
+    for number, (name, (is_together, act, undo)) in enumerate(cases.items()):
+        who = await world.user(f"X{number}")
+        if is_together:
+            await world.befriend(ada_, who)
+            await world.group(ada, who)
+            await ada.call(client.Unfriend(user_id=who.id))
+        await ada.call(client.Watch(user_ids=[who.id]))
+        one = await world.connect(who, 1)
+        await one.call(client.SetPresence(status="busy", custom_status="Here"))
+        await ada.event(
+            server.PresenceChanged,
+            lambda event: (event.presence.user_id, event.presence.status) == (who.id, "busy"),  # noqa: B023
+        )
+        await one.call(client.Mute(user_id=ada_.id))
+        await ada.synced()
+        seen = len(ada.events)
+        await act(one)
+        await ada.event(server.PresenceChanged, lambda event: event.presence.status == "offline", start=seen)
+        await undo(one)
+        await ada.event(server.PresenceChanged, lambda event: event.presence.status == "busy", start=seen)
+        await ada.synced()
+        # An arrival may be announced once more.
+        told[name] = list(
+            dict.fromkeys(
+                (event.presence.status, event.presence.custom_status)
+                for event in ada.events[seen:]
+                if isinstance(event, server.PresenceChanged)
+            )
+        )
+    assert all(events == [("offline", None), ("busy", "Here")] for events in told.values()), told

@@ -254,3 +254,17 @@ async def test_ready_tells_the_rates(settings: Settings) -> None:
     assert limits == settings.limits
     assert limits.writes == RateLimit(per_second=50.0, burst=150)
     assert {route.rate for route in ROUTES.values()} == {Rate.WRITE, Rate.READ, Rate.EPHEMERAL, Rate.SEARCH}
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.25, 0.5, 0.9, 1.0, 5.0])
+def test_a_charge_never_gives_tokens_back(rate: float) -> None:
+    """Rates below one a second have a bucket of less than two tokens, and so little ahead."""
+    bucket = Allowance[str](rate, clock=lambda: 0)
+    while bucket.take("Ada") == 0:
+        pass
+    waits = [bucket.take("Ada")]
+    for _ in range(20):
+        bucket.charge("Ada", 1)
+        waits.append(bucket.take("Ada"))
+    assert waits == sorted(waits)
+    assert waits[1] > waits[0]

@@ -7,6 +7,7 @@ import resource
 import socket
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -22,6 +23,7 @@ from server.config import Settings
 from server.limits import Pace
 from server.proxies import Proxies
 from server.sockets import UNREAD_BYTES_OF_ADDRESS, Sockets
+from server.websocket import WebSocket
 from tests.cluster import Cluster
 from tests.world import World, http_client, until
 
@@ -464,3 +466,21 @@ def cpu_ticks(process: int) -> int:
     """Return the hundredths of a second that a process has run."""
     fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
     return int(fields[11]) + int(fields[12])
+
+
+async def test_refused_upgrade_leaves_no_deadline(alone: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The deadline of a handshake keeps the transport for half a minute."""
+    made: list[WebSocket] = []
+    begin = WebSocket.__init__
+
+    def noted(self: WebSocket, *args: Any, **fields: Any) -> None:
+        begin(self, *args, **fields)
+        made.append(self)
+
+    monkeypatch.setattr(WebSocket, "__init__", noted)
+    reader, writer = await dial(alone)
+    writer.write(b"GET /v1/ws HTTP/1.1\r\nHost: here\r\n" + b"a: b\r\n" * 200 + HANDSHAKE)
+    assert (await heard(reader)).startswith(b"HTTP/1.1 4")
+    writer.close()
+    await until(lambda: len(alone.workers[0].app.sockets) == 0)
+    assert [one._deadline for one in made] == [None]  # noqa: SLF001
