@@ -58,7 +58,9 @@ CREATE TABLE "user" (
     allow_adding boolean NOT NULL DEFAULT true,
     -- It moves when somebody blocks or unblocks them, or sets a switch about them, so that what they watch is checked
     -- again. Nobody is told of it: their own clock would tell of the block.
-    hidden_version bigint NOT NULL DEFAULT 0
+    hidden_version bigint NOT NULL DEFAULT 0,
+    -- The highest number of the own clock that a deleted row of theirs had: whoever was told less may have that row.
+    forgotten_version bigint NOT NULL DEFAULT 0
 );
 CREATE INDEX user_search_idx ON "user" USING gin (to_tsvector('simple', name || ' ' || coalesce(display_name, '')));
 CREATE INDEX user_custom_status_until_idx ON "user" (custom_status_until) WHERE custom_status_until IS NOT NULL;
@@ -148,6 +150,9 @@ CREATE TABLE conversation (
     -- Until when the invite code opens, and how often yet; no limit if null.
     invite_expires_at timestamptz,
     invite_uses_left integer CONSTRAINT conversation_invite_uses_left_range CHECK (invite_uses_left >= 0),
+    -- The last entry of its audit log that was deleted for its age: the next one goes on from there.
+    audit_number bigint NOT NULL DEFAULT 0,
+    audit_hash bytea NOT NULL DEFAULT '',
     CONSTRAINT conversation_direct_pair_key UNIQUE (direct_low, direct_high),
     CONSTRAINT conversation_direct_has_pair
         CHECK ((type = 'direct') = (direct_low IS NOT NULL) AND direct_low < direct_high IS NOT false),
@@ -393,6 +398,7 @@ CREATE TABLE message_star (
 );
 CREATE INDEX message_star_user_idx ON message_star (user_id, starred_at) WHERE NOT is_removed;
 CREATE INDEX message_star_version_idx ON message_star (user_id, user_version);
+CREATE INDEX message_star_removed_idx ON message_star (user_id, user_version) WHERE is_removed;
 
 -- What somebody has begun to write: one in each conversation, on all of their devices; empty, there is none.
 CREATE TABLE draft (
@@ -429,6 +435,8 @@ CREATE TABLE scheduled_message (
 CREATE INDEX scheduled_message_due_idx ON scheduled_message (send_at) WHERE status = 'waiting';
 CREATE INDEX scheduled_message_version_idx ON scheduled_message (sender_id, user_version) WHERE user_version > 0;
 CREATE INDEX scheduled_message_sender_idx ON scheduled_message (sender_id, send_at);
+-- What is over, and deleted after a while.
+CREATE INDEX scheduled_message_over_idx ON scheduled_message (send_at) WHERE status <> 'waiting';
 
 -- Where notifications are pushed to: a browser's, which ends with the session that it was registered in.
 CREATE TABLE push_endpoint (
@@ -532,6 +540,10 @@ CREATE INDEX user_relationship_to_idx ON user_relationship (to_user_id, type, fr
 -- Friend requests without an answer, for the feed.
 CREATE INDEX user_relationship_pending_idx ON user_relationship (to_user_id, updated_at, id)
     WHERE type = 'friend' AND status = 'pending';
+-- What has ended and says nothing any more, and is deleted after a while.
+CREATE INDEX user_relationship_over_idx ON user_relationship (updated_at)
+    WHERE status = 'inactive' AND can_see_online_status AND can_send_messages AND can_see_profile
+        AND notifications_enabled;
 
 -- How often somebody has tried to reach somebody else since `began_at`, by kind. Rows older than a day are deleted.
 CREATE TABLE approach (
@@ -583,6 +595,8 @@ CREATE TABLE audit_entry (
     CONSTRAINT audit_entry_pkey PRIMARY KEY (chain, number)
 );
 CREATE INDEX audit_entry_actor_idx ON audit_entry (actor_id, chain, number);
+-- Those that are to be deleted; the server's own log stays.
+CREATE INDEX audit_entry_created_idx ON audit_entry (created_at) WHERE chain <> '00000000-0000-0000-0000-000000000000';
 
 -- ------------------------------------------------------------------------------------- about this database
 

@@ -87,6 +87,8 @@ MAX_CONVERSATIONS_A_DAY = 500
 """Max conversations that a user makes within 24 hours."""
 MAX_STARS = 10_000
 """Max stars, per user."""
+MAX_REMOVED_STARS = 1_000
+"""Max tombstones of stars that were taken back, per user."""
 MAX_RELATIONSHIPS = 5_000
 """Max relationships of each kind from a user to others that have not ended."""
 MAX_REQUESTS_SENT = 500

@@ -213,6 +213,17 @@ class ThreadFollowChanged(_OwnEvent, tag="thread_follow_changed", frozen=True, k
     follow: ThreadFollow
 
 
+OwnStartOverReason = Literal["forgotten", "ahead_of_server", "other_epoch"]
+
+
+class OwnStartOver(_OwnEvent, tag="own_start_over", frozen=True, kw_only=True):
+    """The server cannot name all own rows that the client has to drop. Drop relationships, invitations, stars, drafts,
+    scheduled messages and followed threads, and read them again. Continue from `user_version`, even if it is lower.
+    """
+
+    reason: OwnStartOverReason
+
+
 OwnEvent = (
     MeChanged
     | RelationshipChanged
@@ -223,6 +234,7 @@ OwnEvent = (
     | DraftChanged
     | ScheduledChanged
     | ThreadFollowChanged
+    | OwnStartOver
 )
 """Said in no order but that of `user_version`; each is the present state of what it is about."""
 
@@ -365,9 +377,12 @@ class Pong(_Tagged, tag="pong", frozen=True, kw_only=True):
 
 
 class Resumed(_Tagged, tag="resumed", frozen=True, kw_only=True):
-    """Everything that was missed has been sent, and live events follow. `read_positions` are the user's own."""
+    """Everything that was missed has been sent, and live events follow. `read_positions` are the user's own, and
+    `user_version` is the user's own clock: name it in the next `resume`, unless an event has a later one.
+    """
 
     conversations: int
+    user_version: int = 0
     read_positions: dict[ConversationId, MessageId] = {}
 
 

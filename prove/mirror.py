@@ -75,7 +75,9 @@ class Mirror:
 
     def hear(self, frame: ServerFrame) -> None:
         """Apply a frame."""
-        if isinstance(frame, OwnEvent):
+        if isinstance(frame, server.OwnStartOver):
+            self._start_own_over(frame)
+        elif isinstance(frame, OwnEvent):
             self._hear_own(frame)
         elif isinstance(frame, DurableEvent):
             if (copy := self._copy(frame.conversation_id)) is not None:
@@ -124,6 +126,14 @@ class Mirror:
             case server.PreferencesChanged():
                 self.invitations.pop(event.conversation_id, None)
                 self.preferences[event.conversation_id] = event.preferences
+
+    def _start_own_over(self, event: server.OwnStartOver) -> None:
+        """Drop the user's own rows: from here on there is what is told anew, or read."""
+        self.user_version = event.user_version
+        for rows in (
+            self.invitations, self.relationships, self.stars, self.drafts, self.scheduled, self.follows,
+        ):  # fmt: skip
+            rows.clear()
 
     def forget(self, conversation_id: ConversationId) -> None:
         """Know nothing of a conversation any more."""

@@ -44,7 +44,7 @@ from server.presence import Presence
 from server.pressure import Pressure
 from server.previews import Previews
 from server.proxies import Proxies
-from server.queries import approaches, conversations, indexing, push, sending
+from server.queries import approaches, audit, conversations, indexing, push, relationships, scheduled, sending
 from server.queries.conversations import Membership
 from server.queries.sending import Outgoing, Stored
 from server.record import PostgresRecord
@@ -91,6 +91,7 @@ class App:
         self._database = database
         self._redis = redis
         self.metrics = metrics
+        self._audit_kept = timedelta(days=settings.audit_days)
         self._grace = timedelta(days=settings.erase_after_days)
         self._draining = asyncio.Event()
         self._working: set[asyncio.Task[None]] = set()
@@ -249,6 +250,9 @@ class App:
         return (
             (CLEAR_SECONDS, self.clear_expired),
             (EXPIRE_SECONDS, self.presence.expire_statuses),
+            (CLEAR_SECONDS, self.forget_scheduled),
+            (CLEAR_SECONDS, self.forget_relationships),
+            (CLEAR_SECONDS, self.forget_audit),
             (CLEAR_SECONDS, self.erase_due),
             (DUE_SECONDS, self.send_due),
             (DUE_SECONDS, self.expire_due),
@@ -298,6 +302,21 @@ class App:
         is_more_due = await self.sessions.clear()
         async with self._database.connection() as db:
             return await approaches.expire(db) or is_more_due
+
+    async def forget_scheduled(self) -> bool:
+        """Delete some of the scheduled messages that were over long ago; return whether there may be more."""
+        async with self._database.connection() as db:
+            return await scheduled.forget(db)
+
+    async def forget_relationships(self) -> bool:
+        """Delete some of the relationships that ended long ago; return whether there may be more."""
+        async with self._database.connection() as db:
+            return await relationships.forget(db)
+
+    async def forget_audit(self) -> bool:
+        """Delete some of the old entries of the audit logs of conversations; return whether there may be more."""
+        async with self._database.connection() as db:
+            return await audit.forget(db, self._audit_kept)
 
     async def _send(self, batch: list[Outgoing]) -> list[Stored | None]:
         async with self._database.connection() as db:

@@ -81,6 +81,8 @@ class Settings(msgspec.Struct, kw_only=True, frozen=True):
     """Failed logins in five minutes for one account before it has to wait."""
     login_attempts_per_address: Annotated[int, Meta(ge=1, le=1_000_000)] = 100
     """Logins and registrations in five minutes from one address before it has to wait."""
+    audit_days: Annotated[int, Meta(ge=1, le=36_500)] = 365
+    """How many days entries of the audit logs of conversations are kept. The server's own log is kept."""
     erase_after_days: Annotated[float, Meta(ge=0, le=3650)] = 30.0
     """How long a deleted account waits, and may come back, before the person is erased."""
     search_language: str = "simple"

@@ -58,6 +58,8 @@ async def erase(database: Atomic, user_id: UserId, *, grace: timedelta | None = 
     """
     if not await database.atomically("erasure", partial(_shut_out, user_id, grace)):
         return []
+    while await database.atomically("erasure", partial(_unrelate, user_id)):
+        pass
     changes: list[Change] = []
     while there := await database.atomically("erasure", partial(_forget, user_id)):
         for conversation_id in there:
@@ -68,6 +70,14 @@ async def erase(database: Atomic, user_id: UserId, *, grace: timedelta | None = 
 async def _shut_out(user_id: UserId, grace: timedelta | None, db: Db) -> bool:
     await users.lock(db, [user_id])
     return await erasure.shut_out(db, user_id, grace)
+
+
+async def _unrelate(user_id: UserId, db: Db) -> bool:
+    """End what is between a user and some others; return whether there may be more."""
+    if others := await erasure.related(db, user_id):
+        await users.lock(db, [user_id, *others])
+        await erasure.unrelate(db, user_id, others)
+    return bool(others)
 
 
 async def _leave(user_id: UserId, conversation_id: ConversationId, db: Db) -> list[Change]:

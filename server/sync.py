@@ -16,6 +16,7 @@ from protocol.server import (
     ConversationJoined,
     ConversationLeft,
     Conversations,
+    OwnStartOver,
     Resumed,
     ServerFrame,
     StartOver,
@@ -70,11 +71,15 @@ async def resume(context: Context, frame: Resume) -> Resumed:
             await _start_over(context, some, "other_epoch", done=done)
             await connection.drained()
     await _join(context, there.keys() - frame.versions.keys() - set(connection.attached))
-    if frame.user_version is not None and is_same_epoch:
-        connection.user_version = min(connection.user_version, frame.user_version)
-        await _say_own(context)
+    if frame.user_version is not None:
+        if is_same_epoch:
+            connection.user_version = frame.user_version
+            await _say_own(context)
+        else:
+            connection.say(OwnStartOver(user_version=connection.user_version, reason="other_epoch"))
     return Resumed(
         conversations=len(there),
+        user_version=connection.user_version,
         read_positions={one: here.last_read for one, here in there.items() if here.last_read is not None},
     )
 
@@ -101,13 +106,19 @@ async def join(context: Context, view: ConversationView) -> None:
 async def _say_own(context: Context) -> None:
     """Say what changed for the user alone since the connection was last told."""
     connection = context.connection
-    is_whole, done = False, 0
+    is_whole, has_started_over, done = False, False, 0
     while not is_whole:
         async with _reading(context, done) as db:
-            version, news, is_whole = await users.news(db, context.user_id, connection.user_version, limit=OWN_PAGE)
+            version, news, is_whole, lost = await users.news(
+                db, context.user_id, connection.user_version, limit=OWN_PAGE
+            )
+        if lost is not None and not has_started_over:
+            has_started_over = True
+            since = 0 if lost == "ahead_of_server" else connection.user_version
+            connection.say(OwnStartOver(user_version=since, reason=lost))
         for event in news:
             connection.say(event)
-        connection.user_version = max(version, connection.user_version)
+        connection.user_version = version
         done += OWN_PAGE
         if not is_whole:
             await connection.drained()

@@ -312,6 +312,7 @@ def hot(place: Place, ids: dict[str, Any]) -> dict[str, tuple[str, tuple[Any, ..
         "reported in a day": (bounds.REPORTS, (user,)),
         "threads kept": (bounds.THREADS, (user,)),
         "threads forgotten": (bounds.FORGET_THREADS, (user, 100)),
+        "stars forgotten": (bounds.FORGET_STARS, (user, 1_000, 100)),
         "end": (conversations.DELETE, (about,)),
         "why": (whereabouts.OF, (ids["middle"], user, about)),
     }

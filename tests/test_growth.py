@@ -29,7 +29,7 @@ from tests.world import World, until
 ROOT = Path(__file__).parents[1]
 SERVER = Path(server.__file__).parent
 BOUNDS = frozenset(
-    {"number", "rate", "row", "operator", "fixed", "sockets", "flight", "turn", "swept", "users", "unused"}
+    {"number", "rate", "age", "row", "operator", "fixed", "sockets", "flight", "turn", "swept", "users", "unused"}
 )
 NOT_FOR_CLIENTS = ("transfer", "describe", "embedded", "supervisor.py", "cli.py", "upkeep.py", "administration.py")
 """What runs once, or for an operator alone."""

@@ -18,8 +18,8 @@ from tests.test_frames import Wire
 from tests.world import Somebody, World, http_client
 
 PATIENCE = 10.0
-TASKS = 25
-"""More than a worker and a test have that do nothing (about 15), less than what forty examples would leave behind."""
+TASKS = 32
+"""More than a worker and a test have that do nothing (about 25), less than what forty examples would leave behind."""
 
 
 def frame(payload: bytes, opcode: int = Opcode.TEXT, *, fin: bool = True, mask: bool = True) -> bytes:

@@ -138,6 +138,53 @@ async def test_the_log_shows_that_it_was_tampered_with(scene: Scene, tampering: 
     assert await audit.broken(scene.world.db, scene.about) in {2, 3}
 
 
+AGE = """
+UPDATE audit_entry e SET created_at = e.created_at - interval '2 years', previous_hash = $3
+WHERE chain = $1 AND number = $2
+"""
+SEAL = "UPDATE audit_entry e SET hash = audit_hash(e) WHERE chain = $1 AND number = $2 RETURNING hash"
+
+
+async def test_old_entries_of_a_conversations_log_are_deleted_and_the_chain_goes_on(scene: Scene) -> None:
+    db, app = scene.world.db, scene.world.workers[0].app
+
+    async def rename(title: str) -> None:
+        await scene.moderator.call(client.UpdateConversation(conversation_id=scene.about, title=title))
+
+    async def age(count: int) -> None:
+        """Write the first `count` entries as if they were two years old, and seal all of them anew."""
+        await db.execute("SET session_replication_role = replica")
+        before = await db.fetchval("SELECT audit_hash FROM conversation WHERE id = $1", scene.about)
+        rows = await db.fetch("SELECT number FROM audit_entry WHERE chain = $1 ORDER BY number", scene.about)
+        for place, (number,) in enumerate(rows):
+            await db.execute(AGE.replace("2 years", "2 years" if place < count else "0"), scene.about, number, before)
+            before = await db.fetchval(SEAL, scene.about, number)
+        await db.execute("SET session_replication_role = origin")
+        assert await audit.broken(db, scene.about) is None
+
+    async def left() -> list[int]:
+        await app.forget_audit()
+        assert await audit.broken(db, scene.about) is None
+        page = await scene.moderator.call(client.ListAudit(conversation_id=scene.about), server.AuditPage)
+        return [entry.number for entry in page.entries]
+
+    for number in range(3):
+        await rename(f"Title {number}")
+    assert await left() == [1, 2, 3]
+    await age(2)
+    assert await left() == [3]
+    await rename("Title 4")
+    await age(2)
+    assert await left() == []
+    assert await audit.count(db, scene.about) == 4
+    await rename("Title 5")
+    await rename("Title 6")
+    assert await left() == [5, 6]
+    async with db.transaction():
+        await db.execute("DELETE FROM audit_entry WHERE chain = $1 AND number = 5", scene.about)
+        assert await audit.broken(db, scene.about) == 6
+
+
 async def test_the_servers_log_and_all_reports_are_for_its_administrators(scene: Scene) -> None:
     said = await sent(scene.rude, scene.about)
     await scene.bystander.call(client.ReportMessage(conversation_id=scene.about, message_id=said, reason="Rude"))

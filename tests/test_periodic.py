@@ -16,7 +16,7 @@ from protocol.values import ConversationSettings
 from server import app, periodic
 from server.config import Settings
 from server.periodic import end, every
-from server.queries import approaches, erasure, expiry, scheduled, sessions, users
+from server.queries import approaches, audit, erasure, expiry, relationships, scheduled, sessions, users
 from tests.world import World, message
 
 SERVER = Path(__file__).parent.parent / "server"
@@ -168,6 +168,35 @@ class Backlog:
         await self._fail_at("message", "conversation_id", [str(stuck)])
         return "SELECT count(*) FROM message WHERE expires_at IS NOT NULL"
 
+    async def forget_scheduled(self) -> str:
+        about = await self._messages("over", 1, ConversationSettings())
+        await self.db.execute(
+            """INSERT INTO scheduled_message (id, sender_id, conversation_id, words, send_at, status, user_version)
+            SELECT gen_random_uuid(), who, $3, '{"content": "Over"}', now() - $4 * interval '2 days', status, 1
+            FROM unnest(ARRAY[$1, $2]::uuid[]) who, unnest('{sent,failed,cancelled}'::text[]) status""",
+            self.ada, self.charles, about, scheduled.KEPT.days,
+        )  # fmt: skip
+        return "SELECT count(*) FROM scheduled_message WHERE send_at < now() - interval '400 days'"
+
+    async def forget_audit(self) -> str:
+        for number in range(DUE):
+            about = await self._messages(f"noted {number}", 0, ConversationSettings())
+            await self.owner.call(client.UpdateConversation(conversation_id=about, title=f"Title {number}"))
+        await self.db.execute("UPDATE audit_entry SET created_at = now() - interval '2 years'")
+        return "SELECT count(*) FROM audit_entry"
+
+    async def forget_relationships(self) -> str:
+        await self.db.execute(
+            """WITH made AS (
+                INSERT INTO "user" (name, email) SELECT 'r' || n, 'r' || n || '@example.org'
+                FROM generate_series(1, $3) n RETURNING id
+            )
+            INSERT INTO user_relationship (from_user_id, to_user_id, type, status, updated_at)
+            SELECT $1, id, 'mute', 'inactive', now() - $2 * interval '2 days' FROM made""",
+            self.ada, relationships.KEPT.days, DUE,
+        )  # fmt: skip
+        return "SELECT count(*) FROM user_relationship WHERE status = 'inactive'"
+
     async def _messages(self, title: str, count: int, settings: ConversationSettings) -> ConversationId:
         """Make a conversation in which Charles, a member, has said so many things."""
         about = await self.world.channel(self.owner, title=title, is_public=True, settings=settings)
@@ -193,7 +222,7 @@ async def test_each_job_does_all_that_is_due_past_what_fails_again_and_again(
 ) -> None:
     for name in ("CLEAR_SECONDS", "EXPIRE_SECONDS", "DUE_SECONDS"):
         monkeypatch.setattr(app, name, 36_000.0)
-    for module in (approaches, erasure, expiry, scheduled, sessions, users):
+    for module in (approaches, audit, erasure, expiry, relationships, scheduled, sessions, users):
         monkeypatch.setattr(module, "AT_ONCE", AT_ONCE)
     async with World(settings, workers=1) as world:
         backlog = Backlog(world)

@@ -116,7 +116,9 @@ WHY = {
     },
     "in the background, a page at a time": {
         "erasure.TAKES_PART": "conversation_participant(user_id)",
+        "audit.FORGET": "audit_entry(chain)",
         "erasure.LEAVE_DELETED": "conversation_participant(user_id)",
+        "erasure.UNRELATE": "user_relationship(from_user_id, to_user_id)",
         "erasure.IS_ERASED": (
             "account(user_id); approach(); conversation_participant(user_id); draft(user_id); "
             "message_star(user_id); push_endpoint(user_id); scheduled_message(sender_id); session(user_id); "
@@ -148,6 +150,8 @@ rows of them are found by. Of those that are cut, all rows are read, and as many
 """
 BOUNDED = {name: reads for statements in WHY.values() for name, reads in statements.items()}
 LIMITS = {
+    "audit.RECORD": 2,
+    "bounds.FORGET_STARS": 1,
     "changes.SINCE": 6,
     "changes.READING": 2,
     "conversations.GET": 3,

@@ -2,21 +2,27 @@
 
 from datetime import timedelta
 
-from protocol import client
+from msgspec import convert
+
+from protocol import client, json_object
 from protocol.codec import now
 from protocol.errors import ErrorCode, Refused
 from protocol.limits import MAX_SCHEDULED
 from protocol.server import Done, DraftList, OneScheduled, ScheduledList
-from protocol.values import Scheduled
+from protocol.values import Scheduled, Words
 from server.context import Context
 from server.cursor import Cursor
+from server.database import Db
 from server.errors import NotActive, NotFound
 from server.permissions import require_may_send
-from server.queries import conversations, drafts, scheduled, users
+from server.queries import conversations, drafts, scheduled, sending, users
+from server.queries.sending import Outgoing
 from server.saying import outgoing
 
 LATEST = timedelta(days=366)
 """How far ahead a message may be scheduled."""
+OLDEST = timedelta(days=30)
+"""Max age of `send_at` of a new message. `queries/scheduled.py` says what relies on it."""
 
 
 async def set_draft(context: Context, frame: client.SetDraft) -> Done:
@@ -42,7 +48,7 @@ async def schedule(context: Context, frame: client.Schedule) -> OneScheduled:
     if frame.send_at > now() + LATEST:
         raise Refused(ErrorCode.INVALID, "`send_at` must be at most 366 days ahead.", path="send_at")
     # What is too large is refused now, not when nobody looks.
-    await outgoing(context, _as_send(frame))
+    out = await outgoing(context, _as_send(frame))
     async with context.database.transaction() as db:
         # Access is read under the conversation's lock, like that of every frame that says something.
         if await conversations.lock(db, frame.conversation_id) is None:
@@ -53,11 +59,14 @@ async def schedule(context: Context, frame: client.Schedule) -> OneScheduled:
         if not await users.lock(db, [context.user_id]):
             raise NotActive
         there = await scheduled.get(db, frame.message_id, context.user_id, frame.conversation_id)
+        if (sent := await _sent_before(db, frame, out, there)) is not None:
+            return OneScheduled(scheduled=sent)
         if there is None:
             # Slow mode counts when the time has come, and so does everything else once more.
             require_may_send(access._replace(wait_ms=0))
-        if there is None and await scheduled.count(db, context.user_id) >= MAX_SCHEDULED:
-            raise Refused(ErrorCode.CONFLICT, f"At most {MAX_SCHEDULED} scheduled messages can wait. Cancel one first.")
+            if await scheduled.count(db, context.user_id) >= MAX_SCHEDULED:
+                sentence = f"At most {MAX_SCHEDULED} scheduled messages can wait. Cancel one first."
+                raise Refused(ErrorCode.CONFLICT, sentence)
         made = await scheduled.put(db, frame, context.user_id)
         if made is None:
             if there is not None and there.status == "sent":
@@ -103,6 +112,31 @@ def _too_late(there: Scheduled | None) -> Refused:
     else:
         sentence = "The message was cancelled. Schedule a new one."
     return Refused(ErrorCode.CONFLICT, sentence, path="message_id")
+
+
+async def _sent_before(db: Db, frame: client.Schedule, out: Outgoing, there: Scheduled | None) -> Scheduled | None:
+    """Return what was scheduled, if it was sent so long ago that only the message is left; None if there is a row, or
+    nothing has the id. Raises Refused if another message has it, or if a new `send_at` is so old that the row of a
+    cancelled message may be deleted.
+    """
+    if there is None:
+        first = await sending.existing(db, out)
+        if first.is_same and first.created_at is not None:
+            return Scheduled(
+                message_id=frame.message_id,
+                conversation_id=frame.conversation_id,
+                words=convert(frame, Words, from_attributes=True, dec_hook=json_object.accept),
+                send_at=frame.send_at,
+                status="sent",
+                created_at=first.created_at,
+            )
+        if first.version is not None:
+            raise _too_late(None)
+    is_new = there is None or (there.status == "waiting" and there.send_at != frame.send_at)
+    if is_new and frame.send_at < now() - OLDEST:
+        sentence = f"`send_at` must be at most {OLDEST.days} days ago. Send the message now, with `send`."
+        raise Refused(ErrorCode.INVALID, sentence, path="send_at")
+    return None
 
 
 def _as_send(frame: client.Schedule) -> client.Send:

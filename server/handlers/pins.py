@@ -54,8 +54,9 @@ async def star(context: Context, frame: client.Star) -> Done:
 
 async def unstar(context: Context, frame: client.Unstar) -> Done:
     """Take it back, even from where the caller is no longer let in."""
-    async with context.database.connection() as db:
+    async with context.database.transaction() as db:
         await pins.unstar(db, frame, context.user_id)
+        await bounds.forget_stars(db, context.user_id)
     context.events.poke([context.user_id])
     return Done()
 

@@ -1,5 +1,6 @@
 """The audit log: a chain of entries for each conversation, and one for the server, each sealed by a hash."""
 
+from datetime import timedelta
 from typing import NamedTuple
 from uuid import UUID
 
@@ -13,6 +14,9 @@ from server.rows import Page, Reader
 
 SERVER = ConversationId(UUID(int=0))
 """The chain of what is done on the server, outside any conversation."""
+
+AT_ONCE = 500
+"""Entries that one statement deletes, about."""
 
 _entry_decoder = Reader(AuditEntry)
 
@@ -33,7 +37,10 @@ LOCK = "SELECT FROM conversation WHERE id = $1 FOR NO KEY UPDATE"
 LOCK_SERVER = "SELECT FROM database_epoch FOR NO KEY UPDATE"
 RECORD = """
 WITH before AS (
-    SELECT number, hash FROM audit_entry WHERE chain = $1 ORDER BY number DESC LIMIT 1
+    SELECT number, hash FROM (
+        (SELECT number, hash FROM audit_entry WHERE chain = $1 ORDER BY number DESC LIMIT 1)
+        UNION ALL SELECT c.audit_number, c.audit_hash FROM conversation c WHERE c.id = $1
+    ) known ORDER BY number DESC LIMIT 1
 ), entry AS (
     SELECT $1::uuid AS chain, coalesce((SELECT number FROM before), 0) + 1 AS number, $2::uuid AS actor_id,
         $3::text AS action, $4::uuid AS user_id, $5::uuid AS message_id, $6::jsonb AS details,
@@ -69,7 +76,11 @@ async def page(db: Db, chain: ConversationId, after: int, *, limit: int) -> Page
     return _entry_decoder.page(await db.fetch(PAGE, chain, after, limit + 1), limit)
 
 
-COUNT = "SELECT coalesce(max(number), 0) FROM audit_entry WHERE chain = $1"
+COUNT = """
+SELECT greatest(
+    (SELECT max(number) FROM audit_entry WHERE chain = $1), (SELECT audit_number FROM conversation WHERE id = $1), 0
+)
+"""
 
 
 async def count(db: Db, chain: ConversationId) -> int:
@@ -77,12 +88,13 @@ async def count(db: Db, chain: ConversationId) -> int:
     return int(await db.fetchval(COUNT, chain))
 
 
-# Changed, exchanged, taken out of the middle: what follows does not fit any more.
+# Changed, exchanged, taken out of the middle: what follows does not fit any more. The first entry goes on from the last
+# one that was deleted for its age.
 BROKEN = """
 SELECT number FROM (
-    SELECT e.number, row_number() OVER w AS place, e.hash = audit_hash(e) AS is_itself,
-        e.previous_hash = coalesce(lag(e.hash) OVER w, '') AS is_next
-    FROM audit_entry e WHERE e.chain = $1 WINDOW w AS (ORDER BY e.number)
+    SELECT e.number, coalesce(c.audit_number, 0) + row_number() OVER w AS place, e.hash = audit_hash(e) AS is_itself,
+        e.previous_hash = coalesce(lag(e.hash) OVER w, c.audit_hash, '') AS is_next
+    FROM audit_entry e LEFT JOIN conversation c ON c.id = $1 WHERE e.chain = $1 WINDOW w AS (ORDER BY e.number)
 ) e WHERE NOT is_itself OR NOT is_next OR number <> place
 ORDER BY number LIMIT 1
 """
@@ -92,3 +104,29 @@ async def broken(db: Db, chain: ConversationId) -> int | None:
     """Return the number of the first entry that is not what it was, or not where it was; None if all are."""
     number = await db.fetchval(BROKEN, chain)
     return None if number is None else int(number)
+
+
+# A conversation that is held by another transaction has its turn later.
+FORGET = """
+WITH due AS MATERIALIZED (
+    SELECT e.chain, e.number FROM audit_entry e
+    WHERE e.chain <> '00000000-0000-0000-0000-000000000000' AND e.created_at < now() - $1::interval
+    ORDER BY e.created_at LIMIT $2
+), held AS MATERIALIZED (
+    SELECT c.id FROM conversation c WHERE c.id IN (SELECT chain FROM due) ORDER BY c.id FOR NO KEY UPDATE SKIP LOCKED
+), ends AS MATERIALIZED (
+    SELECT held.id, max(due.number) AS number FROM held JOIN due ON due.chain = held.id GROUP BY held.id
+), gone AS (
+    DELETE FROM audit_entry e USING ends WHERE e.chain = ends.id AND e.number <= ends.number
+    RETURNING e.chain, e.number, e.hash
+), moved AS (
+    UPDATE conversation c SET audit_number = g.number, audit_hash = g.hash
+    FROM gone g JOIN ends ON ends.id = g.chain AND ends.number = g.number WHERE c.id = g.chain
+)
+SELECT count(*) FROM gone
+"""
+
+
+async def forget(db: Db, kept: timedelta) -> bool:
+    """Delete entries of conversations that are older than `kept`, about `AT_ONCE`; return whether there may be more."""
+    return int(await db.fetchval(FORGET, kept, AT_ONCE)) >= AT_ONCE

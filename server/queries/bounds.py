@@ -11,6 +11,7 @@ from protocol.limits import (
     MAX_CONVERSATIONS_A_DAY,
     MAX_MEMBERSHIPS,
     MAX_RELATIONSHIPS,
+    MAX_REMOVED_STARS,
     MAX_REPORTS_A_DAY,
     MAX_REQUESTS_RECEIVED,
     MAX_REQUESTS_SENT,
@@ -67,6 +68,23 @@ async def require_stars(db: Db, user_id: UserId) -> None:
     """Raise Refused if a user has starred too many messages. Under the user's lock."""
     if int(await db.fetchval(STARS, user_id)) > MAX_STARS:
         raise Refused(ErrorCode.CONFLICT, f"You can star at most {MAX_STARS} messages. Unstar one first.")
+
+
+FORGET_STARS = """
+WITH gone AS (
+    DELETE FROM message_star s WHERE s.user_id = $1 AND s.message_id IN (
+        SELECT o.message_id FROM message_star o WHERE o.user_id = $1 AND o.is_removed
+        ORDER BY o.user_version DESC OFFSET $2 LIMIT $3
+    ) RETURNING s.user_version
+)
+UPDATE "user" u SET forgotten_version = greatest(u.forgotten_version, (SELECT max(user_version) FROM gone))
+WHERE u.id = $1 AND EXISTS (SELECT FROM gone)
+"""
+
+
+async def forget_stars(db: Db, user_id: UserId) -> None:
+    """Delete the oldest tombstones of stars beyond `MAX_REMOVED_STARS`. Under the user's lock."""
+    await db.execute(FORGET_STARS, user_id, MAX_REMOVED_STARS, FORGOTTEN_AT_ONCE)
 
 
 # Rows that ended do not count: they stay as tombstones, and would keep a user from blocking anybody else. A rejected
@@ -127,16 +145,20 @@ THREADS = """
 SELECT count(*) FROM thread_follow t WHERE t.user_id = $1 AND t.user_version > 0 AND NOT t.has_replied
 """
 FORGET_THREADS = """
-DELETE FROM thread_follow t WHERE t.user_id = $1 AND t.root_id IN (
-    SELECT o.root_id FROM thread_follow o
-    WHERE o.user_id = $1 AND o.user_version > 0 AND NOT o.is_following AND NOT o.has_replied
-        -- Whoever began a thread and does not follow it would follow it again with the next reply.
-        AND NOT EXISTS (
-            SELECT FROM message m
-            WHERE m.id = o.root_id AND (m.conversation_id = o.conversation_id) IS TRUE AND m.sender_id = $1
-        )
-    ORDER BY o.user_version LIMIT $2
+WITH gone AS (
+    DELETE FROM thread_follow t WHERE t.user_id = $1 AND t.root_id IN (
+        SELECT o.root_id FROM thread_follow o
+        WHERE o.user_id = $1 AND o.user_version > 0 AND NOT o.is_following AND NOT o.has_replied
+            -- Whoever began a thread and does not follow it would follow it again with the next reply.
+            AND NOT EXISTS (
+                SELECT FROM message m
+                WHERE m.id = o.root_id AND (m.conversation_id = o.conversation_id) IS TRUE AND m.sender_id = $1
+            )
+        ORDER BY o.user_version LIMIT $2
+    ) RETURNING t.user_version
 )
+UPDATE "user" u SET forgotten_version = greatest(u.forgotten_version, (SELECT max(user_version) FROM gone))
+WHERE u.id = $1 AND EXISTS (SELECT FROM gone)
 """
 FORGOTTEN_AT_ONCE = 100
 """Max rows that one frame deletes."""
@@ -148,6 +170,6 @@ async def require_threads(db: Db, user_id: UserId) -> None:
     """
     if int(await db.fetchval(THREADS, user_id)) <= MAX_THREAD_FOLLOWS:
         return
-    if await db.execute(FORGET_THREADS, user_id, FORGOTTEN_AT_ONCE) == "DELETE 0":
+    if await db.execute(FORGET_THREADS, user_id, FORGOTTEN_AT_ONCE) == "UPDATE 0":
         sentence = f"You can follow at most {MAX_THREAD_FOLLOWS} threads. Unfollow one first."
         raise Refused(ErrorCode.CONFLICT, sentence, path="message_id")

@@ -87,6 +87,35 @@ async def words(db: Db, user_id: UserId) -> list[str]:
     return list(await db.fetchval(WORDS, user_id) or ())
 
 
+RELATED = """
+(SELECT r.to_user_id FROM user_relationship r WHERE r.from_user_id = $1 LIMIT $2)
+UNION (SELECT r.from_user_id FROM user_relationship r WHERE r.to_user_id = $1 LIMIT $2)
+"""
+RELATED_AT_ONCE = 500
+# The devices of those who were told of a relationship drop it. Nobody is told of another's block or mute by its end.
+UNRELATE = """
+WITH gone AS (
+    DELETE FROM user_relationship r
+    WHERE (r.from_user_id = $1 AND r.to_user_id = ANY($2)) OR (r.to_user_id = $1 AND r.from_user_id = ANY($2))
+    RETURNING r.from_user_id, r.to_user_id, r.type
+)
+UPDATE "user" u SET version = u.version + 1, forgotten_version = u.version + 1
+WHERE u.id = ANY($2) AND EXISTS (
+    SELECT FROM gone g WHERE g.from_user_id = u.id OR (g.to_user_id = u.id AND g.type IN ('friend', 'follow'))
+)
+"""
+
+
+async def related(db: Db, user_id: UserId) -> list[UserId]:
+    """Return some of those whom a user has a relationship with, or who have one with the user."""
+    return [UserId(row[0]) for row in await db.fetch(RELATED, user_id, RELATED_AT_ONCE)]
+
+
+async def unrelate(db: Db, user_id: UserId, others: list[UserId]) -> None:
+    """Delete what is between a user and others. Under the locks of all of them."""
+    await db.execute(UNRELATE, user_id, others)
+
+
 # One after the other, under the user's lock. The row stays, for what they said refers to it.
 FORGET = (
     'DELETE FROM verification v USING "user" u WHERE u.id = $1 AND v.identifier = u.email',

@@ -1,5 +1,6 @@
 """Relationships: friends, blocks, follows, mutes. Each change moves the clocks of those it is told to."""
 
+from datetime import timedelta
 from typing import NamedTuple
 
 import msgspec
@@ -11,6 +12,11 @@ from server.database import Db
 from server.queries import users
 from server.queries.users import FACE
 from server.rows import Page, Reader
+
+AT_ONCE = 1_000
+"""Relationships that one statement deletes."""
+KEPT = timedelta(days=90)
+"""Min age of a relationship that has ended before its row is deleted."""
 
 _relationship_decoder = Reader(Relationship)
 _entry_decoder = Reader(RelationshipEntry)
@@ -166,3 +172,40 @@ async def page(db: Db, user_id: UserId, frame: ListRelationships, *, limit: int)
     """Return up to `limit` of a user's relationships, in the order of their ids."""
     rows = await db.fetch(PAGE, user_id, frame.kind, frame.is_outgoing, frame.status, frame.after, limit + 1)
     return _entry_decoder.page(rows, limit)
+
+
+# Rows that still say something stay: a rejected request, and switches. Nobody is told of another's block or mute. The
+# second IS TRUE keeps the planner from finding the rows by their age again.
+FORGET = """
+WITH due AS MATERIALIZED (
+    SELECT r.id, r.from_user_id, r.to_user_id FROM user_relationship r
+    WHERE r.status = 'inactive' AND r.updated_at < now() - $1::interval AND r.can_see_online_status
+        AND r.can_send_messages AND r.can_see_profile AND r.notifications_enabled
+    ORDER BY r.updated_at LIMIT $2
+), held AS MATERIALIZED (
+    SELECT u.id FROM "user" u WHERE u.id IN (SELECT from_user_id FROM due UNION SELECT to_user_id FROM due)
+    ORDER BY u.id FOR NO KEY UPDATE SKIP LOCKED
+), gone AS (
+    DELETE FROM user_relationship r USING due, held one, held other
+    WHERE r.id = due.id AND one.id = due.from_user_id AND other.id = due.to_user_id
+        AND (r.status = 'inactive' AND r.updated_at < now() - $1::interval AND r.can_see_online_status
+            AND r.can_send_messages AND r.can_see_profile AND r.notifications_enabled) IS TRUE
+    RETURNING r.from_user_id, r.from_version, r.type, r.to_user_id, r.to_version
+), moved AS (
+    UPDATE "user" u SET forgotten_version = greatest(u.forgotten_version, g.version)
+    FROM (
+        SELECT told.id, max(told.version) AS version FROM (
+            SELECT from_user_id AS id, from_version AS version FROM gone
+            UNION ALL SELECT to_user_id, to_version FROM gone WHERE type IN ('friend', 'follow')
+        ) told GROUP BY 1
+    ) g WHERE u.id = g.id
+)
+SELECT count(*) FROM gone
+"""
+
+
+async def forget(db: Db) -> bool:
+    """Delete relationships that ended long ago and whose switches are as at first, at most `AT_ONCE`; return whether
+    there may be more.
+    """
+    return int(await db.fetchval(FORGET, KEPT, AT_ONCE)) == AT_ONCE

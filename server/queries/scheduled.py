@@ -23,6 +23,10 @@ _user_decoder = Reader(User)
 CLAIMED = timedelta(seconds=15)
 """For how long a worker that has claimed a message may take before another one does."""
 AT_ONCE = 50
+KEPT = timedelta(days=366 + 2 * 30)
+"""Min age of `send_at` of a message that is over before its row is deleted. An earlier copy of its frame may name a
+time 366 days after the last one; and a frame that names a time 30 days ago is refused, so no late copy is sent again.
+"""
 
 GET = (
     "SELECT scheduled_json(s) FROM scheduled_message s WHERE s.id = $1 AND s.sender_id = $2 AND s.conversation_id = $3"
@@ -157,3 +161,29 @@ UPDATE scheduled_message s SET status = $3, problem = $4, user_version = t.versi
 async def finish(db: Db, due: Due, status: ScheduledStatus, problem: str | None = None) -> None:
     """Note what became of a message that was taken up."""
     await db.execute(FINISH, due.message_id, due.sender_id, status, problem)
+
+
+# A user who is held by another transaction has their turn later. Their devices that were told less start over.
+FORGET = """
+WITH due AS MATERIALIZED (
+    SELECT s.id, s.sender_id FROM scheduled_message s
+    WHERE s.status <> 'waiting' AND s.send_at < now() - $1::interval ORDER BY s.send_at LIMIT $2
+), held AS MATERIALIZED (
+    SELECT u.id FROM "user" u WHERE u.id IN (SELECT sender_id FROM due) ORDER BY u.id FOR NO KEY UPDATE SKIP LOCKED
+), gone AS (
+    DELETE FROM scheduled_message s USING due, held
+    WHERE s.id = due.id AND held.id = due.sender_id AND s.status <> 'waiting'
+    RETURNING s.sender_id, s.user_version
+), moved AS (
+    UPDATE "user" u SET forgotten_version = greatest(u.forgotten_version, g.version)
+    FROM (SELECT sender_id, max(user_version) AS version FROM gone GROUP BY 1) g WHERE u.id = g.sender_id
+)
+SELECT count(*) FROM gone
+"""
+
+
+async def forget(db: Db) -> bool:
+    """Delete messages that were sent, failed or were cancelled long ago, at most `AT_ONCE`; return whether there may be
+    more.
+    """
+    return int(await db.fetchval(FORGET, KEPT, AT_ONCE)) == AT_ONCE

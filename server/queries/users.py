@@ -9,7 +9,7 @@ from msgspec import UNSET
 
 from protocol.client import SetPresence
 from protocol.ids import UserId
-from protocol.server import OwnEvent
+from protocol.server import OwnEvent, OwnStartOverReason
 from protocol.values import Me, PresenceStatus, Profile, User
 from server.database import Db
 from server.rows import Reader
@@ -127,7 +127,7 @@ async def is_admin(db: Db, user_id: UserId) -> bool:
 # What is a user's alone, and changed after the number $2 of their own clock, as the events that tell it: the first $3,
 # each kind by an index of its own.
 NEWS = """
-SELECT u.version, news.version, news.event FROM "user" u LEFT JOIN LATERAL (
+SELECT u.version, u.forgotten_version, news.version, news.event FROM "user" u LEFT JOIN LATERAL (
     SELECT u.own_version AS version, json_build_object('type', 'me_changed', 'user_version', u.own_version,
         'me', me_json(u)) AS event
     WHERE u.own_version > $2
@@ -182,26 +182,34 @@ WHERE u.id = $1
 
 
 class OwnNews(NamedTuple):
-    """What changed for a user alone up to a number of their own clock, and whether that is all of it."""
+    """What changed for a user alone up to a number of their own clock, and whether that is all of it. `lost` says why
+    events cannot name all rows that are gone.
+    """
 
     version: int
     events: list[OwnEvent]
     is_whole: bool
+    lost: OwnStartOverReason | None = None
 
 
 async def news(db: Db, user_id: UserId, since: int, *, limit: int) -> OwnNews:
-    """Return about `limit` changes after a number of a user's own clock, cut where a number of it ends."""
+    """Return about `limit` changes after a number of a user's own clock, cut where a number of it ends; of a number
+    that the clock has not reached, none.
+    """
     rows = await db.fetch(NEWS, user_id, since, limit + 1)
-    found = [row for row in rows if row[1] is not None]
-    version = rows[0][0] if rows else since
+    found = [row for row in rows if row[2] is not None]
+    version, forgotten = rows[0][:2] if rows else (since, 0)
+    if since > version:
+        return OwnNews(0, [], is_whole=False, lost="ahead_of_server")
     is_whole = len(found) <= limit
     if not is_whole:
         # The last number may have more events than were read.
-        version = found[-1][1] - 1
+        version = found[-1][2] - 1
         if version <= since:
             return await news(db, user_id, since, limit=2 * limit)
-        found = [row for row in found if row[1] <= version]
-    return OwnNews(version, _own_decoder.each(row[2] for row in found), is_whole)
+        found = [row for row in found if row[2] <= version]
+    lost: OwnStartOverReason | None = "forgotten" if since < forgotten else None
+    return OwnNews(version, _own_decoder.each(row[3] for row in found), is_whole, lost)
 
 
 class Clocks(NamedTuple):
