@@ -209,6 +209,9 @@ class Connection:
 
     async def watch(self, user_ids: Collection[UserId]) -> Mapping[UserId, Presence]:
         """Deliver the presence and the faces of users; return how they are seen."""
+        if self._is_resuming and not self.attached:
+            # Or else it would not notice that a conversation ends in which it sees them.
+            self.refresh()
         return {} if self._is_closed else await self._shared.hub.watchers.watch(self, user_ids)
 
     def unwatch(self, user_ids: Iterable[UserId]) -> None:

@@ -391,3 +391,21 @@ async def test_whoever_is_seen_again_is_told_of_at_once_and_alike(world: World) 
             )
         )
     assert all(events == [("offline", None), ("busy", "Here")] for events in told.values()), told
+
+
+async def test_connection_that_never_resumes_is_told_no_more_than_others(world: World) -> None:
+    """It follows no conversation, and so would not notice that one ends for everyone."""
+    people = await world.users("Ada", "Charles", "Mary")
+    for one in people[:2]:
+        await world.befriend(people[2], one)
+    charles, mary = [await world.connect(one, 1) for one in people[1:]]
+    group = await world.group(mary, *people[:2])
+    await charles.call(client.UpdateProfile(is_private=True))
+    ada = await world.connect(people[0], query="?resume=1")
+    listed = await ada.call(client.Watch(user_ids=[people[1].id]), server.PresenceList)
+    assert len(listed.presences) == 1
+    await ada.synced()
+    await mary.call(client.DeleteConversation(conversation_id=group))
+    await ada.event(
+        server.PresenceChanged, lambda event: event.presence.last_seen_at is None and event.presence.status == "offline"
+    )
