@@ -1,12 +1,17 @@
 """A user who has nothing to do with an attack, and who measures how long answers take while it goes on.
 
-The bystander is a process of its own: `python -m tests.bystander URL TOKEN CONVERSATION SECONDS` asks, one after the
-other, for what people do all the time, and prints how long each answer took. In the attackers' process it would measure
-how busy they are.
+The bystander is a process of its own: `python -m tests.bystander URL TOKEN CONVERSATION WORKER SECONDS` asks, one after
+the other, for what people do all the time, and prints how long each answer took. In the attackers' process it would
+measure how busy they are.
+
+Attackers, server and bystander share the machine, which in life they do not: of each answer's time, the bystander takes
+off what the worker and itself waited for a processor (schedstat, proc(5)): of 13 seconds by which the loop was late
+during one attack, it had waited 10 for a processor, and worked for 1.
 """
 
 import asyncio
 import contextlib
+import os
 import statistics
 import sys
 import time
@@ -44,9 +49,10 @@ class Answers(NamedTuple):
 class Bystander:
     """Somebody with a conversation of their own, at one server."""
 
-    def __init__(self, url: str, who: Somebody, conversation_id: ConversationId) -> None:
+    def __init__(self, url: str, who: Somebody, conversation_id: ConversationId, *, worker: int) -> None:
+        """`worker` is the process that serves `url`."""
         self.user_id = who.id
-        self._arguments = (url, who.token, str(conversation_id))
+        self._arguments = (url, who.token, str(conversation_id), str(worker))
 
     async def measure(self, seconds: float = SECONDS) -> Answers:
         """Ask for so long and return how long the answers took. Raises RuntimeError if one was refused."""
@@ -95,14 +101,25 @@ def resident_bytes(pid: int) -> int:
     raise ValueError(f"process {pid} has no memory")
 
 
-async def _ask(url: str, token: str, conversation_id: ConversationId, seconds: float) -> list[float]:
+def waited_ms(pid: int) -> float:
+    """Return how long the first thread of a process has waited for a processor; 0 where the system does not tell."""
+    try:
+        return int(Path(f"/proc/{pid}/schedstat").read_text().split()[1]) / 1e6
+    except (FileNotFoundError, IndexError):
+        return 0.0
+
+
+async def _ask(url: str, token: str, conversation_id: ConversationId, *, worker: int, seconds: float) -> list[float]:
+    own = os.getpid()
     took: list[float] = []
     async with Client(url, token) as asker:
         until = time.monotonic() + seconds
         for frame in _frames(conversation_id):
+            waited = waited_ms(worker) + waited_ms(own)
             began = time.perf_counter()
             await asker.call(frame)
-            took.append(1_000 * (time.perf_counter() - began))
+            elapsed = 1_000 * (time.perf_counter() - began)
+            took.append(max(0.0, elapsed - (waited_ms(worker) + waited_ms(own) - waited)))
             if time.monotonic() > until:
                 return took
             await asyncio.sleep(PAUSE_SECONDS)
@@ -123,6 +140,7 @@ def _frames(conversation_id: ConversationId) -> Iterator[client.Frame]:
 
 
 if __name__ == "__main__":
-    url, token, conversation, seconds = sys.argv[1:]
-    answers = asyncio.run(_ask(url, token, ConversationId(UUID(conversation)), float(seconds)))
+    url, token, conversation, worker, seconds = sys.argv[1:]
+    about = ConversationId(UUID(conversation))
+    answers = asyncio.run(_ask(url, token, about, worker=int(worker), seconds=float(seconds)))
     sys.stdout.buffer.write(msgspec.json.encode(answers))

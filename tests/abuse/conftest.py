@@ -43,6 +43,8 @@ async def scene(settings: Settings, tmp_path: Path) -> AsyncIterator[Scene]:
             quiet = await world.channel(bob, title="Quiet")
             await bob.close()
             (url,) = cluster.urls()
-            yield Scene(world, url, cluster.workers[0], attacker, Bystander(url, other, quiet))
+            worker = cluster.workers[0]
+            assert worker.process is not None
+            yield Scene(world, url, worker, attacker, Bystander(url, other, quiet, worker=worker.process.pid))
     finally:
         cluster.stop()
