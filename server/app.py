@@ -131,18 +131,6 @@ class App:
         )
         self.previews = Previews(database, self.hub, self._outbound, are_on=settings.link_previews)
 
-        services = Services(
-            database=database,
-            events=self.hub,
-            presence=self.presence,
-            sends=self._sends,
-            memberships=Gather(self._read_memberships, most=MEMBERSHIPS_AT_ONCE),
-            notices=self.notices,
-            previews=self.previews,
-            push_key=self.notices.public_key,
-            anyone_adds=settings.add_people == "anyone",
-        )
-        self._services = services
         rates = {
             Rate.WRITE: settings.write_rate,
             Rate.READ: settings.read_rate,
@@ -151,6 +139,19 @@ class App:
         }
         others = None if isinstance(self.hub.bus, Alone) else self._redis
         self._allowances = {one: SharedAllowance(one.value, rate, others) for one, rate in rates.items()}
+        services = Services(
+            database=database,
+            events=self.hub,
+            presence=self.presence,
+            sends=self._sends,
+            memberships=Gather(self._read_memberships, most=MEMBERSHIPS_AT_ONCE),
+            notices=self.notices,
+            previews=self.previews,
+            writes=self._allowances[Rate.WRITE],
+            push_key=self.notices.public_key,
+            anyone_adds=settings.add_people == "anyone",
+        )
+        self._services = services
         dispatch = Dispatch(ROUTES, self._allowances, metrics=metrics, pressure=self.pressure)
         self.searching = dispatch.searching
         shared = Shared(

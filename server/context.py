@@ -95,6 +95,13 @@ class Afterwards(Protocol):
         """Have it done for this one."""
 
 
+class Tokens(Protocol):
+    """An allowance of each user's frames."""
+
+    def require(self, user_id: UserId, count: int = 1, *, taken: int = 0) -> None:
+        """Take tokens, beside those that were taken for the same frame. Raises Refused if there are too few."""
+
+
 class Services(msgspec.Struct, frozen=True, kw_only=True):
     """What all connections of a worker share."""
 
@@ -108,6 +115,8 @@ class Services(msgspec.Struct, frozen=True, kw_only=True):
     """Pushes a message to those who have not read it after a while."""
     previews: Afterwards
     """Looks at the page that a message links to."""
+    writes: Tokens
+    """For a frame of which only its handler knows what it costs."""
     push_key: str
     """The public key of what is pushed, in base64url."""
     anyone_adds: bool

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from protocol.client import (
     Authenticate,
     Edit,
+    Forward,
     Frame,
     GetUsers,
     History,
@@ -25,7 +26,14 @@ from protocol.client import (
 from protocol.codec import decode_client, kind, label
 from protocol.errors import ErrorCode, Refused
 from protocol.ids import UserId
-from protocol.limits import ANSWER_TOKEN_BYTES, FURTHER_TOKENS, MAX_MENTIONS, MAX_PAGE, MAX_WATCHED, TOKEN_BYTES
+from protocol.limits import (
+    ANSWER_TOKEN_BYTES,
+    FURTHER_TOKENS,
+    MAX_PAGE,
+    MAX_WATCHED,
+    TOKEN_BYTES,
+    part_of_mentions,
+)
 from protocol.server import Error, Reply, Result
 from server.context import Context
 from server.database import ROLLED_BACK
@@ -175,8 +183,9 @@ def further(frame: Frame) -> int:
     """Return how many more tokens a frame takes for what it asks for."""
     match frame:
         case Send() | Edit() | Schedule():
-            # Each name is compared with those of everybody there.
-            part = min(frame.content.count("@"), MAX_MENTIONS) / MAX_MENTIONS
+            part = part_of_mentions(frame.content)
+        case Forward():
+            return 0  # the handler takes them when it knows the content
         case Watch():
             part = len(frame.user_ids) / MAX_WATCHED
         case GetUsers():

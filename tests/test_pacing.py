@@ -24,7 +24,7 @@ from server.limits import Allowance, Bucket, Pace, told
 from server.routes import ROUTES
 from server.sharedallowance import SharedAllowance
 from server.strikes import GRACE_NS, Strikes
-from tests.world import World, message
+from tests.world import Room, World, message
 
 NS = 1_000_000_000
 
@@ -105,6 +105,12 @@ COSTLY: dict[str, client.Frame] = {
         content="@" * MAX_MENTIONS,
         send_at=datetime.now(UTC) + timedelta(hours=1),
     ),
+    "forward": client.Forward(
+        conversation_id=ConversationId(uuid7()),
+        message_id=MessageId(uuid7()),
+        to_conversation_id=ConversationId(uuid7()),
+        new_message_id=MessageId(uuid7()),
+    ),
     "why": client.Why(conversation_id=ConversationId(uuid7()), message_id=MessageId(uuid7())),
     "history": client.History(conversation_id=ConversationId(uuid7()), limit=MAX_PAGE),
     "list_replies": client.ListReplies(
@@ -140,10 +146,16 @@ async def test_one_retry_after_the_time_told_is_not_refused_whatever_the_frame_c
     assert COSTLY.keys() == FURTHER_TOKENS.keys()
     ada = await world.user("Ada")
     asker = await world.connect(ada)
+    said = message(await world.channel(asker), "@" * MAX_MENTIONS)
+    await asker.call(said)
+    there = {"conversation_id": said.conversation_id, "message_id": said.message_id}
+    costly = COSTLY | {"forward": msgspec.structs.replace(COSTLY["forward"], **there)}
     allowances = world.workers[0].app._allowances  # noqa: SLF001
-    for rate, (name, frame), left in product((100.0, 5.0, 1.0), COSTLY.items(), (0, 1)):
+    for rate, (name, frame), left in product((100.0, 5.0, 1.0), costly.items(), (0, 1)):
         clock = Clock()
-        allowances[ROUTES[type(frame)].rate] = allowance = SharedAllowance("", rate, None, clock=clock)
+        allowance = allowances[ROUTES[type(frame)].rate]
+        # In its place: the handlers have it, too.
+        vars(allowance).update(vars(SharedAllowance("", rate, None, clock=clock)))
         for _ in range(round(4 * rate) - left):
             allowance.require(ada.id)
         refused = await asker.ask(frame)
@@ -153,6 +165,32 @@ async def test_one_retry_after_the_time_told_is_not_refused_whatever_the_frame_c
         clock.now += refused.retry_after_ms * 1_000_000
         answer = await asker.ask(frame)
         assert not isinstance(answer, Error) or answer.code is ErrorCode.NOT_FOUND, (name, rate, left, answer)
+
+
+async def test_a_message_costs_the_same_by_whatever_frame_it_is_made(
+    room: Room, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[int] = []
+    monkeypatch.setattr(SharedAllowance, "_tell", lambda _, __, count: told.append(count))
+    text = " ".join(f"@somebody{number}" for number in range(MAX_MENTIONS))
+    text += "😀" * (int(1.8 * TOKEN_BYTES - len(text)) // 4)
+    said = message(room.group, text)
+    place = room.at(said.message_id)
+    await room.ada.call(message(room.group, "Else"))
+    frames = [
+        said,
+        client.Edit(**place, content=text + "!"),
+        client.Schedule(**room.at(MessageId(uuid7())), content=text, send_at=datetime.now(UTC) + timedelta(hours=1)),
+        client.Forward(**place, to_conversation_id=room.group, new_message_id=MessageId(uuid7())),
+    ]
+    # A draft makes no message, and nobody is looked up for it.
+    assert {type(frame) for frame in frames} - {client.Forward} == {
+        kind for kind in ROUTES if "content" in kind.__struct_fields__
+    } - {client.SetDraft}
+    for frame in frames:
+        told.clear()
+        await room.ada.call(frame)
+        assert sum(told) == 2 + FURTHER_TOKENS["send"], frame
 
 
 @examples(max_examples=20, deadline=None)

@@ -5,7 +5,9 @@ from typing import Literal
 from asyncpg import UniqueViolationError
 
 from protocol import client
+from protocol.codec import encode
 from protocol.errors import ErrorCode, Refused
+from protocol.limits import FURTHER_TOKENS, TOKEN_BYTES, part_of_mentions
 from protocol.server import MessageSent, Sent
 from protocol.values import Message
 from server.context import Context
@@ -51,6 +53,9 @@ async def forward(context: Context, frame: client.Forward) -> Sent:
             ErrorCode.FORBIDDEN, "A message that cannot be read whole cannot be forwarded.", path="message_id"
         )
     again.is_markdown = said.formatted_content is not None
+    further = len(encode(again)) // TOKEN_BYTES + int(FURTHER_TOKENS["forward"] * part_of_mentions(again.content))
+    if further:
+        context.services.writes.require(context.user_id, further, taken=1)
     try:
         return await _store(context, await outgoing(context, again, source))
     except Refused as refused:
