@@ -152,9 +152,9 @@ FURTHER_TOKENS = {
     "list_pins": 3, "list_edits": 3, "list_drafts": 3, "list_scheduled": 3, "list_invitations": 3,
 }  # fmt: skip
 """Max tokens that a frame takes beside its first, by what it costs the database. A frame that asks for a part of what
-it may (`limit`, `user_ids`, or up to 50 `@` in `content`) takes that part of them, rounded down; `forward` goes by
-the content of its message. The others always take all: whatever they ask for, the server looks through all threads, badges or conversations of the user, or returns all
-that there is. A frame never takes more than the burst that `ready` tells.
+it may (`limit`, `user_ids`, or up to 50 `@` in `content`) takes that part of them, rounded down; `forward` goes by the
+content of its message. The others always take all: whatever they ask for, the server looks through all threads, badges
+or conversations of the user, or returns all that there is. A frame never takes more than the burst that `ready` tells.
 """
 
 

@@ -71,7 +71,6 @@ class Addresses:
 
     def connect(self, request: HTTPConnection) -> Callable[[], None]:
         """Count a connection, and return what counts it out again. Raises Refused if its address has too many."""
-        self.require(request)
         key = key_of(request)
         if self._connections[key] >= self._most:
             raise too_many_connections()

@@ -54,7 +54,7 @@ from server.routes import ROUTES
 from server.scheduling import send_due
 from server.sharedallowance import SharedAllowance
 from server.sockets import Sockets, most_sockets
-from server.web import Counted
+from server.web import Counted, CountedPreflights
 from server.websocket import WebSocket
 
 SENDS_AT_ONCE = 64
@@ -199,7 +199,7 @@ class App:
             routes=[*Endpoints(door).routes(), *accounts.routes()],
             middleware=[
                 *_behind(settings.proxies),
-                *_for_pages_of(settings.allowed_origins),
+                *_for_pages_of(settings.allowed_origins, addresses),
                 Middleware(Counted, addresses=addresses),
             ],
         )
@@ -378,11 +378,12 @@ def _behind(proxies: Proxies) -> list[Middleware]:
     return [Middleware(Forwarded, proxies=proxies)] if proxies else []
 
 
-def _for_pages_of(origins: frozenset[str]) -> list[Middleware]:
+def _for_pages_of(origins: frozenset[str], addresses: Addresses) -> list[Middleware]:
     """Let pages of other origins read answers, if there are any that may."""
     if not origins:
         return []
     return [
+        Middleware(CountedPreflights, addresses=addresses),
         Middleware(
             CORSMiddleware,
             allow_origins=sorted(origins),
@@ -390,5 +391,5 @@ def _for_pages_of(origins: frozenset[str]) -> list[Middleware]:
             allow_headers=["authorization", "content-type"],
             allow_credentials=True,
             expose_headers=["retry-after"],
-        )
+        ),
     ]

@@ -198,8 +198,7 @@ class Endpoints:
         admission = self._door.shared.admission
         admission.begin()
         try:
-            active = await self._door.sessions.admit(token)
-            self._door.connects.require(active.user.id)
+            active = await self._door.sessions.admit(token, self._door.connects.require)
         except BaseException:
             admission.end()
             raise

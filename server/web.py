@@ -53,9 +53,7 @@ def endpoint(inner: Endpoint) -> Endpoint:
 
 
 class Counted:
-    """ASGI middleware: every request takes from the allowance of its address, but for probes. Handshakes are counted
-    where their connection is.
-    """
+    """ASGI middleware: every request and handshake takes from the allowance of its address, but for probes."""
 
     def __init__(self, app: ASGIApp, addresses: Addresses) -> None:
         self._app = app
@@ -63,13 +61,25 @@ class Counted:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle a request, or refuse it if its address has sent too many."""
-        if scope["type"] == "http" and scope["path"] not in PROBES:
+        if self._is_counted(scope):
             try:
                 self._addresses.require(HTTPConnection(scope))
             except Refused as refused:
                 await refusal_response(refused)(scope, receive, send)
                 return
         await self._app(scope, receive, send)
+
+    def _is_counted(self, scope: Scope) -> bool:
+        return scope["type"] == "websocket" or (scope["type"] == "http" and scope["path"] not in PROBES)
+
+
+class CountedPreflights(Counted):
+    """ASGI middleware around `CORSMiddleware`: counts what that answers itself, and leaves the rest to `Counted`."""
+
+    def _is_counted(self, scope: Scope) -> bool:
+        if scope["type"] != "http" or scope["method"] != "OPTIONS":
+            return False
+        return {"origin", "access-control-request-method"}.issubset(HTTPConnection(scope).headers.keys())
 
 
 def refusal_response(refused: Refused) -> Response:

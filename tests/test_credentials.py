@@ -24,7 +24,7 @@ from server.config import Settings
 from server.embedded.reach import Reached
 from server.queries import accounts
 from tests.test_may_send import waiting
-from tests.world import Somebody, World, http_client
+from tests.world import Somebody, World, http_client, refused
 
 ADA = {"name": "Ada", "email": "ada@example.org", "password": "correct horse"}
 LOGIN = {"email": ADA["email"], "password": ADA["password"]}
@@ -131,6 +131,32 @@ async def test_ticket_is_refused_once_its_session_has_ended(
 ) -> None:
     ticket = await ticket_of(world, ada.token)
     await ending(world, http, ada)
+    with pytest.raises(InvalidStatus, match="401"):
+        await Client(world.workers[1].url, ticket).open()
+
+
+async def test_credential_of_one_use_is_not_spent_by_a_request_that_is_refused(world: World) -> None:
+    ada, charles = await world.users("Ada", "Charles")
+    ticket = await ticket_of(world, ada.token)
+    connects = world.workers[1].app._connects  # noqa: SLF001
+    connects.charge(ada.id, 1_000_000)
+    for _ in range(2):
+        with pytest.raises(InvalidStatus, match="429"):
+            await Client(world.workers[1].url, ticket).open()
+    connects._full_at.clear()  # noqa: SLF001
+    async with Client(world.workers[1].url, ticket) as back:
+        await back.settled()
+        # An invite code: the use is taken in the transaction that a refusal ends.
+        group = await world.channel(back, max_participants=1)
+        lasts = client.SetInviteCode(conversation_id=group, max_uses=1)
+        invite = (await back.call(lasts, server.OneConversation)).view.invite
+        assert invite is not None
+        other = await world.connect(charles, 1)
+        join = client.Join(invite_code=invite.code)
+        with refused(ErrorCode.CONFLICT, None):
+            await other.call(join)
+        await back.call(client.UpdateConversation(conversation_id=group, max_participants=2))
+        await other.call(join)
     with pytest.raises(InvalidStatus, match="401"):
         await Client(world.workers[1].url, ticket).open()
 

@@ -10,6 +10,7 @@ import httpx
 import msgspec
 import pytest
 from starlette.routing import Route
+from websockets.asyncio.client import connect
 from websockets.exceptions import InvalidStatus
 
 from protocol import client, server
@@ -20,10 +21,11 @@ from protocol.limits import MAX_CONTENT, MAX_FRAME_BYTES, MAX_PAGE_BYTES
 from protocol.server import Error
 from prove.client import Client
 from server import websocket
+from server.addresses import Addresses
 from server.config import Settings
 from server.connection import MAX_INBOX, Connection
 from server.database import Database
-from server.limits import Pace
+from server.limits import Pace, too_many
 from server.proxies import Proxies
 from server.queries import conversations
 from server.readiness import LOOK_SECONDS, Readiness
@@ -94,6 +96,51 @@ async def test_requests_of_one_address(settings: Settings) -> None:
         assert {"/v1/call", "/v1/asyncapi.json", "/v1/auth/login"} < routes
         assert {await status(http, path) for path in routes - PROBES} == {HTTPStatus.TOO_MANY_REQUESTS}
         assert {await status(http, path) for path in PROBES} == {HTTPStatus.OK}
+
+
+async def test_every_early_answer_counts_against_its_address(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours = "https://chat.example"
+    counted: list[str] = []
+    monkeypatch.setattr(Addresses, "require", lambda _, request: counted.append(request.url.path))
+    ask = {"Access-Control-Request-Method": "POST"}
+    early: list[tuple[str, str, dict[str, str], int]] = [
+        ("OPTIONS", "/v1/call", ask | {"Origin": ours}, 200),
+        ("OPTIONS", "/v1/call", ask | {"Origin": "https://evil.example"}, 400),
+        ("OPTIONS", "/healthz", ask | {"Origin": ours}, 200),
+        ("OPTIONS", "/v1/call", {"Origin": ours}, 405),
+        ("OPTIONS", "/v1/call", ask, 405),
+        ("GET", "/v1/call", {}, 405),
+        ("GET", "/v1/ws", {}, 404),
+        ("GET", "/nowhere", {"Origin": ours}, 404),
+        ("POST", "/v1/call", {}, 401),
+    ]
+    origins = msgspec.structs.replace(settings, origins=ours)
+    async with World(origins, workers=1) as world, http_client(world.url) as http:
+        for method, path, headers, code in early:
+            answer = await http.request(method, path, headers=headers)
+            assert (answer.status_code, counted) == (code, [path]), (method, path, headers)
+            counted.clear()
+        for path in ("/v1/ws", "/nowhere"):
+            with pytest.raises(InvalidStatus):
+                async with connect(
+                    world.url.replace("http", "ws") + path, additional_headers={"authorization": "Bearer x"}
+                ):
+                    pass
+            assert counted == [path]
+            counted.clear()
+        assert [await status(http, path) for path in sorted(PROBES)] == [200, 200]
+        assert counted == []
+
+        def refuse(*_: object) -> None:
+            raise too_many(5.0)
+
+        monkeypatch.setattr(Addresses, "require", refuse)
+        for method, path, headers, _ in early:
+            assert (await http.request(method, path, headers=headers)).status_code == HTTPStatus.TOO_MANY_REQUESTS
+        answer = await http.get("/nowhere", headers={"Origin": ours})
+        assert answer.headers["access-control-allow-origin"] == ours
 
 
 async def status(http: httpx.AsyncClient, path: str) -> int:

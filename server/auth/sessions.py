@@ -1,12 +1,12 @@
 """Sessions: from a token to a user, and how long that lasts."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime, timedelta
 
 from protocol.codec import now
 from protocol.errors import ErrorCode, Refused
-from protocol.ids import SessionId
+from protocol.ids import SessionId, UserId
 from server.auth.tickets import PREFIX, Tickets
 from server.auth.tokens import token_hash
 from server.database import Database
@@ -34,18 +34,26 @@ class Sessions:
         """Return the session of a token. Raises Refused if there is none, or it has expired."""
         return self._required(await self._lookups.submit(token_hash(token)))
 
-    async def admit(self, token: str) -> Active:
+    async def admit(self, token: str, require: Callable[[UserId], None]) -> Active:
         """Return the session of a token, or of a return ticket, which is for the socket alone. Raises Refused as
         `authenticate` does: a ticket is worth what its session is worth now.
+
+        `require` raises Refused for a user who may not connect now: their ticket stays good.
         """
         if not token.startswith(PREFIX):
-            return await self.authenticate(token)
+            active = await self.authenticate(token)
+            require(active.user.id)
+            return active
+        ticket = await self._tickets.look(token)
+        found = None if ticket is None else await self._returns.submit(ticket.session_id)
+        if found is not None:
+            require(found.user.id)
+        # Of two that came with the same ticket, one gets in.
         ticket = await self._tickets.redeem(token)
-        active = None if ticket is None else await self._returns.submit(ticket.session_id)
-        if ticket is not None and active is not None:
-            # What the user's other devices changed meanwhile is news to this one.
-            active = active._replace(user_version=ticket.user_version)
-        return self._required(active)
+        if found is None or ticket is None:
+            return self._required(None)
+        # What the user's other devices changed meanwhile is news to this one.
+        return self._required(found._replace(user_version=ticket.user_version))
 
     def _required(self, active: Active | None) -> Active:
         if active is None:

@@ -40,6 +40,7 @@ class Tickets:
 
     def __init__(self, redis: Redis | RedisCluster) -> None:
         self._redis = redis
+        self._looks: Gather[str, Ticket | None] = Gather(self._look, most=AT_ONCE)
         self._returns: Gather[str, Ticket | None] = Gather(self._redeem, most=AT_ONCE)
 
     async def issue(self, wanted: Sequence[Ticket]) -> list[str | None]:
@@ -55,15 +56,28 @@ class Tickets:
             return [None] * len(wanted)
         return list(tickets)
 
+    async def look(self, ticket: str) -> Ticket | None:
+        """Return what a ticket stands for, and leave it good; None as `redeem`."""
+        return await self._looks.submit(ticket)
+
     async def redeem(self, ticket: str) -> Ticket | None:
         """Return what a ticket stands for, once; None if it is used, too old or made up, or Redis is away."""
         return await self._returns.submit(ticket)
 
+    async def _look(self, tickets: list[str]) -> list[Ticket | None]:
+        return await self._read(tickets, is_last=False)
+
     async def _redeem(self, tickets: list[str]) -> list[Ticket | None]:
+        return await self._read(tickets, is_last=True)
+
+    async def _read(self, tickets: list[str], *, is_last: bool) -> list[Ticket | None]:
         try:
             async with self._redis.pipeline(transaction=False) as pipe:
                 for ticket in tickets:
-                    pipe.getdel(_key(ticket))
+                    if is_last:
+                        pipe.getdel(_key(ticket))
+                    else:
+                        pipe.get(_key(ticket))
                 found = await pipe.execute()
         except REDIS_LOST:
             return [None] * len(tickets)
