@@ -4,6 +4,7 @@ import ast
 import contextlib
 import fnmatch
 import gc
+import inspect
 import json
 import re
 from collections.abc import AsyncIterator, Iterator
@@ -16,21 +17,40 @@ import pytest
 from redis.asyncio import Redis
 
 import server
+from protocol import limits
 from protocol.client import Block, Watch
 from protocol.errors import CloseCode
 from protocol.server import Error, Reply
 from server import presence, topics, watchers
+from server.app import App
 from server.config import Settings
 from server.people import Sight
 from tests.test_hostile import idle
 from tests.test_hostile_values import each_frame, ids_in, valid
+from tests.test_periodic import AGED, Backlog
 from tests.world import World, until
 
 ROOT = Path(__file__).parents[1]
 SERVER = Path(server.__file__).parent
 BOUNDS = frozenset(
-    {"number", "rate", "age", "row", "operator", "fixed", "sockets", "flight", "turn", "swept", "users", "unused"}
+    {
+        "history",
+        "number",
+        "rate",
+        "age",
+        "row",
+        "operator",
+        "fixed",
+        "sockets",
+        "flight",
+        "turn",
+        "swept",
+        "users",
+        "unused",
+    }
 )
+HISTORY = {"user", "conversation", "message", "report"}
+"""Tables without an end. Another one takes a decision."""
 NOT_FOR_CLIENTS = ("transfer", "describe", "embedded", "supervisor.py", "cli.py", "upkeep.py", "administration.py")
 """What runs once, or for an operator alone."""
 MAKERS = frozenset({
@@ -55,13 +75,24 @@ def name_of(called: ast.expr) -> str:
     return called.id if isinstance(called, ast.Name) else called.attr if isinstance(called, ast.Attribute) else ""
 
 
+def is_empty(value: ast.expr) -> bool:
+    """Whether an expression makes a container that is there to be filled."""
+    match value:
+        case ast.Dict(keys=[]) | ast.List(elts=[]):
+            return True
+        case ast.Call(args=[], keywords=[]):
+            return makes_container(value)
+    return False
+
+
 def makes_container(value: ast.expr) -> bool:
     """Whether an expression makes a container that can grow."""
     match value:
         case ast.Dict() | ast.List() | ast.Set() | ast.ListComp() | ast.DictComp() | ast.SetComp():
             return True
         case ast.Call():
-            return name_of(value.func) in MAKERS
+            made = [value.func, *(one.value for one in value.keywords if one.arg == "default_factory")]
+            return any(name_of(one) in MAKERS for one in made)
         case ast.BinOp():
             return makes_container(value.left) or makes_container(value.right)
         case ast.IfExp():
@@ -73,15 +104,26 @@ def makes_container(value: ast.expr) -> bool:
 
 def assigned(node: ast.AST) -> Iterator[ast.expr]:
     """Return what a statement assigns a container to."""
-    if isinstance(node, ast.Assign) and makes_container(node.value):
-        for target in node.targets:
-            yield from target.elts if isinstance(target, ast.Tuple) else [target]
-    elif isinstance(node, ast.AnnAssign) and node.value is not None and makes_container(node.value):
-        yield node.target
+    targets: list[ast.expr] = []
+    if isinstance(node, ast.AnnAssign | ast.NamedExpr):
+        targets = [node.target]
+    elif isinstance(node, ast.Assign):
+        targets = node.targets
+    for target in targets:
+        value: ast.expr | None = node.value  # type: ignore[attr-defined]
+        them = target.elts if isinstance(target, ast.Tuple) else [target]
+        values = value.elts if isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple) else [value] * len(them)
+        yield from (one for one, made in zip(them, values, strict=True) if made is not None and makes_container(made))
+
+
+def begins_empty(node: ast.AST) -> bool:
+    return isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None and is_empty(node.value)
 
 
 def containers() -> set[str]:
-    """Return the containers of the server's code that outlive a call: attributes, globals in lower case, caches."""
+    """Return the containers of the server's code that outlive a call: attributes, also of classes, caches, and globals
+    that are in lower case or begin empty.
+    """
     found = set()
     for path in SERVER.rglob("*.py"):
         file = path.relative_to(SERVER).as_posix()
@@ -90,6 +132,13 @@ def containers() -> set[str]:
         tree = ast.parse(path.read_text())
         for node in ast.walk(tree):
             found |= {f"{file} {ast.unparse(one)}" for one in assigned(node) if isinstance(one, ast.Attribute)}
+            if isinstance(node, ast.ClassDef):
+                found |= {
+                    f"{file} {node.name}.{one.id}"
+                    for body in node.body
+                    for one in assigned(body)
+                    if isinstance(one, ast.Name)
+                }
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 for decorator in node.decorator_list:
                     called = decorator.func if isinstance(decorator, ast.Call) else decorator
@@ -99,9 +148,16 @@ def containers() -> set[str]:
             found |= {
                 f"{file} {one.id}"
                 for one in assigned(node)
-                if isinstance(one, ast.Name) and not one.id.strip("_").isupper()
+                if isinstance(one, ast.Name) and (not one.id.strip("_").isupper() or begins_empty(node))
             }
     return found
+
+
+UNIQUE = """
+SELECT c.relname, array_agg(a.attname::text) FROM pg_index i
+JOIN pg_class c ON c.oid = i.indrelid JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum = ANY(i.indkey)
+WHERE i.indisunique AND i.indpred IS NULL AND c.relnamespace = 'public'::regnamespace GROUP BY c.relname, i.indexrelid
+"""
 
 
 async def test_every_table_has_a_bound(database_url: str) -> None:
@@ -111,6 +167,38 @@ async def test_every_table_has_a_bound(database_url: str) -> None:
     )
     await db.close()
     assert {row[0] for row in rows} == listed("Tables").keys()
+
+
+def test_every_table_that_a_client_fills_has_an_end() -> None:
+    tables = listed("Tables")
+    assert {name for name, (bound, _) in tables.items() if bound == "history"} == HISTORY
+    assert {bound for bound, _ in tables.values()} <= {
+        "history", "number", "age", "row", "operator", "fixed", "unused",
+    }  # fmt: skip
+    code = "".join(path.read_text() for path in SERVER.rglob("*.py"))
+    for name, (bound, last) in tables.items():
+        numbers = re.findall(r"`(MAX_\w+)`", last)
+        assert numbers or bound != "number", name
+        assert [one for one in numbers if not hasattr(limits, one) or f" {one}" not in code] == []
+
+
+async def test_rows_of_others_are_unique_by_what_they_are_of(database_url: str) -> None:
+    db = await asyncpg.connect(database_url)
+    keys: dict[str, list[list[str]]] = {}
+    for table, columns in await db.fetch(UNIQUE):
+        keys.setdefault(table, []).append(columns)
+    await db.close()
+    for name, (bound, _) in listed("Tables").items():
+        ids = [columns for columns in keys[name] if all(one.endswith("_id") for one in columns)]
+        assert ids or bound != "row", name
+
+
+def test_tables_with_an_age_have_a_job_that_deletes() -> None:
+    """Which test_each_job_does_all_that_is_due_past_what_fails_again_and_again runs."""
+    assert {name for name, (bound, _) in listed("Tables").items() if bound == "age"} == AGED.keys()
+    for table, job in AGED.items():
+        assert f"self.{job})" in inspect.getsource(App.jobs)
+        assert table in inspect.getsource(getattr(Backlog, job))
 
 
 def test_every_container_has_a_bound() -> None:
@@ -130,15 +218,27 @@ class One:
         self.f = other or []
         self.g = [0] * 5
         self.h = asyncio.Queue(5)
+        self.i = self.j = {}
+        k, self.l = self.l, {}
         self.no = 1
+        self.no, self.m = 1, dict.fromkeys(())
+    n: dict[int, int] = field(default_factory=dict)
+    o = {}
+    no: frozenset[int] = frozenset()
 """
-    found = [ast.unparse(one) for node in ast.walk(ast.parse(source)) for one in assigned(node)]
-    assert found == ["self.a", "self.b", "self.c", "self.f", "self.g", "self.h"]
+    found = {ast.unparse(one) for node in ast.walk(ast.parse(source)) for one in assigned(node)}
+    assert found == {*(f"self.{letter}" for letter in "abcdfghijlm"), "n", "o"}
+    filled = {
+        text: begins_empty(ast.parse(text).body[0]) for text in ("A = {}", "A = set()", "A: Any = []", "A = {1: 2}")
+    }
+    assert list(filled.values()) == [True, True, True, False]
 
 
 def test_every_kind_of_key_has_a_bound() -> None:
     """Of the code; the next test asks the server."""
-    kinds = {one for path in SERVER.rglob("*.py") for one in re.findall(r'"(openchat:[a-z:]*)"', path.read_text())}
+    kinds = {
+        one for path in SERVER.rglob("*.py") for one in re.findall(r'["\'](openchat:[a-z][\w:]*)', path.read_text())
+    }
     patterns = listed("Redis")
     assert kinds
     assert [

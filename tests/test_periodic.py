@@ -213,6 +213,13 @@ class Backlog:
         )
 
 
+AGED = {
+    "approach": "clear_expired",
+    "scheduled_message": "forget_scheduled",
+    "user_relationship": "forget_relationships",
+    "audit_entry": "forget_audit",
+}
+"""Tables whose rows have an age, and the job that deletes them."""
 NO_QUEUE = {"push_due", "tidy"}
 """Jobs without rows that wait for them: push_due empties a list in memory, tidy sorts what is new into an index."""
 
