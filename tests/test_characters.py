@@ -98,9 +98,10 @@ async def test_one_address_has_one_account(world: World, twin: str) -> None:
 
 async def test_an_accent_that_is_composed_otherwise_is_the_same_address(world: World) -> None:
     async with http_client(world.workers[0].url) as http:
-        first = {"name": "Zoë", "email": "zoe\u0308@example.org", "password": "correct horse"}
+        # The lower case of a letter with an accent may have a composed form that the letter itself has not.
+        first = {"name": "Zoë", "email": "zoe\u0308J\u030c@example.org", "password": "correct horse"}
         assert (await http.post("/v1/auth/register", json=first)).status_code == 201
-        again = {"email": "ZO\u00cb@example.org", "password": first["password"]}
+        again = {"email": "ZO\u00cb\u01f0@example.org", "password": first["password"]}
         assert (await http.post("/v1/auth/login", json=again)).status_code == 200
         assert (await http.post("/v1/auth/register", json=first | again)).status_code == 409
 

@@ -76,7 +76,7 @@ async def test_numbers_are_for_the_machine_itself_and_not_for_who_comes_through_
 
 FOREIGN_HOSTS = [
     "evil.example", "localhost.evil.example", "127.0.0.1.evil.example", "evil", "localhost@evil", "[::1", "",
-    "127.0.0.1,evil.example", "127.0.0.1 evil.example", "0x7f.1",
+    "127.0.0.1,evil.example", "127.0.0.1 evil.example", "0x7f.1", "evil-localhost", "xlocalhost",
 ]  # fmt: skip
 """What a page has in `Host` whose name was made to lead here (DNS rebinding), and what is no name."""
 

@@ -177,6 +177,8 @@ async def test_no_path_leads_to_the_host_that_a_request_names(alone: World) -> N
 
 async def test_an_answer_that_nobody_reads_ends(alone: World, short: None, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: ARG001
     monkeypatch.setattr("server.describe.openapi.document", lambda: {"pad": "x" * 30_000_000})
+    # Or else uvicorn ends the connection, which it takes for an idle one: it has handed over the whole answer.
+    alone.workers[0].server.config.timeout_keep_alive = 3_600
     app = alone.workers[0].app
     reader, writer = await dial(alone)
     writer.transport.pause_reading()  # type: ignore[attr-defined]
