@@ -270,7 +270,7 @@ async def test_slack_moves_in(shell: Shell, world: World, tmp_path: Path, *, is_
     ]  # fmt: skip
     there = await moved_in(world)
     assert there == {
-        "general": ("channel", True, general, [":eyes:1", ":tada:2"]),
+        "general": ("channel", True, general, [":shipit:1", "🎉2", "👀1", "👋🏻1"]),
         "secret": ("group", False, ["Charles Babbage: Psst"], []),
         "direct": ("direct", False, ["Countess: Just us", "Charles Babbage: Yes"], []),
     }
@@ -295,7 +295,7 @@ async def test_mattermost_moves_in(shell: Shell, world: World) -> None:
     await shell.run("import", "mattermost", str(SAMPLES / "mattermost.jsonl"))
     assert await moved_in(world) == {
         "Town Square": ("channel", True, ["Ada Lovelace: Hello #loom", "charles: A reply", "Ada Lovelace: Another"],
-            [":tada:1"]),
+            ["🎉1"]),
         "The board": ("channel", False, ["Ada Lovelace: Alone here\n2023/plan.pdf"], []),
         "direct": ("direct", False, ["charles: Just us"], []),
     }  # fmt: skip

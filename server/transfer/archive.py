@@ -12,15 +12,20 @@ from typing import Any, Literal, NamedTuple
 from uuid import UUID
 
 import msgspec
+from emoji import emojize
 
 from protocol.http import canonical
 from protocol.ids import ConversationId, MessageId, UserId
 from protocol.limits import MAX_CONTENT, MAX_EMOJI_PER_MESSAGE, visible
+from protocol.reaction import normalized
 from server import mentions
 from server.database import Db
 from server.queries import transfers
 from server.queries.transfers import Account
 from server.transfer.lines import Line, Lines, Row
+
+TONES = {str(number): chr(0x1F3F9 + number) for number in range(2, 7)}
+"""Modifiers of the skin's tone, U+1F3FB to U+1F3FF, by the number of the Fitzpatrick scale that Slack has for them."""
 
 _encode = msgspec.json.Encoder().encode
 
@@ -37,10 +42,10 @@ class Person(msgspec.Struct, kw_only=True):
 
 
 class Reaction(msgspec.Struct, kw_only=True):
-    """An emoji that somebody put on a post."""
+    """An emoji that somebody put on a post, by its name there, such as `tada` or `wave::skin-tone-2`."""
 
     person: str
-    emoji: str
+    name: str
 
 
 class Post(msgspec.Struct, kw_only=True):
@@ -303,8 +308,10 @@ class _Made:
     def _react(self, post: Post) -> Iterator[dict[str, Any]]:
         message = self._messages[post.key]
         counts = message["reactions"]
-        for person, emoji in dict.fromkeys((one.person, one.emoji[:32]) for one in post.reactions):
-            if person not in self._users or (emoji not in counts and len(counts) >= MAX_EMOJI_PER_MESSAGE):
+        for person, emoji in dict.fromkeys((one.person, _emoji(one.name)) for one in post.reactions):
+            if emoji is None or person not in self._users:
+                continue
+            if emoji not in counts and len(counts) >= MAX_EMOJI_PER_MESSAGE:
                 continue
             counts[emoji] = counts.get(emoji, 0) + 1
             yield {
@@ -343,3 +350,15 @@ class _Made:
 
 def _moment(at_ms: int) -> datetime:
     return datetime.fromtimestamp(at_ms / 1000, UTC)
+
+
+def _emoji(name: str) -> str | None:
+    """Return a reaction by its name there, as `react` stores it. None if `react` takes nothing of the kind."""
+    base, _, tone = name.partition("::skin-tone-")
+    named = emojize(f":{base}:", language="alias")
+    for text in (named + TONES.get(tone, ""), named):
+        try:
+            return normalized(text)
+        except ValueError:
+            continue
+    return None

@@ -120,5 +120,5 @@ def _post(said: dict[str, Any], key: str, found: str) -> Post:
         text="\n".join([*([said["message"]] if said.get("message") else []), *files]),
         at_ms=moment_ms(int(said["create_at"])),
         edited_at_ms=moment_ms(int(said["edit_at"])) if said.get("edit_at") else None,
-        reactions=[Reaction(person=one["user"], emoji=f":{one['emoji_name']}:") for one in said.get("reactions") or ()],
+        reactions=[Reaction(person=one["user"], name=one["emoji_name"]) for one in said.get("reactions") or ()],
     )

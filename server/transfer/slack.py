@@ -92,7 +92,7 @@ def _post(file: str, message: dict[str, Any]) -> Post | None:
         thread=message.get("thread_ts"),
         edited_at_ms=_ms(edited["ts"]) if edited else None,
         reactions=[
-            Reaction(person=user, emoji=f":{reaction['name']}:")
+            Reaction(person=user, name=reaction["name"])
             for reaction in message.get("reactions") or ()
             for user in reaction.get("users", ())
         ],
