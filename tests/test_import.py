@@ -64,6 +64,20 @@ async def test_an_operator_confirms_the_list_that_was_shown(shell: Shell, world:
     assert await world.db.fetchval(DIRECT, mallory.id) == 0
 
 
+async def test_another_account_with_the_same_address_is_not_the_one_that_was_confirmed(
+    shell: Shell, world: World
+) -> None:
+    path = str(SAMPLES / "slack")
+    ada = await with_address(world, "Ada", "ada@example.org")
+    code = re.findall(r"--match-accounts ([0-9a-f]{12})", await shell.run("import", "slack", path, status=1))[0]
+    await world.db.execute("""UPDATE "user" SET email = 'free@example.org' WHERE id = $1""", ada.id)
+    mallory = await with_address(world, "Ada", "ada@example.org")
+    refused = await shell.run("import", "slack", path, "--match-accounts", code, status=1)
+    assert f"ada@example.org ({mallory.id})" in refused
+    assert code not in refused
+    assert await world.db.fetchval("SELECT count(*) FROM conversation") == 0
+
+
 def slack(tmp_path: Path) -> Path:
     """Return a copy of an export, to be spoiled."""
     return Path(shutil.copytree(SAMPLES / "slack", tmp_path / "slack"))
