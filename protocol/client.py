@@ -335,7 +335,7 @@ class _Say(Frame):
     def __post_init__(self) -> None:
         require_uuid7(self.message_id, "message_id")
         if self.also_in_conversation and self.parent_message_id is None:
-            raise ValueError("`also_in_conversation` is for replies")
+            raise ValueError("`also_in_conversation` is for replies: give `parent_message_id`, or leave it out")
 
 
 class Send(_Say, tag="send"):
@@ -434,7 +434,7 @@ class Vote(_OfMessage, tag="vote"):
 
     def __post_init__(self) -> None:
         if len(set(self.options)) != len(self.options):
-            raise ValueError("name each of the `options` once")
+            raise ValueError("Give each of the `options` once")
 
 
 class ClosePoll(_OfMessage, tag="close_poll"):

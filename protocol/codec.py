@@ -1,9 +1,10 @@
 """Bytes to frames and back: JSON by msgspec, and the few bytes of WebSocket framing around it."""
 
+import difflib
 import re
 from datetime import UTC, datetime
 from itertools import islice
-from typing import TypeVar
+from typing import TypeVar, get_args
 
 import msgspec
 
@@ -19,9 +20,39 @@ _encoder = msgspec.json.Encoder()
 _client_decoder: msgspec.json.Decoder[ClientFrame] = msgspec.json.Decoder(ClientFrame, dec_hook=json_object.accept)
 _server_decoder: msgspec.json.Decoder[ServerFrame] = msgspec.json.Decoder(ServerFrame, dec_hook=json_object.read)
 
+PROTOCOL = "docs/protocol.md"
+
 _AT = re.compile(r"(?P<what>.*) - at (?:`key` in )?`\$(?P<path>[^`]*)`\Z", re.DOTALL)
 _NAMED = re.compile(r"`([a-z_]+)`")
 _RULES = {f"Expected `str` matching regex {pattern!r}": sentence for pattern, sentence in RULES.items()}
+
+_ADVICE = tuple(
+    (re.compile(rf"{pattern}\.?\Z"), sentence)
+    for pattern, sentence in (
+        (r"Expected `str` of length >= (\d+)", r"Give at least \1 characters."),
+        (r"Expected `str` of length <= (\d+)", r"Give at most \1 characters."),
+        (r"Expected `array` of length >= (\d+)", r"Give at least \1 elements."),
+        (r"Expected `array` of length <= (\d+)", r"Give at most \1 elements."),
+        (r"Expected `(int|float)` >= (\S+)", r"Give a number of at least \2."),
+        (r"Expected `(int|float)` <= (\S+)", r"Give a number of at most \2."),
+        (r"Expected `(int|float)` < (\S+)", r"Give a number less than \2."),
+        (r"Expected (`.*`), got `(.*)`", r"Give \1, not `\2`."),
+        (r"Expected `datetime` with a timezone component", "Give a time with its zone, such as 2027-01-31T12:00:00Z."),
+        (r"Expected `time` with no timezone component", "Give a time of day without a zone, such as 22:00:00."),
+        (r"Invalid RFC3339 encoded datetime", "Give a time such as 2027-01-31T12:00:00Z."),
+        (r"Invalid RFC3339 encoded time", "Give a time of day such as 22:00:00."),
+        (r"Invalid UUID", "Give a UUID such as 01a20000-0000-7000-8000-000000000001."),
+        (r"(Invalid (?:enum )?value .*)", rf"\1. Give one of those in {PROTOCOL}."),
+        (r"Object missing required field (`.*`)", r"Give \1."),
+        (r"Object contains unknown field (`.*`)", r"Remove \1: there is no such field."),
+    )
+)
+"""Sentences to act on in place of what msgspec says."""
+_TYPES = [str(frame.__struct_config__.tag) for frame in get_args(ClientFrame)]
+_MAX_GUESSED = 24
+"""Max characters of an unknown type that is compared with the known ones."""
+_ABOUT = 2
+"""Max difference in length of the types that are compared."""
 
 _EXPONENT = re.compile(rb"[eE][+-]?[0-9]{3}")
 
@@ -69,9 +100,9 @@ def decode(data: bytes | str, decoder: msgspec.json.Decoder[Decoded]) -> Decoded
     except msgspec.ValidationError as error:
         raise _refusal(str(error)) from None
     except (msgspec.DecodeError, UnicodeDecodeError):
-        raise Refused(ErrorCode.BAD_FRAME, "This is not valid JSON in UTF-8.") from None
+        raise Refused(ErrorCode.BAD_FRAME, "This is not valid JSON. Send one JSON object in UTF-8.") from None
     except RecursionError:
-        raise Refused(ErrorCode.BAD_FRAME, "The JSON is nested too deeply.") from None
+        raise Refused(ErrorCode.BAD_FRAME, "The JSON is nested too deeply. Send it with fewer levels.") from None
 
 
 def label(data: bytes | str) -> FrameId | None:
@@ -139,8 +170,26 @@ def _refusal(problem: str) -> Refused:
     what, path = located(problem)
     path = path.removeprefix(".")
     if path == "type" or (not path and "required field `type`" in what):
-        return Refused(ErrorCode.BAD_FRAME, "`type` must be one of the known frame types.", path="type")
+        return Refused(ErrorCode.BAD_FRAME, _known_types(what), path="type")
     if (named := _NAMED.search(what)) and not what.startswith("Expected"):
         path = f"{path}.{named[1]}" if path else named[1]
-    what = _RULES.get(what.replace("`str | null`", "`str`"), what)
-    return Refused(ErrorCode.INVALID, what + ("" if what.endswith(".") else "."), path=path or None)
+    return Refused(ErrorCode.INVALID, advice(what), path=path or None)
+
+
+def advice(what: str) -> str:
+    """Return a sentence to act on for what msgspec says of a value."""
+    what = what.replace(" | null`", "`")
+    if (rule := _RULES.get(what)) is not None:
+        return rule
+    for pattern, sentence in _ADVICE:
+        if (found := pattern.match(what)) is not None:
+            return found.expand(sentence)
+    return what if what.endswith(".") else f"{what}."
+
+
+def _known_types(what: str) -> str:
+    named = what.partition("'")[2].rpartition("'")[0]
+    alike = [one for one in _TYPES if abs(len(one) - len(named)) <= _ABOUT]
+    near = difflib.get_close_matches(named, alike, n=1) if 0 < len(named) <= _MAX_GUESSED else []
+    known = f"one of the frame types in {PROTOCOL}"
+    return f"`type` must be {f'`{near[0]}`, or another ' if near else ''}{known}."

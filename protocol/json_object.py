@@ -59,7 +59,7 @@ def read(kind: type, value: object) -> object:
 
 def _object(kind: type, value: object) -> _Object:
     if kind is not _Object or not isinstance(value, dict):
-        raise ValueError(f"Expected `object`, got `{type(value).__name__}`")
+        raise ValueError(f"Expected `object`, got `{type(value).__name__}`. Send a JSON object.")
     return _Object(value)
 
 
@@ -71,7 +71,7 @@ def _check(made: _Object) -> int:
     for one in _items(made, MAX_JSON_DEPTH, most=MAX_JSON_VALUES):
         if isinstance(one, str):
             if "\0" in one:
-                raise ValueError("The character U+0000 is not allowed.")
+                raise ValueError("The character U+0000 is not allowed. Remove it.")
         elif isinstance(one, int):
             if not -(2**63) <= one < 2**64:
                 raise ValueError("Integers must fit in 64 bits.")

@@ -28,11 +28,11 @@ WEB = rf"^https?://[^\s\"<>`\\{_CONTROL}{_FORMAT}]+\Z"
 _ADDRESS = rf"[^\s@{_CONTROL}{_FORMAT}{_JOINERS}]+"
 EMAIL = rf"^{_ADDRESS}@{_ADDRESS}\Z"
 RULES = {
-    NO_NUL: "The character U+0000 is not allowed.",
-    LINE: "Control characters, line breaks and invisible format characters are not allowed.",
-    LINES: "Control characters and invisible format characters are not allowed.",
-    WEB: "Expected an http or https address without spaces, quotation marks, `<`, `>`, backticks and backslashes.",
-    EMAIL: "Expected an e-mail address without spaces, control characters and invisible format characters.",
+    NO_NUL: "The character U+0000 is not allowed. Remove it.",
+    LINE: "Control characters, line breaks and invisible format characters are not allowed. Remove them.",
+    LINES: "Control characters and invisible format characters are not allowed. Remove them.",
+    WEB: "Give an http or https address without spaces, quotation marks, `<`, `>`, backticks and backslashes.",
+    EMAIL: "Give an e-mail address without spaces, control characters and invisible format characters.",
 }
 """Sentences for patterns, which say little to people."""
 

@@ -61,7 +61,7 @@ class Addresses:
 
     def __init__(self, rate: float, *, connections: int) -> None:
         """`rate` is in requests and new connections a second; `connections` how many may be open."""
-        self._requests: Allowance[str] = Allowance(rate)
+        self._requests: Allowance[str] = Allowance("requests of this address", rate)
         self._connections: Counter[str] = Counter()
         self._most = connections
 

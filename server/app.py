@@ -11,6 +11,7 @@ from redis.asyncio import Redis, RedisCluster
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 
@@ -54,7 +55,7 @@ from server.routes import ROUTES
 from server.scheduling import send_due
 from server.sharedallowance import SharedAllowance
 from server.sockets import Sockets, most_sockets
-from server.web import Counted, CountedPreflights
+from server.web import Counted, CountedPreflights, no_route
 from server.websocket import WebSocket
 
 SENDS_AT_ONCE = 64
@@ -181,7 +182,9 @@ class App:
             is_open=settings.registration == "open",
         )
         addresses = Addresses(settings.address_rate, connections=settings.connections_per_address)
-        self._connects: Allowance[UserId] = Allowance(CONNECTS_PER_SECOND, burst=2.0 * settings.connections_per_user)
+        self._connects: Allowance[UserId] = Allowance(
+            "connections of your user that begin", CONNECTS_PER_SECOND, burst=2.0 * settings.connections_per_user
+        )
         door = Door(
             services=services,
             shared=shared,
@@ -197,6 +200,7 @@ class App:
         )
         self.starlette = Starlette(
             routes=[*Endpoints(door).routes(), *accounts.routes()],
+            exception_handlers={HTTPException: no_route},
             middleware=[
                 *_behind(settings.proxies),
                 *_for_pages_of(settings.allowed_origins, addresses),

@@ -255,7 +255,7 @@ class Connection:
         if data is None:
             answer = error_frame(NOT_TEXT)
         elif (wait := self._frames.take()) > 0:
-            answer, is_flood = error_frame(too_many(wait), re=label(data)), True
+            answer, is_flood = error_frame(too_many("`frames` of this connection", wait), re=label(data)), True
         else:
             answer = await self._shared.dispatch.run(self.context, data)
         if isinstance(answer, Error):

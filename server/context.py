@@ -150,5 +150,7 @@ class Context(msgspec.Struct, frozen=True, kw_only=True):
     def connection(self) -> Subscriber:
         """The connection. Raises Refused for frames that came by plain HTTP."""
         if self.subscriber is None:
-            raise Refused(ErrorCode.INVALID, "This frame makes sense only on a WebSocket connection.", path="type")
+            raise Refused(
+                ErrorCode.INVALID, "Send this frame on a WebSocket connection, where it makes sense.", path="type"
+            )
         return self.subscriber

@@ -42,6 +42,7 @@ LOCAL = re.compile(r"(^|\.)localhost\Z")
 """Names that browsers themselves take for this machine (RFC 6761)."""
 AUTHENTICATE_SECONDS = 5.0
 READY_SECONDS = 2.0
+NO_SOCKET = Refused(ErrorCode.INVALID, "Connect to this path by WebSocket, or send single frames to `POST /v1/call`.")
 CONNECTS_PER_SECOND = 10.0
 """Max connections of one user that begin, per second and worker; twice as many as may be open begin immediately. One
 that begins costs as much as ten small frames, and more with each conversation.
@@ -81,6 +82,7 @@ class Endpoints:
         """Return the routes."""
         return [
             WebSocketRoute("/v1/ws", self.socket),
+            Route("/v1/ws", self.no_socket, methods=["GET"]),
             Route("/v1/call", endpoint(self.call), methods=["POST"]),
             Route("/healthz", self.alive, methods=["GET"]),
             Route("/readyz", self.ready, methods=["GET"]),
@@ -107,7 +109,11 @@ class Endpoints:
         active: Active | None = None
         try:
             if self._door.is_draining.is_set():
-                raise Refused(ErrorCode.UNAVAILABLE, "The server is shutting down.", retry_after_ms=1_000)
+                raise Refused(
+                    ErrorCode.UNAVAILABLE,
+                    "The server is shutting down. Reconnect after `retry_after_ms`.",
+                    retry_after_ms=1_000,
+                )
             # With a token, a refusal is still an HTTP answer that any client can read.
             if (token := token_of(handshake, self._door.origins)) is not None:
                 active = await self._admit(token)
@@ -139,6 +145,12 @@ class Endpoints:
         )
         connection.begin(context, is_resuming=handshake.query_params.get("resume") == "1")
         return connection
+
+    async def no_socket(self, request: Request) -> Response:  # noqa: ARG002 - Starlette's shape
+        """Tell a plain HTTP client that this path is for WebSockets."""
+        response = refusal_response(NO_SOCKET, status=426)
+        response.headers["upgrade"] = "websocket"
+        return response
 
     async def call(self, request: Request) -> Response:
         """Run one frame."""
@@ -224,7 +236,7 @@ class Endpoints:
         try:
             message = await asyncio.wait_for(handshake.receive(), AUTHENTICATE_SECONDS)
         except TimeoutError:
-            raise Refused(ErrorCode.UNAUTHENTICATED, "No `authenticate` frame within five seconds.") from None
+            raise Refused(ErrorCode.UNAUTHENTICATED, "Send `authenticate` within five seconds.") from None
         if message["type"] == "websocket.disconnect":
             raise WebSocketDisconnect(message.get("code", 1005))
         frame = decode_client(message.get("text") or message.get("bytes") or b"")

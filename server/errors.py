@@ -11,8 +11,8 @@ from protocol.errors import ErrorCode, Refused
 RETRY_AFTER_MS = 500
 
 
-UNFIT = "A value is beyond what the database can hold."
-INTERNAL = Refused(ErrorCode.INTERNAL, "Internal error; it was logged.")
+UNFIT = "A value is beyond what the database can hold. Send a smaller one."
+INTERNAL = Refused(ErrorCode.INTERNAL, "Internal error; it was logged. Tell the operator.")
 
 
 class Fatal(Exception):  # noqa: N818 - the program's last word, not a fault in it
@@ -23,14 +23,14 @@ class NotFound(Refused):
     """The answer for what is not there, or may not be seen: always the same words."""
 
     def __init__(self, path: str | None = None) -> None:
-        super().__init__(ErrorCode.NOT_FOUND, "There is no such thing, or you may not see it.", path=path)
+        super().__init__(ErrorCode.NOT_FOUND, "There is no such thing, or you may not see it. Check the id.", path=path)
 
 
 class NotActive(Refused):
     """The answer to a user who was deactivated, disabled or erased while their frame was in flight."""
 
     def __init__(self) -> None:
-        super().__init__(ErrorCode.UNAUTHENTICATED, "Your account is not active: log in.")
+        super().__init__(ErrorCode.UNAUTHENTICATED, "Your account is not active. Log in.")
 
 
 _EMAIL_TAKEN = (
@@ -52,9 +52,9 @@ CONSTRAINTS: dict[str, tuple[ErrorCode, str, str | None]] = {
     "conversation_id_hash_key": _CONVERSATION_TAKEN,
     "message_pkey": (ErrorCode.CONFLICT, "Another message has this id. Make a new one.", "message_id"),
     "message_edit_pkey": (ErrorCode.CONFLICT, "Another edit has this id. Make a new one.", "edit_id"),
-    "conversation_participant_user_fkey": (ErrorCode.NOT_FOUND, "There is no such user.", "participants"),
-    "conversation_direct_low_fkey": (ErrorCode.NOT_FOUND, "There is no such user.", "user_id"),
-    "conversation_direct_high_fkey": (ErrorCode.NOT_FOUND, "There is no such user.", "user_id"),
+    "conversation_participant_user_fkey": (ErrorCode.NOT_FOUND, "There is no such user. Check the id.", "participants"),
+    "conversation_direct_low_fkey": (ErrorCode.NOT_FOUND, "There is no such user. Check the id.", "user_id"),
+    "conversation_direct_high_fkey": (ErrorCode.NOT_FOUND, "There is no such user. Check the id.", "user_id"),
 }
 
 _LOST: tuple[type[BaseException], ...] = (

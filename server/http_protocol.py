@@ -219,7 +219,14 @@ class Http(HttpToolsProtocol):
         if self._stage is Stage.NOTHING:
             self._close()
         else:
-            self._refuse(Refused(ErrorCode.BAD_FRAME, f"The {self._stage.value} did not arrive in time."), status=408)
+            seconds = HEAD_SECONDS if self._stage is Stage.HEAD else BODY_SECONDS
+            self._refuse(
+                Refused(
+                    ErrorCode.BAD_FRAME,
+                    f"The {self._stage.value} did not arrive in time. Send it within {seconds:.0f} seconds.",
+                ),
+                status=408,
+            )
 
     def _refuse(self, refused: Refused, *, status: int | None = None) -> None:
         """Answer in place of the application, and close."""

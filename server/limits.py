@@ -71,7 +71,9 @@ class Bucket:
 class Allowance(Generic[Key]):
     """A token bucket for each key, which has to outlive what it stands for: never the `id` of an object."""
 
-    def __init__(self, rate: float, *, burst: float | None = None, clock: Clock = time.monotonic_ns) -> None:
+    def __init__(self, what: str, rate: float, *, burst: float | None = None, clock: Clock = time.monotonic_ns) -> None:
+        """`what` names the allowance in refusals."""
+        self._what = what
         self._pace = Pace.of(rate, burst)
         # When each bucket would be full again: one number says it all.
         self._full_at: dict[Key, int] = {}
@@ -100,7 +102,7 @@ class Allowance(Generic[Key]):
     def require(self, key: Key, count: int = 1, *, taken: int = 0, to_come: int = 0) -> None:
         """Take tokens as `Pace.take` does. Raises Refused if there are too few."""
         if (wait := self.take(key, count, taken=taken, to_come=to_come)) > 0:
-            raise too_many(wait)
+            raise too_many(self._what, wait)
 
 
 def told(rate: float) -> RateLimit:
@@ -110,10 +112,10 @@ def told(rate: float) -> RateLimit:
     return RateLimit(per_second=rate, burst=Pace.of(rate).most)
 
 
-def too_many(wait: float) -> Refused:
-    """Return what to tell whoever has nothing left and should wait, in seconds."""
+def too_many(what: str, wait: float) -> Refused:
+    """Return what to tell whoever has nothing left of an allowance and should wait, in seconds."""
     return Refused(
         ErrorCode.RATE_LIMITED,
-        "Too many frames or requests. Retry after `retry_after_ms`.",
+        f"The allowance of {what} is used up. Retry after `retry_after_ms`.",
         retry_after_ms=int(wait * 1000) + 1,
     )

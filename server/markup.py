@@ -67,7 +67,7 @@ def render(content: str) -> str:
     if len(html) > MAX_FORMATTED:
         raise _too_long()
     if _depth(html) > MAX_DEPTH:
-        raise Refused(ErrorCode.INVALID, "Quotes and lists are nested too deeply.", path="content")
+        raise Refused(ErrorCode.INVALID, f"Nest quotes and lists at most {MAX_DEPTH} deep.", path="content")
     return html
 
 

@@ -77,7 +77,7 @@ async def entered(db: Db, context: Context, conversation_id: ConversationId) -> 
     if conversation is None:
         raise NotFound("conversation_id")
     if conversation.type in {"direct", "assistant"}:
-        raise Refused(ErrorCode.FORBIDDEN, "The participants of a direct conversation do not change.")
+        raise Refused(ErrorCode.FORBIDDEN, "The participants of a direct conversation do not change. Make a group.")
     return conversation, me
 
 
@@ -153,7 +153,7 @@ async def welcomed_by(db: Db, context: Context, me: Participant, frame: AddParti
     await users.lock(db, [context.user_id, *frame.participants])
     named = await guests(db, context, me.conversation_id, frame.participants)
     if not may(me, Act.REMOVE_MEMBERS) and any(guest.status == "banned" for guest in named):
-        raise Refused(ErrorCode.FORBIDDEN, "Your role cannot lift a ban.", path="participants")
+        raise Refused(ErrorCode.FORBIDDEN, "Your role cannot lift a ban. Ask a moderator.", path="participants")
     they = welcomed(context, named, only_invited=isinstance(frame, Invite))
     await counted(db, context, they)
     return they
@@ -169,4 +169,4 @@ def require_room(conversation: Conversation, more: int) -> None:
     """Raise Refused unless so many more people may come."""
     limit = conversation.max_participants
     if limit is not None and conversation.participant_count + more > limit:
-        raise Refused(ErrorCode.CONFLICT, f"The conversation is full: it takes {limit} participants.")
+        raise Refused(ErrorCode.CONFLICT, f"The conversation is full. It takes at most {limit} participants.")

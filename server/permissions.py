@@ -8,9 +8,9 @@ from server.queries.conversations import SendAccess
 from server.queries.messages import Found, Obstacle
 
 OBSTACLES: dict[Obstacle, str] = {
-    "archived": "The conversation is archived: nobody can send in it.",
-    "role": "Your role cannot send in this conversation.",
-    "unwanted": "This user cannot be written to.",
+    "archived": "The conversation is archived. Ask an administrator of it to change `is_archived`.",
+    "role": "Your role cannot send in this conversation. Ask a moderator for another role.",
+    "unwanted": "This user cannot be written to. Do not retry.",
 }
 """Error messages for what keeps a participant from saying anything, however long they wait."""
 
@@ -53,4 +53,4 @@ def require_above(me: Participant, them: Participant) -> None:
 def require_below(me: Participant, role: Role) -> None:
     """Raise Refused unless a role is below a participant's own. Guests and members may also give their own."""
     if rank(role) >= rank(me.role) and not role == me.role in {"guest", "member"}:
-        raise Refused(ErrorCode.FORBIDDEN, "You can only give a role below your own.", path="role")
+        raise Refused(ErrorCode.FORBIDDEN, "Give a role below your own.", path="role")

@@ -24,6 +24,9 @@ MATTERS = 0.1
 LASTS_SECONDS = 60
 KEY = "openchat:allowance:"
 
+TOLD = {"write": "writes", "read": "reads", "ephemeral": "ephemeral", "search": "searches"}
+"""What `ready.limits` calls each allowance."""
+
 log = logging.getLogger(__name__)
 
 
@@ -36,7 +39,7 @@ class SharedAllowance:
         """`rate` is in frames a second; `redis` is None where there is only one worker."""
         self._name = name
         self.rate = rate
-        self._bucket: Allowance[UserId] = Allowance(rate, clock=clock)
+        self._bucket: Allowance[UserId] = Allowance(f"`{TOLD[name]}` of your user", rate, clock=clock)
         self._redis = redis
         self._matters = max(2.0, rate * SHARE_SECONDS * MATTERS)
         self._counts: Counter[UserId] = Counter()

@@ -2,7 +2,10 @@
 
 import logging
 from collections.abc import Awaitable, Callable
+from http import HTTPStatus
 
+from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, HTTPConnection, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -32,6 +35,8 @@ STATUS = {
 
 PROBES = frozenset({"/healthz", "/readyz"})
 """Paths that a load balancer asks, from an address that it may share with all clients. Each costs next to nothing."""
+
+NO_PATH = Refused(ErrorCode.NOT_FOUND, "There is no such path. Use one of `/v1/openapi.json`.")
 
 Endpoint = Callable[[Request], Awaitable[Response]]
 
@@ -82,9 +87,21 @@ class CountedPreflights(Counted):
         return {"origin", "access-control-request-method"}.issubset(HTTPConnection(scope).headers.keys())
 
 
-def refusal_response(refused: Refused) -> Response:
+async def no_route(request: Request, error: Exception) -> Response:  # noqa: ARG001 - Starlette's shape
+    """Return the answer to a request whose path or method is not there."""
+    assert isinstance(error, HTTPException)  # noqa: S101 - what it is registered for
+    if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
+        allowed = Headers(error.headers).get("allow", "")
+        refused = Refused(ErrorCode.INVALID, f"This path is for other methods. Use {allowed}.")
+        response = refusal_response(refused, status=error.status_code)
+        response.headers["allow"] = allowed
+        return response
+    return refusal_response(NO_PATH)
+
+
+def refusal_response(refused: Refused, *, status: int | None = None) -> Response:
     """Return the answer to a request that was refused."""
-    response = json_response(error_frame(refused), status=STATUS[refused.code])
+    response = json_response(error_frame(refused), status=status or STATUS[refused.code])
     if refused.retry_after_ms is not None:
         response.headers["retry-after"] = str(-(-refused.retry_after_ms // 1000))
     return response
@@ -104,5 +121,5 @@ async def limited_body(request: Request) -> bytes:
             if len(body) > MAX_FRAME_BYTES:
                 raise Refused(ErrorCode.INVALID, f"A request's body has at most {MAX_FRAME_BYTES} bytes.")
     except ClientDisconnect:
-        raise Refused(ErrorCode.BAD_FRAME, "The body is shorter than its `Content-Length`.") from None
+        raise Refused(ErrorCode.BAD_FRAME, "The body is shorter than its `Content-Length`. Send all of it.") from None
     return bytes(body)

@@ -9,6 +9,7 @@ from protocol.errors import ErrorCode
 from protocol.ids import EditId, MessageId, uuid7
 from protocol.payloads import Code
 from protocol.values import ConversationSettings
+from server.errors import NotFound
 from server.expiry import expire_due
 from server.queries import scheduled
 from tests.world import Room, World, message, refused, sent
@@ -237,7 +238,7 @@ async def test_what_cannot_be_sent_says_why(room: Room) -> None:
     await room.charles.call(other)
     await room.charles.call(client.Leave(conversation_id=room.group))
     told = await room.charles.event(server.ScheduledChanged, lambda event: event.scheduled.status == "failed")
-    assert told.scheduled.problem == "There is no such thing, or you may not see it."
+    assert told.scheduled.problem == NotFound().message
 
 
 async def test_messages_disappear_where_the_settings_say_so(room: Room, world: World) -> None:

@@ -69,7 +69,7 @@ def test_a_client_that_keeps_to_the_limits_is_never_refused(
 ) -> None:
     """Also when frames take up to nearly a second to arrive, each another time, in order."""
     clock = Clock()
-    bucket = Allowance[str](rate, clock=clock)
+    bucket = Allowance[str]("frames", rate, clock=clock)
     paced = Paced(told(rate))
     now = arrived = 1.0
     for number, pause in enumerate(pauses):
@@ -155,7 +155,7 @@ async def test_one_retry_after_the_time_told_is_not_refused_whatever_the_frame_c
         clock = Clock()
         allowance = allowances[ROUTES[type(frame)].rate]
         # In its place: the handlers have it, too.
-        vars(allowance).update(vars(SharedAllowance("", rate, None, clock=clock)))
+        vars(allowance).update(vars(SharedAllowance("write", rate, None, clock=clock)))
         for _ in range(round(4 * rate) - left):
             allowance.require(ada.id)
         refused = await asker.ask(frame)
@@ -197,7 +197,7 @@ async def test_a_message_costs_the_same_by_whatever_frame_it_is_made(
 @given(rate=st.floats(0.1, 500.0), seed=st.integers(0, 1 << 32), latest=st.sampled_from([0.0, 0.001, 0.1]))
 def test_waiting_as_told_is_never_a_strike(rate: float, seed: int, latest: float) -> None:
     clock, rng = Clock(), random.Random(seed)
-    bucket, strikes = Allowance[str](rate, clock=clock), Strikes(clock=clock)
+    bucket, strikes = Allowance[str]("frames", rate, clock=clock), Strikes(clock=clock)
     for _ in range(3_000):
         if rng.random() < 0.1:
             bucket.charge("Ada", rng.randrange(20))  # what she sent to another worker

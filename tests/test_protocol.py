@@ -101,7 +101,7 @@ def test_an_allowance_gives_its_burst_and_refills_at_its_rate(
     start: int, rate: float, burst: int, waits: list[int]
 ) -> None:
     now = start
-    allowance: Allowance[str] = Allowance(rate, burst=burst, clock=lambda: now)
+    allowance: Allowance[str] = Allowance("frames", rate, burst=burst, clock=lambda: now)
     assert all(allowance.take("a") == 0.0 for _ in range(burst))
     assert 0 < allowance.take("a") <= 1.001 / rate
     assert allowance.take("b") == 0.0, "one's haste is not another's"

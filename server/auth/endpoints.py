@@ -69,7 +69,7 @@ class Accounts:
         self._attempts = attempts
         self._origins = origins
         self._is_open = is_open
-        self._exports: Allowance[UserId] = Allowance(EXPORTS_PER_SECOND, burst=EXPORTS_AT_ONCE)
+        self._exports: Allowance[UserId] = Allowance("exports of your user", EXPORTS_PER_SECOND, burst=EXPORTS_AT_ONCE)
 
     def routes(self) -> list[Route]:
         """Return the routes under /v1/auth."""
@@ -132,7 +132,9 @@ class Accounts:
                     break
                 if (begun := await self._log_in(request, found, body.password)) is not None:
                     return self._welcome(request, begun, status=200)
-            raise Refused(ErrorCode.UNAUTHENTICATED, "The e-mail address and the password do not match.")
+            raise Refused(
+                ErrorCode.UNAUTHENTICATED, "The e-mail address and the password do not match. Correct one of them."
+            )
 
     async def _log_in(self, request: Request, found: Found, password: str) -> Begun | None:
         """Begin a session of whoever gave the right password, which brings back who has gone; None if the password or
@@ -321,4 +323,4 @@ class Accounts:
 
 def not_the_password() -> Refused:
     """Return what to tell whoever gave another password than the present one."""
-    return Refused(ErrorCode.FORBIDDEN, "The password is wrong.", path="password")
+    return Refused(ErrorCode.FORBIDDEN, "The password is wrong. Correct it.", path="password")

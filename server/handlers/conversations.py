@@ -77,7 +77,9 @@ async def _create(
     is_group = isinstance(frame, client.CreateGroup)
     if frame.max_participants is not None and len(members) > frame.max_participants:
         raise Refused(
-            ErrorCode.INVALID, "More participants are named than `max_participants` allows.", path="max_participants"
+            ErrorCode.INVALID,
+            "Name at most as many participants as `max_participants` allows.",
+            path="max_participants",
         )
     founding = Founding(
         id=frame.conversation_id,
@@ -139,7 +141,9 @@ async def update(context: Context, frame: client.UpdateConversation) -> OneConve
         before = await _view(db, context.user_id, frame.conversation_id)
         require(before.me, Act.EDIT_CONVERSATION)
         if before.conversation.type == "direct":
-            raise Refused(ErrorCode.FORBIDDEN, "A direct conversation has no settings to change.")
+            raise Refused(
+                ErrorCode.FORBIDDEN, "A direct conversation has no settings. Change your own with `set_preferences`."
+            )
         changed = {field: value for field, value in given.items() if getattr(before.conversation, field) != value}
         if not changed:
             return OneConversation(view=before)

@@ -65,15 +65,17 @@ def _require_editable(context: Context, found: Found) -> None:
     if message.is_deleted:
         raise NotFound("message_id")
     if message.sender_id != context.user_id or message.system_message_type is not None:
-        raise Refused(ErrorCode.FORBIDDEN, "Only its sender can edit a message.", path="message_id")
+        raise Refused(ErrorCode.FORBIDDEN, "Only its sender can edit a message. Send a new one.", path="message_id")
     if message.is_moderated:
-        raise Refused(ErrorCode.FORBIDDEN, "A moderator has hidden this message.", path="message_id")
+        raise Refused(
+            ErrorCode.FORBIDDEN, "A moderator has hidden this message. Ask one to show it again.", path="message_id"
+        )
     if message.forwarded_from_id is not None:
-        raise Refused(ErrorCode.FORBIDDEN, "A forwarded message cannot be edited.", path="message_id")
+        raise Refused(ErrorCode.FORBIDDEN, "A forwarded message cannot be edited. Send a new one.", path="message_id")
     window = found.conversation.settings.edit_window_seconds
     if window is not None and now() - message.created_at > timedelta(seconds=window):
         raise Refused(
-            ErrorCode.FORBIDDEN, f"Here a message can be edited for {window} seconds after sending.", path="message_id"
+            ErrorCode.FORBIDDEN, f"Edit a message here within {window} seconds. Send a new one.", path="message_id"
         )
 
 

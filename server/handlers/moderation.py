@@ -49,7 +49,9 @@ async def report(context: Context, frame: client.ReportMessage) -> Done:
         if found is None or found.message.is_deleted:
             raise NotFound("message_id")
         if found.message.sender_id == context.user_id:
-            raise Refused(ErrorCode.FORBIDDEN, "You cannot report your own message.", path="message_id")
+            raise Refused(
+                ErrorCode.FORBIDDEN, "You cannot report your own message. Delete it instead.", path="message_id"
+            )
         if not await users.lock(db, [context.user_id]):
             raise NotActive
         await moderation.report(db, frame, context.user_id)
@@ -108,5 +110,7 @@ async def _moderated(db: Db, context: Context, frame: client.Moderate | client.U
     if found.message.is_deleted:
         raise NotFound("message_id")
     if found.message.system_message_type is not None:
-        raise Refused(ErrorCode.FORBIDDEN, "System messages cannot be moderated.", path="message_id")
+        raise Refused(
+            ErrorCode.FORBIDDEN, "System messages cannot be moderated. Name a message of a user.", path="message_id"
+        )
     return found

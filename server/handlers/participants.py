@@ -33,7 +33,9 @@ async def join(context: Context, frame: client.Join) -> OneConversation:
         before = await participants.get(db, conversation.id, context.user_id)
         if before is not None and before.status == "banned":
             raise Refused(
-                ErrorCode.FORBIDDEN, "You are banned from this conversation. A moderator can lift the ban.", path=path
+                ErrorCode.FORBIDDEN,
+                "You are banned from this conversation. Ask a moderator to lift the ban.",
+                path=path,
             )
         news = News(context, db, conversation)
         if before is None or before.status != "active":

@@ -30,13 +30,15 @@ async def vote(context: Context, frame: client.Vote) -> Changed:
         if options:  # withdrawing a vote says nothing
             require_may_send(found)
         if message.poll_closed_at is not None or (poll.closes_at is not None and poll.closes_at <= now()):
-            raise Refused(ErrorCode.FORBIDDEN, "This poll is closed.", path="message_id")
+            raise Refused(
+                ErrorCode.FORBIDDEN, "This poll is closed. Read its counts in the message.", path="message_id"
+            )
         if options and options[-1] >= len(poll.options):
             raise Refused(
                 ErrorCode.INVALID, f"`options` must be between 0 and {len(poll.options) - 1}.", path="options"
             )
         if len(options) > 1 and not poll.is_multiple:
-            raise Refused(ErrorCode.INVALID, "This poll takes one option per vote.", path="options")
+            raise Refused(ErrorCode.INVALID, "This poll takes one option per vote. Name one.", path="options")
         standing = await polls.vote(db, message, context.user_id, options)
     if found.is_from_before:
         context.events.publish(
@@ -85,13 +87,19 @@ async def list_votes(context: Context, frame: client.ListVotes) -> VotePage:
         # Checked last: whoever may read now may read all of the above.
         if _poll(await messages.find(db, frame, context.user_id)).is_anonymous:
             raise Refused(
-                ErrorCode.FORBIDDEN, "This poll is anonymous. Its counts are in the message.", path="message_id"
+                ErrorCode.FORBIDDEN, "This poll is anonymous. Read its counts in the message.", path="message_id"
             )
     return VotePage(votes=found.rows, after=found.after)
 
 
 def _poll(found: Found | None) -> Poll:
-    """Return the poll that a message is. Raises NotFound if it is none, or none any more."""
-    if found is None or not isinstance(found.message.payload, Poll):
+    """Return the poll that a message is. Raises NotFound if it is none any more, and Refused if it never was."""
+    if found is None or found.message.is_deleted:
+        raise NotFound("message_id")
+    if found.message.content_type != "poll":
+        raise Refused(
+            ErrorCode.INVALID, "This message is no poll. Name one whose `content_type` is `poll`.", path="message_id"
+        )
+    if not isinstance(found.message.payload, Poll):
         raise NotFound("message_id")
     return found.message.payload

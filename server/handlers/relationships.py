@@ -23,9 +23,7 @@ async def request_friend(context: Context, frame: client.RequestFriend) -> OneRe
             raise NotFound("user_id")
         mine = await relationships.status(db, me, them, "friend")
         if mine == "rejected":
-            raise Refused(
-                ErrorCode.CONFLICT, "They declined your request. Only they can send a new one.", path="user_id"
-            )
+            raise Refused(ErrorCode.CONFLICT, "They declined your request. Wait for theirs.", path="user_id")
         becomes: RelationshipStatus = "accepted" if mine == "accepted" else "pending"
         if mine not in {"pending", "accepted"} and await relationships.status(db, them, me, "friend") == "pending":
             becomes = "accepted"

@@ -30,6 +30,8 @@ async def why(context: Context, frame: client.Why) -> Whereabouts:
             raise NotFound("message_id")
         if found.message.sender_id != context.user_id and not may(found.me, Act.MODERATE):
             raise Refused(
-                ErrorCode.FORBIDDEN, "Only the sender and moderators may ask about a message.", path="message_id"
+                ErrorCode.FORBIDDEN,
+                "Only the sender and moderators may ask about a message. Ask one of them.",
+                path="message_id",
             )
     return whereabouts.answer(told, context.events.published_at(found.message.conversation_id, told.version))

@@ -47,10 +47,14 @@ async def forward(context: Context, frame: client.Forward) -> Sent:
             return answer
         raise NotFound("message_id")
     if said.system_message_type is not None:
-        raise Refused(ErrorCode.FORBIDDEN, "System messages cannot be forwarded.", path="message_id")
+        raise Refused(
+            ErrorCode.FORBIDDEN, "System messages cannot be forwarded. Name a message of a user.", path="message_id"
+        )
     if said.is_unreadable:
         raise Refused(
-            ErrorCode.FORBIDDEN, "A message that cannot be read whole cannot be forwarded.", path="message_id"
+            ErrorCode.FORBIDDEN,
+            "A message that cannot be read whole cannot be forwarded. Send a new one.",
+            path="message_id",
         )
     again.is_markdown = said.formatted_content is not None
     further = len(encode(again)) // TOKEN_BYTES + int(FURTHER_TOKENS["forward"] * part_of_mentions(again.content))

@@ -64,6 +64,11 @@ async def update_profile(context: Context, frame: client.UpdateProfile) -> OneMe
         after = await users.update(db, context.user_id, given) if given else before
         if after is None:
             raise NotActive
+        if given.keys() & {"quiet_from", "quiet_until"} and (after.quiet_from is None) != (after.quiet_until is None):
+            missing, other = (
+                ("quiet_from", "quiet_until") if after.quiet_from is None else ("quiet_until", "quiet_from")
+            )
+            raise Refused(ErrorCode.INVALID, f"Give `{missing}` with `{other}`, or neither.", path=missing)
     # First, so that a new name is held back from those who may not see it any more.
     if (after.show_online_status, after.is_private) != (before.show_online_status, before.is_private):
         context.events.reconsider(context.user_id)

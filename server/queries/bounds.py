@@ -121,7 +121,9 @@ async def require_requests(db: Db, user_id: UserId, other: UserId) -> None:
         sentence = f"At most {MAX_REQUESTS_SENT} of your friend requests can wait for an answer. Take one back first."
         raise Refused(ErrorCode.CONFLICT, sentence)
     if received > MAX_REQUESTS_RECEIVED:
-        raise Refused(ErrorCode.CONFLICT, "This user has too many friend requests to answer.", path="user_id")
+        raise Refused(
+            ErrorCode.CONFLICT, "This user has too many friend requests to answer. Try again later.", path="user_id"
+        )
 
 
 REPORTS = """

@@ -1,0 +1,139 @@
+"""Every refusal tells a person what to do next, or names the bound."""
+
+import ast
+import re
+from collections.abc import Iterator
+from datetime import time
+from pathlib import Path
+from typing import get_args
+
+import pytest
+
+from protocol import client, limits
+from protocol.codec import advice, decode_client
+from protocol.errors import ErrorCode, Refused
+from protocol.ids import MessageId, uuid7
+from server.errors import CONSTRAINTS, INTERNAL, UNFIT, NotActive, NotFound
+from server.permissions import OBSTACLES
+from tests.world import Room, World, http_client, refused, sent
+
+ROOT = Path(__file__).parent.parent
+VERBS = (
+    "Add|Ask|Cancel|Change|Check|Close|Connect|Correct|Delete|Do not|Edit|End|Give|Invite|Leave|Log in|Look|Make|Name|"
+    "Nest|Pin|Read|Reconnect|Remove|Reply|Retry|Send|Take|Tell|Try|Unblock|Unfollow|Unpin|Unstar|Unwatch|Use|Wait|Write"
+)
+ACTS = re.compile(rf"(?:^|[.:,;] (?:or )?)(?:{VERBS})\b|(?:^|: )(?:give|leave|name)\b")
+BOUNDS = re.compile(r"\bat (?:most|least)\b|\bmust\b|\bbetween\b|\blonger than\b|\bmore than\b|^Requires\b|_A_DAY")
+ELSEWHERE = re.compile(r"server/(?:transfer|queries/transfers)|server/cursor|server/config|server/proxies")
+"""Files whose ValueErrors reach no client."""
+
+
+def _text(node: ast.expr) -> str | None:
+    """Return a sentence in the code, with the source of what is put into it; None for what is no text."""
+    match node:
+        case ast.Constant(value=str(text)):
+            return text
+        case ast.JoinedStr(values=values):
+            return "".join(
+                str(part.value) if isinstance(part, ast.Constant) else f"{{{ast.unparse(part)}}}" for part in values
+            )
+    return None
+
+
+def sentences() -> Iterator[tuple[str, str]]:
+    """Return all texts of refusals in the code, each with its place."""
+    for path in sorted([*(ROOT / "protocol").rglob("*.py"), *(ROOT / "server").rglob("*.py")]):
+        if ELSEWHERE.match(str(path.relative_to(ROOT))):
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            texts: list[ast.expr] = []
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+                texts = node.args[1:2] if node.func.id == "Refused" else []
+                texts = node.args[:1] if node.func.id == "ValueError" else texts
+            elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+                texts = [node.value] if node.targets[0].id == "sentence" else []
+            for text in texts:
+                if (sentence := _text(text)) is not None:
+                    yield f"{path.relative_to(ROOT)}:{text.lineno}", sentence
+
+
+def is_useful(sentence: str) -> bool:
+    return bool(ACTS.search(sentence) or BOUNDS.search(sentence))
+
+
+def test_every_sentence_of_a_refusal_says_what_to_do_or_names_the_bound() -> None:
+    found = dict(sentences())
+    assert len(found) > 90
+    tables = [*OBSTACLES.values(), *(one[1] for one in CONSTRAINTS.values()), *limits.RULES.values(), UNFIT]
+    found |= {f"a table: {one}": one for one in (*tables, INTERNAL.message, NotFound().message, NotActive().message)}
+    assert {place: one for place, one in found.items() if not is_useful(one)} == {}
+    assert not is_useful("This is not allowed.")
+
+
+@pytest.mark.parametrize(
+    ("frame", "code", "message"),
+    [
+        ('{"type": "sned"}', ErrorCode.BAD_FRAME, "`send`, or another one of the frame types in docs/protocol.md."),
+        ('{"type": "x"}', ErrorCode.BAD_FRAME, "one of the frame types in docs/protocol.md."),
+        ('{"a": 1}', ErrorCode.BAD_FRAME, "one of the frame types in docs/protocol.md."),
+        ("[1]", ErrorCode.INVALID, "Give `object`, not `array`."),
+        ('{"type": "join", "x": 1}', ErrorCode.INVALID, "Remove `x`: there is no such field."),
+        ('{"type": "unpin", "conversation_id": "5"}', ErrorCode.INVALID, "Give a UUID such as"),
+        ('{"type": "history"}', ErrorCode.INVALID, "Give `conversation_id`."),
+        ('{"type": "presence", "status": "asleep"}', ErrorCode.INVALID, "Give one of those in docs/protocol.md."),
+        ('{"type": "update_profile", "quiet_from": "22:00"}', ErrorCode.INVALID, "Give a time of day such as 22:00:00"),
+        ('{"type": "update_profile", "name": ""}', ErrorCode.INVALID, "Give at least 1 characters."),
+        ('{"type": "watch", "user_ids": 5}', ErrorCode.INVALID, "Give `array`, not `int`."),
+        ('{"type": "list_stars", "limit": 1000}', ErrorCode.INVALID, "Give a number of at most 100."),
+    ],
+)
+def test_what_cannot_be_decoded_is_told_with_what_to_send(frame: str, code: ErrorCode, message: str) -> None:
+    with pytest.raises(Refused) as told:
+        decode_client(frame)
+    assert told.value.code is code
+    assert message in told.value.message
+
+
+def test_every_type_is_suggested_for_a_slip_in_it() -> None:
+    for frame in get_args(client.ClientFrame):
+        name = str(frame.__struct_config__.tag)
+        if len(name) > 4:
+            with pytest.raises(Refused, match="or another one of"):
+                decode_client(f'{{"type": "{name[:2]}{name[3]}{name[2]}{name[4:]}z"}}')
+    assert advice("Something new") == "Something new."
+
+
+async def test_refusals_over_http_are_json_that_says_what_to_do(world: World) -> None:
+    expected = {
+        ("GET", "/nope"): (404, "/v1/openapi.json"),
+        ("POST", "/v1/auth/reset"): (404, "/v1/openapi.json"),
+        ("GET", "/v1/call"): (405, "Use POST"),
+        ("DELETE", "/healthz"): (405, "GET"),
+        ("GET", "/v1/ws"): (426, "by WebSocket"),
+    }
+    async with http_client(world.url) as http:
+        for (method, path), (status, message) in expected.items():
+            answer = await http.request(method, path)
+            assert (answer.status_code, answer.json()["type"]) == (status, "error")
+            assert message in answer.json()["message"]
+        assert (await http.get("/v1/ws")).headers["upgrade"] == "websocket"
+        assert (await http.get("/v1/call")).headers["allow"] == "POST"
+        short = {"name": "Ada", "email": "ada@example.org", "password": "short"}
+        answer = await http.post("/v1/auth/register", json=short)
+        assert (answer.json()["path"], answer.json()["message"]) == ("password", "Give at least 8 characters.")
+
+
+async def test_frames_that_do_not_fit_are_refused_with_what_does(room: Room) -> None:
+    text = room.at(await sent(room.ada, room.group))
+    for frame in (client.Vote(**text, options=[0]), client.ClosePoll(**text), client.ListVotes(**text)):
+        with refused(ErrorCode.INVALID, "message_id"):
+            await room.ada.call(frame)
+    with refused(ErrorCode.NOT_FOUND, "message_id"):
+        await room.ada.call(client.Vote(conversation_id=room.group, message_id=MessageId(uuid7()), options=[0]))
+    with refused(ErrorCode.INVALID, "quiet_until"):
+        await room.ada.call(client.UpdateProfile(quiet_from=time(22)))
+    await room.ada.call(client.UpdateProfile(quiet_from=time(22), quiet_until=time(7)))
+    with refused(ErrorCode.INVALID, "quiet_from"):
+        await room.ada.call(client.UpdateProfile(quiet_from=None))
+    await room.ada.call(client.UpdateProfile(quiet_until=time(8)))
+    await room.ada.call(client.UpdateProfile(quiet_from=None, quiet_until=None))
