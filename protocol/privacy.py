@@ -6,11 +6,11 @@
 from typing import NamedTuple
 
 STANDINGS = {
-    "friend": "a friend of theirs",
-    "together": "someone in the same conversation",
-    "stranger": "anyone else",
-    "blocking": "someone who blocks them",
-    "blocked": "someone whom they block",
+    "friend": "is a friend of the target",
+    "together": "is in the same conversation",
+    "stranger": "is anyone else",
+    "blocking": "blocks the target",
+    "blocked": "is blocked by the target",
 }
 """How the one who asks stands to the other: of those that apply, the last one counts."""
 

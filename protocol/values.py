@@ -47,7 +47,7 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class Me(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """A user as they see themselves."""
+    """A user as they see themselves. `status` is what they chose by `presence`, whether they are connected or not."""
 
     user: User
     email: str

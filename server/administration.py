@@ -250,7 +250,11 @@ async def show_conversation(db: Db, options: argparse.Namespace) -> Answer:
 
 
 def _shown(found: conversations.Card) -> Answer:
-    rest = {"owner": str(found.owner), "messages": found.message_count, "last_activity_at": str(found.last_activity_at)}
+    rest = {
+        "owner": str(found.owner),
+        "messages": found.message_count,
+        "last_activity_at": msgspec.to_builtins(found.last_activity_at),
+    }
     return _fields(found.conversation) | rest
 
 

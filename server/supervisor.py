@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import logging
 import selectors
+import shlex
 import shutil
 import signal
 import socket
@@ -274,8 +275,12 @@ class Supervisor:
         tell(f"  listening  {url}  (WebSocket at /v1/ws)")
         tell(f"  data       {where}")
         tell(f"  workers    {len(self._workers)}")
-        body = '{"name":"Ada","email":"ada@example.org","password":"correct horse"}'
-        tell(f"  try next   curl {url}/v1/auth/register -d '{body}'")
+        if self._settings.registration == "closed":
+            folder = f" --data-dir {shlex.quote(self._settings.data_dir)}" if self._settings.data_dir else ""
+            tell(f"  try next   openchat user create Ada ada@example.org --admin{folder}")
+        else:
+            body = '{"name":"Ada","email":"ada@example.org","password":"correct horse"}'
+            tell(f"  try next   curl {url}/v1/auth/register -d '{body}'")
 
 
 async def prepare(settings: Settings) -> None:

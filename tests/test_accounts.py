@@ -310,7 +310,7 @@ async def test_the_handbook_of_clients_logs_in(world: World) -> None:
     page = (Path(__file__).parent.parent / "docs" / "clients.md").read_text()
     page = page.replace("localhost:8000", world.url.removeprefix("http://"))
     commands = re.findall(r"^curl -s (\S+/v1/auth/\S+) -d '(.*)'$", page, re.MULTILINE)
-    (program,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    (program,) = re.findall(r"```python\n(import json\n.*?)```", page, re.DOTALL)
     async with http_client(world.url) as http:
         answers = [await http.post(f"http://{url}", content=body) for url, body in commands]
     assert [answer.status_code for answer in answers] == [201, 200]

@@ -121,11 +121,12 @@ async def test_from_nothing_to_running_and_back(folder: Path) -> None:
     assert await first.ended() == 0
     assert not (folder / "postgres" / "postmaster.pid").exists()
 
-    second = Program("--port", "0", "--data-dir", str(folder))
+    second = Program("--port", "0", "--data-dir", str(folder), OPENCHAT_REGISTRATION="closed")
     began = time.monotonic()
     await second.start()
     await second.ready()
     assert time.monotonic() - began < 10  # three seconds on an idle machine
+    assert any(f"openchat user create Ada ada@example.org --admin --data-dir {folder}" in line for line in second.said)
     async with Client(second.url, logged_in.token) as client:
         assert client.ready.user == logged_in.user
     second.process.send_signal(signal.SIGTERM)

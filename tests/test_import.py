@@ -212,9 +212,12 @@ async def test_a_file_with_too_many_values_or_messages_is_refused(
     for kind, path, place in (("slack", folder, "general/2024.json"), ("mattermost", lines, "line 1")):
         said = await shell.run("import", kind, str(path), status=1)
         assert f"{place}: it holds more than 1,000 values" in said
-    monkeypatch.setattr("server.transfer.slack.MAX_POSTS", 2)
+    monkeypatch.setattr(reading, "MAX_VALUES", 1_000_000)
+    monkeypatch.setattr(reading, "MAX_POSTS", 0)
+    said = await shell.run("import", "mattermost", str(SAMPLES / "mattermost.jsonl"), status=1)
+    assert re.search(r"line \d+: there are more than 0 messages in engines/town-square up to here", said)
     said = await shell.run("import", "slack", str(slack(tmp_path / "again")), status=1)
-    assert "general/2023-11-14.json: there are more than 2 messages in general" in said
+    assert "general/2023-11-14.json: there are more than 0 messages in general" in said
 
 
 def test_depth_is_of_what_is_outside_of_strings() -> None:

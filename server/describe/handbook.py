@@ -24,6 +24,10 @@ Version {PROTOCOL_VERSION}. `GET /v1/ws` with the subprotocol `{SUBPROTOCOL}`; e
 text message, named by its `type`. `POST /v1/call` takes the same frames, one at a time. The same for machines:
 [asyncapi.json](asyncapi.json), [openapi.json](openapi.json). How to write a client that loses nothing:
 [clients.md](clients.md).
+
+The server leaves out fields that have their default value: take the default for each field that is not there. A client
+may leave them out, too. A `uuid, version 7` is an id that the client makes ([how](clients.md#sending)). Each
+`date-time` is in UTC, such as `2027-01-31T12:00:00.123456Z`.
 """
 
 
@@ -101,13 +105,22 @@ def _fields(struct: type[msgspec.Struct]) -> str:
     if not fields:
         return ""
     rows = [
-        f"| `{field.encode_name}` | {_type(field.type)} | {'required' if field.required else _default(field)} |"
+        f"| `{field.encode_name}` | {_type(field.type)}{_version(struct, field.name)} | {_default(field)} |"
         for field in fields
     ]
     return "\n".join(["| field | type | |", "| --- | --- | --- |", *rows, ""])
 
 
+def _version(struct: type[msgspec.Struct], name: str) -> str:
+    """Return which version of UUID a field takes, if only one will do."""
+    found = [vars(one)["__post_init__"] for one in struct.__mro__ if "__post_init__" in vars(one)]
+    checks = "".join(map(inspect.getsource, found))
+    return ", version 7" if f"require_uuid7(self.{name}," in checks else ""
+
+
 def _default(field: msgspec.structs.FieldInfo) -> str:
+    if field.required:
+        return "required"
     if field.default is msgspec.UNSET:
         return "unchanged if left out"
     if field.default is msgspec.NODEFAULT or isinstance(field.default, msgspec.Struct):

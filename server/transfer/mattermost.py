@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 
 from server.transfer.archive import Archive, Person, Place, Post, Reaction
-from server.transfer.reading import lines, moment_ms, reading, require_few, require_shallow
+from server.transfer.reading import lines, moment_ms, reading, require_few, require_few_posts, require_shallow
 
 SOURCE = "mattermost"
 
@@ -41,12 +41,14 @@ def read(path: Path) -> Archive:
                 elif kind == "post":
                     key = f"{said['team']}/{said['channel']}"
                     posts[key] += _posts(said, len(posts[key]), f"line {number}")
+                    require_few_posts(len(posts[key]), key)
                 elif kind == "direct_channel":
                     directs[_direct_key(said["members"])] = said["members"], f"line {number}"
                 elif kind == "direct_post":
                     key = _direct_key(said["channel_members"])
                     directs.setdefault(key, (said["channel_members"], f"line {number}"))
                     posts[key] += _posts(said, len(posts[key]), f"line {number}")
+                    require_few_posts(len(posts[key]), key)
     if not people:
         raise ValueError("there are no users in it")
     teams = {channel["team"] for channel in channels.values()}

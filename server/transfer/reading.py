@@ -25,6 +25,8 @@ MAX_FILES = 500_000
 MAX_RATIO = 200
 """Max bytes that a byte of a zip file becomes, for files of more than `RATIO_FROM` bytes."""
 RATIO_FROM = 1024**2
+MAX_POSTS = 5_000_000
+"""Max messages of a conversation, which is in memory while it is imported: 1.4 KiB each."""
 MAX_VALUES = 16_000_000
 """Max commas, objects and arrays in a line or file: short ones take 25 times their bytes when they are decoded."""
 MAX_DEPTH = 64
@@ -71,6 +73,12 @@ def lines(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
         if len(line) > MAX_LINE:
             raise ValueError(f"line {number}: it is longer than {MAX_LINE:,} bytes")
         yield number, line
+
+
+def require_few_posts(count: int, conversation: str) -> None:
+    """Raise ValueError if a conversation has too many messages."""
+    if count > MAX_POSTS:
+        raise ValueError(f"there are more than {MAX_POSTS:,} messages in {conversation} up to here")
 
 
 def require_few(text: bytes) -> None:

@@ -11,14 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from server.transfer.archive import Archive, Person, Place, Post, Reaction, made_id
-from server.transfer.reading import Files, each, moment_ms
+from server.transfer.reading import Files, each, moment_ms, reading, require_few_posts
 
 KINDS = {"channels.json": "channel", "groups.json": "group", "mpims.json": "group", "dms.json": "direct"}
 SAID = {None, "thread_broadcast", "me_message", "bot_message", "file_share", "file_comment"}
 """Subtypes of messages that are what somebody said; the others tell of joins and settings."""
 SOURCE = "slack"
-MAX_POSTS = 5_000_000
-"""Max messages of a conversation, which is in memory while it is imported: 1.4 KiB each."""
 
 _LINK = re.compile(r"<([^<>]+)>")
 
@@ -71,8 +69,8 @@ def _posts(files: Files, name: object) -> list[Post]:
         if day.endswith(".json"):
             made = each(f"{name}/{day}", files.json(name, day), partial(_post, f"{name}/{day}"))
             posts += [post for post in made if post is not None]
-            if len(posts) > MAX_POSTS:
-                raise ValueError(f"{name}/{day}: there are more than {MAX_POSTS:,} messages in {name} up to here")
+            with reading(f"{name}/{day}"):
+                require_few_posts(len(posts), name)
     return posts
 
 

