@@ -24,8 +24,8 @@ PRIVACY_HEAD = """\
 A row is what a caller may do to another user, the target. A column is how the caller stands to the target; of those
 that apply, the last one counts. `if public`: unless the target `is_private`. `as otherwise`: whoever blocks sees what
 they saw before. `in a conversation`: only while both take part in the same one. A setting of the target that is off
-says no to everyone; a switch (`set_switches`) that is off, to the caller whom it is about. A refusal is `not_found`, as for somebody who does not exist; only within a
-conversation that both are in is it `forbidden`.
+says no to everyone; a switch (`set_switches`) that is off, to the caller whom it is about. A refusal is `not_found`, as
+for somebody who does not exist; only within a conversation that both are in is it `forbidden`.
 
 Of who has deactivated or deleted their account, those who share a conversation with them see the face, and nobody more.
 Of who is erased, everybody sees that. In a conversation, participants see each other's names, whatever else holds.

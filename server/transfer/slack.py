@@ -70,7 +70,7 @@ def _posts(files: Files, name: object) -> list[Post]:
             made = each(f"{name}/{day}", files.json(name, day), partial(_post, f"{name}/{day}"))
             posts += [post for post in made if post is not None]
             with reading(f"{name}/{day}"):
-                require_few_posts(len(posts), name)
+                require_few_posts(len(posts), str(name))
     return posts
 
 
