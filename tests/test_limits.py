@@ -134,7 +134,7 @@ async def test_every_early_answer_counts_against_its_address(
         assert counted == []
 
         def refuse(*_: object) -> None:
-            raise too_many(5.0)
+            raise too_many("requests of this address", 5.0)
 
         monkeypatch.setattr(Addresses, "require", refuse)
         for method, path, headers, _ in early:

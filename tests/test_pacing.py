@@ -297,7 +297,7 @@ async def test_ready_tells_the_rates(settings: Settings) -> None:
 @pytest.mark.parametrize("rate", [0.1, 0.25, 0.5, 0.9, 1.0, 5.0])
 def test_a_charge_never_gives_tokens_back(rate: float) -> None:
     """Rates below one a second have a bucket of less than two tokens, and so little ahead."""
-    bucket = Allowance[str](rate, clock=lambda: 0)
+    bucket = Allowance[str]("frames", rate, clock=lambda: 0)
     while bucket.take("Ada") == 0:
         pass
     waits = [bucket.take("Ada")]
