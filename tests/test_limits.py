@@ -112,7 +112,7 @@ async def test_every_early_answer_counts_against_its_address(
         ("OPTIONS", "/v1/call", {"Origin": ours}, 405),
         ("OPTIONS", "/v1/call", ask, 405),
         ("GET", "/v1/call", {}, 405),
-        ("GET", "/v1/ws", {}, 404),
+        ("GET", "/v1/ws", {}, 426),
         ("GET", "/nowhere", {"Origin": ours}, 404),
         ("POST", "/v1/call", {}, 401),
     ]
