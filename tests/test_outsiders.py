@@ -15,8 +15,10 @@ from protocol.server import Error
 from prove.client import Client
 from tests.world import Somebody, World, heard, http_client, sent
 
-VIEWERS = ("owner", "admin", "moderator", "member", "guest", "adder", "inviter")
-"""All who take part. `adder` may add people; `inviter` could, and has invited somebody before losing that."""
+VIEWERS = ("owner", "admin", "moderator", "member", "guest", "adder", "remover", "inviter")
+"""All who take part. `adder` may add people, `remover` may remove them. `inviter` invited people, and lost the right to
+add any.
+"""
 BEFORE = ("stays", "leaves", "removed", "banned", "left, banned", "left, invited")
 """Targets who take part before anything happens; the last two leave before the viewers' copies begin."""
 INVITED = ("invited", "declined", "accepted", "taken back", "invited, banned", "left, invited")
@@ -30,7 +32,7 @@ STATUSES: dict[Status, set[str]] = {
     "banned": {"banned", "invited, banned", "left, banned"},
 }
 SEES: dict[str, tuple[Status, ...]] = {
-    **dict.fromkeys(("owner", "admin", "adder"), ("active", "invited", "declined", "banned")),
+    **dict.fromkeys(("owner", "admin", "adder", "remover"), ("active", "invited", "declined", "banned")),
     "inviter": ("active", "invited", "declined"),
     **dict.fromkeys(("moderator", "member", "guest"), ("active",)),
     "stranger": (),
@@ -85,6 +87,7 @@ class Scene:
             await self.call("owner", client.SetRole(conversation_id=self.about, user_id=self.id(role), role=role))
         for name in ("adder", "inviter"):
             await self._permit(name, can_add_members=True)
+        await self._permit("remover", can_remove_members=True)
         self.question = await sent(self.of["member"], self.about, "Who is here?")
         for name in ("left, banned", "left, invited"):
             await self.call(name, client.Leave(conversation_id=self.about))
@@ -109,11 +112,10 @@ class Scene:
         for name in VIEWERS:
             await heard(self.of[name], end)
 
-    async def _permit(self, name: str, *, can_add_members: bool) -> None:
-        frame = client.SetPermissions(
-            conversation_id=self.about, user_id=self.id(name), can_add_members=can_add_members
+    async def _permit(self, name: str, **permissions: bool) -> None:
+        await self.call(
+            "owner", client.SetPermissions(conversation_id=self.about, user_id=self.id(name), **permissions)
         )
-        await self.call("owner", frame)
 
     def id(self, name: str) -> UserId:
         return self.people[name].id

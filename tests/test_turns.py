@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 
 from protocol import client, server
 from protocol.errors import ErrorCode
+from protocol.ids import UserId, uuid7
+from server.pool import Connection, Pool
 from server.turns import Turns
 from tests.world import World, message, sent, until
 
@@ -91,3 +93,15 @@ async def test_a_turn_that_comes_as_its_wait_ends_goes_to_the_next() -> None:
     await following
     turns.give("A")
     assert (turns._taken, turns._waiting) == ({}, {})  # noqa: SLF001
+
+
+async def test_turns_of_a_user_whose_connections_cannot_be_opened_are_given_back() -> None:
+    async def fail() -> Connection:
+        raise ConnectionRefusedError
+
+    pool = Pool(fail, most=CONNECTIONS, patience=60)
+    part = pool.of(UserId(uuid7()))
+    for _ in range(CONNECTIONS):
+        with pytest.raises(ConnectionRefusedError):
+            await asyncio.wait_for(part.take(), 5)
+    assert (pool._turns._taken, pool._turns._waiting) == ({}, {})  # noqa: SLF001
