@@ -478,10 +478,13 @@ async def test_a_large_answer_takes_tokens_by_its_size(settings: Settings) -> No
                     response = await http.post("/v1/call", content=encode(frame), headers=bearer)
                 return response.json().get("retry_after_ms")  # type: ignore[no-any-return]
 
+            began = time.monotonic()
             for _ in range(30):
                 assert await ask(client.History(conversation_id=small, limit=33)) is None
             assert await ask(client.History(conversation_id=large, limit=100)) is None, "it is given"
-            assert (await ask(client.GetMe()) or 0) > 1_000
+            wait = await ask(client.GetMe()) or 0
+            refilled = 1_000 * (time.monotonic() - began)  # on a busy machine, more comes back meanwhile
+            assert wait + refilled > 2_000
             assert await ask(client.SetDraft(conversation_id=small, content="I thi")) is None, "writes have their own"
 
 
