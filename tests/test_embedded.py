@@ -85,6 +85,17 @@ async def test_the_supervisor_rotates_the_logs_of_its_servers(program: Program) 
         await until(lambda path=path: path.stat().st_size <= logfile.MAX_BYTES)  # type: ignore[misc]
 
 
+def test_log_that_is_emptied_goes_on_from_its_beginning(tmp_path: Path) -> None:
+    log = LogFile(tmp_path / "postgres.log")
+    for what in ("new", "there already"):
+        with log.open() as file:
+            file.write(b"before")
+            file.flush()
+            os.truncate(log.path, 0)
+            file.write(b"after")
+        assert log.path.read_bytes() == b"after", what
+
+
 def test_a_link_in_the_place_of_a_log_is_not_followed(tmp_path: Path) -> None:
     (tmp_path / "theirs").write_text("kept")
     (tmp_path / "postgres.log").symlink_to(tmp_path / "theirs")

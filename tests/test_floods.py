@@ -6,6 +6,7 @@ import socket
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import asyncpg
 import msgspec
 import pytest
 from websockets.frames import Opcode
@@ -22,6 +23,7 @@ from server.sockets import LINGER_BYTES
 from server.websocket import MAX_EARLY_BYTES, MAX_FRAGMENTS
 from tests.cluster import Cluster
 from tests.test_frames import Wire, frame
+from tests.test_lock_order import WAITS
 from tests.world import Somebody, World, until
 
 PATIENCE = 10.0
@@ -91,8 +93,13 @@ ENDS = {
 
 
 @pytest.mark.parametrize("is_known", [True, False])
-async def test_who_sends_all_before_reading_is_told_why_it_was_closed(alone: World, is_known: bool) -> None:  # noqa: FBT001
+async def test_who_sends_all_before_reading_is_told_why_it_was_closed(
+    alone: World,
+    monkeypatch: pytest.MonkeyPatch,
+    is_known: bool,  # noqa: FBT001
+) -> None:
     """A socket that is closed with unread bytes is reset, and the client loses the close frame."""
+    monkeypatch.setattr(websocket, "CLOSE_SECONDS", 600.0)  # the client is told that no more comes, and goes
     host, _, port = alone.url.removeprefix("http://").rpartition(":")
     ada = await alone.user("Ada")
     token = b"Authorization: Bearer " + ada.token.encode() + b"\r\n" if is_known else b""
@@ -201,8 +208,9 @@ async def test_a_message_has_a_bounded_number_of_fragments(alone: World) -> None
         (frame(b" " * (MAX_EARLY_BYTES + 1)), CloseCode.TOO_BIG),
         (frame(b" " * MAX_EARLY_BYTES), CloseCode.UNAUTHENTICATED),
         (frame(b" " * MAX_EARLY_BYTES, fin=False) + frame(b" ", Opcode.CONT), CloseCode.TOO_BIG),
+        (frame(b" " * (MAX_EARLY_BYTES + 1))[:100], CloseCode.TOO_BIG),
     ],
-    ids=["too long", "just right, but nonsense", "too long in all"],
+    ids=["too long", "just right, but nonsense", "too long in all", "too long, as it begins"],
 )
 async def test_before_login_a_message_is_small(alone: World, data: bytes, code: int) -> None:
     wire = await shake(alone.url, None)
@@ -233,13 +241,19 @@ async def test_nothing_is_read_before_the_handshake_is_answered(alone: World) ->
     app = alone.workers[0].app
     host, _, port = alone.url.removeprefix("http://").rpartition(":")
     _, writer = await asyncio.open_connection(host, int(port))
-    writer.write(HEAD + b"Authorization: Bearer nonsense\r\n\r\n")
+    holding = await asyncpg.connect(alone.settings.database_url)
+    await holding.execute("BEGIN; LOCK TABLE session IN ACCESS EXCLUSIVE MODE")
+    writer.write(HEAD + b"Authorization: Bearer " + b"x" * 43 + b"\r\n\r\n")
+    while not await alone.db.fetchval(WAITS):
+        await asyncio.sleep(0)
     with contextlib.suppress(ConnectionError):
         for _ in range(200):
             writer.write(PING * 500)
             await writer.drain()
-    writer.transport.abort()
     await until(lambda: len(app.sockets) == 0)
+    assert await alone.db.fetchval(WAITS), "it ended for what came, and not for an answer"
+    await holding.close()
+    writer.transport.abort()
 
 
 @pytest.mark.parametrize("is_known", [True, False], ids=["logged in", "before login"])

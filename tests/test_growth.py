@@ -1,6 +1,7 @@
 """Everything that a client can grow is bounded: docs/growth.md lists what is kept, and is compared with the code."""
 
 import ast
+import asyncio
 import contextlib
 import fnmatch
 import gc
@@ -261,7 +262,10 @@ async def every_frame(world: World) -> None:
     await world._open.aclose()  # noqa: SLF001
 
 
-async def test_keys_expire_or_go_with_their_sockets(world: World, settings: Settings) -> None:
+async def test_keys_expire_or_go_with_their_sockets(
+    world: World, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(presence, "OFFLINE_SECONDS", 0.0)
     redis = Redis.from_url(settings.redis_url, decode_responses=True)
     ada, _ = await ids_in(world)
     await world.connect(ada, 1)
@@ -273,7 +277,11 @@ async def test_keys_expire_or_go_with_their_sockets(world: World, settings: Sett
         assert pattern in patterns
         seen.add(pattern)
         assert (await redis.ttl(key) > 0) == (pattern not in kept), key
-    assert {"openchat:workers", "openchat:worker:*"} <= seen
+    assert {"openchat:workers", "openchat:worker:*", "openchat:presence:*"} <= seen
+    await world._open.aclose()  # noqa: SLF001
+    async with asyncio.timeout(10):
+        while await redis.exists(presence.USER + ada.id.hex):
+            await asyncio.sleep(0.01)
     await redis.aclose()
 
 

@@ -1,6 +1,7 @@
 """How much of everything one user, one connection and one address may do; docs/limits.md has the table."""
 
 import asyncio
+import itertools
 import socket
 import time
 from http import HTTPStatus
@@ -20,12 +21,12 @@ from protocol.ids import MessageId, UserId, uuid7
 from protocol.limits import MAX_CONTENT, MAX_FRAME_BYTES, MAX_PAGE_BYTES
 from protocol.server import Error
 from prove.client import Client
-from server import websocket
+from server import limits, websocket
 from server.addresses import Addresses
 from server.config import Settings
 from server.connection import MAX_INBOX, Connection
 from server.database import Database
-from server.limits import Pace, too_many
+from server.limits import Allowance, Pace, too_many
 from server.proxies import Proxies
 from server.queries import conversations
 from server.readiness import LOOK_SECONDS, Readiness
@@ -534,3 +535,12 @@ async def test_three_exports_of_a_user_are_begun_and_no_fourth(world: World) -> 
         assert [answer.status_code for answer in answers] == [200, 200, 200, 429]
         assert 0 < int(answers[-1].headers["retry-after"]) <= 60
         assert (await http.get("/v1/auth/export", headers=others)).status_code == 200
+
+
+def test_buckets_that_are_full_again_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "SWEEP_AT", 10)
+    times = itertools.count(step=10**9)
+    allowance: Allowance[int] = Allowance("frames", rate=1.0, burst=2, clock=lambda: next(times))
+    for user in range(100):
+        assert allowance.take(user) == 0
+        assert len(allowance._full_at) <= 11  # noqa: SLF001
