@@ -45,15 +45,7 @@ def accept(kind: type, value: object) -> object:
 def read(kind: type, value: object) -> object:
     """Return `value` as a `kind`: the decoder's hook for what a server says. Raises ValueError if it is too deep."""
     made = _object(kind, value)
-    try:
-        encoded = _encode(made)
-    except RecursionError:
-        raise _too_deep(MAX_READ_DEPTH) from None
-    # An object is looked through level by level if it has enough brackets to be too deep, which few have. Of all that
-    # are empty, one counts: the innermost.
-    brackets = encoded.count(b"[") + encoded.count(b"{") - encoded.count(b"[]") - encoded.count(b"{}")
-    if brackets >= MAX_READ_DEPTH:
-        _require_depth(made, MAX_READ_DEPTH)
+    _require_depth(made, MAX_READ_DEPTH)
     return made
 
 
