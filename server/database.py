@@ -139,7 +139,7 @@ class Database:
         """Borrow a connection of the share that clients with much to catch up on have, for one statement or two. They
         come in turns, each with one statement at a time. Raises Refused if too many wait, or if no turn comes soon.
         """
-        async with self._shared.catching_up.turn(), self.connection() as connection:
+        async with self._of_share(self._shared.catching_up) as connection:
             yield connection
 
     @asynccontextmanager
@@ -185,8 +185,16 @@ class Database:
         )
 
     @asynccontextmanager
+    async def _of_share(self, share: Share) -> AsyncIterator[Db]:
+        """Borrow a connection of a share. The user's turn comes first: a user who waits for it keeps no part of the
+        share from others.
+        """
+        async with self._pool.turn() as pool, share.turn(), Lease(pool, is_lost) as connection:
+            yield connection
+
+    @asynccontextmanager
     async def _with_words(self, share: Share, too_long: str, *, retry_after_ms: int) -> AsyncIterator[Db]:
-        async with share.turn(), self.transaction() as connection:
+        async with self._of_share(share) as connection, connection.transaction():
             await connection.execute(SEARCHING)
             try:
                 yield connection

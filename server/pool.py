@@ -7,7 +7,8 @@ to forget nothing in between, because nothing that we do leaves anything behind.
 
 import asyncio
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from types import TracebackType
 from typing import TypeAlias
 
@@ -40,6 +41,11 @@ class Pool:
     def of(self, user_id: UserId) -> "Part":
         """Return the pool as one user has it."""
         return Part(self, self._turns, user_id)
+
+    @asynccontextmanager
+    async def turn(self) -> "AsyncIterator[Pool]":
+        """The same as `Part.turn` of no user: nobody waits."""
+        yield self
 
     def __len__(self) -> int:
         return len(self._free) + len(self._taken)
@@ -126,6 +132,19 @@ class Part:
         except BaseException:
             self._turns.give(self._user_id)
             raise
+
+    @asynccontextmanager
+    async def turn(self) -> AsyncIterator[Pool]:
+        """Hold one of the user's turns, for a block that takes a connection of the pool later. A user who waits for a
+        turn holds nothing else that others need, such as a part of a share.
+
+        Raises TimeoutError if none of the user comes back in time.
+        """
+        await self._turns.take(self._user_id)
+        try:
+            yield self._pool
+        finally:
+            self._turns.give(self._user_id)
 
     def give(self, connection: Connection, *, is_usable: bool) -> None:
         """Take a connection back."""

@@ -56,11 +56,11 @@ async def test_resume_of_many_conversations_reads_pages_in_turns(world: World, m
     asked: list[int] = []
     in_turn: list[int] = []
     rows_read: list[int] = []
-    get, catching_up, fetch = conversations.get, Database.catching_up, Connection.fetch
+    parts, catching_up, fetch = conversations.parts, Database.catching_up, Connection.fetch
 
     async def counted(db: Any, user_id: Any, wanted: Any) -> Any:
         asked.append(len(wanted))
-        return await get(db, user_id, wanted)
+        return await parts(db, user_id, wanted)
 
     def taken(database: Database) -> Any:
         in_turn.append(1)
@@ -73,7 +73,7 @@ async def test_resume_of_many_conversations_reads_pages_in_turns(world: World, m
         return rows
 
     monkeypatch.setattr(Connection, "fetch", fetched)
-    monkeypatch.setattr(conversations, "get", counted)
+    monkeypatch.setattr(conversations, "parts", counted)
     monkeypatch.setattr(Database, "catching_up", taken)
     (ada,) = await world.users("Ada")
     await world.db.execute(FILL, ada.id, 10)

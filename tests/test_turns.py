@@ -1,6 +1,7 @@
 """One user does not hold all connections to the database of a worker, whatever they do."""
 
 import asyncio
+from contextlib import AbstractAsyncContextManager
 
 import asyncpg
 import pytest
@@ -8,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from protocol import client, server
-from protocol.errors import ErrorCode
+from protocol.errors import ErrorCode, Refused
 from protocol.ids import UserId, uuid7
+from server.database import Database
 from server.pool import Connection, Pool
 from server.turns import Turns
 from tests.world import World, message, sent, until
@@ -48,6 +50,40 @@ async def test_a_user_whose_frames_wait_for_a_lock_leaves_connections_to_others(
         await holding.close()
     await asyncio.gather(*asking)
     assert (pool._turns._taken, pool._turns._waiting) == ({}, {})  # noqa: SLF001
+
+
+async def test_a_user_who_waits_for_a_turn_of_their_own_holds_no_part_of_a_share(world: World) -> None:
+    ada, charles = await world.users("Ada", "Charles")
+    database = world.workers[0].app._database  # noqa: SLF001
+    pool, shared = database._shared.pool, database._shared  # noqa: SLF001
+    mine, others = database.of(ada.id), database.of(charles.id)
+
+    async def use(borrowed: AbstractAsyncContextManager[Connection]) -> int:
+        async with borrowed as db:
+            return int(await db.fetchval("SELECT 1"))
+
+    shares = (shared.counts, shared.searches, shared.catching_up)
+    for _ in range(pool._turns._most):  # noqa: SLF001
+        await pool._turns.take(ada.id)  # noqa: SLF001
+    ways = (Database.counting, Database.searching, Database.catching_up)
+    waiting = [asyncio.ensure_future(use(way(mine))) for way in ways for _ in range(CONNECTIONS)]
+    await until(lambda: len(pool._turns._waiting.get(ada.id, ())) == len(waiting))  # noqa: SLF001
+    assert [(share._turns.locked(), share._waiting) for share in shares] == [(False, 0)] * len(shares)  # noqa: SLF001
+    async with asyncio.timeout(5):
+        assert [await use(way(others)) for way in ways] == [1] * len(ways)
+    assert not any(one.done() for one in waiting)
+    # Who gets no part of a share gives the turn back.
+    for share in shares:
+        share._most_waiting = 0  # noqa: SLF001
+        async with share.turn():
+            with pytest.raises(Refused):
+                await use(ways[shares.index(share)](others))
+        share._most_waiting = len(waiting)  # noqa: SLF001
+    assert charles.id not in pool._turns._taken  # noqa: SLF001
+    for _ in range(pool._turns._most):  # noqa: SLF001
+        pool._turns.give(ada.id)  # noqa: SLF001
+    assert await asyncio.gather(*waiting) == [1] * len(waiting)
+    assert (pool._turns._taken, pool._turns._waiting, pool._taken) == ({}, {}, set())  # noqa: SLF001
 
 
 @given(most=st.integers(1, 3), steps=st.lists(st.tuples(st.sampled_from("ABC"), st.booleans()), max_size=60))
