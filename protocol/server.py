@@ -412,7 +412,7 @@ class ReadUpTo(_Tagged, tag="read_up_to", frozen=True, kw_only=True):
 
 class OneConversation(_Tagged, tag="conversation", frozen=True, kw_only=True):
     """A conversation as the caller sees it. `added` and `invited` answer `create_group`: of the users named, those who
-    take part, and those who are asked to.
+    take part, and those who are asked to. A repeated `create_group` names those whose part the caller may see now.
     """
 
     view: ConversationView

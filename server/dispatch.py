@@ -7,12 +7,15 @@ from enum import Enum
 from typing import Any, NamedTuple
 
 from protocol.client import (
+    AddParticipants,
     Authenticate,
+    CreateGroup,
     Edit,
     Forward,
     Frame,
     GetUsers,
     History,
+    Invite,
     ListAudit,
     ListConversations,
     ListRelationships,
@@ -30,6 +33,7 @@ from protocol.limits import (
     ANSWER_TOKEN_BYTES,
     FURTHER_TOKENS,
     MAX_PAGE,
+    MAX_PARTICIPANTS_NAMED,
     MAX_WATCHED,
     TOKEN_BYTES,
     part_of_mentions,
@@ -188,6 +192,8 @@ def further(frame: Frame) -> int:
             return 0  # the handler takes them when it knows the content
         case Watch():
             part = len(frame.user_ids) / MAX_WATCHED
+        case CreateGroup() | AddParticipants() | Invite():
+            part = len(frame.participants) / MAX_PARTICIPANTS_NAMED
         case GetUsers():
             part = len(frame.user_ids) / MAX_PAGE
         case (

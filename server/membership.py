@@ -104,11 +104,14 @@ class Welcome(NamedTuple):
     """They may only be invited, and are not yet."""
 
 
-async def guests(db: Db, context: Context, conversation_id: ConversationId, named: Iterable[UserId]) -> list[Guest]:
-    """Return how the users named stand to the caller and to a conversation. Raises NotFound if one of them may not even
-    be invited.
+async def guests(
+    db: Db, context: Context, conversation_id: ConversationId | None, named: Iterable[UserId]
+) -> list[Guest]:
+    """Return how the users named stand to the caller and to a conversation, None if it is new. Raises NotFound if one
+    of them may not even be invited.
 
-    All of them and the caller must be locked: a block, or a change of privacy, then waits until the transaction ends.
+    Called twice: before the users are locked, so that a refused frame locks no stranger, and under the locks of all of
+    them and the caller. A block, or a change of privacy, then waits until the transaction ends.
     """
     others = [user_id for user_id in dict.fromkeys(named) if user_id != context.user_id]
     found = await welcome.guests(db, context.user_id, conversation_id, others)
@@ -150,13 +153,19 @@ async def welcomed_by(db: Db, context: Context, me: Participant, frame: AddParti
     """
     require(me, Act.ADD_MEMBERS)
     require_below(me, frame.role)
+    # A refused frame does not lock strangers.
+    await _allowed(db, context, me, frame)
     await users.lock(db, [context.user_id, *frame.participants])
+    they = await _allowed(db, context, me, frame)
+    await counted(db, context, they)
+    return they
+
+
+async def _allowed(db: Db, context: Context, me: Participant, frame: AddParticipants | Invite) -> Welcome:
     named = await guests(db, context, me.conversation_id, frame.participants)
     if not may(me, Act.REMOVE_MEMBERS) and any(guest.status == "banned" for guest in named):
         raise Refused(ErrorCode.FORBIDDEN, "Your role cannot lift a ban. Ask a moderator.", path="participants")
-    they = welcomed(context, named, only_invited=isinstance(frame, Invite))
-    await counted(db, context, they)
-    return they
+    return welcomed(context, named, only_invited=isinstance(frame, Invite))
 
 
 async def counted(db: Db, context: Context, they: Welcome) -> None:

@@ -22,9 +22,11 @@ from prove.truth import recount
 from server.config import Settings
 from server.context import Context
 from server.database import Db
+from server.dispatch import Rate
 from server.handlers import conversations
-from server.queries import relationships, users
+from server.queries import relationships, users, welcome
 from server.queries.relationships import Change
+from server.routes import ROUTES
 from tests.test_may_send import waiting
 from tests.test_security import ROOT, sources
 from tests.world import Somebody, World, http_client, refused
@@ -474,3 +476,110 @@ async def test_a_group_of_strangers_takes_as_many_statements_as_one_of_friends(
         assert (made.added, made.invited) == (([one.id], []) if one is friend else ([], [one.id]))
         took.append(asked)
     assert took[0] == took[1] > 0
+
+
+async def test_a_group_with_the_id_of_another_conversation_is_refused_the_same_whoever_is_named(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(welcome, "MAX_INVITATIONS_OF_PAIR", 1)
+    kinds = ("Active", "Invited", "Declined", "Banned", "Gone", "Elsewhere")
+    them = dict(zip(kinds, await world.users(*kinds), strict=True))
+    ada, member, barred, outsider = await world.users("Ada", "Member", "Barred", "Outsider")
+    owner, *attackers = [await world.connect(who) for who in (ada, member, barred, outsider)]
+    for who in (them["Active"], them["Banned"], them["Gone"], member, barred):
+        await world.befriend(ada, who)
+    about = group_of(*(one for kind, one in them.items() if kind != "Elsewhere"), member, barred)
+    await owner.call(about)
+    await (await world.connect(them["Declined"])).call(client.Decline(conversation_id=about.conversation_id))
+    await (await world.connect(them["Gone"])).call(client.Leave(conversation_id=about.conversation_id))
+    for who in (them["Banned"], barred):
+        await owner.call(client.RemoveParticipant(conversation_id=about.conversation_id, user_id=who.id, ban=True))
+    named = [[one.id] for one in them.values()] + [[UserId(uuid7())]]
+    for attacker in attackers:
+        # One invitation of theirs waits for each, so that another one would be one too many.
+        await attacker.call(group_of(*them.values()))
+        answers = [await attacker.ask(msgspec.structs.replace(about, participants=ids)) for ids in named]
+        assert [(one.code, one.path) for one in answers if isinstance(one, Error)] == [
+            (ErrorCode.CONFLICT, "conversation_id")
+        ] * len(named)
+        assert len({one.message for one in answers if isinstance(one, Error)}) == 1
+
+
+async def test_a_repeated_group_tells_its_maker_what_they_see_now(world: World) -> None:
+    kinds = ("Active", "Invited", "Declined", "Banned", "Elsewhere")
+    them = dict(zip(kinds, await world.users(*kinds), strict=True))
+    ada, heir, friend, stranger = await world.users("Ada", "Heir", "Friend", "Stranger")
+    maker, other = await world.connect(ada), await world.connect(heir)
+    for who in (heir, friend):
+        await world.befriend(ada, who)
+    frame = group_of(heir, friend, stranger)
+    first = await maker.call(frame, OneConversation)
+    assert (first.added, first.invited) == ([heir.id, friend.id], [stranger.id])
+    again = await maker.call(frame, OneConversation)
+    assert (again.added, again.invited) == (first.added, first.invited), "the answer that was lost"
+    named = [msgspec.structs.replace(frame, participants=[one.id]) for one in them.values()]
+    assert {one.code for each in named if isinstance(one := await maker.ask(each), Error)} == {ErrorCode.CONFLICT}
+    where: dict[str, Any] = {"conversation_id": frame.conversation_id}
+    await maker.call(client.TransferOwnership(**where, user_id=heir.id))
+    await other.call(inviting(frame.conversation_id, *(one for kind, one in them.items() if kind != "Elsewhere")))
+    await (await world.connect(them["Active"])).call(client.Join(**where))
+    await (await world.connect(them["Declined"])).call(client.Decline(**where))
+    await other.call(client.RemoveParticipant(**where, user_id=them["Banned"].id, ban=True))
+    answers = [await maker.ask(each) for each in named]
+    assert [isinstance(one, Error) for one in answers] == [False, False, False, False, True], "an admin sees all parts"
+    await other.call(client.SetRole(**where, user_id=ada.id, role="member"))
+    told = [await maker.call(each, OneConversation) for each in named]
+    assert [(one.added, one.invited) for one in told] == [([them["Active"].id], [])] + [([], [])] * 4
+    own = await maker.call(frame, OneConversation)
+    assert (own.added, own.invited) == (first.added, first.invited), "the maker invited them, and still sees that"
+    await maker.call(client.Leave(**where))
+    for each in (frame, *named, msgspec.structs.replace(frame, title="Other")):
+        with refused(ErrorCode.NOT_FOUND, "conversation_id"):
+            await maker.call(each)
+
+
+async def test_a_refused_frame_that_names_strangers_does_not_lock_them(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every frame that names users, but those that only read and those about participants of a conversation."""
+    monkeypatch.setattr(welcome, "MAX_INVITATIONS_OF_PAIR", 1)
+    ada, charles, stranger, invited, banned = await world.users("Ada", "Charles", "Stranger", "Invited", "Banned")
+    owner, adder = await world.connect(ada), await world.connect(charles)
+    await world.befriend(ada, charles)
+    about = (await owner.call(group_of(charles, banned), OneConversation)).view.conversation.id
+    await owner.call(client.SetPermissions(conversation_id=about, user_id=charles.id, can_add_members=True))
+    await owner.call(client.RemoveParticipant(conversation_id=about, user_id=banned.id, ban=True))
+    await adder.call(group_of(invited))
+    nobody, blocking = Somebody(UserId(uuid7()), "Nobody", ""), await world.user("Blocking")
+    await relationships.put(world.db, blocking.id, charles.id, Change("block", "active"), blocking.id)
+    frames: list[tuple[Frame, ErrorCode]] = [
+        (group_of(stranger, nobody), ErrorCode.NOT_FOUND), (group_of(stranger, invited), ErrorCode.CONFLICT)
+    ]  # fmt: skip
+    for make in (adding, inviting):
+        frames += [(make(about, stranger, nobody), ErrorCode.NOT_FOUND)]
+        frames += [(make(about, stranger, invited), ErrorCode.CONFLICT)]
+        frames += [(make(about, stranger, banned), ErrorCode.FORBIDDEN)]
+    mine = (await adder.call(group_of(ada), OneConversation)).view.conversation.id
+    own = client.RemoveParticipant(conversation_id=mine, user_id=stranger.id, ban=True)
+    frames += [(frame, ErrorCode.NOT_FOUND) for frame in (
+        *(kind(user_id=blocking.id) for kind in (
+            client.CreateDirect, client.RequestFriend, client.Block, client.Follow, client.Mute
+        )),
+        *(kind(user_id=stranger.id) for kind in (
+            client.Unfriend, client.Unblock, client.Unfollow, client.Unmute
+        )),
+        client.AnswerFriend(user_id=stranger.id, accept=True),
+        client.SetSwitches(user_id=stranger.id, can_see_profile=False),
+        own,
+    )]  # fmt: skip
+    named = {frame for frame, route in ROUTES.items() if route.rate is Rate.WRITE and
+             {"user_id", "participants"} & set(frame.__struct_fields__)}  # fmt: skip
+    of_participants = {client.Unban, client.SetRole, client.SetPermissions, client.TransferOwnership}
+    assert named == {type(frame) for frame, _ in frames} | of_participants
+    async with world.db.transaction():
+        await world.db.execute('SELECT FROM "user" WHERE id = ANY($1) FOR UPDATE', [stranger.id, blocking.id])
+        for frame, code in frames:
+            async with asyncio.timeout(2):
+                answer = await adder.ask(frame)
+            assert isinstance(answer, Error), frame
+            assert (answer.code, answer.path) in {(code, "participants"), (code, "user_id")}, frame

@@ -398,6 +398,7 @@ async def test_a_frame_takes_tokens_by_what_it_costs(settings: Settings) -> None
             assert {one.code for one in late} == {ErrorCode.RATE_LIMITED}
             assert all(one.retry_after_ms for one in late)
             assert asker.ready.limits.further_tokens == {
+                "create_group": 20, "add_participants": 20, "invite": 20,
                 "list_threads": 20, "watch": 100, "get_users": 20, "resume": 20, "get_badge": 20,
                 "list_conversations": 10, "list_relationships": 10, "list_stars": 10, "why": 10,
                 "send": 10, "edit": 10, "schedule": 10, "forward": 10,

@@ -16,7 +16,15 @@ from protocol import client, server
 from protocol.codec import encode
 from protocol.errors import CloseCode, ErrorCode
 from protocol.ids import ConversationId, MessageId, UserId, uuid7
-from protocol.limits import FURTHER_TOKENS, MAX_MENTIONS, MAX_PAGE, MAX_WATCHED, TOKEN_BYTES, RateLimit
+from protocol.limits import (
+    FURTHER_TOKENS,
+    MAX_MENTIONS,
+    MAX_PAGE,
+    MAX_PARTICIPANTS_NAMED,
+    MAX_WATCHED,
+    TOKEN_BYTES,
+    RateLimit,
+)
 from protocol.server import Error
 from server.config import Settings
 from server.dispatch import Rate, further
@@ -89,6 +97,17 @@ COSTLY: dict[str, client.Frame] = {
     "watch": client.Watch(user_ids=[UserId(uuid7()) for _ in range(MAX_WATCHED)]),
     "get_users": client.GetUsers(user_ids=[UserId(uuid7()) for _ in range(MAX_PAGE)]),
     "resume": client.Resume(epoch="", versions={}, user_version=0),
+    "create_group": client.CreateGroup(
+        conversation_id=ConversationId(uuid7()),
+        title="Us",
+        participants=[UserId(uuid7()) for _ in range(MAX_PARTICIPANTS_NAMED)],
+    ),
+    "add_participants": client.AddParticipants(
+        conversation_id=ConversationId(uuid7()), participants=[UserId(uuid7()) for _ in range(MAX_PARTICIPANTS_NAMED)]
+    ),
+    "invite": client.Invite(
+        conversation_id=ConversationId(uuid7()), participants=[UserId(uuid7()) for _ in range(MAX_PARTICIPANTS_NAMED)]
+    ),
     "get_badge": client.GetBadge(),
     "list_conversations": client.ListConversations(limit=MAX_PAGE),
     "list_relationships": client.ListRelationships(limit=MAX_PAGE),
@@ -140,6 +159,9 @@ def test_every_page_takes_tokens_by_its_limit() -> None:
     about = ConversationId(uuid7())
     asked = (1, 20, 50, 100)
     assert [further(client.History(conversation_id=about, limit=limit)) for limit in asked] == [0, 0, 1, 3]
+    people = [UserId(uuid7()) for _ in range(50)]
+    few = [client.Invite(conversation_id=about, participants=people[:count]) for count in (1, 5, 50)]
+    assert [further(frame) for frame in few] == [0, 1, 10]
 
 
 async def test_one_retry_after_the_time_told_is_not_refused_whatever_the_frame_costs(world: World) -> None:

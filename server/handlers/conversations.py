@@ -19,7 +19,7 @@ from server.cursor import Cursor
 from server.database import Db
 from server.errors import NotActive, NotFound
 from server.invitecode import new_code
-from server.membership import News, counted, end, entered, guests, welcomed
+from server.membership import News, Welcome, counted, end, entered, guests, welcomed
 from server.permissions import require
 from server.queries import audit, bounds, conversations, participants, users
 from server.queries.audit import Deed
@@ -42,6 +42,9 @@ async def create_direct(context: Context, frame: client.CreateDirect) -> OneConv
         there = await conversations.direct(db, context.user_id, frame.user_id)
         made = False
         if there is None:
+            # A refused frame does not lock a stranger, so this is asked before the lock, too.
+            if not await users.all_may(db, "write", context.user_id, [frame.user_id]):
+                raise NotFound("user_id")
             if context.user_id not in await users.lock(db, founding.members):
                 raise NotActive
             if not await users.all_may(db, "write", context.user_id, [frame.user_id]):
@@ -95,27 +98,56 @@ async def _create(
         settings=frame.settings,
     )
     async with context.database.transaction() as db:
-        if context.user_id not in await users.lock(db, members):
-            raise NotActive
-        named = await guests(db, context, founding.id, members) if is_group else []
-        they = welcomed(context, named)
-        founding = msgspec.structs.replace(founding, invited=frozenset(they.invited))
-        made = await conversations.create(db, founding)
-        if made:
-            await counted(db, context, they)
-            await participants.stamp(db, founding.id, they.invited, also=list(members))
-            await bounds.require_made(db, context.user_id)
-            entering = [one for one in members if one not in founding.invited]
-            await bounds.require_memberships(db, entering, "participants" if is_group else "conversation_id")
-        elif not await conversations.is_same(db, founding):
+        they = await _made(db, context, founding)
+        made = they is not None
+        if not made and not await conversations.is_same(db, founding):
             raise Refused(
                 ErrorCode.CONFLICT, "Another conversation has this id. Make a new one.", path="conversation_id"
             )
         view = await _view(db, context.user_id, founding.id)
+        if they is None:
+            they = await _there(db, context, founding)
     if made:
         context.events.poke(members)
     await sync.join(context, view)
     return OneConversation(view=view, added=they.present + they.added, invited=they.waiting + they.invited)
+
+
+async def _made(db: Db, context: Context, founding: Founding) -> Welcome | None:
+    """Make a group or channel, and return how its members come in; None if the id is taken.
+
+    The id may be that of somebody else's conversation, so nothing is read there: no refusal depends on what is in it.
+    """
+    if await conversations.versions(db, [founding.id]):
+        return None
+    is_group = founding.type == "group"
+    if is_group:
+        # A refused frame does not lock strangers.
+        welcomed(context, await guests(db, context, None, founding.members))
+    if context.user_id not in await users.lock(db, founding.members):
+        raise NotActive
+    if await conversations.versions(db, [founding.id]):
+        return None  # made while this frame waited, by the same frame on another connection
+    they = welcomed(context, await guests(db, context, None, founding.members) if is_group else [])
+    founding = msgspec.structs.replace(founding, invited=frozenset(they.invited))
+    if not await conversations.create(db, founding):
+        return None
+    await counted(db, context, they)
+    await participants.stamp(db, founding.id, they.invited, also=list(founding.members))
+    await bounds.require_made(db, context.user_id)
+    entering = [one for one in founding.members if one not in founding.invited]
+    await bounds.require_memberships(db, entering, "participants" if is_group else "conversation_id")
+    return they
+
+
+async def _there(db: Db, context: Context, founding: Founding) -> Welcome:
+    """Return what `create_group`, repeated, answers: those named who take part or are invited, as far as the caller
+    sees that.
+    """
+    named = [one for one in founding.members if one != context.user_id]
+    seen = await participants.seen(db, founding.id, context.user_id, named) if named else {}
+    present, waiting = ([one for one in named if seen.get(one) == status] for status in ("active", "invited"))
+    return Welcome(present, waiting, [], [])
 
 
 async def list_conversations(context: Context, frame: client.ListConversations) -> ConversationPage:

@@ -97,12 +97,13 @@ async def remove(context: Context, frame: client.RemoveParticipant) -> Done:
     async with context.database.transaction() as db:
         conversation, me = await entered(db, context, frame.conversation_id)
         require(me, Act.REMOVE_MEMBERS)
-        await users.lock(db, [frame.user_id])
         them = await _other(db, me, frame.user_id)
         if them.status == status:
             return Done()
         if them.status not in {"active", "invited"} and not frame.ban:
             raise NotFound("user_id")
+        # After the refusals, so that none of them locks a stranger. The conversation's lock keeps the status as it is.
+        await users.lock(db, [frame.user_id])
         news = News(context, db, conversation)
         news.changes.append(await participants.change(db, them, status=status))
         if them.status == "active":

@@ -18,6 +18,9 @@ async def request_friend(context: Context, frame: client.RequestFriend) -> OneRe
     """Ask for friendship; if the other one has asked already, be friends."""
     me, them = context.user_id, _other(context, frame.user_id)
     async with context.database.transaction() as db:
+        # Asked before the lock, too, here and below: a refused frame does not lock a stranger.
+        if not await users.all_may(db, "request_friend", me, [them]):
+            raise NotFound("user_id")
         await _lock(db, me, them)
         if not await users.all_may(db, "request_friend", me, [them]):
             raise NotFound("user_id")
@@ -46,6 +49,8 @@ async def answer_friend(context: Context, frame: client.AnswerFriend) -> OneRela
     me, them = context.user_id, _other(context, frame.user_id)
     answer: RelationshipStatus = "accepted" if frame.accept else "rejected"
     async with context.database.transaction() as db:
+        if await relationships.status(db, them, me, "friend") is None:
+            raise NotFound("user_id")
         await _lock(db, me, them)
         there = await relationships.status(db, them, me, "friend")
         if there != answer and there not in {"pending", "rejected"}:
@@ -68,6 +73,8 @@ async def unfriend(context: Context, frame: client.Unfriend) -> Done:
     """Take back a request, or end a friendship."""
     me, them = context.user_id, _other(context, frame.user_id)
     async with context.database.transaction() as db:
+        if await relationships.status(db, me, them, "friend") is None:
+            raise NotFound("user_id")
         await _lock(db, me, them)
         mine = await relationships.status(db, me, them, "friend")
         if mine is None:
@@ -82,16 +89,20 @@ OneOf = client.Block | client.Unblock | client.Follow | client.Unfollow | client
 
 def turned(kind: RelationshipKind, *, on: bool) -> Callable[[Context, OneOf], Awaitable[OneRelationship]]:
     """Return the handler that begins or ends what is the caller's own affair."""
+    action = "follow" if kind == "follow" else "see_face"
+
+    async def require(db: Db, me: UserId, them: UserId) -> None:
+        if on and not await users.all_may(db, action, me, [them]):
+            raise NotFound("user_id")
+        if not on and await relationships.status(db, me, them, kind) is None:
+            raise NotFound("user_id")
 
     async def handler(context: Context, frame: OneOf) -> OneRelationship:
         me, them = context.user_id, _other(context, frame.user_id)
         async with context.database.transaction() as db:
+            await require(db, me, them)
             await _lock(db, me, them)
-            action = "follow" if kind == "follow" else "see_face"
-            if on and not await users.all_may(db, action, me, [them]):
-                raise NotFound("user_id")
-            if not on and await relationships.status(db, me, them, kind) is None:
-                raise NotFound("user_id")
+            await require(db, me, them)
             turn = Change(kind, "active" if on else "inactive")
             if (same := await relationships.get(db, me, them, turn, me)) is not None:
                 return OneRelationship(relationship=same)
@@ -118,6 +129,8 @@ async def set_switches(context: Context, frame: client.SetSwitches) -> OneRelati
     wanted = client.given(frame)
     me, them = context.user_id, _other(context, frame.user_id)
     async with context.database.transaction() as db:
+        if not await relationships.between(db, me, them):
+            raise NotFound("user_id")
         await _lock(db, me, them)
         there = await relationships.between(db, me, them)
         if not there:

@@ -284,17 +284,21 @@ async def create(db: Db, founding: Founding) -> bool:
     )
 
 
-# As it was made: the participants whom its maker brought along, whatever became of them.
+# As it was made: the participants whom its maker brought along, whatever became of them. They are compared only for a
+# maker who sees every part in it (`sees_participant`): the comparison would tell others who is invited or banned. For a
+# maker who takes part no more, all copies are the same, so that the answer is `not_found`.
 IS_SAME = """
-SELECT c.created_by = $2 AND c.type = $3 AND (c.settings_version > 1 OR (
+SELECT c.created_by = $2 AND (me.user_id IS NULL OR (c.type = $3 AND (c.settings_version > 1 OR (
         c.title = $4 AND c.description IS NOT DISTINCT FROM $5 AND c.is_public = $6
         AND c.max_participants IS NOT DISTINCT FROM $7 AND c.settings = $8::jsonb AND c.image IS NOT DISTINCT FROM $10
-    )) AND NOT EXISTS (
+    )) AND NOT (can(me.role, 'admin', me.can_add_members OR me.can_remove_members) AND EXISTS (
         SELECT FROM unnest($9::uuid[]) AS m (user_id) WHERE NOT EXISTS (
             SELECT FROM conversation_participant p WHERE p.conversation_id = c.id AND p.user_id = m.user_id
         )
-    )
-FROM conversation c WHERE c.id = $1
+    ))))
+FROM conversation c
+LEFT JOIN conversation_participant me ON me.conversation_id = c.id AND me.user_id = $2 AND me.status = 'active'
+WHERE c.id = $1
 """
 
 

@@ -71,6 +71,20 @@ async def page(db: Db, user_id: UserId, frame: ListParticipants, *, limit: int) 
     return _entry_decoder.page(rows, limit)
 
 
+SEEN = """
+SELECT p.user_id, p.status FROM conversation_participant me
+JOIN conversation_participant p ON p.conversation_id = me.conversation_id AND p.user_id = ANY($3)
+WHERE me.conversation_id = $1 AND me.user_id = $2 AND sees_participant($2, me, p)
+"""
+
+
+async def seen(
+    db: Db, conversation_id: ConversationId, viewer: UserId, user_ids: Sequence[UserId]
+) -> dict[UserId, ParticipantStatus]:
+    """Return the status of those users in a conversation whose part there a viewer sees."""
+    return {row[0]: row[1] for row in await db.fetch(SEEN, conversation_id, viewer, list(user_ids))}
+
+
 # Whoever enters has nothing unread: what was said before is history to them. Who was invited, and comes by themselves,
 # has the role that was meant for them.
 ADD = """

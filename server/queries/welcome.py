@@ -1,4 +1,4 @@
-"""How users stand to somebody who wants them in a conversation. Asked once for all of them, after they are locked."""
+"""How users stand to somebody who wants them in a conversation. Asked for all of them, before and after a lock."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -40,8 +40,10 @@ ORDER BY named.place
 """  # noqa: S608 - only constants are put in
 
 
-async def guests(db: Db, caller: UserId, conversation_id: ConversationId, user_ids: Sequence[UserId]) -> list[Guest]:
-    """Return how users stand to the caller and to a conversation, in their order. Under the lock of all of them."""
+async def guests(
+    db: Db, caller: UserId, conversation_id: ConversationId | None, user_ids: Sequence[UserId]
+) -> list[Guest]:
+    """Return how users stand to the caller and to a conversation, None if it is new, in their order."""
     bounds = (MAX_INVITATIONS, MAX_INVITATIONS_SENT, MAX_INVITATIONS_OF_PAIR)
     rows = await db.fetch(GUESTS, caller, conversation_id, list(user_ids), *bounds)
     return [Guest(*row) for row in rows]
