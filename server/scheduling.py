@@ -1,10 +1,11 @@
 """Scheduled messages: sent, when their time has come, by the same handler as all others.
 
-The message's id was made when it was scheduled, so a worker that dies after sending, and before it has noted that,
-leaves nothing behind that the next one could send twice.
+A message and the note that it was sent commit together, and only while the worker's claim holds. So a worker that
+stalls or dies sends nothing twice, and nothing that its owner has changed or cancelled since.
 """
 
 import logging
+from contextlib import suppress
 from datetime import timedelta
 from functools import partial
 from uuid import UUID
@@ -13,9 +14,9 @@ from protocol.errors import ErrorCode
 from protocol.ids import SessionId
 from server.context import Context, Services
 from server.errors import INTERNAL, log_defect, refusal
-from server.handlers.sending import send
+from server.handlers.sending import send_noted
 from server.queries import scheduled
-from server.queries.scheduled import Due
+from server.queries.scheduled import ClaimLost, Due
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +32,6 @@ async def send_due(services: Services) -> bool:
     async with services.database.connection() as db:
         claimed = await scheduled.claim(db)
     for due in claimed:
-        problem: str | None = None
         if due.sender is None:
             problem = "The account cannot send messages any more."
         elif due.frame is None:
@@ -39,7 +39,12 @@ async def send_due(services: Services) -> bool:
         else:
             try:
                 context = Context(services=services, user=due.sender, session_id=NO_SESSION)
-                await services.database.again("a scheduled message", partial(send, context, due.frame))
+                note = partial(scheduled.finish, due=due, status="sent")
+                await services.database.again("a scheduled message", partial(send_noted, context, due.frame, note))
+                services.events.poke([due.sender_id])
+                continue
+            except ClaimLost:
+                continue
             except Exception as error:  # noqa: BLE001 - the others are due, too
                 refused = refusal(error)
                 if refused is None:
@@ -49,7 +54,7 @@ async def send_due(services: Services) -> bool:
                     await _put_off(services, due, refused.retry_after_ms or 0)
                     continue
                 problem = refused.message
-        await _finish(services, due, problem)
+        await _fail(services, due, problem)
     return len(claimed) == scheduled.AT_ONCE
 
 
@@ -59,7 +64,8 @@ async def _put_off(services: Services, due: Due, wait_ms: int) -> None:
     services.events.poke([due.sender_id])
 
 
-async def _finish(services: Services, due: Due, problem: str | None) -> None:
-    async with services.database.connection() as db:
-        await scheduled.finish(db, due, "sent" if problem is None else "failed", problem)
-    services.events.poke([due.sender_id])
+async def _fail(services: Services, due: Due, problem: str) -> None:
+    with suppress(ClaimLost):
+        async with services.database.connection() as db:
+            await scheduled.finish(db, due, "failed", problem)
+        services.events.poke([due.sender_id])

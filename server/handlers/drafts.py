@@ -69,7 +69,7 @@ async def schedule(context: Context, frame: client.Schedule) -> OneScheduled:
                 raise Refused(ErrorCode.CONFLICT, sentence)
         made = await scheduled.put(db, frame, context.user_id)
         if made is None:
-            if there is not None and there.status == "sent":
+            if there is not None and await scheduled.is_repeated(db, frame, context.user_id):
                 return OneScheduled(scheduled=there)
             raise _too_late(there)
     context.events.poke([context.user_id])
@@ -100,18 +100,20 @@ async def list_scheduled(context: Context, frame: client.ListScheduled) -> Sched
 
 
 def _too_late(there: Scheduled | None) -> Refused:
-    """Return why a scheduled message does not change."""
+    """Return why a scheduled message does not change. One that is being sent may be put off, and can change then."""
+    retry_after_ms = None
     if there is None:
         sentence = "Another message has this id. Make a new one."
     elif there.status == "waiting":
-        sentence = "The message is being sent. Edit or delete it when it is sent."
+        sentence = "The message is being sent. Edit or delete it when it is sent, or retry after `retry_after_ms`."
+        retry_after_ms = int(scheduled.CLAIMED.total_seconds() * 1_000)
     elif there.status == "sent":
         sentence = "The message was sent. Edit or delete it instead."
     elif there.status == "failed":
         sentence = "The message could not be sent. Schedule a new one."
     else:
         sentence = "The message was cancelled. Schedule a new one."
-    return Refused(ErrorCode.CONFLICT, sentence, path="message_id")
+    return Refused(ErrorCode.CONFLICT, sentence, path="message_id", retry_after_ms=retry_after_ms)
 
 
 async def _sent_before(db: Db, frame: client.Schedule, out: Outgoing, there: Scheduled | None) -> Scheduled | None:

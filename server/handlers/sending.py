@@ -1,6 +1,7 @@
 """Sending: say something, forward what somebody said."""
 
-from typing import Literal
+from collections.abc import Awaitable, Callable
+from typing import Literal, TypeAlias
 
 from asyncpg import UniqueViolationError
 
@@ -11,6 +12,7 @@ from protocol.limits import FURTHER_TOKENS, TOKEN_BYTES, part_of_mentions
 from protocol.server import MessageSent, Sent
 from protocol.values import Message
 from server.context import Context
+from server.database import Db
 from server.errors import NotActive, NotFound
 from server.permissions import OBSTACLES, slow_mode
 from server.queries import messages, sending
@@ -20,10 +22,18 @@ from server.saying import outgoing
 MAX_RACES = 5
 """How often a send is tried again when the sender's access, or the message's id, changed under it."""
 
+Note: TypeAlias = Callable[[Db], Awaitable[None]]
+"""What is written in the transaction of a message. If it raises, the message is not stored."""
+
 
 async def send(context: Context, frame: client.Send) -> Sent:
     """Store a message, once, and tell everyone."""
     return await _store(context, await outgoing(context, frame))
+
+
+async def send_noted(context: Context, frame: client.Send, note: Note) -> Sent:
+    """Do what `send` does, with a note in the same transaction. The note is written also if the message is there."""
+    return await _store(context, await outgoing(context, frame), note)
 
 
 async def forward(context: Context, frame: client.Forward) -> Sent:
@@ -69,12 +79,15 @@ async def forward(context: Context, frame: client.Forward) -> Sent:
         raise
 
 
-async def _store(context: Context, out: Outgoing) -> Sent:
+async def _store(context: Context, out: Outgoing, note: Note | None = None) -> Sent:
     frame = out.frame
     is_slow = False
     for _ in range(MAX_RACES):
         try:
-            stored = await (_send_slowly(context, out) if is_slow else context.services.sends.submit(out))
+            if is_slow or note is not None:
+                stored = await _send_alone(context, out, note, is_slow=is_slow)
+            else:
+                stored = await context.services.sends.submit(out)
         except UniqueViolationError:
             stored = None
         if stored is not None:
@@ -97,6 +110,9 @@ async def _store(context: Context, out: Outgoing) -> Sent:
             )
         answer = await _why_not(context, out)
         if isinstance(answer, Sent):
+            if note is not None:
+                async with context.database.connection() as db:
+                    await note(db)
             return answer
         is_slow = answer == "slow"
         if out.made.loud_mentions:
@@ -138,9 +154,16 @@ def _message(out: Outgoing, stored: Stored) -> Message:
     )
 
 
-async def _send_slowly(context: Context, out: Outgoing) -> Stored | None:
+async def _send_alone(context: Context, out: Outgoing, note: Note | None, *, is_slow: bool) -> Stored | None:
+    """Store a message in a transaction of its own, in slow mode or with a note."""
+    stored: Stored | int | None
     async with context.database.transaction() as db:
-        stored = await sending.send_slowly(db, out)
+        if is_slow:
+            stored = await sending.send_slowly(db, out)
+        else:
+            (stored,) = await sending.send(db, [out])
+        if isinstance(stored, Stored) and note is not None:
+            await note(db)
     if isinstance(stored, int):
         raise slow_mode(stored)
     return stored

@@ -1,6 +1,6 @@
 """Scheduled messages: kept until their time, claimed by one worker, sent by the way of all messages."""
 
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import NamedTuple
 
 import msgspec
@@ -61,7 +61,7 @@ RETURNING scheduled_json(s)
 """  # noqa: S608 - a constant is put in
 CANCEL = f"""
 WITH touched AS (UPDATE "user" SET version = version + 1 WHERE id = $2 RETURNING version)
-UPDATE scheduled_message s SET status = 'cancelled', user_version = t.version FROM touched t
+UPDATE scheduled_message s SET status = 'cancelled', not_before = NULL, user_version = t.version FROM touched t
 WHERE s.id = $1 AND s.status = 'waiting' AND {_WAITS}
 RETURNING scheduled_json(s)
 """  # noqa: S608 - a constant is put in
@@ -71,11 +71,26 @@ async def put(db: Db, frame: Schedule, user_id: UserId) -> Scheduled | None:
     """Keep a message until its time, or change one that waits; None if the id is taken, or it is too late. Under the
     user's lock.
     """
-    words = msgspec.json.encode(
+    text = await db.fetchval(PUT, frame.message_id, user_id, frame.conversation_id, _words(frame), frame.send_at)
+    return None if text is None else _scheduled_decoder.decode(text)
+
+
+IS_REPEATED = """
+SELECT s.words = $4::jsonb AND s.send_at = $5 FROM scheduled_message s
+WHERE s.id = $1 AND s.sender_id = $2 AND s.conversation_id = $3 AND s.status IN ('waiting', 'sent')
+"""
+
+
+async def is_repeated(db: Db, frame: Schedule, user_id: UserId) -> bool:
+    """Whether a message that waits, or was sent, has the words and the time of a frame."""
+    place = (frame.message_id, user_id, frame.conversation_id)
+    return bool(await db.fetchval(IS_REPEATED, *place, _words(frame), frame.send_at))
+
+
+def _words(frame: Schedule) -> str:
+    return msgspec.json.encode(
         msgspec.convert(frame, Words, from_attributes=True, dec_hook=json_object.accept)
     ).decode()
-    text = await db.fetchval(PUT, frame.message_id, user_id, frame.conversation_id, words, frame.send_at)
-    return None if text is None else _scheduled_decoder.decode(text)
 
 
 async def cancel(db: Db, message_id: MessageId, user_id: UserId, conversation_id: ConversationId) -> Scheduled | None:
@@ -106,6 +121,12 @@ class Due(NamedTuple):
     """None if they are not here any more, or cannot be read."""
     frame: Send | None
     """None if it cannot be read."""
+    claimed_at: datetime
+    """Identifies the claim: a later one has another time, and a message that was put off has none."""
+
+
+class ClaimLost(Exception):  # noqa: N818 - another worker has the message now
+    """The message was claimed again, put off, cancelled or finished meanwhile."""
 
 
 # Whoever deleted their account, or was locked out, says nothing any more.
@@ -120,47 +141,54 @@ FROM (
 JOIN scheduled_message again ON again.id = due.id
 JOIN "user" u ON u.id = again.sender_id
 WHERE s.id = due.id
-RETURNING s.id, s.conversation_id, s.sender_id, s.words, CASE WHEN u.is_active AND NOT u.is_deleted THEN {FACE} END
+RETURNING s.id, s.conversation_id, s.sender_id, s.words, CASE WHEN u.is_active AND NOT u.is_deleted THEN {FACE} END,
+    s.claimed_at
 """  # noqa: S608 - FACE is a constant
 
 
 async def claim(db: Db) -> list[Due]:
     """Take up messages whose time has come, and which nobody else has taken up."""
     found = []
-    for message_id, conversation_id, sender_id, words, face in await db.fetch(CLAIM, CLAIMED, AT_ONCE):
+    for message_id, conversation_id, sender_id, words, face, claimed_at in await db.fetch(CLAIM, CLAIMED, AT_ONCE):
         try:
             said = msgspec.structs.asdict(_words_decoder.decode(words))
             frame = Send(conversation_id=conversation_id, message_id=message_id, **said)
         except (msgspec.ValidationError, RecursionError, ValueError):
             frame = None
-        found.append(Due(message_id, sender_id, None if face is None else _user_decoder.read(face), frame))
+        sender = None if face is None else _user_decoder.read(face)
+        found.append(Due(message_id, sender_id, sender, frame, claimed_at))
     return found
 
 
+# A claim runs out while its worker waits: another one takes the message, and the owner may change or cancel it after
+# that. So both statements act on the worker's own claim alone.
 PUT_OFF = """
 WITH touched AS (UPDATE "user" SET version = version + 1 WHERE id = $2 RETURNING version)
-UPDATE scheduled_message s SET claimed_at = NULL, not_before = now() + $3::interval, user_version = t.version
-FROM touched t WHERE s.id = $1 AND s.status = 'waiting'
+UPDATE scheduled_message s SET claimed_at = NULL, not_before = now() + $4::interval, user_version = t.version
+FROM touched t WHERE s.id = $1 AND s.status = 'waiting' AND s.claimed_at = $3
+"""
+FINISH = """
+WITH touched AS (UPDATE "user" SET version = version + 1 WHERE id = $2 RETURNING version)
+UPDATE scheduled_message s SET status = $4, problem = $5, not_before = NULL, user_version = t.version
+FROM touched t WHERE s.id = $1 AND s.status = 'waiting' AND s.claimed_at = $3
+RETURNING true
 """
 
 
 async def put_off(db: Db, due: Due, wait: timedelta) -> None:
     """Have a message that was taken up wait for at least `CLAIMED`, so that those behind it have their turn.
 
-    Nobody has claimed it meanwhile: its owner may change or cancel it.
+    Nobody has claimed it meanwhile: its owner may change or cancel it. Does nothing if the claim is lost.
     """
-    await db.execute(PUT_OFF, due.message_id, due.sender_id, max(wait, CLAIMED))
-
-
-FINISH = """
-WITH touched AS (UPDATE "user" SET version = version + 1 WHERE id = $2 RETURNING version)
-UPDATE scheduled_message s SET status = $3, problem = $4, user_version = t.version FROM touched t WHERE s.id = $1
-"""
+    await db.execute(PUT_OFF, due.message_id, due.sender_id, due.claimed_at, max(wait, CLAIMED))
 
 
 async def finish(db: Db, due: Due, status: ScheduledStatus, problem: str | None = None) -> None:
-    """Note what became of a message that was taken up."""
-    await db.execute(FINISH, due.message_id, due.sender_id, status, problem)
+    """Note what became of a message that was taken up. Raises ClaimLost, which rolls back the message that was stored
+    in the same transaction.
+    """
+    if not await db.fetchval(FINISH, due.message_id, due.sender_id, due.claimed_at, status, problem):
+        raise ClaimLost
 
 
 # A user who is held by another transaction has their turn later. Their devices that were told less start over.

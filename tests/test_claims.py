@@ -1,0 +1,174 @@
+"""Claims of scheduled messages: a worker whose claim is over changes nothing, and an acknowledged change holds."""
+
+import asyncio
+from datetime import UTC, datetime, timedelta
+
+import pytest
+
+from protocol import client, server
+from protocol.errors import ErrorCode
+from protocol.ids import MessageId, uuid7
+from server import scheduling
+from server.context import Services
+from server.database import Db
+from server.queries import scheduled
+from server.queries.scheduled import Due
+from tests.world import Room, World, refused
+
+CLAIM = scheduled.claim
+WAITS = "SELECT EXISTS (SELECT FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database())"
+ROW = "SELECT status, words ->> 'content', problem, claimed_at, not_before FROM scheduled_message WHERE id = $1"
+SAID = "SELECT content FROM message WHERE id = $1"
+
+
+class Turns:
+    """A room whose workers send a scheduled message only when a test says so."""
+
+    def __init__(self, room: Room, world: World) -> None:
+        self.charles = room.charles
+        self.group = room.group
+        self.db = world.db
+        self.services: Services = world.workers[0].app._services  # noqa: SLF001
+        self._next: dict[asyncio.Task[object] | None, Due] = {}
+
+    async def claim(self, _: Db) -> list[Due]:
+        """Stand in for `scheduled.claim`: the jobs get nothing."""
+        due = self._next.pop(asyncio.current_task(), None)
+        return [] if due is None else [due]
+
+    async def schedule(self) -> client.Schedule:
+        """Schedule a message of Charles's that is due."""
+        frame = client.Schedule(
+            conversation_id=self.group, message_id=MessageId(uuid7()), content="First", send_at=datetime.now(UTC)
+        )
+        await self.charles.call(frame)
+        return frame
+
+    async def take(self) -> Due:
+        """Claim what is due, as a worker does after another one's claim ran out."""
+        await self.db.execute("UPDATE scheduled_message SET claimed_at = claimed_at - interval '1 minute'")
+        (due,) = await CLAIM(self.db)
+        return due
+
+    async def send(self, due: Due) -> None:
+        """Go on with a claim as its worker does."""
+        self._next[asyncio.current_task()] = due
+        await scheduling.send_due(self.services)
+
+    async def put_off(self, due: Due) -> None:
+        """Put a message off as a worker does that met a busy database."""
+        await scheduling._put_off(self.services, due, 0)  # noqa: SLF001
+
+    async def fail(self, due: Due) -> None:
+        """Give a message up, as a worker does whose sender has gone."""
+        await self.send(due._replace(sender=None))
+
+    async def row(self, frame: client.Schedule) -> tuple[object, ...]:
+        """Return what is stored about a message: its row, and what was said."""
+        row = await self.db.fetchrow(ROW, frame.message_id)
+        assert row is not None
+        return (*row, await self.db.fetchval(SAID, frame.message_id))
+
+    async def cancels(self, frame: client.Schedule, other: Due) -> str:
+        await self.put_off(other)
+        cancel = client.CancelScheduled(conversation_id=self.group, message_id=frame.message_id)
+        return (await self.charles.call(cancel, server.OneScheduled)).scheduled.status
+
+    async def changes(self, frame: client.Schedule, other: Due) -> str:
+        await self.put_off(other)
+        frame.content, frame.send_at = "Second", datetime.now(UTC) + timedelta(hours=1)
+        return (await self.charles.call(frame, server.OneScheduled)).scheduled.words.content
+
+    async def waits(self, _: client.Schedule, other: Due) -> str:
+        await self.put_off(other)
+        return "put off"
+
+    async def claims(self, _: client.Schedule, __: Due) -> str:
+        return "claimed"
+
+
+@pytest.fixture
+async def turns(room: Room, world: World, monkeypatch: pytest.MonkeyPatch) -> Turns:
+    made = Turns(room, world)
+    monkeypatch.setattr(scheduled, "claim", made.claim)
+    return made
+
+
+async def test_worker_whose_claim_is_over_changes_nothing(turns: Turns) -> None:
+    """Whatever it does next, and whatever has happened since."""
+    wrong = []
+    for act in (turns.send, turns.put_off, turns.fail):
+        for meanwhile in (turns.cancels, turns.changes, turns.waits, turns.claims):
+            frame = await turns.schedule()
+            slow, other = await turns.take(), await turns.take()
+            told = await meanwhile(frame, other)
+            before = await turns.row(frame)
+            await act(slow)
+            if (after := await turns.row(frame)) != before:
+                wrong.append((act.__name__, told, before, after))
+            if meanwhile == turns.claims:  # whoever has the claim now sends it, once
+                await turns.send(other)
+                assert (await turns.row(frame))[::5] == ("sent", "First")
+            await turns.db.execute("UPDATE scheduled_message SET status = 'cancelled'")
+    assert wrong == []
+
+
+async def test_claim_that_ran_out_and_that_nobody_took_is_worked_on(turns: Turns) -> None:
+    for act, status in ((turns.send, "sent"), (turns.fail, "failed"), (turns.put_off, "waiting")):
+        frame = await turns.schedule()
+        due = await turns.take()
+        await turns.db.execute("UPDATE scheduled_message SET claimed_at = claimed_at - interval '1 minute'")
+        (due,) = [due._replace(claimed_at=await turns.db.fetchval("SELECT max(claimed_at) FROM scheduled_message"))]
+        await act(due)
+        assert (await turns.row(frame))[0] == status
+
+
+async def test_cancel_that_comes_between_a_message_and_its_commit_takes_the_message_back(turns: Turns) -> None:
+    """The message and the note that it is sent commit together."""
+    frame = await turns.schedule()
+    slow = await turns.take()
+    await turns.put_off(await turns.take())
+    async with turns.db.transaction():
+        await turns.db.execute('SELECT FROM "user" WHERE id = $1 FOR NO KEY UPDATE', slow.sender_id)
+        sending = asyncio.create_task(turns.send(slow))
+        async with asyncio.timeout(5):
+            while not await turns.db.fetchval(WAITS):
+                await turns.db.execute("SELECT pg_stat_clear_snapshot()")
+                await asyncio.sleep(0.01)
+        cancelled = await scheduled.cancel(turns.db, frame.message_id, slow.sender_id, turns.group)
+        assert cancelled is not None
+    await sending
+    assert (await turns.row(frame))[::5] == ("cancelled", None)
+
+
+async def test_message_that_is_over_has_no_next_try(turns: Turns) -> None:
+    for act in (turns.send, turns.fail, None):
+        frame = await turns.schedule()
+        await turns.put_off(await turns.take())
+        assert (await turns.row(frame))[4] is not None
+        if act is None:
+            await turns.charles.call(client.CancelScheduled(conversation_id=turns.group, message_id=frame.message_id))
+        else:
+            await turns.db.execute("UPDATE scheduled_message SET not_before = now() - interval '1 minute'")
+            await act(await turns.take())
+        status, _, _, _, not_before, _ = await turns.row(frame)
+        assert (status != "waiting", not_before) == (True, None), act
+
+
+async def test_schedule_that_is_repeated_while_it_is_sent_gets_its_answer(turns: Turns) -> None:
+    """Also a repeat after it was sent; other words are refused, and the refusal says when to come back."""
+    frame = await turns.schedule()
+    due = await turns.take()
+    other = client.Schedule(
+        conversation_id=turns.group, message_id=frame.message_id, content="Second", send_at=frame.send_at
+    )
+    again = await turns.charles.call(frame, server.OneScheduled)
+    assert (again.scheduled.status, again.scheduled.words.content) == ("waiting", "First")
+    with refused(ErrorCode.CONFLICT, "message_id") as refusal:
+        await turns.charles.call(other)
+    assert (refusal.value.retry_after_ms or 0) > 0
+    await turns.send(due)
+    assert (await turns.charles.call(frame, server.OneScheduled)).scheduled.status == "sent"
+    with refused(ErrorCode.CONFLICT, "message_id") as refusal:
+        await turns.charles.call(other)
+    assert refusal.value.retry_after_ms is None
