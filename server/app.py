@@ -178,6 +178,7 @@ class App:
                 per_account=settings.login_attempts,
                 per_address=settings.login_attempts_per_address,
             ),
+            allowances=self._allowances,
             origins=settings.allowed_origins,
             is_open=settings.registration == "open",
         )

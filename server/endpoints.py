@@ -33,7 +33,7 @@ from server.metrics import Metrics
 from server.proxies import Network, is_within
 from server.queries.sessions import Active
 from server.readiness import Readiness
-from server.web import JSON, STATUS, endpoint, json_response, refusal_response
+from server.web import JSON, endpoint, error_response, json_response, refusal_response
 from server.websocket import EXTENSION, WebSocket
 
 FORWARDING = frozenset({"forwarded", "via", "x-forwarded-for", "x-forwarded-host", "x-forwarded-proto", "x-real-ip"})
@@ -158,7 +158,7 @@ class Endpoints:
         context = Context(services=self._door.services, user=active.user, session_id=active.session_id)
         dispatch = self._door.shared.dispatch
         answer = await dispatch.run(context, data)
-        response = json_response(answer, status=STATUS[answer.code] if isinstance(answer, Error) else 200)
+        response = error_response(answer) if isinstance(answer, Error) else json_response(answer)
         dispatch.answered(context.user_id, data, len(response.body))
         return response
 

@@ -130,7 +130,7 @@ class Presence:
     async def choose(self, user_id: UserId, device: Subscriber | None, frame: SetPresence) -> bool:
         """Record how a user, or with `away` one device of theirs, wants to be seen; return whether they chose anew."""
         devices = self._devices.get(user_id, {})
-        async with self._database.connection() as db:
+        async with self._database.of(user_id).connection() as db:
             is_new = await users.choose(db, user_id, frame, is_here=bool(devices))
         if device in devices:
             devices[device] = frame.status == "away"

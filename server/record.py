@@ -41,9 +41,10 @@ class PostgresRecord:
         async with self._database.connection() as db:
             return await sessions.living(db, session_ids)
 
-    async def watchable(self, pairs: Sequence[Pair]) -> dict[Pair, Watchable]:
-        """Return those of the pairs whose watcher may see the face."""
-        async with self._database.connection() as db:
+    async def watchable(self, pairs: Sequence[Pair], *, asker: UserId | None = None) -> dict[Pair, Watchable]:
+        """Return those of the pairs whose watcher may see the face: for a user who asks, with their share."""
+        database = self._database if asker is None else self._database.of(asker)
+        async with database.connection() as db:
             found = await users.watchable(db, pairs)
         return {Pair(*pair): one for pair, one in found.items()}
 

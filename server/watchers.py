@@ -33,8 +33,8 @@ class Watchable(Protocol):
 class WatchRecord(Protocol):
     """What is asked of the database about watchers."""
 
-    async def watchable(self, pairs: Sequence[Pair]) -> Mapping[Pair, Watchable]:
-        """Return those of the pairs whose watcher may see the face."""
+    async def watchable(self, pairs: Sequence[Pair], *, asker: UserId | None = None) -> Mapping[Pair, Watchable]:
+        """Return those of the pairs whose watcher may see the face; `asker` is the user who asks, if one does."""
 
 
 Describe = Callable[[Mapping[Pair, Any]], Awaitable[Mapping[Pair, Presence]]]
@@ -80,7 +80,7 @@ class Watchers:
             await self._bus.subscribe([channel(user_id) for user_id in new])
             for _ in range(TRIES):
                 since = self._doubts.begin(pairs)
-                found = await self._record.watchable(list(pairs))
+                found = await self._record.watchable(list(pairs), asker=socket.user_id)
                 presences = await self._describe(found)
                 settled = [pair for pair in pairs if self._doubts.is_current(pair, since)]
                 pairs.difference_update(settled)

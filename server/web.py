@@ -13,6 +13,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from protocol.codec import encode
 from protocol.errors import ErrorCode, Refused
 from protocol.limits import MAX_FRAME_BYTES
+from protocol.server import Error
 from server.addresses import Addresses
 from server.dispatch import error_frame
 from server.errors import INTERNAL, log_defect, refusal
@@ -101,9 +102,14 @@ async def no_route(request: Request, error: Exception) -> Response:  # noqa: ARG
 
 def refusal_response(refused: Refused, *, status: int | None = None) -> Response:
     """Return the answer to a request that was refused."""
-    response = json_response(error_frame(refused), status=status or STATUS[refused.code])
-    if refused.retry_after_ms is not None:
-        response.headers["retry-after"] = str(-(-refused.retry_after_ms // 1000))
+    return error_response(error_frame(refused), status=status)
+
+
+def error_response(error: Error, *, status: int | None = None) -> Response:
+    """Return an error as the answer to a request, with its time to come back in the header that HTTP clients know."""
+    response = json_response(error, status=status or STATUS[error.code])
+    if error.retry_after_ms is not None:
+        response.headers["retry-after"] = str(-(-error.retry_after_ms // 1000))
     return response
 
 

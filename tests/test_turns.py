@@ -1,20 +1,31 @@
 """One user does not hold all connections to the database of a worker, whatever they do."""
 
 import asyncio
+import json
+from collections.abc import Iterable
 from contextlib import AbstractAsyncContextManager
+from typing import Any
 
 import asyncpg
+import httpx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec import inspect
+from starlette.routing import Route, WebSocketRoute
 
 from protocol import client, server
 from protocol.errors import ErrorCode, Refused
 from protocol.ids import UserId, uuid7
-from server.database import Database
-from server.pool import Connection, Pool
+from server.connection import Connection
+from server.database import Database, Db
+from server.dispatch import Rate
+from server.hub import Hub
+from server.pool import Pool
+from server.routes import ROUTES
 from server.turns import Turns
-from tests.world import World, message, sent, until
+from tests.test_hostile_values import valid
+from tests.world import World, http_client, message, sent, until
 
 CONNECTIONS = 4
 """Connections of a worker to the database, in tests; one user holds two of them at most."""
@@ -52,13 +63,161 @@ async def test_a_user_whose_frames_wait_for_a_lock_leaves_connections_to_others(
     assert (pool._turns._taken, pool._turns._waiting) == ({}, {})  # noqa: SLF001
 
 
+IN_TURN: dict[tuple[str, str], Any] = {
+    ("POST", "/v1/call"): {"type": "get_me"},
+    ("GET", "/v1/auth/sessions"): None,
+    ("GET", "/v1/auth/export"): None,
+    ("POST", "/v1/auth/password"): {"password": "correct horse", "new_password": "another horse"},
+    ("POST", "/v1/auth/deactivate"): {"password": "correct horse"},
+    ("POST", "/v1/auth/delete"): {"password": "correct horse"},
+    ("POST", "/v1/auth/logout"): None,
+    ("DELETE", "/v1/auth/sessions"): None,
+    ("DELETE", "/v1/auth/sessions/{session_id}"): None,
+}
+"""Routes of users with a session, and bodies for them."""
+OF_NOBODY = {
+    ("POST", "/v1/auth/register"),
+    ("POST", "/v1/auth/login"),
+    ("GET", "/healthz"),
+    ("GET", "/readyz"),
+    ("GET", "/metrics"),
+    ("GET", "/v1/ws"),
+    ("GET", "/v1/asyncapi.json"),
+    ("GET", "/v1/openapi.json"),
+}
+"""Routes that read no session. Limits by address and by account bound them."""
+AT_THE_DOOR = {"/v1/ws"}
+"""The socket, whose limits are those of connections and of frames."""
+
+
+def routes_of(world: World) -> set[tuple[str, str]]:
+    routes = [one for one in world.workers[0].app.starlette.routes if isinstance(one, Route)]
+    return {(method, one.path) for one in routes for method in (one.methods or set()) - {"HEAD"}}
+
+
+async def ask(http: httpx.AsyncClient, token: str, route: tuple[str, str], about: object = "") -> httpx.Response:
+    method, path = route
+    headers = {"Authorization": f"Bearer {token}"}
+    return await http.request(method, path.format(session_id=about), headers=headers, json=IN_TURN[route])
+
+
+async def test_every_route_of_a_user_takes_from_the_allowance_of_frames(world: World) -> None:
+    app = world.workers[0].app
+    assert routes_of(world) == IN_TURN.keys() | OF_NOBODY
+    assert {one.path for one in app.starlette.routes if isinstance(one, WebSocketRoute)} == AT_THE_DOOR
+    ada, charles = await world.users("Ada", "Charles")
+    other = await world.db.fetchval(
+        "INSERT INTO session (user_id, token, expires_at) VALUES ($1, 'x', now() + '1 day') RETURNING id", ada.id
+    )
+    before = await world.db.fetch("SELECT * FROM session ORDER BY id")
+    async with http_client(world.url) as http:
+        for rate, name in ((Rate.WRITE, "writes"), (Rate.READ, "reads")):
+            # Of every other allowance there is enough: the refusal names the one that it takes from.
+            full_at = app._allowances[rate]._bucket._full_at  # noqa: SLF001
+            full_at[ada.id] = 2**62
+            for route in IN_TURN:
+                if (rate is Rate.READ) is (route[0] == "GET" or route[1] == "/v1/call"):
+                    answer = await ask(http, ada.token, route, other)
+                    assert (answer.status_code, answer.json()["code"]) == (429, "rate_limited"), route
+                    assert f"`{name}` of your user" in answer.json()["message"], route
+                    assert int(answer.headers["retry-after"]) > 0
+            assert (await ask(http, charles.token, ("GET", "/v1/auth/sessions"))).status_code == 200
+            full_at.clear()
+        assert await world.db.fetch("SELECT * FROM session ORDER BY id") == before
+        assert (await ask(http, ada.token, ("DELETE", "/v1/auth/sessions/{session_id}"), other)).status_code == 204
+
+
+async def test_every_route_of_a_user_waits_in_the_turns_of_the_user(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ada, charles = await world.users("Ada", "Charles")
+    app = world.workers[0].app
+    pool = app._database._shared.pool  # noqa: SLF001
+    poked: list[UserId] = []
+    poke = Hub.poke
+
+    def noted(hub: Hub, user_ids: Iterable[UserId], **options: bool) -> None:
+        poked.extend(user_ids)
+        poke(hub, poked, **options)
+
+    monkeypatch.setattr(Hub, "poke", noted)
+    revoking = ("DELETE", "/v1/auth/sessions/{session_id}")
+    made = await world.db.fetch(
+        "INSERT INTO session (user_id, token, expires_at)"
+        " SELECT $1, n, now() + '1 day' FROM generate_series(1, $2::int) n RETURNING id",
+        ada.id,
+        2 * CONNECTIONS,
+    )
+    holding = await asyncpg.connect(world.settings.database_url)
+    async with http_client(world.url) as http:
+        try:
+            await holding.execute("BEGIN")
+            await holding.execute('SELECT FROM "user" WHERE id = $1 FOR UPDATE', ada.id)
+            # What ends nothing waits for no lock, and makes no worker look.
+            async with asyncio.timeout(5):
+                assert (await ask(http, ada.token, revoking, uuid7())).status_code == 404
+            assert poked == []
+            ending = [asyncio.ensure_future(ask(http, ada.token, revoking, row[0])) for row in made]
+            waiting = len(made) - CONNECTIONS // 2
+            await until(lambda: len(pool._turns._waiting.get(ada.id, ())) == waiting)  # noqa: SLF001
+            asking = {route: asyncio.ensure_future(ask(http, ada.token, route, uuid7())) for route in IN_TURN}
+            # An export answers before it reads.
+            await until(lambda: len(pool._turns._waiting.get(ada.id, ())) == waiting + len(IN_TURN))  # noqa: SLF001
+            assert len(pool._taken) <= CONNECTIONS // 2  # noqa: SLF001
+            async with asyncio.timeout(5):
+                for route in IN_TURN:
+                    answer = await ask(http, charles.token, route, uuid7())
+                    assert answer.status_code in {200, 204, 403, 404}, route
+                    if route == ("POST", "/v1/auth/logout"):
+                        break
+            assert not any(one.done() for one in (*ending, *asking.values()))
+        finally:
+            await holding.close()
+        assert [(await one).status_code for one in ending] == [204] * len(ending)
+        answers = {route: (await one).status_code for route, one in asking.items()}
+        assert max(answers.values()) < 500, answers
+    assert set(poked) == {ada.id, charles.id}
+    await until(lambda: not pool._turns._taken)  # noqa: SLF001
+
+
+NO_STATEMENT = {"ping", "unwatch", "get_push_key"}
+"""Frames that ask the database nothing."""
+FURTHER_FIELDS = {"join": {"invite_code": "none"}, "search": {"text": "words"}}
+"""Fields without which a frame is refused before it asks the database."""
+
+
+async def test_every_frame_waits_in_the_turns_of_its_user(world: World) -> None:
+    ada, charles = await world.users("Ada", "Charles")
+    asker = await world.connect(ada)
+    about = await world.group(asker, charles)
+    said = await sent(asker, about)
+    named = {"conversation_id": about, "to_conversation_id": about, "message_id": said, "user_id": charles.id}
+    ids = {name: str(one) for name, one in named.items()}
+    (one,) = world.workers[0].app.hub.people.sockets(ada.id)
+    assert isinstance(one, Connection)
+    turns = world.workers[0].app._database._shared.pool._turns  # noqa: SLF001
+    for _ in range(turns._most):  # noqa: SLF001
+        await turns.take(ada.id)
+    turns._patience = 0.0  # noqa: SLF001
+    answered: dict[str, object] = {}
+    for kind in ROUTES:
+        frame = valid(inspect.type_info(kind), "", ids)
+        frame |= FURTHER_FIELDS.get(frame["type"], {})
+        answer = await one._shared.dispatch.run(one.context, json.dumps(frame).encode())  # noqa: SLF001
+        if not isinstance(answer, server.Error) or answer.code is not ErrorCode.UNAVAILABLE:
+            answered[frame["type"]] = answer
+    for _ in range(turns._most):  # noqa: SLF001
+        turns.give(ada.id)
+    assert answered.keys() == NO_STATEMENT, answered
+
+
 async def test_a_user_who_waits_for_a_turn_of_their_own_holds_no_part_of_a_share(world: World) -> None:
     ada, charles = await world.users("Ada", "Charles")
     database = world.workers[0].app._database  # noqa: SLF001
     pool, shared = database._shared.pool, database._shared  # noqa: SLF001
     mine, others = database.of(ada.id), database.of(charles.id)
 
-    async def use(borrowed: AbstractAsyncContextManager[Connection]) -> int:
+    async def use(borrowed: AbstractAsyncContextManager[Db]) -> int:
         async with borrowed as db:
             return int(await db.fetchval("SELECT 1"))
 
@@ -132,7 +291,7 @@ async def test_a_turn_that_comes_as_its_wait_ends_goes_to_the_next() -> None:
 
 
 async def test_turns_of_a_user_whose_connections_cannot_be_opened_are_given_back() -> None:
-    async def fail() -> Connection:
+    async def fail() -> Db:
         raise ConnectionRefusedError
 
     pool = Pool(fail, most=CONNECTIONS, patience=60)

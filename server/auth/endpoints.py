@@ -1,6 +1,6 @@
 """The HTTP endpoints for accounts and sessions."""
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import NamedTuple
 
 import msgspec
@@ -12,6 +12,7 @@ from protocol.codec import decode
 from protocol.errors import ErrorCode, Refused
 from protocol.http import ChangePassword, Confirm, LoggedIn, Login, Register, SessionList, canonical
 from protocol.ids import SessionId, UserId
+from protocol.limits import TOKEN_BYTES
 from protocol.values import User
 from server.addresses import address_of, key_of
 from server.auth import passwords
@@ -21,12 +22,14 @@ from server.auth.sessions import Sessions
 from server.auth.tokens import new_token, token_hash
 from server.context import Events
 from server.database import Database, Db
+from server.dispatch import Rate
 from server.errors import NotFound
 from server.export import written
 from server.limits import Allowance
 from server.queries import accounts, sessions, users
 from server.queries.accounts import Login as Found
 from server.queries.sessions import Active, Beginning
+from server.sharedallowance import SharedAllowance
 from server.web import JSON, endpoint, json_response, limited_body
 
 _register = msgspec.json.Decoder(Register)
@@ -49,6 +52,21 @@ class Begun(NamedTuple):
     session: Beginning
 
 
+class Asked(NamedTuple):
+    """A request of a user with a session."""
+
+    request: Request
+    active: Active
+    body: bytes
+    database: Database
+    """The database as the user has it."""
+
+    @property
+    def user_id(self) -> UserId:
+        """Who asks."""
+        return self.active.user.id
+
+
 class Accounts:
     """Register, log in, log out, and see to one's sessions."""
 
@@ -59,14 +77,16 @@ class Accounts:
         *,
         sessions: Sessions,
         attempts: Attempts,
+        allowances: Mapping[Rate, SharedAllowance],
         origins: frozenset[str],
         is_open: bool,
     ) -> None:
-        """`is_open` is whether everybody may register."""
+        """`allowances` are those of frames. `is_open` is whether everybody may register."""
         self._database = database
         self._events = events
         self._sessions = sessions
         self._attempts = attempts
+        self._allowances = allowances
         self._origins = origins
         self._is_open = is_open
         self._exports: Allowance[UserId] = Allowance("exports of your user", EXPORTS_PER_SECOND, burst=EXPORTS_AT_ONCE)
@@ -76,14 +96,14 @@ class Accounts:
         return [
             Route("/v1/auth/register", endpoint(self.register), methods=["POST"]),
             Route("/v1/auth/login", endpoint(self.login), methods=["POST"]),
-            Route("/v1/auth/logout", endpoint(self.logout), methods=["POST"]),
-            Route("/v1/auth/password", endpoint(self.change_password), methods=["POST"]),
-            Route("/v1/auth/deactivate", endpoint(self.deactivate), methods=["POST"]),
-            Route("/v1/auth/delete", endpoint(self.delete), methods=["POST"]),
-            Route("/v1/auth/export", endpoint(self.export), methods=["GET"]),
-            Route("/v1/auth/sessions", endpoint(self.list_sessions), methods=["GET"]),
-            Route("/v1/auth/sessions", endpoint(self.revoke_all), methods=["DELETE"]),
-            Route("/v1/auth/sessions/{session_id}", endpoint(self.revoke), methods=["DELETE"]),
+            self._of_user("POST", "/v1/auth/logout", self.logout, Rate.WRITE),
+            self._of_user("POST", "/v1/auth/password", self.change_password, Rate.WRITE),
+            self._of_user("POST", "/v1/auth/deactivate", self.deactivate, Rate.WRITE),
+            self._of_user("POST", "/v1/auth/delete", self.delete, Rate.WRITE),
+            self._of_user("GET", "/v1/auth/export", self.export, Rate.READ),
+            self._of_user("GET", "/v1/auth/sessions", self.list_sessions, Rate.READ),
+            self._of_user("DELETE", "/v1/auth/sessions", self.revoke_all, Rate.WRITE),
+            self._of_user("DELETE", "/v1/auth/sessions/{session_id}", self.revoke, Rate.WRITE),
         ]
 
     async def caller(self, request: Request) -> Active:
@@ -97,6 +117,19 @@ class Accounts:
         """Return the session and the body of a request: the session last, or it might end while the body arrives."""
         data = await limited_body(request)
         return await self.caller(request), data
+
+    def _of_user(self, method: str, path: str, act: Callable[[Asked], Awaitable[Response]], rate: Rate) -> Route:
+        """Return a route for users with a session. Each request takes tokens by its size, as a frame does, and has the
+        share of the database that its user has.
+        """
+
+        async def asked(request: Request) -> Response:
+            active, body = await self.asked(request)
+            user_id = active.user.id
+            self._allowances[rate].require(user_id, 1 + len(body) // TOKEN_BYTES)
+            return await act(Asked(request, active, body, self._database.of(user_id)))
+
+        return Route(path, endpoint(asked), methods=[method])
 
     async def register(self, request: Request) -> Response:
         """Make an account and begin its first session."""
@@ -151,25 +184,23 @@ class Accounts:
                 await accounts.set_password(db, found.user.id, new_hash, instead_of=checked)
             return begun, is_back
 
-        begun, is_back = await self._database.atomically("login", made)
+        begun, is_back = await self._database.of(found.user.id).atomically("login", made)
         if is_back:
             self._events.reconsider(found.user.id)
         if begun is not None and begun.session.has_ended_others:
             self._events.poke([found.user.id])
         return begun
 
-    async def logout(self, request: Request) -> Response:
+    async def logout(self, asked: Asked) -> Response:
         """End the session of the request."""
-        active = await self.caller(request)
-        await self._revoke(active.user.id, active.session_id)
+        await self._revoke(asked, asked.active.session_id)
         response = Response(status_code=204)
-        forget_cookie(request, response)
+        forget_cookie(asked.request, response)
         return response
 
-    async def change_password(self, request: Request) -> Response:
+    async def change_password(self, asked: Asked) -> Response:
         """Take another password, and end all sessions but the one of the request."""
-        active, data = await self.asked(request)
-        user_id, body = active.user.id, decode(data, _change)
+        user_id, body = asked.user_id, decode(asked.body, _change)
 
         async def change(checked: str | None) -> bool:
             new_hash = await passwords.hashed(body.new_password)
@@ -177,52 +208,49 @@ class Accounts:
             async def changed(db: Db) -> bool:
                 await users.lock(db, [user_id])
                 is_changed = await accounts.change_password(
-                    db, user_id, new_hash, instead_of=checked, session_id=active.session_id
+                    db, user_id, new_hash, instead_of=checked, session_id=asked.active.session_id
                 )
                 if is_changed:
                     await users.touch(db, [user_id])
                 return is_changed
 
-            return await self._database.atomically("change a password", changed)
+            return await asked.database.atomically("change a password", changed)
 
-        await self._with_password(request, user_id, body.password, change)
+        await self._with_password(asked, body.password, change)
         self._events.poke([user_id])
         return Response(status_code=204)
 
-    async def deactivate(self, request: Request) -> Response:
+    async def deactivate(self, asked: Asked) -> Response:
         """Go away until the next login: nobody finds the user or writes to them."""
-        return await self._leave(request, is_for_good=False)
+        return await self._leave(asked, is_for_good=False)
 
-    async def delete(self, request: Request) -> Response:
+    async def delete(self, asked: Asked) -> Response:
         """Go away for good: when the time of grace is over, in which logging in undoes it, the user is erased."""
-        return await self._leave(request, is_for_good=True)
+        return await self._leave(asked, is_for_good=True)
 
-    async def _leave(self, request: Request, *, is_for_good: bool) -> Response:
-        active, data = await self.asked(request)
-        user_id, body = active.user.id, decode(data, _confirm)
+    async def _leave(self, asked: Asked, *, is_for_good: bool) -> Response:
+        user_id, body = asked.user_id, decode(asked.body, _confirm)
 
         async def leave(checked: str | None) -> bool:
             async def left(db: Db) -> bool:
                 await users.lock(db, [user_id])
                 is_left = await accounts.leave(
-                    db, user_id, checked, session_id=active.session_id, is_for_good=is_for_good
+                    db, user_id, checked, session_id=asked.active.session_id, is_for_good=is_for_good
                 )
                 if is_left:
                     await sessions.revoke(db, user_id, None)
                 return is_left
 
-            return await self._database.atomically("leave", left)
+            return await asked.database.atomically("leave", left)
 
-        await self._with_password(request, user_id, body.password, leave)
+        await self._with_password(asked, body.password, leave)
         self._events.poke([user_id])
         self._events.reconsider(user_id)
         response = Response(status_code=204)
-        forget_cookie(request, response)
+        forget_cookie(asked.request, response)
         return response
 
-    async def _with_password(
-        self, request: Request, user_id: UserId, password: str, act: Callable[[str | None], Awaitable[bool]]
-    ) -> None:
+    async def _with_password(self, asked: Asked, password: str, act: Callable[[str | None], Awaitable[bool]]) -> None:
         """Act for whoever has a session and knows the password. Raises Refused if the session has ended, or the
         password is wrong, which alone counts as an attempt.
 
@@ -230,79 +258,82 @@ class Accounts:
         any more: another request has hashed the password anew, or changed it.
         """
         for _ in range(MAX_RACES):
-            async with self._database.connection() as db:
-                address = await accounts.address(db, user_id)
+            async with asked.database.connection() as db:
+                address = await accounts.address(db, asked.user_id)
             # By the same key as a login, so that an account has one counter.
-            async with self._attempts.at_account(address or user_id.hex):
-                async with self._database.connection() as db:
-                    checked = await accounts.password_hash(db, user_id)
+            async with self._attempts.at_account(address or asked.user_id.hex):
+                async with asked.database.connection() as db:
+                    checked = await accounts.password_hash(db, asked.user_id)
                 if not await passwords.matches(password, checked):
                     raise not_the_password()
                 if await act(checked):
                     return
-            await self.caller(request)
+            await self.caller(asked.request)
         raise Refused(
             ErrorCode.UNAVAILABLE,
             "Another request is changing the account. Retry after `retry_after_ms`.",
             retry_after_ms=RETRY_MS,
         )
 
-    async def export(self, request: Request) -> Response:
+    async def export(self, asked: Asked) -> Response:
         """Return everything that is stored about the user."""
-        active = await self.caller(request)
-        self._exports.require(active.user.id)
+        self._exports.require(asked.user_id)
         return StreamingResponse(
-            self._exported(active),
+            self._exported(asked),
             media_type=JSON,
             headers={
                 "cache-control": "no-store",
-                "content-disposition": f'attachment; filename="openchat-{active.user.id}.json"',
+                "content-disposition": f'attachment; filename="openchat-{asked.user_id}.json"',
             },
         )
 
-    async def _exported(self, active: Active) -> AsyncIterator[bytes]:
+    async def _exported(self, asked: Asked) -> AsyncIterator[bytes]:
         """Return a user's data piece by piece; when their session ends, break off, so that what came is not whole."""
-        async for piece in written(self._database.connection, active.user.id):
-            async with self._database.connection() as db:
-                if not await sessions.living(db, [active.session_id]):
+        async for piece in written(asked.database.connection, asked.user_id):
+            async with asked.database.connection() as db:
+                if not await sessions.living(db, [asked.active.session_id]):
                     return
             yield piece
 
-    async def list_sessions(self, request: Request) -> Response:
+    async def list_sessions(self, asked: Asked) -> Response:
         """Return the user's sessions."""
-        active = await self.caller(request)
-        async with self._database.connection() as db:
-            mine = await sessions.of_user(db, active.user.id, active.session_id)
+        async with asked.database.connection() as db:
+            mine = await sessions.of_user(db, asked.user_id, asked.active.session_id)
         return json_response(SessionList(sessions=mine))
 
-    async def revoke(self, request: Request) -> Response:
+    async def revoke(self, asked: Asked) -> Response:
         """End one of the user's sessions."""
-        active = await self.caller(request)
         try:
-            session_id = msgspec.convert(request.path_params["session_id"], SessionId)
+            session_id = msgspec.convert(asked.request.path_params["session_id"], SessionId)
         except msgspec.ValidationError:
             raise NotFound("session_id") from None
-        if not await self._revoke(active.user.id, session_id):
+        if not await self._revoke(asked, session_id):
             raise NotFound("session_id")
         return Response(status_code=204)
 
-    async def revoke_all(self, request: Request) -> Response:
+    async def revoke_all(self, asked: Asked) -> Response:
         """End all of the user's sessions, this one included."""
-        active = await self.caller(request)
-        await self._revoke(active.user.id, None)
+        await self._revoke(asked, None)
         return Response(status_code=204)
 
-    async def _revoke(self, user_id: UserId, session_id: SessionId | None) -> int:
-        async def revoked(db: Db) -> int:
-            await users.lock(db, [user_id])
-            count = await sessions.revoke(db, user_id, session_id)
-            if count:
-                await users.touch(db, [user_id])
-            return count
+    async def _revoke(self, asked: Asked, session_id: SessionId | None) -> bool:
+        """End one session of the user, or all; return whether any was there. If none is, wait for no lock."""
+        user_id = asked.user_id
+        async with asked.database.connection() as db:
+            if not await sessions.is_there(db, user_id, session_id):
+                return False
 
-        count = await self._database.atomically("revoke", revoked)
-        self._events.poke([user_id])
-        return count
+        async def revoked(db: Db) -> bool:
+            await users.lock(db, [user_id])
+            is_revoked = await sessions.revoke(db, user_id, session_id) > 0
+            if is_revoked:
+                await users.touch(db, [user_id])
+            return is_revoked
+
+        is_revoked = await asked.database.atomically("revoke", revoked)
+        if is_revoked:
+            self._events.poke([user_id])
+        return is_revoked
 
     async def _begin(self, db: Db, request: Request, user: User, checked: str) -> Begun | None:
         token = new_token()

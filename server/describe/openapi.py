@@ -36,7 +36,7 @@ def document() -> Schema:
             },
             "/v1/auth/logout": {
                 "post": _operation("logout", "End this session.", is_secured=True)
-                | _responses({"204": ("It has ended.", None)}, 401, 403)
+                | _responses({"204": ("It has ended.", None)}, 401, 403, 429)
             },
             "/v1/auth/password": {
                 "post": _operation(
@@ -66,9 +66,9 @@ def document() -> Schema:
             },
             "/v1/auth/sessions": {
                 "get": _operation("list_sessions", "Return the user's sessions.", is_secured=True)
-                | _responses({"200": ("The sessions, newest first.", SessionList)}, 401),
+                | _responses({"200": ("The sessions, newest first.", SessionList)}, 401, 429),
                 "delete": _operation("revoke_all_sessions", "End all sessions.", is_secured=True)
-                | _responses({"204": ("They have ended.", None)}, 401, 403),
+                | _responses({"204": ("They have ended.", None)}, 401, 403, 429),
             },
             "/v1/auth/sessions/{session_id}": {
                 "delete": _operation("revoke_session", "End one session.", is_secured=True)
@@ -82,7 +82,7 @@ def document() -> Schema:
                         }
                     ]
                 }
-                | _responses({"204": ("It has ended.", None)}, 401, 403, 404)
+                | _responses({"204": ("It has ended.", None)}, 401, 403, 404, 429)
             },
             "/v1/call": {
                 "post": _operation("call", "Run one frame, as on the socket.", is_secured=True)

@@ -144,6 +144,14 @@ async def of_user(db: Db, user_id: UserId, current: SessionId | None) -> list[Se
     return _sessions_decoder.every(await db.fetchval(LIST, user_id, current))
 
 
+IS_THERE = "SELECT EXISTS (SELECT FROM session WHERE user_id = $1 AND ($2::uuid IS NULL OR id = $2))"
+
+
+async def is_there(db: Db, user_id: UserId, session_id: SessionId | None) -> bool:
+    """Return whether `revoke` of the same would end anything."""
+    return bool(await db.fetchval(IS_THERE, user_id, session_id))
+
+
 REVOKE = "DELETE FROM session WHERE user_id = $1 AND ($2::uuid IS NULL OR id = $2) RETURNING id"
 
 
