@@ -274,6 +274,7 @@ def hot(place: Place, ids: dict[str, Any]) -> dict[str, tuple[str, tuple[Any, ..
         "living sessions": (sessions.LIVING, ([user],)),
         "slide": (sessions.SLIDE, ([user], "30 days")),
         "sessions": (sessions.LIST, (user, user)),
+        "session to revoke": (sessions.IS_THERE, (user, user)),
         "revoke": (sessions.REVOKE, (user, None)),
         "timeline, newest": (messages.TIMELINE, (about, user, None, messages.NEWEST, 21, 0)),
         "timeline, around": (messages.TIMELINE, (about, user, ids["middle"], 0, 11, 11)),
