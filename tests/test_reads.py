@@ -51,6 +51,7 @@ WHY = {
         "relationships.PAGE": "user_relationship(from_user_id) cut 1; user_relationship(to_user_id) cut 1",
         "scheduled.WAITING": "scheduled_message(sender_id)",
         "sessions.CREATE": "account(provider_id); session(user_id) cut 1",
+        "sessions.IS_THERE": "session(user_id)",
         "sessions.LIST": "session(user_id) cut 1",
         "sessions.REVOKE": "session(user_id)",
     },
