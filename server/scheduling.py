@@ -38,7 +38,7 @@ async def send_due(services: Services) -> bool:
             problem = "The message is stored in a form that the server cannot read. Schedule a new one."
         else:
             try:
-                context = Context(services=services, user=due.sender, session_id=NO_SESSION)
+                context = Context(services=services, user=due.sender, session_id=NO_SESSION, is_of_job=True)
                 note = partial(scheduled.finish, due=due, status="sent")
                 await services.database.again("a scheduled message", partial(send_noted, context, due.frame, note))
                 services.events.poke([due.sender_id])

@@ -4,6 +4,7 @@ import asyncio
 import json
 from collections.abc import Iterable
 from contextlib import AbstractAsyncContextManager
+from datetime import timedelta
 from typing import Any
 
 import asyncpg
@@ -15,8 +16,9 @@ from msgspec import inspect
 from starlette.routing import Route, WebSocketRoute
 
 from protocol import client, server
+from protocol.codec import now
 from protocol.errors import ErrorCode, Refused
-from protocol.ids import UserId, uuid7
+from protocol.ids import MessageId, UserId, uuid7
 from server.connection import Connection
 from server.database import Database, Db
 from server.dispatch import Rate
@@ -209,6 +211,31 @@ async def test_every_frame_waits_in_the_turns_of_its_user(world: World) -> None:
     for _ in range(turns._most):  # noqa: SLF001
         turns.give(ada.id)
     assert answered.keys() == NO_STATEMENT, answered
+
+
+async def test_due_messages_wait_for_no_turn_of_their_senders(world: World) -> None:
+    """The job sends one message after the other: one that waited would delay those of others."""
+    ada, charles = await world.users("Ada", "Charles")
+    asker, other = await world.connect(ada), await world.connect(charles)
+    abouts = await world.channel(asker), await world.channel(other)
+    every_turns = [worker.app._database._shared.pool._turns for worker in world.workers]  # noqa: SLF001
+    for by, about in zip((asker, other), abouts, strict=True):
+        await by.call(
+            client.Schedule(
+                conversation_id=about, message_id=MessageId(uuid7()), content="Now", send_at=now() + timedelta(hours=1)
+            )
+        )
+    for turns in every_turns:
+        turns._patience = 60.0  # noqa: SLF001
+        for _ in range(turns._most):  # noqa: SLF001
+            await turns.take(ada.id)
+    await world.db.execute("UPDATE scheduled_message SET send_at = now()")
+    async with asyncio.timeout(10):
+        for by, about in zip((asker, other), abouts, strict=True):
+            assert (await by.event(server.MessageSent)).message.conversation_id == about
+    for turns in every_turns:
+        for _ in range(turns._most):  # noqa: SLF001
+            turns.give(ada.id)
 
 
 async def test_a_user_who_waits_for_a_turn_of_their_own_holds_no_part_of_a_share(world: World) -> None:
