@@ -1159,6 +1159,23 @@ CREATE FUNCTION is_membership_shown(conversation uuid, member uuid, status text)
             AND sees_participant(current_user_id(), me, them)
     ) END;
 
+-- Whether the reader may see what was reported or noted about a message: not if it was sent before they could see any.
+-- About a message that is not there, nobody knows, so it is for readers of all of the history.
+CREATE FUNCTION is_past_shown(conversation uuid, message uuid) RETURNS boolean
+    LANGUAGE sql STABLE SECURITY DEFINER COST 0.0001 SET search_path = pg_catalog, public, pg_temp
+    RETURN message IS NULL OR is_visible(conversation, coalesce((
+        SELECT m.sent_version FROM message m
+        WHERE m.id = is_past_shown.message AND m.conversation_id = is_past_shown.conversation
+    ), 1));
+
+CREATE FUNCTION is_report_shown(conversation uuid, message uuid) RETURNS boolean
+    LANGUAGE sql STABLE SECURITY DEFINER COST 0.0001 SET search_path = pg_catalog, public, pg_temp
+    RETURN is_allowed(conversation, 'moderator', 'can_delete_messages') AND is_past_shown(conversation, message);
+
+CREATE FUNCTION is_entry_shown(chain uuid, message uuid) RETURNS boolean
+    LANGUAGE sql STABLE SECURITY DEFINER COST 0.0001 SET search_path = pg_catalog, public, pg_temp
+    RETURN is_allowed(chain, 'admin', '') AND is_past_shown(chain, message);
+
 -- Nobody learns who blocked or muted them.
 CREATE FUNCTION is_relationship_shown(from_user uuid, to_user uuid, type text) RETURNS boolean
     LANGUAGE sql STABLE SECURITY DEFINER COST 0.0001 SET search_path = pg_catalog, public, pg_temp
@@ -1204,9 +1221,8 @@ CREATE POLICY scheduled_message_access ON scheduled_message FOR SELECT USING (is
 CREATE POLICY attachment_access ON attachment FOR SELECT USING (is_part_shown(message_id, false));
 CREATE POLICY user_relationship_access ON user_relationship FOR SELECT
     USING (is_relationship_shown(from_user_id, to_user_id, type));
-CREATE POLICY report_access ON report FOR SELECT
-    USING (is_allowed(conversation_id, 'moderator', 'can_delete_messages'));
-CREATE POLICY audit_entry_access ON audit_entry FOR SELECT USING (is_allowed(chain, 'admin', ''));
+CREATE POLICY report_access ON report FOR SELECT USING (is_report_shown(conversation_id, message_id));
+CREATE POLICY audit_entry_access ON audit_entry FOR SELECT USING (is_entry_shown(chain, message_id));
 
 -- The columns of "user" that not everybody may read who may read the row. Policies restrict rows, this view columns.
 CREATE VIEW user_profile WITH (security_barrier) AS
@@ -1217,7 +1233,8 @@ REVOKE EXECUTE ON FUNCTION may(text, uuid, uuid), are_together(uuid, uuid), may_
     is_allowed(uuid, text, text), is_visible(uuid, bigint), are_edits_shown(uuid), silenced(uuid),
     is_mine(uuid), is_message_shown(uuid, bigint, boolean, uuid),
     is_part_shown(uuid, boolean), is_vote_shown(uuid, uuid, integer[]), is_membership_shown(uuid, uuid, text),
-    is_relationship_shown(uuid, uuid, text),
+    is_relationship_shown(uuid, uuid, text), is_past_shown(uuid, uuid), is_report_shown(uuid, uuid),
+    is_entry_shown(uuid, uuid),
     may_now(text, uuid, uuid), obstacle(conversation, conversation_participant) FROM PUBLIC;
 
 -- Revokes from PUBLIC the rights to create temporary tables and objects in the schema. Neither CREATE DATABASE with a
@@ -1381,7 +1398,8 @@ BEGIN
     EXECUTE format('GRANT EXECUTE ON FUNCTION may_i(text, uuid), is_participant(uuid), is_allowed(uuid, text, text),
         is_visible(uuid, bigint), are_edits_shown(uuid), is_message_shown(uuid, bigint, boolean, uuid),
         is_part_shown(uuid, boolean), is_vote_shown(uuid, uuid, integer[]), is_membership_shown(uuid, uuid, text),
-        is_relationship_shown(uuid, uuid, text), is_mine(uuid) TO %I', role_name);
+        is_relationship_shown(uuid, uuid, text), is_mine(uuid), is_past_shown(uuid, uuid),
+        is_report_shown(uuid, uuid), is_entry_shown(uuid, uuid) TO %I', role_name);
 END
 $$;
 REVOKE EXECUTE ON FUNCTION grant_reader(text) FROM PUBLIC;

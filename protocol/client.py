@@ -669,7 +669,9 @@ class ReportMessage(_OfMessage, tag="report"):
 
 
 class ListReports(Frame, tag="list_reports"):
-    """What was reported in a conversation, oldest first; without one, everywhere, for server administrators."""
+    """What was reported in a conversation, oldest first; without one, everywhere, for server administrators. With
+    `history: from_joining`, reports about messages from before the caller joined are left out.
+    """
 
     conversation_id: ConversationId | None = None
     status: ReportStatus = "open"
@@ -685,7 +687,9 @@ class DismissReport(Frame, tag="dismiss_report"):
 
 
 class ListAudit(Frame, tag="list_audit"):
-    """Who used what power, from after an entry on; without a conversation, on the server, for its administrators."""
+    """Who used what power, from after an entry on; without a conversation, on the server, for its administrators. With
+    `history: from_joining`, entries about messages from before the caller joined are left out.
+    """
 
     conversation_id: ConversationId | None = None
     after: Version = 0

@@ -660,14 +660,14 @@ class RelationshipPage(_Tagged, tag="relationship_page", frozen=True, kw_only=Tr
 
 
 class ReportPage(_Tagged, tag="report_page", frozen=True, kw_only=True):
-    """Some of what was reported; `after` asks for the next page, if there is one."""
+    """Some of what was reported, or none; `after` asks for the next page, if there is one."""
 
     reports: list[Report]
     after: ReportId | None = None
 
 
 class AuditPage(_Tagged, tag="audit_page", frozen=True, kw_only=True):
-    """Some of an audit log, in order; `after` asks for the next page, if there is one."""
+    """Some of an audit log, or none, in order; `after` asks for the next page, if there is one."""
 
     entries: list[AuditEntry]
     after: int | None = None

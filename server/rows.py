@@ -109,10 +109,12 @@ class Reader(Generic[Row]):
             return self.each(msgspec.json.encode(one).decode() for one in _parsed(text))
 
     def beside(self, found: Iterable[Any]) -> list[tuple[Row, Any]]:
-        """Return pairs: the row that `read` makes of the first column, which is JSON, and all columns. What `read`
-        leaves out is left out here, too.
+        """Return pairs: the row that `read` makes of the first column, which is JSON, and all columns. Rows that `read`
+        leaves out, or whose first column is NULL since the reader may not see them, are left out.
         """
-        return [(row, columns) for columns in found if (row := self.read(columns[0])) is not None]
+        return [
+            (row, columns) for columns in found if columns[0] is not None and (row := self.read(columns[0])) is not None
+        ]
 
     def page(self, found: Sequence[Any], limit: int, key: Callable[[Any], Any] = itemgetter(1)) -> "Page[Row]":
         """Return the first `limit` of the rows that a query found, which asked for one more, as `beside` takes them, or

@@ -6,15 +6,17 @@ from typing import Any, NamedTuple, TypeAlias
 from uuid import UUID
 
 import asyncpg
+import msgspec
 import pytest
 
 from protocol import client, server
-from protocol.ids import ConversationId, MessageId, UserId, uuid7
+from protocol.errors import ErrorCode
+from protocol.ids import ConversationId, MessageId, ReportId, UserId, uuid7
 from protocol.payloads import Poll
 from protocol.server import Error
-from protocol.values import ConversationSettings, Message
+from protocol.values import ConversationSettings, Message, ReportStatus
 from prove.client import Client
-from tests.world import Somebody, World, message, sent
+from tests.world import Somebody, World, message, refused, sent
 
 Db: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
 PEOPLE = 8
@@ -199,6 +201,66 @@ async def test_a_reader_sees_what_the_server_shows(world: World, reader: Reader,
         totals["faces"] += len(faces.users)
     assert all(totals.values()), totals
     assert conversations
+
+
+async def told(one: Client, about: ConversationId, reader: Reader) -> dict[str, list[MessageId | None]]:
+    """Return about which messages somebody reads in reports and the log, on pages of one row. The policies agree."""
+    found: dict[str, list[MessageId | None]] = {"open": [], "dismissed": [], "upheld": [], "noted": []}
+    statuses: list[ReportStatus] = ["open", "dismissed", "upheld"]
+    for status in statuses:
+        asked = client.ListReports(conversation_id=about, status=status, limit=1)
+        while True:
+            page = await one.call(msgspec.structs.replace(asked, id=None), server.ReportPage)
+            found[status] += [report.message_id for report in page.reports]
+            if page.after is None:
+                break
+            asked.after = page.after
+        query = f"SELECT message_id FROM report WHERE status = '{status}' ORDER BY id"
+        assert await reader.seen(one.ready.user.id, query) == found[status], status
+    log = client.ListAudit(conversation_id=about, limit=1)
+    while True:
+        entries = await one.call(msgspec.structs.replace(log, id=None), server.AuditPage)
+        found["noted"] += [entry.message_id for entry in entries.entries if entry.message_id is not None]
+        if entries.after is None:
+            break
+        log.after = entries.after
+    query = "SELECT message_id FROM audit_entry WHERE message_id IS NOT NULL ORDER BY number"
+    assert await reader.seen(one.ready.user.id, query) == found["noted"]
+    return found
+
+
+async def test_reports_and_entries_about_messages_of_before_are_for_who_saw_them(world: World, reader: Reader) -> None:
+    ada, charles, mary = await world.users("Ada", "Charles", "Mary")
+    owner, rude, newcomer = await world.connect(ada), await world.connect(charles), await world.connect(mary, 1)
+    about = await world.group(owner, charles, settings=ConversationSettings(history="from_joining"))
+
+    async def reported(reason: str) -> dict[str, list[MessageId]]:
+        """Have messages reported and moderated, and return what was done about which."""
+        said = [await sent(rude, about, f"{reason} {number}") for number in range(4)]
+        for message_id in said[:3]:
+            place: dict[str, Any] = {"conversation_id": about, "message_id": message_id}
+            await owner.call(client.ReportMessage(**place, reason=reason))
+        listed = client.ListReports(conversation_id=about)
+        reports = {one.message_id: one.id for one in (await owner.call(listed, server.ReportPage)).reports}
+        await owner.call(client.DismissReport(conversation_id=about, report_id=reports[said[1]]))
+        await owner.call(client.Moderate(conversation_id=about, message_id=said[2], reason=reason))
+        await owner.call(client.Delete(conversation_id=about, message_id=said[3]))
+        return {"open": said[:1], "dismissed": said[1:2], "upheld": said[2:3], "noted": said[1:]}
+
+    before = await reported("Before")
+    await owner.call(client.AddParticipants(conversation_id=about, participants=[mary.id]))
+    await owner.call(client.SetRole(conversation_id=about, user_id=mary.id, role="admin"))
+    after = await reported("After")
+    everything = {way: before[way] + after[way] for way in before}
+    assert await told(owner, about, reader) == everything
+    assert await told(newcomer, about, reader) == after
+    (hidden,) = await world.db.fetch("SELECT id FROM report WHERE message_id = $1", before["open"][0])
+    for report_id in (hidden[0], ReportId(uuid7())):
+        with refused(ErrorCode.NOT_FOUND, "report_id"):
+            await newcomer.call(client.DismissReport(conversation_id=about, report_id=report_id))
+    await owner.call(client.UpdateConversation(conversation_id=about, settings=ConversationSettings()))
+    assert await told(newcomer, about, reader) == everything
+    await newcomer.call(client.DismissReport(conversation_id=about, report_id=hidden[0]))
 
 
 async def test_who_says_nothing_about_themselves_sees_nobody_s(world: World, reader: Reader) -> None:

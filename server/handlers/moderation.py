@@ -62,7 +62,7 @@ async def report(context: Context, frame: client.ReportMessage) -> Done:
 async def list_reports(context: Context, frame: client.ListReports) -> ReportPage:
     """Return what was reported."""
     async with context.database.connection() as db:
-        found = await moderation.reports(db, frame, limit=frame.limit)
+        found = await moderation.reports(db, frame, context.user_id, limit=frame.limit)
         # Checked last: whoever may read now may read all of the above.
         await _require(db, context, frame.conversation_id, Act.MODERATE)
     return ReportPage(reports=found.rows, after=found.after)
@@ -73,11 +73,11 @@ async def dismiss_report(context: Context, frame: client.DismissReport) -> Done:
     async with context.database.transaction() as db:
         await conversations.lock(db, frame.conversation_id)
         await _require(db, context, frame.conversation_id, Act.MODERATE)
-        is_new = await moderation.dismiss(db, frame, context.user_id)
-        if is_new is None:
+        about = await moderation.dismiss(db, frame, context.user_id)
+        if not about:
             raise NotFound("report_id")
-        if is_new:
-            deed = Deed(context.user_id, "dismiss_report", details={"report_id": frame.report_id})
+        if about is not True:
+            deed = Deed(context.user_id, "dismiss_report", None, about, {"report_id": frame.report_id})
             await audit.record(db, frame.conversation_id, deed)
     return Done()
 
@@ -86,7 +86,7 @@ async def list_audit(context: Context, frame: client.ListAudit) -> AuditPage:
     """Return who used what power."""
     chain = frame.conversation_id or audit.SERVER
     async with context.database.connection() as db:
-        found = await audit.page(db, chain, frame.after, limit=frame.limit)
+        found = await audit.page(db, chain, frame.after, limit=frame.limit, reader=context.user_id)
         # Checked last, as in `list_reports`.
         await _require(db, context, frame.conversation_id, Act.READ_AUDIT)
     return AuditPage(entries=found.rows, after=found.after)
