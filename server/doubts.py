@@ -32,12 +32,13 @@ class Whole(NamedTuple):
 
 class Doubt:
     """A pair in doubt. `stamp` tells when something last changed; `frames` are held back: of each kind, presence or
-    face, the newest.
+    face, the newest. `askers` counts the callers of `begin`.
     """
 
-    __slots__ = ("frames", "stamp", "turn")
+    __slots__ = ("askers", "frames", "stamp", "turn")
 
     def __init__(self) -> None:
+        self.askers = 0
         self.stamp = 0
         self.turn: Turn | None = None
         self.frames: dict[bool, bytes] = {}
@@ -79,6 +80,18 @@ class Batch(NamedTuple):
         return [pair for pairs in self.turns.values() for pair in pairs]
 
 
+class InDoubt(NamedTuple):
+    """Which watchers of one user are in doubt."""
+
+    are_all: bool
+    alone: Collection[UserId]
+    with_all_they_watch: Collection[UserId]
+
+    def has(self, watcher: UserId) -> bool:
+        """Whether this one is."""
+        return self.are_all or watcher in self.alone or watcher in self.with_all_they_watch
+
+
 class Doubts:
     """The pairs in doubt. To put all pairs of a user in doubt costs the same however many they are."""
 
@@ -87,6 +100,8 @@ class Doubts:
         self._pairs_of = pairs_of
         self._doubts: dict[UserId, dict[UserId, Doubt]] = {}
         self._wholes: dict[Whole, Turn] = {}
+        # Those of `_wholes` that are of watchers.
+        self._watchers: set[UserId] = set()
         self._turns: OrderedDict[Hashable, Turn] = OrderedDict()
         self._stamp = 0
 
@@ -102,46 +117,72 @@ class Doubts:
         turn = self._wholes.get(whole)
         if turn is None:
             turn = self._wholes[whole] = self._turn(cause)
+            if whole.is_watcher:
+                self._watchers.add(whole.user_id)
         turn.wholes[whole] = self.since()
 
-    def begin(self, pairs: Iterable[Pair]) -> int:
-        """Put pairs in doubt that the caller is about to ask about. Return the stamp now."""
+    def begin(self, pairs: Iterable[Pair]) -> None:
+        """Put pairs in doubt that the caller asks about. They stay so until each caller has ended that."""
         for pair in pairs:
-            self._there(pair)
-        return self.since()
+            self._there(pair).askers += 1
+
+    def end(self, pairs: Iterable[Pair]) -> None:
+        """End what `begin` began. The pairs are still in doubt."""
+        for pair in pairs:
+            self._there(pair).askers -= 1
+
+    def is_asked_about(self, pair: Pair) -> bool:
+        """Whether somebody has begun to ask about a pair."""
+        doubt = self._doubts.get(pair.watched, {}).get(pair.watcher)
+        return doubt is not None and doubt.askers > 0
 
     def since(self) -> int:
         """Return the stamp now."""
         self._stamp += 1
         return self._stamp
 
-    def held(self, pair: Pair) -> dict[bool, bytes] | None:
-        """Return what is held back of a pair, to add to it; None if the pair is not in doubt."""
+    def ask_again(self, pair: Pair, cause: Hashable) -> None:
+        """Ask about a pair that is still in doubt, in the turn of the cause or in an earlier one."""
+        if pair.watcher in self._doubts.get(pair.watched, {}):
+            self._add(pair, cause, 0)
+
+    def of(self, watched: UserId) -> InDoubt | None:
+        """Return which watchers of a user are in doubt; None if none is."""
+        are_all = Whole(watched, is_watcher=False) in self._wholes
+        alone = self._doubts.get(watched, {})
+        return InDoubt(are_all, alone, self._watchers) if are_all or alone or self._watchers else None
+
+    def hold(self, pair: Pair, frame: bytes, *, is_face: bool) -> None:
+        """Hold back a frame of a pair in doubt. It takes the place of an older one of its kind."""
+        if pair.watcher not in self._doubts.get(pair.watched, {}):
+            for turn, stamp in self._wholes_of(pair):
+                self._add(pair, turn.cause, stamp)
+        self._there(pair).frames[is_face] = frame
+
+    def held(self, pair: Pair) -> dict[bool, bytes]:
+        """Return what is held back of a pair."""
         doubt = self._doubts.get(pair.watched, {}).get(pair.watcher)
-        if doubt is None:
-            if not (wholes := self._wholes_of(pair)):
-                return None
-            turn, stamp = wholes[0]
-            self._add(pair, turn.cause, stamp)
-            doubt = self._there(pair)
-        return doubt.frames
+        return {} if doubt is None else doubt.frames
 
     def is_current(self, pair: Pair, since: int) -> bool:
         """Whether a pair is in doubt, and for nothing that came after this stamp."""
         doubt = self._doubts.get(pair.watched, {}).get(pair.watcher)
         return doubt is not None and max(doubt.stamp, *(stamp for _, stamp in self._wholes_of(pair)), 0) <= since
 
-    def settle(self, pair: Pair) -> dict[bool, bytes]:
-        """Take a pair out of doubt, if it is, and return what was held back."""
+    def settle(self, pair: Pair) -> None:
+        """Take a pair out of doubt, if it is, and drop what is held back. It stays in doubt while somebody asks."""
         of_watched = self._doubts.get(pair.watched, {})
-        doubt = of_watched.pop(pair.watcher, None)
+        doubt = of_watched.get(pair.watcher)
         if doubt is None:
-            return {}
-        if not of_watched:
-            del self._doubts[pair.watched]
+            return
         if doubt.turn is not None:
             del doubt.turn.pairs[pair]
-        return doubt.frames
+        if doubt.askers:
+            doubt.turn, doubt.frames = None, {}
+            return
+        del of_watched[pair.watcher]
+        if not of_watched:
+            del self._doubts[pair.watched]
 
     # -------------------------------------------------------------------------------------------------- in turn
 
@@ -172,6 +213,8 @@ class Doubts:
         while len(turn.pairs) < turn.most and (whole := turn.next_whole) is not None:
             stamp = turn.wholes.pop(whole)
             del self._wholes[whole]
+            if whole.is_watcher:
+                self._watchers.discard(whole.user_id)
             turn.done.add(whole)
             for pair in self._pairs_of(whole):
                 self._add(pair, turn.cause, stamp)
@@ -211,8 +254,7 @@ class Doubts:
             else:
                 turn.failures = max(1, turn.failures)
             for pair in pairs:
-                if pair.watcher in self._doubts.get(pair.watched, {}):
-                    self._add(pair, turn.cause, 0)
+                self.ask_again(pair, turn.cause)
 
     def _pause(self, turn: Turn, now: float) -> None:
         turn.not_before = now + min(RETRY_SECONDS * 2**turn.failures, RETRY_MOST_SECONDS)

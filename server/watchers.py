@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Awaitable, Callable, Collection, Hashable, Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from protocol.errors import ErrorCode, Refused
 from protocol.ids import UserId
@@ -41,6 +41,14 @@ Describe = Callable[[Mapping[Pair, Any]], Awaitable[Mapping[Pair, Presence]]]
 """Returns the presences of pairs that were found watchable."""
 
 
+class Answer(NamedTuple):
+    """What the database knew of a pair when the stamp was `since`."""
+
+    since: int
+    sight: Sight
+    presence: Presence | None
+
+
 class Watchers:
     """Who watches whom at this worker.
 
@@ -72,44 +80,42 @@ class Watchers:
         """
         new = {user_id for user_id in user_ids if user_id not in socket.watched}
         pairs = {Pair(socket.user_id, user_id) for user_id in user_ids}
+        answers: dict[Pair, Answer] = {}
         seen: dict[UserId, Presence] = {}
+        # In doubt first, and asked second: what changes in between is noticed.
+        self._doubts.begin(pairs)
         try:
-            # In doubt first, and asked second: what changes in between is noticed.
-            self._doubts.begin(pairs)
             self._add(socket, new)
             await self._bus.subscribe([channel(user_id) for user_id in new])
+            open_pairs = list(pairs)
             for _ in range(TRIES):
-                since = self._doubts.begin(pairs)
-                found = await self._record.watchable(list(pairs), asker=socket.user_id)
+                since = self._doubts.since()
+                found = await self._record.watchable(open_pairs, asker=socket.user_id)
                 presences = await self._describe(found)
-                settled = [pair for pair in pairs if self._doubts.is_current(pair, since)]
-                pairs.difference_update(settled)
-                for pair in settled:
-                    if pair not in found:
-                        self.remove(socket, {pair.watched} & new)
-                    elif pair.watched in socket.watched:
-                        socket.watched[pair.watched] = sight_of(found[pair])
-                        seen[pair.watched] = presences[pair]
-                # The reply is written before the loop gets to this: what is newer comes after it.
-                self._loop.call_soon(self._decide_all, settled, since, found, presences)
-                if not pairs:
+                for pair in open_pairs:
+                    answers[pair] = Answer(since, sight_of(found.get(pair)), presences.get(pair))
+                open_pairs = [pair for pair, one in answers.items() if not self._doubts.is_current(pair, one.since)]
+                if not open_pairs:
                     break
+            for pair in open_pairs:
+                del answers[pair]
+            self.remove(socket, new & {pair.watched for pair, one in answers.items() if one.presence is None})
             if len(socket.watched) > MAX_WATCHED:
                 raise Refused(
                     ErrorCode.CONFLICT,
                     f"A connection watches at most {MAX_WATCHED} users. Unwatch some first.",
                     path="user_ids",
                 )
+            for pair, (_, sight, presence) in answers.items():
+                if presence is not None and pair.watched in socket.watched:
+                    socket.watched[pair.watched] = sight
+                    seen[pair.watched] = presence
         except BaseException:
             self.remove(socket, new)
             raise
         finally:
-            for pair in pairs:
-                if self._is_watched(pair):
-                    self._doubts.add(pair, cause=Whole(socket.user_id, is_watcher=True))
-                else:
-                    self._doubts.settle(pair)
-            self._ask_soon()
+            # The reply is written before the loop gets to this: what is newer comes after it.
+            self._loop.call_soon(self._release, Whole(socket.user_id, is_watcher=True), pairs, answers)
         return seen
 
     def remove(self, socket: Socket, user_ids: Iterable[UserId]) -> None:
@@ -131,10 +137,10 @@ class Watchers:
     def tell(self, user_id: UserId, frame: bytes, *, is_face: bool) -> None:
         """Write a user's presence, or their face, to the sockets that may have it."""
         needed = Sight.FACE if is_face else Sight.ALL
-        are_in_doubt = self.are_in_doubt
+        in_doubt = self._doubts.of(user_id)
         for socket, write in self._watchers.get(user_id, {}).items():
-            if are_in_doubt and (held := self._doubts.held(Pair(socket.user_id, user_id))) is not None:
-                held[is_face] = frame
+            if in_doubt is not None and in_doubt.has(socket.user_id):
+                self._doubts.hold(Pair(socket.user_id, user_id), frame, is_face=is_face)
             elif socket.watched[user_id] >= needed:
                 write(frame)
 
@@ -215,7 +221,9 @@ class Watchers:
             self._doubts.failed(batch, self._loop.time())
             return
         seconds = self._loop.time() - began
-        failed = self._decide_all(batch.pairs, batch.since, found, presences)
+        failed = self._decide_all({
+            pair: Answer(batch.since, sight_of(found.get(pair)), presences.get(pair)) for pair in batch.pairs
+        })  # fmt: skip
         self._doubts.answered(batch, self._loop.time(), seconds=seconds, failed=failed)
         self._is_failing = bool(failed)
 
@@ -223,21 +231,28 @@ class Watchers:
         sockets = self._sockets.get(pair.watcher, ())
         return any(socket.watched.get(pair.watched, Sight.ALL) is not Sight.ALL for socket in sockets)
 
-    def _decide_all(
-        self,
-        pairs: Iterable[Pair],
-        since: int,
-        found: Mapping[Pair, Watchable],
-        presences: Mapping[Pair, Presence],
-    ) -> list[Pair]:
-        """Decide about those pairs that nothing has put in doubt since then. Return those with which that failed; they
-        stay in doubt.
+    def _release(self, watcher: Whole, pairs: Iterable[Pair], answers: Mapping[Pair, Answer]) -> None:
+        """Decide about the pairs that a `watch` has asked about, unless another one still does. Ask again about those
+        that it has no current answer of.
+        """
+        self._doubts.end(pairs)
+        self._decide_all(answers)
+        for pair in pairs:
+            if not self._is_watched(pair):
+                self._doubts.settle(pair)
+            elif not self._doubts.is_asked_about(pair):
+                self._doubts.ask_again(pair, cause=watcher)
+        self._ask_soon()
+
+    def _decide_all(self, answers: Mapping[Pair, Answer]) -> list[Pair]:
+        """Decide about those pairs that nothing has put in doubt since they were asked about, and that no `watch` asks
+        about. Return those with which that failed; they stay in doubt.
         """
         failed: list[Pair] = []
-        for pair in pairs:
-            if self._doubts.is_current(pair, since):
+        for pair, (since, sight, presence) in answers.items():
+            if self._doubts.is_current(pair, since) and not self._doubts.is_asked_about(pair):
                 try:
-                    self._decide(pair, sight_of(found.get(pair)), presences.get(pair))
+                    self._decide(pair, sight, presence)
                 except Exception as error:  # noqa: BLE001 - a defect with one pair decides nothing about the others
                     if not self._is_failing:
                         log_defect(log, "deciding who may watch whom", error)
@@ -252,7 +267,7 @@ class Watchers:
         """Deliver what was held back of a user, as far as the watcher may see it, after their presence if the watcher
         may see that again. The pair stays in doubt if this fails.
         """
-        frames = self._doubts.held(pair) or {}
+        frames = self._doubts.held(pair)
         for socket in list(self._sockets.get(pair.watcher, ())):
             before = socket.watched.get(pair.watched)
             if before is None:

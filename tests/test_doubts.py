@@ -59,13 +59,51 @@ def test_all_pairs_of_a_user_are_looked_up_when_it_is_their_turn() -> None:
     for _ in range(1_000):
         there.add_all(whole, cause=whole)
     assert looks == []
-    assert there.held(mine[0]) == {}, "held back from the first moment"
+    assert (found := there.of(mine[0].watched)) is not None
+    assert found.has(mine[0].watcher), "held back from the first moment"
+    there.hold(mine[0], b"newest", is_face=False)
     batch = there.take(0.0)
     assert (looks, set(batch.pairs)) == ([whole], set(mine))
+    assert there.held(mine[0]) == {False: b"newest"}
     for pair in batch.pairs:
         assert there.is_current(pair, batch.since)
         there.settle(pair)
     there.answered(batch, 0.0, seconds=0.0)
+    assert not there
+    assert there.of(mine[0].watched) is None
+
+
+def test_only_pairs_in_doubt_are_held_back() -> None:
+    pair, whole_watcher, whole_watched, other = (some_pairs(1)[0] for _ in range(4))
+    there = Doubts(lambda _: ())
+    assert there.of(pair.watched) is None, "nothing is in doubt"
+    there.add(pair, cause="pair")
+    there.add_all(Whole(whole_watcher.watcher, is_watcher=True), cause="watcher")
+    there.add_all(Whole(whole_watched.watched, is_watcher=False), cause="watched")
+    watchers = [one.watcher for one in (pair, whole_watcher, whole_watched, other)]
+    for one in (pair, whole_watcher, whole_watched, other):
+        found = there.of(one.watched)
+        assert found is not None
+        expected = {one.watcher} - {other.watcher} | {whole_watcher.watcher}
+        assert {watcher for watcher in watchers if found.has(watcher)} == (
+            set(watchers) if one is whole_watched else expected
+        )
+
+
+def test_pair_stays_in_doubt_until_the_last_of_those_who_ask_has_ended() -> None:
+    (pair,) = some_pairs(1)
+    there = Doubts(lambda _: ())
+    there.begin([pair])
+    before = there.since()
+    there.add(pair, cause="a block")
+    there.begin([pair])
+    after = there.since()
+    there.end([pair])
+    assert there.is_asked_about(pair)
+    there.settle(pair)
+    assert (there.is_current(pair, before), there.is_current(pair, after)) == (False, True)
+    there.end([pair])
+    there.settle(pair)
     assert not there
 
 

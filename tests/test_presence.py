@@ -278,6 +278,107 @@ async def test_answer_that_was_read_before_a_block_decides_nothing(
     assert statuses == ([] if is_new else ["offline"])
 
 
+class Reads:
+    """Holds what is read about who may watch whom until the test lets it go on."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.asked: list[set[tuple[UserId, UserId]]] = []
+        self._may_go_on: list[asyncio.Event] = []
+        self._is_over = False
+        self._watchable = users.watchable
+        monkeypatch.setattr(users, "watchable", self._held)
+
+    async def number(self, count: int) -> None:
+        """Wait for so many."""
+        await until(lambda: len(self._may_go_on) >= count)
+
+    def go_on(self, *numbers: int) -> None:
+        """Let these go on."""
+        for number in numbers:
+            self._may_go_on[number].set()
+
+    def end(self) -> None:
+        """Let all go on, and hold none any more."""
+        self._is_over = True
+        self.go_on(*range(len(self._may_go_on)))
+
+    async def _held(
+        self, db: Db, pairs: Sequence[tuple[UserId, UserId]]
+    ) -> dict[tuple[UserId, UserId], users.Watchable]:
+        self.asked.append(set(pairs))
+        found = await self._watchable(db, pairs)
+        may_go_on = asyncio.Event()
+        self._may_go_on.append(may_go_on)
+        if not self._is_over:
+            await may_go_on.wait()
+        return found
+
+
+async def test_nothing_newer_than_the_reply_of_a_watch_comes_before_it(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    people, (ada, charles, mary) = await three(world)
+    ada_, charles_, mary_ = (one.id for one in people)
+    await world.befriend(people[0], people[2])
+    group = await world.group(mary, people[0])
+    await mary.call(client.Watch(user_ids=[charles_]))
+    reads = Reads(monkeypatch)
+    seen = len(ada.events)
+    asked = asyncio.create_task(ada.call(client.Watch(user_ids=[charles_, mary_]), server.PresenceList))
+    await reads.number(1)
+    await mary.call(client.UpdateProfile(show_online_status=False))
+    await reads.number(2)
+    reads.go_on(0)
+    await reads.number(3)
+    assert reads.asked[2] == {(ada_, mary_)}, "only what changed is asked about again"
+    await charles.call(client.SetPresence(status="busy"))
+    await mary.event(server.PresenceChanged, lambda event: event.presence.status == "busy")
+    # Ada's connection is told of this after all that it was told before.
+    await mary.call(client.Typing(conversation_id=group))
+    await ada.event(server.TypingStarted, start=seen)
+    assert not [event for event in ada.events[seen:] if isinstance(event, server.PresenceChanged)]
+    reads.go_on(1, 2)
+    listed = await asked
+    assert [(one.user_id, one.status) for one in listed.presences] == [(charles_, "online"), (mary_, "offline")]
+    await ada.event(server.PresenceChanged, lambda event: event.presence.status == "busy", start=seen)
+
+
+@pytest.mark.parametrize("is_blocked", [False, True], ids=["nothing changes", "a block in between"])
+async def test_watches_of_one_user_do_not_have_each_other_ask_again(
+    world: World, monkeypatch: pytest.MonkeyPatch, *, is_blocked: bool
+) -> None:
+    people, (ada, charles, mary) = await three(world)
+    again = await world.connect(people[0])
+    await mary.call(client.Watch(user_ids=[people[1].id]))
+    watchers = world.workers[0].app.hub.watchers
+    await until(lambda: not watchers.are_in_doubt)
+    reads = Reads(monkeypatch)
+    watch = client.Watch(user_ids=[people[1].id])
+    first = asyncio.create_task(ada.call(watch, server.PresenceList))
+    await reads.number(1)
+    if is_blocked:
+        await charles.call(client.Block(user_id=people[0].id))
+        await reads.number(2)
+        reads.go_on(1)
+    count = len(reads.asked)
+    second = asyncio.create_task(again.call(client.Watch(user_ids=[people[1].id]), server.PresenceList))
+    await reads.number(count + 1)
+    reads.go_on(count)
+    expected = [] if is_blocked else [people[1].id]
+    assert [one.user_id for one in (await second).presences] == expected
+    await charles.call(client.SetPresence(status="busy"))
+    await mary.event(server.PresenceChanged, lambda event: event.presence.status == "busy")
+    reads.end()
+    assert [one.user_id for one in (await first).presences] == expected
+    assert len(reads.asked) == count + 1 + is_blocked
+    await until(lambda: not watchers.are_in_doubt)
+    for one in (ada, again):
+        if not is_blocked:
+            await one.event(server.PresenceChanged, lambda event: event.presence.status == "busy")
+        await one.synced()
+        assert is_blocked != any(isinstance(event, server.PresenceChanged) for event in one.events)
+
+
 async def test_a_change_of_privacy_takes_one_statement_however_many_watch(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
