@@ -178,7 +178,8 @@ class Doubts:
         if doubt.turn is not None:
             del doubt.turn.pairs[pair]
         if doubt.askers:
-            doubt.turn, doubt.frames = None, {}
+            doubt.turn = None
+            doubt.frames.clear()
             return
         del of_watched[pair.watcher]
         if not of_watched:
