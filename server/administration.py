@@ -35,7 +35,9 @@ from server.queries.audit import Deed
 from server.telling import tell_participant, tell_updated
 from server.terminal import plain, say, say_json, status_of
 
-COMMANDS = ("user", "conversation", "erase")
+GROUPS = ("user", "conversation")
+"""Commands of two words."""
+COMMANDS = (*GROUPS, "erase")
 PASSWORD_BYTES = 12
 """Of randomness in a password that we make."""
 PAGE = 500
@@ -74,7 +76,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="openchat", description=__doc__)
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--json", action="store_true", help="print JSON, for programs")
-    common.add_argument("--data-dir", help="where the embedded database lives, if not in the usual place")
+    common.add_argument(
+        "--data-dir", type=config.folder, help="where the embedded database lives, if not in the usual place"
+    )
     who = argparse.ArgumentParser(add_help=False)
     who.add_argument("user", help="an e-mail address, or an id")
     which = argparse.ArgumentParser(add_help=False)

@@ -11,9 +11,21 @@ from importlib.metadata import version
 from server import administration, config, database, log, migrate, upkeep
 from server.config import Settings, variable
 from server.embedded.reach import reached
+from server.errors import Fatal
 from server.supervisor import Supervisor
 from server.terminal import complain, say, status_of
 
+OPTIONS = {
+    "run": {"host", "port", "workers", "data_dir"},
+    "migrate": {"data_dir", "plan"},
+    "new-epoch": {"data_dir"},
+}
+"""The commands of this module, with the options of each."""
+OUTSIDE = {"load": "loadtest.command", "prove": "prove.command"}
+"""Commands that speak to a server as its clients do, with the module of each."""
+COMMANDS = (*OPTIONS, *administration.COMMANDS, *upkeep.COMMANDS, *OUTSIDE)
+VALUED = ("--host", "--port", "--workers", "--data-dir")
+"""Options before a command whose next argument is their value."""
 ABOUT = "A real-time chat backend: one command starts it, and it does not lose a message."
 
 
@@ -23,13 +35,20 @@ def main() -> None:
 
 
 def _run(arguments: list[str]) -> int:
-    if arguments[:1] in (["load"], ["prove"]):
-        return _from_outside(arguments[0], arguments[1:])
+    arguments = _ordered(arguments)
+    name = arguments[0] if arguments and not arguments[0].startswith("-") else "run"
+    if name not in COMMANDS:
+        raise Fatal(
+            f"`{name}` is not a command. Give the command first, then its options. `openchat --help` lists both."
+        )
+    if name in OUTSIDE:
+        return _from_outside(name, arguments[1:])
     for group in (administration, upkeep):
-        if arguments[:1] and arguments[0] in group.COMMANDS:
+        if name in group.COMMANDS:
             status: int = group.main(arguments)
             return status
     options = _parser().parse_args(arguments)
+    _require_meant(options)
     log.configure("openchat")
     settings = config.read(host=options.host, port=options.port, workers=options.workers, data_dir=options.data_dir)
     if options.command == "migrate":
@@ -41,9 +60,43 @@ def _run(arguments: list[str]) -> int:
     return 0
 
 
+def _ordered(arguments: list[str]) -> list[str]:
+    """Return `arguments` with the command first: people give options before it, too."""
+    words: list[str] = []
+    options: list[str] = []
+    rest = arguments
+    while rest and len(words) < (2 if words[:1] and words[0] in administration.GROUPS else 1):
+        if rest[0].startswith("-"):
+            taken = 2 if _takes_value(rest[0]) else 1
+            options += rest[:taken]
+        else:
+            taken = 1
+            words += rest[:1]
+        rest = rest[taken:]
+    if "--version" in options:
+        return options
+    end = rest.index("--") if "--" in rest else len(rest)
+    return [*words, *rest[:end], *options, *rest[end:]]
+
+
+def _takes_value(option: str) -> bool:
+    # argparse accepts the beginnings of an option's name.
+    return len(option) > len("--") and any(one.startswith(option) for one in VALUED)
+
+
+def _require_meant(options: argparse.Namespace) -> None:
+    """Raise Fatal for an option of another command, and for a folder that was rather meant as a command."""
+    for name, value in vars(options).items():
+        if value is not None and value is not False and name not in {"command", *OPTIONS[options.command]}:
+            raise Fatal(f"`openchat {options.command}` has no option --{name.replace('_', '-')}. Leave it out.")
+    if (folder := options.data_dir) in COMMANDS:
+        raise Fatal(f"`--data-dir {folder}` names a folder. Write `--data-dir ./{folder}`, or give the folder.")
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="openchat",
+        usage="openchat [COMMAND] [OPTIONS]",
         description=ABOUT,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="every setting can also be given as an environment variable:\n\n" + _variables(),
@@ -53,7 +106,7 @@ def _parser() -> argparse.ArgumentParser:
         "command",
         nargs="?",
         default="run",
-        choices=["run", "migrate", "new-epoch", *administration.COMMANDS, *upkeep.COMMANDS, "load", "prove"],
+        choices=COMMANDS,
         help="run: start the server (the default). migrate: bring the database to this program's schema. "
         "new-epoch: after restoring a backup, have every client start over. "
         "user, conversation, erase: administer (`openchat user --help`). "
@@ -66,15 +119,17 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--host", help="the address to listen on (127.0.0.1)")
     parser.add_argument("--port", type=int, help="the port to listen on (8000)")
     parser.add_argument("--workers", type=int, help="worker processes (one per core, at most 4)")
-    parser.add_argument("--data-dir", help="where the embedded database lives (the user's state folder)")
+    parser.add_argument(
+        "--data-dir", type=config.folder, help="where the embedded database lives (the user's state folder)"
+    )
     parser.add_argument("--plan", action="store_true", help="with migrate: only say what would be done")
     return parser
 
 
 def _from_outside(name: str, arguments: list[str]) -> int:
-    """Run what speaks to a server as its clients do."""
+    """Run a command of `OUTSIDE`."""
     try:
-        command = importlib.import_module({"load": "loadtest.command", "prove": "prove.command"}[name])
+        command = importlib.import_module(OUTSIDE[name])
     except ImportError as error:
         # Their libraries are an extra, which a server does without.
         complain(f"{error.name} is missing; install what a crowd needs: pip install 'openchat[load]'")

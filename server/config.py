@@ -198,6 +198,13 @@ def read(**overrides: object) -> Settings:
     return msgspec.convert(given, Settings, strict=False)
 
 
+def folder(text: str) -> str:
+    """Return a folder that an argument names. Raises ValueError for an empty one, as of a variable that is not set."""
+    if not text:
+        raise ValueError(text)
+    return text
+
+
 def _names() -> list[str]:
     """Return the variables that may be meant as settings: all with our prefix, but those of Kubernetes Services."""
     ours = {name: value for name, value in os.environ.items() if name.upper().startswith(PREFIX)}

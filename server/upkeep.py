@@ -44,7 +44,9 @@ def main(arguments: list[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="openchat", description=__doc__)
     common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--data-dir", help="where the embedded database lives, if not in the usual place")
+    common.add_argument(
+        "--data-dir", type=config.folder, help="where the embedded database lives, if not in the usual place"
+    )
     json = argparse.ArgumentParser(add_help=False)
     json.add_argument("--json", action="store_true", help="print JSON, for programs")
     top = parser.add_subparsers(required=True, metavar="command")

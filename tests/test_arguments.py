@@ -1,0 +1,153 @@
+"""The command line's arguments: options before a command mean what they mean after it, and none starts a server."""
+
+import argparse
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+
+from server import administration, cli, upkeep
+from server.config import Settings
+from server.embedded.reach import Reached
+from server.terminal import status_of
+
+SOME_ID = "01a20000-0000-7000-8000-000000000001"
+LINES = (
+    [], ["run"], ["migrate"], ["new-epoch"],
+    ["user", "create", "Ada", "ada@example.org"], ["user", "sessions", "ada@example.org"],
+    *(["user", one, "ada@example.org"] for one in ("show", "disable", "enable", "promote", "demote", "reset-password")),
+    *(["conversation", one, SOME_ID] for one in ("show", "export", "delete", "audit")),
+    ["erase", "ada@example.org"], ["check"], ["why", SOME_ID], ["reindex"], ["export"], ["export", "file"],
+    ["import", "slack", "path"], ["load"], ["prove"],
+)  # fmt: skip
+"""Every command, with its operands."""
+OPTIONS = (
+    ["--data-dir", "folder"], ["--data-dir=folder"], ["--data", "folder"], ["--host", "localhost"], ["--port", "0"],
+    ["--workers", "2"], ["--plan"], ["--json"], ["--admin"], ["--verify"], ["--yes"], ["--revoke"], ["--user", "ada"],
+    ["--match-accounts", "none"], ["--url", "http://localhost"], ["--nonsense"],
+)  # fmt: skip
+SERVER = ["--data-dir", "--data", "--host", "--port", "--workers"]
+"""Options of the server, without their values."""
+
+
+# Building the parsers takes longer than their work.
+PARSERS = [(module, functools.cache(module._parser)) for module in (cli, administration, upkeep)]  # noqa: SLF001
+
+
+@pytest.fixture
+def began(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Return a list of what begins. Nothing begins in earnest."""
+    found: list[Any] = []
+
+    class Server:
+        def __init__(self, settings: Settings) -> None:
+            found.append(("a server", settings))
+
+        def run(self) -> None:
+            pass
+
+    @contextmanager
+    def reached(settings: Settings, **_: object) -> Iterator[Reached]:
+        found.append(settings)
+        yield Reached("", None)
+
+    async def run(*arguments: object) -> int:
+        (options,) = (one for one in arguments if isinstance(one, argparse.Namespace))
+        found.append({**vars(options), "work": options.work.__name__})
+        return 0
+
+    async def administer(url: str, **options: object) -> None:
+        found.append((url, options))
+
+    monkeypatch.setattr(cli, "Supervisor", Server)
+    monkeypatch.setattr(cli, "_administer", administer)
+    monkeypatch.setattr(cli, "_from_outside", lambda *arguments: found.append(arguments) or 0)
+    monkeypatch.setattr(cli.log, "configure", lambda _: None)
+    for module, parser in PARSERS:
+        monkeypatch.setattr(module, "_parser", parser)
+        monkeypatch.setattr(module, "reached", reached)
+    for group in (administration, upkeep):
+        monkeypatch.setattr(group, "_run", run)
+    monkeypatch.setattr(administration, "_show", lambda *_, **__: None)
+    return found
+
+
+def outcome(arguments: list[str], began: list[Any], capsys: pytest.CaptureFixture[str]) -> tuple[int, list[Any], str]:
+    """Return the status of a command line, what began, and the last line on standard error."""
+    began.clear()
+    status = status_of(lambda: cli._run(arguments))  # noqa: SLF001
+    said = capsys.readouterr().err.splitlines()
+    return status, list(began), said[-1] if said else ""
+
+
+def test_the_lines_cover_every_command() -> None:
+    assert {line[0] for line in LINES if line} == set(cli.COMMANDS)
+
+
+def is_a_server(began: list[Any]) -> bool:
+    return any(isinstance(one, tuple) and one[0] == "a server" for one in began)
+
+
+@pytest.mark.parametrize("option", OPTIONS, ids=" ".join)
+def test_an_option_before_a_command_means_what_it_means_after_it(
+    option: list[str], began: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = option[0].partition("=")[0]
+    for line in LINES:
+        after = outcome([*line, *option], began, capsys)
+        before = outcome([*option, *line], began, capsys)
+        if name in {"--user", "--match-accounts", "--url"} and line:
+            status, nothing, said = before
+            assert (status, nothing) == (1, []), line
+            assert said.endswith("Give the command first, then its options. `openchat --help` lists both."), line
+        else:
+            assert before == after, line
+        assert is_a_server(after[1]) == (line in ([], ["run"]) and name in SERVER), line
+        if name in {"--data-dir", "--data"} and line[:1] not in (["load"], ["prove"]):
+            assert (after[0], after[2]) == (0, ""), line
+            settings = after[1][0][1] if is_a_server(after[1]) else after[1][0]
+            assert settings.data_dir == "folder", line
+            assert outcome([*line[:1], *option, *line[1:]], began, capsys) == after, line
+        elif name == "--plan":
+            assert (after[0] == 0) == (line in (["migrate"], ["load"], ["prove"])), line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["chekc"], "`chekc` is not a command. Give the command first, then its options."),
+        (["--data-dir", "folder", "chekc"], "`chekc` is not a command. Give the command first, then its options."),
+        (["--data-dir", "check"], "`--data-dir check` names a folder. Write `--data-dir ./check`, or give the folder."),
+        (["--data-dir", "", "erase", "ada"], "argument --data-dir: invalid folder value: ''"),
+        (["erase", "ada", "--data-dir="], "argument --data-dir: invalid folder value: ''"),
+        (["new-epoch", "--plan"], "`openchat new-epoch` has no option --plan."),
+        (["--port", "0", "migrate", "--plan"], "`openchat migrate` has no option --port."),
+        (["--plan"], "`openchat run` has no option --plan."),
+        (["--data-dir", "folder", "--", "check"], "unrecognized arguments"),
+        (["run", "check"], "unrecognized arguments: check"),
+        (["--port"], "argument --port: expected one argument"),
+    ],
+    ids=lambda one: " ".join(one) if isinstance(one, list) else "",
+)
+def test_arguments_that_cannot_be_meant_begin_nothing(
+    arguments: list[str], said: str, began: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, nothing, line = outcome(arguments, began, capsys)
+    assert (status > 0, nothing) == (True, [])
+    assert said in line
+
+
+def test_help_and_version_go_with_every_option(began: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, said in (
+        (["--help"], "usage: openchat [COMMAND] [OPTIONS]"),
+        (["--port", "0", "--version"], "openchat "),
+        (["--data-dir", "folder", "check", "--help"], "usage: openchat check"),
+        (["--help", "check"], "usage: openchat check"),
+        (["--data-dir", "folder", "user", "show", "--help"], "usage: openchat user show"),
+        (["--version", "check"], "openchat "),
+    ):
+        assert status_of(lambda arguments=arguments: cli._run(arguments)) == 0, arguments  # type: ignore[misc] # noqa: SLF001
+        assert capsys.readouterr().out.startswith(said)
+    assert began == []
