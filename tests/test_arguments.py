@@ -61,10 +61,14 @@ def began(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     async def administer(url: str, **options: object) -> None:
         found.append((url, options))
 
+    def from_outside(*arguments: object) -> int:
+        found.append(arguments)
+        return 0
+
     monkeypatch.setattr(cli, "Supervisor", Server)
     monkeypatch.setattr(cli, "_administer", administer)
-    monkeypatch.setattr(cli, "_from_outside", lambda *arguments: found.append(arguments) or 0)
-    monkeypatch.setattr(cli.log, "configure", lambda _: None)
+    monkeypatch.setattr(cli, "_from_outside", from_outside)
+    monkeypatch.setattr("server.log.configure", lambda _: None)
     for module, parser in PARSERS:
         monkeypatch.setattr(module, "_parser", parser)
         monkeypatch.setattr(module, "reached", reached)
