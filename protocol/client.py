@@ -636,7 +636,10 @@ class GetPushKey(Frame, tag="get_push_key"):
 
 
 class RegisterPush(Frame, tag="register_push"):
-    """Push notifications to a browser's endpoint, with the keys of its subscription, until this session ends."""
+    """Push notifications to a browser's endpoint, with the keys of its subscription, until this session ends.
+
+    `p256dh` is an uncompressed point of P-256 (65 bytes), `auth` has 16 bytes; both are in base64url.
+    """
 
     endpoint: Link
     p256dh: Annotated[str, Meta(min_length=80, max_length=100, pattern=r"^[A-Za-z0-9_=-]+\Z")]

@@ -11,6 +11,7 @@ import os
 import time
 from collections import OrderedDict, deque
 from email.utils import parsedate_to_datetime
+from urllib.parse import urlsplit
 
 import http_ece
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -18,7 +19,8 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from py_vapid import Vapid02
 
 from protocol.codec import encode
-from protocol.ids import ConversationId, MessageId
+from protocol.errors import ErrorCode, Refused
+from protocol.ids import ConversationId, MessageId, UserId
 from protocol.push import Notification
 from protocol.values import Message
 from server.database import Database
@@ -40,6 +42,10 @@ SIGNED_SECONDS = 3_600
 GONE = frozenset({404, 410})
 """What a push service answers about an endpoint that is no more."""
 TOO_MANY_REQUESTS = 429
+POINT_BYTES = 65
+"""Size of an uncompressed point of P-256 (RFC 8291)."""
+SECRET_BYTES = 16
+"""Size of the authentication secret of a subscription (RFC 8291)."""
 
 log = logging.getLogger(__name__)
 
@@ -128,24 +134,31 @@ class Notices:
         except Unreachable as error:
             log.info("a notification could not be pushed: %s", error)
             raise Failed from error
-        except ValueError as error:
-            log.info("the keys of an endpoint do not do: %s", error)
-            answer = None
-        if answer is None or answer.status in GONE:
+        except (ValueError, http_ece.ECEException) as error:
+            self._drops.add("unusable")
+            if (user_id := await self._forget(post.endpoint)) is not None:
+                log.warning(
+                    "an endpoint of user %s at %s cannot be used (%s) and was deleted",
+                    user_id, urlsplit(post.endpoint).hostname, type(error).__name__,
+                )  # fmt: skip
+            return
+        if answer.status in GONE:
             await self._forget(post.endpoint)
         elif answer.status == TOO_MANY_REQUESTS or answer.status >= 500:  # noqa: PLR2004
             raise Failed(_seconds(answer.headers.get("retry-after", "")))
         elif answer.status >= 400:  # noqa: PLR2004 - about this endpoint, not its host
             self._drops.add("refused")
 
-    async def _forget(self, endpoint: str) -> None:
+    async def _forget(self, endpoint: str) -> UserId | None:
+        """Delete an endpoint. Return whose it was, or None if it is not there or the database cannot be reached."""
         try:
             async with self._database.connection() as db:
-                await push.forget(db, endpoint)
+                return await push.forget(db, endpoint)
         except Exception as error:
             # The next notification for this endpoint tries again.
             if not is_lost(error):
                 raise
+            return None
 
     def _authorization(self, endpoint: str) -> str:
         """Return the signature for a push service, which is the same for an hour."""
@@ -184,6 +197,33 @@ def _seconds(retry_after: str) -> float:
         return max(0.0, parsedate_to_datetime(retry_after).timestamp() - time.time())
     except ValueError:
         return 0.0
+
+
+def require_keys(p256dh: str, auth: str) -> None:
+    """Raise Refused unless notifications can be encrypted with these keys of a browser's subscription."""
+    try:
+        point = _from_base64url(p256dh)
+        ec.EllipticCurvePublicKey.from_encoded_point(ec.SECP256R1(), point)
+        is_point = len(point) == POINT_BYTES
+    except ValueError:
+        is_point = False
+    if not is_point:
+        raise Refused(
+            ErrorCode.INVALID,
+            f"`p256dh` must be a point of P-256, uncompressed: {POINT_BYTES} bytes in base64url. "
+            "Send the one of the browser's subscription.",
+            path="p256dh",
+        )
+    try:
+        is_secret = len(_from_base64url(auth)) == SECRET_BYTES
+    except ValueError:
+        is_secret = False
+    if not is_secret:
+        raise Refused(
+            ErrorCode.INVALID,
+            f"`auth` must be {SECRET_BYTES} bytes in base64url. Send the one of the browser's subscription.",
+            path="auth",
+        )
 
 
 def new_key() -> str:

@@ -71,13 +71,15 @@ class Drops:
         self.counts: Counter[str] = Counter()
         self._last: dict[str, float] = {}
 
-    def add(self, reason: str, count: int = 1) -> None:
-        """Count dropped notifications."""
+    def add(self, reason: str, count: int = 1) -> bool:
+        """Count dropped notifications. Return whether they are the first of a stretch."""
         now = time.monotonic()
-        if now - self._last.get(reason, -STRETCH_SECONDS) >= STRETCH_SECONDS:
+        is_first = now - self._last.get(reason, -STRETCH_SECONDS) >= STRETCH_SECONDS
+        if is_first:
             log.warning("notifications are dropped: %s (counted in openchat_push_dropped_total)", reason)
         self._last[reason] = now
         self.counts[reason] += count
+        return is_first
 
 
 class Posts:
@@ -159,8 +161,8 @@ class Posts:
             self._drops.add("host_failed")
             self._back_off(host, failed.retry_after)
         except Exception:
-            self._drops.add("error")
-            log.exception("a notification could not be pushed")
+            if self._drops.add("error"):
+                log.exception("a notification could not be pushed")
         else:
             host.failures = 0
             host.is_fast = time.monotonic() - began < SLOW_SECONDS

@@ -32,7 +32,7 @@ from server.dispatch import Dispatch
 from server.errors import UNFIT
 from server.routes import ROUTES
 from tests.test_protocol import JSON
-from tests.world import Somebody, World, http_client, refused, sent
+from tests.world import PUSH_POINT, Somebody, World, http_client, refused, sent
 
 HOLE = "the hole that a hostile value is put into"
 BIG = MAX_FRAME_BYTES - 2_000
@@ -131,7 +131,7 @@ def valid(  # noqa: C901, PLR0911, PLR0912 - one case for each type
 
 TEXTS = {
     "url": "https://example.org/x", "image": "https://example.org/x", "website": "https://example.org/x",
-    "poster": "https://example.org/x", "endpoint": "https://example.org/x", "p256dh": "B" * 87, "auth": "A" * 22,
+    "poster": "https://example.org/x", "endpoint": "https://example.org/x", "p256dh": PUSH_POINT, "auth": "A" * 22,
     "mime_type": "image/png", "language": "python", "time_zone": "Europe/London", "emoji": "\N{THUMBS UP SIGN}",
     "email": "somebody@example.org", "password": "correct horse", "new_password": "another horse",
     "after": "2025-01-01T00:00:00Z/" + str(uuid7()),

@@ -36,7 +36,7 @@ from server.queries import accounts, sessions, users
 from server.queries.users import Transition
 from server.routes import ROUTES
 from tests.test_credentials import administer
-from tests.world import World, http_client, message
+from tests.world import PUSH_POINT, World, http_client, message
 
 Act = Callable[[], Coroutine[Any, Any, object]]
 
@@ -150,7 +150,7 @@ class Quarrel:
             client.Schedule(**here, message_id=self._root, content="Later", send_at=later),
             client.CancelScheduled(**here, message_id=self._root),
             client.SeeFeed(),
-            client.RegisterPush(endpoint="https://push.example/1", p256dh="B" * 87, auth="A" * 22),
+            client.RegisterPush(endpoint="https://push.example/1", p256dh=PUSH_POINT, auth="A" * 22),
             client.UnregisterPush(endpoint="https://push.example/1"),
             client.Moderate(**root, reason=uuid7().hex),
             client.Unmoderate(**root),

@@ -26,7 +26,7 @@ from server import notices, outbound, posts
 from server.config import Settings
 from server.notices import _seconds
 from server.posts import Drops, Failed, Post, Posts
-from tests.world import Room, Somebody, World, refused, sent, until
+from tests.world import PUSH_POINT, Room, Somebody, World, refused, sent, until
 
 
 async def feed(one: Any, *kinds: str) -> list[tuple[str, Any]]:
@@ -274,6 +274,35 @@ async def test_of_each_person_the_newest_endpoints_are_kept(room: Room, world: W
         await room.ada.call(client.Star(**room.at(MessageId(nobody.id))))
 
 
+def longer(key: str, *, by: int) -> str:
+    data = base64.urlsafe_b64decode(key + "=" * (-len(key) % 4))
+    return text((data + bytes(8))[: len(data) + by])
+
+
+async def test_keys_that_nothing_can_be_encrypted_with_are_refused(
+    room: Room, world: World, browser: Browser, caplog: pytest.LogCaptureFixture
+) -> None:
+    good = browser.subscription()
+    off_curve = text(b"\x04" + bytes(63) + b"\x01")
+    for bad in ("x" * 80, "x" * 81, "B" * 87, off_curve, longer(good.p256dh, by=-1), longer(good.p256dh, by=1)):
+        with refused(ErrorCode.INVALID, "p256dh"):
+            await room.charles.call(msgspec.structs.replace(good, p256dh=bad))
+    for bad in (longer(good.auth, by=-1), longer(good.auth, by=1), "A" * 17):
+        with refused(ErrorCode.INVALID, "auth"):
+            await room.charles.call(msgspec.structs.replace(good, auth=bad))
+    await room.charles.call(msgspec.structs.replace(good, p256dh=good.p256dh + "=", auth=good.auth + "=="))
+    # Endpoints from before this rule are deleted, with one line in the log.
+    await world.db.execute("UPDATE push_endpoint SET p256dh = $1", "x" * 80)
+    await asyncio.gather(*(sent(room.ada, room.group) for _ in range(3)))
+    async with asyncio.timeout(10):
+        while await world.db.fetchval("SELECT count(*) FROM push_endpoint"):
+            await asyncio.sleep(0.01)
+    lines = [one for one in caplog.messages if "cannot be used" in one]
+    assert [(str(room.them[1].id) in one, "127.0.0.1" in one, browser.url in one) for one in lines] == [
+        (True, True, False)
+    ]
+
+
 class Silent:
     """Push services that accept connections and never answer, each on a port of its own."""
 
@@ -517,7 +546,7 @@ async def test_bounds_hold_for_frames_that_come_concurrently_on_two_workers(room
         ),
         *(
             both[number % 2].call(
-                client.RegisterPush(endpoint=f"https://push.example/{number}", p256dh="A" * 87, auth="A" * 22)
+                client.RegisterPush(endpoint=f"https://push.example/{number}", p256dh=PUSH_POINT, auth="A" * 22)
             )
             for number in range(25)
         ),

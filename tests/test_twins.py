@@ -12,7 +12,7 @@ from protocol.values import User
 from prove.client import Client
 from server.queries import push, relationships
 from server.queries.relationships import Change
-from tests.world import Room, Somebody, World, sent
+from tests.world import PUSH_POINT, Room, Somebody, World, sent
 
 BLOCKS, HIDES, SWITCHED, INVISIBLE, AWAY = "Blocks", "Hides", "Switched", "Invisible", "Away"
 
@@ -182,7 +182,7 @@ async def test_a_worker_that_missed_a_block_notices_it_and_tells_nobody_of_its_c
 
 async def test_nobody_is_pushed_a_name_that_they_may_not_see_any_more(room: Room, world: World) -> None:
     who, one = await meet(room, world)
-    key = client.RegisterPush(endpoint="https://push.example/1", p256dh="B" * 87, auth="A" * 22)
+    key = client.RegisterPush(endpoint="https://push.example/1", p256dh=PUSH_POINT, auth="A" * 22)
     await room.ada.call(key)
     message_id = await sent(one, room.group)
     assert [notice.sender.id for notice in await push.notices(world.db, [message_id])] == [who.id]

@@ -22,7 +22,7 @@ from protocol.values import PresenceStatus
 from prove.client import Client
 from server.auth.tokens import new_token, token_hash
 from server.queries import push, sessions
-from tests.world import Somebody, World, http_client, message, sent
+from tests.world import PUSH_POINT, Somebody, World, http_client, message, sent
 
 VIEWER, XAVER, COMPANION, MARKER = "Viewer", "Xaver", "Companion", "Marker"
 ADD = """INSERT INTO "user" (id, name, display_name, email, bio, last_seen_at) VALUES ($1, $2, $2, $3, 'Bio', $4)"""
@@ -259,7 +259,7 @@ class Twin:
             client.Follow(**them), client.Unfollow(**them), client.Mute(**them), client.Unmute(**them),
             client.SetSwitches(**them, can_see_profile=True),
             client.SeeFeed(), client.SetPresence(status="busy"), client.UpdateProfile(bio="Mine"),
-            client.RegisterPush(endpoint=endpoint, p256dh="B" * 87, auth="A" * 22),
+            client.RegisterPush(endpoint=endpoint, p256dh=PUSH_POINT, auth="A" * 22),
             client.UnregisterPush(endpoint=endpoint),
             client.Decline(conversation_id=self.group), client.Join(conversation_id=self.group),
             client.Block(**them), client.Unblock(**them),

@@ -29,6 +29,9 @@ from server.worker import DrainingServer
 
 ON_LOOPBACK = ("127.0.0.1", 0)
 
+PUSH_POINT = "BCVxsr7N_eNgVRqvHtD0zTZsEc6-VV-JvLexhqUzORcxaOzi6-AYWXvTBHm4bjyPjs7Vd8pZGH6SRpkNtoIAiw4"
+"""A public key of a browser (RFC 8291, section 5)."""
+
 
 BEFRIEND = """
 INSERT INTO user_relationship (from_user_id, to_user_id, type, status)

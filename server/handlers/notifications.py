@@ -4,6 +4,7 @@ from protocol import client
 from protocol.codec import now
 from protocol.server import Badge, Done, FeedPage, PushKey
 from server.context import Context
+from server.notices import require_keys
 from server.queries import feed, push, unread
 
 
@@ -36,6 +37,7 @@ async def get_push_key(context: Context, frame: client.GetPushKey) -> PushKey:  
 
 async def register_push(context: Context, frame: client.RegisterPush) -> Done:
     """Push to an endpoint until the session ends."""
+    require_keys(frame.p256dh, frame.auth)
     async with context.database.connection() as db:
         await push.register(db, frame, context.user_id, context.session_id)
     return Done()

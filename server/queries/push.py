@@ -41,7 +41,7 @@ DELETE FROM push_endpoint e WHERE e.user_id = $1 AND e.id IN (
 )
 """  # noqa: S608 - a number is put in
 UNREGISTER = "DELETE FROM push_endpoint WHERE user_id = $1 AND endpoint = $2"
-FORGET = "DELETE FROM push_endpoint WHERE endpoint = $1"
+FORGET = "DELETE FROM push_endpoint WHERE endpoint = $1 RETURNING user_id"
 
 
 async def register(db: Db, frame: RegisterPush, user_id: UserId, session_id: SessionId) -> None:
@@ -57,9 +57,10 @@ async def unregister(db: Db, user_id: UserId, endpoint: str) -> None:
     await db.execute(UNREGISTER, user_id, endpoint)
 
 
-async def forget(db: Db, endpoint: str) -> None:
-    """Forget an endpoint that its own server does not know any more."""
-    await db.execute(FORGET, endpoint)
+async def forget(db: Db, endpoint: str) -> UserId | None:
+    """Delete an endpoint that cannot be pushed to any more. Return whose it was, or None if there is none."""
+    user_id: UserId | None = await db.fetchval(FORGET, endpoint)
+    return user_id
 
 
 class Notice(NamedTuple):
