@@ -218,7 +218,7 @@ OwnStartOverReason = Literal["forgotten", "ahead_of_server", "other_epoch"]
 
 class OwnStartOver(_OwnEvent, tag="own_start_over", frozen=True, kw_only=True):
     """The server cannot name all own rows that the client has to drop. Drop relationships, invitations, stars, drafts,
-    scheduled messages and followed threads, and read them again. Continue from `user_version`, even if it is lower.
+    scheduled messages and followed threads: all that there are follow. `user_version` is 0.
     """
 
     reason: OwnStartOverReason

@@ -17,6 +17,7 @@ from protocol.server import (
     ConversationLeft,
     Conversations,
     OwnStartOver,
+    OwnStartOverReason,
     Resumed,
     ServerFrame,
     StartOver,
@@ -74,9 +75,9 @@ async def resume(context: Context, frame: Resume) -> Resumed:
     if frame.user_version is not None:
         if is_same_epoch:
             connection.user_version = frame.user_version
-            await _say_own(context)
         else:
-            connection.say(OwnStartOver(user_version=connection.user_version, reason="other_epoch"))
+            _start_own_over(context, "other_epoch")
+        await _say_own(context)
     return Resumed(
         conversations=len(there),
         user_version=connection.user_version,
@@ -112,16 +113,23 @@ async def _say_own(context: Context) -> None:
             version, news, is_whole, lost = await users.news(
                 db, context.user_id, connection.user_version, limit=OWN_PAGE
             )
-        if lost is not None and not has_started_over:
+        if lost is not None and connection.user_version and not has_started_over:
             has_started_over = True
-            since = 0 if lost == "ahead_of_server" else connection.user_version
-            connection.say(OwnStartOver(user_version=since, reason=lost))
+            _start_own_over(context, lost)
+            is_whole = False
+            continue
         for event in news:
             connection.say(event)
         connection.user_version = version
         done += OWN_PAGE
         if not is_whole:
             await connection.drained()
+
+
+def _start_own_over(context: Context, reason: OwnStartOverReason) -> None:
+    """Have the client drop its own rows; all that there are follow."""
+    context.connection.say(OwnStartOver(user_version=0, reason=reason))
+    context.connection.user_version = 0
 
 
 async def _join(context: Context, conversation_ids: Iterable[ConversationId]) -> None:

@@ -55,8 +55,6 @@ class Device:
         self.mirror.user_version = max(self.mirror.user_version, resumed.user_version)
         self.mirror.epoch = phone.ready.epoch
         why = [event.reason for event in phone.events if isinstance(event, server.OwnStartOver)]
-        if why:
-            await self.read(phone)
         await phone.close()
         return list(why)
 

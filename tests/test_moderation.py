@@ -8,7 +8,7 @@ from protocol import client, server
 from protocol.errors import ErrorCode
 from protocol.ids import ConversationId, ReportId, uuid7
 from prove.client import Client
-from server.queries import audit
+from server.queries import audit, checks
 from tests.world import World, refused, sent
 
 
@@ -165,6 +165,7 @@ async def test_old_entries_of_a_conversations_log_are_deleted_and_the_chain_goes
     async def left() -> list[int]:
         await app.forget_audit()
         assert await audit.broken(db, scene.about) is None
+        assert [check.name for check in checks.CHECKS if (await checks.run(db, check)).number] == []
         page = await scene.moderator.call(client.ListAudit(conversation_id=scene.about), server.AuditPage)
         return [entry.number for entry in page.entries]
 

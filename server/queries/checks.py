@@ -217,9 +217,11 @@ CHECKS = (
     """),
     Check("the audit logs are whole", "audit_entry", """
         SELECT e.chain FROM (
-            SELECT e.chain, e.number, row_number() OVER w AS place, e.hash = audit_hash(e) AS is_itself,
-                e.previous_hash = coalesce(lag(e.hash) OVER w, '') AS is_next
-            FROM audit_entry e WINDOW w AS (PARTITION BY e.chain ORDER BY e.number)
+            SELECT e.chain, e.number, coalesce(c.audit_number, 0) + row_number() OVER w AS place,
+                e.hash = audit_hash(e) AS is_itself,
+                e.previous_hash = coalesce(lag(e.hash) OVER w, c.audit_hash, '') AS is_next
+            FROM audit_entry e LEFT JOIN conversation c ON c.id = e.chain
+            WINDOW w AS (PARTITION BY e.chain ORDER BY e.number)
         ) e WHERE NOT e.is_itself OR NOT e.is_next OR e.number <> e.place
     """),
     # Where somebody reads. What was there before is deleted by a superuser's keep_no_statistics(); see schema.sql.
