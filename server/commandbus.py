@@ -36,11 +36,6 @@ class CommandBus:
         """Collect something to be said in a channel."""
         self._said.append((channel, self._origin + words))
 
-    @property
-    def has_news(self) -> bool:
-        """Whether something is collected."""
-        return bool(self._said)
-
     async def send(self, redis: Redis | RedisCluster) -> None:
         """Publish all that is collected. Raises what REDIS_LOST names if Redis cannot be reached."""
         said, self._said = self._said, []

@@ -148,8 +148,10 @@ class Part:
 
     def give(self, connection: Connection, *, is_usable: bool) -> None:
         """Take a connection back."""
-        self._pool.give(connection, is_usable=is_usable)
-        self._turns.give(self._user_id)
+        try:
+            self._pool.give(connection, is_usable=is_usable)
+        finally:
+            self._turns.give(self._user_id)
 
 
 class Lease:
