@@ -323,6 +323,7 @@ KNOWN_STATEMENTS = {
     "server/migrate.py: text",
     "server/migrate.py: f'DROP INDEX CONCURRENTLY {index}'",
     "server/migrate.py: statement[0]",
+    "server/migrate.py: ALIKE.format(table=table, key=key, where=statement['where'] or '')",
     "server/embedded/postgres.py: f'CREATE DATABASE {NAME}'",
     "server/queries/reactions.py: change",
     "server/queries/messages.py: query",

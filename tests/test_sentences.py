@@ -126,7 +126,7 @@ async def test_refusals_over_http_are_json_that_says_what_to_do(world: World) ->
 async def test_frames_that_do_not_fit_are_refused_with_what_does(room: Room) -> None:
     text = room.at(await sent(room.ada, room.group))
     for frame in (client.Vote(**text, options=[0]), client.ClosePoll(**text), client.ListVotes(**text)):
-        with refused(ErrorCode.INVALID, "message_id"):
+        with refused(ErrorCode.CONFLICT, "message_id"):
             await room.ada.call(frame)
     with refused(ErrorCode.NOT_FOUND, "message_id"):
         await room.ada.call(client.Vote(conversation_id=room.group, message_id=MessageId(uuid7()), options=[0]))

@@ -98,7 +98,7 @@ def _poll(found: Found | None) -> Poll:
         raise NotFound("message_id")
     if found.message.content_type != "poll":
         raise Refused(
-            ErrorCode.INVALID, "This message is no poll. Name one whose `content_type` is `poll`.", path="message_id"
+            ErrorCode.CONFLICT, "This message is no poll. Name one whose `content_type` is `poll`.", path="message_id"
         )
     if not isinstance(found.message.payload, Poll):
         raise NotFound("message_id")
