@@ -113,7 +113,7 @@ def told(error: BaseException) -> str:
         return "a value was refused"
     if isinstance(error, (asyncpg.PostgresError, asyncpg.InterfaceError)):
         return str(error.args[0]) if error.args else type(error).__name__
-    return str(error)
+    return str(error) or type(error).__name__
 
 
 def log_defect(log: logging.Logger, what: str, error: Exception) -> None:

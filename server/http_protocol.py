@@ -9,6 +9,7 @@ from enum import Enum
 from functools import partial
 from typing import Any
 
+from uvicorn._types import ASGI3Application
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from protocol.errors import ErrorCode, Refused
@@ -46,8 +47,8 @@ class Stage(Enum):
 class Answering:
     """The transport that an answer is written to. Closing it is the connection's decision."""
 
-    def __init__(self, transport: asyncio.Transport, close: Callable[[], None]) -> None:
-        self.write = transport.write
+    def __init__(self, transport: asyncio.Transport, write: Callable[[bytes], None], close: Callable[[], None]) -> None:
+        self.write = write
         self.is_closing = transport.is_closing
         self.close = close
 
@@ -64,6 +65,8 @@ class Http(HttpToolsProtocol):
         self._stalled: asyncio.TimerHandle | None = None
         # Of the header or body that is being received, on the wire.
         self._bytes = 0
+        # The request that the application answers now; `cycle` is the one that arrived last.
+        self._running: RequestResponseCycle | None = None
         # Of bodies, counted at `sockets`.
         self._held = 0
         self._is_over = False
@@ -82,6 +85,10 @@ class Http(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: D102
         self._is_over = True
         super().connection_lost(exc)
+        if self._running is not None:
+            self._running.disconnected = True
+            self._running.message_event.set()
+        self.pipeline.clear()
         self._disarm()
         self._unset_keepalive_if_required()
         if self._stalled is not None:
@@ -158,7 +165,7 @@ class Http(HttpToolsProtocol):
         before = self.cycle
         super().on_headers_complete()
         if self.cycle is not before:
-            self.cycle.transport = Answering(self.transport, self._close)  # type: ignore[assignment]
+            self.cycle.transport = Answering(self.transport, self._write, self._close)  # type: ignore[assignment]
 
     def on_body(self, body: bytes) -> None:  # noqa: D102
         if self._is_over:
@@ -182,6 +189,15 @@ class Http(HttpToolsProtocol):
         super().on_message_complete()
 
     # -------------------------------------------------------------------------------------------- the answer
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
+        self._running = cycle
+        super()._start_asgi_task(cycle, app)
+
+    def _write(self, data: bytes) -> None:
+        # The loop raises for a transport that was aborted, and the application learns of it only afterwards.
+        if not self._is_lingering and not self.transport.is_closing():
+            self.transport.write(data)
 
     def on_response_complete(self) -> None:  # noqa: D102
         if self._is_lingering:

@@ -1,21 +1,30 @@
 """One line for each thing an operator may want to know, on standard error."""
 
+import asyncio
+import contextlib
 import copy
 import logging
 import sys
+import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 from server.errors import told
 from server.terminal import plain
+
+MOST_ENTRIES = 10
+WINDOW_SECONDS = 60.0
+"""Max entries of the same place in the code within `WINDOW_SECONDS`."""
 
 
 def configure(name: str) -> None:
     """Send this process's log to standard error, each line with the time and `name`; also what ends the process."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Formatter(f"%(asctime)s {name} %(levelname)s %(message)s"))
+    handler.addFilter(_Bound())
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(logging.INFO)
@@ -32,6 +41,70 @@ def _ended(kind: type[BaseException], error: BaseException, trace: TracebackType
         sys.__excepthook__(kind, error, trace)
     else:
         logging.getLogger(__name__).critical("the process ends", exc_info=error)
+
+
+class _Bound(logging.Filter):
+    """Passes `MOST_ENTRIES` of each place in the code per `WINDOW_SECONDS`, and logs how many more there were.
+
+    An act of a client that is logged can be repeated as fast as the network allows, and the disk is everybody's.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        super().__init__()
+        self._clock = clock
+        # By place: the entries of its window, and the window's end. Places are lines of code, so they are bounded.
+        self._windows: dict[_Place, _Window] = {}
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether a record is logged."""
+        if record.levelno >= logging.CRITICAL or record.name == __name__:
+            return True
+        now = self._clock()
+        self._conclude(now)
+        place = _place(record)
+        window = self._windows.setdefault(place, _Window(now + WINDOW_SECONDS, record.levelno))
+        window.entries += 1
+        if window.entries == MOST_ENTRIES + 1:
+            with contextlib.suppress(RuntimeError):  # no loop: the next record of any kind concludes the window
+                asyncio.get_running_loop().call_later(WINDOW_SECONDS, lambda: self._conclude(self._clock()))
+        return window.entries <= MOST_ENTRIES
+
+    def _conclude(self, now: float) -> None:
+        over = [(place, window) for place, window in self._windows.items() if window.end <= now]
+        for place, window in over:
+            del self._windows[place]
+            if (more := window.entries - MOST_ENTRIES) > 0:
+                summary = "%d more entries like those of %s line %d within %.0f seconds"
+                about = (more, place.logger, place.line, WINDOW_SECONDS)
+                logging.getLogger(__name__).log(window.level, summary, *about)
+
+
+class _Place(NamedTuple):
+    """Where a record is from: the line that logs, and the line that raised what it logs."""
+
+    logger: str
+    path: str
+    line: int
+    error: str
+    raised: int
+
+
+@dataclass(slots=True)
+class _Window:
+    """What a place has logged since its first entry."""
+
+    end: float
+    level: int
+    entries: int = 0
+
+
+def _place(record: logging.LogRecord) -> _Place:
+    error = record.exc_info[1] if record.exc_info else None
+    trace = None if error is None else error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    raised = 0 if trace is None else trace.tb_lineno
+    return _Place(record.name, record.pathname, record.lineno, type(error).__name__, raised)
 
 
 class _Formatter(logging.Formatter):

@@ -5,6 +5,8 @@ import logging
 import random
 from collections.abc import Awaitable, Callable, Iterable
 
+from server.errors import log_failure
+
 log = logging.getLogger(__name__)
 
 SWALLOWED_SECONDS = 1.0
@@ -24,8 +26,8 @@ async def every(seconds: float, job: Callable[[], Awaitable[bool | None]], *, is
         is_more_due: bool | None = False
         try:
             is_more_due = await job()
-        except Exception:
-            log.exception("%s failed", job.__qualname__)
+        except Exception as error:  # noqa: BLE001 - it runs again
+            log_failure(log, job.__qualname__, error)
         await asyncio.sleep(0 if is_more_due else seconds)
 
 

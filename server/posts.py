@@ -12,6 +12,8 @@ from collections.abc import Awaitable, Callable
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
+from server.errors import log_failure
+
 SLOTS = 64
 """Max posts in flight, per worker."""
 SLOW_SLOTS = SLOTS // 2
@@ -160,9 +162,9 @@ class Posts:
         except Failed as failed:
             self._drops.add("host_failed")
             self._back_off(host, failed.retry_after)
-        except Exception:
+        except Exception as error:  # noqa: BLE001 - the others are pushed
             if self._drops.add("error"):
-                log.exception("a notification could not be pushed")
+                log_failure(log, "pushing a notification", error)
         else:
             host.failures = 0
             host.is_fast = time.monotonic() - began < SLOW_SECONDS

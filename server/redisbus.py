@@ -10,6 +10,7 @@ import asyncio
 import logging
 import os
 from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import hiredis
@@ -70,6 +71,14 @@ class _Ear(asyncio.Protocol):
             self.lost.set_exception(exc or ConnectionError("the connection was closed"))
 
 
+@dataclass(slots=True)
+class _Confirmation:
+    """What those who subscribe to a channel wait for: the answers to all commands that subscribe to it."""
+
+    done: asyncio.Future[None]
+    commands: int = 0
+
+
 class RedisBus:
     """This worker's connection to a Redis."""
 
@@ -92,7 +101,7 @@ class RedisBus:
         # Who says it comes first in every message: this worker has heard its own already.
         self._origin = origin or os.urandom(ORIGIN_BYTES)
         self._channels: set[bytes] = set()
-        self._confirming: dict[bytes, asyncio.Future[None]] = {}
+        self._confirming: dict[bytes, _Confirmation] = {}
         # Of a connection that is not up yet: the channels that were asked for, and those that are not confirmed.
         self._asked: set[bytes] = set()
         self._unconfirmed: set[bytes] = set()
@@ -132,9 +141,11 @@ class RedisBus:
         self._channels.update(new)
         if self.is_up:
             for channel in new:
-                self._confirming[channel] = self._loop.create_future()
+                # It may wait for an earlier answer, of before it was unsubscribed from.
+                waiting_for = self._confirming.setdefault(channel, _Confirmation(self._loop.create_future()))
+                waiting_for.commands += 1
                 self._command(self._verbs.subscribe, channel)
-        waiting = [self._confirming[channel] for channel in channels if channel in self._confirming]
+        waiting = [self._confirming[channel].done for channel in channels if channel in self._confirming]
         if waiting:
             await asyncio.wait(waiting)
 
@@ -206,7 +217,7 @@ class RedisBus:
         self._transport = None
         # Those who wait go on: they look into PostgreSQL, and will again when the bus is up.
         for waiting in self._confirming.values():
-            waiting.set_result(None)
+            waiting.done.set_result(None)
         self._confirming.clear()
 
     # -------------------------------------------------------------------------------------------------- hearing
@@ -233,8 +244,11 @@ class RedisBus:
 
     def _confirm(self, channel: bytes) -> None:
         self._unconfirmed.discard(channel)
-        if (confirmed := self._confirming.pop(channel, None)) is not None:
-            confirmed.set_result(None)
+        if (waiting := self._confirming.get(channel)) is not None:
+            waiting.commands -= 1
+            if not waiting.commands:
+                del self._confirming[channel]
+                waiting.done.set_result(None)
 
     def _go_up(self) -> None:
         self.is_up = True

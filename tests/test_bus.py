@@ -70,3 +70,18 @@ async def test_a_lost_connection_is_made_again_with_all_its_channels(ends: tuple
         one.bus.publish(channel, b"said")
     await until(lambda: len(other.heard) == 2)
     await redis.aclose()
+
+
+async def test_who_subscribes_is_answered_though_somebody_left_the_channel_meanwhile(ends: tuple[End, End]) -> None:
+    one, other = ends
+    waiting = []
+    for _ in range(5):
+        waiting.append(asyncio.ensure_future(other.bus.subscribe([b"a"])))
+        await asyncio.sleep(0)
+        other.bus.unsubscribe(b"a")
+    waiting.append(asyncio.ensure_future(other.bus.subscribe([b"a"])))
+    _, unanswered = await asyncio.wait(waiting, timeout=10)
+    assert not unanswered
+    assert not other.bus._confirming  # noqa: SLF001
+    one.bus.publish(b"a", b"said")
+    await until(lambda: other.heard == [(b"a", b"said")])

@@ -2,19 +2,26 @@
 
 import ast
 import asyncio
+import contextlib
+import gc
 import io
 import logging
+import socket
+import struct
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import asyncpg
+import msgspec
 import pytest
 
 from protocol import client, server
 from protocol.errors import ErrorCode
 from server import log
+from server.config import Settings
 from server.errors import told
+from tests.test_hostile import idle
 from tests.world import Room, World, http_client, message, until
 
 ADDRESS = "ada@secret.example.org"
@@ -39,6 +46,7 @@ class Lines:
         (handler,) = logging.getLogger().handlers
         assert isinstance(handler, logging.StreamHandler)
         handler.setStream(self._stream)
+        (self.bound,) = handler.filters
 
     @property
     def text(self) -> str:
@@ -189,3 +197,123 @@ def is_text_of_something(argument: ast.expr) -> bool:
 
 def test_an_error_without_words_is_named() -> None:
     assert told(asyncpg.PostgresError()) == "PostgresError"
+
+
+def http(line: str, *headers: str, body: bytes = b"") -> bytes:
+    return "\r\n".join([f"{line} HTTP/1.1", "Host: here", *headers, "", ""]).encode() + body
+
+
+UPGRADE = ("Connection: Upgrade", "Upgrade: websocket", "Sec-WebSocket-Version: 13")
+KEY = "Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA=="
+LOGIN = http("POST /v1/auth/login", "Content-Type: application/json", "Content-Length: 90", body=b"{")
+ACTS = {
+    "pipelined requests": http("GET /readyz") * 6,
+    "too many pipelined requests": http("GET /readyz") * 12,
+    "pipelined requests that are refused": http("GET /v1/auth/sessions", "Authorization: Bearer TOKEN") * 12,
+    "requests, then garbage": http("GET /readyz") * 3 + b"\x00\xff\r\n\r\n",
+    "large answers": http("GET /v1/openapi.json", "Accept-Encoding: identity") * 8,
+    "half a header": b"GET /readyz HTTP/1.1\r\nHost:",
+    "half a body": LOGIN,
+    "half a body behind requests": http("GET /readyz") * 3 + LOGIN,
+    "bad chunk": http("POST /v1/auth/login", "Transfer-Encoding: chunked", body=b"zz\r\n"),
+    "garbage": b"\x16\x03\x01\x02\x00\x01" + bytes(200),
+    "unknown upgrade": http("GET /readyz", "Connection: Upgrade", "Upgrade: h2c"),
+    "handshake without a key": http("GET /v1/ws", *UPGRADE),
+    "handshake with a bad key": http("GET /v1/ws", *UPGRADE, "Sec-WebSocket-Key: x"),
+    "handshake of an old version": http("GET /v1/ws", *UPGRADE[:2], "Sec-WebSocket-Version: 7", KEY),
+    "handshake with a long line": http("GET /v1/ws", *UPGRADE, KEY, "X: " + "x" * 9_000),
+    "handshake with a body": http("GET /v1/ws", *UPGRADE, KEY, "Content-Length: 3", body=b"xyz"),
+    "handshake behind requests": http("GET /readyz") * 3 + http("GET /v1/ws", *UPGRADE, KEY),
+    "handshake of another path": http("GET /nowhere", *UPGRADE, KEY),
+    "handshake": http("GET /v1/ws", *UPGRADE, KEY),
+    "frame before the answer": http("GET /v1/ws", *UPGRADE, KEY) + b"\x81\x85",
+    "handshake with a bad token": http("GET /v1/ws?token=x", *UPGRADE, KEY),
+    "handshake with a token": http("GET /v1/ws", *UPGRADE, KEY, "Authorization: Bearer TOKEN"),
+}
+"""Bytes that a client sends, whole or not, before it resets the connection."""
+FRAMES = {
+    "half a frame": b"\x81\xfe\x10\x00\x00\x00\x00\x00{",
+    "fragments": b"\x01\x81\x00\x00\x00\x00{" + b"\x00\x81\x00\x00\x00\x00x" * 200,
+    "a frame without a mask": b"\x81\x02{}",
+    "a frame of no kind": b"\x83\x80\x00\x00\x00\x00",
+    "a text that is no text": b"\x81\x82\x00\x00\x00\x00\xff\xfe",
+    "no JSON": b"\x81\x82\x00\x00\x00\x00{{",
+    "a bad close": b"\x88\x81\x00\x00\x00\x00\x00",
+    "pings": b"\x89\x80\x00\x00\x00\x00" * 500,
+    "large answers on the socket": b"".join(
+        b"\x81" + bytes((0x80 | len(text),)) + bytes(4) + text
+        for text in [b'{"type":"list_conversations","id":"1"}'] * 40
+    ),
+}
+"""Bytes that a client sends after its handshake, before it resets the connection."""
+REPEATS = 2
+
+
+async def act(world: World, data: bytes, frames: bytes = b"", *, reads: bool) -> None:
+    """Send bytes, and reset the connection: as soon as an answer has begun, or immediately."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", int(world.url.rpartition(":")[2]))
+    writer.write(data)
+    with contextlib.suppress(TimeoutError, ConnectionError):
+        if frames:
+            await reader.readuntil(b"\r\n\r\n")
+            writer.write(frames)
+        if reads:
+            async with asyncio.timeout(0.02):  # some are not answered
+                await reader.read(10)
+    writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    writer.transport.abort()
+
+
+async def test_no_act_of_a_client_is_logged_each_time(settings: Settings, lines: Lines) -> None:
+    settings = msgspec.structs.replace(settings, address_rate=10_000, connections_per_address=10_000)
+    async with World(settings, workers=1) as world:
+        ada = await world.user("Ada")
+        token = ada.token.encode()
+        handshake = ACTS["handshake with a token"]
+        acts = [(data, b"") for data in ACTS.values()] + [(handshake, frames) for frames in FRAMES.values()]
+        for data, frames in acts:
+            data = data.replace(b"TOKEN", token)  # noqa: PLW2901
+            await asyncio.gather(*(act(world, data, frames, reads=bool(n % 2)) for n in range(2 * REPEATS)))
+        await idle(world)
+        gc.collect()  # a task that failed is reported when it is deleted
+        assert "Traceback" not in lines.text
+        assert lines.text.count("\n") <= len(acts)
+        async with http_client(world.url) as http:
+            assert (await http.get("/readyz")).status_code == 200
+
+
+def test_a_place_that_logs_again_and_again_is_counted(lines: Lines, monkeypatch: pytest.MonkeyPatch) -> None:
+    at = 0.0
+    monkeypatch.setattr(lines.bound, "_clock", lambda: at)
+    logger = logging.getLogger("test")
+
+    def fail(number: int) -> None:
+        try:
+            raise ValueError(number)
+        except ValueError:
+            logger.exception("it failed")
+
+    for number in range(100):
+        logger.warning("of a client: %d", number)
+        fail(number)
+        logger.critical("the end")
+    logger.warning("of another place")
+    assert lines.text.count("of a client") == lines.text.count("builtins.ValueError") == log.MOST_ENTRIES
+    assert lines.text.count("the end") == 100
+    assert "of another place" in lines.text
+    at = log.WINDOW_SECONDS
+    logger.warning("later")
+    assert lines.text.count(f"{100 - log.MOST_ENTRIES} more entries like those of test line") == 2
+    fail(100)
+    assert lines.text.count("builtins.ValueError") == log.MOST_ENTRIES + 1
+    assert lines.text.count("more entries") == 2
+
+
+async def test_what_was_held_back_is_counted_though_nothing_else_is_logged(
+    lines: Lines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(log, "WINDOW_SECONDS", 0.01)
+    monkeypatch.setattr(log, "MOST_ENTRIES", 1)
+    for _ in range(3):
+        logging.getLogger("test").warning("again")
+    await until(lambda: "2 more entries" in lines.text)

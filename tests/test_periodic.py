@@ -4,9 +4,11 @@ import asyncio
 import logging
 import random
 import re
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 
+import asyncpg
 import pytest
 
 from protocol import client
@@ -16,7 +18,7 @@ from protocol.values import ConversationSettings
 from server import app, periodic
 from server.config import Settings
 from server.periodic import end, every
-from server.queries import approaches, audit, erasure, expiry, relationships, scheduled, sessions, users
+from server.queries import approaches, audit, erasure, expiry, indexing, relationships, scheduled, sessions, users
 from tests.world import World, message
 
 SERVER = Path(__file__).parent.parent / "server"
@@ -37,6 +39,31 @@ async def test_a_job_that_fails_goes_on(caplog: pytest.LogCaptureFixture) -> Non
     await end([task])
     assert "failed" in caplog.text
     assert task.cancelled()
+
+
+async def test_a_job_that_the_database_ends_is_one_line(caplog: pytest.LogCaptureFixture) -> None:
+    done = asyncio.Event()
+    tries: Iterator[Exception | None] = iter((TimeoutError(), asyncpg.QueryCanceledError("statement timeout"), None))
+
+    async def job() -> None:
+        if (error := next(tries, None)) is not None:
+            raise error
+        done.set()
+
+    task = asyncio.create_task(every(0, job))
+    await asyncio.wait_for(done.wait(), 5)
+    await end([task])
+    records = [record for record in caplog.records if "job failed" in record.message]
+    assert [record.exc_info for record in records] == [None, None]
+
+
+async def test_index_of_words_is_tidied_by_one_worker_at_a_time(world: World) -> None:
+    jobs = [worker.app.tidy for worker in world.workers]
+    async with world.db.transaction():
+        await world.db.execute(indexing.TIDY)
+        # It would wait for the end of this transaction.
+        await asyncio.wait_for(asyncio.gather(*(job() for job in jobs)), 5)
+    await asyncio.gather(*(job() for job in jobs))
 
 
 async def test_workers_that_start_together_begin_their_jobs_apart(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -229,7 +256,7 @@ async def test_each_job_does_all_that_is_due_past_what_fails_again_and_again(
 ) -> None:
     for name in ("CLEAR_SECONDS", "EXPIRE_SECONDS", "DUE_SECONDS"):
         monkeypatch.setattr(app, name, 36_000.0)
-    for module in (approaches, audit, erasure, expiry, relationships, scheduled, sessions, users):
+    for module in (approaches, audit, erasure, expiry, indexing, relationships, scheduled, sessions, users):
         monkeypatch.setattr(module, "AT_ONCE", AT_ONCE)
     async with World(settings, workers=1) as world:
         backlog = Backlog(world)

@@ -25,11 +25,17 @@ SELECT (SELECT count(*) FROM made), (SELECT id FROM page ORDER BY id DESC LIMIT 
 
 
 # What was added last waits in a list, which each search reads through, and which whoever finds it full has to sort in.
-TIDY = "SELECT gin_clean_pending_list('message_search_words_idx')"
+# One worker does that at a time: the others would wait for its lock on the index, for nothing.
+TIDY = """
+SELECT gin_clean_pending_list('message_search_words_idx')
+FROM (SELECT FROM server_key WHERE name = 'vapid' FOR NO KEY UPDATE SKIP LOCKED) turn
+"""
 
 
 async def tidy(db: Db) -> None:
-    """Sort in what was added to the index of words: so that nobody who sends a message has to."""
+    """Sort in what was added to the index of words: so that nobody who sends a message has to. Does nothing while
+    another worker does.
+    """
     await db.execute(TIDY)
 
 
