@@ -63,6 +63,7 @@ async def resume(context: Context, frame: Resume) -> Resumed:
         done = 0
         for conversation_id, version in known.items():
             connection.detach(conversation_id)
+            await connection.open([conversation_id])  # those before it may have taken long
             if version != there[conversation_id].version or not connection.attach(conversation_id, version):
                 await _catch_up(context, conversation_id, version, done=done)
                 done += 1
@@ -170,6 +171,7 @@ async def _catch_up(context: Context, conversation_id: ConversationId, version: 
             return
         context.connection.say(msgspec.structs.replace(difference.changes, **reading._asdict()))
         version = difference.changes.version
+        await context.connection.open([conversation_id])
         if context.connection.attach(conversation_id, version):
             return
 

@@ -142,6 +142,8 @@ class Topics:
             raise
         for topic in topics:
             topic.opening = None
+            # However long that took: those who waited for it attach next.
+            topic.quiet_at = self._loop.time()
             # Only now is there a position to compare with; what the bus brought meanwhile is in it, or early.
             topic.delivered = versions.get(topic.id, 0)
             self._drain(topic)

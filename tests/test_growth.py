@@ -308,17 +308,18 @@ def sizes() -> dict[str, int]:
 async def lone(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[World]:
     """One worker that forgets immediately what it keeps for a while for those who come back."""
     monkeypatch.setattr(presence, "OFFLINE_SECONDS", 0.0)
-    monkeypatch.setattr(topics, "LINGER_SECONDS", -1.0)
     async with World(msgspec.structs.replace(settings, ephemeral_rate=1e6), workers=1) as world:
         yield world
 
 
-async def test_frames_of_all_kinds_leave_containers_as_they_were(lone: World) -> None:
+async def test_frames_of_all_kinds_leave_containers_as_they_were(lone: World, monkeypatch: pytest.MonkeyPatch) -> None:
     app = lone.workers[0].app
 
     async def settled() -> dict[str, int]:
         await idle(lone)
-        app.hub.topics._close_quiet()  # noqa: SLF001
+        with monkeypatch.context() as patch:
+            patch.setattr(topics, "LINGER_SECONDS", -1.0)
+            app.hub.topics._close_quiet()  # noqa: SLF001
         await until(lambda: not app.presence._departing and not app.presence._transitions)  # noqa: SLF001
         gc.collect()
         return sizes()

@@ -113,6 +113,32 @@ async def test_live_events_follow_without_a_hole(away: Away) -> None:
     assert (event.version, event.message.content) == (5, "Live")
 
 
+async def test_conversation_that_was_let_go_during_a_long_resume_is_followed_again(
+    away: Away, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those before it may take longer than a conversation without sockets is followed."""
+    kept = away.world.workers[1].app.hub.topics
+
+    async def late(*args: Any, **options: Any) -> Any:
+        found = await since(*args, **options)
+        with monkeypatch.context() as patch:
+            patch.setattr(topics, "LINGER_SECONDS", -1.0)
+            kept._close_quiet()  # noqa: SLF001
+        return found
+
+    monkeypatch.setattr("server.sync.changes.since", late)
+    second = await away.world.group(away.ada, away.who)
+    for group in (away.group, second):
+        await sent(away.ada, group, "Missed")
+    phone = await away.world.connect(away.who, 1, query="?resume=1")
+    await phone.call(
+        client.Resume(epoch=away.epoch, versions={away.group: away.version, second: away.version}), server.Resumed
+    )
+    for group in (away.group, second):
+        await sent(away.ada, group, "Live")
+        assert (await phone.event(server.MessageSent)).message.content == "Live"
+
+
 async def test_new_and_lost_conversations(away: Away) -> None:
     other = await away.world.group(away.ada, away.who, title="Other")
     await away.ada.call(client.RemoveParticipant(conversation_id=away.group, user_id=away.who.id))
