@@ -764,10 +764,11 @@ CREATE FUNCTION sees_participant(viewer uuid, me conversation_participant, them 
         ELSE (me.status = 'active' AND (can(me.role, 'admin', me.can_add_members OR me.can_remove_members)
             OR (them.status <> 'banned' AND them.invited_by = viewer))) IS TRUE END;
 
--- The clock when somebody left, and 0 if they take part or never did. Versions before 0030 kept `left_at` alone.
+-- The clock when somebody left, and 0 if they take part or never did. Versions before 0030 kept `left_at` alone, and left
+-- a `left_version` from before the last `joined_version` as it was.
 CREATE FUNCTION gone_version(p conversation_participant) RETURNS bigint LANGUAGE sql IMMUTABLE PARALLEL SAFE
     RETURN CASE WHEN p.status = 'active' THEN 0
-        WHEN p.left_version > 0 THEN p.left_version
+        WHEN p.left_version > p.joined_version THEN p.left_version
         WHEN p.status IN ('left', 'removed', 'banned') AND p.left_at IS NOT NULL THEN p.version
         ELSE 0 END;
 

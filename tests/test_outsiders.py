@@ -216,3 +216,37 @@ async def test_each_way_tells_each_viewer_the_same_of_outsiders(
     ]  # fmt: skip
     assert [line for line in told if line[1] != line[2]] == []
     assert len(told) > 70
+
+
+GONE_VERSION = "SELECT gone_version(json_populate_record(NULL::conversation_participant, $1::json))"
+
+
+async def test_departure_of_an_older_worker_counts_from_its_own_version(world: World) -> None:
+    """Workers before migration 0030 reset no `left_version` when somebody joins, and set none when they leave."""
+    table = [
+        # status, joined_version, left_version, version, has left_at -> gone_version
+        ("active", 5, 0, 5, False, 0), ("active", 5, 3, 5, False, 0),
+        ("left", 2, 4, 4, True, 4), ("invited", 2, 4, 6, True, 4), ("banned", 2, 4, 6, True, 4),
+        ("left", 5, 3, 7, True, 7), ("removed", 5, 3, 7, True, 7), ("banned", 5, 3, 7, True, 7),
+        ("left", 5, 0, 7, True, 7), ("invited", 0, 0, 3, False, 0), ("banned", 0, 0, 3, False, 0),
+    ]  # fmt: skip
+    wrong = []
+    for status, joined, left, version, has_left, expected in table:
+        row = {"status": status, "joined_version": joined, "left_version": left, "version": version,
+               "left_at": "2026-01-01T00:00:00Z" if has_left else None}  # fmt: skip
+        if (found := await world.db.fetchval(GONE_VERSION, encode(row).decode())) != expected:
+            wrong.append((row, found, expected))
+    assert wrong == []
+    # Whoever was away is told once of the last departure, by its version.
+    ada, charles = await world.users("Ada", "Charles")
+    hers, his = await world.connect(ada), await world.connect(charles)
+    about = await world.channel(hers, is_public=True)
+    for frame in (client.Join, client.Leave, client.Join, client.Leave):
+        await his.call(frame(conversation_id=about))
+    stale = """UPDATE conversation_participant p SET left_version = p.joined_version - 1
+        WHERE p.conversation_id = $1 AND p.user_id = $2 RETURNING p.version"""
+    version = await world.db.fetchval(stale, about, charles.id)
+    again = await world.connect(ada, query="?resume=1")
+    await again.call(client.Resume(epoch=again.ready.epoch, versions={about: 0}))
+    missed = (await again.event(server.Changes)).events
+    assert [one.version for one in missed if isinstance(one, server.ParticipantLeft)] == [version]

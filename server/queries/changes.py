@@ -51,7 +51,7 @@ EVENTS = """
     (SELECT p.left_version, participant_left_json(p, c.participant_count), p.user_id
     FROM conversation_participant p
     WHERE p.conversation_id = $1 AND p.left_version > $2 AND p.left_version > 0 AND p.left_version < p.version
-        AND p.status <> 'active'
+        AND p.left_version > p.joined_version AND p.status <> 'active'
     ORDER BY p.left_version LIMIT $3)
     UNION ALL
     SELECT c.settings_version, json_build_object(
