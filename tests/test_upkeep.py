@@ -18,6 +18,7 @@ from protocol.ids import MessageId, uuid7
 from protocol.payloads import Poll
 from prove.truth import recount
 from server import migrate
+from server.queries import exports
 from server.queries.checks import CHECKS
 from tests.conftest import Servers
 from tests.test_administration import Shell
@@ -279,6 +280,11 @@ async def test_slack_moves_in(shell: Shell, world: World, tmp_path: Path, *, is_
     assert (first["reply_count"], first["mentions"], first["hashtags"]) == (2, [mentioned], ["general", "loom"])
     assert first["created_at"].timestamp() == pytest.approx(1700000002)
     assert [line for line in await shell.json("check") if not line["is_good"]] == []
+    # Whoever had left by then finds in their own data where they wrote.
+    mary = await world.db.fetchval("""SELECT id FROM "user" WHERE name = 'Mary Somerville'""")
+    (hers,) = json.loads(await exports.head(world.db, mary))["conversations"]
+    assert (hers["participant"]["status"], hers["title"]) == ("left", None)
+    assert 0 < hers["participant"]["version"] < first["sent_version"]
     # Once more, nothing changes; and people go on where they were.
     await shell.run("import", "slack", str(path))
     assert await moved_in(world) == there

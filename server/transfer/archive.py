@@ -247,7 +247,9 @@ class _Made:
         owner = None if is_pair else self._owner(members)
         parts = []
         for key in (*members, *gone):
-            version = self._tick()
+            joined = version = self._tick()
+            if key in gone:  # they left after they joined: see gone_version()
+                version = self._tick()
             parts.append({
                 "id": made_id(0, self._archive.source, self._place.key, key),
                 "conversation_id": self._about,
@@ -255,7 +257,8 @@ class _Made:
                 "role": "owner" if key == owner else "member",
                 "status": "left" if key in gone else "active",
                 "version": version,
-                "joined_version": version,
+                "joined_version": joined,
+                "left_version": version if key in gone else 0,
             })  # fmt: skip
         return parts
 
