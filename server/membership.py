@@ -30,7 +30,13 @@ class News:
         self._db = db
         self._conversation = conversation
         self._announced: list[Message] = []
+        self._entered: set[UserId] = set()
         self.changes: list[Change] = []
+
+    def enter(self, changes: list[Change]) -> None:
+        """Collect those who came in."""
+        self._entered.update(change.participant.user_id for change in changes)
+        self.changes += changes
 
     async def announce(self, said: Announcement) -> None:
         """Have it said in the conversation what the caller did, unless its settings are against that."""
@@ -52,10 +58,10 @@ class News:
             )
         for change in self.changes:
             who = change.participant.user_id
-            # Those who shared the conversation with somebody private see them no more.
-            has_left = change.participant.status not in {"active", "invited"}
-            self._context.events.poke([who], may_watch_others=has_left)
-            if has_left:
+            # Participants see somebody private among them, and not any more when one of the two has left.
+            decides = who in self._entered or change.participant.status not in {"active", "invited"}
+            self._context.events.poke([who], may_watch_others=decides)
+            if decides:
                 self._context.events.reconsider(who)
 
 

@@ -212,12 +212,21 @@ async def test_only_what_decides_who_may_watch_whom_is_asked_about(settings: Set
             client.SeeFeed(), client.SetPresence(status="busy"), client.UpdateProfile(display_name="Countess"),
             client.UpdateProfile(allow_adding=False), client.Follow(user_id=people[1].id),
             client.Mute(user_id=people[1].id),
-            client.CreateGroup(conversation_id=ConversationId(uuid7()), title="Us", participants=[people[2].id]),
+            client.SetRole(conversation_id=group, user_id=people[1].id, role="moderator"),
+            client.SetPermissions(conversation_id=group, user_id=people[1].id, can_pin_messages=True),
+            client.Invite(conversation_id=group, participants=[people[2].id]),
+            client.CreateChannel(conversation_id=ConversationId(uuid7()), title="Us"),
         ]  # fmt: skip
         for frame in frames:
             assert isinstance(await ada.ask(frame), server.Reply), frame
         await certain(world)
         assert asked == []
+        await ada.call(client.CreateDirect(user_id=people[2].id))
+        await certain(world)
+        await world.group(ada, people[2])
+        await certain(world)
+        assert [set(pairs) for pairs in asked] == [mine, mine], "whom Ada watches, once for both sockets"
+        asked.clear()
         # One pair each way, and once for both sockets.
         await ada.call(client.Block(user_id=people[1].id))
         await again.event(server.PresenceChanged, lambda event: event.presence.status == "offline")
@@ -225,19 +234,41 @@ async def test_only_what_decides_who_may_watch_whom_is_asked_about(settings: Set
         assert asked == [[(people[0].id, people[1].id)]]
 
 
-async def test_what_a_socket_is_told_follows_the_rules_after_every_act(world: World) -> None:  # noqa: C901
+async def test_what_a_socket_is_told_follows_the_rules_after_every_act(world: World) -> None:  # noqa: C901, PLR0915
     people = await world.users("Ada", "Charles", "Mary")
     ada, charles, mary = [await world.connect(one, number % 2) for number, one in enumerate(people)]
     await world.db.execute("UPDATE account SET password = $1", CHEAP.hash(WORDS))
     email = await world.db.fetchval('SELECT email FROM "user" WHERE id = $1', people[1].id)
     them = {one.id for one in people[:2]}
 
-    async def together() -> ConversationId:
-        group = await world.group(mary, *people[:2])
+    async def made() -> ConversationId:
+        return await world.group(mary, *people[:2])
+
+    async def added() -> ConversationId:
+        group = await world.group(mary, people[0])
+        await mary.call(client.AddParticipants(conversation_id=group, participants=[people[1].id]))
+        return group
+
+    async def joined() -> ConversationId:
+        group = await world.group(mary, people[1])
+        opened = await mary.call(client.SetInviteCode(conversation_id=group), server.OneConversation)
+        assert opened.view.invite is not None
+        await ada.call(client.Join(invite_code=opened.view.invite.code))
+        return group
+
+    async def invited() -> ConversationId:
+        group = await world.group(mary, people[0])
+        await mary.call(client.Invite(conversation_id=group, participants=[people[1].id]))
+        await charles.call(client.Join(conversation_id=group))
+        return group
+
+    async def together(begin: Callable[[], Awaitable[ConversationId]], *, watching: bool = False) -> ConversationId:
+        group = await begin()
         for one in (ada, charles):
             await one.event(server.ConversationJoined, lambda event: event.view.conversation.id == group)
-            await one.call(client.Watch(user_ids=list(them)))
-        assert await agrees("a group") == [everything, everything]
+            if watching:
+                await one.call(client.Watch(user_ids=list(them)))
+        assert await agrees(begin.__name__) == [everything, everything]
         return group
 
     async def by_http(path: str, **body: str) -> None:
@@ -286,9 +317,12 @@ async def test_what_a_socket_is_told_follows_the_rules_after_every_act(world: Wo
         lambda group: mary.call(client.RemoveParticipant(conversation_id=group, user_id=people[0].id)),
         lambda group: mary.call(client.DeleteConversation(conversation_id=group)),
     ]
-    for number, end in enumerate(endings):
-        await end(await together())
+    group = await together(made, watching=True)
+    for number, (begin, end) in enumerate(zip((added, joined, invited, made), endings, strict=True)):
+        await end(group)
         assert await agrees(f"ending {number}") == [nothing, nothing]
+        group = await together(begin)
+    await mary.call(client.DeleteConversation(conversation_id=group))
     steps: list[tuple[str, Callable[[], Awaitable[object]], list[Sight]]] = [
         ("Charles is public", lambda: charles.call(client.UpdateProfile(is_private=False)), [everything, nothing]),
         ("Ada is public", lambda: ada.call(client.UpdateProfile(is_private=False)), [everything, everything]),
@@ -304,6 +338,7 @@ async def test_what_a_socket_is_told_follows_the_rules_after_every_act(world: Wo
          [everything, everything]),
         ("shows all", lambda: charles.call(client.UpdateProfile(show_online_status=True)), [everything, everything]),
         ("no friends", lambda: ada.call(client.Unfriend(user_id=people[1].id)), [nothing, everything]),
+        ("direct", lambda: charles.call(client.CreateDirect(user_id=people[0].id)), [everything, everything]),
         ("friends again", are_friends, [everything, everything]),
         ("deactivated", lambda: by_http("deactivate"), [nothing, everything]),
         ("came back", lambda: by_http("login", email=email), [everything, everything]),

@@ -58,7 +58,7 @@ async def create_direct(context: Context, frame: client.CreateDirect) -> OneConv
         assert there is not None  # noqa: S101 - made above, if not before
         view = await _view(db, context.user_id, there)
     if made:
-        context.events.poke(founding.members)
+        context.events.poke(founding.members, may_watch_others=True)
     await sync.join(context, view)
     return OneConversation(view=view)
 
@@ -108,7 +108,9 @@ async def _create(
         if they is None:
             they = await _there(db, context, founding)
     if made:
-        context.events.poke(members)
+        # Those who came in see each other from now on, also if they are private.
+        context.events.poke([context.user_id, *they.added], may_watch_others=bool(they.added))
+        context.events.poke(they.invited)
     await sync.join(context, view)
     return OneConversation(view=view, added=they.present + they.added, invited=they.waiting + they.invited)
 
