@@ -29,8 +29,10 @@ _RULES = {f"Expected `str` matching regex {pattern!r}": sentence for pattern, se
 _ADVICE = tuple(
     (re.compile(rf"{pattern}\.?\Z"), sentence)
     for pattern, sentence in (
+        (r"Expected `str` of length >= 1", "Give at least 1 character."),
         (r"Expected `str` of length >= (\d+)", r"Give at least \1 characters."),
         (r"Expected `str` of length <= (\d+)", r"Give at most \1 characters."),
+        (r"Expected `array` of length >= 1", "Give at least 1 element."),
         (r"Expected `array` of length >= (\d+)", r"Give at least \1 elements."),
         (r"Expected `array` of length <= (\d+)", r"Give at most \1 elements."),
         (r"Expected `(int|float)` >= (\S+)", r"Give a number of at least \2."),
@@ -189,6 +191,8 @@ def advice(what: str) -> str:
 
 def _known_types(what: str) -> str:
     named = what.partition("'")[2].rpartition("'")[0]
+    if named in _TYPES:
+        return f"Give `type` once; a second one is `{named}`."
     alike = [one for one in _TYPES if abs(len(one) - len(named)) <= _ABOUT]
     near = difflib.get_close_matches(named, alike, n=1) if 0 < len(named) <= _MAX_GUESSED else []
     known = f"one of the frame types in {PROTOCOL}"

@@ -32,7 +32,7 @@ RULES = {
     LINE: "Control characters, line breaks and invisible format characters are not allowed. Remove them.",
     LINES: "Control characters and invisible format characters are not allowed. Remove them.",
     WEB: "Give an http or https address without spaces, quotation marks, `<`, `>`, backticks and backslashes.",
-    EMAIL: "Give an e-mail address without spaces, control characters and invisible format characters.",
+    EMAIL: "Give an e-mail address such as ada@example.org, without spaces, control and invisible characters.",
 }
 """Sentences for patterns, which say little to people."""
 

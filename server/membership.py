@@ -83,7 +83,10 @@ async def entered(db: Db, context: Context, conversation_id: ConversationId) -> 
     if conversation is None:
         raise NotFound("conversation_id")
     if conversation.type in {"direct", "assistant"}:
-        raise Refused(ErrorCode.FORBIDDEN, "The participants of a direct conversation do not change. Make a group.")
+        raise Refused(
+            ErrorCode.FORBIDDEN,
+            "A direct conversation keeps its participants and is not deleted. Use `set_preferences` to hide it.",
+        )
     return conversation, me
 
 

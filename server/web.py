@@ -37,7 +37,7 @@ STATUS = {
 PROBES = frozenset({"/healthz", "/readyz"})
 """Paths that a load balancer asks, from an address that it may share with all clients. Each costs next to nothing."""
 
-NO_PATH = Refused(ErrorCode.NOT_FOUND, "There is no such path. Use one of `/v1/openapi.json`.")
+NO_PATH = Refused(ErrorCode.NOT_FOUND, "This path does not exist. Use a path from `/v1/openapi.json`.")
 
 Endpoint = Callable[[Request], Awaitable[Response]]
 

@@ -5,7 +5,7 @@ from collections.abc import Awaitable, Callable
 import pytest
 
 from protocol import client, server
-from protocol.errors import ErrorCode
+from protocol.errors import ErrorCode, Refused
 from protocol.ids import ConversationId, UserId, uuid7
 from protocol.values import ConversationSettings, ConversationView
 from prove.client import Client
@@ -73,9 +73,11 @@ async def test_a_direct_conversation_stays_as_it_is(person: Make) -> None:
         client.Leave(conversation_id=about),
         client.AddParticipants(conversation_id=about, participants=[mary_id]),
         client.UpdateConversation(conversation_id=about, title="Ours"),
+        client.DeleteConversation(conversation_id=about),
     ):
-        with refused(ErrorCode.FORBIDDEN, None):
+        with pytest.raises(Refused, match=r"A direct conversation .* `set_preferences`") as told:
             await ada.call(frame)
+        assert (told.value.code, told.value.path) == (ErrorCode.FORBIDDEN, None)
 
 
 async def test_conversations_are_listed_in_pages(person: Make, world: World) -> None:

@@ -82,7 +82,9 @@ def test_every_sentence_of_a_refusal_says_what_to_do_or_names_the_bound() -> Non
         ('{"type": "history"}', ErrorCode.INVALID, "Give `conversation_id`."),
         ('{"type": "presence", "status": "asleep"}', ErrorCode.INVALID, "Give one of those in docs/protocol.md."),
         ('{"type": "update_profile", "quiet_from": "22:00"}', ErrorCode.INVALID, "Give a time of day such as 22:00:00"),
-        ('{"type": "update_profile", "name": ""}', ErrorCode.INVALID, "Give at least 1 characters."),
+        ('{"type": "update_profile", "name": ""}', ErrorCode.INVALID, "Give at least 1 character."),
+        ('{"type": "watch", "user_ids": []}', ErrorCode.INVALID, "Give at least 1 element."),
+        ('{"type": "ping", "type": "get_me"}', ErrorCode.BAD_FRAME, "Give `type` once; a second one is `get_me`."),
         ('{"type": "watch", "user_ids": 5}', ErrorCode.INVALID, "Give `array`, not `int`."),
         ('{"type": "list_stars", "limit": 1000}', ErrorCode.INVALID, "Give a number of at most 100."),
     ],
@@ -121,6 +123,8 @@ async def test_refusals_over_http_are_json_that_says_what_to_do(world: World) ->
         short = {"name": "Ada", "email": "ada@example.org", "password": "short"}
         answer = await http.post("/v1/auth/register", json=short)
         assert (answer.json()["path"], answer.json()["message"]) == ("password", "Give at least 8 characters.")
+        answer = await http.post("/v1/auth/register", json=short | {"email": "nonsense"})
+        assert (answer.json()["path"], "such as ada@example.org" in answer.json()["message"]) == ("email", True)
 
 
 async def test_frames_that_do_not_fit_are_refused_with_what_does(room: Room) -> None:

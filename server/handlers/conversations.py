@@ -173,11 +173,11 @@ async def update(context: Context, frame: client.UpdateConversation) -> OneConve
     async with context.database.transaction() as db:
         await conversations.lock(db, frame.conversation_id)
         before = await _view(db, context.user_id, frame.conversation_id)
-        require(before.me, Act.EDIT_CONVERSATION)
         if before.conversation.type == "direct":
             raise Refused(
                 ErrorCode.FORBIDDEN, "A direct conversation has no settings. Change your own with `set_preferences`."
             )
+        require(before.me, Act.EDIT_CONVERSATION)
         changed = {field: value for field, value in given.items() if getattr(before.conversation, field) != value}
         if not changed:
             return OneConversation(view=before)
