@@ -25,7 +25,6 @@ from protocol.limits import (
     MAX_POLL_OPTIONS,
     MAX_RESUMED,
     MAX_WATCHED,
-    NO_NUL,
     Bio,
     Content,
     Cursor,
@@ -42,6 +41,7 @@ from protocol.limits import (
     Reason,
     Seconds,
     Text,
+    TimeZone,
     Title,
     Token,
     Version,
@@ -375,7 +375,9 @@ class Edit(_OfMessage, tag="edit"):
 
 
 class Delete(_OfMessage, tag="delete"):
-    """Delete a message: one's own, or anyone's with the permission."""
+    """Delete a message: one's own, or anyone's with the permission. No frame returns its words afterwards. The server
+    keeps them until its author is erased, and the author's own export holds them.
+    """
 
 
 class React(_OfMessage, tag="react"):
@@ -778,7 +780,7 @@ class UpdateProfile(Frame, tag="update_profile"):
     allow_adding: bool | UnsetType = UNSET
     quiet_from: TimeOfDay | None | UnsetType = UNSET
     quiet_until: TimeOfDay | None | UnsetType = UNSET
-    time_zone: Annotated[str, Meta(min_length=1, max_length=64, pattern=NO_NUL)] | UnsetType = UNSET
+    time_zone: TimeZone | UnsetType = UNSET
 
 
 # --------------------------------------------------------------------------------------------- relationships

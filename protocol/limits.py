@@ -27,12 +27,15 @@ _HIDDEN = re.compile(f"[{_BREAKS}{_CONTROL}{_FORMAT}]")
 WEB = rf"^https?://[^\s\"<>`\\{_CONTROL}{_FORMAT}]+\Z"
 _ADDRESS = rf"[^\s@{_CONTROL}{_FORMAT}{_JOINERS}]+"
 EMAIL = rf"^{_ADDRESS}@{_ADDRESS}\Z"
+ZONE = r"^[A-Za-z0-9_+/-]+\Z"
+"""The characters of IANA's names of time zones. The server also compares each name with those that PostgreSQL knows."""
 RULES = {
     NO_NUL: "The character U+0000 is not allowed. Remove it.",
     LINE: "Control characters, line breaks and invisible format characters are not allowed. Remove them.",
     LINES: "Control characters and invisible format characters are not allowed. Remove them.",
     WEB: "Give an http or https address without spaces, quotation marks, `<`, `>`, backticks and backslashes.",
     EMAIL: "Give an e-mail address such as ada@example.org, without spaces, control and invisible characters.",
+    ZONE: "Give an IANA name such as `Europe/London`.",
 }
 """Sentences for patterns, which say little to people."""
 
@@ -130,6 +133,7 @@ Content = Annotated[str, Meta(min_length=1, max_length=MAX_CONTENT, pattern=NO_N
 MAX_FORMATTED = 15_000
 DraftContent = Annotated[str, Meta(max_length=MAX_CONTENT, pattern=NO_NUL)]
 Emoji = Annotated[str, Meta(min_length=1, max_length=32, pattern=NO_NUL)]
+TimeZone = Annotated[str, Meta(min_length=1, max_length=64, pattern=ZONE)]
 Email = Annotated[str, Meta(min_length=3, max_length=254, pattern=EMAIL)]
 Password = Annotated[str, Meta(min_length=8, max_length=128)]
 Token = Annotated[str, Meta(min_length=1, max_length=128)]

@@ -4,6 +4,7 @@ import asyncio
 import itertools
 import json
 import logging
+import re
 from collections.abc import AsyncIterator, Iterator
 from datetime import datetime
 from typing import Any, NamedTuple, Self
@@ -31,6 +32,7 @@ from server.context import Context
 from server.dispatch import Dispatch
 from server.errors import UNFIT
 from server.routes import ROUTES
+from tests.conftest import Servers
 from tests.test_protocol import JSON
 from tests.world import PUSH_POINT, Somebody, World, http_client, refused, sent
 
@@ -204,6 +206,22 @@ async def lone(settings: Settings) -> AsyncIterator[World]:
     )
     async with World(quick, workers=1) as world:
         yield world
+
+
+CONSTRAINT = re.compile(r'ERROR:  .* (violates|conflicts with) \w+( key)? constraint "\w+"')
+
+
+@pytest.fixture(autouse=True)
+def _postgres_log(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Nothing reaches PostgreSQL that it refuses, but keys that are taken: its log would quote the value."""
+    if "lone" not in request.fixturenames:
+        yield
+        return
+    servers: Servers = request.getfixturevalue("servers")
+    before = servers.postgres.log.path.stat().st_size
+    yield
+    lines = servers.postgres.log.path.read_bytes()[before:].decode(errors="replace").splitlines()
+    assert [line for line in lines if not (CONSTRAINT.search(line) or "LOG:  " in line)] == []
 
 
 async def ids_in(world: World) -> tuple[Somebody, dict[str, str]]:

@@ -26,6 +26,7 @@ from server import notices, outbound, posts
 from server.config import Settings
 from server.notices import _seconds
 from server.posts import Drops, Failed, Post, Posts
+from tests.conftest import Servers
 from tests.world import PUSH_POINT, Room, Somebody, World, refused, sent, until
 
 
@@ -240,6 +241,19 @@ async def test_quiet_hours(room: Room, world: World, browser: Browser, start: in
     else:
         assert (await browser.next())[1].message_id == message_id
     assert isinstance(hours[0], time)
+
+
+async def test_quiet_hours_in_an_unknown_zone_are_those_of_utc(
+    room: Room, world: World, browser: Browser, servers: Servers
+) -> None:
+    hours = [(datetime.now(UTC) + timedelta(hours=one)).time().replace(microsecond=0) for one in (-1, 1)]
+    await room.charles.call(client.UpdateProfile(quiet_from=hours[0], quiet_until=hours[1]))
+    await world.db.execute("""UPDATE "user" SET time_zone = 'Mars/Olympus' WHERE id = $1""", room.them[1].id)
+    await sent(room.ada, room.group, "At night?")
+    await asyncio.gather(*(worker.app.notices.push_due() for worker in world.workers))
+    await room.charles.call(client.UpdateProfile(quiet_from=None, quiet_until=None))
+    assert await quiet(room, browser)
+    assert "Olympus" not in servers.postgres.log.path.read_text()
 
 
 async def test_an_endpoint_ends_with_its_session_or_its_service(room: Room, world: World, browser: Browser) -> None:

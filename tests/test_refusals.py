@@ -71,7 +71,9 @@ MALFORMED: list[tuple[Any, str, str | None]] = [
     ({"type": "list_feed", "after": "nonsense"}, "invalid", "after"),
     ({"type": "list_stars", "after": "nonsense"}, "invalid", "after"),
     ({"type": "vote", "conversation_id": A_UUID4, "message_id": A_UUID4, "options": [1, 1]}, "invalid", "options"),
-    ({"type": "update_profile", "time_zone": "Europe/Atlantis"}, "invalid", "time_zone"),
+    *(({"type": "update_profile", "time_zone": zone}, "invalid", "time_zone") for zone in (
+        "Europe/Atlantis", "\x1b[31mRED\x07", "a\r\n2027-01-01 LOG:  b", "<+03>-3", "+02:00", "EST5", "europe/london",
+        "Europe/London\n", "")),
     ({"type": "register_push", "endpoint": "ftp://example.org", "p256dh": "x", "auth": "x"}, "invalid", "endpoint"),
     (send(metadata=[1]), "invalid", "metadata"),
     (send(metadata={"x": "y" * 17_000}), "invalid", "metadata"),

@@ -95,7 +95,7 @@ LEFT JOIN thread_follow t ON t.root_id = m.thread_root_id AND t.user_id = p.user
 CROSS JOIN LATERAL (
     SELECT p.user_id = ANY(m.mentions) OR 'everyone' = ANY(m.loud_mentions) OR p.role = ANY(m.loud_mentions)
             AS is_mention,
-        (now() AT TIME ZONE them.time_zone)::time AS at,
+        CASE WHEN them.quiet_from IS NOT NULL THEN time_of_day(them.time_zone) END AS at,
         m.thread_root_id IS NULL OR m.also_in_conversation AS is_in_conversation
 ) said
 WHERE m.id = ANY($1) AND NOT m.is_deleted AND NOT m.is_moderated AND NOT m.is_system_message
