@@ -378,7 +378,7 @@ async def test_a_vote_that_the_poll_does_not_know_is_refused(room: Room) -> None
     await room.charles.call(client.Vote(**many, options=[2, 0]))
     plain = room.at(await sent(room.ada, room.group))
     for frame in (client.Vote(**plain, options=[0]), client.ClosePoll(**plain), client.ListVotes(**plain)):
-        with refused(ErrorCode.INVALID, "message_id"):
+        with refused(ErrorCode.CONFLICT, "message_id"):
             await room.charles.call(frame)
 
 
