@@ -4,6 +4,7 @@ import asyncio
 import functools
 import shutil
 import tempfile
+import warnings
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -58,6 +59,20 @@ class Servers(NamedTuple):
 def pytest_asyncio_loop_factories() -> dict[str, Callable[[], asyncio.AbstractEventLoop]]:
     """The loop that workers run on."""
     return {"uvloop": uvloop.new_event_loop}
+
+
+unclosed: list[str] = []
+
+
+def pytest_warning_recorded(warning_message: warnings.WarningMessage, nodeid: str) -> None:
+    if issubclass(warning_message.category, ResourceWarning):
+        unclosed.append(nodeid)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Fail if a test left a socket open: the only warning that cannot be an error where it is found."""
+    if unclosed and session.exitstatus == pytest.ExitCode.OK:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 @pytest.fixture(scope="session")
