@@ -11,7 +11,8 @@ import asyncpg
 from protocol.errors import ErrorCode, Refused
 from protocol.ids import UserId
 from server.config import Settings
-from server.errors import Fatal, is_lost
+from server.errors import Away, Fatal, is_lost, told
+from server.failures import Failures
 from server.limits import BURST_SECONDS
 from server.migrate import is_current
 from server.pool import Connection, Lease, Part, Pool
@@ -35,7 +36,9 @@ CATCHING_UP_SHARE = 4
 CATCHING_UP_WAITING = 1_024
 CATCHING_UP_PATIENCE = 10.0
 """Max connections that wait for their next page, and max time that each waits, in seconds."""
-UNREACHABLE = (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, ValueError)
+REFUSED = (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError)
+UNREACHABLE = (*REFUSED, ValueError)
+"""What connecting raises, also for a URL that is not understood."""
 
 log = logging.getLogger(__name__)
 
@@ -118,10 +121,22 @@ class Database:
                 server_settings=session,
             )
 
+        failures = Failures(log, "connecting to PostgreSQL")
+
+        async def reconnect() -> Connection:
+            try:
+                connection = await connect()
+            except REFUSED as error:
+                failures.add(error)
+                raise Away(told(error)) from error
+            if failures.end():
+                log.info("PostgreSQL can be reached again")
+            return connection
+
         most = max(2, settings.database_connections)
-        pool = Pool(connect, most=most, patience=CONNECT_SECONDS)
+        pool = Pool(reconnect, most=most, patience=CONNECT_SECONDS)
         try:
-            pool.give(await pool.take(), is_usable=True)
+            pool.give(await connect(), is_usable=True)
         except UNREACHABLE as error:
             raise _unreachable(error) from error
         return cls(pool, Shared(pool, most=most))

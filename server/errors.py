@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import re
 
 import asyncpg
 from redis.exceptions import RedisClusterException, RedisError
@@ -17,6 +18,10 @@ INTERNAL = Refused(ErrorCode.INTERNAL, "Internal error; it was logged. Tell the 
 
 class Fatal(Exception):  # noqa: N818 - the program's last word, not a fault in it
     """The program cannot start or go on. Its text is the one line that the operator sees."""
+
+
+class Away(ConnectionError):  # noqa: N818 - a state of the world
+    """PostgreSQL cannot be reached. Whoever raises it has logged it."""
 
 
 class NotFound(Refused):
@@ -78,6 +83,9 @@ _UNFIT: tuple[type[BaseException], ...] = (
 _BRIEF: tuple[type[BaseException], ...] = (RecursionError, OverflowError, UnicodeError)
 """Defects that a value of a client's shows: their tracebacks are long, say little, and quote the value."""
 
+_BROKEN = re.compile(r"\bclosed\b|\breleased\b|operation .*\bin progress\b|\bnot connected\b")
+"""Texts of asyncpg's errors about a connection that is lost or going to be. Others are defects of ours."""
+
 REDIS_LOST = (RedisError, RedisClusterException, OSError, asyncio.TimeoutError)
 """What is raised when Redis cannot be reached."""
 
@@ -95,6 +103,13 @@ def is_lost(error: BaseException) -> bool:
 def is_without_thread(error: BaseException) -> bool:
     """Whether the system refused a new thread. Python has no class for this."""
     return type(error) is RuntimeError and str(error) == "can't start new thread"
+
+
+def is_known(error: BaseException) -> bool:
+    """Whether the machine, the database or Redis explains a failure, so that a traceback tells nothing more."""
+    if isinstance(error, (asyncpg.InterfaceError, asyncpg.InternalClientError)):
+        return _BROKEN.search(str(error)) is not None
+    return isinstance(error, (Fatal, *REDIS_LOST)) or is_lost(error)
 
 
 def cause(error: BaseException) -> BaseException:
@@ -125,9 +140,13 @@ def log_defect(log: logging.Logger, what: str, error: Exception) -> None:
 
 
 def log_failure(log: logging.Logger, what: str, error: Exception) -> None:
-    """Log that `what` failed and is tried again: in one line if the machine, the database or Redis explains it."""
-    if isinstance(error, (Fatal, *REDIS_LOST)) or is_lost(error):
-        log.warning("%s failed: %s", what, error)
+    """Log that `what` failed and is tried again: in one line if the machine, the database or Redis explains it. While
+    PostgreSQL is away, whoever connects to it logs that, and not each job that needs it.
+    """
+    if isinstance(error, Away):
+        return
+    if is_known(error):
+        log.warning("%s failed, and is tried again: %s", what, error)
     else:
         log_defect(log, what, error)
 

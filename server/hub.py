@@ -15,7 +15,7 @@ from protocol.ids import ConversationId, UserId
 from protocol.server import DurableEvent, ServerFrame, UserUpdated
 from server import people, topics, watchers
 from server.bus import Bus, Connect
-from server.errors import log_failure
+from server.failures import Failures
 from server.people import People, Socket, UserRecord
 from server.topics import NOBODY, ConversationRecord, Topics
 from server.watchers import Describe, Watchers, WatchRecord
@@ -186,6 +186,7 @@ class Hub:
         self._compare_now.set()
 
     async def _compare(self) -> None:
+        failures = Failures(log, "comparing positions")
         while True:
             pause = COMPARE_SECONDS if self.bus.is_up else COMPARE_SECONDS_WITHOUT_BUS
             with contextlib.suppress(TimeoutError):
@@ -197,8 +198,9 @@ class Hub:
             is_all = was_away or not self.bus.is_up
             try:
                 await self._compare_once(parts=1 if is_all else PEOPLE_PARTS)
+                failures.end()
             except Exception as error:  # noqa: BLE001 - the database is away: compare again when it is back
-                log_failure(log, "comparing positions", error)
+                failures.add(error)
 
     async def _compare_once(self, *, parts: int) -> None:
         if (epoch := await self._record.epoch()) != self.epoch:

@@ -5,7 +5,7 @@ import logging
 import random
 from collections.abc import Awaitable, Callable, Iterable
 
-from server.errors import log_failure
+from server.failures import Failures
 
 log = logging.getLogger(__name__)
 
@@ -14,7 +14,8 @@ SWALLOWED_SECONDS = 1.0
 
 
 async def every(seconds: float, job: Callable[[], Awaitable[bool | None]], *, is_spread: bool = False) -> None:
-    """Run `job` now and then every so many seconds, until cancelled. What it raises is logged.
+    """Run `job` now and then every so many seconds, until cancelled. What it raises is logged; a failure
+    that goes on, once a minute.
 
     A job that returns whether more is due is run again without a pause: what fills faster than one batch in each period
     would grow for ever. A job that `is_spread` begins after a random part of its period: workers that start together do
@@ -22,12 +23,14 @@ async def every(seconds: float, job: Callable[[], Awaitable[bool | None]], *, is
     """
     if is_spread:
         await asyncio.sleep(random.random() * seconds)  # noqa: S311 - it spreads load, and keeps no secret
+    failures = Failures(log, job.__qualname__)
     while True:
         is_more_due: bool | None = False
         try:
             is_more_due = await job()
+            failures.end()
         except Exception as error:  # noqa: BLE001 - it runs again
-            log_failure(log, job.__qualname__, error)
+            failures.add(error)
         await asyncio.sleep(0 if is_more_due else seconds)
 
 

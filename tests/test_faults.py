@@ -1,6 +1,8 @@
 """Real faults: Valkey stopped, PostgreSQL restarted, a reader that stops reading. Nothing is lost."""
 
 import asyncio
+import gc
+import logging
 import os
 import shutil
 import signal
@@ -8,6 +10,7 @@ import socket
 import statistics
 import tempfile
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
@@ -173,9 +176,24 @@ async def test_valkey_hangs(own: tuple[Settings, Servers]) -> None:
         await talk.assert_nothing_lost()
 
 
+def assert_an_outage_is_told_in_lines(records: list[logging.LogRecord], *, workers: int) -> None:
+    """One line of each worker for PostgreSQL, one when it is back, and one for each job that was in the middle."""
+    lines = [record.getMessage() for record in records if record.name.startswith("server")]
+    assert [record.getMessage() for record in records if record.exc_info] == []
+    assert lines.count("PostgreSQL can be reached again") == workers, lines
+    told = [line.split(" failed, and is tried again: ") for line in lines if "PostgreSQL can" not in line]
+    assert {len(parts) for parts in told} == {2}, lines
+    jobs = Counter(what for what, _ in told)
+    assert jobs["connecting to PostgreSQL"] == workers, lines
+    assert max(jobs.values()) <= workers, lines
+
+
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
-async def test_postgres_restarts(own: tuple[Settings, Servers], how: signal.Signals) -> None:
+async def test_postgres_restarts(
+    own: tuple[Settings, Servers], how: signal.Signals, caplog: pytest.LogCaptureFixture
+) -> None:
     settings, servers = own
+    caplog.set_level(logging.INFO)
     async with World(settings) as world:
         talk = Talk(world)
         await talk.begin()
@@ -193,6 +211,17 @@ async def test_postgres_restarts(own: tuple[Settings, Servers], how: signal.Sign
         await talk.end()
         world.db = await asyncpg.connect(settings.database_url)
         await talk.assert_nothing_lost()
+        gc.collect()  # a task that failed is reported when it is deleted
+        assert_an_outage_is_told_in_lines(caplog.records, workers=len(world.workers))
+    # The start that recovers asks nothing before there is an answer: each question would be an error in the log.
+    log = servers.postgres.log.path
+    size = log.stat().st_size
+    os.kill(servers.postgres.pid, how)
+    await until(lambda: not servers.postgres.is_running())
+    await asyncio.to_thread(servers.postgres.start)
+    with log.open("rb") as file:
+        file.seek(size)
+        assert [line for line in file if b"FATAL" in line and b"is starting up" in line] == []
 
 
 async def test_a_connection_made_while_the_database_is_away_is_told_to_come_back(

@@ -18,6 +18,7 @@ STOREYS: list[list[str]] = [
     [
         "config",
         "errors",
+        "failures",
         "log",
         "limits",
         "strikes",

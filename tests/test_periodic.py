@@ -10,6 +10,7 @@ from pathlib import Path
 
 import asyncpg
 import pytest
+import redis
 
 from protocol import client
 from protocol.codec import now
@@ -17,6 +18,8 @@ from protocol.ids import ConversationId, MessageId, uuid7
 from protocol.values import ConversationSettings
 from server import app, periodic
 from server.config import Settings
+from server.errors import Away
+from server.failures import AGAIN_SECONDS, Failures
 from server.periodic import end, every
 from server.queries import approaches, audit, erasure, expiry, indexing, relationships, scheduled, sessions, users
 from tests.world import World, message
@@ -41,6 +44,49 @@ async def test_a_job_that_fails_goes_on(caplog: pytest.LogCaptureFixture) -> Non
     assert task.cancelled()
 
 
+OUTAGES = (
+    TimeoutError(),
+    ConnectionRefusedError(111, "Connect call failed"),
+    asyncpg.CannotConnectNowError("the database system is starting up"),
+    asyncpg.AdminShutdownError("terminating connection due to administrator command"),
+    asyncpg.ConnectionDoesNotExistError("connection was closed in the middle of operation"),
+    asyncpg.InterfaceError("connection is closed"),
+    asyncpg.InternalClientError("cannot switch to state 12; another operation (2) is in progress"),
+    asyncpg.QueryCanceledError("canceling statement due to statement timeout"),
+    redis.exceptions.ConnectionError("Error 111 connecting to localhost:6379. Connection refused."),
+)
+DEFECTS = (
+    ValueError("of ours"),
+    asyncpg.UndefinedColumnError("column x does not exist"),
+    asyncpg.InterfaceError("the server expects 1 argument for this query, 2 were passed"),
+)
+
+
+@pytest.mark.parametrize(
+    ("error", "is_defect"), [*((one, False) for one in OUTAGES), *((one, True) for one in DEFECTS)]
+)
+def test_an_outage_is_a_line_and_a_defect_has_one_traceback(
+    caplog: pytest.LogCaptureFixture, error: Exception, *, is_defect: bool
+) -> None:
+    at = 0.0
+    failures = Failures(logging.getLogger("test"), "the job", clock=lambda: at)
+    for _ in range(50):
+        failures.add(error)
+        failures.add(Away("logged by whoever raised it"))
+    assert [bool(record.exc_info) for record in caplog.records] == [is_defect]
+    assert caplog.records[0].levelno == (logging.ERROR if is_defect else logging.WARNING)
+    at = AGAIN_SECONDS
+    failures.add(error)
+    failures.add(error)
+    assert [bool(record.exc_info) for record in caplog.records] == [is_defect, False]
+    assert failures.end()
+    assert not failures.end()
+    failures.add(error)
+    assert [bool(record.exc_info) for record in caplog.records] == [is_defect, False, is_defect]
+    for record in caplog.records:
+        assert record.exc_info or "tried again" in record.message
+
+
 async def test_a_job_that_the_database_ends_is_one_line(caplog: pytest.LogCaptureFixture) -> None:
     done = asyncio.Event()
     tries: Iterator[Exception | None] = iter((TimeoutError(), asyncpg.QueryCanceledError("statement timeout"), None))
@@ -54,7 +100,7 @@ async def test_a_job_that_the_database_ends_is_one_line(caplog: pytest.LogCaptur
     await asyncio.wait_for(done.wait(), 5)
     await end([task])
     records = [record for record in caplog.records if "job failed" in record.message]
-    assert [record.exc_info for record in records] == [None, None]
+    assert [record.exc_info for record in records] == [None]
 
 
 async def test_index_of_words_is_tidied_by_one_worker_at_a_time(world: World) -> None:

@@ -19,6 +19,9 @@ from server.errors import Fatal
 START_SECONDS = 30.0
 STOP_SECONDS = 20.0
 POLL_SECONDS = 0.02
+STATUS_LINE = 7
+READY = "ready   "
+"""The line of postmaster.pid, from 0, in which PostgreSQL 10 and later note their status, and what they note."""
 NAME = "openchat"
 OPTIONS = {
     "listen_addresses": "",  # reached by its Unix socket alone, in a folder that only its owner can enter
@@ -88,7 +91,7 @@ class Postgres:
                 last_signal=signal.SIGINT,
             )
             while self._process.poll() is None:
-                if asyncio.run(self._answers()):
+                if self._is_ready() and asyncio.run(self._answers()):
                     return
                 if time.monotonic() > deadline:
                     self.stop()
@@ -151,6 +154,11 @@ class Postgres:
                 raise Fatal(f"an older PostgreSQL (process {pid}) does not stop.")
         # A zombie that nobody reaps, or another program with its number, must not pass for a server.
         self._folder.remove(pid_file)
+
+    def _is_ready(self) -> bool:
+        """Whether the server has noted that it takes connections: one that comes before logs an error."""
+        lines = (self._folder.read(self._data / "postmaster.pid") or "").split("\n")
+        return lines[0] == str(self.pid) and lines[STATUS_LINE : STATUS_LINE + 1] == [READY]
 
     async def _answers(self) -> bool:
         try:
