@@ -4,7 +4,8 @@ import re
 
 import asyncpg
 
-from server.describe.columns import FOR_READERS, WAITING, columns, without_targets, written
+from protocol.ids import uuid7
+from server.describe.columns import FOR_READERS, WAITING, columns, granted, without_targets, written
 
 
 async def test_no_column_is_dead(database_url: str) -> None:
@@ -26,6 +27,27 @@ async def test_no_column_is_dead(database_url: str) -> None:
             column = known[place]
             writers = [name for name in column.writers if name != "its default" and not name.startswith("erasure.")]
             assert not (column.readers and writers), place
+
+
+async def test_columns_that_a_reader_reads_are_listed(database_url: str) -> None:
+    db = await asyncpg.connect(database_url)
+    role = f"lister_{uuid7().hex}"
+    try:
+        await db.execute(f"CREATE ROLE {role}; SELECT grant_reader('{role}')")
+        rows = await db.fetch(
+            """SELECT c.relname, a.attname, has_column_privilege($1, c.oid, a.attnum, 'SELECT') FROM pg_class c
+            JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
+            WHERE c.relnamespace = 'public'::regnamespace AND c.relkind IN ('r', 'v')""",
+            role,
+        )  # fmt: skip
+    finally:
+        await db.execute(f"DROP OWNED BY {role}; DROP ROLE {role}")
+        await db.close()
+    readable = {(table, column) for table, column, is_readable in rows if is_readable}
+    listed = granted()
+    assert {table for table, _ in readable} == listed.keys()
+    for table, column, is_readable in rows:
+        assert is_readable == (table in listed and (not listed[table] or column in listed[table])), (table, column)
 
 
 def test_the_test_knows_a_writer_from_a_reader() -> None:

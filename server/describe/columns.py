@@ -34,6 +34,9 @@ FOR_READERS = {
 }  # fmt: skip
 """What is kept for those who read the database directly: grant_reader() in schema.sql shows most of it to them."""
 
+GRANT = re.compile(r"GRANT SELECT (?:\(([^)]*)\) )?ON ([^']*?) TO %I")
+"""What grant_reader() grants: some columns of a table, or tables and views whole."""
+
 SHOWN = 4
 INSERT = re.compile(r'INSERT INTO\s+("?\w+"?)\s*(?:AS \w+\s*)?\(([^)]*)\)', re.IGNORECASE)
 UPDATE = re.compile(
@@ -119,6 +122,16 @@ def columns() -> list[Column]:
     return found
 
 
+def granted() -> dict[str, list[str]]:
+    """Return the tables and views that grant_reader() grants, with their columns; none for a whole one."""
+    text = statements()["schema.grant_reader"]
+    found: dict[str, list[str]] = {}
+    for names, tables in GRANT.findall(re.sub(r"\s+", " ", text)):
+        for table in tables.split(","):
+            found[table.strip().strip('"')] = [name.strip() for name in names.split(",") if name.strip()]
+    return found
+
+
 def document() -> str:
     """Return the list in Markdown."""
     lines = [
@@ -138,6 +151,18 @@ def document() -> str:
             lines.append(f"| `{column.name}` | waits for | {column.note} |")
         else:
             lines.append(f"| `{column.name}` | {_some(column.writers)} | {_some(column.readers)} |")
+    lines += [
+        "",
+        "## What readers of the database read",
+        "",
+        "Columns that `grant_reader` grants ([administration.md](administration.md#reading-the-database-directly)), of",
+        "the rows that the policies show. A query that names another column or table is refused; so is `SELECT *` of a",
+        "table that is not granted whole.",
+        "",
+        "| table or view | columns |",
+        "| --- | --- |",
+    ]
+    lines += [f"| `{table}` | {', '.join(f'`{one}`' for one in some) or 'all'} |" for table, some in granted().items()]
     return "\n".join(lines) + "\n"
 
 
