@@ -16,7 +16,7 @@ from msgspec import Meta
 from protocol.limits import Limits
 from server.errors import Fatal
 from server.limits import told
-from server.proxies import MAX_COUNT, Network, Proxies, networks
+from server.proxies import MAX_COUNT, HostBits, Network, Proxies, networks
 
 MAX_DEFAULT_WORKERS = 4
 MAX_QUOTED = 60
@@ -191,6 +191,8 @@ def read(**overrides: object) -> Settings:
         try:
             one = msgspec.convert({field: value}, Settings, strict=False)
             is_understood = FORMS[field](one) if field in FORMS else True
+        except HostBits as error:
+            raise Fatal(f"{_not_allowed(field, str(value))} {error}") from None
         except (msgspec.ValidationError, ValueError, RuntimeError):  # the last for the folder of a user there is not
             is_understood = False
         if not is_understood:

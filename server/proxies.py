@@ -70,9 +70,25 @@ class Proxies:
         return Client(None if address is None else str(address), hops)
 
 
+class HostBits(ValueError):  # noqa: N818 - its text is the advice
+    """An address where a network is meant, such as 10.0.0.1/8: its text says what to give."""
+
+
 def networks(text: str) -> tuple[Network, ...]:
-    """Parse networks separated by commas. Raises ValueError if one of them is not a network."""
-    return tuple(ipaddress.ip_network(one.strip()) for one in text.split(","))
+    """Parse networks separated by commas. Raises ValueError if one of them is not a network, HostBits if it is an
+    address in one.
+    """
+    return tuple(_network(one.strip()) for one in text.split(","))
+
+
+def _network(text: str) -> Network:
+    try:
+        return ipaddress.ip_network(text)
+    except ValueError:
+        loose = ipaddress.ip_network(text, strict=False)
+    address = text.partition("/")[0]
+    alone = ipaddress.ip_network(address)
+    raise HostBits(f"{text} is an address in {loose}. Give {loose}, or {alone} for that address alone.")
 
 
 def is_within(address: Address, some: Sequence[Network]) -> bool:

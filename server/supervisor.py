@@ -22,7 +22,7 @@ import msgspec
 from redis.asyncio import Redis
 
 from server import database, migrate
-from server.config import Settings
+from server.config import Settings, variable
 from server.embedded.folder import DataFolder
 from server.embedded.postgres import Postgres
 from server.embedded.valkey import Valkey
@@ -56,6 +56,12 @@ class Worker:
     def is_running(self) -> bool:
         """Whether there is a process in this place."""
         return self.process is not None and self.process.poll() is None
+
+    def last_words(self) -> str:
+        """Return why a process that has ended could not start, if it said so."""
+        if self.process is None or self.process.stdout is None or self.process.stdout.closed:
+            return ""
+        return self.process.stdout.read().decode().removeprefix(READY).strip().rstrip(".")
 
     def start(self) -> None:
         """Start a process in this place."""
@@ -212,7 +218,8 @@ class Supervisor:
     def _see_to_worker(self, worker: Worker) -> None:
         has_waited = time.monotonic() - worker.started_at > CRASHED_SOON_SECONDS
         if not worker.is_running() and has_waited and not self._stopping.is_set():
-            log.error("worker %d ended; starting another", worker.number)
+            reason = worker.last_words()
+            log.error("worker %d ended%s; starting another", worker.number, reason and f": {reason}")
             worker.start()
 
     def _roll(self) -> None:
@@ -276,11 +283,18 @@ class Supervisor:
         tell(f"  data       {where}")
         tell(f"  workers    {len(self._workers)}")
         if self._settings.registration == "closed":
-            folder = f" --data-dir {shlex.quote(self._settings.data_dir)}" if self._settings.data_dir else ""
-            tell(f"  try next   openchat user create Ada ada@example.org --admin{folder}")
+            tell(f"  try next   {self._command('user create Ada ada@example.org --admin')}")
         else:
             body = '{"name":"Ada","email":"ada@example.org","password":"correct horse"}'
             tell(f"  try next   curl {url}/v1/auth/register -d '{body}'")
+
+    def _command(self, words: str) -> str:
+        """Return a command line for this installation, with the variables that it needs."""
+        settings = self._settings
+        named = [variable(name) for name in ("database_url", "redis_url") if getattr(settings, name)]
+        note = f"  # with the {' and '.join(named)} of this server" if named else ""
+        folder = f" --data-dir {shlex.quote(settings.data_dir)}" if self._folder and settings.data_dir else ""
+        return f"openchat {words}{folder}{note}"
 
 
 async def prepare(settings: Settings) -> None:

@@ -85,6 +85,18 @@ def test_other_values_are_refused_with_what_is_allowed(name: str, monkeypatch: p
         assert ("secret" not in said) if name in config.SECRET else (f"not '{value}'" in said)
 
 
+@pytest.mark.parametrize("name", ["metrics_from", "trusted_proxies"])
+def test_address_in_the_place_of_a_network_is_refused_with_both(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for value, network, address in (
+        ("10.0.0.1/8", "10.0.0.0/8", "10.0.0.1/32"), ("127.0.0.0/8, fd00::1/8", "fd00::/8", "fd00::1/128"),
+    ):  # fmt: skip
+        said = refusal(monkeypatch, variable(name), value)
+        assert said.startswith(f"{variable(name)} must be {allowed(name)}, not '{value}'. "), said
+        assert said.endswith(f"Give {network}, or {address} for that address alone."), said
+        monkeypatch.setenv(variable(name), f"{network},{address}")
+        assert getattr(config.read(), name) == f"{network},{address}"
+
+
 @pytest.mark.parametrize(
     ("name", "said"),
     [

@@ -7,12 +7,14 @@ import shutil
 import socket
 import stat
 import subprocess
+import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from server.config import Settings
@@ -41,6 +43,9 @@ class Part:
         return False
 
     def rotate(self) -> None: ...
+
+    def last_words(self) -> str:
+        return ""
 
     def start(self) -> None:
         self.attended += 1
@@ -96,6 +101,34 @@ def test_a_defect_is_logged_with_its_traceback_once(
         watch._resting.clear()  # noqa: SLF001
         watch._attend("worker 1", failing(error))  # noqa: SLF001
         assert [bool(record.exc_info) for record in caplog.records] == [bool(traces)]
+
+
+def test_greeting_names_the_variables_that_a_command_needs(tmp_path: Path) -> None:
+    for given, words in (
+        ({}, "openchat check"),
+        ({"data_dir": str(tmp_path)}, f"openchat check --data-dir {tmp_path}"),
+        ({"data_dir": str(tmp_path), "redis_url": "redis://r"},
+            f"openchat check --data-dir {tmp_path}  # with the REDIS_URL of this server"),
+        ({"data_dir": str(tmp_path), "database_url": "postgresql://:secret@d", "redis_url": "redis://r"},
+            "openchat check  # with the DATABASE_URL and REDIS_URL of this server"),
+    ):  # fmt: skip
+        made: Any = Supervisor(msgspec.structs.replace(Settings(), **given))
+        made._folder = given.get("data_dir") if len(given) < 3 else None  # noqa: SLF001
+        assert made._command("check") == words  # noqa: SLF001
+        made._shared.rmdir()  # noqa: SLF001
+
+
+def test_reason_why_a_worker_cannot_start_is_logged(tmp_path: Path) -> None:
+    with socket.socket() as listener:
+        worker = Worker(Settings(), 1, listener, tmp_path)
+        assert worker.last_words() == ""
+        for said, reason in (("ready\n", ""), ("the database cannot be reached.\n", "the database cannot be reached")):
+            worker.process = subprocess.Popen(
+                [sys.executable, "-c", f"print({said!r}, end='')"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+            )
+            worker.process.wait()
+            assert worker.last_words() == reason
+            worker.kill()
 
 
 def test_a_replacement_that_cannot_be_started_leaves_the_worker_that_is_there(
