@@ -9,6 +9,7 @@ from typing import TypeVar, get_args
 import msgspec
 
 from protocol import json_object
+from protocol.choices import choices
 from protocol.client import ClientFrame, FrameId
 from protocol.errors import ErrorCode, Refused
 from protocol.limits import MAX_EXTREME_NUMBERS, MAX_FRAME_VALUES, RULES
@@ -23,6 +24,7 @@ _server_decoder: msgspec.json.Decoder[ServerFrame] = msgspec.json.Decoder(Server
 PROTOCOL = "docs/protocol.md"
 
 _AT = re.compile(r"(?P<what>.*) - at (?:`key` in )?`\$(?P<path>[^`]*)`\Z", re.DOTALL)
+_UNKNOWN = re.compile(r"Invalid (?:enum )?value ")
 _NAMED = re.compile(r"`([a-z_]+)`")
 _RULES = {f"Expected `str` matching regex {pattern!r}": sentence for pattern, sentence in RULES.items()}
 
@@ -100,7 +102,7 @@ def decode(data: bytes | str, decoder: msgspec.json.Decoder[Decoded]) -> Decoded
     try:
         return decoder.decode(data)
     except msgspec.ValidationError as error:
-        raise _refusal(str(error)) from None
+        raise _refusal(str(error), decoder.type, kind(data)) from None
     except (msgspec.DecodeError, UnicodeDecodeError):
         raise Refused(ErrorCode.BAD_FRAME, "This is not valid JSON. Send one JSON object in UTF-8.") from None
     except RecursionError:
@@ -168,14 +170,21 @@ def located(problem: str) -> tuple[str, str]:
     return (found["what"], found["path"]) if found else (problem, "")
 
 
-def _refusal(problem: str) -> Refused:
+def _refusal(problem: str, kind_of_all: object, tag: str | None) -> Refused:
     what, path = located(problem)
+    known = choices(kind_of_all, path, tag=tag) if _UNKNOWN.match(what) else []
     path = path.removeprefix(".")
     if path == "type" or (not path and "required field `type`" in what):
         return Refused(ErrorCode.BAD_FRAME, _known_types(what), path="type")
     if (named := _NAMED.search(what)) and not what.startswith("Expected"):
         path = f"{path}.{named[1]}" if path else named[1]
-    return Refused(ErrorCode.INVALID, advice(what), path=path or None)
+    sentence = f"{what}. Give {_any_of(known)}." if known else advice(what)
+    return Refused(ErrorCode.INVALID, sentence, path=path or None)
+
+
+def _any_of(known: list[str]) -> str:
+    quoted = [f"`{one}`" for one in known]
+    return " or ".join([", ".join(quoted[:-1]), quoted[-1]] if len(quoted) > 1 else quoted)
 
 
 def advice(what: str) -> str:

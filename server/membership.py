@@ -86,6 +86,7 @@ async def entered(db: Db, context: Context, conversation_id: ConversationId) -> 
         raise Refused(
             ErrorCode.FORBIDDEN,
             "A direct conversation keeps its participants and is not deleted. Use `set_preferences` to hide it.",
+            path="conversation_id",
         )
     return conversation, me
 
@@ -183,8 +184,12 @@ async def counted(db: Db, context: Context, they: Welcome) -> None:
     await approaches.count(db, "invite", context.user_id, they.invited)
 
 
-def require_room(conversation: Conversation, more: int) -> None:
-    """Raise Refused unless so many more people may come."""
+def require_room(conversation: Conversation, more: int, path: str) -> None:
+    """Raise Refused, for a field of the frame, unless so many more people may come."""
     limit = conversation.max_participants
     if limit is not None and conversation.participant_count + more > limit:
-        raise Refused(ErrorCode.CONFLICT, f"The conversation is full. It takes at most {limit} participants.")
+        raise Refused(
+            ErrorCode.CONFLICT,
+            f"The conversation is full. It takes at most {limit} participants.",
+            path=path,
+        )

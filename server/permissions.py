@@ -1,18 +1,28 @@
 """What a participant may do, asked in one way: protocol/roles.py has the rules."""
 
 from protocol.errors import ErrorCode, Refused
+from protocol.ids import UserId
 from protocol.roles import Act, may, rank
 from protocol.values import Participant, Role
-from server.errors import NotActive
+from server.database import Db
+from server.errors import NotActive, NotFound
+from server.queries import relationships
 from server.queries.conversations import SendAccess
 from server.queries.messages import Found, Obstacle
 
 OBSTACLES: dict[Obstacle, str] = {
     "archived": "The conversation is archived. Ask an administrator of it to change `is_archived`.",
     "role": "Your role cannot send in this conversation. Ask a moderator for another role.",
-    "unwanted": "This user cannot be written to. Do not retry.",
+    "unwanted": "This user cannot be written to. Unblock them if you block them; otherwise do not retry.",
 }
 """Error messages for what keeps a participant from saying anything, however long they wait."""
+
+
+class OwnBlock(Refused):
+    """The answer to a user who would reach somebody whom they block."""
+
+    def __init__(self) -> None:
+        super().__init__(ErrorCode.CONFLICT, "You block this user. Unblock them first.", path="user_id")
 
 
 def require(me: Participant, act: Act) -> None:
@@ -30,7 +40,7 @@ def require_may_send(access: Found | SendAccess) -> None:
     if access.obstacle == "inactive":
         raise NotActive
     if access.obstacle in OBSTACLES:
-        raise Refused(ErrorCode.FORBIDDEN, OBSTACLES[access.obstacle])
+        raise Refused(ErrorCode.FORBIDDEN, OBSTACLES[access.obstacle], path="conversation_id")
     if access.wait_ms:
         raise slow_mode(access.wait_ms)
 
@@ -42,6 +52,13 @@ def slow_mode(wait_ms: int) -> Refused:
         "The conversation is in slow mode. Retry after `retry_after_ms`.",
         retry_after_ms=wait_ms,
     )
+
+
+async def unreachable(db: Db, me: UserId, them: UserId) -> Refused:
+    """Return what to answer a user who may not reach another one. It tells of the user's own block alone."""
+    if await relationships.status(db, me, them, "block") == "active":
+        return OwnBlock()
+    return NotFound("user_id")
 
 
 def require_above(me: Participant, them: Participant) -> None:

@@ -77,7 +77,7 @@ async def test_a_direct_conversation_stays_as_it_is(person: Make) -> None:
     ):
         with pytest.raises(Refused, match=r"A direct conversation .* `set_preferences`") as told:
             await ada.call(frame)
-        assert (told.value.code, told.value.path) == (ErrorCode.FORBIDDEN, None)
+        assert (told.value.code, told.value.path) == (ErrorCode.FORBIDDEN, "conversation_id")
 
 
 async def test_conversations_are_listed_in_pages(person: Make, world: World) -> None:
@@ -148,9 +148,9 @@ async def test_a_full_conversation_takes_nobody(person: Make, world: World) -> N
     (_, ada), (_, charles), (mary_id, mary) = await person("Ada"), await person("Charles"), await person("Mary")
     channel = await world.channel(ada, is_public=True, max_participants=2)
     await charles.call(client.Join(conversation_id=channel))
-    with refused(ErrorCode.CONFLICT, None):
+    with refused(ErrorCode.CONFLICT, "conversation_id"):
         await mary.call(client.Join(conversation_id=channel))
-    with refused(ErrorCode.CONFLICT, None):
+    with refused(ErrorCode.CONFLICT, "participants"):
         await ada.call(client.AddParticipants(conversation_id=channel, participants=[mary_id]))
     assert (await view(ada, channel)).conversation.participant_count == 2
     assert (await charles.call(client.Join(conversation_id=channel), server.OneConversation)).view.me.role == "member"

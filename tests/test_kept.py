@@ -40,7 +40,7 @@ async def test_there_are_only_so_many_pins(room: Room, world: World) -> None:
     for number in range(100):
         await sent(room.ada, room.group, str(number))
     await world.db.execute("UPDATE message SET is_pinned = true WHERE id <> $1", message_id)
-    with refused(ErrorCode.CONFLICT, None):
+    with refused(ErrorCode.CONFLICT, "conversation_id"):
         await room.ada.call(client.Pin(**room.at(message_id)))
 
 

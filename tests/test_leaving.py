@@ -141,7 +141,7 @@ async def test_who_is_erased_leaves_their_words_and_nothing_else(world: World, a
     assert (got.message.content, got.message.sender_id) == ("Hello", me)
     (face,) = (await other.call(client.GetUsers(user_ids=[me]), server.UserList)).users
     assert (face.name, face.display_name) == ("Deleted user", None)
-    with refused(ErrorCode.FORBIDDEN, None):
+    with refused(ErrorCode.FORBIDDEN, "conversation_id"):
         await other.call(client.Send(conversation_id=direct, message_id=said, content="Where are you?"))
     login = {"email": ADA["email"], "password": PASSWORD}
     assert (await ada.http.post("/v1/auth/login", json=login)).status_code == 401

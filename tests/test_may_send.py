@@ -209,6 +209,8 @@ async def test_who_may_not_send_says_nothing_in_any_way(
     # What waits for its time waits out slow mode, too.
     expected = dict.fromkeys(frames, code) | ({"schedule": None} if obstacle is slow_down else {})
     assert {name: answer.code if isinstance(answer, Error) else None for name, answer in answers.items()} == expected
+    paths = {answer.path for answer in answers.values() if isinstance(answer, Error) and answer.code == "forbidden"}
+    assert paths <= {"conversation_id", "to_conversation_id"}
     if obstacle is slow_down:
         waits = [answer.retry_after_ms for answer in answers.values() if isinstance(answer, Error)]
         assert all(wait is not None and 3_500_000 < wait <= 3_600_000 for wait in waits)

@@ -126,8 +126,8 @@ async def test_blocking_ends_what_there_was(world: World) -> None:
         page = await ended.call(client.ListRelationships(kind="friend"), server.RelationshipPage)
         assert page.relationships == []
     for each, frame, code, path in (
-        (other, message(direct), ErrorCode.FORBIDDEN, None),
-        (one, message(direct), ErrorCode.FORBIDDEN, None),
+        (other, message(direct), ErrorCode.FORBIDDEN, "conversation_id"),
+        (one, message(direct), ErrorCode.FORBIDDEN, "conversation_id"),
         (other, client.GetProfile(user_id=ada.id), ErrorCode.NOT_FOUND, "user_id"),
         (other, client.RequestFriend(user_id=ada.id), ErrorCode.NOT_FOUND, "user_id"),
         (other, client.Follow(user_id=ada.id), ErrorCode.NOT_FOUND, "user_id"),
@@ -147,7 +147,7 @@ async def test_blocking_ends_what_there_was(world: World) -> None:
     assert [entry.relationship.kind for entry in theirs.relationships] == ["follow"], "their own, which only they end"
     await other.call(client.Block(user_id=ada.id))
     await one.call(client.Unblock(user_id=charles.id))
-    with refused(ErrorCode.FORBIDDEN, None):
+    with refused(ErrorCode.FORBIDDEN, "conversation_id"):
         await one.call(message(direct))
     await other.call(client.Unblock(user_id=ada.id))
     await sent(one, direct, "Again")

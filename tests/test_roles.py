@@ -158,11 +158,11 @@ async def test_only_some_may_send_where_the_settings_say_so(world: World) -> Non
     quiet, loud = await room.enter(member), await room.enter(moderator, "moderator")
     settings = ConversationSettings(send_role="moderator")
     await room.owner.call(client.UpdateConversation(conversation_id=room.about, settings=settings))
-    with refused(ErrorCode.FORBIDDEN, None):
+    with refused(ErrorCode.FORBIDDEN, "conversation_id"):
         await quiet.call(message(room.about))
     await sent(loud, room.about, "News")
     await room.owner.call(client.UpdateConversation(conversation_id=room.about, is_archived=True))
-    with refused(ErrorCode.FORBIDDEN, None):
+    with refused(ErrorCode.FORBIDDEN, "conversation_id"):
         await loud.call(message(room.about))
     await room.owner.call(client.UpdateConversation(conversation_id=room.about, is_archived=False))
     await sent(loud, room.about, "More")
@@ -181,7 +181,7 @@ async def test_a_guest_stays_one_by_leaving_and_coming_back(world: World) -> Non
     for join in (client.Join(conversation_id=about), client.Join(invite_code=code)):
         await guest.call(client.Leave(conversation_id=about))
         await guest.call(join)
-        with refused(ErrorCode.FORBIDDEN, None):
+        with refused(ErrorCode.FORBIDDEN, "conversation_id"):
             await sent(guest, about)
     await owner.call(client.RemoveParticipant(conversation_id=about, user_id=charles.id))
     await guest.call(client.Join(conversation_id=about))
@@ -190,7 +190,7 @@ async def test_a_guest_stays_one_by_leaving_and_coming_back(world: World) -> Non
         with refused(ErrorCode.FORBIDDEN, "role"):
             await guest.call(frame(conversation_id=about, participants=[mary.id]))
     await guest.call(client.AddParticipants(conversation_id=about, participants=[mary.id], role="guest"))
-    with refused(ErrorCode.FORBIDDEN, None):
+    with refused(ErrorCode.FORBIDDEN, "conversation_id"):
         await sent(friend, about)
     await owner.call(client.AddParticipants(conversation_id=about, participants=[charles.id]))
 

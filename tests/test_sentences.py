@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
+from msgspec import inspect
 
-from protocol import client, limits
+from protocol import client, limits, server
 from protocol.codec import advice, decode_client
 from protocol.errors import ErrorCode, Refused
 from protocol.ids import MessageId, uuid7
+from protocol.payloads import Payload
+from protocol.values import ConversationSettings
 from server.errors import CONSTRAINTS, INTERNAL, UNFIT, NotActive, NotFound
 from server.permissions import OBSTACLES
 from tests.world import Room, World, http_client, refused, sent
@@ -80,7 +83,11 @@ def test_every_sentence_of_a_refusal_says_what_to_do_or_names_the_bound() -> Non
         ('{"type": "join", "x": 1}', ErrorCode.INVALID, "Remove `x`: there is no such field."),
         ('{"type": "unpin", "conversation_id": "5"}', ErrorCode.INVALID, "Give a UUID such as"),
         ('{"type": "history"}', ErrorCode.INVALID, "Give `conversation_id`."),
-        ('{"type": "presence", "status": "asleep"}', ErrorCode.INVALID, "Give one of those in docs/protocol.md."),
+        (
+            '{"type": "presence", "status": "asleep"}',
+            ErrorCode.INVALID,
+            "Give `away`, `busy`, `invisible`, ",
+        ),
         ('{"type": "update_profile", "quiet_from": "22:00"}', ErrorCode.INVALID, "Give a time of day such as 22:00:00"),
         ('{"type": "update_profile", "name": ""}', ErrorCode.INVALID, "Give at least 1 character."),
         ('{"type": "watch", "user_ids": []}', ErrorCode.INVALID, "Give at least 1 element."),
@@ -94,6 +101,64 @@ def test_what_cannot_be_decoded_is_told_with_what_to_send(frame: str, code: Erro
         decode_client(frame)
     assert told.value.code is code
     assert message in told.value.message
+
+
+def lists_of_values(kind: inspect.Type) -> Iterator[tuple[str, list[str]]]:
+    """Yield JSON with `?` in the place of each value, within a value of a type, that has to be one of a list."""
+    match kind:
+        case inspect.LiteralType(values=values):
+            yield "?", [str(value) for value in values]
+        case inspect.Metadata(type=inner):
+            yield from lists_of_values(inner)
+        case inspect.UnionType(types=types):
+            for one in types:
+                yield from lists_of_values(one)
+        case inspect.ListType(item_type=inner) | inspect.VarTupleType(item_type=inner):
+            yield from ((f"[{text}]", values) for text, values in lists_of_values(inner))
+        case inspect.StructType(fields=fields, tag=tag):
+            head = "" if tag is None else f'"type": "{tag}", '
+            for field in fields:
+                name = field.encode_name
+                yield from ((f'{{{head}"{name}": {text}}}', values) for text, values in lists_of_values(field.type))
+
+
+def test_refusal_of_a_value_names_those_that_are_allowed() -> None:
+    found = [one for frame in get_args(client.ClientFrame) for one in lists_of_values(inspect.type_info(frame))]
+    assert len(found) > 20
+    for text, values in found:
+        with pytest.raises(Refused) as told:
+            decode_client(text.replace("?", '"nonsense"'))
+        assert told.value.code is ErrorCode.INVALID
+        assert set(re.findall(r"`(\w+)`", told.value.message)) == set(values), text
+    kinds = [str(one.__struct_config__.tag) for one in get_args(Payload)]
+    with pytest.raises(Refused) as told:
+        decode_client('{"type": "send", "payload": {"type": "nonsense"}}')
+    assert re.findall(r"`(\w+)`", told.value.message) == kinds
+    with pytest.raises(Refused, match=r"one of those in docs/protocol\.md"):
+        raise Refused(ErrorCode.INVALID, advice("Invalid enum value 'x'"))
+
+
+NO_FIELD = re.compile(
+    r"You can (?:make|report|star)\b|of your friend requests\b|scheduled messages\b"  # a bound of the user's
+    r"|^Requires the role|slow mode"
+    r"|^UNFIT$|path does not exist|Registration is closed|changing the account"
+    r"|^Connect to this path|for other methods|body (?:has|is)\b|No WebSocket|nested too deeply"
+)
+"""Refusals of what is asked for, in which no field is at fault."""
+
+
+def test_every_refusal_for_a_field_has_its_path() -> None:
+    codes = {"INVALID", "FORBIDDEN", "CONFLICT", "NOT_FOUND"}
+    without = []
+    for path in sorted([*(ROOT / "protocol").rglob("*.py"), *(ROOT / "server").rglob("*.py")]):
+        for node in ast.walk(ast.parse(path.read_text())):
+            match node:
+                case ast.Call(func=ast.Name(id="Refused"), args=[ast.Attribute(attr=code), text], keywords=keywords):
+                    has_path = any(keyword.arg in {"path", None} for keyword in keywords)
+                    sentence = _text(text) or ast.unparse(text)
+                    if code in codes and not has_path and not NO_FIELD.search(sentence):
+                        without.append(f"{path.relative_to(ROOT)}:{node.lineno} {sentence}")
+    assert without == [], "\n".join(without)
 
 
 def test_every_type_is_suggested_for_a_slip_in_it() -> None:
@@ -141,3 +206,28 @@ async def test_frames_that_do_not_fit_are_refused_with_what_does(room: Room) -> 
         await room.ada.call(client.UpdateProfile(quiet_from=None))
     await room.ada.call(client.UpdateProfile(quiet_until=time(8)))
     await room.ada.call(client.UpdateProfile(quiet_from=None, quiet_until=None))
+
+
+async def test_refusals_name_the_setting_and_the_block_that_can_be_changed(room: Room, world: World) -> None:
+    said = room.at(await sent(room.ada, room.group))
+    settings = ConversationSettings(edit_window_seconds=0)
+    await room.ada.call(client.UpdateConversation(conversation_id=room.group, settings=settings))
+    with pytest.raises(Refused, match="Messages cannot be edited here"):
+        await room.ada.call(client.Edit(**said, content="Anew"))
+    mary = await world.user("Mary")
+    ada, charles = room.them[0].id, room.them[1].id
+    await room.ada.call(client.Block(user_id=mary.id))
+    for frame in (client.CreateDirect, client.RequestFriend, client.Follow):
+        with pytest.raises(Refused, match="Unblock them first") as told:
+            await room.ada.call(frame(user_id=mary.id))
+        assert (told.value.code, told.value.path) == (ErrorCode.CONFLICT, "user_id")
+    # A block of somebody else's is not told.
+    other = await world.connect(mary)
+    for frame in (client.CreateDirect, client.RequestFriend, client.Follow):
+        with refused(ErrorCode.NOT_FOUND, "user_id"):
+            await other.call(frame(user_id=ada))
+    made = await room.ada.call(client.CreateDirect(user_id=charles), server.OneConversation)
+    await room.charles.call(client.Block(user_id=ada))
+    for one in (room.ada, room.charles):
+        with pytest.raises(Refused, match="Unblock them if you block them"):
+            await sent(one, made.view.conversation.id)

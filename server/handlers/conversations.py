@@ -20,7 +20,7 @@ from server.database import Db
 from server.errors import NotActive, NotFound
 from server.invitecode import new_code
 from server.membership import News, Welcome, counted, end, entered, guests, welcomed
-from server.permissions import require
+from server.permissions import require, unreachable
 from server.queries import audit, bounds, conversations, participants, users
 from server.queries.audit import Deed
 from server.queries.conversations import Filter, Founding
@@ -44,11 +44,11 @@ async def create_direct(context: Context, frame: client.CreateDirect) -> OneConv
         if there is None:
             # A refused frame does not lock a stranger, so this is asked before the lock, too.
             if not await users.all_may(db, "write", context.user_id, [frame.user_id]):
-                raise NotFound("user_id")
+                raise await unreachable(db, context.user_id, frame.user_id)
             if context.user_id not in await users.lock(db, founding.members):
                 raise NotActive
             if not await users.all_may(db, "write", context.user_id, [frame.user_id]):
-                raise NotFound("user_id")
+                raise await unreachable(db, context.user_id, frame.user_id)
             made = await conversations.create(db, founding)
             if made:
                 await users.touch(db, list(founding.members))
@@ -175,7 +175,9 @@ async def update(context: Context, frame: client.UpdateConversation) -> OneConve
         before = await _view(db, context.user_id, frame.conversation_id)
         if before.conversation.type == "direct":
             raise Refused(
-                ErrorCode.FORBIDDEN, "A direct conversation has no settings. Change your own with `set_preferences`."
+                ErrorCode.FORBIDDEN,
+                "A direct conversation has no settings. Change your own with `set_preferences`.",
+                path="conversation_id",
             )
         require(before.me, Act.EDIT_CONVERSATION)
         changed = {field: value for field, value in given.items() if getattr(before.conversation, field) != value}

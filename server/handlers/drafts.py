@@ -65,8 +65,10 @@ async def schedule(context: Context, frame: client.Schedule) -> OneScheduled:
             # Slow mode counts when the time has come, and so does everything else once more.
             require_may_send(access._replace(wait_ms=0))
             if await scheduled.count(db, context.user_id) >= MAX_SCHEDULED:
-                sentence = f"At most {MAX_SCHEDULED} scheduled messages can wait. Cancel one first."
-                raise Refused(ErrorCode.CONFLICT, sentence)
+                raise Refused(
+                    ErrorCode.CONFLICT,
+                    f"At most {MAX_SCHEDULED} scheduled messages can wait. Cancel one first.",
+                )
         made = await scheduled.put(db, frame, context.user_id)
         if made is None:
             if there is not None and await scheduled.is_repeated(db, frame, context.user_id):

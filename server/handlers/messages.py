@@ -73,6 +73,8 @@ def _require_editable(context: Context, found: Found) -> None:
     if message.forwarded_from_id is not None:
         raise Refused(ErrorCode.FORBIDDEN, "A forwarded message cannot be edited. Send a new one.", path="message_id")
     window = found.conversation.settings.edit_window_seconds
+    if window == 0:
+        raise Refused(ErrorCode.FORBIDDEN, "Messages cannot be edited here. Send a new one.", path="message_id")
     if window is not None and now() - message.created_at > timedelta(seconds=window):
         raise Refused(
             ErrorCode.FORBIDDEN, f"Edit a message here within {window} seconds. Send a new one.", path="message_id"

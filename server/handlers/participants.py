@@ -39,7 +39,7 @@ async def join(context: Context, frame: client.Join) -> OneConversation:
             )
         news = News(context, db, conversation)
         if before is None or before.status != "active":
-            require_room(conversation, 1)
+            require_room(conversation, 1, path)
             news.enter(await participants.add(db, conversation.id, [context.user_id], "member", None))
             if frame.invite_code is not None:
                 await conversations.use_invite_code(db, conversation.id)
@@ -76,7 +76,7 @@ async def add(context: Context, frame: client.AddParticipants) -> Added:
         they = await welcomed_by(db, context, me, frame)
         news = News(context, db, conversation)
         if they.added:
-            require_room(conversation, len(they.added))
+            require_room(conversation, len(they.added), "participants")
             news.enter(await participants.add(db, conversation.id, they.added, frame.role, context.user_id))
         if they.invited:
             news.changes += await participants.invite(db, conversation.id, they.invited, frame.role, context.user_id)

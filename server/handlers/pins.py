@@ -27,7 +27,11 @@ async def pin(context: Context, frame: client.Pin | client.Unpin) -> Changed:
             return Changed(conversation_id=before.conversation_id, version=before.version)
         require_may_send(found)
         if is_on and await pins.count(db, before.conversation_id) >= MAX_PINS:
-            raise Refused(ErrorCode.CONFLICT, f"At most {MAX_PINS} messages can be pinned. Unpin one first.")
+            raise Refused(
+                ErrorCode.CONFLICT,
+                f"At most {MAX_PINS} messages of a conversation can be pinned. Unpin one first.",
+                path="conversation_id",
+            )
         message = await pins.pin(db, before, context.user_id, is_on=is_on)
     return tell_changed(context.events, found, message)
 

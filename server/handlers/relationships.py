@@ -10,6 +10,7 @@ from protocol.values import RelationshipKind, RelationshipStatus
 from server.context import Context
 from server.database import Db
 from server.errors import NotActive, NotFound
+from server.permissions import OwnBlock, unreachable
 from server.queries import approaches, bounds, relationships, users
 from server.queries.relationships import Change
 
@@ -20,10 +21,10 @@ async def request_friend(context: Context, frame: client.RequestFriend) -> OneRe
     async with context.database.transaction() as db:
         # Asked before the lock, too, here and below: a refused frame does not lock a stranger.
         if not await users.all_may(db, "request_friend", me, [them]):
-            raise NotFound("user_id")
+            raise await unreachable(db, me, them)
         await _lock(db, me, them)
         if not await users.all_may(db, "request_friend", me, [them]):
-            raise NotFound("user_id")
+            raise await unreachable(db, me, them)
         mine = await relationships.status(db, me, them, "friend")
         if mine == "rejected":
             raise Refused(ErrorCode.CONFLICT, "They declined your request. Wait for theirs.", path="user_id")
@@ -56,7 +57,7 @@ async def answer_friend(context: Context, frame: client.AnswerFriend) -> OneRela
         if there != answer and there not in {"pending", "rejected"}:
             raise NotFound("user_id")
         if frame.accept and await relationships.status(db, me, them, "block") == "active":
-            raise Refused(ErrorCode.CONFLICT, "You block this user. Unblock them first.", path="user_id")
+            raise OwnBlock
         change = Change("friend", answer, response_message=frame.message)
         if there == answer and (same := await relationships.get(db, them, me, change, me)) is not None:
             # Answered before: the other one is not told again.
@@ -93,7 +94,7 @@ def turned(kind: RelationshipKind, *, on: bool) -> Callable[[Context, OneOf], Aw
 
     async def require(db: Db, me: UserId, them: UserId) -> None:
         if on and not await users.all_may(db, action, me, [them]):
-            raise NotFound("user_id")
+            raise await unreachable(db, me, them)
         if not on and await relationships.status(db, me, them, kind) is None:
             raise NotFound("user_id")
 

@@ -1,6 +1,7 @@
 """Sending: say something, forward what somebody said."""
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from typing import Literal, TypeAlias
 
 from asyncpg import UniqueViolationError
@@ -53,7 +54,9 @@ async def forward(context: Context, frame: client.Forward) -> Sent:
     )
     if said.is_deleted or said.is_moderated:
         # Unless it was forwarded before that.
-        if isinstance(answer := await _why_not(context, Outgoing(context.user_id, again, source=source)), Sent):
+        with _renamed():
+            answer = await _why_not(context, Outgoing(context.user_id, again, source=source))
+        if isinstance(answer, Sent):
             return answer
         raise NotFound("message_id")
     if said.system_message_type is not None:
@@ -70,8 +73,15 @@ async def forward(context: Context, frame: client.Forward) -> Sent:
     further = len(encode(again)) // TOKEN_BYTES + int(FURTHER_TOKENS["forward"] * part_of_mentions(again.content))
     if further:
         context.services.writes.require(context.user_id, further, taken=1)
-    try:
+    with _renamed():
         return await _store(context, await outgoing(context, again, source))
+
+
+@contextmanager
+def _renamed() -> Iterator[None]:
+    """Name the fields of `forward` in refusals of the `send` that it becomes."""
+    try:
+        yield
     except Refused as refused:
         refused.path = {"conversation_id": "to_conversation_id", "message_id": "new_message_id"}.get(
             refused.path or "", refused.path
@@ -188,7 +198,7 @@ async def _why_not(context: Context, out: Outgoing) -> Sent | Literal["slow"] | 
     if there.obstacle == "inactive":
         raise NotActive
     if there.obstacle in OBSTACLES:
-        raise Refused(ErrorCode.FORBIDDEN, OBSTACLES[there.obstacle])
+        raise Refused(ErrorCode.FORBIDDEN, OBSTACLES[there.obstacle], path="conversation_id")
     if there.version is not None:
         raise Refused(ErrorCode.CONFLICT, "Another message has this id. Make a new one.", path="message_id")
     if there.missing is not None:

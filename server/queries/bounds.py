@@ -118,8 +118,10 @@ async def require_requests(db: Db, user_id: UserId, other: UserId) -> None:
     """
     sent, received = await db.fetchrow(REQUESTS, user_id, other) or (0, 0)
     if sent > MAX_REQUESTS_SENT:
-        sentence = f"At most {MAX_REQUESTS_SENT} of your friend requests can wait for an answer. Take one back first."
-        raise Refused(ErrorCode.CONFLICT, sentence)
+        raise Refused(
+            ErrorCode.CONFLICT,
+            f"At most {MAX_REQUESTS_SENT} of your friend requests can wait for an answer. Take one back first.",
+        )
     if received > MAX_REQUESTS_RECEIVED:
         raise Refused(
             ErrorCode.CONFLICT, "This user has too many friend requests to answer. Try again later.", path="user_id"
@@ -173,5 +175,8 @@ async def require_threads(db: Db, user_id: UserId) -> None:
     if int(await db.fetchval(THREADS, user_id)) <= MAX_THREAD_FOLLOWS:
         return
     if await db.execute(FORGET_THREADS, user_id, FORGOTTEN_AT_ONCE) == "UPDATE 0":
-        sentence = f"You can follow at most {MAX_THREAD_FOLLOWS} threads. Unfollow one first."
-        raise Refused(ErrorCode.CONFLICT, sentence, path="message_id")
+        raise Refused(
+            ErrorCode.CONFLICT,
+            f"You can follow at most {MAX_THREAD_FOLLOWS} threads. Unfollow one first.",
+            path="message_id",
+        )
