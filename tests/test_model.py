@@ -235,7 +235,7 @@ class Model:
 
     def request(self, who: int, other: int) -> Code:
         if not self.may_see("request_friend", who, other):
-            return NOT_FOUND
+            return CONFLICT if (who, other) in self.blocks else NOT_FOUND
         mine, theirs = self.asked.get((who, other)), self.asked.get((other, who))
         if mine == "rejected":
             return CONFLICT
