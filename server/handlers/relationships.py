@@ -94,7 +94,8 @@ def turned(kind: RelationshipKind, *, on: bool) -> Callable[[Context, OneOf], Aw
 
     async def require(db: Db, me: UserId, them: UserId) -> None:
         if on and not await users.all_may(db, action, me, [them]):
-            raise await unreachable(db, me, them)
+            # Whoever repeats a block has nothing to end.
+            raise await unreachable(db, me, them) if kind == "follow" else NotFound("user_id")
         if not on and await relationships.status(db, me, them, kind) is None:
             raise NotFound("user_id")
 
