@@ -47,7 +47,7 @@ class Resolver:
             try:
                 addresses = [str(one[4][0]) for one in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)]
             except Exception as error:  # noqa: BLE001 - the caller raises it
-                problem = error
+                problem = error.with_traceback(None)  # this frame, which holds it, would be in it
             with contextlib.suppress(RuntimeError):  # the worker has stopped meanwhile
                 loop.call_soon_threadsafe(self._ended, host, addresses, problem)
 

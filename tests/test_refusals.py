@@ -1,6 +1,10 @@
 """Every refusal: an error with a code and a path; the connection lives, and nothing is written."""
 
 import contextlib
+import gc
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import msgspec
@@ -20,6 +24,7 @@ from server.dispatch import Access
 from server.routes import ROUTES
 from tests.world import World, http_client, message, sent
 
+ROOT = Path(__file__).parent.parent
 A_UUID4 = "8b9d4d78-2de1-4813-b7a2-e0529d3c0efa"
 
 
@@ -122,6 +127,53 @@ async def test_abuse_closes(ada: Client) -> None:
     for _ in range(300):
         await ada.socket.send("abuse")
     assert await ada.closed() == CloseCode.ABUSE
+
+
+@contextlib.contextmanager
+def no_error_in_a_cycle() -> Iterator[None]:
+    """Fail if an error of the server is in a cycle, with all that the frames of its traceback hold: the collector comes
+    late in a worker (worker.GC_THRESHOLDS), and a request may be large.
+    """
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+        gc.set_debug(gc.DEBUG_SAVEALL)
+        gc.collect()
+        places = {
+            f"{type(one).__name__} in {step.tb_frame.f_code.co_qualname}"
+            for one in gc.garbage
+            if isinstance(one, BaseException)
+            for step in iterate(one.__traceback__)
+            if Path(step.tb_frame.f_code.co_filename).is_relative_to(ROOT / "server")
+        }
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+        gc.enable()
+    assert not places
+
+
+def iterate(step: TracebackType | None) -> Iterator[TracebackType]:
+    while step is not None:
+        yield step
+        step = step.tb_next
+
+
+async def test_a_refusal_keeps_nothing_of_its_request(world: World, ada: Client) -> None:
+    stranger = frames(ConversationId(uuid7()), MessageId(uuid7()), ada.ready.user.id)
+    too_long = message(await world.channel(ada), "&" * 10_000, is_markdown=True)
+    async with http_client(world.url) as http:
+        headers = {"Authorization": f"Bearer {(await world.user('Charles')).token}"}
+        with no_error_in_a_cycle():
+            for data, _, _ in MALFORMED:
+                await ada.raw(encode(data).decode() if isinstance(data, dict) else data)
+            for frame in (*stranger, too_long):
+                await ada.ask(frame)
+            for content in (b"{", b'{"type": "typing"}', encode(send())):
+                await http.post("/v1/call", content=content, headers=headers)
+            for path in ("register", "login", "password", "nothing"):
+                await http.post(f"/v1/auth/{path}", json={"email": "ada@example.org", "password": "x"}, headers=headers)
 
 
 def frames(conversation_id: ConversationId, message_id: MessageId, user_id: UserId) -> list[Frame]:
