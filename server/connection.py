@@ -27,6 +27,8 @@ from server.websocket import WebSocket
 log = logging.getLogger(__name__)
 
 MAX_INBOX = 32
+AT_ONCE = 4
+"""Frames of a connection that are answered in one turn of the loop, at most."""
 """How many frames, or MAX_FRAME_BYTES in all, wait for their turn before the socket is not read any more."""
 ENTER_SECONDS = 10.0
 """How long one may be on the way in: a client that says it will resume may never do so."""
@@ -227,9 +229,13 @@ class Connection:
 
     async def _work(self) -> None:
         """Do what there is to do, in order, and end: an idle connection has no task."""
+        done = 0
         try:
             while not self._is_closed:
                 await self.socket.drained()
+                done += 1
+                if done % AT_ONCE == 0:
+                    await asyncio.sleep(0)  # refusals wait for nothing: a full inbox would keep others waiting
                 if self._todo:
                     await self._todo.pop(0)()
                 elif self._inbox:

@@ -22,6 +22,7 @@ from protocol.client import (
     ListReplies,
     ListReports,
     ListStars,
+    Resume,
     Schedule,
     Send,
     Watch,
@@ -46,6 +47,7 @@ from server.metrics import Metrics
 from server.pressure import Pressure, Shed
 from server.share import HELD
 from server.sharedallowance import SharedAllowance
+from server.turns import Turns
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +58,9 @@ SEARCH_REST = 4
 """Rest after a search, as a multiple of its time at the database: a user whose searches are slow does not occupy a
 connection all the time.
 """
+
+READ_SECONDS = 10.0
+"""Max seconds that a large read waits for others of the same user. The refusal is that of a database that is away."""
 
 
 class Access(Enum):
@@ -101,6 +106,7 @@ class Dispatch:
         self._pressure = pressure
         self._allowances = allowances
         self._rates = {str(frame.__struct_config__.tag): route.rate for frame, route in routes.items()}
+        self._reading: Turns[UserId] = Turns(1, patience=READ_SECONDS)
         self.searching: set[UserId] = set()
         """Who is searching at this worker."""
 
@@ -120,6 +126,8 @@ class Dispatch:
                 self._pressure.require(route.shed)
             if route.rate is Rate.SEARCH:
                 result = await self._search(route, context, frame)
+            elif more > 0 and route.rate is Rate.READ and not isinstance(frame, Resume):  # which waits for its client
+                result = await self._read_alone(route, context, frame)
             else:
                 result = await self._handle(route, context, frame)
         except Exception as error:  # noqa: BLE001 - whatever goes wrong is answered
@@ -162,6 +170,16 @@ class Dispatch:
             # Handlers publish after their commit, so nothing has happened yet.
             context.database.rolled_back(str(type(frame).__struct_config__.tag), error)
         return await route.handler(context, frame)
+
+    async def _read_alone(self, route: Route, context: Context, frame: Frame) -> Result:
+        """Run the handler of a frame that may have a large answer. Other such frames of the user at this worker wait:
+        decoding an answer takes the loop milliseconds, and a user with many connections could ask for many at once.
+        """
+        await self._reading.take(context.user_id)
+        try:
+            return await self._handle(route, context, frame)
+        finally:
+            self._reading.give(context.user_id)
 
     async def _search(self, route: Route, context: Context, frame: Frame) -> Result:
         """Run the handler of a search; meanwhile `_charge` refuses others of the same user at this worker."""

@@ -154,8 +154,8 @@ def log_failure(log: logging.Logger, what: str, error: Exception) -> None:
 def refusal(error: Exception) -> Refused | None:
     """Return what to tell a client about `error`, or None if it is a defect of ours.
 
-    What is returned has no traceback: the caller's frame, which holds it, would be in that. Such a cycle keeps the request
-    until the collector comes, which is late.
+    What is returned has no traceback: the caller's frame, which holds it, would be in that. Such a cycle keeps the
+    request until the collector comes, which is late.
     """
     if isinstance(error, Refused):
         return error.with_traceback(None)

@@ -71,6 +71,7 @@ class Http(HttpToolsProtocol):
         self._held = 0
         self._is_over = False
         self._is_lingering = False
+        self._is_new = True
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # noqa: D102
         super().connection_made(transport)
@@ -100,6 +101,19 @@ class Http(HttpToolsProtocol):
             self._key = None
 
     def data_received(self, data: bytes) -> None:  # noqa: D102
+        if self._is_new:
+            self._is_new = False
+            self.transport.pause_reading()
+            self._sockets.begin(partial(self._begin, data))
+        else:
+            self._receive(data)
+
+    def _begin(self, data: bytes) -> None:
+        if not self.transport.is_closing():
+            self.transport.resume_reading()
+            self._receive(data)
+
+    def _receive(self, data: bytes) -> None:
         self._bytes += len(data)
         if self._is_lingering:
             if self._bytes > LINGER_BYTES:

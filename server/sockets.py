@@ -1,9 +1,10 @@
 """The TCP connections of a worker: counted when they are accepted, and never more than there are descriptors for."""
 
+import asyncio
 import logging
 import resource
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
 
 from protocol.errors import ErrorCode, Refused
@@ -25,6 +26,8 @@ LINGER_BYTES = 16 * MAX_FRAME_BYTES
 """Max bytes that are read and dropped before a connection is closed. A socket that is closed with unread bytes is
 reset, and then the client may lose the answer or the close frame.
 """
+BEGIN_AT_ONCE = 4
+"""Connections whose first bytes are taken in in one turn of the loop, at most."""
 LOG_SECONDS = 60.0
 RETRY_MS = 5_000
 
@@ -48,6 +51,7 @@ class Sockets:
         self._unread_of_address: Counter[str] = Counter()
         # The connections that the server does nothing for now, oldest first, and what closes each.
         self._waiting: dict[object, Callable[[], None]] = {}
+        self._beginning: deque[Callable[[], None]] = deque()
         self._logged_at = float("-inf")
         self.shed = 0
         self.timed_out = 0
@@ -89,6 +93,20 @@ class Sockets:
     def works(self, connection: object) -> None:
         """Note that a connection is no longer idle."""
         self._waiting.pop(connection, None)
+
+    def begin(self, received: Callable[[], None]) -> None:
+        """Call `received`, which takes in the first bytes of a connection, when it is its turn: a handshake takes the
+        loop half a millisecond, and hundreds may arrive at once.
+        """
+        self._beginning.append(received)
+        if len(self._beginning) == 1:
+            asyncio.get_running_loop().call_soon(self._begin_some)
+
+    def _begin_some(self) -> None:
+        for _ in range(min(BEGIN_AT_ONCE, len(self._beginning))):
+            self._beginning.popleft()()
+        if self._beginning:
+            asyncio.get_running_loop().call_soon(self._begin_some)
 
     def hold(self, key: str, count: int) -> None:
         """Count `count` bytes of an unanswered request. Raises Refused beyond the two maxima."""
