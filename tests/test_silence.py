@@ -88,7 +88,7 @@ async def drip(streams: Streams, bytes_: bytes) -> None:
         (b"", b"\r\n", b""),
         (DONE, b"", b"HTTP/1.1 200"),
         (DONE, b"\r\n", b"HTTP/1.1 200"),
-        (DONE + b"GET / ", b"x", b"HTTP/1.1 200"),
+        (DONE + b"GET / HTTP/1.1\r\nHost:", b"x", b"HTTP/1.1 200"),
         (POST, b"", b"HTTP/1.1 408"),
         (POST + b"x" * 1000, b"x", b"HTTP/1.1 408"),
         (CHUNKED, b"1\r\nx\r\n", b"HTTP/1.1 408"),
