@@ -27,9 +27,11 @@ from server.orders import DRAIN_SECONDS, READY, Orders
 from server.sockets import raise_descriptor_limit
 from server.websocket import WebSocket
 
-GC_THRESHOLDS = (25_000, 20, 20)
-"""New objects between collections. A connection is some hundred objects that stay: by default (700) they would
-be walked over again every few connections.
+GC_THRESHOLDS = (2_500, 200, 20)
+"""New objects between collections of the young ones, and how many of those until the survivors are walked over again.
+
+A connection is some hundred objects that stay: by default (700, 10) they would be walked over every few connections.
+The first number bounds the pause: with 25,000, the garbage of 120 connections that had closed took 70 ms at once.
 """
 SECURITY_HEADERS = [
     ("x-content-type-options", "nosniff"),
