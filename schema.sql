@@ -435,6 +435,8 @@ CREATE TABLE scheduled_message (
 CREATE INDEX scheduled_message_due_idx ON scheduled_message (send_at) WHERE status = 'waiting';
 CREATE INDEX scheduled_message_version_idx ON scheduled_message (sender_id, user_version) WHERE user_version > 0;
 CREATE INDEX scheduled_message_sender_idx ON scheduled_message (sender_id, send_at);
+-- What still waits of one sender, beside all that is over.
+CREATE INDEX scheduled_message_waiting_idx ON scheduled_message (sender_id, send_at) WHERE status = 'waiting';
 -- What is over, and deleted after a while.
 CREATE INDEX scheduled_message_over_idx ON scheduled_message (send_at) WHERE status <> 'waiting';
 

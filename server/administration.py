@@ -116,6 +116,7 @@ def _parser() -> argparse.ArgumentParser:
     audited = command(conversation, "audit", show_audit, which)
     audited.add_argument("--verify", action="store_true", help="only check that nothing was changed")
     erased = command(top, "erase", erase_user, who)
+    erased.set_defaults(changes=[])
     erased.add_argument("--yes", action="store_true", help="really: there is no way back")
     erased.add_argument("--verify", action="store_true", help="look afterwards whether anything is left")
     return parser
@@ -326,10 +327,11 @@ async def erase_user(db: Db, options: argparse.Namespace) -> Change:
     if card.state != "erased" and not options.yes:
         await note(db, "show_user", card.id)
         raise Fatal(f"this erases {card.name} ({card.email}) for good; say --yes if that is meant.")
-    changes: list[participants.Change] = []
+    # Those that an attempt committed before it failed are told, too.
+    changes: list[participants.Change] = options.changes
     if options.yes:
         # Who was erased before is erased again: what was left, or came since, is taken away.
-        changes = await erase(database.Single(db), card.id)
+        await erase(database.Single(db), card.id, changes.append)
         await note(db, "erase_user", card.id)
     answer: dict[str, Any] = {"id": str(card.id), "state": "erased"}
     failure = None

@@ -52,7 +52,7 @@ from server.record import PostgresRecord
 from server.redisbus import Alone, RedisBus
 from server.roster import Roster
 from server.routes import ROUTES
-from server.scheduling import send_due
+from server.scheduling import Scheduling
 from server.sharedallowance import SharedAllowance
 from server.sockets import Sockets, most_sockets
 from server.web import Counted, CountedPreflights, no_route
@@ -64,6 +64,8 @@ MEMBERSHIPS_AT_ONCE = 64
 """Of how many users one statement reads the conversations at most."""
 REDIS_SECONDS = 1.0
 METRICS_SECONDS = 1.0
+SENDERS_SHARE = 4
+"""Scheduled messages hold at most one in `SENDERS_SHARE` of a worker's connections, and at least one."""
 CLEAR_SECONDS = 600.0
 FINISH_SECONDS = 5.0
 """How long what connections have begun may take when the worker ends."""
@@ -153,6 +155,7 @@ class App:
             anyone_adds=settings.add_people == "anyone",
         )
         self._services = services
+        self.scheduling = Scheduling(services, most=max(1, settings.database_connections // SENDERS_SHARE))
         dispatch = Dispatch(ROUTES, self._allowances, metrics=metrics, pressure=self.pressure)
         self.searching = dispatch.searching
         shared = Shared(
@@ -260,7 +263,7 @@ class App:
             (CLEAR_SECONDS, self.forget_relationships),
             (CLEAR_SECONDS, self.forget_audit),
             (CLEAR_SECONDS, self.erase_due),
-            (DUE_SECONDS, self.send_due),
+            (DUE_SECONDS, self.scheduling.send_due),
             (DUE_SECONDS, self.expire_due),
             (DUE_SECONDS, self.notices.push_due),
             (TIDY_SECONDS, self.tidy),
@@ -276,6 +279,7 @@ class App:
         if self._working:
             await asyncio.wait(self._working, timeout=FINISH_SECONDS)
         await end(self._tasks)
+        await self.scheduling.close()
         for allowance in self._allowances.values():
             await allowance.close()
         await self.presence.close()
@@ -287,10 +291,6 @@ class App:
             # The above leaves all open if the client was about to look at the cluster anew.
             await self._redis.nodes_manager.aclose()
         await self._database.close()
-
-    async def send_due(self) -> bool:
-        """Send some of what was scheduled; return whether there may be more."""
-        return await send_due(self._services)
 
     async def expire_due(self) -> None:
         """Take away messages whose time is over."""

@@ -131,7 +131,7 @@ class Context(msgspec.Struct, frozen=True, kw_only=True):
     session_id: SessionId
     subscriber: Subscriber | None = None
     is_of_job: bool = False
-    """Whether a job acts for the caller, one after the other: to wait for a turn of one would delay all others."""
+    """Whether a job acts for the caller: it waits for no turn of the caller's, and not for long for a lock."""
 
     @property
     def user_id(self) -> UserId:
@@ -141,7 +141,8 @@ class Context(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def database(self) -> Database:
         """The database, as the caller has it."""
-        return self.services.database if self.is_of_job else self.services.database.of(self.user_id)
+        database = self.services.database
+        return database.of_jobs() if self.is_of_job else database.of(self.user_id)
 
     @property
     def events(self) -> Events:

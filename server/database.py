@@ -29,6 +29,8 @@ SEARCH_PATIENCE = 1.0
 """Max time that a search waits for a connection, in seconds."""
 COUNTS_WAITING = 256
 """Max badges that wait for a connection, per worker: every client asks for one when it starts."""
+JOB_LOCK_MS = 500
+"""Max time that a transaction of a job waits for a lock, in milliseconds: what is due for others comes after it."""
 COUNT_PATIENCE = 5.0
 """Max time that a badge waits for a connection, in seconds."""
 CATCHING_UP_SHARE = 4
@@ -70,6 +72,8 @@ SEARCH_MS = 2_000
 IN_ORDER = "SET LOCAL enable_bitmapscan = off"
 """What such a transaction sets for statements that read in the order of an index and stop: a bitmap has no order."""
 
+IMPATIENT = f"SET LOCAL lock_timeout = '{JOB_LOCK_MS}ms'"
+
 EPOCH = """
 SELECT e.epoch || '.' || s.system_identifier || '.' || c.timeline_id
 FROM database_epoch e, pg_control_system() s, pg_control_checkpoint() c
@@ -93,15 +97,22 @@ class Shared:
 class Database:
     """A pool of connections. Heals by itself: what was lost is opened again when it is next needed."""
 
-    __slots__ = ("_pool", "_shared")
+    __slots__ = ("_is_impatient", "_pool", "_shared")
 
-    def __init__(self, pool: Pool | Part, shared: Shared) -> None:
+    def __init__(self, pool: Pool | Part, shared: Shared, *, is_impatient: bool = False) -> None:
         self._pool = pool
         self._shared = shared
+        self._is_impatient = is_impatient
 
     def of(self, user_id: UserId) -> "Database":
         """Return the database as one user has it, who holds a share of the connections at most."""
         return Database(self._shared.pool.of(user_id), self._shared)
+
+    def of_jobs(self) -> "Database":
+        """Return the database as periodic jobs have it: its transactions raise LockNotAvailableError if they wait for a
+        lock longer than `JOB_LOCK_MS`.
+        """
+        return Database(self._shared.pool, self._shared, is_impatient=True)
 
     @property
     def deadlocks(self) -> int:
@@ -161,6 +172,8 @@ class Database:
     async def transaction(self) -> AsyncIterator[Db]:
         """Borrow a connection inside a transaction, which commits when the block ends."""
         async with self.connection() as connection, connection.transaction():
+            if self._is_impatient:
+                await connection.execute(IMPATIENT)
             yield connection
 
     async def atomically(self, what: str, work: Callable[[Db], Awaitable[Result]]) -> Result:

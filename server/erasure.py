@@ -9,7 +9,7 @@ from typing import Protocol, TypeVar
 from protocol.ids import ConversationId, UserId
 from server.context import Events
 from server.database import Database, Db
-from server.errors import is_lost, log_defect
+from server.errors import HELD_UP, is_lost, log_defect
 from server.queries import conversations, erasure, participants, users
 from server.queries.participants import Change
 from server.telling import tell_participant
@@ -27,21 +27,24 @@ class Atomic(Protocol):
 
 
 async def erase_due(database: Database, events: Events, grace: timedelta) -> None:
-    """Erase those whose time of grace is over, and tell who takes part in what now."""
+    """Erase those whose time of grace is over, and publish who takes part in what now. Somebody of whom a row is held
+    for long is erased by a later run.
+    """
+    database = database.of_jobs()
+    tell = partial(tell_participant, events)
     tried: set[UserId] = set()
     while due := await _due(database, grace, tried):
         for user_id in due:
             tried.add(user_id)
             try:
-                changes = await erase(database, user_id, grace=grace)
+                await erase(database, user_id, tell, grace=grace)
+            except HELD_UP:
+                continue
             except Exception as error:
                 if is_lost(error):
                     raise
                 # The others are due, too.
                 log_defect(log, "erase_due", error)
-                continue
-            for change in changes:
-                tell_participant(events, change)
 
 
 async def _due(database: Database, grace: timedelta, tried: set[UserId]) -> list[UserId]:
@@ -49,22 +52,24 @@ async def _due(database: Database, grace: timedelta, tried: set[UserId]) -> list
         return await erasure.due(db, grace, tried)
 
 
-async def erase(database: Atomic, user_id: UserId, *, grace: timedelta | None = None) -> list[Change]:
+async def erase(
+    database: Atomic, user_id: UserId, tell: Callable[[Change], None], *, grace: timedelta | None = None
+) -> None:
     """Erase a user, who may be online: shut them out, let them out of everything they are in, as `leave` does, so that
     nothing is left without an owner, and forget them once nothing is left. Done again after a crash in the middle, or
-    for who was erased before, it takes away what is left. Return who takes part in what else now.
+    for who was erased before, it takes away what is left. `tell` gets each change of a participant after its commit,
+    also if a later step fails.
 
     With `grace`, do nothing if they did not delete their account, or came back, or deleted it not so long ago.
     """
     if not await database.atomically("erasure", partial(_shut_out, user_id, grace)):
-        return []
+        return
     while await database.atomically("erasure", partial(_unrelate, user_id)):
         pass
-    changes: list[Change] = []
     while there := await database.atomically("erasure", partial(_forget, user_id)):
         for conversation_id in there:
-            changes += await database.atomically("erasure", partial(_leave, user_id, conversation_id))
-    return changes
+            for change in await database.atomically("erasure", partial(_leave, user_id, conversation_id)):
+                tell(change)
 
 
 async def _shut_out(user_id: UserId, grace: timedelta | None, db: Db) -> bool:
@@ -73,10 +78,12 @@ async def _shut_out(user_id: UserId, grace: timedelta | None, db: Db) -> bool:
 
 
 async def _unrelate(user_id: UserId, db: Db) -> bool:
-    """End what is between a user and some others; return whether there may be more."""
+    """End what is between a user and some others; return whether there may be more. Waits for the first of the others
+    alone, and takes those with it who are free: strangers are not held until somebody else's lock is.
+    """
     if others := await erasure.related(db, user_id):
-        await users.lock(db, [user_id, *others])
-        await erasure.unrelate(db, user_id, others)
+        await users.lock(db, [user_id, others[0]])
+        await erasure.unrelate(db, user_id, [others[0], *await users.lock_free(db, others[1:])])
     return bool(others)
 
 

@@ -74,6 +74,9 @@ _LOST: tuple[type[BaseException], ...] = (
     asyncpg.ReadOnlySQLTransactionError,
 )
 
+HELD_UP = (asyncpg.LockNotAvailableError, asyncpg.QueryCanceledError)
+"""Raised by a statement that waited or ran for too long. A job goes on with what is due for others."""
+
 _UNFIT: tuple[type[BaseException], ...] = (
     asyncpg.DataError,  # U+0000, times and numbers out of range
     asyncpg.ProgramLimitExceededError,

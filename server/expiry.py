@@ -6,7 +6,7 @@ from functools import partial
 from protocol.ids import ConversationId, MessageId
 from server.context import Events
 from server.database import Database, Db
-from server.errors import is_lost, log_defect
+from server.errors import HELD_UP, is_lost, log_defect
 from server.queries import conversations, edits, expiry
 from server.queries.edits import Deleted
 from server.telling import tell_deleted
@@ -15,12 +15,18 @@ log = logging.getLogger(__name__)
 
 
 async def expire_due(database: Database, events: Events) -> None:
-    """Delete the messages whose time is over, and tell everyone. Any worker may; one of them does."""
+    """Delete the messages whose time is over, and tell everyone. Any worker may; one of them does. A conversation that
+    is held for long has its turn in a later run.
+    """
+    database = database.of_jobs()
     failed: set[ConversationId] = set()
     while due := await _due(database, failed):
         for conversation_id, message_ids in due.items():
             try:
                 gone = await database.atomically("expiry", partial(_expire, conversation_id, message_ids))
+            except HELD_UP:
+                failed.add(conversation_id)
+                continue
             except Exception as error:
                 if is_lost(error):
                     raise

@@ -35,6 +35,8 @@ OFFLINE_SECONDS = 5.0
 SIGN_SECONDS, SIGN_LASTS_SECONDS = 2.0, 6
 """A worker's sign of life: how often it is renewed, how long it lasts."""
 RECORD_SECONDS = 1.0
+LAST_TRIES = 5
+"""Max tries, `FLUSH_SECONDS` apart, of a worker that ends to record those whose rows are held."""
 
 WatchedBy = TypeVar("WatchedBy", bound=tuple[UserId, UserId])
 """A watcher and a watched user."""
@@ -98,6 +100,11 @@ class Presence:
                 if not self._states(fields):
                     self._transitions[user_id] = self._gone(user_id)
             await self._record()
+            for _ in range(LAST_TRIES):
+                if not self._transitions:
+                    break
+                await asyncio.sleep(FLUSH_SECONDS)
+                await self._record()
             await self._redis.delete(WORKER + self._worker)
         except REDIS_LOST:
             return
@@ -312,11 +319,12 @@ class Presence:
         transitions, self._transitions = self._transitions, {}
         try:
             async with self._database.connection() as db:
-                await users.seen(db, transitions)
+                left = await users.seen(db, transitions)
         except Exception as error:
             if not is_lost(error):
                 raise
-            self._transitions = transitions | self._transitions
+            left = transitions
+        self._transitions = left | self._transitions
 
 
 def _seen(user_id: UserId, choice: Visibility, states: Iterable[bytes]) -> Seen:

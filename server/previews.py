@@ -9,6 +9,8 @@ import re
 from html.parser import HTMLParser
 from urllib.parse import urljoin
 
+from asyncpg import LockNotAvailableError
+
 from protocol.limits import MAX_CONTENT, visible
 from protocol.values import LinkPreview, Message
 from server.context import Events
@@ -60,6 +62,8 @@ class Previews:
                 await self._look(message, link)
             except Unreachable as error:
                 log.info("no preview of %s: %s", link, error)
+            except LockNotAvailableError:
+                log.info("no preview of %s: the conversation is busy", link)
             except Exception as error:
                 if not is_lost(error):
                     log.exception("a preview failed")
@@ -71,7 +75,7 @@ class Previews:
         preview = await asyncio.to_thread(read, answer.body, link, answer.url)
         if preview is None:
             return
-        async with self._database.transaction() as db:
+        async with self._database.of_jobs().transaction() as db:
             found = await previews.lock(db, message)
             if found is None:
                 return  # edited, deleted or hidden meanwhile

@@ -4,17 +4,20 @@ A message and the note that it was sent commit together, and only while the work
 stalls or dies sends nothing twice, and nothing that its owner has changed or cancelled since.
 """
 
+import asyncio
 import logging
-from contextlib import suppress
 from datetime import timedelta
 from functools import partial
 from uuid import UUID
 
+from asyncpg import LockNotAvailableError
+
 from protocol.errors import ErrorCode
 from protocol.ids import SessionId
 from server.context import Context, Services
-from server.errors import INTERNAL, log_defect, refusal
+from server.errors import INTERNAL, log_defect, log_failure, refusal
 from server.handlers.sending import send_noted
+from server.periodic import end
 from server.queries import scheduled
 from server.queries.scheduled import ClaimLost, Due
 
@@ -25,47 +28,88 @@ AGAIN = frozenset({ErrorCode.UNAVAILABLE, ErrorCode.RATE_LIMITED})
 """Refusals that say to come back: the message is taken up again after a while."""
 
 
-async def send_due(services: Services) -> bool:
-    """Send messages whose time has come and that no other worker has taken up, as many as one claim takes; return
-    whether there may be more.
+class Scheduling:
+    """Sends what is due: the messages of one sender in order, those of different senders concurrently. So nobody's
+    messages wait for a lock on another sender's row, or for a conversation that another one writes to.
     """
-    async with services.database.connection() as db:
-        claimed = await scheduled.claim(db)
-    for due in claimed:
-        if due.sender is None:
-            problem = "The account cannot send messages any more."
-        elif due.frame is None:
-            problem = "The message is stored in a form that the server cannot read. Schedule a new one."
+
+    def __init__(self, services: Services, *, most: int) -> None:
+        """`most` is the max number of senders at a time. Each of them holds one connection to the database."""
+        self._services = services
+        self._most = most
+        self._sending: set[asyncio.Task[None]] = set()
+
+    async def send_due(self) -> None:
+        """Begin to send all messages whose time has come and that no other worker has taken up."""
+        while True:
+            while len(self._sending) >= self._most:
+                await asyncio.wait(self._sending, return_when=asyncio.FIRST_COMPLETED)
+            async with self._services.database.connection() as db:
+                claimed = await scheduled.claim(db)
+            if not claimed:
+                return
+            task = asyncio.create_task(_send(self._services, claimed))
+            self._sending.add(task)
+            task.add_done_callback(self._sending.discard)
+
+    async def sent(self) -> None:
+        """Return when nothing that was begun is left."""
+        while self._sending:
+            await asyncio.wait(self._sending)
+
+    async def close(self) -> None:
+        """Give up what was begun. What is not committed is rolled back, and sent by another worker."""
+        await end(self._sending)
+
+
+async def _send(services: Services, claimed: list[Due]) -> None:
+    """Send what one claim took, in order. What is left after a lock that somebody else holds, or without the database,
+    stays claimed: nothing of the same sender overtakes it until the claim ends, and then all of it is due again.
+    """
+    try:
+        for due in claimed:
+            await _send_one(services, due)
+    except (LockNotAvailableError, ClaimLost):
+        return
+    except Exception as error:  # noqa: BLE001 - it is taken up again
+        log_failure(log, "sending scheduled messages", error)
+
+
+async def _send_one(services: Services, due: Due) -> None:
+    """Send a message, or note why that cannot be."""
+    if due.sender is None:
+        problem = "The account cannot send messages any more."
+    elif due.frame is None:
+        problem = "The message is stored in a form that the server cannot read. Schedule a new one."
+    else:
+        try:
+            context = Context(services=services, user=due.sender, session_id=NO_SESSION, is_of_job=True)
+            note = partial(scheduled.finish, due=due, status="sent")
+            await services.database.again("a scheduled message", partial(send_noted, context, due.frame, note))
+        except (LockNotAvailableError, ClaimLost):
+            raise
+        except Exception as error:  # noqa: BLE001 - the others are due, too
+            refused = refusal(error)
+            if refused is None:
+                log_defect(log, "send_due", error)
+                refused = INTERNAL
+            if refused.code in AGAIN:
+                await _put_off(services, due, refused.retry_after_ms or 0)
+                return
+            problem = refused.message
         else:
-            try:
-                context = Context(services=services, user=due.sender, session_id=NO_SESSION, is_of_job=True)
-                note = partial(scheduled.finish, due=due, status="sent")
-                await services.database.again("a scheduled message", partial(send_noted, context, due.frame, note))
-                services.events.poke([due.sender_id])
-                continue
-            except ClaimLost:
-                continue
-            except Exception as error:  # noqa: BLE001 - the others are due, too
-                refused = refusal(error)
-                if refused is None:
-                    log_defect(log, "send_due", error)
-                    refused = INTERNAL
-                if refused.code in AGAIN:
-                    await _put_off(services, due, refused.retry_after_ms or 0)
-                    continue
-                problem = refused.message
-        await _fail(services, due, problem)
-    return len(claimed) == scheduled.AT_ONCE
+            services.events.poke([due.sender_id])
+            return
+    await _fail(services, due, problem)
 
 
 async def _put_off(services: Services, due: Due, wait_ms: int) -> None:
-    async with services.database.connection() as db:
+    async with services.database.of_jobs().transaction() as db:
         await scheduled.put_off(db, due, timedelta(milliseconds=wait_ms))
     services.events.poke([due.sender_id])
 
 
 async def _fail(services: Services, due: Due, problem: str) -> None:
-    with suppress(ClaimLost):
-        async with services.database.connection() as db:
-            await scheduled.finish(db, due, "failed", problem)
-        services.events.poke([due.sender_id])
+    async with services.database.of_jobs().transaction() as db:
+        await scheduled.finish(db, due, "failed", problem)
+    services.events.poke([due.sender_id])

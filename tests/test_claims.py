@@ -29,6 +29,7 @@ class Turns:
         self.group = room.group
         self.db = world.db
         self.services: Services = world.workers[0].app._services  # noqa: SLF001
+        self.scheduling = scheduling.Scheduling(self.services, most=1)
         self._next: dict[asyncio.Task[object] | None, Due] = {}
 
     async def claim(self, _: Db) -> list[Due]:
@@ -53,7 +54,8 @@ class Turns:
     async def send(self, due: Due) -> None:
         """Go on with a claim as its worker does."""
         self._next[asyncio.current_task()] = due
-        await scheduling.send_due(self.services)
+        await self.scheduling.send_due()
+        await self.scheduling.sent()
 
     async def put_off(self, due: Due) -> None:
         """Put a message off as a worker does that met a busy database."""

@@ -301,7 +301,7 @@ def hot(place: Place, ids: dict[str, Any]) -> dict[str, tuple[str, tuple[Any, ..
         "drafts": (drafts.LIST, (user, None, None)),
         "schedule": (scheduled.PUT, (ids["new"], user, about, "{}", "2030-01-01")),
         "scheduled": (scheduled.LIST, (user, None, None)),
-        "what is due": (scheduled.CLAIM, ("15 seconds", 50)),
+        "what is due": (scheduled.CLAIM, ("15 seconds",)),
         "what has expired": (expiry.DUE, (200, [])),
         "see feed": (feed.SEE, (user, "2030-01-01")),
         "notices": (push.NOTICES, ([ids["middle"]],)),

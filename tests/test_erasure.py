@@ -15,10 +15,15 @@ from server.database import Single
 from server.erasure import erase
 from server.queries.checks import CHECKS
 from server.queries.checks import run as ask
+from server.queries.participants import Change
 from tests.test_credentials import administer
 from tests.world import Somebody, World, sent
 
 ERASED = next(check for check in CHECKS if check.name == "nothing is left of who was erased")
+
+
+def nobody(_: Change) -> None:
+    """Tell nobody what changed."""
 
 
 async def is_well(world: World) -> list[str]:
@@ -98,7 +103,7 @@ async def test_second_erase_takes_away_what_came_since(world: World) -> None:
     ada, charles = await world.users("Ada", "Charles")
     other = await world.connect(charles)
     group = await world.group(other, ada)
-    await erase(Single(world.db), ada.id)
+    await erase(Single(world.db), ada.id, nobody)
     await world.db.execute(
         "UPDATE conversation_participant SET status = 'active' WHERE conversation_id = $1 AND user_id = $2",
         group,
@@ -107,7 +112,7 @@ async def test_second_erase_takes_away_what_came_since(world: World) -> None:
     await world.db.execute("UPDATE conversation SET participant_count = 2 WHERE id = $1", group)
     await world.db.execute('UPDATE "user" SET bio = $2 WHERE id = $1', ada.id, "Something")
     assert (await ask(world.db, ERASED)).number == 2
-    await erase(Single(world.db), ada.id)
+    await erase(Single(world.db), ada.id, nobody)
     assert await is_well(world) == []
 
 
@@ -116,13 +121,13 @@ async def test_who_is_in_a_deleted_conversation_is_erased(world: World) -> None:
     one = await world.connect(ada)
     group = await world.group(one, charles)
     await one.call(client.DeleteConversation(conversation_id=group))
-    await erase(Single(world.db), ada.id)
+    await erase(Single(world.db), ada.id, nobody)
     assert await is_well(world) == []
 
 
 async def test_who_came_back_within_their_time_of_grace_is_not_erased(world: World) -> None:
     ada = await world.user("Ada")
-    assert await erase(Single(world.db), ada.id, grace=world.workers[0].app._grace) == []  # noqa: SLF001
+    await erase(Single(world.db), ada.id, nobody, grace=world.workers[0].app._grace)  # noqa: SLF001
     assert await world.db.fetchval('SELECT is_active AND erased_at IS NULL FROM "user"')
 
 
@@ -149,7 +154,7 @@ async def test_check_finds_whatever_is_left_of_who_was_erased(world: World) -> N
     other = await world.connect(charles)
     group = await world.group(other, ada)
     said = await sent(other, group)
-    await erase(Single(world.db), ada.id)
+    await erase(Single(world.db), ada.id, nobody)
     assert await is_well(world) == []
     for name, statement in PLANTED.items():
         transaction = world.db.transaction()

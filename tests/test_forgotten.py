@@ -168,7 +168,7 @@ async def test_device_drops_relationships_with_who_was_erased(room: Room, world:
     device = Device(room, world)
     await device.begin()
     assert len(device.mirror.relationships) == 2
-    await erase(world.workers[0].app._database, mary.id)  # noqa: SLF001
+    await erase(world.workers[0].app._database, mary.id, lambda _: None)  # noqa: SLF001
     assert await device.back() == ["forgotten"]
     await device.assert_current()
     assert not device.mirror.relationships

@@ -291,7 +291,9 @@ class Quarrel:
         with contextlib.suppress(asyncpg.TransactionRollbackError):
             await self.app.clear_expired()
             await self.app.expire_due()
-            await self.app.send_due()
+            scheduling = self.app.scheduling
+            await scheduling.send_due()
+            await scheduling.sent()
 
 
 @pytest.fixture

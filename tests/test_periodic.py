@@ -16,7 +16,7 @@ from protocol import client
 from protocol.codec import now
 from protocol.ids import ConversationId, MessageId, uuid7
 from protocol.values import ConversationSettings
-from server import app, periodic
+from server import app, database, periodic
 from server.config import Settings
 from server.errors import Away
 from server.failures import AGAIN_SECONDS, Failures
@@ -324,6 +324,40 @@ async def test_each_job_does_all_that_is_due_past_what_fails_again_and_again(
         # What has to wait for slow mode is put off for so long, and not tried again and again.
         waits = "SELECT min(not_before) > now() + interval '30 minutes' FROM scheduled_message WHERE status = 'waiting'"
         assert await world.db.fetchval(waits)
+
+
+HELD = {
+    "clear_expired": ("SELECT FROM session WHERE token = '1' FOR UPDATE", 1),
+    "expire_statuses": ("SELECT FROM \"user\" WHERE name = 's1' FOR NO KEY UPDATE", 1),
+    "forget_scheduled": ("SELECT FROM \"user\" WHERE name = 'Ada' FOR NO KEY UPDATE", 3),
+    "forget_relationships": ("SELECT FROM \"user\" WHERE name = 'r1' FOR NO KEY UPDATE", 1),
+    "forget_audit": ("SELECT FROM conversation WHERE title = 'Title 0' FOR NO KEY UPDATE", 1),
+    "erase_due": ("SELECT FROM \"user\" WHERE name = 'e1' FOR NO KEY UPDATE", STUCK),
+    "expire_due": ("SELECT FROM conversation WHERE title = 'stuck' FOR NO KEY UPDATE", STUCK),
+}
+"""For each job: rows that somebody else holds, and how much is left until they are free."""
+ELSEWHERE = {"send_due"}
+"""Jobs that tests/test_held_rows.py is about."""
+
+
+async def test_no_job_leaves_what_is_due_for_others_because_a_row_is_held(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("CLEAR_SECONDS", "EXPIRE_SECONDS", "DUE_SECONDS"):
+        monkeypatch.setattr(app, name, 36_000.0)
+    monkeypatch.setattr(database, "IMPATIENT", "SET LOCAL lock_timeout = '50ms'")
+    async with World(settings, workers=1) as world:
+        backlog = Backlog(world)
+        await backlog.begin()
+        jobs = {job.__name__: job for _, job in world.workers[0].app.jobs()}
+        assert set(jobs) == HELD.keys() | NO_QUEUE | ELSEWHERE
+        for name, (lock, stuck) in HELD.items():
+            left = await getattr(backlog, name)()
+            async with world.db.transaction():
+                await world.db.execute(lock)
+                async with asyncio.timeout(5):
+                    await jobs[name]()
+                assert (name, await world.db.fetchval(left)) == (name, stuck)
 
 
 def test_no_task_is_awaited_after_one_cancellation() -> None:

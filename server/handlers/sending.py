@@ -121,7 +121,7 @@ async def _store(context: Context, out: Outgoing, note: Note | None = None) -> S
         answer = await _why_not(context, out)
         if isinstance(answer, Sent):
             if note is not None:
-                async with context.database.connection() as db:
+                async with context.database.transaction() as db:
                     await note(db)
             return answer
         is_slow = answer == "slow"

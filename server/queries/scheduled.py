@@ -23,6 +23,7 @@ _user_decoder = Reader(User)
 CLAIMED = timedelta(seconds=15)
 """For how long a worker that has claimed a message may take before another one does."""
 AT_ONCE = 50
+"""Messages that one statement of `forget` deletes."""
 KEPT = timedelta(days=366 + 2 * 30)
 """Min age of `send_at` of a message that is over before its row is deleted. An earlier copy of its frame may name a
 time 366 days after the last one; and a frame that names a time 30 days ago is refused, so no late copy is sent again.
@@ -129,27 +130,36 @@ class ClaimLost(Exception):  # noqa: N818 - another worker has the message now
     """The message was claimed again, put off, cancelled or finished meanwhile."""
 
 
+# One claim takes what is due of one sender, so a worker sends it in order, and other senders' beside it. A sender of
+# whom a claim has not ended has no other one: what becomes due meanwhile comes after it. The sender's lock keeps their
+# frames and other workers' claims away from all rows; a sender whose lock somebody else has comes later.
 # Whoever deleted their account, or was locked out, says nothing any more.
+_IS_DUE = """s.status = 'waiting' AND s.send_at <= now() AND (s.not_before IS NULL OR s.not_before <= now())
+    AND (s.claimed_at IS NULL OR s.claimed_at < now() - $1::interval)"""
 CLAIM = f"""
-UPDATE scheduled_message s SET claimed_at = now()
-FROM (
-    SELECT id FROM scheduled_message
-    WHERE status = 'waiting' AND send_at <= now() AND (claimed_at IS NULL OR claimed_at < now() - $1::interval)
-        AND (not_before IS NULL OR not_before <= now())
-    ORDER BY send_at LIMIT $2 FOR NO KEY UPDATE SKIP LOCKED
-) due
-JOIN scheduled_message again ON again.id = due.id
-JOIN "user" u ON u.id = again.sender_id
-WHERE s.id = due.id
-RETURNING s.id, s.conversation_id, s.sender_id, s.words, CASE WHEN u.is_active AND NOT u.is_deleted THEN {FACE} END,
-    s.claimed_at
-"""  # noqa: S608 - FACE is a constant
+WITH next AS MATERIALIZED (
+    SELECT u.id, CASE WHEN u.is_active AND NOT u.is_deleted THEN {FACE} END AS face
+    FROM scheduled_message s JOIN "user" u ON u.id = s.sender_id
+    WHERE {_IS_DUE} AND NOT EXISTS (
+        SELECT FROM scheduled_message o
+        WHERE o.sender_id = s.sender_id AND o.status = 'waiting' AND o.claimed_at >= now() - $1::interval
+    )
+    ORDER BY s.send_at LIMIT 1 FOR NO KEY UPDATE OF u SKIP LOCKED
+)
+UPDATE scheduled_message s SET claimed_at = now() FROM next
+WHERE s.sender_id = next.id AND {_IS_DUE}
+RETURNING s.send_at, s.id, s.conversation_id, s.sender_id, s.words, next.face, s.claimed_at
+"""  # noqa: S608 - constants are put in
 
 
 async def claim(db: Db) -> list[Due]:
-    """Take up messages whose time has come, and which nobody else has taken up."""
+    """Take up, in order, what is due of the sender who has waited longest, and what nobody else has taken up. Skips
+    senders whose rows other transactions hold.
+    """
     found = []
-    for message_id, conversation_id, sender_id, words, face, claimed_at in await db.fetch(CLAIM, CLAIMED, AT_ONCE):
+    for _, message_id, conversation_id, sender_id, words, face, claimed_at in sorted(
+        await db.fetch(CLAIM, CLAIMED), key=lambda row: row[:2]
+    ):
         try:
             said = msgspec.structs.asdict(_words_decoder.decode(words))
             frame = Send(conversation_id=conversation_id, message_id=message_id, **said)

@@ -316,15 +316,18 @@ async def choices(db: Db, user_ids: Sequence[UserId]) -> dict[UserId, Visibility
     return {row[0]: Visibility(*row[1:]) for row in await db.fetch(CHOICES, list(user_ids))}
 
 
-# Whoever is invisible is not seen to come and go.
+# Whoever is invisible is not seen to come and go. The rows of all others are not held until a locked one is free.
 SEEN = """
-UPDATE "user" u SET is_online = s.is_online, last_close = s.last_close,
-    last_seen_at = CASE WHEN u.status = 'invisible' THEN u.last_seen_at ELSE greatest(u.last_seen_at, now()) END
-FROM (
-    SELECT s.* FROM unnest($1::uuid[], $2::boolean[], $3::integer[]) AS s (id, is_online, last_close)
-    JOIN "user" o ON o.id = s.id AND o.erased_at IS NULL ORDER BY o.id FOR NO KEY UPDATE OF o
-) s
-WHERE u.id = s.id
+WITH noted AS (
+    UPDATE "user" u SET is_online = s.is_online, last_close = s.last_close,
+        last_seen_at = CASE WHEN u.status = 'invisible' THEN u.last_seen_at ELSE greatest(u.last_seen_at, now()) END
+    FROM (
+        SELECT s.* FROM unnest($1::uuid[], $2::boolean[], $3::integer[]) AS s (id, is_online, last_close)
+        JOIN "user" o ON o.id = s.id AND o.erased_at IS NULL ORDER BY o.id FOR NO KEY UPDATE OF o SKIP LOCKED
+    ) s
+    WHERE u.id = s.id RETURNING u.id
+)
+SELECT id FROM noted UNION ALL SELECT o.id FROM "user" o WHERE o.id = ANY($1) AND o.erased_at IS NOT NULL
 """
 
 
@@ -335,10 +338,12 @@ class Transition(NamedTuple):
     close_code: int | None = None
 
 
-async def seen(db: Db, transitions: dict[UserId, Transition]) -> None:
-    """Record who came and who went just now."""
+async def seen(db: Db, transitions: dict[UserId, Transition]) -> dict[UserId, Transition]:
+    """Record who came and who went just now. Return what is left: of users whose rows other transactions hold."""
     came = [one.is_online for one in transitions.values()]
-    await db.execute(SEEN, list(transitions), came, [one.close_code for one in transitions.values()])
+    rows = await db.fetch(SEEN, list(transitions), came, [one.close_code for one in transitions.values()])
+    done = {row[0] for row in rows}
+    return {user_id: one for user_id, one in transitions.items() if user_id not in done}
 
 
 UNSEEN = """(SELECT ARRAY(
@@ -370,6 +375,16 @@ async def lock(db: Db, user_ids: Iterable[UserId]) -> set[UserId]:
     After a conversation's lock, before any row of theirs, and once: for everyone whom the transaction is about.
     """
     return {UserId(row[0]) for row in await db.fetch(LOCK, list(user_ids)) if row[1]}
+
+
+LOCK_FREE = """
+SELECT u.id FROM "user" u WHERE u.id = ANY($1) ORDER BY u.id FOR NO KEY UPDATE SKIP LOCKED
+"""
+
+
+async def lock_free(db: Db, user_ids: Sequence[UserId]) -> list[UserId]:
+    """Lock those users whom no other transaction holds, until the transaction ends; return them."""
+    return [UserId(row[0]) for row in await db.fetch(LOCK_FREE, user_ids)]
 
 
 TOUCH = """

@@ -1,0 +1,107 @@
+"""A row that somebody else holds: only those wait whom it concerns."""
+
+import asyncio
+from datetime import UTC, datetime
+
+import pytest
+
+from protocol import client, server
+from protocol.ids import ConversationId, MessageId, uuid7
+from prove.client import Client
+from server import app, database
+from server.config import Settings
+from tests.world import World, heard
+
+HOLD = {
+    "sender": """SELECT FROM "user" WHERE name = 'Charles' FOR NO KEY UPDATE""",
+    "conversation": "SELECT FROM conversation WHERE title = 'Held' FOR NO KEY UPDATE",
+}
+LAPSE = "UPDATE scheduled_message SET claimed_at = claimed_at - interval '1 minute' WHERE status = 'waiting'"
+WAITING = "SELECT count(*) FROM scheduled_message WHERE status = 'waiting'"
+SAID = (
+    "SELECT array_agg(content ORDER BY sent_version) FROM message WHERE NOT is_system_message AND conversation_id = $1"
+)
+
+
+async def schedule(who: Client, about: ConversationId, content: str) -> MessageId:
+    """Schedule a message that is due."""
+    frame = client.Schedule(
+        conversation_id=about, message_id=MessageId(uuid7()), content=content, send_at=datetime.now(UTC)
+    )
+    return (await who.call(frame, server.OneScheduled)).scheduled.message_id
+
+
+@pytest.mark.parametrize("held", HOLD)
+async def test_due_message_waits_for_no_row_that_concerns_another_sender(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, held: str
+) -> None:
+    monkeypatch.setattr(app, "DUE_SECONDS", 36_000.0)
+    monkeypatch.setattr(database, "IMPATIENT", "SET LOCAL lock_timeout = '50ms'", raising=False)
+    async with World(settings, workers=1) as world:
+        (send_due,) = (job for _, job in world.workers[0].app.jobs() if job.__name__ == "send_due")
+        people = await world.users("Ada", "Charles", "Mary")
+        ada, charles, mary = [await world.connect(one) for one in people]
+        stuck = await world.group(ada, *people[1:], title="Held")
+        free = await world.group(ada, *people[1:], title="Free")
+        for number in range(3):
+            await schedule(charles, stuck, f"Charles {number}")
+        async with world.db.transaction():
+            await world.db.execute(HOLD[held])
+            sending = asyncio.ensure_future(send_due())
+            first = await schedule(mary, free, "Mary 1")
+            also = asyncio.ensure_future(send_due())
+            assert (await heard(ada, first)).content == "Mary 1"
+            assert await world.db.fetchval(WAITING) == 3
+        await asyncio.gather(sending, also)
+        # Nothing of the same sender overtakes what could not be sent, in any conversation.
+        await schedule(charles, stuck, "Charles 3")
+        for _ in range(2):
+            await send_due()
+            await world.db.execute(LAPSE)
+        await send_due()
+        async with asyncio.timeout(5):
+            while await world.db.fetchval(WAITING):
+                await asyncio.sleep(0.01)
+        assert await world.db.fetchval(SAID, stuck) == [f"Charles {number}" for number in range(4)]
+        assert await world.db.fetchval(SAID, free) == ["Mary 1"]
+
+
+async def test_more_held_senders_than_a_worker_sends_for_delay_nobody_else(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(app, "DUE_SECONDS", 36_000.0)
+    async with World(settings, workers=1) as world:
+        (send_due,) = (job for _, job in world.workers[0].app.jobs() if job.__name__ == "send_due")
+        names = [f"Held {number}" for number in range(settings.database_connections)]
+        people = await world.users("Ada", "Mary", *names)
+        ada, mary, *stuck = [await world.connect(one) for one in people]
+        group = await world.group(ada, *people[1:])
+        for one in stuck:
+            await schedule(one, group, "Held")
+        last = await schedule(mary, group, "Mary")
+        async with world.db.transaction():
+            await world.db.execute("""SELECT FROM "user" WHERE name LIKE 'Held%' FOR NO KEY UPDATE""")
+            async with asyncio.timeout(5):
+                await send_due()
+                await heard(ada, last)
+            assert await world.db.fetchval(WAITING) == len(stuck)
+        async with asyncio.timeout(5):
+            await send_due()
+            while await world.db.fetchval(WAITING):
+                await asyncio.sleep(0.01)
+
+
+async def test_presence_of_others_is_recorded_while_a_row_is_held(settings: Settings) -> None:
+    online = """SELECT is_online FROM "user" WHERE id = $1"""
+    async with World(settings, workers=1) as world:
+        charles, mary = await world.users("Charles", "Mary")
+        async with world.db.transaction():
+            await world.db.execute(HOLD["sender"])
+            await asyncio.gather(world.connect(charles), world.connect(mary))
+            async with asyncio.timeout(5):
+                while not await world.db.fetchval(online, mary.id):
+                    await asyncio.sleep(0.01)
+            assert not await world.db.fetchval(online, charles.id)
+        async with asyncio.timeout(5):
+            while not await world.db.fetchval(online, charles.id):
+                await asyncio.sleep(0.01)
