@@ -129,10 +129,11 @@ async def _run(servers: Reached, options: argparse.Namespace) -> Answer:
         work: Work = options.work
         # All that a command does is in one transaction, or may be done again.
         answer = await database.twice(lambda: work(connection, options), lambda _: None)
+        installation = await database.installation(connection)
     finally:
         await connection.close()
     if isinstance(answer, Change):
-        await announce(servers.redis_url, answer.news)
+        await announce(servers.redis_url, installation, answer.news)
         if answer.failure is not None:
             raise Fatal(answer.failure)
         return answer.answer

@@ -25,21 +25,23 @@ class News(NamedTuple):
     account: str | None = None
 
 
-async def announce(redis_url: str | None, news: News) -> None:
-    """Publish news, or tell the operator why that cannot be and when workers find out. `redis_url` is as in Reached."""
+async def announce(redis_url: str | None, installation: str, news: News) -> None:
+    """Publish news to the workers of an installation, or tell the operator why that cannot be and when they find out.
+    `redis_url` is as in Reached.
+    """
     if redis_url is None:
         return
     if not redis_url:
         complain(f"The change is stored, but no server was told: set REDIS_URL as the server has it. {UNTOLD}")
         return
     try:
-        await _publish(redis_url, news)
+        await _publish(redis_url, installation, news)
     except (Fatal, ValueError, *REDIS_LOST) as error:
         complain(f"The change is stored, but no server was told: {str(error).rstrip('.')}. {UNTOLD}")
 
 
-async def _publish(redis_url: str, news: News) -> None:
-    bus = CommandBus()
+async def _publish(redis_url: str, installation: str, news: News) -> None:
+    bus = CommandBus(installation)
     # A hub without sockets asks nothing of the database.
     hub = Hub(cast("Record", None), lambda **_: bus, describe=cast("Describe", None))
     news.tell(hub)
@@ -48,7 +50,7 @@ async def _publish(redis_url: str, news: News) -> None:
     try:
         await bus.send(redis)
         if news.account is not None:
-            await Attempts(redis, per_account=0, per_address=0).forget(news.account)
+            await Attempts(redis, installation, per_account=0, per_address=0).forget(news.account)
     finally:
         await redis.aclose()
         if isinstance(redis, RedisCluster):

@@ -29,6 +29,7 @@ from server.config import Settings
 from server.connection import Connection, Lifecycle, Shared
 from server.context import Services
 from server.database import Database
+from server.database import installation as database_id
 from server.dispatch import Dispatch, Rate
 from server.endpoints import CONNECTS_PER_SECOND, Door, Endpoints
 from server.erasure import erase_due
@@ -88,8 +89,10 @@ class App:
         redis: Redis | RedisCluster,
         connect: Connect,
         *,
+        installation: str,
         push_key: str,
     ) -> None:
+        """`connect` returns the bus; `installation` tells what is this server's in Redis."""
         WebSocket.outbox_bytes = settings.outbox_bytes
         self._database = database
         self._redis = redis
@@ -105,8 +108,8 @@ class App:
             connect,
             describe=lambda found: self.presence.describe(found),  # noqa: PLW0108 - it is made below
         )
-        self.presence = Presence(self._redis, database, self.hub.announce)
-        self._tickets = Tickets(self._redis)
+        self.presence = Presence(self._redis, installation, database, self.hub.announce)
+        self._tickets = Tickets(self._redis, installation)
         self.sessions = Sessions(database, self._tickets, days=settings.session_days)
         self.roster = Roster(
             self.hub,
@@ -141,7 +144,9 @@ class App:
             Rate.SEARCH: settings.search_rate,
         }
         others = None if isinstance(self.hub.bus, Alone) else self._redis
-        self._allowances = {one: SharedAllowance(one.value, rate, others) for one, rate in rates.items()}
+        self._allowances = {
+            one: SharedAllowance(one.value, rate, others, installation=installation) for one, rate in rates.items()
+        }
         services = Services(
             database=database,
             events=self.hub,
@@ -178,6 +183,7 @@ class App:
             sessions=self.sessions,
             attempts=Attempts(
                 self._redis,
+                installation,
                 per_account=settings.login_attempts,
                 per_address=settings.login_attempts_per_address,
             ),
@@ -224,7 +230,7 @@ class App:
         Raises Fatal if the database or the bus cannot be reached.
         """
         redis: Redis | RedisCluster
-        connect: Connect
+        bus: type[RedisBus | ClusterBus]
         if await is_cluster(settings.redis_url):
             redis = RedisCluster.from_url(
                 settings.redis_url,
@@ -233,16 +239,19 @@ class App:
                 retry=Retry(NoBackoff(), 1),
                 require_full_coverage=False,
             )
-            connect = partial(ClusterBus, settings.redis_url)
+            bus = ClusterBus
         else:
             redis = Redis.from_url(
                 settings.redis_url, socket_timeout=REDIS_SECONDS, socket_connect_timeout=REDIS_SECONDS
             )
-            connect = partial(Alone if is_alone else RedisBus, settings.redis_url)
+            bus = Alone if is_alone else RedisBus
         database = await Database.open(settings)
         async with database.connection() as db:
             push_key = await push.key(db, "vapid", new_key())
-        app = cls(settings, database, Metrics(folder, number), redis, connect, push_key=push_key)
+            installation = await database_id(db)
+        connect = partial(bus, settings.redis_url, installation)
+        metrics = Metrics(folder, number)
+        app = cls(settings, database, metrics, redis, connect, installation=installation, push_key=push_key)
         await app.hub.start()
         await app.presence.start()
         app.roster.start()

@@ -18,7 +18,7 @@ from redis.crc import REDIS_CLUSTER_HASH_SLOTS, key_slot
 
 from server.errors import REDIS_LOST, redis_unreachable
 from server.periodic import end, every
-from server.redisbus import CONNECT_SECONDS, ORIGIN_BYTES, SHARDED, RedisBus
+from server.redisbus import CONNECT_SECONDS, ORIGIN_BYTES, SHARDED, RedisBus, prefix
 
 LOOK_SECONDS = 2.0
 """How often the cluster is asked which slots are where."""
@@ -29,9 +29,13 @@ Address: TypeAlias = tuple[str, int]
 class ClusterBus:
     """This worker's connections to a cluster."""
 
-    def __init__(self, url: str, *, deliver: Callable[[bytes, bytes], None], caught_up: Callable[[], None]) -> None:
+    def __init__(
+        self, url: str, installation: str, *, deliver: Callable[[bytes, bytes], None], caught_up: Callable[[], None]
+    ) -> None:
         """`url` names any of the nodes; the rest is as RedisBus has it."""
         self._url = url
+        self._installation = installation
+        self._prefix = prefix(installation)
         self._deliver = deliver
         self._caught_up = caught_up
         self._origin = os.urandom(ORIGIN_BYTES)
@@ -96,7 +100,7 @@ class ClusterBus:
             node.publish(channel, words)
 
     def _node(self, channel: bytes) -> RedisBus | None:
-        return self._slots[key_slot(channel)]
+        return self._slots[key_slot(self._prefix + channel)]
 
     async def _look(self) -> None:
         """Ask the first node that answers how things are arranged, and follow what moved."""
@@ -109,6 +113,7 @@ class ClusterBus:
         for address in set(owners.values()) - self._nodes.keys():
             node = self._nodes[address] = RedisBus(
                 _at(self._url, address),
+                self._installation,
                 deliver=self._deliver,
                 caught_up=self._caught_up,
                 verbs=SHARDED,

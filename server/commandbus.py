@@ -6,7 +6,7 @@ from collections.abc import Collection
 from redis.asyncio import Redis, RedisCluster
 
 from server.clusterbus import is_cluster
-from server.redisbus import CONNECT_SECONDS, ORIGIN_BYTES
+from server.redisbus import CONNECT_SECONDS, ORIGIN_BYTES, prefix
 
 
 class CommandBus:
@@ -15,7 +15,8 @@ class CommandBus:
     is_up = True
     received = dropped = 0
 
-    def __init__(self) -> None:
+    def __init__(self, installation: str) -> None:
+        self._prefix = prefix(installation)
         self._said: list[tuple[bytes, bytes]] = []
         self._origin = os.urandom(ORIGIN_BYTES)
         self.published = 0
@@ -34,7 +35,7 @@ class CommandBus:
 
     def publish(self, channel: bytes, words: bytes) -> None:
         """Collect something to be said in a channel."""
-        self._said.append((channel, self._origin + words))
+        self._said.append((self._prefix + channel, self._origin + words))
 
     async def send(self, redis: Redis | RedisCluster) -> None:
         """Publish all that is collected. Raises what REDIS_LOST names if Redis cannot be reached."""

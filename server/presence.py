@@ -41,7 +41,7 @@ LAST_TRIES = 5
 WatchedBy = TypeVar("WatchedBy", bound=tuple[UserId, UserId])
 """A watcher and a watched user."""
 
-WORKERS = "openchat:workers"
+WORKERS = "openchat:workers:"
 WORKER = "openchat:worker:"
 USER = "openchat:presence:"
 
@@ -64,10 +64,17 @@ class Presence:
     """The users at this worker, and what is known of the others."""
 
     def __init__(
-        self, redis: Redis | RedisCluster, database: Database, announce: Callable[[UserId, PresenceChanged], None]
+        self,
+        redis: Redis | RedisCluster,
+        installation: str,
+        database: Database,
+        announce: Callable[[UserId, PresenceChanged], None],
     ) -> None:
         """`announce` tells those who watch a user."""
         self._redis = redis
+        self._workers = f"{WORKERS}{installation}"
+        self._worker_key = f"{WORKER}{installation}:"
+        self.user_key = f"{USER}{installation}:"
         self._database = database
         self._announce = announce
         self._worker = os.urandom(8).hex()
@@ -105,7 +112,7 @@ class Presence:
                     break
                 await asyncio.sleep(FLUSH_SECONDS)
                 await self._record()
-            await self._redis.delete(WORKER + self._worker)
+            await self._redis.delete(self._worker_key + self._worker)
         except REDIS_LOST:
             return
 
@@ -169,7 +176,7 @@ class Presence:
         try:
             async with self._redis.pipeline(transaction=False) as pipe:
                 for user_id in user_ids:
-                    pipe.hgetall(USER + user_id.hex)
+                    pipe.hgetall(self.user_key + user_id.hex)
                 found = await pipe.execute()
         except REDIS_LOST:
             return local
@@ -211,16 +218,16 @@ class Presence:
         try:
             async with self._redis.pipeline(transaction=False) as pipe:
                 for user_id in user_ids:
-                    pipe.hgetall(USER + user_id.hex)
+                    pipe.hgetall(self.user_key + user_id.hex)
                 for user_id, local in here.items():
-                    pipe.hset(USER + user_id.hex, mapping=local)  # type: ignore[arg-type]
+                    pipe.hset(self.user_key + user_id.hex, mapping=local)  # type: ignore[arg-type]
                 for user_id in gone:
-                    pipe.hdel(USER + user_id.hex, self._worker)
+                    pipe.hdel(self.user_key + user_id.hex, self._worker)
                 # Whom to clean up after, if this worker dies.
                 if here:
-                    pipe.sadd(WORKER + self._worker + ":users", *(user_id.hex for user_id in here))
+                    pipe.sadd(self._worker_key + self._worker + ":users", *(user_id.hex for user_id in here))
                 if gone:
-                    pipe.srem(WORKER + self._worker + ":users", *(user_id.hex for user_id in gone))
+                    pipe.srem(self._worker_key + self._worker + ":users", *(user_id.hex for user_id in gone))
                 answers = await pipe.execute()
             before = dict(zip(user_ids, answers, strict=False))
         except REDIS_LOST:
@@ -257,14 +264,14 @@ class Presence:
         """Give a sign of life, and look for those who give none any more."""
         try:
             async with self._redis.pipeline(transaction=False) as pipe:
-                pipe.set(WORKER + self._worker, "1", ex=SIGN_LASTS_SECONDS, get=True)
-                pipe.sadd(WORKERS, self._worker)
-                pipe.smembers(WORKERS)
+                pipe.set(self._worker_key + self._worker, "1", ex=SIGN_LASTS_SECONDS, get=True)
+                pipe.sadd(self._workers, self._worker)
+                pipe.smembers(self._workers)
                 known, _, members = await pipe.execute()
             workers = sorted(_text(member) for member in members)
             async with self._redis.pipeline(transaction=False) as pipe:
                 for worker in workers:
-                    pipe.exists(WORKER + worker)
+                    pipe.exists(self._worker_key + worker)
                 alive = await pipe.execute()
         except REDIS_LOST:
             return
@@ -283,17 +290,17 @@ class Presence:
 
     async def _bury(self, worker: str) -> None:
         """Clean up after a worker that died, and announce who is offline by it. One of the others gets to."""
-        key = WORKER + worker + ":users"
+        key = self._worker_key + worker + ":users"
         try:
             # The set is taken away at the end: dying in the middle leaves the rest to somebody else.
             user_ids = [UserId(UUID(hex=_text(member))) for member in await self._redis.smembers(key)]
             async with self._redis.pipeline(transaction=False) as pipe:
                 for user_id in user_ids:
-                    pipe.hdel(USER + user_id.hex, worker)
-                    pipe.hgetall(USER + user_id.hex)
+                    pipe.hdel(self.user_key + user_id.hex, worker)
+                    pipe.hgetall(self.user_key + user_id.hex)
                 answers = await pipe.execute()
                 await self._redis.delete(key)
-                await self._redis.srem(WORKERS, worker)
+                await self._redis.srem(self._workers, worker)
         except REDIS_LOST:
             return
         left = {

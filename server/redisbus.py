@@ -85,19 +85,23 @@ class RedisBus:
     def __init__(
         self,
         url: str,
+        installation: str,
         *,
         deliver: Callable[[bytes, bytes], None],
         caught_up: Callable[[], None],
         verbs: Verbs = PLAIN,
         origin: bytes | None = None,
     ) -> None:
-        """`deliver` takes a channel and what another worker said in it; `caught_up` is called when it is up (again)."""
+        """`installation` begins the name of each channel on the server: another installation may have the same ids.
+        `deliver` takes a channel and what another worker said in it; `caught_up` is called when it is up (again).
+        """
         self._pool = ConnectionPool.from_url(
             url, protocol=3, socket_timeout=REPLY_SECONDS, socket_connect_timeout=CONNECT_SECONDS, retry=None
         )
         self._deliver = deliver
         self._caught_up = caught_up
         self._verbs = verbs
+        self._prefix = prefix(installation)
         # Who says it comes first in every message: this worker has heard its own already.
         self._origin = origin or os.urandom(ORIGIN_BYTES)
         self._channels: set[bytes] = set()
@@ -160,7 +164,7 @@ class RedisBus:
         if self._transport is None or self._transport.get_write_buffer_size() > MAX_UNSENT_BYTES:
             self.dropped += 1
             return
-        self._transport.write(_pack(self._verbs.publish, channel, self._origin + words))
+        self._transport.write(_pack(self._verbs.publish, self._prefix + channel, self._origin + words))
         self.published += 1
 
     # --------------------------------------------------------------------------------------------- the connection
@@ -230,9 +234,9 @@ class RedisBus:
                 # A message by a pattern has the pattern before the channel.
                 channel, words = said[-2:]
                 if not words.startswith(self._origin):
-                    self._deliver(channel, words[ORIGIN_BYTES:])
+                    self._deliver(channel[len(self._prefix) :], words[ORIGIN_BYTES:])
             elif said[0] == self._verbs.subscribed:
-                self._confirm(said[1])
+                self._confirm(said[1][len(self._prefix) :])
         elif isinstance(said, hiredis.ReplyError):
             # To a command of ours: what it should have said or followed has to be looked for elsewhere.
             raise said
@@ -278,7 +282,7 @@ class RedisBus:
         for verb, channel in commands:
             if not groups or groups[-1][0] != verb or len(groups[-1]) > self._verbs.channels_at_once:
                 groups.append([verb])
-            groups[-1].append(channel)
+            groups[-1].append(self._prefix + channel)
         assert self._transport is not None  # noqa: S101 - called while connected
         self._transport.write(b"".join(_pack(*group) for group in groups))
 
@@ -286,9 +290,11 @@ class RedisBus:
 class Alone(RedisBus):
     """The bus of the only worker: it publishes nothing, and receives all that commands of the operator publish."""
 
-    def __init__(self, url: str, *, deliver: Callable[[bytes, bytes], None], caught_up: Callable[[], None]) -> None:
+    def __init__(
+        self, url: str, installation: str, *, deliver: Callable[[bytes, bytes], None], caught_up: Callable[[], None]
+    ) -> None:
         """As RedisBus."""
-        super().__init__(url, deliver=deliver, caught_up=caught_up, verbs=PATTERNS)
+        super().__init__(url, installation, deliver=deliver, caught_up=caught_up, verbs=PATTERNS)
         self._channels.add(EVERY)
 
     async def subscribe(self, channels: Collection[bytes]) -> None:
@@ -299,6 +305,11 @@ class Alone(RedisBus):
 
     def publish(self, channel: bytes, words: bytes) -> None:
         """No other worker is there."""
+
+
+def prefix(installation: str) -> bytes:
+    """Return what the names of an installation's channels begin with. Numbers of databases do not divide channels."""
+    return f"{installation}:".encode()
 
 
 def _pack(*words: bytes) -> bytes:

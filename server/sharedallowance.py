@@ -34,10 +34,16 @@ class SharedAllowance:
     """An allowance of frames for each user, of one class."""
 
     def __init__(
-        self, name: str, rate: float, redis: Redis | RedisCluster | None, *, clock: Clock = time.monotonic_ns
+        self,
+        name: str,
+        rate: float,
+        redis: Redis | RedisCluster | None,
+        *,
+        installation: str = "",
+        clock: Clock = time.monotonic_ns,
     ) -> None:
         """`rate` is in frames a second; `redis` is None where there is only one worker."""
-        self._name = name
+        self._prefix = f"{KEY}{installation}:{name}:"
         self.rate = rate
         self._bucket: Allowance[UserId] = Allowance(f"`{TOLD[name]}` of your user", rate, clock=clock)
         self._redis = redis
@@ -94,4 +100,4 @@ class SharedAllowance:
                 self._bucket.charge(user_id, others)
 
     def _key(self, user_id: UserId) -> str:
-        return f"{KEY}{self._name}:{user_id.hex}"
+        return self._prefix + user_id.hex

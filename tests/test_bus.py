@@ -14,9 +14,9 @@ from tests.world import until
 class End:
     """One worker's end, and what it heard."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, installation: str = "one") -> None:
         self.heard: list[tuple[bytes, bytes]] = []
-        self.bus = RedisBus(url, deliver=lambda *said: self.heard.append(said), caught_up=lambda: None)
+        self.bus = RedisBus(url, installation, deliver=lambda *said: self.heard.append(said), caught_up=lambda: None)
 
 
 @pytest.fixture

@@ -491,7 +491,7 @@ async def test_of_concurrent_guesses_ten_are_tried(settings: Settings) -> None:
 def alone(per_account: int) -> Attempts:
     """Return counters that find no Redis."""
     redis = Redis(unix_socket_path="/nowhere", retry=Retry(NoBackoff(), 0))
-    return Attempts(redis, per_account=per_account, per_address=100)
+    return Attempts(redis, "one", per_account=per_account, per_address=100)
 
 
 async def test_of_concurrent_guesses_ten_are_tried_without_redis() -> None:

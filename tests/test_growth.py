@@ -282,10 +282,10 @@ async def test_keys_expire_or_go_with_their_sockets(
         seen.add(pattern)
         left = await redis.pttl(key)  # ttl() is 0 in the last half a second
         assert left == GONE or (left > 0) == (pattern not in kept), (key, left)
-    assert {"openchat:workers", "openchat:worker:*", "openchat:presence:*"} <= seen
+    assert {"openchat:workers:*", "openchat:worker:*", "openchat:presence:*"} <= seen
     await world._open.aclose()  # noqa: SLF001
     async with asyncio.timeout(10):
-        while await redis.exists(presence.USER + ada.id.hex):
+        while await redis.exists(world.workers[1].app.presence.user_key + ada.id.hex):
             await asyncio.sleep(0.01)
     await redis.aclose()
 

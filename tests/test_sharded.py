@@ -17,7 +17,9 @@ from protocol.ids import ConversationId, UserId
 from protocol.values import Message
 from prove.client import Client
 from server.config import Settings
+from server.database import installation
 from server.embedded.folder import installed
+from server.redisbus import prefix
 from server.topics import channel
 from tests.world import World, sent, until
 
@@ -98,10 +100,11 @@ async def circle(nodes: list[Node], settings: Settings) -> AsyncIterator["Circle
         ada, charles = await world.users("Ada", "Charles")
         here, there = await world.connect(ada, 0), await world.connect(charles, 1)
         groups: list[ConversationId] = []
-        while {home(group) for group in groups} != set(range(NODES)):
+        begin = prefix(await installation(world.db))
+        while {home(begin + channel(group)) for group in groups} != set(range(NODES)):
             groups.append(await world.group(here, charles))
         await until(lambda: all(joined(one) == len(groups) for one in (here, there)))
-        yield Circle(world, ada.id, here, there, groups)
+        yield Circle(world, ada.id, here, there, groups, begin)
 
 
 class Circle(NamedTuple):
@@ -112,6 +115,11 @@ class Circle(NamedTuple):
     ada: Client
     charles: Client
     groups: list[ConversationId]
+    prefix: bytes
+
+    def name(self, group: ConversationId) -> bytes:
+        """Return the name of a group's channel."""
+        return self.prefix + channel(group)
 
     def fetched(self) -> int:
         """Return how often something did not come by the bus."""
@@ -138,9 +146,9 @@ def said(event: server.ServerFrame) -> list[Message]:
     return [event.message] if isinstance(event, server.MessageSent) else []
 
 
-def home(conversation_id: ConversationId) -> int:
-    """Return the number of the node that a conversation's channel is on."""
-    return key_slot(channel(conversation_id)) * NODES // REDIS_CLUSTER_HASH_SLOTS
+def home(name: bytes) -> int:
+    """Return the number of the node that a channel is on."""
+    return key_slot(name) * NODES // REDIS_CLUSTER_HASH_SLOTS
 
 
 async def test_every_node_carries_its_conversations(circle: Circle) -> None:
@@ -166,15 +174,16 @@ async def test_a_node_that_dies_costs_no_message(circle: Circle, nodes: list[Nod
 
 async def test_a_slot_that_moves_is_followed(circle: Circle, nodes: list[Node]) -> None:
     group = circle.groups[0]
-    slot, owner = key_slot(channel(group)), nodes[home(group)]
-    heir = nodes[(home(group) + 1) % NODES]
+    name = circle.name(group)
+    slot, owner = key_slot(name), nodes[home(name)]
+    heir = nodes[(home(name) + 1) % NODES]
     names = [node.ask("CLUSTER MYID") for node in (owner, heir)]
     heir.ask("CLUSTER", "SETSLOT", slot, "IMPORTING", names[0])
     owner.ask("CLUSTER", "SETSLOT", slot, "MIGRATING", names[1])
     for node in (heir, owner):
         node.ask("CLUSTER", "SETSLOT", slot, "NODE", names[1])
     await circle.talk()
-    await until(lambda: heir.ask("PUBSUB SHARDNUMSUB", channel(group)) == [(channel(group), 2)])
+    await until(lambda: heir.ask("PUBSUB SHARDNUMSUB", name) == [(name, 2)])
     await circle.is_up()
     before = circle.fetched()
     await circle.talk()

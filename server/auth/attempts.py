@@ -28,15 +28,16 @@ FAILURES = frozenset({ErrorCode.UNAUTHENTICATED, ErrorCode.FORBIDDEN})
 class Attempts:
     """Counts in windows of five minutes."""
 
-    def __init__(self, redis: Redis | RedisCluster, *, per_account: int, per_address: int) -> None:
+    def __init__(self, redis: Redis | RedisCluster, installation: str, *, per_account: int, per_address: int) -> None:
         self._redis = redis
+        self._prefix = f"{KEY}{installation}:"
         self._limits = {"account": per_account, "address": per_address}
         self._here: OrderedDict[str, tuple[int, float]] = OrderedDict()
         self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
     async def of_address(self, address: str) -> None:
         """Count one attempt of an address. Raises Refused if it had too many."""
-        self._require("address", *await self._count(_key("address", address)))
+        self._require("address", *await self._count(self._key("address", address)))
 
     @asynccontextmanager
     async def at_account(self, who: str) -> AsyncIterator[None]:
@@ -46,7 +47,7 @@ class Attempts:
         forgotten; if it could not be made, it is not counted. A worker makes one attempt at an account at a time, so
         the attempts of an owner with many devices do not add up before the first of them succeeds.
         """
-        key = _key("account", who)
+        key = self._key("account", who)
         turn = self._turns.setdefault(key, asyncio.Lock())
         async with turn:
             self._require("account", *await self._count(key))
@@ -60,7 +61,7 @@ class Attempts:
 
     async def forget(self, who: str) -> None:
         """Forget the failed attempts at an account."""
-        await self._forget(_key("account", who))
+        await self._forget(self._key("account", who))
 
     def _require(self, kind: str, count: int, seconds: float) -> None:
         if count > self._limits[kind]:
@@ -113,7 +114,6 @@ class Attempts:
         self._here[key] = (count + 1, until)
         return count + 1, until
 
-
-def _key(kind: str, who: str) -> str:
-    # Hashed, so that Redis holds no e-mail address and no IP address.
-    return f"{KEY}{kind}:{hashlib.sha256(who.encode()).hexdigest()[:32]}"
+    def _key(self, kind: str, who: str) -> str:
+        # Hashed, so that Redis holds no e-mail address and no IP address.
+        return f"{self._prefix}{kind}:{hashlib.sha256(who.encode()).hexdigest()[:32]}"

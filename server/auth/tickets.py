@@ -38,8 +38,9 @@ _decoder = msgspec.json.Decoder(Ticket)
 class Tickets:
     """Gives them out and takes them back, many at once."""
 
-    def __init__(self, redis: Redis | RedisCluster) -> None:
+    def __init__(self, redis: Redis | RedisCluster, installation: str) -> None:
         self._redis = redis
+        self._prefix = f"{KEY}{installation}:"
         self._looks: Gather[str, Ticket | None] = Gather(self._look, most=AT_ONCE)
         self._returns: Gather[str, Ticket | None] = Gather(self._redeem, most=AT_ONCE)
 
@@ -49,7 +50,7 @@ class Tickets:
         try:
             async with self._redis.pipeline(transaction=False) as pipe:
                 for ticket, one in zip(tickets, wanted, strict=True):
-                    pipe.set(_key(ticket), msgspec.json.encode(one), ex=LASTS_SECONDS)
+                    pipe.set(self._key(ticket), msgspec.json.encode(one), ex=LASTS_SECONDS)
                 await pipe.execute()
         except REDIS_LOST as error:
             log.warning("no return tickets: %s", error)
@@ -75,14 +76,13 @@ class Tickets:
             async with self._redis.pipeline(transaction=False) as pipe:
                 for ticket in tickets:
                     if is_last:
-                        pipe.getdel(_key(ticket))
+                        pipe.getdel(self._key(ticket))
                     else:
-                        pipe.get(_key(ticket))
+                        pipe.get(self._key(ticket))
                 found = await pipe.execute()
         except REDIS_LOST:
             return [None] * len(tickets)
         return [None if one is None else _decoder.decode(one) for one in found]
 
-
-def _key(ticket: str) -> str:
-    return KEY + token_hash(ticket)
+    def _key(self, ticket: str) -> str:
+        return self._prefix + token_hash(ticket)

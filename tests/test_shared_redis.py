@@ -1,0 +1,92 @@
+"""Two installations that share a Redis: nothing of one reaches the other, also where all ids are the same."""
+
+from collections.abc import AsyncIterator
+from typing import NamedTuple
+
+import asyncpg
+import msgspec
+import pytest
+from redis.asyncio import Redis
+
+from protocol import client, server
+from prove.client import Client
+from server.config import Settings
+from server.database import installation
+from tests.conftest import Servers
+from tests.test_credentials import ADA, registered
+from tests.world import Somebody, World, http_client, sent
+
+
+class Twins(NamedTuple):
+    """A world, and one whose database is a copy: both have the same users, sessions and conversations."""
+
+    one: World
+    copy: World
+    people: list[Somebody]
+
+
+@pytest.fixture
+async def twins(servers: Servers, settings: Settings) -> AsyncIterator[Twins]:
+    async with World(settings, workers=1) as one:
+        people = await one.users("Ada", "Charles")
+        async with http_client(one.url) as http:
+            await registered(http)
+        ada = await one.connect(people[0])
+        await one.group(ada, people[1])
+    name = settings.database_url.rpartition("/")[2].partition("?")[0]
+    admin = await asyncpg.connect(servers.postgres.url("postgres"))
+    await admin.execute(f"CREATE DATABASE {name}_copy TEMPLATE {name} STRATEGY file_copy")
+    copied = msgspec.structs.replace(settings, database_url=servers.postgres.url(f"{name}_copy"))
+    try:
+        async with World(settings) as one, World(copied) as copy:
+            yield Twins(one, copy, people)
+    finally:
+        await admin.execute(f"DROP DATABASE {name}_copy WITH (FORCE)")
+        await admin.close()
+
+
+async def seen(one: Client, who: Somebody) -> str:
+    watched = await one.call(client.Watch(user_ids=[who.id]), server.PresenceList)
+    return watched.presences[0].status
+
+
+async def test_nothing_of_one_installation_reaches_another_on_the_same_redis(twins: Twins) -> None:
+    ada, charles = twins.people
+    here, there = [await world.connect(ada) for world in (twins.one, twins.copy)]
+    twin = await twins.copy.connect(charles, 1)
+    group = await twins.one.db.fetchval("SELECT id FROM conversation")
+    said = await sent(twin, group, "In the copy")
+    await there.event(server.MessageSent, lambda event: event.message.id == said)
+    assert [await seen(one, charles) for one in (here, there)] == ["offline", "online"]
+    other = await twins.one.connect(charles, 1)
+    assert await seen(here, charles) == "online"
+    await twin.call(client.SetPresence(status="busy"))
+    await there.event(server.PresenceChanged, lambda event: event.presence.status == "busy")
+    # What the original says next has the version that the copy's message had.
+    mine = await sent(other, group, "In the original")
+    await here.event(server.MessageSent, lambda event: event.message.id == mine)
+    got = [event.message.content for event in here.events if isinstance(event, server.MessageSent)]
+    assert got == ["In the original"]
+    assert not [event for event in here.events if getattr(getattr(event, "presence", None), "status", "") == "busy"]
+
+
+async def test_failed_logins_at_one_installation_lock_nobody_out_of_another(twins: Twins) -> None:
+    wrong = {"email": ADA["email"], "password": "wrong horse"}
+    async with http_client(twins.copy.url) as http:
+        codes = {(await http.post("/v1/auth/login", json=wrong)).status_code for _ in range(12)}
+    assert codes == {401, 429}
+    async with http_client(twins.one.url) as http:
+        assert (await http.post("/v1/auth/login", json=ADA)).status_code == 200
+
+
+async def test_every_key_and_channel_names_its_installation(twins: Twins) -> None:
+    """Of both: the copy has another id, and none has no id."""
+    ids = [await installation(world.db) for world in (twins.one, twins.copy)]
+    assert len(set(ids)) == 2
+    for world in (twins.one, twins.copy):
+        await world.connect(twins.people[0])
+    async with Redis.from_url(twins.one.settings.redis_url, decode_responses=True) as redis:
+        keys = [key async for key in redis.scan_iter("*")]
+        channels = await redis.pubsub_channels()
+    for names, place in ((keys, 2), (channels, 0)):
+        assert {name.split(":")[place] for name in names} == set(ids)
