@@ -4,7 +4,8 @@ import logging
 from collections.abc import Awaitable, Callable
 from datetime import timedelta
 from functools import partial
-from typing import Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
+from uuid import UUID
 
 from protocol.ids import ConversationId, UserId
 from server.context import Events
@@ -17,6 +18,14 @@ from server.telling import tell_participant
 log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
+FIRST = UserId(UUID(int=0))
+
+
+class _Unrelated(NamedTuple):
+    """How far the relationships of a user are ended, and whether some were skipped because their users are held."""
+
+    last: UserId
+    is_any_held: bool
 
 
 class Atomic(Protocol):
@@ -64,8 +73,9 @@ async def erase(
     """
     if not await database.atomically("erasure", partial(_shut_out, user_id, grace)):
         return
-    while await database.atomically("erasure", partial(_unrelate, user_id)):
-        pass
+    after, is_any_held = FIRST, False
+    while (page := await database.atomically("erasure", partial(_unrelate, user_id, after))) or is_any_held:
+        after, is_any_held = (page.last, is_any_held or page.is_any_held) if page else (FIRST, False)
     while there := await database.atomically("erasure", partial(_forget, user_id)):
         for conversation_id in there:
             for change in await database.atomically("erasure", partial(_leave, user_id, conversation_id)):
@@ -77,14 +87,17 @@ async def _shut_out(user_id: UserId, grace: timedelta | None, db: Db) -> bool:
     return await erasure.shut_out(db, user_id, grace)
 
 
-async def _unrelate(user_id: UserId, db: Db) -> bool:
-    """End what is between a user and some others; return whether there may be more. Waits for the first of the others
-    alone, and takes those with it who are free: strangers are not held until somebody else's lock is.
+async def _unrelate(user_id: UserId, after: UserId, db: Db) -> _Unrelated | None:
+    """End what is between a user and the next ones after an id; None if there are none. Waits for the first of them
+    alone, and takes those with it who are free: strangers are not held until somebody else's lock is released.
     """
-    if others := await erasure.related(db, user_id):
-        await users.lock(db, [user_id, others[0]])
-        await erasure.unrelate(db, user_id, [others[0], *await users.lock_free(db, others[1:])])
-    return bool(others)
+    others = await erasure.related(db, user_id, after)
+    if not others:
+        return None
+    await users.lock(db, [user_id, others[0]])
+    taken = [others[0], *await users.lock_free(db, others[1:])]
+    await erasure.unrelate(db, user_id, taken)
+    return _Unrelated(others[-1], is_any_held=len(taken) < len(others))
 
 
 async def _leave(user_id: UserId, conversation_id: ConversationId, db: Db) -> list[Change]:

@@ -13,7 +13,7 @@ from prove.client import Client
 from server.config import Settings
 from server.database import installation
 from tests.conftest import Servers
-from tests.test_credentials import ADA, registered
+from tests.test_credentials import ADA, LOGIN, registered
 from tests.world import Somebody, World, http_client, sent
 
 
@@ -76,7 +76,7 @@ async def test_failed_logins_at_one_installation_lock_nobody_out_of_another(twin
         codes = {(await http.post("/v1/auth/login", json=wrong)).status_code for _ in range(12)}
     assert codes == {401, 429}
     async with http_client(twins.one.url) as http:
-        assert (await http.post("/v1/auth/login", json=ADA)).status_code == 200
+        assert (await http.post("/v1/auth/login", json=LOGIN)).status_code == 200
 
 
 async def test_every_key_and_channel_names_its_installation(twins: Twins) -> None:
@@ -89,4 +89,4 @@ async def test_every_key_and_channel_names_its_installation(twins: Twins) -> Non
         keys = [key async for key in redis.scan_iter("*")]
         channels = await redis.pubsub_channels()
     for names, place in ((keys, 2), (channels, 0)):
-        assert {name.split(":")[place] for name in names} == set(ids)
+        assert {str(name).split(":")[place] for name in names} == set(ids)

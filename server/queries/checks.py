@@ -7,6 +7,7 @@ locked: what changes meanwhile changes for both sides of a comparison, or for ne
 from typing import NamedTuple
 
 from server.database import Db
+from server.queries.relationships import BLANK
 
 
 class Check(NamedTuple):
@@ -201,8 +202,8 @@ CHECKS = (
             SELECT user_id FROM conversation_participant WHERE status IN ('active', 'invited')
             UNION ALL SELECT user_id FROM session
             UNION ALL SELECT user_id FROM account
-            UNION ALL SELECT from_user_id FROM user_relationship
-            UNION ALL SELECT to_user_id FROM user_relationship
+            UNION ALL SELECT r.from_user_id FROM user_relationship r WHERE NOT """ + BLANK + """
+            UNION ALL SELECT r.to_user_id FROM user_relationship r WHERE NOT """ + BLANK + """
             UNION ALL SELECT user_id FROM draft
             UNION ALL SELECT sender_id FROM scheduled_message
             UNION ALL SELECT user_id FROM message_star
@@ -214,7 +215,7 @@ CHECKS = (
             OR u.is_admin
             OR coalesce(u.image, u.display_name, u.bio, u.location, u.website, u.custom_status) IS NOT NULL
         )
-    """),
+    """),  # noqa: S608 - a condition is put in
     Check("the audit logs are whole", "audit_entry", """
         SELECT e.chain FROM (
             SELECT e.chain, e.number, coalesce(c.audit_number, 0) + row_number() OVER w AS place,

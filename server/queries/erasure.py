@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from protocol.ids import ConversationId, UserId
 from server.database import Db
+from server.queries.relationships import BLANK
 
 AT_ONCE = 10
 
@@ -87,32 +88,55 @@ async def words(db: Db, user_id: UserId) -> list[str]:
     return list(await db.fetchval(WORDS, user_id) or ())
 
 
-RELATED = """
-(SELECT r.to_user_id FROM user_relationship r WHERE r.from_user_id = $1 LIMIT $2)
-UNION (SELECT r.from_user_id FROM user_relationship r WHERE r.to_user_id = $1 LIMIT $2)
-"""
+# The others' devices are told by the row itself, as of any relationship that ends: it says nothing any more, and
+# `relationships.forget` deletes it after a while. A device that was deleted a row of would read all its own rows anew,
+# and the followers of one user are many (docs/decisions/0054). Nobody is told of another's block or mute by its end.
+RELATED = f"""
+SELECT o.id FROM (
+    SELECT there.id FROM unnest('{{friend,block,follow,mute}}'::text[]) AS kind CROSS JOIN LATERAL (
+        SELECT r.from_user_id AS id FROM user_relationship r
+        WHERE r.to_user_id = $1 AND r.type = kind AND r.from_user_id > $2 AND NOT {BLANK}
+        ORDER BY r.from_user_id LIMIT $3
+    ) there
+    UNION
+    (SELECT r.to_user_id FROM user_relationship r
+    WHERE r.from_user_id = $1 AND r.to_user_id > $2 AND (r.type IN ('block', 'mute') OR NOT {BLANK})
+    ORDER BY r.to_user_id LIMIT $3)
+) o ORDER BY o.id LIMIT $3
+"""  # noqa: S608 - a condition is put in
 RELATED_AT_ONCE = 500
-# The devices of those who were told of a relationship drop it. Nobody is told of another's block or mute by its end.
-UNRELATE = """
+UNRELATE = f"""
 WITH gone AS (
     DELETE FROM user_relationship r
-    WHERE (r.from_user_id = $1 AND r.to_user_id = ANY($2)) OR (r.to_user_id = $1 AND r.from_user_id = ANY($2))
-    RETURNING r.from_user_id, r.to_user_id, r.type
+    WHERE r.from_user_id = $1 AND r.to_user_id = ANY($2) AND r.type IN ('block', 'mute')
+), ended AS MATERIALIZED (
+    SELECT r.id, r.to_user_id AS other FROM user_relationship r
+    WHERE r.from_user_id = $1 AND r.to_user_id = ANY($2) AND r.type IN ('friend', 'follow') AND NOT {BLANK}
+    UNION ALL
+    SELECT r.id, r.from_user_id FROM user_relationship r
+    WHERE r.from_user_id = ANY($2) AND r.to_user_id = $1 AND NOT {BLANK}
+), moved AS MATERIALIZED (
+    UPDATE "user" u SET version = u.version + 1 WHERE u.id = ANY(ARRAY(SELECT other FROM ended))
+    RETURNING u.id, u.version
 )
-UPDATE "user" u SET version = u.version + 1, forgotten_version = u.version + 1
-WHERE u.id = ANY($2) AND EXISTS (
-    SELECT FROM gone g WHERE g.from_user_id = u.id OR (g.to_user_id = u.id AND g.type IN ('friend', 'follow'))
-)
-"""
+UPDATE user_relationship r SET status = 'inactive', request_message = NULL, response_message = NULL,
+    accepted_at = NULL, can_see_online_status = true, can_send_messages = true, can_see_profile = true,
+    notifications_enabled = true, updated_at = now(),
+    from_version = CASE WHEN e.other = r.from_user_id THEN m.version ELSE r.from_version END,
+    to_version = CASE WHEN e.other = r.to_user_id THEN m.version ELSE r.to_version END
+FROM ended e JOIN moved m ON m.id = e.other WHERE r.id = e.id
+"""  # noqa: S608 - a condition is put in
 
 
-async def related(db: Db, user_id: UserId) -> list[UserId]:
-    """Return some of those whom a user has a relationship with, or who have one with the user."""
-    return [UserId(row[0]) for row in await db.fetch(RELATED, user_id, RELATED_AT_ONCE)]
+async def related(db: Db, user_id: UserId, after: UserId) -> list[UserId]:
+    """Return those whom a user has a relationship with that says something, or who have one with the user: the first
+    after an id, at most `RELATED_AT_ONCE`.
+    """
+    return [UserId(row[0]) for row in await db.fetch(RELATED, user_id, after, RELATED_AT_ONCE)]
 
 
 async def unrelate(db: Db, user_id: UserId, others: list[UserId]) -> None:
-    """Delete what is between a user and others. Under the locks of all of them."""
+    """End what is between a user and others, and delete the words of it. Under the locks of all of them."""
     await db.execute(UNRELATE, user_id, others)
 
 
@@ -121,7 +145,8 @@ FORGET = (
     'DELETE FROM verification v USING "user" u WHERE u.id = $1 AND v.identifier = u.email',
     "DELETE FROM session WHERE user_id = $1",
     "DELETE FROM account WHERE user_id = $1",
-    "DELETE FROM user_relationship WHERE from_user_id = $1 OR to_user_id = $1",
+    f"DELETE FROM user_relationship r WHERE r.from_user_id = $1 AND (r.type IN ('block', 'mute') OR NOT {BLANK})",  # noqa: S608
+    f"DELETE FROM user_relationship r WHERE r.to_user_id = $1 AND NOT {BLANK}",  # noqa: S608 - a condition is put in
     "DELETE FROM approach WHERE from_user_id = $1 OR to_user_id = $1",
     "DELETE FROM draft WHERE user_id = $1",
     "DELETE FROM scheduled_message WHERE sender_id = $1",
@@ -171,9 +196,9 @@ class Trace(NamedTuple):
 
 
 TRACES = "SELECT * FROM traces($1)"
-IS_ERASED = """
+IS_ERASED = f"""
 SELECT NOT EXISTS (SELECT FROM account WHERE user_id = $1) AND NOT EXISTS (SELECT FROM session WHERE user_id = $1)
-    AND NOT EXISTS (SELECT FROM user_relationship WHERE $1 IN (from_user_id, to_user_id))
+    AND NOT EXISTS (SELECT FROM user_relationship r WHERE $1 IN (r.from_user_id, r.to_user_id) AND NOT {BLANK})
     AND NOT EXISTS (SELECT FROM approach WHERE $1 IN (from_user_id, to_user_id))
     AND NOT EXISTS (SELECT FROM draft WHERE user_id = $1) AND NOT EXISTS (SELECT FROM message_star WHERE user_id = $1)
     AND NOT EXISTS (SELECT FROM scheduled_message WHERE sender_id = $1)
@@ -185,7 +210,7 @@ SELECT NOT EXISTS (SELECT FROM account WHERE user_id = $1) AND NOT EXISTS (SELEC
             AND u.email = 'erased-' || u.id || '@invalid'
             AND coalesce(u.image, u.display_name, u.bio, u.location, u.website, u.custom_status) IS NULL
     )
-"""
+"""  # noqa: S608 - a condition is put in
 
 
 async def traces(db: Db, user_id: UserId, texts: list[str]) -> list[Trace]:

@@ -21,6 +21,10 @@ KEPT = timedelta(days=90)
 _relationship_decoder = Reader(Relationship)
 _entry_decoder = Reader(RelationshipEntry)
 
+BLANK = """(r.status = 'inactive' AND r.request_message IS NULL AND r.response_message IS NULL AND r.accepted_at IS NULL
+    AND r.can_see_online_status AND r.can_send_messages AND r.can_see_profile AND r.notifications_enabled)"""
+"""Whether a relationship has ended, and says nothing but that there was one."""
+
 # Whoever changes what is between two users locks their direct conversation, where it says who may be written to, and
 # then both users.
 LOCK_DIRECT = """
