@@ -33,7 +33,7 @@ async def twins(servers: Servers, settings: Settings) -> AsyncIterator[Twins]:
             await registered(http)
         ada = await one.connect(people[0])
         await one.group(ada, people[1])
-    name = settings.database_url.rpartition("/")[2].partition("?")[0]
+        name = await one.db.fetchval("SELECT current_database()")
     admin = await asyncpg.connect(servers.postgres.url("postgres"))
     await admin.execute(f"CREATE DATABASE {name}_copy TEMPLATE {name} STRATEGY file_copy")
     copied = msgspec.structs.replace(settings, database_url=servers.postgres.url(f"{name}_copy"))

@@ -81,6 +81,23 @@ async def test_delivered_and_read_are_two_things(room: Room, world: World) -> No
     assert (receipt.message_id, receipt.delivered_message_id) == (first, second)
 
 
+async def test_readers_are_those_who_take_part_now_and_did_when_it_was_sent(room: Room) -> None:
+    async def read_by(message_id: MessageId) -> tuple[int, int, int]:
+        got = await room.ada.call(client.ListReaders(**room.at(message_id)), server.Readers)
+        one = await room.ada.call(client.GetMessage(**room.at(message_id)), server.OneMessage)
+        return got.read_by, len(got.readers), one.read_by
+
+    before = await sent(room.ada, room.group)
+    await room.charles.call(client.Read(**room.at(before)))
+    assert await read_by(before) == (1, 1, 1)
+    await room.charles.call(client.Leave(conversation_id=room.group))
+    assert await read_by(before) == (0, 0, 0)
+    await room.ada.call(client.AddParticipants(conversation_id=room.group, participants=[room.them[1].id]))
+    after = await sent(room.ada, room.group)
+    await room.charles.call(client.Read(**room.at(after)))
+    assert [await read_by(one) for one in (before, after)] == [(0, 0, 0), (1, 1, 1)]
+
+
 async def test_in_a_crowd_readers_are_counted_and_not_named(room: Room, world: World) -> None:
     await world.db.execute("UPDATE conversation SET participant_count = 101 WHERE id = $1", room.group)
     message_id = await sent(room.ada, room.group)

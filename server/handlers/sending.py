@@ -2,6 +2,7 @@
 
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Literal, TypeAlias
 
 from asyncpg import UniqueViolationError
@@ -74,7 +75,9 @@ async def forward(context: Context, frame: client.Forward) -> Sent:
     if further:
         context.services.writes.require(context.user_id, further, taken=1)
     with _renamed():
-        return await _store(context, await outgoing(context, again, source))
+        out = await outgoing(context, again, source)
+        # Tried once more here, since the whole frame would take its tokens once more.
+        return await context.database.again("forward", partial(_store, context, out))
 
 
 @contextmanager

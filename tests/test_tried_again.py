@@ -1,0 +1,160 @@
+"""A transaction that PostgreSQL ends is tried once more: nothing is lost, told twice or paid for twice."""
+
+from collections import Counter
+from typing import Any
+
+import asyncpg
+import pytest
+
+from protocol import client, server
+from protocol.codec import encode
+from protocol.ids import ConversationId, MessageId, UserId, uuid7
+from protocol.server import Error
+from protocol.values import User
+from server import app, hub
+from server.config import Settings
+from server.context import Context
+from server.dispatch import Dispatch
+from server.routes import ROUTES
+from server.sharedallowance import SharedAllowance
+from tests.test_credentials import administer
+from tests.test_lock_order import AS_BEFORE, NOT_NOW, Quarrel
+from tests.world import World, http_client, sent
+
+FAIL = """
+CREATE SEQUENCE tries MINVALUE -9;
+CREATE FUNCTION fail() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+    IF nextval('tries') < 0 THEN RAISE EXCEPTION 'made by a test' USING ERRCODE = '40P01'; END IF;
+    RETURN NULL;
+END $$;
+"""
+"""The last thing that a transaction does, with all that its handler has gathered by then: it fails when it commits."""
+AT_COMMIT = """
+CREATE CONSTRAINT TRIGGER fail AFTER INSERT OR UPDATE OR DELETE ON "{table}" DEFERRABLE INITIALLY DEFERRED
+FOR EACH ROW EXECUTE FUNCTION fail()
+"""
+ARM = "SELECT setval('tries', $1, false)"
+HAS_FAILED = "SELECT is_called FROM tries"
+TABLES = """
+SELECT relname FROM pg_class
+WHERE relnamespace = 'public'::regnamespace AND relkind = 'r' AND relname <> 'schema_migration'
+"""
+VERSIONS = "SELECT id, version FROM conversation"
+
+
+class Told:
+    """What a worker publishes."""
+
+    def __init__(self, events: hub.Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.versions: Counter[tuple[ConversationId, int]] = Counter()
+        publish = events.publish
+
+        def noted(event: Any, **options: Any) -> None:
+            self.versions[event.conversation_id, event.version] += 1
+            publish(event, **options)
+
+        monkeypatch.setattr(events, "publish", noted)
+
+
+async def test_frame_whose_first_attempt_is_ended_is_done_and_told_once(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every frame that writes."""
+    failed: set[str] = set()
+    async with http_client(world.url) as http:
+        quarrel = Quarrel(world, http)
+        await quarrel.begin()
+        here = world.workers[0].app
+        told = Told(here.hub, monkeypatch)
+        dispatch = Dispatch(ROUTES, here._allowances, metrics=here.metrics, pressure=here.pressure)  # noqa: SLF001
+        context = Context(
+            services=here._services,  # noqa: SLF001
+            user=User(id=quarrel.ada, name="Ada"),
+            session_id=quarrel.sessions[quarrel.ada],
+        )
+        await world.db.execute(FAIL)
+        await world.db.execute(ARM, 1)
+        for (table,) in await world.db.fetch(TABLES):
+            await world.db.execute(AT_COMMIT.format(table=table))
+        for index, name in enumerate(type(frame).__name__ for frame in quarrel.frames()):
+            before = {one: version for one, version in await world.db.fetch(VERSIONS)}  # noqa: C416 - records are no pairs
+            told.versions.clear()
+            await world.db.execute(ARM, -1)
+            answer = await dispatch.run(context, encode(quarrel.frames()[index]))
+            if await world.db.fetchval(HAS_FAILED):
+                failed.add(name)
+            await world.db.execute(ARM, 1)
+            assert not isinstance(answer, Error) or answer.code not in NOT_NOW, (name, answer)
+            moved = {
+                (one, number)
+                for one, version in await world.db.fetch(VERSIONS)
+                for number in range(before.get(one, 0) + 1, version + 1)
+                if one in before
+            }
+            published = {one: count for one, count in told.versions.items() if one[0] in before}
+            assert (name, published) == (name, dict.fromkeys(moved, 1))
+            if not await world.db.fetchval(AS_BEFORE, quarrel.group):
+                await quarrel.reconcile()
+    assert len(failed) > 30, failed
+
+
+async def test_forward_that_is_tried_again_is_paid_for_once(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[int] = []
+    require = SharedAllowance.require
+
+    def noted(self: SharedAllowance, user_id: UserId, count: int = 1, **options: int) -> None:
+        taken.append(count)
+        require(self, user_id, count, **options)
+
+    ada = await world.connect(await world.user("Ada"))
+    about = await world.channel(ada)
+    said = await sent(ada, about, "é" * 20_000)
+    await world.db.execute(FAIL)
+    await world.db.execute(AT_COMMIT.format(table="message"))
+    monkeypatch.setattr(SharedAllowance, "require", noted)
+    for tries in (1, -1):
+        taken.clear()
+        await world.db.execute(ARM, tries)
+        frame = client.Forward(
+            conversation_id=about, message_id=said, to_conversation_id=about, new_message_id=MessageId(uuid7())
+        )
+        await ada.call(frame, server.Sent)
+        assert await world.db.fetchval(HAS_FAILED)
+        assert len(taken) == 2
+        assert sum(taken) > 2
+
+
+GONE_LONG_AGO = """
+UPDATE "user" SET is_deleted = true, is_active = false, deleted_at = now() - interval '1 year' WHERE id = $1
+"""
+AT_LEAVING = """
+CREATE CONSTRAINT TRIGGER fail AFTER UPDATE ON conversation_participant DEFERRABLE INITIALLY DEFERRED
+FOR EACH ROW WHEN (new.conversation_id = '{}' AND new.status = 'left') EXECUTE FUNCTION fail()
+"""
+
+
+@pytest.mark.parametrize("by", ["the job", "a command"])
+async def test_erasure_that_is_ended_twice_in_the_middle_tells_all_that_is_committed(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, by: str
+) -> None:
+    monkeypatch.setattr(hub, "COMPARE_SECONDS", 3600.0)
+    for name in ("CLEAR_SECONDS", "EXPIRE_SECONDS", "DUE_SECONDS"):
+        monkeypatch.setattr(app, name, 36_000.0)
+    async with World(settings) as world:
+        ada, charles = await world.users("Ada", "Charles")
+        other = await world.connect(charles, 1)
+        groups = sorted([await world.group(other, ada) for _ in range(2)])
+        await world.db.execute(FAIL)
+        await world.db.execute(AT_LEAVING.format(groups[1]))
+        await world.db.execute(ARM, -3)
+        if by == "the job":
+            await world.db.execute(GONE_LONG_AGO, ada.id)
+            with pytest.raises(asyncpg.DeadlockDetectedError):
+                await world.workers[0].app.erase_due()
+            await world.workers[0].app.erase_due()
+        else:
+            await administer(world, "erase", str(ada.id), "--yes")
+        for group in groups:
+            await other.event(server.ParticipantLeft, lambda event, group=group: event.conversation_id == group)  # type: ignore[misc]
+        left = Counter(event.conversation_id for event in other.events if isinstance(event, server.ParticipantLeft))
+        assert left == dict.fromkeys(groups, 1)
