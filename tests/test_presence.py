@@ -321,6 +321,7 @@ async def test_nothing_newer_than_the_reply_of_a_watch_comes_before_it(
     ada_, charles_, mary_ = (one.id for one in people)
     await world.befriend(people[0], people[2])
     group = await world.group(mary, people[0])
+    await ada.event(server.ConversationJoined)
     await mary.call(client.Watch(user_ids=[charles_]))
     reads = Reads(monkeypatch)
     seen = len(ada.events)
