@@ -10,6 +10,7 @@ from protocol.ids import ConversationId, MessageId, uuid7
 from prove.client import Client
 from server import app, database
 from server.config import Settings
+from server.periodic import end, every
 from tests.world import World, heard
 
 HOLD = {
@@ -47,23 +48,18 @@ async def test_due_message_waits_for_no_row_that_concerns_another_sender(
             await schedule(charles, stuck, f"Charles {number}")
         async with world.db.transaction():
             await world.db.execute(HOLD[held])
-            sending = asyncio.ensure_future(send_due())
+            job = asyncio.create_task(every(0.02, send_due))
             first = await schedule(mary, free, "Mary 1")
-            also = asyncio.ensure_future(send_due())
             assert (await heard(ada, first)).content == "Mary 1"
             assert await world.db.fetchval(WAITING) == 3
-        await asyncio.gather(sending, also)
         # Nothing of the same sender overtakes what could not be sent, in any conversation.
-        await schedule(charles, stuck, "Charles 3")
-        for _ in range(2):
-            await send_due()
-            await world.db.execute(LAPSE)
-        await send_due()
-        async with asyncio.timeout(5):
-            while await world.db.fetchval(WAITING):
-                await asyncio.sleep(0.01)
+        last = await schedule(charles, stuck, "Charles 3")
+        await world.db.execute(LAPSE)
+        await heard(ada, last)
+        await end([job])
         assert await world.db.fetchval(SAID, stuck) == [f"Charles {number}" for number in range(4)]
         assert await world.db.fetchval(SAID, free) == ["Mary 1"]
+        assert await world.db.fetchval(WAITING) == 0
 
 
 async def test_more_held_senders_than_a_worker_sends_for_delay_nobody_else(
