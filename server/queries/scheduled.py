@@ -134,20 +134,21 @@ class ClaimLost(Exception):  # noqa: N818 - another worker has the message now
 # whom a claim has not ended has no other one: what becomes due meanwhile comes after it. The sender's lock keeps their
 # frames and other workers' claims away from all rows; a sender whose lock somebody else has comes later.
 # Whoever deleted their account, or was locked out, says nothing any more.
-_IS_DUE = """s.status = 'waiting' AND s.send_at <= now() AND (s.not_before IS NULL OR s.not_before <= now())
+# IS TRUE keeps the planner from going through what is due of everybody to find what is the sender's.
+_IS_DUE = """s.send_at <= now() AND (s.not_before IS NULL OR s.not_before <= now())
     AND (s.claimed_at IS NULL OR s.claimed_at < now() - $1::interval)"""
 CLAIM = f"""
 WITH next AS MATERIALIZED (
     SELECT u.id, CASE WHEN u.is_active AND NOT u.is_deleted THEN {FACE} END AS face
     FROM scheduled_message s JOIN "user" u ON u.id = s.sender_id
-    WHERE {_IS_DUE} AND NOT EXISTS (
+    WHERE s.status = 'waiting' AND {_IS_DUE} AND NOT EXISTS (
         SELECT FROM scheduled_message o
         WHERE o.sender_id = s.sender_id AND o.status = 'waiting' AND o.claimed_at >= now() - $1::interval
     )
     ORDER BY s.send_at LIMIT 1 FOR NO KEY UPDATE OF u SKIP LOCKED
 )
 UPDATE scheduled_message s SET claimed_at = now() FROM next
-WHERE s.sender_id = next.id AND {_IS_DUE}
+WHERE s.sender_id = next.id AND s.status = 'waiting' AND ({_IS_DUE}) IS TRUE
 RETURNING s.send_at, s.id, s.conversation_id, s.sender_id, s.words, next.face, s.claimed_at
 """  # noqa: S608 - constants are put in
 
