@@ -60,7 +60,10 @@ CREATE TABLE "user" (
     -- again. Nobody is told of it: their own clock would tell of the block.
     hidden_version bigint NOT NULL DEFAULT 0,
     -- The highest number of the own clock that a deleted row of theirs had: whoever was told less may have that row.
-    forgotten_version bigint NOT NULL DEFAULT 0
+    forgotten_version bigint NOT NULL DEFAULT 0,
+    -- How often the own clock moved for rows that are theirs alone (drafts, stars, preferences, the profile). All other
+    -- moves may concern memberships, sessions or relationships, and workers read those again.
+    own_moves bigint NOT NULL DEFAULT 0
 );
 CREATE INDEX user_search_idx ON "user" USING gin (to_tsvector('simple', name || ' ' || coalesce(display_name, '')));
 CREATE INDEX user_custom_status_until_idx ON "user" (custom_status_until) WHERE custom_status_until IS NOT NULL;

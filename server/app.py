@@ -15,7 +15,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 
-from protocol.ids import ConversationId, UserId
+from protocol.ids import UserId
 from server import sync
 from server.addresses import Addresses
 from server.admission import Admission
@@ -46,8 +46,7 @@ from server.presence import Presence
 from server.pressure import Pressure
 from server.previews import Previews
 from server.proxies import Proxies
-from server.queries import approaches, audit, conversations, indexing, push, relationships, scheduled, sending
-from server.queries.conversations import Membership
+from server.queries import approaches, audit, indexing, push, relationships, scheduled, sending
 from server.queries.sending import Outgoing, Stored
 from server.record import PostgresRecord
 from server.redisbus import Alone, RedisBus
@@ -61,8 +60,6 @@ from server.websocket import WebSocket
 
 SENDS_AT_ONCE = 64
 """How many messages one statement stores at most."""
-MEMBERSHIPS_AT_ONCE = 64
-"""Of how many users one statement reads the conversations at most."""
 REDIS_SECONDS = 1.0
 METRICS_SECONDS = 1.0
 SENDERS_SHARE = 4
@@ -103,8 +100,9 @@ class App:
         self._working: set[asyncio.Task[None]] = set()
         self._tasks: list[asyncio.Task[None]] = []
 
+        record = PostgresRecord(database)
         self.hub = Hub(
-            PostgresRecord(database),
+            record,
             connect,
             describe=lambda found: self.presence.describe(found),  # noqa: PLW0108 - it is made below
         )
@@ -152,7 +150,7 @@ class App:
             events=self.hub,
             presence=self.presence,
             sends=self._sends,
-            memberships=Gather(self._read_memberships, most=MEMBERSHIPS_AT_ONCE),
+            memberships=record.memberships,
             notices=self.notices,
             previews=self.previews,
             writes=self._allowances[Rate.WRITE],
@@ -336,10 +334,6 @@ class App:
     async def _send(self, batch: list[Outgoing]) -> list[Stored | None]:
         async with self._database.connection() as db:
             return await sending.send(db, batch)
-
-    async def _read_memberships(self, user_ids: list[UserId]) -> list[dict[ConversationId, Membership]]:
-        async with self._database.connection() as db:
-            return await conversations.memberships(db, user_ids)
 
     async def erase_due(self) -> None:
         """Erase those whose time of grace is over."""

@@ -15,7 +15,7 @@ from protocol.limits import MAX_FRAME_BYTES, Limits
 from protocol.server import Error, GoingAway, Ready, Reply, ServerFrame
 from protocol.values import Presence
 from server.admission import Admission
-from server.context import Context
+from server.context import Context, Look
 from server.dispatch import Dispatch, error_frame
 from server.errors import INTERNAL, log_defect, refusal
 from server.hub import Hub
@@ -40,7 +40,7 @@ class Lifecycle(NamedTuple):
     """What happens to a connection besides its frames: when it begins, and when its user's conversations change."""
 
     start: Callable[[Context], Awaitable[None]]
-    refresh: Callable[[Context], Awaitable[None]]
+    refresh: Callable[[Context, Look, Look | None], Awaitable[None]]
 
 
 class Shared(NamedTuple):
@@ -67,8 +67,8 @@ class Connection:
 
     __slots__ = (
         "_entering", "_frames", "_gone", "_has_place", "_has_to_refresh", "_inbox", "_inbox_bytes", "_is_closed",
-        "_is_resuming", "_last", "_shared", "_strikes", "_todo", "_worker", "attached", "closed_with", "context",
-        "expires_at", "session_id", "socket", "user_id", "user_version", "watched", "write",
+        "_is_resuming", "_last", "_look", "_shared", "_strikes", "_todo", "_whole", "_worker", "attached",
+        "closed_with", "context", "expires_at", "session_id", "socket", "user_id", "user_version", "watched", "write",
     )  # fmt: skip
 
     def __init__(
@@ -101,6 +101,9 @@ class Connection:
         self._last: GoingAway | None = None
         self._is_resuming = False
         self._has_to_refresh = False
+        # What the next refresh is told from, the newest of each: own rows, and memberships.
+        self._look: Look | None = None
+        self._whole: Look | None = None
         self._entering: asyncio.TimerHandle | None = None
         self._has_place = False
         # Of this connection alone, and gone with it: the `id` of a connection is used again.
@@ -180,16 +183,20 @@ class Connection:
             self._leave()
             self.socket.close(code)
 
-    def refresh(self) -> None:
-        """Compare what is followed with what the user takes part in, when there is time."""
-        if self._is_closed or self._refresh in self._todo:
+    def refresh(self, look: Look | None = None) -> None:
+        """Say what changed for the user, when there is time: what `look` knows, or everything."""
+        if self._is_closed:
             return
         if self._is_resuming and self._entering is not None:
             # Nothing is followed yet: all would be said anew, just before the client says what it has.
             self._has_to_refresh = True
             return
-        self._todo.append(self._refresh)
-        self._wake()
+        self._look = look or self._shared.hub.people.fresh(self.user_id)
+        if self._look.is_whole:
+            self._whole = self._look
+        if self._refresh not in self._todo:
+            self._todo.append(self._refresh)
+            self._wake()
 
     # ---------------------------------------------------------------------------- what handlers use (Subscriber)
 
@@ -305,8 +312,11 @@ class Connection:
             self.close(CloseCode.GOING_AWAY)
 
     async def _refresh(self) -> None:
+        look, whole, self._look, self._whole = self._look, self._whole, None, None
+        if look is None:
+            return
         try:
-            await self._shared.lifecycle.refresh(self.context)
+            await self._shared.lifecycle.refresh(self.context, look, whole)
         except Exception as error:
             if refusal(error) is None:
                 raise

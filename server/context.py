@@ -15,6 +15,7 @@ from server.database import Database
 from server.gather import Gather
 from server.queries.conversations import Membership
 from server.queries.sending import Outgoing, Stored
+from server.queries.users import OwnNews
 
 
 class Events(Protocol):
@@ -76,6 +77,20 @@ class Subscriber(Protocol):
 
     def unwatch(self, user_ids: Iterable[UserId]) -> None:
         """Deliver it no more."""
+
+
+class Look(Protocol):
+    """What connections of one user are told: read once for all of those at a worker."""
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the user's memberships may have changed, and not only rows of their own."""
+
+    async def memberships(self) -> Mapping[ConversationId, Membership]:
+        """Return the user's conversations, as of the first call or later."""
+
+    async def news(self, since: int) -> OwnNews:
+        """Return the first changes of the user's own after a number of their clock, as of the first such call."""
 
 
 class Presences(Protocol):

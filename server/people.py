@@ -2,6 +2,8 @@
 
 import asyncio
 import logging
+import time
+from collections import Counter
 from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
 from enum import IntEnum
 from typing import Protocol
@@ -10,9 +12,15 @@ from protocol.errors import CloseCode
 from protocol.ids import ConversationId, SessionId, UserId
 from protocol.server import ServerFrame
 from server.bus import Bus
+from server.context import Look
 from server.errors import log_failure
 
 COMPARE_AT_ONCE = 2_000
+REST, REST_MOST_SECONDS = 4, 2.0
+"""Rest of a user's rechecks after each one, as a multiple of its duration, and the max in seconds."""
+
+UNKNOWN = (0, 0, 0)
+"""The clocks of who is not in the database."""
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +38,7 @@ class Socket(Protocol):
 
     user_id: UserId
     session_id: SessionId
+    user_version: int
     attached: set[ConversationId]
     watched: dict[UserId, Sight]
     write: Callable[[bytes], None]
@@ -37,8 +46,8 @@ class Socket(Protocol):
     def say(self, frame: ServerFrame) -> None:
         """Send a frame to it alone."""
 
-    def refresh(self) -> None:
-        """Have it compare what it follows with what its user takes part in."""
+    def refresh(self, look: Look) -> None:
+        """Have it say what changed for its user."""
 
     def close(self, code: CloseCode) -> None:
         """Close it."""
@@ -47,24 +56,31 @@ class Socket(Protocol):
 class UserRecord(Protocol):
     """What is asked of the database about users."""
 
-    async def user_versions(self, user_ids: Sequence[UserId]) -> Mapping[UserId, tuple[int, int]]:
-        """Return users' own clocks, and the hidden ones, which move when others let them see less or more."""
+    async def user_versions(self, user_ids: Sequence[UserId]) -> Mapping[UserId, tuple[int, int, int]]:
+        """Return users' own clocks; the hidden ones, which move when others let them see less or more; and how often
+        the own ones moved for more than own rows.
+        """
+
+    def look(self, user_id: UserId, *, is_whole: bool) -> Look:
+        """Return what a user's sockets share the answers of."""
 
     async def living(self, session_ids: Sequence[SessionId]) -> Collection[SessionId]:
         """Return which of the sessions are valid."""
 
 
 class Person:
-    """A user with sockets at this worker. `version` and `hidden` are their clocks as of the last look."""
+    """A user with sockets at this worker. `version`, `hidden` and `shared` are their clocks as of the last look."""
 
-    __slots__ = ("channel", "hidden", "is_look_due", "look", "sockets", "version")
+    __slots__ = ("channel", "hidden", "is_look_due", "is_whole_due", "look", "shared", "sockets", "version")
 
     def __init__(self, channel: bytes) -> None:
         self.channel = channel
         self.sockets: set[Socket] = set()
         self.version = -1
         self.hidden = 0
+        self.shared = -1
         self.is_look_due = False
+        self.is_whole_due = False
         self.look: asyncio.Task[None] | None = None
 
 
@@ -103,10 +119,10 @@ class People:
         await self._bus.subscribe([person.channel])
         if person.version < 0:
             found = await self._record.user_versions([socket.user_id])
-            own, person.hidden = found.get(socket.user_id, (0, 0))
-            person.version = max(person.version, own)
+            own, person.hidden, shared = found.get(socket.user_id, UNKNOWN)
+            person.version, person.shared = max(person.version, own), max(person.shared, shared)
         if person.version != version:
-            self.look(socket.user_id)
+            self.look(socket.user_id, is_whole=True)
 
     def remove(self, socket: Socket) -> None:
         """Forget a socket."""
@@ -123,9 +139,14 @@ class People:
             for socket in person.sockets:
                 socket.write(frame)
 
-    def look(self, user_id: UserId, *, may_watch_others: bool = False) -> None:
-        """Look at a user's sessions, and have their sockets look at their conversations: something changed. With
-        `may_watch_others`, that decides whom they may watch.
+    def fresh(self, user_id: UserId) -> Look:
+        """Return everything that a socket of a user is to be told, to be read now."""
+        return self._record.look(user_id, is_whole=True)
+
+    def look(self, user_id: UserId, *, may_watch_others: bool = False, is_whole: bool = False) -> None:
+        """Have a user's sockets say what changed: something did. Their sessions and memberships are read only if the
+        clocks say that those may have changed, or if it `is_whole`. With `may_watch_others`, it decides whom they may
+        watch.
         """
         person = self._people.get(user_id)
         if person is None:
@@ -134,6 +155,7 @@ class People:
         if may_watch_others:
             self._doubt(user_id)
         # Serialize rechecks; always run one that starts after this call. One that waits does for all calls.
+        person.is_whole_due |= is_whole
         if not person.is_look_due:
             person.is_look_due = True
             person.look = self._spawn(self._look(user_id, person, person.look))
@@ -148,9 +170,13 @@ class People:
             versions = await self._record.user_versions(user_ids[start : start + COMPARE_AT_ONCE])
             for user_id, clocks in versions.items():
                 person = self._people.get(user_id)
-                if person is not None and person.version >= 0 and (person.version, person.hidden) != clocks:
+                if person is None or person.version < 0:
+                    continue
+                if (person.hidden, person.shared) != clocks[1:]:
                     # The news was missed, and nobody knows what it was.
                     self.look(user_id, may_watch_others=True)
+                elif person.version != clocks[0]:
+                    self.look(user_id)
 
     def close(self) -> None:
         """Stop looking."""
@@ -160,21 +186,44 @@ class People:
     async def _look(self, user_id: UserId, person: Person, before: asyncio.Task[None] | None) -> None:
         if before is not None:
             await asyncio.wait([before])
-        person.is_look_due = False
-        sockets = list(person.sockets)
+        is_whole, person.is_look_due, person.is_whole_due = person.is_whole_due, False, False
+        began = time.monotonic()
         try:
-            version, hidden = (await self._record.user_versions([user_id])).get(user_id, (0, 0))
-            living = await self._record.living([socket.session_id for socket in sockets])
+            await self._tell(user_id, person, is_whole=is_whole)
         except Exception as error:  # noqa: BLE001 - the database is away: the next comparison looks again
             log_failure(log, f"looking at user {user_id}", error)
-            person.version = 0
+            person.version, person.shared = 0, -1
+        # In this turn of the loop the sockets do their part.
+        await asyncio.sleep(0)
+        # News that comes meanwhile is one look: a user with many conversations takes no more than a share of the loop.
+        await asyncio.sleep(min(REST * (time.monotonic() - began), REST_MOST_SECONDS))
+
+    async def _tell(self, user_id: UserId, person: Person, *, is_whole: bool) -> None:
+        clocks = (await self._record.user_versions([user_id])).get(user_id, UNKNOWN)
+        version, hidden, shared = clocks
+        is_whole = is_whole or shared != person.shared
+        if not is_whole and version == person.version:
+            person.hidden = hidden
             return
-        person.version, person.hidden = version, hidden
-        for socket in sockets:
-            if socket.session_id in living:
-                socket.refresh()
+        look = self._record.look(user_id, is_whole=is_whole)
+        checked: set[Socket] = set()
+        if is_whole:
+            checked.update(person.sockets)
+            living = await self._record.living([socket.session_id for socket in checked])
+            for socket in checked:
+                if socket.session_id not in living:
+                    socket.close(CloseCode.SESSION_ENDED)
+            await look.memberships()
+        # Read ahead, so that the sockets wait for nothing.
+        for since, _ in Counter(socket.user_version for socket in person.sockets).most_common(1):
+            await look.news(since)
+        person.version, person.hidden, person.shared = clocks
+        for socket in list(person.sockets):
+            if not is_whole or socket in checked:
+                socket.refresh(look)
             else:
-                socket.close(CloseCode.SESSION_ENDED)
+                # It came in meanwhile.
+                self.look(user_id, is_whole=True)
 
     def _spawn(self, coroutine: Coroutine[None, None, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(coroutine)

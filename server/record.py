@@ -1,6 +1,7 @@
 """What the hub asks the database, many questions of a kind in one query."""
 
-from collections.abc import Collection, Sequence
+import asyncio
+from collections.abc import Collection, Mapping, Sequence
 
 from protocol.ids import ConversationId, SessionId, UserId
 from protocol.limits import MAX_CHANGES
@@ -8,8 +9,35 @@ from server.database import Database
 from server.doubts import Pair
 from server.gather import Gather
 from server.queries import changes, conversations, sessions, users
-from server.queries.users import Clocks, Watchable
+from server.queries.conversations import Membership
+from server.queries.users import OWN_PAGE, Clocks, OwnNews, Watchable
 from server.topics import Fetched
+
+MEMBERSHIPS_AT_ONCE = 64
+"""Max users per membership query."""
+
+
+class PostgresLook:
+    """What connections of one user are told, in PostgreSQL. Each question is asked once; later callers share it."""
+
+    def __init__(self, record: "PostgresRecord", user_id: UserId, *, is_whole: bool) -> None:
+        self._record = record
+        self._user_id = user_id
+        self.is_whole = is_whole
+        self._there: asyncio.Future[dict[ConversationId, Membership]] | None = None
+        self._news: dict[int, asyncio.Future[OwnNews]] = {}
+
+    async def memberships(self) -> Mapping[ConversationId, Membership]:
+        """Return the user's conversations."""
+        if self._there is None:
+            self._there = asyncio.ensure_future(self._record.memberships.submit(self._user_id))
+        return await asyncio.shield(self._there)
+
+    async def news(self, since: int) -> OwnNews:
+        """Return the first changes of the user's own after a number of their clock."""
+        if (there := self._news.get(since)) is None:
+            there = self._news[since] = asyncio.ensure_future(self._record.news(self._user_id, since))
+        return await asyncio.shield(there)
 
 
 class PostgresRecord:
@@ -19,6 +47,9 @@ class PostgresRecord:
         self._database = database
         self._versions: Gather[Sequence[ConversationId], dict[ConversationId, int]] = Gather(self._read, most=256)
         self._users: Gather[Sequence[UserId], dict[UserId, Clocks]] = Gather(self._read_users, most=256)
+        self.memberships: Gather[UserId, dict[ConversationId, Membership]] = Gather(
+            self._read_memberships, most=MEMBERSHIPS_AT_ONCE
+        )
 
     async def since(self, conversation_id: ConversationId, version: int) -> Fetched | None:
         """Return what came after a version, or the first part of it."""
@@ -33,8 +64,17 @@ class PostgresRecord:
         return await self._versions.submit(conversation_ids)
 
     async def user_versions(self, user_ids: Sequence[UserId]) -> dict[UserId, Clocks]:
-        """Return users' own clocks, and the hidden ones."""
+        """Return users' clocks."""
         return await self._users.submit(user_ids)
+
+    def look(self, user_id: UserId, *, is_whole: bool) -> PostgresLook:
+        """Return what a user's connections share the answers of."""
+        return PostgresLook(self, user_id, is_whole=is_whole)
+
+    async def news(self, user_id: UserId, since: int) -> OwnNews:
+        """Return the first changes of a user's own after a number of their clock."""
+        async with self._database.of(user_id).connection() as db:
+            return await users.news(db, user_id, since, limit=OWN_PAGE)
 
     async def living(self, session_ids: Sequence[SessionId]) -> Collection[SessionId]:
         """Return which of the sessions are valid."""
@@ -56,6 +96,10 @@ class PostgresRecord:
         async with self._database.connection() as db:
             found = await conversations.versions(db, [one for ids in batch for one in ids])
         return [found] * len(batch)
+
+    async def _read_memberships(self, user_ids: list[UserId]) -> list[dict[ConversationId, Membership]]:
+        async with self._database.connection() as db:
+            return await conversations.memberships(db, user_ids)
 
     async def _read_users(self, batch: list[Sequence[UserId]]) -> list[dict[UserId, Clocks]]:
         async with self._database.connection() as db:

@@ -4,7 +4,7 @@ Always follow first and compare second: once the worker follows a conversation, 
 read before is still the latest, and the difference is asked for until it is. The rest arrives by itself.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 
 import msgspec
@@ -24,14 +24,14 @@ from protocol.server import (
     StartOverReason,
 )
 from protocol.values import ConversationView
-from server.context import Context
+from server.context import Context, Look
 from server.database import Db
 from server.queries import changes, conversations, users
+from server.queries.conversations import Membership
+from server.queries.users import OWN_PAGE, OwnNews
 
 PAGE = 50
 """Conversations in each `conversations` frame, and in each statement that reads them."""
-OWN_PAGE = 500
-"""Changes of the user's own that one statement reads, about."""
 
 
 async def start(context: Context) -> None:
@@ -86,14 +86,23 @@ async def resume(context: Context, frame: Resume) -> Resumed:
     )
 
 
-async def refresh(context: Context) -> None:
-    """Compare what the connection follows with what the user takes part in, and say what is new and what is over."""
+async def refresh(context: Context, look: Look, whole: Look | None) -> None:
+    """Say what changed for the user alone; before that, with `whole`, compare what the connection follows with what the
+    user takes part in, and say what is new and what is over.
+    """
+    if whole is not None:
+        await _compare(context, await whole.memberships())
+    await _say_own(context, look)
+
+
+async def _compare(context: Context, there: Mapping[ConversationId, Membership]) -> None:
     connection = context.connection
-    there = await context.services.memberships.submit(context.user_id)
-    for conversation_id in set(connection.attached) - there.keys():
+    if any(one not in there for one in connection.attached):
+        # Shared memberships may be older than what the connection joined by a frame of its own.
+        there = await context.services.memberships.submit(context.user_id)
+    for conversation_id in [one for one in connection.attached if one not in there]:
         _say_left(context, conversation_id)
-    await _join(context, there.keys() - set(connection.attached))
-    await _say_own(context)
+    await _join(context, [one for one in there if one not in connection.attached])
 
 
 async def join(context: Context, view: ConversationView) -> None:
@@ -105,15 +114,14 @@ async def join(context: Context, view: ConversationView) -> None:
         await _follow(context, [view], [ConversationJoined(view=view)])
 
 
-async def _say_own(context: Context) -> None:
-    """Say what changed for the user alone since the connection was last told."""
+async def _say_own(context: Context, look: Look | None = None) -> None:
+    """Say what changed for the user alone since the connection was last told. `look` has the first page."""
     connection = context.connection
     is_whole, has_started_over, done = False, False, 0
     while not is_whole:
-        async with _reading(context, done) as db:
-            version, news, is_whole, lost = await users.news(
-                db, context.user_id, connection.user_version, limit=OWN_PAGE
-            )
+        version, news, is_whole, lost = await (
+            look.news(connection.user_version) if look is not None and not done else _own_news(context, done)
+        )
         if lost is not None and connection.user_version and not has_started_over:
             has_started_over = True
             _start_own_over(context, lost)
@@ -131,6 +139,11 @@ def _start_own_over(context: Context, reason: OwnStartOverReason) -> None:
     """Have the client drop its own rows; all that there are follow."""
     context.connection.say(OwnStartOver(user_version=0, reason=reason))
     context.connection.user_version = 0
+
+
+async def _own_news(context: Context, done: int) -> OwnNews:
+    async with _reading(context, done) as db:
+        return await users.news(db, context.user_id, context.connection.user_version, limit=OWN_PAGE)
 
 
 async def _join(context: Context, conversation_ids: Iterable[ConversationId]) -> None:

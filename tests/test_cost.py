@@ -253,7 +253,7 @@ def hot(place: Place, ids: dict[str, Any]) -> dict[str, tuple[str, tuple[Any, ..
         "invitations": (participants.INVITATIONS, (user,)),
         "prefer": (participants.PREFER, (about, user, "{}")),
         "permit": (participants.PERMIT, (about, user, "{}")),
-        "stamp": (participants.STAMP, (about, [user], [])),
+        "stamp": (participants.STAMP, (about, [user], [], 0)),
         "announce": (sending.ANNOUNCE, (about, user, "joined", "{}", "join")),
         "wait": (sending.WAIT, (about, user)),
         "moderate": (moderation.MODERATE, (about, ids["middle"], user, "Rude")),

@@ -359,7 +359,7 @@ async def test_rechecks_of_a_user_are_coalesced(lone: World) -> None:
     assert len(people._looks) <= 2  # noqa: SLF001
     await until(lambda: not people._looks)  # noqa: SLF001
     await lone.db.execute("DELETE FROM session")
-    people.look(ada.id)
+    people.look(ada.id, is_whole=True)
     assert await client.closed() == CloseCode.SESSION_ENDED
 
 

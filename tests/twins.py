@@ -287,7 +287,7 @@ class Twin:
             while True:
                 version = await self.world.db.fetchval('SELECT version FROM "user" WHERE id = $1', self.id(VIEWER))
                 sockets = people.sockets(self.id(VIEWER))
-                if all(socket.user_version == version for socket in sockets):  # type: ignore[attr-defined]
+                if all(socket.user_version == version for socket in sockets):
                     break
                 await asyncio.sleep(0.002)
 

@@ -18,7 +18,7 @@ async def read(context: Context, frame: client.Read) -> ReadUpTo:
             await users.lock(db, [context.user_id])
             position = await receipts.read(db, frame, context.user_id, is_locked=True)
             if position is not None and position.was_marked:
-                await participants.stamp(db, frame.conversation_id, [context.user_id])
+                await participants.stamp(db, frame.conversation_id, [context.user_id], is_own=True)
     if position is None:
         raise NotFound("message_id")
     if position.was_marked:
@@ -60,7 +60,7 @@ async def mark_unread(context: Context, frame: client.MarkUnread) -> ReadUpTo:
         count = await receipts.mark_unread(db, frame, context.user_id)
         if count is None:
             raise NotFound("message_id")
-        await participants.stamp(db, frame.conversation_id, [context.user_id])
+        await participants.stamp(db, frame.conversation_id, [context.user_id], is_own=True)
     context.events.poke([context.user_id])
     return ReadUpTo(conversation_id=frame.conversation_id, message_id=frame.message_id, unread_count=count)
 

@@ -18,7 +18,8 @@ WITH here AS (
     JOIN conversation c ON c.id = p.conversation_id AND NOT c.is_deleted
     WHERE p.conversation_id = $1 AND p.user_id = $2 AND p.status = 'active'
 ), touched AS (
-    UPDATE "user" SET version = version + 1 WHERE id = $2 AND EXISTS (SELECT FROM here) RETURNING version
+    UPDATE "user" SET version = version + 1, own_moves = own_moves + 1
+    WHERE id = $2 AND EXISTS (SELECT FROM here) RETURNING version
 )
 INSERT INTO draft (user_id, conversation_id, content, user_version)
 SELECT $2, here.conversation_id, $3, touched.version FROM here, touched
@@ -40,7 +41,7 @@ async def put(db: Db, frame: SetDraft, user_id: UserId) -> bool:
 # The row stays, so that the user's other devices are told.
 EMPTY = """
 WITH touched AS (
-    UPDATE "user" u SET version = u.version + 1 FROM (
+    UPDATE "user" u SET version = u.version + 1, own_moves = u.own_moves + 1 FROM (
         SELECT o.id FROM conversation_participant p
         JOIN draft d ON d.user_id = p.user_id AND d.conversation_id = p.conversation_id AND d.content <> ''
         JOIN "user" o ON o.id = p.user_id

@@ -235,7 +235,7 @@ async def _unseen(db: Db, user_id: UserId) -> Asked:
 
 SEE = """
 UPDATE "user" SET feed_seen_at = greatest(feed_seen_at, least($2::timestamptz, now())), version = version + 1,
-    own_version = version + 1
+    own_version = version + 1, own_moves = own_moves + 1
 WHERE id = $1 AND is_active AND coalesce(feed_seen_at < least($2, now()), true)
 """
 

@@ -238,7 +238,7 @@ async def permit(db: Db, now: Participant, granted: dict[str, bool]) -> Change |
 
 
 PREFER = """
-WITH touched AS (UPDATE "user" SET version = version + 1 WHERE id = $2 RETURNING version)
+WITH touched AS (UPDATE "user" SET version = version + 1, own_moves = own_moves + 1 WHERE id = $2 RETURNING version)
 UPDATE conversation_participant p SET user_version = t.version,
     pin_order = CASE WHEN $3::jsonb ? 'pin_order' THEN ($3 ->> 'pin_order')::integer ELSE pin_order END,
     is_hidden = coalesce(($3 ->> 'is_hidden')::boolean, is_hidden),
@@ -261,7 +261,7 @@ async def prefer(db: Db, conversation_id: ConversationId, user_id: UserId, chang
 # Users are locked in the order of their ids, after the conversation, as everywhere.
 STAMP = """
 WITH touched AS (
-    UPDATE "user" u SET version = u.version + 1
+    UPDATE "user" u SET version = u.version + 1, own_moves = u.own_moves + $4::integer
     FROM (SELECT id FROM "user" WHERE id = ANY($2::uuid[] || $3::uuid[]) ORDER BY id FOR NO KEY UPDATE) t
     WHERE u.id = t.id
     RETURNING u.id, u.version
@@ -272,12 +272,17 @@ WHERE p.conversation_id = $1 AND p.user_id = t.id AND p.user_id = ANY($2)
 
 
 async def stamp(
-    db: Db, conversation_id: ConversationId, user_ids: Sequence[UserId], *, also: Sequence[UserId] = ()
+    db: Db,
+    conversation_id: ConversationId,
+    user_ids: Sequence[UserId],
+    *,
+    also: Sequence[UserId] = (),
+    is_own: bool = False,
 ) -> None:
     """Move users' own clocks, and note that it was for their invitations to a conversation, or their preferences there.
-    The clocks of those in `also` move without a note.
+    The clocks of those in `also` move without a note. With `is_own`, no membership changed.
     """
-    await db.execute(STAMP, conversation_id, list(user_ids), list(also))
+    await db.execute(STAMP, conversation_id, list(user_ids), list(also), int(is_own))
 
 
 HEIR = """

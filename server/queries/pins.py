@@ -78,7 +78,8 @@ def _list(rows: Sequence[Any], limit: int) -> MessageList:
 STAR = f"""
 WITH seen AS (SELECT m.id, m.conversation_id {VISIBLE} AND NOT m.is_deleted),
 touched AS (
-    UPDATE "user" SET version = version + 1 WHERE id = $2 AND EXISTS (SELECT FROM seen) AND NOT EXISTS (
+    UPDATE "user" SET version = version + 1, own_moves = own_moves + 1
+    WHERE id = $2 AND EXISTS (SELECT FROM seen) AND NOT EXISTS (
         SELECT FROM message_star s WHERE s.user_id = $2 AND s.message_id = $1 AND NOT s.is_removed
     ) RETURNING version
 ), starred AS (
@@ -91,7 +92,7 @@ SELECT EXISTS (SELECT FROM seen)
 """  # noqa: S608 - VISIBLE is a constant
 UNSTAR = """
 WITH touched AS (
-    UPDATE "user" SET version = version + 1 WHERE id = $2 AND EXISTS (
+    UPDATE "user" SET version = version + 1, own_moves = own_moves + 1 WHERE id = $2 AND EXISTS (
         SELECT FROM message_star s WHERE s.user_id = $2 AND s.message_id = $1 AND NOT s.is_removed
     ) RETURNING version
 )

@@ -52,7 +52,7 @@ _WAITS = """s.sender_id = $2 AND s.conversation_id = $3 AND s.claimed_at IS NULL
         SELECT FROM message m WHERE m.id = $1 AND m.sender_id = $2 AND (m.conversation_id = $3) IS TRUE
     )"""
 PUT = f"""
-WITH touched AS (UPDATE "user" SET version = version + 1 WHERE id = $2 RETURNING version)
+WITH touched AS (UPDATE "user" SET version = version + 1, own_moves = own_moves + 1 WHERE id = $2 RETURNING version)
 INSERT INTO scheduled_message AS s (id, sender_id, conversation_id, words, send_at, user_version)
 SELECT $1, $2, $3, $4, $5, t.version FROM touched t
 ON CONFLICT (id) DO UPDATE SET words = excluded.words, send_at = excluded.send_at, user_version = excluded.user_version,
@@ -61,7 +61,7 @@ ON CONFLICT (id) DO UPDATE SET words = excluded.words, send_at = excluded.send_a
 RETURNING scheduled_json(s)
 """  # noqa: S608 - a constant is put in
 CANCEL = f"""
-WITH touched AS (UPDATE "user" SET version = version + 1 WHERE id = $2 RETURNING version)
+WITH touched AS (UPDATE "user" SET version = version + 1, own_moves = own_moves + 1 WHERE id = $2 RETURNING version)
 UPDATE scheduled_message s SET status = 'cancelled', not_before = NULL, user_version = t.version FROM touched t
 WHERE s.id = $1 AND s.status = 'waiting' AND {_WAITS}
 RETURNING scheduled_json(s)
@@ -174,12 +174,12 @@ async def claim(db: Db) -> list[Due]:
 # A claim runs out while its worker waits: another one takes the message, and the owner may change or cancel it after
 # that. So both statements act on the worker's own claim alone.
 PUT_OFF = """
-WITH touched AS (UPDATE "user" SET version = version + 1 WHERE id = $2 RETURNING version)
+WITH touched AS (UPDATE "user" SET version = version + 1, own_moves = own_moves + 1 WHERE id = $2 RETURNING version)
 UPDATE scheduled_message s SET claimed_at = NULL, not_before = now() + $4::interval, user_version = t.version
 FROM touched t WHERE s.id = $1 AND s.status = 'waiting' AND s.claimed_at = $3
 """
 FINISH = """
-WITH touched AS (UPDATE "user" SET version = version + 1 WHERE id = $2 RETURNING version)
+WITH touched AS (UPDATE "user" SET version = version + 1, own_moves = own_moves + 1 WHERE id = $2 RETURNING version)
 UPDATE scheduled_message s SET status = $4, problem = $5, not_before = NULL, user_version = t.version
 FROM touched t WHERE s.id = $1 AND s.status = 'waiting' AND s.claimed_at = $3
 RETURNING true

@@ -106,7 +106,8 @@ CHANGE = f"""
 WITH root AS (
     SELECT m.id, m.conversation_id, m.thread_order {VISIBLE} AND m.thread_root_id IS NULL
 ), touched AS (
-    UPDATE "user" SET version = version + 1 WHERE id = $2 AND EXISTS (SELECT FROM root) RETURNING version
+    UPDATE "user" SET version = version + 1, own_moves = own_moves + 1
+    WHERE id = $2 AND EXISTS (SELECT FROM root) RETURNING version
 )
 INSERT INTO thread_follow AS t (root_id, user_id, conversation_id, is_following, last_read_order, user_version)
 SELECT root.id, $2, root.conversation_id, coalesce($4, false),

@@ -91,7 +91,7 @@ UPDATE "user" u SET
     quiet_from = CASE WHEN $2 ? 'quiet_from' THEN ($2 ->> 'quiet_from')::time ELSE u.quiet_from END,
     quiet_until = CASE WHEN $2 ? 'quiet_until' THEN ($2 ->> 'quiet_until')::time ELSE u.quiet_until END,
     time_zone = coalesce($2 ->> 'time_zone', u.time_zone),
-    version = u.version + 1, own_version = u.version + 1, updated_at = now()
+    version = u.version + 1, own_version = u.version + 1, own_moves = u.own_moves + 1, updated_at = now()
 WHERE u.id = $1 AND u.is_active
 RETURNING me_json(u)
 """
@@ -182,6 +182,10 @@ WHERE u.id = $1
 """
 
 
+OWN_PAGE = 500
+"""Changes of the user's own that one statement reads, about."""
+
+
 class OwnNews(NamedTuple):
     """What changed for a user alone up to a number of their own clock, and whether that is all of it. `lost` says why
     events cannot name all rows that are gone.
@@ -214,10 +218,11 @@ async def news(db: Db, user_id: UserId, since: int, *, limit: int) -> OwnNews:
 
 
 class Clocks(NamedTuple):
-    """A user's own clock, and the one that nobody is told of."""
+    """A user's own clock, the one that nobody is told of, and the moves of the own clock by more than own rows."""
 
     version: int
     hidden_version: int
+    shared_moves: int
 
 
 class Visibility(NamedTuple):
@@ -268,7 +273,7 @@ UPDATE "user" u SET updated_at = now(), status = chosen.status,
         ELSE u.last_seen_at END,
     custom_status = CASE WHEN $3 THEN $4 ELSE u.custom_status END,
     custom_status_until = CASE WHEN $3 THEN now() + make_interval(secs => $5) ELSE u.custom_status_until END,
-    version = u.version + 1, own_version = u.version + 1
+    version = u.version + 1, own_version = u.version + 1, own_moves = u.own_moves + 1
 FROM (
     SELECT CASE $2 WHEN 'away' THEN status WHEN 'offline' THEN 'invisible' ELSE $2 END AS status
     FROM "user" WHERE id = $1
@@ -292,7 +297,7 @@ async def choose(db: Db, user_id: UserId, frame: SetPresence, *, is_here: bool) 
 
 EXPIRE = """
 UPDATE "user" u SET custom_status = NULL, custom_status_until = NULL,
-    version = u.version + 1, own_version = u.version + 1
+    version = u.version + 1, own_version = u.version + 1, own_moves = u.own_moves + 1
 FROM (
     SELECT id FROM "user" WHERE custom_status_until <= now() ORDER BY id LIMIT $1 FOR NO KEY UPDATE SKIP LOCKED
 ) t
@@ -355,11 +360,11 @@ UNSEEN = """(SELECT ARRAY(
 ))::uuid[]"""
 """Those whose presence the user $2 may not see, of whom they meet. Asked once, not for each row."""
 
-VERSIONS = """SELECT id, version, hidden_version FROM "user" WHERE id = ANY($1)"""
+VERSIONS = """SELECT id, version, hidden_version, version - own_moves FROM "user" WHERE id = ANY($1)"""
 
 
 async def versions(db: Db, user_ids: Sequence[UserId]) -> dict[UserId, Clocks]:
-    """Return the users' own clocks, and the hidden ones."""
+    """Return the users' clocks."""
     return {row[0]: Clocks(*row[1:]) for row in await db.fetch(VERSIONS, list(user_ids))}
 
 
