@@ -1,0 +1,220 @@
+"""Pokes: what a worker reads when something changed for a user, how often, and for whom."""
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from datetime import timedelta
+from functools import partial
+from typing import Any
+
+import pytest
+
+from protocol import client, server
+from protocol.codec import now
+from protocol.errors import CloseCode
+from protocol.ids import ConversationId, MessageId, UserId, uuid7
+from prove.client import Client
+from server import people as people_module
+from server import sync
+from server.config import Settings
+from server.connection import Connection
+from server.database import Db
+from server.people import People
+from server.queries import conversations, users
+from server.queries.conversations import Membership
+from server.queries.users import OwnNews
+from tests.world import Somebody, World, sent, until
+
+MANY = """
+WITH made AS (
+    INSERT INTO conversation (id, type, title, created_by, is_public, participant_count, version)
+    SELECT gen_random_uuid(), 'channel', 'Channel ' || n, $1, true, 1, 1 FROM generate_series(1, 120) n RETURNING id
+)
+INSERT INTO conversation_participant (conversation_id, user_id, role, version, joined_version)
+SELECT id, $1, 'member', 1, 1 FROM made
+"""
+
+
+class Asked:
+    """How often the database was asked for memberships of a user, and for their own news."""
+
+    def __init__(self) -> None:
+        self.memberships = 0
+        self.news = 0
+        self.who: UserId | None = None
+
+    def taken(self) -> tuple[int, int]:
+        """Return both numbers since the last call."""
+        counts, self.memberships, self.news = (self.memberships, self.news), 0, 0
+        return counts
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> Asked:
+    counts = Asked()
+    read_memberships, read_news = conversations.memberships, users.news
+
+    async def memberships(db: Db, user_ids: Sequence[UserId]) -> list[dict[ConversationId, Membership]]:
+        counts.memberships += list(user_ids).count(counts.who)  # type: ignore[arg-type]
+        return await read_memberships(db, user_ids)
+
+    async def news(db: Db, user_id: UserId, since: int, *, limit: int) -> OwnNews:
+        counts.news += user_id == counts.who
+        return await read_news(db, user_id, since, limit=limit)
+
+    monkeypatch.setattr(conversations, "memberships", memberships)
+    monkeypatch.setattr(users, "news", news)
+    return counts
+
+
+@pytest.fixture
+async def lone(settings: Settings) -> AsyncIterator[World]:
+    async with World(settings, workers=1) as world:
+        yield world
+
+
+async def quiet(world: World, *who: Somebody) -> None:
+    """Wait until all sockets of some users were told of everything, and no worker looks at them."""
+    for one in who:
+        version = await world.db.fetchval('SELECT version FROM "user" WHERE id = $1', one.id)
+        for people in [worker.app.hub.people for worker in world.workers]:
+            await until(partial(_knows, people, one.id, version))
+
+
+def _knows(people: People, user_id: UserId, version: int) -> bool:
+    sockets = people.sockets(user_id)
+    return not people._looks and all(  # noqa: SLF001
+        known == version for known in [people.version(user_id), *(socket.user_version for socket in sockets)] if sockets
+    )
+
+
+async def test_own_change_is_read_once_per_worker_and_memberships_only_when_they_may_have_changed(
+    world: World, asked: Asked
+) -> None:
+    ada, charles = await world.users("Ada", "Charles")
+    await world.db.execute(MANY, ada.id)
+    sockets = [await world.connect(ada, number % 2) for number in range(8)]
+    await world.befriend(ada, charles)
+    friend = await world.connect(charles)
+    group = await world.channel(sockets[0])
+    message = await sent(sockets[0], group)
+    at: dict[str, Any] = {"conversation_id": group, "message_id": message}
+    later = MessageId(uuid7())
+    await quiet(world, ada)
+    asked.who = ada.id
+    asked.taken()
+
+    own: list[client.Frame] = [
+        client.SetDraft(conversation_id=group, content="Dear"),
+        client.SetDraft(conversation_id=group, content="Dear Charles"),
+        client.Star(**at),
+        client.Unstar(**at),
+        client.FollowThread(**at),
+        client.ReadThread(**at, thread_order=0),
+        client.UnfollowThread(**at),
+        client.MarkUnread(**at),
+        client.SetPreferences(conversation_id=group, is_muted=True),
+        client.UpdateProfile(bio="Countess"),
+        client.SetPresence(status="busy"),
+        client.SeeFeed(),
+        client.Schedule(conversation_id=group, message_id=later, content="Soon", send_at=now() + timedelta(hours=1)),
+        client.CancelScheduled(conversation_id=group, message_id=later),
+    ]
+    for frame in own:
+        await sockets[0].call(frame)
+        await quiet(world, ada)
+        assert asked.taken() == (0, 2), frame
+    for socket in sockets:
+        await socket.event(server.DraftChanged, lambda event: event.draft.content == "Dear Charles")
+
+    # A change of memberships is read once by each worker, too, and every socket is told.
+    other = await world.group(friend, ada)
+    for socket in sockets:
+        await socket.event(server.ConversationJoined, lambda event: event.view.conversation.id == other)
+    await quiet(world, ada)
+    assert asked.taken() == (2, 2)
+    await friend.call(client.RemoveParticipant(conversation_id=other, user_id=ada.id))
+    for socket in sockets:
+        await socket.event(server.ConversationLeft, lambda event: event.conversation_id == other)
+    await quiet(world, ada)
+    assert asked.taken() == (2, 2)
+
+
+async def _joins(world: World, ada: Somebody, group: ConversationId) -> None:
+    await world.db.execute(
+        """INSERT INTO conversation_participant (conversation_id, user_id, role, version, joined_version)
+        SELECT id, $1, 'member', version, version FROM conversation WHERE id = $2""",
+        ada.id,
+        group,
+    )
+
+
+async def _removed(world: World, ada: Somebody, group: ConversationId) -> None:
+    await world.db.execute(
+        "UPDATE conversation_participant SET status = 'removed' WHERE user_id = $1 AND conversation_id = $2",
+        ada.id,
+        group,
+    )
+
+
+@pytest.mark.parametrize("change", [_joins, _removed])
+async def test_own_change_does_not_hide_news_that_was_missed(
+    lone: World, change: Callable[[World, Somebody, ConversationId], Awaitable[None]]
+) -> None:
+    ada, charles = await lone.users("Ada", "Charles")
+    friend = await lone.connect(charles)
+    other = await lone.user("Grace")
+    for one in (ada, other):
+        await lone.befriend(one, charles)
+    group = await lone.group(friend, other, *([ada] if change is _removed else []))
+    sockets = [await lone.connect(ada) for _ in range(2)]
+    mine = await lone.channel(sockets[0])
+    # Nobody is told of it but the clock.
+    await change(lone, ada, group)
+    await lone.db.execute('UPDATE "user" SET version = version + 1 WHERE id = $1', ada.id)
+    await sockets[0].call(client.SetDraft(conversation_id=mine, content="Dear"))
+    for socket in sockets:
+        if change is _joins:
+            await socket.event(server.ConversationJoined, lambda event: event.view.conversation.id == group)
+        else:
+            await socket.event(server.ConversationLeft, lambda event: event.conversation_id == group)
+    # Nor a session that ended.
+    await lone.db.execute("DELETE FROM session")
+    await lone.db.execute('UPDATE "user" SET version = version + 1 WHERE id = $1', ada.id)
+    lone.workers[0].app.hub.poke([ada.id])
+    assert [await socket.closed() for socket in sockets] == [CloseCode.SESSION_ENDED] * 2
+
+
+async def test_memberships_that_are_older_than_a_socket_end_nothing(lone: World) -> None:
+    ada = await lone.user("Ada")
+    socket = await lone.connect(ada)
+    app = lone.workers[0].app
+    look = app.hub.people.fresh(ada.id)
+    assert not await look.memberships()
+    group = await lone.channel(socket)
+    await quiet(lone, ada)
+    (held,) = app.hub.people.sockets(ada.id)
+    assert isinstance(held, Connection)
+    await sync.refresh(held.context, look, look)
+    assert held.attached == {group}
+    assert not [event for event in socket.events if isinstance(event, server.ConversationLeft)]
+
+
+async def test_news_while_a_user_rests_is_one_look_and_others_do_not_wait(
+    lone: World, asked: Asked, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ada, charles = await lone.users("Ada", "Charles")
+    sockets: list[Client] = [await lone.connect(ada) for _ in range(2)]
+    group = await lone.channel(sockets[0])
+    other = [await lone.connect(charles) for _ in range(2)]
+    theirs = await lone.channel(other[0])
+    await quiet(lone, ada, charles)
+    asked.who = ada.id
+    asked.taken()
+    monkeypatch.setattr(people_module, "REST", 1_000_000)
+    monkeypatch.setattr(people_module, "REST_MOST_SECONDS", 3_600.0)
+    for number in range(10):
+        await sockets[0].call(client.SetDraft(conversation_id=group, content=str(number)))
+    await sockets[1].event(server.DraftChanged)
+    await other[0].call(client.SetDraft(conversation_id=theirs, content="Dear"))
+    await other[1].event(server.DraftChanged)
+    assert asked.taken() == (0, 1)
+    assert len(lone.workers[0].app.hub.people._looks) <= 3  # noqa: SLF001 - Ada's rest and next look, Charles's rest
