@@ -96,8 +96,8 @@ UPDATE "user" SET deleted_at = now() - interval '31 days', quiet_from = '22:00',
 WHERE id = $1
 """
 DIFFER = {
-    "id", "name", "email", "created_at", "updated_at", "version", "own_version", "own_moves", "hidden_version", "is_active",
-    "is_deleted", "deleted_at", "erased_at", "status",
+    "id", "name", "email", "created_at", "updated_at", "version", "own_version", "hidden_version", "own_moves",
+    "is_active", "is_deleted", "deleted_at", "erased_at", "status",
 }  # fmt: skip
 """Columns in which an erased user's row may differ from a new one's."""
 
