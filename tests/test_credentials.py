@@ -153,7 +153,7 @@ async def test_credential_of_one_use_is_not_spent_by_a_request_that_is_refused(w
         assert invite is not None
         other = await world.connect(charles, 1)
         join = client.Join(invite_code=invite.code)
-        with refused(ErrorCode.CONFLICT, None):
+        with refused(ErrorCode.CONFLICT, "invite_code"):
             await other.call(join)
         await back.call(client.UpdateConversation(conversation_id=group, max_participants=2))
         await other.call(join)
