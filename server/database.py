@@ -11,11 +11,11 @@ import asyncpg
 from protocol.errors import ErrorCode, Refused
 from protocol.ids import UserId
 from server.config import Settings
-from server.errors import Away, Fatal, is_lost, told
-from server.failures import Failures
+from server.errors import Fatal, is_lost
 from server.limits import BURST_SECONDS
 from server.migrate import is_current
 from server.pool import Connection, Lease, Part, Pool
+from server.reconnecting import REFUSED, Reconnecting
 from server.share import Share
 
 OLDEST_MAJOR = 15
@@ -38,7 +38,6 @@ CATCHING_UP_SHARE = 4
 CATCHING_UP_WAITING = 1_024
 CATCHING_UP_PATIENCE = 10.0
 """Max connections that wait for their next page, and max time that each waits, in seconds."""
-REFUSED = (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError)
 UNREACHABLE = (*REFUSED, ValueError)
 """What connecting raises, also for a URL that is not understood."""
 
@@ -145,20 +144,8 @@ class Database:
                 server_settings=session,
             )
 
-        failures = Failures(log, "connecting to PostgreSQL")
-
-        async def reconnect() -> Connection:
-            try:
-                connection = await connect()
-            except REFUSED as error:
-                failures.add(error)
-                raise Away(told(error)) from error
-            if failures.end():
-                log.info("PostgreSQL can be reached again")
-            return connection
-
         most = max(2, settings.database_connections)
-        pool = Pool(reconnect, most=most, patience=CONNECT_SECONDS)
+        pool = Pool(Reconnecting(connect).connect, most=most, patience=CONNECT_SECONDS)
         try:
             pool.give(await connect(), is_usable=True)
         except UNREACHABLE as error:

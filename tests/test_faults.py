@@ -234,6 +234,7 @@ async def test_a_connection_made_while_the_database_is_away_is_told_to_come_back
         with pytest.raises(Exception, match="503"):
             await Client(world.url, who.token).open()
         await asyncio.to_thread(servers.postgres.start)
+        await readiness(world, 200)
         world.db = await asyncpg.connect(settings.database_url)
         async with Client(world.url, who.token) as one:
             await one.settled()

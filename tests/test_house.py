@@ -19,6 +19,7 @@ STOREYS: list[list[str]] = [
         "config",
         "errors",
         "failures",
+        "reconnecting",
         "log",
         "limits",
         "strikes",
