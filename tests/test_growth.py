@@ -273,6 +273,10 @@ async def test_keys_expire_or_go_with_their_sockets(
     redis = Redis.from_url(settings.redis_url, decode_responses=True)
     ada, _ = await ids_in(world)
     await world.connect(ada, 1)
+    key_of_ada = world.workers[1].app.presence.user_key + ada.id.hex
+    async with asyncio.timeout(10):
+        while not await redis.exists(key_of_ada):
+            await asyncio.sleep(0.01)
     kept = {name for name, (_, expires) in listed("Redis").items() if expires.startswith("no:")}
     patterns = sorted(listed("Redis"), key=len, reverse=True)
     seen = set()
@@ -285,7 +289,7 @@ async def test_keys_expire_or_go_with_their_sockets(
     assert {"openchat:workers:*", "openchat:worker:*", "openchat:presence:*"} <= seen
     await world._open.aclose()  # noqa: SLF001
     async with asyncio.timeout(10):
-        while await redis.exists(world.workers[1].app.presence.user_key + ada.id.hex):
+        while await redis.exists(key_of_ada):
             await asyncio.sleep(0.01)
     await redis.aclose()
 
@@ -346,7 +350,7 @@ async def test_frames_of_all_kinds_leave_containers_as_they_were(lone: World, mo
     # Frames' last commands to Redis leave in the next turn of the loop, and a conversation that is just being opened is
     # closed in a later one.
     with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(20):
             while grown():
                 await settled()
                 await asyncio.sleep(0.01)
