@@ -6,7 +6,7 @@ from datetime import datetime
 import msgspec
 
 from protocol.ids import SessionId
-from protocol.limits import Email, Name, Password
+from protocol.limits import Email, KnownEmail, Name, Password
 from protocol.values import Session, User
 
 
@@ -21,7 +21,7 @@ class Register(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 class Login(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Begin a session."""
 
-    email: Email
+    email: KnownEmail
     password: Password
 
 

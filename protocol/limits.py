@@ -26,15 +26,22 @@ LINES = rf"^[^{_CONTROL}{_FORMAT}]*\Z"
 _HIDDEN = re.compile(f"[{_BREAKS}{_CONTROL}{_FORMAT}]")
 WEB = rf"^https?://[^\s\"<>`\\{_CONTROL}{_FORMAT}]+\Z"
 _ADDRESS = rf"[^\s@{_CONTROL}{_FORMAT}{_JOINERS}]+"
-EMAIL = rf"^{_ADDRESS}@{_ADDRESS}\Z"
+ADDRESS = rf"^{_ADDRESS}@{_ADDRESS}\Z"
+"""An e-mail address that an account may have."""
+EMAIL = rf"^(?!.*[@.][Ii][Nn][Vv][Aa][Ll][Ii][Dd]\.?\Z){_ADDRESS}@{_ADDRESS}\Z"
+"""An e-mail address that may be registered. The server itself gives addresses in the top-level domain `invalid`
+(RFC 2606), which exists nowhere, to users who have none.
+"""
 ZONE = r"^[A-Za-z0-9_+/-]+\Z"
 """The characters of IANA's names of time zones. The server also compares each name with those that PostgreSQL knows."""
+_NO_ADDRESS = "Give an e-mail address such as ada@example.org, without spaces, control and invisible characters."
 RULES = {
     NO_NUL: "The character U+0000 is not allowed. Remove it.",
     LINE: "Control characters, line breaks and invisible format characters are not allowed. Remove them.",
     LINES: "Control characters and invisible format characters are not allowed. Remove them.",
     WEB: "Give an http or https address without spaces, quotation marks, `<`, `>`, backticks and backslashes.",
-    EMAIL: "Give an e-mail address such as ada@example.org, without spaces, control and invisible characters.",
+    ADDRESS: _NO_ADDRESS,
+    EMAIL: f"{_NO_ADDRESS} The domain `invalid` is not allowed.",
     ZONE: "Give an IANA name such as `Europe/London`.",
 }
 """Sentences for patterns, which say little to people."""
@@ -135,6 +142,9 @@ DraftContent = Annotated[str, Meta(max_length=MAX_CONTENT, pattern=NO_NUL)]
 Emoji = Annotated[str, Meta(min_length=1, max_length=32, pattern=NO_NUL)]
 TimeZone = Annotated[str, Meta(min_length=1, max_length=64, pattern=ZONE)]
 Email = Annotated[str, Meta(min_length=3, max_length=254, pattern=EMAIL)]
+"""An address to register."""
+KnownEmail = Annotated[str, Meta(min_length=3, max_length=254, pattern=ADDRESS)]
+"""An address to log in with. It may be one that the server gave to somebody who has none."""
 Password = Annotated[str, Meta(min_length=8, max_length=128)]
 Token = Annotated[str, Meta(min_length=1, max_length=128)]
 Cursor = Annotated[str, Meta(min_length=1, max_length=200)]

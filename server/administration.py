@@ -197,7 +197,8 @@ async def reset_password(db: Db, options: argparse.Namespace) -> Change:
     new_hash = await passwords.hashed(password)
     async with db.transaction():
         await users.lock(db, [card.id])
-        await accounts.set_password(db, card.id, new_hash)
+        if not await accounts.give_password(db, card.id, new_hash):
+            raise Fatal(f"{card.email} cannot log in: it is erased, or another account logs in with this address.")
         await sessions.revoke(db, card.id, None)
         await users.touch(db, [card.id])
         await note(db, "reset_password", card.id)

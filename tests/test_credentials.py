@@ -436,7 +436,7 @@ async def test_what_takes_a_password_is_done_although_it_was_hashed_anew_meanwhi
     async def matches_and_is_replaced(password: str, checked: str | None) -> bool:
         monkeypatch.setattr(passwords, "matches", matches)
         is_right = await matches(password, checked)
-        await accounts.set_password(world.db, ada.user.id, await passwords.hashed(password))
+        await accounts.give_password(world.db, ada.user.id, await passwords.hashed(password))
         return is_right
 
     monkeypatch.setattr(passwords, "matches", matches_and_is_replaced)

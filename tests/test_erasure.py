@@ -13,11 +13,12 @@ from prove.client import Client
 from server import checking
 from server.database import Single
 from server.erasure import erase
+from server.errors import Fatal
 from server.queries.checks import CHECKS
 from server.queries.checks import run as ask
 from server.queries.participants import Change
 from tests.test_credentials import administer
-from tests.world import Somebody, World, sent
+from tests.world import Somebody, World, http_client, sent
 
 ERASED = next(check for check in CHECKS if check.name == "nothing is left of who was erased")
 
@@ -180,3 +181,61 @@ async def plant(
                                    "scheduled_message", "message_star", "push_endpoint", "thread_follow"])  # fmt: skip
 def test_check_asks_about_every_table_that_erasure_empties(table: str) -> None:
     assert table in ERASED.FINDS
+
+
+async def test_nobody_registers_an_address_that_the_server_gives(world: World) -> None:
+    fields = {"name": "Mallory", "password": "correct horse"}
+    async with http_client(world.url) as http:
+        for address in (f"erased-{uuid7()}@invalid", "x@INVALID", "x@mail.invalid", "x@invalid."):
+            refused = await http.post("/v1/auth/register", json=fields | {"email": address})
+            assert (refused.status_code, refused.json()["path"]) == (422, "email"), address
+            assert "`invalid` is not allowed" in refused.json()["message"]
+            with pytest.raises(Fatal, match="this does not do"):
+                await administer(world, "user", "create", "Mallory", address)
+        taken = await http.post("/v1/auth/register", json=fields | {"email": "invalid@invalid.example"})
+        assert taken.status_code == 201
+
+
+async def test_no_address_that_somebody_has_stops_an_erasure(world: World) -> None:
+    ada, mallory = await world.users("Ada", "Mallory")
+    squat = f"erased-{ada.id}@invalid"
+    await world.db.execute('UPDATE "user" SET email = $2 WHERE id = $1', mallory.id, squat)
+    await administer(world, "erase", str(ada.id), "--yes", "--verify")
+    assert await world.db.fetchval('SELECT name FROM "user" WHERE id = $1', ada.id) == "Deleted user"
+    assert await is_well(world) == []
+    # Erased, they get no password any more.
+    with pytest.raises(Fatal, match="it is erased"):
+        await administer(world, "user", "reset-password", str(ada.id))
+    assert await is_well(world) == []
+
+
+RANDOM, CLIENT, PARTS = "the server, at random", "its client", "ids of other rows"
+UNIQUE = {
+    "user_pkey": RANDOM, "user_email_key": "the server, at random, if it is no client's: see the tests above",
+    "session_pkey": RANDOM, "session_token_key": RANDOM,
+    "account_pkey": RANDOM, "account_provider_key": "the user's address, which is unique, too",
+    "verification_pkey": RANDOM,
+    "conversation_pkey": CLIENT, "conversation_id_hash_key": CLIENT,
+    "conversation_invite_code_key": RANDOM, "conversation_direct_pair_key": PARTS,
+    "conversation_participant_pkey": RANDOM, "conversation_participant_key": PARTS,
+    "message_pkey": CLIENT, "message_conversation_created_idx": PARTS, "message_search_pkey": PARTS,
+    "message_reaction_pkey": PARTS, "message_edit_pkey": CLIENT, "message_star_pkey": PARTS,
+    "poll_vote_pkey": PARTS, "thread_follow_pkey": PARTS, "draft_pkey": PARTS,
+    # It is the id of the message, too: whoever sends one with it first has made both.
+    "scheduled_message_pkey": CLIENT,
+    "push_endpoint_pkey": RANDOM, "push_endpoint_key": CLIENT,
+    "attachment_pkey": RANDOM, "user_relationship_pkey": RANDOM, "user_relationship_key": PARTS,
+    "approach_pkey": PARTS, "report_pkey": RANDOM, "report_key": PARTS, "audit_entry_pkey": PARTS,
+    "database_epoch_pkey": "a constant", "server_key_pkey": "a constant", "schema_migration_pkey": "a constant",
+}  # fmt: skip
+"""Who chooses the values that are unique, by index. Of what the server derives nothing may be foreseen: a client could
+take it first. What an import makes has ids that follow from a secret (tests/test_import.py).
+"""
+
+
+async def test_each_unique_value_is_judged(world: World) -> None:
+    found = await world.db.fetch("""
+        SELECT i.indexrelid::regclass::text FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid
+        WHERE i.indisunique AND c.relnamespace = 'public'::regnamespace
+    """)
+    assert {row[0] for row in found} == set(UNIQUE)

@@ -1,5 +1,6 @@
 """Bringing in what another chat has exported: who becomes whom, and what an archive may be called and unpack to."""
 
+import hashlib
 import json
 import re
 import shutil
@@ -14,7 +15,7 @@ from server.terminal import plain
 from server.transfer import reading
 from tests.test_administration import Shell
 from tests.test_upkeep import SAMPLES, shell
-from tests.world import Somebody, World
+from tests.world import Somebody, World, http_client
 
 __all__ = ["shell"]
 DIRECT = "SELECT count(*) FROM conversation_participant WHERE user_id = $1"
@@ -76,6 +77,28 @@ async def test_another_account_with_the_same_address_is_not_the_one_that_was_con
     assert f"ada@example.org ({mallory.id})" in refused
     assert code not in refused
     assert await world.db.fetchval("SELECT count(*) FROM conversation") == 0
+
+
+async def test_address_of_somebody_stops_no_import(shell: Shell, world: World) -> None:
+    squat = hashlib.sha256(b"slack U3").hexdigest()[:24]
+    await with_address(world, "Mallory", f"{squat}@invalid")
+    await shell.run("import", "slack", str(SAMPLES / "slack"))
+    assert await world.db.fetchval("""SELECT count(*) FROM "user" WHERE name = 'Mary Somerville'""") == 1
+
+
+async def test_password_that_an_operator_gives_lets_imported_people_in(shell: Shell, world: World) -> None:
+    await shell.run("import", "slack", str(SAMPLES / "slack"))
+    people = await world.db.fetch('SELECT id, email FROM "user" ORDER BY name')
+    async with http_client(world.url) as http:
+        # Also who was imported without an address has one to log in with.
+        for who in people:
+            given = await shell.json("user", "reset-password", str(who["id"]))
+            assert given["email"] == who["email"]
+            for password, status in (("something else", 401), (given["password"], 200)):
+                login = {"email": who["email"], "password": password}
+                assert (await http.post("/v1/auth/login", json=login)).status_code == status
+    assert len(people) == 3
+    assert [line for line in await shell.json("check") if not line["is_good"]] == []
 
 
 def slack(tmp_path: Path) -> Path:

@@ -253,7 +253,7 @@ class Quarrel:
 
     async def reset_password(self) -> None:
         await self.commanded("user", "reset-password", str(self.charles))
-        await self.on_database(lambda db: accounts.set_password(db, self.charles, CHEAP.hash(PASSWORD)))
+        await self.on_database(lambda db: accounts.give_password(db, self.charles, CHEAP.hash(PASSWORD)))
 
     async def erase(self) -> None:
         """Erase somebody new who is in the group, and in a thread there."""

@@ -39,6 +39,7 @@ WHY = {
         "accounts.HASH": "account(provider_id, user_id)",
         "accounts.CHANGE": "account(provider_id, user_id); session(user_id)",
         "accounts.NEW_HASH": "account(provider_id, user_id)",
+        "accounts.GIVE": "account(provider_id, user_id)",
         "bounds.MADE": "conversation()",
         "bounds.MEMBERSHIPS": "conversation_participant(user_id)",
         "bounds.STARS": "message_star(user_id)",

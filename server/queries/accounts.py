@@ -137,13 +137,36 @@ async def change_password(
 
 NEW_HASH = """
 UPDATE account SET password = $2, updated_at = now()
-WHERE provider_id = 'credential' AND user_id = $1 AND ($3::text IS NULL OR password = $3)
+WHERE provider_id = 'credential' AND user_id = $1 AND password = $3
 """
 
 
-async def set_password(db: Db, user_id: UserId, new_hash: str, *, instead_of: str | None = None) -> None:
-    """Give a user another password, or in the place of a hash another one of the same. Under the user's lock."""
+async def set_password(db: Db, user_id: UserId, new_hash: str, *, instead_of: str) -> None:
+    """Put another hash of the same password in the place of one. Under the user's lock."""
     await db.execute(NEW_HASH, user_id, new_hash, instead_of)
+
+
+# Somebody who was imported has no account row yet, nor has somebody who is erased, who must not get one.
+GIVE = """
+WITH given AS (
+    UPDATE account SET password = $2, updated_at = now() WHERE provider_id = 'credential' AND user_id = $1
+    RETURNING user_id
+), made AS (
+    INSERT INTO account (user_id, provider_id, account_id, password)
+    SELECT u.id, 'credential', u.email, $2 FROM "user" u
+    WHERE u.id = $1 AND NOT u.is_deleted AND u.erased_at IS NULL AND NOT EXISTS (SELECT FROM given)
+    ON CONFLICT DO NOTHING
+    RETURNING user_id
+)
+SELECT EXISTS (SELECT FROM given UNION ALL SELECT FROM made)
+"""
+
+
+async def give_password(db: Db, user_id: UserId, new_hash: str) -> bool:
+    """Give a user a password, also one who had none; False, and in vain, if they are erased or have no address to log
+    in with. Under the user's lock.
+    """
+    return bool(await db.fetchval(GIVE, user_id, new_hash))
 
 
 DISABLE = """

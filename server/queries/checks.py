@@ -211,7 +211,7 @@ CHECKS = (
             UNION ALL SELECT user_id FROM thread_follow WHERE is_following
         ) left_over JOIN "user" u ON u.id = left_over.user_id WHERE u.erased_at IS NOT NULL
         UNION ALL SELECT u.id FROM "user" u WHERE u.erased_at IS NOT NULL AND (
-            u.name <> 'Deleted user' OR u.email <> 'erased-' || u.id || '@invalid' OR u.is_active OR NOT u.is_deleted
+            u.name <> 'Deleted user' OR u.email NOT LIKE 'erased-%@invalid' OR u.is_active OR NOT u.is_deleted
             OR u.is_admin
             OR coalesce(u.image, u.display_name, u.bio, u.location, u.website, u.custom_status) IS NOT NULL
         )

@@ -9,7 +9,7 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime
 from typing import Any, Literal, NamedTuple
-from uuid import UUID
+from uuid import UUID, uuid4
 
 import msgspec
 from emoji import emojize
@@ -169,7 +169,7 @@ def _rows(
 ) -> Lines:
     for person in archive.people:
         if users[person.key] not in here.users:
-            yield _line("user", _user(archive, person, users[person.key], here.emails), person.found)
+            yield _line("user", _user(person, users[person.key], here.emails), person.found)
     for place in places:
         for table, made in _Made(archive, place, users, ids[place.key]).rows().items():
             yield from (_line(table, row, found) for row, found in made)
@@ -179,10 +179,10 @@ def _line(table: str, row: dict[str, Any], found: str) -> Line:
     return Line(Row(table, msgspec.Raw(_encode(row))), found)
 
 
-def _user(archive: Archive, person: Person, user_id: UserId, taken: set[str]) -> dict[str, Any]:
+def _user(person: Person, user_id: UserId, taken: set[str]) -> dict[str, Any]:
     email = canonical(person.email or "")
     if not email or email in taken:
-        email = f"{hashlib.sha256(f'{archive.source} {person.key}'.encode()).hexdigest()[:24]}@invalid"
+        email = f"imported-{uuid4()}@invalid"  # random: nobody can have it
     return {
         "id": user_id,
         "name": (visible(person.name) or person.key)[:255],
