@@ -466,7 +466,9 @@ CREATE TABLE message_search (
     created_at timestamptz NOT NULL,
     words tsvector NOT NULL
 );
-CREATE INDEX message_search_words_idx ON message_search USING gin (words);
+-- What was added last waits in a list. Whoever finds it full sorts it in, under the lock of a conversation: so it is
+-- large, and a job empties it (server/queries/indexing.py).
+CREATE INDEX message_search_words_idx ON message_search USING gin (words) WITH (gin_pending_list_limit = 32768);
 
 CREATE TABLE attachment (
     id uuid CONSTRAINT attachment_pkey PRIMARY KEY DEFAULT gen_random_uuid(),

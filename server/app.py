@@ -60,6 +60,10 @@ from server.websocket import WebSocket
 
 SENDS_AT_ONCE = 64
 """How many messages one statement stores at most."""
+SENT_AT_ONCE = 32_000
+"""Max characters of content in one statement that stores messages; one alone may have more. The statement holds the
+locks of all their conversations: 64 messages at their bounds would hold them for a second.
+"""
 REDIS_SECONDS = 1.0
 METRICS_SECONDS = 1.0
 SENDERS_SHARE = 4
@@ -123,7 +127,9 @@ class App:
         )
         self.pressure = Pressure()
         self.admission = Admission()
-        self._sends: Gather[Outgoing, Stored | None] = Gather(self._send, most=SENDS_AT_ONCE)
+        self._sends: Gather[Outgoing, Stored | None] = Gather(
+            self._send, most=SENDS_AT_ONCE, weigh=sending.weight, most_weight=SENT_AT_ONCE
+        )
 
         self._outbound = Outbound(to_private=settings.private_addresses)
         self.notices = Notices(

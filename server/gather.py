@@ -20,10 +20,21 @@ class Gather(Generic[Item, Outcome]):
        does not take its neighbours with it. `work` must be all or nothing.
     """
 
-    def __init__(self, work: Callable[[list[Item]], Awaitable[list[Outcome]]], *, most: int) -> None:
-        """`work` takes 1 to `most` items and returns as many outcomes, in the same order."""
+    def __init__(
+        self,
+        work: Callable[[list[Item]], Awaitable[list[Outcome]]],
+        *,
+        most: int,
+        weigh: Callable[[Item], int] = lambda _: 0,
+        most_weight: int = 0,
+    ) -> None:
+        """`work` takes 1 to `most` items and returns as many outcomes, in the same order. Together they weigh at most
+        `most_weight`, unless one alone weighs more.
+        """
         self._work = work
         self._most = most
+        self._weigh = weigh
+        self._most_weight = most_weight
         self._waiting: deque[tuple[Item, asyncio.Future[Outcome]]] = deque()
         self._is_running = False
         self._runner: asyncio.Task[None] | None = None
@@ -46,10 +57,19 @@ class Gather(Generic[Item, Outcome]):
     async def _run(self) -> None:
         try:
             while self._waiting:
-                count = min(len(self._waiting), self._most)
-                await self._run_batch([self._waiting.popleft() for _ in range(count)])
+                await self._run_batch(self._next())
         finally:
             self._is_running = False
+
+    def _next(self) -> list[tuple[Item, asyncio.Future[Outcome]]]:
+        batch = [self._waiting.popleft()]
+        weight = self._weigh(batch[0][0])
+        while self._waiting and len(batch) < self._most:
+            weight += self._weigh(self._waiting[0][0])
+            if weight > self._most_weight:
+                break
+            batch.append(self._waiting.popleft())
+        return batch
 
     async def _run_batch(self, batch: list[tuple[Item, asyncio.Future[Outcome]]]) -> None:
         try:

@@ -54,6 +54,11 @@ class Outgoing(NamedTuple):
         return len(self.frame.payload.options) if isinstance(self.frame.payload, Poll) else None
 
 
+def weight(out: Outgoing) -> int:
+    """Return how many characters a message says: the words of them take most of the time."""
+    return len(out.frame.content)
+
+
 class Stored(NamedTuple):
     """The version and times of a stored message. For a reply, also its thread: the root, its reply count, and the
     reply's place.
@@ -71,10 +76,11 @@ class Stored(NamedTuple):
 # made while a table is nearly empty would otherwise scan the conversation, and be kept (docs/decisions/0008).
 # OFFSET 0 and ARRAY(…) are optimization fences for the same reason.
 #
-# One statement sends the whole batch. `wanted` selects the messages that may be sent, before any lock. `locked` then
-# locks the conversations. `fresh` drops each message whose sender's access changed in between, by `access_version`;
-# the handler then finds out why. In direct conversations `may_now` reads blocks and privacy under the lock, since these
-# change without the conversation. `roots` is updated under the lock, too, and numbers the replies of each thread.
+# One statement sends the whole batch. `wanted` selects the messages that may be sent, before any lock, and finds their
+# words, which takes long for large ones. `locked` then locks the conversations. `fresh` drops each message whose
+# sender's access changed in between, by `access_version`; the handler then finds out why. In direct conversations
+# `may_now` reads blocks and privacy under the lock, since these change without the conversation. `roots` is updated
+# under the lock, too, and numbers the replies of each thread.
 SEND = """
 WITH input AS (
     SELECT * FROM json_to_recordset($1) AS i (
@@ -84,7 +90,8 @@ WITH input AS (
         forwarded_sender_id uuid, options integer, has_waited boolean
     )
 ), wanted AS MATERIALIZED (
-    SELECT i.*, allowed.access_version, allowed.expires_after, coalesce(parent.thread_root_id, parent.id) AS root_id
+    SELECT i.*, allowed.access_version, allowed.expires_after, coalesce(parent.thread_root_id, parent.id) AS root_id,
+        search_words(i.conversation_id, i.content, i.payload, i.mentions, i.loud_mentions, i.hashtags) AS words
     FROM input i
     CROSS JOIN LATERAL (
         SELECT c.access_version, visible_after(c, p) AS visible_after, CASE WHEN c.settings <> '{}' THEN
@@ -168,9 +175,7 @@ WITH input AS (
         last_read_order = greatest(t.last_read_order, excluded.last_read_order)
 ), findable AS (
     INSERT INTO message_search (message_id, conversation_id, created_at, words)
-    SELECT message_id, conversation_id, created_at,
-        search_words(conversation_id, content, payload, mentions, loud_mentions, hashtags)
-    FROM placed
+    SELECT message_id, conversation_id, created_at, words FROM placed
 )
 SELECT place, version, created_at, expires_at, root_id, reply_count, thread_order FROM placed
 """
