@@ -10,8 +10,9 @@ from protocol.ids import ConversationId, MessageId, uuid7
 from prove.client import Client
 from server import app, database
 from server.config import Settings
+from server.gather import Gather
 from server.periodic import end, every
-from tests.world import World, heard
+from tests.world import Room, World, heard, sent
 
 HOLD = {
     "sender": """SELECT FROM "user" WHERE name = 'Charles' FOR NO KEY UPDATE""",
@@ -101,3 +102,53 @@ async def test_presence_of_others_is_recorded_while_a_row_is_held(settings: Sett
         async with asyncio.timeout(5):
             while not await world.db.fetchval(online, charles.id):
                 await asyncio.sleep(0.01)
+
+
+NOTED = """
+ALTER FUNCTION search_words RENAME TO words_of;
+CREATE SEQUENCE found;
+CREATE FUNCTION search_words(uuid, text, jsonb, uuid[], text[], text[]) RETURNS tsvector LANGUAGE plpgsql AS $$
+BEGIN
+    PERFORM nextval('found');
+    RETURN words_of($1, $2, $3, $4, $5, $6);
+END $$
+"""
+"""A sequence tells also what another transaction did."""
+WAITS = "SELECT EXISTS (SELECT FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database())"
+
+
+async def test_words_of_a_message_are_found_before_its_conversation_is_locked(room: Room, world: World) -> None:
+    """Those of a large one take as long as all the rest."""
+    await world.db.execute(NOTED)
+    async with world.db.transaction():
+        await world.db.execute("SELECT FROM conversation FOR NO KEY UPDATE")
+        sending = asyncio.create_task(sent(room.ada, room.group, "Hello"))
+        async with asyncio.timeout(5):
+            while not await world.db.fetchval(WAITS):
+                await world.db.execute("SELECT pg_stat_clear_snapshot()")
+        assert await world.db.fetchval("SELECT is_called FROM found")
+    await sending
+
+
+async def test_batch_weighs_no_more_than_its_bound_unless_one_item_does() -> None:
+    batches: list[list[str]] = []
+    may_go_on = asyncio.Event()
+
+    async def work(items: list[str]) -> list[str]:
+        batches.append(items)
+        await may_go_on.wait()
+        return items
+
+    gather = Gather(work, most=4, weigh=len, most_weight=10)
+    items = ["a", "bbbbb", "ccccc", "d", *"efghi", "j" * 20, "k"]
+    tasks = [asyncio.create_task(gather.submit(item)) for item in items]
+    await asyncio.sleep(0)
+    may_go_on.set()
+    assert await asyncio.gather(*tasks) == items
+    assert batches == [["a"], ["bbbbb", "ccccc"], ["d", "e", "f", "g"], ["h", "i"], ["j" * 20], ["k"]]
+
+
+async def test_list_of_new_words_is_as_large_as_its_job_needs(world: World) -> None:
+    """Whoever finds it full sorts it in, under the lock of a conversation: a second at PostgreSQL's own 4 MiB."""
+    options = await world.db.fetchval("SELECT reloptions FROM pg_class WHERE relname = 'message_search_words_idx'")
+    assert options == ["gin_pending_list_limit=32768"]

@@ -293,7 +293,7 @@ SELECT c.created_by = $2 AND (me.user_id IS NULL OR (c.type = $3 AND (c.settings
         AND c.max_participants IS NOT DISTINCT FROM $7 AND c.settings = $8::jsonb AND c.image IS NOT DISTINCT FROM $10
     )) AND NOT (can(me.role, 'admin', me.can_add_members OR me.can_remove_members) AND EXISTS (
         SELECT FROM unnest($9::uuid[]) AS m (user_id) WHERE NOT EXISTS (
-            SELECT FROM conversation_participant p WHERE p.conversation_id = c.id AND p.user_id = m.user_id
+            SELECT FROM conversation_participant p WHERE p.conversation_id = c.id AND p.user_id = m.user_id OFFSET 0
         )
     ))))
 FROM conversation c

@@ -93,7 +93,7 @@ WITH entering AS (
     FROM (SELECT DISTINCT user_id FROM unnest($2::uuid[]) AS named (user_id)) a
     WHERE NOT EXISTS (
         SELECT FROM conversation_participant p
-        WHERE p.conversation_id = $1 AND p.user_id = a.user_id AND p.status = 'active'
+        WHERE p.conversation_id = $1 AND p.user_id = a.user_id AND p.status = 'active' OFFSET 0
     )
 ), bumped AS (
     UPDATE conversation c SET version = c.version + n.entering, access_version = c.version + n.entering,
@@ -136,7 +136,7 @@ WITH asked AS (
     FROM (SELECT DISTINCT user_id FROM unnest($2::uuid[]) AS named (user_id)) a
     WHERE NOT EXISTS (
         SELECT FROM conversation_participant p
-        WHERE p.conversation_id = $1 AND p.user_id = a.user_id AND p.status IN ('active', 'invited')
+        WHERE p.conversation_id = $1 AND p.user_id = a.user_id AND p.status IN ('active', 'invited') OFFSET 0
     )
 ), bumped AS (
     UPDATE conversation c SET version = c.version + n.asked

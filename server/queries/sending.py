@@ -238,8 +238,8 @@ SELECT
     (SELECT asked.field
         FROM (VALUES ('parent_message_id', $4::uuid), ('quoted_message_id', $10::uuid)) asked (field, id)
         WHERE asked.id IS NOT NULL AND NOT EXISTS (
-            SELECT FROM message r WHERE r.id = asked.id AND r.conversation_id = $2 AND NOT r.is_deleted
-                AND r.sent_version > visible_after(c, p)
+            SELECT FROM message r WHERE r.id = asked.id AND (r.conversation_id = $2) IS TRUE AND NOT r.is_deleted
+                AND r.sent_version > visible_after(c, p) OFFSET 0
         ) LIMIT 1),
     m.sent_version,
     m.created_at,

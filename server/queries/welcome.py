@@ -35,7 +35,10 @@ SELECT named.user_id, may('invite', $1, named.user_id), may('add', $1, named.use
         OR $6 = {_WAITING.format(whose="w.user_id = named.user_id AND w.invited_by = $1", most="$6")},
     {_WAITING.format(whose="w.invited_by = $1", most="$5")}
 FROM unnest($3::uuid[]) WITH ORDINALITY AS named (user_id, place)
-LEFT JOIN conversation_participant p ON p.conversation_id = $2 AND p.user_id = named.user_id
+LEFT JOIN LATERAL (
+    SELECT o.status FROM conversation_participant o
+    WHERE o.conversation_id = $2 AND o.user_id = named.user_id OFFSET 0
+) p ON true
 ORDER BY named.place
 """  # noqa: S608 - only constants are put in
 
