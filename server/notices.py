@@ -25,17 +25,17 @@ from protocol.push import Notification
 from protocol.values import Message
 from server.database import Database
 from server.errors import is_lost
+from server.gather import Gather
 from server.outbound import Outbound, Unreachable
-from server.posts import Drops, Failed, Post, Posts, host_of
+from server.posts import SLOTS, Drops, Failed, Posts, Push, host_of
 from server.queries import push, unread
-from server.queries.push import Notice
+from server.queries.push import Notice, Post
 
 MAX_WAITING = 10_000
 AT_ONCE = 200
 """Messages looked at by one statement."""
 MAX_SIGNED = 500
 """Max signatures kept, one per host."""
-EXCERPT = 160
 TTL_SECONDS = 86_400
 """For how long a push service keeps it for a browser that is not there."""
 SIGNED_SECONDS = 3_600
@@ -65,7 +65,8 @@ class Notices:
         self._drops = Drops()
         self.dropped = self._drops.counts
         """Notifications dropped, by reason."""
-        self._posts = Posts(self._post, self._drops)
+        self._reads: Gather[Post, Push | None] = Gather(self._read, most=SLOTS)
+        self._posts = Posts(self._read_one, self._post, self._drops)
         point = self._vapid.public_key.public_bytes(Encoding.X962, PublicFormat.UncompressedPoint)
         self.public_key = _base64url(point)
         """What browsers subscribe with."""
@@ -98,52 +99,70 @@ class Notices:
             self._drops.add("database", len(due))
 
     async def _push(self, message_ids: list[MessageId]) -> None:
-        latest: dict[tuple[str, ConversationId], Notice] = {}
+        latest: dict[tuple[str, ConversationId], Post] = {}
         async with self._database.connection() as db:
-            for notice in await push.notices(db, message_ids):
-                latest[notice.endpoint, notice.message.conversation_id] = notice
-            badges = await unread.badges(db, {one.user_id for one in latest.values()})
-        for notice in latest.values():
-            self._posts.add(_post_of(notice, badges.get(notice.user_id, 0)))
+            for post in await push.due(db, message_ids):
+                latest[post.endpoint, post.conversation_id] = post
+        for post in latest.values():
+            self._posts.add(post)
         self._posts.start()
 
     async def close(self) -> None:
         """Give up the posts in flight."""
         await self._posts.close()
 
-    async def _post(self, post: Post) -> None:
+    async def _read_one(self, post: Post) -> Push | None:
+        try:
+            return await self._reads.submit(post)
+        except Exception as error:
+            if not is_lost(error):
+                raise
+            self._drops.add("database")
+            return None
+
+    async def _read(self, posts: list[Post]) -> list[Push | None]:
+        """Return what posts say, with None for those whose reader has no right to them any more, or has read them."""
+        async with self._database.connection() as db:
+            found = {notice.post: notice for notice in await push.notices(db, posts)}
+            badges = await unread.badges(db, {post.user_id for post in found})
+        return [
+            None if (notice := found.get(post)) is None else _push_of(notice, badges.get(post.user_id, 0))
+            for post in posts
+        ]
+
+    async def _post(self, said: Push) -> None:
         """Encrypt and send. Raises Failed."""
         try:
             body = http_ece.encrypt(
-                post.payload,
+                said.payload,
                 salt=os.urandom(16),
                 private_key=ec.generate_private_key(ec.SECP256R1()),
-                dh=_from_base64url(post.p256dh),
-                auth_secret=_from_base64url(post.auth),
+                dh=_from_base64url(said.p256dh),
+                auth_secret=_from_base64url(said.auth),
                 version="aes128gcm",
             )
             headers = {
-                "authorization": self._authorization(post.endpoint),
+                "authorization": self._authorization(said.endpoint),
                 "content-encoding": "aes128gcm",
                 "content-type": "application/octet-stream",
                 "ttl": str(TTL_SECONDS),
                 # A newer one of the same conversation takes its place, while it waits (RFC 8030, section 5.4).
-                "topic": post.topic,
+                "topic": said.topic,
             }
-            answer = await self._outbound.post(post.endpoint, body, headers)
+            answer = await self._outbound.post(said.endpoint, body, headers)
         except Unreachable as error:
             log.info("a notification could not be pushed: %s", error)
             raise Failed from error
         except (ValueError, http_ece.ECEException) as error:
             self._drops.add("unusable")
-            if (user_id := await self._forget(post.endpoint)) is not None:
+            if (user_id := await self._forget(said.endpoint)) is not None:
                 log.warning(
                     "an endpoint of user %s at %s cannot be used (%s) and was deleted",
-                    user_id, urlsplit(post.endpoint).hostname, type(error).__name__,
+                    user_id, urlsplit(said.endpoint).hostname, type(error).__name__,
                 )  # fmt: skip
             return
         if answer.status in GONE:
-            await self._forget(post.endpoint)
+            await self._forget(said.endpoint)
         elif answer.status == TOO_MANY_REQUESTS or answer.status >= 500:  # noqa: PLR2004
             raise Failed(_seconds(answer.headers.get("retry-after", "")))
         elif answer.status >= 400:  # noqa: PLR2004 - about this endpoint, not its host
@@ -174,19 +193,19 @@ class Notices:
         return signed
 
 
-def _post_of(notice: Notice, badge: int) -> Post:
-    message = notice.message
+def _push_of(notice: Notice, badge: int) -> Push:
+    post = notice.post
     said = Notification(
-        conversation_id=message.conversation_id,
-        message_id=message.id,
-        thread_root_id=message.thread_root_id,
+        conversation_id=post.conversation_id,
+        message_id=post.message_id,
+        thread_root_id=notice.thread_root_id,
         title=notice.title or notice.sender.display_name or notice.sender.name,
         sender=notice.sender.display_name or notice.sender.name,
-        body=message.content[:EXCERPT],
+        body=notice.body,
         is_mention=notice.is_mention,
         badge=badge,
     )
-    return Post(notice.endpoint, notice.p256dh, notice.auth, _base64url(message.conversation_id.bytes), encode(said))
+    return Push(post.endpoint, notice.p256dh, notice.auth, _base64url(post.conversation_id.bytes), encode(said))
 
 
 def _seconds(retry_after: str) -> float:

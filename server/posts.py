@@ -13,6 +13,7 @@ from typing import NamedTuple
 from urllib.parse import urlsplit
 
 from server.errors import log_failure
+from server.queries.push import Post
 
 SLOTS = 64
 """Max posts in flight, per worker."""
@@ -38,8 +39,8 @@ STRETCH_SECONDS = 60.0
 log = logging.getLogger(__name__)
 
 
-class Post(NamedTuple):
-    """A notification for one endpoint; `payload` is not yet encrypted."""
+class Push(NamedTuple):
+    """What a post says, not yet encrypted, and the keys of its endpoint."""
 
     endpoint: str
     p256dh: str
@@ -87,8 +88,13 @@ class Drops:
 class Posts:
     """The queues of all hosts, and the posts in flight."""
 
-    def __init__(self, send: Callable[[Post], Awaitable[None]], drops: Drops) -> None:
-        """`send` raises `Failed` when the host is to be left alone for a while."""
+    def __init__(
+        self, read: Callable[[Post], Awaitable[Push | None]], send: Callable[[Push], Awaitable[None]], drops: Drops
+    ) -> None:
+        """`read` is called when a post begins, and returns None if it has nothing to say any more. `send` raises
+        `Failed` when the host is to be left alone for a while.
+        """
+        self._read = read
         self._send = send
         self._drops = drops
         self._hosts: OrderedDict[str, _Host] = OrderedDict()
@@ -156,9 +162,12 @@ class Posts:
         task.add_done_callback(ended)
 
     async def _deliver(self, host: _Host, post: Post) -> None:
-        began = time.monotonic()
         try:
-            await self._send(post)
+            push = await self._read(post)
+            if push is None:
+                return
+            began = time.monotonic()
+            await self._send(push)
         except Failed as failed:
             self._drops.add("host_failed")
             self._back_off(host, failed.retry_after)

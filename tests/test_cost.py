@@ -86,7 +86,8 @@ BY_SOMETHING_ELSE = {
     "find anew": "by message, after it was found in its conversation",
     "what is due": "by time",
     "what has expired": "by time",
-    "notices": "by message: those of a second, from memory",
+    "due for a push": "by message: those of a second, from memory",
+    "notices": "by message: those that posts begin with, from memory",
 }
 """Which statements may not know about which conversation or user they ask, and how they ask."""
 
@@ -304,7 +305,8 @@ def hot(place: Place, ids: dict[str, Any]) -> dict[str, tuple[str, tuple[Any, ..
         "what is due": (scheduled.CLAIM, ("15 seconds",)),
         "what has expired": (expiry.DUE, (200, [])),
         "see feed": (feed.SEE, (user, "2030-01-01")),
-        "notices": (push.NOTICES, ([ids["middle"]],)),
+        "due for a push": (push.DUE, ([ids["middle"]],)),
+        "notices": (push.NOTICES, ([user], ["https://push.example/1"], [about], [ids["middle"]])),
         "edits kept": (edits.COUNT, (about, ids["middle"])),
         "made in a day": (bounds.MADE, (user,)),
         "taking part": (bounds.MEMBERSHIPS, ([user], 5_000)),

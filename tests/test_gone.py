@@ -31,7 +31,7 @@ async def told(world: World, one: Client, me: Somebody, message_id: MessageId) -
         counts[f"feed, {kind}"] = sum(entry.kind == kind for entry in page.entries)
     badge = await one.call(client.GetBadge(), server.Badge)
     counts |= {"feed, unread": page.unread_count, "badge": badge.messages, "badge, feed": badge.feed}
-    notices = await push.notices(world.db, [message_id])
+    notices = await push.due(world.db, [message_id])
     return counts | {"pushed": sum(notice.user_id == me.id for notice in notices)}
 
 

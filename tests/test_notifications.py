@@ -3,29 +3,26 @@
 import asyncio
 import base64
 import contextlib
-import os
 import re
 from collections import Counter
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, time, timedelta
 from typing import Any
 
-import http_ece
 import msgspec
 import pytest
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from py_vapid import Vapid02
 
 from protocol import client, server
 from protocol.errors import ErrorCode, Refused
 from protocol.ids import MessageId, uuid7
 from protocol.limits import MAX_PINS, MAX_PUSH_ENDPOINTS, MAX_SCHEDULED
-from protocol.push import Notification
 from server import notices, outbound, posts
 from server.config import Settings
 from server.notices import _seconds
-from server.posts import Drops, Failed, Post, Posts
+from server.posts import Drops, Failed, Posts, Push
+from server.queries.push import Post
+from tests.browser import Browser, post_to, say, text
 from tests.conftest import Servers
 from tests.world import PUSH_POINT, Room, Somebody, World, refused, sent, until
 
@@ -97,49 +94,6 @@ async def test_the_feed_in_pages_and_what_is_new_in_it(room: Room, world: World)
 
 
 # -------------------------------------------------------------------------------------------------------- push
-
-
-class Browser:
-    """A browser's push service and the browser in one: receives what is pushed, and decrypts it."""
-
-    def __init__(self) -> None:
-        self.key = ec.generate_private_key(ec.SECP256R1())
-        self.auth = os.urandom(16)
-        self.received: asyncio.Queue[tuple[dict[str, str], bytes]] = asyncio.Queue()
-        self.status = 201
-        self.url = ""
-        self._server: asyncio.Server
-
-    async def start(self) -> None:
-        self._server = await asyncio.start_server(self._answer, "127.0.0.1", 0)
-        self.url = f"http://127.0.0.1:{self._server.sockets[0].getsockname()[1]}/push/{uuid7().hex}"
-
-    async def stop(self) -> None:
-        self._server.close()
-        await self._server.wait_closed()
-
-    def subscription(self) -> client.RegisterPush:
-        point = self.key.public_key().public_bytes(Encoding.X962, PublicFormat.UncompressedPoint)
-        return client.RegisterPush(endpoint=self.url, p256dh=text(point), auth=text(self.auth))
-
-    async def next(self) -> tuple[dict[str, str], Notification]:
-        async with asyncio.timeout(10):
-            headers, body = await self.received.get()
-        plain = http_ece.decrypt(body, private_key=self.key, auth_secret=self.auth, version="aes128gcm")
-        return headers, msgspec.json.decode(plain, type=Notification)
-
-    async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        lines = (await reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")[1:-2]
-        headers = {name.lower(): value for name, value in (line.split(": ", 1) for line in lines)}
-        body = await reader.readexactly(int(headers["content-length"]))
-        await self.received.put((headers, body))
-        writer.write(f"HTTP/1.1 {self.status} So\r\ncontent-length: 0\r\nconnection: close\r\n\r\n".encode())
-        await writer.drain()
-        writer.close()
-
-
-def text(data: bytes) -> str:
-    return base64.urlsafe_b64encode(data).rstrip(b"=").decode()
 
 
 @pytest.fixture
@@ -374,7 +328,7 @@ async def test_silent_endpoints_delay_nobody_else(
 
 
 def post(number: int = 0, host: str = "slow.example") -> Post:
-    return Post(f"https://{host}/{number}", "", "", "", b"")
+    return post_to(f"https://{host}/{number}")
 
 
 class Held:
@@ -385,7 +339,7 @@ class Held:
         self.gate = asyncio.Event()
         self.retry_after: float | None = None
 
-    async def send(self, post: Post) -> None:
+    async def send(self, post: Push) -> None:
         self.begun.append(post.endpoint)
         await self.gate.wait()
         if self.retry_after is not None:
@@ -404,7 +358,7 @@ async def idle(queue: Posts) -> None:
 
 
 async def test_a_silent_host_takes_one_slot(held: Held) -> None:
-    queue = Posts(held.send, Drops())
+    queue = Posts(say, held.send, Drops())
     for number in range(20):
         queue.add(post(number))
     for number in range(posts.SLOTS):
@@ -436,7 +390,7 @@ async def test_a_failing_host_is_left_alone_for_longer_each_time(
     monkeypatch.setattr(posts.time, "monotonic", lambda: clock)  # type: ignore[attr-defined]
     held.retry_after = retry_after
     held.gate.set()
-    queue = Posts(held.send, Drops())
+    queue = Posts(say, held.send, Drops())
     for wait in waits:
         queue.add(post())
         queue.start()
@@ -470,7 +424,7 @@ async def test_every_dropped_notification_is_counted_and_one_of_a_stretch_is_log
     monkeypatch.setattr(posts, "MAX_QUEUED", 40)
     held.retry_after = 0.0
     drops = Drops()
-    queue = Posts(held.send, drops)
+    queue = Posts(say, held.send, drops)
     for number in range(30):
         queue.add(post(number))
     assert drops.counts == {"queue_full": 10}, "hosts that are not known to be fast fill half of the queue"
@@ -499,7 +453,7 @@ async def test_hosts_and_signatures_are_bounded(held: Held, world: World, monkey
     monkeypatch.setattr(posts, "MAX_HOSTS", 3)
     monkeypatch.setattr(notices, "MAX_SIGNED", 3)
     drops = Drops()
-    queue = Posts(held.send, drops)
+    queue = Posts(say, held.send, drops)
     for number in range(4):
         queue.add(post(host=f"{number}.example"))
     assert drops.counts == {"too_many_hosts": 1}, "all of them have something queued"
@@ -520,7 +474,7 @@ async def test_hosts_that_back_off_are_forgotten_last(held: Held, monkeypatch: p
     monkeypatch.setattr(posts, "MAX_HOSTS", 3)
     held.gate.set()
     drops = Drops()
-    queue = Posts(held.send, drops)
+    queue = Posts(say, held.send, drops)
     for name, retry_after in (("longer", 900.0), ("shorter", 600.0), ("idle", None)):
         held.retry_after = retry_after
         queue.add(post(host=name))

@@ -20,7 +20,8 @@ from server import markup, outbound, previews, resolver
 from server.auth import passwords
 from server.config import Settings
 from server.outbound import Outbound, Unreachable
-from server.posts import SLOW_SLOTS, Drops, Failed, Post, Posts
+from server.posts import SLOW_SLOTS, Drops, Failed, Posts, Push
+from tests.browser import post_to, say
 from tests.world import Room, World, http_client, message, sent, until
 
 PAGE = """<html><head><title>The Engine &amp; its notes</title>
@@ -187,17 +188,13 @@ def names(monkeypatch: pytest.MonkeyPatch) -> Iterator[Names]:
 
 
 def posts_by(asker: Outbound, drops: Drops) -> Posts:
-    async def send(post: Post) -> None:
+    async def send(post: Push) -> None:
         try:
             await asker.post(post.endpoint, post.payload, {})
         except Unreachable as error:
             raise Failed from error
 
-    return Posts(send, drops)
-
-
-def post_to(endpoint: str) -> Post:
-    return Post(endpoint, "", "", "", b"x")
+    return Posts(say, send, drops)
 
 
 async def test_silent_names_fail_no_push_service_that_answers(careless: Outbound, site: Site, names: Names) -> None:

@@ -310,7 +310,8 @@ class Twin:
             export[key].sort(key=lambda one: json.dumps(self._cut(json.dumps(one)), sort_keys=True))
         self.told["export"] = [self._cut(json.dumps(export, separators=(",", ":"), ensure_ascii=False))]
         due = [self.said[name] for name in ("theirs", "reply", "direct") if name in self.said]
-        self.told["pushed"] = [self.plain(one) for one in await push.notices(self.world.db, due)]
+        queued = await push.due(self.world.db, due)
+        self.told["pushed"] = [self.plain(one) for one in await push.notices(self.world.db, queued)]
         if writes:
             await self.ask(self.viewer, "writes", self.writes())
         await self.settle()

@@ -4,15 +4,14 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from protocol.client import RegisterPush
-from protocol.ids import MessageId, SessionId, UserId
+from protocol.ids import ConversationId, MessageId, SessionId, UserId
 from protocol.limits import MAX_PUSH_ENDPOINTS
-from protocol.values import Message, User
+from protocol.values import User
 from server.database import Db
 from server.queries.unread import SILENCES
 from server.queries.users import FACE
 from server.rows import Reader
 
-_message_decoder = Reader(Message)
 _user_decoder = Reader(User)
 
 KEY = """
@@ -63,27 +62,36 @@ async def forget(db: Db, endpoint: str) -> UserId | None:
     return user_id
 
 
-class Notice(NamedTuple):
-    """A message that is still news for somebody, and where to push it."""
+class Post(NamedTuple):
+    """Which message to push to which endpoint of which user. Posts may wait for long, so they hold no words."""
 
     user_id: UserId
     endpoint: str
+    conversation_id: ConversationId
+    message_id: MessageId
+
+
+class Notice(NamedTuple):
+    """What a post says, and the keys to encrypt it with."""
+
+    post: Post
     p256dh: str
     auth: str
     sender: User
     title: str | None
     is_mention: bool
-    message: Message
+    thread_root_id: MessageId | None
+    body: str
 
 
+EXCERPT = 160
+"""Max characters of a message in a notification."""
 ANY = "SELECT EXISTS (SELECT FROM push_endpoint)"
 # One definition of what is news: not read meanwhile, not of somebody or somewhere that is silenced, not in quiet hours;
 # where only mentions are wanted, a mention, or a reply in a thread that is followed; and a reply that stands in its
 # thread alone is for those who follow that, or are mentioned. A notification has the sender's name: if the sender has
 # left meanwhile, it is for those who may see that name.
-NOTICES = f"""
-SELECT p.user_id, e.endpoint, e.p256dh, e.auth, {FACE}, c.title, said.is_mention, message_json(m)
-FROM message m
+_NEWS = f"""
 JOIN conversation c ON c.id = m.conversation_id AND NOT c.is_deleted
 JOIN "user" u ON u.id = m.sender_id
 JOIN conversation_participant p ON p.conversation_id = m.conversation_id AND p.status = 'active'
@@ -98,7 +106,7 @@ CROSS JOIN LATERAL (
         CASE WHEN them.quiet_from IS NOT NULL THEN time_of_day(them.time_zone) END AS at,
         m.thread_root_id IS NULL OR m.also_in_conversation AS is_in_conversation
 ) said
-WHERE m.id = ANY($1) AND NOT m.is_deleted AND NOT m.is_moderated AND NOT m.is_system_message
+WHERE NOT m.is_deleted AND NOT m.is_moderated AND NOT m.is_system_message
     AND p.user_id <> m.sender_id AND m.sent_version > visible_after(c, p)
     AND NOT (p.is_muted AND (p.muted_until IS NULL OR p.muted_until > now()))
     AND (p.notification_level = 'all' AND said.is_in_conversation
@@ -118,8 +126,20 @@ WHERE m.id = ANY($1) AND NOT m.is_deleted AND NOT m.is_moderated AND NOT m.is_sy
     AND NOT coalesce(CASE WHEN them.quiet_from <= them.quiet_until
         THEN said.at >= them.quiet_from AND said.at < them.quiet_until
         ELSE said.at >= them.quiet_from OR said.at < them.quiet_until END, false)
+"""  # noqa: S608 - SILENCES is a constant
+DUE = f"""
+SELECT p.user_id, e.endpoint, m.conversation_id, m.id
+FROM message m
+{_NEWS} AND m.id = ANY($1)
 ORDER BY m.created_at
-"""  # noqa: S608 - FACE is a constant
+"""  # noqa: S608 - a constant
+NOTICES = f"""
+SELECT due.user_id, due.endpoint, m.conversation_id, m.id, e.p256dh, e.auth, {FACE}, c.title, said.is_mention,
+    m.thread_root_id, left(m.content, {EXCERPT})
+FROM unnest($1::uuid[], $2::text[], $3::uuid[], $4::uuid[]) AS due (user_id, endpoint, conversation_id, message_id)
+JOIN message m ON m.id = due.message_id AND (m.conversation_id = due.conversation_id) IS TRUE
+{_NEWS} AND p.user_id = due.user_id AND e.endpoint = due.endpoint
+"""  # noqa: S608 - constants
 
 
 async def is_anybody_there(db: Db) -> bool:
@@ -127,11 +147,17 @@ async def is_anybody_there(db: Db) -> bool:
     return bool(await db.fetchval(ANY))
 
 
-async def notices(db: Db, message_ids: Sequence[MessageId]) -> list[Notice]:
+async def due(db: Db, message_ids: Sequence[MessageId]) -> list[Post]:
     """Return for which endpoints these messages are news, the latest message last."""
+    return [Post(*row) for row in await db.fetch(DUE, list(message_ids))]
+
+
+async def notices(db: Db, posts: Sequence[Post]) -> list[Notice]:
+    """Return what posts say, without those that are no longer news."""
+    columns = [[post[number] for post in posts] for number in range(len(Post._fields))]
     found = []
-    for user_id, endpoint, p256dh, auth, face, title, is_mention, text in await db.fetch(NOTICES, list(message_ids)):
-        sender, message = _user_decoder.read(face), _message_decoder.read(text)
-        if sender is not None and message is not None:
-            found.append(Notice(user_id, endpoint, p256dh, auth, sender, title, is_mention, message))
+    for user_id, endpoint, conversation_id, message_id, p256dh, auth, face, *said in await db.fetch(NOTICES, *columns):
+        sender = _user_decoder.read(face)
+        if sender is not None:
+            found.append(Notice(Post(user_id, endpoint, conversation_id, message_id), p256dh, auth, sender, *said))
     return found

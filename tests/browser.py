@@ -1,0 +1,73 @@
+"""A browser that notifications are pushed to, with its push service."""
+
+import asyncio
+import base64
+import os
+
+import http_ece
+import msgspec
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+
+from protocol import client
+from protocol.ids import ConversationId, MessageId, UserId, uuid7
+from protocol.push import Notification
+from server.posts import Push
+from server.queries.push import Post
+
+
+class Browser:
+    """A browser's push service and the browser in one: receives what is pushed, and decrypts it."""
+
+    def __init__(self) -> None:
+        self.key = ec.generate_private_key(ec.SECP256R1())
+        self.auth = os.urandom(16)
+        self.received: asyncio.Queue[tuple[dict[str, str], bytes]] = asyncio.Queue()
+        self.status = 201
+        self.answers = asyncio.Event()
+        """Clear it to have posts wait."""
+        self.answers.set()
+        self.url = ""
+        self._server: asyncio.Server
+
+    async def start(self) -> None:
+        self._server = await asyncio.start_server(self._answer, "127.0.0.1", 0)
+        self.url = f"http://127.0.0.1:{self._server.sockets[0].getsockname()[1]}/push/{uuid7().hex}"
+
+    async def stop(self) -> None:
+        self._server.close()
+        await self._server.wait_closed()
+
+    def subscription(self) -> client.RegisterPush:
+        point = self.key.public_key().public_bytes(Encoding.X962, PublicFormat.UncompressedPoint)
+        return client.RegisterPush(endpoint=self.url, p256dh=text(point), auth=text(self.auth))
+
+    async def next(self) -> tuple[dict[str, str], Notification]:
+        async with asyncio.timeout(10):
+            headers, body = await self.received.get()
+        plain = http_ece.decrypt(body, private_key=self.key, auth_secret=self.auth, version="aes128gcm")
+        return headers, msgspec.json.decode(plain, type=Notification)
+
+    async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        lines = (await reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")[1:-2]
+        headers = {name.lower(): value for name, value in (line.split(": ", 1) for line in lines)}
+        body = await reader.readexactly(int(headers["content-length"]))
+        await self.received.put((headers, body))
+        await self.answers.wait()
+        writer.write(f"HTTP/1.1 {self.status} So\r\ncontent-length: 0\r\nconnection: close\r\n\r\n".encode())
+        await writer.drain()
+        writer.close()
+
+
+def text(data: bytes) -> str:
+    return base64.urlsafe_b64encode(data).rstrip(b"=").decode()
+
+
+def post_to(endpoint: str, user_id: UserId | None = None) -> Post:
+    """Return a post of a new message to an endpoint, by default of a user of its own."""
+    return Post(user_id or UserId(uuid7()), endpoint, ConversationId(uuid7()), MessageId(uuid7()))
+
+
+async def say(post: Post) -> Push:
+    """Stand in for the statement that reads what a post says."""
+    return Push(post.endpoint, "", "", "", b"x")
