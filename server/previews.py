@@ -11,13 +11,15 @@ from urllib.parse import urljoin
 
 from asyncpg import LockNotAvailableError
 
+from protocol.ids import UserId
 from protocol.limits import MAX_CONTENT, visible
 from protocol.values import LinkPreview, Message
 from server.context import Events
 from server.database import Database
 from server.errors import is_lost
 from server.outbound import Outbound, Unreachable
-from server.queries import previews
+from server.queries import messages, previews
+from server.queries.messages import At
 from server.telling import tell_changed
 
 MAX_PAGE_BYTES = 256 * 1024
@@ -39,13 +41,14 @@ class Previews:
         self._events = events
         self._outbound = outbound
         self._are_on = are_on
-        self._waiting: asyncio.Queue[tuple[Message, str]] = asyncio.Queue(MAX_WAITING)
+        self._waiting: asyncio.Queue[tuple[At, UserId]] = asyncio.Queue(MAX_WAITING)
+        """Messages and their senders. They may wait for long, so their words are read when it is their turn."""
 
     def wanted(self, message: Message) -> None:
         """Have the first link of a message looked at; one that finds the queue full goes without."""
-        if self._are_on and message.content_type == "text" and (link := first_link(message.content)) is not None:
+        if self._are_on and message.content_type == "text" and first_link(message.content) is not None:
             try:
-                self._waiting.put_nowait((message, link))
+                self._waiting.put_nowait((At(message.conversation_id, message.id), message.sender_id))
             except asyncio.QueueFull:
                 log.warning("too many links: one goes without its preview")
 
@@ -57,18 +60,25 @@ class Previews:
 
     async def _work(self) -> None:
         while True:
-            message, link = await self._waiting.get()
+            at, sender_id = await self._waiting.get()
             try:
-                await self._look(message, link)
+                await self._look(at, sender_id)
             except Unreachable as error:
-                log.info("no preview of %s: %s", link, error)
+                log.info("no preview of message %s: %s", at.message_id, error)
             except LockNotAvailableError:
-                log.info("no preview of %s: the conversation is busy", link)
+                log.info("no preview of message %s: the conversation is busy", at.message_id)
             except Exception as error:
                 if not is_lost(error):
                     log.exception("a preview failed")
 
-    async def _look(self, message: Message, link: str) -> None:
+    async def _look(self, at: At, sender_id: UserId) -> None:
+        async with self._database.of_jobs().connection() as db:
+            found = await messages.find(db, at, sender_id)
+        if found is None or found.message.is_deleted or found.message.is_moderated:
+            return
+        message = found.message
+        if (link := first_link(message.content)) is None:
+            return  # edited meanwhile
         answer = await self._outbound.get(link, most=MAX_PAGE_BYTES)
         if answer.status != 200 or "text/html" not in answer.headers.get("content-type", ""):  # noqa: PLR2004
             return

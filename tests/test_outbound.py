@@ -397,3 +397,31 @@ class TestInTheServer:
         edited = await room.charles.event(server.MessageEdited, lambda event: event.message.content == "Never mind")
         assert edited.message.link_preview is None
         assert await world.db.fetchval("SELECT count(*) FROM message WHERE link_preview IS NOT NULL") == 0
+
+    @pytest.mark.parametrize("is_on", [True])
+    async def test_link_that_waits_is_asked_for_only_while_its_message_says_it(
+        self, room: Room, world: World, site: Site, *, is_on: bool
+    ) -> None:
+        may_answer = asyncio.Event()
+
+        async def answer() -> bytes:
+            await may_answer.wait()
+            return page(PAGE)
+
+        site.answer = lambda _: answer()
+        for number in range(previews.AT_ONCE):
+            await sent(room.ada, room.group, f"{site.url}/first/{number}")
+        await until(lambda: len(site.asked) == previews.AT_ONCE)
+        names = ("deleted", "moderated", "edited", "kept")
+        ids = {name: await sent(room.ada, room.group, f"{site.url}/{name}") for name in names}
+        await room.ada.call(client.Delete(**room.at(ids["deleted"])))
+        await room.ada.call(client.Moderate(**room.at(ids["moderated"]), reason="Rude"))
+        await room.ada.call(client.Edit(**room.at(ids["edited"]), content="Never mind"))
+        may_answer.set()
+        await room.charles.event(
+            server.MessageEdited,
+            lambda event: event.message.id == ids["kept"] and event.message.link_preview is not None,
+        )
+        asked = {head.split(" ")[1] for head in site.asked if "/first/" not in head}
+        assert asked == {"/kept"}
+        assert world.workers[0].app.previews._waiting.empty() == is_on  # noqa: SLF001

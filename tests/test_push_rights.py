@@ -1,6 +1,8 @@
 """Notifications that wait: the right to them is checked when the post begins, not only when it is queued."""
 
+import ast
 import asyncio
+import re
 from collections.abc import Awaitable, Callable
 from typing import NamedTuple
 
@@ -12,6 +14,7 @@ from protocol.ids import ConversationId, MessageId
 from prove.client import Client
 from server.config import Settings
 from tests.browser import Browser
+from tests.test_house import ROOT
 from tests.world import Somebody, World, http_client, sent, until
 
 
@@ -118,3 +121,21 @@ async def test_queued_notification_is_pushed_only_while_its_reader_has_a_right_t
     finally:
         await asyncio.gather(*(case.browser.stop() for case in cases.values()))
     assert pushed == {act.__name__: bodies for act, bodies in LATE.items()}
+
+
+def test_no_queue_holds_words() -> None:
+    """What waits for a push service or a page is named by ids, and read when its turn comes."""
+    words = {"Message", "Notice", "Push", "Notification", "bytes", "Send", "Outgoing"}
+    queue = re.compile(r"(deque|asyncio\.Queue|OrderedDict)\b")
+    nodes = [
+        (path.stem, node)
+        for path in (ROOT / "server").glob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.AnnAssign) and queue.match(ast.unparse(node.annotation))
+    ]
+    assert ("posts", "self.queue") in {(name, ast.unparse(node.target)) for name, node in nodes}
+    assert [
+        f"{name}.{ast.unparse(node.target)}"
+        for name, node in nodes
+        if {part.id for part in ast.walk(node.annotation) if isinstance(part, ast.Name)} & words
+    ] == []
