@@ -97,7 +97,8 @@ WHY = {
     "participants of a conversation, which are counted, told or asked once": {
         "drafts.EMPTY": "conversation_participant(conversation_id)",
         "participants.HEIR": "conversation_participant(conversation_id) cut 1",
-        "push.NOTICES": "conversation_participant(); conversation_participant(conversation_id); push_endpoint(user_id)",
+        "push.DUE": "conversation_participant(); conversation_participant(conversation_id); push_endpoint(user_id)",
+        "push.NOTICES": "conversation_participant()",
         "whereabouts.OF": (
             "2 x conversation_participant(conversation_id); conversation_participant(conversation_id) cut 1; "
             "3 x user_relationship(from_user_id); user_relationship(from_user_id) cut 1; "
@@ -166,6 +167,7 @@ LIMITS = {
     "feed.COUNT": 23,
     "indexing.PAGE": 2,
     "latest.SINCE": 1,
+    "push.DUE": 1,
     "push.NOTICES": 1,
     "receipts.READ": 2,
     "receipts.MARK_UNREAD": 2,
