@@ -181,7 +181,7 @@ class App:
             admission=self.admission,
             working=self._working,
         )
-        accounts = Accounts(
+        self.accounts = Accounts(
             database,
             self.hub,
             sessions=self.sessions,
@@ -191,7 +191,7 @@ class App:
                 per_account=settings.login_attempts,
                 per_address=settings.login_attempts_per_address,
             ),
-            allowances=self._allowances,
+            reads=self._allowances[Rate.READ],
             origins=settings.allowed_origins,
             is_open=settings.registration == "open",
         )
@@ -203,7 +203,7 @@ class App:
             services=services,
             shared=shared,
             sessions=self.sessions,
-            accounts=accounts,
+            accounts=self.accounts,
             origins=settings.allowed_origins,
             metrics=metrics,
             metrics_from=settings.metrics_networks,
@@ -213,7 +213,7 @@ class App:
             connects=self._connects,
         )
         self.starlette = Starlette(
-            routes=[*Endpoints(door).routes(), *accounts.routes()],
+            routes=[*Endpoints(door).routes(), *self.accounts.routes()],
             exception_handlers={HTTPException: no_route},
             middleware=[
                 *_behind(settings.proxies),

@@ -120,6 +120,10 @@ class Database:
         """Return the database as one user has it, who holds a share of the connections at most."""
         return Database(self._shared.pool.of(user_id), self._shared)
 
+    def of_sessions(self, user_id: UserId) -> "Database":
+        """Return the database for the sessions of one user: one further connection, which their frames cannot hold."""
+        return Database(self._shared.pool.of_sessions(user_id), self._shared)
+
     def of_jobs(self) -> "Database":
         """Return the database as periodic jobs have it: its transactions raise LockNotAvailableError if they wait for a
         lock longer than `JOB_LOCK_MS`.

@@ -37,10 +37,15 @@ class Pool:
         self._is_closed = False
         self._waiting: deque[asyncio.Future[None]] = deque()
         self._turns: Turns[UserId] = Turns(max(1, most // USER_SHARE), patience=patience)
+        self._sessions_turns: Turns[UserId] = Turns(1, patience=patience)
 
     def of(self, user_id: UserId) -> "Part":
         """Return the pool as one user has it."""
         return Part(self, self._turns, user_id)
+
+    def of_sessions(self, user_id: UserId) -> "Part":
+        """Return the pool for the sessions of one user: one further connection, which their frames cannot hold."""
+        return Part(self, self._sessions_turns, user_id)
 
     @asynccontextmanager
     async def turn(self) -> "AsyncIterator[Pool]":

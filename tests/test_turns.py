@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from contextlib import AbstractAsyncContextManager
 from datetime import timedelta
 from typing import Any
+from uuid import UUID
 
 import asyncpg
 import httpx
@@ -69,18 +70,22 @@ async def test_a_user_whose_frames_wait_for_a_lock_leaves_connections_to_others(
     assert (pool._turns._taken, pool._turns._waiting) == ({}, {})  # noqa: SLF001
 
 
-IN_TURN: dict[tuple[str, str], Any] = {
+AS_FRAMES: dict[tuple[str, str], Any] = {
     ("POST", "/v1/call"): {"type": "get_me"},
-    ("GET", "/v1/auth/sessions"): None,
     ("GET", "/v1/auth/export"): None,
+}
+"""Routes that are bounded as frames are, and bodies for them."""
+OF_SESSIONS: dict[tuple[str, str], Any] = {
+    ("GET", "/v1/auth/sessions"): None,
     ("POST", "/v1/auth/password"): {"password": "correct horse", "new_password": "another horse"},
     ("POST", "/v1/auth/deactivate"): {"password": "correct horse"},
     ("POST", "/v1/auth/delete"): {"password": "correct horse"},
     ("POST", "/v1/auth/logout"): None,
-    ("DELETE", "/v1/auth/sessions"): None,
     ("DELETE", "/v1/auth/sessions/{session_id}"): None,
+    ("DELETE", "/v1/auth/sessions"): None,
 }
-"""Routes of users with a session, and bodies for them."""
+"""Routes by which users end sessions, with an allowance and a connection of their own."""
+IN_TURN = AS_FRAMES | OF_SESSIONS
 OF_NOBODY = {
     ("POST", "/v1/auth/register"),
     ("POST", "/v1/auth/login"),
@@ -94,6 +99,7 @@ OF_NOBODY = {
 """Routes that read no session. Limits by address and by account bound them."""
 AT_THE_DOOR = {"/v1/ws"}
 """The socket, whose limits are those of connections and of frames."""
+REVOKING = ("DELETE", "/v1/auth/sessions/{session_id}")
 
 
 def routes_of(world: World) -> set[tuple[str, str]]:
@@ -107,38 +113,78 @@ async def ask(http: httpx.AsyncClient, token: str, route: tuple[str, str], about
     return await http.request(method, path.format(session_id=about), headers=headers, json=IN_TURN[route])
 
 
-async def test_every_route_of_a_user_takes_from_the_allowance_of_frames(world: World) -> None:
+async def begun(world: World, user_id: UserId, count: int) -> list[object]:
+    """Begin sessions that nobody uses; return their ids."""
+    made = await world.db.fetch(
+        "INSERT INTO session (user_id, token, expires_at)"
+        " SELECT $1, n, now() + '1 day' FROM generate_series(1, $2::int) n RETURNING id",
+        user_id,
+        count,
+    )
+    return [row[0] for row in made]
+
+
+async def test_every_route_of_a_user_takes_from_an_allowance(world: World) -> None:
     app = world.workers[0].app
     assert routes_of(world) == IN_TURN.keys() | OF_NOBODY
     assert {one.path for one in app.starlette.routes if isinstance(one, WebSocketRoute)} == AT_THE_DOOR
     ada, charles = await world.users("Ada", "Charles")
-    other = await world.db.fetchval(
-        "INSERT INTO session (user_id, token, expires_at) VALUES ($1, 'x', now() + '1 day') RETURNING id", ada.id
-    )
+    (other,) = await begun(world, ada.id, 1)
+    session_id = await world.db.fetchval("SELECT id FROM session WHERE user_id = $1 AND id <> $2", ada.id, other)
     before = await world.db.fetch("SELECT * FROM session ORDER BY id")
+    reads: dict[Any, int] = app._allowances[Rate.READ]._bucket._full_at  # noqa: SLF001
+    requests: dict[Any, int] = app.accounts._requests._full_at  # noqa: SLF001
     async with http_client(world.url) as http:
-        for rate, name in ((Rate.WRITE, "writes"), (Rate.READ, "reads")):
+        for full_at, key, name, routes in (
+            (reads, ada.id, "`reads` of your user", AS_FRAMES),
+            (requests, session_id, "account requests of your session", OF_SESSIONS),
+        ):
             # Of every other allowance there is enough: the refusal names the one that it takes from.
-            full_at = app._allowances[rate]._bucket._full_at  # noqa: SLF001
-            full_at[ada.id] = 2**62
-            for route in IN_TURN:
-                if (rate is Rate.READ) is (route[0] == "GET" or route[1] == "/v1/call"):
-                    answer = await ask(http, ada.token, route, other)
-                    assert (answer.status_code, answer.json()["code"]) == (429, "rate_limited"), route
-                    assert f"`{name}` of your user" in answer.json()["message"], route
-                    assert int(answer.headers["retry-after"]) > 0
-            assert (await ask(http, charles.token, ("GET", "/v1/auth/sessions"))).status_code == 200
+            full_at[key] = 2**62
+            for route in routes:
+                answer = await ask(http, ada.token, route, other)
+                assert (answer.status_code, answer.json()["code"]) == (429, "rate_limited"), route
+                assert name in answer.json()["message"], route
+                assert int(answer.headers["retry-after"]) > 0
+                assert (await ask(http, charles.token, ("GET", "/v1/auth/sessions"))).status_code == 200
             full_at.clear()
         assert await world.db.fetch("SELECT * FROM session ORDER BY id") == before
-        assert (await ask(http, ada.token, ("DELETE", "/v1/auth/sessions/{session_id}"), other)).status_code == 204
+        assert (await ask(http, ada.token, REVOKING, other)).status_code == 204
+
+
+async def test_a_flood_of_a_users_frames_refuses_none_of_their_account_requests(world: World) -> None:
+    """Whoever has stolen a session may use up all that frames have: its owner logs in and ends it."""
+    app = world.workers[0].app
+    turns = app._database._shared.pool._turns  # noqa: SLF001
+    account = {"email": "ada@example.org", "password": "correct horse"}
+    answered = []
+    async with http_client(world.url) as http:
+        ada = UserId(UUID((await http.post("/v1/auth/register", json=account | {"name": "Ada"})).json()["user"]["id"]))
+        turns._patience = 0.01  # noqa: SLF001
+        for _ in range(turns._most):  # noqa: SLF001
+            await turns.take(ada)
+        for allowance in app._allowances.values():  # noqa: SLF001
+            allowance._bucket._full_at[ada] = 2**62  # noqa: SLF001
+        for route in reversed(IN_TURN):
+            welcome = await http.post("/v1/auth/login", json=account)
+            answer = welcome if welcome.is_error else await ask(http, welcome.json()["token"], route, uuid7())
+            if answer.is_success and route[1] == "/v1/auth/password":
+                account["password"] = "another horse"
+            answered.append((route, answer.status_code))
+    assert [route for route, status in answered if status in {429, 503}] == [*reversed(AS_FRAMES)], answered
+    assert {status for route, status in answered if route in OF_SESSIONS} == {200, 204, 404}
+    for _ in range(turns._most):  # noqa: SLF001
+        turns.give(ada)
 
 
 async def test_every_route_of_a_user_waits_in_the_turns_of_the_user(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Frames and requests hold half of the connections at most, and what ends sessions one more."""
     ada, charles = await world.users("Ada", "Charles")
     app = world.workers[0].app
     pool = app._database._shared.pool  # noqa: SLF001
+    own = pool._sessions_turns  # noqa: SLF001
     poked: list[UserId] = []
     poke = Hub.poke
 
@@ -147,13 +193,7 @@ async def test_every_route_of_a_user_waits_in_the_turns_of_the_user(
         poke(hub, poked, **options)
 
     monkeypatch.setattr(Hub, "poke", noted)
-    revoking = ("DELETE", "/v1/auth/sessions/{session_id}")
-    made = await world.db.fetch(
-        "INSERT INTO session (user_id, token, expires_at)"
-        " SELECT $1, n, now() + '1 day' FROM generate_series(1, $2::int) n RETURNING id",
-        ada.id,
-        2 * CONNECTIONS,
-    )
+    made = await begun(world, ada.id, CONNECTIONS)
     holding = await asyncpg.connect(world.settings.database_url)
     async with http_client(world.url) as http:
         try:
@@ -161,15 +201,17 @@ async def test_every_route_of_a_user_waits_in_the_turns_of_the_user(
             await holding.execute('SELECT FROM "user" WHERE id = $1 FOR UPDATE', ada.id)
             # What ends nothing waits for no lock, and makes no worker look.
             async with asyncio.timeout(5):
-                assert (await ask(http, ada.token, revoking, uuid7())).status_code == 404
+                assert (await ask(http, ada.token, REVOKING, uuid7())).status_code == 404
             assert poked == []
-            ending = [asyncio.ensure_future(ask(http, ada.token, revoking, row[0])) for row in made]
-            waiting = len(made) - CONNECTIONS // 2
-            await until(lambda: len(pool._turns._waiting.get(ada.id, ())) == waiting)  # noqa: SLF001
+            ending = [asyncio.ensure_future(ask(http, ada.token, REVOKING, one)) for one in made]
+            await until(lambda: len(own._waiting.get(ada.id, ())) == len(made) - 1)  # noqa: SLF001
+            for _ in range(pool._turns._most):  # noqa: SLF001
+                await pool._turns.take(ada.id)  # noqa: SLF001
             asking = {route: asyncio.ensure_future(ask(http, ada.token, route, uuid7())) for route in IN_TURN}
             # An export answers before it reads.
-            await until(lambda: len(pool._turns._waiting.get(ada.id, ())) == waiting + len(IN_TURN))  # noqa: SLF001
-            assert len(pool._taken) <= CONNECTIONS // 2  # noqa: SLF001
+            await until(lambda: len(pool._turns._waiting.get(ada.id, ())) == len(AS_FRAMES))  # noqa: SLF001
+            await until(lambda: len(own._waiting.get(ada.id, ())) == len(made) - 1 + len(OF_SESSIONS))  # noqa: SLF001
+            assert (own._taken, own._most) == ({ada.id: 1}, 1)  # noqa: SLF001
             async with asyncio.timeout(5):
                 for route in IN_TURN:
                     answer = await ask(http, charles.token, route, uuid7())
@@ -179,11 +221,13 @@ async def test_every_route_of_a_user_waits_in_the_turns_of_the_user(
             assert not any(one.done() for one in (*ending, *asking.values()))
         finally:
             await holding.close()
+        for _ in range(pool._turns._most):  # noqa: SLF001
+            pool._turns.give(ada.id)  # noqa: SLF001
         assert [(await one).status_code for one in ending] == [204] * len(ending)
         answers = {route: (await one).status_code for route, one in asking.items()}
         assert max(answers.values()) < 500, answers
     assert set(poked) == {ada.id, charles.id}
-    await until(lambda: not pool._turns._taken)  # noqa: SLF001
+    await until(lambda: not (pool._turns._taken or own._taken))  # noqa: SLF001
 
 
 NO_STATEMENT = {"ping", "unwatch", "get_push_key"}

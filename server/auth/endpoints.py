@@ -1,6 +1,6 @@
 """The HTTP endpoints for accounts and sessions."""
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import NamedTuple
 
 import msgspec
@@ -22,7 +22,6 @@ from server.auth.sessions import Sessions
 from server.auth.tokens import new_token, token_hash
 from server.context import Events
 from server.database import Database, Db
-from server.dispatch import Rate
 from server.errors import NotFound
 from server.export import written
 from server.limits import Allowance
@@ -42,6 +41,8 @@ MAX_RACES = 2
 RETRY_MS = 1_000
 EXPORTS_PER_SECOND, EXPORTS_AT_ONCE = 1 / 60, 3
 """How often one user may export their data from a worker."""
+REQUESTS_PER_SECOND, REQUESTS_AT_ONCE = 1.0, 30
+"""Max requests of one session that list or end sessions, change the password or leave, per worker."""
 
 
 class Begun(NamedTuple):
@@ -59,7 +60,7 @@ class Asked(NamedTuple):
     active: Active
     body: bytes
     database: Database
-    """The database as the user has it."""
+    """The database as the user has it for this request."""
 
     @property
     def user_id(self) -> UserId:
@@ -77,33 +78,36 @@ class Accounts:
         *,
         sessions: Sessions,
         attempts: Attempts,
-        allowances: Mapping[Rate, SharedAllowance],
+        reads: SharedAllowance,
         origins: frozenset[str],
         is_open: bool,
     ) -> None:
-        """`allowances` are those of frames. `is_open` is whether everybody may register."""
+        """`reads` is the allowance of frames that read. `is_open` is whether everybody may register."""
         self._database = database
         self._events = events
         self._sessions = sessions
         self._attempts = attempts
-        self._allowances = allowances
+        self._reads = reads
         self._origins = origins
         self._is_open = is_open
         self._exports: Allowance[UserId] = Allowance("exports of your user", EXPORTS_PER_SECOND, burst=EXPORTS_AT_ONCE)
+        self._requests: Allowance[SessionId] = Allowance(
+            "account requests of your session", REQUESTS_PER_SECOND, burst=REQUESTS_AT_ONCE
+        )
 
     def routes(self) -> list[Route]:
         """Return the routes under /v1/auth."""
         return [
             Route("/v1/auth/register", endpoint(self.register), methods=["POST"]),
             Route("/v1/auth/login", endpoint(self.login), methods=["POST"]),
-            self._of_user("POST", "/v1/auth/logout", self.logout, Rate.WRITE),
-            self._of_user("POST", "/v1/auth/password", self.change_password, Rate.WRITE),
-            self._of_user("POST", "/v1/auth/deactivate", self.deactivate, Rate.WRITE),
-            self._of_user("POST", "/v1/auth/delete", self.delete, Rate.WRITE),
-            self._of_user("GET", "/v1/auth/export", self.export, Rate.READ),
-            self._of_user("GET", "/v1/auth/sessions", self.list_sessions, Rate.READ),
-            self._of_user("DELETE", "/v1/auth/sessions", self.revoke_all, Rate.WRITE),
-            self._of_user("DELETE", "/v1/auth/sessions/{session_id}", self.revoke, Rate.WRITE),
+            self._of_session("POST", "/v1/auth/logout", self.logout),
+            self._of_session("POST", "/v1/auth/password", self.change_password),
+            self._of_session("POST", "/v1/auth/deactivate", self.deactivate),
+            self._of_session("POST", "/v1/auth/delete", self.delete),
+            Route("/v1/auth/export", endpoint(self.export), methods=["GET"]),
+            self._of_session("GET", "/v1/auth/sessions", self.list_sessions),
+            self._of_session("DELETE", "/v1/auth/sessions", self.revoke_all),
+            self._of_session("DELETE", "/v1/auth/sessions/{session_id}", self.revoke),
         ]
 
     async def caller(self, request: Request) -> Active:
@@ -118,16 +122,15 @@ class Accounts:
         data = await limited_body(request)
         return await self.caller(request), data
 
-    def _of_user(self, method: str, path: str, act: Callable[[Asked], Awaitable[Response]], rate: Rate) -> Route:
-        """Return a route for users with a session. Each request takes tokens by its size, as a frame does, and has the
-        share of the database that its user has.
+    def _of_session(self, method: str, path: str, act: Callable[[Asked], Awaitable[Response]]) -> Route:
+        """Return a route by which users end sessions. Each request takes tokens of its session by its size, and has the
+        connection that its user has for this alone: a flood of frames by another session refuses no such request.
         """
 
         async def asked(request: Request) -> Response:
             active, body = await self.asked(request)
-            user_id = active.user.id
-            self._allowances[rate].require(user_id, 1 + len(body) // TOKEN_BYTES)
-            return await act(Asked(request, active, body, self._database.of(user_id)))
+            self._requests.require(active.session_id, 1 + len(body) // TOKEN_BYTES)
+            return await act(Asked(request, active, body, self._database.of_sessions(active.user.id)))
 
         return Route(path, endpoint(asked), methods=[method])
 
@@ -184,7 +187,7 @@ class Accounts:
                 await accounts.set_password(db, found.user.id, new_hash, instead_of=checked)
             return begun, is_back
 
-        begun, is_back = await self._database.of(found.user.id).atomically("login", made)
+        begun, is_back = await self._database.of_sessions(found.user.id).atomically("login", made)
         if is_back:
             self._events.reconsider(found.user.id)
         if begun is not None and begun.session.has_ended_others:
@@ -275,15 +278,18 @@ class Accounts:
             retry_after_ms=RETRY_MS,
         )
 
-    async def export(self, asked: Asked) -> Response:
-        """Return everything that is stored about the user."""
-        self._exports.require(asked.user_id)
+    async def export(self, request: Request) -> Response:
+        """Return everything that is stored about the user. An export takes tokens and connections as frames do."""
+        active, body = await self.asked(request)
+        user_id = active.user.id
+        self._reads.require(user_id, 1 + len(body) // TOKEN_BYTES)
+        self._exports.require(user_id)
         return StreamingResponse(
-            self._exported(asked),
+            self._exported(Asked(request, active, body, self._database.of(user_id))),
             media_type=JSON,
             headers={
                 "cache-control": "no-store",
-                "content-disposition": f'attachment; filename="openchat-{asked.user_id}.json"',
+                "content-disposition": f'attachment; filename="openchat-{user_id}.json"',
             },
         )
 
