@@ -1280,30 +1280,50 @@ $$;
 REVOKE EXECUTE ON FUNCTION close_to_public() FROM PUBLIC;
 
 -- Takes from everybody the functions of PostgreSQL by which any role fills what all share: the table of locks, the disk,
--- the log of changes that every replica reads, and the ids of transactions.
+-- the log of changes that every replica reads, and the ids of transactions. Takes away the languages, too: a DO block
+-- writes to the server's log what it likes. Migrations make functions in these languages, so the owner keeps them.
 -- Only a superuser can. These rights are copied with a template and are in a dump.
 CREATE FUNCTION close_functions_to_public() RETURNS void LANGUAGE plpgsql SET search_path = pg_catalog, public, pg_temp AS $$
 DECLARE
     found record;
 BEGIN
     FOR found IN
-        SELECT p.oid::regprocedure AS name, pg_has_role(p.proowner, 'USAGE') AS is_mine
+        SELECT 'EXECUTE' AS privilege, format('FUNCTION %s', p.oid::regprocedure) AS name,
+            pg_has_role(p.proowner, 'USAGE') AS is_mine
         FROM pg_proc p CROSS JOIN aclexplode(coalesce(p.proacl, acldefault('f', p.proowner))) a
         WHERE p.pronamespace = 'pg_catalog'::regnamespace AND a.grantee = 0 AND a.privilege_type = 'EXECUTE'
             AND (p.proname ~ '^pg_(try_)?advisory_(xact_)?lock' OR p.proname IN ('lo_creat', 'lo_create', 'lo_from_bytea',
                 'lo_put', 'lowrite', 'lo_truncate', 'lo_truncate64', 'pg_logical_emit_message', 'pg_export_snapshot',
                 'pg_current_xact_id', 'txid_current'))
+        UNION ALL
+        SELECT 'USAGE', format('LANGUAGE %I', l.lanname), pg_has_role(l.lanowner, 'USAGE')
+        FROM pg_language l CROSS JOIN aclexplode(coalesce(l.lanacl, acldefault('l', l.lanowner))) a
+        WHERE l.lanispl AND l.lanpltrusted AND a.grantee = 0
     LOOP
         IF NOT found.is_mine THEN
-            RAISE WARNING 'advisory locks, large objects and WAL stay open to everybody: a superuser must call'
+            RAISE WARNING 'advisory locks, large objects, WAL and DO stay open to everybody: a superuser must call'
                 ' close_functions_to_public()';
             RETURN;
         END IF;
-        EXECUTE format('REVOKE EXECUTE ON FUNCTION %s FROM PUBLIC', found.name);
+        IF found.privilege = 'USAGE' THEN
+            EXECUTE format('GRANT USAGE ON %s TO %I', found.name,
+                (SELECT c.relowner::regrole::name FROM pg_class c WHERE c.oid = '"user"'::regclass));
+        END IF;
+        EXECUTE format('REVOKE %s ON %s FROM PUBLIC', found.privilege, found.name);
     END LOOP;
 END
 $$;
 REVOKE EXECUTE ON FUNCTION close_functions_to_public() FROM PUBLIC;
+
+-- The other databases of the cluster that everybody may connect to. All of them have one table of locks, and none of these
+-- is closed as this one is: from there, a reader stops the server (docs/decisions/0045-what-readers-hold.md).
+CREATE FUNCTION open_databases() RETURNS SETOF text LANGUAGE sql STABLE SET search_path = pg_catalog, public, pg_temp
+BEGIN ATOMIC
+    SELECT d.datname::text FROM pg_database d CROSS JOIN aclexplode(coalesce(d.datacl, acldefault('d', d.datdba))) a
+    WHERE d.datallowconn AND d.datname <> current_database() AND a.grantee = 0 AND a.privilege_type = 'CONNECT'
+    ORDER BY d.datname;
+END;
+REVOKE EXECUTE ON FUNCTION open_databases() FROM PUBLIC;
 
 -- Statistics hold samples of all rows, hidden ones too, and the estimates of EXPLAIN tell a reader what is in them
 -- (docs/decisions/0051-no-statistics.md). Keeps ANALYZE from making any for tables with policies, and deletes those there are.
@@ -1351,7 +1371,8 @@ REVOKE EXECUTE ON FUNCTION keep_no_statistics() FROM PUBLIC;
 SELECT keep_no_statistics();
 
 -- Bounds what a reader takes, as far as nobody has set it yet. The timeouts are defaults, which a reader can change; the
--- number of connections and the size of temporary files are not. They hold for whoever logs in with that role.
+-- number of connections, the size of temporary files and what is logged are not. They hold for whoever logs in with that
+-- role. Without log_min_messages, each failing statement and each plan that a reader asks for is in the server's log.
 CREATE FUNCTION bound_reader(role_name text) RETURNS void LANGUAGE plpgsql SET search_path = pg_catalog, public, pg_temp AS $$
 DECLARE
     bound record;
@@ -1365,7 +1386,7 @@ BEGIN
     END IF;
     FOR bound IN
         SELECT b.name, b.value FROM (VALUES ('statement_timeout', '5min'), ('idle_in_transaction_session_timeout', '1min'),
-            ('temp_file_limit', '1GB')) b (name, value)
+            ('temp_file_limit', '1GB'), ('log_min_messages', 'fatal')) b (name, value)
         WHERE NOT EXISTS (
             SELECT FROM pg_db_role_setting s JOIN pg_roles r ON r.oid = s.setrole CROSS JOIN unnest(s.setconfig) c
             WHERE r.rolname = role_name AND s.setdatabase IN (0, (SELECT d.oid FROM pg_database d
@@ -1385,6 +1406,8 @@ REVOKE EXECUTE ON FUNCTION bound_reader(text) FROM PUBLIC;
 
 -- Gives a role what a reader may see, and nothing else of these tables: run again, it takes away what was granted before.
 CREATE FUNCTION grant_reader(role_name text) RETURNS void LANGUAGE plpgsql SET search_path = pg_catalog, public, pg_temp AS $$
+DECLARE
+    open_ones text := (SELECT string_agg(quote_ident(o.name), ', ') FROM open_databases() o (name));
 BEGIN
     PERFORM close_to_public();
     IF EXISTS (
@@ -1398,13 +1421,19 @@ BEGIN
     PERFORM close_functions_to_public();
     PERFORM keep_no_statistics();
     PERFORM bound_reader(role_name);
+    IF open_ones IS NOT NULL THEN
+        -- Not done here: other users of the cluster may need to connect there.
+        RAISE WARNING 'a reader can fill the locks of all databases from those that everybody may connect to. If nothing'
+            ' else needs that: REVOKE CONNECT ON DATABASE % FROM PUBLIC', open_ones;
+    END IF;
     EXECUTE format('REVOKE ALL ON ALL TABLES IN SCHEMA public FROM %I', role_name);
-    EXECUTE format('GRANT SELECT (id, name, display_name, image, erased_at) ON "user" TO %I', role_name);
+    EXECUTE format('GRANT SELECT (id, name, display_name, image) ON "user" TO %I', role_name);
     EXECUTE format('GRANT SELECT (id, user_id, expires_at, ip_address, user_agent, created_at) ON session TO %I',
         role_name);
+    -- Not message_count nor last_message_at: they tell a newcomer of messages of before.
     EXECUTE format('GRANT SELECT (id, title, description, type, image, is_public, max_participants, is_archived,
-        created_by, last_message_at, last_activity_at, message_count, participant_count, settings, version,
-        settings_version, created_at, updated_at) ON conversation TO %I', role_name);
+        created_by, last_activity_at, participant_count, settings, version, settings_version, created_at)
+        ON conversation TO %I', role_name);
     EXECUTE format('GRANT SELECT (id, conversation_id, user_id, role, status, can_add_members, can_remove_members,
         can_edit_conversation, can_delete_messages, can_pin_messages, joined_at, left_at, invited_by, version)
         ON conversation_participant TO %I', role_name);

@@ -101,6 +101,9 @@ async def test_backup_of_an_external_database_is_restored(servers: Servers, worl
             await run(f'pg_restore --exit-on-error --no-owner --dbname="{url}" openchat.dump', tmp_path)
         await admin.execute("DROP DATABASE restored")
         await admin.execute("CREATE DATABASE restored")
+        # As an administrator does in a new cluster.
+        for (name,) in await admin.fetch("SELECT datname FROM pg_database WHERE datallowconn"):
+            await admin.execute(f"REVOKE CONNECT ON DATABASE {name} FROM PUBLIC")
         said = await run(block("docs/operations.md", "sh", "pg_restore"), tmp_path, DATABASE_URL=url)
         assert "all is well" in said
         restored = await asyncpg.connect(url)

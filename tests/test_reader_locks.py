@@ -1,9 +1,12 @@
 """Locks: readers of the database hold none that the server needs, and take no more than their share."""
 
 import asyncio
+import os
 import re
 import shutil
-from collections.abc import AsyncIterator
+import signal
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,8 +20,9 @@ from server import migrate
 from server.config import Settings
 from server.database import Db
 from server.errors import Fatal
-from server.queries import audit
+from server.queries import audit, checks
 from server.queries.audit import Deed
+from tests.conftest import Servers
 from tests.world import World, sent
 
 MODES = [
@@ -68,6 +72,25 @@ JUDGED = re.compile(
     r"|pg_\w*replication_slot\w*|pg_logical_slot_\w+|pg_nextoid|pg_import_system_collations"
     r"|pg_stop_making_pinned_objects|binary_upgrade_\w+"
 )
+NOISE = [
+    "DO $$ BEGIN RAISE LOG 'noise'; END $$",
+    "SELECT 1 / 0",
+    "SELECT noise",
+    "noise",
+    "SELECT content::int FROM message",
+    "SELECT pg_cancel_backend(pg_backend_pid())",
+    "SET statement_timeout = 1; SELECT pg_sleep(1)",
+    "SET debug_print_parse = on; SET debug_print_rewritten = on; SET debug_print_plan = on; SELECT 1",
+    "SET trace_sort = on; SELECT i FROM generate_series(1, 9) i ORDER BY -i",
+    "SET log_statement = 'all'",
+    "SET log_min_duration_statement = 0",
+    "SET log_min_messages = debug5",
+]
+LOUDER = [
+    "RESET log_min_messages", "RESET ALL", "DISCARD ALL", "SET SESSION AUTHORIZATION DEFAULT",
+    "ALTER ROLE {0} RESET log_min_messages", "ALTER ROLE {0} RESET ALL", "ALTER ROLE {0} SET log_min_messages = info",
+]  # fmt: skip
+"""By which a reader tries to get rid of `log_min_messages`."""
 OLD_KEYS = [
     "hashtextextended($1::uuid::text, 0)", "hashtextextended('00000000-0000-0000-0000-000000000000', 0)",
     str(0x6F70656E63686174),
@@ -99,6 +122,42 @@ async def role(world: World) -> AsyncIterator[Role]:
     yield Role(name, db)
     await db.close()
     await world.db.execute(f"DROP OWNED BY {name}; DROP ROLE {name}")
+
+
+Login = Callable[[str], Awaitable[Db]]
+
+
+@pytest.fixture
+async def login(servers: Servers, world: World, role: Role) -> AsyncIterator[Login]:
+    """Let the role log in, as on an external PostgreSQL: the embedded one turns it away."""
+    access = servers.postgres.log.path.parent / "postgres" / "pg_hba.conf"
+    closed = access.read_text()
+    made: list[asyncpg.Connection[asyncpg.Record]] = []
+
+    async def connect(database: str) -> Db:
+        made.append(await asyncpg.connect(servers.postgres.url(database), user=role.name))
+        return made[-1]
+
+    async def reload(text: str, *, is_open: bool) -> None:
+        access.write_text(text)
+        os.kill(servers.postgres.pid, signal.SIGHUP)
+        async with asyncio.timeout(10):
+            while True:
+                try:
+                    await connect(await world.db.fetchval("SELECT current_database()"))
+                    was_open = True
+                except asyncpg.InvalidAuthorizationSpecificationError:
+                    was_open = False
+                if was_open == is_open:
+                    return
+                await asyncio.sleep(0)
+
+    await reload(f"local all all trust\n{closed}", is_open=True)
+    yield connect
+    await asyncio.gather(*(one.close() for one in made))
+    made.clear()
+    await reload(closed, is_open=False)
+    await asyncio.gather(*(one.close() for one in made))
 
 
 async def test_reader_who_holds_every_lock_it_can_take_stops_no_writer(world: World, role: Role) -> None:
@@ -142,6 +201,61 @@ async def test_reader_takes_no_advisory_lock_and_writes_no_large_object_and_no_w
     assert await role.takes("SELECT 1")
 
 
+async def test_reader_who_may_connect_to_another_database_is_found_and_refused_once_that_is_revoked(
+    world: World, role: Role, login: Login
+) -> None:
+    """All databases share one table of locks, and functions of PostgreSQL are closed in each by itself."""
+    (check,) = (one for one in checks.CHECKS if one.name == "no reader can stop this database from another one")
+    for closed in ("postgres", "template1"):
+        with pytest.raises(asyncpg.InsufficientPrivilegeError, match="permission denied for database"):
+            await login(closed)
+    warned: list[str] = []
+    world.db.add_log_listener(lambda _, message: warned.append(message.message or ""))
+    await world.db.execute("GRANT CONNECT ON DATABASE postgres TO PUBLIC")
+    try:
+        elsewhere = await login("postgres")
+        assert await Role(role.name, elsewhere).takes("SELECT pg_advisory_lock(1)")
+        await elsewhere.close()
+        await world.db.execute("SELECT grant_reader($1)", role.name)
+        (warning,) = warned
+        assert re.search(r"REVOKE CONNECT ON DATABASE .*\bpostgres\b.* FROM PUBLIC$", warning)
+        assert "postgres" in (await checks.run(world.db, check)).some
+    finally:
+        await world.db.execute("REVOKE CONNECT ON DATABASE postgres FROM PUBLIC")
+    assert "postgres" not in (await checks.run(world.db, check)).some
+    with pytest.raises(asyncpg.InsufficientPrivilegeError, match="permission denied for database"):
+        await login("postgres")
+    await login(await world.db.fetchval("SELECT current_database()"))
+
+
+async def test_reader_writes_nothing_to_the_log_of_postgresql(
+    world: World, role: Role, login: Login, servers: Servers
+) -> None:
+    log = servers.postgres.log.path
+    database = await world.db.fetchval("SELECT current_database()")
+    before = log.stat().st_size
+    for loud in [*LOUDER, "SELECT 1"]:
+        reader = await login(database)
+        with suppress(asyncpg.PostgresError):
+            await reader.execute(loud.format(role.name))
+        for noise in NOISE:
+            with suppress(asyncpg.PostgresError):
+                await reader.execute(noise)
+    assert log.read_bytes()[before:] == b""
+
+
+async def test_owner_of_the_tables_keeps_the_language_that_is_taken_from_everybody(world: World, role: Role) -> None:
+    owner = f"owner_{uuid7().hex}"
+    transaction = world.db.transaction()
+    await transaction.start()
+    await world.db.execute(f"""CREATE ROLE {owner}; ALTER TABLE "user" OWNER TO {owner}""")
+    await world.db.execute("GRANT USAGE ON LANGUAGE plpgsql TO PUBLIC; SELECT close_functions_to_public()")
+    may = "SELECT has_language_privilege($1, 'plpgsql', 'USAGE')"
+    assert [await world.db.fetchval(may, name) for name in (owner, role.name)] == [True, False]
+    await transaction.rollback()
+    assert not await role.takes("DO $$ BEGIN END $$")
+
+
 def test_no_statement_takes_an_advisory_lock() -> None:
     """Whoever may run any statement can take one: on a key that is known, it stops whoever waits for it."""
     files = [*Path(migrate.__file__).parent.rglob("*.py"), migrate.ROOT / "schema.sql"]
@@ -158,15 +272,17 @@ async def test_bounds_of_a_reader_are_set_unless_somebody_has_set_others(world: 
     """
     assert await world.db.fetchval(limit, role.name) == 10
     assert [row[0] for row in await world.db.fetch(settings, role.name)] == [
-        "idle_in_transaction_session_timeout=1min", "statement_timeout=5min", "temp_file_limit=1GB",
+        "idle_in_transaction_session_timeout=1min", "log_min_messages=fatal", "statement_timeout=5min",
+        "temp_file_limit=1GB",
     ]  # fmt: skip
     await world.db.execute(f"ALTER ROLE {role.name} CONNECTION LIMIT 20")
     await world.db.execute(f"ALTER ROLE {role.name} SET statement_timeout = 0")
     await world.db.execute("SELECT grant_reader($1)", role.name)
     assert await world.db.fetchval(limit, role.name) == 20
     assert "statement_timeout=0" in [row[0] for row in await world.db.fetch(settings, role.name)]
-    with pytest.raises(asyncpg.InsufficientPrivilegeError):
-        await role.db.execute("SET temp_file_limit = -1")
+    for louder in ("SET temp_file_limit = -1", "SET log_min_messages = info"):
+        with pytest.raises(asyncpg.InsufficientPrivilegeError):
+            await role.db.execute(louder)
 
 
 async def test_migration_that_a_reader_stops_lets_others_pass_and_says_who_it_is(

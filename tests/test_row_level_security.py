@@ -1,5 +1,6 @@
 """Row-level security: whoever reads PostgreSQL directly sees what the server shows them, and nothing else."""
 
+import json
 import random
 from collections.abc import AsyncIterator
 from typing import Any, NamedTuple, TypeAlias
@@ -14,8 +15,9 @@ from protocol.errors import ErrorCode
 from protocol.ids import ConversationId, MessageId, ReportId, UserId, uuid7
 from protocol.payloads import Poll
 from protocol.server import Error
-from protocol.values import ConversationSettings, Message, ReportStatus
+from protocol.values import ConversationSettings, ConversationView, Message, ReportStatus
 from prove.client import Client
+from server.describe.columns import granted
 from tests.world import Somebody, World, message, refused, sent
 
 Db: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
@@ -261,6 +263,46 @@ async def test_reports_and_entries_about_messages_of_before_are_for_who_saw_them
     await owner.call(client.UpdateConversation(conversation_id=about, settings=ConversationSettings()))
     assert await told(newcomer, about, reader) == everything
     await newcomer.call(client.DismissReport(conversation_id=about, report_id=hidden[0]))
+
+
+async def everything(reader: Reader, who: UserId) -> dict[str, list[Any]]:
+    """Return all columns that a reader reads for a user, by `table.column`."""
+    found: dict[str, list[Any]] = {}
+    for table, names in granted().items():
+        rows = [json.loads(row) for row in await reader.seen(
+            who, f'SELECT row_to_json(t) FROM (SELECT {", ".join(names) or "*"} FROM "{table}" ORDER BY 1, 2) t'
+        )]  # fmt: skip
+        found |= {f"{table}.{name}": [row[name] for row in rows] for name in (rows[0] if rows else ())}
+    return found
+
+
+async def test_newcomer_reads_of_messages_of_before_what_frames_show(world: World, reader: Reader) -> None:
+    ada, mary = await world.users("Ada", "Mary")
+    owner, newcomer = await world.connect(ada), await world.connect(mary, 1)
+    settings = ConversationSettings(history="from_joining", system_messages=False)
+    about = await world.channel(owner, is_public=True, settings=settings)
+    said = [await sent(owner, about, f"Before {number}") for number in range(6)]
+    said.append(await sent(owner, about, "Tea?", payload=Poll(options=["Yes", "No"])))
+    await newcomer.call(client.Join(conversation_id=about), server.OneConversation)
+
+    async def shown() -> list[ConversationView]:
+        return (await newcomer.call(client.ListConversations(), server.ConversationPage)).conversations
+
+    before, view = await everything(reader, mary.id), await shown()
+    assert before["conversation.id"] == [str(about)]
+    places: list[dict[str, Any]] = [{"conversation_id": about, "message_id": one} for one in said]
+    for frame in (
+        client.Delete(**places[0]), client.Edit(**places[1], content="Edited"), client.React(**places[2], emoji="👍"),
+        client.Pin(**places[3]), client.Moderate(**places[4], reason="Rude"), client.Star(**places[5]),
+        client.Vote(**places[6], options=[0]), client.ClosePoll(**places[6]),
+        client.SetInviteCode(conversation_id=about, is_open=True),
+    ):  # fmt: skip
+        assert not isinstance(await owner.ask(frame), Error), frame
+    after, (now,) = await everything(reader, mary.id), await shown()
+    changed = {place for place, rows in after.items() if rows != before.get(place)}
+    assert changed == {"conversation.version", "conversation.settings_version"}
+    assert after["conversation.version"] == [now.version] != [view[0].version]
+    assert after["conversation.settings_version"] == [now.conversation.version] != [view[0].conversation.version]
 
 
 async def test_who_says_nothing_about_themselves_sees_nobody_s(world: World, reader: Reader) -> None:

@@ -104,7 +104,9 @@ async def role(world: World) -> AsyncIterator[str]:
     await world.db.execute(f"CREATE ROLE {name} LOGIN; SELECT grant_reader('{name}')")
     await world.db.execute(f"CREATE SCHEMA {SHADOWS} AUTHORIZATION {name}")
     database = await world.db.fetchval("SELECT current_database()")
-    await world.db.execute(f"GRANT TEMPORARY ON DATABASE {database} TO {name}")
+    await world.db.execute(
+        f"GRANT TEMPORARY ON DATABASE {database} TO {name}; GRANT USAGE ON LANGUAGE plpgsql TO {name}"
+    )
     yield name
     await world.db.execute(f"DROP OWNED BY {name}; DROP ROLE {name}")
 

@@ -36,6 +36,8 @@ OPTIONS = {
 }
 ACCESS = f"local all {NAME} peer map={NAME}\nlocal replication {NAME} peer map={NAME}\n"
 """pg_hba.conf: the kernel says who connects. Nobody comes by TCP or as another role."""
+CLOSE = "REVOKE CONNECT ON DATABASE postgres, template1 FROM PUBLIC"
+"""All databases share one table of locks, which a role that may connect to any of them can fill."""
 
 
 def data(folder: Path) -> Path:
@@ -168,6 +170,7 @@ class Postgres:
         try:
             if not await connection.fetchval("SELECT EXISTS (SELECT FROM pg_database WHERE datname = $1)", NAME):
                 await connection.execute(f"CREATE DATABASE {NAME}")
+            await connection.execute(CLOSE)
         finally:
             await connection.close()
         return True

@@ -237,6 +237,14 @@ CHECKS = (
                 WHERE v.oid = 'user_profile'::regclass AND a.grantee <> v.relowner
             )
     """),
+    # Where somebody reads. To close them: REVOKE CONNECT ON DATABASE … FROM PUBLIC.
+    Check("no reader can stop this database from another one", "schema_migration", """
+        SELECT o.name FROM open_databases() o (name)
+        WHERE EXISTS (
+            SELECT FROM pg_class v CROSS JOIN aclexplode(v.relacl) a
+            WHERE v.oid = 'user_profile'::regclass AND a.grantee <> v.relowner
+        )
+    """),
 )  # fmt: skip
 """In the order in which they are asked. The index of places makes sure by itself that no place is taken twice."""
 
