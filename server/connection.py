@@ -5,6 +5,7 @@ import logging
 from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from datetime import datetime
+from functools import partial
 from typing import NamedTuple
 
 from protocol import PROTOCOL_VERSION
@@ -320,7 +321,9 @@ class Connection:
         except Exception as error:
             if refusal(error) is None:
                 raise
-            asyncio.get_running_loop().call_later(REFRESH_RETRY_SECONDS, self.refresh)
+            # One look for all sockets of the user, which failed alike.
+            again = partial(self._shared.hub.people.look, self.user_id, is_whole=True)
+            asyncio.get_running_loop().call_later(REFRESH_RETRY_SECONDS, again)
 
     def _is_in(self) -> None:
         if self._entering is not None:

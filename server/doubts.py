@@ -246,6 +246,12 @@ class Doubts:
             self._add(pair, pair, 0)
             self._pause(self._turn(pair), now)
 
+    def put_back(self, batch: Batch) -> None:
+        """Ask again, as if nothing had been asked."""
+        for turn, pairs in batch.turns.items():
+            for pair in pairs:
+                self.ask_again(pair, turn.cause)
+
     def failed(self, batch: Batch, now: float) -> None:
         """Ask again, each cause by itself, and later and about fewer pairs each time that this fails."""
         for turn, pairs in batch.turns.items():
@@ -254,8 +260,7 @@ class Doubts:
                 self._pause(turn, now)
             else:
                 turn.failures = max(1, turn.failures)
-            for pair in pairs:
-                self.ask_again(pair, turn.cause)
+        self.put_back(batch)
 
     def _pause(self, turn: Turn, now: float) -> None:
         turn.not_before = now + min(RETRY_SECONDS * 2**turn.failures, RETRY_MOST_SECONDS)

@@ -4,6 +4,7 @@ The deadlines are for the whole of a thing, not for its next byte: a client that
 """
 
 import asyncio
+import logging
 from collections.abc import Callable
 from enum import Enum
 from functools import partial
@@ -14,9 +15,12 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from protocol.errors import ErrorCode, Refused
 from protocol.limits import MAX_FRAME_BYTES
+from server.errors import log_defect
 from server.sockets import LINGER_BYTES, Sockets
 from server.web import refusal_response
 from server.websocket import WebSocket
+
+log = logging.getLogger(__name__)
 
 HEAD_SECONDS = 10.0
 """Max seconds from when a connection is accepted, or a request begins, to the end of its header."""
@@ -109,9 +113,14 @@ class Http(HttpToolsProtocol):
             self._receive(data)
 
     def _begin(self, data: bytes) -> None:
-        if not self.transport.is_closing():
+        if self.transport.is_closing():
+            return
+        try:
             self.transport.resume_reading()
             self._receive(data)
+        except Exception as error:  # noqa: BLE001 - as the loop does with what `data_received` raises
+            log_defect(log, "taking in the first bytes of a connection", error)
+            self._abort()
 
     def _receive(self, data: bytes) -> None:
         self._bytes += len(data)

@@ -1,6 +1,7 @@
 """People: the users with sockets at this worker, and looking again at what is theirs."""
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections import Counter
@@ -69,16 +70,18 @@ class UserRecord(Protocol):
 
 
 class Person:
-    """A user with sockets at this worker. `version`, `hidden` and `shared` are their clocks as of the last look."""
+    """A user with sockets at this worker. `version` and `shared` are their clocks as of the last look, `compared` the
+    hidden and the shared one as of the last comparison.
+    """
 
-    __slots__ = ("channel", "hidden", "is_look_due", "is_whole_due", "look", "shared", "sockets", "version")
+    __slots__ = ("channel", "compared", "is_look_due", "is_whole_due", "look", "shared", "sockets", "version")
 
     def __init__(self, channel: bytes) -> None:
         self.channel = channel
         self.sockets: set[Socket] = set()
         self.version = -1
-        self.hidden = 0
         self.shared = -1
+        self.compared = (0, 0)
         self.is_look_due = False
         self.is_whole_due = False
         self.look: asyncio.Task[None] | None = None
@@ -119,7 +122,8 @@ class People:
         await self._bus.subscribe([person.channel])
         if person.version < 0:
             found = await self._record.user_versions([socket.user_id])
-            own, person.hidden, shared = found.get(socket.user_id, UNKNOWN)
+            own, hidden, shared = found.get(socket.user_id, UNKNOWN)
+            person.compared = (hidden, shared)
             person.version, person.shared = max(person.version, own), max(person.shared, shared)
         if person.version != version:
             self.look(socket.user_id, is_whole=True)
@@ -172,10 +176,12 @@ class People:
                 person = self._people.get(user_id)
                 if person is None or person.version < 0:
                     continue
-                if (person.hidden, person.shared) != clocks[1:]:
-                    # The news was missed, and nobody knows what it was.
-                    self.look(user_id, may_watch_others=True)
-                elif person.version != clocks[0]:
+                version, hidden, shared = clocks
+                if person.compared != (hidden, shared):
+                    # Of what decided whom they may watch, a poke may have been lost. A look does not ask about that.
+                    person.compared = (hidden, shared)
+                    self._doubt(user_id)
+                if (person.version, person.shared) != (version, shared):
                     self.look(user_id)
 
     def close(self) -> None:
@@ -189,23 +195,24 @@ class People:
         is_whole, person.is_look_due, person.is_whole_due = person.is_whole_due, False, False
         began = time.monotonic()
         try:
-            await self._tell(user_id, person, is_whole=is_whole)
+            look = await self._tell(user_id, person, is_whole=is_whole)
         except Exception as error:  # noqa: BLE001 - the database is away: the next comparison looks again
             log_failure(log, f"looking at user {user_id}", error)
             person.version, person.shared = 0, -1
-        # In this turn of the loop the sockets do their part.
-        await asyncio.sleep(0)
+            look = None
+        if look is not None:
+            # The user's own turns may be full, and the next look may find that a session has ended: it waits no longer.
+            await asyncio.wait([self._spawn(_read(look, person))], timeout=REST_MOST_SECONDS)
         # News that comes meanwhile is one look: a user with many conversations takes no more than a share of the loop.
-        await asyncio.sleep(min(REST * (time.monotonic() - began), REST_MOST_SECONDS))
+        spent = time.monotonic() - began
+        await asyncio.sleep(max(0.0, min(REST * spent, REST_MOST_SECONDS - spent)))
 
-    async def _tell(self, user_id: UserId, person: Person, *, is_whole: bool) -> None:
-        clocks = (await self._record.user_versions([user_id])).get(user_id, UNKNOWN)
-        version, hidden, shared = clocks
+    async def _tell(self, user_id: UserId, person: Person, *, is_whole: bool) -> Look | None:
+        """Close sockets whose sessions have ended, and have the others say what is new; return that, if anything is."""
+        version, _, shared = (await self._record.user_versions([user_id])).get(user_id, UNKNOWN)
         is_whole = is_whole or shared != person.shared
         if not is_whole and version == person.version:
-            person.hidden = hidden
-            return
-        look = self._record.look(user_id, is_whole=is_whole)
+            return None
         checked: set[Socket] = set()
         if is_whole:
             checked.update(person.sockets)
@@ -213,23 +220,30 @@ class People:
             for socket in checked:
                 if socket.session_id not in living:
                     socket.close(CloseCode.SESSION_ENDED)
-            await look.memberships()
-        # Read ahead, so that the sockets wait for nothing.
-        for since, _ in Counter(socket.user_version for socket in person.sockets).most_common(1):
-            await look.news(since)
-        person.version, person.hidden, person.shared = clocks
+        look = self._record.look(user_id, is_whole=is_whole)
+        person.version, person.shared = version, shared
         for socket in list(person.sockets):
             if not is_whole or socket in checked:
                 socket.refresh(look)
             else:
                 # It came in meanwhile.
                 self.look(user_id, is_whole=True)
+        return look
 
     def _spawn(self, coroutine: Coroutine[None, None, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(coroutine)
         self._looks.add(task)
         task.add_done_callback(self._looks.discard)
         return task
+
+
+async def _read(look: Look, person: Person) -> None:
+    """Read what most of a person's sockets ask for; each of them sees to what fails."""
+    with contextlib.suppress(Exception):
+        if look.is_whole:
+            await look.memberships()
+        for since, _ in Counter(socket.user_version for socket in person.sockets).most_common(1):
+            await look.news(since)
 
 
 def channel(user_id: UserId) -> bytes:

@@ -103,10 +103,11 @@ class Sockets:
             asyncio.get_running_loop().call_soon(self._begin_some)
 
     def _begin_some(self) -> None:
-        for _ in range(min(BEGIN_AT_ONCE, len(self._beginning))):
-            self._beginning.popleft()()
+        some = [self._beginning.popleft() for _ in range(min(BEGIN_AT_ONCE, len(self._beginning)))]
         if self._beginning:
             asyncio.get_running_loop().call_soon(self._begin_some)
+        for received in some:
+            received()
 
     def hold(self, key: str, count: int) -> None:
         """Count `count` bytes of an unanswered request. Raises Refused beyond the two maxima."""

@@ -13,11 +13,14 @@ from protocol.server import PresenceChanged
 from protocol.values import Presence
 from server.bus import Bus
 from server.doubts import Batch, Doubts, Pair, Whole
-from server.errors import log_defect, log_failure
+from server.errors import is_lost, log_defect, log_failure
 from server.people import Sight, Socket
 
 TRIES = 3
 """Max reads for one `watch`, when what it reads changes meanwhile."""
+
+LOST_SECONDS = 1.0
+"""Pause of all questions after the database was found to be away, in seconds."""
 
 log = logging.getLogger(__name__)
 
@@ -218,7 +221,12 @@ class Watchers:
             if not self._is_failing:
                 log_failure(log, "asking who may watch whom", error)
             self._is_failing = True
-            self._doubts.failed(batch, self._loop.time())
+            if is_lost(error) and not isinstance(error, TimeoutError):
+                # No cause is to blame, as it may be for a long statement. Each of thousands would fail alone.
+                self._doubts.put_back(batch)
+                await asyncio.sleep(LOST_SECONDS)
+            else:
+                self._doubts.failed(batch, self._loop.time())
             return
         seconds = self._loop.time() - began
         failed = self._decide_all({

@@ -12,6 +12,7 @@ from protocol.ids import ConversationId, UserId, uuid7
 from protocol.values import Presence
 from prove.client import Client
 from server import doubts
+from server import watchers as watchers_module
 from server.config import Settings
 from server.database import Db
 from server.doubts import PAIRS, REST, SHARE, Doubts, Pair, Whole
@@ -391,6 +392,30 @@ async def test_failures_with_some_pairs_hold_back_nothing_else_and_end(
     told = [record.getMessage().split(" failed")[0] for record in caplog.records if "may watch" in record.getMessage()]
     assert told == ["asking who may watch whom", "deciding who may watch whom"]
     assert not [event for event in watching[0].events[seen:] if isinstance(event, server.UserUpdated)]
+
+
+async def test_database_that_is_away_is_no_failure_of_a_cause(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watchers_module, "LOST_SECONDS", 0.02)
+    sizes: list[int] = []
+    watchable = users.watchable
+
+    async def lost(db: Db, pairs: Sequence[tuple[UserId, UserId]]) -> dict[tuple[UserId, UserId], Watchable]:
+        sizes.append(len(pairs))
+        if len(sizes) <= 3:
+            raise ConnectionRefusedError
+        return await watchable(db, pairs)
+
+    async with World(settings, workers=1) as world:
+        charles = await world.user("Charles")
+        for one in await world.users(*[f"W{n}" for n in range(5)]):
+            await (await world.connect(one)).call(client.Watch(user_ids=[charles.id]))
+        await certain(world)
+        monkeypatch.setattr(users, "watchable", lost)
+        world.workers[0].app.hub.watchers.doubt_all()
+        await certain(world)
+    assert sizes == [5] * 4, "each time about all five"
 
 
 async def test_news_that_was_missed_while_the_bus_was_away_is_asked_about(

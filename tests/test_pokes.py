@@ -1,5 +1,6 @@
 """Pokes: what a worker reads when something changed for a user, how often, and for whom."""
 
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from datetime import timedelta
 from functools import partial
@@ -218,3 +219,45 @@ async def test_news_while_a_user_rests_is_one_look_and_others_do_not_wait(
     await other[1].event(server.DraftChanged)
     assert asked.taken() == (0, 1)
     assert len(lone.workers[0].app.hub.people._looks) <= 3  # noqa: SLF001 - Ada's rest and next look, Charles's rest
+
+
+async def test_revoked_session_ends_while_own_news_cannot_be_read(lone: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    ada = await lone.user("Ada")
+    socket = await lone.connect(ada)
+    group = await lone.channel(socket)
+    await quiet(lone, ada)
+    monkeypatch.setattr(people_module, "REST_MOST_SECONDS", 0.1)
+    read_news, may_read = users.news, asyncio.Event()
+
+    async def news(*given: Any, **options: Any) -> OwnNews:
+        await may_read.wait()  # as while the user's other frames hold all of the user's turns
+        return await read_news(*given, **options)
+
+    monkeypatch.setattr(users, "news", news)
+    await socket.call(client.SetDraft(conversation_id=group, content="Dear"))
+    await lone.db.execute("DELETE FROM session")
+    await lone.db.execute('UPDATE "user" SET version = version + 1 WHERE id = $1', ada.id)
+    lone.workers[0].app.hub.poke([ada.id])
+    assert await socket.closed() == CloseCode.SESSION_ENDED
+    may_read.set()
+
+
+@pytest.mark.parametrize("moved", ["hidden_version = hidden_version + 1", "version = version + 1"])
+async def test_look_hides_no_lost_news_of_who_may_watch_whom(
+    lone: World, moved: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ada = await lone.user("Ada")
+    socket = await lone.connect(ada)
+    group = await lone.channel(socket)
+    await quiet(lone, ada)
+    people = lone.workers[0].app.hub.people
+    await people.compare(parts=1)
+    doubted: list[UserId] = []
+    monkeypatch.setattr(people, "_doubt", doubted.append)
+    await lone.db.execute(f'UPDATE "user" SET {moved} WHERE id = $1', ada.id)
+    await socket.call(client.SetDraft(conversation_id=group, content="Dear"))
+    await quiet(lone, ada)
+    await people.compare(parts=1)
+    assert doubted == [ada.id]
+    await people.compare(parts=1)
+    assert doubted == [ada.id], "asked once"

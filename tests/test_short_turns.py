@@ -4,17 +4,19 @@ import asyncio
 from collections import Counter
 from typing import Any
 
+import httpx
 import pytest
 
 from protocol.client import History
 from protocol.limits import MAX_PAGE
 from server.connection import MAX_INBOX
 from server.dispatch import Dispatch
+from server.http_protocol import Http
 from server.limits import Pace
 from server.proxies import Proxies
 from server.queries import messages
 from server.sockets import BEGIN_AT_ONCE, Sockets
-from tests.world import World, until
+from tests.world import World, http_client, until
 
 
 class Turn:
@@ -47,6 +49,28 @@ async def test_connections_that_begin_at_once_are_taken_in_over_many_turns(turn:
     await until(lambda: len(begun) == BEGIN_AT_ONCE * 5 + 1)
     assert max(Counter(at for at, _ in begun).values()) == BEGIN_AT_ONCE
     assert [number for _, number in begun] == list(range(BEGIN_AT_ONCE * 5 + 1))
+
+
+async def test_connection_that_cannot_be_taken_in_keeps_nobody_else_out(
+    world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    receive, begun = Http._receive, 0  # noqa: SLF001
+
+    def fails(self: Http, data: bytes) -> None:
+        nonlocal begun
+        begun += 1
+        if begun % 2:
+            raise MemoryError
+        receive(self, data)
+
+    monkeypatch.setattr(Http, "_receive", fails)
+    ada = await world.user("Ada")
+    async with http_client(world.url) as http:
+        for _ in range(3):
+            with pytest.raises(httpx.TransportError):
+                await http.get("/livez")
+            await world.connect(ada)
+    assert sum("first bytes" in record.getMessage() for record in caplog.records) == 3
 
 
 async def test_frames_that_arrive_at_once_are_refused_over_many_turns(
