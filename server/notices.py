@@ -27,7 +27,7 @@ from server.database import Database
 from server.errors import is_lost
 from server.gather import Gather
 from server.outbound import Outbound, Unreachable
-from server.posts import SLOTS, Drops, Failed, Posts, Push, host_of
+from server.posts import SLOTS, Drops, Failed, Posts, Push, Rejected, host_of
 from server.queries import push, unread
 from server.queries.push import Notice, Post
 
@@ -41,7 +41,6 @@ TTL_SECONDS = 86_400
 SIGNED_SECONDS = 3_600
 GONE = frozenset({404, 410})
 """What a push service answers about an endpoint that is no more."""
-TOO_MANY_REQUESTS = 429
 POINT_BYTES = 65
 """Size of an uncompressed point of P-256 (RFC 8291)."""
 SECRET_BYTES = 16
@@ -131,7 +130,7 @@ class Notices:
         ]
 
     async def _post(self, said: Push) -> None:
-        """Encrypt and send. Raises Failed."""
+        """Encrypt and send. Raises Failed or Rejected."""
         try:
             body = http_ece.encrypt(
                 said.payload,
@@ -163,10 +162,9 @@ class Notices:
             return
         if answer.status in GONE:
             await self._forget(said.endpoint)
-        elif answer.status == TOO_MANY_REQUESTS or answer.status >= 500:  # noqa: PLR2004
-            raise Failed(_seconds(answer.headers.get("retry-after", "")))
-        elif answer.status >= 400:  # noqa: PLR2004 - about this endpoint, not its host
-            self._drops.add("refused")
+        elif answer.status >= 400:  # noqa: PLR2004
+            retry_after = _seconds(answer.headers.get("retry-after", ""))
+            raise Failed(retry_after) if answer.status >= 500 else Rejected(retry_after)  # noqa: PLR2004
 
     async def _forget(self, endpoint: str) -> UserId | None:
         """Delete an endpoint. Return whose it was, or None if it is not there or the database cannot be reached."""

@@ -6,10 +6,13 @@ leads elsewhere the second time it is asked (DNS rebinding) leads nowhere.
 
 import asyncio
 import ipaddress
+import ssl
+from collections.abc import Iterable
 from functools import cached_property
 from typing import NamedTuple
 from urllib.parse import urljoin, urlsplit
 
+import httpcore
 import httpx
 
 from server.resolver import Resolver
@@ -44,7 +47,8 @@ class Outbound:
     @cached_property
     def _http(self) -> httpx.AsyncClient:
         # Made when it is first needed: it reads all certificates of the web's authorities.
-        return httpx.AsyncClient(trust_env=False, timeout=TOTAL_SECONDS, follow_redirects=False)
+        transport = _Transport(httpx.create_ssl_context(trust_env=False))
+        return httpx.AsyncClient(transport=transport, trust_env=False, timeout=TOTAL_SECONDS, follow_redirects=False)
 
     async def close(self) -> None:
         """Let go of all connections."""
@@ -100,6 +104,36 @@ class Outbound:
         if not self._to_private and not all(_is_public(one) for one in addresses):
             raise Unreachable("its address is not a public one")
         return str(addresses[0])
+
+
+class _Transport(httpx.AsyncHTTPTransport):
+    """Pools connections by address and name: names at one address have different certificates."""
+
+    def __init__(self, context: ssl.SSLContext) -> None:
+        super().__init__(verify=context, trust_env=False)
+        self._pool = httpcore.AsyncConnectionPool(
+            ssl_context=context, max_connections=100, max_keepalive_connections=20, keepalive_expiry=5.0,
+            network_backend=_Backend(),
+        )  # fmt: skip
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        # A pool knows connections by scheme, host and port.
+        address = ipaddress.ip_address(request.url.host).packed.hex()
+        request.url = request.url.copy_with(host=f"{address}.{request.extensions['sni_hostname']}")
+        return await super().handle_async_request(request)
+
+
+class _Backend(httpcore.AnyIOBackend):
+    async def connect_tcp(
+        self,
+        host: str,
+        port: int,
+        timeout: float | None = None,  # noqa: ASYNC109 - the library's shape
+        local_address: str | None = None,
+        socket_options: Iterable[httpcore.SOCKET_OPTION] | None = None,
+    ) -> httpcore.AsyncNetworkStream:
+        address = str(ipaddress.ip_address(bytes.fromhex(host.partition(".")[0])))
+        return await super().connect_tcp(address, port, timeout, local_address, socket_options)
 
 
 def _is_public(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:

@@ -24,6 +24,8 @@ class Browser:
         self.auth = os.urandom(16)
         self.received: asyncio.Queue[tuple[dict[str, str], bytes]] = asyncio.Queue()
         self.status = 201
+        self.statuses: dict[str, int] = {}
+        """Other statuses, by the end of the path; with an hour to wait."""
         self.answers = asyncio.Event()
         """Clear it to have posts wait."""
         self.answers.set()
@@ -49,12 +51,15 @@ class Browser:
         return headers, msgspec.json.decode(plain, type=Notification)
 
     async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        lines = (await reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")[1:-2]
+        first, *lines = (await reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")[:-2]
+        path = first.split(" ")[1]
+        status = next((one for end, one in self.statuses.items() if path.endswith(end)), self.status)
         headers = {name.lower(): value for name, value in (line.split(": ", 1) for line in lines)}
         body = await reader.readexactly(int(headers["content-length"]))
         await self.received.put((headers, body))
         await self.answers.wait()
-        writer.write(f"HTTP/1.1 {self.status} So\r\ncontent-length: 0\r\nconnection: close\r\n\r\n".encode())
+        retry = "retry-after: 3600\r\n" if status in self.statuses.values() else ""
+        writer.write(f"HTTP/1.1 {status} So\r\n{retry}content-length: 0\r\nconnection: close\r\n\r\n".encode())
         await writer.drain()
         writer.close()
 

@@ -35,6 +35,7 @@ STOREYS: list[list[str]] = [
         "metrics",
         "migrate",
         "turns",
+        "looptime",
         "pool",
         "share",
         "cursor",

@@ -263,8 +263,8 @@ async def test_a_thread_that_the_system_refuses_is_a_look_up_that_failed(careles
     queue.start()
     await until(lambda: drops.counts.total() == 1)
     assert drops.counts == {"host_failed": 1}
-    (host,) = queue._hosts.values()  # noqa: SLF001
-    assert host.retry_at > time.monotonic(), "it is not asked again immediately"
+    (pause,) = queue._pauses.values()  # noqa: SLF001
+    assert pause.until > time.monotonic(), "it is not asked again immediately"
     assert not careless._resolver._running  # noqa: SLF001
     await queue.close()
 

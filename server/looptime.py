@@ -1,0 +1,66 @@
+"""A budget of the loop's time, for work that has to leave most of it to others."""
+
+import time
+from collections.abc import Callable, Coroutine, Generator
+from typing import Any, Generic, TypeVar
+
+Outcome = TypeVar("Outcome")
+Clock = Callable[[], float]
+
+
+class LoopTime:
+    """Seconds of the loop's thread that flow in at `share` of the time, at most `burst` of them."""
+
+    def __init__(
+        self, share: float, burst: float, *, clock: Clock = time.monotonic, used: Clock = time.thread_time
+    ) -> None:
+        """`used` tells how long the thread has run."""
+        self._share = share
+        self._burst = burst
+        self._clock = clock
+        self._used = used
+        self._left = burst
+        self._at = clock()
+
+    def wait(self) -> float:
+        """Return the seconds until there is some left, 0 if there is."""
+        now = self._clock()
+        self._left = min(self._burst, self._left + (now - self._at) * self._share)
+        self._at = now
+        return 0.0 if self._left > 0 else -self._left / self._share + 0.001
+
+    def do(self, work: Callable[[], Outcome]) -> Outcome:
+        """Return what `work` returns, and spend the time that it takes."""
+        began = self._used()
+        try:
+            return work()
+        finally:
+            self._left -= self._used() - began
+
+    async def run(self, work: Coroutine[Any, Any, Outcome]) -> Outcome:
+        """Await `work`, and spend the time that it takes, without the time that it waits."""
+        return await _Metered(work, self)
+
+
+class _Metered(Generic[Outcome]):
+    def __init__(self, work: Coroutine[Any, Any, Outcome], budget: LoopTime) -> None:
+        self._work = work
+        self._budget = budget
+
+    def __await__(self) -> Generator[Any, Any, Outcome]:
+        work = self._work
+        problem: BaseException | None = None
+        while True:
+            try:
+                if problem is None:
+                    waits_for = self._budget.do(lambda: work.send(None))
+                else:
+                    thrown = problem
+                    waits_for = self._budget.do(lambda: work.throw(thrown))  # noqa: B023 - called before the next turn
+            except StopIteration as end:
+                return end.value  # type: ignore[no-any-return]
+            problem = None
+            try:
+                yield waits_for
+            except BaseException as error:  # noqa: BLE001 - the work decides what becomes of it
+                problem = error
