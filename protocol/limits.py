@@ -24,6 +24,7 @@ LINE = rf"^[^{_BREAKS}{_CONTROL}{_FORMAT}]*\Z"
 """What people are shown on one line: nothing that hides, reorders or breaks it."""
 LINES = rf"^[^{_CONTROL}{_FORMAT}]*\Z"
 _HIDDEN = re.compile(f"[{_BREAKS}{_CONTROL}{_FORMAT}]")
+_HIDDEN_IN_LINES = re.compile(f"[{_CONTROL}{_FORMAT}]")
 WEB = rf"^https?://[^\s\"<>`\\{_CONTROL}{_FORMAT}]+\Z"
 _ADDRESS = rf"[^\s@{_CONTROL}{_FORMAT}{_JOINERS}]+"
 ADDRESS = rf"^{_ADDRESS}@{_ADDRESS}\Z"
@@ -156,6 +157,11 @@ Version = Annotated[int, Meta(ge=0, le=2**53 - 1)]
 def visible(text: str) -> str:
     """Return a text from elsewhere without the characters that `LINE` forbids, for what is not refused but shown."""
     return _HIDDEN.sub("", text)
+
+
+def visible_lines(text: str) -> str:
+    """Return a text from elsewhere without the characters that `LINES` forbids."""
+    return _HIDDEN_IN_LINES.sub("", text)
 
 
 FURTHER_TOKENS = {

@@ -20,7 +20,7 @@ from server.queries import accounts, transfers, whereabouts
 from server.queries.audit import Deed
 from server.terminal import complain, plain, printing, say, say_bytes, say_json, status_of
 from server.transfer import archive, dump, load, mattermost, reading, slack
-from server.transfer.archive import Archive, Unconfirmed
+from server.transfer.archive import Archive, Unconfirmed, Unnamed
 from server.transfer.lines import Lines
 
 COMMANDS = ("check", "why", "reindex", "export", "import")
@@ -66,6 +66,10 @@ def _parser() -> argparse.ArgumentParser:
     imported = command("import", import_all)
     imported.add_argument("format", choices=("openchat", *FOREIGN), help="what wrote it")
     imported.add_argument("path", type=Path, help="a file, or for Slack a folder or a zip file")
+    imported.add_argument(
+        "--source", metavar="NAME",
+        help="which server or workspace of Slack or Mattermost it was: the same name in each import from there",
+    )  # fmt: skip
     imported.add_argument(
         "--match-accounts", metavar="CODE",
         help="who has the same, unverified address is the same person: the code under the list; or `none` of them is",
@@ -181,21 +185,28 @@ async def import_all(db: Db, options: argparse.Namespace) -> int:
     """Bring in what another installation, Slack or Mattermost has exported (docs/transfer.md)."""
     progress = Progress()
     is_whole = options.format == "openchat"
-    deed = Deed(None, "import", details={"format": options.format})
+    deed = Deed(
+        None, "import", details={"format": options.format} | ({"source": options.source} if options.source else {})
+    )
+    notes: list[str] = []
     try:
         if is_whole:
             lines = dump.read(options.path, await transfers.columns(db))
         else:
             with _reading(options.path):
                 found = FOREIGN[options.format](options.path)
-            lines = await archive.rows(db, found, options.match_accounts)
+            lines, notes = await archive.plan(db, found, source=options.source, confirmed=options.match_accounts)
         summary = await load.load(db, _read(options.path, lines), progress, is_whole=is_whole, deed=deed)
+    except Unnamed as unnamed:
+        raise Fatal(f"{plain(str(unnamed))} Nothing was brought in.") from None
     except Unconfirmed as unconfirmed:
         raise Fatal(_ask(unconfirmed)) from None
     except NOT_UNDERSTOOD as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise Fatal(f"{options.path} is not understood: {plain(reason)}. Nothing was brought in.") from error
     await reindexing.reindex(db, progress, only_missing=True)
+    for note in notes:
+        say(note)
     for table, count in summary.rows.items():
         say(f"{table:<26} {count:>12,}")
     return 0

@@ -2,17 +2,31 @@
 
 import hashlib
 import json
+import random
 import re
 import shutil
 import stat
+import time
 import warnings
 import zipfile
 from pathlib import Path
+from typing import Annotated, Any, Literal, TypeAlias
+from uuid import UUID
 
+import msgspec
 import pytest
+from msgspec import Meta
 
+from protocol import client, limits
+from protocol.ids import ConversationId, MessageId
+from server import upkeep
+from server.progress import Progress
+from server.queries.audit import Deed
 from server.terminal import plain
-from server.transfer import reading
+from server.transfer import archive, load, reading
+from server.transfer.mattermost import read as mattermost_read
+from server.transfer.origin import Origin
+from server.transfer.slack import read as slack_read
 from tests.test_administration import Shell
 from tests.test_upkeep import SAMPLES, shell
 from tests.world import Somebody, World, http_client
@@ -199,8 +213,10 @@ FOUND = [
     ("users.json", '[{"id": "U1", "name": "Ada"}, {"name": "x"}]', "users.json: entry 2: 'id' is missing"),
     ("channels.json", '[{"id": "C1", "name": "general"}, 1]', "channels.json: entry 2: "),
     ("general/2024.json", f'[{ADA}"ts": "1.0"}}, {ADA}"text": "x"}}]', "general/2024.json: entry 2: 'ts' is missing"),
-    ("channels.json", '[{"id": "C7", "name": "general", "purpose": {"value": "\\u0000"}}]',
-     "channels.json: C7: this row of conversation is refused: "),
+    ("channels.json", '[{"id": "C7", "name": "x", "members": ["U1", 7]}]', "channels.json: entry 1: 7 is not an id"),
+    ("channels.json", '[{"id": "C\\u202e", "name": "general"}]', "channels.json: entry 1: 'C\\u202e' is not an id"),
+    ("users.json", '[{"id": "U1", "name": "a"}, {"id": "U1", "name": "b"}]',
+     "users.json: U1: U1 and U1 (users.json: U1) are different people with the same U1"),
 ]  # fmt: skip
 
 
@@ -217,10 +233,10 @@ async def test_what_is_refused_of_mattermost_can_be_found(shell: Shell, world: W
     lines = (SAMPLES / "mattermost.jsonl").read_text().splitlines()
     number = next(at for at, line in enumerate(lines) if '"type": "channel"' in line)
     one = json.loads(lines[number])
-    one["channel"]["purpose"] = "\0"
+    one["channel"]["purpose"] = 7
     path.write_text("\n".join([*lines[:number], json.dumps(one), *lines[number + 1 :]]))
     said = await shell.run("import", "mattermost", str(path), status=1)
-    assert f"line {number + 1}: this row of " in said
+    assert f"line {number + 1}: 7 is not a text" in said
     assert await world.db.fetchval("SELECT count(*) FROM conversation") == 0
 
 
@@ -241,6 +257,274 @@ async def test_a_file_with_too_many_values_or_messages_is_refused(
     assert re.search(r"line \d+: there are more than 0 messages in engines/town-square up to here", said)
     said = await shell.run("import", "slack", str(slack(tmp_path / "again")), status=1)
     assert "general/2023-11-14.json: there are more than 0 messages in general" in said
+
+
+# ------------------------------------------------------------------------------------------------- whose is what
+
+
+def user(name: str, email: str, *channels: str) -> dict[str, Any]:
+    teams = [{"name": "town", "channels": [{"name": channel} for channel in channels]}]
+    return {"type": "user", "user": {"username": name, "email": email, "teams": teams}}
+
+
+def channel(name: str, said: str, *, at_ms: int = 1700000000000) -> list[dict[str, Any]]:
+    return [
+        {"type": "channel", "channel": {"team": "town", "name": name, "type": "P"}},
+        {"type": "post", "post": {
+            "team": "town", "channel": name, "user": "ada", "message": said, "create_at": at_ms}},
+    ]  # fmt: skip
+
+
+def direct(said: str) -> dict[str, Any]:
+    post = {"channel_members": ["ada", "bob"], "user": "bob", "message": said, "create_at": 1700000005000}
+    return {"type": "direct_post", "direct_post": post}
+
+
+def mattermost(path: Path, *lines: dict[str, Any]) -> str:
+    """Write an export, and return its path."""
+    path.write_text("\n".join(json.dumps(line) for line in ({"type": "version", "version": 1}, *lines)))
+    return str(path)
+
+
+READS = """
+SELECT array_agg(m.content ORDER BY m.content) FROM message m
+JOIN conversation_participant p ON p.conversation_id = m.conversation_id AND p.status = 'active'
+JOIN "user" u ON u.id = p.user_id WHERE u.email = $1
+"""
+
+
+async def test_people_of_another_server_are_others_whatever_they_are_called(
+    shell: Shell, world: World, tmp_path: Path
+) -> None:
+    first = mattermost(tmp_path / "a", user("ada", "ada@a.example", "square"), *channel("square", "Of A"))
+    theirs = [user("ada", "ada@b.example", "board"), user("bob", "bob@b.example"), *channel("board", "Of B"),
+              direct("To Ada of B")]  # fmt: skip
+    await shell.run("import", "mattermost", first)
+    await shell.run("import", "mattermost", mattermost(tmp_path / "b", *theirs))
+    assert await world.db.fetchval(READS, "ada@a.example") == ["Of A"]
+    assert await world.db.fetchval(READS, "ada@b.example") == ["Of B", "To Ada of B"]
+    # With a conversation of the same name, nothing tells whether it is the same server.
+    both = [user("ada", "ada@c.example", "square"), *channel("square", "Of C", at_ms=1700000009000)]
+    third = mattermost(tmp_path / "c", *both)
+    refused = await shell.run("import", "mattermost", third, status=1)
+    assert "line 3: another conversation is called town/square, too" in refused
+    assert "--source mattermost; if not" in refused
+    assert await world.db.fetchval("SELECT count(*) FROM conversation") == 3
+    said = ""
+    for _ in range(2):
+        said = await shell.run("import", "mattermost", third, "--source", "c")
+        assert await world.db.fetchval(READS, "ada@c.example") == ["Of C"]
+    assert "line 3: this conversation is here already and was left as it is" in said
+    # The same export needs no name, and the operator may say that it is the same server.
+    await shell.run("import", "mattermost", first)
+    assert "was left as it is" in await shell.run(
+        "import", "mattermost", third, "--source", "mattermost", "--match-accounts", "none"
+    )
+    assert await world.db.fetchval(READS, "ada@a.example") == ["Of A"]
+    assert [line for line in await shell.json("check") if not line["is_good"]] == []
+
+
+async def test_who_has_no_address_gets_nothing_of_another_workspace(shell: Shell, world: World, tmp_path: Path) -> None:
+    def workspace(name: str, team: str | None, group: str) -> str:
+        path = tmp_path / name
+        (path / group).mkdir(parents=True)
+        (path / "users.json").write_text(
+            json.dumps([{"id": "U1", "name": "bot"} | ({"team_id": team} if team else {})])
+        )
+        groups = [{"id": group, "name": group, "created": 1700000000, "members": ["U1"]}]
+        (path / "groups.json").write_text(json.dumps(groups))
+        said = [{"type": "message", "user": "U1", "ts": "1700000001.0", "text": group}]
+        (path / group / "2023.json").write_text(json.dumps(said))
+        return str(path)
+
+    await shell.run("import", "slack", workspace("a", None, "G1"))
+    other = workspace("b", None, "G2")
+    assert "U1 has no address" in await shell.run("import", "slack", other, status=1)
+    await shell.run("import", "slack", workspace("c", "T3", "G3"))
+    await shell.run("import", "slack", workspace("d", "T4", "G4"))
+    await shell.run("import", "slack", other, "--source", "slack")
+    said = [sorted(row[0]) for row in await world.db.fetch("SELECT array_agg(content) FROM message GROUP BY sender_id")]
+    assert sorted(said) == [["G1", "G2"], ["G3"], ["G4"]]
+
+
+async def test_no_client_keeps_a_part_of_an_import_out(shell: Shell, world: World) -> None:
+    """With ids that followed from the archive alone, a channel with the id of one to come took its place."""
+
+    def foreseen(at_ms: int, *parts: str) -> UUID:
+        random = int.from_bytes(hashlib.sha256("\0".join(parts).encode()).digest()[:10])
+        return UUID(int=at_ms << 80 | 7 << 76 | (random >> 68) << 64 | 2 << 62 | random & 0x3FFF_FFFF_FFFF_FFFF)
+
+    mallory = await world.connect(await world.user("Mallory"))
+    channel_id = ConversationId(foreseen(1700000000000, "slack", "C1"))
+    await mallory.call(client.CreateChannel(conversation_id=channel_id, title="Mine"))
+    message_id = MessageId(foreseen(1700000002000, "slack", "C1", "1700000002.000100"))
+    await mallory.call(client.Send(conversation_id=channel_id, message_id=message_id, content="Mine"))
+    await shell.run("import", "slack", str(SAMPLES / "slack"))
+    assert await world.db.fetchval("SELECT count(*) FROM conversation") == 4
+    assert await world.db.fetchval("SELECT count(*) FROM message") == 8
+    assert [line for line in await shell.json("check") if not line["is_good"]] == []
+
+
+async def test_import_that_does_not_fit_brings_in_nothing_and_says_where(shell: Shell, world: World) -> None:
+    mallory = await world.connect(await world.user("Mallory"))
+    origin = await Origin.of(world.db, "slack", "slack")
+    own = await world.channel(mallory)
+    taken = MessageId(origin.made_id(1700000110000, "G1", "1700000110.000000"))
+    await mallory.call(client.Send(conversation_id=own, message_id=taken, content="Mine"))
+    refused = await shell.run("import", "slack", str(SAMPLES / "slack"), status=1)
+    assert "secret/2023-11-14.json: 1700000110.000000: this row of message is refused: its id" in refused
+    assert await world.db.fetchval("SELECT count(*) FROM message") == 1
+    assert await world.db.fetchval("SELECT count(*) FROM conversation") == 1
+
+
+async def test_who_is_erased_comes_back_by_no_import(shell: Shell, world: World, tmp_path: Path) -> None:
+    people = [user("ada", "ada@a.example", "one", "two"), user("bob", "bob@a.example", "one", "two", "three")]
+    one, two = channel("one", "First"), channel("two", "Second")
+    await shell.run("import", "mattermost", mattermost(tmp_path / "a", *people, *one))
+    ada = await world.db.fetchval("""SELECT id FROM "user" WHERE email = 'ada@a.example'""")
+    await shell.run("erase", str(ada), "--yes")
+    await shell.run("import", "mattermost", mattermost(tmp_path / "b", *people, *one, *two, direct("To Ada")))
+    parts = await world.db.fetch(
+        "SELECT m.content, p.role, p.status FROM conversation_participant p"
+        " JOIN message m ON m.conversation_id = p.conversation_id WHERE p.user_id = $1", ada
+    )  # fmt: skip
+    assert sorted(map(tuple, parts)) == [
+        ("First", "owner", "left"), ("Second", "member", "left"), ("To Ada", "member", "left"),
+    ]  # fmt: skip
+    assert await world.db.fetchval(READS, "bob@a.example") == ["First", "Second", "To Ada"]
+    assert [line for line in await shell.json("check") if not line["is_good"]] == []
+    # Nor if they are erased between the plan and the import.
+    found = mattermost_read(Path(mattermost(tmp_path / "c", *people, *channel("three", "Third"))))
+    planned = await archive.plan(world.db, found)
+    bob = await world.db.fetchval("""SELECT id FROM "user" WHERE email = 'bob@a.example'""")
+    await shell.run("erase", str(bob), "--yes")
+    with pytest.raises(ValueError, match="somebody was erased meanwhile"):
+        await load.load(world.db, planned.rows, Progress(is_on=False), is_whole=False, deed=Deed(None, "import"))
+    assert [line for line in await shell.json("check") if not line["is_good"]] == []
+
+
+# ---------------------------------------------------------------------------------------------- what it is made of
+
+
+def test_zip_file_is_unpacked_within_bounds_or_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.zip"
+    for method in (zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA):
+        with zipfile.ZipFile(path, "w", method) as file:
+            file.writestr("users.json", "[]" + 500 * " ")
+        with pytest.raises(ValueError, match=r"'users.json' is packed in another way than by deflate"):
+            slack_read(path)
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("users.json", "[]")
+    packed = bytearray(path.read_bytes())
+    packed[packed.find(b"PK\x01\x02") + 8] |= 1
+    path.write_bytes(packed)
+    with pytest.raises(ValueError, match=r"'users.json' is encrypted; pack it without a password"):
+        slack_read(path)
+
+
+def test_broken_zip_file_is_refused_with_a_sentence(tmp_path: Path) -> None:
+    whole, path, chance = zipped(tmp_path).read_bytes(), tmp_path / "a.zip", random.Random(5)
+    refused = 0
+    for _ in range(500):
+        broken = bytearray(whole[: chance.choice([len(whole), chance.randrange(len(whole))])])
+        for _ in range(chance.choice([1, 1, 2, 5])):
+            broken[chance.randrange(len(broken))] = chance.randrange(256)
+        path.write_bytes(broken)
+        try:
+            for place in slack_read(path).places:
+                place.posts()
+        except (*upkeep.NOT_UNDERSTOOD, OSError):
+            refused += 1
+    assert refused > 100
+
+
+async def test_two_people_with_one_address_are_named(shell: Shell, tmp_path: Path) -> None:
+    twice = mattermost(tmp_path / "a", user("ada", "Ada@a.example"), user("bob", "ada@A.example"))
+    refused = await shell.run("import", "mattermost", twice, status=1)
+    assert "line 3: bob and ada (line 2) are different people with the same ada@a.example" in refused
+
+
+async def test_what_is_made_in_the_future_is_refused(shell: Shell, tmp_path: Path) -> None:
+    for at_ms in (int(time.time() * 1000) + 7_200_000, 140_000_000_000_000, 1 << 60):
+        late = mattermost(tmp_path / "a", user("ada", "ada@a.example"), *channel("one", "Late", at_ms=at_ms))
+        assert f"line 4: {at_ms} is not a time" in await shell.run("import", "mattermost", late, status=1)
+
+
+async def test_nobody_takes_part_in_too_many_conversations(
+    shell: Shell, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(load, "MAX_MEMBERSHIPS", 1)
+    one = [user("ada", "ada@a.example", "one"), *channel("one", "First")]
+    await shell.run("import", "mattermost", mattermost(tmp_path / "a", *one))
+    more = mattermost(tmp_path / "b", user("ada", "ada@a.example", "one", "two"), *one[1:], *channel("two", "Second"))
+    refused = await shell.run("import", "mattermost", more, status=1)
+    assert "ada would take part in more than 1 conversations" in refused
+    assert await world.db.fetchval("SELECT count(*) FROM conversation") == 1
+
+
+HIDDEN = "\u202e\x1b[2J\n\0\u200b"
+Count: TypeAlias = Annotated[int, Meta(ge=0)]
+Moment: TypeAlias = Annotated[str, Meta(pattern=r"^(19[7-9]|20[0-2])\d-")]
+WRITTEN: dict[str, Any] = {
+    "user": {"id": UUID, "name": limits.Name, "display_name": limits.Name | None, "email": limits.KnownEmail,
+             "is_active": bool},
+    "conversation": {
+        "id": UUID, "type": Literal["channel", "group", "direct"], "title": limits.Title | None,
+        "description": limits.Description | None, "is_public": bool, "is_archived": bool, "is_active": bool,
+        "created_by": UUID, "participant_count": Count, "message_count": Count, "direct_low": UUID | None,
+        "direct_high": UUID | None, "version": Count, "access_version": Count, "settings_version": Count,
+        "created_at": Moment, "last_activity_at": Moment, "last_message_at": Moment | None},
+    "conversation_participant": {
+        "id": UUID, "conversation_id": UUID, "user_id": UUID, "role": Literal["owner", "member"],
+        "status": Literal["active", "left"], "version": Count, "joined_version": Count, "left_version": Count,
+        "last_read_version": Count},
+    "message": {
+        "id": UUID, "conversation_id": UUID, "sender_id": UUID, "content": limits.Content,
+        "mentions": Annotated[list[UUID], Meta(max_length=limits.MAX_MENTIONS)],
+        "hashtags": Annotated[list[str], Meta(max_length=limits.MAX_HASHTAGS)],
+        "reactions": Annotated[dict[limits.Emoji, Count], Meta(max_length=limits.MAX_EMOJI_PER_MESSAGE)],
+        "parent_message_id": UUID | None, "thread_root_id": UUID | None, "thread_order": Count, "reply_count": Count,
+        "status": Literal["sent", "edited"], "edited_at": Moment | None, "sent_version": Count, "version": Count,
+        "created_at": Moment},
+    "message_reaction": {
+        "message_id": UUID, "user_id": UUID, "emoji": limits.Emoji, "conversation_id": UUID, "version": Count,
+        "author_id": UUID, "created_at": Moment},
+    "thread_follow": {
+        "root_id": UUID, "user_id": UUID, "conversation_id": UUID, "has_replied": bool, "is_following": bool,
+        "last_read_order": Count},
+}  # fmt: skip
+"""Every column that an import writes, with the bounds that a client's frames have for it."""
+
+
+async def test_every_field_of_an_import_has_the_bounds_of_clients(world: World, tmp_path: Path) -> None:
+    long = HIDDEN + 20_000 * "x"
+    path = tmp_path / "slack"
+    (path / "C1").mkdir(parents=True)
+    people = [{"id": f"U{number}", "real_name": name, "profile": {"email": email, "display_name": name}}
+              for number, (name, email) in enumerate([(long, f"{long}@a.example"), (HIDDEN, "a\u202e@a.example"),
+                                                      ("Ada", "ada@a.invalid"), ("", "ada@a.example")])]  # fmt: skip
+    (path / "users.json").write_text(json.dumps(people))
+    channels = [{"id": "C1", "name": "C1", "members": ["U0", "U1"], "purpose": {"value": long}},
+                {"id": "C2", "name": HIDDEN.replace("\0", "x"), "members": ["U0"], "created": 1700000000}]  # fmt: skip
+    (path / "channels.json").write_text(json.dumps(channels))
+    (path / "mpims.json").write_text(json.dumps([{"id": "G1", "name": "\u202e", "members": ["U0", "U1", "U2"]}]))
+    reactions = [{"name": name, "users": ["U0", "U1"]} for name in ("tada", long, HIDDEN, *map(str, range(50)))]
+    said = [{"type": "message", "user": "U0", "ts": f"170000000{number}.0", "text": words, "thread_ts": "1700000002.0",
+             "reactions": reactions, "edited": {"ts": "1700000009.0"}}
+            for number, words in enumerate(["\0", "", long, "<@U1> " + "#a1 " * 99 + long, "\0<@U9>"])]  # fmt: skip
+    (path / "C1" / "2023.json").write_text(json.dumps(said))
+    planned = await archive.plan(world.db, slack_read(path))
+    seen = set()
+    for line in planned.rows:
+        row = msgspec.json.decode(line.row.row)
+        assert row.keys() == WRITTEN[line.row.table].keys()
+        for column, value in row.items():
+            msgspec.convert(value, WRITTEN[line.row.table][column], strict=False)
+        seen.add(line.row.table)
+    assert seen == WRITTEN.keys()
+    assert [note for note in planned.notes if "address" in note] == [
+        f"users.json: U{number}: its address is none, and was left out" for number in range(3)
+    ]
 
 
 def test_depth_is_of_what_is_outside_of_strings() -> None:

@@ -145,6 +145,8 @@ WHY = {
         "transfers.IS_EMPTY": "conversation(); user()",
         "transfers.DISCARD_KEYS": "server_key()",
         "transfers.TOUCH": "conversation_participant()",
+        "transfers.OVERFULL": "conversation_participant() cut 1; conversation_participant(user_id) cut 1",
+        "transfers.IS_ERASED_IN": "conversation_participant()",
         "transfers.PAIRS": "conversation()",
         "transfers.COLUMNS": "pg_attribute()",
     },

@@ -3,7 +3,7 @@
 from collections.abc import AsyncIterator
 from typing import NamedTuple
 
-from protocol.ids import ConversationId, UserId
+from protocol.ids import ConversationId, MessageId, UserId
 from server.database import Db
 
 TABLES = {
@@ -91,9 +91,43 @@ async def touch(db: Db) -> None:
     await db.execute(TOUCH)
 
 
+OVERFULL = """
+SELECT u.name FROM "user" u
+WHERE u.id IN (SELECT p.user_id FROM conversation_participant p WHERE p.joined_at = now() AND p.status = 'active')
+    AND (
+        SELECT count(*) FROM conversation_participant p
+        JOIN conversation c ON c.id = p.conversation_id AND NOT c.is_deleted
+        WHERE p.user_id = u.id AND p.status = 'active'
+    ) > $1
+ORDER BY u.id LIMIT 1
+"""
+IS_ERASED_IN = """
+SELECT EXISTS (
+    SELECT FROM conversation_participant p JOIN "user" u ON u.id = p.user_id
+    WHERE p.joined_at = now() AND p.status = 'active' AND u.erased_at IS NOT NULL
+)
+"""
+
+
+async def overfull(db: Db, most: int) -> str | None:
+    """Return the name of somebody who was brought into conversations and takes part in more than `most`. In the
+    transaction that did it.
+    """
+    name: str | None = await db.fetchval(OVERFULL, most)
+    return name
+
+
+async def is_erased_in(db: Db) -> bool:
+    """Whether somebody was brought into a conversation who is erased. In the transaction that did it, after `touch`,
+    which locks them: whoever is erased later is let out of it.
+    """
+    return bool(await db.fetchval(IS_ERASED_IN))
+
+
 BY_EMAIL = 'SELECT u.email, u.id, u.name, u.email_verified FROM "user" u WHERE u.email = ANY($1) ORDER BY u.email'
-PRESENT = 'SELECT u.id FROM "user" u WHERE u.id = ANY($1)'
+PRESENT = 'SELECT u.id, u.erased_at IS NOT NULL FROM "user" u WHERE u.id = ANY($1)'
 THERE = "SELECT c.id FROM conversation c WHERE c.id = ANY($1)"
+IS_ANY_MESSAGE = "SELECT EXISTS (SELECT FROM message m WHERE m.id = ANY($1))"
 PAIRS = "SELECT c.direct_low, c.direct_high FROM conversation c WHERE c.type = 'direct' AND c.direct_low = ANY($1)"
 
 
@@ -111,9 +145,14 @@ async def by_email(db: Db, emails: list[str]) -> dict[str, Account]:
     return {row[0]: Account(*row) for row in await db.fetch(BY_EMAIL, emails)}
 
 
-async def present(db: Db, user_ids: list[UserId]) -> set[UserId]:
-    """Return those of the users that are here already."""
-    return {row[0] for row in await db.fetch(PRESENT, user_ids)}
+async def present(db: Db, user_ids: list[UserId]) -> dict[UserId, bool]:
+    """Return those of the users that are here already, and whether each is erased."""
+    return {row[0]: row[1] for row in await db.fetch(PRESENT, user_ids)}
+
+
+async def is_any_message(db: Db, message_ids: list[MessageId]) -> bool:
+    """Whether any of the messages is here."""
+    return bool(await db.fetchval(IS_ANY_MESSAGE, message_ids))
 
 
 async def there(db: Db, conversation_ids: list[ConversationId]) -> set[ConversationId]:

@@ -1,33 +1,45 @@
 """What another chat has exported, in our words, and the rows that it becomes.
 
-Ids follow from what things are called there, so that the same archive brought in again changes nothing. Anybody may
-register any address. So a person becomes an account that is here only if its address is verified, or an operator has
-confirmed the list of those who match. A conversation that is here already is left alone.
+Ids follow from what things are called there (origin.py), so that the same archive brought in again changes nothing.
+The same name and another address are another person. Anybody may register any address. So a person becomes an account
+that is here only if its address is verified, or an operator has confirmed the list of those who match. A conversation
+that is here already is left alone.
 """
 
 import hashlib
+import re
 from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime
 from typing import Any, Literal, NamedTuple
-from uuid import UUID, uuid4
+from uuid import uuid4
 
 import msgspec
 from emoji import emojize
 
 from protocol.http import canonical
 from protocol.ids import ConversationId, MessageId, UserId
-from protocol.limits import MAX_CONTENT, MAX_EMOJI_PER_MESSAGE, visible
+from protocol.limits import MAX_CONTENT, MAX_EMOJI_PER_MESSAGE, Email, visible, visible_lines
 from protocol.reaction import normalized
 from server import mentions
 from server.database import Db
 from server.queries import transfers
 from server.queries.transfers import Account
 from server.transfer.lines import Line, Lines, Row
+from server.transfer.origin import Origin
 
 TONES = {str(number): chr(0x1F3F9 + number) for number in range(2, 7)}
 """Modifiers of the skin's tone, U+1F3FB to U+1F3FF, by the number of the Fitzpatrick scale that Slack has for them."""
 
+SAMPLE = 100
+"""Max messages of a conversation that are looked for, to tell whether it is the same."""
+
 _encode = msgspec.json.Encoder().encode
+_MENTION = re.compile("\0([^\0]*)\0")
+
+
+def mention(key: str) -> str:
+    """Return what stands for the mention of a person in a post's text, which itself holds no U+0000."""
+    return f"\0{key}\0"
 
 
 class Person(msgspec.Struct, kw_only=True):
@@ -78,18 +90,12 @@ class Place(msgspec.Struct, kw_only=True):
 
 
 class Archive(msgspec.Struct, kw_only=True):
-    """All of it. `source` names the chat and its workspace, as part of what ids follow from."""
+    """All of it. `source` is the workspace's own name for itself; None if the export does not tell."""
 
-    source: str
+    kind: str
+    source: str | None = None
     people: list[Person]
     places: list[Place]
-
-
-def made_id(at_ms: int, *parts: str) -> UUID:
-    """Return a UUIDv7 that follows from a moment and from words: the same again for the same."""
-    random = int.from_bytes(hashlib.sha256("\0".join(parts).encode()).digest()[:10])
-    high = (at_ms & 0xFFFF_FFFF_FFFF) << 80
-    return UUID(int=high | 0x7 << 76 | (random >> 68) << 64 | 0b10 << 62 | random & 0x3FFF_FFFF_FFFF_FFFF)
 
 
 class Match(NamedTuple):
@@ -117,15 +123,90 @@ class Unconfirmed(Exception):  # noqa: N818 - it is a question
         self.matches = matches
 
 
-async def rows(db: Db, archive: Archive, confirmed: str | None) -> Lines:
-    """Return what an archive becomes, as rows to be brought in.
+class Unnamed(Exception):  # noqa: N818 - it is a question
+    """Something of an earlier import has the same name, and nothing tells whether it is the same."""
+
+    def __init__(self, archive: Archive, what: str) -> None:
+        super().__init__(
+            f"{what}, and nothing tells whether both come from the same server. If they do, say --source "
+            f"{archive.kind}; if not, give this server a name of its own, the same in each import: --source NAME."
+        )
+
+
+class Plan(NamedTuple):
+    """The rows that an archive becomes, and notes of what it holds that does not become any."""
+
+    rows: Lines
+    notes: list[str]
+
+
+async def plan(db: Db, archive: Archive, *, source: str | None = None, confirmed: str | None = None) -> Plan:
+    """Return what an archive becomes. `source` is the operator's name of where it comes from.
 
     Raises Unconfirmed if people match accounts by unverified addresses, and `confirmed` is neither `OTHERS` nor the
-    confirmation of these matches.
+    confirmation of these matches; Unnamed if it may come from elsewhere than an earlier import, and nobody has named
+    its source; ValueError if two of its people or conversations are one.
     """
-    own = {person.key: UserId(made_id(0, archive.source, "user", person.key)) for person in archive.people}
-    emails = {person.key: canonical(person.email or "") for person in archive.people}
-    accounts = await transfers.by_email(db, sorted({email for email in emails.values() if email}))
+    _require_different("people", [(person.key, person.key, person.found) for person in archive.people])
+    _require_different("conversations", [(place.key, place.key, place.found) for place in archive.places])
+    origin = await Origin.of(db, archive.kind, source or archive.source or archive.kind)
+    is_named = source is not None or archive.source is not None
+    who = await _people(db, archive, origin, confirmed)
+    ids = {place.key: ConversationId(origin.made_id(place.created_at_ms, place.key)) for place in archive.places}
+    there = await transfers.there(db, list(ids.values()))
+    taken = await transfers.pairs(db, list(who.users.values()))
+    wanted, notes = [], list(who.notes)
+    for place in archive.places:
+        pair = tuple(sorted({who.users[key] for key in place.members if key in who.users}))
+        if ids[place.key] not in there and not (place.kind == "direct" and pair in taken):
+            wanted.append(place)
+            continue
+        if ids[place.key] in there and not (is_named or await _is_same(db, origin, place, who.users)):
+            raise Unnamed(archive, f"{place.found}: another conversation is called {place.key}, too")
+        notes.append(f"{place.found}: this conversation is here already and was left as it is")
+    if not is_named and (unknown := who.unknown & {key for place in wanted for key in place.members}):
+        raise Unnamed(archive, f"{min(unknown)} has no address, and somebody of an earlier import has the same id")
+    return Plan(_rows(archive, wanted, who, _Ids(origin, ids)), notes)
+
+
+def _require_different(what: str, named: Iterable[tuple[object, str, str]]) -> None:
+    """Raise ValueError if two of the things, each a value with a key and where it was found, have the same value."""
+    seen: dict[object, tuple[str, str]] = {}
+    for value, key, found in named:
+        if value in seen:
+            other, place = seen[value]
+            raise ValueError(f"{found}: {key} and {other} ({place}) are different {what} with the same {value}")
+        seen[value] = key, found
+
+
+async def _is_same(db: Db, origin: Origin, place: Place, users: dict[str, UserId]) -> bool:
+    """Whether a conversation that is here holds what was said in one of the archive, or nothing was said there."""
+    posts = sorted((post for post in place.posts() if post.person in users and post.text), key=lambda post: post.at_ms)
+    messages = [_message_id(origin, place, post) for post in posts[:SAMPLE]]
+    return not messages or await transfers.is_any_message(db, messages)
+
+
+def _message_id(origin: Origin, place: Place, post: Post) -> MessageId:
+    return MessageId(origin.made_id(post.at_ms, place.key, post.key))
+
+
+class _People(NamedTuple):
+    """Who each person becomes. `new` are to be made, with their addresses; `erased` were here and are erased; `unknown`
+    are here by their key alone. `notes` tell of addresses that are none.
+    """
+
+    users: dict[str, UserId]
+    new: dict[str, str]
+    erased: set[str]
+    unknown: set[str]
+    notes: list[str]
+
+
+async def _people(db: Db, archive: Archive, origin: Origin, confirmed: str | None) -> _People:
+    emails = {person.key: _address(person) for person in archive.people}
+    _require_different("people", [(emails[one.key], one.key, one.found) for one in archive.people if emails[one.key]])
+    own = {key: UserId(origin.made_id(0, "user", key, email)) for key, email in emails.items()}
+    accounts = await transfers.by_email(db, sorted(email for email in emails.values() if email))
     here = await transfers.present(db, list(own.values()))
     # Who came in before, under an id that follows from the archive, has been decided about.
     matches = [
@@ -140,38 +221,41 @@ async def rows(db: Db, archive: Archive, confirmed: str | None) -> Lines:
         match.person.key: match.account.id for match in matches if match.account.is_verified or confirmed != OTHERS
     }
     users = own | matched
-    ids = {
-        place.key: ConversationId(made_id(place.created_at_ms, archive.source, place.key)) for place in archive.places
-    }
-    there = await transfers.there(db, list(ids.values()))
-    taken = await transfers.pairs(db, list(users.values()))
-    wanted = []
-    for place in archive.places:
-        pair = tuple(sorted({users[key] for key in place.members if key in users}))
-        if ids[place.key] not in there and not (place.kind == "direct" and pair in taken):
-            wanted.append(place)
-    return _rows(archive, wanted, users, ids, _News(here | set(matched.values()), set(accounts)))
+    _require_different("people", [(users[person.key], person.key, person.found) for person in archive.people])
+    new = {
+        key: emails[key] if emails[key] and emails[key] not in accounts else f"imported-{uuid4()}@invalid"
+        for key in users if key not in matched and own[key] not in here
+    }  # fmt: skip
+    return _People(
+        users, new,
+        erased={key for key in own if here.get(own[key])},
+        unknown={key for key in own if own[key] in here and not emails[key]},
+        notes=[f"{one.found}: its address is none, and was left out" for one in archive.people
+               if one.email and not emails[one.key]],
+    )  # fmt: skip
 
 
-class _News(NamedTuple):
-    """The users that are here, and the addresses that are taken."""
+def _address(person: Person) -> str:
+    """Return a person's address as it is stored, or nothing if an account may not have it."""
+    try:
+        return canonical(msgspec.convert(person.email, Email)) if person.email else ""
+    except msgspec.ValidationError:
+        return ""
 
-    users: set[UserId]
-    emails: set[str]
+
+class _Ids(NamedTuple):
+    """What ids follow from, and those of the conversations."""
+
+    origin: Origin
+    places: dict[str, ConversationId]
 
 
-def _rows(
-    archive: Archive,
-    places: list[Place],
-    users: dict[str, UserId],
-    ids: dict[str, ConversationId],
-    here: _News,
-) -> Lines:
+def _rows(archive: Archive, places: list[Place], who: _People, ids: _Ids) -> Lines:
     for person in archive.people:
-        if users[person.key] not in here.users:
-            yield _line("user", _user(person, users[person.key], here.emails), person.found)
+        if person.key in who.new:
+            yield _line("user", _user(person, who.users[person.key], who.new[person.key]), person.found)
     for place in places:
-        for table, made in _Made(archive, place, users, ids[place.key]).rows().items():
+        for table, made in _Made(ids.origin, place, who, ids.places[place.key]).rows().items():
             yield from (_line(table, row, found) for row, found in made)
 
 
@@ -179,10 +263,7 @@ def _line(table: str, row: dict[str, Any], found: str) -> Line:
     return Line(Row(table, msgspec.Raw(_encode(row))), found)
 
 
-def _user(person: Person, user_id: UserId, taken: set[str]) -> dict[str, Any]:
-    email = canonical(person.email or "")
-    if not email or email in taken:
-        email = f"imported-{uuid4()}@invalid"  # random: nobody can have it
+def _user(person: Person, user_id: UserId, email: str) -> dict[str, Any]:
     return {
         "id": user_id,
         "name": (visible(person.name) or person.key)[:255],
@@ -195,39 +276,45 @@ def _user(person: Person, user_id: UserId, taken: set[str]) -> dict[str, Any]:
 class _Made:
     """A conversation, with everything in it, as it will be stored: numbered as if it had been said here."""
 
-    def __init__(self, archive: Archive, place: Place, users: dict[str, UserId], about: ConversationId) -> None:
-        self._archive = archive
+    def __init__(self, origin: Origin, place: Place, who: _People, about: ConversationId) -> None:
+        self._origin = origin
         self._place = place
-        self._users = users
+        self._users = who.users
+        self._erased = who.erased
         self._about = about
-        self._everyone = set(users.values())
+        self._everyone = set(who.users.values())
         self._clock = 1
         self._messages: dict[str, dict[str, Any]] = {}
         self._roots: dict[MessageId, dict[str, Any]] = {}
         self._follows: dict[tuple[MessageId, UserId], dict[str, Any]] = {}
 
     def rows(self) -> dict[str, Iterable[tuple[dict[str, Any], str]]]:
-        """Return its rows, each with where it was found, by table, each table after those that it refers to."""
-        posts = sorted(
-            (post for post in self._place.posts() if post.person in self._users and post.text),
-            key=lambda post: post.at_ms,
-        )
-        members = [key for key in dict.fromkeys(self._place.members) if key in self._users]
-        gone = [key for key in dict.fromkeys(post.person for post in posts) if key not in members]
-        if self._place.kind == "direct":
-            members, gone = members + gone, []
-        is_pair = self._place.kind == "direct" and len({self._users[key] for key in members}) == 2  # noqa: PLR2004
+        """Return its rows, each with where it was found, by table, each table after those that it refers to; nothing
+        if everybody who was in it is erased.
+        """
+        posts = sorted(self._posts(), key=lambda post: post.at_ms)
+        said = dict.fromkeys(post.person for post in posts)
+        everyone = [key for key in dict.fromkeys((*self._place.members, *said)) if key in self._users]
+        is_direct = self._place.kind == "direct"
+        members = [key for key in everyone if key not in self._erased and (is_direct or key in self._place.members)]
+        gone = [key for key in everyone if key not in members and (is_direct or key in said)]
+        if not members and self._erased.intersection(everyone):
+            return {}
+        is_pair = is_direct and len(everyone) == 2  # noqa: PLR2004
         parts = self._participants(members, gone, is_pair=is_pair)
         joined = self._clock
         for post in posts:
             self._say(post)
+        erased = {self._users[key] for key in self._erased}
         for follow in self._follows.values():
-            follow["last_read_order"] = self._roots[follow["root_id"]]["thread_order"]
+            follow["is_following"] = follow["user_id"] not in erased
+            if follow["is_following"]:
+                follow["last_read_order"] = self._roots[follow["root_id"]]["thread_order"]
         reactions = [(row, post.found) for post in posts for row in self._react(post)]
         for part in parts:
             part["last_read_version"] = self._clock  # what was said elsewhere is history
         return {
-            "conversation": [(self._conversation(members, posts, joined, is_pair=is_pair), self._place.found)],
+            "conversation": [(self._conversation(parts, posts, joined, is_pair=is_pair), self._place.found)],
             "conversation_participant": [(row, self._place.found) for row in parts],
             "message": (
                 (self._messages[key], found) for key, found in {post.key: post.found for post in posts}.items()
@@ -235,6 +322,14 @@ class _Made:
             "message_reaction": reactions,
             "thread_follow": [(row, self._place.found) for row in self._follows.values()],
         }
+
+    def _posts(self) -> Iterable[Post]:
+        """Return what somebody said who is known, each once."""
+        posts: dict[str, Post] = {}
+        for post in self._place.posts():
+            if post.person in self._users and post.text:
+                posts.setdefault(post.key, post)
+        return posts.values()
 
     def _tick(self) -> int:
         self._clock += 1
@@ -251,7 +346,7 @@ class _Made:
             if key in gone:  # they left after they joined: see gone_version()
                 version = self._tick()
             parts.append({
-                "id": made_id(0, self._archive.source, self._place.key, key),
+                "id": self._origin.made_id(0, "participant", self._place.key, key),
                 "conversation_id": self._about,
                 "user_id": self._users[key],
                 "role": "owner" if key == owner else "member",
@@ -262,20 +357,23 @@ class _Made:
             })  # fmt: skip
         return parts
 
-    def _conversation(self, members: list[str], posts: list[Post], joined: int, *, is_pair: bool) -> dict[str, Any]:
+    def _conversation(
+        self, parts: list[dict[str, Any]], posts: list[Post], joined: int, *, is_pair: bool
+    ) -> dict[str, Any]:
         place = self._place
-        owner = self._owner(members)
-        low, high = sorted({self._users[key] for key in members}) if is_pair else (None, None)
+        members = [part["user_id"] for part in parts if part["status"] == "active"]
+        owners = [part["user_id"] for part in parts if part["role"] == "owner"]
+        low, high = sorted(part["user_id"] for part in parts) if is_pair else (None, None)
         last = max((post.at_ms for post in posts), default=place.created_at_ms)
         return {
             "id": self._about,
             "type": "direct" if is_pair else "group" if place.kind == "direct" else place.kind,
-            "title": None if is_pair else place.title[:255] or place.key[:255],
-            "description": (place.description or "")[:1_000] or None,
+            "title": None if is_pair else (visible(place.title) or place.key)[:255],
+            "description": visible_lines(place.description or "")[:1_000] or None,
             "is_public": place.is_public,
             "is_archived": place.is_archived,
             "is_active": bool(members),
-            "created_by": self._users[owner] if owner is not None else next(iter(self._users.values())),
+            "created_by": next(iter([*owners, *members, *(part["user_id"] for part in parts), *self._users.values()])),
             "participant_count": len(members),
             "message_count": len(self._messages),
             "direct_low": low,
@@ -327,12 +425,15 @@ class _Made:
                 "created_at": message["created_at"],
             }
 
+    def _mentioned(self, found: re.Match[str]) -> str:
+        return f"<@{self._users[found[1]]}>" if found[1] in self._users else f"@{found[1]}"
+
     def _message(self, post: Post, version: int, root: dict[str, Any] | None) -> dict[str, Any]:
-        content = post.text.replace("\0", "")[:MAX_CONTENT]
+        content = _MENTION.sub(self._mentioned, post.text)[:MAX_CONTENT]
         found = mentions.find(content, is_code=False, is_markdown=True)
         edited = None if post.edited_at_ms is None else _moment(post.edited_at_ms)
         return {
-            "id": MessageId(made_id(post.at_ms, self._archive.source, self._place.key, post.key)),
+            "id": _message_id(self._origin, self._place, post),
             "conversation_id": self._about,
             "sender_id": self._users[post.person],
             "content": content,

@@ -5,6 +5,7 @@ from itertools import groupby, islice
 
 import asyncpg
 
+from protocol.limits import MAX_MEMBERSHIPS
 from server.database import Db
 from server.errors import Fatal
 from server.progress import Progress
@@ -15,6 +16,9 @@ from server.transfer.lines import Line, Lines, Summary
 AT_ONCE = 500
 REFUSED = (asyncpg.DataError, asyncpg.IntegrityConstraintViolationError, asyncpg.StatementTooComplexError)
 """What PostgreSQL raises about rows that it does not take."""
+
+
+TAKEN = "its id, its address or its pair was taken meanwhile; start the import once more"
 
 
 async def load(db: Db, lines: Lines, progress: Progress, *, is_whole: bool, deed: Deed) -> Summary:
@@ -37,6 +41,10 @@ async def load(db: Db, lines: Lines, progress: Progress, *, is_whole: bool, deed
                 progress.counts(table, loaded[table])
         if not is_whole:
             await transfers.touch(db)
+            if (name := await transfers.overfull(db, MAX_MEMBERSHIPS)) is not None:
+                raise ValueError(f"{name} would take part in more than {MAX_MEMBERSHIPS:,} conversations")
+            if await transfers.is_erased_in(db):
+                raise ValueError("somebody was erased meanwhile; start it once more")
         await audit.record(db, audit.SERVER, deed._replace(details={**deed.details, "rows": loaded.total()}))
     progress.done()
     return Summary(rows=dict(loaded))
@@ -51,8 +59,8 @@ async def _load(db: Db, table: str, batch: list[Line], *, is_whole: bool) -> int
         async with db.transaction():
             rows = b",".join(bytes(line.row.row) for line in batch)
             count = await transfers.load(db, table, f"[{rows.decode()}]")
-            if is_whole and count != len(batch):
-                raise ValueError("it contradicts a row before it")
+            if count != len(batch):
+                raise ValueError("it contradicts a row before it" if is_whole else TAKEN)
             return count
     except (*REFUSED, ValueError) as error:
         half = len(batch) // 2

@@ -5,23 +5,27 @@ teams, a channel's title says of which.
 """
 
 from collections import defaultdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from server.transfer.archive import Archive, Person, Place, Post, Reaction
-from server.transfer.reading import lines, moment_ms, reading, require_few, require_few_posts, require_shallow
+from server.transfer.reading import key as _key
+from server.transfer.reading import lines, moment_ms, reading, require_few, require_few_posts, require_shallow, text
 
-SOURCE = "mattermost"
+KIND = "mattermost"
+APART = "/,"
+"""What stands between the names that a key is made of."""
 
 
 def read(path: Path) -> Archive:
     """Return what is in a Mattermost export. Raises ValueError or OSError if it is none."""
     people: list[Person] = []
-    channels: dict[str, dict[str, Any]] = {}
-    members: dict[str, list[str]] = defaultdict(list)
-    posts: dict[str, list[Post]] = defaultdict(list)
+    channels: list[tuple[str, Place]] = []
+    members: defaultdict[str, list[str]] = defaultdict(list)
+    posts: defaultdict[str, list[Post]] = defaultdict(list)
     directs: dict[str, tuple[list[str], str]] = {}
     with path.open("rb") as file:
         for number, line in lines(file):
@@ -35,37 +39,40 @@ def read(path: Path) -> Archive:
                 if kind == "user":
                     people.append(_person(said, f"line {number}"))
                     for key in _channels(said):
-                        members[key].append(said["username"])
+                        members[key].append(people[-1].key)
                 elif kind == "channel":
-                    channels[f"{said['team']}/{said['name']}"] = said | {"found": f"line {number}"}
+                    channels.append(_channel(said, f"line {number}"))
                 elif kind == "post":
-                    key = f"{said['team']}/{said['channel']}"
+                    key = _channel_key(said["team"], said["channel"])
                     posts[key] += _posts(said, len(posts[key]), f"line {number}")
                     require_few_posts(len(posts[key]), key)
                 elif kind == "direct_channel":
-                    directs[_direct_key(said["members"])] = said["members"], f"line {number}"
+                    who = _members(said["members"])
+                    directs[_direct_key(who)] = who, f"line {number}"
                 elif kind == "direct_post":
-                    key = _direct_key(said["channel_members"])
-                    directs.setdefault(key, (said["channel_members"], f"line {number}"))
+                    who = _members(said["channel_members"])
+                    key = _direct_key(who)
+                    directs.setdefault(key, (who, f"line {number}"))
                     posts[key] += _posts(said, len(posts[key]), f"line {number}")
                     require_few_posts(len(posts[key]), key)
     if not people:
         raise ValueError("there are no users in it")
-    teams = {channel["team"] for channel in channels.values()}
-    places = [
-        Place(
-            key=key,
-            found=channel["found"],
-            kind="channel",
-            title=channel.get("display_name") or channel["name"] if len(teams) == 1 else key,
-            description=channel.get("purpose") or channel.get("header") or None,
-            is_public=channel.get("type") == "O",
-            is_archived=bool(channel.get("deleted_at")),
-            members=members[key],
-            posts=lambda key=key: posts[key],  # type: ignore[misc]
-        )
-        for key, channel in channels.items()
-    ]
+    return Archive(kind=KIND, people=people, places=_places(channels, directs, members, posts))
+
+
+def _places(
+    channels: list[tuple[str, Place]],
+    directs: dict[str, tuple[list[str], str]],
+    members: defaultdict[str, list[str]],
+    posts: defaultdict[str, list[Post]],
+) -> list[Place]:
+    """Return all conversations, with their members and posts."""
+    is_one_team = len({team for team, _ in channels}) == 1
+    places = []
+    for _, place in channels:
+        place.members = members[place.key]
+        place.title = place.title if is_one_team else place.key
+        places.append(place)
     places += [
         Place(
             key=key,
@@ -73,33 +80,59 @@ def read(path: Path) -> Archive:
             kind="direct" if len(set(who)) == 2 else "group",  # noqa: PLR2004 - which is what direct means
             title=", ".join(sorted(who)),
             members=who,
-            posts=lambda key=key: posts[key],  # type: ignore[misc]
+            posts=list,
         )
         for key, (who, found) in directs.items()
     ]
-    return Archive(source=SOURCE, people=people, places=places)
+    for place in places:
+        place.posts = partial(posts.__getitem__, place.key)
+    return places
+
+
+def _channel(channel: dict[str, Any], found: str) -> tuple[str, Place]:
+    """Return the team of a channel, and the channel without its members and posts."""
+    place = Place(
+        key=_channel_key(channel["team"], channel["name"]),
+        found=found,
+        kind="channel",
+        title=text(channel.get("display_name") or channel["name"]),
+        description=text(channel.get("purpose") or channel.get("header") or ""),
+        is_public=channel.get("type") == "O",
+        is_archived=bool(channel.get("deleted_at")),
+        members=[],
+        posts=list,
+    )
+    return channel["team"], place
 
 
 def _channels(user: dict[str, Any]) -> list[str]:
     return [
-        f"{team['name']}/{channel['name']}"
+        _channel_key(team["name"], channel["name"])
         for team in user.get("teams") or ()
         for channel in team.get("channels") or ()
     ]
 
 
+def _channel_key(team: object, name: object) -> str:
+    return f"{_key(team, APART)}/{_key(name, APART)}"
+
+
+def _members(names: list[object]) -> list[str]:
+    return [_key(name, APART) for name in names]
+
+
 def _direct_key(members: list[str]) -> str:
-    return "direct/" + ",".join(sorted(set(members)))
+    return f"direct/{len(set(members))}/" + ",".join(sorted(set(members)))
 
 
 def _person(user: dict[str, Any], found: str) -> Person:
     full = f"{user.get('first_name') or ''} {user.get('last_name') or ''}".strip()
     return Person(
-        key=user["username"],
+        key=_key(user["username"], APART),
         found=found,
         name=full or user["username"],
-        display_name=user.get("nickname") or user["username"],
-        email=user.get("email"),
+        display_name=text(user.get("nickname") or user["username"]),
+        email=text(user.get("email") or ""),
         is_active=not user.get("delete_at"),
     )
 
@@ -114,13 +147,15 @@ def _posts(said: dict[str, Any], number: int, found: str) -> list[Post]:
 
 
 def _post(said: dict[str, Any], key: str, found: str) -> Post:
-    files = [str(file["path"]) for file in said.get("attachments") or () if file.get("path")]
+    files = [text(file["path"]) for file in said.get("attachments") or () if file.get("path")]
     return Post(
         key=key,
         found=found,
-        person=said["user"],
-        text="\n".join([*([said["message"]] if said.get("message") else []), *files]),
+        person=_key(said["user"]),
+        text="\n".join([*([text(said["message"])] if said.get("message") else []), *files]),
         at_ms=moment_ms(int(said["create_at"])),
         edited_at_ms=moment_ms(int(said["edit_at"])) if said.get("edit_at") else None,
-        reactions=[Reaction(person=one["user"], name=one["emoji_name"]) for one in said.get("reactions") or ()],
+        reactions=[
+            Reaction(person=_key(one["user"]), name=text(one["emoji_name"])) for one in said.get("reactions") or ()
+        ],
     )

@@ -1,6 +1,9 @@
 """Reading what somebody else has written: within bounds, inside its folder, and with the place of what is wrong."""
 
+import re
 import stat
+import struct
+import time
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -11,6 +14,7 @@ from typing import Any, BinaryIO, TypeVar
 import msgspec
 
 from protocol.json_object import STRING
+from protocol.limits import LINE
 
 Made = TypeVar("Made")
 
@@ -32,11 +36,22 @@ MAX_VALUES = 16_000_000
 MAX_DEPTH = 64
 """Max depth of objects and arrays in a line."""
 
+MAX_KEY = 255
+"""Max characters of an id or name that things are told apart by."""
+MAX_AHEAD_MS = 3_600_000
+"""Max time that something is later than now, as clocks differ, milliseconds."""
+PACKED = {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}
+"""How files may be packed. Python unpacks the other ways without a bound: 6 GiB from 2 KB."""
+ENCRYPTED = 0x1
+
 WRONG = (
     KeyError, TypeError, AttributeError, ValueError, OverflowError, RecursionError, msgspec.MsgspecError,
-    zipfile.BadZipFile, zlib.error, NotImplementedError,
+    zipfile.BadZipFile, zlib.error, struct.error, EOFError, NotImplementedError,
 )  # fmt: skip
 """What reading raises about something that has another form than it should."""
+
+
+_LINE = re.compile(LINE)
 
 
 @contextmanager
@@ -108,15 +123,35 @@ def depth(text: bytes) -> int:
 def component(name: object) -> str:
     """Return a name that stands for one file or folder. Raises ValueError if it leads anywhere else."""
     if not isinstance(name, str) or name in {"", ".", ".."} or any(one in name for one in "/\\\0") or name[1:2] == ":":
-        raise ValueError(f"{name!r} is not the name of a file in it")
+        raise ValueError(f"{name!r:.100} is not the name of a file in it")
     return name
 
 
 def moment_ms(at_ms: int) -> int:
-    """Return a time in milliseconds since 1970. Raises ValueError if it is before that, or too far away for UUIDs."""
-    if not 0 <= at_ms < 1 << 47:
-        raise ValueError(f"{at_ms} is not a time in milliseconds since 1970")
+    """Return a time in milliseconds since 1970. Raises ValueError if it is before that, or later than now: something
+    made in the future counts for each day until then.
+    """
+    if not 0 <= at_ms <= time.time() * 1000 + MAX_AHEAD_MS:
+        raise ValueError(f"{at_ms} is not a time in milliseconds between 1970 and now")
     return at_ms
+
+
+def text(value: object) -> str:
+    """Return a text without U+0000, which PostgreSQL does not hold. Raises TypeError if it is none."""
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r:.100} is not a text")
+    return value.replace("\0", "")
+
+
+def key(value: object, without: str = "") -> str:
+    """Return what something is told apart by. Raises ValueError if it is too long, or holds characters that are
+    invisible or of `without`; TypeError if it is no text.
+    """
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r:.100} is not an id")
+    if not 0 < len(value) <= MAX_KEY or not _LINE.match(value) or any(one in value for one in without):
+        raise ValueError(f"{value!r:.100} is not an id: its length or its characters are not allowed")
+    return value
 
 
 class Files:
@@ -140,6 +175,10 @@ class Files:
             parts = tuple(component(part) for part in entry.orig_filename.removesuffix("/").split("/"))
             if stat.S_ISLNK(entry.external_attr >> 16):
                 raise ValueError(f"{entry.filename!r} is a link")
+            if entry.flag_bits & ENCRYPTED:
+                raise ValueError(f"{entry.filename!r} is encrypted; pack it without a password")
+            if entry.compress_type not in PACKED:
+                raise ValueError(f"{entry.filename!r} is packed in another way than by deflate; pack it again")
             if entry.file_size > max(RATIO_FROM, entry.compress_size * MAX_RATIO):
                 raise ValueError(f"{entry.filename!r} would become too large")
             if parts in self._entries:

@@ -6,17 +6,18 @@ these conversations a folder of its name (of a direct message, its id) with one 
 
 import html
 import re
+from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from server.transfer.archive import Archive, Person, Place, Post, Reaction, made_id
-from server.transfer.reading import Files, each, moment_ms, reading, require_few_posts
+from server.transfer.archive import Archive, Person, Place, Post, Reaction, mention
+from server.transfer.reading import Files, each, key, moment_ms, reading, require_few_posts, text
 
 KINDS = {"channels.json": "channel", "groups.json": "group", "mpims.json": "group", "dms.json": "direct"}
 SAID = {None, "thread_broadcast", "me_message", "bot_message", "file_share", "file_comment"}
 """Subtypes of messages that are what somebody said; the others tell of joins and settings."""
-SOURCE = "slack"
+KIND = "slack"
 
 _LINK = re.compile(r"<([^<>]+)>")
 
@@ -28,20 +29,22 @@ def read(path: Path) -> Archive:
     if users is None:
         raise ValueError("there is no users.json in it")
     people = each("users.json", users, _person)
+    # Most users are of the workspace itself; the others come from elsewhere by shared channels.
+    teams = Counter(sorted(key(user["team_id"]) for user in users if user.get("team_id")))
     places = []
     for name, kind in KINDS.items():
         places += each(name, files.json(name) or [], partial(_place, files, name, kind))
-    return Archive(source=SOURCE, people=people, places=places)
+    return Archive(kind=KIND, source=next(iter(teams.most_common(1)), (None,))[0], people=people, places=places)
 
 
 def _person(user: dict[str, Any]) -> Person:
     profile = user.get("profile", {})
     return Person(
-        key=user["id"],
+        key=key(user["id"]),
         found=f"users.json: {user['id']}",
-        name=user.get("real_name") or profile.get("real_name") or user.get("name") or user["id"],
-        display_name=profile.get("display_name") or None,
-        email=profile.get("email"),
+        name=text(user.get("real_name") or profile.get("real_name") or user.get("name") or user["id"]),
+        display_name=text(profile.get("display_name") or ""),
+        email=text(profile.get("email") or ""),
         is_active=not user.get("deleted", False),
     )
 
@@ -49,16 +52,16 @@ def _person(user: dict[str, Any]) -> Person:
 def _place(files: Files, file: str, kind: Any, one: dict[str, Any]) -> Place:  # noqa: ANN401 - one of three words
     name = one.get("name") or one["id"]
     return Place(
-        key=one["id"],
+        key=key(one["id"]),
         found=f"{file}: {one['id']}",
         kind=kind,
-        title=name,
-        description=(one.get("purpose") or {}).get("value") or None,
+        title=text(name),
+        description=text((one.get("purpose") or {}).get("value") or ""),
         is_public=kind == "channel",
         is_archived=bool(one.get("is_archived")),
         created_at_ms=moment_ms(int(one.get("created", 0)) * 1000),
-        owner=one.get("creator"),
-        members=one.get("members", []),
+        owner=key(one["creator"]) if one.get("creator") else None,
+        members=[key(member) for member in one.get("members") or ()],
         posts=lambda: _posts(files, name),
     )
 
@@ -79,18 +82,18 @@ def _post(file: str, message: dict[str, Any]) -> Post | None:
     if message.get("type") != "message" or message.get("subtype") not in SAID or not message.get("user"):
         return None
     edited = message.get("edited")
-    files = [f"{file.get('name', 'file')}: {file['url_private']}" for file in message.get("files") or ()
+    files = [text(f"{file.get('name', 'file')}: {file['url_private']}") for file in message.get("files") or ()
              if file.get("url_private")]  # fmt: skip
     return Post(
-        key=message["ts"],
+        key=key(message["ts"]),
         found=f"{file}: {message['ts']}",
-        person=message["user"],
-        text="\n".join([*([_text(message["text"])] if message.get("text") else []), *files]),
+        person=key(message["user"]),
+        text="\n".join([*([_text(text(message["text"]))] if message.get("text") else []), *files]),
         at_ms=_ms(message["ts"]),
-        thread=message.get("thread_ts"),
+        thread=key(message["thread_ts"]) if message.get("thread_ts") else None,
         edited_at_ms=_ms(edited["ts"]) if edited else None,
         reactions=[
-            Reaction(person=user, name=reaction["name"])
+            Reaction(person=key(user), name=text(reaction["name"]))
             for reaction in message.get("reactions") or ()
             for user in reaction.get("users", ())
         ],
@@ -102,17 +105,17 @@ def _ms(ts: str) -> int:
     return moment_ms(int(seconds) * 1000 + int((rest + "000")[:3]))
 
 
-def _text(text: str) -> str:
+def _text(said: str) -> str:
     """Return Slack's text as people see it: `<@U1>` is a mention, `<#C1|name>` a channel, `<url|label>` a link."""
 
     def plain(found: re.Match[str]) -> str:
         target, _, label = found[1].partition("|")
         if target.startswith("@"):
-            return f"<@{made_id(0, SOURCE, 'user', target[1:])}>"
+            return mention(target[1:])
         if target.startswith("#"):
             return f"#{label or target[1:]}"
         if target.startswith("!"):
             return f"@{'everyone' if target[1:] in {'channel', 'everyone'} else target[1:]}"
         return f"{label} ({target})" if label and label != target else target
 
-    return html.unescape(_LINK.sub(plain, text))
+    return html.unescape(_LINK.sub(plain, said))
