@@ -26,6 +26,7 @@ from server.queries import transfers
 from server.queries.transfers import Account
 from server.transfer.lines import Line, Lines, Row
 from server.transfer.origin import Origin
+from server.transfer.reading import reading
 
 TONES = {str(number): chr(0x1F3F9 + number) for number in range(2, 7)}
 """Modifiers of the skin's tone, U+1F3FB to U+1F3FF, by the number of the Fitzpatrick scale that Slack has for them."""
@@ -181,7 +182,9 @@ def _require_different(what: str, named: Iterable[tuple[object, str, str]]) -> N
 
 async def _is_same(db: Db, origin: Origin, place: Place, users: dict[str, UserId]) -> bool:
     """Whether a conversation that is here holds what was said in one of the archive, or nothing was said there."""
-    posts = sorted((post for post in place.posts() if post.person in users and post.text), key=lambda post: post.at_ms)
+    with reading(place.found):
+        found = place.posts()
+    posts = sorted((post for post in found if post.person in users and post.text), key=lambda post: post.at_ms)
     messages = [_message_id(origin, place, post) for post in posts[:SAMPLE]]
     return not messages or await transfers.is_any_message(db, messages)
 

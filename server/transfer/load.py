@@ -18,7 +18,7 @@ REFUSED = (asyncpg.DataError, asyncpg.IntegrityConstraintViolationError, asyncpg
 """What PostgreSQL raises about rows that it does not take."""
 
 
-TAKEN = "its id, its address or its pair was taken meanwhile; start the import once more"
+TAKEN = "its id, its address or its pair is taken; unless the export has it twice, start the import once more"
 
 
 async def load(db: Db, lines: Lines, progress: Progress, *, is_whole: bool, deed: Deed) -> Summary:
