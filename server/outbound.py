@@ -117,9 +117,10 @@ class _Transport(httpx.AsyncHTTPTransport):
         )  # fmt: skip
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-        # A pool knows connections by scheme, host and port.
+        # A pool knows connections by scheme, host and port. In hexadecimal, whatever the name is makes a host.
         address = ipaddress.ip_address(request.url.host).packed.hex()
-        request.url = request.url.copy_with(host=f"{address}.{request.extensions['sni_hostname']}")
+        name = str(request.extensions["sni_hostname"]).encode().hex()
+        request.url = request.url.copy_with(host=f"{address}.{name}")
         return await super().handle_async_request(request)
 
 

@@ -2,10 +2,12 @@
 
 import asyncio
 import datetime as dt
+import ipaddress
 import ssl
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import httpcore
 import httpx
 import pytest
 from cryptography import x509
@@ -96,3 +98,21 @@ async def test_connection_that_one_name_has_proven_is_not_used_for_another_name(
         with pytest.raises(Unreachable, match=r"(?i)certificate"):
             await asker.post(f"https://{name}:{host.port}/", b"", {})
     assert {name for _, name in host.asked} == {PROVEN}
+
+
+async def test_whatever_names_a_host_its_address_is_connected_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    asker = Outbound(to_private=True)
+    connected: list[object] = []
+
+    async def connect(_: object, address: str, *__: object) -> None:
+        connected.append(ipaddress.ip_address(address))
+        raise OSError
+
+    monkeypatch.setattr(httpcore.AnyIOBackend, "connect_tcp", connect)
+    for name in ("[::1]", "[::ffff:127.0.0.1]", "127.0.0.1", "localhost", "LOCALHOST"):
+        with pytest.raises(Unreachable):
+            await asker.get(f"http://{name}:9/", most=1)
+    addresses = [ipaddress.ip_address(one) for one in ("::1", "::ffff:127.0.0.1", "127.0.0.1")]
+    assert connected[:3] == addresses
+    assert {*connected[3:]} <= {*addresses}
+    await asker.close()
