@@ -13,7 +13,7 @@ from uuid import UUID
 from asyncpg import LockNotAvailableError
 
 from protocol.errors import ErrorCode
-from protocol.ids import SessionId
+from protocol.ids import ConversationId, SessionId
 from server.context import Context, Services
 from server.errors import INTERNAL, log_defect, log_failure, refusal
 from server.handlers.sending import send_noted
@@ -30,7 +30,8 @@ AGAIN = frozenset({ErrorCode.UNAVAILABLE, ErrorCode.RATE_LIMITED})
 
 class Scheduling:
     """Sends what is due: the messages of one sender in order, those of different senders concurrently. So nobody's
-    messages wait for a lock on another sender's row, or for a conversation that another one writes to.
+    messages wait for a lock on another sender's row, or for a conversation that another one writes to. A message that
+    was put off holds up those behind it in its conversation alone.
     """
 
     def __init__(self, services: Services, *, most: int) -> None:
@@ -46,16 +47,11 @@ class Scheduling:
                 await asyncio.wait(self._sending, return_when=asyncio.FIRST_COMPLETED)
             async with self._services.database.connection() as db:
                 claimed = await scheduled.claim(db)
-            if not claimed:
+            if claimed is None:
                 return
             task = asyncio.create_task(_send(self._services, claimed))
             self._sending.add(task)
             task.add_done_callback(self._sending.discard)
-
-    async def sent(self) -> None:
-        """Return when nothing that was begun is left."""
-        while self._sending:
-            await asyncio.wait(self._sending)
 
     async def close(self) -> None:
         """Give up what was begun. What is not committed is rolled back, and sent by another worker."""
@@ -63,20 +59,23 @@ class Scheduling:
 
 
 async def _send(services: Services, claimed: list[Due]) -> None:
-    """Send what one claim took, in order. What is left after a lock that somebody else holds, or without the database,
+    """Send what one claim took, in order. After a message that was put off, the others of its conversation are claimed
+    no more: they come after it. What is left after a lock that somebody else holds, or without the database,
     stays claimed: nothing of the same sender overtakes it until the claim ends, and then all of it is due again.
     """
     try:
+        put_off: set[ConversationId] = set()
         for due in claimed:
-            await _send_one(services, due)
+            if due.conversation_id not in put_off and not await _send_one(services, due):
+                put_off.add(due.conversation_id)
     except (LockNotAvailableError, ClaimLost):
         return
     except Exception as error:  # noqa: BLE001 - it is taken up again
         log_failure(log, "sending scheduled messages", error)
 
 
-async def _send_one(services: Services, due: Due) -> None:
-    """Send a message, or note why that cannot be."""
+async def _send_one(services: Services, due: Due) -> bool:
+    """Send a message, or note why that cannot be. Return False if it was put off."""
     if due.sender is None:
         problem = "The account cannot send messages any more."
     elif due.frame is None:
@@ -95,12 +94,13 @@ async def _send_one(services: Services, due: Due) -> None:
                 refused = INTERNAL
             if refused.code in AGAIN:
                 await _put_off(services, due, refused.retry_after_ms or 0)
-                return
+                return False
             problem = refused.message
         else:
             services.events.poke([due.sender_id])
-            return
+            return True
     await _fail(services, due, problem)
+    return True
 
 
 async def _put_off(services: Services, due: Due, wait_ms: int) -> None:

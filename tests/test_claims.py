@@ -13,7 +13,7 @@ from server.context import Services
 from server.database import Db
 from server.queries import scheduled
 from server.queries.scheduled import Due
-from tests.world import Room, World, refused
+from tests.world import Room, World, all_sent, refused
 
 CLAIM = scheduled.claim
 WAITS = "SELECT EXISTS (SELECT FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database())"
@@ -32,10 +32,10 @@ class Turns:
         self.scheduling = scheduling.Scheduling(self.services, most=1)
         self._next: dict[asyncio.Task[object] | None, Due] = {}
 
-    async def claim(self, _: Db) -> list[Due]:
+    async def claim(self, _: Db) -> list[Due] | None:
         """Stand in for `scheduled.claim`: the jobs get nothing."""
         due = self._next.pop(asyncio.current_task(), None)
-        return [] if due is None else [due]
+        return None if due is None else [due]
 
     async def schedule(self) -> client.Schedule:
         """Schedule a message of Charles's that is due."""
@@ -48,14 +48,13 @@ class Turns:
     async def take(self) -> Due:
         """Claim what is due, as a worker does after another one's claim ran out."""
         await self.db.execute("UPDATE scheduled_message SET claimed_at = claimed_at - interval '1 minute'")
-        (due,) = await CLAIM(self.db)
-        return due
+        return (await CLAIM(self.db) or [])[0]
 
     async def send(self, due: Due) -> None:
         """Go on with a claim as its worker does."""
         self._next[asyncio.current_task()] = due
         await self.scheduling.send_due()
-        await self.scheduling.sent()
+        await all_sent(self.scheduling)
 
     async def put_off(self, due: Due) -> None:
         """Put a message off as a worker does that met a busy database."""

@@ -3,16 +3,19 @@
 import asyncio
 from datetime import UTC, datetime
 
+import asyncpg
 import pytest
 
 from protocol import client, server
 from protocol.ids import ConversationId, MessageId, uuid7
+from protocol.values import ConversationSettings
 from prove.client import Client
 from server import app, database
 from server.config import Settings
 from server.gather import Gather
 from server.periodic import end, every
-from tests.world import Room, World, heard, sent
+from server.queries import scheduled
+from tests.world import Room, World, all_sent, heard, sent
 
 HOLD = {
     "sender": """SELECT FROM "user" WHERE name = 'Charles' FOR NO KEY UPDATE""",
@@ -61,6 +64,89 @@ async def test_due_message_waits_for_no_row_that_concerns_another_sender(
         assert await world.db.fetchval(SAID, stuck) == [f"Charles {number}" for number in range(4)]
         assert await world.db.fetchval(SAID, free) == ["Mary 1"]
         assert await world.db.fetchval(WAITING) == 0
+
+
+@pytest.mark.parametrize("more_due", ["nothing", "another message"])
+async def test_claim_that_meets_another_workers_takes_nothing_and_other_senders_are_next(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, more_due: str
+) -> None:
+    """A worker that began to look before another one's claim was committed, and goes on after that."""
+    monkeypatch.setattr(app, "DUE_SECONDS", 36_000.0)
+    async with World(settings, workers=1) as world:
+        scheduling = world.workers[0].app.scheduling
+        people = await world.users("Ada", "Charles", "Mary")
+        ada, charles, mary = [await world.connect(one) for one in people]
+        group = await world.group(ada, *people[1:], title="Held")
+        await schedule(charles, group, "Charles 0")
+        more = await schedule(charles, group, "Charles 1")
+        await world.db.execute("UPDATE scheduled_message SET send_at = now() + interval '1 day' WHERE id = $1", more)
+        first = await schedule(mary, group, "Mary")
+        claiming = await asyncpg.connect(settings.database_url)
+        claim = claiming.transaction()
+        await claim.start()
+        assert len(await scheduled.claim(claiming) or ()) == 1
+        if more_due != "nothing":
+            await world.db.execute(
+                "UPDATE scheduled_message SET send_at = send_at - interval '1 day' WHERE id = $1", more
+            )
+        await world.db.execute("SELECT pg_advisory_lock(56)")
+        looking = "pg_advisory_xact_lock_shared(56)::text IS NOT NULL AND u.is_active"
+        monkeypatch.setattr(scheduled, "NEXT", scheduled.NEXT.replace("u.is_active", looking, 1))
+        sending = asyncio.create_task(scheduling.send_due())
+        async with asyncio.timeout(5):
+            while not await world.db.fetchval(WAITS):
+                await world.db.execute("SELECT pg_stat_clear_snapshot()")
+                await asyncio.sleep(0.01)
+        await claim.commit()
+        await claiming.close()
+        await world.db.execute("SELECT pg_advisory_unlock(56)")
+        await sending
+        assert (await heard(ada, first)).content == "Mary"
+        await all_sent(scheduling)
+        waiting = await world.db.fetch(
+            "SELECT id FROM scheduled_message WHERE claimed_at IS NULL AND status = 'waiting'"
+        )
+        assert [row[0] for row in waiting] == [more]
+        await world.db.execute(LAPSE)
+        await world.db.execute("UPDATE scheduled_message SET send_at = now() WHERE id = $1", more)
+        await scheduling.send_due()
+        await all_sent(scheduling)
+        assert await world.db.fetchval(SAID, group) == ["Mary", "Charles 0", "Charles 1"]
+
+
+async def test_what_was_put_off_is_not_overtaken_in_its_conversation(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(app, "DUE_SECONDS", 36_000.0)
+    async with World(settings, workers=1) as world:
+        scheduling = world.workers[0].app.scheduling
+        ada, charles, mary = await world.users("Ada", "Charles", "Mary")
+        owner, sender, other = await world.connect(ada), await world.connect(charles), await world.connect(mary)
+        slow = await world.group(owner, charles, settings=ConversationSettings(slow_mode_seconds=3_600))
+        free = await world.group(owner, charles, mary)
+
+        async def send_due() -> tuple[object, object, int]:
+            async with asyncio.timeout(5):
+                await scheduling.send_due()
+                await all_sent(scheduling)
+            put_off = await world.db.fetchval("SELECT count(*) FROM scheduled_message WHERE not_before IS NOT NULL")
+            assert not await world.db.fetchval(
+                "SELECT count(claimed_at) FROM scheduled_message WHERE status = 'waiting'"
+            )
+            return (*[await world.db.fetchval(SAID, one) for one in (slow, free)], put_off)
+
+        await sent(sender, slow, "Now")
+        for who, about, content in (
+            (sender, slow, "1"), (sender, slow, "2"), (sender, free, "3"), (other, free, "4"),
+        ):  # fmt: skip
+            await schedule(who, about, content)
+        assert await send_due() == (["Now"], ["3", "4"], 1)
+        await owner.call(client.UpdateConversation(conversation_id=slow, settings=ConversationSettings()))
+        await schedule(sender, slow, "5")
+        await schedule(other, free, "6")
+        assert await send_due() == (["Now"], ["3", "4", "6"], 1)
+        await world.db.execute("UPDATE scheduled_message SET not_before = now() WHERE status = 'waiting'")
+        assert await send_due() == (["Now", "1", "2", "5"], ["3", "4", "6"], 0)
 
 
 async def test_more_held_senders_than_a_worker_sends_for_delay_nobody_else(

@@ -36,7 +36,7 @@ from server.queries import accounts, sessions, users
 from server.queries.users import Transition
 from server.routes import ROUTES
 from tests.test_credentials import administer
-from tests.world import PUSH_POINT, World, http_client, message
+from tests.world import PUSH_POINT, World, all_sent, http_client, message
 
 Act = Callable[[], Coroutine[Any, Any, object]]
 
@@ -293,7 +293,7 @@ class Quarrel:
             await self.app.expire_due()
             scheduling = self.app.scheduling
             await scheduling.send_due()
-            await scheduling.sent()
+            await all_sent(scheduling)
 
 
 @pytest.fixture

@@ -25,6 +25,7 @@ from server.app import App
 from server.auth.tokens import new_token, token_hash
 from server.config import Settings
 from server.queries import accounts, sessions
+from server.scheduling import Scheduling
 from server.worker import DrainingServer
 
 ON_LOOPBACK = ("127.0.0.1", 0)
@@ -180,3 +181,9 @@ class Room:
 
 def refused(code: ErrorCode, path: str | None) -> "pytest.RaisesExc[Refused]":
     return pytest.raises(Refused, check=lambda error: (error.code, error.path) == (code, path))
+
+
+async def all_sent(scheduling: Scheduling) -> None:
+    """Return when nothing is left of the scheduled messages that a worker has begun to send."""
+    while scheduling._sending:  # noqa: SLF001
+        await asyncio.wait(scheduling._sending)  # noqa: SLF001

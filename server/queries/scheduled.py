@@ -117,6 +117,7 @@ class Due(NamedTuple):
     """A message whose time has come."""
 
     message_id: MessageId
+    conversation_id: ConversationId
     sender_id: UserId
     sender: User | None
     """None if they are not here any more, or cannot be read."""
@@ -131,52 +132,64 @@ class ClaimLost(Exception):  # noqa: N818 - another worker has the message now
 
 
 # One claim takes what is due of one sender, so a worker sends it in order, and other senders' beside it. A sender of
-# whom a claim has not ended has no other one: what becomes due meanwhile comes after it. The sender's lock keeps their
-# frames and other workers' claims away from all rows; a sender whose lock somebody else has comes later.
+# whom a claim has not ended has no other one: what becomes due meanwhile comes after it. What was put off is not
+# overtaken in its conversation.
+# The sender's lock keeps their frames and other workers' claims away from all rows; a sender whose lock somebody else
+# has comes later. `CLAIM` asks again under that lock: another worker may have committed a claim since `NEXT` began.
 # Whoever deleted their account, or was locked out, says nothing any more.
 # IS TRUE keeps the planner from going through what is due of everybody to find what is the sender's.
 _IS_DUE = """s.send_at <= now() AND (s.not_before IS NULL OR s.not_before <= now())
-    AND (s.claimed_at IS NULL OR s.claimed_at < now() - $1::interval)"""
-CLAIM = f"""
-WITH next AS MATERIALIZED (
-    SELECT u.id, CASE WHEN u.is_active AND NOT u.is_deleted THEN {FACE} END AS face
-    FROM scheduled_message s JOIN "user" u ON u.id = s.sender_id
-    WHERE s.status = 'waiting' AND {_IS_DUE} AND NOT EXISTS (
+    AND (s.claimed_at IS NULL OR s.claimed_at < now() - $1::interval)
+    AND NOT EXISTS (
         SELECT FROM scheduled_message o
-        WHERE o.sender_id = s.sender_id AND o.status = 'waiting' AND o.claimed_at >= now() - $1::interval
-    )
-    ORDER BY s.send_at LIMIT 1 FOR NO KEY UPDATE OF u SKIP LOCKED
-)
-UPDATE scheduled_message s SET claimed_at = now() FROM next
-WHERE s.sender_id = next.id AND s.status = 'waiting' AND ({_IS_DUE}) IS TRUE
-RETURNING s.send_at, s.id, s.conversation_id, s.sender_id, s.words, next.face, s.claimed_at
+        WHERE o.sender_id = s.sender_id AND o.status = 'waiting' AND (o.claimed_at >= now() - $1::interval
+            OR (o.conversation_id = s.conversation_id AND o.not_before > now()
+                AND (o.send_at, o.id) < (s.send_at, s.id)))
+    )"""
+NEXT = f"""
+SELECT u.id, CASE WHEN u.is_active AND NOT u.is_deleted THEN {FACE} END
+FROM scheduled_message s JOIN "user" u ON u.id = s.sender_id
+WHERE s.status = 'waiting' AND {_IS_DUE}
+ORDER BY s.send_at LIMIT 1 FOR NO KEY UPDATE OF u SKIP LOCKED
 """  # noqa: S608 - constants are put in
+CLAIM = f"""
+UPDATE scheduled_message s SET claimed_at = now()
+WHERE s.sender_id = $2 AND s.status = 'waiting' AND ({_IS_DUE}) IS TRUE
+RETURNING s.send_at, s.id, s.conversation_id, s.words, s.claimed_at
+"""  # noqa: S608 - a constant is put in
 
 
-async def claim(db: Db) -> list[Due]:
-    """Take up, in order, what is due of the sender who has waited longest, and what nobody else has taken up. Skips
-    senders whose rows other transactions hold.
+async def claim(db: Db) -> list[Due] | None:
+    """Take up, in order, what is due of the sender who has waited longest, and what nobody else has taken up; None if
+    nothing of anybody is due. Skips senders whose rows other transactions hold.
     """
+    async with db.transaction():
+        if (first := await db.fetchrow(NEXT, CLAIMED)) is None:
+            return None
+        sender_id, face = first
+        rows = await db.fetch(CLAIM, CLAIMED, sender_id)
+    sender = None if face is None else _user_decoder.read(face)
     found = []
-    for _, message_id, conversation_id, sender_id, words, face, claimed_at in sorted(
-        await db.fetch(CLAIM, CLAIMED), key=lambda row: row[:2]
-    ):
+    for _, message_id, conversation_id, words, claimed_at in sorted(rows, key=lambda row: row[:2]):
         try:
             said = msgspec.structs.asdict(_words_decoder.decode(words))
             frame = Send(conversation_id=conversation_id, message_id=message_id, **said)
         except (msgspec.ValidationError, RecursionError, ValueError):
             frame = None
-        sender = None if face is None else _user_decoder.read(face)
-        found.append(Due(message_id, sender_id, sender, frame, claimed_at))
+        found.append(Due(message_id, conversation_id, sender_id, sender, frame, claimed_at))
     return found
 
 
 # A claim runs out while its worker waits: another one takes the message, and the owner may change or cancel it after
-# that. So both statements act on the worker's own claim alone.
+# that. So these statements act on the worker's own claim alone.
 PUT_OFF = """
 WITH touched AS (UPDATE "user" SET version = version + 1, own_moves = own_moves + 1 WHERE id = $2 RETURNING version)
 UPDATE scheduled_message s SET claimed_at = NULL, not_before = now() + $4::interval, user_version = t.version
 FROM touched t WHERE s.id = $1 AND s.status = 'waiting' AND s.claimed_at = $3
+"""
+RELEASE = """
+UPDATE scheduled_message s SET claimed_at = NULL
+WHERE s.sender_id = $1 AND s.conversation_id = $2 AND s.status = 'waiting' AND s.claimed_at = $3
 """
 FINISH = """
 WITH touched AS (UPDATE "user" SET version = version + 1, own_moves = own_moves + 1 WHERE id = $2 RETURNING version)
@@ -187,11 +200,13 @@ RETURNING true
 
 
 async def put_off(db: Db, due: Due, wait: timedelta) -> None:
-    """Have a message that was taken up wait for at least `CLAIMED`, so that those behind it have their turn.
+    """Have a message that was taken up wait for at least `CLAIMED`, and those behind it in its conversation until it
+    was sent.
 
-    Nobody has claimed it meanwhile: its owner may change or cancel it. Does nothing if the claim is lost.
+    Nobody has claimed them meanwhile: their owner may change or cancel them. Does nothing if the claim is lost.
     """
     await db.execute(PUT_OFF, due.message_id, due.sender_id, due.claimed_at, max(wait, CLAIMED))
+    await db.execute(RELEASE, due.sender_id, due.conversation_id, due.claimed_at)
 
 
 async def finish(db: Db, due: Due, status: ScheduledStatus, problem: str | None = None) -> None:
