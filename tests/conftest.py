@@ -22,6 +22,7 @@ from server.embedded.folder import DataFolder
 from server.embedded.postgres import Postgres
 from server.embedded.valkey import Valkey
 from tests.cluster import Cluster
+from tests.databases import Databases
 from tests.world import Room, World
 
 TEMPLATE = "template_openchat"
@@ -80,7 +81,9 @@ def servers() -> Iterator[Servers]:
     path = Path(tempfile.mkdtemp(prefix="openchat-tests-", dir=scratch()))
     folder = DataFolder(path)
     # Nobody cuts the power of this one; the tests of faults have their own.
-    postgres = Postgres(folder, max_connections=200, options={"fsync": "off", "full_page_writes": "off"})
+    postgres = Postgres(
+        folder, max_connections=200, options={"fsync": "off", "full_page_writes": "off", "autovacuum": "off"}
+    )
     valkey = Valkey(folder)
     try:
         postgres.start()
@@ -114,16 +117,18 @@ def nothing_is_shed(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPa
         monkeypatch.setattr(pressure, "LATE_SECONDS", (60, 60, 60))
 
 
+@pytest.fixture(scope="session")
+def databases(servers: Servers) -> Iterator[Databases]:
+    databases = Databases(servers.postgres.url, TEMPLATE)
+    yield databases
+    databases.close()
+
+
 @pytest.fixture
-async def database_url(servers: Servers, request: pytest.FixtureRequest) -> AsyncIterator[str]:
-    name = f"test_{abs(hash(request.node.nodeid)) % 10**12}"
-    administration = await asyncpg.connect(servers.postgres.url("postgres"))
-    await administration.execute(f"CREATE DATABASE {name} TEMPLATE {TEMPLATE} STRATEGY file_copy")
-    await administration.close()
-    yield servers.postgres.url(name)
-    administration = await asyncpg.connect(servers.postgres.url("postgres"))
-    await administration.execute(f"DROP DATABASE {name} WITH (FORCE)")
-    await administration.close()
+async def database_url(servers: Servers, databases: Databases) -> AsyncIterator[str]:
+    database = await databases.take()
+    yield servers.postgres.url(database.name)
+    await databases.give(database)
 
 
 @pytest.fixture

@@ -1,0 +1,117 @@
+"""Databases for tests. Emptying one takes a fraction of the time of making one."""
+
+import asyncio
+import concurrent.futures
+import threading
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar
+
+import asyncpg
+
+T = TypeVar("T")
+
+MOST_USES = 50
+"""Max tests that use a database: what deleted rows leave behind makes it slower."""
+
+END_SESSIONS = """
+SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity
+WHERE datname = current_database() AND pid <> pg_backend_pid() AND backend_type = 'client backend'
+"""
+# Whatever alters a catalog, also a grant or a setting, writes a row. Statistics are written in place.
+CATALOGS = ("pg_class", "pg_attribute", "pg_proc", "pg_constraint", "pg_trigger", "pg_policy", "pg_db_role_setting")
+KEPT = ("database_epoch", "schema_migration")
+"""Tables with rows of their own in the template."""
+EMPTY = f"""
+DO $$
+DECLARE
+    found regclass;
+BEGIN
+    FOR found IN
+        SELECT oid FROM pg_class WHERE relnamespace = 'public'::regnamespace AND relkind = 'r'
+            AND relname <> ALL (ARRAY{list(KEPT)}) AND pg_relation_size(oid) > 0
+    LOOP
+        EXECUTE format('DELETE FROM %s', found);
+    END LOOP;
+END
+$$
+"""
+IS_ALTERED = "SELECT " + " OR ".join(
+    f"EXISTS (SELECT FROM {table} WHERE xmin::text::bigint > $1)"
+    for table in (*CATALOGS, *KEPT, "(SELECT xmin FROM pg_database WHERE datname = current_database()) own")
+)
+
+
+class Database:
+    """A database, and a session that empties it."""
+
+    def __init__(self, name: str, made: int, session: "asyncpg.Connection[asyncpg.Record]") -> None:
+        """`made` is the number of the transaction after which no other one has altered it."""
+        self.name = name
+        self.made = made
+        self.session = session
+        self.uses = 0
+
+    async def is_as_new(self) -> bool:
+        """Empty it; return whether it is then as the template."""
+        await self.session.execute(END_SESSIONS)
+        if self.uses >= MOST_USES or await self.session.fetchval(IS_ALTERED, self.made):
+            return False
+        await self.session.execute(EMPTY)
+        return True
+
+
+class Databases:
+    """Gives out databases that are as the template. Its sessions have a loop of their own: tests have one each."""
+
+    def __init__(self, url: Callable[[str], str], template: str) -> None:
+        self._url = url
+        self._template = template
+        self._free: list[Database] = []
+        self._made = 0
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="databases", daemon=True)
+        self._thread.start()
+        self._administration = self._run(asyncpg.connect(url("postgres"))).result()
+
+    def take(self) -> "asyncio.Future[Database]":
+        """Return a database that nobody else uses."""
+        return asyncio.wrap_future(self._run(self._take()))
+
+    def give(self, database: Database) -> "asyncio.Future[None]":
+        """Take it back."""
+        return asyncio.wrap_future(self._run(self._give(database)))
+
+    def close(self) -> None:
+        """End all sessions."""
+        self._run(self._close()).result()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    def _run(self, work: Coroutine[Any, Any, T]) -> "concurrent.futures.Future[T]":
+        return asyncio.run_coroutine_threadsafe(work, self._loop)
+
+    async def _take(self) -> Database:
+        database = self._free.pop() if self._free else await self._make()
+        database.uses += 1
+        return database
+
+    async def _make(self) -> Database:
+        self._made += 1
+        name = f"test_{self._made}"
+        await self._administration.execute(f"CREATE DATABASE {name} TEMPLATE {self._template} STRATEGY file_copy")
+        made = await self._administration.fetchval("SELECT pg_current_xact_id()::text::bigint")
+        # Deletes rows that refer to each other, and those that nobody may delete.
+        settings = {"session_replication_role": "replica"}
+        return Database(name, made, await asyncpg.connect(self._url(name), server_settings=settings))
+
+    async def _give(self, database: Database) -> None:
+        if await database.is_as_new():
+            self._free.append(database)
+        else:
+            await database.session.close()
+            await self._administration.execute(f"DROP DATABASE {database.name} WITH (FORCE)")
+
+    async def _close(self) -> None:
+        for session in (self._administration, *(one.session for one in self._free)):
+            await session.close()
