@@ -1,6 +1,6 @@
 # make run       start the server, after setting up whatever it needs
 # make test      lint, types, tests, after setting up whatever they need
-# make test-all  the same, and the tests that take longer or need nginx
+# make test-all  the same, and the tests that take longer, measure, or need nginx
 # make help      everything else
 
 PYTHON ?= python3
@@ -11,7 +11,7 @@ ARGS ?=
 # Tests start many processes: none of them should have to compile what another one has.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: run test test-all more lint types tests docs bench prove fuzz scale search worst format lock clean help
+.PHONY: run test test-all long more lint types tests docs bench prove fuzz scale search worst format lock clean help
 
 run: $(VENV)/run-ready
 	@exec $(VENV)/bin/openchat $(ARGS)
@@ -20,6 +20,7 @@ test: lint types tests
 
 # One after the other, also under `make -j`: `more` measures, and nothing else may run meanwhile.
 test-all: test
+	@$(MAKE) --no-print-directory long
 	@$(MAKE) --no-print-directory more
 
 lint: $(VENV)/test-ready
@@ -32,7 +33,10 @@ types: $(VENV)/test-ready
 tests: $(VENV)/test-ready
 	$(VENV)/bin/pytest -n 3 $(ARGS)
 
-more: $(VENV)/test-ready  ## the tests that take longer or need nginx, one at a time
+long: $(VENV)/test-ready  ## the tests that take longer
+	$(VENV)/bin/pytest -n 3 -m long $(ARGS)
+
+more: $(VENV)/test-ready  ## the tests that measure or need nginx, one at a time
 	@PATH="$$PATH:/usr/sbin" command -v nginx >/dev/null || \
 	    { echo "These tests need nginx, which is missing: apt-get install nginx-light (Debian), brew install nginx (macOS)"; exit 1; }
 	$(VENV)/bin/pytest -m more $(ARGS)

@@ -336,7 +336,7 @@ async def others(db: "asyncpg.Connection[asyncpg.Record]") -> None:
 
 
 @pytest.mark.timeout(90)
-@pytest.mark.parametrize("again", [False, pytest.param(True, marks=pytest.mark.more)])
+@pytest.mark.parametrize("again", [False, pytest.param(True, marks=pytest.mark.long)])
 async def test_cost_does_not_grow_with_history(db: "asyncpg.Connection[asyncpg.Record]", *, again: bool) -> None:
     # Plans are made now, with no messages there, and kept: that is when a planner errs most. Or they are made `again`
     # when the tables have grown: ANALYZE tells of sizes alone (docs/decisions/0051).

@@ -140,12 +140,12 @@ def closed() -> TextIO:
     return one
 
 
-MORE = pytest.mark.more
+LONG = pytest.mark.long
 
 
 @pytest.mark.parametrize(
     "target",
-    [full, pytest.param(unread, marks=MORE), pytest.param(closed, marks=MORE), pytest.param(None, marks=MORE)],
+    [full, pytest.param(unread, marks=LONG), pytest.param(closed, marks=LONG), pytest.param(None, marks=LONG)],
 )
 async def test_every_command_whose_output_nobody_takes_ends_with_one_sentence(
     place: Place, target: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

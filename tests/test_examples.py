@@ -82,7 +82,7 @@ async def test_python_of_the_client_guide_makes_ids_that_are_taken(world: World)
     assert (await one.call(frame, OneConversation)).view.conversation.id.version == 7
 
 
-@pytest.mark.more
+@pytest.mark.long
 async def test_backup_of_an_external_database_is_restored(servers: Servers, world: World, tmp_path: Path) -> None:
     one = await world.connect(await world.user("Ada"))
     about = await world.channel(one)
@@ -136,7 +136,7 @@ async def test_backup_of_an_external_database_is_restored(servers: Servers, worl
         await admin.close()
 
 
-@pytest.mark.more
+@pytest.mark.long
 def test_backup_of_the_embedded_database_is_restored() -> None:
     # Not pytest's own folder, which the system user of the embedded servers cannot reach.
     folder = Path(tempfile.mkdtemp(prefix="openchat-tests-"))

@@ -199,7 +199,7 @@ async def listed(
             return found
 
 
-@pytest.mark.parametrize("seed", [1, pytest.param(2, marks=pytest.mark.more), pytest.param(3, marks=pytest.mark.more)])
+@pytest.mark.parametrize("seed", [1, pytest.param(2, marks=pytest.mark.long), pytest.param(3, marks=pytest.mark.long)])
 async def test_feed_is_that_of_a_slow_and_obvious_recount(db: "asyncpg.Connection[asyncpg.Record]", seed: int) -> None:
     chance = random.Random(seed)
     await fill(db, chance)

@@ -279,18 +279,19 @@ class Direct(NamedTuple):
         return count
 
 
+@pytest.mark.long
 async def test_every_field_of_every_frame_takes_hostile_values(lone: World, caplog: pytest.LogCaptureFixture) -> None:
     assert await (await Direct.of(lone)).run_all(SMALL) > 10_000
     assert_quiet(caplog)
 
 
-@pytest.mark.more
+@pytest.mark.long
 async def test_every_field_of_every_frame_takes_large_values(lone: World, caplog: pytest.LogCaptureFixture) -> None:
     assert await (await Direct.of(lone)).run_all(LARGE) > 1_000
     assert_quiet(caplog)
 
 
-@pytest.mark.more
+@pytest.mark.long
 @given(data=st.data())
 @examples(max_examples=2_000, deadline=None, suppress_health_check=list(HealthCheck))
 async def test_any_json_in_any_field(lone: World, data: st.DataObject) -> None:
@@ -327,6 +328,7 @@ async def test_a_connection_survives_hostile_values(lone: World, caplog: pytest.
     assert_quiet(caplog)
 
 
+@pytest.mark.long
 async def test_every_field_of_every_body_takes_hostile_values(lone: World, caplog: pytest.LogCaptureFixture) -> None:
     somebody = await lone.user("Ada")
     bodies: dict[str, type[msgspec.Struct]] = {

@@ -66,6 +66,7 @@ def written(folder: Path) -> Result | None:
     return msgspec.json.decode(reports[0].read_bytes(), type=Result) if reports else None
 
 
+@pytest.mark.long
 async def test_the_crowd_sees_what_goes_wrong_and_nothing_else(cluster: Cluster, tmp_path: Path) -> None:
     port = cluster.workers[0].listener.getsockname()[1]
     good, bad = tmp_path / "good", tmp_path / "bad"

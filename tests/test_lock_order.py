@@ -344,7 +344,7 @@ def held(table: str) -> str:
 
 @pytest.mark.parametrize(
     ("rank", "mode"),
-    [(0, "UPDATE"), (1, "NO KEY UPDATE"), pytest.param(0, "NO KEY UPDATE", marks=pytest.mark.more)],
+    [(0, "UPDATE"), (1, "NO KEY UPDATE"), pytest.param(0, "NO KEY UPDATE", marks=pytest.mark.long)],
 )
 async def test_whoever_waits_for_a_lock_holds_none_of_a_later_rank(quarrel: Quarrel, rank: int, mode: str) -> None:
     """Every act in turn meets a transaction that holds all rows of a rank, as a deletion holds its conversation."""
@@ -383,7 +383,7 @@ async def test_every_writing_frame_is_tried(quarrel: Quarrel) -> None:
     assert writing - {client.DeleteConversation} <= {type(frame) for frame in quarrel.frames()}
 
 
-@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.more)])
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.long)])
 async def test_no_deadlock_when_everything_is_done_concurrently(quarrel: Quarrel, seed: int) -> None:
     """Four connections do everything, each in another order."""
     random.seed(seed)
@@ -396,7 +396,7 @@ async def test_no_deadlock_when_everything_is_done_concurrently(quarrel: Quarrel
     await asyncio.gather(*(all_of_it() for _ in range(4)))
 
 
-@pytest.mark.more
+@pytest.mark.long
 @pytest.mark.timeout(900)
 async def test_no_deadlock_between_any_two(quarrel: Quarrel) -> None:
     """All pairs, several of each at once."""

@@ -131,21 +131,21 @@ async def test_a_server_that_keeps_its_word_is_believed(settings: Settings) -> N
             hands_on,
             "duplicated",
             id="an event comes twice",
-            marks=pytest.mark.more,
+            marks=pytest.mark.long,
         ),
-        pytest.param(late, hands_on, "out_of_order", id="an event is overtaken", marks=pytest.mark.more),
+        pytest.param(late, hands_on, "out_of_order", id="an event is overtaken", marks=pytest.mark.long),
         pytest.param(
             lambda: now_and_then(invents),
             hands_on,
             "phantom",
             id="an event of a message that is not stored",
-            marks=pytest.mark.more,
+            marks=pytest.mark.long,
         ),
         pytest.param(
-            lambda: now_and_then(garbles), hands_on, "wrong", id="an event says something else", marks=pytest.mark.more
+            lambda: now_and_then(garbles), hands_on, "wrong", id="an event says something else", marks=pytest.mark.long
         ),
         pytest.param(
-            lambda: honest, Forgets(), "lost", id="acknowledged before the commit, which fails", marks=pytest.mark.more
+            lambda: honest, Forgets(), "lost", id="acknowledged before the commit, which fails", marks=pytest.mark.long
         ),
     ],
 )
@@ -216,7 +216,7 @@ def prove(*arguments: str) -> tuple[int, str]:
     return done.returncode, done.stdout + done.stderr
 
 
-@pytest.mark.more
+@pytest.mark.long
 def test_prove_from_the_command_line(tmp_path: Path) -> None:
     size = ("--people", "8", "--rate", "60", "--seconds", "3")
     status, said = prove(*size, "--only", "worker killed", "--report", str(tmp_path))

@@ -16,6 +16,7 @@ from tests.world import World, until
 PEOPLE, ACTIONS, CHANNELS = 50, 30, 5
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("seed", [1])
 async def test_everyone_ends_with_the_truth(settings: Settings, cluster: Cluster, seed: int) -> None:
     db = await asyncpg.connect(settings.database_url)

@@ -140,7 +140,7 @@ async def edits(one: Client, messages: list[Message]) -> set[UUID]:
     return found
 
 
-@pytest.mark.parametrize("seed", [1, pytest.param(2, marks=pytest.mark.more)])
+@pytest.mark.parametrize("seed", [1, pytest.param(2, marks=pytest.mark.long)])
 async def test_a_reader_sees_what_the_server_shows(world: World, reader: Reader, seed: int) -> None:
     people, clients, conversations = await crowd(world, seed)
     everyone = [one.id for one in people]

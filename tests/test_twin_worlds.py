@@ -146,7 +146,7 @@ CASES: dict[str, tuple[tuple[bool, bool], list[Fact], bool]] = {
 SLOW = {"invisible stranger", "blocks"}
 
 
-@pytest.mark.parametrize("case", [pytest.param(one, marks=pytest.mark.more if one in SLOW else ()) for one in CASES])
+@pytest.mark.parametrize("case", [pytest.param(one, marks=pytest.mark.long if one in SLOW else ()) for one in CASES])
 async def test_worlds_that_differ_in_a_hidden_fact_look_alike(world: World, case: str) -> None:
     (have_met, are_friends), facts, writes = CASES[case]
     twins = []

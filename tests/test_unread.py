@@ -106,7 +106,7 @@ async def test_in_a_crowd_readers_are_counted_and_not_named(room: Room, world: W
     assert (got.is_crowd, got.read_by, got.readers) == (True, 1, [])
 
 
-@pytest.mark.parametrize("seed", [1, pytest.param(2, marks=pytest.mark.more)])
+@pytest.mark.parametrize("seed", [1, pytest.param(2, marks=pytest.mark.long)])
 async def test_the_count_is_that_of_a_slow_and_obvious_recount(world: World, seed: int) -> None:
     chance = random.Random(seed)
     people = await world.users("Ada", "Charles", "Mary", "Grace")
