@@ -81,9 +81,7 @@ def servers() -> Iterator[Servers]:
     path = Path(tempfile.mkdtemp(prefix="openchat-tests-", dir=scratch()))
     folder = DataFolder(path)
     # Nobody cuts the power of this one; the tests of faults have their own.
-    postgres = Postgres(
-        folder, max_connections=200, options={"fsync": "off", "full_page_writes": "off", "autovacuum": "off"}
-    )
+    postgres = Postgres(folder, max_connections=200, options={"fsync": "off", "full_page_writes": "off"})
     valkey = Valkey(folder)
     try:
         postgres.start()
@@ -125,8 +123,8 @@ def databases(servers: Servers) -> Iterator[Databases]:
 
 
 @pytest.fixture
-async def database_url(servers: Servers, databases: Databases) -> AsyncIterator[str]:
-    database = await databases.take()
+async def database_url(servers: Servers, databases: Databases, request: pytest.FixtureRequest) -> AsyncIterator[str]:
+    database = await databases.take(is_new=request.node.get_closest_marker("new_database") is not None)
     yield servers.postgres.url(database.name)
     await databases.give(database)
 

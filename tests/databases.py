@@ -54,7 +54,7 @@ class Database:
     async def is_as_new(self) -> bool:
         """Empty it; return whether it is then as the template."""
         await self.session.execute(END_SESSIONS)
-        if self.uses >= MOST_USES or await self.session.fetchval(IS_ALTERED, self.made):
+        if await self.session.fetchval(IS_ALTERED, self.made):
             return False
         await self.session.execute(EMPTY)
         return True
@@ -73,9 +73,9 @@ class Databases:
         self._thread.start()
         self._administration = self._run(asyncpg.connect(url("postgres"))).result()
 
-    def take(self) -> "asyncio.Future[Database]":
-        """Return a database that nobody else uses."""
-        return asyncio.wrap_future(self._run(self._take()))
+    def take(self, *, is_new: bool) -> "asyncio.Future[Database]":
+        """Return a database that nobody uses. One that has to be new has no session of ours, and no second use."""
+        return asyncio.wrap_future(self._run(self._take(is_new=is_new)))
 
     def give(self, database: Database) -> "asyncio.Future[None]":
         """Take it back."""
@@ -91,9 +91,12 @@ class Databases:
     def _run(self, work: Coroutine[Any, Any, T]) -> "concurrent.futures.Future[T]":
         return asyncio.run_coroutine_threadsafe(work, self._loop)
 
-    async def _take(self) -> Database:
-        database = self._free.pop() if self._free else await self._make()
+    async def _take(self, *, is_new: bool) -> Database:
+        database = await self._make() if is_new or not self._free else self._free.pop()
         database.uses += 1
+        if is_new:
+            database.uses = MOST_USES
+            await database.session.close()
         return database
 
     async def _make(self) -> Database:
@@ -106,7 +109,7 @@ class Databases:
         return Database(name, made, await asyncpg.connect(self._url(name), server_settings=settings))
 
     async def _give(self, database: Database) -> None:
-        if await database.is_as_new():
+        if database.uses < MOST_USES and await database.is_as_new():
             self._free.append(database)
         else:
             await database.session.close()

@@ -44,6 +44,8 @@ from server.queries import (
 )
 from server.queries import mentions as meaning
 
+pytestmark = pytest.mark.new_database
+
 MESSAGES = 60_000
 SMALL = 1_000
 OTHERS = 8_000

@@ -16,6 +16,8 @@ from tests.conftest import Servers
 from tests.test_credentials import ADA, LOGIN, registered
 from tests.world import Somebody, World, http_client, sent
 
+pytestmark = pytest.mark.new_database
+
 
 class Twins(NamedTuple):
     """A world, and one whose database is a copy: both have the same users, sessions and conversations."""
