@@ -21,6 +21,8 @@ import pytest
 import server.queries
 from server.database import SESSION
 
+pytestmark = pytest.mark.new_database
+
 FRAGMENTS = {"changes.EVENTS", "latest.LATEST", "unread.COUNT_REPLIES", "unread.COUNT_UNREAD", "users.UNSEEN"}
 """Parts of other statements, which are planned there."""
 FEED = (

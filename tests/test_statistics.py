@@ -10,6 +10,8 @@ import pytest
 from protocol.ids import uuid7
 from server.database import Db
 
+pytestmark = pytest.mark.new_database
+
 KEPT = """
 SELECT count(*) FROM pg_attribute a
 WHERE a.attnum > 0 AND NOT a.attisdropped AND a.attstattarget IS DISTINCT FROM 0
