@@ -5,6 +5,7 @@ The deadlines are for the whole of a thing, not for its next byte: a client that
 
 import asyncio
 import logging
+import re
 from collections.abc import Callable
 from enum import Enum
 from functools import partial
@@ -36,6 +37,8 @@ MAX_BODY_BYTES = 4 * MAX_FRAME_BYTES
 NO_HANDSHAKE = Refused(
     ErrorCode.BAD_FRAME, "This is no WebSocket handshake: it has a body, more than 128 headers, or a line over 8 KiB."
 )
+HOST = re.compile(rb"(?:\[[0-9A-Za-z:.%]+\]|[-\w.~%!$&'()*+,;=]*)(?::\d*)?")
+"""A `Host` (RFC 9110, section 7.2). Proxies and caches may take a request with none, or with two, for another one's."""
 MAX_PIPELINED = 8
 """Max requests that wait for the answer of the one before."""
 
@@ -177,6 +180,11 @@ class Http(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:  # noqa: D102
         if self._is_over:
+            return
+        hosts = [value for name, value in self.headers if name == b"host"]
+        is_old = self.parser.get_http_version() == "1.0"
+        if len(hosts) > 1 or not (hosts or is_old) or not all(HOST.fullmatch(host) for host in hosts):
+            self._refuse(Refused(ErrorCode.BAD_FRAME, "A request names its host once. Send one valid `Host` header."))
             return
         self._disarm()
         self._stage, self._bytes = Stage.BODY, 0

@@ -173,7 +173,11 @@ async def welcomed_by(db: Db, context: Context, me: Participant, frame: AddParti
 
 async def _allowed(db: Db, context: Context, me: Participant, frame: AddParticipants | Invite) -> Welcome:
     named = await guests(db, context, me.conversation_id, frame.participants)
-    if not may(me, Act.REMOVE_MEMBERS) and any(guest.status == "banned" for guest in named):
+    if any(guest.status == "banned" for guest in named):
+        if may(me, Act.REMOVE_MEMBERS):
+            raise Refused(
+                ErrorCode.CONFLICT, "A named user is banned. Lift the ban with `unban` first.", path="participants"
+            )
         raise Refused(ErrorCode.FORBIDDEN, "Your role cannot lift a ban. Ask a moderator.", path="participants")
     return welcomed(context, named, only_invited=isinstance(frame, Invite))
 

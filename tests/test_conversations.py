@@ -163,8 +163,19 @@ async def test_a_ban_holds_until_it_is_lifted(person: Make, world: World) -> Non
     await ada.call(client.RemoveParticipant(conversation_id=channel, user_id=charles_id, ban=True))
     with refused(ErrorCode.FORBIDDEN, "conversation_id"):
         await charles.call(client.Join(conversation_id=channel))
+    # Neither lifts it: the audit log would not say so, and an invitation can be declined.
+    for lifting in (client.AddParticipants, client.Invite):
+        with refused(ErrorCode.CONFLICT, "participants"):
+            await ada.call(lifting(conversation_id=channel, participants=[charles_id]))
+    with refused(ErrorCode.NOT_FOUND, "conversation_id"):
+        await charles.call(client.Decline(conversation_id=channel))
+    with refused(ErrorCode.FORBIDDEN, "conversation_id"):
+        await charles.call(client.Join(conversation_id=channel))
+    await ada.call(client.Unban(conversation_id=channel, user_id=charles_id))
     await ada.call(client.AddParticipants(conversation_id=channel, participants=[charles_id]))
     assert (await view(charles, channel)).me.status == "active"
+    noted = (await ada.call(client.ListAudit(conversation_id=channel), server.AuditPage)).entries
+    assert [entry.action for entry in noted] == ["ban", "unban"]
 
 
 async def test_ranks(person: Make, world: World) -> None:

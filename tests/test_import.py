@@ -124,6 +124,32 @@ def zipped(tmp_path: Path) -> Path:
     return Path(shutil.make_archive(str(tmp_path / "zipped"), "zip", SAMPLES / "slack"))
 
 
+OWNERS = """
+SELECT c.title, u.name FROM conversation c
+JOIN conversation_participant p ON p.conversation_id = c.id AND p.status = 'active' AND p.role = 'owner'
+JOIN "user" u ON u.id = p.user_id ORDER BY 1
+"""
+
+
+async def test_owner_of_an_imported_conversation_is_an_active_account(
+    shell: Shell, world: World, tmp_path: Path
+) -> None:
+    ada = await with_address(world, "Ada", "ada@example.org")
+    await world.db.execute('UPDATE "user" SET is_active = false, email_verified = true WHERE id = $1', ada.id)
+    path = slack(tmp_path)
+    (path / "channels.json").write_text(json.dumps([
+        {"id": f"C{number}", "name": f"{number}", "created": 1700000000, "creator": creator, "members": members}
+        for number, (creator, members) in enumerate([
+            ("U2", ["U3", "U2"]), ("U3", ["U3", "U1", "U2"]), ("U1", ["U3", "U1", "U2"]), ("U3", ["U1", "U3"]),
+        ])
+    ]))  # fmt: skip
+    await shell.run("import", "slack", str(path))
+    # Mary is gone there, Ada here. In the last one nobody is active.
+    assert [row[1] for row in await world.db.fetch(OWNERS) if row[0] in set("0123")] == [
+        "Charles Babbage", "Charles Babbage", "Charles Babbage", "Mary Somerville",
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     "name",
     ["/etc/passwd", "../users.json", "general/../../x.json", "..\\x.json", "C:\\x.json", "c:x.json", "a//b",

@@ -257,3 +257,22 @@ async def test_an_export_is_made_in_pieces_however_often_a_person_reacted_voted_
     deeds = {(str(each["chain"]), each["number"]) for each in export.deeds}
     assert len(reactions) == len({each.message_id for each in export.votes}) == len(deeds) == 170
     assert [len(export.reactions), len(export.votes), len(export.deeds)] == [170, 170, 170]
+
+
+async def test_export_says_of_a_deleted_conversation_what_it_says_of_one_that_was_left(world: World) -> None:
+    ada, charles, mary, left = await world.users("Ada", "Charles", "Mary", "Left")
+    owner, gone = await world.connect(ada), await world.connect(left)
+    about = await world.group(owner, charles, mary, left, title="Secret")
+    kept = await world.group(owner, charles, title="Kept")
+    await gone.call(client.Leave(conversation_id=about))
+    # An invitation that nobody can follow any more.
+    await world.db.execute("UPDATE conversation_participant SET status = 'invited' WHERE user_id = $1", mary.id)
+    await owner.call(client.DeleteConversation(conversation_id=about))
+    for who in (ada, charles, mary, left):
+        pieces = [piece async for piece in written(world.workers[0].app._database.connection, who.id)]  # noqa: SLF001
+        export = msgspec.json.decode(b"".join(pieces), type=Export, dec_hook=json_object.read)
+        told = {one.conversation_id: (one.title, one.participant.status) for one in export.conversations}
+        assert told[about] == (None, "left"), who.name
+        assert b"Secret" not in b"".join(pieces)
+        if who in (ada, charles):
+            assert told[kept] == ("Kept", "active")

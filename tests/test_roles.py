@@ -6,12 +6,14 @@ import pytest
 
 from protocol import client, server
 from protocol.errors import ErrorCode
-from protocol.ids import ConversationId, MessageId, UserId
+from protocol.ids import ConversationId, MessageId, UserId, uuid7
 from protocol.roles import ROLES, Act, may, rank
 from protocol.server import Error
 from protocol.values import ConversationSettings, Participant, Role
 from prove.client import Client
 from prove.truth import recount
+from server.dispatch import Rate
+from server.routes import ROUTES
 from tests.world import Somebody, World, message, refused, sent
 
 GRANTS = ("can_add_members", "can_remove_members", "can_edit_conversation", "can_delete_messages", "can_pin_messages")
@@ -146,6 +148,65 @@ async def test_ownership_is_handed_on_and_never_lost(world: World) -> None:
     with refused(ErrorCode.NOT_FOUND, "conversation_id"):
         await third.call(client.Join(conversation_id=room.about))
     assert await recount(world.db) == []
+
+
+ACCOUNTS_GONE = (
+    "is_active = false",
+    "is_active = false, is_disabled = true",
+    "is_active = false, is_deleted = true, deleted_at = now()",
+)
+NAMING: dict[type[client.Frame], tuple[dict[str, Any], ErrorCode | None]] = {
+    # A higher right is for accounts that are active.
+    client.TransferOwnership: ({}, ErrorCode.CONFLICT), client.SetRole: ({"role": "admin"}, ErrorCode.CONFLICT),
+    client.SetPermissions: ({"can_pin_messages": True}, ErrorCode.CONFLICT),
+    # For those who are not there, nobody is found.
+    client.CreateDirect: ({}, ErrorCode.NOT_FOUND), client.CreateGroup: ({}, ErrorCode.NOT_FOUND),
+    client.AddParticipants: ({}, ErrorCode.NOT_FOUND), client.Invite: ({}, ErrorCode.NOT_FOUND),
+    client.RequestFriend: ({}, ErrorCode.NOT_FOUND), client.Follow: ({}, ErrorCode.NOT_FOUND),
+    # Nothing is given.
+    client.RemoveParticipant: ({}, None), client.Unban: ({}, None), client.AnswerFriend: ({"accept": True}, None),
+    client.Block: ({}, None), client.Mute: ({}, None), client.SetSwitches: ({}, None), client.Unfriend: ({}, None),
+    client.Unblock: ({}, None), client.Unfollow: ({}, None), client.Unmute: ({}, None),
+}  # fmt: skip
+"""Every frame that writes and names a user: what it needs, and how it is refused if that account is not active."""
+
+
+async def test_whose_account_is_not_active_gets_no_right_and_no_ownership(world: World) -> None:
+    assert NAMING.keys() == {
+        frame for frame, route in ROUTES.items()
+        if route.rate is Rate.WRITE and {"user_id", "participants"} & set(frame.__struct_fields__)
+    }  # fmt: skip
+    room = await Room.make(world)
+    gone = await world.users(*("Gone" for _ in ACCOUNTS_GONE))
+    active, outsider = await world.users("Active", "Outsider")
+    for one in gone:
+        await room.enter(one, "moderator")
+    last = await room.enter(active)
+    for one, how in zip([*gone, outsider], [*ACCOUNTS_GONE, ACCOUNTS_GONE[0]], strict=True):
+        await world.db.execute(f'UPDATE "user" SET {how} WHERE id = $1', one.id)
+        for frame, (fields, code) in NAMING.items():
+            if code is None or (one is outsider) != (frame in {client.AddParticipants, client.Invite}):
+                continue
+            named = {"user_id": one.id} if "user_id" in frame.__struct_fields__ else {"participants": [one.id]}
+            where: dict[str, Any] = (
+                {"conversation_id": room.about} if "conversation_id" in frame.__struct_fields__ else {}
+            )
+            if frame is client.CreateGroup:
+                where = {"conversation_id": ConversationId(uuid7()), "title": "Others"}
+            answer = await room.owner.ask(frame(**where, **named, **fields))
+            assert isinstance(answer, Error), frame
+            assert (answer.code, answer.path) == (code, next(iter(named))), frame
+    # A lower right is taken from them all the same.
+    where = {"conversation_id": room.about, "user_id": gone[2].id}
+    await room.owner.call(client.SetPermissions(**where, can_pin_messages=False))
+    await room.owner.call(client.SetRole(**where, role="guest"))
+    await room.owner.call(client.Leave(conversation_id=room.about))
+    assert await role_of(last, room.about) == "owner"
+    # Where no account is active, there still is an owner, who may come back.
+    await last.call(client.Leave(conversation_id=room.about))
+    roles = "SELECT user_id, role FROM conversation_participant WHERE conversation_id = $1 AND status = 'active'"
+    left = {row[0]: row[1] for row in await world.db.fetch(roles, room.about)}
+    assert left == {gone[0].id: "owner", gone[1].id: "moderator", gone[2].id: "guest"}
 
 
 async def role_of(one: Client, about: ConversationId) -> Role:

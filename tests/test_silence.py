@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+import re
 import resource
 import socket
 from collections.abc import AsyncIterator, Iterator
@@ -173,6 +174,36 @@ async def test_no_path_leads_to_the_host_that_a_request_names(alone: World) -> N
     assert said.startswith(b"HTTP/1.1 404")
     assert b"elsewhere" not in said
     writer.close()
+
+
+HOSTS = [
+    ("1.1", [], 400), ("1.1", ["here", "there"], 400), ("1.1", ["here", "here"], 400), ("1.0", ["here", "there"], 400),
+    ("1.1", ["here/there"], 400), ("1.1", ["me@here"], 400), ("1.1", ["here there"], 400), ("1.1", ["here:80:90"], 400),
+    ("1.1", ["here#there"], 400), ("1.1", ["[::1"], 400), ("1.1", ["here:port"], 400),
+    ("1.1", ["here"], 200), ("1.1", [""], 200), ("1.1", ["here:80"], 200), ("1.1", ["[::1]:80"], 200),
+    ("1.1", ["xn--nxasmq6b.example"], 200), ("1.1", ["a_b.example"], 200), ("1.0", [], 200), ("1.0", ["here"], 200),
+]  # fmt: skip
+
+
+async def test_request_names_one_valid_host_or_is_refused(alone: World) -> None:
+    """RFC 9112, section 3.2: what is before the server may have taken the request for another host's."""
+    for version, hosts, status in HOSTS:
+        lines = "".join(f"Host: {host}\r\n" for host in hosts)
+        for line, fine in (("GET /healthz", 200), ("GET /v1/ws", 101)):
+            if fine == 101 and version == "1.0":
+                continue
+            shake = HANDSHAKE.decode() if fine == 101 else "\r\n"
+            # The first request, and a later one of a connection that is kept.
+            for before in (b"", DONE) if fine == 200 and version == "1.1" else (b"",):
+                reader, writer = await dial(alone)
+                if before:
+                    writer.write(before)
+                    head = await reader.readuntil(b"\r\n\r\n")
+                    await reader.readexactly(int(re.findall(rb"content-length: (\d+)", head)[0]))
+                writer.write(f"{line} HTTP/{version}\r\n{lines}{shake}".encode())
+                head = await reader.readuntil(b"\r\n\r\n")
+                writer.close()
+                assert head.split()[1] == b"%d" % (fine if status == 200 else status), (version, hosts, line, before)
 
 
 async def test_an_answer_that_nobody_reads_ends(alone: World, short: None, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: ARG001

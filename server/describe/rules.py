@@ -12,8 +12,9 @@ What each role may do in a group or a channel. A cell that names a permission is
 (`set_permissions`). Nobody acts on someone of the same or a higher role, or gives a role that is not below their own,
 but that guests and members who may add people make them what they are themselves. Whoever comes back is what they were,
 if that was a guest, and else a member;
-there is always one owner: when they leave or are erased, the next in rank, then in age, follows, and when nobody is
-left, the conversation is over.
+there is always one owner: when they leave or are erased, the next in rank, then in age, of those whose accounts are
+active follows, or of all if none is. When nobody is left, the conversation is over. Whose account is not active gets no
+higher role and no permission, and does not become the owner by `transfer_ownership`.
 """
 
 PRIVACY_HEAD = """\

@@ -3,7 +3,7 @@
 from protocol import client
 from protocol.errors import ErrorCode, Refused
 from protocol.ids import UserId
-from protocol.roles import Act, may
+from protocol.roles import Act, may, rank
 from protocol.server import Added, Done, OneConversation, ParticipantPage
 from protocol.values import Participant, ParticipantStatus
 from server import sync
@@ -140,6 +140,8 @@ async def set_role(context: Context, frame: client.SetRole) -> Done:
         require_below(me, frame.role)
         if them.role == frame.role:
             return Done()
+        if rank(frame.role) > rank(them.role):
+            await _require_account(db, them)
         news = News(context, db, conversation)
         news.changes.append(await participants.change(db, them, role=frame.role))
         details = {"from": them.role, "to": frame.role}
@@ -157,6 +159,8 @@ async def set_permissions(context: Context, frame: client.SetPermissions) -> Don
         them = await _active(db, me, frame.user_id)
         if not wanted:
             return Done()
+        if any(wanted.values()):
+            await _require_account(db, them)
         changed = await participants.permit(db, them, wanted)
         if changed is None:
             return Done()
@@ -175,6 +179,7 @@ async def transfer_ownership(context: Context, frame: client.TransferOwnership) 
         if frame.user_id == context.user_id:
             return Done()
         them = await _active(db, me, frame.user_id)
+        await _require_account(db, them)
         news = News(context, db, conversation)
         news.changes.append(await participants.change(db, them, role="owner"))
         news.changes.append(await participants.change(db, me, role="admin"))
@@ -209,3 +214,9 @@ async def _active(db: Db, me: Participant, user_id: UserId) -> Participant:
     if them.status != "active":
         raise NotFound("user_id")
     return them
+
+
+async def _require_account(db: Db, them: Participant) -> None:
+    """Raise Refused unless a participant's account is active: rights of others would be used by nobody."""
+    if not await users.lock(db, [them.user_id]):
+        raise Refused(ErrorCode.CONFLICT, "Their account is not active. Choose another user.", path="user_id")

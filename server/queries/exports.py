@@ -10,7 +10,7 @@ PAGE = 50
 """Rows in each piece: messages, drafts and edits may have 10,000 characters each."""
 
 # What a person sent to others is among their own relationships; what others did about them is not theirs. Of where they
-# take part no more, it has not why, nor what it is called now.
+# take part no more, it has not why, nor what it is called now. A conversation that was deleted is left by all.
 HEAD = """
 SELECT json_build_object(
     'me', me_json(u),
@@ -20,8 +20,10 @@ SELECT json_build_object(
         'expires_at', s.expires_at, 'ip_address', s.ip_address, 'user_agent', s.user_agent))
         FROM session s WHERE s.user_id = u.id), '[]'),
     'conversations', coalesce((SELECT json_agg(json_build_object('conversation_id', c.id,
-        'title', CASE WHEN p.status IN ('active', 'invited') THEN c.title END,
-        'participant', CASE WHEN p.status IN ('active', 'invited', 'declined') THEN participant_json(p)::jsonb
+        'title', CASE WHEN p.status IN ('active', 'invited') AND NOT c.is_deleted THEN c.title END,
+        'participant', CASE WHEN c.is_deleted THEN participant_json(p)::jsonb
+                || jsonb_build_object('status', 'left', 'version', coalesce(nullif(gone_version(p), 0), p.version))
+            WHEN p.status IN ('active', 'invited', 'declined') THEN participant_json(p)::jsonb
             ELSE participant_json(p)::jsonb || jsonb_build_object('status', 'left', 'version', gone_version(p)) END,
         'preferences', preferences_json(p), 'last_read_at', p.last_read_at))
         FROM conversation_participant p JOIN conversation c ON c.id = p.conversation_id

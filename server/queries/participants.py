@@ -285,18 +285,28 @@ async def stamp(
     await db.execute(STAMP, conversation_id, list(user_ids), list(also), int(is_own))
 
 
+# In order first, so that accounts are read up to the first that is active, and not all.
 HEIR = """
-SELECT participant_json(p) FROM conversation_participant p
-WHERE p.conversation_id = $1 AND p.user_id <> $2 AND p.status = 'active'
+SELECT participant_json(p) FROM (
+    SELECT p.* FROM conversation_participant p
+    WHERE p.conversation_id = $1 AND p.user_id <> $2 AND p.status = 'active'
+    ORDER BY role_rank(p.role) DESC, p.joined_at, p.user_id OFFSET 0
+) p
+WHERE NOT $3::boolean OR EXISTS (SELECT FROM "user" u WHERE u.id = p.user_id AND u.is_active AND NOT u.is_deleted)
 ORDER BY role_rank(p.role) DESC, p.joined_at, p.user_id
 LIMIT 1
 """
 
 
 async def heir(db: Db, leaving: Participant) -> Participant | None:
-    """Return who follows an owner: the highest in rank, then the longest there."""
-    text = await db.fetchval(HEIR, leaving.conversation_id, leaving.user_id)
-    return None if text is None else _participant_decoder.decode(text)
+    """Return who follows an owner: the highest in rank, then the longest there, of those whose accounts are active. If
+    no account is, of all: some may come back, and there always is an owner.
+    """
+    for is_active in (True, False):
+        text = await db.fetchval(HEIR, leaving.conversation_id, leaving.user_id, is_active)
+        if text is not None:
+            return _participant_decoder.decode(text)
+    return None
 
 
 async def leave(db: Db, leaving: Participant) -> list[Change]:

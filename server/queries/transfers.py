@@ -126,6 +126,7 @@ async def is_erased_in(db: Db) -> bool:
 
 BY_EMAIL = 'SELECT u.email, u.id, u.name, u.email_verified FROM "user" u WHERE u.email = ANY($1) ORDER BY u.email'
 PRESENT = 'SELECT u.id, u.erased_at IS NOT NULL FROM "user" u WHERE u.id = ANY($1)'
+ACTIVE = 'SELECT u.id, u.is_active AND NOT u.is_deleted FROM "user" u WHERE u.id = ANY($1)'
 THERE = "SELECT c.id FROM conversation c WHERE c.id = ANY($1)"
 IS_ANY_MESSAGE = "SELECT EXISTS (SELECT FROM message m WHERE m.id = ANY($1))"
 PAIRS = "SELECT c.direct_low, c.direct_high FROM conversation c WHERE c.type = 'direct' AND c.direct_low = ANY($1)"
@@ -153,6 +154,11 @@ async def present(db: Db, user_ids: list[UserId]) -> dict[UserId, bool]:
 async def is_any_message(db: Db, message_ids: list[MessageId]) -> bool:
     """Whether any of the messages is here."""
     return bool(await db.fetchval(IS_ANY_MESSAGE, message_ids))
+
+
+async def active(db: Db, user_ids: list[UserId]) -> dict[UserId, bool]:
+    """Return which of the users are here, and whether their accounts are active."""
+    return {row[0]: row[1] for row in await db.fetch(ACTIVE, user_ids)}
 
 
 async def there(db: Db, conversation_ids: list[ConversationId]) -> set[ConversationId]:

@@ -195,13 +195,14 @@ def _message_id(origin: Origin, place: Place, post: Post) -> MessageId:
 
 class _People(NamedTuple):
     """Who each person becomes. `new` are to be made, with their addresses; `erased` were here and are erased; `unknown`
-    are here by their key alone. `notes` tell of addresses that are none.
+    are here by their key alone; accounts of `inactive` are not active. `notes` tell of addresses that are none.
     """
 
     users: dict[str, UserId]
     new: dict[str, str]
     erased: set[str]
     unknown: set[str]
+    inactive: set[str]
     notes: list[str]
 
 
@@ -224,6 +225,7 @@ async def _people(db: Db, archive: Archive, origin: Origin, confirmed: str | Non
         match.person.key: match.account.id for match in matches if match.account.is_verified or confirmed != OTHERS
     }
     users = own | matched
+    active = await transfers.active(db, list(users.values()))
     _require_different("people", [(users[person.key], person.key, person.found) for person in archive.people])
     new = {
         key: emails[key] if emails[key] and emails[key] not in accounts else f"imported-{uuid4()}@invalid"
@@ -233,6 +235,7 @@ async def _people(db: Db, archive: Archive, origin: Origin, confirmed: str | Non
         users, new,
         erased={key for key in own if here.get(own[key])},
         unknown={key for key in own if own[key] in here and not emails[key]},
+        inactive={one.key for one in archive.people if not active.get(users[one.key], one.is_active)},
         notes=[f"{one.found}: its address is none, and was left out" for one in archive.people
                if one.email and not emails[one.key]],
     )  # fmt: skip
@@ -284,6 +287,7 @@ class _Made:
         self._place = place
         self._users = who.users
         self._erased = who.erased
+        self._inactive = who.inactive
         self._about = about
         self._everyone = set(who.users.values())
         self._clock = 1
@@ -339,7 +343,9 @@ class _Made:
         return self._clock
 
     def _owner(self, members: list[str]) -> str | None:
-        return self._place.owner if self._place.owner in members else next(iter(members), None)
+        """Return who owns it: whoever made it, or the first member, of those who are active; if none is, of all."""
+        possible = [key for key in members if key not in self._inactive] or members
+        return self._place.owner if self._place.owner in possible else next(iter(possible), None)
 
     def _participants(self, members: list[str], gone: list[str], *, is_pair: bool) -> list[dict[str, Any]]:
         owner = None if is_pair else self._owner(members)
