@@ -304,7 +304,9 @@ CREATE TABLE message (
     poll_closed_at timestamptz,
     -- When its words go, where the conversation's settings say so; null afterwards.
     expires_at timestamptz,
-    link_preview jsonb
+    link_preview jsonb,
+    -- Deleted, with reactions or votes that no query shows. A job deletes those (server/queries/remains.py).
+    has_remains boolean NOT NULL DEFAULT false
 );
 -- History in pages. By the clock, not by created_at: two messages can share an instant, never a version.
 CREATE UNIQUE INDEX message_conversation_created_idx ON message (conversation_id, sent_version);
@@ -317,6 +319,7 @@ CREATE INDEX message_timeline_idx ON message (conversation_id, sent_version)
     WHERE thread_root_id IS NULL OR also_in_conversation;
 CREATE INDEX message_pinned_idx ON message (conversation_id, pinned_at) WHERE is_pinned;
 CREATE INDEX message_expires_idx ON message (expires_at) WHERE expires_at IS NOT NULL;
+CREATE INDEX message_remains_idx ON message (id) WHERE has_remains;
 CREATE INDEX message_parent_idx ON message (parent_message_id) WHERE parent_message_id IS NOT NULL;
 -- Messages that mention everyone, or a role, which the feed reads the latest first, conversation by conversation.
 CREATE INDEX message_loud_idx ON message (conversation_id, created_at, id) WHERE loud_mentions <> '{}';
@@ -1231,7 +1234,7 @@ CREATE POLICY conversation_participant_access ON conversation_participant FOR SE
     USING (is_membership_shown(conversation_id, user_id, status));
 CREATE POLICY message_access ON message FOR SELECT
     USING (is_message_shown(conversation_id, sent_version, is_moderated, sender_id));
-CREATE POLICY message_reaction_access ON message_reaction FOR SELECT USING (is_part_shown(message_id, true));
+CREATE POLICY message_reaction_access ON message_reaction FOR SELECT USING (is_part_shown(message_id, false));
 CREATE POLICY message_edit_access ON message_edit FOR SELECT USING (are_edits_shown(message_id));
 CREATE POLICY poll_vote_access ON poll_vote FOR SELECT USING (is_vote_shown(message_id, user_id, options));
 CREATE POLICY thread_follow_access ON thread_follow FOR SELECT USING (is_mine(user_id));

@@ -63,7 +63,7 @@ UNION ALL
 SELECT 'reactions to ' || m.id FROM message m WHERE reactions <> coalesce((
     SELECT jsonb_object_agg(emoji, n) FROM (
         SELECT emoji, count(*) AS n FROM message_reaction r
-        WHERE r.message_id = m.id AND NOT r.is_removed GROUP BY emoji
+        WHERE r.message_id = m.id AND NOT r.is_removed AND NOT m.is_deleted GROUP BY emoji
     ) counted), '{}')
 UNION ALL
 SELECT 'clock of ' || c.id FROM conversation c WHERE c.version <> greatest(

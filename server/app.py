@@ -46,7 +46,7 @@ from server.presence import Presence
 from server.pressure import Pressure
 from server.previews import Previews
 from server.proxies import Proxies
-from server.queries import approaches, audit, indexing, push, relationships, scheduled, sending
+from server.queries import approaches, audit, indexing, push, relationships, remains, scheduled, sending
 from server.queries.sending import Outgoing, Stored
 from server.record import PostgresRecord
 from server.redisbus import Alone, RedisBus
@@ -278,6 +278,7 @@ class App:
             (CLEAR_SECONDS, self.erase_due),
             (DUE_SECONDS, self.scheduling.send_due),
             (DUE_SECONDS, self.expire_due),
+            (DUE_SECONDS, self.clear_remains),
             (DUE_SECONDS, self.notices.push_due),
             (TIDY_SECONDS, self.tidy),
         )
@@ -308,6 +309,11 @@ class App:
     async def expire_due(self) -> None:
         """Take away messages whose time is over."""
         await expire_due(self._database, self.hub)
+
+    async def clear_remains(self) -> bool:
+        """Delete some of what is left of deleted messages; return whether there may be more."""
+        async with self._database.connection() as db:
+            return await remains.clear(db)
 
     async def tidy(self) -> None:
         """Sort in what is new in the index of words."""

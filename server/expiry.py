@@ -23,19 +23,15 @@ async def expire_due(database: Database, events: Events) -> None:
     while due := await _due(database, failed):
         for conversation_id, message_ids in due.items():
             try:
-                gone = await database.atomically("expiry", partial(_expire, conversation_id, message_ids))
+                await _expire(database, events, conversation_id, message_ids)
             except HELD_UP:
                 failed.add(conversation_id)
-                continue
             except Exception as error:
                 if is_lost(error):
                     raise
                 # The other conversations' messages are due, too.
                 log_defect(log, "expire_due", error)
                 failed.add(conversation_id)
-                continue
-            for deleted in gone:
-                tell_deleted(events, deleted)
 
 
 async def _due(database: Database, failed: set[ConversationId]) -> dict[ConversationId, list[MessageId]]:
@@ -43,7 +39,20 @@ async def _due(database: Database, failed: set[ConversationId]) -> dict[Conversa
         return await expiry.due(db, failed)
 
 
-async def _expire(conversation_id: ConversationId, message_ids: list[MessageId], db: Db) -> list[Deleted]:
+async def _expire(
+    database: Database, events: Events, conversation_id: ConversationId, message_ids: list[MessageId]
+) -> None:
+    """Delete messages in portions: whoever sends to the conversation has their turn between two of them."""
+    for start in range(0, len(message_ids), expiry.PORTION):
+        portion = message_ids[start : start + expiry.PORTION]
+        async with database.connection() as db:
+            while await expiry.forget_edits(db, conversation_id, portion):
+                pass
+        for deleted in await database.atomically("expiry", partial(_expire_portion, conversation_id, portion)):
+            tell_deleted(events, deleted)
+
+
+async def _expire_portion(conversation_id: ConversationId, message_ids: list[MessageId], db: Db) -> list[Deleted]:
     # Deleted as a whole, it is locked by nobody, and its messages go all the same.
     await conversations.lock(db, conversation_id)
     due = await expiry.still_due(db, conversation_id, message_ids)

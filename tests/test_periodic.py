@@ -21,7 +21,18 @@ from server.config import Settings
 from server.errors import Away
 from server.failures import AGAIN_SECONDS, Failures
 from server.periodic import end, every
-from server.queries import approaches, audit, erasure, expiry, indexing, relationships, scheduled, sessions, users
+from server.queries import (
+    approaches,
+    audit,
+    erasure,
+    expiry,
+    indexing,
+    relationships,
+    remains,
+    scheduled,
+    sessions,
+    users,
+)
 from tests.world import World, message
 
 SERVER = Path(__file__).parent.parent / "server"
@@ -241,6 +252,22 @@ class Backlog:
         await self._fail_at("message", "conversation_id", [str(stuck)])
         return "SELECT count(*) FROM message WHERE expires_at IS NOT NULL"
 
+    async def clear_remains(self) -> str:
+        about = await self._messages("deleted", DUE, ConversationSettings())
+        await self.db.execute(
+            """WITH reacted AS (
+                INSERT INTO message_reaction (message_id, user_id, emoji, conversation_id, version, author_id)
+                SELECT m.id, who, '👍', m.conversation_id, m.version, m.sender_id
+                FROM message m, unnest(ARRAY[$2, $3]::uuid[]) who WHERE m.conversation_id = $1
+            ), voted AS (
+                INSERT INTO poll_vote (message_id, user_id, conversation_id, options, version)
+                SELECT m.id, $2, m.conversation_id, '{0}', m.version FROM message m WHERE m.conversation_id = $1
+            )
+            UPDATE message SET is_deleted = true, has_remains = true WHERE conversation_id = $1""",
+            about, self.ada, self.charles,
+        )  # fmt: skip
+        return "SELECT (SELECT count(*) FROM message_reaction) + (SELECT count(*) FROM poll_vote)"
+
     async def forget_scheduled(self) -> str:
         about = await self._messages("over", 1, ConversationSettings())
         await self.db.execute(
@@ -302,7 +329,7 @@ async def test_each_job_does_all_that_is_due_past_what_fails_again_and_again(
 ) -> None:
     for name in ("CLEAR_SECONDS", "EXPIRE_SECONDS", "DUE_SECONDS"):
         monkeypatch.setattr(app, name, 36_000.0)
-    for module in (approaches, audit, erasure, expiry, indexing, relationships, scheduled, sessions, users):
+    for module in (approaches, audit, erasure, expiry, indexing, relationships, remains, scheduled, sessions, users):
         monkeypatch.setattr(module, "AT_ONCE", AT_ONCE)
     async with World(settings, workers=1) as world:
         backlog = Backlog(world)
@@ -332,6 +359,7 @@ HELD = {
     "forget_scheduled": ("SELECT FROM \"user\" WHERE name = 'Ada' FOR NO KEY UPDATE", 3),
     "forget_relationships": ("SELECT FROM \"user\" WHERE name = 'r1' FOR NO KEY UPDATE", 1),
     "forget_audit": ("SELECT FROM conversation WHERE title = 'Title 0' FOR NO KEY UPDATE", 1),
+    "clear_remains": ("SELECT FROM poll_vote LIMIT 1 FOR UPDATE", 1),
     "erase_due": ("SELECT FROM \"user\" WHERE name = 'e1' FOR NO KEY UPDATE", STUCK),
     "expire_due": ("SELECT FROM conversation WHERE title = 'stuck' FOR NO KEY UPDATE", STUCK),
 }

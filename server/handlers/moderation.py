@@ -17,16 +17,22 @@ from server.telling import tell_changed
 
 
 async def moderate(context: Context, frame: client.Moderate) -> Changed:
-    """Hide somebody's message from all but them and the moderators."""
+    """Hide somebody's message from all but them and the moderators, and uphold what was reported about it."""
     async with context.database.transaction() as db:
         found = await _moderated(db, context, frame)
-        before = found.message
-        if before.is_moderated and before.moderation_reason == frame.reason:
-            return Changed(conversation_id=before.conversation_id, version=before.version)
-        message = await moderation.moderate(db, before, context.user_id, frame.reason)
-        deed = Deed(context.user_id, "moderate", before.sender_id, before.id, {"reason": frame.reason})
-        await audit.record(db, before.conversation_id, deed)
-    return tell_changed(context.events, found, message)
+        before = message = found.message
+        is_new = not (before.is_moderated and before.moderation_reason == frame.reason)
+        if is_new:
+            message = await moderation.moderate(db, before, context.user_id, frame.reason)
+            deed = Deed(context.user_id, "moderate", before.sender_id, before.id, {"reason": frame.reason})
+            await audit.record(db, before.conversation_id, deed)
+    answer = Changed(conversation_id=before.conversation_id, version=message.version)
+    if is_new:
+        tell_changed(context.events, found, message)
+    async with context.database.connection() as db:
+        while await moderation.uphold(db, message, context.user_id):
+            pass
+    return answer
 
 
 async def unmoderate(context: Context, frame: client.Unmoderate) -> Changed:

@@ -28,7 +28,7 @@ EVENTS = """
     FROM message m WHERE m.conversation_id = $1 AND m.version > $2 ORDER BY m.version LIMIT $3)
     UNION ALL
     (SELECT r.version, CASE WHEN {from_before} THEN {reacted} ELSE json_build_object(
-            'type', CASE WHEN r.is_removed THEN 'message_unreacted' ELSE 'message_reacted' END,
+            'type', CASE WHEN r.is_removed OR m.is_deleted THEN 'message_unreacted' ELSE 'message_reacted' END,
             'conversation_id', r.conversation_id, 'version', r.version, 'message_id', r.message_id,
             'user_id', r.user_id, 'emoji', r.emoji, 'count', coalesce((m.reactions ->> r.emoji)::int, 0)
         ) END, NULL

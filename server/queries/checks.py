@@ -52,7 +52,7 @@ CHECKS = (
                 SELECT message_id, emoji, count(*) AS n FROM message_reaction WHERE NOT is_removed GROUP BY 1, 2
             ) e GROUP BY 1
         ) r ON r.message_id = m.id
-        WHERE m.reactions <> coalesce(r.counts, '{}')
+        WHERE m.reactions <> CASE WHEN m.is_deleted THEN '{}' ELSE coalesce(r.counts, '{}') END
     """),
     Check("votes are counted right", "poll_vote", """
         SELECT m.id FROM message m WHERE m.poll_counts IS NOT NULL AND (
@@ -62,7 +62,7 @@ CHECKS = (
                 FROM generate_subscripts(m.poll_counts, 1) n ORDER BY n))
         UNION ALL
         SELECT v.message_id FROM poll_vote v JOIN message m ON m.id = v.message_id
-        WHERE v.options <> '{}' AND m.poll_counts IS NULL
+        WHERE v.options <> '{}' AND m.poll_counts IS NULL AND NOT m.is_deleted
     """),
     Check("no clock is behind or ahead of its rows", "conversation", """
         SELECT c.id FROM conversation c

@@ -93,7 +93,9 @@ async def edited(db: Db, frame: Edit, user_id: UserId) -> tuple[int, bool] | Non
     return None if row is None else (row[0], row[1])
 
 
-# By a user ($3), what a message said is kept; without one, its time is over, and nothing is.
+# By a user ($3), what a message said is kept; without one, its time is over, and nothing is. Reactions and votes
+# are left to `remains`: a crowd adds any number of them, and whoever sends waits for this statement. The message counts
+# none from now on, and what reads them asks whether the message is deleted.
 DELETE = """
 WITH bumped AS (
     UPDATE conversation SET version = version + 1, message_count = message_count - 1 WHERE id = $1
@@ -104,12 +106,6 @@ WITH bumped AS (
     FROM message m, bumped b WHERE m.id = $2 AND (m.conversation_id = $1) IS TRUE AND $3::uuid IS NOT NULL
 ), forgotten AS (
     DELETE FROM message_edit e WHERE $3::uuid IS NULL AND e.message_id = $2 AND e.conversation_id = $1
-), unreacted AS (
-    UPDATE message_reaction r SET is_removed = true, version = b.version
-    FROM bumped b WHERE r.message_id = $2 AND (r.conversation_id = $1) IS TRUE AND NOT r.is_removed
-), withdrawn AS (
-    UPDATE poll_vote v SET options = '{}', version = b.version
-    FROM bumped b WHERE v.message_id = $2 AND (v.conversation_id = $1) IS TRUE AND v.options <> '{}'
 ), root AS (
     UPDATE message m SET reply_count = m.reply_count - 1, version = b.version
     FROM bumped b
@@ -121,7 +117,9 @@ UPDATE message m SET content = '', formatted_content = NULL, mentions = '{}', ha
     reactions = '{}', status = 'deleted', is_deleted = true, deleted_at = now(), deleted_by = $3,
     version = b.version, updated_at = now(), payload = NULL, loud_mentions = '{}', link_preview = NULL,
     is_pinned = false, pinned_at = NULL, pinned_by = NULL, poll_counts = NULL, poll_voters = 0, poll_closed_at = NULL,
-    expires_at = NULL
+    expires_at = NULL, has_remains = EXISTS (
+        SELECT FROM message_reaction r WHERE r.message_id = $2 AND (r.conversation_id = $1) IS TRUE
+    ) OR EXISTS (SELECT FROM poll_vote v WHERE v.message_id = $2 AND (v.conversation_id = $1) IS TRUE)
 FROM bumped b WHERE m.id = $2 AND (m.conversation_id = $1) IS TRUE
 RETURNING message_json(m), (SELECT reply_count FROM root),
     coalesce(b.settings ->> 'history' = 'from_joining', false) AND m.sent_version <= b.access_version

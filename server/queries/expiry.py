@@ -6,6 +6,10 @@ from protocol.ids import ConversationId, MessageId
 from server.database import Db
 
 AT_ONCE = 200
+PORTION = 8
+"""Max messages that expire in one transaction: as long, at most, whoever sends to the conversation waits."""
+EDITS_AT_ONCE = 12
+"""Max former versions of each message that one statement deletes."""
 
 DUE = """
 SELECT m.conversation_id, m.id FROM message m
@@ -30,3 +34,28 @@ WHERE m.id = ANY($2) AND (m.conversation_id = $1) IS TRUE AND m.expires_at <= no
 async def still_due(db: Db, conversation_id: ConversationId, message_ids: Sequence[MessageId]) -> list[MessageId]:
     """Return those of the messages that no other worker has dealt with. Under the lock."""
     return [MessageId(row[0]) for row in await db.fetch(STILL_DUE, conversation_id, list(message_ids))]
+
+
+# The words of messages that were edited often go before the lock of the conversation. The oldest ones stay until then:
+# a repeated `send` is known by them.
+FORGET_EDITS = """
+WITH gone AS MATERIALIZED (
+    SELECT kept.id FROM message m CROSS JOIN LATERAL (
+        SELECT e.id FROM message_edit e
+        WHERE e.message_id = m.id AND (e.conversation_id = $1) IS TRUE AND EXISTS (
+            SELECT FROM message_edit o WHERE o.message_id = m.id AND o.version < e.version OFFSET 0
+        )
+        ORDER BY e.version DESC LIMIT $3
+    ) kept
+    WHERE m.id = ANY($2) AND (m.conversation_id = $1) IS TRUE AND m.expires_at <= now()
+), deleted AS (
+    DELETE FROM message_edit e WHERE e.id = ANY(ARRAY(SELECT id FROM gone)) RETURNING 1
+)
+SELECT count(*) FROM deleted
+"""
+
+
+async def forget_edits(db: Db, conversation_id: ConversationId, message_ids: Sequence[MessageId]) -> bool:
+    """Delete some of what messages whose time is over said before; return whether there may be more."""
+    deleted = await db.fetchval(FORGET_EDITS, conversation_id, list(message_ids), EDITS_AT_ONCE)
+    return int(deleted) >= EDITS_AT_ONCE

@@ -46,12 +46,15 @@ REACTIONS = """
 SELECT r.message_id, r.emoji, json_build_object('conversation_id', r.conversation_id, 'message_id', r.message_id,
     'emoji', r.emoji, 'created_at', r.created_at)::text
 FROM message_reaction r WHERE r.user_id = $1 AND NOT r.is_removed AND (r.message_id, r.emoji) > ($2, $3)
+    AND NOT EXISTS (SELECT FROM message m WHERE m.id = r.message_id AND m.is_deleted OFFSET 0)
 ORDER BY r.message_id, r.emoji LIMIT $4
 """
 VOTES = """
 SELECT v.message_id, json_build_object('conversation_id', v.conversation_id, 'message_id', v.message_id,
     'options', v.options, 'voted_at', v.voted_at)::text
-FROM poll_vote v WHERE v.user_id = $1 AND v.options <> '{}' AND v.message_id > $2 ORDER BY v.message_id LIMIT $3
+FROM poll_vote v WHERE v.user_id = $1 AND v.options <> '{}' AND v.message_id > $2
+    AND NOT EXISTS (SELECT FROM message m WHERE m.id = v.message_id AND m.is_deleted OFFSET 0)
+ORDER BY v.message_id LIMIT $3
 """
 DEEDS = """
 SELECT e.chain, e.number, json_build_object('chain', e.chain, 'number', e.number, 'action', e.action,

@@ -112,7 +112,7 @@ SELECT json_build_object(
     'mine', ARRAY(
         SELECT r.emoji FROM message_reaction r
         WHERE r.message_id = m.id AND (r.conversation_id = m.conversation_id) IS TRUE
-            AND r.user_id = $2 AND NOT r.is_removed
+            AND r.user_id = $2 AND NOT r.is_removed AND NOT m.is_deleted
         ORDER BY r.emoji
     ),
     'vote', CASE WHEN m.poll_voters > 0 THEN coalesce((

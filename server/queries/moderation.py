@@ -13,9 +13,6 @@ _report_decoder = Reader(Report)
 MODERATE = """
 WITH bumped AS (
     UPDATE conversation SET version = version + 1 WHERE id = $1 RETURNING version
-), upheld AS (
-    UPDATE report SET status = 'upheld', resolved_by = $3, resolved_at = now()
-    WHERE conversation_id = $1 AND message_id = $2 AND status = 'open'
 )
 UPDATE message m SET is_moderated = true, moderation_reason = $4, moderated_by = $3, moderated_at = now(),
     version = b.version, updated_at = now()
@@ -34,10 +31,31 @@ RETURNING message_json(m)
 
 
 async def moderate(db: Db, found: Message, user_id: UserId, reason: str) -> Message:
-    """Hide a message, which upholds what was reported about it; return it as everyone sees it. Under the lock."""
+    """Hide a message, and return it as everyone sees it. Under the lock. `uphold` comes after it."""
     text = await db.fetchval(MODERATE, found.conversation_id, found.id, user_id, reason)
     await find_anew(db, found.conversation_id, found.id)
     return _message_decoder.decode(text)
+
+
+AT_ONCE = 100
+"""Max reports that one statement resolves."""
+# A crowd reports a message any number of times, so this is done in portions, and not under the conversation's lock.
+UPHOLD = """
+UPDATE report r SET status = 'upheld', resolved_by = $3, resolved_at = now()
+FROM (
+    SELECT o.id FROM report o
+    WHERE o.message_id = $2 AND (o.conversation_id = $1) IS TRUE AND (o.status = 'open') IS TRUE
+    LIMIT $4 FOR UPDATE SKIP LOCKED
+) due
+JOIN message m ON m.id = $2 AND (m.conversation_id = $1) IS TRUE AND m.is_moderated
+WHERE r.id = due.id
+RETURNING 1
+"""
+
+
+async def uphold(db: Db, found: Message, user_id: UserId) -> bool:
+    """Uphold some of the reports about a message that is hidden; return whether there may be more."""
+    return len(await db.fetch(UPHOLD, found.conversation_id, found.id, user_id, AT_ONCE)) == AT_ONCE
 
 
 async def unmoderate(db: Db, found: Message) -> Message:

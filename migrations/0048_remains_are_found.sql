@@ -1,0 +1,1 @@
+CREATE INDEX CONCURRENTLY message_remains_idx ON message (id) WHERE has_remains;

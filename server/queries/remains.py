@@ -1,0 +1,46 @@
+"""Reactions and votes of deleted messages. No query shows them; a job deletes them, under no lock but their own."""
+
+from protocol.ids import MessageId
+from server.database import Db
+
+AT_ONCE = 500
+"""Max reactions, and max votes, that one statement deletes."""
+
+# A message that is deleted gets no more of them, so none is added meanwhile.
+DUE = "SELECT m.id FROM message m WHERE m.has_remains ORDER BY m.id LIMIT $1"
+# What another worker is deleting is its own.
+UNREACT = """
+DELETE FROM message_reaction r USING (
+    SELECT o.message_id, o.user_id, o.emoji FROM message_reaction o WHERE o.message_id = ANY($1)
+    LIMIT $2 FOR UPDATE SKIP LOCKED
+) gone
+WHERE r.message_id = gone.message_id AND r.user_id = gone.user_id AND r.emoji = gone.emoji
+RETURNING 1
+"""
+WITHDRAW = """
+DELETE FROM poll_vote v USING (
+    SELECT o.message_id, o.user_id FROM poll_vote o WHERE o.message_id = ANY($1) LIMIT $2 FOR UPDATE SKIP LOCKED
+) gone
+WHERE v.message_id = gone.message_id AND v.user_id = gone.user_id
+RETURNING 1
+"""
+# A message that somebody changes, such as the root of a thread, has its turn later.
+DONE = """
+UPDATE message m SET has_remains = false FROM (
+    SELECT o.id FROM message o WHERE o.id = ANY($1) FOR NO KEY UPDATE SKIP LOCKED
+) free
+WHERE m.id = free.id AND NOT EXISTS (SELECT FROM message_reaction r WHERE r.message_id = m.id OFFSET 0)
+    AND NOT EXISTS (SELECT FROM poll_vote v WHERE v.message_id = m.id OFFSET 0)
+RETURNING m.id
+"""
+
+
+async def clear(db: Db) -> bool:
+    """Delete some of what is left of deleted messages; return whether there may be more."""
+    due = [MessageId(row[0]) for row in await db.fetch(DUE, AT_ONCE)]
+    if not due:
+        return False
+    gone = len(await db.fetch(UNREACT, due, AT_ONCE)) + len(await db.fetch(WITHDRAW, due, AT_ONCE))
+    done = len(await db.fetch(DONE, due))
+    # Nothing was done if others are at all of it: they go on.
+    return gone + done > 0
