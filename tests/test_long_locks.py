@@ -2,16 +2,21 @@
 
 from collections.abc import AsyncIterator
 
+import msgspec
 import pytest
 
-from protocol import client, server
-from protocol.ids import MessageId
+from protocol import client, json_object, server
+from protocol.errors import ErrorCode
+from protocol.export import Export
+from protocol.ids import MessageId, uuid7
 from protocol.payloads import Poll
 from protocol.values import ConversationSettings
+from server import app
 from server.config import Settings
 from server.expiry import expire_due
-from server.queries import expiry, remains
-from tests.world import World, sent
+from server.export import written
+from server.queries import changes, expiry, remains
+from tests.world import World, refused, sent
 
 CROWD = 300
 """Participants who react, vote and report: more than any transaction may change rows of."""
@@ -115,7 +120,8 @@ class Crowd:
 
 
 @pytest.fixture
-async def crowd(settings: Settings) -> AsyncIterator[Crowd]:
+async def crowd(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Crowd]:
+    monkeypatch.setattr(app, "DUE_SECONDS", 36_000.0)
     async with World(settings, workers=1) as world:
         crowd = Crowd(world)
         await crowd.begin()
@@ -138,13 +144,13 @@ async def test_no_frame_about_a_message_changes_rows_of_a_crowd_under_the_lock(c
 
 
 async def test_messages_expire_in_portions_that_do_not_grow_with_a_crowd(crowd: Crowd) -> None:
-    app = crowd.world.workers[0].app
+    worker = crowd.world.workers[0].app
     poll = await crowd.poll()
     others = [await sent(crowd.ada, crowd.about, f"Secret {number}") for number in range(3 * expiry.PORTION)]
     await crowd.db.execute(REACT, others, CROWD)
     await crowd.db.execute("TRUNCATE change")
     await crowd.db.execute("UPDATE message SET expires_at = now() WHERE conversation_id = $1", crowd.about)
-    await expire_due(app._database, app.hub)  # noqa: SLF001 - due now
+    await expire_due(worker._database, worker.hub)  # noqa: SLF001 - due now
     locked, free = await crowd.largest()
     assert (locked <= MOST_ROWS, free <= expiry.PORTION * expiry.EDITS_AT_ONCE) == (True, True), (locked, free)
     for one in (poll, *others):
@@ -156,9 +162,51 @@ async def test_messages_expire_in_portions_that_do_not_grow_with_a_crowd(crowd: 
     # What is left is deleted in portions, and not under the lock.
     ids = [poll, *others]
     await crowd.db.execute("TRUNCATE change")
-    while await app.clear_remains():
+    while await worker.clear_remains():
         pass
     locked, free = await crowd.largest()
     assert (locked, free <= remains.AT_ONCE) == (0, True), (locked, free)
     assert await crowd.db.fetchval(REMAINS, ids) == 0
     assert await crowd.db.fetchval("SELECT count(*) FROM message WHERE has_remains") == 0
+
+
+async def test_reactions_and_votes_of_a_deleted_message_are_shown_nowhere_until_the_job_deletes_them(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(app, "DUE_SECONDS", 36_000.0)
+    async with World(settings, workers=1) as world:
+        who = await world.user("Ada")
+        ada = await world.connect(who)
+        about = await world.channel(ada)
+        poll = await sent(ada, about, "Tea?", payload=Poll(options=["Yes", "No"]))
+        await ada.call(client.React(conversation_id=about, message_id=poll, emoji="👍"))
+        await ada.call(client.Vote(conversation_id=about, message_id=poll, options=[0]))
+        role = f"reader_{uuid7().hex}"
+        await world.db.execute(f"CREATE ROLE {role}; SELECT grant_reader('{role}')")
+        seen = "SELECT (SELECT count(*) FROM message_reaction) + (SELECT count(*) FROM poll_vote)"
+
+        async def shown() -> tuple[int, int, dict[str, int], list[str], list[int]]:
+            await world.db.execute(f"SET openchat.user_id = '{who.id}'; SET ROLE {role}")
+            by_reader = await world.db.fetchval(seen)
+            await world.db.execute("RESET ROLE")
+            pieces = [piece async for piece in written(world.workers[0].app._database.connection, who.id)]  # noqa: SLF001
+            export = msgspec.json.decode(b"".join(pieces), type=Export, dec_hook=json_object.read)
+            got = await ada.call(client.GetMessage(conversation_id=about, message_id=poll), server.OneMessage)
+            return by_reader, len(export.reactions) + len(export.votes), got.message.reactions, got.mine, got.vote
+
+        try:
+            assert await shown() == (2, 2, {"👍": 1}, ["👍"], [0])
+            await ada.call(client.Delete(conversation_id=about, message_id=poll))
+            assert await world.db.fetchval(REMAINS, [poll]) == 2
+            assert await shown() == (0, 0, {}, [], [])
+            with refused(ErrorCode.NOT_FOUND, "message_id"):
+                await ada.call(client.ListVotes(conversation_id=about, message_id=poll))
+            difference = await changes.since(world.db, about, 0, limit=100)
+            assert difference is not None
+            assert [type(event) for event in difference.changes.events if event.version >= 3] == [
+                server.MessageUnreacted, server.MessageDeleted,
+            ]  # fmt: skip
+            assert not await world.workers[0].app.clear_remains() or not await world.workers[0].app.clear_remains()
+            assert await world.db.fetchval(REMAINS, [poll]) == 0
+        finally:
+            await world.db.execute(f"DROP OWNED BY {role}; DROP ROLE {role}")
