@@ -15,7 +15,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 
-from protocol.ids import UserId
+from protocol.ids import ConversationId, UserId
 from server import sync
 from server.addresses import Addresses
 from server.admission import Admission
@@ -35,8 +35,8 @@ from server.endpoints import CONNECTS_PER_SECOND, Door, Endpoints
 from server.erasure import erase_due
 from server.expiry import expire_due
 from server.forwarded import Forwarded
-from server.gather import Gather
 from server.hub import Hub
+from server.lanes import Held, Lanes
 from server.limits import Allowance, Pace
 from server.metrics import Metrics
 from server.notices import Notices, new_key
@@ -66,6 +66,10 @@ locks of all their conversations: 64 messages at their bounds would hold them fo
 """
 REDIS_SECONDS = 1.0
 METRICS_SECONDS = 1.0
+LANES_SHARE = 4
+"""Messages to conversations that somebody holds wait on at most one in `LANES_SHARE` of a worker's connections, and at
+least one.
+"""
 SENDERS_SHARE = 4
 """Scheduled messages hold at most one in `SENDERS_SHARE` of a worker's connections, and at least one."""
 CLEAR_SECONDS = 600.0
@@ -127,8 +131,14 @@ class App:
         )
         self.pressure = Pressure()
         self.admission = Admission()
-        self._sends: Gather[Outgoing, Stored | None] = Gather(
-            self._send, most=SENDS_AT_ONCE, weigh=sending.weight, most_weight=SENT_AT_ONCE
+        self._sends: Lanes[ConversationId, Outgoing, Stored | None] = Lanes(
+            key=lambda out: out.frame.conversation_id,
+            run=self._send_free,
+            wait=self._send,
+            most=SENDS_AT_ONCE,
+            weigh=sending.weight,
+            most_weight=SENT_AT_ONCE,
+            lanes=max(1, settings.database_connections // LANES_SHARE),
         )
 
         self._outbound = Outbound(to_private=settings.private_addresses)
@@ -342,6 +352,10 @@ class App:
         """Delete some of the old entries of the audit logs of conversations; return whether there may be more."""
         async with self._database.connection() as db:
             return await audit.forget(db, self._audit_kept)
+
+    async def _send_free(self, batch: list[Outgoing]) -> list[Stored | Held | None]:
+        async with self._database.connection() as db:
+            return await sending.send_free(db, batch)
 
     async def _send(self, batch: list[Outgoing]) -> list[Stored | None]:
         async with self._database.connection() as db:

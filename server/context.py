@@ -13,6 +13,7 @@ from protocol.server import DurableEvent, ServerFrame
 from protocol.values import Message, Presence, User
 from server.database import Database
 from server.gather import Gather
+from server.lanes import Lanes
 from server.queries.conversations import Membership
 from server.queries.sending import Outgoing, Stored
 from server.queries.users import OwnNews
@@ -123,7 +124,7 @@ class Services(msgspec.Struct, frozen=True, kw_only=True):
     database: Database
     events: Events
     presence: Presences
-    sends: Gather[Outgoing, Stored | None]
+    sends: Lanes[ConversationId, Outgoing, Stored | None]
     memberships: Gather[UserId, dict[ConversationId, Membership]]
     """A user's conversations: when many come back at once, many users' in one query."""
     notices: Afterwards

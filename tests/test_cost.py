@@ -207,6 +207,7 @@ def hot(place: Place, ids: dict[str, Any]) -> dict[str, tuple[str, tuple[Any, ..
     }])  # fmt: skip
     return {
         "send": (sending.SEND, (send,)),
+        "send past what is held": (sending.SEND_FREE, (send,)),
         "existing": (
             sending.EXISTING,
             (ids["middle"], about, user, None, "Hello", "false", "text", None, None, None, "false", None),

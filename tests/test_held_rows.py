@@ -7,15 +7,18 @@ import asyncpg
 import pytest
 
 from protocol import client, server
+from protocol.errors import ErrorCode
 from protocol.ids import ConversationId, MessageId, uuid7
 from protocol.values import ConversationSettings
 from prove.client import Client
+from prove.truth import recount
 from server import app, database
 from server.config import Settings
 from server.gather import Gather
 from server.periodic import end, every
 from server.queries import scheduled
-from tests.world import Room, World, all_sent, heard, sent
+from server.queries.sending import Outgoing
+from tests.world import Room, World, all_sent, heard, message, refused, sent
 
 HOLD = {
     "sender": """SELECT FROM "user" WHERE name = 'Charles' FOR NO KEY UPDATE""",
@@ -238,3 +241,49 @@ async def test_list_of_new_words_is_as_large_as_its_job_needs(world: World) -> N
     """Whoever finds it full sorts it in, under the lock of a conversation: a second at PostgreSQL's own 4 MiB."""
     options = await world.db.fetchval("SELECT reloptions FROM pg_class WHERE relname = 'message_search_words_idx'")
     assert options == ["gin_pending_list_limit=32768"]
+
+
+# PostgreSQL shows a transaction what it saw first, unless that is cleared.
+CLEAR = "SELECT pg_stat_clear_snapshot()"
+WAITS = """
+SELECT count(*) FROM pg_stat_activity
+WHERE wait_event_type = 'Lock' AND datname = current_database() AND query LIKE '%recordset%'
+"""
+
+
+async def test_message_waits_for_no_conversation_that_others_write_to(settings: Settings) -> None:
+    """More conversations are held than may wait at a time; each has several messages from different connections."""
+    held, waiting = settings.database_connections, max(1, settings.database_connections // app.LANES_SHARE)
+    async with World(settings, workers=1) as world:
+        ada, charles, mary = await world.users("Ada", "Charles", "Mary")
+        one, other, free = [await world.connect(who) for who in (ada, charles, mary)]
+        stuck = [await world.group(one, charles, title="Held") for _ in range(held)]
+        others = await world.group(free, ada)
+        async with asyncio.TaskGroup() as group, world.db.transaction():
+            await world.db.execute(HOLD["conversation"])
+            frames = [message(about, f"{number}") for about in stuck for number in range(3)]
+            sends = world.workers[0].app._sends  # noqa: SLF001 - many at once, as of many connections
+            tasks = [group.create_task(sends.submit(Outgoing(ada.id, frame))) for frame in frames]
+            again = group.create_task(other.ask(message(stuck[0], "Charles")))
+            repeated = group.create_task(sends.submit(Outgoing(ada.id, frames[0])))
+            for number in range(3):
+                await free.call(message(others, f"Free {number}"), server.Sent)
+            while await world.db.fetchval(WAITS) < waiting:
+                await asyncio.sleep(0.01)
+                await world.db.execute(CLEAR)
+            await free.call(message(others, "Free 3"), server.Sent)
+            await world.db.execute(CLEAR)
+            assert await world.db.fetchval(WAITS) == waiting, "they leave connections to others"
+            assert not any(task.done() for task in (*tasks, again))
+            # What is refused is refused as ever.
+            with refused(ErrorCode.NOT_FOUND, "conversation_id"):
+                await free.call(message(ConversationId(uuid7())))
+        assert [task.result() is not None for task in tasks].count(True) in {len(tasks), len(tasks) - 1}
+        assert (tasks[0].result() is None) != (repeated.result() is None), "the same message is stored once"
+        assert isinstance(again.result(), server.Reply)
+        for about in stuck:
+            said = await world.db.fetchval(SAID, about)
+            assert sorted(said) == ["0", "1", "2", *(["Charles"] if about == stuck[0] else [])]
+        assert await world.db.fetchval(SAID, others) == [f"Free {number}" for number in range(4)]
+        assert await recount(world.db) == []
+        assert sends._lanes == {}  # noqa: SLF001 - nothing is kept

@@ -30,6 +30,7 @@ STOREYS: list[list[str]] = [
         "pressure",
         "admission",
         "gather",
+        "lanes",
         "periodic",
         "readiness",
         "metrics",

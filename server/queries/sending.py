@@ -12,6 +12,7 @@ from protocol.json_object import Json
 from protocol.payloads import Poll
 from protocol.values import ContentType, Message, SystemMessageType
 from server.database import Db
+from server.lanes import HELD, Held
 from server.queries.messages import LOCK, Obstacle
 from server.rows import Reader
 
@@ -179,6 +180,13 @@ WITH input AS (
 )
 SELECT place, version, created_at, expires_at, root_id, reply_count, thread_order FROM placed
 """
+# The same without waiting: messages to conversations that somebody holds are not stored, and have no version.
+SEND_FREE = f"""
+{SEND.replace("FOR NO KEY UPDATE", "FOR NO KEY UPDATE SKIP LOCKED")}
+UNION ALL
+SELECT w.place, NULL, NULL, NULL, NULL, NULL, NULL FROM wanted w
+WHERE w.conversation_id <> ALL (ARRAY(SELECT id FROM locked))
+"""  # noqa: S608 - a constant is put in
 
 
 async def send(db: Db, batch: Sequence[Outgoing], *, has_waited: bool = False) -> list[Stored | None]:
@@ -187,6 +195,21 @@ async def send(db: Db, batch: Sequence[Outgoing], *, has_waited: bool = False) -
 
     Raises UniqueViolationError, and stores none, if an id in it was taken while it ran.
     """
+    stored: list[Stored | None] = [None] * len(batch)
+    for place, *where in await db.fetch(SEND, _encoded(batch, has_waited=has_waited)):
+        stored[place] = Stored(*where)
+    return stored
+
+
+async def send_free(db: Db, batch: Sequence[Outgoing]) -> list[Stored | Held | None]:
+    """Do what `send` does, but wait for no conversation that somebody holds: `HELD` stands for messages to those."""
+    stored: list[Stored | Held | None] = [None] * len(batch)
+    for place, *where in await db.fetch(SEND_FREE, _encoded(batch)):
+        stored[place] = HELD if where[0] is None else Stored(*where)
+    return stored
+
+
+def _encoded(batch: Sequence[Outgoing], *, has_waited: bool = False) -> str:
     rows = [
         {
             "place": place,
@@ -211,10 +234,7 @@ async def send(db: Db, batch: Sequence[Outgoing], *, has_waited: bool = False) -
         }
         for place, item in enumerate(batch)
     ]
-    stored: list[Stored | None] = [None] * len(batch)
-    for place, *where in await db.fetch(SEND, msgspec.json.encode(rows).decode()):
-        stored[place] = Stored(*where)
-    return stored
+    return msgspec.json.encode(rows).decode()
 
 
 class Existing(NamedTuple):

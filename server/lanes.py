@@ -1,0 +1,74 @@
+"""Group commit past what is held: items whose row somebody else has locked wait aside, and all others go on."""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Hashable
+from typing import Final, Generic, TypeVar
+
+from server.gather import Gather
+
+
+class Held:
+    """The outcome of an item whose row is held: nothing was done about it."""
+
+
+HELD: Final = Held()
+
+Key = TypeVar("Key", bound=Hashable)
+Item = TypeVar("Item")
+Outcome = TypeVar("Outcome")
+
+
+class Lanes(Generic[Key, Item, Outcome]):
+    """A `Gather` for all items, and one more for each key whose row is held, as long as items of that key wait.
+
+    An item of which the common run reports `HELD` goes into the lane of its key, and so do those that come after it.
+    The lane waits for the row. Items of one key without an outcome have no order among each other: who needs one waits
+    for the outcome before the next item, as a connection does.
+    """
+
+    def __init__(
+        self,
+        *,
+        key: Callable[[Item], Key],
+        run: Callable[[list[Item]], Awaitable[list[Outcome | Held]]],
+        wait: Callable[[list[Item]], Awaitable[list[Outcome]]],
+        most: int,
+        weigh: Callable[[Item], int],
+        most_weight: int,
+        lanes: int,
+    ) -> None:
+        """`run` does what it can without waiting for a row; `wait` waits. Both take the items of one `Gather`. Max
+        `lanes` lanes wait at a time, each for its own row.
+        """
+        self._key = key
+        self._all: Gather[Item, Outcome | Held] = Gather(run, most=most, weigh=weigh, most_weight=most_weight)
+        self._wait = wait
+        self._most = most
+        self._weigh = weigh
+        self._most_weight = most_weight
+        self._turns = asyncio.Semaphore(lanes)
+        self._lanes: dict[Key, tuple[Gather[Item, Outcome], set[object]]] = {}
+
+    async def submit(self, item: Item) -> Outcome:
+        """Return the outcome of `item`. Raises what `run` or `wait` raised for it."""
+        key = self._key(item)
+        if key not in self._lanes:
+            outcome = await self._all.submit(item)
+            if not isinstance(outcome, Held):
+                return outcome
+        if key not in self._lanes:
+            lane = Gather(self._in_turn, most=self._most, weigh=self._weigh, most_weight=self._most_weight)
+            self._lanes[key] = lane, set()
+        lane, waiting = self._lanes[key]
+        mine = object()
+        waiting.add(mine)
+        try:
+            return await lane.submit(item)
+        finally:
+            waiting.remove(mine)
+            if not waiting:
+                del self._lanes[key]
+
+    async def _in_turn(self, items: list[Item]) -> list[Outcome]:
+        async with self._turns:
+            return await self._wait(items)
