@@ -245,7 +245,7 @@ async def test_list_of_new_words_is_as_large_as_its_job_needs(world: World) -> N
 
 # PostgreSQL shows a transaction what it saw first, unless that is cleared.
 CLEAR = "SELECT pg_stat_clear_snapshot()"
-WAITS = """
+SENDS_WAIT = """
 SELECT count(*) FROM pg_stat_activity
 WHERE wait_event_type = 'Lock' AND datname = current_database() AND query LIKE '%recordset%'
 """
@@ -268,12 +268,12 @@ async def test_message_waits_for_no_conversation_that_others_write_to(settings: 
             repeated = group.create_task(sends.submit(Outgoing(ada.id, frames[0])))
             for number in range(3):
                 await free.call(message(others, f"Free {number}"), server.Sent)
-            while await world.db.fetchval(WAITS) < waiting:
+            while await world.db.fetchval(SENDS_WAIT) < waiting:
                 await asyncio.sleep(0.01)
                 await world.db.execute(CLEAR)
             await free.call(message(others, "Free 3"), server.Sent)
             await world.db.execute(CLEAR)
-            assert await world.db.fetchval(WAITS) == waiting, "they leave connections to others"
+            assert await world.db.fetchval(SENDS_WAIT) == waiting, "they leave connections to others"
             assert not any(task.done() for task in (*tasks, again))
             # What is refused is refused as ever.
             with refused(ErrorCode.NOT_FOUND, "conversation_id"):
