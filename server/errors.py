@@ -75,7 +75,7 @@ _LOST: tuple[type[BaseException], ...] = (
 )
 
 HELD_UP = (asyncpg.LockNotAvailableError, asyncpg.QueryCanceledError)
-"""Raised by a statement that waited or ran for too long. A job goes on with what is due for others."""
+"""Raised by a statement that waited or ran for too long. No defect of ours."""
 
 _UNFIT: tuple[type[BaseException], ...] = (
     asyncpg.DataError,  # U+0000, times and numbers out of range
@@ -112,7 +112,7 @@ def is_known(error: BaseException) -> bool:
     """Whether the machine, the database or Redis explains a failure, so that a traceback tells nothing more."""
     if isinstance(error, (asyncpg.InterfaceError, asyncpg.InternalClientError)):
         return _BROKEN.search(str(error)) is not None
-    return isinstance(error, (Fatal, *REDIS_LOST)) or is_lost(error)
+    return isinstance(error, (Fatal, *HELD_UP, *REDIS_LOST)) or is_lost(error)
 
 
 def cause(error: BaseException) -> BaseException:

@@ -3,10 +3,12 @@
 import logging
 from functools import partial
 
+from asyncpg import LockNotAvailableError
+
 from protocol.ids import ConversationId, MessageId
 from server.context import Events
 from server.database import Database, Db
-from server.errors import HELD_UP, is_lost, log_defect
+from server.errors import is_lost, log_failure
 from server.queries import conversations, edits, expiry
 from server.queries.edits import Deleted
 from server.telling import tell_deleted
@@ -16,7 +18,8 @@ log = logging.getLogger(__name__)
 
 async def expire_due(database: Database, events: Events) -> None:
     """Delete the messages whose time is over, and tell everyone. Any worker may; one of them does. A conversation that
-    is held for long has its turn in a later run.
+    is held for long, or that failed, has its turn in a later run. Raises what asking for the next ones raises: without
+    a database the run ends.
     """
     database = database.of_jobs()
     failed: set[ConversationId] = set()
@@ -24,14 +27,13 @@ async def expire_due(database: Database, events: Events) -> None:
         for conversation_id, message_ids in due.items():
             try:
                 await _expire(database, events, conversation_id, message_ids)
-            except HELD_UP:
+            except LockNotAvailableError:
                 failed.add(conversation_id)
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001 - the others are due, too
+                log_failure(log, f"expiry in {conversation_id}", error)
+                failed.add(conversation_id)
                 if is_lost(error):
-                    raise
-                # The other conversations' messages are due, too.
-                log_defect(log, "expire_due", error)
-                failed.add(conversation_id)
+                    break  # a statement may have been too slow for the client: ask whether the database is there
 
 
 async def _due(database: Database, failed: set[ConversationId]) -> dict[ConversationId, list[MessageId]]:

@@ -4,6 +4,7 @@ import argparse
 import asyncio
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from uuid import UUID
 
@@ -35,6 +36,7 @@ def main(arguments: list[str]) -> int:
 
     def done() -> int:
         settings = config.read(data_dir=options.data_dir)
+        options.grace = timedelta(days=settings.erase_after_days)
         with reached(settings) as (url, _):
             return asyncio.run(_run(url, settings.search_language, options))
 
@@ -95,7 +97,7 @@ async def check(db: Db, options: argparse.Namespace) -> int:
     """Count everything again and look for what must not be; end with status 1 if anything is wrong."""
     progress = Progress(is_on=not options.json)
     lines = []
-    async for line in checking.run(db, begins=progress.begins):
+    async for line in checking.run(db, begins=progress.begins, grace=options.grace):
         lines.append(line)
         state = "skipped: may not make roles" if line.found is None else "ok" if line.is_good else "WRONG"
         progress.line(f"{line.name:<56} {line.rows:>12,} rows {line.seconds:>7.1f} s  {state}")

@@ -10,7 +10,8 @@ from protocol import client
 from protocol.errors import ErrorCode, Refused
 from protocol.ids import ConversationId, MessageId, UserId, uuid7
 from prove.client import Client
-from server import checking
+from server import app, checking, database
+from server.config import Settings
 from server.database import Single
 from server.erasure import erase
 from server.errors import Fatal
@@ -239,3 +240,52 @@ async def test_each_unique_value_is_judged(world: World) -> None:
         WHERE i.indisunique AND c.relnamespace = 'public'::regnamespace
     """)
     assert {row[0] for row in found} == set(UNIQUE)
+
+
+SLOW = """
+CREATE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN PERFORM pg_sleep(10); RETURN new; END $$;
+CREATE TRIGGER slow BEFORE UPDATE ON "user" FOR EACH ROW WHEN (old.name IN ('Ada', 'Charles')) EXECUTE FUNCTION slow();
+CREATE TRIGGER slow BEFORE UPDATE ON message FOR EACH ROW
+WHEN (new.is_deleted AND old.content LIKE 'Slow%') EXECUTE FUNCTION slow()
+"""
+
+
+@pytest.mark.parametrize("by", ["the server", "the client"])
+async def test_who_cannot_be_erased_in_time_is_logged_and_holds_up_nobody(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, by: str
+) -> None:
+    """Whoever ends the statement. The same holds for messages that expire."""
+    for name in ("CLEAR_SECONDS", "DUE_SECONDS"):
+        monkeypatch.setattr(app, name, 36_000.0)
+    if by == "the server":
+        monkeypatch.setattr(database, "IMPATIENT", "SET LOCAL statement_timeout = '50ms'")
+    else:
+        monkeypatch.setattr(database, "STATEMENT_SECONDS", 0.2)
+        monkeypatch.setitem(database.SESSION, "statement_timeout", "10s")
+    async with World(settings, workers=1) as world:
+        people = await world.users("Ada", "Charles", "Mary")
+        keeper = await world.connect(await world.user("Keeper"))
+        stuck, free = [await world.channel(keeper, title=title) for title in ("Stuck", "Free")]
+        for number, (about, content) in enumerate(((stuck, "Slow"), (free, "Fast"))):
+            said = await sent(keeper, about, content)
+            await world.db.execute(
+                "UPDATE message SET expires_at = now() - interval '1 day' * $2::int WHERE id = $1", said, 2 - number
+            )
+        for number, one in enumerate(people):
+            await world.db.execute(
+                """UPDATE "user" SET is_deleted = true, is_active = false,
+                deleted_at = now() - interval '1 year' + $2 * interval '1 day' WHERE id = $1""",
+                one.id,
+                number,
+            )  # fmt: skip
+        await world.db.execute(SLOW)
+        await world.workers[0].app.erase_due()
+        erased = await world.db.fetch('SELECT name FROM "user" WHERE erased_at IS NOT NULL')
+        logged = [record.getMessage() for record in caplog.records if record.name == "server.erasure"]
+        assert [line.split(" failed")[0] for line in logged] == [f"erasing {one.id}" for one in people[:2]]
+        assert len(erased) == 1
+        await world.workers[0].app.expire_due()
+        logged = [record.getMessage() for record in caplog.records if record.name == "server.expiry"]
+        assert [line.split(" failed")[0] for line in logged] == [f"expiry in {stuck}"]
+        assert await world.db.fetchval("SELECT count(*) FROM message WHERE is_deleted") == 1
+        assert not any(record.exc_info for record in caplog.records)

@@ -126,6 +126,7 @@ DAMAGE = (
     "UPDATE message SET expires_at = now() - interval '1 day' WHERE id = $1",
     "UPDATE conversation SET is_active = false WHERE type = 'group'",
     'UPDATE "user" SET is_disabled = true',
+    """UPDATE "user" SET is_deleted = true, deleted_at = now() - interval '32 days'""",
     'UPDATE "user" SET erased_at = now()',
     "UPDATE audit_entry SET details = '{}'",
     "DROP POLICY message_access ON message",

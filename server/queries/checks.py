@@ -4,6 +4,7 @@ Each statement finds what is wrong, and is one look at the database as it is at 
 locked: what changes meanwhile changes for both sides of a comparison, or for neither.
 """
 
+from datetime import timedelta
 from typing import NamedTuple
 
 from server.database import Db
@@ -197,6 +198,10 @@ CHECKS = (
         UNION ALL SELECT a.id FROM account a JOIN "user" u ON u.id = a.user_id WHERE u.erased_at IS NOT NULL
         UNION ALL SELECT e.id FROM push_endpoint e JOIN session s ON s.id = e.session_id WHERE s.user_id <> e.user_id
     """),
+    Check("who deleted their account is erased a day after their grace at the latest", "user", """
+        SELECT id FROM "user" WHERE is_deleted AND erased_at IS NULL
+            AND deleted_at < now() - current_setting('openchat.erase_after')::interval - interval '1 day'
+    """),
     Check("nothing is left of who was erased", "user", """
         SELECT left_over.user_id FROM (
             SELECT user_id FROM conversation_participant WHERE status IN ('active', 'invited')
@@ -258,6 +263,8 @@ PREPARE = (
     "SET LOCAL work_mem = '256MB'",
     "SET LOCAL hash_mem_multiplier = 4",
 )
+ERASE_AFTER = "SELECT set_config('openchat.erase_after', $1, true)"
+GRACE = timedelta(days=30)
 FOUND_SHOWN = 3
 
 
@@ -273,11 +280,12 @@ async def sizes(db: Db) -> dict[str, int]:
     return {row[0]: row[1] for row in await db.fetch(SIZES)}
 
 
-async def run(db: Db, check: Check) -> Found:
-    """Ask one question."""
+async def run(db: Db, check: Check, *, grace: timedelta = GRACE) -> Found:
+    """Ask one question. `grace` is the time in which users may undo that they deleted their account."""
     async with db.transaction():
         for STATEMENT in PREPARE:  # noqa: N806 - a constant, as all that is asked of the database
             await db.execute(STATEMENT)
+        await db.execute(ERASE_AFTER, f"{grace.total_seconds():.0f} seconds")
         rows = await db.fetch(check.FINDS)
     return Found(len(rows), [str(row[0]) for row in rows[:FOUND_SHOWN]])
 
