@@ -126,10 +126,11 @@ async def _run(servers: Reached, options: argparse.Namespace) -> Answer:
     connection = await database.connect(servers.database_url)
     try:
         await migrate.require_current(connection)
+        # Before the change: once that is committed, nothing that fails hides from the operator whether servers know it.
+        installation = await database.installation_id(connection)
         work: Work = options.work
         # All that a command does is in one transaction, or may be done again.
         answer = await database.twice(lambda: work(connection, options), lambda _: None)
-        installation = await database.installation(connection)
     finally:
         await connection.close()
     if isinstance(answer, Change):

@@ -28,8 +28,7 @@ from server.clusterbus import ClusterBus, is_cluster
 from server.config import Settings
 from server.connection import Connection, Lifecycle, Shared
 from server.context import Services
-from server.database import Database
-from server.database import installation as database_id
+from server.database import Database, installation_id
 from server.dispatch import Dispatch, Rate
 from server.endpoints import CONNECTS_PER_SECOND, Door, Endpoints
 from server.erasure import erase_due
@@ -262,7 +261,7 @@ class App:
         database = await Database.open(settings)
         async with database.connection() as db:
             push_key = await push.key(db, "vapid", new_key())
-            installation = await database_id(db)
+            installation = await installation_id(db)
         connect = partial(bus, settings.redis_url, installation)
         metrics = Metrics(folder, number)
         app = cls(settings, database, metrics, redis, connect, installation=installation, push_key=push_key)

@@ -158,7 +158,7 @@ async def _administer(url: str, *, is_plan: bool, is_new_epoch: bool) -> None:
     try:
         if is_new_epoch:
             await migrate.new_epoch(connection)
-            say("A new epoch has begun: every client starts over.")
+            say("A new epoch has begun: every client starts over. Restart a running server, or send it SIGHUP.")
             return
         steps = await (migrate.plan(connection) if is_plan else migrate.migrate(url))
         for step in steps:

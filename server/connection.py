@@ -28,9 +28,9 @@ from server.websocket import WebSocket
 log = logging.getLogger(__name__)
 
 MAX_INBOX = 32
+"""How many frames, or MAX_FRAME_BYTES in all, wait for their turn before the socket is not read any more."""
 AT_ONCE = 4
 """Frames of a connection that are answered in one turn of the loop, at most."""
-"""How many frames, or MAX_FRAME_BYTES in all, wait for their turn before the socket is not read any more."""
 ENTER_SECONDS = 10.0
 """How long one may be on the way in: a client that says it will resume may never do so."""
 REFRESH_RETRY_SECONDS = 1.0

@@ -79,15 +79,16 @@ FROM database_epoch e, pg_control_system() s, pg_control_checkpoint() c
 """
 
 
-# A database that was restored beside this one has its own, also where its rows and its ids are the same: another number
-# in PostgreSQL, another PostgreSQL, or a new epoch.
+# A database that was restored from a dump beside this one has an id of its own: another number in PostgreSQL, another
+# PostgreSQL, or a new epoch. A copy of the files of a PostgreSQL, such as a snapshot of its disk, has the same id until
+# `openchat new-epoch`.
 INSTALLATION = """
 SELECT left(encode(sha256((e.epoch || '.' || s.system_identifier || '.' || d.oid)::bytea), 'hex'), 16)
 FROM database_epoch e, pg_control_system() s, pg_database d WHERE d.datname = current_database()
 """
 
 
-async def installation(db: Db) -> str:
+async def installation_id(db: Db) -> str:
     """Return the id of this database among all that may share a Redis: part of each key and channel there."""
     return str(await db.fetchval(INSTALLATION))
 

@@ -6,13 +6,15 @@ from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import TypeAlias
 
+import asyncpg
 import pytest
 
 from protocol import server
 from protocol.errors import CloseCode
 from prove.client import Client
-from server import administration, announcement, hub
+from server import administration, announcement, database, hub
 from tests.test_administration import Shell, shell
+from tests.test_credentials import administer
 from tests.world import Worker, World, http_client
 
 __all__ = ("shell",)
@@ -121,3 +123,13 @@ async def test_reset_password_forgets_failed_logins(shell: Shell) -> None:
         assert (await http.post("/v1/auth/login", json=login)).status_code == 429
         login["password"] = (await shell.json("user", "reset-password", str(who.id)))["password"]
         assert (await http.post("/v1/auth/login", json=login)).status_code == 200
+
+
+async def test_command_that_cannot_read_whom_to_tell_changes_nothing(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (ada,) = await world.users("Ada")
+    monkeypatch.setattr(database, "INSTALLATION", "SELECT 1 / 0")
+    with pytest.raises(asyncpg.DivisionByZeroError):
+        await administer(world, "user", "disable", str(ada.id))
+    assert not await world.db.fetchval('SELECT is_disabled FROM "user" WHERE id = $1', ada.id)

@@ -73,6 +73,22 @@ DEFECTS = (
 )
 
 
+def test_failures_of_two_kinds_in_turn_are_logged_as_often_as_those_of_one(caplog: pytest.LogCaptureFixture) -> None:
+    at = 0.0
+    failures = Failures(logging.getLogger("test"), "the job", clock=lambda: at)
+    for _ in range(50):
+        failures.add(OUTAGES[0])
+        failures.add(DEFECTS[0])
+    assert [bool(record.exc_info) for record in caplog.records] == [False, True]
+    at = AGAIN_SECONDS
+    for _ in range(50):
+        failures.add(OUTAGES[0])
+        failures.add(DEFECTS[0])
+    assert [bool(record.exc_info) for record in caplog.records] == [False, True, False, False]
+    assert failures.end()
+    assert not failures.end()
+
+
 @pytest.mark.parametrize(
     ("error", "is_defect"), [*((one, False) for one in OUTAGES), *((one, True) for one in DEFECTS)]
 )

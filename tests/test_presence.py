@@ -15,6 +15,7 @@ from prove.client import Client
 from server.config import Settings
 from server.database import Db
 from server.queries import users
+from server.queries.users import Transition
 from tests.cluster import Cluster
 from tests.test_may_send import waiting
 from tests.world import Somebody, World, message, refused, until
@@ -470,3 +471,11 @@ async def test_a_worker_that_drains_knows_who_is_still_elsewhere(world: World) -
     await world.workers[0].app.drain()
     await world.workers[0].app.presence.close()
     assert await online() == {ada.id}
+
+
+async def test_presence_of_whom_the_database_does_not_know_is_not_kept(world: World) -> None:
+    (ada,) = await world.users("Ada")
+    there = {one: Transition(is_online=True) for one in (ada.id, UserId(uuid7()))}
+    async with asyncio.timeout(5):
+        while there := await users.seen(world.db, there):
+            await asyncio.sleep(0.01)

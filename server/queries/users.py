@@ -332,7 +332,8 @@ WITH noted AS (
     ) s
     WHERE u.id = s.id RETURNING u.id
 )
-SELECT id FROM noted UNION ALL SELECT o.id FROM "user" o WHERE o.id = ANY($1) AND o.erased_at IS NOT NULL
+SELECT id FROM noted UNION ALL SELECT s.id FROM unnest($1) AS s (id)
+WHERE NOT EXISTS (SELECT FROM "user" o WHERE o.id = s.id AND o.erased_at IS NULL)
 """
 
 
