@@ -10,7 +10,7 @@ from importlib.metadata import version
 
 from server import administration, config, database, log, migrate, upkeep
 from server.config import Settings, variable
-from server.embedded.reach import reached
+from server.embedded.reach import Reached, reached
 from server.errors import Fatal
 from server.supervisor import Supervisor
 from server.terminal import complain, say, status_of
@@ -18,7 +18,7 @@ from server.terminal import complain, say, status_of
 OPTIONS = {
     "run": {"host", "port", "workers", "data_dir"},
     "migrate": {"data_dir", "plan"},
-    "new-epoch": {"data_dir"},
+    "new-epoch": {"data_dir", "yes"},
 }
 """The commands of this module, with the options of each."""
 OUTSIDE = {"load": "loadtest.command", "prove": "prove.command"}
@@ -52,9 +52,11 @@ def _run(arguments: list[str]) -> int:
     log.configure("openchat")
     settings = config.read(host=options.host, port=options.port, workers=options.workers, data_dir=options.data_dir)
     if options.command == "migrate":
-        _with_database(settings, is_plan=options.plan)
+        with reached(settings, may_create=not options.plan) as servers:
+            asyncio.run(_migrate(servers, is_plan=options.plan))
     elif options.command == "new-epoch":
-        _with_database(settings, is_new_epoch=True)
+        with reached(settings) as servers:
+            asyncio.run(_begin_epoch(servers, is_meant=options.yes))
     else:
         Supervisor(settings).run()
     return 0
@@ -123,6 +125,7 @@ def _parser() -> argparse.ArgumentParser:
         "--data-dir", type=config.folder, help="where the embedded database lives (the user's state folder)"
     )
     parser.add_argument("--plan", action="store_true", help="with migrate: only say what would be done")
+    parser.add_argument("--yes", action="store_true", help="with new-epoch: really, in the database that it names")
     return parser
 
 
@@ -147,26 +150,31 @@ def _variables() -> str:
     return "\n".join([*lines, "", "docs/operations.md says what each one means."])
 
 
-def _with_database(settings: Settings, *, is_plan: bool = False, is_new_epoch: bool = False) -> None:
-    may_create = not (is_plan or is_new_epoch)
-    with reached(settings, may_create=may_create) as (url, _):
-        asyncio.run(_administer(url, is_plan=is_plan, is_new_epoch=is_new_epoch))
-
-
-async def _administer(url: str, *, is_plan: bool, is_new_epoch: bool) -> None:
-    connection = await database.connect(url)
+async def _migrate(servers: Reached, *, is_plan: bool) -> None:
+    connection = await database.connect(servers.database_url)
     try:
-        if is_new_epoch:
-            await migrate.new_epoch(connection)
-            say("A new epoch has begun: every client starts over. Restart a running server, or send it SIGHUP.")
-            return
-        steps = await (migrate.plan(connection) if is_plan else migrate.migrate(url))
-        for step in steps:
-            say(f"{'would apply' if is_plan else 'applied'}  {step}")
-        if not steps:
-            say("The database is up to date.")
+        steps = await (migrate.plan(connection) if is_plan else migrate.migrate(servers.database_url))
     finally:
         await connection.close()
+    for step in steps:
+        say(f"{'would apply' if is_plan else 'applied'}  {step}")
+    if not steps:
+        say("The database is up to date.")
+
+
+async def _begin_epoch(servers: Reached, *, is_meant: bool) -> None:
+    connection = await database.connect(servers.database_url)
+    try:
+        await migrate.require_current(connection)
+        if not is_meant:
+            raise Fatal(f"every client of the database {servers.name} would start over. Give --yes if that is meant.")
+        await migrate.new_epoch(connection)
+    finally:
+        await connection.close()
+    say(
+        f"A new epoch has begun in {servers.name}: every client starts over."
+        " Restart a running server, or send it SIGHUP."
+    )
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal, TypeAlias
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, urlencode, urlsplit
 
 import msgspec
 import platformdirs
@@ -29,6 +29,14 @@ SERVICE = re.compile(r"(OPENCHAT(?:_\w+)?)_PORT(?:_\d+_(?:TCP|UDP|SCTP))?")
 SERVICE_URL = re.compile(r"(?:tcp|udp|sctp)://")
 SERVICE_PARTS = r"_(?:SERVICE_HOST|SERVICE_PORT(?:_\w+)?|PORT(?:_\d+_(?:TCP|UDP|SCTP)(?:_PROTO|_PORT|_ADDR)?)?)"
 """Ends of the names of all variables that Kubernetes sets for a Service."""
+
+BOTH = (
+    "--data-dir and DATABASE_URL each name a database. Leave out --data-dir to use the one of DATABASE_URL, or unset "
+    "DATABASE_URL to use the one in the folder. OPENCHAT_DATA_DIR names the folder of an embedded Valkey."
+)
+
+PLACES = {"host", "port", "dbname", "user"}
+"""Options in the URL of a database that say where it is, or who connects."""
 
 Rate: TypeAlias = Annotated[float, Meta(ge=0.1, le=1_000_000)]
 """A number per second. A token bucket has no longer interval than ten seconds, and no shorter one than 1 µs."""
@@ -181,10 +189,13 @@ def allowed(field: str) -> str:
 def read(**overrides: object) -> Settings:
     """Return the settings from the environment, with `overrides` (those that are not None) on top.
 
-    Raises Fatal, naming the variable, if one is unknown or has a value that is not allowed.
+    Raises Fatal, naming the variable, if one is unknown or has a value that is not allowed, and if an override names a
+    data folder while DATABASE_URL names a database.
     """
     for name in _names():
         _require_known(name)
+    if overrides.get("data_dir") is not None and os.environ.get(variable("database_url")):
+        raise Fatal(BOTH)
     given: dict[str, object] = {field: os.environ[variable(field)] for field in FIELDS if variable(field) in os.environ}
     given |= {field: value for field, value in overrides.items() if value is not None}
     for field, value in given.items():
@@ -198,6 +209,16 @@ def read(**overrides: object) -> Settings:
         if not is_understood:
             raise Fatal(_not_allowed(field, str(value)))
     return msgspec.convert(given, Settings, strict=False)
+
+
+def without_password(url: str) -> str:
+    """Return the URL of a database with nothing but its user, its place and its name."""
+    parts = urlsplit(url)
+    user, has_user, place = parts.netloc.rpartition("@")
+    options = [(name, value) for name, value in parse_qsl(parts.query) if name in PLACES]
+    netloc = f"{user.partition(':')[0]}{has_user}{place}"
+    query = urlencode(options, safe="/")
+    return f"{parts.scheme}://{netloc}{parts.path}{query and '?'}{query}"
 
 
 def folder(text: str) -> str:

@@ -25,6 +25,7 @@ from server import database, migrate
 from server.config import Settings, variable
 from server.embedded.folder import DataFolder
 from server.embedded.postgres import Postgres
+from server.embedded.reach import named
 from server.embedded.valkey import Valkey
 from server.errors import REDIS_LOST, Fatal, redis_unreachable
 from server.orders import DRAIN_SECONDS, READY, Orders
@@ -277,10 +278,9 @@ class Supervisor:
     def _greet(self, listener: socket.socket) -> None:
         host, port = listener.getsockname()[:2]
         url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-        where = self._settings.data_path if self._folder else "in the servers of DATABASE_URL and REDIS_URL"
         tell(f"OpenChat {version('openchat')} is running. Ctrl-C stops it.")
         tell(f"  listening  {url}  (WebSocket at /v1/ws)")
-        tell(f"  data       {where}")
+        tell(f"  data       {named(self._settings)}")
         tell(f"  workers    {len(self._workers)}")
         if self._settings.registration == "closed":
             tell(f"  try next   {self._command('user create Ada ada@example.org --admin')}")
@@ -291,9 +291,11 @@ class Supervisor:
     def _command(self, words: str) -> str:
         """Return a command line for this installation, with the variables that it needs."""
         settings = self._settings
-        named = [variable(name) for name in ("database_url", "redis_url") if getattr(settings, name)]
-        note = f"  # with the {' and '.join(named)} of this server" if named else ""
-        folder = f" --data-dir {shlex.quote(settings.data_dir)}" if self._folder and settings.data_dir else ""
+        has_folder = self._folder is not None and bool(settings.data_dir)
+        wanted = ["database_url", "redis_url", *(["data_dir"] if has_folder and settings.database_url else [])]
+        variables = [variable(name) for name in wanted if getattr(settings, name)]
+        note = f"  # with the {' and '.join(variables)} of this server" if variables else ""
+        folder = f" --data-dir {shlex.quote(settings.data_dir)}" if has_folder and not settings.database_url else ""
         return f"openchat {words}{folder}{note}"
 
 

@@ -37,8 +37,9 @@ def main(arguments: list[str]) -> int:
     def done() -> int:
         settings = config.read(data_dir=options.data_dir)
         options.grace = timedelta(days=settings.erase_after_days)
-        with reached(settings) as (url, _):
-            return asyncio.run(_run(url, settings.search_language, options))
+        with reached(settings) as servers:
+            options.database = servers.name
+            return asyncio.run(_run(servers.database_url, settings.search_language, options))
 
     return status_of(done)
 
@@ -96,6 +97,7 @@ Work = Callable[[Db, argparse.Namespace], Awaitable[int]]
 async def check(db: Db, options: argparse.Namespace) -> int:
     """Count everything again and look for what must not be; end with status 1 if anything is wrong."""
     progress = Progress(is_on=not options.json)
+    progress.line(f"Checking {options.database}.")
     lines = []
     async for line in checking.run(db, begins=progress.begins, grace=options.grace):
         lines.append(line)

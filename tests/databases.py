@@ -103,6 +103,8 @@ class Databases:
         self._made += 1
         name = f"test_{self._made}"
         await self._administration.execute(f"CREATE DATABASE {name} TEMPLATE {self._template} STRATEGY file_copy")
+        # A template gives none of its own rights; every start of a server revokes this one.
+        await self._administration.execute(f"REVOKE TEMPORARY ON DATABASE {name} FROM PUBLIC")
         made = await self._administration.fetchval("SELECT pg_current_xact_id()::text::bigint")
         # Deletes rows that refer to each other, and those that nobody may delete.
         settings = {"session_replication_role": "replica"}

@@ -14,11 +14,12 @@ import pytest
 from protocol import client, server
 from protocol.errors import CloseCode
 from prove.client import Client
-from server import administration, upkeep
-from server.config import Settings
+from server import administration, cli, upkeep
+from server.config import Settings, without_password
 from server.embedded.reach import reached
 from server.errors import Fatal
 from server.queries import conversations, exports
+from server.terminal import status_of
 from tests.world import World, http_client, sent
 
 
@@ -52,6 +53,31 @@ def shell(world: World, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.
     monkeypatch.setenv("DATABASE_URL", world.settings.database_url)
     monkeypatch.setenv("REDIS_URL", world.settings.redis_url)
     return Shell(world, capsys)
+
+
+async def test_new_epoch_names_the_database_and_begins_when_that_is_meant(
+    shell: Shell, capsys: pytest.CaptureFixture[str]
+) -> None:
+    epoch = "SELECT epoch FROM database_epoch"
+    before = await shell.world.db.fetchval(epoch)
+    name = without_password(shell.world.settings.database_url)
+    assert await asyncio.to_thread(status_of, lambda: cli._run(["new-epoch"])) == 1  # noqa: SLF001
+    assert f"database {name} would start over. Give --yes" in capsys.readouterr().err
+    assert await shell.world.db.fetchval(epoch) == before
+    assert await asyncio.to_thread(status_of, lambda: cli._run(["new-epoch", "--yes"])) == 0  # noqa: SLF001
+    assert name in capsys.readouterr().out
+    assert await shell.world.db.fetchval(epoch) != before
+    assert f"Checking {name}." in await shell.run("check")
+
+
+def test_name_of_a_database_holds_no_password() -> None:
+    for url, name in (
+        ("postgresql://ada:s:e@c@db:5432/chat?sslmode=require&password=s", "postgresql://ada@db:5432/chat"),
+        ("postgresql://db/chat", "postgresql://db/chat"),
+        ("postgresql://ada@/chat?host=/run/pg&passfile=s&port=5", "postgresql://ada@/chat?host=/run/pg&port=5"),
+        ("postgresql:///chat?user=ada&sslpassword=s", "postgresql:///chat?user=ada"),
+    ):
+        assert without_password(url) == name
 
 
 async def test_accounts_are_made_shown_locked_and_let_in(shell: Shell) -> None:

@@ -51,24 +51,26 @@ def began(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     @contextmanager
     def reached(settings: Settings, **_: object) -> Iterator[Reached]:
         found.append(settings)
-        yield Reached("", None)
+        yield Reached("", None, "the database")
 
     async def run(*arguments: object) -> int:
         (options,) = (one for one in arguments if isinstance(one, argparse.Namespace))
         found.append({**vars(options), "work": options.work.__name__})
         return 0
 
-    async def administer(url: str, **options: object) -> None:
-        found.append((url, options))
+    async def administer(servers: Reached, **options: object) -> None:
+        found.append((servers, options))
 
     def from_outside(*arguments: object) -> int:
         found.append(arguments)
         return 0
 
     monkeypatch.setattr(cli, "Supervisor", Server)
-    monkeypatch.setattr(cli, "_administer", administer)
+    monkeypatch.setattr(cli, "_migrate", administer)
+    monkeypatch.setattr(cli, "_begin_epoch", administer)
     monkeypatch.setattr(cli, "_from_outside", from_outside)
     monkeypatch.setattr("server.log.configure", lambda _: None)
+    monkeypatch.delenv("DATABASE_URL", raising=False)
     for module, parser in PARSERS:
         monkeypatch.setattr(module, "_parser", parser)
         monkeypatch.setattr(module, "reached", reached)
@@ -116,6 +118,23 @@ def test_an_option_before_a_command_means_what_it_means_after_it(
             assert outcome([*line[:1], *option, *line[1:]], began, capsys) == after, line
         elif name == "--plan":
             assert (after[0] == 0) == (line in (["migrate"], ["load"], ["prove"])), line
+
+
+def test_folder_beside_the_url_of_a_database_begins_nothing(
+    began: list[Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DATABASE_URL", "postgresql://ada:secret@db/live")
+    for line in LINES:
+        if line[:1] in (["load"], ["prove"]):
+            continue
+        status, nothing, said = outcome([*line, "--data-dir", "folder"], began, capsys)
+        assert (status, nothing) == (1, []), line
+        assert "Leave out --data-dir" in said, line
+        assert "unset DATABASE_URL" in said, line
+        status, something, _ = outcome(line, began, capsys)
+        assert (status, bool(something)) == (0, True), line
+    monkeypatch.setenv("DATABASE_URL", "")
+    assert outcome(["check", "--data-dir", "folder"], began, capsys)[0] == 0
 
 
 @pytest.mark.parametrize(

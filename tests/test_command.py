@@ -176,7 +176,7 @@ async def refused(*arguments: str, **environment: str) -> str:
 
 
 async def test_one_line_for_everything_that_can_be_wrong(servers: Servers, database_url: str, folder: Path) -> None:
-    data = ("--data-dir", str(folder), "--port", "0")
+    data = ("--port", "0")
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()

@@ -55,7 +55,8 @@ def bearer(token: str | None) -> dict[str, str]:
 async def administer(world: World, *arguments: str) -> administration.Answer:
     """Do what a command of `openchat` does, on a connection of its own."""
     options = administration._parser().parse_args(list(arguments))  # noqa: SLF001
-    return await administration._run(Reached(world.settings.database_url, world.settings.redis_url), options)  # noqa: SLF001
+    reach = Reached(world.settings.database_url, world.settings.redis_url, "")
+    return await administration._run(reach, options)  # noqa: SLF001
 
 
 async def ticket_of(world: World, token: str) -> str:

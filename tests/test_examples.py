@@ -91,6 +91,7 @@ async def test_backup_of_an_external_database_is_restored(servers: Servers, worl
     await world.db.execute("SELECT grant_reader('analyst_of_backups')")
     dump = block("docs/operations.md", "sh", "pg_dumpall")
     await run(dump, tmp_path, DATABASE_URL=world.settings.database_url)
+    assert await run("stat --format=%a *", tmp_path) == "600\n600\n"
     # As in another cluster, there is no such role.
     await world.db.execute("DROP OWNED BY analyst_of_backups; DROP ROLE analyst_of_backups")
     admin = await asyncpg.connect(servers.postgres.url("postgres"))
@@ -104,9 +105,16 @@ async def test_backup_of_an_external_database_is_restored(servers: Servers, worl
         # As an administrator does in a new cluster.
         for (name,) in await admin.fetch("SELECT datname FROM pg_database WHERE datallowconn"):
             await admin.execute(f"REVOKE CONNECT ON DATABASE {name} FROM PUBLIC")
-        said = await run(block("docs/operations.md", "sh", "pg_restore"), tmp_path, DATABASE_URL=url)
+        recipe = block("docs/operations.md", "sh", "pg_restore")
+        said = await run(recipe, tmp_path, DATABASE_URL=world.settings.database_url, RESTORED_URL=url)
         assert "all is well" in said
         restored = await asyncpg.connect(url)
+        made = "SELECT has_database_privilege('analyst_of_backups', current_database(), 'TEMPORARY')"
+        assert not await restored.fetchval(made)
+        await restored.execute("GRANT TEMPORARY ON DATABASE restored TO PUBLIC")
+        check = await run("openchat check || true", tmp_path, DATABASE_URL=url)
+        assert "TEMPORARY on the database" in check
+        await restored.execute("REVOKE TEMPORARY ON DATABASE restored FROM PUBLIC")
         assert await restored.fetchval("SELECT content FROM message WHERE conversation_id = $1", about) == "Hello"
         epochs = [await db.fetchval("SELECT epoch FROM database_epoch") for db in (restored, world.db)]
         assert epochs[0] != epochs[1]

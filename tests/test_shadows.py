@@ -210,7 +210,10 @@ async def test_a_reader_who_would_not_be_held_is_refused(world: World) -> None:
 async def test_what_is_granted_to_everybody_is_taken_back(world: World) -> None:
     """A template, a dump and an upgrade from before PostgreSQL 15 all bring it along."""
     name = f"reader_{uuid7().hex}"
-    await world.db.execute(f"CREATE ROLE {name}; GRANT CREATE ON SCHEMA public TO PUBLIC")
+    database = await world.db.fetchval("SELECT current_database()")
+    await world.db.execute(f"""
+        CREATE ROLE {name}; GRANT CREATE ON SCHEMA public TO PUBLIC; GRANT TEMPORARY ON DATABASE {database} TO PUBLIC
+    """)
     may = """SELECT has_database_privilege($1, current_database(), 'TEMPORARY'),
         has_schema_privilege($1, 'public', 'CREATE')"""
     assert tuple(await world.db.fetchrow(may, name) or ()) == (True, True)

@@ -101,6 +101,7 @@ async def test_everything_is_well_and_each_thing_that_is_not_is_found(shell: She
 
 
 DAMAGE = (
+    "GRANT CREATE ON SCHEMA public TO PUBLIC",
     """GRANT SELECT ON user_profile TO pg_monitor; ALTER TABLE message ALTER COLUMN content SET STATISTICS 10;
     ANALYZE message""",
     "DELETE FROM message_search WHERE message_id = $1",

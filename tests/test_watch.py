@@ -109,6 +109,8 @@ def test_greeting_names_the_variables_that_a_command_needs(tmp_path: Path) -> No
         ({"data_dir": str(tmp_path)}, f"openchat check --data-dir {tmp_path}"),
         ({"data_dir": str(tmp_path), "redis_url": "redis://r"},
             f"openchat check --data-dir {tmp_path}  # with the REDIS_URL of this server"),
+        ({"data_dir": str(tmp_path), "database_url": "postgresql://:secret@d"},
+            "openchat check  # with the DATABASE_URL and OPENCHAT_DATA_DIR of this server"),
         ({"data_dir": str(tmp_path), "database_url": "postgresql://:secret@d", "redis_url": "redis://r"},
             "openchat check  # with the DATABASE_URL and REDIS_URL of this server"),
     ):  # fmt: skip

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from server.config import Settings
+from server.config import Settings, without_password
 from server.embedded import postgres, valkey
 from server.embedded.folder import DataFolder, Held, run_folder
 from server.embedded.postgres import Postgres
@@ -15,10 +15,13 @@ CONNECTIONS = 10
 
 
 class Reached(NamedTuple):
-    """Where the servers are. `redis_url` is None if no worker runs, and empty if nobody named it."""
+    """Where the servers are. `redis_url` is None if no worker runs, and empty if nobody named it. `name` is for people:
+    the database, without its password.
+    """
 
     database_url: str
     redis_url: str | None
+    name: str
 
 
 @contextmanager
@@ -29,22 +32,27 @@ def reached(settings: Settings, *, may_create: bool = False) -> Iterator[Reached
     """
     path = settings.data_path
     if settings.database_url:
-        yield Reached(settings.database_url, settings.redis_url or _valkey(run_folder(path)) or "")
+        yield Reached(settings.database_url, settings.redis_url or _valkey(run_folder(path)) or "", named(settings))
         return
     if not may_create:
         _require_database(path)
     try:
         folder = DataFolder(path)
     except Held as held:
-        yield Reached(postgres.url(held.run), settings.redis_url or _valkey(held.run))
+        yield Reached(postgres.url(held.run), settings.redis_url or _valkey(held.run), named(settings))
         return
     own = Postgres(folder, max_connections=CONNECTIONS)
     try:
         own.start()
-        yield Reached(own.url(), None)
+        yield Reached(own.url(), None, named(settings))
     finally:
         own.stop()
         folder.release()
+
+
+def named(settings: Settings) -> str:
+    """Return which database is used: its URL without a password, or the data folder that it is in."""
+    return without_password(settings.database_url) if settings.database_url else str(settings.data_path)
 
 
 def _valkey(run: Path) -> str | None:
@@ -56,8 +64,8 @@ def _require_database(path: Path) -> None:
         postgres.data(path).lstat()
     except (FileNotFoundError, NotADirectoryError):
         raise Fatal(
-            f"there is no database in {path}. Correct --data-dir, or set DATABASE_URL; for a new database, start the "
-            "server with that --data-dir, or run `openchat migrate` with it."
+            f"there is no database in {path}. Correct --data-dir, or leave it out and set DATABASE_URL; for a new "
+            "database, start the server with that --data-dir, or run `openchat migrate` with it."
         ) from None
     except OSError:
         return  # DataFolder says why it cannot be used

@@ -231,6 +231,15 @@ CHECKS = (
         ) e WHERE NOT e.is_itself OR NOT e.is_next OR e.number <> e.place
     """),
     # Where somebody reads. What was there before is deleted by a superuser's keep_no_statistics(); see schema.sql.
+    Check("nobody but owners makes tables beside those of the server", "user", """
+        SELECT a.privilege_type || ' on the database' FROM pg_database d,
+            aclexplode(coalesce(d.datacl, acldefault('d', d.datdba))) a
+        WHERE d.datname = current_database() AND a.grantee = 0 AND a.privilege_type IN ('TEMPORARY', 'CREATE')
+        UNION ALL
+        SELECT 'CREATE on the schema public' FROM pg_namespace n,
+            aclexplode(coalesce(n.nspacl, acldefault('n', n.nspowner))) a
+        WHERE n.nspname = 'public' AND a.grantee = 0 AND a.privilege_type = 'CREATE'
+    """),
     Check("no estimates tell readers of the database what is hidden", "message", """
         SELECT s.tablename || '.' || s.attname FROM pg_stats s
         JOIN pg_class c ON c.relname = s.tablename AND c.relnamespace = 'public'::regnamespace
