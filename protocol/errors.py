@@ -32,15 +32,17 @@ class CloseCode(IntEnum):
     GOING_AWAY = 1012
     """The server restarts or drains: reconnect, anywhere, and resume."""
     TOO_BIG = 1009
-    """A frame larger than `limits.frame_bytes`: reconnect, but do not send it again."""
+    """From the server: a frame larger than `limits.frame_bytes`. Reconnect, but do not send it again."""
     UNAUTHENTICATED = 4001
-    """No valid authentication within five seconds, or a bad token: log in first."""
+    """The token is not good, or the first frame is not `authenticate`: log in first."""
     SESSION_ENDED = 4002
     """The session expired or was revoked: log in again."""
     ABUSE = 4003
     """Far too many refused frames: do not reconnect before fixing the client."""
     TOO_MANY_CONNECTIONS = 4004
     """This user has too many connections: close one first."""
+    WITH_TOKEN = 4005
+    """The return ticket is used or too old, or `authenticate` came too late: reconnect with the token, and keep it."""
     SLOW = 4008
     """The client read too slowly and its queue was full: reconnect and resume."""
     SILENT = 4009
@@ -55,6 +57,7 @@ class CloseCode(IntEnum):
 
 
 _COME_BACK = {
+    CloseCode.WITH_TOKEN,
     CloseCode.GOING_AWAY,
     CloseCode.TOO_BIG,
     CloseCode.SLOW,

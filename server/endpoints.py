@@ -23,6 +23,7 @@ from server.addresses import Addresses, host_of, parsed
 from server.auth.credentials import token_of
 from server.auth.endpoints import Accounts
 from server.auth.sessions import Sessions
+from server.auth.tickets import TicketRefused
 from server.connection import Connection, Shared
 from server.context import Context, Services
 from server.describe import asyncapi, openapi
@@ -53,6 +54,20 @@ that begins costs as much as ten small frames, and more with each conversation.
 def _encoded(document: Callable[[], object]) -> bytes:
     """Return a description, encoded once: making one takes fifty milliseconds."""
     return encode(document())
+
+
+class TooLate(Refused):
+    """The answer to a client that does not authenticate. Its token may be good."""
+
+    def __init__(self) -> None:
+        super().__init__(ErrorCode.UNAUTHENTICATED, "Connect again, and send `authenticate` within five seconds.")
+
+
+def _close_code(refused: Refused) -> CloseCode:
+    """Return what to close a connection with that is not let in: a good token is never called a bad one."""
+    if refused.code in {ErrorCode.UNAVAILABLE, ErrorCode.RATE_LIMITED, ErrorCode.INTERNAL}:
+        return CloseCode.GOING_AWAY
+    return CloseCode.WITH_TOKEN if isinstance(refused, (TicketRefused, TooLate)) else CloseCode.UNAUTHENTICATED
 
 
 class Door(NamedTuple):
@@ -227,16 +242,15 @@ class Endpoints:
             if refused is None:
                 raise
             await handshake.send_text(encode(error_frame(refused)).decode())
-            may_return = refused.code in {ErrorCode.UNAVAILABLE, ErrorCode.RATE_LIMITED}
             socket: WebSocket = handshake.scope["extensions"][EXTENSION]
-            socket.close(CloseCode.GOING_AWAY if may_return else CloseCode.UNAUTHENTICATED)
+            socket.close(_close_code(refused))
             return None
 
     async def _first_frame(self, handshake: Handshake) -> Authenticate:
         try:
             message = await asyncio.wait_for(handshake.receive(), AUTHENTICATE_SECONDS)
         except TimeoutError:
-            raise Refused(ErrorCode.UNAUTHENTICATED, "Send `authenticate` within five seconds.") from None
+            raise TooLate from None
         if message["type"] == "websocket.disconnect":
             raise WebSocketDisconnect(message.get("code", 1005))
         frame = decode_client(message.get("text") or message.get("bytes") or b"")

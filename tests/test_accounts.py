@@ -239,7 +239,7 @@ async def test_bad_first_frame_closes(world: World, first: str, code: str) -> No
 async def test_no_first_frame_closes_after_five_seconds(world: World) -> None:
     client = Client(world.url, None)
     await client.open()
-    assert await client.closed() == CloseCode.UNAUTHENTICATED
+    assert await client.closed() == CloseCode.WITH_TOKEN
 
 
 async def test_cookie_needs_an_allowed_origin(http: httpx.AsyncClient, world: World) -> None:

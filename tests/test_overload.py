@@ -121,7 +121,7 @@ async def test_who_says_nothing_keeps_nobody_out(world: World, monkeypatch: pyte
             await asyncio.sleep(0.01)
     await world.connect(ada)
     for one in silent:
-        assert await one.closed() == CloseCode.UNAUTHENTICATED
+        assert await one.closed() == CloseCode.WITH_TOKEN
 
 
 async def test_first_typing_then_presence_then_receipts_never_messages(settings: Settings) -> None:

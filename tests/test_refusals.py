@@ -307,6 +307,8 @@ async def test_too_many_connections_of_one_user(settings: Settings) -> None:
             await world.connect(who)
         third = Client(world.url, who.token)
         await third.open()
+        error = await third.event(server.Error)
+        assert (error.code, "2 connections to this server" in error.message) == ("conflict", True)
         assert await third.closed() == CloseCode.TOO_MANY_CONNECTIONS
 
 

@@ -9,6 +9,7 @@ from redis.asyncio import Redis
 from websockets.exceptions import InvalidStatus
 
 from protocol import client, server
+from protocol.codec import encode
 from protocol.errors import CloseCode, ErrorCode, Refused
 from protocol.ids import ConversationId, uuid7
 from prove.client import Client
@@ -88,9 +89,36 @@ async def test_a_ticket_is_stored_as_its_hash_alone(world: World) -> None:
         assert not [one for one in keys + stored if bare.encode() in one]
 
 
-async def test_a_made_up_ticket_is_refused(world: World) -> None:
-    with pytest.raises(InvalidStatus, match="401"):
-        await Client(world.url, "ticket.made-up").open()
+async def test_a_refused_ticket_tells_the_client_to_keep_its_token(world: World) -> None:
+    """Made up, used, and that of an ended session, in a header and in a frame. A refused token says otherwise."""
+    ada = await world.user("Ada")
+    _, word = await sent_away(world, ada)
+    assert word.ticket is not None
+    async with Client(world.workers[1].url, word.ticket):
+        pass
+    for bad in ("ticket.made-up", word.ticket):
+        with pytest.raises(InvalidStatus, match="401") as refused:
+            await Client(world.workers[1].url, bad).open()
+        body = refused.value.response.body or b""
+        assert b"Connect with the token." in body
+        assert b"Log in" not in body
+        one = Client(world.workers[1].url, None)
+        await one.open()
+        error = await one.raw(encode(client.Authenticate(token=bad)).decode())
+        assert (error.code, error.message) == (
+            "unauthenticated",
+            "This ticket is used or too old. Connect with the token.",
+        )
+        code = await one.closed()
+        assert code is not None
+        assert CloseCode(code).reconnect
+    one = Client(world.workers[1].url, None)
+    await one.open()
+    assert "Log in again." in (await one.raw(encode(client.Authenticate(token="made-up")).decode())).message
+    assert await one.closed() == CloseCode.UNAUTHENTICATED
+    assert not CloseCode.UNAUTHENTICATED.reconnect
+    async with Client(world.workers[1].url, ada.token):
+        pass
 
 
 async def test_workers_are_replaced_one_after_the_other_while_people_talk(program: Program) -> None:

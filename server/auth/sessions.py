@@ -7,7 +7,7 @@ from datetime import datetime, timedelta
 from protocol.codec import now
 from protocol.errors import ErrorCode, Refused
 from protocol.ids import SessionId, UserId
-from server.auth.tickets import PREFIX, Tickets
+from server.auth.tickets import PREFIX, TicketRefused, Tickets
 from server.auth.tokens import token_hash
 from server.database import Database
 from server.errors import is_lost
@@ -51,7 +51,7 @@ class Sessions:
         # Of two that came with the same ticket, one gets in.
         ticket = await self._tickets.redeem(token)
         if found is None or ticket is None:
-            return self._required(None)
+            raise TicketRefused
         # What the user's other devices changed meanwhile is news to this one.
         return self._required(found._replace(user_version=ticket.user_version))
 

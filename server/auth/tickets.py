@@ -11,6 +11,7 @@ from typing import NamedTuple
 import msgspec
 from redis.asyncio import Redis, RedisCluster
 
+from protocol.errors import ErrorCode, Refused
 from protocol.ids import SessionId
 from server.auth.tokens import new_token, token_hash
 from server.errors import REDIS_LOST
@@ -23,6 +24,13 @@ KEY = "openchat:return:"
 AT_ONCE = 256
 
 log = logging.getLogger(__name__)
+
+
+class TicketRefused(Refused):
+    """The answer to a return ticket that is no good. It says nothing about the token of the same session."""
+
+    def __init__(self) -> None:
+        super().__init__(ErrorCode.UNAUTHENTICATED, "This ticket is used or too old. Connect with the token.")
 
 
 class Ticket(NamedTuple):
