@@ -32,7 +32,9 @@ class CloseCode(IntEnum):
     GOING_AWAY = 1012
     """The server restarts or drains: reconnect, anywhere, and resume."""
     TOO_BIG = 1009
-    """From the server: a frame larger than `limits.frame_bytes`. Reconnect, but do not send it again."""
+    """The server got a frame larger than `limits.frame_bytes`: reconnect, but do not send it again. If it is the client
+    that closes with 1009, have it take `limits.sent_bytes`.
+    """
     UNAUTHENTICATED = 4001
     """The token is not good, or the first frame is not `authenticate`: log in first."""
     SESSION_ENDED = 4002

@@ -56,12 +56,16 @@ MAX_WATCHED = 500
 MAX_RESUMED = 5_000
 MAX_CHANGES = 1_000
 MAX_CHANGES_BYTES = 2 * 1024 * 1024
-"""Max bytes of what one `changes` frame tells."""
+"""Max bytes of the changes of a conversation that a `resume` tells, in as many `changes` frames as they take."""
+MAX_SENT_BYTES = 1024 * 1024
+"""Max bytes of a frame that the server sends. Client libraries such as `websockets` refuse larger ones by default."""
 MAX_METADATA_BYTES = 16 * 1024
 TOKEN_BYTES = 16 * 1024
 """Bytes of a frame per token: a frame takes one token, and another one for every further `TOKEN_BYTES`."""
-MAX_PAGE_BYTES = 1024 * 1024
-"""Max bytes of the rows of a page, beyond its first one: a hundred messages at their bounds are 11 MB."""
+MAX_PAGE_BYTES = MAX_SENT_BYTES - 128 * 1024
+"""Max bytes of the rows of a page, beyond its first one: a hundred messages at their bounds are 11 MB. The rest of
+`MAX_SENT_BYTES` is for what stands around them.
+"""
 ANSWER_TOKEN_BYTES = 32 * 1024
 """Bytes of an answer per further token of its frame, taken once it was given. That much costs about one small read."""
 MAX_EXTREME_NUMBERS = 100
@@ -198,6 +202,9 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     """What a client has to keep to; sent in `ready` so that none has to be guessed."""
 
     frame_bytes: int = MAX_FRAME_BYTES
+    """Max bytes of a frame that the client sends."""
+    sent_bytes: int = MAX_SENT_BYTES
+    """Max bytes of a frame that the server sends."""
     content_characters: int = MAX_CONTENT
     metadata_bytes: int = MAX_METADATA_BYTES
     json_depth: int = MAX_JSON_DEPTH

@@ -323,7 +323,8 @@ class ConversationLeft(_Tagged, tag="conversation_left", frozen=True, kw_only=Tr
 
 class Changes(_Tagged, tag="changes", frozen=True, kw_only=True):
     """What happened in a conversation after `since`, up to `version`, in order: the present state of all that
-    changed. The position is `version` afterwards. `receipts` are the read positions, where they are shared.
+    changed. The position is `version` afterwards. `receipts` are the read positions, where they are shared. What is too
+    large for one frame comes in several, each of which begins where the one before ends.
     """
 
     conversation_id: ConversationId

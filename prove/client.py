@@ -12,6 +12,7 @@ from protocol import SUBPROTOCOL
 from protocol.client import Frame, Ping
 from protocol.codec import decode_server, encode
 from protocol.errors import Refused
+from protocol.limits import MAX_SENT_BYTES
 from protocol.server import Conversations, Error, Ready, Reply, Result, ServerFrame
 
 PATIENCE = 10.0
@@ -32,7 +33,7 @@ class Client:
             additional_headers=headers | options.pop("headers", {}),
             compression=None,
             proxy=None,
-            max_size=None,
+            max_size=MAX_SENT_BYTES,
             **options,
         )
         self.socket: ClientConnection

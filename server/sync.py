@@ -11,7 +11,7 @@ import msgspec
 
 from protocol.client import Resume
 from protocol.ids import ConversationId
-from protocol.limits import MAX_CHANGES, MAX_SHARED_PARTICIPANTS
+from protocol.limits import MAX_CHANGES, MAX_PAGE_BYTES, MAX_SHARED_PARTICIPANTS
 from protocol.server import (
     ConversationJoined,
     ConversationLeft,
@@ -182,7 +182,13 @@ async def _catch_up(context: Context, conversation_id: ConversationId, version: 
         if difference.changes.since > difference.clock:
             await _start_over(context, [conversation_id], "ahead_of_server", done=done)
             return
-        context.connection.say(msgspec.structs.replace(difference.changes, **reading._asdict()))
+        if (parts := difference.parts(MAX_PAGE_BYTES)) is None:
+            await _start_over(context, [conversation_id], "too_many_changes", done=done)
+            return
+        for number, part in enumerate(parts):
+            if number:
+                await context.connection.drained()
+            context.connection.say(msgspec.structs.replace(part, **reading._asdict()))
         version = difference.changes.version
         await context.connection.open([conversation_id])
         if context.connection.attach(conversation_id, version):

@@ -285,7 +285,7 @@ async def test_an_answer_may_be_larger_than_what_may_wait_for_a_slow_reader(sett
         ada = await world.connect(await world.user("Ada"))
         channel = await world.channel(ada, is_public=True)
         for _ in range(100):
-            await sent(ada, channel, "x" * 9_000)
+            await sent(ada, channel, "x" * 8_000)
         charles = await world.user("Charles")
         reader = await world.connect(charles)
         await reader.call(client.Join(conversation_id=channel))

@@ -1,6 +1,7 @@
 """A reconnect costs the difference: exactly what was missed, in order, or a clear "start over"."""
 
 import asyncio
+import json
 from typing import Any
 
 import msgspec
@@ -8,12 +9,14 @@ import pytest
 from hypothesis import HealthCheck, given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
+from websockets.asyncio.client import connect
+from websockets.typing import Subprotocol
 
-from protocol import client, server
+from protocol import SUBPROTOCOL, client, server
 from protocol.client import Frame
 from protocol.codec import encode
 from protocol.ids import ConversationId, MessageId, uuid7
-from protocol.limits import MAX_CHANGES, MAX_CHANGES_BYTES
+from protocol.limits import MAX_CHANGES, MAX_CHANGES_BYTES, MAX_PAGE_BYTES, MAX_SENT_BYTES
 from protocol.payloads import Poll
 from protocol.server import Changes, ServerFrame
 from prove.client import Client
@@ -384,3 +387,26 @@ async def test_the_first_version_that_was_missed_is_read_whole_however_large(awa
     found = await since(away.world.db, away.group, 3, limit=MAX_CHANGES)
     assert found is not None
     assert (found.changes.version, len(found.changes.events), found.is_whole) == (4, 59, False)
+    assert found.parts(MAX_PAGE_BYTES) is None, "no frame holds them"
+
+
+async def test_client_of_the_guide_reads_what_it_missed_in_frames_of_the_default_size(away: Away) -> None:
+    """`websockets` refuses frames of more than 1 MiB, unless it is told otherwise."""
+    say = """WITH bumped AS (UPDATE conversation SET version = version + 45 WHERE id = $1)
+        INSERT INTO message (conversation_id, sender_id, content, sent_version, version)
+        SELECT $1, $2, repeat('😀', 10000), 3 + n, 3 + n FROM generate_series(1, 45) n"""
+    await away.world.db.execute(say, away.group, away.ada.ready.user.id)
+    url = away.world.workers[1].url.replace("http", "ws", 1)
+    async with asyncio.timeout(10), connect(f"{url}/v1/ws?resume=1", subprotocols=[Subprotocol(SUBPROTOCOL)]) as socket:
+        await socket.send(json.dumps({"type": "authenticate", "token": away.who.token}))
+        ready = json.loads(await socket.recv())
+        assert ready["limits"]["sent_bytes"] == MAX_SENT_BYTES == 2**20
+        versions = {str(away.group): away.version}
+        await socket.send(json.dumps({"type": "resume", "id": 1, "epoch": ready["epoch"], "versions": versions}))
+        version, seen = away.version, []
+        while (frame := json.loads(await socket.recv()))["type"] != "reply":
+            assert (frame["type"], frame["since"]) == ("changes", version)
+            version = frame["version"]
+            seen += [event["version"] for event in frame["events"]]
+            assert seen[-1] == version
+    assert seen == list(range(4, 49))

@@ -1,7 +1,11 @@
 """What changed in a conversation after a version: one indexed read of each table that has a clock."""
 
+from itertools import groupby
 from typing import NamedTuple
 
+import msgspec
+
+from protocol.codec import encode
 from protocol.ids import EVERYONE, ConversationId, MessageId, UserId
 from protocol.limits import MAX_CHANGES_BYTES
 from protocol.server import Changes, DurableEvent
@@ -10,6 +14,9 @@ from server.database import Db
 from server.queries.unread import COUNT_UNREAD
 from server.queries.users import UNSEEN
 from server.rows import Reader
+
+MANY = 4
+"""Max events that fit into a frame, however large they are."""
 
 _event_decoder = Reader(DurableEvent)
 _receipts_decoder = Reader(Receipt)
@@ -89,6 +96,30 @@ class Difference(NamedTuple):
     changes: Changes
     gone: list[UserId]
     clock: int
+
+    def parts(self, most: int) -> list[Changes] | None:
+        """Return the changes in parts of at most `most` bytes, cut between versions; None if one version takes more."""
+        events = self.changes.events
+        if len(events) <= MANY:
+            return [self.changes]
+        parts: list[list[DurableEvent]] = [[]]
+        size = 0
+        for _, group in groupby(events, key=lambda event: event.version):
+            together = list(group)
+            more = sum(len(encode(event)) + 1 for event in together)
+            if more > most:
+                return None
+            if size + more > most:
+                parts.append([])
+                size = 0
+            parts[-1] += together
+            size += more
+        ends = [*(part[-1].version for part in parts[:-1]), self.changes.version]
+        starts = [self.changes.since, *ends]
+        return [
+            msgspec.structs.replace(self.changes, since=start, version=end, events=part)
+            for start, end, part in zip(starts, ends, parts, strict=False)
+        ]
 
     @property
     def is_whole(self) -> bool:
