@@ -21,7 +21,9 @@ class ErrorCode(StrEnum):
     RATE_LIMITED = "rate_limited"
     """Too many; try again after `retry_after_ms`."""
     UNAVAILABLE = "unavailable"
-    """The database cannot be reached just now. Send the same frame again after `retry_after_ms`: it is done once."""
+    """The database cannot be reached just now, or the server is busy, shutting down or full. Send the same frame again
+    after `retry_after_ms`: it is done once.
+    """
     INTERNAL = "internal"
     """A defect of the server. It was logged; nothing was half-written."""
 

@@ -17,6 +17,7 @@ import asyncpg
 import msgspec
 
 from protocol import limits
+from protocol.codec import advice
 from protocol.http import canonical
 from protocol.ids import EVERYONE, ConversationId, MessageId, UserId
 from server import config, database, membership, migrate
@@ -146,11 +147,8 @@ async def _run(servers: Reached, options: argparse.Namespace) -> Answer:
 
 async def create_user(db: Db, options: argparse.Namespace) -> Answer:
     """Make an account, and print its password once."""
-    try:
-        msgspec.convert(options.email, limits.Email)
-        msgspec.convert(options.name, limits.Name)
-    except msgspec.ValidationError as error:
-        raise Fatal(f"this does not do: {error}.") from None
+    _require_fit("an e-mail address", options.email, limits.Email)
+    _require_fit("a name", options.name, limits.Name)
     password = secrets.token_urlsafe(PASSWORD_BYTES)
     password_hash = await passwords.hashed(password)
     try:
@@ -162,6 +160,14 @@ async def create_user(db: Db, options: argparse.Namespace) -> Answer:
     except asyncpg.UniqueViolationError:
         raise Fatal("this e-mail address has an account already.") from None
     return {"id": str(user_id), "email": canonical(options.email), "password": password}
+
+
+def _require_fit(what: str, value: str, kind: object) -> None:
+    """Raise Fatal, with what to give instead, for a value that the wire does not allow either."""
+    try:
+        msgspec.convert(value, kind)
+    except msgspec.ValidationError as error:
+        raise Fatal(f"`{value}` cannot be {what}. {advice(str(error))}") from None
 
 
 async def show_user(db: Db, options: argparse.Namespace) -> Answer:

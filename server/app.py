@@ -14,6 +14,7 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
+from starlette.routing import Route, WebSocketRoute
 
 from protocol.ids import ConversationId, UserId
 from server import sync
@@ -54,7 +55,7 @@ from server.routes import ROUTES
 from server.scheduling import Scheduling
 from server.sharedallowance import SharedAllowance
 from server.sockets import Sockets, most_sockets
-from server.web import Counted, CountedPreflights, no_route
+from server.web import Counted, CountedPreflights, Tallied, no_route
 from server.websocket import WebSocket
 
 SENDS_AT_ONCE = 64
@@ -221,10 +222,13 @@ class App:
             addresses=addresses,
             connects=self._connects,
         )
+        routes = [*Endpoints(door).routes(), *self.accounts.routes()]
+        paths = frozenset(route.path for route in routes if isinstance(route, (Route, WebSocketRoute)))
         self.starlette = Starlette(
-            routes=[*Endpoints(door).routes(), *self.accounts.routes()],
+            routes=routes,
             exception_handlers={HTTPException: no_route},
             middleware=[
+                Middleware(Tallied, metrics=metrics, paths=paths),
                 *_behind(settings.proxies),
                 *_for_pages_of(settings.allowed_origins, addresses),
                 Middleware(Counted, addresses=addresses),
@@ -234,6 +238,7 @@ class App:
         self.starlette.router.redirect_slashes = False
         metrics.values = self._values
         metrics.push_dropped = self.notices.dropped
+        metrics.closed = self.sockets.closed
 
     @classmethod
     async def open(cls, settings: Settings, folder: Path, number: int, *, is_alone: bool = False) -> "App":
@@ -401,6 +406,7 @@ class App:
             "sockets_timed_out": self.sockets.timed_out,
             "closed_silent": self.roster.closed_silent,
             "closed_slow": self.roster.closed_slow,
+            "shed": self.pressure.refused,
             "turned_away": self.admission.refused,
             "shedding": self.pressure.level,
         }

@@ -4,6 +4,7 @@
 
 import argparse
 import asyncio
+import difflib
 import importlib
 import sys
 from importlib.metadata import version
@@ -26,6 +27,7 @@ OUTSIDE = {"load": "loadtest.command", "prove": "prove.command"}
 COMMANDS = (*OPTIONS, *administration.COMMANDS, *upkeep.COMMANDS, *OUTSIDE)
 VALUED = ("--host", "--port", "--workers", "--data-dir")
 """Options before a command whose next argument is their value."""
+MAX_PORT = 65_535
 ABOUT = "A real-time chat backend: one command starts it, and it does not lose a message."
 
 
@@ -35,9 +37,12 @@ def main() -> None:
 
 
 def _run(arguments: list[str]) -> int:
-    arguments = _ordered(arguments)
+    given, arguments = arguments, _ordered(arguments)
     name = arguments[0] if arguments and not arguments[0].startswith("-") else "run"
     if name not in COMMANDS:
+        before = given[given.index(name) - 1] if name in given[1:] else ""
+        if not _takes_value(before) and (near := difflib.get_close_matches(before, VALUED, n=1)):
+            raise Fatal(f"`{before}` is not an option. Give `{near[0]}`.")
         raise Fatal(
             f"`{name}` is not a command. Give the command first, then its options. `openchat --help` lists both."
         )
@@ -50,6 +55,8 @@ def _run(arguments: list[str]) -> int:
     options = _parser().parse_args(arguments)
     _require_meant(options)
     log.configure("openchat")
+    if options.port is not None and not 0 <= options.port <= MAX_PORT:
+        raise Fatal(f"--port must be a whole number from 0 to {MAX_PORT}, not {options.port}.")
     settings = config.read(host=options.host, port=options.port, workers=options.workers, data_dir=options.data_dir)
     if options.command == "migrate":
         with reached(settings, may_create=not options.plan) as servers:

@@ -21,6 +21,11 @@ STALE_SECONDS = 10.0
 BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
 """Upper bounds of the latency histogram, in seconds."""
 
+LOGIN = "/v1/auth/login"
+OTHER = "other"
+LOGINS = {"200": "ok", "401": "wrong", "429": "limited"}
+"""Results of a login, by the status of its answer."""
+
 GAUGES = {
     "connections": "Authenticated WebSocket connections.",
     "sockets": "TCP connections, from when they are accepted.",
@@ -37,6 +42,7 @@ COUNTERS = {
     "bus_received": "Messages heard on the bus.",
     "bus_dropped": "Messages that could not be said on the bus; their events are found in PostgreSQL.",
     "closed_silent": "Connections closed because nothing was heard from them.",
+    "shed": "Frames refused because the worker was behind.",
     "turned_away": "Connections that were told to come later because too many were connecting.",
     "sockets_shed": "Connections closed or refused because descriptors ran out.",
     "sockets_timed_out": "Connections closed because a request did not arrive in time.",
@@ -51,8 +57,30 @@ class Snapshot(msgspec.Struct, kw_only=True):
     frames: dict[str, int]
     refusals: dict[str, int]
     push_dropped: dict[str, int]
+    answers: dict[str, int] = {}
+    closed: dict[str, int] = {}
     latency: list[int]
     latency_seconds: float
+
+
+def _logins(snapshot: Snapshot) -> dict[str, int]:
+    results = dict.fromkeys((*LOGINS.values(), OTHER), 0)
+    for key, count in snapshot.answers.items():
+        path, _, status = key.partition(" ")
+        if path == LOGIN:
+            results[LOGINS.get(status, OTHER)] += count
+    return results
+
+
+LABELLED: dict[str, tuple[str, list[str], Callable[[Snapshot], dict[str, int]]]] = {
+    "frames": ("Frames answered, by type.", ["type"], lambda one: one.frames),
+    "refusals": ("Frames refused, by code.", ["code"], lambda one: one.refusals),
+    "push_dropped": ("Notifications dropped, by reason.", ["reason"], lambda one: one.push_dropped),
+    "http_answers": ("HTTP answers, by path and status.", ["path", "status"], lambda one: one.answers),
+    "logins": ("Logins, by result.", ["result"], _logins),
+    "closed": ("WebSockets that the server closed, by code.", ["code"], lambda one: one.closed),
+}
+"""Counters with labels: the text, the labels, and the counts by the values of the labels."""
 
 
 class Metrics:
@@ -64,6 +92,10 @@ class Metrics:
         self.frames: Counter[str] = Counter()
         self.refusals: Counter[str] = Counter()
         self.push_dropped: Counter[str] = Counter()
+        self.answers: Counter[tuple[str, int]] = Counter()
+        """Answers to HTTP requests and refused handshakes, by path and status."""
+        self.closed: Counter[str] = Counter()
+        """WebSockets that the server closed, by close code."""
         self.values: Callable[[], dict[str, float]] = dict
         self._latency = [0] * (len(BUCKETS) + 1)
         self._latency_seconds = 0.0
@@ -85,6 +117,8 @@ class Metrics:
             frames=dict(self.frames),
             refusals=dict(self.refusals),
             push_dropped=dict(self.push_dropped),
+            answers={f"{path} {status}": count for (path, status), count in self.answers.items()},
+            closed=dict(self.closed),
             latency=self._latency,
             latency_seconds=self._latency_seconds,
         )
@@ -125,22 +159,17 @@ class _Collected(Collector):
             for worker, snapshot in self._snapshots.items():
                 counter.add_metric([worker], snapshot.values.get(name, 0))
             yield counter
-        frames = CounterMetricFamily("openchat_frames", "Frames answered, by type.", labels=["worker", "type"])
-        refusals = CounterMetricFamily("openchat_refusals", "Frames refused, by code.", labels=["worker", "code"])
-        dropped = CounterMetricFamily(
-            "openchat_push_dropped", "Notifications dropped, by reason.", labels=["worker", "reason"]
-        )
+        for name, (text, labels, counted) in LABELLED.items():
+            labelled = CounterMetricFamily(f"openchat_{name}", text, labels=["worker", *labels])
+            for worker, snapshot in self._snapshots.items():
+                for key, count in counted(snapshot).items():
+                    labelled.add_metric([worker, *key.split()], count)
+            yield labelled
         latency = HistogramMetricFamily("openchat_frame_seconds", "From a frame to its answer.", labels=["worker"])
         for worker, snapshot in self._snapshots.items():
-            for kind, count in snapshot.frames.items():
-                frames.add_metric([worker, kind], count)
-            for code, count in snapshot.refusals.items():
-                refusals.add_metric([worker, code], count)
-            for reason, count in snapshot.push_dropped.items():
-                dropped.add_metric([worker, reason], count)
             total, buckets = 0, []
             for bound, count in zip((*BUCKETS, "+Inf"), snapshot.latency, strict=True):
                 total += count
                 buckets.append((str(bound), total))
             latency.add_metric([worker], buckets, snapshot.latency_seconds)
-        yield from (frames, refusals, dropped, latency)
+        yield latency

@@ -25,6 +25,7 @@ class Pressure:
     def __init__(self) -> None:
         self.late = 0.0
         """Seconds; after a peak it is halved each second."""
+        self.refused = 0
 
     async def watch(self) -> None:
         """Measure, until cancelled."""
@@ -41,6 +42,7 @@ class Pressure:
     def require(self, kind: Shed) -> None:
         """Raises Refused if this kind of frame has to wait."""
         if self.late >= LATE_SECONDS[kind - 1]:
+            self.refused += 1
             raise Refused(
                 ErrorCode.UNAVAILABLE,
                 "The server is busy. Retry the same frame after `retry_after_ms`.",

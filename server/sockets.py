@@ -53,6 +53,8 @@ class Sockets:
         self._waiting: dict[object, Callable[[], None]] = {}
         self._beginning: deque[Callable[[], None]] = deque()
         self._logged_at = float("-inf")
+        self.closed: Counter[str] = Counter()
+        """WebSockets that the server closed, by close code."""
         self.shed = 0
         self.timed_out = 0
 

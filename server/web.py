@@ -8,7 +8,7 @@ from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, HTTPConnection, Request
 from starlette.responses import Response
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from protocol.codec import encode
 from protocol.errors import ErrorCode, Refused
@@ -17,6 +17,7 @@ from protocol.server import Error
 from server.addresses import Addresses
 from server.dispatch import error_frame
 from server.errors import INTERNAL, log_defect, refusal
+from server.metrics import OTHER, Metrics
 
 log = logging.getLogger(__name__)
 
@@ -77,6 +78,26 @@ class Counted:
 
     def _is_counted(self, scope: Scope) -> bool:
         return scope["type"] == "websocket" or (scope["type"] == "http" and scope["path"] not in PROBES)
+
+
+class Tallied:
+    """ASGI middleware: counts answers by path and status. Paths that are no route's or hold ids are `other`."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics, paths: frozenset[str]) -> None:
+        self._app = app
+        self._metrics = metrics
+        self._paths = paths
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle a request, and count its answer."""
+        path = scope.get("path", "")
+
+        async def counting(message: Message) -> None:
+            if message["type"] in {"http.response.start", "websocket.http.response.start"}:
+                self._metrics.answers[path if path in self._paths else OTHER, message["status"]] += 1
+            await send(message)
+
+        await self._app(scope, receive, counting)
 
 
 class CountedPreflights(Counted):

@@ -363,6 +363,7 @@ class WebSocket(WebSocketsSansIOProtocol):
             self.transport.close()
             return
         self.transport.write(b"".join(self.conn.data_to_send()))
+        self._sockets.closed[str(code.value)] += 1
         self.close_sent = True
         self.resume_receiving()
         self.close_timer = self.loop.call_later(CLOSE_SECONDS, self.transport.abort)
@@ -372,6 +373,7 @@ class WebSocket(WebSocketsSansIOProtocol):
         code, reason = self.conn.close_sent.code, self.conn.close_sent.reason
         self.queue.put_nowait({"type": "websocket.disconnect", "code": code, "reason": reason})
         self.transport.write(b"".join(self.conn.data_to_send()))
+        self._sockets.closed[str(int(code))] += 1
         self.close_sent = True
         self._linger()
 

@@ -80,13 +80,24 @@ def test_name_of_a_database_holds_no_password() -> None:
         assert without_password(url) == name
 
 
+async def test_fields_of_an_account_are_refused_with_what_to_give(shell: Shell) -> None:
+    for name, email, sentence in (
+        ("Eve", "bad", "`bad` cannot be an e-mail address. Give an e-mail address such as ada@example.org"),
+        ("", "eve@example.org", "`` cannot be a name. Give at least 1 character."),
+        ("E" * 256, "eve@example.org", "Give at most 255 characters."),
+    ):
+        said = await shell.run("user", "create", name, email, status=1)
+        assert sentence in said
+        assert "regex" not in said
+
+
 async def test_accounts_are_made_shown_locked_and_let_in(shell: Shell) -> None:
     made = await shell.json("user", "create", "Ada", "ADA@example.org")
     login = {"email": "ada@example.org", "password": made["password"]}
     async with http_client(shell.world.url) as http:
         token = (await http.post("/v1/auth/login", json=login)).json()["token"]
         assert "another account" not in await shell.run("user", "create", "Ada", "ada@example.org", status=1)
-        assert "does not do" in await shell.run("user", "create", "Ada", "no address", status=1)
+        assert "cannot be an e-mail address" in await shell.run("user", "create", "Ada", "no address", status=1)
         shown = await shell.run("user", "show", "ada@example.org")
         assert "state          active" in shown
         assert made["id"] in shown

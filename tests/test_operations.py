@@ -7,8 +7,10 @@ import httpx
 import msgspec
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+from websockets.exceptions import InvalidStatus
 
 from protocol import client
+from prove.client import Client
 from server.config import Settings
 from server.endpoints import FORWARDING
 from server.proxies import Proxies
@@ -113,6 +115,34 @@ def test_one_answer_alone_depends_on_the_address_that_it_goes_to() -> None:
         "server/forwarded.py",  # believes trusted proxies about addresses that are counted
         "server/endpoints.py",  # the numbers
     }
+
+
+async def test_attacks_on_logins_are_counted_and_name_nobody(settings: Settings) -> None:
+    async with World(msgspec.structs.replace(settings, login_attempts=2), workers=1) as world:
+        ada = await world.user("Ada")
+        async with http_client(world.url) as http:
+            for status in (401, 401, 429):
+                answer = await http.post("/v1/auth/login", json={"email": "ada@example.org", "password": "wrong horse"})
+                assert answer.status_code == status
+            assert (await http.get("/v1/nothing/ada@example.org")).status_code == 404
+        with pytest.raises(InvalidStatus, match="401"):
+            await Client(world.url, "made-up").open()
+        one = Client(world.url, None)
+        await one.open()
+        await one.raw('{"type": "authenticate", "token": "made-up"}')
+        assert await one.closed() == 4001
+        page = (await get(world, "/metrics")).text
+        for line in (
+            'openchat_logins_total{result="ok",worker="1"} 0.0', 'openchat_logins_total{result="wrong",worker="1"} 2.0',
+            'openchat_logins_total{result="limited",worker="1"} 1.0',
+            'openchat_http_answers_total{path="/v1/auth/login",status="401",worker="1"} 2.0',
+            'openchat_http_answers_total{path="other",status="404",worker="1"} 1.0',
+            'openchat_http_answers_total{path="/v1/ws",status="401",worker="1"} 1.0',
+            'openchat_closed_total{code="4001",worker="1"} 1.0',
+        ):  # fmt: skip
+            assert line in page
+        assert "ada@" not in page
+        assert str(ada.id) not in page
 
 
 @pytest.mark.parametrize(("metrics_from", "status"), [("", 404), ("10.0.0.0/8", 404), ("10.0.0.0/8,127.0.0.1/32", 200)])
