@@ -140,7 +140,7 @@ def test_refusal_of_a_value_names_those_that_are_allowed() -> None:
 
 NO_FIELD = re.compile(
     r"You can (?:make|report|star)\b|of your friend requests\b|scheduled messages\b"  # a bound of the user's
-    r"|^Requires the role|slow mode"
+    r"|^Requires the role|slow mode|^Your user has .* connections"
     r"|^UNFIT$|path does not exist|Registration is closed|changing the account"
     r"|^Connect to this path|for other methods|body (?:has|is)\b|No WebSocket|nested too deeply"
 )
