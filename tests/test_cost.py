@@ -245,7 +245,7 @@ def hot(place: Place, ids: dict[str, Any]) -> dict[str, tuple[str, tuple[Any, ..
         "participant": (participants.GET, (about, user)),
         "add": (participants.ADD, (about, [user], "member", user)),
         "change": (participants.CHANGE, (about, user, "member", "left", 1)),
-        "heir": (participants.HEIR, (about, user)),
+        "heir": (participants.HEIR, (about, user, True)),
         "seen parts": (participants.SEEN, (about, user, [user])),
         "guests": (welcome.GUESTS, (user, about, [user], 100, 1_000, 5)),
         "watchable": (users.WATCHABLE, ([user], [user])),

