@@ -164,7 +164,8 @@ class Words(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 class Scheduled(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """A message that waits for its time, or what became of it; `problem` is why it could not be sent.
 
-    `not_before` is the time of the next try, after slow mode or a busy server put the message off.
+    `not_before` is the time of the next try, after slow mode or a busy server put the message off. Later ones of the
+    same conversation come after it and have none.
     """
 
     message_id: MessageId

@@ -61,6 +61,7 @@ SAME = {
     "conversation_participant.id": "random",
     "message.status": "follows from `edited_at` and `is_deleted`", "message.edited_by": "the sender",
     "message.is_system_message": "follows from `system_message_type`", "message.model": "empty",
+    "message.has_remains": "whether it is deleted and had reactions or votes",
     "message.token_count": "empty", "message.updated_at": "when `version` moved, which an event tells",
     "audit_entry.chain": "the frame's `conversation_id`",
     "user_relationship.from_user_id": "`user_id` and `is_outgoing`",

@@ -137,8 +137,8 @@ class Model:
         if who != other and not self.may_see("invite", who, other):
             return NOT_FOUND
         part = self.parts.get(other)
-        if part is not None and part.status == "banned" and not self.may(who, Act.REMOVE_MEMBERS):
-            return FORBIDDEN
+        if part is not None and part.status == "banned":
+            return CONFLICT if self.may(who, Act.REMOVE_MEMBERS) else FORBIDDEN
         if part is not None and part.status == "active":
             return OK
         # Whoever may not be added is invited.

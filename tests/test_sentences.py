@@ -22,8 +22,9 @@ from tests.world import Room, World, http_client, refused, sent
 
 ROOT = Path(__file__).parent.parent
 VERBS = (
-    "Add|Ask|Cancel|Change|Check|Close|Connect|Correct|Delete|Do not|Edit|End|Give|Choose|Lift|Invite|Leave|Log in|Look|Make|Name|"
-    "Nest|Pin|Read|Reconnect|Remove|Reply|Retry|Schedule|Send|Take|Tell|Try|Unblock|Unfollow|Unpin|Unstar|Unwatch|Use|Wait|Write"
+    "Add|Ask|Cancel|Change|Check|Choose|Close|Connect|Correct|Delete|Do not|Edit|End|Give|Invite|Leave|Lift|"
+    "Log in|Look|Make|Name|Nest|Pin|Read|Reconnect|Remove|Reply|Retry|Schedule|Send|Take|Tell|Try|Unblock|"
+    "Unfollow|Unpin|Unstar|Unwatch|Use|Wait|Write"
 )
 ACTS = re.compile(rf"(?:^|[.:,;] (?:or )?)(?:{VERBS})\b|(?:^|: )(?:give|leave|name)\b")
 BOUNDS = re.compile(r"\bat (?:most|least)\b|\bmust\b|\bbetween\b|\blonger than\b|\bmore than\b|^Requires\b|_A_DAY")
