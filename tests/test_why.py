@@ -9,7 +9,7 @@ from protocol.errors import ErrorCode
 from protocol.ids import MessageId, UserId
 from prove.client import Client
 from server.queries import whereabouts
-from tests.world import Room, World, refused, sent
+from tests.world import Room, World, refused, sent, until
 
 
 async def why(one: Client, room: Room, message_id: MessageId) -> server.Whereabouts:
@@ -78,7 +78,9 @@ async def test_a_client_that_reads_too_slowly_is_remembered(world: World) -> Non
     message_id = await sent(owner, group)
     connection.overflowed()  # type: ignore[attr-defined]
     await slow.closed()
-    await world.workers[0].app.presence.close()
+    presence = world.workers[0].app.presence
+    await until(lambda: charles.id not in presence._devices)  # noqa: SLF001 - the client hears of it first
+    await presence.close()
     told = await whereabouts.of(world.db, message_id, None, viewer=None)
     assert told is not None
     assert [one.state for one in told.recipients] == ["slow"]
