@@ -109,6 +109,7 @@ async def test_every_unreadable_message_is_shown_as_far_as_it_can_be_read(
 
 async def test_unreadable_settings_and_schedules_harm_nobody(room: Room, world: World) -> None:
     other = await world.group(room.ada, room.them[1], title="Unharmed")
+    await room.charles.event(server.ConversationJoined, lambda event: event.view.conversation.id == other)
     await world.db.execute(
         "UPDATE conversation SET settings = $2 WHERE id = $1", room.group,
         '{"from_tomorrow": true, "history": "sideways", "edits_visible_to": "nobody", "custom": ' + deep(5_000) + "}",

@@ -4,6 +4,7 @@ import ast
 import os
 import pwd
 import shutil
+import signal
 import socket
 import stat
 import subprocess
@@ -291,7 +292,12 @@ def test_a_process_that_the_servers_user_names_is_ended_only_if_it_is_theirs(pla
     folder = DataFolder(place / "data")
     assert folder.owner is not None
     data = folder.make("postgres-").rename(place / "data" / "postgres")
-    other = subprocess.Popen([program, "60"], user=folder.owner.uid if is_ours else pwd.getpwnam("nobody").pw_uid)
+    other = subprocess.Popen(
+        [program, "60"],
+        user=folder.owner.uid if is_ours else pwd.getpwnam("nobody").pw_uid,
+        # A program that a shell began in the background ignores this signal, and so would its children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509 - no threads here
+    )
     try:
         (data / "postmaster.pid").write_text(f"{other.pid}\n")
         Postgres(folder, max_connections=1)._clear_stale()  # noqa: SLF001
