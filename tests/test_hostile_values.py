@@ -292,6 +292,7 @@ async def test_every_field_of_every_frame_takes_large_values(lone: World, caplog
 
 
 @pytest.mark.long
+@pytest.mark.timeout(600)
 @given(data=st.data())
 @examples(max_examples=2_000, deadline=None, suppress_health_check=list(HealthCheck))
 async def test_any_json_in_any_field(lone: World, data: st.DataObject) -> None:
