@@ -59,27 +59,23 @@ class Scheduling:
 
 
 async def _send(services: Services, claimed: list[Due]) -> None:
-    """Send what one claim took, in order. With a message that is put off, the others of its conversation are: they come
-    after it. What is left after a lock that somebody else holds, or without the database, stays claimed: nothing of
-    the same sender overtakes it until the claim ends, and then all of it is due again.
+    """Send what one claim took, in order. After a message that was put off, the others of its conversation are claimed
+    no more: they come after it. What is left after a lock that somebody else holds, or without the database,
+    stays claimed: nothing of the same sender overtakes it until the claim ends, and then all of it is due again.
     """
     try:
-        waits: dict[ConversationId, int] = {}
+        put_off: set[ConversationId] = set()
         for due in claimed:
-            wait_ms = waits.get(due.conversation_id)
-            if wait_ms is None:
-                wait_ms = await _send_one(services, due)
-            if wait_ms is not None:
-                waits[due.conversation_id] = wait_ms
-                await _put_off(services, due, wait_ms)
+            if due.conversation_id not in put_off and not await _send_one(services, due):
+                put_off.add(due.conversation_id)
     except (LockNotAvailableError, ClaimLost):
         return
     except Exception as error:  # noqa: BLE001 - it is taken up again
         log_failure(log, "sending scheduled messages", error)
 
 
-async def _send_one(services: Services, due: Due) -> int | None:
-    """Send a message, or note why that cannot be. Return after how many milliseconds to try again, if that may help."""
+async def _send_one(services: Services, due: Due) -> bool:
+    """Send a message, or note why that cannot be. Return False if it was put off."""
     if due.sender is None:
         problem = "The account cannot send messages any more."
     elif due.frame is None:
@@ -97,13 +93,14 @@ async def _send_one(services: Services, due: Due) -> int | None:
                 log_defect(log, "send_due", error)
                 refused = INTERNAL
             if refused.code in AGAIN:
-                return refused.retry_after_ms or 0
+                await _put_off(services, due, refused.retry_after_ms or 0)
+                return False
             problem = refused.message
         else:
             services.events.poke([due.sender_id])
-            return None
+            return True
     await _fail(services, due, problem)
-    return None
+    return True
 
 
 async def _put_off(services: Services, due: Due, wait_ms: int) -> None:
