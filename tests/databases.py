@@ -12,6 +12,8 @@ T = TypeVar("T")
 
 MOST_USES = 50
 """Max tests that use a database: what deleted rows leave behind makes it slower."""
+SETTINGS = {"session_replication_role": "replica"}
+"""Of a session that deletes rows that refer to each other, and those that nobody may delete."""
 
 END_SESSIONS = """
 SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity
@@ -42,22 +44,33 @@ IS_ALTERED = "SELECT " + " OR ".join(
 
 
 class Database:
-    """A database, and a session that empties it."""
+    """A database, and the session that empties it, from the first time on."""
 
-    def __init__(self, name: str, made: int, session: "asyncpg.Connection[asyncpg.Record]") -> None:
+    def __init__(self, name: str, url: str, made: int, *, most_uses: int) -> None:
         """`made` is the number of the transaction after which no other one has altered it."""
         self.name = name
-        self.made = made
-        self.session = session
-        self.uses = 0
+        self._url = url
+        self._made = made
+        self._uses_left = most_uses
+        self._session: asyncpg.Connection[asyncpg.Record] | None = None
 
     async def is_as_new(self) -> bool:
-        """Empty it; return whether it is then as the template."""
-        await self.session.execute(END_SESSIONS)
-        if await self.session.fetchval(IS_ALTERED, self.made):
+        """Note a use, and empty it if another one may follow; return whether it is then as the template."""
+        self._uses_left -= 1
+        if not self._uses_left:
             return False
-        await self.session.execute(EMPTY)
+        if self._session is None:
+            self._session = await asyncpg.connect(self._url, server_settings=SETTINGS)
+        await self._session.execute(END_SESSIONS)
+        if await self._session.fetchval(IS_ALTERED, self._made):
+            return False
+        await self._session.execute(EMPTY)
         return True
+
+    async def close(self) -> None:
+        """End the session."""
+        if self._session is not None:
+            await self._session.close()
 
 
 class Databases:
@@ -74,7 +87,7 @@ class Databases:
         self._administration = self._run(asyncpg.connect(url("postgres"))).result()
 
     def take(self, *, is_new: bool) -> "asyncio.Future[Database]":
-        """Return a database that nobody uses. One that has to be new has no session of ours, and no second use."""
+        """Return a database that nobody uses. One that has to be new has no second use, and so no session of ours."""
         return asyncio.wrap_future(self._run(self._take(is_new=is_new)))
 
     def give(self, database: Database) -> "asyncio.Future[None]":
@@ -92,31 +105,24 @@ class Databases:
         return asyncio.run_coroutine_threadsafe(work, self._loop)
 
     async def _take(self, *, is_new: bool) -> Database:
-        database = await self._make() if is_new or not self._free else self._free.pop()
-        database.uses += 1
-        if is_new:
-            database.uses = MOST_USES
-            await database.session.close()
-        return database
-
-    async def _make(self) -> Database:
+        if self._free and not is_new:
+            return self._free.pop()
         self._made += 1
         name = f"test_{self._made}"
         await self._administration.execute(f"CREATE DATABASE {name} TEMPLATE {self._template} STRATEGY file_copy")
         # A template gives none of its own rights; every start of a server revokes this one.
         await self._administration.execute(f"REVOKE TEMPORARY ON DATABASE {name} FROM PUBLIC")
         made = await self._administration.fetchval("SELECT pg_current_xact_id()::text::bigint")
-        # Deletes rows that refer to each other, and those that nobody may delete.
-        settings = {"session_replication_role": "replica"}
-        return Database(name, made, await asyncpg.connect(self._url(name), server_settings=settings))
+        return Database(name, self._url(name), made, most_uses=1 if is_new else MOST_USES)
 
     async def _give(self, database: Database) -> None:
-        if database.uses < MOST_USES and await database.is_as_new():
+        if await database.is_as_new():
             self._free.append(database)
         else:
-            await database.session.close()
+            await database.close()
             await self._administration.execute(f"DROP DATABASE {database.name} WITH (FORCE)")
 
     async def _close(self) -> None:
-        for session in (self._administration, *(one.session for one in self._free)):
-            await session.close()
+        for database in self._free:
+            await database.close()
+        await self._administration.close()
