@@ -219,7 +219,7 @@ async def test_words_of_a_message_are_found_before_its_conversation_is_locked(ro
     await sending
 
 
-async def test_batch_weighs_no_more_than_its_bound_unless_one_item_does() -> None:
+async def test_batch_is_bounded_by_weight_unless_one_item_exceeds_it() -> None:
     batches: list[list[str]] = []
     may_go_on = asyncio.Event()
 
