@@ -4,6 +4,7 @@ import ast
 import asyncio
 import contextlib
 import fnmatch
+import functools
 import gc
 import inspect
 import json
@@ -27,7 +28,7 @@ from server.app import App
 from server.config import Settings
 from server.people import Sight
 from tests.test_hostile import idle
-from tests.test_hostile_values import each_frame, ids_in, valid
+from tests.test_hostile_values import each_frame, ids_for, ids_in, valid
 from tests.test_periodic import AGED, Backlog
 from tests.world import World, until
 
@@ -121,11 +122,12 @@ def begins_empty(node: ast.AST) -> bool:
     return isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None and is_empty(node.value)
 
 
-def containers() -> set[str]:
+@functools.cache
+def containers() -> frozenset[str]:
     """Return the containers of the server's code that outlive a call: attributes, also of classes, caches, and globals
     that are in lower case or begin empty.
     """
-    found = set()
+    found: set[str] = set()
     for path in SERVER.rglob("*.py"):
         file = path.relative_to(SERVER).as_posix()
         if file.startswith(NOT_FOR_CLIENTS):
@@ -151,7 +153,7 @@ def containers() -> set[str]:
                 for one in assigned(node)
                 if isinstance(one, ast.Name) and (not one.id.strip("_").isupper() or begins_empty(node))
             }
-    return found
+    return frozenset(found)
 
 
 UNIQUE = """
@@ -252,12 +254,7 @@ async def every_frame(world: World) -> None:
     ada, ids = await ids_in(world)
     client = await world.connect(ada)
     for kind in each_frame():
-        tag = str(kind.__struct_config__.tag)
-        own = "conversation_id" if tag in {"create_group", "create_channel"} else "message_id"
-        is_new = tag in {"create_group", "create_channel", "send", "schedule"}
-        about = msgspec.inspect.type_info(kind)
-        names = {name: one for name, one in ids.items() if not (is_new and name == own)}
-        await client.socket.send(json.dumps(valid(about, "", names)))
+        await client.socket.send(json.dumps(valid(msgspec.inspect.type_info(kind), "", ids_for(kind, ids))))
     await client.synced()
     await world._open.aclose()  # noqa: SLF001
 
