@@ -34,7 +34,7 @@ from server.queries import accounts, audit, conversations, erasure, exports, par
 from server.queries.accounts import Card
 from server.queries.audit import Deed
 from server.telling import tell_participant, tell_updated
-from server.terminal import plain, say, say_json, status_of
+from server.terminal import complain, plain, say, say_json, status_of
 
 GROUPS = ("user", "conversation")
 """Commands of two words."""
@@ -42,9 +42,20 @@ COMMANDS = (*GROUPS, "erase")
 PASSWORD_BYTES = 12
 """Of randomness in a password that we make."""
 PAGE = 500
-"""Max entries of an audit log that are read at a time."""
+"""Max entries of an audit log that are read at a time, and of a list that are shown."""
+SHOWN = 50
+"""Entries of a list that are shown unless more are asked for."""
+LAST_ID = UUID(int=2**128 - 1)
 
-Answer: TypeAlias = Mapping[str, Any] | list[Mapping[str, Any]] | None
+
+class Part(NamedTuple):
+    """A part of a list, and the `--after` that shows the next one, if there is one."""
+
+    rows: list[Mapping[str, Any]]
+    after: str | None
+
+
+Answer: TypeAlias = Mapping[str, Any] | list[Mapping[str, Any]] | Part | None
 
 
 class Change(NamedTuple):
@@ -82,6 +93,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     who = argparse.ArgumentParser(add_help=False)
     who.add_argument("user", help="an e-mail address, or an id")
+    part = argparse.ArgumentParser(add_help=False)
+    part.add_argument("--limit", type=_count, default=SHOWN, metavar="COUNT", help=f"show so many ({SHOWN})")
     which = argparse.ArgumentParser(add_help=False)
     which.add_argument("conversation", type=UUID, help="an id")
     top = parser.add_subparsers(required=True, metavar="command")
@@ -102,6 +115,9 @@ def _parser() -> argparse.ArgumentParser:
     create.add_argument("name")
     create.add_argument("email")
     create.add_argument("--admin", action="store_true", help="make them a server administrator")
+    several = command(user, "list", list_users, part)
+    several.add_argument("text", nargs="?", default="", help="a part of a name or of an e-mail address")
+    several.add_argument("--after", default="", metavar="EMAIL", help="the last one that was shown")
     command(user, "show", show_user, who)
     command(user, "disable", disable_user, who)
     command(user, "enable", enable_user, who)
@@ -111,6 +127,10 @@ def _parser() -> argparse.ArgumentParser:
     listed = command(user, "sessions", list_sessions, who)
     listed.add_argument("--revoke", action="store_true", help="end them all")
     conversation = top.add_parser("conversation", help="conversations").add_subparsers(required=True, metavar="what")
+    several = command(conversation, "list", list_conversations, part)
+    several.add_argument("text", nargs="?", default="", help="a part of a title")
+    several.add_argument("--user", metavar="USER", help="those that a user takes part in: an e-mail address, or an id")
+    several.add_argument("--after", type=UUID, default=LAST_ID, metavar="ID", help="the last one that was shown")
     command(conversation, "show", show_conversation, which)
     command(conversation, "export", export_conversation, which)
     command(conversation, "delete", delete_conversation, which)
@@ -121,6 +141,13 @@ def _parser() -> argparse.ArgumentParser:
     erased.add_argument("--yes", action="store_true", help="really: there is no way back")
     erased.add_argument("--verify", action="store_true", help="look afterwards whether anything is left")
     return parser
+
+
+def _count(text: str) -> int:
+    """Return how many entries to show. Raises ArgumentTypeError if a list shows no such number of them."""
+    if text.isascii() and text.isdecimal() and len(text) <= len(str(PAGE)) and 1 <= int(text) <= PAGE:
+        return int(text)
+    raise argparse.ArgumentTypeError(f"give a number from 1 to {PAGE}")
 
 
 async def _run(servers: Reached, options: argparse.Namespace) -> Answer:
@@ -168,6 +195,13 @@ def _require_fit(what: str, value: str, kind: object) -> None:
         msgspec.convert(value, kind)
     except msgspec.ValidationError as error:
         raise Fatal(f"`{value}` cannot be {what}. {advice(str(error))}") from None
+
+
+async def list_users(db: Db, options: argparse.Namespace) -> Answer:
+    """List accounts by their e-mail addresses: all, or those with a text in a name or in the address."""
+    found = await accounts.listed(db, options.text, options.after, limit=options.limit)
+    await note(db, "list_users")
+    return Part([_fields(entry) for entry in found.rows], found.after)
 
 
 async def show_user(db: Db, options: argparse.Namespace) -> Answer:
@@ -254,6 +288,14 @@ def _of_user(user_id: UserId, events: Events) -> None:
 
 
 # ---------------------------------------------------------------------------------------------- conversations
+
+
+async def list_conversations(db: Db, options: argparse.Namespace) -> Answer:
+    """List conversations, the newest first: all, those with a text in the title, or those of a user."""
+    user_id = None if options.user is None else (await _card(db, options.user)).id
+    found = await conversations.listed(db, options.text, options.after, user_id=user_id, limit=options.limit)
+    await note(db, "list_conversations", user_id)
+    return Part([_fields(entry) for entry in found.rows], None if found.after is None else str(found.after))
 
 
 async def show_conversation(db: Db, options: argparse.Namespace) -> Answer:
@@ -392,7 +434,11 @@ def _fields(struct: msgspec.Struct) -> dict[str, Any]:
 
 def _show(answer: Answer, *, is_json: bool) -> None:
     """Print a table: a line for each of several, or for each field of one."""
-    if is_json:
+    if isinstance(answer, Part):
+        _show(answer.rows, is_json=is_json)
+        if answer.after is not None:
+            complain(f"there are more: give --after {answer.after}")
+    elif is_json:
         say_json(msgspec.json.encode(answer).decode() + "\n")
     elif isinstance(answer, list):
         names = list(dict.fromkeys(name for row in answer for name in row))

@@ -13,6 +13,7 @@ import pytest
 
 from protocol import client, server
 from protocol.errors import CloseCode
+from protocol.ids import ConversationId
 from prove.client import Client
 from server import administration, cli, upkeep
 from server.config import Settings, without_password
@@ -146,6 +147,38 @@ async def test_conversations_are_shown_exported_and_deleted(shell: Shell) -> Non
     assert "there is no conversation" in await shell.run("conversation", "show", str(UUID(int=1)), status=1)
     await shell.world.db.execute("UPDATE audit_entry SET action = 'nothing'")
     assert "tampered with" in await shell.run("conversation", "audit", str(UUID(int=0)), "--verify", status=1)
+
+
+async def test_accounts_and_conversations_are_found_and_listed_in_pages(shell: Shell) -> None:
+    ada, charles, mary = await shell.world.users("Ada", "Charles", "Mary")
+    await shell.world.db.execute('UPDATE "user" SET display_name = $2 WHERE id = $1', mary.id, "Somerville")
+    await shell.run("user", "disable", str(charles.id))
+    client_of_ada = await shell.world.connect(ada)
+    made = [str(await shell.world.group(client_of_ada, mary, title=title)) for title in ("Engines", "Tea", "Steam")]
+    await client_of_ada.call(client.DeleteConversation(conversation_id=ConversationId(UUID(made[1]))))
+    everybody = await shell.json("user", "list")
+    assert [one["name"] for one in everybody] == ["Ada", "Charles", "Mary"], "by their addresses"
+    assert [one["state"] for one in everybody] == ["active", "disabled", "active"]
+    for part in ("somerVILLE", "mary", everybody[2]["email"].upper()):
+        assert [one["id"] for one in await shell.json("user", "list", part)] == [str(mary.id)]
+    assert await shell.run("user", "list", "_") == "none\n", "no pattern"
+    found = await shell.json("conversation", "list")
+    assert [one["id"] for one in found] == made[::-1], "the newest first"
+    assert [one["is_deleted"] for one in found] == [False, True, False]
+    assert (found[0]["title"], found[0]["participants"], found[0]["owner"]) == ("Steam", 2, str(ada.id))
+    assert [one["title"] for one in await shell.json("conversation", "list", "GIN")] == ["Engines"]
+    assert await shell.json("conversation", "list", "--user", everybody[2]["email"]) == found
+    assert await shell.json("conversation", "list", "--user", str(charles.id)) == []
+    assert "there is no user" in await shell.run("conversation", "list", "--user", "nobody", status=1)
+    for group, whole, key in (("user", everybody, "email"), ("conversation", found, "id")):
+        shown, after = await shell.both(group, "list", "--limit", "2")
+        assert shown.splitlines()[0].split()[0] == "id"
+        assert len(shown.splitlines()) == 3
+        assert after == f"openchat: there are more: give --after {whole[1][key]}\n"
+        rest, nothing = await shell.both(group, "list", "--after", whole[1][key], "--json")
+        assert (json.loads(rest), nothing) == (whole[2:], "")
+    log = await shell.json("conversation", "audit", str(UUID(int=0)))
+    assert log[-1]["action"] == "list_conversations"
 
 
 async def test_a_conversation_is_exported_by_few_messages_at_a_time(

@@ -17,6 +17,7 @@ SOME_ID = "01a20000-0000-7000-8000-000000000001"
 LINES = (
     [], ["run"], ["migrate"], ["new-epoch"],
     ["user", "create", "Ada", "ada@example.org"], ["user", "sessions", "ada@example.org"],
+    ["user", "list"], ["user", "list", "ada"], ["conversation", "list"], ["conversation", "list", "engines"],
     *(["user", one, "ada@example.org"] for one in ("show", "disable", "enable", "promote", "demote", "reset-password")),
     *(["conversation", one, SOME_ID] for one in ("show", "export", "delete", "audit")),
     ["erase", "ada@example.org"], ["check"], ["why", SOME_ID], ["reindex"], ["export"], ["export", "file"],
@@ -26,6 +27,7 @@ LINES = (
 OPTIONS = (
     ["--data-dir", "folder"], ["--data-dir=folder"], ["--data", "folder"], ["--host", "localhost"], ["--port", "0"],
     ["--workers", "2"], ["--plan"], ["--json"], ["--admin"], ["--verify"], ["--yes"], ["--revoke"], ["--user", "ada"],
+    ["--limit", "5"], ["--after", SOME_ID],
     ["--match-accounts", "none"], ["--url", "http://localhost"], ["--nonsense"],
 )  # fmt: skip
 SERVER = ["--data-dir", "--data", "--host", "--port", "--workers"]
@@ -104,7 +106,7 @@ def test_an_option_before_a_command_means_what_it_means_after_it(
     for line in LINES:
         after = outcome([*line, *option], began, capsys)
         before = outcome([*option, *line], began, capsys)
-        if name in {"--user", "--match-accounts", "--url"} and line:
+        if name in {"--user", "--limit", "--after", "--match-accounts", "--url"} and line:
             status, nothing, said = before
             assert (status, nothing) == (1, []), line
             assert said.endswith("Give the command first, then its options. `openchat --help` lists both."), line
@@ -153,6 +155,9 @@ def test_folder_beside_the_url_of_a_database_begins_nothing(
         (["--data-dir", "folder", "--", "check"], "unrecognized arguments"),
         (["run", "check"], "unrecognized arguments: check"),
         (["--port"], "argument --port: expected one argument"),
+        (["user", "list", "--limit", "501"], "argument --limit: give a number from 1 to 500"),
+        (["conversation", "list", "--limit", "0"], "argument --limit: give a number from 1 to 500"),
+        (["conversation", "list", "--after", "5"], "argument --after: invalid UUID value: '5'"),
     ],
     ids=lambda one: " ".join(one) if isinstance(one, list) else "",
 )

@@ -53,7 +53,10 @@ CHANGES: dict[str, tuple[Seen, ...]] = {
     "erase --yes": (_ended,),
 }
 """What an open socket sees of each command that changes rights. Nobody has a socket whose account is disabled."""
-READS = {"user create", "user show", "user sessions", "conversation show", "conversation export", "conversation audit"}
+READS = {
+    "user create", "user list", "user show", "user sessions", "conversation list", "conversation show",
+    "conversation export", "conversation audit",
+}  # fmt: skip
 """Commands that change nothing for an open socket."""
 
 

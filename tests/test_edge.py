@@ -34,7 +34,8 @@ ROOT = Path(__file__).parent.parent
 NOTED = {
     "user create": "create_user", "user show": "show_user", "user disable": "disable_user",
     "user enable": "enable_user", "user promote": "promote_user", "user demote": "demote_user",
-    "user reset-password": "reset_password", "user sessions": "list_sessions",
+    "user reset-password": "reset_password", "user list": "list_users", "conversation list": "list_conversations",
+    "user sessions": "list_sessions",
     "conversation show": "show_conversation", "conversation export": "export_conversation",
     "conversation delete": "delete_conversation", "erase": "show_user", "why": "why", "export": "export",
     "export --user": "export_user", "import": "import",
@@ -70,6 +71,8 @@ class Place(NamedTuple):
         """Return a command with what it takes."""
         rest = {
             "user create": ["Mary", "mary@example.org"],
+            "user list": ["Ada"],
+            "conversation list": ["--user", self.ada],
             "conversation": [self.about],
             "why": [self.said],
             "import": ["mattermost", str(self.samples / "mattermost.jsonl")],

@@ -134,6 +134,7 @@ WHY = {
     "asked by an operator, or for one's own export: one a minute and worker": {
         "accounts.CARD": "conversation_participant(user_id); session(user_id); user()",
         "audit.BROKEN": "audit_entry(chain) cut 1",
+        "conversations.LIST": "conversation_participant(user_id) cut 1",
         "checks.SIZES": "pg_class(); pg_index()",
         "checks.SOMEBODY": "conversation() cut 2; conversation_participant() cut 1; user() cut 2",
         "checks.EXPECTED": "message(conversation_id)",

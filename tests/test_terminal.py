@@ -44,7 +44,8 @@ async def test_nothing_that_a_command_prints_of_people_is_obeyed(shell: Shell) -
     await db.execute("UPDATE conversation SET title = $1, description = $1", HOSTILE)
     printed = []
     for words in (
-        f"user show {ada.id}", f"user show {ada.id} --json",
+        f"user show {ada.id}", f"user show {ada.id} --json", "user list", "user list --json", "conversation list",
+        f"conversation list --user {ada.id} --json",
         f"user sessions {ada.id}", f"user sessions {ada.id} --json",
         f"user promote {ada.id}", f"user demote {ada.id}", f"user enable {charles.id}", f"user show {charles.id}",
         f"conversation show {about}", f"conversation show {about} --json", f"conversation export {about}",
@@ -54,6 +55,9 @@ async def test_nothing_that_a_command_prints_of_people_is_obeyed(shell: Shell) -
         text = await shell.run(*words.split())
         assert not obeyed(text), (words, obeyed(text))
         printed.append(text)
+    _, more = await shell.both("user", "list", "--limit", "1")
+    assert "there are more" in more
+    assert not obeyed(more)
     refused = await shell.run("erase", str(ada.id), status=1)
     assert not obeyed(refused)
     assert refused.count("\n") == 1

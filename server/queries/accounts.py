@@ -9,7 +9,7 @@ from protocol.ids import SessionId, UserId
 from protocol.values import User
 from server.database import Db
 from server.queries.users import FACE
-from server.rows import Reader
+from server.rows import Page, Reader
 
 _user_decoder = Reader(User)
 
@@ -188,34 +188,56 @@ async def promote(db: Db, user_id: UserId, *, is_admin: bool) -> None:
     await db.execute(PROMOTE, user_id, is_admin)
 
 
-class Card(msgspec.Struct, frozen=True, kw_only=True):
-    """What an administrator sees of an account."""
+class Entry(msgspec.Struct, frozen=True, kw_only=True):
+    """An account in a list of them."""
 
     id: UserId
     name: str
     email: str
     state: str
     is_admin: bool
-    sessions: int
-    conversations: int
     created_at: datetime
     last_seen_at: datetime | None
 
 
+class Card(Entry, frozen=True, kw_only=True):
+    """What an administrator sees of an account."""
+
+    sessions: int
+    conversations: int
+
+
+_entry_decoder = Reader(Entry)
 _card_decoder = Reader(Card)
 
-CARD = """
-SELECT json_build_object('id', u.id, 'name', u.name, 'email', u.email, 'is_admin', u.is_admin,
-    'created_at', u.created_at, 'last_seen_at', u.last_seen_at,
-    'state', CASE WHEN u.erased_at IS NOT NULL THEN 'erased' WHEN u.is_disabled THEN 'disabled'
-        WHEN u.is_deleted THEN 'deleted' WHEN NOT u.is_active THEN 'deactivated' ELSE 'active' END,
+_STATE = """CASE WHEN u.erased_at IS NOT NULL THEN 'erased' WHEN u.is_disabled THEN 'disabled'
+    WHEN u.is_deleted THEN 'deleted' WHEN NOT u.is_active THEN 'deactivated' ELSE 'active' END"""
+_ENTRY = f"""'id', u.id, 'name', u.name, 'email', u.email, 'is_admin', u.is_admin, 'created_at', u.created_at,
+    'last_seen_at', u.last_seen_at, 'state', {_STATE}"""
+
+CARD = f"""
+SELECT json_build_object({_ENTRY},
     'sessions', (SELECT count(*) FROM session s WHERE s.user_id = u.id AND s.expires_at > now()),
     'conversations', (SELECT count(*) FROM conversation_participant p WHERE p.user_id = u.id AND p.status = 'active'))
 FROM "user" u WHERE u.id::text = $1 OR u.email = lower($1)
-"""
+"""  # noqa: S608 - a constant is put in
 
 
 async def card(db: Db, who: str) -> Card | None:
     """Return the account of a user named by id or e-mail address."""
     text = await db.fetchval(CARD, who)
     return None if text is None else _card_decoder.decode(text)
+
+
+LIST = f"""
+SELECT json_build_object({_ENTRY}), u.email
+FROM "user" u
+WHERE u.email > $1 AND (strpos(lower(u.name), lower($2)) > 0 OR strpos(lower(u.display_name), lower($2)) > 0
+    OR strpos(u.email, lower($2)) > 0)
+ORDER BY u.email LIMIT $3 + 1
+"""  # noqa: S608 - a constant is put in
+
+
+async def listed(db: Db, part: str, after: str, *, limit: int) -> Page[Entry]:
+    """Return accounts with `part` in a name or in the address, by address, after one."""
+    return _entry_decoder.page(await db.fetch(LIST, after, part, limit), limit)

@@ -450,6 +450,43 @@ async def card(db: Db, conversation_id: ConversationId) -> Card | None:
     return None if text is None else _card_decoder.decode(text)
 
 
+class Entry(msgspec.Struct, frozen=True, kw_only=True):
+    """A conversation in a list of all."""
+
+    id: ConversationId
+    type: str
+    title: str | None
+    owner: UserId | None
+    participants: int
+    messages: int
+    last_activity_at: datetime
+    is_deleted: bool
+
+
+_entry_decoder = Reader(Entry)
+
+LIST = """
+SELECT json_build_object('id', c.id, 'type', c.type, 'title', c.title, 'participants', c.participant_count,
+    'messages', c.message_count, 'last_activity_at', c.last_activity_at, 'is_deleted', c.is_deleted, 'owner', (
+        SELECT p.user_id FROM conversation_participant p
+        WHERE p.conversation_id = c.id AND p.status = 'active' AND p.role = 'owner' LIMIT 1
+    )), c.id
+FROM conversation c
+WHERE c.id < $1 AND ($2 = '' OR strpos(lower(c.title), lower($2)) > 0)
+    AND ($3::uuid IS NULL OR EXISTS (
+        SELECT FROM conversation_participant p WHERE p.conversation_id = c.id AND p.user_id = $3 AND p.status = 'active'
+    ))
+ORDER BY c.id DESC LIMIT $4 + 1
+"""
+
+
+async def listed(db: Db, part: str, before: ConversationId, *, user_id: UserId | None, limit: int) -> Page[Entry]:
+    """Return conversations with `part` in the title, the newest first, that were made before one; of a user, those that
+    they take part in. There is no access check.
+    """
+    return _entry_decoder.page(await db.fetch(LIST, before, part, user_id, limit), limit)
+
+
 EVERYTHING = """
 SELECT json_build_object('kind', 'message', 'message', message_json(m),
     'withheld', CASE WHEN m.is_moderated THEN m.content END)::text, m.sent_version
