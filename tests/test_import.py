@@ -237,6 +237,34 @@ async def test_a_malformed_line_is_named(shell: Shell, world: World, tmp_path: P
 
 
 ADA = '{"type": "message", "user": "U1", '
+
+
+async def test_later_export_says_how_many_messages_of_each_conversation_were_left_out(
+    shell: Shell, world: World, tmp_path: Path
+) -> None:
+    shutil.copytree(SAMPLES / "slack", path := tmp_path / "slack")
+    await shell.run("import", "slack", str(path))
+    again = await shell.run("import", "slack", str(path))
+    assert again.count("is here already and was left as it is\n") == 3
+    assert "left out" not in again
+    said = [f'{ADA}"ts": "{1700200000 + second}.0", "text": "Later"}}' for second in range(2)]
+    bot = '{"type": "message", "subtype": "bot_message", "text": "x", "ts": "1700200009.0"}'
+    (path / "general" / "2023-11-17.json").write_text(f"[{', '.join([*said, bot])}]")
+    (path / "D1" / "2023-11-17.json").write_text(f"[{said[0]}]")
+    later = await shell.run("import", "slack", str(path))
+    left_out = "is here already and was left as it is. Messages that are not in it, and were left out:"
+    assert f"channels.json: C1: this conversation {left_out} 2\n" in later
+    assert f"dms.json: D1: this conversation {left_out} 1\n" in later
+    assert "groups.json: G1: this conversation is here already and was left as it is\n" in later
+    assert await world.db.fetchval("SELECT count(*) FROM message WHERE content = 'Later'") == 0
+    # Another export of the same two people: their conversation is of another key.
+    await world.db.execute('UPDATE "user" SET email_verified = true')
+    for file in path.rglob("*.json"):
+        file.write_text(file.read_text().replace('"U1"', '"V1"').replace('"U2"', '"V2"'))
+    other = await shell.run("import", "slack", str(path), "--source", "other")
+    assert f"dms.json: D1: a direct conversation of these two people {left_out} 3\n" in other
+
+
 FOUND = [
     ("users.json", '[{"id": "U1", "name": "Ada"}, {"name": "x"}]', "users.json: entry 2: 'id' is missing"),
     ("channels.json", '[{"id": "C1", "name": "general"}, 1]', "channels.json: entry 2: "),

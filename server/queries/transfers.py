@@ -129,6 +129,9 @@ PRESENT = 'SELECT u.id, u.erased_at IS NOT NULL FROM "user" u WHERE u.id = ANY($
 ACTIVE = 'SELECT u.id, u.is_active AND NOT u.is_deleted FROM "user" u WHERE u.id = ANY($1)'
 THERE = "SELECT c.id FROM conversation c WHERE c.id = ANY($1)"
 IS_ANY_MESSAGE = "SELECT EXISTS (SELECT FROM message m WHERE m.id = ANY($1))"
+ABSENT_MESSAGES = """
+SELECT count(*) FROM unnest($1::uuid[]) wanted (id) WHERE NOT EXISTS (SELECT FROM message m WHERE m.id = wanted.id)
+"""
 PAIRS = "SELECT c.direct_low, c.direct_high FROM conversation c WHERE c.type = 'direct' AND c.direct_low = ANY($1)"
 
 
@@ -154,6 +157,12 @@ async def present(db: Db, user_ids: list[UserId]) -> dict[UserId, bool]:
 async def is_any_message(db: Db, message_ids: list[MessageId]) -> bool:
     """Whether any of the messages is here."""
     return bool(await db.fetchval(IS_ANY_MESSAGE, message_ids))
+
+
+async def absent_messages(db: Db, message_ids: list[MessageId]) -> int:
+    """Return how many of the messages are not here."""
+    found: int = await db.fetchval(ABSENT_MESSAGES, message_ids)
+    return found
 
 
 async def active(db: Db, user_ids: list[UserId]) -> dict[UserId, bool]:

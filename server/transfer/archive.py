@@ -10,6 +10,7 @@ import hashlib
 import re
 from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime
+from itertools import islice
 from typing import Any, Literal, NamedTuple
 from uuid import uuid4
 
@@ -31,6 +32,8 @@ from server.transfer.reading import reading
 TONES = {str(number): chr(0x1F3F9 + number) for number in range(2, 7)}
 """Modifiers of the skin's tone, U+1F3FB to U+1F3FF, by the number of the Fitzpatrick scale that Slack has for them."""
 
+AT_ONCE = 10_000
+"""Max messages that one statement looks for."""
 SAMPLE = 100
 """Max messages of a conversation that are looked for, to tell whether it is the same."""
 
@@ -164,7 +167,12 @@ async def plan(db: Db, archive: Archive, *, source: str | None = None, confirmed
             continue
         if ids[place.key] in there and not (is_named or await _is_same(db, origin, place, who.users)):
             raise Unnamed(archive, f"{place.found}: another conversation is called {place.key}, too")
-        notes.append(f"{place.found}: this conversation is here already and was left as it is")
+        why = "this conversation" if ids[place.key] in there else "a direct conversation of these two people"
+        absent = await _absent(db, origin, place, who.users)
+        notes.append(
+            f"{place.found}: {why} is here already and was left as it is"
+            + (f". Messages that are not in it, and were left out: {absent:,}" if absent else "")
+        )
     if not is_named and (unknown := who.unknown & {key for place in wanted for key in place.members}):
         raise Unnamed(archive, f"{min(unknown)} has no address, and somebody of an earlier import has the same id")
     return Plan(_rows(archive, wanted, who, _Ids(origin, ids)), notes)
@@ -187,6 +195,17 @@ async def _is_same(db: Db, origin: Origin, place: Place, users: dict[str, UserId
     posts = sorted((post for post in found if post.person in users and post.text), key=lambda post: post.at_ms)
     messages = [_message_id(origin, place, post) for post in posts[:SAMPLE]]
     return not messages or await transfers.is_any_message(db, messages)
+
+
+async def _absent(db: Db, origin: Origin, place: Place, users: dict[str, UserId]) -> int:
+    """Return how many messages of a conversation of the archive are not here."""
+    with reading(place.found):
+        found = place.posts()
+    messages = {_message_id(origin, place, post) for post in found if post.person in users and post.text}
+    wanted, absent = iter(messages), 0
+    while some := list(islice(wanted, AT_ONCE)):
+        absent += await transfers.absent_messages(db, some)
+    return absent
 
 
 def _message_id(origin: Origin, place: Place, post: Post) -> MessageId:
