@@ -21,6 +21,8 @@ from protocol.ids import (
 from protocol.json_object import Json
 from protocol.limits import (
     DEFAULT_PAGE,
+    HASHTAG,
+    KEY,
     MAX_PARTICIPANTS_NAMED,
     MAX_POLL_OPTIONS,
     MAX_RESUMED,
@@ -109,7 +111,7 @@ class Resume(Frame, tag="resume", kw_only=True):
         try:
             ids = msgspec.convert(list(self.versions), list[ConversationId])
         except msgspec.ValidationError:
-            raise ValueError("the keys of `versions` must be ids of conversations") from None
+            raise ValueError("The keys of `versions` must be ids of conversations") from None
         require_different_hashes(ids, "versions")
         self.versions = dict(zip(ids, self.versions.values(), strict=True))
 
@@ -219,7 +221,7 @@ class Join(Frame, tag="join"):
 
     def __post_init__(self) -> None:
         if (self.conversation_id is None) == (self.invite_code is None):
-            raise ValueError("give either `conversation_id` or `invite_code`")
+            raise ValueError("Give either `conversation_id` or `invite_code`")
 
 
 class Leave(Frame, tag="leave"):
@@ -335,7 +337,7 @@ class _Say(Frame):
     def __post_init__(self) -> None:
         require_uuid7(self.message_id, "message_id")
         if self.also_in_conversation and self.parent_message_id is None:
-            raise ValueError("`also_in_conversation` is for replies: give `parent_message_id`, or leave it out")
+            raise ValueError("`also_in_conversation` is for replies. Give `parent_message_id`, or leave it out")
 
 
 class Send(_Say, tag="send"):
@@ -464,7 +466,7 @@ class History(Frame, tag="history"):
 
     def __post_init__(self) -> None:
         if sum(anchor is not None for anchor in (self.before, self.after, self.around)) > 1:
-            raise ValueError("give at most one of `before`, `after` and `around`")
+            raise ValueError("Give at most one of `before`, `after` and `around`")
 
 
 class GetMessage(_OfMessage, tag="get_message"):
@@ -488,7 +490,7 @@ class Search(Frame, tag="search"):
     content_type: ContentType | None = None
     sent_before: Moment | None = None
     sent_after: Moment | None = None
-    hashtag: Annotated[str, Meta(min_length=1, max_length=100, pattern=r"^\w+\Z")] | None = None
+    hashtag: Annotated[str, Meta(min_length=1, max_length=100, pattern=HASHTAG)] | None = None
     has_file: bool = False
     in_thread: MessageId | None = None
     mentions_me: bool = False
@@ -522,7 +524,7 @@ class ListReplies(_OfMessage, tag="list_replies"):
 
     def __post_init__(self) -> None:
         if self.before_order is not None and self.after_order is not None:
-            raise ValueError("give at most one of `before_order` and `after_order`")
+            raise ValueError("Give at most one of `before_order` and `after_order`")
 
 
 class FollowThread(_OfMessage, tag="follow_thread"):
@@ -644,8 +646,8 @@ class RegisterPush(Frame, tag="register_push"):
     """
 
     endpoint: Link
-    p256dh: Annotated[str, Meta(min_length=80, max_length=100, pattern=r"^[A-Za-z0-9_=-]+\Z")]
-    auth: Annotated[str, Meta(min_length=16, max_length=32, pattern=r"^[A-Za-z0-9_=-]+\Z")]
+    p256dh: Annotated[str, Meta(min_length=80, max_length=100, pattern=KEY)]
+    auth: Annotated[str, Meta(min_length=16, max_length=32, pattern=KEY)]
 
 
 class UnregisterPush(Frame, tag="unregister_push"):

@@ -25,7 +25,11 @@ PROTOCOL = "docs/protocol.md"
 
 _AT = re.compile(r"(?P<what>.*) - at (?:`key` in )?`\$(?P<path>[^`]*)`\Z", re.DOTALL)
 _UNKNOWN = re.compile(r"Invalid (?:enum )?value ")
-_NAMED = re.compile(r"`([a-z_]+)`")
+_FIELD = re.compile(r"Object (?:missing required|contains unknown) field `(.*)`\Z", re.DOTALL)
+_NAMED = re.compile(r"`([a-z_0-9]+)`")
+_MISMATCH = re.compile(r"Expected `(?P<wanted>[^`]*)`(?:, got `(?P<given>[^`]*)`)?\.?\Z")
+_MAX_QUOTED, _QUOTED = 200, 80
+"""Max characters of what msgspec says, which may quote a value or a name of any length; a longer one is shortened."""
 _RULES = {f"Expected `str` matching regex {pattern!r}": sentence for pattern, sentence in RULES.items()}
 
 _ADVICE = tuple(
@@ -37,12 +41,14 @@ _ADVICE = tuple(
         (r"Expected `array` of length >= 1", "Give at least 1 element."),
         (r"Expected `array` of length >= (\d+)", r"Give at least \1 elements."),
         (r"Expected `array` of length <= (\d+)", r"Give at most \1 elements."),
+        (r"Expected `object` of length <= (\d+)", r"Give at most \1 entries."),
         (r"Expected `(int|float)` >= (\S+)", r"Give a number of at least \2."),
         (r"Expected `(int|float)` <= (\S+)", r"Give a number of at most \2."),
         (r"Expected `(int|float)` < (\S+)", r"Give a number less than \2."),
-        (r"Expected (`.*`), got `(.*)`", r"Give \1, not `\2`."),
         (r"Expected `datetime` with a timezone component", "Give a time with its zone, such as 2027-01-31T12:00:00Z."),
         (r"Expected `time` with no timezone component", "Give a time of day without a zone, such as 22:00:00."),
+        (r"Number out of range", "Give a smaller number."),
+        (r"Integer value out of range", "Give an integer that fits in 64 bits."),
         (r"Invalid RFC3339 encoded datetime", "Give a time such as 2027-01-31T12:00:00Z."),
         (r"Invalid RFC3339 encoded time", "Give a time of day such as 22:00:00."),
         (r"Invalid UUID", "Give a UUID such as 01a20000-0000-7000-8000-000000000001."),
@@ -52,6 +58,11 @@ _ADVICE = tuple(
     )
 )
 """Sentences to act on in place of what msgspec says."""
+_WORDS = {
+    "str": "a string", "int": "an integer", "float": "a number", "bool": "a boolean", "array": "a list",
+    "object": "an object", "null": "null", "uuid": "a UUID", "datetime": "a time", "time": "a time of day",
+}  # fmt: skip
+"""Types in the words of docs/protocol.md, by those of msgspec."""
 _TYPES = [str(frame.__struct_config__.tag) for frame in get_args(ClientFrame)]
 _MAX_GUESSED = 24
 """Max characters of an unknown type that is compared with the known ones."""
@@ -172,11 +183,16 @@ def located(problem: str) -> tuple[str, str]:
 
 def _refusal(problem: str, kind_of_all: object, tag: str | None) -> Refused:
     what, path = located(problem)
+    if len(what) > _MAX_QUOTED and not what.startswith("Expected"):
+        what = f"{what[:_QUOTED]}…{what[-_QUOTED:]}"
     known = choices(kind_of_all, path, tag=tag) if _UNKNOWN.match(what) else []
     path = path.removeprefix(".")
     if path == "type" or (not path and "required field `type`" in what):
         return Refused(ErrorCode.BAD_FRAME, _known_types(what), path="type")
-    if (named := _NAMED.search(what)) and not what.startswith("Expected"):
+    named = _FIELD.match(what)
+    if named is None and not what.startswith(("Expected", "Invalid")):
+        named = _NAMED.search(what)  # a sentence of ours
+    if named is not None:
         path = f"{path}.{named[1]}" if path else named[1]
     sentence = f"{what}. Give {_any_of(known)}." if known else advice(what)
     return Refused(ErrorCode.INVALID, sentence, path=path or None)
@@ -192,6 +208,10 @@ def advice(what: str) -> str:
     what = what.replace(" | null`", "`")
     if (rule := _RULES.get(what)) is not None:
         return rule
+    if (found := _MISMATCH.match(what)) is not None:
+        wanted = " or ".join(_WORDS.get(one, one) for one in found["wanted"].split(" | "))
+        given = found["given"]
+        return f"Give {wanted}." if given is None else f"Give {wanted}, not {_WORDS.get(given, given)}."
     for pattern, sentence in _ADVICE:
         if (found := pattern.match(what)) is not None:
             return found.expand(sentence)

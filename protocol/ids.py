@@ -44,7 +44,7 @@ def require_different_hashes(ids: Collection[UUID], field: str) -> None:
     times (docs/decisions/0050-ids-that-collide.md).
     """
     if len({hash(one) for one in ids}) < len({one.bytes for one in ids}):
-        raise ValueError(f"ids in `{field}` must be random: some have the same hash")
+        raise ValueError(f"Ids in `{field}` must be random: some have the same hash")
 
 
 def require_uuid7(value: UUID, field: str) -> None:

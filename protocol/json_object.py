@@ -51,7 +51,7 @@ def read(kind: type, value: object) -> object:
 
 def _object(kind: type, value: object) -> _Object:
     if kind is not _Object or not isinstance(value, dict):
-        raise ValueError(f"Expected `object`, got `{type(value).__name__}`. Send a JSON object.")
+        raise ValueError("Give an object.")
     return _Object(value)
 
 

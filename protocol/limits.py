@@ -35,6 +35,12 @@ EMAIL = rf"^(?!.*[@.][Ii][Nn][Vv][Aa][Ll][Ii][Dd]\.?\Z){_ADDRESS}@{_ADDRESS}\Z"
 """
 ZONE = r"^[A-Za-z0-9_+/-]+\Z"
 """The characters of IANA's names of time zones. The server also compares each name with those that PostgreSQL knows."""
+HASHTAG = r"^\w+\Z"
+KEY = r"^[A-Za-z0-9_=-]+\Z"
+"""A key of a push endpoint, in base64url (RFC 4648, section 5)."""
+MIME_TYPE = r"^[a-z0-9.+-]+/[a-z0-9.+-]+\Z"
+LANGUAGE = r"^[a-z0-9][a-z0-9+#._-]*\Z"
+"""A name of a programming language."""
 _NO_ADDRESS = "Give an e-mail address such as ada@example.org, without spaces, control and invisible characters."
 RULES = {
     NO_NUL: "The character U+0000 is not allowed. Remove it.",
@@ -44,6 +50,10 @@ RULES = {
     ADDRESS: _NO_ADDRESS,
     EMAIL: f"{_NO_ADDRESS} The domain `invalid` is not allowed.",
     ZONE: "Give an IANA name such as `Europe/London`.",
+    HASHTAG: "Give a hashtag without `#`: letters, digits and `_` alone.",
+    KEY: "Give a key in base64url, as browsers do.",
+    MIME_TYPE: "Give a MIME type in lower case, such as `image/png`.",
+    LANGUAGE: "Give the name of a programming language in lower case, such as `python` or `c++`.",
 }
 """Sentences for patterns, which say little to people."""
 

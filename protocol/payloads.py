@@ -9,13 +9,13 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
-from protocol.limits import LINES, MAX_POLL_OPTIONS, Link, Name, Text
+from protocol.limits import LANGUAGE, LINES, MAX_POLL_OPTIONS, MIME_TYPE, Link, Name, Text
 from protocol.moments import Moment, require_moment
 
 Pixels = Annotated[int, Meta(ge=1, le=100_000)]
 Milliseconds = Annotated[int, Meta(ge=0, le=2**31 - 1)]
-MimeType = Annotated[str, Meta(max_length=255, pattern=r"^[a-z0-9.+-]+/[a-z0-9.+-]+\Z")]
-Language = Annotated[str, Meta(max_length=50, pattern=r"^[a-z0-9][a-z0-9+#._-]*\Z")]
+MimeType = Annotated[str, Meta(max_length=255, pattern=MIME_TYPE)]
+Language = Annotated[str, Meta(max_length=50, pattern=LANGUAGE)]
 Options = Annotated[list[Text], Meta(min_length=2, max_length=MAX_POLL_OPTIONS)]
 
 
@@ -89,7 +89,7 @@ class Poll(_Payload, tag="poll", frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         if len(set(self.options)) != len(self.options):
-            raise ValueError("the `options` must all be different")
+            raise ValueError("The `options` must all be different")
         require_moment(self.closes_at, "closes_at")
 
 

@@ -1,23 +1,27 @@
 """Every refusal tells a person what to do next, or names the bound."""
 
 import ast
+import json
 import re
 from collections.abc import Iterator
 from datetime import time
 from pathlib import Path
 from typing import get_args
 
+import msgspec
 import pytest
 from msgspec import inspect
 
-from protocol import client, limits, server
-from protocol.codec import advice, decode_client
+from protocol import client, json_object, limits, server
+from protocol.codec import advice, decode, decode_client
 from protocol.errors import ErrorCode, Refused
 from protocol.ids import MessageId, uuid7
 from protocol.payloads import Payload
 from protocol.values import ConversationSettings
 from server.errors import CONSTRAINTS, INTERNAL, UNFIT, NotActive, NotFound
 from server.permissions import OBSTACLES
+from tests.test_hostile_values import filled, frames, valid
+from tests.test_wire_bounds import BODIES, BOUNDS, CLIENT, answer
 from tests.world import Room, World, http_client, refused, sent
 
 ROOT = Path(__file__).parent.parent
@@ -26,8 +30,9 @@ VERBS = (
     "Log in|Look|Make|Name|Nest|Pin|Read|Reconnect|Remove|Reply|Retry|Schedule|Send|Take|Tell|Try|Unblock|"
     "Unfollow|Unpin|Unstar|Unwatch|Use|Wait|Write"
 )
-ACTS = re.compile(rf"(?:^|[.:,;] (?:or )?)(?:{VERBS})\b|(?:^|: )(?:give|leave|name)\b")
-BOUNDS = re.compile(r"\bat (?:most|least)\b|\bmust\b|\bbetween\b|\blonger than\b|\bmore than\b|^Requires\b|_A_DAY")
+ACTS = re.compile(rf"(?:^|[.:,;] (?:or )?)(?:{VERBS})\b")
+BEGINS = re.compile(r"[A-Z`{]")
+NAMES_BOUND = re.compile(r"\bat (?:most|least)\b|\bmust\b|\bbetween\b|\blonger than\b|\bmore than\b|^Requires\b|_A_DAY")
 ELSEWHERE = re.compile(r"server/(?:transfer|queries/transfers)|server/cursor|server/config|server/proxies")
 """Files whose ValueErrors reach no client."""
 
@@ -62,7 +67,7 @@ def sentences() -> Iterator[tuple[str, str]]:
 
 
 def is_useful(sentence: str) -> bool:
-    return bool(ACTS.search(sentence) or BOUNDS.search(sentence))
+    return bool(ACTS.search(sentence) or NAMES_BOUND.search(sentence))
 
 
 def test_every_sentence_of_a_refusal_says_what_to_do_or_names_the_bound() -> None:
@@ -71,6 +76,7 @@ def test_every_sentence_of_a_refusal_says_what_to_do_or_names_the_bound() -> Non
     tables = [*OBSTACLES.values(), *(one[1] for one in CONSTRAINTS.values()), *limits.RULES.values(), UNFIT]
     found |= {f"a table: {one}": one for one in (*tables, INTERNAL.message, NotFound().message, NotActive().message)}
     assert {place: one for place, one in found.items() if not is_useful(one)} == {}
+    assert {place: one for place, one in found.items() if not BEGINS.match(one)} == {}
     assert not is_useful("This is not allowed.")
 
 
@@ -80,7 +86,7 @@ def test_every_sentence_of_a_refusal_says_what_to_do_or_names_the_bound() -> Non
         ('{"type": "sned"}', ErrorCode.BAD_FRAME, "`send`, or another one of the frame types in docs/protocol.md."),
         ('{"type": "x"}', ErrorCode.BAD_FRAME, "one of the frame types in docs/protocol.md."),
         ('{"a": 1}', ErrorCode.BAD_FRAME, "one of the frame types in docs/protocol.md."),
-        ("[1]", ErrorCode.INVALID, "Give `object`, not `array`."),
+        ("[1]", ErrorCode.INVALID, "Give an object, not a list."),
         ('{"type": "join", "x": 1}', ErrorCode.INVALID, "Remove `x`: there is no such field."),
         ('{"type": "unpin", "conversation_id": "5"}', ErrorCode.INVALID, "Give a UUID such as"),
         ('{"type": "history"}', ErrorCode.INVALID, "Give `conversation_id`."),
@@ -93,7 +99,7 @@ def test_every_sentence_of_a_refusal_says_what_to_do_or_names_the_bound() -> Non
         ('{"type": "update_profile", "name": ""}', ErrorCode.INVALID, "Give at least 1 character."),
         ('{"type": "watch", "user_ids": []}', ErrorCode.INVALID, "Give at least 1 element."),
         ('{"type": "ping", "type": "get_me"}', ErrorCode.BAD_FRAME, "Give `type` once; a second one is `get_me`."),
-        ('{"type": "watch", "user_ids": 5}', ErrorCode.INVALID, "Give `array`, not `int`."),
+        ('{"type": "watch", "user_ids": 5}', ErrorCode.INVALID, "Give a list, not an integer."),
         ('{"type": "list_stars", "limit": 1000}', ErrorCode.INVALID, "Give a number of at most 100."),
     ],
 )
@@ -102,6 +108,57 @@ def test_what_cannot_be_decoded_is_told_with_what_to_send(frame: str, code: Erro
         decode_client(frame)
     assert told.value.code is code
     assert message in told.value.message
+
+
+NOT_OF_THE_WIRE = re.compile(
+    r"Expected|\bgot\b|regex|out of range|`(?:str|int|float|bool|array|object|null|uuid|datetime|time)\b"
+)
+"""Words of the decoder that a client author does not know."""
+WRONG = (
+    "null", "true", "1", "-5", "1.5", '"x"', '""', "[]", "[[]]", "{}", '{"x": {}}', '"\\u0000"', "1" * 20, "1" * 40,
+    "1e400",
+)  # fmt: skip
+UNKNOWN = ("x", "conversationId", "größe", "a`b", "$", "x" * 100_000)
+
+
+def refusals() -> Iterator[tuple[str, Refused]]:
+    """Yield how frames and bodies are refused that have a wrong value, one beyond a bound, or a field too many or too
+    few, in each place.
+    """
+    for bound in BOUNDS:
+        if (refused := answer(bound, bound.beyond)) is not None:
+            yield str(bound), refused
+    for kind in CLIENT:
+        about = inspect.type_info(kind)
+        whole = valid(about, "", {}, whole=True)
+        texts = [(f"{place} {one}", filled(text, one)) for place, text in frames(kind, {}) for one in WRONG]
+        texts += [(f"with {one[:9]}", json.dumps(valid(about, "", {}) | {one: 1}).encode()) for one in UNKNOWN]
+        texts += [(f"without {name}", json.dumps({key: whole[key] for key in whole if key != name}).encode())
+                  for name in whole if name != "type"]  # fmt: skip
+        decoder = msgspec.json.Decoder(kind, dec_hook=json_object.accept) if kind in BODIES else None
+        for place, data in texts:
+            try:
+                _ = decode_client(data) if decoder is None else decode(data, decoder)
+            except Refused as refused:
+                yield f"{kind.__name__} {place}", refused
+
+
+def test_every_refusal_of_a_value_is_a_sentence_in_the_words_of_the_wire_and_has_a_path() -> None:
+    found = list(refusals())
+    assert len(found) > 5_000
+    assert {one.message for _, one in found if NOT_OF_THE_WIRE.search(one.message)} == set()
+    assert {one.message for _, one in found if not (is_useful(one.message) and BEGINS.match(one.message))} == set()
+    assert {one.message for _, one in found if not one.message.endswith(".") or len(one.message) > 600} == set()
+    assert [place for place, one in found if one.path is None and one.code is ErrorCode.INVALID] == []
+    schema = json.dumps(msgspec.json.schema_components(CLIENT), default=str)
+    patterns = {json.loads(f'"{one}"') for one in re.findall(r'"pattern": "((?:[^"\\]|\\.)*)"', schema)}
+    assert len(patterns) > 8
+    assert patterns <= limits.RULES.keys()
+    for name in ("conversationId", "größe", "a`b"):
+        with refused(ErrorCode.INVALID, name):
+            decode_client(json.dumps({"type": "ping", name: 1}))
+    with refused(ErrorCode.INVALID, "status"):
+        decode_client('{"type": "presence", "status": "`type`"}')
 
 
 def lists_of_values(kind: inspect.Type) -> Iterator[tuple[str, list[str]]]:
