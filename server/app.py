@@ -239,6 +239,7 @@ class App:
         metrics.values = self._values
         metrics.push_dropped = self.notices.dropped
         metrics.closed = self.sockets.closed
+        metrics.answers = self.sockets.answers
 
     @classmethod
     async def open(cls, settings: Settings, folder: Path, number: int, *, is_alone: bool = False) -> "App":

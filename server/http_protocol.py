@@ -287,12 +287,11 @@ class Http(HttpToolsProtocol):
         elif self._stage is Stage.BODY and self.cycle is not None:
             self._linger()  # the answer came before the end of the body
             return
-        response = refusal_response(refused)
+        response = refusal_response(refused, status=status)
+        self._sockets.answered(response.status_code)
         headers = [*self.server_state.default_headers, *response.raw_headers, (b"connection", b"close")]
         lines = [name + b": " + value + b"\r\n" for name, value in headers]
-        self.transport.write(
-            b"".join([STATUS_LINE[status or response.status_code], *lines, b"\r\n", bytes(response.body)])
-        )
+        self.transport.write(b"".join([STATUS_LINE[response.status_code], *lines, b"\r\n", bytes(response.body)]))
         if self._key is None:
             self._shut()  # it is not counted, so it must not stay
         else:

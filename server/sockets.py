@@ -11,6 +11,7 @@ from protocol.errors import ErrorCode, Refused
 from protocol.limits import MAX_FRAME_BYTES
 from server.addresses import limit_key, too_many_connections
 from server.limits import Pace
+from server.metrics import OTHER
 from server.proxies import Proxies
 
 RESERVED_DESCRIPTORS = 128
@@ -55,6 +56,8 @@ class Sockets:
         self._logged_at = float("-inf")
         self.closed: Counter[str] = Counter()
         """WebSockets that the server closed, by close code."""
+        self.answers: Counter[tuple[str, int]] = Counter()
+        """Answers to HTTP requests and refused handshakes, by path and status."""
         self.shed = 0
         self.timed_out = 0
 
@@ -87,6 +90,10 @@ class Sockets:
         """Give back the place of a connection that is closed."""
         self._count -= 1
         _take(self._of_address, key, 1)
+
+    def answered(self, status: int) -> None:
+        """Count an answer that a connection gave in place of the application, whatever path was asked for."""
+        self.answers[OTHER, status] += 1
 
     def waits(self, connection: object, close: Callable[[], None]) -> None:
         """Note that a connection is idle. `close` closes it when another connection needs its place."""

@@ -81,7 +81,10 @@ class Counted:
 
 
 class Tallied:
-    """ASGI middleware: counts answers by path and status. Paths that are no route's or hold ids are `other`."""
+    """ASGI middleware: counts answers by path and status. Paths that are no route's or hold ids are `other`.
+
+    An answer to a client that is gone is not sent, and not counted: `Http` may have answered it.
+    """
 
     def __init__(self, app: ASGIApp, metrics: Metrics, paths: frozenset[str]) -> None:
         self._app = app
@@ -91,13 +94,20 @@ class Tallied:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle a request, and count its answer."""
         path = scope.get("path", "")
+        is_gone = False
+
+        async def receiving() -> Message:
+            nonlocal is_gone
+            message = await receive()
+            is_gone = is_gone or message["type"] == "http.disconnect"
+            return message
 
         async def counting(message: Message) -> None:
-            if message["type"] in {"http.response.start", "websocket.http.response.start"}:
+            if not is_gone and message["type"] in {"http.response.start", "websocket.http.response.start"}:
                 self._metrics.answers[path if path in self._paths else OTHER, message["status"]] += 1
             await send(message)
 
-        await self._app(scope, receive, counting)
+        await self._app(scope, receiving, counting)
 
 
 class CountedPreflights(Counted):

@@ -259,6 +259,8 @@ class WebSocket(WebSocketsSansIOProtocol):
         super().handle_connect(event)
         if not self.close_sent:
             self.scope["extensions"][EXTENSION] = self  # type: ignore[assignment]
+        else:
+            self._sockets.answered(self.response.status_code)
 
     def send_receive_event_to_app(self) -> None:  # noqa: D102
         self._fragments = 0

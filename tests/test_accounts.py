@@ -129,7 +129,9 @@ async def test_bodies_are_limited_and_understood(http: httpx.AsyncClient) -> Non
     assert refusal(await http.post("/v1/auth/register", content=big)) == (422, "invalid", None)
 
 
-async def test_attempts_are_limited(http: httpx.AsyncClient, settings: Settings) -> None:
+async def test_attempts_are_limited(
+    http: httpx.AsyncClient, settings: Settings, caplog: pytest.LogCaptureFixture
+) -> None:
     await register(http)
     wrong = {"email": ADA["email"], "password": "wrong horse"}
     for _ in range(settings.login_attempts):
@@ -137,9 +139,13 @@ async def test_attempts_are_limited(http: httpx.AsyncClient, settings: Settings)
     refused = await http.post("/v1/auth/login", json=wrong | {"password": ADA["password"]})
     assert refusal(refused)[:2] == (429, "rate_limited")
     assert 0 < int(refused.headers["retry-after"]) <= 300
+    for _ in range(2):
+        assert (await http.post("/v1/auth/login", json=wrong)).status_code == 429
+    (line,) = [one.getMessage() for one in caplog.records if "attempts to log in" in one.getMessage()]
+    assert re.fullmatch(r"attempts to log in: one account had \d+, further ones are refused for \d+ s", line), "nobody"
 
 
-async def test_attempts_of_an_address_are_limited(settings: Settings) -> None:
+async def test_attempts_of_an_address_are_limited(settings: Settings, caplog: pytest.LogCaptureFixture) -> None:
     async with (
         World(msgspec.structs.replace(settings, login_attempts_per_address=2), workers=2) as world,
         http_client() as http,
@@ -149,6 +155,9 @@ async def test_attempts_of_an_address_are_limited(settings: Settings) -> None:
             for number in range(4)
         ]
         assert statuses == [422, 422, 429, 429]
+    assert [one.getMessage().partition(", ")[0] for one in caplog.records if "attempts" in one.getMessage()] == [
+        "attempts to log in: one address had 2"
+    ]
 
 
 async def test_sessions_are_listed_and_revoked(http: httpx.AsyncClient, world: World) -> None:

@@ -1,5 +1,6 @@
 """What an operator looks at: health, readiness, numbers, documents."""
 
+import asyncio
 import re
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from websockets.exceptions import InvalidStatus
 
 from protocol import client
 from prove.client import Client
+from server import http_protocol
 from server.config import Settings
 from server.endpoints import FORWARDING
 from server.proxies import Proxies
@@ -143,6 +145,42 @@ async def test_attacks_on_logins_are_counted_and_name_nobody(settings: Settings)
             assert line in page
         assert "ada@" not in page
         assert str(ada.id) not in page
+
+
+UPGRADE = b"GET /v1/ws HTTP/1.1\r\nHost: here\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n"
+IN_PLACE = (
+    (b"GET / HTTP/1.1\r\nHost:", 408),
+    (b"POST /v1/auth/login HTTP/1.1\r\nHost: here\r\nContent-Length: 9\r\n\r\n{", 408),
+    (b"GET / HTTP/1.1\r\nx: " + b"x" * 140_000, 431),
+    (b"GET / HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n", 400),
+    (b"no HTTP\r\n\r\n", 400),
+    (UPGRADE, 400),
+)
+"""Requests that never reach the application, with the status of the answer."""
+
+
+async def test_answers_in_place_of_the_application_are_counted(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(http_protocol, "HEAD_SECONDS", 0.5)
+    monkeypatch.setattr(http_protocol, "BODY_SECONDS", 0.5)
+
+    async def status(world: World, data: bytes) -> int:
+        host, _, port = world.url.removeprefix("http://").rpartition(":")
+        reader, writer = await asyncio.open_connection(host, int(port))
+        writer.write(data)
+        line = await asyncio.wait_for(reader.readline(), 10)
+        writer.close()
+        return int(line.split()[1])
+
+    async with World(settings, workers=1) as world:
+        found = await asyncio.gather(*(status(world, data) for data, _ in IN_PLACE))
+        assert found == [expected for _, expected in IN_PLACE]
+        page = (await get(world, "/metrics")).text
+    counted = re.findall(r'openchat_http_answers_total\{path="(.*)",status="(\d+)",worker="1"\} (\d+)', page)
+    assert sorted(counted) == [("other", "400", "3"), ("other", "408", "2"), ("other", "431", "1")], (
+        "nothing else: the application's answers to those who are gone are not sent"
+    )
 
 
 @pytest.mark.parametrize(("metrics_from", "status"), [("", 404), ("10.0.0.0/8", 404), ("10.0.0.0/8,127.0.0.1/32", 200)])

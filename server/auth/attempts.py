@@ -6,6 +6,7 @@ yet failed.
 
 import asyncio
 import hashlib
+import logging
 import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator
@@ -23,6 +24,8 @@ MAX_COUNTED_HERE = 10_000
 """Max counters in a worker's own memory; beyond it, the oldest is dropped. They only decide while Redis is away."""
 FAILURES = frozenset({ErrorCode.UNAUTHENTICATED, ErrorCode.FORBIDDEN})
 """The refusals that tell a wrong password."""
+
+log = logging.getLogger(__name__)
 
 
 class Attempts:
@@ -64,7 +67,11 @@ class Attempts:
         await self._forget(self._key("account", who))
 
     def _require(self, kind: str, count: int, seconds: float) -> None:
-        if count > self._limits[kind]:
+        most = self._limits[kind]
+        if count > most:
+            if count == most + 1:  # the first one, at all workers
+                text = "attempts to log in: one %s had %d, further ones are refused for %.0f s"
+                log.warning(text, kind, most, seconds)
             raise Refused(
                 ErrorCode.RATE_LIMITED,
                 "Too many attempts. Retry after `retry_after_ms`.",
