@@ -177,6 +177,37 @@ async def test_device_drops_relationships_with_who_was_erased(room: Room, world:
     assert await world.db.fetchval('SELECT version FROM "user" WHERE id = $1', blocked.id) == 0
 
 
+TOLD_OF_ERASED = {"id", "type", "created_at", "updated_at", "from_version", "to_version"}
+"""Columns of a relationship with somebody who was erased that say something, beside the two ids."""
+
+
+async def test_relationship_with_who_was_erased_says_two_ids_and_when_and_is_deleted_after_90_days(
+    room: Room, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ada, charles = room.them
+    await room.ada.call(client.RequestFriend(user_id=charles.id, message="It is Ada"))
+    await room.charles.call(client.AnswerFriend(user_id=ada.id, accept=True, message="At last"))
+    await room.charles.call(client.Follow(user_id=ada.id))
+    await room.charles.call(client.SetSwitches(user_id=ada.id, notifications_enabled=False))
+    await erase(world.workers[0].app._database, ada.id, lambda _: None)  # noqa: SLF001
+    rows = [dict(row) for row in await world.db.fetch("SELECT * FROM user_relationship")]
+    assert {(row["from_user_id"], row["to_user_id"], row["status"]) for row in rows} <= {
+        (ada.id, charles.id, "inactive"), (charles.id, ada.id, "inactive"),
+    }  # fmt: skip
+    assert rows
+    blank = {"request_message": None, "response_message": None, "accepted_at": None, "can_see_online_status": True,
+             "can_send_messages": True, "can_see_profile": True, "notifications_enabled": True}  # fmt: skip
+    said = TOLD_OF_ERASED | {"from_user_id", "to_user_id", "status"}
+    for row in rows:
+        assert {key: value for key, value in row.items() if key not in said} == blank
+    days = relationships.KEPT.days
+    assert days == 90
+    await world.workers[0].app.forget_relationships()
+    assert await world.db.fetchval("SELECT count(*) FROM user_relationship") == len(rows)
+    await aged(world, monkeypatch)
+    assert await world.db.fetchval("SELECT count(*) FROM user_relationship") == 0
+
+
 @pytest.mark.parametrize("why", ["other_epoch", "ahead_of_server"])
 async def test_own_lists_start_over_where_the_database_is_another(room: Room, world: World, why: str) -> None:
     """Rows that only the lost database had are on the device."""
