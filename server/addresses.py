@@ -73,7 +73,7 @@ class Addresses:
         """Count a connection, and return what counts it out again. Raises Refused if its address has too many."""
         key = key_of(request)
         if self._connections[key] >= self._most:
-            raise too_many_connections()
+            raise too_many_of_address()
         self._connections[key] += 1
 
         def disconnect() -> None:
@@ -84,7 +84,7 @@ class Addresses:
         return disconnect
 
 
-def too_many_connections() -> Refused:
+def too_many_of_address() -> Refused:
     """Return what to tell an address that has all the connections it may have."""
     return Refused(
         ErrorCode.RATE_LIMITED,

@@ -405,8 +405,6 @@ class App:
             "sockets": len(self.sockets),
             "sockets_shed": self.sockets.shed,
             "sockets_timed_out": self.sockets.timed_out,
-            "closed_silent": self.roster.closed_silent,
-            "closed_slow": self.roster.closed_slow,
             "shed": self.pressure.refused,
             "turned_away": self.admission.refused,
             "shedding": self.pressure.level,

@@ -63,7 +63,7 @@ class Shared(NamedTuple):
     """What connections are in the middle of: it is done before what it needs is closed."""
 
 
-def too_many_connections(most: int) -> Refused:
+def too_many_of_user(most: int) -> Refused:
     """Return the last answer to a connection beyond its user's limit."""
     return Refused(ErrorCode.CONFLICT, f"Your user has {most:,} connections to this server, its max. Close one first.")
 
@@ -133,7 +133,7 @@ class Connection:
         self._shared.arrived(self)
         self.socket.take_over(self)
         if not self._has_place:
-            self.say(error_frame(too_many_connections(self._shared.connections_per_user)))
+            self.say(error_frame(too_many_of_user(self._shared.connections_per_user)))
             self.close(CloseCode.TOO_MANY_CONNECTIONS)
         self._wake()
 

@@ -22,7 +22,6 @@ from protocol.client import (
     ListReplies,
     ListReports,
     ListStars,
-    Resume,
     Schedule,
     Send,
     Watch,
@@ -88,6 +87,8 @@ class Route(NamedTuple):
     rate: Rate
     shed: Shed | None = None
     """Whether it has to wait while the worker is behind, and before what."""
+    waits_for_client: bool = False
+    """Whether it waits for its client while it reads: then no other large read of the user waits for it."""
 
 
 class Dispatch:
@@ -126,7 +127,7 @@ class Dispatch:
                 self._pressure.require(route.shed)
             if route.rate is Rate.SEARCH:
                 result = await self._search(route, context, frame)
-            elif more > 0 and route.rate is Rate.READ and not isinstance(frame, Resume):  # which waits for its client
+            elif more > 0 and route.rate is Rate.READ and not route.waits_for_client:
                 result = await self._read_alone(route, context, frame)
             else:
                 result = await self._handle(route, context, frame)

@@ -41,12 +41,10 @@ COUNTERS = {
     "bus_published": "Messages said on the bus.",
     "bus_received": "Messages heard on the bus.",
     "bus_dropped": "Messages that could not be said on the bus; their events are found in PostgreSQL.",
-    "closed_silent": "Connections closed because nothing was heard from them.",
     "shed": "Frames refused because the worker was behind.",
     "turned_away": "Connections that were told to come later because too many were connecting.",
     "sockets_shed": "Connections closed or refused because descriptors ran out.",
     "sockets_timed_out": "Connections closed because a request did not arrive in time.",
-    "closed_slow": "Connections closed because they read too slowly.",
 }
 
 

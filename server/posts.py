@@ -81,6 +81,20 @@ class Rejected(Failed):
     """The host answered that it takes nothing for this endpoint now."""
 
 
+class _Pause(NamedTuple):
+    """How many times in a row something failed, and until when it is left alone."""
+
+    failures: int = 0
+    until: float = 0.0
+
+    def after_failure(self, retry_after: float, most: float) -> "_Pause":
+        """Return the pause after a failure: longer each time, and as long as was asked for, up to `most` seconds."""
+        now = time.monotonic()
+        failures = self.failures + (self.until <= now)  # else this post was in flight when another one failed
+        wait = max(min(2.0 ** min(failures - 1, 30), MAX_BACKOFF), min(retry_after, most))
+        return _Pause(failures, max(self.until, now + wait))
+
+
 class _Host:
     def __init__(self, name: str) -> None:
         self.name = name
@@ -90,8 +104,7 @@ class _Host:
         self.is_fast = False  # a new host is neither fast nor slow
         self.is_slow = False
         self.failing: set[UserId] = set()
-        self.failures = 0
-        self.retry_at = 0.0
+        self.pause = _Pause()
 
     def put(self, post: Post) -> bool:
         """Enqueue a post, in the place of an older one of the same conversation. Return whether there was one."""
@@ -129,11 +142,6 @@ class _Host:
         """Drop the oldest post of the user who has most."""
         user_id = max(self.queue, key=lambda one: len(self.queue[one]))
         self.remove(next(iter(self.queue[user_id].values())))
-
-
-class _Pause(NamedTuple):
-    failures: int
-    until: float
 
 
 class Drops:
@@ -230,7 +238,7 @@ class Posts:
         for name, host in self._hosts.items():
             if len(self._tasks) >= SLOTS:
                 return None
-            if not host.queue or host.retry_at > now:
+            if not host.queue or host.pause.until > now:
                 continue
             if host.in_flight.total() >= (PER_HOST if host.is_fast else 1):
                 continue
@@ -284,7 +292,7 @@ class Posts:
                 self._pauses.pop(post.endpoint, None)
                 self._pauses.pop((post.user_id, host.name), None)
                 host.failing.clear()
-                host.failures = 0
+                host.pause = host.pause._replace(failures=0)
                 host.is_fast = True
                 host.is_slow = False
             else:
@@ -315,27 +323,19 @@ class Posts:
 
     def _pause(self, key: str | tuple[UserId, str], retry_after: float) -> None:
         """Pause an endpoint, or a user at a host, for longer each time."""
-        now = time.monotonic()
-        before = self._pauses.pop(key, _Pause(0, 0.0))
-        # Else this post was in flight when another one failed.
-        failures = before.failures + (before.until <= now)
-        until = max(before.until, now + _wait(failures), now + min(retry_after, MAX_RETRY_AFTER))
-        self._pauses[key] = _Pause(failures, until)
+        self._pauses[key] = self._pauses.pop(key, _Pause()).after_failure(retry_after, MAX_RETRY_AFTER)
         if len(self._pauses) > MAX_PAUSES:
             self._pauses.popitem(last=False)
 
     def _failed(self, host: _Host, user_id: UserId, retry_after: float) -> None:
         """Pause a host for all, if posts of enough users failed."""
-        now = time.monotonic()
         if len(host.failing) < HOST_USERS:
             host.failing.add(user_id)
         if len(host.failing) < HOST_USERS:
             return
-        if host.retry_at <= now:  # else this post was in flight when another one failed
-            host.failures += 1
-        host.retry_at = max(host.retry_at, now + max(_wait(host.failures), min(retry_after, MAX_BACKOFF)))
+        host.pause = host.pause.after_failure(retry_after, MAX_BACKOFF)
         host.is_fast = False
-        host.is_slow = host.is_slow or host.failures > 1
+        host.is_slow = host.is_slow or host.pause.failures > 1
         self._trim(host)
 
     def _trim(self, host: _Host) -> None:
@@ -355,15 +355,11 @@ class Posts:
         now = time.monotonic()
         idle = (name for name, host in self._hosts.items() if not host.queue and not host.in_flight)
         # `min` returns the first of equals: that is the one idle for longest.
-        name = min(idle, key=lambda name: max(self._hosts[name].retry_at, now), default=None)
+        name = min(idle, key=lambda name: max(self._hosts[name].pause.until, now), default=None)
         if name is None:
             return False
         del self._hosts[name]
         return True
-
-
-def _wait(failures: int) -> float:
-    return min(2.0 ** min(failures - 1, 30), MAX_BACKOFF)
 
 
 def host_of(endpoint: str) -> str:

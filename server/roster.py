@@ -49,8 +49,6 @@ class Roster:
         self._next = 0
         self._turn = 0
         self._beating: asyncio.Task[None] | None = None
-        self.closed_silent = 0
-        self.closed_slow = 0
 
     def __len__(self) -> int:
         return sum(len(one) for one in self._slices)
@@ -66,7 +64,6 @@ class Roster:
 
     def remove(self, connection: Connection) -> None:
         """Count it out."""
-        self.closed_slow += connection.closed_with is CloseCode.SLOW
         for one in self._slices:
             one.discard(connection)
 
@@ -98,7 +95,6 @@ class Roster:
         plain = PING + text_frame(encode(Heartbeat(server_time=server_time)))
         for connection in connections:
             if connection.socket.heard_at < at - 2 * self._heartbeat_seconds:
-                self.closed_silent += 1
                 connection.close(CloseCode.SILENT)
                 continue
             recent = self._hub.topics.recent(connection.attached, since=at - self._heartbeat_seconds)

@@ -26,7 +26,7 @@ from server.pressure import Shed
 ROUTES: dict[type[client.Frame], Route] = {
     # the connection
     client.Ping: Route(sessions.ping, Access.USER, Rate.EPHEMERAL),
-    client.Resume: Route(sessions.resume, Access.USER, Rate.READ),
+    client.Resume: Route(sessions.resume, Access.USER, Rate.READ, waits_for_client=True),
     # conversations
     client.CreateDirect: Route(conversations.create_direct, Access.USER, Rate.WRITE),
     client.CreateGroup: Route(conversations.create_group, Access.USER, Rate.WRITE),

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from protocol.errors import ErrorCode, Refused
 from protocol.limits import MAX_FRAME_BYTES
-from server.addresses import limit_key, too_many_connections
+from server.addresses import limit_key, too_many_of_address
 from server.limits import Pace
 from server.metrics import OTHER
 from server.proxies import Proxies
@@ -71,7 +71,7 @@ class Sockets:
         """
         key = "" if host is None or self._proxies.trusts(host) else limit_key(host)
         if key and self._of_address[key] >= self._per_address:
-            raise too_many_connections()
+            raise too_many_of_address()
         if self._count >= self._most:
             self._shed()
             if not self._waiting:

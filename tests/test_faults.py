@@ -292,7 +292,7 @@ async def test_a_slow_reader_is_closed_and_nobody_else_notices(narrow: World) ->
 
     # The slow client reads nothing until all have all messages: whoever waited for it would wait for ever.
     with_one = await median(stall)
-    assert world.workers[0].app.roster.closed_slow == 1
+    assert world.workers[0].app.sockets.closed == {str(int(CloseCode.SLOW)): 1}
     assert held.socket.transport.get_write_buffer_size() < OUTBOX_BYTES + MAX_FRAME_BYTES
     slow.socket.transport.resume_reading()
     assert await slow.closed() == CloseCode.SLOW

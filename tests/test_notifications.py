@@ -412,7 +412,7 @@ async def test_a_failing_host_is_left_alone_for_longer_each_time(
     queue.add(post())
     queue.start()
     await idle(queue)
-    assert queue._hosts["https://slow.example"].failures == 0  # noqa: SLF001
+    assert queue._hosts["https://slow.example"].pause.failures == 0  # noqa: SLF001
 
 
 @pytest.mark.parametrize(("header", "least", "most"), [
@@ -437,7 +437,8 @@ async def test_every_dropped_notification_is_counted_and_one_of_a_stretch_is_log
     assert drops.counts == {"queue_full": 10}, "hosts that are not known to be fast fill half of the queue"
     held.gate.set()
     for _ in range(2):
-        queue._hosts["https://slow.example"].retry_at = 0.0  # noqa: SLF001
+        host = queue._hosts["https://slow.example"]  # noqa: SLF001
+        host.pause = host.pause._replace(until=0.0)
         queue.start()
         await idle(queue)
     assert drops.counts == {"queue_full": 10, "host_failed": 2, "host_slow": 18 - posts.MAX_QUEUED_SLOW}

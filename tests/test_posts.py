@@ -92,7 +92,7 @@ async def test_failures_of_several_users_pause_a_host_for_all_and_not_for_an_hou
     await service.post(*again)
     assert await service.post(post_to(f"{HOST}/good")) == []
     (host,) = service.queue._hosts.values()  # noqa: SLF001
-    assert host.retry_at <= time.monotonic() + posts.MAX_BACKOFF
+    assert host.pause.until <= time.monotonic() + posts.MAX_BACKOFF
 
 
 async def test_users_take_turns_and_each_has_a_pace(service: Service) -> None:
