@@ -127,12 +127,12 @@ class Actor:
                     self._heard_at = time.monotonic()
                     self.client = fresh
                     frame = client.Resume(
-                        epoch=self.mirror.epoch or ready.epoch,
+                        epoch=self.mirror.epoch,
                         versions=self.mirror.versions,
                         user_version=self.mirror.user_version,
                     )
-                    self.mirror.epoch = ready.epoch
                     await self._until_done(fresh, frame)
+                    self.mirror.epoch = ready.epoch
                     self._is_behind = False
                     await self._load()
             except InvalidStatus as error:

@@ -89,7 +89,8 @@ class Mirror:
         """Apply what begins, ends or continues the copy of a conversation."""
         match frame:
             case server.Ready():
-                self.epoch = frame.epoch
+                # That of a later `ready` counts from when its `resume` is answered.
+                self.epoch = self.epoch or frame.epoch
             case server.Conversations():
                 for view in frame.conversations:
                     self._begin(view)
