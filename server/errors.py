@@ -74,6 +74,8 @@ _LOST: tuple[type[BaseException], ...] = (
     asyncpg.ReadOnlySQLTransactionError,
 )
 
+_NO_ENTRY = (asyncpg.InvalidCatalogNameError, asyncpg.InvalidAuthorizationSpecificationError)
+"""Raised by connecting: the database is not there, or the role or its password is not right."""
 HELD_UP = (asyncpg.LockNotAvailableError, asyncpg.QueryCanceledError)
 """Raised by a statement that waited or ran for too long. No defect of ours."""
 
@@ -112,7 +114,7 @@ def is_known(error: BaseException) -> bool:
     """Whether the machine, the database or Redis explains a failure, so that a traceback tells nothing more."""
     if isinstance(error, (asyncpg.InterfaceError, asyncpg.InternalClientError)):
         return _BROKEN.search(str(error)) is not None
-    return isinstance(error, (Fatal, *HELD_UP, *REDIS_LOST)) or is_lost(error)
+    return isinstance(error, (Fatal, *_NO_ENTRY, *HELD_UP, *REDIS_LOST)) or is_lost(error)
 
 
 def cause(error: BaseException) -> BaseException:
