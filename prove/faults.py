@@ -140,6 +140,20 @@ async def _expire_sessions(stage: Stage) -> None:
 async def _roll(stage: Stage) -> None:
     before = set(stage.own.workers())
     stage.own.roll()
+    await _replaced(stage, before)
+
+
+async def _new_epoch(stage: Stage) -> None:
+    before = set(stage.own.workers())
+    db = await stage.cluster.database()
+    try:
+        await db.execute("UPDATE database_epoch SET epoch = gen_random_uuid()")
+    finally:
+        await db.close()
+    await _replaced(stage, before)
+
+
+async def _replaced(stage: Stage, before: set[int]) -> None:
     async with asyncio.timeout(ROLL_SECONDS):
         while before & set(stage.own.workers()):  # noqa: ASYNC110 - other processes
             await asyncio.sleep(LOOK_SECONDS)
@@ -153,6 +167,7 @@ FAULTS = (
     Fault("PostgreSQL restarted", "a fast shutdown, and started again", _restart_postgres, needs_processes=True),
     Fault("PostgreSQL killed", "SIGKILL, and recovered", _kill_postgres, needs_processes=True),
     Fault("database sessions ended", "PostgreSQL ends every connection", _end_database_sessions),
+    Fault("new epoch", "as after a restore: all workers end, and clients start over", _new_epoch, needs_processes=True),
     Fault("Valkey killed", "SIGKILL, and started empty", _kill_valkey, needs_processes=True),
     Fault("Valkey frozen", "SIGSTOP for 8 s", _freeze_valkey, needs_processes=True),
     Fault("Valkey flushed", "FLUSHALL", _flush_redis),

@@ -26,6 +26,7 @@ from server.auth import passwords
 from server.context import Events
 from server.database import Db
 from server.embedded.reach import Reached, reached
+from server.epoch import epoch_id
 from server.erasure import erase
 from server.errors import Fatal
 from server.export import written
@@ -155,7 +156,7 @@ async def _run(servers: Reached, options: argparse.Namespace) -> Answer:
     try:
         await migrate.require_current(connection)
         # Before the change: once that is committed, nothing that fails hides from the operator whether servers know it.
-        installation = await database.installation_id(connection)
+        installation = await epoch_id(connection)
         work: Work = options.work
         # All that a command does is in one transaction, or may be done again.
         answer = await database.twice(lambda: work(connection, options), lambda _: None)

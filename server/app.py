@@ -16,6 +16,7 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Route, WebSocketRoute
 
+from protocol.errors import CloseCode
 from protocol.ids import ConversationId, UserId
 from server import sync
 from server.addresses import Addresses
@@ -29,7 +30,7 @@ from server.clusterbus import ClusterBus, is_cluster
 from server.config import Settings
 from server.connection import Connection, Lifecycle, Shared
 from server.context import Services
-from server.database import Database, installation_id
+from server.database import Database
 from server.dispatch import Dispatch, Rate
 from server.endpoints import CONNECTS_PER_SECOND, Door, Endpoints
 from server.erasure import erase_due
@@ -39,6 +40,7 @@ from server.hub import Hub
 from server.lanes import Held, Lanes
 from server.limits import Allowance, Pace
 from server.metrics import Metrics
+from server.migrate import require_steps
 from server.notices import Notices, new_key
 from server.outbound import Outbound
 from server.periodic import end, every
@@ -79,6 +81,8 @@ DUE_SECONDS = 1.0
 """How often each worker looks for messages that are to be sent, pushed or taken away now."""
 TIDY_SECONDS = 5.0
 """How often each worker sees to the index of words."""
+EPOCH_SECONDS = 5.0
+"""How often each worker looks whether the database has another epoch. New connections are checked besides."""
 EXPIRE_SECONDS = 15.0
 """How often custom statuses are taken away whose time is over; nobody sees them from that time on."""
 
@@ -94,13 +98,14 @@ class App:
         redis: Redis | RedisCluster,
         connect: Connect,
         *,
-        installation: str,
         push_key: str,
     ) -> None:
-        """`connect` returns the bus; `installation` tells what is this server's in Redis."""
+        """`connect` returns the bus."""
         WebSocket.outbox_bytes = settings.outbox_bytes
         self._database = database
         self._redis = redis
+        self.epoch = database.epoch
+        installation = self.epoch.id
         self.metrics = metrics
         self._audit_kept = timedelta(days=settings.audit_days)
         self._grace = timedelta(days=settings.erase_after_days)
@@ -178,6 +183,7 @@ class App:
         dispatch = Dispatch(ROUTES, self._allowances, metrics=metrics, pressure=self.pressure)
         self.searching = dispatch.searching
         shared = Shared(
+            epoch=self.epoch.id,
             hub=self.hub,
             dispatch=dispatch,
             lifecycle=Lifecycle(sync.start, sync.refresh),
@@ -246,7 +252,8 @@ class App:
         """Return a worker's server, connected to everything. `folder` is for what the workers share; one that
         `is_alone` has no others to talk to.
 
-        Raises Fatal if the database or the bus cannot be reached.
+        Raises Fatal if the database or the bus cannot be reached, or if the database lacks steps of this program's
+        schema.
         """
         redis: Redis | RedisCluster
         bus: type[RedisBus | ClusterBus]
@@ -266,11 +273,11 @@ class App:
             bus = Alone if is_alone else RedisBus
         database = await Database.open(settings)
         async with database.connection() as db:
+            await require_steps(db)
             push_key = await push.key(db, "vapid", new_key())
-            installation = await installation_id(db)
-        connect = partial(bus, settings.redis_url, installation)
+        connect = partial(bus, settings.redis_url, database.epoch.id)
         metrics = Metrics(folder, number)
-        app = cls(settings, database, metrics, redis, connect, installation=installation, push_key=push_key)
+        app = cls(settings, database, metrics, redis, connect, push_key=push_key)
         await app.hub.start()
         await app.presence.start()
         app.roster.start()
@@ -286,6 +293,7 @@ class App:
         """Return the periodic jobs, each with its period in seconds. A job does all that is due, or returns True."""
         return (
             (CLEAR_SECONDS, self.clear_expired),
+            (EPOCH_SECONDS, self._database.check_epoch),
             (EXPIRE_SECONDS, self.presence.expire_statuses),
             (CLEAR_SECONDS, self.forget_scheduled),
             (CLEAR_SECONDS, self.forget_relationships),
@@ -301,7 +309,7 @@ class App:
     async def drain(self) -> None:
         """Send everyone elsewhere, after what they have begun is done."""
         self._draining.set()
-        await self.roster.drain()
+        await self.roster.drain(CloseCode.START_OVER if self.epoch.over.is_set() else CloseCode.GOING_AWAY)
 
     async def close(self) -> None:
         """Let go of everything, after what is in the middle of something is done."""
@@ -311,7 +319,7 @@ class App:
         await self.scheduling.close()
         for allowance in self._allowances.values():
             await allowance.close()
-        await self.presence.close()
+        await self.presence.close(is_epoch_over=self.epoch.over.is_set())
         await self.hub.close()
         await self.notices.close()
         await self._outbound.close()
@@ -379,6 +387,8 @@ class App:
         self.presence.left(connection.user_id, connection, connection.closed_with)
 
     async def _issue_tickets(self, connections: list[Connection]) -> list[str | None]:
+        if self.epoch.over.is_set():
+            return [None] * len(connections)  # they are kept under the name of this epoch
         return await self._tickets.issue(
             [Ticket(one.session_id, self.hub.people.version(one.user_id)) for one in connections]
         )

@@ -12,6 +12,7 @@ from importlib.metadata import version
 from server import administration, config, database, log, migrate, upkeep
 from server.config import Settings, variable
 from server.embedded.reach import Reached, reached
+from server.epoch import begin_epoch
 from server.errors import Fatal
 from server.supervisor import Supervisor
 from server.terminal import complain, say, status_of
@@ -175,13 +176,10 @@ async def _begin_epoch(servers: Reached, *, is_meant: bool) -> None:
         await migrate.require_current(connection)
         if not is_meant:
             raise Fatal(f"every client of the database {servers.name} would start over. Give --yes if that is meant.")
-        await migrate.new_epoch(connection)
+        await begin_epoch(connection)
     finally:
         await connection.close()
-    say(
-        f"A new epoch has begun in {servers.name}: every client starts over."
-        " Restart a running server, or send it SIGHUP."
-    )
+    say(f"A new epoch has begun in {servers.name}: every client starts over. Workers that run are replaced.")
 
 
 if __name__ == "__main__":

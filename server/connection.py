@@ -47,6 +47,7 @@ class Lifecycle(NamedTuple):
 class Shared(NamedTuple):
     """What all connections of a worker have in common."""
 
+    epoch: str
     hub: Hub
     dispatch: Dispatch
     lifecycle: Lifecycle
@@ -104,7 +105,7 @@ class Connection:
         self._todo: list[Callable[[], Awaitable[None]]] = []
         self._worker: asyncio.Task[None] | None = None
         self._is_closed = False
-        self._last: GoingAway | None = None
+        self._last: tuple[GoingAway, CloseCode] | None = None
         self._is_resuming = False
         self._has_to_refresh = False
         # What the next refresh is told from, the newest of each: own rows, and memberships.
@@ -137,12 +138,12 @@ class Connection:
             self.close(CloseCode.TOO_MANY_CONNECTIONS)
         self._wake()
 
-    def finish(self, last: GoingAway) -> None:
+    def finish(self, last: GoingAway, code: CloseCode) -> None:
         """Answer what has been begun, say a last word, and close."""
-        self._last = last
+        self._last = last, code
         self._inbox.clear()
         if self._worker is None:
-            self._go(last)
+            self._go(last, code)
 
     # ------------------------------------------------------------------------------ from the socket (Receiver)
 
@@ -267,7 +268,7 @@ class Connection:
                 self._shared.working.discard(self._worker)
             self._worker = None
         if self._last is not None:
-            self._go(self._last)
+            self._go(*self._last)
 
     async def _answer(self, data: bytes | None) -> None:
         answer: Reply | Error
@@ -304,7 +305,7 @@ class Connection:
                     user=self.context.user,
                     user_version=self.user_version,
                     session_id=self.session_id,
-                    epoch=shared.hub.epoch,
+                    epoch=shared.epoch,
                     server_time=now(),
                     heartbeat_ms=int(shared.heartbeat_seconds * 1000),
                     limits=shared.limits,
@@ -339,9 +340,9 @@ class Connection:
             if self._has_to_refresh:
                 self.refresh()
 
-    def _go(self, last: GoingAway) -> None:
+    def _go(self, last: GoingAway, code: CloseCode) -> None:
         self.say(last)
-        self.close(CloseCode.GOING_AWAY)
+        self.close(code)
 
     def _leave(self) -> None:
         self._is_closed = True

@@ -11,6 +11,7 @@ import asyncpg
 from protocol.errors import ErrorCode, Refused
 from protocol.ids import UserId
 from server.config import Settings
+from server.epoch import Epoch
 from server.errors import Fatal, is_lost
 from server.limits import BURST_SECONDS
 from server.migrate import is_current
@@ -73,32 +74,14 @@ IN_ORDER = "SET LOCAL enable_bitmapscan = off"
 
 IMPATIENT = f"SET LOCAL lock_timeout = '{JOB_LOCK_MS}ms'"
 
-EPOCH = """
-SELECT e.epoch || '.' || s.system_identifier || '.' || c.timeline_id
-FROM database_epoch e, pg_control_system() s, pg_control_checkpoint() c
-"""
-
-
-# A database that was restored from a dump beside this one has an id of its own: another number in PostgreSQL, another
-# PostgreSQL, or a new epoch. A copy of the files of a PostgreSQL, such as a snapshot of its disk, has the same id until
-# `openchat new-epoch`.
-INSTALLATION = """
-SELECT left(encode(sha256((e.epoch || '.' || s.system_identifier || '.' || d.oid)::bytea), 'hex'), 16)
-FROM database_epoch e, pg_control_system() s, pg_database d WHERE d.datname = current_database()
-"""
-
-
-async def installation_id(db: Db) -> str:
-    """Return the id of this database among all that may share a Redis: part of each key and channel there."""
-    return str(await db.fetchval(INSTALLATION))
-
 
 class Shared:
     """What all users of a pool share."""
 
-    def __init__(self, pool: Pool, *, most: int) -> None:
+    def __init__(self, pool: Pool, epoch: Epoch, *, most: int) -> None:
         """`most` is how many connections `pool` may open."""
         self.pool = pool
+        self.epoch = epoch
         self.searches = Share(max(1, most // SEARCH_SHARE), waiting=SEARCHES_WAITING, patience=SEARCH_PATIENCE)
         self.counts = Share(max(1, most // SEARCH_SHARE), waiting=COUNTS_WAITING, patience=COUNT_PATIENCE)
         self.catching_up = Share(
@@ -138,16 +121,26 @@ class Database:
 
     @classmethod
     async def open(cls, settings: Settings) -> "Database":
-        """Return a pool for `settings.database_url`. Raises Fatal if it cannot be reached."""
+        """Return a pool for `settings.database_url`, whose connections are all of one epoch. Raises Fatal if it cannot
+        be reached.
+        """
         session = SESSION | {"default_text_search_config": settings.search_language}
 
+        epoch = Epoch()
+
         async def connect() -> Connection:
-            return await asyncpg.connect(
+            connection = await asyncpg.connect(
                 settings.database_url,
                 timeout=CONNECT_SECONDS,
                 command_timeout=STATEMENT_SECONDS,
                 server_settings=session,
             )
+            try:
+                await epoch.check(connection)
+            except BaseException:
+                connection.terminate()
+                raise
+            return connection
 
         most = max(2, settings.database_connections)
         pool = Pool(Reconnecting(connect).connect, most=most, patience=CONNECT_SECONDS)
@@ -155,7 +148,7 @@ class Database:
             pool.give(await connect(), is_usable=True)
         except UNREACHABLE as error:
             raise _unreachable(error) from error
-        return cls(pool, Shared(pool, most=most))
+        return cls(pool, Shared(pool, epoch, most=most))
 
     async def close(self) -> None:
         """Close all connections, without waiting for what is in flight."""
@@ -244,10 +237,15 @@ class Database:
         async with self.connection() as db:
             return await is_current(db)
 
-    async def epoch(self) -> str:
-        """Return what tells this database from a restored or replaced one."""
+    @property
+    def epoch(self) -> Epoch:
+        """The epoch of all connections."""
+        return self._shared.epoch
+
+    async def check_epoch(self) -> None:
+        """Check a connection that lives on: `openchat new-epoch` ends none."""
         async with self.connection() as db:
-            return str(await db.fetchval(EPOCH))
+            await self.epoch.check(db)
 
 
 class Single:

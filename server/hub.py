@@ -10,7 +10,6 @@ from typing import Protocol
 from uuid import UUID
 
 from protocol.codec import encode, text_frame
-from protocol.errors import CloseCode
 from protocol.ids import ConversationId, UserId
 from protocol.server import DurableEvent, ServerFrame, UserUpdated
 from server import people, topics, watchers
@@ -41,9 +40,6 @@ log = logging.getLogger(__name__)
 class Record(ConversationRecord, UserRecord, WatchRecord, Protocol):
     """What the hub asks of the database."""
 
-    async def epoch(self) -> str:
-        """Return what tells this database from another one."""
-
 
 class Hub:
     """What one worker delivers."""
@@ -66,11 +62,9 @@ class Hub:
         self._loop = asyncio.get_running_loop()
         self._compare_now = asyncio.Event()
         self._comparing: asyncio.Task[None] | None = None
-        self.epoch = ""
 
     async def start(self) -> None:
         """Connect to the bus and begin to compare positions. Raises Fatal if the bus cannot be reached."""
-        self.epoch = await self._record.epoch()
         await self.bus.start()
         self._comparing = asyncio.create_task(self._compare())
 
@@ -197,17 +191,8 @@ class Hub:
                 self.watchers.doubt_all()
             is_all = was_away or not self.bus.is_up
             try:
-                await self._compare_once(parts=1 if is_all else PEOPLE_PARTS)
+                await self.topics.compare()
+                await self.people.compare(parts=1 if is_all else PEOPLE_PARTS)
                 failures.end()
             except Exception as error:  # noqa: BLE001 - the database is away: compare again when it is back
                 failures.add(error)
-
-    async def _compare_once(self, *, parts: int) -> None:
-        if (epoch := await self._record.epoch()) != self.epoch:
-            log.warning("the database was replaced: everyone starts over")
-            self.epoch = epoch
-            for socket in self.people.everyone():
-                socket.close(CloseCode.START_OVER)
-            return
-        await self.topics.compare()
-        await self.people.compare(parts=parts)

@@ -5,6 +5,7 @@ import logging
 import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
@@ -69,7 +70,7 @@ IS_EMPTY = "SELECT NOT EXISTS (SELECT FROM pg_tables WHERE schemaname = 'public'
 APPLIED = "SELECT coalesce(max(number), 0) FROM schema_migration"
 RECORD = "INSERT INTO schema_migration (number, name) VALUES ($1, $2)"
 CLOSE = "SELECT close_to_public()"
-NEW_EPOCH = "UPDATE database_epoch SET epoch = gen_random_uuid()"
+OLDER = "the database does not have this program's schema; run `openchat migrate`."
 
 
 log = logging.getLogger(__name__)
@@ -90,8 +91,14 @@ class Migration(NamedTuple):
 
 
 def known() -> list[Migration]:
-    """Return all migrations, in order."""
-    paths = sorted((ROOT / "migrations").glob("*.sql"))
+    """Return all migrations that this program knows, in order."""
+    return _steps(ROOT / "migrations")
+
+
+@cache
+def _steps(folder: Path) -> list[Migration]:
+    """Read a folder once: an update of the package may put a newer program's steps there while this one runs."""
+    paths = sorted(folder.glob("*.sql"))
     return [Migration(int(path.stem.split("_")[0]), path.stem, path) for path in paths]
 
 
@@ -247,21 +254,24 @@ async def _build(connection: Connection, statement: re.Match[str]) -> None:
             ) from error
 
 
-async def new_epoch(connection: Connection) -> None:
-    """Have every client start over at its next `resume`, as after restoring a backup."""
-    await connection.execute(NEW_EPOCH)
-
-
 async def is_current(connection: Connection) -> bool:
     """Return whether the database has exactly the schema that this program knows."""
     has_table = await connection.fetchval(HAS_TABLE)
     return bool(has_table) and int(await connection.fetchval(APPLIED)) == len(known())
 
 
+async def require_steps(connection: Connection) -> None:
+    """Raise Fatal if the database lacks steps of this program's schema. It may have those of a newer program, which is
+    replacing this one.
+    """
+    if not await connection.fetchval(HAS_TABLE) or int(await connection.fetchval(APPLIED)) < len(known()):
+        raise Fatal(OLDER)
+
+
 async def require_current(connection: Connection) -> None:
     """Raise Fatal unless the database has exactly the schema that this program knows."""
     if not await is_current(connection):
-        raise Fatal("the database does not have this program's schema; run `openchat migrate`.")
+        raise Fatal(OLDER)
 
 
 async def _applied(connection: Connection) -> int:

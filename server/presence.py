@@ -95,8 +95,10 @@ class Presence:
         jobs = ((self._flush, FLUSH_SECONDS), (self._sign, SIGN_SECONDS), (self._record, RECORD_SECONDS))
         self._tasks = [asyncio.create_task(every(seconds, job)) for job, seconds in jobs]
 
-    async def close(self) -> None:
-        """Stop. The sign of life is taken back, so that others notice soon who is not coming back."""
+    async def close(self, *, is_epoch_over: bool = False) -> None:
+        """Stop. The sign of life is taken back, so that others notice soon who is not coming back. No others come if
+        the epoch is over, so what they would clean up is cleaned up here.
+        """
         await end(self._tasks)  # first: a sign of life in flight would come after the one that takes it back
         leaving = [*self._devices, *self._departing]
         self._devices.clear()
@@ -113,6 +115,8 @@ class Presence:
                 await asyncio.sleep(FLUSH_SECONDS)
                 await self._record()
             await self._redis.delete(self._worker_key + self._worker)
+            if is_epoch_over:
+                await self._bury(self._worker)
         except REDIS_LOST:
             return
 

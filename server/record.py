@@ -88,10 +88,6 @@ class PostgresRecord:
             found = await users.watchable(db, pairs)
         return {Pair(*pair): one for pair, one in found.items()}
 
-    async def epoch(self) -> str:
-        """Return what tells this database from another one."""
-        return await self._database.epoch()
-
     async def _read(self, batch: list[Sequence[ConversationId]]) -> list[dict[ConversationId, int]]:
         async with self._database.connection() as db:
             found = await conversations.versions(db, [one for ids in batch for one in ids])

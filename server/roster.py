@@ -67,7 +67,7 @@ class Roster:
         for one in self._slices:
             one.discard(connection)
 
-    async def drain(self) -> None:
+    async def drain(self, code: CloseCode) -> None:
         """Let every connection finish what it does and send its client elsewhere, batch by batch."""
         if self._beating is not None:
             await end([self._beating])
@@ -79,7 +79,7 @@ class Roster:
             tickets = await self._tickets(batch)
             for connection, ticket in zip(batch, tickets, strict=True):
                 after = random.uniform(0, spread)  # noqa: S311 - it need not be secret
-                connection.finish(GoingAway(reconnect_after_ms=int(after * 1000), ticket=ticket))
+                connection.finish(GoingAway(reconnect_after_ms=int(after * 1000), ticket=ticket), code)
             await asyncio.sleep(DRAIN_BATCH_SECONDS if len(everyone) > size else 0)
         deadline = asyncio.get_running_loop().time() + DRAIN_SECONDS
         while len(self) and asyncio.get_running_loop().time() < deadline:  # noqa: ASYNC110 - the end of many

@@ -57,7 +57,7 @@ async def resume(context: Context, frame: Resume) -> Resumed:
     for conversation_id in frame.versions.keys() - there.keys():
         _say_left(context, conversation_id)
     known = {one: version for one, version in frame.versions.items() if one in there}
-    is_same_epoch = frame.epoch == await context.database.epoch()
+    is_same_epoch = frame.epoch == context.database.epoch.id
     if is_same_epoch:
         await connection.open(list(known))
         done = 0

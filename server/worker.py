@@ -21,6 +21,7 @@ import uvloop
 from protocol.limits import MAX_FRAME_BYTES
 from server import log
 from server.app import App
+from server.epoch import OVER
 from server.errors import Fatal
 from server.http_protocol import Http
 from server.orders import DRAIN_SECONDS, READY, Orders
@@ -76,12 +77,17 @@ class DrainingServer(uvicorn.Server):
         self._stopping.set()
 
     async def main_loop(self) -> None:
-        """Wait until told to stop, and renew the Date header. uvicorn looks ten times a second; idle should be idle."""
+        """Wait until told to stop, or until the epoch is over, and renew the Date header. uvicorn looks ten times a
+        second; idle should be idle.
+        """
         sys.stdout.write(READY)
         sys.stdout.flush()
+        ending = asyncio.create_task(self._app.epoch.over.wait())
+        ending.add_done_callback(lambda _: self.stop())
         while not await self.on_tick(0):
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._stopping.wait(), DATE_SECONDS)
+        ending.cancel()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -97,7 +103,9 @@ class DrainingServer(uvicorn.Server):
 
 
 async def serve(orders: Orders) -> None:
-    """Run until told to stop. Raises Fatal if something it needs cannot be reached."""
+    """Run until told to stop. Raises Fatal if something it needs cannot be reached, and when the epoch of the database
+    is over: the supervisor starts another one.
+    """
     app = await App.open(orders.settings, Path(orders.folder), orders.number, is_alone=orders.is_alone)
     server = DrainingServer(app)
 
@@ -111,6 +119,8 @@ async def serve(orders: Orders) -> None:
     gc.set_threshold(*GC_THRESHOLDS)
     await server.serve(sockets=[socket.socket(fileno=orders.listener)])
     await app.close()
+    if app.epoch.over.is_set():
+        raise Fatal(OVER)
 
 
 def main() -> None:

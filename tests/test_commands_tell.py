@@ -12,7 +12,7 @@ import pytest
 from protocol import server
 from protocol.errors import CloseCode
 from prove.client import Client
-from server import administration, announcement, database, hub
+from server import administration, announcement, epoch, hub
 from tests.test_administration import Shell, shell
 from tests.test_credentials import administer
 from tests.world import Worker, World, http_client
@@ -132,7 +132,7 @@ async def test_command_that_cannot_read_whom_to_tell_changes_nothing(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (ada,) = await world.users("Ada")
-    monkeypatch.setattr(database, "INSTALLATION", "SELECT 1 / 0")
+    monkeypatch.setattr(epoch, "EPOCH", "SELECT 1 / 0")
     with pytest.raises(asyncpg.DivisionByZeroError):
         await administer(world, "user", "disable", str(ada.id))
     assert not await world.db.fetchval('SELECT is_disabled FROM "user" WHERE id = $1', ada.id)

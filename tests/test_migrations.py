@@ -29,7 +29,8 @@ HAZARDS = {
     "a column with a default of its own for each row": r"ADD (COLUMN )?\S+ \S.*DEFAULT (?!now\(\))\S*\w\(",
     "a column that takes another type": r"ALTER (COLUMN )?\S+ (SET DATA )?TYPE ",
     "a column that is looked through for nulls": r"SET NOT NULL",
-    "what older workers use": r"ALTER TABLE .*(DROP (?!CONSTRAINT|NOT NULL|DEFAULT)|RENAME )|DROP TABLE",
+    "what older workers use": r"ALTER TABLE .*(DROP (?!CONSTRAINT|NOT NULL|DEFAULT)|RENAME )"
+    r"|(DROP|ALTER (?=.* RENAME )) ?(TABLE|VIEW|FUNCTION|TYPE)",
     "a table that is written anew": r"\bCLUSTER\b|VACUUM FULL|SET (UN)?LOGGED|TABLESPACE|REINDEX (?!.*CONCURRENTLY)",
 }
 SAMPLES = [
@@ -38,7 +39,7 @@ SAMPLES = [
     "ALTER TABLE message ADD COLUMN one uuid DEFAULT gen_random_uuid();",
     "ALTER TABLE message ALTER COLUMN content TYPE varchar;", "ALTER TABLE message ALTER content SET NOT NULL;",
     "ALTER TABLE message DROP content;", "ALTER TABLE message SET UNLOGGED;",
-    "ALTER TABLE message RENAME content TO text;",
+    "ALTER TABLE message RENAME content TO text;", "DROP FUNCTION me_json;", "ALTER FUNCTION me_json RENAME TO i_json;",
 ]  # fmt: skip
 HARMLESS = """
     CREATE TABLE one (id uuid PRIMARY KEY); CREATE INDEX one_idx ON one (id);

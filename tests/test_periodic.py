@@ -336,8 +336,10 @@ AGED = {
     "audit_entry": "forget_audit",
 }
 """Tables whose rows have an age, and the job that deletes them."""
-NO_QUEUE = {"push_due", "tidy"}
-"""Jobs without rows that wait for them: push_due empties a list in memory, tidy sorts what is new into an index."""
+NO_QUEUE = {"push_due", "tidy", "check_epoch"}
+"""Jobs without rows that wait for them: push_due empties a list in memory, tidy sorts what is new into an index,
+check_epoch compares.
+"""
 
 
 async def test_each_job_does_all_that_is_due_past_what_fails_again_and_again(

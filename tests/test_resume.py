@@ -188,11 +188,6 @@ async def test_another_epoch_starts_over(away: Away) -> None:
     assert over.reason == "other_epoch"
 
 
-async def test_a_new_epoch_sends_everyone_back(away: Away) -> None:
-    await away.world.db.execute("UPDATE database_epoch SET epoch = gen_random_uuid()")
-    assert await away.ada.closed() == 4010
-
-
 async def test_resume_on_a_living_connection(away: Away) -> None:
     await sent(away.ada, away.group, "One")
     await away.ada.event(server.MessageSent)

@@ -17,8 +17,8 @@ from protocol.ids import ConversationId, UserId
 from protocol.values import Message
 from prove.client import Client
 from server.config import Settings
-from server.database import installation_id
 from server.embedded.folder import installed
+from server.epoch import epoch_id
 from server.redisbus import prefix
 from server.topics import channel
 from tests.world import World, sent, until
@@ -100,7 +100,7 @@ async def circle(nodes: list[Node], settings: Settings) -> AsyncIterator["Circle
         ada, charles = await world.users("Ada", "Charles")
         here, there = await world.connect(ada, 0), await world.connect(charles, 1)
         groups: list[ConversationId] = []
-        begin = prefix(await installation_id(world.db))
+        begin = prefix(await epoch_id(world.db))
         while {home(begin + channel(group)) for group in groups} != set(range(NODES)):
             groups.append(await world.group(here, charles))
         await until(lambda: all(joined(one) == len(groups) for one in (here, there)))

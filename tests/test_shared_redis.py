@@ -12,7 +12,7 @@ from redis.asyncio import Redis
 from protocol import client, server
 from prove.client import Client
 from server.config import Settings
-from server.database import installation_id
+from server.epoch import epoch_id
 from tests.conftest import Servers
 from tests.test_credentials import ADA, LOGIN, registered
 from tests.world import Somebody, World, http_client, sent
@@ -87,7 +87,7 @@ async def test_failed_logins_at_one_installation_lock_nobody_out_of_another(twin
 
 async def test_every_key_and_channel_names_its_installation(twins: Twins) -> None:
     """Of both: the copy has another id, and none has no id."""
-    ids = [await installation_id(world.db) for world in (twins.one, twins.copy)]
+    ids = [await epoch_id(world.db) for world in (twins.one, twins.copy)]
     assert len(set(ids)) == 2
     for world in (twins.one, twins.copy):
         await world.connect(twins.people[0])

@@ -18,6 +18,7 @@ from protocol.ids import MessageId, uuid7
 from protocol.payloads import Poll
 from prove.truth import recount
 from server import migrate
+from server.epoch import epoch_id
 from server.queries import exports
 from server.queries.checks import CHECKS
 from tests.conftest import Servers
@@ -185,7 +186,10 @@ async def test_a_whole_installation_moves(
     await shell.run("export", str(first))
     assert first.stat().st_mode & 0o777 == 0o600
     monkeypatch.setenv("DATABASE_URL", elsewhere)
+    there = await asyncpg.connect(elsewhere)
+    before = await epoch_id(there)
     await shell.run("import", "openchat", str(first))
+    assert await epoch_id(there) != before
     await shell.run("export", str(second))
     lines = [json.loads(line) for path in (first, second) for line in path.read_text().splitlines()[1:-1]]
     moves = [one for one in lines if one["table"] == "audit_entry" and one["row"]["action"] in {"export", "import"}]
@@ -194,7 +198,6 @@ async def test_a_whole_installation_moves(
     assert kept[: len(kept) // 2] == kept[len(kept) // 2 :]
     assert (await shell.json("conversation", "audit", str(UUID(int=0)), "--verify"))["tampered_with"] is False
     assert [line for line in await shell.json("check") if not line["is_good"]] == []
-    there = await asyncpg.connect(elsewhere)
     here_words = await world.db.fetch("SELECT message_id, words::text FROM message_search ORDER BY message_id")
     assert await there.fetch("SELECT message_id, words::text FROM message_search ORDER BY message_id") == here_words
     assert await there.fetchval("SELECT content FROM message WHERE id = $1", root) == "Root, edited, for @charles #loom"

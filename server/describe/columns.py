@@ -21,7 +21,7 @@ WAITING = {
     "user.email_verified": "verified addresses",
     "message.token_count": "assistants",
     "message.model": "assistants",
-    "database_epoch": "server/database.py and migrate.py, which keep it",
+    "database_epoch": "server/epoch.py, which keeps it",
 }
 """Tables and columns that nothing uses yet, or that no query of server/queries does, and what for."""
 

@@ -7,6 +7,7 @@ import asyncpg
 
 from protocol.limits import MAX_MEMBERSHIPS
 from server.database import Db
+from server.epoch import begin_epoch
 from server.errors import Fatal
 from server.progress import Progress
 from server.queries import audit, transfers
@@ -45,6 +46,9 @@ async def load(db: Db, lines: Lines, progress: Progress, *, is_whole: bool, deed
                 raise ValueError(f"{name} would take part in more than {MAX_MEMBERSHIPS:,} conversations")
             if await transfers.is_erased_in(db):
                 raise ValueError("somebody was erased meanwhile; start it once more")
+        else:
+            # Workers that run sign with the key of before, and know the clocks of before.
+            await begin_epoch(db)
         await audit.record(db, audit.SERVER, deed._replace(details={**deed.details, "rows": loaded.total()}))
     progress.done()
     return Summary(rows=dict(loaded))
