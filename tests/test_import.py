@@ -243,7 +243,8 @@ async def test_later_export_says_how_many_messages_of_each_conversation_were_lef
     shell: Shell, world: World, tmp_path: Path
 ) -> None:
     shutil.copytree(SAMPLES / "slack", path := tmp_path / "slack")
-    await shell.run("import", "slack", str(path))
+    left_out = "messages without words, of bots, or of people who are not in the export, which were left out"
+    assert (await shell.run("import", "slack", str(path))).count(f"channels.json: C1: {left_out}: 1\n") == 1
     again = await shell.run("import", "slack", str(path))
     assert again.count("is here already and was left as it is\n") == 3
     assert "left out" not in again

@@ -65,7 +65,9 @@ class Reaction(msgspec.Struct, kw_only=True):
 
 
 class Post(msgspec.Struct, kw_only=True):
-    """A message; `thread` is the key of the post that it replies to. Times are in milliseconds since 1970."""
+    """A message; `thread` is the key of the post that it replies to, and `person` is empty for a bot. Times are in
+    milliseconds since 1970.
+    """
 
     key: str
     found: str
@@ -138,7 +140,9 @@ class Unnamed(Exception):  # noqa: N818 - it is a question
 
 
 class Plan(NamedTuple):
-    """The rows that an archive becomes, and notes of what it holds that does not become any."""
+    """The rows that an archive becomes, and notes of what it holds that does not become any: all of them once the rows
+    were read.
+    """
 
     rows: Lines
     notes: list[str]
@@ -175,7 +179,7 @@ async def plan(db: Db, archive: Archive, *, source: str | None = None, confirmed
         )
     if not is_named and (unknown := who.unknown & {key for place in wanted for key in place.members}):
         raise Unnamed(archive, f"{min(unknown)} has no address, and somebody of an earlier import has the same id")
-    return Plan(_rows(archive, wanted, who, _Ids(origin, ids)), notes)
+    return Plan(_rows(archive, wanted, who, _Ids(origin, ids), notes), notes)
 
 
 def _require_different(what: str, named: Iterable[tuple[object, str, str]]) -> None:
@@ -192,7 +196,7 @@ async def _is_same(db: Db, origin: Origin, place: Place, users: dict[str, UserId
     """Whether a conversation that is here holds what was said in one of the archive, or nothing was said there."""
     with reading(place.found):
         found = place.posts()
-    posts = sorted((post for post in found if post.person in users and post.text), key=lambda post: post.at_ms)
+    posts = sorted((post for post in found if _is_said(post, users)), key=lambda post: post.at_ms)
     messages = [_message_id(origin, place, post) for post in posts[:SAMPLE]]
     return not messages or await transfers.is_any_message(db, messages)
 
@@ -201,11 +205,16 @@ async def _absent(db: Db, origin: Origin, place: Place, users: dict[str, UserId]
     """Return how many messages of a conversation of the archive are not here."""
     with reading(place.found):
         found = place.posts()
-    messages = {_message_id(origin, place, post) for post in found if post.person in users and post.text}
+    messages = {_message_id(origin, place, post) for post in found if _is_said(post, users)}
     wanted, absent = iter(messages), 0
     while some := list(islice(wanted, AT_ONCE)):
         absent += await transfers.absent_messages(db, some)
     return absent
+
+
+def _is_said(post: Post, users: dict[str, UserId]) -> bool:
+    """Whether a post becomes a message: it has words, and its sender is known."""
+    return post.person in users and bool(post.text)
 
 
 def _message_id(origin: Origin, place: Place, post: Post) -> MessageId:
@@ -275,13 +284,19 @@ class _Ids(NamedTuple):
     places: dict[str, ConversationId]
 
 
-def _rows(archive: Archive, places: list[Place], who: _People, ids: _Ids) -> Lines:
+def _rows(archive: Archive, places: list[Place], who: _People, ids: _Ids, notes: list[str]) -> Lines:
     for person in archive.people:
         if person.key in who.new:
             yield _line("user", _user(person, who.users[person.key], who.new[person.key]), person.found)
     for place in places:
-        for table, made in _Made(ids.origin, place, who, ids.places[place.key]).rows().items():
-            yield from (_line(table, row, found) for row, found in made)
+        made = _Made(ids.origin, place, who, ids.places[place.key])
+        for table, rows in made.rows().items():
+            yield from (_line(table, row, found) for row, found in rows)
+        if made.left_out:
+            notes.append(
+                f"{place.found}: messages without words, of bots, or of people who are not in the export, which were "
+                f"left out: {made.left_out:,}"
+            )
 
 
 def _line(table: str, row: dict[str, Any], found: str) -> Line:
@@ -310,6 +325,8 @@ class _Made:
         self._about = about
         self._everyone = set(who.users.values())
         self._clock = 1
+        self.left_out = 0
+        """Messages that become no row."""
         self._messages: dict[str, dict[str, Any]] = {}
         self._roots: dict[MessageId, dict[str, Any]] = {}
         self._follows: dict[tuple[MessageId, UserId], dict[str, Any]] = {}
@@ -353,8 +370,10 @@ class _Made:
         """Return what somebody said who is known, each once."""
         posts: dict[str, Post] = {}
         for post in self._place.posts():
-            if post.person in self._users and post.text:
+            if _is_said(post, self._users):
                 posts.setdefault(post.key, post)
+            else:
+                self.left_out += 1
         return posts.values()
 
     def _tick(self) -> int:

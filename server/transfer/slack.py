@@ -78,8 +78,8 @@ def _posts(files: Files, name: object) -> list[Post]:
 
 
 def _post(file: str, message: dict[str, Any]) -> Post | None:
-    """Return what somebody said, or None for anything else."""
-    if message.get("type") != "message" or message.get("subtype") not in SAID or not message.get("user"):
+    """Return what somebody or a bot said, or None for anything else."""
+    if message.get("type") != "message" or message.get("subtype") not in SAID:
         return None
     edited = message.get("edited")
     files = [text(f"{file.get('name', 'file')}: {file['url_private']}") for file in message.get("files") or ()
@@ -87,7 +87,7 @@ def _post(file: str, message: dict[str, Any]) -> Post | None:
     return Post(
         key=key(message["ts"]),
         found=f"{file}: {message['ts']}",
-        person=key(message["user"]),
+        person=key(message["user"]) if message.get("user") else "",
         text="\n".join([*([_text(text(message["text"]))] if message.get("text") else []), *files]),
         at_ms=_ms(message["ts"]),
         thread=key(message["thread_ts"]) if message.get("thread_ts") else None,
