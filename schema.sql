@@ -156,6 +156,8 @@ CREATE TABLE conversation (
     -- The last entry of its audit log that was deleted for its age: the next one goes on from there.
     audit_number bigint NOT NULL DEFAULT 0,
     audit_hash bytea NOT NULL DEFAULT '',
+    -- Deleted, perhaps with drafts that no query shows. A job empties those (server/queries/remains.py).
+    has_remains boolean NOT NULL DEFAULT false,
     CONSTRAINT conversation_direct_pair_key UNIQUE (direct_low, direct_high),
     CONSTRAINT conversation_direct_has_pair
         CHECK ((type = 'direct') = (direct_low IS NOT NULL) AND direct_low < direct_high IS NOT false),
@@ -175,6 +177,7 @@ CREATE UNIQUE INDEX conversation_id_hash_key ON conversation (id_hash(id));
 CREATE INDEX conversation_type_idx ON conversation (type);
 -- With the time, so that the conversations of a day are counted without those of all years.
 CREATE INDEX conversation_created_by_idx ON conversation (created_by, created_at);
+CREATE INDEX conversation_remains_idx ON conversation (id) WHERE has_remains;
 CREATE INDEX conversation_search_idx ON conversation
     USING gin (to_tsvector('simple', coalesce(title, '') || ' ' || coalesce(description, ''))) WHERE is_public;
 
@@ -240,6 +243,10 @@ CREATE INDEX participant_left_version_idx ON conversation_participant (conversat
 -- Invitations that nobody has answered, by who has them and by who sent them.
 CREATE INDEX participant_invited_idx ON conversation_participant (user_id) WHERE status = 'invited';
 CREATE INDEX participant_invited_by_idx ON conversation_participant (invited_by) WHERE status = 'invited';
+-- Who follows an owner that leaves. By an expression, so that no other statement is planned along it: with the status as
+-- a column, or as a condition, one made for a small table would walk all of the index.
+CREATE INDEX participant_heir_idx ON conversation_participant
+    ((CASE WHEN status = 'active' THEN role END), conversation_id, joined_at, user_id);
 
 -- --------------------------------------------------------------------------------------------- messages
 
@@ -416,6 +423,8 @@ CREATE TABLE draft (
     updated_at timestamptz NOT NULL DEFAULT now(),
     CONSTRAINT draft_pkey PRIMARY KEY (user_id, conversation_id)
 );
+-- Those of a conversation that was deleted, which are emptied.
+CREATE INDEX draft_conversation_idx ON draft (conversation_id, user_id) WHERE content <> '';
 CREATE INDEX draft_version_idx ON draft (user_id, user_version) WHERE user_version > 0;
 
 -- Messages that wait for their time. The id is the message's: sent twice, it is stored once.

@@ -335,12 +335,11 @@ async def delete_conversation(db: Db, options: argparse.Namespace) -> Answer | C
     async with db.transaction():
         if await conversations.lock(db, found.conversation.id) is None:
             return _shown(found)
-        ended, drafted = await membership.end(db, found.conversation.id)
+        ended = await membership.end(db, found.conversation.id)
         await note(db, "delete_conversation", None, conversation_id=str(found.conversation.id))
 
     def news(events: Events) -> None:
         tell_updated(events, ended, gone=EVERYONE)
-        events.poke(drafted)
 
     return Change(_shown(await _conversation(db, options)), News(news))
 

@@ -334,9 +334,12 @@ class App:
         await expire_due(self._database, self.hub)
 
     async def clear_remains(self) -> bool:
-        """Delete some of what is left of deleted messages; return whether there may be more."""
+        """Delete some of what is left of deleted messages and conversations; return whether there may be more."""
         async with self._database.connection() as db:
-            return await remains.clear(db)
+            is_more_due = await remains.clear(db)
+            emptied = await remains.empty(db)
+        self.hub.poke(emptied.user_ids)
+        return is_more_due or emptied.is_more_due
 
     async def tidy(self) -> None:
         """Sort in what is new in the index of words."""

@@ -12,6 +12,7 @@ from server.context import Events
 from server.database import Database, Db
 from server.errors import is_lost, log_failure
 from server.queries import conversations, erasure, participants, users
+from server.queries.erasure import Cleared
 from server.queries.participants import Change
 from server.telling import tell_participant
 
@@ -62,9 +63,9 @@ async def erase(
     database: Atomic, user_id: UserId, tell: Callable[[Change], None], *, grace: timedelta | None = None
 ) -> None:
     """Erase a user, who may be online: shut them out, let them out of everything they are in, as `leave` does, so that
-    nothing is left without an owner, and forget them once nothing is left. Done again after a crash in the middle, or
-    for who was erased before, it takes away what is left. `tell` gets each change of a participant after its commit,
-    also if a later step fails.
+    nothing is left without an owner, and forget them once nothing is left. A transaction changes a bounded number of
+    rows, and only the last one names them erased. Done again after a crash in the middle, or for who was erased before,
+    it takes away what is left. `tell` gets each change of a participant after its commit, also if a later step fails.
 
     With `grace`, do nothing if they did not delete their account, or came back, or deleted it not so long ago.
     """
@@ -73,10 +74,21 @@ async def erase(
     after, is_any_held = FIRST, False
     while (page := await database.atomically("erasure", partial(_unrelate, user_id, after))) or is_any_held:
         after, is_any_held = (page.last, is_any_held or page.is_any_held) if page else (FIRST, False)
-    while there := await database.atomically("erasure", partial(_forget, user_id)):
-        for conversation_id in there:
-            for change in await database.atomically("erasure", partial(_leave, user_id, conversation_id)):
-                tell(change)
+    await _let_out(database, user_id, tell)
+    place: Cleared | None = Cleared()
+    while place is not None:
+        place = await database.atomically("erasure", partial(_clear, user_id, place))
+    while await database.atomically("erasure", partial(_forget_some, user_id)):
+        pass
+    while not await database.atomically("erasure", partial(_forget, user_id)):
+        await _let_out(database, user_id, tell)
+
+
+async def _let_out(database: Atomic, user_id: UserId, tell: Callable[[Change], None]) -> None:
+    """Let a user out of everything that they take part in or are invited to."""
+    for conversation_id in await database.atomically("erasure", partial(_there, user_id)):
+        for change in await database.atomically("erasure", partial(_leave, user_id, conversation_id)):
+            tell(change)
 
 
 async def _shut_out(user_id: UserId, grace: timedelta | None, db: Db) -> bool:
@@ -107,10 +119,24 @@ async def _leave(user_id: UserId, conversation_id: ConversationId, db: Db) -> li
     return await participants.leave(db, me)
 
 
-async def _forget(user_id: UserId, db: Db) -> list[ConversationId]:
-    """Forget a user if they take part in nothing; otherwise return in what."""
+async def _there(user_id: UserId, db: Db) -> list[ConversationId]:
+    return await erasure.conversations(db, user_id)
+
+
+async def _clear(user_id: UserId, place: Cleared, db: Db) -> Cleared | None:
     await users.lock(db, [user_id])
-    there = await erasure.conversations(db, user_id)
-    if not there:
-        await erasure.forget(db, user_id)
-    return there
+    return await erasure.clear(db, user_id, place)
+
+
+async def _forget_some(user_id: UserId, db: Db) -> bool:
+    await users.lock(db, [user_id])
+    return await erasure.forget_some(db, user_id)
+
+
+async def _forget(user_id: UserId, db: Db) -> bool:
+    """Forget a user who takes part in nothing, and has no more left than a portion; return whether that was so."""
+    await users.lock(db, [user_id])
+    if await erasure.conversations(db, user_id) or await erasure.forget_some(db, user_id):
+        return False
+    await erasure.forget(db, user_id)
+    return True

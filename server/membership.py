@@ -14,7 +14,7 @@ from server.context import Context
 from server.database import Db
 from server.errors import NotFound
 from server.permissions import require, require_below
-from server.queries import approaches, audit, conversations, drafts, participants, sending, users, welcome
+from server.queries import approaches, audit, conversations, participants, sending, users, welcome
 from server.queries.audit import Deed
 from server.queries.participants import Change
 from server.queries.sending import Announcement
@@ -91,14 +91,10 @@ async def entered(db: Db, context: Context, conversation_id: ConversationId) -> 
     return conversation, me
 
 
-async def end(db: Db, conversation_id: ConversationId) -> tuple[Conversation, list[UserId]]:
-    """Delete a conversation for everyone. Return what is left of it, and the users whose drafts there were emptied.
-
-    Under the conversation's lock.
-    """
+async def end(db: Db, conversation_id: ConversationId) -> Conversation:
+    """Delete a conversation for everyone. Return what is left of it. Under the conversation's lock."""
     await conversations.lock_all_out(db, conversation_id)
-    drafted = await drafts.empty(db, conversation_id)
-    return await conversations.delete(db, conversation_id), drafted
+    return await conversations.delete(db, conversation_id)
 
 
 class Welcome(NamedTuple):

@@ -244,8 +244,8 @@ async def test_draft_goes_with_its_conversation(room: Room, world: World, frame:
         case _:
             await administer(world, "conversation", "delete", str(room.group))
             world.workers[1].app.hub.compare_soon()
-    assert await world.db.fetchval("SELECT count(*) FROM draft WHERE content <> ''") == 0
     await other.event(server.DraftChanged, lambda event: event.draft.content == "")
+    assert await world.db.fetchval("SELECT count(*) FROM draft WHERE content <> ''") == 0
     with refused(ErrorCode.NOT_FOUND, "conversation_id"):
         await room.charles.call(client.SetDraft(conversation_id=room.group, content="I think"))
 
@@ -260,10 +260,12 @@ async def test_a_draft_that_is_set_while_its_conversation_is_deleted_goes_with_i
         asked = asyncio.create_task(room.ada.ask(client.DeleteConversation(conversation_id=room.group)))
         await waiting(world, 1)
     assert not isinstance(await asked, Error)
+    await room.charles.event(server.DraftChanged, lambda event: event.draft.content == "")
     assert await world.db.fetchval("SELECT count(*) FROM draft WHERE content <> ''") == 0
 
 
-async def test_a_deletion_waits_for_nobody_who_has_no_draft_there(room: Room, world: World) -> None:
+async def test_a_deletion_waits_for_nobody_who_has_a_draft_there(room: Room, world: World) -> None:
+    await room.charles.call(client.SetDraft(conversation_id=room.group, content="I thi"))
     async with world.db.transaction():
         await users.lock(world.db, [room.them[1].id])
         await room.ada.call(client.DeleteConversation(conversation_id=room.group))

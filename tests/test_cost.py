@@ -12,6 +12,7 @@ import pytest
 
 from protocol.ids import ConversationId, UserId
 from protocol.limits import MAX_CHANGES_BYTES
+from protocol.roles import ROLES
 from server.database import SESSION
 from server.queries import (
     accounts,
@@ -245,7 +246,7 @@ def hot(place: Place, ids: dict[str, Any]) -> dict[str, tuple[str, tuple[Any, ..
         "participant": (participants.GET, (about, user)),
         "add": (participants.ADD, (about, [user], "member", user)),
         "change": (participants.CHANGE, (about, user, "member", "left", 1)),
-        "heir": (participants.HEIR, (about, user, True)),
+        "heir": (participants.HEIR, (about, user, True, list(ROLES[::-1]))),
         "seen parts": (participants.SEEN, (about, user, [user])),
         "guests": (welcome.GUESTS, (user, about, [user], 100, 1_000, 5)),
         "watchable": (users.WATCHABLE, ([user], [user])),
@@ -286,7 +287,8 @@ def hot(place: Place, ids: dict[str, Any]) -> dict[str, tuple[str, tuple[Any, ..
         "thread": (threads.GET, (ids["middle"], user, about)),
         "threads": (threads.LIST, (user, "true", None, None)),
         "follow": (threads.CHANGE, (ids["middle"], user, about, "true", None)),
-        "find anew": (edits.FIND_ANEW, (about, ids["middle"])),
+        "find anew": (edits.FIND_ANEW, (about, ids["middle"], None)),
+        "words": (edits.WORDS, (about, ids["middle"], None, None, None, None)),
         "mentions": (meaning.RESOLVE, (about, user, [user], [])),
         "pin": (pins.PIN, (about, ids["middle"], user, "true")),
         "pinned": (pins.PINNED, (about,)),
@@ -434,6 +436,52 @@ async def test_a_thread_of_ten_thousand_is_as_fast_as_one_of_ten(db: "asyncpg.Co
         # Up to 100 are counted, of those that there are; trees are a level higher.
         assert plan.rows <= before.rows + 500, (name, before, plan)
         assert plan.pages <= before.pages + 200, (name, before, plan)
+
+
+JOIN_MANY = """
+WITH them AS (
+    INSERT INTO "user" (name, email, is_active)
+    SELECT 'Heir ' || n, 'heir' || n || '@example.org', n > $3::int FROM generate_series(1, $2::int) n
+    RETURNING id, substring(name FROM 6)::int AS n
+)
+INSERT INTO conversation_participant (conversation_id, user_id, role, joined_at, version)
+SELECT $1, id, CASE n % 1000 WHEN 500 THEN 'moderator' ELSE 'member' END,
+    '2020-01-01'::timestamptz + n * interval '1 s', 2
+FROM them
+"""
+SILENCE = """
+UPDATE "user" SET is_active = substring(name FROM 6)::int > $1, is_deleted = substring(name FROM 6)::int <= $2
+WHERE name LIKE 'Heir %'
+"""
+
+
+async def test_successor_of_an_owner_is_found_among_few_participants(db: "asyncpg.Connection[asyncpg.Record]") -> None:
+    """However many there are, and however many of the oldest have accounts that are not active."""
+    await db.execute(f"PREPARE heir AS {participants.HEIR}")
+    ranks = list(ROLES[::-1])
+    await explained(db, "heir", (uuid4(), uuid4(), True, ranks))
+    place = await filled(db, "owner", 10)
+    await db.execute("SET session_replication_role = replica")
+    await db.execute(JOIN_MANY, place.conversation_id, 5_000, 0)
+    asked = (place.conversation_id, place.user_id)
+    plan = await explained(db, "heir", (*asked, True, ranks))
+    assert (plan.rows < 50, plan.pages < 60, plan.scanned) == (True, True, []), plan
+    leaving = await participants.get(db, *asked)
+    assert leaving is not None
+    # A higher role comes first, then whoever is there for longest, if the account is active. Nobody is found past those
+    # that are looked at, and then the first one follows.
+    for silent, deleted, name in ((0, 0, 500), (500, 0, 1500), (500, 1500, 2500), (4_900, 0, 500), (0, 5_000, 500)):
+        await db.execute(SILENCE, silent, deleted)
+        heir = await participants.heir(db, leaving)
+        assert heir is not None
+        assert await db.fetchval('SELECT name FROM "user" WHERE id = $1', heir.user_id) == f"Heir {name}"
+        plan = await explained(db, "heir", (*asked, True, ranks))
+        assert plan.rows < 10 * participants.HEIRS_LOOKED_AT, (silent, plan)
+    await db.execute("UPDATE conversation_participant SET role = 'member' WHERE role = 'moderator'")
+    await db.execute(SILENCE, 900, 0)
+    heir = await participants.heir(db, leaving)
+    assert heir is not None
+    assert await db.fetchval('SELECT name FROM "user" WHERE id = $1', heir.user_id) == "Heir 901"
 
 
 GROWN = """

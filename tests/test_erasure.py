@@ -127,6 +127,16 @@ async def test_who_is_in_a_deleted_conversation_is_erased(world: World) -> None:
     assert await is_well(world) == []
 
 
+async def test_reply_to_somebody_who_was_erased_leaves_nothing_of_theirs(world: World) -> None:
+    ada, charles = await world.users("Ada", "Charles")
+    one, other = await world.connect(ada), await world.connect(charles)
+    group = await world.group(other, ada)
+    said = await sent(one, group, "Hello")
+    await erase(Single(world.db), ada.id, nobody)
+    await sent(other, group, "Farewell", parent_message_id=said)
+    assert await is_well(world) == []
+
+
 async def test_who_came_back_within_their_time_of_grace_is_not_erased(world: World) -> None:
     ada = await world.user("Ada")
     await erase(Single(world.db), ada.id, nobody, grace=world.workers[0].app._grace)  # noqa: SLF001

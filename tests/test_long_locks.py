@@ -1,7 +1,9 @@
 """Work under the lock of a conversation does not grow with what participants put there."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
 
+import asyncpg
 import msgspec
 import pytest
 
@@ -13,9 +15,11 @@ from protocol.payloads import Poll
 from protocol.values import ConversationSettings
 from server import app
 from server.config import Settings
+from server.database import Db, Single
+from server.erasure import erase
 from server.expiry import expire_due
 from server.export import written
-from server.queries import changes, expiry, remains
+from server.queries import changes, erasure, expiry, remains, users
 from tests.world import World, refused, sent
 
 CROWD = 300
@@ -210,3 +214,154 @@ async def test_reactions_and_votes_of_a_deleted_message_are_shown_nowhere_until_
             assert await world.db.fetchval(REMAINS, [poll]) == 0
         finally:
             await world.db.execute(f"DROP OWNED BY {role}; DROP ROLE {role}")
+
+
+DRAFTS = """
+INSERT INTO draft (user_id, conversation_id, content, user_version)
+SELECT p.user_id, $1, 'Secret', 1 FROM conversation_participant p WHERE p.conversation_id = $1
+"""
+WRITTEN = "SELECT count(*) FROM draft WHERE content <> ''"
+
+
+async def test_drafts_in_a_deleted_conversation_are_emptied_in_portions_and_shown_nowhere_before(crowd: Crowd) -> None:
+    """Also while the rows of some who wrote them are held, and when the job ends between its commit and its news."""
+    world, worker = crowd.world, crowd.world.workers[0].app
+    who = await world.user("Charles")
+    charles = await world.connect(who)
+    await crowd.db.execute("UPDATE conversation SET is_public = true WHERE id = $1", crowd.about)
+    await charles.call(client.Join(conversation_id=crowd.about))
+    await charles.call(client.SetDraft(conversation_id=crowd.about, content="Secret"))
+    await charles.event(server.DraftChanged, lambda event: event.draft.content == "Secret")
+    await crowd.db.execute(DRAFTS + " ON CONFLICT DO NOTHING", crowd.about)
+
+    async def shown() -> tuple[int, int, list[str]]:
+        pieces = [piece async for piece in written(worker._database.connection, who.id)]  # noqa: SLF001
+        export = msgspec.json.decode(b"".join(pieces), type=Export, dec_hook=json_object.read)
+        drafts = (await charles.call(client.ListDrafts(), server.DraftList)).drafts
+        news = (await users.news(crowd.db, who.id, 0, limit=100)).events
+        told = [event.draft.content for event in news if isinstance(event, server.DraftChanged)]
+        return len(export.drafts), len(drafts), told
+
+    assert await shown() == (1, 1, ["Secret"])
+    holder = await asyncpg.connect(world.settings.database_url)
+    try:
+        async with holder.transaction():
+            await holder.execute("""SELECT FROM "user" WHERE id = $1 OR name IN ('p7', 'p8') FOR UPDATE""", who.id)
+            await crowd.db.execute("TRUNCATE change")
+            await crowd.ada.call(client.DeleteConversation(conversation_id=crowd.about))
+            locked, _ = await crowd.largest()
+            assert (locked <= MOST_ROWS, await crowd.db.fetchval(WRITTEN)) == (True, CROWD + 2), locked
+            assert await shown() == (0, 0, [""])
+            await crowd.db.execute("TRUNCATE change")
+            while await worker.clear_remains():
+                pass
+            locked, free = await crowd.largest()
+            # The row of the user, and the draft.
+            assert (locked, free <= 2 * remains.DRAFTS_AT_ONCE) == (0, True), (locked, free)
+            assert await crowd.db.fetchval(WRITTEN) == 3
+    finally:
+        await holder.close()
+    emptied = await remains.empty(crowd.db)
+    assert (len(emptied.user_ids), await crowd.db.fetchval(WRITTEN)) == (3, 0)
+    worker.hub.compare_soon()
+    await charles.event(server.DraftChanged, lambda event: event.draft.content == "")
+    assert not await worker.clear_remains()
+    assert await crowd.db.fetchval("SELECT count(*) FROM conversation WHERE has_remains") == 0
+
+
+# A user who has a number of everything that a user can have, beside what the constraints forbid.
+HOARD = """
+WITH made AS (
+    INSERT INTO conversation (type, title, created_by, settings_version, version, participant_count)
+    SELECT 'group', 'c' || n, $1, 1, 2, 1 FROM generate_series(1, $2::int) n RETURNING id
+), numbered AS (
+    SELECT id, row_number() OVER () AS n FROM made
+), others AS (
+    INSERT INTO "user" (name, email) SELECT 'o' || n, 'o' || n || '@example.org' FROM generate_series(1, $2) n
+    RETURNING id
+), joined AS (
+    INSERT INTO conversation_participant (conversation_id, user_id, status, left_at, pin_order, last_read_at, version)
+    SELECT id, $1, 'left', now(), 1, now(), 2 FROM numbered
+), drafted AS (
+    INSERT INTO draft (user_id, conversation_id, content, user_version) SELECT $1, id, '', n FROM numbered
+), said AS (
+    INSERT INTO message (id, conversation_id, sender_id, content, sent_version, version, is_deleted)
+    SELECT gen_random_uuid(), id, $1, '', 1, 1, n % 2 = 0 FROM numbered RETURNING id, conversation_id, is_deleted
+), edited AS (
+    INSERT INTO message_edit (id, message_id, content, edited_by, version, conversation_id)
+    SELECT gen_random_uuid(), s.id, 'Secret', $1, n, s.conversation_id FROM said s, generate_series(1, 3) n
+), starred AS (
+    INSERT INTO message_star (user_id, message_id, conversation_id, user_version)
+    SELECT $1, id, conversation_id, 1 FROM said
+), followed AS (
+    INSERT INTO thread_follow (root_id, user_id, conversation_id, is_following, last_read_order)
+    SELECT id, $1, conversation_id, is_deleted, 7 FROM said
+), scheduled AS (
+    INSERT INTO scheduled_message (id, sender_id, conversation_id, words, send_at, status, user_version)
+    SELECT gen_random_uuid(), $1, id, '{}', now(), 'sent', n FROM numbered
+), reported AS (
+    INSERT INTO report (conversation_id, message_id, reporter_id, reason)
+    SELECT conversation_id, id, $1, 'Secret' FROM said
+), reached AS (
+    INSERT INTO approach (from_user_id, to_user_id, kind)
+    SELECT $1, id, 'follow' FROM others UNION ALL SELECT id, $1, 'follow' FROM others
+)
+INSERT INTO user_relationship (from_user_id, to_user_id, type, status)
+SELECT $1, id, 'mute', 'active' FROM others UNION ALL SELECT id, $1, 'follow', 'active' FROM others
+"""
+HOARDED = """
+SELECT (SELECT count(*) FROM draft WHERE user_id = $1) + (SELECT count(*) FROM message_star WHERE user_id = $1)
+    + (SELECT count(*) FROM scheduled_message WHERE sender_id = $1) + (SELECT count(*) FROM approach)
+    + (SELECT count(*) FROM thread_follow WHERE user_id = $1 AND (is_following OR last_read_order > 0))
+    + (SELECT count(*) FROM report WHERE reporter_id = $1 AND reason <> 'Erased')
+    + (SELECT count(*) FROM conversation_participant WHERE user_id = $1 AND num_nonnulls(pin_order, last_read_at) > 0)
+    + (SELECT count(*) FROM message_edit e JOIN message m ON m.id = e.message_id WHERE m.is_deleted)
+    + (SELECT count(*) FROM user_relationship r WHERE r.status = 'active')
+"""
+
+
+class Cut(Exception):  # noqa: N818 - it stands for a crash
+    """The process ends."""
+
+
+class Failing(Single):
+    """A database that a process uses for a number of transactions, and then ends."""
+
+    def __init__(self, db: Db, left: int) -> None:
+        super().__init__(db)
+        self.left = left
+
+    async def atomically(self, what: str, work: Callable[[Db], Awaitable[Any]]) -> Any:
+        """Do work in a transaction, or raise Cut."""
+        if self.left == 0:
+            raise Cut
+        self.left -= 1
+        return await super().atomically(what, work)
+
+
+async def test_erasure_takes_away_a_bounded_number_of_rows_at_a_time_and_goes_on_after_a_crash(
+    crowd: Crowd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    who = await crowd.world.user("Charles")
+    portion, number = 10, 45
+    monkeypatch.setattr(erasure, "PORTION", portion)
+    monkeypatch.setattr(erasure, "RELATED_AT_ONCE", portion)
+    await crowd.db.execute(HOARD, who.id, number)
+    assert await crowd.db.fetchval(HOARDED, who.id) > 10 * number
+    await crowd.db.execute("TRUNCATE change")
+    is_erased = 'SELECT erased_at IS NOT NULL FROM "user" WHERE id = $1'
+    ended, crashes = False, 0
+    while not ended:
+        assert not await crowd.db.fetchval(is_erased, who.id)
+        try:
+            # It begins at the front each time, so it gets a little further.
+            await erase(Failing(crowd.db, 10 + 15 * crashes), who.id, lambda _: None)
+            ended = True
+        except Cut:
+            crashes += 1
+    locked, free = await crowd.largest()
+    # A portion of relationships changes a row of each other user, too, and a portion of the rest is of several kinds.
+    assert (crashes > 1, locked, free <= 4 * portion) == (True, 0, True), (crashes, locked, free)
+    assert (await crowd.db.fetchval(is_erased, who.id), await crowd.db.fetchval(HOARDED, who.id)) == (True, 0)
+    assert await crowd.db.fetchval(erasure.IS_ERASED, who.id)
+    assert await crowd.db.fetchval("SELECT count(*) FROM message_edit") == 3 * (number - number // 2)

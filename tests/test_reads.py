@@ -98,8 +98,6 @@ WHY = {
         ),
     },
     "participants of a conversation, which are counted, told or asked once": {
-        "drafts.EMPTY": "conversation_participant(conversation_id)",
-        "participants.HEIR": "conversation_participant(conversation_id) cut 1",
         "push.DUE": "conversation_participant(); conversation_participant(conversation_id); push_endpoint(user_id)",
         "push.NOTICES": "conversation_participant()",
         "whereabouts.OF": (
@@ -165,6 +163,7 @@ LIMITS = {
     "changes.READING": 2,
     "conversations.GET": 3,
     "conversations.PAGE": 4,
+    "erasure.CLEAR_REPORTS": 2,
     "erasure.RELATED": 3,
     "feed.NAMED": 2,
     "feed.ROWS": 23,
@@ -172,6 +171,7 @@ LIMITS = {
     "feed.COUNT": 23,
     "indexing.PAGE": 2,
     "latest.SINCE": 1,
+    "participants.HEIR": 3,
     "push.DUE": 1,
     "push.NOTICES": 1,
     "receipts.READ": 2,

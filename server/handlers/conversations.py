@@ -211,10 +211,9 @@ async def delete(context: Context, frame: client.DeleteConversation) -> Done:
     async with context.database.transaction() as db:
         conversation, me = await entered(db, context, frame.conversation_id)
         require(me, Act.DELETE_CONVERSATION)
-        conversation, drafted = await end(db, conversation.id)
+        conversation = await end(db, conversation.id)
         await audit.record(db, conversation.id, Deed(context.user_id, "delete_conversation"))
     tell_updated(context.events, conversation, gone=EVERYONE)
-    context.events.poke(drafted)
     return Done()
 
 

@@ -26,6 +26,7 @@ async def edit(context: Context, frame: client.Edit) -> Changed:
         there = await messages.find(db, frame, context.user_id)
     made = await _made_anew(context, frame, None if there is None else there.message)
     async with context.database.transaction() as db:
+        found_before = there and await edits.words(db, frame, frame.content, made)
         found = await messages.lock(db, frame, context.user_id)
         if found is None:
             raise NotFound("message_id")
@@ -39,14 +40,15 @@ async def edit(context: Context, frame: client.Edit) -> Changed:
         if (before.content, before.formatted_content) == (frame.content, made.formatted_content):
             return Changed(conversation_id=before.conversation_id, version=before.version)
         require_may_send(found)
-        if not may(found.me, Act.BE_LOUD):
+        words = found_before and found_before.words
+        if made.loud_mentions and not may(found.me, Act.BE_LOUD):
             # What was made before the lock may be of a role that was lost since.
-            made = made._replace(loud_mentions=[])
+            made, words = made._replace(loud_mentions=[]), None
         # Refused, not forgotten: what an edit made is known by what the next one kept (`edits.EDITED`).
         if await edits.count(db, before) >= MAX_EDITS:
             sentence = f"A message can be edited at most {MAX_EDITS} times. Send a new one."
             raise Refused(ErrorCode.CONFLICT, sentence, path="message_id")
-        message = await edits.edit(db, before, context.user_id, frame, made)
+        message = await edits.edit(db, before, context.user_id, frame, made, words=words)
         if found.conversation.settings.slow_mode_seconds:
             await sending.begin_wait(db, before.conversation_id, context.user_id, now())
     context.services.previews.wanted(message)

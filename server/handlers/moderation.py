@@ -10,7 +10,7 @@ from server.database import Db
 from server.errors import NotActive, NotFound
 from server.membership import taking_part
 from server.permissions import require
-from server.queries import audit, bounds, conversations, messages, moderation, users
+from server.queries import audit, bounds, conversations, edits, messages, moderation, users
 from server.queries.audit import Deed
 from server.queries.messages import Found
 from server.telling import tell_changed
@@ -38,11 +38,14 @@ async def moderate(context: Context, frame: client.Moderate) -> Changed:
 async def unmoderate(context: Context, frame: client.Unmoderate) -> Changed:
     """Show it again."""
     async with context.database.transaction() as db:
+        there = await messages.find(db, frame, context.user_id)
+        known = await edits.words(db, frame) if there is not None and there.message.is_moderated else None
         found = await _moderated(db, context, frame)
         before = found.message
         if not before.is_moderated:
             return Changed(conversation_id=before.conversation_id, version=before.version)
-        message = await moderation.unmoderate(db, before)
+        is_same = known is not None and known.version == before.version
+        message = await moderation.unmoderate(db, before, words=known.words if known is not None and is_same else None)
         deed = Deed(context.user_id, "unmoderate", before.sender_id, before.id)
         await audit.record(db, before.conversation_id, deed)
     return tell_changed(context.events, found, message)

@@ -367,14 +367,17 @@ async def update(db: Db, conversation_id: ConversationId, changes: dict[str, Any
 
 DELETE = """
 UPDATE conversation c SET is_deleted = true, is_active = false, invite_code = NULL, updated_at = now(),
-    version = c.version + 1, settings_version = c.version + 1, access_version = c.version + 1
+    has_remains = true, version = c.version + 1, settings_version = c.version + 1, access_version = c.version + 1
 WHERE c.id = $1
 RETURNING conversation_json(c)
 """
 
 
 async def delete(db: Db, conversation_id: ConversationId) -> Conversation:
-    """End a conversation for everyone; return what is left of it. Under the lock of `lock_all_out`."""
+    """End a conversation for everyone; return what is left of it. Under the lock of `lock_all_out`.
+
+    Drafts are left to `remains`: all participants may have one.
+    """
     return _conversation_decoder.decode(await db.fetchval(DELETE, conversation_id))
 
 

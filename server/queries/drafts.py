@@ -41,23 +41,39 @@ async def put(db: Db, frame: SetDraft, user_id: UserId) -> bool:
 # The row stays, so that the user's other devices are told.
 EMPTY = """
 WITH touched AS (
+    UPDATE "user" SET version = version + 1, own_moves = own_moves + 1
+    WHERE id = $2 AND EXISTS (
+        SELECT FROM draft d WHERE d.user_id = $2 AND d.conversation_id = $1 AND d.content <> ''
+    ) RETURNING version
+)
+UPDATE draft d SET content = '', updated_at = now(), user_version = t.version FROM touched t
+WHERE d.user_id = $2 AND d.conversation_id = $1
+"""
+
+
+async def empty(db: Db, conversation_id: ConversationId, user_id: UserId) -> None:
+    """Empty the draft that a user has in a conversation. Under the locks of both."""
+    await db.execute(EMPTY, conversation_id, user_id)
+
+
+# A crowd has drafts, so `remains` calls this after the conversation was deleted, under no lock but those of the users.
+EMPTY_SOME = """
+WITH touched AS (
     UPDATE "user" u SET version = u.version + 1, own_moves = u.own_moves + 1 FROM (
-        SELECT o.id FROM conversation_participant p
-        JOIN draft d ON d.user_id = p.user_id AND d.conversation_id = p.conversation_id AND d.content <> ''
-        JOIN "user" o ON o.id = p.user_id
-        WHERE p.conversation_id = $1 AND ($2::uuid IS NULL OR p.user_id = $2)
-        ORDER BY o.id FOR NO KEY UPDATE OF o
+        SELECT o.id FROM draft d JOIN "user" o ON o.id = d.user_id
+        WHERE d.conversation_id = $1 AND d.content <> ''
+        LIMIT $2 FOR NO KEY UPDATE OF o SKIP LOCKED
     ) t WHERE u.id = t.id RETURNING u.id, u.version
 )
 UPDATE draft d SET content = '', updated_at = now(), user_version = t.version FROM touched t
-WHERE d.user_id = t.id AND d.conversation_id = $1
+WHERE d.user_id = t.id AND d.conversation_id = $1 AND (d.content <> '') IS TRUE
 RETURNING d.user_id
 """
 
 
-async def empty(db: Db, conversation_id: ConversationId, user_id: UserId | None = None) -> list[UserId]:
-    """Empty the draft that a user, or everyone, has in a conversation; return whose. Under the conversation's lock."""
-    return [UserId(row[0]) for row in await db.fetch(EMPTY, conversation_id, user_id)]
+async def empty_some(db: Db, conversation_id: ConversationId, *, limit: int) -> list[UserId]:
+    """Empty up to `limit` drafts in a conversation that was deleted; return whose. Skip users who are held."""
+    return [UserId(row[0]) for row in await db.fetch(EMPTY_SOME, conversation_id, limit)]
 
 
 LIST = f"""
@@ -66,6 +82,7 @@ SELECT json_build_object('conversation_id', d.conversation_id, 'content', d.cont
 FROM (
     SELECT d.* FROM draft d JOIN conversation_participant p
         ON p.conversation_id = d.conversation_id AND p.user_id = d.user_id AND p.status = 'active'
+    JOIN conversation c ON c.id = d.conversation_id AND NOT c.is_deleted
     WHERE d.user_id = $1 AND d.content <> ''
         AND ($2::timestamptz IS NULL OR (d.updated_at, d.conversation_id) < ($2, $3::uuid))
     ORDER BY d.updated_at DESC, d.conversation_id DESC LIMIT {MAX_PAGE + 1}

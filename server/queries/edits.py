@@ -26,6 +26,12 @@ UPDATE message m SET content = $5, formatted_content = $6, mentions = $7, loud_m
 FROM bumped b WHERE m.id = $2 AND (m.conversation_id = $1) IS TRUE
 RETURNING message_json(m)
 """
+# Finding the words of a long message takes longer than all the rest, so it comes before the lock.
+WORDS = """
+SELECT search_words(m.conversation_id, coalesce($3, m.content), m.payload, coalesce($4, m.mentions),
+    coalesce($5, m.loud_mentions), coalesce($6, m.hashtags)), m.version
+FROM message m WHERE m.id = $2 AND (m.conversation_id = $1) IS TRUE
+"""
 # After whatever changed a message's words, or hid them, in the same transaction: from then on it is found by what it
 # says now; without words, not at all.
 FIND_ANEW = """
@@ -34,12 +40,12 @@ USING (
     SELECT m.*, NOT m.is_deleted AND NOT m.is_moderated AND NOT m.is_system_message AS has_words
     FROM message m WHERE m.id = $2 AND (m.conversation_id = $1) IS TRUE
 ) m ON s.message_id = m.id
-WHEN MATCHED AND m.has_words THEN UPDATE SET
-    words = search_words(m.conversation_id, m.content, m.payload, m.mentions, m.loud_mentions, m.hashtags)
+WHEN MATCHED AND m.has_words THEN UPDATE SET words = coalesce(
+    $3, search_words(m.conversation_id, m.content, m.payload, m.mentions, m.loud_mentions, m.hashtags))
 WHEN MATCHED THEN DELETE
 WHEN NOT MATCHED AND m.has_words THEN INSERT (message_id, conversation_id, created_at, words)
-    VALUES (m.id, m.conversation_id, m.created_at,
-        search_words(m.conversation_id, m.content, m.payload, m.mentions, m.loud_mentions, m.hashtags))
+    VALUES (m.id, m.conversation_id, m.created_at, coalesce(
+        $3, search_words(m.conversation_id, m.content, m.payload, m.mentions, m.loud_mentions, m.hashtags)))
 """
 
 
@@ -53,20 +59,43 @@ async def count(db: Db, found: Message) -> int:
     return int(await db.fetchval(COUNT, found.conversation_id, found.id))
 
 
-async def edit(db: Db, found: Message, user_id: UserId, frame: Edit, made: Made) -> Message:
+class Words(NamedTuple):
+    """What a message is found by, and the version of the message that they were found in."""
+
+    words: str
+    version: int
+
+
+async def words(db: Db, place: Place, content: str | None = None, made: Made | None = None) -> Words | None:
+    """Find the words of an edit, or of a message as it is, before the lock; None if there is no such message.
+
+    The caller has checked that the user may see it.
+    """
+    said = (None, None, None) if made is None else (made.mentions, made.loud_mentions, made.hashtags)
+    row = await db.fetchrow(WORDS, place.conversation_id, place.message_id, content, *said)
+    return None if row is None else Words(*row)
+
+
+async def edit(db: Db, found: Message, user_id: UserId, frame: Edit, made: Made, *, words: str | None) -> Message:
     """Change what a message says, keep what it said, and return it as it is now. Under the lock.
+
+    `words` are those of the edit, if they are known.
 
     Raises UniqueViolationError if the edit's id is taken.
     """
     edit_id = frame.edit_id or EditId(uuid7())
     text = await db.fetchval(EDIT, found.conversation_id, found.id, edit_id, user_id, frame.content, *made)
-    await find_anew(db, found.conversation_id, found.id)
+    await find_anew(db, found.conversation_id, found.id, words=words)
     return _message_decoder.decode(text)
 
 
-async def find_anew(db: Db, conversation_id: ConversationId, message_id: MessageId) -> None:
-    """Have a message that was changed be found by what it says now. Under the lock."""
-    await db.execute(FIND_ANEW, conversation_id, message_id)
+async def find_anew(
+    db: Db, conversation_id: ConversationId, message_id: MessageId, *, words: str | None = None
+) -> None:
+    """Have a message that was changed be found by what it says now, whose words are found here if they are not given.
+    Under the lock.
+    """
+    await db.execute(FIND_ANEW, conversation_id, message_id, words)
 
 
 # What an edit made of the message is what the next edit kept, or what the message says now.

@@ -4,6 +4,7 @@ import re
 from collections.abc import Collection
 from datetime import timedelta
 from typing import NamedTuple
+from uuid import UUID
 
 from protocol.ids import ConversationId, UserId
 from server.database import Db
@@ -140,33 +141,120 @@ async def unrelate(db: Db, user_id: UserId, others: list[UserId]) -> None:
     await db.execute(UNRELATE, user_id, others)
 
 
-# One after the other, under the user's lock. The row stays, for what they said refers to it. Its address is random:
-# nobody can have one that makes erasing fail.
+PORTION = 500
+"""Max rows of each kind that one transaction deletes or clears."""
+# In the order of an index, and each from where the one before it ended: a user may have any number of these rows, and
+# most of them stay. A statement returns the last key that it looked at.
+CLEAR_MEMBERSHIPS = """
+WITH page AS MATERIALIZED (
+    SELECT p.conversation_id FROM conversation_participant p
+    WHERE p.user_id = $1 AND p.conversation_id > $2 ORDER BY p.conversation_id LIMIT $3
+), cleared AS (
+    UPDATE conversation_participant p SET pin_order = NULL, is_hidden = false, is_muted = false, muted_until = NULL,
+        notification_level = 'all', last_read_at = NULL, last_sent_at = NULL, delivered_at = NULL,
+        unread_from_id = NULL, unread_from_version = NULL
+    WHERE p.conversation_id = ANY(ARRAY(SELECT conversation_id FROM page)) AND p.user_id = $1
+)
+SELECT max(conversation_id::text)::uuid FROM page
+"""
+CLEAR_THREADS = """
+WITH page AS MATERIALIZED (
+    SELECT t.root_id, t.last_read_order FROM thread_follow t
+    WHERE t.user_id = $1 AND NOT t.is_following AND t.root_id > $2 ORDER BY t.root_id LIMIT $3
+), cleared AS (
+    UPDATE thread_follow t SET last_read_order = 0 FROM page
+    WHERE page.last_read_order > 0 AND t.root_id = page.root_id AND t.user_id = $1
+)
+SELECT max(root_id::text)::uuid FROM page
+"""
+# One message may have a thousand edits. What is kept beyond a portion is deleted by the same statement once more.
+FORGET_EDITS = """
+WITH page AS MATERIALIZED (
+    SELECT m.id, m.conversation_id, m.is_deleted FROM message m
+    WHERE m.sender_id = $1 AND m.id > $2 ORDER BY m.id LIMIT $3
+), kept AS MATERIALIZED (
+    SELECT e.id FROM page JOIN message_edit e ON e.message_id = page.id AND e.conversation_id = page.conversation_id
+    WHERE page.is_deleted LIMIT $3
+), gone AS (
+    DELETE FROM message_edit e USING kept WHERE e.id = kept.id
+)
+SELECT CASE WHEN (SELECT count(*) FROM kept) < $3 THEN (SELECT max(id::text)::uuid FROM page) ELSE $2 END
+"""
+# Several reports may have one time, so those that are done are told by their reason.
+CLEAR_REPORTS = """
+WITH page AS MATERIALIZED (
+    SELECT r.id, r.created_at FROM report r
+    WHERE r.reporter_id = $1 AND r.reason <> 'Erased'
+        AND r.created_at >= coalesce((SELECT o.created_at FROM report o WHERE o.id = $2), '-infinity')
+    ORDER BY r.created_at LIMIT $3
+), cleared AS (
+    UPDATE report r SET reason = 'Erased' FROM page WHERE r.id = page.id
+)
+SELECT id FROM page WHERE created_at = (SELECT max(created_at) FROM page) LIMIT 1
+"""
+CLEARED = (CLEAR_MEMBERSHIPS, CLEAR_THREADS, FORGET_EDITS, CLEAR_REPORTS)
+
+
+class Cleared(NamedTuple):
+    """How far the rows of a user that stay are cleared: by which statement, and after which key it goes on."""
+
+    step: int = 0
+    after: UUID = UUID(int=0)
+
+
+async def clear(db: Db, user_id: UserId, place: Cleared) -> Cleared | None:
+    """Clear a portion of a user's rows that stay; return where to go on, None at the end. Under the user's lock."""
+    STATEMENT = CLEARED[place.step]  # noqa: N806 - a constant of this file, as all that is asked of the database
+    after: UUID | None = await db.fetchval(STATEMENT, user_id, place.after, PORTION)
+    if after is not None:
+        return Cleared(place.step, after)
+    return Cleared(place.step + 1) if place.step + 1 < len(CLEARED) else None
+
+
+FORGET_APPROACHES = """
+DELETE FROM approach a USING (
+    SELECT o.to_user_id, o.kind FROM approach o WHERE o.from_user_id = $1 LIMIT $2
+) gone
+WHERE a.from_user_id = $1 AND a.to_user_id = gone.to_user_id AND a.kind = gone.kind
+RETURNING 1
+"""
+FORGET_APPROACHED = """
+DELETE FROM approach a USING (
+    SELECT o.from_user_id, o.kind FROM approach o WHERE o.to_user_id = $1 LIMIT $2
+) gone
+WHERE a.from_user_id = gone.from_user_id AND a.to_user_id = $1 AND a.kind = gone.kind
+RETURNING 1
+"""
+FORGET_DRAFTS = """
+DELETE FROM draft d USING (SELECT o.conversation_id FROM draft o WHERE o.user_id = $1 LIMIT $2) gone
+WHERE d.user_id = $1 AND d.conversation_id = gone.conversation_id
+RETURNING 1
+"""
+FORGET_SCHEDULED = """
+DELETE FROM scheduled_message s USING (SELECT o.id FROM scheduled_message o WHERE o.sender_id = $1 LIMIT $2) gone
+WHERE s.id = gone.id
+RETURNING 1
+"""
+FORGET_STARS = """
+DELETE FROM message_star s USING (SELECT o.message_id FROM message_star o WHERE o.user_id = $1 LIMIT $2) gone
+WHERE s.user_id = $1 AND s.message_id = gone.message_id
+RETURNING 1
+"""
+UNFOLLOW = """
+UPDATE thread_follow t SET is_following = false, last_read_order = 0 FROM (
+    SELECT o.root_id FROM thread_follow o WHERE o.user_id = $1 AND o.is_following ORDER BY o.root_id LIMIT $2
+) page
+WHERE t.root_id = page.root_id AND t.user_id = $1
+RETURNING 1
+"""
+FORGOTTEN = (FORGET_APPROACHES, FORGET_APPROACHED, FORGET_DRAFTS, FORGET_SCHEDULED, FORGET_STARS, UNFOLLOW)
+# The rows that a user has few of, and last of all the user's own: it stays, for what they said refers to it. Its
+# address is random: nobody can have one that makes erasing fail.
 FORGET = (
     'DELETE FROM verification v USING "user" u WHERE u.id = $1 AND v.identifier = u.email',
     "DELETE FROM session WHERE user_id = $1",
     "DELETE FROM account WHERE user_id = $1",
-    f"DELETE FROM user_relationship r WHERE r.from_user_id = $1 AND (r.type IN ('block', 'mute') OR NOT {BLANK})",  # noqa: S608
-    f"DELETE FROM user_relationship r WHERE r.to_user_id = $1 AND NOT {BLANK}",  # noqa: S608 - a condition is put in
-    "DELETE FROM approach WHERE from_user_id = $1 OR to_user_id = $1",
-    "DELETE FROM draft WHERE user_id = $1",
-    "DELETE FROM scheduled_message WHERE sender_id = $1",
-    "DELETE FROM message_star WHERE user_id = $1",
     "DELETE FROM push_endpoint WHERE user_id = $1",
-    """
-    DELETE FROM message_edit e USING message m
-    WHERE m.sender_id = $1 AND m.is_deleted AND e.message_id = m.id AND e.conversation_id = m.conversation_id
-    """,
-    """
-    UPDATE thread_follow SET is_following = false, last_read_order = 0 WHERE user_id = $1
-    """,
-    "UPDATE report SET reason = 'Erased' WHERE reporter_id = $1",
-    """
-    UPDATE conversation_participant SET pin_order = NULL, is_hidden = false, is_muted = false, muted_until = NULL,
-        notification_level = 'all', last_read_at = NULL, last_sent_at = NULL, delivered_at = NULL,
-        unread_from_id = NULL, unread_from_version = NULL
-    WHERE user_id = $1
-    """,
     """
     UPDATE "user" SET name = 'Deleted user', email = 'erased-' || gen_random_uuid() || '@invalid',
         email_verified = false, image = NULL, display_name = NULL, bio = NULL, location = NULL, website = NULL,
@@ -180,8 +268,18 @@ FORGET = (
 )
 
 
+async def forget_some(db: Db, user_id: UserId) -> bool:
+    """Take away a portion of what a user keeps; return whether there may be more. Under the user's lock."""
+    for STATEMENT in FORGOTTEN:  # noqa: N806 - a constant of this file, as all that is asked of the database
+        if len(await db.fetch(STATEMENT, user_id, PORTION)) == PORTION:
+            return True
+    return False
+
+
 async def forget(db: Db, user_id: UserId) -> None:
-    """Take away everything of a user that is not what they said. Under the user's lock."""
+    """Take away the rest of a user, after `forget_some`, in its transaction: frames that were in flight while the user
+    was shut out may have written rows since.
+    """
     for STATEMENT in FORGET:  # noqa: N806 - a constant of this file, as all that is asked of the database
         await db.execute(STATEMENT, user_id)
 

@@ -64,7 +64,9 @@ FROM audit_entry e WHERE e.actor_id = $1 AND (e.chain, e.number) > ($2, $3) ORDE
 DRAFTS = """
 SELECT d.conversation_id, json_build_object('conversation_id', d.conversation_id, 'content', d.content,
     'updated_at', d.updated_at)::text
-FROM draft d WHERE d.user_id = $1 AND d.content <> '' AND d.conversation_id > $2 ORDER BY d.conversation_id LIMIT $3
+FROM draft d WHERE d.user_id = $1 AND d.content <> '' AND d.conversation_id > $2
+    AND NOT EXISTS (SELECT FROM conversation c WHERE c.id = d.conversation_id AND c.is_deleted OFFSET 0)
+ORDER BY d.conversation_id LIMIT $3
 """
 SCHEDULED = """
 SELECT s.id, scheduled_json(s)::text

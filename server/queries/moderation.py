@@ -58,10 +58,10 @@ async def uphold(db: Db, found: Message, user_id: UserId) -> bool:
     return len(await db.fetch(UPHOLD, found.conversation_id, found.id, user_id, AT_ONCE)) == AT_ONCE
 
 
-async def unmoderate(db: Db, found: Message) -> Message:
-    """Show a message again, and return it. Under the lock."""
+async def unmoderate(db: Db, found: Message, *, words: str | None) -> Message:
+    """Show a message again, and return it. Under the lock. `words` are the message's, if they are known."""
     text = await db.fetchval(UNMODERATE, found.conversation_id, found.id)
-    await find_anew(db, found.conversation_id, found.id)
+    await find_anew(db, found.conversation_id, found.id, words=words)
     return _message_decoder.decode(text)
 
 

@@ -8,6 +8,7 @@ import msgspec
 
 from protocol.client import ListParticipants
 from protocol.ids import ConversationId, UserId
+from protocol.roles import ROLES
 from protocol.server import OutsidersChanged, ParticipantChanged, ParticipantEntry, ParticipantLeft
 from protocol.values import Invitation, Participant, ParticipantStatus, Role
 from server.database import Db
@@ -285,25 +286,36 @@ async def stamp(
     await db.execute(STAMP, conversation_id, list(user_ids), list(also), int(is_own))
 
 
-# In order first, so that accounts are read up to the first that is active, and not all.
-HEIR = """
+HEIRS_LOOKED_AT = 1_000
+"""Max participants of each role whose accounts are looked at when an owner leaves."""
+# Read in order by the index, up to the first whose account is active.
+HEIR = f"""
 SELECT participant_json(p) FROM (
-    SELECT p.* FROM conversation_participant p
-    WHERE p.conversation_id = $1 AND p.user_id <> $2 AND p.status = 'active'
-    ORDER BY role_rank(p.role) DESC, p.joined_at, p.user_id OFFSET 0
-) p
-WHERE NOT $3::boolean OR EXISTS (SELECT FROM "user" u WHERE u.id = p.user_id AND u.is_active AND NOT u.is_deleted)
-ORDER BY role_rank(p.role) DESC, p.joined_at, p.user_id
-LIMIT 1
-"""
+    SELECT first.user_id FROM unnest($4::text[]) WITH ORDINALITY AS rank (role, place)
+    CROSS JOIN LATERAL (
+        SELECT o.user_id FROM (
+            SELECT p.user_id, p.joined_at FROM conversation_participant p
+            WHERE CASE WHEN p.status = 'active' THEN p.role END = rank.role AND p.conversation_id = $1
+                AND p.user_id <> $2
+            ORDER BY p.joined_at, p.user_id LIMIT {HEIRS_LOOKED_AT}
+        ) o
+        WHERE NOT $3::boolean OR EXISTS (
+            SELECT FROM "user" u WHERE u.id = o.user_id AND u.is_active AND NOT u.is_deleted
+        )
+        ORDER BY o.joined_at, o.user_id LIMIT 1
+    ) first
+    ORDER BY rank.place LIMIT 1
+) heir
+JOIN conversation_participant p ON p.conversation_id = $1 AND p.user_id = heir.user_id
+"""  # noqa: S608 - a number is put in
 
 
 async def heir(db: Db, leaving: Participant) -> Participant | None:
     """Return who follows an owner: the highest in rank, then the longest there, of those whose accounts are active. If
-    no account is, of all: some may come back, and there always is an owner.
+    no account is that is looked at, of all: some may come back, and there always is an owner.
     """
     for is_active in (True, False):
-        text = await db.fetchval(HEIR, leaving.conversation_id, leaving.user_id, is_active)
+        text = await db.fetchval(HEIR, leaving.conversation_id, leaving.user_id, is_active, ROLES[::-1])
         if text is not None:
             return _participant_decoder.decode(text)
     return None

@@ -162,8 +162,9 @@ SELECT u.version, u.forgotten_version, news.version, news.event FROM "user" u LE
     ORDER BY s.user_version LIMIT $3)
     UNION ALL
     (SELECT d.user_version, json_build_object('type', 'draft_changed', 'user_version', d.user_version,
-        'draft', json_build_object('conversation_id', d.conversation_id, 'content', d.content,
-            'updated_at', d.updated_at))
+        'draft', json_build_object('conversation_id', d.conversation_id, 'content', CASE WHEN EXISTS (
+            SELECT FROM conversation c WHERE c.id = d.conversation_id AND c.is_deleted OFFSET 0
+        ) THEN '' ELSE d.content END, 'updated_at', d.updated_at))
     FROM draft d WHERE d.user_id = u.id AND d.user_version > $2 AND d.user_version > 0
     ORDER BY d.user_version LIMIT $3)
     UNION ALL
