@@ -66,7 +66,7 @@ class _Bound(logging.Filter):
         window.entries += 1
         if window.entries == MOST_ENTRIES + 1:
             with contextlib.suppress(RuntimeError):  # no loop: the next record of any kind concludes the window
-                asyncio.get_running_loop().call_later(WINDOW_SECONDS, lambda: self._conclude(self._clock()))
+                asyncio.get_running_loop().call_later(WINDOW_SECONDS, self._conclude, window.end)
         return window.entries <= MOST_ENTRIES
 
     def _conclude(self, now: float) -> None:

@@ -1,7 +1,6 @@
 """Migrations run while older workers serve: they neither hold a table for long nor break off halfway."""
 
 import asyncio
-import logging
 import re
 import shutil
 from collections.abc import AsyncIterator
@@ -254,13 +253,7 @@ async def test_operator_is_told_once_what_a_migration_warns_of(
     (tmp_path / "migrations" / f"{NEXT}.sql").write_text(text)
     monkeypatch.setattr(migrate, "ROOT", tmp_path)
     monkeypatch.setenv("DATABASE_URL", database_url)
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
-    try:
-        await asyncio.to_thread(cli._run, ["migrate"])  # noqa: SLF001
-    finally:
-        root.handlers[:] = handlers
-        root.setLevel(level)
+    await asyncio.to_thread(cli._run, ["migrate"])  # noqa: SLF001
     printed = capsys.readouterr()
     assert printed.out == f"applied  {NEXT}\n"
     lines = printed.err.splitlines()

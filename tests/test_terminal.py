@@ -80,18 +80,12 @@ async def test_what_the_supervisor_and_progress_tell_is_not_obeyed(capsys: pytes
 
 
 def test_a_log_line_is_one_line_and_is_not_obeyed(capsys: pytest.CaptureFixture[str]) -> None:
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
+    log.configure("worker 1")
+    logging.getLogger("test").warning("by %s", HOSTILE)
     try:
-        log.configure("worker 1")
-        logging.getLogger("test").warning("by %s", HOSTILE)
-        try:
-            raise ValueError(HOSTILE)
-        except ValueError:
-            logging.getLogger("test").exception("failed")
-    finally:
-        root.handlers[:] = handlers
-        root.setLevel(level)
+        raise ValueError(HOSTILE)
+    except ValueError:
+        logging.getLogger("test").exception("failed")
     printed = capsys.readouterr().err
     assert not obeyed(printed)
     lines = printed.splitlines()
