@@ -47,6 +47,19 @@ class Answers(NamedTuple):
     asked: int
 
 
+class Round(NamedTuple):
+    """A measurement during an attack, and the quiet ones beside it."""
+
+    before: Answers
+    during: Answers
+    after: Answers
+
+    @property
+    def ratio(self) -> float:
+        """How often the p99 with the attack is the worse quiet one."""
+        return self.during.p99 / max(self.before.p99, self.after.p99)
+
+
 class Bystander:
     """Somebody with a conversation of their own, at one server."""
 
@@ -54,6 +67,7 @@ class Bystander:
         """`worker` is the process that serves `url`."""
         self.user_id = who.id
         self._arguments = (url, who.token, str(conversation_id), str(worker))
+        self.rounds: list[Round] = []
 
     async def measure(self, seconds: float = SECONDS) -> Answers:
         """Ask for so long and return how long the answers took. Raises RuntimeError if one was refused."""
@@ -76,7 +90,6 @@ class Bystander:
 
         `attack` goes on until it is cancelled; what it raises before that is raised here.
         """
-        rounds: list[str] = []
         good = bad = 0
         before = await self.measure(seconds)
         while max(good, bad) <= ROUNDS // 2:
@@ -88,11 +101,11 @@ class Bystander:
             with contextlib.suppress(asyncio.CancelledError):
                 await attacking
             after = await self.measure(seconds)
-            is_good = during.p99 <= ratio * max(before.p99, after.p99)
+            self.rounds.append(Round(before, during, after))
+            is_good = self.rounds[-1].ratio <= ratio
             good, bad = good + is_good, bad + (not is_good)
-            rounds.append(f"quiet {before}, attacked {during}, quiet again {after}")
             before = after
-        assert good > bad, "\n".join(rounds)
+        assert good > bad, "\n".join(f"attacked: {one}" for one in self.rounds)
 
 
 @contextlib.contextmanager

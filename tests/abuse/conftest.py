@@ -9,7 +9,7 @@ import pytest
 
 from server.config import Settings
 from server.supervisor import Worker
-from tests.bystander import Bystander
+from tests.bystander import Bystander, Round
 from tests.cluster import Cluster
 from tests.world import Somebody, World
 
@@ -32,8 +32,27 @@ def settings(settings: Settings) -> Settings:
     return msgspec.structs.replace(settings, **{name: getattr(usual, name) for name in limits})
 
 
+FIGURES = pytest.StashKey[dict[str, list[Round]]]()
+"""What the bystanders of each test have measured."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[FIGURES] = {}
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Show the round in the middle of each test."""
+    if config.stash[FIGURES]:
+        terminalreporter.section("the bystander's p99, in ms")
+        terminalreporter.line(f"{'quiet':>8} {'attacked':>8} {'ratio':>6}")
+    for name, rounds in config.stash[FIGURES].items():
+        one = sorted(rounds, key=lambda one: one.ratio)[len(rounds) // 2]
+        quiet = max(one.before.p99, one.after.p99)
+        terminalreporter.line(f"{quiet:8.1f} {one.during.p99:8.1f} {one.ratio:6.1f}  {name}")
+
+
 @pytest.fixture
-async def scene(settings: Settings, tmp_path: Path) -> AsyncIterator[Scene]:
+async def scene(settings: Settings, tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterator[Scene]:
     cluster = Cluster(settings, tmp_path, 1)
     try:
         await cluster.start(*cluster.workers)
@@ -45,6 +64,8 @@ async def scene(settings: Settings, tmp_path: Path) -> AsyncIterator[Scene]:
             (url,) = cluster.urls()
             worker = cluster.workers[0]
             assert worker.process is not None
-            yield Scene(world, url, worker, attacker, Bystander(url, other, quiet, worker=worker.process.pid))
+            bystander = Bystander(url, other, quiet, worker=worker.process.pid)
+            yield Scene(world, url, worker, attacker, bystander)
+            request.config.stash[FIGURES][request.node.name] = bystander.rounds
     finally:
         cluster.stop()
