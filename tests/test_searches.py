@@ -17,6 +17,7 @@ from protocol.values import ConversationSettings
 from prove.client import Client
 from server.config import Settings
 from server.dispatch import Rate
+from server.queries import searches
 from server.share import Share
 from server.sharedallowance import SharedAllowance
 from tests.world import Room, World, refused, sent, until
@@ -244,3 +245,36 @@ async def test_a_snippet_of_a_long_message_shows_where_the_word_is(room: Room) -
     await sent(room.ada, room.group, "loom " * 1_500 + "the Engine " + "loom " * 400)
     page = await room.charles.call(client.Search(text="engi"), server.SearchPage)
     assert "Engine" in page.hits[0].snippet[1::2]
+
+
+async def test_words_are_found_whatever_stands_between_them(room: Room) -> None:
+    said = "See report-v2.pdf, ada@example.org, src/engines/loom_card.py; <b>3.14</b>"
+    await sent(room.ada, room.group, said)
+    for text in ("pdf", "report v2", "report-v2.pdf", "example.org", "ada@example.org", "loom_card.py", "3.14"):
+        assert await found(room.charles, text) == [said], text
+
+
+PIECES = [
+    *"_@/~.-:&<'#\n", "1a@", "a@", "_e", "a_", "1_", "./", "/.", "~/", "/~", "a.", "a-", "a-e_", "a/", "a:", "&a",
+    "<a ", "a=1&", "http://a", "1.", "1e", "é_", "日_",
+]  # fmt: skip
+"""What PostgreSQL's parser looks far ahead at, repeated, and some more."""
+PARSE = """
+SELECT search_words(gen_random_uuid(), $1, NULL, '{}', '{}', '{}'), to_tsvector('simple', unpunctuated(left($1, 1256)))
+"""
+MARK = f"""
+WITH asked AS (SELECT $2::text)
+SELECT {searches._SNIPPET} FROM (SELECT m FROM (SELECT $1::text AS content) m, generate_series(1, 20)) found
+"""  # noqa: SLF001 - a part of statements
+
+
+async def test_no_text_takes_long_to_be_found(world: World) -> None:
+    """Whoever sends with it in one statement waits, too: 10,000 characters of some took seconds, of others 10 ms."""
+    await world.db.execute("SET statement_timeout = '250ms'")
+    for piece in PIECES:
+        await world.db.fetchrow(PARSE, (piece * 10_000)[:10_000])
+    # Where words are marked, punctuation stays: of 2,000 characters, and of 20 hits in a page.
+    await world.db.execute("SET statement_timeout = '2s'")
+    for piece in ("1a@", "_e"):
+        marked = await world.db.fetch(MARK, f"engine {piece * 1_000}", "engine")
+        assert [row[0].startswith("\x02engine\x03") for row in marked] == 20 * [True], marked[0]

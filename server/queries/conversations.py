@@ -412,7 +412,8 @@ SELECT coalesce(json_agg(json_build_object('conversation_id', c.id, 'type', c.ty
     'description', c.description, 'image', c.image, 'participant_count', c.participant_count)), '[]')
 FROM (
     SELECT c.* FROM conversation c
-    WHERE c.is_public AND to_tsvector('simple', coalesce(c.title, '') || ' ' || coalesce(c.description, ''))
+    WHERE c.is_public
+        AND to_tsvector('simple', unpunctuated(coalesce(c.title, '') || ' ' || coalesce(c.description, '')))
         @@ to_tsquery('simple', $1)
         AND c.is_active AND NOT c.is_archived AND NOT c.is_deleted
     ORDER BY c.participant_count DESC, c.id LIMIT $2

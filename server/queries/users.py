@@ -53,7 +53,8 @@ SEARCH = f"""
 SELECT coalesce(json_agg({FACE} ORDER BY u.name, u.id), '[]') FROM (
     SELECT u.* FROM (
         SELECT * FROM "user" u
-        WHERE to_tsvector('simple', u.name || ' ' || coalesce(u.display_name, '')) @@ to_tsquery('simple', $2)
+        WHERE to_tsvector('simple', unpunctuated(u.name || ' ' || coalesce(u.display_name, '')))
+                @@ to_tsquery('simple', $2)
             AND (u.is_active AND NOT u.is_deleted) IS TRUE
         LIMIT 1000
     ) u
