@@ -25,7 +25,7 @@ from rich.table import Table
 
 from protocol.client import Search
 from protocol.ids import ConversationId, MessageId, UserId
-from server import checking, migrate, search
+from server import checking, migrate, reindexing, search
 from server.config import Settings
 from server.database import SESSION, Database
 from server.embedded.folder import DataFolder
@@ -123,12 +123,12 @@ async def fill(url: str, messages: int) -> None:
             records=rows(numbers, chance),
             columns=["id", "conversation_id", "sender_id", "content", "sent_version", "version", "created_at"],
         )
-    after: MessageId | None = MessageId(UUID(int=0))
-    pages = itertools.takewhile(lambda _: after is not None, itertools.count())
-    for _ in track(pages, "making what they are found by", total=messages / indexing.AT_ONCE):
-        assert after is not None  # noqa: S101 - or it were over
-        page = await indexing.page(db, after, only_missing=False)
-        after = None if page is None else page.last
+    after = reindexing.FIRST
+    for _ in track(itertools.count(), "making what they are found by", total=messages / indexing.AT_ONCE):
+        if not (message_ids := await indexing.following(db, after)):
+            break
+        await indexing.page(db, message_ids, only_missing=False)
+        after = message_ids[-1]
     began = time.monotonic()
     await db.execute("CREATE INDEX message_search_words_idx ON message_search USING gin (words)")
     await db.execute("VACUUM (FREEZE, ANALYZE)")

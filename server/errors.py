@@ -170,7 +170,7 @@ def refusal(error: Exception) -> Refused | None:
     if isinstance(error, _UNFIT):
         logging.getLogger(__name__).warning("the database refused a value: %s", type(error).__name__)
         return Refused(ErrorCode.INVALID, UNFIT)
-    if is_lost(error):
+    if is_lost(error) or isinstance(error, HELD_UP):
         return Refused(
             ErrorCode.UNAVAILABLE,
             "Temporarily unavailable. Retry the same frame after `retry_after_ms`.",

@@ -16,8 +16,8 @@ class Gather(Generic[Item, Outcome]):
 
     1. Nothing waits when nothing is in flight: whoever comes then runs their own item at once.
     2. One run at a time, so items keep their order.
-    3. A run that fails for another reason than a lost database is repeated item by item: one bad item
-       does not take its neighbours with it. `work` must be all or nothing.
+    3. A run that fails for another reason than a lost database is repeated in halves: one bad item does not take its
+       neighbours with it. `work` must be all or nothing.
     """
 
     def __init__(
@@ -80,8 +80,9 @@ class Gather(Generic[Item, Outcome]):
                     if not future.done():
                         future.set_exception(error)
             else:
-                for single in batch:
-                    await self._run_batch([single])
+                middle = len(batch) // 2
+                await self._run_batch(batch[:middle])
+                await self._run_batch(batch[middle:])
             return
         for (_, future), outcome in zip(batch, outcomes, strict=True):
             if not future.done():

@@ -37,8 +37,8 @@ class Lanes(Generic[Key, Item, Outcome]):
         most_weight: int,
         lanes: int,
     ) -> None:
-        """`run` does what it can without waiting for a row; `wait` waits. Both take the items of one `Gather`. Max
-        `lanes` lanes wait at a time, each for its own row.
+        """`run` does what it can without waiting for a row; `wait` waits for the row of the key. Both take items of one
+        `Gather`. Max `lanes` lanes wait at a time, each for its own row.
         """
         self._key = key
         self._all: Gather[Item, Outcome | Held] = Gather(run, most=most, weigh=weigh, most_weight=most_weight)

@@ -1,24 +1,35 @@
-"""Making what messages are found by anew: page by page, so that nothing waits for it."""
+"""Making what messages are found by anew: page by page, past what others change, so that nothing waits for it."""
 
-from functools import partial
+import asyncio
 from uuid import UUID
 
 from protocol.ids import MessageId
-from server.database import Db, twice
+from server.database import Db
 from server.progress import Progress
 from server.queries import indexing
 
 FIRST = MessageId(UUID(int=0))
+PAUSE_SECONDS = 0.1
+"""Pause before messages that somebody changes are tried again."""
 
 
 async def reindex(db: Db, progress: Progress, *, only_missing: bool = False) -> int:
-    """Make the words of all messages anew, or of those that have none; return how many were made."""
+    """Make the words of all messages anew, or of those that have none; return how many were made. Ends when those who
+    hold one of them have let go.
+    """
     count, after = 0, FIRST
-    while True:
-        page = await twice(partial(indexing.page, db, after, only_missing=only_missing), lambda _: None)
-        if page is None:
-            progress.done()
-            return count
-        after = page.last
+    held: list[MessageId] = []
+    while message_ids := await indexing.following(db, after):
+        page = await indexing.page(db, message_ids, only_missing=only_missing)
+        after = message_ids[-1]
+        held += page.left
         count += page.made
         progress.counts("messages that can be found", count)
+    while held:
+        progress.counts("messages that others are changing", len(held))
+        await asyncio.sleep(PAUSE_SECONDS)
+        page = await indexing.page(db, held[: indexing.AT_ONCE], only_missing=only_missing)
+        held = held[indexing.AT_ONCE :] + page.left
+        count += page.made
+    progress.done()
+    return count

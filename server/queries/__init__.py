@@ -16,5 +16,6 @@ A step may be left out; nobody goes back. A statement of one row needs no lock b
 in no particular order, so a statement that changes both a user and what is theirs makes the second depend on the first.
 An INSERT locks the rows that its foreign keys name, and so does the second UPDATE of a row in one transaction. Where
 they name a conversation, `conversations.keep` comes before the lock of a user.
-A job that takes rows of many people skips those that are locked.
+A job that takes rows of many people skips those that are locked. `send`, which stores messages of many, waits only
+for conversations, and some milliseconds for other rows (docs/decisions/0062-the-common-statement-waits-for-nobody.md).
 """

@@ -5,23 +5,35 @@ from typing import NamedTuple
 from protocol.ids import MessageId
 from server.database import Db
 
-AT_ONCE = 2_000
+AT_ONCE = 200
+"""Max messages of one statement."""
 
-# The rows are locked while their words are made, so that an edit waits for that, or is seen.
+# Words are made before anything is locked, as that takes long; `made` counts them, so that it is done by then. Then the
+# messages whose words are still the same are locked, for as long as writing takes, so that an edit waits for that or is
+# seen. Those that somebody holds, or has changed meanwhile, are left for another time.
 PAGE = """
 WITH page AS MATERIALIZED (
-    SELECT m.* FROM message m WHERE m.id > $1 ORDER BY m.id LIMIT $2 FOR SHARE
-), made AS (
+    SELECT m.id, m.conversation_id, m.created_at, m.content, m.payload, m.mentions, m.loud_mentions, m.hashtags,
+        search_words(m.conversation_id, m.content, m.payload, m.mentions, m.loud_mentions, m.hashtags) AS words
+    FROM message m
+    WHERE m.id = ANY($1) AND NOT m.is_deleted AND NOT m.is_moderated AND NOT m.is_system_message
+        AND NOT ($2 AND EXISTS (SELECT FROM message_search o WHERE o.message_id = m.id))
+), made AS MATERIALIZED (
+    SELECT count(words) FROM page
+), free AS MATERIALIZED (
+    SELECT p.id, p.conversation_id, p.created_at, p.words
+    FROM made, page p JOIN message m ON m.id = p.id AND m.id = ANY($1) AND NOT m.is_deleted AND NOT m.is_moderated
+        AND (m.content, m.payload, m.mentions, m.loud_mentions, m.hashtags)
+            IS NOT DISTINCT FROM (p.content, p.payload, p.mentions, p.loud_mentions, p.hashtags)
+    FOR NO KEY UPDATE OF m SKIP LOCKED
+), written AS (
     INSERT INTO message_search AS s (message_id, conversation_id, created_at, words)
-    SELECT m.id, m.conversation_id, m.created_at,
-        search_words(m.conversation_id, m.content, m.payload, m.mentions, m.loud_mentions, m.hashtags)
-    FROM page m WHERE NOT m.is_deleted AND NOT m.is_moderated AND NOT m.is_system_message
-        AND NOT ($3 AND EXISTS (SELECT FROM message_search o WHERE o.message_id = m.id))
+    SELECT id, conversation_id, created_at, words FROM free
     ON CONFLICT (message_id) DO UPDATE SET words = excluded.words
-    RETURNING 1
 )
-SELECT (SELECT count(*) FROM made), (SELECT id FROM page ORDER BY id DESC LIMIT 1)
+SELECT (SELECT count(*) FROM free), ARRAY(SELECT id FROM page EXCEPT ALL SELECT id FROM free)
 """
+NEXT = "SELECT m.id FROM message m WHERE m.id > $1 ORDER BY m.id LIMIT $2"
 
 
 # What was added last waits in a list, which each search reads through, and which whoever finds it full has to sort in.
@@ -40,13 +52,18 @@ async def tidy(db: Db) -> None:
 
 
 class Page(NamedTuple):
-    """How many were made, and where to go on."""
+    """How many were made, and which messages were held or changed meanwhile: to be made later."""
 
     made: int
-    last: MessageId
+    left: list[MessageId]
 
 
-async def page(db: Db, after: MessageId, *, only_missing: bool) -> Page | None:
-    """Make the words of the next messages after an id; None if there are no more."""
-    made, last = await db.fetchrow(PAGE, after, AT_ONCE, only_missing) or (0, None)
-    return None if last is None else Page(made, MessageId(last))
+async def following(db: Db, after: MessageId) -> list[MessageId]:
+    """Return the next messages after an id, at most `AT_ONCE`."""
+    return [MessageId(row[0]) for row in await db.fetch(NEXT, after, AT_ONCE)]
+
+
+async def page(db: Db, message_ids: list[MessageId], *, only_missing: bool) -> Page:
+    """Make the words of messages, of those that have some. Waits for nobody who changes one of them."""
+    made, left = await db.fetchrow(PAGE, message_ids, only_missing) or (0, [])
+    return Page(made, [MessageId(one) for one in left])

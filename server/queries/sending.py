@@ -5,6 +5,7 @@ from datetime import datetime
 from typing import Literal, NamedTuple
 
 import msgspec
+from asyncpg import LockNotAvailableError
 
 from protocol.client import Send
 from protocol.ids import ConversationId, MessageId, UserId
@@ -15,6 +16,11 @@ from server.database import Db
 from server.lanes import HELD, Held
 from server.queries.messages import LOCK, Obstacle
 from server.rows import Reader
+
+SHARED_LOCK_MS, ALONE_LOCK_MS = 10, 200
+"""Max time that messages wait for a row other than their conversation's, in milliseconds: several that share a
+statement, and one that has its own and only holds up its conversation.
+"""
 
 _message_decoder = Reader(Message)
 
@@ -82,6 +88,9 @@ class Stored(NamedTuple):
 # sender's access changed in between, by `access_version`; the handler then finds out why. In direct conversations
 # `may_now` reads blocks and privacy under the lock, since these change without the conversation. `roots` is updated
 # under the lock, too, and numbers the replies of each thread.
+#
+# `patience` bounds what all that follows may wait for: not everybody who writes to a thread, a follower's row or a
+# message's id holds the conversation (docs/decisions/0062). It counts `locked`, so that it comes after the lock.
 SEND = """
 WITH input AS (
     SELECT * FROM json_to_recordset($1) AS i (
@@ -124,11 +133,13 @@ WITH input AS (
     FROM conversation c WHERE c.id = ANY(ARRAY(SELECT conversation_id FROM wanted))
     ORDER BY c.id
     FOR NO KEY UPDATE
+), patience AS MATERIALIZED (
+    SELECT set_config('lock_timeout', $2, true) FROM (SELECT count(*) FROM locked) counted
 ), fresh AS MATERIALIZED (
     SELECT w.*, l.version + row_number() OVER (PARTITION BY w.conversation_id ORDER BY w.place) AS version,
         row_number() OVER (PARTITION BY w.root_id ORDER BY w.place DESC) AS from_last,
         clock_timestamp() AS created_at
-    FROM wanted w JOIN locked l ON l.id = w.conversation_id AND l.access_version = w.access_version
+    FROM patience, wanted w JOIN locked l ON l.id = w.conversation_id AND l.access_version = w.access_version
         AND (l.direct_low IS NULL OR may_now('write', w.sender_id,
             CASE WHEN l.direct_low = w.sender_id THEN l.direct_high ELSE l.direct_low END))
 ), bumped AS (
@@ -194,18 +205,30 @@ async def send(db: Db, batch: Sequence[Outgoing], *, has_waited: bool = False) -
     """Store a batch, in order; None stands for each that was not stored: ask `existing` why. In slow mode that is
     everyone's for whom `has_waited` is not said.
 
-    Raises UniqueViolationError, and stores none, if an id in it was taken while it ran.
+    Stores none and raises UniqueViolationError if an id in it was taken while it ran, LockNotAvailableError if it
+    waited under the lock of a conversation for a row that somebody else holds: `SHARED_LOCK_MS` in a batch of several,
+    `ALONE_LOCK_MS` alone. In a transaction, that bounds what comes after it as well.
     """
     stored: list[Stored | None] = [None] * len(batch)
-    for place, *where in await db.fetch(SEND, _encoded(batch, has_waited=has_waited)):
+    patience = ALONE_LOCK_MS if len(batch) == 1 else SHARED_LOCK_MS
+    for place, *where in await db.fetch(SEND, _encoded(batch, has_waited=has_waited), f"{patience}ms"):
         stored[place] = Stored(*where)
     return stored
 
 
 async def send_free(db: Db, batch: Sequence[Outgoing]) -> list[Stored | Held | None]:
-    """Do what `send` does, but wait for no conversation that somebody holds: `HELD` stands for messages to those."""
+    """Do what `send` does, but wait for nothing that somebody holds: `HELD` stands for messages to conversations that
+    are held, and for one that is alone and would wait longer than `SHARED_LOCK_MS` for another row. Of several, such a
+    one raises LockNotAvailableError: ask for parts of them.
+    """
     stored: list[Stored | Held | None] = [None] * len(batch)
-    for place, *where in await db.fetch(SEND_FREE, _encoded(batch)):
+    try:
+        rows = await db.fetch(SEND_FREE, _encoded(batch), f"{SHARED_LOCK_MS}ms")
+    except LockNotAvailableError:
+        if len(batch) > 1:
+            raise
+        return [HELD]
+    for place, *where in rows:
         stored[place] = HELD if where[0] is None else Stored(*where)
     return stored
 
