@@ -17,6 +17,7 @@ from protocol.server import OneConversation
 from server.config import Settings
 from server.embedded.folder import installed
 from server.embedded.reach import reached
+from server.epoch import epoch_id
 from tests.conftest import Servers
 from tests.world import World, sent, until
 
@@ -116,8 +117,7 @@ async def test_backup_of_an_external_database_is_restored(servers: Servers, worl
         assert "TEMPORARY on the database" in check
         await restored.execute("REVOKE TEMPORARY ON DATABASE restored FROM PUBLIC")
         assert await restored.fetchval("SELECT content FROM message WHERE conversation_id = $1", about) == "Hello"
-        epochs = [await db.fetchval("SELECT epoch FROM database_epoch") for db in (restored, world.db)]
-        assert epochs[0] != epochs[1]
+        assert await epoch_id(restored) != await epoch_id(world.db)
         with pytest.raises(asyncpg.InsufficientPrivilegeError):
             await restored.execute("SET ROLE analyst_of_backups; SELECT obstacle(NULL, NULL)")
         await restored.execute("RESET ROLE")
