@@ -80,8 +80,11 @@ class DrainingServer(uvicorn.Server):
         """Wait until told to stop, or until the epoch is over, and renew the Date header. uvicorn looks ten times a
         second; idle should be idle.
         """
-        sys.stdout.write(READY)
-        sys.stdout.flush()
+        try:
+            sys.stdout.write(READY)
+            sys.stdout.flush()
+        except BrokenPipeError:  # the supervisor has ended
+            self.stop()
         ending = asyncio.create_task(self._app.epoch.over.wait())
         ending.add_done_callback(lambda _: self.stop())
         while not await self.on_tick(0):
@@ -112,15 +115,23 @@ async def serve(orders: Orders) -> None:
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGTERM, server.stop)
     loop.add_signal_handler(signal.SIGINT, lambda: None)  # a Ctrl-C is the supervisor's to act on
-    loop.add_reader(sys.stdin.fileno(), server.stop)
+    loop.add_reader(sys.stdin.fileno(), _orphaned, server)
     # What is there now is there for good: later collections need not look at it.
     gc.collect()
     gc.freeze()
     gc.set_threshold(*GC_THRESHOLDS)
-    await server.serve(sockets=[socket.socket(fileno=orders.listener)])
-    await app.close()
+    try:
+        await server.serve(sockets=[socket.socket(fileno=orders.listener)])
+    finally:
+        await app.close()
     if app.epoch.over.is_set():
         raise Fatal(OVER)
+
+
+def _orphaned(server: DrainingServer) -> None:
+    """Stop when the supervisor has ended. What is read from then on is the end, again and again."""
+    asyncio.get_running_loop().remove_reader(sys.stdin.fileno())
+    server.stop()
 
 
 def main() -> None:

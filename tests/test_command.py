@@ -22,6 +22,9 @@ from protocol.errors import CloseCode
 from protocol.http import LoggedIn
 from protocol.ids import ConversationId, uuid7
 from prove.client import Client
+from server.config import Settings
+from server.supervisor import close_pipes
+from tests.cluster import Cluster
 from tests.conftest import Servers, scratch
 from tests.world import http_client, message, until
 
@@ -75,6 +78,18 @@ class Program:
         with contextlib.suppress(ProcessLookupError):
             self.process.kill()
         await self.ended()
+
+
+async def test_a_worker_that_starts_when_its_supervisor_is_killed_ends(settings: Settings, tmp_path: Path) -> None:
+    cluster = Cluster(settings, tmp_path, 1)
+    (worker,) = cluster.workers
+    worker.start()
+    assert worker.process is not None
+    close_pipes(worker.process)
+    try:
+        await until(lambda: not worker.is_running(), seconds=30)
+    finally:
+        cluster.stop()
 
 
 @pytest.fixture
