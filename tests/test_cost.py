@@ -207,8 +207,8 @@ def hot(place: Place, ids: dict[str, Any]) -> dict[str, tuple[str, tuple[Any, ..
         "quoted_message_id": str(ids["middle"]),
     }])  # fmt: skip
     return {
-        "send": (sending.SEND, (send,)),
-        "send past what is held": (sending.SEND_FREE, (send,)),
+        "send": (sending.SEND, (send, "10ms")),
+        "send past what is held": (sending.SEND_FREE, (send, "10ms")),
         "existing": (
             sending.EXISTING,
             (ids["middle"], about, user, None, "Hello", "false", "text", None, None, None, "false", None),
@@ -401,7 +401,7 @@ async def test_a_thread_of_ten_thousand_is_as_fast_as_one_of_ten(db: "asyncpg.Co
             "parent_message_id": str(root), "also_in_conversation": False,
         }])  # fmt: skip
         return {
-            "reply": (sending.SEND, (send,)),
+            "reply": (sending.SEND, (send, "10ms")),
             "newest replies": (messages.REPLIES, (about, user, root, messages.NEWEST, 21, 0)),
             "replies after": (messages.REPLIES, (about, user, root, 5, 0, 21)),
             "thread": (threads.GET, (root, user, about)),

@@ -169,7 +169,6 @@ LIMITS = {
     "feed.ROWS": 23,
     "feed.PAGE": 23,
     "feed.COUNT": 23,
-    "indexing.PAGE": 2,
     "latest.SINCE": 1,
     "participants.HEIR": 3,
     "push.DUE": 1,
