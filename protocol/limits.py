@@ -20,9 +20,15 @@ _FORMAT = (
 Persian and in Indian scripts need those.
 """
 _JOINERS = "\u200c\u200d"
-LINE = rf"^[^{_BREAKS}{_CONTROL}{_FORMAT}]*\Z"
-"""What people are shown on one line: nothing that hides, reorders or breaks it."""
+_BLANK = (
+    rf"\s{_JOINERS}\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180d\u180f\u2800\u3164\ufe00-\ufe0f\uffa0"
+    "\U000e0100-\U000e01ef"
+)
+"""Characters that show nothing by themselves: white space, fillers, U+2800, selectors of variants."""
+LINE = rf"^(?=.*[^{_BLANK}])[^{_BREAKS}{_CONTROL}{_FORMAT}]*\Z"
+"""What people are shown on one line: something that is seen, and nothing that hides, reorders or breaks it."""
 LINES = rf"^[^{_CONTROL}{_FORMAT}]*\Z"
+_SHOWN = re.compile(f"[^{_BLANK}]")
 _HIDDEN = re.compile(f"[{_BREAKS}{_CONTROL}{_FORMAT}]")
 _HIDDEN_IN_LINES = re.compile(f"[{_CONTROL}{_FORMAT}]")
 WEB = rf"^https?://[^\s\"<>`\\{_CONTROL}{_FORMAT}]+\Z"
@@ -44,7 +50,7 @@ LANGUAGE = r"^[a-z0-9][a-z0-9+#._-]*\Z"
 _NO_ADDRESS = "Give an e-mail address such as ada@example.org, without spaces, control and invisible characters."
 RULES = {
     NO_NUL: "The character U+0000 is not allowed. Remove it.",
-    LINE: "Control characters, line breaks and invisible format characters are not allowed. Remove them.",
+    LINE: "Give something that is seen, without control characters, line breaks and invisible format characters.",
     LINES: "Control characters and invisible format characters are not allowed. Remove them.",
     WEB: "Give an http or https address without spaces, quotation marks, `<`, `>`, backticks and backslashes.",
     ADDRESS: _NO_ADDRESS,
@@ -169,8 +175,11 @@ Version = Annotated[int, Meta(ge=0, le=2**53 - 1)]
 
 
 def visible(text: str) -> str:
-    """Return a text from elsewhere without the characters that `LINE` forbids, for what is not refused but shown."""
-    return _HIDDEN.sub("", text)
+    """Return a text from elsewhere without the characters that `LINE` forbids, for what is not refused but shown; an
+    empty one if nothing of it is seen.
+    """
+    kept = _HIDDEN.sub("", text)
+    return kept if _SHOWN.search(kept) else ""
 
 
 def visible_lines(text: str) -> str:

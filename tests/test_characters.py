@@ -13,7 +13,7 @@ from protocol import client
 from protocol.client import CreateGroup, UpdateProfile
 from protocol.errors import ErrorCode
 from protocol.ids import ConversationId, uuid7
-from protocol.limits import CustomStatus, Description, Email, Link, Name, Query, Reason, Text, Title
+from protocol.limits import CustomStatus, Description, Email, Link, Name, Query, Reason, Text, Title, visible
 from protocol.payloads import File, Image, Payload
 from tests.world import Room, World, http_client, refused, sent
 
@@ -39,6 +39,17 @@ def fits(kind: object, text: str) -> bool:
 def test_one_line_has_no_hidden_character(kind: object) -> None:
     assert all(fits(kind, text) for text in VISIBLE)
     assert [one for one in HIDDEN if any(fits(kind, text) for text in (one, f"a{one}b", f"a{one}"))] == []
+
+
+@pytest.mark.parametrize("kind", [Name, Title, CustomStatus, Text])
+def test_one_line_shows_something(kind: object) -> None:
+    # Of Default_Ignorable_Code_Point (Unicode 16, DerivedCoreProperties.txt), what HIDDEN has not.
+    ignorable = "\u034f\u115f\u1160\u17b4\u17b5\u180b\u180c\u180d\u180f\u3164\ufe00\ufe0f\uffa0\U000e0100\U000e01ef"
+    spaces = [chr(one) for one in range(sys.maxunicode + 1) if chr(one).isspace() and chr(one) not in HIDDEN]
+    for one in [*JOINERS, *ignorable, *spaces, "\u2800"]:
+        assert not any(fits(kind, text) for text in (one, 2 * one, f" {one}")), repr(one)
+        assert fits(kind, f"a{one}b"), repr(one)
+        assert not visible(f" {one}"), repr(one)
 
 
 @pytest.mark.parametrize("kind", [Description, Reason])
