@@ -991,10 +991,39 @@ CREATE FUNCTION slow_mode_wait(c conversation, p conversation_participant) RETUR
         ELSE greatest(0, ceil(1000 * coalesce((c.settings ->> 'slow_mode_seconds')::integer, 0)
             - 1000 * extract(epoch FROM now() - p.last_sent_at)))::integer END;
 
--- may() as of now, not as of when the statement began: for a statement that has waited for a lock since.
+-- Whether a user is here and may do something to another one, null for nobody, as of now: for a statement that has waited
+-- for a lock since it began.
 CREATE FUNCTION may_now(action text, viewer uuid, target uuid) RETURNS boolean LANGUAGE plpgsql VOLATILE AS $$
 BEGIN
-    RETURN public.may(action, viewer, target);
+    RETURN EXISTS (SELECT FROM public."user" u WHERE u.id = may_now.viewer AND u.is_active AND NOT u.is_deleted)
+        AND (target IS NULL OR public.may(action, viewer, target));
+END
+$$;
+
+-- Whether a message is there and not deleted, as of now.
+CREATE FUNCTION is_there_now(message uuid, conversation uuid) RETURNS boolean LANGUAGE plpgsql VOLATILE AS $$
+BEGIN
+    RETURN EXISTS (
+        SELECT FROM public.message m
+        WHERE m.id = is_there_now.message AND (m.conversation_id = is_there_now.conversation) IS TRUE
+            AND NOT m.is_deleted
+    );
+END
+$$;
+
+-- Whether a user may forward a message, and it has not been edited since, as of now.
+CREATE FUNCTION may_forward_now(sender uuid, message uuid, conversation uuid, edited timestamptz) RETURNS boolean
+    LANGUAGE plpgsql VOLATILE AS $$
+BEGIN
+    RETURN EXISTS (
+        SELECT FROM public.message m
+        JOIN public.conversation c ON c.id = m.conversation_id AND NOT c.is_deleted
+        JOIN public.conversation_participant p ON p.conversation_id = m.conversation_id
+            AND p.user_id = may_forward_now.sender AND p.status = 'active'
+        WHERE m.id = may_forward_now.message AND (m.conversation_id = may_forward_now.conversation) IS TRUE
+            AND NOT m.is_deleted AND NOT m.is_moderated AND m.sent_version > public.visible_after(c, p)
+            AND coalesce(m.edited_at, '-infinity') = coalesce(may_forward_now.edited, '-infinity')
+    );
 END
 $$;
 
@@ -1275,7 +1304,8 @@ REVOKE EXECUTE ON FUNCTION may(text, uuid, uuid), are_together(uuid, uuid), may_
     is_part_shown(uuid, boolean), is_vote_shown(uuid, uuid, integer[]), is_membership_shown(uuid, uuid, text),
     is_relationship_shown(uuid, uuid, text), is_past_shown(uuid, uuid), is_report_shown(uuid, uuid),
     is_entry_shown(uuid, uuid),
-    may_now(text, uuid, uuid), obstacle(conversation, conversation_participant) FROM PUBLIC;
+    may_now(text, uuid, uuid), is_there_now(uuid, uuid), may_forward_now(uuid, uuid, uuid, timestamptz),
+    obstacle(conversation, conversation_participant) FROM PUBLIC;
 
 -- Revokes from PUBLIC the rights to create temporary tables and objects in the schema. Neither CREATE DATABASE with a
 -- template nor pg_dump copies the rights on a database, so the server calls this at every start.

@@ -1,6 +1,7 @@
 """What a handler receives: who asks, and what it may use to answer. The two wings of the server meet here."""
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Iterable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from datetime import datetime
 from typing import Protocol
 
@@ -11,9 +12,11 @@ from protocol.errors import ErrorCode, Refused
 from protocol.ids import ConversationId, SessionId, UserId
 from protocol.server import DurableEvent, ServerFrame
 from protocol.values import Message, Presence, User
-from server.database import Database
+from server.database import Database, Db
+from server.errors import NotActive
 from server.gather import Gather
 from server.lanes import Lanes
+from server.queries import users
 from server.queries.conversations import Membership
 from server.queries.sending import Outgoing, Stored
 from server.queries.users import OwnNews
@@ -159,6 +162,16 @@ class Context(msgspec.Struct, frozen=True, kw_only=True):
         """The database, as the caller has it."""
         database = self.services.database
         return database.of_jobs() if self.is_of_job else database.of(self.user_id)
+
+    @asynccontextmanager
+    async def transaction(self) -> AsyncIterator[Db]:
+        """Borrow a connection inside a transaction, which commits when the block ends. Raises NotActive then, and rolls
+        it back, if the caller's account is not active any more: the frame may have waited for long.
+        """
+        async with self.database.transaction() as db:
+            yield db
+            if not await users.is_active(db, self.user_id):
+                raise NotActive
 
     @property
     def events(self) -> Events:

@@ -24,7 +24,7 @@ from prove.client import Client
 from server.config import Settings
 from server.database import Db
 from server.dispatch import Rate
-from server.queries import conversations, participants, relationships
+from server.queries import accounts, conversations, erasure, participants, relationships, sessions
 from server.queries.relationships import Change
 from server.routes import ROUTES
 from tests.world import Somebody, World, heard, message, refused, sent
@@ -86,6 +86,7 @@ async def stage(world: World, *, is_direct: bool) -> Stage:
     await mine.call(client.React(**here.at("reacted"), emoji="👍"))
     await mine.call(client.Pin(**here.at("pinned")))
     await mine.call(client.Vote(**here.at("voted"), options=[0]))
+    await theirs.event(server.PollVoted)  # of the other worker: nothing of the above comes later
     return here
 
 
@@ -273,6 +274,31 @@ async def removing(db: Db, on: Stage) -> None:
     await participants.change(db, them, status="removed")
 
 
+async def disabling(db: Db, on: Stage) -> None:
+    await accounts.disable(db, on.who.id, is_disabled=True)
+    await sessions.revoke(db, on.who.id, None)
+
+
+async def deactivating(db: Db, on: Stage) -> None:
+    await leaving(db, on, is_for_good=False)
+
+
+async def deleting(db: Db, on: Stage) -> None:
+    await leaving(db, on, is_for_good=True)
+
+
+async def leaving(db: Db, on: Stage, *, is_for_good: bool) -> None:
+    # One that no socket waits for, as with a request from another device.
+    begun = await sessions.create(db, on.who.id, "a hash", timedelta(days=1), (None, None))
+    assert begun is not None
+    there = await accounts.password_hash(db, on.who.id)
+    assert await accounts.leave(db, on.who.id, there, session_id=begun.session_id, is_for_good=is_for_good)
+
+
+async def erasing(db: Db, on: Stage) -> None:
+    assert await erasure.shut_out(db, on.who.id, None)
+
+
 CHANGES: dict[Callable[[Any, Stage], Awaitable[None]], tuple[bool, ErrorCode]] = {
     archiving: (False, ErrorCode.FORBIDDEN),
     asking_for_moderators: (False, ErrorCode.FORBIDDEN),
@@ -280,6 +306,10 @@ CHANGES: dict[Callable[[Any, Stage], Awaitable[None]], tuple[bool, ErrorCode]] =
     removing: (False, ErrorCode.NOT_FOUND),
     blocking: (True, ErrorCode.FORBIDDEN),
     switching_off: (True, ErrorCode.FORBIDDEN),
+    disabling: (False, ErrorCode.UNAUTHENTICATED),
+    deactivating: (True, ErrorCode.UNAUTHENTICATED),
+    deleting: (False, ErrorCode.UNAUTHENTICATED),
+    erasing: (True, ErrorCode.UNAUTHENTICATED),
 }
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from protocol import client, server
 from protocol.errors import ErrorCode
-from protocol.ids import EditId, MessageId, uuid7
+from protocol.ids import EditId, uuid7
 from server.config import Settings
 from server.database import speak
 from server.progress import Progress
@@ -72,7 +72,7 @@ class Stage:
         if is_followed:
             await sent(self.sender, self.group, "First", parent_message_id=root)
         frame = message(self.group, "Reply", parent_message_id=root, quoted_message_id=quoted)
-        out = Outgoing(self.charles.id, frame, source=Source(MessageId(uuid7()), self.jane.id))
+        out = Outgoing(self.charles.id, frame, source=Source(self.group, quoted, self.jane.id, None))
         return out, [self.group, root, self.ada.id, self.charles.id, self.jane.id, quoted, frame.message_id]
 
 

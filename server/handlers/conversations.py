@@ -38,7 +38,7 @@ async def create_direct(context: Context, frame: client.CreateDirect) -> OneConv
         created_by=context.user_id,
         members={context.user_id: "member", frame.user_id: "member"},
     )
-    async with context.database.transaction() as db:
+    async with context.transaction() as db:
         there = await conversations.direct(db, context.user_id, frame.user_id)
         made = False
         if there is None:
@@ -97,7 +97,7 @@ async def _create(
         max_participants=frame.max_participants,
         settings=frame.settings,
     )
-    async with context.database.transaction() as db:
+    async with context.transaction() as db:
         they = await _made(db, context, founding)
         made = they is not None
         if not made and not await conversations.is_same(db, founding):
@@ -170,7 +170,7 @@ async def get(context: Context, frame: client.GetConversation) -> OneConversatio
 async def update(context: Context, frame: client.UpdateConversation) -> OneConversation:
     """Change a conversation's settings and tell everyone."""
     given = client.given(frame)
-    async with context.database.transaction() as db:
+    async with context.transaction() as db:
         await conversations.lock(db, frame.conversation_id)
         before = await _view(db, context.user_id, frame.conversation_id)
         if before.conversation.type == "direct":
@@ -208,7 +208,7 @@ def _said(conversation: Conversation, changed: dict[str, object]) -> list[Announ
 
 async def delete(context: Context, frame: client.DeleteConversation) -> Done:
     """End a conversation, for everyone."""
-    async with context.database.transaction() as db:
+    async with context.transaction() as db:
         conversation, me = await entered(db, context, frame.conversation_id)
         require(me, Act.DELETE_CONVERSATION)
         conversation = await end(db, conversation.id)
@@ -227,7 +227,7 @@ async def find(context: Context, frame: client.FindConversations) -> PublicConve
 async def set_preferences(context: Context, frame: client.SetPreferences) -> OneConversation:
     """Change how the caller, alone, wants to have a conversation."""
     given = client.given(frame)
-    async with context.database.transaction() as db:
+    async with context.transaction() as db:
         if given and not await participants.prefer(db, frame.conversation_id, context.user_id, given):
             raise NotFound("conversation_id")
         view = await _view(db, context.user_id, frame.conversation_id)

@@ -27,7 +27,7 @@ OLDEST = timedelta(days=30)
 
 async def set_draft(context: Context, frame: client.SetDraft) -> Done:
     """Keep what the caller has begun to write, for all of their devices."""
-    async with context.database.transaction() as db:
+    async with context.transaction() as db:
         await conversations.keep(db, frame.conversation_id)
         await users.lock(db, [context.user_id])
         if not await drafts.put(db, frame, context.user_id):
@@ -49,7 +49,7 @@ async def schedule(context: Context, frame: client.Schedule) -> OneScheduled:
         raise Refused(ErrorCode.INVALID, "`send_at` must be at most 366 days ahead.", path="send_at")
     # What is too large is refused now, not when nobody looks.
     out = await outgoing(context, _as_send(frame))
-    async with context.database.transaction() as db:
+    async with context.transaction() as db:
         # Access is read under the conversation's lock, like that of every frame that says something.
         if await conversations.lock(db, frame.conversation_id) is None:
             raise NotFound("conversation_id")
@@ -80,7 +80,7 @@ async def schedule(context: Context, frame: client.Schedule) -> OneScheduled:
 
 async def cancel(context: Context, frame: client.CancelScheduled) -> OneScheduled:
     """Do not send a message that waits."""
-    async with context.database.transaction() as db:
+    async with context.transaction() as db:
         await users.lock(db, [context.user_id])
         there = await scheduled.get(db, frame.message_id, context.user_id, frame.conversation_id)
         if there is None:

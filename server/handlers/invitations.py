@@ -17,7 +17,7 @@ from server.telling import tell_updated
 
 async def invite(context: Context, frame: client.Invite) -> Done:
     """Ask users to join."""
-    async with context.database.transaction() as db:
+    async with context.transaction() as db:
         conversation, me = await entered(db, context, frame.conversation_id)
         they = await welcomed_by(db, context, me, frame)
         news = News(context, db, conversation)
@@ -30,7 +30,7 @@ async def invite(context: Context, frame: client.Invite) -> Done:
 
 async def decline(context: Context, frame: client.Decline) -> Done:
     """Do not follow an invitation."""
-    async with context.database.transaction() as db:
+    async with context.transaction() as db:
         conversation = await conversations.lock(db, frame.conversation_id)
         await users.lock(db, [context.user_id])
         me = await participants.get(db, frame.conversation_id, context.user_id)
@@ -54,7 +54,7 @@ async def set_invite_code(context: Context, frame: client.SetInviteCode) -> OneC
     """Make a new invite code, or take it away."""
     lasts = None if frame.expires_in_seconds is None else timedelta(seconds=frame.expires_in_seconds)
     code = new_code() if frame.is_open else None
-    async with context.database.transaction() as db:
+    async with context.transaction() as db:
         conversation, me = await entered(db, context, frame.conversation_id)
         require(me, Act.ADD_MEMBERS)
         conversation = await conversations.set_invite_code(db, conversation.id, code, lasts, frame.max_uses)

@@ -25,7 +25,7 @@ async def edit(context: Context, frame: client.Edit) -> Changed:
     async with context.database.connection() as db:
         there = await messages.find(db, frame, context.user_id)
     made = await _made_anew(context, frame, None if there is None else there.message)
-    async with context.database.transaction() as db:
+    async with context.transaction() as db:
         found_before = there and await edits.words(db, frame, frame.content, made)
         found = await messages.lock(db, frame, context.user_id)
         if found is None:
@@ -85,7 +85,7 @@ def _require_editable(context: Context, found: Found) -> None:
 
 async def delete(context: Context, frame: client.Delete) -> Changed:
     """Take a message's words away and tell everyone."""
-    async with context.database.transaction() as db:
+    async with context.transaction() as db:
         found = await messages.lock(db, frame, context.user_id)
         if found is None:
             raise NotFound("message_id")

@@ -18,7 +18,7 @@ from server.telling import tell_changed
 
 async def moderate(context: Context, frame: client.Moderate) -> Changed:
     """Hide somebody's message from all but them and the moderators, and uphold what was reported about it."""
-    async with context.database.transaction() as db:
+    async with context.transaction() as db:
         found = await _moderated(db, context, frame)
         before = message = found.message
         is_new = not (before.is_moderated and before.moderation_reason == frame.reason)
@@ -37,7 +37,7 @@ async def moderate(context: Context, frame: client.Moderate) -> Changed:
 
 async def unmoderate(context: Context, frame: client.Unmoderate) -> Changed:
     """Show it again."""
-    async with context.database.transaction() as db:
+    async with context.transaction() as db:
         there = await messages.find(db, frame, context.user_id)
         known = await edits.words(db, frame) if there is not None and there.message.is_moderated else None
         found = await _moderated(db, context, frame)
@@ -53,7 +53,7 @@ async def unmoderate(context: Context, frame: client.Unmoderate) -> Changed:
 
 async def report(context: Context, frame: client.ReportMessage) -> Done:
     """Tell the moderators what is wrong with a message."""
-    async with context.database.transaction() as db:
+    async with context.transaction() as db:
         found = await messages.lock(db, frame, context.user_id)
         if found is None or found.message.is_deleted:
             raise NotFound("message_id")
@@ -79,7 +79,7 @@ async def list_reports(context: Context, frame: client.ListReports) -> ReportPag
 
 async def dismiss_report(context: Context, frame: client.DismissReport) -> Done:
     """Find nothing wrong."""
-    async with context.database.transaction() as db:
+    async with context.transaction() as db:
         await conversations.lock(db, frame.conversation_id)
         await _require(db, context, frame.conversation_id, Act.MODERATE)
         about = await moderation.dismiss(db, frame, context.user_id)

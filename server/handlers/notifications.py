@@ -38,13 +38,13 @@ async def get_push_key(context: Context, frame: client.GetPushKey) -> PushKey:  
 async def register_push(context: Context, frame: client.RegisterPush) -> Done:
     """Push to an endpoint until the session ends."""
     require_keys(frame.p256dh, frame.auth)
-    async with context.database.connection() as db:
+    async with context.transaction() as db:
         await push.register(db, frame, context.user_id, context.session_id)
     return Done()
 
 
 async def unregister_push(context: Context, frame: client.UnregisterPush) -> Done:
     """No longer."""
-    async with context.database.connection() as db:
+    async with context.transaction() as db:
         await push.unregister(db, context.user_id, frame.endpoint)
     return Done()

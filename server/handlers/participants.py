@@ -20,7 +20,7 @@ from server.queries.sending import Announcement
 async def join(context: Context, frame: client.Join) -> OneConversation:
     """Let the caller in: a public conversation, one they have the code of, or one they were invited to."""
     path = "invite_code" if frame.conversation_id is None else "conversation_id"
-    async with context.database.transaction() as db:
+    async with context.transaction() as db:
         found = await conversations.open_to(db, context.user_id, frame.conversation_id, frame.invite_code)
         conversation = None if found is None else await conversations.lock(db, found)
         # Asked again under the lock: it may have closed, or the code may have changed, in between.
@@ -57,7 +57,7 @@ async def join(context: Context, frame: client.Join) -> OneConversation:
 
 async def leave(context: Context, frame: client.Leave) -> Done:
     """Let the caller out; an owner's place goes to the next in rank, then in age."""
-    async with context.database.transaction() as db:
+    async with context.transaction() as db:
         conversation, me = await entered(db, context, frame.conversation_id)
         await users.lock(db, [context.user_id])
         news = News(context, db, conversation)
@@ -71,7 +71,7 @@ async def leave(context: Context, frame: client.Leave) -> Done:
 
 async def add(context: Context, frame: client.AddParticipants) -> Added:
     """Let users in whom the caller may add, and ask the others to come."""
-    async with context.database.transaction() as db:
+    async with context.transaction() as db:
         conversation, me = await entered(db, context, frame.conversation_id)
         they = await welcomed_by(db, context, me, frame)
         news = News(context, db, conversation)
@@ -94,7 +94,7 @@ async def add(context: Context, frame: client.AddParticipants) -> Added:
 async def remove(context: Context, frame: client.RemoveParticipant) -> Done:
     """Put someone of a lower role out, or take back their invitation."""
     status: ParticipantStatus = "banned" if frame.ban else "removed"
-    async with context.database.transaction() as db:
+    async with context.transaction() as db:
         conversation, me = await entered(db, context, frame.conversation_id)
         require(me, Act.REMOVE_MEMBERS)
         them = await _other(db, me, frame.user_id)
@@ -118,7 +118,7 @@ async def remove(context: Context, frame: client.RemoveParticipant) -> Done:
 
 async def unban(context: Context, frame: client.Unban) -> Done:
     """Lift a ban."""
-    async with context.database.transaction() as db:
+    async with context.transaction() as db:
         conversation, me = await entered(db, context, frame.conversation_id)
         require(me, Act.REMOVE_MEMBERS)
         them = await _other(db, me, frame.user_id)
@@ -133,7 +133,7 @@ async def unban(context: Context, frame: client.Unban) -> Done:
 
 async def set_role(context: Context, frame: client.SetRole) -> Done:
     """Give someone of a lower role another one."""
-    async with context.database.transaction() as db:
+    async with context.transaction() as db:
         conversation, me = await entered(db, context, frame.conversation_id)
         require(me, Act.SET_ROLES)
         them = await _active(db, me, frame.user_id)
@@ -153,7 +153,7 @@ async def set_role(context: Context, frame: client.SetRole) -> Done:
 async def set_permissions(context: Context, frame: client.SetPermissions) -> Done:
     """Give someone of a lower role permissions beyond it, or take them back."""
     wanted = client.given(frame)
-    async with context.database.transaction() as db:
+    async with context.transaction() as db:
         conversation, me = await entered(db, context, frame.conversation_id)
         require(me, Act.SET_ROLES)
         them = await _active(db, me, frame.user_id)
@@ -173,7 +173,7 @@ async def set_permissions(context: Context, frame: client.SetPermissions) -> Don
 
 async def transfer_ownership(context: Context, frame: client.TransferOwnership) -> Done:
     """Make another participant the owner; the caller becomes an admin."""
-    async with context.database.transaction() as db:
+    async with context.transaction() as db:
         conversation, me = await entered(db, context, frame.conversation_id)
         require(me, Act.TRANSFER)
         if frame.user_id == context.user_id:

@@ -16,7 +16,7 @@ from server.telling import tell_changed
 async def pin(context: Context, frame: client.Pin | client.Unpin) -> Changed:
     """Pin a message, or take it down, and tell everyone; nothing happens if it is so already."""
     is_on = isinstance(frame, client.Pin)
-    async with context.database.transaction() as db:
+    async with context.transaction() as db:
         found = await messages.lock(db, frame, context.user_id)
         if found is None or found.message.is_deleted:
             raise NotFound("message_id")
@@ -47,7 +47,7 @@ async def list_pins(context: Context, frame: client.ListPins) -> MessageList:
 
 async def star(context: Context, frame: client.Star) -> Done:
     """Put a message aside, on all of the caller's devices."""
-    async with context.database.transaction() as db:
+    async with context.transaction() as db:
         await conversations.keep(db, frame.conversation_id)
         if not await pins.star(db, frame, context.user_id):
             raise NotFound("message_id")
@@ -58,7 +58,7 @@ async def star(context: Context, frame: client.Star) -> Done:
 
 async def unstar(context: Context, frame: client.Unstar) -> Done:
     """Take it back, even from where the caller is no longer let in."""
-    async with context.database.transaction() as db:
+    async with context.transaction() as db:
         await pins.unstar(db, frame, context.user_id)
         await bounds.forget_stars(db, context.user_id)
     context.events.poke([context.user_id])

@@ -18,7 +18,7 @@ from server.telling import tell_changed
 async def vote(context: Context, frame: client.Vote) -> Changed:
     """Count the caller's vote instead of the one before, and tell everyone how the poll stands."""
     options = sorted(frame.options)
-    async with context.database.transaction() as db:
+    async with context.transaction() as db:
         found = await messages.lock(db, frame, context.user_id)
         poll = _poll(found)
         assert found is not None  # noqa: S101 - or there were no poll
@@ -61,7 +61,7 @@ async def vote(context: Context, frame: client.Vote) -> Changed:
 
 async def close(context: Context, frame: client.ClosePoll) -> Changed:
     """End a poll: one's own, or anyone's with the permission to delete messages."""
-    async with context.database.transaction() as db:
+    async with context.transaction() as db:
         found = await messages.lock(db, frame, context.user_id)
         _poll(found)
         assert found is not None  # noqa: S101 - or there were no poll

@@ -12,7 +12,7 @@ from server.queries import messages, reactions
 
 async def react(context: Context, frame: client.React | client.Unreact) -> Changed:
     """Put an emoji on a message, or take it back, and tell everyone; nothing happens if it is so already."""
-    async with context.database.transaction() as db:
+    async with context.transaction() as db:
         found = await messages.lock(db, frame, context.user_id)
         if found is None or found.message.is_deleted:
             raise NotFound("message_id")

@@ -13,7 +13,7 @@ async def read(context: Context, frame: client.Read) -> ReadUpTo:
     async with context.database.connection() as db:
         position = await receipts.read(db, frame, context.user_id)
     if position is not None and position.was_marked:
-        async with context.database.transaction() as db:
+        async with context.transaction() as db:
             await conversations.keep(db, frame.conversation_id)
             await users.lock(db, [context.user_id])
             position = await receipts.read(db, frame, context.user_id, is_locked=True)
@@ -54,7 +54,7 @@ async def delivered(context: Context, frame: client.Delivered) -> Done:
 
 async def mark_unread(context: Context, frame: client.MarkUnread) -> ReadUpTo:
     """Have a conversation count as unread from a message on."""
-    async with context.database.transaction() as db:
+    async with context.transaction() as db:
         await conversations.keep(db, frame.conversation_id)
         await users.lock(db, [context.user_id])
         count = await receipts.mark_unread(db, frame, context.user_id)

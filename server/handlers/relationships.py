@@ -18,7 +18,7 @@ from server.queries.relationships import Change
 async def request_friend(context: Context, frame: client.RequestFriend) -> OneRelationship:
     """Ask for friendship; if the other one has asked already, be friends."""
     me, them = context.user_id, _other(context, frame.user_id)
-    async with context.database.transaction() as db:
+    async with context.transaction() as db:
         # Asked before the lock, too, here and below: a refused frame does not lock a stranger.
         if not await users.all_may(db, "request_friend", me, [them]):
             raise await unreachable(db, me, them)
@@ -49,7 +49,7 @@ async def answer_friend(context: Context, frame: client.AnswerFriend) -> OneRela
     """Accept or reject a request."""
     me, them = context.user_id, _other(context, frame.user_id)
     answer: RelationshipStatus = "accepted" if frame.accept else "rejected"
-    async with context.database.transaction() as db:
+    async with context.transaction() as db:
         if await relationships.status(db, them, me, "friend") is None:
             raise NotFound("user_id")
         await _lock(db, me, them)
@@ -73,7 +73,7 @@ async def answer_friend(context: Context, frame: client.AnswerFriend) -> OneRela
 async def unfriend(context: Context, frame: client.Unfriend) -> Done:
     """Take back a request, or end a friendship."""
     me, them = context.user_id, _other(context, frame.user_id)
-    async with context.database.transaction() as db:
+    async with context.transaction() as db:
         if await relationships.status(db, me, them, "friend") is None:
             raise NotFound("user_id")
         await _lock(db, me, them)
@@ -101,7 +101,7 @@ def turned(kind: RelationshipKind, *, on: bool) -> Callable[[Context, OneOf], Aw
 
     async def handler(context: Context, frame: OneOf) -> OneRelationship:
         me, them = context.user_id, _other(context, frame.user_id)
-        async with context.database.transaction() as db:
+        async with context.transaction() as db:
             await require(db, me, them)
             await _lock(db, me, them)
             await require(db, me, them)
@@ -130,7 +130,7 @@ async def set_switches(context: Context, frame: client.SetSwitches) -> OneRelati
     """Say what someone may see or do."""
     wanted = client.given(frame)
     me, them = context.user_id, _other(context, frame.user_id)
-    async with context.database.transaction() as db:
+    async with context.transaction() as db:
         if not await relationships.between(db, me, them):
             raise NotFound("user_id")
         await _lock(db, me, them)

@@ -1,7 +1,7 @@
 """Sending: say something, forward what somebody said."""
 
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Literal, TypeAlias
 
@@ -24,6 +24,11 @@ from server.saying import outgoing
 MAX_RACES = 5
 """How often a send is tried again when the sender's access, or the message's id, changed under it."""
 
+
+class SourceChanged(Exception):  # noqa: N818 - what it says has to be read again
+    """What is to be forwarded was edited, deleted or hidden, or its reader lost access, since it was read."""
+
+
 Note: TypeAlias = Callable[[Db], Awaitable[None]]
 """What is written in the transaction of a message. If it raises, the message is not stored."""
 
@@ -40,25 +45,35 @@ async def send_noted(context: Context, frame: client.Send, note: Note) -> Sent:
 
 async def forward(context: Context, frame: client.Forward) -> Sent:
     """Say in another conversation what a message says, and who said it."""
+    is_paid = False
+    for _ in range(MAX_RACES):
+        said = await _source(context, frame)
+        if isinstance(said, Sent):
+            return said
+        again = _as_send(frame, said)
+        further = len(encode(again)) // TOKEN_BYTES + int(FURTHER_TOKENS["forward"] * part_of_mentions(again.content))
+        if further and not is_paid:
+            context.services.writes.require(context.user_id, further, taken=1)
+        is_paid = True
+        with _renamed(), suppress(SourceChanged):
+            out = await outgoing(context, again, _origin(said))
+            # Tried once more here, since the whole frame would take its tokens once more.
+            return await context.database.again("forward", partial(_store, context, out))
+    raise _changing()
+
+
+async def _source(context: Context, frame: client.Forward) -> Message | Sent:
+    """Return the message that is to be forwarded, or the first answer if it may not be any more, but was."""
     async with context.database.connection() as db:
         found = await messages.get(db, frame, context.user_id)
     if found is None:
         raise NotFound("message_id")
     said = found.message
-    source = Source(said.id, said.forwarded_sender_id or said.sender_id)
-    again = client.Send(
-        conversation_id=frame.to_conversation_id,
-        message_id=frame.new_message_id,
-        content=said.content or " ",
-        payload=said.payload,
-        metadata=said.metadata,
-    )
     if said.is_deleted or said.is_moderated:
-        # Unless it was forwarded before that.
-        with _renamed():
-            answer = await _why_not(context, Outgoing(context.user_id, again, source=source))
-        if isinstance(answer, Sent):
-            return answer
+        with _renamed(), suppress(SourceChanged):
+            answer = await _why_not(context, Outgoing(context.user_id, _as_send(frame, said), source=_origin(said)))
+            if isinstance(answer, Sent):
+                return answer
         raise NotFound("message_id")
     if said.system_message_type is not None:
         raise Refused(
@@ -70,14 +85,23 @@ async def forward(context: Context, frame: client.Forward) -> Sent:
             "A message that cannot be read whole cannot be forwarded. Send a new one.",
             path="message_id",
         )
-    again.is_markdown = said.formatted_content is not None
-    further = len(encode(again)) // TOKEN_BYTES + int(FURTHER_TOKENS["forward"] * part_of_mentions(again.content))
-    if further:
-        context.services.writes.require(context.user_id, further, taken=1)
-    with _renamed():
-        out = await outgoing(context, again, source)
-        # Tried once more here, since the whole frame would take its tokens once more.
-        return await context.database.again("forward", partial(_store, context, out))
+    return said
+
+
+def _as_send(frame: client.Forward, said: Message) -> client.Send:
+    """Return the `send` that a `forward` becomes."""
+    return client.Send(
+        conversation_id=frame.to_conversation_id,
+        message_id=frame.new_message_id,
+        content=said.content or " ",
+        payload=said.payload,
+        metadata=said.metadata,
+        is_markdown=said.formatted_content is not None,
+    )
+
+
+def _origin(said: Message) -> Source:
+    return Source(said.conversation_id, said.id, said.forwarded_sender_id or said.sender_id, said.edited_at)
 
 
 @contextmanager
@@ -124,14 +148,18 @@ async def _store(context: Context, out: Outgoing, note: Note | None = None) -> S
         answer = await _why_not(context, out)
         if isinstance(answer, Sent):
             if note is not None:
-                async with context.database.transaction() as db:
+                async with context.transaction() as db:
                     await note(db)
             return answer
         is_slow = answer == "slow"
         if out.made.loud_mentions:
             # The sender may have lost the role that these take.
             out = await outgoing(context, frame, out.source)
-    raise Refused(
+    raise _changing()
+
+
+def _changing() -> Refused:
+    return Refused(
         ErrorCode.UNAVAILABLE,
         "The conversation is changing. Retry the same frame after `retry_after_ms`.",
         retry_after_ms=100,
@@ -170,7 +198,7 @@ def _message(out: Outgoing, stored: Stored) -> Message:
 async def _send_alone(context: Context, out: Outgoing, note: Note | None, *, is_slow: bool) -> Stored | None:
     """Store a message in a transaction of its own, in slow mode or with a note."""
     stored: Stored | int | None
-    async with context.database.transaction() as db:
+    async with context.transaction() as db:
         if is_slow:
             stored = await sending.send_slowly(db, out)
         else:
@@ -184,7 +212,7 @@ async def _send_alone(context: Context, out: Outgoing, note: Note | None, *, is_
 
 async def _why_not(context: Context, out: Outgoing) -> Sent | Literal["slow"] | None:
     """Return the first answer if the message was stored before, "slow" if the sender may have to wait, None to try
-    again; raises Refused otherwise.
+    again; raises Refused otherwise, or SourceChanged.
     """
     frame = out.frame
     async with context.database.connection() as db:
@@ -206,4 +234,6 @@ async def _why_not(context: Context, out: Outgoing) -> Sent | Literal["slow"] | 
         raise Refused(ErrorCode.CONFLICT, "Another message has this id. Make a new one.", path="message_id")
     if there.missing is not None:
         raise NotFound(there.missing)
+    if there.is_source_changed:
+        raise SourceChanged
     return "slow" if there.obstacle == "slow" else None

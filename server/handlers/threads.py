@@ -54,7 +54,7 @@ async def list_threads(context: Context, frame: client.ListThreads) -> ThreadLis
 async def _change(
     context: Context, frame: client.FollowThread | client.UnfollowThread | client.ReadThread, change: Change
 ) -> OneThreadFollow:
-    async with context.database.transaction() as db:
+    async with context.transaction() as db:
         await conversations.keep(db, frame.conversation_id)
         now = await threads.change(db, frame, context.user_id, change)
         if now is None:

@@ -59,7 +59,7 @@ async def update_profile(context: Context, frame: client.UpdateProfile) -> OneMe
                 raise Refused(
                     ErrorCode.INVALID, "`time_zone` must be an IANA name such as `Europe/London`.", path="time_zone"
                 )
-    async with context.database.transaction() as db:
+    async with context.transaction() as db:
         before = await users.me(db, context.user_id)
         after = await users.update(db, context.user_id, given) if given else before
         if after is None:

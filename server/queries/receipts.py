@@ -16,6 +16,10 @@ from server.rows import Reader
 _readers_decoder = Reader(Readers)
 
 
+IS_ACTIVE = """EXISTS (SELECT FROM "user" u WHERE u.id = $2 AND u.is_active AND NOT u.is_deleted)"""
+"""Whether the user $2 is active, whose socket may not have heard that they are not."""
+
+
 class Position(NamedTuple):
     """Where the caller's read position is now, whether it moved, and whether something is marked as unread: that was
     read, or under no lock, is still to be read under the user's.
@@ -33,7 +37,7 @@ class Position(NamedTuple):
 # told to it as if it were the row.
 READ = f"""
 WITH target AS (
-    SELECT m.id, m.conversation_id, m.sent_version, c.participant_count {VISIBLE}
+    SELECT m.id, m.conversation_id, m.sent_version, c.participant_count {VISIBLE} AND {IS_ACTIVE}
 ), moved AS (
     UPDATE conversation_participant p
     SET last_read_message_id = CASE WHEN p.last_read_version < t.sent_version THEN t.id ELSE p.last_read_message_id END,
@@ -94,7 +98,7 @@ async def mark_unread(db: Db, frame: MarkUnread, user_id: UserId) -> int | None:
 # presence, `told` are the others.
 DELIVERED = f"""
 WITH target AS (
-    SELECT m.id, m.conversation_id, m.sent_version, c.participant_count {VISIBLE}
+    SELECT m.id, m.conversation_id, m.sent_version, c.participant_count {VISIBLE} AND {IS_ACTIVE}
 ), moved AS (
     UPDATE conversation_participant p
     SET delivered_message_id = t.id, delivered_version = t.sent_version, delivered_at = now()

@@ -35,10 +35,12 @@ class Made(NamedTuple):
 
 
 class Source(NamedTuple):
-    """What was forwarded, and who had said it."""
+    """What was forwarded, who had said it, and since when it says that, if it was edited."""
 
+    conversation_id: ConversationId
     message_id: MessageId
     sender_id: UserId
+    edited_at: datetime | None
 
 
 class Outgoing(NamedTuple):
@@ -85,9 +87,10 @@ class Stored(NamedTuple):
 #
 # One statement sends the whole batch. `wanted` selects the messages that may be sent, before any lock, and finds their
 # words, which takes long for large ones. `locked` then locks the conversations. `fresh` drops each message whose
-# sender's access changed in between, by `access_version`; the handler then finds out why. In direct conversations
-# `may_now` reads blocks and privacy under the lock, since these change without the conversation. `roots` is updated
-# under the lock, too, and numbers the replies of each thread.
+# sender's access changed in between, by `access_version`; the handler then finds out why. The functions named `…_now`
+# read under the lock what changes without `access_version`: accounts, blocks and privacy, the message that is replied
+# to or quoted, and what is forwarded. The CASE needs `l`, so PostgreSQL cannot call them before the lock. `roots` is
+# updated under the lock, too, and numbers the replies of each thread.
 #
 # `patience` bounds what all that follows may wait for: not everybody who writes to a thread, a follower's row or a
 # message's id holds the conversation (docs/decisions/0062). It counts `locked`, so that it comes after the lock.
@@ -97,7 +100,8 @@ WITH input AS (
         place integer, sender_id uuid, message_id uuid, conversation_id uuid, content text, content_type text,
         payload jsonb, formatted_content text, mentions uuid[], loud_mentions text[], hashtags text[], metadata jsonb,
         parent_message_id uuid, also_in_conversation boolean, quoted_message_id uuid, forwarded_from_id uuid,
-        forwarded_sender_id uuid, options integer, has_waited boolean
+        forwarded_sender_id uuid, source_conversation_id uuid, source_edited_at timestamptz, options integer,
+        has_waited boolean
     )
 ), wanted AS MATERIALIZED (
     SELECT i.*, allowed.access_version, allowed.expires_after, coalesce(parent.thread_root_id, parent.id) AS root_id,
@@ -139,9 +143,14 @@ WITH input AS (
     SELECT w.*, l.version + row_number() OVER (PARTITION BY w.conversation_id ORDER BY w.place) AS version,
         row_number() OVER (PARTITION BY w.root_id ORDER BY w.place DESC) AS from_last,
         clock_timestamp() AS created_at
-    FROM patience, wanted w JOIN locked l ON l.id = w.conversation_id AND l.access_version = w.access_version
-        AND (l.direct_low IS NULL OR may_now('write', w.sender_id,
-            CASE WHEN l.direct_low = w.sender_id THEN l.direct_high ELSE l.direct_low END))
+    FROM patience, wanted w
+    JOIN locked l ON l.id = w.conversation_id AND CASE WHEN l.access_version = w.access_version THEN
+        may_now('write', w.sender_id, CASE WHEN l.direct_low = w.sender_id THEN l.direct_high ELSE l.direct_low END)
+        AND (w.parent_message_id IS NULL OR is_there_now(w.parent_message_id, w.conversation_id))
+        AND (w.quoted_message_id IS NULL OR is_there_now(w.quoted_message_id, w.conversation_id))
+        AND (w.forwarded_from_id IS NULL OR may_forward_now(w.sender_id, w.forwarded_from_id, w.source_conversation_id,
+            w.source_edited_at))
+        ELSE false END
 ), bumped AS (
     UPDATE conversation c SET version = f.version, message_count = c.message_count + f.messages,
         last_message_at = f.created_at, last_activity_at = f.created_at
@@ -253,6 +262,8 @@ def _encoded(batch: Sequence[Outgoing], *, has_waited: bool = False) -> str:
             "quoted_message_id": item.frame.quoted_message_id,
             "forwarded_from_id": item.source and item.source.message_id,
             "forwarded_sender_id": item.source and item.source.sender_id,
+            "source_conversation_id": item.source and item.source.conversation_id,
+            "source_edited_at": item.source and item.source.edited_at,
             "options": item.options,
             "has_waited": has_waited,
         }
@@ -263,7 +274,8 @@ def _encoded(batch: Sequence[Outgoing], *, has_waited: bool = False) -> str:
 
 class Existing(NamedTuple):
     """Why a message was not stored, as far as the sender may know: `obstacle` is the first of those below that is in
-    its way, `missing` what it refers to that is not there.
+    its way, `missing` what it refers to that is not there. With `is_source_changed`, what it forwards has to be read
+    again.
     """
 
     obstacle: Literal["access"] | Obstacle | None
@@ -271,6 +283,7 @@ class Existing(NamedTuple):
     version: int | None
     created_at: datetime | None
     is_same: bool
+    is_source_changed: bool
 
 
 # What was sent first is compared in its original words: an edit keeps them as its oldest row. A message that was
@@ -295,7 +308,8 @@ SELECT
             AND (CASE WHEN first.id IS NULL THEN m.formatted_content ELSE first.formatted_content END IS NOT NULL) = $6
             AND (m.is_deleted
                 OR (m.payload IS NOT DISTINCT FROM $8::jsonb AND m.metadata IS NOT DISTINCT FROM $9::jsonb))
-        ), false)
+        ), false),
+    $12::uuid IS NOT NULL AND NOT may_forward_now($3, $12, $13, $14)
 FROM (SELECT) AS always
 LEFT JOIN (
     conversation_participant p JOIN conversation c ON c.id = p.conversation_id AND NOT c.is_deleted
@@ -311,10 +325,12 @@ LEFT JOIN LATERAL (
 async def existing(db: Db, outgoing: Outgoing) -> Existing:
     """Return what is there under the id of a message that was not stored."""
     frame = outgoing.frame
+    source = outgoing.source
     row = await db.fetchrow(
         EXISTING, frame.message_id, frame.conversation_id, outgoing.sender_id, frame.parent_message_id,
         frame.content, frame.is_markdown, outgoing.content_type, _json(frame.payload), _json(frame.metadata),
-        frame.quoted_message_id, frame.also_in_conversation, outgoing.source and outgoing.source.message_id,
+        frame.quoted_message_id, frame.also_in_conversation, source and source.message_id,
+        source and source.conversation_id, source and source.edited_at,
     )  # fmt: skip
     assert row is not None  # noqa: S101 - the query always has one row
     return Existing(*row)

@@ -118,6 +118,14 @@ async def is_time_zone(db: Db, name: str) -> bool:
     return name in _time_zones
 
 
+IS_ACTIVE = """SELECT u.is_active AND NOT u.is_deleted FROM "user" u WHERE u.id = $1"""
+
+
+async def is_active(db: Db, user_id: UserId) -> bool:
+    """Whether a user's account is active."""
+    return bool(await db.fetchval(IS_ACTIVE, user_id))
+
+
 IS_ADMIN = """SELECT is_admin FROM "user" WHERE id = $1"""
 
 

@@ -1,0 +1,171 @@
+"""What a frame has read before it waits for a lock is asked again when it has the lock."""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, NamedTuple
+
+import asyncpg
+import msgspec
+import pytest
+
+from protocol import client, server
+from protocol.client import Frame
+from protocol.errors import ErrorCode, Refused
+from protocol.ids import ConversationId, MessageId, UserId, uuid7
+from protocol.server import Error
+from protocol.values import User
+from prove.client import Client
+from server.config import Settings
+from server.context import Context
+from server.queries import conversations
+from server.routes import ROUTES
+from tests.test_lock_order import Quarrel
+from tests.test_may_send import WAITING, waiting
+from tests.world import World, http_client, message, sent
+
+TABLES = "SELECT relname FROM pg_class WHERE relnamespace = 'public'::regnamespace AND relkind = 'r' ORDER BY relname"
+FLIP = 'UPDATE "user" SET is_active = NOT is_active WHERE id = $1'
+
+
+@pytest.fixture
+async def world(settings: Settings) -> AsyncIterator[World]:
+    async with World(msgspec.structs.replace(settings, database_connections=18)) as world:
+        yield world
+
+
+async def test_a_frame_of_a_disabled_account_writes_nothing_even_if_it_waited_meanwhile(world: World) -> None:
+    """Every frame that writes anything."""
+    async with http_client(world.url) as http:
+        quarrel = Quarrel(world, http)
+        await quarrel.begin()
+        db, refused = world.db, 0
+        watch = await asyncpg.connect(world.settings.database_url)
+        before = await rows(db)
+        for index, frame in enumerate(quarrel.frames()):
+            name = type(frame).__name__
+            async with db.transaction():
+                await db.execute("SELECT FROM conversation FOR UPDATE")
+                await db.execute('SELECT FROM "user" FOR UPDATE')
+                done = asyncio.create_task(answered(quarrel, frame))
+                while not done.done() and not await watch.fetchval(WAITING):
+                    await asyncio.sleep(0.005)
+                has_waited = not done.done()
+                await db.execute(FLIP, quarrel.ada)
+            code = await done
+            refused += code is ErrorCode.UNAUTHENTICATED
+            if not has_waited:
+                await db.execute(FLIP, quarrel.ada)
+                before = await rows(db)
+                await db.execute(FLIP, quarrel.ada)
+            await answered(quarrel, quarrel.frames()[index])
+            await db.execute(FLIP, quarrel.ada)
+            after = await rows(db)
+            assert not [(name, table) for table in before if before[table] != after[table]]
+        await watch.close()
+        assert refused > 35, "most frames wait, and would be done"
+
+
+async def rows(db: Any) -> dict[str, list[str]]:
+    """Return all rows of all tables."""
+    tables = [row[0] for row in await db.fetch(TABLES)]
+    return {one: [row[0] for row in await db.fetch(f'SELECT t::text FROM "{one}" t ORDER BY 1')] for one in tables}
+
+
+async def answered(quarrel: Quarrel, frame: Frame) -> ErrorCode | None:
+    """Return why a frame of Ada's is refused, by a worker that has not heard that her account is disabled."""
+    context = Context(
+        services=quarrel.app._services,  # noqa: SLF001
+        user=User(id=quarrel.ada, name="Ada"),
+        session_id=quarrel.sessions[quarrel.ada],
+    )
+    try:
+        await ROUTES[type(frame)].handler(context, frame)
+    except Refused as refused:
+        return refused.code
+    return None
+
+
+class Source(NamedTuple):
+    """A message of a conversation, whose author takes part in it as its owner, and a reader who is about to use it."""
+
+    author: Client
+    reader_id: UserId
+    about: ConversationId
+    said: MessageId
+
+    @property
+    def at(self) -> dict[str, Any]:
+        return {"conversation_id": self.about, "message_id": self.said}
+
+
+async def delete(source: Source) -> None:
+    await source.author.call(client.Delete(**source.at))
+
+
+async def hide(source: Source) -> None:
+    await source.author.call(client.Moderate(**source.at, reason="Secret"))
+
+
+async def edit(source: Source) -> None:
+    await source.author.call(client.Edit(**source.at, content="Nothing"))
+
+
+async def ban(source: Source) -> None:
+    frame = client.RemoveParticipant(conversation_id=source.about, user_id=source.reader_id, ban=True)
+    await source.author.call(frame)
+
+
+async def delete_all(source: Source) -> None:
+    await source.author.call(client.DeleteConversation(conversation_id=source.about))
+
+
+BECOMES: dict[Callable[[Source], Awaitable[None]], str | None] = {
+    delete: None, hide: None, edit: "Nothing", ban: None, delete_all: None,
+}  # fmt: skip
+"""What becomes of a message that is forwarded, and what the forward says then; None if it is refused."""
+
+
+async def test_a_forward_that_waits_says_what_its_sender_may_read_when_its_turn_comes(world: World) -> None:
+    author, reader = await world.users("Author", "Reader")
+    theirs, mine = await world.connect(author), await world.connect(reader, 1)
+    target = await world.channel(mine)
+    for change, words in BECOMES.items():
+        about = await world.group(theirs, reader)
+        source = Source(theirs, reader.id, about, await sent(theirs, about, "A secret"))
+        new = MessageId(uuid7())
+        frame = client.Forward(**source.at, to_conversation_id=target, new_message_id=new)
+        async with world.db.transaction():
+            await conversations.lock(world.db, target)
+            waits = asyncio.create_task(mine.ask(frame))
+            await waiting(world, 1)
+            await change(source)
+        answer: Any = await waits
+        refusal = (answer.code, answer.path) if isinstance(answer, Error) else None
+        assert (change, refusal) == (change, None if words else (ErrorCode.NOT_FOUND, "message_id"))
+        assert await world.db.fetchval("SELECT content FROM message WHERE id = $1", new) == words
+        # A forward that was stored is answered as the first time, whatever became of its source.
+        if words:
+            await delete(source)
+            again = await mine.call(frame, server.Sent)
+            assert (again.message_id, again.version) == (new, answer.result.version)
+
+
+async def test_a_reply_or_quote_that_waits_while_its_message_is_deleted_is_refused(world: World) -> None:
+    author, reader = await world.users("Author", "Reader")
+    theirs, mine = await world.connect(author), await world.connect(reader, 1)
+    about = await world.group(theirs, reader)
+    source = Source(theirs, reader.id, about, await sent(theirs, about))
+    other = await world.connect(reader)
+    async with world.db.transaction():
+        await conversations.lock(world.db, about)
+        deleted = asyncio.create_task(theirs.ask(client.Delete(**source.at)))
+        await waiting(world, 1)
+        answers = [
+            asyncio.create_task(mine.ask(message(about, parent_message_id=source.said))),
+            asyncio.create_task(other.ask(message(about, quoted_message_id=source.said))),
+        ]
+        await waiting(world, 3)
+    assert not isinstance(await deleted, Error)
+    refusals = [await answer for answer in answers]
+    paths = [one.path if isinstance(one, Error) else "stored" for one in refusals]
+    assert paths == ["parent_message_id", "quoted_message_id"]
