@@ -365,7 +365,9 @@ class Forward(_OfMessage, tag="forward"):
 
 
 class Edit(_OfMessage, tag="edit"):
-    """Change what the caller's own message says. With an `edit_id` of its own, a repeated edit is one edit."""
+    """Change what the caller's own message says. With an `edit_id` of its own, a repeated edit is one edit;
+    without one, an edit that changes nothing is none.
+    """
 
     content: Content
     is_markdown: bool = False

@@ -1,11 +1,17 @@
 """Doing it twice is doing it once (promise 5): a frame that is sent again reaches nobody again, and counts nowhere."""
 
+from datetime import timedelta
 from typing import Any
 
+import msgspec
+
 from protocol import client
+from protocol.codec import now
+from protocol.errors import ErrorCode
+from protocol.ids import ConversationId, EditId, MessageId, uuid7
 from protocol.server import Error
 from tests.twins import VIEWER, Twin
-from tests.world import World
+from tests.world import World, message, refused, sent
 
 STATE = """
 SELECT json_build_object(
@@ -38,3 +44,59 @@ async def test_a_frame_that_is_sent_again_reaches_nobody_again(world: World) -> 
             again.append(f"{type(frame).__name__}: {before} became {after}")
     assert not again, "\n".join(again)
     assert done > 50, "most frames are not refused"
+
+
+WORDS = """
+SELECT json_build_object(
+    'said', (SELECT json_agg(json_build_array(m.content, m.is_deleted, m.edited_at IS NULL) ORDER BY m.id)
+        FROM message m WHERE m.conversation_id = $1),
+    'title', (SELECT c.title FROM conversation c WHERE c.id = $1),
+    'scheduled', (SELECT json_agg(json_build_array(s.words, s.status) ORDER BY s.id) FROM scheduled_message s),
+    'version', (SELECT c.version FROM conversation c WHERE c.id = $1)
+)::text
+"""
+
+
+async def test_a_copy_that_comes_late_undoes_nothing_that_was_done_since(world: World) -> None:
+    """Each frame with an id of its own: acknowledged, undone or done otherwise by another device, and repeated."""
+    ada = await world.user("Ada")
+    one, two = await world.connect(ada), await world.connect(ada, 1)
+    other = await world.channel(one)
+    group = ConversationId(uuid7())
+    made = client.CreateChannel(conversation_id=group, title="Engines")
+    await one.call(made)
+    words, same, copied = [await sent(one, group, text) for text in ("A", "B", "C")]
+    said, again, later = message(group, "D"), MessageId(uuid7()), MessageId(uuid7())
+
+    def at(which: MessageId) -> dict[str, Any]:
+        return {"conversation_id": group, "message_id": which}
+
+    forward = client.Forward(**at(copied), to_conversation_id=group, new_message_id=again)
+    at_noon = client.Schedule(**at(later), content="E", send_at=now() + timedelta(hours=1))
+    pairs: list[tuple[Any, Any]] = [
+        (made, client.UpdateConversation(conversation_id=group, title="Difference engines")),
+        (said, client.Delete(**at(said.message_id))),
+        (forward, client.Delete(**at(again))),
+        (client.Edit(**at(words), content="A1", edit_id=EditId(uuid7())), client.Edit(**at(words), content="A2")),
+        # An edit that changes nothing.
+        (client.Edit(**at(same), content="B", edit_id=EditId(uuid7())), client.Edit(**at(same), content="B2")),
+        (at_noon, client.CancelScheduled(**at(later))),
+    ]
+    for frame, undone in pairs:
+        first: object = await one.call(frame)
+        await two.call(undone)
+        before = await world.db.fetchval(WORDS, group)
+        answer: Any = await one.ask(frame)
+        assert (frame, await world.db.fetchval(WORDS, group)) == (frame, before)
+        if frame is at_noon:
+            assert isinstance(answer, Error)
+            assert answer.code is ErrorCode.CONFLICT
+        elif frame is not made:
+            assert answer.result == first
+    with refused(ErrorCode.CONFLICT, "edit_id"):
+        await one.call(client.Edit(**at(same), content="B3", edit_id=pairs[-2][0].edit_id))
+    assert (await one.call(client.Edit(**at(same), content="B2"))) is not None, "without an id, nothing happens"
+    assert await world.db.fetchval("SELECT count(*) FROM message_edit WHERE message_id = $1", same) == 2
+    # A frame whose id names something of another conversation makes nothing there.
+    with refused(ErrorCode.CONFLICT, "message_id"):
+        await one.call(msgspec.structs.replace(said, conversation_id=other))

@@ -32,12 +32,14 @@ async def edit(context: Context, frame: client.Edit) -> Changed:
             raise NotFound("message_id")
         before = found.message
         if frame.edit_id is not None and (earlier := await edits.edited(db, frame, context.user_id)) is not None:
-            version, is_same = earlier
-            if not is_same:
+            version, is_repeated = earlier
+            if not is_repeated:
                 raise Refused(ErrorCode.CONFLICT, "Another edit has this id. Make a new one.", path="edit_id")
             return Changed(conversation_id=before.conversation_id, version=version)
         _require_editable(context, found)
-        if (before.content, before.formatted_content) == (frame.content, made.formatted_content):
+        # An edit with an id is kept even if it changes nothing: repeated after a later edit, it would undo that one.
+        is_same = (before.content, before.formatted_content) == (frame.content, made.formatted_content)
+        if is_same and frame.edit_id is None:
             return Changed(conversation_id=before.conversation_id, version=before.version)
         require_may_send(found)
         words = found_before and found_before.words
