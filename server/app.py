@@ -125,7 +125,7 @@ class App:
         self.roster = Roster(
             self.hub,
             heartbeat_seconds=settings.heartbeat_seconds,
-            alive=self._alive,
+            alive=self.sessions.keep,
             tickets=self._issue_tickets,
         )
         self.sockets = Sockets(
@@ -395,13 +395,6 @@ class App:
         return await self._tickets.issue(
             [Ticket(one.session_id, self.hub.people.version(one.user_id)) for one in connections]
         )
-
-    def _alive(self, connections: list[Connection]) -> None:
-        due = [connection for connection in connections if self.sessions.is_due(connection.expires_at)]
-        if due:
-            self.sessions.slide([connection.session_id for connection in due])
-            for connection in due:
-                connection.expires_at = self.sessions.expiry()
 
     def _values(self) -> dict[str, float]:
         return {

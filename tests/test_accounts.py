@@ -3,6 +3,7 @@
 import re
 import time
 from collections.abc import AsyncIterator
+from datetime import timedelta
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from protocol.server import Error, Ready
 from prove.client import Client
 from server.auth import passwords
 from server.auth.credentials import SAFE_METHODS
+from server.auth.sessions import Sessions
 from server.config import Settings
 from tests.world import World, http_client
 
@@ -218,6 +220,39 @@ async def test_a_session_slides_with_use(http: httpx.AsyncClient, world: World) 
     async with Client(world.url, logged_in.token):
         while await world.db.fetchval("SELECT expires_at < now() + interval '29 days' FROM session"):
             await world.db.execute("SELECT pg_sleep(0.01)")
+
+
+LEFT = "SELECT expires_at - now() FROM session WHERE id = $1"
+
+
+async def test_a_session_in_use_is_extended_however_long_sessions_last(http: httpx.AsyncClient, world: World) -> None:
+    logged_in = await register(http)
+    app = world.workers[0].app
+    for days in (1, 2, 3, 3650):
+        sessions = Sessions(app._database, app._tickets, days=days)  # noqa: SLF001
+        lasts = timedelta(days=days)
+        least = max(lasts / 2, lasts - timedelta(days=1))
+        for left, is_extended in ((least + timedelta(minutes=1), False), (least - timedelta(minutes=1), True)):
+            await world.db.execute("UPDATE session SET expires_at = now() + $1", left)
+            assert sessions.is_due((await sessions.authenticate(logged_in.token)).expires_at) == is_extended
+            while is_extended and await world.db.fetchval(LEFT, logged_in.session_id) < lasts - timedelta(minutes=1):
+                await world.db.execute("SELECT pg_sleep(0.01)")
+
+
+async def test_an_open_socket_keeps_its_session_alive_and_is_closed_once_that_has_expired(settings: Settings) -> None:
+    settings = msgspec.structs.replace(settings, session_days=1, heartbeat_seconds=0.2)
+    async with World(settings, workers=1) as world:
+        kept, lost = await world.users("Kept", "Lost")
+        await world.db.execute("UPDATE session SET expires_at = now() + interval '1 second'")
+        async with world.db.transaction():
+            # Nobody extends a session whose row somebody else holds.
+            await world.db.execute("SELECT FROM session WHERE user_id = $1 FOR UPDATE", lost.id)
+            one, other = await world.connect(kept), await world.connect(lost)
+            assert await other.closed() == CloseCode.SESSION_ENDED
+        await one.synced()
+        left = {row[0]: row[1] for row in await world.db.fetch("SELECT user_id, expires_at - now() FROM session")}
+        assert left[kept.id] > timedelta(hours=23)
+        assert left[lost.id] < timedelta(0)
 
 
 async def test_first_frame_authenticates(http: httpx.AsyncClient, world: World) -> None:

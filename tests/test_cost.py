@@ -211,7 +211,7 @@ def hot(place: Place, ids: dict[str, Any]) -> dict[str, tuple[str, tuple[Any, ..
         "send past what is held": (sending.SEND_FREE, (send, "10ms")),
         "existing": (
             sending.EXISTING,
-            (ids["middle"], about, user, None, "Hello", "false", "text", None, None, None, "false", None),
+            (ids["middle"], about, user, None, "Hello", "false", "text", None, None, None, "false", None, None, None),
         ),
         "find": (messages.FIND, (ids["middle"], user, about)),
         "get": (messages.GET, (ids["middle"], user, about)),

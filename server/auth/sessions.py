@@ -1,11 +1,12 @@
 """Sessions: from a token to a user, and how long that lasts."""
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from datetime import datetime, timedelta
+from typing import Protocol
 
 from protocol.codec import now
-from protocol.errors import ErrorCode, Refused
+from protocol.errors import CloseCode, ErrorCode, Refused
 from protocol.ids import SessionId, UserId
 from server.auth.tickets import PREFIX, TicketRefused, Tickets
 from server.auth.tokens import token_hash
@@ -16,7 +17,18 @@ from server.queries import sessions
 from server.queries.sessions import Active
 
 SLIDE_EVERY = timedelta(days=1)
-"""A session in use is extended at most this often."""
+"""A session in use is extended at most this often, or twice in its time if that is shorter than two days."""
+
+
+class OpenSocket(Protocol):
+    """A socket of a session."""
+
+    session_id: SessionId
+    expires_at: datetime
+    """When the session expires, as far as the socket's worker knows."""
+
+    def close(self, code: CloseCode) -> None:
+        """Close it."""
 
 
 class Sessions:
@@ -26,9 +38,11 @@ class Sessions:
         self._database = database
         self._tickets = tickets
         self.lasts = timedelta(days=days)
+        self._slide_every = min(SLIDE_EVERY, self.lasts / 2)
         self._lookups: Gather[str, Active | None] = Gather(self._find, most=256)
         self._returns: Gather[SessionId, Active | None] = Gather(self._find_by_id, most=256)
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[object]] = set()
+        self._being_extended: set[SessionId] = set()
 
     async def authenticate(self, token: str) -> Active:
         """Return the session of a token. Raises Refused if there is none, or it has expired."""
@@ -59,20 +73,21 @@ class Sessions:
         if active is None:
             raise Refused(ErrorCode.UNAUTHENTICATED, "The session does not exist or has ended. Log in again.")
         if self.is_due(active.expires_at):
-            self.slide([active.session_id])
+            self._spawn(self._slide([active.session_id]))
         return active
 
     def is_due(self, expires_at: datetime) -> bool:
         """Whether a session that is being used should be extended."""
-        return expires_at - now() < self.lasts - SLIDE_EVERY
+        return expires_at - now() < self.lasts - self._slide_every
 
-    def expiry(self) -> datetime:
-        """Return when a session that is extended now expires."""
-        return now() + self.lasts
+    def keep(self, sockets: Sequence[OpenSocket]) -> None:
+        """Extend the sessions of open sockets that are due, soon, and close the sockets of those that have ended."""
+        due = [one for one in sockets if self.is_due(one.expires_at) and one.session_id not in self._being_extended]
+        if due:
+            self._spawn(self._keep(due))
 
-    def slide(self, session_ids: Sequence[SessionId]) -> None:
-        """Extend sessions, soon."""
-        task = asyncio.create_task(self._slide(session_ids))
+    def _spawn(self, work: Coroutine[None, None, object]) -> None:
+        task: asyncio.Task[object] = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
@@ -81,14 +96,31 @@ class Sessions:
         async with self._database.connection() as db:
             return await sessions.clear_expired(db)
 
-    async def _slide(self, session_ids: Sequence[SessionId]) -> None:
+    async def _slide(self, session_ids: Sequence[SessionId]) -> dict[SessionId, datetime] | None:
+        """Extend sessions, and return when each of those that are valid expires; None without a database."""
         try:
             async with self._database.connection() as db:
-                await sessions.slide(db, session_ids, self.lasts)
+                return await sessions.slide(db, session_ids, self.lasts)
         except Exception as error:
-            # It lasts for days yet; the next use extends it.
+            # The next use extends it.
             if not is_lost(error):
                 raise
+            return None
+
+    async def _keep(self, sockets: Sequence[OpenSocket]) -> None:
+        ids = {one.session_id for one in sockets}
+        self._being_extended |= ids
+        try:
+            living = await self._slide(sorted(ids))
+        finally:
+            self._being_extended -= ids
+        if living is None:
+            return
+        for one in sockets:
+            if (expires_at := living.get(one.session_id)) is None:
+                one.close(CloseCode.SESSION_ENDED)
+            else:
+                one.expires_at = expires_at
 
     async def _find(self, hashes: list[str]) -> list[Active | None]:
         async with self._database.connection() as db:

@@ -17,7 +17,7 @@ _sessions_decoder = Reader(Session)
 AT_ONCE = 1_000
 """Sessions that one statement deletes."""
 
-# `updated_at` is when a session last began or was extended, which happens daily while it is used.
+# `updated_at` is when a session last began or was extended, which happens at least daily while it is used.
 CREATE = f"""
 WITH welcome AS (
     SELECT u.id FROM "user" u
@@ -106,17 +106,24 @@ async def find_by_id(db: Db, session_ids: Sequence[SessionId]) -> dict[SessionId
 
 # A session that somebody else holds is being revoked, or extended: nobody waits for it.
 SLIDE = """
-UPDATE session s SET expires_at = now() + $2, updated_at = now()
-FROM (
-    SELECT id FROM session WHERE id = ANY($1) AND expires_at > now() ORDER BY id FOR NO KEY UPDATE SKIP LOCKED
-) t
-WHERE s.id = t.id
+WITH extended AS (
+    UPDATE session s SET expires_at = now() + $2, updated_at = now()
+    FROM (
+        SELECT id FROM session WHERE id = ANY($1) AND expires_at > now() ORDER BY id FOR NO KEY UPDATE SKIP LOCKED
+    ) t
+    WHERE s.id = t.id
+    RETURNING s.id, s.expires_at
+)
+SELECT e.id, e.expires_at FROM extended e
+UNION ALL
+SELECT s.id, least(s.expires_at, '9999-12-30') FROM session s
+WHERE s.id = ANY($1) AND s.expires_at > now() AND s.id <> ALL (ARRAY(SELECT e.id FROM extended e))
 """
 
 
-async def slide(db: Db, session_ids: Sequence[SessionId], lasts: timedelta) -> None:
-    """Let sessions last from now on."""
-    await db.execute(SLIDE, list(session_ids), lasts)
+async def slide(db: Db, session_ids: Sequence[SessionId], lasts: timedelta) -> dict[SessionId, datetime]:
+    """Let sessions last from now on. Return when each of those that are valid expires."""
+    return {row[0]: row[1] for row in await db.fetch(SLIDE, list(session_ids), lasts)}
 
 
 LIVING = """
