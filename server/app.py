@@ -194,7 +194,6 @@ class App:
             connections_per_user=settings.connections_per_user,
             places=Counter(),
             heartbeat_seconds=settings.heartbeat_seconds,
-            admission=self.admission,
             working=self._working,
         )
         self.accounts = Accounts(
@@ -227,6 +226,7 @@ class App:
             is_draining=self._draining,
             addresses=addresses,
             connects=self._connects,
+            admission=self.admission,
         )
         routes = [*Endpoints(door).routes(), *self.accounts.routes()]
         paths = frozenset(route.path for route in routes if isinstance(route, (Route, WebSocketRoute)))

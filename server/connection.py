@@ -15,7 +15,7 @@ from protocol.ids import ConversationId, UserId
 from protocol.limits import MAX_FRAME_BYTES, Limits
 from protocol.server import Error, GoingAway, Ready, Reply, ServerFrame
 from protocol.values import Presence
-from server.admission import Admission
+from server.admission import Place
 from server.context import Context, Look
 from server.dispatch import Dispatch, error_frame
 from server.errors import INTERNAL, log_defect, refusal
@@ -32,7 +32,7 @@ MAX_INBOX = 32
 AT_ONCE = 4
 """Frames of a connection that are answered in one turn of the loop, at most."""
 ENTER_SECONDS = 10.0
-"""How long one may be on the way in: a client that says it will resume may never do so."""
+"""Max seconds on the way in: a client that says it will resume may never do so."""
 REFRESH_RETRY_SECONDS = 1.0
 NOT_TEXT = Refused(ErrorCode.BAD_FRAME, "Send frames in text messages, not in binary ones.")
 
@@ -59,7 +59,6 @@ class Shared(NamedTuple):
     places: Counter[UserId]
     """Connections of each user."""
     heartbeat_seconds: float
-    admission: Admission
     working: "set[asyncio.Task[None]]"
     """What connections are in the middle of: it is done before what it needs is closed."""
 
@@ -74,7 +73,7 @@ class Connection:
 
     __slots__ = (
         "_entering", "_frames", "_gone", "_has_place", "_has_to_refresh", "_inbox", "_inbox_bytes", "_is_closed",
-        "_is_resuming", "_last", "_look", "_shared", "_strikes", "_todo", "_whole", "_worker", "attached",
+        "_is_resuming", "_last", "_look", "_place", "_shared", "_strikes", "_todo", "_whole", "_worker", "attached",
         "closed_with", "context", "expires_at", "session_id", "socket", "user_id", "user_version", "watched", "write",
     )  # fmt: skip
 
@@ -85,12 +84,14 @@ class Connection:
         *,
         expires_at: datetime,
         user_version: int,
+        place: Place,
         gone: Callable[[], None],
     ) -> None:
-        """`expires_at` and `user_version` are of the session; `gone` is called when the connection is no more.
-        `context` comes with `begin`: each needs the other.
+        """`expires_at` and `user_version` are of the session, `place` is among those who are on their way in; `gone` is
+        called when the connection is no more. `context` comes with `begin`: each needs the other.
         """
         self._gone = gone
+        self._place: Place | None = place
         self.socket = socket
         self.write: Callable[[bytes], None] = socket.transport.write
         self.expires_at = expires_at
@@ -125,7 +126,7 @@ class Connection:
         self.user_id = context.user_id
         self.session_id = context.session_id
         self._is_resuming = is_resuming
-        # Its place among those who are coming in is given back in any case, after a while.
+        # It is no longer on its way in, in any case, after a while.
         self._entering = asyncio.get_running_loop().call_later(ENTER_SECONDS, self._is_in)
         self._todo.append(self._begin)
         # Counted before anything is awaited, or connections that come concurrently would not see each other.
@@ -214,6 +215,8 @@ class Connection:
 
     async def drained(self) -> None:
         """Return when most of what was said has been taken in: before more of it is made."""
+        if self._place is not None and self.socket.is_behind:
+            self._place.end()
         await self.socket.drained()
 
     def attach(self, conversation_id: ConversationId, version: int) -> bool:
@@ -272,6 +275,8 @@ class Connection:
 
     async def _answer(self, data: bytes | None) -> None:
         answer: Reply | Error
+        if self._place is not None:
+            self._place.again()
         is_flood = is_abuse = False
         if data is None:
             answer = error_frame(NOT_TEXT)
@@ -311,9 +316,13 @@ class Connection:
                     limits=shared.limits,
                 )
             )
-            if not self._is_resuming and not self._is_closed:
+            if self._is_closed:
+                return
+            if not self._is_resuming:
                 await shared.lifecycle.start(self.context)
                 self._is_in()
+            elif self._place is not None and not self._inbox:
+                self._place.end()  # it waits for its client: the server has nothing to do
         except Exception as error:
             if refusal(error) is None:
                 raise
@@ -333,10 +342,12 @@ class Connection:
             asyncio.get_running_loop().call_later(REFRESH_RETRY_SECONDS, again)
 
     def _is_in(self) -> None:
+        if self._place is not None:
+            self._place.end()
+            self._place = None
         if self._entering is not None:
             self._entering.cancel()
             self._entering = None
-            self._shared.admission.end()
             if self._has_to_refresh:
                 self.refresh()
 

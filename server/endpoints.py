@@ -19,7 +19,8 @@ from protocol.codec import decode_client, encode
 from protocol.errors import CloseCode, ErrorCode, Refused
 from protocol.ids import UserId
 from protocol.server import Error
-from server.addresses import Addresses, host_of, parsed
+from server.addresses import Addresses, host_of, key_of, parsed
+from server.admission import Admission, Place
 from server.auth.credentials import token_of
 from server.auth.endpoints import Accounts
 from server.auth.sessions import Sessions
@@ -84,6 +85,7 @@ class Door(NamedTuple):
     is_draining: asyncio.Event
     addresses: Addresses
     connects: Allowance[UserId]
+    admission: Admission
 
 
 class Endpoints:
@@ -121,7 +123,7 @@ class Endpoints:
                 disconnect()
 
     async def _let_in(self, handshake: Handshake, disconnect: Callable[[], None]) -> Connection | None:
-        active: Active | None = None
+        admitted: tuple[Active, Place] | None = None
         try:
             if self._door.is_draining.is_set():
                 raise Refused(
@@ -131,7 +133,7 @@ class Endpoints:
                 )
             # With a token, a refusal is still an HTTP answer that any client can read.
             if (token := token_of(handshake, self._door.origins)) is not None:
-                active = await self._admit(token)
+                admitted = await self._admit(token, key_of(handshake))
         except Exception as error:
             refused = refusal(error)
             if refused is None:
@@ -142,17 +144,19 @@ class Endpoints:
         try:
             await handshake.accept(subprotocol=SUBPROTOCOL if SUBPROTOCOL in offered else None)
         except BaseException:
-            if active is not None:
-                self._door.shared.admission.end()
+            if admitted is not None:
+                admitted[1].end()
             raise
-        if active is None and (active := await self._introduced(handshake)) is None:
+        if admitted is None and (admitted := await self._introduced(handshake)) is None:
             return None
+        active, place = admitted
         socket: WebSocket = handshake.scope["extensions"][EXTENSION]
         connection = Connection(
             socket,
             self._door.shared,
             expires_at=active.expires_at,
             user_version=active.user_version,
+            place=place,
             gone=disconnect,
         )
         context = Context(
@@ -218,23 +222,26 @@ class Endpoints:
                 raise
             return False
 
-    async def _admit(self, token: str) -> Active:
-        """Return the session of a token, and count its connection among those that are on their way in: only now, or
-        whoever connects and says nothing would keep others out.
+    async def _admit(self, token: str, address: str) -> tuple[Active, Place]:
+        """Return the session of a token, and the place of its connection among those that are on their way in: only
+        now, or whoever connects and says nothing would keep others out.
         """
-        admission = self._door.shared.admission
-        admission.begin()
-        try:
-            active = await self._door.sessions.admit(token, self._door.connects.require)
-        except BaseException:
-            admission.end()
-            raise
-        return active
+        place = self._door.admission.begin(address)
 
-    async def _introduced(self, handshake: Handshake) -> Active | None:
+        def require(user_id: UserId) -> None:
+            self._door.connects.require(user_id)
+            place.require(user_id)
+
+        try:
+            return await self._door.sessions.admit(token, require), place
+        except BaseException:
+            place.end()
+            raise
+
+    async def _introduced(self, handshake: Handshake) -> tuple[Active, Place] | None:
         """Return the session that the first frame names; if none, tell the client, close, and return None."""
         try:
-            return await self._admit((await self._first_frame(handshake)).token)
+            return await self._admit((await self._first_frame(handshake)).token, key_of(handshake))
         except WebSocketDisconnect:
             return None
         except Exception as error:

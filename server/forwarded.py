@@ -5,7 +5,7 @@ import logging
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from protocol.errors import Refused
-from server.proxies import Proxies
+from server.proxies import FORWARDED_FOR, Proxies, entries
 from server.web import refusal_response
 
 log = logging.getLogger(__name__)
@@ -35,22 +35,16 @@ class Forwarded:
 
     def _rewrite(self, scope: Scope) -> None:
         peer = scope["client"]
-        entries = _entries(scope, b"x-forwarded-for")
-        client = self._proxies.client(peer and peer[0], entries)
-        if entries and not client.hops and self._proxies.count and not self._has_warned:
+        forwarded_for = entries(scope["headers"], FORWARDED_FOR)
+        client = self._proxies.client(peer and peer[0], forwarded_for)
+        if forwarded_for and not client.hops and self._proxies.count and not self._has_warned:
             self._has_warned = True
             log.warning(
                 "X-Forwarded-For has %d of the %d entries that OPENCHAT_TRUSTED_PROXIES counts; it is ignored, and "
-                "clients are counted by the address of the proxy", len(entries), self._proxies.count,
+                "clients are counted by the address of the proxy", len(forwarded_for), self._proxies.count,
             )  # fmt: skip
-        if client.hops and (protocols := _entries(scope, b"x-forwarded-proto")):
+        if client.hops and (protocols := entries(scope["headers"], b"x-forwarded-proto")):
             proto = protocols[-min(client.hops, len(protocols))].lower()
             scope["scheme"] = SCHEMES[scope["type"]].get(proto, scope["scheme"])
         if client.host is not None:
             scope["client"] = (client.host, 0)
-
-
-def _entries(scope: Scope, name: bytes) -> list[str]:
-    """Return the entries of a header: several lines of it are one list."""
-    lines = [value.decode("latin-1") for key, value in scope["headers"] if key.lower() == name]
-    return [entry.strip() for entry in ",".join(lines).split(",")] if any(map(str.strip, lines)) else []

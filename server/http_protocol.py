@@ -6,6 +6,7 @@ The deadlines are for the whole of a thing, not for its next byte: a client that
 import asyncio
 import logging
 import re
+from collections import Counter
 from collections.abc import Callable
 from enum import Enum
 from functools import partial
@@ -17,7 +18,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from protocol.errors import ErrorCode, Refused
 from protocol.limits import MAX_FRAME_BYTES
 from server.errors import log_defect
-from server.sockets import LINGER_BYTES, Sockets
+from server.sockets import LINGER_BYTES, PROXY, Sockets
 from server.web import refusal_response
 from server.websocket import WebSocket
 
@@ -66,7 +67,9 @@ class Http(HttpToolsProtocol):
     def __init__(self, *args: Any, sockets: Sockets, **kwargs: Any) -> None:  # noqa: ANN401 - as uvicorn makes it
         super().__init__(*args, **kwargs)
         self._sockets = sockets
+        # What the connection is counted by; of a trusted proxy, by whom it asks for now.
         self._key: str | None = None
+        self._is_of_proxy = False
         self._stage = Stage.NOTHING
         self._deadline: asyncio.TimerHandle | None = None
         self._stalled: asyncio.TimerHandle | None = None
@@ -74,8 +77,8 @@ class Http(HttpToolsProtocol):
         self._bytes = 0
         # The request that the application answers now; `cycle` is the one that arrived last.
         self._running: RequestResponseCycle | None = None
-        # Of bodies, counted at `sockets`.
-        self._held = 0
+        # Of bodies, counted at `sockets`: bytes of each client.
+        self._held: Counter[str] = Counter()
         self._is_over = False
         self._is_lingering = False
         self._is_new = True
@@ -87,6 +90,7 @@ class Http(HttpToolsProtocol):
         except Refused as refused:
             self._refuse(refused)
             return
+        self._is_of_proxy = self._key == PROXY
         self._sockets.waits(self, self._abort)
         self._arm(HEAD_SECONDS, self._too_late)
 
@@ -186,6 +190,12 @@ class Http(HttpToolsProtocol):
         if len(hosts) > 1 or not (hosts or is_old) or not all(HOST.fullmatch(host) for host in hosts):
             self._refuse(Refused(ErrorCode.BAD_FRAME, "A request names its host once. Send one valid `Host` header."))
             return
+        if self._is_of_proxy:
+            try:
+                self._count_as(self._sockets.client_key(self.client[0] if self.client else None, self.headers))
+            except Refused as refused:
+                self._refuse(refused)
+                return
         self._disarm()
         self._stage, self._bytes = Stage.BODY, 0
         if len(self.pipeline) >= MAX_PIPELINED:
@@ -202,12 +212,13 @@ class Http(HttpToolsProtocol):
         if self._is_over:
             return
         if self._is_answering():
+            key = self._key or PROXY
             try:
-                self._sockets.hold(self._key or "", len(body))
+                self._sockets.hold(key, len(body))
             except Refused as refused:
                 self._refuse(refused)
                 return
-            self._held += len(body)
+            self._held[key] += len(body)
         super().on_body(body)
 
     def on_message_complete(self) -> None:  # noqa: D102
@@ -240,6 +251,7 @@ class Http(HttpToolsProtocol):
         elif not self.pipeline:
             self._release()
             if not self._is_over:
+                self._count_as(PROXY)
                 self._sockets.waits(self, self._abort)
 
     def send_400_response(self, msg: str) -> None:  # noqa: ARG002, D102 - the library's name
@@ -331,9 +343,15 @@ class Http(HttpToolsProtocol):
         return cycle is not None and not cycle.response_complete
 
     def _release(self) -> None:
-        if self._held:
-            self._sockets.release(self._key or "", self._held)
-            self._held = 0
+        for key, count in self._held.items():
+            self._sockets.release(key, count)
+        self._held.clear()
+
+    def _count_as(self, key: str) -> None:
+        """Count a proxy's connection as one of a client. Raises Refused if that one has too many."""
+        if self._is_of_proxy and self._key is not None and self._key != key:
+            self._sockets.move(self._key, key)
+            self._key = key
 
     def _arm(self, seconds: float, then: Callable[[], None]) -> None:
         self._disarm()

@@ -1,7 +1,7 @@
 """Trusted proxies: which of the addresses in X-Forwarded-For is the client's (docs/decisions/0029)."""
 
 import ipaddress
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -10,6 +10,7 @@ from server.addresses import Address, parsed
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 MAX_COUNT = 10
+FORWARDED_FOR = b"x-forwarded-for"
 
 
 class Client(NamedTuple):
@@ -68,6 +69,16 @@ class Proxies:
                 break
             hops += 1
         return Client(None if address is None else str(address), hops)
+
+    def client_of(self, peer: str | None, headers: Iterable[tuple[bytes, bytes]]) -> Client:
+        """Return the client of a request with these headers. Raises Refused as `client`."""
+        return self.client(peer, entries(headers, FORWARDED_FOR))
+
+
+def entries(headers: Iterable[tuple[bytes, bytes]], name: bytes) -> list[str]:
+    """Return the entries of a header: several lines of it are one list."""
+    lines = [value.decode("latin-1") for key, value in headers if key.lower() == name]
+    return [entry.strip() for entry in ",".join(lines).split(",")] if any(map(str.strip, lines)) else []
 
 
 class HostBits(ValueError):  # noqa: N818 - its text is the advice

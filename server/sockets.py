@@ -5,7 +5,7 @@ import logging
 import resource
 import time
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from protocol.errors import ErrorCode, Refused
 from protocol.limits import MAX_FRAME_BYTES
@@ -13,6 +13,7 @@ from server.addresses import limit_key, too_many_of_address
 from server.limits import Pace
 from server.metrics import OTHER
 from server.proxies import Proxies
+from server.sharedbound import SharedBound
 
 RESERVED_DESCRIPTORS = 128
 """Descriptors that connections leave to the database, Redis, logs, metrics and requests to other servers."""
@@ -21,14 +22,15 @@ MACOS_DESCRIPTORS = 10_240
 SPARE = 8
 """Min connections of an address beyond those that are let in."""
 UNREAD_BYTES = 16 * 1024 * 1024
-UNREAD_BYTES_OF_ADDRESS = 4 * 1024 * 1024
-"""Max bytes of requests that are not complete or not answered, of a worker and of one address."""
+"""Max bytes of requests that are not complete or not answered, of a worker. An address has a share (`SharedBound`)."""
 LINGER_BYTES = 16 * MAX_FRAME_BYTES
 """Max bytes that are read and dropped before a connection is closed. A socket that is closed with unread bytes is
 reset, and then the client may lose the answer or the close frame.
 """
 BEGIN_AT_ONCE = 4
 """Connections whose first bytes are taken in in one turn of the loop, at most."""
+PROXY = ""
+"""The key of a connection of a trusted proxy between requests."""
 LOG_SECONDS = 60.0
 RETRY_MS = 5_000
 
@@ -36,7 +38,9 @@ log = logging.getLogger(__name__)
 
 
 class Sockets:
-    """Counts connections by the address of the TCP peer; a trusted proxy's own address has no limit."""
+    """Counts connections by the address of the TCP peer; those of a trusted proxy, by the address that each request is
+    forwarded for, from the end of its header until it is answered. In between, a proxy's have no limit of their own.
+    """
 
     def __init__(self, *, most: int, per_address: int, proxies: Proxies, frames: Pace) -> None:
         """`frames` is the pace of WebSocket control frames and fragments, of each connection."""
@@ -48,8 +52,8 @@ class Sockets:
         self.frames = frames
         self._count = 0
         self._of_address: Counter[str] = Counter()
-        self._unread = 0
-        self._unread_of_address: Counter[str] = Counter()
+        self.unread: SharedBound[str] = SharedBound(UNREAD_BYTES)
+        """Bytes of requests that are not complete or not answered, by address."""
         # The connections that the server does nothing for now, oldest first, and what closes each.
         self._waiting: dict[object, Callable[[], None]] = {}
         self._beginning: deque[Callable[[], None]] = deque()
@@ -69,7 +73,7 @@ class Sockets:
 
         If descriptors run out, the connection that has waited longest without asking for anything makes room.
         """
-        key = "" if host is None or self._proxies.trusts(host) else limit_key(host)
+        key = PROXY if host is None or self._proxies.trusts(host) else limit_key(host)
         if key and self._of_address[key] >= self._per_address:
             raise too_many_of_address()
         if self._count >= self._most:
@@ -85,6 +89,23 @@ class Sockets:
         self._count += 1
         self._of_address[key] += 1
         return key
+
+    def client_key(self, peer: str | None, headers: Iterable[tuple[bytes, bytes]]) -> str:
+        """Return the key of the client that a request of a trusted proxy is forwarded for: of the address in its
+        headers, or else of the proxy's. A request whose address is none is refused later.
+        """
+        try:
+            host = self._proxies.client_of(peer, headers).host
+        except Refused:
+            host = None
+        return limit_key(host or peer or "unknown")
+
+    def move(self, key: str, to: str) -> None:
+        """Count a connection under another key. Raises Refused if there are too many of that one."""
+        if to and self._of_address[to] >= self._per_address:
+            raise too_many_of_address()
+        self._of_address[to] += 1
+        _take(self._of_address, key, 1)
 
     def leave(self, key: str) -> None:
         """Give back the place of a connection that is closed."""
@@ -119,22 +140,17 @@ class Sockets:
             received()
 
     def hold(self, key: str, count: int) -> None:
-        """Count `count` bytes of an unanswered request. Raises Refused beyond the two maxima."""
-        if self._unread + count > UNREAD_BYTES or (
-            key and self._unread_of_address[key] + count > UNREAD_BYTES_OF_ADDRESS
-        ):
+        """Count `count` bytes of an unanswered request. Raises Refused beyond the address's share or the maximum."""
+        if not self.unread.take(key, count):
             raise Refused(
                 ErrorCode.UNAVAILABLE,
                 "Too many bytes of unanswered requests. Retry after `retry_after_ms`.",
                 retry_after_ms=RETRY_MS,
             )
-        self._unread += count
-        self._unread_of_address[key] += count
 
     def release(self, key: str, count: int) -> None:
         """Give back bytes that `hold` counted."""
-        self._unread -= count
-        _take(self._unread_of_address, key, count)
+        self.unread.give(key, count)
 
     def _shed(self) -> None:
         self.shed += 1

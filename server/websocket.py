@@ -334,14 +334,22 @@ class WebSocket(WebSocketsSansIOProtocol):
             else:
                 self._stalled = self.loop.call_later(STALL_SECONDS, self._is_stalled, waiting)
 
+    @property
+    def is_behind(self) -> bool:
+        """Whether the peer has most of a large answer still to take in."""
+        return (
+            self._is_wide
+            and not self.transport.is_closing()
+            and self.transport.get_write_buffer_size() > self.outbox_bytes // 2
+        )
+
     async def drained(self) -> None:
         """Return when the peer has taken in most of what it asked for, or is gone."""
-        while self._is_wide and not self.transport.is_closing():
-            if self.transport.get_write_buffer_size() <= self.outbox_bytes // 2:
-                self.transport.set_write_buffer_limits(high=self.outbox_bytes)
-                self._is_wide = False
-            else:
-                await asyncio.sleep(DRAIN_LOOK_SECONDS)
+        while self.is_behind:  # noqa: ASYNC110 - nothing tells when the transport has written
+            await asyncio.sleep(DRAIN_LOOK_SECONDS)
+        if self._is_wide and not self.transport.is_closing():
+            self.transport.set_write_buffer_limits(high=self.outbox_bytes)
+            self._is_wide = False
 
     def pause_receiving(self) -> None:
         """Read no more from the peer for now."""

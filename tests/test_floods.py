@@ -234,7 +234,7 @@ async def test_what_comes_together_with_the_login_is_not_lost(alone: World, size
     assert answered == list(range(len(questions)))
     wire.writer.transport.abort()
     await until(lambda: len(alone.workers[0].app.sockets) == 0)
-    assert alone.workers[0].app.sockets._unread == 0  # noqa: SLF001
+    assert alone.workers[0].app.sockets.unread.taken == 0
 
 
 async def test_nothing_is_read_before_the_handshake_is_answered(alone: World) -> None:

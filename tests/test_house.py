@@ -40,6 +40,7 @@ STOREYS: list[list[str]] = [
         "looptime",
         "pool",
         "share",
+        "sharedbound",
         "cursor",
         "progress",
         "terminal",

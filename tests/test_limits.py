@@ -1,6 +1,7 @@
 """How much of everything one user, one connection and one address may do; docs/limits.md has the table."""
 
 import asyncio
+import contextlib
 import itertools
 import socket
 import time
@@ -30,7 +31,8 @@ from server.limits import Allowance, Pace, too_many
 from server.proxies import Proxies
 from server.queries import conversations
 from server.readiness import LOOK_SECONDS, Readiness
-from server.sockets import UNREAD_BYTES, UNREAD_BYTES_OF_ADDRESS, Sockets
+from server.sharedbound import SHARE
+from server.sockets import UNREAD_BYTES, Sockets
 from server.web import PROBES
 from tests.world import World, heard, http_client, message, sent, until
 
@@ -232,7 +234,7 @@ async def test_connections_of_one_user_that_come_concurrently(settings: Settings
             return True
 
         # All are looked up in a few statements, so that they begin in the same turn of the loop.
-        everyone = [await come() for _ in range(90)]
+        everyone = [await come() for _ in range(60)]
         await asyncio.gather(*map(introduce, everyone))
         staying = [
             one for one, is_in in zip(everyone, await asyncio.gather(*map(stays, everyone)), strict=True) if is_in
@@ -274,7 +276,7 @@ async def test_who_connects_again_and_again_is_told_when_to_come(settings: Setti
         answer = await late.raw(encode(client.Authenticate(token=ada.token)).decode())
         assert (answer.code, answer.retry_after_ms) == (error.code, error.retry_after_ms)
         assert await late.closed() == CloseCode.GOING_AWAY
-        assert app.admission._inside == 0  # noqa: SLF001
+        assert len(app.admission) == 0
         now += (error.retry_after_ms or 0) * 1_000_000
         await (await world.connect(ada)).call(client.Ping())
 
@@ -516,16 +518,21 @@ async def test_a_socket_is_not_read_while_many_of_its_frames_wait(world: World, 
 
 def test_bytes_of_unanswered_requests_are_counted_by_address_and_in_all() -> None:
     sockets = Sockets(most=1_000, per_address=1_000, proxies=Proxies.read(""), frames=Pace.of(1.0))
-    addresses = [str(number) for number in range(UNREAD_BYTES // UNREAD_BYTES_OF_ADDRESS)]
-    for address in addresses:
-        sockets.hold(address, UNREAD_BYTES_OF_ADDRESS - 1)
+    left = UNREAD_BYTES
+    for address in map(str, range(9)):
+        sockets.hold(address, left // SHARE - 1)
         with pytest.raises(Refused, match="unanswered requests"):
             sockets.hold(address, 2)
         sockets.hold(address, 1)
-    with pytest.raises(Refused, match="unanswered requests"):
-        sockets.hold("another", 1)
-    sockets.release(addresses[0], 1)
-    sockets.hold("another", 1)
+        left -= left // SHARE
+    # Whatever nine addresses hold, there is room for the largest frame of another one.
+    sockets.hold("another", MAX_FRAME_BYTES)
+    for number in range(1_000):
+        with contextlib.suppress(Refused):
+            sockets.hold(f"further {number}", 10_000)
+    assert sockets.unread.taken <= UNREAD_BYTES
+    sockets.release("0", UNREAD_BYTES // SHARE)
+    sockets.hold("0", MAX_FRAME_BYTES)
 
 
 async def test_three_exports_of_a_user_are_begun_and_no_fourth(world: World) -> None:

@@ -1,8 +1,11 @@
 """Too much at once: who comes in is bounded and told when to come, and what can wait is refused before what cannot."""
 
 import asyncio
+import contextlib
+import itertools
 import time
 from http import HTTPStatus
+from uuid import UUID
 
 import msgspec
 import pytest
@@ -12,13 +15,14 @@ from websockets.exceptions import InvalidStatus
 
 from protocol import client, server
 from protocol.errors import CloseCode, ErrorCode, Refused
+from protocol.ids import UserId
 from protocol.server import Error
 from prove.client import Client
-from server import connection
-from server.admission import Admission
+from server.admission import Admission, Place
 from server.config import Settings
 from server.pressure import LATE_SECONDS
-from tests.world import World, message, sent
+from server.websocket import WebSocket
+from tests.world import World, message, sent, until
 
 CLIENTS = 150
 
@@ -31,41 +35,80 @@ class Clock:
         return self.now
 
 
-@given(st.lists(st.tuples(st.booleans(), st.floats(0, 0.5)), max_size=300))
-def test_never_more_than_so_many_are_on_their_way_in(steps: list[tuple[bool, float]]) -> None:
+@given(st.lists(st.tuples(st.integers(0, 6), st.booleans(), st.floats(0, 0.5)), max_size=300))
+def test_never_more_than_so_many_are_on_their_way_in(steps: list[tuple[int, bool, float]]) -> None:
     clock = Clock()
-    admission = Admission(at_once=5, clock=clock)
-    inside = 0
-    for is_coming, seconds in steps:
+    admission = Admission(at_once=8, clock=clock)
+    inside: list[Place] = []
+    for who, is_coming, seconds in steps:
         clock.now += seconds
+        before = len(inside)
         if is_coming:
             try:
-                admission.begin()
-                inside += 1
+                inside.append(admission.begin(f"192.0.2.{who % 5}"))
+                inside[-1].require(UserId(UUID(int=who)))
             except Refused as refused:
-                assert inside == 5
+                if len(inside) > before:
+                    inside.pop().end()  # the address has room, and the user has none
                 assert refused.retry_after_ms is not None
                 assert 250 <= refused.retry_after_ms <= 30_000
         elif inside:
-            admission.end()
-            inside -= 1
-        assert inside <= 5
+            place = inside.pop(who % len(inside))
+            place.end()
+            place.end()  # in vain
+            if who % 2:
+                place.again()
+                inside += [place] * place.is_held
+        assert len(admission) == len(inside) <= 8
+    for place in inside:
+        place.end()
+    assert len(admission) == 0
+    assert not admission._addresses._held.keys() | admission._users._held.keys()  # noqa: SLF001
+
+
+@given(st.lists(st.integers(0, 11), max_size=1_000), st.booleans())
+def test_twelve_clients_leave_places_for_others_whatever_they_hold(who: list[int], is_address: bool) -> None:  # noqa: FBT001
+    admission = Admission()
+    for number in [*who, *list(range(12)) * 64]:
+        with contextlib.suppress(Refused):
+            place = admission.begin(f"192.0.2.{number}" if is_address else f"203.0.113.{len(admission)}")
+            try:
+                place.require(UserId(UUID(int=0 if is_address else number)))
+            except Refused:
+                place.end()
+    assert len(admission) > 180 or is_address
+    admission.begin("198.51.100.1").require(UserId(UUID(int=99)))
+
+
+def test_a_client_that_asks_again_and_again_puts_off_others_only_by_its_share() -> None:
+    clock = Clock()
+    admission = Admission(at_once=40, clock=clock)
+    for number in range(40):
+        admission.begin(f"192.0.2.{number}")
+    for _ in range(2_000):
+        clock.now += 0.002
+        with pytest.raises(Refused):
+            admission.begin("192.0.2.1")
+    with pytest.raises(Refused) as refused:
+        admission.begin("198.51.100.1")
+    # At the rate that is guessed, 200 a second, 40 are inside and a fourth as many have been told to come.
+    assert (refused.value.retry_after_ms or 0) <= (40 + 10 + 1) * 1_000 / 200 * 1.3
 
 
 @pytest.mark.parametrize("rate", [20, 500])
 def test_those_who_come_when_told_come_about_as_fast_as_others_get_in(rate: int) -> None:
     clock = Clock()
     admission = Admission(at_once=50, clock=clock)
-    for _ in range(50):
-        admission.begin()
+    numbers = itertools.count()
+    inside = [admission.begin(str(next(numbers))) for _ in range(50)]
     for _ in range(5 * rate):  # five seconds of it
         clock.now += 1 / rate
-        admission.end()
-        admission.begin()
+        inside.pop(0).end()
+        inside.append(admission.begin(str(next(numbers))))
     told = []
     for _ in range(4 * rate):
         with pytest.raises(Refused) as refused:
-            admission.begin()
+            admission.begin(str(next(numbers)))
         told.append(refused.value.retry_after_ms or 0)
     # They need four seconds, after those who are inside: the last are told about that, and not all the same.
     last = sorted(told[-rate:])
@@ -75,7 +118,7 @@ def test_those_who_come_when_told_come_about_as_fast_as_others_get_in(rate: int)
 
 async def test_a_full_door_says_when_to_come_and_everyone_gets_in(world: World) -> None:
     worker = world.workers[0].app
-    worker.admission._at_once = 10  # noqa: SLF001 - a small door
+    worker.admission._addresses.most = 40  # noqa: SLF001 - a small door: ten places for one address
     ada = await world.user("Ada")
     people = [ada, *await world.users(*(f"Person {number}" for number in range(CLIENTS // 40)))]
     turned_away = 0
@@ -99,29 +142,50 @@ async def test_a_full_door_says_when_to_come_and_everyone_gets_in(world: World) 
     clients = await asyncio.gather(*(come(number) for number in range(CLIENTS)))
     assert turned_away > 0
     assert worker.admission.refused == turned_away
-    assert worker.admission._inside == 0  # noqa: SLF001
+    assert len(worker.admission) == 0
     await asyncio.gather(*(one.close() for one in clients))
 
 
-async def test_who_says_nothing_keeps_nobody_out(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connection, "ENTER_SECONDS", 0.2)
+async def test_who_says_nothing_keeps_nobody_out(world: World) -> None:
     worker = world.workers[0].app
-    worker.admission._at_once = 2  # noqa: SLF001
-    ada = await world.user("Ada")
+    worker.admission._addresses.most = worker.admission._users.most = 2  # noqa: SLF001 - one place for each
+    ada, charles = await world.users("Ada", "Charles")
     silent = [Client(world.url, None) for _ in range(5)]
     for one in silent:
         await one.open()
-    # Who says that they will resume, and do not, keep a place for a moment only.
-    for _ in range(2):
-        await world.connect(ada, query="?resume=1")
-    with pytest.raises(InvalidStatus, match="503"):
-        await Client(world.url, ada.token).open()
-    async with asyncio.timeout(5):
-        while worker.admission._inside:  # noqa: SLF001
-            await asyncio.sleep(0.01)
-    await world.connect(ada)
+    # Who says that they will resume, and do not, keep no place.
+    resuming = [await world.connect(ada, query="?resume=1") for _ in range(5)]
+    for one in resuming:
+        await one.event(server.Ready)
+    await world.connect(charles)
+    # What they say at last is done, and is work.
+    async with world.db.transaction():
+        await world.db.execute("LOCK TABLE conversation_participant")
+        late = asyncio.create_task(resuming[0].call(client.Resume(epoch="", versions={}), server.Resumed))
+        await until(lambda: len(worker.admission) == 1)
+        with pytest.raises(InvalidStatus, match="503"):
+            await Client(world.url, charles.token).open()
+        # There is no place left in the share of this one, and its resume is done without.
+        others = asyncio.create_task(resuming[1].call(client.Resume(epoch="", versions={}), server.Resumed))
+    await asyncio.gather(late, others)
+    await until(lambda: len(worker.admission) == 0)
+    await world.connect(charles)
     for one in silent:
         assert await one.closed() == CloseCode.WITH_TOKEN
+
+
+async def test_who_does_not_read_keeps_no_place(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = world.workers[0].app
+    ada = await world.user("Ada")
+    await world.channel(await world.connect(ada))
+    is_slow = True
+    monkeypatch.setattr(WebSocket, "is_behind", property(lambda one: is_slow and one.receiver.attached))
+    slow = await world.connect(ada)  # has its first page, which it seems not to read
+    entering = [one for one in worker.hub.people.sockets(ada.id) if one._entering is not None]  # type: ignore[attr-defined]  # noqa: SLF001
+    assert (len(entering), len(worker.admission)) == (1, 0)
+    is_slow = False
+    await slow.synced()
+    assert entering[0]._entering is None  # type: ignore[attr-defined]  # noqa: SLF001
 
 
 async def test_first_typing_then_presence_then_receipts_never_messages(settings: Settings) -> None:

@@ -23,7 +23,8 @@ from server import sockets as sockets_module
 from server.config import Settings
 from server.limits import Pace
 from server.proxies import Proxies
-from server.sockets import UNREAD_BYTES_OF_ADDRESS, Sockets
+from server.sharedbound import SHARE
+from server.sockets import UNREAD_BYTES, Sockets
 from server.websocket import WebSocket
 from tests.cluster import Cluster
 from tests.world import World, http_client, until
@@ -248,6 +249,43 @@ async def test_behind_a_proxy_its_own_address_has_no_limit(settings: Settings) -
             writer.close()
 
 
+async def test_behind_a_proxy_requests_count_for_whom_they_are_forwarded_for(settings: Settings) -> None:
+    """Their bytes and their connections, from the end of the header to the answer; between two requests, for nobody."""
+    settings = msgspec.structs.replace(settings, connections_per_address=3, trusted_proxies="1")
+    async with World(settings, workers=1) as world:
+        sockets = world.workers[0].app.sockets
+        sockets.unread.most = 400_000  # a fourth of it is for one address
+        ada, by_mal, by_eve = (await known(world, POST)).partition(b"Content")[0], b"203.0.113.9", b"198.51.100.7"
+
+        async def ask(client_ip: bytes, sent: int, of: int) -> Streams:
+            streams = await dial(world)
+            head = ada + b"X-Forwarded-For: " + client_ip + b"\r\nContent-Length: %d\r\n\r\n" % of
+            streams[1].write(head + b'{"type":"ping"}'.ljust(sent))
+            return streams
+
+        open_ = [await ask(by_mal, 99_000, 100_000)]
+        await until(lambda: sockets.unread.taken == 99_000)
+        too_large = await ask(by_mal, 2_000, 100_000)
+        assert (await heard(too_large[0])).startswith(b"HTTP/1.1 503")
+        too_large[1].close()
+        done = await ask(by_eve, 60_000, 60_000)
+        assert (await done[0].readline()).startswith(b"HTTP/1.1 200")
+        await until(lambda: sockets._of_address == {sockets_module.PROXY: 1, by_mal.decode(): 1})  # noqa: SLF001
+
+        open_ += [await ask(by_mal, 50, 100_000) for _ in range(3 + sockets_module.SPARE - 1)]
+        await until(lambda: sockets._of_address[by_mal.decode()] == len(open_))  # noqa: SLF001
+        too_many = await ask(by_mal, 0, 100_000)
+        assert (await heard(too_many[0])).startswith(b"HTTP/1.1 429")
+        eve_token, of_eve = (await world.user("Eve")).token, {"X-Forwarded-For": by_eve.decode()}
+        async with Client(world.url, eve_token, headers=of_eve) as eve:
+            await eve.call(client.Ping())
+            assert sockets._of_address[by_eve.decode()] == 1  # noqa: SLF001
+        for _, writer in (*open_, done, too_many):
+            writer.transport.abort()
+        await until(lambda: len(sockets) == 0)
+        assert_nothing_is_kept(sockets)
+
+
 async def test_bodies_that_do_not_end_are_bounded(alone: World) -> None:
     """400 requests of 250 KB would be 100 MB."""
     app = alone.workers[0].app
@@ -258,9 +296,9 @@ async def test_bodies_that_do_not_end_are_bounded(alone: World) -> None:
         held[-1][1].write(request + b"x" * 249_000)
     # Those that are too many are told so, and the others go on.
     async with asyncio.timeout(PATIENCE):
-        while app.sockets._unread < UNREAD_BYTES_OF_ADDRESS * 3 // 4:  # noqa: SLF001
+        while app.sockets.unread.taken < UNREAD_BYTES // SHARE * 3 // 4:
             await asyncio.sleep(0.01)
-    assert app.sockets._unread <= UNREAD_BYTES_OF_ADDRESS  # noqa: SLF001
+    assert app.sockets.unread.taken <= UNREAD_BYTES // SHARE
     answers = [asyncio.create_task(reader.read(12)) for reader, _ in held]
     async with asyncio.timeout(PATIENCE):
         while not any(task.done() and not task.exception() and task.result().endswith(b"503") for task in answers):
@@ -282,7 +320,7 @@ async def test_a_body_that_ends_too_early_is_no_fault_of_the_server(
     _, writer = await dial(alone)
     writer.write(await known(alone, POST) + b"x" * 500)
     app = alone.workers[0].app
-    await until(lambda: app.sockets._unread == 500)  # noqa: SLF001
+    await until(lambda: app.sockets.unread.taken == 500)
     writer.close()
     await until(lambda: len(app.sockets) == 0 and not alone.workers[0].server.server_state.tasks)
     assert [record for record in caplog.records if record.levelno >= logging.ERROR] == []
@@ -369,7 +407,7 @@ async def test_who_was_refused_and_does_not_go_makes_room_and_is_closed(alone: W
 
 
 def assert_nothing_is_kept(sockets: Sockets) -> None:
-    kept = (sockets._unread, sockets._unread_of_address, sockets._waiting)  # noqa: SLF001
+    kept = (sockets.unread.taken, sockets.unread._held, sockets._waiting)  # noqa: SLF001
     assert (len(sockets), sockets._of_address, *kept) == (0, {}, 0, {}, {})  # noqa: SLF001
 
 
