@@ -250,24 +250,33 @@ class Topics:
     async def _fetch(self, topic: Topic, delay: float) -> None:
         """Deliver from PostgreSQL what did not come, as one `changes` event or several."""
         await asyncio.sleep(delay)
+        is_filled = False
         try:
-            highest = max(topic.early, default=topic.delivered + 1)
-            while topic.delivered < highest:
-                since = topic.delivered
-                fetched = await self._record.since(topic.id, since)
-                if fetched is None or fetched.version <= topic.delivered:
-                    return
-                if since != topic.delivered:
-                    continue  # some of it came meanwhile
-                self.fetched += 1
-                self._advance(topic, fetched.version, text_frame(encode(fetched.changes)))
-                for user_id in fetched.gone:
-                    self._drop(topic, user_id)
-                self._drain(topic)
+            is_filled = await self._fill(topic)
         except Exception as error:  # noqa: BLE001 - the database is away: the next comparison finds the gap again
             log_failure(log, f"reading the changes of {topic.id}", error)
         finally:
             topic.fetch = None
+        if is_filled and topic.early:
+            # It came while this ran, behind another gap, and could not have that fetched.
+            self._fetch_soon(topic, GAP_SECONDS)
+
+    async def _fill(self, topic: Topic) -> bool:
+        """Deliver what lies before the events that are early now; False if PostgreSQL has nothing new."""
+        highest = max(topic.early, default=topic.delivered + 1)
+        while topic.delivered < highest:
+            since = topic.delivered
+            fetched = await self._record.since(topic.id, since)
+            if since != topic.delivered:
+                continue  # some of it came meanwhile
+            if fetched is None or fetched.version <= since:
+                return False
+            self.fetched += 1
+            self._advance(topic, fetched.version, text_frame(encode(fetched.changes)))
+            for user_id in fetched.gone:
+                self._drop(topic, user_id)
+            self._drain(topic)
+        return True
 
     async def compare(self) -> None:
         """Compare all positions with PostgreSQL, and fetch what was missed."""

@@ -1,0 +1,52 @@
+"""Events that come early, behind a gap, while another gap is being fetched."""
+
+import pytest
+
+from protocol.codec import encode, text_frame
+from protocol.errors import ErrorCode
+from protocol.ids import ConversationId
+from protocol.server import Error
+from server.topics import NOBODY, Fetched, Topics
+from tests.world import World, until
+
+EVENT = text_frame(encode(Error(code=ErrorCode.INTERNAL, message="This stands for an event.")))
+BUMP = "UPDATE conversation SET version = version + 1, settings_version = version + 1 WHERE id = $1 RETURNING version"
+
+
+@pytest.mark.parametrize("came", [[4], [5, 1, 2], [7, 5, 1], [3, 6, 2, 1], []], ids=str)
+async def test_no_gap_waits_for_the_comparison(world: World, monkeypatch: pytest.MonkeyPatch, came: list[int]) -> None:
+    """The second change is heard of first. Those that `came` are heard of while its answer is on the way."""
+    one = await world.connect(await world.user("Ada"))
+    about = await world.channel(one)
+    topics = world.workers[0].app.hub.topics
+    topic = topics._topics[about]  # noqa: SLF001
+    base = topic.delivered
+    since = topics._record.since  # noqa: SLF001
+    fetched: list[int] = []
+
+    async def late(conversation_id: ConversationId, version: int) -> Fetched | None:
+        found = await since(conversation_id, version)
+        fetched.append(version - base)
+        if len(fetched) == 1:
+            for _ in range(2, max(came, default=2)):
+                await world.db.fetchval(BUMP, about)
+            for number in came:
+                topics.accept(about, base + number, EVENT, NOBODY)
+        return found
+
+    async def no_comparison(_: Topics) -> None:
+        return
+
+    monkeypatch.setattr(Topics, "compare", no_comparison)
+    monkeypatch.setattr(topics._record, "since", late)  # noqa: SLF001
+    for _ in range(2):
+        await world.db.fetchval(BUMP, about)
+    topics.accept(about, base + 2, EVENT, NOBODY)
+    await until(lambda: topic.delivered == base + max(came, default=2) and topic.fetch is None, seconds=3)
+    assert topic.early == {}
+    assert len(fetched) <= 1 + len(came)
+    # Nor does one that PostgreSQL knows nothing of have it asked again and again.
+    fetched.clear()
+    topics.accept(about, topic.delivered + 2, EVENT, NOBODY)
+    await until(lambda: topic.fetch is None)
+    assert len(fetched) == 1
