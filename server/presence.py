@@ -7,9 +7,9 @@ Without Redis a worker knows its own users. PostgreSQL keeps what users chose, a
 
 import asyncio
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import time
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
-from enum import Enum
 from typing import TypeVar
 from uuid import UUID
 
@@ -24,9 +24,11 @@ from protocol.values import PresenceStatus
 from server.context import Subscriber
 from server.database import Database
 from server.errors import REDIS_LOST, is_lost
+from server.gather import Gather
 from server.periodic import end, every
 from server.queries import users
 from server.queries.users import Transition, Visibility, Watchable
+from server.untold import News, Reason, Untold
 
 FLUSH_SECONDS = 0.1
 """Arrivals and departures travel together this often."""
@@ -38,26 +40,15 @@ RECORD_SECONDS = 1.0
 LAST_TRIES = 5
 """Max tries, `FLUSH_SECONDS` apart, of a worker that ends to record those whose rows are held."""
 
+CALLS_AT_ONCE = 256
+"""Max calls that share an exchange with Redis."""
+
 WatchedBy = TypeVar("WatchedBy", bound=tuple[UserId, UserId])
 """A watcher and a watched user."""
 
 WORKERS = "openchat:workers:"
 WORKER = "openchat:worker:"
 USER = "openchat:presence:"
-
-
-class Reason(Enum):
-    """Why a user's presence is announced. An event that an invisible user causes would tell that they are here."""
-
-    DEVICE = "a device came, went, or is idle"
-    CHOICE = "another status or custom status, or the end of one"
-    PRIVACY = "another setting of privacy"
-
-    def is_told_of(self, choice: Visibility) -> bool:
-        """Whether those who watch a user who has chosen this are told."""
-        if self is Reason.DEVICE:
-            return choice.is_shown and choice.status != "invisible"
-        return choice.is_shown or self is Reason.PRIVACY
 
 
 class Presence:
@@ -86,13 +77,23 @@ class Presence:
         # With which code the last connection of who is gone was closed.
         self._ends: dict[UserId, CloseCode] = {}
         self._transitions: dict[UserId, Transition] = {}
+        self._untold = Untold(self._announce_all)
+        # One exchange with Redis at a time: nothing older comes last.
+        self._flushes: Gather[None, None] = Gather(self._flush_dirty, most=CALLS_AT_ONCE)
+        # Who was announced while Redis was away: by what this worker knows.
+        self._guessed: set[UserId] = set()
+        # Workers that are cleaned up after, and whose users may still be untold.
+        self._burying: dict[str, Collection[UserId]] = {}
         self._dead: set[str] = set()
         self._tasks: list[asyncio.Task[None]] = []
         self._loop = asyncio.get_running_loop()
 
     async def start(self) -> None:
         """Begin to keep Redis and PostgreSQL up to date."""
-        jobs = ((self._flush, FLUSH_SECONDS), (self._sign, SIGN_SECONDS), (self._record, RECORD_SECONDS))
+        jobs = (
+            (self._flush, FLUSH_SECONDS), (self._tell_due, FLUSH_SECONDS), (self._sign, SIGN_SECONDS),
+            (self._record, RECORD_SECONDS),
+        )  # fmt: skip
         self._tasks = [asyncio.create_task(every(seconds, job)) for job, seconds in jobs]
 
     async def close(self, *, is_epoch_over: bool = False) -> None:
@@ -114,9 +115,12 @@ class Presence:
                     break
                 await asyncio.sleep(FLUSH_SECONDS)
                 await self._record()
+            if self._untold:
+                await self._untold.tell()
             await self._redis.delete(self._worker_key + self._worker)
             if is_epoch_over:
                 await self._bury(self._worker)
+                await self._take_away([self._worker])
         except REDIS_LOST:
             return
 
@@ -152,20 +156,23 @@ class Presence:
             is_new = await users.choose(db, user_id, frame, is_here=bool(devices))
         if device in devices:
             devices[device] = frame.status == "away"
-        await self._flush_users([user_id], Reason.CHOICE if is_new else Reason.DEVICE)
+        self._note(user_id)
+        self._untold.keep(user_id, News(Reason.CHOICE if is_new else Reason.DEVICE))
+        await self._flushes.submit(None)
+        await self._untold.tell()
         return is_new
 
     async def announce(self, user_id: UserId) -> None:
         """Tell those who watch a user how they are seen now that their privacy is another."""
-        await self._flush_users([user_id], Reason.PRIVACY)
+        self._untold.keep(user_id, News(Reason.PRIVACY))
+        await self._untold.tell()
 
     async def expire_statuses(self) -> bool:
         """Take away custom statuses whose time is over, and tell it; return whether there may be more."""
         async with self._database.connection() as db:
             over = await users.expire_statuses(db)
-        if over:
-            states = await self._fields(over)
-            await self._tell({user_id: self._states(states[user_id]) for user_id in over}, Reason.CHOICE)
+        for user_id in over:
+            self._untold.keep(user_id, News(Reason.CHOICE))
         return len(over) == users.AT_ONCE
 
     # ------------------------------------------------------------------------------------------------- seeing
@@ -176,15 +183,17 @@ class Presence:
         return {pair: _seen(pair[1], one.choice, self._states(fields[pair[1]])) for pair, one in found.items()}
 
     async def _fields(self, user_ids: Sequence[UserId]) -> dict[UserId, dict[bytes, bytes]]:
-        local = {user_id: self._local(user_id) for user_id in user_ids}
         try:
-            async with self._redis.pipeline(transaction=False) as pipe:
-                for user_id in user_ids:
-                    pipe.hgetall(self.user_key + user_id.hex)
-                found = await pipe.execute()
+            return await self._shared_fields(user_ids)
         except REDIS_LOST:
-            return local
-        return {user_id: there | local[user_id] for user_id, there in zip(user_ids, found, strict=True)}
+            return {user_id: self._local(user_id) for user_id in user_ids}
+
+    async def _shared_fields(self, user_ids: Sequence[UserId]) -> dict[UserId, dict[bytes, bytes]]:
+        async with self._redis.pipeline(transaction=False) as pipe:
+            for user_id in user_ids:
+                pipe.hgetall(self.user_key + user_id.hex)
+            found = await pipe.execute()
+        return {user_id: there | self._local(user_id) for user_id, there in zip(user_ids, found, strict=True)}
 
     def _local(self, user_id: UserId) -> dict[bytes, bytes]:
         devices = self._devices.get(user_id)
@@ -210,12 +219,22 @@ class Presence:
             del self._departing[user_id]
         if not self._departing:
             self._has_news.clear()
-        dirty, self._dirty = self._dirty | set(gone), set()
-        if dirty:
-            await self._flush_users(list(dirty))
+        self._dirty.update(gone)
+        if self._dirty:
+            await self._flushes.submit(None)
 
-    async def _flush_users(self, user_ids: Sequence[UserId], reason: Reason | None = None) -> None:
-        """Note in Redis how these users are here now, and announce what that changes, or with a reason all of them."""
+    async def _flush_dirty(self, calls: list[None]) -> list[None]:
+        """Note in Redis how those are here now of whom that may have changed."""
+        dirty, self._dirty = self._dirty, set()
+        try:
+            if dirty:
+                await self._flush_users(list(dirty))
+        except BaseException:
+            self._note(*dirty)
+            raise
+        return [None] * len(calls)
+
+    async def _flush_users(self, user_ids: Sequence[UserId]) -> None:
         before: dict[UserId, dict[bytes, bytes]]
         here = {user_id: local for user_id in user_ids if (local := self._local(user_id))}
         gone = [user_id for user_id in user_ids if user_id not in here]
@@ -237,32 +256,35 @@ class Presence:
         except REDIS_LOST:
             before = {user_id: {} for user_id in user_ids}
             self._unsaved.update(user_ids)
-        changed: dict[UserId, set[bytes]] = {}
         for user_id in user_ids:
             was = self._states(before[user_id])
             others = {worker: state for worker, state in before[user_id].items() if worker != self._worker.encode()}
             states = self._states(others | here.get(user_id, {}))
             self._note_transition(user_id, was, states)
-            if reason is not None or was != states or not before[user_id]:
-                changed[user_id] = states
-        await self._tell(changed, reason or Reason.DEVICE)
+            if was != states or not before[user_id]:
+                self._untold.keep(user_id, _of_device(states))
 
-    async def _tell(self, changed: dict[UserId, set[bytes]], reason: Reason) -> None:
-        if not changed:
-            return
+    async def _tell_due(self) -> None:
+        await self._untold.tell_due()
+        await self._end_burials()
+
+    async def _announce_all(self, untold: Mapping[UserId, News]) -> None:
+        async with self._database.connection() as db:
+            choices = await users.choices(db, list(untold))
         try:
-            async with self._database.connection() as db:
-                choices = await users.choices(db, list(changed))
-        except Exception as error:
-            if not is_lost(error):
-                raise
-            return
+            fields = await self._shared_fields(list(choices))
+        except REDIS_LOST:
+            fields = {user_id: self._local(user_id) for user_id in choices}
+            self._guessed.update(choices)
         for user_id, choice in choices.items():
+            reason, left_at = untold[user_id]
             if not reason.is_told_of(choice):
                 continue
-            if not changed[user_id] and reason is Reason.DEVICE:
-                choice = choice._replace(last_seen_at=datetime.now(UTC).timestamp())  # noqa: PLW2901
-            self._announce(user_id, PresenceChanged(presence=_seen(user_id, choice, changed[user_id])))
+            states = self._states(fields[user_id])
+            if left_at is not None and reason is Reason.DEVICE:
+                # It may not be recorded yet.
+                choice = choice._replace(last_seen_at=max(left_at, choice.last_seen_at or 0.0))  # noqa: PLW2901
+            self._announce(user_id, PresenceChanged(presence=_seen(user_id, choice, states)))
 
     async def _sign(self) -> None:
         """Give a sign of life, and look for those who give none any more."""
@@ -284,6 +306,9 @@ class Presence:
             # A Redis that was frozen does late, and in any order, what it was told before it seemed lost.
             self._note(*self._unsaved)
             self._unsaved.clear()
+        for user_id in self._guessed:
+            self._untold.keep(user_id, News(Reason.DEVICE))
+        self._guessed.clear()
         if known is None:
             # Redis is new, or was away for so long that others took us for dead; and may be in the middle of
             # cleaning up after us, so that it is said once more with the next sign.
@@ -293,27 +318,44 @@ class Presence:
             await self._bury(worker)
 
     async def _bury(self, worker: str) -> None:
-        """Clean up after a worker that died, and announce who is offline by it. One of the others gets to."""
+        """Clean up after a worker that died, and announce who is offline by it."""
         key = self._worker_key + worker + ":users"
-        try:
-            # The set is taken away at the end: dying in the middle leaves the rest to somebody else.
-            user_ids = [UserId(UUID(hex=_text(member))) for member in await self._redis.smembers(key)]
-            async with self._redis.pipeline(transaction=False) as pipe:
-                for user_id in user_ids:
-                    pipe.hdel(self.user_key + user_id.hex, worker)
-                    pipe.hgetall(self.user_key + user_id.hex)
-                answers = await pipe.execute()
-                await self._redis.delete(key)
+        if worker not in self._burying:
+            try:
+                user_ids = [UserId(UUID(hex=_text(member))) for member in await self._redis.smembers(key)]
+                async with self._redis.pipeline(transaction=False) as pipe:
+                    for user_id in user_ids:
+                        pipe.hdel(self.user_key + user_id.hex, worker)
+                        pipe.hgetall(self.user_key + user_id.hex)
+                    answers = await pipe.execute()
+            except REDIS_LOST:
+                return
+            self._burying[worker] = set(user_ids)
+            for user_id, fields in zip(user_ids, answers[1::2], strict=True):
+                states = self._states(fields | self._local(user_id))
+                if not states:
+                    self._transitions[user_id] = self._gone(user_id)
+                self._untold.keep(user_id, _of_device(states))
+        await self._end_burials()
+
+    async def _end_burials(self) -> None:
+        """Take away what dead workers left, once their users were announced: should this one die before that, another
+        one does all of it again.
+        """
+        over = [worker for worker, user_ids in self._burying.items() if self._untold.isdisjoint(user_ids)]
+        for worker in over:
+            if worker not in self._dead:
+                del self._burying[worker]  # it is back
+        await self._take_away([worker for worker in over if worker in self._dead])
+
+    async def _take_away(self, workers: Sequence[str]) -> None:
+        for worker in workers:
+            try:
+                await self._redis.delete(self._worker_key + worker + ":users")
                 await self._redis.srem(self._workers, worker)
-        except REDIS_LOST:
-            return
-        left = {
-            user_id: self._states(fields | self._local(user_id))
-            for user_id, was_there, fields in zip(user_ids, answers[::2], answers[1::2], strict=True)
-            if was_there
-        }
-        self._transitions.update({user_id: self._gone(user_id) for user_id, states in left.items() if not states})
-        await self._tell(left, Reason.DEVICE)
+            except REDIS_LOST:
+                return
+            self._burying.pop(worker, None)
 
     def _note_transition(self, user_id: UserId, was: set[bytes], states: set[bytes]) -> None:
         if bool(was) != bool(states):
@@ -328,14 +370,19 @@ class Presence:
         if not self._transitions:
             return
         transitions, self._transitions = self._transitions, {}
+        left = transitions
         try:
             async with self._database.connection() as db:
                 left = await users.seen(db, transitions)
         except Exception as error:
             if not is_lost(error):
                 raise
-            left = transitions
-        self._transitions = left | self._transitions
+        finally:
+            self._transitions = left | self._transitions
+
+
+def _of_device(states: Collection[bytes]) -> News:
+    return News(Reason.DEVICE, None if states else time.time())
 
 
 def _seen(user_id: UserId, choice: Visibility, states: Iterable[bytes]) -> Seen:

@@ -54,7 +54,7 @@ STOREYS: list[list[str]] = [
         "orders",
     ],
     ["queries", "embedded", "auth.tokens"],
-    ["context"],
+    ["context", "untold"],
     ["sync", "search", "invitecode", "permissions", "presence", "auth.passwords", "auth.attempts", "auth.tickets"],
     ["auth.sessions", "auth.credentials", "membership", "telling", "saying", "erasure", "export"],
     ["posts"],

@@ -1,0 +1,224 @@
+"""What is to be told is told, also if the database fails when its turn comes."""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from types import ModuleType
+from typing import Any
+
+import pytest
+from redis.asyncio import Redis
+
+from protocol import client, server
+from protocol.errors import CloseCode
+from protocol.ids import ConversationId, UserId
+from protocol.values import PresenceStatus
+from server import connection, hub, people, presence
+from server.app import App
+from server.config import Settings
+from server.database import Db
+from server.presence import USER, WORKER, WORKERS
+from server.queries import changes, conversations, sessions, users
+from server.queries.users import Visibility
+from tests.world import World, until
+
+ONLINE = 'SELECT is_online FROM "user" WHERE id = $1'
+
+
+class Stage:
+    """Ada watches Charles, and is in a group of his."""
+
+    def __init__(self, world: World, settings: Settings) -> None:
+        self.world = world
+        self.settings = settings
+        self.app: App = world.workers[0].app
+
+    async def begin(self) -> None:
+        self.charles, self.them = await self.world.users("Charles", "Ada")
+        self.ada = await self.world.connect(self.them)
+        self.phone = await self.world.connect(self.charles)
+        self.group: ConversationId = await self.world.group(self.phone, self.them)
+        await self.ada.event(server.ConversationJoined)
+        await self.ada.call(client.Watch(user_ids=[self.charles.id]))
+        await until(lambda: not self.app.presence._untold and not self.app.presence._dirty)  # noqa: SLF001
+        async with asyncio.timeout(5):
+            while not await self.world.db.fetchval(ONLINE, self.charles.id):
+                await asyncio.sleep(0.01)
+        self.start = len(self.ada.events)
+
+    async def seen(self, status: PresenceStatus) -> server.PresenceChanged:
+        """Return the next event by which Charles is seen like this."""
+        return await self.ada.event(
+            server.PresenceChanged, lambda event: event.presence.status == status, start=self.start
+        )
+
+
+class First:
+    """Has the first call of a query fail as it does if no connection becomes free."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, module: ModuleType, name: str) -> None:
+        self.calls = 0
+        self._query = getattr(module, name)
+        monkeypatch.setattr(module, name, self._call)
+
+    async def _call(self, *args: Any, **named: Any) -> Any:
+        self.calls += 1
+        if self.calls == 1:
+            raise TimeoutError
+        return await self._query(*args, **named)
+
+
+async def leaves(on: Stage) -> None:
+    await on.phone.close()
+    assert (await on.seen("offline")).presence.last_seen_at is not None
+
+
+async def comes(on: Stage) -> None:
+    await on.phone.close()
+    await on.seen("offline")
+    on.start = len(on.ada.events)
+
+
+async def comes_back(on: Stage) -> None:
+    await on.world.connect(on.charles)
+    await on.seen("online")
+
+
+async def chooses(on: Stage) -> None:
+    await on.phone.call(client.SetPresence(status="busy"))
+    await on.seen("busy")
+
+
+async def ends_a_status(on: Stage) -> None:
+    await on.world.db.execute(
+        """UPDATE "user" SET status = 'busy', custom_status = 'Tea', custom_status_until = now() WHERE id = $1""",
+        on.charles.id,
+    )
+    await on.app.presence.expire_statuses()
+    await on.seen("busy")
+
+
+async def dies_with_a_worker(on: Stage) -> None:
+    """Mary was at a worker that gives no sign of life."""
+    mary = await on.world.user("Mary")
+    await on.ada.call(client.Watch(user_ids=[mary.id]))
+    epoch = on.app.epoch.id
+    redis = Redis.from_url(on.settings.redis_url)
+    await redis.hset(f"{USER}{epoch}:{mary.id.hex}", "dead", "online")
+    await redis.sadd(f"{WORKER}{epoch}:dead:users", mary.id.hex)
+    await redis.sadd(f"{WORKERS}{epoch}", "dead")
+    await on.ada.event(server.PresenceChanged, lambda event: event.presence.user_id == mary.id, start=on.start)
+    async with asyncio.timeout(5):
+        while await redis.exists(f"{WORKER}{epoch}:dead:users"):
+            await asyncio.sleep(0.01)
+    await redis.aclose()
+
+
+async def blocks(on: Stage) -> None:
+    await on.phone.call(client.Block(user_id=on.them.id))
+    await on.seen("offline")
+
+
+async def is_recorded(on: Stage) -> None:
+    await on.phone.close()
+    async with asyncio.timeout(5):
+        while await on.world.db.fetchval(ONLINE, on.charles.id):
+            await asyncio.sleep(0.01)
+
+
+async def writes_a_draft(on: Stage) -> None:
+    laptop = await on.world.connect(on.charles)
+    await on.phone.call(client.SetDraft(conversation_id=on.group, content="Later"))
+    await laptop.event(server.DraftChanged)
+
+
+async def is_added(on: Stage) -> None:
+    about = await on.world.group(on.phone, on.them, title="Another")
+    await on.ada.event(server.ConversationJoined, lambda event: event.view.conversation.id == about, start=on.start)
+
+
+async def loses_the_session(on: Stage) -> None:
+    await on.world.db.execute("DELETE FROM session WHERE user_id = $1", on.them.id)
+    await on.world.db.execute('UPDATE "user" SET version = version + 1 WHERE id = $1', on.them.id)
+    on.app.hub.poke([on.them.id])
+    assert await on.ada.closed() == CloseCode.SESSION_ENDED
+
+
+async def moves_a_clock(on: Stage) -> None:
+    await on.world.db.execute(
+        "UPDATE conversation SET version = version + 1, settings_version = version + 1 WHERE id = $1", on.group
+    )
+    await on.ada.event(server.Changes, start=on.start)
+
+
+CASES: tuple[tuple[ModuleType, str, Callable[[Stage], Awaitable[None]]], ...] = (
+    (users, "choices", leaves),
+    (users, "choices", comes_back),
+    (users, "choices", chooses),
+    (users, "choices", ends_a_status),
+    (users, "choices", dies_with_a_worker),
+    (users, "watchable", blocks),
+    (users, "seen", is_recorded),
+    (users, "versions", writes_a_draft),
+    (users, "news", writes_a_draft),
+    (users, "versions", is_added),
+    (conversations, "memberships", is_added),
+    (sessions, "living", loses_the_session),
+    (conversations, "versions", moves_a_clock),
+    (changes, "since", moves_a_clock),
+)
+
+
+@pytest.mark.parametrize(("module", "name", "act"), CASES, ids=[f"{name}-{act.__name__}" for _, name, act in CASES])
+async def test_what_failed_the_first_time_is_told_later(
+    settings: Settings,
+    monkeypatch: pytest.MonkeyPatch,
+    module: ModuleType,
+    name: str,
+    act: Callable[[Stage], Awaitable[None]],
+) -> None:
+    monkeypatch.setattr(presence, "OFFLINE_SECONDS", 0.1)
+    monkeypatch.setattr(presence, "SIGN_SECONDS", 0.1)
+    monkeypatch.setattr(presence, "RECORD_SECONDS", 0.1)
+    monkeypatch.setattr(connection, "REFRESH_RETRY_SECONDS", 0.1)
+    monkeypatch.setattr(people, "REST_MOST_SECONDS", 0.1)
+    monkeypatch.setattr(hub, "COMPARE_SECONDS", 0.1)
+    async with World(settings, workers=1) as world:
+        on = Stage(world, settings)
+        await on.begin()
+        if act is comes_back:
+            await comes(on)
+        first = First(monkeypatch, module, name)
+        await act(on)
+        assert first.calls > 1
+
+
+async def test_nothing_older_is_announced_last(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two announcements of one user: what the first one has read is older by the time that it is told."""
+    read: list[dict[UserId, Visibility]] = []
+    may_go_on, choices = asyncio.Event(), users.choices
+
+    async def held(db: Db, user_ids: Sequence[UserId]) -> dict[UserId, Visibility]:
+        read.append(found := await choices(db, user_ids))
+        if len(read) == 1:
+            await may_go_on.wait()
+        return found
+
+    async with World(settings, workers=1) as world:
+        on = Stage(world, settings)
+        await on.begin()
+        monkeypatch.setattr(users, "choices", held)
+        laptop = await world.connect(on.charles)
+        first = asyncio.create_task(on.phone.ask(client.SetPresence(status="away")))
+        await until(lambda: len(read) == 1)
+        second = asyncio.create_task(laptop.ask(client.SetPresence(status="busy")))
+        async with asyncio.timeout(5):
+            while await world.db.fetchval('SELECT status FROM "user" WHERE id = $1', on.charles.id) != "busy":
+                await asyncio.sleep(0.01)
+        # It would be told by now, if it did not wait for the first one.
+        await asyncio.wait([second], timeout=0.2)
+        may_go_on.set()
+        assert not [one for one in await asyncio.gather(first, second) if isinstance(one, server.Error)]
+        await on.seen("busy")
+        await on.ada.synced()
+        told = [event for event in on.ada.events[on.start :] if isinstance(event, server.PresenceChanged)]
+        assert told[-1].presence.status == "busy"
