@@ -24,7 +24,9 @@ PORTS = {"http": 80, "https": 443}
 
 
 class Unreachable(Exception):  # noqa: N818 - an answer, not a fault
-    """It cannot be asked, or may not be."""
+    """It cannot be asked, or may not be; `url` is what was asked last."""
+
+    url = ""
 
 
 class Answer(NamedTuple):
@@ -56,32 +58,37 @@ class Outbound:
             await self._http.aclose()
 
     async def get(self, url: str, *, most: int) -> Answer:
-        """Return up to `most` bytes of what is at an address, after a few redirects, each looked at anew.
+        """Return up to `most` bytes of what is at an address, after a few redirects, each looked at anew. All of that
+        has one time limit.
 
         Raises Unreachable.
         """
+        until = asyncio.get_running_loop().time() + TOTAL_SECONDS
         for _ in range(MAX_REDIRECTS + 1):
-            answer = await self._ask("GET", url, most=most, headers={"accept": "text/html"})
+            answer = await self._ask("GET", url, most=most, headers={"accept": "text/html"}, until=until)
             if answer.status not in REDIRECTS or "location" not in answer.headers:
                 return answer
-            url = urljoin(url, answer.headers["location"])
+            try:
+                url = urljoin(url, answer.headers["location"])
+            except ValueError:
+                raise Unreachable("it redirects to no address") from None
         raise Unreachable("there are too many redirects")
 
     async def post(self, url: str, body: bytes, headers: dict[str, str]) -> Answer:
         """Return the answer to what is sent to an address. Raises Unreachable."""
-        return await self._ask("POST", url, most=1_000, headers=headers, body=body)
+        until = asyncio.get_running_loop().time() + TOTAL_SECONDS
+        return await self._ask("POST", url, most=1_000, headers=headers, until=until, body=body)
 
     async def _ask(
-        self, method: str, url: str, *, most: int, headers: dict[str, str], body: bytes | None = None
+        self, method: str, url: str, *, most: int, headers: dict[str, str], until: float, body: bytes | None = None
     ) -> Answer:
-        until = asyncio.get_running_loop().time() + TOTAL_SECONDS
         try:
             parts = urlsplit(url)
             if parts.scheme not in PORTS or not parts.hostname or parts.username is not None:
                 raise Unreachable("this is not an address on the web")
             port = parts.port or PORTS[parts.scheme]
             # Not under the time-out: after it, this may have to wait for the look-up's thread to end.
-            address = await self._resolve(parts.hostname)
+            address = await self._resolve(parts.hostname, until)
             async with asyncio.timeout_at(until):
                 request = self._http.build_request(
                     method,
@@ -96,10 +103,13 @@ class Outbound:
                 finally:
                     await response.aclose()
         except (httpx.HTTPError, httpx.InvalidURL, OSError, TimeoutError, ValueError) as error:
-            raise Unreachable(str(error) or type(error).__name__) from error
+            unreachable = Unreachable(str(error) or type(error).__name__)
+            unreachable.url = url
+            raise unreachable from error
 
-    async def _resolve(self, host: str) -> str:
-        found = await self._resolver.addresses(host, seconds=TOTAL_SECONDS)
+    async def _resolve(self, host: str, until: float) -> str:
+        left = max(0.0, until - asyncio.get_running_loop().time())
+        found = await self._resolver.addresses(host, seconds=left)
         addresses = [ipaddress.ip_address(one) for one in found]
         if not self._to_private and not all(_is_public(one) for one in addresses):
             raise Unreachable("its address is not a public one")

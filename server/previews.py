@@ -4,10 +4,14 @@ It is asked for after the message was stored, and becomes part of it by a change
 """
 
 import asyncio
+import contextlib
 import logging
 import re
+import time
+from collections import OrderedDict
 from html.parser import HTMLParser
-from urllib.parse import urljoin
+from typing import NamedTuple
+from urllib.parse import urljoin, urlsplit
 
 from asyncpg import LockNotAvailableError
 
@@ -17,14 +21,23 @@ from protocol.values import LinkPreview, Message
 from server.context import Events
 from server.database import Database
 from server.errors import is_lost
+from server.lines import Lines
 from server.outbound import Outbound, Unreachable
 from server.queries import messages, previews
 from server.queries.messages import At
+from server.sharedbound import SharedBound
 from server.telling import tell_changed
 
 MAX_PAGE_BYTES = 256 * 1024
 MAX_WAITING = 1_000
+"""Max links that wait, per worker. A user has a share (`SharedBound`)."""
 AT_ONCE = 4
+"""Max links looked at concurrently, per worker; one of a user."""
+PAUSE_SECONDS = 60.0
+"""How long a host that failed is not asked again for the same user, and for all after it failed for `PAUSE_USERS`."""
+PAUSE_USERS = 3
+MAX_PAUSES = 500
+"""Max hosts whose pauses are remembered, per worker. The oldest pause is forgotten."""
 TITLE, DESCRIPTION, LINK = 300, 1_000, 2_000
 """How long what is kept of a page may be, in characters."""
 
@@ -33,24 +46,36 @@ _LINK = re.compile(r"https?://[^\s<>\"`\\]{1,2000}")
 log = logging.getLogger(__name__)
 
 
+class _Pause(NamedTuple):
+    """Until when a host is left alone, and the users for whom it failed."""
+
+    until: float
+    users: frozenset[UserId]
+
+
 class Previews:
-    """Looks at the pages that messages link to."""
+    """Looks at the pages that messages link to: users take turns, and each has one link at a time looked at."""
 
     def __init__(self, database: Database, events: Events, outbound: Outbound, *, are_on: bool) -> None:
         self._database = database
         self._events = events
         self._outbound = outbound
         self._are_on = are_on
-        self._waiting: asyncio.Queue[tuple[At, UserId]] = asyncio.Queue(MAX_WAITING)
-        """Messages and their senders. They may wait for long, so their words are read when it is their turn."""
+        self._bound: SharedBound[UserId] = SharedBound(MAX_WAITING)
+        self._lines: Lines[UserId, At] = Lines()
+        """Messages by sender. They may wait for long, so their words are read when it is their turn."""
+        self._turns = asyncio.Semaphore(0)
+        """As many as there are users whose turn may come."""
+        self._pauses: OrderedDict[str, _Pause] = OrderedDict()
 
     def wanted(self, message: Message) -> None:
-        """Have the first link of a message looked at; one that finds the queue full goes without."""
-        if self._are_on and message.content_type == "text" and first_link(message.content) is not None:
-            try:
-                self._waiting.put_nowait((At(message.conversation_id, message.id), message.sender_id))
-            except asyncio.QueueFull:
-                log.warning("too many links: one goes without its preview")
+        """Have the first link of a message looked at; one beyond the share of its sender goes without."""
+        if not self._are_on or message.content_type != "text" or first_link(message.content) is None:
+            return
+        if not self._bound.take(message.sender_id):
+            log.info("too many links of one user: message %s goes without its preview", message.id)
+        elif self._lines.put(message.sender_id, At(message.conversation_id, message.id)):
+            self._turns.release()
 
     async def work(self) -> None:
         """Look at what is wanted, a few at a time, until cancelled."""
@@ -60,16 +85,22 @@ class Previews:
 
     async def _work(self) -> None:
         while True:
-            at, sender_id = await self._waiting.get()
+            await self._turns.acquire()
+            sender_id, at = self._lines.take()
             try:
                 await self._look(at, sender_id)
             except Unreachable as error:
                 log.info("no preview of message %s: %s", at.message_id, error)
+                self._pause(error.url, sender_id)
             except LockNotAvailableError:
                 log.info("no preview of message %s: the conversation is busy", at.message_id)
             except Exception as error:
                 if not is_lost(error):
                     log.exception("a preview failed")
+            finally:
+                self._bound.give(sender_id)
+                if self._lines.done(sender_id):
+                    self._turns.release()
 
     async def _look(self, at: At, sender_id: UserId) -> None:
         async with self._database.of_jobs().connection() as db:
@@ -79,6 +110,8 @@ class Previews:
         message = found.message
         if (link := first_link(message.content)) is None:
             return  # edited meanwhile
+        if self._is_paused(link, sender_id):
+            return
         answer = await self._outbound.get(link, most=MAX_PAGE_BYTES)
         if answer.status != 200 or "text/html" not in answer.headers.get("content-type", ""):  # noqa: PLR2004
             return
@@ -92,6 +125,31 @@ class Previews:
             changed = await previews.put(db, message, preview)
         tell_changed(self._events, found, changed)
 
+    def _is_paused(self, url: str, user_id: UserId) -> bool:
+        pause = self._pauses.get(_host(url))
+        if pause is None or pause.until <= time.monotonic():
+            return False
+        return user_id in pause.users or len(pause.users) >= PAUSE_USERS
+
+    def _pause(self, url: str, user_id: UserId) -> None:
+        if not (host := _host(url)):
+            return  # nothing failed but the address
+        now = time.monotonic()
+        before = self._pauses.pop(host, None)
+        users = before.users if before is not None and before.until > now else frozenset[UserId]()
+        self._pauses[host] = _Pause(now + PAUSE_SECONDS, users | {user_id})
+        if len(self._pauses) > MAX_PAUSES:
+            self._pauses.popitem(last=False)
+
+
+def _host(url: str) -> str:
+    """Return the scheme, name and port of an address that may fail; an empty text of one that is none."""
+    with contextlib.suppress(ValueError):
+        parts = urlsplit(url)
+        if parts.hostname:
+            return f"{parts.scheme}://{parts.hostname}:{parts.port}"
+    return ""
+
 
 def first_link(content: str) -> str | None:
     """Return the first address of a page in a text."""
@@ -102,12 +160,17 @@ def first_link(content: str) -> str | None:
 def read(page: bytes, link: str, base: str) -> LinkPreview | None:
     """Return what a page says of itself; None if that is nothing. `base` is where it came from."""
     head = _Head()
-    head.feed(page.decode(errors="replace"))
+    # The library's words for markup that it cannot read. What came before that counts.
+    with contextlib.suppress(AssertionError):
+        head.feed(page.decode(errors="replace"))
     title = head.found.get("og:title") or head.title
     if not title.strip():
         return None
     image = head.found.get("og:image")
-    image = None if image is None else urljoin(base, image)
+    try:
+        image = None if image is None else urljoin(base, image)
+    except ValueError:
+        image = None
     return LinkPreview(
         url=link,
         title=_short(title, TITLE),

@@ -32,6 +32,7 @@ STOREYS: list[list[str]] = [
         "admission",
         "gather",
         "lanes",
+        "lines",
         "periodic",
         "readiness",
         "metrics",

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from protocol import client, server
 from protocol.values import LinkPreview
@@ -321,6 +323,9 @@ async def test_a_redirect_is_looked_at_anew(careless: Outbound, site: Site) -> N
     site.answer = lambda _: b"HTTP/1.1 302 Found\r\nlocation: /again\r\ncontent-length: 0\r\n\r\n"
     with pytest.raises(Unreachable, match="redirects"):
         await careless.get(site.url, most=100)
+    site.answer = lambda _: b"HTTP/1.1 302 Found\r\nlocation: http://[\r\ncontent-length: 0\r\n\r\n"
+    with pytest.raises(Unreachable, match="to no address"):
+        await careless.get(site.url, most=100)
     # Even where the first one may be asked, the next one is not trusted for it.
     careless._to_private = False  # noqa: SLF001
     site.answer = lambda _: b"HTTP/1.1 302 Found\r\nlocation: http://169.254.169.254/\r\ncontent-length: 0\r\n\r\n"
@@ -333,8 +338,19 @@ async def test_what_is_too_much_is_cut_and_what_takes_too_long_is_left(
 ) -> None:
     site.answer = lambda _: page("x" * 1_000_000)
     assert len((await careless.get(site.url, most=1_000)).body) == 1_000
-    monkeypatch.setattr(outbound, "TOTAL_SECONDS", 0.2)
+    monkeypatch.setattr(outbound, "TOTAL_SECONDS", 0.5)
     never = asyncio.Event()
+
+    async def slow(path: str) -> bytes:
+        await asyncio.sleep(0.3)
+        return f"HTTP/1.1 302 Found\r\nlocation: {path}x\r\ncontent-length: 0\r\n\r\n".encode()
+
+    # All redirects have one time limit together.
+    site.answer = slow
+    with pytest.raises(Unreachable) as unreachable:
+        await careless.get(site.url, most=1_000)
+    assert unreachable.value.url == f"{site.url}/x"
+    monkeypatch.setattr(outbound, "TOTAL_SECONDS", 0.2)
 
     async def silence() -> bytes:
         await never.wait()
@@ -360,6 +376,38 @@ def test_the_first_link_of_a_text(text: str, link: str | None) -> None:
 @pytest.mark.parametrize("body", [b"", b"\xff\xfe<title>", b"<title></title>", b"<" * 50_000, b"<meta " * 20_000])
 def test_a_page_that_says_nothing_has_no_preview(body: bytes) -> None:
     assert previews.read(body, "https://x.y", "https://x.y") is None
+
+
+MARKUP = [
+    "<title>", "</title>", "<meta ", "property=og:title ", "property=og:image ", "content='", "http://[", "'", '"', "=",
+    "<", ">", "<!", "<![", "<!--", "-->", "<!doctype ", "<?", "</", "<script>", "&#", "&#xd800;", "&#0;", "&amp", "a",
+    " ", "\0", "]]>", "<![CDATA[", "\ud800",
+]  # fmt: skip
+
+
+@given(st.lists(st.sampled_from(MARKUP), max_size=40))
+def test_no_page_of_a_stranger_is_our_defect(parts: list[str]) -> None:
+    body = f"<title>{''.join(parts)}".encode(errors="surrogatepass")
+    for whole in (body, b"<title>A page</title>" + body):
+        preview = previews.read(whole, "https://x.y", "https://x.y")
+        if preview is not None:
+            stored = msgspec.json.encode(preview)
+            assert b"\\u0000" not in stored
+            assert b"\\ud8" not in stored.lower()
+        assert preview is not None or whole is body
+
+
+def test_a_page_takes_no_time_beyond_its_length() -> None:
+    """Within what 100 times an ordinary page of its length takes."""
+
+    def seconds(body: str) -> float:
+        page = f"<title>a</title>{body * 50_000}".encode(errors="surrogatepass")[:50_000]
+        began = time.perf_counter()
+        previews.read(page, "https://x.y", "https://x.y")
+        return time.perf_counter() - began
+
+    most = 100 * min(seconds("<p class=a>Text</p>") for _ in range(3))
+    assert [part for part in MARKUP if seconds(part) > most] == []
 
 
 def test_what_a_page_says_is_kept_short_and_its_picture_is_on_the_web() -> None:
@@ -400,7 +448,12 @@ class TestInTheServer:
 
     @pytest.mark.parametrize("is_on", [True])
     async def test_link_that_waits_is_asked_for_only_while_its_message_says_it(
-        self, room: Room, world: World, site: Site, *, is_on: bool
+        self,
+        room: Room,
+        world: World,
+        site: Site,
+        *,
+        is_on: bool,  # noqa: ARG002 - of the fixture
     ) -> None:
         may_answer = asyncio.Event()
 
@@ -409,9 +462,8 @@ class TestInTheServer:
             return page(PAGE)
 
         site.answer = lambda _: answer()
-        for number in range(previews.AT_ONCE):
-            await sent(room.ada, room.group, f"{site.url}/first/{number}")
-        await until(lambda: len(site.asked) == previews.AT_ONCE)
+        await sent(room.ada, room.group, f"{site.url}/first/")
+        await until(lambda: len(site.asked) == 1)
         names = ("deleted", "moderated", "edited", "kept")
         ids = {name: await sent(room.ada, room.group, f"{site.url}/{name}") for name in names}
         await room.ada.call(client.Delete(**room.at(ids["deleted"])))
@@ -424,4 +476,72 @@ class TestInTheServer:
         )
         asked = {head.split(" ")[1] for head in site.asked if "/first/" not in head}
         assert asked == {"/kept"}
-        assert world.workers[0].app.previews._waiting.empty() == is_on  # noqa: SLF001
+        await until(lambda: world.workers[0].app.previews._bound.taken == 0)  # noqa: SLF001
+
+    @pytest.mark.parametrize("is_on", [True])
+    async def test_links_of_one_user_delay_no_other_users(
+        self,
+        world: World,
+        site: Site,
+        monkeypatch: pytest.MonkeyPatch,
+        *,
+        is_on: bool,  # noqa: ARG002 - of the fixture
+    ) -> None:
+        monkeypatch.setattr(previews, "PAUSE_SECONDS", 0.0)
+        looks = world.workers[0].app.previews
+        silent = asyncio.Event()
+
+        async def answer() -> bytes:
+            await silent.wait()
+            return page(PAGE)
+
+        site.answer = lambda path: answer() if path.startswith("/silent") else page(PAGE)
+        ada, *others = await world.users("Ada", "Bob", "Charles", "Dora")
+        connected = [await world.connect(one) for one in (ada, *others)]
+        about = [await world.channel(one) for one in connected]
+        for number in range(2 * previews.AT_ONCE):
+            await sent(connected[0], about[0], f"{site.url}/silent/{number}")
+        for one, where in zip(connected[1:], about[1:], strict=True):
+            await sent(one, where, f"{site.url}/good")
+        for one in connected[1:]:
+            await one.event(server.MessageEdited)
+        assert [head.split(" ")[1] for head in site.asked if "/silent" in head] == ["/silent/0"]
+        # Nor do those that wait leave no place for the links of others.
+        looks._bound.most = looks._bound.taken + 4  # noqa: SLF001
+        await sent(connected[0], about[0], f"{site.url}/silent/too-many")
+        await sent(connected[1], about[1], f"{site.url}/another")
+        await connected[1].event(server.MessageEdited, lambda event: "/another" in event.message.content)
+        silent.set()
+        await until(lambda: looks._bound.taken == 0)  # noqa: SLF001
+        assert not any("too-many" in head for head in site.asked)
+        assert not looks._lines._lines  # noqa: SLF001
+
+    @pytest.mark.parametrize("is_on", [True])
+    async def test_a_host_that_fails_is_left_alone_for_a_while(
+        self,
+        world: World,
+        site: Site,
+        monkeypatch: pytest.MonkeyPatch,
+        *,
+        is_on: bool,  # noqa: ARG002 - of the fixture
+    ) -> None:
+        monkeypatch.setattr(previews, "MAX_PAUSES", 2)
+        looks = world.workers[0].app.previews
+        site.answer = lambda path: b"nonsense\r\n\r\n" if path == "/broken" else page(PAGE)
+        people = await world.users("Ada", "Bob", "Charles", "Dora")
+        connected = [await world.connect(one) for one in people]
+        about = [await world.channel(one) for one in connected]
+
+        async def asked(who: int, path: str) -> bool:
+            before = len(site.asked)
+            await sent(connected[who], about[who], f"{site.url}{path}")
+            await until(lambda: looks._bound.taken == 0)  # noqa: SLF001
+            return len(site.asked) > before
+
+        assert [await asked(0, "/broken"), await asked(0, "/good")] == [True, False], "it failed for this user"
+        assert [await asked(1, "/good"), await asked(1, "/broken"), await asked(2, "/broken")] == [True, True, True]
+        assert not await asked(3, "/good"), "it failed for three"
+        for number in range(3):
+            looks._pause(f"http://host-{number}.example/", people[0].id)  # noqa: SLF001
+        assert len(looks._pauses) == 2  # noqa: SLF001
+        assert await asked(0, "/good")
