@@ -6,7 +6,7 @@ from typing import NamedTuple
 from protocol.values import Participant, Role
 
 ROLES: tuple[Role, ...] = ("guest", "member", "moderator", "admin", "owner")
-"""From the lowest to the highest. Nobody acts on someone of the same or a higher role."""
+"""From the lowest to the highest. Nobody changes the part of someone of the same or a higher role."""
 
 
 class Rule(NamedTuple):

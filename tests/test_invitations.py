@@ -57,6 +57,60 @@ async def test_an_invitation_is_told_on_every_device_and_followed_or_not(world: 
     assert await recount(world.db) == []
 
 
+async def test_an_invitation_gives_no_more_than_whoever_sent_it_may_give_when_it_is_followed(world: World) -> None:
+    """Whatever became of the inviter: what the invited get, alone and where the conversation is public."""
+    owner, inviter, guest = await world.users("Owner", "Inviter", "Guest")
+    o, g = await world.connect(owner), await world.connect(guest)
+    await world.befriend(owner, inviter)
+    for becomes, alone, in_public in BECAME:
+        for is_public, role in ((False, alone), (True, in_public)):
+            await world.db.execute("DELETE FROM approach")
+            i = await world.connect(inviter)
+            about = await world.group(o, inviter)
+            at: Any = {"conversation_id": about, "user_id": inviter.id}
+            await o.call(client.SetRole(**at, role="admin"))
+            await i.call(client.Invite(conversation_id=about, participants=[guest.id], role="moderator"))
+            await o.call(client.UpdateConversation(conversation_id=about, is_public=is_public))
+            if becomes == "banned":
+                await o.call(client.RemoveParticipant(**at, ban=True))
+            elif becomes == "gone":
+                await i.call(client.Leave(conversation_id=about))
+            elif becomes == "disabled":
+                await world.db.execute('UPDATE "user" SET is_active = false WHERE id = $1', inviter.id)
+            elif becomes == "member who may add":
+                await o.call(client.SetRole(**at, role="member"))
+                await o.call(client.SetPermissions(**at, can_add_members=True))
+            else:
+                await o.call(client.SetRole(**at, role=becomes))  # type: ignore[arg-type]
+            listed = (await g.call(client.ListInvitations(), server.InvitationList)).invitations
+            told = {one.conversation_id: one.role for one in listed}
+            assert (becomes, told[about]) == (becomes, alone or "moderator")
+            answer: Any = await g.ask(client.Join(conversation_id=about))
+            given = None if isinstance(answer, Error) else answer.result.view.me.role
+            assert given is not None or (answer.code, answer.path) == (ErrorCode.FORBIDDEN, "conversation_id")
+            assert (becomes, is_public, given) == (becomes, is_public, role)
+            if role is None:
+                # Whoever may, invites them anew.
+                await o.call(client.Invite(conversation_id=about, participants=[guest.id], role="moderator"))
+                joined = await g.call(client.Join(conversation_id=about), server.OneConversation)
+                assert (joined.view.me.role, joined.view.me.invited_by) == ("moderator", owner.id)
+            await world.db.execute('UPDATE "user" SET is_active = true WHERE id = $1', inviter.id)
+            await i.close()
+    assert await recount(world.db) == []
+
+
+BECAME = [
+    ("admin", "moderator", "moderator"),
+    ("member who may add", "member", "member"),
+    ("moderator", None, "member"),
+    ("guest", None, "member"),
+    ("banned", None, "member"),
+    ("gone", None, "member"),
+    ("disabled", None, "member"),
+]
+"""What becomes of somebody who has invited a moderator, and as what the invitation lets them in after that."""
+
+
 async def test_what_changed_for_oneself_while_away_is_said_on_resume(world: World) -> None:
     ada, charles = await world.users("Ada", "Charles")
     owner = await world.connect(ada)

@@ -37,6 +37,15 @@ async def join(context: Context, frame: client.Join) -> OneConversation:
                 "You are banned from this conversation. Ask a moderator to lift the ban.",
                 path=path,
             )
+        is_open = conversation.is_public or frame.invite_code is not None
+        is_invited = before is not None and before.status == "invited" and not is_open
+        # What lets in who is invited is the right of whoever invited them.
+        if is_invited and await participants.invited_as(db, conversation.id, context.user_id) is None:
+            raise Refused(
+                ErrorCode.FORBIDDEN,
+                "Whoever invited you may add nobody any more. Ask for another invitation.",
+                path=path,
+            )
         news = News(context, db, conversation)
         if before is None or before.status != "active":
             require_room(conversation, 1, path)

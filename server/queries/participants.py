@@ -87,7 +87,7 @@ async def seen(
 
 
 # Whoever enters has nothing unread: what was said before is history to them. Who was invited, and comes by themselves,
-# has the role that was meant for them.
+# has the role that whoever invited them may give now. A guest who comes back stays one.
 ADD = """
 WITH entering AS (
     SELECT a.user_id, row_number() OVER (ORDER BY a.user_id) AS place
@@ -107,7 +107,8 @@ INSERT INTO conversation_participant AS p (conversation_id, user_id, role, invit
     last_read_version)
 SELECT $1, e.user_id, $3, $4, b.base + e.place, b.base + e.place, b.base FROM entering e, bumped b
 ON CONFLICT (conversation_id, user_id) DO UPDATE SET
-    role = CASE WHEN $4 IS NULL AND (p.status = 'invited' OR p.role = 'guest') THEN p.role ELSE excluded.role END,
+    role = CASE WHEN $4 IS NOT NULL THEN excluded.role WHEN p.role = 'guest' THEN p.role
+        ELSE coalesce(invited_as(p), excluded.role) END,
     invited_by = CASE WHEN p.status = 'invited' AND $4 IS NULL THEN p.invited_by ELSE excluded.invited_by END,
     status = 'active', joined_at = now(), left_at = NULL, left_version = 0,
     version = excluded.version, joined_version = excluded.joined_version,
@@ -125,10 +126,21 @@ async def add(
 ) -> list[Change]:
     """Let users in who are not; return those, in the order of their versions.
 
-    Without `invited_by` they come by themselves: as what they were invited as, or as a guest if they were one.
+    Without `invited_by` they come by themselves: as what their invitation gives now, or as a guest if they were one.
     """
     rows = await db.fetch(ADD, conversation_id, list(user_ids), role, invited_by)
     return sorted((_change(row) for row in rows), key=lambda change: change.participant.version)
+
+
+INVITED_AS = """
+SELECT invited_as(p) FROM conversation_participant p WHERE p.conversation_id = $1 AND p.user_id = $2
+"""
+
+
+async def invited_as(db: Db, conversation_id: ConversationId, user_id: UserId) -> Role | None:
+    """Return the role that an invitation gives now; None if whoever sent it may add nobody any more. Under the lock."""
+    role: Role | None = await db.fetchval(INVITED_AS, conversation_id, user_id)
+    return role
 
 
 INVITE = """
@@ -137,7 +149,8 @@ WITH asked AS (
     FROM (SELECT DISTINCT user_id FROM unnest($2::uuid[]) AS named (user_id)) a
     WHERE NOT EXISTS (
         SELECT FROM conversation_participant p
-        WHERE p.conversation_id = $1 AND p.user_id = a.user_id AND p.status IN ('active', 'invited') OFFSET 0
+        WHERE p.conversation_id = $1 AND p.user_id = a.user_id
+            AND (p.status = 'active' OR (p.status = 'invited' AND invited_as(p) IS NOT NULL)) OFFSET 0
     )
 ), bumped AS (
     UPDATE conversation c SET version = c.version + n.asked
@@ -158,7 +171,9 @@ RETURNING participant_json(p), (SELECT participant_count FROM bumped),
 async def invite(
     db: Db, conversation_id: ConversationId, user_ids: Sequence[UserId], role: Role, invited_by: UserId
 ) -> list[Change]:
-    """Ask users to come who are neither there nor asked; return those, in the order of their versions."""
+    """Ask users to come who are neither there nor asked by somebody who may still add people; return those, in the
+    order of their versions.
+    """
     rows = await db.fetch(INVITE, conversation_id, list(user_ids), role, invited_by)
     return sorted((_change(row) for row in rows), key=lambda change: change.participant.version)
 

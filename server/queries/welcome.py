@@ -36,7 +36,8 @@ SELECT named.user_id, may('invite', $1, named.user_id), may('add', $1, named.use
     {_WAITING.format(whose="w.invited_by = $1", most="$5")}
 FROM unnest($3::uuid[]) WITH ORDINALITY AS named (user_id, place)
 LEFT JOIN LATERAL (
-    SELECT o.status FROM conversation_participant o
+    SELECT CASE WHEN o.status = 'invited' AND invited_as(o) IS NULL THEN 'left' ELSE o.status END AS status
+    FROM conversation_participant o
     WHERE o.conversation_id = $2 AND o.user_id = named.user_id OFFSET 0
 ) p ON true
 ORDER BY named.place
