@@ -15,10 +15,11 @@ from pathlib import Path
 import asyncpg
 import pytest
 
-from server.embedded import logfile
+from server.embedded import logfile, workdir
 from server.embedded.folder import DataFolder, _unprivileged, installed
 from server.embedded.logfile import LogFile
 from server.embedded.postgres import Postgres
+from server.embedded.valkey import Valkey
 from server.errors import Fatal
 from tests.conftest import Servers, scratch
 from tests.test_command import Program, folder, program
@@ -193,6 +194,79 @@ def start_and_stop(path: Path) -> int:
     postgres.stop()
     held.release()
     return held.owner.uid if held.owner else os.geteuid()
+
+
+def test_a_copy_of_a_folder_in_use_starts_and_the_first_goes_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Signals go to processes that run in the folder, not to those whose numbers lie in it."""
+    folder.chmod(0o755)
+    first = DataFolder(folder / "first")
+    postgres, valkey = Postgres(first, max_connections=10), Valkey(first)
+    postgres.start()
+    valkey.start()
+    subprocess.run(["/bin/cp", "-a", first.path, folder / "copy"], check=True)
+    copied = (folder / "copy" / "postgres" / "postmaster.pid").read_text()
+    assert int(copied.split("\n", 1)[0]) == postgres.pid
+    copy = DataFolder(folder / "copy")
+    others = Postgres(copy, max_connections=10), Valkey(copy)
+    for other in others:
+        other.start()
+    assert answer(copy.run) == b"R"
+    for other in others:
+        other.stop()
+    assert postgres.is_running()
+    assert valkey.is_running()
+    assert answer(first.run) == b"R"
+    assert "shutdown request" not in postgres.log.path.read_text()
+    with monkeypatch.context() as in_doubt, pytest.raises(Fatal, match="cannot be told whether it runs in this folder"):
+        in_doubt.setattr(workdir, "is_in", lambda *_: None)
+        postgres._clear_stale()  # noqa: SLF001
+    assert postgres.is_running()
+    # It is found again where it runs, and nobody else's: that is what a start after a kill does.
+    postgres._clear_stale()  # noqa: SLF001
+    valkey._stop_orphan()  # noqa: SLF001
+    assert (postgres._process.wait(10), valkey._process.wait(10)) == (0, 0)  # type: ignore[union-attr] # noqa: SLF001
+    for held in (first, copy):
+        held.release()
+
+
+def test_a_new_folder_where_a_folder_in_use_was_leaves_its_servers_alone(folder: Path) -> None:
+    """The sockets of a long path lie elsewhere, under a name that is made of the path."""
+    folder.chmod(0o755)
+    long = folder / ("long" * 20)
+    first = DataFolder(long)
+    servers = Postgres(first, max_connections=10), Valkey(first)
+    for server in servers:
+        server.start()
+    long.rename(folder / "moved")
+    second = DataFolder(long)
+    for new in (Postgres(second, max_connections=10), Valkey(second)):
+        with pytest.raises(Fatal, match="another folder"):
+            new.start()
+    assert all(server.is_running() for server in servers)
+    for server in servers:
+        server.stop()
+    for held in (first, second):
+        held.release()
+    shutil.rmtree(first.run)
+
+
+@pytest.mark.parametrize("proc", ["/proc/self/cwd", "/nowhere"])
+def test_where_a_process_runs_is_told_by_its_working_directory_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, proc: str
+) -> None:
+    monkeypatch.setattr(workdir, "PROC", Path(proc))
+    if proc == "/nowhere" and shutil.which("lsof") is None:
+        pytest.skip("needs lsof")
+    (tmp_path / "here").mkdir()
+    with subprocess.Popen(["/bin/sleep", "60"], cwd=tmp_path / "here") as process:
+        (tmp_path / "here").rename(tmp_path / "moved")
+        (tmp_path / "here").mkdir()
+        try:
+            assert workdir.is_in(process.pid, tmp_path / "moved", None) is True
+            assert workdir.is_in(process.pid, tmp_path / "here", None) is False
+        finally:
+            process.kill()
+    assert workdir.is_in(process.pid, tmp_path / "moved", None) is None
 
 
 def test_a_folder_of_another_user_and_another_access_file_is_given_over_at_the_next_start(

@@ -284,25 +284,31 @@ def test_a_new_folder_is_made_and_files_are_written_read_and_removed(place: Path
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root ends processes of others")
-@pytest.mark.parametrize("is_ours", [True, False])
-def test_a_process_that_the_servers_user_names_is_ended_only_if_it_is_theirs(place: Path, *, is_ours: bool) -> None:
+@pytest.mark.parametrize(("is_theirs", "is_here"), [(True, True), (True, False), (False, True)])
+def test_a_process_that_the_servers_user_names_is_ended_only_if_it_is_theirs_and_runs_in_the_folder(
+    place: Path, *, is_theirs: bool, is_here: bool
+) -> None:
     program = place / "postgres"
     shutil.copy("/bin/sleep", program)
     program.chmod(0o755)
     folder = DataFolder(place / "data")
     assert folder.owner is not None
     data = folder.make("postgres-").rename(place / "data" / "postgres")
+    uid = folder.owner.uid if is_theirs else pwd.getpwnam("nobody").pw_uid
     other = subprocess.Popen(
         [program, "60"],
-        user=folder.owner.uid if is_ours else pwd.getpwnam("nobody").pw_uid,
+        user=uid,
+        cwd=data if is_here and is_theirs else "/",
         # A program that a shell began in the background ignores this signal, and so would its children.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509 - no threads here
     )
     try:
         (data / "postmaster.pid").write_text(f"{other.pid}\n")
+        (folder.run / ".s.PGSQL.5432.lock").write_text(f"{other.pid}\n")
         Postgres(folder, max_connections=1)._clear_stale()  # noqa: SLF001
-        assert (other.poll() is None) is not is_ours
+        assert (other.poll() is None) is not (is_theirs and is_here)
         assert not (data / "postmaster.pid").exists()
+        assert not (folder.run / ".s.PGSQL.5432.lock").exists()
     finally:
         other.kill()
         other.wait()

@@ -1,9 +1,11 @@
 """The embedded PostgreSQL: made once, started in well under a second, stopped cleanly, recovered after a kill."""
 
 import asyncio
+import contextlib
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import time
 from pathlib import Path
@@ -11,7 +13,7 @@ from urllib.parse import quote
 
 import asyncpg
 
-from server.embedded import process
+from server.embedded import process, workdir
 from server.embedded.folder import DataFolder, installed
 from server.embedded.logfile import LogFile
 from server.errors import Fatal
@@ -23,6 +25,7 @@ STATUS_LINE = 7
 READY = "ready   "
 """The line of postmaster.pid, from 0, in which PostgreSQL 10 and later note their status, and what they note."""
 NAME = "openchat"
+SOCKET = ".s.PGSQL.5432"
 OPTIONS = {
     "listen_addresses": "",  # reached by its Unix socket alone, in a folder that only its owner can enter
     "shared_buffers": "128MB",
@@ -139,23 +142,51 @@ class Postgres:
         self._folder.write(self._data / "pg_ident.conf", users)
 
     def _clear_stale(self) -> None:
-        """We hold the folder's lock, so whoever else is in it is left over from a killed program."""
+        """We hold the folder's lock, so whoever else runs *in* it is left over from a killed program.
+
+        Raises Fatal if it does not stop, if it may be another folder's, or if another has our socket.
+        """
         pid_file = self._data / "postmaster.pid"
-        try:
-            pid = int((self._folder.read(pid_file) or "").split("\n", 1)[0])
-        except ValueError:
-            return
-        # The file belongs to the servers' user, who may write any number into it: only what runs as its owner is ended.
-        uid = self._data.lstat().st_uid
-        if _is_postgres(pid, uid):
-            os.kill(pid, signal.SIGINT)
-            deadline = time.monotonic() + STOP_SECONDS
-            while _is_postgres(pid, uid) and time.monotonic() < deadline:
-                time.sleep(POLL_SECONDS)
-            if _is_postgres(pid, uid):
-                raise Fatal(f"an older PostgreSQL (process {pid}) does not stop.")
+        lines = (self._folder.read(pid_file) or "").split("\n", 1)
+        if lines[0].strip().isdecimal():
+            self._stop_leftover(int(lines[0]), pid_file)
         # A zombie that nobody reaps, or another program with its number, must not pass for a server.
         self._folder.remove(pid_file)
+        if self._is_listening():
+            raise Fatal(
+                f"the PostgreSQL of another folder listens in {self._folder.run}; stop it, or choose another --data-dir."
+            )
+        # It holds a number, too: PostgreSQL does not start beside any process that has it.
+        self._folder.remove(self._folder.run / f"{SOCKET}.lock")
+
+    def _stop_leftover(self, pid: int, pid_file: Path) -> None:
+        """Stop the server of this number if it runs in this folder. It may be another's: the number was given to a new
+        process, or the folder is a copy of one that is in use.
+        """
+        # The file belongs to the servers' user, who may write any number into it: only what runs as its owner is ended.
+        uid = self._data.lstat().st_uid
+        if not _is_postgres(pid, uid):
+            return
+        is_ours = workdir.is_in(pid, self._data, self._folder.owner)
+        if is_ours is None and _is_postgres(pid, uid):
+            raise Fatal(
+                f"{pid_file} names process {pid}, a PostgreSQL, and it cannot be told whether it runs in this folder. "
+                f"If it does, stop it (kill -INT {pid}); if not, remove that file."
+            )
+        if not is_ours:
+            return
+        os.kill(pid, signal.SIGINT)
+        deadline = time.monotonic() + STOP_SECONDS
+        while _is_postgres(pid, uid) and time.monotonic() < deadline:
+            time.sleep(POLL_SECONDS)
+        if _is_postgres(pid, uid):
+            raise Fatal(f"an older PostgreSQL (process {pid}) does not stop.")
+
+    def _is_listening(self) -> bool:
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as client:
+            client.connect(str(self._folder.run / SOCKET))
+            return True
+        return False
 
     def _is_ready(self) -> bool:
         """Whether the server has noted that it takes connections: one that comes before logs an error."""

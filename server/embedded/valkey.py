@@ -1,6 +1,7 @@
 """The embedded Valkey. It holds nothing that must last: it is started empty and carries hints."""
 
 import contextlib
+import os
 import signal
 import socket
 import subprocess
@@ -15,6 +16,8 @@ from server.errors import Fatal
 START_SECONDS = 10.0
 STOP_SECONDS = 5.0
 POLL_SECONDS = 0.02
+MAX_ANSWER = 8192
+"""Max bytes of an answer that are read: a path, and the words around it."""
 
 
 def socket_of(run: Path) -> Path:
@@ -79,8 +82,14 @@ class Valkey:
 
     def _stop_orphan(self) -> None:
         # A second server would silently take the socket over and both would run.
-        if self._say(b"SHUTDOWN NOSAVE\r\n"):
-            raise Fatal("an older Valkey does not stop.")
+        if answer := self._say(b"CONFIG GET dir\r\n"):
+            where = Path(os.fsdecode(answer.strip().rsplit(b"\r\n", 1)[-1]))
+            if not (where.is_absolute() and where.exists() and where.samefile(self._folder.path)):
+                raise Fatal(
+                    f"another folder's server listens at {self._socket}; stop it, or choose another --data-dir."
+                )
+            if self._say(b"SHUTDOWN NOSAVE\r\n"):
+                raise Fatal("an older Valkey does not stop.")
         self._folder.remove(self._socket)
 
     def _say(self, command: bytes) -> bytes:
@@ -88,5 +97,5 @@ class Valkey:
             client.settimeout(STOP_SECONDS)
             client.connect(str(self._socket))
             client.sendall(command)
-            return client.recv(64)
+            return client.recv(MAX_ANSWER)
         return b""
