@@ -154,7 +154,7 @@ class Postgres:
         self._folder.remove(pid_file)
         if self._is_listening():
             raise Fatal(
-                f"the PostgreSQL of another folder listens in {self._folder.run}; stop it, or choose another --data-dir."
+                f"another folder's PostgreSQL listens in {self._folder.run}; stop it, or choose another --data-dir."
             )
         # It holds a number, too: PostgreSQL does not start beside any process that has it.
         self._folder.remove(self._folder.run / f"{SOCKET}.lock")

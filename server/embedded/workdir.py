@@ -1,4 +1,4 @@
-"""Where a process runs: the number in a file may have gone to another process since, or have come with a copied folder."""
+"""Where a process runs: the number in a file may have gone to another process since, or have come with a copy."""
 
 import os
 import subprocess
@@ -19,9 +19,9 @@ def is_in(pid: int, folder: Path, owner: Owner | None) -> bool | None:
     where = f"/proc/{pid}/cwd" if PROC.exists() else _listed(pid, owner)
     if where is None:
         return None
+    here = folder.stat()
     try:
-        here = folder.stat()
-        there = os.stat(where)
+        there = Path(where).stat()
     except PermissionError:
         return _asked_by(owner, where, here)
     except OSError:
