@@ -199,3 +199,26 @@ async def test_the_servers_log_and_all_reports_are_for_its_administrators(scene:
     assert (await outsider.call(client.ListAudit(), server.AuditPage)).entries == []
     with refused(ErrorCode.NOT_FOUND, "conversation_id"):
         await outsider.call(client.History(conversation_id=scene.about))
+
+
+async def test_messages_have_no_rank_and_people_do(scene: Scene) -> None:
+    """A moderator deletes and hides the owner's messages, and does nothing to the owner (docs/roles.md)."""
+    owner, moderator = scene.moderator.ready.user.id, scene.bystander
+    hidden, deleted = [await sent(scene.moderator, scene.about, words) for words in ("Hidden", "Deleted")]
+    frames = [
+        client.Moderate(conversation_id=scene.about, message_id=hidden, reason="Rude"),
+        client.Delete(conversation_id=scene.about, message_id=deleted),
+    ]
+    for frame in frames:
+        with refused(ErrorCode.FORBIDDEN, None):
+            await moderator.call(frame)
+    await scene.moderator.call(
+        client.SetRole(conversation_id=scene.about, user_id=moderator.ready.user.id, role="moderator")
+    )
+    await scene.moderator.call(
+        client.SetPermissions(conversation_id=scene.about, user_id=moderator.ready.user.id, can_remove_members=True)
+    )
+    for frame in frames:
+        await moderator.call(frame)
+    with refused(ErrorCode.FORBIDDEN, "user_id"):
+        await moderator.call(client.RemoveParticipant(conversation_id=scene.about, user_id=owner))

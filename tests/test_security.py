@@ -198,6 +198,7 @@ async def test_the_cookie_is_out_of_reach_of_scripts_and_other_sites(world: Worl
     assert "httponly" in cookie
     assert "samesite=lax" in cookie
     assert "path=/" in cookie
+    assert f"max-age={400 * 86_400};" in cookie, "a session that is used outlasts its first OPENCHAT_SESSION_DAYS"
 
 
 BEHIND_TLS = {"X-Forwarded-For": "198.51.100.1", "X-Forwarded-Proto": "https"}

@@ -12,6 +12,8 @@ from protocol.errors import ErrorCode, Refused
 COOKIE = "openchat_session"
 HOST_COOKIE = f"__Host-{COOKIE}"
 """The cookie behind TLS. Browsers take this prefix from the host itself alone, and from no sibling subdomain."""
+COOKIE_LASTS = timedelta(days=400)
+"""How long browsers keep the cookie: the longest that they do. The server decides when its session ends."""
 SAFE_METHODS = frozenset({"GET", "HEAD"})
 
 
@@ -44,12 +46,12 @@ def token_of(request: HTTPConnection, allowed_origins: Collection[str]) -> str |
     return cookies.pop()
 
 
-def set_cookie(request: Request, response: Response, token: str, lasts: timedelta) -> None:
-    """Have the browser keep the token of a session."""
+def set_cookie(request: Request, response: Response, token: str) -> None:
+    """Have the browser keep the token of a session: for longer than that may last, since using it extends it."""
     response.set_cookie(
         _cookie_of(request),
         token,
-        max_age=int(lasts.total_seconds()),
+        max_age=int(COOKIE_LASTS.total_seconds()),
         httponly=True,
         samesite="lax",
         secure=_is_secure(request),

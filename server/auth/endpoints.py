@@ -354,7 +354,7 @@ class Accounts:
             token=begun.token, session_id=session.session_id, expires_at=session.expires_at, user=begun.user
         )
         response = json_response(said, status=status)
-        set_cookie(request, response, begun.token, self._sessions.lasts)
+        set_cookie(request, response, begun.token)
         return response
 
 
