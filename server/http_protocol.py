@@ -115,7 +115,7 @@ class Http(HttpToolsProtocol):
         if self._is_new:
             self._is_new = False
             self.transport.pause_reading()
-            self._sockets.begin(partial(self._begin, data))
+            self._sockets.begin(self._key or PROXY, partial(self._begin, data))
         else:
             self._receive(data)
 

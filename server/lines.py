@@ -16,6 +16,10 @@ class Lines(Generic[Key, Item]):
         self._lines: dict[Key, deque[Item]] = {}
         self._next: deque[Key] = deque()
 
+    def __bool__(self) -> bool:
+        """Whether `take` has something to return."""
+        return bool(self._next)
+
     def put(self, key: Key, item: Item) -> bool:
         """Put something at the end of a client's line; True if `take` has one more to return."""
         if (line := self._lines.get(key)) is not None:

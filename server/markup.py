@@ -12,7 +12,9 @@ import nh3
 import pyromark
 
 from protocol.errors import ErrorCode, Refused
+from protocol.ids import UserId
 from protocol.limits import MAX_FORMATTED
+from server.turns import Turns
 
 ELEMENTS = {"p", "br", "em", "strong", "s", "code", "pre", "blockquote", "ul", "ol", "li", "a", "hr"}
 ATTRIBUTES: dict[str, set[str]] = {"*": set(), "a": {"href"}, "ol": {"start"}}
@@ -24,7 +26,11 @@ MAX_DEPTH = 20
 MAX_INLINE = 1_000
 """Max characters that are rendered on the loop: they take less time than the way to a thread and back."""
 
+TURN_SECONDS = 10.0
+"""Max seconds that a long message waits for others of the same user. The refusal is that of a database that is away."""
+
 _thread = ThreadPoolExecutor(1, thread_name_prefix="markdown")
+_turns: Turns[UserId] = Turns(1, patience=TURN_SECONDS)
 
 # Markup that messages do not have is hidden from the renderer behind characters for private use, and shown as text.
 _LESS, _AND, _NOTHING = "\ue0f0", "\ue0f1", "\ue0f2"
@@ -38,14 +44,19 @@ _TAG = re.compile(r"<(/?)(\w+)")
 _SINGLE = {"br", "hr"}
 
 
-async def rendered(content: str) -> str:
-    """Return what `render` does, without holding up the loop. Raises Refused as `render` does.
+async def rendered(content: str, user_id: UserId) -> str:
+    """Return what `render` does for a message of a user, without holding up the loop. Raises Refused as `render` does.
 
-    Each connection waits for its message, so frames keep their order and connections bound the queue of the thread.
+    Each connection waits for its message, so frames keep their order. In the queue of the thread each user has one
+    message: with many connections, a user would have others wait for all of theirs.
     """
     if len(content) <= MAX_INLINE:
         return render(content)
-    return await asyncio.get_running_loop().run_in_executor(_thread, render, content)
+    await _turns.take(user_id)
+    try:
+        return await asyncio.get_running_loop().run_in_executor(_thread, render, content)
+    finally:
+        _turns.give(user_id)
 
 
 def render(content: str) -> str:

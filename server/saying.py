@@ -11,7 +11,7 @@ from server.queries.sending import Made, Outgoing, Source
 
 async def made_of(context: Context, frame: Send | Edit, *, is_code: bool) -> Made:
     """Return what is made of a message's content. Raises Refused if that is too long."""
-    formatted = await markup.rendered(frame.content) if frame.is_markdown else None
+    formatted = await markup.rendered(frame.content, context.user_id) if frame.is_markdown else None
     found = mentions.find(frame.content, is_code=is_code, is_markdown=frame.is_markdown)
     who: list[UserId] = []
     loud: list[str] = []

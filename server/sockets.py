@@ -4,13 +4,14 @@ import asyncio
 import logging
 import resource
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterable
 
 from protocol.errors import ErrorCode, Refused
 from protocol.limits import MAX_FRAME_BYTES
 from server.addresses import limit_key, too_many_of_address
 from server.limits import Pace
+from server.lines import Lines
 from server.metrics import OTHER
 from server.proxies import Proxies
 from server.sharedbound import SharedBound
@@ -56,7 +57,8 @@ class Sockets:
         """Bytes of requests that are not complete or not answered, by address."""
         # The connections that the server does nothing for now, oldest first, and what closes each.
         self._waiting: dict[object, Callable[[], None]] = {}
-        self._beginning: deque[Callable[[], None]] = deque()
+        self._beginning: Lines[str, Callable[[], None]] = Lines()
+        self._is_beginning = False
         self._logged_at = float("-inf")
         self.closed: Counter[str] = Counter()
         """WebSockets that the server closed, by close code."""
@@ -124,17 +126,23 @@ class Sockets:
         """Note that a connection is no longer idle."""
         self._waiting.pop(connection, None)
 
-    def begin(self, received: Callable[[], None]) -> None:
+    def begin(self, key: str, received: Callable[[], None]) -> None:
         """Call `received`, which takes in the first bytes of a connection, when it is its turn: a handshake takes the
-        loop half a millisecond, and hundreds may arrive at once.
+        loop half a millisecond, and hundreds may arrive at once. Addresses take turns.
         """
-        self._beginning.append(received)
-        if len(self._beginning) == 1:
+        self._beginning.put(key, received)
+        if not self._is_beginning:
+            self._is_beginning = True
             asyncio.get_running_loop().call_soon(self._begin_some)
 
     def _begin_some(self) -> None:
-        some = [self._beginning.popleft() for _ in range(min(BEGIN_AT_ONCE, len(self._beginning)))]
-        if self._beginning:
+        some: list[Callable[[], None]] = []
+        while self._beginning and len(some) < BEGIN_AT_ONCE:
+            key, received = self._beginning.take()
+            self._beginning.done(key)
+            some.append(received)
+        self._is_beginning = bool(self._beginning)
+        if self._is_beginning:
             asyncio.get_running_loop().call_soon(self._begin_some)
         for received in some:
             received()

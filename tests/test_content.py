@@ -193,6 +193,33 @@ def test_no_message_costs_the_loop_much_more_than_others_of_its_length() -> None
     assert max(ratios.values()) < 10, ratios
 
 
+async def test_long_messages_of_one_user_delay_those_of_others_by_one(
+    room: Room, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    render = markup.render
+    order: list[str] = []
+    released = threading.Event()
+
+    def held(content: str) -> str:
+        order.append(content[0])
+        assert released.wait(10)
+        return render(content)
+
+    monkeypatch.setattr(markup, "render", held)
+    devices = [await world.connect(room.them[0]) for _ in range(5)]
+    try:
+        asked = [
+            asyncio.create_task(one.ask(message(room.group, "a *word* " * 500, is_markdown=True))) for one in devices
+        ]
+        await until(lambda: bool(order))
+        theirs = asyncio.create_task(room.charles.ask(message(room.group, "b *word* " * 500, is_markdown=True)))
+        await until(lambda: markup._thread._work_queue.qsize() == 1)  # noqa: SLF001
+    finally:
+        released.set()
+    assert all(isinstance(one, Reply) for one in await asyncio.gather(theirs, *asked))
+    assert "".join(order) == "abaaaa"
+
+
 async def test_a_long_message_in_markdown_is_rendered_beside_the_loop_and_in_order(
     room: Room, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -210,6 +210,30 @@ def test_every_container_has_a_bound() -> None:
     assert found == listed("Memory of a worker").keys()
 
 
+SHARING = frozenset({"Semaphore", "Share", "SharedBound", "Turns", "Lines", "Lanes", "Gather", "ThreadPoolExecutor"})
+"""What gives out places that clients share."""
+PARTS = ("lanes.py self._all", "share.py ")
+"""Parts of these themselves."""
+
+
+def test_every_bound_that_clients_share_is_listed_with_their_share() -> None:
+    made: set[str] = set()
+    for path in SERVER.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Assign | ast.AnnAssign) and isinstance(node.value, ast.Call):
+                target = node.targets[0] if isinstance(node, ast.Assign) else node.target
+                if name_of(node.value.func) in SHARING and ast.unparse(target) != "lane":
+                    made.add(f"{path.relative_to(SERVER).as_posix()} {ast.unparse(target)}")
+    page = (ROOT / "docs" / "limits.md").read_text()
+    section = page.split("\n### What all share, and each client's share\n")[1].split("\n## ")[0]
+    listed_there = set(re.findall(r"`([\w/]+\.py \S+)`", section))
+    assert len(made) > 20
+    assert {one for one in made if not one.startswith(PARTS)} <= listed_there
+    for one in listed_there:
+        file, name = one.split(" ")
+        assert name in (SERVER / file).read_text(), one
+
+
 def test_scan_finds_containers_of_all_kinds() -> None:
     source = """
 class One:

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections import Counter
+from functools import partial
 from typing import Any
 
 import httpx
@@ -45,7 +46,7 @@ async def test_connections_that_begin_at_once_are_taken_in_over_many_turns(turn:
     sockets = Sockets(most=1_000, per_address=1_000, proxies=Proxies.read(""), frames=Pace.of(1.0))
     begun: list[tuple[int, int]] = []
     for number in range(BEGIN_AT_ONCE * 5 + 1):
-        sockets.begin(lambda number=number: begun.append((turn.number, number)))  # type: ignore[misc]
+        sockets.begin("one", partial(lambda number: begun.append((turn.number, number)), number))
     await until(lambda: len(begun) == BEGIN_AT_ONCE * 5 + 1)
     assert max(Counter(at for at, _ in begun).values()) == BEGIN_AT_ONCE
     assert [number for _, number in begun] == list(range(BEGIN_AT_ONCE * 5 + 1))

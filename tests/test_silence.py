@@ -7,6 +7,7 @@ import re
 import resource
 import socket
 from collections.abc import AsyncIterator, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -409,6 +410,20 @@ async def test_who_was_refused_and_does_not_go_makes_room_and_is_closed(alone: W
 def assert_nothing_is_kept(sockets: Sockets) -> None:
     kept = (sockets.unread.taken, sockets.unread._held, sockets._waiting)  # noqa: SLF001
     assert (len(sockets), sockets._of_address, *kept) == (0, {}, 0, {}, {})  # noqa: SLF001
+
+
+async def test_addresses_take_turns_when_connections_begin() -> None:
+    sockets = counting(most=1_000)
+    begun: list[str] = []
+    for key in ["a"] * 100 + ["b"] * 10 + ["c"]:
+        sockets.begin(key, partial(begun.append, key))
+    await asyncio.sleep(0)
+    assert begun == ["a", "b", "c", "a"]
+    sockets.begin("d", partial(begun.append, "d"))
+    await until(lambda: len(begun) == 112)
+    assert "d" in begun[:8]
+    assert begun[:21].count("b") >= 9
+    assert not sockets._beginning  # noqa: SLF001
 
 
 def counting(*, most: int, per_address: int = 100) -> Sockets:
