@@ -74,6 +74,8 @@ least one.
 """
 SENDERS_SHARE = 4
 """Scheduled messages hold at most one in `SENDERS_SHARE` of a worker's connections, and at least one."""
+ENDPOINT_RATE, ENDPOINT_BURST = 1 / 30, 40.0
+"""New push endpoints of one user at a worker, per second, and at once. A browser keeps its own for months."""
 CLEAR_SECONDS = 600.0
 FINISH_SECONDS = 5.0
 """How long what connections have begun may take when the worker ends."""
@@ -175,6 +177,7 @@ class App:
             notices=self.notices,
             previews=self.previews,
             writes=self._allowances[Rate.WRITE],
+            new_endpoints=Allowance("new push endpoints", ENDPOINT_RATE, burst=ENDPOINT_BURST),
             push_key=self.notices.public_key,
             anyone_adds=settings.add_people == "anyone",
         )

@@ -136,6 +136,8 @@ class Services(msgspec.Struct, frozen=True, kw_only=True):
     """Looks at the page that a message links to."""
     writes: Tokens
     """For a frame of which only its handler knows what it costs."""
+    new_endpoints: Tokens
+    """For push endpoints that a user did not have."""
     push_key: str
     """The public key of what is pushed, in base64url."""
     anyone_adds: bool

@@ -5,12 +5,14 @@ service that the browser named. That is done by the worker that stored the messa
 those seconds, a notification is lost, which is a hint; the message is not.
 """
 
+import asyncio
 import base64
 import logging
 import os
 import time
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from email.utils import parsedate_to_datetime
+from itertools import groupby
 from urllib.parse import urlsplit
 
 import http_ece
@@ -20,20 +22,25 @@ from py_vapid import Vapid02
 
 from protocol.codec import encode
 from protocol.errors import ErrorCode, Refused
-from protocol.ids import ConversationId, MessageId, UserId
+from protocol.ids import UserId
 from protocol.push import Notification
 from protocol.values import Message
 from server.database import Database
-from server.errors import is_lost
+from server.drops import Drops
+from server.due import NEXT_PAGE, PAGE, Due
+from server.errors import is_lost, log_failure
 from server.gather import Gather
 from server.outbound import Outbound, Unreachable
-from server.posts import SLOTS, Drops, Failed, Posts, Push, Rejected, host_of
+from server.posts import Failed, Posts, Push, Rejected, host_of
 from server.queries import push, unread
-from server.queries.push import Notice, Post
+from server.queries.push import FIRST, Look, Notice, Post
 
-MAX_WAITING = 10_000
-AT_ONCE = 200
-"""Messages looked at by one statement."""
+TICK_SECONDS = 1.0
+"""Messages of a conversation that become due within this time are looked at together."""
+IN_A_TURN = 50
+"""Max users whose posts are queued in one turn of the loop."""
+READS = 16
+"""Max posts whose words and badges one statement reads."""
 MAX_SIGNED = 500
 """Max signatures kept, one per host."""
 TTL_SECONDS = 86_400
@@ -59,51 +66,69 @@ class Notices:
         self._vapid = Vapid02.from_raw(key.encode())
         self._contact = contact
         self._after_seconds = after_seconds
-        self._waiting: deque[tuple[float, MessageId]] = deque()
         self._signed: OrderedDict[str, tuple[float, str]] = OrderedDict()
         self._drops = Drops()
         self.dropped = self._drops.counts
         """Notifications dropped, by reason."""
-        self._reads: Gather[Post, Push | None] = Gather(self._read, most=SLOTS)
+        self._due = Due(self._drops)
+        self._reads: Gather[Post, Push | None] = Gather(self._read, most=READS)
         self._posts = Posts(self._read_one, self._post, self._drops)
         point = self._vapid.public_key.public_bytes(Encoding.X962, PublicFormat.UncompressedPoint)
         self.public_key = _base64url(point)
         """What browsers subscribe with."""
 
     def wanted(self, message: Message) -> None:
-        """Have a message pushed to those who have not read it in a few seconds. The oldest make room if many wait."""
-        if len(self._waiting) >= MAX_WAITING:
-            self._waiting.popleft()
-            self._drops.add("messages_full")
-        self._waiting.append((time.monotonic() + self._after_seconds, message.id))
+        """Have a message pushed to those who have not read it in a few seconds."""
+        self._due.add(message.conversation_id, message.sender_id, message.id, seconds=self._after_seconds)
 
     async def push_due(self) -> None:
         """Queue posts for what has waited long enough. Never waits for a post."""
         self._posts.start()
-        now = time.monotonic()
-        due: list[MessageId] = []
-        while self._waiting and self._waiting[0][0] <= now:
-            due.append(self._waiting.popleft()[1])
-        if not due:
+        if not self._due:
             return
+        tick = time.monotonic()
+        async with self._database.connection() as db:
+            if not await push.is_anybody_there(db):
+                self._due.forget(tick)
+                return
+        while True:
+            # What became due within a second of the same conversation is one pass.
+            if time.monotonic() - tick >= TICK_SECONDS:
+                tick = time.monotonic()
+            if looks := self._due.begin(tick):
+                await self._look(looks, PAGE)
+            elif further := self._due.further():
+                await self._look([further], NEXT_PAGE)
+            elif (wait := self._due.wait()) is not None:
+                await asyncio.sleep(min(wait, TICK_SECONDS))
+            else:
+                return
+
+    async def _look(self, looks: list[Look], limit: int) -> None:
+        """Ask for whom messages are news, and queue posts to them."""
+        began = time.monotonic()
         try:
             async with self._database.connection() as db:
-                if not await push.is_anybody_there(db):
-                    return
-            for start in range(0, len(due), AT_ONCE):
-                await self._push(due[start : start + AT_ONCE])
+                found = await push.due(db, looks, limit)
         except Exception as error:
+            for look in looks:
+                self._due.failed(look)
             if not is_lost(error):
                 raise
-            self._drops.add("database", len(due))
-
-    async def _push(self, message_ids: list[MessageId]) -> None:
-        latest: dict[tuple[str, ConversationId], Post] = {}
-        async with self._database.connection() as db:
-            for post in await push.due(db, message_ids):
-                latest[post.endpoint, post.conversation_id] = post
-        for post in latest.values():
-            self._posts.add(post)
+            log_failure(log, "looking for whom messages are news", error)
+            return
+        seconds = time.monotonic() - began
+        crowds = {look.conversation_id for look in looks if look.after != FIRST} | found.next.keys()
+        for look in looks:
+            self._due.done(look, found.next.get(look.conversation_id), limit=limit, seconds=seconds)
+        by_user = groupby(sorted(found.posts, key=lambda post: post.user_id), key=lambda post: post.user_id)
+        for number, (user_id, group) in enumerate(by_user, start=1):
+            posts = list(group)
+            self._posts.keep(user_id, {post.endpoint for post in posts})
+            for post in posts:
+                self._posts.add(post, is_crowd=post.conversation_id in crowds)
+            if number % IN_A_TURN == 0:
+                await asyncio.sleep(0)
         self._posts.start()
 
     async def close(self) -> None:

@@ -4,7 +4,11 @@ A host starts with one post at a time. A fast answer raises that to `PER_HOST`; 
 users lower it to one again. Hosts at one post share half of the slots, so that fast hosts always find a free slot.
 
 Users name endpoints, so an answer tells first about its endpoint (429 and other refusals) or about that user at that
-host (no connection, no answer, 5xx, slow answers). Only what happens to several users tells about the host.
+host (no connection, no answer, 5xx, slow answers). Only what happens to several users tells about the host. A user
+whose posts take long is paused at all hosts that are not known to be fast, whatever new ones they name.
+
+Users also have bounds over all hosts: of hosts, posts queued, and posts in flight. If a table is full, whoever has most
+in it makes room. Posts of large conversations fill half of the queue, and take turns with the others at each host.
 
 One post begins in a turn of the loop, users take turns, and all of them take a share of the loop's time.
 """
@@ -13,20 +17,24 @@ import asyncio
 import logging
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Awaitable, Callable
-from typing import NamedTuple
+from collections.abc import Awaitable, Callable, Container
+from typing import NamedTuple, TypeAlias
 from urllib.parse import urlsplit
 
 from protocol.ids import ConversationId, UserId
+from server.drops import Drops
 from server.errors import log_failure
 from server.limits import Allowance
 from server.looptime import LoopTime
 from server.queries.push import Post
+from server.tally import Tally
 
 SLOTS = 64
 """Max posts in flight, per worker."""
 SLOW_SLOTS = SLOTS // 2
 """Max posts in flight to hosts that are not known to be fast, per worker."""
+SLOW_USER_SLOTS = SLOW_SLOTS // 2
+"""Of these, max posts of users whose posts to such hosts have taken long, per worker."""
 PER_HOST = 8
 """Max posts in flight to a fast host."""
 MAX_HOSTS = 500
@@ -39,22 +47,28 @@ SLOW_SECONDS = 2.0
 """An answer that takes longer makes a host slow."""
 HOST_USERS = 3
 """Users whose posts must fail or be slow, with no fast answer in between, before the host is paused or slow for all."""
+ROOM_SECONDS = 0.5
+"""After a search for a host to forget found none, max seconds until the next one for a user with as many hosts."""
+KEPT_SECONDS = 300.0
+"""A host that has answered `HOST_USERS` users fast is not forgotten for this long after a post, in seconds."""
 PER_USER = 2
-"""Max posts in flight of one user to one host."""
+"""Max posts in flight of one user to one host, and to all hosts that are not known to be fast."""
+IN_FLIGHT_OF_USER = 4
+"""Max posts in flight of one user."""
+MAX_HOSTS_OF_USER = 5
+"""Max hosts at which posts of one user are queued or in flight. There are few push services that browsers use."""
 MAX_QUEUED_OF_USER = 100
-"""Max posts queued of one user to one host."""
+"""Max posts queued of one user."""
 USER_RATE, USER_BURST = 2.0, 40.0
 """Posts of one user that begin per second, and at once. Others wait; a newer one for the same place replaces them."""
 SHARE, BURST_SECONDS = 0.1, 0.1
 """Share of the loop's time that posts take, and seconds of it that they may take at once."""
 MAX_PAUSES = 10_000
-"""Max pauses of endpoints, and of users at a host, that are remembered, per worker."""
+"""Max pauses of endpoints, of users at a host, and of users that are remembered, per worker."""
 MAX_BACKOFF = 300.0
 """Max wait after consecutive failures, in seconds, and max wait that a host may ask for in the name of all users."""
 MAX_RETRY_AFTER = 3_600.0
 """Max wait that a host may ask for in the name of one endpoint or user, in seconds."""
-STRETCH_SECONDS = 60.0
-"""Drops for the same reason are logged again after this long without one."""
 
 log = logging.getLogger(__name__)
 
@@ -95,71 +109,91 @@ class _Pause(NamedTuple):
         return _Pause(failures, max(self.until, now + wait))
 
 
+_Paused: TypeAlias = str | UserId | tuple[UserId, str]
+"""An endpoint, a user, or a user at a host."""
+
+
 class _Host:
     def __init__(self, name: str) -> None:
         self.name = name
         self.queue: OrderedDict[UserId, OrderedDict[tuple[str, ConversationId], Post]] = OrderedDict()
+        self.crowds: OrderedDict[UserId, OrderedDict[tuple[str, ConversationId], Post]] = OrderedDict()
+        """Posts of large conversations. The two take turns."""
+        self.is_crowds_turn = False
         self.queued = 0
         self.in_flight: Counter[UserId] = Counter()
         self.is_fast = False  # a new host is neither fast nor slow
         self.is_slow = False
+        self.answered: set[UserId] = set()
+        self.used_at = 0.0
         self.failing: set[UserId] = set()
         self.pause = _Pause()
 
-    def put(self, post: Post) -> bool:
-        """Enqueue a post, in the place of an older one of the same conversation. Return whether there was one."""
-        posts = self.queue.setdefault(post.user_id, OrderedDict())
-        before = len(posts)
-        posts[post.endpoint, post.conversation_id] = post
-        self.queued += len(posts) - before
-        return len(posts) == before
+    def put(self, post: Post, *, is_crowd: bool) -> None:
+        """Enqueue a post. There is none of the same conversation to the same endpoint."""
+        queue = self.crowds if is_crowd else self.queue
+        queue.setdefault(post.user_id, OrderedDict())[post.endpoint, post.conversation_id] = post
+        self.queued += 1
 
-    def holds(self, post: Post) -> bool:
-        return (post.endpoint, post.conversation_id) in self.queue.get(post.user_id, ())
+    def replace(self, post: Post) -> bool:
+        """Put a post in the place of an older one of the same conversation. Return whether there was one."""
+        for queue in (self.queue, self.crowds):
+            posts = queue.get(post.user_id)
+            if posts is not None and (post.endpoint, post.conversation_id) in posts:
+                posts[post.endpoint, post.conversation_id] = post
+                return True
+        return False
 
-    def take(self, is_paused: Callable[[Post], bool], has_token: Callable[[UserId], bool]) -> Post | None:
-        """Take the oldest post that may begin, of the user who waited longest."""
-        for user_id, posts in self.queue.items():
-            if self.in_flight[user_id] >= PER_USER:
-                continue
-            post = next((one for one in posts.values() if not is_paused(one)), None)
-            if post is not None and has_token(user_id):
-                self.remove(post)
-                if user_id in self.queue:
-                    self.queue.move_to_end(user_id)
-                return post
+    def posts_of(self, user_id: UserId) -> list[Post]:
+        """Return what is queued of a user."""
+        return [post for queue in (self.queue, self.crowds) for post in queue.get(user_id, OrderedDict()).values()]
+
+    def users(self) -> set[UserId]:
+        """Return those of whom something is queued."""
+        return {*self.queue, *self.crowds}
+
+    def take(
+        self,
+        may_begin: Callable[[UserId], bool],
+        is_paused: Callable[[Post], bool],
+        has_token: Callable[[UserId], bool],
+    ) -> Post | None:
+        """Return the oldest post that may begin, of the user who waited longest."""
+        for queue in (self.crowds, self.queue) if self.is_crowds_turn else (self.queue, self.crowds):
+            for user_id, posts in queue.items():
+                if self.in_flight[user_id] >= PER_USER or not may_begin(user_id):
+                    continue
+                post = next((one for one in posts.values() if not is_paused(one)), None)
+                if post is not None and has_token(user_id):
+                    queue.move_to_end(user_id)
+                    self.is_crowds_turn = queue is self.queue
+                    return post
         return None
 
-    def remove(self, post: Post) -> None:
-        """Remove a post from the queue."""
-        posts = self.queue[post.user_id]
+    def remove(self, post: Post) -> bool:
+        """Remove a post from the queue. Return whether it was one of a large conversation."""
+        is_crowd = (post.endpoint, post.conversation_id) not in self.queue.get(post.user_id, ())
+        queue = self.crowds if is_crowd else self.queue
+        posts = queue[post.user_id]
         del posts[post.endpoint, post.conversation_id]
         self.queued -= 1
         if not posts:
-            del self.queue[post.user_id]
+            del queue[post.user_id]
+        return is_crowd
 
-    def drop(self) -> None:
-        """Drop the oldest post of the user who has most."""
-        user_id = max(self.queue, key=lambda one: len(self.queue[one]))
-        self.remove(next(iter(self.queue[user_id].values())))
+    def oldest(self) -> Post:
+        """Return the oldest post of the user who has most."""
+        return next(iter(max((*self.queue.values(), *self.crowds.values()), key=len).values()))
 
 
-class Drops:
-    """Counts the notifications that are dropped, by reason, and logs the first one of each stretch."""
+class _User:
+    """What there is of one user: posts queued and in flight at each host."""
 
     def __init__(self) -> None:
-        self.counts: Counter[str] = Counter()
-        self._last: dict[str, float] = {}
-
-    def add(self, reason: str, count: int = 1) -> bool:
-        """Count dropped notifications. Return whether they are the first of a stretch."""
-        now = time.monotonic()
-        is_first = now - self._last.get(reason, -STRETCH_SECONDS) >= STRETCH_SECONDS
-        if is_first:
-            log.warning("notifications are dropped: %s (counted in openchat_push_dropped_total)", reason)
-        self._last[reason] = now
-        self.counts[reason] += count
-        return is_first
+        self.hosts: Counter[str] = Counter()
+        self.in_flight = 0
+        self.slow = 0
+        """Of these, to hosts that were not known to be fast when they began."""
 
 
 class Posts:
@@ -175,37 +209,78 @@ class Posts:
         self._send = send
         self._drops = drops
         self._hosts: OrderedDict[str, _Host] = OrderedDict()
-        self._pauses: OrderedDict[str | tuple[UserId, str], _Pause] = OrderedDict()
+        self._pauses: OrderedDict[_Paused, _Pause] = OrderedDict()
         self._users: Allowance[UserId] = Allowance("notifications", USER_RATE, burst=USER_BURST)
         self._time = LoopTime(SHARE, BURST_SECONDS)
         self._next: asyncio.Handle | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._slow = 0
+        self._of_slow_users = 0
+        self._no_room: dict[tuple[bool, int], float] = {}
         self._queued = 0
+        self._crowds = 0
+        self._of_user: dict[UserId, _User] = {}
+        self._queued_of: Tally[UserId] = Tally()
 
-    def add(self, post: Post) -> None:
-        """Enqueue a post, or count it as dropped."""
+    def keep(self, user_id: UserId, endpoints: Container[str]) -> None:
+        """Drop what is queued for other endpoints of a user than these, which are all that there are now."""
+        for name in list(self._hosts_of(user_id)):
+            host = self._hosts[name]
+            for post in host.posts_of(user_id):
+                if post.endpoint not in endpoints:
+                    self._remove(host, post)
+                    self._drops.add("gone")
+
+    def add(self, post: Post, *, is_crowd: bool = False) -> None:
+        """Enqueue a post, or count it as dropped. `is_crowd` tells that its conversation is a large one."""
+        if (reason := self._put(post, is_crowd=is_crowd)) is not None:
+            self._drops.add(reason)
+
+    def _put(self, post: Post, *, is_crowd: bool) -> str | None:
+        """Enqueue a post. Return why one was dropped, if one was."""
         name = host_of(post.endpoint)
         host = self._hosts.get(name)
+        if host is not None and host.replace(post):
+            return "replaced"
+        if (
+            reason := self._beyond_share(host, name, post.user_id) or self._without_room(host, post, is_crowd=is_crowd)
+        ) is not None:
+            return reason
         if host is None:
-            if len(self._hosts) >= MAX_HOSTS and not self._forget_one():
-                self._drops.add("too_many_hosts")
-                return
             host = self._hosts[name] = _Host(name)
-        if host.holds(post):
-            host.put(post)
-            self._drops.add("replaced")
-        elif self._queued >= (MAX_QUEUED if host.is_fast else MAX_QUEUED // 2):
-            self._drops.add("queue_full")
-        elif host.is_slow and host.queued >= MAX_QUEUED_SLOW:
-            self._drops.add("host_slow")
-        elif len(host.queue.get(post.user_id, ())) >= MAX_QUEUED_OF_USER:
-            self._drops.add("user_full")
-        else:
-            host.put(post)
-            self._queued += 1
-            if self._pause_of(post) is not None:
-                self._trim_paused(host, post.user_id)
+        host.put(post, is_crowd=is_crowd)
+        self._queued += 1
+        self._crowds += is_crowd
+        self._queued_of.add(post.user_id, 1)
+        self._of_user.setdefault(post.user_id, _User()).hosts[name] += 1
+        if self._pause_of(host, post) is not None:
+            self._trim_paused(host, post.user_id)
+        return None
+
+    def _beyond_share(self, host: _Host | None, name: str, user_id: UserId) -> str | None:
+        """Return what a user, or a slow host, has too much of for another post."""
+        if self._queued_of[user_id] >= MAX_QUEUED_OF_USER:
+            return "user_full"
+        hosts = self._hosts_of(user_id)
+        if name not in hosts and len(hosts) >= MAX_HOSTS_OF_USER:
+            return "user_hosts"
+        if host is not None and host.is_slow and host.queued >= MAX_QUEUED_SLOW:
+            return "host_slow"
+        return None
+
+    def _without_room(self, host: _Host | None, post: Post, *, is_crowd: bool) -> str | None:
+        """Make room for a post. Return which table is full, if it stays so."""
+        is_fast = host is not None and host.is_fast
+        is_full = self._queued >= (MAX_QUEUED if is_fast else MAX_QUEUED // 2)
+        if (is_crowd and self._crowds >= MAX_QUEUED // 2) or (is_full and not self._make_room(post.user_id)):
+            return "queue_full"
+        if host is None and len(self._hosts) >= MAX_HOSTS and not self._make_room_for_host(post.user_id):
+            return "too_many_hosts"
+        return None
+
+    def _hosts_of(self, user_id: UserId) -> Counter[str]:
+        user = self._of_user.get(user_id)
+        return Counter() if user is None else user.hosts
 
     def start(self) -> None:
         """Begin posts, one in a turn of the loop, as long as there are slots and time for them."""
@@ -238,37 +313,84 @@ class Posts:
         for name, host in self._hosts.items():
             if len(self._tasks) >= SLOTS:
                 return None
-            if not host.queue or host.pause.until > now:
+            if not host.queued or host.pause.until > now:
                 continue
             if host.in_flight.total() >= (PER_HOST if host.is_fast else 1):
                 continue
             if not host.is_fast and self._slow >= SLOW_SLOTS:
                 continue
-            post = host.take(lambda one: self._pause_of(one) is not None, lambda user_id: not self._users.take(user_id))
+            post = self._take(host)
             if post is not None:
-                self._queued -= 1
+                self._remove(host, post)
                 self._hosts.move_to_end(name)
                 return host, post
         return None
 
+    def _take(self, host: _Host) -> Post | None:
+        def may_begin(user_id: UserId) -> bool:
+            user = self._of_user[user_id]
+            if user.in_flight >= IN_FLIGHT_OF_USER:
+                return False
+            if host.is_fast:
+                return True
+            return user.slow < PER_USER and (self._of_slow_users < SLOW_USER_SLOTS or not self._is_slow(user_id))
+
+        return host.take(
+            may_begin, lambda one: self._pause_of(host, one) is not None, lambda user_id: not self._users.take(user_id)
+        )
+
+    def _remove(self, host: _Host, post: Post) -> None:
+        """Remove a post from the queues."""
+        self._crowds -= host.remove(post)
+        self._queued -= 1
+        self._queued_of.add(post.user_id, -1)
+        self._leave(host, post.user_id)
+
+    def _leave(self, host: _Host, user_id: UserId) -> None:
+        """Note that there is one post less of a user at a host, queued or in flight."""
+        hosts = self._of_user[user_id].hosts
+        hosts[host.name] -= 1
+        if not hosts[host.name]:
+            del hosts[host.name]
+        if not hosts:
+            del self._of_user[user_id]
+
     def _begin(self, host: _Host, post: Post) -> None:
         host.in_flight[post.user_id] += 1
         slow = int(not host.is_fast)
+        of_slow_user = slow and int(self._is_slow(post.user_id))
         self._slow += slow
-        task = asyncio.create_task(self._time.run(self._deliver(host, post)))
+        self._of_slow_users += of_slow_user
+        user = self._of_user.setdefault(post.user_id, _User())
+        user.hosts[host.name] += 1
+        user.in_flight += 1
+        user.slow += slow
+        task = asyncio.create_task(self._run(host, post))
         self._tasks.add(task)
 
         def ended(task: asyncio.Task[None]) -> None:
             self._tasks.discard(task)
             self._slow -= slow
+            self._of_slow_users -= of_slow_user
+            user.in_flight -= 1
+            user.slow -= slow
+            self._leave(host, post.user_id)
+            host.used_at = time.monotonic()
             host.in_flight[post.user_id] -= 1
             if not host.in_flight[post.user_id]:
                 del host.in_flight[post.user_id]
+            if not host.queued and not host.in_flight:
+                self._no_room.clear()
             self.start()
 
         task.add_done_callback(ended)
 
+    async def _run(self, host: _Host, post: Post) -> None:
+        # Made here, not before the task begins: it may be cancelled before that.
+        await self._time.run(self._deliver(host, post))
+
     async def _deliver(self, host: _Host, post: Post) -> None:
+        began = time.monotonic()
         try:
             push = await self._read(post)
             if push is None:
@@ -279,11 +401,13 @@ class Posts:
             self._drops.add("refused")
             self._pause(post.endpoint, rejected.retry_after)
             self._trim_paused(host, post.user_id)
+            self._note_duration(host, post.user_id, began)
         except Failed as failed:
             self._drops.add("host_failed")
             self._pause((post.user_id, host.name), failed.retry_after)
             self._trim_paused(host, post.user_id)
             self._failed(host, post.user_id, failed.retry_after)
+            self._note_duration(host, post.user_id, began)
         except Exception as error:  # noqa: BLE001 - the others are pushed
             if self._drops.add("error"):
                 log_failure(log, "pushing a notification", error)
@@ -295,6 +419,8 @@ class Posts:
                 host.pause = host.pause._replace(failures=0)
                 host.is_fast = True
                 host.is_slow = False
+                if len(host.answered) < HOST_USERS:
+                    host.answered.add(post.user_id)
             else:
                 self._pause((post.user_id, host.name), 0.0)
                 self._trim_paused(host, post.user_id)
@@ -303,26 +429,44 @@ class Posts:
                     host.is_fast = False
                     host.is_slow = True
                     self._trim(host)
+                self._note_duration(host, post.user_id, began)
 
-    def _pause_of(self, post: Post) -> str | tuple[UserId, str] | None:
-        """Return what pauses a post, its user at its host or its endpoint, if anything does."""
+    def _note_duration(self, host: _Host, user_id: UserId, began: float) -> None:
+        """Pause a user at all hosts that are not known to be fast, if a post to one of them took long. A host that has
+        been slow for everybody whom it had answered fast is not known to be fast any more.
+        """
         now = time.monotonic()
-        keys = ((post.user_id, host_of(post.endpoint)), post.endpoint)
+        if now - began < SLOW_SECONDS:
+            return
+        if host.answered <= host.failing:
+            host.is_fast = False
+            host.answered.clear()
+        if host.is_fast:
+            return
+        if not self._is_slow(user_id):
+            self._pauses.pop(user_id, None)
+        self._pause(user_id, 0.0)
+
+    def _pause_of(self, host: _Host, post: Post) -> _Paused | None:
+        """Return what pauses a post, its user at its host or its endpoint or everywhere, if anything does."""
+        now = time.monotonic()
+        keys: list[_Paused] = [(post.user_id, host.name), post.endpoint]
+        if not host.is_fast:
+            keys.append(post.user_id)
         return next((key for key in keys if key in self._pauses and self._pauses[key].until > now), None)
 
     def _trim_paused(self, host: _Host, user_id: UserId) -> None:
         """Keep the newest post of a user for each pause: a badge tells of the others."""
         kept = set()
-        for post in reversed(list(host.queue.get(user_id, OrderedDict()).values())):
-            pause = self._pause_of(post)
+        for post in reversed(host.posts_of(user_id)):
+            pause = self._pause_of(host, post)
             if pause is not None and pause in kept:
-                host.remove(post)
-                self._queued -= 1
+                self._remove(host, post)
                 self._drops.add("paused")
             kept.add(pause)
 
-    def _pause(self, key: str | tuple[UserId, str], retry_after: float) -> None:
-        """Pause an endpoint, or a user at a host, for longer each time."""
+    def _pause(self, key: _Paused, retry_after: float) -> None:
+        """Pause an endpoint, a user at a host, or a user, for longer each time."""
         self._pauses[key] = self._pauses.pop(key, _Pause()).after_failure(retry_after, MAX_RETRY_AFTER)
         if len(self._pauses) > MAX_PAUSES:
             self._pauses.popitem(last=False)
@@ -342,23 +486,84 @@ class Posts:
         """Drop what a slow host may not have queued."""
         over = max(0, host.queued - MAX_QUEUED_SLOW) if host.is_slow else 0
         for _ in range(over):
-            host.drop()
+            self._remove(host, host.oldest())
         if over:
-            self._queued -= over
             self._drops.add("host_slow", over)
 
     def _forget_one(self) -> bool:
         """Forget the host that was idle for longest; among hosts that back off, the one that may be asked soonest.
 
-        Return False if none is idle. A back-off that is forgotten early is lost, so those hosts come last.
+        Return False if none is idle. A back-off that is forgotten early is lost, so those hosts come last. Hosts that
+        have answered several users fast, not long ago, stay: others would take their places while they are idle.
         """
         now = time.monotonic()
-        idle = (name for name, host in self._hosts.items() if not host.queue and not host.in_flight)
+
+        def stays(host: _Host) -> bool:
+            return host.is_fast and len(host.answered) >= HOST_USERS and now - host.used_at < KEPT_SECONDS
+
+        hosts = self._hosts.items()
+        idle = (name for name, host in hosts if not host.queued and not host.in_flight and not stays(host))
         # `min` returns the first of equals: that is the one idle for longest.
         name = min(idle, key=lambda name: max(self._hosts[name].pause.until, now), default=None)
         if name is None:
             return False
         del self._hosts[name]
+        return True
+
+    def _make_room_for_host(self, user_id: UserId) -> bool:
+        """Forget a host. Return False if there is none to be forgotten for this user; that is remembered for a while,
+        since the search looks at all hosts.
+        """
+        now = time.monotonic()
+        kind = (self._is_slow(user_id), len(self._hosts_of(user_id)))
+        if now - self._no_room.get(kind, -ROOM_SECONDS) < ROOM_SECONDS:
+            return False
+        if self._forget_one() or self._evict_for(*kind):
+            return True
+        self._no_room[kind] = now
+        return False
+
+    def _evict_for(self, is_slow: bool, number: int) -> bool:  # noqa: FBT001 - a kind of users
+        """Drop what is queued at one host, for users who are at `number` hosts: one of users whose posts take long, or
+        else one whose users are at more hosts. Return False if there is none. Hosts that are fast, in use or have many
+        users stay.
+        """
+
+        def worth(host: _Host) -> tuple[bool, int]:
+            if host.is_fast or host.in_flight or len(host.queue) + len(host.crowds) > HOST_USERS:
+                return False, 0
+            users = host.users()
+            return all(map(self._is_slow, users)), min(len(self._hosts_of(user_id)) for user_id in users)
+
+        host = max(self._hosts.values(), key=worth)
+        of_slow, at_hosts = worth(host)
+        if not (of_slow and not is_slow) and at_hosts <= number + 1:
+            return False
+        for user_id in host.users():
+            for post in host.posts_of(user_id):
+                self._remove(host, post)
+                self._drops.add("too_many_hosts")
+        del self._hosts[host.name]
+        return True
+
+    def _is_slow(self, user_id: UserId) -> bool:
+        """Whether a post of a user has taken long lately, at a host that is not known to be fast."""
+        pause = self._pauses.get(user_id)
+        return pause is not None and time.monotonic() - pause.until <= MAX_BACKOFF
+
+    def _make_room(self, user_id: UserId) -> bool:
+        """Drop a post of the user who has most of them queued. Return False if that is this user."""
+        most = self._queued_of.most()
+        if self._queued_of[most] <= self._queued_of[user_id] + 1:
+            return False
+        host, post = next(
+            (host, post)
+            for name in self._hosts_of(most)
+            for host in [self._hosts[name]]
+            for post in host.posts_of(most)
+        )
+        self._remove(host, post)
+        self._drops.add("queue_full")
         return True
 
 

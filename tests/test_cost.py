@@ -311,7 +311,7 @@ def hot(place: Place, ids: dict[str, Any]) -> dict[str, tuple[str, tuple[Any, ..
         "what is due": (scheduled.CLAIM, ("15 seconds", user)),
         "what has expired": (expiry.DUE, (200, [])),
         "see feed": (feed.SEE, (user, "2030-01-01")),
-        "due for a push": (push.DUE, ([ids["middle"]],)),
+        "due for a push": (push.DUE, ([about], [push.FIRST], [ids["middle"]], 100)),
         "notices": (push.NOTICES, ([user], ["https://push.example/1"], [about], [ids["middle"]])),
         "edits kept": (edits.COUNT, (about, ids["middle"])),
         "made in a day": (bounds.MADE, (user,)),

@@ -31,8 +31,9 @@ async def told(world: World, one: Client, me: Somebody, message_id: MessageId) -
         counts[f"feed, {kind}"] = sum(entry.kind == kind for entry in page.entries)
     badge = await one.call(client.GetBadge(), server.Badge)
     counts |= {"feed, unread": page.unread_count, "badge": badge.messages, "badge, feed": badge.feed}
-    notices = await push.due(world.db, [message_id])
-    return counts | {"pushed": sum(notice.user_id == me.id for notice in notices)}
+    here = await world.db.fetchval("SELECT conversation_id FROM message WHERE id = $1", message_id)
+    found = await push.due(world.db, [push.Look(here, push.FIRST, (message_id,))], 100)
+    return counts | {"pushed": sum(post.user_id == me.id for post in found.posts)}
 
 
 async def asked(one: Client) -> dict[str, int]:

@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, time, timedelta
+from time import monotonic
 from typing import Any
 
 import msgspec
@@ -17,10 +18,12 @@ from protocol import client, server
 from protocol.errors import ErrorCode, Refused
 from protocol.ids import MessageId, uuid7
 from protocol.limits import MAX_PINS, MAX_PUSH_ENDPOINTS, MAX_SCHEDULED
-from server import notices, outbound, posts
+from server import app, due, notices, outbound, posts
 from server.config import Settings
+from server.drops import Drops
 from server.notices import _seconds
-from server.posts import Drops, Failed, Posts, Push
+from server.posts import Failed, Posts, Push
+from server.queries import push
 from server.queries.push import Post
 from tests.browser import Browser, post_to, say, text
 from tests.conftest import Servers
@@ -242,6 +245,71 @@ async def test_of_each_person_the_newest_endpoints_are_kept(room: Room, world: W
         await room.ada.call(client.Star(**room.at(MessageId(nobody.id))))
 
 
+async def test_new_endpoints_of_a_user_have_a_rate_and_known_ones_have_none(room: Room) -> None:
+    browser = Browser()
+
+    async def register(number: int) -> None:
+        browser.url = f"https://push{number}.example/"
+        await room.charles.call(browser.subscription())
+
+    for number in range(int(app.ENDPOINT_BURST)):
+        await register(number)
+    with refused(ErrorCode.RATE_LIMITED, None):
+        await register(-1)
+    await register(int(app.ENDPOINT_BURST) - 1)
+    await room.ada.call(browser.subscription())
+
+
+async def test_each_participant_on_every_page_gets_the_latest_message_that_concerns_them(
+    room: Room, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pages of two participants: first those of all conversations, then one at a time."""
+    monkeypatch.setattr(notices, "PAGE", 2)
+    monkeypatch.setattr(notices, "NEXT_PAGE", 2)
+    monkeypatch.setattr(due, "REST_OF_PARTICIPANT", 0.0)
+    for worker in world.workers:
+        worker.app.notices._after_seconds = 60.0  # noqa: SLF001
+    people = await world.users(*(f"P{number}" for number in range(6)))
+    await room.ada.call(client.AddParticipants(conversation_id=room.group, participants=[one.id for one in people]))
+    browsers = [Browser() for _ in people]
+    devices = [await world.connect(one) for one in people]
+    for browser, device in zip(browsers, devices, strict=True):
+        await browser.start()
+        await device.call(browser.subscription())
+    await devices[0].call(client.SetPreferences(conversation_id=room.group, notification_level="mentions"))
+    await devices[1].call(client.Mute(user_id=room.them[1].id))
+    await devices[2].call(client.SetPreferences(conversation_id=room.group, notification_level="none"))
+    mention = await sent(room.ada, room.group, "@p0")
+    plain = await sent(room.ada, room.group, "Older")
+    last = await sent(room.charles, room.group, "Last")
+    one = world.workers[0].app.notices
+    one._due._clock = lambda: -60.0  # noqa: SLF001 - all that is added now is due
+    for message_id, sender in ((mention, room.them[0]), (plain, room.them[0]), (last, room.them[1])):
+        one._due.add(room.group, sender.id, message_id, seconds=0.0)  # noqa: SLF001
+    one._due._clock = monotonic  # noqa: SLF001
+    try:
+        await one.push_due()
+        await until(lambda: not one._posts._tasks and not one._posts._queued)  # noqa: SLF001
+        got = [[(await one.next())[1].message_id for _ in range(one.received.qsize())] for one in browsers]
+    finally:
+        await asyncio.gather(*(browser.stop() for browser in browsers))
+    assert got == [[mention], [plain], [], [last], [last], [last]]
+
+
+async def test_messages_whose_page_timed_out_are_pushed_when_it_is_asked_for_again(
+    room: Room, world: World, browser: Browser, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(push, "DUE_SECONDS", 0.1)
+    queues = [worker.app.notices._due for worker in world.workers]  # noqa: SLF001
+    for worker in world.workers:
+        worker.app.notices._after_seconds = 1.5  # noqa: SLF001 - until the table is locked
+    message_id = await sent(room.ada, room.group, "Later")
+    async with world.db.transaction():
+        await world.db.execute("LOCK TABLE thread_follow IN ACCESS EXCLUSIVE MODE")
+        await until(lambda: any(queue.wait() is not None for queue in queues))
+    assert (await browser.next())[1].message_id == message_id
+
+
 def longer(key: str, *, by: int) -> str:
     data = base64.urlsafe_b64decode(key + "=" * (-len(key) % 4))
     return text((data + bytes(8))[: len(data) + by])
@@ -304,24 +372,24 @@ async def test_silent_endpoints_delay_nobody_else(
 ) -> None:
     monkeypatch.setattr(outbound, "TOTAL_SECONDS", 60.0)
     silent = Silent()
-    await silent.add(endpoints=10)
-    for _ in range(29):
-        await silent.add()
-    mary, grace = await world.users("Mary", "Grace")
-    await room.ada.call(client.AddParticipants(conversation_id=room.group, participants=[mary.id, grace.id]))
-    for who, urls in ((mary, silent.urls[:20]), (grace, silent.urls[20:])):
+    for _ in range(16):
+        await silent.add(endpoints=3)
+    silenced = await world.users("Mary", "Grace", "Alan", "Kurt")
+    await room.ada.call(client.AddParticipants(conversation_id=room.group, participants=[one.id for one in silenced]))
+    for number, who in enumerate(silenced):
         theirs = await world.connect(who)
-        for browser_of_theirs in urls:
+        for browser_of_theirs in silent.urls[12 * number : 12 * (number + 1)]:
             subscription = browser.subscription()
             subscription.endpoint = browser_of_theirs
             await theirs.call(subscription)
     try:
         first = await sent(room.ada, room.group, "One")
         assert (await browser.next())[1].message_id == first
-        await until(lambda: len(silent.open) == 30)
+        await until(lambda: silent.open.total() == len(silenced) * posts.PER_USER)
         second = await sent(room.ada, room.group, "Two")
         assert (await browser.next())[1].message_id == second
-        assert [silent.open[number] for number in range(30)] == [1] * 30, "all of them still wait, one post each"
+        assert silent.open.total() == len(silenced) * posts.PER_USER, "each user has two slots, whatever they name"
+        assert max(silent.open.values()) == 1, "and each host one"
     finally:
         await asyncio.gather(*(worker.app.notices.close() for worker in world.workers))
         silent.stop()
@@ -406,7 +474,8 @@ async def test_a_failing_host_is_left_alone_for_longer_each_time(
         clock += wait - 0.5
         queue.start()
         assert (len(held.begun), len(queue._tasks)) == (begun, 0)  # noqa: SLF001
-        queue._hosts["https://slow.example"].drop()  # noqa: SLF001
+        host = queue._hosts["https://slow.example"]  # noqa: SLF001
+        queue._remove(host, host.oldest())  # noqa: SLF001
         clock += 0.5
     held.retry_after = None
     queue.add(post())
@@ -448,7 +517,7 @@ async def test_every_dropped_notification_is_counted_and_one_of_a_stretch_is_log
 async def test_a_full_queue_of_messages_counts_what_it_drops(
     room: Room, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(notices, "MAX_WAITING", 2)
+    monkeypatch.setattr(due, "MAX_OF_SENDER", 2)
     for worker in world.workers:
         worker.app.notices._after_seconds = 60.0  # noqa: SLF001 - nothing leaves the queue
     for _ in range(5):
@@ -480,6 +549,7 @@ async def test_hosts_and_signatures_are_bounded(held: Held, world: World, monkey
 
 async def test_hosts_that_back_off_are_forgotten_last(held: Held, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(posts, "HOST_USERS", 1)
+    monkeypatch.setattr(posts, "KEPT_SECONDS", 0.0)
     monkeypatch.setattr(posts, "MAX_HOSTS", 3)
     held.gate.set()
     drops = Drops()

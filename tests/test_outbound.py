@@ -21,8 +21,9 @@ from protocol.values import LinkPreview
 from server import markup, outbound, previews, resolver
 from server.auth import passwords
 from server.config import Settings
+from server.drops import Drops
 from server.outbound import Outbound, Unreachable
-from server.posts import SLOW_SLOTS, Drops, Failed, Posts, Push
+from server.posts import SLOW_SLOTS, Failed, Posts, Push
 from tests.browser import post_to, say
 from tests.world import Room, World, http_client, message, sent, until
 

@@ -11,8 +11,9 @@ import pytest
 from protocol.ids import UserId, uuid7
 from server import posts
 from server.config import Settings
+from server.drops import Drops
 from server.looptime import LoopTime
-from server.posts import Drops, Failed, Posts, Push, Rejected
+from server.posts import Failed, Posts, Push, Rejected
 from server.queries.push import Post
 from tests.browser import Browser, post_to, say
 from tests.world import World, sent, until
@@ -102,6 +103,131 @@ async def test_users_take_turns_and_each_has_a_pace(service: Service) -> None:
     assert begun.index(f"{HOST}/other") <= posts.PER_USER
     assert len(begun) == int(posts.USER_BURST) + 1, "the others wait for the pace of their user"
     assert await service.post(post_to(f"{HOST}/other")) == [f"{HOST}/other"]
+
+
+async def test_user_has_a_share_of_hosts_and_slots_whatever_hosts_they_name(service: Service) -> None:
+    greedy = UserId(uuid7())
+    many = [post_to(f"https://{number}.example/", greedy) for number in range(50)]
+    service.silent = {one.endpoint for one in many}
+    for one in many:
+        service.queue.add(one)
+    service.queue.start()
+    await until(lambda: service.queue._next is None)  # noqa: SLF001
+    assert len(service.begun) == posts.PER_USER
+    assert len(service.queue._hosts) == posts.MAX_HOSTS_OF_USER  # noqa: SLF001
+    assert service.queue._drops.counts == {"user_hosts": 50 - posts.MAX_HOSTS_OF_USER}  # noqa: SLF001
+    service.queue.keep(greedy, {many[0].endpoint})
+    assert service.queue._queued == 0, "posts to endpoints that are gone are dropped at once"  # noqa: SLF001
+    assert service.queue._drops.counts["gone"] == posts.MAX_HOSTS_OF_USER - posts.PER_USER  # noqa: SLF001
+    service.queue.add(post_to(f"{HOST}/good"))
+    service.queue.start()
+    await until(lambda: service.begun[-1] == f"{HOST}/good")
+
+
+async def test_user_whose_posts_take_long_is_paused_at_every_new_host(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = 1_000.0
+    monkeypatch.setattr(posts.time, "monotonic", lambda: clock)  # type: ignore[attr-defined]
+    greedy = UserId(uuid7())
+
+    async def take_long(push: Push) -> None:
+        nonlocal clock
+        service.begun.append(push.endpoint)
+        if "new" in push.endpoint:
+            clock += posts.SLOW_SECONDS
+            raise Failed
+
+    service.queue._send = take_long  # noqa: SLF001
+    assert await service.post(post_to(f"{HOST}/good", greedy)) == [f"{HOST}/good"]
+    for wait in (1, 2, 4, 8, 16, 32, 64, 128, 256, 300, 300):
+        assert len(await service.post(post_to(f"https://new{wait}.example/", greedy))) == 1
+        assert await service.post(post_to("https://new.example/", greedy)) == []
+        service.queue.keep(greedy, ())
+        assert await service.post(post_to(f"{HOST}/good", greedy)) == [f"{HOST}/good"], "what is fast goes on"
+        assert await service.post(post_to(f"https://other{wait}.example/")) != [], "others notice nothing"
+        clock += wait
+    clock += posts.MAX_BACKOFF
+    assert len(await service.post(post_to("https://new.example/", greedy))) == 1
+    assert service.queue._pauses[greedy].until == clock + 1.0, "it is forgotten"  # noqa: SLF001
+
+
+async def test_host_that_was_fast_for_one_user_and_is_slow_for_them_is_not_fast_any_more(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = 1_000.0
+    monkeypatch.setattr(posts.time, "monotonic", lambda: clock)  # type: ignore[attr-defined]
+    own, shared = post_to("https://own.example/"), post_to(f"{HOST}/0")
+
+    async def send(push: Push) -> None:
+        nonlocal clock
+        clock += posts.SLOW_SECONDS * (push.endpoint in service.silent)
+
+    service.queue._send = send  # noqa: SLF001
+    await service.post(own, shared, post_to(f"{HOST}/1"))
+    service.silent = {own.endpoint, shared.endpoint}
+    await service.post(own, shared)
+    is_fast = {name: host.is_fast for name, host in service.queue._hosts.items()}  # noqa: SLF001
+    assert is_fast == {"https://own.example": False, HOST: True}
+
+
+async def test_full_tables_take_from_who_has_most(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(posts, "MAX_HOSTS", 6)
+    monkeypatch.setattr(posts, "MAX_QUEUED", 24)
+    queue = service.queue
+    greedy, ada = UserId(uuid7()), UserId(uuid7())
+    for user_id, hosts in ((greedy, 5), (ada, 1)):
+        for number in range(hosts):
+            queue.add(post_to(f"https://{user_id}-{number}.example/", user_id))
+    queue.add(post_to("https://new.example/"))
+    assert queue._drops.counts == {"too_many_hosts": 1}  # noqa: SLF001
+    assert len(queue._hosts_of(greedy)) == 4, "who is at most hosts made room"  # noqa: SLF001
+    queue.add(post_to("https://newer.example/", ada))
+    queue.add(post_to("https://newest.example/", ada))
+    queue.add(post_to("https://greedy.example/", greedy))
+    assert (len(queue._hosts_of(greedy)), len(queue._hosts_of(ada))) == (3, 2), "and only who has fewer"  # noqa: SLF001
+    for number in range(20):
+        queue.add(post_to(f"https://{greedy}-4.example/{number}", greedy))
+    assert queue._queued == 12, "hosts that are not known to be fast fill half"  # noqa: SLF001
+    before = queue._queued_of[greedy]  # noqa: SLF001
+    queue.add(post_to("https://new.example/"))
+    assert (queue._queued, queue._queued_of[greedy]) == (12, before - 1), "who has most made room"  # noqa: SLF001
+
+
+async def test_users_whose_posts_take_long_leave_slots_and_hosts_to_others(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(posts, "MAX_HOSTS", 4)
+    monkeypatch.setattr(posts, "SLOW_USER_SLOTS", 2)
+    queue = service.queue
+    slow = [post_to(f"https://{number}.example/") for number in range(5)]
+    for one in slow:
+        queue._pause(one.user_id, 0.0)  # noqa: SLF001
+        queue._pauses[one.user_id] = queue._pauses[one.user_id]._replace(until=time.monotonic())  # noqa: SLF001
+    service.silent = {one.endpoint for one in slow}
+    for one in slow:
+        queue.add(one)
+    assert queue._drops.counts == {"too_many_hosts": 1}, "one host for each, and no room for the last one"  # noqa: SLF001
+    queue.start()
+    await until(lambda: queue._next is None)  # noqa: SLF001
+    assert len(service.begun) == 2
+    queue.add(post_to("https://good.example/"))
+    assert queue._drops.counts == {"too_many_hosts": 2}, "one of theirs made room"  # noqa: SLF001
+    queue.start()
+    await until(lambda: service.begun[-1] == "https://good.example/")
+
+
+async def test_posts_of_large_conversations_take_turns_with_others_and_fill_half_of_the_queue(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(posts, "MAX_QUEUED", 60)
+    assert await service.post(post_to(f"{HOST}/first")) == [f"{HOST}/first"]
+    for number in range(40):
+        service.queue.add(post_to(f"{HOST}/crowd/{number}"), is_crowd=True)
+    assert service.queue._drops.counts == {"queue_full": 10}  # noqa: SLF001
+    begun = await service.post(*(post_to(f"{HOST}/pair/{number}") for number in range(10)))
+    assert len(begun) == 40
+    assert max(place for place, one in enumerate(begun) if "pair" in one) <= 2 * 10, "every second one"
 
 
 async def test_newer_notification_of_a_conversation_replaces_the_one_that_waits(service: Service) -> None:

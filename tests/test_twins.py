@@ -185,7 +185,7 @@ async def test_nobody_is_pushed_a_name_that_they_may_not_see_any_more(room: Room
     key = client.RegisterPush(endpoint="https://push.example/1", p256dh=PUSH_POINT, auth="A" * 22)
     await room.ada.call(key)
     message_id = await sent(one, room.group)
-    queued = await push.due(world.db, [message_id])
+    queued = (await push.due(world.db, [push.Look(room.group, push.FIRST, (message_id,))], 100)).posts
     assert [notice.sender.id for notice in await push.notices(world.db, queued)] == [who.id]
     await one.call(client.Leave(conversation_id=room.group))
     assert len(await push.notices(world.db, queued)) == 1, "a name that everybody may see"

@@ -177,3 +177,16 @@ async def test_a_badge_adds_up_a_hundred_conversations(world: World) -> None:
     listed_first = [event for event in one.events if isinstance(event, server.Conversations)]
     assert sum(len(event.conversations) for event in listed_first) == 120, "all are said on connecting"
     assert [event.is_last for event in listed_first] == [False, False, True]
+
+
+async def test_badge_stops_after_a_number_of_messages(world: World) -> None:
+    ada, charles = await world.users("Ada", "Charles")
+    await world.db.execute(MANY, ada.id, charles.id)
+    await world.db.execute(
+        """INSERT INTO message (conversation_id, sender_id, content, sent_version, version)
+        SELECT conversation_id, $1, 'Hello', n, n FROM conversation_participant, generate_series(5, 24) n
+        WHERE user_id = $2""",
+        charles.id,
+        ada.id,
+    )
+    assert await counting.badge(world.db, ada.id) == counting.MAX_BADGE == 1_000

@@ -309,8 +309,11 @@ class Twin:
         for key in ("conversations", "stars", "threads", "sessions"):
             export[key].sort(key=lambda one: json.dumps(self._cut(json.dumps(one)), sort_keys=True))
         self.told["export"] = [self._cut(json.dumps(export, separators=(",", ":"), ensure_ascii=False))]
-        due = [self.said[name] for name in ("theirs", "reply", "direct") if name in self.said]
-        queued = await push.due(self.world.db, due)
+        queued = []
+        for name, here in (("theirs", self.group), ("reply", self.group), ("direct", self.direct)):
+            if name in self.said:
+                look = push.Look(here, push.FIRST, (self.said[name],))
+                queued += (await push.due(self.world.db, [look], 100)).posts
         self.told["pushed"] = [self.plain(one) for one in await push.notices(self.world.db, queued)]
         if writes:
             await self.ask(self.viewer, "writes", self.writes())

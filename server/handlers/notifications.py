@@ -39,6 +39,8 @@ async def register_push(context: Context, frame: client.RegisterPush) -> Done:
     """Push to an endpoint until the session ends."""
     require_keys(frame.p256dh, frame.auth)
     async with context.transaction() as db:
+        if not await push.is_registered(db, context.user_id, frame.endpoint):
+            context.services.new_endpoints.require(context.user_id)
         await push.register(db, frame, context.user_id, context.session_id)
     return Done()
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from typing import NamedTuple
+from uuid import UUID
 
 from protocol.client import RegisterPush
 from protocol.ids import ConversationId, MessageId, SessionId, UserId
@@ -39,6 +40,7 @@ DELETE FROM push_endpoint e WHERE e.user_id = $1 AND e.id IN (
     FOR UPDATE SKIP LOCKED
 )
 """  # noqa: S608 - a number is put in
+IS_REGISTERED = "SELECT EXISTS (SELECT FROM push_endpoint WHERE user_id = $1 AND endpoint = $2)"
 UNREGISTER = "DELETE FROM push_endpoint WHERE user_id = $1 AND endpoint = $2"
 FORGET = "DELETE FROM push_endpoint WHERE endpoint = $1 RETURNING user_id"
 
@@ -49,6 +51,11 @@ async def register(db: Db, frame: RegisterPush, user_id: UserId, session_id: Ses
     """
     await db.execute(REGISTER, user_id, session_id, frame.endpoint, frame.p256dh, frame.auth)
     await db.execute(KEEP, user_id)
+
+
+async def is_registered(db: Db, user_id: UserId, endpoint: str) -> bool:
+    """Whether an endpoint is a user's."""
+    return bool(await db.fetchval(IS_REGISTERED, user_id, endpoint))
 
 
 async def unregister(db: Db, user_id: UserId, endpoint: str) -> None:
@@ -86,35 +93,42 @@ class Notice(NamedTuple):
 
 EXCERPT = 160
 """Max characters of a message in a notification."""
+DUE_SECONDS = 2.0
+"""Max seconds of the statement that asks for whom messages are news."""
 ANY = "SELECT EXISTS (SELECT FROM push_endpoint)"
-# One definition of what is news: not read meanwhile, not of somebody or somewhere that is silenced, not in quiet hours;
-# where only mentions are wanted, a mention, or a reply in a thread that is followed; and a reply that stands in its
-# thread alone is for those who follow that, or are mentioned. A notification has the sender's name: if the sender has
-# left meanwhile, it is for those who may see that name.
-_NEWS = f"""
-JOIN conversation c ON c.id = m.conversation_id AND NOT c.is_deleted
-JOIN "user" u ON u.id = m.sender_id
-JOIN conversation_participant p ON p.conversation_id = m.conversation_id AND p.status = 'active'
-JOIN push_endpoint e ON e.user_id = p.user_id
-JOIN session s ON s.id = e.session_id AND s.expires_at > now()
+# One definition of what is news, in three parts: what depends on the recipient alone, on a message, and on its sender.
+# The recipient has no silence there and no quiet hours.
+_RECIPIENT = """
+JOIN conversation c ON c.id = p.conversation_id AND NOT c.is_deleted
 JOIN "user" them ON them.id = p.user_id AND them.is_active AND NOT them.is_deleted
+CROSS JOIN LATERAL (SELECT CASE WHEN them.quiet_from IS NOT NULL THEN time_of_day(them.time_zone) END AS at) clock
+"""
+_MAY_BE_TOLD = """p.status = 'active'
+    AND NOT (p.is_muted AND (p.muted_until IS NULL OR p.muted_until > now()))
+    AND NOT coalesce(CASE WHEN them.quiet_from <= them.quiet_until
+        THEN clock.at >= them.quiet_from AND clock.at < them.quiet_until
+        ELSE clock.at >= them.quiet_from OR clock.at < them.quiet_until END, false)"""
+# The message was not read meanwhile; where only mentions are wanted, it is a mention, or a reply in a thread that is
+# followed; and a reply that stands in its thread alone is for those who follow that, or are mentioned.
+_MESSAGE = """
 LEFT JOIN thread_follow t ON t.root_id = m.thread_root_id AND t.user_id = p.user_id AND t.is_following
     AND (t.conversation_id = m.conversation_id) IS TRUE
 CROSS JOIN LATERAL (
     SELECT p.user_id = ANY(m.mentions) OR 'everyone' = ANY(m.loud_mentions) OR p.role = ANY(m.loud_mentions)
             AS is_mention,
-        CASE WHEN them.quiet_from IS NOT NULL THEN time_of_day(them.time_zone) END AS at,
         m.thread_root_id IS NULL OR m.also_in_conversation AS is_in_conversation
 ) said
-WHERE NOT m.is_deleted AND NOT m.is_moderated AND NOT m.is_system_message
+"""
+_IS_NEWS = """NOT m.is_deleted AND NOT m.is_moderated AND NOT m.is_system_message
     AND p.user_id <> m.sender_id AND m.sent_version > visible_after(c, p)
-    AND NOT (p.is_muted AND (p.muted_until IS NULL OR p.muted_until > now()))
     AND (p.notification_level = 'all' AND said.is_in_conversation
         OR p.notification_level <> 'none' AND (said.is_mention OR t.user_id IS NOT NULL))
     AND (said.is_in_conversation AND m.sent_version > coalesce(p.unread_from_version - 1, p.last_read_version)
         OR NOT said.is_in_conversation AND m.thread_order > coalesce(t.last_read_order, 0)
-            AND m.sent_version > p.last_read_version)
-    AND NOT {SILENCES.format(me="p.user_id", them="m.sender_id")}
+            AND m.sent_version > p.last_read_version)"""
+# The sender is not silenced. A notification has the sender's name: if the sender has left meanwhile, it is for those
+# who may see that name.
+_SENDER_IS_SHOWN = f"""NOT {SILENCES.format(me="p.user_id", them="m.sender_id")}
     AND (EXISTS (
         SELECT FROM conversation_participant s
         WHERE s.conversation_id = m.conversation_id AND s.user_id = m.sender_id AND s.status = 'active'
@@ -122,23 +136,58 @@ WHERE NOT m.is_deleted AND NOT m.is_moderated AND NOT m.is_system_message
     AND NOT EXISTS (
         SELECT FROM user_relationship r
         WHERE r.from_user_id = p.user_id AND r.to_user_id = m.sender_id AND NOT r.notifications_enabled
-    )
-    AND NOT coalesce(CASE WHEN them.quiet_from <= them.quiet_until
-        THEN said.at >= them.quiet_from AND said.at < them.quiet_until
-        ELSE said.at >= them.quiet_from OR said.at < them.quiet_until END, false)
-"""  # noqa: S608 - SILENCES is a constant
+    )"""  # noqa: S608 - SILENCES is a constant
+# Of each conversation, the next participants; of those, the few who have an endpoint; for each of them the latest
+# message that is news. Whom somebody silences is asked for each sender, not for each message. A last row without an
+# endpoint tells where a full page ends.
 DUE = f"""
-SELECT p.user_id, e.endpoint, m.conversation_id, m.id
-FROM message m
-{_NEWS} AND m.id = ANY($1)
-ORDER BY m.created_at
-"""  # noqa: S608 - a constant
+WITH asked AS (
+    SELECT * FROM unnest($1::uuid[], $2::uuid[]) AS asked (conversation_id, after)
+), page AS MATERIALIZED (
+    SELECT one.* FROM asked CROSS JOIN LATERAL (
+        SELECT p.conversation_id, p.user_id, row_number() OVER (ORDER BY p.user_id) AS place
+        FROM conversation_participant p
+        WHERE p.conversation_id = asked.conversation_id AND p.user_id > asked.after ORDER BY p.user_id LIMIT $4
+    ) one
+), sent AS MATERIALIZED (
+    SELECT m.* FROM unnest($3::uuid[]) AS due (id) JOIN message m ON m.id = due.id
+)
+SELECT p.user_id, e.endpoint, p.conversation_id, latest.id
+FROM (
+    SELECT page.conversation_id, page.user_id FROM page
+    WHERE EXISTS (SELECT FROM push_endpoint e WHERE e.user_id = page.user_id) OFFSET 0
+) reached
+JOIN conversation_participant p ON p.conversation_id = reached.conversation_id AND p.user_id = reached.user_id
+{_RECIPIENT}
+CROSS JOIN LATERAL (
+    SELECT m.id FROM (
+        SELECT DISTINCT ON (m.sender_id) m.id, m.conversation_id, m.sender_id, m.sent_version
+        FROM sent m
+        {_MESSAGE}
+        WHERE m.conversation_id = p.conversation_id AND {_IS_NEWS}
+        ORDER BY m.sender_id, m.sent_version DESC
+    ) m
+    WHERE {_SENDER_IS_SHOWN}
+    ORDER BY m.sent_version DESC LIMIT 1
+) latest
+JOIN push_endpoint e ON e.user_id = p.user_id
+JOIN session s ON s.id = e.session_id AND s.expires_at > now()
+WHERE {_MAY_BE_TOLD}
+UNION ALL
+SELECT page.user_id, NULL, page.conversation_id, NULL FROM page WHERE page.place = $4
+"""  # noqa: S608 - constants
 NOTICES = f"""
 SELECT due.user_id, due.endpoint, m.conversation_id, m.id, e.p256dh, e.auth, {FACE}, c.title, said.is_mention,
     m.thread_root_id, left(m.content, {EXCERPT})
 FROM unnest($1::uuid[], $2::text[], $3::uuid[], $4::uuid[]) AS due (user_id, endpoint, conversation_id, message_id)
 JOIN message m ON m.id = due.message_id AND (m.conversation_id = due.conversation_id) IS TRUE
-{_NEWS} AND p.user_id = due.user_id AND e.endpoint = due.endpoint
+JOIN "user" u ON u.id = m.sender_id
+JOIN conversation_participant p ON p.conversation_id = due.conversation_id AND p.user_id = due.user_id
+JOIN push_endpoint e ON e.user_id = due.user_id AND e.endpoint = due.endpoint
+JOIN session s ON s.id = e.session_id AND s.expires_at > now()
+{_RECIPIENT}
+{_MESSAGE}
+WHERE {_MAY_BE_TOLD} AND {_IS_NEWS} AND {_SENDER_IS_SHOWN}
 """  # noqa: S608 - constants
 
 
@@ -147,9 +196,39 @@ async def is_anybody_there(db: Db) -> bool:
     return bool(await db.fetchval(ANY))
 
 
-async def due(db: Db, message_ids: Sequence[MessageId]) -> list[Post]:
-    """Return for which endpoints these messages are news, the latest message last."""
-    return [Post(*row) for row in await db.fetch(DUE, list(message_ids))]
+class Look(NamedTuple):
+    """For which participants of a conversation its messages are to be asked: those after a user, by id."""
+
+    conversation_id: ConversationId
+    after: UserId
+    message_ids: tuple[MessageId, ...]
+
+
+FIRST = UserId(UUID(int=0))
+"""What the first page of participants is after."""
+
+
+class Found(NamedTuple):
+    """For which endpoints messages are news, one of each conversation, and where the pages end that have a next one."""
+
+    posts: list[Post]
+    next: dict[ConversationId, UserId]
+
+
+async def due(db: Db, looks: Sequence[Look], limit: int) -> Found:
+    """Return for which endpoints messages are news: of each conversation the latest one, for at most `limit`
+    participants. Raises TimeoutError after `DUE_SECONDS`.
+    """
+    ids = [message_id for look in looks for message_id in look.message_ids]
+    found = Found([], {})
+    for user_id, endpoint, conversation_id, message_id in await db.fetch(
+        DUE, [look.conversation_id for look in looks], [look.after for look in looks], ids, limit, timeout=DUE_SECONDS
+    ):
+        if endpoint is None:
+            found.next[conversation_id] = user_id
+        else:
+            found.posts.append(Post(user_id, endpoint, conversation_id, message_id))
+    return found
 
 
 async def notices(db: Db, posts: Sequence[Post]) -> list[Notice]:

@@ -20,16 +20,15 @@ SILENCES = """coalesce((
 each conversation.
 """
 
-COUNT_UNREAD = f"""
-SELECT count(*) FILTER (WHERE NOT is_deleted AND NOT is_system_message AND NOT is_moderated
-    AND sender_id <> {{me}}.user_id AND NOT {SILENCES.format(me="{me}.user_id", them="sender_id")})
-FROM (
+_UNREAD = f"""
     SELECT n.is_deleted, n.is_system_message, n.is_moderated, n.sender_id FROM message n
     WHERE n.conversation_id = {{me}}.conversation_id AND (n.thread_root_id IS NULL OR n.also_in_conversation)
         AND n.sent_version > coalesce({{me}}.unread_from_version - 1, {{me}}.last_read_version)
     ORDER BY n.sent_version DESC LIMIT {MAX_COUNTED}
-) newest
 """  # noqa: S608 - a number is put in
+_COUNTED = f"""count(*) FILTER (WHERE NOT is_deleted AND NOT is_system_message AND NOT is_moderated
+    AND sender_id <> {{me}}.user_id AND NOT {SILENCES.format(me="{me}.user_id", them="sender_id")})"""
+COUNT_UNREAD = f"SELECT {_COUNTED} FROM ({_UNREAD}) newest"  # noqa: S608 - constants
 """Of the newest 100 messages past the position, those that count: bounded, however long one was away. `{me}` is the
 name of the participant in the query that embeds it, never a value.
 """
@@ -50,24 +49,30 @@ HAS_UNREAD_REPLY = f"EXISTS (SELECT FROM ({_UNREAD_REPLIES}) newest WHERE {_COUN
 MAX_IN_BADGE = 100
 """Max conversations that a badge adds up: those with something new that were active last."""
 
+MAX_BADGE = 1_000
+"""Max messages that a badge looks at, in the order of these conversations: it is counted for each notification."""
+
 # Those where nothing has happened since need no counting.
 BADGE = f"""
-SELECT who.user_id, coalesce(sum(({COUNT_UNREAD.format(me="me")})), 0)::integer
-FROM unnest($1::uuid[]) AS who (user_id) CROSS JOIN LATERAL (
-    SELECT me.* FROM conversation_participant me
-    JOIN conversation c ON c.id = me.conversation_id AND NOT c.is_deleted
-    WHERE me.user_id = who.user_id AND me.status = 'active' AND NOT me.is_hidden
-        AND NOT (me.is_muted AND (me.muted_until IS NULL OR me.muted_until > now()))
-        AND c.version > coalesce(me.unread_from_version - 1, me.last_read_version)
-    ORDER BY c.last_activity_at DESC, c.id DESC LIMIT {MAX_IN_BADGE}
-) me
-GROUP BY who.user_id
-"""  # noqa: S608 - only the name of a participant is put in
+SELECT who.user_id, (
+    SELECT {_COUNTED.format(me="newest")}::integer FROM (
+        SELECT me.user_id, newest.* FROM (
+            SELECT me.* FROM conversation_participant me
+            JOIN conversation c ON c.id = me.conversation_id AND NOT c.is_deleted
+            WHERE me.user_id = who.user_id AND me.status = 'active' AND NOT me.is_hidden
+                AND NOT (me.is_muted AND (me.muted_until IS NULL OR me.muted_until > now()))
+                AND c.version > coalesce(me.unread_from_version - 1, me.last_read_version)
+            ORDER BY c.last_activity_at DESC, c.id DESC LIMIT {MAX_IN_BADGE}
+        ) me CROSS JOIN LATERAL ({_UNREAD.format(me="me")}) newest LIMIT {MAX_BADGE}
+    ) newest
+)
+FROM unnest($1::uuid[]) AS who (user_id)
+"""  # noqa: S608 - numbers and the name of a participant are put in
 
 
 async def badge(db: Db, user_id: UserId) -> int:
     """Return the sum of what is unread in those 100 of a user's conversations with something new that were active last,
-    without those that are muted or hidden.
+    without those that are muted or hidden. Counting stops after `MAX_BADGE` messages.
     """
     return (await badges(db, {user_id})).get(user_id, 0)
 

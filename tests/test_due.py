@@ -1,0 +1,161 @@
+"""Messages whose notifications are due: whose wait for what, and what a page that fails takes with it."""
+
+import random
+
+import pytest
+
+from protocol.ids import ConversationId, MessageId, UserId, uuid7
+from server import due
+from server.drops import Drops
+from server.due import NEXT_PAGE, PAGE, Due
+from server.queries.push import FIRST, Look
+from server.tally import Tally
+
+
+class Desk:
+    """Messages that are due at once, and a clock that a test moves."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+        self.drops = Drops()
+        self.due = Due(self.drops, clock=lambda: self.now)
+
+    def say(self, here: ConversationId, sender: UserId, count: int = 1) -> list[MessageId]:
+        ids = [MessageId(uuid7()) for _ in range(count)]
+        for one in ids:
+            self.due.add(here, sender, one, seconds=0.0)
+        return ids
+
+    def begin(self) -> list[Look]:
+        return self.due.begin(self.now)
+
+
+@pytest.fixture
+def desk() -> Desk:
+    return Desk()
+
+
+def place() -> ConversationId:
+    return ConversationId(uuid7())
+
+
+def user() -> UserId:
+    return UserId(uuid7())
+
+
+def test_large_conversation_holds_up_no_other_and_rests(desk: Desk) -> None:
+    crowd, pair, more = place(), place(), user()
+    desk.say(crowd, user())
+    (first,) = desk.begin()
+    desk.due.done(first, more, limit=PAGE, seconds=0.1)
+    said = desk.say(pair, user())
+    assert desk.begin() == [Look(pair, FIRST, tuple(said))], "it waits for no further page of the other one"
+    second = desk.due.further()
+    assert second == first._replace(after=more)
+    desk.due.done(second, more, limit=NEXT_PAGE, seconds=0.1)
+    assert desk.due.further() is None
+    assert desk.due.wait() == pytest.approx(due.REST * 0.1)
+    desk.now += due.REST * 0.1
+    third = desk.due.further()
+    assert third is not None
+    desk.due.done(third, None, limit=NEXT_PAGE, seconds=0.1)
+    desk.say(crowd, user())
+    assert desk.begin() == [], "after a pass a large conversation rests"
+    desk.now += due.REST_OF_PARTICIPANT * (PAGE + NEXT_PAGE) + 0.001
+    assert [one.conversation_id for one in desk.begin()] == [crowd]
+
+
+def test_sender_displaces_their_own_messages_and_a_full_table_those_of_who_has_most(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(due, "MAX_WAITING", 12)
+    monkeypatch.setattr(due, "MAX_OF_SENDER", 10)
+    monkeypatch.setattr(due, "MAX_TOGETHER", 5)
+    here, greedy, ada = place(), user(), user()
+    hers = desk.say(here, ada)
+    theirs = desk.say(here, greedy, 11)
+    assert (len(desk.due), desk.drops.counts) == (11, {"messages_full": 1})
+    elsewhere = [desk.say(place(), user()) for _ in range(4)]
+    assert (len(desk.due), desk.drops.counts) == (12, {"messages_full": 4})
+    looks = desk.begin()
+    assert looks[0] == Look(here, FIRST, (*hers, *theirs[-5:])), "of one sender the newest, of others all"
+    assert [one.message_ids for one in looks[1:]] == [tuple(one) for one in elsewhere]
+    assert desk.drops.counts == {"messages_full": 4, "replaced": 2}
+
+
+def test_page_that_fails_is_asked_for_again_alone_and_dropped_in_the_end(desk: Desk) -> None:
+    for _ in range(3):
+        desk.say(place(), user(), 2)
+    looks = desk.begin()
+    assert len(looks) == 3
+    for one in looks:
+        desk.due.failed(one)
+    assert (desk.begin(), desk.due.further()) == ([], None)
+    for number in range(due.MAX_TRIES):
+        desk.now += due.RETRY_SECONDS
+        look = desk.due.further()
+        assert look is not None
+        if number == 1:
+            desk.due.done(look, None, limit=NEXT_PAGE, seconds=0.0)
+            continue
+        desk.due.failed(look)
+    assert (len(desk.due), desk.drops.counts) == (4, {}), "one has succeeded"
+    desk.now += due.MAX_REST
+    while (look := desk.due.further()) is not None:
+        desk.due.failed(look)
+        desk.now += due.RETRY_SECONDS
+    assert (len(desk.due), desk.drops.counts) == (0, {"database": 4})
+    desk.say(place(), user())
+    desk.due.forget(desk.now)
+    assert (len(desk.due), desk.begin()) == (0, [])
+
+
+def act(desk: Desk, rng: random.Random, looks: list[Look], places: list[ConversationId], people: list[UserId]) -> None:
+    """Do one of the things that workers do. `looks` are the pages that were not answered yet."""
+    choice = rng.random()
+    if choice < 0.6:
+        desk.say(rng.choice(places), rng.choice(people))
+    elif choice < 0.7:
+        looks += desk.begin()
+    elif choice < 0.75 and not looks:
+        desk.due.forget(desk.now - rng.random())
+    elif looks and rng.random() < 0.2:
+        desk.due.failed(looks.pop())
+    elif looks:
+        desk.due.done(looks.pop(), user() if rng.random() < 0.3 else None, limit=PAGE, seconds=0.01)
+    elif (further := desk.due.further()) is not None:
+        looks.append(further)
+
+
+def test_what_waits_adds_up_after_anything() -> None:
+    """What is counted is what is there, every pass ends, and nothing is left in the end."""
+    rng = random.Random(14)
+    desk = Desk()
+    places, people = [place() for _ in range(5)], [user() for _ in range(5)]
+    looks: list[Look] = []
+    for _ in range(5_000):
+        act(desk, rng, looks, places, people)
+        desk.now += 0.01
+        waiting = [one for here in desk.due._conversations.values() for one in here.messages]  # noqa: SLF001
+        assert len(waiting) == len(set(waiting)) == len(desk.due)
+    for _ in range(1_000):
+        desk.now += due.MAX_REST
+        for look in [*looks, *desk.begin()]:
+            desk.due.done(look, None, limit=PAGE, seconds=0.01)
+        looks = [] if (further := desk.due.further()) is None else [further]
+    desk.begin()
+    assert (len(desk.due), desk.due._conversations, desk.due._senders) == (0, {}, {})  # noqa: SLF001
+
+
+def test_tally_knows_who_has_most() -> None:
+    rng = random.Random(14)
+    tally: Tally[int] = Tally()
+    counts = dict.fromkeys(range(10), 0)
+    for _ in range(5_000):
+        key = rng.randrange(10)
+        change = -1 if counts[key] and rng.random() < 0.5 else 1
+        counts[key] += change
+        tally.add(key, change)
+        assert all(tally[one] == counts[one] for one in counts)
+        if any(counts.values()):
+            assert counts[tally.most()] == max(counts.values())

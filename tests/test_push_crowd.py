@@ -1,0 +1,79 @@
+"""One member of a large conversation who writes all the time, and the notifications of everybody else."""
+
+import asyncio
+import time
+
+import msgspec
+import pytest
+from httpx import Headers
+
+from protocol import client
+from prove.client import Client
+from server.config import Settings
+from server.outbound import Answer, Outbound
+from tests.world import PUSH_POINT, World, message, sent, until
+
+MEMBERS, BROWSERS = 20_000, 2_000
+FILL = """
+WITH made AS (
+    INSERT INTO "user" (name, email)
+    SELECT 'C' || i, 'c' || i || '@example.org' FROM generate_series(1, $1) i RETURNING id
+), joined AS (
+    INSERT INTO conversation_participant (conversation_id, user_id, version, joined_version)
+    SELECT $2, id, 1, 1 FROM made RETURNING user_id
+), begun AS (
+    INSERT INTO session (user_id, token, expires_at)
+    SELECT user_id, user_id::text, now() + interval '1 day' FROM joined LIMIT $3 RETURNING id, user_id
+)
+INSERT INTO push_endpoint (user_id, session_id, endpoint, p256dh, auth)
+SELECT user_id, id, 'https://push.example/' || user_id, $4, 'BTBZMqHH6r4Tts7J_aSIgg' FROM begun
+"""
+
+
+@pytest.mark.long
+@pytest.mark.new_database
+async def test_member_of_a_crowd_who_writes_all_the_time_silences_nobody_else(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the default rates, and with all endpoints at one push service."""
+    pushed: list[str] = []
+
+    async def post(self: Outbound, url: str, body: bytes, headers: dict[str, str]) -> Answer:  # noqa: ARG001
+        pushed.append(url)
+        return Answer(201, Headers(), b"", url)
+
+    monkeypatch.setattr(Outbound, "post", post)
+    settings = Settings(database_url=settings.database_url, redis_url=settings.redis_url)
+    async with World(msgspec.structs.replace(settings, push_after_seconds=1.0), workers=1) as world:
+        ada, mal, mary, charles = await world.users("Ada", "Mal", "Mary", "Charles")
+        await world.befriend(charles, mary)
+        hers, his = await world.connect(mary), await world.connect(charles)
+        pair = await world.group(his, mary)
+        crowd = await world.channel(await world.connect(ada), is_public=True)
+        flooding = [await world.connect(mal) for _ in range(5)]
+        await flooding[0].call(client.Join(conversation_id=crowd))
+        await world.db.execute(FILL, MEMBERS, crowd, BROWSERS, PUSH_POINT)
+        endpoint = "https://push.example/mary"
+        await hers.call(client.RegisterPush(endpoint=endpoint, p256dh=PUSH_POINT, auth="BTBZMqHH6r4Tts7J_aSIgg"))
+
+        async def flood(device: Client) -> None:
+            while True:
+                await device.ask(message(crowd, "x"))
+                await asyncio.sleep(0.1)
+
+        tasks = [asyncio.create_task(flood(device)) for device in flooding]
+        waits = []
+        try:
+            await until(lambda: len(pushed) > 0)
+            for number in range(5):
+                began = time.monotonic()
+                await sent(his, pair, "Hello")
+                await until(lambda number=number: pushed.count(endpoint) == number + 1)  # type: ignore[misc]
+                waits.append(time.monotonic() - began)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+        assert max(waits) < 5.0, waits
+        assert len(set(pushed)) > 100, "the crowd is told, too"
+        assert "database" not in world.workers[0].app.notices.dropped
