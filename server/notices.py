@@ -71,6 +71,7 @@ class Notices:
         self.dropped = self._drops.counts
         """Notifications dropped, by reason."""
         self._due = Due(self._drops)
+        self._one_run = asyncio.Lock()
         self._reads: Gather[Post, Push | None] = Gather(self._read, most=READS)
         self._posts = Posts(self._read_one, self._post, self._drops)
         point = self._vapid.public_key.public_bytes(Encoding.X962, PublicFormat.UncompressedPoint)
@@ -82,10 +83,13 @@ class Notices:
         self._due.add(message.conversation_id, message.sender_id, message.id, seconds=self._after_seconds)
 
     async def push_due(self) -> None:
-        """Queue posts for what has waited long enough. Never waits for a post."""
+        """Queue posts for what has waited long enough, one call at a time. Never waits for a post."""
         self._posts.start()
-        if not self._due:
-            return
+        if self._due:
+            async with self._one_run:
+                await self._look_at_due()
+
+    async def _look_at_due(self) -> None:
         tick = time.monotonic()
         async with self._database.connection() as db:
             if not await push.is_anybody_there(db):

@@ -5,7 +5,7 @@ from protocol.codec import now
 from protocol.server import Badge, Done, FeedPage, PushKey
 from server.context import Context
 from server.notices import require_keys
-from server.queries import feed, push, unread
+from server.queries import feed, push, unread, users
 
 
 async def list_feed(context: Context, frame: client.ListFeed) -> FeedPage:
@@ -39,6 +39,7 @@ async def register_push(context: Context, frame: client.RegisterPush) -> Done:
     """Push to an endpoint until the session ends."""
     require_keys(frame.p256dh, frame.auth)
     async with context.transaction() as db:
+        await users.lock(db, [context.user_id])
         if not await push.is_registered(db, context.user_id, frame.endpoint):
             context.services.new_endpoints.require(context.user_id)
         await push.register(db, frame, context.user_id, context.session_id)

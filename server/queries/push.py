@@ -46,8 +46,8 @@ FORGET = "DELETE FROM push_endpoint WHERE endpoint = $1 RETURNING user_id"
 
 
 async def register(db: Db, frame: RegisterPush, user_id: UserId, session_id: SessionId) -> None:
-    """Keep an endpoint, and of each user's the newest ones. Outside a transaction, so that no lock is held in between:
-    of concurrent calls, the one whose second statement begins last sees the rows of all.
+    """Keep an endpoint, and of each user's the newest ones. The caller has locked the user: else concurrent calls would
+    not see each other's rows.
     """
     await db.execute(REGISTER, user_id, session_id, frame.endpoint, frame.p256dh, frame.auth)
     await db.execute(KEEP, user_id)
