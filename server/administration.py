@@ -134,7 +134,8 @@ def _parser() -> argparse.ArgumentParser:
     several.add_argument("--after", type=UUID, default=LAST_ID, metavar="ID", help="the last one that was shown")
     command(conversation, "show", show_conversation, which)
     command(conversation, "export", export_conversation, which)
-    command(conversation, "delete", delete_conversation, which)
+    deleted = command(conversation, "delete", delete_conversation, which)
+    deleted.add_argument("--yes", action="store_true", help="really: there is no way back")
     audited = command(conversation, "audit", show_audit, which)
     audited.add_argument("--verify", action="store_true", help="only check that nothing was changed")
     erased = command(top, "erase", erase_user, who)
@@ -251,16 +252,17 @@ async def reset_password(db: Db, options: argparse.Namespace) -> Change:
 async def list_sessions(db: Db, options: argparse.Namespace) -> Answer | Change:
     """List a user's sessions."""
     card = await _card(db, options.user)
-    found: list[Mapping[str, Any]] = [_fields(session) for session in await sessions.of_user(db, card.id, None)]
     if options.revoke:
         async with db.transaction():
             await users.lock(db, [card.id])
+            found = await sessions.of_user(db, card.id, None)
+            ended: list[Mapping[str, Any]] = [_fields(one) | {"state": "ended"} for one in found]
             await sessions.revoke(db, card.id, None)
             await users.touch(db, [card.id])
             await note(db, "revoke_sessions", card.id)
-        return Change(found, News(partial(_of_user, card.id)))
+        return Change(ended, News(partial(_of_user, card.id)))
     await note(db, "list_sessions", card.id)
-    return found
+    return [_fields(one) for one in await sessions.of_user(db, card.id, None)]
 
 
 async def _set_disabled(db: Db, options: argparse.Namespace, *, is_disabled: bool) -> Change:
@@ -330,18 +332,27 @@ async def export_conversation(db: Db, options: argparse.Namespace) -> Answer:
 
 
 async def delete_conversation(db: Db, options: argparse.Namespace) -> Answer | Change:
-    """Delete a conversation, for everyone."""
-    found = await _conversation(db, options)
+    """Delete a group or a channel, for everyone and for good."""
+    found = (await _conversation(db, options)).conversation
+    if membership.is_lasting(found):
+        raise Fatal("a direct conversation is not deleted: its two participants could never have another.")
+    if not found.is_deleted and not options.yes:
+        await note(db, "show_conversation", None, conversation_id=str(found.id))
+        raise Fatal(
+            f"this deletes the {found.type} `{found.title}` ({found.id}) and its {found.participant_count} "
+            "participants lose it for good; say --yes if that is meant."
+        )
+    answer = {"id": str(found.id), "title": found.title, "state": "deleted"}
     async with db.transaction():
-        if await conversations.lock(db, found.conversation.id) is None:
-            return _shown(found)
-        ended = await membership.end(db, found.conversation.id)
-        await note(db, "delete_conversation", None, conversation_id=str(found.conversation.id))
+        if await conversations.lock(db, found.id) is None:
+            return answer
+        ended = await membership.end(db, found.id)
+        await note(db, "delete_conversation", None, conversation_id=str(found.id))
 
     def news(events: Events) -> None:
         tell_updated(events, ended, gone=EVERYONE)
 
-    return Change(_shown(await _conversation(db, options)), News(news))
+    return Change(answer, News(news))
 
 
 async def show_audit(db: Db, options: argparse.Namespace) -> Answer:

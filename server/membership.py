@@ -82,13 +82,18 @@ async def entered(db: Db, context: Context, conversation_id: ConversationId) -> 
     me = await taking_part(db, conversation_id, context.user_id)
     if conversation is None:
         raise NotFound("conversation_id")
-    if conversation.type in {"direct", "assistant"}:
+    if is_lasting(conversation):
         raise Refused(
             ErrorCode.FORBIDDEN,
             "A direct conversation keeps its participants and is not deleted. Use `set_preferences` to hide it.",
             path="conversation_id",
         )
     return conversation, me
+
+
+def is_lasting(conversation: Conversation) -> bool:
+    """Whether participants stay as they are and nobody deletes the conversation: there is one for each pair, ever."""
+    return conversation.type in {"direct", "assistant"}
 
 
 async def end(db: Db, conversation_id: ConversationId) -> Conversation:

@@ -12,7 +12,7 @@ import asyncpg
 import pytest
 
 from protocol import client, server
-from protocol.errors import CloseCode
+from protocol.errors import CloseCode, ErrorCode
 from protocol.ids import ConversationId
 from prove.client import Client
 from server import administration, cli, upkeep
@@ -21,7 +21,7 @@ from server.embedded.reach import reached
 from server.errors import Fatal
 from server.queries import conversations, exports
 from server.terminal import status_of
-from tests.world import World, http_client, sent
+from tests.world import World, http_client, refused, sent
 
 
 class Shell:
@@ -114,7 +114,8 @@ async def test_accounts_are_made_shown_locked_and_let_in(shell: Shell) -> None:
         assert (await http.post("/v1/auth/login", json=login)).status_code == 401
         login["password"] = again["password"]
         assert (await http.post("/v1/auth/login", json=login)).status_code == 200
-        assert len(await shell.json("user", "sessions", made["id"], "--revoke")) == 1
+        assert [one.get("state") for one in await shell.json("user", "sessions", made["id"])] == [None]
+        assert [one["state"] for one in await shell.json("user", "sessions", made["id"], "--revoke")] == ["ended"]
         assert await shell.run("user", "sessions", made["id"]) == "none\n"
     assert "there is no user" in await shell.run("user", "show", "nobody@example.org", status=1)
 
@@ -141,12 +142,33 @@ async def test_conversations_are_shown_exported_and_deleted(shell: Shell) -> Non
     lines = (await shell.run("conversation", "export", str(about))).splitlines()
     assert [json.loads(line)["message"]["content"] for line in lines] == ["Message 0", "Message 1", "Message 2"]
     assert (await shell.json("conversation", "audit", str(about), "--verify"))["tampered_with"] is False
-    assert (await shell.json("conversation", "delete", str(about)))["is_deleted"] is True
+    asked = await shell.run("conversation", "delete", str(about), status=1)
+    assert f"this deletes the channel `Engines` ({about}) and its 1 participants lose it for good; say --yes" in asked
+    assert (await shell.json("conversation", "show", str(about))).get("is_deleted", False) is False
+    deleted = {"id": str(about), "title": "Engines", "state": "deleted"}
+    assert await shell.json("conversation", "delete", str(about), "--yes") == deleted
+    assert await shell.json("conversation", "delete", str(about)) == deleted, "again"
     shell.world.workers[0].app.hub.compare_soon()
     await ada.event(server.ConversationLeft)
     assert "there is no conversation" in await shell.run("conversation", "show", str(UUID(int=1)), status=1)
     await shell.world.db.execute("UPDATE audit_entry SET action = 'nothing'")
     assert "tampered with" in await shell.run("conversation", "audit", str(UUID(int=0)), "--verify", status=1)
+
+
+async def test_direct_conversation_is_kept_by_the_command_line_as_by_frames(shell: Shell) -> None:
+    ada, charles = await shell.world.users("Ada", "Charles")
+    one = await shell.world.connect(ada)
+    asked = client.CreateDirect(user_id=charles.id)
+    about = (await one.call(asked, server.OneConversation)).view.conversation.id
+    for yes in ((), ("--yes",)):
+        assert "is not deleted" in await shell.run("conversation", "delete", str(about), *yes, status=1)
+    assert (await one.call(asked, server.OneConversation)).view.conversation.id == about
+    await shell.run("erase", str(charles.id), "--yes")
+    assert (await one.call(asked, server.OneConversation)).view.conversation.id == about, "there is what was said"
+    # As an earlier program left it.
+    await shell.world.db.execute("UPDATE conversation SET is_deleted = true, is_active = false WHERE id = $1", about)
+    with refused(ErrorCode.CONFLICT, "user_id"):
+        await one.call(asked)
 
 
 async def test_accounts_and_conversations_are_found_and_listed_in_pages(shell: Shell) -> None:

@@ -242,7 +242,7 @@ async def test_draft_goes_with_its_conversation(room: Room, world: World, frame:
         case "delete":
             await room.ada.call(client.DeleteConversation(conversation_id=room.group))
         case _:
-            await administer(world, "conversation", "delete", str(room.group))
+            await administer(world, "conversation", "delete", str(room.group), "--yes")
             world.workers[1].app.hub.compare_soon()
     await other.event(server.DraftChanged, lambda event: event.draft.content == "")
     assert await world.db.fetchval("SELECT count(*) FROM draft WHERE content <> ''") == 0

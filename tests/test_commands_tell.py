@@ -45,7 +45,7 @@ async def _left(socket: Client) -> None:
 CHANGES: dict[str, tuple[Seen, ...]] = {
     "user promote": (_is_admin(expected=True),),
     "user demote": (_is_admin(expected=False),),
-    "conversation delete": (_left,),
+    "conversation delete --yes": (_left,),
     "user sessions --revoke": (_ended,),
     "user reset-password": (_ended,),
     "user disable": (_ended,),

@@ -73,6 +73,7 @@ class Place(NamedTuple):
             "user create": ["Mary", "mary@example.org"],
             "user list": ["Ada"],
             "conversation list": ["--user", self.ada],
+            "conversation delete": [self.about, "--yes"],
             "conversation": [self.about],
             "why": [self.said],
             "import": ["mattermost", str(self.samples / "mattermost.jsonl")],

@@ -40,6 +40,12 @@ async def create_direct(context: Context, frame: client.CreateDirect) -> OneConv
     )
     async with context.transaction() as db:
         there = await conversations.direct(db, context.user_id, frame.user_id)
+        if there is not None and await conversations.is_deleted(db, there):
+            raise Refused(
+                ErrorCode.CONFLICT,
+                "The operator has deleted your direct conversation, and there is one for each pair. Make a group.",
+                path="user_id",
+            )
         made = False
         if there is None:
             # A refused frame does not lock a stranger, so this is asked before the lock, too.

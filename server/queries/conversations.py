@@ -321,6 +321,11 @@ async def direct(db: Db, one: UserId, other: UserId) -> ConversationId | None:
     return ConversationId(found) if (found := await db.fetchval(DIRECT, one, other)) else None
 
 
+async def is_deleted(db: Db, conversation_id: ConversationId) -> bool:
+    """Whether a conversation is deleted for everyone: older programs deleted direct ones, too."""
+    return bool(await db.fetchval("SELECT is_deleted FROM conversation WHERE id = $1", conversation_id))
+
+
 OPEN = """
 SELECT c.id FROM conversation c
 WHERE c.id = $1 AND c.type IN ('group', 'channel') AND c.is_active AND NOT c.is_deleted AND (c.is_public OR EXISTS (
