@@ -70,10 +70,6 @@ class Proxies:
             hops += 1
         return Client(None if address is None else str(address), hops)
 
-    def client_of(self, peer: str | None, headers: Iterable[tuple[bytes, bytes]]) -> Client:
-        """Return the client of a request with these headers. Raises Refused as `client`."""
-        return self.client(peer, entries(headers, FORWARDED_FOR))
-
 
 def entries(headers: Iterable[tuple[bytes, bytes]], name: bytes) -> list[str]:
     """Return the entries of a header: several lines of it are one list."""

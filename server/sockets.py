@@ -13,7 +13,7 @@ from server.addresses import limit_key, too_many_of_address
 from server.limits import Pace
 from server.lines import Lines
 from server.metrics import OTHER
-from server.proxies import Proxies
+from server.proxies import FORWARDED_FOR, Proxies, entries
 from server.sharedbound import SharedBound
 
 RESERVED_DESCRIPTORS = 128
@@ -97,7 +97,7 @@ class Sockets:
         headers, or else of the proxy's. A request whose address is none is refused later.
         """
         try:
-            host = self._proxies.client_of(peer, headers).host
+            host = self._proxies.client(peer, entries(headers, FORWARDED_FOR)).host
         except Refused:
             host = None
         return limit_key(host or peer or "unknown")
