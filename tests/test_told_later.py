@@ -12,7 +12,7 @@ from protocol import client, server
 from protocol.errors import CloseCode
 from protocol.ids import ConversationId, UserId
 from protocol.values import PresenceStatus
-from server import connection, hub, people, presence
+from server import connection, hub, people, presence, untold
 from server.app import App
 from server.config import Settings
 from server.database import Db
@@ -40,10 +40,13 @@ class Stage:
         await self.ada.event(server.ConversationJoined)
         await self.ada.call(client.Watch(user_ids=[self.charles.id]))
         await until(lambda: not self.app.presence._untold and not self.app.presence._dirty)  # noqa: SLF001
+        self.start = len(self.ada.events)
+
+    async def is_online(self) -> None:
+        """Return when it is recorded that Charles is."""
         async with asyncio.timeout(5):
             while not await self.world.db.fetchval(ONLINE, self.charles.id):
                 await asyncio.sleep(0.01)
-        self.start = len(self.ada.events)
 
     async def seen(self, status: PresenceStatus) -> server.PresenceChanged:
         """Return the next event by which Charles is seen like this."""
@@ -70,17 +73,6 @@ class First:
 async def leaves(on: Stage) -> None:
     await on.phone.close()
     assert (await on.seen("offline")).presence.last_seen_at is not None
-
-
-async def comes(on: Stage) -> None:
-    await on.phone.close()
-    await on.seen("offline")
-    on.start = len(on.ada.events)
-
-
-async def comes_back(on: Stage) -> None:
-    await on.world.connect(on.charles)
-    await on.seen("online")
 
 
 async def chooses(on: Stage) -> None:
@@ -152,7 +144,6 @@ async def moves_a_clock(on: Stage) -> None:
 
 CASES: tuple[tuple[ModuleType, str, Callable[[Stage], Awaitable[None]]], ...] = (
     (users, "choices", leaves),
-    (users, "choices", comes_back),
     (users, "choices", chooses),
     (users, "choices", ends_a_status),
     (users, "choices", dies_with_a_worker),
@@ -178,6 +169,7 @@ async def test_what_failed_the_first_time_is_told_later(
 ) -> None:
     monkeypatch.setattr(presence, "OFFLINE_SECONDS", 0.1)
     monkeypatch.setattr(presence, "SIGN_SECONDS", 0.1)
+    monkeypatch.setattr(untold, "AGAIN_SECONDS", 0.1)
     monkeypatch.setattr(presence, "RECORD_SECONDS", 0.1)
     monkeypatch.setattr(connection, "REFRESH_RETRY_SECONDS", 0.1)
     monkeypatch.setattr(people, "REST_MOST_SECONDS", 0.1)
@@ -185,8 +177,8 @@ async def test_what_failed_the_first_time_is_told_later(
     async with World(settings, workers=1) as world:
         on = Stage(world, settings)
         await on.begin()
-        if act is comes_back:
-            await comes(on)
+        if act is is_recorded:
+            await on.is_online()
         first = First(monkeypatch, module, name)
         await act(on)
         assert first.calls > 1
