@@ -289,7 +289,7 @@ async def deleting(db: Db, on: Stage) -> None:
 
 async def leaving(db: Db, on: Stage, *, is_for_good: bool) -> None:
     # One that no socket waits for, as with a request from another device.
-    begun = await sessions.create(db, on.who.id, "a hash", timedelta(days=1), (None, None))
+    begun = await sessions.create(db, on.who.id, f"of {on.who.id}", timedelta(days=1), (None, None))
     assert begun is not None
     there = await accounts.password_hash(db, on.who.id)
     assert await accounts.leave(db, on.who.id, there, session_id=begun.session_id, is_for_good=is_for_good)
@@ -306,11 +306,11 @@ CHANGES: dict[Callable[[Any, Stage], Awaitable[None]], tuple[bool, ErrorCode]] =
     removing: (False, ErrorCode.NOT_FOUND),
     blocking: (True, ErrorCode.FORBIDDEN),
     switching_off: (True, ErrorCode.FORBIDDEN),
-    disabling: (False, ErrorCode.UNAUTHENTICATED),
-    deactivating: (True, ErrorCode.UNAUTHENTICATED),
-    deleting: (False, ErrorCode.UNAUTHENTICATED),
-    erasing: (True, ErrorCode.UNAUTHENTICATED),
 }
+OF_ACCOUNTS: dict[Callable[[Any, Stage], Awaitable[None]], bool] = {
+    disabling: False, deactivating: True, deleting: False, erasing: True,
+}  # fmt: skip
+"""What ends the sender's account, and whether they write in a direct conversation."""
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda one: one.__name__)
@@ -318,6 +318,18 @@ async def test_a_frame_that_waits_is_judged_when_its_turn_comes(
     world: World, change: Callable[[Any, Stage], Awaitable[None]]
 ) -> None:
     is_direct, code = CHANGES[change]
+    await judged(world, change, code, is_direct=is_direct)
+
+
+async def test_a_frame_that_waits_while_its_senders_account_ends_says_nothing(world: World) -> None:
+    for change, is_direct in OF_ACCOUNTS.items():
+        await judged(world, change, ErrorCode.UNAUTHENTICATED, is_direct=is_direct)
+
+
+async def judged(
+    world: World, change: Callable[[Any, Stage], Awaitable[None]], code: ErrorCode, *, is_direct: bool
+) -> None:
+    """Make a change while every frame that says something waits for the conversation."""
     on = await stage(world, is_direct=is_direct)
     # `typing` takes no lock and does not wait: it is before the change, or after it.
     frames = {name: frame for name, frame in speech(on).items() if name != "typing"}
@@ -333,10 +345,18 @@ async def test_a_frame_that_waits_is_judged_when_its_turn_comes(
             answers.append(asyncio.create_task(device.ask(frame)))
         await waiting(world, len(frames))
         await change(on.world.db, on)
-    got = [answer.code if isinstance(answer, Error) else None for answer in await asyncio.gather(*answers)]
+        version = await world.db.fetchval("SELECT version FROM conversation WHERE id = $1", on.about)
+    got: list[ErrorCode | None] = []
+    for answer in answers:
+        try:
+            said = await answer
+            got.append(said.code if isinstance(said, Error) else None)
+        except ConnectionError:  # its session has ended, too, and the worker has heard of that
+            got.append(ErrorCode.UNAUTHENTICATED)
     # A scheduled message waits out slow mode.
     expected = dict.fromkeys(frames, code) | ({"schedule": None} if change is slowing_down else {})
-    assert dict(zip(frames, got, strict=True)) == expected
+    assert (change.__name__, dict(zip(frames, got, strict=True))) == (change.__name__, expected)
+    assert await world.db.fetchval("SELECT version FROM conversation WHERE id = $1", on.about) == version
 
 
 async def test_what_is_said_while_expiry_is_turned_on_expires(world: World) -> None:
