@@ -20,8 +20,9 @@ from server.context import Context, Look
 from server.dispatch import Dispatch, error_frame
 from server.errors import INTERNAL, log_defect, refusal
 from server.hub import Hub
-from server.limits import Bucket, Pace, too_many
+from server.limits import Pace, too_many
 from server.people import Sight
+from server.reservations import ReservingBucket
 from server.strikes import Strikes
 from server.websocket import WebSocket
 
@@ -115,7 +116,7 @@ class Connection:
         self._entering: asyncio.TimerHandle | None = None
         self._has_place = False
         # Of this connection alone, and gone with it: the `id` of a connection is used again.
-        self._frames = Bucket(shared.frames)
+        self._frames = ReservingBucket(shared.frames)
         self._strikes: Strikes | None = None
         self.user_version = user_version
         self.closed_with: CloseCode | None = None

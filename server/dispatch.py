@@ -137,6 +137,8 @@ class Dispatch:
                 log_defect(log, type(frame).__name__, error)
                 refused = INTERNAL
             self._metrics.refusals[refused.code] += 1
+            if refused.retry_after_ms is not None:
+                refused = self._in_turn(context.user_id, data, frame, refused, refused.retry_after_ms)
             return error_frame(refused, re=label(data) if frame is None else frame.id)
         self._metrics.answered(str(type(frame).__struct_config__.tag), time.perf_counter() - began)
         return Reply(re=frame.id, result=result)
@@ -157,6 +159,14 @@ class Dispatch:
         count = 1 + len(data) // TOKEN_BYTES
         self._allowances[rate].require(user_id, count, to_come=FURTHER_TOKENS.get(named, 0))
         return count
+
+    def _in_turn(self, user_id: UserId, data: bytes, frame: Frame | None, refused: Refused, wait_ms: int) -> Refused:
+        """Return a refusal that has the frame repeated after those of the user that were refused before."""
+        named = kind(data) or ""
+        more = FURTHER_TOKENS.get(named, 0) if frame is None else further(frame)
+        tokens = 1 + len(data) // TOKEN_BYTES + more
+        wait_ms = self._allowances[self._rates.get(named, Rate.READ)].retry_after(user_id, wait_ms, tokens)
+        return Refused(refused.code, refused.message, path=refused.path, retry_after_ms=wait_ms)
 
     def answered(self, user_id: UserId, data: bytes, size: int) -> None:
         """Take tokens for an answer to an encoded frame, by the size of the answer."""

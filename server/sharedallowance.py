@@ -15,8 +15,9 @@ from redis.asyncio import Redis, RedisCluster
 
 from protocol.ids import UserId
 from server.errors import REDIS_LOST
-from server.limits import Allowance, Clock
+from server.limits import Allowance, Clock, Pace
 from server.periodic import end
+from server.retries import Retries
 
 SHARE_SECONDS = 0.5
 MATTERS = 0.1
@@ -46,6 +47,7 @@ class SharedAllowance:
         self._prefix = f"{KEY}{installation}:{name}:"
         self.rate = rate
         self._bucket: Allowance[UserId] = Allowance(f"`{TOLD[name]}` of your user", rate, clock=clock)
+        self._retries: Retries[UserId] = Retries(Pace.of(rate), clock=clock)
         self._redis = redis
         self._matters = max(2.0, rate * SHARE_SECONDS * MATTERS)
         self._counts: Counter[UserId] = Counter()
@@ -62,6 +64,10 @@ class SharedAllowance:
         """Take tokens for what was done already, whether they are there or not; at most one bucket is owed."""
         self._bucket.charge(user_id, count)
         self._tell(user_id, count)
+
+    def retry_after(self, user_id: UserId, wait_ms: int, tokens: int) -> int:
+        """Return after how many milliseconds, at least `wait_ms`, to repeat a refused frame of so many tokens."""
+        return self._retries.after(user_id, wait_ms, tokens)
 
     def _tell(self, user_id: UserId, count: int) -> None:
         if self._redis is not None:

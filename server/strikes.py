@@ -5,13 +5,12 @@ import time
 from protocol.errors import ErrorCode
 from protocol.server import Error
 from server.limits import Bucket, Clock, Pace
+from server.reservations import GRACE_NS
 
 PACE = Pace.of(2.0, 200.0)
 """Max strikes per second, and at once."""
 ALWAYS = frozenset({ErrorCode.BAD_FRAME, ErrorCode.INVALID, ErrorCode.INTERNAL})
 """Errors that are always strikes: a correct client causes none of them."""
-GRACE_NS = 2_000_000
-"""Timers of clients may fire early by this much."""
 
 
 class Strikes:
@@ -19,7 +18,8 @@ class Strikes:
 
     A frame beyond the rates of its user is no strike: a refusal is cheap, and a client with many frames in flight
     cannot know which of them will be refused. A frame beyond the rate of its connection is a strike if it arrives
-    before the `retry_after_ms` of the last such refusal is over.
+    before the `retry_after_ms` of the last such refusal is over. No frame that is repeated when told is beyond that
+    rate: its token was reserved.
     """
 
     __slots__ = ("_bucket", "_clock", "_until")

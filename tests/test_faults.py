@@ -240,6 +240,40 @@ async def test_a_connection_made_while_the_database_is_away_is_told_to_come_back
             await one.settled()
 
 
+@pytest.mark.long
+async def test_a_client_with_many_frames_in_flight_that_repeats_them_as_told_is_not_closed(
+    own: tuple[Settings, Servers],
+) -> None:
+    """PostgreSQL is away, and each frame is repeated after its own `retry_after_ms`."""
+    settings, servers = own
+    settings = msgspec.structs.replace(settings, write_rate=100.0, frame_rate=200.0)
+    async with World(settings, workers=1) as world:
+        ada = await world.connect(await world.user("Ada"))
+        channel = await world.channel(ada)
+        codes: Counter[ErrorCode] = Counter()
+
+        async def deliver() -> MessageId:
+            frame = message(channel)
+            while isinstance(answer := await ada.ask(frame), server.Error):
+                codes[answer.code] += 1
+                assert answer.retry_after_ms is not None
+                await asyncio.sleep(answer.retry_after_ms / 1000)
+            return frame.message_id
+
+        servers.postgres.stop()
+        async with asyncio.timeout(60), asyncio.TaskGroup() as group:
+            delivering = [group.create_task(deliver()) for _ in range(400)]
+            await asyncio.sleep(4)  # for as long it is away
+            await asyncio.to_thread(servers.postgres.start)
+        delivered = {task.result() for task in delivering}
+        assert codes.keys() == {ErrorCode.UNAVAILABLE, ErrorCode.RATE_LIMITED}
+        world.db = await asyncpg.connect(settings.database_url)
+        stored = await world.db.fetch("SELECT id FROM message WHERE conversation_id = $1", channel)
+        assert len(delivered) == 400
+        assert {row["id"] for row in stored} >= delivered
+        await ada.call(client.GetMe())
+
+
 @pytest.fixture
 async def narrow(settings: Settings) -> AsyncIterator[World]:
     """A worker that lets little wait."""

@@ -29,9 +29,11 @@ from protocol.server import Error
 from server.config import Settings
 from server.dispatch import Rate, further
 from server.limits import Allowance, Bucket, Pace, told
+from server.reservations import GRACE_NS, ReservingBucket
+from server.retries import LATEST_NS, Retries
 from server.routes import ROUTES
 from server.sharedallowance import SharedAllowance
-from server.strikes import GRACE_NS, Strikes
+from server.strikes import Strikes
 from tests.world import Room, World, message
 
 NS = 1_000_000_000
@@ -229,6 +231,50 @@ def test_waiting_as_told_is_never_a_strike(rate: float, seed: int, latest: float
             assert not strikes.is_abuse(too_many(retry), is_flood=True)
             # Timers may be early by a little, and late by more.
             clock.now += retry * 1_000_000 - GRACE_NS + round(rng.uniform(0, latest) * NS)
+
+
+@examples(max_examples=30, deadline=None)
+@given(
+    rate=st.integers(1, 200),
+    waiting=st.integers(1, 190),
+    seed=st.integers(0, 1 << 32),
+    latest=st.sampled_from([0.0, 0.001, 0.2]),
+)
+def test_a_frame_repeated_when_told_is_not_refused_again_however_many_wait(
+    rate: int, waiting: int, seed: int, latest: float
+) -> None:
+    """Timers may be early by a little, and late by more. Some clients give up."""
+    clock, rng = Clock(), random.Random(seed)
+    bucket, strikes = ReservingBucket(Pace.of(rate), clock=clock), Strikes(clock=clock)
+    assert not any(bucket.take() for _ in range(4 * rate))
+    told = [bucket.take() for _ in range(waiting)]
+    assert told == sorted(set(told))
+    for wait in told:
+        assert not strikes.is_abuse(too_many(int(wait * 1000) + 1), is_flood=True)
+    at = clock.now
+    again = sorted(
+        at + (int(wait * 1000) + 1) * 1_000_000 - GRACE_NS + round(rng.uniform(0, latest) * NS) for wait in told
+    )
+    for clock.now in again:
+        if rng.random() < 0.9:
+            assert bucket.take() == 0
+    clock.now = again[-1] + 5 * NS
+    assert [bucket.take() > 0 for _ in range(4 * rate + 1)] == [False] * 4 * rate + [True]
+
+
+def test_refused_frames_of_a_user_are_told_to_come_one_after_another() -> None:
+    clock = Clock()
+    retries: Retries[str] = Retries(Pace.of(50.0), clock=clock)
+    told = [retries.after("Ada", 500, 1) for _ in range(400)]
+    assert told[:25] == [500] * 25
+    assert told[25:] == [20 * number for number in range(26, 401)]
+    assert retries.after("Ben", 500, 1) == 500
+    assert retries.after("Ada", 60_000, 1) == 60_000
+    assert retries.after("Ada", 500, 17) == 401 * 20 + 17 * 20
+    # A client that hammers waits longer, within a bound.
+    assert max(retries.after("Ada", 500, 1) for _ in range(5_000)) <= LATEST_NS // 1_000_000
+    clock.now += LATEST_NS
+    assert retries.after("Ada", 500, 1) == 500
 
 
 def test_coming_back_before_the_time_told_is_a_strike_beyond_the_rate_of_the_connection_alone() -> None:
