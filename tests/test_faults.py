@@ -266,7 +266,7 @@ async def test_a_client_with_many_frames_in_flight_that_repeats_them_as_told_is_
             await asyncio.sleep(4)  # for as long it is away
             await asyncio.to_thread(servers.postgres.start)
         delivered = {task.result() for task in delivering}
-        assert codes.keys() == {ErrorCode.UNAVAILABLE, ErrorCode.RATE_LIMITED}
+        assert codes[ErrorCode.UNAVAILABLE] > 400
         world.db = await asyncpg.connect(settings.database_url)
         stored = await world.db.fetch("SELECT id FROM message WHERE conversation_id = $1", channel)
         assert len(delivered) == 400

@@ -23,6 +23,8 @@ STOREYS: list[list[str]] = [
         "reconnecting",
         "log",
         "limits",
+        "reservations",
+        "retries",
         "strikes",
         "sharedallowance",
         "addresses",
