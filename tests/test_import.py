@@ -77,6 +77,22 @@ async def test_an_operator_confirms_the_list_that_was_shown(shell: Shell, world:
     await shell.run("import", "slack", path, "--match-accounts", code)
     assert await world.db.fetchval(DIRECT, ada.id) > 0
     assert await world.db.fetchval(DIRECT, mallory.id) == 0
+    # The answer is remembered: nobody is asked again, and another answer makes nobody anew.
+    people = 'SELECT array_agg(id ORDER BY id) FROM "user"'
+    before = await world.db.fetchval(people)
+    for again in ((), ("--match-accounts", "none"), ("--match-accounts", code)):
+        await shell.run("import", "slack", path, *again)
+        assert await world.db.fetchval(people) == before, again
+    # Another account with the address is asked about, whoever had it before.
+    await world.db.execute("""UPDATE "user" SET email = 'free@example.org' WHERE id = $1""", ada.id)
+    await with_address(world, "Mallory", "ada@example.org")
+    assert "Nothing was brought in" in await shell.run("import", "slack", path, status=1)
+
+
+async def test_what_is_not_there_cannot_be_read(shell: Shell, tmp_path: Path) -> None:
+    for kind in ("slack", "mattermost", "openchat"):
+        said = await shell.run("import", kind, str(tmp_path / "nonexistent"), status=1)
+        assert "nonexistent cannot be read: No such file or directory. Nothing was brought in." in said, kind
 
 
 async def test_another_account_with_the_same_address_is_not_the_one_that_was_confirmed(

@@ -1,5 +1,6 @@
 """Going away and coming back, going for good, and a person's own data."""
 
+import re
 from collections.abc import AsyncIterator
 from datetime import timedelta
 from typing import Any
@@ -100,6 +101,32 @@ DIFFER = {
     "is_active", "is_deleted", "deleted_at", "erased_at", "status",
 }  # fmt: skip
 """Columns in which an erased user's row may differ from a new one's."""
+
+
+async def test_name_that_stands_in_hashes_keys_and_ids_is_no_trace(world: World) -> None:
+    """Cid was found in a password's hash, and Ada, which is hexadecimal, in ids and in hashes of sessions."""
+    await world.user("Charles")
+    whole = "5ada0000-0000-4000-8000-000000000ada"
+    note = "INSERT INTO audit_entry (chain, number, action, details, previous_hash, hash) VALUES "
+    await world.db.execute("UPDATE session SET token = repeat('ada', 20)")
+    await world.db.execute("UPDATE account SET password = 'ada'")
+    await world.db.execute("INSERT INTO server_key (name, value) VALUES ('another', 'ada')")
+    await world.db.execute(note + "(gen_random_uuid(), 1, 'x', jsonb_build_object('id', $1::text), '', '')", whole)
+    assert await world.db.fetch(erasure.TRACES, ["%ada%"]) == []
+    # An id that is looked for itself is found, and so is the name outside of one.
+    (found,) = await world.db.fetch(erasure.TRACES, [f"%{whole}%"])
+    assert tuple(found) == ("audit_entry.details", False, 1)
+    await world.db.execute(note + "(gen_random_uuid(), 1, 'x', jsonb_build_object('name', 'Ada'), '', '')")
+    (found,) = await world.db.fetch(erasure.TRACES, ["%ada%"])
+    assert tuple(found) == ("audit_entry.details", False, 1)
+    # What is left out of the search is there.
+    source = await world.db.fetchval("SELECT prosrc FROM pg_proc WHERE proname = 'traces'")
+    opaque = set(re.findall(r"'([a-z_.]+)'", source.partition("opaque CONSTANT")[2].partition(";")[0]))
+    columns = await world.db.fetch(
+        "SELECT table_name || '.' || column_name FROM information_schema.columns WHERE table_schema = 'public'"
+    )
+    assert len(opaque) > 5
+    assert opaque <= {column[0] for column in columns}
 
 
 async def test_who_is_erased_leaves_their_words_and_nothing_else(world: World, ada: Person) -> None:

@@ -78,6 +78,7 @@ async def test_everything_is_well_and_each_thing_that_is_not_is_found(shell: She
     root = await busy(room, world)
     lines = await shell.json("check")
     assert len(lines) == len(CHECKS) + 1
+    assert lines[0].keys() == {"check", "seconds", "is_good", "wrong", "some"}, "nothing that was not counted"
     assert [line["check"] for line in lines if not line["is_good"]] == []
     printed = await shell.run("check")
     assert "all is well" in printed

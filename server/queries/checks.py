@@ -12,34 +12,33 @@ from server.queries.relationships import BLANK
 
 
 class Check(NamedTuple):
-    """One question: `FINDS` returns a line for each thing that is wrong, of the rows of the table `over`."""
+    """One question: `FINDS` returns a line for each thing that is wrong."""
 
     name: str
-    over: str
     FINDS: str
 
 
 CHECKS = (
-    Check("participants are counted right", "conversation_participant", """
+    Check("participants are counted right", """
         SELECT c.id FROM conversation c LEFT JOIN (
             SELECT conversation_id, count(*) AS n FROM conversation_participant WHERE status = 'active' GROUP BY 1
         ) p ON p.conversation_id = c.id
         WHERE c.participant_count <> coalesce(p.n, 0)
     """),
-    Check("messages are counted right", "message", """
+    Check("messages are counted right", """
         SELECT c.id FROM conversation c LEFT JOIN (
             SELECT conversation_id, count(*) AS n FROM message WHERE NOT is_deleted GROUP BY 1
         ) m ON m.conversation_id = c.id
         WHERE c.message_count <> coalesce(m.n, 0)
     """),
-    Check("replies are counted right", "message", """
+    Check("replies are counted right", """
         SELECT m.id FROM message m LEFT JOIN (
             SELECT thread_root_id, count(*) AS n FROM message
             WHERE thread_root_id IS NOT NULL AND NOT is_deleted GROUP BY 1
         ) r ON r.thread_root_id = m.id
         WHERE m.reply_count <> coalesce(r.n, 0)
     """),
-    Check("threads have places without holes", "message", """
+    Check("threads have places without holes", """
         SELECT r.thread_root_id FROM (
             SELECT thread_root_id, count(*) AS n, count(DISTINCT thread_order) AS places, min(thread_order) AS first,
                 max(thread_order) AS last
@@ -47,7 +46,7 @@ CHECKS = (
         ) r JOIN message m ON m.id = r.thread_root_id
         WHERE r.first <> 1 OR r.last <> r.n OR r.places <> r.n OR m.thread_order <> r.n OR m.thread_root_id IS NOT NULL
     """),
-    Check("reactions are counted right", "message_reaction", """
+    Check("reactions are counted right", """
         SELECT m.id FROM message m LEFT JOIN (
             SELECT message_id, jsonb_object_agg(emoji, n) AS counts FROM (
                 SELECT message_id, emoji, count(*) AS n FROM message_reaction WHERE NOT is_removed GROUP BY 1, 2
@@ -55,7 +54,7 @@ CHECKS = (
         ) r ON r.message_id = m.id
         WHERE m.reactions <> CASE WHEN m.is_deleted THEN '{}' ELSE coalesce(r.counts, '{}') END
     """),
-    Check("votes are counted right", "poll_vote", """
+    Check("votes are counted right", """
         SELECT m.id FROM message m WHERE m.poll_counts IS NOT NULL AND (
             m.poll_voters <> (SELECT count(*) FROM poll_vote v WHERE v.message_id = m.id AND v.options <> '{}')
             OR m.poll_counts <> ARRAY(
@@ -65,7 +64,7 @@ CHECKS = (
         SELECT v.message_id FROM poll_vote v JOIN message m ON m.id = v.message_id
         WHERE v.options <> '{}' AND m.poll_counts IS NULL AND NOT m.is_deleted
     """),
-    Check("no clock is behind or ahead of its rows", "conversation", """
+    Check("no clock is behind or ahead of its rows", """
         SELECT c.id FROM conversation c
         LEFT JOIN (SELECT conversation_id, max(version) AS v FROM message GROUP BY 1) m ON m.conversation_id = c.id
         LEFT JOIN (SELECT conversation_id, max(version) AS v FROM message_reaction GROUP BY 1) r
@@ -75,18 +74,18 @@ CHECKS = (
             ON p.conversation_id = c.id
         WHERE c.version <> greatest(c.settings_version, m.v, r.v, o.v, p.v) OR c.access_version > c.version
     """),
-    Check("no version is taken twice", "message", """
+    Check("no version is taken twice", """
         SELECT taken.conversation_id FROM (
             SELECT conversation_id, sent_version AS version FROM message
             UNION ALL SELECT conversation_id, version FROM conversation_participant WHERE version > 0
             UNION ALL SELECT id, settings_version FROM conversation
         ) taken GROUP BY taken.conversation_id, taken.version HAVING count(*) > 1
     """),
-    Check("no message changed before it was sent", "message", """
+    Check("no message changed before it was sent", """
         SELECT m.id FROM message m JOIN conversation c ON c.id = m.conversation_id
         WHERE m.version < m.sent_version OR m.sent_version < 1 OR m.sent_version > c.version
     """),
-    Check("no user's own clock is behind", "user", """
+    Check("no user's own clock is behind", """
         SELECT u.id FROM "user" u
         LEFT JOIN (SELECT user_id, max(user_version) AS v FROM conversation_participant GROUP BY 1) p
             ON p.user_id = u.id
@@ -98,7 +97,7 @@ CHECKS = (
             ON f.from_user_id = u.id
         WHERE u.version < greatest(u.own_version, p.v, s.v, d.v, t.v, w.v, f.v)
     """),
-    Check("read and delivered positions are where they say", "conversation_participant", """
+    Check("read and delivered positions are where they say", """
         SELECT p.id FROM conversation_participant p
         JOIN conversation c ON c.id = p.conversation_id
         LEFT JOIN message r ON r.id = p.last_read_message_id
@@ -111,7 +110,7 @@ CHECKS = (
             OR (p.last_read_message_id IS NOT NULL AND r.id IS NULL)
             OR greatest(p.last_read_version, p.delivered_version) > c.version
     """),
-    Check("who is in a thread is noted there", "thread_follow", """
+    Check("who is in a thread is noted there", """
         SELECT r.thread_root_id FROM (
             SELECT DISTINCT thread_root_id, sender_id FROM message WHERE thread_root_id IS NOT NULL
         ) r LEFT JOIN thread_follow t ON t.root_id = r.thread_root_id AND t.user_id = r.sender_id AND t.has_replied
@@ -122,7 +121,7 @@ CHECKS = (
         SELECT t.root_id FROM thread_follow t JOIN message m ON m.id = t.root_id
         WHERE t.last_read_order > m.thread_order OR m.thread_root_id IS NOT NULL
     """),
-    Check("what refers to a message says where it is", "message", """
+    Check("what refers to a message says where it is", """
         SELECT r.message_id FROM message_reaction r JOIN message m ON m.id = r.message_id
         WHERE r.conversation_id <> m.conversation_id OR r.author_id <> m.sender_id
         UNION ALL SELECT e.message_id FROM message_edit e JOIN message m ON m.id = e.message_id
@@ -136,7 +135,7 @@ CHECKS = (
         UNION ALL SELECT r.message_id FROM report r JOIN message m ON m.id = r.message_id
         WHERE r.conversation_id <> m.conversation_id
     """),
-    Check("what messages refer to is in the same conversation", "message", """
+    Check("what messages refer to is in the same conversation", """
         SELECT m.id FROM message m JOIN message o ON o.id = m.parent_message_id
         WHERE o.conversation_id <> m.conversation_id OR m.thread_root_id <> coalesce(o.thread_root_id, o.id)
             OR m.thread_root_id IS NULL OR o.sent_version >= m.sent_version
@@ -144,23 +143,23 @@ CHECKS = (
         WHERE o.conversation_id <> m.conversation_id OR o.sent_version >= m.sent_version
         UNION ALL SELECT m.id FROM message m WHERE (m.forwarded_from_id IS NULL) <> (m.forwarded_sender_id IS NULL)
     """),
-    Check("who is mentioned exists", "message", """
+    Check("who is mentioned exists", """
         SELECT m.id FROM message m CROSS JOIN unnest(m.mentions) AS mentioned (id)
         LEFT JOIN "user" u ON u.id = mentioned.id WHERE m.mentions <> '{}' AND u.id IS NULL
     """),
-    Check("every group has one owner, or is over", "conversation", """
+    Check("every group has one owner, or is over", """
         SELECT c.id FROM conversation c LEFT JOIN (
             SELECT conversation_id, count(*) AS n FROM conversation_participant
             WHERE status = 'active' AND role = 'owner' GROUP BY 1
         ) o ON o.conversation_id = c.id
         WHERE c.type IN ('group', 'channel') AND NOT c.is_deleted AND coalesce(o.n, 0) <> c.is_active::integer
     """),
-    Check("a direct conversation has its two, and no others", "conversation_participant", """
+    Check("a direct conversation has its two, and no others", """
         SELECT c.id FROM conversation c LEFT JOIN conversation_participant p ON p.conversation_id = c.id
         WHERE c.type = 'direct' GROUP BY c.id
         HAVING count(*) <> 2 OR bool_or(p.user_id NOT IN (c.direct_low, c.direct_high)) IS NOT false
     """),
-    Check("friendship is mutual, and no friend is blocked", "user_relationship", """
+    Check("friendship is mutual, and no friend is blocked", """
         SELECT r.id FROM user_relationship r LEFT JOIN user_relationship o
             ON o.from_user_id = r.to_user_id AND o.to_user_id = r.from_user_id AND o.type = 'friend'
         WHERE r.type = 'friend' AND r.status = 'accepted' AND o.status IS DISTINCT FROM 'accepted'
@@ -169,40 +168,40 @@ CHECKS = (
                 AND b.to_user_id = r.to_user_id) OR (b.from_user_id = r.to_user_id AND b.to_user_id = r.from_user_id))
         WHERE r.type = 'friend' AND r.status = 'accepted'
     """),
-    Check("deleted messages have no words left", "message", """
+    Check("deleted messages have no words left", """
         SELECT m.id FROM message m WHERE m.is_deleted AND (m.content <> '' OR m.formatted_content IS NOT NULL
             OR m.payload IS NOT NULL OR m.metadata IS NOT NULL OR m.mentions <> '{}' OR m.hashtags <> '{}'
             OR m.reactions <> '{}' OR m.is_pinned OR m.link_preview IS NOT NULL OR m.deleted_at IS NULL)
     """),
-    Check("messages whose time is over are gone", "message", """
+    Check("messages whose time is over are gone", """
         SELECT m.id FROM message m WHERE m.expires_at < now() - interval '5 minutes'
     """),
-    Check("what can be found is what can be read", "message_search", """
+    Check("what can be found is what can be read", """
         SELECT coalesce(m.id, s.message_id) FROM message m FULL JOIN message_search s ON s.message_id = m.id
         WHERE (s.message_id IS NOT NULL AND m.id IS NOT NULL) IS DISTINCT FROM
                 coalesce(NOT m.is_deleted AND NOT m.is_moderated AND NOT m.is_system_message, true)
             OR s.conversation_id <> m.conversation_id
     """),
-    Check("it is found by what it says (one in a hundred)", "message_search", """
+    Check("it is found by what it says (one in a hundred)", """
         SELECT m.id FROM message m TABLESAMPLE system (1) JOIN message_search s ON s.message_id = m.id
         WHERE s.words IS DISTINCT FROM search_words(m.conversation_id, m.content, m.payload, m.mentions,
             m.loud_mentions, m.hashtags) AND NOT m.is_deleted AND NOT m.is_moderated
     """),
-    Check("nobody is in what is over", "conversation_participant", """
+    Check("nobody is in what is over", """
         SELECT p.id FROM conversation_participant p JOIN conversation c ON c.id = p.conversation_id
         WHERE p.status = 'active' AND NOT c.is_active AND NOT c.is_deleted
     """),
-    Check("who is gone cannot come in", "session", """
+    Check("who is gone cannot come in", """
         SELECT s.id FROM session s JOIN "user" u ON u.id = s.user_id
         WHERE u.is_disabled OR u.erased_at IS NOT NULL
         UNION ALL SELECT a.id FROM account a JOIN "user" u ON u.id = a.user_id WHERE u.erased_at IS NOT NULL
         UNION ALL SELECT e.id FROM push_endpoint e JOIN session s ON s.id = e.session_id WHERE s.user_id <> e.user_id
     """),
-    Check("who deleted their account is erased a day after their grace at the latest", "user", """
+    Check("who deleted their account is erased a day after their grace at the latest", """
         SELECT id FROM "user" WHERE is_deleted AND erased_at IS NULL
             AND deleted_at < now() - current_setting('openchat.erase_after')::interval - interval '1 day'
     """),
-    Check("nothing is left of who was erased", "user", """
+    Check("nothing is left of who was erased", """
         SELECT left_over.user_id FROM (
             SELECT user_id FROM conversation_participant WHERE status IN ('active', 'invited')
             UNION ALL SELECT user_id FROM session
@@ -221,7 +220,7 @@ CHECKS = (
             OR coalesce(u.image, u.display_name, u.bio, u.location, u.website, u.custom_status) IS NOT NULL
         )
     """),  # noqa: S608 - a condition is put in
-    Check("the audit logs are whole", "audit_entry", """
+    Check("the audit logs are whole", """
         SELECT e.chain FROM (
             SELECT e.chain, e.number, coalesce(c.audit_number, 0) + row_number() OVER w AS place,
                 e.hash = audit_hash(e) AS is_itself,
@@ -231,7 +230,7 @@ CHECKS = (
         ) e WHERE NOT e.is_itself OR NOT e.is_next OR e.number <> e.place
     """),
     # Where somebody reads. What was there before is deleted by a superuser's keep_no_statistics(); see schema.sql.
-    Check("nobody but owners makes tables beside those of the server", "user", """
+    Check("nobody but owners makes tables beside those of the server", """
         SELECT a.privilege_type || ' on the database' FROM pg_database d,
             aclexplode(coalesce(d.datacl, acldefault('d', d.datdba))) a
         WHERE d.datname = current_database() AND a.grantee = 0 AND a.privilege_type IN ('TEMPORARY', 'CREATE')
@@ -240,7 +239,7 @@ CHECKS = (
             aclexplode(coalesce(n.nspacl, acldefault('n', n.nspowner))) a
         WHERE n.nspname = 'public' AND a.grantee = 0 AND a.privilege_type = 'CREATE'
     """),
-    Check("no estimates tell readers of the database what is hidden", "message", """
+    Check("no estimates tell readers of the database what is hidden", """
         SELECT s.tablename || '.' || s.attname FROM pg_stats s
         JOIN pg_class c ON c.relname = s.tablename AND c.relnamespace = 'public'::regnamespace
         LEFT JOIN pg_index i ON i.indexrelid = c.oid
@@ -252,7 +251,7 @@ CHECKS = (
             )
     """),
     # Where somebody reads. To close them: REVOKE CONNECT ON DATABASE … FROM PUBLIC.
-    Check("no reader can stop this database from another one", "schema_migration", """
+    Check("no reader can stop this database from another one", """
         SELECT o.name FROM open_databases() o (name)
         WHERE EXISTS (
             SELECT FROM pg_class v CROSS JOIN aclexplode(v.relacl) a
@@ -262,9 +261,6 @@ CHECKS = (
 )  # fmt: skip
 """In the order in which they are asked. The index of places makes sure by itself that no place is taken twice."""
 
-SIZES = """
-SELECT relname, n_live_tup FROM pg_stat_user_tables WHERE schemaname = 'public'
-"""
 # What the program's own connections are not allowed, because they go from row to row: here whole tables are compared.
 PREPARE = (
     "SET TRANSACTION READ ONLY",
@@ -282,11 +278,6 @@ class Found(NamedTuple):
 
     number: int
     some: list[str]
-
-
-async def sizes(db: Db) -> dict[str, int]:
-    """Return about how many rows each table has."""
-    return {row[0]: row[1] for row in await db.fetch(SIZES)}
 
 
 async def run(db: Db, check: Check, *, grace: timedelta = GRACE) -> Found:

@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncIterator
 from typing import NamedTuple
+from uuid import UUID
 
 from protocol.ids import ConversationId, MessageId, UserId
 from server.database import Db
@@ -125,6 +126,7 @@ async def is_erased_in(db: Db) -> bool:
 
 
 BY_EMAIL = 'SELECT u.email, u.id, u.name, u.email_verified FROM "user" u WHERE u.email = ANY($1) ORDER BY u.email'
+PARTS = "SELECT p.id, p.user_id FROM conversation_participant p WHERE p.id = ANY($1)"
 PRESENT = 'SELECT u.id, u.erased_at IS NOT NULL FROM "user" u WHERE u.id = ANY($1)'
 ACTIVE = 'SELECT u.id, u.is_active AND NOT u.is_deleted FROM "user" u WHERE u.id = ANY($1)'
 THERE = "SELECT c.id FROM conversation c WHERE c.id = ANY($1)"
@@ -147,6 +149,11 @@ class Account(NamedTuple):
 async def by_email(db: Db, emails: list[str]) -> dict[str, Account]:
     """Return who has which of the addresses here."""
     return {row[0]: Account(*row) for row in await db.fetch(BY_EMAIL, emails)}
+
+
+async def parts(db: Db, ids: list[UUID]) -> dict[UUID, UserId]:
+    """Return whose those of the participants' rows are that are here."""
+    return {row[0]: row[1] for row in await db.fetch(PARTS, ids)}
 
 
 async def present(db: Db, user_ids: list[UserId]) -> dict[UserId, bool]:

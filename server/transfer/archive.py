@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime
 from itertools import islice
 from typing import Any, Literal, NamedTuple
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 import msgspec
 from emoji import emojize
@@ -246,12 +246,16 @@ async def _people(db: Db, archive: Archive, origin: Origin, confirmed: str | Non
         for person in archive.people
         if emails[person.key] in accounts and own[person.key] not in here
     ]
-    unverified = [match for match in matches if not match.account.is_verified]
+    known = await _known(db, archive, origin, {match.person.key for match in matches})
+    certain = {
+        match.person.key: match.account.id
+        for match in matches
+        if match.account.is_verified or match.account.id in known[match.person.key]
+    }
+    unverified = [match for match in matches if match.person.key not in certain]
     if unverified and confirmed not in {OTHERS, confirmation(unverified)}:
         raise Unconfirmed(unverified)
-    matched = {
-        match.person.key: match.account.id for match in matches if match.account.is_verified or confirmed != OTHERS
-    }
+    matched = certain if confirmed == OTHERS else {match.person.key: match.account.id for match in matches}
     users = own | matched
     active = await transfers.active(db, list(users.values()))
     _require_different("people", [(users[person.key], person.key, person.found) for person in archive.people])
@@ -267,6 +271,19 @@ async def _people(db: Db, archive: Archive, origin: Origin, confirmed: str | Non
         notes=[f"{one.found}: its address is none, and was left out" for one in archive.people
                if one.email and not emails[one.key]],
     )  # fmt: skip
+
+
+async def _known(db: Db, archive: Archive, origin: Origin, keys: set[str]) -> dict[str, set[UserId]]:
+    """Return which accounts each person became in earlier imports, by their parts in the archive's conversations."""
+    of = {_part_id(origin, place, key): key for place in archive.places for key in place.members if key in keys}
+    known: dict[str, set[UserId]] = {key: set() for key in keys}
+    for part_id, user_id in (await transfers.parts(db, list(of))).items():
+        known[of[part_id]].add(user_id)
+    return known
+
+
+def _part_id(origin: Origin, place: Place, key: str) -> UUID:
+    return origin.made_id(0, "participant", place.key, key)
 
 
 def _address(person: Person) -> str:
@@ -393,7 +410,7 @@ class _Made:
             if key in gone:  # they left after they joined: see gone_version()
                 version = self._tick()
             parts.append({
-                "id": self._origin.made_id(0, "participant", self._place.key, key),
+                "id": _part_id(self._origin, self._place, key),
                 "conversation_id": self._about,
                 "user_id": self._users[key],
                 "role": "owner" if key == owner else "member",

@@ -158,7 +158,10 @@ class Files:
     """The files of an export: those of a folder, or those of a zip file."""
 
     def __init__(self, path: Path) -> None:
-        """Raises ValueError if the zip file is none, holds a name that leads out of it, or too much."""
+        """Raises OSError if there is nothing, ValueError if the zip file is none, holds a name that leads out of it, or
+        too much.
+        """
+        path.stat()
         self._root = path.resolve()
         self._zip: zipfile.ZipFile | None = None
         self._entries: dict[tuple[str, ...], zipfile.ZipInfo] = {}
