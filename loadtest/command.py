@@ -20,6 +20,7 @@ from loadtest.run import Moment, Phase, Result, Run, Watch
 from loadtest.scenario import Size
 from loadtest.scenarios import SCENARIOS
 from loadtest.target import OpenChat, Unusable
+from server.arguments import Parser
 from server.aside import aside, require_folder
 from server.errors import Fatal
 
@@ -50,7 +51,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="openchat load",
         description="Puts a crowd in front of a running server and checks that everything comes once and in order.",
         epilog="The server limits each user to 50 frames a second and each address to 100 accounts in five minutes; "

@@ -22,6 +22,7 @@ from prove.cluster import Cluster, OwnCluster
 from prove.faults import FAULTS, Fault
 from prove.proxy import Proxy
 from prove.run import Outcome, Proof, Run
+from server.arguments import Parser
 from server.aside import aside, require_folder
 from server.errors import Fatal
 
@@ -52,7 +53,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="openchat prove",
         description="Starts a cluster and a crowd that does everything the wire offers, hurts the cluster in every "
         "way of a list while the crowd acts, and compares after each what everyone saw with what is stored.",

@@ -22,6 +22,7 @@ from protocol.http import canonical
 from protocol.ids import EVERYONE, ConversationId, MessageId, UserId
 from server import config, database, membership, migrate
 from server.announcement import News, announce
+from server.arguments import Parser
 from server.auth import passwords
 from server.context import Events
 from server.database import Db
@@ -73,9 +74,9 @@ Work: TypeAlias = Callable[[Db, argparse.Namespace], Coroutine[None, None, Answe
 
 def main(arguments: list[str]) -> int:
     """Do what the command line says; return the status to end with."""
-    options = _parser().parse_args(arguments)
 
     def done() -> int:
+        options = _parser().parse_args(arguments)
         with reached(config.read(data_dir=options.data_dir)) as servers:
             answer = asyncio.run(_run(servers, options))
         if answer is not None:
@@ -85,27 +86,27 @@ def main(arguments: list[str]) -> int:
     return status_of(done)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="openchat", description=__doc__)
-    common = argparse.ArgumentParser(add_help=False)
+def _parser() -> Parser:
+    parser = Parser(prog="openchat", description=__doc__)
+    common = Parser(add_help=False)
     common.add_argument("--json", action="store_true", help="print JSON, for programs")
     common.add_argument(
         "--data-dir", type=config.folder, help="where the embedded database lives, if not in the usual place"
     )
-    who = argparse.ArgumentParser(add_help=False)
+    who = Parser(add_help=False)
     who.add_argument("user", help="an e-mail address, or an id")
-    part = argparse.ArgumentParser(add_help=False)
+    part = Parser(add_help=False)
     part.add_argument("--limit", type=_count, default=SHOWN, metavar="COUNT", help=f"show so many ({SHOWN})")
-    which = argparse.ArgumentParser(add_help=False)
+    which = Parser(add_help=False)
     which.add_argument("conversation", type=UUID, help="an id")
     top = parser.add_subparsers(required=True, metavar="command")
 
     def command(
-        group: "argparse._SubParsersAction[argparse.ArgumentParser]",
+        group: "argparse._SubParsersAction[Parser]",
         name: str,
         work: Work,
-        *parents: argparse.ArgumentParser,
-    ) -> argparse.ArgumentParser:
+        *parents: Parser,
+    ) -> Parser:
         about = (work.__doc__ or "").split("\n")[0]
         made = group.add_parser(name, parents=[common, *parents], help=about, description=about)
         made.set_defaults(work=work)

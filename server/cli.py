@@ -10,6 +10,7 @@ import sys
 from importlib.metadata import version
 
 from server import administration, config, database, log, migrate, upkeep
+from server.arguments import Parser
 from server.config import Settings, variable
 from server.embedded.reach import Reached, reached
 from server.epoch import begin_epoch
@@ -17,19 +18,36 @@ from server.errors import Fatal
 from server.supervisor import Supervisor
 from server.terminal import complain, say, status_of
 
-OPTIONS = {
-    "run": {"host", "port", "workers", "data_dir"},
-    "migrate": {"data_dir", "plan"},
-    "new-epoch": {"data_dir", "yes"},
+OWN = {
+    "run": "Start the server: what `openchat` without a command does.",
+    "migrate": "Bring the database to this program's schema. Starting the server does so, too.",
+    "new-epoch": "After restoring a backup, have every client start over.",
 }
-"""The commands of this module, with the options of each."""
+"""The commands of this module, and what each does."""
 OUTSIDE = {"load": "loadtest.command", "prove": "prove.command"}
 """Commands that speak to a server as its clients do, with the module of each."""
-COMMANDS = (*OPTIONS, *administration.COMMANDS, *upkeep.COMMANDS, *OUTSIDE)
+COMMANDS = (*OWN, *administration.COMMANDS, *upkeep.COMMANDS, *OUTSIDE)
 VALUED = ("--host", "--port", "--workers", "--data-dir")
 """Options before a command whose next argument is their value."""
 MAX_PORT = 65_535
 ABOUT = "A real-time chat backend: one command starts it, and it does not lose a message."
+LIST = """\
+commands, of which `openchat COMMAND --help` tells more:
+
+  run            start the server (the default)
+  migrate        bring the database to this program's schema
+  new-epoch      after restoring a backup, have every client start over
+  user           accounts
+  conversation   conversations
+  erase          forget a person
+  check          count everything again
+  why            where a message went
+  reindex        search in another language
+  export         write everything, or all about a person
+  import         bring in an export, or come from another chat
+  load           put a crowd in front of a running server
+  prove          hurt a cluster in every way while a crowd uses it, and compare what is stored with what was seen
+"""
 
 
 def main() -> None:
@@ -53,21 +71,27 @@ def _run(arguments: list[str]) -> int:
         if name in group.COMMANDS:
             status: int = group.main(arguments)
             return status
-    options = _parser().parse_args(arguments)
-    _require_meant(options)
+    is_named = arguments[:1] == [name]
+    options = _parser(name if is_named else None).parse_args(arguments[1:] if is_named else arguments)
+    if (folder := options.data_dir) in COMMANDS:
+        raise Fatal(f"`--data-dir {folder}` names a folder. Write `--data-dir ./{folder}`, or give the folder.")
     log.configure("openchat")
+    if name == "run":
+        _serve(options)
+    elif name == "migrate":
+        with reached(config.read(data_dir=options.data_dir), may_create=not options.plan) as servers:
+            asyncio.run(_migrate(servers, is_plan=options.plan))
+    else:
+        with reached(config.read(data_dir=options.data_dir)) as servers:
+            asyncio.run(_begin_epoch(servers, is_meant=options.yes))
+    return 0
+
+
+def _serve(options: argparse.Namespace) -> None:
     if options.port is not None and not 0 <= options.port <= MAX_PORT:
         raise Fatal(f"--port must be a whole number from 0 to {MAX_PORT}, not {options.port}.")
     settings = config.read(host=options.host, port=options.port, workers=options.workers, data_dir=options.data_dir)
-    if options.command == "migrate":
-        with reached(settings, may_create=not options.plan) as servers:
-            asyncio.run(_migrate(servers, is_plan=options.plan))
-    elif options.command == "new-epoch":
-        with reached(settings) as servers:
-            asyncio.run(_begin_epoch(servers, is_meant=options.yes))
-    else:
-        Supervisor(settings).run()
-    return 0
+    Supervisor(settings).run()
 
 
 def _ordered(arguments: list[str]) -> list[str]:
@@ -94,46 +118,29 @@ def _takes_value(option: str) -> bool:
     return len(option) > len("--") and any(one.startswith(option) for one in VALUED)
 
 
-def _require_meant(options: argparse.Namespace) -> None:
-    """Raise Fatal for an option of another command, and for a folder that was rather meant as a command."""
-    for name, value in vars(options).items():
-        if value is not None and value is not False and name not in {"command", *OPTIONS[options.command]}:
-            raise Fatal(f"`openchat {options.command}` has no option --{name.replace('_', '-')}. Leave it out.")
-    if (folder := options.data_dir) in COMMANDS:
-        raise Fatal(f"`--data-dir {folder}` names a folder. Write `--data-dir ./{folder}`, or give the folder.")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="openchat",
-        usage="openchat [COMMAND] [OPTIONS]",
-        description=ABOUT,
+def _parser(command: str | None) -> Parser:
+    """Return the parser of a command's options; without a command, of those of `run`, with help about everything."""
+    variables = "every setting can also be given as an environment variable:\n\n" + _variables()
+    parser = Parser(
+        prog=f"openchat {command}" if command else "openchat",
+        usage=None if command else "openchat [COMMAND] [OPTIONS]",
+        description=OWN[command] if command else ABOUT,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="every setting can also be given as an environment variable:\n\n" + _variables(),
+        epilog={None: f"{LIST}\n{variables}", "run": variables}.get(command),
     )
-    parser.add_argument("--version", action="version", version=f"openchat {version('openchat')}")
-    parser.add_argument(
-        "command",
-        nargs="?",
-        default="run",
-        choices=COMMANDS,
-        help="run: start the server (the default). migrate: bring the database to this program's schema. "
-        "new-epoch: after restoring a backup, have every client start over. "
-        "user, conversation, erase: administer (`openchat user --help`). "
-        "check: count everything again. why: where a message went. export, import: move everything, or come from "
-        "another chat. reindex: search in another language (`openchat check --help`). "
-        "load: put a crowd in front of a running server (`openchat load --help`). "
-        "prove: hurt a cluster in every way while a crowd uses it, and compare what is stored with what was seen "
-        "(`openchat prove --help`)",
-    )
-    parser.add_argument("--host", help="the address to listen on (127.0.0.1)")
-    parser.add_argument("--port", type=int, help="the port to listen on (8000)")
-    parser.add_argument("--workers", type=int, help="worker processes (one per core, at most 4)")
+    if command is None:
+        parser.add_argument("--version", action="version", version=f"openchat {version('openchat')}")
+    if command in {None, "run"}:
+        parser.add_argument("--host", help="the address to listen on (127.0.0.1)")
+        parser.add_argument("--port", type=int, help="the port to listen on (8000)")
+        parser.add_argument("--workers", type=int, help="worker processes (one per core, at most 4)")
+    elif command == "migrate":
+        parser.add_argument("--plan", action="store_true", help="only say what would be done")
+    else:
+        parser.add_argument("--yes", action="store_true", help="really, in the database that it names")
     parser.add_argument(
         "--data-dir", type=config.folder, help="where the embedded database lives (the user's state folder)"
     )
-    parser.add_argument("--plan", action="store_true", help="with migrate: only say what would be done")
-    parser.add_argument("--yes", action="store_true", help="with new-epoch: really, in the database that it names")
     return parser
 
 

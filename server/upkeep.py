@@ -12,6 +12,7 @@ import msgspec
 
 from protocol.ids import MessageId
 from server import administration, checking, config, database, migrate, reindexing
+from server.arguments import Parser
 from server.aside import aside
 from server.database import Db
 from server.embedded.reach import reached
@@ -32,9 +33,9 @@ FOREIGN: dict[str, Callable[[Path], Archive]] = {"slack": slack.read, "mattermos
 
 def main(arguments: list[str]) -> int:
     """Do what the command line says; return the status to end with."""
-    options = _parser().parse_args(arguments)
 
     def done() -> int:
+        options = _parser().parse_args(arguments)
         settings = config.read(data_dir=options.data_dir)
         options.grace = timedelta(days=settings.erase_after_days)
         with reached(settings) as servers:
@@ -44,17 +45,17 @@ def main(arguments: list[str]) -> int:
     return status_of(done)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="openchat", description=__doc__)
-    common = argparse.ArgumentParser(add_help=False)
+def _parser() -> Parser:
+    parser = Parser(prog="openchat", description=__doc__)
+    common = Parser(add_help=False)
     common.add_argument(
         "--data-dir", type=config.folder, help="where the embedded database lives, if not in the usual place"
     )
-    json = argparse.ArgumentParser(add_help=False)
+    json = Parser(add_help=False)
     json.add_argument("--json", action="store_true", help="print JSON, for programs")
     top = parser.add_subparsers(required=True, metavar="command")
 
-    def command(name: str, work: Work, *parents: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    def command(name: str, work: Work, *parents: Parser) -> Parser:
         about = (work.__doc__ or "").split("\n")[0]
         made = top.add_parser(name, parents=[common, *parents], help=about, description=about)
         made.set_defaults(work=work)

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from loadtest import command as load
+from prove import command as prove
 from server import administration, cli, upkeep
 from server.config import Settings
 from server.embedded.reach import Reached
@@ -151,7 +153,14 @@ def test_folder_beside_the_url_of_a_database_begins_nothing(
         (["erase", "ada", "--data-dir="], "argument --data-dir: invalid folder value: ''"),
         (["new-epoch", "--plan"], "`openchat new-epoch` has no option --plan."),
         (["--port", "0", "migrate", "--plan"], "`openchat migrate` has no option --port."),
-        (["--plan"], "`openchat run` has no option --plan."),
+        (["--plan"], "`openchat` has no option --plan."),
+        (["run", "--plan"], "`openchat run` has no option --plan."),
+        (["why", "nonsense"], "argument message: invalid UUID value: 'nonsense'. `openchat why --help` says what it"),
+        (["conversation", "show", "nope"], "`openchat conversation show --help` says what it takes."),
+        (["user", "list", "--foo"], "`openchat user list` has no option --foo. `openchat user list --help` says what"),
+        (["user"], "the following arguments are required: what. `openchat user --help` says what it takes."),
+        (["user", "nonsense"], "`openchat user --help` says what it takes."),
+        (["import", "irc", "file"], "`openchat import --help` says what it takes."),
         (["--data-dir", "folder", "--", "check"], "unrecognized arguments"),
         (["run", "check"], "unrecognized arguments: check"),
         (["--port"], "argument --port: expected one argument"),
@@ -164,9 +173,21 @@ def test_folder_beside_the_url_of_a_database_begins_nothing(
 def test_arguments_that_cannot_be_meant_begin_nothing(
     arguments: list[str], said: str, began: list[Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    status, nothing, line = outcome(arguments, began, capsys)
-    assert (status > 0, nothing) == (True, [])
+    began.clear()
+    status = status_of(lambda: cli._run(arguments))  # noqa: SLF001
+    (line,) = capsys.readouterr().err.splitlines()
+    assert (status, began) == (1, [])
+    assert line.startswith("openchat: ")
     assert said in line
+
+
+@pytest.mark.parametrize("module", [load, prove])
+def test_commands_that_speak_to_a_server_refuse_in_the_same_form(
+    module: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert status_of(lambda: module.main(["--foo"])) == 1
+    name = module.__name__.partition(".")[0].removesuffix("test")
+    assert capsys.readouterr().err.startswith(f"openchat: `openchat {name}` has no option --foo. `openchat {name} --h")
 
 
 def test_help_and_version_go_with_every_option(began: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
@@ -177,7 +198,19 @@ def test_help_and_version_go_with_every_option(began: list[Any], capsys: pytest.
         (["--help", "check"], "usage: openchat check"),
         (["--data-dir", "folder", "user", "show", "--help"], "usage: openchat user show"),
         (["--version", "check"], "openchat "),
+        *(
+            ([*line[: 2 if line[0] in administration.GROUPS else 1], "--help"], f"usage: openchat {line[0]}")
+            for line in LINES
+            if line and line[0] not in cli.OUTSIDE
+        ),
     ):
         assert status_of(lambda arguments=arguments: cli._run(arguments)) == 0, arguments  # type: ignore[misc] # noqa: SLF001
         assert capsys.readouterr().out.startswith(said)
     assert began == []
+    assert status_of(lambda: cli._run(["--help"])) == 0  # noqa: SLF001
+    listed = capsys.readouterr().out
+    assert [name for name in cli.COMMANDS if f"\n  {name} " not in listed] == []
+    assert status_of(lambda: cli._run(["new-epoch", "--help"])) == 0  # noqa: SLF001
+    said = capsys.readouterr().out
+    assert "--yes" in said
+    assert "--port" not in said
