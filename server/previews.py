@@ -29,6 +29,8 @@ from server.sharedbound import SharedBound
 from server.telling import tell_changed
 
 MAX_PAGE_BYTES = 256 * 1024
+MAX_PARTS = 10_000
+"""Max tags and texts of a page that are looked at: a page of nothing but `<` took a second."""
 MAX_WAITING = 1_000
 """Max links that wait, per worker. A user has a share (`SharedBound`)."""
 AT_ONCE = 4
@@ -160,10 +162,10 @@ def first_link(content: str) -> str | None:
 def read(page: bytes, link: str, base: str) -> LinkPreview | None:
     """Return what a page says of itself; None if that is nothing. `base` is where it came from."""
     head = _Head()
-    # The library's words for markup that it cannot read. What came before that counts.
-    with contextlib.suppress(AssertionError):
+    # An AssertionError is the library's word for markup that it cannot read. What came before counts.
+    with contextlib.suppress(_EnoughError, AssertionError):
         head.feed(page.decode(errors="replace"))
-    title = head.found.get("og:title") or head.title
+    title = head.found.get("og:title") or "".join(head.title)
     if not title.strip():
         return None
     image = head.found.get("og:image")
@@ -183,16 +185,22 @@ def _short(text: str, most: int) -> str | None:
     return visible(" ".join(text.split()))[:most] or None
 
 
+class _EnoughError(Exception):
+    """A page has more parts than are looked at."""
+
+
 class _Head(HTMLParser):
-    """Collects the title and what `meta` elements say."""
+    """Collects the title and what `meta` elements say. Raises _EnoughError after `MAX_PARTS`."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.title = ""
+        self.title: list[str] = []
         self.found: dict[str, str] = {}
         self._is_title = False
+        self._parts = 0
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self._count()
         self._is_title = tag == "title" and not self.title
         if tag == "meta":
             given = dict(attrs)
@@ -201,8 +209,27 @@ class _Head(HTMLParser):
                 self.found.setdefault(name, given["content"] or "")
 
     def handle_data(self, data: str) -> None:
+        self._count()
         if self._is_title:
-            self.title += data
+            self.title.append(data)
 
     def handle_endtag(self, tag: str) -> None:  # noqa: ARG002 - the library's shape
+        self._count()
         self._is_title = False
+
+    def handle_comment(self, data: str) -> None:  # noqa: ARG002 - as above
+        self._count()
+
+    def unknown_decl(self, data: str) -> None:  # noqa: ARG002 - as above
+        self._count()
+
+    def handle_decl(self, decl: str) -> None:  # noqa: ARG002 - as above
+        self._count()
+
+    def handle_pi(self, data: str) -> None:  # noqa: ARG002 - as above
+        self._count()
+
+    def _count(self) -> None:
+        self._parts += 1
+        if self._parts > MAX_PARTS:
+            raise _EnoughError

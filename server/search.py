@@ -1,6 +1,6 @@
 """What people type into a search box, as PostgreSQL's text search understands it."""
 
-import re
+import unicodedata
 
 from protocol.errors import ErrorCode, Refused
 
@@ -11,7 +11,8 @@ all words; one character of Chinese, which takes three bytes, is a word by itsel
 """
 PREFIX_OF_NAMES = 2
 """Min length, in bytes of UTF-8, of a word that also finds longer names."""
-_WORD = re.compile(r"\w+")
+_OF_WORDS = frozenset(("Lu", "Ll", "Lt", "Lm", "Lo", "Mn", "Mc", "Me", "Nd", "Nl", "Cf"))
+"""Categories of the characters that PostgreSQL's parser takes for parts of words. Vowel signs and accents are marks."""
 
 
 def query(text: str, *, prefix: int) -> str:
@@ -19,7 +20,8 @@ def query(text: str, *, prefix: int) -> str:
 
     Raises Refused if there is no word.
     """
-    words = _WORD.findall(text)[:MAX_WORDS]
+    spaced = "".join(one if unicodedata.category(one) in _OF_WORDS else " " for one in text)
+    words = [word for word in spaced.split() if any(map(str.isalnum, word))][:MAX_WORDS]
     if not words:
         raise Refused(ErrorCode.INVALID, "`text` must contain a word.", path="text")
     return " & ".join(f"{word}:*" if len(word.encode()) >= prefix else word for word in words)

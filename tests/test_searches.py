@@ -15,9 +15,9 @@ from protocol.errors import ErrorCode
 from protocol.payloads import File, Poll
 from protocol.values import ConversationSettings
 from prove.client import Client
+from server import search
 from server.config import Settings
 from server.dispatch import Rate
-from server.queries import searches
 from server.share import Share
 from server.sharedallowance import SharedAllowance
 from tests.world import Room, World, refused, sent, until
@@ -254,27 +254,23 @@ async def test_words_are_found_whatever_stands_between_them(room: Room) -> None:
         assert await found(room.charles, text) == [said], text
 
 
-PIECES = [
-    *"_@/~.-:&<'#\n", "1a@", "a@", "_e", "a_", "1_", "./", "/.", "~/", "/~", "a.", "a-", "a-e_", "a/", "a:", "&a",
-    "<a ", "a=1&", "http://a", "1.", "1e", "é_", "日_",
-]  # fmt: skip
-"""What PostgreSQL's parser looks far ahead at, repeated, and some more."""
-PARSE = """
-SELECT search_words(gen_random_uuid(), $1, NULL, '{}', '{}', '{}'), to_tsvector('simple', unpunctuated(left($1, 1256)))
-"""
-MARK = f"""
-WITH asked AS (SELECT $2::text)
-SELECT {searches._SNIPPET} FROM (SELECT m FROM (SELECT $1::text AS content) m, generate_series(1, 20)) found
-"""  # noqa: SLF001 - a part of statements
+async def test_words_are_divided_as_the_texts_are_in_every_script(room: Room) -> None:
+    """Accents, vowel signs and joiners belong to words; a superscript does not."""
+    for said in ("e\u0301tude", "हिन्दी भाषा", "می\u200cخو", "กินข้าว", "x²y", "loom_card_a"):
+        await sent(room.ada, room.group, said)
+        assert await found(room.charles, said) == [said], said
 
 
-async def test_no_text_takes_long_to_be_found(world: World) -> None:
-    """Whoever sends with it in one statement waits, too: 10,000 characters of some took seconds, of others 10 ms."""
-    await world.db.execute("SET statement_timeout = '250ms'")
-    for piece in PIECES:
-        await world.db.fetchrow(PARSE, (piece * 10_000)[:10_000])
-    # Where words are marked, punctuation stays: of 2,000 characters, and of 20 hits in a page.
-    await world.db.execute("SET statement_timeout = '2s'")
-    for piece in ("1a@", "_e"):
-        marked = await world.db.fetch(MARK, f"engine {piece * 1_000}", "engine")
-        assert [row[0].startswith("\x02engine\x03") for row in marked] == 20 * [True], marked[0]
+async def test_a_word_with_underscores_is_several(room: Room) -> None:
+    """Or 255 characters would ask for more than `MAX_WORDS` words, and for beginnings of one letter."""
+    await sent(room.ada, room.group, "apple banana")
+    assert await found(room.charles, "a_b") == []
+    assert search.query("a_b_" * 60, prefix=3) == " & ".join("ab" * 5)
+
+
+async def test_a_snippet_shows_punctuation_and_marks_the_words_between(room: Room) -> None:
+    said = "<b>See</b> report-v2.pdf \x01& ada@example.org/loom_card &amp; <!-- the rest --> \\1 \\\\& it's"
+    await sent(room.ada, room.group, said)
+    page = await room.charles.call(client.Search(text="see pdf card it"), server.SearchPage)
+    assert "".join(page.hits[0].snippet) == said.replace("\x01", "").removeprefix("<b>").removesuffix("'s")
+    assert page.hits[0].snippet[1::2] == ["See", "pdf", "card", "it"]

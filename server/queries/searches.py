@@ -29,8 +29,6 @@ EXCERPT, BEFORE = 2_000, 500
 """Max characters of a message that a snippet is taken from, and how many of them may stand before the first word that
 was searched for. Marking all of a message of 10,000 characters took milliseconds for each hit.
 """
-UNDIVIDED = 100
-"""Max characters without a space in what a snippet is taken from."""
 _CUT = re.compile("[\x02\x03]")
 
 # $1 is the user, $2 the words as a tsquery, $3 a conversation, $4 a hashtag, $5 whether the user is mentioned. Words
@@ -73,15 +71,17 @@ _FOUND = f"""
     ) seen
     ORDER BY s.created_at DESC, s.message_id DESC LIMIT $13
 """  # noqa: S608 - as above
-# Where the first word stands is found as it is spelled; if it is spelled otherwise there, the beginning is taken.
-# Spaces divide what has none for long: the parser's time grows with its square (`unpunctuated` in schema.sql).
-_SNIPPET = f"""CASE WHEN $2 IS NULL THEN left(translate((found.m).content, E'\\x02\\x03', ''), 200) ELSE ts_headline(
+# Where the first word stands is found as it is spelled; if it is spelled otherwise there, the beginning is taken. With
+# an \x01 after each punctuation mark, which is taken out again, words are those of the index, and the parser's time is
+# linear (`unpunctuated` in schema.sql). What a text itself has of the three control characters is left out.
+_SNIPPET = f"""CASE WHEN $2 IS NULL THEN left(translate((found.m).content, E'\\x02\\x03', ''), 200)
+ELSE replace(ts_headline(
     regexp_replace(translate(substring((found.m).content FROM greatest(1, least(
-        strpos(lower((found.m).content), lower(substring($2 FROM '^\\w+'))) - {BEFORE},
+        strpos(lower((found.m).content), lower(substring($2 FROM '^[^ :]+'))) - {BEFORE},
         char_length((found.m).content) - {EXCERPT - 1}
-    )) FOR {EXCERPT}), E'\\x02\\x03', ''), '(\\S{{{UNDIVIDED}}})(?=\\S)', '\\1 ', 'g'), to_tsquery($2),
+    )) FOR {EXCERPT}), E'\\x01\\x02\\x03', ''), '[!-/:-@[-`{{-~]', E'\\\\&\\x01', 'g'), to_tsquery($2),
     E'StartSel=\\x02, StopSel=\\x03, MaxFragments=2, MaxWords=30, MinWords=10, FragmentDelimiter=" … "'
-) END"""
+), E'\\x01', '') END"""
 _AFTER = "AND ($14::timestamptz IS NULL OR (s.created_at, s.message_id) < ($14, $15::uuid))"
 NEWEST = f"""
 SELECT message_json(found.m), 0::float8, {MOMENT.format(at="found.created_at")}, (found.m).id, {_SNIPPET}

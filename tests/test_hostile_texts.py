@@ -1,0 +1,119 @@
+"""No text takes much longer to work on than ordinary words of the same length."""
+
+import contextlib
+import itertools
+import random
+import re
+import time
+from collections.abc import Callable
+
+import pytest
+from asyncpg import Record
+from asyncpg.prepared_stmt import PreparedStatement
+
+from protocol import codec, limits
+from protocol.errors import Refused
+from server import markup, mentions, previews, search
+from server.queries import searches
+from server.transfer import slack
+from tests.world import World
+
+MAX_RATIO = 10
+"""Times that ordinary words take. Linear work that finds a word or a mark at every second character takes 3, up to 8
+when other processes take the processor; what is quadratic takes 20 and more.
+"""
+TRIES = 40
+"""Max measurements, of which the shortest counts: other processes make the others longer."""
+
+_SIGNS = "/.-_~:@&<>!?=%#+'\" e1"
+PIECES = [
+    *map("".join, itertools.product(_SIGNS, repeat=2)),
+    *_SIGNS, "1a@", "a@b.c", "a-1-", "1-a-", "a-b.c-", "x-1.", "a-e_", "a=1&", "http://a", "1e-", "a:1/", "a.b/",
+    "<a ", "<a", "<a b=", "<a b='", "<a\t", "</a", "<!--", "<!-- ", "<?", "&#", "&#x", "&lt", "é_", "日_", "é.", "日-",
+    "\n", "\x01", "\u200d", "\u0301", "\u093e", "\u00a0", "\u2028", "½", "😀", "a ", "é ",
+]  # fmt: skip
+"""What PostgreSQL's parser looks far ahead at, in pairs, and characters that belong to no words, or hardly do."""
+MARKUP = [
+    *"*_~`[]()<>!#&\\@|\n{}", "**", "_a_ ", "](", "[a]: ", "![", "```", "`\n", "<@", "@a", "@a-", "#a", ">a", "> ",
+    "- ", "1. ", "<http://", "http://a ", "https://", "@a@", ".invalid", "@.", "\u2003", "\u200d ",
+    "<a ", "<a b", "a='", "</", "</a", "<!--", "<!->", "<?", "<![", "<![<", "<![CDATA[", "]]>", "&a", "&#x", "<>",
+]  # fmt: skip
+"""What patterns, Markdown and HTML look ahead at."""
+JSON = ['"', '\\"', "[", "{", "[[],", "e", "1e300,", '"a":', '{"a":', "\\u0000", "-e"]
+
+_letters = random.Random(1)
+ORDINARY = " ".join("".join(_letters.choices("abcdefghijklmnopqrstuvwxyz", k=5)) for _ in range(2_000))
+
+
+async def _least(found: "PreparedStatement[Record]", text: str, *, enough: float) -> float:
+    """Return the least seconds that a statement took, measured until it takes at most `enough`."""
+    least = float("inf")
+    for _ in range(TRIES):
+        begun = time.perf_counter()
+        await found.fetch(text, "engine")
+        least = min(least, time.perf_counter() - begun)
+        if least <= enough:
+            break
+    return least
+
+
+_MARKED = searches._SNIPPET.replace("(found.m).content", "$1::text").replace("$2", "$2::text")  # noqa: SLF001 - a part
+
+
+@pytest.mark.parametrize(
+    ("sql", "most"),
+    [
+        ("SELECT search_words(gen_random_uuid(), $1, NULL, '{}', '{}', '{}') WHERE $2 <> ''", limits.MAX_CONTENT),
+        ("SELECT to_tsvector('english', unpunctuated($1)) WHERE $2 <> ''", limits.MAX_CONTENT),
+        (f"SELECT {_MARKED} FROM generate_series(1, 5)", searches.EXCERPT),
+    ],
+    ids=["words", "stems", "snippet"],
+)
+async def test_no_text_takes_long_to_be_found(world: World, sql: str, most: int) -> None:
+    """Whoever sends with it in one statement waits, too, and so do fellow members who search."""
+    found = await world.db.prepare(sql)
+    text = f"engine {ORDINARY}"[:most]
+    await found.fetch(text, "engine")
+    ordinary = await _least(found, text, enough=0)
+    for piece in PIECES:
+        hostile = f"engine {piece * most}"[:most]
+        took = await _least(found, hostile, enough=MAX_RATIO * ordinary)
+        assert took <= MAX_RATIO * ordinary, f"{piece!r}: {took * 1e3:.1f} ms, not {ordinary * 1e3:.1f}"
+
+
+def _patterns(text: str) -> None:
+    for pattern in limits.RULES:
+        for start in ("", "@", "http://"):
+            re.search(pattern, start + text + "\n")
+
+
+@pytest.mark.parametrize(
+    ("work", "size", "most_ms"),
+    [
+        (lambda text: mentions.find(text, is_code=False, is_markdown=True), limits.MAX_CONTENT, 25),
+        (previews.first_link, limits.MAX_CONTENT, 10),
+        (slack._text, limits.MAX_CONTENT, 25),  # noqa: SLF001 - what an import does with each text
+        (lambda text: search.query(text, prefix=3), 255, 10),
+        (markup.render, limits.MAX_CONTENT, 60),
+        (_patterns, limits.MAX_CONTENT, 60),
+        (limits.visible, limits.MAX_CONTENT, 10),
+        (codec.decode_client, limits.MAX_FRAME_BYTES, 80),
+        (lambda text: codec.decode_client('{"type":"send","metadata":' + text), limits.MAX_FRAME_BYTES, 80),
+        (lambda text: previews.read(text.encode(), "http://a", "http://a"), previews.MAX_PAGE_BYTES, 400),
+        (lambda text: previews.read(b"<title>" + text.encode(), "http://a", "http://a"), previews.MAX_PAGE_BYTES, 400),
+    ],
+    ids=["mentions", "link", "slack", "query", "markdown", "patterns", "visible", "frame", "metadata", "page", "title"],
+)
+def test_no_text_takes_a_worker_long(work: Callable[[str], object], size: int, most_ms: float) -> None:
+    """In time of the processor, about five times what the worst of each took."""
+    for piece in (*MARKUP, *JSON):
+        text = (piece * size)[:size]
+        least = float("inf")
+        for _ in range(TRIES):
+            begun = time.thread_time()
+            with contextlib.suppress(Refused):
+                work(text)
+            least = min(least, (time.thread_time() - begun) * 1e3)
+            if least <= most_ms:
+                break
+        assert least <= most_ms, f"{piece!r}: {least:.1f} ms"
