@@ -23,7 +23,8 @@ from redis.asyncio import Redis
 
 from server import database, migrate
 from server.config import Settings, variable
-from server.embedded.folder import DataFolder
+from server.embedded import postgres, valkey
+from server.embedded.folder import DataFolder, installed
 from server.embedded.postgres import Postgres
 from server.embedded.reach import named
 from server.embedded.valkey import Valkey
@@ -156,8 +157,11 @@ class Supervisor:
 
     def _start(self) -> None:
         listeners = listen(self._settings.host, self._settings.port, self._settings.worker_count)
+        # Who is named first: a start that fails by them makes no data folder.
+        asyncio.run(prepare(self._settings))
         settings = self._with_servers()
-        asyncio.run(prepare(settings))
+        if self._postgres is not None:
+            asyncio.run(prepare(settings))
         # With a Valkey of our own, which nobody else can reach, a single worker has nobody to talk to.
         is_alone = self._valkey is not None and len(listeners) == 1
         self._workers = [
@@ -172,7 +176,12 @@ class Supervisor:
 
     def _with_servers(self) -> Settings:
         settings = self._settings
-        if not (settings.database_url and settings.redis_url):
+        own = [
+            *([] if settings.database_url else [postgres.PACKAGE]), *([] if settings.redis_url else [valkey.PACKAGE])
+        ]  # fmt: skip
+        for package in own:
+            installed(package)
+        if own:
             self._folder = DataFolder(settings.data_path)
         if self._folder is not None and not settings.database_url:
             connections = settings.worker_count * settings.database_connections + SPARE_DATABASE_CONNECTIONS
@@ -281,6 +290,8 @@ class Supervisor:
         tell(f"OpenChat {version('openchat')} is running. Ctrl-C stops it.")
         tell(f"  listening  {url}  (WebSocket at /v1/ws)")
         tell(f"  data       {named(self._settings)}")
+        if self._valkey is not None and self._settings.database_url:
+            tell(f"  Valkey     {self._settings.data_path}  (its own; REDIS_URL names another)")
         tell(f"  workers    {len(self._workers)}")
         if self._settings.registration == "closed":
             tell(f"  try next   {self._command('user create Ada ada@example.org --admin')}")
@@ -300,16 +311,24 @@ class Supervisor:
 
 
 async def prepare(settings: Settings) -> None:
-    """Bring the database to this program's schema, and see that Redis answers. Raises Fatal if it cannot be."""
-    connection = await database.connect(settings.database_url)
+    """See that the Redis of the settings answers, and bring their database to this program's schema, if they name
+    them. Raises Fatal if it cannot be.
+    """
+    if settings.redis_url:
+        await _require_redis(settings.redis_url)
+    if settings.database_url:
+        connection = await database.connect(settings.database_url)
+        try:
+            for step in await migrate.migrate(settings.database_url):
+                tell(f"Database: {step}")
+            await database.speak(connection, settings.search_language)
+        finally:
+            await connection.close()
+
+
+async def _require_redis(url: str) -> None:
     try:
-        for step in await migrate.migrate(settings.database_url):
-            tell(f"Database: {step}")
-        await database.speak(connection, settings.search_language)
-    finally:
-        await connection.close()
-    try:
-        redis = Redis.from_url(settings.redis_url, socket_connect_timeout=database.CONNECT_SECONDS)
+        redis = Redis.from_url(url, socket_connect_timeout=database.CONNECT_SECONDS)
     except ValueError:
         raise Fatal("REDIS_URL is not understood. Check its port, its database and its options.") from None
     try:

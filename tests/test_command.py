@@ -203,6 +203,18 @@ async def test_one_line_for_everything_that_can_be_wrong(servers: Servers, datab
     )
     assert "Redis cannot be reached" in await refused(*data, **outside | {"REDIS_URL": "redis://127.0.0.1:1"})
     assert "DATABASE_URL" in await refused(*data, **outside | {"DATABASE_URL": "nonsense"})
+    # What is named is asked before a folder is made for the rest.
+    await asyncio.to_thread(folder.chmod, 0o755)
+    own = {"OPENCHAT_DATA_DIR": str(folder / "own")}
+    assert "database cannot be reached" in await refused(*data, DATABASE_URL="postgresql://127.0.0.1:1/x", **own)
+    assert "Redis cannot be reached" in await refused(*data, REDIS_URL="redis://127.0.0.1:1", **own)
+    assert not (folder / "own").exists()
+    half = Program(*data, DATABASE_URL=database_url, **own)
+    await half.start()
+    await half.ready()
+    assert f"  Valkey     {folder / 'own'}  (its own; REDIS_URL names another)" in half.said
+    half.process.send_signal(signal.SIGINT)
+    assert await half.ended() == 0
     assert "OPENCHAT_PORT" in await refused(OPENCHAT_PORT="many")
     (folder / "file").write_text("")
     assert "cannot be written" in await refused("--port", "0", "--data-dir", str(folder / "file" / "in"))

