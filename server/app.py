@@ -140,6 +140,7 @@ class App:
         self.admission = Admission()
         self._sends: Lanes[ConversationId, Outgoing, Stored | None] = Lanes(
             key=lambda out: out.frame.conversation_id,
+            owner=lambda out: out.sender_id,
             run=self._send_free,
             wait=self._send,
             most=SENDS_AT_ONCE,

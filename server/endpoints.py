@@ -35,6 +35,7 @@ from server.metrics import Metrics
 from server.proxies import Network, is_within
 from server.queries.sessions import Active
 from server.readiness import Readiness
+from server.turns import Turns
 from server.web import JSON, endpoint, error_response, json_response, refusal_response
 from server.websocket import EXTENSION, WebSocket
 
@@ -44,6 +45,8 @@ LOCAL = re.compile(r"(^|\.)localhost\Z")
 """Names that browsers themselves take for this machine (RFC 6761)."""
 AUTHENTICATE_SECONDS = 5.0
 READY_SECONDS = 2.0
+CALL_SECONDS = 10.0
+"""Max time that a call waits for others of the same user at the worker, in seconds."""
 NO_SOCKET = Refused(ErrorCode.INVALID, "Connect to this path by WebSocket, or send single frames to `POST /v1/call`.")
 CONNECTS_PER_SECOND = 10.0
 """Max connections of one user that begin, per second and worker; twice as many as may be open begin immediately. One
@@ -93,6 +96,8 @@ class Endpoints:
 
     def __init__(self, door: Door) -> None:
         self._door = door
+        # The same bound as that of frames by the socket, of which each connection answers one at a time.
+        self._calls: Turns[UserId] = Turns(door.shared.connections_per_user, patience=CALL_SECONDS)
         self._database = Readiness(self._has_database)
 
     def routes(self) -> list[BaseRoute]:
@@ -176,7 +181,11 @@ class Endpoints:
         active, data = await self._door.accounts.asked(request)
         context = Context(services=self._door.services, user=active.user, session_id=active.session_id)
         dispatch = self._door.shared.dispatch
-        answer = await dispatch.run(context, data)
+        await self._calls.take(context.user_id)
+        try:
+            answer = await dispatch.run(context, data)
+        finally:
+            self._calls.give(context.user_id)
         response = error_response(answer) if isinstance(answer, Error) else json_response(answer)
         dispatch.answered(context.user_id, data, len(response.body))
         return response

@@ -30,6 +30,7 @@ class Lanes(Generic[Key, Item, Outcome]):
         self,
         *,
         key: Callable[[Item], Key],
+        owner: Callable[[Item], Hashable],
         run: Callable[[list[Item]], Awaitable[list[Outcome | Held]]],
         wait: Callable[[list[Item]], Awaitable[list[Outcome]]],
         most: int,
@@ -38,10 +39,13 @@ class Lanes(Generic[Key, Item, Outcome]):
         lanes: int,
     ) -> None:
         """`run` does what it can without waiting for a row; `wait` waits for the row of the key. Both take items of one
-        `Gather`. Max `lanes` lanes wait at a time, each for its own row.
+        `Gather`, where owners take turns. Max `lanes` lanes wait at a time, each for its own row.
         """
         self._key = key
-        self._all: Gather[Item, Outcome | Held] = Gather(run, most=most, weigh=weigh, most_weight=most_weight)
+        self._owner = owner
+        self._all: Gather[Item, Outcome | Held] = Gather(
+            run, most=most, owner=owner, weigh=weigh, most_weight=most_weight
+        )
         self._wait = wait
         self._most = most
         self._weigh = weigh
@@ -57,8 +61,7 @@ class Lanes(Generic[Key, Item, Outcome]):
             if not isinstance(outcome, Held):
                 return outcome
         if key not in self._lanes:
-            lane = Gather(self._in_turn, most=self._most, weigh=self._weigh, most_weight=self._most_weight)
-            self._lanes[key] = lane, set()
+            self._lanes[key] = self._lane(), set()
         lane, waiting = self._lanes[key]
         mine = object()
         waiting.add(mine)
@@ -68,6 +71,10 @@ class Lanes(Generic[Key, Item, Outcome]):
             waiting.remove(mine)
             if not waiting:
                 del self._lanes[key]
+
+    def _lane(self) -> Gather[Item, Outcome]:
+        weight = self._most_weight
+        return Gather(self._in_turn, most=self._most, owner=self._owner, weigh=self._weigh, most_weight=weight)
 
     async def _in_turn(self, items: list[Item]) -> list[Outcome]:
         async with self._turns:

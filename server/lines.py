@@ -29,6 +29,10 @@ class Lines(Generic[Key, Item]):
         self._next.append(key)
         return True
 
+    def first(self) -> Item:
+        """Return what `take` would return."""
+        return self._lines[self._next[0]][0]
+
     def take(self) -> tuple[Key, Item]:
         """Return the first of the client whose turn it is. Nothing else of it is taken until `done`."""
         key = self._next.popleft()

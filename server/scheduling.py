@@ -13,7 +13,7 @@ from uuid import UUID
 from asyncpg import LockNotAvailableError
 
 from protocol.errors import ErrorCode
-from protocol.ids import ConversationId, SessionId
+from protocol.ids import SessionId, UserId
 from server.context import Context, Services
 from server.errors import INTERNAL, log_defect, log_failure, refusal
 from server.handlers.sending import send_noted
@@ -29,9 +29,10 @@ AGAIN = frozenset({ErrorCode.UNAVAILABLE, ErrorCode.RATE_LIMITED})
 
 
 class Scheduling:
-    """Sends what is due: the messages of one sender in order, those of different senders concurrently. So nobody's
-    messages wait for a lock on another sender's row, or for a conversation that another one writes to. A message that
-    was put off holds up those behind it in its conversation alone.
+    """Sends what is due: the messages of one sender in order, those of different senders concurrently, one of each
+    sender in turn. So nobody's messages wait for all those of another sender, for a lock on that sender's row, or for a
+    conversation that another one writes to. A message that was put off holds up those behind it in its conversation
+    alone.
     """
 
     def __init__(self, services: Services, *, most: int) -> None:
@@ -39,43 +40,58 @@ class Scheduling:
         self._services = services
         self._most = most
         self._sending: set[asyncio.Task[None]] = set()
+        self._had_turn: set[UserId] = set()
+        """Senders whose next message is taken up after one of each other sender's."""
 
     async def send_due(self) -> None:
         """Begin to send all messages whose time has come and that no other worker has taken up."""
-        while True:
-            while len(self._sending) >= self._most:
-                await asyncio.wait(self._sending, return_when=asyncio.FIRST_COMPLETED)
-            async with self._services.database.connection() as db:
-                claimed = await scheduled.claim(db)
-            if claimed is None:
-                return
-            task = asyncio.create_task(_send(self._services, claimed))
+        while len(self._sending) < self._most and (due := await self._claim()) is not None:
+            task = asyncio.create_task(self._send_all(due))
             self._sending.add(task)
             task.add_done_callback(self._sending.discard)
+
+    async def _send_all(self, due: Due | None) -> None:
+        """Send a message, and what is due after it."""
+        try:
+            while due is not None:
+                await _send(self._services, due)
+                due = await self._claim()
+        except Exception as error:  # noqa: BLE001 - `send_due` begins again
+            log_failure(log, "sending scheduled messages", error)
+
+    async def _claim(self) -> Due | None:
+        """Take up the next message; None if there is none."""
+        while True:
+            async with self._services.database.connection() as db:
+                claim = await scheduled.claim(db, self._had_turn)
+            if claim is not None:
+                self._had_turn.add(claim.sender_id)
+                if claim.due is not None:
+                    return claim.due
+            elif self._had_turn:
+                self._had_turn.clear()
+            else:
+                return None
 
     async def close(self) -> None:
         """Give up what was begun. What is not committed is rolled back, and sent by another worker."""
         await end(self._sending)
 
 
-async def _send(services: Services, claimed: list[Due]) -> None:
-    """Send what one claim took, in order. After a message that was put off, the others of its conversation are claimed
-    no more: they come after it. What is left after a lock that somebody else holds, or without the database,
-    stays claimed: nothing of the same sender overtakes it until the claim ends, and then all of it is due again.
+async def _send(services: Services, due: Due) -> None:
+    """Send a message. One that met a lock that somebody else holds, or no database, stays claimed: nothing of the same
+    sender overtakes it until the claim ends, and then it is due again.
     """
     try:
-        put_off: set[ConversationId] = set()
-        for due in claimed:
-            if due.conversation_id not in put_off and not await _send_one(services, due):
-                put_off.add(due.conversation_id)
+        await _send_one(services, due)
     except (LockNotAvailableError, ClaimLost):
         return
     except Exception as error:  # noqa: BLE001 - it is taken up again
         log_failure(log, "sending scheduled messages", error)
 
 
-async def _send_one(services: Services, due: Due) -> bool:
-    """Send a message, or note why that cannot be. Return False if it was put off."""
+async def _send_one(services: Services, due: Due) -> None:
+    """Send a message, put it off, or note why it cannot be sent."""
     if due.sender is None:
         problem = "The account cannot send messages any more."
     elif due.frame is None:
@@ -94,13 +110,12 @@ async def _send_one(services: Services, due: Due) -> bool:
                 refused = INTERNAL
             if refused.code in AGAIN:
                 await _put_off(services, due, refused.retry_after_ms or 0)
-                return False
+                return
             problem = refused.message
         else:
             services.events.poke([due.sender_id])
-            return True
+            return
     await _fail(services, due, problem)
-    return True
 
 
 async def _put_off(services: Services, due: Due, wait_ms: int) -> None:

@@ -1,18 +1,19 @@
 """Claims of scheduled messages: a worker whose claim is over changes nothing, and an acknowledged change holds."""
 
 import asyncio
+from collections.abc import Collection
 from datetime import UTC, datetime, timedelta
 
 import pytest
 
 from protocol import client, server
 from protocol.errors import ErrorCode
-from protocol.ids import MessageId, uuid7
+from protocol.ids import MessageId, UserId, uuid7
 from server import scheduling
 from server.context import Services
 from server.database import Db
 from server.queries import scheduled
-from server.queries.scheduled import Due
+from server.queries.scheduled import Claim, Due
 from tests.world import Room, World, all_sent, refused
 
 CLAIM = scheduled.claim
@@ -32,10 +33,10 @@ class Turns:
         self.scheduling = scheduling.Scheduling(self.services, most=1)
         self._next: dict[asyncio.Task[object] | None, Due] = {}
 
-    async def claim(self, _: Db) -> list[Due] | None:
+    async def claim(self, _: Db, __: Collection[UserId]) -> Claim | None:
         """Stand in for `scheduled.claim`: the jobs get nothing."""
         due = self._next.pop(asyncio.current_task(), None)
-        return None if due is None else [due]
+        return None if due is None else Claim(due.sender_id, due)
 
     async def schedule(self) -> client.Schedule:
         """Schedule a message of Charles's that is due."""
@@ -48,7 +49,10 @@ class Turns:
     async def take(self) -> Due:
         """Claim what is due, as a worker does after another one's claim ran out."""
         await self.db.execute("UPDATE scheduled_message SET claimed_at = claimed_at - interval '1 minute'")
-        return (await CLAIM(self.db) or [])[0]
+        claim = await CLAIM(self.db, ())
+        assert claim is not None
+        assert claim.due is not None
+        return claim.due
 
     async def send(self, due: Due) -> None:
         """Go on with a claim as its worker does."""

@@ -52,8 +52,6 @@ WHY = {
         "pins.PINNED": "message(conversation_id)",
         "push.KEEP": "push_endpoint(user_id); push_endpoint(user_id) cut 1",
         "relationships.PAGE": "user_relationship(from_user_id) cut 1; user_relationship(to_user_id) cut 1",
-        "scheduled.CLAIM": "scheduled_message(sender_id)",
-        "scheduled.RELEASE": "scheduled_message(conversation_id, sender_id)",
         "scheduled.WAITING": "scheduled_message(sender_id)",
         "sessions.CREATE": "account(provider_id); session(user_id) cut 1",
         "sessions.IS_THERE": "session(user_id)",

@@ -1,5 +1,6 @@
 """Scheduled messages: kept until their time, claimed by one worker, sent by the way of all messages."""
 
+from collections.abc import Collection
 from datetime import datetime, timedelta
 from typing import NamedTuple
 
@@ -127,13 +128,19 @@ class Due(NamedTuple):
     """Identifies the claim: a later one has another time, and a message that was put off has none."""
 
 
+class Claim(NamedTuple):
+    """What one claim took of a sender: nothing if another worker claimed it first."""
+
+    sender_id: UserId
+    due: Due | None
+
+
 class ClaimLost(Exception):  # noqa: N818 - another worker has the message now
     """The message was claimed again, put off, cancelled or finished meanwhile."""
 
 
-# One claim takes what is due of one sender, so a worker sends it in order, and other senders' beside it. A sender of
-# whom a claim has not ended has no other one: what becomes due meanwhile comes after it. What was put off is not
-# overtaken in its conversation.
+# One claim takes one message. A sender of whom a claim has not ended has no other one, so their messages are sent in
+# order, and other senders' beside them. What was put off is not overtaken in its conversation.
 # The sender's lock keeps their frames and other workers' claims away from all rows; a sender whose lock somebody else
 # has comes later. `CLAIM` asks again under that lock: another worker may have committed a claim since `NEXT` began.
 # Whoever deleted their account, or was locked out, says nothing any more.
@@ -149,35 +156,38 @@ _IS_DUE = """s.send_at <= now() AND (s.not_before IS NULL OR s.not_before <= now
 NEXT = f"""
 SELECT u.id, CASE WHEN u.is_active AND NOT u.is_deleted THEN {FACE} END
 FROM scheduled_message s JOIN "user" u ON u.id = s.sender_id
-WHERE s.status = 'waiting' AND {_IS_DUE}
+WHERE s.status = 'waiting' AND s.sender_id <> ALL ($2) AND {_IS_DUE}
 ORDER BY s.send_at LIMIT 1 FOR NO KEY UPDATE OF u SKIP LOCKED
 """  # noqa: S608 - constants are put in
 CLAIM = f"""
-UPDATE scheduled_message s SET claimed_at = now()
-WHERE s.sender_id = $2 AND s.status = 'waiting' AND ({_IS_DUE}) IS TRUE
-RETURNING s.send_at, s.id, s.conversation_id, s.words, s.claimed_at
+UPDATE scheduled_message t SET claimed_at = now()
+FROM (
+    SELECT s.id FROM scheduled_message s
+    WHERE s.sender_id = $2 AND s.status = 'waiting' AND ({_IS_DUE}) IS TRUE ORDER BY s.send_at, s.id LIMIT 1
+) first
+WHERE t.id = first.id AND t.sender_id = $2
+RETURNING t.id, t.conversation_id, t.words, t.claimed_at
 """  # noqa: S608 - a constant is put in
 
 
-async def claim(db: Db) -> list[Due] | None:
-    """Take up, in order, what is due of the sender who has waited longest, and what nobody else has taken up; None if
-    nothing of anybody is due. Skips senders whose rows other transactions hold.
+async def claim(db: Db, besides: Collection[UserId]) -> Claim | None:
+    """Take up the first message that is due of the sender who has waited longest, but for those of `besides`. Return
+    None if nothing of anybody else is due. Skips senders whose rows other transactions hold.
     """
     async with db.transaction():
-        if (first := await db.fetchrow(NEXT, CLAIMED)) is None:
+        if (first := await db.fetchrow(NEXT, CLAIMED, list(besides))) is None:
             return None
         sender_id, face = first
-        rows = await db.fetch(CLAIM, CLAIMED, sender_id)
+        if (row := await db.fetchrow(CLAIM, CLAIMED, sender_id)) is None:
+            return Claim(sender_id, None)
+    message_id, conversation_id, words, claimed_at = row
+    try:
+        said = msgspec.structs.asdict(_words_decoder.decode(words))
+        frame = Send(conversation_id=conversation_id, message_id=message_id, **said)
+    except (msgspec.ValidationError, RecursionError, ValueError):
+        frame = None
     sender = None if face is None else _user_decoder.read(face)
-    found = []
-    for _, message_id, conversation_id, words, claimed_at in sorted(rows, key=lambda row: row[:2]):
-        try:
-            said = msgspec.structs.asdict(_words_decoder.decode(words))
-            frame = Send(conversation_id=conversation_id, message_id=message_id, **said)
-        except (msgspec.ValidationError, RecursionError, ValueError):
-            frame = None
-        found.append(Due(message_id, conversation_id, sender_id, sender, frame, claimed_at))
-    return found
+    return Claim(sender_id, Due(message_id, conversation_id, sender_id, sender, frame, claimed_at))
 
 
 # A claim runs out while its worker waits: another one takes the message, and the owner may change or cancel it after
@@ -186,10 +196,6 @@ PUT_OFF = """
 WITH touched AS (UPDATE "user" SET version = version + 1, own_moves = own_moves + 1 WHERE id = $2 RETURNING version)
 UPDATE scheduled_message s SET claimed_at = NULL, not_before = now() + $4::interval, user_version = t.version
 FROM touched t WHERE s.id = $1 AND s.status = 'waiting' AND s.claimed_at = $3
-"""
-RELEASE = """
-UPDATE scheduled_message s SET claimed_at = NULL
-WHERE s.sender_id = $1 AND s.conversation_id = $2 AND s.status = 'waiting' AND s.claimed_at = $3
 """
 FINISH = """
 WITH touched AS (UPDATE "user" SET version = version + 1, own_moves = own_moves + 1 WHERE id = $2 RETURNING version)
@@ -203,10 +209,9 @@ async def put_off(db: Db, due: Due, wait: timedelta) -> None:
     """Have a message that was taken up wait for at least `CLAIMED`, and those behind it in its conversation until it
     was sent.
 
-    Nobody has claimed them meanwhile: their owner may change or cancel them. Does nothing if the claim is lost.
+    Nobody has claimed it meanwhile: its owner may change or cancel it. Does nothing if the claim is lost.
     """
     await db.execute(PUT_OFF, due.message_id, due.sender_id, due.claimed_at, max(wait, CLAIMED))
-    await db.execute(RELEASE, due.sender_id, due.conversation_id, due.claimed_at)
 
 
 async def finish(db: Db, due: Due, status: ScheduledStatus, problem: str | None = None) -> None:

@@ -5,7 +5,7 @@ from datetime import datetime
 from typing import Literal, NamedTuple
 
 import msgspec
-from asyncpg import LockNotAvailableError
+from asyncpg import LockNotAvailableError, Record, UniqueViolationError
 
 from protocol.client import Send
 from protocol.ids import ConversationId, MessageId, UserId
@@ -13,6 +13,7 @@ from protocol.json_object import Json
 from protocol.payloads import Poll
 from protocol.values import ContentType, Message, SystemMessageType
 from server.database import Db
+from server.gather import Slow
 from server.lanes import HELD, Held
 from server.queries.messages import LOCK, Obstacle
 from server.rows import Reader
@@ -21,6 +22,8 @@ SHARED_LOCK_MS, ALONE_LOCK_MS = 10, 200
 """Max time that messages wait for a row other than their conversation's, in milliseconds: several that share a
 statement, and one that has its own and only holds up its conversation.
 """
+SHARED_SECONDS = 2.0
+"""Max time of the statement that messages of all users share, in seconds."""
 
 _message_decoder = Reader(Message)
 
@@ -94,6 +97,9 @@ class Stored(NamedTuple):
 #
 # `patience` bounds what all that follows may wait for: not everybody who writes to a thread, a follower's row or a
 # message's id holds the conversation (docs/decisions/0062). It counts `locked`, so that it comes after the lock.
+#
+# No message makes the statement fail for all others: ids that are taken are looked for in all conversations, as
+# message_pkey does (docs/decisions/0066).
 SEND = """
 WITH input AS (
     SELECT * FROM json_to_recordset($1) AS i (
@@ -124,8 +130,7 @@ WITH input AS (
         OFFSET 0
     ) parent ON true
     WHERE (i.parent_message_id IS NULL OR parent.id IS NOT NULL) AND NOT EXISTS (
-        SELECT FROM message m
-        WHERE m.id = i.message_id AND (m.conversation_id = i.conversation_id) IS TRUE OFFSET 0
+        SELECT FROM message m WHERE m.id = i.message_id OFFSET 0
     ) AND (i.quoted_message_id IS NULL OR EXISTS (
         SELECT FROM message m
         WHERE m.id = i.quoted_message_id AND (m.conversation_id = i.conversation_id) IS TRUE AND NOT m.is_deleted
@@ -212,7 +217,7 @@ WHERE w.conversation_id <> ALL (ARRAY(SELECT id FROM locked))
 
 async def send(db: Db, batch: Sequence[Outgoing], *, has_waited: bool = False) -> list[Stored | None]:
     """Store a batch, in order; None stands for each that was not stored: ask `existing` why. In slow mode that is
-    everyone's for whom `has_waited` is not said.
+    everyone's for whom `has_waited` is not said. Of several with the same id the first one is stored.
 
     Stores none and raises UniqueViolationError if an id in it was taken while it ran, LockNotAvailableError if it
     waited under the lock of a conversation for a row that somebody else holds: `SHARED_LOCK_MS` in a batch of several,
@@ -227,12 +232,16 @@ async def send(db: Db, batch: Sequence[Outgoing], *, has_waited: bool = False) -
 
 async def send_free(db: Db, batch: Sequence[Outgoing]) -> list[Stored | Held | None]:
     """Do what `send` does, but wait for nothing that somebody holds: `HELD` stands for messages to conversations that
-    are held, and for one that is alone and would wait longer than `SHARED_LOCK_MS` for another row. Of several, such a
-    one raises LockNotAvailableError: ask for parts of them.
+    are held, and for one that is alone and would wait longer than `SHARED_LOCK_MS` for another row, or takes longer
+    than `SHARED_SECONDS`. Of several, such a one raises LockNotAvailableError or Slow: ask for parts of them.
     """
     stored: list[Stored | Held | None] = [None] * len(batch)
     try:
-        rows = await db.fetch(SEND_FREE, _encoded(batch), f"{SHARED_LOCK_MS}ms")
+        rows = await _fetched(db, batch)
+    except TimeoutError:
+        if len(batch) > 1:
+            raise Slow from None
+        return [HELD]
     except LockNotAvailableError:
         if len(batch) > 1:
             raise
@@ -242,7 +251,20 @@ async def send_free(db: Db, batch: Sequence[Outgoing]) -> list[Stored | Held | N
     return stored
 
 
+async def _fetched(db: Db, batch: Sequence[Outgoing]) -> list[Record]:
+    """Run `SEND_FREE`, and once more if an id was taken while it ran: then the statement sees it."""
+    arguments = _encoded(batch), f"{SHARED_LOCK_MS}ms"
+    try:
+        return await db.fetch(SEND_FREE, *arguments, timeout=SHARED_SECONDS)
+    except UniqueViolationError:
+        return await db.fetch(SEND_FREE, *arguments, timeout=SHARED_SECONDS)
+
+
 def _encoded(batch: Sequence[Outgoing], *, has_waited: bool = False) -> str:
+    """Return the messages, without those that have the id of an earlier one."""
+    first: dict[MessageId, tuple[int, Outgoing]] = {}
+    for place, item in enumerate(batch):
+        first.setdefault(item.frame.message_id, (place, item))
     rows = [
         {
             "place": place,
@@ -267,7 +289,7 @@ def _encoded(batch: Sequence[Outgoing], *, has_waited: bool = False) -> str:
             "options": item.options,
             "has_waited": has_waited,
         }
-        for place, item in enumerate(batch)
+        for place, item in first.values()
     ]
     return msgspec.json.encode(rows).decode()
 

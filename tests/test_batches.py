@@ -1,0 +1,393 @@
+"""One statement for many people: a bad item takes nothing from others, and nobody's many go before another's few."""
+
+# ruff: noqa: SLF001 - how many statements there were, and what waits, is seen inside
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, NamedTuple
+
+import msgspec
+import pytest
+
+from protocol.codec import encode
+from protocol.ids import ConversationId, MessageId, UserId, uuid7
+from server import app, endpoints
+from server.app import App
+from server.auth.tickets import Ticket
+from server.auth.tokens import token_hash
+from server.config import Settings
+from server.gather import Gather
+from server.queries import sending
+from server.queries.push import Post
+from server.queries.sending import Outgoing, Source
+from tests.test_held_rows import schedule
+from tests.test_send_waits import SECONDS, Stage
+from tests.world import Somebody, World, all_sent, http_client, message, sent
+
+OTHERS = 40
+"""Good messages in one statement with a bad one."""
+HALVINGS = 6
+"""Max statements that store those, if nobody has thought of what is wrong with the bad one."""
+
+
+class Way(NamedTuple):
+    """A way in which messages are bad: `spoil` returns them; the others are stored by `most` statements."""
+
+    spoil: Callable[["Crowd"], Awaitable[list[Outgoing]]]
+    most: int = 1
+
+
+async def _taken_elsewhere(stage: "Crowd") -> list[Outgoing]:
+    there = await sent(stage.author, stage.group)
+    return [_out(stage.charles, stage.own, there)]
+
+
+async def _taken_by_somebody(stage: "Crowd") -> list[Outgoing]:
+    there = await sent(stage.other, stage.elsewhere)
+    return [_out(stage.charles, stage.own, there)]
+
+
+async def _twice(stage: "Crowd") -> list[Outgoing]:
+    return [_out(stage.charles, stage.own, MessageId(uuid7()))] * 2
+
+
+async def _twice_in_two_conversations(stage: "Crowd") -> list[Outgoing]:
+    new = MessageId(uuid7())
+    return [_out(stage.charles, stage.own, new), _out(stage.charles, stage.group, new)]
+
+
+async def _twice_by_two_senders(stage: "Crowd") -> list[Outgoing]:
+    new = MessageId(uuid7())
+    return [_out(stage.charles, stage.group, new), _out(stage.ada, stage.group, new)]
+
+
+async def _nowhere(stage: "Crowd") -> list[Outgoing]:
+    return [_out(stage.charles, about, MessageId(uuid7())) for about in (ConversationId(uuid7()), stage.elsewhere)]
+
+
+async def _about_nothing(stage: "Crowd") -> list[Outgoing]:
+    new, nothing = MessageId(uuid7()), MessageId(uuid7())
+    return [
+        _out(stage.charles, stage.own, new, parent_message_id=nothing),
+        _out(stage.charles, stage.own, MessageId(uuid7()), quoted_message_id=new),
+        Outgoing(stage.charles.id, message(stage.own), source=Source(stage.own, nothing, stage.ada.id, None)),
+        Outgoing(stage.charles.id, message(stage.own), source=Source(stage.own, nothing, UserId(nothing), None)),
+        Outgoing(UserId(uuid7()), message(stage.own)),
+    ]
+
+
+async def _unforeseen(stage: "Crowd") -> list[Outgoing]:
+    return [Outgoing(stage.charles.id, message(stage.own, "\0"))]
+
+
+async def _beyond_a_column(stage: "Crowd") -> list[Outgoing]:
+    await stage.world.db.execute("UPDATE conversation SET message_count = 2147483647 WHERE id = $1", stage.own)
+    return [Outgoing(stage.charles.id, message(stage.own))]
+
+
+def _out(who: Somebody, about: ConversationId, message_id: MessageId, **fields: Any) -> Outgoing:
+    frame = msgspec.structs.replace(message(about, **fields), message_id=message_id)
+    return Outgoing(who.id, frame)
+
+
+WAYS = {
+    "id taken in another conversation of one's own": Way(_taken_elsewhere),
+    "id taken in a conversation of others": Way(_taken_by_somebody),
+    "id twice": Way(_twice),
+    "id twice in two conversations": Way(_twice_in_two_conversations),
+    "id twice by two senders": Way(_twice_by_two_senders),
+    "no such conversation, or not a participant": Way(_nowhere),
+    "no such message or user": Way(_about_nothing),
+    "what PostgreSQL refuses": Way(_unforeseen, HALVINGS),
+    "a number beyond its column": Way(_beyond_a_column, HALVINGS),
+}
+# In autocommit mode a statement has one transaction, and rows name theirs.
+STATEMENTS = "SELECT count(DISTINCT xmin::text), count(*) FROM message WHERE id = ANY($1)"
+
+
+class Crowd(Stage):
+    """The stage, with a channel of the one whose messages are bad."""
+
+    async def begin(self) -> None:
+        await super().begin()
+        self.own = await self.world.channel(self.sender, title="Own")
+        self.sends = self.world.workers[0].app._sends
+
+    def submit(self, *batch: Outgoing) -> list["asyncio.Future[Any]"]:
+        return [asyncio.ensure_future(self.sends.submit(one)) for one in batch]
+
+    def good(self, count: int) -> list[Outgoing]:
+        return [Outgoing(self.mary.id, message(self.elsewhere)) for _ in range(count)]
+
+    async def statements(self, good: Sequence[Outgoing]) -> int:
+        """Return how many statements have stored these messages: all of them."""
+        row = await self.world.db.fetchrow(STATEMENTS, [one.frame.message_id for one in good])
+        assert row is not None
+        assert row[1] == len(good)
+        return int(row[0])
+
+
+async def test_bad_message_costs_the_others_no_further_statement(settings: Settings) -> None:
+    async with World(settings, workers=1) as world:
+        stage = Crowd(world)
+        await stage.begin()
+        found = {}
+        for name, way in WAYS.items():
+            bad, good = await way.spoil(stage), stage.good(OTHERS)
+            (first,) = stage.submit(*stage.good(1))
+            before, ends = stage.submit(*good[:5]), stage.submit(*bad)
+            after = stage.submit(*good[5:])
+            async with asyncio.timeout(SECONDS):
+                assert None not in await asyncio.gather(first, *before, *after), name
+                stored = await asyncio.gather(*ends, return_exceptions=True)
+            # Of two with one id the first one is stored, if it is allowed to be there.
+            assert [one for one in stored if isinstance(one, sending.Stored)] == stored[: name.startswith("id twice")]
+            found[name] = await stage.statements(good)
+        assert {name: count for name, count in found.items() if count > WAYS[name].most} == {}
+
+
+TAKE = """
+INSERT INTO message (id, conversation_id, sender_id, content, sent_version, version)
+SELECT $2, id, created_by, 'Taken', 100, 100 FROM conversation WHERE id = $1
+"""
+WAITS = "SELECT EXISTS (SELECT FROM pg_locks WHERE locktype = 'transactionid' AND NOT granted)"
+
+
+async def test_message_whose_id_is_taken_meanwhile_costs_the_others_one_statement(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sending, "SHARED_LOCK_MS", 1_000)
+    async with World(settings, workers=1) as world:
+        stage = Crowd(world)
+        await stage.begin()
+        bad, good = message(stage.own), stage.good(OTHERS)
+        async with world.db.transaction():
+            await world.db.execute(TAKE, stage.group, bad.message_id)
+            waiting = stage.submit(*stage.good(1), *good[:5], Outgoing(stage.charles.id, bad), *good[5:])
+            async with asyncio.timeout(SECONDS):
+                while not await world.db.fetchval(WAITS):
+                    await asyncio.sleep(0.01)
+        async with asyncio.timeout(SECONDS):
+            stored = await asyncio.gather(*waiting)
+        assert [place for place, one in enumerate(stored) if one is None] == [6]
+        assert await stage.statements(good) == 1
+
+
+# The words of one message take until an advisory lock is free.
+SLOW = """
+ALTER FUNCTION search_words RENAME TO words_of;
+CREATE FUNCTION search_words(uuid, text, jsonb, uuid[], text[], text[]) RETURNS tsvector LANGUAGE plpgsql AS $$
+BEGIN
+    IF $2 = 'Slow' THEN PERFORM pg_advisory_xact_lock_shared(64); END IF;
+    RETURN words_of($1, $2, $3, $4, $5, $6);
+END $$
+"""
+
+
+async def test_slow_message_delays_its_own_conversation_alone(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sending, "SHARED_SECONDS", 0.2)
+    async with World(settings, workers=1) as world:
+        stage = Crowd(world)
+        await stage.begin()
+        await world.db.execute(SLOW)
+        for count in (0, OTHERS):  # alone, and with others
+            await world.db.execute("SELECT pg_advisory_lock(64)")
+            slow = Outgoing(stage.charles.id, message(stage.own, "Slow"))
+            good = stage.good(count)
+            first = stage.submit(*stage.good(1))
+            (stuck,), others = stage.submit(slow), stage.submit(*good)
+            async with asyncio.timeout(SECONDS):
+                assert None not in await asyncio.gather(*first, *others)
+                # Nor do those wait who come later.
+                assert None not in await asyncio.gather(*stage.submit(*stage.good(3)))
+            assert not stuck.done()
+            await world.db.execute("SELECT pg_advisory_unlock(64)")
+            assert await asyncio.wait_for(stuck, SECONDS) is not None
+
+
+# ------------------------------------------------------------------------------------------ statements that read
+
+
+class Read(NamedTuple):
+    """What one statement reads for many: how to ask, whether an answer is one, and items that have none."""
+
+    gather: Gather[Any, Any]
+    ask: Callable[[Any], Awaitable[Any]]
+    good: Any
+    bad: Sequence[Any]
+
+
+async def _reads(world: World, ada: Somebody, about: ConversationId) -> dict[str, Read]:
+    app = world.workers[0].app
+    record: Any = app.hub._record
+    sessions, tickets, notices = app.sessions, app._tickets, app.notices
+    session_id = await world.db.fetchval("SELECT id FROM session WHERE token = $1", token_hash(ada.token))
+    (ticket,) = await tickets.issue([Ticket(session_id, 1)])
+    nobody = UserId(uuid7())
+    return {
+        "versions": Read(record._versions, record.versions, [about], [[], [nobody], [nobody, nobody]]),
+        "users": Read(record._users, record.user_versions, [ada.id], [[], [nobody], [nobody, nobody]]),
+        "memberships": Read(record.memberships, record.memberships.submit, ada.id, [nobody, UserId(about)]),
+        "tokens": Read(sessions._lookups, sessions.authenticate, ada.token, ["", "\0", "x" * 4096, "\N{SNOWMAN}"]),
+        "sessions": Read(sessions._returns, sessions._returns.submit, session_id, [nobody]),
+        "looks at tickets": Read(tickets._looks, tickets.look, ticket, ["", "ticket.\0", "ticket." + "x" * 4096]),
+        "tickets": Read(tickets._returns, tickets.redeem, ticket, ["", "ticket.\0", "ticket." + "x" * 4096]),
+        "posts": Read(
+            notices._reads,
+            notices._read_one,
+            None,
+            [Post(ada.id, end, about, MessageId(nobody)) for end in ("", "https://x.example/\N{SNOWMAN}")],
+        ),
+    }
+
+
+async def test_bad_question_costs_the_others_no_further_statement(settings: Settings) -> None:
+    async with World(settings, workers=1) as world:
+        (ada,) = await world.users("Ada")
+        about = await world.channel(await world.connect(ada))
+        reads = await _reads(world, ada, about)
+        for name, read in reads.items():
+            runs: list[int] = []
+            work = read.gather._work
+            read.gather._work = _counted(work, runs)
+            asked = [read.bad[0], *read.bad, *([] if read.good is None else [read.good])]
+            async with asyncio.timeout(SECONDS):
+                answers = await asyncio.gather(*(read.ask(one) for one in asked), return_exceptions=True)
+            assert read.good is None or not (answers[-1] is None or isinstance(answers[-1], Exception)), name
+            assert runs == [1, len(asked) - 1], name
+            read.gather._work = work
+        app = world.workers[0].app
+        # The last two take no items: what they do is kept beside them, by user.
+        others = {app._sends._all, app.presence._flushes, app.presence._untold._tells}
+        assert _gathers(app) - others == {read.gather for read in reads.values()}, "each has a row in the table"
+
+
+def _counted(work: Any, runs: list[int]) -> Any:
+    """Return the work of a `Gather` that notes how many items each run has."""
+
+    async def counted(items: list[Any]) -> Any:
+        runs.append(len(items))
+        return await work(items)
+
+    return counted
+
+
+def _gathers(app: App) -> set[Gather[Any, Any]]:
+    """Return every `Gather` that a worker's parts hold."""
+    found: set[Gather[Any, Any]] = set()
+    seen: set[int] = set()
+    todo: list[Any] = [app]
+    while todo:
+        one = todo.pop()
+        if id(one) in seen:
+            continue
+        seen.add(id(one))
+        if isinstance(one, Gather):
+            found.add(one)
+        elif type(one).__module__.startswith("server."):
+            slots = [name for kind in type(one).__mro__ for name in getattr(kind, "__slots__", ())]
+            todo += [*getattr(one, "__dict__", {}).values(), *(getattr(one, name, None) for name in slots)]
+    return found
+
+
+# -------------------------------------------------------------------------------------------------------- in turn
+
+
+async def test_owners_of_items_take_turns() -> None:
+    batches: list[list[str]] = []
+    may_go_on = asyncio.Event()
+
+    async def work(items: list[str]) -> list[str]:
+        batches.append(items)
+        await may_go_on.wait()
+        return items
+
+    gather = Gather(work, most=4, owner=lambda item: item[0])
+    items = [*(f"a{number}" for number in range(9)), "b0", "b1", "c0"]
+    tasks = [asyncio.create_task(gather.submit(item)) for item in items]
+    await asyncio.sleep(0)
+    may_go_on.set()
+    assert await asyncio.gather(*tasks) == items
+    assert batches == [["a0"], ["a1", "b0", "c0", "a2"], ["b1", "a3", "a4", "a5"], ["a6", "a7", "a8"]]
+
+
+VERSIONS = "SELECT array_agg(sent_version) FROM message WHERE id = ANY($1)"
+
+
+async def test_many_messages_of_one_user_go_before_one_of_another_by_one_statement_at_most(settings: Settings) -> None:
+    """Large ones and small ones, by the statement of all and by that of a conversation which was held."""
+    async with World(settings, workers=1) as world:
+        stage = Crowd(world)
+        await stage.begin()
+        for is_held in (False, True):
+            for size, most in ((1, 64 // 2), (10_000, 3)):
+                flood = [Outgoing(stage.ada.id, message(stage.group, "x" * size)) for _ in range(150)]
+                last = message(stage.group, "Last")
+                held = world.db.transaction()
+                if is_held:
+                    await held.start()
+                    await world.db.execute("SELECT FROM conversation WHERE id = $1 FOR NO KEY UPDATE", stage.group)
+                flooding = stage.submit(*flood)
+                await asyncio.sleep(0)
+                (bystander,) = stage.submit(Outgoing(stage.charles.id, last))
+                if is_held:
+                    async with asyncio.timeout(SECONDS):
+                        while len(stage.sends._lanes) != 1 or len(stage.sends._lanes[stage.group][1]) < len(flood):
+                            await asyncio.sleep(0)
+                    await held.rollback()
+                assert None not in await asyncio.gather(bystander, *flooding)
+                (mine,) = await world.db.fetchval(VERSIONS, [last.message_id])
+                theirs = await world.db.fetchval(VERSIONS, [one.frame.message_id for one in flood])
+                # One statement was in flight; in the next one, they take turns.
+                assert sum(one < mine for one in theirs) <= most + 1, (is_held, size)
+
+
+async def test_calls_of_one_user_in_flight_are_bounded(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(endpoints, "CALL_SECONDS", 0.5)
+    few = msgspec.structs.replace(settings, connections_per_user=3)
+    async with World(few, workers=1) as world, http_client(world.url, timeout=SECONDS) as http:
+        stage = Crowd(world)
+        await stage.begin()
+
+        async def call(who: Somebody, about: ConversationId) -> int:
+            headers = {"authorization": f"Bearer {who.token}"}
+            return (await http.post("/v1/call", content=encode(message(about)), headers=headers)).status_code
+
+        async with world.db.transaction():
+            await world.db.execute("SELECT FROM conversation WHERE id = $1 FOR NO KEY UPDATE", stage.group)
+            calls = [asyncio.create_task(call(stage.ada, stage.group)) for _ in range(5)]
+            done, _ = await asyncio.wait(calls, timeout=SECONDS, return_when=asyncio.FIRST_COMPLETED)
+            assert [one.result() for one in done] == [503] * len(done) != []
+            assert len(stage.sends._lanes[stage.group][1]) == 3
+            assert await call(stage.mary, stage.elsewhere) == 200
+        assert sorted([await one for one in calls]) == [200, 200, 200, 503, 503]
+        # Who waits, and not for too long, has a turn.
+        assert set(await asyncio.gather(*(call(stage.ada, stage.group) for _ in range(10)))) == {200}
+
+
+IN_ORDER = "SELECT id, sender_id, content FROM message WHERE NOT is_system_message ORDER BY created_at"
+
+
+async def test_senders_of_scheduled_messages_take_turns(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(app, "DUE_SECONDS", 36_000.0)
+    async with World(settings, workers=1) as world:
+        scheduling = world.workers[0].app.scheduling
+        many = await world.users("Ada", "Charles", "Jane")
+        (mary,) = await world.users("Mary")
+        owner = await world.connect(mary)
+        elsewhere = await world.channel(owner)
+        for one in many:
+            flooder = await world.connect(one)
+            own = await world.channel(flooder)
+            for number in range(6):
+                await schedule(flooder, own, f"{number}")
+        last = await schedule(owner, elsewhere, "Mary")
+        async with asyncio.timeout(SECONDS):
+            await scheduling.send_due()
+            await all_sent(scheduling)
+        said = [tuple(row) for row in await world.db.fetch(IN_ORDER)]
+        # One of each who came before, and what is in flight beside it.
+        assert [one[0] for one in said].index(last) <= len(many) + scheduling._most
+        for one in many:
+            assert [content for _, sender, content in said if sender == one.id] == [f"{number}" for number in range(6)]
