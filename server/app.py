@@ -47,7 +47,6 @@ from server.periodic import end, every
 from server.presence import Presence
 from server.pressure import Pressure
 from server.previews import Previews
-from server.proxies import Proxies
 from server.queries import approaches, audit, indexing, push, relationships, remains, scheduled, sending
 from server.queries.sending import Outgoing, Stored
 from server.record import PostgresRecord
@@ -57,7 +56,7 @@ from server.routes import ROUTES
 from server.scheduling import Scheduling
 from server.sharedallowance import SharedAllowance
 from server.sockets import Sockets, most_sockets
-from server.web import Counted, CountedPreflights, Tallied, no_route
+from server.web import Counted, CountedPreflights, Tallied, no_path, no_route
 from server.websocket import WebSocket
 
 SENDS_AT_ONCE = 64
@@ -239,13 +238,14 @@ class App:
             exception_handlers={HTTPException: no_route},
             middleware=[
                 Middleware(Tallied, metrics=metrics, paths=paths),
-                *_behind(settings.proxies),
+                Middleware(Forwarded, proxies=settings.proxies),
                 *_for_pages_of(settings.allowed_origins, addresses),
                 Middleware(Counted, addresses=addresses),
             ],
         )
         # A redirect would name whatever host the request does.
         self.starlette.router.redirect_slashes = False
+        self.starlette.router.default = no_path
         metrics.values = self._values
         metrics.push_dropped = self.notices.dropped
         metrics.closed = self.sockets.closed
@@ -315,10 +315,14 @@ class App:
         self._draining.set()
         await self.roster.drain(CloseCode.START_OVER if self.epoch.over.is_set() else CloseCode.GOING_AWAY)
 
-    async def close(self) -> None:
-        """Let go of everything, after what is in the middle of something is done."""
+    async def finish(self) -> None:
+        """Return when nothing is in the middle of something, or it has taken too long."""
         if self._working:
             await asyncio.wait(self._working, timeout=FINISH_SECONDS)
+
+    async def close(self) -> None:
+        """Let go of everything, after what is in the middle of something is done."""
+        await self.finish()
         await end(self._tasks)
         await self.scheduling.close()
         for allowance in self._allowances.values():
@@ -419,11 +423,6 @@ class App:
             "turned_away": self.admission.refused,
             "shedding": self.pressure.level,
         }
-
-
-def _behind(proxies: Proxies) -> list[Middleware]:
-    """See through the trusted proxies, if there are any."""
-    return [Middleware(Forwarded, proxies=proxies)] if proxies else []
 
 
 def _for_pages_of(origins: frozenset[str], addresses: Addresses) -> list[Middleware]:

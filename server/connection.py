@@ -141,10 +141,12 @@ class Connection:
         self._wake()
 
     def finish(self, last: GoingAway, code: CloseCode) -> None:
-        """Answer what has been begun, say a last word, and close."""
+        """Answer what has been begun, say a last word, and close. What was begun in an epoch that is over has no answer
+        that is worth the wait.
+        """
         self._last = last, code
         self._inbox.clear()
-        if self._worker is None:
+        if self._worker is None or code is CloseCode.START_OVER:
             self._go(last, code)
 
     # ------------------------------------------------------------------------------ from the socket (Receiver)

@@ -48,6 +48,9 @@ READY_SECONDS = 2.0
 CALL_SECONDS = 10.0
 """Max time that a call waits for others of the same user at the worker, in seconds."""
 NO_SOCKET = Refused(ErrorCode.INVALID, "Connect to this path by WebSocket, or send single frames to `POST /v1/call`.")
+OTHER_PROTOCOL = Refused(
+    ErrorCode.INVALID, f"Offer the subprotocol `{SUBPROTOCOL}`, or none.", path="sec-websocket-protocol"
+)
 CONNECTS_PER_SECOND = 10.0
 """Max connections of one user that begin, per second and worker; twice as many as may be open begin immediately. One
 that begins costs as much as ten small frames, and more with each conversation.
@@ -129,6 +132,10 @@ class Endpoints:
 
     async def _let_in(self, handshake: Handshake, disconnect: Callable[[], None]) -> Connection | None:
         admitted: tuple[Active, Place] | None = None
+        if (offered := handshake.scope["subprotocols"]) and SUBPROTOCOL not in offered:
+            # RFC 6455, section 4.2.2, leaves it to the server. A client of another version would misread ours.
+            await handshake.send_denial_response(refusal_response(OTHER_PROTOCOL, status=400))
+            return None
         try:
             if self._door.is_draining.is_set():
                 raise Refused(
@@ -145,9 +152,8 @@ class Endpoints:
                 raise
             await handshake.send_denial_response(refusal_response(refused))
             return None
-        offered = handshake.scope["subprotocols"]
         try:
-            await handshake.accept(subprotocol=SUBPROTOCOL if SUBPROTOCOL in offered else None)
+            await handshake.accept(subprotocol=SUBPROTOCOL if handshake.scope["subprotocols"] else None)
         except BaseException:
             if admitted is not None:
                 admitted[1].end()
@@ -156,6 +162,11 @@ class Endpoints:
             return None
         active, place = admitted
         socket: WebSocket = handshake.scope["extensions"][EXTENSION]
+        if self._door.is_draining.is_set():
+            # Since it was asked above. Those who are sent away are no longer counted.
+            place.end()
+            socket.close(CloseCode.GOING_AWAY)
+            return None
         connection = Connection(
             socket,
             self._door.shared,

@@ -1,20 +1,27 @@
-"""X-Forwarded-For and X-Forwarded-Proto: a trusted proxy's address and scheme become its client's."""
+"""X-Forwarded-For and X-Forwarded-Proto: a trusted proxy's address and scheme become its client's.
+
+A proxy that nobody told the server of is logged once: all its clients would share the limits of one address.
+"""
 
 import logging
+from collections.abc import Iterable, Sequence
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from protocol.errors import Refused
+from server.addresses import parsed
 from server.proxies import FORWARDED_FOR, Proxies, entries
 from server.web import refusal_response
 
 log = logging.getLogger(__name__)
 
+ADDED = frozenset({FORWARDED_FOR, b"forwarded"})
+"""Headers in which a proxy names its client."""
 SCHEMES = {"http": {"http": "http", "https": "https"}, "websocket": {"http": "ws", "https": "wss"}}
 
 
 class Forwarded:
-    """ASGI middleware. With the setting `trusted_proxies` empty it is not there."""
+    """ASGI middleware."""
 
     def __init__(self, app: ASGIApp, proxies: Proxies) -> None:
         self._app = app
@@ -37,14 +44,33 @@ class Forwarded:
         peer = scope["client"]
         forwarded_for = entries(scope["headers"], FORWARDED_FOR)
         client = self._proxies.client(peer and peer[0], forwarded_for)
-        if forwarded_for and not client.hops and self._proxies.count and not self._has_warned:
-            self._has_warned = True
-            log.warning(
-                "X-Forwarded-For has %d of the %d entries that OPENCHAT_TRUSTED_PROXIES counts; it is ignored, and "
-                "clients are counted by the address of the proxy", len(forwarded_for), self._proxies.count,
-            )  # fmt: skip
+        if not client.hops and not self._has_warned:
+            self._warn(peer and peer[0], forwarded_for, scope["headers"])
         if client.hops and (protocols := entries(scope["headers"], b"x-forwarded-proto")):
             proto = protocols[-min(client.hops, len(protocols))].lower()
             scope["scheme"] = SCHEMES[scope["type"]].get(proto, scope["scheme"])
         if client.host is not None:
             scope["client"] = (client.host, 0)
+
+    def _warn(self, peer: str | None, forwarded_for: Sequence[str], headers: Iterable[tuple[bytes, bytes]]) -> None:
+        """Log what to set if a proxy seems to be in front whose headers are ignored."""
+        if self._proxies.count and forwarded_for:
+            self._has_warned = True
+            log.warning(
+                "X-Forwarded-For has %d of the %d entries that OPENCHAT_TRUSTED_PROXIES counts; it is ignored, and "
+                "clients are counted by the address of the proxy", len(forwarded_for), self._proxies.count,
+            )  # fmt: skip
+        elif not self._proxies.count and _is_near(peer) and any(name.lower() in ADDED for name, _ in headers):
+            # From elsewhere, a client may have written them.
+            self._has_warned = True
+            log.warning(
+                "requests come through a proxy at %s, which OPENCHAT_TRUSTED_PROXIES does not name: all its clients "
+                "share the limits of one address. Set it to the number of proxies in front, or to their networks",
+                peer or "a Unix socket",
+            )
+
+
+def _is_near(peer: str | None) -> bool:
+    """Whether a TCP peer is on this machine or in a private network, as proxies are."""
+    address = None if peer is None else parsed(peer)
+    return address is None or not address.is_global

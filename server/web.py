@@ -131,6 +131,11 @@ async def no_route(request: Request, error: Exception) -> Response:  # noqa: ARG
     return refusal_response(NO_PATH)
 
 
+async def no_path(scope: Scope, receive: Receive, send: Send) -> None:
+    """Answer a request or a WebSocket handshake whose path is not there, as `no_route` does."""
+    await refusal_response(NO_PATH)(scope, receive, send)
+
+
 def refusal_response(refused: Refused, *, status: int | None = None) -> Response:
     """Return the answer to a request that was refused."""
     return error_response(error_frame(refused), status=status)

@@ -40,6 +40,8 @@ SECURITY_HEADERS = [
     ("referrer-policy", "no-referrer"),
 ]
 """On every answer: none of them is a page, and a browser should not take one for one."""
+OVER_SECONDS = 1
+"""Max seconds that requests of an epoch that is over are waited for."""
 DATE_SECONDS = 1.0
 """How often the Date header of HTTP answers is renewed: it counts in seconds."""
 
@@ -98,10 +100,20 @@ class DrainingServer(uvicorn.Server):
         yield
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Stop accepting, drain, and then stop as uvicorn does."""
-        for server in self.servers:
-            server.close()
+        """Stop accepting, drain, and then stop as uvicorn does.
+
+        When the epoch is over, go on accepting until all is done, and refuse: before this worker has ended, nobody else
+        takes the connections of its listener.
+        """
+        is_over = self._app.epoch.over.is_set()
+        if is_over:
+            self.config.timeout_graceful_shutdown = OVER_SECONDS
+        else:
+            for server in self.servers:
+                server.close()
         await self._app.drain()
+        if is_over:
+            await self._app.finish()
         await super().shutdown(sockets)
 
 

@@ -12,6 +12,8 @@ import httpx
 import msgspec
 import pytest
 from starlette.routing import Route
+from websockets import Subprotocol
+from websockets.asyncio.client import connect
 from websockets.exceptions import InvalidStatus
 
 from protocol.client import Authenticate
@@ -304,6 +306,29 @@ async def test_wrong_token_is_refused_before_the_socket_opens(world: World) -> N
         await Client(world.url, "wrong").open()
     assert refused.value.response.status_code == 401
     assert msgspec.json.decode(refused.value.response.body or b"", type=Error).code == "unauthenticated"
+
+
+@pytest.mark.parametrize(
+    ("path", "offered", "answer"),
+    [
+        ("/ws", ["openchat.v1.json"], (404, "not_found")),
+        ("/v1/call", ["openchat.v1.json"], (404, "not_found")),
+        ("/v1/ws", ["openchat.v9.json", "chat"], (400, "invalid")),
+    ],
+)
+async def test_a_handshake_for_another_path_or_protocol_is_refused_in_json(
+    http: httpx.AsyncClient, world: World, path: str, offered: list[Subprotocol], answer: tuple[int, str]
+) -> None:
+    bearing = bearer(await register(http))
+    with pytest.raises(InvalidStatus) as refused:
+        await connect(world.url.replace("http", "ws") + path, subprotocols=offered, additional_headers=bearing)
+    error = msgspec.json.decode(refused.value.response.body or b"", type=Error)
+    assert (refused.value.response.status_code, error.code) == answer
+    url = world.url.replace("http", "ws") + "/v1/ws"
+    ours = Subprotocol("openchat.v1.json")
+    for some, chosen in (([Subprotocol("openchat.v9.json"), ours], ours), (None, None)):
+        async with connect(url, subprotocols=some, additional_headers=bearing) as socket:
+            assert socket.subprotocol == chosen
 
 
 @pytest.mark.parametrize("origin", ["https://evil.example", "null", "", "http://127.0.0.1:1"])

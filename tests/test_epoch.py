@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import shutil
+import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Protocol
@@ -11,8 +12,10 @@ import asyncpg
 import httpx
 import pytest
 from redis.asyncio import Redis
+from websockets.exceptions import InvalidStatus
 
 from protocol import client, server
+from protocol.codec import encode
 from protocol.errors import CloseCode
 from protocol.ids import ConversationId, MessageId, uuid7
 from prove.actor import Actor
@@ -242,6 +245,35 @@ async def test_a_new_epoch_ends_workers_and_clients_start_over(
             back = await world.connect(them[1], query="?resume=1")
             await back.call(client.Resume(epoch=epoch, versions={group: version}), server.Resumed)
             assert {type(event) for event in back.events} - {server.Ready} == kinds
+
+
+async def test_a_worker_whose_epoch_is_over_closes_and_refuses_immediately(settings: Settings) -> None:
+    """Also while frames wait for rows, as beside a restore, and for whoever was just let in."""
+    async with World(settings, workers=1) as world:
+        ada, charles = await world.users("Ada", "Charles")
+        one = await world.connect(ada)
+        channel = await world.channel(one)
+        worker = world.workers[0]
+        async with http_client(world.url) as http, world.db.transaction():
+            await http.get("/healthz")
+            await world.db.execute("SELECT FROM conversation WHERE id = $1 FOR UPDATE", channel)
+            frame = message(channel)
+            frame.id = 1_000
+            await one.socket.send(encode(frame).decode())
+            unknown = Client(world.url, None)
+            await unknown.open()
+            began = time.monotonic()
+            worker.app.epoch.over.set()
+            assert await one.closed() == CloseCode.START_OVER
+            with pytest.raises(InvalidStatus) as refused:
+                await Client(world.url, charles.token).open()
+            assert refused.value.response.status_code == 503
+            assert refused.value.response.headers["retry-after"] == "1"
+            await unknown.socket.send(encode(client.Authenticate(token=charles.token)).decode())
+            assert await unknown.closed() == CloseCode.GOING_AWAY
+            assert time.monotonic() - began < 2
+        await worker.stop()
+        await worker.start()
 
 
 END_SESSIONS = """

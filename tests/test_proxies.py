@@ -17,6 +17,7 @@ from server import config
 from server.addresses import limit_key, parsed
 from server.config import Settings
 from server.errors import Fatal
+from server.forwarded import _is_near
 from server.proxies import Proxies
 from tests.world import World, http_client
 
@@ -162,6 +163,25 @@ async def test_who_comes_past_a_proxy_is_counted_by_the_address_of_the_socket(
         ]
         assert codes == [401, 401, 429, 429]
     assert sum("1 of the 2 entries" in record.getMessage() for record in caplog.records) == 1
+
+
+@pytest.mark.parametrize("header", ["X-Forwarded-For", "Forwarded"])
+@pytest.mark.parametrize(("setting", "times"), [("", 1), ("10.9.0.0/16", 1), ("127.0.0.0/8", 0)])
+async def test_a_proxy_that_the_setting_does_not_name_is_logged_once(
+    settings: Settings, caplog: pytest.LogCaptureFixture, header: str, setting: str, times: int
+) -> None:
+    settings = msgspec.structs.replace(settings, trusted_proxies=setting)
+    async with World(settings, workers=1) as world, http_client(world.url) as http:
+        await http.get("/healthz")
+        assert "OPENCHAT_TRUSTED_PROXIES" not in caplog.text
+        for _ in range(3):
+            await http.get("/healthz", headers={header: "203.0.113.7"})
+    assert caplog.text.count("a proxy at 127.0.0.1, which OPENCHAT_TRUSTED_PROXIES does not name") == times
+
+
+def test_what_a_client_from_elsewhere_writes_is_not_taken_for_a_proxy() -> None:
+    assert not any(map(_is_near, ["1.2.3.4", "2a00::1"]))
+    assert all(map(_is_near, ["127.0.0.1", "10.1.2.3", "172.18.0.2", "100.64.0.1", "::1", "fd00::1", None]))
 
 
 async def test_several_lines_of_the_header_are_one_list(settings: Settings) -> None:

@@ -102,6 +102,7 @@ async def test_a_refused_ticket_tells_the_client_to_keep_its_token(world: World)
         body = refused.value.response.body or b""
         assert b"Connect with the token." in body
         assert b"Log in" not in body
+        assert b'"path":"ticket"' in body
         one = Client(world.workers[1].url, None)
         await one.open()
         error = await one.raw(encode(client.Authenticate(token=bad)).decode())

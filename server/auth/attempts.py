@@ -27,6 +27,8 @@ FAILURES = frozenset({ErrorCode.UNAUTHENTICATED, ErrorCode.FORBIDDEN})
 
 log = logging.getLogger(__name__)
 
+OF_A_PROXY = ". If it is a proxy's, set OPENCHAT_TRUSTED_PROXIES: all its clients are counted as one"
+
 
 class Attempts:
     """Counts in windows of five minutes."""
@@ -70,8 +72,8 @@ class Attempts:
         most = self._limits[kind]
         if count > most:
             if count == most + 1:  # the first one, at all workers
-                text = "attempts to log in: one %s had %d, further ones are refused for %.0f s"
-                log.warning(text, kind, most, seconds)
+                text = "attempts to log in: one %s had %d, further ones are refused for %.0f s%s"
+                log.warning(text, kind, most, seconds, OF_A_PROXY if kind == "address" else "")
             raise Refused(
                 ErrorCode.RATE_LIMITED,
                 "Too many attempts. Retry after `retry_after_ms`.",

@@ -30,7 +30,9 @@ class TicketRefused(Refused):
     """The answer to a return ticket that is no good. It says nothing about the token of the same session."""
 
     def __init__(self) -> None:
-        super().__init__(ErrorCode.UNAUTHENTICATED, "This ticket is used or too old. Connect with the token.")
+        super().__init__(
+            ErrorCode.UNAUTHENTICATED, "This ticket is used or too old. Connect with the token.", path="ticket"
+        )
 
 
 class Ticket(NamedTuple):
