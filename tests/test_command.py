@@ -12,7 +12,6 @@ import tempfile
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import pytest
@@ -197,12 +196,7 @@ async def test_one_line_for_everything_that_can_be_wrong(servers: Servers, datab
         taken.listen()
         port = str(taken.getsockname()[1])
         assert f"port {port}" in await refused("--port", port, "--data-dir", str(folder))
-    outside: dict[str, Any] = {"DATABASE_URL": database_url, "REDIS_URL": servers.valkey.url}
-    assert "database cannot be reached" in await refused(
-        *data, **outside | {"DATABASE_URL": "postgresql://127.0.0.1:1/x"}
-    )
-    assert "Redis cannot be reached" in await refused(*data, **outside | {"REDIS_URL": "redis://127.0.0.1:1"})
-    assert "DATABASE_URL" in await refused(*data, **outside | {"DATABASE_URL": "nonsense"})
+    assert "DATABASE_URL" in await refused(*data, DATABASE_URL="nonsense", REDIS_URL=servers.valkey.url)
     # What is named is asked before a folder is made for the rest.
     await asyncio.to_thread(folder.chmod, 0o755)
     own = {"OPENCHAT_DATA_DIR": str(folder / "own")}
