@@ -157,8 +157,11 @@ class Presence:
         if device in devices:
             devices[device] = frame.status == "away"
         self._note(user_id)
-        self._untold.keep(user_id, News(Reason.CHOICE if is_new else Reason.DEVICE))
-        await self._flushes.submit(None)
+        try:
+            await self._flushes.submit(None)  # if a device is idle now, or is no more, it is announced
+        finally:
+            if is_new:
+                self._untold.keep(user_id, News(Reason.CHOICE))
         await self._untold.tell()
         return is_new
 

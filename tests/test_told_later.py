@@ -200,7 +200,7 @@ async def test_nothing_older_is_announced_last(settings: Settings, monkeypatch: 
         await on.begin()
         monkeypatch.setattr(users, "choices", held)
         laptop = await world.connect(on.charles)
-        first = asyncio.create_task(on.phone.ask(client.SetPresence(status="away")))
+        first = asyncio.create_task(on.phone.ask(client.SetPresence(status="online", custom_status="At tea")))
         await until(lambda: len(read) == 1)
         second = asyncio.create_task(laptop.ask(client.SetPresence(status="busy")))
         async with asyncio.timeout(5):
