@@ -199,6 +199,7 @@ class Mirror:
     def _begin(self, view: ConversationView) -> None:
         self.copies[view.conversation.id] = Copy(version=view.version, conversation=view.conversation)
         self.unloaded.add(view.conversation.id)
+        self.invitations.pop(view.conversation.id, None)
 
     def _apply(self, copy: Copy, event: DurableEvent) -> None:
         if event.conversation_id in self.unloaded:

@@ -1,17 +1,19 @@
 """Membership: invited, declined, by code, found, removed on every worker; what newcomers see; system messages."""
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from protocol import client, server
 from protocol.errors import ErrorCode
-from protocol.ids import ConversationId
+from protocol.ids import ConversationId, UserId
 from protocol.server import Error
 from protocol.values import ConversationSettings, ConversationView
 from prove.client import Client
+from prove.mirror import Mirror
 from prove.truth import recount
 from server.expiry import expire_due
-from tests.world import World, refused, sent
+from tests.world import World, refused, sent, until
 
 
 async def view(one: Client, about: ConversationId) -> ConversationView:
@@ -55,6 +57,52 @@ async def test_an_invitation_is_told_on_every_device_and_followed_or_not(world: 
     with refused(ErrorCode.NOT_FOUND, "conversation_id"):
         await hers.call(client.Decline(conversation_id=about))
     assert await recount(world.db) == []
+
+
+async def test_the_invitations_that_one_was_told_of_are_those_that_there_are(world: World) -> None:
+    """However one ends: on another device, and for who comes back, old state and events are the list."""
+    ada, charles = await world.users("Ada", "Charles")
+    owner, phone, desk = await world.connect(ada), await world.connect(charles), await world.connect(charles, 1)
+
+    def drop(about: ConversationId, user_id: UserId, *, ban: bool) -> Awaitable[object]:
+        return owner.call(client.RemoveParticipant(conversation_id=about, user_id=user_id, ban=ban))
+
+    ends: dict[str, Callable[[ConversationId], Awaitable[object]]] = {
+        "joined": lambda about: phone.call(client.Join(conversation_id=about)),
+        "declined": lambda about: phone.call(client.Decline(conversation_id=about)),
+        "taken back": lambda about: drop(about, charles.id, ban=False),
+        "banned": lambda about: drop(about, charles.id, ban=True),
+        "none": lambda _: owner.call(client.Ping()),
+    }
+    places = {name: await world.channel(owner, title=name) for name in ends}
+    names = {about: name for name, about in places.items()}
+
+    def told(*events: server.ServerFrame) -> set[str]:
+        mirror = Mirror()
+        for event in events:
+            mirror.hear(event)
+        return {names[about] for about in mirror.invitations}
+
+    for name, end in reversed(ends.items()):
+        await owner.call(client.Invite(conversation_id=places[name], participants=[charles.id]))
+        await until(lambda: told(*desk.events) == {"none", name})  # noqa: B023 - awaited here
+        before = list(desk.events)
+        version = max(event.user_version for event in before if isinstance(event, server.Invited))
+        await end(places[name])
+        there = (await phone.call(client.ListInvitations(), server.InvitationList)).invitations
+        assert {names[one.conversation_id] for one in there} == {"none"}, name
+        async with Client(world.url, charles.token, query="?resume=1") as back:
+            await back.call(client.Resume(epoch=desk.ready.epoch, versions={}, user_version=version), server.Resumed)
+            assert told(*before, *back.events) == {"none"}, name
+        await until(lambda: told(*desk.events) == {"none"})
+    # No event tells when the conversation itself ends, as docs/clients.md says: `join` does, and the list.
+    for kind in (client.DeleteConversation, client.Leave):
+        about = await world.channel(owner, title=kind.__name__)
+        await owner.call(client.Invite(conversation_id=about, participants=[charles.id]))
+        await owner.call(kind(conversation_id=about))
+        assert len((await phone.call(client.ListInvitations(), server.InvitationList)).invitations) == 1
+        with refused(ErrorCode.NOT_FOUND, "conversation_id"):
+            await phone.call(client.Join(conversation_id=about))
 
 
 async def test_an_invitation_gives_no_more_than_whoever_sent_it_may_give_when_it_is_followed(world: World) -> None:
