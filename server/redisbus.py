@@ -21,7 +21,11 @@ from server.periodic import end, every
 
 CONNECT_SECONDS = 2.0
 PING_SECONDS = 0.5
-"""How often the server is asked for a sign of life; two without one, and it is down."""
+"""How often the server is asked for a sign of life, in seconds."""
+MAX_UNANSWERED = 2
+"""Pings without an answer after which the server is down. They are counted, since a worker that was held up itself, for
+however long, has asked nothing meanwhile.
+"""
 REPLY_SECONDS = 2.0
 RETRY_SECONDS = (0.1, 0.2, 0.5, 1.0)
 ORIGIN_BYTES = 8
@@ -113,7 +117,8 @@ class RedisBus:
         self._transport: asyncio.WriteTransport | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._loop = asyncio.get_running_loop()
-        self._heard_at = 0.0
+        self._unanswered = 0
+        self._ear: _Ear | None = None
         self._was_lost = False
         self.is_up = False
         self.published = 0
@@ -194,11 +199,11 @@ class RedisBus:
 
     async def _listen(self, connection: AbstractConnection) -> None:
         """Take the connection over, and raise what ends it."""
-        ear = _Ear(self._hear)
+        ear = self._ear = _Ear(self._hear)
         assert connection._writer is not None  # noqa: S101, SLF001 - it is connected
         self._transport = connection._writer.transport  # noqa: SLF001 - the public way goes through two more layers
         self._transport.set_protocol(ear)
-        self._heard_at = self._loop.time()
+        self._unanswered = 0
         self._asked.clear()
         self._unconfirmed.clear()
         self._ask_for(self._channels)
@@ -207,12 +212,14 @@ class RedisBus:
         await ear.lost
 
     async def _watch(self) -> None:
-        if self._transport is None:
+        if self._transport is None or self._ear is None:
             return
-        if self._loop.time() - self._heard_at > 2 * PING_SECONDS:
+        if self._unanswered >= MAX_UNANSWERED:
             # Not a clean end: a server that hangs, a network that swallows.
+            self._ear.connection_lost(TimeoutError(f"no answer to {MAX_UNANSWERED} pings"))
             self._transport.abort()
         else:
+            self._unanswered += 1
             self._transport.write(_PING)
 
     def _go_down(self) -> None:
@@ -227,7 +234,7 @@ class RedisBus:
     # -------------------------------------------------------------------------------------------------- hearing
 
     def _hear(self, said: Any) -> None:  # noqa: ANN401 - whatever Redis says
-        self._heard_at = self._loop.time()
+        self._unanswered = 0
         if isinstance(said, hiredis.PushNotification):
             if said[0] == self._verbs.message:
                 self.received += 1

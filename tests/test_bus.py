@@ -1,13 +1,14 @@
 """The bus by itself, between two ends on the real Valkey."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 
 import pytest
 from redis.asyncio import Redis
 
 from server.config import Settings
-from server.redisbus import RedisBus
+from server.redisbus import PING_SECONDS, RedisBus
 from tests.world import until
 
 
@@ -70,6 +71,23 @@ async def test_a_lost_connection_is_made_again_with_all_its_channels(ends: tuple
         one.bus.publish(channel, b"said")
     await until(lambda: len(other.heard) == 2)
     await redis.aclose()
+
+
+async def test_a_worker_that_was_held_up_does_not_take_the_server_for_dead_and_a_silent_one_is(
+    ends: tuple[End, End], caplog: pytest.LogCaptureFixture
+) -> None:
+    one, other = ends
+    await other.bus.subscribe([b"a"])
+    time.sleep(2.5 * PING_SECONDS)  # noqa: ASYNC251 - as a busy machine holds up a worker
+    await asyncio.sleep(PING_SECONDS)
+    one.bus.publish(b"a", b"said")
+    await until(lambda: len(other.heard) == 1)
+    assert "failed" not in caplog.text
+    transport = other.bus._transport  # noqa: SLF001 - it has the socket
+    assert transport is not None
+    transport.pause_reading()  # type: ignore[attr-defined]
+    await until(lambda: "the bus failed, and is tried again: no answer to 2 pings" in caplog.text)
+    await until(lambda: other.bus.is_up)
 
 
 async def test_who_subscribes_is_answered_though_somebody_left_the_channel_meanwhile(ends: tuple[End, End]) -> None:
