@@ -27,7 +27,7 @@ from tests.world import Room, World, http_client, refused, sent
 ROOT = Path(__file__).parent.parent
 VERBS = (
     "Add|Ask|Cancel|Change|Check|Choose|Close|Connect|Correct|Delete|Do not|Edit|End|Give|Invite|Leave|Lift|"
-    "Log in|Look|Make|Name|Nest|Pin|Read|Reconnect|Remove|Reply|Retry|Schedule|Send|Take|Tell|Try|Unblock|"
+    "Log in|Look|Make|Name|Nest|Offer|Pin|Read|Reconnect|Remove|Reply|Retry|Schedule|Send|Take|Tell|Try|Unblock|"
     "Unfollow|Unpin|Unstar|Unwatch|Use|Wait|Write"
 )
 ACTS = re.compile(rf"(?:^|[.:,;] (?:or )?)(?:{VERBS})\b")
