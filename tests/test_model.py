@@ -39,6 +39,7 @@ class Part:
     status: str = "active"
     grants: set[str] = field(default_factory=set)
     since: int = 0
+    invited_by: int = 0
 
 
 class Model:
@@ -99,9 +100,23 @@ class Model:
         if part is not None and part.status == "banned":
             return FORBIDDEN
         if part is None or part.status != "active":
-            keeps = part is not None and (part.status == "invited" or part.role == "guest")
-            self._enter(who, part.role if part is not None and keeps else "member")
+            role = "guest" if part is not None and part.role == "guest" else "member"
+            if part is not None and part.status == "invited":
+                given = self.invited_as(part)
+                if given is None:
+                    return FORBIDDEN
+                role = given
+            self._enter(who, role)
         return OK
+
+    def invited_as(self, part: Part) -> str | None:
+        """Return the role that an invitation gives now: at most what its giver may give, None if that is nothing."""
+        if not self.is_in(part.invited_by) or not self.may(part.invited_by, Act.ADD_MEMBERS):
+            return None
+        if self.may_give(part.invited_by, part.role):
+            return part.role
+        mine = self.parts[part.invited_by].role
+        return mine if mine in {"guest", "member"} else ROLES[ROLES.index(mine) - 1]
 
     def _enter(self, who: int, role: str) -> None:
         self._moment += 1
@@ -144,9 +159,9 @@ class Model:
         # Whoever may not be added is invited.
         if not is_invitation and self.may_see("add", who, other):
             self._enter(other, role)
-        elif part is None or part.status != "invited":
+        elif part is None or part.status != "invited" or self.invited_as(part) is None:
             grants = set() if part is None else part.grants
-            self.parts[other] = Part(role, "invited", grants)
+            self.parts[other] = Part(role, "invited", grants, invited_by=who)
         return OK
 
     def decline(self, who: int) -> Code:
