@@ -13,7 +13,12 @@ from tests.world import World
 
 ROOT = Path(__file__).parents[1]
 TEST = re.compile(r"^ *(?:async )?def (test_\w+)\(", re.MULTILINE)
-LINK = re.compile(r"\[[^]]+\]\((tests/[^)]+)\)")
+
+PROMISE_CHARACTERS = 130
+"""Max characters of a promise in SECURITY.md."""
+
+HOW_CHARACTERS = 350
+"""Max characters of how a promise is kept, and of what is not promised beside it."""
 
 
 def rows(text: str) -> list[list[str]]:
@@ -34,18 +39,93 @@ def defined_in(path: Path) -> set[str]:
     return set(TEST.findall(path.read_text()))
 
 
+def one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def faults_of(item: str) -> list[str]:
+    """Return what is wrong with one item of SECURITY.md: a promise with how it is kept, and its tests."""
+    first, *points = (one_line(part) for part in re.split(r"^  - ", item, flags=re.MULTILINE))
+    tests = points.pop() if points else ""
+    found = []
+    if not (head := re.fullmatch(r"\*\*([^*]+\.)\*\* ?(.*)", first)):
+        return [f"{first}: write the promise in bold"]
+    promise, how = head.groups()
+    if len(promise) > PROMISE_CHARACTERS or ". " in promise:
+        found.append(f"{promise}: write one sentence of at most {PROMISE_CHARACTERS} characters")
+    if max(len(text) for text in (how, *points)) > HOW_CHARACTERS:
+        found.append(f"{promise}: write at most {HOW_CHARACTERS} characters of how, and of what is not promised")
+    if len(points) > 1 or not all(point.startswith("Not promised: ") for point in points):
+        found.append(f"{promise}: only `Not promised: …` stands between how it is kept and its tests")
+    if any(line and not line.startswith("  ") for line in item.splitlines()[1:]):
+        found.append(f"{promise}: indent what belongs to it, and nothing else follows")
+    linked = re.findall(r"\((tests/[^)]+)\)([^[]*)", tests)
+    if not tests.startswith("Tests: [") or not linked:
+        found.append(f"{promise}: its last point is `Tests: `, with a link to each file")
+    for file, names in linked:
+        named = set(re.findall(r"`(test_\w+)`", names))
+        there = defined_in(ROOT / file) if (ROOT / file).is_file() else set()
+        if not named:
+            found.append(f"{promise}: name a test of {file}")
+        found += [f"{promise}: no {name} in {file}" for name in sorted(named - there)]
+    return found
+
+
+def faults(page: str) -> list[str]:
+    """Return what is wrong with a page like SECURITY.md: sections of promises, each of which names its tests."""
+    found = []
+    for section in re.split(r"^## ", page, flags=re.MULTILINE):
+        introduction, *items = re.split(r"^- ", section, flags=re.MULTILINE)
+        if "**" in introduction or "`test_" in introduction:
+            found.append(f"{introduction}: make each promise an item")
+        found += [fault for item in items for fault in faults_of(item)]
+    return found
+
+
 def test_every_promise_names_a_test_that_exists() -> None:
-    found = rows((ROOT / "SECURITY.md").read_text())
-    assert len(found) > 40
-    problems = []
-    for promise, *_, cell in found:
-        there = {file: defined_in(ROOT / file) for file in LINK.findall(cell)}
-        named = set(re.findall(r"`(test_\w+)`", cell))
-        if not named or not there:
-            problems.append(f"{promise}: name a test, and link its file")
-        problems += [f"{promise}: no {name} in {[*there]}" for name in named - set().union(*there.values())]
-        problems += [f"{promise}: name a test of {file}" for file, tests in there.items() if not named & tests]
-    assert problems == []
+    page = (ROOT / "SECURITY.md").read_text()
+    assert len(re.findall(r"^- \*\*", page, re.MULTILINE)) > 100
+    assert faults(page) == []
+
+
+def test_each_fault_of_a_promise_is_found() -> None:
+    sound = "test_without_settings_it_listens_on_loopback"
+    page = f"""# Head
+
+## Section
+
+An introduction.
+
+- **It listens on loopback.** Since it
+  says so.
+  - Not promised: that it says
+    anything.
+  - Tests: [test_promises.py](tests/test_promises.py) `{sound}`,
+    `{sound}`: both ways
+- **It does nothing.**
+  - Tests: [test_promises.py](tests/test_promises.py) `{sound}`
+"""
+    tests = page[page.rindex("  - Tests") :]
+    assert faults(page) == []
+    for old, new, fault in (
+        (tests, "", "its last point is"),
+        (tests, tests.replace("Tests: ", "Not promised: "), "its last point is"),
+        (f"`{sound}`\n", "\n", "name a test of tests/test_promises.py"),
+        (f"`{sound}`\n", "`test_of_nothing`\n", "no test_of_nothing in tests/test_promises.py"),
+        ("(tests/test_promises.py) `", "(tests/test_house.py) `", f"no {sound} in tests/test_house.py"),
+        ("(tests/test_promises.py) `", "(tests/test_nowhere.py) `", f"no {sound} in tests/test_nowhere.py"),
+        ("It does nothing", "It does " + "nothing " * 20, "one sentence of at most"),
+        ("It does nothing", "It does nothing. It is silent", "one sentence of at most"),
+        ("Since it", "Since it " * 60, "write at most"),
+        ("that it says", "that it says " * 60, "write at most"),
+        ("Not promised: that", "Promised: that", "only `Not promised: …`"),
+        ("**It does nothing.**", "It does nothing.", "in bold"),
+        ("- **It does", "**It does", "indent"),
+        ("An introduction.", f"**It does more.** `{sound}`", "make each promise an item"),
+        (tests, f"{tests}\n| It does more | somehow | `{sound}` |\n", "indent"),
+    ):
+        assert old in page
+        assert any(fault in one for one in faults(page.replace(old, new))), (new, faults(page.replace(old, new)))
 
 
 def test_every_bound_names_a_test_that_exists() -> None:
