@@ -30,7 +30,7 @@ from server.clusterbus import ClusterBus, is_cluster
 from server.config import Settings
 from server.connection import Connection, Lifecycle, Shared
 from server.context import Services
-from server.database import Database
+from server.database import SENDING_CONNECTIONS, Database
 from server.dispatch import Dispatch, Rate
 from server.endpoints import CONNECTS_PER_SECOND, Door, Endpoints
 from server.erasure import erase_due
@@ -130,7 +130,7 @@ class App:
             tickets=self._issue_tickets,
         )
         self.sockets = Sockets(
-            most=most_sockets(settings.database_connections),
+            most=most_sockets(settings.database_connections + SENDING_CONNECTIONS),
             per_address=settings.connections_per_address,
             proxies=settings.proxies,
             frames=Pace.of(settings.frame_rate),
@@ -378,7 +378,7 @@ class App:
             return await audit.forget(db, self._audit_kept)
 
     async def _send_free(self, batch: list[Outgoing]) -> list[Stored | Held | None]:
-        async with self._database.connection() as db:
+        async with self._database.sending() as db:
             return await sending.send_free(db, batch)
 
     async def _send(self, batch: list[Outgoing]) -> list[Stored | None]:

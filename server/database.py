@@ -1,7 +1,7 @@
 """The connections to PostgreSQL."""
 
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
 from typing import TypeAlias, TypeVar
@@ -22,6 +22,12 @@ from server.share import Share
 OLDEST_MAJOR = 15
 CONNECT_SECONDS = 5.0
 STATEMENT_SECONDS = 10.0
+SENDING_SECONDS = 2.0
+"""Max time of a statement that stores messages of all users, in seconds. PostgreSQL ends it: it does so before the
+commit or not at all, so nothing was stored (docs/decisions/0066).
+"""
+SENDING_CONNECTIONS = 2
+"""Connections for those statements alone, besides `OPENCHAT_DATABASE_CONNECTIONS`."""
 SEARCH_SHARE = 4
 """Searches hold at most one in `SEARCH_SHARE` of a worker's connections, and at least one."""
 SEARCHES_WAITING = 8
@@ -78,9 +84,10 @@ IMPATIENT = f"SET LOCAL lock_timeout = '{JOB_LOCK_MS}ms'"
 class Shared:
     """What all users of a pool share."""
 
-    def __init__(self, pool: Pool, epoch: Epoch, *, most: int) -> None:
+    def __init__(self, pool: Pool, sending: Pool, epoch: Epoch, *, most: int) -> None:
         """`most` is how many connections `pool` may open."""
         self.pool = pool
+        self.sending = sending
         self.epoch = epoch
         self.searches = Share(max(1, most // SEARCH_SHARE), waiting=SEARCHES_WAITING, patience=SEARCH_PATIENCE)
         self.counts = Share(max(1, most // SEARCH_SHARE), waiting=COUNTS_WAITING, patience=COUNT_PATIENCE)
@@ -128,12 +135,12 @@ class Database:
 
         epoch = Epoch()
 
-        async def connect() -> Connection:
+        async def connect(session: Mapping[str, str]) -> Connection:
             connection = await asyncpg.connect(
                 settings.database_url,
                 timeout=CONNECT_SECONDS,
                 command_timeout=STATEMENT_SECONDS,
-                server_settings=session,
+                server_settings=dict(session),
             )
             try:
                 await epoch.check(connection)
@@ -143,20 +150,28 @@ class Database:
             return connection
 
         most = max(2, settings.database_connections)
-        pool = Pool(Reconnecting(connect).connect, most=most, patience=CONNECT_SECONDS)
+        again = Reconnecting(connect)
+        pool = Pool(partial(again.connect, session), most=most, patience=CONNECT_SECONDS)
+        shorter = session | {"statement_timeout": f"{SENDING_SECONDS * 1_000:.0f}ms"}
+        sending = Pool(partial(again.connect, shorter), most=SENDING_CONNECTIONS, patience=CONNECT_SECONDS)
         try:
-            pool.give(await connect(), is_usable=True)
+            pool.give(await connect(session), is_usable=True)
         except UNREACHABLE as error:
             raise _unreachable(error) from error
-        return cls(pool, Shared(pool, epoch, most=most))
+        return cls(pool, Shared(pool, sending, epoch, most=most))
 
     async def close(self) -> None:
         """Close all connections, without waiting for what is in flight."""
         self._shared.pool.close()
+        self._shared.sending.close()
 
     def connection(self) -> Lease:
         """Borrow a connection; each statement commits by itself."""
         return Lease(self._pool, is_lost)
+
+    def sending(self) -> Lease:
+        """Borrow a connection on which PostgreSQL ends statements after `SENDING_SECONDS`."""
+        return Lease(self._shared.sending, is_lost)
 
     @asynccontextmanager
     async def catching_up(self) -> AsyncIterator[Db]:
@@ -230,7 +245,7 @@ class Database:
     @property
     def size(self) -> int:
         """How many connections there are."""
-        return len(self._shared.pool)
+        return len(self._shared.pool) + len(self._shared.sending)
 
     async def is_current(self) -> bool:
         """Whether the database answers and has the schema that this program knows."""

@@ -82,6 +82,9 @@ async def erase(
         pass
     while not await database.atomically("erasure", partial(_forget, user_id)):
         await _let_out(database, user_id, tell)
+    # A reply in a thread of theirs, whose statement began before that commit, waited for it and then had them follow.
+    while await database.atomically("erasure", partial(_forget_late, user_id)):
+        pass
 
 
 async def _let_out(database: Atomic, user_id: UserId, tell: Callable[[Change], None]) -> None:
@@ -130,6 +133,11 @@ async def _clear(user_id: UserId, place: Cleared, db: Db) -> Cleared | None:
 
 async def _forget_some(user_id: UserId, db: Db) -> bool:
     await users.lock(db, [user_id])
+    return await erasure.forget_some(db, user_id)
+
+
+async def _forget_late(user_id: UserId, db: Db) -> bool:
+    await erasure.wait_for_references(db, user_id)
     return await erasure.forget_some(db, user_id)
 
 

@@ -12,7 +12,17 @@ Outcome = TypeVar("Outcome")
 
 
 class Slow(Exception):  # noqa: N818 - one of them may be slow, the others are not
-    """Raised by the work on several items that takes too long, and was given up."""
+    """Raised by work that took too long and was ended. Nothing of it was done."""
+
+
+class WrongCount(Exception):  # noqa: N818 - a defect of the work
+    """The work returned more or fewer outcomes than it got items."""
+
+
+SLOW_PARTS = 8
+"""A batch whose work is `Slow` is repeated in so many parts: of 64 items, two further runs are slow because of one."""
+MAX_SLOW = 2
+"""Max single items of a batch, one after the other, whose work is `Slow`: then everything is, and the batch fails."""
 
 
 class Gather(Generic[Item, Outcome]):
@@ -20,8 +30,10 @@ class Gather(Generic[Item, Outcome]):
 
     1. Nothing waits when nothing is in flight: whoever comes then runs their own item at once.
     2. One run at a time, so the items of one owner keep their order.
-    3. A run that fails for another reason than a lost database is repeated in halves, and one by one after `Slow`: one
-       bad item does not take its neighbours with it. `work` must be all or nothing.
+    3. A run that fails for another reason than a lost database is repeated in halves: one bad item does not take its
+       neighbours with it. After `Slow`, which costs more time, it is repeated in more and smaller parts. `work` must
+       be all or nothing.
+    4. If the database is lost, or too many single items are slow, the rest of the batch fails without being tried.
     """
 
     def __init__(
@@ -54,19 +66,21 @@ class Gather(Generic[Item, Outcome]):
             return await future
         self._is_running = True
         try:
-            return (await self._work([item]))[0]
+            return (await self._outcomes([item]))[0]
         finally:
-            if self._waiting:
-                self._runner = asyncio.create_task(self._run())
-            else:
-                self._is_running = False
+            self._go_on()
+
+    def _go_on(self) -> None:
+        self._is_running = bool(self._waiting)
+        if self._is_running:
+            self._runner = asyncio.create_task(self._run())
 
     async def _run(self) -> None:
         try:
             while self._waiting:
                 await self._run_batch(self._next())
         finally:
-            self._is_running = False
+            self._go_on()
 
     def _next(self) -> list[tuple[Item, asyncio.Future[Outcome]]]:
         batch = [self._take()]
@@ -83,19 +97,44 @@ class Gather(Generic[Item, Outcome]):
         self._waiting.done(owner)
         return one
 
+    async def _outcomes(self, items: list[Item]) -> list[Outcome]:
+        outcomes = await self._work(items)
+        if len(outcomes) != len(items):
+            raise WrongCount(f"{len(items)} items have {len(outcomes)} outcomes")
+        return outcomes
+
     async def _run_batch(self, batch: list[tuple[Item, asyncio.Future[Outcome]]]) -> None:
+        """Run the work on a batch, and on parts of it after a failure. Whatever happens, nobody waits for it then."""
+        todo, slow = [batch], 0
         try:
-            outcomes = await self._work([item for item, _ in batch])
-        except Exception as error:  # noqa: BLE001 - handed to whoever asked
-            if len(batch) == 1 or is_lost(error):
-                for _, future in batch:
+            while todo:
+                part = todo.pop()
+                try:
+                    outcomes = await self._outcomes([item for item, _ in part])
+                except Exception as error:
+                    if is_lost(error) or isinstance(error, WrongCount):
+                        raise
+                    if isinstance(error, Slow) and len(part) == 1 and (slow := slow + 1) == MAX_SLOW:
+                        raise TimeoutError from error
+                    if len(part) == 1:
+                        _fail(part, error)
+                        continue
+                    size = -(-len(part) // (SLOW_PARTS if isinstance(error, Slow) else 2))
+                    todo += [part[start : start + size] for start in range(0, len(part), size)][::-1]
+                    continue
+                slow = 0
+                for (_, future), outcome in zip(part, outcomes, strict=True):
                     if not future.done():
-                        future.set_exception(error)
-            else:
-                size = 1 if isinstance(error, Slow) else (len(batch) + 1) // 2
-                for start in range(0, len(batch), size):
-                    await self._run_batch(batch[start : start + size])
-            return
-        for (_, future), outcome in zip(batch, outcomes, strict=True):
-            if not future.done():
-                future.set_result(outcome)
+                        future.set_result(outcome)
+        except Exception as error:  # noqa: BLE001 - handed to whoever asked
+            _fail(batch, error)
+        except BaseException:
+            # A cancellation from inside the work, of which those who asked are not to take it for their own.
+            _fail(batch, ConnectionError("the work was cancelled"))
+            raise
+
+
+def _fail(batch: list[tuple[Item, asyncio.Future[Outcome]]], error: Exception) -> None:
+    for _, future in batch:
+        if not future.done():
+            future.set_exception(error)

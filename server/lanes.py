@@ -2,9 +2,10 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable, Hashable
+from contextlib import suppress
 from typing import Final, Generic, TypeVar
 
-from server.gather import Gather
+from server.gather import Gather, Slow
 
 
 class Held:
@@ -21,7 +22,8 @@ Outcome = TypeVar("Outcome")
 class Lanes(Generic[Key, Item, Outcome]):
     """A `Gather` for all items, and one more for each key whose row is held, as long as items of that key wait.
 
-    An item of which the common run reports `HELD` goes into the lane of its key, and so do those that come after it.
+    An item of which the common run reports `HELD` goes into the lane of its key, and so do those that come after it; so
+    does one whose own common run was `Slow`.
     The lane waits for the row. Items of one key without an outcome have no order among each other: who needs one waits
     for the outcome before the next item, as a connection does.
     """
@@ -57,9 +59,10 @@ class Lanes(Generic[Key, Item, Outcome]):
         """Return the outcome of `item`. Raises what `run` or `wait` raised for it."""
         key = self._key(item)
         if key not in self._lanes:
-            outcome = await self._all.submit(item)
-            if not isinstance(outcome, Held):
-                return outcome
+            with suppress(Slow):
+                outcome = await self._all.submit(item)
+                if not isinstance(outcome, Held):
+                    return outcome
         if key not in self._lanes:
             self._lanes[key] = self._lane(), set()
         lane, waiting = self._lanes[key]

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import TypeAlias
 
 import asyncpg
@@ -24,7 +24,10 @@ class Reconnecting:
     """Connects as often as it is asked to. After a failure, one connects at a time, and all others are told of it."""
 
     def __init__(
-        self, connect: Callable[[], Awaitable[Connection]], *, clock: Callable[[], float] = time.monotonic
+        self,
+        connect: Callable[[Mapping[str, str]], Awaitable[Connection]],
+        *,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._connect = connect
         self._clock = clock
@@ -33,15 +36,15 @@ class Reconnecting:
         self._next = 0.0
         self._is_trying = False
 
-    async def connect(self) -> Connection:
-        """Return a new connection. Raises Away if there is none."""
+    async def connect(self, session: Mapping[str, str]) -> Connection:
+        """Return a new connection with the settings of `session`. Raises Away if there is none."""
         is_retry = self._reason is not None
         if self._reason is not None:
             if self._is_trying or self._clock() < self._next:
                 raise Away(self._reason)
             self._is_trying = True
         try:
-            connection = await self._connect()
+            connection = await self._connect(session)
         except REFUSED as error:
             self._failures.add(error)
             self._reason, self._next = told(error), self._clock() + RETRY_SECONDS

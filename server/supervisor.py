@@ -23,6 +23,7 @@ from redis.asyncio import Redis
 
 from server import database, migrate
 from server.config import Settings, variable
+from server.database import SENDING_CONNECTIONS
 from server.embedded import postgres, valkey
 from server.embedded.folder import DataFolder, installed
 from server.embedded.postgres import Postgres
@@ -184,7 +185,8 @@ class Supervisor:
         if own:
             self._folder = DataFolder(settings.data_path)
         if self._folder is not None and not settings.database_url:
-            connections = settings.worker_count * settings.database_connections + SPARE_DATABASE_CONNECTIONS
+            each = settings.database_connections + SENDING_CONNECTIONS
+            connections = settings.worker_count * each + SPARE_DATABASE_CONNECTIONS
             self._postgres = Postgres(self._folder, max_connections=connections)
             if self._postgres.is_new:
                 tell("Setting up the database; only the first start does this …")

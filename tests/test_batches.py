@@ -2,6 +2,8 @@
 
 # ruff: noqa: SLF001 - how many statements there were, and what waits, is seen inside
 import asyncio
+import os
+import signal
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -10,12 +12,12 @@ import pytest
 
 from protocol.codec import encode
 from protocol.ids import ConversationId, MessageId, UserId, uuid7
-from server import app, endpoints
+from server import app, database, endpoints
 from server.app import App
 from server.auth.tickets import Ticket
 from server.auth.tokens import token_hash
 from server.config import Settings
-from server.gather import Gather
+from server.gather import Gather, Slow
 from server.queries import sending
 from server.queries.push import Post
 from server.queries.sending import Outgoing, Source
@@ -186,7 +188,7 @@ END $$
 async def test_slow_message_delays_its_own_conversation_alone(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sending, "SHARED_SECONDS", 0.2)
+    monkeypatch.setattr(database, "SENDING_SECONDS", 0.2)
     async with World(settings, workers=1) as world:
         stage = Crowd(world)
         await stage.begin()
@@ -204,6 +206,93 @@ async def test_slow_message_delays_its_own_conversation_alone(
             assert not stuck.done()
             await world.db.execute("SELECT pg_advisory_unlock(64)")
             assert await asyncio.wait_for(stuck, SECONDS) is not None
+
+
+# The commit of a message takes long, as with a slow disk or a standby.
+LATE = """
+CREATE FUNCTION late() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN PERFORM pg_sleep(0.5); RETURN NULL; END $$;
+CREATE CONSTRAINT TRIGGER late AFTER INSERT ON message DEFERRABLE INITIALLY DEFERRED FOR EACH ROW
+WHEN (new.content = 'Late') EXECUTE FUNCTION late()
+"""
+
+
+async def test_late_commit_is_not_taken_for_a_slow_statement(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(database, "SENDING_SECONDS", 0.2)
+    async with World(settings, workers=1) as world:
+        stage = Crowd(world)
+        await stage.begin()
+        await world.db.execute(LATE)
+        late, good = Outgoing(stage.charles.id, message(stage.own, "Late")), stage.good(OTHERS)
+        async with asyncio.timeout(SECONDS):
+            assert None not in await asyncio.gather(*stage.submit(*stage.good(1), late, *good))
+        assert await stage.statements([late, *good]) == 1
+
+
+async def test_frozen_statement_fails_one_batch_and_its_connection_is_not_used_again(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(database, "STATEMENT_SECONDS", 0.3)
+    async with World(settings, workers=1) as world:
+        stage = Crowd(world)
+        await stage.begin()
+        await asyncio.gather(*stage.submit(*stage.good(2)))
+        pool = world.workers[0].app._database._shared.sending
+        (frozen,) = pool._free
+        pid = frozen.get_server_pid()
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            (first,), others = stage.submit(*stage.good(1)), stage.submit(*(good := stage.good(OTHERS)))
+            async with asyncio.timeout(SECONDS):
+                with pytest.raises(TimeoutError):
+                    await first
+                assert None not in await asyncio.gather(*others)
+        finally:
+            os.kill(pid, signal.SIGCONT)
+        assert frozen not in pool._free
+        assert await stage.statements(good) == 1
+
+
+def _several(items: list[int], error: type[BaseException]) -> None:
+    if len(items) > 1:
+        raise error
+
+
+def _slow(items: list[int], which: range) -> None:
+    if set(items) & set(which):
+        raise Slow
+
+
+# Of 0 alone, of the 64 after it, and of the last ones: what happens to a run, how many runs there are, and of how many
+# items, and how many of 69 fail.
+FAILURES: dict[str, tuple[Callable[[list[int]], object], list[int], int]] = {
+    "too few outcomes": (lambda items: items.pop() and None if len(items) > 1 else None, [1, 64, 4], 68),
+    "a cancellation": (lambda items: _several(items, asyncio.CancelledError), [1, 64, 4], 68),
+    "a lost database": (lambda items: _several(items, TimeoutError), [1, 64, 4], 68),
+    "all slow": (lambda items: _slow(items, range(1, 69)), [1, 64, 8, 1, 1, 4, 1, 1], 68),
+    "one slow": (lambda items: _slow(items, range(17, 18)), [1, 64, *[8] * 3, *[1] * 8, *[8] * 5, 4], 1),
+}
+
+
+@pytest.mark.parametrize("name", FAILURES)
+async def test_work_that_fails_in_any_way_leaves_nobody_waiting(name: str) -> None:
+    happen, runs, failed = FAILURES[name]
+    asked: list[int] = []
+
+    async def work(items: list[int]) -> list[int]:
+        await asyncio.sleep(0)
+        outcomes = list(items)
+        happen(outcomes)
+        return outcomes
+
+    gather: Gather[int, int] = Gather(_counted(work, asked), most=64)
+    async with asyncio.timeout(SECONDS):
+        answers = await asyncio.gather(*(gather.submit(one) for one in range(69)), return_exceptions=True)
+    assert asked == runs
+    assert sum(isinstance(one, Exception) for one in answers) == failed
+    assert not any(isinstance(one, asyncio.CancelledError) for one in answers)
+    assert await gather.submit(0) == 0
 
 
 # ------------------------------------------------------------------------------------------ statements that read

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 from typing import Any
 
+import asyncpg
 import pytest
 
 from protocol import client
@@ -134,6 +135,33 @@ async def test_reply_to_somebody_who_was_erased_leaves_nothing_of_theirs(world: 
     said = await sent(one, group, "Hello")
     await erase(Single(world.db), ada.id, nobody)
     await sent(other, group, "Farewell", parent_message_id=said)
+    assert await is_well(world) == []
+
+
+LAST = """
+CREATE FUNCTION last() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN PERFORM pg_sleep(0.1); RETURN NULL; END $$;
+CREATE TRIGGER last AFTER UPDATE ON "user" FOR EACH ROW
+WHEN (old.erased_at IS NULL AND new.erased_at IS NOT NULL) EXECUTE FUNCTION last()
+"""
+SLEEPS = "SELECT EXISTS (SELECT FROM pg_stat_activity WHERE datname = current_database() AND wait_event = 'PgSleep')"
+
+
+async def test_reply_that_waits_for_the_end_of_an_erasure_leaves_nothing_of_theirs(
+    settings: Settings, world: World
+) -> None:
+    ada, charles = await world.users("Ada", "Charles")
+    one, other = await world.connect(ada), await world.connect(charles)
+    group = await world.group(other, ada)
+    said = await sent(one, group, "Hello")
+    await world.db.execute(LAST)
+    eraser = await asyncpg.connect(settings.database_url)
+    erasing = asyncio.create_task(erase(Single(eraser), ada.id, nobody))
+    async with asyncio.timeout(5):
+        while not await world.db.fetchval(SLEEPS):
+            await asyncio.sleep(0)
+        await sent(other, group, "Farewell", parent_message_id=said)
+        await erasing
+    await eraser.close()
     assert await is_well(world) == []
 
 

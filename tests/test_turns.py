@@ -3,9 +3,10 @@
 import asyncio
 import json
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractAsyncContextManager
 from datetime import timedelta
+from functools import partial
 from typing import Any
 from uuid import UUID
 
@@ -370,15 +371,16 @@ async def test_few_connect_while_the_database_is_away_and_the_others_are_told_so
 ) -> None:
     at, tries, is_away = 0.0, 0, True
 
-    async def connect() -> Db:
+    async def connect(session: Mapping[str, str]) -> Db:
         nonlocal tries
         tries += 1
         await asyncio.sleep(0)
         if is_away:
             raise asyncpg.CannotConnectNowError("the database system is starting up")
-        return await asyncpg.connect(settings.database_url)
+        return await asyncpg.connect(settings.database_url, server_settings=dict(session))
 
-    pool = Pool(Reconnecting(connect, clock=lambda: at).connect, most=CONNECTIONS, patience=60)
+    again = Reconnecting(connect, clock=lambda: at)
+    pool = Pool(partial(again.connect, {}), most=CONNECTIONS, patience=60)
 
     async def many() -> "list[Db | BaseException]":
         return await asyncio.gather(*(pool.take() for _ in range(100)), return_exceptions=True)

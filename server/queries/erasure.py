@@ -276,6 +276,15 @@ async def forget_some(db: Db, user_id: UserId) -> bool:
     return False
 
 
+REFERENCES = 'SELECT FROM "user" WHERE id = $1 FOR UPDATE'
+"""A row that refers to the user, and is not committed, has the user locked FOR KEY SHARE."""
+
+
+async def wait_for_references(db: Db, user_id: UserId) -> None:
+    """Lock a user, after the transactions that have inserted rows which refer to the user."""
+    await db.execute(REFERENCES, user_id)
+
+
 async def forget(db: Db, user_id: UserId) -> None:
     """Take away the rest of a user, after `forget_some`, in its transaction: frames that were in flight while the user
     was shut out may have written rows since.

@@ -5,7 +5,7 @@ from datetime import datetime
 from typing import Literal, NamedTuple
 
 import msgspec
-from asyncpg import LockNotAvailableError, Record, UniqueViolationError
+from asyncpg import LockNotAvailableError, QueryCanceledError, Record, UniqueViolationError
 
 from protocol.client import Send
 from protocol.ids import ConversationId, MessageId, UserId
@@ -22,8 +22,6 @@ SHARED_LOCK_MS, ALONE_LOCK_MS = 10, 200
 """Max time that messages wait for a row other than their conversation's, in milliseconds: several that share a
 statement, and one that has its own and only holds up its conversation.
 """
-SHARED_SECONDS = 2.0
-"""Max time of the statement that messages of all users share, in seconds."""
 
 _message_decoder = Reader(Message)
 
@@ -232,16 +230,17 @@ async def send(db: Db, batch: Sequence[Outgoing], *, has_waited: bool = False) -
 
 async def send_free(db: Db, batch: Sequence[Outgoing]) -> list[Stored | Held | None]:
     """Do what `send` does, but wait for nothing that somebody holds: `HELD` stands for messages to conversations that
-    are held, and for one that is alone and would wait longer than `SHARED_LOCK_MS` for another row, or takes longer
-    than `SHARED_SECONDS`. Of several, such a one raises LockNotAvailableError or Slow: ask for parts of them.
+    are held, and for one that is alone and would wait longer than `SHARED_LOCK_MS` for another row. Of several, such a
+    one raises LockNotAvailableError: ask for parts of them.
+
+    Raises Slow if PostgreSQL ended the statement. It does so before the commit or not at all: nothing was stored. What
+    the client gives up may have been stored (docs/decisions/0066).
     """
     stored: list[Stored | Held | None] = [None] * len(batch)
     try:
         rows = await _fetched(db, batch)
-    except TimeoutError:
-        if len(batch) > 1:
-            raise Slow from None
-        return [HELD]
+    except QueryCanceledError:
+        raise Slow from None
     except LockNotAvailableError:
         if len(batch) > 1:
             raise
@@ -255,9 +254,9 @@ async def _fetched(db: Db, batch: Sequence[Outgoing]) -> list[Record]:
     """Run `SEND_FREE`, and once more if an id was taken while it ran: then the statement sees it."""
     arguments = _encoded(batch), f"{SHARED_LOCK_MS}ms"
     try:
-        return await db.fetch(SEND_FREE, *arguments, timeout=SHARED_SECONDS)
+        return await db.fetch(SEND_FREE, *arguments)
     except UniqueViolationError:
-        return await db.fetch(SEND_FREE, *arguments, timeout=SHARED_SECONDS)
+        return await db.fetch(SEND_FREE, *arguments)
 
 
 def _encoded(batch: Sequence[Outgoing], *, has_waited: bool = False) -> str:
