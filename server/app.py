@@ -56,6 +56,7 @@ from server.routes import ROUTES
 from server.scheduling import Scheduling
 from server.sharedallowance import SharedAllowance
 from server.sockets import Sockets, most_sockets
+from server.unconfirmed import Unconfirmed
 from server.web import Counted, CountedPreflights, Tallied, no_path, no_route
 from server.websocket import WebSocket
 
@@ -174,6 +175,7 @@ class App:
             presence=self.presence,
             sends=self._sends,
             memberships=record.memberships,
+            unconfirmed=Unconfirmed(),
             notices=self.notices,
             previews=self.previews,
             writes=self._allowances[Rate.WRITE],

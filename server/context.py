@@ -20,6 +20,7 @@ from server.queries import users
 from server.queries.conversations import Membership
 from server.queries.sending import Outgoing, Stored
 from server.queries.users import OwnNews
+from server.unconfirmed import Unconfirmed
 
 
 class Events(Protocol):
@@ -130,6 +131,7 @@ class Services(msgspec.Struct, frozen=True, kw_only=True):
     sends: Lanes[ConversationId, Outgoing, Stored | None]
     memberships: Gather[UserId, dict[ConversationId, Membership]]
     """A user's conversations: when many come back at once, many users' in one query."""
+    unconfirmed: Unconfirmed
     notices: Afterwards
     """Pushes a message to those who have not read it after a while."""
     previews: Afterwards

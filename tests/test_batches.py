@@ -10,7 +10,9 @@ from typing import Any, NamedTuple
 import msgspec
 import pytest
 
+from protocol import server
 from protocol.codec import encode
+from protocol.errors import ErrorCode
 from protocol.ids import ConversationId, MessageId, UserId, uuid7
 from server import app, database, endpoints
 from server.app import App
@@ -23,7 +25,7 @@ from server.queries.push import Post
 from server.queries.sending import Outgoing, Source
 from tests.test_held_rows import schedule
 from tests.test_send_waits import SECONDS, Stage
-from tests.world import Somebody, World, all_sent, http_client, message, sent
+from tests.world import Somebody, World, all_sent, http_client, message, refused, sent
 
 OTHERS = 40
 """Good messages in one statement with a bad one."""
@@ -254,6 +256,32 @@ async def test_frozen_statement_fails_one_batch_and_its_connection_is_not_used_a
         assert await stage.statements(good) == 1
 
 
+async def test_repeated_frame_whose_outcome_was_in_doubt_is_notified_once(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with World(settings, workers=1) as world:
+        stage = Crowd(world)
+        await stage.begin()
+        store, due = sending.send_free, world.workers[0].app.notices._due
+
+        async def lost(db: Any, items: list[Outgoing]) -> Any:
+            await store(db, items)
+            raise TimeoutError  # after the commit
+
+        frame = message(stage.group, "In doubt")
+        with monkeypatch.context() as lose, refused(ErrorCode.UNAVAILABLE, None):
+            lose.setattr(sending, "send_free", lost)
+            await stage.author.call(frame, server.Sent)
+        before = len(due)
+        for _ in range(3):
+            await stage.author.call(frame, server.Sent)
+            assert len(due) == before + 1
+        # Nothing is in doubt about this one: it is notified once, too.
+        await stage.author.call(again := message(stage.group, "Again"), server.Sent)
+        await stage.author.call(again, server.Sent)
+        assert len(due) == before + 2
+
+
 def _several(items: list[int], error: type[BaseException]) -> None:
     if len(items) > 1:
         raise error
@@ -339,6 +367,8 @@ async def test_bad_question_costs_the_others_no_further_statement(settings: Sett
         for name, read in reads.items():
             runs: list[int] = []
             work = read.gather._work
+            while read.gather._is_running:  # a connection that began asks, too
+                await asyncio.sleep(0)
             read.gather._work = _counted(work, runs)
             asked = [read.bad[0], *read.bad, *([] if read.good is None else [read.good])]
             async with asyncio.timeout(SECONDS):

@@ -42,6 +42,7 @@ STOREYS: list[list[str]] = [
         "turns",
         "looptime",
         "tally",
+        "unconfirmed",
         "drops",
         "pool",
         "share",

@@ -1,5 +1,6 @@
 """Sending: say something, forward what somebody said."""
 
+from asyncio import CancelledError
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -15,7 +16,7 @@ from protocol.server import MessageSent, Sent
 from protocol.values import Message
 from server.context import Context
 from server.database import Db
-from server.errors import NotActive, NotFound
+from server.errors import NotActive, NotFound, is_lost
 from server.permissions import OBSTACLES, slow_mode
 from server.queries import messages, sending
 from server.queries.sending import Outgoing, Source, Stored
@@ -127,6 +128,10 @@ async def _store(context: Context, out: Outgoing, note: Note | None = None) -> S
                 stored = await context.services.sends.submit(out)
         except UniqueViolationError:
             stored = None
+        except BaseException as error:
+            if is_lost(error) or isinstance(error, CancelledError):
+                context.services.unconfirmed.add(frame.message_id)
+            raise
         if stored is not None:
             message = _message(out, stored)
             context.events.publish(
@@ -218,6 +223,11 @@ async def _why_not(context: Context, out: Outgoing) -> Sent | Literal["slow"] | 
     async with context.database.connection() as db:
         there = await sending.existing(db, out)
     if there.is_same and there.version is not None and there.created_at is not None:
+        if context.services.unconfirmed.remove(frame.message_id):
+            # The event is delivered by the comparison of positions; nothing else makes up for these.
+            message = _message(out, Stored(there.version, there.created_at, None, None, None, 0))
+            context.services.notices.wanted(message)
+            context.services.previews.wanted(message)
         return Sent(
             conversation_id=frame.conversation_id,
             message_id=frame.message_id,
