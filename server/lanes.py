@@ -7,6 +7,9 @@ from typing import Final, Generic, TypeVar
 
 from server.gather import Gather, Slow
 
+HEAVY_SHARE = 16
+"""Items that take more than one in `HEAVY_SHARE` of the weight of a run are heavy: no other item waits for them."""
+
 
 class Held:
     """The outcome of an item whose row is held: nothing was done about it."""
@@ -20,7 +23,8 @@ Outcome = TypeVar("Outcome")
 
 
 class Lanes(Generic[Key, Item, Outcome]):
-    """A `Gather` for all items, and one more for each key whose row is held, as long as items of that key wait.
+    """A `Gather` for all light items, one for all heavy ones, and one more for each key whose row is held, as long as
+    items of that key wait.
 
     An item of which the common run reports `HELD` goes into the lane of its key, and so do those that come after it; so
     does one whose own common run was `Slow`.
@@ -41,12 +45,14 @@ class Lanes(Generic[Key, Item, Outcome]):
         lanes: int,
     ) -> None:
         """`run` does what it can without waiting for a row; `wait` waits for the row of the key. Both take items of one
-        `Gather`, where owners take turns. Max `lanes` lanes wait at a time, each for its own row.
+        `Gather`, where owners take turns. Items that weigh more than one in `HEAVY_SHARE` of `most_weight` have a
+        `Gather` of their own. Max `lanes` lanes wait at a time, each for its own row.
         """
         self._key = key
         self._owner = owner
-        self._all: Gather[Item, Outcome | Held] = Gather(
-            run, most=most, owner=owner, weigh=weigh, most_weight=most_weight
+        self._light, self._heavy = (
+            Gather[Item, Outcome | Held](run, most=most, owner=owner, weigh=weigh, most_weight=most_weight)
+            for _ in range(2)
         )
         self._wait = wait
         self._most = most
@@ -59,8 +65,9 @@ class Lanes(Generic[Key, Item, Outcome]):
         """Return the outcome of `item`. Raises what `run` or `wait` raised for it."""
         key = self._key(item)
         if key not in self._lanes:
+            is_heavy = self._weigh(item) * HEAVY_SHARE > self._most_weight
             with suppress(Slow):
-                outcome = await self._all.submit(item)
+                outcome = await (self._heavy if is_heavy else self._light).submit(item)
                 if not isinstance(outcome, Held):
                     return outcome
         if key not in self._lanes:

@@ -4,6 +4,7 @@ Rows may be older than a bound, restored, imported, or written by a newer server
 out, its message says `is_unreadable`, and the log names it once.
 """
 
+import asyncio
 import json
 import logging
 import re
@@ -22,6 +23,10 @@ log = logging.getLogger(__name__)
 
 Row = TypeVar("Row")
 
+PORTION = 16 * 1024
+"""Characters of rows that are read before whatever waits for the loop has a turn: 0.4 ms of metadata at its bounds
+(docs/performance.md).
+"""
 MAX_DEPTH = 200
 """Max depth of a row: far beyond what `json_object.read` lets through, far below what ends in RecursionError."""
 MAX_MENDED = 1_000
@@ -97,33 +102,44 @@ class Reader(Generic[Row]):
             _tell(_name([_parsed(text)]), f"{error}: the row was left out")
             return None
 
-    def each(self, texts: Iterable[str]) -> list[Row]:
-        """Return rows, without those of which too little can be read."""
-        return [row for text in texts if (row := self.read(text)) is not None]
+    async def each(self, texts: Iterable[str]) -> list[Row]:
+        """Return rows, without those of which too little can be read, in portions as `beside` does."""
+        return [row for row, _ in await self.beside((text,) for text in texts)]
 
     def every(self, text: str) -> list[Row]:
         """Return the rows of a JSON array, without those of which too little can be read."""
         try:
             return self._list_decoder.decode(text)
         except (RecursionError, msgspec.ValidationError):
-            return self.each(msgspec.json.encode(one).decode() for one in _parsed(text))
+            texts = (msgspec.json.encode(one).decode() for one in _parsed(text))
+            return [row for text in texts if (row := self.read(text)) is not None]
 
-    def beside(self, found: Iterable[Any]) -> list[tuple[Row, Any]]:
+    async def beside(self, found: Iterable[Any]) -> list[tuple[Row, Any]]:
         """Return pairs: the row that `read` makes of the first column, which is JSON, and all columns. Rows that `read`
-        leaves out, or whose first column is NULL since the reader may not see them, are left out.
+        leaves out, or whose first column is NULL since the reader may not see them, are left out. Whatever waits for
+        the loop has a turn between portions of them.
         """
-        return [
-            (row, columns) for columns in found if columns[0] is not None and (row := self.read(columns[0])) is not None
-        ]
+        read: list[tuple[Row, Any]] = []
+        portion = 0
+        for columns in found:
+            if columns[0] is None:
+                continue
+            if portion > PORTION:
+                portion = 0
+                await asyncio.sleep(0)
+            portion += len(columns[0])
+            if (row := self.read(columns[0])) is not None:
+                read.append((row, columns))
+        return read
 
-    def page(self, found: Sequence[Any], limit: int, key: Callable[[Any], Any] = itemgetter(1)) -> "Page[Row]":
+    async def page(self, found: Sequence[Any], limit: int, key: Callable[[Any], Any] = itemgetter(1)) -> "Page[Row]":
         """Return the first `limit` of the rows that a query found, which asked for one more, as `beside` takes them, or
         as many as fit into a page.
 
         `key` tells where a row stands. It reads columns, not the row: the last one of a page may be unreadable.
         """
         count = fitting(found[:limit])
-        rows = [row for row, _ in self.beside(found[:count])]
+        rows = [row for row, _ in await self.beside(found[:count])]
         return Page(rows, key(found[count - 1]) if len(found) > count else None)
 
     def _mended(self, value: Any) -> Row:  # noqa: ANN401 - whatever JSON holds

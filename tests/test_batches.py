@@ -378,7 +378,7 @@ async def test_bad_question_costs_the_others_no_further_statement(settings: Sett
             read.gather._work = work
         app = world.workers[0].app
         # The last two take no items: what they do is kept beside them, by user.
-        others = {app._sends._all, app.presence._flushes, app.presence._untold._tells}
+        others = {app._sends._light, app._sends._heavy, app.presence._flushes, app.presence._untold._tells}
         assert _gathers(app) - others == {read.gather for read in reads.values()}, "each has a row in the table"
 
 
@@ -434,7 +434,7 @@ async def test_owners_of_items_take_turns() -> None:
 VERSIONS = "SELECT array_agg(sent_version) FROM message WHERE id = ANY($1)"
 
 
-async def test_many_messages_of_one_user_go_before_one_of_another_by_one_statement_at_most(settings: Settings) -> None:
+async def test_many_messages_of_one_user_go_before_one_of_another_by_two_statements_at_most(settings: Settings) -> None:
     """Large ones and small ones, by the statement of all and by that of a conversation which was held."""
     async with World(settings, workers=1) as world:
         stage = Crowd(world)

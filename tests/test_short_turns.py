@@ -9,15 +9,19 @@ import httpx
 import pytest
 
 from protocol.client import History
-from protocol.limits import MAX_PAGE
+from protocol.limits import MAX_CONTENT, MAX_PAGE
+from server.app import SENT_AT_ONCE, App
 from server.connection import MAX_INBOX
 from server.dispatch import Dispatch
 from server.http_protocol import Http
+from server.lanes import HEAVY_SHARE, Held
 from server.limits import Pace
 from server.proxies import Proxies
 from server.queries import messages
+from server.queries.sending import Outgoing, Stored, weight
+from server.rows import PORTION, Reader
 from server.sockets import BEGIN_AT_ONCE, Sockets
-from tests.world import World, http_client, until
+from tests.world import World, http_client, message, until
 
 
 class Turn:
@@ -126,3 +130,34 @@ async def test_large_pages_of_a_user_are_read_one_at_a_time_and_small_ones_besid
     assert pages["most large"] == 1
     await asyncio.gather(*(one.call(History(conversation_id=group, limit=MAX_PAGE)) for one in (sockets[0], other)))
     assert pages["most large"] == 2
+
+
+async def test_page_is_read_in_portions(turn: Turn) -> None:
+    reader, text = Reader(dict[str, str]), '{"said": "' + "x" * (PORTION // 4) + '"}'
+    before = turn.number
+    rows = await reader.each([text] * 41)
+    assert (len(rows), turn.number - before) == (41, 10)
+
+
+async def test_short_message_does_not_wait_for_long_ones_of_others(world: World, monkeypatch: Any) -> None:
+    (ada, charles), held, app = await world.users("Ada", "Charles"), asyncio.Event(), world.workers[0].app
+    chatty, quiet = await world.connect(ada), await world.connect(charles)
+    rooms = await world.channel(chatty), await world.channel(quiet)
+    send_free, batches = App._send_free, list[int]()  # noqa: SLF001
+
+    async def wait(app: App, batch: list[Outgoing]) -> list[Stored | None | Held]:
+        batches.append(max(weight(out) for out in batch))
+        if batches[-1] == MAX_CONTENT:
+            await held.wait()
+        return await send_free(app, batch)
+
+    for gather in (app._sends._light, app._sends._heavy):  # noqa: SLF001
+        monkeypatch.setattr(gather, "_work", partial(wait, app))
+    long = [asyncio.ensure_future(chatty.call(message(rooms[0], "x" * MAX_CONTENT))) for _ in range(2)]
+    await until(lambda: bool(batches))
+    async with asyncio.timeout(5):
+        await quiet.call(message(rooms[1], "x" * (SENT_AT_ONCE // HEAVY_SHARE)))
+    assert not any(one.done() for one in long)
+    held.set()
+    await asyncio.gather(*long)
+    assert batches == [MAX_CONTENT, SENT_AT_ONCE // HEAVY_SHARE, MAX_CONTENT]

@@ -240,4 +240,4 @@ ORDER BY u.email LIMIT $3 + 1
 
 async def listed(db: Db, part: str, after: str, *, limit: int) -> Page[Entry]:
     """Return accounts with `part` in a name or in the address, by address, after one."""
-    return _entry_decoder.page(await db.fetch(LIST, after, part, limit), limit)
+    return await _entry_decoder.page(await db.fetch(LIST, after, part, limit), limit)

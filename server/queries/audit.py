@@ -83,7 +83,7 @@ async def page(
     """Return up to `limit` entries of a chain from after a number on, all of them or those that a reader may see. There
     is no access check.
     """
-    return _entry_decoder.page(await db.fetch(PAGE, chain, after, limit + 1, reader), limit)
+    return await _entry_decoder.page(await db.fetch(PAGE, chain, after, limit + 1, reader), limit)
 
 
 COUNT = """

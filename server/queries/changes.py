@@ -148,7 +148,7 @@ async def since(db: Db, conversation_id: ConversationId, version: int, *, limit:
         conversation_id=conversation_id,
         since=version,
         version=reached,
-        events=_event_decoder.each(row[2] for row in kept),
+        events=await _event_decoder.each(row[2] for row in kept),
     )
     gone = [UserId(row[3]) for row in kept if row[3] is not None]
     return Difference(changes, gone, clock)

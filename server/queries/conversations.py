@@ -66,7 +66,7 @@ async def parts(db: Db, user_id: UserId, conversation_ids: Sequence[Conversation
     """Return those of the conversations that the user takes part in, in their order, in parts of the size of a page."""
     place = {conversation_id: number for number, conversation_id in enumerate(conversation_ids)}
     rows = await db.fetch(GET, user_id, list(place))
-    found = sorted(_view_decoder.beside(rows), key=lambda pair: place[pair[0].conversation.id])
+    found = sorted(await _view_decoder.beside(rows), key=lambda pair: place[pair[0].conversation.id])
     kept = []
     while found:
         count = fitting(columns for _, columns in found)
@@ -110,7 +110,7 @@ async def page(db: Db, user_id: UserId, which: Filter, *, limit: int) -> Page[Co
     """Return up to `limit` of the user's conversations, most recently active first."""
     before = which.before or (None, None)
     rows = await db.fetch(PAGE, user_id, limit + 1, which.type, which.is_archived, which.is_hidden, *before)
-    return _view_decoder.page(rows, limit, Cursor.of)
+    return await _view_decoder.page(rows, limit, Cursor.of)
 
 
 ORDER = """
@@ -493,7 +493,7 @@ async def listed(db: Db, part: str, before: ConversationId, *, user_id: UserId |
     """Return conversations with `part` in the title, the newest first, that were made before one; of a user, those that
     they take part in. There is no access check.
     """
-    return _entry_decoder.page(await db.fetch(LIST, before, part, user_id, limit), limit)
+    return await _entry_decoder.page(await db.fetch(LIST, before, part, user_id, limit), limit)
 
 
 EVERYTHING = """

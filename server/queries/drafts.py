@@ -93,4 +93,4 @@ ORDER BY d.updated_at DESC, d.conversation_id DESC
 
 async def page(db: Db, user_id: UserId, before: Cursor | None) -> Page[Draft]:
     """Return a page of a user's drafts where they still take part, the latest first."""
-    return _draft_decoder.page(await db.fetch(LIST, user_id, *(before or (None, None))), MAX_PAGE, Cursor.of)
+    return await _draft_decoder.page(await db.fetch(LIST, user_id, *(before or (None, None))), MAX_PAGE, Cursor.of)

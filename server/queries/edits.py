@@ -214,4 +214,4 @@ async def edits(db: Db, place: Place, user_id: UserId, before: int | None, *, li
     deleted or hidden from them.
     """
     rows = await db.fetch(EDITS, place.message_id, user_id, place.conversation_id, limit + 1, before)
-    return _edit_decoder.page([row for row in rows if row[0] is not None], limit) if rows else None
+    return await _edit_decoder.page([row for row in rows if row[0] is not None], limit) if rows else None

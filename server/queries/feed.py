@@ -212,7 +212,7 @@ async def page(db: Db, user_id: UserId, frame: ListFeed) -> FeedPage:
     def after(columns: Any) -> str | None:  # noqa: ANN401 - a row has no type
         return None if columns[1] is None else str(Place(columns[1], UUID(int=columns[2].int), since))
 
-    found = _entry_decoder.page(rows, frame.limit, after)
+    found = await _entry_decoder.page(rows, frame.limit, after)
     count = await db.fetchval(COUNT, *unseen, None, *named_unseen)
     return FeedPage(entries=found.rows, unread_count=count, after=found.after, is_partial=since is not None)
 

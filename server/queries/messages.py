@@ -198,13 +198,13 @@ async def page(
     offset = NEWEST if span.anchor is None else int(span.is_after)
     query = PAGE if with_replies else TIMELINE
     rows = await db.fetch(query, conversation_id, user_id, span.anchor, offset, *_limits(span))
-    return _page(rows, span, is_open=span.anchor is None)
+    return await _page(rows, span, is_open=span.anchor is None)
 
 
 async def replies(db: Db, place: Place, user_id: UserId, span: Span, *, order: int) -> MessagePage | None:
     """Return the replies of `span` around a place in the thread of its anchor, oldest first; None without access."""
     rows = await db.fetch(REPLIES, place.conversation_id, user_id, place.message_id, order, *_limits(span))
-    return _page(rows, span, is_open=order == NEWEST or (not span.older and order == 1))
+    return await _page(rows, span, is_open=order == NEWEST or (not span.older and order == 1))
 
 
 def _limits(span: Span) -> list[int]:
@@ -212,7 +212,7 @@ def _limits(span: Span) -> list[int]:
     return [count and count + 1 for count in (span.older, span.newer)]
 
 
-def _page(rows: Sequence[Any], span: Span, *, is_open: bool) -> MessagePage | None:
+async def _page(rows: Sequence[Any], span: Span, *, is_open: bool) -> MessagePage | None:
     if not rows:
         return None
     version, place = rows[0][:2]
@@ -224,7 +224,7 @@ def _page(rows: Sequence[Any], span: Span, *, is_open: bool) -> MessagePage | No
     older_kept = fitting(older[: span.older], most)
     newer_kept = fitting(newer[: span.newer], most)
     kept = older[:older_kept][::-1] + newer[:newer_kept]
-    read = _message_decoder.beside(kept)
+    read = await _message_decoder.beside(kept)
     beside = [(message.id, *rest) for message, (_, *rest) in read]
     return MessagePage(
         version=version,

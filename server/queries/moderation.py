@@ -108,7 +108,7 @@ async def reports(db: Db, frame: ListReports, user_id: UserId, *, limit: int) ->
         rows = await db.fetch(ALL_REPORTS, frame.status, frame.after, limit + 1)
     else:
         rows = await db.fetch(REPORTS, frame.conversation_id, frame.status, frame.after, limit + 1, user_id)
-    return _report_decoder.page(rows, limit)
+    return await _report_decoder.page(rows, limit)
 
 
 _IS_SEEN = """(

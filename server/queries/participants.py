@@ -69,7 +69,7 @@ LIMIT $4
 async def page(db: Db, user_id: UserId, frame: ListParticipants, *, limit: int) -> Page[ParticipantEntry]:
     """Return up to `limit` participants in the order of their ids; none without access."""
     rows = await db.fetch(PAGE, frame.conversation_id, user_id, frame.after, limit + 1, frame.status)
-    return _entry_decoder.page(rows, limit)
+    return await _entry_decoder.page(rows, limit)
 
 
 SEEN = """

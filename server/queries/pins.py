@@ -60,12 +60,12 @@ ORDER BY (pinned.m).pinned_at DESC, (pinned.m).id DESC
 async def page(db: Db, conversation_id: ConversationId, user_id: UserId, before: Cursor | None) -> MessageList | None:
     """Return a page of what is pinned, the latest first; None without access."""
     rows = await db.fetch(LIST, conversation_id, user_id, *(before or (None, None)))
-    return _list([row for row in rows if row[0] is not None], MAX_PINS) if rows else None
+    return await _list([row for row in rows if row[0] is not None], MAX_PINS) if rows else None
 
 
-def _list(rows: Sequence[Any], limit: int) -> MessageList:
+async def _list(rows: Sequence[Any], limit: int) -> MessageList:
     """Return a page of the rows of `LIST` or `STARS`."""
-    page = _message_decoder.page(rows, limit, Cursor.of)
+    page = await _message_decoder.page(rows, limit, Cursor.of)
     shown = {message.id for message in page.rows}
     return MessageList(
         messages=page.rows,
@@ -131,4 +131,4 @@ ORDER BY s.starred_at DESC, s.message_id DESC LIMIT $3
 async def stars(db: Db, user_id: UserId, before: Cursor | None, *, limit: int) -> MessageList:
     """Return up to `limit` messages that a user has put aside and may see, the latest first."""
     rows = await db.fetch(STARS, before and before.at, user_id, limit + 1, before and before.id)
-    return _list(rows, limit)
+    return await _list(rows, limit)

@@ -90,4 +90,4 @@ ORDER BY v.user_id LIMIT $4
 async def votes(db: Db, place: Place, after: UserId | None, *, limit: int) -> Page[PollVote]:
     """Return up to `limit` votes in a poll, by user. There is no access check."""
     rows = await db.fetch(VOTES, place.message_id, place.conversation_id, after, limit + 1)
-    return _vote_decoder.page(rows, limit)
+    return await _vote_decoder.page(rows, limit)

@@ -124,7 +124,7 @@ BETWEEN = "SELECT relationship_json(r, $1) FROM user_relationship r WHERE r.from
 
 async def between(db: Db, user_id: UserId, other: UserId) -> list[Relationship]:
     """Return a user's relationships of all kinds to another one."""
-    return _relationship_decoder.each(row[0] for row in await db.fetch(BETWEEN, user_id, other))
+    return await _relationship_decoder.each(row[0] for row in await db.fetch(BETWEEN, user_id, other))
 
 
 SWITCH = """
@@ -175,7 +175,7 @@ ORDER BY (r.r).id
 async def page(db: Db, user_id: UserId, frame: ListRelationships, *, limit: int) -> Page[RelationshipEntry]:
     """Return up to `limit` of a user's relationships, in the order of their ids."""
     rows = await db.fetch(PAGE, user_id, frame.kind, frame.is_outgoing, frame.status, frame.after, limit + 1)
-    return _entry_decoder.page(rows, limit)
+    return await _entry_decoder.page(rows, limit)
 
 
 # Rows that still say something stay: a rejected request, and switches. Nobody is told of another's block or mute. The

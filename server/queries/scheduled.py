@@ -111,7 +111,7 @@ ORDER BY s.send_at DESC, s.id DESC LIMIT {MAX_PAGE + 1}
 
 async def page(db: Db, user_id: UserId, before: Cursor | None) -> Page[Scheduled]:
     """Return a page of a user's messages that wait or could not be sent, the latest first."""
-    return _scheduled_decoder.page(await db.fetch(LIST, user_id, *(before or (None, None))), MAX_PAGE, Cursor.of)
+    return await _scheduled_decoder.page(await db.fetch(LIST, user_id, *(before or (None, None))), MAX_PAGE, Cursor.of)
 
 
 class Due(NamedTuple):

@@ -152,7 +152,7 @@ async def find(db: Db, user_id: UserId, frame: Search, words: str | None, *, lim
         place = (None, None) if after is None else (after.at, after.id)
         rows = await db.fetch(NEWEST, *asked, limit + 1, *place, since)
     count = fitting(rows[:limit])
-    hits = _message_decoder.beside(rows[:count])
+    hits = await _message_decoder.beside(rows[:count])
     return SearchPage(
         hits=[SearchHit(message=message, snippet=_CUT.split(columns[4])) for message, columns in hits],
         after=_after(as_of, rows[count - 1], since) if len(rows) > count else None,

@@ -86,7 +86,7 @@ WHERE s.token = ANY($1) AND s.expires_at > now()
 async def find(db: Db, token_hashes: Sequence[str]) -> dict[str, Active]:
     """Return the valid sessions among those, by the hash of their token."""
     rows = await db.fetch(FIND, list(token_hashes))
-    found = _user_decoder.beside((row[4], *row[:4]) for row in rows)
+    found = await _user_decoder.beside((row[4], *row[:4]) for row in rows)
     return {row[1]: Active(row[2], row[3], row[4], user) for user, row in found}
 
 
@@ -100,7 +100,7 @@ WHERE s.id = ANY($1) AND s.expires_at > now()
 async def find_by_id(db: Db, session_ids: Sequence[SessionId]) -> dict[SessionId, Active]:
     """Return the valid sessions among those."""
     rows = await db.fetch(FIND_BY_ID, list(session_ids))
-    found = _user_decoder.beside((row[3], *row[:3]) for row in rows)
+    found = await _user_decoder.beside((row[3], *row[:3]) for row in rows)
     return {row[1]: Active(row[1], row[2], row[3], user) for user, row in found}
 
 

@@ -91,7 +91,7 @@ async def page(db: Db, user_id: UserId, before: Cursor | None, *, is_unread: boo
     latest first: of the 1,000 that began last.
     """
     rows = await db.fetch(LIST, user_id, is_unread, *(before or (None, None)))
-    return _view_decoder.page(rows, MOST_LISTED, Cursor.of)
+    return await _view_decoder.page(rows, MOST_LISTED, Cursor.of)
 
 
 class Change(NamedTuple):

@@ -224,7 +224,7 @@ async def news(db: Db, user_id: UserId, since: int, *, limit: int) -> OwnNews:
             return await news(db, user_id, since, limit=2 * limit)
         found = [row for row in found if row[2] <= version]
     lost: OwnStartOverReason | None = "forgotten" if since < forgotten else None
-    return OwnNews(version, _own_decoder.each(row[3] for row in found), is_whole, lost)
+    return OwnNews(version, await _own_decoder.each(row[3] for row in found), is_whole, lost)
 
 
 class Clocks(NamedTuple):
