@@ -153,7 +153,9 @@ async def test_short_message_does_not_wait_for_long_ones_of_others(world: World,
 
     for gather in (app._sends._light, app._sends._heavy):  # noqa: SLF001
         monkeypatch.setattr(gather, "_work", partial(wait, app))
-    long = [asyncio.ensure_future(chatty.call(message(rooms[0], "x" * MAX_CONTENT))) for _ in range(2)]
+    long: list[asyncio.Future[Any]] = [
+        asyncio.ensure_future(chatty.call(message(rooms[0], "x" * MAX_CONTENT))) for _ in range(2)
+    ]
     await until(lambda: bool(batches))
     async with asyncio.timeout(5):
         await quiet.call(message(rooms[1], "x" * (SENT_AT_ONCE // HEAVY_SHARE)))
