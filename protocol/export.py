@@ -16,7 +16,7 @@ from protocol.values import (
     Relationship,
     Scheduled,
     Session,
-    Star,
+    StarredMessage,
     ThreadFollow,
 )
 
@@ -91,7 +91,7 @@ class Export(msgspec.Struct, frozen=True, kw_only=True):
     conversations: list[ExportedConversation]
     relationships: list[Relationship]
     reports: list[ExportedReport]
-    stars: list[Star]
+    stars: list[StarredMessage]
     drafts: list[Draft]
     scheduled: list[Scheduled]
     votes: list[ExportedVote]

@@ -38,7 +38,7 @@ from protocol.values import (
     Report,
     Scheduled,
     SearchHit,
-    Star,
+    StarredMessage,
     ThreadFollow,
     ThreadView,
     User,
@@ -192,7 +192,7 @@ class PreferencesChanged(_OwnEvent, tag="preferences_changed", frozen=True, kw_o
 class StarChanged(_OwnEvent, tag="star_changed", frozen=True, kw_only=True):
     """The user put a message aside, or back."""
 
-    star: Star
+    star: StarredMessage
 
 
 class DraftChanged(_OwnEvent, tag="draft_changed", frozen=True, kw_only=True):

@@ -186,7 +186,7 @@ class Draft(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     updated_at: datetime
 
 
-class Star(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class StarredMessage(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """A message that the user has put aside, or does not have there any more."""
 
     conversation_id: ConversationId

@@ -8,7 +8,6 @@ from typing import Protocol
 import msgspec
 
 from protocol.client import SetPresence
-from protocol.errors import ErrorCode, Refused
 from protocol.ids import ConversationId, SessionId, UserId
 from protocol.server import DurableEvent, ServerFrame
 from protocol.values import Message, Presence, User
@@ -184,9 +183,6 @@ class Context(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def connection(self) -> Subscriber:
-        """The connection. Raises Refused for frames that came by plain HTTP."""
-        if self.subscriber is None:
-            raise Refused(
-                ErrorCode.INVALID, "Send this frame on a WebSocket connection, where it makes sense.", path="type"
-            )
+        """The connection that a frame of a route with `socket_only` came by."""
+        assert self.subscriber is not None  # noqa: S101 - dispatch refuses such frames by plain HTTP
         return self.subscriber

@@ -62,6 +62,11 @@ READ_SECONDS = 10.0
 """Max seconds that a large read waits for others of the same user. The refusal is that of a database that is away."""
 
 
+SOCKET_ONLY = Refused(
+    ErrorCode.INVALID, "Send this frame on a WebSocket connection, where it makes sense.", path="type"
+)
+
+
 class Access(Enum):
     """Who gets an answer other than `not_found`. The queries see to it; a test asks each as a stranger."""
 
@@ -89,6 +94,8 @@ class Route(NamedTuple):
     """Whether it has to wait while the worker is behind, and before what."""
     waits_for_client: bool = False
     """Whether it waits for its client while it reads: then no other large read of the user waits for it."""
+    socket_only: bool = False
+    """Whether it is about the connection that it came by, and so refused by plain HTTP."""
 
 
 class Dispatch:
@@ -119,6 +126,8 @@ class Dispatch:
             taken = self._charge(context.user_id, data)
             frame = decode_client(data)
             route = self._routes.get(type(frame))
+            if context.subscriber is None and (route is None or route.socket_only):
+                raise SOCKET_ONLY
             if route is None:
                 raise _already_authenticated(frame)
             if (more := further(frame)) > 0:

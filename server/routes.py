@@ -26,7 +26,7 @@ from server.pressure import Shed
 ROUTES: dict[type[client.Frame], Route] = {
     # the connection
     client.Ping: Route(sessions.ping, Access.USER, Rate.EPHEMERAL),
-    client.Resume: Route(sessions.resume, Access.USER, Rate.READ, waits_for_client=True),
+    client.Resume: Route(sessions.resume, Access.USER, Rate.READ, waits_for_client=True, socket_only=True),
     # conversations
     client.CreateDirect: Route(conversations.create_direct, Access.USER, Rate.WRITE),
     client.CreateGroup: Route(conversations.create_group, Access.USER, Rate.WRITE),
@@ -107,8 +107,8 @@ ROUTES: dict[type[client.Frame], Route] = {
     # people
     client.Typing: Route(users.typing, Access.PARTICIPANT, Rate.EPHEMERAL, Shed.TYPING),
     client.SetPresence: Route(users.set_presence, Access.USER, Rate.EPHEMERAL, Shed.PRESENCE),
-    client.Watch: Route(users.watch, Access.USER, Rate.READ, Shed.PRESENCE),
-    client.Unwatch: Route(users.unwatch, Access.USER, Rate.EPHEMERAL),
+    client.Watch: Route(users.watch, Access.USER, Rate.READ, Shed.PRESENCE, socket_only=True),
+    client.Unwatch: Route(users.unwatch, Access.USER, Rate.EPHEMERAL, socket_only=True),
     client.GetUsers: Route(users.get, Access.USER, Rate.READ),
     client.GetProfile: Route(users.profile, Access.USER, Rate.READ),
     client.SearchUsers: Route(users.search_users, Access.USER, Rate.SEARCH),

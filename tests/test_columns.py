@@ -41,7 +41,7 @@ SHOWN: dict[str, tuple[type[msgspec.Struct], ...]] = {
     "message_edit": (values.MessageEdit,),
     "poll_vote": (values.PollVote,),
     "thread_follow": (values.ThreadFollow,),
-    "message_star": (values.Star,),
+    "message_star": (values.StarredMessage,),
     "draft": (values.Draft,),
     "scheduled_message": (values.Scheduled,),
     "report": (values.Report,),

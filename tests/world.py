@@ -1,12 +1,14 @@
 """A small world to test in: workers that share a database, and users with conversations."""
 
 import asyncio
+import re
 import shutil
 import socket
 import tempfile
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -24,6 +26,8 @@ from prove.client import Client
 from server.app import App
 from server.auth.tokens import new_token, token_hash
 from server.config import Settings
+from server.describe import openapi
+from server.describe.openapi import BEFORE_ANY_PATH
 from server.queries import accounts, sessions
 from server.scheduling import Scheduling
 from server.worker import DrainingServer
@@ -139,8 +143,35 @@ class World:
 
 
 def http_client(url: str = "", *, timeout: float = 5) -> httpx.AsyncClient:
-    """Return an HTTP client of the server at `url`, without certificates: to read them takes 40 ms."""
-    return httpx.AsyncClient(base_url=url, timeout=timeout, trust_env=False, verify=False)  # noqa: S501 - no TLS here
+    """Return an HTTP client of the server at `url`, without certificates: to read them takes 40 ms.
+
+    It fails when an answer has a status that is not described.
+    """
+    return httpx.AsyncClient(
+        base_url=url,
+        timeout=timeout,
+        trust_env=False,
+        verify=False,  # noqa: S501 - no TLS here
+        event_hooks={"response": [require_described]},
+    )
+
+
+async def require_described(response: httpx.Response) -> None:
+    """Fail if the description of the path that was asked for does not have the status of the answer."""
+    request = response.request
+    path = re.sub(r"^(/v1/auth/sessions/)[^/]+$", r"\1{session_id}", request.url.path)
+    described = _statuses().get((request.method, path))
+    status = response.status_code
+    assert described is None or status in described or status in BEFORE_ANY_PATH, (request.method, path, status)
+
+
+@cache
+def _statuses() -> dict[tuple[str, str], set[int]]:
+    return {
+        (method.upper(), path): {int(status) for status in operation["responses"]}
+        for path, operations in openapi.document()["paths"].items()
+        for method, operation in operations.items()
+    }
 
 
 def message(conversation_id: ConversationId, content: str = "Hello", **fields: Any) -> Send:

@@ -55,7 +55,14 @@ def document() -> Schema:
             + " ".join(f"{code.value} {code.name.lower()}: {_meaning(code)}" for code in CloseCode),
         },
         "defaultContentType": "application/json",
-        "servers": {"local": {"host": "127.0.0.1:8000", "protocol": "ws"}},
+        "servers": {
+            "here": {
+                "host": "{host}",
+                "protocol": "ws",
+                "description": "The host that serves this document; `wss` behind TLS.",
+                "variables": {"host": {"default": "127.0.0.1:8000"}},
+            }
+        },
         "channels": {
             "socket": {
                 "address": "/v1/ws",

@@ -3,16 +3,20 @@
 from importlib.metadata import version
 from typing import Any
 
-from protocol.client import ClientFrame
 from protocol.export import Export
 from protocol.http import ChangePassword, Confirm, LoggedIn, Login, Register, SessionList
 from protocol.server import Error, Reply
 from server.describe.asyncapi import CLIENT_FRAMES, Schema, schemas, tag
+from server.routes import ROUTES
 
 _SECURITY: list[dict[str, list[str]]] = [{"token": []}, {"cookie": []}]
 
-ALWAYS = (500, 503)
-"""A defect of ours, and a database that is away, may be the answer to anything that asks it."""
+CALLED = tuple(frame for frame in CLIENT_FRAMES if frame in ROUTES and not ROUTES[frame].socket_only)
+"""The frames that `/v1/call` takes."""
+ALWAYS = (429, 500, 503)
+"""Too many requests of an address, a defect of ours, and a database that is away may be the answer to any request."""
+BEFORE_ANY_PATH = (400, 408, 413, 431)
+"""The answers to what is no whole, valid request within bounds. It may have no path."""
 
 
 def document() -> Schema:
@@ -22,21 +26,23 @@ def document() -> Schema:
         "info": {
             "title": "OpenChat HTTP",
             "version": version("openchat"),
-            "description": "Accounts and sessions, one frame at a time, health. The chat itself is on the socket.",
+            "description": "Accounts and sessions, one frame at a time, health. The chat itself is on the socket. "
+            "A request that is invalid, incomplete or too large as HTTP gets "
+            f"{', '.join(map(str, BEFORE_ANY_PATH[:-1]))} or {BEFORE_ANY_PATH[-1]}, whatever its path.",
         },
-        "servers": [{"url": "http://127.0.0.1:8000"}],
+        "servers": [{"url": "/"}],
         "paths": {
             "/v1/auth/register": {
                 "post": _operation("register", "Make an account and begin its first session.", body=Register)
-                | _responses({"201": ("A session has begun.", LoggedIn)}, 400, 403, 409, 422, 429)
+                | _responses({"201": ("A session has begun.", LoggedIn)}, 400, 403, 409, 422)
             },
             "/v1/auth/login": {
                 "post": _operation("login", "Begin a session.", body=Login)
-                | _responses({"200": ("A session has begun.", LoggedIn)}, 400, 401, 422, 429)
+                | _responses({"200": ("A session has begun.", LoggedIn)}, 400, 401, 403, 422)
             },
             "/v1/auth/logout": {
                 "post": _operation("logout", "End this session.", is_secured=True)
-                | _responses({"204": ("It has ended.", None)}, 401, 403, 429)
+                | _responses({"204": ("It has ended.", None)}, 401, 403)
             },
             "/v1/auth/password": {
                 "post": _operation(
@@ -45,11 +51,11 @@ def document() -> Schema:
                     body=ChangePassword,
                     is_secured=True,
                 )
-                | _responses({"204": ("It has been changed.", None)}, 400, 401, 403, 422, 429)
+                | _responses({"204": ("It has been changed.", None)}, 400, 401, 403, 422)
             },
             "/v1/auth/deactivate": {
                 "post": _operation("deactivate", "Go away until the next login.", body=Confirm, is_secured=True)
-                | _responses({"204": ("All sessions have ended.", None)}, 400, 401, 403, 422, 429)
+                | _responses({"204": ("All sessions have ended.", None)}, 400, 401, 403, 422)
             },
             "/v1/auth/delete": {
                 "post": _operation(
@@ -58,17 +64,17 @@ def document() -> Schema:
                     body=Confirm,
                     is_secured=True,
                 )
-                | _responses({"204": ("All sessions have ended.", None)}, 400, 401, 403, 422, 429)
+                | _responses({"204": ("All sessions have ended.", None)}, 400, 401, 403, 422)
             },
             "/v1/auth/export": {
                 "get": _operation("export", "Return everything that is stored about the user.", is_secured=True)
-                | _responses({"200": ("The data.", Export)}, 401, 429)
+                | _responses({"200": ("The data.", Export)}, 401)
             },
             "/v1/auth/sessions": {
                 "get": _operation("list_sessions", "Return the user's sessions.", is_secured=True)
-                | _responses({"200": ("The sessions, newest first.", SessionList)}, 401, 429),
+                | _responses({"200": ("The sessions, newest first.", SessionList)}, 401),
                 "delete": _operation("revoke_all_sessions", "End all sessions.", is_secured=True)
-                | _responses({"204": ("They have ended.", None)}, 401, 403, 429),
+                | _responses({"204": ("They have ended.", None)}, 401, 403),
             },
             "/v1/auth/sessions/{session_id}": {
                 "delete": _operation("revoke_session", "End one session.", is_secured=True)
@@ -82,12 +88,12 @@ def document() -> Schema:
                         }
                     ]
                 }
-                | _responses({"204": ("It has ended.", None)}, 401, 403, 404, 429)
+                | _responses({"204": ("It has ended.", None)}, 401, 403, 404)
             },
             "/v1/call": {
                 "post": _operation("call", "Run one frame, as on the socket.", is_secured=True)
-                | {"requestBody": _content({"oneOf": [_ref(frame) for frame in CLIENT_FRAMES]}) | {"required": True}}
-                | _responses({"200": ("The reply.", Reply)}, 400, 401, 403, 404, 409, 422, 429)
+                | {"requestBody": _content({"oneOf": [_ref(frame) for frame in CALLED]}) | {"required": True}}
+                | _responses({"200": ("The reply.", Reply)}, 400, 401, 403, 404, 409, 422)
             },
             "/healthz": {
                 "get": _operation("alive", "Say that the process answers.")
@@ -114,7 +120,7 @@ def document() -> Schema:
         },
         "components": {
             "schemas": schemas(
-                ClientFrame, Reply, Error, Register, Login, LoggedIn, SessionList, Confirm, ChangePassword, Export
+                *CALLED, Reply, Error, Register, Login, LoggedIn, SessionList, Confirm, ChangePassword, Export
             ),
             "securitySchemes": {
                 "token": {"type": "http", "scheme": "bearer"},
@@ -126,7 +132,7 @@ def document() -> Schema:
                 },
             },
         },
-        "tags": [{"name": tag(frame), "description": "A frame for /v1/call."} for frame in CLIENT_FRAMES],
+        "tags": [{"name": tag(frame), "description": "A frame for /v1/call."} for frame in CALLED],
     }
 
 

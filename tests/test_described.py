@@ -1,0 +1,81 @@
+"""The descriptions for machines: whole in themselves, and true of what the server answers.
+
+`http_client` compares the status of every answer in all tests with those described.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from msgspec import inspect
+
+from server.describe import asyncapi, handbook, openapi
+from server.describe.asyncapi import CLIENT_FRAMES, tag
+from tests.test_hostile_values import valid
+from tests.world import World, http_client, require_described
+
+
+def references(part: Any) -> Iterator[str]:
+    """Yield all references in a document, those of discriminators too."""
+    if isinstance(part, dict):
+        for key, inner in part.items():
+            if key == "$ref":
+                yield inner
+            elif key == "mapping":
+                yield from inner.values()
+            else:
+                yield from references(inner)
+    elif isinstance(part, list):
+        for inner in part:
+            yield from references(inner)
+
+
+@pytest.mark.parametrize("document", [asyncapi.document(), openapi.document()], ids=["asyncapi", "openapi"])
+def test_every_reference_resolves_and_every_schema_is_referred_to(document: dict[str, Any]) -> None:
+    found = set(references(document))
+    assert len(found) > 100
+    for reference in found:
+        part: Any = document
+        assert reference.startswith("#/")
+        for step in reference[2:].split("/"):
+            assert step in part, reference
+            part = part[step]
+    schemas = {f"#/components/schemas/{name}" for name in document["components"]["schemas"]}
+    assert schemas - found == set()
+    assert all(re.fullmatch(r"[A-Za-z0-9_-]+", name) for name in document["components"]["schemas"])
+
+
+async def test_frames_of_sockets_alone_are_described_as_such_and_no_others(world: World) -> None:
+    """Each frame by plain HTTP, with fields that can be decoded."""
+    who, refused = await world.user("Ada"), set()
+    async with http_client(world.url) as http:
+        for frame in CLIENT_FRAMES:
+            body = json.dumps(valid(inspect.type_info(frame), "", {}))
+            answer = await http.post("/v1/call", content=body, headers={"Authorization": f"Bearer {who.token}"})
+            error = answer.json() if answer.is_error else {}
+            assert error.get("code") not in {"bad_frame", "internal"}, error
+            if error.get("message", "").startswith("Send this frame on a WebSocket connection"):
+                refused.add(frame)
+    assert {tag(frame) for frame in refused} == {"authenticate", "resume", "watch", "unwatch"}
+    assert refused == set(CLIENT_FRAMES) - set(openapi.CALLED)
+    taken = openapi.document()["paths"]["/v1/call"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    assert {one["$ref"].rpartition("/")[2] for one in taken["oneOf"]} == {frame.__name__ for frame in openapi.CALLED}
+    sections = re.split(r"^### ", handbook.document().partition("## What the server answers")[0], flags=re.MULTILINE)[
+        1:
+    ]
+    assert {one.partition("\n")[0] for one in sections if "Socket only." in one} == {tag(frame) for frame in refused}
+
+
+async def test_a_foreign_page_that_logs_in_is_refused_as_described(world: World) -> None:
+    async with http_client(world.url) as http:
+        body = {"email": "ada@example.org", "password": "correct horse"}
+        answer = await http.post("/v1/auth/login", json=body, headers={"Origin": "https://evil.example"})
+        assert answer.status_code == 403
+        await require_described(answer)
+        answer.status_code = 418
+        with pytest.raises(AssertionError, match="418"):
+            await require_described(answer)
+    (server,) = openapi.document()["servers"]
+    assert server == {"url": "/"}, "wherever the document was served"
