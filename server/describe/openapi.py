@@ -114,6 +114,7 @@ def document() -> Schema:
                     "responses": {
                         "200": {"description": "The text format.", "content": {"text/plain": {}}},
                         "404": {"description": "Not from this address, or not through a proxy."},
+                        "429": {"description": "Too many requests of this address."},
                     }
                 }
             },
