@@ -19,7 +19,9 @@ class ErrorCode(StrEnum):
     CONFLICT = "conflict"
     """It contradicts what is there: the same id with other content, a taken address, a full conversation."""
     RATE_LIMITED = "rate_limited"
-    """Too many; try again after `retry_after_ms`."""
+    """Too many; try again after `retry_after_ms`. With a `path`, only what that field names has to wait: a conversation
+    in slow mode, or a user who was invited too often today.
+    """
     UNAVAILABLE = "unavailable"
     """The database cannot be reached just now, or the server is busy, shutting down or full. Send the same frame again
     after `retry_after_ms`: it is done once.

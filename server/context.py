@@ -117,8 +117,10 @@ class Afterwards(Protocol):
 class Tokens(Protocol):
     """An allowance of each user's frames."""
 
-    def require(self, user_id: UserId, count: int = 1, *, taken: int = 0) -> None:
-        """Take tokens, beside those that were taken for the same frame. Raises Refused if there are too few."""
+    def require(self, user_id: UserId, count: int = 1, *, taken: int = 0, path: str | None = None) -> None:
+        """Take tokens, beside those that were taken for the same frame. Raises Refused if there are too few; `path`
+        says what alone has to wait, if that is not the user.
+        """
 
 
 class Services(msgspec.Struct, frozen=True, kw_only=True):

@@ -99,10 +99,12 @@ class Allowance(Generic[Key]):
         owed = min(before + count * self._pace.interval, now + 2 * (self._pace.ahead + self._pace.interval))
         self._full_at[key] = max(before, owed)
 
-    def require(self, key: Key, count: int = 1, *, taken: int = 0, to_come: int = 0) -> None:
-        """Take tokens as `Pace.take` does. Raises Refused if there are too few."""
+    def require(self, key: Key, count: int = 1, *, taken: int = 0, to_come: int = 0, path: str | None = None) -> None:
+        """Take tokens as `Pace.take` does. Raises Refused if there are too few, with a `path` if the allowance is not
+        that of everything its user, connection or address sends.
+        """
         if (wait := self.take(key, count, taken=taken, to_come=to_come)) > 0:
-            raise too_many(self._what, wait)
+            raise too_many(self._what, wait, path=path)
 
 
 def told(rate: float) -> RateLimit:
@@ -112,10 +114,11 @@ def told(rate: float) -> RateLimit:
     return RateLimit(per_second=rate, burst=Pace.of(rate).most)
 
 
-def too_many(what: str, wait: float) -> Refused:
+def too_many(what: str, wait: float, *, path: str | None = None) -> Refused:
     """Return what to tell whoever has nothing left of an allowance and should wait, in seconds."""
     return Refused(
         ErrorCode.RATE_LIMITED,
         f"The allowance of {what} is used up. Retry after `retry_after_ms`.",
+        path=path,
         retry_after_ms=int(wait * 1000) + 1,
     )

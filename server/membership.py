@@ -179,7 +179,7 @@ async def _allowed(db: Db, context: Context, me: Participant, frame: AddParticip
             raise Refused(
                 ErrorCode.CONFLICT, "A named user is banned. Lift the ban with `unban` first.", path="participants"
             )
-        raise Refused(ErrorCode.FORBIDDEN, "Your role cannot lift a ban. Ask a moderator.", path="participants")
+        raise Refused(ErrorCode.FORBIDDEN, "Your role cannot lift a ban. Ask an admin.", path="participants")
     return welcomed(context, named, only_invited=isinstance(frame, Invite))
 
 

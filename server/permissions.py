@@ -11,8 +11,8 @@ from server.queries.conversations import SendAccess
 from server.queries.messages import Found, Obstacle
 
 OBSTACLES: dict[Obstacle, str] = {
-    "archived": "The conversation is archived. Ask an administrator of it to change `is_archived`.",
-    "role": "Your role cannot send in this conversation. Ask a moderator for another role.",
+    "archived": "The conversation is archived. Ask an admin to change `is_archived`.",
+    "role": "Your role cannot send in this conversation. Ask an admin for another role.",
     "unwanted": "This user cannot be written to. Unblock them if you block them; otherwise do not retry.",
 }
 """Error messages for what keeps a participant from saying anything, however long they wait."""
@@ -50,6 +50,7 @@ def slow_mode(wait_ms: int) -> Refused:
     return Refused(
         ErrorCode.RATE_LIMITED,
         "The conversation is in slow mode. Retry after `retry_after_ms`.",
+        path="conversation_id",
         retry_after_ms=wait_ms,
     )
 

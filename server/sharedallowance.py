@@ -55,9 +55,11 @@ class SharedAllowance:
         self._totals: dict[UserId, int] = {}
         self._sharing: asyncio.Task[None] | None = None
 
-    def require(self, user_id: UserId, count: int = 1, *, taken: int = 0, to_come: int = 0) -> None:
-        """Take tokens as `Pace.take` does. Raises Refused if there are too few."""
-        self._bucket.require(user_id, count, taken=taken, to_come=to_come)
+    def require(
+        self, user_id: UserId, count: int = 1, *, taken: int = 0, to_come: int = 0, path: str | None = None
+    ) -> None:
+        """Take tokens as `Allowance.require` does. Raises Refused if there are too few."""
+        self._bucket.require(user_id, count, taken=taken, to_come=to_come, path=path)
         self._tell(user_id, count)
 
     def charge(self, user_id: UserId, count: int) -> None:

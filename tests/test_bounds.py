@@ -35,7 +35,9 @@ async def refusals(who: Somebody, world: World, frames: Sequence[client.Frame]) 
         return answer
 
     answers = await asyncio.gather(*(asked(asker, frame) for asker, frame in zip(askers, frames, strict=True)))
-    return [answer.code for answer in answers if isinstance(answer, Error)]
+    refused = [answer for answer in answers if isinstance(answer, Error)]
+    assert all(answer.path is not None for answer in refused if answer.code == ErrorCode.RATE_LIMITED)
+    return [answer.code for answer in refused]
 
 
 def channels() -> list[client.Frame]:

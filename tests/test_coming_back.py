@@ -101,7 +101,7 @@ async def test_whoever_comes_back_has_no_more_than_who_enters_for_the_first_time
         assert (got.view.unread_count, got.view.invite) == (0, None), way
         read = await owner.call(client.ListReaders(conversation_id=about, message_id=meanwhile), server.Readers)
         assert (read.read_by, read.delivered_to, read.readers) == (0, 0, []), way
-        with refused(ErrorCode.RATE_LIMITED, None):
+        with refused(ErrorCode.RATE_LIMITED, "conversation_id"):
             await them.call(message(about))
         with refused(ErrorCode.FORBIDDEN, None):
             await them.call(client.Pin(conversation_id=about, message_id=await sent(owner, about)))

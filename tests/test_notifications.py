@@ -254,7 +254,7 @@ async def test_new_endpoints_of_a_user_have_a_rate_and_known_ones_have_none(room
 
     for number in range(int(app.ENDPOINT_BURST)):
         await register(number)
-    with refused(ErrorCode.RATE_LIMITED, None):
+    with refused(ErrorCode.RATE_LIMITED, "endpoint"):
         await register(-1)
     await register(int(app.ENDPOINT_BURST) - 1)
     await room.ada.call(browser.subscription())

@@ -17,6 +17,7 @@ from protocol.codec import advice, decode, decode_client
 from protocol.errors import ErrorCode, Refused
 from protocol.ids import MessageId, uuid7
 from protocol.payloads import Payload
+from protocol.roles import Act
 from protocol.values import ConversationSettings
 from server.errors import CONSTRAINTS, INTERNAL, UNFIT, NotActive, NotFound
 from server.permissions import OBSTACLES
@@ -217,6 +218,52 @@ def test_every_refusal_for_a_field_has_its_path() -> None:
                     if code in codes and not has_path and not NO_FIELD.search(sentence):
                         without.append(f"{path.relative_to(ROOT)}:{node.lineno} {sentence}")
     assert without == [], "\n".join(without)
+
+
+OF_EVERYTHING = {
+    "Another search of yours is running. Retry when it has been answered.": "all searches of the user",
+    "Too many attempts. Retry after `retry_after_ms`.": "all logins to the account or from the address",
+    "Too many requests wait for an answer. Read the answers first.": "the connection",
+    "Too many connections from this address. Close one, or retry after `retry_after_ms`.": "the address",
+}
+"""Refusals that hold back all of a kind that the user, connection or address sends."""
+HOLDS_BACK = re.compile(r"(?:of (?:your|this) (?:user|session|connection|address)\b.*|^notifications)$")
+
+
+def test_every_refusal_by_a_rate_that_is_not_of_the_whole_user_names_what_has_to_wait() -> None:
+    """Else a client holds back everything for hours, because one conversation is in slow mode."""
+    without, allowances = set(), {}
+    for path in sorted((ROOT / "server").rglob("*.py")):
+        tree = ast.parse(path.read_text())
+        for node in ast.walk(tree):
+            match node:
+                case ast.Call(func=ast.Name(id="Refused"), args=[ast.Attribute(attr="RATE_LIMITED"), text]):
+                    if all(keyword.arg != "path" for keyword in node.keywords):
+                        without.add(_text(text))
+                case ast.Call(func=ast.Name(id="Allowance"), args=[what, *_]):
+                    allowances[_text(what) or ""] = path.name
+    assert without == set(OF_EVERYTHING)
+    # The test of new endpoints expects their path.
+    assert {what for what in allowances if not HOLDS_BACK.search(what)} == {"new push endpoints"}
+
+
+A_ROLE = re.compile(r"\b(owner|admin|moderator|member|guest)s?\b")
+WHO_MAY = {
+    "The conversation is archived.": Act.EDIT_CONVERSATION,
+    "Your role cannot send in this conversation.": Act.SET_ROLES,
+    "You are banned from this conversation.": Act.REMOVE_MEMBERS,
+    "Your role cannot lift a ban.": Act.REMOVE_MEMBERS,
+    "A moderator has hidden this message.": Act.MODERATE,
+    "Only the sender and moderators may ask about a message.": Act.MODERATE,
+}
+"""What a role is named for, by how the sentence begins."""
+
+
+def test_every_refusal_that_names_a_role_names_the_lowest_that_may() -> None:
+    found = {one for one in (*OBSTACLES.values(), *dict(sentences()).values()) if A_ROLE.search(one)}
+    named = {one: [act.value.least for begins, act in WHO_MAY.items() if one.startswith(begins)] for one in found}
+    assert {one: A_ROLE.findall(one) for one in found} == named
+    assert len(found) == len(WHO_MAY)
 
 
 def test_every_type_is_suggested_for_a_slip_in_it() -> None:

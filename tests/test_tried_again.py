@@ -101,7 +101,7 @@ async def test_forward_that_is_tried_again_is_paid_for_once(world: World, monkey
     taken: list[int] = []
     require = SharedAllowance.require
 
-    def noted(self: SharedAllowance, user_id: UserId, count: int = 1, **options: int) -> None:
+    def noted(self: SharedAllowance, user_id: UserId, count: int = 1, **options: Any) -> None:
         taken.append(count)
         require(self, user_id, count, **options)
 

@@ -58,7 +58,7 @@ async def create_direct(context: Context, frame: client.CreateDirect) -> OneConv
             made = await conversations.create(db, founding)
             if made:
                 await users.touch(db, list(founding.members))
-                await bounds.require_made(db, context.user_id)
+                await bounds.require_made(db, context.user_id, "user_id")
                 await bounds.require_memberships(db, list(founding.members), "user_id")
             there = await conversations.direct(db, context.user_id, frame.user_id)
         assert there is not None  # noqa: S101 - made above, if not before
@@ -142,7 +142,7 @@ async def _made(db: Db, context: Context, founding: Founding) -> Welcome | None:
         return None
     await counted(db, context, they)
     await participants.stamp(db, founding.id, they.invited, also=list(founding.members))
-    await bounds.require_made(db, context.user_id)
+    await bounds.require_made(db, context.user_id, "conversation_id")
     entering = [one for one in founding.members if one not in founding.invited]
     await bounds.require_memberships(db, entering, "participants" if is_group else "conversation_id")
     return they

@@ -41,7 +41,7 @@ async def register_push(context: Context, frame: client.RegisterPush) -> Done:
     async with context.transaction() as db:
         await users.lock(db, [context.user_id])
         if not await push.is_registered(db, context.user_id, frame.endpoint):
-            context.services.new_endpoints.require(context.user_id)
+            context.services.new_endpoints.require(context.user_id, path="endpoint")
         await push.register(db, frame, context.user_id, context.session_id)
     return Done()
 

@@ -34,7 +34,7 @@ async def join(context: Context, frame: client.Join) -> OneConversation:
         if before is not None and before.status == "banned":
             raise Refused(
                 ErrorCode.FORBIDDEN,
-                "You are banned from this conversation. Ask a moderator to lift the ban.",
+                "You are banned from this conversation. Ask an admin to lift the ban.",
                 path=path,
             )
         is_open = conversation.is_public or frame.invite_code is not None

@@ -29,12 +29,15 @@ SELECT count(*) FROM conversation c WHERE c.created_by = $1 AND c.created_at > n
 """
 
 
-async def require_made(db: Db, user_id: UserId) -> None:
-    """Raise Refused if a user has made too many conversations within a day. Under the user's lock."""
+async def require_made(db: Db, user_id: UserId, path: str) -> None:
+    """Raise Refused if a user has made too many conversations within a day; `path` names the new one. Under the user's
+    lock.
+    """
     if int(await db.fetchval(MADE, user_id)) > MAX_CONVERSATIONS_A_DAY:
         raise Refused(
             ErrorCode.RATE_LIMITED,
             f"You can make {MAX_CONVERSATIONS_A_DAY} conversations a day. Try again later.",
+            path=path,
             retry_after_ms=RETRY_MS,
         )
 
@@ -142,6 +145,7 @@ async def require_reports(db: Db, user_id: UserId) -> None:
         raise Refused(
             ErrorCode.RATE_LIMITED,
             f"You can report {MAX_REPORTS_A_DAY} messages a day. Try again later.",
+            path="message_id",
             retry_after_ms=RETRY_MS,
         )
 
