@@ -455,7 +455,8 @@ CREATE TABLE scheduled_message (
     -- The time of the next try, after slow mode or a busy server put it off. Nobody has claimed it meanwhile.
     not_before timestamptz
 );
-CREATE INDEX scheduled_message_due_idx ON scheduled_message (send_at) WHERE status = 'waiting';
+-- What is due, in order, to go on after the last one of a page.
+CREATE INDEX scheduled_message_turn_idx ON scheduled_message (send_at, id) WHERE status = 'waiting';
 CREATE INDEX scheduled_message_version_idx ON scheduled_message (sender_id, user_version) WHERE user_version > 0;
 CREATE INDEX scheduled_message_sender_idx ON scheduled_message (sender_id, send_at);
 -- What still waits of one sender, beside all that is over.

@@ -6,6 +6,7 @@ stalls or dies sends nothing twice, and nothing that its owner has changed or ca
 
 import asyncio
 import logging
+from collections import deque
 from datetime import timedelta
 from functools import partial
 from uuid import UUID
@@ -19,13 +20,33 @@ from server.errors import INTERNAL, log_defect, log_failure, refusal
 from server.handlers.sending import send_noted
 from server.periodic import end
 from server.queries import scheduled
-from server.queries.scheduled import ClaimLost, Due
+from server.queries.scheduled import ClaimLost, Due, Waiting
 
 log = logging.getLogger(__name__)
 
 NO_SESSION = SessionId(UUID(int=0))
 AGAIN = frozenset({ErrorCode.UNAVAILABLE, ErrorCode.RATE_LIMITED})
 """Refusals that say to come back: the message is taken up again after a while."""
+
+
+class _Round:
+    """One turn of each sender of whom something is due: a walk along all that is due, a page at a time."""
+
+    def __init__(self) -> None:
+        self.senders: deque[UserId] = deque()
+        """Senders in the pages that were read, who have not had their turn."""
+        self.is_of_use = False
+        """Whether something was taken up."""
+        self.last: Waiting | None = None
+        self._seen: set[UserId] = set()
+
+    def add(self, page: list[Waiting]) -> None:
+        """Give a turn to each sender of a page who has none in this round."""
+        self.last = page[-1]
+        for sender_id in dict.fromkeys(one.sender_id for one in page):
+            if sender_id not in self._seen:
+                self._seen.add(sender_id)
+                self.senders.append(sender_id)
 
 
 class Scheduling:
@@ -40,8 +61,8 @@ class Scheduling:
         self._services = services
         self._most = most
         self._sending: set[asyncio.Task[None]] = set()
-        self._had_turn: set[UserId] = set()
-        """Senders whose next message is taken up after one of each other sender's."""
+        self._round = _Round()
+        self._walks = asyncio.Lock()
 
     async def send_due(self) -> None:
         """Begin to send all messages whose time has come and that no other worker has taken up."""
@@ -61,17 +82,27 @@ class Scheduling:
 
     async def _claim(self) -> Due | None:
         """Take up the next message; None if there is none."""
-        while True:
+        while (sender_id := await self._next_sender()) is not None:
             async with self._services.database.connection() as db:
-                claim = await scheduled.claim(db, self._had_turn)
-            if claim is not None:
-                self._had_turn.add(claim.sender_id)
-                if claim.due is not None:
-                    return claim.due
-            elif self._had_turn:
-                self._had_turn.clear()
-            else:
-                return None
+                due = await scheduled.claim(db, sender_id)
+            if due is not None:
+                self._round.is_of_use = True
+                return due
+        return None
+
+    async def _next_sender(self) -> UserId | None:
+        """Return whose turn it is; None at the end of a round in which nothing could be taken up."""
+        async with self._walks:
+            while not self._round.senders:
+                async with self._services.database.connection() as db:
+                    page = await scheduled.walk(db, self._round.last)
+                if page:
+                    self._round.add(page)
+                    continue
+                was, self._round = self._round, _Round()
+                if not was.is_of_use:
+                    return None
+            return self._round.senders.popleft()
 
     async def close(self) -> None:
         """Give up what was begun. What is not committed is rolled back, and sent by another worker."""

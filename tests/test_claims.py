@@ -1,22 +1,19 @@
 """Claims of scheduled messages: a worker whose claim is over changes nothing, and an acknowledged change holds."""
 
 import asyncio
-from collections.abc import Collection
 from datetime import UTC, datetime, timedelta
 
 import pytest
 
 from protocol import client, server
 from protocol.errors import ErrorCode
-from protocol.ids import MessageId, UserId, uuid7
+from protocol.ids import MessageId, uuid7
 from server import scheduling
 from server.context import Services
-from server.database import Db
 from server.queries import scheduled
-from server.queries.scheduled import Claim, Due
+from server.queries.scheduled import Due
 from tests.world import Room, World, all_sent, refused
 
-CLAIM = scheduled.claim
 WAITS = "SELECT EXISTS (SELECT FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database())"
 ROW = "SELECT status, words ->> 'content', problem, claimed_at, not_before FROM scheduled_message WHERE id = $1"
 SAID = "SELECT content FROM message WHERE id = $1"
@@ -27,16 +24,16 @@ class Turns:
 
     def __init__(self, room: Room, world: World) -> None:
         self.charles = room.charles
+        self._sender_id = room.them[1].id
         self.group = room.group
         self.db = world.db
         self.services: Services = world.workers[0].app._services  # noqa: SLF001
         self.scheduling = scheduling.Scheduling(self.services, most=1)
         self._next: dict[asyncio.Task[object] | None, Due] = {}
 
-    async def claim(self, _: Db, __: Collection[UserId]) -> Claim | None:
-        """Stand in for `scheduled.claim`: the jobs get nothing."""
-        due = self._next.pop(asyncio.current_task(), None)
-        return None if due is None else Claim(due.sender_id, due)
+    async def claim(self) -> Due | None:
+        """Stand in for `Scheduling._claim`: the jobs get nothing."""
+        return self._next.pop(asyncio.current_task(), None)
 
     async def schedule(self) -> client.Schedule:
         """Schedule a message of Charles's that is due."""
@@ -49,10 +46,9 @@ class Turns:
     async def take(self) -> Due:
         """Claim what is due, as a worker does after another one's claim ran out."""
         await self.db.execute("UPDATE scheduled_message SET claimed_at = claimed_at - interval '1 minute'")
-        claim = await CLAIM(self.db, ())
-        assert claim is not None
-        assert claim.due is not None
-        return claim.due
+        due = await scheduled.claim(self.db, self._sender_id)
+        assert due is not None
+        return due
 
     async def send(self, due: Due) -> None:
         """Go on with a claim as its worker does."""
@@ -95,7 +91,7 @@ class Turns:
 @pytest.fixture
 async def turns(room: Room, world: World, monkeypatch: pytest.MonkeyPatch) -> Turns:
     made = Turns(room, world)
-    monkeypatch.setattr(scheduled, "claim", made.claim)
+    monkeypatch.setattr(scheduling.Scheduling, "_claim", lambda _: made.claim())
     return made
 
 

@@ -5,7 +5,7 @@ import json
 import re
 from collections.abc import AsyncIterator
 from typing import Any, NamedTuple
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 import asyncpg
 import pytest
@@ -309,7 +309,8 @@ def hot(place: Place, ids: dict[str, Any]) -> dict[str, tuple[str, tuple[Any, ..
         "drafts": (drafts.LIST, (user, None, None)),
         "schedule": (scheduled.PUT, (ids["new"], user, about, "{}", "2030-01-01")),
         "scheduled": (scheduled.LIST, (user, None, None)),
-        "who is next": (scheduled.NEXT, ("15 seconds", [])),
+        "who is next": (scheduled.WALK, ("15 seconds", "1970-01-01", UUID(int=0), scheduled.WALKED)),
+        "who sends": (scheduled.SENDER, ("15 seconds", user)),
         "what is due": (scheduled.CLAIM, ("15 seconds", user)),
         "what has expired": (expiry.DUE, (200, [])),
         "see feed": (feed.SEE, (user, "2030-01-01")),
@@ -615,6 +616,11 @@ WITH drafted AS (
 INSERT INTO user_relationship (from_user_id, to_user_id, type, to_version)
 SELECT gen_random_uuid(), $1, 'follow', n FROM generate_series(1, 1000) n
 """
+DUE = """
+INSERT INTO scheduled_message (id, sender_id, conversation_id, words, send_at, user_version)
+SELECT gen_random_uuid(), u.id, gen_random_uuid(), '{}', date_trunc('minute', now()), 1
+FROM (SELECT id FROM "user" WHERE name LIKE 'Other %' ORDER BY id LIMIT $1) u, generate_series(1, $2::int)
+"""
 KEEP_THREADS = """
 INSERT INTO thread_follow (user_id, root_id, conversation_id, user_version)
 SELECT $1, m.id, m.conversation_id, m.version FROM message m
@@ -659,6 +665,35 @@ async def test_counts_of_a_day_do_not_grow_with_what_is_older(db: "asyncpg.Conne
         plan = await explained(db, name, (place.user_id,))
         assert plan.scanned == []
         assert plan.rows < 50, (name, plan)
+    await db.close()
+
+
+async def test_turns_of_scheduled_messages_pass_all_that_is_due_once(db: "asyncpg.Connection[asyncpg.Record]") -> None:
+    senders, of_each = 100, 100
+    statements = {"walk": scheduled.WALK, "sender": scheduled.SENDER, "claim": scheduled.CLAIM}
+    for name, query in statements.items():
+        await db.execute(f'PREPARE "{name}" AS {query}')
+    await db.execute("SET session_replication_role = replica")
+    await db.execute(OTHER_USERS, OTHERS)
+    start = ("15 seconds", "1970-01-01", UUID(int=0), scheduled.WALKED)
+    for name in statements:
+        await explained(db, name, start if name == "walk" else ("15 seconds", uuid4()))
+    await db.execute(DUE, senders, of_each)
+    last, found, plans = None, [], []
+    while page := await scheduled.walk(db, last):
+        place = start if last is None else (start[0], last.send_at, last.message_id, scheduled.WALKED)
+        plans.append(await explained(db, "walk", place))
+        found += page
+        last = page[-1]
+    assert len({one.message_id for one in found}) == len(found) == senders * of_each
+    assert max(plan.rows for plan in plans) <= 2 * scheduled.WALKED, "the limit, and what it reads"
+    assert sum(plan.pages for plan in plans) <= 2 * len(found)
+    assert not any(plan.scanned for plan in plans)
+    of_one = [await explained(db, name, ("15 seconds", found[-1].sender_id)) for name in ("sender", "claim")]
+    assert max(plan.rows for plan in of_one) < 10 * of_each, "each of the sender's, not each with each"
+    assert max(plan.pages for plan in of_one) < 2 * of_each + 50
+    assert await scheduled.claim(db, found[-1].sender_id) is not None
+    assert await scheduled.claim(db, found[-1].sender_id) is None, "one at a time"
     await db.close()
 
 

@@ -1,8 +1,8 @@
 """Scheduled messages: kept until their time, claimed by one worker, sent by the way of all messages."""
 
-from collections.abc import Collection
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import NamedTuple
+from uuid import UUID
 
 import msgspec
 
@@ -25,6 +25,8 @@ CLAIMED = timedelta(seconds=15)
 """For how long a worker that has claimed a message may take before another one does."""
 AT_ONCE = 50
 """Messages that one statement of `forget` deletes."""
+WALKED = 500
+"""Max messages that are due in a page of `walk`."""
 KEPT = timedelta(days=366 + 2 * 30)
 """Min age of `send_at` of a message that is over before its row is deleted. An earlier copy of its frame may name a
 time 366 days after the last one; and a frame that names a time 30 days ago is refused, so no late copy is sent again.
@@ -128,58 +130,79 @@ class Due(NamedTuple):
     """Identifies the claim: a later one has another time, and a message that was put off has none."""
 
 
-class Claim(NamedTuple):
-    """What one claim took of a sender: nothing if another worker claimed it first."""
-
-    sender_id: UserId
-    due: Due | None
-
-
 class ClaimLost(Exception):  # noqa: N818 - another worker has the message now
     """The message was claimed again, put off, cancelled or finished meanwhile."""
+
+
+class Waiting(NamedTuple):
+    """A message that is due, in the order in which messages have their turns."""
+
+    send_at: datetime
+    message_id: MessageId
+    sender_id: UserId
+
+
+# Who has a turn is found by a walk along the index, a page at a time: one that began anew for each claim would pass all
+# that is due of those who had a turn.
+_IS_FREE = """s.send_at <= now() AND (s.not_before IS NULL OR s.not_before <= now())
+    AND (s.claimed_at IS NULL OR s.claimed_at < now() - $1::interval)"""
+WALK = f"""
+SELECT s.send_at, s.id, s.sender_id FROM scheduled_message s
+WHERE s.status = 'waiting' AND (s.send_at, s.id) > ($2::timestamptz, $3::uuid) AND {_IS_FREE}
+ORDER BY s.send_at, s.id LIMIT $4
+"""  # noqa: S608 - a constant is put in
+
+
+async def walk(db: Db, after: Waiting | None) -> list[Waiting]:
+    """Return up to `WALKED` messages that are due and that nobody has claimed, those that are due first before others.
+    `after` is the last one of the page before.
+    """
+    place = (datetime.min.replace(tzinfo=UTC), UUID(int=0)) if after is None else (after.send_at, after.message_id)
+    return [Waiting(*row) for row in await db.fetch(WALK, CLAIMED, *place, WALKED)]
 
 
 # One claim takes one message. A sender of whom a claim has not ended has no other one, so their messages are sent in
 # order, and other senders' beside them. What was put off is not overtaken in its conversation.
 # The sender's lock keeps their frames and other workers' claims away from all rows; a sender whose lock somebody else
-# has comes later. `CLAIM` asks again under that lock: another worker may have committed a claim since `NEXT` began.
+# has comes later. `CLAIM` asks again under that lock: another worker may have committed a claim since `SENDER` began.
 # Whoever deleted their account, or was locked out, says nothing any more.
-# IS TRUE keeps the planner from going through what is due of everybody to find what is the sender's.
-_IS_DUE = """s.send_at <= now() AND (s.not_before IS NULL OR s.not_before <= now())
-    AND (s.claimed_at IS NULL OR s.claimed_at < now() - $1::interval)
-    AND NOT EXISTS (
-        SELECT FROM scheduled_message o
-        WHERE o.sender_id = s.sender_id AND o.status = 'waiting' AND (o.claimed_at >= now() - $1::interval
-            OR (o.conversation_id = s.conversation_id AND o.not_before > now()
-                AND (o.send_at, o.id) < (s.send_at, s.id)))
-    )"""
-NEXT = f"""
-SELECT u.id, CASE WHEN u.is_active AND NOT u.is_deleted THEN {FACE} END
-FROM scheduled_message s JOIN "user" u ON u.id = s.sender_id
-WHERE s.status = 'waiting' AND s.sender_id <> ALL ($2) AND {_IS_DUE}
-ORDER BY s.send_at LIMIT 1 FOR NO KEY UPDATE OF u SKIP LOCKED
+# All that waits of the sender is read once: of messages for the same minute, each would be compared with all.
+_FIRST_DUE = f"""
+    WITH mine AS MATERIALIZED (
+        SELECT s.id, s.conversation_id, s.send_at, s.claimed_at, s.not_before FROM scheduled_message s
+        WHERE s.sender_id = $2 AND s.status = 'waiting'
+    ), put_off AS MATERIALIZED (
+        SELECT s.id, s.conversation_id, s.send_at FROM mine s WHERE s.not_before > now()
+    )
+    SELECT s.id FROM mine s
+    WHERE {_IS_FREE} AND NOT EXISTS (SELECT FROM mine o WHERE o.claimed_at >= now() - $1::interval)
+        AND NOT EXISTS (
+            SELECT FROM put_off o
+            WHERE o.conversation_id = s.conversation_id AND (o.send_at, o.id) < (s.send_at, s.id)
+        )
+    ORDER BY s.send_at, s.id LIMIT 1
+"""  # noqa: S608 - a constant is put in
+SENDER = f"""
+SELECT CASE WHEN u.is_active AND NOT u.is_deleted THEN {FACE} END FROM "user" u
+WHERE u.id = $2 AND EXISTS ({_FIRST_DUE}) FOR NO KEY UPDATE OF u SKIP LOCKED
 """  # noqa: S608 - constants are put in
 CLAIM = f"""
-UPDATE scheduled_message t SET claimed_at = now()
-FROM (
-    SELECT s.id FROM scheduled_message s
-    WHERE s.sender_id = $2 AND s.status = 'waiting' AND ({_IS_DUE}) IS TRUE ORDER BY s.send_at, s.id LIMIT 1
-) first
+UPDATE scheduled_message t SET claimed_at = now() FROM ({_FIRST_DUE}) first
 WHERE t.id = first.id AND t.sender_id = $2
 RETURNING t.id, t.conversation_id, t.words, t.claimed_at
 """  # noqa: S608 - a constant is put in
 
 
-async def claim(db: Db, besides: Collection[UserId]) -> Claim | None:
-    """Take up the first message that is due of the sender who has waited longest, but for those of `besides`. Return
-    None if nothing of anybody else is due. Skips senders whose rows other transactions hold.
+async def claim(db: Db, sender_id: UserId) -> Due | None:
+    """Take up the first message of a sender that is due. Return None if there is none, a claim of theirs has not ended,
+    or another transaction holds the sender's row.
     """
     async with db.transaction():
-        if (first := await db.fetchrow(NEXT, CLAIMED, list(besides))) is None:
+        if (sender_row := await db.fetchrow(SENDER, CLAIMED, sender_id)) is None:
             return None
-        sender_id, face = first
         if (row := await db.fetchrow(CLAIM, CLAIMED, sender_id)) is None:
-            return Claim(sender_id, None)
+            return None
+    (face,) = sender_row
     message_id, conversation_id, words, claimed_at = row
     try:
         said = msgspec.structs.asdict(_words_decoder.decode(words))
@@ -187,7 +210,7 @@ async def claim(db: Db, besides: Collection[UserId]) -> Claim | None:
     except (msgspec.ValidationError, RecursionError, ValueError):
         frame = None
     sender = None if face is None else _user_decoder.read(face)
-    return Claim(sender_id, Due(message_id, conversation_id, sender_id, sender, frame, claimed_at))
+    return Due(message_id, conversation_id, sender_id, sender, frame, claimed_at)
 
 
 # A claim runs out while its worker waits: another one takes the message, and the owner may change or cancel it after
