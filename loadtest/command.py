@@ -54,8 +54,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="openchat load",
         description="Puts a crowd in front of a running server and checks that everything comes once and in order.",
-        epilog="The server limits each user to 50 frames a second and each address to 100 accounts in five minutes; "
-        "the crowd keeps to that: on loopback it comes from many addresses. It keeps its accounts for the next run.",
+        epilog="The server limits each user to 50 writing frames a second and each address to 100 accounts in five "
+        "minutes; the crowd keeps to that: on loopback it comes from many addresses. It keeps its accounts for the "
+        "next run.",
     )
     parser.add_argument("scenario", nargs="?", default="teams", choices=list(SCENARIOS), help="what happens (teams)")
     parser.add_argument("--list", action="store_true", help="say what each scenario is")

@@ -101,6 +101,7 @@ class Resume(Frame, tag="resume", kw_only=True):
 
     `epoch` is the one from the `ready` in which these versions were learned. `user_version` is the user's own clock,
     from the last event that carried it, or else from that `ready`: with it, what changed for the user alone is said.
+    Conversations that are not in `versions` are said anew, except those that this connection follows already.
     """
 
     epoch: Annotated[str, Meta(max_length=128)]
@@ -171,7 +172,9 @@ class GetConversation(Frame, tag="get_conversation"):
 
 
 class UpdateConversation(Frame, tag="update_conversation"):
-    """Change the fields that are given and no others. `settings` are replaced as a whole."""
+    """Change the fields that are given and no others. `settings` are replaced as a whole. A `max_participants` below
+    the present number removes nobody: nobody enters until there is room.
+    """
 
     conversation_id: ConversationId
     title: Title | UnsetType = UNSET
@@ -241,7 +244,9 @@ class AddParticipants(Frame, tag="add_participants"):
 
 
 class Invite(Frame, tag="invite"):
-    """Ask users to join a group or a channel; those who are in it already stay as they are."""
+    """Ask users to join a group or a channel; those who are in it already stay as they are. One user who may not be
+    invited has the whole frame refused, and is not named.
+    """
 
     conversation_id: ConversationId
     participants: Annotated[list[UserId], PARTICIPANTS_NAMED]
@@ -590,8 +595,8 @@ class ListDrafts(Frame, tag="list_drafts"):
 
 
 class Schedule(_Say, tag="schedule", kw_only=True):
-    """Send a message at a time, whichever worker is there then. Said again with another time or other words while it
-    waits, it is changed.
+    """Send a message at a time, at most 366 days ahead, whichever worker is there then. Said again with another time or
+    other words while it waits, it is changed.
     """
 
     send_at: Moment

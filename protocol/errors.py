@@ -15,7 +15,7 @@ class ErrorCode(StrEnum):
     NOT_FOUND = "not_found"
     """It does not exist, or you may not see it: the answer is the same."""
     FORBIDDEN = "forbidden"
-    """You can see it, but your role does not let you do this."""
+    """You can see it, but may not do this: your role does not let you, or `password` is wrong."""
     CONFLICT = "conflict"
     """It contradicts what is there: the same id with other content, a taken address, a full conversation."""
     RATE_LIMITED = "rate_limited"

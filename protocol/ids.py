@@ -36,6 +36,11 @@ def uuid7() -> UUID:
     return UUID(int=_latest[0])
 
 
+def made_at(value: UUID) -> int:
+    """Return the time in a UUIDv7, in milliseconds since 1970."""
+    return value.int >> 80
+
+
 def require_different_hashes(ids: Collection[UUID], field: str) -> None:
     """Raise ValueError, naming `field`, if different ids have the same hash.
 

@@ -218,7 +218,8 @@ OwnStartOverReason = Literal["forgotten", "ahead_of_server", "other_epoch"]
 
 class OwnStartOver(_OwnEvent, tag="own_start_over", frozen=True, kw_only=True):
     """The server cannot name all own rows that the client has to drop. Drop relationships, invitations, stars, drafts,
-    scheduled messages and followed threads: all that there are follow. `user_version` is 0.
+    scheduled messages and followed threads: all that there are follow. `user_version` is 0. Unless `reason` is
+    `forgotten`, read your profile again (`get_me`), and the `preferences` of conversations that did not start over.
     """
 
     reason: OwnStartOverReason

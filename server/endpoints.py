@@ -67,7 +67,11 @@ class TooLate(Refused):
     """The answer to a client that does not authenticate. Its token may be good."""
 
     def __init__(self) -> None:
-        super().__init__(ErrorCode.UNAUTHENTICATED, "Connect again, and send `authenticate` within five seconds.")
+        super().__init__(
+            ErrorCode.UNAUTHENTICATED,
+            "The handshake had no `Authorization: Bearer` and no session cookie. Connect again with one of them, or "
+            "send `authenticate` within five seconds.",
+        )
 
 
 def _close_code(refused: Refused) -> CloseCode:

@@ -1,12 +1,28 @@
 """What the server makes of what is said: HTML of Markdown, mentions that count, and hashtags."""
 
-from protocol.client import Edit, Send
-from protocol.ids import UserId
-from protocol.payloads import Code
+from protocol.client import Edit, Schedule, Send
+from protocol.errors import ErrorCode, Refused
+from protocol.ids import UserId, made_at
+from protocol.payloads import Code, Poll
 from server import markup, mentions
 from server.context import Context
 from server.queries import mentions as meaning
 from server.queries.sending import Made, Outgoing, Source
+
+
+def require_open(frame: Send | Schedule) -> None:
+    """Raise Refused if a message is a poll that closes before it is sent. The time in `message_id` counts, not the
+    server's: a repetition that comes after `closes_at` gets the first answer.
+    """
+    if not isinstance(frame.payload, Poll) or frame.payload.closes_at is None:
+        return
+    closes_at = frame.payload.closes_at
+    if isinstance(frame, Schedule) and closes_at <= frame.send_at:
+        raise Refused(ErrorCode.INVALID, "`closes_at` must be after `send_at`.", path="payload.closes_at")
+    if closes_at.timestamp() * 1_000 <= made_at(frame.message_id):
+        raise Refused(
+            ErrorCode.INVALID, "`closes_at` must be after the time in `message_id`.", path="payload.closes_at"
+        )
 
 
 async def made_of(context: Context, frame: Send | Edit, *, is_code: bool) -> Made:

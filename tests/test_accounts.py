@@ -1,5 +1,6 @@
 """Accounts and sessions over HTTP, and what ends them."""
 
+import asyncio
 import re
 import time
 from collections.abc import AsyncIterator
@@ -283,9 +284,19 @@ async def test_bad_first_frame_closes(world: World, first: str, code: str) -> No
 
 
 async def test_no_first_frame_closes_after_five_seconds(world: World) -> None:
-    client = Client(world.url, None)
-    await client.open()
-    assert await client.closed() == CloseCode.WITH_TOKEN
+    """What has no token that the server reads is told where to put it."""
+
+    async def closed(query: str = "", **headers: str) -> tuple[str, int | None]:
+        url = world.url.replace("http", "ws", 1) + "/v1/ws" + query
+        async with connect(url, additional_headers=headers, proxy=None) as socket:
+            told = str(await socket.recv())
+            await socket.wait_closed()
+            return told, socket.close_code
+
+    for told, code in await asyncio.gather(closed(), closed("?token=x"), closed(Authorization="Basic eDp5")):
+        assert code == CloseCode.WITH_TOKEN
+        assert "`Authorization: Bearer`" in told
+        assert "`authenticate`" in told
 
 
 async def test_cookie_needs_an_allowed_origin(http: httpx.AsyncClient, world: World) -> None:

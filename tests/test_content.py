@@ -7,6 +7,7 @@ import threading
 import time
 from datetime import UTC, datetime, timedelta
 from typing import Any
+from uuid import UUID
 
 import pytest
 from hypothesis import given
@@ -409,8 +410,34 @@ async def test_a_vote_that_the_poll_does_not_know_is_refused(room: Room) -> None
             await room.charles.call(frame)
 
 
-async def test_a_closed_poll_takes_no_votes(room: Room) -> None:
-    over = room.at(await poll(room, closes_at=datetime.now(UTC) - timedelta(seconds=1)))
+async def test_a_poll_that_closes_before_it_is_sent_is_refused(room: Room) -> None:
+    soon = datetime.now(UTC) + timedelta(hours=1)
+
+    def asked(closes_at: datetime, **fields: Any) -> dict[str, Any]:
+        payload = Poll(options=["Yes", "No"], closes_at=closes_at)
+        said = {"conversation_id": room.group, "message_id": MessageId(uuid7()), "content": "Tea?", "payload": payload}
+        return said | fields
+
+    for closes_at in (datetime(2020, 1, 1, tzinfo=UTC), datetime.now(UTC) - timedelta(seconds=1)):
+        with refused(ErrorCode.INVALID, "payload.closes_at"):
+            await room.ada.call(client.Send(**asked(closes_at)))
+        with refused(ErrorCode.INVALID, "payload.closes_at"):
+            await room.ada.call(client.Schedule(**asked(closes_at, send_at=datetime(2020, 1, 1, tzinfo=UTC))))
+    with refused(ErrorCode.INVALID, "payload.closes_at"):
+        await room.ada.call(client.Schedule(**asked(soon, send_at=soon)))
+    await room.ada.call(client.Schedule(**asked(soon + timedelta(seconds=1), send_at=soon)))
+    # A repetition gets the first answer, however late it comes.
+    an_hour_ago = MessageId(UUID(int=uuid7().int - (3_600_000 << 80)))
+    late = client.Send(**asked(datetime.now(UTC) - timedelta(seconds=1), message_id=an_hour_ago))
+    assert await room.ada.call(late, server.Sent) == await room.ada.call(late, server.Sent)
+
+
+async def test_a_closed_poll_takes_no_votes(room: Room, world: World) -> None:
+    over = room.at(await poll(room, closes_at=datetime.now(UTC) + timedelta(hours=1)))
+    await world.db.execute(
+        """UPDATE message SET payload = jsonb_set(payload, '{closes_at}', '"2026-01-01T00:00:00Z"') WHERE id = $1""",
+        over["message_id"],
+    )
     closed = room.at(await poll(room))
     await room.charles.call(client.Vote(**closed, options=[0]))
     with refused(ErrorCode.FORBIDDEN, None):

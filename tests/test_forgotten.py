@@ -1,8 +1,10 @@
 """Rows of a user's own that are deleted: a device that was away drops them, or is told to start over."""
 
+import re
 from collections.abc import Awaitable, Callable
 from datetime import timedelta
-from typing import Any
+from pathlib import Path
+from typing import Any, get_args
 from uuid import uuid4
 
 import msgspec
@@ -222,6 +224,24 @@ async def test_own_lists_start_over_where_the_database_is_another(room: Room, wo
     await device.assert_current()
     assert len(device.mirror.stars) == 1
     assert await device.back() == []
+
+
+def test_the_documents_name_the_same_rows_to_drop_at_a_start_over() -> None:
+    guide = " ".join((Path(__file__).parent.parent / "docs" / "clients.md").read_text().split())
+    listed = [
+        re.search(r"(?:After `own_start_over`, d|D)rop ([a-z, ]+): all that there are follow", text)
+        for text in (guide, " ".join((server.OwnStartOver.__doc__ or "").split()))
+    ]
+    names = {one[1] if one else None for one in listed}
+    assert names == {"relationships, invitations, stars, drafts, scheduled messages and followed threads"}
+    # Each event of the user's own is about one of these, or about what has to be read again.
+    about = {
+        server.RelationshipChanged, server.Invited, server.InvitationEnded, server.StarChanged, server.DraftChanged,
+        server.ScheduledChanged, server.ThreadFollowChanged, server.MeChanged, server.PreferencesChanged,
+    }  # fmt: skip
+    assert set(get_args(server.OwnEvent)) - {server.OwnStartOver} == about
+    for read_again in ("`get_me`", "`preferences`"):
+        assert read_again in (server.OwnStartOver.__doc__ or "")
 
 
 async def test_device_that_is_here_is_told_of_rows_that_were_deleted_before_it_knew_of_their_change(

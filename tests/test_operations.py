@@ -12,7 +12,7 @@ from websockets.exceptions import InvalidStatus
 
 from protocol import client
 from prove.client import Client
-from server import http_protocol
+from server import http_protocol, metrics
 from server.config import Settings
 from server.endpoints import FORWARDING
 from server.proxies import Proxies
@@ -209,3 +209,13 @@ async def test_the_wire_is_described_where_it_is_served(world: World) -> None:
     assert (await get(world, "/v1/openapi.json")).json()["openapi"] == "3.1.0"
     for path in ("/v1/nowhere", "/"):
         assert (await get(world, path)).status_code == 404
+
+
+def test_every_result_of_a_login_and_the_limit_of_a_crowd_are_documented() -> None:
+    guide = " ".join((ROOT / "docs" / "operations.md").read_text().split())
+    listed = re.search(r"`openchat_logins_total` by `result` \(([^)]*)\)", guide)
+    assert listed is not None
+    assert set(re.findall(r"`(\w+)`", listed[1])) == {*metrics.LOGINS.values(), metrics.OTHER}
+    limit = f"{Settings().write_rate:g} writing frames a second"
+    assert limit in (ROOT / "docs" / "load.md").read_text()
+    assert limit in (ROOT / "loadtest" / "command.py").read_text()

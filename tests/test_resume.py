@@ -197,6 +197,13 @@ async def test_resume_on_a_living_connection(away: Away) -> None:
     await sent(away.ada, away.group, "Two")
     event = await away.ada.event(server.MessageSent, lambda event: event.message.content == "Two")
     assert event.version == 5
+    # Conversations that the connection follows and the client does not name are followed on, and not said again.
+    seen = len(away.ada.events)
+    resumed = await away.ada.call(client.Resume(epoch=away.epoch, versions={}), server.Resumed)
+    assert (resumed.conversations, away.ada.events[seen:]) == (1, [])
+    await sent(away.ada, away.group, "Three")
+    event = await away.ada.event(server.MessageSent, lambda event: event.message.content == "Three")
+    assert event.version == 6
 
 
 async def test_heartbeats_carry_the_clocks_of_what_is_active(settings: Settings) -> None:
