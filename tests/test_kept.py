@@ -259,6 +259,30 @@ async def test_messages_disappear_where_the_settings_say_so(room: Room, world: W
     assert (await room.ada.call(client.GetMessage(**room.at(kept)), server.OneMessage)).message.content == "Kept"
 
 
+async def test_no_copy_of_the_words_of_a_message_outlives_its_time(room: Room, world: World) -> None:
+    """Not what it was scheduled with, not what was kept when somebody deleted it."""
+    settings = ConversationSettings(expire_after_seconds=3600)
+    await room.ada.call(client.UpdateConversation(conversation_id=room.group, settings=settings))
+    scheduled = schedule(room, "Secret, scheduled", datetime.now(UTC))
+    await room.ada.call(scheduled)
+    await room.charles.event(server.MessageSent, lambda event: event.message.id == scheduled.message_id)
+    deleted = await sent(room.ada, room.group, "Secret, deleted")
+    await room.ada.call(client.Edit(**room.at(deleted), content="Secret, edited", edit_id=EditId(uuid7())))
+    gone = await room.ada.call(client.Delete(**room.at(deleted)), server.Changed)
+    traces = "SELECT coalesce(array_agg(place ORDER BY place), '{}') FROM traces(ARRAY['%secret%'])"
+    assert await world.db.fetchval(traces) == ["message.content", "message_edit.content", "scheduled_message.words"]
+    await world.db.execute("UPDATE message SET expires_at = now() WHERE expires_at IS NOT NULL")
+    await room.charles.event(server.MessageDeleted, lambda event: event.message.id == scheduled.message_id)
+    app = world.workers[0].app
+    await expire_due(app._database, app.hub)  # noqa: SLF001 - whatever another run has left
+    assert await world.db.fetchval(traces) == []
+    assert await world.db.fetchval("SELECT count(*) FROM message_search WHERE words @@ 'secret'") == 0
+    # Neither is said again, nor told again.
+    await room.ada.call(scheduled)
+    assert await room.ada.call(client.Delete(**room.at(deleted)), server.Changed) == gone
+    assert await world.db.fetchval("SELECT count(*) FROM message WHERE expires_at IS NOT NULL") == 0
+
+
 @pytest.mark.parametrize("window", [0, 3600])
 async def test_an_edit_is_in_time_or_refused(room: Room, world: World, window: int) -> None:
     settings = ConversationSettings(edit_window_seconds=window)

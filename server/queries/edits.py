@@ -133,8 +133,6 @@ WITH bumped AS (
     INSERT INTO message_edit (id, conversation_id, message_id, content, formatted_content, edited_by, version)
     SELECT gen_random_uuid(), $1, m.id, m.content, m.formatted_content, $3, b.version
     FROM message m, bumped b WHERE m.id = $2 AND (m.conversation_id = $1) IS TRUE AND $3::uuid IS NOT NULL
-), forgotten AS (
-    DELETE FROM message_edit e WHERE $3::uuid IS NULL AND e.message_id = $2 AND e.conversation_id = $1
 ), root AS (
     UPDATE message m SET reply_count = m.reply_count - 1, version = b.version
     FROM bumped b
@@ -146,7 +144,7 @@ UPDATE message m SET content = '', formatted_content = NULL, mentions = '{}', ha
     reactions = '{}', status = 'deleted', is_deleted = true, deleted_at = now(), deleted_by = $3,
     version = b.version, updated_at = now(), payload = NULL, loud_mentions = '{}', link_preview = NULL,
     is_pinned = false, pinned_at = NULL, pinned_by = NULL, poll_counts = NULL, poll_voters = 0, poll_closed_at = NULL,
-    expires_at = NULL, has_remains = EXISTS (
+    expires_at = CASE WHEN $3::uuid IS NOT NULL THEN m.expires_at END, has_remains = EXISTS (
         SELECT FROM message_reaction r WHERE r.message_id = $2 AND (r.conversation_id = $1) IS TRUE
     ) OR EXISTS (SELECT FROM poll_vote v WHERE v.message_id = $2 AND (v.conversation_id = $1) IS TRUE)
 FROM bumped b WHERE m.id = $2 AND (m.conversation_id = $1) IS TRUE
@@ -166,17 +164,32 @@ class Deleted(NamedTuple):
 async def delete(db: Db, found: Message, user_id: UserId) -> Deleted:
     """Delete a message's words; return what is left. Under the lock.
 
-    What it said is kept for those who read the database.
+    What it said is kept for those who read the database, until the time is over that the message had.
     """
     text, root_reply_count, is_from_before = await _delete(db, found.conversation_id, found.id, user_id)
     return Deleted(_message_decoder.decode(text), root_reply_count, is_from_before)
 
 
+# All copies of a message's words but that in `message` itself, and in forwards, which are messages of their own. The
+# row of a scheduled message stays, since a repeated frame is known by it.
+FORGET = """
+WITH edits AS (
+    DELETE FROM message_edit e WHERE e.message_id = $2 AND e.conversation_id = $1
+), scheduled AS (
+    UPDATE scheduled_message s SET words = '{"content": ""}' WHERE s.id = $2 AND s.conversation_id = $1
+)
+UPDATE message m SET expires_at = NULL WHERE m.id = $2 AND (m.conversation_id = $1) IS TRUE
+RETURNING m.is_deleted
+"""
+
+
 async def expire(db: Db, conversation_id: ConversationId, message_id: MessageId) -> Deleted | None:
     """Take the words away of a message whose time is over, and keep none; return as `delete`. Under the lock.
 
-    Return None if what is left cannot be read: it is gone all the same.
+    Return None if it was deleted before, or if what is left cannot be read: its words are gone all the same.
     """
+    if await db.fetchval(FORGET, conversation_id, message_id):
+        return None
     text, root_reply_count, is_from_before = await _delete(db, conversation_id, message_id, None)
     left = _message_decoder.read(text)
     return None if left is None else Deleted(left, root_reply_count, is_from_before)

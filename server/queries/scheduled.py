@@ -79,8 +79,9 @@ async def put(db: Db, frame: Schedule, user_id: UserId) -> Scheduled | None:
     return None if text is None else _scheduled_decoder.decode(text)
 
 
+# A message without words was sent, and its time was over (`edits.FORGET`): nobody schedules one.
 IS_REPEATED = """
-SELECT s.words = $4::jsonb AND s.send_at = $5 FROM scheduled_message s
+SELECT s.words IN ($4::jsonb, '{"content": ""}') AND s.send_at = $5 FROM scheduled_message s
 WHERE s.id = $1 AND s.sender_id = $2 AND s.conversation_id = $3 AND s.status IN ('waiting', 'sent')
 """
 
