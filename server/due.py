@@ -197,8 +197,7 @@ class Due:
         place = self._conversations.pop(conversation_id)
         self._further.pop(conversation_id, None)
         one = place.now
-        if one is None:
-            return
+        assert one is not None  # noqa: S101 - a pass is what ends
         place.now = None
         self._conversations[conversation_id] = place
         for message_id in one.message_ids:

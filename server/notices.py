@@ -101,9 +101,12 @@ class Notices:
                 tick = time.monotonic()
             if looks := self._due.begin(tick):
                 await self._look(looks, PAGE)
-            elif further := self._due.further():
+            # After first pages, too: there may be more of them for as long as the database is slow.
+            if further := self._due.further():
                 await self._look([further], NEXT_PAGE)
-            elif (wait := self._due.wait()) is not None:
+            if looks or further:
+                continue
+            if (wait := self._due.wait()) is not None:
                 await asyncio.sleep(min(wait, TICK_SECONDS))
             else:
                 return

@@ -115,8 +115,8 @@ class Presence:
                     break
                 await asyncio.sleep(FLUSH_SECONDS)
                 await self._record()
-            if self._untold:
-                await self._untold.tell()
+            while self._untold and await self._untold.tell():
+                pass
             await self._redis.delete(self._worker_key + self._worker)
             if is_epoch_over:
                 await self._bury(self._worker)
@@ -162,13 +162,13 @@ class Presence:
         finally:
             if is_new:
                 self._untold.keep(user_id, News(Reason.CHOICE))
-        await self._untold.tell()
+        await self._untold.tell(user_id)
         return is_new
 
     async def announce(self, user_id: UserId) -> None:
         """Tell those who watch a user how they are seen now that their privacy is another."""
         self._untold.keep(user_id, News(Reason.PRIVACY))
-        await self._untold.tell()
+        await self._untold.tell(user_id)
 
     async def expire_statuses(self) -> bool:
         """Take away custom statuses whose time is over, and tell it; return whether there may be more."""
@@ -267,9 +267,10 @@ class Presence:
             if was != states or not before[user_id]:
                 self._untold.keep(user_id, _of_device(states))
 
-    async def _tell_due(self) -> None:
-        await self._untold.tell_due()
+    async def _tell_due(self) -> bool:
+        is_more_due = await self._untold.tell_due()
         await self._end_burials()
+        return is_more_due
 
     async def _announce_all(self, untold: Mapping[UserId, News]) -> None:
         async with self._database.connection() as db:

@@ -59,7 +59,7 @@ class Untold:
         self._waiting: dict[UserId, News] = {}
         self._in_flight: dict[UserId, News] = {}
         self._has_some = asyncio.Event()
-        self._tells: Gather[None, bool] = Gather(self._tell, most=CALLS_AT_ONCE)
+        self._tells: Gather[UserId | None, bool] = Gather(self._tell, most=CALLS_AT_ONCE)
         self._failures = Failures(log, "announcing presence")
 
     def __bool__(self) -> bool:
@@ -75,32 +75,37 @@ class Untold:
         self._waiting[user_id] = news if there is None else news.with_other(there)
         self._has_some.set()
 
-    async def tell(self) -> bool:
-        """Announce all. Return False if that fails: they are due again."""
-        return await self._tells.submit(None)
+    async def tell(self, user_id: UserId | None = None) -> bool:
+        """Announce up to `AT_ONCE` users, this one among them, then those who wait for longest. Return False if that
+        fails: they are due again.
+        """
+        return await self._tells.submit(user_id)
 
-    async def tell_due(self) -> None:
-        """Wait for somebody, and announce all. A job."""
+    async def tell_due(self) -> bool:
+        """Wait for somebody, and announce up to `AT_ONCE`. Return whether as many are due again. A job."""
         await self._has_some.wait()
         if not await self.tell():
             await asyncio.sleep(AGAIN_SECONDS)
+        return len(self._waiting) >= AT_ONCE
 
-    async def _tell(self, calls: list[None]) -> list[bool]:
-        while self._waiting:
-            self._in_flight = dict(islice(self._waiting.items(), AT_ONCE))
-            for user_id in self._in_flight:
-                del self._waiting[user_id]
-            are_told = False
-            try:
-                await self._announce(self._in_flight)
-                are_told = True
-                self._failures.end()
-            except Exception as error:  # noqa: BLE001 - they are announced later
-                self._failures.add(error)
-                return [False] * len(calls)
-            finally:
-                for user_id, news in () if are_told else self._in_flight.items():
-                    self.keep(user_id, news)
-                self._in_flight = {}
-        self._has_some.clear()
-        return [True] * len(calls)
+    async def _tell(self, calls: list[UserId | None]) -> list[bool]:
+        # One announcement, not as many as it takes: this may be the task of a frame, and others are kept meanwhile.
+        first = dict.fromkeys(user_id for user_id in calls if user_id is not None and user_id in self._waiting)
+        rest = islice((user_id for user_id in self._waiting if user_id not in first), AT_ONCE - len(first))
+        self._in_flight = {user_id: self._waiting.pop(user_id) for user_id in [*first, *rest]}
+        if not self._waiting:
+            self._has_some.clear()
+        if not self._in_flight:
+            return [True] * len(calls)
+        are_told = False
+        try:
+            await self._announce(self._in_flight)
+            are_told = True
+            self._failures.end()
+        except Exception as error:  # noqa: BLE001 - they are announced later
+            self._failures.add(error)
+        finally:
+            for user_id, news in () if are_told else self._in_flight.items():
+                self.keep(user_id, news)
+            self._in_flight = {}
+        return [are_told] * len(calls)

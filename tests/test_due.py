@@ -1,15 +1,21 @@
 """Messages whose notifications are due: whose wait for what, and what a page that fails takes with it."""
 
+import asyncio
 import random
+from collections.abc import Callable
+from functools import partial
 
 import pytest
 
 from protocol.ids import ConversationId, MessageId, UserId, uuid7
 from server import due
+from server.database import Db
 from server.drops import Drops
 from server.due import NEXT_PAGE, PAGE, Due
+from server.queries import push
 from server.queries.push import FIRST, Look
 from server.tally import Tally
+from tests.world import World
 
 
 class Desk:
@@ -159,3 +165,41 @@ def test_tally_knows_who_has_most() -> None:
         assert all(tally[one] == counts[one] for one in counts)
         if any(counts.values()):
             assert counts[tally.most()] == max(counts.values())
+
+
+async def test_further_pages_have_their_turn_while_first_pages_are_always_due(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with a slow database: when the first pages of some conversations were asked for, others are due."""
+    notices, desk = world.workers[0].app.notices, Desk()
+    crowd, asked = place(), list[Look]()
+    first = desk.say(crowd, user())
+
+    async def look(looks: list[Look], limit: int) -> None:
+        asked.extend(looks)
+        desk.now += 1.0
+        for one in looks:
+            is_last = one.conversation_id != crowd or len(asked) >= 10
+            desk.due.done(one, None if is_last else UserId(uuid7()), limit=limit, seconds=0.1)
+        if len(asked) < 100:
+            desk.say(place(), user())
+        await asyncio.sleep(0)
+
+    async def is_somebody_there(_: Db) -> bool:
+        return True
+
+    monkeypatch.setattr(push, "is_anybody_there", is_somebody_there)
+    monkeypatch.setattr(desk.due, "begin", partial(_begin, desk, desk.due.begin))
+    monkeypatch.setattr(notices, "_due", desk.due)
+    monkeypatch.setattr(notices, "_look", look)
+    async with asyncio.timeout(5):
+        await notices.push_due()
+    pages = [number for number, one in enumerate(asked) if one.message_ids == tuple(first)]
+    assert pages[:2] == [0, 1], "no further page has a rest"
+    assert len(asked) >= 100
+    assert pages[-1] <= 10
+    assert len(pages) >= 4
+
+
+def _begin(desk: Desk, begin: Callable[[float], list[Look]], _: float) -> list[Look]:
+    return begin(desk.now)

@@ -1,0 +1,62 @@
+"""Announcements of presence: whoever has one made waits for no others than those in it."""
+
+import asyncio
+from collections.abc import Mapping
+
+import pytest
+
+from protocol.ids import UserId, uuid7
+from server import untold
+from server.untold import News, Reason, Untold
+
+
+def user() -> UserId:
+    return UserId(uuid7())
+
+
+class Told:
+    """The announcements that were made. Others are due after each of them, as in a storm of arrivals."""
+
+    def __init__(self) -> None:
+        self.made: list[list[UserId]] = []
+        self.untold = Untold(self._announce)
+        self.is_storm = True
+
+    def keep(self, count: int = 1) -> list[UserId]:
+        ids = [user() for _ in range(count)]
+        for one in ids:
+            self.untold.keep(one, News(Reason.DEVICE))
+        return ids
+
+    async def _announce(self, news: Mapping[UserId, News]) -> None:
+        self.made.append(list(news))
+        if self.is_storm:
+            self.keep()
+        await asyncio.sleep(0)
+
+
+async def test_frame_waits_for_one_announcement_however_many_others_are_due(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(untold, "AT_ONCE", 3)
+    told = Told()
+    others, (mine,) = told.keep(6), told.keep()
+    async with asyncio.timeout(5):
+        assert await told.untold.tell(mine)
+    assert told.made == [[mine, *others[:2]]]
+    # A job announces the others, and asks to be run again as long as there are as many as one announcement takes.
+    assert await told.untold.tell_due()
+    told.is_storm = False
+    assert not await told.untold.tell_due()
+    assert told.made[1] == others[2:5]
+    assert [len(one) for one in told.made] == [3, 3, 3]
+    assert not told.untold
+    assert await told.untold.tell(mine)
+    assert len(told.made) == 3, "nobody is due"
+
+
+async def test_frames_share_an_announcement_which_has_all_of_theirs() -> None:
+    told = Told()
+    theirs = told.keep(4)
+    async with asyncio.timeout(5):
+        assert all(await asyncio.gather(*(told.untold.tell(one) for one in theirs)))
+    assert sorted(one for made in told.made for one in made if one in theirs) == sorted(theirs)
+    assert len(told.made) <= 2
