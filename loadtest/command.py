@@ -20,7 +20,7 @@ from loadtest.run import Moment, Phase, Result, Run, Watch
 from loadtest.scenario import Size
 from loadtest.scenarios import SCENARIOS
 from loadtest.target import OpenChat, Unusable
-from server.arguments import Parser
+from server.arguments import Parser, path
 from server.aside import aside, require_folder
 from server.errors import Fatal
 
@@ -70,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="of the crowd (one per core)")
     parser.add_argument("--find-limit", action="store_true", help="offer more and more until p99 passes --bound")
     parser.add_argument("--bound", type=float, default=250.0, metavar="MS", help="for --find-limit, in ms (250)")
-    parser.add_argument("--report", type=Path, default=Path("load-report"), help="folder for the report (load-report)")
+    parser.add_argument("--report", type=path, default=Path("load-report"), help="folder for the report (load-report)")
     return parser
 
 

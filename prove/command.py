@@ -7,7 +7,6 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Self
 
 import msgspec
@@ -22,7 +21,7 @@ from prove.cluster import Cluster, OwnCluster
 from prove.faults import FAULTS, Fault
 from prove.proxy import Proxy
 from prove.run import Outcome, Proof, Run
-from server.arguments import Parser
+from server.arguments import Parser, path
 from server.aside import aside, require_folder
 from server.errors import Fatal
 
@@ -72,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--url", help="an installation that is there, instead of one of our own")
     parser.add_argument("--database-url", help="its PostgreSQL")
     parser.add_argument("--redis-url", help="its Redis or Valkey")
-    parser.add_argument("--report", type=Path, help="a folder for the report, as JSON and as HTML")
+    parser.add_argument("--report", type=path, help="a folder for the report, as JSON and as HTML")
     return parser
 
 

@@ -22,7 +22,7 @@ from protocol.http import canonical
 from protocol.ids import EVERYONE, ConversationId, MessageId, UserId
 from server import config, database, membership, migrate
 from server.announcement import News, announce
-from server.arguments import Parser
+from server.arguments import Parser, named
 from server.auth import passwords
 from server.context import Events
 from server.database import Db
@@ -90,9 +90,7 @@ def _parser() -> Parser:
     parser = Parser(prog="openchat", description=__doc__)
     common = Parser(add_help=False)
     common.add_argument("--json", action="store_true", help="print JSON, for programs")
-    common.add_argument(
-        "--data-dir", type=config.folder, help="where the embedded database lives, if not in the usual place"
-    )
+    common.add_argument("--data-dir", type=named, help="where the embedded database lives, if not in the usual place")
     who = Parser(add_help=False)
     who.add_argument("user", help="an e-mail address, or an id")
     part = Parser(add_help=False)

@@ -10,12 +10,14 @@ from server.commandbus import CommandBus, connect
 from server.context import Events
 from server.errors import REDIS_LOST, Fatal
 from server.hub import COMPARE_SECONDS, PEOPLE_PARTS, Hub, Record
+from server.presence import has_worker
 from server.terminal import complain
 from server.watchers import Describe
 
 BOUND_SECONDS = COMPARE_SECONDS * PEOPLE_PARTS
 """Max seconds after which a worker that was not told finds out, by comparing clocks."""
 UNTOLD = f"Open sockets see it within {BOUND_SECONDS:.0f} seconds."
+NO_SERVER = "none is at this Redis. If one runs, set REDIS_URL as it has it"
 
 
 class News(NamedTuple):
@@ -26,8 +28,8 @@ class News(NamedTuple):
 
 
 async def announce(redis_url: str | None, installation: str, news: News) -> None:
-    """Publish news to the workers of an installation, or tell the operator why that cannot be and when they find out.
-    `redis_url` is as in Reached.
+    """Publish news to the workers of an installation. Tell the operator if none of them received it, why, and when they
+    find out. `redis_url` is as in Reached.
     """
     if redis_url is None:
         return
@@ -35,12 +37,16 @@ async def announce(redis_url: str | None, installation: str, news: News) -> None
         complain(f"The change is stored, but no server was told: set REDIS_URL as the server has it. {UNTOLD}")
         return
     try:
-        await _publish(redis_url, installation, news)
+        if not await _publish(redis_url, installation, news):
+            complain(f"The change is stored, but no server was told: {NO_SERVER}. {UNTOLD}")
     except (Fatal, ValueError, *REDIS_LOST) as error:
         complain(f"The change is stored, but no server was told: {str(error).rstrip('.')}. {UNTOLD}")
 
 
-async def _publish(redis_url: str, installation: str, news: News) -> None:
+async def _publish(redis_url: str, installation: str, news: News) -> bool:
+    """Publish news. Return whether a worker of the installation is there to receive it. Those who receive a channel
+    would say less: of a user without a connection, there are none.
+    """
     bus = CommandBus(installation)
     # A hub without sockets asks nothing of the database.
     hub = Hub(cast("Record", None), lambda **_: bus, describe=cast("Describe", None))
@@ -51,6 +57,7 @@ async def _publish(redis_url: str, installation: str, news: News) -> None:
         await bus.send(redis)
         if news.account is not None:
             await Attempts(redis, installation, per_account=0, per_address=0).forget(news.account)
+        return await has_worker(redis, installation)
     finally:
         await redis.aclose()
         if isinstance(redis, RedisCluster):

@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from server.errors import Fatal
@@ -25,3 +26,17 @@ class Parser(argparse.ArgumentParser):
         if rest:
             self.error(f"unrecognized arguments: {' '.join(rest)}")
         return found[0], []
+
+
+def named(text: str) -> str:
+    """Return the name of a file or folder. Raises ArgumentTypeError for an empty one, as of a variable that is not set,
+    and for `-`, which elsewhere stands for standard input or output.
+    """
+    if text in {"", "-"}:
+        raise argparse.ArgumentTypeError("give the name of a file or a folder; one that is named `-` is `./-`")
+    return text
+
+
+def path(text: str) -> Path:
+    """Return a file or folder that an argument names, as `named` does."""
+    return Path(named(text))

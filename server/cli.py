@@ -10,7 +10,7 @@ import sys
 from importlib.metadata import version
 
 from server import administration, config, database, log, migrate, upkeep
-from server.arguments import Parser
+from server.arguments import Parser, named
 from server.config import Settings, variable
 from server.embedded.reach import Reached, reached
 from server.epoch import begin_epoch
@@ -138,9 +138,7 @@ def _parser(command: str | None) -> Parser:
         parser.add_argument("--plan", action="store_true", help="only say what would be done")
     else:
         parser.add_argument("--yes", action="store_true", help="really, in the database that it names")
-    parser.add_argument(
-        "--data-dir", type=config.folder, help="where the embedded database lives (the user's state folder)"
-    )
+    parser.add_argument("--data-dir", type=named, help="where the embedded database lives (the user's state folder)")
     return parser
 
 

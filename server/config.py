@@ -136,6 +136,13 @@ class Settings(msgspec.Struct, kw_only=True, frozen=True):
         return Path(platformdirs.user_state_dir("openchat", appauthor=False))
 
     @property
+    def folder_advice(self) -> str:
+        """How to do without this data folder: --data-dir is refused where DATABASE_URL names the database."""
+        if self.database_url:
+            return "choose another one by OPENCHAT_DATA_DIR, or set REDIS_URL to do without one"
+        return "choose another one by --data-dir"
+
+    @property
     def limits(self) -> Limits:
         """What `ready` tells clients to keep to."""
         return Limits(
@@ -196,9 +203,12 @@ def read(**overrides: object) -> Settings:
         _require_known(name)
     if overrides.get("data_dir") is not None and os.environ.get(variable("database_url")):
         raise Fatal(BOTH)
-    given: dict[str, object] = {field: os.environ[variable(field)] for field in FIELDS if variable(field) in os.environ}
-    given |= {field: value for field, value in overrides.items() if value is not None}
-    for field, value in given.items():
+    stored: dict[str, object] = {
+        field: os.environ[variable(field)] for field in FIELDS if variable(field) in os.environ
+    }
+    given = {field: value for field, value in overrides.items() if value is not None}
+    # A variable that an argument overrides today may count tomorrow.
+    for field, value in (*stored.items(), *given.items()):
         try:
             one = msgspec.convert({field: value}, Settings, strict=False)
             is_understood = FORMS[field](one) if field in FORMS else True
@@ -208,7 +218,7 @@ def read(**overrides: object) -> Settings:
             is_understood = False
         if not is_understood:
             raise Fatal(_not_allowed(field, str(value)))
-    return msgspec.convert(given, Settings, strict=False)
+    return msgspec.convert(stored | given, Settings, strict=False)
 
 
 def without_password(url: str) -> str:
@@ -219,13 +229,6 @@ def without_password(url: str) -> str:
     netloc = f"{user.partition(':')[0]}{has_user}{place}"
     query = urlencode(options, safe="/")
     return f"{parts.scheme}://{netloc}{parts.path}{query and '?'}{query}"
-
-
-def folder(text: str) -> str:
-    """Return a folder that an argument names. Raises ValueError for an empty one, as of a variable that is not set."""
-    if not text:
-        raise ValueError(text)
-    return text
 
 
 def _names() -> list[str]:
@@ -268,7 +271,7 @@ SECRET = {"database_url", "redis_url"}
 TEXTS = {
     "host": "an address or a name of this machine",
     "data_dir": "a folder",
-    "database_url": "empty, or a URL that begins with postgresql://",
+    "database_url": "empty, or a URL that begins with postgresql:// or postgres://",
     "redis_url": "empty, or a URL that begins with redis://, rediss:// or unix://",
     "origins": "origins such as https://chat.example.org, separated by commas",
     "search_language": "a text search configuration of PostgreSQL",

@@ -51,6 +51,15 @@ WORKER = "openchat:worker:"
 USER = "openchat:presence:"
 
 
+async def has_worker(redis: Redis | RedisCluster, installation: str) -> bool:
+    """Whether a worker of an installation gives signs of life. Raises what REDIS_LOST names."""
+    members = await redis.smembers(f"{WORKERS}{installation}")
+    for member in members:
+        if await redis.exists(f"{WORKER}{installation}:{_text(member)}"):
+            return True
+    return False
+
+
 class Presence:
     """The users at this worker, and what is known of the others."""
 

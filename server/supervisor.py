@@ -183,7 +183,7 @@ class Supervisor:
         for package in own:
             installed(package)
         if own:
-            self._folder = DataFolder(settings.data_path)
+            self._folder = DataFolder(settings.data_path, advice=settings.folder_advice)
         if self._folder is not None and not settings.database_url:
             each = settings.database_connections + SENDING_CONNECTIONS
             connections = settings.worker_count * each + SPARE_DATABASE_CONNECTIONS

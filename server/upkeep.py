@@ -12,7 +12,7 @@ import msgspec
 
 from protocol.ids import MessageId
 from server import administration, checking, config, database, migrate, reindexing
-from server.arguments import Parser
+from server.arguments import Parser, named, path
 from server.aside import aside
 from server.database import Db
 from server.embedded.reach import reached
@@ -48,9 +48,7 @@ def main(arguments: list[str]) -> int:
 def _parser() -> Parser:
     parser = Parser(prog="openchat", description=__doc__)
     common = Parser(add_help=False)
-    common.add_argument(
-        "--data-dir", type=config.folder, help="where the embedded database lives, if not in the usual place"
-    )
+    common.add_argument("--data-dir", type=named, help="where the embedded database lives, if not in the usual place")
     json = Parser(add_help=False)
     json.add_argument("--json", action="store_true", help="print JSON, for programs")
     top = parser.add_subparsers(required=True, metavar="command")
@@ -65,11 +63,11 @@ def _parser() -> Parser:
     command("why", why, json).add_argument("message", type=UUID, help="an id")
     command("reindex", reindex)
     exported = command("export", export)
-    exported.add_argument("file", nargs="?", type=Path, help="where to write it; standard output if left out")
+    exported.add_argument("file", nargs="?", type=_output, help="where to write it; `-` or nothing is standard output")
     exported.add_argument("--user", help="only what is stored about a user: an e-mail address, or an id")
     imported = command("import", import_all)
     imported.add_argument("format", choices=("openchat", *FOREIGN), help="what wrote it")
-    imported.add_argument("path", type=Path, help="a file, or for Slack a folder or a zip file")
+    imported.add_argument("path", type=path, help="a file, or for Slack a folder or a zip file")
     imported.add_argument(
         "--source", metavar="NAME",
         help="which server or workspace of Slack or Mattermost it was: the same name in each import from there",
@@ -79,6 +77,11 @@ def _parser() -> Parser:
         help="who has the same, unverified address is the same person: the code under the list; or `none` of them is",
     )  # fmt: skip
     return parser
+
+
+def _output(text: str) -> Path | None:
+    """Return a file to write, or None for standard output."""
+    return None if text == "-" else path(text)
 
 
 async def _run(url: str, language: str, options: argparse.Namespace) -> int:
@@ -102,11 +105,12 @@ async def check(db: Db, options: argparse.Namespace) -> int:
     lines = []
     async for line in checking.run(db, begins=progress.begins, grace=options.grace):
         lines.append(line)
-        state = "skipped: may not make roles" if line.found is None else "ok" if line.is_good else "WRONG"
+        state = "skipped: needs CREATEROLE" if line.found is None else "ok" if line.is_good else "WRONG"
         progress.line(f"{line.name:<74} {line.seconds:>7.1f} s  {state}")
         if line.found is not None and line.found.number:
             progress.line(f"  {line.found.number:,}: {', '.join(line.found.some)}")
     wrong = sum(not line.is_good for line in lines)
+    skipped = sum(line.found is None for line in lines)
     if options.json:
         rows = [
             {"check": line.name, "seconds": round(line.seconds, 3), "is_good": line.is_good,
@@ -116,7 +120,8 @@ async def check(db: Db, options: argparse.Namespace) -> int:
         say_json(msgspec.json.encode(rows).decode() + "\n")
     else:
         seconds = sum(line.seconds for line in lines)
-        progress.line(f"{len(lines)} checks in {seconds:.1f} s: {f'{wrong} WRONG' if wrong else 'all is well'}.")
+        checks = f"{len(lines) - skipped} checks{f', {skipped} skipped,' if skipped else ''} in {seconds:.1f} s"
+        progress.line(f"{checks}: {f'{wrong} WRONG' if wrong else 'all is well'}.")
     return 1 if wrong else 0
 
 
@@ -205,7 +210,7 @@ async def import_all(db: Db, options: argparse.Namespace) -> int:
     except Unnamed as unnamed:
         raise Fatal(f"{plain(str(unnamed))} Nothing was brought in.") from None
     except Unconfirmed as unconfirmed:
-        raise Fatal(_ask(unconfirmed)) from None
+        raise Fatal(_ask(unconfirmed, options.match_accounts)) from None
     except NOT_UNDERSTOOD as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise Fatal(f"{options.path} is not understood: {plain(reason)}. Nothing was brought in.") from error
@@ -232,13 +237,14 @@ def _reading(path: Path) -> Iterator[None]:
         raise Fatal(f"{path} cannot be read: {error.strerror or error}. Nothing was brought in.") from None
 
 
-def _ask(unconfirmed: Unconfirmed) -> str:
-    """Print who would become whom, and return what to do about it."""
+def _ask(unconfirmed: Unconfirmed, given: str | None) -> str:
+    """Print who would become whom, and return what to do about it. `given` is a code that confirms something else."""
     for person, account in unconfirmed.matches:
         complain(f"{person.name} ({person.key}) = {account.name}, {account.email} ({account.id})")
     code = archive.confirmation(unconfirmed.matches)
+    refused = "" if given is None else f"`--match-accounts {given}` is not the code of this list: "
     return (
-        "these accounts have the addresses of people in the export, and nobody has verified that the addresses are "
-        "theirs. Nothing was brought in. If each of them is the same person, who gets that person's conversations, say "
-        f"--match-accounts {code}; to keep all of them apart, say --match-accounts {archive.OTHERS}."
+        f"{refused}these accounts have the addresses of people in the export, and nobody has verified that the "
+        "addresses are theirs. Nothing was brought in. If each of them is the same person, who gets that person's "
+        f"conversations, say --match-accounts {code}; to keep all of them apart, say --match-accounts {archive.OTHERS}."
     )

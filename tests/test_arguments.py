@@ -149,8 +149,7 @@ def test_folder_beside_the_url_of_a_database_begins_nothing(
         (["chekc"], "`chekc` is not a command. Give the command first, then its options."),
         (["--data-dir", "folder", "chekc"], "`chekc` is not a command. Give the command first, then its options."),
         (["--data-dir", "check"], "`--data-dir check` names a folder. Write `--data-dir ./check`, or give the folder."),
-        (["--data-dir", "", "erase", "ada"], "argument --data-dir: invalid folder value: ''"),
-        (["erase", "ada", "--data-dir="], "argument --data-dir: invalid folder value: ''"),
+        (["export", ""], "argument file: give the name of a file or a folder; one that is named `-` is `./-`"),
         (["new-epoch", "--plan"], "`openchat new-epoch` has no option --plan."),
         (["--port", "0", "migrate", "--plan"], "`openchat migrate` has no option --port."),
         (["--plan"], "`openchat` has no option --plan."),
@@ -179,6 +178,24 @@ def test_arguments_that_cannot_be_meant_begin_nothing(
     assert (status, began) == (1, [])
     assert line.startswith("openchat: ")
     assert said in line
+
+
+def test_no_argument_names_a_file_or_folder_by_a_dash_or_nothing(
+    began: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`-` is standard output where a command prints, and no name elsewhere: a file `-` would be there by mistake."""
+    for name in ("", "-"):
+        for line in [one for one in LINES if one[:1] not in (["load"], ["prove"])]:
+            status, nothing, said = outcome([*line, "--data-dir", name], began, capsys)
+            assert (status, nothing) == (1, []), line
+            assert "argument --data-dir: give the name of a file or a folder" in said, line
+        assert "argument path: give the name of" in outcome(["import", "slack", name], began, capsys)[2]
+        for module in (load, prove):
+            assert status_of(functools.partial(module.main, ["--report", name])) == 1
+            assert "argument --report: give the name of" in capsys.readouterr().err
+    for line in (["export"], ["export", "--user", "ada"]):
+        status, began_with, _ = outcome([*line, "-"], began, capsys)
+        assert (status, began_with) == outcome(line, began, capsys)[:2], line
 
 
 @pytest.mark.parametrize("module", [load, prove])

@@ -1,6 +1,7 @@
 """Commands of the operator reach open sockets by the bus: nothing here waits for a worker to compare clocks."""
 
 import argparse
+import asyncio
 import json
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
@@ -8,11 +9,13 @@ from typing import TypeAlias
 
 import asyncpg
 import pytest
+from redis.asyncio import Redis
 
 from protocol import server
 from protocol.errors import CloseCode
 from prove.client import Client
 from server import administration, announcement, epoch, hub
+from server.presence import WORKER
 from tests.test_administration import Shell, shell
 from tests.test_credentials import administer
 from tests.world import Worker, World, http_client
@@ -115,6 +118,23 @@ async def test_command_says_that_no_server_was_told_and_until_when(
     assert "no server was told" in err
     assert reason in err
     assert f"within {announcement.BOUND_SECONDS:.0f} seconds" in err
+
+
+@pytest.mark.parametrize("command", CHANGES)
+async def test_command_says_that_the_redis_it_told_has_no_server(shell: Shell, command: str) -> None:
+    """As with the Redis of another installation: whoever is connected there has other channels."""
+    who = await shell.world.user("Ada")
+    subject = str(who.id)
+    if command.startswith("conversation"):
+        subject = str(await shell.world.channel(await shell.world.connect(who)))
+    await asyncio.gather(*(worker.stop() for worker in shell.world.workers))
+    shell.world.workers.clear()
+    redis = Redis.from_url(shell.world.settings.redis_url)
+    for key in await redis.keys(f"{WORKER}*"):  # the signs of the other workers of this test go out in a few seconds
+        await redis.delete(key)
+    await redis.aclose()
+    _, err = await shell.both(*command.split(), subject)
+    assert f"no server was told: {announcement.NO_SERVER}. Open sockets see it within" in err
 
 
 async def test_reset_password_forgets_failed_logins(shell: Shell) -> None:

@@ -15,12 +15,14 @@ from pathlib import Path
 import asyncpg
 import pytest
 
+from server.config import Settings
 from server.embedded import logfile, workdir
 from server.embedded.folder import DataFolder, _unprivileged, installed
 from server.embedded.logfile import LogFile
 from server.embedded.postgres import Postgres
 from server.embedded.valkey import Valkey
 from server.errors import Fatal
+from server.supervisor import Supervisor
 from tests.conftest import Servers, scratch
 from tests.test_command import Program, folder, program
 from tests.world import until
@@ -292,3 +294,25 @@ def test_without_a_user_of_its_own_and_a_way_to_make_one_it_says_what_to_do(monk
     with pytest.raises(Fatal, match="useradd --system") as raised:
         _unprivileged()
     assert "\n" not in str(raised.value)
+
+
+def test_data_folder_that_cannot_be_had_is_refused_with_what_the_server_takes(folder: Path) -> None:
+    """`--data-dir` beside a DATABASE_URL would be refused."""
+    folder.chmod(0o755)
+    path, file = folder / "data", folder / "file"
+    file.touch()
+    held = DataFolder(path)
+    try:
+        for taken, reason in ((path, "another openchat runs"), (file, "cannot be written")):
+            for url, advice in (
+                (
+                    "postgresql://db/chat",
+                    "by OPENCHAT_DATA_DIR, or set REDIS_URL to do without one.",
+                ),
+                ("", "by --data-dir."),
+            ):
+                with pytest.raises(Fatal, match=reason) as caught:
+                    Supervisor(Settings(data_dir=str(taken), database_url=url))._with_servers()  # noqa: SLF001
+                assert str(caught.value).endswith(advice)
+    finally:
+        held.release()

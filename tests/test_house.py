@@ -150,7 +150,13 @@ def test_the_protocol_imports_nothing_of_the_server(path: Path) -> None:
 
 @pytest.mark.parametrize("path", sorted((ROOT / "loadtest").rglob("*.py")), ids=lambda path: path.stem)
 def test_the_crowd_speaks_only_the_protocol_and_writes_files_as_the_server_does(path: Path) -> None:
-    files = {"server.aside.aside", "server.aside.require_folder", "server.errors.Fatal", "server.arguments.Parser"}
+    files = {
+        "server.aside.aside",
+        "server.aside.require_folder",
+        "server.errors.Fatal",
+        "server.arguments.Parser",
+        "server.arguments.path",
+    }
     assert [what for _, what in imported(path) if not what.startswith("protocol") and what not in files] == []
 
 

@@ -67,7 +67,11 @@ async def test_an_operator_confirms_the_list_that_was_shown(shell: Shell, world:
     path = str(SAMPLES / "slack")
     ada = await with_address(world, "Ada", "ada@example.org")
     code = re.findall(r"--match-accounts ([0-9a-f]{12})", await shell.run("import", "slack", path, status=1))[0]
-    assert "Nothing was brought in" in await shell.run("import", "slack", path, "--match-accounts", "0" * 12, status=1)
+    for wrong in ("0" * 12, "bad", ""):
+        said = await shell.run("import", "slack", path, "--match-accounts", wrong, status=1)
+        assert f"`--match-accounts {wrong}` is not the code of this list: " in said
+        assert "Nothing was brought in" in said
+    assert "is not the code" not in await shell.run("import", "slack", path, status=1)
     # Somebody takes another address meanwhile: they are not on the list that was confirmed.
     mallory = await with_address(world, "Mallory", "charles@example.org")
     refused = await shell.run("import", "slack", path, "--match-accounts", code, status=1)
@@ -105,7 +109,7 @@ async def test_another_account_with_the_same_address_is_not_the_one_that_was_con
     mallory = await with_address(world, "Ada", "ada@example.org")
     refused = await shell.run("import", "slack", path, "--match-accounts", code, status=1)
     assert f"ada@example.org ({mallory.id})" in refused
-    assert code not in refused
+    assert f"say --match-accounts {code}" not in refused
     assert await world.db.fetchval("SELECT count(*) FROM conversation") == 0
 
 

@@ -77,6 +77,31 @@ def test_numbers_beyond_their_bounds_are_refused_with_the_bounds(name: str, monk
         assert str(most) in said
 
 
+@pytest.mark.parametrize(("name", "good"), [("host", "::1"), ("port", 8099), ("workers", 1), ("data_dir", "/x")])
+def test_value_that_an_argument_overrides_is_refused_too(
+    name: str, good: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for value in WRONG.get(name, ["-1", "99999"]):
+        monkeypatch.setenv(variable(name), value)
+        with pytest.raises(Fatal, match=f"^{variable(name)} must be "):
+            config.read(**{name: good})
+    monkeypatch.setenv(variable(name), "7")
+    assert getattr(config.read(**{name: good}), name) == good
+
+
+def test_what_is_said_of_a_url_names_every_scheme_that_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in config.SECRET:
+        taken = [f"{one}://" for one in ("postgresql", "postgres", "redis", "rediss", "unix", "mysql", "http")]
+        for scheme in taken:
+            monkeypatch.setenv(variable(name), f"{scheme}ada/chat")
+            said = re.findall(r"[a-z]+://", allowed(name))
+            if scheme in said:
+                config.read()
+            else:
+                assert "must be" in refusal(monkeypatch, variable(name), f"{scheme}ada/chat")
+        monkeypatch.delenv(variable(name), raising=False)
+
+
 @pytest.mark.parametrize("name", [name for name in FIELDS if name not in NUMBERS])
 def test_other_values_are_refused_with_what_is_allowed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for value in WRONG.get(name, ["", "perhaps", "2", "True ", "on;"]):

@@ -19,7 +19,7 @@ from protocol.payloads import Poll
 from prove.truth import recount
 from server import migrate
 from server.epoch import epoch_id
-from server.queries import exports
+from server.queries import checks, exports
 from server.queries.checks import CHECKS
 from tests.conftest import Servers
 from tests.test_administration import Shell
@@ -74,7 +74,9 @@ async def busy(room: Room, world: World) -> MessageId:
     return root
 
 
-async def test_everything_is_well_and_each_thing_that_is_not_is_found(shell: Shell, room: Room, world: World) -> None:
+async def test_everything_is_well_and_each_thing_that_is_not_is_found(
+    shell: Shell, room: Room, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
     root = await busy(room, world)
     lines = await shell.json("check")
     assert len(lines) == len(CHECKS) + 1
@@ -83,6 +85,12 @@ async def test_everything_is_well_and_each_thing_that_is_not_is_found(shell: She
     printed = await shell.run("check")
     assert "all is well" in printed
     assert printed.count(" ok\n") == len(lines)
+    assert f"\n{len(lines)} checks in " in printed
+    with monkeypatch.context() as patch:
+        patch.setattr(checks, "MAY_MAKE_ROLES", "SELECT false")
+        printed = await shell.run("check")
+    assert re.search(rf"\n{len(lines) - 1} checks, 1 skipped, in [0-9.]+ s: all is well\.", printed)
+    assert "skipped: needs CREATEROLE\n" in printed
     # Workers see to some of what follows by themselves.
     await asyncio.gather(*(worker.stop() for worker in world.workers))
     world.workers.clear()

@@ -36,8 +36,8 @@ SHARED_BINARIES = Path("/var/cache/openchat")
 class Held(Fatal):
     """Another process has the data folder. `run` is where its servers listen."""
 
-    def __init__(self, path: Path, run: Path) -> None:
-        super().__init__(f"another openchat runs with the data folder {path}; stop it or choose another --data-dir.")
+    def __init__(self, path: Path, run: Path, advice: str) -> None:
+        super().__init__(f"another openchat runs with the data folder {path}; stop it, or {advice}.")
         self.run = run
 
 
@@ -52,9 +52,12 @@ class Owner(NamedTuple):
 class DataFolder:
     """A data folder that this process holds, alone, until it ends."""
 
-    def __init__(self, path: Path) -> None:
-        """Make and lock the folder. Raises Fatal if it cannot be written, Held if another process has it."""
+    def __init__(self, path: Path, *, advice: str = "choose another one by --data-dir") -> None:
+        """Make and lock the folder. `advice` says how to do without it. Raises Fatal if it cannot be written, Held if
+        another process has it.
+        """
         self.path = path
+        self._advice = advice
         self.owner = _unprivileged() if os.geteuid() == 0 else None
         try:
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -63,14 +66,12 @@ class DataFolder:
                 path.chmod(0o700)
             self._lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         except OSError as error:
-            raise Fatal(
-                f"the data folder {path} cannot be written ({error.strerror}); choose one by --data-dir."
-            ) from None
+            raise Fatal(f"the data folder {path} cannot be written ({error.strerror}); {advice}.") from None
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(self._lock)
-            raise Held(path, run_folder(path)) from None
+            raise Held(path, run_folder(path), advice) from None
         self._here = os.open(path.resolve(), FOLDER)
         self.run = run_folder(path)
         self.run.mkdir(mode=0o700, exist_ok=True)
@@ -208,7 +209,7 @@ class DataFolder:
         if not self._reaches(self.run):
             raise Fatal(
                 f"PostgreSQL refuses to run as root, and the user {self.owner.name}, who runs it instead, "
-                f"cannot reach {self.path}; choose a --data-dir outside closed folders."
+                f"cannot reach {self.path}; open the folders above it, or {self._advice}."
             )
 
     def _reaches(self, path: Path) -> bool:

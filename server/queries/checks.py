@@ -168,7 +168,7 @@ CHECKS = (
                 AND b.to_user_id = r.to_user_id) OR (b.from_user_id = r.to_user_id AND b.to_user_id = r.from_user_id))
         WHERE r.type = 'friend' AND r.status = 'accepted'
     """),
-    Check("deleted messages have no words left", """
+    Check("the rows of deleted messages are empty", """
         SELECT m.id FROM message m WHERE m.is_deleted AND (m.content <> '' OR m.formatted_content IS NOT NULL
             OR m.payload IS NOT NULL OR m.metadata IS NOT NULL OR m.mentions <> '{}' OR m.hashtags <> '{}'
             OR m.reactions <> '{}' OR m.is_pinned OR m.link_preview IS NOT NULL OR m.deleted_at IS NULL)
