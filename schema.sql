@@ -163,7 +163,7 @@ CREATE TABLE conversation (
     -- The last entry of its audit log that was deleted for its age: the next one goes on from there.
     audit_number bigint NOT NULL DEFAULT 0,
     audit_hash bytea NOT NULL DEFAULT '',
-    -- Deleted, perhaps with drafts that no query shows. A job empties those (server/queries/remains.py).
+    -- Over, perhaps with drafts and invitations that no query shows. A job ends those (server/queries/remains.py).
     has_remains boolean NOT NULL DEFAULT false,
     CONSTRAINT conversation_direct_pair_key UNIQUE (direct_low, direct_high),
     CONSTRAINT conversation_direct_has_pair
@@ -251,6 +251,10 @@ CREATE INDEX participant_left_version_idx ON conversation_participant (conversat
 -- Invitations that nobody has answered, by who has them and by who sent them.
 CREATE INDEX participant_invited_idx ON conversation_participant (user_id) WHERE status = 'invited';
 CREATE INDEX participant_invited_by_idx ON conversation_participant (invited_by) WHERE status = 'invited';
+-- By the conversation, when it is over: by an expression, so that no other statement is planned along it.
+CREATE INDEX participant_invited_to_idx ON conversation_participant
+    ((CASE WHEN status = 'invited' THEN conversation_id END))
+    WHERE (CASE WHEN status = 'invited' THEN conversation_id END) IS NOT NULL;
 -- Who follows an owner that leaves. By an expression, so that no other statement is planned along it: with the status as
 -- a column, or as a condition, one made for a small table would walk all of the index.
 CREATE INDEX participant_heir_idx ON conversation_participant

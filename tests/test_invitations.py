@@ -72,6 +72,8 @@ async def test_the_invitations_that_one_was_told_of_are_those_that_there_are(wor
         "declined": lambda about: phone.call(client.Decline(conversation_id=about)),
         "taken back": lambda about: drop(about, charles.id, ban=False),
         "banned": lambda about: drop(about, charles.id, ban=True),
+        "deleted": lambda about: owner.call(client.DeleteConversation(conversation_id=about)),
+        "left by all": lambda about: owner.call(client.Leave(conversation_id=about)),
         "none": lambda _: owner.call(client.Ping()),
     }
     places = {name: await world.channel(owner, title=name) for name in ends}
@@ -91,18 +93,31 @@ async def test_the_invitations_that_one_was_told_of_are_those_that_there_are(wor
         await end(places[name])
         there = (await phone.call(client.ListInvitations(), server.InvitationList)).invitations
         assert {names[one.conversation_id] for one in there} == {"none"}, name
+        # A job ends the invitations to what is over: devices are told soon, and who resumes then in the answer.
+        await until(lambda: told(*desk.events) == {"none"})
         async with Client(world.url, charles.token, query="?resume=1") as back:
             await back.call(client.Resume(epoch=desk.ready.epoch, versions={}, user_version=version), server.Resumed)
             assert told(*before, *back.events) == {"none"}, name
-        await until(lambda: told(*desk.events) == {"none"})
-    # No event tells when the conversation itself ends, as docs/clients.md says: `join` does, and the list.
-    for kind in (client.DeleteConversation, client.Leave):
-        about = await world.channel(owner, title=kind.__name__)
-        await owner.call(client.Invite(conversation_id=about, participants=[charles.id]))
-        await owner.call(kind(conversation_id=about))
+        if name in {"deleted", "left by all"}:
+            with refused(ErrorCode.NOT_FOUND, "conversation_id"):
+                await phone.call(client.Join(conversation_id=places[name]))
+    assert await world.db.fetchval("SELECT count(*) FROM conversation WHERE has_remains") == 0
+    # Whoever was told of the invitation, and resumes before the job, is told by it.
+    about = await world.channel(owner, title="Held")
+    names[about] = "held"
+    await owner.call(client.Invite(conversation_id=about, participants=[charles.id]))
+    await until(lambda: told(*desk.events) == {"none", "held"})
+    version = max(event.user_version for event in desk.events if isinstance(event, server.Invited))
+    async with world.db.transaction():
+        await world.db.execute("""SELECT FROM "user" WHERE id = $1 FOR NO KEY UPDATE""", charles.id)
+        await owner.call(client.DeleteConversation(conversation_id=about))
+        before = list(desk.events)
         assert len((await phone.call(client.ListInvitations(), server.InvitationList)).invitations) == 1
-        with refused(ErrorCode.NOT_FOUND, "conversation_id"):
-            await phone.call(client.Join(conversation_id=about))
+    async with Client(world.url, charles.token, query="?resume=1") as back:
+        await back.call(client.Resume(epoch=desk.ready.epoch, versions={}, user_version=version), server.Resumed)
+        await until(lambda: told(*before, *back.events) == {"none"})
+    await until(lambda: told(*desk.events) == {"none"})
+    assert await recount(world.db) == []
 
 
 async def test_an_invitation_gives_no_more_than_whoever_sent_it_may_give_when_it_is_followed(world: World) -> None:

@@ -257,7 +257,7 @@ async def test_drafts_in_a_deleted_conversation_are_emptied_in_portions_and_show
                 pass
             locked, free = await crowd.largest()
             # The row of the user, and the draft.
-            assert (locked, free <= 2 * remains.DRAFTS_AT_ONCE) == (0, True), (locked, free)
+            assert (locked, free <= 2 * remains.USERS_AT_ONCE) == (0, True), (locked, free)
             assert await crowd.db.fetchval(WRITTEN) == 3
     finally:
         await holder.close()

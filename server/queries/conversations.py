@@ -381,7 +381,7 @@ RETURNING conversation_json(c)
 async def delete(db: Db, conversation_id: ConversationId) -> Conversation:
     """End a conversation for everyone; return what is left of it. Under the lock of `lock_all_out`.
 
-    Drafts are left to `remains`: all participants may have one.
+    Drafts and invitations are left to `remains`: all participants may have one, and a crowd may be invited.
     """
     return _conversation_decoder.decode(await db.fetchval(DELETE, conversation_id))
 

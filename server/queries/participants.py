@@ -192,10 +192,33 @@ async def invitations(db: Db, user_id: UserId) -> list[Invitation]:
     return _invitations_decoder.every(await db.fetchval(INVITATIONS, user_id))
 
 
+# A crowd may be invited, so `remains` calls this after the conversation has ended, under no lock but those of the
+# users.
+END_INVITATIONS = """
+WITH touched AS (
+    UPDATE "user" u SET version = u.version + 1, own_moves = u.own_moves + 1 FROM (
+        SELECT o.id FROM conversation_participant p JOIN "user" o ON o.id = p.user_id
+        WHERE CASE WHEN p.status = 'invited' THEN p.conversation_id END = $1
+        LIMIT $2 FOR NO KEY UPDATE OF o SKIP LOCKED
+    ) t WHERE u.id = t.id RETURNING u.id, u.version
+)
+UPDATE conversation_participant p SET status = 'removed', left_version = gone_version(p), user_version = t.version
+FROM touched t WHERE p.user_id = t.id AND p.conversation_id = $1 AND (p.status = 'invited') IS TRUE
+RETURNING p.user_id
+"""
+
+
+async def end_invitations(db: Db, conversation_id: ConversationId, *, limit: int) -> list[UserId]:
+    """End up to `limit` invitations to a conversation that has ended; return whose. Skip users who are held."""
+    return [UserId(row[0]) for row in await db.fetch(END_INVITATIONS, conversation_id, limit)]
+
+
+# Whoever is still invited when nobody is left is told by `remains`.
 CHANGE = """
 WITH bumped AS (
     UPDATE conversation SET version = version + 1, access_version = version + 1,
-        participant_count = participant_count - $5, is_active = participant_count > $5
+        participant_count = participant_count - $5, is_active = participant_count > $5,
+        has_remains = has_remains OR participant_count <= $5
     WHERE id = $1 RETURNING version, participant_count
 )
 UPDATE conversation_participant p SET role = $3, status = $4, version = b.version,

@@ -1,17 +1,18 @@
-"""What is left of what was deleted: reactions and votes of messages, and drafts in conversations. No query shows them;
-a job deletes reactions and votes, and empties drafts, under no lock of a conversation.
+"""What is left of what was deleted: reactions and votes of messages, drafts in conversations, and invitations to them.
+No query shows them. A job deletes reactions and votes, empties drafts and ends invitations, under no lock of a
+conversation. Conversations that everybody has left are over, too.
 """
 
 from typing import NamedTuple
 
 from protocol.ids import ConversationId, MessageId, UserId
 from server.database import Db
-from server.queries import drafts
+from server.queries import drafts, participants
 
 AT_ONCE = 500
 """Max reactions, and max votes, that one statement deletes."""
-DRAFTS_AT_ONCE = 100
-"""Max drafts that one statement empties, and users whom it locks."""
+USERS_AT_ONCE = 100
+"""Max drafts that one statement empties, or invitations that it ends, and users whom it locks."""
 
 # A message that is deleted gets no more of them, so none is added meanwhile.
 DUE = "SELECT m.id FROM message m WHERE m.has_remains ORDER BY m.id LIMIT $1"
@@ -54,31 +55,36 @@ async def clear(db: Db) -> bool:
 
 
 DELETED = "SELECT c.id FROM conversation c WHERE c.has_remains ORDER BY c.id LIMIT $1"
-# Nobody writes a draft in a conversation that was deleted, so none is added meanwhile.
+# Nobody writes a draft in a conversation that is over, or invites to it, so none is added meanwhile.
 EMPTIED = """
 UPDATE conversation c SET has_remains = false FROM (
     SELECT o.id FROM conversation o WHERE o.id = ANY($1) FOR NO KEY UPDATE SKIP LOCKED
 ) free
 WHERE c.id = free.id
     AND NOT EXISTS (SELECT FROM draft d WHERE d.conversation_id = c.id AND d.content <> '' OFFSET 0)
+    AND NOT EXISTS (
+        SELECT FROM conversation_participant p WHERE CASE WHEN p.status = 'invited' THEN p.conversation_id END = c.id
+        OFFSET 0
+    )
 RETURNING c.id
 """
 
 
 class Emptied(NamedTuple):
-    """Whose drafts were emptied, and whether there may be more that can be."""
+    """Whose drafts were emptied or invitations ended, and whether there may be more that can be."""
 
     user_ids: list[UserId]
     is_more_due: bool
 
 
 async def empty(db: Db) -> Emptied:
-    """Empty some of the drafts in conversations that were deleted."""
+    """Empty some of the drafts in conversations that are over, and end some of the invitations to them."""
     due = [ConversationId(row[0]) for row in await db.fetch(DELETED, AT_ONCE)]
     emptied: list[UserId] = []
     for conversation_id in due:
-        emptied += await drafts.empty_some(db, conversation_id, limit=DRAFTS_AT_ONCE)
-        if len(emptied) >= DRAFTS_AT_ONCE:
+        emptied += await drafts.empty_some(db, conversation_id, limit=USERS_AT_ONCE)
+        emptied += await participants.end_invitations(db, conversation_id, limit=USERS_AT_ONCE)
+        if len(emptied) >= USERS_AT_ONCE:
             break
     done = len(await db.fetch(EMPTIED, due)) if due else 0
     # Nothing was done if all users are held: they have their turn in a later run.
