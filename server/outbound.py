@@ -18,6 +18,7 @@ import httpx
 from server.resolver import Resolver
 
 TOTAL_SECONDS = 5.0
+TIMEOUT = httpx.Timeout(TOTAL_SECONDS).as_dict()
 MAX_REDIRECTS = 3
 REDIRECTS = frozenset({301, 302, 303, 307, 308})
 PORTS = {"http": 80, "https": 443}
@@ -47,15 +48,15 @@ class Outbound:
         self._resolver = Resolver()
 
     @cached_property
-    def _http(self) -> httpx.AsyncClient:
-        # Made when it is first needed: it reads all certificates of the web's authorities.
-        transport = _Transport(httpx.create_ssl_context(trust_env=False))
-        return httpx.AsyncClient(transport=transport, trust_env=False, timeout=TOTAL_SECONDS, follow_redirects=False)
+    def _transport(self) -> "_Transport":
+        # Made when it is first needed: it reads all certificates of the web's authorities. No client around it: one
+        # keeps the cookies of every answer for ever.
+        return _Transport(httpx.create_ssl_context(trust_env=False))
 
     async def close(self) -> None:
         """Let go of all connections."""
-        if "_http" in self.__dict__:
-            await self._http.aclose()
+        if "_transport" in self.__dict__:
+            await self._transport.aclose()
 
     async def get(self, url: str, *, most: int) -> Answer:
         """Return up to `most` bytes of what is at an address, after a few redirects, each looked at anew. All of that
@@ -90,14 +91,14 @@ class Outbound:
             # Not under the time-out: after it, this may have to wait for the look-up's thread to end.
             address = await self._resolve(parts.hostname, until)
             async with asyncio.timeout_at(until):
-                request = self._http.build_request(
+                request = httpx.Request(
                     method,
                     httpx.URL(url, host=address, port=port),
                     headers={"host": parts.netloc, "accept-encoding": "identity", "user-agent": "OpenChat"} | headers,
                     content=body,
-                    extensions={"sni_hostname": parts.hostname},
+                    extensions={"sni_hostname": parts.hostname, "timeout": TIMEOUT},
                 )
-                response = await self._http.send(request, stream=True)
+                response = await self._transport.handle_async_request(request)
                 try:
                     return Answer(response.status_code, response.headers, await _read(response, most), url)
                 finally:

@@ -1,6 +1,7 @@
 """What the server asks of addresses that users name: nothing near, nothing for long, nothing much; link previews."""
 
 import asyncio
+import gc
 import ipaddress
 import socket
 import subprocess
@@ -104,7 +105,7 @@ async def test_nothing_near_is_asked(careful: Outbound, url: str, monkeypatch: p
         raise OSError("sent")
 
     # The stub keeps a broken check from connecting to these addresses.
-    monkeypatch.setattr(careful._http, "send", send)  # noqa: SLF001
+    monkeypatch.setattr(careful._transport, "handle_async_request", send)  # noqa: SLF001
     with pytest.raises(Unreachable, match="not a public one" if url in NEAR else "not an address on the web"):
         await careful.get(url, most=10)
 
@@ -139,11 +140,34 @@ async def test_a_name_that_leads_here_is_not_asked(
         asked.append(str(request.url))  # type: ignore[attr-defined]
         raise OSError
 
-    monkeypatch.setattr(careful._http, "send", connect)  # noqa: SLF001 - the network is not to be asked
+    monkeypatch.setattr(careful._transport, "handle_async_request", connect)  # noqa: SLF001 - the network is not to be asked
     for _ in range(4):
         with pytest.raises(Unreachable):
             await careful.get(f"http://rebinding.example:{port}/", most=10)
     assert asked == [f"http://93.184.216.34:{port}/"], "one private address refuses all addresses of the name"
+
+
+async def test_nothing_of_an_answer_is_kept(careless: Outbound, site: Site, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+
+    def answer(_: str) -> bytes:
+        cookies = "".join(f"set-cookie: n{len(site.asked)}.{number}=x\r\n" for number in range(1_500))
+        return f"HTTP/1.1 201 Created\r\n{cookies}content-length: 0\r\n\r\n".encode()
+
+    site.answer = answer
+
+    async def post() -> None:
+        assert (await careless.post(f"{site.url}/push", b"x", {"ttl": "60"})).status == 201
+
+    await post()
+    gc.collect()
+    before = len(gc.get_objects())
+    for _ in range(10):
+        await post()
+    gc.collect()
+    assert len(gc.get_objects()) < before + 1_000, "as many as one answer has would be ten times as many here"
+    assert "cookie:" not in site.asked[-1]
+    assert caplog.records == []
 
 
 async def test_a_slow_resolver_holds_up_nothing_else(careful: Outbound, monkeypatch: pytest.MonkeyPatch) -> None:
