@@ -85,6 +85,8 @@ class Presence:
         self._unsaved: set[UserId] = set()
         # With which code the last connection of who is gone was closed.
         self._ends: dict[UserId, CloseCode] = {}
+        # When the last device here of a user went, in seconds of the epoch, until Redis has noted it.
+        self._left_at: dict[UserId, float] = {}
         self._transitions: dict[UserId, Transition] = {}
         self._untold = Untold(self._announce_all)
         # One exchange with Redis at a time: nothing older comes last.
@@ -110,7 +112,7 @@ class Presence:
         the epoch is over, so what they would clean up is cleaned up here.
         """
         await end(self._tasks)  # first: a sign of life in flight would come after the one that takes it back
-        leaving = [*self._devices, *self._departing]
+        leaving = [*self._devices, *self._left_at]
         self._devices.clear()
         try:
             # Some are also somewhere else, or have gone there already.
@@ -141,6 +143,7 @@ class Presence:
         devices[device] = False
         self._departing.pop(user_id, None)
         self._ends.pop(user_id, None)
+        self._left_at.pop(user_id, None)
         self._note(user_id)
 
     def left(self, user_id: UserId, device: Subscriber, code: CloseCode | None) -> None:
@@ -155,6 +158,7 @@ class Presence:
             self._dirty.discard(user_id)
             if code is not None:
                 self._ends[user_id] = code
+            self._left_at[user_id] = time.time()
             self._departing[user_id] = self._loop.time() + OFFLINE_SECONDS
             self._has_news.set()
 
@@ -165,7 +169,7 @@ class Presence:
             is_new = await users.choose(db, user_id, frame, is_here=bool(devices))
         if device in devices:
             devices[device] = frame.status == "away"
-        self._note(user_id)
+            self._note(user_id)
         try:
             await self._flushes.submit(None)  # if a device is idle now, or is no more, it is announced
         finally:
@@ -247,8 +251,33 @@ class Presence:
         return [None] * len(calls)
 
     async def _flush_users(self, user_ids: Sequence[UserId]) -> None:
-        before: dict[UserId, dict[bytes, bytes]]
         here = {user_id: local for user_id in user_ids if (local := self._local(user_id))}
+        left_at = {one: self._left_at[one] for one in user_ids if one not in here and one in self._left_at}
+        before = await self._exchange(user_ids, here)
+        is_noted = before is not None
+        if before is None:
+            before = {user_id: {} for user_id in user_ids}
+            self._unsaved.update(user_ids)
+        for user_id in user_ids:
+            was = self._states(before[user_id])
+            others = {worker: state for worker, state in before[user_id].items() if worker != self._worker.encode()}
+            states = self._states(others | here.get(user_id, {}))
+            # Whom Redis has forgotten, or never knew, has left all the same; somebody else was not here.
+            has_left = not states and (bool(was) or user_id in left_at)
+            if (states and not was) or (has_left and is_noted):
+                self._transitions[user_id] = Transition(is_online=True) if states else self._gone(user_id)
+            # At another worker, or gone before they were noted: the code of a connection that ended does not matter.
+            self._ends.pop(user_id, None)
+            if was != states or has_left:
+                self._untold.keep(user_id, _of_device(states, left_at.get(user_id)))
+            # Redis may have been lost while it was told, and is told again.
+            if is_noted and user_id not in self._unsaved and self._left_at.get(user_id) == left_at.get(user_id):
+                self._left_at.pop(user_id, None)
+
+    async def _exchange(
+        self, user_ids: Sequence[UserId], here: Mapping[UserId, dict[bytes, bytes]]
+    ) -> dict[UserId, dict[bytes, bytes]] | None:
+        """Note in Redis how users are here. Return what it said of them before, or None if it is away."""
         gone = [user_id for user_id in user_ids if user_id not in here]
         try:
             async with self._redis.pipeline(transaction=False) as pipe:
@@ -264,17 +293,9 @@ class Presence:
                 if gone:
                     pipe.srem(self._worker_key + self._worker + ":users", *(user_id.hex for user_id in gone))
                 answers = await pipe.execute()
-            before = dict(zip(user_ids, answers, strict=False))
         except REDIS_LOST:
-            before = {user_id: {} for user_id in user_ids}
-            self._unsaved.update(user_ids)
-        for user_id in user_ids:
-            was = self._states(before[user_id])
-            others = {worker: state for worker, state in before[user_id].items() if worker != self._worker.encode()}
-            states = self._states(others | here.get(user_id, {}))
-            self._note_transition(user_id, was, states)
-            if was != states or not before[user_id]:
-                self._untold.keep(user_id, _of_device(states))
+            return None
+        return dict(zip(user_ids, answers, strict=False))
 
     async def _tell_due(self) -> bool:
         is_more_due = await self._untold.tell_due()
@@ -320,7 +341,7 @@ class Presence:
             self._note(*self._unsaved)
             self._unsaved.clear()
         for user_id in self._guessed:
-            self._untold.keep(user_id, News(Reason.DEVICE))
+            self._untold.keep(user_id, News(Reason.DEVICE, self._left_at.get(user_id)))
         self._guessed.clear()
         if known is None:
             # Redis is new, or was away for so long that others took us for dead; and may be in the middle of
@@ -370,14 +391,8 @@ class Presence:
                 return
             self._burying.pop(worker, None)
 
-    def _note_transition(self, user_id: UserId, was: set[bytes], states: set[bytes]) -> None:
-        if bool(was) != bool(states):
-            self._transitions[user_id] = Transition(is_online=True) if states else self._gone(user_id)
-        # At another worker, or gone before they were noted: the code of a connection that ended does not matter.
-        self._ends.pop(user_id, None)
-
     def _gone(self, user_id: UserId) -> Transition:
-        return Transition(is_online=False, close_code=self._ends.pop(user_id, None))
+        return Transition(is_online=False, close_code=self._ends.pop(user_id, None), left_at=self._left_at.get(user_id))
 
     async def _record(self) -> None:
         if not self._transitions:
@@ -394,8 +409,9 @@ class Presence:
             self._transitions = left | self._transitions
 
 
-def _of_device(states: Collection[bytes]) -> News:
-    return News(Reason.DEVICE, None if states else time.time())
+def _of_device(states: Collection[bytes], left_at: float | None = None) -> News:
+    """Return that a device came or went: by default just now, as is said of the users of a worker that died."""
+    return News(Reason.DEVICE, None if states else left_at or time.time())
 
 
 def _seen(user_id: UserId, choice: Visibility, states: Iterable[bytes]) -> Seen:

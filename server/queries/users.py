@@ -335,9 +335,10 @@ async def choices(db: Db, user_ids: Sequence[UserId]) -> dict[UserId, Visibility
 SEEN = """
 WITH noted AS (
     UPDATE "user" u SET is_online = s.is_online, last_close = s.last_close,
-        last_seen_at = CASE WHEN u.status = 'invisible' THEN u.last_seen_at ELSE greatest(u.last_seen_at, now()) END
+        last_seen_at = CASE WHEN u.status = 'invisible' THEN u.last_seen_at ELSE greatest(u.last_seen_at, s.at) END
     FROM (
-        SELECT s.* FROM unnest($1::uuid[], $2::boolean[], $3::integer[]) AS s (id, is_online, last_close)
+        SELECT s.id, s.is_online, s.last_close, least(to_timestamp(s.left_at), now()) AS at
+        FROM unnest($1::uuid[], $2::boolean[], $3::integer[], $4::float8[]) AS s (id, is_online, last_close, left_at)
         JOIN "user" o ON o.id = s.id AND o.erased_at IS NULL ORDER BY o.id FOR NO KEY UPDATE OF o SKIP LOCKED
     ) s
     WHERE u.id = s.id RETURNING u.id
@@ -348,16 +349,21 @@ WHERE NOT EXISTS (SELECT FROM "user" o WHERE o.id = s.id AND o.erased_at IS NULL
 
 
 class Transition(NamedTuple):
-    """A user came online, or went offline, and with which code the server closed their last connection, if it did."""
+    """A user came online, or went offline, and with which code the server closed their last connection, if it did.
+    `left_at` is when that was, in seconds of the epoch, if not now.
+    """
 
     is_online: bool
     close_code: int | None = None
+    left_at: float | None = None
 
 
 async def seen(db: Db, transitions: dict[UserId, Transition]) -> dict[UserId, Transition]:
     """Record who came and who went just now. Return what is left: of users whose rows other transactions hold."""
     came = [one.is_online for one in transitions.values()]
-    rows = await db.fetch(SEEN, list(transitions), came, [one.close_code for one in transitions.values()])
+    codes = [one.close_code for one in transitions.values()]
+    left_at = [one.left_at for one in transitions.values()]
+    rows = await db.fetch(SEEN, list(transitions), came, codes, left_at)
     done = {row[0] for row in rows}
     return {user_id: one for user_id, one in transitions.items() if user_id not in done}
 

@@ -1,0 +1,82 @@
+"""The time when a user was last seen: the same in events and in the row, and never a time when they were not here."""
+
+import asyncio
+from collections.abc import Sequence
+from datetime import UTC, datetime
+
+import pytest
+from redis.asyncio import Redis
+
+from protocol import client, server
+from protocol.codec import encode
+from server import presence, untold
+from server.config import Settings
+from tests.world import World, http_client, until
+
+ROW = 'SELECT is_online, last_seen_at FROM "user" WHERE id = $1'
+
+
+async def test_choice_of_who_has_no_device_tells_no_time(world: World) -> None:
+    ada, charles = await world.users("Ada", "Charles")
+    watcher = await world.connect(ada)
+    await watcher.call(client.Watch(user_ids=[charles.id]), server.PresenceList)
+    headers = {"authorization": f"Bearer {charles.token}"}
+    async with http_client(world.url) as http:
+        for frame in ("online", "online", "busy", "busy", "online"):  # each second one is no new choice
+            answer = await http.post("/v1/call", content=encode(client.SetPresence(status=frame)), headers=headers)
+            assert answer.status_code == 200, answer.text
+    await until(lambda: len(_times(watcher.events)) >= 3)
+    await watcher.synced()
+    assert _times(watcher.events) == [None] * 3
+    assert await world.db.fetchval('SELECT last_seen_at FROM "user" WHERE id = $1', charles.id) is None
+
+
+@pytest.mark.parametrize("is_empty", [True, False], ids=["Redis comes back empty", "Redis comes back as it was"])
+async def test_who_leaves_while_redis_is_away_was_last_seen_then(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, *, is_empty: bool
+) -> None:
+    monkeypatch.setattr(presence, "OFFLINE_SECONDS", 0.3)
+    monkeypatch.setattr(presence, "SIGN_SECONDS", 0.1)
+    monkeypatch.setattr(presence, "RECORD_SECONDS", 0.1)
+    monkeypatch.setattr(untold, "AGAIN_SECONDS", 0.1)
+    async with World(settings, workers=1) as world:
+        ada, charles = await world.users("Ada", "Charles")
+        watcher, phone = await world.connect(ada), await world.connect(charles)
+        await watcher.call(client.Watch(user_ids=[charles.id]), server.PresenceList)
+        await watcher.synced()
+        app = world.workers[0].app
+        async with asyncio.timeout(5):
+            while not await world.db.fetchval('SELECT is_online FROM "user" WHERE id = $1', charles.id):
+                await asyncio.sleep(0.01)
+        seen = len(watcher.events)
+        redis = app.presence._redis  # noqa: SLF001
+        nowhere = Redis.from_url("redis://127.0.0.1:1")
+        monkeypatch.setattr(app.presence, "_redis", nowhere)
+        await phone.close()
+        await until(lambda: charles.id not in app.presence._devices)  # noqa: SLF001
+        left_by = datetime.now(UTC)
+        await until(lambda: len(_times(watcher.events[seen:])) == 1)
+        if is_empty:
+            await redis.delete(app.presence.user_key + charles.id.hex)
+        monkeypatch.setattr(app.presence, "_redis", redis)
+        async with asyncio.timeout(5):
+            while (row := await world.db.fetchrow(ROW, charles.id)) is None or row["is_online"]:
+                await asyncio.sleep(0.01)
+        # Who was announced without Redis is announced once more.
+        await until(lambda: len(_times(watcher.events[seen:])) >= 2)
+        await until(lambda: not app.presence._untold)  # noqa: SLF001
+        await watcher.synced()
+        assert row["last_seen_at"] <= left_by
+        for time in _times(watcher.events[seen:]):
+            assert time is not None
+            assert abs((time - row["last_seen_at"]).total_seconds()) < 0.001
+        await nowhere.aclose()
+
+
+def _times(events: Sequence[object]) -> list[datetime | None]:
+    """Return which times the events tell by which somebody is offline."""
+    return [
+        event.presence.last_seen_at
+        for event in events
+        if isinstance(event, server.PresenceChanged) and event.presence.status == "offline"
+    ]
