@@ -1,6 +1,7 @@
 """What one address may do at a worker: so many requests a second, so many connections at once."""
 
 import ipaddress
+import logging
 from collections import Counter
 from collections.abc import Callable
 from functools import lru_cache
@@ -10,6 +11,11 @@ from starlette.requests import HTTPConnection
 
 from protocol.errors import ErrorCode, Refused
 from server.limits import Allowance
+from server.throttle import Throttle
+
+OF_A_PROXY = ". If it is a proxy's, set OPENCHAT_TRUSTED_PROXIES: all its clients are counted as one"
+
+log = logging.getLogger(__name__)
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 RETRY_MS = 5_000
@@ -62,18 +68,25 @@ class Addresses:
     def __init__(self, rate: float, *, connections: int) -> None:
         """`rate` is in requests and new connections a second; `connections` how many may be open."""
         self._requests: Allowance[str] = Allowance("requests of this address", rate)
+        self._throttle: Throttle[str] = Throttle()
         self._connections: Counter[str] = Counter()
         self._most = connections
 
     def require(self, request: HTTPConnection) -> None:
         """Count a request. Raises Refused if its address has too many."""
-        self._requests.require(key_of(request))
+        key = key_of(request)
+        try:
+            self._requests.require(key)
+        except Refused:
+            if self._throttle.passes(key):
+                log.warning("too many requests of address %s: further ones are refused%s", key, OF_A_PROXY)
+            raise
 
     def connect(self, request: HTTPConnection) -> Callable[[], None]:
         """Count a connection, and return what counts it out again. Raises Refused if its address has too many."""
         key = key_of(request)
         if self._connections[key] >= self._most:
-            raise too_many_of_address()
+            raise too_many_of_address(key, self._throttle)
         self._connections[key] += 1
 
         def disconnect() -> None:
@@ -84,8 +97,10 @@ class Addresses:
         return disconnect
 
 
-def too_many_of_address() -> Refused:
-    """Return what to tell an address that has all the connections it may have."""
+def too_many_of_address(key: str, throttle: Throttle[str]) -> Refused:
+    """Return what to tell an address that has all the connections it may have. Log its key, if `throttle` passes."""
+    if throttle.passes(key):
+        log.warning("too many connections of address %s: further ones are refused%s", key, OF_A_PROXY)
     return Refused(
         ErrorCode.RATE_LIMITED,
         "Too many connections from this address. Close one, or retry after `retry_after_ms`.",

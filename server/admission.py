@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 from protocol.errors import ErrorCode, Refused
 from protocol.ids import UserId
+from server.deadlines import Deadlines
 from server.sharedbound import SHARE, SharedBound
 
 AT_ONCE = 256
@@ -17,7 +18,6 @@ WINDOW_SECONDS = 1.0
 FIRST_GUESS = 200.0
 """How many places a second are given back, before that is known."""
 SOONEST_SECONDS, LATEST_SECONDS = 0.25, 30.0
-SWEEP_AT = 1_000
 
 
 class Admission:
@@ -34,8 +34,7 @@ class Admission:
         self._since = clock()
         # When everyone who was told to come later will have had their turn: all of them, and those of each client.
         self._booked_until = 0.0
-        self._booked: dict[str | UserId, float] = {}
-        self._sweep_at = SWEEP_AT
+        self._booked: Deadlines[str | UserId, float] = Deadlines()
         self.refused = 0
 
     def __len__(self) -> int:
@@ -84,14 +83,11 @@ class Admission:
         self.refused += 1
         now = self._clock()
         after_those_inside = now + len(self) / self._rate
-        booked = max(self._booked.get(client, 0.0), after_those_inside) + 1 / self._rate
+        booked = max(self._booked.get(client, now), after_those_inside) + 1 / self._rate
         if booked - after_those_inside <= self._addresses.most / SHARE / self._rate:
             # One client that asks again and again has others told a later time only up to its share.
             self._booked_until = max(self._booked_until, after_those_inside) + 1 / self._rate
-        self._booked[client] = min(booked, now + LATEST_SECONDS)
-        if len(self._booked) > self._sweep_at:
-            self._booked = {one: until for one, until in self._booked.items() if until > now}
-            self._sweep_at = max(SWEEP_AT, 2 * len(self._booked))
+        self._booked.put(client, min(booked, now + LATEST_SECONDS), now)
         # Nobody is told the same moment, and nobody who comes when told finds the ones before still waiting.
         wait = (max(booked, self._booked_until) - now) * random.uniform(0.9, 1.3)  # noqa: S311 - it need not be secret
         return Refused(

@@ -56,6 +56,7 @@ from server.routes import ROUTES
 from server.scheduling import Scheduling
 from server.sharedallowance import SharedAllowance
 from server.sockets import Sockets, most_sockets
+from server.throttle import Throttle
 from server.unconfirmed import Unconfirmed
 from server.web import Counted, CountedPreflights, Tallied, no_path, no_route
 from server.websocket import WebSocket
@@ -200,6 +201,7 @@ class App:
             connections_per_user=settings.connections_per_user,
             places=Counter(),
             heartbeat_seconds=settings.heartbeat_seconds,
+            abuse=Throttle(),
             working=self._working,
         )
         self.accounts = Accounts(

@@ -24,6 +24,7 @@ from server.limits import Pace, too_many
 from server.people import Sight
 from server.reservations import ReservingBucket
 from server.strikes import Strikes
+from server.throttle import Throttle
 from server.websocket import WebSocket
 
 log = logging.getLogger(__name__)
@@ -60,6 +61,8 @@ class Shared(NamedTuple):
     places: Counter[UserId]
     """Connections of each user."""
     heartbeat_seconds: float
+    abuse: Throttle[UserId]
+    """Picks of which users it is logged that they are closed for abuse."""
     working: "set[asyncio.Task[None]]"
     """What connections are in the middle of: it is done before what it needs is closed."""
 
@@ -167,7 +170,7 @@ class Connection:
 
     def flooded(self) -> None:
         """The client sends too many control frames or fragments."""
-        self.close(CloseCode.ABUSE)
+        self._end_abuse("too many control frames or fragments")
 
     def lost(self) -> None:
         """The connection is gone."""
@@ -301,7 +304,12 @@ class Connection:
         if self._entering is not None:
             self._is_in()
         if is_abuse:
-            self.close(CloseCode.ABUSE)
+            self._end_abuse("too many frames that are refused")
+
+    def _end_abuse(self, what: str) -> None:
+        if not self._is_closed and self._shared.abuse.passes(self.user_id):
+            log.warning("a connection of user %s is closed with 4003 for abuse: %s", self.user_id, what)
+        self.close(CloseCode.ABUSE)
 
     async def _begin(self) -> None:
         shared = self._shared

@@ -5,41 +5,40 @@ import time
 from collections.abc import Callable
 
 from server.errors import Away, is_known, log_failure
-
-AGAIN_SECONDS = 60.0
-"""Min interval between two entries about failures of one kind in a row, in seconds."""
+from server.throttle import Throttle
 
 
 class Failures:
     """Those of one thing that is tried again and again."""
 
-    __slots__ = ("_again_at", "_clock", "_log", "_what")
+    __slots__ = ("_log", "_logged", "_throttle", "_what")
 
     def __init__(self, log: logging.Logger, what: str, *, clock: Callable[[], float] = time.monotonic) -> None:
         """`what` names the thing in the log."""
         self._log = log
         self._what = what
-        self._clock = clock
-        self._again_at: dict[str, float] = {}
+        self._throttle: Throttle[str] = Throttle(clock=clock)
+        # The kinds of the failures in a row: classes, or nothing for all that the environment explains.
+        self._logged: set[str] = set()
 
     def add(self, error: Exception) -> None:
-        """Log a failure, unless one of its kind was logged less than `AGAIN_SECONDS` ago. Only the first failure that
-        the environment does not explain has a traceback.
+        """Log a failure, unless one of its kind was logged less than a minute ago. Only the first failure that the
+        environment does not explain has a traceback.
         """
         if isinstance(error, Away):
             return
         kind = "" if is_known(error) else type(error).__name__
-        again_at, now = self._again_at.get(kind), self._clock()
-        if again_at is not None and now < again_at:
+        if not self._throttle.passes(kind):
             return
-        self._again_at[kind] = now + AGAIN_SECONDS
-        if again_at is not None and kind:
+        if kind and kind in self._logged:
             self._log.error("%s failed again, and is tried again: %s", self._what, error)
         else:
             log_failure(self._log, self._what, error)
+        self._logged.add(kind)
 
     def end(self) -> bool:
         """Note a success. Return whether it ends failures in a row."""
-        was_failing = bool(self._again_at)
-        self._again_at.clear()
+        was_failing = bool(self._logged)
+        self._logged.clear()
+        self._throttle.clear()
         return was_failing

@@ -6,6 +6,7 @@ from typing import Generic, NamedTuple, TypeVar
 
 from protocol.errors import ErrorCode, Refused
 from protocol.limits import RateLimit
+from server.deadlines import Deadlines
 
 Key = TypeVar("Key", bound=Hashable)
 Clock = Callable[[], int]
@@ -13,8 +14,6 @@ Clock = Callable[[], int]
 
 BURST_SECONDS = 4.0
 """A bucket holds this many seconds' worth."""
-SWEEP_AT = 10_000
-"""How many buckets there may be before the full ones are forgotten."""
 
 
 class Pace(NamedTuple):
@@ -76,8 +75,7 @@ class Allowance(Generic[Key]):
         self._what = what
         self._pace = Pace.of(rate, burst)
         # When each bucket would be full again: one number says it all.
-        self._full_at: dict[Key, int] = {}
-        self._sweep_at = SWEEP_AT
+        self._full_at: Deadlines[Key, int] = Deadlines()
         self._clock = clock
 
     def take(self, key: Key, count: int = 1, *, taken: int = 0, to_come: int = 0) -> float:
@@ -86,18 +84,15 @@ class Allowance(Generic[Key]):
         full_at = self._pace.take(self._full_at.get(key, now), now, count, taken=taken, to_come=to_come)
         if full_at < 0:
             return -full_at / 1e9
-        self._full_at[key] = full_at
-        if len(self._full_at) > self._sweep_at:
-            self._full_at = {kept: at for kept, at in self._full_at.items() if at > now}
-            self._sweep_at = max(SWEEP_AT, 2 * len(self._full_at))
+        self._full_at.put(key, full_at, now)
         return 0.0
 
     def charge(self, key: Key, count: int) -> None:
         """Take tokens that were given out elsewhere, whether they are there or not; at most one bucket is owed."""
         now = self._clock()
-        before = max(self._full_at.get(key, now), now)
+        before = self._full_at.get(key, now)
         owed = min(before + count * self._pace.interval, now + 2 * (self._pace.ahead + self._pace.interval))
-        self._full_at[key] = max(before, owed)
+        self._full_at.put(key, max(before, owed), now)
 
     def require(self, key: Key, count: int = 1, *, taken: int = 0, to_come: int = 0, path: str | None = None) -> None:
         """Take tokens as `Pace.take` does. Raises Refused if there are too few, with a `path` if the allowance is not

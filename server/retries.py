@@ -5,7 +5,8 @@ import time
 from collections.abc import Hashable
 from typing import Generic, TypeVar
 
-from server.limits import SWEEP_AT, Clock, Pace
+from server.deadlines import Deadlines
+from server.limits import Clock, Pace
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -24,18 +25,15 @@ class Retries(Generic[Key]):
         self._pace = pace
         self._clock = clock
         # The latest time told to each user.
-        self._told: dict[Key, int] = {}
-        self._sweep_at = SWEEP_AT
+        self._told: Deadlines[Key, int] = Deadlines()
 
     def after(self, key: Key, wait_ms: int, tokens: int) -> int:
         """Return after how many milliseconds to repeat a frame of so many tokens: at least `wait_ms`."""
         now = self._clock()
-        at = max(self._told.get(key, now), now) + min(tokens, self._pace.most) * self._pace.interval
+        told = self._told.get(key, now)
+        at = told + min(tokens, self._pace.most) * self._pace.interval
         if at > now + LATEST_NS:
             # So many wait that their order means nothing.
             at = now + round(LATEST_NS * random.uniform(0.5, 1.0))  # noqa: S311 - it need not be secret
-        self._told[key] = max(at, self._told.get(key, at))
-        if len(self._told) > self._sweep_at:
-            self._told = {kept: until for kept, until in self._told.items() if until > now}
-            self._sweep_at = max(SWEEP_AT, 2 * len(self._told))
+        self._told.put(key, max(at, told), now)
         return max(wait_ms, -((now - at) // 1_000_000))

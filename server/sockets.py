@@ -3,7 +3,6 @@
 import asyncio
 import logging
 import resource
-import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 
@@ -15,6 +14,7 @@ from server.lines import Lines
 from server.metrics import OTHER
 from server.proxies import FORWARDED_FOR, Proxies, entries
 from server.sharedbound import SharedBound
+from server.throttle import Throttle
 
 RESERVED_DESCRIPTORS = 128
 """Descriptors that connections leave to the database, Redis, logs, metrics and requests to other servers."""
@@ -32,7 +32,6 @@ BEGIN_AT_ONCE = 4
 """Connections whose first bytes are taken in in one turn of the loop, at most."""
 PROXY = ""
 """The key of a connection of a trusted proxy between requests."""
-LOG_SECONDS = 60.0
 RETRY_MS = 5_000
 
 log = logging.getLogger(__name__)
@@ -59,7 +58,8 @@ class Sockets:
         self._waiting: dict[object, Callable[[], None]] = {}
         self._beginning: Lines[str, Callable[[], None]] = Lines()
         self._is_beginning = False
-        self._logged_at = float("-inf")
+        self._sheds: Throttle[None] = Throttle()
+        self._throttle: Throttle[str] = Throttle()
         self.closed: Counter[str] = Counter()
         """WebSockets that the server closed, by close code."""
         self.answers: Counter[tuple[str, int]] = Counter()
@@ -77,7 +77,7 @@ class Sockets:
         """
         key = PROXY if host is None or self._proxies.trusts(host) else limit_key(host)
         if key and self._of_address[key] >= self._per_address:
-            raise too_many_of_address()
+            raise too_many_of_address(key, self._throttle)
         if self._count >= self._most:
             self._shed()
             if not self._waiting:
@@ -105,7 +105,7 @@ class Sockets:
     def move(self, key: str, to: str) -> None:
         """Count a connection under another key. Raises Refused if there are too many of that one."""
         if to and self._of_address[to] >= self._per_address:
-            raise too_many_of_address()
+            raise too_many_of_address(to, self._throttle)
         self._of_address[to] += 1
         _take(self._of_address, key, 1)
 
@@ -117,6 +117,11 @@ class Sockets:
     def answered(self, status: int) -> None:
         """Count an answer that a connection gave in place of the application, whatever path was asked for."""
         self.answers[OTHER, status] += 1
+
+    def flooded(self, key: str) -> None:
+        """Log the key of a connection that is closed for abuse before it is a user's."""
+        if self._throttle.passes(key):
+            log.warning("a connection of address %s is closed with 4003: it floods before it authenticates", key)
 
     def waits(self, connection: object, close: Callable[[], None]) -> None:
         """Note that a connection is idle. `close` closes it when another connection needs its place."""
@@ -162,9 +167,7 @@ class Sockets:
 
     def _shed(self) -> None:
         self.shed += 1
-        now = time.monotonic()
-        if now - self._logged_at > LOG_SECONDS:
-            self._logged_at = now
+        if self._sheds.passes(None):
             log.warning("no descriptors for more than %d connections: the idle ones make room", self._most)
 
 

@@ -225,6 +225,7 @@ class WebSocket(WebSocketsSansIOProtocol):
             if self.receiver is not None:
                 self.receiver.flooded()
             else:
+                self._sockets.flooded(self._key or "unknown")
                 self.queue.put_nowait({"type": "websocket.disconnect", "code": CloseCode.ABUSE})
                 self.close(CloseCode.ABUSE)
             self._linger()

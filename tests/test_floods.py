@@ -72,12 +72,19 @@ def memory(process: int) -> int:
     ("name", "is_known"),
     [(name, is_known) for is_known in (True, False) for name in FLOODS if is_known or "messages" not in name],
 )
-async def test_a_flood_is_abuse(alone: World, name: str, is_known: bool) -> None:  # noqa: FBT001
+async def test_a_flood_is_abuse_and_the_log_names_who(
+    alone: World,
+    caplog: pytest.LogCaptureFixture,
+    name: str,
+    is_known: bool,  # noqa: FBT001
+) -> None:
     ada = await alone.user("Ada")
     wire = await shake(alone.url, ada if is_known else None)
     beginning = frame(b" ", fin=False) if name.endswith("l fragments") or name == "empty fragments" else b""
     wire.writer.write(beginning + FLOODS[name] * 3_000)
     assert await wire.closed() == CloseCode.ABUSE
+    (said,) = [record.message for record in caplog.records if "4003" in record.message]
+    assert said.startswith(f"a connection of {f'user {ada.id}' if is_known else 'address 127.0.0.1'} is closed with")
     wire.writer.transport.abort()
     await until(lambda: len(alone.workers[0].app.sockets) == 0)
 

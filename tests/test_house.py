@@ -18,6 +18,8 @@ STOREYS: list[list[str]] = [
     [
         "config",
         "errors",
+        "deadlines",
+        "throttle",
         "failures",
         "epoch",
         "reconnecting",

@@ -22,8 +22,8 @@ from protocol.ids import MessageId, UserId, uuid7
 from protocol.limits import MAX_CONTENT, MAX_FRAME_BYTES, MAX_PAGE_BYTES
 from protocol.server import Error
 from prove.client import Client
-from server import limits, websocket
-from server.addresses import Addresses
+from server import deadlines, websocket
+from server.addresses import OF_A_PROXY, Addresses
 from server.config import Settings
 from server.connection import MAX_INBOX, Connection
 from server.database import Database
@@ -83,7 +83,7 @@ async def test_without_redis_each_worker_counts_for_itself(settings: Settings) -
         assert 10 <= await refused(one, 40) <= 20
 
 
-async def test_requests_of_one_address(settings: Settings) -> None:
+async def test_requests_of_one_address(settings: Settings, caplog: pytest.LogCaptureFixture) -> None:
     settings = msgspec.structs.replace(settings, address_rate=0.25)
     async with World(settings, workers=1) as world, http_client(world.url) as http:
         who = await world.user("Ada")
@@ -99,6 +99,12 @@ async def test_requests_of_one_address(settings: Settings) -> None:
         assert {"/v1/call", "/v1/asyncapi.json", "/v1/auth/login"} < routes
         assert {await status(http, path) for path in routes - PROBES} == {HTTPStatus.TOO_MANY_REQUESTS}
         assert {await status(http, path) for path in PROBES} == {HTTPStatus.OK}
+    assert logged(caplog) == [f"too many requests of address 127.0.0.1: further ones are refused{OF_A_PROXY}"]
+
+
+def logged(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """Return what was logged of addresses."""
+    return [record.getMessage() for record in caplog.records if "address" in record.getMessage()]
 
 
 async def test_every_early_answer_counts_against_its_address(
@@ -193,15 +199,17 @@ async def test_probes_ask_the_database_once_a_second(world: World, monkeypatch: 
     assert asked <= 1 + (time.monotonic() - began) / LOOK_SECONDS
 
 
-async def test_connections_of_one_address(settings: Settings) -> None:
+async def test_connections_of_one_address(settings: Settings, caplog: pytest.LogCaptureFixture) -> None:
     settings = msgspec.structs.replace(settings, connections_per_address=3)
     async with World(settings, workers=1) as world:
         who = await world.user("Ada")
         first = await world.connect(who)
         for _ in range(2):
             await Client(world.url, None).open()
-        with pytest.raises(InvalidStatus, match="429"):
-            await Client(world.url, who.token).open()
+        for _ in range(3):
+            with pytest.raises(InvalidStatus, match="429"):
+                await Client(world.url, who.token).open()
+        assert logged(caplog) == [f"too many connections of address 127.0.0.1: further ones are refused{OF_A_PROXY}"]
         await first.close()
         async with asyncio.timeout(5):
             while True:
@@ -546,7 +554,7 @@ async def test_three_exports_of_a_user_are_begun_and_no_fourth(world: World) -> 
 
 
 def test_buckets_that_are_full_again_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(limits, "SWEEP_AT", 10)
+    monkeypatch.setattr(deadlines, "SWEEP_AT", 10)
     times = itertools.count(step=10**9)
     allowance: Allowance[int] = Allowance("frames", rate=1.0, burst=2, clock=lambda: next(times))
     for user in range(100):

@@ -19,7 +19,7 @@ from protocol.values import ConversationSettings
 from server import app, database, periodic
 from server.config import Settings
 from server.errors import Away
-from server.failures import AGAIN_SECONDS, Failures
+from server.failures import Failures
 from server.periodic import end, every
 from server.queries import (
     approaches,
@@ -33,6 +33,7 @@ from server.queries import (
     sessions,
     users,
 )
+from server.throttle import AGAIN_SECONDS, Throttle
 from tests.world import World, message
 
 SERVER = Path(__file__).parent.parent / "server"
@@ -71,6 +72,19 @@ DEFECTS = (
     asyncpg.UndefinedColumnError("column x does not exist"),
     asyncpg.InterfaceError("the server expects 1 argument for this query, 2 were passed"),
 )
+
+
+def test_of_what_happens_again_and_again_one_is_logged_a_minute_for_each_key() -> None:
+    at = 0.0
+    throttle: Throttle[str] = Throttle(clock=lambda: at)
+    for minute in range(3):
+        at = minute * AGAIN_SECONDS
+        for key in ("a", "b"):
+            assert [throttle.passes(key) for _ in range(50)] == [True] + [False] * 49
+        at += AGAIN_SECONDS - 1
+        assert not throttle.passes("a")
+    throttle.clear()
+    assert throttle.passes("a")
 
 
 def test_failures_of_two_kinds_in_turn_are_logged_as_often_as_those_of_one(caplog: pytest.LogCaptureFixture) -> None:

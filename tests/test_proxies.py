@@ -17,7 +17,7 @@ from server import config
 from server.addresses import limit_key, parsed
 from server.config import Settings
 from server.errors import Fatal
-from server.forwarded import _is_near
+from server.forwarded import DIRECT, _is_near
 from server.proxies import Proxies
 from tests.world import World, http_client
 
@@ -165,6 +165,38 @@ async def test_who_comes_past_a_proxy_is_counted_by_the_address_of_the_socket(
     assert sum("1 of the 2 entries" in record.getMessage() for record in caplog.records) == 1
 
 
+@pytest.mark.parametrize(
+    ("setting", "headers", "outcome"),
+    [
+        ("1", {}, (200, "X-Forwarded-For has 0 of the 1 entries")),
+        ("2", {}, (200, "X-Forwarded-For has 0 of the 2 entries")),
+        ("2", {"X-Forwarded-For": "203.0.113.7"}, (200, "X-Forwarded-For has 1 of the 2 entries")),
+        ("1", {"X-Forwarded-For": "203.0.113.7:4711"}, (400, "requests are refused with 400")),
+        ("127.0.0.0/8", {"X-Forwarded-For": "203.0.113.7:4711"}, (400, "requests are refused with 400")),
+        ("1", {"X-Forwarded-For": "203.0.113.7"}, (200, None)),
+    ],
+)
+async def test_count_that_does_not_match_the_proxies_is_logged_once(
+    settings: Settings,
+    caplog: pytest.LogCaptureFixture,
+    setting: str,
+    headers: dict[str, str],
+    outcome: tuple[int, str | None],
+) -> None:
+    status, said = outcome
+    settings = msgspec.structs.replace(settings, trusted_proxies=setting)
+    async with World(settings, workers=1) as world, http_client(world.url) as http:
+        for path in DIRECT:
+            assert (await http.get(path)).status_code == HTTPStatus.OK
+        assert "X-Forwarded-For" not in caplog.text
+        for _ in range(3):
+            assert (await http.get("/v1/asyncapi.json", headers=headers)).status_code == status
+    found = [record.getMessage() for record in caplog.records if "X-Forwarded-For" in record.getMessage()]
+    assert len(found) == (said is not None)
+    assert said is None or said in found[0]
+    assert "4711" not in caplog.text, "what a client may have written is not quoted"
+
+
 @pytest.mark.parametrize("header", ["X-Forwarded-For", "Forwarded"])
 @pytest.mark.parametrize(("setting", "times"), [("", 1), ("10.9.0.0/16", 1), ("127.0.0.0/8", 0)])
 async def test_a_proxy_that_the_setting_does_not_name_is_logged_once(
@@ -175,7 +207,7 @@ async def test_a_proxy_that_the_setting_does_not_name_is_logged_once(
         await http.get("/healthz")
         assert "OPENCHAT_TRUSTED_PROXIES" not in caplog.text
         for _ in range(3):
-            await http.get("/healthz", headers={header: "203.0.113.7"})
+            await http.get("/v1/asyncapi.json", headers={header: "203.0.113.7"})
     assert caplog.text.count("a proxy at 127.0.0.1, which OPENCHAT_TRUSTED_PROXIES does not name") == times
 
 

@@ -22,7 +22,7 @@ from prove.client import Client
 from server.config import Settings
 from server.dispatch import Access
 from server.routes import ROUTES
-from tests.world import World, http_client, message, sent
+from tests.world import Room, World, http_client, message, sent
 
 ROOT = Path(__file__).parent.parent
 A_UUID4 = "8b9d4d78-2de1-4813-b7a2-e0529d3c0efa"
@@ -123,10 +123,15 @@ async def test_the_largest_frame_is_read(ada: Client) -> None:
     assert error.path == "x"
 
 
-async def test_abuse_closes(ada: Client) -> None:
-    for _ in range(300):
-        await ada.socket.send("abuse")
-    assert await ada.closed() == CloseCode.ABUSE
+async def test_abuse_closes_and_the_log_names_the_user_once(
+    world: World, room: Room, caplog: pytest.LogCaptureFixture
+) -> None:
+    for again in (room.ada, await world.connect(room.them[0])):
+        for _ in range(300):
+            await again.socket.send("abuse")
+        assert await again.closed() == CloseCode.ABUSE
+    named = f"a connection of user {room.them[0].id} is closed with 4003 for abuse: too many frames that are refused"
+    assert [record.message for record in caplog.records if "4003" in record.message] == [named]
 
 
 @contextlib.contextmanager

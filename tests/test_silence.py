@@ -222,7 +222,7 @@ async def test_an_answer_that_nobody_reads_ends(alone: World, short: None, monke
     assert reader is not None
 
 
-async def test_silent_sockets_are_counted_by_address(settings: Settings) -> None:
+async def test_silent_sockets_are_counted_by_address(settings: Settings, caplog: pytest.LogCaptureFixture) -> None:
     settings = msgspec.structs.replace(settings, connections_per_address=3)
     async with World(settings, workers=1) as world:
         app = world.workers[0].app
@@ -230,6 +230,7 @@ async def test_silent_sockets_are_counted_by_address(settings: Settings) -> None
         await until(lambda: len(app.sockets) == len(silent))
         reader, writer = await dial(world, "127.0.0.2")
         assert (await heard(reader)).startswith(b"HTTP/1.1 429")
+        assert caplog.text.count("too many connections of address 127.0.0.2") == 1
         writer.close()
         await (await world.connect(await world.user("Ada"))).call(client.Ping())
         for _, one in silent:

@@ -25,6 +25,7 @@ from protocol.ids import MessageId, UserId, uuid7
 from server.config import Settings
 from server.connection import Connection
 from server.database import Database, Db
+from server.deadlines import Deadlines
 from server.dispatch import Rate
 from server.errors import Away
 from server.hub import Hub
@@ -133,15 +134,15 @@ async def test_every_route_of_a_user_takes_from_an_allowance(world: World) -> No
     (other,) = await begun(world, ada.id, 1)
     session_id = await world.db.fetchval("SELECT id FROM session WHERE user_id = $1 AND id <> $2", ada.id, other)
     before = await world.db.fetch("SELECT * FROM session ORDER BY id")
-    reads: dict[Any, int] = app._allowances[Rate.READ]._bucket._full_at  # noqa: SLF001
-    requests: dict[Any, int] = app.accounts._requests._full_at  # noqa: SLF001
+    reads: Deadlines[Any, int] = app._allowances[Rate.READ]._bucket._full_at  # noqa: SLF001
+    requests: Deadlines[Any, int] = app.accounts._requests._full_at  # noqa: SLF001
     async with http_client(world.url) as http:
         for full_at, key, name, routes in (
             (reads, ada.id, "`reads` of your user", AS_FRAMES),
             (requests, session_id, "account requests of your session", OF_SESSIONS),
         ):
             # Of every other allowance there is enough: the refusal names the one that it takes from.
-            full_at[key] = 2**62
+            full_at.put(key, 2**62, 0)
             for route in routes:
                 answer = await ask(http, ada.token, route, other)
                 assert (answer.status_code, answer.json()["code"]) == (429, "rate_limited"), route
@@ -165,7 +166,7 @@ async def test_a_flood_of_a_users_frames_refuses_none_of_their_account_requests(
         for _ in range(turns._most):  # noqa: SLF001
             await turns.take(ada)
         for allowance in app._allowances.values():  # noqa: SLF001
-            allowance._bucket._full_at[ada] = 2**62  # noqa: SLF001
+            allowance._bucket._full_at.put(ada, 2**62, 0)  # noqa: SLF001
         for route in reversed(IN_TURN):
             welcome = await http.post("/v1/auth/login", json=account)
             answer = welcome if welcome.is_error else await ask(http, welcome.json()["token"], route, uuid7())

@@ -16,6 +16,7 @@ from weakref import WeakValueDictionary
 from redis.asyncio import Redis, RedisCluster
 
 from protocol.errors import ErrorCode, Refused
+from server.addresses import OF_A_PROXY
 from server.errors import REDIS_LOST
 
 WINDOW_SECONDS = 300
@@ -26,8 +27,6 @@ FAILURES = frozenset({ErrorCode.UNAUTHENTICATED, ErrorCode.FORBIDDEN})
 """The refusals that tell a wrong password."""
 
 log = logging.getLogger(__name__)
-
-OF_A_PROXY = ". If it is a proxy's, set OPENCHAT_TRUSTED_PROXIES: all its clients are counted as one"
 
 
 class Attempts:

@@ -1,0 +1,70 @@
+"""Times by key: those that are over are forgotten before there are many, and no other is."""
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from protocol.ids import UserId, uuid7
+from server import deadlines
+from server.admission import Admission
+from server.deadlines import Deadlines
+from server.limits import Allowance, Pace
+from server.retries import Retries
+from server.throttle import Throttle
+
+
+def test_times_that_are_over_are_forgotten_and_others_never() -> None:
+    times: Deadlines[int, int] = Deadlines()
+    for key in range(deadlines.SWEEP_AT):
+        times.put(key, 10**9 if key % 4 == 0 else key, now=0)
+    kept = deadlines.SWEEP_AT // 4
+    for now in range(deadlines.SWEEP_AT, 20 * deadlines.SWEEP_AT):
+        times.put(now, now + 1, now)
+        assert len(times) <= deadlines.SWEEP_AT + 1
+    assert [times.get(key, 10**6) for key in range(0, deadlines.SWEEP_AT, 4)] == [10**9] * kept
+    assert times.get(1, 10**6) == 10**6, "what is over is now"
+    for key in range(3 * deadlines.SWEEP_AT):
+        times.put(-key, 10**9, 10**6)
+    assert len(times) >= 3 * deadlines.SWEEP_AT + kept - 1
+    for now in range(10**9 + 1, 10**9 + 10 * deadlines.SWEEP_AT):
+        times.put(now, now + 1, now)
+    assert len(times) <= deadlines.SWEEP_AT + 1
+    times.clear()
+    assert len(times) == 0
+
+
+def _refused(admission: Admission, client: Any) -> None:
+    admission._later(client)  # noqa: SLF001
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda clock: Allowance("frames", rate=1.0, burst=2, clock=clock).take,
+        lambda clock: (lambda one, key: one.charge(key, 1)).__get__(Allowance("frames", 1.0, burst=2, clock=clock)),
+        lambda clock: (lambda one, key: one.after(key, 1, 1)).__get__(Retries(Pace.of(1.0), clock=clock)),
+        lambda clock: _refused.__get__(Admission(clock=clock)),
+        lambda clock: Throttle(clock=clock).passes,
+    ],
+    ids=["Allowance", "charge", "Retries", "Admission", "Throttle"],
+)
+def test_whatever_keeps_a_time_for_each_client_forgets_those_that_are_over(
+    use: Callable[[Callable[[], int]], Callable[[UserId], object]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Deadlines[Any, Any]] = []
+    real = Deadlines.__init__
+
+    def noted(self: Deadlines[Any, Any]) -> None:
+        real(self)
+        made.append(self)
+
+    monkeypatch.setattr(Deadlines, "__init__", noted)
+    monkeypatch.setattr(deadlines, "SWEEP_AT", 10)
+    times = itertools.count(step=10**11)
+    done = use(lambda: next(times))
+    for _ in range(200):
+        done(UserId(uuid7()))
+    (times_of,) = made
+    assert 0 < len(times_of) <= 11
