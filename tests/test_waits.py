@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from typing import Any, NamedTuple
 
 import asyncpg
@@ -17,13 +18,23 @@ from protocol.values import User
 from prove.client import Client
 from server.config import Settings
 from server.context import Context
-from server.queries import conversations
+from server.database import Database
+from server.errors import NotActive
+from server.queries import conversations, moderation
 from server.routes import ROUTES
 from tests.test_lock_order import Quarrel
 from tests.test_may_send import WAITING, waiting
 from tests.world import World, http_client, message, sent
 
 TABLES = "SELECT relname FROM pg_class WHERE relnamespace = 'public'::regnamespace AND relkind = 'r' ORDER BY relname"
+REPORTS = f"""
+WITH made AS (
+    INSERT INTO "user" (name, email) SELECT 'p' || n, 'p' || n || '@example.org'
+    FROM generate_series(1, {2 * moderation.AT_ONCE + 1}) n RETURNING id
+)
+INSERT INTO report (id, conversation_id, message_id, reporter_id, reason)
+SELECT gen_random_uuid(), $1, $2, id, 'Rude' FROM made
+"""
 FLIP = 'UPDATE "user" SET is_active = NOT is_active WHERE id = $1'
 
 
@@ -83,6 +94,93 @@ async def answered(quarrel: Quarrel, frame: Frame) -> ErrorCode | None:
     except Refused as refused:
         return refused.code
     return None
+
+
+ASKS_ITSELF: set[type[Frame]] = {client.Read, client.Delivered, client.SeeFeed}
+"""Frames that write by one statement without a transaction. Each of these statements asks for the account."""
+
+
+class Reading(Database):
+    """A database where nothing is written but in a transaction: `Context.transaction` asks for the account."""
+
+    __slots__ = ()
+
+    def of(self, user_id: UserId) -> Database:
+        return Reading(self._shared.pool.of(user_id), self._shared)
+
+    @asynccontextmanager
+    async def connection(self) -> AsyncIterator[Any]:  # type: ignore[override]
+        async with super().connection() as db:
+            await db.execute("SET default_transaction_read_only = on")
+            try:
+                yield db
+            finally:
+                await db.execute("RESET default_transaction_read_only")
+
+    @asynccontextmanager
+    async def transaction(self) -> AsyncIterator[Any]:
+        async with super().connection() as db, db.transaction():
+            yield db
+
+
+async def test_no_frame_writes_but_in_a_transaction_that_asks_for_the_account(world: World) -> None:
+    """Nor after it, in statements of their own. `send` and those of `ASKS_ITSELF` ask in the statement that writes."""
+    async with http_client(world.url) as http:
+        quarrel = Quarrel(world, http)
+        await quarrel.begin()
+        services = quarrel.app._services  # noqa: SLF001
+        reading = Reading(services.database._pool, services.database._shared)  # noqa: SLF001
+        context = Context(
+            services=msgspec.structs.replace(services, database=reading),
+            user=User(id=quarrel.ada, name="Ada"),
+            session_id=quarrel.sessions[quarrel.ada],
+        )
+        done, asks_itself = 0, set()
+        for index, frame in enumerate(quarrel.frames()):
+            if isinstance(quarrel.frames()[index - 1], client.Leave | client.TransferOwnership):
+                await quarrel.furnish()
+            try:
+                await ROUTES[type(frame)].handler(context, quarrel.frames()[index])
+            except Refused:
+                continue
+            except asyncpg.ReadOnlySQLTransactionError:
+                asks_itself.add(type(frame))
+            done += 1
+        assert asks_itself == ASKS_ITSELF
+        assert done > 35, "most frames are done"
+        async with reading.connection() as db:
+            with pytest.raises(asyncpg.ReadOnlySQLTransactionError):
+                await db.execute("DELETE FROM report")
+
+
+async def test_reports_of_a_hidden_message_wait_if_the_account_ends_meanwhile(world: World) -> None:
+    """They are more than one statement resolves. The message is hidden: that was committed before."""
+    owner = await world.user("Owner")
+    mine = await world.connect(owner)
+    about = await world.channel(mine)
+    said = await sent(mine, about)
+    await world.db.execute(REPORTS, about, said)
+    async with http_client(world.url) as http:
+        quarrel = Quarrel(world, http)
+        services = quarrel.app._services  # noqa: SLF001
+    session = await world.db.fetchval("SELECT id FROM session WHERE user_id = $1", owner.id)
+    context = Context(services=services, user=User(id=owner.id, name="Owner"), session_id=session)
+    handler: Any = ROUTES[client.Moderate].handler
+    frame = client.Moderate(conversation_id=about, message_id=said, reason="Rude")
+    async with world.db.transaction():
+        # What resolves them skips rows that are held, so it is the table that is held.
+        await world.db.execute("LOCK TABLE report IN SHARE MODE")
+        waits = asyncio.create_task(handler(context, frame))
+        await waiting(world, 1)
+        await world.db.execute(FLIP, owner.id)
+    with pytest.raises(NotActive):
+        await waits
+    assert await world.db.fetchval("SELECT is_moderated FROM message WHERE id = $1", said)
+    assert await world.db.fetchval("SELECT count(*) FROM report WHERE status = 'upheld'") == 0
+    await world.db.execute(FLIP, owner.id)
+    await mine.close()
+    await handler(context, frame)
+    assert await world.db.fetchval("SELECT count(*) FROM report WHERE status = 'upheld'") == 2 * moderation.AT_ONCE + 1
 
 
 class Source(NamedTuple):

@@ -29,9 +29,10 @@ async def moderate(context: Context, frame: client.Moderate) -> Changed:
     answer = Changed(conversation_id=before.conversation_id, version=message.version)
     if is_new:
         tell_changed(context.events, found, message)
-    async with context.database.connection() as db:
-        while await moderation.uphold(db, message, context.user_id):
-            pass
+    is_more_due = True
+    while is_more_due:
+        async with context.transaction() as db:
+            is_more_due = await moderation.uphold(db, message, context.user_id)
     return answer
 
 
