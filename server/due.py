@@ -84,8 +84,10 @@ class Due:
 
     def add(self, conversation_id: ConversationId, sender_id: UserId, message_id: MessageId, *, seconds: float) -> None:
         """Have a message looked at in so many seconds. If too many wait, the sender with most of them loses the
-        oldest.
+        oldest. One that waits already is looked at once.
         """
+        if message_id in self._senders.get(sender_id, ()):
+            return
         if len(self._senders.get(sender_id, ())) >= MAX_OF_SENDER:
             self._drop(sender_id)
         elif self._count >= MAX_WAITING:

@@ -14,7 +14,7 @@ from protocol import server
 from protocol.codec import encode
 from protocol.errors import ErrorCode
 from protocol.ids import ConversationId, MessageId, UserId, uuid7
-from server import app, database, endpoints
+from server import app, database, endpoints, hub
 from server.app import App
 from server.auth.tickets import Ticket
 from server.auth.tokens import token_hash
@@ -25,7 +25,7 @@ from server.queries.push import Post
 from server.queries.sending import Outgoing, Source
 from tests.test_held_rows import schedule
 from tests.test_send_waits import SECONDS, Stage
-from tests.world import Somebody, World, all_sent, http_client, message, refused, sent
+from tests.world import Somebody, World, all_sent, http_client, message, refused, sent, until
 
 OTHERS = 40
 """Good messages in one statement with a bad one."""
@@ -281,6 +281,60 @@ async def test_repeated_frame_whose_outcome_was_in_doubt_is_notified_once(
         await stage.author.call(again, server.Sent)
         assert len(due) == before + 2
 
+        async def away(db: Any, items: list[Outgoing]) -> Any:  # noqa: ARG001 - as the other one
+            raise TimeoutError  # before the statement
+
+        # Nor about this one, once it is stored.
+        frame = message(stage.group, "Not stored")
+        with monkeypatch.context() as lose, refused(ErrorCode.UNAVAILABLE, None):
+            lose.setattr(sending, "send_free", away)
+            await stage.author.call(frame, server.Sent)
+        for _ in range(3):
+            await stage.author.call(frame, server.Sent)
+            assert len(due) == before + 3
+
+
+async def test_message_whose_outcome_was_in_doubt_has_one_event_by_the_comparison_of_positions(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On each device, whether the frame is repeated or not, and also of those that were stored by one statement."""
+    monkeypatch.setattr(hub, "COMPARE_SECONDS", 3_600.0)
+    async with World(settings, workers=1) as world:
+        stage = Crowd(world)
+        await stage.begin()
+        devices = [stage.author, stage.sender, *[await world.connect(who) for who in (stage.ada, stage.charles)]]
+        frames = [message(stage.group, "In doubt") for _ in devices]
+        store, runs = sending.send_free, []
+
+        async def lost(db: Any, items: list[Outgoing]) -> Any:
+            await store(db, items)
+            runs.append(len(items))
+            raise TimeoutError  # after the commit
+
+        def told() -> list[list[MessageId]]:
+            return [
+                [one.message.id for event in device.events for one in getattr(event, "events", [event])
+                 if isinstance(one, server.MessageSent) and one.message.content == "In doubt"]
+                for device in devices
+            ]  # fmt: skip
+
+        with monkeypatch.context() as lose:
+            lose.setattr(sending, "send_free", lost)
+            answers = await asyncio.gather(*(one.ask(frame) for one, frame in zip(devices, frames, strict=True)))
+        assert [getattr(answer, "code", None) for answer in answers] == [ErrorCode.UNAVAILABLE] * 4
+        assert sum(runs) == 4
+        for one, frame in zip(devices[:2], frames[:2], strict=True):
+            await one.call(frame, server.Sent)
+            await one.call(frame, server.Sent)
+        await asyncio.gather(*(device.synced() for device in devices))
+        assert told() == [[]] * 4
+        world.workers[0].app.hub.compare_soon()
+        await until(lambda: all(len(ids) == len(frames) for ids in told()))
+        last = await sent(stage.author, stage.group, "After them")
+        for device in devices:
+            await device.event(server.MessageSent, lambda event: event.message.id == last)
+        assert [sorted(ids) for ids in told()] == [sorted(frame.message_id for frame in frames)] * 4
+
 
 def _several(items: list[int], error: type[BaseException]) -> None:
     if len(items) > 1:
@@ -314,7 +368,7 @@ async def test_work_that_fails_in_any_way_leaves_nobody_waiting(name: str) -> No
         happen(outcomes)
         return outcomes
 
-    gather: Gather[int, int] = Gather(_counted(work, asked), most=64)
+    gather: Gather[int, int] = Gather(counted(work, asked), most=64)
     async with asyncio.timeout(SECONDS):
         answers = await asyncio.gather(*(gather.submit(one) for one in range(69)), return_exceptions=True)
     assert asked == runs
@@ -369,7 +423,7 @@ async def test_bad_question_costs_the_others_no_further_statement(settings: Sett
             work = read.gather._work
             while read.gather._is_running:  # a connection that began asks, too
                 await asyncio.sleep(0)
-            read.gather._work = _counted(work, runs)
+            read.gather._work = counted(work, runs)
             asked = [read.bad[0], *read.bad, *([] if read.good is None else [read.good])]
             async with asyncio.timeout(SECONDS):
                 answers = await asyncio.gather(*(read.ask(one) for one in asked), return_exceptions=True)
@@ -382,14 +436,14 @@ async def test_bad_question_costs_the_others_no_further_statement(settings: Sett
         assert _gathers(app) - others == {read.gather for read in reads.values()}, "each has a row in the table"
 
 
-def _counted(work: Any, runs: list[int]) -> Any:
+def counted(work: Any, runs: list[int]) -> Any:
     """Return the work of a `Gather` that notes how many items each run has."""
 
-    async def counted(items: list[Any]) -> Any:
+    async def work_counted(items: list[Any]) -> Any:
         runs.append(len(items))
         return await work(items)
 
-    return counted
+    return work_counted
 
 
 def _gathers(app: App) -> set[Gather[Any, Any]]:

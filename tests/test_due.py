@@ -79,6 +79,7 @@ def test_sender_displaces_their_own_messages_and_a_full_table_those_of_who_has_m
     monkeypatch.setattr(due, "MAX_TOGETHER", 5)
     here, greedy, ada = place(), user(), user()
     hers = desk.say(here, ada)
+    desk.due.add(here, ada, hers[0], seconds=0.0)
     theirs = desk.say(here, greedy, 11)
     assert (len(desk.due), desk.drops.counts) == (11, {"messages_full": 1})
     elsewhere = [desk.say(place(), user()) for _ in range(4)]

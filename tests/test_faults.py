@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
+from typing import Any
 
 import asyncpg
 import msgspec
@@ -23,16 +24,19 @@ from protocol.client import Frame
 from protocol.errors import CloseCode, ErrorCode, Refused
 from protocol.ids import ConversationId, MessageId
 from protocol.limits import MAX_FRAME_BYTES
+from protocol.server import Error
 from protocol.values import ConversationSettings
-from prove.client import Client
+from prove.client import PATIENCE, Client
 from prove.mirror import Mirror
 from prove.truth import assert_same, read_conversation
+from server import database
 from server.config import Settings
 from server.connection import Connection
 from server.embedded.folder import DataFolder
 from server.embedded.postgres import Postgres
 from server.embedded.valkey import Valkey
 from tests.conftest import TEMPLATE, Servers, make_template, scratch
+from tests.test_batches import counted
 from tests.world import Somebody, World, http_client, message, sent, until
 
 ROOM = 100
@@ -222,6 +226,56 @@ async def test_postgres_restarts(
     with log.open("rb") as file:
         file.seek(size)
         assert [line for line in file if b"FATAL" in line and b"is starting up" in line] == []
+
+
+SENDERS = 64
+MAX_RUNS = 4
+"""Max statements in which the messages of these senders are tried: the first one alone, and what came meanwhile."""
+
+
+@pytest.mark.long
+async def test_postgres_hangs_while_many_send(own: tuple[Settings, Servers], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without closing a connection: what waits is tried once, together, and not one by one."""
+    settings, servers = own
+    monkeypatch.setattr(database, "STATEMENT_SECONDS", 1.0)
+    monkeypatch.setattr(database, "CONNECT_SECONDS", 1.0)
+    async with World(msgspec.structs.replace(settings, connections_per_address=200), workers=1) as world:
+        people = await world.users(*(f"P{number}" for number in range(SENDERS)))
+        senders = [await world.connect(one) for one in people]
+        about = await world.channel(senders[0], is_public=True)
+        for sender in senders[1:]:
+            await sender.call(client.Join(conversation_id=about))
+        await asyncio.gather(*(sent(sender, about) for sender in senders))
+        runs: list[int] = []
+        sends: Any = world.workers[0].app._sends  # noqa: SLF001 - how often what waits is tried is seen inside
+        for gather in (sends._light, sends._heavy):  # noqa: SLF001
+            gather._work = counted(gather._work, runs)  # noqa: SLF001
+        frames = [message(about, "Frozen") for _ in senders]
+        pids = [servers.postgres.pid, *(row[0] for row in await world.db.fetch("SELECT pid FROM pg_stat_activity"))]
+        for pid in pids:
+            os.kill(pid, signal.SIGSTOP)
+        try:
+            answers = await asyncio.gather(*(one.ask(frame) for one, frame in zip(senders, frames, strict=True)))
+        finally:
+            for pid in pids:
+                os.kill(pid, signal.SIGCONT)
+        assert [getattr(answer, "code", None) for answer in answers] == [ErrorCode.UNAVAILABLE] * SENDERS
+        assert (sum(runs), len(runs) <= MAX_RUNS) == (SENDERS, True), runs
+        # What was in flight may have been stored; each is there once, and was told once, when all have tried again.
+        async with asyncio.timeout(PATIENCE):
+            for sender, frame in zip(senders, frames, strict=True):
+                while isinstance(answer := await sender.ask(frame), Error):
+                    assert answer.code is ErrorCode.UNAVAILABLE
+                    await asyncio.sleep((answer.retry_after_ms or 0) / 1_000)
+        world.workers[0].app.hub.compare_soon()
+        last = await sent(senders[0], about, "Last")
+        for sender in senders[:2]:
+            await sender.event(server.MessageSent, lambda event: event.message.id == last)
+            told = [
+                one.message.id for event in sender.events for one in getattr(event, "events", [event])
+                if isinstance(one, server.MessageSent) and one.message.content == "Frozen"
+            ]  # fmt: skip
+            assert sorted(told) == sorted(frame.message_id for frame in frames)
 
 
 async def test_a_connection_made_while_the_database_is_away_is_told_to_come_back(

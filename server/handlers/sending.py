@@ -134,6 +134,8 @@ async def _store(context: Context, out: Outgoing, note: Note | None = None) -> S
                 context.services.unconfirmed.add(frame.message_id)
             raise
         if stored is not None:
+            # An earlier try, of which the outcome was in doubt, had not stored it.
+            context.services.unconfirmed.remove(frame.message_id)
             message = _message(out, stored)
             context.events.publish(
                 MessageSent(
