@@ -334,12 +334,39 @@ AS_BEFORE = """
 SELECT count(*) = 2 AND NOT EXISTS (SELECT FROM user_relationship WHERE type = 'block' AND status = 'active')
 FROM conversation_participant WHERE conversation_id = $1 AND status = 'active'
 """
-WAITS = "SELECT EXISTS (SELECT FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database())"
+STATE = """
+SELECT array_agg(pid ORDER BY pid) FILTER (WHERE wait_event_type = 'Lock'),
+    bool_or(wait_event_type = 'Lock' AND $1 = ANY(pg_blocking_pids(pid))),
+    count(*) FILTER (WHERE backend_xid IS NOT NULL AND wait_event_type IS DISTINCT FROM 'Lock'),
+    pg_snapshot_xmax(pg_current_snapshot())::text
+FROM pg_stat_activity WHERE datname = current_database() AND backend_type = 'client backend' AND pid <> $1
+"""
+"""Who waits for locks, whether one of them waits for the connection $1, how many others are in the middle of a write,
+and which write ended last."""
 
 
 def held(table: str) -> str:
     """Return a statement that counts the rows of a table that somebody else holds."""
     return f"(SELECT count(*) FROM {table}) - (SELECT count(*) FROM (SELECT FROM {table} FOR UPDATE SKIP LOCKED) free)"
+
+
+WAITS = "SELECT EXISTS (SELECT FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database())"
+
+
+async def held_by_who_waits(quarrel: Quarrel, connection: asyncpg.Connection, later: list[str]) -> list[str] | None:
+    """Return which tables have rows that somebody holds who waits for a connection; None if nobody waits, or it cannot
+    be told: the job of a worker that holds rows for a moment, and waits for nobody, may come and go meanwhile.
+    """
+    before = await quarrel.world.db.fetchrow(STATE, connection.get_server_pid())
+    assert before is not None
+    if not before[1] or before[2]:
+        return None
+    probe = connection.transaction()
+    await probe.start()
+    counts = await connection.fetchrow(f"SELECT {', '.join(held(table) for table in later)}") or ()
+    after = await quarrel.world.db.fetchrow(STATE, connection.get_server_pid())
+    await probe.rollback()
+    return [table for table, count in zip(later, counts, strict=True) if count] if after == before else None
 
 
 @pytest.mark.parametrize(
@@ -352,25 +379,53 @@ async def test_whoever_waits_for_a_lock_holds_none_of_a_later_rank(quarrel: Quar
     later = [table for tables in RANKS[rank + 1 :] for table in tables]
     if mode == "NO KEY UPDATE" and rank == 0:
         later.append("conversation")  # FOR KEY SHARE, which an insert takes, is compatible with that
-    probe = f"SELECT {', '.join(held(table) for table in later)}"
     wrong: dict[str, list[str]] = {}
+    met = 0
     for name, act in quarrel.acts().items():
         transaction = connection.transaction()
         await transaction.start()
         await connection.execute(f"SELECT FROM {RANKS[rank][0]} FOR {mode}")
         task = asyncio.create_task(act())
-        while not task.done() and not await quarrel.world.db.fetchval(WAITS):
+        rows = None
+        while not task.done() and (rows := await held_by_who_waits(quarrel, connection, later)) is None:
             await asyncio.sleep(0)
-        if not task.done():
-            counts = await connection.fetchrow(probe) or ()
-            if rows := [table for table, count in zip(later, counts, strict=True) if count]:
-                wrong[name] = rows
+        if rows:
+            wrong[name] = rows
+        met += rows is not None
         await transaction.rollback()
         await task
         if not await quarrel.world.db.fetchval(AS_BEFORE, quarrel.group):
             await quarrel.reconcile()
     await connection.close()
     assert not wrong
+    assert met > 50, "acts that waited"
+
+
+@pytest.mark.parametrize("waits_for_it", [True, False])
+async def test_only_who_waits_for_the_connection_is_blamed(quarrel: Quarrel, *, waits_for_it: bool) -> None:
+    """One holds a session and waits for a conversation that is held; or one that holds a session waits for nobody, and
+    is waited for: as a log-out may be by a job, while the transaction of the test holds all conversations.
+    """
+    url = quarrel.world.settings.database_url
+    connection, holder, waiter = [await asyncpg.connect(url) for _ in range(3)]
+    holds_all, holds = connection.transaction(), holder.transaction()
+    await holds_all.start()
+    await holds.start()
+    await connection.execute("SELECT FROM conversation FOR UPDATE")
+    await holder.execute("SELECT FROM session FOR UPDATE")
+    rest = holder if waits_for_it else waiter
+    task = asyncio.create_task(rest.execute(f"SELECT FROM {'conversation' if waits_for_it else 'session'} FOR UPDATE"))
+    while not await quarrel.world.db.fetchval(WAITS):
+        await asyncio.sleep(0)
+    found = [await held_by_who_waits(quarrel, connection, ["session", "account"]) for _ in range(20)]
+    assert {tuple(one) for one in found if one is not None} == ({("session",)} if waits_for_it else set())
+    await holds_all.rollback()
+    if waits_for_it:
+        await task
+    await holds.rollback()
+    await task
+    for one in (connection, holder, waiter):
+        await one.close()
 
 
 async def _cheap(password: str) -> str:
