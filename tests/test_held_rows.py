@@ -5,6 +5,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 import asyncpg
+import msgspec
 import pytest
 
 from protocol import client, server
@@ -177,6 +178,32 @@ async def test_more_held_senders_than_a_worker_sends_for_delay_nobody_else(
             await send_due()
             while await world.db.fetchval(WAITING):
                 await asyncio.sleep(0.01)
+
+
+HELD_UP = "SELECT count(*) FROM pg_locks WHERE NOT granted AND pg_backend_pid() = ANY(pg_blocking_pids(pid))"
+
+
+async def test_scheduled_messages_of_all_users_hold_a_fourth_of_the_connections(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(app, "DUE_SECONDS", 36_000.0)
+    settings = msgspec.structs.replace(settings, database_connections=8)
+    async with World(settings, workers=1) as world:
+        scheduling = world.workers[0].app.scheduling
+        senders = [await world.connect(one) for one in await world.users(*(f"Sender {n}" for n in range(6)))]
+        for one in senders:
+            await schedule(one, await world.channel(one), "Later")
+        held: list[int] = []
+        async with world.db.transaction(), asyncio.timeout(10):
+            await world.db.execute("SELECT FROM conversation FOR UPDATE")
+            await scheduling.send_due()
+            await senders[-1].call(client.GetMe())
+            assert scheduling._sending, "others are served meanwhile"  # noqa: SLF001
+            while scheduling._sending:  # noqa: SLF001
+                held.append(await world.db.fetchval(HELD_UP))
+                await asyncio.sleep(0.01)
+            assert await world.db.fetchval(WAITING) == len(senders)
+        assert max(held) == settings.database_connections // 4
 
 
 async def test_presence_of_others_is_recorded_while_a_row_is_held(settings: Settings) -> None:
