@@ -6,7 +6,6 @@ to forget nothing in between, because nothing that we do leaves anything behind.
 """
 
 import asyncio
-from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from types import TracebackType
@@ -15,6 +14,7 @@ from typing import TypeAlias
 import asyncpg
 
 from protocol.ids import UserId
+from server.lines import Lines
 from server.turns import Turns
 
 USER_SHARE = 2
@@ -35,7 +35,7 @@ class Pool:
         self._taken: set[Connection] = set()
         self._opening = 0
         self._is_closed = False
-        self._waiting: deque[asyncio.Future[None]] = deque()
+        self._waiting: Lines[UserId | None, asyncio.Future[Connection | None]] = Lines()
         self._turns: Turns[UserId] = Turns(max(1, most // USER_SHARE), patience=patience)
         self._sessions_turns: Turns[UserId] = Turns(1, patience=patience)
 
@@ -55,37 +55,55 @@ class Pool:
     def __len__(self) -> int:
         return len(self._free) + len(self._taken)
 
-    async def take(self) -> Connection:
-        """Return a connection that is nobody else's until `give`.
+    async def take(self, user_id: UserId | None = None) -> Connection:
+        """Return a connection that is nobody else's until `give`. Users who wait take turns, and nobody overtakes them.
 
         Raises TimeoutError if none becomes free in time, InterfaceError once closed, and what connecting raises.
         """
-        while not self._is_closed:
-            while self._free:
-                connection = self._free.pop()
-                if not connection.is_closed():
-                    self._taken.add(connection)
-                    return connection
-            if len(self._taken) + self._opening < self._most:
-                return await self._open()
-            turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-            self._waiting.append(turn)
-            try:
-                await asyncio.wait_for(turn, self._patience)
-            except BaseException:
-                if turn.done() and not turn.cancelled():
-                    self._wake()  # it was our turn just now: it is somebody else's
-                raise
-        raise asyncpg.InterfaceError("the pool is closed")
+        if self._is_closed:
+            raise _closed()
+        while self._free:
+            connection = self._free.pop()
+            if not connection.is_closed():
+                self._taken.add(connection)
+                return connection
+        if len(self._taken) + self._opening < self._most:
+            self._opening += 1
+            return await self._open()
+        turn: asyncio.Future[Connection | None] = asyncio.get_running_loop().create_future()
+        self._waiting.put(user_id, turn)
+        try:
+            async with asyncio.timeout(self._patience):
+                got = await turn
+        except BaseException:
+            if turn.done() and not turn.cancelled() and turn.exception() is None:
+                self._hand_on(turn.result())  # it came too late
+            raise
+        return await self._open() if got is None else got
 
     def give(self, connection: Connection, *, is_usable: bool) -> None:
         """Take a connection back; one that may be in the middle of something is ended."""
-        self._taken.discard(connection)
         if is_usable and not connection.is_closed() and not self._is_closed:
-            self._free.append(connection)
+            self._hand_on(connection)
+            return
+        self._taken.discard(connection)
+        connection.terminate()
+        self._opening += 1
+        self._hand_on(None)
+
+    def _hand_on(self, connection: "Connection | None") -> None:
+        """Give a connection that was taken, or the place to open one, to whoever waits: newcomers do not overtake."""
+        while self._waiting:
+            user_id, turn = self._waiting.take()
+            self._waiting.done(user_id)
+            if not turn.done():
+                turn.set_result(connection)
+                return
+        if connection is None:
+            self._opening -= 1
         else:
-            connection.terminate()
-        self._wake()
+            self._taken.discard(connection)
+            self._free.append(connection)
 
     def close(self) -> None:
         """End all connections, without waiting for what is in flight; no others are opened."""
@@ -93,28 +111,29 @@ class Pool:
         for connection in (*self._free, *self._taken):
             connection.terminate()
         self._free.clear()
+        while self._waiting:
+            user_id, turn = self._waiting.take()
+            self._waiting.done(user_id)
+            if not turn.done():
+                turn.set_exception(_closed())
 
     async def _open(self) -> Connection:
-        self._opening += 1
+        """Open a connection in a place that `_opening` counts."""
         try:
             connection = await self._connect()
         except BaseException:
-            self._wake()
+            self._hand_on(None)
             raise
-        finally:
-            self._opening -= 1
+        self._opening -= 1
         if self._is_closed:
             connection.terminate()
-            raise asyncpg.InterfaceError("the pool is closed")
+            raise _closed()
         self._taken.add(connection)
         return connection
 
-    def _wake(self) -> None:
-        while self._waiting:
-            turn = self._waiting.popleft()
-            if not turn.done():
-                turn.set_result(None)
-                return
+
+def _closed() -> asyncpg.InterfaceError:
+    return asyncpg.InterfaceError("the pool is closed")
 
 
 class Part:
@@ -133,7 +152,7 @@ class Part:
         """Return a connection as the pool does. Raises TimeoutError if none of the user comes back in time, too."""
         await self._turns.take(self._user_id)
         try:
-            return await self._pool.take()
+            return await self._pool.take(self._user_id)
         except BaseException:
             self._turns.give(self._user_id)
             raise

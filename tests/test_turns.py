@@ -367,6 +367,88 @@ async def test_a_turn_that_comes_as_its_wait_ends_goes_to_the_next() -> None:
     assert (turns._taken, turns._waiting) == ({}, {})  # noqa: SLF001
 
 
+class Stub:
+    """As much of a connection as a pool asks for."""
+
+    is_open = True
+
+    def is_closed(self) -> bool:
+        return not self.is_open
+
+    def terminate(self) -> None:
+        self.is_open = False
+
+
+async def _connect() -> Any:
+    await asyncio.sleep(0)
+    return Stub()
+
+
+async def test_nobody_overtakes_who_waits_for_a_connection_and_users_take_turns() -> None:
+    ada, charles, mary = (UserId(uuid7()) for _ in range(3))
+    pool = Pool(_connect, most=1, patience=60)
+    held = await pool.take(ada)
+    order: list[UserId] = []
+
+    async def use(user_id: UserId, *, is_usable: bool) -> None:
+        connection = await pool.take(user_id)
+        order.append(user_id)
+        await asyncio.sleep(0)
+        pool.give(connection, is_usable=is_usable)
+
+    asking = [
+        asyncio.create_task(use(one, is_usable=one is not charles)) for one in (ada, ada, ada, charles, mary, charles)
+    ]
+    await asyncio.sleep(0)
+    pool.give(held, is_usable=True)
+    await use(mary, is_usable=True)  # a newcomer, before anybody who waits has run
+    await asyncio.gather(*asking)
+    assert order == [ada, charles, mary, ada, charles, mary, ada]
+
+
+@given(
+    most=st.integers(1, 3),
+    steps=st.lists(
+        st.tuples(st.sampled_from("ABC"), st.sampled_from(["take", "give", "break", "cancel"])), max_size=60
+    ),
+)
+def test_no_connection_of_a_pool_is_lost_or_held_by_two(most: int, steps: list[tuple[Any, str]]) -> None:
+    async def run() -> None:
+        pool = Pool(_connect, most=most, patience=60)
+        asked: dict[str, list[asyncio.Task[Any]]] = {key: [] for key in "ABC"}
+        for key, what in steps:
+            mine = asked[key]
+            if what == "take":
+                mine.append(asyncio.create_task(pool.take(key)))
+            elif what == "cancel" and mine and not mine[-1].done():
+                mine.pop().cancel()
+            elif mine and mine[0].done():
+                pool.give(mine.pop(0).result(), is_usable=what == "give")
+            if len(asked["A"]) % 2:  # sometimes several things happen in one turn of the loop
+                await asyncio.sleep(0)
+            held = [one.result() for ones in asked.values() for one in ones if one.done()]
+            assert len(held) == len(set(held)) <= len(pool._taken) <= most  # noqa: SLF001
+        left = [one for ones in asked.values() for one in ones]
+        for one in left:
+            one.add_done_callback(lambda one: pool.give(one.result(), is_usable=True))
+        await asyncio.gather(*left)
+        await asyncio.sleep(0)
+        assert (pool._taken, pool._opening, bool(pool._waiting)) == (set(), 0, False)  # noqa: SLF001
+        pool.close()
+
+    asyncio.run(asyncio.wait_for(run(), 20))
+
+
+async def test_who_waits_when_a_pool_is_closed_is_told() -> None:
+    pool = Pool(_connect, most=1, patience=60)
+    await pool.take()
+    waiting = asyncio.create_task(pool.take())
+    await asyncio.sleep(0)
+    pool.close()
+    with pytest.raises(asyncpg.InterfaceError, match="closed"):
+        await waiting
+
+
 async def test_few_connect_while_the_database_is_away_and_the_others_are_told_so(
     settings: Settings, caplog: pytest.LogCaptureFixture
 ) -> None:
