@@ -5,6 +5,7 @@ import asyncio
 import os
 import signal
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack
 from typing import Any, NamedTuple
 
 import msgspec
@@ -490,10 +491,15 @@ VERSIONS = "SELECT array_agg(sent_version) FROM message WHERE id = ANY($1)"
 
 async def test_many_messages_of_one_user_go_before_one_of_another_by_two_statements_at_most(settings: Settings) -> None:
     """Large ones and small ones, by the statement of all and by that of a conversation which was held."""
-    async with World(settings, workers=1) as world:
+    few = msgspec.structs.replace(settings, database_connections=4)
+    async with World(few, workers=1) as world, AsyncExitStack() as all_of_them:
         stage = Crowd(world)
         await stage.begin()
-        # No connection has to be opened, and no statement planned, while messages wait.
+        # No connection has to be opened, and no statement planned, while messages wait. A lane takes any connection.
+        connect = world.workers[0].app._database.connection
+        for db in [await all_of_them.enter_async_context(connect()) for _ in range(few.database_connections)]:
+            await sending.send(db, [])
+        await all_of_them.aclose()
         sizes = (10_000, 1)
         await asyncio.gather(*stage.submit(*(Outgoing(stage.ada.id, message(stage.group, "x" * one)) for one in sizes)))
         for is_held in (False, True):
