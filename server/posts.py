@@ -21,9 +21,10 @@ from collections.abc import Awaitable, Callable, Container
 from typing import NamedTuple, TypeAlias
 from urllib.parse import urlsplit
 
-from protocol.ids import ConversationId, UserId
+from protocol.ids import UserId
 from server.drops import Drops
 from server.errors import log_failure
+from server.hosts import MAX_BACKOFF, PER_USER, SLOW_SECONDS, Host, Pause
 from server.limits import Allowance
 from server.looptime import LoopTime
 from server.queries.push import Post
@@ -35,24 +36,14 @@ SLOW_SLOTS = SLOTS // 2
 """Max posts in flight to hosts that are not known to be fast, per worker."""
 SLOW_USER_SLOTS = SLOW_SLOTS // 2
 """Of these, max posts of users whose posts to such hosts have taken long, per worker."""
-PER_HOST = 8
-"""Max posts in flight to a fast host."""
 MAX_HOSTS = 500
 """Max hosts remembered, per worker."""
 MAX_QUEUED = 10_000
 """Max posts queued, per worker; hosts that are not known to be fast fill half of it."""
 MAX_QUEUED_SLOW = 8
 """Max posts queued for a slow host: its last answer was slow, or it failed twice in a row."""
-SLOW_SECONDS = 2.0
-"""An answer that takes longer makes a host slow."""
-HOST_USERS = 3
-"""Users whose posts must fail or be slow, with no fast answer in between, before the host is paused or slow for all."""
 ROOM_SECONDS = 0.5
 """After a search for a host to forget found none, max seconds until the next one for a user with as many hosts."""
-KEPT_SECONDS = 300.0
-"""A host that has answered `HOST_USERS` users fast is not forgotten for this long after a post, in seconds."""
-PER_USER = 2
-"""Max posts in flight of one user to one host, and to all hosts that are not known to be fast."""
 IN_FLIGHT_OF_USER = 4
 """Max posts in flight of one user."""
 MAX_HOSTS_OF_USER = 5
@@ -65,8 +56,6 @@ SHARE, BURST_SECONDS = 0.1, 0.1
 """Share of the loop's time that posts take, and seconds of it that they may take at once."""
 MAX_PAUSES = 10_000
 """Max pauses of endpoints, of users at a host, and of users that are remembered, per worker."""
-MAX_BACKOFF = 300.0
-"""Max wait after consecutive failures, in seconds, and max wait that a host may ask for in the name of all users."""
 MAX_RETRY_AFTER = 3_600.0
 """Max wait that a host may ask for in the name of one endpoint or user, in seconds."""
 
@@ -95,95 +84,8 @@ class Rejected(Failed):
     """The host answered that it takes nothing for this endpoint now."""
 
 
-class _Pause(NamedTuple):
-    """How many times in a row something failed, and until when it is left alone."""
-
-    failures: int = 0
-    until: float = 0.0
-
-    def after_failure(self, retry_after: float, most: float) -> "_Pause":
-        """Return the pause after a failure: longer each time, and as long as was asked for, up to `most` seconds."""
-        now = time.monotonic()
-        failures = self.failures + (self.until <= now)  # else this post was in flight when another one failed
-        wait = max(min(2.0 ** min(failures - 1, 30), MAX_BACKOFF), min(retry_after, most))
-        return _Pause(failures, max(self.until, now + wait))
-
-
 _Paused: TypeAlias = str | UserId | tuple[UserId, str]
 """An endpoint, a user, or a user at a host."""
-
-
-class _Host:
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.queue: OrderedDict[UserId, OrderedDict[tuple[str, ConversationId], Post]] = OrderedDict()
-        self.crowds: OrderedDict[UserId, OrderedDict[tuple[str, ConversationId], Post]] = OrderedDict()
-        """Posts of large conversations. The two take turns."""
-        self.is_crowds_turn = False
-        self.queued = 0
-        self.in_flight: Counter[UserId] = Counter()
-        self.is_fast = False  # a new host is neither fast nor slow
-        self.is_slow = False
-        self.answered: set[UserId] = set()
-        self.used_at = 0.0
-        self.failing: set[UserId] = set()
-        self.pause = _Pause()
-
-    def put(self, post: Post, *, is_crowd: bool) -> None:
-        """Enqueue a post. There is none of the same conversation to the same endpoint."""
-        queue = self.crowds if is_crowd else self.queue
-        queue.setdefault(post.user_id, OrderedDict())[post.endpoint, post.conversation_id] = post
-        self.queued += 1
-
-    def replace(self, post: Post) -> bool:
-        """Put a post in the place of an older one of the same conversation. Return whether there was one."""
-        for queue in (self.queue, self.crowds):
-            posts = queue.get(post.user_id)
-            if posts is not None and (post.endpoint, post.conversation_id) in posts:
-                posts[post.endpoint, post.conversation_id] = post
-                return True
-        return False
-
-    def posts_of(self, user_id: UserId) -> list[Post]:
-        """Return what is queued of a user."""
-        return [post for queue in (self.queue, self.crowds) for post in queue.get(user_id, OrderedDict()).values()]
-
-    def users(self) -> set[UserId]:
-        """Return those of whom something is queued."""
-        return {*self.queue, *self.crowds}
-
-    def take(
-        self,
-        may_begin: Callable[[UserId], bool],
-        is_paused: Callable[[Post], bool],
-        has_token: Callable[[UserId], bool],
-    ) -> Post | None:
-        """Return the oldest post that may begin, of the user who waited longest."""
-        for queue in (self.crowds, self.queue) if self.is_crowds_turn else (self.queue, self.crowds):
-            for user_id, posts in queue.items():
-                if self.in_flight[user_id] >= PER_USER or not may_begin(user_id):
-                    continue
-                post = next((one for one in posts.values() if not is_paused(one)), None)
-                if post is not None and has_token(user_id):
-                    queue.move_to_end(user_id)
-                    self.is_crowds_turn = queue is self.queue
-                    return post
-        return None
-
-    def remove(self, post: Post) -> bool:
-        """Remove a post from the queue. Return whether it was one of a large conversation."""
-        is_crowd = (post.endpoint, post.conversation_id) not in self.queue.get(post.user_id, ())
-        queue = self.crowds if is_crowd else self.queue
-        posts = queue[post.user_id]
-        del posts[post.endpoint, post.conversation_id]
-        self.queued -= 1
-        if not posts:
-            del queue[post.user_id]
-        return is_crowd
-
-    def oldest(self) -> Post:
-        """Return the oldest post of the user who has most."""
-        return next(iter(max((*self.queue.values(), *self.crowds.values()), key=len).values()))
 
 
 class _User:
@@ -208,8 +110,8 @@ class Posts:
         self._read = read
         self._send = send
         self._drops = drops
-        self._hosts: OrderedDict[str, _Host] = OrderedDict()
-        self._pauses: OrderedDict[_Paused, _Pause] = OrderedDict()
+        self._hosts: OrderedDict[str, Host] = OrderedDict()
+        self._pauses: OrderedDict[_Paused, Pause] = OrderedDict()
         self._users: Allowance[UserId] = Allowance("notifications", USER_RATE, burst=USER_BURST)
         self._time = LoopTime(SHARE, BURST_SECONDS)
         self._next: asyncio.Handle | None = None
@@ -247,7 +149,7 @@ class Posts:
         ) is not None:
             return reason
         if host is None:
-            host = self._hosts[name] = _Host(name)
+            host = self._hosts[name] = Host(name)
         host.put(post, is_crowd=is_crowd)
         self._queued += 1
         self._crowds += is_crowd
@@ -257,7 +159,7 @@ class Posts:
             self._trim_paused(host, post.user_id)
         return None
 
-    def _beyond_share(self, host: _Host | None, name: str, user_id: UserId) -> str | None:
+    def _beyond_share(self, host: Host | None, name: str, user_id: UserId) -> str | None:
         """Return what a user, or a slow host, has too much of for another post."""
         if self._queued_of[user_id] >= MAX_QUEUED_OF_USER:
             return "user_full"
@@ -268,7 +170,7 @@ class Posts:
             return "host_slow"
         return None
 
-    def _without_room(self, host: _Host | None, post: Post, *, is_crowd: bool) -> str | None:
+    def _without_room(self, host: Host | None, post: Post, *, is_crowd: bool) -> str | None:
         """Make room for a post. Return which table is full, if it stays so."""
         is_fast = host is not None and host.is_fast
         is_full = self._queued >= (MAX_QUEUED if is_fast else MAX_QUEUED // 2)
@@ -307,7 +209,7 @@ class Posts:
             self._begin(*found)
             self._next = loop.call_soon(self._begin_one)
 
-    def _find(self) -> tuple[_Host, Post] | None:
+    def _find(self) -> tuple[Host, Post] | None:
         """Take the post that begins next, of the host that waited longest."""
         now = time.monotonic()
         for name, host in self._hosts.items():
@@ -315,7 +217,7 @@ class Posts:
                 return None
             if not host.queued or host.pause.until > now:
                 continue
-            if host.in_flight.total() >= (PER_HOST if host.is_fast else 1):
+            if host.in_flight.total() >= host.most:
                 continue
             if not host.is_fast and self._slow >= SLOW_SLOTS:
                 continue
@@ -326,7 +228,7 @@ class Posts:
                 return host, post
         return None
 
-    def _take(self, host: _Host) -> Post | None:
+    def _take(self, host: Host) -> Post | None:
         def may_begin(user_id: UserId) -> bool:
             user = self._of_user[user_id]
             if user.in_flight >= IN_FLIGHT_OF_USER:
@@ -339,14 +241,14 @@ class Posts:
             may_begin, lambda one: self._pause_of(host, one) is not None, lambda user_id: not self._users.take(user_id)
         )
 
-    def _remove(self, host: _Host, post: Post) -> None:
+    def _remove(self, host: Host, post: Post) -> None:
         """Remove a post from the queues."""
         self._crowds -= host.remove(post)
         self._queued -= 1
         self._queued_of.add(post.user_id, -1)
         self._leave(host, post.user_id)
 
-    def _leave(self, host: _Host, user_id: UserId) -> None:
+    def _leave(self, host: Host, user_id: UserId) -> None:
         """Note that there is one post less of a user at a host, queued or in flight."""
         hosts = self._of_user[user_id].hosts
         hosts[host.name] -= 1
@@ -355,7 +257,7 @@ class Posts:
         if not hosts:
             del self._of_user[user_id]
 
-    def _begin(self, host: _Host, post: Post) -> None:
+    def _begin(self, host: Host, post: Post) -> None:
         host.in_flight[post.user_id] += 1
         slow = int(not host.is_fast)
         of_slow_user = slow and int(self._is_slow(post.user_id))
@@ -385,11 +287,11 @@ class Posts:
 
         task.add_done_callback(ended)
 
-    async def _run(self, host: _Host, post: Post) -> None:
+    async def _run(self, host: Host, post: Post) -> None:
         # Made here, not before the task begins: it may be cancelled before that.
         await self._time.run(self._deliver(host, post))
 
-    async def _deliver(self, host: _Host, post: Post) -> None:
+    async def _deliver(self, host: Host, post: Post) -> None:
         began = time.monotonic()
         try:
             push = await self._read(post)
@@ -406,7 +308,8 @@ class Posts:
             self._drops.add("host_failed")
             self._pause((post.user_id, host.name), failed.retry_after)
             self._trim_paused(host, post.user_id)
-            self._failed(host, post.user_id, failed.retry_after)
+            host.note_failed(post.user_id, failed.retry_after)
+            self._trim(host)
             self._note_duration(host, post.user_id, began)
         except Exception as error:  # noqa: BLE001 - the others are pushed
             if self._drops.add("error"):
@@ -415,39 +318,27 @@ class Posts:
             if time.monotonic() - began < SLOW_SECONDS:
                 self._pauses.pop(post.endpoint, None)
                 self._pauses.pop((post.user_id, host.name), None)
-                host.failing.clear()
-                host.pause = host.pause._replace(failures=0)
-                host.is_fast = True
-                host.is_slow = False
-                if len(host.answered) < HOST_USERS:
-                    host.answered.add(post.user_id)
+                host.note_fast(post.user_id)
             else:
                 self._pause((post.user_id, host.name), 0.0)
                 self._trim_paused(host, post.user_id)
-                host.failing.add(post.user_id)
-                if len(host.failing) >= HOST_USERS:
-                    host.is_fast = False
-                    host.is_slow = True
-                    self._trim(host)
+                host.note_slow(post.user_id)
+                self._trim(host)
                 self._note_duration(host, post.user_id, began)
 
-    def _note_duration(self, host: _Host, user_id: UserId, began: float) -> None:
-        """Pause a user at all hosts that are not known to be fast, if a post to one of them took long. A host that has
-        been slow for everybody whom it had answered fast is not known to be fast any more.
-        """
+    def _note_duration(self, host: Host, user_id: UserId, began: float) -> None:
+        """Pause a user at all hosts that are not known to be fast, if a post to one of them took long."""
         now = time.monotonic()
         if now - began < SLOW_SECONDS:
             return
-        if host.answered <= host.failing:
-            host.is_fast = False
-            host.answered.clear()
+        host.note_long()
         if host.is_fast:
             return
         if not self._is_slow(user_id):
             self._pauses.pop(user_id, None)
         self._pause(user_id, 0.0)
 
-    def _pause_of(self, host: _Host, post: Post) -> _Paused | None:
+    def _pause_of(self, host: Host, post: Post) -> _Paused | None:
         """Return what pauses a post, its user at its host or its endpoint or everywhere, if anything does."""
         now = time.monotonic()
         keys: list[_Paused] = [(post.user_id, host.name), post.endpoint]
@@ -455,7 +346,7 @@ class Posts:
             keys.append(post.user_id)
         return next((key for key in keys if key in self._pauses and self._pauses[key].until > now), None)
 
-    def _trim_paused(self, host: _Host, user_id: UserId) -> None:
+    def _trim_paused(self, host: Host, user_id: UserId) -> None:
         """Keep the newest post of a user for each pause: a badge tells of the others."""
         kept = set()
         for post in reversed(host.posts_of(user_id)):
@@ -467,22 +358,11 @@ class Posts:
 
     def _pause(self, key: _Paused, retry_after: float) -> None:
         """Pause an endpoint, a user at a host, or a user, for longer each time."""
-        self._pauses[key] = self._pauses.pop(key, _Pause()).after_failure(retry_after, MAX_RETRY_AFTER)
+        self._pauses[key] = self._pauses.pop(key, Pause()).after_failure(retry_after, MAX_RETRY_AFTER)
         if len(self._pauses) > MAX_PAUSES:
             self._pauses.popitem(last=False)
 
-    def _failed(self, host: _Host, user_id: UserId, retry_after: float) -> None:
-        """Pause a host for all, if posts of enough users failed."""
-        if len(host.failing) < HOST_USERS:
-            host.failing.add(user_id)
-        if len(host.failing) < HOST_USERS:
-            return
-        host.pause = host.pause.after_failure(retry_after, MAX_BACKOFF)
-        host.is_fast = False
-        host.is_slow = host.is_slow or host.pause.failures > 1
-        self._trim(host)
-
-    def _trim(self, host: _Host) -> None:
+    def _trim(self, host: Host) -> None:
         """Drop what a slow host may not have queued."""
         over = max(0, host.queued - MAX_QUEUED_SLOW) if host.is_slow else 0
         for _ in range(over):
@@ -497,12 +377,8 @@ class Posts:
         have answered several users fast, not long ago, stay: others would take their places while they are idle.
         """
         now = time.monotonic()
-
-        def stays(host: _Host) -> bool:
-            return host.is_fast and len(host.answered) >= HOST_USERS and now - host.used_at < KEPT_SECONDS
-
         hosts = self._hosts.items()
-        idle = (name for name, host in hosts if not host.queued and not host.in_flight and not stays(host))
+        idle = (name for name, host in hosts if not host.queued and not host.in_flight and not host.stays(now))
         # `min` returns the first of equals: that is the one idle for longest.
         name = min(idle, key=lambda name: max(self._hosts[name].pause.until, now), default=None)
         if name is None:
@@ -529,8 +405,8 @@ class Posts:
         users stay.
         """
 
-        def worth(host: _Host) -> tuple[bool, int]:
-            if host.is_fast or host.in_flight or len(host.queue) + len(host.crowds) > HOST_USERS:
+        def worth(host: Host) -> tuple[bool, int]:
+            if host.is_fast or host.in_flight or host.has_many_users:
                 return False, 0
             users = host.users()
             return all(map(self._is_slow, users)), min(len(self._hosts_of(user_id)) for user_id in users)

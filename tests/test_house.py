@@ -66,7 +66,7 @@ STOREYS: list[list[str]] = [
     ["context", "untold"],
     ["sync", "search", "invitecode", "permissions", "presence", "auth.passwords", "auth.attempts", "auth.tickets"],
     ["auth.sessions", "auth.credentials", "membership", "telling", "saying", "erasure", "export"],
-    ["posts", "due"],
+    ["hosts", "posts", "due"],
     ["expiry", "notices", "previews", "checking", "reindexing", "transfer"],
     ["handlers"],
     ["websocket", "bus", "redisbus"],

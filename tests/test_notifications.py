@@ -18,7 +18,7 @@ from protocol import client, server
 from protocol.errors import ErrorCode, Refused
 from protocol.ids import MessageId, uuid7
 from protocol.limits import MAX_PINS, MAX_PUSH_ENDPOINTS, MAX_SCHEDULED
-from server import app, due, notices, outbound, posts
+from server import app, due, hosts, notices, outbound, posts
 from server.config import Settings
 from server.drops import Drops
 from server.notices import _seconds
@@ -385,10 +385,10 @@ async def test_silent_endpoints_delay_nobody_else(
     try:
         first = await sent(room.ada, room.group, "One")
         assert (await browser.next())[1].message_id == first
-        await until(lambda: silent.open.total() == len(silenced) * posts.PER_USER)
+        await until(lambda: silent.open.total() == len(silenced) * hosts.PER_USER)
         second = await sent(room.ada, room.group, "Two")
         assert (await browser.next())[1].message_id == second
-        assert silent.open.total() == len(silenced) * posts.PER_USER, "each user has two slots, whatever they name"
+        assert silent.open.total() == len(silenced) * hosts.PER_USER, "each user has two slots, whatever they name"
         assert max(silent.open.values()) == 1, "and each host one"
     finally:
         await asyncio.gather(*(worker.app.notices.close() for worker in world.workers))
@@ -449,7 +449,7 @@ async def test_a_silent_host_takes_one_slot(held: Held) -> None:
         queue.add(post(number))
     queue.start()
     await turns(posts.SLOTS)
-    assert len(held.begun) == posts.PER_HOST, "it has answered fast"
+    assert len(held.begun) == hosts.PER_HOST, "it has answered fast"
     await queue.close()
 
 
@@ -459,7 +459,7 @@ async def test_a_silent_host_takes_one_slot(held: Held) -> None:
 async def test_a_failing_host_is_left_alone_for_longer_each_time(
     held: Held, monkeypatch: pytest.MonkeyPatch, retry_after: float, waits: list[int]
 ) -> None:
-    monkeypatch.setattr(posts, "HOST_USERS", 1)
+    monkeypatch.setattr(hosts, "HOST_USERS", 1)
     clock = 1_000.0
     monkeypatch.setattr(posts.time, "monotonic", lambda: clock)  # type: ignore[attr-defined]
     held.retry_after = retry_after
@@ -496,7 +496,7 @@ def test_retry_after_in_both_forms(header: str, least: float, most: float) -> No
 async def test_every_dropped_notification_is_counted_and_one_of_a_stretch_is_logged(
     held: Held, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(posts, "HOST_USERS", 1)
+    monkeypatch.setattr(hosts, "HOST_USERS", 1)
     monkeypatch.setattr(posts, "MAX_QUEUED", 40)
     held.retry_after = 0.0
     drops = Drops()
@@ -548,8 +548,8 @@ async def test_hosts_and_signatures_are_bounded(held: Held, world: World, monkey
 
 
 async def test_hosts_that_back_off_are_forgotten_last(held: Held, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(posts, "HOST_USERS", 1)
-    monkeypatch.setattr(posts, "KEPT_SECONDS", 0.0)
+    monkeypatch.setattr(hosts, "HOST_USERS", 1)
+    monkeypatch.setattr(hosts, "KEPT_SECONDS", 0.0)
     monkeypatch.setattr(posts, "MAX_HOSTS", 3)
     held.gate.set()
     drops = Drops()

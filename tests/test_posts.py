@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from protocol.ids import UserId, uuid7
-from server import posts
+from server import hosts, posts
 from server.config import Settings
 from server.drops import Drops
 from server.looptime import LoopTime
@@ -61,11 +61,11 @@ async def test_endpoints_of_one_user_pause_no_host_for_others(service: Service, 
     bad = [post_to(f"{HOST}/bad/{number}", user_id) for number in range(20)]
     assert await service.post(post_to(f"{HOST}/good")) == [f"{HOST}/good"]
     if refusal is None:
-        service.silent = {one.endpoint for one in bad[: posts.PER_USER]}
+        service.silent = {one.endpoint for one in bad[: hosts.PER_USER]}
         for one in bad:
             service.queue.add(one)
         service.queue.start()
-        await until(lambda: len(service.begun) == 1 + posts.PER_USER)
+        await until(lambda: len(service.begun) == 1 + hosts.PER_USER)
     else:
         service.refusals = {one.endpoint: refusal for one in bad}
         await service.post(*bad)
@@ -83,24 +83,24 @@ async def test_endpoint_that_is_refused_waits_alone(service: Service) -> None:
 
 
 async def test_failures_of_several_users_pause_a_host_for_all_and_not_for_an_hour(service: Service) -> None:
-    bad = [post_to(f"{HOST}/{number}") for number in range(posts.HOST_USERS)]
+    bad = [post_to(f"{HOST}/{number}") for number in range(hosts.HOST_USERS)]
     service.refusals = {one.endpoint: Failed(3_600.0) for one in bad}
     await service.post(*bad[:-1], post_to(f"{HOST}/good"))
     assert await service.post(bad[-1]) == [bad[-1].endpoint], "the host answered somebody in between"
     assert await service.post(post_to(f"{HOST}/good")) == [f"{HOST}/good"]
-    again = [post_to(f"{HOST}/again/{number}") for number in range(posts.HOST_USERS)]
+    again = [post_to(f"{HOST}/again/{number}") for number in range(hosts.HOST_USERS)]
     service.refusals |= {one.endpoint: Failed(3_600.0) for one in again}
     await service.post(*again)
     assert await service.post(post_to(f"{HOST}/good")) == []
     (host,) = service.queue._hosts.values()  # noqa: SLF001
-    assert host.pause.until <= time.monotonic() + posts.MAX_BACKOFF
+    assert host.pause.until <= time.monotonic() + hosts.MAX_BACKOFF
 
 
 async def test_users_take_turns_and_each_has_a_pace(service: Service) -> None:
     greedy = UserId(uuid7())
     many = [post_to(f"{HOST}/greedy/{number}", greedy) for number in range(int(posts.USER_BURST) + 20)]
     begun = await service.post(*many, post_to(f"{HOST}/other"))
-    assert begun.index(f"{HOST}/other") <= posts.PER_USER
+    assert begun.index(f"{HOST}/other") <= hosts.PER_USER
     assert len(begun) == int(posts.USER_BURST) + 1, "the others wait for the pace of their user"
     assert await service.post(post_to(f"{HOST}/other")) == [f"{HOST}/other"]
 
@@ -113,12 +113,12 @@ async def test_user_has_a_share_of_hosts_and_slots_whatever_hosts_they_name(serv
         service.queue.add(one)
     service.queue.start()
     await until(lambda: service.queue._next is None)  # noqa: SLF001
-    assert len(service.begun) == posts.PER_USER
+    assert len(service.begun) == hosts.PER_USER
     assert len(service.queue._hosts) == posts.MAX_HOSTS_OF_USER  # noqa: SLF001
     assert service.queue._drops.counts == {"user_hosts": 50 - posts.MAX_HOSTS_OF_USER}  # noqa: SLF001
     service.queue.keep(greedy, {many[0].endpoint})
     assert service.queue._queued == 0, "posts to endpoints that are gone are dropped at once"  # noqa: SLF001
-    assert service.queue._drops.counts["gone"] == posts.MAX_HOSTS_OF_USER - posts.PER_USER  # noqa: SLF001
+    assert service.queue._drops.counts["gone"] == posts.MAX_HOSTS_OF_USER - hosts.PER_USER  # noqa: SLF001
     service.queue.add(post_to(f"{HOST}/good"))
     service.queue.start()
     await until(lambda: service.begun[-1] == f"{HOST}/good")
@@ -135,7 +135,7 @@ async def test_user_whose_posts_take_long_is_paused_at_every_new_host(
         nonlocal clock
         service.begun.append(push.endpoint)
         if "new" in push.endpoint:
-            clock += posts.SLOW_SECONDS
+            clock += hosts.SLOW_SECONDS
             raise Failed
 
     service.queue._send = take_long  # noqa: SLF001
@@ -147,7 +147,7 @@ async def test_user_whose_posts_take_long_is_paused_at_every_new_host(
         assert await service.post(post_to(f"{HOST}/good", greedy)) == [f"{HOST}/good"], "what is fast goes on"
         assert await service.post(post_to(f"https://other{wait}.example/")) != [], "others notice nothing"
         clock += wait
-    clock += posts.MAX_BACKOFF
+    clock += hosts.MAX_BACKOFF
     assert len(await service.post(post_to("https://new.example/", greedy))) == 1
     assert service.queue._pauses[greedy].until == clock + 1.0, "it is forgotten"  # noqa: SLF001
 
@@ -161,7 +161,7 @@ async def test_host_that_was_fast_for_one_user_and_is_slow_for_them_is_not_fast_
 
     async def send(push: Push) -> None:
         nonlocal clock
-        clock += posts.SLOW_SECONDS * (push.endpoint in service.silent)
+        clock += hosts.SLOW_SECONDS * (push.endpoint in service.silent)
 
     service.queue._send = send  # noqa: SLF001
     await service.post(own, shared, post_to(f"{HOST}/1"))
@@ -176,8 +176,8 @@ async def test_full_tables_take_from_who_has_most(service: Service, monkeypatch:
     monkeypatch.setattr(posts, "MAX_QUEUED", 24)
     queue = service.queue
     greedy, ada = UserId(uuid7()), UserId(uuid7())
-    for user_id, hosts in ((greedy, 5), (ada, 1)):
-        for number in range(hosts):
+    for user_id, count in ((greedy, 5), (ada, 1)):
+        for number in range(count):
             queue.add(post_to(f"https://{user_id}-{number}.example/", user_id))
     queue.add(post_to("https://new.example/"))
     assert queue._drops.counts == {"too_many_hosts": 1}  # noqa: SLF001

@@ -13,9 +13,9 @@ from protocol.ids import ConversationId
 from prove.client import Client
 from server.config import Settings
 from server.database import Db
+from server.hosts import PER_HOST
 from server.notices import TICK_SECONDS
 from server.outbound import Answer, Outbound
-from server.posts import PER_HOST
 from server.queries import push
 from server.queries.push import Found, Look
 from tests.world import PUSH_POINT, World, message, sent, until
