@@ -31,7 +31,7 @@ from server.due import NEXT_PAGE, PAGE, Due
 from server.errors import is_lost, log_failure
 from server.gather import Gather
 from server.outbound import Outbound, Unreachable
-from server.posts import Failed, Posts, Push, Rejected, host_of
+from server.posts import MAX_RETRY_AFTER, Failed, Posts, Push, Rejected, host_of
 from server.queries import push, unread
 from server.queries.push import FIRST, Look, Notice, Post
 
@@ -50,6 +50,8 @@ GONE = frozenset({404, 410})
 """What a push service answers about an endpoint that is no more."""
 POINT_BYTES = 65
 """Size of an uncompressed point of P-256 (RFC 8291)."""
+MAX_DATE = 100
+"""Max characters of a Retry-After header that are read."""
 SECRET_BYTES = 16
 """Size of the authentication secret of a subscription (RFC 8291)."""
 
@@ -195,7 +197,7 @@ class Notices:
         if answer.status in GONE:
             await self._forget(said.endpoint)
         elif answer.status >= 400:  # noqa: PLR2004
-            retry_after = _seconds(answer.headers.get("retry-after", ""))
+            retry_after = seconds_of(answer.headers.get("retry-after", ""))
             raise Failed(retry_after) if answer.status >= 500 else Rejected(retry_after)  # noqa: PLR2004
 
     async def _forget(self, endpoint: str) -> UserId | None:
@@ -238,13 +240,16 @@ def _push_of(notice: Notice, badge: int) -> Push:
     return Push(post.endpoint, notice.p256dh, notice.auth, _base64url(post.conversation_id.bytes), encode(said))
 
 
-def _seconds(retry_after: str) -> float:
-    """Return the seconds that a Retry-After header asks for, in either of its forms; 0 if it has neither."""
-    if retry_after.isascii() and retry_after.isdigit():
-        return float(retry_after[:9])
+def seconds_of(retry_after: str) -> float:
+    """Return the seconds that a Retry-After header asks for, in either of its forms, at most `MAX_RETRY_AFTER`; 0 if
+    it has neither.
+    """
+    asked = retry_after[:MAX_DATE]
+    if asked.isascii() and asked.isdigit():
+        return min(float(asked), MAX_RETRY_AFTER)
     try:
-        return max(0.0, parsedate_to_datetime(retry_after).timestamp() - time.time())
-    except ValueError:
+        return min(max(0.0, parsedate_to_datetime(asked).timestamp() - time.time()), MAX_RETRY_AFTER)
+    except Exception:  # noqa: BLE001 - a stranger's text, for which the library raises errors of many kinds
         return 0.0
 
 

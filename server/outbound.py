@@ -22,6 +22,10 @@ TIMEOUT = httpx.Timeout(TOTAL_SECONDS).as_dict()
 MAX_REDIRECTS = 3
 REDIRECTS = frozenset({301, 302, 303, 307, 308})
 PORTS = {"http": 80, "https": 443}
+NEAR = [ipaddress.ip_network(one) for one in ("192.0.0.0/24", "192.88.99.0/24", "3fff::/20", "5f00::/16")]
+"""Networks of special purposes (RFC 6890) that Python 3.11 takes for public ones: protocol assignments, relays of 6to4,
+documentation, segment routing.
+"""
 
 
 class Unreachable(Exception):  # noqa: N818 - an answer, not a fault
@@ -154,7 +158,7 @@ def _is_public(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
         return _is_public(inside)
     # Python takes the site-local addresses of IPv6, which networks may still route to themselves, for global ones.
     is_near = address.is_multicast or address.is_reserved or getattr(address, "is_site_local", False)
-    return address.is_global and not is_near
+    return address.is_global and not is_near and not any(address in network for network in NEAR)
 
 
 async def _read(response: httpx.Response, most: int) -> bytes:

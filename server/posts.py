@@ -292,28 +292,34 @@ class Posts:
         await self._time.run(self._deliver(host, post))
 
     async def _deliver(self, host: Host, post: Post) -> None:
-        began = time.monotonic()
         try:
             push = await self._read(post)
-            if push is None:
-                return
-            began = time.monotonic()
+        except Exception as error:  # noqa: BLE001 - the others are pushed
+            self._failed_by_defect(error)
+            return
+        if push is None:
+            return
+        began = time.monotonic()
+        try:
             await self._send(push)
         except Rejected as rejected:
             self._drops.add("refused")
             self._pause(post.endpoint, rejected.retry_after)
             self._trim_paused(host, post.user_id)
             self._note_duration(host, post.user_id, began)
-        except Failed as failed:
-            self._drops.add("host_failed")
-            self._pause((post.user_id, host.name), failed.retry_after)
+        except Exception as error:  # noqa: BLE001 - the others are pushed
+            # A defect of ours that an answer of theirs set off is a failure, too: else it would be asked for ever.
+            if isinstance(error, Failed):
+                self._drops.add("host_failed")
+                retry_after = error.retry_after
+            else:
+                self._failed_by_defect(error)
+                retry_after = 0.0
+            self._pause((post.user_id, host.name), retry_after)
             self._trim_paused(host, post.user_id)
-            host.note_failed(post.user_id, failed.retry_after)
+            host.note_failed(post.user_id, retry_after)
             self._trim(host)
             self._note_duration(host, post.user_id, began)
-        except Exception as error:  # noqa: BLE001 - the others are pushed
-            if self._drops.add("error"):
-                log_failure(log, "pushing a notification", error)
         else:
             if time.monotonic() - began < SLOW_SECONDS:
                 self._pauses.pop(post.endpoint, None)
@@ -325,6 +331,10 @@ class Posts:
                 host.note_slow(post.user_id)
                 self._trim(host)
                 self._note_duration(host, post.user_id, began)
+
+    def _failed_by_defect(self, error: Exception) -> None:
+        if self._drops.add("error"):
+            log_failure(log, "pushing a notification", error)
 
     def _note_duration(self, host: Host, user_id: UserId, began: float) -> None:
         """Pause a user at all hosts that are not known to be fast, if a post to one of them took long."""

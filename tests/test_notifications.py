@@ -21,7 +21,7 @@ from protocol.limits import MAX_PINS, MAX_PUSH_ENDPOINTS, MAX_SCHEDULED
 from server import app, due, hosts, notices, outbound, posts
 from server.config import Settings
 from server.drops import Drops
-from server.notices import _seconds
+from server.notices import seconds_of
 from server.posts import Failed, Posts, Push
 from server.queries import push
 from server.queries.push import Post
@@ -491,7 +491,7 @@ async def test_a_failing_host_is_left_alone_for_longer_each_time(
     ("Fri, 31 Dec 99999 23:59:59 GMT", 0, 0),
 ])  # fmt: skip
 def test_retry_after_in_both_forms(header: str, least: float, most: float) -> None:
-    assert least <= _seconds(header) <= most
+    assert least <= seconds_of(header) <= most
 
 
 async def test_every_dropped_notification_is_counted_and_one_of_a_stretch_is_logged(

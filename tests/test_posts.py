@@ -4,12 +4,16 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import AsyncIterator
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 
 import msgspec
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from protocol.ids import UserId, uuid7
-from server import hosts, posts
+from server import hosts, notices, posts
 from server.config import Settings
 from server.drops import Drops
 from server.looptime import LoopTime
@@ -70,6 +74,35 @@ async def test_endpoints_of_one_user_pause_no_host_for_others(service: Service, 
         service.refusals = {one.endpoint: refusal for one in bad}
         await service.post(*bad)
     assert await service.post(post_to(f"{HOST}/other"), post_to(f"{HOST}/good")) == [f"{HOST}/other", f"{HOST}/good"]
+
+
+async def test_whatever_a_post_raises_is_a_failure_of_its_user_at_that_host(service: Service) -> None:
+    """A defect that an answer sets off pauses as a 503 does: first its user, and the host after several users."""
+    user_id = UserId(uuid7())
+    service.refusals = {f"{HOST}/{number}": OverflowError("a defect") for number in range(hosts.HOST_USERS)}
+    assert await service.post(post_to(f"{HOST}/0", user_id), post_to(f"{HOST}/good")) == [f"{HOST}/0", f"{HOST}/good"]
+    assert await service.post(post_to(f"{HOST}/mine", user_id)) == []
+    for number in range(hosts.HOST_USERS):
+        assert len(await service.post(post_to(f"{HOST}/{number}"))) == 1
+    assert service.queue._drops.counts["error"] == 1 + hosts.HOST_USERS  # noqa: SLF001
+    assert await service.post(post_to(f"{HOST}/good")) == []
+
+
+FORMS = ["%a, %d %b %Y %H:%M:%S GMT", "%d %b %Y %H:%M:%S -0000", "%A, %d-%b-%y %H:%M:%S %Z"]
+
+
+@given(
+    st.text(max_size=200)
+    | st.integers().map(str)
+    | st.builds(lambda at, form: at.strftime(form), st.datetimes(), st.sampled_from(FORMS))
+    | st.from_regex(r"(Mon, )?[0-9]{1,30} [JFM]an [0-9]{1,30} [0-9:]{1,30} (GMT|[+-][0-9]{1,30})", fullmatch=True)
+)
+@example("Mon, 01 Jan 99999999999999999999 00:00:00 GMT")
+@example("9" * 10_000)
+def test_any_retry_after_is_a_bounded_number_of_seconds(value: str) -> None:
+    assert 0.0 <= notices.seconds_of(value) <= posts.MAX_RETRY_AFTER
+    assert notices.seconds_of("120") == 120.0
+    assert 0.0 < notices.seconds_of(format_datetime(datetime.now(UTC) + timedelta(seconds=120))) <= 120.0
 
 
 async def test_endpoint_that_is_refused_waits_alone(service: Service) -> None:
