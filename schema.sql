@@ -1274,6 +1274,12 @@ CREATE FUNCTION is_entry_shown(chain uuid, message uuid) RETURNS boolean
     LANGUAGE sql STABLE SECURITY DEFINER COST 0.0001 SET search_path = pg_catalog, public, pg_temp
     RETURN is_allowed(chain, 'admin', '') AND is_past_shown(chain, message);
 
+-- Whoever begins a thread follows it from the first reply on. Where they may not see that, only what is their own doing is
+-- shown: that they replied, or chose to follow.
+CREATE FUNCTION is_follow_shown(owner uuid, root uuid, has_replied boolean, user_version bigint) RETURNS boolean
+    LANGUAGE sql STABLE SECURITY DEFINER COST 0.0001 SET search_path = pg_catalog, public, pg_temp
+    RETURN owner = current_user_id() AND (has_replied OR user_version > 0 OR is_part_shown(root, true));
+
 -- Nobody learns who blocked or muted them.
 CREATE FUNCTION is_relationship_shown(from_user uuid, to_user uuid, type text) RETURNS boolean
     LANGUAGE sql STABLE SECURITY DEFINER COST 0.0001 SET search_path = pg_catalog, public, pg_temp
@@ -1312,7 +1318,8 @@ CREATE POLICY message_access ON message FOR SELECT
 CREATE POLICY message_reaction_access ON message_reaction FOR SELECT USING (is_part_shown(message_id, false));
 CREATE POLICY message_edit_access ON message_edit FOR SELECT USING (are_edits_shown(message_id));
 CREATE POLICY poll_vote_access ON poll_vote FOR SELECT USING (is_vote_shown(message_id, user_id, options));
-CREATE POLICY thread_follow_access ON thread_follow FOR SELECT USING (is_mine(user_id));
+CREATE POLICY thread_follow_access ON thread_follow FOR SELECT
+    USING (is_follow_shown(user_id, root_id, has_replied, user_version));
 CREATE POLICY message_star_access ON message_star FOR SELECT USING (is_mine(user_id));
 CREATE POLICY draft_access ON draft FOR SELECT USING (is_mine(user_id));
 CREATE POLICY scheduled_message_access ON scheduled_message FOR SELECT USING (is_mine(sender_id));
@@ -1332,7 +1339,7 @@ REVOKE EXECUTE ON FUNCTION may(text, uuid, uuid), are_together(uuid, uuid), may_
     is_mine(uuid), is_message_shown(uuid, bigint, boolean, uuid),
     is_part_shown(uuid, boolean), is_vote_shown(uuid, uuid, integer[]), is_membership_shown(uuid, uuid, text),
     is_relationship_shown(uuid, uuid, text), is_past_shown(uuid, uuid), is_report_shown(uuid, uuid),
-    is_entry_shown(uuid, uuid),
+    is_entry_shown(uuid, uuid), is_follow_shown(uuid, uuid, boolean, bigint),
     may_now(text, uuid, uuid), is_there_now(uuid, uuid), may_forward_now(uuid, uuid, uuid, timestamptz),
     obstacle(conversation, conversation_participant) FROM PUBLIC;
 
@@ -1527,7 +1534,8 @@ BEGIN
         is_visible(uuid, bigint), are_edits_shown(uuid), is_message_shown(uuid, bigint, boolean, uuid),
         is_part_shown(uuid, boolean), is_vote_shown(uuid, uuid, integer[]), is_membership_shown(uuid, uuid, text),
         is_relationship_shown(uuid, uuid, text), is_mine(uuid), is_past_shown(uuid, uuid),
-        is_report_shown(uuid, uuid), is_entry_shown(uuid, uuid) TO %I', role_name);
+        is_report_shown(uuid, uuid), is_entry_shown(uuid, uuid),
+        is_follow_shown(uuid, uuid, boolean, bigint) TO %I', role_name);
 END
 $$;
 REVOKE EXECUTE ON FUNCTION grant_reader(text) FROM PUBLIC;

@@ -40,7 +40,11 @@ class ExportedConversation(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ExportedMessage(msgspec.Struct, frozen=True, kw_only=True):
-    """A message of the person's, with what it said before. `withheld` is what a moderator has hidden."""
+    """A message of the person's, with what it said before. `withheld` is what a moderator has hidden.
+
+    Of a message that the person may not see now, such as one in a conversation that they left, these are their own
+    words and times alone, and not what others have done about it.
+    """
 
     message: Message
     withheld: str | None = None
@@ -57,12 +61,12 @@ class ExportedReaction(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ExportedReport(msgspec.Struct, frozen=True, kw_only=True):
-    """A message that the person reported."""
+    """A message that the person reported. `status` is null if they may not see that message now."""
 
     conversation_id: ConversationId
     message_id: MessageId
     reason: str
-    status: str
+    status: str | None
     created_at: datetime
 
 

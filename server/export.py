@@ -46,14 +46,14 @@ async def written(connect: Connect, user_id: UserId) -> AsyncIterator[bytes]:
             if row.is_edited:
                 yield "".join(texts).encode()
                 texts.clear()
-                async for piece in _pages(connect, exports.edits, row.place, 0):
+                async for piece in _pages(connect, exports.edits, user_id, (row.place, 0)):
                     yield piece
             texts.append("]}")
         yield "".join(texts).encode()
     yield b"]}\n"
 
 
-async def _rows(connect: Connect, page: Page, owner: UUID, after: Any) -> AsyncIterator[list[Row]]:  # noqa: ANN401 - as `Row.place`
+async def _rows(connect: Connect, page: Page, owner: UserId, after: Any) -> AsyncIterator[list[Row]]:  # noqa: ANN401 - as `Row.place`
     """Return what one owns, page by page, from the first row after a place."""
     while True:
         async with connect() as db:
@@ -64,7 +64,7 @@ async def _rows(connect: Connect, page: Page, owner: UUID, after: Any) -> AsyncI
         after = rows[-1].place
 
 
-async def _pages(connect: Connect, page: Page, owner: UUID, after: Any) -> AsyncIterator[bytes]:  # noqa: ANN401 - as above
+async def _pages(connect: Connect, page: Page, owner: UserId, after: Any) -> AsyncIterator[bytes]:  # noqa: ANN401 - as above
     """Return the same as the pieces of a JSON array, without its brackets."""
     separator = ""
     async for rows in _rows(connect, page, owner, after):

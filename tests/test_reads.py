@@ -163,6 +163,7 @@ LIMITS = {
     "conversations.PAGE": 4,
     "erasure.CLEAR_REPORTS": 2,
     "erasure.RELATED": 3,
+    "exports.MESSAGES": 2,
     "feed.NAMED": 2,
     "feed.ROWS": 23,
     "feed.PAGE": 23,

@@ -1,0 +1,156 @@
+"""What others do about one's messages, once one may not see them any more: no export and no policy tells it."""
+
+import json
+from collections.abc import AsyncIterator
+from typing import Any, TypeAlias
+
+import asyncpg
+import pytest
+
+from protocol import client
+from protocol.client import Frame
+from protocol.errors import ErrorCode
+from protocol.ids import ConversationId, MessageId, uuid7
+from protocol.payloads import Poll
+from protocol.values import ConversationSettings
+from prove.client import Client
+from server.describe.columns import granted
+from tests.world import Somebody, World, http_client, refused, sent
+
+Reader: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
+POLL = Poll(options=["Yes", "No"])
+SAID = ("hidden", "deleted", "edited, deleted", "moderated", "moderated, shown", "pinned", "replied to", "reacted to")
+WAYS = ("stays", "leaves", "is removed", "is banned", "comes back")
+"""How somebody stands to the messages from before. `comes back` is after a rejoining that hides those."""
+
+
+@pytest.fixture
+async def reader(world: World) -> AsyncIterator[Reader]:
+    name = f"reader_{uuid7().hex}"
+    await world.db.execute(f"CREATE ROLE {name} LOGIN")
+    await world.db.execute("SELECT grant_reader($1)", name)
+    db = await asyncpg.connect(world.settings.database_url)
+    await db.execute(f"SET ROLE {name}")
+    yield db
+    await db.close()
+    await world.db.execute(f"DROP OWNED BY {name}; DROP ROLE {name}")
+
+
+class Scene:
+    """A channel of an owner, a friend of theirs, and people who each said the same."""
+
+    def __init__(self, world: World, owner: Client, other: Client, people: dict[str, Somebody]) -> None:
+        self.world, self.owner, self.other, self.people = world, owner, other, people
+        self.about: ConversationId
+        self.clients: dict[str, Client] = {}
+        self.said: dict[str, dict[str, MessageId]] = {}
+
+    async def begin(self) -> None:
+        self.about = await self.world.channel(
+            self.owner, is_public=True, settings=ConversationSettings(history="from_joining", system_messages=False)
+        )
+        await self.other.call(client.Join(conversation_id=self.about))
+        for name, who in self.people.items():
+            one = self.clients[name] = await self.world.connect(who, 1)
+            await one.call(client.Join(conversation_id=self.about))
+            theirs = await sent(self.other, self.about, f"Theirs, for {name}")
+            said = {each: await sent(one, self.about, f"{each} #{name}") for each in SAID}
+            said["poll"] = await sent(one, self.about, "Which?", payload=POLL)
+            said["answer"] = await sent(one, self.about, "An answer", parent_message_id=theirs)
+            said["theirs"] = theirs
+            self.said[name] = said
+            await one.call(client.Edit(**self.at(name, "edited, deleted"), content="edited"))
+            await one.call(client.ReportMessage(**self.at(name, "theirs"), reason="Rude"))
+            await one.call(client.React(**self.at(name, "theirs"), emoji="👍"))
+            await one.call(client.Star(**self.at(name, "theirs")))
+            await self.owner.call(client.Moderate(**self.at(name, "moderated, shown"), reason="Rude"))
+
+    def at(self, name: str, each: str) -> dict[str, Any]:
+        return {"conversation_id": self.about, "message_id": self.said[name][each]}
+
+    async def part(self) -> None:
+        for name in ("leaves", "comes back"):
+            await self.clients[name].call(client.Leave(conversation_id=self.about))
+        await self.clients["comes back"].call(client.Join(conversation_id=self.about))
+        for name in ("is removed", "is banned"):
+            ban = name == "is banned"
+            frame = client.RemoveParticipant(conversation_id=self.about, user_id=self.people[name].id, ban=ban)
+            await self.owner.call(frame)
+
+    async def happen(self) -> None:
+        """Do all that others can do about one's messages."""
+        for name in self.people:
+            frames: list[tuple[Client, Frame]] = [
+                (self.owner, client.Moderate(**self.at(name, "hidden"), reason="SECRET")),
+                (self.owner, client.Delete(**self.at(name, "deleted"))),
+                (self.owner, client.Delete(**self.at(name, "edited, deleted"))),
+                (self.owner, client.Moderate(**self.at(name, "moderated"), reason="SECRET")),
+                (self.owner, client.Delete(**self.at(name, "moderated"))),
+                (self.owner, client.Unmoderate(**self.at(name, "moderated, shown"))),
+                (self.owner, client.Pin(**self.at(name, "pinned"))),
+                (self.other, client.React(**self.at(name, "reacted to"), emoji="👎")),
+                (self.owner, client.Vote(**self.at(name, "poll"), options=[1])),
+                (self.owner, client.ClosePoll(**self.at(name, "poll"))),
+                (self.owner, client.Moderate(**self.at(name, "theirs"), reason="Upheld")),
+            ]
+            for one, frame in frames:
+                await one.call(frame)
+            reply = self.said[name]["replied to"]
+            await sent(self.other, self.about, "About them", parent_message_id=reply)
+        await self.owner.call(client.UpdateConversation(conversation_id=self.about, title="Renamed"))
+
+    async def export(self, name: str) -> dict[str, Any]:
+        headers = {"Authorization": f"Bearer {self.people[name].token}"}
+        async with http_client(self.world.url) as http:
+            data = (await http.get("/v1/auth/export", headers=headers)).json()
+        if name == "comes back":  # and takes part, so that the title is theirs
+            for one in data["conversations"]:
+                del one["title"]
+        return {key: value for key, value in data.items() if key not in {"me", "sessions"}}
+
+
+async def test_nothing_is_told_of_what_others_do_about_messages_one_may_not_see(world: World, reader: Reader) -> None:
+    owner, other, *people = await world.users("Owner", "Other", *WAYS)
+    scene = Scene(world, await world.connect(owner), await world.connect(other), dict(zip(WAYS, people, strict=True)))
+    await scene.begin()
+    await scene.part()
+    gone = [name for name in WAYS if name != "stays"]
+
+    async def told(name: str) -> dict[str, Any]:
+        await reader.execute("SELECT set_config('openchat.user_id', $1, false)", str(scene.people[name].id))
+        rows = {}
+        for table, names in granted().items():
+            # Whoever came back sees the conversation as it is, and what is said from then on.
+            if name != "comes back" or table not in {"conversation", "conversation_participant", "message"}:
+                query = f'SELECT {", ".join(names) or "*"} FROM "{table}"'
+                rows[table] = sorted(map(repr, await reader.fetch(query)))
+        return {"export": await scene.export(name), "rows": rows}
+
+    before = {name: await told(name) for name in WAYS}
+    for name in WAYS:
+        mine = {row["message"]["id"]: row for row in before[name]["export"]["messages"]}
+        contents = {each: mine[str(scene.said[name][each])]["message"].get("content") for each in (*SAID, "poll")}
+        expected = {each: f"{each} #{name}" for each in SAID} | {"edited, deleted": "edited", "poll": "Which?"}
+        if name == "stays":
+            expected["moderated, shown"] = ""
+        assert contents == expected
+        assert mine[str(scene.said[name]["poll"])]["message"]["payload"]["options"] == POLL.options
+        (edit,) = mine[str(scene.said[name]["edited, deleted"])]["edits"]
+        assert edit["content"] == f"edited, deleted #{name}"
+    await scene.happen()
+    after = {name: await told(name) for name in WAYS}
+    for name in gone:
+        with refused(ErrorCode.NOT_FOUND, "message_id"):
+            await scene.clients[name].call(client.GetMessage(**scene.at(name, "hidden")))
+        for part, was in before[name]["export"].items():
+            assert after[name]["export"][part] == was, (name, part)
+        for table, rows in before[name]["rows"].items():
+            assert after[name]["rows"][table] == rows, (name, table)
+    # Whoever may see the messages is told.
+    shown = json.dumps(after["stays"]["export"], ensure_ascii=False)
+    assert all(word in shown for word in ("SECRET", "👎", '"poll_voters": 1', '"is_pinned": true', "upheld"))
+    assert len(after["stays"]["rows"]["thread_follow"]) == len(before["stays"]["rows"]["thread_follow"]) + 1
+    # Nor is it told that the conversation is over.
+    await scene.owner.call(client.DeleteConversation(conversation_id=scene.about))
+    for name in ("leaves", "is removed", "is banned"):
+        assert await told(name) == before[name], name
