@@ -18,6 +18,10 @@ from server.terminal import plain
 MOST_ENTRIES = 10
 WINDOW_SECONDS = 60.0
 """Max entries of the same place in the code within `WINDOW_SECONDS`."""
+MAX_LINE = 2_000
+"""Max characters of a line: errors quote what clients and other servers have sent, which may be long."""
+MAX_TRACEBACK = 20_000
+"""Max characters of the traceback of an entry."""
 
 
 def configure(name: str) -> None:
@@ -108,7 +112,8 @@ def _place(record: logging.LogRecord) -> _Place:
 
 
 class _Formatter(logging.Formatter):
-    """Makes one line of each entry, and indented lines of a traceback, whatever the texts in them hold.
+    """Makes one line of each entry, and indented lines of a traceback, whatever the texts in them hold, each within
+    `MAX_LINE` and `MAX_TRACEBACK`.
 
     Exceptions are formatted by `told`, in arguments and in tracebacks, so that no value of a row is logged.
     """
@@ -123,10 +128,23 @@ class _Formatter(logging.Formatter):
         text = super().formatMessage(record)
         error = record.exc_info[1] if record.exc_info else None
         # The loop names a task that nobody awaited with the error that it ended with.
-        return plain(text if error is None else text.replace(repr(error), type(error).__name__))
+        return _line(text if error is None else text.replace(repr(error), type(error).__name__))
 
     def formatException(self, ei: Any) -> str:  # noqa: ANN401, N802 - the library's name
-        return "\n".join(f"  {plain(line)}" for line in _lines(ei[1], set()))
+        return _cut("\n".join(f"  {_line(line)}" for line in _lines(ei[1], set())), MAX_TRACEBACK, "\n  ")
+
+
+def _line(text: str) -> str:
+    # Cut first, as escapes are longer than what they stand for, and afterwards, for the same reason.
+    return _cut(plain(_cut(text, MAX_LINE)), MAX_LINE)
+
+
+def _cut(text: str, most: int, between: str = " ") -> str:
+    """Return the beginning and the end of a text that is longer than `most` characters."""
+    if len(text) <= most:
+        return text
+    kept = most // 2 - 40
+    return f"{text[:kept]}{between}[{len(text) - 2 * kept:,} characters are left out]{between}{text[-kept:]}"
 
 
 def _lines(error: BaseException, seen: set[int]) -> Iterator[str]:
@@ -139,7 +157,7 @@ def _lines(error: BaseException, seen: set[int]) -> Iterator[str]:
     yield "Traceback (most recent call last):"
     for entry in traceback.format_tb(error.__traceback__):
         yield from entry.rstrip("\n").split("\n")
-    yield from f"{type(error).__module__}.{type(error).__qualname__}: {told(error)}".split("\n")
+    yield from _cut(f"{type(error).__module__}.{type(error).__qualname__}: {told(error)}", MAX_LINE).split("\n")
     for part in error.exceptions if isinstance(error, BaseExceptionGroup) else ():
         if id(part) not in seen:
             yield from _lines(part, seen)

@@ -191,6 +191,30 @@ def is_text_of_something(argument: ast.expr) -> bool:
     return is_made or isinstance(argument, ast.JoinedStr)
 
 
+def test_what_others_said_is_cut_however_it_is_logged(lines: Lines, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An answer of 60 KB that is no HTTP was a line of 60 KB, and line feeds in it were as many lines."""
+    monkeypatch.setattr(log, "MOST_ENTRIES", 1_000)
+    logger = logging.getLogger("test")
+    longest = len("2026-01-01 00:00:00,000 worker 1 ERROR ") + log.MAX_LINE + log.MAX_TRACEBACK
+    before = 0
+    for said in ("x" * 60_000, "\n" * 60_000, "\x1b" * 60_000, "\U000e0001" * 60_000, "x\n" * 30_000):
+        for error in (ValueError(said), ExceptionGroup(said, [ValueError(said)] * 100), asyncpg.PostgresError(said)):
+            logger.warning("it failed: %s; tell the operator", error)
+            logger.error("it failed", exc_info=error)
+            try:
+                raise RuntimeError(said) from error
+            except RuntimeError:
+                logger.exception("it failed: %s", said)
+            entries, before = lines.text[before:], len(lines.text)
+            assert len(entries) <= 3 * longest
+            assert max(map(len, entries.splitlines())) <= log.MAX_LINE + 2
+            assert "characters are left out" in entries
+            assert entries.splitlines()[0].endswith("; tell the operator")
+            assert "\n  builtins.RuntimeError: " in entries
+    logger.warning("it failed: %s", "x" * 1_000)
+    assert lines.text.endswith("x" * 1_000 + "\n")
+
+
 def test_an_error_without_words_is_named() -> None:
     assert told(asyncpg.PostgresError()) == "PostgresError"
 
