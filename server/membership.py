@@ -76,12 +76,13 @@ async def taking_part(db: Db, conversation_id: ConversationId, user_id: UserId) 
 async def entered(db: Db, context: Context, conversation_id: ConversationId) -> tuple[Conversation, Participant]:
     """Lock a conversation whose participants change, and return it with the caller's part in it.
 
-    Raises NotFound for everyone who has none, and Refused where participants stay as they are.
+    Raises NotFound for everyone who has none, and locks nothing for them. Raises Refused where participants stay as
+    they are.
     """
-    conversation = await conversations.lock(db, conversation_id)
-    me = await taking_part(db, conversation_id, context.user_id)
+    conversation = await conversations.lock_as(db, conversation_id, context.user_id)
     if conversation is None:
         raise NotFound("conversation_id")
+    me = await taking_part(db, conversation_id, context.user_id)
     if is_lasting(conversation):
         raise Refused(
             ErrorCode.FORBIDDEN,

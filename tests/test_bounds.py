@@ -256,7 +256,7 @@ async def test_a_draft_that_is_set_while_its_conversation_is_deleted_goes_with_i
     charles = room.them[1].id
     async with world.db.transaction():
         # As `set_draft` locks and writes.
-        await conversations.keep(world.db, room.group)
+        await conversations.keep(world.db, room.group, charles)
         await users.lock(world.db, [charles])
         assert await drafts.put(world.db, client.SetDraft(conversation_id=room.group, content="I thi"), charles)
         asked = asyncio.create_task(room.ada.ask(client.DeleteConversation(conversation_id=room.group)))

@@ -16,10 +16,14 @@ from prove.client import Client
 from prove.truth import recount
 from server import app, database
 from server.config import Settings
+from server.dispatch import Access
 from server.gather import Gather
 from server.periodic import end, every
 from server.queries import scheduled
 from server.queries.sending import Outgoing
+from server.routes import ROUTES
+from tests.test_may_send import waiting
+from tests.test_refusals import frames
 from tests.world import Room, World, all_sent, heard, message, refused, sent
 
 HOLD = {
@@ -333,3 +337,94 @@ async def test_message_waits_for_no_conversation_that_others_write_to(settings: 
         assert await world.db.fetchval(SAID, others) == [f"Free {number}" for number in range(4)]
         assert await recount(world.db) == []
         assert sends._lanes == {}  # noqa: SLF001 - nothing is kept
+
+
+HOLD_ALL = """
+WITH held AS (SELECT FROM conversation FOR UPDATE), said AS (SELECT FROM message FOR UPDATE),
+    parts AS (SELECT FROM conversation_participant WHERE user_id <> ALL ($1) FOR UPDATE),
+    people AS (SELECT FROM "user" WHERE id <> ALL ($1) FOR UPDATE)
+SELECT (SELECT count(*) FROM held), (SELECT count(*) FROM said), (SELECT count(*) FROM parts),
+    (SELECT count(*) FROM people)
+"""
+
+
+async def estrange(ada: Client, charles: Client, outside: dict[str, Client], about: ConversationId) -> None:
+    """Have everybody who is outside come to be there in the way that their name says. Charles has invited them, and may
+    add nobody any more.
+    """
+    here: dict[str, Any] = {"conversation_id": about}
+    ids = {name: one.ready.user.id for name, one in outside.items()}
+    may_add = client.SetPermissions(**here, user_id=charles.ready.user.id, can_add_members=True)
+    await ada.call(may_add)
+    await charles.call(client.Invite(**here, participants=[ids[name] for name in outside if name != "Stranger"]))
+    for name in ("Left", "Removed", "Banned"):
+        await outside[name].call(client.Join(**here))
+    await outside["Left"].call(client.Leave(**here))
+    await outside["Declined"].call(client.Decline(**here))
+    for name, ban in (("Removed", False), ("Banned", True), ("Invited", False)):
+        await ada.call(client.RemoveParticipant(**here, user_id=ids[name], ban=ban))
+    await ada.call(client.Invite(**here, participants=[ids["Invited"]]))
+    await ada.call(msgspec.structs.replace(may_add, can_add_members=False))
+
+
+async def test_no_row_that_is_held_delays_a_refusal_of_somebody_who_does_not_take_part(world: World) -> None:
+    """So they hold none either: whoever takes a lock waits for it."""
+    names = ("Owner", "Inviter", "Stranger", "Left", "Removed", "Banned", "Invited", "Declined", "Uninvited")
+    owner, inviter, *others = await world.users(*names)
+    ada, charles = await world.connect(owner), await world.connect(inviter)
+    outside = {one.name: await world.connect(one, 1) for one in others}
+    ids = [one.id for one in others]
+    group = await world.group(ada, inviter, title="Group", max_participants=100)
+    public = await world.channel(ada, is_public=True)
+    full = await world.channel(ada, is_public=True)
+    await charles.call(client.Join(conversation_id=public))
+    refusals: list[tuple[Client, client.Frame]] = []
+    for about in (group, public):
+        here: dict[str, Any] = {"conversation_id": about}
+        said = await sent(ada, about)
+        await estrange(ada, charles, outside, about)
+        for name, one in outside.items():
+            refusals += [(one, frame) for frame in frames(about, said, inviter.id)]
+            if name not in {"Invited", "Uninvited"}:
+                refusals.append((one, client.Decline(**here)))
+            if name == "Banned" or (about == group and name != "Invited"):
+                refusals.append((one, client.Join(**here)))
+    await ada.call(client.UpdateConversation(conversation_id=full, max_participants=1))
+    refusals.append((outside["Stranger"], client.Join(conversation_id=full)))
+    invite = (await ada.call(client.SetInviteCode(conversation_id=group), server.OneConversation)).view.invite
+    assert invite is not None
+    refusals.append((outside["Banned"], client.Join(invite_code=invite.code)))
+    asked = {type(frame) for _, frame in refusals}
+    assert asked >= {kind for kind, route in ROUTES.items() if route.access is Access.PARTICIPANT}
+    free = [await one.ask(frame) for one, frame in refusals]
+    async with world.db.transaction():
+        held = await world.db.fetchrow(HOLD_ALL, ids)
+        assert held is not None
+        assert min(held) > 0
+        async with asyncio.timeout(60):
+            for (one, frame), before in zip(refusals, free, strict=True):
+                which = (one.ready.user.name, type(frame).__name__)
+                try:
+                    async with asyncio.timeout(2):
+                        answer = await one.ask(frame)
+                except TimeoutError:
+                    raise AssertionError(f"waits: {which}") from None
+                assert (which, told(answer)) == (which, told(before))
+        # Those whom a frame concerns wait.
+        tasks = [
+            asyncio.create_task(one.ask(frame))
+            for one, frame in (
+                (ada, client.UpdateConversation(conversation_id=group, title="Free")),
+                (charles, client.SetDraft(conversation_id=group, content="I think")),
+                (outside["Invited"], client.Join(conversation_id=group)),
+                (outside["Stranger"], client.Join(conversation_id=public)),
+            )
+        ]
+        await waiting(world, len(tasks))
+        assert not any(task.done() for task in tasks)
+    assert [told(await task) for task in tasks] == [None] * len(tasks)
+
+
+def told(answer: Any) -> tuple[str, str | None, str] | None:
+    """Return what a refusal says, None for an answer that is none."""
+    return (answer.code, answer.path, answer.message) if isinstance(answer, server.Error) else None

@@ -177,7 +177,8 @@ async def update(context: Context, frame: client.UpdateConversation) -> OneConve
     """Change a conversation's settings and tell everyone."""
     given = client.given(frame)
     async with context.transaction() as db:
-        await conversations.lock(db, frame.conversation_id)
+        if await conversations.lock_as(db, frame.conversation_id, context.user_id) is None:
+            raise NotFound("conversation_id")
         before = await _view(db, context.user_id, frame.conversation_id)
         if before.conversation.type == "direct":
             raise Refused(

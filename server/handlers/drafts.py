@@ -28,7 +28,8 @@ OLDEST = timedelta(days=30)
 async def set_draft(context: Context, frame: client.SetDraft) -> Done:
     """Keep what the caller has begun to write, for all of their devices."""
     async with context.transaction() as db:
-        await conversations.keep(db, frame.conversation_id)
+        if not await conversations.keep(db, frame.conversation_id, context.user_id):
+            raise NotFound("conversation_id")
         await users.lock(db, [context.user_id])
         if not await drafts.put(db, frame, context.user_id):
             raise NotFound("conversation_id")
@@ -52,7 +53,7 @@ async def schedule(context: Context, frame: client.Schedule) -> OneScheduled:
     out = await outgoing(context, _as_send(frame))
     async with context.transaction() as db:
         # Access is read under the conversation's lock, like that of every frame that says something.
-        if await conversations.lock(db, frame.conversation_id) is None:
+        if await conversations.lock_as(db, frame.conversation_id, context.user_id) is None:
             raise NotFound("conversation_id")
         access = await conversations.send_access(db, frame.conversation_id, context.user_id)
         if access is None:

@@ -31,15 +31,17 @@ async def invite(context: Context, frame: client.Invite) -> Done:
 async def decline(context: Context, frame: client.Decline) -> Done:
     """Do not follow an invitation."""
     async with context.transaction() as db:
-        conversation = await conversations.lock(db, frame.conversation_id)
-        await users.lock(db, [context.user_id])
+        conversation = await conversations.lock_as(db, frame.conversation_id, context.user_id, "invited")
+        if conversation is not None:
+            await users.lock(db, [context.user_id])
         me = await participants.get(db, frame.conversation_id, context.user_id)
-        if conversation is None or me is None or me.status not in {"invited", "declined"}:
+        if me is not None and me.status == "declined":
+            return Done()
+        if conversation is None or me is None or me.status != "invited":
             raise NotFound("conversation_id")
         news = News(context, db, conversation)
-        if me.status == "invited":
-            news.changes.append(await participants.change(db, me, status="declined"))
-            await participants.stamp(db, conversation.id, [context.user_id])
+        news.changes.append(await participants.change(db, me, status="declined"))
+        await participants.stamp(db, conversation.id, [context.user_id])
     news.tell()
     return Done()
 

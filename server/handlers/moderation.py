@@ -81,7 +81,8 @@ async def list_reports(context: Context, frame: client.ListReports) -> ReportPag
 async def dismiss_report(context: Context, frame: client.DismissReport) -> Done:
     """Find nothing wrong."""
     async with context.transaction() as db:
-        await conversations.lock(db, frame.conversation_id)
+        if await conversations.lock_as(db, frame.conversation_id, context.user_id) is None:
+            raise NotFound("conversation_id")
         await _require(db, context, frame.conversation_id, Act.MODERATE)
         about = await moderation.dismiss(db, frame, context.user_id)
         if not about:

@@ -5,7 +5,7 @@ from protocol.errors import ErrorCode, Refused
 from protocol.ids import UserId
 from protocol.roles import Act, may, rank
 from protocol.server import Added, Done, OneConversation, ParticipantPage
-from protocol.values import Participant, ParticipantStatus
+from protocol.values import Conversation, Participant, ParticipantStatus
 from server import sync
 from server.context import Context
 from server.database import Db
@@ -19,36 +19,20 @@ from server.queries.sending import Announcement
 
 async def join(context: Context, frame: client.Join) -> OneConversation:
     """Let the caller in: a public conversation, one they have the code of, or one they were invited to."""
-    path = "invite_code" if frame.conversation_id is None else "conversation_id"
+    path = _named_by(frame)
     async with context.transaction() as db:
-        found = await conversations.open_to(db, context.user_id, frame.conversation_id, frame.invite_code)
-        conversation = None if found is None else await conversations.lock(db, found)
-        # Asked again under the lock: it may have closed, or the code may have changed, in between.
-        if conversation is None or found != await conversations.open_to(
-            db, context.user_id, frame.conversation_id, frame.invite_code
-        ):
+        # Asked before the lock, so that whoever is refused does not lock the conversation, and again under it: the
+        # conversation may have closed, or the code may have changed, in between.
+        found, _ = await _welcomed(db, context, frame)
+        if await conversations.lock(db, found.id) is None:
             raise NotFound(path)
         if not await users.lock(db, [context.user_id]):
             raise NotActive
-        before = await participants.get(db, conversation.id, context.user_id)
-        if before is not None and before.status == "banned":
-            raise Refused(
-                ErrorCode.FORBIDDEN,
-                "You are banned from this conversation. Ask an admin to lift the ban.",
-                path=path,
-            )
-        is_open = conversation.is_public or frame.invite_code is not None
-        is_invited = before is not None and before.status == "invited" and not is_open
-        # What lets in who is invited is the right of whoever invited them.
-        if is_invited and await participants.invited_as(db, conversation.id, context.user_id) is None:
-            raise Refused(
-                ErrorCode.FORBIDDEN,
-                "Whoever invited you may add nobody any more. Ask for another invitation.",
-                path=path,
-            )
+        conversation, before = await _welcomed(db, context, frame)
+        if conversation.id != found.id:
+            raise NotFound(path)
         news = News(context, db, conversation)
         if before is None or before.status != "active":
-            require_room(conversation, 1, path)
             news.enter(await participants.add(db, conversation.id, [context.user_id], "member", None))
             if frame.invite_code is not None:
                 await conversations.use_invite_code(db, conversation.id)
@@ -62,6 +46,39 @@ async def join(context: Context, frame: client.Join) -> OneConversation:
     news.tell()
     await sync.join(context, view)
     return OneConversation(view=view)
+
+
+async def _welcomed(db: Db, context: Context, frame: client.Join) -> tuple[Conversation, Participant | None]:
+    """Return the conversation that the caller may join, and their part in it so far. Raises NotFound if none is open to
+    them, and Refused if they are banned, whoever invited them may add nobody any more, or it is full.
+    """
+    path = _named_by(frame)
+    conversation = await conversations.open_to(db, context.user_id, frame.conversation_id, frame.invite_code)
+    if conversation is None:
+        raise NotFound(path)
+    before = await participants.get(db, conversation.id, context.user_id)
+    if before is not None and before.status == "banned":
+        raise Refused(
+            ErrorCode.FORBIDDEN,
+            "You are banned from this conversation. Ask an admin to lift the ban.",
+            path=path,
+        )
+    is_open = conversation.is_public or frame.invite_code is not None
+    is_invited = before is not None and before.status == "invited" and not is_open
+    # What lets in who is invited is the right of whoever invited them.
+    if is_invited and await participants.invited_as(db, conversation.id, context.user_id) is None:
+        raise Refused(
+            ErrorCode.FORBIDDEN,
+            "Whoever invited you may add nobody any more. Ask for another invitation.",
+            path=path,
+        )
+    if before is None or before.status != "active":
+        require_room(conversation, 1, path)
+    return conversation, before
+
+
+def _named_by(frame: client.Join) -> str:
+    return "invite_code" if frame.conversation_id is None else "conversation_id"
 
 
 async def leave(context: Context, frame: client.Leave) -> Done:

@@ -48,7 +48,8 @@ async def list_pins(context: Context, frame: client.ListPins) -> MessageList:
 async def star(context: Context, frame: client.Star) -> Done:
     """Put a message aside, on all of the caller's devices."""
     async with context.transaction() as db:
-        await conversations.keep(db, frame.conversation_id)
+        if not await conversations.keep(db, frame.conversation_id, context.user_id):
+            raise NotFound("message_id")
         if not await pins.star(db, frame, context.user_id):
             raise NotFound("message_id")
         await bounds.require_stars(db, context.user_id)

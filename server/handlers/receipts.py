@@ -14,7 +14,8 @@ async def read(context: Context, frame: client.Read) -> ReadUpTo:
         position = await receipts.read(db, frame, context.user_id)
     if position is not None and position.was_marked:
         async with context.transaction() as db:
-            await conversations.keep(db, frame.conversation_id)
+            if not await conversations.keep(db, frame.conversation_id, context.user_id):
+                raise NotFound("message_id")
             await users.lock(db, [context.user_id])
             position = await receipts.read(db, frame, context.user_id, is_locked=True)
             if position is not None and position.was_marked:
@@ -55,7 +56,8 @@ async def delivered(context: Context, frame: client.Delivered) -> Done:
 async def mark_unread(context: Context, frame: client.MarkUnread) -> ReadUpTo:
     """Have a conversation count as unread from a message on."""
     async with context.transaction() as db:
-        await conversations.keep(db, frame.conversation_id)
+        if not await conversations.keep(db, frame.conversation_id, context.user_id):
+            raise NotFound("message_id")
         await users.lock(db, [context.user_id])
         count = await receipts.mark_unread(db, frame, context.user_id)
         if count is None:

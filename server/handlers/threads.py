@@ -55,7 +55,8 @@ async def _change(
     context: Context, frame: client.FollowThread | client.UnfollowThread | client.ReadThread, change: Change
 ) -> OneThreadFollow:
     async with context.transaction() as db:
-        await conversations.keep(db, frame.conversation_id)
+        if not await conversations.keep(db, frame.conversation_id, context.user_id):
+            raise NotFound("message_id")
         now = await threads.change(db, frame, context.user_id, change)
         if now is None:
             raise NotFound("message_id")

@@ -2,11 +2,13 @@
 
 Every statement carries its own access check or runs in a transaction that has made it. A write of something
 durable happens under the conversation's row lock: `send` takes it inside its one statement, all others by
-`conversations.lock` or `messages.lock` first, so that what they look at afterwards holds until they commit.
+`conversations.lock_as` or `messages.lock` first, so that what they look at afterwards holds until they commit. No frame
+locks a row of a conversation for a user whom it refuses for lack of a part there: both ask for the part before the
+lock, and the handler asks again under it. `conversations.lock` asks nothing: it is for jobs, operators and `join`.
 
 Transactions lock in one order, so that no two ever wait for each other (docs/decisions/0032-one-lock-order.md):
 
-1. the conversation: `conversations.lock`, `messages.lock`; several in the order of their ids
+1. the conversation: `conversations.lock_as`, `messages.lock`; several in the order of their ids
 2. users whose own clock moves, or who must be active: `users.lock`, once, for all of them, in the order of their ids
 3. what is theirs: participants, sessions, accounts, drafts, stars, follows, relationships, endpoints, what they have
    scheduled

@@ -14,12 +14,13 @@ from protocol.values import (
     ConversationSettings,
     ConversationType,
     ConversationView,
+    ParticipantStatus,
     PublicConversation,
     Role,
 )
 from server.cursor import Cursor
 from server.database import Db
-from server.queries.messages import Obstacle
+from server.queries.messages import HAS_PART, Obstacle
 from server.queries.unread import COUNT_UNREAD
 from server.rows import Page, Reader, fitting
 
@@ -205,12 +206,35 @@ async def lock(db: Db, conversation_id: ConversationId) -> Conversation | None:
     return None if text is None else _conversation_decoder.decode(text)
 
 
-KEEP = "SELECT FROM conversation WHERE id = $1 FOR KEY SHARE"
+LOCK_AS = f"""
+SELECT conversation_json(c) FROM conversation c
+WHERE c.id = $1 AND NOT c.is_deleted AND {HAS_PART.format(status="$3")} FOR NO KEY UPDATE
+"""  # noqa: S608 - a constant is put in
 
 
-async def keep(db: Db, conversation_id: ConversationId) -> None:
-    """Make `lock_all_out` wait until the transaction ends. Whoever sends or changes something is not delayed."""
-    await db.execute(KEEP, conversation_id)
+async def lock_as(
+    db: Db, conversation_id: ConversationId, user_id: UserId, status: ParticipantStatus = "active"
+) -> Conversation | None:
+    """Do what `lock` does for a user whose part has this status. Return None, and wait for nothing, for anybody else.
+
+    The status may have changed while the statement waited. Read it again under the lock.
+    """
+    text = await db.fetchval(LOCK_AS, conversation_id, user_id, status)
+    return None if text is None else _conversation_decoder.decode(text)
+
+
+KEEP = f"""
+SELECT true FROM conversation c
+WHERE c.id = $1 AND NOT c.is_deleted AND {HAS_PART.format(status="'active'")} FOR KEY SHARE
+"""  # noqa: S608 - a constant is put in
+
+
+async def keep(db: Db, conversation_id: ConversationId, user_id: UserId) -> bool:
+    """Make `lock_all_out` wait until the transaction ends. Whoever sends or changes something is not delayed.
+
+    Return False, and lock nothing, unless the user takes part. As for `lock_as`, read that again under the lock.
+    """
+    return bool(await db.fetchval(KEEP, conversation_id, user_id))
 
 
 LOCK_ALL_OUT = "SELECT FROM conversation WHERE id = $1 FOR UPDATE"
@@ -327,13 +351,13 @@ async def is_deleted(db: Db, conversation_id: ConversationId) -> bool:
 
 
 OPEN = """
-SELECT c.id FROM conversation c
+SELECT conversation_json(c) FROM conversation c
 WHERE c.id = $1 AND c.type IN ('group', 'channel') AND c.is_active AND NOT c.is_deleted AND (c.is_public OR EXISTS (
     SELECT FROM conversation_participant p
     WHERE p.conversation_id = c.id AND p.user_id = $3 AND p.status IN ('active', 'invited')
 ))
-UNION
-SELECT c.id FROM conversation c
+UNION ALL
+SELECT conversation_json(c) FROM conversation c
 WHERE c.invite_code = $2 AND c.type IN ('group', 'channel') AND c.is_active AND NOT c.is_deleted
     AND (c.invite_expires_at > now() OR c.invite_expires_at IS NULL)
     AND (c.invite_uses_left > 0 OR c.invite_uses_left IS NULL)
@@ -342,9 +366,12 @@ WHERE c.invite_code = $2 AND c.type IN ('group', 'channel') AND c.is_active AND 
 
 async def open_to(
     db: Db, user_id: UserId, conversation_id: ConversationId | None, invite_code: str | None
-) -> ConversationId | None:
-    """Return the id of the conversation if the user may join it: public, by its code, or invited."""
-    return ConversationId(found) if (found := await db.fetchval(OPEN, conversation_id, invite_code, user_id)) else None
+) -> Conversation | None:
+    """Return the conversation that is named by its id or its code, if it is open to the user: public, by its code, or
+    because they are invited.
+    """
+    text = await db.fetchval(OPEN, conversation_id, invite_code, user_id)
+    return None if text is None else _conversation_decoder.decode(text)
 
 
 UPDATE = """

@@ -66,7 +66,17 @@ class Found(NamedTuple):
     wait_ms: int
 
 
-LOCK = "SELECT FROM conversation c WHERE c.id = $1 AND NOT c.is_deleted FOR NO KEY UPDATE"
+# PostgreSQL locks only the rows that WHERE selects: others neither wait for the row nor hold it. A row that changed
+# meanwhile is selected anew, but `conversation_participant` is read as it was when the statement began.
+HAS_PART = """EXISTS (
+    SELECT FROM conversation_participant p
+    WHERE p.conversation_id = c.id AND p.user_id = $2 AND p.status = {status} OFFSET 0
+)"""
+"""Whether the user $2 has a part with this status in the conversation `c`, asked before the row of `c` is locked."""
+LOCK = f"""
+SELECT true FROM conversation c
+WHERE c.id = $1 AND NOT c.is_deleted AND {HAS_PART.format(status="'active'")} FOR NO KEY UPDATE
+"""  # noqa: S608 - a constant is put in
 FIND = f"""
 SELECT message_json(m), participant_json(p), conversation_json(c),
     coalesce(c.settings ->> 'history' = 'from_joining', false) AND m.sent_version <= c.access_version,
@@ -76,8 +86,12 @@ SELECT message_json(m), participant_json(p), conversation_json(c),
 
 
 async def lock(db: Db, place: Place, user_id: UserId) -> Found | None:
-    """Lock the conversation of a message, and then return the message as it is, deleted or not; None without access."""
-    await db.execute(LOCK, place.conversation_id)
+    """Lock the conversation of a message, and then return the message as it is, deleted or not; None without access.
+
+    Locks nothing unless the user takes part.
+    """
+    if not await db.fetchval(LOCK, place.conversation_id, user_id):
+        return None
     return await find(db, place, user_id)
 
 

@@ -138,7 +138,7 @@ SELECT invited_as(p) FROM conversation_participant p WHERE p.conversation_id = $
 
 
 async def invited_as(db: Db, conversation_id: ConversationId, user_id: UserId) -> Role | None:
-    """Return the role that an invitation gives now; None if whoever sent it may add nobody any more. Under the lock."""
+    """Return the role that an invitation gives now; None if whoever sent it may add nobody any more."""
     role: Role | None = await db.fetchval(INVITED_AS, conversation_id, user_id)
     return role
 

@@ -375,7 +375,8 @@ async def send_slowly(db: Db, outgoing: Outgoing) -> Stored | int | None:
     does. In a transaction.
     """
     about = outgoing.frame.conversation_id
-    await db.execute(LOCK, about)
+    if not await db.fetchval(LOCK, about, outgoing.sender_id):
+        return None
     if wait := await db.fetchval(WAIT, about, outgoing.sender_id):
         return int(wait)
     (stored,) = await send(db, [outgoing], has_waited=True)
