@@ -1,5 +1,6 @@
 """A budget of the loop's time, for work that has to leave most of it to others."""
 
+import asyncio
 import time
 from collections.abc import Callable, Coroutine, Generator
 from typing import Any, Generic, TypeVar
@@ -28,6 +29,12 @@ class LoopTime:
         self._left = min(self._burst, self._left + (now - self._at) * self._share)
         self._at = now
         return 0.0 if self._left > 0 else -self._left / self._share + 0.001
+
+    async def turn(self) -> None:
+        """Return in a later turn of the loop, when there is some left."""
+        await asyncio.sleep(0)
+        while (seconds := self.wait()) > 0:  # noqa: ASYNC110 - time is no event
+            await asyncio.sleep(seconds)
 
     def do(self, work: Callable[[], Outcome]) -> Outcome:
         """Return what `work` returns, and spend the time that it takes."""

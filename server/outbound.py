@@ -8,19 +8,35 @@ import asyncio
 import ipaddress
 import ssl
 from collections.abc import Iterable
+from contextvars import ContextVar
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from urllib.parse import urljoin, urlsplit
 
 import httpcore
 import httpx
 
+from server.looptime import LoopTime
 from server.resolver import Resolver
 
 TOTAL_SECONDS = 5.0
 TIMEOUT = httpx.Timeout(TOTAL_SECONDS).as_dict()
 MAX_REDIRECTS = 3
 REDIRECTS = frozenset({301, 302, 303, 307, 308})
+MOST_OF_POST = 1_000
+"""Max bytes of the answer to a POST request that are read."""
+MAX_BESIDE_BYTES = 16 * 1024
+"""Max bytes of an answer beside its body: all that has to be parsed, such as headers, `103` answers and sizes of
+chunks. A thousand of the shortest headers take a worker 2 ms.
+"""
+MAX_READS = 1_000
+"""Max reads of an answer, which may come byte by byte."""
+TURN_BYTES = 4 * 1024
+"""Max bytes that are parsed in one turn of the loop."""
+SHARE, BURST_SECONDS = 0.1, 0.1
+"""Share of the loop's time that all GET requests take, and all POST requests, and seconds of it that they may take at
+once.
+"""
 PORTS = {"http": 80, "https": 443}
 NEAR = [ipaddress.ip_network(one) for one in ("192.0.0.0/24", "192.88.99.0/24", "3fff::/20", "5f00::/16")]
 """Networks of special purposes (RFC 6890) that Python 3.11 takes for public ones: protocol assignments, relays of 6to4,
@@ -43,13 +59,41 @@ class Answer(NamedTuple):
     url: str
 
 
+class _Cost:
+    """How much of an answer was read. What waits for bytes of it has its turns by `time`."""
+
+    def __init__(self, time: LoopTime) -> None:
+        self.time = time
+        self._reads = 0
+        self._beside = 0
+
+    def note(self, read: int) -> None:
+        """Note bytes that were read. Raises httpcore.ReadError if this is too much of anything but the body."""
+        self._reads += 1
+        self._beside += read
+        # What was read last is not parsed yet, and may be of the body.
+        if self._reads > MAX_READS or self._beside > MAX_BESIDE_BYTES + TURN_BYTES:
+            raise httpcore.ReadError("its answer has too many parts")
+
+    def note_body(self, size: int) -> None:
+        """Note how much of that was the body."""
+        self._beside -= size
+
+
+_COST: ContextVar[_Cost] = ContextVar("cost")
+"""That of the answer which the task waits for."""
+
+
 class Outbound:
-    """Asks other servers."""
+    """Asks other servers. What that takes of the loop's time is bounded for each answer, and in all."""
 
     def __init__(self, *, to_private: bool) -> None:
         """`to_private` lets addresses of this machine and its network be asked, too."""
         self._to_private = to_private
         self._resolver = Resolver()
+        # One each: links that people send do not delay notifications.
+        self._gets = LoopTime(SHARE, BURST_SECONDS)
+        self._posts = LoopTime(SHARE, BURST_SECONDS)
 
     @cached_property
     def _transport(self) -> "_Transport":
@@ -82,11 +126,12 @@ class Outbound:
     async def post(self, url: str, body: bytes, headers: dict[str, str]) -> Answer:
         """Return the answer to what is sent to an address. Raises Unreachable."""
         until = asyncio.get_running_loop().time() + TOTAL_SECONDS
-        return await self._ask("POST", url, most=1_000, headers=headers, until=until, body=body)
+        return await self._ask("POST", url, most=MOST_OF_POST, headers=headers, until=until, body=body)
 
     async def _ask(
         self, method: str, url: str, *, most: int, headers: dict[str, str], until: float, body: bytes | None = None
     ) -> Answer:
+        share = self._gets if body is None else self._posts
         try:
             parts = urlsplit(url)
             if parts.scheme not in PORTS or not parts.hostname or parts.username is not None:
@@ -102,15 +147,23 @@ class Outbound:
                     content=body,
                     extensions={"sni_hostname": parts.hostname, "timeout": TIMEOUT},
                 )
-                response = await self._transport.handle_async_request(request)
-                try:
-                    return Answer(response.status_code, response.headers, await _read(response, most), url)
-                finally:
-                    await response.aclose()
+                return await share.run(self._exchange(request, share, url, most))
         except (httpx.HTTPError, httpx.InvalidURL, OSError, TimeoutError, ValueError) as error:
             unreachable = Unreachable(str(error) or type(error).__name__)
             unreachable.url = url
             raise unreachable from error
+
+    async def _exchange(self, request: httpx.Request, share: LoopTime, url: str, most: int) -> Answer:
+        cost = _Cost(share)
+        token = _COST.set(cost)
+        try:
+            response = await self._transport.handle_async_request(request)
+            try:
+                return Answer(response.status_code, response.headers, await _read(response, most, cost), url)
+            finally:
+                await response.aclose()
+        finally:
+            _COST.reset(token)
 
     async def _resolve(self, host: str, until: float) -> str:
         left = max(0.0, until - asyncio.get_running_loop().time())
@@ -149,7 +202,38 @@ class _Backend(httpcore.AnyIOBackend):
         socket_options: Iterable[httpcore.SOCKET_OPTION] | None = None,
     ) -> httpcore.AsyncNetworkStream:
         address = str(ipaddress.ip_address(bytes.fromhex(host.partition(".")[0])))
-        return await super().connect_tcp(address, port, timeout, local_address, socket_options)
+        return _Stream(await super().connect_tcp(address, port, timeout, local_address, socket_options))
+
+
+class _Stream(httpcore.AsyncNetworkStream):
+    """Gives others a turn of the loop before each read, and reads little of an answer at a time, and in all."""
+
+    def __init__(self, stream: httpcore.AsyncNetworkStream) -> None:
+        self._stream = stream
+
+    async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:  # noqa: ASYNC109 - as above
+        cost = _COST.get()
+        await cost.time.turn()
+        data = await self._stream.read(min(max_bytes, TURN_BYTES), timeout)
+        cost.note(len(data))
+        return data
+
+    async def write(self, buffer: bytes, timeout: float | None = None) -> None:  # noqa: ASYNC109 - as above
+        await self._stream.write(buffer, timeout)
+
+    async def aclose(self) -> None:
+        await self._stream.aclose()
+
+    async def start_tls(
+        self,
+        ssl_context: ssl.SSLContext,
+        server_hostname: str | None = None,
+        timeout: float | None = None,  # noqa: ASYNC109 - as above
+    ) -> httpcore.AsyncNetworkStream:
+        return _Stream(await self._stream.start_tls(ssl_context, server_hostname, timeout))
+
+    def get_extra_info(self, info: str) -> Any:  # noqa: ANN401 - as above
+        return self._stream.get_extra_info(info)
 
 
 def _is_public(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
@@ -161,9 +245,10 @@ def _is_public(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
     return address.is_global and not is_near and not any(address in network for network in NEAR)
 
 
-async def _read(response: httpx.Response, most: int) -> bytes:
+async def _read(response: httpx.Response, most: int, cost: _Cost) -> bytes:
     body = bytearray()
     async for piece in response.aiter_raw():
+        cost.note_body(len(piece))
         body += piece
         if len(body) >= most:
             break

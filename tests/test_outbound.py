@@ -1,6 +1,7 @@
 """What the server asks of addresses that users name: nothing near, nothing for long, nothing much; link previews."""
 
 import asyncio
+import contextlib
 import gc
 import ipaddress
 import socket
@@ -12,6 +13,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import h11
 import msgspec
 import pytest
 from hypothesis import given
@@ -23,6 +25,7 @@ from server import markup, outbound, previews, resolver
 from server.auth import passwords
 from server.config import Settings
 from server.drops import Drops
+from server.looptime import LoopTime
 from server.outbound import Outbound, Unreachable
 from server.posts import SLOW_SLOTS, Failed, Posts, Push
 from tests.browser import post_to, say
@@ -152,7 +155,7 @@ async def test_nothing_of_an_answer_is_kept(careless: Outbound, site: Site, capl
     caplog.set_level("INFO")
 
     def answer(_: str) -> bytes:
-        cookies = "".join(f"set-cookie: n{len(site.asked)}.{number}=x\r\n" for number in range(1_500))
+        cookies = "".join(f"set-cookie: n{len(site.asked)}.{number}=x\r\n" for number in range(500))
         return f"HTTP/1.1 201 Created\r\n{cookies}content-length: 0\r\n\r\n".encode()
 
     site.answer = answer
@@ -386,6 +389,87 @@ async def test_what_is_too_much_is_cut_and_what_takes_too_long_is_left(
     with pytest.raises(Unreachable):
         await careless.get(site.url, most=1_000)
     never.set()
+
+
+CHUNKED = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n"
+
+
+class Events:
+    """Counts what is parsed of answers, in all and in one turn of the loop. Each part may be said to take a time."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, seconds: float = 0.0) -> None:
+        self.total = self._in_turn = self.most_in_turn = 0
+        self.used = 0.0
+        parse = h11.Connection.next_event
+
+        def next_event(connection: h11.Connection) -> object:
+            self.total += 1
+            self._in_turn += 1
+            self.used += seconds
+            return parse(connection)
+
+        monkeypatch.setattr(h11.Connection, "next_event", next_event)
+
+    async def count_turns(self) -> None:
+        while True:
+            self.most_in_turn = max(self.most_in_turn, self._in_turn)
+            self._in_turn = 0
+            await asyncio.sleep(0)
+
+
+@pytest.mark.parametrize(("begin", "part"), [
+    (b"", b"HTTP/1.1 103 E\r\n\r\n"), (CHUNKED, b"1\r\nx\r\n"), (b"HTTP/1.1 200 OK\r\n", b"a:\r\n"), (b"", b"x"),
+    (CHUNKED + b"0\r\n", b"a:\r\n"), (CHUNKED, b"1;a\r\nx\r\n"),
+], ids=["103", "chunks", "headers", "no HTTP", "trailers", "extensions"])  # fmt: skip
+async def test_an_answer_of_endless_parts_is_left_and_others_have_turns_meanwhile(
+    careless: Outbound, site: Site, monkeypatch: pytest.MonkeyPatch, begin: bytes, part: bytes
+) -> None:
+    events = Events(monkeypatch)
+    site.answer = lambda _: begin + part * (2_000_000 // len(part))
+    turns = asyncio.create_task(events.count_turns())
+    with pytest.raises(Unreachable, match="too many parts"):
+        await careless.get(site.url, most=200_000)
+    with contextlib.suppress(Unreachable):
+        assert len((await careless.post(site.url, b"x", {})).body) == outbound.MOST_OF_POST
+    turns.cancel()
+    assert events.total < 2 * 2 * outbound.MAX_BESIDE_BYTES / 5
+    assert events.most_in_turn <= outbound.TURN_BYTES / 5
+
+
+async def test_an_answer_that_comes_byte_by_byte_is_left(
+    careless: Outbound, site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(outbound, "TURN_BYTES", 1)
+    monkeypatch.setattr(outbound, "MAX_READS", 200)
+    site.answer = lambda _: page("x" * 10)
+    assert (await careless.get(site.url, most=1_000)).body == b"x" * 10
+    site.answer = lambda _: page("x" * 200)
+    with pytest.raises(Unreachable, match="too many parts"):
+        await careless.get(site.url, most=1_000)
+
+
+async def test_answers_that_have_begun_take_a_share_of_the_loop(
+    careless: Outbound, site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Previews and notifications alike, and neither waits for the other's share."""
+    events = Events(monkeypatch, seconds=0.001)
+    monkeypatch.setattr(outbound, "TURN_BYTES", 60)
+    site.answer = lambda _: CHUNKED + b"1\r\nx\r\n" * 200 + b"0\r\n\r\n"
+    for name, ask in (
+        ("_gets", careless.get(site.url, most=1_000)), ("_posts", careless.post(site.url, b"x", {})),
+    ):  # fmt: skip
+        setattr(careless, name, LoopTime(1.0, 0.01, used=lambda: events.used))
+        began, used = time.monotonic(), events.used
+        assert (await ask).body == b"x" * 200
+        assert events.used - used >= 0.2
+        assert time.monotonic() - began >= events.used - used - 0.05
+    careless._gets = LoopTime(1e-9, 1e-9, used=lambda: events.used)  # noqa: SLF001
+    monkeypatch.setattr(outbound, "TOTAL_SECONDS", 0.2)
+    for _ in range(2):
+        with pytest.raises(Unreachable):
+            await careless.get(site.url, most=1_000)
+    monkeypatch.setattr(outbound, "TOTAL_SECONDS", 5.0)
+    assert (await careless.post(site.url, b"x", {})).body == b"x" * 200
 
 
 # ---------------------------------------------------------------------------------------------------- previews
