@@ -83,7 +83,9 @@ MAX_PAGE_BYTES = MAX_SENT_BYTES - 128 * 1024
 `MAX_SENT_BYTES` is for what stands around them.
 """
 ANSWER_TOKEN_BYTES = 32 * 1024
-"""Bytes of an answer per further token of its frame, taken once it was given. That much costs about one small read."""
+"""Bytes of an answer, with all that a `resume` says before it, per further token of its frame, taken once it was given.
+That much costs about one small read.
+"""
 MAX_EXTREME_NUMBERS = 100
 """Max numbers in a frame with exponents of three digits. Near the largest double, msgspec takes 14 µs for each."""
 MAX_FRAME_VALUES = 6_000
@@ -236,7 +238,9 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     `send` costs for the same message.
     """
     answer_token_bytes: int = ANSWER_TOKEN_BYTES
-    """An answer takes a further token for every `answer_token_bytes` of it, whether there is one or not."""
+    """An answer takes a further token for every `answer_token_bytes` of it, whether there is one or not. What a
+    `resume` says before its answer counts as part of it.
+    """
     mentions: int = MAX_MENTIONS
     page: int = MAX_PAGE
     page_bytes: int = MAX_PAGE_BYTES

@@ -77,8 +77,9 @@ class Connection:
 
     __slots__ = (
         "_entering", "_frames", "_gone", "_has_place", "_has_to_refresh", "_inbox", "_inbox_bytes", "_is_closed",
-        "_is_resuming", "_last", "_look", "_place", "_shared", "_strikes", "_todo", "_whole", "_worker", "attached",
-        "closed_with", "context", "expires_at", "session_id", "socket", "user_id", "user_version", "watched", "write",
+        "_is_resuming", "_last", "_look", "_place", "_said", "_shared", "_strikes", "_todo", "_whole", "_worker",
+        "attached", "closed_with", "context", "expires_at", "session_id", "socket", "user_id", "user_version",
+        "watched", "write",
     )  # fmt: skip
 
     def __init__(
@@ -121,6 +122,7 @@ class Connection:
         # Of this connection alone, and gone with it: the `id` of a connection is used again.
         self._frames = ReservingBucket(shared.frames)
         self._strikes: Strikes | None = None
+        self._said = 0  # bytes since the frame began that is answered now
         self.user_version = user_version
         self.closed_with: CloseCode | None = None
 
@@ -179,17 +181,12 @@ class Connection:
 
     # ------------------------------------------------------------------------------------------ to the socket
 
-    def say(self, frame: ServerFrame) -> None:
-        """Send a frame to this connection alone."""
-        self._say(frame)
-
-    def _say(self, frame: ServerFrame) -> int:
-        """Send a frame, and return its size in bytes."""
-        if self._is_closed:
-            return 0
-        encoded = encode(frame)
-        self.socket.write_asked(text_frame(encoded))
-        return len(encoded)
+    def say(self, *frames: ServerFrame) -> None:
+        """Send frames to this connection alone, in one write."""
+        if not self._is_closed:
+            encoded = [encode(frame) for frame in frames]
+            self._said += sum(map(len, encoded))
+            self.socket.write_asked(b"".join([text_frame(one) for one in encoded]))
 
     def close(self, code: CloseCode) -> None:
         """Close the connection."""
@@ -284,6 +281,7 @@ class Connection:
         if self._place is not None:
             self._place.again()
         is_flood = is_abuse = False
+        self._said = 0
         if data is None:
             answer = error_frame(NOT_TEXT)
         elif (wait := self._frames.take()) > 0:
@@ -294,9 +292,10 @@ class Connection:
             self._strikes = self._strikes or Strikes()
             is_abuse = self._strikes.is_abuse(answer, is_flood=is_flood)
         try:
-            size = self._say(answer)
+            self.say(answer)
             if data is not None:
-                self._shared.dispatch.answered(self.context.user_id, data, size)
+                # With all that a `resume` has said.
+                self._shared.dispatch.answered(self.context.user_id, data, self._said)
         except Exception as error:  # noqa: BLE001 - an answer that cannot be written is a defect of its frame alone
             log_defect(log, "writing an answer", error)
             answer = error_frame(INTERNAL, re=answer.re)

@@ -68,8 +68,8 @@ class Subscriber(Protocol):
     def detach(self, conversation_id: ConversationId) -> None:
         """Deliver no more of them."""
 
-    def say(self, frame: ServerFrame) -> None:
-        """Send a frame to this connection alone."""
+    def say(self, *frames: ServerFrame) -> None:
+        """Send frames to this connection alone, in one write. Those of a handler take tokens as its answer does."""
 
     async def drained(self) -> None:
         """Return when most of what was said has been taken in: before more of it is made."""

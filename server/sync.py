@@ -4,6 +4,7 @@ Always follow first and compare second: once the worker follows a conversation, 
 read before is still the latest, and the difference is asked for until it is. The rest arrives by itself.
 """
 
+import asyncio
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 
@@ -31,7 +32,7 @@ from server.queries.conversations import Membership
 from server.queries.users import OWN_PAGE, OwnNews
 
 PAGE = 50
-"""Conversations in each `conversations` frame, and in each statement that reads them."""
+"""Conversations in each `conversations` frame, in each statement that reads them, and in a turn of the loop."""
 
 
 async def start(context: Context) -> None:
@@ -54,14 +55,15 @@ async def resume(context: Context, frame: Resume) -> Resumed:
     """Say the difference to `frame.versions`, and everything that the client does not know; follow it all."""
     connection = context.connection
     there = await context.services.memberships.submit(context.user_id)
-    for conversation_id in frame.versions.keys() - there.keys():
-        _say_left(context, conversation_id)
+    await _say_left(context, frame.versions.keys() - there.keys())
     known = {one: version for one, version in frame.versions.items() if one in there}
     is_same_epoch = frame.epoch == context.database.epoch.id
     if is_same_epoch:
         await connection.open(list(known))
         done = 0
-        for conversation_id, version in known.items():
+        for number, (conversation_id, version) in enumerate(known.items(), 1):
+            if number % PAGE == 0:
+                await asyncio.sleep(0)
             connection.detach(conversation_id)
             await connection.open([conversation_id])  # those before it may have taken long
             if version != there[conversation_id].version or not connection.attach(conversation_id, version):
@@ -100,8 +102,9 @@ async def _compare(context: Context, there: Mapping[ConversationId, Membership])
     if any(one not in there for one in connection.attached):
         # Shared memberships may be older than what the connection joined by a frame of its own.
         there = await context.services.memberships.submit(context.user_id)
-    for conversation_id in [one for one in connection.attached if one not in there]:
-        _say_left(context, conversation_id)
+    for _, some in _pages(one for one in connection.attached if one not in there):
+        # Others have their turn between pages, and may have said it meanwhile.
+        await _say_left(context, [one for one in some if one in connection.attached])
     await _join(context, [one for one in there if one not in connection.attached])
 
 
@@ -174,7 +177,7 @@ async def _catch_up(context: Context, conversation_id: ConversationId, version: 
             # Asked last: whoever may read now might read all of the above.
             reading = await changes.reading(db, conversation_id, context.user_id, most=MAX_SHARED_PARTICIPANTS)
         if difference is None or reading is None:
-            _say_left(context, conversation_id)
+            await _say_left(context, [conversation_id])
             return
         if not difference.is_whole:
             await _start_over(context, [conversation_id], "too_many_changes", done=done)
@@ -202,8 +205,7 @@ async def _start_over(
         context.connection.detach(conversation_id)
     async with _reading(context, done) as db:
         parts = await conversations.parts(db, context.user_id, conversation_ids)
-    for conversation_id in set(conversation_ids) - {view.conversation.id for views in parts for view in views}:
-        _say_left(context, conversation_id)
+    await _say_left(context, set(conversation_ids) - {view.conversation.id for views in parts for view in views})
     for number, views in enumerate(parts):
         if number:
             await context.connection.drained()
@@ -223,6 +225,11 @@ def _reading(context: Context, done: int) -> AbstractAsyncContextManager[Db]:
     return context.database.connection() if done < PAGE else context.database.catching_up()
 
 
-def _say_left(context: Context, conversation_id: ConversationId) -> None:
-    context.connection.detach(conversation_id)
-    context.connection.say(ConversationLeft(conversation_id=conversation_id))
+async def _say_left(context: Context, conversation_ids: Iterable[ConversationId]) -> None:
+    """Say that conversations are not the user's, each page in one write. A `resume` may name thousands."""
+    for _, some in _pages(conversation_ids):
+        for conversation_id in some:
+            context.connection.detach(conversation_id)
+        context.connection.say(*[ConversationLeft(conversation_id=one) for one in some])
+        await context.connection.drained()
+        await asyncio.sleep(0)

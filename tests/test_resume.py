@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import time
+from collections import Counter
 from typing import Any
 
 import msgspec
@@ -16,14 +18,16 @@ from protocol import SUBPROTOCOL, client, server
 from protocol.client import Frame
 from protocol.codec import encode
 from protocol.ids import ConversationId, MessageId, uuid7
-from protocol.limits import MAX_CHANGES, MAX_CHANGES_BYTES, MAX_PAGE_BYTES, MAX_SENT_BYTES
+from protocol.limits import MAX_CHANGES, MAX_CHANGES_BYTES, MAX_PAGE_BYTES, MAX_RESUMED, MAX_SENT_BYTES
 from protocol.payloads import Poll
 from protocol.server import Changes, ServerFrame
 from prove.client import Client
 from prove.mirror import Mirror
 from prove.truth import assert_same, read_conversation, recount
-from server import topics
+from server import sync, topics
 from server.config import Settings
+from server.connection import Connection
+from server.periodic import end
 from server.queries.changes import since
 from tests.world import Somebody, World, message, sent
 
@@ -157,6 +161,57 @@ async def test_a_strangers_conversation_is_left_like_one_that_is_not(away: Away)
     said = await away.back({away.group: away.version, strange: 1, nowhere: 1})
     assert {one.conversation_id for one in said if isinstance(one, server.ConversationLeft)} == {strange, nowhere}
     assert len(said) == 2
+
+
+MAKE_MORE = """
+WITH made AS (
+    INSERT INTO conversation (type, title, created_by, version, participant_count)
+    SELECT 'group', 'Grown', $1, 1, 1 FROM generate_series(1, 200) RETURNING id
+)
+INSERT INTO conversation_participant (conversation_id, user_id, version, joined_version)
+SELECT id, $1, 1, 1 FROM made RETURNING conversation_id
+"""
+
+
+async def test_a_resume_of_thousands_lets_others_have_their_turn_between_pages(
+    away: Away, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = [row[0] for row in await away.world.db.fetch(MAKE_MORE, away.who.id)]
+    strange = [ConversationId(uuid7()) for _ in range(MAX_RESUMED - 1 - len(own))]
+    turn, in_turn = 0, Counter[int]()
+    detach = Connection.detach
+
+    def counted(self: Connection, conversation_id: ConversationId) -> None:
+        in_turn[turn] += 1
+        detach(self, conversation_id)
+
+    async def others() -> None:
+        nonlocal turn
+        while True:
+            turn += 1
+            await asyncio.sleep(0)
+
+    monkeypatch.setattr(Connection, "detach", counted)
+    turning = asyncio.create_task(others())
+    said = await away.back({away.group: away.version} | dict.fromkeys(own + strange, 1))
+    await end([turning])
+    assert {one.conversation_id for one in said if isinstance(one, server.ConversationLeft)} == set(strange)
+    assert len(said) == len(strange)
+    assert in_turn.total() == MAX_RESUMED
+    assert max(in_turn.values()) <= sync.PAGE
+
+
+async def test_what_a_resume_says_takes_tokens_by_its_size(settings: Settings) -> None:
+    """Reads at 10 a second, 40 at once. A frame takes 30 at most, and 415 KiB of answers 12."""
+    async with World(msgspec.structs.replace(settings, read_rate=10.0), workers=1) as world:
+        ada = await world.connect(await world.user("Ada"))
+        versions = {ConversationId(uuid7()): 1 for _ in range(MAX_RESUMED)}
+        frame = client.Resume(epoch=ada.ready.epoch, versions=versions)
+        began = time.monotonic()
+        await ada.call(frame, server.Resumed)
+        answer = await ada.ask(client.GetMe())
+        # On a busy machine, tokens come back meanwhile.
+        assert isinstance(answer, server.Error) or time.monotonic() - began > 0.2
 
 
 async def test_too_much_missed_starts_over(away: Away) -> None:
