@@ -384,8 +384,8 @@ class Edit(_OfMessage, tag="edit"):
 
 
 class Delete(_OfMessage, tag="delete"):
-    """Delete a message: one's own, or anyone's with the permission. No frame returns its words afterwards. The server
-    keeps them until its author is erased, and the author's own export holds them.
+    """Delete a message: one's own, or with the permission that of anyone whose role is not higher. No frame returns its
+    words afterwards. The server keeps them until its author is erased, and the author's own export holds them.
     """
 
 
@@ -449,7 +449,7 @@ class Vote(_OfMessage, tag="vote"):
 
 
 class ClosePoll(_OfMessage, tag="close_poll"):
-    """End the caller's own poll, or anyone's with the permission to delete messages."""
+    """End the caller's own poll, or with the permission to delete messages that of anyone whose role is not higher."""
 
 
 class ListVotes(_OfMessage, tag="list_votes"):
@@ -667,13 +667,15 @@ class UnregisterPush(Frame, tag="unregister_push"):
 
 
 class Moderate(_OfMessage, tag="moderate"):
-    """Hide a message, and say why. Its sender and moderators can still read it. Open reports of it are upheld."""
+    """Hide a message, and say why. Its sender and moderators can still read it. Open reports of it are upheld. Nobody
+    hides their own message, or that of a sender whose role is higher.
+    """
 
     reason: Reason
 
 
 class Unmoderate(_OfMessage, tag="unmoderate"):
-    """Show it again."""
+    """Show it again. That, too, is refused for one's own message and for that of a sender whose role is higher."""
 
 
 class ReportMessage(_OfMessage, tag="report"):
@@ -684,7 +686,8 @@ class ReportMessage(_OfMessage, tag="report"):
 
 class ListReports(Frame, tag="list_reports"):
     """What was reported in a conversation, oldest first; without one, everywhere, for server administrators. With
-    `history: from_joining`, reports about messages from before the caller joined are left out.
+    `history: from_joining`, reports about messages from before the caller joined are left out. Reports about the
+    caller's own messages always are.
     """
 
     conversation_id: ConversationId | None = None
@@ -694,7 +697,7 @@ class ListReports(Frame, tag="list_reports"):
 
 
 class DismissReport(Frame, tag="dismiss_report"):
-    """Find nothing wrong with a message that was reported."""
+    """Find nothing wrong with a message that was reported: somebody else's, whose role is not higher."""
 
     conversation_id: ConversationId
     report_id: ReportId

@@ -3,10 +3,10 @@
 from protocol.errors import ErrorCode, Refused
 from protocol.ids import UserId
 from protocol.roles import Act, may, rank
-from protocol.values import Participant, Role
+from protocol.values import Message, Participant, Role
 from server.database import Db
 from server.errors import NotActive, NotFound
-from server.queries import relationships
+from server.queries import participants, relationships
 from server.queries.conversations import SendAccess
 from server.queries.messages import Found, Obstacle
 
@@ -66,6 +66,22 @@ def require_above(me: Participant, them: Participant) -> None:
     """Raise Refused unless a participant has a higher role than another one."""
     if rank(them.role) >= rank(me.role):
         raise Refused(ErrorCode.FORBIDDEN, "Their role must be below yours.", path="user_id")
+
+
+async def require_sender_not_above(db: Db, me: Participant, message: Message) -> None:
+    """Raise Refused if the sender of a message has a higher role than a participant. Under the conversation's lock.
+
+    Senders who take part no more have no role, nor have system messages.
+    """
+    if message.system_message_type is None:
+        await require_not_above(db, me, message.sender_id, "message_id")
+
+
+async def require_not_above(db: Db, me: Participant, user_id: UserId, path: str) -> None:
+    """Raise Refused, for a field of the frame, if a user takes part in a higher role than a participant."""
+    them = await participants.get(db, me.conversation_id, user_id)
+    if them is not None and them.status == "active" and rank(them.role) > rank(me.role):
+        raise Refused(ErrorCode.FORBIDDEN, "The sender's role is above yours. Ask somebody of that role.", path=path)
 
 
 def require_below(me: Participant, role: Role) -> None:

@@ -242,20 +242,20 @@ WAITS = "SELECT EXISTS (SELECT FROM pg_stat_activity WHERE wait_event_type = 'Lo
 
 async def test_words_of_a_message_are_found_before_its_conversation_is_locked(room: Room, world: World) -> None:
     """Those of a large one take longer than all the rest. Once is enough."""
-    said = await sent(room.ada, room.group, "Hello")
+    said = await sent(room.charles, room.group, "Hello")
     place: Any = {"conversation_id": room.group, "message_id": said}
-    frames = (
-        client.Edit(**place, content="Hello engine"),
-        client.Moderate(**place, reason="Rude"),
-        client.Unmoderate(**place),
-        message(room.group, content="Hello"),
+    frames: tuple[tuple[Client, client.Frame], ...] = (
+        (room.charles, client.Edit(**place, content="Hello engine")),
+        (room.ada, client.Moderate(**place, reason="Rude")),
+        (room.ada, client.Unmoderate(**place)),
+        (room.ada, message(room.group, content="Hello")),
     )
     await world.db.execute(NOTED)
     counts = []
-    for frame in frames:
+    for one, frame in frames:
         async with world.db.transaction():
             await world.db.execute("SELECT FROM conversation FOR NO KEY UPDATE")
-            asked = asyncio.create_task(room.ada.ask(frame))
+            asked = asyncio.create_task(one.ask(frame))
             async with asyncio.timeout(5):
                 while not await world.db.fetchval(WAITS):
                     await world.db.execute("SELECT pg_stat_clear_snapshot()")

@@ -287,7 +287,7 @@ async def test_newcomers_see_what_was_said_before_if_the_settings_say_so(world: 
     await owner.call(client.Edit(**place, content="Before, edited"))
     changed = await newcomer.event(server.MessageChanged)
     assert changed.message_id == before
-    await owner.call(client.Moderate(conversation_id=about, message_id=hidden, reason="Unseen"))
+    await world.judge(client.Moderate(conversation_id=about, message_id=hidden, reason="Unseen"))
     await owner.call(client.Delete(conversation_id=about, message_id=hidden))
     await world.db.execute("UPDATE message SET expires_at = now() WHERE id = $1", fading)
     await expire_due(world.workers[0].app._database, world.workers[0].app.hub)  # noqa: SLF001 - due now

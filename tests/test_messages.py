@@ -124,8 +124,10 @@ async def test_a_deleted_message_keeps_its_place_and_loses_its_words(room: Room,
     assert await world.db.fetchval("SELECT content FROM message_edit") == "Secret"
 
 
-async def test_only_moderators_delete_for_others(room: Room) -> None:
-    hers = await sent(room.ada, room.group)
+async def test_only_moderators_delete_for_others(room: Room, world: World) -> None:
+    mary = await world.user("Mary")
+    await room.ada.call(client.AddParticipants(conversation_id=room.group, participants=[mary.id]))
+    hers = await sent(await world.connect(mary), room.group)
     with refused(ErrorCode.FORBIDDEN, None):
         await room.charles.call(client.Delete(**room.at(hers)))
     await room.ada.call(client.SetRole(conversation_id=room.group, user_id=room.them[1].id, role="moderator"))

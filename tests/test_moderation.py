@@ -1,12 +1,16 @@
 """Moderation: hidden with a reason, reported, reviewed, and a log that tells when somebody changed it."""
 
+from itertools import product
 from typing import Any
 
 import pytest
 
 from protocol import client, server
 from protocol.errors import ErrorCode
-from protocol.ids import ConversationId, ReportId, uuid7
+from protocol.ids import ConversationId, MessageId, ReportId, uuid7
+from protocol.payloads import Poll
+from protocol.roles import rank
+from protocol.values import Role
 from prove.client import Client
 from server.queries import audit, checks
 from tests.world import World, refused, sent
@@ -201,24 +205,121 @@ async def test_the_servers_log_and_all_reports_are_for_its_administrators(scene:
         await outsider.call(client.History(conversation_id=scene.about))
 
 
-async def test_messages_have_no_rank_and_people_do(scene: Scene) -> None:
-    """A moderator deletes and hides the owner's messages, and does nothing to the owner (docs/roles.md)."""
-    owner, moderator = scene.moderator.ready.user.id, scene.bystander
-    hidden, deleted = [await sent(scene.moderator, scene.about, words) for words in ("Hidden", "Deleted")]
-    frames = [
-        client.Moderate(conversation_id=scene.about, message_id=hidden, reason="Rude"),
-        client.Delete(conversation_id=scene.about, message_id=deleted),
-    ]
-    for frame in frames:
-        with refused(ErrorCode.FORBIDDEN, None):
-            await moderator.call(frame)
+ACTORS: dict[str, Role] = {
+    "owner": "owner", "admin": "admin", "moderator": "moderator", "member, permitted": "member",
+    "guest, permitted": "guest",
+}  # fmt: skip
+SENDERS: dict[str, Role] = {
+    "a guest": "guest", "a member": "member", "a moderator": "moderator", "an admin": "admin", "who left": "admin",
+}  # fmt: skip
+ROLES = {**ACTORS, **SENDERS}
+OWN = {
+    "moderate": (ErrorCode.FORBIDDEN, "message_id"), "unmoderate": (ErrorCode.FORBIDDEN, "message_id"),
+    "dismiss": (ErrorCode.NOT_FOUND, "report_id"), "delete": None, "close": None,
+}  # fmt: skip
+"""Every act on somebody else's message that a role or permission allows, but for pins; how one's own is refused."""
+
+
+class Court:
+    """A channel of everybody in `ROLES`, who each sent a poll for each actor and act; those to dismiss are reported."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.of: dict[str, Client] = {}
+        self.about: ConversationId
+        self.said: dict[tuple[str, str, str], MessageId] = {}
+        self.reports: dict[MessageId, ReportId] = {}
+
+    async def begin(self) -> None:
+        people = await self.world.users(*ROLES)
+        self.of = {name: await self.world.connect(who) for name, who in zip(ROLES, people, strict=True)}
+        self.about = await self.world.channel(self.of["owner"], is_public=True)
+        for name, role in list(ROLES.items())[1:]:
+            place: dict[str, Any] = {"conversation_id": self.about, "user_id": self.of[name].ready.user.id}
+            await self.of[name].call(client.Join(conversation_id=self.about))
+            await self.of["owner"].call(client.SetRole(**place, role=role))  # type: ignore[arg-type]
+            if name.endswith("permitted"):
+                await self.of["owner"].call(client.SetPermissions(**place, can_delete_messages=True))
+        reporter = await self.world.connect(await self.world.user("Reporter"), 1)
+        await reporter.call(client.Join(conversation_id=self.about))
+        for actor, sender, act in product(ACTORS, ROLES, OWN):
+            said = await sent(self.of[sender], self.about, payload=Poll(options=["Yes", "No"]))
+            self.said[actor, sender, act] = said
+            if act == "dismiss":
+                await reporter.call(client.ReportMessage(conversation_id=self.about, message_id=said, reason="Rude"))
+            if act == "unmoderate" and sender != "owner":
+                await self.of["owner"].call(self.frame("moderate", said))
+        await self.of["who left"].call(client.Leave(conversation_id=self.about))
+        reports = "SELECT message_id, id FROM report WHERE conversation_id = $1"
+        self.reports = {row[0]: row[1] for row in await self.world.db.fetch(reports, self.about)}
+
+    def frame(self, act: str, said: MessageId) -> client.Frame:
+        at: dict[str, Any] = {"conversation_id": self.about, "message_id": said}
+        match act:
+            case "moderate":
+                return client.Moderate(**at, reason="Rude")
+            case "unmoderate":
+                return client.Unmoderate(**at)
+            case "delete":
+                return client.Delete(**at)
+            case "close":
+                return client.ClosePoll(**at)
+            case _:
+                return client.DismissReport(conversation_id=self.about, report_id=self.reports[said])
+
+    def about_others(self, name: str) -> set[ReportId]:
+        """Return the reports about messages of anybody but one."""
+        said = {self.said[actor, sender, "dismiss"] for actor, sender in product(ACTORS, ROLES) if sender != name}
+        return {self.reports[one] for one in said}
+
+    async def listed(self, name: str, conversation_id: ConversationId | None) -> set[ReportId]:
+        listed = client.ListReports(conversation_id=conversation_id, limit=100)
+        page = await self.of[name].call(listed, server.ReportPage)
+        return {report.id for report in page.reports if report.conversation_id == self.about}
+
+
+@pytest.fixture
+async def court(world: World) -> Court:
+    court = Court(world)
+    await court.begin()
+    return court
+
+
+async def test_nobody_judges_their_own_message_or_that_of_a_higher_role(court: Court) -> None:
+    """By every actor, about every sender, each act (docs/roles.md)."""
+    wrong = []
+    for (actor, sender, act), said in court.said.items():
+        answer = await court.of[actor].ask(court.frame(act, said))
+        found = (answer.code, answer.path) if isinstance(answer, server.Error) else None
+        expected = OWN[act] if actor == sender else None
+        if sender != "who left" and rank(ROLES[sender]) > rank(ROLES[actor]):
+            expected = (ErrorCode.FORBIDDEN, "report_id" if act == "dismiss" else "message_id")
+        if found != expected:
+            wrong.append((actor, sender, act, found, expected))
+    assert wrong == []
+
+
+async def test_nobody_sees_who_has_reported_them(court: Court) -> None:
+    """By frames, also as an administrator of the server, and as a reader of the database."""
+    db = court.world.db
+    for name in ACTORS:
+        assert await court.listed(name, court.about) == court.about_others(name), name
+    await db.execute('UPDATE "user" SET is_admin = true WHERE id = $1', court.of["a member"].ready.user.id)
+    assert await court.listed("a member", None) == court.about_others("a member")
+    reader = f"reader_{uuid7().hex}"
+    await db.execute(f"CREATE ROLE {reader}; SELECT grant_reader('{reader}'); SET ROLE {reader}")
+    for name in ACTORS:
+        await db.execute("SELECT set_config('openchat.user_id', $1, false)", str(court.of[name].ready.user.id))
+        shown = {row[0] for row in await db.fetch("SELECT id FROM report WHERE conversation_id = $1", court.about)}
+        assert shown == court.about_others(name), name
+    await db.execute(f"RESET ROLE; DROP OWNED BY {reader}; DROP ROLE {reader}")
+
+
+async def test_system_messages_are_deleted_whoever_caused_them(scene: Scene) -> None:
     await scene.moderator.call(
-        client.SetRole(conversation_id=scene.about, user_id=moderator.ready.user.id, role="moderator")
+        client.SetRole(conversation_id=scene.about, user_id=scene.bystander.ready.user.id, role="moderator")
     )
-    await scene.moderator.call(
-        client.SetPermissions(conversation_id=scene.about, user_id=moderator.ready.user.id, can_remove_members=True)
-    )
-    for frame in frames:
-        await moderator.call(frame)
-    with refused(ErrorCode.FORBIDDEN, "user_id"):
-        await moderator.call(client.RemoveParticipant(conversation_id=scene.about, user_id=owner))
+    await scene.moderator.call(client.UpdateConversation(conversation_id=scene.about, title="Manners"))
+    page = await scene.bystander.call(client.History(conversation_id=scene.about), server.MessagePage)
+    (told,) = [one for one in page.messages if one.system_message_type == "title_change"]
+    await scene.bystander.call(client.Delete(conversation_id=scene.about, message_id=told.id))

@@ -577,7 +577,7 @@ class TestInTheServer:
         names = ("deleted", "moderated", "edited", "kept")
         ids = {name: await sent(room.ada, room.group, f"{site.url}/{name}") for name in names}
         await room.ada.call(client.Delete(**room.at(ids["deleted"])))
-        await room.ada.call(client.Moderate(**room.at(ids["moderated"]), reason="Rude"))
+        await world.judge(client.Moderate(**room.at(ids["moderated"]), reason="Rude"))
         await room.ada.call(client.Edit(**room.at(ids["edited"]), content="Never mind"))
         may_answer.set()
         await room.charles.event(

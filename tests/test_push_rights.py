@@ -48,7 +48,7 @@ async def delete(case: Case) -> None:
 
 
 async def moderate(case: Case) -> None:
-    await case.ada.call(client.Moderate(**case.at, reason="Rude"))  # type: ignore[arg-type]
+    await case.world.judge(client.Moderate(**case.at, reason="Rude"))  # type: ignore[arg-type]
 
 
 async def ban(case: Case) -> None:

@@ -80,9 +80,9 @@ async def try_each_act(world: World, role: Role, grant: str | None) -> None:
     """Have somebody with a role and a permission do everything, in a room of its own."""
     room = await Room.make(world)
     guest, other, somebody = await world.users("Guest", "Other", "Somebody")
-    await room.enter(guest, "guest")
+    lowest = await room.enter(guest, "guest")
     actor = await room.enter(somebody, role, **({grant: True} if grant else {}))
-    said = await sent(room.owner, room.about)
+    said = await sent(lowest, room.about)
     got = await actor.call(client.GetConversation(conversation_id=room.about), server.OneConversation)
     for act, asked in frames(room.about, said, guest.id, other.id).items():
         for frame in asked:

@@ -277,11 +277,12 @@ async def everything(reader: Reader, who: UserId) -> dict[str, list[Any]]:
 
 
 async def test_newcomer_reads_of_messages_of_before_what_frames_show(world: World, reader: Reader) -> None:
-    ada, mary = await world.users("Ada", "Mary")
-    owner, newcomer = await world.connect(ada), await world.connect(mary, 1)
+    ada, mary, charles = await world.users("Ada", "Mary", "Charles")
+    owner, newcomer, other = await world.connect(ada), await world.connect(mary, 1), await world.connect(charles)
     settings = ConversationSettings(history="from_joining", system_messages=False)
     about = await world.channel(owner, is_public=True, settings=settings)
-    said = [await sent(owner, about, f"Before {number}") for number in range(6)]
+    await other.call(client.Join(conversation_id=about))
+    said = [await sent(other if number == 4 else owner, about, f"Before {number}") for number in range(6)]
     said.append(await sent(owner, about, "Tea?", payload=Poll(options=["Yes", "No"])))
     await newcomer.call(client.Join(conversation_id=about), server.OneConversation)
 

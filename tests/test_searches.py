@@ -46,9 +46,9 @@ async def test_only_what_one_may_see(room: Room, world: World) -> None:
     stranger = await world.connect(await world.user("Stranger"))
     assert await found(stranger, "engine") == []
     assert await found(stranger, "engine", conversation_id=room.group) == []
-    await room.ada.call(client.Moderate(**room.at(message_id), reason="Rude"))
+    await world.judge(client.Moderate(**room.at(message_id), reason="Rude"))
     assert await found(room.charles, "engine") == []
-    await room.ada.call(client.Unmoderate(**room.at(message_id)))
+    await world.judge(client.Unmoderate(**room.at(message_id)))
     assert await found(room.charles, "engine") == ["Secret engine"]
     await room.ada.call(client.Edit(**room.at(message_id), content="Public loom"))
     assert (await found(room.charles, "engine"), await found(room.charles, "loom")) == ([], ["Public loom"])

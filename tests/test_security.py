@@ -117,10 +117,8 @@ async def test_every_frame_as_every_role(world: World, role: str) -> None:
     for one in (charles, mary, grace):
         await (await world.connect(one)).call(client.Join(conversation_id=channel))
     poll = Poll(options=["Yes", "No"])
-    said = await sent(owner, channel, "Mine", payload=poll)
+    said = await sent(await world.connect(grace, 1), channel, "Grace's", payload=poll)
     actor = owner if role == "owner" else await world.connect(charles, 1)
-    if role == "owner":
-        said = await sent(await world.connect(grace, 1), channel, "Grace's", payload=poll)
     await become(world, owner, channel, charles, role)
     for kind, least in LEAST.items():
         await world.db.execute("UPDATE conversation_participant SET role = 'guest' WHERE user_id = $1", mary.id)

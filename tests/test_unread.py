@@ -30,7 +30,7 @@ async def test_what_counts_and_what_does_not(room: Room, world: World) -> None:
     await sent(await world.connect(mary), room.group, "Mary's")
     assert await listed(room.charles, room.group) == 6
     await room.ada.call(client.Delete(**room.at(gone)))
-    await room.ada.call(client.Moderate(**room.at(hidden), reason="Rude"))
+    await world.judge(client.Moderate(**room.at(hidden), reason="Rude"))
     assert await listed(room.charles, room.group) == 4
     for silence, sound in ((client.Mute, client.Unmute), (client.Block, client.Unblock)):
         await room.charles.call(silence(user_id=mary.id))

@@ -28,7 +28,7 @@ BROKEN = (
     "UPDATE message SET created_at = '20000-01-01', metadata = '[1]' WHERE id = '{message}'",
     "UPDATE message_edit SET edited_at = '20000-01-01' WHERE message_id = '{message}'",
     "UPDATE poll_vote SET options = '{{NULL}}', voted_at = '0044-03-15 BC' WHERE user_id = '{user}'",
-    "UPDATE report SET message_id = gen_random_uuid() WHERE message_id = '{message}'",
+    "UPDATE report SET message_id = gen_random_uuid() WHERE message_id = '{reported}'",
     "UPDATE audit_entry SET details = '[1]', created_at = '20000-01-01' WHERE chain = '{group}' AND number = 2",
     "UPDATE draft SET updated_at = '20000-01-01' WHERE conversation_id = '{room}'",
     "UPDATE scheduled_message SET words = '1' WHERE conversation_id = '{room}'",
@@ -78,6 +78,7 @@ class Filled(NamedTuple):
     poll: MessageId
     root: MessageId
     said: list[MessageId]
+    reported: list[MessageId]
     others: list[Somebody]
 
 
@@ -89,24 +90,25 @@ async def filled(room: Room, world: World) -> Filled:
     rooms = [await world.group(ada, room.them[1], title=f"Room {n}") for n in range(3)]
     poll = MessageId(uuid7())
     await ada.call(client.Send(conversation_id=group, message_id=poll, content="?", payload=Poll(options=["a", "b"])))
-    for one in others:
+    voters = [await world.connect(one) for one in others]
+    for one, voter in zip(others, voters, strict=True):
         await ada.call(client.Follow(user_id=one.id))
-        voter = await world.connect(one)
         await voter.call(client.Vote(**room.at(poll), options=[0]))
         await ada.call(client.SetRole(conversation_id=group, user_id=one.id, role="moderator"))
     root = await sent(ada, group, "The root")
     said = [await sent(ada, group, f"Found {n}", parent_message_id=root, also_in_conversation=True) for n in range(3)]
+    reported: list[MessageId] = []
     soon = now() + timedelta(hours=1)
     for n, message in enumerate(said):
         await ada.call(client.Star(**room.at(message)))
         await ada.call(client.Edit(**room.at(message), content=f"Found again by {n}"))
         await room.charles.call(client.React(**room.at(message), emoji="👍"))
-        await room.charles.call(client.ReportMessage(**room.at(message), reason="Rude"))
-        await sent(room.charles, group, f"Hello @Ada, {n}")
+        reported.append(await sent(room.charles, group, f"Hello @Ada, {n}"))
+        await voters[n].call(client.ReportMessage(**room.at(reported[-1]), reason="Rude"))
         await ada.call(client.SetDraft(conversation_id=rooms[n], content="I thi"))
         later = MessageId(uuid7())
         await ada.call(client.Schedule(conversation_id=rooms[n], message_id=later, content="Later", send_at=soon))
-    return Filled(rooms, poll, root, said, others)
+    return Filled(rooms, poll, root, said, reported, others)
 
 
 async def test_every_list_goes_on_past_an_unreadable_row(
@@ -114,6 +116,7 @@ async def test_every_list_goes_on_past_an_unreadable_row(
 ) -> None:
     there = await filled(room, world)
     group, middle = room.group, {"user": there.others[1].id, "message": there.said[1], "room": there.rooms[1]}
+    middle["reported"] = there.reported[1]
     await world.db.execute("SET session_replication_role = replica")
     for statement in BROKEN:
         done = await world.db.execute(statement.format(**middle, group=group, root=there.root))

@@ -155,10 +155,12 @@ async def test_no_frame_writes_but_in_a_transaction_that_asks_for_the_account(wo
 
 async def test_reports_of_a_hidden_message_wait_if_the_account_ends_meanwhile(world: World) -> None:
     """They are more than one statement resolves. The message is hidden: that was committed before."""
-    owner = await world.user("Owner")
+    owner, other = await world.users("Owner", "Other")
     mine = await world.connect(owner)
-    about = await world.channel(mine)
-    said = await sent(mine, about)
+    about = await world.channel(mine, is_public=True)
+    theirs = await world.connect(other)
+    await theirs.call(client.Join(conversation_id=about))
+    said = await sent(theirs, about)
     await world.db.execute(REPORTS, about, said)
     async with http_client(world.url) as http:
         quarrel = Quarrel(world, http)
@@ -184,8 +186,9 @@ async def test_reports_of_a_hidden_message_wait_if_the_account_ends_meanwhile(wo
 
 
 class Source(NamedTuple):
-    """A message of a conversation, whose author takes part in it as its owner, and a reader who is about to use it."""
+    """A message of a conversation, its owner, the message's author, and a reader who is about to use it."""
 
+    owner: Client
     author: Client
     reader_id: UserId
     about: ConversationId
@@ -201,7 +204,7 @@ async def delete(source: Source) -> None:
 
 
 async def hide(source: Source) -> None:
-    await source.author.call(client.Moderate(**source.at, reason="Secret"))
+    await source.owner.call(client.Moderate(**source.at, reason="Secret"))
 
 
 async def edit(source: Source) -> None:
@@ -210,11 +213,11 @@ async def edit(source: Source) -> None:
 
 async def ban(source: Source) -> None:
     frame = client.RemoveParticipant(conversation_id=source.about, user_id=source.reader_id, ban=True)
-    await source.author.call(frame)
+    await source.owner.call(frame)
 
 
 async def delete_all(source: Source) -> None:
-    await source.author.call(client.DeleteConversation(conversation_id=source.about))
+    await source.owner.call(client.DeleteConversation(conversation_id=source.about))
 
 
 BECOMES: dict[Callable[[Source], Awaitable[None]], str | None] = {
@@ -224,12 +227,12 @@ BECOMES: dict[Callable[[Source], Awaitable[None]], str | None] = {
 
 
 async def test_a_forward_that_waits_says_what_its_sender_may_read_when_its_turn_comes(world: World) -> None:
-    author, reader = await world.users("Author", "Reader")
-    theirs, mine = await world.connect(author), await world.connect(reader, 1)
+    first, author, reader = await world.users("Owner", "Author", "Reader")
+    owner, theirs, mine = [await world.connect(who, number % 2) for number, who in enumerate((first, author, reader))]
     target = await world.channel(mine)
     for change, words in BECOMES.items():
-        about = await world.group(theirs, reader)
-        source = Source(theirs, reader.id, about, await sent(theirs, about, "A secret"))
+        about = await world.group(owner, author, reader)
+        source = Source(owner, theirs, reader.id, about, await sent(theirs, about, "A secret"))
         new = MessageId(uuid7())
         frame = client.Forward(**source.at, to_conversation_id=target, new_message_id=new)
         async with world.db.transaction():
@@ -252,7 +255,7 @@ async def test_a_reply_or_quote_that_waits_while_its_message_is_deleted_is_refus
     author, reader = await world.users("Author", "Reader")
     theirs, mine = await world.connect(author), await world.connect(reader, 1)
     about = await world.group(theirs, reader)
-    source = Source(theirs, reader.id, about, await sent(theirs, about))
+    source = Source(theirs, theirs, reader.id, about, await sent(theirs, about))
     other = await world.connect(reader)
     async with world.db.transaction():
         await conversations.lock(world.db, about)

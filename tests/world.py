@@ -17,7 +17,7 @@ import asyncpg
 import httpx
 import pytest
 
-from protocol.client import CreateChannel, CreateGroup, Send
+from protocol.client import CreateChannel, CreateGroup, Moderate, Send, Unmoderate
 from protocol.errors import ErrorCode, Refused
 from protocol.ids import ConversationId, MessageId, UserId, uuid7
 from protocol.server import MessageSent, OneConversation, Sent
@@ -38,6 +38,9 @@ PUSH_POINT = "BCVxsr7N_eNgVRqvHtD0zTZsEc6-VV-JvLexhqUzORcxaOzi6-AYWXvTBHm4bjyPjs
 """A public key of a browser (RFC 8291, section 5)."""
 
 
+JUDGE = """
+INSERT INTO conversation_participant (conversation_id, user_id, role, version) VALUES ($1, $2, 'owner', 1)
+"""
 BEFRIEND = """
 INSERT INTO user_relationship (from_user_id, to_user_id, type, status)
 VALUES ($1, $2, 'friend', 'accepted'), ($2, $1, 'friend', 'accepted')
@@ -136,6 +139,15 @@ class World:
         )
         made = await owner.call(frame, OneConversation)
         return made.view.conversation.id
+
+    async def judge(self, frame: Moderate | Unmoderate) -> None:
+        """Send a frame about a message of an owner, whom nobody else judges, as another owner: SQL makes them."""
+        judge = await self.user("Judge")
+        await self.db.execute(JUDGE, frame.conversation_id, judge.id)
+        one = await self.connect(judge)
+        await one.call(frame)
+        await one.close()
+        await self.db.execute("DELETE FROM conversation_participant WHERE user_id = $1", judge.id)
 
     async def channel(self, owner: Client, **fields: Any) -> ConversationId:
         frame = CreateChannel(conversation_id=ConversationId(uuid7()), title=fields.pop("title", "News"), **fields)

@@ -11,11 +11,14 @@ ROLES_HEAD = """\
 What each role may do in a group or a channel. A cell that names a permission is open to that role once it is granted
 (`set_permissions`). Nobody removes or bans someone of the same or a higher role, changes their role or permissions, or
 gives a role that is not below their own; but guests and members who may add people make them what they are themselves.
-Messages have no rank: whoever may delete or hide other people's does so with everybody's, the owner's too, and the
-audit log tells it. Whoever comes back is what they were, if that was a guest, and else a member. There is always one
-owner: when they leave or are erased, the next in rank, then in age, of those whose accounts are active follows, or of
-all if none is. When nobody is left, the conversation is over. Whose account is not active gets no higher role and no
-permission, and does not become the owner by `transfer_ownership`.
+Nobody deletes, hides or shows again a message whose sender has a higher role, closes their poll, or dismisses a report
+about their message. Senders who take part no more have no role. Nobody hides their own message, shows it again, or sees
+and dismisses reports about it. The audit log has who did what.
+
+Whoever comes back is what they were, if that was a guest, and else a member. There is always one owner: when they leave
+or are erased, the next in rank, then in age, of those whose accounts are active follows, or of all if none is. When
+nobody is left, the conversation is over. Whose account is not active gets no higher role and no permission, and does
+not become the owner by `transfer_ownership`.
 
 An invitation is good as long as whoever sent it may add people, by an active account, and gives no higher role than
 they may give when it is followed. Somebody else may invite the same user once it is not. An invite code is the

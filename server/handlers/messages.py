@@ -11,7 +11,7 @@ from protocol.server import Changed, EditPage, MessagePage, OneMessage
 from protocol.values import Message
 from server.context import Context
 from server.errors import NotFound
-from server.permissions import require, require_may_send
+from server.permissions import require, require_may_send, require_sender_not_above
 from server.queries import audit, edits, messages, sending
 from server.queries.audit import Deed
 from server.queries.messages import Found, Span
@@ -98,6 +98,7 @@ async def delete(context: Context, frame: client.Delete) -> Changed:
         if before.is_deleted:
             return Changed(conversation_id=before.conversation_id, version=before.version)
         if not is_own:
+            await require_sender_not_above(db, found.me, before)
             deed = Deed(context.user_id, "delete_message", before.sender_id, before.id)
             await audit.record(db, before.conversation_id, deed)
         deleted = await edits.delete(db, before, context.user_id)

@@ -9,7 +9,7 @@ from server.context import Context
 from server.database import Db
 from server.errors import NotActive, NotFound
 from server.membership import taking_part
-from server.permissions import require
+from server.permissions import require, require_not_above, require_sender_not_above
 from server.queries import audit, bounds, conversations, edits, messages, moderation, users
 from server.queries.audit import Deed
 from server.queries.messages import Found
@@ -83,12 +83,15 @@ async def dismiss_report(context: Context, frame: client.DismissReport) -> Done:
     async with context.transaction() as db:
         if await conversations.lock_as(db, frame.conversation_id, context.user_id) is None:
             raise NotFound("conversation_id")
-        await _require(db, context, frame.conversation_id, Act.MODERATE)
-        about = await moderation.dismiss(db, frame, context.user_id)
-        if not about:
+        me = await taking_part(db, frame.conversation_id, context.user_id)
+        require(me, Act.MODERATE)
+        about = await moderation.reported(db, frame, context.user_id)
+        if about is None:
             raise NotFound("report_id")
-        if about is not True:
-            deed = Deed(context.user_id, "dismiss_report", None, about, {"report_id": frame.report_id})
+        if about.sender_id is not None:
+            await require_not_above(db, me, about.sender_id, "report_id")
+        if await moderation.dismiss(db, frame, context.user_id):
+            deed = Deed(context.user_id, "dismiss_report", None, about.message_id, {"report_id": frame.report_id})
             await audit.record(db, frame.conversation_id, deed)
     return Done()
 
@@ -124,4 +127,8 @@ async def _moderated(db: Db, context: Context, frame: client.Moderate | client.U
         raise Refused(
             ErrorCode.FORBIDDEN, "System messages cannot be moderated. Name a message of a user.", path="message_id"
         )
+    if found.message.sender_id == context.user_id:
+        raise Refused(ErrorCode.FORBIDDEN, "You cannot moderate your own message. Delete it instead.",
+                      path="message_id")  # fmt: skip
+    await require_sender_not_above(db, found.me, found.message)
     return found

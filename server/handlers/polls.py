@@ -8,7 +8,7 @@ from protocol.roles import Act
 from protocol.server import Changed, MessageChanged, PollVoted, VotePage
 from server.context import Context
 from server.errors import NotFound
-from server.permissions import require, require_may_send
+from server.permissions import require, require_may_send, require_sender_not_above
 from server.queries import audit, messages, polls
 from server.queries.audit import Deed
 from server.queries.messages import Found
@@ -74,6 +74,7 @@ async def close(context: Context, frame: client.ClosePoll) -> Changed:
         if is_own:
             require_may_send(found)
         else:
+            await require_sender_not_above(db, found.me, before)
             deed = Deed(context.user_id, "close_poll", before.sender_id, before.id)
             await audit.record(db, before.conversation_id, deed)
         message = await polls.close(db, before)

@@ -1,5 +1,7 @@
 """Messages hidden and shown again, and what people report."""
 
+from typing import NamedTuple
+
 from protocol.client import DismissReport, ListReports, ReportMessage
 from protocol.ids import MessageId, UserId, uuid7
 from protocol.values import Message, Report
@@ -80,10 +82,12 @@ async def report(db: Db, frame: ReportMessage, user_id: UserId) -> None:
 _REPORT = """json_build_object('id', r.id, 'conversation_id', r.conversation_id, 'message_id', r.message_id,
     'sender_id', m.sender_id, 'content', m.content, 'reporter_id', r.reporter_id, 'reason', r.reason,
     'status', r.status, 'resolved_by', r.resolved_by, 'resolved_at', r.resolved_at, 'created_at', r.created_at)"""
-# A report about a message from before the reader could see any is read and left out: so the LIMIT bounds the reads.
-# About a message that is not there, nobody knows when it was sent (schema.sql `is_past_shown` is the same rule).
+# A report about a message from before the reader could see any, or about their own, is read and left out: so the LIMIT
+# bounds the reads. About a message that is not there, nobody knows when it was sent (`is_report_shown` in schema.sql is
+# the same rule).
 REPORTS = f"""
-SELECT CASE WHEN visible_after(c, me) < coalesce(m.sent_version, 1) THEN {_REPORT} END, r.id FROM (
+SELECT CASE WHEN visible_after(c, me) < coalesce(m.sent_version, 1) AND m.sender_id IS DISTINCT FROM $5
+    THEN {_REPORT} END, r.id FROM (
     SELECT * FROM report WHERE conversation_id = $1 AND status = $2 AND ($3::uuid IS NULL OR id > $3)
     ORDER BY id LIMIT $4
 ) r
@@ -93,7 +97,7 @@ LEFT JOIN message m ON m.id = r.message_id AND (m.conversation_id = r.conversati
 ORDER BY r.id
 """  # noqa: S608 - only a constant is put in
 ALL_REPORTS = f"""
-SELECT {_REPORT}, r.id FROM (
+SELECT CASE WHEN m.sender_id IS DISTINCT FROM $4 THEN {_REPORT} END, r.id FROM (
     SELECT * FROM report WHERE status = $1 AND ($2::uuid IS NULL OR id > $2) ORDER BY id LIMIT $3
 ) r LEFT JOIN message m ON m.id = r.message_id
 ORDER BY r.id
@@ -102,38 +106,45 @@ ORDER BY r.id
 
 async def reports(db: Db, frame: ListReports, user_id: UserId, *, limit: int) -> Page[Report]:
     """Return up to `limit` reports of a conversation, without those about messages that were sent before a user could
-    see any; or reports of all conversations. There is no access check.
+    see any; or reports of all conversations. Reports about the user's own messages are left out. There is no access
+    check.
     """
     if frame.conversation_id is None:
-        rows = await db.fetch(ALL_REPORTS, frame.status, frame.after, limit + 1)
+        rows = await db.fetch(ALL_REPORTS, frame.status, frame.after, limit + 1, user_id)
     else:
         rows = await db.fetch(REPORTS, frame.conversation_id, frame.status, frame.after, limit + 1, user_id)
     return await _report_decoder.page(rows, limit)
 
 
-_IS_SEEN = """(
-    SELECT visible_after(c, me) < coalesce((
-        SELECT m.sent_version FROM message m
-        WHERE m.id = r.message_id AND (m.conversation_id = r.conversation_id) IS TRUE
-    ), 1)
-    FROM conversation c JOIN conversation_participant me ON me.conversation_id = c.id AND me.user_id = $3
-    WHERE c.id = r.conversation_id
-)"""
-DISMISS = f"""
+REPORTED = """
+SELECT r.message_id, m.sender_id
+FROM report r
+JOIN conversation c ON c.id = r.conversation_id
+JOIN conversation_participant me ON me.conversation_id = c.id AND me.user_id = $3
+LEFT JOIN message m ON m.id = r.message_id AND (m.conversation_id = r.conversation_id) IS TRUE
+WHERE r.id = $2 AND r.conversation_id = $1 AND visible_after(c, me) < coalesce(m.sent_version, 1)
+    AND m.sender_id IS DISTINCT FROM $3
+"""
+DISMISS = """
 UPDATE report r SET status = 'dismissed', resolved_by = $3, resolved_at = now()
-WHERE r.id = $2 AND r.conversation_id = $1 AND r.status = 'open' AND {_IS_SEEN}
-RETURNING r.message_id
-"""  # noqa: S608 - only a constant is put in
-IS_REPORT = f"""
-SELECT EXISTS (SELECT FROM report r WHERE r.id = $2 AND r.conversation_id = $1 AND {_IS_SEEN})
-"""  # noqa: S608 - only a constant is put in
+WHERE r.id = $2 AND r.conversation_id = $1 AND r.status = 'open'
+RETURNING true
+"""
 
 
-async def dismiss(db: Db, frame: DismissReport, user_id: UserId) -> MessageId | bool:
-    """Close an open report, and return which message it is about; True if it was closed before, False if there is none
-    that the user sees.
-    """
-    message_id = await db.fetchval(DISMISS, frame.conversation_id, frame.report_id, user_id)
-    if message_id is not None:
-        return MessageId(message_id)
-    return bool(await db.fetchval(IS_REPORT, frame.conversation_id, frame.report_id, user_id))
+class Reported(NamedTuple):
+    """The message that a report is about, and who sent it, if it is there."""
+
+    message_id: MessageId
+    sender_id: UserId | None
+
+
+async def reported(db: Db, frame: DismissReport, user_id: UserId) -> Reported | None:
+    """Return what a report is about; None if there is none that a user sees."""
+    row = await db.fetchrow(REPORTED, frame.conversation_id, frame.report_id, user_id)
+    return None if row is None else Reported(*row)
+
+
+async def dismiss(db: Db, frame: DismissReport, user_id: UserId) -> bool:
+    """Close an open report; return whether it was open. The caller has checked that the user sees it."""
+    return bool(await db.fetchval(DISMISS, frame.conversation_id, frame.report_id, user_id))
