@@ -6,7 +6,7 @@ to forget nothing in between, because nothing that we do leaves anything behind.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Hashable
 from contextlib import asynccontextmanager
 from types import TracebackType
 from typing import TypeAlias
@@ -35,7 +35,7 @@ class Pool:
         self._taken: set[Connection] = set()
         self._opening = 0
         self._is_closed = False
-        self._waiting: Lines[UserId | None, asyncio.Future[Connection | None]] = Lines()
+        self._waiting: Lines[Hashable, asyncio.Future[Connection | None]] = Lines()
         self._turns: Turns[UserId] = Turns(max(1, most // USER_SHARE), patience=patience)
         self._sessions_turns: Turns[UserId] = Turns(1, patience=patience)
 
@@ -57,6 +57,7 @@ class Pool:
 
     async def take(self, user_id: UserId | None = None) -> Connection:
         """Return a connection that is nobody else's until `give`. Users who wait take turns, and nobody overtakes them.
+        What is done for no user, such as a job or a look-up for many, waits as a user of its own.
 
         Raises TimeoutError if none becomes free in time, InterfaceError once closed, and what connecting raises.
         """
@@ -71,7 +72,7 @@ class Pool:
             self._opening += 1
             return await self._open()
         turn: asyncio.Future[Connection | None] = asyncio.get_running_loop().create_future()
-        self._waiting.put(user_id, turn)
+        self._waiting.put(turn if user_id is None else user_id, turn)
         try:
             async with asyncio.timeout(self._patience):
                 got = await turn
@@ -158,7 +159,7 @@ class Part:
             raise
 
     @asynccontextmanager
-    async def turn(self) -> AsyncIterator[Pool]:
+    async def turn(self) -> "AsyncIterator[HeldTurn]":
         """Hold one of the user's turns, for a block that takes a connection of the pool later. A user who waits for a
         turn holds nothing else that others need, such as a part of a share.
 
@@ -166,7 +167,7 @@ class Part:
         """
         await self._turns.take(self._user_id)
         try:
-            yield self._pool
+            yield HeldTurn(self._pool, self._user_id)
         finally:
             self._turns.give(self._user_id)
 
@@ -178,12 +179,30 @@ class Part:
             self._turns.give(self._user_id)
 
 
+class HeldTurn:
+    """The pool for a user who holds a turn already."""
+
+    __slots__ = ("_pool", "_user_id")
+
+    def __init__(self, pool: Pool, user_id: UserId) -> None:
+        self._pool = pool
+        self._user_id = user_id
+
+    async def take(self) -> Connection:
+        """Return a connection as the pool does."""
+        return await self._pool.take(self._user_id)
+
+    def give(self, connection: Connection, *, is_usable: bool) -> None:
+        """Take a connection back."""
+        self._pool.give(connection, is_usable=is_usable)
+
+
 class Lease:
     """A connection for the length of a block."""
 
     __slots__ = ("_connection", "_is_lost", "_pool")
 
-    def __init__(self, pool: Pool | Part, is_lost: Callable[[BaseException], bool]) -> None:
+    def __init__(self, pool: Pool | Part | HeldTurn, is_lost: Callable[[BaseException], bool]) -> None:
         """`is_lost` tells of an error whether the connection may still be in the middle of what failed."""
         self._pool = pool
         self._is_lost = is_lost

@@ -24,6 +24,7 @@ statement, and one that has its own and only holds up its conversation.
 """
 
 _message_decoder = Reader(Message)
+_encode = msgspec.json.Encoder().encode
 
 
 class Made(NamedTuple):
@@ -65,8 +66,9 @@ class Outgoing(NamedTuple):
 
 
 def weight(out: Outgoing) -> int:
-    """Return how many characters a message says: the words of them take most of the time."""
-    return len(out.frame.content)
+    """Return how many characters a message says, also in its payload: the words of them take most of the time."""
+    payload = out.frame.payload
+    return len(out.frame.content) + (0 if payload is None else len(_encode(payload)))
 
 
 class Stored(NamedTuple):
