@@ -6,10 +6,13 @@ import random
 import re
 import shutil
 import stat
+import sys
 import time
 import warnings
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Any, Literal, TypeAlias
 from uuid import UUID
 
@@ -286,6 +289,65 @@ async def test_later_export_says_how_many_messages_of_each_conversation_were_lef
     assert f"dms.json: D1: a direct conversation of these two people {left_out} 3\n" in other
 
 
+async def test_every_message_of_an_archive_is_brought_in_or_counted(shell: Shell, world: World, tmp_path: Path) -> None:
+    """Those of no conversation, and a second one with an id that another one has."""
+    path = slack(tmp_path)
+    at = '"ts": "1700300000.000100"'
+    said = [f'{ADA}{at}, "text": "First"}}', f'{ADA}{at}, "text": "First"}}', f'{ADA}{at}, "text": "Second"}}']
+    (path / "general" / "2023-11-18.json").write_text(f"[{', '.join(said)}]")
+    (path / "gone").mkdir()
+    (path / "gone" / "2023-11-18.json").write_text(f"[{said[0]}]")
+    (path / "empty").mkdir()
+    for source in (path, Path(shutil.make_archive(str(tmp_path / "zipped"), "zip", path))):
+        printed = await shell.run("import", "slack", str(source))
+        assert "gone: no conversation has this folder; its files were left out\n" in printed
+        assert ("C1: messages with the id of another one, which were left out: 1\n" in printed) == (source == path)
+        assert "empty: " not in printed
+    assert await world.db.fetchval("SELECT count(*) FROM message WHERE content IN ('First', 'Second')") == 1
+    lines = [user("ada", "ada@elsewhere.org", "kept", "gone"), *channel("kept", "Kept"), channel("gone", "Gone")[1]]
+    printed = await shell.run("import", "mattermost", mattermost(tmp_path / "m.jsonl", *lines))
+    assert "line 5: no line tells of the channel town/gone; its messages were left out: 1\n" in printed
+    assert await world.db.fetchval("SELECT array_agg(content) FROM message WHERE content IN ('Kept', 'Gone')") == [
+        "Kept"
+    ]
+
+
+async def test_two_conversations_with_one_folder_are_refused(shell: Shell, tmp_path: Path) -> None:
+    path = slack(tmp_path)
+    (path / "groups.json").write_text('[{"id": "G9", "name": "general"}]')
+    said = await shell.run("import", "slack", str(path), status=1)
+    assert "groups.json: entry 1: G9 and C1 are different conversations with the same folder 'general'" in said
+
+
+def test_reading_a_conversation_takes_no_longer_in_an_archive_of_many_files(tmp_path: Path) -> None:
+    """28 MB with 500,000 conversations and 300,000 files took three hours: for each, all files were gone through."""
+
+    def steps(files: int) -> int:
+        """Return how many lines of code run to read ten conversations in an archive."""
+        path = tmp_path / f"{files}.zip"
+        with zipfile.ZipFile(path, "w") as file:
+            file.writestr("users.json", '[{"id": "U1"}]')
+            file.writestr("channels.json", json.dumps([{"id": f"C{number}"} for number in range(10)]))
+            for number in range(files):
+                file.writestr(f"C{number}/2024.json", "[]")
+        places = slack_read(path).places
+        count = 0
+
+        def trace(_: FrameType, event: str, __: object) -> Callable[..., Any]:
+            nonlocal count
+            count += event == "line"
+            return trace
+
+        before = sys.gettrace()
+        sys.settrace(trace)
+        for place in places:
+            assert place.posts() == []
+        sys.settrace(before)
+        return count
+
+    assert steps(500) == steps(10)
+
+
 FOUND = [
     ("users.json", '[{"id": "U1", "name": "Ada"}, {"name": "x"}]', "users.json: entry 2: 'id' is missing"),
     ("channels.json", '[{"id": "C1", "name": "general"}, 1]', "channels.json: entry 2: "),
@@ -329,6 +391,21 @@ async def test_a_file_with_too_many_values_or_messages_is_refused(
         said = await shell.run("import", kind, str(path), status=1)
         assert f"{place}: it holds more than 1,000 values" in said
     monkeypatch.setattr(reading, "MAX_VALUES", 1_000_000)
+    many = [user("ada", "ada@example.org"), *(line for name in "abc" for line in channel(name, name)), direct("d")]
+    for most, what in ((0, "people"), (2, "conversations"), (3, "conversations")):
+        monkeypatch.setattr(reading, "MAX_THINGS", most)
+        export = mattermost(tmp_path / "many.jsonl", *many)
+        said = await shell.run("import", "mattermost", export, status=1)
+        assert re.search(rf"line \d+: there are more than {most} {what} up to here", said)
+    for most, place in (
+        (2, "users.json: there are more than 2 people"),
+        (3, "json: there are more than 3 conversations"),
+    ):
+        monkeypatch.setattr(reading, "MAX_THINGS", most)
+        more = slack(tmp_path / str(most))
+        (more / "mpims.json").write_text('[{"id": "G7"}, {"id": "G8"}]')
+        assert place in await shell.run("import", "slack", str(more), status=1)
+    monkeypatch.setattr(reading, "MAX_THINGS", 500_000)
     monkeypatch.setattr(reading, "MAX_POSTS", 0)
     said = await shell.run("import", "mattermost", str(SAMPLES / "mattermost.jsonl"), status=1)
     assert re.search(r"line \d+: there are more than 0 messages in engines/town-square up to here", said)
@@ -477,6 +554,8 @@ async def test_who_is_erased_comes_back_by_no_import(shell: Shell, world: World,
     await shell.run("erase", str(bob), "--yes")
     with pytest.raises(ValueError, match="somebody was erased meanwhile"):
         await load.load(world.db, planned.rows, Progress(is_on=False), is_whole=False, deed=Deed(None, "import"))
+    said = await shell.run("import", "mattermost", mattermost(tmp_path / "d", *people, *channel("four", "Alone")))
+    assert "line 4: everybody who was in it is erased, so it was left out" in said
     assert [line for line in await shell.json("check") if not line["is_good"]] == []
 
 

@@ -102,6 +102,8 @@ class Archive(msgspec.Struct, kw_only=True):
     source: str | None = None
     people: list[Person]
     places: list[Place]
+    notes: list[str] = []
+    """Of what it holds that belongs to no conversation."""
 
 
 class Match(NamedTuple):
@@ -163,7 +165,7 @@ async def plan(db: Db, archive: Archive, *, source: str | None = None, confirmed
     ids = {place.key: ConversationId(origin.made_id(place.created_at_ms, place.key)) for place in archive.places}
     there = await transfers.there(db, list(ids.values()))
     taken = await transfers.pairs(db, list(who.users.values()))
-    wanted, notes = [], list(who.notes)
+    wanted, notes = [], [*archive.notes, *who.notes]
     for place in archive.places:
         pair = tuple(sorted({who.users[key] for key in place.members if key in who.users}))
         if ids[place.key] not in there and not (place.kind == "direct" and pair in taken):
@@ -307,13 +309,18 @@ def _rows(archive: Archive, places: list[Place], who: _People, ids: _Ids, notes:
             yield _line("user", _user(person, who.users[person.key], who.new[person.key]), person.found)
     for place in places:
         made = _Made(ids.origin, place, who, ids.places[place.key])
-        for table, rows in made.rows().items():
+        tables = made.rows()
+        if not tables:
+            notes.append(f"{place.found}: everybody who was in it is erased, so it was left out")
+        for table, rows in tables.items():
             yield from (_line(table, row, found) for row, found in rows)
         if made.left_out:
             notes.append(
                 f"{place.found}: messages without words, of bots, or of people who are not in the export, which were "
                 f"left out: {made.left_out:,}"
             )
+        if made.repeated:
+            notes.append(f"{place.found}: messages with the id of another one, which were left out: {made.repeated:,}")
 
 
 def _line(table: str, row: dict[str, Any], found: str) -> Line:
@@ -344,6 +351,8 @@ class _Made:
         self._clock = 1
         self.left_out = 0
         """Messages that become no row."""
+        self.repeated = 0
+        """Messages that become no row because another one has their key."""
         self._messages: dict[str, dict[str, Any]] = {}
         self._roots: dict[MessageId, dict[str, Any]] = {}
         self._follows: dict[tuple[MessageId, UserId], dict[str, Any]] = {}
@@ -387,10 +396,10 @@ class _Made:
         """Return what somebody said who is known, each once."""
         posts: dict[str, Post] = {}
         for post in self._place.posts():
-            if _is_said(post, self._users):
-                posts.setdefault(post.key, post)
-            else:
+            if not _is_said(post, self._users):
                 self.left_out += 1
+            elif (first := posts.setdefault(post.key, post)) is not post:
+                self.repeated += (first.person, first.text) != (post.person, post.text)
         return posts.values()
 
     def _tick(self) -> int:

@@ -13,7 +13,16 @@ import msgspec
 
 from server.transfer.archive import Archive, Person, Place, Post, Reaction
 from server.transfer.reading import key as _key
-from server.transfer.reading import lines, moment_ms, reading, require_few, require_few_posts, require_shallow, text
+from server.transfer.reading import (
+    lines,
+    moment_ms,
+    reading,
+    require_few,
+    require_few_posts,
+    require_few_things,
+    require_shallow,
+    text,
+)  # fmt: skip
 
 KIND = "mattermost"
 APART = "/,"
@@ -38,10 +47,12 @@ def read(path: Path) -> Archive:
                 kind, said = one["type"], one.get(one["type"]) or {}
                 if kind == "user":
                     people.append(_person(said, f"line {number}"))
+                    require_few_things(len(people), "people")
                     for key in _channels(said):
                         members[key].append(people[-1].key)
                 elif kind == "channel":
                     channels.append(_channel(said, f"line {number}"))
+                    require_few_things(len(channels) + len(directs), "conversations")
                 elif kind == "post":
                     key = _channel_key(said["team"], said["channel"])
                     posts[key] += _posts(said, len(posts[key]), f"line {number}")
@@ -49,15 +60,24 @@ def read(path: Path) -> Archive:
                 elif kind == "direct_channel":
                     who = _members(said["members"])
                     directs[_direct_key(who)] = who, f"line {number}"
+                    require_few_things(len(channels) + len(directs), "conversations")
                 elif kind == "direct_post":
                     who = _members(said["channel_members"])
                     key = _direct_key(who)
                     directs.setdefault(key, (who, f"line {number}"))
+                    require_few_things(len(channels) + len(directs), "conversations")
                     posts[key] += _posts(said, len(posts[key]), f"line {number}")
                     require_few_posts(len(posts[key]), key)
     if not people:
         raise ValueError("there are no users in it")
-    return Archive(kind=KIND, people=people, places=_places(channels, directs, members, posts))
+    places = _places(channels, directs, members, posts)
+    known = {place.key for place in places}
+    notes = [
+        f"{said[0].found}: no line tells of the channel {key}; its messages were left out: {len(said):,}"
+        for key, said in posts.items()
+        if key not in known
+    ]
+    return Archive(kind=KIND, people=people, places=places, notes=notes)
 
 
 def _places(

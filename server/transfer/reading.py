@@ -31,6 +31,8 @@ MAX_RATIO = 200
 RATIO_FROM = 1024**2
 MAX_POSTS = 5_000_000
 """Max messages of a conversation, which is in memory while it is imported: 1.4 KiB each."""
+MAX_THINGS = 500_000
+"""Max people of an archive, and max conversations: 1 KiB each in memory."""
 MAX_VALUES = 16_000_000
 """Max commas, objects and arrays in a line or file: short ones take 25 times their bytes when they are decoded."""
 MAX_DEPTH = 64
@@ -94,6 +96,12 @@ def require_few_posts(count: int, conversation: str) -> None:
     """Raise ValueError if a conversation has too many messages."""
     if count > MAX_POSTS:
         raise ValueError(f"there are more than {MAX_POSTS:,} messages in {conversation} up to here")
+
+
+def require_few_things(count: int, what: str) -> None:
+    """Raise ValueError if there are too many people or conversations."""
+    if count > MAX_THINGS:
+        raise ValueError(f"there are more than {MAX_THINGS:,} {what} up to here")
 
 
 def require_few(text: bytes) -> None:
@@ -165,6 +173,7 @@ class Files:
         self._root = path.resolve()
         self._zip: zipfile.ZipFile | None = None
         self._entries: dict[tuple[str, ...], zipfile.ZipInfo] = {}
+        self._folders: dict[str, list[str]] = {}
         self._left = MAX_TOTAL
         if path.is_file():
             with reading(path.name):
@@ -187,6 +196,8 @@ class Files:
             if parts in self._entries:
                 raise ValueError(f"{entry.filename!r} is in it twice")
             self._entries[parts] = entry
+            if len(parts) == 2:  # noqa: PLR2004 - a folder and a file
+                self._folders.setdefault(parts[0], []).append(parts[1])
 
     def json(self, *parts: object) -> Any:  # noqa: ANN401 - whatever is in it
         """Return what a file holds, or None if there is no such file."""
@@ -202,9 +213,15 @@ class Files:
         """Return the names of the files in a folder, in order; none if there is no such folder."""
         name = component(folder)
         if self._zip is not None:
-            return sorted(parts[1] for parts in self._entries if parts[0] == name and len(parts) == 2)  # noqa: PLR2004
+            return sorted(self._folders.get(name, []))
         place = self._inside((name,))
         return sorted(one.name for one in place.iterdir()) if place.is_dir() else []
+
+    def folders(self) -> list[str]:
+        """Return the names of the folders that files may be in, in order."""
+        if self._zip is not None:
+            return sorted(self._folders)
+        return sorted(one.name for one in self._root.iterdir() if one.is_dir())
 
     def _inside(self, parts: tuple[str, ...]) -> Path:
         place = self._root.joinpath(*parts)

@@ -12,7 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from server.transfer.archive import Archive, Person, Place, Post, Reaction, mention
-from server.transfer.reading import Files, each, key, moment_ms, reading, require_few_posts, text
+from server.transfer.reading import (
+    Files,
+    each,
+    key,
+    moment_ms,
+    reading,
+    require_few_posts,
+    require_few_things,
+    text,
+)  # fmt: skip
 
 KINDS = {"channels.json": "channel", "groups.json": "group", "mpims.json": "group", "dms.json": "direct"}
 SAID = {None, "thread_broadcast", "me_message", "bot_message", "file_share", "file_comment"}
@@ -28,13 +37,22 @@ def read(path: Path) -> Archive:
     users = files.json("users.json")
     if users is None:
         raise ValueError("there is no users.json in it")
+    with reading("users.json"):
+        require_few_things(len(users), "people")
     people = each("users.json", users, _person)
     # Most users are of the workspace itself; the others come from elsewhere by shared channels.
     teams = Counter(sorted(key(user["team_id"]) for user in users if user.get("team_id")))
-    places = []
+    places: list[Place] = []
+    folders: dict[str, str] = {}
     for name, kind in KINDS.items():
-        places += each(name, files.json(name) or [], partial(_place, files, name, kind))
-    return Archive(kind=KIND, source=next(iter(teams.most_common(1)), (None,))[0], people=people, places=places)
+        entries = files.json(name) or []
+        with reading(name):
+            require_few_things(len(places) + len(entries), "conversations")
+        places += each(name, entries, partial(_place, files, folders, name, kind))
+    source = next(iter(teams.most_common(1)), (None,))[0]
+    unnamed = [folder for folder in files.folders() if folder not in folders and files.names(folder)]
+    notes = [f"{folder}: no conversation has this folder; its files were left out" for folder in unnamed]
+    return Archive(kind=KIND, source=source, people=people, places=places, notes=notes)
 
 
 def _person(user: dict[str, Any]) -> Person:
@@ -49,8 +67,19 @@ def _person(user: dict[str, Any]) -> Person:
     )
 
 
-def _place(files: Files, file: str, kind: Any, one: dict[str, Any]) -> Place:  # noqa: ANN401 - one of three words
+def _place(
+    files: Files,
+    folders: dict[str, str],
+    file: str,
+    kind: Any,  # noqa: ANN401 - one of three words
+    one: dict[str, Any],
+) -> Place:
+    """Return a conversation, and note its folder. Raises ValueError if another one has the same folder: what was said
+    in one would be said in both.
+    """
     name = one.get("name") or one["id"]
+    if (other := folders.setdefault(name, one["id"])) != one["id"]:
+        raise ValueError(f"{one['id']} and {other} are different conversations with the same folder {name!r:.100}")
     return Place(
         key=key(one["id"]),
         found=f"{file}: {one['id']}",
