@@ -1032,6 +1032,14 @@ BEGIN
 END
 $$;
 
+-- Whether a user is not erased, as of now; nor will they be before the transaction of whoever asks is over.
+CREATE FUNCTION is_unerased_now(account uuid) RETURNS boolean LANGUAGE plpgsql VOLATILE AS $$
+BEGIN
+    PERFORM FROM public."user" u WHERE u.id = is_unerased_now.account AND u.erased_at IS NULL FOR KEY SHARE;
+    RETURN FOUND;
+END
+$$;
+
 -- Whether a user may forward a message, and it has not been edited since, as of now.
 CREATE FUNCTION may_forward_now(sender uuid, message uuid, conversation uuid, edited timestamptz) RETURNS boolean
     LANGUAGE plpgsql VOLATILE AS $$

@@ -82,9 +82,6 @@ async def erase(
         pass
     while not await database.atomically("erasure", partial(_forget, user_id)):
         await _let_out(database, user_id, tell)
-    # A reply in a thread of theirs, whose statement began before that commit, waited for it and then had them follow.
-    while await database.atomically("erasure", partial(_forget_late, user_id)):
-        pass
 
 
 async def _let_out(database: Atomic, user_id: UserId, tell: Callable[[Change], None]) -> None:
@@ -136,14 +133,11 @@ async def _forget_some(user_id: UserId, db: Db) -> bool:
     return await erasure.forget_some(db, user_id)
 
 
-async def _forget_late(user_id: UserId, db: Db) -> bool:
-    await erasure.wait_for_references(db, user_id)
-    return await erasure.forget_some(db, user_id)
-
-
 async def _forget(user_id: UserId, db: Db) -> bool:
-    """Forget a user who takes part in nothing, and has no more left than a portion; return whether that was so."""
-    await users.lock(db, [user_id])
+    """Forget a user who takes part in nothing, and has no more left than a portion; return whether that was so. A reply
+    in a thread of theirs has them follow it either before, so that it is seen, or not at all.
+    """
+    await erasure.lock_out_references(db, user_id)
     if await erasure.conversations(db, user_id) or await erasure.forget_some(db, user_id):
         return False
     await erasure.forget(db, user_id)

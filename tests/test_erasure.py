@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+from functools import partial
 from typing import Any
 
 import asyncpg
@@ -16,11 +17,14 @@ from server.config import Settings
 from server.database import Single
 from server.erasure import erase
 from server.errors import Fatal
+from server.queries import sending
 from server.queries.checks import CHECKS
 from server.queries.checks import run as ask
 from server.queries.participants import Change
+from server.queries.sending import Outgoing
 from tests.test_credentials import administer
-from tests.world import Somebody, World, http_client, sent
+from tests.test_may_send import waiting
+from tests.world import Somebody, World, http_client, message, sent
 
 ERASED = next(check for check in CHECKS if check.name == "nothing is left of who was erased")
 
@@ -139,29 +143,48 @@ async def test_reply_to_somebody_who_was_erased_leaves_nothing_of_theirs(world: 
 
 
 LAST = """
-CREATE FUNCTION last() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN PERFORM pg_sleep(0.1); RETURN NULL; END $$;
+CREATE FUNCTION last() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN PERFORM pg_advisory_xact_lock(1); RETURN NULL; END $$;
 CREATE TRIGGER last AFTER UPDATE ON "user" FOR EACH ROW
 WHEN (old.erased_at IS NULL AND new.erased_at IS NOT NULL) EXECUTE FUNCTION last()
 """
-SLEEPS = "SELECT EXISTS (SELECT FROM pg_stat_activity WHERE datname = current_database() AND wait_event = 'PgSleep')"
+HELD = "SELECT FROM conversation FOR UPDATE"
 
 
-async def test_reply_that_waits_for_the_end_of_an_erasure_leaves_nothing_of_theirs(
-    settings: Settings, world: World
-) -> None:
+@pytest.mark.parametrize("order", ["the reply, then the erasure", "the erasure's end, then the reply", "both meet"])
+async def test_reply_during_an_erasure_leaves_nothing_of_theirs(settings: Settings, world: World, order: str) -> None:
+    """Also one whose statement began before the erasure, and goes on after it."""
     ada, charles = await world.users("Ada", "Charles")
     one, other = await world.connect(ada), await world.connect(charles)
     group = await world.group(other, ada)
     said = await sent(one, group, "Hello")
+    await one.call(client.Leave(conversation_id=group))
+    reply = message(group, "Farewell", parent_message_id=said)
     await world.db.execute(LAST)
-    eraser = await asyncpg.connect(settings.database_url)
-    erasing = asyncio.create_task(erase(Single(eraser), ada.id, nobody))
-    async with asyncio.timeout(5):
-        while not await world.db.fetchval(SLEEPS):
-            await asyncio.sleep(0)
-        await sent(other, group, "Farewell", parent_message_id=said)
-        await erasing
-    await eraser.close()
+    eraser, holder = [await asyncpg.connect(settings.database_url) for _ in range(2)]
+    erase_ada = partial(erase, Single(eraser), ada.id, nobody)
+    hold = holder.transaction()
+    await hold.start()
+    async with asyncio.timeout(10), asyncio.TaskGroup() as tasks:
+        if order == "the reply, then the erasure":
+            assert await sending.send(holder, [Outgoing(charles.id, reply)]) != [None]
+            tasks.create_task(erase_ada())
+            await waiting(world, 1)
+        elif order == "the erasure's end, then the reply":
+            await holder.execute("SELECT pg_advisory_xact_lock(1)")
+            tasks.create_task(erase_ada())
+            await waiting(world, 1)
+            tasks.create_task(other.call(reply))
+            await waiting(world, 2)
+        else:
+            await holder.execute(HELD)
+            tasks.create_task(other.call(reply))
+            await waiting(world, 1)
+            await erase_ada()
+        await hold.commit()
+    for connection in (eraser, holder):
+        await connection.close()
+    assert await world.db.fetchval("SELECT count(*) FROM message WHERE content = 'Farewell'") == 1
     assert await is_well(world) == []
 
 

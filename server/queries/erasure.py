@@ -280,8 +280,10 @@ REFERENCES = 'SELECT FROM "user" WHERE id = $1 FOR UPDATE'
 """A row that refers to the user, and is not committed, has the user locked FOR KEY SHARE."""
 
 
-async def wait_for_references(db: Db, user_id: UserId) -> None:
-    """Lock a user, after the transactions that have inserted rows which refer to the user."""
+async def lock_out_references(db: Db, user_id: UserId) -> None:
+    """Lock a user after the transactions that have inserted rows which refer to the user, and before those that will:
+    `is_unerased_now` waits for this one.
+    """
     await db.execute(REFERENCES, user_id)
 
 

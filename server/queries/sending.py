@@ -194,8 +194,7 @@ WITH input AS (
         SELECT root_id, sender_id AS user_id, conversation_id, true AS has_replied, thread_order
         FROM placed WHERE root_id IS NOT NULL
         UNION ALL
-        SELECT r.id, r.sender_id, r.conversation_id, false, 0 FROM roots r
-        WHERE NOT EXISTS (SELECT FROM "user" u WHERE u.id = r.sender_id AND u.erased_at IS NOT NULL OFFSET 0)
+        SELECT r.id, r.sender_id, r.conversation_id, false, 0 FROM roots r WHERE is_unerased_now(r.sender_id)
     ) f
     GROUP BY f.root_id, f.user_id, f.conversation_id
     ON CONFLICT (root_id, user_id) DO UPDATE SET has_replied = t.has_replied OR excluded.has_replied,
