@@ -7,7 +7,7 @@ leads elsewhere the second time it is asked (DNS rebinding) leads nowhere.
 import asyncio
 import ipaddress
 import ssl
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextvars import ContextVar
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -15,6 +15,7 @@ from urllib.parse import urljoin, urlsplit
 
 import httpcore
 import httpx
+from anyio.abc import ByteStream
 
 from server.looptime import LoopTime
 from server.resolver import Resolver
@@ -29,6 +30,8 @@ MAX_BESIDE_BYTES = 16 * 1024
 """Max bytes of an answer beside its body: all that has to be parsed, such as headers, `103` answers and sizes of
 chunks. A thousand of the shortest headers take a worker 2 ms.
 """
+MAX_TLS_BYTES = 128 * 1024
+"""Max bytes that are received over TLS beside the max body: certificates, and what records and tickets add."""
 MAX_READS = 1_000
 """Max reads of an answer, which may come byte by byte."""
 TURN_BYTES = 4 * 1024
@@ -62,10 +65,13 @@ class Answer(NamedTuple):
 class _Cost:
     """How much of an answer was read. What waits for bytes of it has its turns by `time`."""
 
-    def __init__(self, time: LoopTime) -> None:
+    def __init__(self, time: LoopTime, most: int) -> None:
+        """`most` is the max size of the body, in bytes."""
         self.time = time
         self._reads = 0
         self._beside = 0
+        self._encrypted = 0
+        self._most_encrypted = most + MAX_TLS_BYTES
 
     def note(self, read: int) -> None:
         """Note bytes that were read. Raises httpcore.ReadError if this is too much of anything but the body."""
@@ -73,6 +79,13 @@ class _Cost:
         self._beside += read
         # What was read last is not parsed yet, and may be of the body.
         if self._reads > MAX_READS or self._beside > MAX_BESIDE_BYTES + TURN_BYTES:
+            raise httpcore.ReadError("its answer has too many parts")
+
+    def note_encrypted(self, received: int) -> None:
+        """Note bytes that were received over TLS. Raises httpcore.ReadError if these are too many."""
+        self._reads += 1
+        self._encrypted += received
+        if self._reads > MAX_READS or self._encrypted > self._most_encrypted:
             raise httpcore.ReadError("its answer has too many parts")
 
     def note_body(self, size: int) -> None:
@@ -154,7 +167,7 @@ class Outbound:
             raise unreachable from error
 
     async def _exchange(self, request: httpx.Request, share: LoopTime, url: str, most: int) -> Answer:
-        cost = _Cost(share)
+        cost = _Cost(share, most)
         token = _COST.set(cost)
         try:
             response = await self._transport.handle_async_request(request)
@@ -230,10 +243,39 @@ class _Stream(httpcore.AsyncNetworkStream):
         server_hostname: str | None = None,
         timeout: float | None = None,  # noqa: ASYNC109 - as above
     ) -> httpcore.AsyncNetworkStream:
+        # TLS reads in portions of 64 KiB what never becomes bytes of an answer. The library has no other way in.
+        self._stream._stream = _Encrypted(self._stream._stream)  # type: ignore[attr-defined]  # noqa: SLF001
         return _Stream(await self._stream.start_tls(ssl_context, server_hostname, timeout))
 
     def get_extra_info(self, info: str) -> Any:  # noqa: ANN401 - as above
         return self._stream.get_extra_info(info)
+
+
+class _Encrypted(ByteStream):
+    """The bytes below TLS, in small portions, each in a turn of the loop."""
+
+    def __init__(self, stream: ByteStream) -> None:
+        self._stream = stream
+
+    async def receive(self, max_bytes: int = TURN_BYTES) -> bytes:
+        cost = _COST.get()
+        await cost.time.turn()
+        data = await self._stream.receive(min(max_bytes, TURN_BYTES))
+        cost.note_encrypted(len(data))
+        return data
+
+    async def send(self, item: bytes) -> None:
+        await self._stream.send(item)
+
+    async def send_eof(self) -> None:
+        await self._stream.send_eof()
+
+    async def aclose(self) -> None:
+        await self._stream.aclose()
+
+    @property
+    def extra_attributes(self) -> Mapping[Any, Callable[[], Any]]:
+        return self._stream.extra_attributes
 
 
 def _is_public(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:

@@ -10,12 +10,14 @@ from pathlib import Path
 import httpcore
 import httpx
 import pytest
+from anyio._backends._asyncio import SocketStream
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from cryptography.x509.oid import NameOID
 
+from server import outbound
 from server.outbound import Outbound, Unreachable
 
 PROVEN = "proven.example"
@@ -27,6 +29,7 @@ class Host:
     def __init__(self) -> None:
         self.asked: list[tuple[int, str]] = []
         self.port = 0
+        self.context: ssl.SSLContext
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
@@ -71,6 +74,7 @@ async def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.load_cert_chain(file)
     host = Host()
+    host.context = context
     listening = await asyncio.start_server(host.serve, "127.0.0.1", 0, ssl=context)
     host.port = listening.sockets[0].getsockname()[1]
     yield host
@@ -98,6 +102,26 @@ async def test_connection_that_one_name_has_proven_is_not_used_for_another_name(
         with pytest.raises(Unreachable, match=r"(?i)certificate"):
             await asker.post(f"https://{name}:{host.port}/", b"", {})
     assert {name for _, name in host.asked} == {PROVEN}
+
+
+async def test_endless_parts_of_tls_are_left(host: Host, asker: Outbound, monkeypatch: pytest.MonkeyPatch) -> None:
+    """10,000 tickets took a worker 100 ms, in portions of 64 KiB, and would have gone on for five seconds."""
+    received: list[int] = []
+    receive = SocketStream.receive
+
+    async def spied(stream: SocketStream, max_bytes: int = 65_536) -> bytes:
+        data = await receive(stream, max_bytes)
+        received.append(len(data))
+        return data
+
+    monkeypatch.setattr(SocketStream, "receive", spied)
+    host.context.num_tickets = 10_000
+    with pytest.raises(Unreachable, match="too many parts"):
+        await asker.post(f"https://{PROVEN}:{host.port}/", b"", {})
+    assert sum(received) <= outbound.MOST_OF_POST + outbound.MAX_TLS_BYTES + outbound.TURN_BYTES
+    assert max(received) <= outbound.TURN_BYTES
+    host.context.num_tickets = 2
+    assert (await asker.post(f"https://{PROVEN}:{host.port}/", b"", {})).status == 201
 
 
 async def test_whatever_names_a_host_its_address_is_connected_to(monkeypatch: pytest.MonkeyPatch) -> None:
