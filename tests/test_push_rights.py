@@ -133,7 +133,7 @@ def test_no_queue_holds_words() -> None:
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.AnnAssign) and queue.match(ast.unparse(node.annotation))
     ]
-    assert ("posts", "self.queue") in {(name, ast.unparse(node.target)) for name, node in nodes}
+    assert ("hosts", "self.queue") in {(name, ast.unparse(node.target)) for name, node in nodes}
     assert [
         f"{name}.{ast.unparse(node.target)}"
         for name, node in nodes
