@@ -4,6 +4,7 @@
 import asyncio
 import os
 import signal
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
 from typing import Any, NamedTuple
@@ -293,6 +294,17 @@ async def test_repeated_frame_whose_outcome_was_in_doubt_is_notified_once(
         for _ in range(3):
             await stage.author.call(frame, server.Sent)
             assert len(due) == before + 3
+        # Nor about one that was stored before, though its sender had no answer and tried again without the database.
+        await stage.author.call(frame := message(stage.group, "Stored"), server.Sent)
+        await world.db.execute(
+            "UPDATE message SET created_at = created_at - interval '1 minute' WHERE content = 'Stored'"
+        )
+        due.forget(time.monotonic() + 3_600)
+        with monkeypatch.context() as lose, refused(ErrorCode.UNAVAILABLE, None):
+            lose.setattr(sending, "send_free", away)
+            await stage.author.call(frame, server.Sent)
+        await stage.author.call(frame, server.Sent)
+        assert len(due) == 0
 
 
 async def test_message_whose_outcome_was_in_doubt_has_one_event_by_the_comparison_of_positions(

@@ -3,6 +3,7 @@
 from asyncio import CancelledError
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
 from functools import partial
 from typing import Literal, TypeAlias
 
@@ -122,6 +123,7 @@ async def _store(context: Context, out: Outgoing, note: Note | None = None) -> S
     frame = out.frame
     is_slow = False
     for _ in range(MAX_RACES):
+        tried_at = datetime.now(UTC)
         try:
             if is_slow or note is not None:
                 stored = await _send_alone(context, out, note, is_slow=is_slow)
@@ -131,11 +133,11 @@ async def _store(context: Context, out: Outgoing, note: Note | None = None) -> S
             stored = None
         except BaseException as error:
             if is_lost(error) or isinstance(error, CancelledError):
-                context.services.unconfirmed.add(frame.message_id)
+                context.services.unconfirmed.add(frame.message_id, tried_at)
             raise
         if stored is not None:
             # An earlier try, of which the outcome was in doubt, had not stored it.
-            context.services.unconfirmed.remove(frame.message_id)
+            context.services.unconfirmed.settle(frame.message_id, stored.created_at)
             message = _message(out, stored)
             context.events.publish(
                 MessageSent(
@@ -226,7 +228,7 @@ async def _why_not(context: Context, out: Outgoing) -> Sent | Literal["slow"] | 
     async with context.database.connection() as db:
         there = await sending.existing(db, out)
     if there.is_same and there.version is not None and there.created_at is not None:
-        if context.services.unconfirmed.remove(frame.message_id):
+        if context.services.unconfirmed.settle(frame.message_id, there.created_at):
             # The event is delivered by the comparison of positions; nothing else makes up for these.
             message = _message(out, Stored(there.version, there.created_at, None, None, None, 0))
             context.services.notices.wanted(message)
