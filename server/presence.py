@@ -83,9 +83,9 @@ class Presence:
         self._has_news = asyncio.Event()
         self._departing: dict[UserId, float] = {}
         self._unsaved: set[UserId] = set()
-        # With which code the last connection of who is gone was closed.
+        # With which code the last connection of who is gone was closed, and when, in seconds of the epoch: until Redis
+        # has noted that they are gone.
         self._ends: dict[UserId, CloseCode] = {}
-        # When the last device here of a user went, in seconds of the epoch, until Redis has noted it.
         self._left_at: dict[UserId, float] = {}
         self._transitions: dict[UserId, Transition] = {}
         self._untold = Untold(self._announce_all)
@@ -266,13 +266,12 @@ class Presence:
             has_left = not states and (bool(was) or user_id in left_at)
             if (states and not was) or (has_left and is_noted):
                 self._transitions[user_id] = Transition(is_online=True) if states else self._gone(user_id)
-            # At another worker, or gone before they were noted: the code of a connection that ended does not matter.
-            self._ends.pop(user_id, None)
             if was != states or has_left:
                 self._untold.keep(user_id, _of_device(states, left_at.get(user_id)))
             # Redis may have been lost while it was told, and is told again.
             if is_noted and user_id not in self._unsaved and self._left_at.get(user_id) == left_at.get(user_id):
                 self._left_at.pop(user_id, None)
+                self._ends.pop(user_id, None)
 
     async def _exchange(
         self, user_ids: Sequence[UserId], here: Mapping[UserId, dict[bytes, bytes]]
@@ -392,7 +391,7 @@ class Presence:
             self._burying.pop(worker, None)
 
     def _gone(self, user_id: UserId) -> Transition:
-        return Transition(is_online=False, close_code=self._ends.pop(user_id, None), left_at=self._left_at.get(user_id))
+        return Transition(is_online=False, close_code=self._ends.get(user_id), left_at=self._left_at.get(user_id))
 
     async def _record(self) -> None:
         if not self._transitions:

@@ -29,7 +29,7 @@ from protocol.values import ConversationSettings
 from prove.client import PATIENCE, Client
 from prove.mirror import Mirror
 from prove.truth import assert_same, read_conversation
-from server import database
+from server import database, presence
 from server.config import Settings
 from server.connection import Connection
 from server.embedded.folder import DataFolder
@@ -162,20 +162,33 @@ async def test_valkey_stops_for_ten_seconds(own: tuple[Settings, Servers]) -> No
         await talk.assert_nothing_lost()
 
 
-async def test_valkey_hangs(own: tuple[Settings, Servers]) -> None:
+CLOSED = 'SELECT last_close FROM "user" WHERE id = $1 AND NOT is_online'
+
+
+async def test_valkey_hangs(own: tuple[Settings, Servers], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(presence, "OFFLINE_SECONDS", 0.0)
     settings, servers = own
     async with World(settings) as world:
         talk = Talk(world)
         await talk.begin()
+        slow = await world.user("Slow")
+        await world.connect(slow)
+        here = world.workers[0].app
+        await until(lambda: not here.presence._dirty)  # noqa: SLF001
         os.kill(servers.valkey.pid, signal.SIGSTOP)
         try:
             await readiness(world, 503)
             message_id = await sent(talk.clients[0], talk.channel, "Over PostgreSQL")
             talk.acknowledged.append(message_id)
             await until(lambda: message_id in talk.mirrors[1].copies[talk.channel].messages, seconds=2)
+            for socket_of_slow in here.hub.people.sockets(slow.id):
+                socket_of_slow.close(CloseCode.SLOW)
+            await until(lambda: slow.id in here.presence._unsaved)  # noqa: SLF001
         finally:
             os.kill(servers.valkey.pid, signal.SIGCONT)
         await readiness(world, 200)
+        await until(lambda: not here.presence._left_at and not here.presence._transitions)  # noqa: SLF001
+        assert await world.db.fetchval(CLOSED, slow.id) == CloseCode.SLOW
         await talk.end()
         await talk.assert_nothing_lost()
 

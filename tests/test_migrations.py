@@ -17,6 +17,8 @@ from server.errors import Fatal
 from tests.test_hostile_values import sharing
 from tests.test_may_send import WAITING
 
+MOST = 100
+"""Max rows that a migration changes before it commits."""
 STOPPED = 8
 """Steps up to this one rewrite tables and take columns away: servers are stopped before them (docs/operations.md)."""
 NEXT = f"{len(migrate.known()) + 1:04}_next"
@@ -82,6 +84,7 @@ def test_migration_that_commits_is_one_statement_and_rows_are_changed_by_no_othe
         outside = re.sub(r"CREATE (?:OR REPLACE )?FUNCTION.*?(\$\w*\$).*?\1;", "", text, flags=re.DOTALL)
         if migrate.COMMITS.search(text):
             assert re.fullmatch(r"DO \$\$(?:(?!\$\$).)*\$\$;", text, re.DOTALL), step.name
+            assert all(int(most) <= MOST for most in re.findall(r"\bLIMIT (\d+)", text)), step.name
         elif step.number > STOPPED:
             assert not re.search(r"\bUPDATE (?!ON\b)|\bDELETE FROM|\bINSERT INTO", outside), step.name
 

@@ -153,7 +153,15 @@ async def test_no_frame_writes_but_in_a_transaction_that_asks_for_the_account(wo
                 await db.execute("DELETE FROM report")
 
 
-async def test_reports_of_a_hidden_message_wait_if_the_account_ends_meanwhile(world: World) -> None:
+DEMOTED = """
+UPDATE conversation_participant SET role = CASE role WHEN 'owner' THEN 'member' ELSE 'owner' END WHERE user_id = $1
+"""
+
+
+@pytest.mark.parametrize(("lost", "refusal"), [(FLIP, NotActive), (DEMOTED, Refused)], ids=["account", "role"])
+async def test_reports_of_a_hidden_message_wait_if_the_account_or_role_ends_meanwhile(
+    world: World, lost: str, refusal: type[Refused]
+) -> None:
     """They are more than one statement resolves. The message is hidden: that was committed before."""
     owner, other = await world.users("Owner", "Other")
     mine = await world.connect(owner)
@@ -174,12 +182,12 @@ async def test_reports_of_a_hidden_message_wait_if_the_account_ends_meanwhile(wo
         await world.db.execute("LOCK TABLE report IN SHARE MODE")
         waits = asyncio.create_task(handler(context, frame))
         await waiting(world, 1)
-        await world.db.execute(FLIP, owner.id)
-    with pytest.raises(NotActive):
+        await world.db.execute(lost, owner.id)
+    with pytest.raises(refusal):
         await waits
     assert await world.db.fetchval("SELECT is_moderated FROM message WHERE id = $1", said)
     assert await world.db.fetchval("SELECT count(*) FROM report WHERE status = 'upheld'") == 0
-    await world.db.execute(FLIP, owner.id)
+    await world.db.execute(lost, owner.id)
     await mine.close()
     await handler(context, frame)
     assert await world.db.fetchval("SELECT count(*) FROM report WHERE status = 'upheld'") == 2 * moderation.AT_ONCE + 1

@@ -33,6 +33,8 @@ async def moderate(context: Context, frame: client.Moderate) -> Changed:
     while is_more_due:
         async with context.transaction() as db:
             is_more_due = await moderation.uphold(db, message, context.user_id)
+            # Checked last, as in `list_reports`: the hiding is committed, and they may have lost the role since.
+            await _require(db, context, before.conversation_id, Act.MODERATE)
     return answer
 
 
