@@ -52,7 +52,9 @@ class CloseCode(IntEnum):
     SLOW = 4008
     """The client read too slowly and its queue was full: reconnect and resume."""
     SILENT = 4009
-    """Nothing was heard for two heartbeats, not even a pong: reconnect and resume."""
+    """Nothing was heard for two heartbeats, not even a pong, or the rest of a message was missing for 30 seconds:
+    reconnect and resume.
+    """
     START_OVER = 4010
     """The database was restored or replaced: reconnect and resume; expect `start_over`."""
 

@@ -159,6 +159,7 @@ class Connection:
     def received(self, data: bytes, *, is_text: bool) -> None:
         """Put a frame in line; stop reading when the line is long."""
         if self._is_closed or self._last is not None:
+            self.socket.pause_receiving()  # until the close frame: what is dropped takes no tokens
             return
         self._inbox.append(data if is_text else None)
         self._inbox_bytes += len(data)
@@ -173,6 +174,11 @@ class Connection:
     def flooded(self) -> None:
         """The client sends too many control frames or fragments."""
         self._end_abuse("too many control frames or fragments")
+
+    def unfinished(self, refused: Refused, code: CloseCode) -> None:
+        """The rest of a message is not waited for any more."""
+        self.say(error_frame(refused))
+        self.close(code)
 
     def lost(self) -> None:
         """The connection is gone."""

@@ -284,7 +284,7 @@ class Endpoints:
             raise TooLate from None
         if message["type"] == "websocket.disconnect":
             raise WebSocketDisconnect(message.get("code", 1005))
-        frame = decode_client(message.get("text") or message.get("bytes") or b"")
+        frame = decode_client(message.get("bytes") or b"")
         if not isinstance(frame, Authenticate):
             raise Refused(ErrorCode.UNAUTHENTICATED, "The first frame must be `authenticate`.", path="type")
         return frame

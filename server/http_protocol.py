@@ -35,6 +35,10 @@ LINGER_SECONDS = 5.0
 MAX_HEAD_BYTES = 64 * 1024
 MAX_BODY_BYTES = 4 * MAX_FRAME_BYTES
 """Max bytes that a body takes on the wire, in however small chunks it comes, also of what nobody reads."""
+MAX_HEADERS = 128
+"""Max headers and trailers of a request: each costs as much as 200 bytes of a long one."""
+MAX_CHUNKS = 4096
+"""Max chunks of a body, likewise."""
 NO_HANDSHAKE = Refused(
     ErrorCode.BAD_FRAME, "This is no WebSocket handshake: it has a body, more than 128 headers, or a line over 8 KiB."
 )
@@ -82,6 +86,8 @@ class Http(HttpToolsProtocol):
         self._is_over = False
         self._is_lingering = False
         self._is_new = True
+        # Of the request that is being received.
+        self._headers = self._chunks = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # noqa: D102
         super().connection_made(transport)
@@ -174,12 +180,16 @@ class Http(HttpToolsProtocol):
     # ------------------------------------------------------------------------------------ what the parser calls
 
     def on_header(self, name: bytes, value: bytes) -> None:  # noqa: D102
+        self._headers += 1
+        if self._headers > MAX_HEADERS:
+            self._refuse_and_stop(Refused(ErrorCode.BAD_FRAME, f"Send at most {MAX_HEADERS} headers."), status=431)
         # Trailers come after the body. Nothing reads them, and a proxy may pass on those of its client unchecked.
         if self._stage is Stage.HEAD:
             super().on_header(name, value)
 
     def on_message_begin(self) -> None:  # noqa: D102
         self._stage = Stage.HEAD
+        self._headers = self._chunks = 0
         super().on_message_begin()
 
     def on_headers_complete(self) -> None:  # noqa: D102
@@ -207,6 +217,12 @@ class Http(HttpToolsProtocol):
         super().on_headers_complete()
         if self.cycle is not before:
             self.cycle.transport = Answering(self.transport, self._write, self._close)  # type: ignore[assignment]
+
+    def on_chunk_header(self) -> None:
+        """Count the chunks of a body: parsing many small ones takes long, however few bytes there are in all."""
+        self._chunks += 1
+        if self._chunks > MAX_CHUNKS:
+            self._refuse_and_stop(Refused(ErrorCode.BAD_FRAME, f"Send a body in at most {MAX_CHUNKS:,} chunks."))
 
     def on_body(self, body: bytes) -> None:  # noqa: D102
         if self._is_over:
@@ -286,6 +302,12 @@ class Http(HttpToolsProtocol):
                 ),
                 status=408,
             )
+
+    def _refuse_and_stop(self, refused: Refused, *, status: int | None = None) -> None:
+        """Refuse, and raise Refused through the parser, which then leaves the rest of what was read alone."""
+        if not self._is_over:
+            self._refuse(refused, status=status)
+        raise refused
 
     def _refuse(self, refused: Refused, *, status: int | None = None) -> None:
         """Answer in place of the application, and close."""

@@ -23,7 +23,9 @@ MACOS_DESCRIPTORS = 10_240
 SPARE = 8
 """Min connections of an address beyond those that are let in."""
 UNREAD_BYTES = 16 * 1024 * 1024
-"""Max bytes of requests that are not complete or not answered, of a worker. An address has a share (`SharedBound`)."""
+"""Max bytes of requests that are not complete or not answered, and of messages that are not complete, of a worker. An
+address has a share (`SharedBound`).
+"""
 LINGER_BYTES = 16 * MAX_FRAME_BYTES
 """Max bytes that are read and dropped before a connection is closed. A socket that is closed with unread bytes is
 reset, and then the client may lose the answer or the close frame.
@@ -53,7 +55,7 @@ class Sockets:
         self._count = 0
         self._of_address: Counter[str] = Counter()
         self.unread: SharedBound[str] = SharedBound(UNREAD_BYTES)
-        """Bytes of requests that are not complete or not answered, by address."""
+        """Bytes of requests that are not complete or not answered, and of incomplete messages, by address."""
         # The connections that the server does nothing for now, oldest first, and what closes each.
         self._waiting: dict[object, Callable[[], None]] = {}
         self._beginning: Lines[str, Callable[[], None]] = Lines()
@@ -153,11 +155,11 @@ class Sockets:
             received()
 
     def hold(self, key: str, count: int) -> None:
-        """Count `count` bytes of an unanswered request. Raises Refused beyond the address's share or the maximum."""
+        """Count `count` bytes of a request or message. Raises Refused beyond the address's share or the maximum."""
         if not self.unread.take(key, count):
             raise Refused(
                 ErrorCode.UNAVAILABLE,
-                "Too many bytes of unanswered requests. Retry after `retry_after_ms`.",
+                "Too many bytes of unfinished or unanswered requests and messages. Retry after `retry_after_ms`.",
                 retry_after_ms=RETRY_MS,
             )
 

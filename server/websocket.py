@@ -10,12 +10,13 @@ import socket as socket_module
 from socket import IPPROTO_TCP
 from typing import Any, Protocol
 
+from starlette.websockets import WebSocketDisconnect
 from uvicorn.protocols.utils import ClientDisconnected
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 from websockets.exceptions import InvalidState
 from websockets.speedups import apply_mask
 
-from protocol.errors import CloseCode, Refused
+from protocol.errors import CloseCode, ErrorCode, Refused
 from server.limits import Bucket
 from server.sockets import LINGER_BYTES, Sockets
 
@@ -25,6 +26,8 @@ PING = b"\x89\x00"
 """The frame that asks a peer for a pong (RFC 6455, section 5.5.2)."""
 HANDSHAKE_SECONDS = 30.0
 """Max seconds from the handshake's request until somebody takes the socket over, `authenticate` included."""
+MESSAGE_SECONDS = 30.0
+"""Max seconds from the first byte of a message to its last, as long as the server reads."""
 STALL_SECONDS = 30.0
 """Max seconds without the peer taking in any of a large answer."""
 CLOSE_SECONDS = 5.0
@@ -68,6 +71,9 @@ class Receiver(Protocol):
     def flooded(self) -> None:
         """The peer sends more control frames or fragments than are allowed."""
 
+    def unfinished(self, refused: Refused, code: CloseCode) -> None:
+        """The rest of a message is not waited for any more."""
+
     def lost(self) -> None:
         """The connection is gone."""
 
@@ -87,8 +93,11 @@ class WebSocket(WebSocketsSansIOProtocol):
     _is_wide = False
     # Max bytes of a message.
     _most_bytes = MAX_EARLY_BYTES
+    # Bytes of a message that is not complete, counted at `_sockets`, and the message's deadline.
+    _held = 0
+    _overdue: asyncio.TimerHandle | None = None
     # Until `take_over`: whether the first message has arrived, and the bytes after it.
-    _has_message = False
+    _has_message = _is_first_text = False
     _early = b""
     # Fragments of the message that is being received.
     _fragments = 0
@@ -127,23 +136,79 @@ class WebSocket(WebSocketsSansIOProtocol):
                 self.transport.abort()
             if self._is_lingering or self.transport.is_closing():
                 return
+        whole = data if self._partial is None else self._continued(self._partial, data)
         if self.receiver is None:
-            self._received_early(data)
-            return
-        if self._partial is not None:
-            self._partial += data
-            if len(self._partial) < self._wanted:
-                return
-            data, self._partial = bytes(self._partial), None
-        at = 0
-        while at < len(data):
-            end = self._frame(data, at)
-            if not end:
-                self._partial = bytearray(data[at:])
-                break
-            at = end
+            self._received_early(whole)
+        else:
+            at = 0
+            while at < len(whole):
+                end = self._frame(whole, at)
+                if not end:
+                    self._partial = bytearray(whole[at:])
+                    break
+                at = end
         if self._ping is not None:
             self._answer_ping()
+        if self._partial is not None or self._held or self.conn.current_size is not None:
+            self._keep_unfinished()
+
+    def _continued(self, partial: bytearray, data: bytes) -> bytes:
+        """Return bytes with those of the frame that they continue; nothing as long as it is not complete."""
+        partial += data
+        if len(partial) < self._wanted:
+            return b""
+        self._partial = None
+        if self.conn.current_size is None:
+            self._await_no_rest()
+        return bytes(partial)
+
+    def _keep_unfinished(self) -> None:
+        """Count the bytes of a message that is not complete, and begin its time. Close if all hold too much of that."""
+        if self._is_lingering:
+            return
+        count = len(self._partial or b"") + (self.conn.current_size or 0)
+        try:
+            if count > self._held:
+                self._sockets.hold(self._key or "", count - self._held)
+            elif count < self._held:
+                self._sockets.release(self._key or "", self._held - count)
+        except Refused as refused:
+            self._give_up(refused, CloseCode.GOING_AWAY)
+            return
+        self._held = count
+        self._await_rest()
+
+    def _await_rest(self) -> None:
+        """Begin the time of a message that is not complete, unless it runs already or the server does not read."""
+        is_begun = self._partial is not None or self.conn.current_size is not None
+        if is_begun and self._overdue is None and not (self.read_paused or self._is_lingering):
+            self._overdue = self.loop.call_later(MESSAGE_SECONDS, self._is_overdue)
+
+    def _await_no_rest(self) -> None:
+        if self._overdue is not None:
+            self._overdue.cancel()
+            self._overdue = None
+
+    def _is_overdue(self) -> None:
+        self._overdue = None
+        self._sockets.timed_out += 1
+        message = f"The rest of a message did not arrive in time. Send it within {MESSAGE_SECONDS:.0f} seconds."
+        self._give_up(Refused(ErrorCode.BAD_FRAME, message), CloseCode.SILENT)
+
+    def _give_up(self, refused: Refused, code: CloseCode) -> None:
+        if self.receiver is not None:
+            self.receiver.unfinished(refused, code)
+        elif not self.close_sent:
+            self.transport.abort()
+        self._linger()
+
+    def _forget_unfinished(self) -> None:
+        self._await_no_rest()
+        self._partial = None
+        self.frames = []
+        held, self._held = self._held, 0
+        if held:
+            self._sockets.release(self._key or "", held)
 
     def _received_early(self, data: bytes) -> None:
         """Receive the handshake and one small message, before `take_over`. Reading then pauses: later bytes stay in the
@@ -155,8 +220,6 @@ class WebSocket(WebSocketsSansIOProtocol):
         if not self.handshake_complete:
             self.transport.abort()  # RFC 6455, section 4.1: nothing before the answer to the handshake
             return
-        if self._partial is not None:
-            data, self._partial = bytes(self._partial) + data, None
         at = 0
         while at < len(data) and (self.close_sent or not self._has_message):
             end = self._frame(data, at)
@@ -166,8 +229,6 @@ class WebSocket(WebSocketsSansIOProtocol):
             at = end
         else:
             self._keep_early(data[at:])
-        if self._ping is not None:
-            self._answer_ping()
 
     def _keep_early(self, data: bytes) -> None:
         if not data:
@@ -207,14 +268,14 @@ class WebSocket(WebSocketsSansIOProtocol):
             if self._is_allowed(data[at]) and data[at] == _PING:
                 self._ping = apply_mask(data[first:end], data[mask:first])
         elif is_legal and (self.close_sent and data[at] & _OPCODE != _CLOSE):
-            pass  # nobody reads it any more
+            self._is_allowed(data[at])  # nobody reads it any more
         elif self._is_allowed(data[at]):
             end = end if is_legal else len(data)
             super().data_received(data[at:end])
         return len(data) if self._is_lingering else end
 
     def _is_allowed(self, head: int) -> bool:
-        """Count a frame that is not a whole text message; if that is too many, close."""
+        """Count a frame that is not a whole text message, or comes after the close frame. Close if that is too many."""
         if not head & _CONTROL:
             self._fragments = self._fragments + 1 if head & _OPCODE == _CONTINUATION else 1
         if self._bucket is None:
@@ -222,7 +283,9 @@ class WebSocket(WebSocketsSansIOProtocol):
         if not self._is_flooded and (self._bucket.take() > 0 or self._fragments > MAX_FRAGMENTS):
             self._is_flooded = True
             self._ping = None
-            if self.receiver is not None:
+            if self.close_sent:
+                pass  # it was told why, and a client may have sent much before it read that
+            elif self.receiver is not None:
                 self.receiver.flooded()
             else:
                 self._sockets.flooded(self._key or "unknown")
@@ -244,6 +307,7 @@ class WebSocket(WebSocketsSansIOProtocol):
         if self._stalled is not None:
             self._stalled.cancel()
         self._forget_early()
+        self._forget_unfinished()
         if self._key is not None:
             self._sockets.leave(self._key)
             self._key = None
@@ -265,14 +329,20 @@ class WebSocket(WebSocketsSansIOProtocol):
 
     def send_receive_event_to_app(self) -> None:  # noqa: D102
         self._fragments = 0
-        if self.receiver is None:
-            self._has_message = True
-            super().send_receive_event_to_app()
-            return
+        self._await_no_rest()
         frames, self.frames = self.frames, []
-        if not self.close_sent:
-            data = frames[0] if len(frames) == 1 else b"".join(frames)
-            self.receiver.received(data, is_text=self.curr_msg_data_type == "text")
+        if self.close_sent:
+            return
+        data = frames[0] if len(frames) == 1 else b"".join(frames)
+        is_text = self.curr_msg_data_type == "text"
+        if self.receiver is not None:
+            self.receiver.received(data, is_text=is_text)
+            return
+        self._has_message = True
+        self._is_first_text = is_text
+        # As bytes also if it is a text: whether they are UTF-8 is for whoever reads them to find out and to answer.
+        self.queue.put_nowait({"type": "websocket.receive", "bytes": data})
+        self.pause_receiving()
 
     def take_over(self, receiver: Receiver) -> None:
         """Hand everything that comes from here on to `receiver`, and what came already."""
@@ -281,9 +351,7 @@ class WebSocket(WebSocketsSansIOProtocol):
         while not self.queue.empty():
             event = self.queue.get_nowait()
             if event["type"] == "websocket.receive":
-                text = event.get("text")
-                data = (event.get("bytes") or b"") if text is None else text.encode()
-                receiver.received(data, is_text=text is not None)
+                receiver.received(event.get("bytes") or b"", is_text=self._is_first_text)
         self._most_bytes = self.conn.max_message_size = self.config.ws_max_size
         self._forget_handshake()
         self.resume_receiving()
@@ -292,6 +360,8 @@ class WebSocket(WebSocketsSansIOProtocol):
             self._leave()
         elif early:
             self.data_received(early)
+        else:
+            self._await_rest()
 
     def disarm(self) -> None:
         """End the deadline of the handshake."""
@@ -357,12 +427,14 @@ class WebSocket(WebSocketsSansIOProtocol):
         if not self.read_paused:
             self.read_paused = True
             self.transport.pause_reading()
+            self._await_no_rest()
 
     def resume_receiving(self) -> None:
         """Read from the peer again."""
         if self.read_paused:
             self.read_paused = False
             self.transport.resume_reading()
+            self._await_rest()
 
     def close(self, code: CloseCode) -> None:
         """Close with `code` after what is already on its way, and cut the connection if the peer is too slow."""
@@ -395,8 +467,9 @@ class WebSocket(WebSocketsSansIOProtocol):
         if self._is_lingering or self.transport.is_closing():
             return
         self._is_lingering = True
-        self._partial = self._ping = None
+        self._ping = None
         self._forget_early()
+        self._forget_unfinished()
         self.disarm()
         self._leave()
         self._sockets.waits(self, self.transport.abort)
@@ -416,7 +489,7 @@ class WebSocket(WebSocketsSansIOProtocol):
         """Run the app for the handshake; afterwards the connection lives on if somebody took it over."""
         try:
             await self.app(self.scope, self.receive, self.send)
-        except ClientDisconnected:
+        except (ClientDisconnected, WebSocketDisconnect):
             pass
         except Exception:
             self.logger.exception("the WebSocket handshake failed")

@@ -214,10 +214,11 @@ async def test_a_message_has_a_bounded_number_of_fragments(alone: World) -> None
     [
         (frame(b" " * (MAX_EARLY_BYTES + 1)), CloseCode.TOO_BIG),
         (frame(b" " * MAX_EARLY_BYTES), CloseCode.UNAUTHENTICATED),
+        (frame(b"\xff\xfe"), CloseCode.UNAUTHENTICATED),
         (frame(b" " * MAX_EARLY_BYTES, fin=False) + frame(b" ", Opcode.CONT), CloseCode.TOO_BIG),
         (frame(b" " * (MAX_EARLY_BYTES + 1))[:100], CloseCode.TOO_BIG),
     ],
-    ids=["too long", "just right, but nonsense", "too long in all", "too long, as it begins"],
+    ids=["too long", "just right, but nonsense", "no text", "too long in all", "too long, as it begins"],
 )
 async def test_before_login_a_message_is_small(alone: World, data: bytes, code: int) -> None:
     wire = await shake(alone.url, None)

@@ -220,7 +220,7 @@ def test_an_error_without_words_is_named() -> None:
 
 
 def http(line: str, *headers: str, body: bytes = b"") -> bytes:
-    return "\r\n".join([f"{line} HTTP/1.1", "Host: here", *headers, "", ""]).encode() + body
+    return "\r\n".join([f"{line} HTTP/1.1", "Host: here", *headers, "", ""]).encode("latin-1") + body
 
 
 UPGRADE = ("Connection: Upgrade", "Upgrade: websocket", "Sec-WebSocket-Version: 13")
@@ -246,6 +246,18 @@ ACTS = {
     "handshake behind requests": http("GET /readyz") * 3 + http("GET /v1/ws", *UPGRADE, KEY),
     "handshake of another path": http("GET /nowhere", *UPGRADE, KEY),
     "handshake": http("GET /v1/ws", *UPGRADE, KEY),
+    "handshake at no address": http("GET /v1/ws\xff", *UPGRADE, KEY),
+    "handshake with a query that is no text": http("GET /v1/ws?\xff=%ff%00", *UPGRADE, KEY),
+    "handshake with headers that are no text": http(
+        "GET /v1/ws", *UPGRADE, KEY, "Sec-WebSocket-Protocol: \xff\xfe", "Cookie: \xff=\xff", "Origin: \xff"
+    ),
+    "handshake with two keys": http("GET /v1/ws", *UPGRADE, KEY, KEY),
+    "handshake with extensions": http("GET /v1/ws", *UPGRADE, KEY, "Sec-WebSocket-Extensions: permessage-deflate; x="),
+    "handshake with a bad method": http("BREW /v1/ws", *UPGRADE, KEY),
+    "address of every byte": http("GET /" + "".join(map(chr, range(0x80, 0x100))) + "%00%ff"),
+    "headers that are no text": http("GET /v1/auth/sessions", "Authorization: Bearer \xff", "Cookie: session=\xff"),
+    "many headers": http("GET /readyz", *["a:b"] * 500),
+    "many chunks": http("POST /v1/auth/login", "Transfer-Encoding: chunked", body=b"1\r\nx\r\n" * 9_000),
     "frame before the answer": http("GET /v1/ws", *UPGRADE, KEY) + b"\x81\x85",
     "handshake with a bad token": http("GET /v1/ws?token=x", *UPGRADE, KEY),
     "handshake with a token": http("GET /v1/ws", *UPGRADE, KEY, "Authorization: Bearer TOKEN"),
@@ -257,6 +269,19 @@ FRAMES = {
     "a frame without a mask": b"\x81\x02{}",
     "a frame of no kind": b"\x83\x80\x00\x00\x00\x00",
     "a text that is no text": b"\x81\x82\x00\x00\x00\x00\xff\xfe",
+    "a text in fragments that is no text": b"\x01\x81\x00\x00\x00\x00\xff\x80\x81\x00\x00\x00\x00\xfe",
+    "bytes that are no text": b"\x82\x82\x00\x00\x00\x00\xff\xfe",
+    "text of control characters": b"\x81\x85\x00\x00\x00\x00\x1b[2J\n",
+    "a long text": b"\x81\xfe\x0f\xa0\x00\x00\x00\x00" + b"\xff" * 4_000,
+    "a continuation of nothing": b"\x80\x81\x00\x00\x00\x00x",
+    "a text within a text": b"\x01\x81\x00\x00\x00\x00x\x81\x81\x00\x00\x00\x00y",
+    "a long ping": b"\x89\xfe\x00\x7e\x00\x00\x00\x00" + b"x" * 126,
+    "a ping in fragments": b"\x09\x81\x00\x00\x00\x00x",
+    "a reserved bit": b"\xc1\x85\x00\x00\x00\x00hello",
+    "a length of 63 bits": b"\x81\xff" + b"\xff" * 12,
+    "a close of no text": b"\x88\x84\x00\x00\x00\x00\x03\xe8\xff\xff",
+    "a close with a reserved code": b"\x88\x82\x00\x00\x00\x00\x03\xed",
+    "two closes": b"\x88\x80\x00\x00\x00\x00" * 2,
     "no JSON": b"\x81\x82\x00\x00\x00\x00{{",
     "a bad close": b"\x88\x81\x00\x00\x00\x00\x00",
     "pings": b"\x89\x80\x00\x00\x00\x00" * 500,
@@ -267,6 +292,8 @@ FRAMES = {
 }
 """Bytes that a client sends after its handshake, before it resets the connection."""
 REPEATS = 2
+MOST_CHARACTERS = 200
+"""Max characters of a line about a client: what it sent is not quoted."""
 
 
 async def act(world: World, data: bytes, frames: bytes = b"", *, reads: bool) -> None:
@@ -290,7 +317,10 @@ async def test_no_act_of_a_client_is_logged_each_time(settings: Settings, lines:
         ada = await world.user("Ada")
         token = ada.token.encode()
         handshake = ACTS["handshake with a token"]
-        acts = [(data, b"") for data in ACTS.values()] + [(handshake, frames) for frames in FRAMES.values()]
+        refused = b"\x81\x80\x00\x00\x00\x00"
+        acts = [(data, b"") for data in ACTS.values()]
+        for frames in FRAMES.values():
+            acts += [(handshake, frames), (ACTS["handshake"], frames), (ACTS["handshake"], refused + frames)]
         for data, frames in acts:
             data = data.replace(b"TOKEN", token)  # noqa: PLW2901
             await asyncio.gather(*(act(world, data, frames, reads=bool(n % 2)) for n in range(2 * REPEATS)))
@@ -298,6 +328,7 @@ async def test_no_act_of_a_client_is_logged_each_time(settings: Settings, lines:
         gc.collect()  # a task that failed is reported when it is deleted
         assert "Traceback" not in lines.text
         assert lines.text.count("\n") <= len(acts)
+        assert max(map(len, lines.text.splitlines()), default=0) < MOST_CHARACTERS
         async with http_client(world.url) as http:
             assert (await http.get("/readyz")).status_code == 200
 

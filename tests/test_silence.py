@@ -566,7 +566,7 @@ async def test_refused_upgrade_leaves_no_deadline(alone: World, monkeypatch: pyt
 
     monkeypatch.setattr(WebSocket, "__init__", noted)
     reader, writer = await dial(alone)
-    writer.write(b"GET /v1/ws HTTP/1.1\r\nHost: here\r\n" + b"a: b\r\n" * 200 + HANDSHAKE)
+    writer.write(b"GET /v1/ws HTTP/1.1\r\nHost: here\r\n" + b"a: " + b"b" * 9_000 + b"\r\n" + HANDSHAKE)
     assert (await heard(reader)).startswith(b"HTTP/1.1 4")
     writer.close()
     await until(lambda: len(alone.workers[0].app.sockets) == 0)

@@ -1,0 +1,163 @@
+"""Bytes that nobody will read: parsing them is bounded in number, not only in bytes, at every stage of a connection."""
+
+import asyncio
+import contextlib
+from collections import Counter
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import asyncpg
+import msgspec
+import pytest
+from websockets.frames import Opcode
+
+from protocol.errors import CloseCode
+from protocol.server import GoingAway
+from server import websocket
+from server.config import Settings
+from server.http_protocol import MAX_CHUNKS, MAX_HEADERS, Http
+from server.sockets import LINGER_BYTES
+from server.websocket import WebSocket
+from tests.test_floods import shake
+from tests.test_frames import Wire, frame
+from tests.test_lock_order import WAITS
+from tests.test_silence import CHUNKED, dial, known
+from tests.world import World, until
+
+BURST = 800
+"""Frames that a connection of the test may send at once: four seconds' worth of its `frame_rate`."""
+READ_BYTES = 256 * 1024
+"""Max bytes that the loop reads at once."""
+TINY = {
+    "texts": frame(b""),
+    "binaries": frame(b"", Opcode.BINARY),
+    "pings": frame(b"", Opcode.PING),
+    "fragments": frame(b"", fin=False),
+}
+
+
+@pytest.fixture
+async def alone(settings: Settings) -> AsyncIterator[World]:
+    async with World(msgspec.structs.replace(settings, frame_rate=BURST / 4), workers=1) as world:
+        yield world
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """Counts what is parsed, by the method that takes it in."""
+    found: Counter[str] = Counter()
+
+    def count(kind: type, name: str) -> None:
+        method: Callable[..., Any] = getattr(kind, name)
+
+        def counted(self: object, *args: object) -> object:
+            found[name] += 1
+            return method(self, *args)
+
+        monkeypatch.setattr(kind, name, counted)
+
+    count(WebSocket, "_frame")
+    count(Http, "on_header")
+    count(Http, "on_body")
+    return found
+
+
+async def refused(world: World) -> Wire:
+    wire = await shake(world.url, None)
+    wire.writer.write(frame(b"{}"))
+    return wire
+
+
+async def closed(world: World) -> Wire:
+    ada = await world.user("Ada")
+    wire = await shake(world.url, ada)
+    await until(lambda: len(world.workers[0].app.roster) == 1)
+    (one,) = world.workers[0].app.hub.people.sockets(ada.id)
+    one.close(CloseCode.SILENT)
+    return wire
+
+
+STAGES = {"a refused login": (refused, CloseCode.UNAUTHENTICATED), "a close": (closed, CloseCode.SILENT)}
+
+
+@pytest.mark.parametrize("kind", TINY)
+@pytest.mark.parametrize("stage", STAGES)
+async def test_a_bounded_number_of_frames_is_parsed_after_the_close_frame(  # noqa: PLR0917 - fixtures
+    alone: World,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    calls: Counter[str],
+    stage: str,
+    kind: str,
+) -> None:
+    monkeypatch.setattr(websocket, "CLOSE_SECONDS", 600.0)
+    begin, code = STAGES[stage]
+    wire = await begin(alone)
+    assert await wire.closed() == code
+    calls.clear()
+    with contextlib.suppress(ConnectionError):
+        for _ in range(LINGER_BYTES // 100_000):
+            wire.writer.write(TINY[kind] * (100_000 // len(TINY[kind])))
+            await wire.writer.drain()
+    wire.writer.close()
+    await until(lambda: len(alone.workers[0].app.sockets) == 0)
+    assert 0 < calls["_frame"] <= 2 * BURST
+    # A client that had sent much before it read why it was closed did nothing wrong.
+    assert not any("4003" in record.message for record in caplog.records)
+
+
+async def test_an_honest_client_ends_the_connection_after_the_close_frame(alone: World) -> None:
+    """Its frames on the way are dropped, and its answer is understood."""
+    wire = await closed(alone)
+    wire.writer.write(frame(b'{"type":"ping"}') * 100 + frame(b"\x0f\xa9", Opcode.CLOSE))
+    assert await wire.closed() == CloseCode.SILENT
+    assert await wire.reader.read() == b""
+    wire.writer.close()
+
+
+async def test_while_a_connection_finishes_its_socket_is_not_read(alone: World, calls: Counter[str]) -> None:
+    ada = await alone.user("Ada")
+    app = alone.workers[0].app
+    wire = await shake(alone.url, ada)
+    await until(lambda: len(app.roster) == 1)
+    (one,) = app.hub.people.sockets(ada.id)
+    holding = await asyncpg.connect(alone.settings.database_url)
+    await holding.execute("BEGIN; LOCK TABLE draft IN ACCESS EXCLUSIVE MODE")
+    wire.writer.write(frame(b'{"type":"list_drafts","id":1}'))
+    while not await alone.db.fetchval(WAITS):
+        await asyncio.sleep(0)
+    one.finish(GoingAway(reconnect_after_ms=0, ticket=""), CloseCode.GOING_AWAY)  # type: ignore[attr-defined]
+    calls.clear()
+    wire.writer.write(frame(b"") * 1_000_000)
+    await until(lambda: one.socket.read_paused)  # type: ignore[attr-defined]
+    assert calls["_frame"] <= READ_BYTES // len(frame(b"")) + 1
+    await holding.close()
+    assert await wire.closed() == CloseCode.GOING_AWAY
+    wire.writer.transport.abort()
+
+
+@pytest.mark.parametrize(
+    ("begin", "piece", "most", "told"),
+    [
+        (b"GET /healthz HTTP/1.1\r\nHost: here\r\n", b"a:b\r\n", MAX_HEADERS - 1, b"at most 128 headers"),
+        (CHUNKED, b"1\r\n \r\n", MAX_CHUNKS - 1, b"at most 4,096 chunks"),
+        (CHUNKED + b"0\r\n", b"a:b\r\n", MAX_HEADERS - 3, b"at most 128 headers"),
+    ],
+    ids=["headers", "chunks", "trailers"],
+)
+async def test_a_request_comes_in_a_bounded_number_of_pieces(  # noqa: PLR0917 - fixtures
+    alone: World, calls: Counter[str], begin: bytes, piece: bytes, most: int, told: bytes
+) -> None:
+    """Each costs as much as hundreds of bytes, and one request of many took the loop 0.2 seconds."""
+    begin = await known(alone, begin)
+    end = b"0\r\n\r\n" if b"1\r" in piece else b"\r\n"
+    for count in (most, most + 1, 12_000):
+        calls.clear()
+        reader, writer = await dial(alone)
+        writer.write(begin + piece * count + end)
+        said = await reader.readuntil(b"\r\n\r\n") + await reader.read(500)
+        assert said.startswith(b"HTTP/1.1 ")
+        assert (told in said) == (count > most), (count, said)
+        assert calls["on_header"] + calls["on_body"] <= MAX_HEADERS + MAX_CHUNKS + 5
+        writer.close()
+    await until(lambda: len(alone.workers[0].app.sockets) == 0)

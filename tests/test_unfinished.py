@@ -1,0 +1,164 @@
+"""Messages that do not end: what is held of them is counted by address, and the rest of each has a deadline."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+
+import asyncpg
+import msgspec
+import pytest
+from websockets.frames import Opcode
+
+from protocol.errors import CloseCode
+from protocol.limits import MAX_FRAME_BYTES
+from server import websocket
+from server.config import Settings
+from server.connection import MAX_INBOX
+from server.periodic import end
+from server.sharedbound import SHARE
+from server.sockets import UNREAD_BYTES
+from tests.test_floods import HEAD
+from tests.test_frames import Wire, frame
+from tests.test_lock_order import WAITS
+from tests.test_silence import assert_nothing_is_kept, drip
+from tests.world import Somebody, World, until
+
+SHORT = 0.3
+LARGE = frame(b" " * MAX_FRAME_BYTES)
+PING = frame(b'{"type":"ping","id":1}')
+BLANKS = b" " * (MAX_FRAME_BYTES // 101)
+
+
+@pytest.fixture
+async def alone(settings: Settings) -> AsyncIterator[World]:
+    async with World(settings, workers=1) as world:
+        yield world
+
+
+async def shake(world: World, who: Somebody, source: str = "127.0.0.1") -> Wire:
+    host, _, port = world.url.removeprefix("http://").rpartition(":")
+    wire = Wire(*await asyncio.open_connection(host, int(port), local_addr=(source, 0)))
+    wire.writer.write(HEAD + b"Authorization: Bearer " + who.token.encode() + b"\r\n\r\n")
+    assert b" 101 " in await wire.reader.readuntil(b"\r\n\r\n")
+    assert (await wire.hear())["type"] == "ready"
+    return wire
+
+
+async def answered(wire: Wire) -> dict[str, object]:
+    """Return the next answer of a connection, which is told other things, too."""
+    while True:
+        kind, payload = await wire.frame()
+        if kind == Opcode.TEXT and (said := msgspec.json.decode(payload))["type"] in {"reply", "error"}:
+            return dict(said)
+
+
+@pytest.mark.parametrize(
+    ("begin", "more"),
+    [
+        (LARGE[:1], b""),
+        (LARGE[:10], b""),
+        (LARGE[:-1_000], b" "),
+        (frame(b"", fin=False), b""),
+        (frame(b" " * 1_000, fin=False), frame(b"", Opcode.PING)),
+        (frame(b" ", fin=False) + frame(b" ", Opcode.CONT, fin=False) * 9 + LARGE[:1], b""),
+        (frame(b" ", Opcode.BINARY, fin=False), b""),
+    ],
+    ids=["a byte", "half a header", "a dripping frame", "nothing", "a fragment, and pings", "fragments", "binary"],
+)
+async def test_a_message_that_does_not_end_ends_its_connection(
+    alone: World, monkeypatch: pytest.MonkeyPatch, begin: bytes, more: bytes
+) -> None:
+    monkeypatch.setattr(websocket, "MESSAGE_SECONDS", SHORT)
+    sockets = alone.workers[0].app.sockets
+    wire = await shake(alone, await alone.user("Ada"))
+    wire.writer.write(PING + begin)
+    assert (await answered(wire))["type"] == "reply"
+    dripping = asyncio.create_task(drip((wire.reader, wire.writer), more)) if more else None
+    assert (said := await answered(wire))["code"] == "bad_frame", said
+    assert "within 0 seconds" in str(said["message"])
+    assert await wire.closed() == CloseCode.SILENT
+    assert sockets.timed_out == 1
+    if dripping is not None:
+        await end([dripping])
+    wire.writer.close()
+    await until(lambda: len(sockets) == 0)
+    assert_nothing_is_kept(sockets)
+
+
+async def test_messages_have_a_deadline_each_and_their_own(alone: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever always sends has always something unfinished."""
+    monkeypatch.setattr(websocket, "MESSAGE_SECONDS", 3 * SHORT)
+    loop = asyncio.get_running_loop()
+    wire = await shake(alone, await alone.user("Ada"))
+    cut = frame(b'{"type":"ping",', fin=False) + frame(b'"id":1}', Opcode.CONT)
+    message, count, until_ = PING + cut, 0, loop.time() + 5 * SHORT
+    wire.writer.write(message[:-3])
+    while loop.time() < until_:
+        wire.writer.write(message[-3:] + message[:-3])
+        count += 2
+        for _ in range(2):
+            assert (await answered(wire))["type"] == "reply"
+        await asyncio.sleep(SHORT / 5)
+    assert count > 20
+    wire.writer.transport.abort()
+
+
+async def test_time_in_which_the_server_does_not_read_does_not_count(
+    alone: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(websocket, "MESSAGE_SECONDS", SHORT)
+    ada = await alone.user("Ada")
+    wire = await shake(alone, ada)
+    (one,) = alone.workers[0].app.hub.people.sockets(ada.id)
+    holding = await asyncpg.connect(alone.settings.database_url)
+    await holding.execute("BEGIN; LOCK TABLE draft IN ACCESS EXCLUSIVE MODE")
+    wire.writer.write(frame(b'{"type":"list_drafts","id":1}'))
+    while not await alone.db.fetchval(WAITS):
+        await asyncio.sleep(0)
+    wire.writer.write(PING * MAX_INBOX + PING[:-1])
+    await until(lambda: one.socket.read_paused)  # type: ignore[attr-defined]
+    await asyncio.sleep(2 * SHORT)
+    await holding.close()
+    for _ in range(MAX_INBOX + 1):
+        assert (await answered(wire))["type"] == "reply"
+    wire.writer.write(PING[-1:])
+    assert (await answered(wire))["type"] == "reply"
+    wire.writer.transport.abort()
+
+
+@pytest.mark.parametrize(
+    "begin",
+    [
+        LARGE[:-1_000],
+        frame(BLANKS, fin=False) + frame(BLANKS, Opcode.CONT, fin=False) * 99,
+    ],
+    ids=["frames", "fragments"],
+)
+async def test_bytes_of_unfinished_messages_are_counted_by_address(alone: World, begin: bytes) -> None:
+    """Fifty sockets of each user could hold 250 KB each, for as long as they liked."""
+    sockets = alone.workers[0].app.sockets
+    share = UNREAD_BYTES // SHARE
+    ada, eve = await alone.users("Ada", "Eve")
+    held: list[Wire] = []
+    for _ in range(share // len(begin)):
+        held.append(await shake(alone, ada, "127.0.0.2"))
+        held[-1].writer.write(begin)
+    await until(lambda: sockets.unread.taken > len(held) * 250_000)
+    assert sockets.unread.taken <= share
+    # One more has no place, and is told to come back; others go on, and so does another address.
+    late, other = await shake(alone, ada, "127.0.0.2"), await shake(alone, eve, "127.0.0.3")
+    with contextlib.suppress(ConnectionError):
+        late.writer.write(begin + begin[:1_000])
+    said = await answered(late)
+    assert (said["code"], bool(said["retry_after_ms"])) == ("unavailable", True)
+    assert await late.closed() == CloseCode.GOING_AWAY
+    padded = frame(b'{"type":"ping","id":1}' + b" " * 200_000)
+    other.writer.write(padded[:150_000])
+    await until(lambda: sockets.unread._held.get("127.0.0.3", 0) >= 150_000)  # noqa: SLF001
+    other.writer.write(padded[150_000:])
+    assert (await answered(other))["type"] == "reply"
+    held[0].writer.write(PING if len(begin) > len(BLANKS) * 100 else b"")
+    for wire in (*held, late, other):
+        wire.writer.transport.abort()
+    await until(lambda: len(sockets) == 0)
+    assert_nothing_is_kept(sockets)
