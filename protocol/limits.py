@@ -29,6 +29,7 @@ LINE = rf"^(?=.*[^{_BLANK}])[^{_BREAKS}{_CONTROL}{_FORMAT}]*\Z"
 """What people are shown on one line: something that is seen, and nothing that hides, reorders or breaks it."""
 LINES = rf"^[^{_CONTROL}{_FORMAT}]*\Z"
 _SHOWN = re.compile(f"[^{_BLANK}]")
+_BLANKS = re.compile(f"[{_BLANK}]+")
 _HIDDEN = re.compile(f"[{_BREAKS}{_CONTROL}{_FORMAT}]")
 _HIDDEN_IN_LINES = re.compile(f"[{_CONTROL}{_FORMAT}]")
 WEB = rf"^https?://[^\s\"<>`\\{_CONTROL}{_FORMAT}]+\Z"
@@ -182,6 +183,11 @@ def visible(text: str) -> str:
     """
     kept = _HIDDEN.sub("", text)
     return kept if _SHOWN.search(kept) else ""
+
+
+def collapsed(text: str) -> str:
+    """Return a text with one space for each run of blanks, and none around it: texts that look alike are the same."""
+    return _BLANKS.sub(" ", text).strip()
 
 
 def visible_lines(text: str) -> str:

@@ -1,9 +1,11 @@
 """What the server makes of what is said: HTML of Markdown, mentions that count, and hashtags."""
 
 from protocol.client import Edit, Schedule, Send
+from protocol.codec import now
 from protocol.errors import ErrorCode, Refused
 from protocol.ids import UserId, made_at
 from protocol.payloads import Code, Poll
+from protocol.values import Message
 from server import markup, mentions
 from server.context import Context
 from server.queries import mentions as meaning
@@ -23,6 +25,16 @@ def require_open(frame: Send | Schedule) -> None:
         raise Refused(
             ErrorCode.INVALID, "`closes_at` must be after the time in `message_id`.", path="payload.closes_at"
         )
+
+
+def is_closed(message: Message, poll: Poll) -> bool:
+    """Whether a message that is a poll takes no votes any more."""
+    return message.poll_closed_at is not None or is_over(poll)
+
+
+def is_over(poll: Poll) -> bool:
+    """Whether the time of a poll is over."""
+    return poll.closes_at is not None and poll.closes_at <= now()
 
 
 async def made_of(context: Context, frame: Send | Edit, *, is_code: bool) -> Made:

@@ -15,12 +15,14 @@ from asyncpg import LockNotAvailableError
 
 from protocol.errors import ErrorCode
 from protocol.ids import SessionId, UserId
+from protocol.payloads import Poll
 from server.context import Context, Services
 from server.errors import INTERNAL, log_defect, log_failure, refusal
 from server.handlers.sending import send_noted
 from server.periodic import end
 from server.queries import scheduled
 from server.queries.scheduled import ClaimLost, Due, Waiting
+from server.saying import is_over
 
 log = logging.getLogger(__name__)
 
@@ -127,6 +129,8 @@ async def _send_one(services: Services, due: Due) -> None:
         problem = "The account cannot send messages any more."
     elif due.frame is None:
         problem = "The message is stored in a form that the server cannot read. Schedule a new one."
+    elif isinstance(due.frame.payload, Poll) and is_over(due.frame.payload):
+        problem = "The poll closed before it could be sent. Schedule a new one."
     else:
         try:
             context = Context(services=services, user=due.sender, session_id=NO_SESSION, is_of_job=True)

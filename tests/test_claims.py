@@ -2,12 +2,14 @@
 
 import asyncio
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import pytest
 
 from protocol import client, server
 from protocol.errors import ErrorCode
 from protocol.ids import MessageId, uuid7
+from protocol.payloads import Poll
 from server import scheduling
 from server.context import Services
 from server.queries import scheduled
@@ -17,6 +19,9 @@ from tests.world import Room, World, all_sent, refused
 WAITS = "SELECT EXISTS (SELECT FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database())"
 ROW = "SELECT status, words ->> 'content', problem, claimed_at, not_before FROM scheduled_message WHERE id = $1"
 SAID = "SELECT content FROM message WHERE id = $1"
+CLOSES = """
+UPDATE scheduled_message SET words = jsonb_set(words, '{payload,closes_at}', '"2026-01-01T00:00:00Z"') WHERE id = $1
+"""
 
 
 class Turns:
@@ -35,11 +40,12 @@ class Turns:
         """Stand in for `Scheduling._claim`: the jobs get nothing."""
         return self._next.pop(asyncio.current_task(), None)
 
-    async def schedule(self) -> client.Schedule:
+    async def schedule(self, **fields: Any) -> client.Schedule:
         """Schedule a message of Charles's that is due."""
         frame = client.Schedule(
-            conversation_id=self.group, message_id=MessageId(uuid7()), content="First", send_at=datetime.now(UTC)
-        )
+            conversation_id=self.group, message_id=MessageId(uuid7()), content="First", send_at=datetime.now(UTC),
+            **fields,
+        )  # fmt: skip
         await self.charles.call(frame)
         return frame
 
@@ -140,6 +146,20 @@ async def test_cancel_that_comes_between_a_message_and_its_commit_takes_the_mess
         assert cancelled is not None
     await sending
     assert (await turns.row(frame))[::5] == ("cancelled", None)
+
+
+async def test_poll_that_was_put_off_until_it_is_closed_fails(turns: Turns) -> None:
+    open_until = datetime.now(UTC) + timedelta(hours=1)
+    for is_over, status in ((False, "sent"), (True, "failed")):
+        frame = await turns.schedule(payload=Poll(options=["Yes", "No"], closes_at=open_until))
+        await turns.put_off(await turns.take())
+        await turns.db.execute("UPDATE scheduled_message SET not_before = now() WHERE id = $1", frame.message_id)
+        if is_over:
+            await turns.db.execute(CLOSES, frame.message_id)
+        await turns.send(await turns.take())
+        row = await turns.row(frame)
+        assert (row[0], row[5]) == (status, None if is_over else "First")
+        assert (row[2] is not None and "closed" in str(row[2])) is is_over
 
 
 async def test_message_that_is_over_has_no_next_try(turns: Turns) -> None:

@@ -14,8 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from protocol import client, server
+from protocol.codec import encode
 from protocol.errors import ErrorCode, Refused
-from protocol.ids import MessageId, UserId, uuid7
+from protocol.ids import EditId, MessageId, UserId, uuid7
 from protocol.limits import MAX_MENTIONS
 from protocol.payloads import Audio, Code, File, Image, Location, Payload, Poll, Video
 from protocol.server import Reply
@@ -430,6 +431,41 @@ async def test_a_poll_that_closes_before_it_is_sent_is_refused(room: Room) -> No
     an_hour_ago = MessageId(UUID(int=uuid7().int - (3_600_000 << 80)))
     late = client.Send(**asked(datetime.now(UTC) - timedelta(seconds=1), message_id=an_hour_ago))
     assert await room.ada.call(late, server.Sent) == await room.ada.call(late, server.Sent)
+
+
+async def test_a_question_stays_once_somebody_voted_or_the_poll_is_closed(room: Room, world: World) -> None:
+    over, closed, voted, withdrawn = [room.at(await poll(room)) for _ in range(4)]
+
+    def edit(place: dict[str, Any], **fields: Any) -> client.Edit:
+        return client.Edit(**place, content="Coffee?", **fields)
+
+    before = edit(voted, edit_id=EditId(uuid7()))
+    first = await room.ada.call(before, server.Changed)
+    for place in (voted, withdrawn):
+        await room.charles.call(client.Vote(**place, options=[0]))
+    await room.charles.call(client.Vote(**withdrawn, options=[]))
+    await room.ada.call(client.ClosePoll(**closed))
+    await world.db.execute(
+        """UPDATE message SET payload = payload || '{"closes_at": "2026-01-01T00:00:00Z"}' WHERE id = $1""",
+        over["message_id"],
+    )
+    for place in (over, closed, voted):
+        with refused(ErrorCode.FORBIDDEN, "message_id"):
+            await room.ada.call(client.Edit(**place, content="Poison?"))
+    await room.ada.call(edit(withdrawn))
+    # An edit of before the vote gets its first answer.
+    assert await room.ada.call(before, server.Changed) == first
+
+
+async def test_options_that_differ_in_blanks_alone_are_the_same(room: Room) -> None:
+    for options in (["Tea", "Tea "], ["\u00a0Tea", "Tea"], ["Tea\u3164", "Tea"], ["Green  tea", "Green tea"]):
+        payload = {"type": "poll", "options": options}
+        frame = {"type": "send", "id": 1, "conversation_id": str(room.group), "message_id": str(uuid7())}
+        refusal = await room.ada.raw(encode(frame | {"content": "?", "payload": payload}).decode())
+        assert (refusal.code, "different" in refusal.message) == (ErrorCode.INVALID, True), options
+    message_id = await sent(room.ada, room.group, "?", payload=Poll(options=[" Green  tea ", "Tea", "Te a"]))
+    stored = (await room.ada.call(client.GetMessage(**room.at(message_id)), server.OneMessage)).message.payload
+    assert stored == Poll(options=["Green  tea", "Tea", "Te a"])
 
 
 async def test_a_closed_poll_takes_no_votes(room: Room, world: World) -> None:

@@ -6,6 +6,7 @@ from protocol import client
 from protocol.codec import now
 from protocol.errors import ErrorCode, Refused
 from protocol.limits import MAX_EDITS, MAX_PAGE
+from protocol.payloads import Poll
 from protocol.roles import Act, may
 from protocol.server import Changed, EditPage, MessagePage, OneMessage
 from protocol.values import Message
@@ -16,7 +17,7 @@ from server.queries import audit, edits, messages, sending
 from server.queries.audit import Deed
 from server.queries.messages import Found, Span
 from server.queries.sending import Made
-from server.saying import made_of
+from server.saying import is_closed, made_of
 from server.telling import tell_changed, tell_deleted
 
 
@@ -41,6 +42,7 @@ async def edit(context: Context, frame: client.Edit) -> Changed:
         is_same = (before.content, before.formatted_content) == (frame.content, made.formatted_content)
         if is_same and frame.edit_id is None:
             return Changed(conversation_id=before.conversation_id, version=before.version)
+        _require_nobody_voted(before)
         require_may_send(found)
         words = found_before and found_before.words
         if made.loud_mentions and not may(found.me, Act.BE_LOUD):
@@ -83,6 +85,15 @@ def _require_editable(context: Context, found: Found) -> None:
         raise Refused(
             ErrorCode.FORBIDDEN, f"Edit a message here within {window} seconds. Send a new one.", path="message_id"
         )
+
+
+def _require_nobody_voted(message: Message) -> None:
+    """Raise Refused if a message is a poll that has votes or takes none any more: what was voted on stays as it is."""
+    if message.poll_voters or (isinstance(message.payload, Poll) and is_closed(message, message.payload)):
+        raise Refused(
+            ErrorCode.FORBIDDEN, "The question of a poll that has votes or is closed stays. Send a new one.",
+            path="message_id",
+        )  # fmt: skip
 
 
 async def delete(context: Context, frame: client.Delete) -> Changed:

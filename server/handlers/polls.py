@@ -1,7 +1,6 @@
 """Polls: vote, close, who voted for what."""
 
 from protocol import client
-from protocol.codec import now
 from protocol.errors import ErrorCode, Refused
 from protocol.payloads import Poll
 from protocol.roles import Act
@@ -12,6 +11,7 @@ from server.permissions import require, require_may_send, require_sender_not_abo
 from server.queries import audit, messages, polls
 from server.queries.audit import Deed
 from server.queries.messages import Found
+from server.saying import is_closed
 from server.telling import tell_changed
 
 
@@ -29,7 +29,7 @@ async def vote(context: Context, frame: client.Vote) -> Changed:
             return Changed(conversation_id=about, version=version)
         if options:  # withdrawing a vote says nothing
             require_may_send(found)
-        if message.poll_closed_at is not None or (poll.closes_at is not None and poll.closes_at <= now()):
+        if is_closed(message, poll):
             raise Refused(
                 ErrorCode.FORBIDDEN, "This poll is closed. Read its counts in the message.", path="message_id"
             )
