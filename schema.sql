@@ -1353,7 +1353,7 @@ REVOKE EXECUTE ON FUNCTION may(text, uuid, uuid), are_together(uuid, uuid), may_
     is_relationship_shown(uuid, uuid, text), is_past_shown(uuid, uuid), is_report_shown(uuid, uuid),
     is_entry_shown(uuid, uuid), is_follow_shown(uuid, uuid, boolean, bigint),
     may_now(text, uuid, uuid), is_there_now(uuid, uuid), may_forward_now(uuid, uuid, uuid, timestamptz),
-    obstacle(conversation, conversation_participant) FROM PUBLIC;
+    is_unerased_now(uuid), obstacle(conversation, conversation_participant) FROM PUBLIC;
 
 -- Revokes from PUBLIC the rights to create temporary tables and objects in the schema. Neither CREATE DATABASE with a
 -- template nor pg_dump copies the rights on a database, so the server calls this at every start.

@@ -6,3 +6,4 @@ BEGIN
     RETURN FOUND;
 END
 $$;
+REVOKE EXECUTE ON FUNCTION is_unerased_now(uuid) FROM PUBLIC;

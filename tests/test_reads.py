@@ -53,6 +53,8 @@ WHY = {
         "push.KEEP": "push_endpoint(user_id); push_endpoint(user_id) cut 1",
         "relationships.PAGE": "user_relationship(from_user_id) cut 1; user_relationship(to_user_id) cut 1",
         "scheduled.WAITING": "scheduled_message(sender_id)",
+        "scheduled.SENDER": "scheduled_message(sender_id)",
+        "scheduled.CLAIM": "scheduled_message(sender_id) cut 1",
         "sessions.CREATE": "account(provider_id); session(user_id) cut 1",
         "sessions.IS_THERE": "session(user_id)",
         "sessions.LIST": "session(user_id) cut 1",
@@ -107,9 +109,8 @@ WHY = {
     },
     "what one message may have: 1,000 edits, emoji, votes and reports of its participants": {
         "edits.COUNT": "message_edit(message_id)",
-        "edits.DELETE": (
-            "message_edit(conversation_id, message_id); message_reaction(message_id); poll_vote(message_id)"
-        ),
+        "edits.DELETE": "message_reaction(message_id); poll_vote(message_id)",
+        "edits.FORGET": "message_edit(conversation_id, message_id)",
         "messages.GET": "message_reaction(message_id, user_id)",
         "messages.PAGE": "message_reaction(message_id, user_id)",
         "messages.TIMELINE": "message_reaction(message_id, user_id)",
@@ -118,6 +119,7 @@ WHY = {
         "reactions.STORED": "message_reaction(message_id, user_id) cut 1",
     },
     "in the background, a page at a time": {
+        "participants.END_INVITATIONS": "conversation_participant(conversation_id)",
         "erasure.TAKES_PART": "conversation_participant(user_id)",
         "audit.FORGET": "audit_entry(chain)",
         "erasure.LEAVE_DELETED": "conversation_participant(user_id)",
