@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any
 
@@ -14,8 +15,8 @@ from protocol.ids import ConversationId, MessageId, UserId, uuid7
 from prove.client import Client
 from server import app, checking, database
 from server.config import Settings
-from server.database import Single
-from server.erasure import erase
+from server.database import Db, Single
+from server.erasure import Result, erase
 from server.errors import Fatal
 from server.queries import sending
 from server.queries.checks import CHECKS
@@ -23,6 +24,7 @@ from server.queries.checks import run as ask
 from server.queries.participants import Change
 from server.queries.sending import Outgoing
 from tests.test_credentials import administer
+from tests.test_lock_order import Quarrel
 from tests.test_may_send import waiting
 from tests.world import Somebody, World, http_client, message, sent
 
@@ -185,6 +187,29 @@ async def test_reply_during_an_erasure_leaves_nothing_of_theirs(settings: Settin
     for connection in (eraser, holder):
         await connection.close()
     assert await world.db.fetchval("SELECT count(*) FROM message WHERE content = 'Farewell'") == 1
+    assert await is_well(world) == []
+
+
+async def test_what_others_do_during_an_erasure_and_after_it_leaves_nothing(world: World) -> None:
+    """Every frame that writes, beside each step of the erasure and after it."""
+    async with http_client(world.url) as http:
+        quarrel = Quarrel(world, http)
+        await quarrel.begin()
+
+        async def do_all() -> None:
+            charles = quarrel.charles
+            lasting = [client.Mute(user_id=charles), client.SetSwitches(user_id=charles, can_see_profile=False),
+                       client.Block(user_id=charles)]  # fmt: skip
+            for frame in [*quarrel.frames(), *lasting]:
+                await quarrel.run(quarrel.ada, frame)
+
+        class Meanwhile(Single):
+            async def atomically(self, what: str, work: Callable[[Db], Awaitable[Result]]) -> Result:
+                result, _ = await asyncio.gather(super().atomically(what, work), do_all())
+                return result
+
+        await erase(Meanwhile(world.db), quarrel.charles, nobody)
+        await do_all()
     assert await is_well(world) == []
 
 

@@ -96,6 +96,8 @@ def turned(kind: RelationshipKind, *, on: bool) -> Callable[[Context, OneOf], Aw
         if on and not await users.all_may(db, action, me, [them]):
             # Whoever repeats a block has nothing to end.
             raise await unreachable(db, me, them) if kind == "follow" else NotFound("user_id")
+        if on:
+            await _require_not_deleted(db, them)
         if not on and await relationships.status(db, me, them, kind) is None:
             raise NotFound("user_id")
 
@@ -134,6 +136,7 @@ async def set_switches(context: Context, frame: client.SetSwitches) -> OneRelati
         if not await relationships.between(db, me, them):
             raise NotFound("user_id")
         await _lock(db, me, them)
+        await _require_not_deleted(db, them)
         there = await relationships.between(db, me, them)
         if not there:
             raise NotFound("user_id")
@@ -156,6 +159,12 @@ async def _lock(db: Db, me: UserId, them: UserId) -> None:
     """Lock what is between two users. Raises NotActive if the caller is not."""
     if me not in await relationships.lock(db, me, them):
         raise NotActive
+
+
+async def _require_not_deleted(db: Db, them: UserId) -> None:
+    """Raise NotFound if a user is deleted: nothing new is kept about who may be erased. Under the lock, this stays so."""
+    if await users.is_deleted(db, them):
+        raise NotFound("user_id")
 
 
 def _tell(context: Context, me: UserId, them: UserId) -> None:

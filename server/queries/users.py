@@ -126,6 +126,14 @@ async def is_active(db: Db, user_id: UserId) -> bool:
     return bool(await db.fetchval(IS_ACTIVE, user_id))
 
 
+IS_DELETED = """SELECT is_deleted FROM "user" WHERE id = $1"""
+
+
+async def is_deleted(db: Db, user_id: UserId) -> bool:
+    """Whether a user has deleted their account, or was erased, or is being erased."""
+    return bool(await db.fetchval(IS_DELETED, user_id))
+
+
 IS_ADMIN = """SELECT is_admin FROM "user" WHERE id = $1"""
 
 
