@@ -176,6 +176,7 @@ LIMITS = {
     "push.NOTICES": 1,
     "receipts.READ": 2,
     "receipts.MARK_UNREAD": 2,
+    "scheduled.SENDER": 1,
     "sending.EXISTING": 2,
     "threads.GET": 4,
     "threads.LIST": 9,

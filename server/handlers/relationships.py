@@ -90,15 +90,11 @@ OneOf = client.Block | client.Unblock | client.Follow | client.Unfollow | client
 
 def turned(kind: RelationshipKind, *, on: bool) -> Callable[[Context, OneOf], Awaitable[OneRelationship]]:
     """Return the handler that begins or ends what is the caller's own affair."""
-    action = "follow" if kind == "follow" else "see_face"
 
     async def require(db: Db, me: UserId, them: UserId) -> None:
-        if on and not await users.all_may(db, action, me, [them]):
-            # Whoever repeats a block has nothing to end.
-            raise await unreachable(db, me, them) if kind == "follow" else NotFound("user_id")
         if on:
-            await _require_not_deleted(db, them)
-        if not on and await relationships.status(db, me, them, kind) is None:
+            await _require_may_begin(db, kind, me, them)
+        elif await relationships.status(db, me, them, kind) is None:
             raise NotFound("user_id")
 
     async def handler(context: Context, frame: OneOf) -> OneRelationship:
@@ -161,8 +157,17 @@ async def _lock(db: Db, me: UserId, them: UserId) -> None:
         raise NotActive
 
 
+async def _require_may_begin(db: Db, kind: RelationshipKind, me: UserId, them: UserId) -> None:
+    if kind == "follow":
+        if not await users.all_may(db, "follow", me, [them]):
+            raise await unreachable(db, me, them)
+    elif not await users.all_may(db, "see_face", me, [them]):
+        raise NotFound("user_id")  # whoever repeats a block has nothing to end
+    await _require_not_deleted(db, them)
+
+
 async def _require_not_deleted(db: Db, them: UserId) -> None:
-    """Raise NotFound if a user is deleted: nothing new is kept about who may be erased. Under the lock, this stays so."""
+    """Raise NotFound if a user is deleted: nothing new is kept of who may be erased. Under the lock, this stays so."""
     if await users.is_deleted(db, them):
         raise NotFound("user_id")
 
