@@ -26,6 +26,7 @@ from prove.client import Client
 from server.app import App
 from server.auth.tokens import new_token, token_hash
 from server.config import Settings
+from server.database import speak
 from server.describe import openapi
 from server.describe.openapi import BEFORE_ANY_PATH
 from server.queries import accounts, sessions
@@ -94,6 +95,7 @@ class World:
 
     async def __aenter__(self) -> Self:
         self.db = await asyncpg.connect(self.settings.database_url)
+        await speak(self.db, self.settings.search_language)
         await asyncio.gather(*(worker.start() for worker in self.workers))
         return self
 
