@@ -15,7 +15,7 @@ from protocol.ids import ConversationId, MessageId, UserId, uuid7
 from prove.client import Client
 from server import app, checking, database
 from server.config import Settings
-from server.database import Db, Single
+from server.database import Db, Single, speak
 from server.erasure import Result, erase
 from server.errors import Fatal
 from server.queries import sending
@@ -164,6 +164,7 @@ async def test_reply_during_an_erasure_leaves_nothing_of_theirs(settings: Settin
     reply = message(group, "Farewell", parent_message_id=said)
     await world.db.execute(LAST)
     eraser, holder = [await asyncpg.connect(settings.database_url) for _ in range(2)]
+    await speak(holder, settings.search_language)
     erase_ada = partial(erase, Single(eraser), ada.id, nobody)
     hold = holder.transaction()
     await hold.start()
