@@ -57,6 +57,7 @@ class Model:
         self.were_loud: set[int] = set()
         self.poll = self.open_poll = MessageId(uuid7())
         """Two polls of the founder's, of which one may be closed."""
+        self.is_closed = False
         self._moment = 0
 
     # ------------------------------------------------------------------------------------------ the two tables
@@ -102,10 +103,8 @@ class Model:
         if part is None or part.status != "active":
             role = "guest" if part is not None and part.role == "guest" else "member"
             if part is not None and part.status == "invited":
-                given = self.invited_as(part)
-                if given is None:
-                    return FORBIDDEN
-                role = given
+                # The channel is public: an invitation that gives nothing any more keeps nobody out.
+                role = self.invited_as(part) or role
             self._enter(who, role)
         return OK
 
@@ -166,7 +165,7 @@ class Model:
 
     def decline(self, who: int) -> Code:
         part = self.parts.get(who)
-        if part is None or part.status not in {"invited", "declined"}:
+        if self.is_over or part is None or part.status not in {"invited", "declined"}:
             return NOT_FOUND
         part.status = "declined"
         return OK
@@ -231,6 +230,17 @@ class Model:
         if other not in self.parts or self.parts[other].status != "active":
             return NOT_FOUND
         self.parts[other].role, self.parts[who].role = "owner", "admin"
+        return OK
+
+    def close(self, who: int) -> Code:
+        """Close the first poll. It is the founder's, who may close it whatever their role."""
+        if not self.is_in(who):
+            return NOT_FOUND
+        if who != 0:
+            is_above = self.is_in(0) and ROLES.index(self.parts[0].role) > ROLES.index(self.parts[who].role)
+            if not self.may(who, Act.DELETE_MESSAGES) or (is_above and not self.is_closed):
+                return FORBIDDEN
+        self.is_closed = True
         return OK
 
     # ---------------------------------------------------------------------------------------------- each other
@@ -326,13 +336,11 @@ def step_of(  # noqa: C901, PLR0911, PLR0912 - a table of what can be said
             if model.is_in(who) and model.may(who, Act.BE_LOUD):
                 model.were_loud.add(who)
             return message(about, "Words for @everyone"), OK if model.is_in(who) else NOT_FOUND
-        case "pin" | "close":
-            # The first message is a poll of the founder's, who may close it whatever their role.
-            act = Act.PIN_MESSAGES if kind == "pin" else Act.DELETE_MESSAGES
-            is_own = kind == "close" and who == 0
-            code = NOT_FOUND if not model.is_in(who) else OK if is_own or model.may(who, act) else FORBIDDEN
-            place["message_id"] = model.poll
-            return (client.Pin if kind == "pin" else client.ClosePoll)(**place), code
+        case "pin":
+            code = NOT_FOUND if not model.is_in(who) else OK if model.may(who, Act.PIN_MESSAGES) else FORBIDDEN
+            return client.Pin(**place, message_id=model.poll), code
+        case "close":
+            return client.ClosePoll(**place, message_id=model.poll), model.close(who)
         case "vote":
             place["message_id"] = model.open_poll
             return client.Vote(**place, options=[int(flag)]), OK if model.is_in(who) else NOT_FOUND
