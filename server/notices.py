@@ -34,6 +34,7 @@ from server.outbound import Outbound, Unreachable
 from server.posts import MAX_RETRY_AFTER, Failed, Posts, Push, Rejected, host_of
 from server.queries import push, unread
 from server.queries.push import FIRST, Look, Notice, Post
+from server.stopwatch import Stopwatch
 
 TICK_SECONDS = 1.0
 """Messages of a conversation that become due within this time are looked at together."""
@@ -163,7 +164,7 @@ class Notices:
             for post in posts
         ]
 
-    async def _post(self, said: Push) -> None:
+    async def _post(self, said: Push, watch: Stopwatch) -> None:
         """Encrypt and send. Raises Failed or Rejected."""
         try:
             body = http_ece.encrypt(
@@ -182,7 +183,7 @@ class Notices:
                 # A newer one of the same conversation takes its place, while it waits (RFC 8030, section 5.4).
                 "topic": said.topic,
             }
-            answer = await self._outbound.post(said.endpoint, body, headers)
+            answer = await self._outbound.post(said.endpoint, body, headers, watch=watch)
         except Unreachable as error:
             log.info("a notification could not be pushed: %s", error)
             raise Failed from error

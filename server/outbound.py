@@ -19,9 +19,10 @@ from anyio.abc import ByteStream
 
 from server.looptime import LoopTime
 from server.resolver import Resolver
+from server.stopwatch import Stopwatch
 
 TOTAL_SECONDS = 5.0
-TIMEOUT = httpx.Timeout(TOTAL_SECONDS).as_dict()
+"""Max seconds that all of an answer takes, redirects included. Waits for our own share of the loop do not count."""
 MAX_REDIRECTS = 3
 REDIRECTS = frozenset({301, 302, 303, 307, 308})
 MOST_OF_POST = 1_000
@@ -63,15 +64,24 @@ class Answer(NamedTuple):
 
 
 class _Cost:
-    """How much of an answer was read. What waits for bytes of it has its turns by `time`."""
+    """How much of an answer was read, and how long that took. What waits for bytes of it has its turns here."""
 
-    def __init__(self, time: LoopTime, most: int) -> None:
-        """`most` is the max size of the body, in bytes."""
-        self.time = time
+    def __init__(self, share: LoopTime, watch: Stopwatch, limit: asyncio.Timeout, *, most: int) -> None:
+        """`limit` ends it after `TOTAL_SECONDS` by `watch`. `most` is the max size of the body, in bytes."""
+        self._share = share
+        self._watch = watch
+        self._limit = limit
         self._reads = 0
         self._beside = 0
         self._encrypted = 0
         self._most_encrypted = most + MAX_TLS_BYTES
+
+    async def turn(self) -> None:
+        """Return in a later turn of the loop, when our share has some left. The other server is not timed meanwhile."""
+        self._limit.reschedule(None)
+        with self._watch.stopped():
+            await self._share.turn()
+        self._limit.reschedule(_until(self._watch))
 
     def note(self, read: int) -> None:
         """Note bytes that were read. Raises httpcore.ReadError if this is too much of anything but the body."""
@@ -125,9 +135,9 @@ class Outbound:
 
         Raises Unreachable.
         """
-        until = asyncio.get_running_loop().time() + TOTAL_SECONDS
+        watch = Stopwatch()
         for _ in range(MAX_REDIRECTS + 1):
-            answer = await self._ask("GET", url, most=most, headers={"accept": "text/html"}, until=until)
+            answer = await self._ask("GET", url, most=most, headers={"accept": "text/html"}, watch=watch)
             if answer.status not in REDIRECTS or "location" not in answer.headers:
                 return answer
             try:
@@ -136,13 +146,15 @@ class Outbound:
                 raise Unreachable("it redirects to no address") from None
         raise Unreachable("there are too many redirects")
 
-    async def post(self, url: str, body: bytes, headers: dict[str, str]) -> Answer:
-        """Return the answer to what is sent to an address. Raises Unreachable."""
-        until = asyncio.get_running_loop().time() + TOTAL_SECONDS
-        return await self._ask("POST", url, most=MOST_OF_POST, headers=headers, until=until, body=body)
+    async def post(self, url: str, body: bytes, headers: dict[str, str], *, watch: Stopwatch) -> Answer:
+        """Return the answer to what is sent to an address. `watch` is stopped while it waits for its turns.
+
+        Raises Unreachable.
+        """
+        return await self._ask("POST", url, most=MOST_OF_POST, headers=headers, watch=watch, body=body)
 
     async def _ask(
-        self, method: str, url: str, *, most: int, headers: dict[str, str], until: float, body: bytes | None = None
+        self, method: str, url: str, *, most: int, headers: dict[str, str], watch: Stopwatch, body: bytes | None = None
     ) -> Answer:
         share = self._gets if body is None else self._posts
         try:
@@ -151,23 +163,23 @@ class Outbound:
                 raise Unreachable("this is not an address on the web")
             port = parts.port or PORTS[parts.scheme]
             # Not under the time-out: after it, this may have to wait for the look-up's thread to end.
-            address = await self._resolve(parts.hostname, until)
-            async with asyncio.timeout_at(until):
+            address = await self._resolve(parts.hostname, max(0.0, TOTAL_SECONDS - watch.seconds))
+            async with asyncio.timeout_at(_until(watch)) as limit:
                 request = httpx.Request(
                     method,
                     httpx.URL(url, host=address, port=port),
                     headers={"host": parts.netloc, "accept-encoding": "identity", "user-agent": "OpenChat"} | headers,
                     content=body,
-                    extensions={"sni_hostname": parts.hostname, "timeout": TIMEOUT},
+                    # No time-outs of the library: they would include waits for our share.
+                    extensions={"sni_hostname": parts.hostname},
                 )
-                return await share.run(self._exchange(request, share, url, most))
+                return await share.run(self._exchange(request, url, most, _Cost(share, watch, limit, most=most)))
         except (httpx.HTTPError, httpx.InvalidURL, OSError, TimeoutError, ValueError) as error:
             unreachable = Unreachable(str(error) or type(error).__name__)
             unreachable.url = url
             raise unreachable from error
 
-    async def _exchange(self, request: httpx.Request, share: LoopTime, url: str, most: int) -> Answer:
-        cost = _Cost(share, most)
+    async def _exchange(self, request: httpx.Request, url: str, most: int, cost: _Cost) -> Answer:
         token = _COST.set(cost)
         try:
             response = await self._transport.handle_async_request(request)
@@ -178,9 +190,8 @@ class Outbound:
         finally:
             _COST.reset(token)
 
-    async def _resolve(self, host: str, until: float) -> str:
-        left = max(0.0, until - asyncio.get_running_loop().time())
-        found = await self._resolver.addresses(host, seconds=left)
+    async def _resolve(self, host: str, seconds: float) -> str:
+        found = await self._resolver.addresses(host, seconds=seconds)
         addresses = [ipaddress.ip_address(one) for one in found]
         if not self._to_private and not all(_is_public(one) for one in addresses):
             raise Unreachable("its address is not a public one")
@@ -226,7 +237,7 @@ class _Stream(httpcore.AsyncNetworkStream):
 
     async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:  # noqa: ASYNC109 - as above
         cost = _COST.get()
-        await cost.time.turn()
+        await cost.turn()
         data = await self._stream.read(min(max_bytes, TURN_BYTES), timeout)
         cost.note(len(data))
         return data
@@ -259,7 +270,7 @@ class _Encrypted(ByteStream):
 
     async def receive(self, max_bytes: int = TURN_BYTES) -> bytes:
         cost = _COST.get()
-        await cost.time.turn()
+        await cost.turn()
         data = await self._stream.receive(min(max_bytes, TURN_BYTES))
         cost.note_encrypted(len(data))
         return data
@@ -276,6 +287,11 @@ class _Encrypted(ByteStream):
     @property
     def extra_attributes(self) -> Mapping[Any, Callable[[], Any]]:
         return self._stream.extra_attributes
+
+
+def _until(watch: Stopwatch) -> float:
+    """Return the loop's time at which `TOTAL_SECONDS` are over."""
+    return asyncio.get_running_loop().time() + TOTAL_SECONDS - watch.seconds
 
 
 def _is_public(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:

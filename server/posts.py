@@ -28,6 +28,7 @@ from server.hosts import MAX_BACKOFF, PER_USER, SLOW_SECONDS, Host, Pause
 from server.limits import Allowance
 from server.looptime import LoopTime
 from server.queries.push import Post
+from server.stopwatch import Stopwatch
 from server.tally import Tally
 
 SLOTS = 64
@@ -102,10 +103,13 @@ class Posts:
     """The queues of all hosts, and the posts in flight."""
 
     def __init__(
-        self, read: Callable[[Post], Awaitable[Push | None]], send: Callable[[Push], Awaitable[None]], drops: Drops
+        self,
+        read: Callable[[Post], Awaitable[Push | None]],
+        send: Callable[[Push, Stopwatch], Awaitable[None]],
+        drops: Drops,
     ) -> None:
         """`read` is called when a post begins, and returns None if it has nothing to say any more. `send` raises
-        `Failed` or `Rejected` if it was not taken.
+        `Failed` or `Rejected` if it was not taken, and stops the watch while nobody waits for the host.
         """
         self._read = read
         self._send = send
@@ -299,14 +303,14 @@ class Posts:
             return
         if push is None:
             return
-        began = time.monotonic()
+        watch = Stopwatch()
         try:
-            await self._send(push)
+            await self._send(push, watch)
         except Rejected as rejected:
             self._drops.add("refused")
             self._pause(post.endpoint, rejected.retry_after)
             self._trim_paused(host, post.user_id)
-            self._note_duration(host, post.user_id, began)
+            self._note_duration(host, post.user_id, watch.seconds)
         except Exception as error:  # noqa: BLE001 - the others are pushed
             # A defect of ours that an answer of theirs set off is a failure, too: else it would be asked for ever.
             if isinstance(error, Failed):
@@ -319,9 +323,9 @@ class Posts:
             self._trim_paused(host, post.user_id)
             host.note_failed(post.user_id, retry_after)
             self._trim(host)
-            self._note_duration(host, post.user_id, began)
+            self._note_duration(host, post.user_id, watch.seconds)
         else:
-            if time.monotonic() - began < SLOW_SECONDS:
+            if watch.seconds < SLOW_SECONDS:
                 self._pauses.pop(post.endpoint, None)
                 self._pauses.pop((post.user_id, host.name), None)
                 host.note_fast(post.user_id)
@@ -330,16 +334,15 @@ class Posts:
                 self._trim_paused(host, post.user_id)
                 host.note_slow(post.user_id)
                 self._trim(host)
-                self._note_duration(host, post.user_id, began)
+                self._note_duration(host, post.user_id, watch.seconds)
 
     def _failed_by_defect(self, error: Exception) -> None:
         if self._drops.add("error"):
             log_failure(log, "pushing a notification", error)
 
-    def _note_duration(self, host: Host, user_id: UserId, began: float) -> None:
+    def _note_duration(self, host: Host, user_id: UserId, seconds: float) -> None:
         """Pause a user at all hosts that are not known to be fast, if a post to one of them took long."""
-        now = time.monotonic()
-        if now - began < SLOW_SECONDS:
+        if seconds < SLOW_SECONDS:
             return
         host.note_long()
         if host.is_fast:

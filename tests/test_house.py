@@ -43,6 +43,7 @@ STOREYS: list[list[str]] = [
         "migrate",
         "turns",
         "looptime",
+        "stopwatch",
         "tally",
         "unconfirmed",
         "drops",

@@ -25,6 +25,7 @@ from server.notices import seconds_of
 from server.posts import Failed, Posts, Push
 from server.queries import push
 from server.queries.push import Post
+from server.stopwatch import Stopwatch
 from tests.browser import Browser, post_to, say, text
 from tests.conftest import Servers
 from tests.world import PUSH_POINT, Room, Somebody, World, refused, sent, until
@@ -408,7 +409,7 @@ class Held:
         self.gate = asyncio.Event()
         self.retry_after: float | None = None
 
-    async def send(self, post: Push) -> None:
+    async def send(self, post: Push, _: Stopwatch) -> None:
         self.begun.append(post.endpoint)
         await self.gate.wait()
         if self.retry_after is not None:

@@ -21,13 +21,15 @@ from hypothesis import strategies as st
 
 from protocol import client, server
 from protocol.values import LinkPreview
-from server import markup, outbound, previews, resolver
+from server import markup, outbound, posts, previews, resolver
 from server.auth import passwords
 from server.config import Settings
 from server.drops import Drops
+from server.hosts import HOST_USERS, Host
 from server.looptime import LoopTime
 from server.outbound import Outbound, Unreachable
 from server.posts import SLOW_SLOTS, Failed, Posts, Push
+from server.stopwatch import Stopwatch
 from tests.browser import post_to, say
 from tests.world import Room, World, http_client, message, sent, until
 
@@ -161,7 +163,7 @@ async def test_nothing_of_an_answer_is_kept(careless: Outbound, site: Site, capl
     site.answer = answer
 
     async def post() -> None:
-        assert (await careless.post(f"{site.url}/push", b"x", {"ttl": "60"})).status == 201
+        assert (await careless.post(f"{site.url}/push", b"x", {"ttl": "60"}, watch=Stopwatch())).status == 201
 
     await post()
     gc.collect()
@@ -219,9 +221,9 @@ def names(monkeypatch: pytest.MonkeyPatch) -> Iterator[Names]:
 
 
 def posts_by(asker: Outbound, drops: Drops) -> Posts:
-    async def send(post: Push) -> None:
+    async def send(post: Push, watch: Stopwatch) -> None:
         try:
-            await asker.post(post.endpoint, post.payload, {})
+            await asker.post(post.endpoint, post.payload, {}, watch=watch)
         except Unreachable as error:
             raise Failed from error
 
@@ -430,7 +432,7 @@ async def test_an_answer_of_endless_parts_is_left_and_others_have_turns_meanwhil
     with pytest.raises(Unreachable, match="too many parts"):
         await careless.get(site.url, most=200_000)
     with contextlib.suppress(Unreachable):
-        assert len((await careless.post(site.url, b"x", {})).body) == outbound.MOST_OF_POST
+        assert len((await careless.post(site.url, b"x", {}, watch=Stopwatch())).body) == outbound.MOST_OF_POST
     turns.cancel()
     assert events.total < 2 * 2 * outbound.MAX_BESIDE_BYTES / 5
     assert events.most_in_turn <= outbound.TURN_BYTES / 5
@@ -456,7 +458,7 @@ async def test_answers_that_have_begun_take_a_share_of_the_loop(
     monkeypatch.setattr(outbound, "TURN_BYTES", 60)
     site.answer = lambda _: CHUNKED + b"1\r\nx\r\n" * 200 + b"0\r\n\r\n"
     for name, ask in (
-        ("_gets", careless.get(site.url, most=1_000)), ("_posts", careless.post(site.url, b"x", {})),
+        ("_gets", careless.get(site.url, most=1_000)), ("_posts", careless.post(site.url, b"x", {}, watch=Stopwatch())),
     ):  # fmt: skip
         setattr(careless, name, LoopTime(1.0, 0.01, used=lambda: events.used))
         began, used = time.monotonic(), events.used
@@ -464,12 +466,51 @@ async def test_answers_that_have_begun_take_a_share_of_the_loop(
         assert events.used - used >= 0.2
         assert time.monotonic() - began >= events.used - used - 0.05
     careless._gets = LoopTime(1e-9, 1e-9, used=lambda: events.used)  # noqa: SLF001
-    monkeypatch.setattr(outbound, "TOTAL_SECONDS", 0.2)
-    for _ in range(2):
-        with pytest.raises(Unreachable):
-            await careless.get(site.url, most=1_000)
-    monkeypatch.setattr(outbound, "TOTAL_SECONDS", 5.0)
-    assert (await careless.post(site.url, b"x", {})).body == b"x" * 200
+    waiting = [asyncio.create_task(careless.get(site.url, most=1_000)) for _ in range(2)]
+    assert (await careless.post(site.url, b"x", {}, watch=Stopwatch())).body == b"x" * 200
+    assert not any(one.done() for one in waiting)
+    for one in waiting:
+        one.cancel()
+    await asyncio.gather(*waiting, return_exceptions=True)
+
+
+def overdraw(share: LoopTime) -> None:
+    """Have a share be used up for 0.6 seconds."""
+    share._left, share._at = -0.06, time.monotonic()  # noqa: SLF001
+
+
+async def test_waits_for_our_share_of_the_loop_make_nobody_slow(
+    careless: Outbound, site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(outbound, "TOTAL_SECONDS", 0.5)
+    monkeypatch.setattr(posts, "SLOW_SECONDS", 0.25)
+    drops = Drops()
+    queue = posts_by(careless, drops)
+
+    async def post(users: int) -> Host:
+        for _ in range(users):
+            queue.add(post_to(site.url))
+        queue.start()
+        await until(lambda: not queue._queued and not queue._tasks)  # noqa: SLF001
+        (host,) = queue._hosts.values()  # noqa: SLF001
+        return host
+
+    async def late() -> bytes:
+        await asyncio.sleep(0.3)
+        return page("")
+
+    overdraw(careless._posts)  # noqa: SLF001
+    assert (await post(1)).is_fast
+    assert not drops.counts
+    site.answer = lambda _: late()
+    assert (await post(HOST_USERS)).is_slow, "with nothing to wait for but the answer"
+    assert not drops.counts
+    await queue.close()
+    site.answer = lambda path: (
+        page("here") if path == "/there" else b"HTTP/1.1 302 Found\r\nlocation: /there\r\ncontent-length: 0\r\n\r\n"
+    )
+    overdraw(careless._gets)  # noqa: SLF001
+    assert (await careless.get(site.url, most=100)).body == b"here"
 
 
 # ---------------------------------------------------------------------------------------------------- previews

@@ -19,6 +19,7 @@ from server.drops import Drops
 from server.looptime import LoopTime
 from server.posts import Failed, Posts, Push, Rejected
 from server.queries.push import Post
+from server.stopwatch import Stopwatch
 from tests.browser import Browser, post_to, say
 from tests.world import World, sent, until
 
@@ -34,7 +35,7 @@ class Service:
         self.silent: set[str] = set()
         self.queue = Posts(say, self.send, Drops())
 
-    async def send(self, push: Push) -> None:
+    async def send(self, push: Push, _: Stopwatch) -> None:
         self.begun.append(push.endpoint)
         if push.endpoint in self.silent:
             await asyncio.Event().wait()
@@ -164,7 +165,7 @@ async def test_user_whose_posts_take_long_is_paused_at_every_new_host(
     monkeypatch.setattr(posts.time, "monotonic", lambda: clock)  # type: ignore[attr-defined]
     greedy = UserId(uuid7())
 
-    async def take_long(push: Push) -> None:
+    async def take_long(push: Push, _: Stopwatch) -> None:
         nonlocal clock
         service.begun.append(push.endpoint)
         if "new" in push.endpoint:
@@ -192,7 +193,7 @@ async def test_host_that_was_fast_for_one_user_and_is_slow_for_them_is_not_fast_
     monkeypatch.setattr(posts.time, "monotonic", lambda: clock)  # type: ignore[attr-defined]
     own, shared = post_to("https://own.example/"), post_to(f"{HOST}/0")
 
-    async def send(push: Push) -> None:
+    async def send(push: Push, _: Stopwatch) -> None:
         nonlocal clock
         clock += hosts.SLOW_SECONDS * (push.endpoint in service.silent)
 
