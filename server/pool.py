@@ -94,17 +94,22 @@ class Pool:
 
     def _hand_on(self, connection: "Connection | None") -> None:
         """Give a connection that was taken, or the place to open one, to whoever waits: newcomers do not overtake."""
-        while self._waiting:
-            user_id, turn = self._waiting.take()
-            self._waiting.done(user_id)
-            if not turn.done():
-                turn.set_result(connection)
-                return
-        if connection is None:
+        if (turn := self._next_turn()) is not None:
+            turn.set_result(connection)
+        elif connection is None:
             self._opening -= 1
         else:
             self._taken.discard(connection)
             self._free.append(connection)
+
+    def _next_turn(self) -> "asyncio.Future[Connection | None] | None":
+        """Take whose turn it is out of the lines; None if nobody waits. Who has given up is left out."""
+        while self._waiting:
+            user_id, turn = self._waiting.take()
+            self._waiting.done(user_id)
+            if not turn.done():
+                return turn
+        return None
 
     def close(self) -> None:
         """End all connections, without waiting for what is in flight; no others are opened."""
@@ -112,11 +117,8 @@ class Pool:
         for connection in (*self._free, *self._taken):
             connection.terminate()
         self._free.clear()
-        while self._waiting:
-            user_id, turn = self._waiting.take()
-            self._waiting.done(user_id)
-            if not turn.done():
-                turn.set_exception(_closed())
+        while (turn := self._next_turn()) is not None:
+            turn.set_exception(_closed())
 
     async def _open(self) -> Connection:
         """Open a connection in a place that `_opening` counts."""
