@@ -65,10 +65,13 @@ def key_of(request: HTTPConnection) -> str:
 class Addresses:
     """Counts by the address that a request comes from."""
 
-    def __init__(self, rate: float, *, connections: int) -> None:
-        """`rate` is in requests and new connections a second; `connections` how many may be open."""
+    def __init__(self, rate: float, *, connections: int, too_many: Throttle[str]) -> None:
+        """`rate` is in requests and new connections a second; `connections` how many may be open; `too_many` picks what
+        is logged of addresses with more.
+        """
         self._requests: Allowance[str] = Allowance("requests of this address", rate)
         self._throttle: Throttle[str] = Throttle()
+        self._too_many = too_many
         self._connections: Counter[str] = Counter()
         self._most = connections
 
@@ -86,7 +89,7 @@ class Addresses:
         """Count a connection, and return what counts it out again. Raises Refused if its address has too many."""
         key = key_of(request)
         if self._connections[key] >= self._most:
-            raise too_many_of_address(key, self._throttle)
+            raise too_many_of_address(key, self._too_many)
         self._connections[key] += 1
 
         def disconnect() -> None:

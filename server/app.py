@@ -218,7 +218,9 @@ class App:
             origins=settings.allowed_origins,
             is_open=settings.registration == "open",
         )
-        addresses = Addresses(settings.address_rate, connections=settings.connections_per_address)
+        addresses = Addresses(
+            settings.address_rate, connections=settings.connections_per_address, too_many=self.sockets.too_many
+        )
         self._connects: Allowance[UserId] = Allowance(
             "connections of your user that begin", CONNECTS_PER_SECOND, burst=2.0 * settings.connections_per_user
         )

@@ -61,7 +61,9 @@ class Sockets:
         self._beginning: Lines[str, Callable[[], None]] = Lines()
         self._is_beginning = False
         self._sheds: Throttle[None] = Throttle()
-        self._throttle: Throttle[str] = Throttle()
+        self._floods: Throttle[str] = Throttle()
+        self.too_many: Throttle[str] = Throttle()
+        """Picks what is logged of addresses with too many connections, here and in `Addresses`."""
         self.closed: Counter[str] = Counter()
         """WebSockets that the server closed, by close code."""
         self.answers: Counter[tuple[str, int]] = Counter()
@@ -79,7 +81,7 @@ class Sockets:
         """
         key = PROXY if host is None or self._proxies.trusts(host) else limit_key(host)
         if key and self._of_address[key] >= self._per_address:
-            raise too_many_of_address(key, self._throttle)
+            raise too_many_of_address(key, self.too_many)
         if self._count >= self._most:
             self._shed()
             if not self._waiting:
@@ -107,7 +109,7 @@ class Sockets:
     def move(self, key: str, to: str) -> None:
         """Count a connection under another key. Raises Refused if there are too many of that one."""
         if to and self._of_address[to] >= self._per_address:
-            raise too_many_of_address(to, self._throttle)
+            raise too_many_of_address(to, self.too_many)
         self._of_address[to] += 1
         _take(self._of_address, key, 1)
 
@@ -122,7 +124,7 @@ class Sockets:
 
     def flooded(self, key: str) -> None:
         """Log the key of a connection that is closed for abuse before it is a user's."""
-        if self._throttle.passes(key):
+        if self._floods.passes(key):
             log.warning("a connection of address %s is closed with 4003: it floods before it authenticates", key)
 
     def waits(self, connection: object, close: Callable[[], None]) -> None:

@@ -5,12 +5,14 @@ import contextlib
 import itertools
 import socket
 import time
+from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any
 
 import httpx
 import msgspec
 import pytest
+from starlette.requests import HTTPConnection
 from starlette.routing import Route
 from websockets.asyncio.client import connect
 from websockets.exceptions import InvalidStatus
@@ -219,6 +221,31 @@ async def test_connections_of_one_address(settings: Settings, caplog: pytest.Log
                     await asyncio.sleep(0.01)  # it notices in a moment that the first is gone
                 else:
                     break
+
+
+def test_address_is_logged_once_for_each_thing_that_it_has_too_many_of(caplog: pytest.LogCaptureFixture) -> None:
+    """However many places refuse its connections, and whatever of it was logged before."""
+    address = "198.51.100.1"
+    sockets = Sockets(most=1_000, per_address=1, proxies=Proxies.read(""), frames=Pace.of(1.0))
+    addresses = Addresses(0.25, connections=1, too_many=sockets.too_many)
+    request = HTTPConnection({"type": "http", "client": (address, 1), "headers": []})
+
+    def refusals(do: Callable[[], object]) -> int:
+        count = 0
+        for _ in range(20):
+            try:
+                do()
+            except Refused:
+                count += 1
+        return count
+
+    assert refusals(lambda: addresses.require(request)) > 1
+    assert refusals(lambda: addresses.connect(request)) == 19
+    assert refusals(lambda: sockets.arrive(address)) > 1
+    sockets.flooded(address)
+    assert [text.partition(address)[0] for text in logged(caplog)] == [
+        "too many requests of address ", "too many connections of address ", "a connection of address ",
+    ]  # fmt: skip
 
 
 async def test_connections_of_one_user_that_come_concurrently(settings: Settings) -> None:
