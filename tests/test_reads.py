@@ -23,7 +23,9 @@ from server.database import SESSION
 
 pytestmark = pytest.mark.new_database
 
-FRAGMENTS = {"changes.EVENTS", "latest.LATEST", "unread.COUNT_REPLIES", "unread.COUNT_UNREAD", "users.UNSEEN"}
+FRAGMENTS = {
+    "changes.EVENTS", "latest.LATEST", "unread.COUNT_REPLIES", "unread.COUNT_UNREAD", "users.MOVE_OWN", "users.UNSEEN",
+}  # fmt: skip
 """Parts of other statements, which are planned there."""
 FEED = (
     "conversation_participant(user_id) cut 2; conversation_participant(user_id) cut 4; "

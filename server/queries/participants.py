@@ -13,7 +13,7 @@ from protocol.server import OutsidersChanged, ParticipantChanged, ParticipantEnt
 from protocol.values import Invitation, Participant, ParticipantStatus, Role
 from server.database import Db
 from server.queries import drafts
-from server.queries.users import FACE
+from server.queries.users import FACE, MOVE_OWN
 from server.rows import Page, Reader
 
 _participant_decoder = Reader(Participant)
@@ -276,8 +276,8 @@ async def permit(db: Db, now: Participant, granted: dict[str, bool]) -> Change |
     return None if row is None else _change(row)
 
 
-PREFER = """
-WITH touched AS (UPDATE "user" SET version = version + 1, own_moves = own_moves + 1 WHERE id = $2 RETURNING version)
+PREFER = f"""
+WITH touched AS ({MOVE_OWN} RETURNING version)
 UPDATE conversation_participant p SET user_version = t.version,
     pin_order = CASE WHEN $3::jsonb ? 'pin_order' THEN ($3 ->> 'pin_order')::integer ELSE pin_order END,
     is_hidden = coalesce(($3 ->> 'is_hidden')::boolean, is_hidden),
@@ -289,7 +289,7 @@ FROM touched t WHERE p.conversation_id = $1 AND p.user_id = $2 AND p.status = 'a
     SELECT FROM conversation c WHERE c.id = $1 AND NOT c.is_deleted
 )
 RETURNING true
-"""
+"""  # noqa: S608 - MOVE_OWN is a constant
 
 
 async def prefer(db: Db, conversation_id: ConversationId, user_id: UserId, changes: dict[str, Any]) -> bool:

@@ -11,6 +11,7 @@ from server.cursor import Cursor
 from server.database import Db
 from server.queries.messages import VISIBLE, WITHHELD, Place
 from server.queries.moment import MOMENT
+from server.queries.users import MOVE_OWN
 from server.rows import Reader
 
 _message_decoder = Reader(Message)
@@ -78,8 +79,7 @@ async def _list(rows: Sequence[Any], limit: int) -> MessageList:
 STAR = f"""
 WITH seen AS (SELECT m.id, m.conversation_id {VISIBLE} AND NOT m.is_deleted),
 touched AS (
-    UPDATE "user" SET version = version + 1, own_moves = own_moves + 1
-    WHERE id = $2 AND EXISTS (SELECT FROM seen) AND NOT EXISTS (
+    {MOVE_OWN} AND EXISTS (SELECT FROM seen) AND NOT EXISTS (
         SELECT FROM message_star s WHERE s.user_id = $2 AND s.message_id = $1 AND NOT s.is_removed
     ) RETURNING version
 ), starred AS (
@@ -89,16 +89,16 @@ touched AS (
         starred_at = now()
 )
 SELECT EXISTS (SELECT FROM seen)
-"""  # noqa: S608 - VISIBLE is a constant
-UNSTAR = """
+"""  # noqa: S608 - constants are put in
+UNSTAR = f"""
 WITH touched AS (
-    UPDATE "user" SET version = version + 1, own_moves = own_moves + 1 WHERE id = $2 AND EXISTS (
+    {MOVE_OWN} AND EXISTS (
         SELECT FROM message_star s WHERE s.user_id = $2 AND s.message_id = $1 AND NOT s.is_removed
     ) RETURNING version
 )
 UPDATE message_star s SET is_removed = true, user_version = t.version FROM touched t
 WHERE s.user_id = $2 AND s.message_id = $1
-"""
+"""  # noqa: S608 - MOVE_OWN is a constant
 
 
 async def star(db: Db, place: Place, user_id: UserId) -> bool:

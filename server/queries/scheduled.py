@@ -14,7 +14,7 @@ from protocol.values import Scheduled, ScheduledStatus, User, Words
 from server.cursor import Cursor
 from server.database import Db
 from server.queries.moment import MOMENT
-from server.queries.users import FACE
+from server.queries.users import FACE, MOVE_OWN
 from server.rows import Page, Reader
 
 _scheduled_decoder = Reader(Scheduled)
@@ -55,20 +55,20 @@ _WAITS = """s.sender_id = $2 AND s.conversation_id = $3 AND s.claimed_at IS NULL
         SELECT FROM message m WHERE m.id = $1 AND m.sender_id = $2 AND (m.conversation_id = $3) IS TRUE
     )"""
 PUT = f"""
-WITH touched AS (UPDATE "user" SET version = version + 1, own_moves = own_moves + 1 WHERE id = $2 RETURNING version)
+WITH touched AS ({MOVE_OWN} RETURNING version)
 INSERT INTO scheduled_message AS s (id, sender_id, conversation_id, words, send_at, user_version)
 SELECT $1, $2, $3, $4, $5, t.version FROM touched t
 ON CONFLICT (id) DO UPDATE SET words = excluded.words, send_at = excluded.send_at, user_version = excluded.user_version,
         not_before = NULL
     WHERE s.status = 'waiting' AND {_WAITS}
 RETURNING scheduled_json(s)
-"""  # noqa: S608 - a constant is put in
+"""  # noqa: S608 - constants are put in
 CANCEL = f"""
-WITH touched AS (UPDATE "user" SET version = version + 1, own_moves = own_moves + 1 WHERE id = $2 RETURNING version)
+WITH touched AS ({MOVE_OWN} RETURNING version)
 UPDATE scheduled_message s SET status = 'cancelled', not_before = NULL, user_version = t.version FROM touched t
 WHERE s.id = $1 AND s.status = 'waiting' AND {_WAITS}
 RETURNING scheduled_json(s)
-"""  # noqa: S608 - a constant is put in
+"""  # noqa: S608 - constants are put in
 
 
 async def put(db: Db, frame: Schedule, user_id: UserId) -> Scheduled | None:
@@ -216,17 +216,17 @@ async def claim(db: Db, sender_id: UserId) -> Due | None:
 
 # A claim runs out while its worker waits: another one takes the message, and the owner may change or cancel it after
 # that. So these statements act on the worker's own claim alone.
-PUT_OFF = """
-WITH touched AS (UPDATE "user" SET version = version + 1, own_moves = own_moves + 1 WHERE id = $2 RETURNING version)
+PUT_OFF = f"""
+WITH touched AS ({MOVE_OWN} RETURNING version)
 UPDATE scheduled_message s SET claimed_at = NULL, not_before = now() + $4::interval, user_version = t.version
 FROM touched t WHERE s.id = $1 AND s.status = 'waiting' AND s.claimed_at = $3
-"""
-FINISH = """
-WITH touched AS (UPDATE "user" SET version = version + 1, own_moves = own_moves + 1 WHERE id = $2 RETURNING version)
+"""  # noqa: S608 - MOVE_OWN is a constant
+FINISH = f"""
+WITH touched AS ({MOVE_OWN} RETURNING version)
 UPDATE scheduled_message s SET status = $4, problem = $5, not_before = NULL, user_version = t.version
 FROM touched t WHERE s.id = $1 AND s.status = 'waiting' AND s.claimed_at = $3
 RETURNING true
-"""
+"""  # noqa: S608 - MOVE_OWN is a constant
 
 
 async def put_off(db: Db, due: Due, wait: timedelta) -> None:

@@ -9,6 +9,7 @@ from server.database import Db
 from server.queries.messages import VISIBLE, Place
 from server.queries.moment import MOMENT
 from server.queries.unread import COUNT_REPLIES, HAS_UNREAD_REPLY
+from server.queries.users import MOVE_OWN
 from server.rows import Page, Reader
 
 _view_decoder = Reader(ThreadView)
@@ -106,8 +107,7 @@ CHANGE = f"""
 WITH root AS (
     SELECT m.id, m.conversation_id, m.thread_order {VISIBLE} AND m.thread_root_id IS NULL
 ), touched AS (
-    UPDATE "user" SET version = version + 1, own_moves = own_moves + 1
-    WHERE id = $2 AND EXISTS (SELECT FROM root) RETURNING version
+    {MOVE_OWN} AND EXISTS (SELECT FROM root) RETURNING version
 )
 INSERT INTO thread_follow AS t (root_id, user_id, conversation_id, is_following, last_read_order, user_version)
 SELECT root.id, $2, root.conversation_id, coalesce($4, false),
@@ -117,7 +117,7 @@ ON CONFLICT (root_id, user_id) DO UPDATE SET is_following = coalesce($4, t.is_fo
     last_read_order = greatest(t.last_read_order, CASE WHEN $5::integer IS NOT NULL THEN excluded.last_read_order END),
     user_version = excluded.user_version
 RETURNING thread_json(t), xmax = 0
-"""  # noqa: S608 - VISIBLE is a constant
+"""  # noqa: S608 - constants are put in
 
 
 class Changed(NamedTuple):

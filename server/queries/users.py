@@ -23,6 +23,10 @@ AT_ONCE = 1_000
 
 FACE = "json_build_object('id', u.id, 'name', u.name, 'display_name', u.display_name, 'image', u.image)"
 """A user's face (protocol/values.py), for queries that have the user's row as `u`."""
+MOVE_OWN = """UPDATE "user" SET version = version + 1, own_moves = own_moves + 1 WHERE id = $2"""
+"""Locks the user `$2` and moves their clock, for queries that change what is theirs alone. Further conditions and
+`RETURNING version` follow.
+"""
 
 GET = f"""
 SELECT coalesce(json_agg({FACE}), '[]') FROM "user" u WHERE u.id = ANY($2) AND may('see_face', $1, u.id)
