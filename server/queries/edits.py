@@ -171,15 +171,16 @@ async def delete(db: Db, found: Message, user_id: UserId) -> Deleted:
 
 
 # All copies of a message's words but that in `message` itself, and in forwards, which are messages of their own. The
-# row of a scheduled message stays, since a repeated frame is known by it.
+# row of a scheduled message stays, since a repeated frame is known by it. A message that is deleted already loses its
+# time here; any other, by `DELETE`.
 FORGET = """
 WITH edits AS (
     DELETE FROM message_edit e WHERE e.message_id = $2 AND e.conversation_id = $1
 ), scheduled AS (
     UPDATE scheduled_message s SET words = '{"content": ""}' WHERE s.id = $2 AND s.conversation_id = $1
 )
-UPDATE message m SET expires_at = NULL WHERE m.id = $2 AND (m.conversation_id = $1) IS TRUE
-RETURNING m.is_deleted
+UPDATE message m SET expires_at = NULL WHERE m.id = $2 AND (m.conversation_id = $1) IS TRUE AND m.is_deleted
+RETURNING true
 """
 
 
