@@ -64,9 +64,10 @@ from server.websocket import WebSocket
 SENDS_AT_ONCE = 64
 """How many messages one statement stores at most."""
 SENT_AT_ONCE = 32_000
-"""Max characters of content in one statement that stores messages; one alone may have more. The statement holds the
-locks of all their conversations: 64 messages at their bounds would hold them for a second. Messages of more than 2,000
-are stored apart: the words of one of 10,000 take ten times as long as the rest of it (docs/performance.md).
+"""Max characters, with those of payloads, in one statement that stores messages; one alone may have more. The
+statement holds the locks of all their conversations: 64 messages at their bounds would hold them for a second. Messages
+of more than 2,000 are stored apart: the words of one of 10,000 take ten times as long as the rest of it
+(docs/performance.md).
 """
 REDIS_SECONDS = 1.0
 METRICS_SECONDS = 1.0
