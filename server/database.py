@@ -231,7 +231,8 @@ class Database:
         share from others.
         """
         async with self._pool.turn() as pool, share.turn(), Lease(pool, is_lost) as connection:
-            yield connection
+            with share.used():
+                yield connection
 
     @asynccontextmanager
     async def _with_words(self, share: Share, too_long: str, *, retry_after_ms: int) -> AsyncIterator[Db]:

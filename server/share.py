@@ -2,14 +2,14 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from contextvars import ContextVar
 
 from protocol.errors import ErrorCode, Refused
 
 HELD: ContextVar[float] = ContextVar("held", default=0.0)
-"""Seconds for which the current task has held a part of a share. The time that it waited for one does not count."""
+"""Seconds for which the current task has used what is shared. The time that it waited for that does not count."""
 
 
 class Share:
@@ -37,12 +37,19 @@ class Share:
             raise self._busy() from None
         finally:
             self._waiting -= 1
+        try:
+            yield
+        finally:
+            self._turns.release()
+
+    @contextmanager
+    def used(self) -> Iterator[None]:
+        """Count the time in `HELD`: who holds a part of the share may have to wait for something else before."""
         began = self._clock()
         try:
             yield
         finally:
             HELD.set(HELD.get() + self._clock() - began)
-            self._turns.release()
 
     def _busy(self) -> Refused:
         return Refused(

@@ -219,10 +219,11 @@ async def test_searches_have_a_rate_of_their_own(settings: Settings) -> None:
 
 
 async def test_a_user_whose_searches_are_slow_waits_between_them(settings: Settings) -> None:
-    """The time at the database counts, and not the time in line."""
+    """The time at the database counts, and not the time in line for a turn or a connection."""
     async with World(msgspec.structs.replace(settings, search_rate=2.0), workers=1) as world:
         app = world.workers[0].app
-        one, other = [await world.connect(who) for who in await world.users("Ada", "Charles")]
+        ada, charles, dora = await world.users("Ada", "Charles", "Dora")
+        one, other, third = [await world.connect(who) for who in (ada, charles, dora)]
         app._allowances[Rate.SEARCH] = SharedAllowance("search", 2.0, None, clock=lambda: 1)  # noqa: SLF001
         for asker, seconds, answered in ((one, 0.0, 8), (other, 1.0, 1)):
             app._database._shared.searches._clock = count(0.0, seconds).__next__  # noqa: SLF001
@@ -231,6 +232,18 @@ async def test_a_user_whose_searches_are_slow_waits_between_them(settings: Setti
             assert len(answers) - len(late) == answered
             assert {answer.code for answer in late} == {ErrorCode.RATE_LIMITED}
             assert all(answer.retry_after_ms for answer in late)
+        now = 0.0
+        app._database._shared.searches._clock = lambda: now  # noqa: SLF001
+        pool = app._database._shared.pool  # noqa: SLF001
+        held = [await pool.take() for _ in range(pool._most)]  # noqa: SLF001
+        waiting = asyncio.create_task(third.call(client.Search(text="engine"), server.SearchPage))
+        await until(lambda: dora.id in pool._waiting._lines)  # noqa: SLF001
+        now = 10.0
+        for connection in held:
+            pool.give(connection, is_usable=True)
+        await waiting
+        for _ in range(7):
+            await third.call(client.Search(text="engine"))
 
 
 async def test_a_word_of_two_letters_does_not_find_longer_ones(room: Room) -> None:
