@@ -135,19 +135,22 @@ class Host:
 
     def note_slow(self, user_id: UserId) -> None:
         """Note that a post of a user was answered slowly: with enough users, the host is slow."""
-        self.failing.add(user_id)
+        self._add_failing(user_id)
         if len(self.failing) >= HOST_USERS:
             self.is_fast = False
             self.is_slow = True
 
     def note_failed(self, user_id: UserId, retry_after: float) -> None:
         """Note that a post of a user failed: with enough users, the host is paused for all."""
-        if len(self.failing) < HOST_USERS:
-            self.failing.add(user_id)
+        self._add_failing(user_id)
         if len(self.failing) >= HOST_USERS:
             self.pause = self.pause.after_failure(retry_after, MAX_BACKOFF)
             self.is_fast = False
             self.is_slow = self.is_slow or self.pause.failures > 1
+
+    def _add_failing(self, user_id: UserId) -> None:
+        if len(self.failing) < HOST_USERS:
+            self.failing.add(user_id)
 
     def note_long(self) -> None:
         """Note that a post took long, whatever the answer. A host that has been slow for everybody whom it had answered

@@ -380,3 +380,16 @@ class TestInTheServer:
             assert queue._pauses.keys() == {bad.endpoint}  # noqa: SLF001
         finally:
             await browser.stop()
+
+
+def test_host_keeps_as_few_users_as_it_takes_to_judge_it() -> None:
+    host = hosts.Host(HOST)
+    for kept, note in (
+        (host.failing, host.note_slow),
+        (host.failing, lambda user_id: host.note_failed(user_id, 0.0)),
+        (host.answered, host.note_fast),
+    ):
+        kept.clear()
+        for _ in range(1_000):
+            note(UserId(uuid7()))
+        assert len(kept) == hosts.HOST_USERS
