@@ -213,6 +213,22 @@ async def test_links_are_not_followed(shell: Shell, world: World, tmp_path: Path
     assert await world.db.fetchval("SELECT count(*) FROM message") == 0
 
 
+async def test_what_lies_beside_an_export_is_left_alone(shell: Shell, world: World, tmp_path: Path) -> None:
+    path = slack(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "2023.json").write_text("[]")
+    (path / "latest").symlink_to(tmp_path / "elsewhere")
+    (path / "C:").symlink_to(path)
+    (path / "nowhere").symlink_to(tmp_path / "missing")
+    for name in ("a\\b", "c:d"):
+        (path / name).mkdir()
+        (path / name / "2023.json").write_text("[]")
+    (path / "lost+found").mkdir(mode=0)
+    printed = await shell.run("import", "slack", str(path))
+    assert "no conversation has this folder" not in printed
+    assert await world.db.fetchval("SELECT count(*) FROM message") > 0
+
+
 @pytest.mark.parametrize("bound", ["MAX_FILE", "MAX_TOTAL", "MAX_FILES", "RATIO_FROM"])
 async def test_what_a_zip_file_becomes_is_bounded(
     shell: Shell, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bound: str

@@ -1,5 +1,6 @@
 """Reading what somebody else has written: within bounds, inside its folder, and with the place of what is wrong."""
 
+import os
 import re
 import stat
 import struct
@@ -130,9 +131,13 @@ def depth(text: bytes) -> int:
 
 def component(name: object) -> str:
     """Return a name that stands for one file or folder. Raises ValueError if it leads anywhere else."""
-    if not isinstance(name, str) or name in {"", ".", ".."} or any(one in name for one in "/\\\0") or name[1:2] == ":":
+    if not isinstance(name, str) or not _is_component(name):
         raise ValueError(f"{name!r:.100} is not the name of a file in it")
     return name
+
+
+def _is_component(name: str) -> bool:
+    return name not in {"", ".", ".."} and not any(one in name for one in "/\\\0") and name[1:2] != ":"
 
 
 def moment_ms(at_ms: int) -> int:
@@ -160,6 +165,10 @@ def key(value: object, without: str = "") -> str:
     if not 0 < len(value) <= MAX_KEY or not _LINE.match(value) or any(one in value for one in without):
         raise ValueError(f"{value!r:.100} is not an id: its length or its characters are not allowed")
     return value
+
+
+def _is_plain_folder(place: Path) -> bool:
+    return place.is_dir() and not place.is_symlink() and os.access(place, os.R_OK | os.X_OK)
 
 
 class Files:
@@ -218,10 +227,12 @@ class Files:
         return sorted(one.name for one in place.iterdir()) if place.is_dir() else []
 
     def folders(self) -> list[str]:
-        """Return the names of the folders that files may be in, in order."""
+        """Return the names of the folders that files may be in, in order. Whatever else lies beside them is not of the
+        export: links, and what has another name or may not be read.
+        """
         if self._zip is not None:
             return sorted(self._folders)
-        return sorted(one.name for one in self._root.iterdir() if one.is_dir())
+        return sorted(one.name for one in self._root.iterdir() if _is_component(one.name) and _is_plain_folder(one))
 
     def _inside(self, parts: tuple[str, ...]) -> Path:
         place = self._root.joinpath(*parts)
