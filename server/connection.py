@@ -4,6 +4,7 @@ import asyncio
 import logging
 from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from datetime import datetime
 from functools import partial
 from typing import NamedTuple
@@ -231,6 +232,10 @@ class Connection:
     def attach(self, conversation_id: ConversationId, version: int) -> bool:
         """Deliver the events after `version`; False if later ones were delivered already."""
         return self._is_closed or self._shared.hub.topics.attach(self, conversation_id, version)
+
+    def catching_up(self, conversation_id: ConversationId) -> AbstractContextManager[None]:
+        """Keep what is delivered meanwhile, for `attach`."""
+        return self._shared.hub.topics.catching_up(self, conversation_id)
 
     def detach(self, conversation_id: ConversationId) -> None:
         """Deliver no more of them."""

@@ -1,7 +1,7 @@
 """What a handler receives: who asks, and what it may use to answer. The two wings of the server meet here."""
 
 from collections.abc import AsyncIterator, Collection, Iterable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AbstractContextManager, asynccontextmanager
 from datetime import datetime
 from typing import Protocol
 
@@ -64,6 +64,9 @@ class Subscriber(Protocol):
 
     def attach(self, conversation_id: ConversationId, version: int) -> bool:
         """Deliver the events after `version`; False if later ones were delivered already: read what came, try again."""
+
+    def catching_up(self, conversation_id: ConversationId) -> AbstractContextManager[None]:
+        """Keep what is delivered meanwhile, for an `attach` at what is read meanwhile."""
 
     def detach(self, conversation_id: ConversationId) -> None:
         """Deliver no more of them."""

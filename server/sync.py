@@ -172,30 +172,39 @@ async def _follow(context: Context, views: list[ConversationView], frames: list[
 
 async def _catch_up(context: Context, conversation_id: ConversationId, version: int, *, done: int = 0) -> None:
     while True:
-        async with _reading(context, done) as db:
-            difference = await changes.since(db, conversation_id, version, limit=MAX_CHANGES)
-            # Asked last: whoever may read now might read all of the above.
-            reading = await changes.reading(db, conversation_id, context.user_id, most=MAX_SHARED_PARTICIPANTS)
-        if difference is None or reading is None:
-            await _say_left(context, [conversation_id])
-            return
-        if not difference.is_whole:
-            await _start_over(context, [conversation_id], "too_many_changes", done=done)
-            return
-        if difference.changes.since > difference.clock:
-            await _start_over(context, [conversation_id], "ahead_of_server", done=done)
-            return
-        if (parts := difference.parts(MAX_PAGE_BYTES)) is None:
-            await _start_over(context, [conversation_id], "too_many_changes", done=done)
-            return
-        for number, part in enumerate(parts):
-            if number:
-                await context.connection.drained()
-            context.connection.say(msgspec.structs.replace(part, **reading._asdict()))
-        version = difference.changes.version
-        await context.connection.open([conversation_id])
-        if context.connection.attach(conversation_id, version):
-            return
+        with context.connection.catching_up(conversation_id):
+            known = await _say_difference(context, conversation_id, version, done)
+            if known is None:
+                return
+            version = known
+            await context.connection.open([conversation_id])
+            if context.connection.attach(conversation_id, version):
+                return
+
+
+async def _say_difference(context: Context, conversation_id: ConversationId, version: int, done: int) -> int | None:
+    """Say what came after a version, and return the version that it leads to; None if something else was said: all of
+    the conversation, or that it is not the user's.
+    """
+    async with _reading(context, done) as db:
+        difference = await changes.since(db, conversation_id, version, limit=MAX_CHANGES)
+        # Asked last: whoever may read now might read all of the above.
+        reading = await changes.reading(db, conversation_id, context.user_id, most=MAX_SHARED_PARTICIPANTS)
+    if difference is None or reading is None:
+        await _say_left(context, [conversation_id])
+        return None
+    parts = difference.parts(MAX_PAGE_BYTES) if difference.is_whole else None
+    if difference.is_whole and difference.changes.since > difference.clock:
+        await _start_over(context, [conversation_id], "ahead_of_server", done=done)
+        return None
+    if parts is None:
+        await _start_over(context, [conversation_id], "too_many_changes", done=done)
+        return None
+    for number, part in enumerate(parts):
+        if number:
+            await context.connection.drained()
+        context.connection.say(msgspec.structs.replace(part, **reading._asdict()))
+    return difference.changes.version
 
 
 async def _start_over(

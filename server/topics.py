@@ -9,7 +9,8 @@ import asyncio
 import logging
 import time
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple, Protocol
 from uuid import UUID
 
@@ -17,6 +18,7 @@ from protocol.codec import encode, text_frame
 from protocol.errors import ErrorCode, Refused
 from protocol.ids import EVERYONE, ConversationId, UserId
 from protocol.server import ConversationLeft, ServerFrame
+from server.backlog import Backlog
 from server.bus import Bus
 from server.errors import log_failure
 from server.people import COMPARE_AT_ONCE, People, Socket
@@ -58,8 +60,8 @@ class Topic:
     """A conversation that this worker follows."""
 
     __slots__ = (
-        "changed_at", "channel", "delivered", "early", "fetch", "id", "joining", "opening", "pending", "quiet_at",
-        "rests_until", "sockets", "told",
+        "behind", "changed_at", "channel", "delivered", "early", "fetch", "id", "joining", "opening", "pending",
+        "quiet_at", "rests_until", "sockets", "told",
     )  # fmt: skip
 
     def __init__(self, conversation_id: ConversationId) -> None:
@@ -69,6 +71,8 @@ class Topic:
         self.sockets: dict[Socket, Callable[[bytes], None]] = {}
         # Sockets that were told of a version which is not delivered yet: they get what comes after it.
         self.joining: dict[Socket, int] = {}
+        # Sockets that are about to be told of a version which may be over by then, and what came meanwhile.
+        self.behind: dict[Socket, Backlog] = {}
         self.early: dict[int, tuple[bytes, bytes]] = {}
         self.pending: list[bytes] = []
         # Versions, in order, and when they were delivered here, in Unix seconds.
@@ -160,15 +164,35 @@ class Topics:
                 "The conversation is not open yet. Retry after `retry_after_ms`.",
                 retry_after_ms=1_000,
             )
+        missed: Sequence[bytes] | None = ()
         if topic.delivered > version:
-            return False
+            missed = topic.behind[socket].after(version) if socket in topic.behind else None
+            if missed is None:
+                return False
         self._flush(topic)
         socket.attached.add(conversation_id)
+        if missed:
+            self.delivered += len(missed)
+            socket.write(b"".join(missed))
         if topic.delivered < version:
             topic.joining[socket] = version
         else:
             topic.sockets[socket] = socket.write
         return True
+
+    @contextmanager
+    def catching_up(self, socket: Socket, conversation_id: ConversationId) -> Iterator[None]:
+        """Keep what is delivered meanwhile for a socket, so that `attach` has what came while a version was read: in a
+        busy conversation something always does.
+        """
+        topic = self._topics.get(conversation_id)
+        if topic is not None:
+            topic.behind[socket] = Backlog()
+        try:
+            yield
+        finally:
+            if topic is not None:
+                topic.behind.pop(socket, None)
 
     def detach(self, socket: Socket, conversation_id: ConversationId) -> None:
         """Deliver no more of a conversation to a socket."""
@@ -219,6 +243,8 @@ class Topics:
             self._drop(topic, UserId(UUID(bytes=gone)))
 
     def _advance(self, topic: Topic, version: int, frame: bytes) -> None:
+        for backlog in topic.behind.values():
+            backlog.add(topic.delivered, version, frame)
         ready = [socket for socket, told in topic.joining.items() if told < version]
         if ready:
             # What is waiting to be written is older than they are.
@@ -234,8 +260,11 @@ class Topics:
         self._enqueue(topic, frame)
 
     def _drop(self, topic: Topic, user_id: UserId) -> None:
-        sockets = [*topic.sockets, *topic.joining] if user_id == EVERYONE else self._people.sockets(user_id)
+        sockets = (
+            [*topic.sockets, *topic.joining, *topic.behind] if user_id == EVERYONE else self._people.sockets(user_id)
+        )
         for socket in sockets:
+            topic.behind.pop(socket, None)  # it asks again whether its user may read
             if topic.id in socket.attached:
                 self.detach(socket, topic.id)
                 socket.say(ConversationLeft(conversation_id=topic.id))

@@ -44,6 +44,7 @@ STOREYS: list[list[str]] = [
         "turns",
         "looptime",
         "stopwatch",
+        "backlog",
         "tally",
         "unconfirmed",
         "drops",

@@ -24,12 +24,12 @@ from protocol.server import Changes, ServerFrame
 from prove.client import Client
 from prove.mirror import Mirror
 from prove.truth import assert_same, read_conversation, recount
-from server import sync, topics
+from server import backlog, sync, topics
 from server.config import Settings
 from server.connection import Connection
 from server.periodic import end
-from server.queries.changes import since
-from tests.world import Somebody, World, message, sent
+from server.queries.changes import reading, since
+from tests.world import Somebody, World, message, sent, until
 
 
 class Away:
@@ -144,6 +144,56 @@ async def test_conversation_that_was_let_go_during_a_long_resume_is_followed_aga
     for group in (away.group, second):
         await sent(away.ada, group, "Live")
         assert (await phone.event(server.MessageSent)).message.content == "Live"
+
+
+@pytest.mark.parametrize("bound", [topics.MAX_EARLY, 2], ids=["kept", "too many to keep"])
+async def test_conversation_where_something_is_said_during_each_read_is_caught_up_with(
+    away: Away, monkeypatch: pytest.MonkeyPatch, bound: int
+) -> None:
+    """And nothing is said twice. A backlog that is full has the conversation read again."""
+    here = away.world.workers[1].app.hub.topics
+    reads = 0
+
+    async def late(*args: Any, **options: Any) -> Any:
+        nonlocal reads
+        reads += 1
+        found = await since(*args, **options)
+        for number in range(4 - reads):
+            await sent(away.ada, away.group, f"During read {reads}, {number}")
+        version = await away.world.db.fetchval("SELECT version FROM conversation WHERE id = $1", away.group)
+        await until(lambda: here._topics[away.group].delivered == version)  # noqa: SLF001
+        return found
+
+    monkeypatch.setattr(backlog, "MAX_BACKLOG", bound)
+    monkeypatch.setattr("server.sync.changes.since", late)
+    await sent(away.ada, away.group, "Missed")
+    phone = await away.world.connect(away.who, 1, query="?resume=1")
+    await phone.call(client.Resume(epoch=away.epoch, versions={away.group: away.version}), server.Resumed)
+    await sent(away.ada, away.group, "Live")
+    await phone.event(server.MessageSent, lambda event: event.message.content == "Live")
+    said = [event.events if isinstance(event, Changes) else [event] for event in phone.events]
+    versions = [one.version for events in said for one in events if isinstance(one, server.MessageSent)]
+    assert reads == (1 if bound > 3 else 2)
+    assert versions == [away.version + number for number in range(1, 6 if bound > 3 else 8)]
+
+
+async def test_who_is_banned_while_they_catch_up_follows_nothing(away: Away, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def late(*args: Any, **options: Any) -> Any:
+        found = await reading(*args, **options)
+        if not banned:
+            banned.append(True)
+            await sent(away.ada, away.group, "Said before")
+            ban = client.RemoveParticipant(conversation_id=away.group, user_id=away.who.id, ban=True)
+            await away.ada.call(ban)
+            await sent(away.ada, away.group, "Secret")
+        return found
+
+    banned: list[bool] = []
+    monkeypatch.setattr("server.sync.changes.reading", late)
+    await sent(away.ada, away.group, "Missed")
+    (changes, left) = await away.back()
+    assert isinstance(changes, Changes)
+    assert left == server.ConversationLeft(conversation_id=away.group)
 
 
 async def test_new_and_lost_conversations(away: Away) -> None:
