@@ -83,6 +83,23 @@ async def test_who_deletes_may_come_back_for_a_while(world: World, ada: Person) 
     assert await world.db.fetchval('SELECT deleted_at IS NULL AND is_active AND NOT is_deleted FROM "user"')
 
 
+async def test_request_of_who_deleted_their_account_is_not_accepted_until_they_are_back(
+    world: World, ada: Person
+) -> None:
+    one = await ada.register()
+    me, (charles, mary) = one.ready.user.id, await world.users("Charles", "Mary")
+    for who in (charles, mary):
+        await one.call(client.RequestFriend(user_id=who.id))
+    assert await ada.post("delete", password=PASSWORD) == 204
+    other, third = await world.connect(charles), await world.connect(mary)
+    with refused(ErrorCode.NOT_FOUND, "user_id"):
+        await other.call(client.AnswerFriend(user_id=me, accept=True))
+    await third.call(client.AnswerFriend(user_id=me, accept=False))
+    await ada.log_in()
+    await other.call(client.AnswerFriend(user_id=me, accept=True))
+    assert await world.db.fetchval("SELECT count(*) FROM user_relationship WHERE status = 'accepted'") == 2
+
+
 async def test_a_locked_account_does_not_come_back(world: World, ada: Person) -> None:
     await ada.register()
     await world.db.execute('UPDATE "user" SET is_disabled = true, is_active = false')

@@ -62,6 +62,8 @@ async def answer_friend(context: Context, frame: client.AnswerFriend) -> OneRela
         if there == answer and (same := await relationships.get(db, them, me, change, me)) is not None:
             # Answered before: the other one is not told again.
             return OneRelationship(relationship=same)
+        if frame.accept:
+            await _require_not_deleted(db, them)
         made = await relationships.put(db, them, me, change, me)
         if frame.accept:
             await relationships.put(db, me, them, Change("friend", "accepted"), me)
