@@ -44,16 +44,19 @@ class Gather(Generic[Item, Outcome]):
         owner: Callable[[Item], Hashable] = lambda _: None,
         weigh: Callable[[Item], int] = lambda _: 0,
         most_weight: int = 0,
+        on_idle: Callable[[], object] = lambda: None,
     ) -> None:
         """`work` takes 1 to `most` items and returns as many outcomes, in the same order. Together they weigh at most
         `most_weight`, unless one alone weighs more. However many items an owner has, the first one of another owner is
-        in the next run, if each owner's next one fits into that.
+        in the next run, if each owner's next one fits into that. `on_idle` is called whenever nothing is in flight and
+        nothing waits any more.
         """
         self._work = work
         self._most = most
         self._owner = owner
         self._weigh = weigh
         self._most_weight = most_weight
+        self._on_idle = on_idle
         self._waiting: Lines[Hashable, tuple[Item, asyncio.Future[Outcome]]] = Lines()
         self._is_running = False
         self._runner: asyncio.Task[None] | None = None
@@ -74,6 +77,8 @@ class Gather(Generic[Item, Outcome]):
         self._is_running = bool(self._waiting)
         if self._is_running:
             self._runner = asyncio.create_task(self._run())
+        else:
+            self._on_idle()
 
     async def _run(self) -> None:
         try:

@@ -59,7 +59,7 @@ class Lanes(Generic[Key, Item, Outcome]):
         self._weigh = weigh
         self._most_weight = most_weight
         self._turns = asyncio.Semaphore(lanes)
-        self._lanes: dict[Key, tuple[Gather[Item, Outcome], set[object]]] = {}
+        self._lanes: dict[Key, Gather[Item, Outcome]] = {}
 
     async def submit(self, item: Item) -> Outcome:
         """Return the outcome of `item`. Raises what `run` or `wait` raised for it."""
@@ -71,20 +71,19 @@ class Lanes(Generic[Key, Item, Outcome]):
                 if not isinstance(outcome, Held):
                     return outcome
         if key not in self._lanes:
-            self._lanes[key] = self._lane(), set()
-        lane, waiting = self._lanes[key]
-        mine = object()
-        waiting.add(mine)
-        try:
-            return await lane.submit(item)
-        finally:
-            waiting.remove(mine)
-            if not waiting:
-                del self._lanes[key]
+            self._lanes[key] = self._lane(key)
+        return await self._lanes[key].submit(item)
 
-    def _lane(self) -> Gather[Item, Outcome]:
-        weight = self._most_weight
-        return Gather(self._in_turn, most=self._most, owner=self._owner, weigh=self._weigh, most_weight=weight)
+    def _lane(self, key: Key) -> Gather[Item, Outcome]:
+        return Gather(
+            self._in_turn,
+            most=self._most,
+            owner=self._owner,
+            weigh=self._weigh,
+            most_weight=self._most_weight,
+            # Not when nobody waits for an outcome: items whose submitters were cancelled still wait for the row.
+            on_idle=lambda: self._lanes.pop(key),
+        )
 
     async def _in_turn(self, items: list[Item]) -> list[Outcome]:
         async with self._turns:

@@ -22,6 +22,7 @@ from server.auth.tickets import Ticket
 from server.auth.tokens import token_hash
 from server.config import Settings
 from server.gather import Gather, Slow
+from server.lanes import HELD, Held, Lanes
 from server.queries import sending
 from server.queries.push import Post
 from server.queries.sending import Outgoing, Source
@@ -498,6 +499,47 @@ async def test_owners_of_items_take_turns() -> None:
     assert batches == [["a0"], ["a1", "b0", "c0", "a2"], ["b1", "a3", "a4", "a5"], ["a6", "a7", "a8"]]
 
 
+def in_lane(stage: Crowd) -> int:
+    """Return how many messages wait for the group, which is held: one in flight, and those behind it."""
+    return 1 + sum(map(len, stage.sends._lanes[stage.group]._waiting._lines.values()))
+
+
+async def test_items_of_one_key_never_wait_in_two_lanes() -> None:
+    """A submitter that is cancelled leaves an item behind, which takes its turn all the same."""
+    batches: list[list[str]] = []
+    is_free = asyncio.Event()
+
+    async def wait(items: list[str]) -> list[str]:
+        batches.append(items)
+        await is_free.wait()
+        return items
+
+    async def run(items: list[str]) -> list[str | Held]:
+        return [HELD] * len(items)
+
+    lanes = Lanes[str, str, str](
+        key=lambda item: item[0], owner=lambda item: item, run=run, wait=wait, most=4, weigh=lambda _: 0,
+        most_weight=1, lanes=2,
+    )  # fmt: skip
+    first, second, third = [asyncio.create_task(lanes.submit(f"a{number}")) for number in range(3)]
+    while not batches:
+        await asyncio.sleep(0)
+    first.cancel()
+    while len(batches) < 2:
+        await asyncio.sleep(0)
+    for one in (second, third):
+        one.cancel()
+    await asyncio.wait([first, second, third])
+    late = asyncio.create_task(lanes.submit("a3"))
+    for _ in range(10):
+        await asyncio.sleep(0)
+    assert batches == [["a0"], ["a1", "a2"]], "of one key, one run at a time"
+    is_free.set()
+    assert await late == "a3"
+    assert batches[2:] == [["a3"]]
+    assert lanes._lanes == {}
+
+
 VERSIONS = "SELECT array_agg(sent_version) FROM message WHERE id = ANY($1)"
 
 
@@ -527,7 +569,7 @@ async def test_many_messages_of_one_user_go_before_one_of_another_by_two_stateme
                 (bystander,) = stage.submit(Outgoing(stage.charles.id, last))
                 if is_held:
                     async with asyncio.timeout(SECONDS):
-                        while len(stage.sends._lanes) != 1 or len(stage.sends._lanes[stage.group][1]) < len(flood):
+                        while len(stage.sends._lanes) != 1 or in_lane(stage) < len(flood):
                             await asyncio.sleep(0)
                     await held.rollback()
                 assert None not in await asyncio.gather(bystander, *flooding)
@@ -553,7 +595,7 @@ async def test_calls_of_one_user_in_flight_are_bounded(settings: Settings, monke
             calls = [asyncio.create_task(call(stage.ada, stage.group)) for _ in range(5)]
             done, _ = await asyncio.wait(calls, timeout=SECONDS, return_when=asyncio.FIRST_COMPLETED)
             assert [one.result() for one in done] == [503] * len(done) != []
-            assert len(stage.sends._lanes[stage.group][1]) == 3
+            assert in_lane(stage) == 3
             assert await call(stage.mary, stage.elsewhere) == 200
         assert sorted([await one for one in calls]) == [200, 200, 200, 503, 503]
         # Who waits, and not for too long, has a turn.
