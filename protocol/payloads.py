@@ -8,9 +8,8 @@ from typing import Annotated
 
 import msgspec
 from msgspec import Meta
-from msgspec.structs import force_setattr
 
-from protocol.limits import LANGUAGE, LINES, MAX_POLL_OPTIONS, MIME_TYPE, Link, Name, Text, collapsed
+from protocol.limits import LANGUAGE, LINES, MAX_POLL_OPTIONS, MIME_TYPE, Link, Name, Text
 from protocol.moments import Moment, require_moment
 
 Pixels = Annotated[int, Meta(ge=1, le=100_000)]
@@ -79,10 +78,10 @@ class Location(_Payload, tag="location", frozen=True, kw_only=True):
 
 
 class Poll(_Payload, tag="poll", frozen=True, kw_only=True):
-    """A question, in `content`, with options that are all different, and not in blanks alone. White space around an
-    option is left out. `is_multiple` allows votes for several of them. Of an anonymous poll only the counts are told.
-    After `closes_at` no vote is taken; it must be after the time in `message_id`, and after `send_at`. A scheduled poll
-    that cannot be sent before fails. The question cannot be edited once somebody has voted or the poll is closed.
+    """A question, in `content`, with options that are all different, and not in blanks alone. `is_multiple` allows votes
+    for several of them. Of an anonymous poll only the counts are told. After `closes_at` no vote is taken; it must be
+    after the time in `message_id`, and after `send_at`. A scheduled poll that cannot be sent before fails. The question
+    cannot be edited once somebody has voted or the poll is closed.
     """
 
     options: Options
@@ -91,9 +90,8 @@ class Poll(_Payload, tag="poll", frozen=True, kw_only=True):
     closes_at: Moment | None = None
 
     def __post_init__(self) -> None:
-        force_setattr(self, "options", [option.strip() for option in self.options])
-        if len({collapsed(option) for option in self.options}) != len(self.options):
-            raise ValueError("The `options` must all be different, and not in blanks alone")
+        if len(set(self.options)) != len(self.options):
+            raise ValueError("The `options` must all be different")
         require_moment(self.closes_at, "closes_at")
 
 

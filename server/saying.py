@@ -4,6 +4,7 @@ from protocol.client import Edit, Schedule, Send
 from protocol.codec import now
 from protocol.errors import ErrorCode, Refused
 from protocol.ids import UserId, made_at
+from protocol.limits import collapsed
 from protocol.payloads import Code, Poll
 from protocol.values import Message
 from server import markup, mentions
@@ -12,13 +13,19 @@ from server.queries import mentions as meaning
 from server.queries.sending import Made, Outgoing, Source
 
 
-def require_open(frame: Send | Schedule) -> None:
-    """Raise Refused if a message is a poll that closes before it is sent. The time in `message_id` counts, not the
-    server's: a repetition that comes after `closes_at` gets the first answer.
+def require_fair(frame: Send | Schedule) -> None:
+    """Raise Refused if a message is a poll that has options which look alike, or closes before it is sent. The time in
+    `message_id` counts, not the server's: a repetition that comes after `closes_at` gets the first answer.
     """
-    if not isinstance(frame.payload, Poll) or frame.payload.closes_at is None:
+    if not isinstance(frame.payload, Poll):
         return
-    closes_at = frame.payload.closes_at
+    # Asked here and not of every Poll: what was stored before there was the rule stays readable.
+    if len({collapsed(option) for option in frame.payload.options}) != len(frame.payload.options):
+        raise Refused(
+            ErrorCode.INVALID, "The options must be different, and not in blanks alone.", path="payload.options"
+        )
+    if (closes_at := frame.payload.closes_at) is None:
+        return
     if isinstance(frame, Schedule) and closes_at <= frame.send_at:
         raise Refused(ErrorCode.INVALID, "`closes_at` must be after `send_at`.", path="payload.closes_at")
     if closes_at.timestamp() * 1_000 <= made_at(frame.message_id):

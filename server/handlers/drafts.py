@@ -17,7 +17,7 @@ from server.errors import NotActive, NotFound
 from server.permissions import require_may_send
 from server.queries import conversations, drafts, scheduled, sending, users
 from server.queries.sending import Outgoing
-from server.saying import outgoing, require_open
+from server.saying import outgoing, require_fair
 
 LATEST = timedelta(days=366)
 """How far ahead a message may be scheduled."""
@@ -48,7 +48,7 @@ async def schedule(context: Context, frame: client.Schedule) -> OneScheduled:
     """Keep a message until its time, or change one that waits."""
     if frame.send_at > now() + LATEST:
         raise Refused(ErrorCode.INVALID, "`send_at` must be at most 366 days ahead.", path="send_at")
-    require_open(frame)
+    require_fair(frame)
     # What is too large is refused now, not when nobody looks.
     out = await outgoing(context, _as_send(frame))
     async with context.transaction() as db:

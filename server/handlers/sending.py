@@ -21,7 +21,7 @@ from server.errors import NotActive, NotFound, is_lost
 from server.permissions import OBSTACLES, slow_mode
 from server.queries import messages, sending
 from server.queries.sending import Outgoing, Source, Stored
-from server.saying import outgoing, require_open
+from server.saying import outgoing, require_fair
 
 MAX_RACES = 5
 """How often a send is tried again when the sender's access, or the message's id, changed under it."""
@@ -37,7 +37,7 @@ Note: TypeAlias = Callable[[Db], Awaitable[None]]
 
 async def send(context: Context, frame: client.Send) -> Sent:
     """Store a message, once, and tell everyone."""
-    require_open(frame)
+    require_fair(frame)
     return await _store(context, await outgoing(context, frame))
 
 
