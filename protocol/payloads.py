@@ -78,10 +78,10 @@ class Location(_Payload, tag="location", frozen=True, kw_only=True):
 
 
 class Poll(_Payload, tag="poll", frozen=True, kw_only=True):
-    """A question, in `content`, with options that are all different, and not in blanks alone. `is_multiple` allows votes
-    for several of them. Of an anonymous poll only the counts are told. After `closes_at` no vote is taken; it must be
-    after the time in `message_id`, and after `send_at`. A scheduled poll that cannot be sent before fails. The question
-    cannot be edited once somebody has voted or the poll is closed.
+    """A question, in `content`, with options that are all different, and not in blanks alone. `is_multiple` allows
+    votes for several of them. Of an anonymous poll only the counts are told. After `closes_at` no vote is taken; it
+    must be after the time in `message_id`, and after `send_at`. A scheduled poll that cannot be sent before fails. The
+    question cannot be edited once somebody has voted or the poll is closed.
     """
 
     options: Options
