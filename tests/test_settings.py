@@ -11,6 +11,7 @@ from msgspec.inspect import BoolType, FloatType, IntType, LiteralType
 
 from server import config, upkeep
 from server.config import FIELDS, TEXTS, Settings, allowed, variable
+from server.database import SENDING_CONNECTIONS
 from server.errors import Fatal
 from server.supervisor import listen, prepare
 
@@ -219,3 +220,4 @@ def test_the_handbook_lists_every_setting_with_its_default_and_its_bounds() -> N
     words = {"": "none", "True": "true", "False": "false"}
     defaults = {name: words.get(str(field.default), str(field.default)) for name, field in FIELDS.items()}
     assert rows == [(variable(name), defaults[name], allowed(name)) for name in FIELDS]
+    assert f"which takes {SENDING_CONNECTIONS} more" in OPERATIONS
