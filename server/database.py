@@ -230,9 +230,8 @@ class Database:
         """Borrow a connection of a share. The user's turn comes first: a user who waits for it keeps no part of the
         share from others.
         """
-        async with self._pool.turn() as pool, share.turn(), Lease(pool, is_lost) as connection:
-            with share.used():
-                yield connection
+        async with self._pool.turn() as pool, share.hold(Lease(pool, is_lost)) as connection:
+            yield connection
 
     @asynccontextmanager
     async def _with_words(self, share: Share, too_long: str, *, retry_after_ms: int) -> AsyncIterator[Db]:

@@ -2,14 +2,18 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from contextvars import ContextVar
+from typing import TypeVar
 
 from protocol.errors import ErrorCode, Refused
 
 HELD: ContextVar[float] = ContextVar("held", default=0.0)
 """Seconds for which the current task has used what is shared. The time that it waited for that does not count."""
+
+
+Scarce = TypeVar("Scarce")
 
 
 class Share:
@@ -25,8 +29,10 @@ class Share:
         self._clock = clock
 
     @asynccontextmanager
-    async def turn(self) -> AsyncIterator[None]:
-        """Hold a part of the share. Raises Refused if too many wait, or if no part becomes free in time."""
+    async def hold(self, scarce: AbstractAsyncContextManager[Scarce]) -> AsyncIterator[Scarce]:
+        """Hold a part of the share, and then `scarce`. Raises Refused if too many wait, or if no part becomes free
+        soon. Adds the time for which `scarce` is held to `HELD`, and not the time until it is free.
+        """
         if self._turns.locked() and self._waiting >= self._most_waiting:
             raise self._busy()
         self._waiting += 1
@@ -38,18 +44,14 @@ class Share:
         finally:
             self._waiting -= 1
         try:
-            yield
+            async with scarce as one:
+                began = self._clock()
+                try:
+                    yield one
+                finally:
+                    HELD.set(HELD.get() + self._clock() - began)
         finally:
             self._turns.release()
-
-    @contextmanager
-    def used(self) -> Iterator[None]:
-        """Count the time in `HELD`: who holds a part of the share may have to wait for something else before."""
-        began = self._clock()
-        try:
-            yield
-        finally:
-            HELD.set(HELD.get() + self._clock() - began)
 
     def _busy(self) -> Refused:
         return Refused(

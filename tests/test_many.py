@@ -1,5 +1,6 @@
 """An account with thousands of conversations, and of changes: read in pages, in turns, without a loss."""
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -40,7 +41,7 @@ async def test_a_resume_that_gets_no_turn_is_refused_and_succeeds_later(
     await world.db.execute(FILL, ada.id, 10)
     reader = await world.connect(ada, query="?resume=1")
     frame = client.Resume(epoch=reader.ready.epoch, versions={}, user_version=0)
-    async with turns.turn():
+    async with turns.hold(nullcontext()):
         answer = await reader.ask(frame)
         assert isinstance(answer, server.Error)
         assert (answer.code, bool(answer.retry_after_ms)) == (ErrorCode.UNAVAILABLE, True)

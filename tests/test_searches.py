@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import nullcontext
 from datetime import UTC, datetime, timedelta
 from itertools import count
 from typing import Any
@@ -200,11 +201,11 @@ class TestSearchesThatTakeLong:
 
     async def test_who_waits_in_a_full_line_is_told_when_to_come_back(self) -> None:
         share = Share(1, waiting=1, patience=60.0)
-        async with share.turn():
-            waiting = asyncio.create_task(share.turn().__aenter__())
+        async with share.hold(nullcontext()):
+            waiting = asyncio.create_task(share.hold(nullcontext()).__aenter__())
             await asyncio.sleep(0)
             with refused(ErrorCode.UNAVAILABLE, None):
-                await share.turn().__aenter__()
+                await share.hold(nullcontext()).__aenter__()
         await waiting
 
 

@@ -4,7 +4,7 @@ import asyncio
 import json
 import logging
 from collections.abc import Iterable, Mapping
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, nullcontext
 from datetime import timedelta
 from functools import partial
 from typing import Any
@@ -311,7 +311,7 @@ async def test_a_user_who_waits_for_a_turn_of_their_own_holds_no_part_of_a_share
     # Who gets no part of a share gives the turn back.
     for share in shares:
         share._most_waiting = 0  # noqa: SLF001
-        async with share.turn():
+        async with share.hold(nullcontext()):
             with pytest.raises(Refused):
                 await use(ways[shares.index(share)](others))
         share._most_waiting = len(waiting)  # noqa: SLF001
