@@ -18,7 +18,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from protocol.errors import ErrorCode, Refused
 from protocol.limits import MAX_FRAME_BYTES
 from server.errors import log_defect
-from server.sockets import LINGER_BYTES, PROXY, Sockets
+from server.sockets import FREE_BYTES, LINGER_BYTES, PROXY, Sockets
 from server.web import refusal_response
 from server.websocket import WebSocket
 
@@ -81,8 +81,9 @@ class Http(HttpToolsProtocol):
         self._bytes = 0
         # The request that the application answers now; `cycle` is the one that arrived last.
         self._running: RequestResponseCycle | None = None
-        # Of bodies, counted at `sockets`: bytes of each client.
+        # Of bodies, counted at `sockets`: bytes of each client. And how many more are not counted.
         self._held: Counter[str] = Counter()
+        self._free = FREE_BYTES
         self._is_over = False
         self._is_lingering = False
         self._is_new = True
@@ -227,15 +228,23 @@ class Http(HttpToolsProtocol):
     def on_body(self, body: bytes) -> None:  # noqa: D102
         if self._is_over:
             return
-        if self._is_answering():
+        if self._is_answering() and not self._hold(len(body)):
+            return
+        super().on_body(body)
+
+    def _hold(self, count: int) -> bool:
+        """Count bytes of a body; False if there are too many, which is answered."""
+        free = min(count, self._free)
+        self._free -= free
+        if count > free:
             key = self._key or PROXY
             try:
-                self._sockets.hold(key, len(body))
+                self._sockets.hold(key, count - free)
             except Refused as refused:
                 self._refuse(refused)
-                return
-            self._held[key] += len(body)
-        super().on_body(body)
+                return False
+            self._held[key] += count - free
+        return True
 
     def on_message_complete(self) -> None:  # noqa: D102
         if self._is_over:
@@ -368,6 +377,7 @@ class Http(HttpToolsProtocol):
         for key, count in self._held.items():
             self._sockets.release(key, count)
         self._held.clear()
+        self._free = FREE_BYTES
 
     def _count_as(self, key: str) -> None:
         """Count a proxy's connection as one of a client. Raises Refused if that one has too many."""

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 
 from protocol.errors import ErrorCode, Refused
+from protocol.ids import UserId
 from protocol.limits import MAX_FRAME_BYTES
 from server.addresses import limit_key, too_many_of_address
 from server.limits import Pace
@@ -23,8 +24,12 @@ MACOS_DESCRIPTORS = 10_240
 SPARE = 8
 """Min connections of an address beyond those that are let in."""
 UNREAD_BYTES = 16 * 1024 * 1024
-"""Max bytes of requests that are not complete or not answered, and of messages that are not complete, of a worker. An
-address has a share (`SharedBound`).
+"""Max bytes of requests that are not complete or not answered, and of what arrives before login, of a worker; as many
+again of users' messages that are not complete. Each address, and each user, has a share (`SharedBound`).
+"""
+FREE_BYTES = 4096
+"""Bytes of these that a connection holds without counting: logins, small requests and most messages pass, however much
+others hold.
 """
 LINGER_BYTES = 16 * MAX_FRAME_BYTES
 """Max bytes that are read and dropped before a connection is closed. A socket that is closed with unread bytes is
@@ -55,7 +60,9 @@ class Sockets:
         self._count = 0
         self._of_address: Counter[str] = Counter()
         self.unread: SharedBound[str] = SharedBound(UNREAD_BYTES)
-        """Bytes of requests that are not complete or not answered, and of incomplete messages, by address."""
+        """Bytes of requests that are not complete or not answered, and of what arrives before login, by address."""
+        self.unread_of_users: SharedBound[UserId] = SharedBound(UNREAD_BYTES)
+        """Bytes of incomplete messages, by user: nobody without an account takes any of these."""
         # The connections that the server does nothing for now, oldest first, and what closes each.
         self._waiting: dict[object, Callable[[], None]] = {}
         self._beginning: Lines[str, Callable[[], None]] = Lines()
@@ -156,18 +163,27 @@ class Sockets:
         for received in some:
             received()
 
-    def hold(self, key: str, count: int) -> None:
-        """Count `count` bytes of a request or message. Raises Refused beyond the address's share or the maximum."""
-        if not self.unread.take(key, count):
+    def hold(self, client: str | UserId, count: int) -> None:
+        """Count `count` bytes of a request or message, of an address or a user. Raises Refused beyond the client's
+        share or the maximum.
+        """
+        if isinstance(client, str):
+            is_held = self.unread.take(client, count)
+        else:
+            is_held = self.unread_of_users.take(client, count)
+        if not is_held:
             raise Refused(
                 ErrorCode.UNAVAILABLE,
                 "Too many bytes of unfinished or unanswered requests and messages. Retry after `retry_after_ms`.",
                 retry_after_ms=RETRY_MS,
             )
 
-    def release(self, key: str, count: int) -> None:
+    def release(self, client: str | UserId, count: int) -> None:
         """Give back bytes that `hold` counted."""
-        self.unread.give(key, count)
+        if isinstance(client, str):
+            self.unread.give(client, count)
+        else:
+            self.unread_of_users.give(client, count)
 
     def _shed(self) -> None:
         self.shed += 1

@@ -17,8 +17,9 @@ from websockets.exceptions import InvalidState
 from websockets.speedups import apply_mask
 
 from protocol.errors import CloseCode, ErrorCode, Refused
+from protocol.ids import UserId
 from server.limits import Bucket
-from server.sockets import LINGER_BYTES, Sockets
+from server.sockets import FREE_BYTES, LINGER_BYTES, Sockets
 
 EXTENSION = "openchat.socket"
 """The key of the socket in the scope's extensions."""
@@ -62,6 +63,10 @@ _NOBODYS_EVENT = asyncio.Event()
 class Receiver(Protocol):
     """Who takes a socket over."""
 
+    @property
+    def user_id(self) -> UserId:
+        """The user, whose bytes of incomplete messages are counted."""
+
     def received(self, data: bytes, *, is_text: bool) -> None:
         """A message came."""
 
@@ -93,7 +98,7 @@ class WebSocket(WebSocketsSansIOProtocol):
     _is_wide = False
     # Max bytes of a message.
     _most_bytes = MAX_EARLY_BYTES
-    # Bytes of a message that is not complete, counted at `_sockets`, and the message's deadline.
+    # Bytes of a message that is not complete or too early, counted at `_sockets`, and the message's deadline.
     _held = 0
     _overdue: asyncio.TimerHandle | None = None
     # Until `take_over`: whether the first message has arrived, and the bytes after it.
@@ -117,6 +122,8 @@ class WebSocket(WebSocketsSansIOProtocol):
         super().__init__(*args, **kwargs)
         self._sockets = sockets
         self._key = key
+        # Whose bytes `_held` are: of the address, or of the user who took the socket over.
+        self._client: str | UserId = key or ""
         self.conn.max_message_size = MAX_EARLY_BYTES
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:  # noqa: D102 - as asyncio.Protocol has it
@@ -163,15 +170,18 @@ class WebSocket(WebSocketsSansIOProtocol):
         return bytes(partial)
 
     def _keep_unfinished(self) -> None:
-        """Count the bytes of a message that is not complete, and begin its time. Close if all hold too much of that."""
+        """Count the bytes of a message that is not complete, and those that came too early. Begin the message's time.
+        Close if all hold too much of that.
+        """
         if self._is_lingering:
             return
-        count = len(self._partial or b"") + (self.conn.current_size or 0)
+        unread = len(self._partial or b"") + (self.conn.current_size or 0) + len(self._early)
+        count = max(0, unread - FREE_BYTES)
         try:
             if count > self._held:
-                self._sockets.hold(self._key or "", count - self._held)
+                self._sockets.hold(self._client, count - self._held)
             elif count < self._held:
-                self._sockets.release(self._key or "", self._held - count)
+                self._sockets.release(self._client, self._held - count)
         except Refused as refused:
             self._give_up(refused, CloseCode.GOING_AWAY)
             return
@@ -205,10 +215,14 @@ class WebSocket(WebSocketsSansIOProtocol):
     def _forget_unfinished(self) -> None:
         self._await_no_rest()
         self._partial = None
+        self._early = b""
         self.frames = []
-        held, self._held = self._held, 0
-        if held:
-            self._sockets.release(self._key or "", held)
+        self._release()
+
+    def _release(self) -> None:
+        if self._held:
+            self._sockets.release(self._client, self._held)
+            self._held = 0
 
     def _received_early(self, data: bytes) -> None:
         """Receive the handshake and one small message, before `take_over`. Reading then pauses: later bytes stay in the
@@ -228,18 +242,10 @@ class WebSocket(WebSocketsSansIOProtocol):
                 break
             at = end
         else:
-            self._keep_early(data[at:])
-
-    def _keep_early(self, data: bytes) -> None:
-        if not data:
-            return
-        try:
-            self._sockets.hold(self._key or "", len(data))
-        except Refused:
-            self.transport.abort()
-            return
-        self._early += data
-        self.pause_receiving()
+            if at < len(data):
+                self._early += data[at:]
+                self.pause_receiving()
+                self._keep_unfinished()
 
     def _frame(self, data: bytes, at: int) -> int:
         """Take in the frame that begins at `at`, and return where it ends; 0 if it is not all there.
@@ -306,7 +312,6 @@ class WebSocket(WebSocketsSansIOProtocol):
         self.disarm()
         if self._stalled is not None:
             self._stalled.cancel()
-        self._forget_early()
         self._forget_unfinished()
         if self._key is not None:
             self._sockets.leave(self._key)
@@ -344,6 +349,17 @@ class WebSocket(WebSocketsSansIOProtocol):
         self.queue.put_nowait({"type": "websocket.receive", "bytes": data})
         self.pause_receiving()
 
+    async def receive(self) -> Any:  # noqa: ANN401, D102 - as uvicorn has it
+        if not (self.handshake_complete and self.queue.empty()):
+            return await super().receive()
+        # For the client to authenticate: whoever does not makes room for others.
+        self._sockets.waits(self, self.transport.abort)
+        try:
+            return await super().receive()
+        finally:
+            if not self.close_sent:
+                self._sockets.works(self)
+
     def take_over(self, receiver: Receiver) -> None:
         """Hand everything that comes from here on to `receiver`, and what came already."""
         self.disarm()
@@ -355,25 +371,19 @@ class WebSocket(WebSocketsSansIOProtocol):
         self._most_bytes = self.conn.max_message_size = self.config.ws_max_size
         self._forget_handshake()
         self.resume_receiving()
-        early = self._forget_early()
+        early, self._early = self._early, b""
+        self._release()
+        self._client = receiver.user_id
         if self.disconnected or self._is_lingering:
             self._leave()
-        elif early:
-            self.data_received(early)
         else:
-            self._await_rest()
+            self.data_received(early)
 
     def disarm(self) -> None:
         """End the deadline of the handshake."""
         if self._deadline is not None:
             self._deadline.cancel()
             self._deadline = None
-
-    def _forget_early(self) -> bytes:
-        early, self._early = self._early, b""
-        if early:
-            self._sockets.release(self._key or "", len(early))
-        return early
 
     def _forget_handshake(self) -> None:
         """Let go of what only the handshake and ASGI need: half of what an idle connection would hold."""
@@ -448,6 +458,7 @@ class WebSocket(WebSocketsSansIOProtocol):
         self.transport.write(b"".join(self.conn.data_to_send()))
         self._sockets.closed[str(code.value)] += 1
         self.close_sent = True
+        self._sockets.waits(self, self.transport.abort)
         self.resume_receiving()
         self.close_timer = self.loop.call_later(CLOSE_SECONDS, self.transport.abort)
 
@@ -468,7 +479,6 @@ class WebSocket(WebSocketsSansIOProtocol):
             return
         self._is_lingering = True
         self._ping = None
-        self._forget_early()
         self._forget_unfinished()
         self.disarm()
         self._leave()

@@ -25,7 +25,7 @@ from server.config import Settings
 from server.limits import Pace
 from server.proxies import Proxies
 from server.sharedbound import SHARE
-from server.sockets import UNREAD_BYTES, Sockets
+from server.sockets import FREE_BYTES, UNREAD_BYTES, Sockets
 from server.websocket import WebSocket
 from tests.cluster import Cluster
 from tests.world import World, http_client, until
@@ -266,8 +266,8 @@ async def test_behind_a_proxy_requests_count_for_whom_they_are_forwarded_for(set
             return streams
 
         open_ = [await ask(by_mal, 99_000, 100_000)]
-        await until(lambda: sockets.unread.taken == 99_000)
-        too_large = await ask(by_mal, 2_000, 100_000)
+        await until(lambda: sockets.unread.taken == 99_000 - FREE_BYTES)
+        too_large = await ask(by_mal, 10_000, 100_000)
         assert (await heard(too_large[0])).startswith(b"HTTP/1.1 503")
         too_large[1].close()
         done = await ask(by_eve, 60_000, 60_000)
@@ -320,7 +320,7 @@ async def test_a_body_that_ends_too_early_is_no_fault_of_the_server(
     alone: World, caplog: pytest.LogCaptureFixture
 ) -> None:
     _, writer = await dial(alone)
-    writer.write(await known(alone, POST) + b"x" * 500)
+    writer.write(await known(alone, POST) + b"x" * (FREE_BYTES + 500))
     app = alone.workers[0].app
     await until(lambda: app.sockets.unread.taken == 500)
     writer.close()
@@ -410,7 +410,8 @@ async def test_who_was_refused_and_does_not_go_makes_room_and_is_closed(alone: W
 
 def assert_nothing_is_kept(sockets: Sockets) -> None:
     kept = (sockets.unread.taken, sockets.unread._held, sockets._waiting)  # noqa: SLF001
-    assert (len(sockets), sockets._of_address, *kept) == (0, {}, 0, {}, {})  # noqa: SLF001
+    of_users = (sockets.unread_of_users.taken, sockets.unread_of_users._held)  # noqa: SLF001
+    assert (len(sockets), sockets._of_address, *kept, *of_users) == (0, {}, 0, {}, {}, 0, {})  # noqa: SLF001
 
 
 async def test_addresses_take_turns_when_connections_begin() -> None:

@@ -1,4 +1,4 @@
-"""Messages that do not end: what is held of them is counted by address, and the rest of each has a deadline."""
+"""Messages that do not end: what is held of them is counted by user, and the rest of each has a deadline."""
 
 import asyncio
 import contextlib
@@ -9,6 +9,8 @@ import msgspec
 import pytest
 from websockets.frames import Opcode
 
+from protocol.client import Authenticate
+from protocol.codec import encode
 from protocol.errors import CloseCode
 from protocol.limits import MAX_FRAME_BYTES
 from server import websocket
@@ -16,12 +18,12 @@ from server.config import Settings
 from server.connection import MAX_INBOX
 from server.periodic import end
 from server.sharedbound import SHARE
-from server.sockets import UNREAD_BYTES
+from server.sockets import FREE_BYTES, UNREAD_BYTES
 from tests.test_floods import HEAD
 from tests.test_frames import Wire, frame
 from tests.test_lock_order import WAITS
-from tests.test_silence import assert_nothing_is_kept, drip
-from tests.world import Somebody, World, until
+from tests.test_silence import Streams, assert_nothing_is_kept, dial, drip, heard
+from tests.world import Somebody, World, http_client, until
 
 SHORT = 0.3
 LARGE = frame(b" " * MAX_FRAME_BYTES)
@@ -35,12 +37,14 @@ async def alone(settings: Settings) -> AsyncIterator[World]:
         yield world
 
 
-async def shake(world: World, who: Somebody, source: str = "127.0.0.1") -> Wire:
+async def shake(world: World, who: Somebody | None, source: str = "127.0.0.1") -> Wire:
+    """Return a WebSocket, of somebody or of nobody yet."""
     host, _, port = world.url.removeprefix("http://").rpartition(":")
     wire = Wire(*await asyncio.open_connection(host, int(port), local_addr=(source, 0)))
-    wire.writer.write(HEAD + b"Authorization: Bearer " + who.token.encode() + b"\r\n\r\n")
+    token = b"" if who is None else b"Authorization: Bearer " + who.token.encode() + b"\r\n"
+    wire.writer.write(HEAD + token + b"\r\n")
     assert b" 101 " in await wire.reader.readuntil(b"\r\n\r\n")
-    assert (await wire.hear())["type"] == "ready"
+    assert who is None or (await wire.hear())["type"] == "ready"
     return wire
 
 
@@ -134,31 +138,104 @@ async def test_time_in_which_the_server_does_not_read_does_not_count(
     ],
     ids=["frames", "fragments"],
 )
-async def test_bytes_of_unfinished_messages_are_counted_by_address(alone: World, begin: bytes) -> None:
+async def test_bytes_of_unfinished_messages_are_counted_by_user(alone: World, begin: bytes) -> None:
     """Fifty sockets of each user could hold 250 KB each, for as long as they liked."""
     sockets = alone.workers[0].app.sockets
     share = UNREAD_BYTES // SHARE
     ada, eve = await alone.users("Ada", "Eve")
     held: list[Wire] = []
-    for _ in range(share // len(begin)):
-        held.append(await shake(alone, ada, "127.0.0.2"))
+    for number in range(share // (len(begin) - FREE_BYTES)):
+        held.append(await shake(alone, ada, f"127.0.0.{2 + number}"))
         held[-1].writer.write(begin)
-    await until(lambda: sockets.unread.taken > len(held) * 250_000)
-    assert sockets.unread.taken <= share
-    # One more has no place, and is told to come back; others go on, and so does another address.
-    late, other = await shake(alone, ada, "127.0.0.2"), await shake(alone, eve, "127.0.0.3")
+    await until(lambda: sockets.unread_of_users.taken > len(held) * 250_000)
+    assert sockets.unread_of_users.taken <= share
+    # One more has no place, and is told to come back; others go on, and so does another user at the same address.
+    late, other = await shake(alone, ada, "127.0.0.2"), await shake(alone, eve, "127.0.0.2")
     with contextlib.suppress(ConnectionError):
         late.writer.write(begin + begin[:1_000])
     said = await answered(late)
     assert (said["code"], bool(said["retry_after_ms"])) == ("unavailable", True)
     assert await late.closed() == CloseCode.GOING_AWAY
-    padded = frame(b'{"type":"ping","id":1}' + b" " * 200_000)
-    other.writer.write(padded[:150_000])
-    await until(lambda: sockets.unread._held.get("127.0.0.3", 0) >= 150_000)  # noqa: SLF001
-    other.writer.write(padded[150_000:])
-    assert (await answered(other))["type"] == "reply"
+    await assert_takes_a_frame_in_two_reads(alone, other, eve)
     held[0].writer.write(PING if len(begin) > len(BLANKS) * 100 else b"")
+    assert sockets.unread.taken == 0
     for wire in (*held, late, other):
         wire.writer.transport.abort()
+    await until(lambda: len(sockets) == 0)
+    assert_nothing_is_kept(sockets)
+
+
+async def assert_takes_a_frame_in_two_reads(world: World, wire: Wire, who: Somebody) -> None:
+    held = world.workers[0].app.sockets.unread_of_users._held  # noqa: SLF001
+    padded = frame(b'{"type":"ping","id":1}' + b" " * 200_000)
+    wire.writer.write(padded[:150_000])
+    await until(lambda: held.get(who.id, 0) == 150_000 - FREE_BYTES)
+    wire.writer.write(padded[150_000:])
+    assert (await answered(wire))["type"] == "reply"
+
+
+async def test_strangers_end_no_connection_of_users_and_keep_nobody_from_logging_in(alone: World) -> None:
+    """Bodies that nobody finishes, from 30 addresses, leave a new address less than a kilobyte."""
+    sockets = alone.workers[0].app.sockets
+    ada = await alone.user("Ada")
+    wire = await shake(alone, ada)
+    body = b" " * MAX_FRAME_BYTES
+    held: list[Streams] = []
+    begin = b"POST /v1/auth/login HTTP/1.1\r\nHost: here\r\nContent-Length: %d\r\n\r\n" % len(body)
+    for number in range(30):
+        share = (UNREAD_BYTES - sockets.unread.taken) // SHARE
+        taken = sockets.unread.taken + share
+        while share:
+            size = min(share, len(body) - 1 - FREE_BYTES)
+            held.append(await dial(alone, f"127.0.1.{1 + number}"))
+            held[-1][1].write(begin + body[: FREE_BYTES + size])
+            share -= size
+        await until(lambda: sockets.unread.taken == taken)  # noqa: B023
+    assert (UNREAD_BYTES - sockets.unread.taken) // SHARE < 1_000
+
+    await assert_takes_a_frame_in_two_reads(alone, wire, ada)
+    async with http_client(alone.url) as http:
+        headers = {"Authorization": f"Bearer {ada.token}"}
+        answer = await http.post("/v1/call", content=b'{"type":"ping"}'.ljust(FREE_BYTES - 100), headers=headers)
+        assert answer.status_code == 200
+        answer = await http.post("/v1/call", content=b'{"type":"ping"}'.ljust(FREE_BYTES + 10_000), headers=headers)
+        assert (answer.status_code, answer.headers["retry-after"]) == (503, "5")
+        login = b'{"email":"nobody@example.com","password":"not the password"}'
+        answer = await http.post("/v1/auth/login", content=login.ljust(2_000))
+        assert answer.status_code == 401, answer.text
+    # What follows `authenticate` in the same read is the user's, once the token was seen to be good.
+    early = await shake(alone, None)
+    early.writer.write(frame(encode(Authenticate(token=ada.token))) + PING + LARGE[:2_000])
+    assert (await answered(early))["type"] == "reply"
+    early.writer.write(LARGE[2_000:])
+    assert (await answered(early))["code"] == "bad_frame"
+
+    for writer in (wire.writer, early.writer, *(writer for _, writer in held)):
+        writer.transport.abort()
+    await until(lambda: len(sockets) == 0)
+    assert_nothing_is_kept(sockets)
+
+
+async def test_websockets_of_nobody_make_room_for_users(alone: World) -> None:
+    """Whether they never authenticate, or do not go when they were told that they may not come in."""
+    sockets = alone.workers[0].app.sockets
+    ada = await alone.user("Ada")
+    wire = await shake(alone, ada)
+    sockets._most = 20  # noqa: SLF001
+    silent = [await shake(alone, None, f"127.0.1.{1 + number}") for number in range(9)]
+    refused = [await shake(alone, None, f"127.0.2.{1 + number}") for number in range(10)]
+    for one in refused:
+        one.writer.write(frame(encode(Authenticate(token="nobody's"))))
+        assert await one.closed() == CloseCode.UNAUTHENTICATED
+    others = [await shake(alone, ada) for _ in range(19)]
+    assert sockets.shed == 19
+    # Those who are in make room for nobody.
+    full = await dial(alone, "127.0.1.1")
+    assert (await heard(full[0])).startswith(b"HTTP/1.1 503")
+    for one in (wire, others[0]):
+        one.writer.write(PING)
+        assert (await answered(one))["type"] == "reply"
+    for writer in (full[1], *(one.writer for one in (wire, *others, *silent, *refused))):
+        writer.transport.abort()
     await until(lambda: len(sockets) == 0)
     assert_nothing_is_kept(sockets)
