@@ -57,7 +57,8 @@ class Gather(Generic[Item, Outcome]):
         self._weigh = weigh
         self._most_weight = most_weight
         self._on_idle = on_idle
-        self._waiting: Lines[Hashable, tuple[Item, asyncio.Future[Outcome]]] = Lines()
+        # Whoever is cancelled before a run has their item wants nothing of it.
+        self._waiting: Lines[Hashable, tuple[Item, asyncio.Future[Outcome]]] = Lines(is_over=lambda one: one[1].done())
         self._is_running = False
         self._runner: asyncio.Task[None] | None = None
 

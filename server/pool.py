@@ -9,7 +9,7 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Hashable
 from contextlib import asynccontextmanager
 from types import TracebackType
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import asyncpg
 
@@ -20,6 +20,14 @@ from server.turns import Turns
 USER_SHARE = 2
 """One user holds at most one in `USER_SHARE` of a worker's connections, and at least one."""
 
+
+class OfSessions(NamedTuple):
+    """What requests about the sessions of one user wait as: behind none of the user's frames."""
+
+    user_id: UserId
+
+
+Client: TypeAlias = UserId | OfSessions
 Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
 
 
@@ -35,17 +43,19 @@ class Pool:
         self._taken: set[Connection] = set()
         self._opening = 0
         self._is_closed = False
-        self._waiting: Lines[Hashable, asyncio.Future[Connection | None]] = Lines()
-        self._turns: Turns[UserId] = Turns(max(1, most // USER_SHARE), patience=patience)
-        self._sessions_turns: Turns[UserId] = Turns(1, patience=patience)
+        self._waiting: Lines[Hashable, asyncio.Future[Connection | None]] = Lines(is_over=asyncio.Future.done)
+        self._turns: Turns[Client] = Turns(max(1, most // USER_SHARE), patience=patience)
+        self._sessions_turns: Turns[Client] = Turns(1, patience=patience)
 
     def of(self, user_id: UserId) -> "Part":
         """Return the pool as one user has it."""
         return Part(self, self._turns, user_id)
 
     def of_sessions(self, user_id: UserId) -> "Part":
-        """Return the pool for the sessions of one user: one further connection, which their frames cannot hold."""
-        return Part(self, self._sessions_turns, user_id)
+        """Return the pool for the sessions of one user: one further connection, which their frames cannot hold, and for
+        which they do not wait behind these.
+        """
+        return Part(self, self._sessions_turns, OfSessions(user_id))
 
     @asynccontextmanager
     async def turn(self) -> "AsyncIterator[Pool]":
@@ -55,9 +65,9 @@ class Pool:
     def __len__(self) -> int:
         return len(self._free) + len(self._taken)
 
-    async def take(self, user_id: UserId | None = None) -> Connection:
-        """Return a connection that is nobody else's until `give`. Users who wait take turns, and nobody overtakes them.
-        What is done for no user, such as a job or a look-up for many, waits as a user of its own.
+    async def take(self, client: Client | None = None) -> Connection:
+        """Return a connection that is nobody else's until `give`. Clients that wait take turns, and nobody overtakes
+        them. What is done for no user, such as a job or a look-up for many, waits as a client of its own.
 
         Raises TimeoutError if none becomes free in time, InterfaceError once closed, and what connecting raises.
         """
@@ -72,13 +82,18 @@ class Pool:
             self._opening += 1
             return await self._open()
         turn: asyncio.Future[Connection | None] = asyncio.get_running_loop().create_future()
-        self._waiting.put(turn if user_id is None else user_id, turn)
+        line: Hashable = turn if client is None else client
+        self._waiting.put(line, turn)
         try:
             async with asyncio.timeout(self._patience):
                 got = await turn
         except BaseException:
             if turn.done() and not turn.cancelled() and turn.exception() is None:
                 self._hand_on(turn.result())  # it came too late
+            elif client is None:
+                self._waiting.leave(line)
+            else:
+                self._waiting.drop(line, turn)
             raise
         return await self._open() if got is None else got
 
@@ -94,22 +109,19 @@ class Pool:
 
     def _hand_on(self, connection: "Connection | None") -> None:
         """Give a connection that was taken, or the place to open one, to whoever waits: newcomers do not overtake."""
-        if (turn := self._next_turn()) is not None:
-            turn.set_result(connection)
+        if self._waiting:
+            self._next_turn().set_result(connection)
         elif connection is None:
             self._opening -= 1
         else:
             self._taken.discard(connection)
             self._free.append(connection)
 
-    def _next_turn(self) -> "asyncio.Future[Connection | None] | None":
-        """Take whose turn it is out of the lines; None if nobody waits. Who has given up is left out."""
-        while self._waiting:
-            user_id, turn = self._waiting.take()
-            self._waiting.done(user_id)
-            if not turn.done():
-                return turn
-        return None
+    def _next_turn(self) -> "asyncio.Future[Connection | None]":
+        """Take whose turn it is out of the lines."""
+        line, turn = self._waiting.take()
+        self._waiting.done(line)
+        return turn
 
     def close(self) -> None:
         """End all connections, without waiting for what is in flight; no others are opened."""
@@ -117,8 +129,8 @@ class Pool:
         for connection in (*self._free, *self._taken):
             connection.terminate()
         self._free.clear()
-        while (turn := self._next_turn()) is not None:
-            turn.set_exception(_closed())
+        while self._waiting:
+            self._next_turn().set_exception(_closed())
 
     async def _open(self) -> Connection:
         """Open a connection in a place that `_opening` counts."""
@@ -144,20 +156,20 @@ class Part:
     that there are others for everybody else.
     """
 
-    __slots__ = ("_pool", "_turns", "_user_id")
+    __slots__ = ("_client", "_pool", "_turns")
 
-    def __init__(self, pool: Pool, turns: Turns[UserId], user_id: UserId) -> None:
+    def __init__(self, pool: Pool, turns: Turns[Client], client: Client) -> None:
         self._pool = pool
         self._turns = turns
-        self._user_id = user_id
+        self._client = client
 
     async def take(self) -> Connection:
         """Return a connection as the pool does. Raises TimeoutError if none of the user comes back in time, too."""
-        await self._turns.take(self._user_id)
+        await self._turns.take(self._client)
         try:
-            return await self._pool.take(self._user_id)
+            return await self._pool.take(self._client)
         except BaseException:
-            self._turns.give(self._user_id)
+            self._turns.give(self._client)
             raise
 
     @asynccontextmanager
@@ -167,32 +179,32 @@ class Part:
 
         Raises TimeoutError if none of the user comes back in time.
         """
-        await self._turns.take(self._user_id)
+        await self._turns.take(self._client)
         try:
-            yield HeldTurn(self._pool, self._user_id)
+            yield HeldTurn(self._pool, self._client)
         finally:
-            self._turns.give(self._user_id)
+            self._turns.give(self._client)
 
     def give(self, connection: Connection, *, is_usable: bool) -> None:
         """Take a connection back."""
         try:
             self._pool.give(connection, is_usable=is_usable)
         finally:
-            self._turns.give(self._user_id)
+            self._turns.give(self._client)
 
 
 class HeldTurn:
     """The pool for a user who holds a turn already."""
 
-    __slots__ = ("_pool", "_user_id")
+    __slots__ = ("_client", "_pool")
 
-    def __init__(self, pool: Pool, user_id: UserId) -> None:
+    def __init__(self, pool: Pool, client: Client) -> None:
         self._pool = pool
-        self._user_id = user_id
+        self._client = client
 
     async def take(self) -> Connection:
         """Return a connection as the pool does."""
-        return await self._pool.take(self._user_id)
+        return await self._pool.take(self._client)
 
     def give(self, connection: Connection, *, is_usable: bool) -> None:
         """Take a connection back."""

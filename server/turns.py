@@ -32,6 +32,8 @@ class Turns(Generic[Key]):
         except BaseException:
             if turn.done() and not turn.cancelled():
                 self.give(key)  # the turn came too late: the next in line has it
+            else:
+                self._drop(key, turn)  # none may come for long
             raise
 
     def give(self, key: Key) -> None:
@@ -49,3 +51,11 @@ class Turns(Generic[Key]):
             self._taken[key] = taken
         else:
             del self._taken[key]
+
+    def _drop(self, key: Key, turn: asyncio.Future[None]) -> None:
+        """Take a turn that nobody waits for any more out of the line, if it is still there."""
+        waiting = self._waiting.get(key)
+        if waiting is not None and turn in waiting:
+            waiting.remove(turn)
+            if not waiting:
+                del self._waiting[key]

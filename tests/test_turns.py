@@ -29,7 +29,7 @@ from server.deadlines import Deadlines
 from server.dispatch import Rate
 from server.errors import Away
 from server.hub import Hub
-from server.pool import Pool
+from server.pool import OfSessions, Part, Pool
 from server.reconnecting import RETRY_SECONDS, Reconnecting
 from server.routes import ROUTES
 from server.turns import Turns
@@ -206,14 +206,14 @@ async def test_every_route_of_a_user_waits_in_the_turns_of_the_user(
                 assert (await ask(http, ada.token, REVOKING, uuid7())).status_code == 404
             assert poked == []
             ending = [asyncio.ensure_future(ask(http, ada.token, REVOKING, one)) for one in made]
-            await until(lambda: len(own._waiting.get(ada.id, ())) == len(made) - 1)  # noqa: SLF001
+            await until(lambda: len(own._waiting.get(OfSessions(ada.id), ())) == len(made) - 1)  # noqa: SLF001
             for _ in range(pool._turns._most):  # noqa: SLF001
                 await pool._turns.take(ada.id)  # noqa: SLF001
             asking = {route: asyncio.ensure_future(ask(http, ada.token, route, uuid7())) for route in IN_TURN}
             # An export answers before it reads.
             await until(lambda: len(pool._turns._waiting.get(ada.id, ())) == len(AS_FRAMES))  # noqa: SLF001
-            await until(lambda: len(own._waiting.get(ada.id, ())) == len(made) - 1 + len(OF_SESSIONS))  # noqa: SLF001
-            assert (own._taken, own._most) == ({ada.id: 1}, 1)  # noqa: SLF001
+            await until(lambda: len(own._waiting.get(OfSessions(ada.id), ())) == len(made) - 1 + len(OF_SESSIONS))  # noqa: SLF001
+            assert (own._taken, own._most) == ({OfSessions(ada.id): 1}, 1)  # noqa: SLF001
             async with asyncio.timeout(5):
                 for route in IN_TURN:
                     answer = await ask(http, charles.token, route, uuid7())
@@ -405,6 +405,65 @@ async def test_nobody_overtakes_who_waits_for_a_connection_and_users_take_turns(
     await use(mary, is_usable=True)  # a newcomer, before anybody who waits has run
     await asyncio.gather(*asking)
     assert order == [ada, None, charles, None, mary, None, ada, charles, mary, ada]
+
+
+async def test_who_gives_up_costs_their_user_no_turn_and_leaves_one_place() -> None:
+    ada, charles = (UserId(uuid7()) for _ in range(2))
+    pool = Pool(_connect, most=1, patience=60)
+    part = pool.of(ada)
+    held = await part.take()
+    waiting = [asyncio.create_task(pool.take(one)) for one in (ada, ada, ada, charles, charles, None, None)]
+    for way in ("cancelled", "late"):
+        for gone in (pool, pool._turns):  # noqa: SLF001
+            gone._patience = 60 if way == "cancelled" else 0.0  # noqa: SLF001
+        more = [asyncio.create_task(one.take()) for one in (pool.of(ada), pool.of_sessions(ada), pool)]
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        if way == "cancelled":
+            for one in more:
+                one.cancel()
+        assert {type(one) for one in await asyncio.gather(*more, return_exceptions=True)} == {
+            asyncio.CancelledError if way == "cancelled" else TimeoutError
+        }
+    # Nobody has given anything back, and nothing is left of those who are gone, but one place for sessions.
+    lines = pool._waiting._lines  # noqa: SLF001
+    assert sorted(len(line) for line in lines.values()) == [0, 1, 1, 2, 3]
+    assert (pool._turns._waiting, pool._sessions_turns._waiting) == ({}, {})  # noqa: SLF001
+    # Those that end in the same turn of the loop in which a connection comes back are still in their line.
+    for number in (0, 1, 5):
+        waiting[number].cancel()
+    part.give(held, is_usable=True)
+    for number in (2, 3, 6, 4):
+        connection = await asyncio.wait_for(waiting[number], 5)
+        assert not any(one.done() for one in waiting[2:5] if one not in waiting[2 : number + 1]), number
+        pool.give(connection, is_usable=True)
+    assert (lines, bool(pool._waiting)) == ({}, False)  # noqa: SLF001
+
+
+async def test_requests_about_sessions_wait_behind_none_of_their_users_frames() -> None:
+    ada, *others = (UserId(uuid7()) for _ in range(6))
+    pool = Pool(_connect, most=CONNECTIONS, patience=60)
+    held, *_ = [await pool.take() for _ in range(CONNECTIONS)]
+    order: list[str] = []
+
+    async def use(name: str, part: Part) -> None:
+        connection = await part.take()
+        order.append(name)
+        part.give(connection, is_usable=True)
+
+    asking = [
+        asyncio.create_task(use(name, part))
+        for name, part in (
+            *(("frame", pool.of(ada)) for _ in range(CONNECTIONS)),
+            *(("other", pool.of(one)) for one in others),
+            ("sessions", pool.of_sessions(ada)),
+        )
+    ]
+    await until(lambda: len(pool._waiting._next) == len(others) + 2)  # noqa: SLF001
+    pool.give(held, is_usable=True)
+    await asyncio.gather(*asking)
+    # One round: each user has had one turn before the owner of the sessions.
+    assert order[: len(others) + 2] == ["frame", *(["other"] * len(others)), "sessions"]
 
 
 @given(
