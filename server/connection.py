@@ -223,6 +223,10 @@ class Connection:
         """Have the worker follow conversations."""
         await self._shared.hub.topics.open(conversation_ids)
 
+    def charge(self, size: int) -> None:
+        """Have the frame that is answered take tokens as if so many bytes were said."""
+        self._said += size
+
     async def drained(self) -> None:
         """Return when most of what was said has been taken in: before more of it is made."""
         if self._place is not None and self.socket.is_behind:

@@ -74,6 +74,9 @@ class Subscriber(Protocol):
     def say(self, *frames: ServerFrame) -> None:
         """Send frames to this connection alone, in one write. Those of a handler take tokens as its answer does."""
 
+    def charge(self, size: int) -> None:
+        """Have the frame take tokens as if so many bytes were said: they were read, and are not said."""
+
     async def drained(self) -> None:
         """Return when most of what was said has been taken in: before more of it is made."""
 

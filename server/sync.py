@@ -59,9 +59,12 @@ async def resume(context: Context, frame: Resume) -> Resumed:
     known = {one: version for one, version in frame.versions.items() if one in there}
     is_same_epoch = frame.epoch == context.database.epoch.id
     if is_same_epoch:
-        await connection.open(list(known))
-        done = 0
-        for number, (conversation_id, version) in enumerate(known.items(), 1):
+        # Told by the clock: reading a thousand changes to throw them away costs as much as saying them.
+        far = {one for one, version in known.items() if there[one].version - version > MAX_CHANGES}
+        done = await _start_all_over(context, far, "too_many_changes")
+        near = {one: version for one, version in known.items() if one not in far}
+        await connection.open(list(near))
+        for number, (conversation_id, version) in enumerate(near.items(), 1):
             if number % PAGE == 0:
                 await asyncio.sleep(0)
             connection.detach(conversation_id)
@@ -71,9 +74,7 @@ async def resume(context: Context, frame: Resume) -> Resumed:
                 done += 1
                 await connection.drained()
     else:
-        for done, some in _pages(known):
-            await _start_over(context, some, "other_epoch", done=done)
-            await connection.drained()
+        await _start_all_over(context, known, "other_epoch")
     await _join(context, there.keys() - frame.versions.keys() - set(connection.attached))
     if frame.user_version is not None:
         if is_same_epoch:
@@ -198,6 +199,7 @@ async def _say_difference(context: Context, conversation_id: ConversationId, ver
         await _start_over(context, [conversation_id], "ahead_of_server", done=done)
         return None
     if parts is None:
+        context.connection.charge(difference.size)
         await _start_over(context, [conversation_id], "too_many_changes", done=done)
         return None
     for number, part in enumerate(parts):
@@ -205,6 +207,16 @@ async def _say_difference(context: Context, conversation_id: ConversationId, ver
             await context.connection.drained()
         context.connection.say(msgspec.structs.replace(part, **reading._asdict()))
     return difference.changes.version
+
+
+async def _start_all_over(context: Context, conversation_ids: Iterable[ConversationId], reason: StartOverReason) -> int:
+    """Say all of conversations, in pages; return how many there were."""
+    count = 0
+    for done, some in _pages(conversation_ids):
+        await _start_over(context, some, reason, done=done)
+        await context.connection.drained()
+        count = done + len(some)
+    return count
 
 
 async def _start_over(

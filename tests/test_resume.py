@@ -264,17 +264,34 @@ async def test_what_a_resume_says_takes_tokens_by_its_size(settings: Settings) -
         assert isinstance(answer, server.Error) or time.monotonic() - began > 0.2
 
 
-async def test_too_much_missed_starts_over(away: Away) -> None:
-    await away.world.db.execute(
-        """WITH bumped AS (UPDATE conversation SET version = version + $2 WHERE id = $1)
-        INSERT INTO message (conversation_id, sender_id, content, sent_version, version)
-        SELECT $1, $3, 'Many', 3 + n, 3 + n FROM generate_series(1, $2) n""",
-        away.group, MAX_CHANGES, away.ada.ready.user.id,
-    )  # fmt: skip
+async def test_what_a_resume_reads_and_does_not_say_takes_tokens(settings: Settings) -> None:
+    """Reads as above. Changes of 2.6 MiB, of which 2 MiB are read, take 60 tokens."""
+    async with World(msgspec.structs.replace(settings, read_rate=10.0), workers=1) as world:
+        ada = await world.connect(await world.user("Ada"))
+        group = await world.channel(ada)
+        version = await world.db.fetchval("SELECT version FROM conversation WHERE id = $1", group)
+        await world.db.execute(MISS, group, MAX_CHANGES, ada.ready.user.id, "x" * 2_500)
+        began = time.monotonic()
+        await ada.call(client.Resume(epoch=ada.ready.epoch, versions={group: version}), server.Resumed)
+        assert (await ada.event(server.StartOver)).reason == "too_many_changes"
+        answer = await ada.ask(client.GetMe())
+        assert isinstance(answer, server.Error) or time.monotonic() - began > 2
+
+
+MISS = """
+WITH bumped AS (UPDATE conversation SET version = version + $2 WHERE id = $1)
+INSERT INTO message (conversation_id, sender_id, content, sent_version, version)
+SELECT $1, $3, $4, c.version + n, c.version + n FROM conversation c, generate_series(1, $2) n WHERE c.id = $1
+"""
+
+
+async def test_too_much_missed_starts_over_and_is_not_read(away: Away, monkeypatch: pytest.MonkeyPatch) -> None:
+    await away.world.db.execute(MISS, away.group, MAX_CHANGES, away.ada.ready.user.id, "Many")
     (changes,) = await away.back()
     assert isinstance(changes, Changes)
     assert len(changes.events) == MAX_CHANGES
     await sent(away.ada, away.group, "One more")
+    monkeypatch.delattr("server.sync.changes.since")
     (over,) = await away.back()
     assert isinstance(over, server.StartOver)
     assert (over.reason, over.view.version) == ("too_many_changes", 4 + MAX_CHANGES)

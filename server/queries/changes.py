@@ -91,11 +91,14 @@ WHERE c.id = $1
 
 
 class Difference(NamedTuple):
-    """The changes up to a version, whose participation they end, and the conversation's clock."""
+    """The changes up to a version, whose participation they end, the conversation's clock, and how many bytes of
+    changes were read.
+    """
 
     changes: Changes
     gone: list[UserId]
     clock: int
+    size: int
 
     def parts(self, most: int) -> list[Changes] | None:
         """Return the changes in parts of at most `most` bytes, cut between versions; None if one version takes more."""
@@ -151,7 +154,7 @@ async def since(db: Db, conversation_id: ConversationId, version: int, *, limit:
         events=await _event_decoder.each(row[2] for row in kept),
     )
     gone = [UserId(row[3]) for row in kept if row[3] is not None]
-    return Difference(changes, gone, clock)
+    return Difference(changes, gone, clock, sum(len(row[2]) for row in rows if row[2] is not None))
 
 
 READING = f"""
