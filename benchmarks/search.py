@@ -198,7 +198,8 @@ async def measure(url: str, messages: int, console: Console, *, with_plans: bool
 
         async def once(frame: Search = frame, text: str | None = text) -> list[Any]:
             async with database.searching() as db:
-                return (await searches.find(db, user(0), frame, text, limit=frame.limit)).hits
+                page = await searches.find(db, user(0), frame, text, limit=frame.limit)
+            return (await page.decoded()).hits
 
         found = await once()
         seconds = await median(once)

@@ -202,7 +202,8 @@ async def list_users(db: Db, options: argparse.Namespace) -> Answer:
     """List accounts by their e-mail addresses: all, or those with a text in a name or in the address."""
     found = await accounts.listed(db, options.text, options.after, limit=options.limit)
     await note(db, "list_users")
-    return Part([_fields(entry) for entry in found.rows], found.after)
+    page = await found.decoded()
+    return Part([_fields(entry) for entry in page.rows], page.after)
 
 
 async def show_user(db: Db, options: argparse.Namespace) -> Answer:
@@ -297,7 +298,8 @@ async def list_conversations(db: Db, options: argparse.Namespace) -> Answer:
     user_id = None if options.user is None else (await _card(db, options.user)).id
     found = await conversations.listed(db, options.text, options.after, user_id=user_id, limit=options.limit)
     await note(db, "list_conversations", user_id)
-    return Part([_fields(entry) for entry in found.rows], None if found.after is None else str(found.after))
+    page = await found.decoded()
+    return Part([_fields(entry) for entry in page.rows], None if page.after is None else str(page.after))
 
 
 async def show_conversation(db: Db, options: argparse.Namespace) -> Answer:
@@ -364,7 +366,7 @@ async def show_audit(db: Db, options: argparse.Namespace) -> Answer:
     entries: list[Mapping[str, Any]] = []
     after: int | None = 0
     while after is not None:
-        page = await audit.page(db, chain, after, limit=PAGE)
+        page = await (await audit.page(db, chain, after, limit=PAGE)).decoded()
         entries += [_fields(entry) for entry in page.rows]
         after = page.after
     return entries

@@ -54,9 +54,10 @@ class PostgresRecord:
     async def since(self, conversation_id: ConversationId, version: int) -> Fetched | None:
         """Return what came after a version, or the first part of it."""
         async with self._database.connection() as db:
-            difference = await changes.since(db, conversation_id, version, limit=MAX_CHANGES)
-        if difference is None:
+            found = await changes.since(db, conversation_id, version, limit=MAX_CHANGES)
+        if found is None:
             return None
+        difference = await found.decoded()
         return Fetched(difference.changes, difference.changes.version, difference.gone)
 
     async def versions(self, conversation_ids: Sequence[ConversationId]) -> dict[ConversationId, int]:
@@ -74,7 +75,8 @@ class PostgresRecord:
     async def news(self, user_id: UserId, since: int) -> OwnNews:
         """Return the first changes of a user's own after a number of their clock."""
         async with self._database.of(user_id).connection() as db:
-            return await users.news(db, user_id, since, limit=OWN_PAGE)
+            found = await users.news(db, user_id, since, limit=OWN_PAGE)
+        return await found.decoded()
 
     async def living(self, session_ids: Sequence[SessionId]) -> Collection[SessionId]:
         """Return which of the sessions are valid."""

@@ -8,7 +8,8 @@ import asyncio
 import json
 import logging
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from functools import partial
 from operator import itemgetter
 from typing import Any, Generic, NamedTuple, TypeVar, overload
 from urllib.parse import quote
@@ -22,6 +23,8 @@ from protocol.limits import MAX_PAGE_BYTES, visible
 log = logging.getLogger(__name__)
 
 Row = TypeVar("Row")
+Value = TypeVar("Value")
+Made = TypeVar("Made")
 
 PORTION = 16 * 1024
 """Characters of rows that are read before whatever waits for the loop has a turn: 0.4 ms of metadata at its bounds
@@ -58,6 +61,29 @@ def fitting(found: Iterable[Iterable[Any]], most: int = MAX_PAGE_BYTES) -> int:
             break
         count += 1
     return count
+
+
+class Undecoded(Generic[Value]):
+    """What a query found. It is decoded once the connection is given back: others wait for one, and decoding takes a
+    turn of the loop for each portion.
+    """
+
+    __slots__ = ("_decode",)
+
+    def __init__(self, decode: Callable[[], Awaitable[Value]]) -> None:
+        self._decode = decode
+
+    async def decoded(self) -> Value:
+        """Return it. Whatever waits for the loop has a turn between portions of its rows."""
+        return await self._decode()
+
+    def then(self, make: Callable[[Value], Made]) -> "Undecoded[Made]":
+        """Return what `make` will make of it."""
+
+        async def decode() -> Made:
+            return make(await self._decode())
+
+        return Undecoded(decode)
 
 
 class Page(NamedTuple, Generic[Row]):
@@ -102,23 +128,38 @@ class Reader(Generic[Row]):
             _tell(_name([_parsed(text)]), f"{error}: the row was left out")
             return None
 
-    async def each(self, texts: Iterable[str]) -> list[Row]:
-        """Return rows, without those of which too little can be read, in portions as `beside` does."""
-        return [row for row, _ in await self.beside((text,) for text in texts)]
+    def few(self, texts: Iterable[str]) -> list[Row]:
+        """Return rows, without those of which too little can be read, at once: a transaction may wait for them."""
+        return [row for text in texts if (row := self.read(text)) is not None]
+
+    def each(self, texts: Iterable[str]) -> Undecoded[list[Row]]:
+        """Return rows, without those of which too little can be read."""
+        return self.beside([(text,) for text in texts]).then(_first)
 
     def every(self, text: str) -> list[Row]:
         """Return the rows of a JSON array, without those of which too little can be read."""
         try:
             return self._list_decoder.decode(text)
         except (RecursionError, msgspec.ValidationError):
-            texts = (msgspec.json.encode(one).decode() for one in _parsed(text))
-            return [row for text in texts if (row := self.read(text)) is not None]
+            return self.few(msgspec.json.encode(one).decode() for one in _parsed(text))
 
-    async def beside(self, found: Iterable[Any]) -> list[tuple[Row, Any]]:
+    def beside(self, found: Sequence[Any]) -> Undecoded[list[tuple[Row, Any]]]:
         """Return pairs: the row that `read` makes of the first column, which is JSON, and all columns. Rows that `read`
-        leaves out, or whose first column is NULL since the reader may not see them, are left out. Whatever waits for
-        the loop has a turn between portions of them.
+        leaves out, or whose first column is NULL since the reader may not see them, are left out.
         """
+        return Undecoded(partial(self._in_portions, found))
+
+    def page(self, found: Sequence[Any], limit: int, key: Callable[[Any], Any] = itemgetter(1)) -> Undecoded[Page[Row]]:
+        """Return the first `limit` of the rows that a query found, which asked for one more, as `beside` takes them, or
+        as many as fit into a page.
+
+        `key` tells where a row stands. It reads columns, not the row: the last one of a page may be unreadable.
+        """
+        count = fitting(found[:limit])
+        after = key(found[count - 1]) if len(found) > count else None
+        return self.beside(found[:count]).then(lambda read: Page(_first(read), after))
+
+    async def _in_portions(self, found: Sequence[Any]) -> list[tuple[Row, Any]]:
         read: list[tuple[Row, Any]] = []
         portion = 0
         for columns in found:
@@ -132,16 +173,6 @@ class Reader(Generic[Row]):
                 read.append((row, columns))
         return read
 
-    async def page(self, found: Sequence[Any], limit: int, key: Callable[[Any], Any] = itemgetter(1)) -> "Page[Row]":
-        """Return the first `limit` of the rows that a query found, which asked for one more, as `beside` takes them, or
-        as many as fit into a page.
-
-        `key` tells where a row stands. It reads columns, not the row: the last one of a page may be unreadable.
-        """
-        count = fitting(found[:limit])
-        rows = [row for row, _ in await self.beside(found[:count])]
-        return Page(rows, key(found[count - 1]) if len(found) > count else None)
-
     def _mended(self, value: Any) -> Row:  # noqa: ANN401 - whatever JSON holds
         for _ in range(MAX_MENDED):
             try:
@@ -150,6 +181,10 @@ class Reader(Generic[Row]):
                 if not _mend(value, str(error)):
                     raise
         raise msgspec.ValidationError("Too much of a row is unreadable.")
+
+
+def _first(read: list[tuple[Row, Any]]) -> list[Row]:
+    return [row for row, _ in read]
 
 
 def _mend(value: Any, problem: str) -> bool:  # noqa: ANN401 - as above

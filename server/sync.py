@@ -43,8 +43,7 @@ async def start(context: Context) -> None:
     # meanwhile move the user's clock, which has them said.
     for start in range(0, max(1, len(order)), PAGE):
         wanted = order[start : start + PAGE]
-        async with _reading(context, start) as db:
-            parts = await conversations.parts(db, context.user_id, wanted) if wanted else []
+        parts = await _views(context, wanted, start) if wanted else []
         for number, views in enumerate(parts or [[]], 1):
             is_last = start + PAGE >= len(order) and number >= len(parts)
             await _follow(context, views, [Conversations(conversations=views, is_last=is_last)])
@@ -147,13 +146,13 @@ def _start_own_over(context: Context, reason: OwnStartOverReason) -> None:
 
 async def _own_news(context: Context, done: int) -> OwnNews:
     async with _reading(context, done) as db:
-        return await users.news(db, context.user_id, context.connection.user_version, limit=OWN_PAGE)
+        found = await users.news(db, context.user_id, context.connection.user_version, limit=OWN_PAGE)
+    return await found.decoded()
 
 
 async def _join(context: Context, conversation_ids: Iterable[ConversationId]) -> None:
     for done, some in _pages(conversation_ids):
-        async with _reading(context, done) as db:
-            parts = await conversations.parts(db, context.user_id, some)
+        parts = await _views(context, some, done)
         for number, views in enumerate(parts):
             await _follow(context, views, [ConversationJoined(view=view) for view in views])
             if done or number:
@@ -188,12 +187,13 @@ async def _say_difference(context: Context, conversation_id: ConversationId, ver
     the conversation, or that it is not the user's.
     """
     async with _reading(context, done) as db:
-        difference = await changes.since(db, conversation_id, version, limit=MAX_CHANGES)
+        found = await changes.since(db, conversation_id, version, limit=MAX_CHANGES)
         # Asked last: whoever may read now might read all of the above.
         reading = await changes.reading(db, conversation_id, context.user_id, most=MAX_SHARED_PARTICIPANTS)
-    if difference is None or reading is None:
+    if found is None or reading is None:
         await _say_left(context, [conversation_id])
         return None
+    difference = await found.decoded()
     parts = difference.parts(MAX_PAGE_BYTES) if difference.is_whole else None
     if difference.is_whole and difference.changes.since > difference.clock:
         await _start_over(context, [conversation_id], "ahead_of_server", done=done)
@@ -224,8 +224,7 @@ async def _start_over(
 ) -> None:
     for conversation_id in conversation_ids:
         context.connection.detach(conversation_id)
-    async with _reading(context, done) as db:
-        parts = await conversations.parts(db, context.user_id, conversation_ids)
+    parts = await _views(context, conversation_ids, done)
     await _say_left(context, set(conversation_ids) - {view.conversation.id for views in parts for view in views})
     for number, views in enumerate(parts):
         if number:
@@ -237,6 +236,15 @@ def _pages(conversation_ids: Iterable[ConversationId]) -> Iterator[tuple[int, li
     """Return conversations in pages, each with how many came before."""
     every = list(conversation_ids)
     return ((start, every[start : start + PAGE]) for start in range(0, len(every), PAGE))
+
+
+async def _views(
+    context: Context, conversation_ids: Sequence[ConversationId], done: int
+) -> list[list[ConversationView]]:
+    """Return the conversations as the user sees them, in parts of the size of a page."""
+    async with _reading(context, done) as db:
+        found = await conversations.parts(db, context.user_id, conversation_ids)
+    return await found.decoded()
 
 
 def _reading(context: Context, done: int) -> AbstractAsyncContextManager[Db]:

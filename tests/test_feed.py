@@ -193,7 +193,8 @@ async def listed(
     found: list[tuple[str, datetime, UUID]] = []
     after = None
     while True:
-        page = await feed.page(db, UserId(uid(1, ME)), ListFeed(kinds=list(kinds), limit=limit, after=after))
+        asked = ListFeed(kinds=list(kinds), limit=limit, after=after)
+        page = await (await feed.page(db, UserId(uid(1, ME)), asked)).decoded()
         found += [told(entry) for entry in page.entries]
         if (after := page.after) is None:
             return found
@@ -233,7 +234,8 @@ async def test_search_of_mentions_finds_everyone_and_roles_one_has(db: "asyncpg.
     found: list[UUID] = []
     after = None
     while not found or after is not None:
-        page = await searches.find(db, UserId(uid(1, ME)), Search(mentions_me=True, after=after), None, limit=30)
+        asked = Search(mentions_me=True, after=after)
+        page = await (await searches.find(db, UserId(uid(1, ME)), asked, None, limit=30)).decoded()
         found += [UUID(int=hit.message.id.int) for hit in page.hits]
         after = page.after
     assert len(expected) > 50
@@ -271,10 +273,10 @@ async def test_pages_keep_to_the_conversations_of_the_first_one(db: "asyncpg.Con
             again = type(frame)(**{name: getattr(frame, name) for name in frame.__struct_fields__} | {"after": after})
             page: Any
             if isinstance(frame, ListFeed):
-                page = await feed.page(db, UserId(me), again)
+                page = await (await feed.page(db, UserId(me), again)).decoded()
                 found += [entry.message.id for entry in page.entries]
             else:
-                page = await searches.find(db, UserId(me), again, frame.text, limit=frame.limit)
+                page = await (await searches.find(db, UserId(me), again, frame.text, limit=frame.limit)).decoded()
                 found += [hit.message.id for hit in page.hits]
             assert page.is_partial, "every page says so"
             after, pages = page.after, pages + 1

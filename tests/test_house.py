@@ -3,6 +3,7 @@
 import ast
 import functools
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -194,6 +195,42 @@ def test_redis_is_for_a_few() -> None:
 def test_only_config_reads_the_environment() -> None:
     for name, path in modules().items():
         assert name == "config" or "os.environ" not in path.read_text(), path
+
+
+def held(tree: ast.AST) -> Iterator[ast.AST]:
+    """Return what runs while a connection is held: blocks that have borrowed `db`, and functions that are given it."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.AsyncWith):
+            has = any(isinstance(item.optional_vars, ast.Name) and item.optional_vars.id == "db" for item in node.items)
+        else:
+            has = isinstance(node, ast.AsyncFunctionDef) and any(one.arg == "db" for one in node.args.args)
+        if has:
+            yield from node.body  # type: ignore[attr-defined]
+
+
+def awaited(node: ast.AST) -> Iterator[ast.AST]:
+    for one in ast.walk(node):
+        if isinstance(one, ast.Await):
+            yield one.value
+        elif isinstance(one, ast.AsyncFor) or (isinstance(one, ast.comprehension) and one.is_async):
+            yield one.iter
+        elif isinstance(one, ast.AsyncWith):
+            yield from (item.context_expr for item in one.items)
+
+
+def test_nothing_but_the_database_is_waited_for_while_a_connection_is_held() -> None:
+    """Others wait for it, or for what it has locked: nobody's answer, no turn of the loop, no rows that are decoded."""
+    commands = {"administration", "reindexing", "queries.checks"}  # each has a connection of its own
+    found = [
+        f"{path}: {ast.unparse(one)}"
+        for name, path in modules().items()
+        if name not in commands
+        for block in held(ast.parse(path.read_text()))
+        for one in awaited(block)
+        if not {"db", "news"} & {part.id for part in ast.walk(one) if isinstance(part, ast.Name)}
+        or any(isinstance(part, ast.Attribute) and part.attr == "decoded" for part in ast.walk(one))
+    ]
+    assert found == []
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)

@@ -208,8 +208,9 @@ async def test_reactions_and_votes_of_a_deleted_message_are_shown_nowhere_until_
             assert await shown() == (0, 0, {}, [], [])
             with refused(ErrorCode.NOT_FOUND, "message_id"):
                 await ada.call(client.ListVotes(conversation_id=about, message_id=poll))
-            difference = await changes.since(world.db, about, 0, limit=100)
-            assert difference is not None
+            found = await changes.since(world.db, about, 0, limit=100)
+            assert found is not None
+            difference = await found.decoded()
             assert [type(event) for event in difference.changes.events if event.version >= 3] == [
                 server.MessageUnreacted, server.MessageDeleted,
             ]  # fmt: skip
@@ -241,7 +242,7 @@ async def test_drafts_in_a_deleted_conversation_are_emptied_in_portions_and_show
         pieces = [piece async for piece in written(worker._database.connection, who.id)]  # noqa: SLF001
         export = msgspec.json.decode(b"".join(pieces), type=Export, dec_hook=json_object.read)
         drafts = (await charles.call(client.ListDrafts(), server.DraftList)).drafts
-        news = (await users.news(crowd.db, who.id, 0, limit=100)).events
+        news = (await (await users.news(crowd.db, who.id, 0, limit=100)).decoded()).events
         told = [event.draft.content for event in news if isinstance(event, server.DraftChanged)]
         return len(export.drafts), len(drafts), told
 

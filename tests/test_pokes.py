@@ -22,6 +22,7 @@ from server.people import People
 from server.queries import conversations, users
 from server.queries.conversations import Membership
 from server.queries.users import OwnNews
+from server.rows import Undecoded
 from tests.world import Somebody, World, sent, until
 
 MANY = """
@@ -57,7 +58,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Asked:
         counts.memberships += list(user_ids).count(counts.who)  # type: ignore[arg-type]
         return await read_memberships(db, user_ids)
 
-    async def news(db: Db, user_id: UserId, since: int, *, limit: int) -> OwnNews:
+    async def news(db: Db, user_id: UserId, since: int, *, limit: int) -> Undecoded[OwnNews]:
         counts.news += user_id == counts.who
         return await read_news(db, user_id, since, limit=limit)
 
@@ -229,7 +230,7 @@ async def test_revoked_session_ends_while_own_news_cannot_be_read(lone: World, m
     monkeypatch.setattr(people_module, "REST_MOST_SECONDS", 0.1)
     read_news, may_read = users.news, asyncio.Event()
 
-    async def news(*given: Any, **options: Any) -> OwnNews:
+    async def news(*given: Any, **options: Any) -> Undecoded[OwnNews]:
         await may_read.wait()  # as while the user's other frames hold all of the user's turns
         return await read_news(*given, **options)
 

@@ -490,7 +490,8 @@ async def test_missed_changes_that_are_large_start_over(away: Away) -> None:
     assert isinstance(over, server.StartOver)
     assert over.reason == "too_many_changes"
     version, pieces = away.version, 0
-    while (found := await since(away.world.db, away.group, version, limit=MAX_CHANGES)) is not None:
+    while (undecoded := await since(away.world.db, away.group, version, limit=MAX_CHANGES)) is not None:
+        found = await undecoded.decoded()
         assert len(encode(found.changes)) < MAX_CHANGES_BYTES + 100_000
         assert [event.version for event in found.changes.events] == list(range(version + 1, found.changes.version + 1))
         version, pieces = found.changes.version, pieces + 1
@@ -508,8 +509,9 @@ async def test_the_first_version_that_was_missed_is_read_whole_however_large(awa
         FROM generate_series(1, 60) n""",
         away.group, away.ada.ready.user.id,
     )  # fmt: skip
-    found = await since(away.world.db, away.group, 3, limit=MAX_CHANGES)
-    assert found is not None
+    undecoded = await since(away.world.db, away.group, 3, limit=MAX_CHANGES)
+    assert undecoded is not None
+    found = await undecoded.decoded()
     assert (found.changes.version, len(found.changes.events), found.is_whole) == (4, 59, False)
     assert found.parts(MAX_PAGE_BYTES) is None, "no frame holds them"
 

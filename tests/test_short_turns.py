@@ -3,26 +3,30 @@
 import asyncio
 from collections import Counter
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import pytest
 
-from protocol.client import History
+from protocol.client import History, ListPins, Pin, Resume
 from protocol.limits import MAX_CONTENT, MAX_PAGE
 from protocol.payloads import Poll
+from server import rows
 from server.app import SENT_AT_ONCE, App
 from server.connection import MAX_INBOX
 from server.dispatch import Dispatch
 from server.http_protocol import Http
 from server.lanes import HEAVY_SHARE, Held
 from server.limits import Pace
+from server.pool import Lease
 from server.proxies import Proxies
 from server.queries import messages
 from server.queries.sending import Outgoing, Stored, weight
 from server.rows import PORTION, Reader
 from server.sockets import BEGIN_AT_ONCE, Sockets
-from tests.world import World, http_client, message, until
+from tests.test_unreadable_pages import filled, walks_of, whole_of
+from tests.world import Room, World, http_client, message, until
 
 
 class Turn:
@@ -136,8 +140,51 @@ async def test_large_pages_of_a_user_are_read_one_at_a_time_and_small_ones_besid
 async def test_page_is_read_in_portions(turn: Turn) -> None:
     reader, text = Reader(dict[str, str]), '{"said": "' + "x" * (PORTION // 4) + '"}'
     before = turn.number
-    rows = await reader.each([text] * 41)
-    assert (len(rows), turn.number - before) == (41, 10)
+    read = await reader.each([text] * 41).decoded()
+    assert (len(read), turn.number - before) == (41, 10)
+
+
+@pytest.fixture
+def portions(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many connections whoever reads rows holds before each portion of them, which is one row here."""
+    held: Counter[Any] = Counter()
+    portions: list[int] = []
+    enter, leave = Lease.__aenter__, Lease.__aexit__
+
+    async def entered(lease: Lease) -> Any:
+        connection = await enter(lease)
+        held[asyncio.current_task()] += 1
+        return connection
+
+    async def left(lease: Lease, *error: Any) -> None:
+        held[asyncio.current_task()] -= 1
+        await leave(lease, *error)
+
+    async def portion(seconds: float) -> None:
+        portions.append(held[asyncio.current_task()])
+        await asyncio.sleep(seconds)
+
+    monkeypatch.setattr(Lease, "__aenter__", entered)
+    monkeypatch.setattr(Lease, "__aexit__", left)
+    monkeypatch.setattr(rows, "PORTION", -1)
+    monkeypatch.setattr(rows, "asyncio", SimpleNamespace(sleep=portion))
+    return portions
+
+
+async def test_no_connection_is_held_while_rows_are_decoded(room: Room, world: World, portions: list[int]) -> None:
+    there = await filled(room, world)
+    await room.ada.call(Pin(**room.at(there.root)))
+    again = await world.connect(room.them[0], query="?resume=1")
+    frames = [
+        ListPins(conversation_id=room.group),
+        *(one.frame for one in walks_of(room, there) + whole_of(room, there)),
+    ]
+    resumes = [{room.group: 1}, {room.group: 1_000}, {}]
+    frames += [Resume(epoch=again.ready.epoch, versions=versions, user_version=1) for versions in resumes]
+    for frame in frames:
+        portions.clear()
+        await again.call(frame)
+        assert (frame, set(portions)) == (frame, {0})
 
 
 async def test_short_message_does_not_wait_for_long_ones_of_others(world: World, monkeypatch: Any) -> None:

@@ -111,17 +111,10 @@ async def filled(room: Room, world: World) -> Filled:
     return Filled(rooms, poll, root, said, reported, others)
 
 
-async def test_every_list_goes_on_past_an_unreadable_row(
-    room: Room, world: World, caplog: pytest.LogCaptureFixture
-) -> None:
-    there = await filled(room, world)
-    group, middle = room.group, {"user": there.others[1].id, "message": there.said[1], "room": there.rooms[1]}
-    middle["reported"] = there.reported[1]
-    await world.db.execute("SET session_replication_role = replica")
-    for statement in BROKEN:
-        done = await world.db.execute(statement.format(**middle, group=group, root=there.root))
-        assert done != "UPDATE 0", statement
-    walks = [
+def walks_of(room: Room, there: Filled) -> list[Walk]:
+    """Return the lists that have pages."""
+    group = room.group
+    return [
         Walk(client.ListConversations(limit=1), "conversations", 3),
         Walk(client.ListParticipants(conversation_id=group, limit=1), "participants", 4),
         Walk(client.ListVotes(**room.at(there.poll), limit=1), "votes", 3),
@@ -136,16 +129,33 @@ async def test_every_list_goes_on_past_an_unreadable_row(
         Walk(client.History(conversation_id=group, limit=1), "messages", 9),
         Walk(client.ListReplies(**room.at(there.root), limit=1), "messages", 3),
     ]
+
+
+def whole_of(room: Room, there: Filled) -> list[Walk]:
+    """Return lists that have one page here."""
+    return [
+        Walk(client.ListDrafts(), "drafts", 3), Walk(client.ListScheduled(), "scheduled", 3),
+        Walk(client.ListThreads(), "threads", 1), Walk(client.ListEdits(**room.at(there.said[1])), "edits", 1),
+    ]  # fmt: skip
+
+
+async def test_every_list_goes_on_past_an_unreadable_row(
+    room: Room, world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    there = await filled(room, world)
+    group, middle = room.group, {"user": there.others[1].id, "message": there.said[1], "room": there.rooms[1]}
+    middle["reported"] = there.reported[1]
+    await world.db.execute("SET session_replication_role = replica")
+    for statement in BROKEN:
+        done = await world.db.execute(statement.format(**middle, group=group, root=there.root))
+        assert done != "UPDATE 0", statement
+    walks = walks_of(room, there)
     listed = {str(frame.__struct_config__.tag) for frame in ROUTES if "limit" in frame.__struct_fields__}
     assert {str(type(one.frame).__struct_config__.tag) for one in walks} | WHOLE >= listed
     again = await world.connect(room.them[0])
     for one in walks:
         assert (one.frame, len(await walked(again, one.frame, one.entries))) == (one.frame, one.readable)
-    whole: list[tuple[client.Frame, str, int]] = [
-        (client.ListDrafts(), "drafts", 3), (client.ListScheduled(), "scheduled", 3),
-        (client.ListThreads(), "threads", 1), (client.ListEdits(**room.at(there.said[1])), "edits", 1),
-    ]  # fmt: skip
-    for frame, entries, readable in whole:
+    for frame, entries, readable in whole_of(room, there):
         assert (frame, len(getattr(await again.call(frame), entries))) == (frame, readable)
     # Their session ends in a year that Python does not know, their role is none: others who log in with them can.
     fresh = await asyncio.gather(*(world.connect(one) for one in [*there.others, *room.them]))

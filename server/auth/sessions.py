@@ -125,9 +125,11 @@ class Sessions:
     async def _find(self, hashes: list[str]) -> list[Active | None]:
         async with self._database.connection() as db:
             found = await sessions.find(db, hashes)
-        return [found.get(one) for one in hashes]
+        active = await found.decoded()
+        return [active.get(one) for one in hashes]
 
     async def _find_by_id(self, session_ids: list[SessionId]) -> list[Active | None]:
         async with self._database.connection() as db:
             found = await sessions.find_by_id(db, session_ids)
-        return [found.get(one) for one in session_ids]
+        active = await found.decoded()
+        return [active.get(one) for one in session_ids]

@@ -163,7 +163,8 @@ async def list_conversations(context: Context, frame: client.ListConversations) 
     before = Cursor.read(frame.after)
     which = Filter(type=frame.conversation_type, is_archived=frame.archived, is_hidden=frame.hidden, before=before)
     async with context.database.connection() as db:
-        page = await conversations.page(db, context.user_id, which, limit=frame.limit)
+        found = await conversations.page(db, context.user_id, which, limit=frame.limit)
+    page = await found.decoded()
     return ConversationPage(conversations=page.rows, after=page.after)
 
 

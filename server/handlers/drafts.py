@@ -40,7 +40,8 @@ async def set_draft(context: Context, frame: client.SetDraft) -> Done:
 async def list_drafts(context: Context, frame: client.ListDrafts) -> DraftList:
     """Return a page of what the caller has begun to write."""
     async with context.database.connection() as db:
-        page = await drafts.page(db, context.user_id, Cursor.read(frame.after))
+        found = await drafts.page(db, context.user_id, Cursor.read(frame.after))
+    page = await found.decoded()
     return DraftList(drafts=page.rows, after=page.after)
 
 
@@ -99,7 +100,8 @@ async def cancel(context: Context, frame: client.CancelScheduled) -> OneSchedule
 async def list_scheduled(context: Context, frame: client.ListScheduled) -> ScheduledList:
     """Return a page of what waits, and what could not be sent."""
     async with context.database.connection() as db:
-        page = await scheduled.page(db, context.user_id, Cursor.read(frame.after))
+        found = await scheduled.page(db, context.user_id, Cursor.read(frame.after))
+    page = await found.decoded()
     return ScheduledList(scheduled=page.rows, after=page.after)
 
 

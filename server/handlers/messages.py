@@ -128,15 +128,15 @@ async def history(context: Context, frame: client.History) -> MessagePage:
         span = Span(None, frame.limit, 0)
     async with context.database.connection() as db:
         try:
-            page = await messages.page(
+            found = await messages.page(
                 db, frame.conversation_id, context.user_id, span, with_replies=frame.with_replies
             )
         except LookupError:
             side = next(name for name in ("before", "after", "around") if getattr(frame, name) is not None)
             raise NotFound(side) from None
-    if page is None:
+    if found is None:
         raise NotFound("conversation_id")
-    return page
+    return await found.decoded()
 
 
 async def get(context: Context, frame: client.GetMessage) -> OneMessage:
@@ -151,7 +151,8 @@ async def get(context: Context, frame: client.GetMessage) -> OneMessage:
 async def list_edits(context: Context, frame: client.ListEdits) -> EditPage:
     """Return a page of what a message said before."""
     async with context.database.connection() as db:
-        page = await edits.edits(db, frame, context.user_id, frame.after, limit=MAX_PAGE)
-    if page is None:
+        found = await edits.edits(db, frame, context.user_id, frame.after, limit=MAX_PAGE)
+    if found is None:
         raise NotFound("message_id")
+    page = await found.decoded()
     return EditPage(edits=page.rows, after=page.after)

@@ -77,7 +77,8 @@ async def list_reports(context: Context, frame: client.ListReports) -> ReportPag
         found = await moderation.reports(db, frame, context.user_id, limit=frame.limit)
         # Checked last: whoever may read now may read all of the above.
         await _require(db, context, frame.conversation_id, Act.MODERATE)
-    return ReportPage(reports=found.rows, after=found.after)
+    page = await found.decoded()
+    return ReportPage(reports=page.rows, after=page.after)
 
 
 async def dismiss_report(context: Context, frame: client.DismissReport) -> Done:
@@ -105,7 +106,8 @@ async def list_audit(context: Context, frame: client.ListAudit) -> AuditPage:
         found = await audit.page(db, chain, frame.after, limit=frame.limit, reader=context.user_id)
         # Checked last, as in `list_reports`.
         await _require(db, context, frame.conversation_id, Act.READ_AUDIT)
-    return AuditPage(entries=found.rows, after=found.after)
+    page = await found.decoded()
+    return AuditPage(entries=page.rows, after=page.after)
 
 
 async def _require(db: Db, context: Context, conversation_id: ConversationId | None, act: Act) -> None:

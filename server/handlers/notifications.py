@@ -11,7 +11,8 @@ from server.queries import feed, push, unread, users
 async def list_feed(context: Context, frame: client.ListFeed) -> FeedPage:
     """Return a page of what concerns the caller."""
     async with context.database.searching() as db:
-        return await feed.page(db, context.user_id, frame)
+        found = await feed.page(db, context.user_id, frame)
+    return await found.decoded()
 
 
 async def see_feed(context: Context, frame: client.SeeFeed) -> Done:

@@ -217,11 +217,13 @@ async def transfer_ownership(context: Context, frame: client.TransferOwnership) 
 async def list_participants(context: Context, frame: client.ListParticipants) -> ParticipantPage:
     """Return a page of those who take part, are invited, or are banned."""
     async with context.database.connection() as db:
-        page = await participants.page(db, context.user_id, frame, limit=frame.limit)
-        if not page.rows:
+        found = await participants.page(db, context.user_id, frame, limit=frame.limit)
+        if found is None:
             me = await taking_part(db, frame.conversation_id, context.user_id)
             if frame.status != "active" and not may(me, Act.ADD_MEMBERS):
                 require(me, Act.REMOVE_MEMBERS)
+            return ParticipantPage(participants=[])
+    page = await found.decoded()
     return ParticipantPage(participants=page.rows, after=page.after)
 
 

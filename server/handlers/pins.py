@@ -42,7 +42,7 @@ async def list_pins(context: Context, frame: client.ListPins) -> MessageList:
         found = await pins.page(db, frame.conversation_id, context.user_id, Cursor.read(frame.after))
     if found is None:
         raise NotFound("conversation_id")
-    return found
+    return await found.decoded()
 
 
 async def star(context: Context, frame: client.Star) -> Done:
@@ -69,4 +69,5 @@ async def unstar(context: Context, frame: client.Unstar) -> Done:
 async def list_stars(context: Context, frame: client.ListStars) -> MessageList:
     """Return a page of what the caller has put aside."""
     async with context.database.connection() as db:
-        return await pins.stars(db, context.user_id, Cursor.read(frame.after), limit=frame.limit)
+        found = await pins.stars(db, context.user_id, Cursor.read(frame.after), limit=frame.limit)
+    return await found.decoded()

@@ -90,7 +90,8 @@ async def list_votes(context: Context, frame: client.ListVotes) -> VotePage:
             raise Refused(
                 ErrorCode.FORBIDDEN, "This poll is anonymous. Read its counts in the message.", path="message_id"
             )
-    return VotePage(votes=found.rows, after=found.after)
+    page = await found.decoded()
+    return VotePage(votes=page.rows, after=page.after)
 
 
 def _poll(found: Found | None) -> Poll:

@@ -150,7 +150,8 @@ async def list_relationships(context: Context, frame: client.ListRelationships) 
     """Return a page of what is between the caller and others."""
     async with context.database.connection() as db:
         found = await relationships.page(db, context.user_id, frame, limit=frame.limit)
-    return RelationshipPage(relationships=found.rows, after=found.after)
+    page = await found.decoded()
+    return RelationshipPage(relationships=page.rows, after=page.after)
 
 
 async def _lock(db: Db, me: UserId, them: UserId) -> None:

@@ -17,7 +17,8 @@ async def search(context: Context, frame: client.Search) -> SearchPage:
                       path="text")  # fmt: skip
     words = None if frame.text is None else typed.query(frame.text, prefix=typed.PREFIX_OF_WORDS)
     async with context.database.searching() as db:
-        return await searches.find(db, context.user_id, frame, words, limit=frame.limit)
+        found = await searches.find(db, context.user_id, frame, words, limit=frame.limit)
+    return await found.decoded()
 
 
 async def why(context: Context, frame: client.Why) -> Whereabouts:

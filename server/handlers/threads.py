@@ -28,10 +28,10 @@ async def list_replies(context: Context, frame: client.ListReplies) -> MessagePa
     elif frame.after_order is not None:
         order, span = frame.after_order + 1, Span(frame.message_id, 0, frame.limit)
     async with context.database.connection() as db:
-        page = await messages.replies(db, frame, context.user_id, span, order=order)
-    if page is None:
+        found = await messages.replies(db, frame, context.user_id, span, order=order)
+    if found is None:
         raise NotFound("message_id")
-    return page
+    return await found.decoded()
 
 
 async def follow(context: Context, frame: client.FollowThread | client.UnfollowThread) -> OneThreadFollow:
@@ -47,7 +47,8 @@ async def read(context: Context, frame: client.ReadThread) -> OneThreadFollow:
 async def list_threads(context: Context, frame: client.ListThreads) -> ThreadList:
     """Return a page of the threads that the caller follows."""
     async with context.database.connection() as db:
-        page = await threads.page(db, context.user_id, Cursor.read(frame.after), is_unread=frame.is_unread)
+        found = await threads.page(db, context.user_id, Cursor.read(frame.after), is_unread=frame.is_unread)
+    page = await found.decoded()
     return ThreadList(threads=page.rows, after=page.after)
 
 

@@ -9,7 +9,7 @@ from protocol.ids import SessionId, UserId
 from protocol.values import User
 from server.database import Db
 from server.queries.users import FACE
-from server.rows import Page, Reader
+from server.rows import Page, Reader, Undecoded
 
 _user_decoder = Reader(User)
 
@@ -238,6 +238,6 @@ ORDER BY u.email LIMIT $3 + 1
 """  # noqa: S608 - a constant is put in
 
 
-async def listed(db: Db, part: str, after: str, *, limit: int) -> Page[Entry]:
+async def listed(db: Db, part: str, after: str, *, limit: int) -> Undecoded[Page[Entry]]:
     """Return accounts with `part` in a name or in the address, by address, after one."""
-    return await _entry_decoder.page(await db.fetch(LIST, after, part, limit), limit)
+    return _entry_decoder.page(await db.fetch(LIST, after, part, limit), limit)

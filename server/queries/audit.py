@@ -10,7 +10,7 @@ from protocol.ids import ConversationId, MessageId, UserId
 from protocol.json_object import Json
 from protocol.values import AuditEntry
 from server.database import Db
-from server.rows import Page, Reader
+from server.rows import Page, Reader, Undecoded
 
 SERVER = ConversationId(UUID(int=0))
 """The chain of what is done on the server, outside any conversation."""
@@ -79,11 +79,11 @@ ORDER BY e.number
 
 async def page(
     db: Db, chain: ConversationId, after: int, *, limit: int, reader: UserId | None = None
-) -> Page[AuditEntry]:
+) -> Undecoded[Page[AuditEntry]]:
     """Return up to `limit` entries of a chain from after a number on, all of them or those that a reader may see. There
     is no access check.
     """
-    return await _entry_decoder.page(await db.fetch(PAGE, chain, after, limit + 1, reader), limit)
+    return _entry_decoder.page(await db.fetch(PAGE, chain, after, limit + 1, reader), limit)
 
 
 COUNT = """

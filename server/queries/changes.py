@@ -13,7 +13,7 @@ from protocol.values import Receipt
 from server.database import Db
 from server.queries.unread import COUNT_UNREAD
 from server.queries.users import UNSEEN
-from server.rows import Reader
+from server.rows import Reader, Undecoded
 
 MANY = 4
 """Max events that fit into a frame, however large they are."""
@@ -130,7 +130,7 @@ class Difference(NamedTuple):
         return self.changes.version >= self.clock
 
 
-async def since(db: Db, conversation_id: ConversationId, version: int, *, limit: int) -> Difference | None:
+async def since(db: Db, conversation_id: ConversationId, version: int, *, limit: int) -> Undecoded[Difference] | None:
     """Return about `limit` changes after `version`, or as many as fit, cut where a version ends; None without such a
     conversation.
 
@@ -147,14 +147,14 @@ async def since(db: Db, conversation_id: ConversationId, version: int, *, limit:
         last = kept[-1][1]
         reached = last if last == kept[0][1] and len(kept) <= limit else last - 1
         kept = [row for row in kept if row[1] <= reached]
-    changes = Changes(
-        conversation_id=conversation_id,
-        since=version,
-        version=reached,
-        events=await _event_decoder.each(row[2] for row in kept),
-    )
     gone = [UserId(row[3]) for row in kept if row[3] is not None]
-    return Difference(changes, gone, clock, sum(len(row[2]) for row in rows if row[2] is not None))
+    size = sum(len(row[2]) for row in rows if row[2] is not None)
+
+    def of(events: list[DurableEvent]) -> Difference:
+        changes = Changes(conversation_id=conversation_id, since=version, version=reached, events=events)
+        return Difference(changes, gone, clock, size)
+
+    return _event_decoder.each(row[2] for row in kept).then(of)
 
 
 READING = f"""

@@ -22,7 +22,7 @@ from server.cursor import Cursor
 from server.database import Db
 from server.queries.messages import HAS_PART, Obstacle
 from server.queries.unread import COUNT_UNREAD
-from server.rows import Page, Reader, fitting
+from server.rows import Page, Reader, Undecoded, fitting
 
 _view_decoder = Reader(ConversationView)
 _public_decoder = Reader(PublicConversation)
@@ -59,21 +59,27 @@ WHERE me.user_id = $1 AND me.conversation_id = ANY($2) AND me.status = 'active'
 
 
 async def get(db: Db, user_id: UserId, conversation_ids: Sequence[ConversationId]) -> list[ConversationView]:
-    """Return those of the conversations that the user takes part in."""
-    return [view for part in await parts(db, user_id, conversation_ids) for view in part]
+    """Return those of the conversations, a few, that the user takes part in."""
+    return _view_decoder.few(row[0] for row in await db.fetch(GET, user_id, list(conversation_ids)))
 
 
-async def parts(db: Db, user_id: UserId, conversation_ids: Sequence[ConversationId]) -> list[list[ConversationView]]:
+async def parts(
+    db: Db, user_id: UserId, conversation_ids: Sequence[ConversationId]
+) -> Undecoded[list[list[ConversationView]]]:
     """Return those of the conversations that the user takes part in, in their order, in parts of the size of a page."""
     place = {conversation_id: number for number, conversation_id in enumerate(conversation_ids)}
     rows = await db.fetch(GET, user_id, list(place))
-    found = sorted(await _view_decoder.beside(rows), key=lambda pair: place[pair[0].conversation.id])
-    kept = []
-    while found:
-        count = fitting(columns for _, columns in found)
-        kept.append([view for view, _ in found[:count]])
-        del found[:count]
-    return kept
+
+    def of(read: list[tuple[ConversationView, Any]]) -> list[list[ConversationView]]:
+        found = sorted(read, key=lambda pair: place[pair[0].conversation.id])
+        kept = []
+        while found:
+            count = fitting(columns for _, columns in found)
+            kept.append([view for view, _ in found[:count]])
+            del found[:count]
+        return kept
+
+    return _view_decoder.beside(rows).then(of)
 
 
 class Filter(NamedTuple):
@@ -107,11 +113,11 @@ ORDER BY {ACTIVE_AT} DESC, c.id DESC
 """  # noqa: S608 - VIEW is a constant
 
 
-async def page(db: Db, user_id: UserId, which: Filter, *, limit: int) -> Page[ConversationView]:
+async def page(db: Db, user_id: UserId, which: Filter, *, limit: int) -> Undecoded[Page[ConversationView]]:
     """Return up to `limit` of the user's conversations, most recently active first."""
     before = which.before or (None, None)
     rows = await db.fetch(PAGE, user_id, limit + 1, which.type, which.is_archived, which.is_hidden, *before)
-    return await _view_decoder.page(rows, limit, Cursor.of)
+    return _view_decoder.page(rows, limit, Cursor.of)
 
 
 ORDER = """
@@ -516,11 +522,13 @@ ORDER BY c.id DESC LIMIT $4 + 1
 """
 
 
-async def listed(db: Db, part: str, before: ConversationId, *, user_id: UserId | None, limit: int) -> Page[Entry]:
+async def listed(
+    db: Db, part: str, before: ConversationId, *, user_id: UserId | None, limit: int
+) -> Undecoded[Page[Entry]]:
     """Return conversations with `part` in the title, the newest first, that were made before one; of a user, those that
     they take part in. There is no access check.
     """
-    return await _entry_decoder.page(await db.fetch(LIST, before, part, user_id, limit), limit)
+    return _entry_decoder.page(await db.fetch(LIST, before, part, user_id, limit), limit)
 
 
 EVERYTHING = """

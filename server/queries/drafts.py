@@ -8,7 +8,7 @@ from server.cursor import Cursor
 from server.database import Db
 from server.queries.moment import MOMENT
 from server.queries.users import MOVE_OWN
-from server.rows import Page, Reader
+from server.rows import Page, Reader, Undecoded
 
 _draft_decoder = Reader(Draft)
 
@@ -90,6 +90,6 @@ ORDER BY d.updated_at DESC, d.conversation_id DESC
 """  # noqa: S608 - a column and a number are put in
 
 
-async def page(db: Db, user_id: UserId, before: Cursor | None) -> Page[Draft]:
+async def page(db: Db, user_id: UserId, before: Cursor | None) -> Undecoded[Page[Draft]]:
     """Return a page of a user's drafts where they still take part, the latest first."""
-    return await _draft_decoder.page(await db.fetch(LIST, user_id, *(before or (None, None))), MAX_PAGE, Cursor.of)
+    return _draft_decoder.page(await db.fetch(LIST, user_id, *(before or (None, None))), MAX_PAGE, Cursor.of)

@@ -8,7 +8,7 @@ from protocol.values import Message, MessageEdit
 from server.database import Db
 from server.queries.messages import VISIBLE, Place
 from server.queries.sending import Made
-from server.rows import Page, Reader
+from server.rows import Page, Reader, Undecoded
 
 _message_decoder = Reader(Message)
 _edit_decoder = Reader(MessageEdit)
@@ -223,9 +223,11 @@ ORDER BY e.version DESC
 """  # noqa: S608 - VISIBLE is a constant
 
 
-async def edits(db: Db, place: Place, user_id: UserId, before: int | None, *, limit: int) -> Page[MessageEdit] | None:
+async def edits(
+    db: Db, place: Place, user_id: UserId, before: int | None, *, limit: int
+) -> Undecoded[Page[MessageEdit]] | None:
     """Return up to `limit` of what a message said before a version, newest first; None without access, when it is
     deleted or hidden from them.
     """
     rows = await db.fetch(EDITS, place.message_id, user_id, place.conversation_id, limit + 1, before)
-    return await _edit_decoder.page([row for row in rows if row[0] is not None], limit) if rows else None
+    return _edit_decoder.page([row for row in rows if row[0] is not None], limit) if rows else None

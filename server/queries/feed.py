@@ -16,7 +16,7 @@ from server.queries import latest
 from server.queries.latest import LATEST
 from server.queries.moment import MOMENT
 from server.queries.unread import SILENCES
-from server.rows import Reader
+from server.rows import Reader, Undecoded
 
 _entry_decoder = Reader(FeedEntry)
 
@@ -197,7 +197,7 @@ async def _named(db: Db, asked: Asked) -> list[list[Any]]:
     return [[row[column] for row in rows] for column in range(4)]
 
 
-async def page(db: Db, user_id: UserId, frame: ListFeed) -> FeedPage:
+async def page(db: Db, user_id: UserId, frame: ListFeed) -> Undecoded[FeedPage]:
     """Return a page of entries, the latest first, and how many are new. In a transaction for searching."""
     kinds, before = frame.kinds or KINDS, Place.read(frame.after)
     at, key, since = before or (None, None, None)
@@ -212,9 +212,10 @@ async def page(db: Db, user_id: UserId, frame: ListFeed) -> FeedPage:
     def after(columns: Any) -> str | None:  # noqa: ANN401 - a row has no type
         return None if columns[1] is None else str(Place(columns[1], UUID(int=columns[2].int), since))
 
-    found = await _entry_decoder.page(rows, frame.limit, after)
     count = await db.fetchval(COUNT, *unseen, None, *named_unseen)
-    return FeedPage(entries=found.rows, unread_count=count, after=found.after, is_partial=since is not None)
+    return _entry_decoder.page(rows, frame.limit, after).then(
+        lambda page: FeedPage(entries=page.rows, unread_count=count, after=page.after, is_partial=since is not None)
+    )
 
 
 async def count_unseen(db: Db, user_id: UserId) -> int:

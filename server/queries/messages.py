@@ -8,7 +8,7 @@ from protocol.limits import MAX_PAGE_BYTES
 from protocol.server import MessagePage, OneMessage
 from protocol.values import Conversation, Message, Participant
 from server.database import Db
-from server.rows import Reader, fitting
+from server.rows import Reader, Undecoded, fitting
 
 _one_decoder = Reader(OneMessage)
 _message_decoder = Reader(Message)
@@ -204,7 +204,7 @@ class Span(NamedTuple):
 
 async def page(
     db: Db, conversation_id: ConversationId, user_id: UserId, span: Span, *, with_replies: bool
-) -> MessagePage | None:
+) -> Undecoded[MessagePage] | None:
     """Return the messages of `span`, oldest first; None without access.
 
     Raises LookupError if the anchor is not a message of the conversation.
@@ -212,13 +212,13 @@ async def page(
     offset = NEWEST if span.anchor is None else int(span.is_after)
     query = PAGE if with_replies else TIMELINE
     rows = await db.fetch(query, conversation_id, user_id, span.anchor, offset, *_limits(span))
-    return await _page(rows, span, is_open=span.anchor is None)
+    return _page(rows, span, is_open=span.anchor is None)
 
 
-async def replies(db: Db, place: Place, user_id: UserId, span: Span, *, order: int) -> MessagePage | None:
+async def replies(db: Db, place: Place, user_id: UserId, span: Span, *, order: int) -> Undecoded[MessagePage] | None:
     """Return the replies of `span` around a place in the thread of its anchor, oldest first; None without access."""
     rows = await db.fetch(REPLIES, place.conversation_id, user_id, place.message_id, order, *_limits(span))
-    return await _page(rows, span, is_open=order == NEWEST or (not span.older and order == 1))
+    return _page(rows, span, is_open=order == NEWEST or (not span.older and order == 1))
 
 
 def _limits(span: Span) -> list[int]:
@@ -226,7 +226,7 @@ def _limits(span: Span) -> list[int]:
     return [count and count + 1 for count in (span.older, span.newer)]
 
 
-async def _page(rows: Sequence[Any], span: Span, *, is_open: bool) -> MessagePage | None:
+def _page(rows: Sequence[Any], span: Span, *, is_open: bool) -> Undecoded[MessagePage] | None:
     if not rows:
         return None
     version, place = rows[0][:2]
@@ -238,14 +238,17 @@ async def _page(rows: Sequence[Any], span: Span, *, is_open: bool) -> MessagePag
     older_kept = fitting(older[: span.older], most)
     newer_kept = fitting(newer[: span.newer], most)
     kept = older[:older_kept][::-1] + newer[:newer_kept]
-    read = await _message_decoder.beside(kept)
-    beside = [(message.id, *rest) for message, (_, *rest) in read]
-    return MessagePage(
-        version=version,
-        messages=[message for message, _ in read],
-        has_before=len(older) > older_kept if span.older else not is_open,
-        has_after=len(newer) > newer_kept if span.newer else not is_open,
-        withheld={message_id: withheld for message_id, withheld, _, _ in beside if withheld is not None},
-        mine={message_id: mine for message_id, _, mine, _ in beside if mine},
-        votes={message_id: vote for message_id, _, _, vote in beside if vote},
-    )
+
+    def of(read: list[tuple[Message, Any]]) -> MessagePage:
+        beside = [(message.id, *rest) for message, (_, *rest) in read]
+        return MessagePage(
+            version=version,
+            messages=[message for message, _ in read],
+            has_before=len(older) > older_kept if span.older else not is_open,
+            has_after=len(newer) > newer_kept if span.newer else not is_open,
+            withheld={message_id: withheld for message_id, withheld, _, _ in beside if withheld is not None},
+            mine={message_id: mine for message_id, _, mine, _ in beside if mine},
+            votes={message_id: vote for message_id, _, _, vote in beside if vote},
+        )
+
+    return _message_decoder.beside(kept).then(of)

@@ -7,7 +7,7 @@ from protocol.ids import MessageId, UserId, uuid7
 from protocol.values import Message, Report
 from server.database import Db
 from server.queries.edits import find_anew
-from server.rows import Page, Reader
+from server.rows import Page, Reader, Undecoded
 
 _message_decoder = Reader(Message)
 _report_decoder = Reader(Report)
@@ -104,7 +104,7 @@ ORDER BY r.id
 """  # noqa: S608 - only a constant is put in
 
 
-async def reports(db: Db, frame: ListReports, user_id: UserId, *, limit: int) -> Page[Report]:
+async def reports(db: Db, frame: ListReports, user_id: UserId, *, limit: int) -> Undecoded[Page[Report]]:
     """Return up to `limit` reports of a conversation, without those about messages that were sent before a user could
     see any; or reports of all conversations. Reports about the user's own messages are left out. There is no access
     check.
@@ -113,7 +113,7 @@ async def reports(db: Db, frame: ListReports, user_id: UserId, *, limit: int) ->
         rows = await db.fetch(ALL_REPORTS, frame.status, frame.after, limit + 1, user_id)
     else:
         rows = await db.fetch(REPORTS, frame.conversation_id, frame.status, frame.after, limit + 1, user_id)
-    return await _report_decoder.page(rows, limit)
+    return _report_decoder.page(rows, limit)
 
 
 REPORTED = """

@@ -14,7 +14,7 @@ from protocol.values import Invitation, Participant, ParticipantStatus, Role
 from server.database import Db
 from server.queries import drafts
 from server.queries.users import FACE, MOVE_OWN
-from server.rows import Page, Reader
+from server.rows import Page, Reader, Undecoded
 
 _participant_decoder = Reader(Participant)
 _invitations_decoder = Reader(Invitation)
@@ -66,10 +66,12 @@ LIMIT $4
 """  # noqa: S608 - FACE is a constant
 
 
-async def page(db: Db, user_id: UserId, frame: ListParticipants, *, limit: int) -> Page[ParticipantEntry]:
-    """Return up to `limit` participants in the order of their ids; none without access."""
+async def page(
+    db: Db, user_id: UserId, frame: ListParticipants, *, limit: int
+) -> Undecoded[Page[ParticipantEntry]] | None:
+    """Return up to `limit` participants in the order of their ids; None if there are none, or without access."""
     rows = await db.fetch(PAGE, frame.conversation_id, user_id, frame.after, limit + 1, frame.status)
-    return await _entry_decoder.page(rows, limit)
+    return _entry_decoder.page(rows, limit) if rows else None
 
 
 SEEN = """

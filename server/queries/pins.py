@@ -12,7 +12,7 @@ from server.database import Db
 from server.queries.messages import VISIBLE, WITHHELD, Place
 from server.queries.moment import MOMENT
 from server.queries.users import MOVE_OWN
-from server.rows import Reader
+from server.rows import Page, Reader, Undecoded
 
 _message_decoder = Reader(Message)
 
@@ -58,21 +58,26 @@ ORDER BY (pinned.m).pinned_at DESC, (pinned.m).id DESC
 """  # noqa: S608 - only column references and a number are put in
 
 
-async def page(db: Db, conversation_id: ConversationId, user_id: UserId, before: Cursor | None) -> MessageList | None:
+async def page(
+    db: Db, conversation_id: ConversationId, user_id: UserId, before: Cursor | None
+) -> Undecoded[MessageList] | None:
     """Return a page of what is pinned, the latest first; None without access."""
     rows = await db.fetch(LIST, conversation_id, user_id, *(before or (None, None)))
-    return await _list([row for row in rows if row[0] is not None], MAX_PINS) if rows else None
+    return _list([row for row in rows if row[0] is not None], MAX_PINS) if rows else None
 
 
-async def _list(rows: Sequence[Any], limit: int) -> MessageList:
+def _list(rows: Sequence[Any], limit: int) -> Undecoded[MessageList]:
     """Return a page of the rows of `LIST` or `STARS`."""
-    page = await _message_decoder.page(rows, limit, Cursor.of)
-    shown = {message.id for message in page.rows}
-    return MessageList(
-        messages=page.rows,
-        withheld={message_id: withheld for _, _, message_id, withheld in rows if withheld and message_id in shown},
-        after=page.after,
-    )
+
+    def of(page: Page[Message]) -> MessageList:
+        shown = {message.id for message in page.rows}
+        return MessageList(
+            messages=page.rows,
+            withheld={message_id: withheld for _, _, message_id, withheld in rows if withheld and message_id in shown},
+            after=page.after,
+        )
+
+    return _message_decoder.page(rows, limit, Cursor.of).then(of)
 
 
 # Users are locked before what is theirs, as everywhere. Whoever has lost access may still take a star back.
@@ -128,7 +133,7 @@ ORDER BY s.starred_at DESC, s.message_id DESC LIMIT $3
 """  # noqa: S608 - only column references are put in
 
 
-async def stars(db: Db, user_id: UserId, before: Cursor | None, *, limit: int) -> MessageList:
+async def stars(db: Db, user_id: UserId, before: Cursor | None, *, limit: int) -> Undecoded[MessageList]:
     """Return up to `limit` messages that a user has put aside and may see, the latest first."""
     rows = await db.fetch(STARS, before and before.at, user_id, limit + 1, before and before.id)
-    return await _list(rows, limit)
+    return _list(rows, limit)

@@ -6,7 +6,7 @@ from protocol.ids import UserId
 from protocol.values import Message, PollVote
 from server.database import Db
 from server.queries.messages import Place
-from server.rows import Page, Reader
+from server.rows import Page, Reader, Undecoded
 
 _message_decoder = Reader(Message)
 _vote_decoder = Reader(PollVote)
@@ -87,7 +87,7 @@ ORDER BY v.user_id LIMIT $4
 """
 
 
-async def votes(db: Db, place: Place, after: UserId | None, *, limit: int) -> Page[PollVote]:
+async def votes(db: Db, place: Place, after: UserId | None, *, limit: int) -> Undecoded[Page[PollVote]]:
     """Return up to `limit` votes in a poll, by user. There is no access check."""
     rows = await db.fetch(VOTES, place.message_id, place.conversation_id, after, limit + 1)
-    return await _vote_decoder.page(rows, limit)
+    return _vote_decoder.page(rows, limit)

@@ -11,7 +11,7 @@ from protocol.values import Relationship, RelationshipEntry, RelationshipKind, R
 from server.database import Db
 from server.queries import users
 from server.queries.users import FACE
-from server.rows import Page, Reader
+from server.rows import Page, Reader, Undecoded
 
 AT_ONCE = 1_000
 """Relationships that one statement deletes."""
@@ -124,7 +124,7 @@ BETWEEN = "SELECT relationship_json(r, $1) FROM user_relationship r WHERE r.from
 
 async def between(db: Db, user_id: UserId, other: UserId) -> list[Relationship]:
     """Return a user's relationships of all kinds to another one."""
-    return await _relationship_decoder.each(row[0] for row in await db.fetch(BETWEEN, user_id, other))
+    return _relationship_decoder.few(row[0] for row in await db.fetch(BETWEEN, user_id, other))
 
 
 SWITCH = """
@@ -172,10 +172,10 @@ ORDER BY (r.r).id
 """  # noqa: S608 - FACE is a constant
 
 
-async def page(db: Db, user_id: UserId, frame: ListRelationships, *, limit: int) -> Page[RelationshipEntry]:
+async def page(db: Db, user_id: UserId, frame: ListRelationships, *, limit: int) -> Undecoded[Page[RelationshipEntry]]:
     """Return up to `limit` of a user's relationships, in the order of their ids."""
     rows = await db.fetch(PAGE, user_id, frame.kind, frame.is_outgoing, frame.status, frame.after, limit + 1)
-    return await _entry_decoder.page(rows, limit)
+    return _entry_decoder.page(rows, limit)
 
 
 # Rows that still say something stay: a rejected request, and switches. Nobody is told of another's block or mute. The

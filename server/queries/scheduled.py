@@ -15,7 +15,7 @@ from server.cursor import Cursor
 from server.database import Db
 from server.queries.moment import MOMENT
 from server.queries.users import FACE, MOVE_OWN
-from server.rows import Page, Reader
+from server.rows import Page, Reader, Undecoded
 
 _scheduled_decoder = Reader(Scheduled)
 _words_decoder = msgspec.json.Decoder(Words, dec_hook=json_object.read)
@@ -112,9 +112,9 @@ ORDER BY s.send_at DESC, s.id DESC LIMIT {MAX_PAGE + 1}
 """  # noqa: S608 - a column and a number are put in
 
 
-async def page(db: Db, user_id: UserId, before: Cursor | None) -> Page[Scheduled]:
+async def page(db: Db, user_id: UserId, before: Cursor | None) -> Undecoded[Page[Scheduled]]:
     """Return a page of a user's messages that wait or could not be sent, the latest first."""
-    return await _scheduled_decoder.page(await db.fetch(LIST, user_id, *(before or (None, None))), MAX_PAGE, Cursor.of)
+    return _scheduled_decoder.page(await db.fetch(LIST, user_id, *(before or (None, None))), MAX_PAGE, Cursor.of)
 
 
 class Due(NamedTuple):

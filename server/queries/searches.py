@@ -19,7 +19,7 @@ from server.database import Db
 from server.queries import latest
 from server.queries.latest import LATEST
 from server.queries.moment import MOMENT
-from server.rows import Reader, fitting
+from server.rows import Reader, Undecoded, fitting
 
 _message_decoder = Reader(Message)
 
@@ -130,7 +130,7 @@ class Place(NamedTuple):
             raise not_a_cursor() from None
 
 
-async def find(db: Db, user_id: UserId, frame: Search, words: str | None, *, limit: int) -> SearchPage:
+async def find(db: Db, user_id: UserId, frame: Search, words: str | None, *, limit: int) -> Undecoded[SearchPage]:
     """Return up to `limit` messages that match. `words` is a query of `search.query`. In a
     transaction for searching.
     """
@@ -152,12 +152,16 @@ async def find(db: Db, user_id: UserId, frame: Search, words: str | None, *, lim
         place = (None, None) if after is None else (after.at, after.id)
         rows = await db.fetch(NEWEST, *asked, limit + 1, *place, since)
     count = fitting(rows[:limit])
-    hits = await _message_decoder.beside(rows[:count])
-    return SearchPage(
-        hits=[SearchHit(message=message, snippet=_CUT.split(columns[4])) for message, columns in hits],
-        after=_after(as_of, rows[count - 1], since) if len(rows) > count else None,
-        is_partial=since is not None,
-    )
+    end = _after(as_of, rows[count - 1], since) if len(rows) > count else None
+
+    def of(hits: list[tuple[Message, Any]]) -> SearchPage:
+        return SearchPage(
+            hits=[SearchHit(message=message, snippet=_CUT.split(columns[4])) for message, columns in hits],
+            after=end,
+            is_partial=since is not None,
+        )
+
+    return _message_decoder.beside(rows[:count]).then(of)
 
 
 def _after(as_of: datetime, columns: Any, since: datetime | None) -> str | None:  # noqa: ANN401 - a row has no type

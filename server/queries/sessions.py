@@ -9,7 +9,7 @@ from protocol.limits import MAX_SESSIONS
 from protocol.values import Session, User
 from server.database import Db
 from server.queries.users import FACE
-from server.rows import Reader
+from server.rows import Reader, Undecoded
 
 _user_decoder = Reader(User)
 _sessions_decoder = Reader(Session)
@@ -83,11 +83,11 @@ WHERE s.token = ANY($1) AND s.expires_at > now()
 """  # noqa: S608 - FACE is a constant
 
 
-async def find(db: Db, token_hashes: Sequence[str]) -> dict[str, Active]:
+async def find(db: Db, token_hashes: Sequence[str]) -> Undecoded[dict[str, Active]]:
     """Return the valid sessions among those, by the hash of their token."""
     rows = await db.fetch(FIND, list(token_hashes))
-    found = await _user_decoder.beside((row[4], *row[:4]) for row in rows)
-    return {row[1]: Active(row[2], row[3], row[4], user) for user, row in found}
+    found = _user_decoder.beside([(row[4], *row[:4]) for row in rows])
+    return found.then(lambda read: {row[1]: Active(row[2], row[3], row[4], user) for user, row in read})
 
 
 FIND_BY_ID = f"""
@@ -97,11 +97,11 @@ WHERE s.id = ANY($1) AND s.expires_at > now()
 """  # noqa: S608 - FACE is a constant
 
 
-async def find_by_id(db: Db, session_ids: Sequence[SessionId]) -> dict[SessionId, Active]:
+async def find_by_id(db: Db, session_ids: Sequence[SessionId]) -> Undecoded[dict[SessionId, Active]]:
     """Return the valid sessions among those."""
     rows = await db.fetch(FIND_BY_ID, list(session_ids))
-    found = await _user_decoder.beside((row[3], *row[:3]) for row in rows)
-    return {row[1]: Active(row[1], row[2], row[3], user) for user, row in found}
+    found = _user_decoder.beside([(row[3], *row[:3]) for row in rows])
+    return found.then(lambda read: {row[1]: Active(row[1], row[2], row[3], user) for user, row in read})
 
 
 # A session that somebody else holds is being revoked, or extended: nobody waits for it.

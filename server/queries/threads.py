@@ -10,7 +10,7 @@ from server.queries.messages import VISIBLE, Place
 from server.queries.moment import MOMENT
 from server.queries.unread import COUNT_REPLIES, HAS_UNREAD_REPLY
 from server.queries.users import MOVE_OWN
-from server.rows import Page, Reader
+from server.rows import Page, Reader, Undecoded
 
 _view_decoder = Reader(ThreadView)
 _follow_decoder = Reader(ThreadFollow)
@@ -87,12 +87,12 @@ ORDER BY found.at DESC, m.id DESC
 """  # noqa: S608 - as above
 
 
-async def page(db: Db, user_id: UserId, before: Cursor | None, *, is_unread: bool) -> Page[ThreadView]:
+async def page(db: Db, user_id: UserId, before: Cursor | None, *, is_unread: bool) -> Undecoded[Page[ThreadView]]:
     """Return a page of the threads that a user follows and where somebody replied, or where there is something new, the
     latest first: of the 1,000 that began last.
     """
     rows = await db.fetch(LIST, user_id, is_unread, *(before or (None, None)))
-    return await _view_decoder.page(rows, MOST_LISTED, Cursor.of)
+    return _view_decoder.page(rows, MOST_LISTED, Cursor.of)
 
 
 class Change(NamedTuple):

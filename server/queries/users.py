@@ -11,7 +11,7 @@ from protocol.ids import UserId
 from protocol.server import OwnEvent, OwnStartOverReason
 from protocol.values import Me, PresenceStatus, Profile, User
 from server.database import Db
-from server.rows import Reader
+from server.rows import Reader, Undecoded
 
 _users_decoder = Reader(User)
 _profile_decoder = Reader(Profile)
@@ -219,24 +219,24 @@ class OwnNews(NamedTuple):
     lost: OwnStartOverReason | None = None
 
 
-async def news(db: Db, user_id: UserId, since: int, *, limit: int) -> OwnNews:
+async def news(db: Db, user_id: UserId, since: int, *, limit: int) -> Undecoded[OwnNews]:
     """Return about `limit` changes after a number of a user's own clock, cut where a number of it ends; of a number
     that the clock has not reached, none.
     """
     rows = await db.fetch(NEWS, user_id, since, limit + 1)
     found = [row for row in rows if row[2] is not None]
     version, forgotten = rows[0][:2] if rows else (since, 0)
-    if since > version:
-        return OwnNews(0, [], is_whole=False, lost="ahead_of_server")
     is_whole = len(found) <= limit
-    if not is_whole:
+    lost: OwnStartOverReason | None = "forgotten" if since < forgotten else None
+    if since > version:
+        version, found, is_whole, lost = 0, [], False, "ahead_of_server"
+    elif not is_whole:
         # The last number may have more events than were read.
         version = found[-1][2] - 1
         if version <= since:
             return await news(db, user_id, since, limit=2 * limit)
         found = [row for row in found if row[2] <= version]
-    lost: OwnStartOverReason | None = "forgotten" if since < forgotten else None
-    return OwnNews(version, await _own_decoder.each(row[3] for row in found), is_whole, lost)
+    return _own_decoder.each(row[3] for row in found).then(lambda events: OwnNews(version, events, is_whole, lost))
 
 
 class Clocks(NamedTuple):
