@@ -69,7 +69,9 @@ CREATE TABLE "user" (
     forgotten_version bigint NOT NULL DEFAULT 0,
     -- How often the own clock moved for rows that are theirs alone (drafts, stars, preferences, the profile). All other
     -- moves may concern memberships, sessions or relationships, and workers read those again.
-    own_moves bigint NOT NULL DEFAULT 0
+    own_moves bigint NOT NULL DEFAULT 0,
+    -- When they stopped being invisible. No device that went before that moves `last_seen_at`.
+    visible_since timestamptz
 );
 CREATE INDEX user_words_idx ON "user"
     USING gin (to_tsvector('simple', unpunctuated(name || ' ' || coalesce(display_name, ''))));

@@ -166,7 +166,10 @@ class Presence:
         """Record how a user, or with `away` one device of theirs, wants to be seen; return whether they chose anew."""
         devices = self._devices.get(user_id, {})
         async with self._database.of(user_id).connection() as db:
-            is_new = await users.choose(db, user_id, frame, is_here=bool(devices))
+            is_new, is_visible_again = await users.choose(db, user_id, frame, is_here=bool(devices))
+        if is_visible_again and not devices and self._departing.pop(user_id, None) is not None:
+            # Nobody was to know that they were here, so no announcement waits for them to come back.
+            self._note(user_id)
         if device in devices:
             devices[device] = frame.status == "away"
             self._note(user_id)
@@ -314,7 +317,7 @@ class Presence:
             if not reason.is_told_of(choice):
                 continue
             states = self._states(fields[user_id])
-            if left_at is not None and reason is Reason.DEVICE:
+            if left_at is not None and reason is Reason.DEVICE and left_at >= (choice.visible_since or 0.0):
                 # It may not be recorded yet.
                 choice = choice._replace(last_seen_at=max(left_at, choice.last_seen_at or 0.0))  # noqa: PLW2901
             self._announce(user_id, PresenceChanged(presence=_seen(user_id, choice, states)))

@@ -9,6 +9,7 @@ from redis.asyncio import Redis
 
 from protocol import client, server
 from protocol.codec import encode
+from protocol.ids import UserId
 from server import presence, untold
 from server.config import Settings
 from tests.world import World, http_client, until
@@ -71,6 +72,55 @@ async def test_who_leaves_while_redis_is_away_was_last_seen_then(
             assert time is not None
             assert abs((time - row["last_seen_at"]).total_seconds()) < 0.001
         await nowhere.aclose()
+
+
+@pytest.mark.parametrize("worker", [0, 1], ids=["the same worker", "another worker"])
+async def test_who_left_while_they_were_invisible_was_last_seen_before_that(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, worker: int
+) -> None:
+    """Also if they choose to be visible, with no device, before their departure is recorded."""
+    monkeypatch.setattr(presence, "OFFLINE_SECONDS", 0.5)
+    monkeypatch.setattr(presence, "RECORD_SECONDS", 0.1)
+    async with World(settings, workers=2) as world:
+        ada, charles = await world.users("Ada", "Charles")
+        watcher, phone = await world.connect(ada), await world.connect(charles)
+        app = world.workers[0].app
+        await watcher.call(client.Watch(user_ids=[charles.id]), server.PresenceList)
+        await _recorded(world, charles.id, is_online=True)
+        await phone.call(client.SetPresence(status="invisible"))
+        await until(lambda: len(_times(watcher.events)) == 1)
+        (before,) = _times(watcher.events)
+        await phone.close()
+        await until(lambda: charles.id not in app.presence._devices)  # noqa: SLF001
+        seen = len(watcher.events)
+        async with http_client(world.workers[worker].url) as http:
+            headers = {"authorization": f"Bearer {charles.token}"}
+            await http.post("/v1/call", content=encode(client.SetPresence(status="online")), headers=headers)
+        assert before == await _recorded(world, charles.id, is_online=False)
+        await until(lambda: bool(_times(watcher.events[seen:])))
+        await until(lambda: not app.presence._untold)  # noqa: SLF001
+        await watcher.synced()
+        assert set(_times(watcher.events[seen:])) == {before}
+        if worker == 0:
+            assert len(_times(watcher.events[seen:])) == len(_statuses(watcher.events[seen:])), "nobody was there"
+        # Whoever is visible when they leave was last seen then.
+        phone = await world.connect(charles)
+        await _recorded(world, charles.id, is_online=True)
+        came_at = datetime.now(UTC)
+        await phone.close()
+        assert await _recorded(world, charles.id, is_online=False) >= came_at
+
+
+async def _recorded(world: World, user_id: UserId, *, is_online: bool) -> datetime:
+    """Wait until a row tells that a user is online, or not, and return when they were last seen."""
+    async with asyncio.timeout(5):
+        while (row := await world.db.fetchrow(ROW, user_id)) is None or row["is_online"] is not is_online:
+            await asyncio.sleep(0.01)
+    return row["last_seen_at"]  # type: ignore[no-any-return]
+
+
+def _statuses(events: Sequence[object]) -> list[str]:
+    return [event.presence.status for event in events if isinstance(event, server.PresenceChanged)]
 
 
 def _times(events: Sequence[object]) -> list[datetime | None]:

@@ -110,6 +110,7 @@ async def test_a_locked_account_does_not_come_back(world: World, ada: Person) ->
 LEFT_LONG_AGO = """
 UPDATE "user" SET deleted_at = now() - interval '31 days', quiet_from = '22:00', quiet_until = '06:00',
     time_zone = 'Europe/London', feed_seen_at = now(), last_seen_at = now(), last_close = 1000, is_online = true,
+    visible_since = now(),
     custom_status = 'Thinking', custom_status_until = now(), image = 'https://example.org/ada', is_private = true
 WHERE id = $1
 """

@@ -262,7 +262,8 @@ FORGET = (
         is_active = false,
         is_deleted = true, deleted_at = coalesce(deleted_at, now()), is_private = false, is_admin = false,
         erased_at = coalesce(erased_at, now()), updated_at = now(), version = version + 1, quiet_from = NULL,
-        quiet_until = NULL, time_zone = 'UTC', feed_seen_at = NULL, last_close = NULL
+        quiet_until = NULL, time_zone = 'UTC', feed_seen_at = NULL, last_close = NULL,
+        visible_since = NULL
     WHERE id = $1
     """,
 )

@@ -254,6 +254,8 @@ class Visibility(NamedTuple):
     custom_status: str | None
     is_shown: bool
     last_seen_at: float | None
+    visible_since: float | None
+    """When they stopped being invisible: the departure of a device before that is told to nobody."""
 
 
 STATUS_NOW = "CASE WHEN u.custom_status_until > now() OR u.custom_status_until IS NULL THEN u.custom_status END"
@@ -270,7 +272,7 @@ class Watchable(NamedTuple):
 
 WATCHABLE = f"""
 SELECT pair.watcher, u.id, u.show_online_status, u.status, {STATUS_NOW}, may('see_presence', pair.watcher, u.id),
-    extract(epoch FROM u.last_seen_at)::float8
+    extract(epoch FROM u.last_seen_at)::float8, extract(epoch FROM u.visible_since)::float8
 FROM unnest($1::uuid[], $2::uuid[]) AS pair (watcher, watched) JOIN "user" u ON u.id = pair.watched
 WHERE u.is_active AND NOT u.is_deleted AND may('see_face', pair.watcher, u.id)
 """  # noqa: S608 - STATUS_NOW is a constant
@@ -288,11 +290,13 @@ async def watchable(db: Db, pairs: Sequence[tuple[UserId, UserId]]) -> dict[tupl
 
 
 # 'away' belongs to a device, not to the user; 'offline' is what the column says of those who never chose. Whoever
-# becomes invisible is last seen then, as if they had gone.
+# becomes invisible is last seen then, as if they had gone. Whoever is it no more is visible from when the row is free.
 CHOOSE = """
 UPDATE "user" u SET updated_at = now(), status = chosen.status,
     last_seen_at = CASE WHEN ($6 OR u.is_online) AND chosen.status = 'invisible' AND u.status <> 'invisible' THEN now()
         ELSE u.last_seen_at END,
+    visible_since = CASE WHEN u.status = 'invisible' AND chosen.status <> 'invisible' THEN clock_timestamp()
+        ELSE u.visible_since END,
     custom_status = CASE WHEN $3 THEN $4 ELSE u.custom_status END,
     custom_status_until = CASE WHEN $3 THEN now() + make_interval(secs => $5) ELSE u.custom_status_until END,
     version = u.version + 1, own_version = u.version + 1, own_moves = u.own_moves + 1
@@ -302,19 +306,25 @@ FROM (
 ) chosen
 WHERE u.id = $1 AND u.is_active AND (u.status <> chosen.status OR ($3 AND (u.custom_status IS DISTINCT FROM $4
     OR u.custom_status_until IS NOT NULL OR $5::float8 IS NOT NULL)))
-RETURNING true
+RETURNING (u.visible_since >= now()) IS TRUE
 """
 
 
-async def choose(db: Db, user_id: UserId, frame: SetPresence, *, is_here: bool) -> bool:
-    """Record how a user, who is here or not, wants to be seen; return whether that is new."""
+class Choice(NamedTuple):
+    """Whether what a user chose is new to the row, and whether it ended that they were invisible."""
+
+    is_new: bool
+    is_visible_again: bool
+
+
+async def choose(db: Db, user_id: UserId, frame: SetPresence, *, is_here: bool) -> Choice:
+    """Record how a user, who is here or not, wants to be seen."""
     custom_status = None if frame.custom_status is UNSET else frame.custom_status
     seconds = frame.custom_status_seconds
-    return bool(
-        await db.fetchval(
-            CHOOSE, user_id, frame.status, frame.custom_status is not UNSET, custom_status, seconds, is_here
-        )
+    is_visible_again = await db.fetchval(
+        CHOOSE, user_id, frame.status, frame.custom_status is not UNSET, custom_status, seconds, is_here
     )
+    return Choice(is_visible_again is not None, bool(is_visible_again))
 
 
 EXPIRE = """
@@ -333,7 +343,8 @@ async def expire_statuses(db: Db) -> list[UserId]:
 
 
 CHOICES = f"""
-SELECT u.id, u.status, {STATUS_NOW}, u.show_online_status, extract(epoch FROM u.last_seen_at)::float8
+SELECT u.id, u.status, {STATUS_NOW}, u.show_online_status, extract(epoch FROM u.last_seen_at)::float8,
+    extract(epoch FROM u.visible_since)::float8
 FROM "user" u WHERE u.id = ANY($1)
 """  # noqa: S608 - STATUS_NOW is a constant
 
@@ -343,11 +354,13 @@ async def choices(db: Db, user_ids: Sequence[UserId]) -> dict[UserId, Visibility
     return {row[0]: Visibility(*row[1:]) for row in await db.fetch(CHOICES, list(user_ids))}
 
 
-# Whoever is invisible is not seen to come and go. The rows of all others are not held until a locked one is free.
+# Whoever is invisible is not seen to come and go, also not afterwards. The rows of all others are not held until a
+# locked one is free.
 SEEN = """
 WITH noted AS (
     UPDATE "user" u SET is_online = s.is_online, last_close = s.last_close,
-        last_seen_at = CASE WHEN u.status = 'invisible' THEN u.last_seen_at ELSE greatest(u.last_seen_at, s.at) END
+        last_seen_at = CASE WHEN u.status = 'invisible' OR s.at < u.visible_since THEN u.last_seen_at
+            ELSE greatest(u.last_seen_at, s.at) END
     FROM (
         SELECT s.id, s.is_online, s.last_close, least(to_timestamp(s.left_at), now()) AS at
         FROM unnest($1::uuid[], $2::boolean[], $3::integer[], $4::float8[]) AS s (id, is_online, last_close, left_at)

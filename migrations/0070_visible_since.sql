@@ -1,0 +1,2 @@
+-- When they stopped being invisible: a device that went before is not told of.
+ALTER TABLE "user" ADD COLUMN visible_since timestamptz;
