@@ -32,6 +32,7 @@ from protocol.ids import UserId
 from protocol.limits import (
     ANSWER_TOKEN_BYTES,
     FURTHER_TOKENS,
+    MAX_MENTIONS,
     MAX_PAGE,
     MAX_PARTICIPANTS_NAMED,
     MAX_WATCHED,
@@ -166,13 +167,13 @@ class Dispatch:
                 retry_after_ms=SEARCHING_MS,
             )
         count = 1 + len(data) // TOKEN_BYTES
-        self._allowances[rate].require(user_id, count, to_come=FURTHER_TOKENS.get(named, 0))
+        self._allowances[rate].require(user_id, count, to_come=most_further(named, data))
         return count
 
     def _in_turn(self, user_id: UserId, data: bytes, frame: Frame | None, refused: Refused, wait_ms: int) -> Refused:
         """Return a refusal that has the frame repeated after those of the user that were refused before."""
         named = kind(data) or ""
-        more = FURTHER_TOKENS.get(named, 0) if frame is None else further(frame)
+        more = most_further(named, data) if frame is None else further(frame)
         tokens = 1 + len(data) // TOKEN_BYTES + more
         wait_ms = self._allowances[self._rates.get(named, Rate.READ)].retry_after(user_id, wait_ms, tokens)
         return Refused(refused.code, refused.message, path=refused.path, retry_after_ms=wait_ms)
@@ -242,6 +243,24 @@ def further(frame: Frame) -> int:
         case _:
             part = 1.0
     return int(FURTHER_TOKENS.get(str(type(frame).__struct_config__.tag), 0) * part)
+
+
+def most_further(named: str, data: bytes) -> int:
+    """Return the most that `further` may return for a frame that is not decoded yet. A refusal tells when so much can
+    be paid, and books it: for a short message that is not what one with 50 mentions takes.
+    """
+    match named:
+        case "send" | "edit" | "schedule":
+            count, most = data.count(b"@") + data.count(b"\\u0040"), MAX_MENTIONS
+        case "watch":
+            count, most = data.count(b'"') // 2, MAX_WATCHED
+        case "create_group" | "add_participants" | "invite":
+            count, most = data.count(b'"') // 2, MAX_PARTICIPANTS_NAMED
+        case "get_users":
+            count, most = data.count(b'"') // 2, MAX_PAGE
+        case _:
+            count = most = 1
+    return int(FURTHER_TOKENS.get(named, 0) * min(count, most) / most)
 
 
 def _already_authenticated(frame: object) -> Refused:

@@ -27,7 +27,7 @@ from protocol.limits import (
 )
 from protocol.server import Error
 from server.config import Settings
-from server.dispatch import Rate, further
+from server.dispatch import Rate, further, most_further
 from server.limits import Allowance, Bucket, Pace, told
 from server.reservations import GRACE_NS, ReservingBucket
 from server.retries import LATEST_NS, Retries
@@ -189,6 +189,34 @@ async def test_one_retry_after_the_time_told_is_not_refused_whatever_the_frame_c
         clock.now += refused.retry_after_ms * 1_000_000
         answer = await asker.ask(frame)
         assert not isinstance(answer, Error) or answer.code is ErrorCode.NOT_FOUND, (name, rate, left, answer)
+
+
+async def test_many_short_messages_at_once_are_told_to_come_back_one_token_apart(world: World) -> None:
+    """And one with mentions, whose content is not looked into, as many tokens later as it may take."""
+    asker = await world.connect(await world.user("Ada"))
+    about = await world.channel(asker)
+    allowance = world.workers[0].app._allowances[Rate.WRITE]  # noqa: SLF001
+    vars(allowance).update(vars(SharedAllowance("write", 1.0, None, clock=Clock())))
+    for _ in range(4):
+        allowance.require(asker.ready.user.id)
+    frames = [message(about) for _ in range(5)] + [message(about, "@" * MAX_MENTIONS)]
+    told = [(await asker.ask(frame)).retry_after_ms for frame in frames]  # type: ignore[union-attr]
+    assert told == [1_001, 2_000, 3_000, 4_000, 5_000, 8_000]  # the last one is all that the bucket holds
+
+
+@given(st.text(alphabet='@"\\a\u2028'), st.integers(0, 100))
+def test_a_frame_takes_no_more_than_is_told_before_it_is_decoded(content: str, count: int) -> None:
+    about, people = ConversationId(uuid7()), [UserId(uuid7()) for _ in range(count)]
+    escaped = msgspec.json.encode(message(about, content or "x")).replace(b"@", b"\\u0040")
+    for frame, data in (
+        (message(about, content or "x"), escaped),
+        *((one, msgspec.json.encode(one)) for one in (
+            client.Edit(conversation_id=about, message_id=MessageId(uuid7()), content=content or "x"),
+            client.Watch(user_ids=people), client.GetUsers(user_ids=people),
+            client.Invite(conversation_id=about, participants=people),
+        )),
+    ):  # fmt: skip
+        assert further(frame) <= most_further(str(type(frame).__struct_config__.tag), data) <= further(frame) + 2
 
 
 async def test_a_message_costs_the_same_by_whatever_frame_it_is_made(
