@@ -9,7 +9,7 @@ from typing import TypeAlias, TypeVar
 import asyncpg
 
 from protocol.errors import ErrorCode, Refused
-from protocol.ids import UserId
+from protocol.ids import SessionId, UserId
 from server.config import Settings
 from server.epoch import Epoch
 from server.errors import Fatal, is_lost
@@ -111,9 +111,11 @@ class Database:
         """Return the database as one user has it, who holds a share of the connections at most."""
         return Database(self._shared.pool.of(user_id), self._shared)
 
-    def of_sessions(self, user_id: UserId) -> "Database":
-        """Return the database for the sessions of one user: one further connection, which their frames cannot hold."""
-        return Database(self._shared.pool.of_sessions(user_id), self._shared)
+    def of_sessions(self, user_id: UserId, asker: SessionId | None) -> "Database":
+        """Return the database for the sessions of one user: one further connection, which their frames cannot hold.
+        `asker` is the session that asks; None for a login.
+        """
+        return Database(self._shared.pool.of_sessions(user_id, asker), self._shared)
 
     def of_jobs(self) -> "Database":
         """Return the database as periodic jobs have it: its transactions raise LockNotAvailableError if they wait for a

@@ -58,6 +58,11 @@ class Lines(Generic[Key, Item]):
         if key in self._next:
             del self._lines[key], self._next[key]
 
+    def to_end(self, key: Key) -> None:
+        """Move a client's place, if it has one, behind those of all others."""
+        if key in self._next:
+            self._next.move_to_end(key)
+
     def first(self) -> Item:
         """Return what `take` would return."""
         return self._lines[next(iter(self._next))][0]

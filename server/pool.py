@@ -13,7 +13,7 @@ from typing import NamedTuple, TypeAlias
 
 import asyncpg
 
-from protocol.ids import UserId
+from protocol.ids import SessionId, UserId
 from server.lines import Lines
 from server.turns import Turns
 
@@ -51,11 +51,11 @@ class Pool:
         """Return the pool as one user has it."""
         return Part(self, self._turns, user_id)
 
-    def of_sessions(self, user_id: UserId) -> "Part":
+    def of_sessions(self, user_id: UserId, asker: SessionId | None) -> "Part":
         """Return the pool for the sessions of one user: one further connection, which their frames cannot hold, and for
-        which they do not wait behind these.
+        which they do not wait behind these. Each session that asks, and logins, have it in turn.
         """
-        return Part(self, self._sessions_turns, OfSessions(user_id))
+        return Part(self, self._sessions_turns, OfSessions(user_id), asker)
 
     @asynccontextmanager
     async def turn(self) -> "AsyncIterator[Pool]":
@@ -156,20 +156,21 @@ class Part:
     that there are others for everybody else.
     """
 
-    __slots__ = ("_client", "_pool", "_turns")
+    __slots__ = ("_asker", "_client", "_pool", "_turns")
 
-    def __init__(self, pool: Pool, turns: Turns[Client], client: Client) -> None:
+    def __init__(self, pool: Pool, turns: Turns[Client], client: Client, asker: SessionId | None = None) -> None:
         self._pool = pool
         self._turns = turns
         self._client = client
+        self._asker = asker
 
     async def take(self) -> Connection:
         """Return a connection as the pool does. Raises TimeoutError if none of the user comes back in time, too."""
-        await self._turns.take(self._client)
+        await self._turns.take(self._client, self._asker)
         try:
             return await self._pool.take(self._client)
         except BaseException:
-            self._turns.give(self._client)
+            self._turns.give(self._client, self._asker)
             raise
 
     @asynccontextmanager
@@ -179,18 +180,18 @@ class Part:
 
         Raises TimeoutError if none of the user comes back in time.
         """
-        await self._turns.take(self._client)
+        await self._turns.take(self._client, self._asker)
         try:
             yield HeldTurn(self._pool, self._client)
         finally:
-            self._turns.give(self._client)
+            self._turns.give(self._client, self._asker)
 
     def give(self, connection: Connection, *, is_usable: bool) -> None:
         """Take a connection back."""
         try:
             self._pool.give(connection, is_usable=is_usable)
         finally:
-            self._turns.give(self._client)
+            self._turns.give(self._client, self._asker)
 
 
 class HeldTurn:

@@ -1,9 +1,10 @@
 """Turns: at most so many at a time for each key; others of the same key wait in line."""
 
 import asyncio
-from collections import deque
 from collections.abc import Hashable
 from typing import Generic, TypeVar
+
+from server.lines import Lines
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -16,46 +17,49 @@ class Turns(Generic[Key]):
         self._most = most
         self._patience = patience
         self._taken: dict[Key, int] = {}
-        self._waiting: dict[Key, deque[asyncio.Future[None]]] = {}
+        self._waiting: dict[Key, Lines[Hashable, asyncio.Future[None]]] = {}
 
-    async def take(self, key: Key) -> None:
-        """Return when the caller has a turn, which lasts until `give`. Raises TimeoutError if none is free in time."""
+    async def take(self, key: Key, client: Hashable = None) -> None:
+        """Return when the caller has a turn, which lasts until `give`. Clients of a key are served alike, and each in
+        order. Raises TimeoutError if no turn is free in time.
+        """
         taken = self._taken.get(key, 0)
         if taken < self._most:
             self._taken[key] = taken + 1
             return
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiting.setdefault(key, deque()).append(turn)
+        waiting = self._waiting.get(key)
+        if waiting is None:
+            waiting = self._waiting[key] = Lines(is_over=asyncio.Future.done)
+        waiting.put(client, turn)
         try:
             async with asyncio.timeout(self._patience):
                 await turn
         except BaseException:
             if turn.done() and not turn.cancelled():
-                self.give(key)  # the turn came too late: the next in line has it
+                self.give(key, client)  # the turn came too late: the next in line has it
             else:
-                self._drop(key, turn)  # none may come for long
+                waiting.drop(client, turn)
+                self._end_if_empty(key)
             raise
 
-    def give(self, key: Key) -> None:
-        """End a turn: the one who has waited longest is next."""
-        waiting = self._waiting.get(key, ())
-        while waiting:
-            turn = waiting.popleft()
-            if not waiting:
-                del self._waiting[key]
-            if not turn.done():
+    def give(self, key: Key, client: Hashable = None) -> None:
+        """End a turn of a client: of the others, the one who has waited longest is next."""
+        if (waiting := self._waiting.get(key)) is not None:
+            waiting.to_end(client)
+            if waiting:
+                line, turn = waiting.take()
+                waiting.done(line)
+                self._end_if_empty(key)
                 turn.set_result(None)
                 return
+            del self._waiting[key]
         taken = self._taken[key] - 1
         if taken:
             self._taken[key] = taken
         else:
             del self._taken[key]
 
-    def _drop(self, key: Key, turn: asyncio.Future[None]) -> None:
-        """Take a turn that nobody waits for any more out of the line, if it is still there."""
-        waiting = self._waiting.get(key)
-        if waiting is not None and turn in waiting:
-            waiting.remove(turn)
-            if not waiting:
-                del self._waiting[key]
+    def _end_if_empty(self, key: Key) -> None:
+        if key in self._waiting and not self._waiting[key]:
+            del self._waiting[key]

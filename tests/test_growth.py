@@ -212,7 +212,7 @@ def test_every_container_has_a_bound() -> None:
 
 SHARING = frozenset({"Semaphore", "Share", "SharedBound", "Turns", "Lines", "Lanes", "Gather", "ThreadPoolExecutor"})
 """What gives out places that clients share."""
-PARTS = ("lanes.py self._all", "share.py ")
+PARTS = ("lanes.py self._all", "share.py ", "turns.py ")
 """Parts of these themselves."""
 
 

@@ -21,7 +21,7 @@ from starlette.routing import Route, WebSocketRoute
 from protocol import client, server
 from protocol.codec import now
 from protocol.errors import ErrorCode, Refused
-from protocol.ids import MessageId, UserId, uuid7
+from protocol.ids import MessageId, SessionId, UserId, uuid7
 from server.config import Settings
 from server.connection import Connection
 from server.database import Database, Db
@@ -70,6 +70,12 @@ async def test_a_user_whose_frames_wait_for_a_lock_leaves_connections_to_others(
         await holding.close()
     await asyncio.gather(*asking)
     assert (pool._turns._taken, pool._turns._waiting) == ({}, {})  # noqa: SLF001
+
+
+def how_many_wait(turns: Turns[Any], key: object) -> int:
+    """Return how many wait for a turn of a key."""
+    there = turns._waiting.get(key)  # noqa: SLF001
+    return 0 if there is None else sum(map(len, there._lines.values()))  # noqa: SLF001
 
 
 AS_FRAMES: dict[tuple[str, str], Any] = {
@@ -206,13 +212,13 @@ async def test_every_route_of_a_user_waits_in_the_turns_of_the_user(
                 assert (await ask(http, ada.token, REVOKING, uuid7())).status_code == 404
             assert poked == []
             ending = [asyncio.ensure_future(ask(http, ada.token, REVOKING, one)) for one in made]
-            await until(lambda: len(own._waiting.get(OfSessions(ada.id), ())) == len(made) - 1)  # noqa: SLF001
+            await until(lambda: how_many_wait(own, OfSessions(ada.id)) == len(made) - 1)
             for _ in range(pool._turns._most):  # noqa: SLF001
                 await pool._turns.take(ada.id)  # noqa: SLF001
             asking = {route: asyncio.ensure_future(ask(http, ada.token, route, uuid7())) for route in IN_TURN}
             # An export answers before it reads.
-            await until(lambda: len(pool._turns._waiting.get(ada.id, ())) == len(AS_FRAMES))  # noqa: SLF001
-            await until(lambda: len(own._waiting.get(OfSessions(ada.id), ())) == len(made) - 1 + len(OF_SESSIONS))  # noqa: SLF001
+            await until(lambda: how_many_wait(pool._turns, ada.id) == len(AS_FRAMES))  # noqa: SLF001
+            await until(lambda: how_many_wait(own, OfSessions(ada.id)) == len(made) - 1 + len(OF_SESSIONS))
             assert (own._taken, own._most) == ({OfSessions(ada.id): 1}, 1)  # noqa: SLF001
             async with asyncio.timeout(5):
                 for route in IN_TURN:
@@ -303,7 +309,7 @@ async def test_a_user_who_waits_for_a_turn_of_their_own_holds_no_part_of_a_share
         await pool._turns.take(ada.id)  # noqa: SLF001
     ways = (Database.counting, Database.searching, Database.catching_up)
     waiting = [asyncio.ensure_future(use(way(mine))) for way in ways for _ in range(CONNECTIONS)]
-    await until(lambda: len(pool._turns._waiting.get(ada.id, ())) == len(waiting))  # noqa: SLF001
+    await until(lambda: how_many_wait(pool._turns, ada.id) == len(waiting))  # noqa: SLF001
     assert [(share._turns.locked(), share._waiting) for share in shares] == [(False, 0)] * len(shares)  # noqa: SLF001
     async with asyncio.timeout(5):
         assert [await use(way(others)) for way in ways] == [1] * len(ways)
@@ -416,7 +422,7 @@ async def test_who_gives_up_costs_their_user_no_turn_and_leaves_one_place() -> N
     for way in ("cancelled", "late"):
         for gone in (pool, pool._turns):  # noqa: SLF001
             gone._patience = 60 if way == "cancelled" else 0.0  # noqa: SLF001
-        more = [asyncio.create_task(one.take()) for one in (pool.of(ada), pool.of_sessions(ada), pool)]
+        more = [asyncio.create_task(one.take()) for one in (pool.of(ada), pool.of_sessions(ada, None), pool)]
         await asyncio.sleep(0)
         await asyncio.sleep(0)
         if way == "cancelled":
@@ -456,7 +462,7 @@ async def test_requests_about_sessions_wait_behind_none_of_their_users_frames() 
         for name, part in (
             *(("frame", pool.of(ada)) for _ in range(CONNECTIONS)),
             *(("other", pool.of(one)) for one in others),
-            ("sessions", pool.of_sessions(ada)),
+            ("sessions", pool.of_sessions(ada, None)),
         )
     ]
     await until(lambda: len(pool._waiting._next) == len(others) + 2)  # noqa: SLF001
@@ -464,6 +470,30 @@ async def test_requests_about_sessions_wait_behind_none_of_their_users_frames() 
     await asyncio.gather(*asking)
     # One round: each user has had one turn before the owner of the sessions.
     assert order[: len(others) + 2] == ["frame", *(["other"] * len(others)), "sessions"]
+
+
+async def test_sessions_of_a_user_have_their_connection_in_turn() -> None:
+    """A stolen session asks as often as it may: its owner waits for what is answered already, and for no more."""
+    ada, (stolen, own) = UserId(uuid7()), (SessionId(uuid7()) for _ in range(2))
+    pool = Pool(_connect, most=CONNECTIONS, patience=60)
+    order: list[str] = []
+
+    async def ask(name: str, session_id: SessionId | None) -> None:
+        part = pool.of_sessions(ada, session_id)
+        connection = await part.take()
+        order.append(name)
+        part.give(connection, is_usable=True)
+
+    first = pool.of_sessions(ada, stolen)
+    answered = await first.take()
+    flood = [asyncio.create_task(ask("stolen", stolen)) for _ in range(3)]
+    await until(lambda: how_many_wait(pool._sessions_turns, OfSessions(ada)) == len(flood))  # noqa: SLF001
+    owners = [asyncio.create_task(ask(*one)) for one in (("own", own), ("own", own), ("login", None))]
+    await until(lambda: how_many_wait(pool._sessions_turns, OfSessions(ada)) == len(flood + owners))  # noqa: SLF001
+    first.give(answered, is_usable=True)
+    await asyncio.gather(*flood, *owners)
+    assert order == ["own", "login", "stolen", "own", "stolen", "stolen"]
+    assert (pool._sessions_turns._taken, pool._sessions_turns._waiting) == ({}, {})  # noqa: SLF001
 
 
 @given(

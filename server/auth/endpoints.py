@@ -130,7 +130,9 @@ class Accounts:
         async def asked(request: Request) -> Response:
             active, body = await self.asked(request)
             self._requests.require(active.session_id, 1 + len(body) // TOKEN_BYTES)
-            return await act(Asked(request, active, body, self._database.of_sessions(active.user.id)))
+            return await act(
+                Asked(request, active, body, self._database.of_sessions(active.user.id, active.session_id))
+            )
 
         return Route(path, endpoint(asked), methods=[method])
 
@@ -187,7 +189,7 @@ class Accounts:
                 await accounts.set_password(db, found.user.id, new_hash, instead_of=checked)
             return begun, is_back
 
-        begun, is_back = await self._database.of_sessions(found.user.id).atomically("login", made)
+        begun, is_back = await self._database.of_sessions(found.user.id, None).atomically("login", made)
         if is_back:
             self._events.reconsider(found.user.id)
         if begun is not None and begun.session.has_ended_others:
