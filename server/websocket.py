@@ -98,12 +98,13 @@ class WebSocket(WebSocketsSansIOProtocol):
     _is_wide = False
     # Max bytes of a message.
     _most_bytes = MAX_EARLY_BYTES
-    # Bytes of a message that is not complete or too early, counted at `_sockets`, and the message's deadline.
+    # Bytes of a message that is not complete, and `_unread`, as counted at `_sockets`, and the message's deadline.
     _held = 0
     _overdue: asyncio.TimerHandle | None = None
-    # Until `take_over`: whether the first message has arrived, and the bytes after it.
-    _has_message = _is_first_text = False
-    _early = b""
+    # Bytes that arrived in the read in which reading paused, from the first frame that was not taken in.
+    _unread = b""
+    # Whether the message before `take_over` is a text.
+    _is_first_text = False
     # Fragments of the message that is being received.
     _fragments = 0
     # Control frames and fragments; whole messages are the receiver's to count.
@@ -144,19 +145,30 @@ class WebSocket(WebSocketsSansIOProtocol):
             if self._is_lingering or self.transport.is_closing():
                 return
         whole = data if self._partial is None else self._continued(self._partial, data)
-        if self.receiver is None:
-            self._received_early(whole)
+        if self.receiver is None and (not self.handshake_initiated or self.conn.parser_exc is not None):
+            super().data_received(whole)
+        elif not self.handshake_complete:
+            self.transport.abort()  # RFC 6455, section 4.1: nothing before the answer to the handshake
         else:
-            at = 0
-            while at < len(whole):
-                end = self._frame(whole, at)
-                if not end:
-                    self._partial = bytearray(whole[at:])
-                    break
-                at = end
+            self._take_in(whole)
+
+    def _take_in(self, data: bytes) -> None:
+        """Take in frames until reading pauses. The rest waits until it resumes: thousands of small frames may arrive in
+        one read. Before `take_over`, reading pauses after one message.
+        """
+        at = 0
+        while at < len(data) and not self.read_paused:
+            end = self._frame(data, at)
+            if not end:
+                self._partial = bytearray(data[at:])
+                break
+            at = end
+        else:
+            if at < len(data):
+                self._unread += data[at:]
         if self._ping is not None:
             self._answer_ping()
-        if self._partial is not None or self._held or self.conn.current_size is not None:
+        if self._partial is not None or self._unread or self._held or self.conn.current_size is not None:
             self._keep_unfinished()
 
     def _continued(self, partial: bytearray, data: bytes) -> bytes:
@@ -170,12 +182,12 @@ class WebSocket(WebSocketsSansIOProtocol):
         return bytes(partial)
 
     def _keep_unfinished(self) -> None:
-        """Count the bytes of a message that is not complete, and those that came too early. Begin the message's time.
-        Close if all hold too much of that.
+        """Count the bytes of a message that is not complete, and those that are not taken in yet. Begin the message's
+        time. Close if all hold too much of that.
         """
         if self._is_lingering:
             return
-        unread = len(self._partial or b"") + (self.conn.current_size or 0) + len(self._early)
+        unread = len(self._partial or b"") + (self.conn.current_size or 0) + len(self._unread)
         count = max(0, unread - FREE_BYTES)
         try:
             if count > self._held:
@@ -215,7 +227,7 @@ class WebSocket(WebSocketsSansIOProtocol):
     def _forget_unfinished(self) -> None:
         self._await_no_rest()
         self._partial = None
-        self._early = b""
+        self._unread = b""
         self.frames = []
         self._release()
 
@@ -223,29 +235,6 @@ class WebSocket(WebSocketsSansIOProtocol):
         if self._held:
             self._sockets.release(self._client, self._held)
             self._held = 0
-
-    def _received_early(self, data: bytes) -> None:
-        """Receive the handshake and one small message, before `take_over`. Reading then pauses: later bytes stay in the
-        kernel, except those that arrived in the same read.
-        """
-        if not self.handshake_initiated or self.conn.parser_exc is not None:
-            super().data_received(data)
-            return
-        if not self.handshake_complete:
-            self.transport.abort()  # RFC 6455, section 4.1: nothing before the answer to the handshake
-            return
-        at = 0
-        while at < len(data) and (self.close_sent or not self._has_message):
-            end = self._frame(data, at)
-            if not end:
-                self._partial = bytearray(data[at:])
-                break
-            at = end
-        else:
-            if at < len(data):
-                self._early += data[at:]
-                self.pause_receiving()
-                self._keep_unfinished()
 
     def _frame(self, data: bytes, at: int) -> int:
         """Take in the frame that begins at `at`, and return where it ends; 0 if it is not all there.
@@ -343,7 +332,6 @@ class WebSocket(WebSocketsSansIOProtocol):
         if self.receiver is not None:
             self.receiver.received(data, is_text=is_text)
             return
-        self._has_message = True
         self._is_first_text = is_text
         # As bytes also if it is a text: whether they are UTF-8 is for whoever reads them to find out and to answer.
         self.queue.put_nowait({"type": "websocket.receive", "bytes": data})
@@ -351,11 +339,11 @@ class WebSocket(WebSocketsSansIOProtocol):
 
     async def receive(self) -> Any:  # noqa: ANN401, D102 - as uvicorn has it
         if not (self.handshake_complete and self.queue.empty()):
-            return await super().receive()
+            return await self.queue.get()
         # For the client to authenticate: whoever does not makes room for others.
         self._sockets.waits(self, self.transport.abort)
         try:
-            return await super().receive()
+            return await self.queue.get()
         finally:
             if not self.close_sent:
                 self._sockets.works(self)
@@ -370,14 +358,13 @@ class WebSocket(WebSocketsSansIOProtocol):
                 receiver.received(event.get("bytes") or b"", is_text=self._is_first_text)
         self._most_bytes = self.conn.max_message_size = self.config.ws_max_size
         self._forget_handshake()
-        self.resume_receiving()
-        early, self._early = self._early, b""
         self._release()
         self._client = receiver.user_id
         if self.disconnected or self._is_lingering:
             self._leave()
         else:
-            self.data_received(early)
+            self.resume_receiving()
+            self._keep_unfinished()
 
     def disarm(self) -> None:
         """End the deadline of the handshake."""
@@ -440,11 +427,12 @@ class WebSocket(WebSocketsSansIOProtocol):
             self._await_no_rest()
 
     def resume_receiving(self) -> None:
-        """Read from the peer again."""
+        """Read from the peer again, and take in first what was read before."""
         if self.read_paused:
             self.read_paused = False
             self.transport.resume_reading()
-            self._await_rest()
+            unread, self._unread = self._unread, b""
+            self._take_in(unread)
 
     def close(self, code: CloseCode) -> None:
         """Close with `code` after what is already on its way, and cut the connection if the peer is too slow."""
@@ -459,8 +447,8 @@ class WebSocket(WebSocketsSansIOProtocol):
         self._sockets.closed[str(code.value)] += 1
         self.close_sent = True
         self._sockets.waits(self, self.transport.abort)
-        self.resume_receiving()
         self.close_timer = self.loop.call_later(CLOSE_SECONDS, self.transport.abort)
+        self.resume_receiving()
 
     def handle_parser_exception(self) -> None:  # noqa: D102
         assert self.conn.close_sent is not None  # noqa: S101 - the library's condition

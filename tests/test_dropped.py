@@ -15,13 +15,15 @@ from protocol.errors import CloseCode
 from protocol.server import GoingAway
 from server import websocket
 from server.config import Settings
+from server.connection import MAX_INBOX
 from server.http_protocol import MAX_CHUNKS, MAX_HEADERS, Http
 from server.sockets import LINGER_BYTES
 from server.websocket import WebSocket
 from tests.test_floods import shake
 from tests.test_frames import Wire, frame
 from tests.test_lock_order import WAITS
-from tests.test_silence import CHUNKED, dial, known
+from tests.test_silence import CHUNKED, assert_nothing_is_kept, dial, known
+from tests.test_unfinished import answered
 from tests.world import World, until
 
 BURST = 800
@@ -115,6 +117,42 @@ async def test_an_honest_client_ends_the_connection_after_the_close_frame(alone:
     wire.writer.close()
 
 
+async def test_frames_of_one_read_are_parsed_when_there_is_a_place_for_them(
+    alone: World, calls: Counter[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rest counts as unread, and is answered later, in order: also its last frame, of which half has arrived."""
+    monkeypatch.setattr(websocket, "FREE_BYTES", 0)
+    ada, count = await alone.user("Ada"), BURST // 2
+    app = alone.workers[0].app
+    wire = await shake(alone.url, ada)
+    await until(lambda: len(app.roster) == 1)
+    (one,) = app.hub.people.sockets(ada.id)
+    holding = await asyncpg.connect(alone.settings.database_url)
+    await holding.execute("BEGIN; LOCK TABLE draft IN ACCESS EXCLUSIVE MODE")
+    wire.writer.write(frame(b'{"type":"list_drafts","id":0}'))
+    while not await alone.db.fetchval(WAITS):
+        await asyncio.sleep(0)
+    calls.clear()
+    pings = [frame(b'{"type":"ping","id":%d}' % (1 + number)) for number in range(count)]
+    wire.writer.write(b"".join(pings)[:-5])
+    await until(lambda: one.socket.read_paused)  # type: ignore[attr-defined]
+    assert calls["_frame"] == MAX_INBOX
+    assert app.sockets.unread_of_users.taken == sum(map(len, pings[MAX_INBOX:])) - 5
+    await holding.close()
+    assert [(await answered(wire))["re"] for _ in range(count)] == list(range(count))
+    wire.writer.write(pings[-1][-5:])
+    assert (await answered(wire))["re"] == count
+    assert app.sockets.unread_of_users.taken == 0
+
+    calls.clear()
+    wire.writer.write(frame(b"") * (READ_BYTES // len(frame(b""))))
+    assert await wire.closed() == CloseCode.ABUSE
+    assert calls["_frame"] < 2 * BURST
+    wire.writer.transport.abort()
+    await until(lambda: len(app.sockets) == 0)
+    assert_nothing_is_kept(app.sockets)
+
+
 async def test_while_a_connection_finishes_its_socket_is_not_read(alone: World, calls: Counter[str]) -> None:
     ada = await alone.user("Ada")
     app = alone.workers[0].app
@@ -130,7 +168,7 @@ async def test_while_a_connection_finishes_its_socket_is_not_read(alone: World, 
     calls.clear()
     wire.writer.write(frame(b"") * 1_000_000)
     await until(lambda: one.socket.read_paused)  # type: ignore[attr-defined]
-    assert calls["_frame"] <= READ_BYTES // len(frame(b"")) + 1
+    assert calls["_frame"] == 1
     await holding.close()
     assert await wire.closed() == CloseCode.GOING_AWAY
     wire.writer.transport.abort()
