@@ -402,13 +402,26 @@ class Presence:
         transitions, self._transitions = self._transitions, {}
         left = transitions
         try:
+            current = await self._without_returned(transitions)
             async with self._database.connection() as db:
-                left = await users.seen(db, transitions)
+                left = await users.seen(db, current)
         except Exception as error:
             if not is_lost(error):
                 raise
         finally:
             self._transitions = left | self._transitions
+
+    async def _without_returned(self, transitions: dict[UserId, Transition]) -> dict[UserId, Transition]:
+        """Leave out those who went and are at another worker by now: it records that they came, perhaps before this."""
+        gone = [user_id for user_id, one in transitions.items() if not one.is_online]
+        try:
+            fields = await self._shared_fields(gone) if gone else {}
+        except REDIS_LOST:
+            return transitions
+        for there in fields.values():
+            there.pop(self._worker.encode(), None)
+        returned = {user_id for user_id, there in fields.items() if self._states(there)}
+        return {user_id: one for user_id, one in transitions.items() if user_id not in returned}
 
 
 def _of_device(states: Collection[bytes], left_at: float | None = None) -> News:

@@ -111,6 +111,30 @@ async def test_who_left_while_they_were_invisible_was_last_seen_before_that(
         assert await _recorded(world, charles.id, is_online=False) >= came_at
 
 
+@pytest.mark.parametrize("is_back", [True, False])
+async def test_departure_is_not_recorded_after_a_return_at_another_worker(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, *, is_back: bool
+) -> None:
+    """Two workers record in no order."""
+    monkeypatch.setattr(presence, "OFFLINE_SECONDS", 0.1)
+    monkeypatch.setattr(presence, "RECORD_SECONDS", 3_600.0)
+    async with World(settings, workers=2) as world:
+        (charles,) = await world.users("Charles")
+        one, other = [worker.app.presence for worker in world.workers]
+        phone = await world.connect(charles)
+        await until(lambda: charles.id in one._transitions)  # noqa: SLF001
+        await one._record()  # noqa: SLF001
+        await phone.close()
+        await until(lambda: charles.id in one._transitions)  # noqa: SLF001
+        if is_back:
+            await world.connect(charles, 1)
+            await until(lambda: charles.id in other._transitions)  # noqa: SLF001
+            await other._record()  # noqa: SLF001
+        await one._record()  # noqa: SLF001
+        assert await world.db.fetchval('SELECT is_online FROM "user" WHERE id = $1', charles.id) is is_back
+        assert not one._transitions  # noqa: SLF001
+
+
 async def _recorded(world: World, user_id: UserId, *, is_online: bool) -> datetime:
     """Wait until a row tells that a user is online, or not, and return when they were last seen."""
     async with asyncio.timeout(5):
