@@ -187,13 +187,14 @@ async def _say_difference(context: Context, conversation_id: ConversationId, ver
     the conversation, or that it is not the user's.
     """
     async with _reading(context, done) as db:
-        found = await changes.since(db, conversation_id, version, limit=MAX_CHANGES)
-        # Asked last: whoever may read now might read all of the above.
-        reading = await changes.reading(db, conversation_id, context.user_id, most=MAX_SHARED_PARTICIPANTS)
-    if found is None or reading is None:
+        found = await changes.missed(
+            db, conversation_id, context.user_id, version, limit=MAX_CHANGES, most=MAX_SHARED_PARTICIPANTS
+        )
+    if found is None:
         await _say_left(context, [conversation_id])
         return None
-    difference = await found.decoded()
+    missed, reading = found
+    difference = await missed.decoded()
     parts = difference.parts(MAX_PAGE_BYTES) if difference.is_whole else None
     if difference.is_whole and difference.changes.since > difference.clock:
         await _start_over(context, [conversation_id], "ahead_of_server", done=done)

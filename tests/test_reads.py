@@ -24,7 +24,7 @@ from server.database import SESSION
 pytestmark = pytest.mark.new_database
 
 FRAGMENTS = {
-    "changes.EVENTS", "latest.LATEST", "unread.COUNT_REPLIES", "unread.COUNT_UNREAD", "users.MOVE_OWN", "users.UNSEEN",
+    "latest.LATEST", "unread.COUNT_REPLIES", "unread.COUNT_UNREAD", "users.MOVE_OWN", "users.UNSEEN",
 }  # fmt: skip
 """Parts of other statements, which are planned there."""
 FEED = (
@@ -85,7 +85,7 @@ WHY = {
         "users.SEARCH": "user() cut 2",
     },
     "participants of a conversation, by name in those of up to 100 or 1,000, and who hides from one user": {
-        "changes.READING": (
+        "changes.MISSED": (
             "conversation_participant(conversation_id); 2 x user_relationship(from_user_id); "
             "2 x user_relationship(to_user_id)"
         ),
@@ -162,7 +162,7 @@ LIMITS = {
     "audit.RECORD": 2,
     "bounds.FORGET_STARS": 1,
     "changes.SINCE": 6,
-    "changes.READING": 2,
+    "changes.MISSED": 8,
     "conversations.GET": 3,
     "conversations.PAGE": 4,
     "erasure.CLEAR_REPORTS": 2,

@@ -28,7 +28,7 @@ from server import backlog, sync, topics
 from server.config import Settings
 from server.connection import Connection
 from server.periodic import end
-from server.queries.changes import reading, since
+from server.queries.changes import missed, since
 from tests.world import Somebody, World, message, sent, until
 
 
@@ -127,13 +127,13 @@ async def test_conversation_that_was_let_go_during_a_long_resume_is_followed_aga
     kept = away.world.workers[1].app.hub.topics
 
     async def late(*args: Any, **options: Any) -> Any:
-        found = await since(*args, **options)
+        found = await missed(*args, **options)
         with monkeypatch.context() as patch:
             patch.setattr(topics, "LINGER_SECONDS", -1.0)
             kept._close_quiet()  # noqa: SLF001
         return found
 
-    monkeypatch.setattr("server.sync.changes.since", late)
+    monkeypatch.setattr("server.sync.changes.missed", late)
     second = await away.world.group(away.ada, away.who)
     for group in (away.group, second):
         await sent(away.ada, group, "Missed")
@@ -157,7 +157,7 @@ async def test_conversation_where_something_is_said_during_each_read_is_caught_u
     async def late(*args: Any, **options: Any) -> Any:
         nonlocal reads
         reads += 1
-        found = await since(*args, **options)
+        found = await missed(*args, **options)
         for number in range(4 - reads):
             await sent(away.ada, away.group, f"During read {reads}, {number}")
         version = await away.world.db.fetchval("SELECT version FROM conversation WHERE id = $1", away.group)
@@ -165,13 +165,17 @@ async def test_conversation_where_something_is_said_during_each_read_is_caught_u
         return found
 
     monkeypatch.setattr(backlog, "MAX_BACKLOG", bound)
-    monkeypatch.setattr("server.sync.changes.since", late)
+    monkeypatch.setattr("server.sync.changes.missed", late)
     await sent(away.ada, away.group, "Missed")
     phone = await away.world.connect(away.who, 1, query="?resume=1")
     await phone.call(client.Resume(epoch=away.epoch, versions={away.group: away.version}), server.Resumed)
     await sent(away.ada, away.group, "Live")
     await phone.event(server.MessageSent, lambda event: event.message.content == "Live")
     said = [event.events if isinstance(event, Changes) else [event] for event in phone.events]
+    # Nothing is counted twice, by `changes` and by an event.
+    assert [event.unread_count for event in phone.events if isinstance(event, Changes)] == (
+        [1] if bound > 3 else [1, 4]
+    )
     versions = [one.version for events in said for one in events if isinstance(one, server.MessageSent)]
     assert reads == (1 if bound > 3 else 2)
     assert versions == [away.version + number for number in range(1, 6 if bound > 3 else 8)]
@@ -179,7 +183,7 @@ async def test_conversation_where_something_is_said_during_each_read_is_caught_u
 
 async def test_who_is_banned_while_they_catch_up_follows_nothing(away: Away, monkeypatch: pytest.MonkeyPatch) -> None:
     async def late(*args: Any, **options: Any) -> Any:
-        found = await reading(*args, **options)
+        found = await missed(*args, **options)
         if not banned:
             banned.append(True)
             await sent(away.ada, away.group, "Said before")
@@ -189,7 +193,7 @@ async def test_who_is_banned_while_they_catch_up_follows_nothing(away: Away, mon
         return found
 
     banned: list[bool] = []
-    monkeypatch.setattr("server.sync.changes.reading", late)
+    monkeypatch.setattr("server.sync.changes.missed", late)
     await sent(away.ada, away.group, "Missed")
     (changes, left) = await away.back()
     assert isinstance(changes, Changes)
@@ -291,7 +295,7 @@ async def test_too_much_missed_starts_over_and_is_not_read(away: Away, monkeypat
     assert isinstance(changes, Changes)
     assert len(changes.events) == MAX_CHANGES
     await sent(away.ada, away.group, "One more")
-    monkeypatch.delattr("server.sync.changes.since")
+    monkeypatch.delattr("server.sync.changes.missed")
     (over,) = await away.back()
     assert isinstance(over, server.StartOver)
     assert (over.reason, over.view.version) == ("too_many_changes", 4 + MAX_CHANGES)

@@ -1,8 +1,10 @@
 """What changed in a conversation after a version: one indexed read of each table that has a clock."""
 
+from collections.abc import Sequence
 from itertools import groupby
 from typing import NamedTuple
 
+import asyncpg
 import msgspec
 
 from protocol.codec import encode
@@ -26,13 +28,13 @@ _CHANGED = """json_build_object('type', 'message_changed', 'conversation_id', {r
 
 # Where newcomers do not see what was said before, messages that someone there may not see are asked for one by one,
 # deleted ones too: what is left of them names their sender, and who deleted or hid them, and why.
-EVENTS = """
+_EVENTS = """
     (SELECT m.version, CASE WHEN {from_before} THEN {changed} ELSE json_build_object(
             'type', CASE WHEN m.is_deleted THEN 'message_deleted'
-                WHEN m.sent_version > $2 THEN 'message_sent' ELSE 'message_edited' END,
+                WHEN m.sent_version > {since} THEN 'message_sent' ELSE 'message_edited' END,
             'conversation_id', m.conversation_id, 'version', m.version, 'message', message_json(m)
         ) END AS event, NULL::uuid AS gone
-    FROM message m WHERE m.conversation_id = $1 AND m.version > $2 ORDER BY m.version LIMIT $3)
+    FROM message m WHERE m.conversation_id = $1 AND m.version > {since} ORDER BY m.version LIMIT {limit})
     UNION ALL
     (SELECT r.version, CASE WHEN {from_before} THEN {reacted} ELSE json_build_object(
             'type', CASE WHEN r.is_removed OR m.is_deleted THEN 'message_unreacted' ELSE 'message_reacted' END,
@@ -40,7 +42,7 @@ EVENTS = """
             'user_id', r.user_id, 'emoji', r.emoji, 'count', coalesce((m.reactions ->> r.emoji)::int, 0)
         ) END, NULL
     FROM message_reaction r JOIN message m ON m.id = r.message_id AND (m.conversation_id = r.conversation_id) IS TRUE
-    WHERE r.conversation_id = $1 AND r.version > $2 ORDER BY r.version LIMIT $3)
+    WHERE r.conversation_id = $1 AND r.version > {since} ORDER BY r.version LIMIT {limit})
     UNION ALL
     (SELECT v.version, CASE WHEN {from_before} THEN {voted} ELSE json_build_object(
             'type', 'poll_voted', 'conversation_id', v.conversation_id, 'version', v.version,
@@ -49,45 +51,53 @@ EVENTS = """
             'options', CASE WHEN m.payload @> '{{"is_anonymous": true}}' THEN NULL ELSE v.options END
         ) END, NULL
     FROM poll_vote v JOIN message m ON m.id = v.message_id AND (m.conversation_id = v.conversation_id) IS TRUE
-    WHERE v.conversation_id = $1 AND v.version > $2 AND m.payload IS NOT NULL ORDER BY v.version LIMIT $3)
+    WHERE v.conversation_id = $1 AND v.version > {since} AND m.payload IS NOT NULL ORDER BY v.version LIMIT {limit})
     UNION ALL
     (SELECT p.version, participant_event(p, c.participant_count), CASE WHEN p.status <> 'active' THEN p.user_id END
     FROM conversation_participant p
-    WHERE p.conversation_id = $1 AND p.version > $2 ORDER BY p.version LIMIT $3)
+    WHERE p.conversation_id = $1 AND p.version > {since} ORDER BY p.version LIMIT {limit})
     UNION ALL
     (SELECT p.left_version, participant_left_json(p, c.participant_count), p.user_id
     FROM conversation_participant p
-    WHERE p.conversation_id = $1 AND p.left_version > $2 AND p.left_version > 0 AND p.left_version < p.version
+    WHERE p.conversation_id = $1 AND p.left_version > {since} AND p.left_version > 0 AND p.left_version < p.version
         AND p.left_version > p.joined_version AND p.status <> 'active'
-    ORDER BY p.left_version LIMIT $3)
+    ORDER BY p.left_version LIMIT {limit})
     UNION ALL
     SELECT c.settings_version, json_build_object(
             'type', 'conversation_updated', 'conversation_id', c.id, 'version', c.settings_version,
             'conversation', conversation_json(c)
         ), CASE WHEN c.is_deleted THEN '{everyone}'::uuid END
-    WHERE c.settings_version > $2
-    ORDER BY 1 LIMIT $3
-""".format(  # noqa: S608 - only column references and a constant are put in
-    from_before="c.settings ->> 'history' = 'from_joining' AND m.sent_version <= c.access_version",
-    changed=_CHANGED.format(row="m"),
-    reacted=_CHANGED.format(row="r"),
-    voted=_CHANGED.format(row="v"),
-    everyone=EVERYONE,
-)
-"""At most $3 events of the conversation `c` after version $2, in order; who is gone by them."""
+    WHERE c.settings_version > {since}
+    ORDER BY 1 LIMIT {limit}
+"""
+"""At most `{limit}` events of the conversation `c` after the version `{since}`, in order; who is gone by them."""
 
-# All of the first version, and then as much as fits.
-SINCE = f"""
+
+def _since(*, since: str, limit: str, most: str) -> str:
+    """Return a statement, for the conversation $1: all events of the first version, and then as much as fits."""
+    events = _EVENTS.format(
+        since=since,
+        limit=limit,
+        from_before="c.settings ->> 'history' = 'from_joining' AND m.sent_version <= c.access_version",
+        changed=_CHANGED.format(row="m"),
+        reacted=_CHANGED.format(row="r"),
+        voted=_CHANGED.format(row="v"),
+        everyone=EVERYONE,
+    )
+    return f"""
 SELECT c.version, e.version, e.event, e.gone, e.found
 FROM conversation c LEFT JOIN LATERAL (
     SELECT s.version, s.event, s.gone, s.found FROM (
         SELECT e.*, count(*) OVER () AS found, min(e.version) OVER () AS first,
             sum(octet_length(e.event::text)) OVER (ORDER BY e.version ROWS UNBOUNDED PRECEDING) AS bytes
-        FROM ({EVENTS}) e
-    ) s WHERE s.bytes <= $4 OR s.version = s.first
+        FROM ({events}) e
+    ) s WHERE s.bytes <= {most} OR s.version = s.first
 ) e ON true
 WHERE c.id = $1
-"""  # noqa: S608 - EVENTS is a constant
+"""  # noqa: S608 - only names of parameters, column references and constants are put in
+
+
+SINCE = _since(since="$2", limit="$3", most="$4")
 
 
 class Difference(NamedTuple):
@@ -137,8 +147,12 @@ async def since(db: Db, conversation_id: ConversationId, version: int, *, limit:
     For the hub, which delivers to those who are in: there is no access check.
     """
     rows = await db.fetch(SINCE, conversation_id, version, limit + 1, MAX_CHANGES_BYTES)
-    if not rows:
-        return None
+    return _difference(conversation_id, version, rows, limit=limit) if rows else None
+
+
+def _difference(
+    conversation_id: ConversationId, version: int, rows: Sequence[asyncpg.Record], *, limit: int
+) -> Undecoded[Difference]:
     clock: int = rows[0][0]
     reached = max(clock, version)
     kept = [row for row in rows if row[1] is not None]
@@ -157,8 +171,9 @@ async def since(db: Db, conversation_id: ConversationId, version: int, *, limit:
     return _event_decoder.each(row[2] for row in kept).then(of)
 
 
-READING = f"""
-SELECT me.last_read_message_id, (
+# One statement, so that what is said meanwhile is either in all of it or in nothing.
+MISSED = f"""
+SELECT NULL, NULL, NULL, NULL, NULL, me.last_read_message_id, (
     {COUNT_UNREAD.format(me="me")}
 ), CASE WHEN c.participant_count <= $3 THEN coalesce((
     SELECT json_agg(json_build_object('user_id', p.user_id, 'message_id', p.last_read_message_id,
@@ -172,6 +187,7 @@ SELECT me.last_read_message_id, (
 ), '[]') ELSE '[]' END
 FROM conversation_participant me JOIN conversation c ON c.id = me.conversation_id AND NOT c.is_deleted
 WHERE me.conversation_id = $1 AND me.user_id = $2 AND me.status = 'active'
+UNION ALL SELECT missed.*, NULL, NULL, NULL FROM ({_since(since="$4", limit="$5", most="$6")}) missed
 """  # noqa: S608 - only column references are put in
 
 
@@ -183,9 +199,16 @@ class Reading(NamedTuple):
     receipts: list[Receipt]
 
 
-async def reading(db: Db, conversation_id: ConversationId, user_id: UserId, *, most: int) -> Reading | None:
-    """Return the read positions in a conversation, all of them if it has at most `most` participants; None without
-    access.
+async def missed(
+    db: Db, conversation_id: ConversationId, user_id: UserId, version: int, *, limit: int, most: int
+) -> tuple[Undecoded[Difference], Reading] | None:
+    """Return what `since` does for a user, and the read positions, all of them if the conversation has at most `most`
+    participants; None without access.
     """
-    row = await db.fetchrow(READING, conversation_id, user_id, most)
-    return None if row is None else Reading(row[0], row[1], _receipts_decoder.every(row[2]))
+    rows = await db.fetch(MISSED, conversation_id, user_id, most, version, limit + 1, MAX_CHANGES_BYTES)
+    positions = [row for row in rows if row[6] is not None]
+    if not positions:
+        return None
+    changed = [row for row in rows if row[6] is None]
+    found = Reading(positions[0][5], positions[0][6], _receipts_decoder.every(positions[0][7]))
+    return _difference(conversation_id, version, changed, limit=limit), found
