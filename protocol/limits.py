@@ -32,7 +32,7 @@ _SHOWN = re.compile(f"[^{_BLANK}]")
 _BLANKS = re.compile(f"[{_BLANK}]+")
 _HIDDEN = re.compile(f"[{_BREAKS}{_CONTROL}{_FORMAT}]")
 _HIDDEN_IN_LINES = re.compile(f"[{_CONTROL}{_FORMAT}]")
-WEB = rf"^https?://[^\s\"<>`\\{_CONTROL}{_FORMAT}]+\Z"
+WEB = rf'^https?://[^\s"<>`\\{_CONTROL}{_FORMAT}]+\Z'
 _ADDRESS = rf"[^\s@{_CONTROL}{_FORMAT}{_JOINERS}]+"
 ADDRESS = rf"^{_ADDRESS}@{_ADDRESS}\Z"
 """An e-mail address that an account may have."""

@@ -5,12 +5,14 @@
 
 import json
 import re
+import sys
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from msgspec import inspect
 
+from protocol.limits import HASHTAG
 from server.describe import asyncapi, handbook, openapi
 from server.describe.asyncapi import CLIENT_FRAMES, tag
 from tests.test_hostile_values import valid
@@ -32,7 +34,65 @@ def references(part: Any) -> Iterator[str]:
             yield from references(inner)
 
 
-@pytest.mark.parametrize("document", [asyncapi.document(), openapi.document()], ids=["asyncapi", "openapi"])
+DOCUMENTS = pytest.mark.parametrize("document", [asyncapi.document(), openapi.document()], ids=["asyncapi", "openapi"])
+
+
+def patterns(part: Any) -> Iterator[str]:
+    """Yield all regular expressions in a document."""
+    if isinstance(part, dict):
+        if isinstance(pattern := part.get("pattern"), str):
+            yield pattern
+        part = list(part.values())
+    if isinstance(part, list):
+        for inner in part:
+            yield from patterns(inner)
+
+
+def faults(pattern: str) -> list[str]:
+    """Return what an ECMA-262 engine with the flag `u` refuses in a regular expression, or reads otherwise than Python.
+
+    `\\d`, `\\w` and `\\b` are ASCII there. `\\s` differs in control and format characters alone, which no field takes.
+    """
+    found, at, is_class = [], 0, False
+    while at < len(pattern):
+        escape = re.compile(r"\\(u\{[0-9a-f]+\}|u[0-9a-f]{4}|x[0-9a-f]{2}|.)|\{\d+(?:,\d*)?\}", re.DOTALL).match(
+            pattern, at
+        )
+        one = pattern[at] if escape is None else escape[0]
+        if escape is not None:
+            named = escape[1] or "{"  # or a number of times
+            is_known = len(named) > 1 or named in "^$\\.*+?()[]{}|/stnvfrS" or (is_class and named == "-")
+            found += [] if is_known else [one]
+        elif is_class:
+            is_class = one != "]"
+        elif one == "[":
+            is_class = True
+        elif one in "]{}" or re.compile(r"\(\?(?![:=!]|<[=!])|[*+?]\+").match(pattern, at):
+            found.append(one)
+        at += len(one)
+    return found + (["["] if is_class else [])
+
+
+@DOCUMENTS
+def test_every_pattern_is_one_for_other_languages(document: dict[str, Any]) -> None:
+    found = set(patterns(document))
+    assert len(found) > 8
+    assert {pattern: faults(pattern) for pattern in found if faults(pattern)} == {}
+    refused = [r"\"", r"[^\"]", r"\'", r"\-", r"\Z", r"\A", r"\w", r"[\d]", r"\b", "{", "a{,2}", "]", "(?i)a",
+               "(?P<a>b)", "a++", "["]  # fmt: skip
+    assert [one for one in refused if not faults(one)] == []
+    assert faults(r"^(?=.*[^\s\x00-\u034f\-{\[])(?!a)\.(?:b|\/){2,}c+?$") == []
+
+
+def test_a_hashtag_that_the_server_takes_is_described() -> None:
+    described = re.compile(asyncapi.ECMA[HASHTAG])
+    taken = [one for one in map(chr, range(sys.maxunicode + 1)) if re.match(HASHTAG, one)]
+    assert len(taken) > 100_000
+    assert [one for one in taken if not described.search(one)] == []
+    assert [chr(code) for code in range(128) if described.search(chr(code)) and chr(code) not in taken] == []
+
+
+@DOCUMENTS
 def test_every_reference_resolves_and_every_schema_is_referred_to(document: dict[str, Any]) -> None:
     found = set(references(document))
     assert len(found) > 100

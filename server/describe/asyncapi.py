@@ -8,6 +8,7 @@ import msgspec
 from protocol import SUBPROTOCOL
 from protocol.client import ClientFrame, Frame
 from protocol.errors import CloseCode
+from protocol.limits import HASHTAG
 from protocol.server import DurableEvent, Error, Reply, ServerFrame
 
 Schema = dict[str, Any]
@@ -15,6 +16,10 @@ CLIENT_FRAMES: tuple[type[Frame], ...] = get_args(ClientFrame)
 SERVER_FRAMES: tuple[type[msgspec.Struct], ...] = get_args(ServerFrame)
 DURABLE: frozenset[type[msgspec.Struct]] = frozenset(get_args(DurableEvent))
 ANSWERS = (Reply, Error)
+ECMA = {HASHTAG: r"^[^\x00-/:-@\[-\^`{-\x7f]+$"}
+"""Patterns that other languages read otherwise than Python, and what is described instead. `\\w` is ASCII there; the
+description leaves it to the server which characters beyond ASCII are letters.
+"""
 
 
 def tag(frame: type[msgspec.Struct]) -> str:
@@ -37,7 +42,9 @@ def _in_ecma(schema: Any) -> Any:  # noqa: ANN401 - any JSON
     """Return a schema with its patterns as other languages write them, where `$` is the end and nothing else."""
     if isinstance(schema, dict):
         return {
-            key: inner.replace(r"\Z", "$") if key == "pattern" and isinstance(inner, str) else _in_ecma(inner)
+            key: ECMA.get(inner, inner.replace(r"\Z", "$"))
+            if key == "pattern" and isinstance(inner, str)
+            else _in_ecma(inner)
             for key, inner in schema.items()
         }
     return [_in_ecma(inner) for inner in schema] if isinstance(schema, list) else schema
