@@ -74,6 +74,12 @@ _EXPONENT = re.compile(rb"[eE][+-]?[0-9]{3}")
 _SHORT, _MEDIUM = 126, 1 << 16
 
 
+_HEAD = re.compile(
+    rb"""\s*\{\s*(?:"type"\s*:\s*"\w*"\s*,\s*)?"id"\s*:\s*(-?(?:0|[1-9][0-9]{0,14})|"[ !#-\[\]-~]{0,64}")\s*[,}]"""
+)
+"""How a frame begins that a client library writes: its `id` can be read, whatever is wrong behind it."""
+
+
 class _Label(msgspec.Struct):
     id: FrameId | None = None
 
@@ -83,6 +89,7 @@ class _Kind(msgspec.Struct):
 
 
 _label_decoder = msgspec.json.Decoder(_Label)
+_id_decoder: msgspec.json.Decoder[FrameId] = msgspec.json.Decoder(FrameId)
 _kind_decoder = msgspec.json.Decoder(_Kind)
 
 
@@ -115,7 +122,9 @@ def decode(data: bytes | str, decoder: msgspec.json.Decoder[Decoded]) -> Decoded
     except msgspec.ValidationError as error:
         raise _refusal(str(error), decoder.type, kind(data)) from None
     except (msgspec.DecodeError, UnicodeDecodeError):
-        raise Refused(ErrorCode.BAD_FRAME, "This is not valid JSON. Send one JSON object in UTF-8.") from None
+        raise Refused(
+            ErrorCode.BAD_FRAME, "This is not valid JSON. Send one JSON object in UTF-8, without half surrogates."
+        ) from None
     except RecursionError:
         raise Refused(ErrorCode.BAD_FRAME, "The JSON is nested too deeply. Send it with fewer levels.") from None
 
@@ -125,7 +134,8 @@ def label(data: bytes | str) -> FrameId | None:
     try:
         return _label_decoder.decode(data).id
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        return None
+        head = _HEAD.match(data.encode() if isinstance(data, str) else data)
+        return None if head is None else _id_decoder.decode(head[1])
 
 
 def kind(data: bytes | str) -> str | None:

@@ -44,7 +44,9 @@ class Wire:
             return head[0] & 0xF, await self.reader.readexactly(size)
 
     async def hear(self) -> dict[str, object]:
-        kind, payload = await self.frame()
+        while (got := await self.frame())[0] == Opcode.PING:
+            pass  # a heartbeat, which may come before `ready`
+        kind, payload = got
         assert kind == Opcode.TEXT, (kind, payload)
         return msgspec.json.decode(payload, type=dict[str, object])
 

@@ -54,6 +54,22 @@ def test_nothing_but_frames_is_accepted_and_nothing_breaks(data: bytes | str) ->
         assert isinstance(frame, CLIENT_FRAMES)
 
 
+WRONG = [rb'"content":"cut \ud83d"}', b'"metadata":' + b"[" * 2_000, b"'"]
+
+
+@pytest.mark.parametrize("wrong", WRONG, ids=["half a surrogate pair", "too deep", "no JSON"])
+def test_a_frame_that_cannot_be_decoded_is_answered_under_its_id(wrong: bytes) -> None:
+    for head, expected in (
+        (b'{"type":"send","id":7,', 7), (b'{ "id" : "a-1" , "type":"send",', "a-1"), (b'{"id":-5,', -5),
+        (b'{"id":0,', 0),
+        (b'{"id":007,', None), (b'{"id":1e5,', None), (b'{"id":' + b"9" * 16 + b",", None), (b'{"id":"\\u0041",', None),
+        (b'{"metadata":{"id":3},', None), (b'{"id":"' + b"x" * 65 + b'",', None), (b"", None),
+    ):  # fmt: skip
+        with pytest.raises(Refused):
+            decode_client(head + wrong)
+        assert label(head + wrong) == expected
+
+
 @given(st.binary(max_size=70_000))
 def test_frames_are_framed_as_the_standard_says(payload: bytes) -> None:
     reader = Protocol(CLIENT, state=OPEN)
