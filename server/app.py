@@ -113,6 +113,7 @@ class App:
         installation = self.epoch.id
         self.metrics = metrics
         self._audit_kept = timedelta(days=settings.audit_days)
+        self._marked = remains.FIRST
         self._grace = timedelta(days=settings.erase_after_days)
         self._draining = asyncio.Event()
         self._working: set[asyncio.Task[None]] = set()
@@ -307,6 +308,7 @@ class App:
             (CLEAR_SECONDS, self.clear_expired),
             (EPOCH_SECONDS, self._database.check_epoch),
             (EXPIRE_SECONDS, self.presence.expire_statuses),
+            (CLEAR_SECONDS, self.mark_remains),
             (CLEAR_SECONDS, self.forget_scheduled),
             (CLEAR_SECONDS, self.forget_relationships),
             (CLEAR_SECONDS, self.forget_audit),
@@ -356,6 +358,12 @@ class App:
             emptied = await remains.empty(db)
         self.hub.poke(emptied.user_ids)
         return is_more_due or emptied.is_more_due
+
+    async def mark_remains(self) -> bool:
+        """Find invitations to conversations that are over; return whether there are more to look at."""
+        async with self._database.connection() as db:
+            self._marked = await remains.mark(db, self._marked)
+        return self._marked != remains.FIRST
 
     async def tidy(self) -> None:
         """Sort in what is new in the index of words."""

@@ -13,6 +13,8 @@ from prove.client import Client
 from prove.mirror import Mirror
 from prove.truth import recount
 from server.expiry import expire_due
+from server.queries.checks import CHECKS
+from server.queries.checks import run as ask
 from tests.world import World, refused, sent, until
 
 
@@ -118,6 +120,23 @@ async def test_the_invitations_that_one_was_told_of_are_those_that_there_are(wor
         await until(lambda: told(*before, *back.events) == {"none"})
     await until(lambda: told(*desk.events) == {"none"})
     assert await recount(world.db) == []
+
+
+async def test_invitation_to_what_was_over_before_an_upgrade_ends(world: World) -> None:
+    """A worker of an older release, beside a new one, takes the mark of the job away."""
+    ada, charles = await world.users("Ada", "Charles")
+    owner, desk = await world.connect(ada), await world.connect(charles, 1)
+    over, lasting = [await world.channel(owner, title=title) for title in ("Over", "Lasting")]
+    for about in (over, lasting):
+        await owner.call(client.Invite(conversation_id=about, participants=[charles.id]))
+    await world.db.execute("UPDATE conversation SET is_deleted = true, is_active = false WHERE id = $1", over)
+    check = next(one for one in CHECKS if one.name == "invitations to what is over are about to end")
+    assert (await ask(world.db, check)).number == 1
+    await world.workers[0].app.mark_remains()
+    assert (await ask(world.db, check)).number == 0
+    assert (await desk.event(server.InvitationEnded)).conversation_id == over
+    there = (await desk.call(client.ListInvitations(), server.InvitationList)).invitations
+    assert [one.conversation_id for one in there] == [lasting]
 
 
 async def test_an_invitation_gives_no_more_than_whoever_sent_it_may_give_when_it_is_followed(world: World) -> None:

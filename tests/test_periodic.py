@@ -298,6 +298,15 @@ class Backlog:
         )  # fmt: skip
         return "SELECT (SELECT count(*) FROM message_reaction) + (SELECT count(*) FROM poll_vote)"
 
+    async def mark_remains(self) -> str:
+        """As a worker leaves them that takes the mark away though there are invitations."""
+        for number in range(DUE):
+            about = await self._messages(f"invited {number}", 0, ConversationSettings())
+            invited = [(await self.world.user("Mary")).id for _ in range(1 + number % 2)]
+            await self.owner.call(client.Invite(conversation_id=about, participants=invited))
+        await self.db.execute("UPDATE conversation SET is_active = false WHERE title LIKE 'invited%'")
+        return "SELECT count(*) FROM conversation WHERE title LIKE 'invited%' AND NOT has_remains"
+
     async def forget_scheduled(self) -> str:
         about = await self._messages("over", 1, ConversationSettings())
         await self.db.execute(
@@ -392,6 +401,7 @@ HELD = {
     "forget_relationships": ("SELECT FROM \"user\" WHERE name = 'r1' FOR NO KEY UPDATE", 1),
     "forget_audit": ("SELECT FROM conversation WHERE title = 'Title 0' FOR NO KEY UPDATE", 1),
     "clear_remains": ("SELECT FROM poll_vote LIMIT 1 FOR UPDATE", 1),
+    "mark_remains": ("SELECT FROM conversation WHERE title = 'invited 0' FOR NO KEY UPDATE", 1),
     "erase_due": ("SELECT FROM \"user\" WHERE name = 'e1' FOR NO KEY UPDATE", STUCK),
     "expire_due": ("SELECT FROM conversation WHERE title = 'stuck' FOR NO KEY UPDATE", STUCK),
 }

@@ -136,6 +136,8 @@ DAMAGE = (
     "UPDATE message SET content = 'Still here' WHERE is_deleted",
     "UPDATE message SET expires_at = now() - interval '1 day' WHERE id = $1",
     "UPDATE conversation SET is_active = false WHERE type = 'group'",
+    """UPDATE conversation_participant SET status = 'invited' WHERE id = (SELECT max(p.id::text)::uuid
+    FROM conversation_participant p JOIN conversation c ON c.id = p.conversation_id WHERE NOT c.is_active)""",
     'UPDATE "user" SET is_disabled = true',
     """UPDATE "user" SET is_deleted = true, deleted_at = now() - interval '32 days'""",
     'UPDATE "user" SET erased_at = now()',

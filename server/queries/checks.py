@@ -147,6 +147,10 @@ CHECKS = (
         SELECT m.id FROM message m CROSS JOIN unnest(m.mentions) AS mentioned (id)
         LEFT JOIN "user" u ON u.id = mentioned.id WHERE m.mentions <> '{}' AND u.id IS NULL
     """),
+    Check("invitations to what is over are about to end", """
+        SELECT DISTINCT c.id FROM conversation_participant p JOIN conversation c ON c.id = p.conversation_id
+        WHERE p.status = 'invited' AND (c.is_deleted OR NOT c.is_active) AND NOT c.has_remains
+    """),
     Check("every group has one owner, or is over", """
         SELECT c.id FROM conversation c LEFT JOIN (
             SELECT conversation_id, count(*) AS n FROM conversation_participant
