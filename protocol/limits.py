@@ -200,13 +200,14 @@ FURTHER_TOKENS = {
     "add_participants": 20, "invite": 20, "list_conversations": 10,
     "list_relationships": 10, "list_stars": 10, "why": 10, "send": 10, "edit": 10, "schedule": 10,
     "forward": 10,
-    "history": 3, "list_replies": 3, "list_reports": 3, "list_audit": 3,
+    "history": 3, "list_participants": 3, "list_replies": 3, "list_reports": 3, "list_audit": 3,
     "list_pins": 3, "list_edits": 3, "list_drafts": 3, "list_scheduled": 3, "list_invitations": 3,
 }  # fmt: skip
 """Max tokens that a frame takes beside its first, by what it costs the database. A frame that asks for a part of what
 it may (`limit`, `user_ids`, `participants`, or up to 50 `@` in `content`) takes that part of them, rounded down;
-`forward` goes by the content of its message. The others always take all: whatever they ask for, the server looks
-through all threads, badges or conversations of the user, or returns all that there is. A frame never takes more than
+`forward` goes by the content of its message. `list_conversations`, `list_threads` and those without such a field always
+take all: whatever they ask for, the server looks through all threads, badges or conversations of the user, or returns
+all that there is. A frame never takes more than
 the burst that `ready` tells.
 """
 
@@ -240,8 +241,8 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     """A frame takes one token, and another one for every further `token_bytes` of it."""
     further_tokens: dict[str, int] = msgspec.field(default_factory=FURTHER_TOKENS.copy)
     """How many more a frame takes that asks for as much as it may; in proportion, rounded down, if it has a `limit`,
-    `user_ids`, `participants` or `content` (by its `@`, up to `mentions`), and asks for less. `forward` costs what
-    `send` costs for the same message.
+    `user_ids`, `participants` or `content` (by its `@`, up to `mentions`), and asks for less. `list_conversations` and
+    `list_threads` always take all. `forward` costs what `send` costs for the same message.
     """
     answer_token_bytes: int = ANSWER_TOKEN_BYTES
     """An answer takes a further token for every `answer_token_bytes` of it, whether there is one or not. What a

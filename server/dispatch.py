@@ -17,7 +17,7 @@ from protocol.client import (
     History,
     Invite,
     ListAudit,
-    ListConversations,
+    ListParticipants,
     ListRelationships,
     ListReplies,
     ListReports,
@@ -236,7 +236,7 @@ def further(frame: Frame) -> int:
         case GetUsers():
             part = len(frame.user_ids) / MAX_PAGE
         case (
-            ListConversations() | ListRelationships() | ListStars() | History() | ListReplies() | ListReports()
+            ListRelationships() | ListStars() | History() | ListParticipants() | ListReplies() | ListReports()
             | ListAudit()
         ):  # fmt: skip
             part = frame.limit / MAX_PAGE

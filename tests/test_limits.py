@@ -439,7 +439,8 @@ async def test_a_frame_takes_tokens_by_what_it_costs(settings: Settings) -> None
                 "list_threads": 20, "watch": 100, "get_users": 20, "resume": 20, "get_badge": 20,
                 "list_conversations": 10, "list_relationships": 10, "list_stars": 10, "why": 10,
                 "send": 10, "edit": 10, "schedule": 10, "forward": 10,
-                "history": 3, "list_replies": 3, "list_reports": 3, "list_audit": 3, "list_pins": 3, "list_edits": 3,
+                "history": 3, "list_participants": 3, "list_replies": 3, "list_reports": 3, "list_audit": 3,
+                "list_pins": 3, "list_edits": 3,
                 "list_drafts": 3, "list_scheduled": 3, "list_invitations": 3,
             }  # fmt: skip
 
