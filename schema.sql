@@ -1288,6 +1288,11 @@ CREATE FUNCTION is_entry_shown(chain uuid, message uuid) RETURNS boolean
     LANGUAGE sql STABLE SECURITY DEFINER COST 0.0001 SET search_path = pg_catalog, public, pg_temp
     RETURN is_allowed(chain, 'admin', '') AND is_past_shown(chain, message);
 
+-- Nor that a report about them was dismissed.
+CREATE FUNCTION is_action_shown(chain uuid, message uuid, action text) RETURNS boolean
+    LANGUAGE sql STABLE SECURITY DEFINER COST 0.0001 SET search_path = pg_catalog, public, pg_temp
+    RETURN is_entry_shown(chain, message) AND (action <> 'dismiss_report' OR is_report_shown(chain, message));
+
 -- Whoever begins a thread follows it from the first reply on. Where they may not see that, only what is their own doing is
 -- shown: that they replied, or chose to follow.
 CREATE FUNCTION is_follow_shown(owner uuid, root uuid, has_replied boolean, user_version bigint) RETURNS boolean
@@ -1341,7 +1346,7 @@ CREATE POLICY attachment_access ON attachment FOR SELECT USING (is_part_shown(me
 CREATE POLICY user_relationship_access ON user_relationship FOR SELECT
     USING (is_relationship_shown(from_user_id, to_user_id, type));
 CREATE POLICY report_access ON report FOR SELECT USING (is_report_shown(conversation_id, message_id));
-CREATE POLICY audit_entry_access ON audit_entry FOR SELECT USING (is_entry_shown(chain, message_id));
+CREATE POLICY audit_entry_access ON audit_entry FOR SELECT USING (is_action_shown(chain, message_id, action));
 
 -- The columns of "user" that not everybody may read who may read the row. Policies restrict rows, this view columns.
 CREATE VIEW user_profile WITH (security_barrier) AS
@@ -1353,7 +1358,7 @@ REVOKE EXECUTE ON FUNCTION may(text, uuid, uuid), are_together(uuid, uuid), may_
     is_mine(uuid), is_message_shown(uuid, bigint, boolean, uuid),
     is_part_shown(uuid, boolean), is_vote_shown(uuid, uuid, integer[]), is_membership_shown(uuid, uuid, text),
     is_relationship_shown(uuid, uuid, text), is_past_shown(uuid, uuid), is_report_shown(uuid, uuid),
-    is_entry_shown(uuid, uuid), is_follow_shown(uuid, uuid, boolean, bigint),
+    is_entry_shown(uuid, uuid), is_action_shown(uuid, uuid, text), is_follow_shown(uuid, uuid, boolean, bigint),
     may_now(text, uuid, uuid), is_there_now(uuid, uuid), may_forward_now(uuid, uuid, uuid, timestamptz),
     is_unerased_now(uuid), obstacle(conversation, conversation_participant) FROM PUBLIC;
 
@@ -1548,7 +1553,7 @@ BEGIN
         is_visible(uuid, bigint), are_edits_shown(uuid), is_message_shown(uuid, bigint, boolean, uuid),
         is_part_shown(uuid, boolean), is_vote_shown(uuid, uuid, integer[]), is_membership_shown(uuid, uuid, text),
         is_relationship_shown(uuid, uuid, text), is_mine(uuid), is_past_shown(uuid, uuid),
-        is_report_shown(uuid, uuid), is_entry_shown(uuid, uuid),
+        is_report_shown(uuid, uuid), is_entry_shown(uuid, uuid), is_action_shown(uuid, uuid, text),
         is_follow_shown(uuid, uuid, boolean, bigint) TO %I', role_name);
 END
 $$;

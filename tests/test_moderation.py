@@ -2,6 +2,7 @@
 
 from itertools import product
 from typing import Any
+from uuid import UUID
 
 import pytest
 
@@ -273,9 +274,23 @@ class Court:
         return {self.reports[one] for one in said}
 
     async def listed(self, name: str, conversation_id: ConversationId | None) -> set[ReportId]:
-        listed = client.ListReports(conversation_id=conversation_id, limit=100)
-        page = await self.of[name].call(listed, server.ReportPage)
-        return {report.id for report in page.reports if report.conversation_id == self.about}
+        """Read pages of one report. Nothing in between tells of reports that are not shown."""
+        listed: set[ReportId] = set()
+        after: ReportId | None = None
+        while True:
+            frame = client.ListReports(conversation_id=conversation_id, limit=1, after=after)
+            page = await self.of[name].call(frame, server.ReportPage)
+            (report,) = page.reports
+            listed |= {report.id} if report.conversation_id == self.about else set()
+            if (after := page.after) is None:
+                return listed
+            assert after == report.id
+
+    async def noted(self, name: str) -> set[MessageId | None]:
+        """Return the messages of which the log tells that a report about them was dismissed."""
+        page = await self.of[name].call(client.ListAudit(conversation_id=self.about, limit=100), server.AuditPage)
+        assert page.after is None
+        return {entry.message_id for entry in page.entries if entry.action == "dismiss_report"}
 
 
 @pytest.fixture
@@ -299,8 +314,21 @@ async def test_nobody_judges_their_own_message_or_that_of_a_higher_role(court: C
     assert wrong == []
 
 
+MANY = """
+WITH people AS (
+    INSERT INTO "user" (id, name, email) SELECT gen_random_uuid(), 'Many', gen_random_uuid() || '@example.org'
+    FROM generate_series(1, 1000) RETURNING id
+)
+INSERT INTO report (id, conversation_id, message_id, reporter_id, reason)
+SELECT ('ffff' || substr(people.id::text, 5))::uuid, m.conversation_id, m.id, people.id, 'Rude'
+FROM people, message m WHERE m.id = $1
+"""
+
+
 async def test_nobody_sees_who_has_reported_them(court: Court) -> None:
-    """By frames, also as an administrator of the server, and as a reader of the database."""
+    """By frames, also as an administrator of the server, and as a reader of the database. Nor that there is a report,
+    now or in the log.
+    """
     db = court.world.db
     for name in ACTORS:
         assert await court.listed(name, court.about) == court.about_others(name), name
@@ -312,7 +340,26 @@ async def test_nobody_sees_who_has_reported_them(court: Court) -> None:
         await db.execute("SELECT set_config('openchat.user_id', $1, false)", str(court.of[name].ready.user.id))
         shown = {row[0] for row in await db.fetch("SELECT id FROM report WHERE conversation_id = $1", court.about)}
         assert shown == court.about_others(name), name
-    await db.execute(f"RESET ROLE; DROP OWNED BY {reader}; DROP ROLE {reader}")
+    await db.execute("RESET ROLE")
+    about = {name: court.said["owner", name, "dismiss"] for name in ("admin", "an admin", "a member")}
+    for said in about.values():
+        await court.of["owner"].call(court.frame("dismiss", said))
+    for name in ("owner", "admin", "an admin"):
+        expected = {said for sender, said in about.items() if sender != name}
+        assert await court.noted(name) == expected, name
+        await db.execute("SELECT set_config('openchat.user_id', $1, false)", str(court.of[name].ready.user.id))
+        await db.execute(f"SET ROLE {reader}")
+        rows = await db.fetch("SELECT message_id FROM audit_entry WHERE action = 'dismiss_report'")
+        assert {row[0] for row in rows} == expected, name
+        await db.execute("RESET ROLE")
+    await db.execute(f"DROP OWNED BY {reader}; DROP ROLE {reader}")
+    # A page reads a bounded number of reports, and goes on after them.
+    await db.execute(MANY, court.said["owner", "admin", "delete"])
+    listed = client.ListReports(conversation_id=court.about, after=ReportId(UUID(int=0xFFFE << 112)))
+    page = await court.of["admin"].call(listed, server.ReportPage)
+    assert page.reports == []
+    rest = client.ListReports(conversation_id=court.about, after=page.after)
+    assert await court.of["admin"].call(rest, server.ReportPage) == server.ReportPage(reports=[], after=None)
 
 
 async def test_system_messages_are_deleted_whoever_caused_them(scene: Scene) -> None:

@@ -144,7 +144,7 @@ WHY = {
             "report(reporter_id); session(user_id); thread_follow(user_id); user_relationship(from_user_id)"
         ),
         "exports.SCHEDULED": "scheduled_message(sender_id) cut 1",
-        "moderation.ALL_REPORTS": "report() cut 1",
+        "moderation.ALL_REPORTS": "report() cut 2",
         "transfers.IS_EMPTY": "conversation(); user()",
         "transfers.DISCARD_KEYS": "server_key()",
         "transfers.TOUCH": "conversation_participant()",
@@ -173,6 +173,8 @@ LIMITS = {
     "feed.PAGE": 23,
     "feed.COUNT": 23,
     "latest.SINCE": 1,
+    "moderation.ALL_REPORTS": 2,
+    "moderation.REPORTS": 2,
     "participants.HEIR": 3,
     "push.DUE": 3,
     "push.NOTICES": 1,

@@ -88,6 +88,7 @@ READING = {
     "past": "SELECT public.is_past_shown(conversation_id, id) FROM public.message",
     "reported": "SELECT public.is_report_shown(conversation_id, id) FROM public.message",
     "noted": "SELECT public.is_entry_shown(conversation_id, id) FROM public.message",
+    "acted": "SELECT public.is_action_shown(conversation_id, id, 'moderate') FROM public.message",
     "followed": "SELECT public.is_follow_shown(user_id, root_id, has_replied, user_version) FROM public.thread_follow",
     "shown": "SELECT public.are_edits_shown(id) FROM public.message",
 }
@@ -178,7 +179,7 @@ async def test_what_runs_as_the_owner_has_its_path(world: World) -> None:
     assert {function["proname"] for function in functions if function["prosecdef"]} == {
         "may_i", "is_participant", "is_allowed", "is_visible", "are_edits_shown", "is_message_shown", "is_part_shown",
         "is_vote_shown", "is_membership_shown", "is_relationship_shown", "is_mine", "is_past_shown", "is_report_shown",
-        "is_entry_shown", "is_follow_shown",
+        "is_entry_shown", "is_action_shown", "is_follow_shown",
     }  # fmt: skip
     for function in functions:
         name, path = function["proname"], function["proconfig"]

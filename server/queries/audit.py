@@ -61,9 +61,11 @@ async def record(db: Db, chain: ConversationId, deed: Deed) -> None:
     await db.execute(RECORD, chain, deed.actor_id, deed.action, deed.user_id, deed.message_id, details)
 
 
-# An entry about a message from before the reader could see any is left out, as in `moderation.REPORTS`.
+# Left out is an entry about a message from before the reader could see any, and that a report about their own was
+# dismissed, as in `moderation.REPORTS` (`is_action_shown` in schema.sql is the same rule).
 PAGE = """
-SELECT CASE WHEN $4::uuid IS NULL OR e.message_id IS NULL OR visible_after(c, me) < coalesce(m.sent_version, 1)
+SELECT CASE WHEN $4::uuid IS NULL OR e.message_id IS NULL OR (visible_after(c, me) < coalesce(m.sent_version, 1)
+        AND NOT (e.action = 'dismiss_report' AND m.sender_id IS NOT DISTINCT FROM $4))
     THEN json_build_object(
         'number', e.number, 'actor_id', e.actor_id, 'action', e.action, 'user_id', e.user_id,
         'message_id', e.message_id, 'details', e.details, 'created_at', e.created_at,

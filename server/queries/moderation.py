@@ -82,38 +82,50 @@ async def report(db: Db, frame: ReportMessage, user_id: UserId) -> None:
 _REPORT = """json_build_object('id', r.id, 'conversation_id', r.conversation_id, 'message_id', r.message_id,
     'sender_id', m.sender_id, 'content', m.content, 'reporter_id', r.reporter_id, 'reason', r.reason,
     'status', r.status, 'resolved_by', r.resolved_by, 'resolved_at', r.resolved_at, 'created_at', r.created_at)"""
-# A report about a message from before the reader could see any, or about their own, is read and left out: so the LIMIT
-# bounds the reads. About a message that is not there, nobody knows when it was sent (`is_report_shown` in schema.sql is
-# the same rule).
+READ_AT_ONCE = 1_000
+"""Max reports that one page reads, with those about the reader's own messages."""
+# Reports about the reader's own messages are skipped before the last LIMIT: neither a short page nor where the next one
+# begins tells of them. One about a message from before the reader could see any is left out after it. About a message
+# that is not there, nobody knows when it was sent (`is_report_shown` in schema.sql is the same rule).
 REPORTS = f"""
 SELECT CASE WHEN visible_after(c, me) < coalesce(m.sent_version, 1) AND m.sender_id IS DISTINCT FROM $5
-    THEN {_REPORT} END, r.id FROM (
-    SELECT * FROM report WHERE conversation_id = $1 AND status = $2 AND ($3::uuid IS NULL OR id > $3)
-    ORDER BY id LIMIT $4
+    THEN {_REPORT} END, r.id, r.place = {READ_AT_ONCE} FROM (
+    SELECT o.*, row_number() OVER () AS place FROM (
+        SELECT * FROM report WHERE conversation_id = $1 AND status = $2 AND ($3::uuid IS NULL OR id > $3)
+        ORDER BY id LIMIT {READ_AT_ONCE}
+    ) o
 ) r
 JOIN conversation c ON c.id = r.conversation_id
 JOIN conversation_participant me ON me.conversation_id = c.id AND me.user_id = $5
 LEFT JOIN message m ON m.id = r.message_id AND (m.conversation_id = r.conversation_id) IS TRUE
-ORDER BY r.id
-"""  # noqa: S608 - only a constant is put in
+WHERE m.sender_id IS DISTINCT FROM $5 OR r.place = {READ_AT_ONCE}
+ORDER BY r.id LIMIT $4
+"""  # noqa: S608 - only constants are put in
 ALL_REPORTS = f"""
-SELECT CASE WHEN m.sender_id IS DISTINCT FROM $4 THEN {_REPORT} END, r.id FROM (
-    SELECT * FROM report WHERE status = $1 AND ($2::uuid IS NULL OR id > $2) ORDER BY id LIMIT $3
+SELECT CASE WHEN m.sender_id IS DISTINCT FROM $4 THEN {_REPORT} END, r.id, r.place = {READ_AT_ONCE} FROM (
+    SELECT o.*, row_number() OVER () AS place FROM (
+        SELECT * FROM report WHERE status = $1 AND ($2::uuid IS NULL OR id > $2) ORDER BY id LIMIT {READ_AT_ONCE}
+    ) o
 ) r LEFT JOIN message m ON m.id = r.message_id
-ORDER BY r.id
-"""  # noqa: S608 - only a constant is put in
+WHERE m.sender_id IS DISTINCT FROM $4 OR r.place = {READ_AT_ONCE}
+ORDER BY r.id LIMIT $3
+"""  # noqa: S608 - only constants are put in
 
 
 async def reports(db: Db, frame: ListReports, user_id: UserId, *, limit: int) -> Undecoded[Page[Report]]:
     """Return up to `limit` reports of a conversation, without those about messages that were sent before a user could
-    see any; or reports of all conversations. Reports about the user's own messages are left out. There is no access
-    check.
+    see any; or reports of all conversations. Reports about the user's own messages are skipped, and are no reason for
+    another page unless there are `READ_AT_ONCE`. There is no access check.
     """
     if frame.conversation_id is None:
         rows = await db.fetch(ALL_REPORTS, frame.status, frame.after, limit + 1, user_id)
     else:
         rows = await db.fetch(REPORTS, frame.conversation_id, frame.status, frame.after, limit + 1, user_id)
-    return _report_decoder.page(rows, limit)
+    page = _report_decoder.page(rows, limit)
+    if not rows or not rows[-1][2] or len(rows) > limit:
+        return page
+    last = rows[-1][1]
+    return page.then(lambda found: found if found.after is not None else Page(found.rows, last))
 
 
 REPORTED = """
