@@ -237,6 +237,10 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     metadata_bytes: int = MAX_METADATA_BYTES
     json_depth: int = MAX_JSON_DEPTH
     json_values: int = MAX_JSON_VALUES
+    formatted_characters: int = MAX_FORMATTED
+    """Max characters of the HTML that the server makes of a message with `is_markdown`."""
+    frame_values: int = MAX_FRAME_VALUES
+    """Max values in a frame, at all levels of its lists and objects."""
     token_bytes: int = TOKEN_BYTES
     """A frame takes one token, and another one for every further `token_bytes` of it."""
     further_tokens: dict[str, int] = msgspec.field(default_factory=FURTHER_TOKENS.copy)

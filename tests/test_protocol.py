@@ -1,7 +1,10 @@
 """The wire by itself: what goes in comes out, and what is broken is refused with words."""
 
+import ast
 import json
+import re
 import time
+from pathlib import Path
 from uuid import UUID
 
 import msgspec
@@ -18,8 +21,11 @@ from protocol.ids import ConversationId, MessageId, uuid7
 from protocol.json_object import STRING
 from protocol.limits import MAX_CONTENT, MAX_EXTREME_NUMBERS, MAX_FRAME_BYTES, MAX_FRAME_VALUES, MAX_JSON_VALUES
 from protocol.server import Error, MessageSent
+from server.describe import handbook
 from server.describe.asyncapi import CLIENT_FRAMES
 from server.limits import Allowance
+from server.strikes import ALWAYS
+from server.websocket import MAX_EARLY_BYTES, MAX_FRAGMENTS, MESSAGE_SECONDS
 
 TEXT = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), min_size=1, max_size=50)
 JSON = st.recursive(
@@ -100,6 +106,27 @@ def test_a_server_frame_survives() -> None:
 def test_close_codes_say_whether_to_come_back() -> None:
     assert {code for code in CloseCode if not code.reconnect} == {4001, 4002, 4003, 4004}
     assert all(code.value in range(4000, 5000) or code.value in {1009, 1012} for code in CloseCode)
+    closes = handbook.document().partition("## Close codes")[2].partition("\n## ")[0]
+    said = {int(code): text for code, text in re.findall(r"^\| (\d+) \|(.*)", closes, re.MULTILINE)}
+    assert said.keys() == set(CloseCode)
+    strikes = {code for code in ErrorCode if f"`{code}`" in said[CloseCode.ABUSE]}
+    assert strikes == ALWAYS
+    assert f"{MAX_FRAGMENTS} fragments" in said[CloseCode.ABUSE]
+    assert f"{MAX_EARLY_BYTES // 1024} KiB before `ready`" in said[CloseCode.TOO_BIG]
+    assert f"{MESSAGE_SECONDS:.0f} seconds" in said[CloseCode.SILENT]
+
+
+def test_what_is_refused_for_now_has_a_time() -> None:
+    """A client repeats by itself what has a `retry_after_ms`, and nothing else."""
+    without = []
+    for path in sorted(Path(handbook.__file__).parents[1].rglob("*.py")):
+        for call in ast.walk(ast.parse(path.read_text())):
+            if not (isinstance(call, ast.Call) and ast.unparse(call.func).endswith("Refused") and call.args):
+                continue
+            is_for_now = ast.unparse(call.args[0]) in {"ErrorCode.RATE_LIMITED", "ErrorCode.UNAVAILABLE"}
+            if is_for_now and "retry_after_ms" not in {keyword.arg for keyword in call.keywords}:
+                without.append(path.name)
+    assert without == ["http_protocol.py"], "of requests that are sent before the answers are read, not of frames"
 
 
 def test_the_event_of_an_edit_holds_what_a_client_needs() -> None:

@@ -15,7 +15,7 @@ class Resume(Scenario):
     """Messages flow; now and then someone drops, and comes back when they have missed enough."""
 
     name = "resume"
-    about = "5 rooms of 100: drop, miss 1,000 events, come back"
+    about = f"5 rooms of 100: drop, miss {MISSED} events, come back"
     people = 500
     group = 100
     rate = 500.0

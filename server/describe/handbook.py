@@ -30,6 +30,21 @@ The server leaves out fields that have their default value: take the default for
 may leave them out, too. A `uuid, version 7` is an id that the client makes ([how](clients.md#sending)). Each
 `date-time` is in UTC, such as `2027-01-31T12:00:00.123456Z`.
 """
+ERRORS = """\
+## Error codes
+
+Whatever its code, an error with a `retry_after_ms` is for now: send the same frame again then. Do not repeat by itself
+a frame that is refused without one.
+
+An error with `re` refuses that frame, and the connection lives on. One without `re` refuses the oldest frame that has
+no answer yet: the server could not read its `id`. Or it says why the server closes the connection, which follows: then
+the close code says what to do.
+"""
+CLOSES = """
+## Close codes
+
+Any other code, or none, is a lost connection: reconnect and resume. 1002 is for frames that break RFC 6455.
+"""
 
 
 def document() -> str:
@@ -54,9 +69,11 @@ def document() -> str:
         *(_value(one) for one in (*parts_of_answers, *shared)),
         "## Payloads\n\nThe `payload` of a message, beside its words. Its `type` is the message's `content_type`.\n",
         *(_value(one, f"`type` is `{tag(one)}`. ") for one in held),
-        "## Error codes\n\n| code | meaning |\n| --- | --- |",
+        ERRORS,
+        "| code | meaning, and what to do |\n| --- | --- |",
         *(f"| `{code.value}` | {_said(ErrorCode, code)} |" for code in ErrorCode),
-        "\n## Close codes\n\n| code | name | reconnect by itself | meaning |\n| --- | --- | --- | --- |",
+        CLOSES,
+        "| code | name | reconnect by itself | meaning, and what to do |\n| --- | --- | --- | --- |",
         *(
             f"| {code.value} | {code.name.lower()} | {'yes' if code.reconnect else 'no'} | {_said(CloseCode, code)} |"
             for code in CloseCode
