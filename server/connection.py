@@ -219,6 +219,11 @@ class Connection:
 
     # ---------------------------------------------------------------------------- what handlers use (Subscriber)
 
+    @property
+    def is_closed(self) -> bool:
+        """Whether nothing that is said reaches the client any more."""
+        return self._is_closed
+
     async def open(self, conversation_ids: Sequence[ConversationId]) -> None:
         """Have the worker follow conversations."""
         await self._shared.hub.topics.open(conversation_ids)

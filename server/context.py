@@ -59,6 +59,10 @@ class Subscriber(Protocol):
     def attached(self) -> Collection[ConversationId]:
         """The conversations whose events reach the connection."""
 
+    @property
+    def is_closed(self) -> bool:
+        """Whether nothing that is said reaches the client any more."""
+
     async def open(self, conversation_ids: Sequence[ConversationId]) -> None:
         """Have the worker follow these conversations: from now on nothing of them is missed."""
 

@@ -11,6 +11,7 @@ from contextlib import AbstractAsyncContextManager
 import msgspec
 
 from protocol.client import Resume
+from protocol.errors import ErrorCode, Refused
 from protocol.ids import ConversationId
 from protocol.limits import MAX_CHANGES, MAX_PAGE_BYTES, MAX_SHARED_PARTICIPANTS
 from protocol.server import (
@@ -31,6 +32,7 @@ from server.queries import changes, conversations, users
 from server.queries.conversations import Membership
 from server.queries.users import OWN_PAGE, OwnNews
 
+CLOSED = Refused(ErrorCode.UNAVAILABLE, "The connection is closed. Connect again.")
 PAGE = 50
 """Conversations in each `conversations` frame, in each statement that reads them, and in a turn of the loop."""
 
@@ -249,9 +251,12 @@ async def _views(
 
 
 def _reading(context: Context, done: int) -> AbstractAsyncContextManager[Db]:
-    """Borrow a connection to the database, for one statement or two. Past the first page, take turns: clients with much
-    to catch up on share a part of the connections, whatever their number.
+    """Borrow a connection to the database, for one statement. Past the first page, take turns: clients with much to
+    catch up on share a part of the connections, whatever their number. Raises Refused if the client is gone: nothing
+    more is read for it.
     """
+    if context.connection.is_closed:
+        raise CLOSED
     return context.database.connection() if done < PAGE else context.database.catching_up()
 
 

@@ -17,6 +17,7 @@ from websockets.typing import Subprotocol
 from protocol import SUBPROTOCOL, client, server
 from protocol.client import Frame
 from protocol.codec import encode
+from protocol.errors import CloseCode
 from protocol.ids import ConversationId, MessageId, uuid7
 from protocol.limits import MAX_CHANGES, MAX_CHANGES_BYTES, MAX_PAGE_BYTES, MAX_RESUMED, MAX_SENT_BYTES
 from protocol.payloads import Poll
@@ -253,6 +254,27 @@ async def test_a_resume_of_thousands_lets_others_have_their_turn_between_pages(
     assert len(said) == len(strange)
     assert in_turn.total() == MAX_RESUMED
     assert max(in_turn.values()) <= sync.PAGE
+
+
+async def test_a_resume_ends_with_its_connection(away: Away, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its client's places are free at once: it could have much more read for nobody."""
+    app = away.world.workers[1].app
+    own = [row[0] for row in await away.world.db.fetch(MAKE_MORE, away.who.id)]
+    reads = 0
+
+    async def counted(*args: Any, **options: Any) -> Any:
+        nonlocal reads
+        reads += 1
+        if reads == 3:
+            for socket in app.hub.people.sockets(away.who.id):
+                socket.close(CloseCode.GOING_AWAY)
+        return await missed(*args, **options)
+
+    monkeypatch.setattr("server.sync.changes.missed", counted)
+    with pytest.raises(ConnectionError):
+        await away.back(dict.fromkeys(own, 0))
+    await until(lambda: not app._working)  # noqa: SLF001
+    assert reads == 3
 
 
 async def test_what_a_resume_says_takes_tokens_by_its_size(settings: Settings) -> None:
