@@ -162,6 +162,8 @@ class WebSocket(WebSocketsSansIOProtocol):
             if not end:
                 self._partial = bytearray(data[at:])
                 break
+            if self._overdue is not None and self.conn.current_size is None:
+                self._await_no_rest()  # that was the end of a message, and not only of a part of it
             at = end
         else:
             if at < len(data):
@@ -177,8 +179,6 @@ class WebSocket(WebSocketsSansIOProtocol):
         if len(partial) < self._wanted:
             return b""
         self._partial = None
-        if self.conn.current_size is None:
-            self._await_no_rest()
         return bytes(partial)
 
     def _keep_unfinished(self) -> None:
@@ -323,7 +323,6 @@ class WebSocket(WebSocketsSansIOProtocol):
 
     def send_receive_event_to_app(self) -> None:  # noqa: D102
         self._fragments = 0
-        self._await_no_rest()
         frames, self.frames = self.frames, []
         if self.close_sent:
             return

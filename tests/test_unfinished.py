@@ -27,6 +27,7 @@ from tests.world import Somebody, World, http_client, until
 
 SHORT = 0.3
 LARGE = frame(b" " * MAX_FRAME_BYTES)
+CUT = frame(b'{"type":"ping",', fin=False)
 PING = frame(b'{"type":"ping","id":1}')
 BLANKS = b" " * (MAX_FRAME_BYTES // 101)
 
@@ -104,6 +105,26 @@ async def test_messages_have_a_deadline_each_and_their_own(alone: World, monkeyp
             assert (await answered(wire))["type"] == "reply"
         await asyncio.sleep(SHORT / 5)
     assert count > 20
+    wire.writer.transport.abort()
+
+
+@pytest.mark.parametrize(
+    ("begin", "more"),
+    [(LARGE[:1], LARGE[1:2]), (LARGE[:2], LARGE[2:14]), (CUT[:-1], CUT[-1:])],
+    ids=["two bytes", "a header", "a fragment"],
+)
+async def test_parts_that_come_whole_give_a_message_no_more_time(
+    alone: World, monkeypatch: pytest.MonkeyPatch, begin: bytes, more: bytes
+) -> None:
+    monkeypatch.setattr(websocket, "MESSAGE_SECONDS", most := 4 * SHORT)
+    loop = asyncio.get_running_loop()
+    wire = await shake(alone, await alone.user("Ada"))
+    began = loop.time()
+    wire.writer.write(begin)
+    loop.call_later(0.8 * most, wire.writer.write, more)
+    assert (await answered(wire))["code"] == "bad_frame"
+    assert loop.time() - began < 1.5 * most
+    assert await wire.closed() == CloseCode.SILENT
     wire.writer.transport.abort()
 
 
