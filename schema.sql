@@ -909,7 +909,7 @@ CREATE FUNCTION me_json(u "user") RETURNS json LANGUAGE sql STABLE
         'bio', u.bio,
         'location', u.location,
         'website', u.website,
-        'status', u.status,
+        'status', CASE u.status WHEN 'offline' THEN 'online' ELSE u.status END,
         'custom_status', u.custom_status,
         'custom_status_until', u.custom_status_until,
         'is_private', u.is_private,

@@ -47,7 +47,9 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class Me(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """A user as they see themselves. `status` is what they chose by `presence`, whether they are connected or not."""
+    """A user as they see themselves. `status` is what they chose by `presence`, whether they are connected or not:
+    `online` if they never did, and neither `offline` nor `away`, which is a device's.
+    """
 
     user: User
     email: str

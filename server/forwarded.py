@@ -1,6 +1,7 @@
 """X-Forwarded-For and X-Forwarded-Proto: a trusted proxy's address and scheme become its client's.
 
-A proxy that nobody told the server of is logged once: all its clients would share the limits of one address.
+A proxy that nobody told the server of is logged once: all its clients would share the limits of one address, and its
+`X-Forwarded-Proto` is not believed.
 """
 
 import logging
@@ -78,7 +79,8 @@ class Forwarded:
             self._warn(
                 "not named",
                 "requests come through a proxy at %s, which OPENCHAT_TRUSTED_PROXIES does not name: all its clients "
-                "share the limits of one address. Set it to the number of proxies in front, or to their networks",
+                "share the limits of one address, and if it ends TLS, browsers are refused. Set it to the number of "
+                "proxies in front, or to their networks",
                 peer or "a Unix socket",
             )
 

@@ -303,11 +303,21 @@ async def test_cookie_needs_an_allowed_origin(http: httpx.AsyncClient, world: Wo
     cookie = {"Cookie": f"openchat_session={(await register(http)).token}"}
     async with Client(world.url, None, headers=cookie, origin=world.url) as client:
         assert client.ready.user.name == "Ada"
-    near = [f"{world.url}.evil.example", f"{world.url}0", world.url.replace("http:", "https:"), world.url[:-1]]
+    secure = world.url.replace("http:", "https:")
+    near = [f"{world.url}.evil.example", f"{world.url}0", secure, world.url[:-1]]
     for origin in ("https://evil.example", None, *near):
         with pytest.raises(InvalidStatus) as refused:
             await Client(world.url, None, headers=cookie, origin=origin).open()
         assert refused.value.response.status_code == 403
+        said = (refused.value.response.body or b"").decode()
+        # Behind TLS the origin is not foreign: the server does not know that it is.
+        named = "Bearer" if origin is None else "OPENCHAT_TRUSTED_PROXIES" if origin == secure else "OPENCHAT_ORIGINS"
+        names = {one for one in ("Bearer", "OPENCHAT_TRUSTED_PROXIES", "OPENCHAT_ORIGINS") if one in said}
+        assert names == {named}, (origin, said)
+    page = await http.post("/v1/auth/login", json=ADA, headers={"Origin": secure.upper()})
+    assert refusal(page) == (403, "forbidden", "origin")
+    assert "its own pages begin with `http://`" in page.json()["message"]
+    assert "X-Forwarded-Proto" in page.json()["message"]
     forged = await http.post("/v1/auth/logout", headers=cookie | {"Origin": "https://evil.example"})
     assert refusal(forged) == (403, "forbidden", "origin")
 
@@ -342,7 +352,7 @@ async def test_a_handshake_for_another_path_or_protocol_is_refused_in_json(
             assert socket.subprotocol == chosen
 
 
-@pytest.mark.parametrize("origin", ["https://evil.example", "null", "", "http://127.0.0.1:1"])
+@pytest.mark.parametrize("origin", ["https://evil.example", "null", "", "http://127.0.0.1:1", "https://é.example"])
 async def test_pages_of_other_origins_change_nothing(http: httpx.AsyncClient, world: World, origin: str) -> None:
     """With the cookie that the browser sends along, and, where no session is needed, without."""
     ada = await register(http)
@@ -351,9 +361,12 @@ async def test_pages_of_other_origins_change_nothing(http: httpx.AsyncClient, wo
     assert {("/v1/auth/login", "POST"), ("/v1/call", "POST"), ("/v1/auth/sessions", "DELETE")} <= set(changing)
     for path, method in changing:
         body = {key: ADA[key] for key in ("email", "password")} if path.endswith("login") else ADA
-        for cookie in [{"Cookie": f"openchat_session={ada.token}"}, *([{}] if path in WITHOUT_SESSION else [])]:
+        for cookie in [
+            {b"Cookie": b"openchat_session=" + ada.token.encode()},
+            *([{}] if path in WITHOUT_SESSION else []),
+        ]:
             url = path.format(session_id=ada.session_id)
-            answer = await http.request(method, url, json=body, headers=cookie | {"Origin": origin})
+            answer = await http.request(method, url, json=body, headers=cookie | {b"Origin": origin.encode("latin-1")})
             assert refusal(answer) == (403, "forbidden", "origin"), path
             assert "set-cookie" not in answer.headers
     assert len((await http.get("/v1/auth/sessions", headers=bearer(ada))).json()["sessions"]) == 1

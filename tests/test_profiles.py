@@ -46,6 +46,11 @@ async def test_a_custom_status_passes(world: World) -> None:
     phone, other = await world.connect(ada), await world.connect(charles, 1)
     watched = await other.call(client.Watch(user_ids=[ada.id]), server.PresenceList)
     assert watched.presences[0].custom_status is None
+    # A client that restores what `get_me` says of who never chose hides nobody.
+    mine = (await phone.call(client.GetMe(), server.OneMe)).me.status
+    assert mine == "online"
+    await phone.call(client.SetPresence(status=mine))
+    assert (await phone.call(client.GetMe(), server.OneMe)).me.status == mine
     await phone.call(client.SetPresence(status="busy", custom_status="Calculating", custom_status_seconds=60))
     seen = await other.event(server.PresenceChanged, lambda event: event.presence.custom_status == "Calculating")
     assert seen.presence.status == "busy"

@@ -1,6 +1,5 @@
 """Where a request carries its token: a header, or the cookie of a page that may."""
 
-import hmac
 from collections.abc import Collection
 from datetime import timedelta
 
@@ -32,11 +31,7 @@ def token_of(request: HTTPConnection, allowed_origins: Collection[str]) -> str |
         return None
     method = request.scope.get("method", "WEBSOCKET")
     if method not in SAFE_METHODS and not _is_allowed(request, allowed_origins):
-        raise Refused(
-            ErrorCode.FORBIDDEN,
-            "This origin may not use the session cookie. Ask the operator to add it to `OPENCHAT_ORIGINS`.",
-            path="origin",
-        )
+        raise _not_allowed(request, "use the session cookie")
     if len(cookies) > 1:
         raise Refused(
             ErrorCode.UNAUTHENTICATED,
@@ -68,20 +63,34 @@ def require_origin(request: HTTPConnection, allowed_origins: Collection[str]) ->
     looks at it. Programs, which send no Origin, may.
     """
     if "origin" in request.headers and not _is_allowed(request, allowed_origins):
-        raise Refused(
-            ErrorCode.FORBIDDEN,
-            "This origin may not log in. Ask the operator to add it to `OPENCHAT_ORIGINS`.",
-            path="origin",
-        )
+        raise _not_allowed(request, "log in")
 
 
 def _is_allowed(request: HTTPConnection, allowed_origins: Collection[str]) -> bool:
     origin = request.headers.get("origin")
     if origin is None:
         return False
-    scheme = {"ws": "http", "wss": "https"}.get(request.url.scheme, request.url.scheme)
-    own = f"{scheme}://{request.headers.get('host', '')}"
-    return hmac.compare_digest(origin.lower(), own.lower()) or origin.rstrip("/") in allowed_origins
+    return origin.lower() == _own(request) or origin.rstrip("/") in allowed_origins
+
+
+def _own(request: HTTPConnection) -> str:
+    """Return the origin of the server's own pages, in lower case, as far as its proxies tell how it is reached."""
+    return f"{'https' if _is_secure(request) else 'http'}://{request.headers.get('host', '').lower()}"
+
+
+def _not_allowed(request: HTTPConnection, what: str) -> Refused:
+    origin, own = request.headers.get("origin"), _own(request)
+    if origin is None:
+        sentence = f"A request without `Origin` may not {what}. Send the token as `Authorization: Bearer`."
+    elif origin.lower().partition("://")[2] == own.partition("://")[2]:
+        # To allow such an origin would let the page in, with a cookie that lacks `Secure` and `__Host-`.
+        sentence = (
+            f"This page may not {what}: for the server, its own pages begin with `{own.partition('//')[0]}//`. Ask the "
+            "operator to set `OPENCHAT_TRUSTED_PROXIES`, and to have the proxy that ends TLS set `X-Forwarded-Proto`."
+        )
+    else:
+        sentence = f"This origin may not {what}. Ask the operator to add it to `OPENCHAT_ORIGINS`."
+    return Refused(ErrorCode.FORBIDDEN, sentence, path="origin")
 
 
 def _is_secure(request: HTTPConnection) -> bool:
