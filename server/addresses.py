@@ -3,7 +3,8 @@
 import ipaddress
 import logging
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from urllib.parse import urlsplit
 
@@ -19,6 +20,8 @@ log = logging.getLogger(__name__)
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 RETRY_MS = 5_000
+LATE_RATE = 100.0
+"""Min answers a second to requests of an address beyond its rate, which is how many there are if it is higher."""
 CLIENT_BITS = 64
 """The part of an IPv6 address that tells networks apart: one customer has all addresses below it (RFC 6177)."""
 
@@ -70,6 +73,8 @@ class Addresses:
         is logged of addresses with more.
         """
         self._requests: Allowance[str] = Allowance("requests of this address", rate)
+        self._late_rate = max(rate, LATE_RATE)
+        self._late: Counter[str] = Counter()
         self._throttle: Throttle[str] = Throttle()
         self._too_many = too_many
         self._connections: Counter[str] = Counter()
@@ -84,6 +89,20 @@ class Addresses:
             if self._throttle.passes(key):
                 log.warning("too many requests of address %s: further ones are refused%s", key, OF_A_PROXY)
             raise
+
+    @contextmanager
+    def late(self, request: HTTPConnection) -> Iterator[float]:
+        """Count a request that `require` refused while its answer waits, and yield for how many seconds it should: one
+        after another, or refusals would cost a worker as much as what they refuse.
+        """
+        key = key_of(request)
+        self._late[key] += 1
+        try:
+            yield self._late[key] / self._late_rate
+        finally:
+            self._late[key] -= 1
+            if not self._late[key]:
+                del self._late[key]
 
     def connect(self, request: HTTPConnection) -> Callable[[], None]:
         """Count a connection, and return what counts it out again. Raises Refused if its address has too many."""

@@ -248,8 +248,8 @@ class App:
             middleware=[
                 Middleware(Tallied, metrics=metrics, paths=paths),
                 Middleware(Forwarded, proxies=settings.proxies),
-                *_for_pages_of(settings.allowed_origins, addresses),
-                Middleware(Counted, addresses=addresses),
+                *_for_pages_of(settings.allowed_origins, addresses, self.sockets),
+                Middleware(Counted, addresses=addresses, sockets=self.sockets),
             ],
         )
         # A redirect would name whatever host the request does.
@@ -441,12 +441,12 @@ class App:
         }
 
 
-def _for_pages_of(origins: frozenset[str], addresses: Addresses) -> list[Middleware]:
+def _for_pages_of(origins: frozenset[str], addresses: Addresses, sockets: Sockets) -> list[Middleware]:
     """Let pages of other origins read answers, if there are any that may."""
     if not origins:
         return []
     return [
-        Middleware(CountedPreflights, addresses=addresses),
+        Middleware(CountedPreflights, addresses=addresses, sockets=sockets),
         Middleware(
             CORSMiddleware,
             allow_origins=sorted(origins),

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable
 from enum import Enum
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 from uvicorn._types import ASGI3Application
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
@@ -20,7 +20,7 @@ from protocol.limits import MAX_FRAME_BYTES
 from server.errors import log_defect
 from server.sockets import FREE_BYTES, LINGER_BYTES, PROXY, Sockets
 from server.web import refusal_response
-from server.websocket import WebSocket
+from server.websocket import EXTENSION, WebSocket
 
 log = logging.getLogger(__name__)
 
@@ -192,6 +192,7 @@ class Http(HttpToolsProtocol):
         self._stage = Stage.HEAD
         self._headers = self._chunks = 0
         super().on_message_begin()
+        self.scope["extensions"] = {EXTENSION: self}  # type: ignore[dict-item]
 
     def on_headers_complete(self) -> None:  # noqa: D102
         if self._is_over:
@@ -199,21 +200,20 @@ class Http(HttpToolsProtocol):
         hosts = [value for name, value in self.headers if name == b"host"]
         is_old = self.parser.get_http_version() == "1.0"
         if len(hosts) > 1 or not (hosts or is_old) or not all(HOST.fullmatch(host) for host in hosts):
-            self._refuse(Refused(ErrorCode.BAD_FRAME, "A request names its host once. Send one valid `Host` header."))
-            return
+            self._refuse_and_stop(
+                Refused(ErrorCode.BAD_FRAME, "A request names its host once. Send one valid `Host` header.")
+            )
         if self._is_of_proxy:
             try:
                 self._count_as(self._sockets.client_key(self.client[0] if self.client else None, self.headers))
             except Refused as refused:
-                self._refuse(refused)
-                return
+                self._refuse_and_stop(refused)
         self._disarm()
         self._stage, self._bytes = Stage.BODY, 0
         if len(self.pipeline) >= MAX_PIPELINED:
-            self._refuse(
+            self._refuse_and_stop(
                 Refused(ErrorCode.RATE_LIMITED, "Too many requests wait for an answer. Read the answers first.")
             )
-            return
         before = self.cycle
         super().on_headers_complete()
         if self.cycle is not before:
@@ -228,12 +228,12 @@ class Http(HttpToolsProtocol):
     def on_body(self, body: bytes) -> None:  # noqa: D102
         if self._is_over:
             return
-        if self._is_answering() and not self._hold(len(body)):
-            return
+        if self._is_answering():
+            self._hold(len(body))
         super().on_body(body)
 
-    def _hold(self, count: int) -> bool:
-        """Count bytes of a body; False if there are too many, which is answered."""
+    def _hold(self, count: int) -> None:
+        """Count bytes of a body. Refuse it if there are too many."""
         free = min(count, self._free)
         self._free -= free
         if count > free:
@@ -241,10 +241,8 @@ class Http(HttpToolsProtocol):
             try:
                 self._sockets.hold(key, count - free)
             except Refused as refused:
-                self._refuse(refused)
-                return False
+                self._refuse_and_stop(refused)
             self._held[key] += count - free
-        return True
 
     def on_message_complete(self) -> None:  # noqa: D102
         if self._is_over:
@@ -312,7 +310,7 @@ class Http(HttpToolsProtocol):
                 status=408,
             )
 
-    def _refuse_and_stop(self, refused: Refused, *, status: int | None = None) -> None:
+    def _refuse_and_stop(self, refused: Refused, *, status: int | None = None) -> NoReturn:
         """Refuse, and raise Refused through the parser, which then leaves the rest of what was read alone."""
         if not self._is_over:
             self._refuse(refused, status=status)

@@ -1,5 +1,6 @@
 """What all HTTP endpoints share: refusals become answers, bodies have a limit, values become JSON."""
 
+import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 from http import HTTPStatus
@@ -18,6 +19,8 @@ from server.addresses import Addresses
 from server.dispatch import error_frame
 from server.errors import INTERNAL, log_defect, refusal
 from server.metrics import OTHER, Metrics
+from server.sockets import Sockets
+from server.websocket import EXTENSION
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +39,8 @@ STATUS = {
 """The HTTP status of each refusal."""
 
 PROBES = frozenset({"/healthz", "/readyz"})
-"""Paths that a load balancer asks, from an address that it may share with all clients. Each costs next to nothing."""
+"""Paths that a load balancer asks, from an address that it may share with all clients: late answers, but no refusals.
+"""
 
 NO_PATH = Refused(ErrorCode.NOT_FOUND, "This path does not exist. Use a path from `/v1/openapi.json`.")
 
@@ -60,24 +64,48 @@ def endpoint(inner: Endpoint) -> Endpoint:
 
 
 class Counted:
-    """ASGI middleware: every request and handshake takes from the allowance of its address, but for probes."""
+    """ASGI middleware: every request and handshake takes from the allowance of its address. Beyond it, answers come
+    late, and all but those to probes are refusals.
+    """
 
-    def __init__(self, app: ASGIApp, addresses: Addresses) -> None:
+    def __init__(self, app: ASGIApp, addresses: Addresses, sockets: Sockets) -> None:
         self._app = app
         self._addresses = addresses
+        self._sockets = sockets
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle a request, or refuse it if its address has sent too many."""
         if self._is_counted(scope):
+            request = HTTPConnection(scope)
             try:
-                self._addresses.require(HTTPConnection(scope))
+                self._addresses.require(request)
             except Refused as refused:
-                await refusal_response(refused)(scope, receive, send)
-                return
+                if not await self._waited(request, receive):
+                    return
+                if scope.get("method") not in {"GET", "HEAD"} or scope["path"] not in PROBES:
+                    await refusal_response(refused)(scope, receive, send)
+                    return
         await self._app(scope, receive, send)
 
+    async def _waited(self, request: HTTPConnection, receive: Receive) -> bool:
+        """Wait until it is the turn of a late answer; False if the client has gone. Meanwhile its connection makes room
+        for others.
+        """
+        connection = request.scope["extensions"][EXTENSION]
+        if not connection.transport.is_closing():
+            self._sockets.waits(connection, connection.transport.abort)
+        with self._addresses.late(request) as seconds:
+            try:
+                async with asyncio.timeout(seconds):
+                    while not (await receive())["type"].endswith("disconnect"):
+                        pass
+            except TimeoutError:
+                self._sockets.works(connection)
+                return True
+        return False
+
     def _is_counted(self, scope: Scope) -> bool:
-        return scope["type"] == "websocket" or (scope["type"] == "http" and scope["path"] not in PROBES)
+        return scope["type"] in {"http", "websocket"}
 
 
 class Tallied:

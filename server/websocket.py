@@ -22,7 +22,7 @@ from server.limits import Bucket
 from server.sockets import FREE_BYTES, LINGER_BYTES, Sockets
 
 EXTENSION = "openchat.socket"
-"""The key of the socket in the scope's extensions."""
+"""The key of the connection in the scope's extensions."""
 PING = b"\x89\x00"
 """The frame that asks a peer for a pong (RFC 6455, section 5.5.2)."""
 HANDSHAKE_SECONDS = 30.0

@@ -22,7 +22,7 @@ from server.websocket import WebSocket
 from tests.test_floods import shake
 from tests.test_frames import Wire, frame
 from tests.test_lock_order import WAITS
-from tests.test_silence import CHUNKED, assert_nothing_is_kept, dial, known
+from tests.test_silence import CHUNKED, assert_nothing_is_kept, dial, heard, known
 from tests.test_unfinished import answered
 from tests.world import World, until
 
@@ -106,6 +106,39 @@ async def test_a_bounded_number_of_frames_is_parsed_after_the_close_frame(  # no
     assert 0 < calls["_frame"] <= 2 * BURST
     # A client that had sent much before it read why it was closed did nothing wrong.
     assert not any("4003" in record.message for record in caplog.records)
+
+
+@pytest.mark.parametrize(
+    ("begin", "piece", "status"),
+    [
+        (b"", b"GET /readyz HTTP/1.1\r\nHost: here\r\n\r\n", b""),
+        (b"", b"GET /readyz HTTP/1.1\r\na: b\r\n\r\n", b"HTTP/1.1 400"),
+        (b"", b"GET /readyz HTTP/1.1\r\nHost: here\r\nX-Forwarded-For: 10.0.0.1\r\n\r\n", b"HTTP/1.1 429"),
+        (CHUNKED, b"1\r\n \r\n", b"HTTP/1.1 503"),
+    ],
+    ids=["pipelined", "no host", "too many of an address", "too long a body"],
+)
+async def test_what_comes_after_a_refused_request_is_not_parsed(  # noqa: PLR0917 - fixtures
+    settings: Settings,
+    monkeypatch: pytest.MonkeyPatch,
+    calls: Counter[str],
+    begin: bytes,
+    piece: bytes,
+    status: bytes,
+) -> None:
+    monkeypatch.setattr("server.http_protocol.FREE_BYTES", 0)
+    async with World(msgspec.structs.replace(settings, trusted_proxies="1"), workers=1) as world:
+        sockets = world.workers[0].app.sockets
+        begin = await known(world, begin)
+        sockets.unread.most = 100
+        sockets._of_address["10.0.0.1"] = sockets._per_address  # noqa: SLF001
+        calls.clear()
+        reader, writer = await dial(world)
+        writer.write(begin + piece * 3_000)
+        assert (await heard(reader)).startswith(status)
+        assert 0 < calls["on_header"] + calls["on_body"] < 100
+        writer.transport.abort()
+        await until(lambda: len(sockets) == 0)
 
 
 async def test_an_honest_client_ends_the_connection_after_the_close_frame(alone: World) -> None:
