@@ -579,11 +579,13 @@ CREATE INDEX user_relationship_over_idx ON user_relationship (updated_at)
     WHERE status = 'inactive' AND can_see_online_status AND can_send_messages AND can_see_profile
         AND notifications_enabled;
 
--- How often somebody has tried to reach somebody else since `began_at`, by kind. Rows older than a day are deleted.
+-- How often somebody has tried to reach somebody else, or changed rows of theirs, since `began_at`, by kind. Rows older than a day are deleted.
 CREATE TABLE approach (
     from_user_id uuid NOT NULL CONSTRAINT approach_from_fkey REFERENCES "user" (id) ON DELETE CASCADE,
     to_user_id uuid NOT NULL CONSTRAINT approach_to_fkey REFERENCES "user" (id) ON DELETE CASCADE,
-    kind text NOT NULL CONSTRAINT approach_kind_known CHECK (kind IN ('add', 'invite', 'friend', 'follow')),
+    kind text NOT NULL CONSTRAINT approach_kind_known CHECK (
+        kind IN ('add', 'invite', 'friend', 'follow', 'block', 'mute', 'switch')
+    ),
     made integer NOT NULL DEFAULT 1,
     began_at timestamptz NOT NULL DEFAULT now(),
     CONSTRAINT approach_pkey PRIMARY KEY (from_user_id, to_user_id, kind)

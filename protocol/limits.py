@@ -112,7 +112,9 @@ MAX_INVITATIONS = 100
 MAX_INVITATIONS_SENT = 1_000
 """Max invitations of one user that wait for an answer."""
 MAX_APPROACHES_A_DAY = 10
-"""Max invitations, friend requests and follows within 24 hours, per sender, receiver and kind."""
+"""Max invitations, friend requests, follows, blocks, mutes, and switches that are turned off, within 24 hours, per
+sender, receiver and kind.
+"""
 MAX_ADDED_A_DAY = 500
 """Max conversations that a user adds the same user to within 24 hours."""
 MAX_MEMBERSHIPS = MAX_RESUMED

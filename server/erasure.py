@@ -92,7 +92,7 @@ async def _let_out(database: Atomic, user_id: UserId, tell: Callable[[Change], N
 
 
 async def _shut_out(user_id: UserId, grace: timedelta | None, db: Db) -> bool:
-    await users.lock(db, [user_id])
+    await erasure.lock_out_references(db, user_id)
     return await erasure.shut_out(db, user_id, grace)
 
 

@@ -166,7 +166,7 @@ async def welcomed_by(db: Db, context: Context, me: Participant, frame: AddParti
     require(me, Act.ADD_MEMBERS)
     require_below(me, frame.role)
     # A refused frame does not lock strangers.
-    await _allowed(db, context, me, frame)
+    await require_uncounted(db, context, await _allowed(db, context, me, frame))
     await users.lock(db, [context.user_id, *frame.participants])
     they = await _allowed(db, context, me, frame)
     await counted(db, context, they)
@@ -182,6 +182,12 @@ async def _allowed(db: Db, context: Context, me: Participant, frame: AddParticip
             )
         raise Refused(ErrorCode.FORBIDDEN, "Your role cannot lift a ban. Ask an admin.", path="participants")
     return welcomed(context, named, only_invited=isinstance(frame, Invite))
+
+
+async def require_uncounted(db: Db, context: Context, they: Welcome) -> None:
+    """Raise Refused if `counted` would. Before the locks."""
+    await approaches.require(db, "add", context.user_id, they.added)
+    await approaches.require(db, "invite", context.user_id, they.invited)
 
 
 async def counted(db: Db, context: Context, they: Welcome) -> None:

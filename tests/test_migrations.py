@@ -120,6 +120,8 @@ MEETS_ROWS = {
     ("0004", "ADD CONSTRAINT"): "the constraint before allowed fewer values",
     ("0005", "SET NOT NULL"): "the foreign key to the message gives each row a value",
     ("0005", "INSERT INTO"): "the tables are new, and the rows are grouped by their keys, or have the ids of messages",
+    ("0073", "ADD CONSTRAINT"): "it is not valid yet",
+    ("0074", "VALIDATE CONSTRAINT"): "the constraint before allowed fewer values",
     ("0025", "CREATE UNIQUE INDEX"): "test_migration_names_the_rows_that_keep_an_index_from_being_built",
 }
 """Statements that rows of an older database might break, and why they do not; or the test of what is told then."""

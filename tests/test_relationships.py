@@ -144,14 +144,16 @@ async def test_relationships_in_pages(world: World, pair: Pair) -> None:
 async def test_nobody_reaches_somebody_again_and_again(
     pair: Pair, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Requests, follows and invitations that are taken back are counted by pair and day, and repeats are not told."""
+    """Requests, follows and invitations that are taken back are counted by pair and day, and are not told again. So are
+    blocks, mutes and switches. Neither a frame that is refused or changes nothing nor a mute waits for the other's row.
+    """
     monkeypatch.setattr(approaches, "MAX_APPROACHES_A_DAY", 3)
     them = pair.charles.id
     about = await world.channel(pair.one)
     app = world.workers[0].app
     app._services = msgspec.structs.replace(app._services, anyone_adds=False)  # noqa: SLF001
     owner = await world.connect(pair.ada)
-    clock = 'SELECT version FROM "user" WHERE id = $1'
+    clock = 'SELECT version + hidden_version FROM "user" WHERE id = $1'
     ways: list[tuple[Frame, Frame]] = [
         (client.RequestFriend(user_id=them), client.Unfriend(user_id=them)),
         (client.Follow(user_id=them), client.Unfollow(user_id=them)),
@@ -159,6 +161,12 @@ async def test_nobody_reaches_somebody_again_and_again(
             client.Invite(conversation_id=about, participants=[them]),
             client.RemoveParticipant(conversation_id=about, user_id=them),
         ),
+        (
+            client.SetSwitches(user_id=them, can_see_profile=False),
+            client.SetSwitches(user_id=them, can_see_profile=True),
+        ),
+        (client.Mute(user_id=them), client.Unmute(user_id=them)),
+        (client.Block(user_id=them), client.Unblock(user_id=them)),
     ]
     for begin, end in ways:
         for _ in range(3):
@@ -179,6 +187,12 @@ async def test_nobody_reaches_somebody_again_and_again(
     # Others are not counted with her, and the next day she may again.
     mary = await world.connect(await world.user("Mary"))
     await mary.call(client.Follow(user_id=them))
+    async with world.db.transaction(), asyncio.timeout(5):
+        await world.db.execute('SELECT FROM "user" WHERE id = $1 FOR NO KEY UPDATE', them)
+        for each in (frame for way in ways for frame in way):
+            await owner.ask(each)
+        for repeated in (client.Mute(user_id=them), client.Unmute(user_id=them), client.Follow(user_id=them)):
+            await mary.call(repeated)
     await world.db.execute("UPDATE approach SET began_at = began_at - interval '1 day'")
     await owner.call(ways[1][0])
     await world.workers[0].app.clear_expired()

@@ -19,7 +19,7 @@ from server.cursor import Cursor
 from server.database import Db
 from server.errors import NotActive, NotFound
 from server.invitecode import new_code
-from server.membership import News, Welcome, counted, end, entered, guests, welcomed
+from server.membership import News, Welcome, counted, end, entered, guests, require_uncounted, welcomed
 from server.permissions import require, unreachable
 from server.queries import audit, bounds, conversations, participants, users
 from server.queries.audit import Deed
@@ -51,6 +51,7 @@ async def create_direct(context: Context, frame: client.CreateDirect) -> OneConv
             # A refused frame does not lock a stranger, so this is asked before the lock, too.
             if not await users.all_may(db, "write", context.user_id, [frame.user_id]):
                 raise await unreachable(db, context.user_id, frame.user_id)
+            await bounds.require_made(db, context.user_id, "user_id", more=1)
             if context.user_id not in await users.lock(db, founding.members):
                 raise NotActive
             if not await users.all_may(db, "write", context.user_id, [frame.user_id]):
@@ -131,7 +132,8 @@ async def _made(db: Db, context: Context, founding: Founding) -> Welcome | None:
     is_group = founding.type == "group"
     if is_group:
         # A refused frame does not lock strangers.
-        welcomed(context, await guests(db, context, None, founding.members))
+        await bounds.require_made(db, context.user_id, "conversation_id", more=1)
+        await require_uncounted(db, context, welcomed(context, await guests(db, context, None, founding.members)))
     if context.user_id not in await users.lock(db, founding.members):
         raise NotActive
     if await conversations.versions(db, [founding.id]):

@@ -1,12 +1,13 @@
 """Relationships: friends who ask and answer; block, follow and mute, which nobody has to answer; switches; the list."""
 
 from collections.abc import Awaitable, Callable
+from typing import Literal, NamedTuple
 
 from protocol import client
 from protocol.errors import ErrorCode, Refused
 from protocol.ids import UserId
 from protocol.server import Done, OneRelationship, RelationshipPage
-from protocol.values import RelationshipKind, RelationshipStatus
+from protocol.values import Relationship, RelationshipKind, RelationshipStatus
 from server.context import Context
 from server.database import Db
 from server.errors import NotActive, NotFound
@@ -15,30 +16,35 @@ from server.queries import approaches, bounds, relationships, users
 from server.queries.relationships import Change
 
 
+class _Request(NamedTuple):
+    """What becomes of a friend request."""
+
+    becomes: RelationshipStatus
+    is_answer: bool
+    """Whether the other one has asked already."""
+    same: Relationship | None
+    """What is there, if it was asked before: the other one is not told again."""
+
+
 async def request_friend(context: Context, frame: client.RequestFriend) -> OneRelationship:
     """Ask for friendship; if the other one has asked already, be friends."""
     me, them = context.user_id, _other(context, frame.user_id)
     async with context.transaction() as db:
-        # Asked before the lock, too, here and below: a refused frame does not lock a stranger.
-        if not await users.all_may(db, "request_friend", me, [them]):
-            raise await unreachable(db, me, them)
+        # Asked before the lock, too, here and below: a frame that is refused or changes nothing locks no stranger.
+        request = await _request(db, me, frame)
+        if request.same is not None:
+            return OneRelationship(relationship=request.same)
+        if request.becomes == "pending":
+            await approaches.require(db, "friend", me, [them])
         await _lock(db, me, them)
-        if not await users.all_may(db, "request_friend", me, [them]):
-            raise await unreachable(db, me, them)
-        mine = await relationships.status(db, me, them, "friend")
-        if mine == "rejected":
-            raise Refused(ErrorCode.CONFLICT, "They declined your request. Wait for theirs.", path="user_id")
-        becomes: RelationshipStatus = "accepted" if mine == "accepted" else "pending"
-        if mine not in {"pending", "accepted"} and await relationships.status(db, them, me, "friend") == "pending":
-            becomes = "accepted"
-            await relationships.put(db, them, me, Change("friend", becomes), me)
-        same = await relationships.get(db, me, them, Change("friend", becomes), me)
-        if same is not None and (becomes == "accepted" or same.request_message == frame.message):
-            # Asked before: the other one is not told again.
-            return OneRelationship(relationship=same)
-        if becomes == "pending":
+        request = await _request(db, me, frame)
+        if request.same is not None:
+            return OneRelationship(relationship=request.same)
+        if request.is_answer:
+            await relationships.put(db, them, me, Change("friend", "accepted"), me)
+        if request.becomes == "pending":
             await approaches.count(db, "friend", me, [them])
-        made = await relationships.put(db, me, them, Change("friend", becomes, frame.message), me)
+        made = await relationships.put(db, me, them, Change("friend", request.becomes, frame.message), me)
         await bounds.require_relationships(db, me, "friend")
         await bounds.require_requests(db, me, them)
     _tell(context, me, them)
@@ -48,19 +54,12 @@ async def request_friend(context: Context, frame: client.RequestFriend) -> OneRe
 async def answer_friend(context: Context, frame: client.AnswerFriend) -> OneRelationship:
     """Accept or reject a request."""
     me, them = context.user_id, _other(context, frame.user_id)
-    answer: RelationshipStatus = "accepted" if frame.accept else "rejected"
+    change = Change("friend", "accepted" if frame.accept else "rejected", response_message=frame.message)
     async with context.transaction() as db:
-        if await relationships.status(db, them, me, "friend") is None:
-            raise NotFound("user_id")
+        if (same := await _answered(db, me, them, change)) is not None:
+            return OneRelationship(relationship=same)
         await _lock(db, me, them)
-        there = await relationships.status(db, them, me, "friend")
-        if there != answer and there not in {"pending", "rejected"}:
-            raise NotFound("user_id")
-        if frame.accept and await relationships.status(db, me, them, "block") == "active":
-            raise OwnBlock
-        change = Change("friend", answer, response_message=frame.message)
-        if there == answer and (same := await relationships.get(db, them, me, change, me)) is not None:
-            # Answered before: the other one is not told again.
+        if (same := await _answered(db, me, them, change)) is not None:
             return OneRelationship(relationship=same)
         if frame.accept:
             await _require_not_deleted(db, them)
@@ -78,9 +77,10 @@ async def unfriend(context: Context, frame: client.Unfriend) -> Done:
     async with context.transaction() as db:
         if await relationships.status(db, me, them, "friend") is None:
             raise NotFound("user_id")
+        if not await relationships.may_end(db, me, them, "friend"):
+            return Done()
         await _lock(db, me, them)
-        mine = await relationships.status(db, me, them, "friend")
-        if mine is None:
+        if await relationships.status(db, me, them, "friend") is None:
             raise NotFound("user_id")
         await relationships.end(db, me, them, "friend")
     _tell(context, me, them)
@@ -90,26 +90,25 @@ async def unfriend(context: Context, frame: client.Unfriend) -> Done:
 OneOf = client.Block | client.Unblock | client.Follow | client.Unfollow | client.Mute | client.Unmute
 
 
-def turned(kind: RelationshipKind, *, on: bool) -> Callable[[Context, OneOf], Awaitable[OneRelationship]]:
+def turned(
+    kind: Literal["block", "follow", "mute"], *, on: bool
+) -> Callable[[Context, OneOf], Awaitable[OneRelationship]]:
     """Return the handler that begins or ends what is the caller's own affair."""
-
-    async def require(db: Db, me: UserId, them: UserId) -> None:
-        if on:
-            await _require_may_begin(db, kind, me, them)
-        elif await relationships.status(db, me, them, kind) is None:
-            raise NotFound("user_id")
+    turn = Change(kind, "active" if on else "inactive")
 
     async def handler(context: Context, frame: OneOf) -> OneRelationship:
         me, them = context.user_id, _other(context, frame.user_id)
         async with context.transaction() as db:
-            await require(db, me, them)
-            await _lock(db, me, them)
-            await require(db, me, them)
-            turn = Change(kind, "active" if on else "inactive")
-            if (same := await relationships.get(db, me, them, turn, me)) is not None:
+            if (same := await _unchanged(db, me, them, turn)) is not None:
                 return OneRelationship(relationship=same)
-            if kind == "follow" and on:
-                await approaches.count(db, "follow", me, [them])
+            if on:
+                await approaches.require(db, kind, me, [them])
+            await (_lock_caller if kind == "mute" else _lock)(db, me, them)
+            if (same := await _unchanged(db, me, them, turn)) is not None:
+                return OneRelationship(relationship=same)
+            if on:
+                # Whatever ends has begun before, so its end needs no bound.
+                await approaches.count(db, kind, me, [them])
             if kind == "block" and on:
                 # One after the other, as if each were ended by itself.
                 await relationships.end(db, me, them, "friend")
@@ -130,16 +129,30 @@ async def set_switches(context: Context, frame: client.SetSwitches) -> OneRelati
     """Say what someone may see or do."""
     wanted = client.given(frame)
     me, them = context.user_id, _other(context, frame.user_id)
-    async with context.transaction() as db:
-        if not await relationships.between(db, me, them):
-            raise NotFound("user_id")
-        await _lock(db, me, them)
-        await _require_not_deleted(db, them)
+
+    async def switched(db: Db) -> tuple[Relationship, set[str]]:
+        """Return a relationship, and the switches that change."""
         there = await relationships.between(db, me, them)
         if not there:
             raise NotFound("user_id")
-        if all(getattr(one.switches, name) is is_on for one in there for name, is_on in wanted.items()):
-            return OneRelationship(relationship=there[0])
+        return there[0], {
+            name for name, is_on in wanted.items() if any(getattr(one.switches, name) is not is_on for one in there)
+        }
+
+    async with context.transaction() as db:
+        same, changed = await switched(db)
+        if not changed:
+            return OneRelationship(relationship=same)
+        if not all(wanted[name] for name in changed):
+            await approaches.require(db, "switch", me, [them])
+        await _lock(db, me, them)
+        await _require_not_deleted(db, them)
+        same, changed = await switched(db)
+        if not changed:
+            return OneRelationship(relationship=same)
+        if not all(wanted[name] for name in changed):
+            # What is turned on was turned off before.
+            await approaches.count(db, "switch", me, [them])
         made = await relationships.switch(db, me, them, wanted)
     context.events.poke([me])
     context.events.reconsider(me, them)
@@ -160,6 +173,52 @@ async def _lock(db: Db, me: UserId, them: UserId) -> None:
         raise NotActive
 
 
+async def _lock_caller(db: Db, me: UserId, them: UserId) -> None:
+    """Lock the caller, for what changes no row of the other user, and have an erasure of the other one wait. Raises
+    NotActive if the caller is not.
+    """
+    if me not in await users.lock(db, [me]):
+        raise NotActive
+    await users.keep(db, them)
+
+
+async def _request(db: Db, me: UserId, frame: client.RequestFriend) -> _Request:
+    """Return what becomes of a request. Raises Refused if the caller may not ask."""
+    them = frame.user_id
+    if not await users.all_may(db, "request_friend", me, [them]):
+        raise await unreachable(db, me, them)
+    mine = await relationships.status(db, me, them, "friend")
+    if mine == "rejected":
+        raise Refused(ErrorCode.CONFLICT, "They declined your request. Wait for theirs.", path="user_id")
+    if mine not in {"pending", "accepted"} and await relationships.status(db, them, me, "friend") == "pending":
+        return _Request("accepted", is_answer=True, same=None)
+    becomes: RelationshipStatus = "accepted" if mine == "accepted" else "pending"
+    same = await relationships.get(db, me, them, Change("friend", becomes), me)
+    is_same = same is not None and (becomes == "accepted" or same.request_message == frame.message)
+    return _Request(becomes, is_answer=False, same=same if is_same else None)
+
+
+async def _answered(db: Db, me: UserId, them: UserId, change: Change) -> Relationship | None:
+    """Return a request if it was answered so before: the other one is not told again. Raises Refused if there is none
+    that the caller may answer so.
+    """
+    there = await relationships.status(db, them, me, "friend")
+    if there != change.status and there not in {"pending", "rejected"}:
+        raise NotFound("user_id")
+    if change.status == "accepted" and await relationships.status(db, me, them, "block") == "active":
+        raise OwnBlock
+    return await relationships.get(db, them, me, change, me)
+
+
+async def _unchanged(db: Db, me: UserId, them: UserId, turn: Change) -> Relationship | None:
+    """Return what is there if nothing changes. Raises Refused if it may not begin, or never began."""
+    if turn.status == "active":
+        await _require_may_begin(db, turn.kind, me, them)
+    elif await relationships.status(db, me, them, turn.kind) is None:
+        raise NotFound("user_id")
+    return await relationships.get(db, me, them, turn, me)
+
+
 async def _require_may_begin(db: Db, kind: RelationshipKind, me: UserId, them: UserId) -> None:
     if kind == "follow":
         if not await users.all_may(db, "follow", me, [them]):
@@ -170,7 +229,9 @@ async def _require_may_begin(db: Db, kind: RelationshipKind, me: UserId, them: U
 
 
 async def _require_not_deleted(db: Db, them: UserId) -> None:
-    """Raise NotFound if a user is deleted: nothing new is kept of who may be erased. Under the lock, this stays so."""
+    """Raise NotFound if a user is deleted: nothing new is kept of who may be erased. Under the lock, or after
+    `users.keep`, this stays so.
+    """
     if await users.is_deleted(db, them):
         raise NotFound("user_id")
 

@@ -1,15 +1,20 @@
-"""Approaches: how often a user reached another one within a day, counted by the statement that allows it."""
+"""Approaches: how often a user reached another one within a day, or changed their row, counted by the statement that
+allows it.
+"""
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, NoReturn
 
 from protocol.errors import ErrorCode, Refused
 from protocol.ids import UserId
 from protocol.limits import MAX_ADDED_A_DAY, MAX_APPROACHES_A_DAY
 from server.database import Db
 
-Kind = Literal["add", "invite", "friend", "follow"]
-SAID: dict[Kind, str] = {"add": "add", "invite": "invite", "friend": "send a friend request to", "follow": "follow"}
+Kind = Literal["add", "invite", "friend", "follow", "block", "mute", "switch"]
+SAID: dict[Kind, str] = {
+    "add": "add", "invite": "invite", "friend": "send a friend request to", "follow": "follow", "block": "block",
+    "mute": "mute", "switch": "turn off switches for",
+}  # fmt: skip
 AT_ONCE = 1_000
 """Counts that one statement deletes."""
 
@@ -23,28 +28,48 @@ ON CONFLICT (from_user_id, to_user_id, kind) DO UPDATE SET
     WHERE a.made < $4 OR a.began_at <= now() - interval '1 day'
 RETURNING a.to_user_id
 """
+FULL = """
+SELECT a.to_user_id FROM approach a
+WHERE a.from_user_id = $1 AND a.to_user_id = ANY($2) AND a.kind = $3 AND a.made >= $4
+    AND a.began_at > now() - interval '1 day'
+"""
 WAIT = """
 SELECT ceil(1000 * extract(epoch FROM max(a.began_at) + interval '1 day' - now()))::bigint FROM approach a
 WHERE a.from_user_id = $1 AND a.to_user_id = ANY($2) AND a.kind = $3
 """
 
 
+async def require(db: Db, kind: Kind, user_id: UserId, others: Sequence[UserId]) -> None:
+    """Raise Refused if a user has reached one of the others too often within a day. Before the locks, so that a refused
+    frame locks no stranger.
+    """
+    if others and (full := await db.fetch(FULL, user_id, list(others), kind, _most(kind))):
+        await _refuse(db, kind, user_id, [row[0] for row in full])
+
+
 async def count(db: Db, kind: Kind, user_id: UserId, others: Sequence[UserId]) -> None:
     """Count that a user reaches others. Raises Refused if one of them was reached too often within a day. Under the
-    locks of all of them.
+    user's lock.
     """
     if not others:
         return
-    most = MAX_ADDED_A_DAY if kind == "add" else MAX_APPROACHES_A_DAY
-    allowed = {row[0] for row in await db.fetch(COUNT, user_id, list(others), kind, most)}
+    allowed = {row[0] for row in await db.fetch(COUNT, user_id, list(others), kind, _most(kind))}
     if refused := [other for other in others if other not in allowed]:
-        wait = await db.fetchval(WAIT, user_id, refused, kind)
-        raise Refused(
-            ErrorCode.RATE_LIMITED,
-            f"You can {SAID[kind]} the same user {most} times a day. Retry after `retry_after_ms`.",
-            path="participants" if kind in {"add", "invite"} else "user_id",
-            retry_after_ms=max(1, int(wait or 1)),
-        )
+        await _refuse(db, kind, user_id, refused)
+
+
+def _most(kind: Kind) -> int:
+    return MAX_ADDED_A_DAY if kind == "add" else MAX_APPROACHES_A_DAY
+
+
+async def _refuse(db: Db, kind: Kind, user_id: UserId, others: Sequence[UserId]) -> NoReturn:
+    wait = await db.fetchval(WAIT, user_id, others, kind)
+    raise Refused(
+        ErrorCode.RATE_LIMITED,
+        f"You can {SAID[kind]} the same user {_most(kind)} times a day. Retry after `retry_after_ms`.",
+        path="participants" if kind in {"add", "invite"} else "user_id",
+        retry_after_ms=max(1, int(wait or 1)),
+    )
 
 
 EXPIRE = """

@@ -29,11 +29,11 @@ SELECT count(*) FROM conversation c WHERE c.created_by = $1 AND c.created_at > n
 """
 
 
-async def require_made(db: Db, user_id: UserId, path: str) -> None:
+async def require_made(db: Db, user_id: UserId, path: str, *, more: int = 0) -> None:
     """Raise Refused if a user has made too many conversations within a day; `path` names the new one. Under the user's
-    lock.
+    lock. With `more`, before it: there are too many with so many more.
     """
-    if int(await db.fetchval(MADE, user_id)) > MAX_CONVERSATIONS_A_DAY:
+    if int(await db.fetchval(MADE, user_id)) + more > MAX_CONVERSATIONS_A_DAY:
         raise Refused(
             ErrorCode.RATE_LIMITED,
             f"You can make {MAX_CONVERSATIONS_A_DAY} conversations a day. Try again later.",

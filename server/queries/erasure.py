@@ -283,7 +283,7 @@ REFERENCES = 'SELECT FROM "user" WHERE id = $1 FOR UPDATE'
 
 async def lock_out_references(db: Db, user_id: UserId) -> None:
     """Lock a user after the transactions that have inserted rows which refer to the user, and before those that will:
-    `is_unerased_now` waits for this one.
+    `is_unerased_now` and `users.keep` wait for this one.
     """
     await db.execute(REFERENCES, user_id)
 

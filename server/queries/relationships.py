@@ -114,6 +114,20 @@ FROM ended WHERE r.id = ended.id
 """
 
 
+MAY_END = """
+SELECT EXISTS (
+    SELECT FROM user_relationship
+    WHERE type = $3 AND (from_user_id = $1 AND to_user_id = $2 AND status IN ('pending', 'accepted', 'active')
+        OR from_user_id = $2 AND to_user_id = $1 AND status = 'accepted')
+)
+"""
+
+
+async def may_end(db: Db, one: UserId, other: UserId, kind: RelationshipKind) -> bool:
+    """Whether `end` has something to end."""
+    return bool(await db.fetchval(MAY_END, one, other, kind))
+
+
 async def end(db: Db, one: UserId, other: UserId, kind: RelationshipKind) -> None:
     """End a user's relationship of a kind to another one, and a friendship on both sides. Under the lock."""
     await db.execute(END, one, other, kind)

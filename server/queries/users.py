@@ -424,6 +424,16 @@ async def lock(db: Db, user_ids: Iterable[UserId]) -> set[UserId]:
     return {UserId(row[0]) for row in await db.fetch(LOCK, list(user_ids)) if row[1]}
 
 
+KEEP = """SELECT FROM "user" WHERE id = $1 FOR KEY SHARE"""
+
+
+async def keep(db: Db, user_id: UserId) -> None:
+    """Have the erasure of a user wait until the transaction ends: whether they are deleted, as read after this, is
+    current. It waits for an erasure that begins or ends, and for nobody who holds the user's row otherwise.
+    """
+    await db.execute(KEEP, user_id)
+
+
 LOCK_FREE = """
 SELECT u.id FROM "user" u WHERE u.id = ANY($1) ORDER BY u.id FOR NO KEY UPDATE SKIP LOCKED
 """
