@@ -28,11 +28,12 @@ from protocol.server import (
 from protocol.values import ConversationView
 from server.context import Context, Look
 from server.database import Db
+from server.errors import RETRY_AFTER_MS
 from server.queries import changes, conversations, users
 from server.queries.conversations import Membership
 from server.queries.users import OWN_PAGE, OwnNews
 
-CLOSED = Refused(ErrorCode.UNAVAILABLE, "The connection is closed. Connect again.")
+CLOSED = Refused(ErrorCode.UNAVAILABLE, "The connection is closed. Connect again.", retry_after_ms=RETRY_AFTER_MS)
 PAGE = 50
 """Conversations in each `conversations` frame, in each statement that reads them, and in a turn of the loop."""
 

@@ -18,7 +18,7 @@ from tests.test_frames import Wire
 from tests.world import Somebody, World, http_client
 
 PATIENCE = 10.0
-TASKS = 32
+TASKS = 33
 """More than a worker and a test have that do nothing (about 25), less than what forty examples would leave behind."""
 
 

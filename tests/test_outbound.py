@@ -502,6 +502,7 @@ async def test_waits_for_our_share_of_the_loop_make_nobody_slow(
     overdraw(careless._posts)  # noqa: SLF001
     assert (await post(1)).is_fast
     assert not drops.counts
+    monkeypatch.setattr(outbound, "TOTAL_SECONDS", 10.0)
     site.answer = lambda _: late()
     assert (await post(HOST_USERS)).is_slow, "with nothing to wait for but the answer"
     assert not drops.counts
@@ -509,6 +510,7 @@ async def test_waits_for_our_share_of_the_loop_make_nobody_slow(
     site.answer = lambda path: (
         page("here") if path == "/there" else b"HTTP/1.1 302 Found\r\nlocation: /there\r\ncontent-length: 0\r\n\r\n"
     )
+    monkeypatch.setattr(outbound, "TOTAL_SECONDS", 0.5)
     overdraw(careless._gets)  # noqa: SLF001
     assert (await careless.get(site.url, most=100)).body == b"here"
 
