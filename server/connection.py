@@ -38,6 +38,7 @@ ENTER_SECONDS = 10.0
 """Max seconds on the way in: a client that says it will resume may never do so."""
 REFRESH_RETRY_SECONDS = 1.0
 NOT_TEXT = Refused(ErrorCode.BAD_FRAME, "Send frames in text messages, not in binary ones.")
+"""The answer to a binary message."""
 
 
 class Lifecycle(NamedTuple):

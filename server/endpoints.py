@@ -25,7 +25,7 @@ from server.auth.credentials import token_of
 from server.auth.endpoints import Accounts
 from server.auth.sessions import Sessions
 from server.auth.tickets import TicketRefused
-from server.connection import Connection, Shared
+from server.connection import NOT_TEXT, Connection, Shared
 from server.context import Context, Services
 from server.describe import asyncapi, openapi
 from server.dispatch import error_frame
@@ -284,6 +284,9 @@ class Endpoints:
             raise TooLate from None
         if message["type"] == "websocket.disconnect":
             raise WebSocketDisconnect(message.get("code", 1005))
+        socket: WebSocket = handshake.scope["extensions"][EXTENSION]
+        if not socket.is_first_text:
+            raise NOT_TEXT
         frame = decode_client(message.get("bytes") or b"")
         if not isinstance(frame, Authenticate):
             raise Refused(ErrorCode.UNAUTHENTICATED, "The first frame must be `authenticate`.", path="type")

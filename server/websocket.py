@@ -331,7 +331,7 @@ class WebSocket(WebSocketsSansIOProtocol):
         if self.receiver is not None:
             self.receiver.received(data, is_text=is_text)
             return
-        self._is_first_text = is_text
+        self.is_first_text = is_text
         # As bytes also if it is a text: whether they are UTF-8 is for whoever reads them to find out and to answer.
         self.queue.put_nowait({"type": "websocket.receive", "bytes": data})
         self.pause_receiving()
@@ -354,7 +354,7 @@ class WebSocket(WebSocketsSansIOProtocol):
         while not self.queue.empty():
             event = self.queue.get_nowait()
             if event["type"] == "websocket.receive":
-                receiver.received(event.get("bytes") or b"", is_text=self._is_first_text)
+                receiver.received(event.get("bytes") or b"", is_text=self.is_first_text)
         self._most_bytes = self.conn.max_message_size = self.config.ws_max_size
         self._forget_handshake()
         self._release()

@@ -274,9 +274,10 @@ async def test_first_frame_authenticates(http: httpx.AsyncClient, world: World) 
         ('{"type": "ping"}', "unauthenticated"),
         ('{"type": "authenticate", "token": "wrong"}', "unauthenticated"),
         ("garbage", "bad_frame"),
+        (b'{"type": "authenticate", "token": "wrong"}', "bad_frame"),
     ],
 )
-async def test_bad_first_frame_closes(world: World, first: str, code: str) -> None:
+async def test_bad_first_frame_closes(world: World, first: str | bytes, code: str) -> None:
     client = Client(world.url, None)
     await client.open()
     assert (await client.raw(first)).code == code

@@ -171,18 +171,21 @@ def http_client(url: str = "", *, timeout: float = 5) -> httpx.AsyncClient:
 
 
 async def require_described(response: httpx.Response) -> None:
-    """Fail if the description of the path that was asked for does not have the status of the answer."""
+    """Fail if the description of the path that was asked for does not have the status of the answer, or its time."""
     request = response.request
     path = re.sub(r"^(/v1/auth/sessions/)[^/]+$", r"\1{session_id}", request.url.path)
     described = _statuses().get((request.method, path))
     status = response.status_code
-    assert described is None or status in described or status in BEFORE_ANY_PATH, (request.method, path, status)
+    if described is not None and status not in BEFORE_ANY_PATH:
+        assert status in described, (request.method, path, status)
+        assert "retry-after" not in response.headers or described[status], (request.method, path, status)
 
 
 @cache
-def _statuses() -> dict[tuple[str, str], set[int]]:
+def _statuses() -> dict[tuple[str, str], dict[int, bool]]:
+    """Return the statuses of each operation, and whether they may have `Retry-After`."""
     return {
-        (method.upper(), path): {int(status) for status in operation["responses"]}
+        (method.upper(), path): {int(status): "headers" in one for status, one in operation["responses"].items()}
         for path, operations in openapi.document()["paths"].items()
         for method, operation in operations.items()
     }

@@ -45,7 +45,9 @@ class Sessions:
         self._being_extended: set[SessionId] = set()
 
     async def authenticate(self, token: str) -> Active:
-        """Return the session of a token. Raises Refused if there is none, or it has expired."""
+        """Return the session of a token. Raises Refused if there is none, or it has expired, or it is a ticket."""
+        if token.startswith(PREFIX):
+            raise TicketRefused("A ticket is for the socket alone. Send the token.")
         return self._required(await self._lookups.submit(token_hash(token)))
 
     async def admit(self, token: str, require: Callable[[UserId], None]) -> Active:

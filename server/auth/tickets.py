@@ -29,10 +29,8 @@ log = logging.getLogger(__name__)
 class TicketRefused(Refused):
     """The answer to a return ticket that is no good. It says nothing about the token of the same session."""
 
-    def __init__(self) -> None:
-        super().__init__(
-            ErrorCode.UNAUTHENTICATED, "This ticket is used or too old. Connect with the token.", path="ticket"
-        )
+    def __init__(self, message: str = "This ticket is used or too old. Connect with the token.") -> None:
+        super().__init__(ErrorCode.UNAUTHENTICATED, message, path="ticket")
 
 
 class Ticket(NamedTuple):

@@ -15,6 +15,21 @@ CALLED = tuple(frame for frame in CLIENT_FRAMES if frame in ROUTES and not ROUTE
 """The frames that `/v1/call` takes."""
 ALWAYS = (429, 500, 503)
 """Too many requests of an address, a defect of ours, and a database that is away may be the answer to any request."""
+REFUSALS = {
+    400: "The body is no JSON, or the type of a frame is not known.",
+    401: "There is no session, or it has ended, or address and password do not match. With the `path` `ticket`, the "
+    "credential is a return ticket, and the token may be good.",
+    403: "Not allowed: the page's origin, the user's role or relationship, or the password of the session is wrong.",
+    404: "It does not exist, or the user may not see it.",
+    409: "It contradicts what is there. With `retry_after_ms`, only for now.",
+    422: "A field is missing, of the wrong type or out of bounds; `path` names it.",
+    429: "Too many, or too many for now: repeat the request after `retry_after_ms`.",
+    500: "A defect of the server. It was logged; nothing was half-written.",
+    503: "The server is busy, or its database is away: repeat the same request after `retry_after_ms`.",
+}
+"""What each refusal means."""
+TIMED = frozenset({409, 429, 503})
+"""Refusals that may tell when to repeat the request."""
 BEFORE_ANY_PATH = (400, 408, 413, 431)
 """The answers to what is no whole, valid request within bounds. It may have no path."""
 
@@ -28,7 +43,8 @@ def document() -> Schema:
             "version": version("openchat"),
             "description": "Accounts and sessions, one frame at a time, health. The chat itself is on the socket. "
             "A request that is invalid, incomplete or too large as HTTP gets "
-            f"{', '.join(map(str, BEFORE_ANY_PATH[:-1]))} or {BEFORE_ANY_PATH[-1]}, whatever its path.",
+            f"{', '.join(map(str, BEFORE_ANY_PATH[:-1]))} or {BEFORE_ANY_PATH[-1]}, whatever its path. A path that "
+            "is not there is 404, another method 405, and `/v1/ws` without a WebSocket handshake 426.",
         },
         "servers": [{"url": "/"}],
         "paths": {
@@ -114,7 +130,7 @@ def document() -> Schema:
                     "responses": {
                         "200": {"description": "The text format.", "content": {"text/plain": {}}},
                         "404": {"description": "Not from this address, or not through a proxy."},
-                        "429": {"description": "Too many requests of this address."},
+                        "429": _refusal(429),
                     }
                 }
             },
@@ -154,8 +170,18 @@ def _responses(good: dict[str, tuple[str, type | None]], *refusals: int) -> Sche
         status: {"description": what, **({} if kind is None else _content(_ref(kind)))}
         for status, (what, kind) in good.items()
     }
-    found |= {str(status): {"description": "Refused.", **_content(_ref(Error))} for status in (*refusals, *ALWAYS)}
-    return {"responses": found}
+    return {"responses": found | {str(status): _refusal(status) for status in (*refusals, *ALWAYS)}}
+
+
+def _refusal(status: int) -> Schema:
+    headers = {
+        "Retry-After": {"description": "`retry_after_ms` in seconds, rounded up.", "schema": {"type": "integer"}}
+    }
+    return {
+        "description": REFUSALS[status],
+        **({"headers": headers} if status in TIMED else {}),
+        **_content(_ref(Error)),
+    }
 
 
 def _content(schema: Schema) -> Schema:
