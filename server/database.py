@@ -117,6 +117,13 @@ class Database:
         """
         return Database(self._shared.pool.of_sessions(user_id, asker), self._shared)
 
+    def of_strangers(self, address: str) -> "Database":
+        """Return the database as those have it who have no account yet: all together a share of the connections, and
+        none waits longer than `JOB_LOCK_MS` for a lock. An import holds the e-mail addresses that it brings in until it
+        commits, and a registration of such an address waits for that.
+        """
+        return Database(self._shared.pool.of_strangers(address), self._shared, is_impatient=True)
+
     def of_jobs(self) -> "Database":
         """Return the database as periodic jobs have it: its transactions raise LockNotAvailableError if they wait for a
         lock longer than `JOB_LOCK_MS`.

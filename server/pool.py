@@ -8,6 +8,7 @@ to forget nothing in between, because nothing that we do leaves anything behind.
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Hashable
 from contextlib import asynccontextmanager
+from enum import Enum
 from types import TracebackType
 from typing import NamedTuple, TypeAlias
 
@@ -27,7 +28,13 @@ class OfSessions(NamedTuple):
     user_id: UserId
 
 
-Client: TypeAlias = UserId | OfSessions
+class OfStrangers(Enum):
+    """What requests of those who have no account yet wait as, all together."""
+
+    REGISTERING = "registering"
+
+
+Client: TypeAlias = UserId | OfSessions | OfStrangers
 Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
 
 
@@ -56,6 +63,10 @@ class Pool:
         which they do not wait behind these. Each session that asks, and logins, have it in turn.
         """
         return Part(self, self._sessions_turns, OfSessions(user_id), asker)
+
+    def of_strangers(self, address: str) -> "Part":
+        """Return the pool as all who have no account yet have it together: as one user. Addresses have it in turn."""
+        return Part(self, self._turns, OfStrangers.REGISTERING, address)
 
     @asynccontextmanager
     async def turn(self) -> "AsyncIterator[Pool]":
@@ -158,7 +169,7 @@ class Part:
 
     __slots__ = ("_asker", "_client", "_pool", "_turns")
 
-    def __init__(self, pool: Pool, turns: Turns[Client], client: Client, asker: SessionId | None = None) -> None:
+    def __init__(self, pool: Pool, turns: Turns[Client], client: Client, asker: SessionId | str | None = None) -> None:
         self._pool = pool
         self._turns = turns
         self._client = client

@@ -185,6 +185,32 @@ async def test_a_flood_of_a_users_frames_refuses_none_of_their_account_requests(
         turns.give(ada)
 
 
+TAKEN = """INSERT INTO "user" (name, email) VALUES ('Ada', 'ada@example.org')"""
+
+
+async def test_registrations_that_wait_for_an_import_leave_connections_to_others(world: World) -> None:
+    """An import has the addresses that it brings in until it commits."""
+    bob = await world.connect(await world.user("Bob"))
+    pool = world.workers[0].app._database._shared.pool  # noqa: SLF001
+    account = {"name": "Ada", "email": "ada@example.org", "password": "correct horse"}
+    async with http_client(world.url, timeout=30) as http, asyncio.TaskGroup() as tasks:
+        async with world.db.transaction():
+            await world.db.execute(TAKEN)
+            waiting = [
+                tasks.create_task(http.post("/v1/auth/register", json=account))
+                for _ in range(2 * pool._most)  # noqa: SLF001
+            ]
+            await until(lambda: len(pool._turns._taken) == 1)  # noqa: SLF001
+            while not all(one.done() for one in waiting):
+                assert len(pool._taken) < pool._most  # noqa: SLF001
+                await bob.call(client.GetMe(), server.OneMe)
+                await asyncio.sleep(0.05)
+        answers = [one.result() for one in waiting]
+        assert {answer.status_code for answer in answers} == {503}
+        assert all(answer.headers["retry-after"] for answer in answers)
+        assert (await http.post("/v1/auth/register", json=account)).status_code == 409
+
+
 async def test_every_route_of_a_user_waits_in_the_turns_of_the_user(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -139,7 +139,8 @@ class Accounts:
     async def register(self, request: Request) -> Response:
         """Make an account and begin its first session."""
         require_origin(request, self._origins)
-        await self._attempts.of_address(key_of(request))
+        address = key_of(request)
+        await self._attempts.of_address(address)
         if not self._is_open:
             raise Refused(
                 ErrorCode.FORBIDDEN, "Registration is closed. Ask the operator of this server for an account."
@@ -151,7 +152,7 @@ class Accounts:
             user_id = await accounts.register(db, body.name, canonical(body.email), password_hash)
             return await self._begin(db, request, User(id=user_id, name=body.name), password_hash)
 
-        begun = await self._database.atomically("register", made)
+        begun = await self._database.of_strangers(address).atomically("register", made)
         assert begun is not None  # noqa: S101 - the account was made in the same transaction
         return self._welcome(request, begun, status=201)
 
