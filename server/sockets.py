@@ -35,8 +35,6 @@ LINGER_BYTES = 16 * MAX_FRAME_BYTES
 """Max bytes that are read and dropped before a connection is closed. A socket that is closed with unread bytes is
 reset, and then the client may lose the answer or the close frame.
 """
-BEGIN_AT_ONCE = 4
-"""Connections whose first bytes are taken in in one turn of the loop, at most."""
 PROXY = ""
 """The key of a connection of a trusted proxy between requests."""
 RETRY_MS = 5_000
@@ -144,24 +142,21 @@ class Sockets:
 
     def begin(self, key: str, received: Callable[[], None]) -> None:
         """Call `received`, which takes in the first bytes of a connection, when it is its turn: a handshake takes the
-        loop half a millisecond, and hundreds may arrive at once. Addresses take turns.
+        loop half a millisecond, and hundreds may arrive at once. In each turn of the loop, one is taken in. Addresses
+        take turns.
         """
         self._beginning.put(key, received)
         if not self._is_beginning:
             self._is_beginning = True
-            asyncio.get_running_loop().call_soon(self._begin_some)
+            asyncio.get_running_loop().call_soon(self._begin_one)
 
-    def _begin_some(self) -> None:
-        some: list[Callable[[], None]] = []
-        while self._beginning and len(some) < BEGIN_AT_ONCE:
-            key, received = self._beginning.take()
-            self._beginning.done(key)
-            some.append(received)
+    def _begin_one(self) -> None:
+        key, received = self._beginning.take()
+        self._beginning.done(key)
         self._is_beginning = bool(self._beginning)
         if self._is_beginning:
-            asyncio.get_running_loop().call_soon(self._begin_some)
-        for received in some:
-            received()
+            asyncio.get_running_loop().call_soon(self._begin_one)
+        received()
 
     def hold(self, client: str | UserId, count: int) -> None:
         """Count `count` bytes of a request or message, of an address or a user. Raises Refused beyond the client's
