@@ -46,6 +46,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         terminalreporter.section("the bystander's p99, in ms")
         terminalreporter.line(f"{'quiet':>8} {'attacked':>8} {'ratio':>6}")
     for name, rounds in config.stash[FIGURES].items():
+        if not rounds:
+            continue
         one = sorted(rounds, key=lambda one: one.ratio)[len(rounds) // 2]
         quiet = max(one.before.p99, one.after.p99)
         terminalreporter.line(f"{quiet:8.1f} {one.during.p99:8.1f} {one.ratio:6.1f}  {name}")
