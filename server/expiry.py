@@ -5,7 +5,7 @@ from functools import partial
 
 from asyncpg import LockNotAvailableError
 
-from protocol.ids import ConversationId, MessageId
+from protocol.ids import ConversationId, MessageId, UserId
 from server.context import Events
 from server.database import Database, Db
 from server.errors import is_lost, log_failure
@@ -17,14 +17,24 @@ log = logging.getLogger(__name__)
 
 
 async def expire_due(database: Database, events: Events) -> None:
-    """Delete the messages whose time is over, and tell everyone. Any worker may; one of them does. A conversation that
-    is held for long, or that failed, has its turn in a later run. Raises what asking for the next ones raises: without
-    a database the run ends.
+    """Delete the messages whose time is over, and tell everyone. Any worker may; one of them does. Senders take turns,
+    so nobody's messages wait for all those of another sender. A conversation that is held for long, or that failed, has
+    its turn in a later run. Raises what asking for the next ones raises: without a database the run ends.
     """
     database = database.of_jobs()
     failed: set[ConversationId] = set()
-    while due := await _due(database, failed):
-        for conversation_id, message_ids in due.items():
+    served: set[UserId] = set()
+    while True:
+        async with database.connection() as db:
+            due = await expiry.due(db, failed, served)
+        if not due and not served:
+            return
+        if not due:
+            served.clear()
+        for (sender_id, conversation_id), message_ids in due.items():
+            served.add(sender_id)
+            if conversation_id in failed:
+                continue
             try:
                 await _expire(database, events, conversation_id, message_ids)
             except LockNotAvailableError:
@@ -34,11 +44,6 @@ async def expire_due(database: Database, events: Events) -> None:
                 failed.add(conversation_id)
                 if is_lost(error):
                     break  # a statement may have been too slow for the client: ask whether the database is there
-
-
-async def _due(database: Database, failed: set[ConversationId]) -> dict[ConversationId, list[MessageId]]:
-    async with database.connection() as db:
-        return await expiry.due(db, failed)
 
 
 async def _expire(

@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Sequence
 
-from protocol.ids import ConversationId, MessageId
+from protocol.ids import ConversationId, MessageId, UserId
 from server.database import Db
 
 AT_ONCE = 200
@@ -12,16 +12,21 @@ EDITS_AT_ONCE = 12
 """Max former versions of each message that one statement deletes."""
 
 DUE = """
-SELECT m.conversation_id, m.id FROM message m
-WHERE m.expires_at <= now() AND (m.conversation_id <> ALL ($2)) IS TRUE ORDER BY m.expires_at LIMIT $1
+SELECT m.sender_id, m.conversation_id, m.id FROM message m
+WHERE m.expires_at <= now() AND (m.conversation_id <> ALL ($2)) IS TRUE AND (m.sender_id <> ALL ($3)) IS TRUE
+ORDER BY m.expires_at LIMIT $1
 """
 
 
-async def due(db: Db, besides: Collection[ConversationId]) -> dict[ConversationId, list[MessageId]]:
-    """Return the messages whose time has been over for longest, at most `AT_ONCE`, but for those of `besides`."""
-    found: dict[ConversationId, list[MessageId]] = {}
-    for row in await db.fetch(DUE, AT_ONCE, list(besides)):
-        found.setdefault(row[0], []).append(row[1])
+async def due(
+    db: Db, besides: Collection[ConversationId], served: Collection[UserId]
+) -> dict[tuple[UserId, ConversationId], list[MessageId]]:
+    """Return the messages whose time has been over for longest, at most `AT_ONCE`, by sender and conversation, but for
+    those of the conversations `besides` and of the senders `served`.
+    """
+    found: dict[tuple[UserId, ConversationId], list[MessageId]] = {}
+    for sender_id, conversation_id, message_id in await db.fetch(DUE, AT_ONCE, list(besides), list(served)):
+        found.setdefault((sender_id, conversation_id), []).append(message_id)
     return found
 
 
