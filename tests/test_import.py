@@ -365,6 +365,8 @@ def test_reading_a_conversation_takes_no_longer_in_an_archive_of_many_files(tmp_
 
 
 FOUND = [
+    ("users.json", "[]", "users.json: it names nobody"),
+    ("users.json", '[{"id": "U1", "name": "Ada", "team_id": [1]}]', "users.json: entry 1: [1] is not an id"),
     ("users.json", '[{"id": "U1", "name": "Ada"}, {"name": "x"}]', "users.json: entry 2: 'id' is missing"),
     ("channels.json", '[{"id": "C1", "name": "general"}, 1]', "channels.json: entry 2: "),
     ("general/2024.json", f'[{ADA}"ts": "1.0"}}, {ADA}"text": "x"}}]', "general/2024.json: entry 2: 'ts' is missing"),

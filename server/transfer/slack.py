@@ -39,9 +39,11 @@ def read(path: Path) -> Archive:
         raise ValueError("there is no users.json in it")
     with reading("users.json"):
         require_few_things(len(users), "people")
+        if not users:
+            raise ValueError("it names nobody")
     people = each("users.json", users, _person)
     # Most users are of the workspace itself; the others come from elsewhere by shared channels.
-    teams = Counter(sorted(key(user["team_id"]) for user in users if user.get("team_id")))
+    teams = Counter(sorted(team for team in each("users.json", users, _team) if team))
     places: list[Place] = []
     folders: dict[str, str] = {}
     for name, kind in KINDS.items():
@@ -53,6 +55,10 @@ def read(path: Path) -> Archive:
     unnamed = [folder for folder in files.folders() if folder not in folders and files.names(folder)]
     notes = [f"{folder}: no conversation has this folder; its files were left out" for folder in unnamed]
     return Archive(kind=KIND, source=source, people=people, places=places, notes=notes)
+
+
+def _team(user: dict[str, Any]) -> str:
+    return key(user["team_id"]) if user.get("team_id") else ""
 
 
 def _person(user: dict[str, Any]) -> Person:
