@@ -18,6 +18,8 @@ from prometheus_client.registry import Collector
 
 STALE_SECONDS = 10.0
 """A file that was not written for this long belongs to a worker that is no more."""
+REST = 20
+"""Min pause after a page was made, as a multiple of the time that it took. Any program of the machine may ask."""
 BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
 """Upper bounds of the latency histogram, in seconds."""
 
@@ -84,9 +86,10 @@ LABELLED: dict[str, tuple[str, list[str], Callable[[Snapshot], dict[str, int]]]]
 class Metrics:
     """This worker's numbers, and the folder with everyone's."""
 
-    def __init__(self, folder: Path, worker: int) -> None:
+    def __init__(self, folder: Path, worker: int, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._folder = folder
         self._worker = worker
+        self._clock = clock
         self.frames: Counter[str] = Counter()
         self.refusals: Counter[str] = Counter()
         self.push_dropped: Counter[str] = Counter()
@@ -97,6 +100,8 @@ class Metrics:
         self.values: Callable[[], dict[str, float]] = dict
         self._latency = [0] * (len(BUCKETS) + 1)
         self._latency_seconds = 0.0
+        self._page = b""
+        self._page_lasts_until = 0.0
 
     def answered(self, frame: str, seconds: float) -> None:
         """Count a frame that was answered after `seconds`."""
@@ -126,11 +131,16 @@ class Metrics:
         unfinished.rename(path)
 
     def page(self) -> bytes:
-        """Return all workers' numbers in Prometheus' text format."""
-        self.write_once()
-        registry = CollectorRegistry(auto_describe=False)
-        registry.register(_Collected(self._read()))
-        return generate_latest(registry)
+        """Return all workers' numbers in Prometheus' text format, made a moment ago or now."""
+        began = self._clock()
+        if began >= self._page_lasts_until:
+            self.write_once()
+            registry = CollectorRegistry(auto_describe=False)
+            registry.register(_Collected(self._read()))
+            self._page = generate_latest(registry)
+            ended = self._clock()
+            self._page_lasts_until = ended + (ended - began) * REST
+        return self._page
 
     def _read(self) -> dict[str, Snapshot]:
         found = {}

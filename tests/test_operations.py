@@ -44,6 +44,25 @@ async def test_an_unknown_schema_is_not_ready(world: World) -> None:
     assert (ready.status_code, ready.json()["database"]) == (503, False)
 
 
+def test_who_asks_for_the_numbers_again_and_again_gets_those_of_a_moment_ago(tmp_path: Path) -> None:
+    now, made = 100.0, 0
+
+    def values() -> dict[str, float]:
+        nonlocal now, made
+        now += 0.5
+        made += 1
+        return {"connections": made}
+
+    numbers = metrics.Metrics(tmp_path, 1, clock=lambda: now)
+    numbers.values = values
+    first = numbers.page()
+    assert b'openchat_connections{worker="1"} 1.0' in first
+    now += 0.5 * metrics.REST - 0.1
+    assert (numbers.page(), made) == (first, 1)
+    now += 0.1
+    assert b'openchat_connections{worker="1"} 2.0' in numbers.page()
+
+
 async def test_any_worker_tells_the_numbers_of_all(world: World) -> None:
     ada, charles = await world.users("Ada", "Charles")
     one, other = await world.connect(ada, 0), await world.connect(charles, 1)
