@@ -81,8 +81,8 @@ class Http(HttpToolsProtocol):
         self._bytes = 0
         # The request that the application answers now; `cycle` is the one that arrived last.
         self._running: RequestResponseCycle | None = None
-        # Of bodies, counted at `sockets`: bytes of each client. And how many more are not counted.
-        self._held: Counter[str] = Counter()
+        # Of bodies, counted at `sockets`: bytes of each request and its client. And how many more are not counted.
+        self._held: Counter[tuple[RequestResponseCycle, str]] = Counter()
         self._free = FREE_BYTES
         self._is_over = False
         self._is_lingering = False
@@ -242,7 +242,7 @@ class Http(HttpToolsProtocol):
                 self._sockets.hold(key, count - free)
             except Refused as refused:
                 self._refuse_and_stop(refused)
-            self._held[key] += count - free
+            self._held[self.cycle, key] += count - free
 
     def on_message_complete(self) -> None:  # noqa: D102
         if self._is_over:
@@ -268,10 +268,13 @@ class Http(HttpToolsProtocol):
         if self._is_lingering:
             self.server_state.total_requests += 1
             return
+        answered = self._running
         super().on_response_complete()
         if self.transport.is_closing():
             self._arm(LINGER_SECONDS, self._abort)
-        elif not self.pipeline:
+        elif self._is_answering():
+            self._release(of=answered)  # the next one, which waited for this answer, is begun, and holds its own
+        else:
             self._release()
             if not self._is_over:
                 self._count_as(PROXY)
@@ -371,11 +374,12 @@ class Http(HttpToolsProtocol):
         cycle: RequestResponseCycle | None = self.cycle
         return cycle is not None and not cycle.response_complete
 
-    def _release(self) -> None:
-        for key, count in self._held.items():
-            self._sockets.release(key, count)
-        self._held.clear()
-        self._free = FREE_BYTES
+    def _release(self, of: RequestResponseCycle | None = None) -> None:
+        """Give back the bytes of one request, or of all, of which further ones are free then."""
+        for one in [one for one in self._held if of is None or one[0] is of]:
+            self._sockets.release(one[1], self._held.pop(one))
+        if of is None:
+            self._free = FREE_BYTES
 
     def _count_as(self, key: str) -> None:
         """Count a proxy's connection as one of a client. Raises Refused if that one has too many."""

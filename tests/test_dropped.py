@@ -17,7 +17,7 @@ from server import websocket
 from server.config import Settings
 from server.connection import MAX_INBOX
 from server.http_protocol import MAX_CHUNKS, MAX_HEADERS, Http
-from server.sockets import LINGER_BYTES
+from server.sockets import LINGER_BYTES, PROXY
 from server.websocket import WebSocket
 from tests.test_floods import shake
 from tests.test_frames import Wire, frame
@@ -139,6 +139,27 @@ async def test_what_comes_after_a_refused_request_is_not_parsed(  # noqa: PLR091
         assert 0 < calls["on_header"] + calls["on_body"] < 100
         writer.transport.abort()
         await until(lambda: len(sockets) == 0)
+
+
+async def test_bytes_of_a_request_that_waited_for_an_answer_count_until_its_own(settings: Settings) -> None:
+    """The answer to the request before it gives back what that one held, and makes no idle connection of it."""
+    async with World(msgspec.structs.replace(settings, trusted_proxies="1"), workers=1) as world:
+        sockets, size = world.workers[0].app.sockets, 20_000
+        head = b"POST /v1/call HTTP/1.1\r\nHost: here\r\nX-Forwarded-For: 10.0.0.%d\r\nContent-Length: %d\r\n\r\n"
+        reader, writer = await dial(world)
+        bodies = [head % (number, size) + b" " * size for number in (1, 2)]
+        writer.write(b"".join(bodies)[:-1])
+        assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 401")
+        await until(lambda: sockets.unread.taken <= size)
+        assert sockets.unread._held == {"10.0.0.2": size - 1}  # noqa: SLF001
+        assert (sockets._of_address, sockets._waiting) == ({"10.0.0.2": 1}, {})  # noqa: SLF001
+        writer.write(b" ")
+        assert b"HTTP/1.1 401" in await reader.readuntil(b"\r\n\r\n")
+        await until(lambda: bool(sockets._waiting))  # noqa: SLF001
+        assert (sockets.unread.taken, sockets._of_address) == (0, {PROXY: 1})  # noqa: SLF001
+        writer.transport.abort()
+        await until(lambda: len(sockets) == 0)
+        assert_nothing_is_kept(sockets)
 
 
 async def test_an_honest_client_ends_the_connection_after_the_close_frame(alone: World) -> None:
