@@ -12,7 +12,7 @@ import os
 import time
 from collections import OrderedDict
 from email.utils import parsedate_to_datetime
-from itertools import groupby
+from itertools import count, groupby
 from urllib.parse import urlsplit
 
 import http_ece
@@ -39,7 +39,7 @@ from server.stopwatch import Stopwatch
 TICK_SECONDS = 1.0
 """Messages of a conversation that become due within this time are looked at together."""
 IN_A_TURN = 50
-"""Max users whose posts are queued in one turn of the loop."""
+"""Max posts that are queued in one turn of the loop: a user may have 20 in each conversation."""
 READS = 16
 """Max posts whose words and badges one statement reads."""
 MAX_SIGNED = 500
@@ -132,13 +132,14 @@ class Notices:
         for look in looks:
             self._due.done(look, found.next.get(look.conversation_id), limit=limit, seconds=seconds)
         by_user = groupby(sorted(found.posts, key=lambda post: post.user_id), key=lambda post: post.user_id)
-        for number, (user_id, group) in enumerate(by_user, start=1):
+        added = count(1)
+        for user_id, group in by_user:
             posts = list(group)
             self._posts.keep(user_id, {post.endpoint for post in posts})
             for post in posts:
                 self._posts.add(post, is_crowd=post.conversation_id in crowds)
-            if number % IN_A_TURN == 0:
-                await asyncio.sleep(0)
+                if next(added) % IN_A_TURN == 0:
+                    await asyncio.sleep(0)
         self._posts.start()
 
     async def close(self) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Sequence
 
 import msgspec
@@ -14,10 +15,11 @@ from prove.client import Client
 from server.config import Settings
 from server.database import Db
 from server.hosts import PER_HOST
-from server.notices import TICK_SECONDS
+from server.notices import IN_A_TURN, TICK_SECONDS
 from server.outbound import Answer, Outbound
+from server.posts import Posts
 from server.queries import push
-from server.queries.push import Found, Look
+from server.queries.push import Found, Look, Post
 from tests.world import PUSH_POINT, World, message, sent, until
 
 MEMBERS, BROWSERS = 20_000, 2_000
@@ -99,3 +101,36 @@ async def test_member_of_a_crowd_who_writes_all_the_time_silences_nobody_else(
         assert max(posts_before) <= 2 * PER_HOST, posts_before
         assert len(set(pushed)) > 100, "the crowd is told, too"
         assert "database" not in world.workers[0].app.notices.dropped
+
+
+async def test_posts_of_one_user_are_queued_over_many_turns_of_the_loop(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """20 endpoints in each of 10 conversations: with 50 users, all 10,000 posts were queued in one turn."""
+    turn = 0
+    in_turn: Counter[int] = Counter()
+    add = Posts.add
+
+    def noted(self: Posts, post: Post, *, is_crowd: bool = False) -> None:
+        in_turn[turn] += 1
+        add(self, post, is_crowd=is_crowd)
+
+    async def count_turns() -> None:
+        nonlocal turn
+        while True:
+            turn += 1
+            await asyncio.sleep(0)
+
+    monkeypatch.setattr(Posts, "add", noted)
+    async with World(msgspec.structs.replace(settings, push_after_seconds=0.5), workers=1) as world:
+        who, other = await world.users("Ada", "Bob")
+        ada, bob = await world.connect(who), await world.connect(other)
+        places = [await world.group(ada, other) for _ in range(10)]
+        for number in range(20):
+            endpoint = f"http://127.0.0.1:9/{number}"
+            await bob.call(client.RegisterPush(endpoint=endpoint, p256dh=PUSH_POINT, auth="A" * 22))
+        counting = asyncio.create_task(count_turns())
+        await asyncio.gather(*(sent(ada, place) for place in places))
+        await until(lambda: in_turn.total() >= 200)
+        counting.cancel()
+    assert max(in_turn.values()) <= IN_A_TURN
