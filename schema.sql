@@ -25,7 +25,7 @@ CREATE TABLE "user" (
     bio text CONSTRAINT user_bio_length CHECK (char_length(bio) <= 500),
     location text CONSTRAINT user_location_length CHECK (char_length(location) BETWEEN 1 AND 255),
     website text,
-    -- Presence as of the last transition; the live truth is in presence (server/presence.py).
+    -- Presence as of the last transition; the live truth is in presence (server/domain/presence.py).
     is_online boolean NOT NULL DEFAULT false,
     last_seen_at timestamptz,
     -- What the user chose to be seen as while connected. 'offline' here means "never chosen": online.
@@ -494,7 +494,7 @@ CREATE TABLE message_search (
     words tsvector NOT NULL
 );
 -- What was added last waits in a list. Whoever finds it full sorts it in, under the lock of a conversation: so it is
--- large, and a job empties it (server/queries/indexing.py).
+-- large, and a job empties it (server/queries/search_index.py).
 CREATE INDEX message_search_words_idx ON message_search USING gin (words) WITH (gin_pending_list_limit = 32768);
 
 CREATE TABLE attachment (

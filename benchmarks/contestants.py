@@ -22,9 +22,9 @@ from loadtest.scenario import Layout
 from loadtest.target import Unusable
 from protocol.ids import uuid7
 from server.auth.tokens import new_token, token_hash
-from server.embedded.folder import DataFolder
-from server.embedded.postgres import Postgres
-from server.embedded.valkey import Valkey
+from server.processes.embedded.folder import DataFolder
+from server.processes.embedded.postgres import Postgres
+from server.processes.embedded.valkey import Valkey
 
 HERE = Path(__file__).parent
 NODE = HERE / "peers" / "node"
@@ -179,7 +179,7 @@ class OpenChat(Contestant):
 
     def command(self) -> list[str]:
         """Return how it is started."""
-        return [sys.executable, "-m", "server.cli", "--port", str(self.port), "--workers", str(self.workers)]
+        return [sys.executable, "-m", "server.cli.main", "--port", str(self.port), "--workers", str(self.workers)]
 
     def settings(self) -> dict[str, str]:
         """Return what it finds in its environment: its limits are not what is measured; the others have none."""

@@ -25,12 +25,15 @@ from rich.table import Table
 
 from protocol.client import Search
 from protocol.ids import ConversationId, MessageId, UserId
-from server import checking, migrate, reindexing, search
-from server.config import Settings
-from server.database import SESSION, Database
-from server.embedded.folder import DataFolder
-from server.embedded.postgres import Postgres
-from server.queries import indexing, searches
+from server.core.config import Settings
+from server.db import migrate
+from server.db.database import SESSION, Database
+from server.domain import search_text
+from server.ops.check import run_checks
+from server.ops.reindex import FIRST
+from server.processes.embedded.folder import DataFolder
+from server.processes.embedded.postgres import Postgres
+from server.queries import search, search_index
 
 CONVERSATIONS, PEOPLE, IN_EACH = 1_000, 1_000, 50
 """Each of so many people takes part in so many of the conversations."""
@@ -123,11 +126,11 @@ async def fill(url: str, messages: int) -> None:
             records=rows(numbers, chance),
             columns=["id", "conversation_id", "sender_id", "content", "sent_version", "version", "created_at"],
         )
-    after = reindexing.FIRST
-    for _ in track(itertools.count(), "making what they are found by", total=messages / indexing.AT_ONCE):
-        if not (message_ids := await indexing.following(db, after)):
+    after = FIRST
+    for _ in track(itertools.count(), "making what they are found by", total=messages / search_index.AT_ONCE):
+        if not (message_ids := await search_index.following(db, after)):
             break
-        await indexing.page(db, message_ids, only_missing=False)
+        await search_index.page(db, message_ids, only_missing=False)
         after = message_ids[-1]
     began = time.monotonic()
     await db.execute("CREATE INDEX message_search_words_idx ON message_search USING gin (words)")
@@ -194,11 +197,11 @@ async def measure(url: str, messages: int, console: Console, *, with_plans: bool
         table.add_column(column, justify="left" if column == "search" else "right")
     table.add_row("(reading a row by its key)", "1", f"{by_key * MS:.2f}", "1")
     for what, frame in asked():
-        text = None if frame.text is None else search.query(frame.text, prefix=search.PREFIX_OF_WORDS)
+        text = None if frame.text is None else search_text.query(frame.text, prefix=search_text.PREFIX_OF_WORDS)
 
         async def once(frame: Search = frame, text: str | None = text) -> list[Any]:
             async with database.searching() as db:
-                page = await searches.find(db, user(0), frame, text, limit=frame.limit)
+                page = await search.find(db, user(0), frame, text, limit=frame.limit)
             return (await page.decoded()).hits
 
         found = await once()
@@ -227,7 +230,7 @@ async def check(url: str) -> None:
     for column in ("check", "s", ""):
         table.add_column(column, justify="right" if column == "s" else "left")
     seconds = 0.0
-    async for line in checking.run(db, begins=lambda _: None):
+    async for line in run_checks(db, begins=lambda _: None):
         table.add_row(line.name, f"{line.seconds:.1f}", "ok" if line.is_good else "WRONG")
         seconds += line.seconds
     table.add_row("all of it", f"{seconds:.1f}", "")
@@ -240,13 +243,15 @@ async def plans(url: str, console: Console) -> None:
     db = await asyncpg.connect(url, server_settings=SESSION | {"enable_bitmapscan": "on"})
     until = "2100-01-01"
     for what, frame in asked():
-        text = "NULL" if frame.text is None else f"'{search.query(frame.text, prefix=search.PREFIX_OF_WORDS)}'"
+        text = (
+            "NULL" if frame.text is None else f"'{search_text.query(frame.text, prefix=search_text.PREFIX_OF_WORDS)}'"
+        )
         where = "NULL" if frame.conversation_id is None else f"'{frame.conversation_id}'"
         sender = "NULL" if frame.sender_id is None else f"'{frame.sender_id}'"
         is_ranked = frame.order == "relevance"
         name = f"plan_{abs(hash(what))}"
-        await db.execute(f"PREPARE {name} AS {searches.RELEVANT if is_ranked else searches.NEWEST}")
-        rest = f"{searches.RANKED}, NULL, NULL, NULL, 20" if is_ranked else "20, NULL, NULL"
+        await db.execute(f"PREPARE {name} AS {search.RELEVANT if is_ranked else search.NEWEST}")
+        rest = f"{search.RANKED}, NULL, NULL, NULL, 20" if is_ranked else "20, NULL, NULL"
         call = f"'{user(0)}', {text}, {where}, NULL, false, '{until}', NULL, {sender}, NULL, false, NULL, false, {rest}"
         lines = await db.fetch(f"EXPLAIN (ANALYZE, BUFFERS, COSTS OFF) EXECUTE {name} ({call})")
         console.print(f"\n[bold]{what}[/]")

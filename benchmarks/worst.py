@@ -26,13 +26,13 @@ from benchmarks.worstframes import WORST
 from protocol.client import Frame
 from protocol.server import Error
 from prove.client import Client
-from server import migrate
 from server.auth.tokens import new_token, token_hash
-from server.config import Settings
-from server.embedded.folder import DataFolder
-from server.embedded.postgres import Postgres
-from server.embedded.valkey import Valkey
-from server.supervisor import Worker, listen
+from server.core.config import Settings
+from server.db import migrate
+from server.processes.embedded.folder import DataFolder
+from server.processes.embedded.postgres import Postgres
+from server.processes.embedded.valkey import Valkey
+from server.processes.supervisor import Worker, listen
 
 REPEATS = 5
 SLOW_MS = 500.0

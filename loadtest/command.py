@@ -20,9 +20,9 @@ from loadtest.run import Moment, Phase, Result, Run, Watch
 from loadtest.scenario import Size
 from loadtest.scenarios import SCENARIOS
 from loadtest.target import OpenChat, Unusable
-from server.arguments import Parser, path
-from server.aside import aside, require_folder
-from server.errors import Fatal
+from server.cli.arguments import Parser, path
+from server.core.atomic_file import aside, require_folder
+from server.core.errors import Fatal
 
 MS = 1_000
 STEP = 1.5

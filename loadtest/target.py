@@ -21,7 +21,7 @@ from protocol.http import LoggedIn, Register
 from protocol.ids import ConversationId, UserId, uuid7
 from protocol.limits import MAX_PARTICIPANTS_NAMED
 from protocol.server import Added, Error, OneConversation, Reply
-from server.aside import aside, require_folder
+from server.core.atomic_file import aside, require_folder
 
 PER_ADDRESS = 80
 """Accounts made from each loopback address: a server allows 100 in five minutes unless told otherwise."""

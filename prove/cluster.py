@@ -91,7 +91,7 @@ class Cluster:
     async def check(self) -> list[Checked]:
         """Have `openchat check` count everything again, and return what it says. Raises Unusable if it cannot."""
         checking = await asyncio.create_subprocess_exec(
-            sys.executable, "-P", "-m", "server.cli", "check", "--json",
+            sys.executable, "-P", "-m", "server.cli.main", "check", "--json",
             stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
             env=os.environ | {"DATABASE_URL": self.database_url},
         )  # fmt: skip
@@ -130,7 +130,7 @@ class OwnCluster(Cluster):
         outside = {name: value for name, value in os.environ.items() if name not in {"DATABASE_URL", "REDIS_URL"}}
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(  # noqa: S603, ASYNC220 - our own program, which returns at once
-                [sys.executable, "-P", "-m", "server.cli", "--port", "0", "--workers", str(self._workers),
+                [sys.executable, "-P", "-m", "server.cli.main", "--port", "0", "--workers", str(self._workers),
                  "--data-dir", str(self._data)],
                 stdout=log, stderr=subprocess.STDOUT, env=outside | SETTINGS, process_group=0,
             )  # fmt: skip
@@ -155,7 +155,7 @@ class OwnCluster(Cluster):
 
     def workers(self) -> list[int]:
         """Return the process ids of the workers."""
-        return [pid for pid in self._children() if b"server.worker" in _read(pid, "cmdline")]
+        return [pid for pid in self._children() if b"server.processes.worker" in _read(pid, "cmdline")]
 
     def postgres(self) -> int:
         """Return the process id of PostgreSQL."""

@@ -21,9 +21,9 @@ from prove.cluster import Cluster, OwnCluster
 from prove.faults import FAULTS, Fault
 from prove.proxy import Proxy
 from prove.run import Outcome, Proof, Run
-from server.arguments import Parser, path
-from server.aside import aside, require_folder
-from server.errors import Fatal
+from server.cli.arguments import Parser, path
+from server.core.atomic_file import aside, require_folder
+from server.core.errors import Fatal
 
 PHASE_SECONDS = 15.0
 COLUMNS = (

@@ -1,1 +1,1 @@
-"""The server. `cli` starts it, `app` builds it, `routes` lists what it understands."""
+"""The server: docs/map.md lists its rooms. `cli` starts it, `app` builds it, `routes` lists the frames."""

@@ -11,15 +11,15 @@ from protocol.client import SetPresence
 from protocol.ids import ConversationId, SessionId, UserId
 from protocol.server import DurableEvent, ServerFrame
 from protocol.values import Message, Presence, User
-from server.database import Database, Db
-from server.errors import NotActive
-from server.gather import Gather
-from server.lanes import Lanes
+from server.core.errors import NotActive
+from server.core.unconfirmed import Unconfirmed
+from server.db.database import Database, Db
+from server.fairness.batcher import Gather
+from server.fairness.lanes import Lanes
 from server.queries import users
 from server.queries.conversations import Membership
 from server.queries.sending import Outgoing, Stored
 from server.queries.users import OwnNews
-from server.unconfirmed import Unconfirmed
 
 
 class Events(Protocol):

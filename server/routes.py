@@ -1,7 +1,7 @@
 """THE table: every frame, what it does, who may ask for it, whose allowance it takes, whether it may wait."""
 
 from protocol import client
-from server.dispatch import Access, Rate, Route
+from server.gateway.dispatch import Access, Rate, Route
 from server.handlers import (
     conversations,
     drafts,
@@ -15,13 +15,13 @@ from server.handlers import (
     reactions,
     receipts,
     relationships,
-    searches,
+    search,
     sending,
     sessions,
     threads,
     users,
 )
-from server.pressure import Shed
+from server.limits.load_shedding import Shed
 
 ROUTES: dict[type[client.Frame], Route] = {
     # the connection
@@ -70,8 +70,8 @@ ROUTES: dict[type[client.Frame], Route] = {
     client.History: Route(messages.history, Access.PARTICIPANT, Rate.READ),
     client.GetMessage: Route(messages.get, Access.PARTICIPANT, Rate.READ),
     client.ListEdits: Route(messages.list_edits, Access.PARTICIPANT, Rate.READ),
-    client.Search: Route(searches.search, Access.USER, Rate.SEARCH),
-    client.Why: Route(searches.why, Access.PARTICIPANT, Rate.READ),
+    client.Search: Route(search.search, Access.USER, Rate.SEARCH),
+    client.Why: Route(search.why, Access.PARTICIPANT, Rate.READ),
     # threads
     client.GetThread: Route(threads.get, Access.PARTICIPANT, Rate.READ),
     client.ListReplies: Route(threads.list_replies, Access.PARTICIPANT, Rate.READ),

@@ -12,7 +12,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from protocol import client
 from protocol.ids import ConversationId, MessageId, UserId, uuid7
 from protocol.push import Notification
-from server.posts import Push
+from server.jobs.push_posts import Push
 from server.queries.push import Post
 
 

@@ -3,8 +3,8 @@
 import asyncio
 from pathlib import Path
 
-from server.config import Settings
-from server.supervisor import Worker, listen
+from server.core.config import Settings
+from server.processes.supervisor import Worker, listen
 
 
 class Cluster:

@@ -18,11 +18,12 @@ import uvloop
 from redis.asyncio import Redis
 
 from protocol import server as said
-from server import migrate, pressure
-from server.config import Settings
-from server.embedded.folder import DataFolder
-from server.embedded.postgres import Postgres
-from server.embedded.valkey import Valkey
+from server.core.config import Settings
+from server.db import migrate
+from server.limits import load_shedding
+from server.processes.embedded.folder import DataFolder
+from server.processes.embedded.postgres import Postgres
+from server.processes.embedded.valkey import Valkey
 from tests.cluster import Cluster
 from tests.databases import Databases
 from tests.world import Room, World
@@ -127,7 +128,7 @@ async def make_template(administration: str, template: str) -> None:
 def nothing_is_shed(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """A busy machine refuses no test's frames; tests/test_overload.py is about what is refused when."""
     if request.path.name != "test_overload.py":
-        monkeypatch.setattr(pressure, "LATE_SECONDS", (60, 60, 60))
+        monkeypatch.setattr(load_shedding, "LATE_SECONDS", (60, 60, 60))
 
 
 @pytest.fixture(scope="session")

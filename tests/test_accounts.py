@@ -24,9 +24,9 @@ from protocol.http import LoggedIn
 from protocol.server import Error, Ready
 from prove.client import Client
 from server.auth import passwords
-from server.auth.credentials import SAFE_METHODS
 from server.auth.sessions import Sessions
-from server.config import Settings
+from server.core.config import Settings
+from server.http.credentials import SAFE_METHODS
 from tests.world import World, http_client
 
 ADA = {"name": "Ada", "email": "Ada@Example.org", "password": "correct horse"}

@@ -19,10 +19,10 @@ from protocol.server import Added, Error, OneConversation, Reply
 from protocol.values import Participant, User
 from prove.client import Client
 from prove.truth import recount
-from server.config import Settings
 from server.context import Context
-from server.database import Db
-from server.dispatch import Rate
+from server.core.config import Settings
+from server.db.database import Db
+from server.gateway.dispatch import Rate
 from server.handlers import conversations
 from server.queries import relationships, users, welcome
 from server.queries.relationships import Change

@@ -15,12 +15,12 @@ from protocol import client, server
 from protocol.errors import CloseCode, ErrorCode
 from protocol.ids import ConversationId
 from prove.client import Client
-from server import administration, cli, upkeep
-from server.config import Settings, without_password
-from server.embedded.reach import reached
-from server.errors import Fatal
-from server.queries import conversations, exports
-from server.terminal import status_of
+from server.cli import admin, main, maintenance
+from server.core.config import Settings, without_password
+from server.core.errors import Fatal
+from server.core.terminal import status_of
+from server.processes.embedded.reach import reached
+from server.queries import conversations, export
 from tests.world import World, http_client, refused, sent
 
 
@@ -39,7 +39,7 @@ class Shell:
     async def both(self, *arguments: str, status: int = 0) -> tuple[str, str]:
         """Return what a command printed to standard output, and to standard error."""
         self._capsys.readouterr()
-        group = administration if arguments[0] in administration.COMMANDS else upkeep
+        group = admin if arguments[0] in admin.COMMANDS else maintenance
         ended = await asyncio.to_thread(group.main, list(arguments))
         out, err = self._capsys.readouterr()
         assert ended == status, (out, err)
@@ -62,10 +62,10 @@ async def test_new_epoch_names_the_database_and_begins_when_that_is_meant(
     epoch = "SELECT epoch FROM database_epoch"
     before = await shell.world.db.fetchval(epoch)
     name = without_password(shell.world.settings.database_url)
-    assert await asyncio.to_thread(status_of, lambda: cli._run(["new-epoch"])) == 1  # noqa: SLF001
+    assert await asyncio.to_thread(status_of, lambda: main._run(["new-epoch"])) == 1  # noqa: SLF001
     assert f"database {name} would start over. Give --yes" in capsys.readouterr().err
     assert await shell.world.db.fetchval(epoch) == before
-    assert await asyncio.to_thread(status_of, lambda: cli._run(["new-epoch", "--yes"])) == 0  # noqa: SLF001
+    assert await asyncio.to_thread(status_of, lambda: main._run(["new-epoch", "--yes"])) == 0  # noqa: SLF001
     assert name in capsys.readouterr().out
     assert await shell.world.db.fetchval(epoch) != before
     assert f"Checking {name}." in await shell.run("check")
@@ -225,7 +225,7 @@ async def test_a_conversation_is_exported_by_few_messages_at_a_time(
     monkeypatch.setattr(asyncpg.Connection, "fetch", fetched)
     lines = (await shell.run("conversation", "export", str(about))).splitlines()
     assert [json.loads(line)["message"]["sent_version"] for line in lines] == list(range(101, 221))
-    assert max(held) < (exports.PAGE + 1) * 62_000
+    assert max(held) < (export.PAGE + 1) * 62_000
 
 
 async def test_a_person_is_exported_and_erased_and_no_trace_is_left(shell: Shell) -> None:

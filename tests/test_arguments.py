@@ -10,10 +10,10 @@ import pytest
 
 from loadtest import command as load
 from prove import command as prove
-from server import administration, cli, upkeep
-from server.config import Settings
-from server.embedded.reach import Reached
-from server.terminal import status_of
+from server.cli import admin, main, maintenance
+from server.core.config import Settings
+from server.core.terminal import status_of
+from server.processes.embedded.reach import Reached
 
 SOME_ID = "01a20000-0000-7000-8000-000000000001"
 LINES = (
@@ -37,7 +37,7 @@ SERVER = ["--data-dir", "--data", "--host", "--port", "--workers"]
 
 
 # Building the parsers takes longer than their work.
-PARSERS = [(module, functools.cache(module._parser)) for module in (cli, administration, upkeep)]  # noqa: SLF001
+PARSERS = [(module, functools.cache(module._parser)) for module in (main, admin, maintenance)]  # noqa: SLF001
 
 
 @pytest.fixture
@@ -69,31 +69,31 @@ def began(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         found.append(arguments)
         return 0
 
-    monkeypatch.setattr(cli, "Supervisor", Server)
-    monkeypatch.setattr(cli, "_migrate", administer)
-    monkeypatch.setattr(cli, "_begin_epoch", administer)
-    monkeypatch.setattr(cli, "_from_outside", from_outside)
-    monkeypatch.setattr("server.log.configure", lambda _: None)
+    monkeypatch.setattr(main, "Supervisor", Server)
+    monkeypatch.setattr(main, "_migrate", administer)
+    monkeypatch.setattr(main, "_begin_epoch", administer)
+    monkeypatch.setattr(main, "_from_outside", from_outside)
+    monkeypatch.setattr("server.core.log.configure", lambda _: None)
     monkeypatch.delenv("DATABASE_URL", raising=False)
     for module, parser in PARSERS:
         monkeypatch.setattr(module, "_parser", parser)
         monkeypatch.setattr(module, "reached", reached)
-    for group in (administration, upkeep):
+    for group in (admin, maintenance):
         monkeypatch.setattr(group, "_run", run)
-    monkeypatch.setattr(administration, "_show", lambda *_, **__: None)
+    monkeypatch.setattr(admin, "_show", lambda *_, **__: None)
     return found
 
 
 def outcome(arguments: list[str], began: list[Any], capsys: pytest.CaptureFixture[str]) -> tuple[int, list[Any], str]:
     """Return the status of a command line, what began, and the last line on standard error."""
     began.clear()
-    status = status_of(lambda: cli._run(arguments))  # noqa: SLF001
+    status = status_of(lambda: main._run(arguments))  # noqa: SLF001
     said = capsys.readouterr().err.splitlines()
     return status, list(began), said[-1] if said else ""
 
 
 def test_the_lines_cover_every_command() -> None:
-    assert {line[0] for line in LINES if line} == set(cli.COMMANDS)
+    assert {line[0] for line in LINES if line} == set(main.COMMANDS)
 
 
 def is_a_server(began: list[Any]) -> bool:
@@ -173,7 +173,7 @@ def test_arguments_that_cannot_be_meant_begin_nothing(
     arguments: list[str], said: str, began: list[Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     began.clear()
-    status = status_of(lambda: cli._run(arguments))  # noqa: SLF001
+    status = status_of(lambda: main._run(arguments))  # noqa: SLF001
     (line,) = capsys.readouterr().err.splitlines()
     assert (status, began) == (1, [])
     assert line.startswith("openchat: ")
@@ -216,18 +216,18 @@ def test_help_and_version_go_with_every_option(began: list[Any], capsys: pytest.
         (["--data-dir", "folder", "user", "show", "--help"], "usage: openchat user show"),
         (["--version", "check"], "openchat "),
         *(
-            ([*line[: 2 if line[0] in administration.GROUPS else 1], "--help"], f"usage: openchat {line[0]}")
+            ([*line[: 2 if line[0] in admin.GROUPS else 1], "--help"], f"usage: openchat {line[0]}")
             for line in LINES
-            if line and line[0] not in cli.OUTSIDE
+            if line and line[0] not in main.OUTSIDE
         ),
     ):
-        assert status_of(lambda arguments=arguments: cli._run(arguments)) == 0, arguments  # type: ignore[misc] # noqa: SLF001
+        assert status_of(lambda arguments=arguments: main._run(arguments)) == 0, arguments  # type: ignore[misc] # noqa: SLF001
         assert capsys.readouterr().out.startswith(said)
     assert began == []
-    assert status_of(lambda: cli._run(["--help"])) == 0  # noqa: SLF001
+    assert status_of(lambda: main._run(["--help"])) == 0  # noqa: SLF001
     listed = capsys.readouterr().out
-    assert [name for name in cli.COMMANDS if f"\n  {name} " not in listed] == []
-    assert status_of(lambda: cli._run(["new-epoch", "--help"])) == 0  # noqa: SLF001
+    assert [name for name in main.COMMANDS if f"\n  {name} " not in listed] == []
+    assert status_of(lambda: main._run(["new-epoch", "--help"])) == 0  # noqa: SLF001
     said = capsys.readouterr().out
     assert "--yes" in said
     assert "--port" not in said

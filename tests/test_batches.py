@@ -16,13 +16,16 @@ from protocol import server
 from protocol.codec import encode
 from protocol.errors import ErrorCode
 from protocol.ids import ConversationId, MessageId, UserId, uuid7
-from server import app, database, endpoints, hub
-from server.app import App
+from server.app import app
+from server.app.app import App
 from server.auth.tickets import Ticket
 from server.auth.tokens import token_hash
-from server.config import Settings
-from server.gather import Gather, Slow
-from server.lanes import HELD, Held, Lanes
+from server.core.config import Settings
+from server.db import database
+from server.fairness.batcher import Gather, Slow
+from server.fairness.lanes import HELD, Held, Lanes
+from server.http import endpoints
+from server.hub import hub
 from server.queries import sending
 from server.queries.push import Post
 from server.queries.sending import Outgoing, Source

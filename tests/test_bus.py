@@ -7,8 +7,8 @@ from collections.abc import AsyncIterator
 import pytest
 from redis.asyncio import Redis
 
-from server.config import Settings
-from server.redisbus import PING_SECONDS, RedisBus
+from server.core.config import Settings
+from server.hub.redis_bus import PING_SECONDS, RedisBus
 from tests.world import until
 
 

@@ -17,9 +17,9 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from cryptography.x509.oid import NameOID
 
-from server import outbound
-from server.outbound import Outbound, Unreachable
-from server.stopwatch import Stopwatch
+from server.core.stopwatch import Stopwatch
+from server.jobs import safe_http
+from server.jobs.safe_http import Outbound, Unreachable
 from tests.test_outbound import overdraw
 
 PROVEN = "proven.example"
@@ -120,8 +120,8 @@ async def test_endless_parts_of_tls_are_left(host: Host, asker: Outbound, monkey
     host.context.num_tickets = 10_000
     with pytest.raises(Unreachable, match="too many parts"):
         await asker.post(f"https://{PROVEN}:{host.port}/", b"", {}, watch=Stopwatch())
-    assert sum(received) <= outbound.MOST_OF_POST + outbound.MAX_TLS_BYTES + outbound.TURN_BYTES
-    assert max(received) <= outbound.TURN_BYTES
+    assert sum(received) <= safe_http.MOST_OF_POST + safe_http.MAX_TLS_BYTES + safe_http.TURN_BYTES
+    assert max(received) <= safe_http.TURN_BYTES
     host.context.num_tickets = 2
     assert (await asker.post(f"https://{PROVEN}:{host.port}/", b"", {}, watch=Stopwatch())).status == 201
 
@@ -129,11 +129,11 @@ async def test_endless_parts_of_tls_are_left(host: Host, asker: Outbound, monkey
 async def test_handshake_that_waits_for_our_share_of_the_loop_is_in_time(
     host: Host, asker: Outbound, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(outbound, "TOTAL_SECONDS", 0.5)
+    monkeypatch.setattr(safe_http, "TOTAL_SECONDS", 0.5)
     overdraw(asker._posts)  # noqa: SLF001
     watch = Stopwatch()
     assert (await asker.post(f"https://{PROVEN}:{host.port}/", b"", {}, watch=watch)).status == 201
-    assert watch.seconds < outbound.TOTAL_SECONDS
+    assert watch.seconds < safe_http.TOTAL_SECONDS
 
 
 async def test_whatever_names_a_host_its_address_is_connected_to(monkeypatch: pytest.MonkeyPatch) -> None:

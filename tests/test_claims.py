@@ -10,8 +10,8 @@ from protocol import client, server
 from protocol.errors import ErrorCode
 from protocol.ids import MessageId, uuid7
 from protocol.payloads import Poll
-from server import scheduling
 from server.context import Services
+from server.jobs.scheduled import Scheduling, _put_off
 from server.queries import scheduled
 from server.queries.scheduled import Due
 from tests.world import Room, World, all_sent, refused
@@ -33,7 +33,7 @@ class Turns:
         self.group = room.group
         self.db = world.db
         self.services: Services = world.workers[0].app._services  # noqa: SLF001
-        self.scheduling = scheduling.Scheduling(self.services, most=1)
+        self.scheduling = Scheduling(self.services, most=1)
         self._next: dict[asyncio.Task[object] | None, Due] = {}
 
     async def claim(self) -> Due | None:
@@ -64,7 +64,7 @@ class Turns:
 
     async def put_off(self, due: Due) -> None:
         """Put a message off as a worker does that met a busy database."""
-        await scheduling._put_off(self.services, due, 0)  # noqa: SLF001
+        await _put_off(self.services, due, 0)
 
     async def fail(self, due: Due) -> None:
         """Give a message up, as a worker does whose sender has gone."""
@@ -97,7 +97,7 @@ class Turns:
 @pytest.fixture
 async def turns(room: Room, world: World, monkeypatch: pytest.MonkeyPatch) -> Turns:
     made = Turns(room, world)
-    monkeypatch.setattr(scheduling.Scheduling, "_claim", lambda _: made.claim())
+    monkeypatch.setattr(Scheduling, "_claim", lambda _: made.claim())
     return made
 
 

@@ -21,13 +21,13 @@ from protocol.errors import CloseCode
 from protocol.http import LoggedIn
 from protocol.ids import ConversationId, uuid7
 from prove.client import Client
-from server.config import Settings
-from server.supervisor import close_pipes
+from server.core.config import Settings
+from server.processes.supervisor import close_pipes
 from tests.cluster import Cluster
 from tests.conftest import Servers, scratch
 from tests.world import http_client, message, until
 
-COMMAND = [sys.executable, "-P", "-m", "server.cli"]
+COMMAND = [sys.executable, "-P", "-m", "server.cli.main"]
 ADA = {"name": "Ada", "email": "ada@example.org", "password": "correct horse"}
 
 
@@ -119,7 +119,7 @@ def workers_of(program: Program) -> list[int]:
         with contextlib.suppress(OSError):
             if int(path.read_text().rpartition(")")[2].split()[1]) == program.process.pid:
                 command = (path.parent / "cmdline").read_bytes()
-                found += [int(path.parent.name)] if b"server.worker" in command else []
+                found += [int(path.parent.name)] if b"server.processes.worker" in command else []
     return found
 
 

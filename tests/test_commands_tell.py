@@ -14,9 +14,12 @@ from redis.asyncio import Redis
 from protocol import server
 from protocol.errors import CloseCode
 from prove.client import Client
-from server import administration, announcement, epoch, hub
-from server.epoch import epoch_id
-from server.presence import WORKER
+from server.app import announcement
+from server.cli import admin
+from server.db import epoch
+from server.db.epoch import epoch_id
+from server.domain.presence import WORKER
+from server.hub import hub
 from tests.test_administration import Shell, shell
 from tests.test_credentials import administer
 from tests.world import Worker, World, http_client
@@ -73,7 +76,7 @@ def _commands(parser: argparse.ArgumentParser) -> Iterator[str]:
 
 
 def test_every_command_is_known_to_change_rights_or_not_to() -> None:
-    assert {name.split(" --")[0] for name in CHANGES} | READS == set(_commands(administration._parser()))  # noqa: SLF001
+    assert {name.split(" --")[0] for name in CHANGES} | READS == set(_commands(admin._parser()))  # noqa: SLF001
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from protocol.limits import MAX_MENTIONS
 from protocol.payloads import Audio, Code, File, Image, Location, Payload, Poll, Video
 from protocol.server import Reply
 from protocol.values import Message
-from server import markup, mentions
+from server.domain import markdown, mentions
 from server.queries import mentions as meaning
 from tests.world import Room, World, heard, message, refused, sent, until
 
@@ -104,7 +104,7 @@ def assert_safe(html: str) -> None:
 
 @pytest.mark.parametrize("text", HOSTILE)
 def test_hostile_markdown_is_harmless(text: str) -> None:
-    assert_safe(markup.render(text))
+    assert_safe(markdown.render(text))
 
 
 SCRAPS = st.sampled_from([
@@ -115,7 +115,7 @@ SCRAPS = st.sampled_from([
 
 @given(st.lists(SCRAPS, max_size=60).map("".join))
 def test_whatever_is_put_together_is_harmless(text: str) -> None:
-    assert_safe(markup.render(text))
+    assert_safe(markdown.render(text))
 
 
 @given(
@@ -125,16 +125,16 @@ def test_whatever_is_put_together_is_harmless(text: str) -> None:
     ).map("".join)
 )
 def test_no_tag_of_the_sender_is_one_however_it_is_escaped(text: str) -> None:
-    assert re.findall(r"</?(?:a|b)[ >]", markup.render(text)) == []
+    assert re.findall(r"</?(?:a|b)[ >]", markdown.render(text)) == []
 
 
 def test_what_follows_an_escaped_backslash_is_shown() -> None:
-    assert "&lt;script&gt;lost text" in markup.render(r"\\<script>lost text</script> end")
+    assert "&lt;script&gt;lost text" in markdown.render(r"\\<script>lost text</script> end")
 
 
 def test_markdown_does_what_people_expect() -> None:
     text = "**Bold** and *soft*, ~~gone~~, `code`,\n[a link](https://example.org/?a=1&b=2)\n\n> said\n\n1. one\n2. two"
-    assert markup.render(text) == (
+    assert markdown.render(text) == (
         "<p><strong>Bold</strong> and <em>soft</em>, <s>gone</s>, <code>code</code>,<br>\n"
         '<a href="https://example.org/?a=1&amp;b=2" rel="noopener noreferrer nofollow">a link</a></p>\n'
         "<blockquote>\n<p>said</p>\n</blockquote>\n<ol>\n<li>one</li>\n<li>two</li>\n</ol>"
@@ -144,12 +144,12 @@ def test_markdown_does_what_people_expect() -> None:
 def test_what_nests_for_ever_ends_soon() -> None:
     for text in (">" * 10_000, "[" * 10_000, "*a " * 3_333, "- " * 5_000, "`" * 9_999, "![[]()" * 1_600, "<a" * 5_000):
         try:
-            assert_safe(markup.render(text))
+            assert_safe(markdown.render(text))
         except Refused as refusal:
             assert refusal.path == "content"
-    assert markup.render(">" * (markup.MAX_DEPTH - 1) + " a").count("<blockquote>") == markup.MAX_DEPTH - 1
+    assert markdown.render(">" * (markdown.MAX_DEPTH - 1) + " a").count("<blockquote>") == markdown.MAX_DEPTH - 1
     with refused(ErrorCode.INVALID, "content"):
-        markup.render(">" * markup.MAX_DEPTH + " a")
+        markdown.render(">" * markdown.MAX_DEPTH + " a")
 
 
 def test_what_messages_do_not_have_is_shown_as_it_was_written() -> None:
@@ -163,11 +163,11 @@ def test_what_messages_do_not_have_is_shown_as_it_was_written() -> None:
         "`![x](y) <b> &amp;`": "<code>![x](y) &lt;b&gt; &amp;amp;</code>",
         "one\r\ntwo\\\nthree": "one<br>\ntwo<br>\nthree",
     }.items():
-        assert markup.render(text) == f"<p>{html}</p>"
+        assert markdown.render(text) == f"<p>{html}</p>"
     link = '<a href="https://example.org/?a=1&amp;b=2" rel="noopener noreferrer nofollow">x</a>'
-    assert markup.render("![x](https://example.org/?a=1&b=2)") == f"<p>!{link}</p>"
-    assert markup.render("```\n# a < b\n=\n```") == "<pre><code># a &lt; b\n=\n</code></pre>"
-    assert markup.render("\ue0f0b> \ue0f1lt; \ue0f2") == "<p>\ufffdb&gt; \ufffdlt; \ufffd</p>"
+    assert markdown.render("![x](https://example.org/?a=1&b=2)") == f"<p>!{link}</p>"
+    assert markdown.render("```\n# a < b\n=\n```") == "<pre><code># a &lt; b\n=\n</code></pre>"
+    assert markdown.render("\ue0f0b> \ue0f1lt; \ue0f2") == "<p>\ufffdb&gt; \ufffdlt; \ufffd</p>"
 
 
 COSTLY = [
@@ -186,7 +186,7 @@ def test_no_message_costs_the_loop_much_more_than_others_of_its_length() -> None
         for _ in range(5):
             began = time.process_time_ns()
             with contextlib.suppress(Refused):
-                markup.render(text[:10_000])
+                markdown.render(text[:10_000])
             took.append(time.process_time_ns() - began)
         return min(took)
 
@@ -198,7 +198,7 @@ def test_no_message_costs_the_loop_much_more_than_others_of_its_length() -> None
 async def test_long_messages_of_one_user_delay_those_of_others_by_one(
     room: Room, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    render = markup.render
+    render = markdown.render
     order: list[str] = []
     released = threading.Event()
 
@@ -207,7 +207,7 @@ async def test_long_messages_of_one_user_delay_those_of_others_by_one(
         assert released.wait(10)
         return render(content)
 
-    monkeypatch.setattr(markup, "render", held)
+    monkeypatch.setattr(markdown, "render", held)
     devices = [await world.connect(room.them[0]) for _ in range(5)]
     try:
         asked = [
@@ -215,7 +215,7 @@ async def test_long_messages_of_one_user_delay_those_of_others_by_one(
         ]
         await until(lambda: bool(order))
         theirs = asyncio.create_task(room.charles.ask(message(room.group, "b *word* " * 500, is_markdown=True)))
-        await until(lambda: markup._thread._work_queue.qsize() == 1)  # noqa: SLF001
+        await until(lambda: markdown._thread._work_queue.qsize() == 1)  # noqa: SLF001
     finally:
         released.set()
     assert all(isinstance(one, Reply) for one in await asyncio.gather(theirs, *asked))
@@ -225,7 +225,7 @@ async def test_long_messages_of_one_user_delay_those_of_others_by_one(
 async def test_a_long_message_in_markdown_is_rendered_beside_the_loop_and_in_order(
     room: Room, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    render = markup.render
+    render = markdown.render
     begun, released = threading.Event(), threading.Event()
 
     def held(content: str) -> str:
@@ -234,7 +234,7 @@ async def test_a_long_message_in_markdown_is_rendered_beside_the_loop_and_in_ord
         assert released.wait(10)
         return render(content)
 
-    monkeypatch.setattr(markup, "render", held)
+    monkeypatch.setattr(markdown, "render", held)
     try:
         dear = message(room.group, "*word* and " * 500, is_markdown=True)
         first = asyncio.create_task(room.ada.ask(dear))
@@ -253,7 +253,7 @@ async def test_a_long_message_in_markdown_is_rendered_beside_the_loop_and_in_ord
         (await heard(room.charles, message_id)).version for message_id in (meanwhile, dear.message_id, after.message_id)
     ]
     assert versions == sorted(versions)
-    monkeypatch.setattr(markup, "render", render)
+    monkeypatch.setattr(markdown, "render", render)
     with refused(ErrorCode.INVALID, "content"):
         await sent(room.ada, room.group, "- - a\n" * 1_500, is_markdown=True)
 
@@ -261,13 +261,13 @@ async def test_a_long_message_in_markdown_is_rendered_beside_the_loop_and_in_ord
 async def test_an_edit_that_changes_nothing_is_not_rendered(room: Room, monkeypatch: pytest.MonkeyPatch) -> None:
     one = await sent(room.ada, room.group, "*Hello* #loom", is_markdown=True)
     rendered: list[str] = []
-    render = markup.render
+    render = markdown.render
 
     def noted(content: str) -> str:
         rendered.append(content)
         return render(content)
 
-    monkeypatch.setattr(markup, "render", noted)
+    monkeypatch.setattr(markdown, "render", noted)
     await room.ada.call(client.Edit(**room.at(one), content="*Hello* #loom", is_markdown=True))
     assert rendered == []
     await room.ada.call(client.Edit(**room.at(one), content="*Hello* #loom!", is_markdown=True))

@@ -13,13 +13,14 @@ import pytest
 from protocol.ids import ConversationId, UserId
 from protocol.limits import MAX_CHANGES_BYTES
 from protocol.roles import ROLES
-from server.database import SESSION
+from server.db.database import SESSION
 from server.queries import (
     accounts,
     audit,
     bounds,
     changes,
     conversations,
+    delivery_report,
     drafts,
     edits,
     expiry,
@@ -34,14 +35,13 @@ from server.queries import (
     receipts,
     relationships,
     scheduled,
-    searches,
+    search,
     sending,
     sessions,
     threads,
     unread,
     users,
     welcome,
-    whereabouts,
 )
 from server.queries import mentions as meaning
 
@@ -329,7 +329,7 @@ def hot(place: Place, ids: dict[str, Any]) -> dict[str, tuple[str, tuple[Any, ..
         "threads forgotten": (bounds.FORGET_THREADS, (user, 100)),
         "stars forgotten": (bounds.FORGET_STARS, (user, 1_000, 100)),
         "end": (conversations.DELETE, (about,)),
-        "why": (whereabouts.OF, (ids["middle"], user, about)),
+        "why": (delivery_report.OF, (ids["middle"], user, about)),
     }
 
 
@@ -786,8 +786,8 @@ async def test_a_search_goes_by_its_index(db: "asyncpg.Connection[asyncpg.Record
     statements = {
         "people": users.SEARCH,
         "channels": conversations.FIND,
-        "messages": searches.NEWEST,
-        "messages, ranked": searches.RELEVANT,
+        "messages": search.NEWEST,
+        "messages, ranked": search.RELEVANT,
         "feed": feed.NAMED,
     }
     for name, query in statements.items():

@@ -17,11 +17,11 @@ from protocol import client, server
 from protocol.errors import CloseCode, ErrorCode, Refused
 from protocol.http import LoggedIn
 from prove.client import Client
-from server import administration
 from server.auth import passwords
 from server.auth.attempts import Attempts
-from server.config import Settings
-from server.embedded.reach import Reached
+from server.cli import admin
+from server.core.config import Settings
+from server.processes.embedded.reach import Reached
 from server.queries import accounts
 from tests.test_may_send import waiting
 from tests.world import Somebody, World, http_client, refused
@@ -52,11 +52,11 @@ def bearer(token: str | None) -> dict[str, str]:
     return {"authorization": f"Bearer {token}"}
 
 
-async def administer(world: World, *arguments: str) -> administration.Answer:
+async def administer(world: World, *arguments: str) -> admin.Answer:
     """Do what a command of `openchat` does, on a connection of its own."""
-    options = administration._parser().parse_args(list(arguments))  # noqa: SLF001
+    options = admin._parser().parse_args(list(arguments))  # noqa: SLF001
     reach = Reached(world.settings.database_url, world.settings.redis_url, "")
-    return await administration._run(reach, options)  # noqa: SLF001
+    return await admin._run(reach, options)  # noqa: SLF001
 
 
 async def ticket_of(world: World, token: str) -> str:

@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 
 from protocol.ids import UserId, uuid7
-from server import deadlines
-from server.admission import Admission
-from server.deadlines import Deadlines
-from server.limits import Allowance, Pace
-from server.retries import Retries
-from server.throttle import Throttle
+from server.core import deadlines
+from server.core.deadlines import Deadlines
+from server.core.throttle import Throttle
+from server.limits.admission import Admission
+from server.limits.retries import Retries
+from server.limits.token_bucket import Allowance, Pace
 
 
 def test_times_that_are_over_are_forgotten_and_others_never() -> None:

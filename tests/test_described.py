@@ -13,8 +13,9 @@ import pytest
 from msgspec import inspect
 
 from protocol.limits import HASHTAG
-from server.describe import asyncapi, handbook, openapi
-from server.describe.asyncapi import CLIENT_FRAMES, tag
+from server.describe import handbook
+from server.http import asyncapi, openapi
+from server.http.asyncapi import CLIENT_FRAMES, tag
 from tests.test_hostile_values import valid
 from tests.world import World, http_client, require_described
 

@@ -11,15 +11,15 @@ from protocol.client import Frame
 from protocol.ids import ConversationId, UserId, uuid7
 from protocol.values import Presence
 from prove.client import Client
-from server import doubts
-from server import watchers as watchers_module
-from server.config import Settings
-from server.database import Db
-from server.doubts import PAIRS, REST, SHARE, Doubts, Pair, Whole
-from server.people import Sight
+from server.core.config import Settings
+from server.db.database import Db
+from server.hub import doubts
+from server.hub import watchers as watchers_module
+from server.hub.doubts import PAIRS, REST, SHARE, Doubts, Pair, Whole
+from server.hub.online_users import Sight
+from server.hub.watchers import Watchers
 from server.queries import users
 from server.queries.users import Watchable
-from server.watchers import Watchers
 from tests.twins import CHEAP, WORDS
 from tests.world import World, http_client, sent, until
 

@@ -13,12 +13,12 @@ from websockets.frames import Opcode
 
 from protocol.errors import CloseCode
 from protocol.server import GoingAway
-from server import websocket
-from server.config import Settings
-from server.connection import MAX_INBOX
-from server.http_protocol import MAX_CHUNKS, MAX_HEADERS, Http
-from server.sockets import LINGER_BYTES, PROXY
-from server.websocket import WebSocket
+from server.core.config import Settings
+from server.gateway import websocket
+from server.gateway.connection import MAX_INBOX
+from server.gateway.http_protocol import MAX_CHUNKS, MAX_HEADERS, Http
+from server.gateway.sockets import LINGER_BYTES, PROXY
+from server.gateway.websocket import WebSocket
 from tests.test_floods import shake
 from tests.test_frames import Wire, frame
 from tests.test_lock_order import WAITS
@@ -126,7 +126,7 @@ async def test_what_comes_after_a_refused_request_is_not_parsed(  # noqa: PLR091
     piece: bytes,
     status: bytes,
 ) -> None:
-    monkeypatch.setattr("server.http_protocol.FREE_BYTES", 0)
+    monkeypatch.setattr("server.gateway.http_protocol.FREE_BYTES", 0)
     async with World(msgspec.structs.replace(settings, trusted_proxies="1"), workers=1) as world:
         sockets = world.workers[0].app.sockets
         begin = await known(world, begin)

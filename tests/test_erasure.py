@@ -13,11 +13,13 @@ from protocol import client
 from protocol.errors import ErrorCode, Refused
 from protocol.ids import ConversationId, MessageId, UserId, uuid7
 from prove.client import Client
-from server import app, checking, database
-from server.config import Settings
-from server.database import Db, Single, speak
-from server.erasure import Result, erase
-from server.errors import Fatal
+from server.app import app
+from server.core.config import Settings
+from server.core.errors import Fatal
+from server.db import database
+from server.db.database import Db, Single, speak
+from server.domain.erasure import Result, erase
+from server.ops.check import run_checks
 from server.queries import sending
 from server.queries.checks import CHECKS
 from server.queries.checks import run as ask
@@ -37,7 +39,7 @@ def nobody(_: Change) -> None:
 
 async def is_well(world: World) -> list[str]:
     """Return which questions of `openchat check` find something wrong."""
-    lines = [line async for line in checking.run(world.db, begins=lambda _: None)]
+    lines = [line async for line in run_checks(world.db, begins=lambda _: None)]
     return [f"{line.name}: {line.found}" for line in lines if not line.is_good]
 
 
@@ -368,11 +370,11 @@ async def test_who_cannot_be_erased_in_time_is_logged_and_holds_up_nobody(
         await world.db.execute(SLOW)
         await world.workers[0].app.erase_due()
         erased = await world.db.fetch('SELECT name FROM "user" WHERE erased_at IS NOT NULL')
-        logged = [record.getMessage() for record in caplog.records if record.name == "server.erasure"]
+        logged = [record.getMessage() for record in caplog.records if record.name == "server.domain.erasure"]
         assert [line.split(" failed")[0] for line in logged] == [f"erasing {one.id}" for one in people[:2]]
         assert len(erased) == 1
         await world.workers[0].app.expire_due()
-        logged = [record.getMessage() for record in caplog.records if record.name == "server.expiry"]
+        logged = [record.getMessage() for record in caplog.records if record.name == "server.jobs.expiry"]
         assert [line.split(" failed")[0] for line in logged] == [f"expiry in {stuck}"]
         assert await world.db.fetchval("SELECT count(*) FROM message WHERE is_deleted") == 1
         assert not any(record.exc_info for record in caplog.records)

@@ -14,10 +14,10 @@ import pytest
 
 from protocol.client import CreateChannel
 from protocol.server import OneConversation
-from server.config import Settings
-from server.embedded.folder import installed
-from server.embedded.reach import reached
-from server.epoch import epoch_id
+from server.core.config import Settings
+from server.db.epoch import epoch_id
+from server.processes.embedded.folder import installed
+from server.processes.embedded.reach import reached
 from tests.conftest import Servers
 from tests.world import World, sent, until
 

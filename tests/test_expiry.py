@@ -5,9 +5,9 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from server import app
-from server.config import Settings
-from server.expiry import expire_due
+from server.app import app
+from server.core.config import Settings
+from server.jobs.expiry import expire_due
 from server.queries import expiry
 from tests.world import World, sent
 

@@ -29,12 +29,13 @@ from protocol.values import ConversationSettings
 from prove.client import PATIENCE, Client
 from prove.mirror import Mirror
 from prove.truth import assert_same, read_conversation
-from server import database, presence
-from server.config import Settings
-from server.connection import Connection
-from server.embedded.folder import DataFolder
-from server.embedded.postgres import Postgres
-from server.embedded.valkey import Valkey
+from server.core.config import Settings
+from server.db import database
+from server.domain import presence
+from server.gateway.connection import Connection
+from server.processes.embedded.folder import DataFolder
+from server.processes.embedded.postgres import Postgres
+from server.processes.embedded.valkey import Valkey
 from tests.conftest import TEMPLATE, Servers, make_template, scratch
 from tests.test_batches import counted
 from tests.world import Somebody, World, http_client, message, sent, until

@@ -12,8 +12,8 @@ import pytest
 from protocol.client import ListFeed, Search
 from protocol.ids import UserId
 from protocol.values import FeedEntry, FeedKind
-from server.database import SEARCHING, SESSION
-from server.queries import feed, latest, searches
+from server.db.database import SEARCHING, SESSION
+from server.queries import feed, latest, search
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
 ME = 0
@@ -235,7 +235,7 @@ async def test_search_of_mentions_finds_everyone_and_roles_one_has(db: "asyncpg.
     after = None
     while not found or after is not None:
         asked = Search(mentions_me=True, after=after)
-        page = await (await searches.find(db, UserId(uid(1, ME)), asked, None, limit=30)).decoded()
+        page = await (await search.find(db, UserId(uid(1, ME)), asked, None, limit=30)).decoded()
         found += [UUID(int=hit.message.id.int) for hit in page.hits]
         after = page.after
     assert len(expected) > 50
@@ -276,7 +276,7 @@ async def test_pages_keep_to_the_conversations_of_the_first_one(db: "asyncpg.Con
                 page = await (await feed.page(db, UserId(me), again)).decoded()
                 found += [entry.message.id for entry in page.entries]
             else:
-                page = await (await searches.find(db, UserId(me), again, frame.text, limit=frame.limit)).decoded()
+                page = await (await search.find(db, UserId(me), again, frame.text, limit=frame.limit)).decoded()
                 found += [hit.message.id for hit in page.hits]
             assert page.is_partial, "every page says so"
             after, pages = page.after, pages + 1

@@ -16,11 +16,11 @@ from protocol.client import Authenticate
 from protocol.codec import encode
 from protocol.errors import CloseCode
 from prove.client import Client
-from server import websocket
-from server.config import Settings
-from server.periodic import end
-from server.sockets import LINGER_BYTES
-from server.websocket import MAX_EARLY_BYTES, MAX_FRAGMENTS
+from server.core.config import Settings
+from server.core.periodic import end
+from server.gateway import websocket
+from server.gateway.sockets import LINGER_BYTES
+from server.gateway.websocket import MAX_EARLY_BYTES, MAX_FRAGMENTS
 from tests.cluster import Cluster
 from tests.test_frames import Wire, frame
 from tests.test_lock_order import WAITS

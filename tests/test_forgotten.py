@@ -16,7 +16,7 @@ from protocol.errors import ErrorCode
 from protocol.ids import MessageId, uuid7
 from prove.client import Client
 from prove.mirror import Mirror
-from server.erasure import erase
+from server.domain.erasure import erase
 from server.handlers import drafts
 from server.queries import bounds, relationships, scheduled
 from tests.world import Room, World, refused, sent

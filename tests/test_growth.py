@@ -23,10 +23,11 @@ from protocol import limits
 from protocol.client import Block, Watch
 from protocol.errors import CloseCode
 from protocol.server import Error, Reply
-from server import presence, topics, watchers
-from server.app import App
-from server.config import Settings
-from server.people import Sight
+from server.app.app import App
+from server.core.config import Settings
+from server.domain import presence
+from server.hub import topics, watchers
+from server.hub.online_users import Sight
 from tests.test_hostile import idle
 from tests.test_hostile_values import each_frame, ids_for, ids_in, valid
 from tests.test_periodic import AGED, Backlog
@@ -53,7 +54,7 @@ BOUNDS = frozenset(
 )
 HISTORY = {"user", "conversation", "message", "report"}
 """Tables without an end. Another one takes a decision."""
-NOT_FOR_CLIENTS = ("transfer", "describe", "embedded", "supervisor.py", "cli.py", "upkeep.py", "administration.py")
+NOT_FOR_CLIENTS = ("ops", "describe", "processes", "cli")
 """What runs once, or for an operator alone."""
 MAKERS = frozenset({
     "dict", "set", "list", "deque", "Counter", "defaultdict", "OrderedDict", "WeakKeyDictionary", "WeakValueDictionary",

@@ -14,11 +14,12 @@ from protocol.ids import ConversationId, MessageId, uuid7
 from protocol.values import ConversationSettings
 from prove.client import Client
 from prove.truth import recount
-from server import app, database
-from server.config import Settings
-from server.dispatch import Access
-from server.gather import Gather
-from server.periodic import end, every
+from server.app import app
+from server.core.config import Settings
+from server.core.periodic import end, every
+from server.db import database
+from server.fairness.batcher import Gather
+from server.gateway.dispatch import Access
 from server.queries import scheduled
 from server.queries.sending import Outgoing
 from server.routes import ROUTES

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from websockets.frames import Opcode
 
 from protocol.limits import MAX_FRAME_BYTES
-from server.config import Settings
+from server.core.config import Settings
 from tests.test_frames import Wire
 from tests.world import Somebody, World, http_client
 

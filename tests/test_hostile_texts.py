@@ -13,9 +13,10 @@ from asyncpg.prepared_stmt import PreparedStatement
 
 from protocol import codec, limits
 from protocol.errors import Refused
-from server import markup, mentions, previews, search
-from server.queries import searches
-from server.transfer import slack
+from server.domain import markdown, mentions, search_text
+from server.jobs import previews
+from server.ops.transfer import slack
+from server.queries import search
 from tests.world import World
 
 MAX_RATIO = 10
@@ -59,7 +60,7 @@ async def _least(found: "PreparedStatement[Record]", text: str, *, enough: float
     return least
 
 
-_MARKED = searches._SNIPPET.replace("(found.m).content", "$1::text").replace("$2", "$2::text")  # noqa: SLF001 - a part
+_MARKED = search._SNIPPET.replace("(found.m).content", "$1::text").replace("$2", "$2::text")  # noqa: SLF001 - a part
 
 
 @pytest.mark.parametrize(
@@ -67,7 +68,7 @@ _MARKED = searches._SNIPPET.replace("(found.m).content", "$1::text").replace("$2
     [
         ("SELECT search_words(gen_random_uuid(), $1, NULL, '{}', '{}', '{}') WHERE $2 <> ''", limits.MAX_CONTENT),
         ("SELECT to_tsvector('english', unpunctuated($1)) WHERE $2 <> ''", limits.MAX_CONTENT),
-        (f"SELECT {_MARKED} FROM generate_series(1, 5)", searches.EXCERPT),
+        (f"SELECT {_MARKED} FROM generate_series(1, 5)", search.EXCERPT),
     ],
     ids=["words", "stems", "snippet"],
 )
@@ -95,8 +96,8 @@ def _patterns(text: str) -> None:
         (lambda text: mentions.find(text, is_code=False, is_markdown=True), limits.MAX_CONTENT, 25),
         (previews.first_link, limits.MAX_CONTENT, 10),
         (slack._text, limits.MAX_CONTENT, 25),  # noqa: SLF001 - what an import does with each text
-        (lambda text: search.query(text, prefix=3), 255, 10),
-        (markup.render, limits.MAX_CONTENT, 60),
+        (lambda text: search_text.query(text, prefix=3), 255, 10),
+        (markdown.render, limits.MAX_CONTENT, 60),
         (_patterns, limits.MAX_CONTENT, 60),
         (limits.visible, limits.MAX_CONTENT, 10),
         (codec.decode_client, limits.MAX_FRAME_BYTES, 80),

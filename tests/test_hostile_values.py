@@ -27,11 +27,11 @@ from protocol.ids import ConversationId, uuid7
 from protocol.limits import MAX_FRAME_BYTES
 from protocol.server import Error, Reply
 from prove.client import Client
-from server.config import Settings
-from server.connection import Connection
 from server.context import Context
-from server.dispatch import Dispatch
-from server.errors import UNFIT
+from server.core.config import Settings
+from server.core.errors import UNFIT
+from server.gateway.connection import Connection
+from server.gateway.dispatch import Dispatch
 from server.routes import ROUTES
 from tests.conftest import Servers
 from tests.test_protocol import JSON

@@ -1,10 +1,12 @@
-"""The house: imports point down, SQL and Redis stay where they belong, and what is generated is current."""
+"""The house: rooms import as docs/map.md says, SQL and Redis stay where they belong, what is generated is current."""
 
 import ast
 import functools
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -12,102 +14,46 @@ from server.describe import DOCUMENTS
 
 ROOT = Path(__file__).parent.parent
 SERVER = ROOT / "server"
+EVERYWHERE = {"core", "protocol"}
+"""What each room may import besides what its line in docs/map.md lists."""
 
-# From the ground up: a file may import from its own storey or from those below it.
-STOREYS: list[list[str]] = [
-    ["protocol"],
-    [
-        "config",
-        "errors",
-        "deadlines",
-        "throttle",
-        "failures",
-        "epoch",
-        "reconnecting",
-        "log",
-        "limits",
-        "reservations",
-        "retries",
-        "strikes",
-        "sharedallowance",
-        "addresses",
-        "proxies",
-        "sockets",
-        "pressure",
-        "admission",
-        "gather",
-        "lanes",
-        "lines",
-        "periodic",
-        "readiness",
-        "metrics",
-        "migrate",
-        "turns",
-        "looptime",
-        "stopwatch",
-        "backlog",
-        "tally",
-        "unconfirmed",
-        "drops",
-        "pool",
-        "share",
-        "sharedbound",
-        "cursor",
-        "progress",
-        "terminal",
-        "arguments",
-        "aside",
-        "markup",
-        "rows",
-        "mentions",
-        "resolver",
-        "outbound",
-        "database",
-        "orders",
-    ],
-    ["queries", "embedded", "auth.tokens"],
-    ["context", "untold"],
-    ["sync", "search", "invitecode", "permissions", "presence", "auth.passwords", "auth.attempts", "auth.tickets"],
-    ["auth.sessions", "auth.credentials", "membership", "telling", "saying", "erasure", "export"],
-    ["hosts", "posts", "due"],
-    ["expiry", "notices", "previews", "checking", "reindexing", "transfer"],
-    ["handlers"],
-    ["websocket", "bus", "redisbus"],
-    ["clusterbus", "doubts", "people", "watchers", "topics", "hub", "dispatch"],
-    ["commandbus", "record", "connection", "web", "forwarded", "http_protocol"],
-    ["announcement", "roster", "routes", "auth.endpoints", "describe", "scheduling"],
-    ["endpoints"],
-    ["app"],
-    ["worker"],
-    ["supervisor", "administration", "upkeep"],
-    ["cli"],
-]
-TRANSPORT = {
-    "websocket",
-    "http_protocol",
-    "bus",
-    "redisbus",
-    "clusterbus",
-    "commandbus",
-    "doubts",
-    "people",
-    "watchers",
-    "topics",
-    "hub",
-    "dispatch",
-    "connection",
-    "roster",
-}
-DOMAIN = {"queries", "handlers", "sync"}
+SQL = re.compile(
+    r"^\s*(SELECT\b|INSERT INTO\b|UPDATE \S|DELETE FROM\b|MERGE INTO\b|WITH (RECURSIVE )?\w+ (\(.*\) )?AS\b|VALUES \()",
+    re.MULTILINE,
+)
+"""A statement, wherever in a string it begins."""
+CONNECTS = re.compile(r"\basyncpg\.(connect|create_pool)\b")
+REDIS = re.compile(r"^\s*(from|import) redis\b", re.MULTILINE)
+ENVIRONMENT = re.compile(r"\bos\.(environ|getenv)\b")
+
+
+class Table(NamedTuple):
+    """A table of docs/map.md: what each line names in backticks."""
+
+    lines: dict[str, frozenset[str]]
+
+    @classmethod
+    def read(cls, header: str) -> "Table":
+        """Return the table whose first column is called `header`."""
+        page = (ROOT / "docs" / "map.md").read_text()
+        body = page.split(f"\n| {header} | ", 1)[1].split("\n\n", 1)[0].splitlines()[2:]
+        cells = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in body]
+        return cls({first.strip("` "): frozenset(re.findall(r"`([\w.]+)`", second)) for first, second, *_ in cells})
+
+
+ROOMS = Table.read("room").lines
+ONLY = Table.read("only here").lines
+
+
+def name_of(path: Path, server: Path) -> str:
+    """Return a module's name below `server`, such as `hub.topics`; a package's is that of its folder."""
+    parts = path.relative_to(server).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
 @functools.cache
 def modules() -> dict[str, Path]:
-    return {
-        ".".join(path.relative_to(SERVER).with_suffix("").parts): path
-        for path in SERVER.rglob("*.py")
-        if path.name != "__init__.py"
-    }
+    return {name_of(path, SERVER): path for path in SERVER.rglob("*.py") if path.name != "__init__.py"}
 
 
 def imported(path: Path) -> list[tuple[int, str]]:
@@ -115,37 +61,111 @@ def imported(path: Path) -> list[tuple[int, str]]:
     found: list[tuple[int, str]] = []
     for node in ast.walk(ast.parse(path.read_text())):
         names: list[str] = []
-        if isinstance(node, ast.ImportFrom) and node.module:
-            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        if isinstance(node, ast.ImportFrom):
+            names = [f"{'.' * node.level}{node.module or ''}.{alias.name}" for alias in node.names]
         elif isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         line = getattr(node, "lineno", 0)
-        found += [(line, name) for name in names if name.split(".")[0] in {"server", "protocol", "tests"}]
+        found += [(line, name) for name in names if name.split(".")[0] in {"server", "protocol", "tests", ""}]
     return found
 
 
-def place(name: str) -> tuple[str, int] | None:
-    """Return the entry of STOREYS that a module belongs to, and its height."""
-    for height, storey in enumerate(STOREYS):
-        for entry in storey:
-            if name == entry or name.startswith(entry + "."):
-                return entry, height
-    return None
-
-
-@pytest.mark.parametrize("name", sorted(modules()))
-def test_imports_point_down(name: str) -> None:
-    mine = place(name)
-    assert mine is not None, f"server/{name} has no storey: say where it belongs"
-    for line, what in imported(modules()[name]):
-        target = place(what.removeprefix("server."))
-        if target is None:
+def broken(server: Path) -> list[str]:
+    """Return each import and each use of SQL, PostgreSQL, Redis or the environment that the tables do not allow."""
+    found: list[str] = []
+    for path in sorted(server.rglob("*.py")):
+        name = name_of(path, server)
+        if not name:
             continue
-        where = f"{modules()[name].relative_to(ROOT)}:{line} imports {what}"
-        assert target[1] <= mine[1], where
-        assert not (mine[0] in TRANSPORT and target[0] in DOMAIN), where
-        assert not (mine[0] in DOMAIN and target[0] in TRANSPORT), where
-        assert not (mine[0] == "handlers" and target[0] == "handlers" and what != f"server.{name}"), where
+        room = name.split(".")[0]
+        for line, what in imported(path):
+            where = f"{path.relative_to(server)}:{line} imports {what}"
+            kind, _, inner = what.partition(".")
+            other = inner.split(".")[0] if kind == "server" else kind
+            if room not in ROOMS or other not in ROOMS[room] | EVERYWHERE | {room}:
+                found.append(where)
+            elif room == other == "handlers" and not what.startswith(f"server.{name}"):
+                found.append(f"{where}: no handler imports another")
+        text = path.read_text()
+        strings = [
+            one.value
+            for one in ast.walk(ast.parse(text))
+            if isinstance(one, ast.Constant) and isinstance(one.value, str)
+        ]
+        uses = {
+            "SQL": any(map(SQL.search, strings)),
+            "connections to PostgreSQL": CONNECTS.search(text),
+            "Redis": REDIS.search(text),
+            "the environment": ENVIRONMENT.search(text),
+        }
+        found += [
+            f"{path.relative_to(server)} has {what}"
+            for what, is_there in uses.items()
+            if is_there and not {room, name} & ONLY[what]
+        ]
+    return found
+
+
+def test_rooms_import_as_the_map_says() -> None:
+    assert broken(SERVER) == []
+
+
+def test_every_room_and_file_of_the_map_exists_and_every_arrow_points_down() -> None:
+    rooms = {path.stem for path in SERVER.iterdir() if path.is_dir() or path.suffix == ".py"}
+    assert set(ROOMS) == rooms - {"__init__", "__pycache__"}
+    order = list(ROOMS)
+    up = [f"{room} → {one}" for room, may in ROOMS.items() for one in may if order.index(one) <= order.index(room)]
+    assert up == []
+    assert [name for names in ONLY.values() for name in names if name not in modules() and name not in ROOMS] == []
+
+
+def test_the_map_allows_nothing_that_no_file_needs() -> None:
+    needed: dict[str, set[str]] = {room: set() for room in ROOMS}
+    for name, path in modules().items():
+        needed[name.split(".")[0]] |= {what.split(".")[1] for _, what in imported(path) if what.startswith("server.")}
+    assert {room: may - needed[room] for room, may in ROOMS.items() if may - needed[room]} == {}
+
+
+@pytest.mark.parametrize(
+    ("file", "line"),
+    [
+        ("core/log.py", "from server.db import database"),
+        ("hub/topics.py", "from server.queries.changes import Changes"),
+        ("hub/topics.py", "import server.handlers.sending"),
+        ("gateway/connection.py", "    from server.domain import sync"),
+        ("handlers/pins.py", "from server.handlers import polls"),
+        ("handlers/pins.py", "from server.handlers.polls import vote"),
+        ("handlers/pins.py", "from server.gateway.connection import Connection"),
+        ("domain/sync.py", "from ..hub import topics"),
+        ("auth/tokens.py", "from server import http"),
+        ("queries/pins.py", "from tests.world import World"),
+        ("context.py", "from server.domain import sync"),
+        ("attic.py", "from server.core import log"),
+        ("handlers/pins.py", 'GONE = """\nDELETE FROM pin\n"""'),
+        ("handlers/pins.py", 'GONE = f"SELECT {1}"'),
+        ("http/endpoints.py", 'GONE = """\n    WITH found AS (SELECT 1) SELECT * FROM found"""'),
+        ("jobs/push.py", "DB = asyncpg.connect"),
+        ("handlers/pins.py", "from redis.asyncio import Redis"),
+        ("hub/hub.py", 'HOME = os.environ["HOME"]'),
+    ],
+)
+def test_what_breaks_the_map_is_found(tmp_path: Path, file: str, line: str) -> None:
+    copy = tmp_path / "server"
+    shutil.copytree(SERVER, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    with (copy / file).open("a") as end:
+        end.write(f"\n\nif True:\n{line}\n" if line.startswith(" ") else f"\n\n{line}\n")
+    (found,) = broken(copy)
+    assert found.startswith(file)
+
+
+@pytest.mark.parametrize("name", sorted(name for name in modules() if name.startswith("queries.")))
+def test_the_statements_of_every_query_file_are_seen(tmp_path: Path, name: str) -> None:
+    """In another room, each file that hands a statement to PostgreSQL would be found."""
+    text = modules()[name].read_text()
+    if re.search(r"\bdb\.(fetch|fetchrow|fetchval|execute|executemany|cursor)\b", text):
+        (tmp_path / "handlers").mkdir()
+        shutil.copy(modules()[name], tmp_path / "handlers" / "moved.py")
+        assert "handlers/moved.py has SQL" in broken(tmp_path)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "protocol").glob("*.py")), ids=lambda path: path.stem)
@@ -156,45 +176,13 @@ def test_the_protocol_imports_nothing_of_the_server(path: Path) -> None:
 @pytest.mark.parametrize("path", sorted((ROOT / "loadtest").rglob("*.py")), ids=lambda path: path.stem)
 def test_the_crowd_speaks_only_the_protocol_and_writes_files_as_the_server_does(path: Path) -> None:
     files = {
-        "server.aside.aside",
-        "server.aside.require_folder",
-        "server.errors.Fatal",
-        "server.arguments.Parser",
-        "server.arguments.path",
+        "server.core.atomic_file.aside",
+        "server.core.atomic_file.require_folder",
+        "server.core.errors.Fatal",
+        "server.cli.arguments.Parser",
+        "server.cli.arguments.path",
     }
     assert [what for _, what in imported(path) if not what.startswith("protocol") and what not in files] == []
-
-
-def test_sql_stays_in_queries() -> None:
-    allowed = {"migrate", "database", "epoch", "embedded.postgres"}
-    verbs = re.compile(r"\"(SELECT|INSERT|UPDATE|DELETE|WITH) ", re.MULTILINE)
-    for name, path in modules().items():
-        if not name.startswith("queries.") and name not in allowed:
-            assert not verbs.search(path.read_text()), path
-
-
-def test_redis_is_for_a_few() -> None:
-    users = {
-        name for name, path in modules().items() if re.search(r"^(from|import) redis", path.read_text(), re.MULTILINE)
-    }
-    assert users == {
-        "redisbus",
-        "clusterbus",
-        "commandbus",
-        "announcement",
-        "presence",
-        "auth.attempts",
-        "auth.tickets",
-        "sharedallowance",
-        "app",
-        "supervisor",
-        "errors",
-    }
-
-
-def test_only_config_reads_the_environment() -> None:
-    for name, path in modules().items():
-        assert name == "config" or "os.environ" not in path.read_text(), path
 
 
 def held(tree: ast.AST) -> Iterator[ast.AST]:
@@ -220,7 +208,7 @@ def awaited(node: ast.AST) -> Iterator[ast.AST]:
 
 def test_nothing_but_the_database_is_waited_for_while_a_connection_is_held() -> None:
     """Others wait for it, or for what it has locked: nobody's answer, no turn of the loop, no rows that are decoded."""
-    commands = {"administration", "reindexing", "queries.checks"}  # each has a connection of its own
+    commands = {"cli.admin", "ops.reindex", "queries.checks"}  # each has a connection of its own
     found = [
         f"{path}: {ast.unparse(one)}"
         for name, path in modules().items()

@@ -22,14 +22,14 @@ from msgspec import Meta
 
 from protocol import client, limits
 from protocol.ids import ConversationId, MessageId
-from server import upkeep
-from server.progress import Progress
+from server.cli import maintenance
+from server.core.terminal import plain
+from server.ops.progress import Progress
+from server.ops.transfer import archive, load, reading
+from server.ops.transfer.mattermost import read as mattermost_read
+from server.ops.transfer.origin import Origin
+from server.ops.transfer.slack import read as slack_read
 from server.queries.audit import Deed
-from server.terminal import plain
-from server.transfer import archive, load, reading
-from server.transfer.mattermost import read as mattermost_read
-from server.transfer.origin import Origin
-from server.transfer.slack import read as slack_read
 from tests.test_administration import Shell
 from tests.test_upkeep import SAMPLES, shell
 from tests.world import Somebody, World, http_client
@@ -607,7 +607,7 @@ def test_broken_zip_file_is_refused_with_a_sentence(tmp_path: Path) -> None:
         try:
             for place in slack_read(path).places:
                 place.posts()
-        except (*upkeep.NOT_UNDERSTOOD, OSError):
+        except (*maintenance.NOT_UNDERSTOOD, OSError):
             refused += 1
     assert refused > 30
 

@@ -12,7 +12,7 @@ from protocol.values import ConversationSettings, ConversationView
 from prove.client import Client
 from prove.mirror import Mirror
 from prove.truth import recount
-from server.expiry import expire_due
+from server.jobs.expiry import expire_due
 from server.queries.checks import CHECKS
 from server.queries.checks import run as ask
 from tests.world import World, refused, sent, until

@@ -9,8 +9,8 @@ from protocol.errors import ErrorCode
 from protocol.ids import EditId, MessageId, uuid7
 from protocol.payloads import Code
 from protocol.values import ConversationSettings
-from server.errors import NotFound
-from server.expiry import expire_due
+from server.core.errors import NotFound
+from server.jobs.expiry import expire_due
 from server.queries import scheduled
 from tests.world import Room, World, message, refused, sent
 

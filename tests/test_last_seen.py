@@ -10,8 +10,8 @@ from redis.asyncio import Redis
 from protocol import client, server
 from protocol.codec import encode
 from protocol.ids import UserId
-from server import presence, untold
-from server.config import Settings
+from server.core.config import Settings
+from server.domain import presence, untold
 from tests.world import World, http_client, until
 
 ROW = 'SELECT is_online, last_seen_at FROM "user" WHERE id = $1'

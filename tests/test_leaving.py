@@ -17,10 +17,11 @@ from protocol.ids import MessageId, UserId, uuid7
 from protocol.payloads import Poll
 from prove.client import Client
 from prove.truth import recount
-from server.database import Single
-from server.erasure import erase
-from server.export import written
-from server.queries import erasure, exports
+from server.db.database import Single
+from server.domain.erasure import erase
+from server.domain.export import written
+from server.queries import erasure
+from server.queries.export import PAGE
 from server.queries.participants import Change
 from tests.world import Somebody, World, http_client, refused, sent
 
@@ -271,7 +272,7 @@ async def test_an_export_is_made_in_pieces_however_often_a_message_was_edited(wo
         ada.id,
     )  # fmt: skip
     pieces = [piece async for piece in written(world.workers[0].app._database.connection, ada.id)]  # noqa: SLF001
-    assert max(map(len, pieces)) < (exports.PAGE + 1) * 61_000
+    assert max(map(len, pieces)) < (PAGE + 1) * 61_000
     export = msgspec.json.decode(b"".join(pieces), type=Export, dec_hook=json_object.read)
     assert {message.message.id: [edit.version for edit in message.edits] for message in export.messages} == {
         often: list(range(1, 131)), never: [],
@@ -296,7 +297,7 @@ async def test_an_export_is_made_in_pieces_however_often_a_person_reacted_voted_
         ):
             await world.db.execute(statement, who.id, about)
     pieces = [piece async for piece in written(world.workers[0].app._database.connection, ada.id)]  # noqa: SLF001
-    assert max(map(len, pieces)) < (exports.PAGE + 1) * 400
+    assert max(map(len, pieces)) < (PAGE + 1) * 400
     export = msgspec.json.decode(b"".join(pieces), type=Export, dec_hook=json_object.read)
     reactions = {(each.message_id, each.emoji) for each in export.reactions}
     deeds = {(str(each["chain"]), each["number"]) for each in export.deeds}

@@ -24,19 +24,20 @@ from protocol.ids import MessageId, UserId, uuid7
 from protocol.limits import MAX_CONTENT, MAX_FRAME_BYTES, MAX_PAGE_BYTES
 from protocol.server import Error
 from prove.client import Client
-from server import deadlines, websocket
-from server.addresses import LATE_RATE, OF_A_PROXY, Addresses
-from server.config import Settings
-from server.connection import MAX_INBOX, Connection
-from server.database import Database
-from server.limits import Allowance, Pace, too_many
-from server.proxies import Proxies
+from server.core import deadlines
+from server.core.config import Settings
+from server.core.proxies import Proxies
+from server.core.throttle import Throttle
+from server.db.database import Database
+from server.db.readiness import LOOK_SECONDS, Readiness
+from server.fairness.shared_bound import SHARE
+from server.gateway import websocket
+from server.gateway.connection import MAX_INBOX, Connection
+from server.gateway.sockets import UNREAD_BYTES, Sockets
+from server.http.middleware import PROBES
+from server.limits.per_address import LATE_RATE, OF_A_PROXY, Addresses
+from server.limits.token_bucket import Allowance, Pace, too_many
 from server.queries import conversations
-from server.readiness import LOOK_SECONDS, Readiness
-from server.sharedbound import SHARE
-from server.sockets import UNREAD_BYTES, Sockets
-from server.throttle import Throttle
-from server.web import PROBES
 from tests.world import World, heard, http_client, message, sent, until
 
 UPGRADE = (
@@ -126,7 +127,7 @@ async def test_answers_beyond_the_rate_of_an_address_come_late_and_their_connect
         return made[-1]
 
     monkeypatch.setattr(Addresses, "require", counted)
-    monkeypatch.setattr("server.app.Addresses", kept)
+    monkeypatch.setattr("server.app.app.Addresses", kept)
     settings = msgspec.structs.replace(settings, address_rate=0.1, trusted_proxies="1")
     async with World(settings, workers=1) as world, http_client(world.url) as http:
         sockets = world.workers[0].app.sockets

@@ -7,7 +7,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
 
-from server.lines import Lines
+from server.fairness.fair_queue import Lines
 
 CLIENTS = "ABCD"
 clients, places = st.sampled_from(CLIENTS), st.integers(0, 9)

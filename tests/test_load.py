@@ -17,7 +17,7 @@ from loadtest.plot import axis
 from loadtest.run import Result
 from loadtest.scenarios import SCENARIOS
 from loadtest.scenarios.history import message_id
-from server.config import Settings
+from server.core.config import Settings
 from tests.cluster import Cluster
 from tests.relay import Relay
 
@@ -52,7 +52,7 @@ class Faults:
 async def load(port: int, folder: Path, *arguments: str) -> tuple[int, str, Result | None]:
     """Run `openchat load`; return its exit status, what it printed and what it wrote."""
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "server.cli", "load", *arguments,
+        sys.executable, "-m", "server.cli.main", "load", *arguments,
         "--url", f"http://127.0.0.1:{port}", "--report", str(folder),
         stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
         env=os.environ | {"XDG_CACHE_HOME": str(folder)},

@@ -25,13 +25,13 @@ from protocol.ids import ConversationId, MessageId, ReportId, SessionId, UserId,
 from protocol.payloads import Poll
 from protocol.server import OneConversation
 from protocol.values import User
-from server.app import App
+from server.app.app import App
 from server.auth import passwords
 from server.auth.tokens import new_token, token_hash
-from server.config import Settings
 from server.context import Context
-from server.database import Db
-from server.dispatch import Rate
+from server.core.config import Settings
+from server.db.database import Db
+from server.gateway.dispatch import Rate
 from server.queries import accounts, sessions, users
 from server.queries.users import Transition
 from server.routes import ROUTES

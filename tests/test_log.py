@@ -18,9 +18,9 @@ import pytest
 
 from protocol import client, server
 from protocol.errors import ErrorCode
-from server import log
-from server.config import Settings
-from server.errors import told
+from server.core import log
+from server.core.config import Settings
+from server.core.errors import told
 from tests.test_hostile import idle
 from tests.world import Room, World, http_client, message, until
 

@@ -13,12 +13,12 @@ from protocol.export import Export
 from protocol.ids import MessageId, uuid7
 from protocol.payloads import Poll
 from protocol.values import ConversationSettings
-from server import app
-from server.config import Settings
-from server.database import Db, Single
-from server.erasure import erase
-from server.expiry import expire_due
-from server.export import written
+from server.app import app
+from server.core.config import Settings
+from server.db.database import Db, Single
+from server.domain.erasure import erase
+from server.domain.export import written
+from server.jobs.expiry import expire_due
 from server.queries import changes, erasure, expiry, remains, users
 from tests.world import World, refused, sent
 

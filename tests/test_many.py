@@ -8,10 +8,10 @@ from asyncpg import Connection
 
 from protocol import client, server
 from protocol.errors import ErrorCode
-from server import sync
-from server.database import Database
+from server.db.database import Database
+from server.domain import sync
+from server.fairness.share import Share
 from server.queries import conversations, latest, users
-from server.share import Share
 from tests.world import Room, World, refused, sent
 
 FILL = """

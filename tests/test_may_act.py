@@ -18,9 +18,9 @@ from protocol.ids import ConversationId, EditId, MessageId, UserId, uuid7
 from protocol.payloads import Poll
 from protocol.server import Error
 from prove.client import Client
-from server.config import Settings
-from server.database import Db
-from server.dispatch import Rate
+from server.core.config import Settings
+from server.db.database import Db
+from server.gateway.dispatch import Rate
 from server.queries import conversations, participants
 from server.routes import ROUTES
 from tests.test_may_send import waiting

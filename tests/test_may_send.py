@@ -21,9 +21,9 @@ from protocol.payloads import Poll
 from protocol.server import Error
 from protocol.values import ConversationSettings
 from prove.client import Client
-from server.config import Settings
-from server.database import Db
-from server.dispatch import Rate
+from server.core.config import Settings
+from server.db.database import Db
+from server.gateway.dispatch import Rate
 from server.queries import accounts, conversations, erasure, participants, relationships, sessions
 from server.queries.relationships import Change
 from server.routes import ROUTES

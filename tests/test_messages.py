@@ -12,7 +12,7 @@ from protocol.ids import EditId, MessageId, UserId, uuid7
 from protocol.payloads import Code
 from protocol.reaction import normalized
 from prove.client import Client
-from server import migrate
+from server.db import migrate
 from tests.world import Room, Somebody, World, heard, message, refused, sent
 
 

@@ -11,9 +11,10 @@ import asyncpg
 import pytest
 
 from protocol.ids import uuid7
-from server import cli, migrate
-from server.database import Db
-from server.errors import Fatal
+from server.cli import main
+from server.core.errors import Fatal
+from server.db import migrate
+from server.db.database import Db
 from tests.test_hostile_values import sharing
 from tests.test_may_send import WAITING
 
@@ -258,7 +259,7 @@ async def test_operator_is_told_once_what_a_migration_warns_of(
     (tmp_path / "migrations" / f"{NEXT}.sql").write_text(text)
     monkeypatch.setattr(migrate, "ROOT", tmp_path)
     monkeypatch.setenv("DATABASE_URL", database_url)
-    await asyncio.to_thread(cli._run, ["migrate"])  # noqa: SLF001
+    await asyncio.to_thread(main._run, ["migrate"])  # noqa: SLF001
     printed = capsys.readouterr()
     assert printed.out == f"applied  {NEXT}\n"
     lines = printed.err.splitlines()

@@ -22,7 +22,7 @@ from protocol.roles import ROLES, Act, rank
 from protocol.server import Error
 from prove.client import Client
 from prove.truth import recount
-from server.config import Settings
+from server.core.config import Settings
 from tests.world import Somebody, World, message, sent
 
 PEOPLE = 3

@@ -24,7 +24,7 @@ from websockets.exceptions import InvalidStatus
 
 from protocol import client
 from prove.client import Client
-from server.config import Settings
+from server.core.config import Settings
 from tests.world import ON_LOOPBACK, World
 
 CONF = Path(__file__).parent.parent / "deploy" / "nginx.conf"

@@ -18,14 +18,14 @@ from protocol import client, server
 from protocol.errors import ErrorCode, Refused
 from protocol.ids import MessageId, uuid7
 from protocol.limits import MAX_PINS, MAX_PUSH_ENDPOINTS, MAX_SCHEDULED
-from server import app, due, hosts, notices, outbound, posts
-from server.config import Settings
-from server.drops import Drops
-from server.notices import seconds_of
-from server.posts import Failed, Posts, Push
-from server.queries import push
+from server.app import app
+from server.core.config import Settings
+from server.core.stopwatch import Stopwatch
+from server.jobs import push, push_due, push_hosts, push_posts, safe_http
+from server.jobs.push import seconds_of
+from server.jobs.push_drops import Drops
+from server.jobs.push_posts import Failed, Posts, Push
 from server.queries.push import Post
-from server.stopwatch import Stopwatch
 from tests.browser import Browser, post_to, say, text
 from tests.conftest import Servers
 from tests.world import PUSH_POINT, Room, Somebody, World, refused, sent, until
@@ -265,9 +265,9 @@ async def test_each_participant_on_every_page_gets_the_latest_message_that_conce
     room: Room, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Pages of two participants: first those of all conversations, then one at a time."""
-    monkeypatch.setattr(notices, "PAGE", 2)
-    monkeypatch.setattr(notices, "NEXT_PAGE", 2)
-    monkeypatch.setattr(due, "REST_OF_PARTICIPANT", 0.0)
+    monkeypatch.setattr(push, "PAGE", 2)
+    monkeypatch.setattr(push, "NEXT_PAGE", 2)
+    monkeypatch.setattr(push_due, "REST_OF_PARTICIPANT", 0.0)
     for worker in world.workers:
         worker.app.notices._after_seconds = 60.0  # noqa: SLF001
     people = await world.users(*(f"P{number}" for number in range(6)))
@@ -284,7 +284,7 @@ async def test_each_participant_on_every_page_gets_the_latest_message_that_conce
     plain = await sent(room.ada, room.group, "Older")
     last = await sent(room.charles, room.group, "Last")
     one = world.workers[0].app.notices
-    one._due = due.Due(one._drops)  # noqa: SLF001 - what waits already is not added again
+    one._due = push_due.Due(one._drops)  # noqa: SLF001 - what waits already is not added again
     one._due._clock = lambda: -60.0  # noqa: SLF001 - all that is added now is due
     for message_id, sender in ((mention, room.them[0]), (plain, room.them[0]), (last, room.them[1])):
         one._due.add(room.group, sender.id, message_id, seconds=0.0)  # noqa: SLF001
@@ -301,7 +301,7 @@ async def test_each_participant_on_every_page_gets_the_latest_message_that_conce
 async def test_messages_whose_page_timed_out_are_pushed_when_it_is_asked_for_again(
     room: Room, world: World, browser: Browser, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(push, "DUE_SECONDS", 0.1)
+    monkeypatch.setattr("server.queries.push.DUE_SECONDS", 0.1)
     queues = [worker.app.notices._due for worker in world.workers]  # noqa: SLF001
     for worker in world.workers:
         worker.app.notices._after_seconds = 1.5  # noqa: SLF001 - until the table is locked
@@ -372,7 +372,7 @@ class Silent:
 async def test_silent_endpoints_delay_nobody_else(
     room: Room, world: World, browser: Browser, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(outbound, "TOTAL_SECONDS", 60.0)
+    monkeypatch.setattr(safe_http, "TOTAL_SECONDS", 60.0)
     silent = Silent()
     for _ in range(16):
         await silent.add(endpoints=3)
@@ -387,10 +387,10 @@ async def test_silent_endpoints_delay_nobody_else(
     try:
         first = await sent(room.ada, room.group, "One")
         assert (await browser.next())[1].message_id == first
-        await until(lambda: silent.open.total() == len(silenced) * hosts.PER_USER)
+        await until(lambda: silent.open.total() == len(silenced) * push_hosts.PER_USER)
         second = await sent(room.ada, room.group, "Two")
         assert (await browser.next())[1].message_id == second
-        assert silent.open.total() == len(silenced) * hosts.PER_USER, "each user has two slots, whatever they name"
+        assert silent.open.total() == len(silenced) * push_hosts.PER_USER, "each user has two slots, whatever they name"
         assert max(silent.open.values()) == 1, "and each host one"
     finally:
         await asyncio.gather(*(worker.app.notices.close() for worker in world.workers))
@@ -436,22 +436,22 @@ async def test_a_silent_host_takes_one_slot(held: Held) -> None:
     queue = Posts(say, held.send, Drops())
     for number in range(20):
         queue.add(post(number))
-    for number in range(posts.SLOTS):
+    for number in range(push_posts.SLOTS):
         queue.add(post(host=f"{number}.example"))
     queue.start()
-    await turns(posts.SLOTS)
-    assert len(held.begun) == posts.SLOW_SLOTS
+    await turns(push_posts.SLOTS)
+    assert len(held.begun) == push_posts.SLOW_SLOTS
     assert sum("slow.example" in one for one in held.begun) == 1
     held.gate.set()
     await idle(queue)
-    assert len(held.begun) == 20 + posts.SLOTS
+    assert len(held.begun) == 20 + push_posts.SLOTS
     held.begun.clear()
     held.gate.clear()
     for number in range(20):
         queue.add(post(number))
     queue.start()
-    await turns(posts.SLOTS)
-    assert len(held.begun) == hosts.PER_HOST, "it has answered fast"
+    await turns(push_posts.SLOTS)
+    assert len(held.begun) == push_hosts.PER_HOST, "it has answered fast"
     await queue.close()
 
 
@@ -461,9 +461,9 @@ async def test_a_silent_host_takes_one_slot(held: Held) -> None:
 async def test_a_failing_host_is_left_alone_for_longer_each_time(
     held: Held, monkeypatch: pytest.MonkeyPatch, retry_after: float, waits: list[int]
 ) -> None:
-    monkeypatch.setattr(hosts, "HOST_USERS", 1)
+    monkeypatch.setattr(push_hosts, "HOST_USERS", 1)
     clock = 1_000.0
-    monkeypatch.setattr(posts.time, "monotonic", lambda: clock)  # type: ignore[attr-defined]
+    monkeypatch.setattr(push_posts.time, "monotonic", lambda: clock)  # type: ignore[attr-defined]
     held.retry_after = retry_after
     held.gate.set()
     queue = Posts(say, held.send, Drops())
@@ -498,8 +498,8 @@ def test_retry_after_in_both_forms(header: str, least: float, most: float) -> No
 async def test_every_dropped_notification_is_counted_and_one_of_a_stretch_is_logged(
     held: Held, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(hosts, "HOST_USERS", 1)
-    monkeypatch.setattr(posts, "MAX_QUEUED", 40)
+    monkeypatch.setattr(push_hosts, "HOST_USERS", 1)
+    monkeypatch.setattr(push_posts, "MAX_QUEUED", 40)
     held.retry_after = 0.0
     drops = Drops()
     queue = Posts(say, held.send, drops)
@@ -512,14 +512,14 @@ async def test_every_dropped_notification_is_counted_and_one_of_a_stretch_is_log
         host.pause = host.pause._replace(until=0.0)
         queue.start()
         await idle(queue)
-    assert drops.counts == {"queue_full": 10, "host_failed": 2, "host_slow": 18 - posts.MAX_QUEUED_SLOW}
+    assert drops.counts == {"queue_full": 10, "host_failed": 2, "host_slow": 18 - push_posts.MAX_QUEUED_SLOW}
     assert len(caplog.messages) == 3
 
 
 async def test_a_full_queue_of_messages_counts_what_it_drops(
     room: Room, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(due, "MAX_OF_SENDER", 2)
+    monkeypatch.setattr(push_due, "MAX_OF_SENDER", 2)
     for worker in world.workers:
         worker.app.notices._after_seconds = 60.0  # noqa: SLF001 - nothing leaves the queue
     for _ in range(5):
@@ -529,8 +529,8 @@ async def test_a_full_queue_of_messages_counts_what_it_drops(
 
 
 async def test_hosts_and_signatures_are_bounded(held: Held, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(posts, "MAX_HOSTS", 3)
-    monkeypatch.setattr(notices, "MAX_SIGNED", 3)
+    monkeypatch.setattr(push_posts, "MAX_HOSTS", 3)
+    monkeypatch.setattr(push, "MAX_SIGNED", 3)
     drops = Drops()
     queue = Posts(say, held.send, drops)
     for number in range(4):
@@ -550,9 +550,9 @@ async def test_hosts_and_signatures_are_bounded(held: Held, world: World, monkey
 
 
 async def test_hosts_that_back_off_are_forgotten_last(held: Held, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hosts, "HOST_USERS", 1)
-    monkeypatch.setattr(hosts, "KEPT_SECONDS", 0.0)
-    monkeypatch.setattr(posts, "MAX_HOSTS", 3)
+    monkeypatch.setattr(push_hosts, "HOST_USERS", 1)
+    monkeypatch.setattr(push_hosts, "KEPT_SECONDS", 0.0)
+    monkeypatch.setattr(push_posts, "MAX_HOSTS", 3)
     held.gate.set()
     drops = Drops()
     queue = Posts(say, held.send, drops)

@@ -12,10 +12,11 @@ from websockets.exceptions import InvalidStatus
 
 from protocol import client
 from prove.client import Client
-from server import http_protocol, metrics
-from server.config import Settings
-from server.endpoints import FORWARDING
-from server.proxies import Proxies
+from server.core import metrics
+from server.core.config import Settings
+from server.core.proxies import Proxies
+from server.gateway import http_protocol
+from server.http.endpoints import FORWARDING
 from tests.world import World, http_client, sent
 
 ROOT = Path(__file__).parent.parent
@@ -131,10 +132,10 @@ def test_one_answer_alone_depends_on_the_address_that_it_goes_to() -> None:
         if re.search(r"(request|handshake|self|scope)(\.client\b|\[\"client\"\])|peername", path.read_text())
     }
     assert found == {
-        "server/addresses.py",  # counts by it
-        "server/http_protocol.py",  # counts by it
-        "server/forwarded.py",  # believes trusted proxies about addresses that are counted
-        "server/endpoints.py",  # the numbers
+        "server/limits/per_address.py",  # counts by it
+        "server/gateway/http_protocol.py",  # counts by it
+        "server/http/forwarded.py",  # believes trusted proxies about addresses that are counted
+        "server/http/endpoints.py",  # the numbers
     }
 
 

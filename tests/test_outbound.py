@@ -21,15 +21,16 @@ from hypothesis import strategies as st
 
 from protocol import client, server
 from protocol.values import LinkPreview
-from server import markup, outbound, posts, previews, resolver
 from server.auth import passwords
-from server.config import Settings
-from server.drops import Drops
-from server.hosts import HOST_USERS, Host
-from server.looptime import LoopTime
-from server.outbound import Outbound, Unreachable
-from server.posts import SLOW_SLOTS, Failed, Posts, Push
-from server.stopwatch import Stopwatch
+from server.core.config import Settings
+from server.core.stopwatch import Stopwatch
+from server.domain import markdown
+from server.fairness.loop_time import LoopTime
+from server.jobs import previews, push_posts, resolver, safe_http
+from server.jobs.push_drops import Drops
+from server.jobs.push_hosts import HOST_USERS, Host
+from server.jobs.push_posts import SLOW_SLOTS, Failed, Posts, Push
+from server.jobs.safe_http import Outbound, Unreachable
 from tests.browser import post_to, say
 from tests.world import Room, World, http_client, message, sent, until
 
@@ -123,9 +124,9 @@ def test_addresses_that_lead_near_are_not_public() -> None:
         "2002:a00:1::1", "64:ff9b::127.0.0.1", "64:ff9b:1::10.0.0.1", "2001:0:7f00:1::", "2001:db8::1",
         "192.0.0.8", "192.0.0.192", "192.88.99.1", "::ffff:192.0.0.192", "2002:c000:c0::", "3fff::1", "5f00::1",
     ]  # fmt: skip
-    assert [one for one in near if outbound._is_public(ipaddress.ip_address(one))] == []  # noqa: SLF001
+    assert [one for one in near if safe_http._is_public(ipaddress.ip_address(one))] == []  # noqa: SLF001
     far = ["8.8.8.8", "2606:4700:4700::1111", "2002:808:808::1"]
-    assert [one for one in far if not outbound._is_public(ipaddress.ip_address(one))] == []  # noqa: SLF001
+    assert [one for one in far if not safe_http._is_public(ipaddress.ip_address(one))] == []  # noqa: SLF001
 
 
 async def test_a_name_that_leads_here_is_not_asked(
@@ -215,7 +216,7 @@ class Names:
 def names(monkeypatch: pytest.MonkeyPatch) -> Iterator[Names]:
     names = Names()
     monkeypatch.setattr(socket, "getaddrinfo", names)
-    monkeypatch.setattr(outbound, "TOTAL_SECONDS", 0.5)
+    monkeypatch.setattr(safe_http, "TOTAL_SECONDS", 0.5)
     yield names
     names.answered.set()
 
@@ -309,7 +310,7 @@ async def test_a_thread_that_the_system_refuses_makes_an_answer_unavailable(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(markup, "_thread", ThreadPoolExecutor(1))
+    monkeypatch.setattr(markdown, "_thread", ThreadPoolExecutor(1))
     monkeypatch.setattr(passwords, "_threads", ThreadPoolExecutor(1))
     long = message(room.group, "*long* " * 1_000, is_markdown=True)
     refused = await room.ada.ask(long)
@@ -369,7 +370,7 @@ async def test_what_is_too_much_is_cut_and_what_takes_too_long_is_left(
 ) -> None:
     site.answer = lambda _: page("x" * 1_000_000)
     assert len((await careless.get(site.url, most=1_000)).body) == 1_000
-    monkeypatch.setattr(outbound, "TOTAL_SECONDS", 0.5)
+    monkeypatch.setattr(safe_http, "TOTAL_SECONDS", 0.5)
     never = asyncio.Event()
 
     async def slow(path: str) -> bytes:
@@ -381,7 +382,7 @@ async def test_what_is_too_much_is_cut_and_what_takes_too_long_is_left(
     with pytest.raises(Unreachable) as unreachable:
         await careless.get(site.url, most=1_000)
     assert unreachable.value.url == f"{site.url}/x"
-    monkeypatch.setattr(outbound, "TOTAL_SECONDS", 0.2)
+    monkeypatch.setattr(safe_http, "TOTAL_SECONDS", 0.2)
 
     async def silence() -> bytes:
         await never.wait()
@@ -432,17 +433,17 @@ async def test_an_answer_of_endless_parts_is_left_and_others_have_turns_meanwhil
     with pytest.raises(Unreachable, match="too many parts"):
         await careless.get(site.url, most=200_000)
     with contextlib.suppress(Unreachable):
-        assert len((await careless.post(site.url, b"x", {}, watch=Stopwatch())).body) == outbound.MOST_OF_POST
+        assert len((await careless.post(site.url, b"x", {}, watch=Stopwatch())).body) == safe_http.MOST_OF_POST
     turns.cancel()
-    assert events.total < 2 * 2 * outbound.MAX_BESIDE_BYTES / 5
-    assert events.most_in_turn <= outbound.TURN_BYTES / 5
+    assert events.total < 2 * 2 * safe_http.MAX_BESIDE_BYTES / 5
+    assert events.most_in_turn <= safe_http.TURN_BYTES / 5
 
 
 async def test_an_answer_that_comes_byte_by_byte_is_left(
     careless: Outbound, site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(outbound, "TURN_BYTES", 1)
-    monkeypatch.setattr(outbound, "MAX_READS", 200)
+    monkeypatch.setattr(safe_http, "TURN_BYTES", 1)
+    monkeypatch.setattr(safe_http, "MAX_READS", 200)
     site.answer = lambda _: page("x" * 10)
     assert (await careless.get(site.url, most=1_000)).body == b"x" * 10
     site.answer = lambda _: page("x" * 200)
@@ -455,7 +456,7 @@ async def test_answers_that_have_begun_take_a_share_of_the_loop(
 ) -> None:
     """Previews and notifications alike, and neither waits for the other's share."""
     events = Events(monkeypatch, seconds=0.001)
-    monkeypatch.setattr(outbound, "TURN_BYTES", 60)
+    monkeypatch.setattr(safe_http, "TURN_BYTES", 60)
     site.answer = lambda _: CHUNKED + b"1\r\nx\r\n" * 200 + b"0\r\n\r\n"
     for name, ask in (
         ("_gets", careless.get(site.url, most=1_000)), ("_posts", careless.post(site.url, b"x", {}, watch=Stopwatch())),
@@ -482,8 +483,8 @@ def overdraw(share: LoopTime) -> None:
 async def test_waits_for_our_share_of_the_loop_make_nobody_slow(
     careless: Outbound, site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(outbound, "TOTAL_SECONDS", 0.5)
-    monkeypatch.setattr(posts, "SLOW_SECONDS", 0.25)
+    monkeypatch.setattr(safe_http, "TOTAL_SECONDS", 0.5)
+    monkeypatch.setattr(push_posts, "SLOW_SECONDS", 0.25)
     drops = Drops()
     queue = posts_by(careless, drops)
 
@@ -502,7 +503,7 @@ async def test_waits_for_our_share_of_the_loop_make_nobody_slow(
     overdraw(careless._posts)  # noqa: SLF001
     assert (await post(1)).is_fast
     assert not drops.counts
-    monkeypatch.setattr(outbound, "TOTAL_SECONDS", 10.0)
+    monkeypatch.setattr(safe_http, "TOTAL_SECONDS", 10.0)
     site.answer = lambda _: late()
     assert (await post(HOST_USERS)).is_slow, "with nothing to wait for but the answer"
     assert not drops.counts
@@ -510,7 +511,7 @@ async def test_waits_for_our_share_of_the_loop_make_nobody_slow(
     site.answer = lambda path: (
         page("here") if path == "/there" else b"HTTP/1.1 302 Found\r\nlocation: /there\r\ncontent-length: 0\r\n\r\n"
     )
-    monkeypatch.setattr(outbound, "TOTAL_SECONDS", 0.5)
+    monkeypatch.setattr(safe_http, "TOTAL_SECONDS", 0.5)
     overdraw(careless._gets)  # noqa: SLF001
     assert (await careless.get(site.url, most=100)).body == b"here"
 

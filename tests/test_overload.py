@@ -18,10 +18,10 @@ from protocol.errors import CloseCode, ErrorCode, Refused
 from protocol.ids import UserId
 from protocol.server import Error
 from prove.client import Client
-from server.admission import Admission, Place
-from server.config import Settings
-from server.pressure import LATE_SECONDS
-from server.websocket import WebSocket
+from server.core.config import Settings
+from server.gateway.websocket import WebSocket
+from server.limits.admission import Admission, Place
+from server.limits.load_shedding import LATE_SECONDS
 from tests.world import World, message, sent, until
 
 CLIENTS = 150

@@ -26,14 +26,15 @@ from protocol.limits import (
     RateLimit,
 )
 from protocol.server import Error
-from server.config import Settings
-from server.dispatch import Rate, further, most_further
-from server.limits import Allowance, Bucket, Pace, told
-from server.reservations import GRACE_NS, ReservingBucket
-from server.retries import LATEST_NS, Retries
+from server.core.config import Settings
+from server.gateway.dispatch import Rate, further, most_further
+from server.limits.advertised import advertised, rate_limit
+from server.limits.reservations import GRACE_NS, ReservingBucket
+from server.limits.retries import LATEST_NS, Retries
+from server.limits.shared_rate_limit import SharedAllowance
+from server.limits.strikes import Strikes
+from server.limits.token_bucket import Allowance, Bucket, Pace
 from server.routes import ROUTES
-from server.sharedallowance import SharedAllowance
-from server.strikes import Strikes
 from tests.world import Room, World, message
 
 NS = 1_000_000_000
@@ -80,7 +81,7 @@ def test_a_client_that_keeps_to_the_limits_is_never_refused(
     """Also when frames take up to nearly a second to arrive, each another time, in order."""
     clock = Clock()
     bucket = Allowance[str]("frames", rate, clock=clock)
-    paced = Paced(told(rate))
+    paced = Paced(rate_limit(rate))
     now = arrived = 1.0
     for number, pause in enumerate(pauses):
         first, further = costs[number % len(costs)]
@@ -386,7 +387,7 @@ async def test_ready_tells_the_rates(settings: Settings) -> None:
     settings = msgspec.structs.replace(settings, write_rate=50.0, frame_rate=200.0)
     async with World(settings, workers=1) as world:
         limits = (await world.connect(await world.user("Ada"))).ready.limits
-    assert limits == settings.limits
+    assert limits == advertised(settings)
     assert limits.writes == RateLimit(per_second=50.0, burst=150)
     assert {route.rate for route in ROUTES.values()} == {Rate.WRITE, Rate.READ, Rate.EPHEMERAL, Rate.SEARCH}
 

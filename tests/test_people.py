@@ -1,7 +1,7 @@
 """People by themselves: news that came between the check of a session and the first look is not missed."""
 
 from protocol.errors import CloseCode
-from server.connection import Connection
+from server.gateway.connection import Connection
 from tests.world import World
 
 

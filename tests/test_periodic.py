@@ -16,24 +16,26 @@ from protocol import client
 from protocol.codec import now
 from protocol.ids import ConversationId, MessageId, uuid7
 from protocol.values import ConversationSettings
-from server import app, database, periodic
-from server.config import Settings
-from server.errors import Away
-from server.failures import Failures
-from server.periodic import end, every
+from server.app import app
+from server.core import periodic
+from server.core.config import Settings
+from server.core.errors import Away
+from server.core.failures import Failures
+from server.core.periodic import end, every
+from server.core.throttle import AGAIN_SECONDS, Throttle
+from server.db import database
 from server.queries import (
     approaches,
     audit,
     erasure,
     expiry,
-    indexing,
     relationships,
     remains,
     scheduled,
+    search_index,
     sessions,
     users,
 )
-from server.throttle import AGAIN_SECONDS, Throttle
 from tests.world import World, message
 
 SERVER = Path(__file__).parent.parent / "server"
@@ -147,7 +149,7 @@ async def test_a_job_that_the_database_ends_is_one_line(caplog: pytest.LogCaptur
 async def test_index_of_words_is_tidied_by_one_worker_at_a_time(world: World) -> None:
     jobs = [worker.app.tidy for worker in world.workers]
     async with world.db.transaction():
-        await world.db.execute(indexing.TIDY)
+        await world.db.execute(search_index.TIDY)
         # It would wait for the end of this transaction.
         await asyncio.wait_for(asyncio.gather(*(job() for job in jobs)), 5)
     await asyncio.gather(*(job() for job in jobs))
@@ -370,7 +372,18 @@ async def test_each_job_does_all_that_is_due_past_what_fails_again_and_again(
 ) -> None:
     for name in ("CLEAR_SECONDS", "EXPIRE_SECONDS", "DUE_SECONDS"):
         monkeypatch.setattr(app, name, 36_000.0)
-    for module in (approaches, audit, erasure, expiry, indexing, relationships, remains, scheduled, sessions, users):
+    for module in (
+        approaches,
+        audit,
+        erasure,
+        expiry,
+        search_index,
+        relationships,
+        remains,
+        scheduled,
+        sessions,
+        users,
+    ):
         monkeypatch.setattr(module, "AT_ONCE", AT_ONCE)
     async with World(settings, workers=1) as world:
         backlog = Backlog(world)

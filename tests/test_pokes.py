@@ -13,16 +13,16 @@ from protocol.codec import now
 from protocol.errors import CloseCode
 from protocol.ids import ConversationId, MessageId, UserId, uuid7
 from prove.client import Client
-from server import people as people_module
-from server import sync
-from server.config import Settings
-from server.connection import Connection
-from server.database import Db
-from server.people import People
+from server.core.config import Settings
+from server.db.database import Db
+from server.db.rows import Undecoded
+from server.domain import sync
+from server.gateway.connection import Connection
+from server.hub import online_users as people_module
+from server.hub.online_users import People
 from server.queries import conversations, users
 from server.queries.conversations import Membership
 from server.queries.users import OwnNews
-from server.rows import Undecoded
 from tests.world import Somebody, World, sent, until
 
 MANY = """

@@ -13,13 +13,13 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from protocol.ids import UserId, uuid7
-from server import hosts, notices, posts
-from server.config import Settings
-from server.drops import Drops
-from server.looptime import LoopTime
-from server.posts import Failed, Posts, Push, Rejected
+from server.core.config import Settings
+from server.core.stopwatch import Stopwatch
+from server.fairness.loop_time import LoopTime
+from server.jobs import push, push_hosts, push_posts
+from server.jobs.push_drops import Drops
+from server.jobs.push_posts import Failed, Posts, Push, Rejected
 from server.queries.push import Post
-from server.stopwatch import Stopwatch
 from tests.browser import Browser, post_to, say
 from tests.world import World, sent, until
 
@@ -66,11 +66,11 @@ async def test_endpoints_of_one_user_pause_no_host_for_others(service: Service, 
     bad = [post_to(f"{HOST}/bad/{number}", user_id) for number in range(20)]
     assert await service.post(post_to(f"{HOST}/good")) == [f"{HOST}/good"]
     if refusal is None:
-        service.silent = {one.endpoint for one in bad[: hosts.PER_USER]}
+        service.silent = {one.endpoint for one in bad[: push_hosts.PER_USER]}
         for one in bad:
             service.queue.add(one)
         service.queue.start()
-        await until(lambda: len(service.begun) == 1 + hosts.PER_USER)
+        await until(lambda: len(service.begun) == 1 + push_hosts.PER_USER)
     else:
         service.refusals = {one.endpoint: refusal for one in bad}
         await service.post(*bad)
@@ -80,12 +80,12 @@ async def test_endpoints_of_one_user_pause_no_host_for_others(service: Service, 
 async def test_whatever_a_post_raises_is_a_failure_of_its_user_at_that_host(service: Service) -> None:
     """A defect that an answer sets off pauses as a 503 does: first its user, and the host after several users."""
     user_id = UserId(uuid7())
-    service.refusals = {f"{HOST}/{number}": OverflowError("a defect") for number in range(hosts.HOST_USERS)}
+    service.refusals = {f"{HOST}/{number}": OverflowError("a defect") for number in range(push_hosts.HOST_USERS)}
     assert await service.post(post_to(f"{HOST}/0", user_id), post_to(f"{HOST}/good")) == [f"{HOST}/0", f"{HOST}/good"]
     assert await service.post(post_to(f"{HOST}/mine", user_id)) == []
-    for number in range(hosts.HOST_USERS):
+    for number in range(push_hosts.HOST_USERS):
         assert len(await service.post(post_to(f"{HOST}/{number}"))) == 1
-    assert service.queue._drops.counts["error"] == 1 + hosts.HOST_USERS  # noqa: SLF001
+    assert service.queue._drops.counts["error"] == 1 + push_hosts.HOST_USERS  # noqa: SLF001
     assert await service.post(post_to(f"{HOST}/good")) == []
 
 
@@ -101,9 +101,9 @@ FORMS = ["%a, %d %b %Y %H:%M:%S GMT", "%d %b %Y %H:%M:%S -0000", "%A, %d-%b-%y %
 @example("Mon, 01 Jan 99999999999999999999 00:00:00 GMT")
 @example("9" * 10_000)
 def test_any_retry_after_is_a_bounded_number_of_seconds(value: str) -> None:
-    assert 0.0 <= notices.seconds_of(value) <= posts.MAX_RETRY_AFTER
-    assert notices.seconds_of("120") == 120.0
-    assert 0.0 < notices.seconds_of(format_datetime(datetime.now(UTC) + timedelta(seconds=120))) <= 120.0
+    assert 0.0 <= push.seconds_of(value) <= push_posts.MAX_RETRY_AFTER
+    assert push.seconds_of("120") == 120.0
+    assert 0.0 < push.seconds_of(format_datetime(datetime.now(UTC) + timedelta(seconds=120))) <= 120.0
 
 
 async def test_endpoint_that_is_refused_waits_alone(service: Service) -> None:
@@ -117,25 +117,25 @@ async def test_endpoint_that_is_refused_waits_alone(service: Service) -> None:
 
 
 async def test_failures_of_several_users_pause_a_host_for_all_and_not_for_an_hour(service: Service) -> None:
-    bad = [post_to(f"{HOST}/{number}") for number in range(hosts.HOST_USERS)]
+    bad = [post_to(f"{HOST}/{number}") for number in range(push_hosts.HOST_USERS)]
     service.refusals = {one.endpoint: Failed(3_600.0) for one in bad}
     await service.post(*bad[:-1], post_to(f"{HOST}/good"))
     assert await service.post(bad[-1]) == [bad[-1].endpoint], "the host answered somebody in between"
     assert await service.post(post_to(f"{HOST}/good")) == [f"{HOST}/good"]
-    again = [post_to(f"{HOST}/again/{number}") for number in range(hosts.HOST_USERS)]
+    again = [post_to(f"{HOST}/again/{number}") for number in range(push_hosts.HOST_USERS)]
     service.refusals |= {one.endpoint: Failed(3_600.0) for one in again}
     await service.post(*again)
     assert await service.post(post_to(f"{HOST}/good")) == []
     (host,) = service.queue._hosts.values()  # noqa: SLF001
-    assert host.pause.until <= time.monotonic() + hosts.MAX_BACKOFF
+    assert host.pause.until <= time.monotonic() + push_hosts.MAX_BACKOFF
 
 
 async def test_users_take_turns_and_each_has_a_pace(service: Service) -> None:
     greedy = UserId(uuid7())
-    many = [post_to(f"{HOST}/greedy/{number}", greedy) for number in range(int(posts.USER_BURST) + 20)]
+    many = [post_to(f"{HOST}/greedy/{number}", greedy) for number in range(int(push_posts.USER_BURST) + 20)]
     begun = await service.post(*many, post_to(f"{HOST}/other"))
-    assert begun.index(f"{HOST}/other") <= hosts.PER_USER
-    assert len(begun) == int(posts.USER_BURST) + 1, "the others wait for the pace of their user"
+    assert begun.index(f"{HOST}/other") <= push_hosts.PER_USER
+    assert len(begun) == int(push_posts.USER_BURST) + 1, "the others wait for the pace of their user"
     assert await service.post(post_to(f"{HOST}/other")) == [f"{HOST}/other"]
 
 
@@ -147,12 +147,12 @@ async def test_user_has_a_share_of_hosts_and_slots_whatever_hosts_they_name(serv
         service.queue.add(one)
     service.queue.start()
     await until(lambda: service.queue._next is None)  # noqa: SLF001
-    assert len(service.begun) == hosts.PER_USER
-    assert len(service.queue._hosts) == posts.MAX_HOSTS_OF_USER  # noqa: SLF001
-    assert service.queue._drops.counts == {"user_hosts": 50 - posts.MAX_HOSTS_OF_USER}  # noqa: SLF001
+    assert len(service.begun) == push_hosts.PER_USER
+    assert len(service.queue._hosts) == push_posts.MAX_HOSTS_OF_USER  # noqa: SLF001
+    assert service.queue._drops.counts == {"user_hosts": 50 - push_posts.MAX_HOSTS_OF_USER}  # noqa: SLF001
     service.queue.keep(greedy, {many[0].endpoint})
     assert service.queue._queued == 0, "posts to endpoints that are gone are dropped at once"  # noqa: SLF001
-    assert service.queue._drops.counts["gone"] == posts.MAX_HOSTS_OF_USER - hosts.PER_USER  # noqa: SLF001
+    assert service.queue._drops.counts["gone"] == push_posts.MAX_HOSTS_OF_USER - push_hosts.PER_USER  # noqa: SLF001
     service.queue.add(post_to(f"{HOST}/good"))
     service.queue.start()
     await until(lambda: service.begun[-1] == f"{HOST}/good")
@@ -162,14 +162,14 @@ async def test_user_whose_posts_take_long_is_paused_at_every_new_host(
     service: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = 1_000.0
-    monkeypatch.setattr(posts.time, "monotonic", lambda: clock)  # type: ignore[attr-defined]
+    monkeypatch.setattr(push_posts.time, "monotonic", lambda: clock)  # type: ignore[attr-defined]
     greedy = UserId(uuid7())
 
     async def take_long(push: Push, _: Stopwatch) -> None:
         nonlocal clock
         service.begun.append(push.endpoint)
         if "new" in push.endpoint:
-            clock += hosts.SLOW_SECONDS
+            clock += push_hosts.SLOW_SECONDS
             raise Failed
 
     service.queue._send = take_long  # noqa: SLF001
@@ -181,7 +181,7 @@ async def test_user_whose_posts_take_long_is_paused_at_every_new_host(
         assert await service.post(post_to(f"{HOST}/good", greedy)) == [f"{HOST}/good"], "what is fast goes on"
         assert await service.post(post_to(f"https://other{wait}.example/")) != [], "others notice nothing"
         clock += wait
-    clock += hosts.MAX_BACKOFF
+    clock += push_hosts.MAX_BACKOFF
     assert len(await service.post(post_to("https://new.example/", greedy))) == 1
     assert service.queue._pauses[greedy].until == clock + 1.0, "it is forgotten"  # noqa: SLF001
 
@@ -190,12 +190,12 @@ async def test_host_that_was_fast_for_one_user_and_is_slow_for_them_is_not_fast_
     service: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = 1_000.0
-    monkeypatch.setattr(posts.time, "monotonic", lambda: clock)  # type: ignore[attr-defined]
+    monkeypatch.setattr(push_posts.time, "monotonic", lambda: clock)  # type: ignore[attr-defined]
     own, shared = post_to("https://own.example/"), post_to(f"{HOST}/0")
 
     async def send(push: Push, _: Stopwatch) -> None:
         nonlocal clock
-        clock += hosts.SLOW_SECONDS * (push.endpoint in service.silent)
+        clock += push_hosts.SLOW_SECONDS * (push.endpoint in service.silent)
 
     service.queue._send = send  # noqa: SLF001
     await service.post(own, shared, post_to(f"{HOST}/1"))
@@ -206,8 +206,8 @@ async def test_host_that_was_fast_for_one_user_and_is_slow_for_them_is_not_fast_
 
 
 async def test_full_tables_take_from_who_has_most(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(posts, "MAX_HOSTS", 6)
-    monkeypatch.setattr(posts, "MAX_QUEUED", 24)
+    monkeypatch.setattr(push_posts, "MAX_HOSTS", 6)
+    monkeypatch.setattr(push_posts, "MAX_QUEUED", 24)
     queue = service.queue
     greedy, ada = UserId(uuid7()), UserId(uuid7())
     for user_id, count in ((greedy, 5), (ada, 1)):
@@ -231,8 +231,8 @@ async def test_full_tables_take_from_who_has_most(service: Service, monkeypatch:
 async def test_users_whose_posts_take_long_leave_slots_and_hosts_to_others(
     service: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(posts, "MAX_HOSTS", 4)
-    monkeypatch.setattr(posts, "SLOW_USER_SLOTS", 2)
+    monkeypatch.setattr(push_posts, "MAX_HOSTS", 4)
+    monkeypatch.setattr(push_posts, "SLOW_USER_SLOTS", 2)
     queue = service.queue
     slow = [post_to(f"https://{number}.example/") for number in range(5)]
     for one in slow:
@@ -254,7 +254,7 @@ async def test_users_whose_posts_take_long_leave_slots_and_hosts_to_others(
 async def test_posts_of_large_conversations_take_turns_with_others_and_fill_half_of_the_queue(
     service: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(posts, "MAX_QUEUED", 60)
+    monkeypatch.setattr(push_posts, "MAX_QUEUED", 60)
     assert await service.post(post_to(f"{HOST}/first")) == [f"{HOST}/first"]
     for number in range(40):
         service.queue.add(post_to(f"{HOST}/crowd/{number}"), is_crowd=True)
@@ -383,7 +383,7 @@ class TestInTheServer:
 
 
 def test_host_keeps_as_few_users_as_it_takes_to_judge_it() -> None:
-    host = hosts.Host(HOST)
+    host = push_hosts.Host(HOST)
     for kept, note in (
         (host.failing, host.note_slow),
         (host.failing, lambda user_id: host.note_failed(user_id, 0.0)),
@@ -392,4 +392,4 @@ def test_host_keeps_as_few_users_as_it_takes_to_judge_it() -> None:
         kept.clear()
         for _ in range(1_000):
             note(UserId(uuid7()))
-        assert len(kept) == hosts.HOST_USERS
+        assert len(kept) == push_hosts.HOST_USERS

@@ -12,8 +12,8 @@ from protocol.errors import ErrorCode
 from protocol.ids import ConversationId, UserId, uuid7
 from protocol.values import PresenceStatus
 from prove.client import Client
-from server.config import Settings
-from server.database import Db
+from server.core.config import Settings
+from server.db.database import Db
 from server.queries import users
 from server.queries.users import Transition
 from tests.cluster import Cluster

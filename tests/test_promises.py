@@ -7,8 +7,9 @@ import msgspec
 
 from protocol import limits
 from protocol.limits import Limits, RateLimit
-from server.config import Settings, variable
-from server.limits import BURST_SECONDS
+from server.core.config import Settings, variable
+from server.limits.advertised import advertised
+from server.limits.token_bucket import BURST_SECONDS
 from tests.world import World
 
 ROOT = Path(__file__).parents[1]
@@ -148,7 +149,7 @@ def test_limits_that_users_read_are_those_of_the_code() -> None:
     """Each has the number of the setting, the field of `ready.limits` or the constant in its row; none is missing."""
     page = parts_of_limits()[0]
     settings = {variable(name): getattr(Settings(), name) for name in Settings.__struct_fields__}
-    told = {name: getattr(Settings().limits, name) for name in Limits.__struct_fields__}
+    told = {name: getattr(advertised(Settings()), name) for name in Limits.__struct_fields__}
     named = set()
     for cells in rows(page):
         for name in re.findall(r"`(\w+)`", " ".join(cells[3:])):

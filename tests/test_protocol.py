@@ -22,10 +22,10 @@ from protocol.json_object import STRING
 from protocol.limits import MAX_CONTENT, MAX_EXTREME_NUMBERS, MAX_FRAME_BYTES, MAX_FRAME_VALUES, MAX_JSON_VALUES
 from protocol.server import Error, MessageSent
 from server.describe import handbook
-from server.describe.asyncapi import CLIENT_FRAMES
-from server.limits import Allowance
-from server.strikes import ALWAYS
-from server.websocket import MAX_EARLY_BYTES, MAX_FRAGMENTS, MESSAGE_SECONDS
+from server.gateway.websocket import MAX_EARLY_BYTES, MAX_FRAGMENTS, MESSAGE_SECONDS
+from server.http.asyncapi import CLIENT_FRAMES
+from server.limits.strikes import ALWAYS
+from server.limits.token_bucket import Allowance
 
 TEXT = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), min_size=1, max_size=50)
 JSON = st.recursive(

@@ -17,7 +17,7 @@ from prove.cluster import Cluster
 from prove.faults import FAULTS
 from prove.proxy import Proxy
 from prove.run import Outcome, Proof, Run
-from server.config import Settings
+from server.core.config import Settings
 from tests.relay import Relay, Spoil
 from tests.world import World
 
@@ -211,7 +211,7 @@ async def test_the_bad_network_loses_what_comes_last_and_never_turns_it_around()
 
 def prove(*arguments: str) -> tuple[int, str]:
     """Run `openchat prove`; return its exit status and what it said."""
-    command = [sys.executable, "-m", "server.cli", "prove", *arguments]
+    command = [sys.executable, "-m", "server.cli.main", "prove", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     return done.returncode, done.stdout + done.stderr
 

@@ -13,12 +13,12 @@ from websockets.exceptions import InvalidStatus
 from protocol import client
 from protocol.errors import Refused
 from prove.client import Client
-from server import config
-from server.addresses import limit_key, parsed
-from server.config import Settings
-from server.errors import Fatal
-from server.forwarded import DIRECT, _is_near
-from server.proxies import Proxies
+from server.core import config
+from server.core.addresses import limit_key, parsed
+from server.core.config import Settings
+from server.core.errors import Fatal
+from server.core.proxies import Proxies
+from server.http.forwarded import DIRECT, _is_near
 from tests.world import World, http_client
 
 ADA = {"name": "Ada", "email": "ada@example.org", "password": "correct horse"}

@@ -12,12 +12,12 @@ from httpx import Headers
 from protocol import client
 from protocol.ids import ConversationId
 from prove.client import Client
-from server.config import Settings
-from server.database import Db
-from server.hosts import PER_HOST
-from server.notices import IN_A_TURN, TICK_SECONDS
-from server.outbound import Answer, Outbound
-from server.posts import Posts
+from server.core.config import Settings
+from server.db.database import Db
+from server.jobs.push import IN_A_TURN, TICK_SECONDS
+from server.jobs.push_hosts import PER_HOST
+from server.jobs.push_posts import Posts
+from server.jobs.safe_http import Answer, Outbound
 from server.queries import push
 from server.queries.push import Found, Look, Post
 from tests.world import PUSH_POINT, World, message, sent, until

@@ -12,7 +12,7 @@ import pytest
 from protocol import client
 from protocol.ids import ConversationId, MessageId
 from prove.client import Client
-from server.config import Settings
+from server.core.config import Settings
 from tests.browser import Browser
 from tests.test_house import ROOT
 from tests.world import Somebody, World, http_client, sent, until

@@ -9,7 +9,7 @@ import pytest
 from protocol.ids import ConversationId
 from prove.actor import Actor
 from prove.truth import absent, assert_same, memberships, own, own_of, read_conversation, recount, unsent, waiting
-from server.config import Settings
+from server.core.config import Settings
 from tests.cluster import Cluster
 from tests.world import World, until
 

@@ -16,10 +16,10 @@ import pytest
 from protocol import client
 from protocol.ids import uuid7
 from protocol.server import OneConversation
-from server import migrate
-from server.config import Settings
-from server.database import Db
-from server.errors import Fatal
+from server.core.config import Settings
+from server.core.errors import Fatal
+from server.db import migrate
+from server.db.database import Db
 from server.queries import audit, checks
 from server.queries.audit import Deed
 from tests.conftest import Servers
@@ -257,7 +257,7 @@ async def test_owner_of_the_tables_keeps_the_language_that_is_taken_from_everybo
 
 def test_no_statement_takes_an_advisory_lock() -> None:
     """Whoever may run any statement can take one: on a key that is known, it stops whoever waits for it."""
-    files = [*Path(migrate.__file__).parent.rglob("*.py"), migrate.ROOT / "schema.sql"]
+    files = [*Path(migrate.__file__).parents[1].rglob("*.py"), migrate.ROOT / "schema.sql"]
     files += [migration.path for migration in migrate.known()]
     assert len(files) > 100
     assert [path.name for path in files if re.search(r"advisory\w*lock\w*\s*\(\s*[^)\s]", path.read_text())] == []

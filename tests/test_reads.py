@@ -19,7 +19,7 @@ import asyncpg
 import pytest
 
 import server.queries
-from server.database import SESSION
+from server.db.database import SESSION
 
 pytestmark = pytest.mark.new_database
 

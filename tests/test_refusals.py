@@ -19,8 +19,8 @@ from protocol.errors import CloseCode, ErrorCode, Refused
 from protocol.ids import ConversationId, MessageId, ReportId, UserId, uuid7
 from protocol.limits import MAX_FRAME_BYTES
 from prove.client import Client
-from server.config import Settings
-from server.dispatch import Access
+from server.core.config import Settings
+from server.gateway.dispatch import Access
 from server.routes import ROUTES
 from tests.world import Room, World, http_client, message, sent
 

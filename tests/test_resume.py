@@ -25,10 +25,11 @@ from protocol.server import Changes, ServerFrame
 from prove.client import Client
 from prove.mirror import Mirror
 from prove.truth import assert_same, read_conversation, recount
-from server import backlog, sync, topics
-from server.config import Settings
-from server.connection import Connection
-from server.periodic import end
+from server.core.config import Settings
+from server.core.periodic import end
+from server.domain import sync
+from server.gateway.connection import Connection
+from server.hub import backlog, topics
 from server.queries.changes import missed, since
 from tests.world import Somebody, World, message, sent, until
 
@@ -134,7 +135,7 @@ async def test_conversation_that_was_let_go_during_a_long_resume_is_followed_aga
             kept._close_quiet()  # noqa: SLF001
         return found
 
-    monkeypatch.setattr("server.sync.changes.missed", late)
+    monkeypatch.setattr("server.domain.sync.changes.missed", late)
     second = await away.world.group(away.ada, away.who)
     for group in (away.group, second):
         await sent(away.ada, group, "Missed")
@@ -166,7 +167,7 @@ async def test_conversation_where_something_is_said_during_each_read_is_caught_u
         return found
 
     monkeypatch.setattr(backlog, "MAX_BACKLOG", bound)
-    monkeypatch.setattr("server.sync.changes.missed", late)
+    monkeypatch.setattr("server.domain.sync.changes.missed", late)
     await sent(away.ada, away.group, "Missed")
     phone = await away.world.connect(away.who, 1, query="?resume=1")
     await phone.call(client.Resume(epoch=away.epoch, versions={away.group: away.version}), server.Resumed)
@@ -194,7 +195,7 @@ async def test_who_is_banned_while_they_catch_up_follows_nothing(away: Away, mon
         return found
 
     banned: list[bool] = []
-    monkeypatch.setattr("server.sync.changes.missed", late)
+    monkeypatch.setattr("server.domain.sync.changes.missed", late)
     await sent(away.ada, away.group, "Missed")
     (changes, left) = await away.back()
     assert isinstance(changes, Changes)
@@ -270,7 +271,7 @@ async def test_a_resume_ends_with_its_connection(away: Away, monkeypatch: pytest
                 socket.close(CloseCode.GOING_AWAY)
         return await missed(*args, **options)
 
-    monkeypatch.setattr("server.sync.changes.missed", counted)
+    monkeypatch.setattr("server.domain.sync.changes.missed", counted)
     with pytest.raises(ConnectionError):
         await away.back(dict.fromkeys(own, 0))
     await until(lambda: not app._working)  # noqa: SLF001
@@ -317,7 +318,7 @@ async def test_too_much_missed_starts_over_and_is_not_read(away: Away, monkeypat
     assert isinstance(changes, Changes)
     assert len(changes.events) == MAX_CHANGES
     await sent(away.ada, away.group, "One more")
-    monkeypatch.delattr("server.sync.changes.missed")
+    monkeypatch.delattr("server.domain.sync.changes.missed")
     (over,) = await away.back()
     assert isinstance(over, server.StartOver)
     assert (over.reason, over.view.version) == ("too_many_changes", 4 + MAX_CHANGES)

@@ -12,7 +12,7 @@ from protocol.server import Error
 from protocol.values import ConversationSettings, Participant, Role
 from prove.client import Client
 from prove.truth import recount
-from server.dispatch import Rate
+from server.gateway.dispatch import Rate
 from server.routes import ROUTES
 from tests.world import Somebody, World, message, refused, sent
 

@@ -11,9 +11,9 @@ import pytest
 
 from protocol.client import Send
 from protocol.ids import ConversationId, MessageId, uuid7
-from server import database, migrate
-from server.embedded.folder import installed
-from server.errors import CONSTRAINTS, Fatal
+from server.core.errors import CONSTRAINTS, Fatal
+from server.db import database, migrate
+from server.processes.embedded.folder import installed
 from server.queries import sending
 from server.queries.sending import Outgoing
 from tests.conftest import Servers

@@ -16,11 +16,11 @@ from protocol.errors import ErrorCode
 from protocol.payloads import File, Poll
 from protocol.values import ConversationSettings
 from prove.client import Client
-from server import search
-from server.config import Settings
-from server.dispatch import Rate
-from server.share import Share
-from server.sharedallowance import SharedAllowance
+from server.core.config import Settings
+from server.domain import search_text
+from server.fairness.share import Share
+from server.gateway.dispatch import Rate
+from server.limits.shared_rate_limit import SharedAllowance
 from tests.world import Room, World, refused, sent, until
 
 
@@ -279,7 +279,7 @@ async def test_a_word_with_underscores_is_several(room: Room) -> None:
     """Or 255 characters would ask for more than `MAX_WORDS` words, and for beginnings of one letter."""
     await sent(room.ada, room.group, "apple banana")
     assert await found(room.charles, "a_b") == []
-    assert search.query("a_b_" * 60, prefix=3) == " & ".join("ab" * 5)
+    assert search_text.query("a_b_" * 60, prefix=3) == " & ".join("ab" * 5)
 
 
 async def test_a_snippet_shows_punctuation_and_marks_the_words_between(room: Room) -> None:

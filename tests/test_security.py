@@ -23,9 +23,9 @@ from protocol.ids import ConversationId, MessageId, ReportId, UserId, uuid7
 from protocol.payloads import Poll
 from protocol.server import Error
 from prove.client import Client
-from server.config import Settings
+from server.core.config import Settings
 from server.describe import DOCUMENTS
-from server.dispatch import Access
+from server.gateway.dispatch import Access
 from server.routes import ROUTES
 from tests.world import PUSH_POINT, Somebody, World, http_client, message, sent
 
@@ -279,7 +279,7 @@ async def test_paths_lead_nowhere_but_where_they_say(world: World) -> None:
 
 
 async def test_tokens_and_passwords_are_never_logged(world: World, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO)  # as server/log.py sets it
+    caplog.set_level(logging.INFO)  # as server/core/log.py sets it
     async with http_client(world.url) as http:
         token = (await http.post("/v1/auth/register", json=ADA)).json()["token"]
         await http.post("/v1/auth/login", json={"email": ADA["email"], "password": "wrong horse"})
@@ -318,12 +318,12 @@ def test_statements_are_constants_and_values_are_parameters() -> None:
 
 
 KNOWN_STATEMENTS = {
-    "server/migrate.py: (ROOT / 'schema.sql').read_text()",
-    "server/migrate.py: text",
-    "server/migrate.py: f'DROP INDEX CONCURRENTLY {index}'",
-    "server/migrate.py: statement[0]",
-    "server/migrate.py: ALIKE.format(table=table, key=key, where=statement['where'] or '')",
-    "server/embedded/postgres.py: f'CREATE DATABASE {NAME}'",
+    "server/db/migrate.py: (ROOT / 'schema.sql').read_text()",
+    "server/db/migrate.py: text",
+    "server/db/migrate.py: f'DROP INDEX CONCURRENTLY {index}'",
+    "server/db/migrate.py: statement[0]",
+    "server/db/migrate.py: ALIKE.format(table=table, key=key, where=statement['where'] or '')",
+    "server/processes/embedded/postgres.py: f'CREATE DATABASE {NAME}'",
     "server/queries/reactions.py: change",
     "server/queries/messages.py: query",
     "server/queries/checks.py: check.FINDS",

@@ -8,12 +8,12 @@ import pytest
 from protocol import client, server
 from protocol.errors import ErrorCode
 from protocol.ids import EditId, uuid7
-from server.config import Settings
-from server.database import speak
-from server.progress import Progress
+from server.core.config import Settings
+from server.db.database import speak
+from server.ops.progress import Progress
+from server.ops.reindex import rebuild_search_index
 from server.queries import sending
 from server.queries.sending import Outgoing, Source
-from server.reindexing import reindex
 from tests.world import World, message, refused, sent
 
 OTHERS = 40
@@ -162,7 +162,7 @@ async def test_nobody_waits_for_reindex(settings: Settings) -> None:
         db = await asyncpg.connect(settings.database_url, server_settings={"application_name": "reindex"})
         await speak(db, settings.search_language)
         await world.db.execute("SELECT pg_advisory_lock(62)")
-        reindexing = group.create_task(reindex(db, Progress(is_on=False)))
+        reindexing = group.create_task(rebuild_search_index(db, Progress(is_on=False)))
         async with asyncio.timeout(SECONDS):
             while not await world.db.fetchval(STARTED):
                 await asyncio.sleep(0.01)

@@ -19,8 +19,8 @@ from protocol.ids import MessageId, uuid7
 from protocol.payloads import Payload
 from protocol.roles import Act
 from protocol.values import ConversationSettings
-from server.errors import CONSTRAINTS, INTERNAL, UNFIT, NotActive, NotFound
-from server.permissions import OBSTACLES
+from server.core.errors import CONSTRAINTS, INTERNAL, UNFIT, NotActive, NotFound
+from server.domain.permissions import OBSTACLES
 from tests.test_hostile_values import filled, frames, valid
 from tests.test_wire_bounds import BODIES, BOUNDS, CLIENT, answer
 from tests.world import Room, World, http_client, refused, sent

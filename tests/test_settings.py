@@ -9,11 +9,12 @@ import msgspec
 import pytest
 from msgspec.inspect import BoolType, FloatType, IntType, LiteralType
 
-from server import config, upkeep
-from server.config import FIELDS, TEXTS, Settings, allowed, variable
-from server.database import SENDING_CONNECTIONS
-from server.errors import Fatal
-from server.supervisor import listen, prepare
+from server.cli import maintenance
+from server.core import config
+from server.core.config import FIELDS, TEXTS, Settings, allowed, variable
+from server.core.errors import Fatal
+from server.db.database import SENDING_CONNECTIONS
+from server.processes.supervisor import listen, prepare
 
 OPERATIONS = (Path(__file__).parent.parent / "docs" / "operations.md").read_text()
 NUMBERS = [name for name, field in FIELDS.items() if isinstance(field.type, (IntType, FloatType))]
@@ -189,7 +190,7 @@ def test_a_refused_setting_ends_every_command_in_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("OPENCHAT_WRITE_RATE", "0")
-    assert upkeep.main(["check"]) == 1
+    assert maintenance.main(["check"]) == 1
     assert re.fullmatch(r"openchat: OPENCHAT_WRITE_RATE must be [^\n]*\n", capsys.readouterr().err)
 
 

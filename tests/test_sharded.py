@@ -16,11 +16,11 @@ from protocol import client, server
 from protocol.ids import ConversationId, UserId
 from protocol.values import Message
 from prove.client import Client
-from server.config import Settings
-from server.embedded.folder import installed
-from server.epoch import epoch_id
-from server.redisbus import prefix
-from server.topics import channel
+from server.core.config import Settings
+from server.db.epoch import epoch_id
+from server.hub.redis_bus import prefix
+from server.hub.topics import channel
+from server.processes.embedded.folder import installed
 from tests.world import World, sent, until
 
 NODES = 3

@@ -11,8 +11,8 @@ from redis.asyncio import Redis
 
 from protocol import client, server
 from prove.client import Client
-from server.config import Settings
-from server.epoch import epoch_id
+from server.core.config import Settings
+from server.db.epoch import epoch_id
 from tests.conftest import Servers
 from tests.test_credentials import ADA, LOGIN, registered
 from tests.world import Somebody, World, http_client, sent

@@ -12,19 +12,19 @@ import pytest
 from protocol.client import History, ListPins, Pin, Resume
 from protocol.limits import MAX_CONTENT, MAX_PAGE
 from protocol.payloads import Poll
-from server import rows
-from server.app import SENT_AT_ONCE, App
-from server.connection import MAX_INBOX
-from server.dispatch import Dispatch
-from server.http_protocol import Http
-from server.lanes import HEAVY_SHARE, Held
-from server.limits import Pace
-from server.pool import Lease
-from server.proxies import Proxies
+from server.app.app import SENT_AT_ONCE, App
+from server.core.proxies import Proxies
+from server.db import rows
+from server.db.pool import Lease
+from server.db.rows import PORTION, Reader
+from server.fairness.lanes import HEAVY_SHARE, Held
+from server.gateway.connection import MAX_INBOX
+from server.gateway.dispatch import Dispatch
+from server.gateway.http_protocol import Http
+from server.gateway.sockets import Sockets
+from server.limits.token_bucket import Pace
 from server.queries import messages
 from server.queries.sending import Outgoing, Stored, weight
-from server.rows import PORTION, Reader
-from server.sockets import Sockets
 from tests.test_unreadable_pages import filled, walks_of, whole_of
 from tests.world import Room, World, http_client, message, until
 

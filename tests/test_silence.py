@@ -19,14 +19,14 @@ from hypothesis import strategies as st
 from protocol import client
 from protocol.errors import Refused
 from prove.client import Client
-from server import http_protocol, websocket
-from server import sockets as sockets_module
-from server.config import Settings
-from server.limits import Pace
-from server.proxies import Proxies
-from server.sharedbound import SHARE
-from server.sockets import FREE_BYTES, UNREAD_BYTES, Sockets
-from server.websocket import WebSocket
+from server.core.config import Settings
+from server.core.proxies import Proxies
+from server.fairness.shared_bound import SHARE
+from server.gateway import http_protocol, websocket
+from server.gateway import sockets as sockets_module
+from server.gateway.sockets import FREE_BYTES, UNREAD_BYTES, Sockets
+from server.gateway.websocket import WebSocket
+from server.limits.token_bucket import Pace
 from tests.cluster import Cluster
 from tests.world import World, http_client, until
 
@@ -209,7 +209,7 @@ async def test_request_names_one_valid_host_or_is_refused(alone: World) -> None:
 
 
 async def test_an_answer_that_nobody_reads_ends(alone: World, short: None, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: ARG001
-    monkeypatch.setattr("server.describe.openapi.document", lambda: {"pad": "x" * 30_000_000})
+    monkeypatch.setattr("server.http.openapi.document", lambda: {"pad": "x" * 30_000_000})
     # Or else uvicorn ends the connection, which it takes for an idle one: it has handed over the whole answer.
     alone.workers[0].server.config.timeout_keep_alive = 3_600
     app = alone.workers[0].app

@@ -8,7 +8,7 @@ import asyncpg
 import pytest
 
 from protocol.ids import uuid7
-from server.database import Db
+from server.db.database import Db
 
 pytestmark = pytest.mark.new_database
 

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from server import cli, supervisor
-from server.config import Settings, variable
-from server.embedded import postgres, valkey
-from server.embedded.folder import MAKE_USER, USER
-from server.errors import Fatal
+from server.cli import main
+from server.core.config import Settings, variable
+from server.core.errors import Fatal
+from server.processes import supervisor
+from server.processes.embedded import postgres, valkey
+from server.processes.embedded.folder import MAKE_USER, USER
 
 ROOT = Path(__file__).parent.parent
 UNIT = ROOT / "deploy" / "openchat.service"
@@ -33,10 +34,10 @@ def service() -> configparser.SectionProxy:
 def test_its_command_and_its_settings_are_those_of_the_program(service: configparser.SectionProxy) -> None:
     program, *arguments = shlex.split(service["ExecStart"])
     assert program == PROGRAM
-    options = cli._parser(None).parse_args(arguments)  # noqa: SLF001
+    options = main._parser(None).parse_args(arguments)  # noqa: SLF001
     assert (options.host, options.port) == (Settings().host, Settings().port)
     with pytest.raises(Fatal, match="no option --bind"):
-        cli._parser(None).parse_args([*arguments, "--bind"])  # noqa: SLF001
+        main._parser(None).parse_args([*arguments, "--bind"])  # noqa: SLF001
     text = UNIT.read_text()
     named = set(re.findall(r"\b(?:OPENCHAT_[A-Z_]+|DATABASE_URL|REDIS_URL)\b", text))
     assert named

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from server import log, supervisor
-from server.progress import Progress
-from server.terminal import plain, plain_json
+from server.core import log
+from server.core.terminal import plain, plain_json
+from server.ops.progress import Progress
+from server.processes import supervisor
 from tests.test_administration import Shell, shell
 from tests.world import sent
 
@@ -107,4 +108,4 @@ def test_only_the_terminal_writes_to_the_terminal() -> None:
     writes = re.compile(r"sys\.(stdout|stderr)\.(write|buffer\.write)|= sys\.(stdout|stderr)\.|\bprint\(")
     for path in sorted((ROOT / "server").rglob("*.py")):
         name = ".".join(path.relative_to(ROOT / "server").with_suffix("").parts)
-        assert name in MAY_WRITE or not writes.search(path.read_text()), f"{name}: use server/terminal.py"
+        assert name in MAY_WRITE or not writes.search(path.read_text()), f"{name}: use server/core/terminal.py"

@@ -12,11 +12,13 @@ from protocol import client, server
 from protocol.errors import CloseCode
 from protocol.ids import ConversationId, UserId
 from protocol.values import PresenceStatus
-from server import connection, hub, people, presence, untold
-from server.app import App
-from server.config import Settings
-from server.database import Db
-from server.presence import USER, WORKER, WORKERS
+from server.app.app import App
+from server.core.config import Settings
+from server.db.database import Db
+from server.domain import presence, untold
+from server.domain.presence import USER, WORKER, WORKERS
+from server.gateway import connection
+from server.hub import hub, online_users
 from server.queries import changes, conversations, sessions, users
 from server.queries.users import Visibility
 from tests.world import World, until
@@ -172,7 +174,7 @@ async def test_what_failed_the_first_time_is_told_later(
     monkeypatch.setattr(untold, "AGAIN_SECONDS", 0.1)
     monkeypatch.setattr(presence, "RECORD_SECONDS", 0.1)
     monkeypatch.setattr(connection, "REFRESH_RETRY_SECONDS", 0.1)
-    monkeypatch.setattr(people, "REST_MOST_SECONDS", 0.1)
+    monkeypatch.setattr(online_users, "REST_MOST_SECONDS", 0.1)
     monkeypatch.setattr(hub, "COMPARE_SECONDS", 0.1)
     async with World(settings, workers=1) as world:
         on = Stage(world, settings)

@@ -10,12 +10,13 @@ from protocol.codec import encode
 from protocol.ids import ConversationId, MessageId, UserId, uuid7
 from protocol.server import Error
 from protocol.values import User
-from server import app, hub
-from server.config import Settings
+from server.app import app
 from server.context import Context
-from server.dispatch import Dispatch
+from server.core.config import Settings
+from server.gateway.dispatch import Dispatch
+from server.hub import hub
+from server.limits.shared_rate_limit import SharedAllowance
 from server.routes import ROUTES
-from server.sharedallowance import SharedAllowance
 from tests.test_credentials import administer
 from tests.test_lock_order import AS_BEFORE, NOT_NOW, Quarrel
 from tests.world import World, http_client, sent

@@ -22,17 +22,17 @@ from protocol import client, server
 from protocol.codec import now
 from protocol.errors import ErrorCode, Refused
 from protocol.ids import MessageId, SessionId, UserId, uuid7
-from server.config import Settings
-from server.connection import Connection
-from server.database import Database, Db
-from server.deadlines import Deadlines
-from server.dispatch import Rate
-from server.errors import Away
-from server.hub import Hub
-from server.pool import OfSessions, Part, Pool
-from server.reconnecting import RETRY_SECONDS, Reconnecting
+from server.core.config import Settings
+from server.core.deadlines import Deadlines
+from server.core.errors import Away
+from server.db.database import Database, Db
+from server.db.pool import OfSessions, Part, Pool
+from server.db.reconnecting import RETRY_SECONDS, Reconnecting
+from server.fairness.turns import Turns
+from server.gateway.connection import Connection
+from server.gateway.dispatch import Rate
+from server.hub.hub import Hub
 from server.routes import ROUTES
-from server.turns import Turns
 from tests.test_hostile_values import valid
 from tests.world import World, http_client, message, sent, until
 

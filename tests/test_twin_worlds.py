@@ -10,9 +10,10 @@ import pytest
 
 from protocol import client
 from protocol.ids import UserId, uuid7
-from server import presence, pressure
-from server.config import Settings
-from server.dispatch import Rate
+from server.core.config import Settings
+from server.domain import presence
+from server.gateway.dispatch import Rate
+from server.limits import load_shedding
 from server.routes import ROUTES
 from tests.twins import COMPANION, VIEWER, WORDS, XAVER, Twin
 from tests.world import Somebody, World, http_client
@@ -25,7 +26,7 @@ async def world(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> AsyncIte
     monkeypatch.setattr(presence, "OFFLINE_SECONDS", 0.05)
     monkeypatch.setattr(presence, "FLUSH_SECONDS", 0.01)
     # Nothing is refused on a busy machine.
-    monkeypatch.setattr(pressure, "LATE_SECONDS", (60, 60, 60))
+    monkeypatch.setattr(load_shedding, "LATE_SECONDS", (60, 60, 60))
     async with World(settings, workers=1) as world:
         yield world
 

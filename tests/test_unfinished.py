@@ -13,12 +13,12 @@ from protocol.client import Authenticate
 from protocol.codec import encode
 from protocol.errors import CloseCode
 from protocol.limits import MAX_FRAME_BYTES
-from server import websocket
-from server.config import Settings
-from server.connection import MAX_INBOX
-from server.periodic import end
-from server.sharedbound import SHARE
-from server.sockets import FREE_BYTES, UNREAD_BYTES
+from server.core.config import Settings
+from server.core.periodic import end
+from server.fairness.shared_bound import SHARE
+from server.gateway import websocket
+from server.gateway.connection import MAX_INBOX
+from server.gateway.sockets import FREE_BYTES, UNREAD_BYTES
 from tests.test_floods import HEAD
 from tests.test_frames import Wire, frame
 from tests.test_lock_order import WAITS

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 import pytest
 
 from protocol.ids import UserId, uuid7
-from server import untold
-from server.untold import News, Reason, Untold
+from server.domain import untold
+from server.domain.untold import News, Reason, Untold
 
 
 def user() -> UserId:

@@ -17,9 +17,9 @@ from protocol import client, server
 from protocol.ids import MessageId, uuid7
 from protocol.payloads import Poll
 from prove.truth import recount
-from server import migrate
-from server.epoch import epoch_id
-from server.queries import checks, exports
+from server.db import migrate
+from server.db.epoch import epoch_id
+from server.queries import checks, export
 from server.queries.checks import CHECKS
 from tests.conftest import Servers
 from tests.test_administration import Shell
@@ -298,7 +298,7 @@ async def test_slack_moves_in(shell: Shell, world: World, tmp_path: Path, *, is_
     assert [line for line in await shell.json("check") if not line["is_good"]] == []
     # Whoever had left by then finds in their own data where they wrote.
     mary = await world.db.fetchval("""SELECT id FROM "user" WHERE name = 'Mary Somerville'""")
-    (hers,) = json.loads(await exports.head(world.db, mary))["conversations"]
+    (hers,) = json.loads(await export.head(world.db, mary))["conversations"]
     assert (hers["participant"]["status"], hers["title"]) == ("left", None)
     assert 0 < hers["participant"]["version"] < first["sent_version"]
     # Once more, nothing changes; and people go on where they were.

@@ -16,10 +16,10 @@ from protocol.ids import ConversationId, MessageId, UserId, uuid7
 from protocol.server import Error
 from protocol.values import User
 from prove.client import Client
-from server.config import Settings
 from server.context import Context
-from server.database import Database
-from server.errors import NotActive
+from server.core.config import Settings
+from server.core.errors import NotActive
+from server.db.database import Database
 from server.queries import conversations, moderation
 from server.routes import ROUTES
 from tests.test_lock_order import Quarrel

@@ -18,12 +18,12 @@ from typing import Any
 import msgspec
 import pytest
 
-from server.config import Settings
-from server.embedded.folder import DataFolder
-from server.embedded.logfile import LogFile
-from server.embedded.postgres import Postgres
-from server.errors import Fatal
-from server.supervisor import Supervisor, Worker
+from server.core.config import Settings
+from server.core.errors import Fatal
+from server.processes.embedded.folder import DataFolder
+from server.processes.embedded.logfile import LogFile
+from server.processes.embedded.postgres import Postgres
+from server.processes.supervisor import Supervisor, Worker
 
 EMBEDDED = Path(__file__).parent.parent / "server" / "embedded"
 
@@ -142,7 +142,7 @@ def test_a_replacement_that_cannot_be_started_leaves_the_worker_that_is_there(
         there: Any = object()
         worker.process = there
         monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: failing(BlockingIOError(11, "fork"))())
-        monkeypatch.setattr("server.supervisor.close_pipes", lambda _: None)
+        monkeypatch.setattr("server.processes.supervisor.close_pipes", lambda _: None)
         with pytest.raises(BlockingIOError):
             worker.replace()
         assert worker.process is there

@@ -8,7 +8,7 @@ from protocol import client, server
 from protocol.errors import ErrorCode
 from protocol.ids import MessageId, UserId
 from prove.client import Client
-from server.queries import whereabouts
+from server.queries import delivery_report
 from tests.world import Room, World, refused, sent, until
 
 
@@ -54,7 +54,7 @@ async def test_for_each_who_has_it_not_the_reason(room: Room, world: World) -> N
     await room.ada.call(client.AddParticipants(conversation_id=room.group, participants=[people["Late"].id]))
     ids: dict[UserId, str] = {one.id: name for name, one in people.items()} | {room.them[1].id: "Charles"}
     await world.db.execute('UPDATE "user" SET is_online = true WHERE id = $1', room.them[1].id)
-    told = await whereabouts.of(world.db, message_id, None, viewer=None)
+    told = await delivery_report.of(world.db, message_id, None, viewer=None)
     assert told is not None
     assert {ids[one.user_id]: one.state for one in told.recipients} == {
         "Left": "left", "Offline": "offline", "Slow": "slow", "Muting": "muted", "Blocking": "blocked",
@@ -81,7 +81,7 @@ async def test_a_client_that_reads_too_slowly_is_remembered(world: World) -> Non
     presence = world.workers[0].app.presence
     await until(lambda: charles.id not in presence._devices)  # noqa: SLF001 - the client hears of it first
     await presence.close()
-    told = await whereabouts.of(world.db, message_id, None, viewer=None)
+    told = await delivery_report.of(world.db, message_id, None, viewer=None)
     assert told is not None
     assert [one.state for one in told.recipients] == ["slow"]
     assert json.dumps([one.state for one in told.recipients])

@@ -14,8 +14,8 @@ from protocol.errors import ErrorCode, Refused
 from protocol.http import ChangePassword, Confirm, Login, Register
 from protocol.ids import uuid7
 from protocol.limits import MAX_CONTENT, MAX_PAGE, MAX_POLL_OPTIONS, MAX_RESUMED, MAX_WATCHED
+from server.ops.transfer import reading
 from server.routes import ROUTES
-from server.transfer import reading
 from tests.test_hostile_values import valid
 
 BODIES = (Register, Login, Confirm, ChangePassword)

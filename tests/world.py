@@ -23,15 +23,15 @@ from protocol.ids import ConversationId, MessageId, UserId, uuid7
 from protocol.server import MessageSent, OneConversation, Sent
 from protocol.values import Message
 from prove.client import Client
-from server.app import App
+from server.app.app import App
 from server.auth.tokens import new_token, token_hash
-from server.config import Settings
-from server.database import speak
-from server.describe import openapi
-from server.describe.openapi import BEFORE_ANY_PATH
+from server.core.config import Settings
+from server.db.database import speak
+from server.http import openapi
+from server.http.openapi import BEFORE_ANY_PATH
+from server.jobs.scheduled import Scheduling
+from server.processes.worker import DrainingServer
 from server.queries import accounts, sessions
-from server.scheduling import Scheduling
-from server.worker import DrainingServer
 
 ON_LOOPBACK = ("127.0.0.1", 0)
 
@@ -57,7 +57,7 @@ class Somebody(NamedTuple):
 
 
 class Worker:
-    """A worker as server/worker.py runs it, in the test's own process, so that starting one takes no time."""
+    """A worker as server/processes/worker.py runs it, in the test's own process, so that starting one takes no time."""
 
     def __init__(self, settings: Settings, folder: Path, number: int, *, is_alone: bool = False) -> None:
         self._settings = settings

@@ -1,1 +1,1 @@
-"""Who somebody is: passwords, tokens, sessions, and the HTTP endpoints for them."""
+"""Identity: passwords, tokens, sessions, tickets."""

@@ -16,8 +16,8 @@ from weakref import WeakValueDictionary
 from redis.asyncio import Redis, RedisCluster
 
 from protocol.errors import ErrorCode, Refused
-from server.addresses import OF_A_PROXY
-from server.errors import REDIS_LOST
+from server.core.errors import REDIS_LOST
+from server.limits.per_address import OF_A_PROXY
 
 WINDOW_SECONDS = 300
 KEY = "openchat:attempts:"

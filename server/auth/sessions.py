@@ -10,9 +10,9 @@ from protocol.errors import CloseCode, ErrorCode, Refused
 from protocol.ids import SessionId, UserId
 from server.auth.tickets import PREFIX, TicketRefused, Tickets
 from server.auth.tokens import token_hash
-from server.database import Database
-from server.errors import is_lost
-from server.gather import Gather
+from server.core.errors import is_lost
+from server.db.database import Database
+from server.fairness.batcher import Gather
 from server.queries import sessions
 from server.queries.sessions import Active
 

@@ -14,8 +14,8 @@ from redis.asyncio import Redis, RedisCluster
 from protocol.errors import ErrorCode, Refused
 from protocol.ids import SessionId
 from server.auth.tokens import new_token, token_hash
-from server.errors import REDIS_LOST
-from server.gather import Gather
+from server.core.errors import REDIS_LOST
+from server.fairness.batcher import Gather
 
 LASTS_SECONDS = 60
 PREFIX = "ticket."

@@ -5,7 +5,8 @@ columns with what uses them. All of it is generated from the code; `python -m se
 import json
 from collections.abc import Callable
 
-from server.describe import asyncapi, columns, handbook, openapi, rules
+from server.describe import columns, handbook, rules
+from server.http import asyncapi, openapi
 
 DOCUMENTS: dict[str, Callable[[], str]] = {
     "asyncapi.json": lambda: json.dumps(asyncapi.document(), indent=1) + "\n",

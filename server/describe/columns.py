@@ -7,7 +7,8 @@ from collections import defaultdict
 from types import ModuleType
 from typing import NamedTuple
 
-from server import migrate, queries
+from server import queries
+from server.db import migrate
 
 WAITING = {
     "attachment": "uploads",
@@ -21,7 +22,7 @@ WAITING = {
     "user.email_verified": "verified addresses",
     "message.token_count": "assistants",
     "message.model": "assistants",
-    "database_epoch": "server/epoch.py, which keeps it",
+    "database_epoch": "server/db/epoch.py, which keeps it",
 }
 """Tables and columns that nothing uses yet, or that no query of server/queries does, and what for."""
 

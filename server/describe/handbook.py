@@ -10,9 +10,10 @@ import msgspec
 from protocol import PROTOCOL_VERSION, SUBPROTOCOL, client, payloads, server, values
 from protocol.errors import CloseCode, ErrorCode
 from protocol.limits import Limits, RateLimit
-from server.config import Settings
-from server.describe.asyncapi import ANSWERS, CLIENT_FRAMES, DURABLE, SERVER_FRAMES, summary, tag
-from server.describe.openapi import CALLED
+from server.core.config import Settings
+from server.http.asyncapi import ANSWERS, CLIENT_FRAMES, DURABLE, SERVER_FRAMES, summary, tag
+from server.http.openapi import CALLED
+from server.limits.advertised import advertised
 from server.routes import ROUTES
 
 WIDTH = 120
@@ -79,7 +80,7 @@ def document() -> str:
             for code in CloseCode
         ),
         "\n## Limits\n\nAs sent in `ready`; the rates are settings.\n\n| limit | value |\n| --- | --- |",
-        *(f"| `{name}` | {_limit(getattr(Settings().limits, name))} |" for name in Limits.__struct_fields__),
+        *(f"| `{name}` | {_limit(getattr(advertised(Settings()), name))} |" for name in Limits.__struct_fields__),
     ]
     return "\n".join(parts) + "\n"
 

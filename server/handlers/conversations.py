@@ -13,19 +13,19 @@ from protocol.server import (
     PublicConversationList,
 )
 from protocol.values import Conversation, ConversationView, Role
-from server import search, sync
 from server.context import Context
-from server.cursor import Cursor
-from server.database import Db
-from server.errors import NotActive, NotFound
-from server.invitecode import new_code
-from server.membership import News, Welcome, counted, end, entered, guests, require_uncounted, welcomed
-from server.permissions import require, unreachable
+from server.core.errors import NotActive, NotFound
+from server.db.database import Db
+from server.domain import search_text, sync
+from server.domain.invite_code import new_code
+from server.domain.membership import News, Welcome, counted, end, entered, guests, require_uncounted, welcomed
+from server.domain.permissions import require, unreachable
+from server.domain.publish import tell_updated
 from server.queries import audit, bounds, conversations, participants, users
 from server.queries.audit import Deed
 from server.queries.conversations import Filter, Founding
+from server.queries.cursor import Cursor
 from server.queries.sending import Announcement
-from server.telling import tell_updated
 
 
 async def create_direct(context: Context, frame: client.CreateDirect) -> OneConversation:
@@ -229,7 +229,7 @@ async def delete(context: Context, frame: client.DeleteConversation) -> Done:
 
 async def find(context: Context, frame: client.FindConversations) -> PublicConversationList:
     """Return public conversations that have these words."""
-    query = search.query(frame.text, prefix=search.PREFIX_OF_NAMES)
+    query = search_text.query(frame.text, prefix=search_text.PREFIX_OF_NAMES)
     async with context.database.searching() as db:
         return PublicConversationList(conversations=await conversations.find(db, query, limit=frame.limit))
 

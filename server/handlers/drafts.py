@@ -11,13 +11,13 @@ from protocol.limits import MAX_SCHEDULED
 from protocol.server import Done, DraftList, OneScheduled, ScheduledList
 from protocol.values import Scheduled, Words
 from server.context import Context
-from server.cursor import Cursor
-from server.database import Db
-from server.errors import NotActive, NotFound
-from server.permissions import require_may_send
+from server.core.errors import NotActive, NotFound
+from server.db.database import Db
+from server.domain.compose import outgoing, require_fair
+from server.domain.permissions import require_may_send
 from server.queries import conversations, drafts, scheduled, sending, users
+from server.queries.cursor import Cursor
 from server.queries.sending import Outgoing
-from server.saying import outgoing, require_fair
 
 LATEST = timedelta(days=366)
 """How far ahead a message may be scheduled."""

@@ -6,13 +6,13 @@ from protocol import client
 from protocol.roles import Act
 from protocol.server import Done, InvitationList, OneConversation
 from server.context import Context
-from server.errors import NotFound
-from server.invitecode import new_code
-from server.membership import News, entered, welcomed_by
-from server.permissions import require
+from server.core.errors import NotFound
+from server.domain.invite_code import new_code
+from server.domain.membership import News, entered, welcomed_by
+from server.domain.permissions import require
+from server.domain.publish import tell_updated
 from server.queries import audit, conversations, participants, users
 from server.queries.audit import Deed
-from server.telling import tell_updated
 
 
 async def invite(context: Context, frame: client.Invite) -> Done:

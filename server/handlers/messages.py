@@ -11,14 +11,14 @@ from protocol.roles import Act, may
 from protocol.server import Changed, EditPage, MessagePage, OneMessage
 from protocol.values import Message
 from server.context import Context
-from server.errors import NotFound
-from server.permissions import require, require_may_send, require_sender_not_above
+from server.core.errors import NotFound
+from server.domain.compose import is_closed, made_of
+from server.domain.permissions import require, require_may_send, require_sender_not_above
+from server.domain.publish import tell_changed, tell_deleted
 from server.queries import audit, edits, messages, sending
 from server.queries.audit import Deed
 from server.queries.messages import Found, Span
 from server.queries.sending import Made
-from server.saying import is_closed, made_of
-from server.telling import tell_changed, tell_deleted
 
 
 async def edit(context: Context, frame: client.Edit) -> Changed:

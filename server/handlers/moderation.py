@@ -6,14 +6,14 @@ from protocol.ids import ConversationId
 from protocol.roles import Act
 from protocol.server import AuditPage, Changed, Done, ReportPage
 from server.context import Context
-from server.database import Db
-from server.errors import NotActive, NotFound
-from server.membership import taking_part
-from server.permissions import require, require_not_above, require_sender_not_above
+from server.core.errors import NotActive, NotFound
+from server.db.database import Db
+from server.domain.membership import taking_part
+from server.domain.permissions import require, require_not_above, require_sender_not_above
+from server.domain.publish import tell_changed
 from server.queries import audit, bounds, conversations, edits, messages, moderation, users
 from server.queries.audit import Deed
 from server.queries.messages import Found
-from server.telling import tell_changed
 
 
 async def moderate(context: Context, frame: client.Moderate) -> Changed:

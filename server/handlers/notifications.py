@@ -4,7 +4,7 @@ from protocol import client
 from protocol.codec import now
 from protocol.server import Badge, Done, FeedPage, PushKey
 from server.context import Context
-from server.notices import require_keys
+from server.domain.push_keys import require_keys
 from server.queries import feed, push, unread, users
 
 

@@ -6,12 +6,12 @@ from protocol.ids import UserId
 from protocol.roles import Act, may, rank
 from protocol.server import Added, Done, OneConversation, ParticipantPage
 from protocol.values import Conversation, Participant, ParticipantStatus
-from server import sync
 from server.context import Context
-from server.database import Db
-from server.errors import NotActive, NotFound
-from server.membership import News, entered, require_room, taking_part, welcomed_by
-from server.permissions import require, require_above, require_below
+from server.core.errors import NotActive, NotFound
+from server.db.database import Db
+from server.domain import sync
+from server.domain.membership import News, entered, require_room, taking_part, welcomed_by
+from server.domain.permissions import require, require_above, require_below
 from server.queries import bounds, conversations, participants, users
 from server.queries.audit import Deed
 from server.queries.sending import Announcement

@@ -6,11 +6,11 @@ from protocol.limits import MAX_PINS
 from protocol.roles import Act
 from protocol.server import Changed, Done, MessageList
 from server.context import Context
-from server.cursor import Cursor
-from server.errors import NotFound
-from server.permissions import require, require_may_send
+from server.core.errors import NotFound
+from server.domain.permissions import require, require_may_send
+from server.domain.publish import tell_changed
 from server.queries import bounds, conversations, messages, pins
-from server.telling import tell_changed
+from server.queries.cursor import Cursor
 
 
 async def pin(context: Context, frame: client.Pin | client.Unpin) -> Changed:

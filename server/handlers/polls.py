@@ -6,13 +6,13 @@ from protocol.payloads import Poll
 from protocol.roles import Act
 from protocol.server import Changed, MessageChanged, PollVoted, VotePage
 from server.context import Context
-from server.errors import NotFound
-from server.permissions import require, require_may_send, require_sender_not_above
+from server.core.errors import NotFound
+from server.domain.compose import is_closed
+from server.domain.permissions import require, require_may_send, require_sender_not_above
+from server.domain.publish import tell_changed
 from server.queries import audit, messages, polls
 from server.queries.audit import Deed
 from server.queries.messages import Found
-from server.saying import is_closed
-from server.telling import tell_changed
 
 
 async def vote(context: Context, frame: client.Vote) -> Changed:

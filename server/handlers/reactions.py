@@ -5,8 +5,8 @@ from protocol.errors import ErrorCode, Refused
 from protocol.limits import MAX_EMOJI_PER_MESSAGE
 from protocol.server import Changed, MessageChanged, MessageReacted, MessageUnreacted
 from server.context import Context
-from server.errors import NotFound
-from server.permissions import require_may_send
+from server.core.errors import NotFound
+from server.domain.permissions import require_may_send
 from server.queries import messages, reactions
 
 

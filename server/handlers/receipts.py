@@ -4,7 +4,7 @@ from protocol import client
 from protocol.limits import MAX_SHARED_PARTICIPANTS
 from protocol.server import Done, MessageDelivered, MessageRead, Readers, ReadUpTo, ServerFrame
 from server.context import Context
-from server.errors import NotFound
+from server.core.errors import NotFound
 from server.queries import conversations, participants, receipts, users
 
 

@@ -9,9 +9,9 @@ from protocol.ids import UserId
 from protocol.server import Done, OneRelationship, RelationshipPage
 from protocol.values import Relationship, RelationshipKind, RelationshipStatus
 from server.context import Context
-from server.database import Db
-from server.errors import NotActive, NotFound
-from server.permissions import OwnBlock, unreachable
+from server.core.errors import NotActive, NotFound
+from server.db.database import Db
+from server.domain.permissions import OwnBlock, unreachable
 from server.queries import approaches, bounds, relationships, users
 from server.queries.relationships import Change
 

@@ -16,12 +16,12 @@ from protocol.limits import FURTHER_TOKENS, TOKEN_BYTES, part_of_mentions
 from protocol.server import MessageSent, Sent
 from protocol.values import Message
 from server.context import Context
-from server.database import Db
-from server.errors import NotActive, NotFound, is_lost
-from server.permissions import OBSTACLES, slow_mode
+from server.core.errors import NotActive, NotFound, is_lost
+from server.db.database import Db
+from server.domain.compose import outgoing, require_fair
+from server.domain.permissions import OBSTACLES, slow_mode
 from server.queries import messages, sending
 from server.queries.sending import Outgoing, Source, Stored
-from server.saying import outgoing, require_fair
 
 MAX_RACES = 5
 """How often a send is tried again when the sender's access, or the message's id, changed under it."""

@@ -3,8 +3,8 @@
 from protocol import client
 from protocol.codec import now
 from protocol.server import Pong, Resumed
-from server import sync
 from server.context import Context
+from server.domain import sync
 
 
 async def ping(context: Context, frame: client.Ping) -> Pong:  # noqa: ARG001 - the table's shape

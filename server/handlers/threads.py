@@ -3,9 +3,9 @@
 from protocol import client
 from protocol.server import MessagePage, OneThread, OneThreadFollow, ThreadList
 from server.context import Context
-from server.cursor import Cursor
-from server.errors import NotFound
+from server.core.errors import NotFound
 from server.queries import bounds, conversations, messages, threads
+from server.queries.cursor import Cursor
 from server.queries.messages import NEWEST, Span
 from server.queries.threads import Change
 

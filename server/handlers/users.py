@@ -15,10 +15,10 @@ from protocol.server import (
     UserList,
     UserUpdated,
 )
-from server import search
 from server.context import Context
-from server.errors import NotActive, NotFound
-from server.permissions import require_may_send
+from server.core.errors import NotActive, NotFound
+from server.domain import search_text
+from server.domain.permissions import require_may_send
 from server.queries import conversations, users
 
 
@@ -39,7 +39,7 @@ async def profile(context: Context, frame: client.GetProfile) -> OneProfile:
 
 async def search_users(context: Context, frame: client.SearchUsers) -> UserList:
     """Return users by name."""
-    query = search.query(frame.text, prefix=search.PREFIX_OF_NAMES)
+    query = search_text.query(frame.text, prefix=search_text.PREFIX_OF_NAMES)
     async with context.database.searching() as db:
         return UserList(users=await users.search(db, context.user_id, query, limit=frame.limit))
 

@@ -7,9 +7,9 @@ import msgspec
 
 from protocol.ids import SessionId, UserId
 from protocol.values import User
-from server.database import Db
+from server.db.database import Db
+from server.db.rows import Page, Reader, Undecoded
 from server.queries.users import FACE
-from server.rows import Page, Reader, Undecoded
 
 _user_decoder = Reader(User)
 

@@ -8,7 +8,7 @@ from typing import Literal, NoReturn
 from protocol.errors import ErrorCode, Refused
 from protocol.ids import UserId
 from protocol.limits import MAX_ADDED_A_DAY, MAX_APPROACHES_A_DAY
-from server.database import Db
+from server.db.database import Db
 
 Kind = Literal["add", "invite", "friend", "follow", "block", "mute", "switch"]
 SAID: dict[Kind, str] = {

@@ -9,8 +9,8 @@ import msgspec
 from protocol.ids import ConversationId, MessageId, UserId
 from protocol.json_object import Json
 from protocol.values import AuditEntry
-from server.database import Db
-from server.rows import Page, Reader, Undecoded
+from server.db.database import Db
+from server.db.rows import Page, Reader, Undecoded
 
 SERVER = ConversationId(UUID(int=0))
 """The chain of what is done on the server, outside any conversation."""

@@ -19,7 +19,7 @@ from protocol.limits import (
     MAX_THREAD_FOLLOWS,
 )
 from protocol.values import RelationshipKind
-from server.database import Db
+from server.db.database import Db
 
 RETRY_MS = 3_600_000
 """Interval until the next try after too many conversations or reports of a day, milliseconds."""

@@ -12,10 +12,10 @@ from protocol.ids import EVERYONE, ConversationId, MessageId, UserId
 from protocol.limits import MAX_CHANGES_BYTES
 from protocol.server import Changes, DurableEvent
 from protocol.values import Receipt
-from server.database import Db
+from server.db.database import Db
+from server.db.rows import Reader, Undecoded
 from server.queries.unread import COUNT_UNREAD
 from server.queries.users import UNSEEN
-from server.rows import Reader, Undecoded
 
 MANY = 4
 """Max events that fit into a frame, however large they are."""

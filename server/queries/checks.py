@@ -7,7 +7,7 @@ locked: what changes meanwhile changes for both sides of a comparison, or for ne
 from datetime import timedelta
 from typing import NamedTuple
 
-from server.database import Db
+from server.db.database import Db
 from server.queries.relationships import BLANK
 
 

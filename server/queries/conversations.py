@@ -18,11 +18,11 @@ from protocol.values import (
     PublicConversation,
     Role,
 )
-from server.cursor import Cursor
-from server.database import Db
+from server.db.database import Db
+from server.db.rows import Page, Reader, Undecoded, fitting
+from server.queries.cursor import Cursor
 from server.queries.messages import HAS_PART, Obstacle
 from server.queries.unread import COUNT_UNREAD
-from server.rows import Page, Reader, Undecoded, fitting
 
 _view_decoder = Reader(ConversationView)
 _public_decoder = Reader(PublicConversation)

@@ -4,11 +4,11 @@ from protocol.client import SetDraft
 from protocol.ids import ConversationId, UserId
 from protocol.limits import MAX_PAGE
 from protocol.values import Draft
-from server.cursor import Cursor
-from server.database import Db
+from server.db.database import Db
+from server.db.rows import Page, Reader, Undecoded
+from server.queries.cursor import Cursor
 from server.queries.moment import MOMENT
 from server.queries.users import MOVE_OWN
-from server.rows import Page, Reader, Undecoded
 
 _draft_decoder = Reader(Draft)
 

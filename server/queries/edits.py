@@ -5,10 +5,10 @@ from typing import NamedTuple
 from protocol.client import Edit
 from protocol.ids import ConversationId, EditId, MessageId, UserId, uuid7
 from protocol.values import Message, MessageEdit
-from server.database import Db
+from server.db.database import Db
+from server.db.rows import Page, Reader, Undecoded
 from server.queries.messages import VISIBLE, Place
 from server.queries.sending import Made
-from server.rows import Page, Reader, Undecoded
 
 _message_decoder = Reader(Message)
 _edit_decoder = Reader(MessageEdit)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from uuid import UUID
 
 from protocol.ids import ConversationId, UserId
-from server.database import Db
+from server.db.database import Db
 from server.queries.relationships import BLANK
 
 AT_ONCE = 10

@@ -3,7 +3,7 @@
 from collections.abc import Collection, Sequence
 
 from protocol.ids import ConversationId, MessageId, UserId
-from server.database import Db
+from server.db.database import Db
 
 AT_ONCE = 200
 PORTION = 8

@@ -10,13 +10,13 @@ from protocol.ids import UserId
 from protocol.limits import MAX_COUNTED
 from protocol.server import FeedPage
 from protocol.values import FeedEntry, FeedKind
-from server.cursor import moment_of, not_a_cursor
-from server.database import IN_ORDER, Db
+from server.db.database import IN_ORDER, Db
+from server.db.rows import Reader, Undecoded
 from server.queries import latest
+from server.queries.cursor import moment_of, not_a_cursor
 from server.queries.latest import LATEST
 from server.queries.moment import MOMENT
 from server.queries.unread import SILENCES
-from server.rows import Reader, Undecoded
 
 _entry_decoder = Reader(FeedEntry)
 

@@ -3,7 +3,7 @@
 from datetime import datetime
 
 from protocol.ids import UserId
-from server.database import Db
+from server.db.database import Db
 from server.queries.conversations import ACTIVE_AT
 
 SEARCHED = 200

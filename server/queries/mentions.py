@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from protocol.ids import ConversationId, UserId
 from protocol.limits import MAX_MENTIONS, MAX_NAMED_PARTICIPANTS
-from server.database import Db
+from server.db.database import Db
 
 
 class Meant(NamedTuple):

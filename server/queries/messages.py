@@ -7,8 +7,8 @@ from protocol.ids import ConversationId, MessageId, UserId
 from protocol.limits import MAX_PAGE_BYTES
 from protocol.server import MessagePage, OneMessage
 from protocol.values import Conversation, Message, Participant
-from server.database import Db
-from server.rows import Reader, Undecoded, fitting
+from server.db.database import Db
+from server.db.rows import Reader, Undecoded, fitting
 
 _one_decoder = Reader(OneMessage)
 _message_decoder = Reader(Message)

@@ -5,9 +5,9 @@ from typing import NamedTuple
 from protocol.client import DismissReport, ListReports, ReportMessage
 from protocol.ids import MessageId, UserId, uuid7
 from protocol.values import Message, Report
-from server.database import Db
+from server.db.database import Db
+from server.db.rows import Page, Reader, Undecoded
 from server.queries.edits import find_anew
-from server.rows import Page, Reader, Undecoded
 
 _message_decoder = Reader(Message)
 _report_decoder = Reader(Report)

@@ -11,10 +11,10 @@ from protocol.ids import ConversationId, UserId
 from protocol.roles import ROLES
 from protocol.server import OutsidersChanged, ParticipantChanged, ParticipantEntry, ParticipantLeft
 from protocol.values import Invitation, Participant, ParticipantStatus, Role
-from server.database import Db
+from server.db.database import Db
+from server.db.rows import Page, Reader, Undecoded
 from server.queries import drafts
 from server.queries.users import FACE, MOVE_OWN
-from server.rows import Page, Reader, Undecoded
 
 _participant_decoder = Reader(Participant)
 _invitations_decoder = Reader(Invitation)

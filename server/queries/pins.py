@@ -7,12 +7,12 @@ from protocol.ids import ConversationId, UserId
 from protocol.limits import MAX_PINS
 from protocol.server import MessageList
 from protocol.values import Message
-from server.cursor import Cursor
-from server.database import Db
+from server.db.database import Db
+from server.db.rows import Page, Reader, Undecoded
+from server.queries.cursor import Cursor
 from server.queries.messages import VISIBLE, WITHHELD, Place
 from server.queries.moment import MOMENT
 from server.queries.users import MOVE_OWN
-from server.rows import Page, Reader, Undecoded
 
 _message_decoder = Reader(Message)
 

@@ -4,9 +4,9 @@ from typing import NamedTuple
 
 from protocol.ids import UserId
 from protocol.values import Message, PollVote
-from server.database import Db
+from server.db.database import Db
+from server.db.rows import Page, Reader, Undecoded
 from server.queries.messages import Place
-from server.rows import Page, Reader, Undecoded
 
 _message_decoder = Reader(Message)
 _vote_decoder = Reader(PollVote)

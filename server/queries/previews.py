@@ -3,10 +3,10 @@
 import msgspec
 
 from protocol.values import LinkPreview, Message
-from server.database import Db
+from server.db.database import Db
+from server.db.rows import Reader
 from server.queries import messages
 from server.queries.messages import At, Found
-from server.rows import Reader
 
 _message_decoder = Reader(Message)
 

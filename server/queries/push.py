@@ -8,10 +8,10 @@ from protocol.client import RegisterPush
 from protocol.ids import ConversationId, MessageId, SessionId, UserId
 from protocol.limits import MAX_PUSH_ENDPOINTS
 from protocol.values import User
-from server.database import Db
+from server.db.database import Db
+from server.db.rows import Reader
 from server.queries.unread import SILENCES
 from server.queries.users import FACE
-from server.rows import Reader
 
 _user_decoder = Reader(User)
 

@@ -8,7 +8,7 @@ from protocol.ids import UserId
 from protocol.limits import MAX_EMOJI_OF_USER
 from protocol.reaction import normalized
 from protocol.values import Message
-from server.database import Db
+from server.db.database import Db
 
 REACT = f"""
 WITH reacted AS (

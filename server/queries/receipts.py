@@ -7,11 +7,11 @@ from typing import NamedTuple
 from protocol.client import Delivered, MarkUnread, Read
 from protocol.ids import ConversationId, MessageId, UserId
 from protocol.server import Readers
-from server.database import Db
+from server.db.database import Db
+from server.db.rows import Reader
 from server.queries.messages import REACHED, VISIBLE, Place
 from server.queries.unread import COUNT_UNREAD
 from server.queries.users import UNSEEN
-from server.rows import Reader
 
 _readers_decoder = Reader(Readers)
 

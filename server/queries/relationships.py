@@ -8,10 +8,10 @@ import msgspec
 from protocol.client import ListRelationships
 from protocol.ids import UserId
 from protocol.values import Relationship, RelationshipEntry, RelationshipKind, RelationshipStatus
-from server.database import Db
+from server.db.database import Db
+from server.db.rows import Page, Reader, Undecoded
 from server.queries import users
 from server.queries.users import FACE
-from server.rows import Page, Reader, Undecoded
 
 AT_ONCE = 1_000
 """Relationships that one statement deletes."""

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from uuid import UUID
 
 from protocol.ids import ConversationId, MessageId, UserId
-from server.database import Db
+from server.db.database import Db
 from server.queries import drafts, participants
 
 AT_ONCE = 500

@@ -11,11 +11,11 @@ from protocol.client import Schedule, Send
 from protocol.ids import ConversationId, MessageId, UserId
 from protocol.limits import MAX_PAGE
 from protocol.values import Scheduled, ScheduledStatus, User, Words
-from server.cursor import Cursor
-from server.database import Db
+from server.db.database import Db
+from server.db.rows import Page, Reader, Undecoded
+from server.queries.cursor import Cursor
 from server.queries.moment import MOMENT
 from server.queries.users import FACE, MOVE_OWN
-from server.rows import Page, Reader, Undecoded
 
 _scheduled_decoder = Reader(Scheduled)
 _words_decoder = msgspec.json.Decoder(Words, dec_hook=json_object.read)

@@ -12,11 +12,11 @@ from protocol.ids import ConversationId, MessageId, UserId
 from protocol.json_object import Json
 from protocol.payloads import Poll
 from protocol.values import ContentType, Message, SystemMessageType
-from server.database import Db
-from server.gather import Slow
-from server.lanes import HELD, Held
+from server.db.database import Db
+from server.db.rows import Reader
+from server.fairness.batcher import Slow
+from server.fairness.lanes import HELD, Held
 from server.queries.messages import LOCK, Obstacle
-from server.rows import Reader
 
 SHARED_LOCK_MS, ALONE_LOCK_MS = 10, 200
 """Max time that messages wait for a row other than their conversation's, in milliseconds: several that share a

@@ -7,9 +7,9 @@ from typing import NamedTuple
 from protocol.ids import SessionId, UserId
 from protocol.limits import MAX_SESSIONS
 from protocol.values import Session, User
-from server.database import Db
+from server.db.database import Db
+from server.db.rows import Reader, Undecoded
 from server.queries.users import FACE
-from server.rows import Reader, Undecoded
 
 _user_decoder = Reader(User)
 _sessions_decoder = Reader(Session)

@@ -4,13 +4,13 @@ from typing import NamedTuple
 
 from protocol.ids import UserId
 from protocol.values import ThreadFollow, ThreadView
-from server.cursor import Cursor
-from server.database import Db
+from server.db.database import Db
+from server.db.rows import Page, Reader, Undecoded
+from server.queries.cursor import Cursor
 from server.queries.messages import VISIBLE, Place
 from server.queries.moment import MOMENT
 from server.queries.unread import COUNT_REPLIES, HAS_UNREAD_REPLY
 from server.queries.users import MOVE_OWN
-from server.rows import Page, Reader, Undecoded
 
 _view_decoder = Reader(ThreadView)
 _follow_decoder = Reader(ThreadFollow)

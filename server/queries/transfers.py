@@ -5,7 +5,7 @@ from typing import NamedTuple
 from uuid import UUID
 
 from protocol.ids import ConversationId, MessageId, UserId
-from server.database import Db
+from server.db.database import Db
 
 TABLES = {
     "user": 'SELECT row_to_json(t)::text FROM "user" t ORDER BY t.id',

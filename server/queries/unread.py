@@ -10,7 +10,7 @@ from collections.abc import Collection
 
 from protocol.ids import UserId
 from protocol.limits import MAX_COUNTED
-from server.database import Db
+from server.db.database import Db
 
 SILENCES = """coalesce((
     SELECT true FROM user_relationship s WHERE s.from_user_id = {me} AND s.to_user_id = {them}

@@ -10,8 +10,8 @@ from protocol.client import SetPresence
 from protocol.ids import UserId
 from protocol.server import OwnEvent, OwnStartOverReason
 from protocol.values import Me, PresenceStatus, Profile, User
-from server.database import Db
-from server.rows import Reader, Undecoded
+from server.db.database import Db
+from server.db.rows import Reader, Undecoded
 
 _users_decoder = Reader(User)
 _profile_decoder = Reader(Profile)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 from protocol.ids import ConversationId, UserId
 from protocol.limits import MAX_INVITATIONS, MAX_INVITATIONS_OF_PAIR, MAX_INVITATIONS_SENT
 from protocol.values import ParticipantStatus
-from server.database import Db
+from server.db.database import Db
 
 
 class Guest(NamedTuple):

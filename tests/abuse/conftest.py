@@ -7,8 +7,8 @@ from typing import NamedTuple
 import msgspec
 import pytest
 
-from server.config import Settings
-from server.supervisor import Worker
+from server.core.config import Settings
+from server.processes.supervisor import Worker
 from tests.bystander import Bystander, Round
 from tests.cluster import Cluster
 from tests.world import Somebody, World

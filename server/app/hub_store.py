@@ -1,0 +1,105 @@
+"""What the hub asks the database, many questions of a kind in one query."""
+
+import asyncio
+from collections.abc import Collection, Mapping, Sequence
+
+from protocol.ids import ConversationId, SessionId, UserId
+from protocol.limits import MAX_CHANGES
+from server.db.database import Database
+from server.fairness.batcher import Gather
+from server.hub.doubts import Pair
+from server.hub.topics import Fetched
+from server.queries import changes, conversations, sessions, users
+from server.queries.conversations import Membership
+from server.queries.users import OWN_PAGE, Clocks, OwnNews, Watchable
+
+MEMBERSHIPS_AT_ONCE = 64
+"""Max users per membership query."""
+
+
+class PostgresLook:
+    """What connections of one user are told, in PostgreSQL. Each question is asked once; later callers share it."""
+
+    def __init__(self, record: "PostgresRecord", user_id: UserId, *, is_whole: bool) -> None:
+        self._record = record
+        self._user_id = user_id
+        self.is_whole = is_whole
+        self._there: asyncio.Future[dict[ConversationId, Membership]] | None = None
+        self._news: dict[int, asyncio.Future[OwnNews]] = {}
+
+    async def memberships(self) -> Mapping[ConversationId, Membership]:
+        """Return the user's conversations."""
+        if self._there is None:
+            self._there = asyncio.ensure_future(self._record.memberships.submit(self._user_id))
+        return await asyncio.shield(self._there)
+
+    async def news(self, since: int) -> OwnNews:
+        """Return the first changes of the user's own after a number of their clock."""
+        if (there := self._news.get(since)) is None:
+            there = self._news[since] = asyncio.ensure_future(self._record.news(self._user_id, since))
+        return await asyncio.shield(there)
+
+
+class PostgresRecord:
+    """The hub's Record, in PostgreSQL."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._versions: Gather[Sequence[ConversationId], dict[ConversationId, int]] = Gather(self._read, most=256)
+        self._users: Gather[Sequence[UserId], dict[UserId, Clocks]] = Gather(self._read_users, most=256)
+        self.memberships: Gather[UserId, dict[ConversationId, Membership]] = Gather(
+            self._read_memberships, most=MEMBERSHIPS_AT_ONCE
+        )
+
+    async def since(self, conversation_id: ConversationId, version: int) -> Fetched | None:
+        """Return what came after a version, or the first part of it."""
+        async with self._database.connection() as db:
+            found = await changes.since(db, conversation_id, version, limit=MAX_CHANGES)
+        if found is None:
+            return None
+        difference = await found.decoded()
+        return Fetched(difference.changes, difference.changes.version, difference.gone)
+
+    async def versions(self, conversation_ids: Sequence[ConversationId]) -> dict[ConversationId, int]:
+        """Return conversations' clocks."""
+        return await self._versions.submit(conversation_ids)
+
+    async def user_versions(self, user_ids: Sequence[UserId]) -> dict[UserId, Clocks]:
+        """Return users' clocks."""
+        return await self._users.submit(user_ids)
+
+    def look(self, user_id: UserId, *, is_whole: bool) -> PostgresLook:
+        """Return what a user's connections share the answers of."""
+        return PostgresLook(self, user_id, is_whole=is_whole)
+
+    async def news(self, user_id: UserId, since: int) -> OwnNews:
+        """Return the first changes of a user's own after a number of their clock."""
+        async with self._database.of(user_id).connection() as db:
+            found = await users.news(db, user_id, since, limit=OWN_PAGE)
+        return await found.decoded()
+
+    async def living(self, session_ids: Sequence[SessionId]) -> Collection[SessionId]:
+        """Return which of the sessions are valid."""
+        async with self._database.connection() as db:
+            return await sessions.living(db, session_ids)
+
+    async def watchable(self, pairs: Sequence[Pair], *, asker: UserId | None = None) -> dict[Pair, Watchable]:
+        """Return those of the pairs whose watcher may see the face: for a user who asks, with their share."""
+        database = self._database if asker is None else self._database.of(asker)
+        async with database.connection() as db:
+            found = await users.watchable(db, pairs)
+        return {Pair(*pair): one for pair, one in found.items()}
+
+    async def _read(self, batch: list[Sequence[ConversationId]]) -> list[dict[ConversationId, int]]:
+        async with self._database.connection() as db:
+            found = await conversations.versions(db, [one for ids in batch for one in ids])
+        return [found] * len(batch)
+
+    async def _read_memberships(self, user_ids: list[UserId]) -> list[dict[ConversationId, Membership]]:
+        async with self._database.connection() as db:
+            return await conversations.memberships(db, user_ids)
+
+    async def _read_users(self, batch: list[Sequence[UserId]]) -> list[dict[UserId, Clocks]]:
+        async with self._database.connection() as db:
+            found = await users.versions(db, [one for ids in batch for one in ids])
+        return [found] * len(batch)

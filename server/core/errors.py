@@ -1,0 +1,181 @@
+"""What goes wrong below the handlers, told as the protocol tells it: constraint names and lost databases."""
+
+import asyncio
+import logging
+import re
+
+import asyncpg
+from redis.exceptions import RedisClusterException, RedisError
+
+from protocol.errors import ErrorCode, Refused
+
+RETRY_AFTER_MS = 500
+
+
+UNFIT = "A value is beyond what the database can hold. Send a smaller one."
+INTERNAL = Refused(ErrorCode.INTERNAL, "Internal error; it was logged. Tell the operator.")
+
+
+class Fatal(Exception):  # noqa: N818 - the program's last word, not a fault in it
+    """The program cannot start or go on. Its text is the one line that the operator sees."""
+
+
+class Away(ConnectionError):  # noqa: N818 - a state of the world
+    """PostgreSQL cannot be reached. Whoever raises it has logged it."""
+
+
+class NotFound(Refused):
+    """The answer for what is not there, or may not be seen: always the same words."""
+
+    def __init__(self, path: str | None = None) -> None:
+        super().__init__(ErrorCode.NOT_FOUND, "There is no such thing, or you may not see it. Check the id.", path=path)
+
+
+class NotActive(Refused):
+    """The answer to a user who was deactivated, disabled or erased while their frame was in flight."""
+
+    def __init__(self) -> None:
+        super().__init__(ErrorCode.UNAUTHENTICATED, "Your account is not active. Log in.")
+
+
+_EMAIL_TAKEN = (
+    ErrorCode.CONFLICT,
+    "This e-mail address already has an account. Log in, or use another address.",
+    "email",
+)
+_CONVERSATION_TAKEN = (ErrorCode.CONFLICT, "Another conversation has this id. Make a new one.", "conversation_id")
+# The answer to each constraint of schema.sql that a frame can violate, by the constraint's name.
+CONSTRAINTS: dict[str, tuple[ErrorCode, str, str | None]] = {
+    "user_email_key": _EMAIL_TAKEN,
+    "account_provider_key": _EMAIL_TAKEN,
+    "user_email_lower": (
+        ErrorCode.INVALID,
+        "PostgreSQL cannot lower-case this e-mail address. Use another one.",
+        "email",
+    ),
+    "conversation_pkey": _CONVERSATION_TAKEN,
+    "conversation_id_hash_key": _CONVERSATION_TAKEN,
+    "message_pkey": (ErrorCode.CONFLICT, "Another message has this id. Make a new one.", "message_id"),
+    "message_edit_pkey": (ErrorCode.CONFLICT, "Another edit has this id. Make a new one.", "edit_id"),
+    "conversation_participant_user_fkey": (ErrorCode.NOT_FOUND, "There is no such user. Check the id.", "participants"),
+    "conversation_direct_low_fkey": (ErrorCode.NOT_FOUND, "There is no such user. Check the id.", "user_id"),
+    "conversation_direct_high_fkey": (ErrorCode.NOT_FOUND, "There is no such user. Check the id.", "user_id"),
+}
+
+_LOST: tuple[type[BaseException], ...] = (
+    OSError,  # the base of ConnectionError and TimeoutError
+    asyncio.TimeoutError,
+    asyncpg.PostgresConnectionError,
+    asyncpg.InterfaceError,
+    asyncpg.InternalClientError,
+    asyncpg.OperatorInterventionError,
+    asyncpg.InsufficientResourcesError,
+    asyncpg.TransactionRollbackError,
+    asyncpg.ReadOnlySQLTransactionError,
+)
+
+_NO_ENTRY = (asyncpg.InvalidCatalogNameError, asyncpg.InvalidAuthorizationSpecificationError)
+"""Raised by connecting: the database is not there, or the role or its password is not right."""
+ROLLED_BACK = (asyncpg.DeadlockDetectedError, asyncpg.SerializationError)
+"""What PostgreSQL raises when it ends a transaction that succeeds if it is tried once more."""
+HELD_UP = (asyncpg.LockNotAvailableError, asyncpg.QueryCanceledError)
+"""Raised by a statement that waited or ran for too long. No defect of ours."""
+
+_UNFIT: tuple[type[BaseException], ...] = (
+    asyncpg.DataError,  # U+0000, times and numbers out of range
+    asyncpg.ProgramLimitExceededError,
+    asyncpg.StatementTooComplexError,
+)
+"""Values that PostgreSQL cannot hold: the last net below the bounds of protocol/."""
+_BRIEF: tuple[type[BaseException], ...] = (RecursionError, OverflowError, UnicodeError)
+"""Defects that a value of a client's shows: their tracebacks are long, say little, and quote the value."""
+
+_BROKEN = re.compile(r"\bclosed\b|\breleased\b|operation .*\bin progress\b|\bnot connected\b")
+"""Texts of asyncpg's errors about a connection that is lost or going to be. Others are defects of ours."""
+
+REDIS_LOST = (RedisError, RedisClusterException, OSError, asyncio.TimeoutError)
+"""What is raised when Redis cannot be reached."""
+
+
+def redis_unreachable(error: Exception) -> Fatal:
+    """Return what to tell the operator when Redis cannot be reached at the start."""
+    return Fatal(f"Redis cannot be reached: {str(error).rstrip('.')}. Check REDIS_URL.")
+
+
+def is_lost(error: BaseException) -> bool:
+    """Whether the database went away under a statement, or the system refused a thread: repeating it later is right."""
+    return isinstance(error, _LOST) or is_without_thread(error)
+
+
+def is_without_thread(error: BaseException) -> bool:
+    """Whether the system refused a new thread. Python has no class for this."""
+    return type(error) is RuntimeError and str(error) == "can't start new thread"
+
+
+def is_known(error: BaseException) -> bool:
+    """Whether the machine, the database or Redis explains a failure, so that a traceback tells nothing more."""
+    if isinstance(error, (asyncpg.InterfaceError, asyncpg.InternalClientError)):
+        return _BROKEN.search(str(error)) is not None
+    return isinstance(error, (Fatal, *_NO_ENTRY, *HELD_UP, *REDIS_LOST)) or is_lost(error)
+
+
+def cause(error: BaseException) -> BaseException:
+    """Return the error that closed a connection, of one that was raised because the connection is closed."""
+    while isinstance(error, asyncpg.InterfaceError) and error.__context__ is not None and is_lost(error.__context__):
+        error = error.__context__
+    return error
+
+
+def told(error: BaseException) -> str:
+    """Return what `error` says, for the log: of PostgreSQL's errors no DETAIL, HINT or context, which quote rows and
+    parameters, and no message that quotes a value.
+    """
+    is_about_a_value = isinstance(error, asyncpg.InterfaceError) and isinstance(error, ValueError)
+    if is_about_a_value or isinstance(error, asyncpg.DataError):
+        return "a value was refused"
+    if isinstance(error, (asyncpg.PostgresError, asyncpg.InterfaceError)):
+        return str(error.args[0]) if error.args else type(error).__name__
+    return str(error) or type(error).__name__
+
+
+def log_defect(log: logging.Logger, what: str, error: Exception) -> None:
+    """Log that `what` failed by a defect of ours: in one line where a client's value explains it."""
+    if isinstance(error, _BRIEF):
+        log.error("%s failed: %s", what, type(error).__name__)
+    else:
+        log.error("%s failed", what, exc_info=error)
+
+
+def log_failure(log: logging.Logger, what: str, error: Exception) -> None:
+    """Log that `what` failed and is tried again: in one line if the machine, the database or Redis explains it. While
+    PostgreSQL is away, whoever connects to it logs that, and not each job that needs it.
+    """
+    if isinstance(error, Away):
+        return
+    if is_known(error):
+        log.warning("%s failed, and is tried again: %s", what, error)
+    else:
+        log_defect(log, what, error)
+
+
+def refusal(error: Exception) -> Refused | None:
+    """Return what to tell a client about `error`, or None if it is a defect of ours.
+
+    What is returned has no traceback: the caller's frame, which holds it, would be in that. Such a cycle keeps the
+    request until the collector comes, which is late.
+    """
+    if isinstance(error, Refused):
+        return error.with_traceback(None)
+    if isinstance(error, asyncpg.IntegrityConstraintViolationError):
+        known = CONSTRAINTS.get(error.constraint_name or "")
+        return Refused(known[0], known[1], path=known[2]) if known else None
+    if isinstance(error, _UNFIT):
+        logging.getLogger(__name__).warning("the database refused a value: %s", type(error).__name__)
+        return Refused(ErrorCode.INVALID, UNFIT)
+    if is_lost(error) or isinstance(error, HELD_UP):
+        return Refused(
+            ErrorCode.UNAVAILABLE,
+            "Temporarily unavailable. Retry the same frame after `retry_after_ms`.",
+            retry_after_ms=RETRY_AFTER_MS,
+        )
+    return None

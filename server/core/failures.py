@@ -1,0 +1,44 @@
+"""Failures in a row: the first is logged, and again once a minute, for an outage fails the same job every second."""
+
+import logging
+import time
+from collections.abc import Callable
+
+from server.core.errors import Away, is_known, log_failure
+from server.core.throttle import Throttle
+
+
+class Failures:
+    """Those of one thing that is tried again and again."""
+
+    __slots__ = ("_log", "_logged", "_throttle", "_what")
+
+    def __init__(self, log: logging.Logger, what: str, *, clock: Callable[[], float] = time.monotonic) -> None:
+        """`what` names the thing in the log."""
+        self._log = log
+        self._what = what
+        self._throttle: Throttle[str] = Throttle(clock=clock)
+        # The kinds of the failures in a row: classes, or nothing for all that the environment explains.
+        self._logged: set[str] = set()
+
+    def add(self, error: Exception) -> None:
+        """Log a failure, unless one of its kind was logged less than a minute ago. Only the first failure that the
+        environment does not explain has a traceback.
+        """
+        if isinstance(error, Away):
+            return
+        kind = "" if is_known(error) else type(error).__name__
+        if not self._throttle.passes(kind):
+            return
+        if kind and kind in self._logged:
+            self._log.error("%s failed again, and is tried again: %s", self._what, error)
+        else:
+            log_failure(self._log, self._what, error)
+        self._logged.add(kind)
+
+    def end(self) -> bool:
+        """Note a success. Return whether it ends failures in a row."""
+        was_failing = bool(self._logged)
+        self._logged.clear()
+        self._throttle.clear()
+        return was_failing

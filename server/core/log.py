@@ -1,0 +1,163 @@
+"""One line for each thing an operator may want to know, on standard error."""
+
+import asyncio
+import contextlib
+import copy
+import logging
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, NamedTuple
+
+from server.core.errors import told
+from server.core.terminal import plain
+
+MOST_ENTRIES = 10
+WINDOW_SECONDS = 60.0
+"""Max entries of the same place in the code within `WINDOW_SECONDS`."""
+MAX_LINE = 2_000
+"""Max characters of a line: errors quote what clients and other servers have sent, which may be long."""
+MAX_TRACEBACK = 20_000
+"""Max characters of the traceback of an entry."""
+
+
+def configure(name: str) -> None:
+    """Send this process's log to standard error, each line with the time and `name`; also what ends the process."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Formatter(f"%(asctime)s {name} %(levelname)s %(message)s"))
+    handler.addFilter(_Bound())
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(logging.INFO)
+    # Connections and errors are worth a line, requests are not; the metrics count them.
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    logging.getLogger("websockets").setLevel(logging.WARNING)
+    # A browser's or client's mistake in the HTTP handshake is not ours to report.
+    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
+    sys.excepthook = _ended
+
+
+def _ended(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    if issubclass(kind, KeyboardInterrupt):
+        sys.__excepthook__(kind, error, trace)
+    else:
+        logging.getLogger(__name__).critical("the process ends", exc_info=error)
+
+
+class _Bound(logging.Filter):
+    """Passes `MOST_ENTRIES` of each place in the code per `WINDOW_SECONDS`, and logs how many more there were.
+
+    An act of a client that is logged can be repeated as fast as the network allows, and the disk is everybody's.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        super().__init__()
+        self._clock = clock
+        # By place: the entries of its window, and the window's end. Places are lines of code, so they are bounded.
+        self._windows: dict[_Place, _Window] = {}
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether a record is logged."""
+        if record.levelno >= logging.CRITICAL or record.name == __name__:
+            return True
+        now = self._clock()
+        self._conclude(now)
+        place = _place(record)
+        window = self._windows.setdefault(place, _Window(now + WINDOW_SECONDS, record.levelno))
+        window.entries += 1
+        if window.entries == MOST_ENTRIES + 1:
+            with contextlib.suppress(RuntimeError):  # no loop: the next record of any kind concludes the window
+                asyncio.get_running_loop().call_later(WINDOW_SECONDS, self._conclude, window.end)
+        return window.entries <= MOST_ENTRIES
+
+    def _conclude(self, now: float) -> None:
+        over = [(place, window) for place, window in self._windows.items() if window.end <= now]
+        for place, window in over:
+            del self._windows[place]
+            if (more := window.entries - MOST_ENTRIES) > 0:
+                summary = "%d more entries like those of %s line %d within %.0f seconds"
+                about = (more, place.logger, place.line, WINDOW_SECONDS)
+                logging.getLogger(__name__).log(window.level, summary, *about)
+
+
+class _Place(NamedTuple):
+    """Where a record is from: the line that logs, and the line that raised what it logs."""
+
+    logger: str
+    path: str
+    line: int
+    error: str
+    raised: int
+
+
+@dataclass(slots=True)
+class _Window:
+    """What a place has logged since its first entry."""
+
+    end: float
+    level: int
+    entries: int = 0
+
+
+def _place(record: logging.LogRecord) -> _Place:
+    error = record.exc_info[1] if record.exc_info else None
+    trace = None if error is None else error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    raised = 0 if trace is None else trace.tb_lineno
+    return _Place(record.name, record.pathname, record.lineno, type(error).__name__, raised)
+
+
+class _Formatter(logging.Formatter):
+    """Makes one line of each entry, and indented lines of a traceback, whatever the texts in them hold, each within
+    `MAX_LINE` and `MAX_TRACEBACK`.
+
+    Exceptions are formatted by `told`, in arguments and in tracebacks, so that no value of a row is logged.
+    """
+
+    def format(self, record: logging.LogRecord) -> str:
+        if isinstance(record.args, tuple) and any(isinstance(one, BaseException) for one in record.args):
+            record = copy.copy(record)
+            record.args = tuple(told(one) if isinstance(one, BaseException) else one for one in record.args or ())
+        return super().format(record)
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - the library's name
+        text = super().formatMessage(record)
+        error = record.exc_info[1] if record.exc_info else None
+        # The loop names a task that nobody awaited with the error that it ended with.
+        return _line(text if error is None else text.replace(repr(error), type(error).__name__))
+
+    def formatException(self, ei: Any) -> str:  # noqa: ANN401, N802 - the library's name
+        return _cut("\n".join(f"  {_line(line)}" for line in _lines(ei[1], set())), MAX_TRACEBACK, "\n  ")
+
+
+def _line(text: str) -> str:
+    # Cut first, as escapes are longer than what they stand for, and afterwards, for the same reason.
+    return _cut(plain(_cut(text, MAX_LINE)), MAX_LINE)
+
+
+def _cut(text: str, most: int, between: str = " ") -> str:
+    """Return the beginning and the end of a text that is longer than `most` characters."""
+    if len(text) <= most:
+        return text
+    kept = most // 2 - 40
+    return f"{text[:kept]}{between}[{len(text) - 2 * kept:,} characters are left out]{between}{text[-kept:]}"
+
+
+def _lines(error: BaseException, seen: set[int]) -> Iterator[str]:
+    """Yield the traceback of an exception, after those of the exceptions that it was raised from."""
+    seen.add(id(error))
+    origin = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    if origin is not None and id(origin) not in seen:
+        yield from _lines(origin, seen)
+        yield "The exception above led to this one:"
+    yield "Traceback (most recent call last):"
+    for entry in traceback.format_tb(error.__traceback__):
+        yield from entry.rstrip("\n").split("\n")
+    yield from _cut(f"{type(error).__module__}.{type(error).__qualname__}: {told(error)}", MAX_LINE).split("\n")
+    for part in error.exceptions if isinstance(error, BaseExceptionGroup) else ():
+        if id(part) not in seen:
+            yield from _lines(part, seen)

@@ -1,0 +1,47 @@
+"""Jobs that run again and again, whatever happens in one run, until they are ended."""
+
+import asyncio
+import logging
+import random
+from collections.abc import Awaitable, Callable, Iterable
+
+from server.core.failures import Failures
+
+log = logging.getLogger(__name__)
+
+SWALLOWED_SECONDS = 1.0
+"""Max seconds that a cancelled task takes to end, before it is cancelled once more."""
+
+
+async def every(seconds: float, job: Callable[[], Awaitable[bool | None]], *, is_spread: bool = False) -> None:
+    """Run `job` now and then every so many seconds, until cancelled. What it raises is logged; a failure
+    that goes on, once a minute.
+
+    A job that returns whether more is due is run again without a pause: what fills faster than one batch in each period
+    would grow for ever. A job that `is_spread` begins after a random part of its period: workers that start together do
+    not ask the database for the same at the same moment.
+    """
+    if is_spread:
+        await asyncio.sleep(random.random() * seconds)  # noqa: S311 - it spreads load, and keeps no secret
+    failures = Failures(log, job.__qualname__)
+    while True:
+        is_more_due: bool | None = False
+        try:
+            is_more_due = await job()
+            failures.end()
+        except Exception as error:  # noqa: BLE001 - it runs again
+            failures.add(error)
+        await asyncio.sleep(0 if is_more_due else seconds)
+
+
+async def end(tasks: Iterable[asyncio.Task[None]]) -> None:
+    """Cancel tasks, and return when they have ended.
+
+    They are cancelled until they do: `wait_for` of Python 3.11 takes a cancellation for its own if what it waits for
+    ends in the same turn of the loop, and a job that was not cancelled goes on for ever.
+    """
+    running = set(tasks)
+    while running:
+        for task in running:
+            task.cancel()
+        _, running = await asyncio.wait(running, timeout=SWALLOWED_SECONDS)

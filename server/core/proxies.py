@@ -1,0 +1,114 @@
+"""Trusted proxies: which of the addresses in X-Forwarded-For is the client's (docs/decisions/0029)."""
+
+import ipaddress
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from protocol.errors import ErrorCode, Refused
+from server.core.addresses import Address, parsed
+
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+MAX_COUNT = 10
+FORWARDED_FOR = b"x-forwarded-for"
+
+
+class Client(NamedTuple):
+    """Who sent a request, as the trusted proxies report it."""
+
+    host: str | None
+    """None if there is no address besides the peer's."""
+    hops: int
+    """Trusted proxies that the request came through; 0 if its headers are not to be believed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Proxies:
+    """The setting: either how many proxies every request comes through, or the networks that they are in."""
+
+    count: int = 0
+    networks: tuple[Network, ...] = ()
+
+    @classmethod
+    def read(cls, text: str) -> "Proxies":
+        """Return the setting. Raises ValueError, with a sentence, if it is not understood."""
+        if not text.strip():
+            return cls()
+        if text.strip().isdecimal():
+            if int(text) > MAX_COUNT:
+                raise ValueError(f"a count of proxies is at most {MAX_COUNT}")
+            return cls(count=int(text))
+        return cls(networks=networks(text))
+
+    def __bool__(self) -> bool:
+        return bool(self.count or self.networks)
+
+    def trusts(self, peer: str | None) -> bool:
+        """Whether a TCP peer is a trusted proxy."""
+        if self.count:
+            return True
+        address = None if peer is None else parsed(peer)
+        return address is not None and is_within(address, self.networks)
+
+    def client(self, peer: str | None, forwarded_for: Sequence[str]) -> Client:
+        """Return the client of a request: `forwarded_for` are the entries of X-Forwarded-For, of which each proxy
+        appends one. Raises Refused if the entry that counts is not an IP address.
+        """
+        if not self.trusts(peer):
+            return Client(None, 0)
+        entries = list(forwarded_for)
+        if self.count:
+            # With fewer entries than proxies, the request came past one of them, and the client may have written all.
+            if len(entries) < self.count:
+                return Client(None, 0)
+            return Client(str(_required(entries[-self.count])), self.count)
+        hops, address = 1, None
+        for entry in reversed(entries):
+            address = _required(entry)
+            if not is_within(address, self.networks):
+                break
+            hops += 1
+        return Client(None if address is None else str(address), hops)
+
+
+def entries(headers: Iterable[tuple[bytes, bytes]], name: bytes) -> list[str]:
+    """Return the entries of a header: several lines of it are one list."""
+    lines = [value.decode("latin-1") for key, value in headers if key.lower() == name]
+    return [entry.strip() for entry in ",".join(lines).split(",")] if any(map(str.strip, lines)) else []
+
+
+class HostBits(ValueError):  # noqa: N818 - its text is the advice
+    """An address where a network is meant, such as 10.0.0.1/8: its text says what to give."""
+
+
+def networks(text: str) -> tuple[Network, ...]:
+    """Parse networks separated by commas. Raises ValueError if one of them is not a network, HostBits if it is an
+    address in one.
+    """
+    return tuple(_network(one.strip()) for one in text.split(","))
+
+
+def _network(text: str) -> Network:
+    try:
+        return ipaddress.ip_network(text)
+    except ValueError:
+        loose = ipaddress.ip_network(text, strict=False)
+    address = text.partition("/")[0]
+    alone = ipaddress.ip_network(address)
+    raise HostBits(f"{text} is an address in {loose}. Give {loose}, or {alone} for that address alone.")
+
+
+def is_within(address: Address, some: Sequence[Network]) -> bool:
+    """Whether an address is in at least one of the networks."""
+    return any(address in network for network in some)
+
+
+def _required(entry: str) -> Address:
+    address = parsed(entry)
+    if address is None:
+        raise Refused(
+            ErrorCode.INVALID,
+            "The entry of X-Forwarded-For that counts must be an IP address without port or zone.",
+            path="x-forwarded-for",
+        )
+    return address

@@ -1,0 +1,124 @@
+"""Text for a terminal or a log: what others have written cannot move the cursor, change colours or reorder a line."""
+
+import contextlib
+import errno
+import json
+import os
+import sys
+import unicodedata
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TextIO
+
+from server.core.errors import Fatal, cause, is_lost, is_without_thread, told
+
+INTERRUPTED = 130
+"""The status of a command that a Ctrl-C ends."""
+
+UNREACHABLE = {errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EHOSTDOWN, errno.ENETDOWN, errno.ENETRESET}
+"""Errors of a network that have no class of their own."""
+
+INVISIBLE = {"Cc", "Cf", "Cs", "Co", "Zl", "Zp"}
+"""Categories of characters that a terminal obeys instead of showing them: controls, formats, line ends."""
+
+
+def plain(text: str) -> str:
+    r"""Return text with each invisible character written as its escape in Python, such as `\x1b` or `\u202e`."""
+    return _escaped(text, lambda character: character.encode("unicode_escape").decode())
+
+
+def plain_json(text: str) -> str:
+    """Return JSON that means the same, with each invisible character as its escape; line feeds stay between values."""
+    return _escaped(text, lambda character: "\n" if character == "\n" else json.dumps(character)[1:-1])
+
+
+def say(line: str) -> None:
+    """Print a line. Raises Fatal if nobody takes it."""
+    with printing() as out:
+        out.write(plain(line) + "\n")
+        out.flush()
+
+
+def say_json(text: str) -> None:
+    """Print JSON, or a piece of it. Raises Fatal if nobody takes it."""
+    with printing() as out:
+        out.write(plain_json(text))
+
+
+def say_bytes(piece: bytes) -> None:
+    """Print a piece of a file for a pipe, as it is. Raises Fatal if nobody takes it."""
+    with printing() as out:
+        out.buffer.write(piece)
+
+
+@contextmanager
+def printing() -> Iterator[TextIO]:
+    """Return standard output. Raises Fatal if it is closed, or if what the block writes is not taken. The block uses
+    nothing else that raises OSError, such as a database.
+    """
+    if sys.stdout is None or sys.stdout.closed:
+        raise Fatal("standard output is closed.")
+    try:
+        yield sys.stdout
+    except OSError as error:
+        raise Fatal(f"standard output cannot be written: {error.strerror or type(error).__name__}.") from None
+
+
+def complain(error: object) -> None:
+    """Print an error, or a part of a longer one, on standard error as one line, if anybody takes it."""
+    if sys.stderr is not None:
+        with contextlib.suppress(OSError, ValueError):
+            sys.stderr.write(f"openchat: {plain(str(error))}\n")
+
+
+def status_of(work: Callable[[], int]) -> int:
+    """Return the status that a command ends with: what `work` returns, or, after one sentence, 1 if it fails by
+    something outside the program, and 130 if it is interrupted.
+    """
+    try:
+        try:
+            status = work()
+        except SystemExit as end:  # argparse has printed its help, or what is wrong with the arguments
+            status = end.code if isinstance(end.code, int) else 1
+        with printing() as out:
+            out.flush()
+    except Fatal as error:
+        complain(error)
+    except KeyboardInterrupt:
+        complain("interrupted.")
+        _discard_output()
+        return INTERRUPTED
+    except Exception as error:
+        if not is_lost(error):
+            raise
+        complain(_failure(cause(error)))
+    else:
+        return status
+    _discard_output()
+    return 1
+
+
+def _failure(error: BaseException) -> str:
+    reason = (isinstance(error, OSError) and error.strerror) or told(error) or type(error).__name__
+    is_of_a_connection = isinstance(error, (ConnectionError, TimeoutError))
+    if isinstance(error, OSError) and not is_of_a_connection and error.errno not in UNREACHABLE:
+        return f"{error.filename}: {reason}." if error.filename is not None else f"{reason}."
+    if is_without_thread(error):
+        return f"{reason}. Run the command again when the machine has more room."
+    return f"the database cannot be used: {reason.rstrip('.')}. Run the command again."
+
+
+def _discard_output() -> None:
+    """Have what is still to be printed go nowhere: the interpreter would complain of it when it ends."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        sys.stdout.flush()
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _escaped(text: str, escape: Callable[[str], str]) -> str:
+    if text.isprintable():
+        return text
+    return "".join(
+        escape(character) if unicodedata.category(character) in INVISIBLE else character for character in text
+    )

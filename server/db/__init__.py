@@ -1,0 +1,1 @@
+"""The connections to PostgreSQL: nothing else opens any."""

@@ -1,0 +1,336 @@
+"""The connections to PostgreSQL."""
+
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from functools import partial
+from typing import TypeAlias, TypeVar
+
+import asyncpg
+
+from protocol.errors import ErrorCode, Refused
+from protocol.ids import SessionId, UserId
+from server.core.config import Settings
+from server.core.errors import ROLLED_BACK, Fatal, is_lost
+from server.db.epoch import Epoch
+from server.db.migrate import is_current
+from server.db.pool import Connection, Lease, Part, Pool
+from server.db.reconnecting import REFUSED, Reconnecting
+from server.fairness.share import Share
+from server.limits.token_bucket import BURST_SECONDS
+
+OLDEST_MAJOR = 15
+CONNECT_SECONDS = 5.0
+STATEMENT_SECONDS = 10.0
+SENDING_SECONDS = 2.0
+"""Max time of a statement that stores messages of all users, in seconds. PostgreSQL ends it: it does so before the
+commit or not at all, so nothing was stored (docs/decisions/0066).
+"""
+SENDING_CONNECTIONS = 2
+"""Connections for those statements alone, besides `OPENCHAT_DATABASE_CONNECTIONS`."""
+SEARCH_SHARE = 4
+"""Searches hold at most one in `SEARCH_SHARE` of a worker's connections, and at least one."""
+SEARCHES_WAITING = 8
+"""Max searches that wait for a connection, per worker."""
+SEARCH_PATIENCE = 1.0
+"""Max time that a search waits for a connection, in seconds."""
+COUNTS_WAITING = 256
+"""Max badges that wait for a connection, per worker: every client asks for one when it starts."""
+JOB_LOCK_MS = 500
+"""Max time that a transaction of a job waits for a lock, in milliseconds: what is due for others comes after it."""
+COUNT_PATIENCE = 5.0
+"""Max time that a badge waits for a connection, in seconds."""
+CATCHING_UP_SHARE = 4
+"""Connections that catch up on more than a page hold at most one in `CATCHING_UP_SHARE`, and at least one."""
+CATCHING_UP_WAITING = 1_024
+CATCHING_UP_PATIENCE = 10.0
+"""Max connections that wait for their next page, and max time that each waits, in seconds."""
+UNREACHABLE = (*REFUSED, ValueError)
+"""What connecting raises, also for a URL that is not understood."""
+
+log = logging.getLogger(__name__)
+
+Db: TypeAlias = Connection
+"""What queries take first: a connection."""
+Result = TypeVar("Result")
+
+SESSION = {
+    "application_name": "openchat",
+    # Every query of ours is meant to go from one indexed row to the next and stop early. A plan is kept, and one
+    # that was made while a table was small would scan or hash all of it until the next ANALYZE, so the plans that
+    # only pay for a few rows are not offered (docs/decisions/0008).
+    "plan_cache_mode": "force_generic_plan",
+    "enable_seqscan": "off",
+    "enable_bitmapscan": "off",
+    "enable_hashjoin": "off",
+    "enable_mergejoin": "off",
+    "jit": "off",
+    "timezone": "UTC",
+    "statement_timeout": f"{STATEMENT_SECONDS:.0f}s",
+    "idle_in_transaction_session_timeout": "30s",
+}
+
+SEARCHING = "SET LOCAL enable_bitmapscan = on; SET LOCAL work_mem = '32MB'; SET LOCAL statement_timeout = '2s'"
+"""What a transaction that uses an index of words sets. A search that takes longer than `SEARCH_MS` is refused."""
+SEARCH_MS = 2_000
+IN_ORDER = "SET LOCAL enable_bitmapscan = off"
+"""What such a transaction sets for statements that read in the order of an index and stop: a bitmap has no order."""
+
+IMPATIENT = f"SET LOCAL lock_timeout = '{JOB_LOCK_MS}ms'"
+
+
+class Shared:
+    """What all users of a pool share."""
+
+    def __init__(self, pool: Pool, sending: Pool, epoch: Epoch, *, most: int) -> None:
+        """`most` is how many connections `pool` may open."""
+        self.pool = pool
+        self.sending = sending
+        self.epoch = epoch
+        self.searches = Share(max(1, most // SEARCH_SHARE), waiting=SEARCHES_WAITING, patience=SEARCH_PATIENCE)
+        self.counts = Share(max(1, most // SEARCH_SHARE), waiting=COUNTS_WAITING, patience=COUNT_PATIENCE)
+        self.catching_up = Share(
+            max(1, most // CATCHING_UP_SHARE), waiting=CATCHING_UP_WAITING, patience=CATCHING_UP_PATIENCE
+        )
+        self.deadlocks = 0
+
+
+class Database:
+    """A pool of connections. Heals by itself: what was lost is opened again when it is next needed."""
+
+    __slots__ = ("_is_impatient", "_pool", "_shared")
+
+    def __init__(self, pool: Pool | Part, shared: Shared, *, is_impatient: bool = False) -> None:
+        self._pool = pool
+        self._shared = shared
+        self._is_impatient = is_impatient
+
+    def of(self, user_id: UserId) -> "Database":
+        """Return the database as one user has it, who holds a share of the connections at most."""
+        return Database(self._shared.pool.of(user_id), self._shared)
+
+    def of_sessions(self, user_id: UserId, asker: SessionId | None) -> "Database":
+        """Return the database for the sessions of one user: one further connection, which their frames cannot hold.
+        `asker` is the session that asks; None for a login.
+        """
+        return Database(self._shared.pool.of_sessions(user_id, asker), self._shared)
+
+    def of_strangers(self, address: str) -> "Database":
+        """Return the database as those have it who have no account yet: all together a share of the connections, and
+        none waits longer than `JOB_LOCK_MS` for a lock. An import holds the e-mail addresses that it brings in until it
+        commits, and a registration of such an address waits for that.
+        """
+        return Database(self._shared.pool.of_strangers(address), self._shared, is_impatient=True)
+
+    def of_jobs(self) -> "Database":
+        """Return the database as periodic jobs have it: its transactions raise LockNotAvailableError if they wait for a
+        lock longer than `JOB_LOCK_MS`.
+        """
+        return Database(self._shared.pool, self._shared, is_impatient=True)
+
+    @property
+    def deadlocks(self) -> int:
+        """Transactions that PostgreSQL ended, and that were tried once more."""
+        return self._shared.deadlocks
+
+    @classmethod
+    async def open(cls, settings: Settings) -> "Database":
+        """Return a pool for `settings.database_url`, whose connections are all of one epoch. Raises Fatal if it cannot
+        be reached.
+        """
+        session = SESSION | {"default_text_search_config": settings.search_language}
+
+        epoch = Epoch()
+
+        async def connect(session: Mapping[str, str]) -> Connection:
+            connection = await asyncpg.connect(
+                settings.database_url,
+                timeout=CONNECT_SECONDS,
+                command_timeout=STATEMENT_SECONDS,
+                server_settings=dict(session),
+            )
+            try:
+                await epoch.check(connection)
+            except BaseException:
+                connection.terminate()
+                raise
+            return connection
+
+        most = max(2, settings.database_connections)
+        again = Reconnecting(connect)
+        pool = Pool(partial(again.connect, session), most=most, patience=CONNECT_SECONDS)
+        shorter = session | {"statement_timeout": f"{SENDING_SECONDS * 1_000:.0f}ms"}
+        sending = Pool(partial(again.connect, shorter), most=SENDING_CONNECTIONS, patience=CONNECT_SECONDS)
+        try:
+            pool.give(await connect(session), is_usable=True)
+        except UNREACHABLE as error:
+            raise _unreachable(error) from error
+        return cls(pool, Shared(pool, sending, epoch, most=most))
+
+    async def close(self) -> None:
+        """Close all connections, without waiting for what is in flight."""
+        self._shared.pool.close()
+        self._shared.sending.close()
+
+    def connection(self) -> Lease:
+        """Borrow a connection; each statement commits by itself."""
+        return Lease(self._pool, is_lost)
+
+    def sending(self) -> Lease:
+        """Borrow a connection on which PostgreSQL ends statements after `SENDING_SECONDS`."""
+        return Lease(self._shared.sending, is_lost)
+
+    @asynccontextmanager
+    async def catching_up(self) -> AsyncIterator[Db]:
+        """Borrow a connection of the share that clients with much to catch up on have, for one statement or two. They
+        come in turns, each with one statement at a time. Raises Refused if too many wait, or if no turn comes soon.
+        """
+        async with self._of_share(self._shared.catching_up) as connection:
+            yield connection
+
+    @asynccontextmanager
+    async def transaction(self) -> AsyncIterator[Db]:
+        """Borrow a connection inside a transaction, which commits when the block ends."""
+        async with self.connection() as connection, connection.transaction():
+            if self._is_impatient:
+                await connection.execute(IMPATIENT)
+            yield connection
+
+    async def atomically(self, what: str, work: Callable[[Db], Awaitable[Result]]) -> Result:
+        """Return what `work` does in a transaction. It is done once more if PostgreSQL ended it to break a deadlock, so
+        it publishes nothing; `what` names it in the log.
+        """
+
+        async def once() -> Result:
+            async with self.transaction() as db:
+                return await work(db)
+
+        return await self.again(what, once)
+
+    async def again(self, what: str, work: Callable[[], Awaitable[Result]]) -> Result:
+        """Return what `work` does, done once more if PostgreSQL ended its transaction to break a deadlock."""
+        return await twice(work, partial(self.rolled_back, what))
+
+    def rolled_back(self, what: str, error: Exception) -> None:
+        """Count and log that PostgreSQL ended a transaction that is tried once more now."""
+        self._shared.deadlocks += 1
+        log.warning("%s was ended by PostgreSQL and is tried once more: %s", what, error)
+
+    def searching(self) -> AbstractAsyncContextManager[Db]:
+        """Borrow a connection, of the share that searches have, inside a transaction in which an index of words may be
+        used, as only bitmaps can. Raises Refused if no connection becomes free soon, or if the search takes too long.
+        """
+        return self._with_words(
+            self._shared.searches,
+            "This search takes too long. Use longer or rarer words, or name a conversation.",
+            retry_after_ms=int(BURST_SECONDS * 1_000),  # until then at most, the allowance has no token
+        )
+
+    def counting(self) -> AbstractAsyncContextManager[Db]:
+        """The same of the share that badges have: other users' searches refuse no badge."""
+        return self._with_words(
+            self._shared.counts, "Counting takes too long. Retry after `retry_after_ms`.", retry_after_ms=SEARCH_MS
+        )
+
+    @asynccontextmanager
+    async def _of_share(self, share: Share) -> AsyncIterator[Db]:
+        """Borrow a connection of a share. The user's turn comes first: a user who waits for it keeps no part of the
+        share from others.
+        """
+        async with self._pool.turn() as pool, share.hold(Lease(pool, is_lost)) as connection:
+            yield connection
+
+    @asynccontextmanager
+    async def _with_words(self, share: Share, too_long: str, *, retry_after_ms: int) -> AsyncIterator[Db]:
+        async with self._of_share(share) as connection, connection.transaction():
+            await connection.execute(SEARCHING)
+            try:
+                yield connection
+            except asyncpg.QueryCanceledError:
+                raise Refused(ErrorCode.UNAVAILABLE, too_long, retry_after_ms=retry_after_ms) from None
+
+    @property
+    def size(self) -> int:
+        """How many connections there are."""
+        return len(self._shared.pool) + len(self._shared.sending)
+
+    async def is_current(self) -> bool:
+        """Whether the database answers and has the schema that this program knows."""
+        async with self.connection() as db:
+            return await is_current(db)
+
+    @property
+    def epoch(self) -> Epoch:
+        """The epoch of all connections."""
+        return self._shared.epoch
+
+    async def check_epoch(self) -> None:
+        """Check a connection that lives on: `openchat new-epoch` ends none."""
+        async with self.connection() as db:
+            await self.epoch.check(db)
+
+
+class Single:
+    """One connection, with the transactions of a Database: for the command line."""
+
+    def __init__(self, connection: Db) -> None:
+        self._connection = connection
+
+    async def atomically(self, what: str, work: Callable[[Db], Awaitable[Result]]) -> Result:
+        """Return what `work` does in a transaction, done once more as in Database."""
+
+        async def once() -> Result:
+            async with self._connection.transaction():
+                return await work(self._connection)
+
+        return await twice(once, lambda error: log.warning("%s is tried once more: %s", what, error))
+
+
+async def twice(work: Callable[[], Awaitable[Result]], told: Callable[[Exception], None]) -> Result:
+    """Return what `work` does, done once more if PostgreSQL ended its transaction to break a deadlock. `told` is called
+    with the error before that.
+    """
+    try:
+        return await work()
+    except ROLLED_BACK as error:
+        told(error)
+    return await work()
+
+
+async def connect(url: str) -> "asyncpg.Connection[asyncpg.Record]":
+    """Return one connection to the database at `url`, outside any pool.
+
+    Raises Fatal if it cannot be reached or is older than PostgreSQL 15.
+    """
+    try:
+        connection = await asyncpg.connect(url, timeout=CONNECT_SECONDS)
+    except UNREACHABLE as error:
+        raise _unreachable(error) from error
+    version = connection.get_server_version()
+    if version.major < OLDEST_MAJOR:
+        await connection.close()
+        raise Fatal(f"PostgreSQL {version.major} is too old: {OLDEST_MAJOR} or later is needed.")
+    return connection
+
+
+LANGUAGES = "SELECT cfgname FROM pg_ts_config WHERE pg_ts_config_is_visible(oid) ORDER BY cfgname"
+LANGUAGE = "SELECT set_config('default_text_search_config', $1, false)"
+
+
+async def speak(connection: Connection, language: str) -> None:
+    """Have a connection take words for those of a language. Raises Fatal if PostgreSQL does not know it."""
+    try:
+        await connection.execute(LANGUAGE, language)
+    except asyncpg.PostgresError:
+        known = ", ".join([row[0] for row in await connection.fetch(LANGUAGES)])
+        raise Fatal(
+            f"OPENCHAT_SEARCH_LANGUAGE must be a text search configuration of PostgreSQL, not '{language}'. "
+            f"This one has {known}."
+        ) from None
+
+
+def _unreachable(error: Exception) -> Fatal:
+    if isinstance(error, ValueError):  # about the URL, which it may quote
+        return Fatal("DATABASE_URL is not understood. Check its host, its port and its options.")
+    reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
+    return Fatal(f"the database cannot be reached: {reason}. Check DATABASE_URL.")

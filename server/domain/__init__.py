@@ -1,0 +1,1 @@
+"""What several handlers share: rules and features, without sockets and HTTP."""

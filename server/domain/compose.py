@@ -1,0 +1,63 @@
+"""What the server makes of what is said: HTML of Markdown, mentions that count, and hashtags."""
+
+from protocol.client import Edit, Schedule, Send
+from protocol.codec import now
+from protocol.errors import ErrorCode, Refused
+from protocol.ids import UserId, made_at
+from protocol.limits import collapsed
+from protocol.payloads import Code, Poll
+from protocol.values import Message
+from server.context import Context
+from server.domain import markdown, mentions
+from server.queries import mentions as meaning
+from server.queries.sending import Made, Outgoing, Source
+
+
+def require_fair(frame: Send | Schedule) -> None:
+    """Raise Refused if a message is a poll that has options which look alike, or closes before it is sent. The time in
+    `message_id` counts, not the server's: a repetition that comes after `closes_at` gets the first answer.
+    """
+    if not isinstance(frame.payload, Poll):
+        return
+    # Asked here and not of every Poll: what was stored before there was the rule stays readable.
+    if len({collapsed(option) for option in frame.payload.options}) != len(frame.payload.options):
+        raise Refused(
+            ErrorCode.INVALID, "The options must be different, and not in blanks alone.", path="payload.options"
+        )
+    if (closes_at := frame.payload.closes_at) is None:
+        return
+    if isinstance(frame, Schedule) and closes_at <= frame.send_at:
+        raise Refused(ErrorCode.INVALID, "`closes_at` must be after `send_at`.", path="payload.closes_at")
+    if closes_at.timestamp() * 1_000 <= made_at(frame.message_id):
+        raise Refused(
+            ErrorCode.INVALID, "`closes_at` must be after the time in `message_id`.", path="payload.closes_at"
+        )
+
+
+def is_closed(message: Message, poll: Poll) -> bool:
+    """Whether a message that is a poll takes no votes any more."""
+    return message.poll_closed_at is not None or is_over(poll)
+
+
+def is_over(poll: Poll) -> bool:
+    """Whether the time of a poll is over."""
+    return poll.closes_at is not None and poll.closes_at <= now()
+
+
+async def made_of(context: Context, frame: Send | Edit, *, is_code: bool) -> Made:
+    """Return what is made of a message's content. Raises Refused if that is too long."""
+    formatted = await markdown.rendered(frame.content, context.user_id) if frame.is_markdown else None
+    found = mentions.find(frame.content, is_code=is_code, is_markdown=frame.is_markdown)
+    who: list[UserId] = []
+    loud: list[str] = []
+    if found.is_about_people:
+        async with context.database.connection() as db:
+            meant = await meaning.resolve(db, frame.conversation_id, context.user_id, found.ids, found.names)
+        who, loud = meant.user_ids, found.loud if meant.may_be_loud else []
+    return Made(formatted, who, loud, found.hashtags)
+
+
+async def outgoing(context: Context, frame: Send, source: Source | None = None) -> Outgoing:
+    """Return a message as it is to be stored. Raises Refused if what is made of it is too long."""
+    made = await made_of(context, frame, is_code=isinstance(frame.payload, Code))
+    return Outgoing(context.user_id, frame, made, source)

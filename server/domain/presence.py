@@ -1,0 +1,453 @@
+"""Who is here, and how they are seen.
+
+Each worker notes in Redis which users it has: a hash for each user with a field for each worker, and a sign of
+life that expires. So presence is right again seconds after a worker is killed, whoever else is there to notice.
+Without Redis a worker knows its own users. PostgreSQL keeps what users chose, and when they were last seen.
+"""
+
+import asyncio
+import os
+import time
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from datetime import UTC, datetime
+from typing import TypeVar
+from uuid import UUID
+
+from redis.asyncio import Redis, RedisCluster
+
+from protocol.client import SetPresence
+from protocol.errors import CloseCode
+from protocol.ids import UserId
+from protocol.server import PresenceChanged
+from protocol.values import Presence as Seen
+from protocol.values import PresenceStatus
+from server.context import Subscriber
+from server.core.errors import REDIS_LOST, is_lost
+from server.core.periodic import end, every
+from server.db.database import Database
+from server.domain.untold import News, Reason, Untold
+from server.fairness.batcher import Gather
+from server.queries import users
+from server.queries.users import Transition, Visibility, Watchable
+
+FLUSH_SECONDS = 0.1
+"""Arrivals and departures travel together this often."""
+OFFLINE_SECONDS = 5.0
+"""How long after the last device has gone a user is announced as offline: most come back at once."""
+SIGN_SECONDS, SIGN_LASTS_SECONDS = 2.0, 6
+"""A worker's sign of life: how often it is renewed, how long it lasts."""
+RECORD_SECONDS = 1.0
+LAST_TRIES = 5
+"""Max tries, `FLUSH_SECONDS` apart, of a worker that ends to record those whose rows are held."""
+
+CALLS_AT_ONCE = 256
+"""Max calls that share an exchange with Redis."""
+
+WatchedBy = TypeVar("WatchedBy", bound=tuple[UserId, UserId])
+"""A watcher and a watched user."""
+
+WORKERS = "openchat:workers:"
+WORKER = "openchat:worker:"
+USER = "openchat:presence:"
+
+
+async def has_worker(redis: Redis | RedisCluster, installation: str) -> bool:
+    """Whether a worker of an installation gives signs of life. Raises what REDIS_LOST names."""
+    members = await redis.smembers(f"{WORKERS}{installation}")
+    for member in members:
+        if await redis.exists(f"{WORKER}{installation}:{_text(member)}"):
+            return True
+    return False
+
+
+class Presence:
+    """The users at this worker, and what is known of the others."""
+
+    def __init__(
+        self,
+        redis: Redis | RedisCluster,
+        installation: str,
+        database: Database,
+        announce: Callable[[UserId, PresenceChanged], None],
+    ) -> None:
+        """`announce` tells those who watch a user."""
+        self._redis = redis
+        self._workers = f"{WORKERS}{installation}"
+        self._worker_key = f"{WORKER}{installation}:"
+        self.user_key = f"{USER}{installation}:"
+        self._database = database
+        self._announce = announce
+        self._worker = os.urandom(8).hex()
+        self._devices: dict[UserId, dict[Subscriber, bool]] = {}
+        self._dirty: set[UserId] = set()
+        self._has_news = asyncio.Event()
+        self._departing: dict[UserId, float] = {}
+        self._unsaved: set[UserId] = set()
+        # With which code the last connection of who is gone was closed, and when, in seconds of the epoch: until Redis
+        # has noted that they are gone.
+        self._ends: dict[UserId, CloseCode] = {}
+        self._left_at: dict[UserId, float] = {}
+        self._transitions: dict[UserId, Transition] = {}
+        self._untold = Untold(self._announce_all)
+        # One exchange with Redis at a time: nothing older comes last.
+        self._flushes: Gather[None, None] = Gather(self._flush_dirty, most=CALLS_AT_ONCE)
+        # Who was announced while Redis was away: by what this worker knows.
+        self._guessed: set[UserId] = set()
+        # Workers that are cleaned up after, and whose users may still be untold.
+        self._burying: dict[str, Collection[UserId]] = {}
+        self._dead: set[str] = set()
+        self._tasks: list[asyncio.Task[None]] = []
+        self._loop = asyncio.get_running_loop()
+
+    async def start(self) -> None:
+        """Begin to keep Redis and PostgreSQL up to date."""
+        jobs = (
+            (self._flush, FLUSH_SECONDS), (self._tell_due, FLUSH_SECONDS), (self._sign, SIGN_SECONDS),
+            (self._record, RECORD_SECONDS),
+        )  # fmt: skip
+        self._tasks = [asyncio.create_task(every(seconds, job)) for job, seconds in jobs]
+
+    async def close(self, *, is_epoch_over: bool = False) -> None:
+        """Stop. The sign of life is taken back, so that others notice soon who is not coming back. No others come if
+        the epoch is over, so what they would clean up is cleaned up here.
+        """
+        await end(self._tasks)  # first: a sign of life in flight would come after the one that takes it back
+        leaving = [*self._devices, *self._left_at]
+        self._devices.clear()
+        try:
+            # Some are also somewhere else, or have gone there already.
+            for user_id, fields in (await self._fields(leaving)).items():
+                fields.pop(self._worker.encode(), None)
+                if not self._states(fields):
+                    self._transitions[user_id] = self._gone(user_id)
+            await self._record()
+            for _ in range(LAST_TRIES):
+                if not self._transitions:
+                    break
+                await asyncio.sleep(FLUSH_SECONDS)
+                await self._record()
+            while self._untold and await self._untold.tell():
+                pass
+            await self._redis.delete(self._worker_key + self._worker)
+            if is_epoch_over:
+                await self._bury(self._worker)
+                await self._take_away([self._worker])
+        except REDIS_LOST:
+            return
+
+    # ----------------------------------------------------------------------------------------- coming and going
+
+    def arrived(self, user_id: UserId, device: Subscriber) -> None:
+        """A device of a user is connected."""
+        devices = self._devices.setdefault(user_id, {})
+        devices[device] = False
+        self._departing.pop(user_id, None)
+        self._ends.pop(user_id, None)
+        self._left_at.pop(user_id, None)
+        self._note(user_id)
+
+    def left(self, user_id: UserId, device: Subscriber, code: CloseCode | None) -> None:
+        """A device is gone."""
+        devices = self._devices.get(user_id)
+        if devices is None or devices.pop(device, None) is None:
+            return
+        if devices:
+            self._note(user_id)
+        else:
+            del self._devices[user_id]
+            self._dirty.discard(user_id)
+            if code is not None:
+                self._ends[user_id] = code
+            self._left_at[user_id] = time.time()
+            self._departing[user_id] = self._loop.time() + OFFLINE_SECONDS
+            self._has_news.set()
+
+    async def choose(self, user_id: UserId, device: Subscriber | None, frame: SetPresence) -> bool:
+        """Record how a user, or with `away` one device of theirs, wants to be seen; return whether they chose anew."""
+        devices = self._devices.get(user_id, {})
+        async with self._database.of(user_id).connection() as db:
+            is_new, is_visible_again = await users.choose(db, user_id, frame, is_here=bool(devices))
+        if is_visible_again and not devices and self._departing.pop(user_id, None) is not None:
+            # Nobody was to know that they were here, so no announcement waits for them to come back.
+            self._note(user_id)
+        if device in devices:
+            devices[device] = frame.status == "away"
+            self._note(user_id)
+        try:
+            await self._flushes.submit(None)  # if a device is idle now, or is no more, it is announced
+        finally:
+            if is_new:
+                self._untold.keep(user_id, News(Reason.CHOICE))
+        await self._untold.tell(user_id)
+        return is_new
+
+    async def announce(self, user_id: UserId) -> None:
+        """Tell those who watch a user how they are seen now that their privacy is another."""
+        self._untold.keep(user_id, News(Reason.PRIVACY))
+        await self._untold.tell(user_id)
+
+    async def expire_statuses(self) -> bool:
+        """Take away custom statuses whose time is over, and tell it; return whether there may be more."""
+        async with self._database.connection() as db:
+            over = await users.expire_statuses(db)
+        for user_id in over:
+            self._untold.keep(user_id, News(Reason.CHOICE))
+        return len(over) == users.AT_ONCE
+
+    # ------------------------------------------------------------------------------------------------- seeing
+
+    async def describe(self, found: Mapping[WatchedBy, Watchable]) -> dict[WatchedBy, Seen]:
+        """Return how watchers see those whom they may watch."""
+        fields = await self._fields(list({watched for _, watched in found}))
+        return {pair: _seen(pair[1], one.choice, self._states(fields[pair[1]])) for pair, one in found.items()}
+
+    async def _fields(self, user_ids: Sequence[UserId]) -> dict[UserId, dict[bytes, bytes]]:
+        try:
+            return await self._shared_fields(user_ids)
+        except REDIS_LOST:
+            return {user_id: self._local(user_id) for user_id in user_ids}
+
+    async def _shared_fields(self, user_ids: Sequence[UserId]) -> dict[UserId, dict[bytes, bytes]]:
+        async with self._redis.pipeline(transaction=False) as pipe:
+            for user_id in user_ids:
+                pipe.hgetall(self.user_key + user_id.hex)
+            found = await pipe.execute()
+        return {user_id: there | self._local(user_id) for user_id, there in zip(user_ids, found, strict=True)}
+
+    def _local(self, user_id: UserId) -> dict[bytes, bytes]:
+        devices = self._devices.get(user_id)
+        if not devices:
+            return {}
+        return {self._worker.encode(): b"away" if all(devices.values()) else b"online"}
+
+    def _states(self, fields: dict[bytes, bytes]) -> set[bytes]:
+        """What those workers say that are not known to be dead."""
+        return {state for worker, state in fields.items() if worker.decode() not in self._dead}
+
+    # ------------------------------------------------------------------------------------------------ keeping up
+
+    def _note(self, *user_ids: UserId) -> None:
+        self._dirty.update(user_ids)
+        self._has_news.set()
+
+    async def _flush(self) -> None:
+        await self._has_news.wait()
+        now = self._loop.time()
+        gone = [user_id for user_id, at in self._departing.items() if at <= now]
+        for user_id in gone:
+            del self._departing[user_id]
+        if not self._departing:
+            self._has_news.clear()
+        self._dirty.update(gone)
+        if self._dirty:
+            await self._flushes.submit(None)
+
+    async def _flush_dirty(self, calls: list[None]) -> list[None]:
+        """Note in Redis how those are here now of whom that may have changed."""
+        dirty, self._dirty = self._dirty, set()
+        try:
+            if dirty:
+                await self._flush_users(list(dirty))
+        except BaseException:
+            self._note(*dirty)
+            raise
+        return [None] * len(calls)
+
+    async def _flush_users(self, user_ids: Sequence[UserId]) -> None:
+        here = {user_id: local for user_id in user_ids if (local := self._local(user_id))}
+        left_at = {one: self._left_at[one] for one in user_ids if one not in here and one in self._left_at}
+        before = await self._exchange(user_ids, here)
+        is_noted = before is not None
+        if before is None:
+            before = {user_id: {} for user_id in user_ids}
+            self._unsaved.update(user_ids)
+        for user_id in user_ids:
+            was = self._states(before[user_id])
+            others = {worker: state for worker, state in before[user_id].items() if worker != self._worker.encode()}
+            states = self._states(others | here.get(user_id, {}))
+            # Whom Redis has forgotten, or never knew, has left all the same; somebody else was not here.
+            has_left = not states and (bool(was) or user_id in left_at)
+            if (states and not was) or (has_left and is_noted):
+                self._transitions[user_id] = Transition(is_online=True) if states else self._gone(user_id)
+            if was != states or has_left:
+                self._untold.keep(user_id, _of_device(states, left_at.get(user_id)))
+            # Redis may have been lost while it was told, and is told again.
+            if is_noted and user_id not in self._unsaved and self._left_at.get(user_id) == left_at.get(user_id):
+                self._left_at.pop(user_id, None)
+                self._ends.pop(user_id, None)
+
+    async def _exchange(
+        self, user_ids: Sequence[UserId], here: Mapping[UserId, dict[bytes, bytes]]
+    ) -> dict[UserId, dict[bytes, bytes]] | None:
+        """Note in Redis how users are here. Return what it said of them before, or None if it is away."""
+        gone = [user_id for user_id in user_ids if user_id not in here]
+        try:
+            async with self._redis.pipeline(transaction=False) as pipe:
+                for user_id in user_ids:
+                    pipe.hgetall(self.user_key + user_id.hex)
+                for user_id, local in here.items():
+                    pipe.hset(self.user_key + user_id.hex, mapping=local)  # type: ignore[arg-type]
+                for user_id in gone:
+                    pipe.hdel(self.user_key + user_id.hex, self._worker)
+                # Whom to clean up after, if this worker dies.
+                if here:
+                    pipe.sadd(self._worker_key + self._worker + ":users", *(user_id.hex for user_id in here))
+                if gone:
+                    pipe.srem(self._worker_key + self._worker + ":users", *(user_id.hex for user_id in gone))
+                answers = await pipe.execute()
+        except REDIS_LOST:
+            return None
+        return dict(zip(user_ids, answers, strict=False))
+
+    async def _tell_due(self) -> bool:
+        is_more_due = await self._untold.tell_due()
+        await self._end_burials()
+        return is_more_due
+
+    async def _announce_all(self, untold: Mapping[UserId, News]) -> None:
+        async with self._database.connection() as db:
+            choices = await users.choices(db, list(untold))
+        try:
+            fields = await self._shared_fields(list(choices))
+        except REDIS_LOST:
+            fields = {user_id: self._local(user_id) for user_id in choices}
+            self._guessed.update(choices)
+        for user_id, choice in choices.items():
+            reason, left_at = untold[user_id]
+            if not reason.is_told_of(choice):
+                continue
+            states = self._states(fields[user_id])
+            if left_at is not None and reason is Reason.DEVICE and left_at >= (choice.visible_since or 0.0):
+                # It may not be recorded yet.
+                choice = choice._replace(last_seen_at=max(left_at, choice.last_seen_at or 0.0))  # noqa: PLW2901
+            self._announce(user_id, PresenceChanged(presence=_seen(user_id, choice, states)))
+
+    async def _sign(self) -> None:
+        """Give a sign of life, and look for those who give none any more."""
+        try:
+            async with self._redis.pipeline(transaction=False) as pipe:
+                pipe.set(self._worker_key + self._worker, "1", ex=SIGN_LASTS_SECONDS, get=True)
+                pipe.sadd(self._workers, self._worker)
+                pipe.smembers(self._workers)
+                known, _, members = await pipe.execute()
+            workers = sorted(_text(member) for member in members)
+            async with self._redis.pipeline(transaction=False) as pipe:
+                for worker in workers:
+                    pipe.exists(self._worker_key + worker)
+                alive = await pipe.execute()
+        except REDIS_LOST:
+            return
+        self._dead = {worker for worker, is_there in zip(workers, alive, strict=True) if not is_there}
+        if self._unsaved:
+            # A Redis that was frozen does late, and in any order, what it was told before it seemed lost.
+            self._note(*self._unsaved)
+            self._unsaved.clear()
+        for user_id in self._guessed:
+            self._untold.keep(user_id, News(Reason.DEVICE, self._left_at.get(user_id)))
+        self._guessed.clear()
+        if known is None:
+            # Redis is new, or was away for so long that others took us for dead; and may be in the middle of
+            # cleaning up after us, so that it is said once more with the next sign.
+            self._note(*self._devices)
+            self._unsaved.update(self._devices)
+        for worker in self._dead:
+            await self._bury(worker)
+
+    async def _bury(self, worker: str) -> None:
+        """Clean up after a worker that died, and announce who is offline by it."""
+        key = self._worker_key + worker + ":users"
+        if worker not in self._burying:
+            try:
+                user_ids = [UserId(UUID(hex=_text(member))) for member in await self._redis.smembers(key)]
+                async with self._redis.pipeline(transaction=False) as pipe:
+                    for user_id in user_ids:
+                        pipe.hdel(self.user_key + user_id.hex, worker)
+                        pipe.hgetall(self.user_key + user_id.hex)
+                    answers = await pipe.execute()
+            except REDIS_LOST:
+                return
+            self._burying[worker] = set(user_ids)
+            for user_id, fields in zip(user_ids, answers[1::2], strict=True):
+                states = self._states(fields | self._local(user_id))
+                if not states:
+                    self._transitions[user_id] = self._gone(user_id)
+                self._untold.keep(user_id, _of_device(states))
+        await self._end_burials()
+
+    async def _end_burials(self) -> None:
+        """Take away what dead workers left, once their users were announced: should this one die before that, another
+        one does all of it again.
+        """
+        over = [worker for worker, user_ids in self._burying.items() if self._untold.isdisjoint(user_ids)]
+        for worker in over:
+            if worker not in self._dead:
+                del self._burying[worker]  # it is back
+        await self._take_away([worker for worker in over if worker in self._dead])
+
+    async def _take_away(self, workers: Sequence[str]) -> None:
+        for worker in workers:
+            try:
+                await self._redis.delete(self._worker_key + worker + ":users")
+                await self._redis.srem(self._workers, worker)
+            except REDIS_LOST:
+                return
+            self._burying.pop(worker, None)
+
+    def _gone(self, user_id: UserId) -> Transition:
+        return Transition(is_online=False, close_code=self._ends.get(user_id), left_at=self._left_at.get(user_id))
+
+    async def _record(self) -> None:
+        if not self._transitions:
+            return
+        transitions, self._transitions = self._transitions, {}
+        left = transitions
+        try:
+            current = await self._without_returned(transitions)
+            async with self._database.connection() as db:
+                left = await users.seen(db, current)
+        except Exception as error:
+            if not is_lost(error):
+                raise
+        finally:
+            self._transitions = left | self._transitions
+
+    async def _without_returned(self, transitions: dict[UserId, Transition]) -> dict[UserId, Transition]:
+        """Leave out those who went and are at another worker by now: it records that they came, perhaps before this."""
+        gone = [user_id for user_id, one in transitions.items() if not one.is_online]
+        try:
+            fields = await self._shared_fields(gone) if gone else {}
+        except REDIS_LOST:
+            return transitions
+        for there in fields.values():
+            there.pop(self._worker.encode(), None)
+        returned = {user_id for user_id, there in fields.items() if self._states(there)}
+        return {user_id: one for user_id, one in transitions.items() if user_id not in returned}
+
+
+def _of_device(states: Collection[bytes], left_at: float | None = None) -> News:
+    """Return that a device came or went: by default just now, as is said of the users of a worker that died."""
+    return News(Reason.DEVICE, None if states else left_at or time.time())
+
+
+def _seen(user_id: UserId, choice: Visibility, states: Iterable[bytes]) -> Seen:
+    states = set(states)
+    status: PresenceStatus
+    if not choice.is_shown:
+        return Seen(user_id=user_id, status="offline")
+    if not states or choice.status == "invisible":
+        status = "offline"
+    elif choice.status == "busy":
+        status = "busy"
+    else:
+        status = "away" if states == {b"away"} else "online"
+    last_seen = choice.last_seen_at
+    return Seen(
+        user_id=user_id,
+        status=status,
+        custom_status=choice.custom_status,
+        last_seen_at=datetime.fromtimestamp(last_seen, UTC) if status == "offline" and last_seen else None,
+    )
+
+
+def _text(member: bytes | str) -> str:
+    return member.decode() if isinstance(member, bytes) else member

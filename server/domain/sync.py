@@ -1,0 +1,271 @@
+"""Bringing a connection up to date: at the start, after a drop, and when its conversations change.
+
+Always follow first and compare second: once the worker follows a conversation, `attach` tells whether what was
+read before is still the latest, and the difference is asked for until it is. The rest arrives by itself.
+"""
+
+import asyncio
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
+
+import msgspec
+
+from protocol.client import Resume
+from protocol.errors import ErrorCode, Refused
+from protocol.ids import ConversationId
+from protocol.limits import MAX_CHANGES, MAX_PAGE_BYTES, MAX_SHARED_PARTICIPANTS
+from protocol.server import (
+    ConversationJoined,
+    ConversationLeft,
+    Conversations,
+    OwnStartOver,
+    OwnStartOverReason,
+    Resumed,
+    ServerFrame,
+    StartOver,
+    StartOverReason,
+)
+from protocol.values import ConversationView
+from server.context import Context, Look
+from server.core.errors import RETRY_AFTER_MS
+from server.db.database import Db
+from server.queries import changes, conversations, users
+from server.queries.conversations import Membership
+from server.queries.users import OWN_PAGE, OwnNews
+
+CLOSED = Refused(ErrorCode.UNAVAILABLE, "The connection is closed. Connect again.", retry_after_ms=RETRY_AFTER_MS)
+PAGE = 50
+"""Conversations in each `conversations` frame, in each statement that reads them, and in a turn of the loop."""
+
+
+async def start(context: Context) -> None:
+    """Say all of the user's conversations, in pages, most recently active first, and follow them."""
+    async with context.database.connection() as db:
+        order = await conversations.order(db, context.user_id)
+    # Read by id, page by page: each page of an order would sort all of them again. Conversations that are joined
+    # meanwhile move the user's clock, which has them said.
+    for start in range(0, max(1, len(order)), PAGE):
+        wanted = order[start : start + PAGE]
+        parts = await _views(context, wanted, start) if wanted else []
+        for number, views in enumerate(parts or [[]], 1):
+            is_last = start + PAGE >= len(order) and number >= len(parts)
+            await _follow(context, views, [Conversations(conversations=views, is_last=is_last)])
+            await context.connection.drained()
+
+
+async def resume(context: Context, frame: Resume) -> Resumed:
+    """Say the difference to `frame.versions`, and everything that the client does not know; follow it all."""
+    connection = context.connection
+    there = await context.services.memberships.submit(context.user_id)
+    await _say_left(context, frame.versions.keys() - there.keys())
+    known = {one: version for one, version in frame.versions.items() if one in there}
+    is_same_epoch = frame.epoch == context.database.epoch.id
+    if is_same_epoch:
+        # Told by the clock: reading a thousand changes to throw them away costs as much as saying them.
+        far = {one for one, version in known.items() if there[one].version - version > MAX_CHANGES}
+        done = await _start_all_over(context, far, "too_many_changes")
+        near = {one: version for one, version in known.items() if one not in far}
+        await connection.open(list(near))
+        for number, (conversation_id, version) in enumerate(near.items(), 1):
+            if number % PAGE == 0:
+                await asyncio.sleep(0)
+            connection.detach(conversation_id)
+            await connection.open([conversation_id])  # those before it may have taken long
+            if version != there[conversation_id].version or not connection.attach(conversation_id, version):
+                await _catch_up(context, conversation_id, version, done=done)
+                done += 1
+                await connection.drained()
+    else:
+        await _start_all_over(context, known, "other_epoch")
+    await _join(context, there.keys() - frame.versions.keys() - set(connection.attached))
+    if frame.user_version is not None:
+        if is_same_epoch:
+            connection.user_version = frame.user_version
+        else:
+            _start_own_over(context, "other_epoch")
+        await _say_own(context)
+    return Resumed(
+        conversations=len(there),
+        user_version=connection.user_version,
+        read_positions={one: here.last_read for one, here in there.items() if here.last_read is not None},
+    )
+
+
+async def refresh(context: Context, look: Look, whole: Look | None) -> None:
+    """Say what changed for the user alone; before that, with `whole`, compare what the connection follows with what the
+    user takes part in, and say what is new and what is over.
+    """
+    if whole is not None:
+        await _compare(context, await whole.memberships())
+    await _say_own(context, look)
+
+
+async def _compare(context: Context, there: Mapping[ConversationId, Membership]) -> None:
+    connection = context.connection
+    if any(one not in there for one in connection.attached):
+        # Shared memberships may be older than what the connection joined by a frame of its own.
+        there = await context.services.memberships.submit(context.user_id)
+    for _, some in _pages(one for one in connection.attached if one not in there):
+        # Others have their turn between pages, and may have said it meanwhile.
+        await _say_left(context, [one for one in some if one in connection.attached])
+    await _join(context, [one for one in there if one not in connection.attached])
+
+
+async def join(context: Context, view: ConversationView) -> None:
+    """Follow a conversation that the caller has just made or joined: its answer comes after this, so the caller
+    gets the events of whatever they do next.
+    """
+    subscriber = context.subscriber
+    if subscriber is not None and view.conversation.id not in subscriber.attached:
+        await _follow(context, [view], [ConversationJoined(view=view)])
+
+
+async def _say_own(context: Context, look: Look | None = None) -> None:
+    """Say what changed for the user alone since the connection was last told. `look` has the first page."""
+    connection = context.connection
+    is_whole, has_started_over, done = False, False, 0
+    while not is_whole:
+        version, news, is_whole, lost = await (
+            look.news(connection.user_version) if look is not None and not done else _own_news(context, done)
+        )
+        if lost is not None and connection.user_version and not has_started_over:
+            has_started_over = True
+            _start_own_over(context, lost)
+            is_whole = False
+            continue
+        for event in news:
+            connection.say(event)
+        connection.user_version = version
+        done += OWN_PAGE
+        if not is_whole:
+            await connection.drained()
+
+
+def _start_own_over(context: Context, reason: OwnStartOverReason) -> None:
+    """Have the client drop its own rows; all that there are follow."""
+    context.connection.say(OwnStartOver(user_version=0, reason=reason))
+    context.connection.user_version = 0
+
+
+async def _own_news(context: Context, done: int) -> OwnNews:
+    async with _reading(context, done) as db:
+        found = await users.news(db, context.user_id, context.connection.user_version, limit=OWN_PAGE)
+    return await found.decoded()
+
+
+async def _join(context: Context, conversation_ids: Iterable[ConversationId]) -> None:
+    for done, some in _pages(conversation_ids):
+        parts = await _views(context, some, done)
+        for number, views in enumerate(parts):
+            await _follow(context, views, [ConversationJoined(view=view) for view in views])
+            if done or number:
+                await context.connection.drained()
+
+
+async def _follow(context: Context, views: list[ConversationView], frames: list[ServerFrame]) -> None:
+    connection = context.connection
+    await connection.open([view.conversation.id for view in views])
+    # From here to the last `attach` nothing else can run: what is said comes before the events that follow it.
+    for frame in frames:
+        connection.say(frame)
+    behind = [view for view in views if not connection.attach(view.conversation.id, view.version)]
+    for view in behind:
+        await _catch_up(context, view.conversation.id, view.version)
+
+
+async def _catch_up(context: Context, conversation_id: ConversationId, version: int, *, done: int = 0) -> None:
+    while True:
+        with context.connection.catching_up(conversation_id):
+            known = await _say_difference(context, conversation_id, version, done)
+            if known is None:
+                return
+            version = known
+            await context.connection.open([conversation_id])
+            if context.connection.attach(conversation_id, version):
+                return
+
+
+async def _say_difference(context: Context, conversation_id: ConversationId, version: int, done: int) -> int | None:
+    """Say what came after a version, and return the version that it leads to; None if something else was said: all of
+    the conversation, or that it is not the user's.
+    """
+    async with _reading(context, done) as db:
+        found = await changes.missed(
+            db, conversation_id, context.user_id, version, limit=MAX_CHANGES, most=MAX_SHARED_PARTICIPANTS
+        )
+    if found is None:
+        await _say_left(context, [conversation_id])
+        return None
+    missed, reading = found
+    difference = await missed.decoded()
+    parts = difference.parts(MAX_PAGE_BYTES) if difference.is_whole else None
+    if difference.is_whole and difference.changes.since > difference.clock:
+        await _start_over(context, [conversation_id], "ahead_of_server", done=done)
+        return None
+    if parts is None:
+        context.connection.charge(difference.size)
+        await _start_over(context, [conversation_id], "too_many_changes", done=done)
+        return None
+    for number, part in enumerate(parts):
+        if number:
+            await context.connection.drained()
+        context.connection.say(msgspec.structs.replace(part, **reading._asdict()))
+    return difference.changes.version
+
+
+async def _start_all_over(context: Context, conversation_ids: Iterable[ConversationId], reason: StartOverReason) -> int:
+    """Say all of conversations, in pages; return how many there were."""
+    count = 0
+    for done, some in _pages(conversation_ids):
+        await _start_over(context, some, reason, done=done)
+        await context.connection.drained()
+        count = done + len(some)
+    return count
+
+
+async def _start_over(
+    context: Context, conversation_ids: Sequence[ConversationId], reason: StartOverReason, *, done: int
+) -> None:
+    for conversation_id in conversation_ids:
+        context.connection.detach(conversation_id)
+    parts = await _views(context, conversation_ids, done)
+    await _say_left(context, set(conversation_ids) - {view.conversation.id for views in parts for view in views})
+    for number, views in enumerate(parts):
+        if number:
+            await context.connection.drained()
+        await _follow(context, views, [StartOver(view=view, reason=reason) for view in views])
+
+
+def _pages(conversation_ids: Iterable[ConversationId]) -> Iterator[tuple[int, list[ConversationId]]]:
+    """Return conversations in pages, each with how many came before."""
+    every = list(conversation_ids)
+    return ((start, every[start : start + PAGE]) for start in range(0, len(every), PAGE))
+
+
+async def _views(
+    context: Context, conversation_ids: Sequence[ConversationId], done: int
+) -> list[list[ConversationView]]:
+    """Return the conversations as the user sees them, in parts of the size of a page."""
+    async with _reading(context, done) as db:
+        found = await conversations.parts(db, context.user_id, conversation_ids)
+    return await found.decoded()
+
+
+def _reading(context: Context, done: int) -> AbstractAsyncContextManager[Db]:
+    """Borrow a connection to the database, for one statement. Past the first page, take turns: clients with much to
+    catch up on share a part of the connections, whatever their number. Raises Refused if the client is gone: nothing
+    more is read for it.
+    """
+    if context.connection.is_closed:
+        raise CLOSED
+    return context.database.connection() if done < PAGE else context.database.catching_up()
+
+
+async def _say_left(context: Context, conversation_ids: Iterable[ConversationId]) -> None:
+    """Say that conversations are not the user's, each page in one write. A `resume` may name thousands."""
+    for _, some in _pages(conversation_ids):
+        for conversation_id in some:
+            context.connection.detach(conversation_id)
+        context.connection.say(*[ConversationLeft(conversation_id=one) for one in some])
+        await context.connection.drained()
+        await asyncio.sleep(0)

@@ -1,0 +1,1 @@
+"""Queues, batches and shares: who waits for whom."""

@@ -1,0 +1,146 @@
+"""Group commit for whatever is asked one at a time: what arrives while a batch is in flight is the next batch."""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Hashable
+from typing import Generic, TypeVar
+
+from server.core.errors import is_lost
+from server.fairness.fair_queue import Lines
+
+Item = TypeVar("Item")
+Outcome = TypeVar("Outcome")
+
+
+class Slow(Exception):  # noqa: N818 - one of them may be slow, the others are not
+    """Raised by work that took too long and was ended. Nothing of it was done."""
+
+
+class WrongCount(Exception):  # noqa: N818 - a defect of the work
+    """The work returned more or fewer outcomes than it got items."""
+
+
+SLOW_PARTS = 8
+"""A batch whose work is `Slow` is repeated in so many parts: of 64 items, two further runs are slow because of one."""
+MAX_SLOW = 2
+"""Max single items of a batch, one after the other, whose work is `Slow`: then everything is, and the batch fails."""
+
+
+class Gather(Generic[Item, Outcome]):
+    """Runs `work` on the items that gathered while the previous run was in flight, one of each owner in turn.
+
+    1. Nothing waits when nothing is in flight: whoever comes then runs their own item at once.
+    2. One run at a time, so the items of one owner keep their order.
+    3. A run that fails for another reason than a lost database is repeated in halves: one bad item does not take its
+       neighbours with it. After `Slow`, which costs more time, it is repeated in more and smaller parts. `work` must
+       be all or nothing.
+    4. If the database is lost, or too many single items are slow, the rest of the batch fails without being tried.
+    """
+
+    def __init__(
+        self,
+        work: Callable[[list[Item]], Awaitable[list[Outcome]]],
+        *,
+        most: int,
+        owner: Callable[[Item], Hashable] = lambda _: None,
+        weigh: Callable[[Item], int] = lambda _: 0,
+        most_weight: int = 0,
+        on_idle: Callable[[], object] = lambda: None,
+    ) -> None:
+        """`work` takes 1 to `most` items and returns as many outcomes, in the same order. Together they weigh at most
+        `most_weight`, unless one alone weighs more. However many items an owner has, the first one of another owner is
+        in the next run, if each owner's next one fits into that. `on_idle` is called whenever nothing is in flight and
+        nothing waits any more.
+        """
+        self._work = work
+        self._most = most
+        self._owner = owner
+        self._weigh = weigh
+        self._most_weight = most_weight
+        self._on_idle = on_idle
+        # Whoever is cancelled before a run has their item wants nothing of it.
+        self._waiting: Lines[Hashable, tuple[Item, asyncio.Future[Outcome]]] = Lines(is_over=lambda one: one[1].done())
+        self._is_running = False
+        self._runner: asyncio.Task[None] | None = None
+
+    async def submit(self, item: Item) -> Outcome:
+        """Return the outcome of `item`. Raises what `work` raised for it."""
+        if self._is_running:
+            future: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+            self._waiting.put(self._owner(item), (item, future))
+            return await future
+        self._is_running = True
+        try:
+            return (await self._outcomes([item]))[0]
+        finally:
+            self._go_on()
+
+    def _go_on(self) -> None:
+        self._is_running = bool(self._waiting)
+        if self._is_running:
+            self._runner = asyncio.create_task(self._run())
+        else:
+            self._on_idle()
+
+    async def _run(self) -> None:
+        try:
+            while self._waiting:
+                await self._run_batch(self._next())
+        finally:
+            self._go_on()
+
+    def _next(self) -> list[tuple[Item, asyncio.Future[Outcome]]]:
+        batch = [self._take()]
+        weight = self._weigh(batch[0][0])
+        while self._waiting and len(batch) < self._most:
+            weight += self._weigh(self._waiting.first()[0])
+            if weight > self._most_weight:
+                break
+            batch.append(self._take())
+        return batch
+
+    def _take(self) -> tuple[Item, asyncio.Future[Outcome]]:
+        owner, one = self._waiting.take()
+        self._waiting.done(owner)
+        return one
+
+    async def _outcomes(self, items: list[Item]) -> list[Outcome]:
+        outcomes = await self._work(items)
+        if len(outcomes) != len(items):
+            raise WrongCount(f"{len(items)} items have {len(outcomes)} outcomes")
+        return outcomes
+
+    async def _run_batch(self, batch: list[tuple[Item, asyncio.Future[Outcome]]]) -> None:
+        """Run the work on a batch, and on parts of it after a failure. Whatever happens, nobody waits for it then."""
+        todo, slow = [batch], 0
+        try:
+            while todo:
+                part = todo.pop()
+                try:
+                    outcomes = await self._outcomes([item for item, _ in part])
+                except Exception as error:
+                    if is_lost(error) or isinstance(error, WrongCount):
+                        raise
+                    if isinstance(error, Slow) and len(part) == 1 and (slow := slow + 1) == MAX_SLOW:
+                        raise TimeoutError from error
+                    if len(part) == 1:
+                        _fail(part, error)
+                        continue
+                    size = -(-len(part) // (SLOW_PARTS if isinstance(error, Slow) else 2))
+                    todo += [part[start : start + size] for start in range(0, len(part), size)][::-1]
+                    continue
+                slow = 0
+                for (_, future), outcome in zip(part, outcomes, strict=True):
+                    if not future.done():
+                        future.set_result(outcome)
+        except Exception as error:  # noqa: BLE001 - handed to whoever asked
+            _fail(batch, error)
+        except BaseException:
+            # A cancellation from inside the work, of which those who asked are not to take it for their own.
+            _fail(batch, ConnectionError("the work was cancelled"))
+            raise
+
+
+def _fail(batch: list[tuple[Item, asyncio.Future[Outcome]]], error: Exception) -> None:
+    for _, future in batch:
+        if not future.done():
+            future.set_exception(error)

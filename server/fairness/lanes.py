@@ -1,0 +1,90 @@
+"""Group commit past what is held: items whose row somebody else has locked wait aside, and all others go on."""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Hashable
+from contextlib import suppress
+from typing import Final, Generic, TypeVar
+
+from server.fairness.batcher import Gather, Slow
+
+HEAVY_SHARE = 16
+"""Items that take more than one in `HEAVY_SHARE` of the weight of a run are heavy: no other item waits for them."""
+
+
+class Held:
+    """The outcome of an item whose row is held: nothing was done about it."""
+
+
+HELD: Final = Held()
+
+Key = TypeVar("Key", bound=Hashable)
+Item = TypeVar("Item")
+Outcome = TypeVar("Outcome")
+
+
+class Lanes(Generic[Key, Item, Outcome]):
+    """A `Gather` for all light items, one for all heavy ones, and one more for each key whose row is held, as long as
+    items of that key wait.
+
+    An item of which the common run reports `HELD` goes into the lane of its key, and so do those that come after it; so
+    does one whose own common run was `Slow`.
+    The lane waits for the row. Items of one key without an outcome have no order among each other: who needs one waits
+    for the outcome before the next item, as a connection does.
+    """
+
+    def __init__(
+        self,
+        *,
+        key: Callable[[Item], Key],
+        owner: Callable[[Item], Hashable],
+        run: Callable[[list[Item]], Awaitable[list[Outcome | Held]]],
+        wait: Callable[[list[Item]], Awaitable[list[Outcome]]],
+        most: int,
+        weigh: Callable[[Item], int],
+        most_weight: int,
+        lanes: int,
+    ) -> None:
+        """`run` does what it can without waiting for a row; `wait` waits for the row of the key. Both take items of one
+        `Gather`, where owners take turns. Items that weigh more than one in `HEAVY_SHARE` of `most_weight` have a
+        `Gather` of their own. Max `lanes` lanes wait at a time, each for its own row.
+        """
+        self._key = key
+        self._owner = owner
+        self._light, self._heavy = (
+            Gather[Item, Outcome | Held](run, most=most, owner=owner, weigh=weigh, most_weight=most_weight)
+            for _ in range(2)
+        )
+        self._wait = wait
+        self._most = most
+        self._weigh = weigh
+        self._most_weight = most_weight
+        self._turns = asyncio.Semaphore(lanes)
+        self._lanes: dict[Key, Gather[Item, Outcome]] = {}
+
+    async def submit(self, item: Item) -> Outcome:
+        """Return the outcome of `item`. Raises what `run` or `wait` raised for it."""
+        key = self._key(item)
+        if key not in self._lanes:
+            is_heavy = self._weigh(item) * HEAVY_SHARE > self._most_weight
+            with suppress(Slow):
+                outcome = await (self._heavy if is_heavy else self._light).submit(item)
+                if not isinstance(outcome, Held):
+                    return outcome
+        if key not in self._lanes:
+            self._lanes[key] = self._lane(key)
+        return await self._lanes[key].submit(item)
+
+    def _lane(self, key: Key) -> Gather[Item, Outcome]:
+        return Gather(
+            self._in_turn,
+            most=self._most,
+            owner=self._owner,
+            weigh=self._weigh,
+            most_weight=self._most_weight,
+            # Not when nobody waits for an outcome: items whose submitters were cancelled still wait for the row.
+            on_idle=lambda: self._lanes.pop(key),
+        )
+
+    async def _in_turn(self, items: list[Item]) -> list[Outcome]:
+        async with self._turns:
+            return await self._wait(items)

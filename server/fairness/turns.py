@@ -1,0 +1,65 @@
+"""Turns: at most so many at a time for each key; others of the same key wait in line."""
+
+import asyncio
+from collections.abc import Hashable
+from typing import Generic, TypeVar
+
+from server.fairness.fair_queue import Lines
+
+Key = TypeVar("Key", bound=Hashable)
+
+
+class Turns(Generic[Key]):
+    """Gives out turns. A key without turns takes no memory."""
+
+    def __init__(self, most: int, *, patience: float) -> None:
+        """`most` is the number of turns per key, `patience` the max wait for one, in seconds."""
+        self._most = most
+        self._patience = patience
+        self._taken: dict[Key, int] = {}
+        self._waiting: dict[Key, Lines[Hashable, asyncio.Future[None]]] = {}
+
+    async def take(self, key: Key, client: Hashable = None) -> None:
+        """Return when the caller has a turn, which lasts until `give`. Clients of a key are served alike, and each in
+        order. Raises TimeoutError if no turn is free in time.
+        """
+        taken = self._taken.get(key, 0)
+        if taken < self._most:
+            self._taken[key] = taken + 1
+            return
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        waiting = self._waiting.get(key)
+        if waiting is None:
+            waiting = self._waiting[key] = Lines(is_over=asyncio.Future.done)
+        waiting.put(client, turn)
+        try:
+            async with asyncio.timeout(self._patience):
+                await turn
+        except BaseException:
+            if turn.done() and not turn.cancelled():
+                self.give(key, client)  # the turn came too late: the next in line has it
+            else:
+                waiting.drop(client, turn)
+                self._end_if_empty(key)
+            raise
+
+    def give(self, key: Key, client: Hashable = None) -> None:
+        """End a turn of a client: of the others, the one who has waited longest is next."""
+        if (waiting := self._waiting.get(key)) is not None:
+            waiting.to_end(client)
+            if waiting:
+                line, turn = waiting.take()
+                waiting.done(line)
+                self._end_if_empty(key)
+                turn.set_result(None)
+                return
+            del self._waiting[key]
+        taken = self._taken[key] - 1
+        if taken:
+            self._taken[key] = taken
+        else:
+            del self._taken[key]
+
+    def _end_if_empty(self, key: Key) -> None:
+        if key in self._waiting and not self._waiting[key]:
+            del self._waiting[key]

@@ -1,0 +1,269 @@
+"""From bytes to reply: decode, look up in the table, check the allowance, run the handler, answer."""
+
+import logging
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from enum import Enum
+from typing import Any, NamedTuple
+
+from protocol.client import (
+    AddParticipants,
+    Authenticate,
+    CreateGroup,
+    Edit,
+    Forward,
+    Frame,
+    GetUsers,
+    History,
+    Invite,
+    ListAudit,
+    ListParticipants,
+    ListRelationships,
+    ListReplies,
+    ListReports,
+    ListStars,
+    Schedule,
+    Send,
+    Watch,
+)
+from protocol.codec import decode_client, kind, label
+from protocol.errors import ErrorCode, Refused
+from protocol.ids import UserId
+from protocol.limits import (
+    ANSWER_TOKEN_BYTES,
+    FURTHER_TOKENS,
+    MAX_MENTIONS,
+    MAX_PAGE,
+    MAX_PARTICIPANTS_NAMED,
+    MAX_WATCHED,
+    TOKEN_BYTES,
+    part_of_mentions,
+)
+from protocol.server import Error, Reply, Result
+from server.context import Context
+from server.core.errors import INTERNAL, ROLLED_BACK, log_defect, refusal
+from server.core.metrics import Metrics
+from server.fairness.share import HELD
+from server.fairness.turns import Turns
+from server.limits.load_shedding import Pressure, Shed
+from server.limits.shared_rate_limit import SharedAllowance
+
+log = logging.getLogger(__name__)
+
+SEARCHING_MS = 500
+"""When to retry a search that was refused because another one of the same user runs, in milliseconds."""
+
+SEARCH_REST = 4
+"""Rest after a search, as a multiple of its time at the database: a user whose searches are slow does not occupy a
+connection all the time.
+"""
+
+READ_SECONDS = 10.0
+"""Max seconds that a large read waits for others of the same user. The refusal is that of a database that is away."""
+
+
+SOCKET_ONLY = Refused(
+    ErrorCode.INVALID, "Send this frame on a WebSocket connection, where it makes sense.", path="type"
+)
+
+
+class Access(Enum):
+    """Who gets an answer other than `not_found`. The queries see to it; a test asks each as a stranger."""
+
+    USER = "any user"
+    PARTICIPANT = "participants of the conversation"
+
+
+class Rate(Enum):
+    """Whose allowance a frame takes (docs/operations.md has the figures)."""
+
+    WRITE = "write"
+    READ = "read"
+    EPHEMERAL = "ephemeral"
+    SEARCH = "search"
+    """Frames that may cost the database a hundred times a typical read: few a second, and one of a user at a time."""
+
+
+class Route(NamedTuple):
+    """One line of the table."""
+
+    handler: Callable[[Context, Any], Awaitable[Result]]
+    access: Access
+    rate: Rate
+    shed: Shed | None = None
+    """Whether it has to wait while the worker is behind, and before what."""
+    waits_for_client: bool = False
+    """Whether it waits for its client while it reads: then no other large read of the user waits for it."""
+    socket_only: bool = False
+    """Whether it is about the connection that it came by, and so refused by plain HTTP."""
+
+
+class Dispatch:
+    """The way of every frame, whether it came by WebSocket or by HTTP."""
+
+    def __init__(
+        self,
+        routes: Mapping[type[Frame], Route],
+        allowances: Mapping[Rate, SharedAllowance],
+        *,
+        metrics: Metrics,
+        pressure: Pressure,
+    ) -> None:
+        self._routes = routes
+        self._metrics = metrics
+        self._pressure = pressure
+        self._allowances = allowances
+        self._rates = {str(frame.__struct_config__.tag): route.rate for frame, route in routes.items()}
+        self._reading: Turns[UserId] = Turns(1, patience=READ_SECONDS)
+        self.searching: set[UserId] = set()
+        """Who is searching at this worker."""
+
+    async def run(self, context: Context, data: bytes) -> Reply | Error:
+        """Return the answer to one frame. Whatever goes wrong is an answer, too."""
+        frame = None
+        began = time.perf_counter()
+        try:
+            taken = self._charge(context.user_id, data)
+            frame = decode_client(data)
+            route = self._routes.get(type(frame))
+            if context.subscriber is None and (route is None or route.socket_only):
+                raise SOCKET_ONLY
+            if route is None:
+                raise _already_authenticated(frame)
+            if (more := further(frame)) > 0:
+                self._allowances[route.rate].require(context.user_id, more, taken=taken)
+            if route.shed is not None:
+                self._pressure.require(route.shed)
+            if route.rate is Rate.SEARCH:
+                result = await self._search(route, context, frame)
+            elif more > 0 and route.rate is Rate.READ and not route.waits_for_client:
+                result = await self._read_alone(route, context, frame)
+            else:
+                result = await self._handle(route, context, frame)
+        except Exception as error:  # noqa: BLE001 - whatever goes wrong is answered
+            refused = refusal(error)
+            if refused is None:
+                log_defect(log, type(frame).__name__, error)
+                refused = INTERNAL
+            self._metrics.refusals[refused.code] += 1
+            if refused.retry_after_ms is not None:
+                refused = self._in_turn(context.user_id, data, frame, refused, refused.retry_after_ms)
+            return error_frame(refused, re=label(data) if frame is None else frame.id)
+        self._metrics.answered(str(type(frame).__struct_config__.tag), time.perf_counter() - began)
+        return Reply(re=frame.id, result=result)
+
+    def _charge(self, user_id: UserId, data: bytes) -> int:
+        """Take tokens for an encoded frame, by its size, before it costs the work of decoding; return how many.
+
+        Raises Refused if there are too few, or if the frame is a search and another one of the user runs.
+        """
+        named = kind(data) or ""
+        rate = self._rates.get(named, Rate.READ)
+        if rate is Rate.SEARCH and user_id in self.searching:
+            raise Refused(
+                ErrorCode.RATE_LIMITED,
+                "Another search of yours is running. Retry when it has been answered.",
+                retry_after_ms=SEARCHING_MS,
+            )
+        count = 1 + len(data) // TOKEN_BYTES
+        self._allowances[rate].require(user_id, count, to_come=most_further(named, data))
+        return count
+
+    def _in_turn(self, user_id: UserId, data: bytes, frame: Frame | None, refused: Refused, wait_ms: int) -> Refused:
+        """Return a refusal that has the frame repeated after those of the user that were refused before."""
+        named = kind(data) or ""
+        more = most_further(named, data) if frame is None else further(frame)
+        tokens = 1 + len(data) // TOKEN_BYTES + more
+        wait_ms = self._allowances[self._rates.get(named, Rate.READ)].retry_after(user_id, wait_ms, tokens)
+        return Refused(refused.code, refused.message, path=refused.path, retry_after_ms=wait_ms)
+
+    def answered(self, user_id: UserId, data: bytes, size: int) -> None:
+        """Take tokens for an answer to an encoded frame, by the size of the answer."""
+        if (more := size // ANSWER_TOKEN_BYTES) > 0:
+            self._allowances[self._rates.get(kind(data) or "", Rate.READ)].charge(user_id, more)
+
+    async def _handle(self, route: Route, context: Context, frame: Frame) -> Result:
+        """Run the handler of a frame, and once more if PostgreSQL ended its transaction to break a deadlock."""
+        try:
+            return await route.handler(context, frame)
+        except ROLLED_BACK as error:
+            # Handlers publish after their commit, so nothing has happened yet.
+            context.database.rolled_back(str(type(frame).__struct_config__.tag), error)
+        return await route.handler(context, frame)
+
+    async def _read_alone(self, route: Route, context: Context, frame: Frame) -> Result:
+        """Run the handler of a frame that may have a large answer. Other such frames of the user at this worker wait:
+        decoding an answer takes the loop milliseconds, and a user with many connections could ask for many at once.
+        """
+        await self._reading.take(context.user_id)
+        try:
+            return await self._handle(route, context, frame)
+        finally:
+            self._reading.give(context.user_id)
+
+    async def _search(self, route: Route, context: Context, frame: Frame) -> Result:
+        """Run the handler of a search; meanwhile `_charge` refuses others of the same user at this worker."""
+        self.searching.add(context.user_id)
+        HELD.set(0.0)
+        try:
+            return await self._handle(route, context, frame)
+        finally:
+            self.searching.discard(context.user_id)
+            allowance = self._allowances[Rate.SEARCH]
+            if (more := int(HELD.get() * SEARCH_REST * allowance.rate)) > 0:
+                allowance.charge(context.user_id, more)
+
+
+def error_frame(refused: Refused, *, re: int | str | None = None) -> Error:
+    """Return what tells a client about a refusal."""
+    return Error(
+        re=re, code=refused.code, message=refused.message, path=refused.path, retry_after_ms=refused.retry_after_ms
+    )
+
+
+def further(frame: Frame) -> int:
+    """Return how many more tokens a frame takes for what it asks for."""
+    match frame:
+        case Send() | Edit() | Schedule():
+            part = part_of_mentions(frame.content)
+        case Forward():
+            return 0  # the handler takes them when it knows the content
+        case Watch():
+            part = len(frame.user_ids) / MAX_WATCHED
+        case CreateGroup() | AddParticipants() | Invite():
+            part = len(frame.participants) / MAX_PARTICIPANTS_NAMED
+        case GetUsers():
+            part = len(frame.user_ids) / MAX_PAGE
+        case (
+            ListRelationships() | ListStars() | History() | ListParticipants() | ListReplies() | ListReports()
+            | ListAudit()
+        ):  # fmt: skip
+            part = frame.limit / MAX_PAGE
+        case _:
+            part = 1.0
+    return int(FURTHER_TOKENS.get(str(type(frame).__struct_config__.tag), 0) * part)
+
+
+def most_further(named: str, data: bytes) -> int:
+    """Return the most that `further` may return for a frame that is not decoded yet. A refusal tells when so much can
+    be paid, and books it: for a short message that is not what one with 50 mentions takes.
+    """
+    match named:
+        case "send" | "edit" | "schedule":
+            count, most = data.count(b"@") + data.count(b"\\u0040"), MAX_MENTIONS
+        case "watch":
+            count, most = data.count(b'"') // 2, MAX_WATCHED
+        case "create_group" | "add_participants" | "invite":
+            count, most = data.count(b'"') // 2, MAX_PARTICIPANTS_NAMED
+        case "get_users":
+            count, most = data.count(b'"') // 2, MAX_PAGE
+        case _:
+            count = most = 1
+    return int(FURTHER_TOKENS.get(named, 0) * min(count, most) / most)
+
+
+def _already_authenticated(frame: object) -> Refused:
+    assert isinstance(frame, Authenticate)  # noqa: S101 - the only frame without a line in the table
+    return Refused(
+        ErrorCode.INVALID, "This connection is already authenticated. Do not send `authenticate` again.", path="type"
+    )

@@ -1,0 +1,214 @@
+"""The TCP connections of a worker: counted when they are accepted, and never more than there are descriptors for."""
+
+import asyncio
+import logging
+import resource
+from collections import Counter
+from collections.abc import Callable, Iterable
+
+from protocol.errors import ErrorCode, Refused
+from protocol.ids import UserId
+from protocol.limits import MAX_FRAME_BYTES
+from server.core.addresses import limit_key
+from server.core.metrics import OTHER
+from server.core.proxies import FORWARDED_FOR, Proxies, entries
+from server.core.throttle import Throttle
+from server.fairness.fair_queue import Lines
+from server.fairness.shared_bound import SharedBound
+from server.limits.per_address import too_many_of_address
+from server.limits.token_bucket import Pace
+
+RESERVED_DESCRIPTORS = 128
+"""Descriptors that connections leave to the database, Redis, logs, metrics and requests to other servers."""
+MACOS_DESCRIPTORS = 10_240
+"""Where the hard limit is infinite, the kernel may still take no more than this."""
+SPARE = 8
+"""Min connections of an address beyond those that are let in."""
+UNREAD_BYTES = 16 * 1024 * 1024
+"""Max bytes of requests that are not complete or not answered, and of what arrives before login, of a worker; as many
+again of users' messages that are not complete. Each address, and each user, has a share (`SharedBound`).
+"""
+FREE_BYTES = 4096
+"""Bytes of these that a connection holds without counting: logins, small requests and most messages pass, however much
+others hold.
+"""
+LINGER_BYTES = 16 * MAX_FRAME_BYTES
+"""Max bytes that are read and dropped before a connection is closed. A socket that is closed with unread bytes is
+reset, and then the client may lose the answer or the close frame.
+"""
+PROXY = ""
+"""The key of a connection of a trusted proxy between requests."""
+RETRY_MS = 5_000
+
+log = logging.getLogger(__name__)
+
+
+class Sockets:
+    """Counts connections by the address of the TCP peer; those of a trusted proxy, by the address that each request is
+    forwarded for, from the end of its header until it is answered. In between, a proxy's have no limit of their own.
+    """
+
+    def __init__(self, *, most: int, per_address: int, proxies: Proxies, frames: Pace) -> None:
+        """`frames` is the pace of WebSocket control frames and fragments, of each connection."""
+        self._most = most
+        # Some more than are let in: any client can read a refusal that answers its request, unlike one that comes
+        # before it. And one address alone never takes the last eighth of all.
+        self._per_address = min(per_address + max(SPARE, per_address // 4), max(1, most - most // 8 - 1))
+        self._proxies = proxies
+        self.frames = frames
+        self._count = 0
+        self._of_address: Counter[str] = Counter()
+        self.unread: SharedBound[str] = SharedBound(UNREAD_BYTES)
+        """Bytes of requests that are not complete or not answered, and of what arrives before login, by address."""
+        self.unread_of_users: SharedBound[UserId] = SharedBound(UNREAD_BYTES)
+        """Bytes of incomplete messages, by user: nobody without an account takes any of these."""
+        # The connections that the server does nothing for now, oldest first, and what closes each.
+        self._waiting: dict[object, Callable[[], None]] = {}
+        self._beginning: Lines[str, Callable[[], None]] = Lines()
+        self._is_beginning = False
+        self._sheds: Throttle[None] = Throttle()
+        self._floods: Throttle[str] = Throttle()
+        self.too_many: Throttle[str] = Throttle()
+        """Picks what is logged of addresses with too many connections, here and in `Addresses`."""
+        self.closed: Counter[str] = Counter()
+        """WebSockets that the server closed, by close code."""
+        self.answers: Counter[tuple[str, int]] = Counter()
+        """Answers to HTTP requests and refused handshakes, by path and status."""
+        self.shed = 0
+        self.timed_out = 0
+
+    def __len__(self) -> int:
+        return self._count
+
+    def arrive(self, host: str | None) -> str:
+        """Count a connection, and return the key to hand to `leave`. Raises Refused if there is no room for it.
+
+        If descriptors run out, the connection that has waited longest without asking for anything makes room.
+        """
+        key = PROXY if host is None or self._proxies.trusts(host) else limit_key(host)
+        if key and self._of_address[key] >= self._per_address:
+            raise too_many_of_address(key, self.too_many)
+        if self._count >= self._most:
+            self._shed()
+            if not self._waiting:
+                raise Refused(
+                    ErrorCode.UNAVAILABLE,
+                    "The server has too many connections. Retry after `retry_after_ms`.",
+                    retry_after_ms=RETRY_MS,
+                )
+            close = self._waiting.pop(next(iter(self._waiting)))
+            close()
+        self._count += 1
+        self._of_address[key] += 1
+        return key
+
+    def client_key(self, peer: str | None, headers: Iterable[tuple[bytes, bytes]]) -> str:
+        """Return the key of the client that a request of a trusted proxy is forwarded for: of the address in its
+        headers, or else of the proxy's. A request whose address is none is refused later.
+        """
+        try:
+            host = self._proxies.client(peer, entries(headers, FORWARDED_FOR)).host
+        except Refused:
+            host = None
+        return limit_key(host or peer or "unknown")
+
+    def move(self, key: str, to: str) -> None:
+        """Count a connection under another key. Raises Refused if there are too many of that one."""
+        if to and self._of_address[to] >= self._per_address:
+            raise too_many_of_address(to, self.too_many)
+        self._of_address[to] += 1
+        _take(self._of_address, key, 1)
+
+    def leave(self, key: str) -> None:
+        """Give back the place of a connection that is closed."""
+        self._count -= 1
+        _take(self._of_address, key, 1)
+
+    def answered(self, status: int) -> None:
+        """Count an answer that a connection gave in place of the application, whatever path was asked for."""
+        self.answers[OTHER, status] += 1
+
+    def flooded(self, key: str) -> None:
+        """Log the key of a connection that is closed for abuse before it is a user's."""
+        if self._floods.passes(key):
+            log.warning("a connection of address %s is closed with 4003: it floods before it authenticates", key)
+
+    def waits(self, connection: object, close: Callable[[], None]) -> None:
+        """Note that a connection is idle. `close` closes it when another connection needs its place."""
+        self._waiting[connection] = close
+
+    def works(self, connection: object) -> None:
+        """Note that a connection is no longer idle."""
+        self._waiting.pop(connection, None)
+
+    def begin(self, key: str, received: Callable[[], None]) -> None:
+        """Call `received`, which takes in the first bytes of a connection, when it is its turn: a handshake takes the
+        loop half a millisecond, and hundreds may arrive at once. In each turn of the loop, one is taken in. Addresses
+        take turns.
+        """
+        self._beginning.put(key, received)
+        if not self._is_beginning:
+            self._is_beginning = True
+            asyncio.get_running_loop().call_soon(self._begin_one)
+
+    def _begin_one(self) -> None:
+        key, received = self._beginning.take()
+        self._beginning.done(key)
+        self._is_beginning = bool(self._beginning)
+        if self._is_beginning:
+            asyncio.get_running_loop().call_soon(self._begin_one)
+        received()
+
+    def hold(self, client: str | UserId, count: int) -> None:
+        """Count `count` bytes of a request or message, of an address or a user. Raises Refused beyond the client's
+        share or the maximum.
+        """
+        if isinstance(client, str):
+            is_held = self.unread.take(client, count)
+        else:
+            is_held = self.unread_of_users.take(client, count)
+        if not is_held:
+            raise Refused(
+                ErrorCode.UNAVAILABLE,
+                "Too many bytes of unfinished or unanswered requests and messages. Retry after `retry_after_ms`.",
+                retry_after_ms=RETRY_MS,
+            )
+
+    def release(self, client: str | UserId, count: int) -> None:
+        """Give back bytes that `hold` counted."""
+        if isinstance(client, str):
+            self.unread.give(client, count)
+        else:
+            self.unread_of_users.give(client, count)
+
+    def _shed(self) -> None:
+        self.shed += 1
+        if self._sheds.passes(None):
+            log.warning("no descriptors for more than %d connections: the idle ones make room", self._most)
+
+
+def raise_descriptor_limit() -> None:
+    """Raise this process's soft limit of descriptors to the hard one."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    for limit in (hard, MACOS_DESCRIPTORS):
+        if soft == hard or (limit != resource.RLIM_INFINITY and limit <= soft):
+            return
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+        except (ValueError, OSError):
+            continue
+        return
+
+
+def most_sockets(reserved: int) -> int:
+    """Return how many connections there are descriptors for, besides `reserved` ones and those for everything else."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY:
+        soft = MACOS_DESCRIPTORS
+    return max(soft - RESERVED_DESCRIPTORS - reserved, soft // 2)
+
+
+def _take(counts: Counter[str], key: str, count: int) -> None:
+    counts[key] -= count
+    if counts[key] <= 0:
+        del counts[key]

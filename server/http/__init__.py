@@ -1,0 +1,1 @@
+"""The HTTP side: endpoints, accounts, and their descriptions."""

@@ -1,0 +1,68 @@
+"""What all HTTP endpoints share: errors become answers, and bodies have a limit."""
+
+import logging
+from collections.abc import Awaitable, Callable
+from http import HTTPStatus
+
+from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from protocol.errors import ErrorCode, Refused
+from protocol.limits import MAX_FRAME_BYTES
+from server.core.errors import INTERNAL, log_defect, refusal
+from server.gateway.responses import refusal_response
+
+log = logging.getLogger(__name__)
+
+NO_PATH = Refused(ErrorCode.NOT_FOUND, "This path does not exist. Use a path from `/v1/openapi.json`.")
+
+Endpoint = Callable[[Request], Awaitable[Response]]
+
+
+def endpoint(inner: Endpoint) -> Endpoint:
+    """Return `inner` with everything that goes wrong in it told to the client as on the socket."""
+
+    async def outer(request: Request) -> Response:
+        try:
+            return await inner(request)
+        except Exception as error:  # noqa: BLE001 - whatever goes wrong is answered
+            refused = refusal(error)
+            if refused is None:
+                log_defect(log, request.url.path, error)
+                refused = INTERNAL
+            return refusal_response(refused)
+
+    return outer
+
+
+async def no_route(request: Request, error: Exception) -> Response:  # noqa: ARG001 - Starlette's shape
+    """Return the answer to a request whose path or method is not there."""
+    assert isinstance(error, HTTPException)  # noqa: S101 - what it is registered for
+    if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
+        allowed = Headers(error.headers).get("allow", "")
+        refused = Refused(ErrorCode.INVALID, f"This path is for other methods. Use {allowed}.")
+        response = refusal_response(refused, status=error.status_code)
+        response.headers["allow"] = allowed
+        return response
+    return refusal_response(NO_PATH)
+
+
+async def no_path(scope: Scope, receive: Receive, send: Send) -> None:
+    """Answer a request or a WebSocket handshake whose path is not there, as `no_route` does."""
+    await refusal_response(NO_PATH)(scope, receive, send)
+
+
+async def limited_body(request: Request) -> bytes:
+    """Return the body of a request. Raises Refused if it is larger than a frame may be."""
+    body = bytearray()
+    try:
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > MAX_FRAME_BYTES:
+                raise Refused(ErrorCode.INVALID, f"A request's body has at most {MAX_FRAME_BYTES} bytes.")
+    except ClientDisconnect:
+        raise Refused(ErrorCode.BAD_FRAME, "The body is shorter than its `Content-Length`. Send all of it.") from None
+    return bytes(body)

@@ -1,0 +1,1 @@
+"""Fan-out: which socket follows what, and the bus between workers."""

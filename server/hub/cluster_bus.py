@@ -1,0 +1,165 @@
+"""The bus on a Redis or Valkey cluster, by sharded pub/sub: a connection to each primary.
+
+A channel lives in one node, the one that its name's slot is on; so every conversation, and every user, is on one
+node, and a cluster carries as many times more as it has nodes. Which node that is changes when the cluster does:
+it is asked every few seconds, and what moved is followed there. A node that is away is to the hub what a bus that
+is down is: it looks into PostgreSQL for news until the node, or a replica of it, is there.
+"""
+
+import asyncio
+import contextlib
+import os
+from collections.abc import Callable, Collection
+from typing import TypeAlias
+from urllib.parse import urlsplit
+
+from redis.asyncio import Redis
+from redis.crc import REDIS_CLUSTER_HASH_SLOTS, key_slot
+
+from server.core.errors import REDIS_LOST, redis_unreachable
+from server.core.periodic import end, every
+from server.hub.redis_bus import CONNECT_SECONDS, ORIGIN_BYTES, SHARDED, RedisBus, prefix
+
+LOOK_SECONDS = 2.0
+"""How often the cluster is asked which slots are where."""
+
+Address: TypeAlias = tuple[str, int]
+
+
+class ClusterBus:
+    """This worker's connections to a cluster."""
+
+    def __init__(
+        self, url: str, installation: str, *, deliver: Callable[[bytes, bytes], None], caught_up: Callable[[], None]
+    ) -> None:
+        """`url` names any of the nodes; the rest is as RedisBus has it."""
+        self._url = url
+        self._installation = installation
+        self._prefix = prefix(installation)
+        self._deliver = deliver
+        self._caught_up = caught_up
+        self._origin = os.urandom(ORIGIN_BYTES)
+        self._nodes: dict[Address, RedisBus] = {}
+        self._slots: list[RedisBus | None] = [None] * REDIS_CLUSTER_HASH_SLOTS
+        self._is_covered = False
+        self._followed: dict[bytes, RedisBus | None] = {}
+        self._looking: asyncio.Task[None] | None = None
+
+    @property
+    def is_up(self) -> bool:
+        """Whether all that others say is heard now."""
+        return self._is_covered and all(node.is_up for node in self._nodes.values())
+
+    @property
+    def published(self) -> int:
+        """How many messages were said."""
+        return sum(node.published for node in self._nodes.values())
+
+    @property
+    def received(self) -> int:
+        """How many were heard."""
+        return sum(node.received for node in self._nodes.values())
+
+    @property
+    def dropped(self) -> int:
+        """How many could not be said."""
+        return sum(node.dropped for node in self._nodes.values())
+
+    async def start(self) -> None:
+        """Connect. Raises Fatal if the cluster cannot be reached."""
+        try:
+            await self._arrange(await slots(self._url))
+        except REDIS_LOST as error:
+            raise redis_unreachable(error) from error
+        self._looking = asyncio.create_task(every(LOOK_SECONDS, self._look))
+
+    async def close(self) -> None:
+        """Disconnect."""
+        if self._looking is not None:
+            await end([self._looking])
+        for node in self._nodes.values():
+            await node.close()
+
+    async def subscribe(self, channels: Collection[bytes]) -> None:
+        """Listen to channels; when this returns, nothing that is said in them is missed, unless their node is away."""
+        by_node: dict[RedisBus, list[bytes]] = {}
+        for channel in channels:
+            node = self._followed[channel] = self._node(channel)
+            if node is not None:
+                by_node.setdefault(node, []).append(channel)
+        await asyncio.gather(*(node.subscribe(its) for node, its in by_node.items()))
+
+    def unsubscribe(self, channel: bytes) -> None:
+        """Listen to a channel no more."""
+        if (node := self._followed.pop(channel, None)) is not None:
+            node.unsubscribe(channel)
+
+    def publish(self, channel: bytes, words: bytes) -> None:
+        """Say something in a channel."""
+        if (node := self._node(channel)) is not None:
+            node.publish(channel, words)
+
+    def _node(self, channel: bytes) -> RedisBus | None:
+        return self._slots[key_slot(self._prefix + channel)]
+
+    async def _look(self) -> None:
+        """Ask the first node that answers how things are arranged, and follow what moved."""
+        for address in [*self._nodes, None]:
+            with contextlib.suppress(*REDIS_LOST):
+                await self._arrange(await slots(self._url if address is None else _at(self._url, address)))
+                return
+
+    async def _arrange(self, owners: dict[tuple[int, int], Address]) -> None:
+        for address in set(owners.values()) - self._nodes.keys():
+            node = self._nodes[address] = RedisBus(
+                _at(self._url, address),
+                self._installation,
+                deliver=self._deliver,
+                caught_up=self._caught_up,
+                verbs=SHARDED,
+                origin=self._origin,
+            )
+            node.begin()
+        self._slots = [None] * REDIS_CLUSTER_HASH_SLOTS
+        for (first, last), address in owners.items():
+            self._slots[first : last + 1] = [self._nodes[address]] * (last + 1 - first)
+        self._is_covered = None not in self._slots
+        moved = [channel for channel, node in self._followed.items() if node is not self._node(channel)]
+        for channel in moved:
+            if (before := self._followed[channel]) is not None:
+                before.unsubscribe(channel)
+        await self.subscribe(moved)
+        for address in self._nodes.keys() - set(owners.values()):
+            await self._nodes.pop(address).close()
+        if moved:
+            self._caught_up()
+
+
+async def is_cluster(url: str) -> bool:
+    """Whether the Redis at `url` is a node of a cluster. Raises Fatal if it cannot be reached."""
+    try:
+        async with _node_at(url) as redis:
+            return bool((await redis.info("cluster"))["cluster_enabled"])
+    except REDIS_LOST as error:
+        raise redis_unreachable(error) from error
+
+
+async def slots(url: str) -> dict[tuple[int, int], Address]:
+    """Return which primary has which slots, first and last, as the node at `url` sees it."""
+    async with _node_at(url) as redis:
+        found = await redis.execute_command("CLUSTER SLOTS")  # type: ignore[no-untyped-call]
+    here = urlsplit(url).hostname or "localhost"
+    # A node that was never told its own address leaves it out.
+    return {(first, last): (host.decode() or here, port) for first, last, (host, port, *_), *_ in found}
+
+
+def _node_at(url: str) -> Redis:
+    return Redis.from_url(url, socket_timeout=CONNECT_SECONDS, socket_connect_timeout=CONNECT_SECONDS)
+
+
+def _at(url: str, address: Address) -> str:
+    """Return the URL of another node, with the same scheme, name and password."""
+    parts = urlsplit(url)
+    user, at, _ = parts.netloc.rpartition("@")
+    host, port = address
+    return parts._replace(netloc=f"{user}{at}{f'[{host}]' if ':' in host else host}:{port}").geturl()

@@ -1,0 +1,251 @@
+"""People: the users with sockets at this worker, and looking again at what is theirs."""
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
+from enum import IntEnum
+from typing import Protocol
+
+from protocol.errors import CloseCode
+from protocol.ids import ConversationId, SessionId, UserId
+from protocol.server import ServerFrame
+from server.context import Look
+from server.core.errors import log_failure
+from server.hub.bus import Bus
+
+COMPARE_AT_ONCE = 2_000
+REST, REST_MOST_SECONDS = 4, 2.0
+"""Rest of a user's rechecks after each one, as a multiple of its duration, and the max in seconds."""
+
+UNKNOWN = (0, 0, 0)
+"""The clocks of who is not in the database."""
+
+log = logging.getLogger(__name__)
+
+
+class Sight(IntEnum):
+    """What a socket may see of a user whom it watches. Each includes those before it."""
+
+    NOTHING = 0
+    FACE = 1
+    ALL = 2
+
+
+class Socket(Protocol):
+    """What the hub needs of a connection."""
+
+    user_id: UserId
+    session_id: SessionId
+    user_version: int
+    attached: set[ConversationId]
+    watched: dict[UserId, Sight]
+    write: Callable[[bytes], None]
+
+    def say(self, frame: ServerFrame) -> None:
+        """Send a frame to it alone."""
+
+    def refresh(self, look: Look) -> None:
+        """Have it say what changed for its user."""
+
+    def close(self, code: CloseCode) -> None:
+        """Close it."""
+
+
+class UserRecord(Protocol):
+    """What is asked of the database about users."""
+
+    async def user_versions(self, user_ids: Sequence[UserId]) -> Mapping[UserId, tuple[int, int, int]]:
+        """Return users' own clocks; the hidden ones, which move when others let them see less or more; and how often
+        the own ones moved for more than own rows.
+        """
+
+    def look(self, user_id: UserId, *, is_whole: bool) -> Look:
+        """Return what a user's sockets share the answers of."""
+
+    async def living(self, session_ids: Sequence[SessionId]) -> Collection[SessionId]:
+        """Return which of the sessions are valid."""
+
+
+class Person:
+    """A user with sockets at this worker. `version` and `shared` are their clocks as of the last look, `compared` the
+    hidden and the shared one as of the last comparison.
+    """
+
+    __slots__ = ("channel", "compared", "is_look_due", "is_whole_due", "look", "shared", "sockets", "version")
+
+    def __init__(self, channel: bytes) -> None:
+        self.channel = channel
+        self.sockets: set[Socket] = set()
+        self.version = -1
+        self.shared = -1
+        self.compared = (0, 0)
+        self.is_look_due = False
+        self.is_whole_due = False
+        self.look: asyncio.Task[None] | None = None
+
+
+class People:
+    """All of them."""
+
+    def __init__(self, record: UserRecord, bus: Bus, *, doubt: Callable[[UserId], None]) -> None:
+        """`doubt` is called with each user who may see less, or more, than before."""
+        self._record = record
+        self._bus = bus
+        self._doubt = doubt
+        self._people: dict[UserId, Person] = {}
+        self._looks: set[asyncio.Task[None]] = set()
+        self._turn = 0
+
+    def sockets(self, user_id: UserId) -> list[Socket]:
+        """Return a user's sockets."""
+        return list(person.sockets) if (person := self._people.get(user_id)) is not None else []
+
+    def version(self, user_id: UserId) -> int:
+        """Return a user's own clock as of the last look."""
+        return person.version if (person := self._people.get(user_id)) is not None else -1
+
+    def everyone(self) -> list[Socket]:
+        """Return all sockets."""
+        return [socket for person in self._people.values() for socket in person.sockets]
+
+    async def add(self, socket: Socket, version: int) -> None:
+        """Let a socket in: from now on news about its user reaches it. `version` is the user's own clock as of
+        when its session was found valid: what changed since then is looked at.
+        """
+        person = self._people.get(socket.user_id)
+        if person is None:
+            person = self._people[socket.user_id] = Person(channel(socket.user_id))
+        person.sockets.add(socket)
+        await self._bus.subscribe([person.channel])
+        if person.version < 0:
+            found = await self._record.user_versions([socket.user_id])
+            own, hidden, shared = found.get(socket.user_id, UNKNOWN)
+            person.compared = (hidden, shared)
+            person.version, person.shared = max(person.version, own), max(person.shared, shared)
+        if person.version != version:
+            self.look(socket.user_id, is_whole=True)
+
+    def remove(self, socket: Socket) -> None:
+        """Forget a socket."""
+        person = self._people.get(socket.user_id)
+        if person is not None:
+            person.sockets.discard(socket)
+            if not person.sockets:
+                del self._people[socket.user_id]
+                self._bus.unsubscribe(person.channel)
+
+    def write(self, user_id: UserId, frame: bytes) -> None:
+        """Write a frame to a user's sockets."""
+        if (person := self._people.get(user_id)) is not None:
+            for socket in person.sockets:
+                socket.write(frame)
+
+    def fresh(self, user_id: UserId) -> Look:
+        """Return everything that a socket of a user is to be told, to be read now."""
+        return self._record.look(user_id, is_whole=True)
+
+    def look(self, user_id: UserId, *, may_watch_others: bool = False, is_whole: bool = False) -> None:
+        """Have a user's sockets say what changed: something did. Their sessions and memberships are read only if the
+        clocks say that those may have changed, or if it `is_whole`. With `may_watch_others`, it decides whom they may
+        watch.
+        """
+        person = self._people.get(user_id)
+        if person is None:
+            return
+        # Not a part of `refresh`, which a client that does not read can delay.
+        if may_watch_others:
+            self._doubt(user_id)
+        # Serialize rechecks; always run one that starts after this call. One that waits does for all calls.
+        person.is_whole_due |= is_whole
+        if not person.is_look_due:
+            person.is_look_due = True
+            person.look = self._spawn(self._look(user_id, person, person.look))
+
+    async def compare(self, *, parts: int) -> None:
+        """Compare the users' own clocks with PostgreSQL, and look at those whose news was missed: all of them, or
+        one of so many `parts`, and the next one the next time.
+        """
+        self._turn += 1
+        user_ids = list(self._people)[self._turn % parts :: parts]
+        for start in range(0, len(user_ids), COMPARE_AT_ONCE):
+            versions = await self._record.user_versions(user_ids[start : start + COMPARE_AT_ONCE])
+            for user_id, clocks in versions.items():
+                person = self._people.get(user_id)
+                if person is None or person.version < 0:
+                    continue
+                version, hidden, shared = clocks
+                if person.compared != (hidden, shared):
+                    # Of what decided whom they may watch, a poke may have been lost. A look does not ask about that.
+                    person.compared = (hidden, shared)
+                    self._doubt(user_id)
+                if (person.version, person.shared) != (version, shared):
+                    self.look(user_id)
+
+    def close(self) -> None:
+        """Stop looking."""
+        for look in self._looks:
+            look.cancel()
+
+    async def _look(self, user_id: UserId, person: Person, before: asyncio.Task[None] | None) -> None:
+        if before is not None:
+            await asyncio.wait([before])
+        is_whole, person.is_look_due, person.is_whole_due = person.is_whole_due, False, False
+        began = time.monotonic()
+        try:
+            look = await self._tell(user_id, person, is_whole=is_whole)
+        except Exception as error:  # noqa: BLE001 - the database is away: the next comparison looks again
+            log_failure(log, f"looking at user {user_id}", error)
+            person.version, person.shared = 0, -1
+            look = None
+        if look is not None:
+            # The user's own turns may be full, and the next look may find that a session has ended: it waits no longer.
+            await asyncio.wait([self._spawn(_read(look, person))], timeout=REST_MOST_SECONDS)
+        # News that comes meanwhile is one look: a user with many conversations takes no more than a share of the loop.
+        spent = time.monotonic() - began
+        await asyncio.sleep(max(0.0, min(REST * spent, REST_MOST_SECONDS - spent)))
+
+    async def _tell(self, user_id: UserId, person: Person, *, is_whole: bool) -> Look | None:
+        """Close sockets whose sessions have ended, and have the others say what is new; return that, if anything is."""
+        version, _, shared = (await self._record.user_versions([user_id])).get(user_id, UNKNOWN)
+        is_whole = is_whole or shared != person.shared
+        if not is_whole and version == person.version:
+            return None
+        checked: set[Socket] = set()
+        if is_whole:
+            checked.update(person.sockets)
+            living = await self._record.living([socket.session_id for socket in checked])
+            for socket in checked:
+                if socket.session_id not in living:
+                    socket.close(CloseCode.SESSION_ENDED)
+        look = self._record.look(user_id, is_whole=is_whole)
+        person.version, person.shared = version, shared
+        for socket in list(person.sockets):
+            if not is_whole or socket in checked:
+                socket.refresh(look)
+            else:
+                # It came in meanwhile.
+                self.look(user_id, is_whole=True)
+        return look
+
+    def _spawn(self, coroutine: Coroutine[None, None, None]) -> asyncio.Task[None]:
+        task = asyncio.create_task(coroutine)
+        self._looks.add(task)
+        task.add_done_callback(self._looks.discard)
+        return task
+
+
+async def _read(look: Look, person: Person) -> None:
+    """Read what most of a person's sockets ask for; each of them sees to what fails."""
+    with contextlib.suppress(Exception):
+        if look.is_whole:
+            await look.memberships()
+        for since, _ in Counter(socket.user_version for socket in person.sockets).most_common(1):
+            await look.news(since)
+
+
+def channel(user_id: UserId) -> bytes:
+    """Return the bus channel of a user."""
+    return b"u:" + user_id.hex.encode()

@@ -1,0 +1,383 @@
+"""Topics: the conversations that this worker follows, and how far each has been delivered.
+
+A durable event is delivered in the order of its conversation's clock, once. One that comes early is held back
+while what lies before it is on its way, or is fetched. Where an event came from, this worker's handlers, the
+bus or PostgreSQL, makes no difference: all of them end in `accept`.
+"""
+
+import asyncio
+import logging
+import time
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple, Protocol
+from uuid import UUID
+
+from protocol.codec import encode, text_frame
+from protocol.errors import ErrorCode, Refused
+from protocol.ids import EVERYONE, ConversationId, UserId
+from protocol.server import ConversationLeft, ServerFrame
+from server.core.errors import log_failure
+from server.hub.backlog import Backlog
+from server.hub.bus import Bus
+from server.hub.online_users import COMPARE_AT_ONCE, People, Socket
+
+GAP_SECONDS = 0.1
+"""How long an early event waits for those before it, before they are fetched."""
+MAX_EARLY = 256
+"""How many early events of a conversation are kept; the others are fetched."""
+LINGER_SECONDS = 30.0
+"""How long a conversation that nobody follows any more is still listened to."""
+NOBODY = bytes(16)
+REMEMBERED = 256
+"""Of how many of a conversation's last events it is known when they were delivered here."""
+CROWD, REST = 50, 2.0
+"""A busy conversation with so many sockets rests after each write, for so many times as long as that took."""
+
+log = logging.getLogger(__name__)
+
+
+class Fetched(NamedTuple):
+    """A `changes` event that leads to a version, and who is gone by it."""
+
+    changes: ServerFrame
+    version: int
+    gone: Sequence[UserId]
+
+
+class ConversationRecord(Protocol):
+    """What is asked of the database about conversations."""
+
+    async def since(self, conversation_id: ConversationId, version: int) -> Fetched | None:
+        """Return what came after a version, or the first part of it."""
+
+    async def versions(self, conversation_ids: Sequence[ConversationId]) -> dict[ConversationId, int]:
+        """Return conversations' clocks."""
+
+
+class Topic:
+    """A conversation that this worker follows."""
+
+    __slots__ = (
+        "behind", "changed_at", "channel", "delivered", "early", "fetch", "id", "joining", "opening", "pending",
+        "quiet_at", "rests_until", "sockets", "told",
+    )  # fmt: skip
+
+    def __init__(self, conversation_id: ConversationId) -> None:
+        self.id = conversation_id
+        self.channel = channel(conversation_id)
+        self.delivered = 0
+        self.sockets: dict[Socket, Callable[[bytes], None]] = {}
+        # Sockets that were told of a version which is not delivered yet: they get what comes after it.
+        self.joining: dict[Socket, int] = {}
+        # Sockets that are about to be told of a version which may be over by then, and what came meanwhile.
+        self.behind: dict[Socket, Backlog] = {}
+        self.early: dict[int, tuple[bytes, bytes]] = {}
+        self.pending: list[bytes] = []
+        # Versions, in order, and when they were delivered here, in Unix seconds.
+        self.told: list[tuple[int, float]] = []
+        self.fetch: asyncio.Task[None] | None = None
+        self.opening: asyncio.Task[None] | None = None
+        self.quiet_at = 0.0
+        self.changed_at = 0.0
+        self.rests_until = 0.0
+
+
+class Topics:
+    """All of them."""
+
+    def __init__(
+        self,
+        record: ConversationRecord,
+        bus: Bus,
+        people: People,
+        *,
+        flush_soon: Callable[[], None],
+        doubt: Callable[[UserId, ConversationId], None],
+    ) -> None:
+        """`flush_soon` is called when there is something to `flush` in this turn of the loop; `doubt` with each user
+        who leaves a conversation, and with that conversation: the user may see fewer people.
+        """
+        self._record = record
+        self._bus = bus
+        self._people = people
+        self._flush_soon = flush_soon
+        self._doubt = doubt
+        self._topics: dict[ConversationId, Topic] = {}
+        self._dirty: list[Topic] = []
+        self._loop = asyncio.get_running_loop()
+        self.delivered = 0
+        self.fetched = 0
+
+    def __len__(self) -> int:
+        return len(self._topics)
+
+    # ---------------------------------------------------------------------------------------- who follows what
+
+    async def open(self, conversation_ids: Iterable[ConversationId]) -> None:
+        """Follow conversations; when this returns, nothing of them is missed from here on."""
+        now = self._loop.time()
+        new: list[Topic] = []
+        waiting: set[asyncio.Task[None]] = set()
+        for conversation_id in conversation_ids:
+            topic = self._topics.get(conversation_id)
+            if topic is None:
+                topic = self._topics[conversation_id] = Topic(conversation_id)
+                new.append(topic)
+            elif topic.opening is not None:
+                waiting.add(topic.opening)
+            topic.quiet_at = now
+        if new:
+            opening = asyncio.create_task(self._open(new))
+            waiting.add(opening)
+            for topic in new:
+                topic.opening = opening
+        for task in waiting:
+            await task
+
+    async def _open(self, topics: list[Topic]) -> None:
+        try:
+            await self._bus.subscribe([topic.channel for topic in topics])
+            versions = await self._record.versions([topic.id for topic in topics])
+        except BaseException:
+            for topic in topics:
+                self._close(topic)
+            raise
+        for topic in topics:
+            topic.opening = None
+            # However long that took: those who waited for it attach next.
+            topic.quiet_at = self._loop.time()
+            # Only now is there a position to compare with; what the bus brought meanwhile is in it, or early.
+            topic.delivered = versions.get(topic.id, 0)
+            self._drain(topic)
+
+    def attach(self, socket: Socket, conversation_id: ConversationId, version: int) -> bool:
+        """Deliver to a socket what comes after `version`; False if some of that was delivered already.
+
+        Raises Refused while the topic is opening, which takes long only if PostgreSQL is slow.
+        """
+        topic = self._topics.get(conversation_id)
+        if topic is None or topic.opening is not None:
+            raise Refused(
+                ErrorCode.UNAVAILABLE,
+                "The conversation is not open yet. Retry after `retry_after_ms`.",
+                retry_after_ms=1_000,
+            )
+        missed: Sequence[bytes] | None = ()
+        if topic.delivered > version:
+            missed = topic.behind[socket].after(version) if socket in topic.behind else None
+            if missed is None:
+                return False
+        self._flush(topic)
+        socket.attached.add(conversation_id)
+        if missed:
+            self.delivered += len(missed)
+            socket.write(b"".join(missed))
+        if topic.delivered < version:
+            topic.joining[socket] = version
+        else:
+            topic.sockets[socket] = socket.write
+        return True
+
+    @contextmanager
+    def catching_up(self, socket: Socket, conversation_id: ConversationId) -> Iterator[None]:
+        """Keep what is delivered meanwhile for a socket, so that `attach` has what came while a version was read: in a
+        busy conversation something always does.
+        """
+        topic = self._topics.get(conversation_id)
+        if topic is not None:
+            topic.behind[socket] = Backlog()
+        try:
+            yield
+        finally:
+            if topic is not None:
+                topic.behind.pop(socket, None)
+
+    def detach(self, socket: Socket, conversation_id: ConversationId) -> None:
+        """Deliver no more of a conversation to a socket."""
+        socket.attached.discard(conversation_id)
+        if (topic := self._topics.get(conversation_id)) is not None:
+            self._flush(topic)
+            topic.sockets.pop(socket, None)
+            topic.joining.pop(socket, None)
+            topic.quiet_at = self._loop.time()
+
+    def recent(self, conversation_ids: Iterable[ConversationId], *, since: float) -> dict[ConversationId, int]:
+        """Return how far those of the conversations were delivered in which something was, after a loop time."""
+        topics = [self._topics[conversation_id] for conversation_id in conversation_ids]
+        for topic in topics:
+            self._flush(topic)  # what is delivered but not written yet must not look like a loss
+        return {topic.id: topic.delivered for topic in topics if topic.changed_at > since}
+
+    # ---------------------------------------------------------------------------------------- order of versions
+
+    def accept(self, conversation_id: ConversationId, version: int, frame: bytes, gone: bytes) -> None:
+        """Deliver an event when it is its turn, once; then drop who is `gone` by it. Version 0 is ephemeral."""
+        topic = self._topics.get(conversation_id)
+        if topic is None:
+            return
+        if version == 0:
+            self._enqueue(topic, frame)
+        elif version == topic.delivered + 1 and topic.opening is None:
+            self._deliver(topic, version, frame, gone)
+            if topic.early:
+                self._drain(topic)
+        elif version > topic.delivered:
+            if len(topic.early) < MAX_EARLY:
+                topic.early[version] = (frame, gone)
+            if topic.opening is None:
+                self._fetch_soon(topic, GAP_SECONDS)
+
+    def _drain(self, topic: Topic) -> None:
+        for version in [version for version in topic.early if version <= topic.delivered]:
+            del topic.early[version]
+        while (held := topic.early.pop(topic.delivered + 1, None)) is not None:
+            self._deliver(topic, topic.delivered + 1, *held)
+        if topic.early:
+            self._fetch_soon(topic, GAP_SECONDS)
+
+    def _deliver(self, topic: Topic, version: int, frame: bytes, gone: bytes) -> None:
+        self._advance(topic, version, frame)
+        if gone != NOBODY:
+            self._drop(topic, UserId(UUID(bytes=gone)))
+
+    def _advance(self, topic: Topic, version: int, frame: bytes) -> None:
+        for backlog in topic.behind.values():
+            backlog.add(topic.delivered, version, frame)
+        ready = [socket for socket, told in topic.joining.items() if told < version]
+        if ready:
+            # What is waiting to be written is older than they are.
+            self._flush(topic)
+            for socket in ready:
+                del topic.joining[socket]
+                topic.sockets[socket] = socket.write
+        topic.delivered = version
+        topic.changed_at = self._loop.time()
+        topic.told.append((version, time.time()))
+        if len(topic.told) > 2 * REMEMBERED:
+            del topic.told[:REMEMBERED]
+        self._enqueue(topic, frame)
+
+    def _drop(self, topic: Topic, user_id: UserId) -> None:
+        sockets = (
+            [*topic.sockets, *topic.joining, *topic.behind] if user_id == EVERYONE else self._people.sockets(user_id)
+        )
+        for socket in sockets:
+            topic.behind.pop(socket, None)  # it asks again whether its user may read
+            if topic.id in socket.attached:
+                self.detach(socket, topic.id)
+                socket.say(ConversationLeft(conversation_id=topic.id))
+                self._doubt(socket.user_id, topic.id)
+
+    # --------------------------------------------------------------------------------- what did not come by itself
+
+    def _fetch_soon(self, topic: Topic, delay: float) -> None:
+        if topic.fetch is None:
+            topic.fetch = asyncio.create_task(self._fetch(topic, delay))
+
+    async def _fetch(self, topic: Topic, delay: float) -> None:
+        """Deliver from PostgreSQL what did not come, as one `changes` event or several."""
+        await asyncio.sleep(delay)
+        is_filled = False
+        try:
+            is_filled = await self._fill(topic)
+        except Exception as error:  # noqa: BLE001 - the database is away: the next comparison finds the gap again
+            log_failure(log, f"reading the changes of {topic.id}", error)
+        finally:
+            topic.fetch = None
+        if is_filled and topic.early:
+            # It came while this ran, behind another gap, and could not have that fetched.
+            self._fetch_soon(topic, GAP_SECONDS)
+
+    async def _fill(self, topic: Topic) -> bool:
+        """Deliver what lies before the events that are early now; False if PostgreSQL has nothing new."""
+        highest = max(topic.early, default=topic.delivered + 1)
+        while topic.delivered < highest:
+            since = topic.delivered
+            fetched = await self._record.since(topic.id, since)
+            if since != topic.delivered:
+                continue  # some of it came meanwhile
+            if fetched is None or fetched.version <= since:
+                return False
+            self.fetched += 1
+            self._advance(topic, fetched.version, text_frame(encode(fetched.changes)))
+            for user_id in fetched.gone:
+                self._drop(topic, user_id)
+            self._drain(topic)
+        return True
+
+    async def compare(self) -> None:
+        """Compare all positions with PostgreSQL, and fetch what was missed."""
+        self._close_quiet()
+        ids = list(self._topics)
+        for start in range(0, len(ids), COMPARE_AT_ONCE):
+            versions = await self._record.versions(ids[start : start + COMPARE_AT_ONCE])
+            for conversation_id, version in versions.items():
+                topic = self._topics.get(conversation_id)
+                if topic is not None and topic.opening is None and version > topic.delivered:
+                    # With a bus it is most likely on its way.
+                    self._fetch_soon(topic, GAP_SECONDS if self._bus.is_up else 0)
+
+    def told_at(self, conversation_id: ConversationId, version: int) -> float | None:
+        """Return when a version was delivered here, in Unix seconds; None if it was not, or is long ago."""
+        topic = self._topics.get(conversation_id)
+        if topic is None or not topic.told or version < topic.told[0][0]:
+            return None
+        place = bisect_left(topic.told, (version, 0.0))
+        return topic.told[place][1] if place < len(topic.told) else None
+
+    def close(self) -> None:
+        """Stop fetching."""
+        for topic in self._topics.values():
+            if topic.fetch is not None:
+                topic.fetch.cancel()
+
+    def _close_quiet(self) -> None:
+        before = self._loop.time() - LINGER_SECONDS
+        for topic in list(self._topics.values()):
+            if not topic.sockets and not topic.joining and topic.opening is None and topic.quiet_at < before:
+                self._close(topic)
+
+    def _close(self, topic: Topic) -> None:
+        if self._topics.pop(topic.id, None) is not None:
+            self._bus.unsubscribe(topic.channel)
+        if topic.fetch is not None:
+            topic.fetch.cancel()
+
+    # ---------------------------------------------------------------------------------------- onto the sockets
+
+    def flush(self) -> None:
+        """Write what was delivered since the last time, once to each socket of each conversation that does not rest."""
+        dirty, self._dirty = self._dirty, []
+        for topic in dirty:
+            if (rest := topic.rests_until - time.monotonic()) > 0:
+                self._loop.call_later(rest, self._flush, topic)
+            else:
+                self._flush(topic)
+
+    def _enqueue(self, topic: Topic, frame: bytes) -> None:
+        if topic.sockets:
+            if not topic.pending:
+                self._dirty.append(topic)
+            topic.pending.append(frame)
+            self._flush_soon()
+
+    def _flush(self, topic: Topic) -> None:
+        if not (pending := topic.pending):
+            return
+        self.delivered += len(topic.sockets) * len(pending)
+        data = pending[0] if len(pending) == 1 else b"".join(pending)
+        topic.pending = []
+        began = time.monotonic()
+        for write in topic.sockets.values():
+            write(data)
+        ended = time.monotonic()
+        if len(pending) > 1 and len(topic.sockets) >= CROWD:
+            # It is busy: what comes meanwhile leaves in one write per socket, and others have their turn.
+            topic.rests_until = ended + REST * (ended - began)
+
+
+def channel(conversation_id: ConversationId) -> bytes:
+    """Return the bus channel of a conversation."""
+    return b"c:" + conversation_id.hex.encode()

@@ -1,0 +1,1 @@
+"""What happens to messages later: scheduled sends, expiry, push, previews."""

@@ -1,0 +1,260 @@
+"""Notifications: what somebody has not read a few seconds after it was sent is pushed to their browsers (Web Push).
+
+Encrypted for each browser (RFC 8291, by http-ece), signed by the server (RFC 8292, by py-vapid), handed to the push
+service that the browser named. That is done by the worker that stored the message, from memory: should it die within
+those seconds, a notification is lost, which is a hint; the message is not.
+"""
+
+import asyncio
+import base64
+import logging
+import os
+import time
+from collections import OrderedDict
+from email.utils import parsedate_to_datetime
+from itertools import count, groupby
+from urllib.parse import urlsplit
+
+import http_ece
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+from py_vapid import Vapid02
+
+from protocol.codec import encode
+from protocol.ids import UserId
+from protocol.push import Notification
+from protocol.values import Message
+from server.core.errors import is_lost, log_failure
+from server.core.stopwatch import Stopwatch
+from server.db.database import Database
+from server.domain.push_keys import from_base64url
+from server.fairness.batcher import Gather
+from server.jobs.push_drops import Drops
+from server.jobs.push_due import NEXT_PAGE, PAGE, Due
+from server.jobs.push_posts import MAX_RETRY_AFTER, Failed, Posts, Push, Rejected, host_of
+from server.jobs.safe_http import Outbound, Unreachable
+from server.queries import push, unread
+from server.queries.push import FIRST, Look, Notice, Post
+
+TICK_SECONDS = 1.0
+"""Messages of a conversation that become due within this time are looked at together."""
+IN_A_TURN = 50
+"""Max posts that are queued in one turn of the loop: a user may have 20 in each conversation."""
+READS = 16
+"""Max posts whose words and badges one statement reads."""
+MAX_SIGNED = 500
+"""Max signatures kept, one per host."""
+TTL_SECONDS = 86_400
+"""For how long a push service keeps it for a browser that is not there."""
+SIGNED_SECONDS = 3_600
+GONE = frozenset({404, 410})
+"""What a push service answers about an endpoint that is no more."""
+MAX_DATE = 100
+"""Max characters of a Retry-After header that are read."""
+
+log = logging.getLogger(__name__)
+
+
+class Notices:
+    """Pushes messages to those who have not read them after a while."""
+
+    def __init__(self, database: Database, outbound: Outbound, *, key: str, contact: str, after_seconds: float) -> None:
+        """`key` is what `new_key` made; `contact` is how the operators of push services may reach the server's."""
+        self._database = database
+        self._outbound = outbound
+        self._vapid = Vapid02.from_raw(key.encode())
+        self._contact = contact
+        self._after_seconds = after_seconds
+        self._signed: OrderedDict[str, tuple[float, str]] = OrderedDict()
+        self._drops = Drops()
+        self.dropped = self._drops.counts
+        """Notifications dropped, by reason."""
+        self._due = Due(self._drops)
+        self._one_run = asyncio.Lock()
+        self._reads: Gather[Post, Push | None] = Gather(self._read, most=READS)
+        self._posts = Posts(self._read_one, self._post, self._drops)
+        point = self._vapid.public_key.public_bytes(Encoding.X962, PublicFormat.UncompressedPoint)
+        self.public_key = _base64url(point)
+        """What browsers subscribe with."""
+
+    def wanted(self, message: Message) -> None:
+        """Have a message pushed to those who have not read it in a few seconds."""
+        self._due.add(message.conversation_id, message.sender_id, message.id, seconds=self._after_seconds)
+
+    async def push_due(self) -> None:
+        """Queue posts for what has waited long enough, one call at a time. Never waits for a post."""
+        self._posts.start()
+        if self._due:
+            async with self._one_run:
+                await self._look_at_due()
+
+    async def _look_at_due(self) -> None:
+        tick = time.monotonic()
+        async with self._database.connection() as db:
+            if not await push.is_anybody_there(db):
+                self._due.forget(tick)
+                return
+        while True:
+            # What became due within a second of the same conversation is one pass.
+            if time.monotonic() - tick >= TICK_SECONDS:
+                tick = time.monotonic()
+            if looks := self._due.begin(tick):
+                await self._look(looks, PAGE)
+            # After first pages, too: there may be more of them for as long as the database is slow.
+            if further := self._due.further():
+                await self._look([further], NEXT_PAGE)
+            if looks or further:
+                continue
+            if (wait := self._due.wait()) is not None:
+                await asyncio.sleep(min(wait, TICK_SECONDS))
+            else:
+                return
+
+    async def _look(self, looks: list[Look], limit: int) -> None:
+        """Ask for whom messages are news, and queue posts to them."""
+        began = time.monotonic()
+        try:
+            async with self._database.connection() as db:
+                found = await push.due(db, looks, limit)
+        except Exception as error:
+            for look in looks:
+                self._due.failed(look)
+            if not is_lost(error):
+                raise
+            log_failure(log, "looking for whom messages are news", error)
+            return
+        seconds = time.monotonic() - began
+        crowds = {look.conversation_id for look in looks if look.after != FIRST} | found.next.keys()
+        for look in looks:
+            self._due.done(look, found.next.get(look.conversation_id), limit=limit, seconds=seconds)
+        by_user = groupby(sorted(found.posts, key=lambda post: post.user_id), key=lambda post: post.user_id)
+        added = count(1)
+        for user_id, group in by_user:
+            posts = list(group)
+            self._posts.keep(user_id, {post.endpoint for post in posts})
+            for post in posts:
+                self._posts.add(post, is_crowd=post.conversation_id in crowds)
+                if next(added) % IN_A_TURN == 0:
+                    await asyncio.sleep(0)
+        self._posts.start()
+
+    async def close(self) -> None:
+        """Give up the posts in flight."""
+        await self._posts.close()
+
+    async def _read_one(self, post: Post) -> Push | None:
+        try:
+            return await self._reads.submit(post)
+        except Exception as error:
+            if not is_lost(error):
+                raise
+            self._drops.add("database")
+            return None
+
+    async def _read(self, posts: list[Post]) -> list[Push | None]:
+        """Return what posts say, with None for those whose reader has no right to them any more, or has read them."""
+        async with self._database.connection() as db:
+            found = {notice.post: notice for notice in await push.notices(db, posts)}
+            badges = await unread.badges(db, {post.user_id for post in found})
+        return [
+            None if (notice := found.get(post)) is None else _push_of(notice, badges.get(post.user_id, 0))
+            for post in posts
+        ]
+
+    async def _post(self, said: Push, watch: Stopwatch) -> None:
+        """Encrypt and send. Raises Failed or Rejected."""
+        try:
+            body = http_ece.encrypt(
+                said.payload,
+                salt=os.urandom(16),
+                private_key=ec.generate_private_key(ec.SECP256R1()),
+                dh=from_base64url(said.p256dh),
+                auth_secret=from_base64url(said.auth),
+                version="aes128gcm",
+            )
+            headers = {
+                "authorization": self._authorization(said.endpoint),
+                "content-encoding": "aes128gcm",
+                "content-type": "application/octet-stream",
+                "ttl": str(TTL_SECONDS),
+                # A newer one of the same conversation takes its place, while it waits (RFC 8030, section 5.4).
+                "topic": said.topic,
+            }
+            answer = await self._outbound.post(said.endpoint, body, headers, watch=watch)
+        except Unreachable as error:
+            log.info("a notification could not be pushed: %s", error)
+            raise Failed from error
+        except (ValueError, http_ece.ECEException) as error:
+            self._drops.add("unusable")
+            if (user_id := await self._forget(said.endpoint)) is not None:
+                log.warning(
+                    "an endpoint of user %s at %s cannot be used (%s) and was deleted",
+                    user_id, urlsplit(said.endpoint).hostname, type(error).__name__,
+                )  # fmt: skip
+            return
+        if answer.status in GONE:
+            await self._forget(said.endpoint)
+        elif answer.status >= 400:  # noqa: PLR2004
+            retry_after = seconds_of(answer.headers.get("retry-after", ""))
+            raise Failed(retry_after) if answer.status >= 500 else Rejected(retry_after)  # noqa: PLR2004
+
+    async def _forget(self, endpoint: str) -> UserId | None:
+        """Delete an endpoint. Return whose it was, or None if it is not there or the database cannot be reached."""
+        try:
+            async with self._database.connection() as db:
+                return await push.forget(db, endpoint)
+        except Exception as error:
+            # The next notification for this endpoint tries again.
+            if not is_lost(error):
+                raise
+            return None
+
+    def _authorization(self, endpoint: str) -> str:
+        """Return the signature for a push service, which is the same for an hour."""
+        audience = host_of(endpoint)
+        until, signed = self._signed.pop(audience, (0.0, ""))
+        if until < time.time():
+            until = time.time() + SIGNED_SECONDS
+            claims = {"sub": self._contact, "aud": audience, "exp": int(until + SIGNED_SECONDS)}
+            signed = self._vapid.sign(claims)["Authorization"]
+        self._signed[audience] = (until, signed)
+        if len(self._signed) > MAX_SIGNED:
+            self._signed.popitem(last=False)
+        return signed
+
+
+def _push_of(notice: Notice, badge: int) -> Push:
+    post = notice.post
+    said = Notification(
+        conversation_id=post.conversation_id,
+        message_id=post.message_id,
+        thread_root_id=notice.thread_root_id,
+        title=notice.title or notice.sender.display_name or notice.sender.name,
+        sender=notice.sender.display_name or notice.sender.name,
+        body=notice.body,
+        is_mention=notice.is_mention,
+        badge=badge,
+    )
+    return Push(post.endpoint, notice.p256dh, notice.auth, _base64url(post.conversation_id.bytes), encode(said))
+
+
+def seconds_of(retry_after: str) -> float:
+    """Return the seconds that a Retry-After header asks for, in either of its forms, at most `MAX_RETRY_AFTER`; 0 if
+    it has neither.
+    """
+    asked = retry_after[:MAX_DATE]
+    if asked.isascii() and asked.isdigit():
+        return min(float(asked), MAX_RETRY_AFTER)
+    try:
+        return min(max(0.0, parsedate_to_datetime(asked).timestamp() - time.time()), MAX_RETRY_AFTER)
+    except Exception:  # noqa: BLE001 - a stranger's text, for which the library raises errors of many kinds
+        return 0.0
+
+
+def new_key() -> str:
+    """Return a new private key, in base64url."""
+    return _base64url(ec.generate_private_key(ec.SECP256R1()).private_numbers().private_value.to_bytes(32))
+
+
+def _base64url(data: bytes) -> str:
+    return base64.urlsafe_b64encode(data).rstrip(b"=").decode()

@@ -1,0 +1,24 @@
+"""Notifications that are dropped: counted by reason, and logged once a minute."""
+
+import logging
+from collections import Counter
+
+from server.core.throttle import Throttle
+
+log = logging.getLogger(__name__)
+
+
+class Drops:
+    """Counts the notifications that are dropped, by reason."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        self._throttle: Throttle[str] = Throttle()
+
+    def add(self, reason: str, count: int = 1) -> bool:
+        """Count dropped notifications. Return whether that is logged."""
+        self.counts[reason] += count
+        if not self._throttle.passes(reason):
+            return False
+        log.warning("notifications are dropped: %s (counted in openchat_push_dropped_total)", reason)
+        return True

@@ -1,0 +1,462 @@
+"""Posts to push services, queued per host and user: who fails or is slow delays nobody else.
+
+A host starts with one post at a time. A fast answer raises that to `PER_HOST`; failures and slow answers of several
+users lower it to one again. Hosts at one post share half of the slots, so that fast hosts always find a free slot.
+
+Users name endpoints, so an answer tells first about its endpoint (429 and other refusals) or about that user at that
+host (no connection, no answer, 5xx, slow answers). Only what happens to several users tells about the host. A user
+whose posts take long is paused at all hosts that are not known to be fast, whatever new ones they name.
+
+Users also have bounds over all hosts: of hosts, posts queued, and posts in flight. If a table is full, whoever has most
+in it makes room. Posts of large conversations fill half of the queue, and take turns with the others at each host.
+
+One post begins in a turn of the loop, users take turns, and all of them take a share of the loop's time.
+"""
+
+import asyncio
+import logging
+import time
+from collections import Counter, OrderedDict
+from collections.abc import Awaitable, Callable, Container
+from typing import NamedTuple, TypeAlias
+from urllib.parse import urlsplit
+
+from protocol.ids import UserId
+from server.core.errors import log_failure
+from server.core.stopwatch import Stopwatch
+from server.core.tally import Tally
+from server.fairness.loop_time import LoopTime
+from server.jobs.push_drops import Drops
+from server.jobs.push_hosts import MAX_BACKOFF, PER_USER, SLOW_SECONDS, Host, Pause
+from server.limits.token_bucket import Allowance
+from server.queries.push import Post
+
+SLOTS = 64
+"""Max posts in flight, per worker."""
+SLOW_SLOTS = SLOTS // 2
+"""Max posts in flight to hosts that are not known to be fast, per worker."""
+SLOW_USER_SLOTS = SLOW_SLOTS // 2
+"""Of these, max posts of users whose posts to such hosts have taken long, per worker."""
+MAX_HOSTS = 500
+"""Max hosts remembered, per worker."""
+MAX_QUEUED = 10_000
+"""Max posts queued, per worker; hosts that are not known to be fast fill half of it."""
+MAX_QUEUED_SLOW = 8
+"""Max posts queued for a slow host: its last answer was slow, or it failed twice in a row."""
+ROOM_SECONDS = 0.5
+"""After a search for a host to forget found none, max seconds until the next one for a user with as many hosts."""
+IN_FLIGHT_OF_USER = 4
+"""Max posts in flight of one user."""
+MAX_HOSTS_OF_USER = 5
+"""Max hosts at which posts of one user are queued or in flight. There are few push services that browsers use."""
+MAX_QUEUED_OF_USER = 100
+"""Max posts queued of one user."""
+USER_RATE, USER_BURST = 2.0, 40.0
+"""Posts of one user that begin per second, and at once. Others wait; a newer one for the same place replaces them."""
+SHARE, BURST_SECONDS = 0.1, 0.1
+"""Share of the loop's time that posts take, and seconds of it that they may take at once."""
+MAX_PAUSES = 10_000
+"""Max pauses of endpoints, of users at a host, and of users that are remembered, per worker."""
+MAX_RETRY_AFTER = 3_600.0
+"""Max wait that a host may ask for in the name of one endpoint or user, in seconds."""
+
+log = logging.getLogger(__name__)
+
+
+class Push(NamedTuple):
+    """What a post says, not yet encrypted, and the keys of its endpoint."""
+
+    endpoint: str
+    p256dh: str
+    auth: str
+    topic: str
+    payload: bytes
+
+
+class Failed(Exception):  # noqa: N818 - an answer, not a fault
+    """There was no answer, or 5xx; `retry_after` is the wait in seconds that was asked for, or 0."""
+
+    def __init__(self, retry_after: float = 0.0) -> None:
+        super().__init__(retry_after)
+        self.retry_after = retry_after
+
+
+class Rejected(Failed):
+    """The host answered that it takes nothing for this endpoint now."""
+
+
+_Paused: TypeAlias = str | UserId | tuple[UserId, str]
+"""An endpoint, a user, or a user at a host."""
+
+
+class _User:
+    """What there is of one user: posts queued and in flight at each host."""
+
+    def __init__(self) -> None:
+        self.hosts: Counter[str] = Counter()
+        self.in_flight = 0
+        self.slow = 0
+        """Of these, to hosts that were not known to be fast when they began."""
+
+
+class Posts:
+    """The queues of all hosts, and the posts in flight."""
+
+    def __init__(
+        self,
+        read: Callable[[Post], Awaitable[Push | None]],
+        send: Callable[[Push, Stopwatch], Awaitable[None]],
+        drops: Drops,
+    ) -> None:
+        """`read` is called when a post begins, and returns None if it has nothing to say any more. `send` raises
+        `Failed` or `Rejected` if it was not taken, and stops the watch while nobody waits for the host.
+        """
+        self._read = read
+        self._send = send
+        self._drops = drops
+        self._hosts: OrderedDict[str, Host] = OrderedDict()
+        self._pauses: OrderedDict[_Paused, Pause] = OrderedDict()
+        self._users: Allowance[UserId] = Allowance("notifications", USER_RATE, burst=USER_BURST)
+        self._time = LoopTime(SHARE, BURST_SECONDS)
+        self._next: asyncio.Handle | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._slow = 0
+        self._of_slow_users = 0
+        self._no_room: dict[tuple[bool, int], float] = {}
+        self._queued = 0
+        self._crowds = 0
+        self._of_user: dict[UserId, _User] = {}
+        self._queued_of: Tally[UserId] = Tally()
+
+    def keep(self, user_id: UserId, endpoints: Container[str]) -> None:
+        """Drop what is queued for other endpoints of a user than these, which are all that there are now."""
+        for name in list(self._hosts_of(user_id)):
+            host = self._hosts[name]
+            for post in host.posts_of(user_id):
+                if post.endpoint not in endpoints:
+                    self._remove(host, post)
+                    self._drops.add("gone")
+
+    def add(self, post: Post, *, is_crowd: bool = False) -> None:
+        """Enqueue a post, or count it as dropped. `is_crowd` tells that its conversation is a large one."""
+        if (reason := self._put(post, is_crowd=is_crowd)) is not None:
+            self._drops.add(reason)
+
+    def _put(self, post: Post, *, is_crowd: bool) -> str | None:
+        """Enqueue a post. Return why one was dropped, if one was."""
+        name = host_of(post.endpoint)
+        host = self._hosts.get(name)
+        if host is not None and host.replace(post):
+            return "replaced"
+        if (
+            reason := self._beyond_share(host, name, post.user_id) or self._without_room(host, post, is_crowd=is_crowd)
+        ) is not None:
+            return reason
+        if host is None:
+            host = self._hosts[name] = Host(name)
+        host.put(post, is_crowd=is_crowd)
+        self._queued += 1
+        self._crowds += is_crowd
+        self._queued_of.add(post.user_id, 1)
+        self._of_user.setdefault(post.user_id, _User()).hosts[name] += 1
+        if self._pause_of(host, post) is not None:
+            self._trim_paused(host, post.user_id)
+        return None
+
+    def _beyond_share(self, host: Host | None, name: str, user_id: UserId) -> str | None:
+        """Return what a user, or a slow host, has too much of for another post."""
+        if self._queued_of[user_id] >= MAX_QUEUED_OF_USER:
+            return "user_full"
+        hosts = self._hosts_of(user_id)
+        if name not in hosts and len(hosts) >= MAX_HOSTS_OF_USER:
+            return "user_hosts"
+        if host is not None and host.is_slow and host.queued >= MAX_QUEUED_SLOW:
+            return "host_slow"
+        return None
+
+    def _without_room(self, host: Host | None, post: Post, *, is_crowd: bool) -> str | None:
+        """Make room for a post. Return which table is full, if it stays so."""
+        is_fast = host is not None and host.is_fast
+        is_full = self._queued >= (MAX_QUEUED if is_fast else MAX_QUEUED // 2)
+        if (is_crowd and self._crowds >= MAX_QUEUED // 2) or (is_full and not self._make_room(post.user_id)):
+            return "queue_full"
+        if host is None and len(self._hosts) >= MAX_HOSTS and not self._make_room_for_host(post.user_id):
+            return "too_many_hosts"
+        return None
+
+    def _hosts_of(self, user_id: UserId) -> Counter[str]:
+        user = self._of_user.get(user_id)
+        return Counter() if user is None else user.hosts
+
+    def start(self) -> None:
+        """Begin posts, one in a turn of the loop, as long as there are slots and time for them."""
+        if self._next is None:
+            self._begin_one()
+
+    async def close(self) -> None:
+        """Cancel what is in flight."""
+        tasks = list(self._tasks)
+        self._hosts.clear()
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        if self._next is not None:
+            self._next.cancel()
+            self._next = None
+
+    def _begin_one(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._next = None
+        if (wait := self._time.wait()) > 0:
+            self._next = loop.call_later(wait, self._begin_one)
+        elif (found := self._time.do(self._find)) is not None:
+            self._begin(*found)
+            self._next = loop.call_soon(self._begin_one)
+
+    def _find(self) -> tuple[Host, Post] | None:
+        """Take the post that begins next, of the host that waited longest."""
+        now = time.monotonic()
+        for name, host in self._hosts.items():
+            if len(self._tasks) >= SLOTS:
+                return None
+            if not host.queued or host.pause.until > now:
+                continue
+            if host.in_flight.total() >= host.most:
+                continue
+            if not host.is_fast and self._slow >= SLOW_SLOTS:
+                continue
+            post = self._take(host)
+            if post is not None:
+                self._remove(host, post)
+                self._hosts.move_to_end(name)
+                return host, post
+        return None
+
+    def _take(self, host: Host) -> Post | None:
+        def may_begin(user_id: UserId) -> bool:
+            user = self._of_user[user_id]
+            if user.in_flight >= IN_FLIGHT_OF_USER:
+                return False
+            if host.is_fast:
+                return True
+            return user.slow < PER_USER and (self._of_slow_users < SLOW_USER_SLOTS or not self._is_slow(user_id))
+
+        return host.take(
+            may_begin, lambda one: self._pause_of(host, one) is not None, lambda user_id: not self._users.take(user_id)
+        )
+
+    def _remove(self, host: Host, post: Post) -> None:
+        """Remove a post from the queues."""
+        self._crowds -= host.remove(post)
+        self._queued -= 1
+        self._queued_of.add(post.user_id, -1)
+        self._leave(host, post.user_id)
+
+    def _leave(self, host: Host, user_id: UserId) -> None:
+        """Note that there is one post less of a user at a host, queued or in flight."""
+        hosts = self._of_user[user_id].hosts
+        hosts[host.name] -= 1
+        if not hosts[host.name]:
+            del hosts[host.name]
+        if not hosts:
+            del self._of_user[user_id]
+
+    def _begin(self, host: Host, post: Post) -> None:
+        host.in_flight[post.user_id] += 1
+        slow = int(not host.is_fast)
+        of_slow_user = slow and int(self._is_slow(post.user_id))
+        self._slow += slow
+        self._of_slow_users += of_slow_user
+        user = self._of_user.setdefault(post.user_id, _User())
+        user.hosts[host.name] += 1
+        user.in_flight += 1
+        user.slow += slow
+        task = asyncio.create_task(self._run(host, post))
+        self._tasks.add(task)
+
+        def ended(task: asyncio.Task[None]) -> None:
+            self._tasks.discard(task)
+            self._slow -= slow
+            self._of_slow_users -= of_slow_user
+            user.in_flight -= 1
+            user.slow -= slow
+            self._leave(host, post.user_id)
+            host.used_at = time.monotonic()
+            host.in_flight[post.user_id] -= 1
+            if not host.in_flight[post.user_id]:
+                del host.in_flight[post.user_id]
+            if not host.queued and not host.in_flight:
+                self._no_room.clear()
+            self.start()
+
+        task.add_done_callback(ended)
+
+    async def _run(self, host: Host, post: Post) -> None:
+        # Made here, not before the task begins: it may be cancelled before that.
+        await self._time.run(self._deliver(host, post))
+
+    async def _deliver(self, host: Host, post: Post) -> None:
+        try:
+            push = await self._read(post)
+        except Exception as error:  # noqa: BLE001 - the others are pushed
+            self._failed_by_defect(error)
+            return
+        if push is None:
+            return
+        watch = Stopwatch()
+        try:
+            await self._send(push, watch)
+        except Rejected as rejected:
+            self._drops.add("refused")
+            self._pause(post.endpoint, rejected.retry_after)
+            self._trim_paused(host, post.user_id)
+            self._note_duration(host, post.user_id, watch.seconds)
+        except Exception as error:  # noqa: BLE001 - the others are pushed
+            # A defect of ours that an answer of theirs set off is a failure, too: else it would be asked for ever.
+            if isinstance(error, Failed):
+                self._drops.add("host_failed")
+                retry_after = error.retry_after
+            else:
+                self._failed_by_defect(error)
+                retry_after = 0.0
+            self._pause((post.user_id, host.name), retry_after)
+            self._trim_paused(host, post.user_id)
+            host.note_failed(post.user_id, retry_after)
+            self._trim(host)
+            self._note_duration(host, post.user_id, watch.seconds)
+        else:
+            if watch.seconds < SLOW_SECONDS:
+                self._pauses.pop(post.endpoint, None)
+                self._pauses.pop((post.user_id, host.name), None)
+                host.note_fast(post.user_id)
+            else:
+                self._pause((post.user_id, host.name), 0.0)
+                self._trim_paused(host, post.user_id)
+                host.note_slow(post.user_id)
+                self._trim(host)
+                self._note_duration(host, post.user_id, watch.seconds)
+
+    def _failed_by_defect(self, error: Exception) -> None:
+        if self._drops.add("error"):
+            log_failure(log, "pushing a notification", error)
+
+    def _note_duration(self, host: Host, user_id: UserId, seconds: float) -> None:
+        """Pause a user at all hosts that are not known to be fast, if a post to one of them took long."""
+        if seconds < SLOW_SECONDS:
+            return
+        host.note_long()
+        if host.is_fast:
+            return
+        if not self._is_slow(user_id):
+            self._pauses.pop(user_id, None)
+        self._pause(user_id, 0.0)
+
+    def _pause_of(self, host: Host, post: Post) -> _Paused | None:
+        """Return what pauses a post, its user at its host or its endpoint or everywhere, if anything does."""
+        now = time.monotonic()
+        keys: list[_Paused] = [(post.user_id, host.name), post.endpoint]
+        if not host.is_fast:
+            keys.append(post.user_id)
+        return next((key for key in keys if key in self._pauses and self._pauses[key].until > now), None)
+
+    def _trim_paused(self, host: Host, user_id: UserId) -> None:
+        """Keep the newest post of a user for each pause: a badge tells of the others."""
+        kept = set()
+        for post in reversed(host.posts_of(user_id)):
+            pause = self._pause_of(host, post)
+            if pause is not None and pause in kept:
+                self._remove(host, post)
+                self._drops.add("paused")
+            kept.add(pause)
+
+    def _pause(self, key: _Paused, retry_after: float) -> None:
+        """Pause an endpoint, a user at a host, or a user, for longer each time."""
+        self._pauses[key] = self._pauses.pop(key, Pause()).after_failure(retry_after, MAX_RETRY_AFTER)
+        if len(self._pauses) > MAX_PAUSES:
+            self._pauses.popitem(last=False)
+
+    def _trim(self, host: Host) -> None:
+        """Drop what a slow host may not have queued."""
+        over = max(0, host.queued - MAX_QUEUED_SLOW) if host.is_slow else 0
+        for _ in range(over):
+            self._remove(host, host.oldest())
+        if over:
+            self._drops.add("host_slow", over)
+
+    def _forget_one(self) -> bool:
+        """Forget the host that was idle for longest; among hosts that back off, the one that may be asked soonest.
+
+        Return False if none is idle. A back-off that is forgotten early is lost, so those hosts come last. Hosts that
+        have answered several users fast, not long ago, stay: others would take their places while they are idle.
+        """
+        now = time.monotonic()
+        hosts = self._hosts.items()
+        idle = (name for name, host in hosts if not host.queued and not host.in_flight and not host.stays(now))
+        # `min` returns the first of equals: that is the one idle for longest.
+        name = min(idle, key=lambda name: max(self._hosts[name].pause.until, now), default=None)
+        if name is None:
+            return False
+        del self._hosts[name]
+        return True
+
+    def _make_room_for_host(self, user_id: UserId) -> bool:
+        """Forget a host. Return False if there is none to be forgotten for this user; that is remembered for a while,
+        since the search looks at all hosts.
+        """
+        now = time.monotonic()
+        kind = (self._is_slow(user_id), len(self._hosts_of(user_id)))
+        if now - self._no_room.get(kind, -ROOM_SECONDS) < ROOM_SECONDS:
+            return False
+        if self._forget_one() or self._evict_for(*kind):
+            return True
+        self._no_room[kind] = now
+        return False
+
+    def _evict_for(self, is_slow: bool, number: int) -> bool:  # noqa: FBT001 - a kind of users
+        """Drop what is queued at one host, for users who are at `number` hosts: one of users whose posts take long, or
+        else one whose users are at more hosts. Return False if there is none. Hosts that are fast, in use or have many
+        users stay.
+        """
+
+        def worth(host: Host) -> tuple[bool, int]:
+            if host.is_fast or host.in_flight or host.has_many_users:
+                return False, 0
+            users = host.users()
+            return all(map(self._is_slow, users)), min(len(self._hosts_of(user_id)) for user_id in users)
+
+        host = max(self._hosts.values(), key=worth)
+        of_slow, at_hosts = worth(host)
+        if not (of_slow and not is_slow) and at_hosts <= number + 1:
+            return False
+        for user_id in host.users():
+            for post in host.posts_of(user_id):
+                self._remove(host, post)
+                self._drops.add("too_many_hosts")
+        del self._hosts[host.name]
+        return True
+
+    def _is_slow(self, user_id: UserId) -> bool:
+        """Whether a post of a user has taken long lately, at a host that is not known to be fast."""
+        pause = self._pauses.get(user_id)
+        return pause is not None and time.monotonic() - pause.until <= MAX_BACKOFF
+
+    def _make_room(self, user_id: UserId) -> bool:
+        """Drop a post of the user who has most of them queued. Return False if that is this user."""
+        most = self._queued_of.most()
+        if self._queued_of[most] <= self._queued_of[user_id] + 1:
+            return False
+        host, post = next(
+            (host, post)
+            for name in self._hosts_of(most)
+            for host in [self._hosts[name]]
+            for post in host.posts_of(most)
+        )
+        self._remove(host, post)
+        self._drops.add("queue_full")
+        return True
+
+
+def host_of(endpoint: str) -> str:
+    """Return the scheme, host and port of an endpoint."""
+    parts = urlsplit(endpoint)
+    return f"{parts.scheme}://{parts.netloc}"

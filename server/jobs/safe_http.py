@@ -1,0 +1,313 @@
+"""Requests to addresses that users have named: never to this machine or its network, never for long, never for much.
+
+The name is resolved once, all of its addresses are looked at, and the connection is made to one of those: a name that
+leads elsewhere the second time it is asked (DNS rebinding) leads nowhere.
+"""
+
+import asyncio
+import ipaddress
+import ssl
+from collections.abc import Callable, Iterable, Mapping
+from contextvars import ContextVar
+from functools import cached_property
+from typing import Any, NamedTuple
+from urllib.parse import urljoin, urlsplit
+
+import httpcore
+import httpx
+from anyio.abc import ByteStream
+
+from server.core.stopwatch import Stopwatch
+from server.fairness.loop_time import LoopTime
+from server.jobs.resolver import Resolver
+
+TOTAL_SECONDS = 5.0
+"""Max seconds that all of an answer takes, redirects included. Waits for our own share of the loop do not count."""
+MAX_REDIRECTS = 3
+REDIRECTS = frozenset({301, 302, 303, 307, 308})
+MOST_OF_POST = 1_000
+"""Max bytes of the answer to a POST request that are read."""
+MAX_BESIDE_BYTES = 16 * 1024
+"""Max bytes of an answer beside its body: all that has to be parsed, such as headers, `103` answers and sizes of
+chunks. A thousand of the shortest headers take a worker 2 ms.
+"""
+MAX_TLS_BYTES = 128 * 1024
+"""Max bytes that are received over TLS beside the max body: certificates, and what records and tickets add."""
+MAX_READS = 1_000
+"""Max reads of an answer, which may come byte by byte."""
+TURN_BYTES = 4 * 1024
+"""Max bytes that are parsed in one turn of the loop."""
+SHARE, BURST_SECONDS = 0.1, 0.1
+"""Share of the loop's time that all GET requests take, and all POST requests, and seconds of it that they may take at
+once.
+"""
+PORTS = {"http": 80, "https": 443}
+NEAR = [ipaddress.ip_network(one) for one in ("192.0.0.0/24", "192.88.99.0/24", "3fff::/20", "5f00::/16")]
+"""Networks of special purposes (RFC 6890) that Python 3.11 takes for public ones: protocol assignments, relays of 6to4,
+documentation, segment routing.
+"""
+
+
+class Unreachable(Exception):  # noqa: N818 - an answer, not a fault
+    """It cannot be asked, or may not be; `url` is what was asked last."""
+
+    url = ""
+
+
+class Answer(NamedTuple):
+    """What came back; `body` is at most as long as was asked for, and `url` where it came from in the end."""
+
+    status: int
+    headers: httpx.Headers
+    body: bytes
+    url: str
+
+
+class _Cost:
+    """How much of an answer was read, and how long that took. What waits for bytes of it has its turns here."""
+
+    def __init__(self, share: LoopTime, watch: Stopwatch, limit: asyncio.Timeout, *, most: int) -> None:
+        """`limit` ends it after `TOTAL_SECONDS` by `watch`. `most` is the max size of the body, in bytes."""
+        self._share = share
+        self._watch = watch
+        self._limit = limit
+        self._reads = 0
+        self._beside = 0
+        self._encrypted = 0
+        self._most_encrypted = most + MAX_TLS_BYTES
+
+    async def turn(self) -> None:
+        """Return in a later turn of the loop, when our share has some left. The other server is not timed meanwhile."""
+        self._limit.reschedule(None)
+        with self._watch.stopped():
+            await self._share.turn()
+        self._limit.reschedule(_until(self._watch))
+
+    def note(self, read: int) -> None:
+        """Note bytes that were read. Raises httpcore.ReadError if this is too much of anything but the body."""
+        self._reads += 1
+        self._beside += read
+        # What was read last is not parsed yet, and may be of the body.
+        if self._reads > MAX_READS or self._beside > MAX_BESIDE_BYTES + TURN_BYTES:
+            raise httpcore.ReadError("its answer has too many parts")
+
+    def note_encrypted(self, received: int) -> None:
+        """Note bytes that were received over TLS. Raises httpcore.ReadError if these are too many."""
+        self._reads += 1
+        self._encrypted += received
+        if self._reads > MAX_READS or self._encrypted > self._most_encrypted:
+            raise httpcore.ReadError("its answer has too many parts")
+
+    def note_body(self, size: int) -> None:
+        """Note how much of that was the body."""
+        self._beside -= size
+
+
+_COST: ContextVar[_Cost] = ContextVar("cost")
+"""That of the answer which the task waits for."""
+
+
+class Outbound:
+    """Asks other servers. What that takes of the loop's time is bounded for each answer, and in all."""
+
+    def __init__(self, *, to_private: bool) -> None:
+        """`to_private` lets addresses of this machine and its network be asked, too."""
+        self._to_private = to_private
+        self._resolver = Resolver()
+        # One each: links that people send do not delay notifications.
+        self._gets = LoopTime(SHARE, BURST_SECONDS)
+        self._posts = LoopTime(SHARE, BURST_SECONDS)
+
+    @cached_property
+    def _transport(self) -> "_Transport":
+        # Made when it is first needed: it reads all certificates of the web's authorities. No client around it: one
+        # keeps the cookies of every answer for ever.
+        return _Transport(httpx.create_ssl_context(trust_env=False))
+
+    async def close(self) -> None:
+        """Let go of all connections."""
+        if "_transport" in self.__dict__:
+            await self._transport.aclose()
+
+    async def get(self, url: str, *, most: int) -> Answer:
+        """Return up to `most` bytes of what is at an address, after a few redirects, each looked at anew. All of that
+        has one time limit.
+
+        Raises Unreachable.
+        """
+        watch = Stopwatch()
+        for _ in range(MAX_REDIRECTS + 1):
+            answer = await self._ask("GET", url, most=most, headers={"accept": "text/html"}, watch=watch)
+            if answer.status not in REDIRECTS or "location" not in answer.headers:
+                return answer
+            try:
+                url = urljoin(url, answer.headers["location"])
+            except ValueError:
+                raise Unreachable("it redirects to no address") from None
+        raise Unreachable("there are too many redirects")
+
+    async def post(self, url: str, body: bytes, headers: dict[str, str], *, watch: Stopwatch) -> Answer:
+        """Return the answer to what is sent to an address. `watch` is stopped while it waits for its turns.
+
+        Raises Unreachable.
+        """
+        return await self._ask("POST", url, most=MOST_OF_POST, headers=headers, watch=watch, body=body)
+
+    async def _ask(
+        self, method: str, url: str, *, most: int, headers: dict[str, str], watch: Stopwatch, body: bytes | None = None
+    ) -> Answer:
+        share = self._gets if body is None else self._posts
+        try:
+            parts = urlsplit(url)
+            if parts.scheme not in PORTS or not parts.hostname or parts.username is not None:
+                raise Unreachable("this is not an address on the web")
+            port = parts.port or PORTS[parts.scheme]
+            # Not under the time-out: after it, this may have to wait for the look-up's thread to end.
+            address = await self._resolve(parts.hostname, max(0.0, TOTAL_SECONDS - watch.seconds))
+            async with asyncio.timeout_at(_until(watch)) as limit:
+                request = httpx.Request(
+                    method,
+                    httpx.URL(url, host=address, port=port),
+                    headers={"host": parts.netloc, "accept-encoding": "identity", "user-agent": "OpenChat"} | headers,
+                    content=body,
+                    # No time-outs of the library: they would include waits for our share.
+                    extensions={"sni_hostname": parts.hostname},
+                )
+                return await share.run(self._exchange(request, url, most, _Cost(share, watch, limit, most=most)))
+        except (httpx.HTTPError, httpx.InvalidURL, OSError, TimeoutError, ValueError) as error:
+            unreachable = Unreachable(str(error) or type(error).__name__)
+            unreachable.url = url
+            raise unreachable from error
+
+    async def _exchange(self, request: httpx.Request, url: str, most: int, cost: _Cost) -> Answer:
+        token = _COST.set(cost)
+        try:
+            response = await self._transport.handle_async_request(request)
+            try:
+                return Answer(response.status_code, response.headers, await _read(response, most, cost), url)
+            finally:
+                await response.aclose()
+        finally:
+            _COST.reset(token)
+
+    async def _resolve(self, host: str, seconds: float) -> str:
+        found = await self._resolver.addresses(host, seconds=seconds)
+        addresses = [ipaddress.ip_address(one) for one in found]
+        if not self._to_private and not all(_is_public(one) for one in addresses):
+            raise Unreachable("its address is not a public one")
+        return str(addresses[0])
+
+
+class _Transport(httpx.AsyncHTTPTransport):
+    """Pools connections by address and name: names at one address have different certificates."""
+
+    def __init__(self, context: ssl.SSLContext) -> None:
+        super().__init__(verify=context, trust_env=False)
+        self._pool = httpcore.AsyncConnectionPool(
+            ssl_context=context, max_connections=100, max_keepalive_connections=20, keepalive_expiry=5.0,
+            network_backend=_Backend(),
+        )  # fmt: skip
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        # A pool knows connections by scheme, host and port. In hexadecimal, whatever the name is makes a host.
+        address = ipaddress.ip_address(request.url.host).packed.hex()
+        name = str(request.extensions["sni_hostname"]).encode().hex()
+        request.url = request.url.copy_with(host=f"{address}.{name}")
+        return await super().handle_async_request(request)
+
+
+class _Backend(httpcore.AnyIOBackend):
+    async def connect_tcp(
+        self,
+        host: str,
+        port: int,
+        timeout: float | None = None,  # noqa: ASYNC109 - the library's shape
+        local_address: str | None = None,
+        socket_options: Iterable[httpcore.SOCKET_OPTION] | None = None,
+    ) -> httpcore.AsyncNetworkStream:
+        address = str(ipaddress.ip_address(bytes.fromhex(host.partition(".")[0])))
+        return _Stream(await super().connect_tcp(address, port, timeout, local_address, socket_options))
+
+
+class _Stream(httpcore.AsyncNetworkStream):
+    """Gives others a turn of the loop before each read, and reads little of an answer at a time, and in all."""
+
+    def __init__(self, stream: httpcore.AsyncNetworkStream) -> None:
+        self._stream = stream
+
+    async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:  # noqa: ASYNC109 - as above
+        cost = _COST.get()
+        await cost.turn()
+        data = await self._stream.read(min(max_bytes, TURN_BYTES), timeout)
+        cost.note(len(data))
+        return data
+
+    async def write(self, buffer: bytes, timeout: float | None = None) -> None:  # noqa: ASYNC109 - as above
+        await self._stream.write(buffer, timeout)
+
+    async def aclose(self) -> None:
+        await self._stream.aclose()
+
+    async def start_tls(
+        self,
+        ssl_context: ssl.SSLContext,
+        server_hostname: str | None = None,
+        timeout: float | None = None,  # noqa: ASYNC109 - as above
+    ) -> httpcore.AsyncNetworkStream:
+        # TLS reads in portions of 64 KiB what never becomes bytes of an answer. The library has no other way in.
+        self._stream._stream = _Encrypted(self._stream._stream)  # type: ignore[attr-defined]  # noqa: SLF001
+        return _Stream(await self._stream.start_tls(ssl_context, server_hostname, timeout))
+
+    def get_extra_info(self, info: str) -> Any:  # noqa: ANN401 - as above
+        return self._stream.get_extra_info(info)
+
+
+class _Encrypted(ByteStream):
+    """The bytes below TLS, in small portions, each in a turn of the loop."""
+
+    def __init__(self, stream: ByteStream) -> None:
+        self._stream = stream
+
+    async def receive(self, max_bytes: int = TURN_BYTES) -> bytes:
+        cost = _COST.get()
+        await cost.turn()
+        data = await self._stream.receive(min(max_bytes, TURN_BYTES))
+        cost.note_encrypted(len(data))
+        return data
+
+    async def send(self, item: bytes) -> None:
+        await self._stream.send(item)
+
+    async def send_eof(self) -> None:
+        await self._stream.send_eof()
+
+    async def aclose(self) -> None:
+        await self._stream.aclose()
+
+    @property
+    def extra_attributes(self) -> Mapping[Any, Callable[[], Any]]:
+        return self._stream.extra_attributes
+
+
+def _until(watch: Stopwatch) -> float:
+    """Return the loop's time at which `TOTAL_SECONDS` are over."""
+    return asyncio.get_running_loop().time() + TOTAL_SECONDS - watch.seconds
+
+
+def _is_public(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
+    inside = getattr(address, "ipv4_mapped", None) or getattr(address, "sixtofour", None)
+    if inside is not None:
+        return _is_public(inside)
+    # Python takes the site-local addresses of IPv6, which networks may still route to themselves, for global ones.
+    is_near = address.is_multicast or address.is_reserved or getattr(address, "is_site_local", False)
+    return address.is_global and not is_near and not any(address in network for network in NEAR)
+
+
+async def _read(response: httpx.Response, most: int, cost: _Cost) -> bytes:
+    body = bytearray()
+    async for piece in response.aiter_raw():
+        cost.note_body(len(piece))
+        body += piece
+        if len(body) >= most:
+            break
+    return bytes(body[:most])

@@ -1,0 +1,165 @@
+"""Scheduled messages: sent, when their time has come, by the same handler as all others.
+
+A message and the note that it was sent commit together, and only while the worker's claim holds. So a worker that
+stalls or dies sends nothing twice, and nothing that its owner has changed or cancelled since.
+"""
+
+import asyncio
+import logging
+from collections import deque
+from datetime import timedelta
+from functools import partial
+from uuid import UUID
+
+from asyncpg import LockNotAvailableError
+
+from protocol.errors import ErrorCode
+from protocol.ids import SessionId, UserId
+from protocol.payloads import Poll
+from server.context import Context, Services
+from server.core.errors import INTERNAL, log_defect, log_failure, refusal
+from server.core.periodic import end
+from server.domain.compose import is_over
+from server.handlers.sending import send_noted
+from server.queries import scheduled
+from server.queries.scheduled import ClaimLost, Due, Waiting
+
+log = logging.getLogger(__name__)
+
+NO_SESSION = SessionId(UUID(int=0))
+AGAIN = frozenset({ErrorCode.UNAVAILABLE, ErrorCode.RATE_LIMITED})
+"""Refusals that say to come back: the message is taken up again after a while."""
+
+
+class _Round:
+    """One turn of each sender of whom something is due: a walk along all that is due, a page at a time."""
+
+    def __init__(self) -> None:
+        self.senders: deque[UserId] = deque()
+        """Senders in the pages that were read, who have not had their turn."""
+        self.is_of_use = False
+        """Whether something was taken up."""
+        self.last: Waiting | None = None
+        self._seen: set[UserId] = set()
+
+    def add(self, page: list[Waiting]) -> None:
+        """Give a turn to each sender of a page who has none in this round."""
+        self.last = page[-1]
+        for sender_id in dict.fromkeys(one.sender_id for one in page):
+            if sender_id not in self._seen:
+                self._seen.add(sender_id)
+                self.senders.append(sender_id)
+
+
+class Scheduling:
+    """Sends what is due: the messages of one sender in order, those of different senders concurrently, one of each
+    sender in turn. So nobody's messages wait for all those of another sender, for a lock on that sender's row, or for a
+    conversation that another one writes to. A message that was put off holds up those behind it in its conversation
+    alone.
+    """
+
+    def __init__(self, services: Services, *, most: int) -> None:
+        """`most` is the max number of senders at a time. Each of them holds one connection to the database."""
+        self._services = services
+        self._most = most
+        self._sending: set[asyncio.Task[None]] = set()
+        self._round = _Round()
+        self._walks = asyncio.Lock()
+
+    async def send_due(self) -> None:
+        """Begin to send all messages whose time has come and that no other worker has taken up."""
+        while len(self._sending) < self._most and (due := await self._claim()) is not None:
+            task = asyncio.create_task(self._send_all(due))
+            self._sending.add(task)
+            task.add_done_callback(self._sending.discard)
+
+    async def _send_all(self, due: Due | None) -> None:
+        """Send a message, and what is due after it."""
+        try:
+            while due is not None:
+                await _send(self._services, due)
+                due = await self._claim()
+        except Exception as error:  # noqa: BLE001 - `send_due` begins again
+            log_failure(log, "sending scheduled messages", error)
+
+    async def _claim(self) -> Due | None:
+        """Take up the next message; None if there is none."""
+        while (sender_id := await self._next_sender()) is not None:
+            async with self._services.database.connection() as db:
+                due = await scheduled.claim(db, sender_id)
+            if due is not None:
+                self._round.is_of_use = True
+                return due
+        return None
+
+    async def _next_sender(self) -> UserId | None:
+        """Return whose turn it is; None at the end of a round in which nothing could be taken up."""
+        async with self._walks:
+            while not self._round.senders:
+                async with self._services.database.connection() as db:
+                    page = await scheduled.walk(db, self._round.last)
+                if page:
+                    self._round.add(page)
+                    continue
+                was, self._round = self._round, _Round()
+                if not was.is_of_use:
+                    return None
+            return self._round.senders.popleft()
+
+    async def close(self) -> None:
+        """Give up what was begun. What is not committed is rolled back, and sent by another worker."""
+        await end(self._sending)
+
+
+async def _send(services: Services, due: Due) -> None:
+    """Send a message. One that met a lock that somebody else holds, or no database, stays claimed: nothing of the same
+    sender overtakes it until the claim ends, and then it is due again.
+    """
+    try:
+        await _send_one(services, due)
+    except (LockNotAvailableError, ClaimLost):
+        return
+    except Exception as error:  # noqa: BLE001 - it is taken up again
+        log_failure(log, "sending scheduled messages", error)
+
+
+async def _send_one(services: Services, due: Due) -> None:
+    """Send a message, put it off, or note why it cannot be sent."""
+    if due.sender is None:
+        problem = "The account cannot send messages any more."
+    elif due.frame is None:
+        problem = "The message is stored in a form that the server cannot read. Schedule a new one."
+    elif isinstance(due.frame.payload, Poll) and is_over(due.frame.payload):
+        problem = "The poll closed before it could be sent. Schedule a new one."
+    else:
+        try:
+            context = Context(services=services, user=due.sender, session_id=NO_SESSION, is_of_job=True)
+            note = partial(scheduled.finish, due=due, status="sent")
+            await services.database.again("a scheduled message", partial(send_noted, context, due.frame, note))
+        except (LockNotAvailableError, ClaimLost):
+            raise
+        except Exception as error:  # noqa: BLE001 - the others are due, too
+            refused = refusal(error)
+            if refused is None:
+                log_defect(log, "send_due", error)
+                refused = INTERNAL
+            if refused.code in AGAIN:
+                await _put_off(services, due, refused.retry_after_ms or 0)
+                return
+            problem = refused.message
+        else:
+            services.events.poke([due.sender_id])
+            return
+    await _fail(services, due, problem)
+
+
+async def _put_off(services: Services, due: Due, wait_ms: int) -> None:
+    async with services.database.of_jobs().transaction() as db:
+        await scheduled.put_off(db, due, timedelta(milliseconds=wait_ms))
+    services.events.poke([due.sender_id])
+
+
+async def _fail(services: Services, due: Due, problem: str) -> None:
+    async with services.database.of_jobs().transaction() as db:
+        await scheduled.finish(db, due, "failed", problem)
+    services.events.poke([due.sender_id])

@@ -1,0 +1,1 @@
+"""Work on a whole database while the server runs: checks, indexes, moving data."""

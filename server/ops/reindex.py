@@ -1,0 +1,35 @@
+"""Making what messages are found by anew: page by page, past what others change, so that nothing waits for it."""
+
+import asyncio
+from uuid import UUID
+
+from protocol.ids import MessageId
+from server.db.database import Db
+from server.ops.progress import Progress
+from server.queries import search_index
+
+FIRST = MessageId(UUID(int=0))
+PAUSE_SECONDS = 0.1
+"""Pause before messages that somebody changes are tried again."""
+
+
+async def rebuild_search_index(db: Db, progress: Progress, *, only_missing: bool = False) -> int:
+    """Make the words of all messages anew, or of those that have none; return how many were made. Ends when those who
+    hold one of them have let go.
+    """
+    count, after = 0, FIRST
+    held: list[MessageId] = []
+    while message_ids := await search_index.following(db, after):
+        page = await search_index.page(db, message_ids, only_missing=only_missing)
+        after = message_ids[-1]
+        held += page.left
+        count += page.made
+        progress.counts("messages that can be found", count)
+    while held:
+        progress.counts("messages that others are changing", len(held))
+        await asyncio.sleep(PAUSE_SECONDS)
+        page = await search_index.page(db, held[: search_index.AT_ONCE], only_missing=only_missing)
+        held = held[search_index.AT_ONCE :] + page.left
+        count += page.made
+    progress.done()
+    return count

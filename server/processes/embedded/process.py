@@ -1,0 +1,60 @@
+"""A child process that does not outlive its parent."""
+
+import ctypes
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from server.processes.embedded.folder import DataFolder
+from server.processes.embedded.logfile import LogFile
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def start(
+    command: list[str | Path], *, folder: DataFolder, log: LogFile, last_signal: signal.Signals
+) -> subprocess.Popen[bytes]:
+    """Start `command` as the folder's owner, in a group of its own, writing to `log`.
+
+    On Linux it gets `last_signal` when this process ends, however it ends. (Elsewhere the next start finds
+    the orphan and stops it.) Call it from the main thread: the signal comes when the *thread* ends.
+    """
+    owner = folder.owner
+    with log.open() as output:
+        return subprocess.Popen(  # noqa: S603 - no outside input, no threads
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            cwd=folder.path,
+            # A Ctrl-C in the terminal goes to the whole foreground group; these are stopped last, by us.
+            start_new_session=True,
+            preexec_fn=_dies_with_parent(last_signal),  # noqa: PLW1509 - it makes one system call
+            user=owner and owner.uid,
+            group=owner and owner.gid,
+            extra_groups=[] if owner else None,
+        )
+
+
+def _dies_with_parent(last_signal: signal.Signals) -> Callable[[], None] | None:
+    if sys.platform != "linux":
+        return None
+
+    def ask() -> None:
+        _libc.prctl(_PR_SET_PDEATHSIG, int(last_signal), 0, 0, 0)
+
+    return ask
+
+
+def stop(process: subprocess.Popen[bytes], how: signal.Signals, *, patience: float) -> None:
+    """Send `how`, wait up to `patience` seconds, then kill."""
+    if process.poll() is None:
+        process.send_signal(how)
+    try:
+        process.wait(patience)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()

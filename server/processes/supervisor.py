@@ -1,0 +1,379 @@
+"""The process that the operator starts: it owns the embedded servers, the port and the workers."""
+
+import asyncio
+import contextlib
+import logging
+import selectors
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+
+import msgspec
+from redis.asyncio import Redis
+
+from server.core.config import Settings, variable
+from server.core.errors import REDIS_LOST, Fatal, redis_unreachable
+from server.core.terminal import say
+from server.db import database, migrate
+from server.db.database import SENDING_CONNECTIONS
+from server.processes.embedded import postgres, valkey
+from server.processes.embedded.folder import DataFolder, installed
+from server.processes.embedded.postgres import Postgres
+from server.processes.embedded.reach import named
+from server.processes.embedded.valkey import Valkey
+from server.processes.worker_spec import DRAIN_SECONDS, READY, Orders
+
+WATCH_SECONDS = 0.2
+READY_SECONDS = 30.0
+STOP_SECONDS = DRAIN_SECONDS + 15.0
+CRASHED_SOON_SECONDS = 2.0
+"""A worker that lives shorter than this is started again only after that long."""
+BACKLOG = 4096
+SPARE_DATABASE_CONNECTIONS = 20
+
+log = logging.getLogger(__name__)
+
+
+class Worker:
+    """A place for a worker process, with a listening socket of its own that outlives it."""
+
+    def __init__(
+        self, settings: Settings, number: int, listener: socket.socket, folder: Path, *, is_alone: bool = False
+    ) -> None:
+        self._orders = Orders(settings, number, listener.fileno(), str(folder), is_alone)
+        self.listener = listener
+        self.number = number
+        self.started_at = 0.0
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def is_running(self) -> bool:
+        """Whether there is a process in this place."""
+        return self.process is not None and self.process.poll() is None
+
+    def last_words(self) -> str:
+        """Return why a process that has ended could not start, if it said so."""
+        if self.process is None or self.process.stdout is None or self.process.stdout.closed:
+            return ""
+        return self.process.stdout.read().decode().removeprefix(READY).strip().rstrip(".")
+
+    def start(self) -> None:
+        """Start a process in this place."""
+        self._forget()
+        self.started_at = time.monotonic()
+        self.process = process = subprocess.Popen(
+            # -P: a server.py in the current folder is not ours.
+            [sys.executable, "-P", "-m", "server.processes.worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            pass_fds=[self.listener.fileno()],
+            process_group=0,
+        )
+        assert process.stdin is not None  # noqa: S101 - asked for above
+        process.stdin.write(msgspec.json.encode(self._orders) + b"\n")
+        process.stdin.flush()
+
+    def wait_ready(self) -> None:
+        """Return when it takes connections. Raises Fatal, with what it says, if it does not."""
+        assert self.process is not None and self.process.stdout is not None  # noqa: S101, PT018 - started, with a pipe
+        with selectors.DefaultSelector() as selector:
+            selector.register(self.process.stdout, selectors.EVENT_READ)
+            said = self.process.stdout.readline().decode() if selector.select(READY_SECONDS) else ""
+        if said != READY:
+            self.kill()
+            raise Fatal(said.strip() or f"worker {self.number} does not start.")
+
+    def replace(self) -> subprocess.Popen[bytes] | None:
+        """Start another process in this place and return the one that was there, which goes on, once the new one takes
+        connections. Raises Fatal, and leaves everything as it was, if it does not.
+        """
+        old, self.process = self.process, None
+        try:
+            self.start()
+            self.wait_ready()
+        except (Fatal, OSError):
+            self.kill()
+            self.process = old
+            raise
+        return old
+
+    def terminate(self) -> None:
+        """Ask it to drain and end."""
+        if self.process is not None and self.is_running():
+            self.process.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """End it now, if it has not."""
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+            self._forget()
+
+    def _forget(self) -> None:
+        if self.process is not None:
+            close_pipes(self.process)
+
+
+class Supervisor:
+    """Starts everything, keeps it running, stops it."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._stopping = threading.Event()
+        self._is_forced = False
+        self._is_rolling = False
+        self._folder: DataFolder | None = None
+        self._postgres: Postgres | None = None
+        self._valkey: Valkey | None = None
+        self._workers: list[Worker] = []
+        self._resting: dict[str, float] = {}
+        """Until when each of them is left alone, after something failed."""
+        self._failures: dict[str, str] = {}
+        """The last failure of each of them."""
+        self._shared = Path(tempfile.mkdtemp(prefix="openchat-"))
+
+    def run(self) -> None:
+        """Run until SIGINT or SIGTERM. Raises Fatal if it cannot start."""
+        signal.signal(signal.SIGINT, self._on_signal)
+        signal.signal(signal.SIGTERM, self._on_signal)
+        signal.signal(signal.SIGHUP, self._on_hangup)
+        try:
+            self._start()
+            while not self._stopping.wait(WATCH_SECONDS):
+                self._watch()
+                if self._is_rolling:
+                    self._is_rolling = False
+                    self._roll()
+        finally:
+            self._stop()
+
+    def _start(self) -> None:
+        listeners = listen(self._settings.host, self._settings.port, self._settings.worker_count)
+        # Who is named first: a start that fails by them makes no data folder.
+        asyncio.run(prepare(self._settings))
+        settings = self._with_servers()
+        if self._postgres is not None:
+            asyncio.run(prepare(settings))
+        # With a Valkey of our own, which nobody else can reach, a single worker has nobody to talk to.
+        is_alone = self._valkey is not None and len(listeners) == 1
+        self._workers = [
+            Worker(settings, number, listener, self._shared, is_alone=is_alone)
+            for number, listener in enumerate(listeners, start=1)
+        ]
+        for worker in self._workers:
+            worker.start()
+        for worker in self._workers:
+            worker.wait_ready()
+        self._greet(listeners[0])
+
+    def _with_servers(self) -> Settings:
+        settings = self._settings
+        own = [
+            *([] if settings.database_url else [postgres.PACKAGE]), *([] if settings.redis_url else [valkey.PACKAGE])
+        ]  # fmt: skip
+        for package in own:
+            installed(package)
+        if own:
+            self._folder = DataFolder(settings.data_path, advice=settings.folder_advice)
+        if self._folder is not None and not settings.database_url:
+            each = settings.database_connections + SENDING_CONNECTIONS
+            connections = settings.worker_count * each + SPARE_DATABASE_CONNECTIONS
+            self._postgres = Postgres(self._folder, max_connections=connections)
+            if self._postgres.is_new:
+                tell("Setting up the database; only the first start does this …")
+            self._postgres.start()
+            settings = msgspec.structs.replace(settings, database_url=self._postgres.url())
+        if self._folder is not None and not settings.redis_url:
+            self._valkey = Valkey(self._folder)
+            self._valkey.start()
+            settings = msgspec.structs.replace(settings, redis_url=self._valkey.url)
+        return settings
+
+    def _watch(self) -> None:
+        for server in (self._postgres, self._valkey):
+            if server is not None:
+                self._attend(type(server).__name__, partial(self._see_to_server, server))
+        for worker in self._workers:
+            self._attend(f"worker {worker.number}", partial(self._see_to_worker, worker))
+
+    def _attend(self, what: str, work: Callable[[], None]) -> None:
+        """Do what one of the processes needs now. Nothing that fails in it ends the supervisor, which has all others to
+        look after: a full disk, a table of processes without room, a package that is being replaced.
+        """
+        if time.monotonic() < self._resting.get(what, 0):
+            return
+        try:
+            work()
+        except Exception as error:
+            self._resting[what] = time.monotonic() + CRASHED_SOON_SECONDS
+            failure = repr(error)
+            # A text says all about the machine. A defect of ours needs its traceback, but not with every attempt.
+            is_new_defect = not isinstance(error, Fatal | OSError) and self._failures.get(what) != failure
+            self._failures[what] = failure
+            log.error("%s: %s; trying again", what, error, exc_info=error if is_new_defect else None)  # noqa: TRY400
+
+    def _see_to_server(self, server: Postgres | Valkey) -> None:
+        if not server.is_running() and not self._stopping.is_set():
+            log.error("%s ended; starting it again", type(server).__name__)
+            server.start()
+        server.log.rotate()
+
+    def _see_to_worker(self, worker: Worker) -> None:
+        has_waited = time.monotonic() - worker.started_at > CRASHED_SOON_SECONDS
+        if not worker.is_running() and has_waited and not self._stopping.is_set():
+            reason = worker.last_words()
+            log.error("worker %d ended%s; starting another", worker.number, reason and f": {reason}")
+            worker.start()
+
+    def _roll(self) -> None:
+        """Replace all workers, one after the other: there is always one that takes connections in each place."""
+        log.info("replacing the workers, one after the other")
+        for worker in self._workers:
+            try:
+                old = worker.replace()
+            except (Fatal, OSError) as error:
+                log.error("worker %d could not be replaced: %s", worker.number, error)  # noqa: TRY400 - says it all
+                return
+            if old is not None:
+                self._see_off(old)
+            if self._stopping.is_set():
+                return
+        log.info("all workers are new")
+
+    def _see_off(self, old: subprocess.Popen[bytes]) -> None:
+        """Have a process drain and end, and look after everything else meanwhile."""
+        old.terminate()
+        deadline = time.monotonic() + STOP_SECONDS
+        while old.poll() is None and time.monotonic() < deadline and not self._stopping.wait(WATCH_SECONDS):
+            self._watch()
+        old.kill()
+        old.wait()
+        close_pipes(old)
+
+    def _stop(self) -> None:
+        if self._workers:
+            tell("Stopping: clients are sent away, what is in flight is finished …")
+        for worker in self._workers:
+            # Ours first: the kernel would go on filling it while the worker drains.
+            worker.listener.close()
+        for worker in self._workers:
+            worker.terminate()
+        deadline = time.monotonic() + STOP_SECONDS
+        for worker in self._workers:
+            while worker.is_running() and not self._is_forced and time.monotonic() < deadline:
+                time.sleep(WATCH_SECONDS / 10)
+            worker.kill()
+        for server in (self._valkey, self._postgres):
+            if server is not None:
+                server.stop()
+        if self._folder is not None:
+            self._folder.release()
+        shutil.rmtree(self._shared, ignore_errors=True)
+
+    def _on_hangup(self, *_: object) -> None:
+        self._is_rolling = True
+
+    def _on_signal(self, *_: object) -> None:
+        self._is_forced = self._stopping.is_set()
+        self._stopping.set()
+
+    def _greet(self, listener: socket.socket) -> None:
+        host, port = listener.getsockname()[:2]
+        url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        tell(f"OpenChat {version('openchat')} is running. Ctrl-C stops it.")
+        tell(f"  listening  {url}  (WebSocket at /v1/ws)")
+        tell(f"  data       {named(self._settings)}")
+        if self._valkey is not None and self._settings.database_url:
+            tell(f"  Valkey     {self._settings.data_path}  (its own; REDIS_URL names another)")
+        tell(f"  workers    {len(self._workers)}")
+        if self._settings.registration == "closed":
+            tell(f"  try next   {self._command('user create Ada ada@example.org --admin')}")
+        else:
+            body = '{"name":"Ada","email":"ada@example.org","password":"correct horse"}'
+            tell(f"  try next   curl {url}/v1/auth/register -d '{body}'")
+
+    def _command(self, words: str) -> str:
+        """Return a command line for this installation, with the variables that it needs."""
+        settings = self._settings
+        has_folder = self._folder is not None and bool(settings.data_dir)
+        wanted = ["database_url", "redis_url", *(["data_dir"] if has_folder and settings.database_url else [])]
+        variables = [variable(name) for name in wanted if getattr(settings, name)]
+        note = f"  # with the {' and '.join(variables)} of this server" if variables else ""
+        folder = f" --data-dir {shlex.quote(settings.data_dir)}" if has_folder and not settings.database_url else ""
+        return f"openchat {words}{folder}{note}"
+
+
+async def prepare(settings: Settings) -> None:
+    """See that the Redis of the settings answers, and bring their database to this program's schema, if they name
+    them. Raises Fatal if it cannot be.
+    """
+    if settings.redis_url:
+        await _require_redis(settings.redis_url)
+    if settings.database_url:
+        connection = await database.connect(settings.database_url)
+        try:
+            for step in await migrate.migrate(settings.database_url):
+                tell(f"Database: {step}")
+            await database.speak(connection, settings.search_language)
+        finally:
+            await connection.close()
+
+
+async def _require_redis(url: str) -> None:
+    try:
+        redis = Redis.from_url(url, socket_connect_timeout=database.CONNECT_SECONDS)
+    except ValueError:
+        raise Fatal("REDIS_URL is not understood. Check its port, its database and its options.") from None
+    try:
+        await redis.ping()
+    except REDIS_LOST as error:
+        raise redis_unreachable(error) from None
+    finally:
+        await redis.aclose()
+
+
+def listen(host: str, port: int, count: int) -> list[socket.socket]:
+    """Return `count` listening sockets that share a port, which the kernel balances. Raises Fatal if it is taken."""
+    try:
+        family, kind, number, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        # Alone first: with SO_REUSEPORT, a second server would quietly get half of the connections.
+        with socket.socket(family, kind, number) as alone:
+            alone.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            alone.bind(address)
+            address = alone.getsockname()
+        listeners = []
+        for _ in range(count):
+            listener = socket.socket(family, kind, number)
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            listener.bind(address)
+            listener.listen(BACKLOG)
+            listeners.append(listener)
+    except (OSError, UnicodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is no name"
+        raise Fatal(f"cannot listen on {host} port {port}: {reason}. Choose another by --host or --port.") from None
+    return listeners
+
+
+def close_pipes(process: subprocess.Popen[bytes]) -> None:
+    """Let go of what a process was spoken to by."""
+    for pipe in (process.stdin, process.stdout):
+        if pipe is not None:
+            pipe.close()
+
+
+def tell(line: str) -> None:
+    """Tell the operator something, if anybody listens: a server outlives the terminal that started it."""
+    with contextlib.suppress(Fatal):
+        say(line)
