@@ -16,7 +16,7 @@ from protocol import server
 from protocol.codec import encode
 from protocol.errors import ErrorCode
 from protocol.ids import ConversationId, MessageId, UserId, uuid7
-from server.app import app
+from server.app import background
 from server.app.app import App
 from server.auth.tickets import Ticket
 from server.auth.tokens import token_hash
@@ -612,7 +612,7 @@ IN_ORDER = "SELECT id, sender_id, content FROM message WHERE NOT is_system_messa
 
 
 async def test_senders_of_scheduled_messages_take_turns(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(app, "DUE_SECONDS", 36_000.0)
+    monkeypatch.setattr(background, "DUE_SECONDS", 36_000.0)
     async with World(settings, workers=1) as world:
         scheduling = world.workers[0].app.scheduling
         many = await world.users("Ada", "Charles", "Jane")

@@ -21,7 +21,7 @@ from protocol.ids import ConversationId, MessageId, uuid7
 from prove.actor import Actor
 from prove.client import Client
 from prove.truth import assert_same, read_conversation
-from server.app import app
+from server.app import background
 from server.core.config import Settings
 from server.core.errors import Away, Fatal
 from server.db import migrate
@@ -221,7 +221,7 @@ async def test_files_are_restored_under_running_workers(own: tuple[Settings, Ser
 async def test_a_new_epoch_ends_workers_and_clients_start_over(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(app, "EPOCH_SECONDS", 0.1)
+    monkeypatch.setattr(background, "EPOCH_SECONDS", 0.1)
     async with World(settings) as world:
         them = await world.users("Ada", "Charles")
         ada, charles = [await world.connect(who, number) for number, who in enumerate(them)]

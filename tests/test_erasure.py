@@ -13,7 +13,7 @@ from protocol import client
 from protocol.errors import ErrorCode, Refused
 from protocol.ids import ConversationId, MessageId, UserId, uuid7
 from prove.client import Client
-from server.app import app
+from server.app import background
 from server.core.config import Settings
 from server.core.errors import Fatal
 from server.db import database
@@ -218,7 +218,7 @@ async def test_what_others_do_during_an_erasure_and_after_it_leaves_nothing(worl
 
 async def test_who_came_back_within_their_time_of_grace_is_not_erased(world: World) -> None:
     ada = await world.user("Ada")
-    await erase(Single(world.db), ada.id, nobody, grace=world.workers[0].app._grace)  # noqa: SLF001
+    await erase(Single(world.db), ada.id, nobody, grace=world.workers[0].app.background._grace)  # noqa: SLF001
     assert await world.db.fetchval('SELECT is_active AND erased_at IS NULL FROM "user"')
 
 
@@ -345,7 +345,7 @@ async def test_who_cannot_be_erased_in_time_is_logged_and_holds_up_nobody(
 ) -> None:
     """Whoever ends the statement. The same holds for messages that expire."""
     for name in ("CLEAR_SECONDS", "DUE_SECONDS"):
-        monkeypatch.setattr(app, name, 36_000.0)
+        monkeypatch.setattr(background, name, 36_000.0)
     if by == "the server":
         monkeypatch.setattr(database, "IMPATIENT", "SET LOCAL statement_timeout = '50ms'")
     else:
@@ -368,12 +368,12 @@ async def test_who_cannot_be_erased_in_time_is_logged_and_holds_up_nobody(
                 number,
             )  # fmt: skip
         await world.db.execute(SLOW)
-        await world.workers[0].app.erase_due()
+        await world.workers[0].app.background.erase_due()
         erased = await world.db.fetch('SELECT name FROM "user" WHERE erased_at IS NOT NULL')
         logged = [record.getMessage() for record in caplog.records if record.name == "server.domain.erasure"]
         assert [line.split(" failed")[0] for line in logged] == [f"erasing {one.id}" for one in people[:2]]
         assert len(erased) == 1
-        await world.workers[0].app.expire_due()
+        await world.workers[0].app.background.expire_due()
         logged = [record.getMessage() for record in caplog.records if record.name == "server.jobs.expiry"]
         assert [line.split(" failed")[0] for line in logged] == [f"expiry in {stuck}"]
         assert await world.db.fetchval("SELECT count(*) FROM message WHERE is_deleted") == 1

@@ -104,8 +104,8 @@ async def aged(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """Delete what is over, as if it were old enough."""
     monkeypatch.setattr(scheduled, "KEPT", timedelta())
     monkeypatch.setattr(relationships, "KEPT", timedelta())
-    await world.workers[0].app.forget_scheduled()
-    await world.workers[0].app.forget_relationships()
+    await world.workers[0].app.background.forget_scheduled()
+    await world.workers[0].app.background.forget_relationships()
 
 
 async def cancelled(room: Room, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,7 +204,7 @@ async def test_relationship_with_who_was_erased_says_two_ids_and_when_and_is_del
         assert {key: value for key, value in row.items() if key not in said} == blank
     days = relationships.KEPT.days
     assert days == 90
-    await world.workers[0].app.forget_relationships()
+    await world.workers[0].app.background.forget_relationships()
     assert await world.db.fetchval("SELECT count(*) FROM user_relationship") == len(rows)
     await aged(world, monkeypatch)
     assert await world.db.fetchval("SELECT count(*) FROM user_relationship") == 0
@@ -283,8 +283,8 @@ async def test_rows_that_still_say_something_are_not_deleted(
     before = await world.db.fetchval("SELECT count(*) FROM user_relationship")
     monkeypatch.setattr(scheduled, "KEPT", timedelta(hours=-2))
     monkeypatch.setattr(relationships, "KEPT", timedelta())
-    await world.workers[0].app.forget_scheduled()
-    await world.workers[0].app.forget_relationships()
+    await world.workers[0].app.background.forget_scheduled()
+    await world.workers[0].app.background.forget_relationships()
     assert await world.db.fetchval("SELECT count(*) FROM user_relationship") == before == 3
     assert await world.db.fetchval("SELECT count(*) FROM scheduled_message") == 1
 

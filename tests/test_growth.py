@@ -23,7 +23,7 @@ from protocol import limits
 from protocol.client import Block, Watch
 from protocol.errors import CloseCode
 from protocol.server import Error, Reply
-from server.app.app import App
+from server.app.background import Background
 from server.core.config import Settings
 from server.domain import presence
 from server.hub import topics, watchers
@@ -201,7 +201,7 @@ def test_tables_with_an_age_have_a_job_that_deletes() -> None:
     """Which test_each_job_does_all_that_is_due_past_what_fails_again_and_again runs."""
     assert {name for name, (bound, _) in listed("Tables").items() if bound == "age"} == AGED.keys()
     for table, job in AGED.items():
-        assert f"self.{job})" in inspect.getsource(App.jobs)
+        assert f"self.{job})" in inspect.getsource(Background.__init__)
         assert table in inspect.getsource(getattr(Backlog, job))
 
 
@@ -213,7 +213,7 @@ def test_every_container_has_a_bound() -> None:
 
 SHARING = frozenset({"Semaphore", "Share", "SharedBound", "Turns", "Lines", "Lanes", "Gather", "ThreadPoolExecutor"})
 """What gives out places that clients share."""
-PARTS = ("lanes.py self._all", "share.py ", "turns.py ")
+PARTS = ("fairness/lanes.py self._all", "fairness/share.py ", "fairness/turns.py ")
 """Parts of these themselves."""
 
 

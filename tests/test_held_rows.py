@@ -14,12 +14,12 @@ from protocol.ids import ConversationId, MessageId, uuid7
 from protocol.values import ConversationSettings
 from prove.client import Client
 from prove.truth import recount
-from server.app import app
+from server.app import app, background
 from server.core.config import Settings
 from server.core.periodic import end, every
 from server.db import database
+from server.describe.handbook import is_for_participants
 from server.fairness.batcher import Gather
-from server.gateway.dispatch import Access
 from server.queries import scheduled
 from server.queries.sending import Outgoing
 from server.routes import ROUTES
@@ -50,10 +50,10 @@ async def schedule(who: Client, about: ConversationId, content: str) -> MessageI
 async def test_due_message_waits_for_no_row_that_concerns_another_sender(
     settings: Settings, monkeypatch: pytest.MonkeyPatch, held: str
 ) -> None:
-    monkeypatch.setattr(app, "DUE_SECONDS", 36_000.0)
+    monkeypatch.setattr(background, "DUE_SECONDS", 36_000.0)
     monkeypatch.setattr(database, "IMPATIENT", "SET LOCAL lock_timeout = '50ms'", raising=False)
     async with World(settings, workers=1) as world:
-        (send_due,) = (job for _, job in world.workers[0].app.jobs() if job.__name__ == "send_due")
+        (send_due,) = (job.run for job in world.workers[0].app.background.jobs if job.name == "send_due")
         people = await world.users("Ada", "Charles", "Mary")
         ada, charles, mary = [await world.connect(one) for one in people]
         stuck = await world.group(ada, *people[1:], title="Held")
@@ -81,7 +81,7 @@ async def test_claim_that_meets_another_workers_takes_nothing_and_other_senders_
     settings: Settings, monkeypatch: pytest.MonkeyPatch, more_due: str
 ) -> None:
     """A worker that began to look before another one's claim was committed, and goes on after that."""
-    monkeypatch.setattr(app, "DUE_SECONDS", 36_000.0)
+    monkeypatch.setattr(background, "DUE_SECONDS", 36_000.0)
     async with World(settings, workers=1) as world:
         scheduling = world.workers[0].app.scheduling
         people = await world.users("Ada", "Charles", "Mary")
@@ -127,7 +127,7 @@ async def test_claim_that_meets_another_workers_takes_nothing_and_other_senders_
 async def test_what_was_put_off_is_not_overtaken_in_its_conversation(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(app, "DUE_SECONDS", 36_000.0)
+    monkeypatch.setattr(background, "DUE_SECONDS", 36_000.0)
     async with World(settings, workers=1) as world:
         scheduling = world.workers[0].app.scheduling
         ada, charles, mary = await world.users("Ada", "Charles", "Mary")
@@ -163,9 +163,9 @@ async def test_what_was_put_off_is_not_overtaken_in_its_conversation(
 async def test_more_held_senders_than_a_worker_sends_for_delay_nobody_else(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(app, "DUE_SECONDS", 36_000.0)
+    monkeypatch.setattr(background, "DUE_SECONDS", 36_000.0)
     async with World(settings, workers=1) as world:
-        (send_due,) = (job for _, job in world.workers[0].app.jobs() if job.__name__ == "send_due")
+        (send_due,) = (job.run for job in world.workers[0].app.background.jobs if job.name == "send_due")
         names = [f"Held {number}" for number in range(settings.database_connections)]
         people = await world.users("Ada", "Mary", *names)
         ada, mary, *stuck = [await world.connect(one) for one in people]
@@ -191,7 +191,7 @@ HELD_UP = "SELECT count(*) FROM pg_locks WHERE NOT granted AND pg_backend_pid() 
 async def test_scheduled_messages_of_all_users_hold_a_fourth_of_the_connections(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(app, "DUE_SECONDS", 36_000.0)
+    monkeypatch.setattr(background, "DUE_SECONDS", 36_000.0)
     settings = msgspec.structs.replace(settings, database_connections=8)
     async with World(settings, workers=1) as world:
         scheduling = world.workers[0].app.scheduling
@@ -396,7 +396,7 @@ async def test_no_row_that_is_held_delays_a_refusal_of_somebody_who_does_not_tak
     assert invite is not None
     refusals.append((outside["Banned"], client.Join(invite_code=invite.code)))
     asked = {type(frame) for _, frame in refusals}
-    assert asked >= {kind for kind, route in ROUTES.items() if route.access is Access.PARTICIPANT}
+    assert asked >= set(filter(is_for_participants, ROUTES))
     free = [await one.ask(frame) for one, frame in refusals]
     async with world.db.transaction():
         held = await world.db.fetchrow(HOLD_ALL, ids)

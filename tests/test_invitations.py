@@ -132,7 +132,7 @@ async def test_invitation_to_what_was_over_before_an_upgrade_ends(world: World) 
     await world.db.execute("UPDATE conversation SET is_deleted = true, is_active = false WHERE id = $1", over)
     check = next(one for one in CHECKS if one.name == "invitations to what is over are about to end")
     assert (await ask(world.db, check)).number == 1
-    await world.workers[0].app.mark_remains()
+    await world.workers[0].app.background.mark_remains()
     assert (await ask(world.db, check)).number == 0
     assert (await desk.event(server.InvitationEnded)).conversation_id == over
     there = (await desk.call(client.ListInvitations(), server.InvitationList)).invitations

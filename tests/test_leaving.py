@@ -79,7 +79,7 @@ async def test_who_deletes_may_come_back_for_a_while(world: World, ada: Person) 
     await ada.register()
     assert await ada.post("delete", password=PASSWORD) == 204
     assert await ada.post("delete", password=PASSWORD) == 401
-    await world.workers[0].app.erase_due()
+    await world.workers[0].app.background.erase_due()
     await ada.log_in()
     assert await world.db.fetchval('SELECT deleted_at IS NULL AND is_active AND NOT is_deleted FROM "user"')
 
@@ -170,7 +170,7 @@ async def test_who_is_erased_leaves_their_words_and_nothing_else(world: World, a
     assert await world.db.fetchval("SELECT count(*) FROM message_edit WHERE content = 'Never mind'") == 1
     assert await ada.post("delete", password=PASSWORD) == 204
     await world.db.execute(LEFT_LONG_AGO, me)
-    await world.workers[0].app.erase_due()
+    await world.workers[0].app.background.erase_due()
 
     erased, new = [
         dict(await world.db.fetchrow('SELECT * FROM "user" WHERE id = $1', who) or {})

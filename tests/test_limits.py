@@ -290,7 +290,7 @@ async def test_connections_of_one_address(settings: Settings, caplog: pytest.Log
 def test_address_is_logged_once_for_each_thing_that_it_has_too_many_of(caplog: pytest.LogCaptureFixture) -> None:
     """However many places refuse its connections, and whatever of it was logged before."""
     address = "198.51.100.1"
-    sockets = Sockets(most=1_000, per_address=1, proxies=Proxies.read(""), frames=Pace.of(1.0))
+    sockets = Sockets(most=1_000, per_address=1, proxies=Proxies.read(""), frames=Pace.of(1.0), outbox_bytes=1 << 20)
     addresses = Addresses(0.25, connections=1, too_many=sockets.too_many)
     request = HTTPConnection({"type": "http", "client": (address, 1), "headers": []})
 
@@ -617,7 +617,9 @@ async def test_a_socket_is_not_read_while_many_of_its_frames_wait(world: World, 
 
 
 def test_bytes_of_unanswered_requests_are_counted_by_address_and_in_all() -> None:
-    sockets = Sockets(most=1_000, per_address=1_000, proxies=Proxies.read(""), frames=Pace.of(1.0))
+    sockets = Sockets(
+        most=1_000, per_address=1_000, proxies=Proxies.read(""), frames=Pace.of(1.0), outbox_bytes=1 << 20
+    )
     left = UNREAD_BYTES
     for address in map(str, range(9)):
         sockets.hold(address, left // SHARE - 1)

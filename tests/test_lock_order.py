@@ -289,8 +289,8 @@ class Quarrel:
 
         await self.on_database(slid)
         with contextlib.suppress(asyncpg.TransactionRollbackError):
-            await self.app.clear_expired()
-            await self.app.expire_due()
+            await self.app.background.clear_expired()
+            await self.app.background.expire_due()
             scheduling = self.app.scheduling
             await scheduling.send_due()
             await all_sent(scheduling)

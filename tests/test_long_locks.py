@@ -13,7 +13,7 @@ from protocol.export import Export
 from protocol.ids import MessageId, uuid7
 from protocol.payloads import Poll
 from protocol.values import ConversationSettings
-from server.app import app
+from server.app import background
 from server.core.config import Settings
 from server.db.database import Db, Single
 from server.domain.erasure import erase
@@ -125,7 +125,7 @@ class Crowd:
 
 @pytest.fixture
 async def crowd(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Crowd]:
-    monkeypatch.setattr(app, "DUE_SECONDS", 36_000.0)
+    monkeypatch.setattr(background, "DUE_SECONDS", 36_000.0)
     async with World(settings, workers=1) as world:
         crowd = Crowd(world)
         await crowd.begin()
@@ -169,7 +169,7 @@ async def test_messages_expire_in_portions_that_do_not_grow_with_a_crowd(crowd: 
     # What is left is deleted in portions, and not under the lock.
     ids = [poll, *others]
     await crowd.db.execute("TRUNCATE change")
-    while await worker.clear_remains():
+    while await worker.background.clear_remains():
         pass
     locked, free = await crowd.largest()
     assert (locked, free <= remains.AT_ONCE) == (0, True), (locked, free)
@@ -180,7 +180,7 @@ async def test_messages_expire_in_portions_that_do_not_grow_with_a_crowd(crowd: 
 async def test_reactions_and_votes_of_a_deleted_message_are_shown_nowhere_until_the_job_deletes_them(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(app, "DUE_SECONDS", 36_000.0)
+    monkeypatch.setattr(background, "DUE_SECONDS", 36_000.0)
     async with World(settings, workers=1) as world:
         who = await world.user("Ada")
         ada = await world.connect(who)
@@ -214,7 +214,10 @@ async def test_reactions_and_votes_of_a_deleted_message_are_shown_nowhere_until_
             assert [type(event) for event in difference.changes.events if event.version >= 3] == [
                 server.MessageUnreacted, server.MessageDeleted,
             ]  # fmt: skip
-            assert not await world.workers[0].app.clear_remains() or not await world.workers[0].app.clear_remains()
+            assert (
+                not await world.workers[0].app.background.clear_remains()
+                or not await world.workers[0].app.background.clear_remains()
+            )
             assert await world.db.fetchval(REMAINS, [poll]) == 0
         finally:
             await world.db.execute(f"DROP OWNED BY {role}; DROP ROLE {role}")
@@ -257,7 +260,7 @@ async def test_drafts_in_a_deleted_conversation_are_emptied_in_portions_and_show
             assert (locked <= MOST_ROWS, await crowd.db.fetchval(WRITTEN)) == (True, CROWD + 2), locked
             assert await shown() == (0, 0, [""])
             await crowd.db.execute("TRUNCATE change")
-            while await worker.clear_remains():
+            while await worker.background.clear_remains():
                 pass
             locked, free = await crowd.largest()
             # The row of the user, and the draft.
@@ -269,7 +272,7 @@ async def test_drafts_in_a_deleted_conversation_are_emptied_in_portions_and_show
     assert (len(emptied.user_ids), await crowd.db.fetchval(WRITTEN)) == (3, 0)
     worker.hub.compare_soon()
     await charles.event(server.DraftChanged, lambda event: event.draft.content == "")
-    assert not await worker.clear_remains()
+    assert not await worker.background.clear_remains()
     assert await crowd.db.fetchval("SELECT count(*) FROM conversation WHERE has_remains") == 0
 
 

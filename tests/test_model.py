@@ -426,7 +426,7 @@ async def test_every_frame_is_answered_as_the_rules_say(world: World, steps: lis
         answer = await clients[step[1]].ask(frame)
         code = answer.code if isinstance(answer, Error) else None
         assert code == expected, (number, step, frame, answer)
-        while model.is_over and await world.workers[0].app.clear_remains():
+        while model.is_over and await world.workers[0].app.background.clear_remains():
             pass  # a job that ends the invitations
     rows = await world.db.fetch(
         "SELECT user_id, role, status FROM conversation_participant WHERE conversation_id = $1", about

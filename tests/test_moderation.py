@@ -168,7 +168,7 @@ async def test_old_entries_of_a_conversations_log_are_deleted_and_the_chain_goes
         assert await audit.broken(db, scene.about) is None
 
     async def left() -> list[int]:
-        await app.forget_audit()
+        await app.background.forget_audit()
         assert await audit.broken(db, scene.about) is None
         assert [check.name for check in checks.CHECKS if (await checks.run(db, check)).number] == []
         page = await scene.moderator.call(client.ListAudit(conversation_id=scene.about), server.AuditPage)

@@ -4,6 +4,7 @@ import asyncio
 import logging
 import random
 import re
+import time
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -16,11 +17,12 @@ from protocol import client
 from protocol.codec import now
 from protocol.ids import ConversationId, MessageId, uuid7
 from protocol.values import ConversationSettings
-from server.app import app
+from server.app import background
 from server.core import periodic
 from server.core.config import Settings
 from server.core.errors import Away
 from server.core.failures import Failures
+from server.core.metrics import Metrics
 from server.core.periodic import end, every
 from server.core.throttle import AGAIN_SECONDS, Throttle
 from server.db import database
@@ -146,8 +148,37 @@ async def test_a_job_that_the_database_ends_is_one_line(caplog: pytest.LogCaptur
     assert [record.exc_info for record in records] == [None]
 
 
+INTERVAL = 0.01
+
+
+async def test_runs_longer_than_their_interval_are_counted_until_nothing_more_is_due(tmp_path: Path) -> None:
+    metrics = Metrics(tmp_path, 0)
+    ran = asyncio.Event()
+    portions = iter((True, True, False))
+
+    async def slow() -> bool:
+        """Do one of three portions, each of which alone takes less than the interval."""
+        if (is_more_due := next(portions, None)) is None:
+            ran.set()
+            await asyncio.Event().wait()
+        until = time.monotonic() + 0.4 * INTERVAL
+        while time.monotonic() < until:
+            await asyncio.sleep(0)
+        return bool(is_more_due)
+
+    async def quick() -> None:
+        pass
+
+    jobs = ((INTERVAL, slow), (60.0, quick))
+    tasks = [asyncio.create_task(every(seconds, job, overruns=metrics.job_overruns)) for seconds, job in jobs]
+    await asyncio.wait_for(ran.wait(), 5)
+    await end(tasks)
+    assert metrics.job_overruns == {"slow": 1}
+    assert 'openchat_job_overruns_total{job="slow",worker="0"} 1.0' in metrics.page().decode()
+
+
 async def test_index_of_words_is_tidied_by_one_worker_at_a_time(world: World) -> None:
-    jobs = [worker.app.tidy for worker in world.workers]
+    jobs = [worker.app.background.tidy for worker in world.workers]
     async with world.db.transaction():
         await world.db.execute(search_index.TIDY)
         # It would wait for the end of this transaction.
@@ -371,7 +402,7 @@ async def test_each_job_does_all_that_is_due_past_what_fails_again_and_again(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("CLEAR_SECONDS", "EXPIRE_SECONDS", "DUE_SECONDS"):
-        monkeypatch.setattr(app, name, 36_000.0)
+        monkeypatch.setattr(background, name, 36_000.0)
     for module in (
         approaches,
         audit,
@@ -388,7 +419,7 @@ async def test_each_job_does_all_that_is_due_past_what_fails_again_and_again(
     async with World(settings, workers=1) as world:
         backlog = Backlog(world)
         await backlog.begin()
-        for _, job in world.workers[0].app.jobs():
+        for _, job in world.workers[0].app.background.jobs:
             name = job.__name__
             if name in NO_QUEUE:
                 continue
@@ -427,12 +458,12 @@ async def test_no_job_leaves_what_is_due_for_others_because_a_row_is_held(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("CLEAR_SECONDS", "EXPIRE_SECONDS", "DUE_SECONDS"):
-        monkeypatch.setattr(app, name, 36_000.0)
+        monkeypatch.setattr(background, name, 36_000.0)
     monkeypatch.setattr(database, "IMPATIENT", "SET LOCAL lock_timeout = '50ms'")
     async with World(settings, workers=1) as world:
         backlog = Backlog(world)
         await backlog.begin()
-        jobs = {job.__name__: job for _, job in world.workers[0].app.jobs()}
+        jobs = {job.name: job.run for job in world.workers[0].app.background.jobs}
         assert set(jobs) == HELD.keys() | NO_QUEUE | ELSEWHERE
         for name, (lock, stuck) in HELD.items():
             left = await getattr(backlog, name)()

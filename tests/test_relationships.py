@@ -195,5 +195,5 @@ async def test_nobody_reaches_somebody_again_and_again(
             await mary.call(repeated)
     await world.db.execute("UPDATE approach SET began_at = began_at - interval '1 day'")
     await owner.call(ways[1][0])
-    await world.workers[0].app.clear_expired()
+    await world.workers[0].app.background.clear_expired()
     assert await world.db.fetchval("SELECT count(*) FROM approach") == 1

@@ -52,7 +52,9 @@ async def turn() -> Any:
 
 
 async def test_connections_that_begin_at_once_are_taken_in_over_many_turns(turn: Turn) -> None:
-    sockets = Sockets(most=1_000, per_address=1_000, proxies=Proxies.read(""), frames=Pace.of(1.0))
+    sockets = Sockets(
+        most=1_000, per_address=1_000, proxies=Proxies.read(""), frames=Pace.of(1.0), outbox_bytes=1 << 20
+    )
     begun: list[tuple[int, int]] = []
     for number in range(21):
         sockets.begin("one", partial(lambda number: begun.append((turn.number, number)), number))

@@ -430,7 +430,7 @@ async def test_addresses_take_turns_when_connections_begin() -> None:
 
 
 def counting(*, most: int, per_address: int = 100) -> Sockets:
-    return Sockets(most=most, per_address=per_address, proxies=Proxies(), frames=Pace.of(1.0))
+    return Sockets(most=most, per_address=per_address, proxies=Proxies(), frames=Pace.of(1.0), outbox_bytes=1_048_576)
 
 
 @given(st.lists(st.tuples(st.integers(0, 2), st.sampled_from(["wait", "work", "leave"])), max_size=200))

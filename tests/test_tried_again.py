@@ -10,7 +10,7 @@ from protocol.codec import encode
 from protocol.ids import ConversationId, MessageId, UserId, uuid7
 from protocol.server import Error
 from protocol.values import User
-from server.app import app
+from server.app import background
 from server.context import Context
 from server.core.config import Settings
 from server.gateway.dispatch import Dispatch
@@ -138,7 +138,7 @@ async def test_erasure_that_is_ended_twice_in_the_middle_tells_all_that_is_commi
 ) -> None:
     monkeypatch.setattr(hub, "COMPARE_SECONDS", 3600.0)
     for name in ("CLEAR_SECONDS", "EXPIRE_SECONDS", "DUE_SECONDS"):
-        monkeypatch.setattr(app, name, 36_000.0)
+        monkeypatch.setattr(background, name, 36_000.0)
     async with World(settings) as world:
         ada, charles = await world.users("Ada", "Charles")
         other = await world.connect(charles, 1)
@@ -148,9 +148,9 @@ async def test_erasure_that_is_ended_twice_in_the_middle_tells_all_that_is_commi
         await world.db.execute(ARM, -3)
         if by == "the job":
             await world.db.execute(GONE_LONG_AGO, ada.id)
-            await world.workers[0].app.erase_due()
+            await world.workers[0].app.background.erase_due()
             assert not await world.db.fetchval('SELECT erased_at IS NOT NULL FROM "user" WHERE id = $1', ada.id)
-            await world.workers[0].app.erase_due()
+            await world.workers[0].app.background.erase_due()
         else:
             await administer(world, "erase", str(ada.id), "--yes")
         for group in groups:

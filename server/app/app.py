@@ -2,8 +2,6 @@
 
 import asyncio
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -18,6 +16,7 @@ from starlette.routing import Route, WebSocketRoute
 
 from protocol.errors import CloseCode
 from protocol.ids import ConversationId, UserId
+from server.app.background import Background
 from server.app.hub_store import PostgresRecord
 from server.auth.attempts import Attempts
 from server.auth.sessions import Sessions
@@ -31,14 +30,12 @@ from server.core.unconfirmed import Unconfirmed
 from server.db.database import SENDING_CONNECTIONS, Database
 from server.db.migrate import require_steps
 from server.domain import sync
-from server.domain.erasure import erase_due
 from server.domain.presence import Presence
 from server.fairness.lanes import Held, Lanes
 from server.gateway.connection import Connection, Lifecycle, Shared
 from server.gateway.connections import Roster
 from server.gateway.dispatch import Dispatch, Rate
 from server.gateway.sockets import Sockets, most_sockets
-from server.gateway.websocket import WebSocket
 from server.http.accounts import Accounts
 from server.http.endpoints import CONNECTS_PER_SECOND, Door, Endpoints
 from server.http.forwarded import Forwarded
@@ -48,7 +45,6 @@ from server.hub.bus import Connect
 from server.hub.cluster_bus import ClusterBus, is_cluster
 from server.hub.hub import Hub
 from server.hub.redis_bus import Alone, RedisBus
-from server.jobs.expiry import expire_due
 from server.jobs.previews import Previews
 from server.jobs.push import Notices, new_key
 from server.jobs.safe_http import Outbound
@@ -59,7 +55,7 @@ from server.limits.load_shedding import Pressure
 from server.limits.per_address import Addresses
 from server.limits.shared_rate_limit import SharedAllowance
 from server.limits.token_bucket import Allowance, Pace
-from server.queries import approaches, audit, push, relationships, remains, scheduled, search_index, sending
+from server.queries import push, sending
 from server.queries.sending import Outgoing, Stored
 from server.routes import ROUTES
 
@@ -81,17 +77,8 @@ SENDERS_SHARE = 4
 """Scheduled messages hold at most one in `SENDERS_SHARE` of a worker's connections, and at least one."""
 ENDPOINT_RATE, ENDPOINT_BURST = 1 / 30, 40.0
 """New push endpoints of one user at a worker, per second, and at once. A browser keeps its own for months."""
-CLEAR_SECONDS = 600.0
 FINISH_SECONDS = 5.0
 """How long what connections have begun may take when the worker ends."""
-DUE_SECONDS = 1.0
-"""How often each worker looks for messages that are to be sent, pushed or taken away now."""
-TIDY_SECONDS = 5.0
-"""How often each worker sees to the index of words."""
-EPOCH_SECONDS = 5.0
-"""How often each worker looks whether the database has another epoch. New connections are checked besides."""
-EXPIRE_SECONDS = 15.0
-"""How often custom statuses are taken away whose time is over; nobody sees them from that time on."""
 
 
 class App:
@@ -108,15 +95,11 @@ class App:
         push_key: str,
     ) -> None:
         """`connect` returns the bus."""
-        WebSocket.outbox_bytes = settings.outbox_bytes
         self._database = database
         self._redis = redis
         self.epoch = database.epoch
         installation = self.epoch.id
         self.metrics = metrics
-        self._audit_kept = timedelta(days=settings.audit_days)
-        self._marked = remains.FIRST
-        self._grace = timedelta(days=settings.erase_after_days)
         self._draining = asyncio.Event()
         self._working: set[asyncio.Task[None]] = set()
         self._tasks: list[asyncio.Task[None]] = []
@@ -141,6 +124,7 @@ class App:
             per_address=settings.connections_per_address,
             proxies=settings.proxies,
             frames=Pace.of(settings.frame_rate),
+            outbox_bytes=settings.outbox_bytes,
         )
         self.pressure = Pressure()
         self.admission = Admission()
@@ -191,6 +175,16 @@ class App:
         )
         self._services = services
         self.scheduling = Scheduling(services, most=max(1, settings.database_connections // SENDERS_SHARE))
+        self.background = Background(
+            settings,
+            database,
+            self.hub,
+            sessions=self.sessions,
+            presence=self.presence,
+            scheduling=self.scheduling,
+            notices=self.notices,
+            metrics=metrics,
+        )
         dispatch = Dispatch(ROUTES, self._allowances, metrics=metrics, pressure=self.pressure)
         self.searching = dispatch.searching
         shared = Shared(
@@ -296,31 +290,13 @@ class App:
         await app.hub.start()
         await app.presence.start()
         app.roster.start()
+        app.background.start()
         app._tasks = [
-            *(asyncio.create_task(every(seconds, job, is_spread=True)) for seconds, job in app.jobs()),
             asyncio.create_task(every(METRICS_SECONDS, app.metrics.write)),
             asyncio.create_task(app.previews.work()),
             asyncio.create_task(app.pressure.watch()),
         ]
         return app
-
-    def jobs(self) -> Iterable[tuple[float, Callable[[], Awaitable[bool | None]]]]:
-        """Return the periodic jobs, each with its period in seconds. A job does all that is due, or returns True."""
-        return (
-            (CLEAR_SECONDS, self.clear_expired),
-            (EPOCH_SECONDS, self._database.check_epoch),
-            (EXPIRE_SECONDS, self.presence.expire_statuses),
-            (CLEAR_SECONDS, self.mark_remains),
-            (CLEAR_SECONDS, self.forget_scheduled),
-            (CLEAR_SECONDS, self.forget_relationships),
-            (CLEAR_SECONDS, self.forget_audit),
-            (CLEAR_SECONDS, self.erase_due),
-            (DUE_SECONDS, self.scheduling.send_due),
-            (DUE_SECONDS, self.expire_due),
-            (DUE_SECONDS, self.clear_remains),
-            (DUE_SECONDS, self.notices.push_due),
-            (TIDY_SECONDS, self.tidy),
-        )
 
     async def drain(self) -> None:
         """Send everyone elsewhere, after what they have begun is done."""
@@ -335,6 +311,7 @@ class App:
     async def close(self) -> None:
         """Let go of everything, after what is in the middle of something is done."""
         await self.finish()
+        await self.background.close()
         await end(self._tasks)
         await self.scheduling.close()
         for allowance in self._allowances.values():
@@ -349,52 +326,6 @@ class App:
             await self._redis.nodes_manager.aclose()
         await self._database.close()
 
-    async def expire_due(self) -> None:
-        """Take away messages whose time is over."""
-        await expire_due(self._database, self.hub)
-
-    async def clear_remains(self) -> bool:
-        """Delete some of what is left of deleted messages and conversations; return whether there may be more."""
-        async with self._database.connection() as db:
-            is_more_due = await remains.clear(db)
-            emptied = await remains.empty(db)
-        self.hub.poke(emptied.user_ids)
-        return is_more_due or emptied.is_more_due
-
-    async def mark_remains(self) -> bool:
-        """Find invitations to conversations that are over; return whether there are more to look at."""
-        async with self._database.connection() as db:
-            self._marked = await remains.mark(db, self._marked)
-        return self._marked != remains.FIRST
-
-    async def tidy(self) -> None:
-        """Sort in what is new in the index of words."""
-        async with self._database.connection() as db:
-            await search_index.tidy(db)
-
-    async def clear_expired(self) -> bool:
-        """Delete some of the sessions that expired long ago, and of the approaches that were counted a day ago; return
-        whether there may be more.
-        """
-        is_more_due = await self.sessions.clear()
-        async with self._database.connection() as db:
-            return await approaches.expire(db) or is_more_due
-
-    async def forget_scheduled(self) -> bool:
-        """Delete some of the scheduled messages that were over long ago; return whether there may be more."""
-        async with self._database.connection() as db:
-            return await scheduled.forget(db)
-
-    async def forget_relationships(self) -> bool:
-        """Delete some of the relationships that ended long ago; return whether there may be more."""
-        async with self._database.connection() as db:
-            return await relationships.forget(db)
-
-    async def forget_audit(self) -> bool:
-        """Delete some of the old entries of the audit logs of conversations; return whether there may be more."""
-        async with self._database.connection() as db:
-            return await audit.forget(db, self._audit_kept)
-
     async def _send_free(self, batch: list[Outgoing]) -> list[Stored | Held | None]:
         async with self._database.sending() as db:
             return await sending.send_free(db, batch)
@@ -402,10 +333,6 @@ class App:
     async def _send(self, batch: list[Outgoing]) -> list[Stored | None]:
         async with self._database.connection() as db:
             return await sending.send(db, batch)
-
-    async def erase_due(self) -> None:
-        """Erase those whose time of grace is over."""
-        await erase_due(self._database, self.hub, self._grace)
 
     def _arrived(self, connection: Connection) -> None:
         self.roster.add(connection)

@@ -59,6 +59,7 @@ class Snapshot(msgspec.Struct, kw_only=True):
     push_dropped: dict[str, int]
     answers: dict[str, int] = {}
     closed: dict[str, int] = {}
+    job_overruns: dict[str, int] = {}
     latency: list[int]
     latency_seconds: float
 
@@ -79,6 +80,11 @@ LABELLED: dict[str, tuple[str, list[str], Callable[[Snapshot], dict[str, int]]]]
     "http_answers": ("HTTP answers, by path and status.", ["path", "status"], lambda one: one.answers),
     "logins": ("Logins, by result.", ["result"], _logins),
     "closed": ("WebSockets that the server closed, by code.", ["code"], lambda one: one.closed),
+    "job_overruns": (
+        "Runs of periodic jobs that took longer than their interval.",
+        ["job"],
+        lambda one: one.job_overruns,
+    ),
 }
 """Counters with labels: the text, the labels, and the counts by the values of the labels."""
 
@@ -97,6 +103,8 @@ class Metrics:
         """Answers to HTTP requests and refused handshakes, by path and status."""
         self.closed: Counter[str] = Counter()
         """WebSockets that the server closed, by close code."""
+        self.job_overruns: Counter[str] = Counter()
+        """Runs of periodic jobs that took longer than their interval, by the job's name."""
         self.values: Callable[[], dict[str, float]] = dict
         self._latency = [0] * (len(BUCKETS) + 1)
         self._latency_seconds = 0.0
@@ -122,6 +130,7 @@ class Metrics:
             push_dropped=dict(self.push_dropped),
             answers={f"{path} {status}": count for (path, status), count in self.answers.items()},
             closed=dict(self.closed),
+            job_overruns=dict(self.job_overruns),
             latency=self._latency,
             latency_seconds=self._latency_seconds,
         )

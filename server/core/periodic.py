@@ -3,6 +3,8 @@
 import asyncio
 import logging
 import random
+import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable
 
 from server.core.failures import Failures
@@ -13,17 +15,24 @@ SWALLOWED_SECONDS = 1.0
 """Max seconds that a cancelled task takes to end, before it is cancelled once more."""
 
 
-async def every(seconds: float, job: Callable[[], Awaitable[bool | None]], *, is_spread: bool = False) -> None:
-    """Run `job` now and then every so many seconds, until cancelled. What it raises is logged; a failure
-    that goes on, once a minute.
+async def every(
+    seconds: float,
+    job: Callable[[], Awaitable[bool | None]],
+    *,
+    is_spread: bool = False,
+    overruns: Counter[str] | None = None,
+) -> None:
+    """Run `job` immediately and then after pauses of `seconds`, until cancelled. Errors are logged, repeated ones
+    once a minute.
 
-    A job that returns whether more is due is run again without a pause: what fills faster than one batch in each period
-    would grow for ever. A job that `is_spread` begins after a random part of its period: workers that start together do
-    not ask the database for the same at the same moment.
+    A job that returns True, because more is due, is run again without a pause. With `is_spread` the first run begins
+    after a random part of `seconds`: workers that start together do not ask the database for the same at the same
+    moment. `overruns` counts, by the job's name, runs that took longer than `seconds` until nothing more was due.
     """
     if is_spread:
         await asyncio.sleep(random.random() * seconds)  # noqa: S311 - it spreads load, and keeps no secret
     failures = Failures(log, job.__qualname__)
+    began = time.monotonic()
     while True:
         is_more_due: bool | None = False
         try:
@@ -31,7 +40,13 @@ async def every(seconds: float, job: Callable[[], Awaitable[bool | None]], *, is
             failures.end()
         except Exception as error:  # noqa: BLE001 - it runs again
             failures.add(error)
-        await asyncio.sleep(0 if is_more_due else seconds)
+        if is_more_due:
+            await asyncio.sleep(0)
+            continue
+        if overruns is not None and time.monotonic() - began > seconds:
+            overruns[job.__name__] += 1
+        await asyncio.sleep(seconds)
+        began = time.monotonic()
 
 
 async def end(tasks: Iterable[asyncio.Task[None]]) -> None:

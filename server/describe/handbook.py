@@ -102,9 +102,24 @@ def _is_struct_of(one: Any, module: Any) -> bool:  # noqa: ANN401 - any member o
     return is_struct and one.__module__ == module.__name__ and not one.__name__.startswith("_")
 
 
+OPEN = (client.CreateGroup, client.CreateChannel, client.Decline, client.Unstar)
+"""Frames that name a conversation and are for anyone: for its creator, or for users who are not in it (any more)."""
+LISTS = (client.ListReports, client.ListAudit)
+"""Frames that name a conversation, or none for that of the server."""
+
+
+def is_for_participants(frame: type[client.Frame]) -> bool:
+    """Return whether users outside a conversation get `not_found` for every frame of this type about it. The queries
+    enforce it: tests/test_refusals.py asks each of them as a stranger.
+    """
+    names_one = "conversation_id" in {one.name for one in msgspec.structs.fields(frame) if one.required}
+    return (names_one and frame not in OPEN) or frame in LISTS
+
+
 def _rules(frame: type[client.Frame]) -> str:
     route = ROUTES.get(frame)
-    rules = [] if route is None else [f"For {route.access.value}. Counts as: {route.rate.value}."]
+    who = "participants of the conversation" if is_for_participants(frame) else "any user"
+    rules = [] if route is None else [f"For {who}. Counts as: {route.rate.value}."]
     if frame not in CALLED:
         rules.append("Socket only.")
     return "\n\n" + " ".join(rules)

@@ -67,13 +67,6 @@ SOCKET_ONLY = Refused(
 )
 
 
-class Access(Enum):
-    """Who gets an answer other than `not_found`. The queries see to it; a test asks each as a stranger."""
-
-    USER = "any user"
-    PARTICIPANT = "participants of the conversation"
-
-
 class Rate(Enum):
     """Whose allowance a frame takes (docs/operations.md has the figures)."""
 
@@ -88,7 +81,6 @@ class Route(NamedTuple):
     """One line of the table."""
 
     handler: Callable[[Context, Any], Awaitable[Result]]
-    access: Access
     rate: Rate
     shed: Shed | None = None
     """Whether it has to wait while the worker is behind, and before what."""

@@ -48,14 +48,17 @@ class Sockets:
     forwarded for, from the end of its header until it is answered. In between, a proxy's have no limit of their own.
     """
 
-    def __init__(self, *, most: int, per_address: int, proxies: Proxies, frames: Pace) -> None:
-        """`frames` is the pace of WebSocket control frames and fragments, of each connection."""
+    def __init__(self, *, most: int, per_address: int, proxies: Proxies, frames: Pace, outbox_bytes: int) -> None:
+        """`frames` is the pace of WebSocket control frames and fragments of each connection; `outbox_bytes` the max
+        bytes that wait for a WebSocket peer that reads slowly.
+        """
         self._most = most
         # Some more than are let in: any client can read a refusal that answers its request, unlike one that comes
         # before it. And one address alone never takes the last eighth of all.
         self._per_address = min(per_address + max(SPARE, per_address // 4), max(1, most - most // 8 - 1))
         self._proxies = proxies
         self.frames = frames
+        self.outbox_bytes = outbox_bytes
         self._count = 0
         self._of_address: Counter[str] = Counter()
         self.unread: SharedBound[str] = SharedBound(UNREAD_BYTES)

@@ -86,9 +86,6 @@ class Receiver(Protocol):
 class WebSocket(WebSocketsSansIOProtocol):
     """One connection of a client."""
 
-    outbox_bytes = 1024 * 1024
-    """How many bytes may wait for a peer that reads slowly. Set once, for all, when the app is built."""
-
     receiver: Receiver | None = None
     # The first bytes of an incomplete frame, and the min number of bytes that complete it.
     _partial: bytearray | None = None
@@ -122,6 +119,7 @@ class WebSocket(WebSocketsSansIOProtocol):
         """`sockets` has counted this connection under `key`."""
         super().__init__(*args, **kwargs)
         self._sockets = sockets
+        self._outbox_bytes = sockets.outbox_bytes
         self._key = key
         # Whose bytes `_held` are: of the address, or of the user who took the socket over.
         self._client: str | UserId = key or ""
@@ -131,7 +129,7 @@ class WebSocket(WebSocketsSansIOProtocol):
         super().connection_made(transport)
         self._deadline = self.loop.call_later(HANDSHAKE_SECONDS, self.transport.abort)
         self.heard_at = self.loop.time()
-        self.transport.set_write_buffer_limits(high=self.outbox_bytes)
+        self.transport.set_write_buffer_limits(high=self._outbox_bytes)
         if _NOTSENT_LOWAT is not None and (socket := transport.get_extra_info("socket")) is not None:
             # Or the kernel would hold megabytes more for a slow peer, and we would not know that it is slow.
             socket.setsockopt(IPPROTO_TCP, _NOTSENT_LOWAT, KERNEL_BYTES)
@@ -292,7 +290,7 @@ class WebSocket(WebSocketsSansIOProtocol):
     def _answer_ping(self) -> None:
         """Answer the newest ping, which is enough (RFC 6455, section 5.5.3), unless the peer does not read."""
         ping, self._ping = self._ping, None
-        is_reading = self.transport.get_write_buffer_size() <= self.outbox_bytes // 4
+        is_reading = self.transport.get_write_buffer_size() <= self._outbox_bytes // 4
         if ping is not None and is_reading and not self.close_sent:
             self.transport.write(bytes((_PONG, len(ping))) + ping)
 
@@ -381,9 +379,9 @@ class WebSocket(WebSocketsSansIOProtocol):
         """Write what the peer asked for: however large, it does not make the peer slow. Await `drained` before the next
         such thing, so that no more than one of them waits.
         """
-        if len(data) > self.outbox_bytes // 4:
+        if len(data) > self._outbox_bytes // 4:
             waiting = self.transport.get_write_buffer_size()
-            self.transport.set_write_buffer_limits(high=waiting + len(data) + self.outbox_bytes)
+            self.transport.set_write_buffer_limits(high=waiting + len(data) + self._outbox_bytes)
             self._is_wide = True
             # Most of the answer before was taken in: the time begins anew, with what waits now.
             if self._stalled is not None:
@@ -395,7 +393,7 @@ class WebSocket(WebSocketsSansIOProtocol):
         """Cut the connection if the peer has taken in nothing of a large answer; look again while some of it waits."""
         waiting = self.transport.get_write_buffer_size()
         self._stalled = None
-        if waiting > self.outbox_bytes // 2:
+        if waiting > self._outbox_bytes // 2:
             if waiting >= before:
                 self.transport.abort()
             else:
@@ -407,7 +405,7 @@ class WebSocket(WebSocketsSansIOProtocol):
         return (
             self._is_wide
             and not self.transport.is_closing()
-            and self.transport.get_write_buffer_size() > self.outbox_bytes // 2
+            and self.transport.get_write_buffer_size() > self._outbox_bytes // 2
         )
 
     async def drained(self) -> None:
@@ -415,7 +413,7 @@ class WebSocket(WebSocketsSansIOProtocol):
         while self.is_behind:  # noqa: ASYNC110 - nothing tells when the transport has written
             await asyncio.sleep(DRAIN_LOOK_SECONDS)
         if self._is_wide and not self.transport.is_closing():
-            self.transport.set_write_buffer_limits(high=self.outbox_bytes)
+            self.transport.set_write_buffer_limits(high=self._outbox_bytes)
             self._is_wide = False
 
     def pause_receiving(self) -> None:

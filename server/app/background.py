@@ -1,0 +1,144 @@
+"""The periodic jobs of a worker, in one table. Any worker may do what is due; each job lets one of them do it."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from datetime import timedelta
+from typing import NamedTuple
+
+from server.auth.sessions import Sessions
+from server.core.config import Settings
+from server.core.metrics import Metrics
+from server.core.periodic import end, every
+from server.db.database import Database
+from server.domain.erasure import erase_due
+from server.domain.presence import Presence
+from server.hub.hub import Hub
+from server.jobs.expiry import expire_due
+from server.jobs.push import Notices
+from server.jobs.scheduled import Scheduling
+from server.queries import approaches, audit, relationships, remains, scheduled, search_index
+
+DUE_SECONDS = 1.0
+"""Interval of what users wait for: messages to send, push or expire."""
+TIDY_SECONDS = 5.0
+EPOCH_SECONDS = 5.0
+"""Interval between looks at the database's epoch. New connections are checked besides."""
+EXPIRE_SECONDS = 15.0
+"""Interval at which custom statuses expire. Reads hide an expired status immediately."""
+CLEAR_SECONDS = 600.0
+"""Interval at which old rows are deleted."""
+
+
+class Job(NamedTuple):
+    """A line of the table."""
+
+    seconds: float
+    """Interval, in seconds. A run that takes longer is counted in `openchat_job_overruns_total`."""
+    run: Callable[[], Awaitable[bool | None]]
+    """Does all that is due, or some of it and returns whether there may be more."""
+
+    @property
+    def name(self) -> str:
+        """The name in logs and metrics."""
+        return self.run.__name__
+
+
+class Background:
+    """The periodic jobs of one worker."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        database: Database,
+        hub: Hub,
+        *,
+        sessions: Sessions,
+        presence: Presence,
+        scheduling: Scheduling,
+        notices: Notices,
+        metrics: Metrics,
+    ) -> None:
+        self._database = database
+        self._hub = hub
+        self._sessions = sessions
+        self._overruns = metrics.job_overruns
+        self._audit_kept = timedelta(days=settings.audit_days)
+        self._grace = timedelta(days=settings.erase_after_days)
+        self._marked = remains.FIRST
+        self._tasks: list[asyncio.Task[None]] = []
+        self.jobs = (
+            Job(DUE_SECONDS, scheduling.send_due),
+            Job(DUE_SECONDS, notices.push_due),
+            Job(DUE_SECONDS, self.expire_due),
+            Job(DUE_SECONDS, self.clear_remains),
+            Job(TIDY_SECONDS, self.tidy),
+            Job(EPOCH_SECONDS, database.check_epoch),
+            Job(EXPIRE_SECONDS, presence.expire_statuses),
+            Job(CLEAR_SECONDS, self.clear_expired),
+            Job(CLEAR_SECONDS, self.mark_remains),
+            Job(CLEAR_SECONDS, self.forget_scheduled),
+            Job(CLEAR_SECONDS, self.forget_relationships),
+            Job(CLEAR_SECONDS, self.forget_audit),
+            Job(CLEAR_SECONDS, self.erase_due),
+        )
+
+    def start(self) -> None:
+        """Run each job every `seconds`, the first time after a random part of them."""
+        self._tasks = [
+            asyncio.create_task(every(job.seconds, job.run, is_spread=True, overruns=self._overruns))
+            for job in self.jobs
+        ]
+
+    async def close(self) -> None:
+        """Cancel all jobs, and return when they have ended."""
+        await end(self._tasks)
+
+    async def expire_due(self) -> None:
+        """Delete messages that have expired."""
+        await expire_due(self._database, self._hub)
+
+    async def clear_remains(self) -> bool:
+        """Delete some of what is left of deleted messages and conversations; return whether there may be more."""
+        async with self._database.connection() as db:
+            is_more_due = await remains.clear(db)
+            emptied = await remains.empty(db)
+        self._hub.poke(emptied.user_ids)
+        return is_more_due or emptied.is_more_due
+
+    async def tidy(self) -> None:
+        """Merge new entries into the index of words."""
+        async with self._database.connection() as db:
+            await search_index.tidy(db)
+
+    async def clear_expired(self) -> bool:
+        """Delete some of the sessions that expired long ago, and of the approaches that were counted a day ago; return
+        whether there may be more.
+        """
+        is_more_due = await self._sessions.clear()
+        async with self._database.connection() as db:
+            return await approaches.expire(db) or is_more_due
+
+    async def mark_remains(self) -> bool:
+        """Find invitations to conversations that are over; return whether there are more to look at."""
+        async with self._database.connection() as db:
+            self._marked = await remains.mark(db, self._marked)
+        return self._marked != remains.FIRST
+
+    async def forget_scheduled(self) -> bool:
+        """Delete some of the scheduled messages that ended long ago; return whether there may be more."""
+        async with self._database.connection() as db:
+            return await scheduled.forget(db)
+
+    async def forget_relationships(self) -> bool:
+        """Delete some of the relationships that ended long ago; return whether there may be more."""
+        async with self._database.connection() as db:
+            return await relationships.forget(db)
+
+    async def forget_audit(self) -> bool:
+        """Delete some of the old entries of the audit logs of conversations; return whether there may be more."""
+        async with self._database.connection() as db:
+            return await audit.forget(db, self._audit_kept)
+
+    async def erase_due(self) -> None:
+        """Erase the users whose grace period is over."""
+        await erase_due(self._database, self._hub, self._grace)
