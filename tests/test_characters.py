@@ -123,7 +123,7 @@ def test_no_pattern_lets_a_final_line_break_through() -> None:
         f"{path.relative_to(ROOT)}:{node.lineno}"
         for folder in ("protocol", "server")
         for path in (ROOT / folder).rglob("*.py")
-        if path.parent.name != "describe"  # reads our own files
+        if path.parent.name != "describe" and path.stem not in {"asyncapi", "openapi"}  # of our own names
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Constant)
         and isinstance(node.value, str)

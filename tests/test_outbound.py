@@ -328,13 +328,13 @@ async def test_a_thread_that_the_system_refuses_makes_an_answer_unavailable(
 def test_a_look_up_that_never_ends_does_not_hold_up_the_stop() -> None:
     script = """
 import asyncio, socket, threading
-from server import outbound
+from server.jobs import safe_http
 asked = threading.Event()
 def silent(*_, **__):
     asked.set()
     threading.Event().wait()
 async def main():
-    asker = outbound.Outbound(to_private=False)
+    asker = safe_http.Outbound(to_private=False)
     asking = asyncio.create_task(asker.get("http://silent/", most=1))
     while not asked.is_set():
         await asyncio.sleep(0.01)

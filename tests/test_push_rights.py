@@ -129,11 +129,11 @@ def test_no_queue_holds_words() -> None:
     queue = re.compile(r"(deque|asyncio\.Queue|OrderedDict)\b")
     nodes = [
         (path.stem, node)
-        for path in (ROOT / "server").glob("*.py")
+        for path in (ROOT / "server").rglob("*.py")
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.AnnAssign) and queue.match(ast.unparse(node.annotation))
     ]
-    assert ("hosts", "self.queue") in {(name, ast.unparse(node.target)) for name, node in nodes}
+    assert ("push_hosts", "self.queue") in {(name, ast.unparse(node.target)) for name, node in nodes}
     assert [
         f"{name}.{ast.unparse(node.target)}"
         for name, node in nodes

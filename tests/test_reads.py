@@ -80,8 +80,8 @@ WHY = {
         "feed.ROWS": FEED,
         "feed.PAGE": FEED,
         "feed.COUNT": FEED,
-        "searches.NEWEST": "conversation_participant(user_id) cut 2; message_search() cut 1",
-        "searches.RELEVANT": "conversation_participant(user_id) cut 3; message_search() cut 2",
+        "search.NEWEST": "conversation_participant(user_id) cut 2; message_search() cut 1",
+        "search.RELEVANT": "conversation_participant(user_id) cut 3; message_search() cut 2",
         "users.SEARCH": "user() cut 2",
     },
     "participants of a conversation, by name in those of up to 100 or 1,000, and who hides from one user": {
@@ -103,7 +103,7 @@ WHY = {
         "push.DUE": "conversation_participant() cut 1; conversation_participant(conversation_id) cut 1; "
         "push_endpoint(user_id)",
         "push.NOTICES": "conversation_participant()",
-        "whereabouts.OF": (
+        "delivery_report.OF": (
             "2 x conversation_participant(conversation_id); conversation_participant(conversation_id) cut 1; "
             "3 x user_relationship(from_user_id); user_relationship(from_user_id) cut 1; "
             "user_relationship(to_user_id); user_relationship(to_user_id) cut 1"
@@ -139,11 +139,11 @@ WHY = {
         "checks.SOMEBODY": "conversation() cut 2; conversation_participant() cut 1; user() cut 2",
         "checks.EXPECTED": "message(conversation_id)",
         "checks.SEEN": "message(conversation_id)",
-        "exports.HEAD": (
+        "export.HEAD": (
             "account(user_id); conversation_participant(user_id); message_star(user_id); push_endpoint(user_id); "
             "report(reporter_id); session(user_id); thread_follow(user_id); user_relationship(from_user_id)"
         ),
-        "exports.SCHEDULED": "scheduled_message(sender_id) cut 1",
+        "export.SCHEDULED": "scheduled_message(sender_id) cut 1",
         "moderation.ALL_REPORTS": "report() cut 2",
         "transfers.IS_EMPTY": "conversation(); user()",
         "transfers.DISCARD_KEYS": "server_key()",
@@ -167,7 +167,7 @@ LIMITS = {
     "conversations.PAGE": 4,
     "erasure.CLEAR_REPORTS": 2,
     "erasure.RELATED": 3,
-    "exports.MESSAGES": 2,
+    "export.MESSAGES": 2,
     "feed.NAMED": 2,
     "feed.ROWS": 23,
     "feed.PAGE": 23,

@@ -20,9 +20,9 @@ ROOT = Path(__file__).parent.parent
 HOSTILE = "\x1b]0;owned\x07\x1b[2J\r\n\x9b31m\x7f\u202eevil\u2066\u2028\u2029\u200b\U000e0041"
 OBEYED = {"Cc", "Cf", "Cs", "Zl", "Zp"}
 MAY_WRITE = {
-    "terminal": "it makes lines visible",
-    "progress": "it moves the cursor itself",
-    "worker": "a pipe to the supervisor, who makes it visible",
+    "core.terminal": "it makes lines visible",
+    "ops.progress": "it moves the cursor itself",
+    "processes.worker": "a pipe to the supervisor, who makes it visible",
     "describe.__main__": "names of our own files",
 }
 
