@@ -281,8 +281,8 @@ def test_a_file_that_is_replaced_is_the_old_or_the_new_one(tmp_path: Path) -> No
 
 
 async def test_a_killed_export_is_named_by_the_next_one(shell: Shell, tmp_path: Path) -> None:
-    program = "import os, pathlib, sys; from server.core.atomic_file import aside\nwith aside(pathlib.Path(sys.argv[1])) as write:"
-    program += "\n write(b'secret')\n os.kill(os.getpid(), 9)"
+    program = "import os, pathlib, sys; from server.core.atomic_file import aside\n"
+    program += "with aside(pathlib.Path(sys.argv[1])) as write:\n write(b'secret')\n os.kill(os.getpid(), 9)"
     path = tmp_path / "all [1].jsonl"
     await asyncio.to_thread(subprocess.run, [sys.executable, "-c", program, str(path)], check=False)
     (left,) = names(tmp_path)

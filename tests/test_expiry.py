@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from server.app import app
+from server.app import background
 from server.core.config import Settings
 from server.jobs.expiry import expire_due
 from server.queries import expiry
@@ -24,7 +24,7 @@ LEFT = "SELECT count(*) FROM message WHERE NOT is_deleted"
 
 @pytest.fixture
 async def world(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[World]:
-    monkeypatch.setattr(app, "DUE_SECONDS", 36_000.0)
+    monkeypatch.setattr(background, "DUE_SECONDS", 36_000.0)
     async with World(settings, workers=1) as world:
         yield world
 
