@@ -314,7 +314,7 @@ def hot(place: Place, ids: dict[str, Any]) -> dict[str, tuple[str, tuple[Any, ..
         "who is next": (scheduled.WALK, ("15 seconds", "1970-01-01", UUID(int=0), scheduled.WALKED)),
         "who sends": (scheduled.SENDER, ("15 seconds", user)),
         "what is due": (scheduled.CLAIM, ("15 seconds", user)),
-        "what has expired": (expiry.DUE, (200, [])),
+        "what has expired": (expiry.DUE, (200, [], [])),
         "see feed": (feed.SEE, (user, "2030-01-01")),
         "due for a push": (push.DUE, ([about], [push.FIRST], [ids["middle"]], 100)),
         "notices": (push.NOTICES, ([user], ["https://push.example/1"], [about], [ids["middle"]])),
