@@ -22,6 +22,7 @@ class LoopTime:
         self._used = used
         self._left = burst
         self._at = clock()
+        self._turn = asyncio.Lock()
 
     def wait(self) -> float:
         """Return the seconds until there is some left, 0 if there is."""
@@ -31,10 +32,13 @@ class LoopTime:
         return 0.0 if self._left > 0 else -self._left / self._share + 0.001
 
     async def turn(self) -> None:
-        """Return in a later turn of the loop, when there is some left."""
-        await asyncio.sleep(0)
-        while (seconds := self.wait()) > 0:  # noqa: ASYNC110 - time is no event
-            await asyncio.sleep(seconds)
+        """Return in a later turn of the loop, when there is some left. One caller at a time does, in order: work of many
+        in one turn would hold up everything else.
+        """
+        async with self._turn:
+            await asyncio.sleep(0)
+            while (seconds := self.wait()) > 0:  # noqa: ASYNC110 - time is no event
+                await asyncio.sleep(seconds)
 
     def do(self, work: Callable[[], Outcome]) -> Outcome:
         """Return what `work` returns, and spend the time that it takes."""

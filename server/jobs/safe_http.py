@@ -37,7 +37,7 @@ MAX_READS = 1_000
 """Max reads of an answer, which may come byte by byte."""
 TURN_BYTES = 4 * 1024
 """Max bytes that are parsed in one turn of the loop."""
-SHARE, BURST_SECONDS = 0.1, 0.1
+SHARE, BURST_SECONDS = 0.1, 0.02
 """Share of the loop's time that all GET requests take, and all POST requests, and seconds of it that they may take at
 once.
 """
