@@ -32,8 +32,8 @@ class LoopTime:
         return 0.0 if self._left > 0 else -self._left / self._share + 0.001
 
     async def turn(self) -> None:
-        """Return in a later turn of the loop, when there is some left. One caller at a time does, in order: work of many
-        in one turn would hold up everything else.
+        """Return in a later turn of the loop, when there is some left. Callers return one in each turn, in their order:
+        the work of many in one turn would hold up everything else.
         """
         async with self._turn:
             await asyncio.sleep(0)
