@@ -73,10 +73,11 @@ async def _refuse(db: Db, kind: Kind, user_id: UserId, others: Sequence[UserId])
 
 
 EXPIRE = """
-DELETE FROM approach a USING (
+WITH due AS MATERIALIZED (
     SELECT o.from_user_id, o.to_user_id, o.kind FROM approach o WHERE o.began_at <= now() - interval '1 day'
     ORDER BY o.began_at LIMIT $1 FOR UPDATE SKIP LOCKED
-) due
+)
+DELETE FROM approach a USING due
 WHERE a.from_user_id = due.from_user_id AND a.to_user_id = due.to_user_id AND a.kind = due.kind
 RETURNING true
 """

@@ -77,11 +77,12 @@ async def require_stars(db: Db, user_id: UserId) -> None:
 
 
 FORGET_STARS = """
-WITH gone AS (
-    DELETE FROM message_star s WHERE s.user_id = $1 AND s.message_id IN (
-        SELECT o.message_id FROM message_star o WHERE o.user_id = $1 AND o.is_removed
-        ORDER BY o.user_version DESC OFFSET $2 LIMIT $3
-    ) RETURNING s.user_version
+WITH due AS MATERIALIZED (
+    SELECT o.message_id FROM message_star o WHERE o.user_id = $1 AND o.is_removed
+    ORDER BY o.user_version DESC OFFSET $2 LIMIT $3
+), gone AS (
+    DELETE FROM message_star s USING due WHERE s.user_id = $1 AND s.message_id = due.message_id
+    RETURNING s.user_version
 )
 UPDATE "user" u SET forgotten_version = greatest(u.forgotten_version, (SELECT max(user_version) FROM gone))
 WHERE u.id = $1 AND EXISTS (SELECT FROM gone)
@@ -156,17 +157,18 @@ THREADS = """
 SELECT count(*) FROM thread_follow t WHERE t.user_id = $1 AND t.user_version > 0 AND NOT t.has_replied
 """
 FORGET_THREADS = """
-WITH gone AS (
-    DELETE FROM thread_follow t WHERE t.user_id = $1 AND t.root_id IN (
-        SELECT o.root_id FROM thread_follow o
-        WHERE o.user_id = $1 AND o.user_version > 0 AND NOT o.is_following AND NOT o.has_replied
-            -- Whoever began a thread and does not follow it would follow it again with the next reply.
-            AND NOT EXISTS (
-                SELECT FROM message m
-                WHERE m.id = o.root_id AND (m.conversation_id = o.conversation_id) IS TRUE AND m.sender_id = $1
-            )
-        ORDER BY o.user_version LIMIT $2
-    ) RETURNING t.user_version
+WITH due AS MATERIALIZED (
+    SELECT o.root_id FROM thread_follow o
+    WHERE o.user_id = $1 AND o.user_version > 0 AND NOT o.is_following AND NOT o.has_replied
+        -- Whoever began a thread and does not follow it would follow it again with the next reply.
+        AND NOT EXISTS (
+            SELECT FROM message m
+            WHERE m.id = o.root_id AND (m.conversation_id = o.conversation_id) IS TRUE AND m.sender_id = $1
+        )
+    ORDER BY o.user_version LIMIT $2
+), gone AS (
+    DELETE FROM thread_follow t USING due WHERE t.user_id = $1 AND t.root_id = due.root_id
+    RETURNING t.user_version
 )
 UPDATE "user" u SET forgotten_version = greatest(u.forgotten_version, (SELECT max(user_version) FROM gone))
 WHERE u.id = $1 AND EXISTS (SELECT FROM gone)

@@ -57,12 +57,13 @@ async def empty(db: Db, conversation_id: ConversationId, user_id: UserId) -> Non
 
 # A crowd has drafts, so `remains` calls this after the conversation was deleted, under no lock but those of the users.
 EMPTY_SOME = """
-WITH touched AS (
-    UPDATE "user" u SET version = u.version + 1, own_moves = u.own_moves + 1 FROM (
-        SELECT o.id FROM draft d JOIN "user" o ON o.id = d.user_id
-        WHERE d.conversation_id = $1 AND d.content <> ''
-        LIMIT $2 FOR NO KEY UPDATE OF o SKIP LOCKED
-    ) t WHERE u.id = t.id RETURNING u.id, u.version
+WITH free AS MATERIALIZED (
+    SELECT o.id FROM draft d JOIN "user" o ON o.id = d.user_id
+    WHERE d.conversation_id = $1 AND d.content <> ''
+    LIMIT $2 FOR NO KEY UPDATE OF o SKIP LOCKED
+), touched AS (
+    UPDATE "user" u SET version = u.version + 1, own_moves = u.own_moves + 1
+    FROM free WHERE u.id = free.id RETURNING u.id, u.version
 )
 UPDATE draft d SET content = '', updated_at = now(), user_version = t.version FROM touched t
 WHERE d.user_id = t.id AND d.conversation_id = $1 AND (d.content <> '') IS TRUE

@@ -212,38 +212,41 @@ async def clear(db: Db, user_id: UserId, place: Cleared) -> Cleared | None:
 
 
 FORGET_APPROACHES = """
-DELETE FROM approach a USING (
-    SELECT o.to_user_id, o.kind FROM approach o WHERE o.from_user_id = $1 LIMIT $2
-) gone
+WITH gone AS MATERIALIZED (SELECT o.to_user_id, o.kind FROM approach o WHERE o.from_user_id = $1 LIMIT $2)
+DELETE FROM approach a USING gone
 WHERE a.from_user_id = $1 AND a.to_user_id = gone.to_user_id AND a.kind = gone.kind
 RETURNING 1
 """
 FORGET_APPROACHED = """
-DELETE FROM approach a USING (
-    SELECT o.from_user_id, o.kind FROM approach o WHERE o.to_user_id = $1 LIMIT $2
-) gone
+WITH gone AS MATERIALIZED (SELECT o.from_user_id, o.kind FROM approach o WHERE o.to_user_id = $1 LIMIT $2)
+DELETE FROM approach a USING gone
 WHERE a.from_user_id = gone.from_user_id AND a.to_user_id = $1 AND a.kind = gone.kind
 RETURNING 1
 """
 FORGET_DRAFTS = """
-DELETE FROM draft d USING (SELECT o.conversation_id FROM draft o WHERE o.user_id = $1 LIMIT $2) gone
+WITH gone AS MATERIALIZED (SELECT o.conversation_id FROM draft o WHERE o.user_id = $1 LIMIT $2)
+DELETE FROM draft d USING gone
 WHERE d.user_id = $1 AND d.conversation_id = gone.conversation_id
 RETURNING 1
 """
 FORGET_SCHEDULED = """
-DELETE FROM scheduled_message s USING (SELECT o.id FROM scheduled_message o WHERE o.sender_id = $1 LIMIT $2) gone
+WITH gone AS MATERIALIZED (SELECT o.id FROM scheduled_message o WHERE o.sender_id = $1 LIMIT $2)
+DELETE FROM scheduled_message s USING gone
 WHERE s.id = gone.id
 RETURNING 1
 """
 FORGET_STARS = """
-DELETE FROM message_star s USING (SELECT o.message_id FROM message_star o WHERE o.user_id = $1 LIMIT $2) gone
+WITH gone AS MATERIALIZED (SELECT o.message_id FROM message_star o WHERE o.user_id = $1 LIMIT $2)
+DELETE FROM message_star s USING gone
 WHERE s.user_id = $1 AND s.message_id = gone.message_id
 RETURNING 1
 """
 UNFOLLOW = """
-UPDATE thread_follow t SET is_following = false, last_read_order = 0 FROM (
+WITH page AS MATERIALIZED (
     SELECT o.root_id FROM thread_follow o WHERE o.user_id = $1 AND o.is_following ORDER BY o.root_id LIMIT $2
-) page
+)
+UPDATE thread_follow t SET is_following = false, last_read_order = 0
+FROM page
 WHERE t.root_id = page.root_id AND t.user_id = $1
 RETURNING 1
 """

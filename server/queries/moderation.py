@@ -43,13 +43,13 @@ AT_ONCE = 100
 """Max reports that one statement resolves."""
 # A crowd reports a message any number of times, so this is done in portions, and not under the conversation's lock.
 UPHOLD = """
-UPDATE report r SET status = 'upheld', resolved_by = $3, resolved_at = now()
-FROM (
+WITH due AS MATERIALIZED (
     SELECT o.id FROM report o
     WHERE o.message_id = $2 AND (o.conversation_id = $1) IS TRUE AND (o.status = 'open') IS TRUE
     LIMIT $4 FOR UPDATE SKIP LOCKED
-) due
-JOIN message m ON m.id = $2 AND (m.conversation_id = $1) IS TRUE AND m.is_moderated
+)
+UPDATE report r SET status = 'upheld', resolved_by = $3, resolved_at = now()
+FROM due JOIN message m ON m.id = $2 AND (m.conversation_id = $1) IS TRUE AND m.is_moderated
 WHERE r.id = due.id
 RETURNING 1
 """

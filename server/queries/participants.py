@@ -197,12 +197,13 @@ async def invitations(db: Db, user_id: UserId) -> list[Invitation]:
 # A crowd may be invited, so `remains` calls this after the conversation has ended, under no lock but those of the
 # users.
 END_INVITATIONS = """
-WITH touched AS (
-    UPDATE "user" u SET version = u.version + 1, own_moves = u.own_moves + 1 FROM (
-        SELECT o.id FROM conversation_participant p JOIN "user" o ON o.id = p.user_id
-        WHERE CASE WHEN p.status = 'invited' THEN p.conversation_id END = $1
-        LIMIT $2 FOR NO KEY UPDATE OF o SKIP LOCKED
-    ) t WHERE u.id = t.id RETURNING u.id, u.version
+WITH free AS MATERIALIZED (
+    SELECT o.id FROM conversation_participant p JOIN "user" o ON o.id = p.user_id
+    WHERE CASE WHEN p.status = 'invited' THEN p.conversation_id END = $1
+    LIMIT $2 FOR NO KEY UPDATE OF o SKIP LOCKED
+), touched AS (
+    UPDATE "user" u SET version = u.version + 1, own_moves = u.own_moves + 1
+    FROM free WHERE u.id = free.id RETURNING u.id, u.version
 )
 UPDATE conversation_participant p SET status = 'removed', left_version = gone_version(p), user_version = t.version
 FROM touched t WHERE p.user_id = t.id AND p.conversation_id = $1 AND (p.status = 'invited') IS TRUE

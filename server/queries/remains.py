@@ -19,17 +19,19 @@ USERS_AT_ONCE = 100
 DUE = "SELECT m.id FROM message m WHERE m.has_remains ORDER BY m.id LIMIT $1"
 # What another worker is deleting is its own.
 UNREACT = """
-DELETE FROM message_reaction r USING (
+WITH gone AS MATERIALIZED (
     SELECT o.message_id, o.user_id, o.emoji FROM message_reaction o WHERE o.message_id = ANY($1)
     LIMIT $2 FOR UPDATE SKIP LOCKED
-) gone
+)
+DELETE FROM message_reaction r USING gone
 WHERE r.message_id = gone.message_id AND r.user_id = gone.user_id AND r.emoji = gone.emoji
 RETURNING 1
 """
 WITHDRAW = """
-DELETE FROM poll_vote v USING (
+WITH gone AS MATERIALIZED (
     SELECT o.message_id, o.user_id FROM poll_vote o WHERE o.message_id = ANY($1) LIMIT $2 FOR UPDATE SKIP LOCKED
-) gone
+)
+DELETE FROM poll_vote v USING gone
 WHERE v.message_id = gone.message_id AND v.user_id = gone.user_id
 RETURNING 1
 """
@@ -74,7 +76,7 @@ RETURNING c.id
 # A worker of the release before migration 0066, which may run beside this one, takes the mark away though invitations
 # are left. By an index of all invitations, a portion at a time.
 MARK = """
-WITH seen AS (
+WITH seen AS MATERIALIZED (
     SELECT CASE WHEN p.status = 'invited' THEN p.conversation_id END AS id FROM conversation_participant p
     WHERE CASE WHEN p.status = 'invited' THEN p.conversation_id END > $1
     ORDER BY CASE WHEN p.status = 'invited' THEN p.conversation_id END LIMIT $2

@@ -188,7 +188,8 @@ SELECT CASE WHEN u.is_active AND NOT u.is_deleted THEN {FACE} END FROM "user" u
 WHERE u.id = $2 AND EXISTS ({_FIRST_DUE}) FOR NO KEY UPDATE OF u SKIP LOCKED
 """  # noqa: S608 - constants are put in
 CLAIM = f"""
-UPDATE scheduled_message t SET claimed_at = now() FROM ({_FIRST_DUE}) first
+WITH first AS MATERIALIZED ({_FIRST_DUE})
+UPDATE scheduled_message t SET claimed_at = now() FROM first
 WHERE t.id = first.id AND t.sender_id = $2
 RETURNING t.id, t.conversation_id, t.words, t.claimed_at
 """  # noqa: S608 - a constant is put in

@@ -168,10 +168,10 @@ async def revoke(db: Db, user_id: UserId, session_id: SessionId | None) -> int:
 
 
 EXPIRED = """
-DELETE FROM session WHERE id IN (
-    SELECT id FROM session WHERE expires_at < now() - interval '1 day' LIMIT $1 FOR UPDATE SKIP LOCKED
+WITH due AS MATERIALIZED (
+    SELECT o.id FROM session o WHERE o.expires_at < now() - interval '1 day' LIMIT $1 FOR UPDATE SKIP LOCKED
 )
-RETURNING true
+DELETE FROM session s USING due WHERE s.id = due.id RETURNING true
 """
 
 
