@@ -14,7 +14,7 @@ from protocol.values import Message, Presence, User
 from server.core.errors import NotActive
 from server.core.unconfirmed import Unconfirmed
 from server.db.database import Database, Db
-from server.fairness.batcher import Gather
+from server.fairness.batcher import Batcher
 from server.fairness.lanes import Lanes
 from server.queries import users
 from server.queries.conversations import Membership
@@ -40,7 +40,7 @@ class Events(Protocol):
     def reconsider(self, user_id: UserId, watcher: UserId | None = None) -> None:
         """Check again whether all who watch a user may do so, or one of them. They get nothing until that is done."""
 
-    def poke(self, user_ids: Iterable[UserId], *, may_watch_others: bool = False) -> None:
+    def notify(self, user_ids: Iterable[UserId], *, may_watch_others: bool = False) -> None:
         """Have the workers look again at these users' conversations and sessions, and with `may_watch_others` check
         whom they may watch.
         """
@@ -93,7 +93,7 @@ class Subscriber(Protocol):
         """Deliver it no more."""
 
 
-class Look(Protocol):
+class UserNews(Protocol):
     """What connections of one user are told: read once for all of those at a worker."""
 
     @property
@@ -117,10 +117,10 @@ class Presences(Protocol):
         """Tell those who watch a user how they are seen now."""
 
 
-class Afterwards(Protocol):
+class AfterSend(Protocol):
     """What is done about a message some time after it was stored, if anything is."""
 
-    def wanted(self, message: Message) -> None:
+    def enqueue(self, message: Message) -> None:
         """Have it done for this one."""
 
 
@@ -140,12 +140,12 @@ class Services(msgspec.Struct, frozen=True, kw_only=True):
     events: Events
     presence: Presences
     sends: Lanes[ConversationId, Outgoing, Stored | None]
-    memberships: Gather[UserId, dict[ConversationId, Membership]]
+    memberships: Batcher[UserId, dict[ConversationId, Membership]]
     """A user's conversations: when many come back at once, many users' in one query."""
     unconfirmed: Unconfirmed
-    notices: Afterwards
+    web_push: AfterSend
     """Pushes a message to those who have not read it after a while."""
-    previews: Afterwards
+    previews: AfterSend
     """Looks at the page that a message links to."""
     writes: Tokens
     """For a frame of which only its handler knows what it costs."""

@@ -13,7 +13,7 @@ from protocol import client
 from protocol.ids import ConversationId, MessageId, UserId, uuid7
 from protocol.push import Notification
 from server.jobs.push_posts import Push
-from server.queries.push import Post
+from server.queries.push import PushPost
 
 
 class Browser:
@@ -68,11 +68,11 @@ def text(data: bytes) -> str:
     return base64.urlsafe_b64encode(data).rstrip(b"=").decode()
 
 
-def post_to(endpoint: str, user_id: UserId | None = None) -> Post:
+def post_to(endpoint: str, user_id: UserId | None = None) -> PushPost:
     """Return a post of a new message to an endpoint, by default of a user of its own."""
-    return Post(user_id or UserId(uuid7()), endpoint, ConversationId(uuid7()), MessageId(uuid7()))
+    return PushPost(user_id or UserId(uuid7()), endpoint, ConversationId(uuid7()), MessageId(uuid7()))
 
 
-async def say(post: Post) -> Push:
+async def say(post: PushPost) -> Push:
     """Stand in for the statement that reads what a post says."""
     return Push(post.endpoint, "", "", "", b"x")

@@ -25,7 +25,7 @@ from server.db.database import Db
 from server.gateway.dispatch import Rate
 from server.handlers import conversations
 from server.queries import relationships, users, welcome
-from server.queries.relationships import Change
+from server.queries.relationships import RelationshipChange
 from server.routes import ROUTES
 from tests.test_may_send import waiting
 from tests.test_security import ROOT, sources
@@ -271,7 +271,7 @@ async def test_a_block_changes_nothing_about_an_invitation_that_waits(world: Wor
 
 async def blocking(db: Db, caller: UserId, them: UserId) -> None:
     await relationships.end(db, them, caller, "friend")
-    await relationships.put(db, them, caller, Change("block", "active"), them)
+    await relationships.put(db, them, caller, RelationshipChange("block", "active"), them)
 
 
 async def unfriending(db: Db, caller: UserId, them: UserId) -> None:
@@ -551,7 +551,7 @@ async def test_a_refused_frame_that_names_strangers_does_not_lock_them(
     await owner.call(client.RemoveParticipant(conversation_id=about, user_id=banned.id, ban=True))
     await adder.call(group_of(invited))
     nobody, blocking = Somebody(UserId(uuid7()), "Nobody", ""), await world.user("Blocking")
-    await relationships.put(world.db, blocking.id, charles.id, Change("block", "active"), blocking.id)
+    await relationships.put(world.db, blocking.id, charles.id, RelationshipChange("block", "active"), blocking.id)
     frames: list[tuple[Frame, ErrorCode]] = [
         (group_of(stranger, nobody), ErrorCode.NOT_FOUND), (group_of(stranger, invited), ErrorCode.CONFLICT)
     ]  # fmt: skip

@@ -22,12 +22,12 @@ from server.auth.tickets import Ticket
 from server.auth.tokens import token_hash
 from server.core.config import Settings
 from server.db import database
-from server.fairness.batcher import Gather, Slow
+from server.fairness.batcher import Batcher, Slow
 from server.fairness.lanes import HELD, Held, Lanes
 from server.http import endpoints
 from server.hub import hub
 from server.queries import sending
-from server.queries.push import Post
+from server.queries.push import PushPost
 from server.queries.sending import Outgoing, Source
 from tests.test_held_rows import schedule
 from tests.test_send_waits import SECONDS, Stage
@@ -268,7 +268,7 @@ async def test_repeated_frame_whose_outcome_was_in_doubt_is_notified_once(
     async with World(settings, workers=1) as world:
         stage = Crowd(world)
         await stage.begin()
-        store, due = sending.send_free, world.workers[0].app.notices._due
+        store, due = sending.send_free, world.workers[0].app.web_push._due
 
         async def lost(db: Any, items: list[Outgoing]) -> Any:
             await store(db, items)
@@ -385,7 +385,7 @@ async def test_work_that_fails_in_any_way_leaves_nobody_waiting(name: str) -> No
         happen(outcomes)
         return outcomes
 
-    gather: Gather[int, int] = Gather(counted(work, asked), most=64)
+    gather: Batcher[int, int] = Batcher(counted(work, asked), most=64)
     async with asyncio.timeout(SECONDS):
         answers = await asyncio.gather(*(gather.submit(one) for one in range(69)), return_exceptions=True)
     assert asked == runs
@@ -400,7 +400,7 @@ async def test_work_that_fails_in_any_way_leaves_nobody_waiting(name: str) -> No
 class Read(NamedTuple):
     """What one statement reads for many: how to ask, whether an answer is one, and items that have none."""
 
-    gather: Gather[Any, Any]
+    gather: Batcher[Any, Any]
     ask: Callable[[Any], Awaitable[Any]]
     good: Any
     bad: Sequence[Any]
@@ -409,7 +409,7 @@ class Read(NamedTuple):
 async def _reads(world: World, ada: Somebody, about: ConversationId) -> dict[str, Read]:
     app = world.workers[0].app
     record: Any = app.hub._record
-    sessions, tickets, notices = app.sessions, app._tickets, app.notices
+    sessions, tickets, notices = app.sessions, app._tickets, app.web_push
     session_id = await world.db.fetchval("SELECT id FROM session WHERE token = $1", token_hash(ada.token))
     (ticket,) = await tickets.issue([Ticket(session_id, 1)])
     nobody = UserId(uuid7())
@@ -425,7 +425,7 @@ async def _reads(world: World, ada: Somebody, about: ConversationId) -> dict[str
             notices._reads,
             notices._read_one,
             None,
-            [Post(ada.id, end, about, MessageId(nobody)) for end in ("", "https://x.example/\N{SNOWMAN}")],
+            [PushPost(ada.id, end, about, MessageId(nobody)) for end in ("", "https://x.example/\N{SNOWMAN}")],
         ),
     }
 
@@ -454,7 +454,7 @@ async def test_bad_question_costs_the_others_no_further_statement(settings: Sett
 
 
 def counted(work: Any, runs: list[int]) -> Any:
-    """Return the work of a `Gather` that notes how many items each run has."""
+    """Return the work of a `Batcher` that notes how many items each run has."""
 
     async def work_counted(items: list[Any]) -> Any:
         runs.append(len(items))
@@ -463,9 +463,9 @@ def counted(work: Any, runs: list[int]) -> Any:
     return work_counted
 
 
-def _gathers(app: App) -> set[Gather[Any, Any]]:
-    """Return every `Gather` that a worker's parts hold."""
-    found: set[Gather[Any, Any]] = set()
+def _gathers(app: App) -> set[Batcher[Any, Any]]:
+    """Return every `Batcher` that a worker's parts hold."""
+    found: set[Batcher[Any, Any]] = set()
     seen: set[int] = set()
     todo: list[Any] = [app]
     while todo:
@@ -473,7 +473,7 @@ def _gathers(app: App) -> set[Gather[Any, Any]]:
         if id(one) in seen:
             continue
         seen.add(id(one))
-        if isinstance(one, Gather):
+        if isinstance(one, Batcher):
             found.add(one)
         elif type(one).__module__.startswith("server."):
             slots = [name for kind in type(one).__mro__ for name in getattr(kind, "__slots__", ())]
@@ -493,7 +493,7 @@ async def test_owners_of_items_take_turns() -> None:
         await may_go_on.wait()
         return items
 
-    gather = Gather(work, most=4, owner=lambda item: item[0])
+    gather = Batcher(work, most=4, owner=lambda item: item[0])
     items = [*(f"a{number}" for number in range(9)), "b0", "b1", "c0"]
     tasks = [asyncio.create_task(gather.submit(item)) for item in items]
     given_up = [asyncio.create_task(gather.submit(item)) for item in ("d0", "d1", "d2")]

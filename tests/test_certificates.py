@@ -19,7 +19,7 @@ from cryptography.x509.oid import NameOID
 
 from server.core.stopwatch import Stopwatch
 from server.jobs import safe_http
-from server.jobs.safe_http import Outbound, Unreachable
+from server.jobs.safe_http import SafeHttp, Unreachable
 from tests.test_outbound import overdraw
 
 PROVEN = "proven.example"
@@ -84,8 +84,8 @@ async def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator
 
 
 @pytest.fixture
-async def asker(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Outbound]:
-    asker = Outbound(to_private=True)
+async def asker(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[SafeHttp]:
+    asker = SafeHttp(to_private=True)
 
     async def addresses(_: str, **__: object) -> list[str]:
         return ["127.0.0.1"]
@@ -95,7 +95,7 @@ async def asker(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Outbound]:
     await asker.close()
 
 
-async def test_connection_that_one_name_has_proven_is_not_used_for_another_name(host: Host, asker: Outbound) -> None:
+async def test_connection_that_one_name_has_proven_is_not_used_for_another_name(host: Host, asker: SafeHttp) -> None:
     for _ in range(2):
         assert (await asker.post(f"https://{PROVEN}:{host.port}/", b"", {}, watch=Stopwatch())).status == 201
     (first, _), (second, _) = host.asked
@@ -106,7 +106,7 @@ async def test_connection_that_one_name_has_proven_is_not_used_for_another_name(
     assert {name for _, name in host.asked} == {PROVEN}
 
 
-async def test_endless_parts_of_tls_are_left(host: Host, asker: Outbound, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_endless_parts_of_tls_are_left(host: Host, asker: SafeHttp, monkeypatch: pytest.MonkeyPatch) -> None:
     """10,000 tickets took a worker 100 ms, in portions of 64 KiB, and would have gone on for five seconds."""
     received: list[int] = []
     receive = SocketStream.receive
@@ -127,7 +127,7 @@ async def test_endless_parts_of_tls_are_left(host: Host, asker: Outbound, monkey
 
 
 async def test_handshake_that_waits_for_our_share_of_the_loop_is_in_time(
-    host: Host, asker: Outbound, monkeypatch: pytest.MonkeyPatch
+    host: Host, asker: SafeHttp, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(safe_http, "TOTAL_SECONDS", 0.5)
     overdraw(asker._posts)  # noqa: SLF001
@@ -137,7 +137,7 @@ async def test_handshake_that_waits_for_our_share_of_the_loop_is_in_time(
 
 
 async def test_whatever_names_a_host_its_address_is_connected_to(monkeypatch: pytest.MonkeyPatch) -> None:
-    asker = Outbound(to_private=True)
+    asker = SafeHttp(to_private=True)
     connected: list[object] = []
 
     async def connect(_: object, address: str, *__: object) -> None:

@@ -11,9 +11,9 @@ from protocol.errors import ErrorCode
 from protocol.ids import MessageId, uuid7
 from protocol.payloads import Poll
 from server.context import Services
-from server.jobs.scheduled import Scheduling, _put_off
+from server.jobs.scheduled import Scheduler, _put_off
 from server.queries import scheduled
-from server.queries.scheduled import Due
+from server.queries.scheduled import DueScheduled
 from tests.world import Room, World, all_sent, refused
 
 WAITS = "SELECT EXISTS (SELECT FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database())"
@@ -33,11 +33,11 @@ class Turns:
         self.group = room.group
         self.db = world.db
         self.services: Services = world.workers[0].app._services  # noqa: SLF001
-        self.scheduling = Scheduling(self.services, most=1)
-        self._next: dict[asyncio.Task[object] | None, Due] = {}
+        self.scheduling = Scheduler(self.services, most=1)
+        self._next: dict[asyncio.Task[object] | None, DueScheduled] = {}
 
-    async def claim(self) -> Due | None:
-        """Stand in for `Scheduling._claim`: the jobs get nothing."""
+    async def claim(self) -> DueScheduled | None:
+        """Stand in for `Scheduler._claim`: the jobs get nothing."""
         return self._next.pop(asyncio.current_task(), None)
 
     async def schedule(self, **fields: Any) -> client.Schedule:
@@ -49,24 +49,24 @@ class Turns:
         await self.charles.call(frame)
         return frame
 
-    async def take(self) -> Due:
+    async def take(self) -> DueScheduled:
         """Claim what is due, as a worker does after another one's claim ran out."""
         await self.db.execute("UPDATE scheduled_message SET claimed_at = claimed_at - interval '1 minute'")
         due = await scheduled.claim(self.db, self._sender_id)
         assert due is not None
         return due
 
-    async def send(self, due: Due) -> None:
+    async def send(self, due: DueScheduled) -> None:
         """Go on with a claim as its worker does."""
         self._next[asyncio.current_task()] = due
         await self.scheduling.send_due()
         await all_sent(self.scheduling)
 
-    async def put_off(self, due: Due) -> None:
+    async def put_off(self, due: DueScheduled) -> None:
         """Put a message off as a worker does that met a busy database."""
         await _put_off(self.services, due, 0)
 
-    async def fail(self, due: Due) -> None:
+    async def fail(self, due: DueScheduled) -> None:
         """Give a message up, as a worker does whose sender has gone."""
         await self.send(due._replace(sender=None))
 
@@ -76,28 +76,28 @@ class Turns:
         assert row is not None
         return (*row, await self.db.fetchval(SAID, frame.message_id))
 
-    async def cancels(self, frame: client.Schedule, other: Due) -> str:
+    async def cancels(self, frame: client.Schedule, other: DueScheduled) -> str:
         await self.put_off(other)
         cancel = client.CancelScheduled(conversation_id=self.group, message_id=frame.message_id)
         return (await self.charles.call(cancel, server.OneScheduled)).scheduled.status
 
-    async def changes(self, frame: client.Schedule, other: Due) -> str:
+    async def changes(self, frame: client.Schedule, other: DueScheduled) -> str:
         await self.put_off(other)
         frame.content, frame.send_at = "Second", datetime.now(UTC) + timedelta(hours=1)
         return (await self.charles.call(frame, server.OneScheduled)).scheduled.words.content
 
-    async def waits(self, _: client.Schedule, other: Due) -> str:
+    async def waits(self, _: client.Schedule, other: DueScheduled) -> str:
         await self.put_off(other)
         return "put off"
 
-    async def claims(self, _: client.Schedule, __: Due) -> str:
+    async def claims(self, _: client.Schedule, __: DueScheduled) -> str:
         return "claimed"
 
 
 @pytest.fixture
 async def turns(room: Room, world: World, monkeypatch: pytest.MonkeyPatch) -> Turns:
     made = Turns(room, world)
-    monkeypatch.setattr(Scheduling, "_claim", lambda _: made.claim())
+    monkeypatch.setattr(Scheduler, "_claim", lambda _: made.claim())
     return made
 
 

@@ -12,7 +12,7 @@ from server.core.deadlines import Deadlines
 from server.core.throttle import Throttle
 from server.limits.admission import Admission
 from server.limits.retries import Retries
-from server.limits.token_bucket import Allowance, Pace
+from server.limits.token_bucket import Pace, TokenBuckets
 
 
 def test_times_that_are_over_are_forgotten_and_others_never() -> None:
@@ -42,13 +42,13 @@ def _refused(admission: Admission, client: Any) -> None:
 @pytest.mark.parametrize(
     "use",
     [
-        lambda clock: Allowance("frames", rate=1.0, burst=2, clock=clock).take,
-        lambda clock: (lambda one, key: one.charge(key, 1)).__get__(Allowance("frames", 1.0, burst=2, clock=clock)),
+        lambda clock: TokenBuckets("frames", rate=1.0, burst=2, clock=clock).take,
+        lambda clock: (lambda one, key: one.charge(key, 1)).__get__(TokenBuckets("frames", 1.0, burst=2, clock=clock)),
         lambda clock: (lambda one, key: one.after(key, 1, 1)).__get__(Retries(Pace.of(1.0), clock=clock)),
         lambda clock: _refused.__get__(Admission(clock=clock)),
         lambda clock: Throttle(clock=clock).passes,
     ],
-    ids=["Allowance", "charge", "Retries", "Admission", "Throttle"],
+    ids=["TokenBuckets", "charge", "Retries", "Admission", "Throttle"],
 )
 def test_whatever_keeps_a_time_for_each_client_forgets_those_that_are_over(
     use: Callable[[Callable[[], int]], Callable[[UserId], object]], monkeypatch: pytest.MonkeyPatch

@@ -73,7 +73,7 @@ async def refused(world: World) -> Wire:
 async def closed(world: World) -> Wire:
     ada = await world.user("Ada")
     wire = await shake(world.url, ada)
-    await until(lambda: len(world.workers[0].app.roster) == 1)
+    await until(lambda: len(world.workers[0].app.connections) == 1)
     (one,) = world.workers[0].app.hub.people.sockets(ada.id)
     one.close(CloseCode.SILENT)
     return wire
@@ -179,7 +179,7 @@ async def test_frames_of_one_read_are_parsed_when_there_is_a_place_for_them(
     ada, count = await alone.user("Ada"), BURST // 2
     app = alone.workers[0].app
     wire = await shake(alone.url, ada)
-    await until(lambda: len(app.roster) == 1)
+    await until(lambda: len(app.connections) == 1)
     (one,) = app.hub.people.sockets(ada.id)
     holding = await asyncpg.connect(alone.settings.database_url)
     await holding.execute("BEGIN; LOCK TABLE draft IN ACCESS EXCLUSIVE MODE")
@@ -211,7 +211,7 @@ async def test_while_a_connection_finishes_its_socket_is_not_read(alone: World, 
     ada = await alone.user("Ada")
     app = alone.workers[0].app
     wire = await shake(alone.url, ada)
-    await until(lambda: len(app.roster) == 1)
+    await until(lambda: len(app.connections) == 1)
     (one,) = app.hub.people.sockets(ada.id)
     holding = await asyncpg.connect(alone.settings.database_url)
     await holding.execute("BEGIN; LOCK TABLE draft IN ACCESS EXCLUSIVE MODE")

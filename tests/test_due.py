@@ -12,9 +12,9 @@ from server.core.tally import Tally
 from server.db.database import Db
 from server.jobs import push_due
 from server.jobs.push_drops import Drops
-from server.jobs.push_due import NEXT_PAGE, PAGE, Due
+from server.jobs.push_due import NEXT_PAGE, PAGE, DueMessages
 from server.queries import push
-from server.queries.push import FIRST, Look
+from server.queries.push import FIRST, PushPage
 from tests.world import World
 
 
@@ -24,7 +24,7 @@ class Desk:
     def __init__(self) -> None:
         self.now = 100.0
         self.drops = Drops()
-        self.due = Due(self.drops, clock=lambda: self.now)
+        self.due = DueMessages(self.drops, clock=lambda: self.now)
 
     def say(self, here: ConversationId, sender: UserId, count: int = 1) -> list[MessageId]:
         ids = [MessageId(uuid7()) for _ in range(count)]
@@ -32,7 +32,7 @@ class Desk:
             self.due.add(here, sender, one, seconds=0.0)
         return ids
 
-    def begin(self) -> list[Look]:
+    def begin(self) -> list[PushPage]:
         return self.due.begin(self.now)
 
 
@@ -55,7 +55,7 @@ def test_large_conversation_holds_up_no_other_and_rests(desk: Desk) -> None:
     (first,) = desk.begin()
     desk.due.done(first, more, limit=PAGE, seconds=0.1)
     said = desk.say(pair, user())
-    assert desk.begin() == [Look(pair, FIRST, tuple(said))], "it waits for no further page of the other one"
+    assert desk.begin() == [PushPage(pair, FIRST, tuple(said))], "it waits for no further page of the other one"
     second = desk.due.further()
     assert second == first._replace(after=more)
     desk.due.done(second, more, limit=NEXT_PAGE, seconds=0.1)
@@ -85,7 +85,7 @@ def test_sender_displaces_their_own_messages_and_a_full_table_those_of_who_has_m
     elsewhere = [desk.say(place(), user()) for _ in range(4)]
     assert (len(desk.due), desk.drops.counts) == (12, {"messages_full": 4})
     looks = desk.begin()
-    assert looks[0] == Look(here, FIRST, (*hers, *theirs[-5:])), "of one sender the newest, of others all"
+    assert looks[0] == PushPage(here, FIRST, (*hers, *theirs[-5:])), "of one sender the newest, of others all"
     assert [one.message_ids for one in looks[1:]] == [tuple(one) for one in elsewhere]
     assert desk.drops.counts == {"messages_full": 4, "replaced": 2}
 
@@ -117,7 +117,9 @@ def test_page_that_fails_is_asked_for_again_alone_and_dropped_in_the_end(desk: D
     assert (len(desk.due), desk.begin()) == (0, [])
 
 
-def act(desk: Desk, rng: random.Random, looks: list[Look], places: list[ConversationId], people: list[UserId]) -> None:
+def act(
+    desk: Desk, rng: random.Random, looks: list[PushPage], places: list[ConversationId], people: list[UserId]
+) -> None:
     """Do one of the things that workers do. `looks` are the pages that were not answered yet."""
     choice = rng.random()
     if choice < 0.6:
@@ -139,7 +141,7 @@ def test_what_waits_adds_up_after_anything() -> None:
     rng = random.Random(14)
     desk = Desk()
     places, people = [place() for _ in range(5)], [user() for _ in range(5)]
-    looks: list[Look] = []
+    looks: list[PushPage] = []
     for _ in range(5_000):
         act(desk, rng, looks, places, people)
         desk.now += 0.01
@@ -172,11 +174,11 @@ async def test_further_pages_have_their_turn_while_first_pages_are_always_due(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As with a slow database: when the first pages of some conversations were asked for, others are due."""
-    notices, desk = world.workers[0].app.notices, Desk()
-    crowd, asked = place(), list[Look]()
+    notices, desk = world.workers[0].app.web_push, Desk()
+    crowd, asked = place(), list[PushPage]()
     first = desk.say(crowd, user())
 
-    async def look(looks: list[Look], limit: int) -> None:
+    async def look(looks: list[PushPage], limit: int) -> None:
         asked.extend(looks)
         desk.now += 1.0
         for one in looks:
@@ -202,5 +204,5 @@ async def test_further_pages_have_their_turn_while_first_pages_are_always_due(
     assert len(pages) >= 4
 
 
-def _begin(desk: Desk, begin: Callable[[float], list[Look]], _: float) -> list[Look]:
+def _begin(desk: Desk, begin: Callable[[float], list[PushPage]], _: float) -> list[PushPage]:
     return begin(desk.now)

@@ -25,7 +25,7 @@ import pytest
 from server.cli import admin, maintenance
 from server.core import atomic_file, terminal
 from server.core.errors import Fatal
-from server.ops.transfer.lines import Line, Row
+from server.ops.transfer.lines import Row, RowLine
 from server.queries import audit
 from tests.test_administration import Shell, shell
 from tests.world import sent
@@ -252,8 +252,8 @@ def test_an_error_of_something_else_is_no_fault_of_the_file(
     assert caught.value is error
     assert names(tmp_path) == []
 
-    def rows() -> Iterator[Line]:
-        yield Line(Row("user", msgspec.Raw(b"{}")), "line 2")
+    def rows() -> Iterator[RowLine]:
+        yield RowLine(Row("user", msgspec.Raw(b"{}")), "line 2")
 
     with pytest.raises(type(error)) as caught:
         list(map(lambda _: fail(error), maintenance._read(tmp_path, rows())))  # noqa: C417, SLF001 - not in the generator

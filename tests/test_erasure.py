@@ -23,7 +23,7 @@ from server.ops.check import run_checks
 from server.queries import sending
 from server.queries.checks import CHECKS
 from server.queries.checks import run as ask
-from server.queries.participants import Change
+from server.queries.participants import ParticipantChange
 from server.queries.sending import Outgoing
 from tests.test_credentials import administer
 from tests.test_lock_order import Quarrel
@@ -33,7 +33,7 @@ from tests.world import Somebody, World, http_client, message, sent
 ERASED = next(check for check in CHECKS if check.name == "nothing is left of who was erased")
 
 
-def nobody(_: Change) -> None:
+def nobody(_: ParticipantChange) -> None:
     """Tell nobody what changed."""
 
 

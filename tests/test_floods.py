@@ -162,7 +162,7 @@ async def test_a_bounded_number_of_bytes_is_dropped_after_a_close(
     sockets = alone.workers[0].app.sockets
     for is_broken in (True, False):
         wire = await shake(alone.url, ada)
-        await until(lambda: len(alone.workers[0].app.roster) == 1)
+        await until(lambda: len(alone.workers[0].app.connections) == 1)
         (one,) = alone.workers[0].app.hub.people.sockets(ada.id)
         if not is_broken:
             one.close(CloseCode.SILENT)

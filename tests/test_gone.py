@@ -32,7 +32,7 @@ async def told(world: World, one: Client, me: Somebody, message_id: MessageId) -
     badge = await one.call(client.GetBadge(), server.Badge)
     counts |= {"feed, unread": page.unread_count, "badge": badge.messages, "badge, feed": badge.feed}
     here = await world.db.fetchval("SELECT conversation_id FROM message WHERE id = $1", message_id)
-    found = await push.due(world.db, [push.Look(here, push.FIRST, (message_id,))], 100)
+    found = await push.due(world.db, [push.PushPage(here, push.FIRST, (message_id,))], 100)
     return counts | {"pushed": sum(post.user_id == me.id for post in found.posts)}
 
 

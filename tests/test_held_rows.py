@@ -19,7 +19,7 @@ from server.core.config import Settings
 from server.core.periodic import end, every
 from server.db import database
 from server.describe.handbook import is_for_participants
-from server.fairness.batcher import Gather
+from server.fairness.batcher import Batcher
 from server.queries import scheduled
 from server.queries.sending import Outgoing
 from server.routes import ROUTES
@@ -279,7 +279,7 @@ async def test_batch_is_bounded_by_weight_unless_one_item_exceeds_it() -> None:
         await may_go_on.wait()
         return items
 
-    gather = Gather(work, most=4, weigh=len, most_weight=10)
+    gather = Batcher(work, most=4, weigh=len, most_weight=10)
     items = ["a", "bbbbb", "ccccc", "d", *"efghi", "j" * 20, "k"]
     tasks = [asyncio.create_task(gather.submit(item)) for item in items]
     await asyncio.sleep(0)

@@ -77,7 +77,7 @@ async def idle(world: World) -> None:
     """Wait until nobody is connected and nothing runs but what always does, however many there were before."""
     app = world.workers[0].app
     async with asyncio.timeout(PATIENCE):
-        while len(app.roster) or len(asyncio.all_tasks()) > TASKS or len(app.admission):
+        while len(app.connections) or len(asyncio.all_tasks()) > TASKS or len(app.admission):
             await asyncio.sleep(0.01)
 
 

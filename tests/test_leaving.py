@@ -22,7 +22,7 @@ from server.domain.erasure import erase
 from server.domain.export import written
 from server.queries import erasure
 from server.queries.export import PAGE
-from server.queries.participants import Change
+from server.queries.participants import ParticipantChange
 from tests.world import Somebody, World, http_client, refused, sent
 
 PASSWORD = "correct horse"
@@ -194,7 +194,7 @@ async def test_who_is_erased_leaves_their_words_and_nothing_else(world: World, a
     assert (await ada.http.post("/v1/auth/login", json=login)).status_code == 401
     assert (await ada.http.post("/v1/auth/register", json=ADA)).status_code == 201
     assert await recount(world.db) == []
-    changes: list[Change] = []
+    changes: list[ParticipantChange] = []
     await erase(Single(world.db), me, changes.append)
     assert changes == []
 

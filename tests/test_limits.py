@@ -36,7 +36,7 @@ from server.gateway.connection import MAX_INBOX, Connection
 from server.gateway.sockets import UNREAD_BYTES, Sockets
 from server.http.middleware import PROBES
 from server.limits.per_address import LATE_RATE, OF_A_PROXY, Addresses
-from server.limits.token_bucket import Allowance, Pace, too_many
+from server.limits.token_bucket import Pace, TokenBuckets, too_many
 from server.queries import conversations
 from tests.world import World, heard, http_client, message, sent, until
 
@@ -342,7 +342,7 @@ async def test_connections_of_one_user_that_come_concurrently(settings: Settings
         await (await world.connect(other)).call(client.Ping())
         # Who was refused has taken no place; who leaves gives theirs back.
         await staying[0].close()
-        roster = world.workers[0].app.roster
+        roster = world.workers[0].app.connections
         await until(lambda: len(roster) == settings.connections_per_user)  # Charles is one of them
         again = []
         for _ in range(2):
@@ -362,7 +362,7 @@ async def test_who_connects_again_and_again_is_told_when_to_come(settings: Setti
         app._connects._clock = lambda: now  # noqa: SLF001
         for _ in range(2):
             await (await world.connect(ada)).close()
-            await until(lambda: len(app.roster) == 0)
+            await until(lambda: len(app.connections) == 0)
         with pytest.raises(InvalidStatus) as told:
             await world.connect(ada)
         assert told.value.response.status_code == HTTPStatus.TOO_MANY_REQUESTS
@@ -650,7 +650,7 @@ async def test_three_exports_of_a_user_are_begun_and_no_fourth(world: World) -> 
 def test_buckets_that_are_full_again_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(deadlines, "SWEEP_AT", 10)
     times = itertools.count(step=10**9)
-    allowance: Allowance[int] = Allowance("frames", rate=1.0, burst=2, clock=lambda: next(times))
+    allowance: TokenBuckets[int] = TokenBuckets("frames", rate=1.0, burst=2, clock=lambda: next(times))
     for user in range(100):
         assert allowance.take(user) == 0
         assert len(allowance._full_at) <= 11  # noqa: SLF001

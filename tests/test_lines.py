@@ -7,7 +7,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
 
-from server.fairness.fair_queue import Lines
+from server.fairness.fair_queue import FairQueue
 
 CLIENTS = "ABCD"
 clients, places = st.sampled_from(CLIENTS), st.integers(0, 9)
@@ -26,8 +26,8 @@ class Machine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.over: set[Item] = set()
-        self.lines: Lines[str, Item] = Lines(is_over=self.over.__contains__)
-        self.wanted: dict[str, list[Item]] = {client: [] for client in CLIENTS}
+        self.lines: FairQueue[str, Item] = FairQueue(is_over=self.over.__contains__)
+        self.enqueue: dict[str, list[Item]] = {client: [] for client in CLIENTS}
         self.busy: list[str] = []
         self.ahead: dict[str, Counter[str]] = {client: Counter() for client in CLIENTS}
         """How often each other client had a turn since one waits. Who gives up and is back before the next turn has
@@ -37,29 +37,29 @@ class Machine(RuleBasedStateMachine):
 
     def waiting(self) -> list[str]:
         """Return the clients that wait for a turn."""
-        return [client for client in CLIENTS if self.wanted[client] and client not in self.busy]
+        return [client for client in CLIENTS if self.enqueue[client] and client not in self.busy]
 
     @rule(client=clients)
     def put(self, client: str) -> None:
         self.count += 1
         item = Item(client, self.count)
-        self.wanted[client].append(item)
+        self.enqueue[client].append(item)
         self.lines.put(client, item)
 
-    @precondition(lambda self: any(self.wanted.values()))
+    @precondition(lambda self: any(self.enqueue.values()))
     @rule(place=places, is_told=st.booleans())
     def give_up(self, place: int, is_told: bool) -> None:  # noqa: FBT001 - drawn
-        items = [item for line in self.wanted.values() for item in line]
+        items = [item for line in self.enqueue.values() for item in line]
         self._give_up(items[place % len(items)], is_told=is_told)
 
     @rule(client=clients)
     def come_back(self, client: str) -> None:
-        for item in [*self.wanted[client]]:
+        for item in [*self.enqueue[client]]:
             self._give_up(item, is_told=True)
         self.put(client)
 
     def _give_up(self, item: Item, *, is_told: bool) -> None:
-        self.wanted[item.client].remove(item)
+        self.enqueue[item.client].remove(item)
         self.over.add(item)
         if is_told:
             self.lines.drop(item.client, item)
@@ -76,7 +76,7 @@ class Machine(RuleBasedStateMachine):
             return
         first = self.lines.first()
         client, item = self.lines.take()
-        assert item == first == self.wanted[client].pop(0), "each client's in order, and none that is over"
+        assert item == first == self.enqueue[client].pop(0), "each client's in order, and none that is over"
         self.busy.append(client)
         self.ahead[client].clear()
         for other in self.waiting():
@@ -94,7 +94,7 @@ class Machine(RuleBasedStateMachine):
         while self.lines:
             self.take()
             self.done(0)
-        assert not any(self.wanted.values())
+        assert not any(self.enqueue.values())
         assert (self.lines._lines, len(self.lines._next)) == ({}, 0), "nothing is left of anybody"  # noqa: SLF001
 
 

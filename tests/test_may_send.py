@@ -25,7 +25,7 @@ from server.core.config import Settings
 from server.db.database import Db
 from server.gateway.dispatch import Rate
 from server.queries import accounts, conversations, erasure, participants, relationships, sessions
-from server.queries.relationships import Change
+from server.queries.relationships import RelationshipChange
 from server.routes import ROUTES
 from tests.world import Somebody, World, heard, message, refused, sent
 
@@ -260,11 +260,11 @@ async def slowing_down(db: Db, on: Stage) -> None:
 
 
 async def blocking(db: Db, on: Stage) -> None:
-    await relationships.put(db, on.keeper_id, on.who.id, Change("block", "active"), on.keeper_id)
+    await relationships.put(db, on.keeper_id, on.who.id, RelationshipChange("block", "active"), on.keeper_id)
 
 
 async def switching_off(db: Db, on: Stage) -> None:
-    await relationships.put(db, on.keeper_id, on.who.id, Change("follow", "active"), on.keeper_id)
+    await relationships.put(db, on.keeper_id, on.who.id, RelationshipChange("follow", "active"), on.keeper_id)
     await relationships.switch(db, on.keeper_id, on.who.id, {"can_send_messages": False})
 
 

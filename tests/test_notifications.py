@@ -25,7 +25,7 @@ from server.jobs import push, push_due, push_hosts, push_posts, safe_http
 from server.jobs.push import seconds_of
 from server.jobs.push_drops import Drops
 from server.jobs.push_posts import Failed, Posts, Push
-from server.queries.push import Post
+from server.queries.push import PushPost
 from tests.browser import Browser, post_to, say, text
 from tests.conftest import Servers
 from tests.world import PUSH_POINT, Room, Somebody, World, refused, sent, until
@@ -147,11 +147,11 @@ async def quiet(room: Room, browser: Browser) -> bool:
 
 async def test_nothing_is_pushed_of_what_was_read_meanwhile(room: Room, world: World, browser: Browser) -> None:
     for worker in world.workers:
-        worker.app.notices._after_seconds = 1.5  # noqa: SLF001 - long enough to read it
+        worker.app.web_push._after_seconds = 1.5  # noqa: SLF001 - long enough to read it
     message_id = await sent(room.ada, room.group, "Read at once")
     await room.charles.call(client.Read(**room.at(message_id)))
     for worker in world.workers:
-        worker.app.notices._after_seconds = 0.0  # noqa: SLF001 - as before
+        worker.app.web_push._after_seconds = 0.0  # noqa: SLF001 - as before
     assert await quiet(room, browser)
 
 
@@ -180,7 +180,7 @@ async def test_nothing_is_pushed_that_is_not_wanted(room: Room, world: World, br
     ):
         await room.charles.call(change)
         await sent(room.ada, room.group, "Silence, @charles")
-    await asyncio.gather(*(worker.app.notices.push_due() for worker in world.workers))
+    await asyncio.gather(*(worker.app.web_push.push_due() for worker in world.workers))
     await room.charles.call(client.SetPreferences(conversation_id=room.group, is_muted=False))
     assert await quiet(room, browser)
 
@@ -192,7 +192,7 @@ async def test_quiet_hours(room: Room, world: World, browser: Browser, start: in
     hours = [(there + timedelta(hours=one)).time().replace(second=0, microsecond=0) for one in (start, end)]
     await room.charles.call(client.UpdateProfile(quiet_from=hours[0], quiet_until=hours[1], time_zone=zone))
     message_id = await sent(room.ada, room.group, "At night?")
-    await asyncio.gather(*(worker.app.notices.push_due() for worker in world.workers))
+    await asyncio.gather(*(worker.app.web_push.push_due() for worker in world.workers))
     await room.charles.call(client.UpdateProfile(quiet_from=None, quiet_until=None))
     if is_quiet:
         assert await quiet(room, browser)
@@ -208,7 +208,7 @@ async def test_quiet_hours_in_an_unknown_zone_are_those_of_utc(
     await room.charles.call(client.UpdateProfile(quiet_from=hours[0], quiet_until=hours[1]))
     await world.db.execute("""UPDATE "user" SET time_zone = 'Mars/Olympus' WHERE id = $1""", room.them[1].id)
     await sent(room.ada, room.group, "At night?")
-    await asyncio.gather(*(worker.app.notices.push_due() for worker in world.workers))
+    await asyncio.gather(*(worker.app.web_push.push_due() for worker in world.workers))
     await room.charles.call(client.UpdateProfile(quiet_from=None, quiet_until=None))
     assert await quiet(room, browser)
     assert "Olympus" not in servers.postgres.log.path.read_text()
@@ -269,7 +269,7 @@ async def test_each_participant_on_every_page_gets_the_latest_message_that_conce
     monkeypatch.setattr(push, "NEXT_PAGE", 2)
     monkeypatch.setattr(push_due, "REST_OF_PARTICIPANT", 0.0)
     for worker in world.workers:
-        worker.app.notices._after_seconds = 60.0  # noqa: SLF001
+        worker.app.web_push._after_seconds = 60.0  # noqa: SLF001
     people = await world.users(*(f"P{number}" for number in range(6)))
     await room.ada.call(client.AddParticipants(conversation_id=room.group, participants=[one.id for one in people]))
     browsers = [Browser() for _ in people]
@@ -283,8 +283,8 @@ async def test_each_participant_on_every_page_gets_the_latest_message_that_conce
     mention = await sent(room.ada, room.group, "@p0")
     plain = await sent(room.ada, room.group, "Older")
     last = await sent(room.charles, room.group, "Last")
-    one = world.workers[0].app.notices
-    one._due = push_due.Due(one._drops)  # noqa: SLF001 - what waits already is not added again
+    one = world.workers[0].app.web_push
+    one._due = push_due.DueMessages(one._drops)  # noqa: SLF001 - what waits already is not added again
     one._due._clock = lambda: -60.0  # noqa: SLF001 - all that is added now is due
     for message_id, sender in ((mention, room.them[0]), (plain, room.them[0]), (last, room.them[1])):
         one._due.add(room.group, sender.id, message_id, seconds=0.0)  # noqa: SLF001
@@ -302,9 +302,9 @@ async def test_messages_whose_page_timed_out_are_pushed_when_it_is_asked_for_aga
     room: Room, world: World, browser: Browser, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("server.queries.push.DUE_SECONDS", 0.1)
-    queues = [worker.app.notices._due for worker in world.workers]  # noqa: SLF001
+    queues = [worker.app.web_push._due for worker in world.workers]  # noqa: SLF001
     for worker in world.workers:
-        worker.app.notices._after_seconds = 1.5  # noqa: SLF001 - until the table is locked
+        worker.app.web_push._after_seconds = 1.5  # noqa: SLF001 - until the table is locked
     message_id = await sent(room.ada, room.group, "Later")
     async with world.db.transaction():
         await world.db.execute("LOCK TABLE thread_follow IN ACCESS EXCLUSIVE MODE")
@@ -393,11 +393,11 @@ async def test_silent_endpoints_delay_nobody_else(
         assert silent.open.total() == len(silenced) * push_hosts.PER_USER, "each user has two slots, whatever they name"
         assert max(silent.open.values()) == 1, "and each host one"
     finally:
-        await asyncio.gather(*(worker.app.notices.close() for worker in world.workers))
+        await asyncio.gather(*(worker.app.web_push.close() for worker in world.workers))
         silent.stop()
 
 
-def post(number: int = 0, host: str = "slow.example") -> Post:
+def post(number: int = 0, host: str = "slow.example") -> PushPost:
     return post_to(f"https://{host}/{number}")
 
 
@@ -521,7 +521,7 @@ async def test_a_full_queue_of_messages_counts_what_it_drops(
 ) -> None:
     monkeypatch.setattr(push_due, "MAX_OF_SENDER", 2)
     for worker in world.workers:
-        worker.app.notices._after_seconds = 60.0  # noqa: SLF001 - nothing leaves the queue
+        worker.app.web_push._after_seconds = 60.0  # noqa: SLF001 - nothing leaves the queue
     for _ in range(5):
         await sent(room.ada, room.group)
     page = world.workers[0].app.metrics.page().decode()
@@ -541,7 +541,7 @@ async def test_hosts_and_signatures_are_bounded(held: Held, world: World, monkey
     await idle(queue)
     queue.add(post(host="4.example"))
     assert list(queue._hosts) == [f"https://{number}.example" for number in (1, 2, 4)]  # noqa: SLF001
-    one = world.workers[0].app.notices
+    one = world.workers[0].app.web_push
     first = one._authorization("https://0.example/a")  # noqa: SLF001
     for number in range(6):
         one._authorization(f"https://{number}.example/a")  # noqa: SLF001

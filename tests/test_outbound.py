@@ -30,7 +30,7 @@ from server.jobs import previews, push_posts, resolver, safe_http
 from server.jobs.push_drops import Drops
 from server.jobs.push_hosts import HOST_USERS, Host
 from server.jobs.push_posts import SLOW_SLOTS, Failed, Posts, Push
-from server.jobs.safe_http import Outbound, Unreachable
+from server.jobs.safe_http import SafeHttp, Unreachable
 from tests.browser import post_to, say
 from tests.world import Room, World, http_client, message, sent, until
 
@@ -82,15 +82,15 @@ async def site() -> AsyncIterator[Site]:
 
 
 @pytest.fixture
-async def careful() -> AsyncIterator[Outbound]:
-    one = Outbound(to_private=False)
+async def careful() -> AsyncIterator[SafeHttp]:
+    one = SafeHttp(to_private=False)
     yield one
     await one.close()
 
 
 @pytest.fixture
-async def careless() -> AsyncIterator[Outbound]:
-    one = Outbound(to_private=True)
+async def careless() -> AsyncIterator[SafeHttp]:
+    one = SafeHttp(to_private=True)
     yield one
     await one.close()
 
@@ -106,7 +106,7 @@ NOWHERE = ["ftp://example.org/", "file:///etc/passwd", "http:///x", "http://user
 
 
 @pytest.mark.parametrize("url", [*NEAR, *NOWHERE])
-async def test_nothing_near_is_asked(careful: Outbound, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_nothing_near_is_asked(careful: SafeHttp, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     async def send(*_: object, **__: object) -> None:
         raise OSError("sent")
 
@@ -130,7 +130,7 @@ def test_addresses_that_lead_near_are_not_public() -> None:
 
 
 async def test_a_name_that_leads_here_is_not_asked(
-    careful: Outbound, site: Site, monkeypatch: pytest.MonkeyPatch
+    careful: SafeHttp, site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     port = int(site.url.rsplit(":", 1)[1])
     answers = iter([
@@ -154,7 +154,7 @@ async def test_a_name_that_leads_here_is_not_asked(
     assert asked == [f"http://93.184.216.34:{port}/"], "one private address refuses all addresses of the name"
 
 
-async def test_nothing_of_an_answer_is_kept(careless: Outbound, site: Site, caplog: pytest.LogCaptureFixture) -> None:
+async def test_nothing_of_an_answer_is_kept(careless: SafeHttp, site: Site, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
 
     def answer(_: str) -> bytes:
@@ -177,7 +177,7 @@ async def test_nothing_of_an_answer_is_kept(careless: Outbound, site: Site, capl
     assert caplog.records == []
 
 
-async def test_a_slow_resolver_holds_up_nothing_else(careful: Outbound, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_slow_resolver_holds_up_nothing_else(careful: SafeHttp, monkeypatch: pytest.MonkeyPatch) -> None:
     answered = threading.Event()
     asked: list[str] = []
 
@@ -221,7 +221,7 @@ def names(monkeypatch: pytest.MonkeyPatch) -> Iterator[Names]:
     names.answered.set()
 
 
-def posts_by(asker: Outbound, drops: Drops) -> Posts:
+def posts_by(asker: SafeHttp, drops: Drops) -> Posts:
     async def send(post: Push, watch: Stopwatch) -> None:
         try:
             await asker.post(post.endpoint, post.payload, {}, watch=watch)
@@ -231,7 +231,7 @@ def posts_by(asker: Outbound, drops: Drops) -> Posts:
     return Posts(say, send, drops)
 
 
-async def test_silent_names_fail_no_push_service_that_answers(careless: Outbound, site: Site, names: Names) -> None:
+async def test_silent_names_fail_no_push_service_that_answers(careless: SafeHttp, site: Site, names: Names) -> None:
     port = site.url.rsplit(":", 1)[1]
     drops = Drops()
     queue = posts_by(careless, drops)
@@ -257,7 +257,7 @@ async def test_silent_names_fail_no_push_service_that_answers(careless: Outbound
 
 
 async def test_silent_names_take_a_bounded_number_of_threads(
-    careless: Outbound, site: Site, names: Names, monkeypatch: pytest.MonkeyPatch
+    careless: SafeHttp, site: Site, names: Names, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(resolver, "MAX_OVERDUE", 8)
     drops = Drops()
@@ -290,7 +290,7 @@ def no_thread() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("no_thread")
-async def test_a_thread_that_the_system_refuses_is_a_look_up_that_failed(careless: Outbound) -> None:
+async def test_a_thread_that_the_system_refuses_is_a_look_up_that_failed(careless: SafeHttp) -> None:
     drops = Drops()
     queue = posts_by(careless, drops)
     queue.add(post_to("http://good/"))
@@ -346,7 +346,7 @@ asyncio.run(main())
     subprocess.run([sys.executable, "-c", script], check=True, timeout=20, cwd=Path(__file__).parent.parent)
 
 
-async def test_a_redirect_is_looked_at_anew(careless: Outbound, site: Site) -> None:
+async def test_a_redirect_is_looked_at_anew(careless: SafeHttp, site: Site) -> None:
     site.answer = lambda path: (
         page("here") if path == "/there" else b"HTTP/1.1 302 Found\r\nlocation: /there\r\ncontent-length: 0\r\n\r\n"
     )
@@ -366,7 +366,7 @@ async def test_a_redirect_is_looked_at_anew(careless: Outbound, site: Site) -> N
 
 
 async def test_what_is_too_much_is_cut_and_what_takes_too_long_is_left(
-    careless: Outbound, site: Site, monkeypatch: pytest.MonkeyPatch
+    careless: SafeHttp, site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     site.answer = lambda _: page("x" * 1_000_000)
     assert len((await careless.get(site.url, most=1_000)).body) == 1_000
@@ -425,7 +425,7 @@ class Events:
     (CHUNKED + b"0\r\n", b"a:\r\n"), (CHUNKED, b"1;a\r\nx\r\n"),
 ], ids=["103", "chunks", "headers", "no HTTP", "trailers", "extensions"])  # fmt: skip
 async def test_an_answer_of_endless_parts_is_left_and_others_have_turns_meanwhile(
-    careless: Outbound, site: Site, monkeypatch: pytest.MonkeyPatch, begin: bytes, part: bytes
+    careless: SafeHttp, site: Site, monkeypatch: pytest.MonkeyPatch, begin: bytes, part: bytes
 ) -> None:
     events = Events(monkeypatch)
     site.answer = lambda _: begin + part * (2_000_000 // len(part))
@@ -440,7 +440,7 @@ async def test_an_answer_of_endless_parts_is_left_and_others_have_turns_meanwhil
 
 
 async def test_an_answer_that_comes_byte_by_byte_is_left(
-    careless: Outbound, site: Site, monkeypatch: pytest.MonkeyPatch
+    careless: SafeHttp, site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(safe_http, "TURN_BYTES", 1)
     monkeypatch.setattr(safe_http, "MAX_READS", 200)
@@ -452,7 +452,7 @@ async def test_an_answer_that_comes_byte_by_byte_is_left(
 
 
 async def test_answers_that_have_begun_take_a_share_of_the_loop(
-    careless: Outbound, site: Site, monkeypatch: pytest.MonkeyPatch
+    careless: SafeHttp, site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Previews and notifications alike, and neither waits for the other's share."""
     events = Events(monkeypatch, seconds=0.001)
@@ -481,7 +481,7 @@ def overdraw(share: LoopTime) -> None:
 
 
 async def test_waits_for_our_share_of_the_loop_make_nobody_slow(
-    careless: Outbound, site: Site, monkeypatch: pytest.MonkeyPatch
+    careless: SafeHttp, site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(safe_http, "TOTAL_SECONDS", 0.5)
     monkeypatch.setattr(push_posts, "SLOW_SECONDS", 0.25)

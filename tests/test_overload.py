@@ -20,7 +20,7 @@ from protocol.server import Error
 from prove.client import Client
 from server.core.config import Settings
 from server.gateway.websocket import WebSocket
-from server.limits.admission import Admission, Place
+from server.limits.admission import Admission, Slot
 from server.limits.load_shedding import LATE_SECONDS
 from tests.world import World, message, sent, until
 
@@ -39,7 +39,7 @@ class Clock:
 def test_never_more_than_so_many_are_on_their_way_in(steps: list[tuple[int, bool, float]]) -> None:
     clock = Clock()
     admission = Admission(at_once=8, clock=clock)
-    inside: list[Place] = []
+    inside: list[Slot] = []
     for who, is_coming, seconds in steps:
         clock.now += seconds
         before = len(inside)

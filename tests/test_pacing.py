@@ -31,9 +31,9 @@ from server.gateway.dispatch import Rate, further, most_further
 from server.limits.advertised import advertised, rate_limit
 from server.limits.reservations import GRACE_NS, ReservingBucket
 from server.limits.retries import LATEST_NS, Retries
-from server.limits.shared_rate_limit import SharedAllowance
+from server.limits.shared_rate_limit import SharedRateLimit
 from server.limits.strikes import Strikes
-from server.limits.token_bucket import Allowance, Bucket, Pace
+from server.limits.token_bucket import Pace, TokenBucket, TokenBuckets
 from server.routes import ROUTES
 from tests.world import Room, World, message
 
@@ -80,7 +80,7 @@ def test_a_client_that_keeps_to_the_limits_is_never_refused(
 ) -> None:
     """Also when frames take up to nearly a second to arrive, each another time, in order."""
     clock = Clock()
-    bucket = Allowance[str]("frames", rate, clock=clock)
+    bucket = TokenBuckets[str]("frames", rate, clock=clock)
     paced = Paced(rate_limit(rate))
     now = arrived = 1.0
     for number, pause in enumerate(pauses):
@@ -181,7 +181,7 @@ async def test_one_retry_after_the_time_told_is_not_refused_whatever_the_frame_c
         clock = Clock()
         allowance = allowances[ROUTES[type(frame)].rate]
         # In its place: the handlers have it, too.
-        vars(allowance).update(vars(SharedAllowance("write", rate, None, clock=clock)))
+        vars(allowance).update(vars(SharedRateLimit("write", rate, None, clock=clock)))
         for _ in range(round(4 * rate) - left):
             allowance.require(ada.id)
         refused = await asker.ask(frame)
@@ -198,7 +198,7 @@ async def test_many_short_messages_at_once_are_told_to_come_back_one_token_apart
     asker = await world.connect(await world.user("Ada"))
     about = await world.channel(asker)
     allowance = world.workers[0].app._allowances[Rate.WRITE]  # noqa: SLF001
-    vars(allowance).update(vars(SharedAllowance("write", 1.0, None, clock=Clock())))
+    vars(allowance).update(vars(SharedRateLimit("write", 1.0, None, clock=Clock())))
     for _ in range(4):
         allowance.require(asker.ready.user.id)
     frames = [message(about) for _ in range(5)] + [message(about, "@" * MAX_MENTIONS)]
@@ -225,7 +225,7 @@ async def test_a_message_costs_the_same_by_whatever_frame_it_is_made(
     room: Room, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told: list[int] = []
-    monkeypatch.setattr(SharedAllowance, "_tell", lambda _, __, count: told.append(count))
+    monkeypatch.setattr(SharedRateLimit, "_tell", lambda _, __, count: told.append(count))
     text = " ".join(f"@somebody{number}" for number in range(MAX_MENTIONS))
     text += "😀" * (int(1.8 * TOKEN_BYTES - len(text)) // 4)
     said = message(room.group, text)
@@ -251,7 +251,7 @@ async def test_a_message_costs_the_same_by_whatever_frame_it_is_made(
 @given(rate=st.floats(0.1, 500.0), seed=st.integers(0, 1 << 32), latest=st.sampled_from([0.0, 0.001, 0.1]))
 def test_waiting_as_told_is_never_a_strike(rate: float, seed: int, latest: float) -> None:
     clock, rng = Clock(), random.Random(seed)
-    bucket, strikes = Allowance[str]("frames", rate, clock=clock), Strikes(clock=clock)
+    bucket, strikes = TokenBuckets[str]("frames", rate, clock=clock), Strikes(clock=clock)
     for _ in range(3_000):
         if rng.random() < 0.1:
             bucket.charge("Ada", rng.randrange(20))  # what she sent to another worker
@@ -324,7 +324,7 @@ def test_what_is_a_strike(code: ErrorCode) -> None:
 
 
 def test_no_rate_is_so_small_that_nothing_is_allowed() -> None:
-    assert Bucket(Pace.of(0.01)).take() == 0
+    assert TokenBucket(Pace.of(0.01)).take() == 0
 
 
 async def test_a_client_that_waits_as_told_is_not_closed(settings: Settings) -> None:
@@ -395,7 +395,7 @@ async def test_ready_tells_the_rates(settings: Settings) -> None:
 @pytest.mark.parametrize("rate", [0.1, 0.25, 0.5, 0.9, 1.0, 5.0])
 def test_a_charge_never_gives_tokens_back(rate: float) -> None:
     """Rates below one a second have a bucket of less than two tokens, and so little ahead."""
-    bucket = Allowance[str]("frames", rate, clock=lambda: 0)
+    bucket = TokenBuckets[str]("frames", rate, clock=lambda: 0)
     while bucket.take("Ada") == 0:
         pass
     waits = [bucket.take("Ada")]

@@ -19,7 +19,7 @@ from server.db.rows import Undecoded
 from server.domain import sync
 from server.gateway.connection import Connection
 from server.hub import online_users as people_module
-from server.hub.online_users import People
+from server.hub.online_users import OnlineUsers
 from server.queries import conversations, users
 from server.queries.conversations import Membership
 from server.queries.users import OwnNews
@@ -81,7 +81,7 @@ async def quiet(world: World, *who: Somebody) -> None:
             await until(partial(_knows, people, one.id, version))
 
 
-def _knows(people: People, user_id: UserId, version: int) -> bool:
+def _knows(people: OnlineUsers, user_id: UserId, version: int) -> bool:
     sockets = people.sockets(user_id)
     return not people._looks and all(  # noqa: SLF001
         known == version for known in [people.version(user_id), *(socket.user_version for socket in sockets)] if sockets
@@ -181,7 +181,7 @@ async def test_own_change_does_not_hide_news_that_was_missed(
     # Nor a session that ended.
     await lone.db.execute("DELETE FROM session")
     await lone.db.execute('UPDATE "user" SET version = version + 1 WHERE id = $1', ada.id)
-    lone.workers[0].app.hub.poke([ada.id])
+    lone.workers[0].app.hub.notify([ada.id])
     assert [await socket.closed() for socket in sockets] == [CloseCode.SESSION_ENDED] * 2
 
 
@@ -238,7 +238,7 @@ async def test_revoked_session_ends_while_own_news_cannot_be_read(lone: World, m
     await socket.call(client.SetDraft(conversation_id=group, content="Dear"))
     await lone.db.execute("DELETE FROM session")
     await lone.db.execute('UPDATE "user" SET version = version + 1 WHERE id = $1', ada.id)
-    lone.workers[0].app.hub.poke([ada.id])
+    lone.workers[0].app.hub.notify([ada.id])
     assert await socket.closed() == CloseCode.SESSION_ENDED
     may_read.set()
 

@@ -19,7 +19,7 @@ from server.fairness.loop_time import LoopTime
 from server.jobs import push, push_hosts, push_posts
 from server.jobs.push_drops import Drops
 from server.jobs.push_posts import Failed, Posts, Push, Rejected
-from server.queries.push import Post
+from server.queries.push import PushPost
 from tests.browser import Browser, post_to, say
 from tests.world import World, sent, until
 
@@ -42,7 +42,7 @@ class Service:
         if push.endpoint in self.refusals:
             raise self.refusals[push.endpoint]
 
-    async def post(self, *new: Post) -> list[str]:
+    async def post(self, *new: PushPost) -> list[str]:
         """Enqueue posts, and return to which endpoints posts began."""
         before = len(self.begun)
         for one in new:
@@ -267,9 +267,9 @@ async def test_posts_of_large_conversations_take_turns_with_others_and_fill_half
 async def test_newer_notification_of_a_conversation_replaces_the_one_that_waits(service: Service) -> None:
     older = post_to(f"{HOST}/a")
     newer = older._replace(message_id=post_to(HOST).message_id)
-    read: list[Post] = []
+    read: list[PushPost] = []
 
-    async def keep(post: Post) -> Push:
+    async def keep(post: PushPost) -> Push:
         read.append(post)
         return await say(post)
 
@@ -283,7 +283,7 @@ async def test_one_post_begins_in_a_turn_of_the_loop(service: Service) -> None:
     at: Counter[int] = Counter()
     turn = 0
 
-    async def read(_: Post) -> None:
+    async def read(_: PushPost) -> None:
         at[turn] += 1
 
     service.queue._read = read  # noqa: SLF001
@@ -301,7 +301,7 @@ async def test_posts_stop_beginning_when_their_share_of_the_loop_is_used_up(serv
     used, now = 0.0, 0.0
     service.queue._time = LoopTime(0.1, 0.1, clock=lambda: now, used=lambda: used)  # noqa: SLF001
 
-    async def read(_: Post) -> None:
+    async def read(_: PushPost) -> None:
         nonlocal used, now
         used += 0.004
         now += 0.004
@@ -372,7 +372,7 @@ class TestInTheServer:
             await (await world.connect(mary)).call(bad)
             to_mary = await sent(sender, await world.group(sender, mary), "To Mary")
             assert (await browser.next())[1].message_id == to_mary
-            queue = world.workers[0].app.notices._posts  # noqa: SLF001
+            queue = world.workers[0].app.web_push._posts  # noqa: SLF001
             await until(lambda: not queue._tasks)  # noqa: SLF001
             to_charles = await sent(sender, await world.group(sender, charles), "To Charles")
             assert (await browser.next())[1].message_id == to_charles

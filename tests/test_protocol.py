@@ -25,7 +25,7 @@ from server.describe import handbook
 from server.gateway.websocket import MAX_EARLY_BYTES, MAX_FRAGMENTS, MESSAGE_SECONDS
 from server.http.asyncapi import CLIENT_FRAMES
 from server.limits.strikes import ALWAYS
-from server.limits.token_bucket import Allowance
+from server.limits.token_bucket import TokenBuckets
 
 TEXT = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), min_size=1, max_size=50)
 JSON = st.recursive(
@@ -144,7 +144,7 @@ def test_an_allowance_gives_its_burst_and_refills_at_its_rate(
     start: int, rate: float, burst: int, waits: list[int]
 ) -> None:
     now = start
-    allowance: Allowance[str] = Allowance("frames", rate, burst=burst, clock=lambda: now)
+    allowance: TokenBuckets[str] = TokenBuckets("frames", rate, burst=burst, clock=lambda: now)
     assert all(allowance.take("a") == 0.0 for _ in range(burst))
     assert 0 < allowance.take("a") <= 1.001 / rate
     assert allowance.take("b") == 0.0, "one's haste is not another's"

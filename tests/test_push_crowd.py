@@ -17,9 +17,9 @@ from server.db.database import Db
 from server.jobs.push import IN_A_TURN, TICK_SECONDS
 from server.jobs.push_hosts import PER_HOST
 from server.jobs.push_posts import Posts
-from server.jobs.safe_http import Answer, Outbound
+from server.jobs.safe_http import HttpAnswer, SafeHttp
 from server.queries import push
-from server.queries.push import Found, Look, Post
+from server.queries.push import DuePushes, PushPage, PushPost
 from tests.world import PUSH_POINT, World, message, sent, until
 
 MEMBERS, BROWSERS = 20_000, 2_000
@@ -52,17 +52,17 @@ async def test_member_of_a_crowd_who_writes_all_the_time_silences_nobody_else(
     """When each page was asked for, of which conversations, and how many posts had begun when it was there."""
     due = push.due
 
-    async def noted(db: Db, looks: Sequence[Look], limit: int) -> Found:
+    async def noted(db: Db, looks: Sequence[PushPage], limit: int) -> DuePushes:
         asked_at = time.monotonic()
         found = await due(db, looks, limit)
         pages.append((asked_at, {look.conversation_id for look in looks}, len(pushed)))
         return found
 
-    async def post(self: Outbound, url: str, body: bytes, headers: dict[str, str]) -> Answer:  # noqa: ARG001
+    async def post(self: SafeHttp, url: str, body: bytes, headers: dict[str, str]) -> HttpAnswer:  # noqa: ARG001
         pushed.append(url)
-        return Answer(201, Headers(), b"", url)
+        return HttpAnswer(201, Headers(), b"", url)
 
-    monkeypatch.setattr(Outbound, "post", post)
+    monkeypatch.setattr(SafeHttp, "post", post)
     monkeypatch.setattr(push, "due", noted)
     settings = Settings(database_url=settings.database_url, redis_url=settings.redis_url)
     async with World(msgspec.structs.replace(settings, push_after_seconds=1.0), workers=1) as world:
@@ -100,7 +100,7 @@ async def test_member_of_a_crowd_who_writes_all_the_time_silences_nobody_else(
         assert max(pages_before) <= 2, pages_before
         assert max(posts_before) <= 2 * PER_HOST, posts_before
         assert len(set(pushed)) > 100, "the crowd is told, too"
-        assert "database" not in world.workers[0].app.notices.dropped
+        assert "database" not in world.workers[0].app.web_push.dropped
 
 
 async def test_posts_of_one_user_are_queued_over_many_turns_of_the_loop(
@@ -111,7 +111,7 @@ async def test_posts_of_one_user_are_queued_over_many_turns_of_the_loop(
     in_turn: Counter[int] = Counter()
     add = Posts.add
 
-    def noted(self: Posts, post: Post, *, is_crowd: bool = False) -> None:
+    def noted(self: Posts, post: PushPost, *, is_crowd: bool = False) -> None:
         in_turn[turn] += 1
         add(self, post, is_crowd=is_crowd)
 

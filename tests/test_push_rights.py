@@ -92,7 +92,7 @@ LATE: dict[Callable[[Case], Awaitable[None]], list[str]] = {
 async def test_queued_notification_is_pushed_only_while_its_reader_has_a_right_to_it(world: World) -> None:
     ada, *readers = await world.users("Ada", *(act.__name__.title() for act in LATE))
     sender = await world.connect(ada)
-    queue = world.workers[0].app.notices._posts  # noqa: SLF001
+    queue = world.workers[0].app.web_push._posts  # noqa: SLF001
     cases: dict[Callable[[Case], Awaitable[None]], Case] = {}
     try:
         for act, who in zip(LATE, readers, strict=True):

@@ -384,7 +384,7 @@ async def test_a_busy_crowd_hears_everything_in_order_and_heartbeats_never_run_a
             for number in range(25):
                 await sent(one, group, f"{number}")
                 for worker in world.workers:
-                    await worker.app.roster._beat()  # noqa: SLF001
+                    await worker.app.connections._beat()  # noqa: SLF001
 
         await asyncio.gather(*(talk(one) for one in crowd[:12]))
         early = 0

@@ -20,7 +20,7 @@ from server.core.config import Settings
 from server.domain import search_text
 from server.fairness.share import Share
 from server.gateway.dispatch import Rate
-from server.limits.shared_rate_limit import SharedAllowance
+from server.limits.shared_rate_limit import SharedRateLimit
 from tests.world import Room, World, refused, sent, until
 
 
@@ -225,7 +225,7 @@ async def test_a_user_whose_searches_are_slow_waits_between_them(settings: Setti
         app = world.workers[0].app
         ada, charles, dora = await world.users("Ada", "Charles", "Dora")
         one, other, third = [await world.connect(who) for who in (ada, charles, dora)]
-        app._allowances[Rate.SEARCH] = SharedAllowance("search", 2.0, None, clock=lambda: 1)  # noqa: SLF001
+        app._allowances[Rate.SEARCH] = SharedRateLimit("search", 2.0, None, clock=lambda: 1)  # noqa: SLF001
         for asker, seconds, answered in ((one, 0.0, 8), (other, 1.0, 1)):
             app._database._shared.searches._clock = count(0.0, seconds).__next__  # noqa: SLF001
             answers = [await asker.ask(client.Search(text="engine")) for _ in range(9)]

@@ -133,7 +133,7 @@ async def is_added(on: Stage) -> None:
 async def loses_the_session(on: Stage) -> None:
     await on.world.db.execute("DELETE FROM session WHERE user_id = $1", on.them.id)
     await on.world.db.execute('UPDATE "user" SET version = version + 1 WHERE id = $1', on.them.id)
-    on.app.hub.poke([on.them.id])
+    on.app.hub.notify([on.them.id])
     assert await on.ada.closed() == CloseCode.SESSION_ENDED
 
 

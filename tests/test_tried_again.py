@@ -15,7 +15,7 @@ from server.context import Context
 from server.core.config import Settings
 from server.gateway.dispatch import Dispatch
 from server.hub import hub
-from server.limits.shared_rate_limit import SharedAllowance
+from server.limits.shared_rate_limit import SharedRateLimit
 from server.routes import ROUTES
 from tests.test_credentials import administer
 from tests.test_lock_order import AS_BEFORE, NOT_NOW, Quarrel
@@ -100,9 +100,9 @@ async def test_frame_whose_first_attempt_is_ended_is_done_and_told_once(
 
 async def test_forward_that_is_tried_again_is_paid_for_once(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[int] = []
-    require = SharedAllowance.require
+    require = SharedRateLimit.require
 
-    def noted(self: SharedAllowance, user_id: UserId, count: int = 1, **options: Any) -> None:
+    def noted(self: SharedRateLimit, user_id: UserId, count: int = 1, **options: Any) -> None:
         taken.append(count)
         require(self, user_id, count, **options)
 
@@ -111,7 +111,7 @@ async def test_forward_that_is_tried_again_is_paid_for_once(world: World, monkey
     said = await sent(ada, about, "é" * 10_000)
     await world.db.execute(FAIL)
     await world.db.execute(AT_COMMIT.format(table="message"))
-    monkeypatch.setattr(SharedAllowance, "require", noted)
+    monkeypatch.setattr(SharedRateLimit, "require", noted)
     for tries in (1, -1):
         taken.clear()
         await world.db.execute(ARM, tries)

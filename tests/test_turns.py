@@ -26,7 +26,7 @@ from server.core.config import Settings
 from server.core.deadlines import Deadlines
 from server.core.errors import Away
 from server.db.database import Database, Db
-from server.db.pool import OfSessions, Part, Pool
+from server.db.pool import OfSessions, Pool, UserPool
 from server.db.reconnecting import RETRY_SECONDS, Reconnecting
 from server.fairness.turns import Turns
 from server.gateway.connection import Connection
@@ -220,13 +220,13 @@ async def test_every_route_of_a_user_waits_in_the_turns_of_the_user(
     pool = app._database._shared.pool  # noqa: SLF001
     own = pool._sessions_turns  # noqa: SLF001
     poked: list[UserId] = []
-    poke = Hub.poke
+    poke = Hub.notify
 
     def noted(hub: Hub, user_ids: Iterable[UserId], **options: bool) -> None:
         poked.extend(user_ids)
         poke(hub, poked, **options)
 
-    monkeypatch.setattr(Hub, "poke", noted)
+    monkeypatch.setattr(Hub, "notify", noted)
     made = await begun(world, ada.id, CONNECTIONS)
     holding = await asyncpg.connect(world.settings.database_url)
     async with http_client(world.url) as http:
@@ -478,7 +478,7 @@ async def test_requests_about_sessions_wait_behind_none_of_their_users_frames() 
     held, *_ = [await pool.take() for _ in range(CONNECTIONS)]
     order: list[str] = []
 
-    async def use(name: str, part: Part) -> None:
+    async def use(name: str, part: UserPool) -> None:
         connection = await part.take()
         order.append(name)
         part.give(connection, is_usable=True)

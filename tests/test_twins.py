@@ -11,7 +11,7 @@ from protocol.ids import MessageId
 from protocol.values import User
 from prove.client import Client
 from server.queries import push, relationships
-from server.queries.relationships import Change
+from server.queries.relationships import RelationshipChange
 from tests.world import PUSH_POINT, Room, Somebody, World, sent
 
 BLOCKS, HIDES, SWITCHED, INVISIBLE, AWAY = "Blocks", "Hides", "Switched", "Invisible", "Away"
@@ -172,7 +172,7 @@ async def test_a_worker_that_missed_a_block_notices_it_and_tells_nobody_of_its_c
     who, _ = await meet(room, world)
     ada = room.them[0].id
     before = await world.db.fetchval('SELECT version FROM "user" WHERE id = $1', ada)
-    await relationships.put(world.db, who.id, ada, Change("block", "active"), who.id)
+    await relationships.put(world.db, who.id, ada, RelationshipChange("block", "active"), who.id)
     await world.workers[0].app.hub.people.compare(parts=1)
     await room.ada.event(server.PresenceChanged, lambda event: event.presence.status == "offline")
     assert await world.db.fetchval('SELECT version FROM "user" WHERE id = $1', ada) == before
@@ -185,7 +185,7 @@ async def test_nobody_is_pushed_a_name_that_they_may_not_see_any_more(room: Room
     key = client.RegisterPush(endpoint="https://push.example/1", p256dh=PUSH_POINT, auth="A" * 22)
     await room.ada.call(key)
     message_id = await sent(one, room.group)
-    queued = (await push.due(world.db, [push.Look(room.group, push.FIRST, (message_id,))], 100)).posts
+    queued = (await push.due(world.db, [push.PushPage(room.group, push.FIRST, (message_id,))], 100)).posts
     assert [notice.sender.id for notice in await push.notices(world.db, queued)] == [who.id]
     await one.call(client.Leave(conversation_id=room.group))
     assert len(await push.notices(world.db, queued)) == 1, "a name that everybody may see"

@@ -7,7 +7,7 @@ import pytest
 
 from protocol.ids import UserId, uuid7
 from server.domain import untold
-from server.domain.untold import News, Reason, Untold
+from server.domain.untold import PresenceNews, Reason, Untold
 
 
 def user() -> UserId:
@@ -25,10 +25,10 @@ class Told:
     def keep(self, count: int = 1) -> list[UserId]:
         ids = [user() for _ in range(count)]
         for one in ids:
-            self.untold.keep(one, News(Reason.DEVICE))
+            self.untold.keep(one, PresenceNews(Reason.DEVICE))
         return ids
 
-    async def _announce(self, news: Mapping[UserId, News]) -> None:
+    async def _announce(self, news: Mapping[UserId, PresenceNews]) -> None:
         self.made.append(list(news))
         if self.is_storm:
             self.keep()

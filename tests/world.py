@@ -29,7 +29,7 @@ from server.core.config import Settings
 from server.db.database import speak
 from server.http import openapi
 from server.http.openapi import BEFORE_ANY_PATH
-from server.jobs.scheduled import Scheduling
+from server.jobs.scheduled import Scheduler
 from server.processes.worker import DrainingServer
 from server.queries import accounts, sessions
 
@@ -231,7 +231,7 @@ def refused(code: ErrorCode, path: str | None) -> "pytest.RaisesExc[Refused]":
     return pytest.raises(Refused, check=lambda error: (error.code, error.path) == (code, path))
 
 
-async def all_sent(scheduling: Scheduling) -> None:
+async def all_sent(scheduling: Scheduler) -> None:
     """Return when nothing is left of the scheduled messages that a worker has begun to send."""
     while scheduling._sending:  # noqa: SLF001
         await asyncio.wait(scheduling._sending)  # noqa: SLF001

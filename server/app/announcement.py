@@ -20,14 +20,14 @@ UNTOLD = f"Open sockets see it within {BOUND_SECONDS:.0f} seconds."
 NO_SERVER = "none is at this Redis. If one runs, set REDIS_URL as it has it"
 
 
-class News(NamedTuple):
+class CommandNews(NamedTuple):
     """What to tell the workers, and the address of an account whose failed logins are forgotten."""
 
     tell: Callable[[Events], None]
     account: str | None = None
 
 
-async def announce(redis_url: str | None, installation: str, news: News) -> None:
+async def announce(redis_url: str | None, installation: str, news: CommandNews) -> None:
     """Publish news to the workers of an installation. Tell the operator if none of them received it, why, and when they
     find out. `redis_url` is as in Reached.
     """
@@ -43,7 +43,7 @@ async def announce(redis_url: str | None, installation: str, news: News) -> None
         complain(f"The change is stored, but no server was told: {str(error).rstrip('.')}. {UNTOLD}")
 
 
-async def _publish(redis_url: str, installation: str, news: News) -> bool:
+async def _publish(redis_url: str, installation: str, news: CommandNews) -> bool:
     """Publish news. Return whether a worker of the installation is there to receive it. Those who receive a channel
     would say less: of a user without a connection, there are none.
     """

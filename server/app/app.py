@@ -17,7 +17,7 @@ from starlette.routing import Route, WebSocketRoute
 from protocol.errors import CloseCode
 from protocol.ids import ConversationId, UserId
 from server.app.background import Background
-from server.app.hub_store import PostgresRecord
+from server.app.hub_store import PostgresHubStore
 from server.auth.attempts import Attempts
 from server.auth.sessions import Sessions
 from server.auth.tickets import Ticket, Tickets
@@ -32,12 +32,12 @@ from server.db.migrate import require_steps
 from server.domain import sync
 from server.domain.presence import Presence
 from server.fairness.lanes import Held, Lanes
-from server.gateway.connection import Connection, Lifecycle, Shared
-from server.gateway.connections import Roster
+from server.gateway.connection import Connection, ConnectionDeps, Hooks
+from server.gateway.connections import Connections
 from server.gateway.dispatch import Dispatch, Rate
 from server.gateway.sockets import Sockets, most_sockets
 from server.http.accounts import Accounts
-from server.http.endpoints import CONNECTS_PER_SECOND, Door, Endpoints
+from server.http.endpoints import CONNECTS_PER_SECOND, Endpoints, HttpDeps
 from server.http.forwarded import Forwarded
 from server.http.middleware import Counted, CountedPreflights, Tallied
 from server.http.routing import no_path, no_route
@@ -46,15 +46,15 @@ from server.hub.cluster_bus import ClusterBus, is_cluster
 from server.hub.hub import Hub
 from server.hub.redis_bus import Alone, RedisBus
 from server.jobs.previews import Previews
-from server.jobs.push import Notices, new_key
-from server.jobs.safe_http import Outbound
-from server.jobs.scheduled import Scheduling
+from server.jobs.push import WebPush, new_key
+from server.jobs.safe_http import SafeHttp
+from server.jobs.scheduled import Scheduler
 from server.limits.admission import Admission
 from server.limits.advertised import advertised
-from server.limits.load_shedding import Pressure
+from server.limits.load_shedding import LoadShedding
 from server.limits.per_address import Addresses
-from server.limits.shared_rate_limit import SharedAllowance
-from server.limits.token_bucket import Allowance, Pace
+from server.limits.shared_rate_limit import SharedRateLimit
+from server.limits.token_bucket import Pace, TokenBuckets
 from server.queries import push, sending
 from server.queries.sending import Outgoing, Stored
 from server.routes import ROUTES
@@ -104,7 +104,7 @@ class App:
         self._working: set[asyncio.Task[None]] = set()
         self._tasks: list[asyncio.Task[None]] = []
 
-        record = PostgresRecord(database)
+        record = PostgresHubStore(database)
         self.hub = Hub(
             record,
             connect,
@@ -113,7 +113,7 @@ class App:
         self.presence = Presence(self._redis, installation, database, self.hub.announce)
         self._tickets = Tickets(self._redis, installation)
         self.sessions = Sessions(database, self._tickets, days=settings.session_days)
-        self.roster = Roster(
+        self.connections = Connections(
             self.hub,
             heartbeat_seconds=settings.heartbeat_seconds,
             alive=self.sessions.keep,
@@ -126,7 +126,7 @@ class App:
             frames=Pace.of(settings.frame_rate),
             outbox_bytes=settings.outbox_bytes,
         )
-        self.pressure = Pressure()
+        self.pressure = LoadShedding()
         self.admission = Admission()
         self._sends: Lanes[ConversationId, Outgoing, Stored | None] = Lanes(
             key=lambda out: out.frame.conversation_id,
@@ -139,8 +139,8 @@ class App:
             lanes=max(1, settings.database_connections // LANES_SHARE),
         )
 
-        self._outbound = Outbound(to_private=settings.private_addresses)
-        self.notices = Notices(
+        self._outbound = SafeHttp(to_private=settings.private_addresses)
+        self.web_push = WebPush(
             database,
             self._outbound,
             key=push_key,
@@ -157,7 +157,7 @@ class App:
         }
         others = None if isinstance(self.hub.bus, Alone) else self._redis
         self._allowances = {
-            one: SharedAllowance(one.value, rate, others, installation=installation) for one, rate in rates.items()
+            one: SharedRateLimit(one.value, rate, others, installation=installation) for one, rate in rates.items()
         }
         services = Services(
             database=database,
@@ -166,15 +166,15 @@ class App:
             sends=self._sends,
             memberships=record.memberships,
             unconfirmed=Unconfirmed(),
-            notices=self.notices,
+            web_push=self.web_push,
             previews=self.previews,
             writes=self._allowances[Rate.WRITE],
-            new_endpoints=Allowance("new push endpoints", ENDPOINT_RATE, burst=ENDPOINT_BURST),
-            push_key=self.notices.public_key,
+            new_endpoints=TokenBuckets("new push endpoints", ENDPOINT_RATE, burst=ENDPOINT_BURST),
+            push_key=self.web_push.public_key,
             anyone_adds=settings.add_people == "anyone",
         )
         self._services = services
-        self.scheduling = Scheduling(services, most=max(1, settings.database_connections // SENDERS_SHARE))
+        self.scheduling = Scheduler(services, most=max(1, settings.database_connections // SENDERS_SHARE))
         self.background = Background(
             settings,
             database,
@@ -182,16 +182,16 @@ class App:
             sessions=self.sessions,
             presence=self.presence,
             scheduling=self.scheduling,
-            notices=self.notices,
+            web_push=self.web_push,
             metrics=metrics,
         )
         dispatch = Dispatch(ROUTES, self._allowances, metrics=metrics, pressure=self.pressure)
         self.searching = dispatch.searching
-        shared = Shared(
+        shared = ConnectionDeps(
             epoch=self.epoch.id,
             hub=self.hub,
             dispatch=dispatch,
-            lifecycle=Lifecycle(sync.start, sync.refresh),
+            lifecycle=Hooks(sync.start, sync.refresh),
             limits=advertised(settings),
             frames=Pace.of(settings.frame_rate),
             arrived=self._arrived,
@@ -219,10 +219,10 @@ class App:
         addresses = Addresses(
             settings.address_rate, connections=settings.connections_per_address, too_many=self.sockets.too_many
         )
-        self._connects: Allowance[UserId] = Allowance(
+        self._connects: TokenBuckets[UserId] = TokenBuckets(
             "connections of your user that begin", CONNECTS_PER_SECOND, burst=2.0 * settings.connections_per_user
         )
-        door = Door(
+        door = HttpDeps(
             services=services,
             shared=shared,
             sessions=self.sessions,
@@ -252,7 +252,7 @@ class App:
         self.starlette.router.redirect_slashes = False
         self.starlette.router.default = no_path
         metrics.values = self._values
-        metrics.push_dropped = self.notices.dropped
+        metrics.push_dropped = self.web_push.dropped
         metrics.closed = self.sockets.closed
         metrics.answers = self.sockets.answers
 
@@ -289,7 +289,7 @@ class App:
         app = cls(settings, database, metrics, redis, connect, push_key=push_key)
         await app.hub.start()
         await app.presence.start()
-        app.roster.start()
+        app.connections.start()
         app.background.start()
         app._tasks = [
             asyncio.create_task(every(METRICS_SECONDS, app.metrics.write)),
@@ -301,7 +301,7 @@ class App:
     async def drain(self) -> None:
         """Send everyone elsewhere, after what they have begun is done."""
         self._draining.set()
-        await self.roster.drain(CloseCode.START_OVER if self.epoch.over.is_set() else CloseCode.GOING_AWAY)
+        await self.connections.drain(CloseCode.START_OVER if self.epoch.over.is_set() else CloseCode.GOING_AWAY)
 
     async def finish(self) -> None:
         """Return when nothing is in the middle of something, or it has taken too long."""
@@ -318,7 +318,7 @@ class App:
             await allowance.close()
         await self.presence.close(is_epoch_over=self.epoch.over.is_set())
         await self.hub.close()
-        await self.notices.close()
+        await self.web_push.close()
         await self._outbound.close()
         await self._redis.aclose()
         if isinstance(self._redis, RedisCluster):
@@ -335,11 +335,11 @@ class App:
             return await sending.send(db, batch)
 
     def _arrived(self, connection: Connection) -> None:
-        self.roster.add(connection)
+        self.connections.add(connection)
         self.presence.arrived(connection.user_id, connection)
 
     def _left(self, connection: Connection) -> None:
-        self.roster.remove(connection)
+        self.connections.remove(connection)
         self.presence.left(connection.user_id, connection, connection.closed_with)
 
     async def _issue_tickets(self, connections: list[Connection]) -> list[str | None]:
@@ -351,7 +351,7 @@ class App:
 
     def _values(self) -> dict[str, float]:
         return {
-            "connections": len(self.roster),
+            "connections": len(self.connections),
             "conversations": len(self.hub.topics),
             "bus_up": int(self.hub.bus.is_up),
             "database_connections": self._database.size,

@@ -14,8 +14,8 @@ from server.domain.erasure import erase_due
 from server.domain.presence import Presence
 from server.hub.hub import Hub
 from server.jobs.expiry import expire_due
-from server.jobs.push import Notices
-from server.jobs.scheduled import Scheduling
+from server.jobs.push import WebPush
+from server.jobs.scheduled import Scheduler
 from server.queries import approaches, audit, relationships, remains, scheduled, search_index
 
 DUE_SECONDS = 1.0
@@ -54,8 +54,8 @@ class Background:
         *,
         sessions: Sessions,
         presence: Presence,
-        scheduling: Scheduling,
-        notices: Notices,
+        scheduling: Scheduler,
+        web_push: WebPush,
         metrics: Metrics,
     ) -> None:
         self._database = database
@@ -68,7 +68,7 @@ class Background:
         self._tasks: list[asyncio.Task[None]] = []
         self.jobs = (
             Job(DUE_SECONDS, scheduling.send_due),
-            Job(DUE_SECONDS, notices.push_due),
+            Job(DUE_SECONDS, web_push.push_due),
             Job(DUE_SECONDS, self.expire_due),
             Job(DUE_SECONDS, self.clear_remains),
             Job(TIDY_SECONDS, self.tidy),
@@ -102,7 +102,7 @@ class Background:
         async with self._database.connection() as db:
             is_more_due = await remains.clear(db)
             emptied = await remains.empty(db)
-        self._hub.poke(emptied.user_ids)
+        self._hub.notify(emptied.user_ids)
         return is_more_due or emptied.is_more_due
 
     async def tidy(self) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from protocol.ids import ConversationId, SessionId, UserId
 from protocol.limits import MAX_CHANGES
 from server.db.database import Database
-from server.fairness.batcher import Gather
+from server.fairness.batcher import Batcher
 from server.hub.doubts import Pair
 from server.hub.topics import Fetched
 from server.queries import changes, conversations, sessions, users
@@ -17,10 +17,10 @@ MEMBERSHIPS_AT_ONCE = 64
 """Max users per membership query."""
 
 
-class PostgresLook:
+class PostgresUserNews:
     """What connections of one user are told, in PostgreSQL. Each question is asked once; later callers share it."""
 
-    def __init__(self, record: "PostgresRecord", user_id: UserId, *, is_whole: bool) -> None:
+    def __init__(self, record: "PostgresHubStore", user_id: UserId, *, is_whole: bool) -> None:
         self._record = record
         self._user_id = user_id
         self.is_whole = is_whole
@@ -40,14 +40,14 @@ class PostgresLook:
         return await asyncio.shield(there)
 
 
-class PostgresRecord:
+class PostgresHubStore:
     """The hub's Record, in PostgreSQL."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
-        self._versions: Gather[Sequence[ConversationId], dict[ConversationId, int]] = Gather(self._read, most=256)
-        self._users: Gather[Sequence[UserId], dict[UserId, Clocks]] = Gather(self._read_users, most=256)
-        self.memberships: Gather[UserId, dict[ConversationId, Membership]] = Gather(
+        self._versions: Batcher[Sequence[ConversationId], dict[ConversationId, int]] = Batcher(self._read, most=256)
+        self._users: Batcher[Sequence[UserId], dict[UserId, Clocks]] = Batcher(self._read_users, most=256)
+        self.memberships: Batcher[UserId, dict[ConversationId, Membership]] = Batcher(
             self._read_memberships, most=MEMBERSHIPS_AT_ONCE
         )
 
@@ -68,9 +68,9 @@ class PostgresRecord:
         """Return users' clocks."""
         return await self._users.submit(user_ids)
 
-    def look(self, user_id: UserId, *, is_whole: bool) -> PostgresLook:
+    def look(self, user_id: UserId, *, is_whole: bool) -> PostgresUserNews:
         """Return what a user's connections share the answers of."""
-        return PostgresLook(self, user_id, is_whole=is_whole)
+        return PostgresUserNews(self, user_id, is_whole=is_whole)
 
     async def news(self, user_id: UserId, since: int) -> OwnNews:
         """Return the first changes of a user's own after a number of their clock."""

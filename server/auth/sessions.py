@@ -12,7 +12,7 @@ from server.auth.tickets import PREFIX, TicketRefused, Tickets
 from server.auth.tokens import token_hash
 from server.core.errors import is_lost
 from server.db.database import Database
-from server.fairness.batcher import Gather
+from server.fairness.batcher import Batcher
 from server.queries import sessions
 from server.queries.sessions import Active
 
@@ -39,8 +39,8 @@ class Sessions:
         self._tickets = tickets
         self.lasts = timedelta(days=days)
         self._slide_every = min(SLIDE_EVERY, self.lasts / 2)
-        self._lookups: Gather[str, Active | None] = Gather(self._find, most=256)
-        self._returns: Gather[SessionId, Active | None] = Gather(self._find_by_id, most=256)
+        self._lookups: Batcher[str, Active | None] = Batcher(self._find, most=256)
+        self._returns: Batcher[SessionId, Active | None] = Batcher(self._find_by_id, most=256)
         self._tasks: set[asyncio.Task[object]] = set()
         self._being_extended: set[SessionId] = set()
 

@@ -15,7 +15,7 @@ from protocol.errors import ErrorCode, Refused
 from protocol.ids import SessionId
 from server.auth.tokens import new_token, token_hash
 from server.core.errors import REDIS_LOST
-from server.fairness.batcher import Gather
+from server.fairness.batcher import Batcher
 
 LASTS_SECONDS = 60
 PREFIX = "ticket."
@@ -49,8 +49,8 @@ class Tickets:
     def __init__(self, redis: Redis | RedisCluster, installation: str) -> None:
         self._redis = redis
         self._prefix = f"{KEY}{installation}:"
-        self._looks: Gather[str, Ticket | None] = Gather(self._look, most=AT_ONCE)
-        self._returns: Gather[str, Ticket | None] = Gather(self._redeem, most=AT_ONCE)
+        self._looks: Batcher[str, Ticket | None] = Batcher(self._look, most=AT_ONCE)
+        self._returns: Batcher[str, Ticket | None] = Batcher(self._redeem, most=AT_ONCE)
 
     async def issue(self, wanted: Sequence[Ticket]) -> list[str | None]:
         """Return the words of each ticket; none while Redis is away: the token does as well."""

@@ -20,7 +20,7 @@ from protocol import limits
 from protocol.codec import advice
 from protocol.http import canonical
 from protocol.ids import EVERYONE, ConversationId, MessageId, UserId
-from server.app.announcement import News, announce
+from server.app.announcement import CommandNews, announce
 from server.auth import passwords
 from server.cli.arguments import Parser, named
 from server.context import Events
@@ -33,11 +33,11 @@ from server.db.epoch import epoch_id
 from server.domain import membership
 from server.domain.erasure import erase
 from server.domain.export import written
-from server.domain.publish import tell_participant, tell_updated
+from server.domain.publish import publish_participant, publish_updated
 from server.ops.progress import Progress
 from server.processes.embedded.reach import Reached, reached
 from server.queries import accounts, audit, conversations, erasure, export, participants, sessions, users
-from server.queries.accounts import Card
+from server.queries.accounts import AccountCard
 from server.queries.audit import Deed
 
 GROUPS = ("user", "conversation")
@@ -52,26 +52,26 @@ SHOWN = 50
 LAST_ID = UUID(int=2**128 - 1)
 
 
-class Part(NamedTuple):
+class ListPart(NamedTuple):
     """A part of a list, and the `--after` that shows the next one, if there is one."""
 
     rows: list[Mapping[str, Any]]
     after: str | None
 
 
-Answer: TypeAlias = Mapping[str, Any] | list[Mapping[str, Any]] | Part | None
+Answer: TypeAlias = Mapping[str, Any] | list[Mapping[str, Any]] | ListPart | None
 
 
-class Change(NamedTuple):
+class RightsChange(NamedTuple):
     """The answer of a command that changed rights, and the news for the workers, whose sockets see it."""
 
     answer: Answer
-    news: News
+    news: CommandNews
     failure: str | None = None
     """What to end with, once the workers were told."""
 
 
-Work: TypeAlias = Callable[[Db, argparse.Namespace], Coroutine[None, None, Answer | Change]]
+Work: TypeAlias = Callable[[Db, argparse.Namespace], Coroutine[None, None, Answer | RightsChange]]
 
 
 def main(arguments: list[str]) -> int:
@@ -164,7 +164,7 @@ async def _run(servers: Reached, options: argparse.Namespace) -> Answer:
         answer = await database.twice(lambda: work(connection, options), lambda _: None)
     finally:
         await connection.close()
-    if isinstance(answer, Change):
+    if isinstance(answer, RightsChange):
         await announce(servers.redis_url, installation, answer.news)
         if answer.failure is not None:
             raise Fatal(answer.failure)
@@ -205,7 +205,7 @@ async def list_users(db: Db, options: argparse.Namespace) -> Answer:
     found = await accounts.listed(db, options.text, options.after, limit=options.limit)
     await note(db, "list_users")
     page = await found.decoded()
-    return Part([_fields(entry) for entry in page.rows], page.after)
+    return ListPart([_fields(entry) for entry in page.rows], page.after)
 
 
 async def show_user(db: Db, options: argparse.Namespace) -> Answer:
@@ -215,27 +215,27 @@ async def show_user(db: Db, options: argparse.Namespace) -> Answer:
     return _fields(card)
 
 
-async def disable_user(db: Db, options: argparse.Namespace) -> Change:
+async def disable_user(db: Db, options: argparse.Namespace) -> RightsChange:
     """Lock a user out, everywhere, until enabled again."""
     return await _set_disabled(db, options, is_disabled=True)
 
 
-async def enable_user(db: Db, options: argparse.Namespace) -> Change:
+async def enable_user(db: Db, options: argparse.Namespace) -> RightsChange:
     """Let a user in again."""
     return await _set_disabled(db, options, is_disabled=False)
 
 
-async def promote_user(db: Db, options: argparse.Namespace) -> Change:
+async def promote_user(db: Db, options: argparse.Namespace) -> RightsChange:
     """Make a user a server administrator."""
     return await _set_admin(db, options, is_admin=True)
 
 
-async def demote_user(db: Db, options: argparse.Namespace) -> Change:
+async def demote_user(db: Db, options: argparse.Namespace) -> RightsChange:
     """Make a server administrator a user like others."""
     return await _set_admin(db, options, is_admin=False)
 
 
-async def reset_password(db: Db, options: argparse.Namespace) -> Change:
+async def reset_password(db: Db, options: argparse.Namespace) -> RightsChange:
     """Give a user a new password, print it once, and end their sessions."""
     card = await _card(db, options.user)
     password = secrets.token_urlsafe(PASSWORD_BYTES)
@@ -248,10 +248,10 @@ async def reset_password(db: Db, options: argparse.Namespace) -> Change:
         await users.touch(db, [card.id])
         await note(db, "reset_password", card.id)
     answer = {"id": str(card.id), "email": card.email, "password": password}
-    return Change(answer, News(partial(_of_user, card.id), account=card.email))
+    return RightsChange(answer, CommandNews(partial(_of_user, card.id), account=card.email))
 
 
-async def list_sessions(db: Db, options: argparse.Namespace) -> Answer | Change:
+async def list_sessions(db: Db, options: argparse.Namespace) -> Answer | RightsChange:
     """List a user's sessions."""
     card = await _card(db, options.user)
     if options.revoke:
@@ -262,12 +262,12 @@ async def list_sessions(db: Db, options: argparse.Namespace) -> Answer | Change:
             await sessions.revoke(db, card.id, None)
             await users.touch(db, [card.id])
             await note(db, "revoke_sessions", card.id)
-        return Change(ended, News(partial(_of_user, card.id)))
+        return RightsChange(ended, CommandNews(partial(_of_user, card.id)))
     await note(db, "list_sessions", card.id)
     return [_fields(one) for one in await sessions.of_user(db, card.id, None)]
 
 
-async def _set_disabled(db: Db, options: argparse.Namespace, *, is_disabled: bool) -> Change:
+async def _set_disabled(db: Db, options: argparse.Namespace, *, is_disabled: bool) -> RightsChange:
     card = await _card(db, options.user)
     async with db.transaction():
         await users.lock(db, [card.id])
@@ -275,20 +275,20 @@ async def _set_disabled(db: Db, options: argparse.Namespace, *, is_disabled: boo
         if is_disabled:
             await sessions.revoke(db, card.id, None)
         await note(db, "disable_user" if is_disabled else "enable_user", card.id)
-    return Change(_fields(await _card(db, options.user)), News(partial(_of_user, card.id)))
+    return RightsChange(_fields(await _card(db, options.user)), CommandNews(partial(_of_user, card.id)))
 
 
-async def _set_admin(db: Db, options: argparse.Namespace, *, is_admin: bool) -> Change:
+async def _set_admin(db: Db, options: argparse.Namespace, *, is_admin: bool) -> RightsChange:
     card = await _card(db, options.user)
     async with db.transaction():
         await accounts.promote(db, card.id, is_admin=is_admin)
         await note(db, "promote_user" if is_admin else "demote_user", card.id)
-    return Change(_fields(await _card(db, options.user)), News(partial(_of_user, card.id)))
+    return RightsChange(_fields(await _card(db, options.user)), CommandNews(partial(_of_user, card.id)))
 
 
 def _of_user(user_id: UserId, events: Events) -> None:
     """Have the workers look again at a user's sessions, and at who may see the user."""
-    events.poke([user_id])
+    events.notify([user_id])
     events.reconsider(user_id)
 
 
@@ -301,7 +301,7 @@ async def list_conversations(db: Db, options: argparse.Namespace) -> Answer:
     found = await conversations.listed(db, options.text, options.after, user_id=user_id, limit=options.limit)
     await note(db, "list_conversations", user_id)
     page = await found.decoded()
-    return Part([_fields(entry) for entry in page.rows], None if page.after is None else str(page.after))
+    return ListPart([_fields(entry) for entry in page.rows], None if page.after is None else str(page.after))
 
 
 async def show_conversation(db: Db, options: argparse.Namespace) -> Answer:
@@ -311,7 +311,7 @@ async def show_conversation(db: Db, options: argparse.Namespace) -> Answer:
     return _shown(found)
 
 
-def _shown(found: conversations.Card) -> Answer:
+def _shown(found: conversations.ConversationCard) -> Answer:
     rest = {
         "owner": str(found.owner),
         "messages": found.message_count,
@@ -334,7 +334,7 @@ async def export_conversation(db: Db, options: argparse.Namespace) -> Answer:
     return None
 
 
-async def delete_conversation(db: Db, options: argparse.Namespace) -> Answer | Change:
+async def delete_conversation(db: Db, options: argparse.Namespace) -> Answer | RightsChange:
     """Delete a group or a channel, for everyone and for good."""
     found = (await _conversation(db, options)).conversation
     if membership.is_lasting(found):
@@ -353,9 +353,9 @@ async def delete_conversation(db: Db, options: argparse.Namespace) -> Answer | C
         await note(db, "delete_conversation", None, conversation_id=str(found.id))
 
     def news(events: Events) -> None:
-        tell_updated(events, ended, gone=EVERYONE)
+        publish_updated(events, ended, gone=EVERYONE)
 
-    return Change(answer, News(news))
+    return RightsChange(answer, CommandNews(news))
 
 
 async def show_audit(db: Db, options: argparse.Namespace) -> Answer:
@@ -385,7 +385,7 @@ async def export_user(db: Db, options: argparse.Namespace) -> AsyncIterator[byte
         yield piece
 
 
-async def erase_user(db: Db, options: argparse.Namespace) -> Change:
+async def erase_user(db: Db, options: argparse.Namespace) -> RightsChange:
     """Erase a person now: what they said stays, and nothing else of them. With --verify, prove it."""
     card = await _card(db, options.user)
     texts = [] if card.state == "erased" else await erasure.words(db, card.id)
@@ -393,7 +393,7 @@ async def erase_user(db: Db, options: argparse.Namespace) -> Change:
         await note(db, "show_user", card.id)
         raise Fatal(f"this erases {card.name} ({card.email}) for good; say --yes if that is meant.")
     # Those that an attempt committed before it failed are told, too.
-    changes: list[participants.Change] = options.changes
+    changes: list[participants.ParticipantChange] = options.changes
     if options.yes:
         # Who was erased before is erased again: what was left, or came since, is taken away.
         await erase(database.Single(db), card.id, changes.append)
@@ -410,10 +410,10 @@ async def erase_user(db: Db, options: argparse.Namespace) -> Change:
 
     def news(events: Events) -> None:
         for change in changes:
-            tell_participant(events, change)
+            publish_participant(events, change)
         _of_user(card.id, events)
 
-    return Change(answer, News(news), failure)
+    return RightsChange(answer, CommandNews(news), failure)
 
 
 # --------------------------------------------------------------------------------------------------- in common
@@ -427,14 +427,14 @@ async def note(
         await audit.record(db, audit.SERVER, Deed(None, action, user_id, message_id, details))
 
 
-async def _card(db: Db, who: str) -> Card:
+async def _card(db: Db, who: str) -> AccountCard:
     card = await accounts.card(db, who)
     if card is None:
         raise Fatal(f"there is no user {who}.")
     return card
 
 
-async def _conversation(db: Db, options: argparse.Namespace) -> conversations.Card:
+async def _conversation(db: Db, options: argparse.Namespace) -> conversations.ConversationCard:
     found = await conversations.card(db, ConversationId(options.conversation))
     if found is None:
         raise Fatal(f"there is no conversation {options.conversation}.")
@@ -448,7 +448,7 @@ def _fields(struct: msgspec.Struct) -> dict[str, Any]:
 
 def _show(answer: Answer, *, is_json: bool) -> None:
     """Print a table: a line for each of several, or for each field of one."""
-    if isinstance(answer, Part):
+    if isinstance(answer, ListPart):
         _show(answer.rows, is_json=is_json)
         if answer.after is not None:
             complain(f"there are more: give --after {answer.after}")

@@ -23,7 +23,7 @@ from server.ops.check import run_checks
 from server.ops.progress import Progress
 from server.ops.reindex import rebuild_search_index
 from server.ops.transfer import archive, dump, load, mattermost, reading, slack
-from server.ops.transfer.archive import Archive, Unconfirmed, Unnamed
+from server.ops.transfer.archive import Archive, UnconfirmedMatches, Unnamed
 from server.ops.transfer.lines import Lines
 from server.processes.embedded.reach import reached
 from server.queries import accounts, delivery_report, transfers
@@ -213,7 +213,7 @@ async def import_all(db: Db, options: argparse.Namespace) -> int:
         summary = await load.load(db, _read(options.path, lines), progress, is_whole=is_whole, deed=deed)
     except Unnamed as unnamed:
         raise Fatal(f"{plain(str(unnamed))} Nothing was brought in.") from None
-    except Unconfirmed as unconfirmed:
+    except UnconfirmedMatches as unconfirmed:
         raise Fatal(_ask(unconfirmed, options.match_accounts)) from None
     except NOT_UNDERSTOOD as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -241,7 +241,7 @@ def _reading(path: Path) -> Iterator[None]:
         raise Fatal(f"{path} cannot be read: {error.strerror or error}. Nothing was brought in.") from None
 
 
-def _ask(unconfirmed: Unconfirmed, given: str | None) -> str:
+def _ask(unconfirmed: UnconfirmedMatches, given: str | None) -> str:
     """Print who would become whom, and return what to do about it. `given` is a code that confirms something else."""
     for person, account in unconfirmed.matches:
         complain(f"{person.name} ({person.key}) = {account.name}, {account.email} ({account.id})")

@@ -14,7 +14,7 @@ from server.core.config import Settings
 from server.core.errors import ROLLED_BACK, Fatal, is_lost
 from server.db.epoch import Epoch
 from server.db.migrate import is_current
-from server.db.pool import Connection, Lease, Part, Pool
+from server.db.pool import Connection, Lease, Pool, UserPool
 from server.db.reconnecting import REFUSED, Reconnecting
 from server.fairness.share import Share
 from server.limits.token_bucket import BURST_SECONDS
@@ -79,7 +79,7 @@ IN_ORDER = "SET LOCAL enable_bitmapscan = off"
 IMPATIENT = f"SET LOCAL lock_timeout = '{JOB_LOCK_MS}ms'"
 
 
-class Shared:
+class PoolState:
     """What all users of a pool share."""
 
     def __init__(self, pool: Pool, sending: Pool, epoch: Epoch, *, most: int) -> None:
@@ -100,7 +100,7 @@ class Database:
 
     __slots__ = ("_is_impatient", "_pool", "_shared")
 
-    def __init__(self, pool: Pool | Part, shared: Shared, *, is_impatient: bool = False) -> None:
+    def __init__(self, pool: Pool | UserPool, shared: PoolState, *, is_impatient: bool = False) -> None:
         self._pool = pool
         self._shared = shared
         self._is_impatient = is_impatient
@@ -165,7 +165,7 @@ class Database:
             pool.give(await connect(session), is_usable=True)
         except UNREACHABLE as error:
             raise _unreachable(error) from error
-        return cls(pool, Shared(pool, sending, epoch, most=most))
+        return cls(pool, PoolState(pool, sending, epoch, most=most))
 
     async def close(self) -> None:
         """Close all connections, without waiting for what is in flight."""

@@ -15,7 +15,7 @@ from typing import NamedTuple, TypeAlias
 import asyncpg
 
 from protocol.ids import SessionId, UserId
-from server.fairness.fair_queue import Lines
+from server.fairness.fair_queue import FairQueue
 from server.fairness.turns import Turns
 
 USER_SHARE = 2
@@ -50,27 +50,27 @@ class Pool:
         self._taken: set[Connection] = set()
         self._opening = 0
         self._is_closed = False
-        self._waiting: Lines[Hashable, asyncio.Future[Connection | None]] = Lines(is_over=asyncio.Future.done)
+        self._waiting: FairQueue[Hashable, asyncio.Future[Connection | None]] = FairQueue(is_over=asyncio.Future.done)
         self._turns: Turns[Client] = Turns(max(1, most // USER_SHARE), patience=patience)
         self._sessions_turns: Turns[Client] = Turns(1, patience=patience)
 
-    def of(self, user_id: UserId) -> "Part":
+    def of(self, user_id: UserId) -> "UserPool":
         """Return the pool as one user has it."""
-        return Part(self, self._turns, user_id)
+        return UserPool(self, self._turns, user_id)
 
-    def of_sessions(self, user_id: UserId, asker: SessionId | None) -> "Part":
+    def of_sessions(self, user_id: UserId, asker: SessionId | None) -> "UserPool":
         """Return the pool for the sessions of one user: one further connection, which their frames cannot hold, and for
         which they do not wait behind these. Each session that asks, and logins, have it in turn.
         """
-        return Part(self, self._sessions_turns, OfSessions(user_id), asker)
+        return UserPool(self, self._sessions_turns, OfSessions(user_id), asker)
 
-    def of_strangers(self, address: str) -> "Part":
+    def of_strangers(self, address: str) -> "UserPool":
         """Return the pool as all who have no account yet have it together: as one user. Addresses have it in turn."""
-        return Part(self, self._turns, OfStrangers.REGISTERING, address)
+        return UserPool(self, self._turns, OfStrangers.REGISTERING, address)
 
     @asynccontextmanager
     async def turn(self) -> "AsyncIterator[Pool]":
-        """The same as `Part.turn` of no user: nobody waits."""
+        """The same as `UserPool.turn` of no user: nobody waits."""
         yield self
 
     def __len__(self) -> int:
@@ -162,7 +162,7 @@ def _closed() -> asyncpg.InterfaceError:
     return asyncpg.InterfaceError("the pool is closed")
 
 
-class Part:
+class UserPool:
     """The pool as one user has it: who holds a share of the connections waits for one of their own to come back, so
     that there are others for everybody else.
     """
@@ -228,7 +228,7 @@ class Lease:
 
     __slots__ = ("_connection", "_is_lost", "_pool")
 
-    def __init__(self, pool: Pool | Part | HeldTurn, is_lost: Callable[[BaseException], bool]) -> None:
+    def __init__(self, pool: Pool | UserPool | HeldTurn, is_lost: Callable[[BaseException], bool]) -> None:
         """`is_lost` tells of an error whether the connection may still be in the middle of what failed."""
         self._pool = pool
         self._is_lost = is_lost

@@ -10,7 +10,7 @@ from protocol.values import Message
 from server.context import Context
 from server.domain import markdown, mentions
 from server.queries import mentions as meaning
-from server.queries.sending import Made, Outgoing, Source
+from server.queries.sending import Derived, Outgoing, Source
 
 
 def require_fair(frame: Send | Schedule) -> None:
@@ -44,7 +44,7 @@ def is_over(poll: Poll) -> bool:
     return poll.closes_at is not None and poll.closes_at <= now()
 
 
-async def made_of(context: Context, frame: Send | Edit, *, is_code: bool) -> Made:
+async def compose(context: Context, frame: Send | Edit, *, is_code: bool) -> Derived:
     """Return what is made of a message's content. Raises Refused if that is too long."""
     formatted = await markdown.rendered(frame.content, context.user_id) if frame.is_markdown else None
     found = mentions.find(frame.content, is_code=is_code, is_markdown=frame.is_markdown)
@@ -54,10 +54,10 @@ async def made_of(context: Context, frame: Send | Edit, *, is_code: bool) -> Mad
         async with context.database.connection() as db:
             meant = await meaning.resolve(db, frame.conversation_id, context.user_id, found.ids, found.names)
         who, loud = meant.user_ids, found.loud if meant.may_be_loud else []
-    return Made(formatted, who, loud, found.hashtags)
+    return Derived(formatted, who, loud, found.hashtags)
 
 
 async def outgoing(context: Context, frame: Send, source: Source | None = None) -> Outgoing:
     """Return a message as it is to be stored. Raises Refused if what is made of it is too long."""
-    made = await made_of(context, frame, is_code=isinstance(frame.payload, Code))
+    made = await compose(context, frame, is_code=isinstance(frame.payload, Code))
     return Outgoing(context.user_id, frame, made, source)

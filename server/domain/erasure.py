@@ -11,10 +11,10 @@ from protocol.ids import ConversationId, UserId
 from server.context import Events
 from server.core.errors import is_lost, log_failure
 from server.db.database import Database, Db
-from server.domain.publish import tell_participant
+from server.domain.publish import publish_participant
 from server.queries import conversations, erasure, participants, users
 from server.queries.erasure import Cleared
-from server.queries.participants import Change
+from server.queries.participants import ParticipantChange
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ async def erase_due(database: Database, events: Events, grace: timedelta) -> Non
     is logged and left to a later run. Raises what asking for the next ones raises: without a database the run ends.
     """
     database = database.of_jobs()
-    tell = partial(tell_participant, events)
+    tell = partial(publish_participant, events)
     tried: set[UserId] = set()
     while due := await _due(database, grace, tried):
         for user_id in due:
@@ -60,7 +60,7 @@ async def _due(database: Database, grace: timedelta, tried: set[UserId]) -> list
 
 
 async def erase(
-    database: Atomic, user_id: UserId, tell: Callable[[Change], None], *, grace: timedelta | None = None
+    database: Atomic, user_id: UserId, tell: Callable[[ParticipantChange], None], *, grace: timedelta | None = None
 ) -> None:
     """Erase a user, who may be online: shut them out, let them out of everything they are in, as `leave` does, so that
     nothing is left without an owner, and forget them once nothing is left. A transaction changes a bounded number of
@@ -84,7 +84,7 @@ async def erase(
         await _let_out(database, user_id, tell)
 
 
-async def _let_out(database: Atomic, user_id: UserId, tell: Callable[[Change], None]) -> None:
+async def _let_out(database: Atomic, user_id: UserId, tell: Callable[[ParticipantChange], None]) -> None:
     """Let a user out of everything that they take part in or are invited to."""
     for conversation_id in await database.atomically("erasure", partial(_there, user_id)):
         for change in await database.atomically("erasure", partial(_leave, user_id, conversation_id)):
@@ -109,7 +109,7 @@ async def _unrelate(user_id: UserId, after: UserId, db: Db) -> _Unrelated | None
     return _Unrelated(others[-1], is_any_held=len(taken) < len(others))
 
 
-async def _leave(user_id: UserId, conversation_id: ConversationId, db: Db) -> list[Change]:
+async def _leave(user_id: UserId, conversation_id: ConversationId, db: Db) -> list[ParticipantChange]:
     if await conversations.lock(db, conversation_id) is None:
         await erasure.leave_deleted(db, conversation_id, user_id)
         return []

@@ -8,11 +8,11 @@ from uuid import UUID
 from protocol.ids import UserId
 from server.db.database import Db
 from server.queries import export
-from server.queries.export import Row
+from server.queries.export import ExportRow
 
 Connect = Callable[[], AbstractAsyncContextManager[Db]]
 """Returns a connection for one query: none is kept while the reader takes its time."""
-Page = Callable[[Db, Any, Any], Awaitable[list[Row]]]
+Page = Callable[[Db, Any, Any], Awaitable[list[ExportRow]]]
 """Returns the rows of an owner after a place."""
 NO_ID = UUID(int=0)
 LISTS: tuple[tuple[str, Page, Any], ...] = (
@@ -53,7 +53,7 @@ async def written(connect: Connect, user_id: UserId) -> AsyncIterator[bytes]:
     yield b"]}\n"
 
 
-async def _rows(connect: Connect, page: Page, owner: UserId, after: Any) -> AsyncIterator[list[Row]]:  # noqa: ANN401 - as `Row.place`
+async def _rows(connect: Connect, page: Page, owner: UserId, after: Any) -> AsyncIterator[list[ExportRow]]:  # noqa: ANN401 - as `ExportRow.place`
     """Return what one owns, page by page, from the first row after a place."""
     while True:
         async with connect() as db:

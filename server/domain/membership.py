@@ -14,15 +14,15 @@ from server.context import Context
 from server.core.errors import NotFound
 from server.db.database import Db
 from server.domain.permissions import require, require_below
-from server.domain.publish import tell_participant
+from server.domain.publish import publish_participant
 from server.queries import approaches, audit, conversations, participants, sending, users, welcome
 from server.queries.audit import Deed
-from server.queries.participants import Change
+from server.queries.participants import ParticipantChange
 from server.queries.sending import Announcement
 from server.queries.welcome import Guest
 
 
-class News:
+class MembershipChange:
     """What one transaction changes in a conversation, collected to be told when it is over."""
 
     def __init__(self, context: Context, db: Db, conversation: Conversation) -> None:
@@ -31,9 +31,9 @@ class News:
         self._conversation = conversation
         self._announced: list[Message] = []
         self._entered: set[UserId] = set()
-        self.changes: list[Change] = []
+        self.changes: list[ParticipantChange] = []
 
-    def enter(self, changes: list[Change]) -> None:
+    def enter(self, changes: list[ParticipantChange]) -> None:
         """Collect those who came in."""
         self._entered.update(change.participant.user_id for change in changes)
         self.changes += changes
@@ -51,7 +51,7 @@ class News:
     def tell(self) -> None:
         """Tell everyone. After the commit."""
         for change in self.changes:
-            tell_participant(self._context.events, change)
+            publish_participant(self._context.events, change)
         for message in self._announced:
             self._context.events.publish(
                 MessageSent(conversation_id=message.conversation_id, version=message.version, message=message)
@@ -60,7 +60,7 @@ class News:
             who = change.participant.user_id
             # Participants see somebody private among them, and not any more when one of the two has left.
             decides = who in self._entered or change.participant.status not in {"active", "invited"}
-            self._context.events.poke([who], may_watch_others=decides)
+            self._context.events.notify([who], may_watch_others=decides)
             if decides:
                 self._context.events.reconsider(who)
 
@@ -73,7 +73,9 @@ async def taking_part(db: Db, conversation_id: ConversationId, user_id: UserId) 
     return me
 
 
-async def entered(db: Db, context: Context, conversation_id: ConversationId) -> tuple[Conversation, Participant]:
+async def lock_with_member(
+    db: Db, context: Context, conversation_id: ConversationId
+) -> tuple[Conversation, Participant]:
     """Lock a conversation whose participants change, and return it with the caller's part in it.
 
     Raises NotFound for everyone who has none, and locks nothing for them. Raises Refused where participants stay as

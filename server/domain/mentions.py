@@ -18,7 +18,7 @@ _CODE = re.compile(r"```.*?(?:```|\Z)|`[^`\n]*`", re.DOTALL)
 _NUMBER = re.compile(r"\d+\Z")
 
 
-class Found(NamedTuple):
+class Mentioned(NamedTuple):
     """What a text mentions: people by id, by name (in lower case, as written), many at once; and its hashtags."""
 
     ids: list[UserId]
@@ -32,10 +32,10 @@ class Found(NamedTuple):
         return bool(self.ids or self.names or self.loud)
 
 
-NOTHING = Found([], [], [], [])
+NOTHING = Mentioned([], [], [], [])
 
 
-def find(content: str, *, is_code: bool, is_markdown: bool) -> Found:
+def find(content: str, *, is_code: bool, is_markdown: bool) -> Mentioned:
     """Return what is mentioned in a text: at most so many of each, nothing in code, and each once, in order."""
     if is_code or ("@" not in content and "#" not in content):
         return NOTHING
@@ -52,4 +52,4 @@ def find(content: str, *, is_code: bool, is_markdown: bool) -> Found:
         else:
             names[word] = None
     hashtags = dict.fromkeys(tag.lower() for tag in _HASHTAG.findall(text) if not _NUMBER.match(tag))
-    return Found(list(ids)[:MAX_MENTIONS], list(names)[:MAX_MENTIONS], list(loud), list(hashtags)[:MAX_HASHTAGS])
+    return Mentioned(list(ids)[:MAX_MENTIONS], list(names)[:MAX_MENTIONS], list(loud), list(hashtags)[:MAX_HASHTAGS])

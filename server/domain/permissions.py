@@ -8,7 +8,7 @@ from server.core.errors import NotActive, NotFound
 from server.db.database import Db
 from server.queries import participants, relationships
 from server.queries.conversations import SendAccess
-from server.queries.messages import Found, Obstacle
+from server.queries.messages import FoundMessage, Obstacle
 
 OBSTACLES: dict[Obstacle, str] = {
     "archived": "The conversation is archived. Ask an admin to change `is_archived`.",
@@ -33,7 +33,7 @@ def require(me: Participant, act: Act) -> None:
         raise Refused(ErrorCode.FORBIDDEN, f"Requires the role `{rule.least}`{permission}; you are `{me.role}`.")
 
 
-def require_may_send(access: Found | SendAccess) -> None:
+def require_may_send(access: FoundMessage | SendAccess) -> None:
     """Raise Refused unless a participant may say something now: one rule for messages and for everything that reaches
     others as a message does.
     """

@@ -25,8 +25,8 @@ from server.context import Subscriber
 from server.core.errors import REDIS_LOST, is_lost
 from server.core.periodic import end, every
 from server.db.database import Database
-from server.domain.untold import News, Reason, Untold
-from server.fairness.batcher import Gather
+from server.domain.untold import PresenceNews, Reason, Untold
+from server.fairness.batcher import Batcher
 from server.queries import users
 from server.queries.users import Transition, Visibility, Watchable
 
@@ -90,7 +90,7 @@ class Presence:
         self._transitions: dict[UserId, Transition] = {}
         self._untold = Untold(self._announce_all)
         # One exchange with Redis at a time: nothing older comes last.
-        self._flushes: Gather[None, None] = Gather(self._flush_dirty, most=CALLS_AT_ONCE)
+        self._flushes: Batcher[None, None] = Batcher(self._flush_dirty, most=CALLS_AT_ONCE)
         # Who was announced while Redis was away: by what this worker knows.
         self._guessed: set[UserId] = set()
         # Workers that are cleaned up after, and whose users may still be untold.
@@ -177,13 +177,13 @@ class Presence:
             await self._flushes.submit(None)  # if a device is idle now, or is no more, it is announced
         finally:
             if is_new:
-                self._untold.keep(user_id, News(Reason.CHOICE))
+                self._untold.keep(user_id, PresenceNews(Reason.CHOICE))
         await self._untold.tell(user_id)
         return is_new
 
     async def announce(self, user_id: UserId) -> None:
         """Tell those who watch a user how they are seen now that their privacy is another."""
-        self._untold.keep(user_id, News(Reason.PRIVACY))
+        self._untold.keep(user_id, PresenceNews(Reason.PRIVACY))
         await self._untold.tell(user_id)
 
     async def expire_statuses(self) -> bool:
@@ -191,7 +191,7 @@ class Presence:
         async with self._database.connection() as db:
             over = await users.expire_statuses(db)
         for user_id in over:
-            self._untold.keep(user_id, News(Reason.CHOICE))
+            self._untold.keep(user_id, PresenceNews(Reason.CHOICE))
         return len(over) == users.AT_ONCE
 
     # ------------------------------------------------------------------------------------------------- seeing
@@ -304,7 +304,7 @@ class Presence:
         await self._end_burials()
         return is_more_due
 
-    async def _announce_all(self, untold: Mapping[UserId, News]) -> None:
+    async def _announce_all(self, untold: Mapping[UserId, PresenceNews]) -> None:
         async with self._database.connection() as db:
             choices = await users.choices(db, list(untold))
         try:
@@ -343,7 +343,7 @@ class Presence:
             self._note(*self._unsaved)
             self._unsaved.clear()
         for user_id in self._guessed:
-            self._untold.keep(user_id, News(Reason.DEVICE, self._left_at.get(user_id)))
+            self._untold.keep(user_id, PresenceNews(Reason.DEVICE, self._left_at.get(user_id)))
         self._guessed.clear()
         if known is None:
             # Redis is new, or was away for so long that others took us for dead; and may be in the middle of
@@ -424,9 +424,9 @@ class Presence:
         return {user_id: one for user_id, one in transitions.items() if user_id not in returned}
 
 
-def _of_device(states: Collection[bytes], left_at: float | None = None) -> News:
+def _of_device(states: Collection[bytes], left_at: float | None = None) -> PresenceNews:
     """Return that a device came or went: by default just now, as is said of the users of a worker that died."""
-    return News(Reason.DEVICE, None if states else left_at or time.time())
+    return PresenceNews(Reason.DEVICE, None if states else left_at or time.time())
 
 
 def _seen(user_id: UserId, choice: Visibility, states: Iterable[bytes]) -> Seen:

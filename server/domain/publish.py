@@ -11,11 +11,11 @@ from protocol.server import (
 from protocol.values import Conversation, Message
 from server.context import Events
 from server.queries.edits import Deleted
-from server.queries.messages import Found
-from server.queries.participants import Change
+from server.queries.messages import FoundMessage
+from server.queries.participants import ParticipantChange
 
 
-def tell_changed(events: Events, found: Found, message: Message) -> Changed:
+def publish_changed(events: Events, found: FoundMessage, message: Message) -> Changed:
     """Tell that the message that was `found` is now `message`, with its words if everyone who is there may read them;
     return what to answer.
     """
@@ -27,7 +27,7 @@ def tell_changed(events: Events, found: Found, message: Message) -> Changed:
     return Changed(conversation_id=about, version=version)
 
 
-def tell_deleted(events: Events, deleted: Deleted) -> Changed:
+def publish_deleted(events: Events, deleted: Deleted) -> Changed:
     """Publish that a message was deleted, with what is left if everyone who is there may see it; return what to
     answer.
     """
@@ -44,7 +44,7 @@ def tell_deleted(events: Events, deleted: Deleted) -> Changed:
     return Changed(conversation_id=about, version=version)
 
 
-def tell_updated(events: Events, conversation: Conversation, *, gone: UserId | None = None) -> None:
+def publish_updated(events: Events, conversation: Conversation, *, gone: UserId | None = None) -> None:
     """Tell what a conversation's settings are now; then drop who is `gone` by that."""
     event = ConversationUpdated(
         conversation_id=conversation.id, version=conversation.version, conversation=conversation
@@ -52,7 +52,7 @@ def tell_updated(events: Events, conversation: Conversation, *, gone: UserId | N
     events.publish(event, gone=gone)
 
 
-def tell_participant(events: Events, change: Change) -> None:
+def publish_participant(events: Events, change: ParticipantChange) -> None:
     """Tell what everybody may know of what became of a participant; then drop them if they are not in any more."""
     now = change.participant
     events.publish(change.event, gone=None if now.status in {"active", "invited"} else now.user_id)

@@ -26,7 +26,7 @@ from protocol.server import (
     StartOverReason,
 )
 from protocol.values import ConversationView
-from server.context import Context, Look
+from server.context import Context, UserNews
 from server.core.errors import RETRY_AFTER_MS
 from server.db.database import Db
 from server.queries import changes, conversations, users
@@ -91,7 +91,7 @@ async def resume(context: Context, frame: Resume) -> Resumed:
     )
 
 
-async def refresh(context: Context, look: Look, whole: Look | None) -> None:
+async def refresh(context: Context, look: UserNews, whole: UserNews | None) -> None:
     """Say what changed for the user alone; before that, with `whole`, compare what the connection follows with what the
     user takes part in, and say what is new and what is over.
     """
@@ -120,7 +120,7 @@ async def join(context: Context, view: ConversationView) -> None:
         await _follow(context, [view], [ConversationJoined(view=view)])
 
 
-async def _say_own(context: Context, look: Look | None = None) -> None:
+async def _say_own(context: Context, look: UserNews | None = None) -> None:
     """Say what changed for the user alone since the connection was last told. `look` has the first page."""
     connection = context.connection
     is_whole, has_started_over, done = False, False, 0

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from protocol.ids import UserId
 from server.core.failures import Failures
-from server.fairness.batcher import Gather
+from server.fairness.batcher import Batcher
 from server.queries.users import Visibility
 
 AT_ONCE = 1_000
@@ -39,27 +39,27 @@ class Reason(IntEnum):
         return choice.is_shown or self is Reason.PRIVACY
 
 
-class News(NamedTuple):
+class PresenceNews(NamedTuple):
     """Why a user is to be announced, and when their last device went, if it did."""
 
     reason: Reason
     left_at: float | None = None
 
-    def with_other(self, other: "News") -> "News":
+    def with_other(self, other: "PresenceNews") -> "PresenceNews":
         """Return what is to be announced of both."""
-        return News(max(self.reason, other.reason), max(self.left_at or 0.0, other.left_at or 0.0) or None)
+        return PresenceNews(max(self.reason, other.reason), max(self.left_at or 0.0, other.left_at or 0.0) or None)
 
 
 class Untold:
     """All of them."""
 
-    def __init__(self, announce: Callable[[Mapping[UserId, News]], Awaitable[None]]) -> None:
+    def __init__(self, announce: Callable[[Mapping[UserId, PresenceNews]], Awaitable[None]]) -> None:
         """`announce` reads how users are now, and tells it. One call at a time, so that nothing older is told last."""
         self._announce = announce
-        self._waiting: dict[UserId, News] = {}
-        self._in_flight: dict[UserId, News] = {}
+        self._waiting: dict[UserId, PresenceNews] = {}
+        self._in_flight: dict[UserId, PresenceNews] = {}
         self._has_some = asyncio.Event()
-        self._tells: Gather[UserId | None, bool] = Gather(self._tell, most=CALLS_AT_ONCE)
+        self._tells: Batcher[UserId | None, bool] = Batcher(self._tell, most=CALLS_AT_ONCE)
         self._failures = Failures(log, "announcing presence")
 
     def __bool__(self) -> bool:
@@ -69,7 +69,7 @@ class Untold:
         """Whether none of these users is to be announced."""
         return self._waiting.keys().isdisjoint(user_ids) and self._in_flight.keys().isdisjoint(user_ids)
 
-    def keep(self, user_id: UserId, news: News) -> None:
+    def keep(self, user_id: UserId, news: PresenceNews) -> None:
         """Have a user announced, soon."""
         there = self._waiting.get(user_id)
         self._waiting[user_id] = news if there is None else news.with_other(there)

@@ -5,7 +5,7 @@ from collections.abc import Awaitable, Callable, Hashable
 from typing import Generic, TypeVar
 
 from server.core.errors import is_lost
-from server.fairness.fair_queue import Lines
+from server.fairness.fair_queue import FairQueue
 
 Item = TypeVar("Item")
 Outcome = TypeVar("Outcome")
@@ -25,7 +25,7 @@ MAX_SLOW = 2
 """Max single items of a batch, one after the other, whose work is `Slow`: then everything is, and the batch fails."""
 
 
-class Gather(Generic[Item, Outcome]):
+class Batcher(Generic[Item, Outcome]):
     """Runs `work` on the items that gathered while the previous run was in flight, one of each owner in turn.
 
     1. Nothing waits when nothing is in flight: whoever comes then runs their own item at once.
@@ -58,7 +58,9 @@ class Gather(Generic[Item, Outcome]):
         self._most_weight = most_weight
         self._on_idle = on_idle
         # Whoever is cancelled before a run has their item wants nothing of it.
-        self._waiting: Lines[Hashable, tuple[Item, asyncio.Future[Outcome]]] = Lines(is_over=lambda one: one[1].done())
+        self._waiting: FairQueue[Hashable, tuple[Item, asyncio.Future[Outcome]]] = FairQueue(
+            is_over=lambda one: one[1].done()
+        )
         self._is_running = False
         self._runner: asyncio.Task[None] | None = None
 

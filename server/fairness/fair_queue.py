@@ -9,7 +9,7 @@ Key = TypeVar("Key", bound=Hashable)
 Item = TypeVar("Item")
 
 
-class Lines(Generic[Key, Item]):
+class FairQueue(Generic[Key, Item]):
     """Hands out the first of each line in turn. A client without a line takes no memory."""
 
     def __init__(self, *, is_over: Callable[[Item], bool] | None = None) -> None:

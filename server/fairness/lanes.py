@@ -5,7 +5,7 @@ from collections.abc import Awaitable, Callable, Hashable
 from contextlib import suppress
 from typing import Final, Generic, TypeVar
 
-from server.fairness.batcher import Gather, Slow
+from server.fairness.batcher import Batcher, Slow
 
 HEAVY_SHARE = 16
 """Items that take more than one in `HEAVY_SHARE` of the weight of a run are heavy: no other item waits for them."""
@@ -23,7 +23,7 @@ Outcome = TypeVar("Outcome")
 
 
 class Lanes(Generic[Key, Item, Outcome]):
-    """A `Gather` for all light items, one for all heavy ones, and one more for each key whose row is held, as long as
+    """A `Batcher` for all light items, one for all heavy ones, and one more for each key whose row is held, as long as
     items of that key wait.
 
     An item of which the common run reports `HELD` goes into the lane of its key, and so do those that come after it; so
@@ -45,13 +45,13 @@ class Lanes(Generic[Key, Item, Outcome]):
         lanes: int,
     ) -> None:
         """`run` does what it can without waiting for a row; `wait` waits for the row of the key. Both take items of one
-        `Gather`, where owners take turns. Items that weigh more than one in `HEAVY_SHARE` of `most_weight` have a
-        `Gather` of their own. Max `lanes` lanes wait at a time, each for its own row.
+        `Batcher`, where owners take turns. Items that weigh more than one in `HEAVY_SHARE` of `most_weight` have a
+        `Batcher` of their own. Max `lanes` lanes wait at a time, each for its own row.
         """
         self._key = key
         self._owner = owner
         self._light, self._heavy = (
-            Gather[Item, Outcome | Held](run, most=most, owner=owner, weigh=weigh, most_weight=most_weight)
+            Batcher[Item, Outcome | Held](run, most=most, owner=owner, weigh=weigh, most_weight=most_weight)
             for _ in range(2)
         )
         self._wait = wait
@@ -59,7 +59,7 @@ class Lanes(Generic[Key, Item, Outcome]):
         self._weigh = weigh
         self._most_weight = most_weight
         self._turns = asyncio.Semaphore(lanes)
-        self._lanes: dict[Key, Gather[Item, Outcome]] = {}
+        self._lanes: dict[Key, Batcher[Item, Outcome]] = {}
 
     async def submit(self, item: Item) -> Outcome:
         """Return the outcome of `item`. Raises what `run` or `wait` raised for it."""
@@ -74,8 +74,8 @@ class Lanes(Generic[Key, Item, Outcome]):
             self._lanes[key] = self._lane(key)
         return await self._lanes[key].submit(item)
 
-    def _lane(self, key: Key) -> Gather[Item, Outcome]:
-        return Gather(
+    def _lane(self, key: Key) -> Batcher[Item, Outcome]:
+        return Batcher(
             self._in_turn,
             most=self._most,
             owner=self._owner,

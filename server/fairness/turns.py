@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Hashable
 from typing import Generic, TypeVar
 
-from server.fairness.fair_queue import Lines
+from server.fairness.fair_queue import FairQueue
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -17,7 +17,7 @@ class Turns(Generic[Key]):
         self._most = most
         self._patience = patience
         self._taken: dict[Key, int] = {}
-        self._waiting: dict[Key, Lines[Hashable, asyncio.Future[None]]] = {}
+        self._waiting: dict[Key, FairQueue[Hashable, asyncio.Future[None]]] = {}
 
     async def take(self, key: Key, client: Hashable = None) -> None:
         """Return when the caller has a turn, which lasts until `give`. Clients of a key are served alike, and each in
@@ -30,7 +30,7 @@ class Turns(Generic[Key]):
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         waiting = self._waiting.get(key)
         if waiting is None:
-            waiting = self._waiting[key] = Lines(is_over=asyncio.Future.done)
+            waiting = self._waiting[key] = FairQueue(is_over=asyncio.Future.done)
         waiting.put(client, turn)
         try:
             async with asyncio.timeout(self._patience):

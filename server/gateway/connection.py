@@ -16,14 +16,14 @@ from protocol.ids import ConversationId, UserId
 from protocol.limits import MAX_FRAME_BYTES, Limits
 from protocol.server import Error, GoingAway, Ready, Reply, ServerFrame
 from protocol.values import Presence
-from server.context import Context, Look
+from server.context import Context, UserNews
 from server.core.errors import INTERNAL, log_defect, refusal
 from server.core.throttle import Throttle
 from server.gateway.dispatch import Dispatch, error_frame
 from server.gateway.websocket import WebSocket
 from server.hub.hub import Hub
 from server.hub.online_users import Sight
-from server.limits.admission import Place
+from server.limits.admission import Slot
 from server.limits.reservations import ReservingBucket
 from server.limits.strikes import Strikes
 from server.limits.token_bucket import Pace, too_many
@@ -41,20 +41,20 @@ NOT_TEXT = Refused(ErrorCode.BAD_FRAME, "Send frames in text messages, not in bi
 """The answer to a binary message."""
 
 
-class Lifecycle(NamedTuple):
+class Hooks(NamedTuple):
     """What happens to a connection besides its frames: when it begins, and when its user's conversations change."""
 
     start: Callable[[Context], Awaitable[None]]
-    refresh: Callable[[Context, Look, Look | None], Awaitable[None]]
+    refresh: Callable[[Context, UserNews, UserNews | None], Awaitable[None]]
 
 
-class Shared(NamedTuple):
+class ConnectionDeps(NamedTuple):
     """What all connections of a worker have in common."""
 
     epoch: str
     hub: Hub
     dispatch: Dispatch
-    lifecycle: Lifecycle
+    lifecycle: Hooks
     limits: Limits
     frames: Pace
     arrived: Callable[["Connection"], None]
@@ -87,18 +87,18 @@ class Connection:
     def __init__(
         self,
         socket: WebSocket,
-        shared: Shared,
+        shared: ConnectionDeps,
         *,
         expires_at: datetime,
         user_version: int,
-        place: Place,
+        place: Slot,
         gone: Callable[[], None],
     ) -> None:
         """`expires_at` and `user_version` are of the session, `place` is among those who are on their way in; `gone` is
         called when the connection is no more. `context` comes with `begin`: each needs the other.
         """
         self._gone = gone
-        self._place: Place | None = place
+        self._place: Slot | None = place
         self.socket = socket
         self.write: Callable[[bytes], None] = socket.transport.write
         self.expires_at = expires_at
@@ -117,8 +117,8 @@ class Connection:
         self._is_resuming = False
         self._has_to_refresh = False
         # What the next refresh is told from, the newest of each: own rows, and memberships.
-        self._look: Look | None = None
-        self._whole: Look | None = None
+        self._look: UserNews | None = None
+        self._whole: UserNews | None = None
         self._entering: asyncio.TimerHandle | None = None
         self._has_place = False
         # Of this connection alone, and gone with it: the `id` of a connection is used again.
@@ -203,7 +203,7 @@ class Connection:
             self._leave()
             self.socket.close(code)
 
-    def refresh(self, look: Look | None = None) -> None:
+    def refresh(self, look: UserNews | None = None) -> None:
         """Say what changed for the user, when there is time: what `look` knows, or everything."""
         if self._is_closed:
             return

@@ -27,7 +27,7 @@ RETURNS_PER_SECOND, SPREAD_SECONDS = 500, 10.0
 """
 
 
-class Roster:
+class Connections:
     """Who is connected to this worker."""
 
     def __init__(

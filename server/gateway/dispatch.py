@@ -45,8 +45,8 @@ from server.core.errors import INTERNAL, ROLLED_BACK, log_defect, refusal
 from server.core.metrics import Metrics
 from server.fairness.share import HELD
 from server.fairness.turns import Turns
-from server.limits.load_shedding import Pressure, Shed
-from server.limits.shared_rate_limit import SharedAllowance
+from server.limits.load_shedding import LoadShedding, Shed
+from server.limits.shared_rate_limit import SharedRateLimit
 
 log = logging.getLogger(__name__)
 
@@ -96,10 +96,10 @@ class Dispatch:
     def __init__(
         self,
         routes: Mapping[type[Frame], Route],
-        allowances: Mapping[Rate, SharedAllowance],
+        allowances: Mapping[Rate, SharedRateLimit],
         *,
         metrics: Metrics,
-        pressure: Pressure,
+        pressure: LoadShedding,
     ) -> None:
         self._routes = routes
         self._metrics = metrics

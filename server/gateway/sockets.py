@@ -13,7 +13,7 @@ from server.core.addresses import limit_key
 from server.core.metrics import OTHER
 from server.core.proxies import FORWARDED_FOR, Proxies, entries
 from server.core.throttle import Throttle
-from server.fairness.fair_queue import Lines
+from server.fairness.fair_queue import FairQueue
 from server.fairness.shared_bound import SharedBound
 from server.limits.per_address import too_many_of_address
 from server.limits.token_bucket import Pace
@@ -67,7 +67,7 @@ class Sockets:
         """Bytes of incomplete messages, by user: nobody without an account takes any of these."""
         # The connections that the server does nothing for now, oldest first, and what closes each.
         self._waiting: dict[object, Callable[[], None]] = {}
-        self._beginning: Lines[str, Callable[[], None]] = Lines()
+        self._beginning: FairQueue[str, Callable[[], None]] = FairQueue()
         self._is_beginning = False
         self._sheds: Throttle[None] = Throttle()
         self._floods: Throttle[str] = Throttle()

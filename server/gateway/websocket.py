@@ -19,7 +19,7 @@ from websockets.speedups import apply_mask
 from protocol.errors import CloseCode, ErrorCode, Refused
 from protocol.ids import UserId
 from server.gateway.sockets import FREE_BYTES, LINGER_BYTES, Sockets
-from server.limits.token_bucket import Bucket
+from server.limits.token_bucket import TokenBucket
 
 EXTENSION = "openchat.socket"
 """The key of the connection in the scope's extensions."""
@@ -105,7 +105,7 @@ class WebSocket(WebSocketsSansIOProtocol):
     # Fragments of the message that is being received.
     _fragments = 0
     # Control frames and fragments; whole messages are the receiver's to count.
-    _bucket: Bucket | None = None
+    _bucket: TokenBucket | None = None
     # The newest ping that is not answered.
     _ping: bytes | None = None
     _deadline: asyncio.TimerHandle | None = None
@@ -272,7 +272,7 @@ class WebSocket(WebSocketsSansIOProtocol):
         if not head & _CONTROL:
             self._fragments = self._fragments + 1 if head & _OPCODE == _CONTINUATION else 1
         if self._bucket is None:
-            self._bucket = Bucket(self._sockets.frames)
+            self._bucket = TokenBucket(self._sockets.frames)
         if not self._is_flooded and (self._bucket.take() > 0 or self._fragments > MAX_FRAGMENTS):
             self._is_flooded = True
             self._ping = None

@@ -18,9 +18,18 @@ from server.core.errors import NotActive, NotFound
 from server.db.database import Db
 from server.domain import search_text, sync
 from server.domain.invite_code import new_code
-from server.domain.membership import News, Welcome, counted, end, entered, guests, require_uncounted, welcomed
+from server.domain.membership import (
+    MembershipChange,
+    Welcome,
+    counted,
+    end,
+    guests,
+    lock_with_member,
+    require_uncounted,
+    welcomed,
+)
 from server.domain.permissions import require, unreachable
-from server.domain.publish import tell_updated
+from server.domain.publish import publish_updated
 from server.queries import audit, bounds, conversations, participants, users
 from server.queries.audit import Deed
 from server.queries.conversations import Filter, Founding
@@ -65,7 +74,7 @@ async def create_direct(context: Context, frame: client.CreateDirect) -> OneConv
         assert there is not None  # noqa: S101 - made above, if not before
         view = await _view(db, context.user_id, there)
     if made:
-        context.events.poke(founding.members, may_watch_others=True)
+        context.events.notify(founding.members, may_watch_others=True)
     await sync.join(context, view)
     return OneConversation(view=view)
 
@@ -116,8 +125,8 @@ async def _create(
             they = await _there(db, context, founding)
     if made:
         # Those who came in see each other from now on, also if they are private.
-        context.events.poke([context.user_id, *they.added], may_watch_others=bool(they.added))
-        context.events.poke(they.invited)
+        context.events.notify([context.user_id, *they.added], may_watch_others=bool(they.added))
+        context.events.notify(they.invited)
     await sync.join(context, view)
     return OneConversation(view=view, added=they.present + they.added, invited=they.waiting + they.invited)
 
@@ -194,12 +203,12 @@ async def update(context: Context, frame: client.UpdateConversation) -> OneConve
         if not changed:
             return OneConversation(view=before)
         conversation = await conversations.update(db, frame.conversation_id, changed)
-        news = News(context, db, conversation)
+        news = MembershipChange(context, db, conversation)
         for said in _said(conversation, changed):
             await news.announce(said)
         await news.record(Deed(context.user_id, "update_conversation", details={"fields": sorted(changed)}))
         view = await _view(db, context.user_id, frame.conversation_id)
-    tell_updated(context.events, conversation)
+    publish_updated(context.events, conversation)
     news.tell()
     return OneConversation(view=view)
 
@@ -219,11 +228,11 @@ def _said(conversation: Conversation, changed: dict[str, object]) -> list[Announ
 async def delete(context: Context, frame: client.DeleteConversation) -> Done:
     """End a conversation, for everyone."""
     async with context.transaction() as db:
-        conversation, me = await entered(db, context, frame.conversation_id)
+        conversation, me = await lock_with_member(db, context, frame.conversation_id)
         require(me, Act.DELETE_CONVERSATION)
         conversation = await end(db, conversation.id)
         await audit.record(db, conversation.id, Deed(context.user_id, "delete_conversation"))
-    tell_updated(context.events, conversation, gone=EVERYONE)
+    publish_updated(context.events, conversation, gone=EVERYONE)
     return Done()
 
 
@@ -242,7 +251,7 @@ async def set_preferences(context: Context, frame: client.SetPreferences) -> One
             raise NotFound("conversation_id")
         view = await _view(db, context.user_id, frame.conversation_id)
     if given:
-        context.events.poke([context.user_id])
+        context.events.notify([context.user_id])
     return OneConversation(view=view)
 
 

@@ -33,7 +33,7 @@ async def set_draft(context: Context, frame: client.SetDraft) -> Done:
         await users.lock(db, [context.user_id])
         if not await drafts.put(db, frame, context.user_id):
             raise NotFound("conversation_id")
-    context.events.poke([context.user_id])
+    context.events.notify([context.user_id])
     return Done()
 
 
@@ -77,7 +77,7 @@ async def schedule(context: Context, frame: client.Schedule) -> OneScheduled:
             if there is not None and await scheduled.is_repeated(db, frame, context.user_id):
                 return OneScheduled(scheduled=there)
             raise _too_late(there)
-    context.events.poke([context.user_id])
+    context.events.notify([context.user_id])
     return OneScheduled(scheduled=made)
 
 
@@ -93,7 +93,7 @@ async def cancel(context: Context, frame: client.CancelScheduled) -> OneSchedule
             if there.status == "cancelled":
                 return OneScheduled(scheduled=there)
             raise _too_late(there)
-    context.events.poke([context.user_id])
+    context.events.notify([context.user_id])
     return OneScheduled(scheduled=made)
 
 

@@ -8,9 +8,9 @@ from protocol.server import Done, InvitationList, OneConversation
 from server.context import Context
 from server.core.errors import NotFound
 from server.domain.invite_code import new_code
-from server.domain.membership import News, entered, welcomed_by
+from server.domain.membership import MembershipChange, lock_with_member, welcomed_by
 from server.domain.permissions import require
-from server.domain.publish import tell_updated
+from server.domain.publish import publish_updated
 from server.queries import audit, conversations, participants, users
 from server.queries.audit import Deed
 
@@ -18,9 +18,9 @@ from server.queries.audit import Deed
 async def invite(context: Context, frame: client.Invite) -> Done:
     """Ask users to join."""
     async with context.transaction() as db:
-        conversation, me = await entered(db, context, frame.conversation_id)
+        conversation, me = await lock_with_member(db, context, frame.conversation_id)
         they = await welcomed_by(db, context, me, frame)
-        news = News(context, db, conversation)
+        news = MembershipChange(context, db, conversation)
         if they.invited:
             news.changes += await participants.invite(db, conversation.id, they.invited, frame.role, context.user_id)
             await participants.stamp(db, conversation.id, they.invited)
@@ -39,7 +39,7 @@ async def decline(context: Context, frame: client.Decline) -> Done:
             return Done()
         if conversation is None or me is None or me.status != "invited":
             raise NotFound("conversation_id")
-        news = News(context, db, conversation)
+        news = MembershipChange(context, db, conversation)
         news.changes.append(await participants.change(db, me, status="declined"))
         await participants.stamp(db, conversation.id, [context.user_id])
     news.tell()
@@ -57,11 +57,11 @@ async def set_invite_code(context: Context, frame: client.SetInviteCode) -> OneC
     lasts = None if frame.expires_in_seconds is None else timedelta(seconds=frame.expires_in_seconds)
     code = new_code() if frame.is_open else None
     async with context.transaction() as db:
-        conversation, me = await entered(db, context, frame.conversation_id)
+        conversation, me = await lock_with_member(db, context, frame.conversation_id)
         require(me, Act.ADD_MEMBERS)
         conversation = await conversations.set_invite_code(db, conversation.id, code, lasts, frame.max_uses)
         details = {"is_open": frame.is_open, "max_uses": frame.max_uses, "seconds": frame.expires_in_seconds}
         await audit.record(db, conversation.id, Deed(context.user_id, "set_invite_code", details=details))
         (view,) = await conversations.get(db, context.user_id, [conversation.id])
-    tell_updated(context.events, conversation)
+    publish_updated(context.events, conversation)
     return OneConversation(view=view)

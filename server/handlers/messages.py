@@ -12,13 +12,13 @@ from protocol.server import Changed, EditPage, MessagePage, OneMessage
 from protocol.values import Message
 from server.context import Context
 from server.core.errors import NotFound
-from server.domain.compose import is_closed, made_of
+from server.domain.compose import compose, is_closed
 from server.domain.permissions import require, require_may_send, require_sender_not_above
-from server.domain.publish import tell_changed, tell_deleted
+from server.domain.publish import publish_changed, publish_deleted
 from server.queries import audit, edits, messages, sending
 from server.queries.audit import Deed
-from server.queries.messages import Found, Span
-from server.queries.sending import Made
+from server.queries.messages import FoundMessage, Span
+from server.queries.sending import Derived
 
 
 async def edit(context: Context, frame: client.Edit) -> Changed:
@@ -55,18 +55,18 @@ async def edit(context: Context, frame: client.Edit) -> Changed:
         message = await edits.edit(db, before, context.user_id, frame, made, words=words)
         if found.conversation.settings.slow_mode_seconds:
             await sending.begin_wait(db, before.conversation_id, context.user_id, now())
-    context.services.previews.wanted(message)
-    return tell_changed(context.events, found, message)
+    context.services.previews.enqueue(message)
+    return publish_changed(context.events, found, message)
 
 
-async def _made_anew(context: Context, frame: client.Edit, there: Message | None) -> Made:
+async def _made_anew(context: Context, frame: client.Edit, there: Message | None) -> Derived:
     """Return what is made of an edit's content; it is there already if the message says the same."""
     if there is not None and (there.content, there.formatted_content is not None) == (frame.content, frame.is_markdown):
-        return Made(there.formatted_content, there.mentions, there.loud_mentions, there.hashtags)
-    return await made_of(context, frame, is_code=there is not None and there.content_type == "code")
+        return Derived(there.formatted_content, there.mentions, there.loud_mentions, there.hashtags)
+    return await compose(context, frame, is_code=there is not None and there.content_type == "code")
 
 
-def _require_editable(context: Context, found: Found) -> None:
+def _require_editable(context: Context, found: FoundMessage) -> None:
     message = found.message
     if message.is_deleted:
         raise NotFound("message_id")
@@ -113,7 +113,7 @@ async def delete(context: Context, frame: client.Delete) -> Changed:
             deed = Deed(context.user_id, "delete_message", before.sender_id, before.id)
             await audit.record(db, before.conversation_id, deed)
         deleted = await edits.delete(db, before, context.user_id)
-    return tell_deleted(context.events, deleted)
+    return publish_deleted(context.events, deleted)
 
 
 async def history(context: Context, frame: client.History) -> MessagePage:

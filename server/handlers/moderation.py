@@ -10,10 +10,10 @@ from server.core.errors import NotActive, NotFound
 from server.db.database import Db
 from server.domain.membership import taking_part
 from server.domain.permissions import require, require_not_above, require_sender_not_above
-from server.domain.publish import tell_changed
+from server.domain.publish import publish_changed
 from server.queries import audit, bounds, conversations, edits, messages, moderation, users
 from server.queries.audit import Deed
-from server.queries.messages import Found
+from server.queries.messages import FoundMessage
 
 
 async def moderate(context: Context, frame: client.Moderate) -> Changed:
@@ -28,7 +28,7 @@ async def moderate(context: Context, frame: client.Moderate) -> Changed:
             await audit.record(db, before.conversation_id, deed)
     answer = Changed(conversation_id=before.conversation_id, version=message.version)
     if is_new:
-        tell_changed(context.events, found, message)
+        publish_changed(context.events, found, message)
     is_more_due = True
     while is_more_due:
         async with context.transaction() as db:
@@ -51,7 +51,7 @@ async def unmoderate(context: Context, frame: client.Unmoderate) -> Changed:
         message = await moderation.unmoderate(db, before, words=known.words if known is not None and is_same else None)
         deed = Deed(context.user_id, "unmoderate", before.sender_id, before.id)
         await audit.record(db, before.conversation_id, deed)
-    return tell_changed(context.events, found, message)
+    return publish_changed(context.events, found, message)
 
 
 async def report(context: Context, frame: client.ReportMessage) -> Done:
@@ -120,7 +120,7 @@ async def _require(db: Db, context: Context, conversation_id: ConversationId | N
     require(await taking_part(db, conversation_id, context.user_id), act)
 
 
-async def _moderated(db: Db, context: Context, frame: client.Moderate | client.Unmoderate) -> Found:
+async def _moderated(db: Db, context: Context, frame: client.Moderate | client.Unmoderate) -> FoundMessage:
     found = await messages.lock(db, frame, context.user_id)
     if found is None:
         raise NotFound("message_id")

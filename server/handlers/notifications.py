@@ -19,7 +19,7 @@ async def see_feed(context: Context, frame: client.SeeFeed) -> Done:
     """Note that the caller has seen the feed, on all of their devices."""
     async with context.database.connection() as db:
         await feed.see(db, context.user_id, frame.up_to or now())
-    context.events.poke([context.user_id])
+    context.events.notify([context.user_id])
     return Done()
 
 

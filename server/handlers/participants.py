@@ -10,7 +10,7 @@ from server.context import Context
 from server.core.errors import NotActive, NotFound
 from server.db.database import Db
 from server.domain import sync
-from server.domain.membership import News, entered, require_room, taking_part, welcomed_by
+from server.domain.membership import MembershipChange, lock_with_member, require_room, taking_part, welcomed_by
 from server.domain.permissions import require, require_above, require_below
 from server.queries import bounds, conversations, participants, users
 from server.queries.audit import Deed
@@ -31,7 +31,7 @@ async def join(context: Context, frame: client.Join) -> OneConversation:
         conversation, before = await _welcomed(db, context, frame)
         if conversation.id != found.id:
             raise NotFound(path)
-        news = News(context, db, conversation)
+        news = MembershipChange(context, db, conversation)
         if before is None or before.status != "active":
             news.enter(await participants.add(db, conversation.id, [context.user_id], "member", None))
             if frame.invite_code is not None:
@@ -84,9 +84,9 @@ def _named_by(frame: client.Join) -> str:
 async def leave(context: Context, frame: client.Leave) -> Done:
     """Let the caller out; an owner's place goes to the next in rank, then in age."""
     async with context.transaction() as db:
-        conversation, me = await entered(db, context, frame.conversation_id)
+        conversation, me = await lock_with_member(db, context, frame.conversation_id)
         await users.lock(db, [context.user_id])
-        news = News(context, db, conversation)
+        news = MembershipChange(context, db, conversation)
         news.changes += await participants.leave(db, me)
         if news.changes[0].participant_count:
             await news.announce(Announcement("leave", "left"))
@@ -98,9 +98,9 @@ async def leave(context: Context, frame: client.Leave) -> Done:
 async def add(context: Context, frame: client.AddParticipants) -> Added:
     """Let users in whom the caller may add, and ask the others to come."""
     async with context.transaction() as db:
-        conversation, me = await entered(db, context, frame.conversation_id)
+        conversation, me = await lock_with_member(db, context, frame.conversation_id)
         they = await welcomed_by(db, context, me, frame)
-        news = News(context, db, conversation)
+        news = MembershipChange(context, db, conversation)
         if they.added:
             require_room(conversation, len(they.added), "participants")
             news.enter(await participants.add(db, conversation.id, they.added, frame.role, context.user_id))
@@ -121,7 +121,7 @@ async def remove(context: Context, frame: client.RemoveParticipant) -> Done:
     """Put someone of a lower role out, or take back their invitation."""
     status: ParticipantStatus = "banned" if frame.ban else "removed"
     async with context.transaction() as db:
-        conversation, me = await entered(db, context, frame.conversation_id)
+        conversation, me = await lock_with_member(db, context, frame.conversation_id)
         require(me, Act.REMOVE_MEMBERS)
         them = await _other(db, me, frame.user_id)
         if them.status == status:
@@ -130,7 +130,7 @@ async def remove(context: Context, frame: client.RemoveParticipant) -> Done:
             raise NotFound("user_id")
         # After the refusals, so that none of them locks a stranger. The conversation's lock keeps the status as it is.
         await users.lock(db, [frame.user_id])
-        news = News(context, db, conversation)
+        news = MembershipChange(context, db, conversation)
         news.changes.append(await participants.change(db, them, status=status))
         if them.status == "active":
             await news.announce(Announcement("remove_member", "removed someone", {"user_ids": [them.user_id]}))
@@ -145,12 +145,12 @@ async def remove(context: Context, frame: client.RemoveParticipant) -> Done:
 async def unban(context: Context, frame: client.Unban) -> Done:
     """Lift a ban."""
     async with context.transaction() as db:
-        conversation, me = await entered(db, context, frame.conversation_id)
+        conversation, me = await lock_with_member(db, context, frame.conversation_id)
         require(me, Act.REMOVE_MEMBERS)
         them = await _other(db, me, frame.user_id)
         if them.status != "banned":
             return Done()
-        news = News(context, db, conversation)
+        news = MembershipChange(context, db, conversation)
         news.changes.append(await participants.change(db, them, status="removed"))
         await news.record(Deed(context.user_id, "unban", them.user_id))
     news.tell()
@@ -160,7 +160,7 @@ async def unban(context: Context, frame: client.Unban) -> Done:
 async def set_role(context: Context, frame: client.SetRole) -> Done:
     """Give someone of a lower role another one."""
     async with context.transaction() as db:
-        conversation, me = await entered(db, context, frame.conversation_id)
+        conversation, me = await lock_with_member(db, context, frame.conversation_id)
         require(me, Act.SET_ROLES)
         them = await _active(db, me, frame.user_id)
         require_below(me, frame.role)
@@ -168,7 +168,7 @@ async def set_role(context: Context, frame: client.SetRole) -> Done:
             return Done()
         if rank(frame.role) > rank(them.role):
             await _require_account(db, them)
-        news = News(context, db, conversation)
+        news = MembershipChange(context, db, conversation)
         news.changes.append(await participants.change(db, them, role=frame.role))
         details = {"from": them.role, "to": frame.role}
         await news.record(Deed(context.user_id, "set_role", them.user_id, details=details))
@@ -180,7 +180,7 @@ async def set_permissions(context: Context, frame: client.SetPermissions) -> Don
     """Give someone of a lower role permissions beyond it, or take them back."""
     wanted = client.given(frame)
     async with context.transaction() as db:
-        conversation, me = await entered(db, context, frame.conversation_id)
+        conversation, me = await lock_with_member(db, context, frame.conversation_id)
         require(me, Act.SET_ROLES)
         them = await _active(db, me, frame.user_id)
         if not wanted:
@@ -190,7 +190,7 @@ async def set_permissions(context: Context, frame: client.SetPermissions) -> Don
         changed = await participants.permit(db, them, wanted)
         if changed is None:
             return Done()
-        news = News(context, db, conversation)
+        news = MembershipChange(context, db, conversation)
         news.changes.append(changed)
         await news.record(Deed(context.user_id, "set_permissions", them.user_id, details=wanted))
     news.tell()
@@ -200,13 +200,13 @@ async def set_permissions(context: Context, frame: client.SetPermissions) -> Don
 async def transfer_ownership(context: Context, frame: client.TransferOwnership) -> Done:
     """Make another participant the owner; the caller becomes an admin."""
     async with context.transaction() as db:
-        conversation, me = await entered(db, context, frame.conversation_id)
+        conversation, me = await lock_with_member(db, context, frame.conversation_id)
         require(me, Act.TRANSFER)
         if frame.user_id == context.user_id:
             return Done()
         them = await _active(db, me, frame.user_id)
         await _require_account(db, them)
-        news = News(context, db, conversation)
+        news = MembershipChange(context, db, conversation)
         news.changes.append(await participants.change(db, them, role="owner"))
         news.changes.append(await participants.change(db, me, role="admin"))
         await news.record(Deed(context.user_id, "transfer_ownership", them.user_id))

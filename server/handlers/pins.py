@@ -8,7 +8,7 @@ from protocol.server import Changed, Done, MessageList
 from server.context import Context
 from server.core.errors import NotFound
 from server.domain.permissions import require, require_may_send
-from server.domain.publish import tell_changed
+from server.domain.publish import publish_changed
 from server.queries import bounds, conversations, messages, pins
 from server.queries.cursor import Cursor
 
@@ -33,7 +33,7 @@ async def pin(context: Context, frame: client.Pin | client.Unpin) -> Changed:
                 path="conversation_id",
             )
         message = await pins.pin(db, before, context.user_id, is_on=is_on)
-    return tell_changed(context.events, found, message)
+    return publish_changed(context.events, found, message)
 
 
 async def list_pins(context: Context, frame: client.ListPins) -> MessageList:
@@ -53,7 +53,7 @@ async def star(context: Context, frame: client.Star) -> Done:
         if not await pins.star(db, frame, context.user_id):
             raise NotFound("message_id")
         await bounds.require_stars(db, context.user_id)
-    context.events.poke([context.user_id])
+    context.events.notify([context.user_id])
     return Done()
 
 
@@ -62,7 +62,7 @@ async def unstar(context: Context, frame: client.Unstar) -> Done:
     async with context.transaction() as db:
         await pins.unstar(db, frame, context.user_id)
         await bounds.forget_stars(db, context.user_id)
-    context.events.poke([context.user_id])
+    context.events.notify([context.user_id])
     return Done()
 
 

@@ -9,10 +9,10 @@ from server.context import Context
 from server.core.errors import NotFound
 from server.domain.compose import is_closed
 from server.domain.permissions import require, require_may_send, require_sender_not_above
-from server.domain.publish import tell_changed
+from server.domain.publish import publish_changed
 from server.queries import audit, messages, polls
 from server.queries.audit import Deed
-from server.queries.messages import Found
+from server.queries.messages import FoundMessage
 
 
 async def vote(context: Context, frame: client.Vote) -> Changed:
@@ -78,7 +78,7 @@ async def close(context: Context, frame: client.ClosePoll) -> Changed:
             deed = Deed(context.user_id, "close_poll", before.sender_id, before.id)
             await audit.record(db, before.conversation_id, deed)
         message = await polls.close(db, before)
-    return tell_changed(context.events, found, message)
+    return publish_changed(context.events, found, message)
 
 
 async def list_votes(context: Context, frame: client.ListVotes) -> VotePage:
@@ -94,7 +94,7 @@ async def list_votes(context: Context, frame: client.ListVotes) -> VotePage:
     return VotePage(votes=page.rows, after=page.after)
 
 
-def _poll(found: Found | None) -> Poll:
+def _poll(found: FoundMessage | None) -> Poll:
     """Return the poll that a message is. Raises NotFound if it is none any more, and Refused if it never was."""
     if found is None or found.message.is_deleted:
         raise NotFound("message_id")

@@ -23,7 +23,7 @@ async def read(context: Context, frame: client.Read) -> ReadUpTo:
     if position is None:
         raise NotFound("message_id")
     if position.was_marked:
-        context.events.poke([context.user_id])
+        context.events.notify([context.user_id])
     if position.has_moved:
         event = MessageRead(
             conversation_id=position.conversation_id, user_id=context.user_id, message_id=position.message_id
@@ -63,7 +63,7 @@ async def mark_unread(context: Context, frame: client.MarkUnread) -> ReadUpTo:
         if count is None:
             raise NotFound("message_id")
         await participants.stamp(db, frame.conversation_id, [context.user_id], is_own=True)
-    context.events.poke([context.user_id])
+    context.events.notify([context.user_id])
     return ReadUpTo(conversation_id=frame.conversation_id, message_id=frame.message_id, unread_count=count)
 
 

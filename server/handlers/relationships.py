@@ -13,7 +13,7 @@ from server.core.errors import NotActive, NotFound
 from server.db.database import Db
 from server.domain.permissions import OwnBlock, unreachable
 from server.queries import approaches, bounds, relationships, users
-from server.queries.relationships import Change
+from server.queries.relationships import RelationshipChange
 
 
 class _Request(NamedTuple):
@@ -41,10 +41,10 @@ async def request_friend(context: Context, frame: client.RequestFriend) -> OneRe
         if request.same is not None:
             return OneRelationship(relationship=request.same)
         if request.is_answer:
-            await relationships.put(db, them, me, Change("friend", "accepted"), me)
+            await relationships.put(db, them, me, RelationshipChange("friend", "accepted"), me)
         if request.becomes == "pending":
             await approaches.count(db, "friend", me, [them])
-        made = await relationships.put(db, me, them, Change("friend", request.becomes, frame.message), me)
+        made = await relationships.put(db, me, them, RelationshipChange("friend", request.becomes, frame.message), me)
         await bounds.require_relationships(db, me, "friend")
         await bounds.require_requests(db, me, them)
     _tell(context, me, them)
@@ -54,7 +54,7 @@ async def request_friend(context: Context, frame: client.RequestFriend) -> OneRe
 async def answer_friend(context: Context, frame: client.AnswerFriend) -> OneRelationship:
     """Accept or reject a request."""
     me, them = context.user_id, _other(context, frame.user_id)
-    change = Change("friend", "accepted" if frame.accept else "rejected", response_message=frame.message)
+    change = RelationshipChange("friend", "accepted" if frame.accept else "rejected", response_message=frame.message)
     async with context.transaction() as db:
         if (same := await _answered(db, me, them, change)) is not None:
             return OneRelationship(relationship=same)
@@ -65,7 +65,7 @@ async def answer_friend(context: Context, frame: client.AnswerFriend) -> OneRela
             await _require_not_deleted(db, them)
         made = await relationships.put(db, them, me, change, me)
         if frame.accept:
-            await relationships.put(db, me, them, Change("friend", "accepted"), me)
+            await relationships.put(db, me, them, RelationshipChange("friend", "accepted"), me)
             await bounds.require_relationships(db, me, "friend")
     _tell(context, me, them)
     return OneRelationship(relationship=made)
@@ -90,11 +90,11 @@ async def unfriend(context: Context, frame: client.Unfriend) -> Done:
 OneOf = client.Block | client.Unblock | client.Follow | client.Unfollow | client.Mute | client.Unmute
 
 
-def turned(
+def toggle(
     kind: Literal["block", "follow", "mute"], *, on: bool
 ) -> Callable[[Context, OneOf], Awaitable[OneRelationship]]:
     """Return the handler that begins or ends what is the caller's own affair."""
-    turn = Change(kind, "active" if on else "inactive")
+    turn = RelationshipChange(kind, "active" if on else "inactive")
 
     async def handler(context: Context, frame: OneOf) -> OneRelationship:
         me, them = context.user_id, _other(context, frame.user_id)
@@ -119,7 +119,7 @@ def turned(
         if kind == "block":
             _tell(context, me, them)
         else:
-            context.events.poke([me, them] if kind == "follow" else [me])
+            context.events.notify([me, them] if kind == "follow" else [me])
         return OneRelationship(relationship=made)
 
     return handler
@@ -154,7 +154,7 @@ async def set_switches(context: Context, frame: client.SetSwitches) -> OneRelati
             # What is turned on was turned off before.
             await approaches.count(db, "switch", me, [them])
         made = await relationships.switch(db, me, them, wanted)
-    context.events.poke([me])
+    context.events.notify([me])
     context.events.reconsider(me, them)
     return OneRelationship(relationship=made)
 
@@ -193,12 +193,12 @@ async def _request(db: Db, me: UserId, frame: client.RequestFriend) -> _Request:
     if mine not in {"pending", "accepted"} and await relationships.status(db, them, me, "friend") == "pending":
         return _Request("accepted", is_answer=True, same=None)
     becomes: RelationshipStatus = "accepted" if mine == "accepted" else "pending"
-    same = await relationships.get(db, me, them, Change("friend", becomes), me)
+    same = await relationships.get(db, me, them, RelationshipChange("friend", becomes), me)
     is_same = same is not None and (becomes == "accepted" or same.request_message == frame.message)
     return _Request(becomes, is_answer=False, same=same if is_same else None)
 
 
-async def _answered(db: Db, me: UserId, them: UserId, change: Change) -> Relationship | None:
+async def _answered(db: Db, me: UserId, them: UserId, change: RelationshipChange) -> Relationship | None:
     """Return a request if it was answered so before: the other one is not told again. Raises Refused if there is none
     that the caller may answer so.
     """
@@ -210,7 +210,7 @@ async def _answered(db: Db, me: UserId, them: UserId, change: Change) -> Relatio
     return await relationships.get(db, them, me, change, me)
 
 
-async def _unchanged(db: Db, me: UserId, them: UserId, turn: Change) -> Relationship | None:
+async def _unchanged(db: Db, me: UserId, them: UserId, turn: RelationshipChange) -> Relationship | None:
     """Return what is there if nothing changes. Raises Refused if it may not begin, or never began."""
     if turn.status == "active":
         await _require_may_begin(db, turn.kind, me, them)
@@ -238,7 +238,7 @@ async def _require_not_deleted(db: Db, them: UserId) -> None:
 
 def _tell(context: Context, me: UserId, them: UserId) -> None:
     """Tell both users of what is between them now, which decides whether they see each other. After the commit."""
-    context.events.poke([me, them])
+    context.events.notify([me, them])
     context.events.reconsider(me, them)
     context.events.reconsider(them, me)
 

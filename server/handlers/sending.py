@@ -147,8 +147,8 @@ async def _store(context: Context, out: Outgoing, note: Note | None = None) -> S
                     root_reply_count=stored.root_reply_count,
                 )
             )
-            context.services.notices.wanted(message)
-            context.services.previews.wanted(message)
+            context.services.web_push.enqueue(message)
+            context.services.previews.enqueue(message)
             return Sent(
                 conversation_id=frame.conversation_id,
                 message_id=frame.message_id,
@@ -231,8 +231,8 @@ async def _why_not(context: Context, out: Outgoing) -> Sent | Literal["slow"] | 
         if context.services.unconfirmed.settle(frame.message_id, there.created_at):
             # The event is delivered by the comparison of positions; nothing else makes up for these.
             message = _message(out, Stored(there.version, there.created_at, None, None, None, 0))
-            context.services.notices.wanted(message)
-            context.services.previews.wanted(message)
+            context.services.web_push.enqueue(message)
+            context.services.previews.enqueue(message)
         return Sent(
             conversation_id=frame.conversation_id,
             message_id=frame.message_id,

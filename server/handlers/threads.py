@@ -7,7 +7,7 @@ from server.core.errors import NotFound
 from server.queries import bounds, conversations, messages, threads
 from server.queries.cursor import Cursor
 from server.queries.messages import NEWEST, Span
-from server.queries.threads import Change
+from server.queries.threads import FollowChange
 
 
 async def get(context: Context, frame: client.GetThread) -> OneThread:
@@ -36,12 +36,12 @@ async def list_replies(context: Context, frame: client.ListReplies) -> MessagePa
 
 async def follow(context: Context, frame: client.FollowThread | client.UnfollowThread) -> OneThreadFollow:
     """Be told of replies, or not any more."""
-    return await _change(context, frame, Change(is_following=isinstance(frame, client.FollowThread)))
+    return await _change(context, frame, FollowChange(is_following=isinstance(frame, client.FollowThread)))
 
 
 async def read(context: Context, frame: client.ReadThread) -> OneThreadFollow:
     """Note how far the caller has read in a thread."""
-    return await _change(context, frame, Change(last_read_order=frame.thread_order))
+    return await _change(context, frame, FollowChange(last_read_order=frame.thread_order))
 
 
 async def list_threads(context: Context, frame: client.ListThreads) -> ThreadList:
@@ -53,7 +53,7 @@ async def list_threads(context: Context, frame: client.ListThreads) -> ThreadLis
 
 
 async def _change(
-    context: Context, frame: client.FollowThread | client.UnfollowThread | client.ReadThread, change: Change
+    context: Context, frame: client.FollowThread | client.UnfollowThread | client.ReadThread, change: FollowChange
 ) -> OneThreadFollow:
     async with context.transaction() as db:
         if not await conversations.keep(db, frame.conversation_id, context.user_id):
@@ -63,5 +63,5 @@ async def _change(
             raise NotFound("message_id")
         if now.is_new:
             await bounds.require_threads(db, context.user_id)
-    context.events.poke([context.user_id])
+    context.events.notify([context.user_id])
     return OneThreadFollow(follow=now.follow)

@@ -77,7 +77,7 @@ async def update_profile(context: Context, frame: client.UpdateProfile) -> OneMe
     if after.show_online_status != before.show_online_status:
         await context.services.presence.announce(context.user_id)
     if given:
-        context.events.poke([context.user_id])
+        context.events.notify([context.user_id])
     return OneMe(me=after)
 
 
@@ -99,7 +99,7 @@ async def typing(context: Context, frame: client.Typing) -> Done:
 async def set_presence(context: Context, frame: client.SetPresence) -> Done:
     """Record how the caller wants to be seen."""
     if await context.services.presence.choose(context.user_id, context.subscriber, frame):
-        context.events.poke([context.user_id])
+        context.events.notify([context.user_id])
     return Done()
 
 

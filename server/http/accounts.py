@@ -26,8 +26,8 @@ from server.gateway.responses import JSON, json_response
 from server.http.credentials import forget_cookie, require_origin, set_cookie, token_of
 from server.http.routing import endpoint, limited_body
 from server.limits.per_address import address_of, key_of
-from server.limits.shared_rate_limit import SharedAllowance
-from server.limits.token_bucket import Allowance
+from server.limits.shared_rate_limit import SharedRateLimit
+from server.limits.token_bucket import TokenBuckets
 from server.queries import accounts, sessions, users
 from server.queries.accounts import Login as Found
 from server.queries.sessions import Active, Beginning
@@ -54,7 +54,7 @@ class Begun(NamedTuple):
     session: Beginning
 
 
-class Asked(NamedTuple):
+class AccountRequest(NamedTuple):
     """A request of a user with a session."""
 
     request: Request
@@ -79,7 +79,7 @@ class Accounts:
         *,
         sessions: Sessions,
         attempts: Attempts,
-        reads: SharedAllowance,
+        reads: SharedRateLimit,
         origins: frozenset[str],
         is_open: bool,
     ) -> None:
@@ -91,8 +91,10 @@ class Accounts:
         self._reads = reads
         self._origins = origins
         self._is_open = is_open
-        self._exports: Allowance[UserId] = Allowance("exports of your user", EXPORTS_PER_SECOND, burst=EXPORTS_AT_ONCE)
-        self._requests: Allowance[SessionId] = Allowance(
+        self._exports: TokenBuckets[UserId] = TokenBuckets(
+            "exports of your user", EXPORTS_PER_SECOND, burst=EXPORTS_AT_ONCE
+        )
+        self._requests: TokenBuckets[SessionId] = TokenBuckets(
             "account requests of your session", REQUESTS_PER_SECOND, burst=REQUESTS_AT_ONCE
         )
 
@@ -123,7 +125,7 @@ class Accounts:
         data = await limited_body(request)
         return await self.caller(request), data
 
-    def _of_session(self, method: str, path: str, act: Callable[[Asked], Awaitable[Response]]) -> Route:
+    def _of_session(self, method: str, path: str, act: Callable[[AccountRequest], Awaitable[Response]]) -> Route:
         """Return a route by which users end sessions. Each request takes tokens of its session by its size, and has the
         connection that its user has for this alone: a flood of frames by another session refuses no such request.
         """
@@ -132,7 +134,7 @@ class Accounts:
             active, body = await self.asked(request)
             self._requests.require(active.session_id, 1 + len(body) // TOKEN_BYTES)
             return await act(
-                Asked(request, active, body, self._database.of_sessions(active.user.id, active.session_id))
+                AccountRequest(request, active, body, self._database.of_sessions(active.user.id, active.session_id))
             )
 
         return Route(path, endpoint(asked), methods=[method])
@@ -195,17 +197,17 @@ class Accounts:
         if is_back:
             self._events.reconsider(found.user.id)
         if begun is not None and begun.session.has_ended_others:
-            self._events.poke([found.user.id])
+            self._events.notify([found.user.id])
         return begun
 
-    async def logout(self, asked: Asked) -> Response:
+    async def logout(self, asked: AccountRequest) -> Response:
         """End the session of the request."""
         await self._revoke(asked, asked.active.session_id)
         response = Response(status_code=204)
         forget_cookie(asked.request, response)
         return response
 
-    async def change_password(self, asked: Asked) -> Response:
+    async def change_password(self, asked: AccountRequest) -> Response:
         """Take another password, and end all sessions but the one of the request."""
         user_id, body = asked.user_id, decode(asked.body, _change)
 
@@ -224,18 +226,18 @@ class Accounts:
             return await asked.database.atomically("change a password", changed)
 
         await self._with_password(asked, body.password, change)
-        self._events.poke([user_id])
+        self._events.notify([user_id])
         return Response(status_code=204)
 
-    async def deactivate(self, asked: Asked) -> Response:
+    async def deactivate(self, asked: AccountRequest) -> Response:
         """Go away until the next login: nobody finds the user or writes to them."""
         return await self._leave(asked, is_for_good=False)
 
-    async def delete(self, asked: Asked) -> Response:
+    async def delete(self, asked: AccountRequest) -> Response:
         """Go away for good: when the time of grace is over, in which logging in undoes it, the user is erased."""
         return await self._leave(asked, is_for_good=True)
 
-    async def _leave(self, asked: Asked, *, is_for_good: bool) -> Response:
+    async def _leave(self, asked: AccountRequest, *, is_for_good: bool) -> Response:
         user_id, body = asked.user_id, decode(asked.body, _confirm)
 
         async def leave(checked: str | None) -> bool:
@@ -251,13 +253,15 @@ class Accounts:
             return await asked.database.atomically("leave", left)
 
         await self._with_password(asked, body.password, leave)
-        self._events.poke([user_id])
+        self._events.notify([user_id])
         self._events.reconsider(user_id)
         response = Response(status_code=204)
         forget_cookie(asked.request, response)
         return response
 
-    async def _with_password(self, asked: Asked, password: str, act: Callable[[str | None], Awaitable[bool]]) -> None:
+    async def _with_password(
+        self, asked: AccountRequest, password: str, act: Callable[[str | None], Awaitable[bool]]
+    ) -> None:
         """Act for whoever has a session and knows the password. Raises Refused if the session has ended, or the
         password is wrong, which alone counts as an attempt.
 
@@ -289,7 +293,7 @@ class Accounts:
         self._reads.require(user_id, 1 + len(body) // TOKEN_BYTES)
         self._exports.require(user_id)
         return StreamingResponse(
-            self._exported(Asked(request, active, body, self._database.of(user_id))),
+            self._exported(AccountRequest(request, active, body, self._database.of(user_id))),
             media_type=JSON,
             headers={
                 "cache-control": "no-store",
@@ -297,7 +301,7 @@ class Accounts:
             },
         )
 
-    async def _exported(self, asked: Asked) -> AsyncIterator[bytes]:
+    async def _exported(self, asked: AccountRequest) -> AsyncIterator[bytes]:
         """Return a user's data piece by piece; when their session ends, break off, so that what came is not whole."""
         async for piece in written(asked.database.connection, asked.user_id):
             async with asked.database.connection() as db:
@@ -305,13 +309,13 @@ class Accounts:
                     return
             yield piece
 
-    async def list_sessions(self, asked: Asked) -> Response:
+    async def list_sessions(self, asked: AccountRequest) -> Response:
         """Return the user's sessions."""
         async with asked.database.connection() as db:
             mine = await sessions.of_user(db, asked.user_id, asked.active.session_id)
         return json_response(SessionList(sessions=mine))
 
-    async def revoke(self, asked: Asked) -> Response:
+    async def revoke(self, asked: AccountRequest) -> Response:
         """End one of the user's sessions."""
         try:
             session_id = msgspec.convert(asked.request.path_params["session_id"], SessionId)
@@ -321,12 +325,12 @@ class Accounts:
             raise NotFound("session_id")
         return Response(status_code=204)
 
-    async def revoke_all(self, asked: Asked) -> Response:
+    async def revoke_all(self, asked: AccountRequest) -> Response:
         """End all of the user's sessions, this one included."""
         await self._revoke(asked, None)
         return Response(status_code=204)
 
-    async def _revoke(self, asked: Asked, session_id: SessionId | None) -> bool:
+    async def _revoke(self, asked: AccountRequest, session_id: SessionId | None) -> bool:
         """End one session of the user, or all; return whether any was there. If none is, wait for no lock."""
         user_id = asked.user_id
         async with asked.database.connection() as db:
@@ -342,7 +346,7 @@ class Accounts:
 
         is_revoked = await asked.database.atomically("revoke", revoked)
         if is_revoked:
-            self._events.poke([user_id])
+            self._events.notify([user_id])
         return is_revoked
 
     async def _begin(self, db: Db, request: Request, user: User, checked: str) -> Begun | None:

@@ -28,7 +28,7 @@ from server.core.metrics import Metrics
 from server.core.proxies import Network, is_within
 from server.db.readiness import Readiness
 from server.fairness.turns import Turns
-from server.gateway.connection import NOT_TEXT, Connection, Shared
+from server.gateway.connection import NOT_TEXT, Connection, ConnectionDeps
 from server.gateway.dispatch import error_frame
 from server.gateway.responses import JSON, error_response, json_response, refusal_response
 from server.gateway.websocket import EXTENSION, WebSocket
@@ -36,9 +36,9 @@ from server.http import asyncapi, openapi
 from server.http.accounts import Accounts
 from server.http.credentials import token_of
 from server.http.routing import endpoint
-from server.limits.admission import Admission, Place
+from server.limits.admission import Admission, Slot
 from server.limits.per_address import Addresses, host_of, key_of
-from server.limits.token_bucket import Allowance
+from server.limits.token_bucket import TokenBuckets
 from server.queries.sessions import Active
 
 FORWARDING = frozenset({"forwarded", "via", "x-forwarded-for", "x-forwarded-host", "x-forwarded-proto", "x-real-ip"})
@@ -83,11 +83,11 @@ def _close_code(refused: Refused) -> CloseCode:
     return CloseCode.WITH_TOKEN if isinstance(refused, (TicketRefused, TooLate)) else CloseCode.UNAUTHENTICATED
 
 
-class Door(NamedTuple):
+class HttpDeps(NamedTuple):
     """What it takes to let somebody in."""
 
     services: Services
-    shared: Shared
+    shared: ConnectionDeps
     sessions: Sessions
     accounts: Accounts
     origins: frozenset[str]
@@ -96,14 +96,14 @@ class Door(NamedTuple):
     metrics_names: frozenset[str]
     is_draining: asyncio.Event
     addresses: Addresses
-    connects: Allowance[UserId]
+    connects: TokenBuckets[UserId]
     admission: Admission
 
 
 class Endpoints:
     """Everything but /v1/auth."""
 
-    def __init__(self, door: Door) -> None:
+    def __init__(self, door: HttpDeps) -> None:
         self._door = door
         # The same bound as that of frames by the socket, of which each connection answers one at a time.
         self._calls: Turns[UserId] = Turns(door.shared.connections_per_user, patience=CALL_SECONDS)
@@ -137,7 +137,7 @@ class Endpoints:
                 disconnect()
 
     async def _let_in(self, handshake: Handshake, disconnect: Callable[[], None]) -> Connection | None:
-        admitted: tuple[Active, Place] | None = None
+        admitted: tuple[Active, Slot] | None = None
         if (offered := handshake.scope["subprotocols"]) and SUBPROTOCOL not in offered:
             # RFC 6455, section 4.2.2, leaves it to the server. A client of another version would misread ours.
             await handshake.send_denial_response(refusal_response(OTHER_PROTOCOL, status=400))
@@ -248,7 +248,7 @@ class Endpoints:
                 raise
             return False
 
-    async def _admit(self, token: str, address: str) -> tuple[Active, Place]:
+    async def _admit(self, token: str, address: str) -> tuple[Active, Slot]:
         """Return the session of a token, and the place of its connection among those that are on their way in: only
         now, or whoever connects and says nothing would keep others out.
         """
@@ -264,7 +264,7 @@ class Endpoints:
             place.end()
             raise
 
-    async def _introduced(self, handshake: Handshake) -> tuple[Active, Place] | None:
+    async def _introduced(self, handshake: Handshake) -> tuple[Active, Slot] | None:
         """Return the session that the first frame names; if none, tell the client, close, and return None."""
         try:
             return await self._admit((await self._first_frame(handshake)).token, key_of(handshake))

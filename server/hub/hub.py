@@ -15,7 +15,7 @@ from protocol.server import DurableEvent, ServerFrame, UserUpdated
 from server.core.failures import Failures
 from server.hub import online_users, topics, watchers
 from server.hub.bus import Bus, Connect
-from server.hub.online_users import People, Socket, UserRecord
+from server.hub.online_users import OnlineUsers, Socket, UserRecord
 from server.hub.topics import NOBODY, ConversationRecord, Topics
 from server.hub.watchers import Describe, Watchers, WatchRecord
 
@@ -49,7 +49,7 @@ class Hub:
         self._record = record
         self.bus: Bus = connect(deliver=self._hear, caught_up=self.compare_soon)
         self.watchers = Watchers(record, self.bus, describe=describe)
-        self.people = People(record, self.bus, doubt=self.watchers.doubt_watched)
+        self.people = OnlineUsers(record, self.bus, doubt=self.watchers.doubt_watched)
         self.topics = Topics(
             record,
             self.bus,
@@ -111,7 +111,7 @@ class Hub:
         self._say(watchers.channel(user_id), 0, b"", who)
         self.watchers.doubt_watchers(user_id, watcher)
 
-    def poke(self, user_ids: Iterable[UserId], *, may_watch_others: bool = False) -> None:
+    def notify(self, user_ids: Iterable[UserId], *, may_watch_others: bool = False) -> None:
         """Have all workers look again at these users' conversations and sessions, and with `may_watch_others` check
         whom they may watch.
         """

@@ -12,7 +12,7 @@ from typing import Protocol
 from protocol.errors import CloseCode
 from protocol.ids import ConversationId, SessionId, UserId
 from protocol.server import ServerFrame
-from server.context import Look
+from server.context import UserNews
 from server.core.errors import log_failure
 from server.hub.bus import Bus
 
@@ -47,7 +47,7 @@ class Socket(Protocol):
     def say(self, frame: ServerFrame) -> None:
         """Send a frame to it alone."""
 
-    def refresh(self, look: Look) -> None:
+    def refresh(self, look: UserNews) -> None:
         """Have it say what changed for its user."""
 
     def close(self, code: CloseCode) -> None:
@@ -62,14 +62,14 @@ class UserRecord(Protocol):
         the own ones moved for more than own rows.
         """
 
-    def look(self, user_id: UserId, *, is_whole: bool) -> Look:
+    def look(self, user_id: UserId, *, is_whole: bool) -> UserNews:
         """Return what a user's sockets share the answers of."""
 
     async def living(self, session_ids: Sequence[SessionId]) -> Collection[SessionId]:
         """Return which of the sessions are valid."""
 
 
-class Person:
+class OnlineUser:
     """A user with sockets at this worker. `version` and `shared` are their clocks as of the last look, `compared` the
     hidden and the shared one as of the last comparison.
     """
@@ -87,7 +87,7 @@ class Person:
         self.look: asyncio.Task[None] | None = None
 
 
-class People:
+class OnlineUsers:
     """All of them."""
 
     def __init__(self, record: UserRecord, bus: Bus, *, doubt: Callable[[UserId], None]) -> None:
@@ -95,7 +95,7 @@ class People:
         self._record = record
         self._bus = bus
         self._doubt = doubt
-        self._people: dict[UserId, Person] = {}
+        self._people: dict[UserId, OnlineUser] = {}
         self._looks: set[asyncio.Task[None]] = set()
         self._turn = 0
 
@@ -117,7 +117,7 @@ class People:
         """
         person = self._people.get(socket.user_id)
         if person is None:
-            person = self._people[socket.user_id] = Person(channel(socket.user_id))
+            person = self._people[socket.user_id] = OnlineUser(channel(socket.user_id))
         person.sockets.add(socket)
         await self._bus.subscribe([person.channel])
         if person.version < 0:
@@ -143,7 +143,7 @@ class People:
             for socket in person.sockets:
                 socket.write(frame)
 
-    def fresh(self, user_id: UserId) -> Look:
+    def fresh(self, user_id: UserId) -> UserNews:
         """Return everything that a socket of a user is to be told, to be read now."""
         return self._record.look(user_id, is_whole=True)
 
@@ -189,7 +189,7 @@ class People:
         for look in self._looks:
             look.cancel()
 
-    async def _look(self, user_id: UserId, person: Person, before: asyncio.Task[None] | None) -> None:
+    async def _look(self, user_id: UserId, person: OnlineUser, before: asyncio.Task[None] | None) -> None:
         if before is not None:
             await asyncio.wait([before])
         is_whole, person.is_look_due, person.is_whole_due = person.is_whole_due, False, False
@@ -207,7 +207,7 @@ class People:
         spent = time.monotonic() - began
         await asyncio.sleep(max(0.0, min(REST * spent, REST_MOST_SECONDS - spent)))
 
-    async def _tell(self, user_id: UserId, person: Person, *, is_whole: bool) -> Look | None:
+    async def _tell(self, user_id: UserId, person: OnlineUser, *, is_whole: bool) -> UserNews | None:
         """Close sockets whose sessions have ended, and have the others say what is new; return that, if anything is."""
         version, _, shared = (await self._record.user_versions([user_id])).get(user_id, UNKNOWN)
         is_whole = is_whole or shared != person.shared
@@ -237,7 +237,7 @@ class People:
         return task
 
 
-async def _read(look: Look, person: Person) -> None:
+async def _read(look: UserNews, person: OnlineUser) -> None:
     """Read what most of a person's sockets ask for; each of them sees to what fails."""
     with contextlib.suppress(Exception):
         if look.is_whole:

@@ -21,7 +21,7 @@ from protocol.server import ConversationLeft, ServerFrame
 from server.core.errors import log_failure
 from server.hub.backlog import Backlog
 from server.hub.bus import Bus
-from server.hub.online_users import COMPARE_AT_ONCE, People, Socket
+from server.hub.online_users import COMPARE_AT_ONCE, OnlineUsers, Socket
 
 GAP_SECONDS = 0.1
 """How long an early event waits for those before it, before they are fetched."""
@@ -91,7 +91,7 @@ class Topics:
         self,
         record: ConversationRecord,
         bus: Bus,
-        people: People,
+        people: OnlineUsers,
         *,
         flush_soon: Callable[[], None],
         doubt: Callable[[UserId, ConversationId], None],

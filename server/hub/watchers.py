@@ -25,7 +25,7 @@ LOST_SECONDS = 1.0
 log = logging.getLogger(__name__)
 
 
-class Watchable(Protocol):
+class WatchablePair(Protocol):
     """What the database knows of a pair whose watcher may see at least the face."""
 
     @property
@@ -36,7 +36,7 @@ class Watchable(Protocol):
 class WatchRecord(Protocol):
     """What is asked of the database about watchers."""
 
-    async def watchable(self, pairs: Sequence[Pair], *, asker: UserId | None = None) -> Mapping[Pair, Watchable]:
+    async def watchable(self, pairs: Sequence[Pair], *, asker: UserId | None = None) -> Mapping[Pair, WatchablePair]:
         """Return those of the pairs whose watcher may see the face; `asker` is the user who asks, if one does."""
 
 
@@ -44,7 +44,7 @@ Describe = Callable[[Mapping[Pair, Any]], Awaitable[Mapping[Pair, Presence]]]
 """Returns the presences of pairs that were found watchable."""
 
 
-class Answer(NamedTuple):
+class WatchAnswer(NamedTuple):
     """What the database knew of a pair when the stamp was `since`."""
 
     since: int
@@ -83,7 +83,7 @@ class Watchers:
         """
         new = {user_id for user_id in user_ids if user_id not in socket.watched}
         pairs = {Pair(socket.user_id, user_id) for user_id in user_ids}
-        answers: dict[Pair, Answer] = {}
+        answers: dict[Pair, WatchAnswer] = {}
         seen: dict[UserId, Presence] = {}
         # In doubt first, and asked second: what changes in between is noticed.
         self._doubts.begin(pairs)
@@ -96,7 +96,7 @@ class Watchers:
                 found = await self._record.watchable(open_pairs, asker=socket.user_id)
                 presences = await self._describe(found)
                 for pair in open_pairs:
-                    answers[pair] = Answer(since, sight_of(found.get(pair)), presences.get(pair))
+                    answers[pair] = WatchAnswer(since, sight_of(found.get(pair)), presences.get(pair))
                 open_pairs = [pair for pair, one in answers.items() if not self._doubts.is_current(pair, one.since)]
                 if not open_pairs:
                     break
@@ -230,7 +230,7 @@ class Watchers:
             return
         seconds = self._loop.time() - began
         failed = self._decide_all({
-            pair: Answer(batch.since, sight_of(found.get(pair)), presences.get(pair)) for pair in batch.pairs
+            pair: WatchAnswer(batch.since, sight_of(found.get(pair)), presences.get(pair)) for pair in batch.pairs
         })  # fmt: skip
         self._doubts.answered(batch, self._loop.time(), seconds=seconds, failed=failed)
         self._is_failing = bool(failed)
@@ -239,7 +239,7 @@ class Watchers:
         sockets = self._sockets.get(pair.watcher, ())
         return any(socket.watched.get(pair.watched, Sight.ALL) is not Sight.ALL for socket in sockets)
 
-    def _release(self, watcher: Whole, pairs: Iterable[Pair], answers: Mapping[Pair, Answer]) -> None:
+    def _release(self, watcher: Whole, pairs: Iterable[Pair], answers: Mapping[Pair, WatchAnswer]) -> None:
         """Decide about the pairs that a `watch` has asked about, unless another one still does. Ask again about those
         that it has no current answer of.
         """
@@ -252,7 +252,7 @@ class Watchers:
                 self._doubts.ask_again(pair, cause=watcher)
         self._ask_soon()
 
-    def _decide_all(self, answers: Mapping[Pair, Answer]) -> list[Pair]:
+    def _decide_all(self, answers: Mapping[Pair, WatchAnswer]) -> list[Pair]:
         """Decide about those pairs that nothing has put in doubt since they were asked about, and that no `watch` asks
         about. Return those with which that failed; they stay in doubt.
         """
@@ -291,7 +291,7 @@ class Watchers:
         self._doubts.settle(pair)
 
 
-def sight_of(found: Watchable | None) -> Sight:
+def sight_of(found: WatchablePair | None) -> Sight:
     """Return what a watcher may see, by what was found of the pair."""
     # In a conversation a face is seen when presence is not, whoever hides it from whom.
     return Sight.NOTHING if found is None else Sight.ALL if found.is_seen else Sight.FACE

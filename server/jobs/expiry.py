@@ -9,7 +9,7 @@ from protocol.ids import ConversationId, MessageId, UserId
 from server.context import Events
 from server.core.errors import is_lost, log_failure
 from server.db.database import Database, Db
-from server.domain.publish import tell_deleted
+from server.domain.publish import publish_deleted
 from server.queries import conversations, edits, expiry
 from server.queries.edits import Deleted
 
@@ -56,7 +56,7 @@ async def _expire(
             while await expiry.forget_edits(db, conversation_id, portion):
                 pass
         for deleted in await database.atomically("expiry", partial(_expire_portion, conversation_id, portion)):
-            tell_deleted(events, deleted)
+            publish_deleted(events, deleted)
 
 
 async def _expire_portion(conversation_id: ConversationId, message_ids: list[MessageId], db: Db) -> list[Deleted]:

@@ -22,10 +22,10 @@ from protocol.values import LinkPreview, Message
 from server.context import Events
 from server.core.errors import is_lost
 from server.db.database import Database
-from server.domain.publish import tell_changed
-from server.fairness.fair_queue import Lines
+from server.domain.publish import publish_changed
+from server.fairness.fair_queue import FairQueue
 from server.fairness.shared_bound import SharedBound
-from server.jobs.safe_http import Outbound, Unreachable
+from server.jobs.safe_http import SafeHttp, Unreachable
 from server.queries import messages, previews
 from server.queries.messages import At
 
@@ -72,19 +72,19 @@ class _Pause(NamedTuple):
 class Previews:
     """Looks at the pages that messages link to: users take turns, and each has one link at a time looked at."""
 
-    def __init__(self, database: Database, events: Events, outbound: Outbound, *, are_on: bool) -> None:
+    def __init__(self, database: Database, events: Events, outbound: SafeHttp, *, are_on: bool) -> None:
         self._database = database
         self._events = events
         self._outbound = outbound
         self._are_on = are_on
         self._bound: SharedBound[UserId] = SharedBound(MAX_WAITING)
-        self._lines: Lines[UserId, At] = Lines()
+        self._lines: FairQueue[UserId, At] = FairQueue()
         """Messages by sender. They may wait for long, so their words are read when it is their turn."""
         self._turns = asyncio.Semaphore(0)
         """As many as there are users whose turn may come."""
         self._pauses: OrderedDict[str, _Pause] = OrderedDict()
 
-    def wanted(self, message: Message) -> None:
+    def enqueue(self, message: Message) -> None:
         """Have the first link of a message looked at; one beyond the share of its sender goes without."""
         if not self._are_on or message.content_type != "text" or first_link(message.content) is None:
             return
@@ -139,7 +139,7 @@ class Previews:
             if found is None:
                 return  # edited, deleted or hidden meanwhile
             changed = await previews.put(db, message, preview)
-        tell_changed(self._events, found, changed)
+        publish_changed(self._events, found, changed)
 
     def _is_paused(self, url: str, user_id: UserId) -> bool:
         pause = self._pauses.get(_host(url))

@@ -28,13 +28,13 @@ from server.core.errors import is_lost, log_failure
 from server.core.stopwatch import Stopwatch
 from server.db.database import Database
 from server.domain.push_keys import from_base64url
-from server.fairness.batcher import Gather
+from server.fairness.batcher import Batcher
 from server.jobs.push_drops import Drops
-from server.jobs.push_due import NEXT_PAGE, PAGE, Due
+from server.jobs.push_due import NEXT_PAGE, PAGE, DueMessages
 from server.jobs.push_posts import MAX_RETRY_AFTER, Failed, Posts, Push, Rejected, host_of
-from server.jobs.safe_http import Outbound, Unreachable
+from server.jobs.safe_http import SafeHttp, Unreachable
 from server.queries import push, unread
-from server.queries.push import FIRST, Look, Notice, Post
+from server.queries.push import FIRST, Notice, PushPage, PushPost
 
 TICK_SECONDS = 1.0
 """Messages of a conversation that become due within this time are looked at together."""
@@ -55,10 +55,10 @@ MAX_DATE = 100
 log = logging.getLogger(__name__)
 
 
-class Notices:
+class WebPush:
     """Pushes messages to those who have not read them after a while."""
 
-    def __init__(self, database: Database, outbound: Outbound, *, key: str, contact: str, after_seconds: float) -> None:
+    def __init__(self, database: Database, outbound: SafeHttp, *, key: str, contact: str, after_seconds: float) -> None:
         """`key` is what `new_key` made; `contact` is how the operators of push services may reach the server's."""
         self._database = database
         self._outbound = outbound
@@ -69,15 +69,15 @@ class Notices:
         self._drops = Drops()
         self.dropped = self._drops.counts
         """Notifications dropped, by reason."""
-        self._due = Due(self._drops)
+        self._due = DueMessages(self._drops)
         self._one_run = asyncio.Lock()
-        self._reads: Gather[Post, Push | None] = Gather(self._read, most=READS)
+        self._reads: Batcher[PushPost, Push | None] = Batcher(self._read, most=READS)
         self._posts = Posts(self._read_one, self._post, self._drops)
         point = self._vapid.public_key.public_bytes(Encoding.X962, PublicFormat.UncompressedPoint)
         self.public_key = _base64url(point)
         """What browsers subscribe with."""
 
-    def wanted(self, message: Message) -> None:
+    def enqueue(self, message: Message) -> None:
         """Have a message pushed to those who have not read it in a few seconds."""
         self._due.add(message.conversation_id, message.sender_id, message.id, seconds=self._after_seconds)
 
@@ -110,7 +110,7 @@ class Notices:
             else:
                 return
 
-    async def _look(self, looks: list[Look], limit: int) -> None:
+    async def _look(self, looks: list[PushPage], limit: int) -> None:
         """Ask for whom messages are news, and queue posts to them."""
         began = time.monotonic()
         try:
@@ -142,7 +142,7 @@ class Notices:
         """Give up the posts in flight."""
         await self._posts.close()
 
-    async def _read_one(self, post: Post) -> Push | None:
+    async def _read_one(self, post: PushPost) -> Push | None:
         try:
             return await self._reads.submit(post)
         except Exception as error:
@@ -151,7 +151,7 @@ class Notices:
             self._drops.add("database")
             return None
 
-    async def _read(self, posts: list[Post]) -> list[Push | None]:
+    async def _read(self, posts: list[PushPost]) -> list[Push | None]:
         """Return what posts say, with None for those whose reader has no right to them any more, or has read them."""
         async with self._database.connection() as db:
             found = {notice.post: notice for notice in await push.notices(db, posts)}

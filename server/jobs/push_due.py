@@ -14,7 +14,7 @@ from typing import NamedTuple
 from protocol.ids import ConversationId, MessageId, UserId
 from server.core.tally import Tally
 from server.jobs.push_drops import Drops
-from server.queries.push import FIRST, Look
+from server.queries.push import FIRST, PushPage
 
 MAX_WAITING = 10_000
 """Max messages that wait, per worker."""
@@ -66,7 +66,7 @@ class _Conversation:
         self.now: _Pass | None = None
 
 
-class Due:
+class DueMessages:
     """The messages that wait, by conversation and by sender."""
 
     def __init__(self, drops: Drops, *, clock: Callable[[], float] = time.monotonic) -> None:
@@ -98,11 +98,11 @@ class Due:
         self._most.add(sender_id, 1)
         self._count += 1
 
-    def begin(self, now: float) -> list[Look]:
+    def begin(self, now: float) -> list[PushPage]:
         """Begin passes of conversations with messages due at `now`, those that wait for longest first. Return their
         first pages.
         """
-        looks: list[Look] = []
+        looks: list[PushPage] = []
         count = 0
         for conversation_id, place in list(self._conversations.items()):
             if place.now is not None or place.ready_at > now:
@@ -116,11 +116,11 @@ class Due:
             if looks and (len(looks) == MAX_LOOKS or count + len(ids) > MAX_MESSAGES):
                 break
             place.now = _Pass(ids)
-            looks.append(Look(conversation_id, FIRST, tuple(ids)))
+            looks.append(PushPage(conversation_id, FIRST, tuple(ids)))
             count += len(ids)
         return looks
 
-    def further(self) -> Look | None:
+    def further(self) -> PushPage | None:
         """Return the next further page, of the conversation that waits for longest, or None if none may be asked for
         now.
         """
@@ -130,7 +130,7 @@ class Due:
             conversation_id, one = next(iter(self._further.items()))
             messages = self._conversations[conversation_id].messages
             if ids := tuple(message_id for message_id in one.message_ids if message_id in messages):
-                return Look(conversation_id, one.after, ids)
+                return PushPage(conversation_id, one.after, ids)
             self._end(conversation_id)  # they were dropped meanwhile
         return None
 
@@ -138,7 +138,7 @@ class Due:
         """Return the seconds until a further page may be asked for, or None if none waits."""
         return max(0.0, self._further_at - self._clock()) if self._further else None
 
-    def done(self, look: Look, after: UserId | None, *, limit: int, seconds: float) -> None:
+    def done(self, look: PushPage, after: UserId | None, *, limit: int, seconds: float) -> None:
         """Note that a page was asked for, of `limit` participants, in so many seconds. `after` is where the next one
         begins.
         """
@@ -154,7 +154,7 @@ class Due:
         one.tries = 0
         self._further[look.conversation_id] = one
 
-    def failed(self, look: Look) -> None:
+    def failed(self, look: PushPage) -> None:
         """Have a page asked for again, by itself. At the last try, drop the messages of its pass."""
         one = self._conversations[look.conversation_id].now
         assert one is not None  # noqa: S101 - as above

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from protocol.ids import ConversationId, UserId
-from server.queries.push import Post
+from server.queries.push import PushPost
 
 PER_HOST = 8
 """Max posts in flight to a fast host."""
@@ -41,8 +41,8 @@ class Host:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.queue: OrderedDict[UserId, OrderedDict[tuple[str, ConversationId], Post]] = OrderedDict()
-        self.crowds: OrderedDict[UserId, OrderedDict[tuple[str, ConversationId], Post]] = OrderedDict()
+        self.queue: OrderedDict[UserId, OrderedDict[tuple[str, ConversationId], PushPost]] = OrderedDict()
+        self.crowds: OrderedDict[UserId, OrderedDict[tuple[str, ConversationId], PushPost]] = OrderedDict()
         """Posts of large conversations. The two take turns."""
         self.is_crowds_turn = False
         self.queued = 0
@@ -54,13 +54,13 @@ class Host:
         self.failing: set[UserId] = set()
         self.pause = Pause()
 
-    def put(self, post: Post, *, is_crowd: bool) -> None:
+    def put(self, post: PushPost, *, is_crowd: bool) -> None:
         """Enqueue a post. There is none of the same conversation to the same endpoint."""
         queue = self.crowds if is_crowd else self.queue
         queue.setdefault(post.user_id, OrderedDict())[post.endpoint, post.conversation_id] = post
         self.queued += 1
 
-    def replace(self, post: Post) -> bool:
+    def replace(self, post: PushPost) -> bool:
         """Put a post in the place of an older one of the same conversation. Return whether there was one."""
         for queue in (self.queue, self.crowds):
             posts = queue.get(post.user_id)
@@ -69,7 +69,7 @@ class Host:
                 return True
         return False
 
-    def posts_of(self, user_id: UserId) -> list[Post]:
+    def posts_of(self, user_id: UserId) -> list[PushPost]:
         """Return what is queued of a user."""
         return [post for queue in (self.queue, self.crowds) for post in queue.get(user_id, OrderedDict()).values()]
 
@@ -80,9 +80,9 @@ class Host:
     def take(
         self,
         may_begin: Callable[[UserId], bool],
-        is_paused: Callable[[Post], bool],
+        is_paused: Callable[[PushPost], bool],
         has_token: Callable[[UserId], bool],
-    ) -> Post | None:
+    ) -> PushPost | None:
         """Return the oldest post that may begin, of the user who waited longest."""
         for queue in (self.crowds, self.queue) if self.is_crowds_turn else (self.queue, self.crowds):
             for user_id, posts in queue.items():
@@ -95,7 +95,7 @@ class Host:
                     return post
         return None
 
-    def remove(self, post: Post) -> bool:
+    def remove(self, post: PushPost) -> bool:
         """Remove a post from the queue. Return whether it was one of a large conversation."""
         is_crowd = (post.endpoint, post.conversation_id) not in self.queue.get(post.user_id, ())
         queue = self.crowds if is_crowd else self.queue
@@ -106,7 +106,7 @@ class Host:
             del queue[post.user_id]
         return is_crowd
 
-    def oldest(self) -> Post:
+    def oldest(self) -> PushPost:
         """Return the oldest post of the user who has most."""
         return next(iter(max((*self.queue.values(), *self.crowds.values()), key=len).values()))
 

@@ -28,8 +28,8 @@ from server.core.tally import Tally
 from server.fairness.loop_time import LoopTime
 from server.jobs.push_drops import Drops
 from server.jobs.push_hosts import MAX_BACKOFF, PER_USER, SLOW_SECONDS, Host, Pause
-from server.limits.token_bucket import Allowance
-from server.queries.push import Post
+from server.limits.token_bucket import TokenBuckets
+from server.queries.push import PushPost
 
 SLOTS = 64
 """Max posts in flight, per worker."""
@@ -104,7 +104,7 @@ class Posts:
 
     def __init__(
         self,
-        read: Callable[[Post], Awaitable[Push | None]],
+        read: Callable[[PushPost], Awaitable[Push | None]],
         send: Callable[[Push, Stopwatch], Awaitable[None]],
         drops: Drops,
     ) -> None:
@@ -116,7 +116,7 @@ class Posts:
         self._drops = drops
         self._hosts: OrderedDict[str, Host] = OrderedDict()
         self._pauses: OrderedDict[_Paused, Pause] = OrderedDict()
-        self._users: Allowance[UserId] = Allowance("notifications", USER_RATE, burst=USER_BURST)
+        self._users: TokenBuckets[UserId] = TokenBuckets("notifications", USER_RATE, burst=USER_BURST)
         self._time = LoopTime(SHARE, BURST_SECONDS)
         self._next: asyncio.Handle | None = None
         self._tasks: set[asyncio.Task[None]] = set()
@@ -137,12 +137,12 @@ class Posts:
                     self._remove(host, post)
                     self._drops.add("gone")
 
-    def add(self, post: Post, *, is_crowd: bool = False) -> None:
+    def add(self, post: PushPost, *, is_crowd: bool = False) -> None:
         """Enqueue a post, or count it as dropped. `is_crowd` tells that its conversation is a large one."""
         if (reason := self._put(post, is_crowd=is_crowd)) is not None:
             self._drops.add(reason)
 
-    def _put(self, post: Post, *, is_crowd: bool) -> str | None:
+    def _put(self, post: PushPost, *, is_crowd: bool) -> str | None:
         """Enqueue a post. Return why one was dropped, if one was."""
         name = host_of(post.endpoint)
         host = self._hosts.get(name)
@@ -174,7 +174,7 @@ class Posts:
             return "host_slow"
         return None
 
-    def _without_room(self, host: Host | None, post: Post, *, is_crowd: bool) -> str | None:
+    def _without_room(self, host: Host | None, post: PushPost, *, is_crowd: bool) -> str | None:
         """Make room for a post. Return which table is full, if it stays so."""
         is_fast = host is not None and host.is_fast
         is_full = self._queued >= (MAX_QUEUED if is_fast else MAX_QUEUED // 2)
@@ -213,7 +213,7 @@ class Posts:
             self._begin(*found)
             self._next = loop.call_soon(self._begin_one)
 
-    def _find(self) -> tuple[Host, Post] | None:
+    def _find(self) -> tuple[Host, PushPost] | None:
         """Take the post that begins next, of the host that waited longest."""
         now = time.monotonic()
         for name, host in self._hosts.items():
@@ -232,7 +232,7 @@ class Posts:
                 return host, post
         return None
 
-    def _take(self, host: Host) -> Post | None:
+    def _take(self, host: Host) -> PushPost | None:
         def may_begin(user_id: UserId) -> bool:
             user = self._of_user[user_id]
             if user.in_flight >= IN_FLIGHT_OF_USER:
@@ -245,7 +245,7 @@ class Posts:
             may_begin, lambda one: self._pause_of(host, one) is not None, lambda user_id: not self._users.take(user_id)
         )
 
-    def _remove(self, host: Host, post: Post) -> None:
+    def _remove(self, host: Host, post: PushPost) -> None:
         """Remove a post from the queues."""
         self._crowds -= host.remove(post)
         self._queued -= 1
@@ -261,7 +261,7 @@ class Posts:
         if not hosts:
             del self._of_user[user_id]
 
-    def _begin(self, host: Host, post: Post) -> None:
+    def _begin(self, host: Host, post: PushPost) -> None:
         host.in_flight[post.user_id] += 1
         slow = int(not host.is_fast)
         of_slow_user = slow and int(self._is_slow(post.user_id))
@@ -291,11 +291,11 @@ class Posts:
 
         task.add_done_callback(ended)
 
-    async def _run(self, host: Host, post: Post) -> None:
+    async def _run(self, host: Host, post: PushPost) -> None:
         # Made here, not before the task begins: it may be cancelled before that.
         await self._time.run(self._deliver(host, post))
 
-    async def _deliver(self, host: Host, post: Post) -> None:
+    async def _deliver(self, host: Host, post: PushPost) -> None:
         try:
             push = await self._read(post)
         except Exception as error:  # noqa: BLE001 - the others are pushed
@@ -351,7 +351,7 @@ class Posts:
             self._pauses.pop(user_id, None)
         self._pause(user_id, 0.0)
 
-    def _pause_of(self, host: Host, post: Post) -> _Paused | None:
+    def _pause_of(self, host: Host, post: PushPost) -> _Paused | None:
         """Return what pauses a post, its user at its host or its endpoint or everywhere, if anything does."""
         now = time.monotonic()
         keys: list[_Paused] = [(post.user_id, host.name), post.endpoint]

@@ -54,7 +54,7 @@ class Unreachable(Exception):  # noqa: N818 - an answer, not a fault
     url = ""
 
 
-class Answer(NamedTuple):
+class HttpAnswer(NamedTuple):
     """What came back; `body` is at most as long as was asked for, and `url` where it came from in the end."""
 
     status: int
@@ -107,7 +107,7 @@ _COST: ContextVar[_Cost] = ContextVar("cost")
 """That of the answer which the task waits for."""
 
 
-class Outbound:
+class SafeHttp:
     """Asks other servers. What that takes of the loop's time is bounded for each answer, and in all."""
 
     def __init__(self, *, to_private: bool) -> None:
@@ -129,7 +129,7 @@ class Outbound:
         if "_transport" in self.__dict__:
             await self._transport.aclose()
 
-    async def get(self, url: str, *, most: int) -> Answer:
+    async def get(self, url: str, *, most: int) -> HttpAnswer:
         """Return up to `most` bytes of what is at an address, after a few redirects, each looked at anew. All of that
         has one time limit.
 
@@ -146,7 +146,7 @@ class Outbound:
                 raise Unreachable("it redirects to no address") from None
         raise Unreachable("there are too many redirects")
 
-    async def post(self, url: str, body: bytes, headers: dict[str, str], *, watch: Stopwatch) -> Answer:
+    async def post(self, url: str, body: bytes, headers: dict[str, str], *, watch: Stopwatch) -> HttpAnswer:
         """Return the answer to what is sent to an address. `watch` is stopped while it waits for its turns.
 
         Raises Unreachable.
@@ -155,7 +155,7 @@ class Outbound:
 
     async def _ask(
         self, method: str, url: str, *, most: int, headers: dict[str, str], watch: Stopwatch, body: bytes | None = None
-    ) -> Answer:
+    ) -> HttpAnswer:
         share = self._gets if body is None else self._posts
         try:
             parts = urlsplit(url)
@@ -179,12 +179,12 @@ class Outbound:
             unreachable.url = url
             raise unreachable from error
 
-    async def _exchange(self, request: httpx.Request, url: str, most: int, cost: _Cost) -> Answer:
+    async def _exchange(self, request: httpx.Request, url: str, most: int, cost: _Cost) -> HttpAnswer:
         token = _COST.set(cost)
         try:
             response = await self._transport.handle_async_request(request)
             try:
-                return Answer(response.status_code, response.headers, await _read(response, most, cost), url)
+                return HttpAnswer(response.status_code, response.headers, await _read(response, most, cost), url)
             finally:
                 await response.aclose()
         finally:

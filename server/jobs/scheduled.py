@@ -22,7 +22,7 @@ from server.core.periodic import end
 from server.domain.compose import is_over
 from server.handlers.sending import send_noted
 from server.queries import scheduled
-from server.queries.scheduled import ClaimLost, Due, Waiting
+from server.queries.scheduled import ClaimLost, DueScheduled, Waiting
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ class _Round:
                 self.senders.append(sender_id)
 
 
-class Scheduling:
+class Scheduler:
     """Sends what is due: the messages of one sender in order, those of different senders concurrently, one of each
     sender in turn. So nobody's messages wait for all those of another sender, for a lock on that sender's row, or for a
     conversation that another one writes to. A message that was put off holds up those behind it in its conversation
@@ -73,7 +73,7 @@ class Scheduling:
             self._sending.add(task)
             task.add_done_callback(self._sending.discard)
 
-    async def _send_all(self, due: Due | None) -> None:
+    async def _send_all(self, due: DueScheduled | None) -> None:
         """Send a message, and what is due after it."""
         try:
             while due is not None:
@@ -82,7 +82,7 @@ class Scheduling:
         except Exception as error:  # noqa: BLE001 - `send_due` begins again
             log_failure(log, "sending scheduled messages", error)
 
-    async def _claim(self) -> Due | None:
+    async def _claim(self) -> DueScheduled | None:
         """Take up the next message; None if there is none."""
         while (sender_id := await self._next_sender()) is not None:
             async with self._services.database.connection() as db:
@@ -111,7 +111,7 @@ class Scheduling:
         await end(self._sending)
 
 
-async def _send(services: Services, due: Due) -> None:
+async def _send(services: Services, due: DueScheduled) -> None:
     """Send a message. One that met a lock that somebody else holds, or no database, stays claimed: nothing of the same
     sender overtakes it until the claim ends, and then it is due again.
     """
@@ -123,7 +123,7 @@ async def _send(services: Services, due: Due) -> None:
         log_failure(log, "sending scheduled messages", error)
 
 
-async def _send_one(services: Services, due: Due) -> None:
+async def _send_one(services: Services, due: DueScheduled) -> None:
     """Send a message, put it off, or note why it cannot be sent."""
     if due.sender is None:
         problem = "The account cannot send messages any more."
@@ -148,18 +148,18 @@ async def _send_one(services: Services, due: Due) -> None:
                 return
             problem = refused.message
         else:
-            services.events.poke([due.sender_id])
+            services.events.notify([due.sender_id])
             return
     await _fail(services, due, problem)
 
 
-async def _put_off(services: Services, due: Due, wait_ms: int) -> None:
+async def _put_off(services: Services, due: DueScheduled, wait_ms: int) -> None:
     async with services.database.of_jobs().transaction() as db:
         await scheduled.put_off(db, due, timedelta(milliseconds=wait_ms))
-    services.events.poke([due.sender_id])
+    services.events.notify([due.sender_id])
 
 
-async def _fail(services: Services, due: Due, problem: str) -> None:
+async def _fail(services: Services, due: DueScheduled, problem: str) -> None:
     async with services.database.of_jobs().transaction() as db:
         await scheduled.finish(db, due, "failed", problem)
-    services.events.poke([due.sender_id])
+    services.events.notify([due.sender_id])

@@ -40,22 +40,22 @@ class Admission:
     def __len__(self) -> int:
         return self._addresses.taken
 
-    def begin(self, address: str) -> "Place":
+    def begin(self, address: str) -> "Slot":
         """Let one more begin to come in. Raises Refused, with a time to come back, if too many are on their way, in all
         or from this address.
         """
-        place = Place(self, address)
+        place = Slot(self, address)
         if not self.take(place):
             raise self._later(address)
         return place
 
-    def require(self, place: "Place", user_id: UserId) -> None:
+    def require(self, place: "Slot", user_id: UserId) -> None:
         """Count a place as one of a user. Raises Refused, as `begin`, if too many of the user's connections come in."""
         if not self._users.take(user_id):
             raise self._later(user_id)
         place.user_id = user_id
 
-    def take(self, place: "Place") -> bool:
+    def take(self, place: "Slot") -> bool:
         """Count a place; False if there is none in the share of its client."""
         if not self._addresses.take(place.address):
             return False
@@ -67,7 +67,7 @@ class Admission:
         place.is_held = True
         return True
 
-    def give(self, place: "Place") -> None:
+    def give(self, place: "Slot") -> None:
         """Take a place back."""
         place.is_held = False
         self._addresses.give(place.address)
@@ -97,7 +97,7 @@ class Admission:
         )
 
 
-class Place:
+class Slot:
     """A place of one connection among those that are on their way in."""
 
     __slots__ = ("_admission", "address", "is_held", "user_id")

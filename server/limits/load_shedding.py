@@ -19,7 +19,7 @@ class Shed(IntEnum):
     RECEIPTS = 3
 
 
-class Pressure:
+class LoadShedding:
     """Measures how late the loop is: how long something that is due now has to wait for its turn."""
 
     def __init__(self) -> None:

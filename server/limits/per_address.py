@@ -11,7 +11,7 @@ from starlette.requests import HTTPConnection
 from protocol.errors import ErrorCode, Refused
 from server.core.addresses import limit_key, parsed
 from server.core.throttle import Throttle
-from server.limits.token_bucket import Allowance
+from server.limits.token_bucket import TokenBuckets
 
 OF_A_PROXY = ". If it is a proxy's, set OPENCHAT_TRUSTED_PROXIES: all its clients are counted as one"
 
@@ -48,7 +48,7 @@ class Addresses:
         """`rate` is in requests and new connections a second; `connections` how many may be open; `too_many` picks what
         is logged of addresses with more.
         """
-        self._requests: Allowance[str] = Allowance("requests of this address", rate)
+        self._requests: TokenBuckets[str] = TokenBuckets("requests of this address", rate)
         self._late_rate = max(rate, LATE_RATE)
         self._late: Counter[str] = Counter()
         self._throttle: Throttle[str] = Throttle()

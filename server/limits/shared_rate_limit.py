@@ -17,7 +17,7 @@ from protocol.ids import UserId
 from server.core.errors import REDIS_LOST
 from server.core.periodic import end
 from server.limits.retries import Retries
-from server.limits.token_bucket import Allowance, Clock, Pace
+from server.limits.token_bucket import Clock, Pace, TokenBuckets
 
 SHARE_SECONDS = 0.5
 MATTERS = 0.1
@@ -31,7 +31,7 @@ TOLD = {"write": "writes", "read": "reads", "ephemeral": "ephemeral", "search": 
 log = logging.getLogger(__name__)
 
 
-class SharedAllowance:
+class SharedRateLimit:
     """An allowance of frames for each user, of one class."""
 
     def __init__(
@@ -46,7 +46,7 @@ class SharedAllowance:
         """`rate` is in frames a second; `redis` is None where there is only one worker."""
         self._prefix = f"{KEY}{installation}:{name}:"
         self.rate = rate
-        self._bucket: Allowance[UserId] = Allowance(f"`{TOLD[name]}` of your user", rate, clock=clock)
+        self._bucket: TokenBuckets[UserId] = TokenBuckets(f"`{TOLD[name]}` of your user", rate, clock=clock)
         self._retries: Retries[UserId] = Retries(Pace.of(rate), clock=clock)
         self._redis = redis
         self._matters = max(2.0, rate * SHARE_SECONDS * MATTERS)
@@ -58,7 +58,7 @@ class SharedAllowance:
     def require(
         self, user_id: UserId, count: int = 1, *, taken: int = 0, to_come: int = 0, path: str | None = None
     ) -> None:
-        """Take tokens as `Allowance.require` does. Raises Refused if there are too few."""
+        """Take tokens as `TokenBuckets.require` does. Raises Refused if there are too few."""
         self._bucket.require(user_id, count, taken=taken, to_come=to_come, path=path)
         self._tell(user_id, count)
 

@@ -5,7 +5,7 @@ import time
 from protocol.errors import ErrorCode
 from protocol.server import Error
 from server.limits.reservations import GRACE_NS
-from server.limits.token_bucket import Bucket, Clock, Pace
+from server.limits.token_bucket import Clock, Pace, TokenBucket
 
 PACE = Pace.of(2.0, 200.0)
 """Max strikes per second, and at once."""
@@ -25,7 +25,7 @@ class Strikes:
     __slots__ = ("_bucket", "_clock", "_until")
 
     def __init__(self, *, clock: Clock = time.monotonic_ns) -> None:
-        self._bucket = Bucket(PACE, clock=clock)
+        self._bucket = TokenBucket(PACE, clock=clock)
         self._clock = clock
         # The time until which the client was told to send nothing.
         self._until = 0

@@ -47,7 +47,7 @@ class Pace(NamedTuple):
         return full_after
 
 
-class Bucket:
+class TokenBucket:
     """A token bucket that belongs to one thing, such as a connection, and ends with it."""
 
     __slots__ = ("_clock", "_full_at", "_pace")
@@ -66,7 +66,7 @@ class Bucket:
         return 0.0
 
 
-class Allowance(Generic[Key]):
+class TokenBuckets(Generic[Key]):
     """A token bucket for each key, which has to outlive what it stands for: never the `id` of an object."""
 
     def __init__(self, what: str, rate: float, *, burst: float | None = None, clock: Clock = time.monotonic_ns) -> None:

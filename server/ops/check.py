@@ -7,19 +7,19 @@ from typing import NamedTuple
 
 from server.db.database import Db
 from server.queries import checks
-from server.queries.checks import CHECKS, Found
+from server.queries.checks import CHECKS, Violations
 
 PAIRS = 50
 """For so many people and conversations that one picks the other of, and as many who are in, is looked what they see."""
 NOBODY_SEES = "nobody sees what they may not (a sample)"
 
 
-class Line(NamedTuple):
+class CheckLine(NamedTuple):
     """A line of the table: what was asked, how long that took in seconds, and what was found."""
 
     name: str
     seconds: float
-    found: Found | None
+    found: Violations | None
     """None if it could not be asked."""
 
     @property
@@ -28,14 +28,16 @@ class Line(NamedTuple):
         return self.found is None or not self.found.number
 
 
-async def run_checks(db: Db, *, begins: Callable[[str], None], grace: timedelta = checks.GRACE) -> AsyncIterator[Line]:
+async def run_checks(
+    db: Db, *, begins: Callable[[str], None], grace: timedelta = checks.GRACE
+) -> AsyncIterator[CheckLine]:
     """Ask all questions, one after the other. `begins` is told of each before it is asked; `checks.run` has `grace`."""
     for check in CHECKS:
         begins(check.name)
         began = time.monotonic()
         found = await checks.run(db, check, grace=grace)
-        yield Line(check.name, time.monotonic() - began, found)
+        yield CheckLine(check.name, time.monotonic() - began, found)
     begins(NOBODY_SEES)
     began = time.monotonic()
     leaks = await checks.leaks(db, many=PAIRS) if await checks.may_make_roles(db) else None
-    yield Line(NOBODY_SEES, time.monotonic() - began, leaks)
+    yield CheckLine(NOBODY_SEES, time.monotonic() - began, leaks)

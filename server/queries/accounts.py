@@ -188,7 +188,7 @@ async def promote(db: Db, user_id: UserId, *, is_admin: bool) -> None:
     await db.execute(PROMOTE, user_id, is_admin)
 
 
-class Entry(msgspec.Struct, frozen=True, kw_only=True):
+class AccountEntry(msgspec.Struct, frozen=True, kw_only=True):
     """An account in a list of them."""
 
     id: UserId
@@ -200,15 +200,15 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
     last_seen_at: datetime | None
 
 
-class Card(Entry, frozen=True, kw_only=True):
+class AccountCard(AccountEntry, frozen=True, kw_only=True):
     """What an administrator sees of an account."""
 
     sessions: int
     conversations: int
 
 
-_entry_decoder = Reader(Entry)
-_card_decoder = Reader(Card)
+_entry_decoder = Reader(AccountEntry)
+_card_decoder = Reader(AccountCard)
 
 _STATE = """CASE WHEN u.erased_at IS NOT NULL THEN 'erased' WHEN u.is_disabled THEN 'disabled'
     WHEN u.is_deleted THEN 'deleted' WHEN NOT u.is_active THEN 'deactivated' ELSE 'active' END"""
@@ -223,7 +223,7 @@ FROM "user" u WHERE u.id::text = $1 OR u.email = lower($1)
 """  # noqa: S608 - a constant is put in
 
 
-async def card(db: Db, who: str) -> Card | None:
+async def card(db: Db, who: str) -> AccountCard | None:
     """Return the account of a user named by id or e-mail address."""
     text = await db.fetchval(CARD, who)
     return None if text is None else _card_decoder.decode(text)
@@ -238,6 +238,6 @@ ORDER BY u.email LIMIT $3 + 1
 """  # noqa: S608 - a constant is put in
 
 
-async def listed(db: Db, part: str, after: str, *, limit: int) -> Undecoded[Page[Entry]]:
+async def listed(db: Db, part: str, after: str, *, limit: int) -> Undecoded[Page[AccountEntry]]:
     """Return accounts with `part` in a name or in the address, by address, after one."""
     return _entry_decoder.page(await db.fetch(LIST, after, part, limit), limit)

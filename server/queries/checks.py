@@ -277,21 +277,21 @@ GRACE = timedelta(days=30)
 FOUND_SHOWN = 3
 
 
-class Found(NamedTuple):
+class Violations(NamedTuple):
     """How much is wrong, and some of it."""
 
     number: int
     some: list[str]
 
 
-async def run(db: Db, check: Check, *, grace: timedelta = GRACE) -> Found:
+async def run(db: Db, check: Check, *, grace: timedelta = GRACE) -> Violations:
     """Ask one question. `grace` is the time in which users may undo that they deleted their account."""
     async with db.transaction():
         for STATEMENT in PREPARE:  # noqa: N806 - a constant, as all that is asked of the database
             await db.execute(STATEMENT)
         await db.execute(ERASE_AFTER, f"{grace.total_seconds():.0f} seconds")
         rows = await db.fetch(check.FINDS)
-    return Found(len(rows), [str(row[0]) for row in rows[:FOUND_SHOWN]])
+    return Violations(len(rows), [str(row[0]) for row in rows[:FOUND_SHOWN]])
 
 
 # A role that exists for a moment, and sees by the policies what somebody else's client would see.
@@ -330,7 +330,7 @@ async def may_make_roles(db: Db) -> bool:
     return bool(await db.fetchval(MAY_MAKE_ROLES))
 
 
-async def leaks(db: Db, *, many: int) -> Found:
+async def leaks(db: Db, *, many: int) -> Violations:
     """Return for which of some people and conversations, taken at random, the policies show other messages than those
     that the rules say. What is made for it is taken back.
     """
@@ -349,4 +349,4 @@ async def leaks(db: Db, *, many: int) -> Found:
                 found.append(f"{user_id} in {conversation_id}")
     finally:
         await transaction.rollback()
-    return Found(len(found), found[:FOUND_SHOWN])
+    return Violations(len(found), found[:FOUND_SHOWN])

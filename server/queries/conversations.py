@@ -464,7 +464,7 @@ async def find(db: Db, query: str, *, limit: int) -> list[PublicConversation]:
     return _public_decoder.every(await db.fetchval(FIND, query, limit))
 
 
-class Card(msgspec.Struct, frozen=True, kw_only=True):
+class ConversationCard(msgspec.Struct, frozen=True, kw_only=True):
     """What an administrator sees of a conversation without reading it."""
 
     conversation: Conversation
@@ -474,7 +474,7 @@ class Card(msgspec.Struct, frozen=True, kw_only=True):
     last_activity_at: datetime
 
 
-_card_decoder = Reader(Card)
+_card_decoder = Reader(ConversationCard)
 
 CARD = """
 SELECT json_build_object('conversation', conversation_json(c), 'message_count', c.message_count, 'version', c.version,
@@ -486,13 +486,13 @@ FROM conversation c WHERE c.id = $1
 """
 
 
-async def card(db: Db, conversation_id: ConversationId) -> Card | None:
+async def card(db: Db, conversation_id: ConversationId) -> ConversationCard | None:
     """Return what an administrator sees of a conversation, deleted or not."""
     text = await db.fetchval(CARD, conversation_id)
     return None if text is None else _card_decoder.decode(text)
 
 
-class Entry(msgspec.Struct, frozen=True, kw_only=True):
+class ConversationEntry(msgspec.Struct, frozen=True, kw_only=True):
     """A conversation in a list of all."""
 
     id: ConversationId
@@ -505,7 +505,7 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
     is_deleted: bool
 
 
-_entry_decoder = Reader(Entry)
+_entry_decoder = Reader(ConversationEntry)
 
 LIST = """
 SELECT json_build_object('id', c.id, 'type', c.type, 'title', c.title, 'participants', c.participant_count,
@@ -524,7 +524,7 @@ ORDER BY c.id DESC LIMIT $4 + 1
 
 async def listed(
     db: Db, part: str, before: ConversationId, *, user_id: UserId | None, limit: int
-) -> Undecoded[Page[Entry]]:
+) -> Undecoded[Page[ConversationEntry]]:
     """Return conversations with `part` in the title, the newest first, that were made before one; of a user, those that
     they take part in. There is no access check.
     """

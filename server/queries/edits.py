@@ -7,8 +7,8 @@ from protocol.ids import ConversationId, EditId, MessageId, UserId, uuid7
 from protocol.values import Message, MessageEdit
 from server.db.database import Db
 from server.db.rows import Page, Reader, Undecoded
-from server.queries.messages import VISIBLE, Place
-from server.queries.sending import Made
+from server.queries.messages import VISIBLE, MessageRef
+from server.queries.sending import Derived
 
 _message_decoder = Reader(Message)
 _edit_decoder = Reader(MessageEdit)
@@ -59,24 +59,26 @@ async def count(db: Db, found: Message) -> int:
     return int(await db.fetchval(COUNT, found.conversation_id, found.id))
 
 
-class Words(NamedTuple):
+class IndexedWords(NamedTuple):
     """What a message is found by, and the version of the message that they were found in."""
 
     words: str
     version: int
 
 
-async def words(db: Db, place: Place, content: str | None = None, made: Made | None = None) -> Words | None:
+async def words(
+    db: Db, place: MessageRef, content: str | None = None, made: Derived | None = None
+) -> IndexedWords | None:
     """Find the words of an edit, or of a message as it is, before the lock; None if there is no such message.
 
     The caller has checked that the user may see it.
     """
     said = (None, None, None) if made is None else (made.mentions, made.loud_mentions, made.hashtags)
     row = await db.fetchrow(WORDS, place.conversation_id, place.message_id, content, *said)
-    return None if row is None else Words(*row)
+    return None if row is None else IndexedWords(*row)
 
 
-async def edit(db: Db, found: Message, user_id: UserId, frame: Edit, made: Made, *, words: str | None) -> Message:
+async def edit(db: Db, found: Message, user_id: UserId, frame: Edit, made: Derived, *, words: str | None) -> Message:
     """Change what a message says, keep what it said, and return it as it is now. Under the lock.
 
     `words` are those of the edit, if they are known.
@@ -224,7 +226,7 @@ ORDER BY e.version DESC
 
 
 async def edits(
-    db: Db, place: Place, user_id: UserId, before: int | None, *, limit: int
+    db: Db, place: MessageRef, user_id: UserId, before: int | None, *, limit: int
 ) -> Undecoded[Page[MessageEdit]] | None:
     """Return up to `limit` of what a message said before a version, newest first; None without access, when it is
     deleted or hidden from them.

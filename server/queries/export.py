@@ -127,7 +127,7 @@ ORDER BY e.version LIMIT $4
 """  # noqa: S608 - only a constant is put in
 
 
-class Row(NamedTuple):
+class ExportRow(NamedTuple):
     """A row as JSON, and after what to go on: an id, or both columns of a key."""
 
     place: Any
@@ -140,36 +140,36 @@ async def head(db: Db, user_id: UserId) -> str:
     return str(await db.fetchval(HEAD, user_id))
 
 
-async def drafts(db: Db, user_id: UserId, after: UUID) -> list[Row]:
+async def drafts(db: Db, user_id: UserId, after: UUID) -> list[ExportRow]:
     """Return up to `PAGE` of a user's drafts, in the order of their conversations."""
-    return [Row(*row) for row in await db.fetch(DRAFTS, user_id, after, PAGE)]
+    return [ExportRow(*row) for row in await db.fetch(DRAFTS, user_id, after, PAGE)]
 
 
-async def scheduled(db: Db, user_id: UserId, after: UUID) -> list[Row]:
+async def scheduled(db: Db, user_id: UserId, after: UUID) -> list[ExportRow]:
     """Return up to `PAGE` of a user's scheduled messages."""
-    return [Row(*row) for row in await db.fetch(SCHEDULED, user_id, after, PAGE)]
+    return [ExportRow(*row) for row in await db.fetch(SCHEDULED, user_id, after, PAGE)]
 
 
-async def reactions(db: Db, user_id: UserId, after: tuple[UUID, str]) -> list[Row]:
+async def reactions(db: Db, user_id: UserId, after: tuple[UUID, str]) -> list[ExportRow]:
     """Return up to `PAGE` of a user's reactions, in the order of messages and emoji."""
-    return [Row((row[0], row[1]), row[2]) for row in await db.fetch(REACTIONS, user_id, *after, PAGE)]
+    return [ExportRow((row[0], row[1]), row[2]) for row in await db.fetch(REACTIONS, user_id, *after, PAGE)]
 
 
-async def votes(db: Db, user_id: UserId, after: UUID) -> list[Row]:
+async def votes(db: Db, user_id: UserId, after: UUID) -> list[ExportRow]:
     """Return up to `PAGE` of a user's votes."""
-    return [Row(*row) for row in await db.fetch(VOTES, user_id, after, PAGE)]
+    return [ExportRow(*row) for row in await db.fetch(VOTES, user_id, after, PAGE)]
 
 
-async def deeds(db: Db, user_id: UserId, after: tuple[UUID, int]) -> list[Row]:
+async def deeds(db: Db, user_id: UserId, after: tuple[UUID, int]) -> list[ExportRow]:
     """Return up to `PAGE` entries of audit logs that a user is the actor of, in the order of the logs."""
-    return [Row((row[0], row[1]), row[2]) for row in await db.fetch(DEEDS, user_id, *after, PAGE)]
+    return [ExportRow((row[0], row[1]), row[2]) for row in await db.fetch(DEEDS, user_id, *after, PAGE)]
 
 
-async def messages(db: Db, user_id: UserId, after: UUID) -> list[Row]:
+async def messages(db: Db, user_id: UserId, after: UUID) -> list[ExportRow]:
     """Return up to `PAGE` of a user's messages, without their edits."""
-    return [Row(*row) for row in await db.fetch(MESSAGES, user_id, after, PAGE)]
+    return [ExportRow(*row) for row in await db.fetch(MESSAGES, user_id, after, PAGE)]
 
 
-async def edits(db: Db, user_id: UserId, after: tuple[UUID, int]) -> list[Row]:
+async def edits(db: Db, user_id: UserId, after: tuple[UUID, int]) -> list[ExportRow]:
     """Return up to `PAGE` of what a user's message said before a version, in the order of versions."""
-    return [Row((after[0], row[0]), row[1]) for row in await db.fetch(EDITS, user_id, *after, PAGE)]
+    return [ExportRow((after[0], row[0]), row[1]) for row in await db.fetch(EDITS, user_id, *after, PAGE)]

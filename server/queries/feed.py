@@ -158,7 +158,7 @@ COUNT = f"SELECT count(*) FROM ({ROWS}) e"  # noqa: S608 - as above
 SEEN_AT = """SELECT coalesce(u.feed_seen_at, '-infinity') FROM "user" u WHERE u.id = $1"""
 
 
-class Place(NamedTuple):
+class FeedPosition(NamedTuple):
     """Where a page of the feed ends, and since when the conversations were active that it looked through."""
 
     at: datetime
@@ -180,7 +180,7 @@ class Place(NamedTuple):
             raise not_a_cursor() from None
 
 
-class Asked(NamedTuple):
+class FeedQuery(NamedTuple):
     """Which entries of a user: of these kinds, before a place, after a time, and how many at most."""
 
     user_id: UserId
@@ -191,7 +191,7 @@ class Asked(NamedTuple):
     limit: int
 
 
-async def _named(db: Db, asked: Asked) -> list[list[Any]]:
+async def _named(db: Db, asked: FeedQuery) -> list[list[Any]]:
     """Return the mentions by name as columns. While an index of words may be used."""
     rows = await db.fetch(NAMED, *asked)
     return [[row[column] for row in rows] for column in range(4)]
@@ -199,18 +199,18 @@ async def _named(db: Db, asked: Asked) -> list[list[Any]]:
 
 async def page(db: Db, user_id: UserId, frame: ListFeed) -> Undecoded[FeedPage]:
     """Return a page of entries, the latest first, and how many are new. In a transaction for searching."""
-    kinds, before = frame.kinds or KINDS, Place.read(frame.after)
+    kinds, before = frame.kinds or KINDS, FeedPosition.read(frame.after)
     at, key, since = before or (None, None, None)
     if before is None and "mention" in kinds:
         since = await latest.since(db, user_id)
-    asked = Asked(user_id, list(kinds), at, key, _EVER, frame.limit + 1)
+    asked = FeedQuery(user_id, list(kinds), at, key, _EVER, frame.limit + 1)
     unseen = await _unseen(db, user_id)
     named, named_unseen = await _named(db, asked), await _named(db, unseen)
     await db.execute(IN_ORDER)
     rows = await db.fetch(PAGE, *asked, since, *named)
 
     def after(columns: Any) -> str | None:  # noqa: ANN401 - a row has no type
-        return None if columns[1] is None else str(Place(columns[1], UUID(int=columns[2].int), since))
+        return None if columns[1] is None else str(FeedPosition(columns[1], UUID(int=columns[2].int), since))
 
     count = await db.fetchval(COUNT, *unseen, None, *named_unseen)
     return _entry_decoder.page(rows, frame.limit, after).then(
@@ -229,9 +229,9 @@ async def count_unseen(db: Db, user_id: UserId) -> int:
 _EVER = datetime.fromisoformat("0001-01-02T00:00:00+00:00")
 
 
-async def _unseen(db: Db, user_id: UserId) -> Asked:
+async def _unseen(db: Db, user_id: UserId) -> FeedQuery:
     since = await db.fetchval(SEEN_AT, user_id)
-    return Asked(user_id, list(KINDS), None, None, since or _EVER, MAX_COUNTED)
+    return FeedQuery(user_id, list(KINDS), None, None, since or _EVER, MAX_COUNTED)
 
 
 SEE = """

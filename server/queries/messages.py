@@ -29,7 +29,7 @@ WITHHELD = """CASE WHEN {message}.is_moderated AND ({message}.sender_id = $2
 """What a moderator has hidden, for the participant `p`, who is the user $2."""
 
 
-class Place(Protocol):
+class MessageRef(Protocol):
     """What names a message: every frame about one does."""
 
     @property
@@ -52,7 +52,7 @@ Obstacle = Literal["inactive", "archived", "role", "unwanted", "slow"]
 """What keeps a participant from saying anything in a conversation: obstacle() in schema.sql."""
 
 
-class Found(NamedTuple):
+class FoundMessage(NamedTuple):
     """A message, the caller's part in its conversation, the conversation itself, and whether there are people there who
     may not see the message because they joined later, so that its words are not for everyone; what keeps the caller
     from saying anything there, and for how many milliseconds slow mode does.
@@ -85,7 +85,7 @@ SELECT message_json(m), participant_json(p), conversation_json(c),
 """
 
 
-async def lock(db: Db, place: Place, user_id: UserId) -> Found | None:
+async def lock(db: Db, place: MessageRef, user_id: UserId) -> FoundMessage | None:
     """Lock the conversation of a message, and then return the message as it is, deleted or not; None without access.
 
     Locks nothing unless the user takes part.
@@ -95,12 +95,12 @@ async def lock(db: Db, place: Place, user_id: UserId) -> Found | None:
     return await find(db, place, user_id)
 
 
-async def find(db: Db, place: Place, user_id: UserId) -> Found | None:
+async def find(db: Db, place: MessageRef, user_id: UserId) -> FoundMessage | None:
     """Return a message as it is, deleted or not; None without access."""
     row = await db.fetchrow(FIND, place.message_id, user_id, place.conversation_id)
     if row is None:
         return None
-    return Found(
+    return FoundMessage(
         _message_decoder.decode(row[0]), _participant_decoder.decode(row[1]), _conversation_decoder.decode(row[2]),
         *row[3:],
     )  # fmt: skip
@@ -139,7 +139,7 @@ SELECT json_build_object(
 """  # noqa: S608 - VISIBLE is a constant
 
 
-async def get(db: Db, place: Place, user_id: UserId) -> OneMessage | None:
+async def get(db: Db, place: MessageRef, user_id: UserId) -> OneMessage | None:
     """Return a message with the caller's reactions and how many have read it (at most 1,000 are counted)."""
     text = await db.fetchval(GET, place.message_id, user_id, place.conversation_id)
     return None if text is None else _one_decoder.decode(text)
@@ -215,7 +215,9 @@ async def page(
     return _page(rows, span, is_open=span.anchor is None)
 
 
-async def replies(db: Db, place: Place, user_id: UserId, span: Span, *, order: int) -> Undecoded[MessagePage] | None:
+async def replies(
+    db: Db, place: MessageRef, user_id: UserId, span: Span, *, order: int
+) -> Undecoded[MessagePage] | None:
     """Return the replies of `span` around a place in the thread of its anchor, oldest first; None without access."""
     rows = await db.fetch(REPLIES, place.conversation_id, user_id, place.message_id, order, *_limits(span))
     return _page(rows, span, is_open=order == NEWEST or (not span.older and order == 1))

@@ -23,7 +23,7 @@ ParticipantEvent = ParticipantChanged | ParticipantLeft | OutsidersChanged
 _event_decoder: Reader[ParticipantEvent] = Reader(ParticipantEvent)
 
 
-class Change(NamedTuple):
+class ParticipantChange(NamedTuple):
     """A participant as they are now, how many there are, and what everybody in the conversation is told of it."""
 
     participant: Participant
@@ -31,9 +31,9 @@ class Change(NamedTuple):
     event: ParticipantEvent
 
 
-def _change(row: "asyncpg.Record") -> Change:
+def _change(row: "asyncpg.Record") -> ParticipantChange:
     text, count, event = row
-    return Change(_participant_decoder.decode(text), count, _event_decoder.decode(event))
+    return ParticipantChange(_participant_decoder.decode(text), count, _event_decoder.decode(event))
 
 
 GET = """
@@ -125,7 +125,7 @@ RETURNING participant_json(p), (SELECT participant_count FROM bumped),
 
 async def add(
     db: Db, conversation_id: ConversationId, user_ids: Sequence[UserId], role: Role, invited_by: UserId | None
-) -> list[Change]:
+) -> list[ParticipantChange]:
     """Let users in who are not; return those, in the order of their versions.
 
     Without `invited_by` they come by themselves: as what their invitation gives now, or as a guest if they were one.
@@ -172,7 +172,7 @@ RETURNING participant_json(p), (SELECT participant_count FROM bumped),
 
 async def invite(
     db: Db, conversation_id: ConversationId, user_ids: Sequence[UserId], role: Role, invited_by: UserId
-) -> list[Change]:
+) -> list[ParticipantChange]:
     """Ask users to come who are neither there nor asked by somebody who may still add people; return those, in the
     order of their versions.
     """
@@ -232,7 +232,9 @@ RETURNING participant_json(p), b.participant_count, participant_event(p, b.parti
 """
 
 
-async def change(db: Db, now: Participant, *, role: Role | None = None, status: ParticipantStatus = "active") -> Change:
+async def change(
+    db: Db, now: Participant, *, role: Role | None = None, status: ParticipantStatus = "active"
+) -> ParticipantChange:
     """Give a participant another role, or another status, which ends their part and empties their draft. When nobody is
     left, the conversation ends, too.
     """
@@ -271,7 +273,7 @@ RETURNING participant_json(p), b.participant_count, participant_event(p, b.parti
 """
 
 
-async def permit(db: Db, now: Participant, granted: dict[str, bool]) -> Change | None:
+async def permit(db: Db, now: Participant, granted: dict[str, bool]) -> ParticipantChange | None:
     """Give a participant permissions beyond their role, or take them back; None, and in vain, if they are so already.
     Under the conversation's lock.
     """
@@ -362,7 +364,7 @@ async def heir(db: Db, leaving: Participant) -> Participant | None:
     return None
 
 
-async def leave(db: Db, leaving: Participant) -> list[Change]:
+async def leave(db: Db, leaving: Participant) -> list[ParticipantChange]:
     """Let a participant out. An owner's place goes to the next in rank, then in age, so that there always is one."""
     changes = [await change(db, leaving, status="left")]
     if leaving.role == "owner" and (next_one := await heir(db, leaving)) is not None:

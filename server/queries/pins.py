@@ -10,7 +10,7 @@ from protocol.values import Message
 from server.db.database import Db
 from server.db.rows import Page, Reader, Undecoded
 from server.queries.cursor import Cursor
-from server.queries.messages import VISIBLE, WITHHELD, Place
+from server.queries.messages import VISIBLE, WITHHELD, MessageRef
 from server.queries.moment import MOMENT
 from server.queries.users import MOVE_OWN
 
@@ -106,12 +106,12 @@ WHERE s.user_id = $2 AND s.message_id = $1
 """  # noqa: S608 - MOVE_OWN is a constant
 
 
-async def star(db: Db, place: Place, user_id: UserId) -> bool:
+async def star(db: Db, place: MessageRef, user_id: UserId) -> bool:
     """Put a message aside; False, and in vain, without access to it."""
     return bool(await db.fetchval(STAR, place.message_id, user_id, place.conversation_id))
 
 
-async def unstar(db: Db, place: Place, user_id: UserId) -> None:
+async def unstar(db: Db, place: MessageRef, user_id: UserId) -> None:
     """Take a star back, if there is one."""
     await db.execute(UNSTAR, place.message_id, user_id)
 

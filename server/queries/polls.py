@@ -6,7 +6,7 @@ from protocol.ids import UserId
 from protocol.values import Message, PollVote
 from server.db.database import Db
 from server.db.rows import Page, Reader, Undecoded
-from server.queries.messages import Place
+from server.queries.messages import MessageRef
 
 _message_decoder = Reader(Message)
 _vote_decoder = Reader(PollVote)
@@ -87,7 +87,7 @@ ORDER BY v.user_id LIMIT $4
 """
 
 
-async def votes(db: Db, place: Place, after: UserId | None, *, limit: int) -> Undecoded[Page[PollVote]]:
+async def votes(db: Db, place: MessageRef, after: UserId | None, *, limit: int) -> Undecoded[Page[PollVote]]:
     """Return up to `limit` votes in a poll, by user. There is no access check."""
     rows = await db.fetch(VOTES, place.message_id, place.conversation_id, after, limit + 1)
     return _vote_decoder.page(rows, limit)

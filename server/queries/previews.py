@@ -6,12 +6,12 @@ from protocol.values import LinkPreview, Message
 from server.db.database import Db
 from server.db.rows import Reader
 from server.queries import messages
-from server.queries.messages import At, Found
+from server.queries.messages import At, FoundMessage
 
 _message_decoder = Reader(Message)
 
 
-async def lock(db: Db, message: Message) -> Found | None:
+async def lock(db: Db, message: Message) -> FoundMessage | None:
     """Lock the conversation of a message, and return the message; None if it says something else by now."""
     found = await messages.lock(db, At(message.conversation_id, message.id), message.sender_id)
     return None if found is None or found.message.content != message.content else found

@@ -69,7 +69,7 @@ async def forget(db: Db, endpoint: str) -> UserId | None:
     return user_id
 
 
-class Post(NamedTuple):
+class PushPost(NamedTuple):
     """Which message to push to which endpoint of which user. Posts may wait for long, so they hold no words."""
 
     user_id: UserId
@@ -81,7 +81,7 @@ class Post(NamedTuple):
 class Notice(NamedTuple):
     """What a post says, and the keys to encrypt it with."""
 
-    post: Post
+    post: PushPost
     p256dh: str
     auth: str
     sender: User
@@ -196,7 +196,7 @@ async def is_anybody_there(db: Db) -> bool:
     return bool(await db.fetchval(ANY))
 
 
-class Look(NamedTuple):
+class PushPage(NamedTuple):
     """For which participants of a conversation its messages are to be asked: those after a user, by id."""
 
     conversation_id: ConversationId
@@ -208,35 +208,35 @@ FIRST = UserId(UUID(int=0))
 """What the first page of participants is after."""
 
 
-class Found(NamedTuple):
+class DuePushes(NamedTuple):
     """For which endpoints messages are news, one of each conversation, and where the pages end that have a next one."""
 
-    posts: list[Post]
+    posts: list[PushPost]
     next: dict[ConversationId, UserId]
 
 
-async def due(db: Db, looks: Sequence[Look], limit: int) -> Found:
+async def due(db: Db, looks: Sequence[PushPage], limit: int) -> DuePushes:
     """Return for which endpoints messages are news: of each conversation the latest one, for at most `limit`
     participants. Raises TimeoutError after `DUE_SECONDS`.
     """
     ids = [message_id for look in looks for message_id in look.message_ids]
-    found = Found([], {})
+    found = DuePushes([], {})
     for user_id, endpoint, conversation_id, message_id in await db.fetch(
         DUE, [look.conversation_id for look in looks], [look.after for look in looks], ids, limit, timeout=DUE_SECONDS
     ):
         if endpoint is None:
             found.next[conversation_id] = user_id
         else:
-            found.posts.append(Post(user_id, endpoint, conversation_id, message_id))
+            found.posts.append(PushPost(user_id, endpoint, conversation_id, message_id))
     return found
 
 
-async def notices(db: Db, posts: Sequence[Post]) -> list[Notice]:
+async def notices(db: Db, posts: Sequence[PushPost]) -> list[Notice]:
     """Return what posts say, without those that are no longer news."""
-    columns = [[post[number] for post in posts] for number in range(len(Post._fields))]
+    columns = [[post[number] for post in posts] for number in range(len(PushPost._fields))]
     found = []
     for user_id, endpoint, conversation_id, message_id, p256dh, auth, face, *said in await db.fetch(NOTICES, *columns):
         sender = _user_decoder.read(face)
         if sender is not None:
-            found.append(Notice(Post(user_id, endpoint, conversation_id, message_id), p256dh, auth, sender, *said))
+            found.append(Notice(PushPost(user_id, endpoint, conversation_id, message_id), p256dh, auth, sender, *said))
     return found

@@ -9,7 +9,7 @@ from protocol.ids import ConversationId, MessageId, UserId
 from protocol.server import Readers
 from server.db.database import Db
 from server.db.rows import Reader
-from server.queries.messages import REACHED, VISIBLE, Place
+from server.queries.messages import REACHED, VISIBLE, MessageRef
 from server.queries.unread import COUNT_UNREAD
 from server.queries.users import UNSEEN
 
@@ -165,7 +165,7 @@ SELECT json_build_object('type', 'readers', 'is_crowd', c.participant_count > $4
 """  # noqa: S608 - VISIBLE is a constant
 
 
-async def readers(db: Db, place: Place, user_id: UserId, *, most: int) -> Readers | None:
+async def readers(db: Db, place: MessageRef, user_id: UserId, *, most: int) -> Readers | None:
     """Return who has read a message, named where at most `most` take part; None without access."""
     text = await db.fetchval(READERS, place.message_id, user_id, place.conversation_id, most)
     return None if text is None else _readers_decoder.decode(text)

@@ -54,13 +54,13 @@ WHERE r.from_user_id = $1 AND r.to_user_id = $2 AND r.type = $3 AND r.status = $
 """
 
 
-async def get(db: Db, one: UserId, other: UserId, change: "Change", viewer: UserId) -> Relationship | None:
+async def get(db: Db, one: UserId, other: UserId, change: "RelationshipChange", viewer: UserId) -> Relationship | None:
     """Return a relationship of one user to another as `viewer` sees it, if its status is that of `change`."""
     text = await db.fetchval(GET, one, other, change.kind, viewer, change.status)
     return None if text is None else _relationship_decoder.decode(text)
 
 
-class Change(NamedTuple):
+class RelationshipChange(NamedTuple):
     """What becomes of a relationship: its status, and the words that come with it."""
 
     kind: RelationshipKind
@@ -92,7 +92,7 @@ RETURNING relationship_json(r, $7)
 """
 
 
-async def put(db: Db, one: UserId, other: UserId, change: Change, viewer: UserId) -> Relationship:
+async def put(db: Db, one: UserId, other: UserId, change: RelationshipChange, viewer: UserId) -> Relationship:
     """Make or change a relationship of one user to another; return it as `viewer` sees it. Under the lock."""
     return _relationship_decoder.decode(await db.fetchval(SET, one, other, *change, viewer))
 

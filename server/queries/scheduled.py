@@ -117,7 +117,7 @@ async def page(db: Db, user_id: UserId, before: Cursor | None) -> Undecoded[Page
     return _scheduled_decoder.page(await db.fetch(LIST, user_id, *(before or (None, None))), MAX_PAGE, Cursor.of)
 
 
-class Due(NamedTuple):
+class DueScheduled(NamedTuple):
     """A message whose time has come."""
 
     message_id: MessageId
@@ -195,7 +195,7 @@ RETURNING t.id, t.conversation_id, t.words, t.claimed_at
 """  # noqa: S608 - a constant is put in
 
 
-async def claim(db: Db, sender_id: UserId) -> Due | None:
+async def claim(db: Db, sender_id: UserId) -> DueScheduled | None:
     """Take up the first message of a sender that is due. Return None if there is none, a claim of theirs has not ended,
     or another transaction holds the sender's row.
     """
@@ -212,7 +212,7 @@ async def claim(db: Db, sender_id: UserId) -> Due | None:
     except (msgspec.ValidationError, RecursionError, ValueError):
         frame = None
     sender = None if face is None else _user_decoder.read(face)
-    return Due(message_id, conversation_id, sender_id, sender, frame, claimed_at)
+    return DueScheduled(message_id, conversation_id, sender_id, sender, frame, claimed_at)
 
 
 # A claim runs out while its worker waits: another one takes the message, and the owner may change or cancel it after
@@ -230,7 +230,7 @@ RETURNING true
 """  # noqa: S608 - MOVE_OWN is a constant
 
 
-async def put_off(db: Db, due: Due, wait: timedelta) -> None:
+async def put_off(db: Db, due: DueScheduled, wait: timedelta) -> None:
     """Have a message that was taken up wait for at least `CLAIMED`, and those behind it in its conversation until it
     was sent.
 
@@ -239,7 +239,7 @@ async def put_off(db: Db, due: Due, wait: timedelta) -> None:
     await db.execute(PUT_OFF, due.message_id, due.sender_id, due.claimed_at, max(wait, CLAIMED))
 
 
-async def finish(db: Db, due: Due, status: ScheduledStatus, problem: str | None = None) -> None:
+async def finish(db: Db, due: DueScheduled, status: ScheduledStatus, problem: str | None = None) -> None:
     """Note what became of a message that was taken up. Raises ClaimLost, which rolls back the message that was stored
     in the same transaction.
     """

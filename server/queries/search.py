@@ -103,7 +103,7 @@ FROM (
 """  # noqa: S608 - as above
 
 
-class Place(NamedTuple):
+class SearchPosition(NamedTuple):
     """Where a page of hits ends: as of when it was searched, so that what comes later does not shift the next page, and
     since when the conversations were active that it looked through.
     """
@@ -134,7 +134,7 @@ async def find(db: Db, user_id: UserId, frame: Search, words: str | None, *, lim
     """Return up to `limit` messages that match. `words` is a query of `search.query`. In a
     transaction for searching.
     """
-    after = Place.read(frame.after)
+    after = SearchPosition.read(frame.after)
     as_of = now() if after is None else after.as_of
     until = as_of if frame.sent_before is None else min(as_of, frame.sent_before)
     hashtag = None if frame.hashtag is None else frame.hashtag.lower()
@@ -166,4 +166,4 @@ async def find(db: Db, user_id: UserId, frame: Search, words: str | None, *, lim
 
 def _after(as_of: datetime, columns: Any, since: datetime | None) -> str | None:  # noqa: ANN401 - a row has no type
     _, rank, at, one, _ = columns
-    return None if at is None else str(Place(as_of, rank, at, one, since))
+    return None if at is None else str(SearchPosition(as_of, rank, at, one, since))

@@ -51,7 +51,7 @@ async def tidy(db: Db) -> None:
     await db.execute(TIDY)
 
 
-class Page(NamedTuple):
+class IndexedPage(NamedTuple):
     """How many were made, and which messages were held or changed meanwhile: to be made later."""
 
     made: int
@@ -63,7 +63,7 @@ async def following(db: Db, after: MessageId) -> list[MessageId]:
     return [MessageId(row[0]) for row in await db.fetch(NEXT, after, AT_ONCE)]
 
 
-async def page(db: Db, message_ids: list[MessageId], *, only_missing: bool) -> Page:
+async def page(db: Db, message_ids: list[MessageId], *, only_missing: bool) -> IndexedPage:
     """Make the words of messages, of those that have some. Waits for nobody who changes one of them."""
     made, left = await db.fetchrow(PAGE, message_ids, only_missing) or (0, [])
-    return Page(made, [MessageId(one) for one in left])
+    return IndexedPage(made, [MessageId(one) for one in left])

@@ -27,7 +27,7 @@ _message_decoder = Reader(Message)
 _encode = msgspec.json.Encoder().encode
 
 
-class Made(NamedTuple):
+class Derived(NamedTuple):
     """What the server makes of what is said."""
 
     formatted_content: str | None = None
@@ -50,7 +50,7 @@ class Outgoing(NamedTuple):
 
     sender_id: UserId
     frame: Send
-    made: Made = Made()
+    made: Derived = Derived()
     source: Source | None = None
 
     @property

@@ -7,7 +7,7 @@ from protocol.values import ThreadFollow, ThreadView
 from server.db.database import Db
 from server.db.rows import Page, Reader, Undecoded
 from server.queries.cursor import Cursor
-from server.queries.messages import VISIBLE, Place
+from server.queries.messages import VISIBLE, MessageRef
 from server.queries.moment import MOMENT
 from server.queries.unread import COUNT_REPLIES, HAS_UNREAD_REPLY
 from server.queries.users import MOVE_OWN
@@ -49,7 +49,7 @@ CROSS JOIN LATERAL ({COUNT_REPLIES.format(me="t")}) counted (unread)
 """  # noqa: S608 - as above
 
 
-async def get(db: Db, place: Place, user_id: UserId) -> ThreadView | None:
+async def get(db: Db, place: MessageRef, user_id: UserId) -> ThreadView | None:
     """Return the thread that begins with a message; None without access to that."""
     text = await db.fetchval(GET, place.message_id, user_id, place.conversation_id)
     return None if text is None else _view_decoder.decode(text)
@@ -95,7 +95,7 @@ async def page(db: Db, user_id: UserId, before: Cursor | None, *, is_unread: boo
     return _view_decoder.page(rows, MOST_LISTED, Cursor.of)
 
 
-class Change(NamedTuple):
+class FollowChange(NamedTuple):
     """What of a follower's row is to change, and is left as it is if not said."""
 
     is_following: bool | None = None
@@ -120,14 +120,14 @@ RETURNING thread_json(t), xmax = 0
 """  # noqa: S608 - constants are put in
 
 
-class Changed(NamedTuple):
+class FollowChanged(NamedTuple):
     """How a user follows a thread now, and whether there is a new row for that."""
 
     follow: ThreadFollow
     is_new: bool
 
 
-async def change(db: Db, place: Place, user_id: UserId, change: Change) -> Changed | None:
+async def change(db: Db, place: MessageRef, user_id: UserId, change: FollowChange) -> FollowChanged | None:
     """Follow a thread or not, or read on in it; None without access to a root."""
     row = await db.fetchrow(CHANGE, place.message_id, user_id, place.conversation_id, *change)
-    return None if row is None else Changed(_follow_decoder.decode(row[0]), row[1])
+    return None if row is None else FollowChanged(_follow_decoder.decode(row[0]), row[1])

@@ -23,7 +23,7 @@ from protocol.limits import MAX_CONTENT, MAX_EMOJI_PER_MESSAGE, Email, visible, 
 from protocol.reaction import normalized
 from server.db.database import Db
 from server.domain import mentions
-from server.ops.transfer.lines import Line, Lines, Row
+from server.ops.transfer.lines import Lines, Row, RowLine
 from server.ops.transfer.origin import Origin
 from server.ops.transfer.reading import reading
 from server.queries import transfers
@@ -46,7 +46,7 @@ def mention(key: str) -> str:
     return f"\0{key}\0"
 
 
-class Person(msgspec.Struct, kw_only=True):
+class ArchivePerson(msgspec.Struct, kw_only=True):
     """Somebody, by the key that the other chat has for them. `found` is the file, and the line or id in it."""
 
     key: str
@@ -64,7 +64,7 @@ class Reaction(msgspec.Struct, kw_only=True):
     name: str
 
 
-class Post(msgspec.Struct, kw_only=True):
+class ArchivePost(msgspec.Struct, kw_only=True):
     """A message; `thread` is the key of the post that it replies to, and `person` is empty for a bot. Times are in
     milliseconds since 1970.
     """
@@ -79,7 +79,7 @@ class Post(msgspec.Struct, kw_only=True):
     reactions: list[Reaction] = []
 
 
-class Place(msgspec.Struct, kw_only=True):
+class ArchivePlace(msgspec.Struct, kw_only=True):
     """A conversation. `posts` reads what was said in it, in any order."""
 
     key: str
@@ -92,7 +92,7 @@ class Place(msgspec.Struct, kw_only=True):
     created_at_ms: int = 0
     owner: str | None = None
     members: list[str]
-    posts: Callable[[], list[Post]]
+    posts: Callable[[], list[ArchivePost]]
 
 
 class Archive(msgspec.Struct, kw_only=True):
@@ -100,8 +100,8 @@ class Archive(msgspec.Struct, kw_only=True):
 
     kind: str
     source: str | None = None
-    people: list[Person]
-    places: list[Place]
+    people: list[ArchivePerson]
+    places: list[ArchivePlace]
     notes: list[str] = []
     """Of what it holds that belongs to no conversation."""
 
@@ -109,7 +109,7 @@ class Archive(msgspec.Struct, kw_only=True):
 class Match(NamedTuple):
     """A person of the archive, and the account here that has the same address."""
 
-    person: Person
+    person: ArchivePerson
     account: Account
 
 
@@ -123,7 +123,7 @@ def confirmation(matches: list[Match]) -> str:
     return hashlib.sha256("\0".join(words).encode()).hexdigest()[:12]
 
 
-class Unconfirmed(Exception):  # noqa: N818 - it is a question
+class UnconfirmedMatches(Exception):  # noqa: N818 - it is a question
     """People match accounts whose addresses nobody has verified."""
 
     def __init__(self, matches: list[Match]) -> None:
@@ -194,7 +194,7 @@ def _require_different(what: str, named: Iterable[tuple[object, str, str]]) -> N
         seen[value] = key, found
 
 
-async def _is_same(db: Db, origin: Origin, place: Place, users: dict[str, UserId]) -> bool:
+async def _is_same(db: Db, origin: Origin, place: ArchivePlace, users: dict[str, UserId]) -> bool:
     """Whether a conversation that is here holds what was said in one of the archive, or nothing was said there."""
     with reading(place.found):
         found = place.posts()
@@ -203,7 +203,7 @@ async def _is_same(db: Db, origin: Origin, place: Place, users: dict[str, UserId
     return not messages or await transfers.is_any_message(db, messages)
 
 
-async def _absent(db: Db, origin: Origin, place: Place, users: dict[str, UserId]) -> int:
+async def _absent(db: Db, origin: Origin, place: ArchivePlace, users: dict[str, UserId]) -> int:
     """Return how many messages of a conversation of the archive are not here."""
     with reading(place.found):
         found = place.posts()
@@ -214,12 +214,12 @@ async def _absent(db: Db, origin: Origin, place: Place, users: dict[str, UserId]
     return absent
 
 
-def _is_said(post: Post, users: dict[str, UserId]) -> bool:
+def _is_said(post: ArchivePost, users: dict[str, UserId]) -> bool:
     """Whether a post becomes a message: it has words, and its sender is known."""
     return post.person in users and bool(post.text)
 
 
-def _message_id(origin: Origin, place: Place, post: Post) -> MessageId:
+def _message_id(origin: Origin, place: ArchivePlace, post: ArchivePost) -> MessageId:
     return MessageId(origin.made_id(post.at_ms, place.key, post.key))
 
 
@@ -256,7 +256,7 @@ async def _people(db: Db, archive: Archive, origin: Origin, confirmed: str | Non
     }
     unverified = [match for match in matches if match.person.key not in certain]
     if unverified and confirmed not in {OTHERS, confirmation(unverified)}:
-        raise Unconfirmed(unverified)
+        raise UnconfirmedMatches(unverified)
     matched = certain if confirmed == OTHERS else {match.person.key: match.account.id for match in matches}
     users = own | matched
     active = await transfers.active(db, list(users.values()))
@@ -284,11 +284,11 @@ async def _known(db: Db, archive: Archive, origin: Origin, keys: set[str]) -> di
     return known
 
 
-def _part_id(origin: Origin, place: Place, key: str) -> UUID:
+def _part_id(origin: Origin, place: ArchivePlace, key: str) -> UUID:
     return origin.made_id(0, "participant", place.key, key)
 
 
-def _address(person: Person) -> str:
+def _address(person: ArchivePerson) -> str:
     """Return a person's address as it is stored, or nothing if an account may not have it."""
     try:
         return canonical(msgspec.convert(person.email, Email)) if person.email else ""
@@ -303,7 +303,7 @@ class _Ids(NamedTuple):
     places: dict[str, ConversationId]
 
 
-def _rows(archive: Archive, places: list[Place], who: _People, ids: _Ids, notes: list[str]) -> Lines:
+def _rows(archive: Archive, places: list[ArchivePlace], who: _People, ids: _Ids, notes: list[str]) -> Lines:
     for person in archive.people:
         if person.key in who.new:
             yield _line("user", _user(person, who.users[person.key], who.new[person.key]), person.found)
@@ -323,11 +323,11 @@ def _rows(archive: Archive, places: list[Place], who: _People, ids: _Ids, notes:
             notes.append(f"{place.found}: messages with the id of another one, which were left out: {made.repeated:,}")
 
 
-def _line(table: str, row: dict[str, Any], found: str) -> Line:
-    return Line(Row(table, msgspec.Raw(_encode(row))), found)
+def _line(table: str, row: dict[str, Any], found: str) -> RowLine:
+    return RowLine(Row(table, msgspec.Raw(_encode(row))), found)
 
 
-def _user(person: Person, user_id: UserId, email: str) -> dict[str, Any]:
+def _user(person: ArchivePerson, user_id: UserId, email: str) -> dict[str, Any]:
     return {
         "id": user_id,
         "name": (visible(person.name) or person.key)[:255],
@@ -340,7 +340,7 @@ def _user(person: Person, user_id: UserId, email: str) -> dict[str, Any]:
 class _Made:
     """A conversation, with everything in it, as it will be stored: numbered as if it had been said here."""
 
-    def __init__(self, origin: Origin, place: Place, who: _People, about: ConversationId) -> None:
+    def __init__(self, origin: Origin, place: ArchivePlace, who: _People, about: ConversationId) -> None:
         self._origin = origin
         self._place = place
         self._users = who.users
@@ -392,9 +392,9 @@ class _Made:
             "thread_follow": [(row, self._place.found) for row in self._follows.values()],
         }
 
-    def _posts(self) -> Iterable[Post]:
+    def _posts(self) -> Iterable[ArchivePost]:
         """Return what somebody said who is known, each once."""
-        posts: dict[str, Post] = {}
+        posts: dict[str, ArchivePost] = {}
         for post in self._place.posts():
             if not _is_said(post, self._users):
                 self.left_out += 1
@@ -431,7 +431,7 @@ class _Made:
         return parts
 
     def _conversation(
-        self, parts: list[dict[str, Any]], posts: list[Post], joined: int, *, is_pair: bool
+        self, parts: list[dict[str, Any]], posts: list[ArchivePost], joined: int, *, is_pair: bool
     ) -> dict[str, Any]:
         place = self._place
         members = [part["user_id"] for part in parts if part["status"] == "active"]
@@ -459,7 +459,7 @@ class _Made:
             "last_message_at": _moment(last) if posts else None,
         }
 
-    def _say(self, post: Post) -> None:
+    def _say(self, post: ArchivePost) -> None:
         root = self._messages.get(post.thread) if post.thread is not None and post.thread != post.key else None
         if root is not None and root["thread_root_id"] is not None:
             root = self._roots[root["thread_root_id"]]
@@ -479,7 +479,7 @@ class _Made:
             })  # fmt: skip
             follow["has_replied"] |= has_replied
 
-    def _react(self, post: Post) -> Iterator[dict[str, Any]]:
+    def _react(self, post: ArchivePost) -> Iterator[dict[str, Any]]:
         message = self._messages[post.key]
         counts = message["reactions"]
         for person, emoji in dict.fromkeys((one.person, _emoji(one.name)) for one in post.reactions):
@@ -501,7 +501,7 @@ class _Made:
     def _mentioned(self, found: re.Match[str]) -> str:
         return f"<@{self._users[found[1]]}>" if found[1] in self._users else f"@{found[1]}"
 
-    def _message(self, post: Post, version: int, root: dict[str, Any] | None) -> dict[str, Any]:
+    def _message(self, post: ArchivePost, version: int, root: dict[str, Any] | None) -> dict[str, Any]:
         content = _MENTION.sub(self._mentioned, post.text)[:MAX_CONTENT]
         found = mentions.find(content, is_code=False, is_markdown=True)
         edited = None if post.edited_at_ms is None else _moment(post.edited_at_ms)

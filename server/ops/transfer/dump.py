@@ -12,7 +12,7 @@ from protocol.codec import now
 from server.db import migrate
 from server.db.database import Db
 from server.ops.progress import Progress
-from server.ops.transfer.lines import FORMAT, VERSION, Head, Line, Lines, Row, Summary, Tail
+from server.ops.transfer.lines import FORMAT, VERSION, Head, Lines, Row, RowLine, Summary, Tail
 from server.ops.transfer.reading import lines, reading
 from server.queries import transfers
 
@@ -74,7 +74,7 @@ def read(path: Path, columns: Mapping[str, frozenset[str]]) -> Lines:
                         raise ValueError(f"its columns are not those of {row.table}")
                 digest.update(line)
                 counts[row.table] += 1
-                yield Line(row, f"line {number}")
+                yield RowLine(row, f"line {number}")
     raise ValueError(f"after line {number}: its end is missing" if counts else NO_HEAD)
 
 

@@ -43,12 +43,12 @@ class Summary(msgspec.Struct, kw_only=True):
         return sum(self.rows.values())
 
 
-class Line(NamedTuple):
+class RowLine(NamedTuple):
     """A row to be brought in. `place` is where an operator finds what it was made of."""
 
     row: Row
     place: str
 
 
-Lines = Iterator[Line]
+Lines = Iterator[RowLine]
 """Rows to be brought in, those of a table one after the other, each after those that it refers to."""

@@ -10,7 +10,7 @@ from server.core.errors import Fatal
 from server.db.database import Db
 from server.db.epoch import begin_epoch
 from server.ops.progress import Progress
-from server.ops.transfer.lines import Line, Lines, Summary
+from server.ops.transfer.lines import Lines, RowLine, Summary
 from server.queries import audit, transfers
 from server.queries.audit import Deed
 
@@ -54,7 +54,7 @@ async def load(db: Db, lines: Lines, progress: Progress, *, is_whole: bool, deed
     return Summary(rows=dict(loaded))
 
 
-async def _load(db: Db, table: str, batch: list[Line], *, is_whole: bool) -> int:
+async def _load(db: Db, table: str, batch: list[RowLine], *, is_whole: bool) -> int:
     """Bring some rows of a table in; return how many were not there before.
 
     Raises ValueError, with the place of the row, if one does not fit: it is looked for by halving.

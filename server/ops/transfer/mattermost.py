@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from server.ops.transfer.archive import Archive, Person, Place, Post, Reaction
+from server.ops.transfer.archive import Archive, ArchivePerson, ArchivePlace, ArchivePost, Reaction
 from server.ops.transfer.reading import key as _key
 from server.ops.transfer.reading import (
     lines,
@@ -31,10 +31,10 @@ APART = "/,"
 
 def read(path: Path) -> Archive:
     """Return what is in a Mattermost export. Raises ValueError or OSError if it is none."""
-    people: list[Person] = []
-    channels: list[tuple[str, Place]] = []
+    people: list[ArchivePerson] = []
+    channels: list[tuple[str, ArchivePlace]] = []
     members: defaultdict[str, list[str]] = defaultdict(list)
-    posts: defaultdict[str, list[Post]] = defaultdict(list)
+    posts: defaultdict[str, list[ArchivePost]] = defaultdict(list)
     directs: dict[str, tuple[list[str], str]] = {}
     with path.open("rb") as file:
         for number, line in lines(file):
@@ -81,11 +81,11 @@ def read(path: Path) -> Archive:
 
 
 def _places(
-    channels: list[tuple[str, Place]],
+    channels: list[tuple[str, ArchivePlace]],
     directs: dict[str, tuple[list[str], str]],
     members: defaultdict[str, list[str]],
-    posts: defaultdict[str, list[Post]],
-) -> list[Place]:
+    posts: defaultdict[str, list[ArchivePost]],
+) -> list[ArchivePlace]:
     """Return all conversations, with their members and posts."""
     is_one_team = len({team for team, _ in channels}) == 1
     places = []
@@ -94,7 +94,7 @@ def _places(
         place.title = place.title if is_one_team else place.key
         places.append(place)
     places += [
-        Place(
+        ArchivePlace(
             key=key,
             found=found,
             kind="direct" if len(set(who)) == 2 else "group",  # noqa: PLR2004 - which is what direct means
@@ -109,9 +109,9 @@ def _places(
     return places
 
 
-def _channel(channel: dict[str, Any], found: str) -> tuple[str, Place]:
+def _channel(channel: dict[str, Any], found: str) -> tuple[str, ArchivePlace]:
     """Return the team of a channel, and the channel without its members and posts."""
-    place = Place(
+    place = ArchivePlace(
         key=_channel_key(channel["team"], channel["name"]),
         found=found,
         kind="channel",
@@ -145,9 +145,9 @@ def _direct_key(members: list[str]) -> str:
     return f"direct/{len(set(members))}/" + ",".join(sorted(set(members)))
 
 
-def _person(user: dict[str, Any], found: str) -> Person:
+def _person(user: dict[str, Any], found: str) -> ArchivePerson:
     full = f"{user.get('first_name') or ''} {user.get('last_name') or ''}".strip()
-    return Person(
+    return ArchivePerson(
         key=_key(user["username"], APART),
         found=found,
         name=full or user["username"],
@@ -157,7 +157,7 @@ def _person(user: dict[str, Any], found: str) -> Person:
     )
 
 
-def _posts(said: dict[str, Any], number: int, found: str) -> list[Post]:
+def _posts(said: dict[str, Any], number: int, found: str) -> list[ArchivePost]:
     """Return a post and its replies. They have no ids in the export: what they are called is their place in it."""
     root = _post(said, f"{said['create_at']}/{number}", found)
     replies = [_post(reply, f"{root.key}/{place}", found) for place, reply in enumerate(said.get("replies") or ())]
@@ -166,9 +166,9 @@ def _posts(said: dict[str, Any], number: int, found: str) -> list[Post]:
     return [root, *replies]
 
 
-def _post(said: dict[str, Any], key: str, found: str) -> Post:
+def _post(said: dict[str, Any], key: str, found: str) -> ArchivePost:
     files = [text(file["path"]) for file in said.get("attachments") or () if file.get("path")]
-    return Post(
+    return ArchivePost(
         key=key,
         found=found,
         person=_key(said["user"]),

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from server.ops.transfer.archive import Archive, Person, Place, Post, Reaction, mention
+from server.ops.transfer.archive import Archive, ArchivePerson, ArchivePlace, ArchivePost, Reaction, mention
 from server.ops.transfer.reading import (
     Files,
     each,
@@ -44,7 +44,7 @@ def read(path: Path) -> Archive:
     people = each("users.json", users, _person)
     # Most users are of the workspace itself; the others come from elsewhere by shared channels.
     teams = Counter(sorted(team for team in each("users.json", users, _team) if team))
-    places: list[Place] = []
+    places: list[ArchivePlace] = []
     folders: dict[str, str] = {}
     for name, kind in KINDS.items():
         entries = files.json(name) or []
@@ -61,9 +61,9 @@ def _team(user: dict[str, Any]) -> str:
     return key(user["team_id"]) if user.get("team_id") else ""
 
 
-def _person(user: dict[str, Any]) -> Person:
+def _person(user: dict[str, Any]) -> ArchivePerson:
     profile = user.get("profile", {})
-    return Person(
+    return ArchivePerson(
         key=key(user["id"]),
         found=f"users.json: {user['id']}",
         name=text(user.get("real_name") or profile.get("real_name") or user.get("name") or user["id"]),
@@ -79,14 +79,14 @@ def _place(
     file: str,
     kind: Any,  # noqa: ANN401 - one of three words
     one: dict[str, Any],
-) -> Place:
+) -> ArchivePlace:
     """Return a conversation, and note its folder. Raises ValueError if another one has the same folder: what was said
     in one would be said in both.
     """
     name = one.get("name") or one["id"]
     if (other := folders.setdefault(name, one["id"])) != one["id"]:
         raise ValueError(f"{one['id']} and {other} are different conversations with the same folder {name!r:.100}")
-    return Place(
+    return ArchivePlace(
         key=key(one["id"]),
         found=f"{file}: {one['id']}",
         kind=kind,
@@ -101,7 +101,7 @@ def _place(
     )
 
 
-def _posts(files: Files, name: object) -> list[Post]:
+def _posts(files: Files, name: object) -> list[ArchivePost]:
     posts = []
     for day in files.names(name):
         if day.endswith(".json"):
@@ -112,14 +112,14 @@ def _posts(files: Files, name: object) -> list[Post]:
     return posts
 
 
-def _post(file: str, message: dict[str, Any]) -> Post | None:
+def _post(file: str, message: dict[str, Any]) -> ArchivePost | None:
     """Return what somebody or a bot said, or None for anything else."""
     if message.get("type") != "message" or message.get("subtype") not in SAID:
         return None
     edited = message.get("edited")
     files = [text(f"{file.get('name', 'file')}: {file['url_private']}") for file in message.get("files") or ()
              if file.get("url_private")]  # fmt: skip
-    return Post(
+    return ArchivePost(
         key=key(message["ts"]),
         found=f"{file}: {message['ts']}",
         person=key(message["user"]) if message.get("user") else "",

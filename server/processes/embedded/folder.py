@@ -33,7 +33,7 @@ SHARED_BINARIES = Path("/var/cache/openchat")
 """Where root puts binaries that the unprivileged user cannot reach where they were installed."""
 
 
-class Held(Fatal):
+class FolderHeld(Fatal):
     """Another process has the data folder. `run` is where its servers listen."""
 
     def __init__(self, path: Path, run: Path, advice: str) -> None:
@@ -71,7 +71,7 @@ class DataFolder:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(self._lock)
-            raise Held(path, run_folder(path), advice) from None
+            raise FolderHeld(path, run_folder(path), advice) from None
         self._here = os.open(path.resolve(), FOLDER)
         self.run = run_folder(path)
         self.run.mkdir(mode=0o700, exist_ok=True)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from server.core.config import Settings, without_password
 from server.core.errors import Fatal
 from server.processes.embedded import postgres, valkey
-from server.processes.embedded.folder import DataFolder, Held, run_folder
+from server.processes.embedded.folder import DataFolder, FolderHeld, run_folder
 from server.processes.embedded.postgres import Postgres
 
 CONNECTIONS = 10
@@ -38,7 +38,7 @@ def reached(settings: Settings, *, may_create: bool = False) -> Iterator[Reached
         _require_database(path)
     try:
         folder = DataFolder(path)
-    except Held as held:
+    except FolderHeld as held:
         yield Reached(postgres.url(held.run), settings.redis_url or _valkey(held.run), named(settings))
         return
     own = Postgres(folder, max_connections=CONNECTIONS)
