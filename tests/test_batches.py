@@ -449,7 +449,7 @@ async def test_bad_question_costs_the_others_no_further_statement(settings: Sett
             read.gather._work = work
         app = world.workers[0].app
         # The last two take no items: what they do is kept beside them, by user.
-        others = {app._sends._light, app._sends._heavy, app.presence._flushes, app.presence._untold._tells}
+        others = {app._sends._light, app._sends._heavy, app.presence._flushes, app.presence._pending._tells}
         assert _gathers(app) - others == {read.gather for read in reads.values()}, "each has a row in the table"
 
 

@@ -11,7 +11,7 @@ from protocol import client, server
 from protocol.codec import encode
 from protocol.ids import UserId
 from server.core.config import Settings
-from server.domain import presence, untold
+from server.domain import pending_presence, presence
 from tests.world import World, http_client, until
 
 ROW = 'SELECT is_online, last_seen_at FROM "user" WHERE id = $1'
@@ -39,7 +39,7 @@ async def test_who_leaves_while_redis_is_away_was_last_seen_then(
     monkeypatch.setattr(presence, "OFFLINE_SECONDS", 0.3)
     monkeypatch.setattr(presence, "SIGN_SECONDS", 0.1)
     monkeypatch.setattr(presence, "RECORD_SECONDS", 0.1)
-    monkeypatch.setattr(untold, "AGAIN_SECONDS", 0.1)
+    monkeypatch.setattr(pending_presence, "AGAIN_SECONDS", 0.1)
     async with World(settings, workers=1) as world:
         ada, charles = await world.users("Ada", "Charles")
         watcher, phone = await world.connect(ada), await world.connect(charles)
@@ -65,7 +65,7 @@ async def test_who_leaves_while_redis_is_away_was_last_seen_then(
                 await asyncio.sleep(0.01)
         # Who was announced without Redis is announced once more.
         await until(lambda: len(_times(watcher.events[seen:])) >= 2)
-        await until(lambda: not app.presence._untold)  # noqa: SLF001
+        await until(lambda: not app.presence._pending)  # noqa: SLF001
         await watcher.synced()
         assert row["last_seen_at"] <= left_by
         for time in _times(watcher.events[seen:]):
@@ -98,7 +98,7 @@ async def test_who_left_while_they_were_invisible_was_last_seen_before_that(
             await http.post("/v1/call", content=encode(client.SetPresence(status="online")), headers=headers)
         assert before == await _recorded(world, charles.id, is_online=False)
         await until(lambda: bool(_times(watcher.events[seen:])))
-        await until(lambda: not app.presence._untold)  # noqa: SLF001
+        await until(lambda: not app.presence._pending)  # noqa: SLF001
         await watcher.synced()
         assert set(_times(watcher.events[seen:])) == {before}
         if worker == 0:

@@ -240,7 +240,7 @@ def test_every_refusal_by_a_rate_that_is_not_of_the_whole_user_names_what_has_to
                 case ast.Call(func=ast.Name(id="Refused"), args=[ast.Attribute(attr="RATE_LIMITED"), text]):
                     if all(keyword.arg != "path" for keyword in node.keywords):
                         without.add(_text(text))
-                case ast.Call(func=ast.Name(id="Allowance"), args=[what, *_]):
+                case ast.Call(func=ast.Name(id="TokenBuckets"), args=[what, *_]):
                     allowances[_text(what) or ""] = path.name
     assert without == set(OF_EVERYTHING)
     # The test of new endpoints expects their path.

@@ -15,7 +15,7 @@ from protocol.values import PresenceStatus
 from server.app.app import App
 from server.core.config import Settings
 from server.db.database import Db
-from server.domain import presence, untold
+from server.domain import pending_presence, presence
 from server.domain.presence import USER, WORKER, WORKERS
 from server.gateway import connection
 from server.hub import hub, online_users
@@ -41,7 +41,7 @@ class Stage:
         self.group: ConversationId = await self.world.group(self.phone, self.them)
         await self.ada.event(server.ConversationJoined)
         await self.ada.call(client.Watch(user_ids=[self.charles.id]))
-        await until(lambda: not self.app.presence._untold and not self.app.presence._dirty)  # noqa: SLF001
+        await until(lambda: not self.app.presence._pending and not self.app.presence._dirty)  # noqa: SLF001
         self.start = len(self.ada.events)
 
     async def is_online(self) -> None:
@@ -171,7 +171,7 @@ async def test_what_failed_the_first_time_is_told_later(
 ) -> None:
     monkeypatch.setattr(presence, "OFFLINE_SECONDS", 0.1)
     monkeypatch.setattr(presence, "SIGN_SECONDS", 0.1)
-    monkeypatch.setattr(untold, "AGAIN_SECONDS", 0.1)
+    monkeypatch.setattr(pending_presence, "AGAIN_SECONDS", 0.1)
     monkeypatch.setattr(presence, "RECORD_SECONDS", 0.1)
     monkeypatch.setattr(connection, "REFRESH_RETRY_SECONDS", 0.1)
     monkeypatch.setattr(online_users, "REST_MOST_SECONDS", 0.1)
@@ -205,15 +205,15 @@ async def test_nothing_older_is_announced_last(settings: Settings, monkeypatch: 
     async with World(settings, workers=1) as world:
         on = Stage(world, settings)
         await on.begin()
-        untold, tell = on.app.presence._untold, on.app.presence._untold.tell  # noqa: SLF001
-        monkeypatch.setattr(untold, "tell", counted)
+        pending_presence, tell = on.app.presence._pending, on.app.presence._pending.tell  # noqa: SLF001
+        monkeypatch.setattr(pending_presence, "tell", counted)
         monkeypatch.setattr(users, "choices", held)
         laptop = await world.connect(on.charles)
         first = asyncio.create_task(on.phone.ask(client.SetPresence(status="online", custom_status="At tea")))
         await until(lambda: len(read) == 1)
         second = asyncio.create_task(laptop.ask(client.SetPresence(status="busy")))
         # It waits for the first one: nobody would wait here if announcements were made beside each other.
-        await until(lambda: asked.count(on.charles.id) == 2 and bool(untold._tells._waiting))  # noqa: SLF001
+        await until(lambda: asked.count(on.charles.id) == 2 and bool(pending_presence._tells._waiting))  # noqa: SLF001
         assert len(read) == 1
         may_go_on.set()
         assert not [one for one in await asyncio.gather(first, second) if isinstance(one, server.Error)]

@@ -25,7 +25,7 @@ from server.context import Subscriber
 from server.core.errors import REDIS_LOST, is_lost
 from server.core.periodic import end, every
 from server.db.database import Database
-from server.domain.untold import PresenceNews, Reason, Untold
+from server.domain.pending_presence import PendingPresence, PresenceNews, Reason
 from server.fairness.batcher import Batcher
 from server.queries import users
 from server.queries.users import Transition, Visibility, Watchable
@@ -88,7 +88,7 @@ class Presence:
         self._ends: dict[UserId, CloseCode] = {}
         self._left_at: dict[UserId, float] = {}
         self._transitions: dict[UserId, Transition] = {}
-        self._untold = Untold(self._announce_all)
+        self._pending = PendingPresence(self._announce_all)
         # One exchange with Redis at a time: nothing older comes last.
         self._flushes: Batcher[None, None] = Batcher(self._flush_dirty, most=CALLS_AT_ONCE)
         # Who was announced while Redis was away: by what this worker knows.
@@ -126,7 +126,7 @@ class Presence:
                     break
                 await asyncio.sleep(FLUSH_SECONDS)
                 await self._record()
-            while self._untold and await self._untold.tell():
+            while self._pending and await self._pending.tell():
                 pass
             await self._redis.delete(self._worker_key + self._worker)
             if is_epoch_over:
@@ -177,21 +177,21 @@ class Presence:
             await self._flushes.submit(None)  # if a device is idle now, or is no more, it is announced
         finally:
             if is_new:
-                self._untold.keep(user_id, PresenceNews(Reason.CHOICE))
-        await self._untold.tell(user_id)
+                self._pending.keep(user_id, PresenceNews(Reason.CHOICE))
+        await self._pending.tell(user_id)
         return is_new
 
     async def announce(self, user_id: UserId) -> None:
         """Tell those who watch a user how they are seen now that their privacy is another."""
-        self._untold.keep(user_id, PresenceNews(Reason.PRIVACY))
-        await self._untold.tell(user_id)
+        self._pending.keep(user_id, PresenceNews(Reason.PRIVACY))
+        await self._pending.tell(user_id)
 
     async def expire_statuses(self) -> bool:
         """Take away custom statuses whose time is over, and tell it; return whether there may be more."""
         async with self._database.connection() as db:
             over = await users.expire_statuses(db)
         for user_id in over:
-            self._untold.keep(user_id, PresenceNews(Reason.CHOICE))
+            self._pending.keep(user_id, PresenceNews(Reason.CHOICE))
         return len(over) == users.AT_ONCE
 
     # ------------------------------------------------------------------------------------------------- seeing
@@ -270,7 +270,7 @@ class Presence:
             if (states and not was) or (has_left and is_noted):
                 self._transitions[user_id] = Transition(is_online=True) if states else self._gone(user_id)
             if was != states or has_left:
-                self._untold.keep(user_id, _of_device(states, left_at.get(user_id)))
+                self._pending.keep(user_id, _of_device(states, left_at.get(user_id)))
             # Redis may have been lost while it was told, and is told again.
             if is_noted and user_id not in self._unsaved and self._left_at.get(user_id) == left_at.get(user_id):
                 self._left_at.pop(user_id, None)
@@ -300,7 +300,7 @@ class Presence:
         return dict(zip(user_ids, answers, strict=False))
 
     async def _tell_due(self) -> bool:
-        is_more_due = await self._untold.tell_due()
+        is_more_due = await self._pending.tell_due()
         await self._end_burials()
         return is_more_due
 
@@ -343,7 +343,7 @@ class Presence:
             self._note(*self._unsaved)
             self._unsaved.clear()
         for user_id in self._guessed:
-            self._untold.keep(user_id, PresenceNews(Reason.DEVICE, self._left_at.get(user_id)))
+            self._pending.keep(user_id, PresenceNews(Reason.DEVICE, self._left_at.get(user_id)))
         self._guessed.clear()
         if known is None:
             # Redis is new, or was away for so long that others took us for dead; and may be in the middle of
@@ -371,14 +371,14 @@ class Presence:
                 states = self._states(fields | self._local(user_id))
                 if not states:
                     self._transitions[user_id] = self._gone(user_id)
-                self._untold.keep(user_id, _of_device(states))
+                self._pending.keep(user_id, _of_device(states))
         await self._end_burials()
 
     async def _end_burials(self) -> None:
         """Take away what dead workers left, once their users were announced: should this one die before that, another
         one does all of it again.
         """
-        over = [worker for worker, user_ids in self._burying.items() if self._untold.isdisjoint(user_ids)]
+        over = [worker for worker, user_ids in self._burying.items() if self._pending.isdisjoint(user_ids)]
         for worker in over:
             if worker not in self._dead:
                 del self._burying[worker]  # it is back

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 import pytest
 
 from protocol.ids import UserId, uuid7
-from server.domain import untold
-from server.domain.untold import PresenceNews, Reason, Untold
+from server.domain import pending_presence
+from server.domain.pending_presence import PendingPresence, PresenceNews, Reason
 
 
 def user() -> UserId:
@@ -19,13 +19,13 @@ class Told:
 
     def __init__(self) -> None:
         self.made: list[list[UserId]] = []
-        self.untold = Untold(self._announce)
+        self.pending = PendingPresence(self._announce)
         self.is_storm = True
 
     def keep(self, count: int = 1) -> list[UserId]:
         ids = [user() for _ in range(count)]
         for one in ids:
-            self.untold.keep(one, PresenceNews(Reason.DEVICE))
+            self.pending.keep(one, PresenceNews(Reason.DEVICE))
         return ids
 
     async def _announce(self, news: Mapping[UserId, PresenceNews]) -> None:
@@ -36,20 +36,20 @@ class Told:
 
 
 async def test_frame_waits_for_one_announcement_however_many_others_are_due(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(untold, "AT_ONCE", 3)
+    monkeypatch.setattr(pending_presence, "AT_ONCE", 3)
     told = Told()
     others, (mine,) = told.keep(6), told.keep()
     async with asyncio.timeout(5):
-        assert await told.untold.tell(mine)
+        assert await told.pending.tell(mine)
     assert told.made == [[mine, *others[:2]]]
     # A job announces the others, and asks to be run again as long as there are as many as one announcement takes.
-    assert await told.untold.tell_due()
+    assert await told.pending.tell_due()
     told.is_storm = False
-    assert not await told.untold.tell_due()
+    assert not await told.pending.tell_due()
     assert told.made[1] == others[2:5]
     assert [len(one) for one in told.made] == [3, 3, 3]
-    assert not told.untold
-    assert await told.untold.tell(mine)
+    assert not told.pending
+    assert await told.pending.tell(mine)
     assert len(told.made) == 3, "nobody is due"
 
 
@@ -57,6 +57,6 @@ async def test_frames_share_an_announcement_which_has_all_of_theirs() -> None:
     told = Told()
     theirs = told.keep(4)
     async with asyncio.timeout(5):
-        assert all(await asyncio.gather(*(told.untold.tell(one) for one in theirs)))
+        assert all(await asyncio.gather(*(told.pending.tell(one) for one in theirs)))
     assert sorted(one for made in told.made for one in made if one in theirs) == sorted(theirs)
     assert len(told.made) <= 2

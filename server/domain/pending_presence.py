@@ -50,7 +50,7 @@ class PresenceNews(NamedTuple):
         return PresenceNews(max(self.reason, other.reason), max(self.left_at or 0.0, other.left_at or 0.0) or None)
 
 
-class Untold:
+class PendingPresence:
     """All of them."""
 
     def __init__(self, announce: Callable[[Mapping[UserId, PresenceNews]], Awaitable[None]]) -> None:
