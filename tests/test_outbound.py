@@ -334,7 +334,7 @@ def silent(*_, **__):
     asked.set()
     threading.Event().wait()
 async def main():
-    asker = safe_http.Outbound(to_private=False)
+    asker = safe_http.SafeHttp(to_private=False)
     asking = asyncio.create_task(asker.get("http://silent/", most=1))
     while not asked.is_set():
         await asyncio.sleep(0.01)
