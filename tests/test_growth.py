@@ -211,7 +211,9 @@ def test_every_container_has_a_bound() -> None:
     assert found == listed("Memory of a worker").keys()
 
 
-SHARING = frozenset({"Semaphore", "Share", "SharedBound", "Turns", "FairQueue", "Lanes", "Batcher", "ThreadPoolExecutor"})
+SHARING = frozenset(
+    {"Semaphore", "Share", "SharedBound", "Turns", "FairQueue", "Lanes", "Batcher", "ThreadPoolExecutor"}
+)
 """What gives out places that clients share."""
 PARTS = ("fairness/lanes.py self._all", "fairness/share.py ", "fairness/turns.py ")
 """Parts of these themselves."""
