@@ -311,9 +311,11 @@ async def test_export_says_of_a_deleted_conversation_what_it_says_of_one_that_wa
     about = await world.group(owner, charles, mary, left, title="Secret")
     kept = await world.group(owner, charles, title="Kept")
     await gone.call(client.Leave(conversation_id=about))
-    # An invitation that nobody can follow any more.
-    await world.db.execute("UPDATE conversation_participant SET status = 'invited' WHERE user_id = $1", mary.id)
     await owner.call(client.DeleteConversation(conversation_id=about))
+    while await world.db.fetchval("SELECT has_remains FROM conversation WHERE id = $1", about):
+        await world.workers[0].app.background.clear_remains()
+    # An invitation that nobody can follow any more, and that no job has ended yet.
+    await world.db.execute("UPDATE conversation_participant SET status = 'invited' WHERE user_id = $1", mary.id)
     for who in (ada, charles, mary, left):
         pieces = [piece async for piece in written(world.workers[0].app._database.connection, who.id)]  # noqa: SLF001
         export = msgspec.json.decode(b"".join(pieces), type=Export, dec_hook=json_object.read)
