@@ -1,11 +1,11 @@
-"""The wire: everything a client and a server say to each other, and nothing else.
+"""The wire: all frames and values that clients and servers exchange, with their limits and error codes.
 
-Imports nothing of the server, so clients, bots, tests and load tools may use it as it is. Read `client` and
-`server` first: what clients say and what the server says.
+This package imports nothing of the server, so clients, bots, tests and load tools can import it. Start with `client`
+(frames of clients) and `server` (frames of the server).
 """
 
 PROTOCOL_VERSION = 1
-"""The number in the subprotocol's name. Additions keep it; anything else takes the next one."""
+"""The version in the subprotocol's name. Additions keep the number; incompatible changes increment it."""
 
 SUBPROTOCOL = "openchat.v1.json"
-"""What a client offers in Sec-WebSocket-Protocol and what the server accepts."""
+"""The WebSocket subprotocol: clients offer it in `Sec-WebSocket-Protocol`, and the server selects it."""

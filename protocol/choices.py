@@ -1,4 +1,4 @@
-"""The values that a field may have, for refusals of others."""
+"""The allowed values of a field, for error messages."""
 
 import functools
 import re
@@ -15,8 +15,8 @@ def _known(kind: object) -> inspect.Type:
 
 
 def choices(kind: object, path: str, *, tag: str | None) -> list[str]:
-    """Return the values of the field at a path, such as `.settings.history`, in a type that a decoder has. `tag` names
-    the type if `kind` is a union. The list is empty if the field takes other values than those of a list.
+    """Return the allowed values of the field at a path, such as `.settings.history`, in a decoder's type. `tag` selects
+    the type if `kind` is a union. The list is empty if the field has no closed list of values.
     """
     here = [
         one for one in _each([_known(kind)]) if not (isinstance(one, inspect.StructType) and one.tag not in {None, tag})
@@ -45,7 +45,7 @@ def _inside(kinds: Iterable[inspect.Type], name: str | None) -> Iterable[inspect
 
 
 def _each(kinds: Iterable[inspect.Type]) -> Iterable[inspect.Type]:
-    """Yield types, each of a union by itself."""
+    """Yield types, and the members of unions one by one."""
     for kind in kinds:
         if isinstance(kind, inspect.Metadata):
             yield from _each([kind.type])

@@ -1,6 +1,6 @@
-"""What clients say: one struct for each frame, named as a command. `server/routes.py` says what each one does.
+"""Frames that clients send: one struct per frame, named as a command. `server/routes.py` maps each to its handler.
 
-Every frame may carry `id`, a number or a short string; its reply, or its error, carries it back in `re`.
+Every frame may carry an `id`, which is a number or a short string. The server repeats it as `re` in the reply or error.
 """
 
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -70,19 +70,19 @@ PARTICIPANTS_NAMED = Meta(min_length=1, max_length=MAX_PARTICIPANTS_NAMED)
 if TYPE_CHECKING:
     Versions = dict[ConversationId, Version]
 else:
-    # Decoded with texts as keys, whose hashes nobody can choose. `Resume` makes ids of them.
+    # The keys are decoded as strings, whose hashes are salted. `Resume` converts them to ids.
     _Key = Annotated[str, Meta(extra_json_schema={"format": "uuid"})]
     Versions = Annotated[dict[_Key, Version], Meta(max_length=MAX_RESUMED)]
 
 
 class Frame(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, tag_field="type"):
-    """What all frames of a client have in common."""
+    """The base of all client frames."""
 
     id: FrameId | None = None
 
 
 def given(frame: Frame) -> dict[str, Any]:
-    """Return those of a frame's fields that may be left out to stay as they are, and were not."""
+    """Return the optional fields that the client included in a frame. The others stay unchanged."""
     changing = [field.name for field in msgspec.structs.fields(frame) if field.default is UNSET]
     return {name: getattr(frame, name) for name in changing if getattr(frame, name) is not UNSET}
 
@@ -91,17 +91,21 @@ def given(frame: Frame) -> dict[str, Any]:
 
 
 class Authenticate(Frame, tag="authenticate"):
-    """The first frame of a client that could not send its token as a header; within five seconds."""
+    """Authenticate a connection whose client could not send its token in a header. It must be the first frame, within
+    five seconds.
+    """
 
     token: Token
 
 
 class Resume(Frame, tag="resume", kw_only=True):
-    """Ask for exactly what was missed: `versions` holds the clock of each conversation that the client has.
+    """Request everything that this client missed. `versions` maps each conversation that the client holds to the last
+    version that it applied.
 
-    `epoch` is the one from the `ready` in which these versions were learned. `user_version` is the user's own clock,
-    from the last event that carried it, or else from that `ready`: with it, what changed for the user alone is said.
-    Conversations that are not in `versions` are said anew, except those that this connection follows already.
+    `epoch` is from the `ready` under which the client received these versions. `user_version` is from the last event
+    that carried one, or else from that `ready`. With `user_version`, the server also sends changes that concern only
+    the user. The server sends conversations that are not in `versions` in full, unless this connection already follows
+    them.
     """
 
     epoch: Annotated[str, Meta(max_length=128)]
@@ -112,20 +116,20 @@ class Resume(Frame, tag="resume", kw_only=True):
         try:
             ids = msgspec.convert(list(self.versions), list[ConversationId])
         except msgspec.ValidationError:
-            raise ValueError("The keys of `versions` must be ids of conversations") from None
+            raise ValueError("The keys of `versions` must be conversation ids") from None
         require_different_hashes(ids, "versions")
         self.versions = dict(zip(ids, self.versions.values(), strict=True))
 
 
 class Ping(Frame, tag="ping"):
-    """Ask whether the server is there; the reply has its time."""
+    """Check that the connection works. The reply carries the server's time."""
 
 
 # --------------------------------------------------------------------------------------------- conversations
 
 
 class CreateDirect(Frame, tag="create_direct"):
-    """Open the one direct conversation with a user; made if there is none."""
+    """Open the direct conversation with a user, and create it if there is none. Each pair of users has at most one."""
 
     user_id: UserId
 
@@ -144,19 +148,19 @@ class _Create(Frame, kw_only=True):
 
 
 class CreateGroup(_Create, tag="create_group", kw_only=True):
-    """Make a group of the caller, its owner, and those participants who may be added without asking (docs/privacy.md).
-    The others are invited.
+    """Create a group that the caller owns. Participants who may be added without asking (docs/privacy.md) are added;
+    the others are invited.
     """
 
     participants: Annotated[list[UserId], PARTICIPANTS_NAMED]
 
 
 class CreateChannel(_Create, tag="create_channel"):
-    """Make a channel, joined by whoever wants if public, and otherwise by invite code."""
+    """Create a channel. Any user may join a public channel; other channels need an invite code or an invitation."""
 
 
 class ListConversations(Frame, tag="list_conversations"):
-    """The caller's conversations, most recently active first; all of them, or those of a kind."""
+    """List the caller's conversations, most recently active first. Each filter that is given narrows the list."""
 
     conversation_type: ConversationType | None = None
     archived: bool | None = None
@@ -166,14 +170,14 @@ class ListConversations(Frame, tag="list_conversations"):
 
 
 class GetConversation(Frame, tag="get_conversation"):
-    """One conversation of the caller's."""
+    """Get one of the caller's conversations."""
 
     conversation_id: ConversationId
 
 
 class UpdateConversation(Frame, tag="update_conversation"):
-    """Change the fields that are given and no others. `settings` are replaced as a whole. A `max_participants` below
-    the present number removes nobody: nobody enters until there is room.
+    """Update the fields that are given; the others stay unchanged. `settings` is replaced as a whole. A
+    `max_participants` below the current count removes nobody, but prevents joins.
     """
 
     conversation_id: ConversationId
@@ -187,20 +191,20 @@ class UpdateConversation(Frame, tag="update_conversation"):
 
 
 class DeleteConversation(Frame, tag="delete_conversation"):
-    """Delete a group or a channel, for everyone."""
+    """Delete a group or a channel for all participants."""
 
     conversation_id: ConversationId
 
 
 class FindConversations(Frame, tag="find_conversations"):
-    """Public conversations whose title or description has all of these words, or beginnings of words."""
+    """Find public conversations whose title or description contains all of these words or word prefixes."""
 
     text: Query
     limit: PageSize = DEFAULT_PAGE
 
 
 class SetPreferences(Frame, tag="set_preferences"):
-    """How the caller, alone, wants to have a conversation: the fields that are given change and no others."""
+    """Set the caller's own preferences for a conversation. Fields that are left out stay unchanged."""
 
     conversation_id: ConversationId
     pin_order: PinOrder | None | UnsetType = UNSET
@@ -217,25 +221,29 @@ class SetPreferences(Frame, tag="set_preferences"):
 
 
 class Join(Frame, tag="join"):
-    """Join a public conversation, or one that the caller is invited to, by its id; or any by its invite code."""
+    """Join a conversation by `conversation_id` if it is public or the caller is invited, or any conversation by
+    `invite_code`.
+    """
 
     conversation_id: ConversationId | None = None
     invite_code: InviteCode | None = None
 
     def __post_init__(self) -> None:
         if (self.conversation_id is None) == (self.invite_code is None):
-            raise ValueError("Give either `conversation_id` or `invite_code`")
+            raise ValueError("Give exactly one of `conversation_id` and `invite_code`")
 
 
 class Leave(Frame, tag="leave"):
-    """Leave a conversation. When its only owner leaves, the next in rank, then in age, becomes owner."""
+    """Leave a conversation. When the only owner leaves, the participant of the next highest role becomes owner. Among
+    several of that role, the one who joined first does.
+    """
 
     conversation_id: ConversationId
 
 
 class AddParticipants(Frame, tag="add_participants"):
-    """Add users to a group or a channel. Those who may not be added without asking (docs/privacy.md) are invited; those
-    who are in it already stay as they are.
+    """Add users to a group or a channel. Users who may not be added without asking (docs/privacy.md) are invited.
+    Current participants stay unchanged.
     """
 
     conversation_id: ConversationId
@@ -244,8 +252,8 @@ class AddParticipants(Frame, tag="add_participants"):
 
 
 class Invite(Frame, tag="invite"):
-    """Ask users to join a group or a channel; those who are in it already stay as they are. One user who may not be
-    invited has the whole frame refused, and is not named.
+    """Invite users to a group or a channel. Current participants stay unchanged. If one user may not be invited, the
+    server refuses the whole frame and does not reveal which user it was.
     """
 
     conversation_id: ConversationId
@@ -254,17 +262,19 @@ class Invite(Frame, tag="invite"):
 
 
 class Decline(Frame, tag="decline"):
-    """Do not follow an invitation."""
+    """Decline an invitation."""
 
     conversation_id: ConversationId
 
 
 class ListInvitations(Frame, tag="list_invitations"):
-    """Where the caller is invited to and has neither joined nor declined, at most 100."""
+    """List the caller's pending invitations, at most 100."""
 
 
 class SetInviteCode(Frame, tag="set_invite_code"):
-    """With `is_open`, make a new code, good for that long and so often; the one before opens nothing any more."""
+    """With `is_open`, create an invite code that expires after `expires_in_seconds` or `max_uses` joins. Without
+    `is_open`, the conversation has no code. In both cases, the previous code stops working.
+    """
 
     conversation_id: ConversationId
     is_open: bool = True
@@ -273,7 +283,9 @@ class SetInviteCode(Frame, tag="set_invite_code"):
 
 
 class RemoveParticipant(Frame, tag="remove_participant"):
-    """Remove someone of a lower role, or take back their invitation; with `ban`, for good."""
+    """Remove a participant of a lower role, or revoke an invitation. With `ban`, the user cannot return until
+    unbanned.
+    """
 
     conversation_id: ConversationId
     user_id: UserId
@@ -281,7 +293,7 @@ class RemoveParticipant(Frame, tag="remove_participant"):
 
 
 class SetRole(Frame, tag="set_role"):
-    """Give someone of a lower role another one, below the caller's own."""
+    """Set the role of a participant whose role is lower than the caller's. The new role must be lower, too."""
 
     conversation_id: ConversationId
     user_id: UserId
@@ -289,14 +301,16 @@ class SetRole(Frame, tag="set_role"):
 
 
 class Unban(Frame, tag="unban"):
-    """Lift a ban: they may join again."""
+    """Lift a ban, so that the user may join again."""
 
     conversation_id: ConversationId
     user_id: UserId
 
 
 class SetPermissions(Frame, tag="set_permissions"):
-    """Give someone of a lower role permissions beyond it, or take them back; those that are not given stay."""
+    """Grant or revoke permissions beyond the role of a participant whose role is lower than the caller's. Fields that
+    are left out stay unchanged.
+    """
 
     conversation_id: ConversationId
     user_id: UserId
@@ -308,15 +322,15 @@ class SetPermissions(Frame, tag="set_permissions"):
 
 
 class TransferOwnership(Frame, tag="transfer_ownership"):
-    """Make another participant the owner; the caller becomes an admin."""
+    """Make another participant the owner. The caller becomes an admin."""
 
     conversation_id: ConversationId
     user_id: UserId
 
 
 class ListParticipants(Frame, tag="list_participants"):
-    """Who takes part, in the order of their ids, with how far they have read. Who is invited, has declined or is banned
-    is for those who may add or remove people; the first two also for whoever sent the invitation.
+    """List participants by id, with their read positions. Only users who may add or remove participants see the
+    statuses `invited`, `declined` and `banned`. Inviters see `invited` and `declined` for the users whom they invited.
     """
 
     conversation_id: ConversationId
@@ -342,15 +356,16 @@ class _Say(Frame):
     def __post_init__(self) -> None:
         require_uuid7(self.message_id, "message_id")
         if self.also_in_conversation and self.parent_message_id is None:
-            raise ValueError("`also_in_conversation` is for replies. Give `parent_message_id`, or leave it out")
+            raise ValueError("`also_in_conversation` requires `parent_message_id`. Give both or neither")
 
 
 class Send(_Say, tag="send"):
-    """Send a message. `message_id` is the client's: sent again, it is answered again and stored once.
+    """Send a message. The client makes `message_id`; a repeated `send` with the same id gets the same reply, and the
+    message is stored once.
 
-    The server finds mentions (`@name`, `<@id>`, `@everyone`, `@here`, `@moderator`) and hashtags in `content`, and
-    makes safe HTML of it if `is_markdown`. With `parent_message_id` it is a reply in a thread, which stands in the
-    conversation itself only if it is `also_in_conversation`.
+    The server finds mentions (`@name`, `<@id>`, `@everyone`, `@here`, `@moderator`) and hashtags in `content`. With
+    `is_markdown`, it also renders `content` as safe HTML. With `parent_message_id`, the message is a reply in a thread.
+    A reply appears in the conversation itself only with `also_in_conversation`.
     """
 
 
@@ -360,7 +375,7 @@ class _OfMessage(Frame):
 
 
 class Forward(_OfMessage, tag="forward"):
-    """Send what a message says to another conversation, as the message `new_message_id`."""
+    """Send a copy of a message to another conversation, as a new message with the id `new_message_id`."""
 
     to_conversation_id: ConversationId
     new_message_id: MessageId
@@ -370,8 +385,8 @@ class Forward(_OfMessage, tag="forward"):
 
 
 class Edit(_OfMessage, tag="edit"):
-    """Change what the caller's own message says. With an `edit_id` of its own, a repeated edit is one edit;
-    without one, an edit that changes nothing is none.
+    """Edit the caller's own message. With `edit_id`, a repeated frame counts as one edit. Without it, an edit that
+    changes nothing is ignored.
     """
 
     content: Content
@@ -384,14 +399,15 @@ class Edit(_OfMessage, tag="edit"):
 
 
 class Delete(_OfMessage, tag="delete"):
-    """Delete a message: one's own, or with the permission that of anyone whose role is not higher. No frame returns its
-    words afterwards. The server keeps them until its author is erased, and the author's own export holds them.
+    """Delete the caller's own message, or, with the permission, a message whose sender has no higher role. No frame
+    returns the content of a deleted message. The server keeps it until the author is erased, and includes it in the
+    author's export.
     """
 
 
 class React(_OfMessage, tag="react"):
-    """Put an emoji on a message: one of Unicode's, or a name between colons, such as `:shipit:`. The server stores
-    emoji fully qualified (❤ as ❤️) and names in lower case. Events and `reactions` have that spelling.
+    """Add a reaction to a message: a Unicode emoji, or a name between colons, such as `:shipit:`. The server stores
+    emoji fully qualified (❤ as ❤️) and names in lower case. Events and `reactions` use that spelling.
     """
 
     emoji: Emoji
@@ -401,67 +417,71 @@ class React(_OfMessage, tag="react"):
 
 
 class Unreact(_OfMessage, tag="unreact"):
-    """Take back the caller's emoji from a message, in any spelling that `react` takes, or as `mine` has it. Names that
-    `react` no longer takes can be taken back, too.
+    """Remove the caller's reaction from a message. `emoji` may have any spelling that `react` accepts, or the one in
+    `mine`. Names that `react` no longer accepts can be removed, too.
     """
 
     emoji: Emoji
 
 
 class Pin(_OfMessage, tag="pin"):
-    """Have a message stand out for everyone."""
+    """Pin a message for all participants."""
 
 
 class Unpin(_OfMessage, tag="unpin"):
-    """No longer."""
+    """Unpin a message."""
 
 
 class ListPins(Frame, tag="list_pins"):
-    """What is pinned, the latest first: at most 100 messages."""
+    """List the pinned messages, most recently pinned first, at most 100."""
 
     conversation_id: ConversationId
     after: Cursor | None = None
 
 
 class Star(_OfMessage, tag="star"):
-    """Put a message aside, for the caller alone."""
+    """Star a message. Only the caller sees the star."""
 
 
 class Unstar(_OfMessage, tag="unstar"):
-    """No longer."""
+    """Remove the star from a message."""
 
 
 class ListStars(Frame, tag="list_stars"):
-    """What the caller has put aside, the latest first."""
+    """List the messages that the caller starred, most recently starred first."""
 
     after: Cursor | None = None
     limit: PageSize = DEFAULT_PAGE
 
 
 class Vote(_OfMessage, tag="vote"):
-    """Vote in a poll for options, by their places from 0, instead of what they voted before; none withdraws it."""
+    """Vote in a poll. `options` holds the indexes of the chosen options, from 0, and replaces the caller's previous
+    vote. An empty list withdraws the vote.
+    """
 
     options: Annotated[list[Annotated[int, Meta(ge=0, lt=MAX_POLL_OPTIONS)]], Meta(max_length=MAX_POLL_OPTIONS)]
 
     def __post_init__(self) -> None:
         if len(set(self.options)) != len(self.options):
-            raise ValueError("Give each of the `options` once")
+            raise ValueError("`options` must not repeat an index")
 
 
 class ClosePoll(_OfMessage, tag="close_poll"):
-    """End the caller's own poll, or with the permission to delete messages that of anyone whose role is not higher."""
+    """Close the caller's own poll, or, with the permission to delete messages, a poll whose sender has no
+    higher role.
+    """
 
 
 class ListVotes(_OfMessage, tag="list_votes"):
-    """Who voted for what, in the order of their ids; not in an anonymous poll."""
+    """List who voted for which options, by user id. Refused for anonymous polls."""
 
     after: UserId | None = None
     limit: PageSize = DEFAULT_PAGE
 
 
 class History(Frame, tag="history"):
-    """A page of messages, oldest first: before, after or around a message, or the newest. Replies that stand in their
-    threads alone are left out unless asked for `with_replies`.
+    """Get a page of messages, oldest first: before, after or around a message, or the newest page. Replies that appear
+    only in their thread are included only with `with_replies`.
     """
 
     conversation_id: ConversationId
@@ -477,18 +497,18 @@ class History(Frame, tag="history"):
 
 
 class GetMessage(_OfMessage, tag="get_message"):
-    """One message."""
+    """Get one message."""
 
 
 class ListEdits(_OfMessage, tag="list_edits"):
-    """What a message said before, newest first. `after` is the version at which the page before ended."""
+    """List the earlier contents of a message, newest first. `after` is the version at which the previous page ended."""
 
     after: Version | None = None
 
 
 class Search(Frame, tag="search"):
-    """Messages with all of these words, or beginnings of words, that the caller may see. A conversation, a hashtag and
-    `mentions_me` can be looked for without words, too. By `relevance`, the best of the newest 1,000 come first.
+    """Search the messages that the caller may see, by words or word prefixes that must all match. `text` may be left
+    out with a `conversation_id`, a `hashtag` or `mentions_me`. The order `relevance` ranks the newest 1,000 matches.
     """
 
     text: Query | None = None
@@ -512,18 +532,22 @@ class Search(Frame, tag="search"):
 
 
 class Why(_OfMessage, tag="why"):
-    """Where a message went, for its sender and for moderators: stored, published, delivered, read, and why not."""
+    """Trace a message, as its sender or a moderator: when it was stored and published, and what each recipient's state
+    is.
+    """
 
 
 # ------------------------------------------------------------------------------------------------- threads
 
 
 class GetThread(_OfMessage, tag="get_thread"):
-    """The thread that begins with a message, as the caller sees it."""
+    """Get the thread that starts with a message, as the caller sees it."""
 
 
 class ListReplies(_OfMessage, tag="list_replies"):
-    """A page of the thread that begins with a message, oldest first: before or after a place in it, or the newest."""
+    """Get a page of replies in the thread that starts with a message, oldest first. The page is before or after a
+    `thread_order`, or the newest one.
+    """
 
     before_order: Annotated[int, Meta(ge=1, le=2**31 - 1)] | None = None
     after_order: Annotated[int, Meta(ge=0, le=2**31 - 1)] | None = None
@@ -535,22 +559,24 @@ class ListReplies(_OfMessage, tag="list_replies"):
 
 
 class FollowThread(_OfMessage, tag="follow_thread"):
-    """Be told of replies in the thread that begins with a message, as who began it or replied in it is anyway."""
+    """Follow the thread that starts with a message, to be notified of replies. Its author and everyone who replied
+    follow it by default.
+    """
 
 
 class UnfollowThread(_OfMessage, tag="unfollow_thread"):
-    """No longer."""
+    """Stop following a thread."""
 
 
 class ReadThread(_OfMessage, tag="read_thread"):
-    """The thread that begins with a message has been read up to a place in it. That only moves forward."""
+    """Mark the replies of a thread as read, up to a `thread_order`. The position only moves forward."""
 
     thread_order: Annotated[int, Meta(ge=0, le=2**31 - 1)]
 
 
 class ListThreads(Frame, tag="list_threads"):
-    """The threads that the caller follows, those with the latest replies first: at most 100 of the 1,000 newest in a
-    page.
+    """List the threads that the caller follows, most recently replied to first. A page has at most 100 threads; only
+    the newest 1,000 are listed.
     """
 
     is_unread: bool = False
@@ -561,42 +587,45 @@ class ListThreads(Frame, tag="list_threads"):
 
 
 class Read(_OfMessage, tag="read"):
-    """Everything up to this message has been read. The position only moves forward."""
+    """Mark everything up to a message as read. The position only moves forward."""
 
 
 class Delivered(_OfMessage, tag="delivered"):
-    """This client has taken in everything up to this message. Say it of the newest one, every few seconds at most.
-    Those who may not see the caller's presence are not told; of an invisible caller it is not kept.
+    """Confirm that this client has received everything up to a message. Send it for the newest message only, and at
+    most every few seconds. Users who may not see the caller's presence are not notified. Nothing is stored for an
+    invisible caller.
     """
 
 
 class MarkUnread(_OfMessage, tag="mark_unread"):
-    """Have everything from this message on count as unread, for the caller alone, until they read again."""
+    """Count everything from a message on as unread, for the caller only, until the next `read`."""
 
 
 class ListReaders(_OfMessage, tag="list_readers"):
-    """Who has read a message. In a conversation of more than 100 participants only how many."""
+    """List the users who have read a message. In a conversation of more than 100 participants, the reply has only the
+    counts.
+    """
 
 
 # ---------------------------------------------------------------------------------- drafts and scheduled messages
 
 
 class SetDraft(Frame, tag="set_draft"):
-    """Keep what the caller has begun to write, for their other devices; empty, there is nothing any more."""
+    """Store the caller's unfinished message, for their other devices. An empty `content` deletes the draft."""
 
     conversation_id: ConversationId
     content: DraftContent = ""
 
 
 class ListDrafts(Frame, tag="list_drafts"):
-    """What the caller has begun to write, the latest first, at most 100 in a page."""
+    """List the caller's drafts, most recently changed first, at most 100 per page."""
 
     after: Cursor | None = None
 
 
 class Schedule(_Say, tag="schedule", kw_only=True):
-    """Send a message at a time, at most 366 days ahead, whichever worker is there then. Said again with another time or
-    other words while it waits, it is changed.
+    """Schedule a message for a time at most 366 days ahead. Repeating the frame with another time or content changes
+    the scheduled message while it waits.
     """
 
     send_at: Moment
@@ -607,13 +636,11 @@ class Schedule(_Say, tag="schedule", kw_only=True):
 
 
 class CancelScheduled(_OfMessage, tag="cancel_scheduled"):
-    """Do not send it."""
+    """Cancel a scheduled message."""
 
 
 class ListScheduled(Frame, tag="list_scheduled"):
-    """The caller's messages that wait for their time, and those that could not be sent: the latest first, at most 100
-    in a page.
-    """
+    """List the caller's scheduled messages that wait or failed, latest first, at most 100 per page."""
 
     after: Cursor | None = None
 
@@ -622,7 +649,9 @@ class ListScheduled(Frame, tag="list_scheduled"):
 
 
 class ListFeed(Frame, tag="list_feed"):
-    """What concerns the caller, the latest first: mentions, replies, reactions, requests; all, or some kinds."""
+    """List notifications for the caller, newest first: mentions, replies, reactions, friend requests and invitations.
+    With `kinds`, only those kinds.
+    """
 
     kinds: Annotated[list[FeedKind], Meta(min_length=1, max_length=5)] | None = None
     after: Cursor | None = None
@@ -630,7 +659,7 @@ class ListFeed(Frame, tag="list_feed"):
 
 
 class SeeFeed(Frame, tag="see_feed"):
-    """The caller has seen what is in the feed up to a time, or up to now."""
+    """Mark the feed as seen, up to a time or up to now."""
 
     up_to: Moment | None = None
 
@@ -639,17 +668,20 @@ class SeeFeed(Frame, tag="see_feed"):
 
 
 class GetBadge(Frame, tag="get_badge"):
-    """How much is unread in all conversations that are neither muted nor hidden, and new in the feed."""
+    """Count the unread messages of all conversations that are neither muted nor hidden, and the unseen entries of the
+    feed.
+    """
 
 
 class GetPushKey(Frame, tag="get_push_key"):
-    """The key that a browser subscribes to notifications with (VAPID, RFC 8292)."""
+    """Get the server's VAPID key (RFC 8292), which a browser needs to subscribe to push notifications."""
 
 
 class RegisterPush(Frame, tag="register_push"):
-    """Push notifications to a browser's endpoint, with the keys of its subscription, until this session ends.
+    """Send push notifications to a browser's endpoint until this session ends. The keys are those of the browser's
+    subscription.
 
-    `p256dh` is an uncompressed point of P-256 (65 bytes), `auth` has 16 bytes; both are in base64url.
+    `p256dh` is an uncompressed P-256 point (65 bytes) and `auth` is 16 bytes long. Both are base64url.
     """
 
     endpoint: Link
@@ -658,7 +690,7 @@ class RegisterPush(Frame, tag="register_push"):
 
 
 class UnregisterPush(Frame, tag="unregister_push"):
-    """No longer."""
+    """Stop sending push notifications to an endpoint."""
 
     endpoint: Link
 
@@ -667,27 +699,29 @@ class UnregisterPush(Frame, tag="unregister_push"):
 
 
 class Moderate(_OfMessage, tag="moderate"):
-    """Hide a message, and say why. Its sender and moderators can still read it. Open reports of it are upheld. Nobody
-    hides their own message, or that of a sender whose role is higher.
+    """Hide a message, with a reason. Its sender and moderators can still read it. Open reports about the message are
+    upheld. Callers cannot hide their own messages, or those of a sender with a higher role.
     """
 
     reason: Reason
 
 
 class Unmoderate(_OfMessage, tag="unmoderate"):
-    """Show it again. That, too, is refused for one's own message and for that of a sender whose role is higher."""
+    """Show a hidden message again. Callers cannot do this for their own messages, or those of a sender with a higher
+    role.
+    """
 
 
 class ReportMessage(_OfMessage, tag="report"):
-    """Tell the moderators what is wrong with somebody else's message. A message is reported once."""
+    """Report another user's message to the moderators. Each user can report a message once."""
 
     reason: Reason
 
 
 class ListReports(Frame, tag="list_reports"):
-    """What was reported in a conversation, oldest first; without one, everywhere, for server administrators. With
-    `history: from_joining`, reports about messages from before the caller joined are left out. Reports about the
-    caller's own messages always are.
+    """List reports of a conversation, oldest first. Without `conversation_id`, list those of all conversations, for
+    server administrators. With `history: from_joining`, reports about messages from before the caller joined are left
+    out. Reports about the caller's own messages are always left out.
     """
 
     conversation_id: ConversationId | None = None
@@ -697,15 +731,16 @@ class ListReports(Frame, tag="list_reports"):
 
 
 class DismissReport(Frame, tag="dismiss_report"):
-    """Find nothing wrong with a message that was reported: somebody else's, whose role is not higher."""
+    """Dismiss a report. The reported message must be another user's, whose role is not higher than the caller's."""
 
     conversation_id: ConversationId
     report_id: ReportId
 
 
 class ListAudit(Frame, tag="list_audit"):
-    """Who used what power, from after an entry on; without a conversation, on the server, for its administrators. With
-    `history: from_joining`, entries about messages from before the caller joined are left out.
+    """List entries of a conversation's audit log, after an entry number. Without `conversation_id`, list those of the
+    server, for server administrators. With `history: from_joining`, entries about messages from before the caller
+    joined are left out.
     """
 
     conversation_id: ConversationId | None = None
@@ -717,15 +752,16 @@ class ListAudit(Frame, tag="list_audit"):
 
 
 class Typing(Frame, tag="typing"):
-    """The caller is typing, or stopped. Say it again every few seconds: it fades after six."""
+    """Announce that the caller is typing, or has stopped. Repeat it every few seconds, because it expires after six."""
 
     conversation_id: ConversationId
     active: bool = True
 
 
 class SetPresence(Frame, tag="presence"):
-    """How the caller wants to be seen. `away` is this device's; the others are the user's. `offline` is
-    `invisible`. Without `custom_status` that stays as it is; null takes it away, and so does its time.
+    """Set how others see the caller. `away` applies to this device, and the other values to the user. `offline` means
+    the same as `invisible`. `custom_status` stays unchanged if left out, and null deletes it. It also expires after
+    `custom_status_seconds`.
     """
 
     status: PresenceStatus
@@ -741,43 +777,43 @@ class _OfWatched(Frame):
 
 
 class Watch(_OfWatched, tag="watch"):
-    """Be told when the presence of these users changes; the reply has it as it is now.
+    """Subscribe to the presence of users. The reply has their current presence.
 
-    A user in the reply stays watched until `unwatch`: `presence_changed` also tells when they may not be seen any more,
-    as `offline`, and when they may be seen again.
+    A user in the reply stays watched until `unwatch`. `presence_changed` with `offline` also reports that the caller
+    may no longer see a user. Another one follows when the caller may see them again.
     """
 
 
 class Unwatch(_OfWatched, tag="unwatch"):
-    """No longer."""
+    """Unsubscribe from the presence of users."""
 
 
 class GetUsers(Frame, tag="get_users"):
-    """The faces of users, those that exist and may be seen."""
+    """Get users by id. Users who do not exist or may not be seen are left out."""
 
     user_ids: Annotated[list[UserId], Meta(min_length=1, max_length=100)]
 
 
 class GetProfile(Frame, tag="get_profile"):
-    """What a user tells about themselves."""
+    """Get a user's profile."""
 
     user_id: UserId
 
 
 class SearchUsers(Frame, tag="search_users"):
-    """Users whose name has all of these words, or beginnings of words, and who may be seen."""
+    """Find users whose name contains all of these words or word prefixes, among those whom the caller may see."""
 
     text: Query
     limit: PageSize = DEFAULT_PAGE
 
 
 class GetMe(Frame, tag="get_me"):
-    """The caller as they see themselves."""
+    """Get the caller's own profile and settings."""
 
 
 class UpdateProfile(Frame, tag="update_profile"):
-    """Change the fields that are given and no others. Between `quiet_from` and `quiet_until`, times of day in
-    `time_zone` (such as `Europe/London`), nothing is pushed.
+    """Update the fields that are given; the others stay unchanged. Nothing is pushed between `quiet_from` and
+    `quiet_until`, which are times of day in `time_zone` (such as `Europe/London`).
     """
 
     name: Name | UnsetType = UNSET
@@ -803,30 +839,30 @@ class _OfUser(Frame):
 
 
 class RequestFriend(_OfUser, tag="request_friend"):
-    """Ask for friendship. If the other one asks as well, that is a yes."""
+    """Request a friendship. If the other user has requested one, too, this accepts it."""
 
     message: Reason | None = None
 
 
 class AnswerFriend(_OfUser, tag="answer_friend"):
-    """Accept or reject a request."""
+    """Accept or reject a friend request."""
 
     accept: bool
     message: Reason | None = None
 
 
 class Unfriend(_OfUser, tag="unfriend"):
-    """Take back a request, or end a friendship."""
+    """Withdraw a friend request, or end a friendship."""
 
 
 class Block(_OfUser, tag="block"):
-    """Be left alone by a user, who is not told. It ends a friendship, and the caller's own request or follow. Those of
-    the other one stay, without effect, so that their end does not tell of the block.
+    """Block a user, who is not notified. A friendship, and the caller's own request or follow, end. The other user's
+    request or follow stays without effect, so that its end does not reveal the block.
     """
 
 
 class Unblock(_OfUser, tag="unblock"):
-    """No longer."""
+    """Unblock a user."""
 
 
 class Follow(_OfUser, tag="follow"):
@@ -834,19 +870,21 @@ class Follow(_OfUser, tag="follow"):
 
 
 class Unfollow(_OfUser, tag="unfollow"):
-    """No longer."""
+    """Stop following a user."""
 
 
 class Mute(_OfUser, tag="mute"):
-    """Do not be told when a user says something; they cannot see it."""
+    """Mute a user: the caller gets no notifications of their messages. The user cannot see it."""
 
 
 class Unmute(_OfUser, tag="unmute"):
-    """No longer."""
+    """Unmute a user."""
 
 
 class SetSwitches(_OfUser, tag="set_switches"):
-    """Say what someone may see or do beyond the caller's settings. The caller must have a relationship to them."""
+    """Set what one user may see or do beyond the caller's settings. The caller must have a relationship to that
+    user.
+    """
 
     can_see_online_status: bool | UnsetType = UNSET
     can_send_messages: bool | UnsetType = UNSET
@@ -855,7 +893,9 @@ class SetSwitches(_OfUser, tag="set_switches"):
 
 
 class ListRelationships(Frame, tag="list_relationships"):
-    """What is between the caller and others, all of it or of a kind; blocks and mutes only who made them knows."""
+    """List the caller's relationships to other users; each filter that is given narrows the list. Blocks and mutes
+    appear only for the user who made them.
+    """
 
     kind: RelationshipKind | None = None
     is_outgoing: bool | None = None

@@ -1,4 +1,4 @@
-"""Bytes to frames and back: JSON by msgspec, and the few bytes of WebSocket framing around it."""
+"""The codec: frames to JSON and back by msgspec, and WebSocket frame headers."""
 
 import difflib
 import re
@@ -29,7 +29,7 @@ _FIELD = re.compile(r"Object (?:missing required|contains unknown) field `(.*)`\
 _NAMED = re.compile(r"`([a-z_0-9]+)`")
 _MISMATCH = re.compile(r"Expected `(?P<wanted>[^`]*)`(?:, got `(?P<given>[^`]*)`)?\.?\Z")
 _MAX_QUOTED, _QUOTED = 200, 80
-"""Max characters of what msgspec says, which may quote a value or a name of any length; a longer one is shortened."""
+"""Max characters of msgspec's text, which may quote a value or name of any length. Longer texts are shortened."""
 _RULES = {f"Expected `str` matching regex {pattern!r}": sentence for pattern, sentence in RULES.items()}
 
 _ADVICE = tuple(
@@ -57,15 +57,15 @@ _ADVICE = tuple(
         (r"Object contains unknown field (`.*`)", r"Remove \1: there is no such field."),
     )
 )
-"""Sentences to act on in place of what msgspec says."""
+"""Sentences that replace msgspec's texts and say what to do."""
 _WORDS = {
     "str": "a string", "int": "an integer", "float": "a number", "bool": "a boolean", "array": "a list",
     "object": "an object", "null": "null", "uuid": "a UUID", "datetime": "a time", "time": "a time of day",
 }  # fmt: skip
-"""Types in the words of docs/protocol.md, by those of msgspec."""
+"""The words of docs/protocol.md for msgspec's types."""
 _TYPES = [str(frame.__struct_config__.tag) for frame in get_args(ClientFrame)]
 _MAX_GUESSED = 24
-"""Max characters of an unknown type that is compared with the known ones."""
+"""Max characters of an unknown type that is compared with the known types."""
 _ABOUT = 2
 """Max difference in length of the types that are compared."""
 
@@ -77,7 +77,7 @@ _SHORT, _MEDIUM = 126, 1 << 16
 _HEAD = re.compile(
     rb"""\s*\{\s*(?:"type"\s*:\s*"\w*"\s*,\s*)?"id"\s*:\s*(-?(?:0|[1-9][0-9]{0,14})|"[ !#-\[\]-~]{0,64}")\s*[,}]"""
 )
-"""How a frame begins that a client library writes: its `id` can be read, whatever is wrong behind it."""
+"""The beginning of a frame as client libraries write it. Its `id` can be read even if the rest is invalid."""
 
 
 class _Label(msgspec.Struct):
@@ -99,19 +99,20 @@ def encode(value: object) -> bytes:
 
 
 def decode_client(data: bytes | str) -> ClientFrame:
-    """Return the frame a client sent. Raises Refused, with the bad field's path, if it is not one."""
+    """Return the frame that a client sent. Raises Refused, with the path of the bad field, if it is invalid."""
     raw = data.encode() if isinstance(data, str) else data
     if _are_too_many(raw):
-        raise Refused(ErrorCode.BAD_FRAME, f"A frame holds at most {MAX_FRAME_VALUES} values. Send several frames.")
+        raise Refused(ErrorCode.BAD_FRAME, f"The frame has more than {MAX_FRAME_VALUES} values. Split it.")
     if _are_extreme(raw) and _are_extreme(json_object.STRING.sub(b"", raw)):
         raise Refused(
-            ErrorCode.BAD_FRAME, f"A frame holds at most {MAX_EXTREME_NUMBERS} numbers with exponents of three digits."
+            ErrorCode.BAD_FRAME,
+            f"The frame has more than {MAX_EXTREME_NUMBERS} numbers with three-digit exponents. Split it.",
         )
     return decode(raw, _client_decoder)
 
 
 def decode_server(data: bytes | str) -> ServerFrame:
-    """Return the frame a server sent: for clients. Raises Refused if it is not one."""
+    """Return the frame that a server sent, for clients. Raises Refused if it is invalid."""
     return decode(data, _server_decoder)
 
 
@@ -123,14 +124,15 @@ def decode(data: bytes | str, decoder: msgspec.json.Decoder[Decoded]) -> Decoded
         raise _refusal(str(error), decoder.type, kind(data)) from None
     except (msgspec.DecodeError, UnicodeDecodeError):
         raise Refused(
-            ErrorCode.BAD_FRAME, "This is not valid JSON. Send one JSON object in UTF-8, without half surrogates."
+            ErrorCode.BAD_FRAME,
+            "The text is not valid JSON. Send one JSON object in UTF-8, without unpaired surrogates.",
         ) from None
     except RecursionError:
-        raise Refused(ErrorCode.BAD_FRAME, "The JSON is nested too deeply. Send it with fewer levels.") from None
+        raise Refused(ErrorCode.BAD_FRAME, "The JSON is nested too deeply. Use fewer levels.") from None
 
 
 def label(data: bytes | str) -> FrameId | None:
-    """Return the id of a frame that could not be decoded, as far as it can be read."""
+    """Return the `id` of a frame that could not be decoded, or None if it cannot be read."""
     try:
         return _label_decoder.decode(data).id
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
@@ -139,7 +141,7 @@ def label(data: bytes | str) -> FrameId | None:
 
 
 def kind(data: bytes | str) -> str | None:
-    """Return the type of a frame, as far as it can be read."""
+    """Return the type of a frame, or None if it cannot be read."""
     try:
         return _kind_decoder.decode(data).type
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
@@ -157,28 +159,28 @@ def text_frame(payload: bytes) -> bytes:
 
 
 def now() -> datetime:
-    """Return the time, in UTC."""
+    """Return the current time, in UTC."""
     return datetime.now(UTC)
 
 
 def _count(data: bytes) -> int:
-    # Each value but the first of all follows one of these, or the name of its field.
+    # Each value but the outermost follows one of these, or the name of its field.
     return data.count(b",") + data.count(b"[") + data.count(b"{")
 
 
 def _are_too_many(data: bytes) -> bool:
-    """Return whether a frame has more than `MAX_FRAME_VALUES` values outside its texts: arrays of arrays cost the
-    decoder twenty times what text of the same length does.
+    """Return whether a frame has more than `MAX_FRAME_VALUES` values outside its strings. Nested arrays take the
+    decoder twenty times as long as text of the same length.
     """
     if len(data) <= MAX_FRAME_VALUES or _count(data) <= MAX_FRAME_VALUES:
         return False
     bare = data.replace(rb"\\", b"").replace(rb"\"", b"")
-    # Texts are values, too. Few frames have that many commas, and of those that do, few are split.
+    # Strings are values, too. Few frames have so many commas, so few are split.
     return bare.count(b'"') > 2 * MAX_FRAME_VALUES or _count(b"".join(bare.split(b'"')[::2])) > MAX_FRAME_VALUES
 
 
 def _are_extreme(data: bytes) -> bool:
-    # Such a number takes five bytes at least, as `1e300`, and a comma: few frames are long enough to be looked through.
+    # Such a number takes at least five bytes, as `1e300`, and a comma. Few frames are long enough to be scanned.
     if len(data) < 6 * MAX_EXTREME_NUMBERS:
         return False
     found = islice(_EXPONENT.finditer(data), MAX_EXTREME_NUMBERS + 1)
@@ -186,7 +188,7 @@ def _are_extreme(data: bytes) -> bool:
 
 
 def located(problem: str) -> tuple[str, str]:
-    """Return what msgspec says of a bad field, and where, as in "… - at `$.mentions[3]`": here `.mentions[3]`."""
+    """Split msgspec's text of a bad field into problem and path: "… - at `$.mentions[3]`" gives `.mentions[3]`."""
     found = _AT.match(problem)
     return (found["what"], found["path"]) if found else (problem, "")
 
@@ -201,7 +203,7 @@ def _refusal(problem: str, kind_of_all: object, tag: str | None) -> Refused:
         return Refused(ErrorCode.BAD_FRAME, _known_types(what), path="type")
     named = _FIELD.match(what)
     if named is None and not what.startswith(("Expected", "Invalid")):
-        named = _NAMED.search(what)  # a sentence of ours
+        named = _NAMED.search(what)  # a sentence from protocol/
     if named is not None:
         path = f"{path}.{named[1]}" if path else named[1]
     sentence = f"{what}. Give {_any_of(known)}." if known else advice(what)
@@ -214,7 +216,7 @@ def _any_of(known: list[str]) -> str:
 
 
 def advice(what: str) -> str:
-    """Return a sentence to act on for what msgspec says of a value."""
+    """Return a sentence to act on for msgspec's text about a value."""
     what = what.replace(" | null`", "`")
     if (rule := _RULES.get(what)) is not None:
         return rule
@@ -231,7 +233,7 @@ def advice(what: str) -> str:
 def _known_types(what: str) -> str:
     named = what.partition("'")[2].rpartition("'")[0]
     if named in _TYPES:
-        return f"Give `type` once; a second one is `{named}`."
+        return f"Give `type` only once; the second is `{named}`."
     alike = [one for one in _TYPES if abs(len(one) - len(named)) <= _ABOUT]
     near = difflib.get_close_matches(named, alike, n=1) if 0 < len(named) <= _MAX_GUESSED else []
     known = f"one of the frame types in {PROTOCOL}"

@@ -1,76 +1,81 @@
-"""The two closed lists of what can go wrong: an error answers one frame, a close code ends the connection.
+"""The two closed lists of failures: an error code answers one frame, and a close code ends the connection.
 
-docs/protocol.md has them as tables, with what a client does about each.
+docs/protocol.md lists both, with what a client does about each.
 """
 
 from enum import IntEnum, StrEnum
 
 
 class ErrorCode(StrEnum):
-    """Why a frame was refused. The connection lives on. Names are never reused for another meaning."""
+    """Why the server refused a frame. The connection stays open. A name never gets another meaning."""
 
     BAD_FRAME = "bad_frame"
-    """Not a text frame of JSON, or not one of the known types: correct the client."""
+    """The frame is not a JSON object in a text message, or its `type` is unknown. Correct the client."""
     INVALID = "invalid"
-    """A field is missing, of the wrong type or out of bounds; `path` names it: correct it, or have the user do so."""
+    """A field is missing, has the wrong type or is out of range; `path` names it. Correct the value, or ask the user
+    to.
+    """
     UNAUTHENTICATED = "unauthenticated"
-    """No session, or an expired or revoked one, or the e-mail address and password do not match. By HTTP (401): log in
-    again, but with the `path` `ticket`, use the token. On a socket, the close code that follows says which.
+    """There is no valid session, or the e-mail address and password do not match. Over HTTP (401), log in again; if
+    `path` is `ticket`, use the token instead. On a socket, follow the close code that comes next.
     """
     NOT_FOUND = "not_found"
-    """It does not exist, or you may not see it: the answer is the same."""
+    """The object does not exist, or you may not see it. The server does not reveal which."""
     FORBIDDEN = "forbidden"
-    """You can see it, but may not do this: your role does not let you, or `password` is wrong. Show the message."""
-    CONFLICT = "conflict"
-    """It contradicts what is there: the same id with other content, a taken address, a full conversation. Show the
+    """You may see the object, but may not do this, for example because of your role. Or `password` is wrong. Show the
     message.
     """
+    CONFLICT = "conflict"
+    """The frame contradicts stored data, such as an id that has other content, a taken address or a full conversation.
+    Show the message.
+    """
     RATE_LIMITED = "rate_limited"
-    """Too many; try again after `retry_after_ms`. With a `path`, only what that field names has to wait: a conversation
-    in slow mode, or a user who was invited too often today.
+    """Too many frames; retry after `retry_after_ms`. With a `path`, hold back only frames with the same value in that
+    field, such as a conversation in slow mode.
     """
     UNAVAILABLE = "unavailable"
-    """The database cannot be reached just now, or the server is busy, shutting down or full. Send the same frame again
-    after `retry_after_ms`: it is done once.
+    """The database is unreachable, or the server is busy, full or shutting down. Retry the same frame after
+    `retry_after_ms`; it takes effect once.
     """
     INTERNAL = "internal"
-    """A defect of the server. It was logged; nothing was half-written. Show the message."""
+    """Internal error; it was logged. No partial change was stored. Show the message."""
 
 
 class CloseCode(IntEnum):
-    """Why a connection was closed, and whether to come back."""
+    """Why the server closed a connection, and whether the client should reconnect."""
 
     GOING_AWAY = 1012
-    """The server restarts, drains, is full or failed: reconnect, anywhere, and resume. Wait as long as the `going_away`
-    or the `error` before says; if none came, as after any lost connection.
+    """The server restarts, drains, is full or failed. Reconnect to any server and resume. Wait for `reconnect_after_ms`
+    of the `going_away` before, or `retry_after_ms` of the `error` before. If there was neither, wait as after a lost
+    connection.
     """
     TOO_BIG = 1009
-    """The server got a frame larger than `limits.frame_bytes`, or than 4 KiB before `ready`: reconnect, but do not send
-    it again. If it is the client that closes with 1009, have it take `limits.sent_bytes`.
+    """The client sent a frame larger than `limits.frame_bytes`, or larger than 4 KiB before `ready`. Reconnect, but do
+    not send that frame again. If your client closes with 1009 itself, raise its limit to `limits.sent_bytes`.
     """
     UNAUTHENTICATED = 4001
-    """The token is not good, or the first frame is not `authenticate`: log in first."""
+    """The token is invalid, or the first frame was not `authenticate`. Log in first."""
     SESSION_ENDED = 4002
-    """The session expired or was revoked: log in again."""
+    """The session expired or was revoked. Log in again."""
     ABUSE = 4003
-    """Far too many frames that are refused as `bad_frame`, `invalid` or `internal`, or that exceed `frames` before a
-    `retry_after_ms` is over; a message of more than 128 fragments; or too many pings. Do not reconnect before fixing
-    the client.
+    """The client sent far too many frames that were refused as `bad_frame`, `invalid` or `internal`. Or it kept
+    exceeding `limits.frames` without waiting for `retry_after_ms`. More than 128 fragments in a message, and too many
+    pings, count as well. Do not reconnect before the client is fixed.
     """
     TOO_MANY_CONNECTIONS = 4004
-    """This user has too many connections: close one first."""
+    """The user has too many connections. Close one first."""
     WITH_TOKEN = 4005
-    """The return ticket is used or too old, or `authenticate` came too late: reconnect with the token, and keep it. The
-    `error` before is `unauthenticated` all the same.
+    """The ticket was used or has expired, or `authenticate` came too late. Reconnect with the token, and keep it. The
+    `error` before this close code is `unauthenticated` nevertheless.
     """
     SLOW = 4008
-    """The client read too slowly and its queue was full: reconnect and resume."""
+    """The client read too slowly, so its queue filled up. Reconnect and resume."""
     SILENT = 4009
-    """Nothing was heard for two to three heartbeats, not even a pong, or the rest of a message was missing for 30
-    seconds: reconnect and resume.
+    """The server received nothing, not even a pong, for two to three heartbeats. Or the rest of a fragmented message
+    was missing for 30 seconds. Reconnect and resume.
     """
     START_OVER = 4010
-    """The database was restored or replaced: reconnect and resume; expect `start_over`."""
+    """The database was restored or replaced. Reconnect and resume; the server will send `start_over`."""
 
     @property
     def reconnect(self) -> bool:
@@ -89,9 +94,9 @@ _COME_BACK = {
 
 
 class Refused(Exception):  # noqa: N818 - a refusal is an answer, not a fault
-    """A frame or request that is answered with an error. Raised anywhere; answered in one place.
+    """An error that answers a frame or a request. Any layer may raise it; the dispatch sends the answer.
 
-    `path` is the field at fault, as in `mentions[3]`; `retry_after_ms` is in milliseconds.
+    `path` is the field at fault, such as `mentions[3]`.
     """
 
     def __init__(

@@ -1,4 +1,6 @@
-"""A person's own data, as `openchat export` and GET /v1/auth/export write it: one JSON object, its lists in pages."""
+"""A user's own data, as `openchat export` and GET /v1/auth/export return it: one JSON object whose lists come
+in pages.
+"""
 
 from datetime import datetime
 
@@ -22,7 +24,7 @@ from protocol.values import (
 
 
 class ExportedLogin(msgspec.Struct, frozen=True, kw_only=True):
-    """A way to log in, without its secrets."""
+    """A login method, without its secrets."""
 
     provider_id: str
     account_id: str
@@ -30,7 +32,7 @@ class ExportedLogin(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ExportedConversation(msgspec.Struct, frozen=True, kw_only=True):
-    """A conversation, as far as it is the person's: their part in it, and how they want to have it."""
+    """A conversation: the user's participation and preferences."""
 
     conversation_id: ConversationId
     title: str | None
@@ -40,10 +42,10 @@ class ExportedConversation(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ExportedMessage(msgspec.Struct, frozen=True, kw_only=True):
-    """A message of the person's, with what it said before. `withheld` is what a moderator has hidden.
+    """A message of the user, with its earlier contents. `withheld` is the content that a moderator has hidden.
 
-    Of a message that the person may not see now, such as one in a conversation that they left, these are their own
-    words and times alone, and not what others have done about it.
+    For a message that the user may not see now, only their own words and times are included. An example is a message in
+    a conversation that they left.
     """
 
     message: Message
@@ -52,7 +54,7 @@ class ExportedMessage(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ExportedReaction(msgspec.Struct, frozen=True, kw_only=True):
-    """An emoji that the person put on a message."""
+    """A reaction of the user."""
 
     conversation_id: ConversationId
     message_id: MessageId
@@ -61,7 +63,7 @@ class ExportedReaction(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ExportedReport(msgspec.Struct, frozen=True, kw_only=True):
-    """A message that the person reported. `status` is null if they may not see that message now."""
+    """A report by the user. `status` is null if the user may not see the message now."""
 
     conversation_id: ConversationId
     message_id: MessageId
@@ -71,7 +73,7 @@ class ExportedReport(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ExportedVote(msgspec.Struct, frozen=True, kw_only=True):
-    """What the person voted for in a poll, by the places of the options."""
+    """A vote of the user in a poll, as indexes of options."""
 
     conversation_id: ConversationId
     message_id: MessageId
@@ -80,14 +82,14 @@ class ExportedVote(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ExportedEndpoint(msgspec.Struct, frozen=True, kw_only=True):
-    """Where notifications are pushed to."""
+    """An endpoint that receives the user's push notifications."""
 
     endpoint: str
     created_at: datetime
 
 
 class Export(msgspec.Struct, frozen=True, kw_only=True):
-    """Everything that is stored about a person. `deeds` are the entries of audit logs that they are the actor of."""
+    """Everything that is stored about a user. `deeds` holds the audit log entries whose actor they are."""
 
     me: Me
     logins: list[ExportedLogin]

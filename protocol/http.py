@@ -1,4 +1,4 @@
-"""The bodies of the HTTP endpoints under /v1/auth."""
+"""Bodies of the HTTP endpoints under /v1/auth."""
 
 import unicodedata
 from datetime import datetime
@@ -11,7 +11,7 @@ from protocol.values import Session, User
 
 
 class Register(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Make an account."""
+    """Create an account."""
 
     name: Name
     email: Email
@@ -19,27 +19,27 @@ class Register(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
 
 class Login(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Begin a session."""
+    """Log in and start a session."""
 
     email: KnownEmail
     password: Password
 
 
 class Confirm(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The password once more, for what cannot be taken lightly."""
+    """The current password, which sensitive requests require again."""
 
     password: Password
 
 
 class ChangePassword(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Another password. `password` is the present one."""
+    """Change the password. `password` is the current one."""
 
     password: Password
     new_password: Password
 
 
 class LoggedIn(msgspec.Struct, frozen=True, kw_only=True):
-    """A session has begun. The token is shown this once: the server keeps only its hash."""
+    """A new session. `token` is in no later response: the server stores only its hash."""
 
     token: str
     session_id: SessionId
@@ -54,5 +54,5 @@ class SessionList(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def canonical(email: str) -> str:
-    """Return an e-mail address in the one form that is stored: in lower case, accents composed (NFC)."""
+    """Return an e-mail address in its canonical form: lower case, accents composed (NFC)."""
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", email).lower())

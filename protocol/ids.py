@@ -1,4 +1,4 @@
-"""Identifiers: one type for each kind, and UUIDv7, which clients make for what they create."""
+"""Identifiers: one type per kind of object. Clients make UUIDv7 for the objects that they create."""
 
 import os
 import time
@@ -15,7 +15,7 @@ RelationshipId = NewType("RelationshipId", UUID)
 ReportId = NewType("ReportId", UUID)
 
 EVERYONE = UserId(UUID(int=2**128 - 1))
-"""Stands for all users: no user has this id (RFC 9562, section 5.10)."""
+"""Stands for all users. No user has this id (RFC 9562, section 5.10)."""
 
 _VERSION_7 = 7
 
@@ -26,7 +26,7 @@ _latest = [0]
 def uuid7() -> UUID:
     """Return a new UUIDv7: 48 bits of Unix time in milliseconds, then 74 random bits (RFC 9562, section 5.7).
 
-    Each is greater than those that this process made before, in the same millisecond too (section 6.2, method 2).
+    Each id is greater than all that this process made before, also within a millisecond (section 6.2, method 2).
     """
     milliseconds = time.time_ns() // 1_000_000
     random = int.from_bytes(os.urandom(10))
@@ -44,12 +44,12 @@ def made_at(value: UUID) -> int:
 def require_different_hashes(ids: Collection[UUID], field: str) -> None:
     """Raise ValueError, naming `field`, if different ids have the same hash.
 
-    Python's hash of a UUID is its integer modulo 2^61 - 1, without a secret: whoever makes ids can make thousands with
-    one hash, and a dictionary of 5,000 such ids takes seconds. Of 5,000 random ids, two share a hash once in 10^11
-    times (docs/decisions/0050-ids-that-collide.md).
+    Python's hash of a UUID is its integer modulo 2^61 - 1, without a secret. An attacker can make thousands of ids with
+    one hash, and building a dictionary of 5,000 such ids takes seconds. Two of 5,000 random ids share a hash once in
+    10^11 times (docs/decisions/0050-ids-that-collide.md).
     """
     if len({hash(one) for one in ids}) < len({one.bytes for one in ids}):
-        raise ValueError(f"Ids in `{field}` must be random: some have the same hash")
+        raise ValueError(f"Ids in `{field}` must be random UUIDs; some have the same hash")
 
 
 def require_uuid7(value: UUID, field: str) -> None:

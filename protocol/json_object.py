@@ -1,4 +1,4 @@
-"""JSON objects whose content is up to the client, and the bounds of that content."""
+"""JSON objects with free content, and the limits of that content."""
 
 import math
 import re
@@ -11,7 +11,7 @@ from protocol.limits import MAX_JSON_DEPTH, MAX_JSON_VALUES, MAX_METADATA_BYTES
 
 
 class _Object(dict[str, Any]):
-    """A JSON object whose content is up to the client. A class of its own makes decoders call the hooks below."""
+    """A JSON object with free content. It is a class of its own so that decoders call the hooks below."""
 
 
 if TYPE_CHECKING:
@@ -20,16 +20,18 @@ else:
     Json = Annotated[_Object, Meta(extra_json_schema={"type": "object"})]
 
 
-# The closing quotation mark is optional: otherwise many strings without an end take time that is quadratic.
+# The closing quotation mark is optional, because matching many unterminated strings would take quadratic time.
 STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"?', re.DOTALL)
 """A string in encoded JSON."""
 MAX_READ_DEPTH = 64
-"""Max depth of an object that a server says or has stored: objects from before the bound of `MAX_JSON_DEPTH` count."""
+"""Max depth of an object from a server or from storage, levels. It exceeds `MAX_JSON_DEPTH` because older
+objects do.
+"""
 _encode = msgspec.json.Encoder().encode
 
 
 def accept(kind: type, value: object) -> object:
-    """Return `value` as a `kind`: the decoder's hook for what a client says. Raises ValueError beyond the bounds."""
+    """Return `value` as a `kind`: the decoder's hook for frames of clients. Raises ValueError beyond the limits."""
     made = _object(kind, value)
     try:
         size = len(_encode(made))
@@ -38,12 +40,16 @@ def accept(kind: type, value: object) -> object:
     if size <= MAX_METADATA_BYTES:
         size += _check(made)
     if size > MAX_METADATA_BYTES:
-        raise ValueError(f"JSON objects take at most {MAX_METADATA_BYTES} bytes, with all digits of their numbers.")
+        raise ValueError(
+            f"The object is longer than {MAX_METADATA_BYTES} bytes, with its numbers written out in full. Shorten it."
+        )
     return made
 
 
 def read(kind: type, value: object) -> object:
-    """Return `value` as a `kind`: the decoder's hook for what a server says. Raises ValueError if it is too deep."""
+    """Return `value` as a `kind`: the decoder's hook for frames of servers. Raises ValueError if it is nested too
+    deeply.
+    """
     made = _object(kind, value)
     _require_depth(made, MAX_READ_DEPTH)
     return made
@@ -56,8 +62,8 @@ def _object(kind: type, value: object) -> _Object:
 
 
 def _check(made: _Object) -> int:
-    """Return how many more digits PostgreSQL needs for the numbers in an object, which it writes without exponents.
-    Raises ValueError if PostgreSQL or other languages cannot hold the object.
+    """Return how many more digits PostgreSQL needs for the numbers in an object, because it writes them without
+    exponents. Raises ValueError if PostgreSQL or other languages cannot store the object.
     """
     digits = 0
     for one in _items(made, MAX_JSON_DEPTH, most=MAX_JSON_VALUES):
@@ -73,8 +79,8 @@ def _check(made: _Object) -> int:
 
 
 def _items(made: _Object, depth: int, most: int | None = None) -> list[object]:
-    """Return all keys and values in an object, level by level. Raises ValueError beyond `depth` levels, and beyond
-    `most` of them.
+    """Return all keys and values in an object, level by level. Raises ValueError beyond `depth` levels or
+    `most` items.
     """
     found: list[object] = []
     level: list[Any] = [made]
@@ -88,7 +94,7 @@ def _items(made: _Object, depth: int, most: int | None = None) -> list[object]:
                 inner.extend(one)
         found.extend(inner)
         if most is not None and len(found) > most:
-            raise ValueError(f"JSON objects hold at most {most} keys and values. Send a text that you decode.")
+            raise ValueError(f"The object has more than {most} keys and values. Encode some of them as one string.")
         level = [one for one in inner if isinstance(one, dict | list)]
         if not level:
             return found
@@ -96,7 +102,9 @@ def _items(made: _Object, depth: int, most: int | None = None) -> list[object]:
 
 
 def _require_depth(made: _Object, depth: int) -> None:
-    """Raises ValueError if an object nests deeper. This looks at containers alone: a page has hundreds."""
+    """Raise ValueError if an object nests deeper. Only containers are visited, because a page has hundreds of
+    objects.
+    """
     level: list[Any] = [made]
     for _ in range(depth):
         level = [
@@ -111,4 +119,4 @@ def _require_depth(made: _Object, depth: int) -> None:
 
 
 def _too_deep(depth: int) -> ValueError:
-    return ValueError(f"JSON objects nest at most {depth} deep.")
+    return ValueError(f"The object is nested more than {depth} levels deep. Use fewer levels.")

@@ -1,7 +1,7 @@
-"""What messages that are more than text consist of: one struct for each content type, named by it in `type`.
+"""Payloads of messages that are more than text: one struct per content type, which `type` names.
 
-A message with a payload still has `content`, in words: what a client shows that does not know the type, the caption of
-a picture, the question of a poll, the code itself. A message of the type `system` is the server's; nobody sends one.
+A message with a payload still has `content`: the caption of a picture, the question of a poll, or the code itself.
+Clients that do not know the type show `content`. Only the server sends messages of the type `system`.
 """
 
 from typing import Annotated
@@ -22,11 +22,11 @@ Options = Annotated[list[Text], Meta(min_length=2, max_length=MAX_POLL_OPTIONS)]
 class _Payload(
     msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True, tag_field="type"
 ):
-    """A struct that says in `type` what it is."""
+    """The base of all payloads."""
 
 
 class Image(_Payload, tag="image", frozen=True, kw_only=True):
-    """A picture; `alt` says what is on it to who cannot see it."""
+    """A picture. `alt` describes it for users who cannot see it."""
 
     url: Link
     alt: Annotated[str, Meta(max_length=1_000, pattern=LINES)] | None = None
@@ -35,7 +35,7 @@ class Image(_Payload, tag="image", frozen=True, kw_only=True):
 
 
 class File(_Payload, tag="file", frozen=True, kw_only=True):
-    """Any other file."""
+    """A file of any other type."""
 
     url: Link
     name: Name
@@ -44,7 +44,7 @@ class File(_Payload, tag="file", frozen=True, kw_only=True):
 
 
 class Audio(_Payload, tag="audio", frozen=True, kw_only=True):
-    """A recording."""
+    """An audio recording."""
 
     url: Link
     name: Name | None = None
@@ -52,7 +52,7 @@ class Audio(_Payload, tag="audio", frozen=True, kw_only=True):
 
 
 class Video(_Payload, tag="video", frozen=True, kw_only=True):
-    """A film; `poster` is a picture to show before it plays."""
+    """A video. `poster` is a picture to show before it plays."""
 
     url: Link
     name: Name | None = None
@@ -63,13 +63,13 @@ class Video(_Payload, tag="video", frozen=True, kw_only=True):
 
 
 class Code(_Payload, tag="code", frozen=True, kw_only=True):
-    """Source text, which is in `content`, in a language such as `python`."""
+    """Source code, which is in `content`. `language` is a name such as `python`."""
 
     language: Language
 
 
 class Location(_Payload, tag="location", frozen=True, kw_only=True):
-    """A place on the Earth, in degrees (WGS 84)."""
+    """A place on Earth, in degrees (WGS 84)."""
 
     latitude: Annotated[float, Meta(ge=-90, le=90)]
     longitude: Annotated[float, Meta(ge=-180, le=180)]
@@ -78,10 +78,12 @@ class Location(_Payload, tag="location", frozen=True, kw_only=True):
 
 
 class Poll(_Payload, tag="poll", frozen=True, kw_only=True):
-    """A question, in `content`, with options that are all different, and not in blanks alone. `is_multiple` allows
-    votes for several of them. Of an anonymous poll only the counts are told. After `closes_at` no vote is taken; it
-    must be after the time in `message_id`, and after `send_at`. A scheduled poll that cannot be sent before fails. The
-    question cannot be edited once somebody has voted or the poll is closed.
+    """A poll, whose question is in `content`. The options must differ by more than white space. With `is_multiple`, a
+    vote may name several options. An anonymous poll reveals only counts.
+
+    The server refuses votes after `closes_at`, which must be later than the time in `message_id` and than `send_at`. A
+    scheduled poll fails if it cannot be sent before `closes_at`. The question cannot be edited once the poll has a vote
+    or is closed.
     """
 
     options: Options
@@ -91,7 +93,7 @@ class Poll(_Payload, tag="poll", frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         if len(set(self.options)) != len(self.options):
-            raise ValueError("The `options` must all be different")
+            raise ValueError("`options` must all be different")
         require_moment(self.closes_at, "closes_at")
 
 

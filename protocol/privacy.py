@@ -1,6 +1,6 @@
-"""Who may see or do what to whom, as data. docs/privacy.md is made from it.
+"""The matrix of privacy: what each user may see of or do to another. docs/privacy.md is generated from it.
 
-`may()` in schema.sql answers by the same rules, for every query; a test compares all cells.
+`may()` in schema.sql implements the same rules for all queries; a test compares all cells.
 """
 
 from typing import NamedTuple
@@ -12,17 +12,17 @@ STANDINGS = {
     "blocking": "blocks the target",
     "blocked": "is blocked by the target",
 }
-"""How the one who asks stands to the other: of those that apply, the last one counts."""
+"""The standings of one user to another. If several apply, the last one counts."""
 
 YES, NO, PUBLIC, SAME, MET = "yes", "no", "if public", "as otherwise", "in a conversation"
-"""`if public`: unless the other one `is_private`. `as otherwise`: whoever blocks sees what they saw before.
-`in a conversation`: only while both take part in the same one.
+"""`if public` means unless the other user has `is_private`. `as otherwise` means that blocking a user does not change
+what the caller sees. `in a conversation` means only while both take part in the same conversation.
 """
 
 
 class Rule(NamedTuple):
-    """What one may do by standing, and what of the other's must be true besides: an own setting, and the switch on
-    their relationship to the one who asks.
+    """One row of the matrix: a cell per standing, the target's `setting`, and the `switch` on the target's relationship
+    to the caller. Both must allow it, too.
     """
 
     what: str
@@ -43,6 +43,6 @@ RULES: dict[str, Rule] = {
     "request_friend": Rule("ask for friendship", (YES, YES, YES, NO, NO), "allow_friend_requests"),
     "follow": Rule("follow", (YES, PUBLIC, PUBLIC, NO, NO)),
 }  # fmt: skip
-"""The cells are in the order of STANDINGS. Of who has deactivated or deleted their account nobody sees more than the
-face, and that only together with them; of who is erased everybody sees that.
+"""The cells are in the order of STANDINGS. Users who deactivated or deleted their account show only their face, and
+only to users in the same conversation. Erased users show everyone that they were erased.
 """

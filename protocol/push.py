@@ -1,4 +1,4 @@
-"""What a browser's service worker finds in a notification, as JSON."""
+"""The JSON of a push notification, as a browser's service worker receives it."""
 
 import msgspec
 
@@ -6,7 +6,7 @@ from protocol.ids import ConversationId, MessageId
 
 
 class Notification(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """A message that its reader has not read yet. `badge` is what `get_badge` says of messages."""
+    """A message that its reader has not read yet. `badge` is `messages` of `get_badge`."""
 
     conversation_id: ConversationId
     message_id: MessageId

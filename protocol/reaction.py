@@ -1,4 +1,4 @@
-"""What people react with: an emoji, or a name between colons that clients have a picture for."""
+"""Reactions: a Unicode emoji, or a name between colons for which clients have a picture."""
 
 import re
 import unicodedata
@@ -11,15 +11,15 @@ _QUALIFIED = {
     for sequence, about in EMOJI_DATA.items()
     if about["status"] == STATUS["fully_qualified"]
 }
-"""Emoji by what is left of them without variation selectors, which keyboards add or leave out (UTS #51)."""
+"""Fully qualified emoji, by their form without variation selectors, which keyboards add or leave out (UTS #51)."""
 _NAME = re.compile(r":[\w+'-]{1,30}:\Z")
 
 
 def normalized(text: str) -> str:
-    """Return a reaction in the one form that it is counted by: emoji fully qualified, names in lower case.
+    """Return the canonical form of a reaction: emoji fully qualified, names in lower case.
 
-    Raises ValueError if `text` is neither an emoji of Unicode nor a name of 1 to 30 letters, digits, `_`, `+`, `-` or
-    `'` between colons.
+    Raises ValueError if `text` is neither a Unicode emoji nor a name between colons. A name has 1 to 30 letters,
+    digits, `_`, `+`, `-` or `'`.
     """
     found = _QUALIFIED.get(_SELECTORS.sub("", text))
     if found is not None:

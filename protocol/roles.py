@@ -1,4 +1,4 @@
-"""The matrix of roles: what each may do in a group or a channel, as data. docs/roles.md is made from it."""
+"""The matrix of roles: what each role may do in a group or a channel. docs/roles.md is generated from it."""
 
 from enum import Enum
 from typing import NamedTuple
@@ -6,11 +6,11 @@ from typing import NamedTuple
 from protocol.values import Participant, Role
 
 ROLES: tuple[Role, ...] = ("guest", "member", "moderator", "admin", "owner")
-"""From the lowest to the highest. Nobody changes the part of someone of the same or a higher role."""
+"""Roles, from lowest to highest. Nobody can change a participant of the same or a higher role."""
 
 
 class Rule(NamedTuple):
-    """The least role that may do something, and the permission that lets a lower one do it, too."""
+    """The lowest role that may do something, and the permission that allows a lower role to do it, too."""
 
     what: str
     least: Role
@@ -18,7 +18,7 @@ class Rule(NamedTuple):
 
 
 class Act(Enum):
-    """What takes a role."""
+    """Actions that require a role."""
 
     TAKE_PART = Rule("read, react, follow; send, unless `send_role` asks for more; report; leave", "guest")
     SKIP_SLOW_MODE = Rule("send without waiting in slow mode", "moderator")
@@ -39,7 +39,7 @@ class Act(Enum):
 
 
 def rank(role: Role) -> int:
-    """Return how high a role is, from 0."""
+    """Return the rank of a role, from 0."""
     return ROLES.index(role)
 
 

@@ -1,8 +1,8 @@
-"""What the server says: replies to frames, events of conversations, and words about the connection itself.
+"""Frames that the server sends: replies, events of conversations and users, and frames about the connection.
 
-Durable events carry `version`, the conversation's clock, and the new state of what changed, so that applying
-one is replacing what one has. A client's position in a conversation moves by one with each; `changes` moves it
-from `since` to `version` at once.
+A durable event carries the `version` of its conversation and the new state of the object that changed. A client applies
+it by replacing its copy. Each event advances the client's position in the conversation by one. `changes` advances it
+from `since` to `version`.
 """
 
 from datetime import datetime
@@ -46,7 +46,7 @@ from protocol.values import (
 
 
 class _Tagged(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag_field="type"):
-    """A struct that says what it is in `type`."""
+    """The base of all frames and results; `type` names each."""
 
 
 # ----------------------------------------------------------------------------------------- durable events
@@ -58,27 +58,27 @@ class _Event(_Tagged, frozen=True, kw_only=True):
 
 
 class MessageSent(_Event, tag="message_sent", frozen=True, kw_only=True):
-    """A new message. `root_reply_count` is the thread root's count when the message is a reply."""
+    """A message was sent. If it is a reply, `root_reply_count` is the new reply count of the thread's root."""
 
     message: Message
     root_reply_count: int | None = None
 
 
 class MessageEdited(_Event, tag="message_edited", frozen=True, kw_only=True):
-    """A message changed, or was hidden by a moderator or shown again; here it is as it is now."""
+    """A message was edited, hidden by a moderator, or shown again. `message` is its new state."""
 
     message: Message
 
 
 class MessageDeleted(_Event, tag="message_deleted", frozen=True, kw_only=True):
-    """A message was deleted; here is what is left. `root_reply_count` as in `message_sent`."""
+    """A message was deleted. `message` is what remains of it; `root_reply_count` is as in `message_sent`."""
 
     message: Message
     root_reply_count: int | None = None
 
 
 class MessageReacted(_Event, tag="message_reacted", frozen=True, kw_only=True):
-    """Someone put an emoji on a message; `count` is how many have it there now."""
+    """A user added a reaction. `count` is how many users now have this emoji on the message."""
 
     message_id: MessageId
     user_id: UserId
@@ -87,7 +87,7 @@ class MessageReacted(_Event, tag="message_reacted", frozen=True, kw_only=True):
 
 
 class MessageUnreacted(_Event, tag="message_unreacted", frozen=True, kw_only=True):
-    """Someone took an emoji back; `count` is how many are left."""
+    """A user removed a reaction. `count` is how many users still have this emoji on the message."""
 
     message_id: MessageId
     user_id: UserId
@@ -96,8 +96,8 @@ class MessageUnreacted(_Event, tag="message_unreacted", frozen=True, kw_only=Tru
 
 
 class PollVoted(_Event, tag="poll_voted", frozen=True, kw_only=True):
-    """Someone voted in a poll, or otherwise than before; here is how it stands. Who, and for which options, is told
-    unless the poll is anonymous.
+    """A user voted in a poll, or changed their vote. `poll_counts` and `poll_voters` are the new totals. An anonymous
+    poll has no `user_id` and `options`.
     """
 
     message_id: MessageId
@@ -108,33 +108,37 @@ class PollVoted(_Event, tag="poll_voted", frozen=True, kw_only=True):
 
 
 class MessageChanged(_Event, tag="message_changed", frozen=True, kw_only=True):
-    """A message changed that not everyone here may see, for they joined later: ask for it with `get_message`."""
+    """A message changed that some participants may not see, because they joined later. Request it with
+    `get_message`.
+    """
 
     message_id: MessageId
 
 
 class ConversationUpdated(_Event, tag="conversation_updated", frozen=True, kw_only=True):
-    """The conversation's settings changed, or it was made, or deleted."""
+    """The conversation was created or deleted, or its settings changed."""
 
     conversation: Conversation
 
 
 class ParticipantChanged(_Event, tag="participant_changed", frozen=True, kw_only=True):
-    """Someone joined, was added, or has another role or other permissions."""
+    """A participant joined, was added, or has a new role or new permissions."""
 
     participant: Participant
     participant_count: int
 
 
 class ParticipantLeft(_Event, tag="participant_left", frozen=True, kw_only=True):
-    """Someone takes part no more. Whether they left, or were removed or banned, it does not say."""
+    """A participant left or was removed or banned; the event does not reveal which."""
 
     user_id: UserId
     participant_count: int
 
 
 class OutsidersChanged(_Event, tag="outsiders_changed", frozen=True, kw_only=True):
-    """The invitations, refusals or bans changed. Whoever may see them asks with `list_participants`."""
+    """Invitations, declined invitations or bans changed. Clients whose user may see them request
+    `list_participants`.
+    """
 
 
 DurableEvent = (
@@ -159,56 +163,56 @@ class _OwnEvent(_Tagged, frozen=True, kw_only=True):
 
 
 class MeChanged(_OwnEvent, tag="me_changed", frozen=True, kw_only=True):
-    """The user's own profile or privacy settings changed, perhaps on another device."""
+    """The user's own profile or settings changed, perhaps on another device."""
 
     me: Me
 
 
 class RelationshipChanged(_OwnEvent, tag="relationship_changed", frozen=True, kw_only=True):
-    """What is between the user and another one changed: asked, accepted, blocked and so on."""
+    """A relationship of the user changed, for example by a request, an acceptance or a block."""
 
     relationship: Relationship
 
 
 class Invited(_OwnEvent, tag="invited", frozen=True, kw_only=True):
-    """The user is invited to a conversation."""
+    """The user was invited to a conversation."""
 
     invitation: Invitation
 
 
 class InvitationEnded(_OwnEvent, tag="invitation_ended", frozen=True, kw_only=True):
-    """An invitation was taken back, or declined on another device."""
+    """An invitation was revoked, or declined on another device."""
 
     conversation_id: ConversationId
 
 
 class PreferencesChanged(_OwnEvent, tag="preferences_changed", frozen=True, kw_only=True):
-    """How the user wants to have a conversation changed, perhaps on another device."""
+    """The user's preferences for a conversation changed, perhaps on another device."""
 
     conversation_id: ConversationId
     preferences: Preferences
 
 
 class StarChanged(_OwnEvent, tag="star_changed", frozen=True, kw_only=True):
-    """The user put a message aside, or back."""
+    """The user starred or unstarred a message."""
 
     star: StarredMessage
 
 
 class DraftChanged(_OwnEvent, tag="draft_changed", frozen=True, kw_only=True):
-    """What the user has begun to write in a conversation changed."""
+    """A draft of the user changed."""
 
     draft: Draft
 
 
 class ScheduledChanged(_OwnEvent, tag="scheduled_changed", frozen=True, kw_only=True):
-    """A message that waits was scheduled, changed, sent, given up or cancelled."""
+    """A scheduled message was created, changed, sent or cancelled, or it failed."""
 
     scheduled: Scheduled
 
 
 class ThreadFollowChanged(_OwnEvent, tag="thread_follow_changed", frozen=True, kw_only=True):
-    """The user follows a thread, or not, or has read on in it."""
+    """The user followed or unfollowed a thread, or read further in it."""
 
     follow: ThreadFollow
 
@@ -217,9 +221,11 @@ OwnStartOverReason = Literal["forgotten", "ahead_of_server", "other_epoch"]
 
 
 class OwnStartOver(_OwnEvent, tag="own_start_over", frozen=True, kw_only=True):
-    """The server cannot name all own rows that the client has to drop. Drop relationships, invitations, stars, drafts,
-    scheduled messages and followed threads: all that there are follow. `user_version` is 0. Unless `reason` is
-    `forgotten`, read your profile again (`get_me`), and the `preferences` of conversations that did not start over.
+    """The server cannot name all own rows that the client must delete. Delete all relationships, invitations, stars,
+    drafts, scheduled messages and followed threads. The current ones follow as events. `user_version` is 0.
+
+    Unless `reason` is `forgotten`, also request `get_me`, and the `preferences` of conversations that did not start
+    over.
     """
 
     reason: OwnStartOverReason
@@ -237,13 +243,15 @@ OwnEvent = (
     | ThreadFollowChanged
     | OwnStartOver
 )
-"""Said in no order but that of `user_version`; each is the present state of what it is about."""
+"""Events for one user, in the order of `user_version`. Each carries the current state of its object."""
 
 # --------------------------------------------------------------------------------------- ephemeral events
 
 
 class MessageRead(_Tagged, tag="message_read", frozen=True, kw_only=True):
-    """Someone has read up to a message. In a large conversation only the reader's own devices are told."""
+    """A participant has read everything up to a message. In a large conversation, only the reader's own devices receive
+    this.
+    """
 
     conversation_id: ConversationId
     user_id: UserId
@@ -251,7 +259,7 @@ class MessageRead(_Tagged, tag="message_read", frozen=True, kw_only=True):
 
 
 class MessageDelivered(_Tagged, tag="message_delivered", frozen=True, kw_only=True):
-    """A client of someone has taken in everything up to a message. Not told in a large conversation."""
+    """A client of a participant has received everything up to a message. Not sent in a large conversation."""
 
     conversation_id: ConversationId
     user_id: UserId
@@ -259,7 +267,7 @@ class MessageDelivered(_Tagged, tag="message_delivered", frozen=True, kw_only=Tr
 
 
 class TypingStarted(_Tagged, tag="typing_started", frozen=True, kw_only=True):
-    """Someone is typing; forget it after `fades_after_ms` unless it is said again."""
+    """A participant is typing. The state expires after `fades_after_ms` unless the event is repeated."""
 
     conversation_id: ConversationId
     user_id: UserId
@@ -267,20 +275,20 @@ class TypingStarted(_Tagged, tag="typing_started", frozen=True, kw_only=True):
 
 
 class TypingStopped(_Tagged, tag="typing_stopped", frozen=True, kw_only=True):
-    """Someone stopped typing."""
+    """A participant stopped typing."""
 
     conversation_id: ConversationId
     user_id: UserId
 
 
 class PresenceChanged(_Tagged, tag="presence_changed", frozen=True, kw_only=True):
-    """A watched user is now seen like this."""
+    """The presence of a watched user changed."""
 
     presence: Presence
 
 
 class UserUpdated(_Tagged, tag="user_updated", frozen=True, kw_only=True):
-    """A watched user has another face."""
+    """The name or picture of a watched user changed."""
 
     user: User
 
@@ -289,8 +297,8 @@ class UserUpdated(_Tagged, tag="user_updated", frozen=True, kw_only=True):
 
 
 class Ready(_Tagged, tag="ready", frozen=True, kw_only=True):
-    """The connection is authenticated. Keep `epoch` with the versions that are learned from here on. What changes for
-    the user alone after `user_version`, their own clock, follows as events.
+    """The connection is authenticated. Store `epoch` with the versions that you receive from now on. Changes that
+    concern only the user and are later than `user_version` follow as events.
     """
 
     protocol: int
@@ -304,28 +312,30 @@ class Ready(_Tagged, tag="ready", frozen=True, kw_only=True):
 
 
 class Conversations(_Tagged, tag="conversations", frozen=True, kw_only=True):
-    """A page of the user's conversations, after `ready`. When `is_last`, everything has been said."""
+    """A page of the user's conversations, after `ready`. `is_last` marks the last page."""
 
     conversations: list[ConversationView]
     is_last: bool
 
 
 class ConversationJoined(_Tagged, tag="conversation_joined", frozen=True, kw_only=True):
-    """The user is now in a conversation; its events follow."""
+    """The user now takes part in a conversation. Its events follow."""
 
     view: ConversationView
 
 
 class ConversationLeft(_Tagged, tag="conversation_left", frozen=True, kw_only=True):
-    """The user is no longer in a conversation; no events follow."""
+    """The user no longer takes part in a conversation. No more events of it follow."""
 
     conversation_id: ConversationId
 
 
 class Changes(_Tagged, tag="changes", frozen=True, kw_only=True):
-    """What happened in a conversation after `since`, up to `version`, in order: the present state of all that
-    changed. The position is `version` afterwards. `receipts` are the read positions, where they are shared. What is too
-    large for one frame comes in several, each of which begins where the one before ends.
+    """The changes of a conversation after `since`, up to `version`, in order. The events carry the current state of
+    each object that changed. Set the position to `version` afterwards.
+
+    `receipts` are the read positions, in conversations that share them. Changes that exceed one frame come in several:
+    each starts where the previous one ended.
     """
 
     conversation_id: ConversationId
@@ -341,15 +351,15 @@ StartOverReason = Literal["too_many_changes", "ahead_of_server", "other_epoch"]
 
 
 class StartOver(_Tagged, tag="start_over", frozen=True, kw_only=True):
-    """The difference is too large or makes no sense: forget this conversation's messages and begin with `view`."""
+    """The client's version is too old or invalid. Delete this conversation's messages and start with `view`."""
 
     view: ConversationView
     reason: StartOverReason
 
 
 class Heartbeat(_Tagged, tag="heartbeat", frozen=True, kw_only=True):
-    """The server is there. `versions` are the clocks of what was active since the last one: a client that is
-    behind one of them has lost something and should `resume`.
+    """The connection works. `versions` holds the versions of conversations that were active since the last heartbeat. A
+    client that is behind one of them has missed an event and should `resume`.
     """
 
     server_time: datetime
@@ -357,8 +367,8 @@ class Heartbeat(_Tagged, tag="heartbeat", frozen=True, kw_only=True):
 
 
 class GoingAway(_Tagged, tag="going_away", frozen=True, kw_only=True):
-    """This worker closes the connection, with 1012, as its next word. Come back, anywhere, after `reconnect_after_ms`,
-    which is another time for each client; `ticket` may be given once instead of the token, within a minute.
+    """The server is about to close this connection with 1012. Reconnect to any server after `reconnect_after_ms`, which
+    differs between clients. `ticket` replaces the token once, within a minute.
     """
 
     reconnect_after_ms: int
@@ -369,18 +379,18 @@ class GoingAway(_Tagged, tag="going_away", frozen=True, kw_only=True):
 
 
 class Done(_Tagged, tag="done", frozen=True, kw_only=True):
-    """It is so; whether it was already does not matter."""
+    """The frame succeeded, or its effect was already in place."""
 
 
 class Pong(_Tagged, tag="pong", frozen=True, kw_only=True):
-    """The answer to `ping`."""
+    """The reply to `ping`."""
 
     server_time: datetime
 
 
 class Resumed(_Tagged, tag="resumed", frozen=True, kw_only=True):
-    """Everything that was missed has been sent, and live events follow. `read_positions` are the user's own, and
-    `user_version` is the user's own clock: name it in the next `resume`, unless an event has a later one.
+    """All missed events were sent, and live events follow. `read_positions` are the user's own. Use `user_version` in
+    the next `resume`, unless a later event carries a higher one.
     """
 
     conversations: int
@@ -389,7 +399,7 @@ class Resumed(_Tagged, tag="resumed", frozen=True, kw_only=True):
 
 
 class Sent(_Tagged, tag="sent", frozen=True, kw_only=True):
-    """The message is stored, for good, at this place."""
+    """The message is stored durably, with this version."""
 
     conversation_id: ConversationId
     message_id: MessageId
@@ -398,14 +408,14 @@ class Sent(_Tagged, tag="sent", frozen=True, kw_only=True):
 
 
 class Changed(_Tagged, tag="changed", frozen=True, kw_only=True):
-    """It is stored; `version` is the clock when it changed, or the earlier one if it was already so."""
+    """The change is stored. `version` is that of the change, or an earlier one if nothing had to change."""
 
     conversation_id: ConversationId
     version: int
 
 
 class ReadUpTo(_Tagged, tag="read_up_to", frozen=True, kw_only=True):
-    """The read position, which may be further on than what was asked for."""
+    """The read position. It may be later than the requested one, because it only moves forward."""
 
     conversation_id: ConversationId
     message_id: MessageId
@@ -413,8 +423,8 @@ class ReadUpTo(_Tagged, tag="read_up_to", frozen=True, kw_only=True):
 
 
 class OneConversation(_Tagged, tag="conversation", frozen=True, kw_only=True):
-    """A conversation as the caller sees it. `added` and `invited` answer `create_group`: of the users named, those who
-    take part, and those who are asked to. A repeated `create_group` names those whose part the caller may see now.
+    """A conversation as the caller sees it. In the reply to `create_group`, `added` and `invited` list the named users
+    by outcome. A repeated `create_group` lists only users whose participation the caller may see now.
     """
 
     view: ConversationView
@@ -423,22 +433,22 @@ class OneConversation(_Tagged, tag="conversation", frozen=True, kw_only=True):
 
 
 class Added(_Tagged, tag="added", frozen=True, kw_only=True):
-    """Of the users named, those who take part, and those who are asked to."""
+    """The named users by outcome: `added` or `invited`."""
 
     added: list[UserId] = []
     invited: list[UserId] = []
 
 
 class ConversationPage(_Tagged, tag="conversation_page", frozen=True, kw_only=True):
-    """Some of the caller's conversations; `after` asks for the next page, if there is one."""
+    """A page of the caller's conversations. `after` requests the next page, if there is one."""
 
     conversations: list[ConversationView]
     after: str | None = None
 
 
 class ParticipantEntry(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """A participant, with how far they have read. Those who take part show their faces; those who are invited or banned
-    show them to whoever may see them elsewhere.
+    """A participant and their read position. `user` is there for active participants. For invited and banned users, it
+    is there if the caller may see it elsewhere.
     """
 
     participant: Participant
@@ -447,15 +457,15 @@ class ParticipantEntry(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=
 
 
 class ParticipantPage(_Tagged, tag="participant_page", frozen=True, kw_only=True):
-    """Some of a conversation's participants; `after` asks for the next page, if there is one."""
+    """A page of participants. `after` requests the next page, if there is one."""
 
     participants: list[ParticipantEntry]
     after: UserId | None = None
 
 
 class MessageList(_Tagged, tag="message_list", frozen=True, kw_only=True):
-    """Messages that were pinned or starred, the latest first; `withheld` is what moderators have hidden, for who may
-    read it. `after` asks for the next page, if there is one.
+    """Pinned or starred messages, latest first. `withheld` holds the content that moderators have hidden, if the caller
+    may read it. `after` requests the next page, if there is one.
     """
 
     messages: list[Message]
@@ -464,10 +474,10 @@ class MessageList(_Tagged, tag="message_list", frozen=True, kw_only=True):
 
 
 class MessagePage(_Tagged, tag="message_page", frozen=True, kw_only=True):
-    """Messages, oldest first, as of the conversation's `version`. `mine` has the caller's own reactions,
-    `votes` the caller's own votes, `withheld` what moderators have hidden, for who may read it.
+    """A page of messages, oldest first, as of the conversation's `version`. `mine` holds the caller's reactions, and
+    `votes` the caller's votes. `withheld` holds the content that moderators have hidden, if the caller may read it.
 
-    A client that ignored events of messages it did not have yet applies those after `version` again.
+    A client may have ignored events of messages that it did not have yet. It must apply those after `version` again.
     """
 
     version: int
@@ -480,8 +490,8 @@ class MessagePage(_Tagged, tag="message_page", frozen=True, kw_only=True):
 
 
 class OneMessage(_Tagged, tag="message", frozen=True, kw_only=True):
-    """A message; `mine` has the caller's own reactions, `vote` their own vote, `read_by` how many others have read it,
-    `withheld` what a moderator has hidden, for who may read it.
+    """A message. `mine` holds the caller's reactions, `vote` the caller's vote, and `read_by` how many others have read
+    it. `withheld` holds the content that a moderator has hidden, if the caller may read it.
     """
 
     message: Message
@@ -492,23 +502,25 @@ class OneMessage(_Tagged, tag="message", frozen=True, kw_only=True):
 
 
 class EditPage(_Tagged, tag="edit_page", frozen=True, kw_only=True):
-    """What a message said before, newest first; `after` asks for the next page, if there is one."""
+    """A page of earlier contents of a message, newest first. `after` requests the next page, if there is one."""
 
     edits: list[MessageEdit]
     after: int | None = None
 
 
 class VotePage(_Tagged, tag="vote_page", frozen=True, kw_only=True):
-    """Some of the votes in a poll; `after` asks for the next page, if there is one."""
+    """A page of votes in a poll. `after` requests the next page, if there is one."""
 
     votes: list[PollVote]
     after: UserId | None = None
 
 
 class SearchPage(_Tagged, tag="search_page", frozen=True, kw_only=True):
-    """Some of what was found; `after` asks for the next page, if there is one. Every page `is_partial` if the caller
-    takes part in more than 200 conversations and named none: those were searched that were active last when the first
-    page was read. Name a `conversation_id` to search another one.
+    """A page of search results. `after` requests the next page, if there is one.
+
+    `is_partial` is true on all pages if the caller takes part in more than 200 conversations and gave no
+    `conversation_id`. Then only the 200 that were most recently active at the first page were searched. Give a
+    `conversation_id` to search another one.
     """
 
     hits: list[SearchHit]
@@ -517,8 +529,8 @@ class SearchPage(_Tagged, tag="search_page", frozen=True, kw_only=True):
 
 
 class Whereabouts(_Tagged, tag="whereabouts", frozen=True, kw_only=True):
-    """Where a message went. `published_at` is when this worker delivered it, if it did and remembers; `recipients` are
-    all others who take part, at most 100, those without it first.
+    """The trace of a message. `published_at` is when this worker delivered it, if it did and still remembers.
+    `recipients` has at most 100 other participants, those who have not received it first.
     """
 
     message_id: MessageId
@@ -538,8 +550,8 @@ class OneThread(_Tagged, tag="thread", frozen=True, kw_only=True):
 
 
 class ThreadList(_Tagged, tag="thread_list", frozen=True, kw_only=True):
-    """Threads that the caller follows, those with the latest replies first; `after` asks for the next page, if there is
-    one.
+    """Threads that the caller follows, most recently replied to first. `after` requests the next page, if there
+    is one.
     """
 
     threads: list[ThreadView]
@@ -547,14 +559,14 @@ class ThreadList(_Tagged, tag="thread_list", frozen=True, kw_only=True):
 
 
 class OneThreadFollow(_Tagged, tag="thread_follow", frozen=True, kw_only=True):
-    """Whether the caller follows a thread now, and how far they have read in it."""
+    """Whether the caller follows a thread, and their read position in it."""
 
     follow: ThreadFollow
 
 
 class Readers(_Tagged, tag="readers", frozen=True, kw_only=True):
-    """How many others have read a message and how many clients have taken it in, up to 1,000; and who has read it,
-    unless it `is_crowd`.
+    """The readers of a message. `read_by` counts the other users who have read it, and `delivered_to` the clients that
+    have received it, up to 1,000. `readers` lists the readers unless `is_crowd`.
     """
 
     read_by: int
@@ -564,23 +576,21 @@ class Readers(_Tagged, tag="readers", frozen=True, kw_only=True):
 
 
 class DraftList(_Tagged, tag="draft_list", frozen=True, kw_only=True):
-    """What the caller has begun to write; `after` asks for the next page, if there is
-    one.
-    """
+    """A page of the caller's drafts. `after` requests the next page, if there is one."""
 
     drafts: list[Draft]
     after: str | None = None
 
 
 class OneScheduled(_Tagged, tag="scheduled", frozen=True, kw_only=True):
-    """A message that waits for its time."""
+    """A scheduled message."""
 
     scheduled: Scheduled
 
 
 class ScheduledList(_Tagged, tag="scheduled_list", frozen=True, kw_only=True):
-    """The caller's messages that wait, and those that could not be sent; `after` asks for the next page, if there is
-    one.
+    """A page of the caller's scheduled messages that wait or failed. `after` requests the next page, if there
+    is one.
     """
 
     scheduled: list[Scheduled]
@@ -588,9 +598,11 @@ class ScheduledList(_Tagged, tag="scheduled_list", frozen=True, kw_only=True):
 
 
 class FeedPage(_Tagged, tag="feed_page", frozen=True, kw_only=True):
-    """Some of what concerns the caller, the latest first; `unread_count` is how much of it all is new, up to 100. Every
-    page with mentions `is_partial` if the caller takes part in more than 200 conversations: mentions of everyone and of
-    roles are from those that were active last when the first page was read. Mentions by name are from all of them.
+    """A page of the feed, newest first. `unread_count` is the number of unseen entries in the whole feed, up to 100.
+
+    `is_partial` is true on all pages with mentions if the caller takes part in more than 200 conversations. Then
+    mentions of everyone and of roles come only from the 200 that were most recently active at the first page. Mentions
+    by name come from all conversations.
     """
 
     entries: list[FeedEntry]
@@ -600,7 +612,9 @@ class FeedPage(_Tagged, tag="feed_page", frozen=True, kw_only=True):
 
 
 class Badge(_Tagged, tag="badge", frozen=True, kw_only=True):
-    """What is unread: `messages` is the sum of `unread_count` of all conversations neither muted nor hidden."""
+    """Unread counts: `messages` is the sum of `unread_count` over all conversations that are neither muted nor
+    hidden.
+    """
 
     messages: int
     feed: int
@@ -613,63 +627,63 @@ class PushKey(_Tagged, tag="push_key", frozen=True, kw_only=True):
 
 
 class PresenceList(_Tagged, tag="presence_list", frozen=True, kw_only=True):
-    """How the watched users are seen now, in the order asked."""
+    """The presence of the watched users, in the order of the request."""
 
     presences: list[Presence]
 
 
 class UserList(_Tagged, tag="user_list", frozen=True, kw_only=True):
-    """The users that exist and may be seen."""
+    """The requested users who exist and may be seen."""
 
     users: list[User]
 
 
 class OneProfile(_Tagged, tag="profile", frozen=True, kw_only=True):
-    """What a user tells about themselves."""
+    """A user's profile."""
 
     profile: Profile
 
 
 class OneMe(_Tagged, tag="me", frozen=True, kw_only=True):
-    """The caller as they see themselves."""
+    """The caller's own profile and settings."""
 
     me: Me
 
 
 class PublicConversationList(_Tagged, tag="public_conversation_list", frozen=True, kw_only=True):
-    """Conversations that anyone can join, the largest first."""
+    """Public conversations, largest first."""
 
     conversations: list[PublicConversation]
 
 
 class InvitationList(_Tagged, tag="invitation_list", frozen=True, kw_only=True):
-    """Where the caller is invited to."""
+    """The caller's pending invitations."""
 
     invitations: list[Invitation]
 
 
 class OneRelationship(_Tagged, tag="relationship", frozen=True, kw_only=True):
-    """What is between the caller and another user now."""
+    """The new state of a relationship of the caller."""
 
     relationship: Relationship
 
 
 class RelationshipPage(_Tagged, tag="relationship_page", frozen=True, kw_only=True):
-    """Some of the caller's relationships; `after` asks for the next page, if there is one."""
+    """A page of the caller's relationships. `after` requests the next page, if there is one."""
 
     relationships: list[RelationshipEntry]
     after: RelationshipId | None = None
 
 
 class ReportPage(_Tagged, tag="report_page", frozen=True, kw_only=True):
-    """Some of what was reported, or none; `after` asks for the next page, if there is one."""
+    """A page of reports. `after` requests the next page, if there is one, even after an empty page."""
 
     reports: list[Report]
     after: ReportId | None = None
 
 
 class AuditPage(_Tagged, tag="audit_page", frozen=True, kw_only=True):
-    """Some of an audit log, or none, in order; `after` asks for the next page, if there is one."""
+    """A page of an audit log, in order. `after` requests the next page, if there is one, even after an empty page."""
 
     entries: list[AuditEntry]
     after: int | None = None
@@ -717,14 +731,14 @@ Result = (
 
 
 class Reply(_Tagged, tag="reply", frozen=True, kw_only=True):
-    """The answer to the frame with the id `re`. If that frame wrote something, it is committed."""
+    """The reply to the frame whose `id` is `re`. Everything that the frame wrote is committed."""
 
     re: FrameId | None = None
     result: Result
 
 
 class Error(_Tagged, tag="error", frozen=True, kw_only=True):
-    """The refusal of the frame with the id `re`: nothing was written. `path` names the bad field."""
+    """The refusal of the frame whose `id` is `re`: nothing was written. `path` names the field at fault."""
 
     re: FrameId | None = None
     code: ErrorCode

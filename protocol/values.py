@@ -1,4 +1,4 @@
-"""The nouns that frames, replies and events share. None of them depends on who reads it, but the last one."""
+"""Values that frames, replies and events share. All but `ConversationView` are the same for every reader."""
 
 from datetime import datetime, time
 from typing import Annotated, Literal
@@ -28,7 +28,7 @@ RecipientState = Literal[
 
 
 class User(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """A user's face: what everyone needs to show who said something."""
+    """The public face of a user: what a client needs to show the sender of a message."""
 
     id: UserId
     name: str
@@ -37,7 +37,7 @@ class User(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class Profile(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What a user tells about themselves, to those who may see it (docs/privacy.md)."""
+    """A user's profile, for those who may see it (docs/privacy.md)."""
 
     user: User
     bio: str | None = None
@@ -47,8 +47,8 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class Me(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """A user as they see themselves. `status` is what they chose by `presence`, whether they are connected or not:
-    `online` if they never did, and neither `offline` nor `away`, which is a device's.
+    """The caller's own profile and settings. `status` is the one that they last set by `presence`, whether or not they
+    are connected. It is `online` by default, and never `offline` or `away`, which belongs to a device.
     """
 
     user: User
@@ -73,7 +73,7 @@ class Me(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class Session(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """A login, on one device."""
+    """A login on one device."""
 
     id: SessionId
     created_at: datetime
@@ -84,7 +84,7 @@ class Session(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class LinkPreview(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What the page behind the first link of a message says of itself."""
+    """A preview of the page behind the first link in a message, from that page's own metadata."""
 
     url: str
     title: str | None = None
@@ -93,19 +93,22 @@ class LinkPreview(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """A message. Deleted, it keeps its place and loses its words.
+    """A message. A deleted message keeps its place and loses its content.
 
-    `sent_version` is its place in the conversation; `version` is the clock at its last change. Hidden by a moderator
-    (`is_moderated`), it has no words, either; those who may read them all the same get them beside it, as `withheld`.
-    A system message says what its sender did, by `system_message_type` and `metadata`, and in English.
+    `sent_version` is its place in the conversation, and `version` is that of its last change. A message that a
+    moderator hid (`is_moderated`) has no content, either. Readers who may see it all the same receive it beside the
+    message, as `withheld`. A system message describes an action of its sender, by `system_message_type`, `metadata` and
+    English text.
 
-    `formatted_content` is what the server has made of `content`, if that was Markdown: HTML that is safe to show.
-    `mentions`, `loud_mentions` (`everyone`, `here`, or a role) and `hashtags` are what the server found in it.
-    `thread_order` is a reply's place in its thread, from 1, and on the root that of the newest reply; a reply is only
-    in its thread unless it is `also_in_conversation`. `poll_counts` are the votes for each option.
+    `formatted_content` is safe HTML that the server rendered if `content` is Markdown. `mentions`, `loud_mentions`
+    (`everyone`, `here`, or a role) and `hashtags` are those that the server found in `content`. `poll_counts` has the
+    number of votes per option.
 
-    `is_unreadable` says that the server cannot read a part of the stored message. That part is left out; clients show
-    the rest, and a note.
+    `thread_order` is the place of a reply in its thread, from 1; on the root, it is that of the newest reply. A reply
+    appears only in its thread, unless it is `also_in_conversation`.
+
+    `is_unreadable` is true if the server cannot read a part of the stored message. The message lacks that part. Clients
+    should show the rest, with a note.
     """
 
     id: MessageId
@@ -152,7 +155,7 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class Words(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What is said, before it is a message."""
+    """The content of a message that is not sent yet."""
 
     content: str
     is_markdown: bool = False
@@ -164,10 +167,10 @@ class Words(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class Scheduled(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """A message that waits for its time, or what became of it; `problem` is why it could not be sent.
+    """A scheduled message. `problem` is why it failed.
 
-    `not_before` is the time of the next try, after slow mode or a busy server put the message off. Later ones of the
-    same conversation come after it and have none.
+    `not_before` is the time of the next attempt, if slow mode or a busy server delayed the message. Later messages of
+    the same conversation wait for it and have no `not_before`.
     """
 
     message_id: MessageId
@@ -181,7 +184,7 @@ class Scheduled(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class Draft(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What the user has begun to write in a conversation; empty, there is nothing."""
+    """A draft of the user in a conversation. An empty `content` means that there is none."""
 
     conversation_id: ConversationId
     content: str = ""
@@ -189,7 +192,7 @@ class Draft(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class StarredMessage(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """A message that the user has put aside, or does not have there any more."""
+    """A star of the user, or its removal."""
 
     conversation_id: ConversationId
     message_id: MessageId
@@ -207,7 +210,9 @@ class ThreadFollow(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
 
 
 class ThreadView(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """A thread as the caller sees it. `participants` are who replied, at most 100; `unread_count` stops at 100."""
+    """A thread as the caller sees it. `participants` has at most 100 users who replied; `unread_count` is at
+    most 100.
+    """
 
     root: Message
     follow: ThreadFollow
@@ -217,7 +222,7 @@ class ThreadView(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class PollVote(msgspec.Struct, frozen=True, kw_only=True):
-    """What somebody has voted for, by the places of the options, from 0."""
+    """A vote in a poll. `options` are indexes of options, from 0."""
 
     user_id: UserId
     options: list[int]
@@ -225,14 +230,14 @@ class PollVote(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Reader(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Somebody who has read a message; at `read_at` they had read at least so far."""
+    """A user who has read a message. At `read_at`, they had read up to it or further."""
 
     user_id: UserId
     read_at: datetime | None = None
 
 
 class FeedEntry(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Something that concerns the user: `user_id` did it. What is about a message has it with its words."""
+    """A notification. `user_id` is the user who caused it. `message` is there if it concerns a message."""
 
     kind: FeedKind
     at: datetime
@@ -243,14 +248,14 @@ class FeedEntry(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class SearchHit(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """A message that was found. `snippet` is cut at what matches: every second piece, from the second on, does."""
+    """A message that matches a search. `snippet` alternates between text that does not match and text that does."""
 
     message: Message
     snippet: list[str]
 
 
 class Recipient(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Whether a message has reached somebody, and if not, why (docs/clients.md)."""
+    """The state of a message for one recipient (docs/clients.md)."""
 
     user_id: UserId
     state: RecipientState
@@ -258,7 +263,7 @@ class Recipient(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class MessageEdit(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What a message said before an edit."""
+    """The content of a message before an edit."""
 
     id: EditId
     content: str
@@ -269,7 +274,7 @@ class MessageEdit(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
 
 
 class Permissions(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What a participant may do, by role or by grant."""
+    """Permissions of a participant, by role or by grant."""
 
     can_add_members: bool = False
     can_remove_members: bool = False
@@ -279,7 +284,7 @@ class Permissions(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
 
 
 class Participant(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Someone's part in a conversation; it stays, with its status, after they leave."""
+    """A user's participation in a conversation. It remains, with its status, after they leave."""
 
     conversation_id: ConversationId
     user_id: UserId
@@ -293,11 +298,14 @@ class Participant(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
 
 
 class ConversationSettings(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
-    """How a conversation works. `history` says what newcomers see of what was said before; `send_role` is the least
-    role that may send; in slow mode a member waits that long after each message; `system_messages` tell who came,
-    went and changed what; what is said from now on disappears after `expire_after_seconds`; senders may edit for
-    `edit_window_seconds` (0: never), and `edits_visible_to` says who, besides the sender, sees what a message said
-    before; `custom` is the clients' own.
+    """Settings of a conversation.
+
+    `history` is what new participants see of earlier messages. `send_role` is the lowest role that may send. In slow
+    mode, members wait `slow_mode_seconds` after each message. With `system_messages`, the server posts joins,
+    departures and changes of settings. New messages expire after `expire_after_seconds`.
+
+    Senders may edit a message for `edit_window_seconds` (0 means never). `edits_visible_to` is who may see earlier
+    contents, besides the sender. `custom` is free for clients.
     """
 
     history: Literal["from_start", "from_joining"] = "from_start"
@@ -311,7 +319,7 @@ class ConversationSettings(msgspec.Struct, frozen=True, kw_only=True, omit_defau
 
 
 class Conversation(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """A conversation's own settings; `version` is the clock when they last changed."""
+    """A conversation. `version` is that of the last change of these fields."""
 
     id: ConversationId
     type: ConversationType
@@ -330,7 +338,7 @@ class Conversation(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
 
 
 class Presence(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """How a user is seen by others: never `invisible`, which looks like `offline`."""
+    """The presence of a user, as others see it. It is never `invisible`, which looks like `offline`."""
 
     user_id: UserId
     status: PresenceStatus
@@ -339,7 +347,7 @@ class Presence(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class Receipt(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """How far someone has read, and how far a client of theirs has taken in what was sent."""
+    """The read position of a participant, and the last message that a client of theirs has received."""
 
     user_id: UserId
     message_id: MessageId | None = None
@@ -347,8 +355,8 @@ class Receipt(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class Preferences(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """How one participant wants to have a conversation, for themselves. The lowest `pin_order` is shown first; from
-    `unread_from_id` on they want it to count as unread, until they read again.
+    """One participant's preferences for a conversation. Conversations with the lowest `pin_order` are shown first.
+    Messages from `unread_from_id` on count as unread, until the next `read`.
     """
 
     pin_order: int | None = None
@@ -360,7 +368,7 @@ class Preferences(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
 
 
 class InviteCode(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What lets in whoever has it, until it expires or is used up."""
+    """A code that lets any user join, until it expires or is used up."""
 
     code: str
     expires_at: datetime | None = None
@@ -368,8 +376,8 @@ class InviteCode(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class Invitation(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """A conversation that the user is asked to join, as far as one may know it from outside. `role` is the one that
-    they join with, and `invited_by` the user who asked them.
+    """An invitation, with what an outsider may see of the conversation. `role` is the one that the user will join with.
+    `invited_by` is the user who sent the invitation.
     """
 
     conversation_id: ConversationId
@@ -383,7 +391,7 @@ class Invitation(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class PublicConversation(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """A conversation that anyone can find and join."""
+    """A conversation that any user can find and join."""
 
     conversation_id: ConversationId
     type: ConversationType
@@ -394,7 +402,7 @@ class PublicConversation(msgspec.Struct, frozen=True, kw_only=True, omit_default
 
 
 class Switches(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What one user lets another one do, beyond what their settings say to everyone."""
+    """Switches for one other user, in addition to the settings that apply to everyone."""
 
     can_see_online_status: bool = True
     can_send_messages: bool = True
@@ -403,7 +411,9 @@ class Switches(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class Relationship(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What is between the caller and `user_id`: `is_outgoing` if it is the caller's own. Friends have one each way."""
+    """A relationship between the caller and `user_id`. `is_outgoing` is true if it is the caller's. Friends have one in
+    each direction.
+    """
 
     id: RelationshipId
     user_id: UserId
@@ -418,8 +428,8 @@ class Relationship(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
 
 
 class RelationshipEntry(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """A relationship, the other one's face as far as it may be seen, and how much the two have written to each other
-    directly. Who asks for friendship shows their face by it.
+    """A relationship, the other user if the caller may see them, and how much the two wrote to each other directly. A
+    friend request shows its sender.
     """
 
     relationship: Relationship
@@ -429,7 +439,7 @@ class RelationshipEntry(msgspec.Struct, frozen=True, kw_only=True, omit_defaults
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What someone finds wrong with a message, with the message's words as they are now."""
+    """A report about a message, with the message's current content."""
 
     id: ReportId
     conversation_id: ConversationId
@@ -445,8 +455,8 @@ class Report(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class AuditEntry(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Who used what power on whom. `hash` covers the entry and `previous_hash`, that of the one before; without an
-    actor, it was done on the server's command line.
+    """An entry of an audit log: who did what to whom. `hash` covers the entry and `previous_hash`, the hash of the
+    entry before. An entry without `actor_id` comes from the server's command line.
     """
 
     number: int
@@ -461,10 +471,10 @@ class AuditEntry(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class ConversationView(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """A conversation as one of its participants sees it: the only value that depends on the reader.
+    """A conversation as one participant sees it; no other value depends on the reader.
 
-    `version` is the conversation's clock; every event up to it is already in here. `unread_count` stops at 100.
-    `peer_id` is the other one of a direct conversation; `invite` is there for who may add participants.
+    `version` is the conversation's: all events up to it are included. `unread_count` is at most 100. `peer_id` is the
+    other user of a direct conversation. `invite` is there for participants who may add others.
     """
 
     conversation: Conversation

@@ -123,9 +123,7 @@ async def test_frames_of_sockets_alone_are_described_as_such_and_no_others(world
     assert refused == set(CLIENT_FRAMES) - set(openapi.CALLED)
     taken = openapi.document()["paths"]["/v1/call"]["post"]["requestBody"]["content"]["application/json"]["schema"]
     assert {one["$ref"].rpartition("/")[2] for one in taken["oneOf"]} == {frame.__name__ for frame in openapi.CALLED}
-    sections = re.split(r"^### ", handbook.document().partition("## What the server answers")[0], flags=re.MULTILINE)[
-        1:
-    ]
+    sections = re.split(r"^### ", handbook.document().partition("## Replies")[0], flags=re.MULTILINE)[1:]
     assert {one.partition("\n")[0] for one in sections if "Socket only." in one} == {tag(frame) for frame in refused}
 
 

@@ -99,7 +99,7 @@ def test_every_sentence_of_a_refusal_says_what_to_do_or_names_the_bound() -> Non
         ('{"type": "update_profile", "quiet_from": "22:00"}', ErrorCode.INVALID, "Give a time of day such as 22:00:00"),
         ('{"type": "update_profile", "name": ""}', ErrorCode.INVALID, "Give at least 1 character."),
         ('{"type": "watch", "user_ids": []}', ErrorCode.INVALID, "Give at least 1 element."),
-        ('{"type": "ping", "type": "get_me"}', ErrorCode.BAD_FRAME, "Give `type` once; a second one is `get_me`."),
+        ('{"type": "ping", "type": "get_me"}', ErrorCode.BAD_FRAME, "Give `type` only once; the second is `get_me`."),
         ('{"type": "watch", "user_ids": 5}', ErrorCode.INVALID, "Give a list, not an integer."),
         ('{"type": "list_stars", "limit": 1000}', ErrorCode.INVALID, "Give a number of at most 100."),
     ],
