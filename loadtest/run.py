@@ -160,7 +160,7 @@ class Run:
     async def __aenter__(self) -> Self:
         for _ in range(self._count):
             process = await asyncio.create_subprocess_exec(
-                sys.executable, "-m", "loadtest.crowd",
+                sys.executable, "-P", "-m", "loadtest.crowd",
                 stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, limit=1 << 28,
             )  # fmt: skip
             self._processes.append(Process(process, self._ticks.append))

@@ -10,7 +10,7 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
 import msgspec
@@ -34,6 +34,9 @@ ADA = {"name": "Ada", "email": "ada@example.org", "password": "correct horse"}
 class Program:
     """One run of `openchat`."""
 
+    command: Sequence[str] = COMMAND
+    directory: Path | None = None
+
     def __init__(self, *arguments: str, **environment: str) -> None:
         self._arguments = arguments
         self.folder = Path(arguments[arguments.index("--data-dir") + 1]) if "--data-dir" in arguments else Path()
@@ -44,7 +47,7 @@ class Program:
 
     async def start(self) -> None:
         self.process = await asyncio.create_subprocess_exec(
-            *COMMAND, *self._arguments, env=self._environment,
+            *self.command, *self._arguments, env=self._environment, cwd=self.directory,
             stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
         )  # fmt: skip
         self._reader = asyncio.create_task(self._read())
