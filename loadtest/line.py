@@ -10,7 +10,7 @@ import re
 import struct
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple, Protocol, cast
+from typing import TYPE_CHECKING, NamedTuple, cast
 from uuid import UUID
 
 import msgspec
@@ -21,7 +21,7 @@ from protocol.codec import encode
 from protocol.ids import ConversationId, MessageId, uuid7
 
 if TYPE_CHECKING:
-    from loadtest.ledger import Ledger
+    from loadtest.crowd import Crowd
 
 TEXT, CLOSE, PING = 0x1, 0x8, 0x9
 SHORT, MEDIUM = 126, 127
@@ -107,24 +107,13 @@ class Asked(NamedTuple):
 NOTHING = Asked(0, None, b"")
 
 
-class Crowd(Protocol):
-    """What a line needs of the process that it is in."""
-
-    ledger: "Ledger"
-    host: tuple[str, int]
-    name: str
-
-    def reconnect(self, line: "Line", due: int) -> None:
-        """Have a line come back, when that is due (monotonic, in nanoseconds)."""
-
-
 class Line(asyncio.Protocol):
     """One connection to OpenChat. Subclasses speak to other servers."""
 
     is_ordered = True
     """Whether every conversation has a clock, and its events come in its order."""
 
-    def __init__(self, crowd: Crowd, seat: Seat) -> None:
+    def __init__(self, crowd: "Crowd", seat: Seat) -> None:
         self.seat = seat
         self.crowd = crowd
         self.positions: dict[str, int] = {}

@@ -2,12 +2,14 @@
 
 import random
 from collections.abc import Sequence
-from typing import ClassVar, Protocol
+from typing import TYPE_CHECKING, ClassVar
 
 import msgspec
 
-from loadtest.ledger import Ledger
-from loadtest.line import Line, Seat
+from loadtest.line import Seat
+
+if TYPE_CHECKING:
+    from loadtest.crowd import Crowd
 
 
 class Size(msgspec.Struct, kw_only=True):
@@ -45,17 +47,6 @@ class Layout(msgspec.Struct, kw_only=True):
         return members
 
 
-class Cast(Protocol):
-    """The lines of one process, as far as a scenario uses them."""
-
-    lines: list[Line]
-    ledger: Ledger
-    members: dict[str, list[str]]
-
-    def reconnect(self, line: Line, due: int) -> None:
-        """Have a line come back that was dropped."""
-
-
 class Scenario:
     """The base of all scenarios: nothing happens in it."""
 
@@ -71,8 +62,8 @@ class Scenario:
     is_broadcast: ClassVar[bool] = False
     """Whether everyone is in one conversation only, and hears nothing but its messages."""
 
-    def __init__(self, cast: Cast, size: Size, seed: int) -> None:
-        self.cast = cast
+    def __init__(self, crowd: "Crowd", size: Size, seed: int) -> None:
+        self.crowd = crowd
         self.size = size
         self.random = random.Random(seed)
 

@@ -23,7 +23,7 @@ from server.queries.users import OwnNews
 
 
 class Events(Protocol):
-    """How a handler tells the world, after its commit. The hub is behind it."""
+    """How a handler publishes events, after its commit: by the `Hub`, which handlers may not import."""
 
     def publish(self, event: DurableEvent, *, gone: UserId | None = None) -> None:
         """Deliver a durable event in the order of versions; then stop delivering to the user who is `gone`."""
@@ -50,7 +50,7 @@ class Events(Protocol):
 
 
 class Subscriber(Protocol):
-    """The connection that a frame came by, as far as handlers may use it."""
+    """The `Connection` that a frame came by, as far as handlers may use it: they may not import it."""
 
     user_version: int
     """The user's own clock, as far as the connection was told of it."""
@@ -94,7 +94,7 @@ class Subscriber(Protocol):
 
 
 class UserNews(Protocol):
-    """What connections of one user are told: read once for all of those at a worker."""
+    """What connections of one user are told: read once for all of those at a worker, by `PostgresUserNews` of `app`."""
 
     @property
     def is_whole(self) -> bool:
@@ -108,7 +108,7 @@ class UserNews(Protocol):
 
 
 class Presences(Protocol):
-    """Who is here, and how they are seen."""
+    """Who is here, and how they are seen: `Presence` of `domain`, which imports this file."""
 
     async def choose(self, user_id: UserId, device: Subscriber | None, frame: SetPresence) -> bool:
         """Record how a user, or one device of theirs, wants to be seen; return whether they chose anew."""

@@ -4,6 +4,7 @@ import ast
 import functools
 import re
 import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -185,6 +186,82 @@ def test_the_crowd_speaks_only_the_protocol_and_writes_files_as_the_server_does(
     assert [what for _, what in imported(path) if not what.startswith("protocol") and what not in files] == []
 
 
+class Class(NamedTuple):
+    """A class of ours: its members, with what each method takes by keyword alone, and its docstring."""
+
+    path: Path
+    bases: frozenset[str]
+    own: dict[str, frozenset[str] | None]
+    docstring: str
+
+    @classmethod
+    def read(cls, path: Path, node: ast.ClassDef) -> "Class":
+        """Return what a definition says."""
+        own: dict[str, frozenset[str] | None] = {}
+        for one in ast.walk(node):
+            if isinstance(one, ast.Attribute) and isinstance(one.ctx, ast.Store) and ast.unparse(one.value) == "self":
+                own[one.attr] = None
+        for one in node.body:
+            if isinstance(one, ast.FunctionDef | ast.AsyncFunctionDef):
+                is_property = any("property" in ast.unparse(each) for each in one.decorator_list)
+                names = frozenset(each.arg for each in one.args.kwonlyargs)
+                own[one.name] = None if is_property else names
+            elif isinstance(one, ast.AnnAssign | ast.Assign):
+                targets = [one.target] if isinstance(one, ast.AnnAssign) else one.targets
+                own |= {target.id: None for target in targets if isinstance(target, ast.Name)}
+        bases = frozenset(ast.unparse(base).split("[")[0] for base in node.bases)
+        return cls(path, bases, own, ast.get_docstring(node) or "")
+
+    def room(self) -> str:
+        """Return the room of `server` that the class stands in, or the folder beside it."""
+        parts = self.path.relative_to(ROOT).with_suffix("").parts
+        return parts[1] if parts[0] == "server" else parts[0]
+
+
+@functools.cache
+def classes() -> dict[str, Class]:
+    folders = (ROOT / name for name in ("server", "protocol", "loadtest", "prove", "benchmarks", "tests"))
+    return {
+        f"{path.relative_to(ROOT)}:{node.name}": Class.read(path, node)
+        for folder in folders
+        for path in sorted(folder.rglob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ClassDef)
+    }
+
+
+def members(one: Class) -> dict[str, frozenset[str] | None]:
+    """Return what instances of a class have, by itself and by its bases."""
+    named = [members(base) for key, base in classes().items() if key.rpartition(":")[2] in one.bases]
+    return functools.reduce(lambda all_of, more: more | all_of, named, one.own)
+
+
+def implements(one: Class, protocol: Class) -> bool:
+    """Return whether a class has all members of a Protocol; of one that is called, whether making it takes the same."""
+    needed = {name.replace("__call__", "__init__"): takes for name, takes in members(protocol).items()}
+    has = members(one)
+    return needed.keys() <= has.keys() and all(
+        (takes is None) == (has[name] is None) and (takes or frozenset()) <= (has[name] or frozenset())
+        for name, takes in needed.items()
+    )
+
+
+PROTOCOLS = sorted(key for key, one in classes().items() if "Protocol" in one.bases)
+
+
+@pytest.mark.parametrize("key", PROTOCOLS)
+def test_a_protocol_has_two_implementations_or_one_that_it_may_not_see(key: str) -> None:
+    """The sole implementation stands in a room that the Protocol's may not import, and its docstring names it."""
+    protocol = classes()[key]
+    found = [name for name, one in classes().items() if name not in PROTOCOLS and implements(one, protocol)]
+    if len(found) < 2:
+        (only,) = found
+        room, other = protocol.room(), classes()[only].room()
+        assert room in ROOMS, f"{key} has one implementation: name {only}"
+        assert other not in ROOMS[room] | {room}, f"{key} has one implementation, and may import it: name {only}"
+        assert f"`{only.rpartition(':')[2]}`" in protocol.docstring, f"the docstring of {key} does not name {only}"
+
+
 def held(tree: ast.AST) -> Iterator[ast.AST]:
     """Return what runs while a connection is held: blocks that have borrowed `db`, and functions that are given it."""
     for node in ast.walk(tree):
@@ -238,6 +315,13 @@ def test_every_type_in_the_handbook_is_described() -> None:
     rows = re.findall(r"^\| `\w+` \| (.*?) \| ", page.split("## Error codes")[0], re.MULTILINE)
     named = {name for row in rows for name in re.findall(r"[A-Za-z]\w+", re.sub(r"`[^`]*`", "", row))}
     assert named - PRIMITIVES - described - {"version", "characters", "elements"} == set()
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a checkout")
+def test_nothing_that_is_ignored_was_committed() -> None:
+    command = ["git", "ls-files", "--cached", "--ignored", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert listed.stdout.split() == []
 
 
 def test_prose_in_documents_wraps() -> None:

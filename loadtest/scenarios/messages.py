@@ -28,7 +28,7 @@ class Messages(Scenario):
         self._polls: dict[str, str] = {}
 
     def act(self, due: int) -> None:
-        line = self.random.choice(self.cast.lines)
+        line = self.random.choice(self.crowd.lines)
         if line.is_open and line.seat.conversations:
             line.ask(self._frame(line, self.random.choice(line.seat.conversations)), due)
 
@@ -59,7 +59,7 @@ class Messages(Scenario):
         return client.Send(
             conversation_id=ConversationId(UUID(about)),
             message_id=MessageId(uuid7()),
-            content=f"What people say to <@{self.random.choice(self.cast.members[about])}> of #engines",
+            content=f"What people say to <@{self.random.choice(self.crowd.members[about])}> of #engines",
             parent_message_id=None if reply_to is None else MessageId(UUID(reply_to)),
         )
 

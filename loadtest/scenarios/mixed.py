@@ -35,7 +35,7 @@ class Mixed(Scenario):
         return Layout(people=size.people, groups=[*groups, people])
 
     def act(self, due: int) -> None:
-        line = self.random.choice(self.cast.lines)
+        line = self.random.choice(self.crowd.lines)
         if line.is_open and line.seat.conversations:
             act = self.random.choices(ACTS, SHARES)[0]
             act(self, line, self.random.choice(line.seat.conversations), due)
@@ -71,7 +71,7 @@ class Mixed(Scenario):
     def go(self, line: Line, _: str, due: int) -> None:
         """Walk through a tunnel."""
         line.drop()
-        self.cast.reconnect(line, due + int(BREAK_SECONDS * 1e9))
+        self.crowd.reconnect(line, due + int(BREAK_SECONDS * 1e9))
 
 
 Act = Callable[[Mixed, Line, str, int], None]

@@ -21,13 +21,13 @@ class People(Scenario):
     rate = 200.0
 
     def act(self, due: int) -> None:
-        line = self.random.choice(self.cast.lines)
+        line = self.random.choice(self.crowd.lines)
         if line.is_open and line.seat.conversations:
             line.ask(self._frame(line), due)
 
     def _frame(self, line: Line) -> Frame:
         about = self.random.choice(line.seat.conversations)
-        others = [one for one in self.cast.members[about] if one != line.seat.user_id]
+        others = [one for one in self.crowd.members[about] if one != line.seat.user_id]
         other = UserId(UUID(self.random.choice(others)))
         place = self.random.randint(0, 9)
         makes = (

@@ -20,12 +20,12 @@ class Presence(Scenario):
     rate = 100.0
 
     def begin(self) -> None:
-        for line in self.cast.lines:
-            others = {UserId(UUID(one)) for about in line.seat.conversations for one in self.cast.members[about]}
+        for line in self.crowd.lines:
+            others = {UserId(UUID(one)) for about in line.seat.conversations for one in self.crowd.members[about]}
             line.ask(Watch(user_ids=list(others)), 0)
 
     def act(self, due: int) -> None:
-        line = self.random.choice(self.cast.lines)
+        line = self.random.choice(self.crowd.lines)
         if line.is_open:
             self._act(line, due)
 
@@ -38,4 +38,4 @@ class Presence(Scenario):
             line.ask(SetPresence(status=self.random.choice(("online", "away", "busy"))), due)
         else:
             line.drop()
-            self.cast.reconnect(line, due + int(BREAK_SECONDS * 1e9))
+            self.crowd.reconnect(line, due + int(BREAK_SECONDS * 1e9))

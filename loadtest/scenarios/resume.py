@@ -25,8 +25,8 @@ class Resume(Scenario):
         return Layout(people=size.people, groups=split(range(size.people), size.group), talkers=size.group // 4)
 
     def begin(self) -> None:
-        self._talkers = [line for line in self.cast.lines if line.seat.talks]
-        self._awake = deque(line for line in self.cast.lines if not line.seat.talks)
+        self._talkers = [line for line in self.crowd.lines if line.seat.talks]
+        self._awake = deque(line for line in self.crowd.lines if not line.seat.talks)
         self._asleep: deque[tuple[Line, str, int]] = deque()
         self._count = 0
         self._heard = {about: line for line in self._talkers for about in line.seat.conversations}
@@ -38,7 +38,7 @@ class Resume(Scenario):
             line, about, version = self._asleep[0]
             if self._heard[about].position(about) >= version + MISSED:
                 self._asleep.popleft()
-                self.cast.reconnect(line, due)
+                self.crowd.reconnect(line, due)
                 self._awake.append(line)
         self._count += 1
         if self._awake and self._count % DROP_EVERY == 0:

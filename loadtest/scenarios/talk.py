@@ -1,9 +1,13 @@
 """Conversations in which people talk: one large, many small, pairs."""
 
 from itertools import cycle
+from typing import TYPE_CHECKING
 
 from loadtest.line import Line
-from loadtest.scenario import Cast, Layout, Scenario, Size, split
+from loadtest.scenario import Layout, Scenario, Size, split
+
+if TYPE_CHECKING:
+    from loadtest.crowd import Crowd
 
 MESSAGES_PER_TALKER = 25
 """No one says more than this a second: servers limit that."""
@@ -14,9 +18,9 @@ class Talk(Scenario):
 
     is_broadcast = True
 
-    def __init__(self, cast: Cast, size: Size, seed: int) -> None:
-        super().__init__(cast, size, seed)
-        turns = [(line, about) for line in cast.lines if line.seat.talks for about in line.seat.conversations]
+    def __init__(self, crowd: "Crowd", size: Size, seed: int) -> None:
+        super().__init__(crowd, size, seed)
+        turns = [(line, about) for line in crowd.lines if line.seat.talks for about in line.seat.conversations]
         self.random.shuffle(turns)
         self._turns: cycle[tuple[Line, str]] = cycle(turns)
 

@@ -21,7 +21,7 @@ SLIDE_EVERY = timedelta(days=1)
 
 
 class OpenSocket(Protocol):
-    """A socket of a session."""
+    """A socket of a session: a `Connection`, which `auth` may not import."""
 
     session_id: SessionId
     expires_at: datetime

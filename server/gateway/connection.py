@@ -156,7 +156,7 @@ class Connection:
         if self._worker is None or code is CloseCode.START_OVER:
             self._go(last, code)
 
-    # ------------------------------------------------------------------------------ from the socket (Receiver)
+    # ------------------------------------------------------------------------------ from the socket
 
     def received(self, data: bytes, *, is_text: bool) -> None:
         """Put a frame in line; stop reading when the line is long."""

@@ -1,6 +1,6 @@
 """The WebSocket, as bytes: uvicorn's protocol class, with a way past ASGI for everything after the handshake.
 
-ASGI carries a connection through authentication. Then a receiver takes the socket over: frames go straight to
+ASGI carries a connection through authentication. Then a `Connection` takes the socket over: frames go straight to
 it, and what it writes goes straight to the transport. Per connection that saves a task, two queues and a few
 kilobytes; per delivery it saves most of the cost (docs/performance.md).
 """
@@ -8,7 +8,7 @@ kilobytes; per delivery it saves most of the cost (docs/performance.md).
 import asyncio
 import socket as socket_module
 from socket import IPPROTO_TCP
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from starlette.websockets import WebSocketDisconnect
 from uvicorn.protocols.utils import ClientDisconnected
@@ -20,6 +20,9 @@ from protocol.errors import CloseCode, ErrorCode, Refused
 from protocol.ids import UserId
 from server.gateway.sockets import FREE_BYTES, LINGER_BYTES, Sockets
 from server.limits.token_bucket import TokenBucket
+
+if TYPE_CHECKING:
+    from server.gateway.connection import Connection
 
 EXTENSION = "openchat.socket"
 """The key of the connection in the scope's extensions."""
@@ -60,33 +63,10 @@ _NOBODYS_QUEUE = _NobodysQueue()
 _NOBODYS_EVENT = asyncio.Event()
 
 
-class Receiver(Protocol):
-    """Who takes a socket over."""
-
-    @property
-    def user_id(self) -> UserId:
-        """The user, whose bytes of incomplete messages are counted."""
-
-    def received(self, data: bytes, *, is_text: bool) -> None:
-        """A message came."""
-
-    def overflowed(self) -> None:
-        """More bytes wait to be read by the peer than are allowed."""
-
-    def flooded(self) -> None:
-        """The peer sends more control frames or fragments than are allowed."""
-
-    def unfinished(self, refused: Refused, code: CloseCode) -> None:
-        """The rest of a message is not waited for any more."""
-
-    def lost(self) -> None:
-        """The connection is gone."""
-
-
 class WebSocket(WebSocketsSansIOProtocol):
     """One connection of a client."""
 
-    receiver: Receiver | None = None
+    receiver: "Connection | None" = None
     # The first bytes of an incomplete frame, and the min number of bytes that complete it.
     _partial: bytearray | None = None
     _wanted = 0
@@ -345,7 +325,7 @@ class WebSocket(WebSocketsSansIOProtocol):
             if not self.close_sent:
                 self._sockets.works(self)
 
-    def take_over(self, receiver: Receiver) -> None:
+    def take_over(self, receiver: "Connection") -> None:
         """Hand everything that comes from here on to `receiver`, and what came already."""
         self.disarm()
         self.receiver = receiver

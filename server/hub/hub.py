@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 
 
 class Record(ConversationRecord, UserRecord, WatchRecord, Protocol):
-    """What the hub asks of the database."""
+    """What the hub asks of the database: of `PostgresHubStore`, since `hub` may import no queries."""
 
 
 class Hub:

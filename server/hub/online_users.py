@@ -35,7 +35,7 @@ class Sight(IntEnum):
 
 
 class Socket(Protocol):
-    """What the hub needs of a connection."""
+    """What the hub needs of a `Connection`, which it may not import."""
 
     user_id: UserId
     session_id: SessionId
@@ -55,7 +55,7 @@ class Socket(Protocol):
 
 
 class UserRecord(Protocol):
-    """What is asked of the database about users."""
+    """What is asked of the database about users, by way of `PostgresHubStore`."""
 
     async def user_versions(self, user_ids: Sequence[UserId]) -> Mapping[UserId, tuple[int, int, int]]:
         """Return users' own clocks; the hidden ones, which move when others let them see less or more; and how often

@@ -47,7 +47,7 @@ class Fetched(NamedTuple):
 
 
 class ConversationRecord(Protocol):
-    """What is asked of the database about conversations."""
+    """What is asked of the database about conversations, by way of `PostgresHubStore`."""
 
     async def since(self, conversation_id: ConversationId, version: int) -> Fetched | None:
         """Return what came after a version, or the first part of it."""

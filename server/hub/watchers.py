@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 
 class WatchablePair(Protocol):
-    """What the database knows of a pair whose watcher may see at least the face."""
+    """What the database knows of a pair whose watcher may see at least the face: a `Watchable` of `queries`."""
 
     @property
     def is_seen(self) -> bool:
@@ -34,7 +34,7 @@ class WatchablePair(Protocol):
 
 
 class WatchRecord(Protocol):
-    """What is asked of the database about watchers."""
+    """What is asked of the database about watchers, by way of `PostgresHubStore`."""
 
     async def watchable(self, pairs: Sequence[Pair], *, asker: UserId | None = None) -> Mapping[Pair, WatchablePair]:
         """Return those of the pairs whose watcher may see the face; `asker` is the user who asks, if one does."""
