@@ -146,8 +146,8 @@ async def test_attempts_are_limited(
     assert 0 < int(refused.headers["retry-after"]) <= 300
     for _ in range(2):
         assert (await http.post("/v1/auth/login", json=wrong)).status_code == 429
-    (line,) = [one.getMessage() for one in caplog.records if "attempts to log in" in one.getMessage()]
-    assert re.fullmatch(r"attempts to log in: one account had \d+, further ones are refused for \d+ s", line), "nobody"
+    (line,) = [one.getMessage() for one in caplog.records if "login attempts of" in one.getMessage()]
+    assert re.fullmatch(r"login attempts of one account reached \d+; refusing further ones for \d+ s", line), "nobody"
 
 
 async def test_attempts_of_an_address_are_limited(settings: Settings, caplog: pytest.LogCaptureFixture) -> None:
@@ -160,8 +160,8 @@ async def test_attempts_of_an_address_are_limited(settings: Settings, caplog: py
             for number in range(4)
         ]
         assert statuses == [422, 422, 429, 429]
-    assert [one.getMessage().partition(", ")[0] for one in caplog.records if "attempts" in one.getMessage()] == [
-        "attempts to log in: one address had 2"
+    assert [one.getMessage().partition(";")[0] for one in caplog.records if "attempts" in one.getMessage()] == [
+        "login attempts of one address reached 2"
     ]
 
 
@@ -317,7 +317,7 @@ async def test_cookie_needs_an_allowed_origin(http: httpx.AsyncClient, world: Wo
         assert names == {named}, (origin, said)
     page = await http.post("/v1/auth/login", json=ADA, headers={"Origin": secure.upper()})
     assert refusal(page) == (403, "forbidden", "origin")
-    assert "its own pages begin with `http://`" in page.json()["message"]
+    assert "its own pages at `http://`" in page.json()["message"]
     assert "X-Forwarded-Proto" in page.json()["message"]
     forged = await http.post("/v1/auth/logout", headers=cookie | {"Origin": "https://evil.example"})
     assert refusal(forged) == (403, "forbidden", "origin")

@@ -86,7 +86,7 @@ async def test_a_worker_that_was_held_up_does_not_take_the_server_for_dead_and_a
     transport = other.bus._transport  # noqa: SLF001 - it has the socket
     assert transport is not None
     transport.pause_reading()  # type: ignore[attr-defined]
-    await until(lambda: "the bus failed, and is tried again: no answer to 2 pings" in caplog.text)
+    await until(lambda: "the bus failed and will be retried: no answer to 2 pings" in caplog.text)
     await until(lambda: other.bus.is_up)
 
 

@@ -117,7 +117,7 @@ async def test_frames_of_sockets_alone_are_described_as_such_and_no_others(world
             answer = await http.post("/v1/call", content=body, headers={"Authorization": f"Bearer {who.token}"})
             error = answer.json() if answer.is_error else {}
             assert error.get("code") not in {"bad_frame", "internal"}, error
-            if error.get("message", "").startswith("Send this frame on a WebSocket connection"):
+            if error.get("message", "").startswith("This frame needs a WebSocket connection"):
                 refused.add(frame)
     assert {tag(frame) for frame in refused} == {"authenticate", "resume", "watch", "unwatch"}
     assert refused == set(CLIENT_FRAMES) - set(openapi.CALLED)

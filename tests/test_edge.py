@@ -185,9 +185,9 @@ async def test_an_export_is_whole_or_not_there(
     there.write_text("there")
     (folder / "link").symlink_to(tmp_path / "elsewhere")
     for path, why in (
-        (there, "is there already"),
-        (folder, "is there already"),
-        (folder / "link", "is there already"),
+        (there, "already exists"),
+        (folder, "already exists"),
+        (folder / "link", "already exists"),
         (folder / "missing" / "file", "No such file or directory"),
         (there / "file", "Not a directory"),
         (folder / ("x" * 300), "name too long"),
@@ -203,7 +203,7 @@ async def test_an_export_is_whole_or_not_there(
         said = await shell.run(*export, str(folder / "large"), status=1)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert said == f"openchat: {folder / 'large'} cannot be written: File too large. Nothing of it is left.\n"
+    assert said == f"openchat: {folder / 'large'} cannot be written: File too large. No partial file remains.\n"
     name = "server.cli.admin.written" if user else "server.ops.transfer.dump.transfers.rows"
     with monkeypatch.context() as patch:
         patch.setattr(name, lambda *_: interrupted())
@@ -231,11 +231,11 @@ def test_a_file_is_written_where_there_are_no_hard_links(
     with atomic_file.aside(tmp_path / "good") as write:
         write(b"all of it")
     assert (tmp_path / "good").read_bytes() == b"all of it"
-    with pytest.raises(Fatal, match="is there already"), atomic_file.aside(tmp_path / "late") as write:
+    with pytest.raises(Fatal, match="already exists"), atomic_file.aside(tmp_path / "late") as write:
         (tmp_path / "late").write_text("somebody's")
     assert (tmp_path / "late").read_text() == "somebody's"
     monkeypatch.setattr(Path, "replace", refuses(errno.EIO))
-    said = r"cannot be written: Input/output error\. Nothing of it is left\."
+    said = r"cannot be written: Input/output error\. No partial file remains\."
     with pytest.raises(Fatal, match=said), atomic_file.aside(tmp_path / "bad") as write:
         write(b"some of it")
     assert sorted(one.name for one in tmp_path.iterdir()) == ["good", "late"]
@@ -288,7 +288,8 @@ async def test_a_killed_export_is_named_by_the_next_one(shell: Shell, tmp_path: 
     (left,) = names(tmp_path)
     _, told = await shell.both("export", str(path))
     assert re.fullmatch(
-        rf"openchat: {re.escape(str(tmp_path / left))} is left of a command that was killed, .* Delete it .*\n", told
+        rf"openchat: {re.escape(str(tmp_path / left))} is from a command that .* delete it\.\n",
+        told,
     )
     assert names(tmp_path) == [left, path.name], "nobody's file is deleted unasked"
 

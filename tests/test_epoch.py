@@ -354,7 +354,7 @@ async def test_a_worker_starts_beside_a_newer_program_and_not_before_its_own_ste
         await db.execute("INSERT INTO schema_migration (number, name) VALUES (9999, 'of a newer program')")
         await cluster.start(cluster.workers[0])
         await db.execute("DELETE FROM schema_migration WHERE number >= $1", len(migrate.known()))
-        with pytest.raises(Fatal, match="run `openchat migrate`"):
+        with pytest.raises(Fatal, match="Run `openchat migrate`"):
             await cluster.start(cluster.workers[1])
     finally:
         cluster.stop()

@@ -201,7 +201,7 @@ def assert_an_outage_is_told_in_lines(records: list[logging.LogRecord], *, worke
     lines = [record.getMessage() for record in records if record.name.startswith("server")]
     assert [record.getMessage() for record in records if record.exc_info] == []
     assert lines.count("PostgreSQL can be reached again") == workers, lines
-    told = [line.split(" failed, and is tried again: ") for line in lines if "PostgreSQL can" not in line]
+    told = [line.split(" failed and will be retried: ") for line in lines if "PostgreSQL can" not in line]
     assert {len(parts) for parts in told} == {2}, lines
     jobs = Counter(what for what, _ in told)
     assert jobs["connecting to PostgreSQL"] == workers, lines

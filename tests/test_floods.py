@@ -84,7 +84,8 @@ async def test_a_flood_is_abuse_and_the_log_names_who(
     wire.writer.write(beginning + FLOODS[name] * 3_000)
     assert await wire.closed() == CloseCode.ABUSE
     (said,) = [record.message for record in caplog.records if "4003" in record.message]
-    assert said.startswith(f"a connection of {f'user {ada.id}' if is_known else 'address 127.0.0.1'} is closed with")
+    who = f"a connection of user {ada.id}" if is_known else "a connection from address 127.0.0.1"
+    assert said.startswith(f"closing {who} with 4003")
     wire.writer.transport.abort()
     await until(lambda: len(alone.workers[0].app.sockets) == 0)
 

@@ -108,7 +108,7 @@ async def test_requests_of_one_address(settings: Settings, caplog: pytest.LogCap
         assert {"/v1/call", "/v1/asyncapi.json", "/v1/auth/login"} < routes
         assert {await status(http, path) for path in routes - PROBES} == {HTTPStatus.TOO_MANY_REQUESTS}
         assert {await status(http, path) for path in PROBES} == {HTTPStatus.OK}
-    assert logged(caplog) == [f"too many requests of address 127.0.0.1: further ones are refused{OF_A_PROXY}"]
+    assert logged(caplog) == [f"too many requests from address 127.0.0.1; refusing further ones{OF_A_PROXY}"]
 
 
 async def test_answers_beyond_the_rate_of_an_address_come_late_and_their_connections_make_room(
@@ -275,7 +275,7 @@ async def test_connections_of_one_address(settings: Settings, caplog: pytest.Log
         for _ in range(3):
             with pytest.raises(InvalidStatus, match="429"):
                 await Client(world.url, who.token).open()
-        assert logged(caplog) == [f"too many connections of address 127.0.0.1: further ones are refused{OF_A_PROXY}"]
+        assert logged(caplog) == [f"too many connections from address 127.0.0.1; refusing further ones{OF_A_PROXY}"]
         await first.close()
         async with asyncio.timeout(5):
             while True:
@@ -308,7 +308,7 @@ def test_address_is_logged_once_for_each_thing_that_it_has_too_many_of(caplog: p
     assert refusals(lambda: sockets.arrive(address)) > 1
     sockets.flooded(address)
     assert [text.partition(address)[0] for text in logged(caplog)] == [
-        "too many requests of address ", "too many connections of address ", "a connection of address ",
+        "too many requests from address ", "too many connections from address ", "closing a connection from address ",
     ]  # fmt: skip
 
 

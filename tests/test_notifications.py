@@ -335,7 +335,7 @@ async def test_keys_that_nothing_can_be_encrypted_with_are_refused(
     async with asyncio.timeout(10):
         while await world.db.fetchval("SELECT count(*) FROM push_endpoint"):
             await asyncio.sleep(0.01)
-    lines = [one for one in caplog.messages if "cannot be used" in one]
+    lines = [one for one in caplog.messages if "unusable endpoint" in one]
     assert [(str(room.them[1].id) in one, "127.0.0.1" in one, browser.url in one) for one in lines] == [
         (True, True, False)
     ]

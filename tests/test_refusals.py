@@ -130,7 +130,7 @@ async def test_abuse_closes_and_the_log_names_the_user_once(
         for _ in range(300):
             await again.socket.send("abuse")
         assert await again.closed() == CloseCode.ABUSE
-    named = f"a connection of user {room.them[0].id} is closed with 4003 for abuse: too many frames that are refused"
+    named = f"closing a connection of user {room.them[0].id} with 4003 (abuse): too many frames that are refused"
     assert [record.message for record in caplog.records if "4003" in record.message] == [named]
 
 
@@ -323,5 +323,5 @@ async def test_another_path_is_not_a_socket(world: World) -> None:
 
 
 async def test_refused_is_what_the_client_raises(ada: Client) -> None:
-    with pytest.raises(Refused, match="no such thing"):
+    with pytest.raises(Refused, match="Not found, or you may not see it"):
         await ada.call(client.GetMessage(conversation_id=ConversationId(uuid7()), message_id=MessageId(uuid7())))

@@ -77,14 +77,14 @@ async def test_a_newer_schema_is_refused(empty: str) -> None:
 
 async def test_an_older_postgres_is_refused(empty: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(database, "OLDEST_MAJOR", 99)
-    with pytest.raises(Fatal, match="too old: 99 or later"):
+    with pytest.raises(Fatal, match=r"too old\. Use 99 or later"):
         await database.connect(empty)
 
 
 async def test_somebody_elses_database_is_refused(empty: str) -> None:
     connection = await asyncpg.connect(empty)
     await connection.execute("CREATE TABLE theirs ()")
-    with pytest.raises(Fatal, match="not OpenChat's"):
+    with pytest.raises(Fatal, match="tables of another application"):
         await migrate.migrate(empty)
     await connection.close()
 

@@ -204,8 +204,8 @@ def test_a_host_that_is_no_name_is_refused() -> None:
     ("changes", "said"),
     [
         ({"search_language": "klingon"}, "not 'klingon'.*english"),
-        ({"redis_url": "redis://ada:secret@host:port/0"}, "REDIS_URL is not understood"),
-        ({"database_url": "postgresql://ada:se@cret@host:port/x"}, "DATABASE_URL is not understood"),
+        ({"redis_url": "redis://ada:secret@host:port/0"}, "REDIS_URL is invalid"),
+        ({"database_url": "postgresql://ada:se@cret@host:port/x"}, "DATABASE_URL is invalid"),
     ],
 )
 async def test_what_only_the_servers_can_tell_is_one_sentence_too(

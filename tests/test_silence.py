@@ -230,7 +230,7 @@ async def test_silent_sockets_are_counted_by_address(settings: Settings, caplog:
         await until(lambda: len(app.sockets) == len(silent))
         reader, writer = await dial(world, "127.0.0.2")
         assert (await heard(reader)).startswith(b"HTTP/1.1 429")
-        assert caplog.text.count("too many connections of address 127.0.0.2") == 1
+        assert caplog.text.count("too many connections from address 127.0.0.2") == 1
         writer.close()
         await (await world.connect(await world.user("Ada"))).call(client.Ping())
         for _, one in silent:

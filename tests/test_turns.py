@@ -603,7 +603,7 @@ async def test_few_connect_while_the_database_is_away_and_the_others_are_told_so
     pool.give(first, is_usable=True)
     pool.close()
     assert [record.getMessage() for record in caplog.records] == [
-        "connecting to PostgreSQL failed, and is tried again: the database system is starting up",
+        "connecting to PostgreSQL failed and will be retried: the database system is starting up",
         "PostgreSQL can be reached again",
     ]
 

@@ -100,7 +100,7 @@ async def test_every_unreadable_message_is_shown_as_far_as_it_can_be_read(
             client.Forward(**room.at(last), to_conversation_id=room.group, new_message_id=MessageId(uuid7()))
         )
     logged = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
-    lines = [line for line in logged if line.startswith("unreadable: ")]
+    lines = [line for line in logged if line.startswith("unreadable ")]
     assert len(lines) == len(set(lines)), "each is logged once"
     assert all(any(str(one) in line for line in lines) for one in unreadable)
     assert not [line for line in logged if "for @charles" in line or '"a":' in line]

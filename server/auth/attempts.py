@@ -71,7 +71,7 @@ class Attempts:
         most = self._limits[kind]
         if count > most:
             if count == most + 1:  # the first one, at all workers
-                text = "attempts to log in: one %s had %d, further ones are refused for %.0f s%s"
+                text = "login attempts of one %s reached %d; refusing further ones for %.0f s%s"
                 log.warning(text, kind, most, seconds, OF_A_PROXY if kind == "address" else "")
             raise Refused(
                 ErrorCode.RATE_LIMITED,

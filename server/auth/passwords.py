@@ -54,7 +54,7 @@ async def _in_thread(work: Callable[Given, Result], *given: Given.args, **_: Giv
     if len(_unfinished) >= MAX_WAITING:
         raise Refused(
             ErrorCode.UNAVAILABLE,
-            "Too many people are logging in. Retry after `retry_after_ms`.",
+            "Too many logins are in progress. Retry after `retry_after_ms`.",
             retry_after_ms=RETRY_AFTER_MS,
         )
     future = asyncio.get_running_loop().run_in_executor(_threads, work, *given)

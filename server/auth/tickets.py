@@ -61,7 +61,7 @@ class Tickets:
                     pipe.set(self._key(ticket), msgspec.json.encode(one), ex=LASTS_SECONDS)
                 await pipe.execute()
         except REDIS_LOST as error:
-            log.warning("no return tickets: %s", error)
+            log.warning("cannot issue return tickets: %s", error)
             return [None] * len(wanted)
         return list(tickets)
 

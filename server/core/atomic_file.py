@@ -25,7 +25,7 @@ def aside(path: Path, *, replaces: bool = False) -> Iterator[Callable[[bytes], N
         if not replaces and os.path.lexists(path):
             raise FileExistsError
         for left in _left(path):
-            complain(f"{left} is left of a command that was killed, or that still runs. Delete it if none runs.")
+            complain(f"{left} is from a command that still runs or was killed. If none runs, delete it.")
         file = os.fdopen(os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "wb")
 
     def write(piece: bytes) -> None:
@@ -60,10 +60,10 @@ def _about(path: Path) -> Iterator[None]:
     try:
         yield
     except FileExistsError:
-        raise Fatal(f"{path} is there already; name another file.") from None
+        raise Fatal(f"{path} already exists. Choose another file.") from None
     except (OSError, ValueError) as error:  # ValueError: a name that no file can have
         reason = (isinstance(error, OSError) and error.strerror) or str(error) or type(error).__name__
-        raise Fatal(f"{path} cannot be written: {reason}. Nothing of it is left.") from None
+        raise Fatal(f"{path} cannot be written: {reason}. No partial file remains.") from None
 
 
 def _place(unfinished: Path, path: Path) -> None:

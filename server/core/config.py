@@ -29,8 +29,8 @@ SERVICE_PARTS = r"_(?:SERVICE_HOST|SERVICE_PORT(?:_\w+)?|PORT(?:_\d+_(?:TCP|UDP|
 """Ends of the names of all variables that Kubernetes sets for a Service."""
 
 BOTH = (
-    "--data-dir and DATABASE_URL each name a database. Leave out --data-dir to use the one of DATABASE_URL, or unset "
-    "DATABASE_URL to use the one in the folder. OPENCHAT_DATA_DIR names the folder of an embedded Valkey."
+    "--data-dir and DATABASE_URL each name a database. Leave out --data-dir to use DATABASE_URL, or unset "
+    "DATABASE_URL to use the folder. OPENCHAT_DATA_DIR sets the folder of an embedded Valkey."
 )
 
 PLACES = {"host", "port", "dbname", "user"}
@@ -247,8 +247,8 @@ def _is_origin(origin: str) -> bool:
 def _not_allowed(field: str, value: str) -> str:
     sentence = f"{variable(field)} must be {allowed(field)}"
     if field in SECRET:
-        return f"{sentence}. The one given is not shown, since it may hold a password."
-    link = " Kubernetes sets it for a Service named `openchat`: have `enableServiceLinks: false`."
+        return f"{sentence}. The given value is not shown, because it may contain a password."
+    link = " Kubernetes sets it for a Service named `openchat`. Set `enableServiceLinks: false`."
     quoted = value if len(value) <= MAX_QUOTED else f"{value[:MAX_QUOTED]}…"
     return f"{sentence}, not '{quoted}'.{link if value.startswith('tcp://') else ''}"
 

@@ -12,7 +12,7 @@ from protocol.errors import ErrorCode, Refused
 RETRY_AFTER_MS = 500
 
 
-UNFIT = "A value is beyond what the database can hold. Send a smaller one."
+UNFIT = "A value is out of range for the database. Send a smaller one."
 INTERNAL = Refused(ErrorCode.INTERNAL, "Internal error; it was logged. Tell the operator.")
 
 
@@ -28,14 +28,14 @@ class NotFound(Refused):
     """The answer for what is not there, or may not be seen: always the same words."""
 
     def __init__(self, path: str | None = None) -> None:
-        super().__init__(ErrorCode.NOT_FOUND, "There is no such thing, or you may not see it. Check the id.", path=path)
+        super().__init__(ErrorCode.NOT_FOUND, "Not found, or you may not see it. Check the id.", path=path)
 
 
 class NotActive(Refused):
     """The answer to a user who was deactivated, disabled or erased while their frame was in flight."""
 
     def __init__(self) -> None:
-        super().__init__(ErrorCode.UNAUTHENTICATED, "Your account is not active. Log in.")
+        super().__init__(ErrorCode.UNAUTHENTICATED, "Your account is not active. Log in again.")
 
 
 _EMAIL_TAKEN = (
@@ -43,20 +43,20 @@ _EMAIL_TAKEN = (
     "This e-mail address already has an account. Log in, or use another address.",
     "email",
 )
-_CONVERSATION_TAKEN = (ErrorCode.CONFLICT, "Another conversation has this id. Make a new one.", "conversation_id")
+_CONVERSATION_TAKEN = (ErrorCode.CONFLICT, "Another conversation has this id. Make a new id.", "conversation_id")
 # The answer to each constraint of schema.sql that a frame can violate, by the constraint's name.
 CONSTRAINTS: dict[str, tuple[ErrorCode, str, str | None]] = {
     "user_email_key": _EMAIL_TAKEN,
     "account_provider_key": _EMAIL_TAKEN,
     "user_email_lower": (
         ErrorCode.INVALID,
-        "PostgreSQL cannot lower-case this e-mail address. Use another one.",
+        "The server cannot convert this e-mail address to lower case. Use another one.",
         "email",
     ),
     "conversation_pkey": _CONVERSATION_TAKEN,
     "conversation_id_hash_key": _CONVERSATION_TAKEN,
-    "message_pkey": (ErrorCode.CONFLICT, "Another message has this id. Make a new one.", "message_id"),
-    "message_edit_pkey": (ErrorCode.CONFLICT, "Another edit has this id. Make a new one.", "edit_id"),
+    "message_pkey": (ErrorCode.CONFLICT, "Another message has this id. Make a new id.", "message_id"),
+    "message_edit_pkey": (ErrorCode.CONFLICT, "Another edit has this id. Make a new id.", "edit_id"),
     "conversation_participant_user_fkey": (ErrorCode.NOT_FOUND, "There is no such user. Check the id.", "participants"),
     "conversation_direct_low_fkey": (ErrorCode.NOT_FOUND, "There is no such user. Check the id.", "user_id"),
     "conversation_direct_high_fkey": (ErrorCode.NOT_FOUND, "There is no such user. Check the id.", "user_id"),
@@ -153,7 +153,7 @@ def log_failure(log: logging.Logger, what: str, error: Exception) -> None:
     if isinstance(error, Away):
         return
     if is_known(error):
-        log.warning("%s failed, and is tried again: %s", what, error)
+        log.warning("%s failed and will be retried: %s", what, error)
     else:
         log_defect(log, what, error)
 
@@ -170,7 +170,7 @@ def refusal(error: Exception) -> Refused | None:
         known = CONSTRAINTS.get(error.constraint_name or "")
         return Refused(known[0], known[1], path=known[2]) if known else None
     if isinstance(error, _UNFIT):
-        logging.getLogger(__name__).warning("the database refused a value: %s", type(error).__name__)
+        logging.getLogger(__name__).warning("PostgreSQL rejected a value: %s", type(error).__name__)
         return Refused(ErrorCode.INVALID, UNFIT)
     if is_lost(error) or isinstance(error, HELD_UP):
         return Refused(

@@ -31,7 +31,7 @@ class Failures:
         if not self._throttle.passes(kind):
             return
         if kind and kind in self._logged:
-            self._log.error("%s failed again, and is tried again: %s", self._what, error)
+            self._log.error("%s failed again and will be retried: %s", self._what, error)
         else:
             log_failure(self._log, self._what, error)
         self._logged.add(kind)

@@ -44,7 +44,7 @@ def _ended(kind: type[BaseException], error: BaseException, trace: TracebackType
     if issubclass(kind, KeyboardInterrupt):
         sys.__excepthook__(kind, error, trace)
     else:
-        logging.getLogger(__name__).critical("the process ends", exc_info=error)
+        logging.getLogger(__name__).critical("unhandled error; the process exits", exc_info=error)
 
 
 class _Bound(logging.Filter):

@@ -36,7 +36,7 @@ class Proxies:
             return cls()
         if text.strip().isdecimal():
             if int(text) > MAX_COUNT:
-                raise ValueError(f"a count of proxies is at most {MAX_COUNT}")
+                raise ValueError(f"the number of proxies must be at most {MAX_COUNT}")
             return cls(count=int(text))
         return cls(networks=networks(text))
 
@@ -108,7 +108,7 @@ def _required(entry: str) -> Address:
     if address is None:
         raise Refused(
             ErrorCode.INVALID,
-            "The entry of X-Forwarded-For that counts must be an IP address without port or zone.",
+            "The client's entry in `X-Forwarded-For` must be an IP address without port or zone.",
             path="x-forwarded-for",
         )
     return address

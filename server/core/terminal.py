@@ -104,7 +104,7 @@ def _failure(error: BaseException) -> str:
     if isinstance(error, OSError) and not is_of_a_connection and error.errno not in UNREACHABLE:
         return f"{error.filename}: {reason}." if error.filename is not None else f"{reason}."
     if is_without_thread(error):
-        return f"{reason}. Run the command again when the machine has more room."
+        return f"{reason}. Run the command again when the machine is less busy."
     return f"the database cannot be used: {reason.rstrip('.')}. Run the command again."
 
 

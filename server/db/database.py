@@ -214,7 +214,7 @@ class Database:
     def rolled_back(self, what: str, error: Exception) -> None:
         """Count and log that PostgreSQL ended a transaction that is tried once more now."""
         self._shared.deadlocks += 1
-        log.warning("%s was ended by PostgreSQL and is tried once more: %s", what, error)
+        log.warning("%s was rolled back by PostgreSQL and is retried once: %s", what, error)
 
     def searching(self) -> AbstractAsyncContextManager[Db]:
         """Borrow a connection, of the share that searches have, inside a transaction in which an index of words may be
@@ -283,7 +283,7 @@ class Single:
             async with self._connection.transaction():
                 return await work(self._connection)
 
-        return await twice(once, lambda error: log.warning("%s is tried once more: %s", what, error))
+        return await twice(once, lambda error: log.warning("%s is retried once: %s", what, error))
 
 
 async def twice(work: Callable[[], Awaitable[Result]], told: Callable[[Exception], None]) -> Result:
@@ -309,7 +309,7 @@ async def connect(url: str) -> "asyncpg.Connection[asyncpg.Record]":
     version = connection.get_server_version()
     if version.major < OLDEST_MAJOR:
         await connection.close()
-        raise Fatal(f"PostgreSQL {version.major} is too old: {OLDEST_MAJOR} or later is needed.")
+        raise Fatal(f"PostgreSQL {version.major} is too old. Use {OLDEST_MAJOR} or later.")
     return connection
 
 
@@ -331,6 +331,6 @@ async def speak(connection: Connection, language: str) -> None:
 
 def _unreachable(error: Exception) -> Fatal:
     if isinstance(error, ValueError):  # about the URL, which it may quote
-        return Fatal("DATABASE_URL is not understood. Check its host, its port and its options.")
+        return Fatal("DATABASE_URL is invalid. Check its host, port and options.")
     reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
     return Fatal(f"the database cannot be reached: {reason}. Check DATABASE_URL.")

@@ -51,7 +51,7 @@ class Epoch:
         self.id = self.id or found
         if found != self.id:
             if not self.over.is_set():
-                log.warning("%s: this worker ends", OVER)
+                log.warning("%s; this worker exits", OVER)
                 self.over.set()
             raise Away(OVER)
 

@@ -70,7 +70,7 @@ IS_EMPTY = "SELECT NOT EXISTS (SELECT FROM pg_tables WHERE schemaname = 'public'
 APPLIED = "SELECT coalesce(max(number), 0) FROM schema_migration"
 RECORD = "INSERT INTO schema_migration (number, name) VALUES ($1, $2)"
 CLOSE = "SELECT close_to_public()"
-OLDER = "the database does not have this program's schema; run `openchat migrate`."
+OLDER = "the database does not have this program's schema. Run `openchat migrate`."
 
 
 log = logging.getLogger(__name__)
@@ -191,13 +191,13 @@ async def _migrate(connection: Connection, keeper: Connection) -> list[str]:
                 ours = [connection.get_server_pid(), keeper.get_server_pid()]
                 oldest = await connection.fetchval(OLDEST, ours) or ""
                 raise Fatal(
-                    f"the migration {migration.name} waits for a table that another session holds, such as a "
-                    f"reader with an open transaction.{oldest} End it, and start again."
+                    f"the migration {migration.name} waits for a table that another session has locked, such as an "
+                    f"open transaction.{oldest} End that session, and start again."
                 ) from error
             except asyncpg.IntegrityConstraintViolationError as error:
                 raise Fatal(
-                    f"the migration {migration.name} met rows of the table {error.table_name} that "
-                    f"{error.constraint_name or 'a constraint'} forbids. Change or delete these rows, and start again."
+                    f"the migration {migration.name} found rows of the table {error.table_name} that violate "
+                    f"{error.constraint_name or 'a constraint'}. Change or delete these rows, and start again."
                 ) from error
     # A restored dump brings grants to readers, and not what was taken from everybody.
     await connection.execute(CLOSE)
@@ -249,8 +249,8 @@ async def _build(connection: Connection, statement: re.Match[str]) -> None:
                 raise
             raise Fatal(
                 f"the unique index {index} cannot be built: rows of the table {table} have the same {key}. Their ids "
-                f"are {alike}. Back up the database, keep one of these rows, delete each other one in psql by "
-                f"`{DELETE_ONE.format(table=table)}`, and start again."
+                f"are {alike}. Back up the database. Keep one of these rows, and delete the others in psql with "
+                f"`{DELETE_ONE.format(table=table)}`. Then start again."
             ) from error
 
 
@@ -276,8 +276,10 @@ async def require_current(connection: Connection) -> None:
 
 async def _applied(connection: Connection) -> int:
     if not await connection.fetchval(HAS_TABLE):
-        raise Fatal("the database holds tables that are not OpenChat's; give it an empty one.")
+        raise Fatal("the database contains tables of another application. Use an empty database.")
     applied = int(await connection.fetchval(APPLIED))
     if applied > len(known()):
-        raise Fatal(f"the schema is newer (step {applied}) than this program (step {len(known())}): update it.")
+        raise Fatal(
+            f"the schema (step {applied}) is newer than this program (step {len(known())}). Update the program."
+        )
     return applied

@@ -240,7 +240,7 @@ def _name(around: list[Any]) -> str:
 def _tell(part: str, what: str) -> None:
     if (part, what) not in _told and len(_told) < MAX_TOLD:
         _told.add((part, what))
-        log.warning("unreadable: %s: %s", part, what)
+        log.warning("unreadable %s: %s", part, what)
 
 
 def _shown(text: object) -> object:

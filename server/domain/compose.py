@@ -21,9 +21,7 @@ def require_fair(frame: Send | Schedule) -> None:
         return
     # Asked here and not of every Poll: what was stored before there was the rule stays readable.
     if len({collapsed(option) for option in frame.payload.options}) != len(frame.payload.options):
-        raise Refused(
-            ErrorCode.INVALID, "The options must be different, and not in blanks alone.", path="payload.options"
-        )
+        raise Refused(ErrorCode.INVALID, "`options` must differ by more than white space.", path="payload.options")
     if (closes_at := frame.payload.closes_at) is None:
         return
     if isinstance(frame, Schedule) and closes_at <= frame.send_at:

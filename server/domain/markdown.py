@@ -78,7 +78,11 @@ def render(content: str) -> str:
     if len(html) > MAX_FORMATTED:
         raise _too_long()
     if _depth(html) > MAX_DEPTH:
-        raise Refused(ErrorCode.INVALID, f"Nest quotes and lists at most {MAX_DEPTH} deep.", path="content")
+        raise Refused(
+            ErrorCode.INVALID,
+            f"`content` nests quotes and lists more than {MAX_DEPTH} levels deep. Use fewer levels.",
+            path="content",
+        )
     return html
 
 
@@ -109,4 +113,6 @@ def _depth(html: str) -> int:
 
 
 def _too_long() -> Refused:
-    return Refused(ErrorCode.INVALID, f"As HTML this would be longer than {MAX_FORMATTED} characters.", path="content")
+    return Refused(
+        ErrorCode.INVALID, f"`content` is longer than {MAX_FORMATTED} characters as HTML. Shorten it.", path="content"
+    )

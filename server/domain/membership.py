@@ -88,7 +88,7 @@ async def lock_with_member(
     if is_lasting(conversation):
         raise Refused(
             ErrorCode.FORBIDDEN,
-            "A direct conversation keeps its participants and is not deleted. Use `set_preferences` to hide it.",
+            "A direct conversation cannot be left, extended or deleted. Use `set_preferences` to hide it.",
             path="conversation_id",
         )
     return conversation, me
@@ -155,7 +155,7 @@ def welcomed(context: Context, named: list[Guest], *, only_invited: bool = False
     if is_full or (found.invited and named[0].sent + len(found.invited) > MAX_INVITATIONS_SENT):
         raise Refused(
             ErrorCode.CONFLICT,
-            "Too many invitations wait for an answer. Invite again when some are answered or taken back.",
+            "Too many invitations are pending. Invite again when some are answered or revoked.",
             path="participants",
         )
     return found
@@ -180,7 +180,7 @@ async def _allowed(db: Db, context: Context, me: Participant, frame: AddParticip
     if any(guest.status == "banned" for guest in named):
         if may(me, Act.REMOVE_MEMBERS):
             raise Refused(
-                ErrorCode.CONFLICT, "A named user is banned. Lift the ban with `unban` first.", path="participants"
+                ErrorCode.CONFLICT, "One of the users is banned. Lift the ban with `unban` first.", path="participants"
             )
         raise Refused(ErrorCode.FORBIDDEN, "Your role cannot lift a ban. Ask an admin.", path="participants")
     return welcomed(context, named, only_invited=isinstance(frame, Invite))

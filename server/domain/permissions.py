@@ -13,7 +13,7 @@ from server.queries.messages import FoundMessage, Obstacle
 OBSTACLES: dict[Obstacle, str] = {
     "archived": "The conversation is archived. Ask an admin to change `is_archived`.",
     "role": "Your role cannot send in this conversation. Ask an admin for another role.",
-    "unwanted": "This user cannot be written to. Unblock them if you block them; otherwise do not retry.",
+    "unwanted": "You cannot write to this user. Unblock them if you block them; otherwise do not retry.",
 }
 """Error messages for what keeps a participant from saying anything, however long they wait."""
 
@@ -65,7 +65,7 @@ async def unreachable(db: Db, me: UserId, them: UserId) -> Refused:
 def require_above(me: Participant, them: Participant) -> None:
     """Raise Refused unless a participant has a higher role than another one."""
     if rank(them.role) >= rank(me.role):
-        raise Refused(ErrorCode.FORBIDDEN, "Their role must be below yours.", path="user_id")
+        raise Refused(ErrorCode.FORBIDDEN, "The user's role must be lower than yours.", path="user_id")
 
 
 async def require_sender_not_above(db: Db, me: Participant, message: Message) -> None:
@@ -81,10 +81,12 @@ async def require_not_above(db: Db, me: Participant, user_id: UserId, path: str)
     """Raise Refused, for a field of the frame, if a user takes part in a higher role than a participant."""
     them = await participants.get(db, me.conversation_id, user_id)
     if them is not None and them.status == "active" and rank(them.role) > rank(me.role):
-        raise Refused(ErrorCode.FORBIDDEN, "The sender's role is above yours. Ask somebody of that role.", path=path)
+        raise Refused(
+            ErrorCode.FORBIDDEN, "The sender's role is higher than yours. Ask someone with that role.", path=path
+        )
 
 
 def require_below(me: Participant, role: Role) -> None:
     """Raise Refused unless a role is below a participant's own. Guests and members may also give their own."""
     if rank(role) >= rank(me.role) and not role == me.role in {"guest", "member"}:
-        raise Refused(ErrorCode.FORBIDDEN, "Give a role below your own.", path="role")
+        raise Refused(ErrorCode.FORBIDDEN, "`role` must be lower than your own.", path="role")

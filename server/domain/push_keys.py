@@ -23,8 +23,8 @@ def require_keys(p256dh: str, auth: str) -> None:
     if not is_point:
         raise Refused(
             ErrorCode.INVALID,
-            f"`p256dh` must be a point of P-256, uncompressed: {POINT_BYTES} bytes in base64url. "
-            "Send the one of the browser's subscription.",
+            f"`p256dh` must be an uncompressed P-256 point of {POINT_BYTES} bytes, in base64url. "
+            "Send the one from the browser's subscription.",
             path="p256dh",
         )
     try:
@@ -34,7 +34,7 @@ def require_keys(p256dh: str, auth: str) -> None:
     if not is_secret:
         raise Refused(
             ErrorCode.INVALID,
-            f"`auth` must be {SECRET_BYTES} bytes in base64url. Send the one of the browser's subscription.",
+            f"`auth` must be {SECRET_BYTES} bytes in base64url. Send the one from the browser's subscription.",
             path="auth",
         )
 

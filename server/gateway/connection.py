@@ -37,7 +37,7 @@ AT_ONCE = 4
 ENTER_SECONDS = 10.0
 """Max seconds on the way in: a client that says it will resume may never do so."""
 REFRESH_RETRY_SECONDS = 1.0
-NOT_TEXT = Refused(ErrorCode.BAD_FRAME, "Send frames in text messages, not in binary ones.")
+NOT_TEXT = Refused(ErrorCode.BAD_FRAME, "Binary messages are not supported. Send each frame as a text message.")
 """The answer to a binary message."""
 
 
@@ -71,7 +71,9 @@ class ConnectionDeps(NamedTuple):
 
 def too_many_of_user(most: int) -> Refused:
     """Return the last answer to a connection beyond its user's limit."""
-    return Refused(ErrorCode.CONFLICT, f"Your user has {most:,} connections to this server, its max. Close one first.")
+    return Refused(
+        ErrorCode.CONFLICT, f"Your user has {most:,} connections to this server, which is the max. Close one first."
+    )
 
 
 class Connection:
@@ -328,7 +330,7 @@ class Connection:
 
     def _end_abuse(self, what: str) -> None:
         if not self._is_closed and self._shared.abuse.passes(self.user_id):
-            log.warning("a connection of user %s is closed with 4003 for abuse: %s", self.user_id, what)
+            log.warning("closing a connection of user %s with 4003 (abuse): %s", self.user_id, what)
         self.close(CloseCode.ABUSE)
 
     async def _begin(self) -> None:

@@ -62,9 +62,7 @@ READ_SECONDS = 10.0
 """Max seconds that a large read waits for others of the same user. The refusal is that of a database that is away."""
 
 
-SOCKET_ONLY = Refused(
-    ErrorCode.INVALID, "Send this frame on a WebSocket connection, where it makes sense.", path="type"
-)
+SOCKET_ONLY = Refused(ErrorCode.INVALID, "This frame needs a WebSocket connection. Send it on one.", path="type")
 
 
 class Rate(Enum):
@@ -154,7 +152,7 @@ class Dispatch:
         if rate is Rate.SEARCH and user_id in self.searching:
             raise Refused(
                 ErrorCode.RATE_LIMITED,
-                "Another search of yours is running. Retry when it has been answered.",
+                "Another search of your user is running. Retry after its reply.",
                 retry_after_ms=SEARCHING_MS,
             )
         count = 1 + len(data) // TOKEN_BYTES

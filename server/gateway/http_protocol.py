@@ -40,7 +40,7 @@ MAX_HEADERS = 128
 MAX_CHUNKS = 4096
 """Max chunks of a body, likewise."""
 NO_HANDSHAKE = Refused(
-    ErrorCode.BAD_FRAME, "This is no WebSocket handshake: it has a body, more than 128 headers, or a line over 8 KiB."
+    ErrorCode.BAD_FRAME, "The WebSocket handshake has a body, more than 128 headers, or a line over 8 KiB. Correct it."
 )
 HOST = re.compile(rb"(?:\[[0-9A-Za-z:.%]+\]|[-\w.~%!$&'()*+,;=]*)(?::\d*)?")
 """A `Host` (RFC 9110, section 7.2). Proxies and caches may take a request with none, or with two, for another one's."""
@@ -147,14 +147,15 @@ class Http(HttpToolsProtocol):
             return
         if self._stage is Stage.BODY:
             if self._bytes > MAX_BODY_BYTES:
-                self._refuse(Refused(ErrorCode.INVALID, "The body is longer than 1 MiB."), status=413)
+                self._refuse(Refused(ErrorCode.INVALID, "The body is longer than 1 MiB. Shorten it."), status=413)
             elif self._deadline is None:
                 self._arm(BODY_SECONDS, self._too_late)
         elif self._stage is Stage.HEAD or not self._is_answering():
             # Also for empty lines: the parser skips them, and uvicorn restarts its own deadline at each.
             if self._bytes > MAX_HEAD_BYTES:
                 self._refuse(
-                    Refused(ErrorCode.BAD_FRAME, "The request line and headers are longer than 64 KiB."), status=431
+                    Refused(ErrorCode.BAD_FRAME, "The request line and headers are longer than 64 KiB. Shorten them."),
+                    status=431,
                 )
             elif self._deadline is None:
                 self._arm(HEAD_SECONDS, self._too_late)
@@ -183,7 +184,10 @@ class Http(HttpToolsProtocol):
     def on_header(self, name: bytes, value: bytes) -> None:  # noqa: D102
         self._headers += 1
         if self._headers > MAX_HEADERS:
-            self._refuse_and_stop(Refused(ErrorCode.BAD_FRAME, f"Send at most {MAX_HEADERS} headers."), status=431)
+            self._refuse_and_stop(
+                Refused(ErrorCode.BAD_FRAME, f"The request has more than {MAX_HEADERS} headers. Send fewer."),
+                status=431,
+            )
         # Trailers come after the body. Nothing reads them, and a proxy may pass on those of its client unchecked.
         if self._stage is Stage.HEAD:
             super().on_header(name, value)
@@ -201,7 +205,7 @@ class Http(HttpToolsProtocol):
         is_old = self.parser.get_http_version() == "1.0"
         if len(hosts) > 1 or not (hosts or is_old) or not all(HOST.fullmatch(host) for host in hosts):
             self._refuse_and_stop(
-                Refused(ErrorCode.BAD_FRAME, "A request names its host once. Send one valid `Host` header.")
+                Refused(ErrorCode.BAD_FRAME, "The `Host` header is missing, invalid or repeated. Send it once.")
             )
         if self._is_of_proxy:
             try:
@@ -212,7 +216,10 @@ class Http(HttpToolsProtocol):
         self._stage, self._bytes = Stage.BODY, 0
         if len(self.pipeline) >= MAX_PIPELINED:
             self._refuse_and_stop(
-                Refused(ErrorCode.RATE_LIMITED, "Too many requests wait for an answer. Read the answers first.")
+                Refused(
+                    ErrorCode.RATE_LIMITED,
+                    "Too many requests of this connection are unanswered. Read the responses first.",
+                )
             )
         before = self.cycle
         super().on_headers_complete()
@@ -223,7 +230,9 @@ class Http(HttpToolsProtocol):
         """Count the chunks of a body: parsing many small ones takes long, however few bytes there are in all."""
         self._chunks += 1
         if self._chunks > MAX_CHUNKS:
-            self._refuse_and_stop(Refused(ErrorCode.BAD_FRAME, f"Send a body in at most {MAX_CHUNKS:,} chunks."))
+            self._refuse_and_stop(
+                Refused(ErrorCode.BAD_FRAME, f"The body has more than {MAX_CHUNKS:,} chunks. Send larger ones.")
+            )
 
     def on_body(self, body: bytes) -> None:  # noqa: D102
         if self._is_over:

@@ -134,7 +134,7 @@ class Sockets:
     def flooded(self, key: str) -> None:
         """Log the key of a connection that is closed for abuse before it is a user's."""
         if self._floods.passes(key):
-            log.warning("a connection of address %s is closed with 4003: it floods before it authenticates", key)
+            log.warning("closing a connection from address %s with 4003: too much data before authentication", key)
 
     def waits(self, connection: object, close: Callable[[], None]) -> None:
         """Note that a connection is idle. `close` closes it when another connection needs its place."""
@@ -173,7 +173,7 @@ class Sockets:
         if not is_held:
             raise Refused(
                 ErrorCode.UNAVAILABLE,
-                "Too many bytes of unfinished or unanswered requests and messages. Retry after `retry_after_ms`.",
+                "Too many bytes wait in unfinished or unanswered requests. Retry after `retry_after_ms`.",
                 retry_after_ms=RETRY_MS,
             )
 
@@ -187,7 +187,7 @@ class Sockets:
     def _shed(self) -> None:
         self.shed += 1
         if self._sheds.passes(None):
-            log.warning("no descriptors for more than %d connections: the idle ones make room", self._most)
+            log.warning("no file descriptors for more than %d connections; closing idle ones", self._most)
 
 
 def raise_descriptor_limit() -> None:

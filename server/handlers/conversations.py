@@ -52,7 +52,7 @@ async def create_direct(context: Context, frame: client.CreateDirect) -> OneConv
         if there is not None and await conversations.is_deleted(db, there):
             raise Refused(
                 ErrorCode.CONFLICT,
-                "The operator has deleted your direct conversation, and there is one for each pair. Make a group.",
+                "The operator deleted your direct conversation, and each pair has only one. Make a group instead.",
                 path="user_id",
             )
         made = False
@@ -97,7 +97,7 @@ async def _create(
     if frame.max_participants is not None and len(members) > frame.max_participants:
         raise Refused(
             ErrorCode.INVALID,
-            "Name at most as many participants as `max_participants` allows.",
+            "`max_participants` must be at least the number of participants.",
             path="max_participants",
         )
     founding = Founding(
@@ -118,7 +118,7 @@ async def _create(
         made = they is not None
         if not made and not await conversations.is_same(db, founding):
             raise Refused(
-                ErrorCode.CONFLICT, "Another conversation has this id. Make a new one.", path="conversation_id"
+                ErrorCode.CONFLICT, "Another conversation has this id. Make a new id.", path="conversation_id"
             )
         view = await _view(db, context.user_id, founding.id)
         if they is None:

@@ -70,7 +70,7 @@ async def schedule(context: Context, frame: client.Schedule) -> OneScheduled:
             if await scheduled.count(db, context.user_id) >= MAX_SCHEDULED:
                 raise Refused(
                     ErrorCode.CONFLICT,
-                    f"At most {MAX_SCHEDULED} scheduled messages can wait. Cancel one first.",
+                    f"You can have at most {MAX_SCHEDULED} scheduled messages. Cancel one first.",
                 )
         made = await scheduled.put(db, frame, context.user_id)
         if made is None:
@@ -109,7 +109,7 @@ def _too_late(there: Scheduled | None) -> Refused:
     """Return why a scheduled message does not change. One that is being sent may be put off, and can change then."""
     retry_after_ms = None
     if there is None:
-        sentence = "Another message has this id. Make a new one."
+        sentence = "Another message has this id. Make a new id."
     elif there.status == "waiting":
         sentence = "The message is being sent. Edit or delete it when it is sent, or retry after `retry_after_ms`."
         retry_after_ms = int(scheduled.CLAIMED.total_seconds() * 1_000)

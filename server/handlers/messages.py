@@ -35,7 +35,7 @@ async def edit(context: Context, frame: client.Edit) -> Changed:
         if frame.edit_id is not None and (earlier := await edits.edited(db, frame, context.user_id)) is not None:
             version, is_repeated = earlier
             if not is_repeated:
-                raise Refused(ErrorCode.CONFLICT, "Another edit has this id. Make a new one.", path="edit_id")
+                raise Refused(ErrorCode.CONFLICT, "Another edit has this id. Make a new id.", path="edit_id")
             return Changed(conversation_id=before.conversation_id, version=version)
         _require_editable(context, found)
         # An edit with an id is kept even if it changes nothing: repeated after a later edit, it would undo that one.
@@ -71,7 +71,7 @@ def _require_editable(context: Context, found: FoundMessage) -> None:
     if message.is_deleted:
         raise NotFound("message_id")
     if message.sender_id != context.user_id or message.system_message_type is not None:
-        raise Refused(ErrorCode.FORBIDDEN, "Only its sender can edit a message. Send a new one.", path="message_id")
+        raise Refused(ErrorCode.FORBIDDEN, "Only the sender can edit a message. Send a new one.", path="message_id")
     if message.is_moderated:
         raise Refused(
             ErrorCode.FORBIDDEN, "A moderator has hidden this message. Ask one to show it again.", path="message_id"
@@ -80,10 +80,14 @@ def _require_editable(context: Context, found: FoundMessage) -> None:
         raise Refused(ErrorCode.FORBIDDEN, "A forwarded message cannot be edited. Send a new one.", path="message_id")
     window = found.conversation.settings.edit_window_seconds
     if window == 0:
-        raise Refused(ErrorCode.FORBIDDEN, "Messages cannot be edited here. Send a new one.", path="message_id")
+        raise Refused(
+            ErrorCode.FORBIDDEN, "Messages cannot be edited in this conversation. Send a new one.", path="message_id"
+        )
     if window is not None and now() - message.created_at > timedelta(seconds=window):
         raise Refused(
-            ErrorCode.FORBIDDEN, f"Edit a message here within {window} seconds. Send a new one.", path="message_id"
+            ErrorCode.FORBIDDEN,
+            f"Messages can be edited for at most {window} seconds here. Send a new one.",
+            path="message_id",
         )
 
 
@@ -91,7 +95,7 @@ def _require_nobody_voted(message: Message) -> None:
     """Raise Refused if a message is a poll that has votes or takes none any more: what was voted on stays as it is."""
     if message.poll_voters or (isinstance(message.payload, Poll) and is_closed(message, message.payload)):
         raise Refused(
-            ErrorCode.FORBIDDEN, "The question of a poll that has votes or is closed stays. Send a new one.",
+            ErrorCode.FORBIDDEN, "A poll that has votes or is closed cannot be edited. Send a new one.",
             path="message_id",
         )  # fmt: skip
 

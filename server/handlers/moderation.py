@@ -114,7 +114,7 @@ async def _require(db: Db, context: Context, conversation_id: ConversationId | N
     """Raise Refused unless the caller may do something in a conversation, or without one on the server."""
     if conversation_id is None:
         if not await users.is_admin(db, context.user_id):
-            raise Refused(ErrorCode.FORBIDDEN, "Server administrators only. Name a conversation.",
+            raise Refused(ErrorCode.FORBIDDEN, "Only server administrators may leave out `conversation_id`. Give it.",
                           path="conversation_id")  # fmt: skip
         return
     require(await taking_part(db, conversation_id, context.user_id), act)
@@ -129,7 +129,7 @@ async def _moderated(db: Db, context: Context, frame: client.Moderate | client.U
         raise NotFound("message_id")
     if found.message.system_message_type is not None:
         raise Refused(
-            ErrorCode.FORBIDDEN, "System messages cannot be moderated. Name a message of a user.", path="message_id"
+            ErrorCode.FORBIDDEN, "System messages cannot be moderated. Choose a message of a user.", path="message_id"
         )
     if found.message.sender_id == context.user_id:
         raise Refused(ErrorCode.FORBIDDEN, "You cannot moderate your own message. Delete it instead.",

@@ -69,7 +69,7 @@ async def _welcomed(db: Db, context: Context, frame: client.Join) -> tuple[Conve
     if is_invited and await participants.invited_as(db, conversation.id, context.user_id) is None:
         raise Refused(
             ErrorCode.FORBIDDEN,
-            "Whoever invited you may add nobody any more. Ask for another invitation.",
+            "The user who invited you may no longer add anyone. Ask for another invitation.",
             path=path,
         )
     if before is None or before.status != "active":
@@ -247,4 +247,6 @@ async def _active(db: Db, me: Participant, user_id: UserId) -> Participant:
 async def _require_account(db: Db, them: Participant) -> None:
     """Raise Refused unless a participant's account is active: rights of others would be used by nobody."""
     if not await users.lock(db, [them.user_id]):
-        raise Refused(ErrorCode.CONFLICT, "Their account is not active. Choose another user.", path="user_id")
+        raise Refused(
+            ErrorCode.CONFLICT, "The account of this user is not active. Choose another user.", path="user_id"
+        )

@@ -29,7 +29,7 @@ async def pin(context: Context, frame: client.Pin | client.Unpin) -> Changed:
         if is_on and await pins.count(db, before.conversation_id) >= MAX_PINS:
             raise Refused(
                 ErrorCode.CONFLICT,
-                f"At most {MAX_PINS} messages of a conversation can be pinned. Unpin one first.",
+                f"A conversation can have at most {MAX_PINS} pinned messages. Unpin one first.",
                 path="conversation_id",
             )
         message = await pins.pin(db, before, context.user_id, is_on=is_on)

@@ -38,7 +38,7 @@ async def vote(context: Context, frame: client.Vote) -> Changed:
                 ErrorCode.INVALID, f"`options` must be between 0 and {len(poll.options) - 1}.", path="options"
             )
         if len(options) > 1 and not poll.is_multiple:
-            raise Refused(ErrorCode.INVALID, "This poll takes one option per vote. Name one.", path="options")
+            raise Refused(ErrorCode.INVALID, "This poll allows one option per vote. Choose one.", path="options")
         standing = await polls.vote(db, message, context.user_id, options)
     if found.is_from_before:
         context.events.publish(
@@ -100,7 +100,9 @@ def _poll(found: FoundMessage | None) -> Poll:
         raise NotFound("message_id")
     if found.message.content_type != "poll":
         raise Refused(
-            ErrorCode.CONFLICT, "This message is no poll. Name one whose `content_type` is `poll`.", path="message_id"
+            ErrorCode.CONFLICT,
+            "This message is not a poll. Choose one whose `content_type` is `poll`.",
+            path="message_id",
         )
     if not isinstance(found.message.payload, Poll):
         raise NotFound("message_id")

@@ -26,7 +26,9 @@ async def react(context: Context, frame: client.React | client.Unreact) -> Chang
         there = found.message.reactions
         if isinstance(frame, client.React) and frame.emoji not in there and len(there) >= MAX_EMOJI_PER_MESSAGE:
             raise Refused(
-                ErrorCode.CONFLICT, f"A message has at most {MAX_EMOJI_PER_MESSAGE} different emoji.", path="emoji"
+                ErrorCode.CONFLICT,
+                f"A message can have at most {MAX_EMOJI_PER_MESSAGE} different emoji. Use one of them.",
+                path="emoji",
             )
         version, count = await reactions.react(db, found.message, context.user_id, frame)
     if count is not None and found.is_from_before:

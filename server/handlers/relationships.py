@@ -189,7 +189,11 @@ async def _request(db: Db, me: UserId, frame: client.RequestFriend) -> _Request:
         raise await unreachable(db, me, them)
     mine = await relationships.status(db, me, them, "friend")
     if mine == "rejected":
-        raise Refused(ErrorCode.CONFLICT, "They declined your request. Wait for theirs.", path="user_id")
+        raise Refused(
+            ErrorCode.CONFLICT,
+            "They declined your request; only they can send a new one. Wait for theirs.",
+            path="user_id",
+        )
     if mine not in {"pending", "accepted"} and await relationships.status(db, them, me, "friend") == "pending":
         return _Request("accepted", is_answer=True, same=None)
     becomes: RelationshipStatus = "accepted" if mine == "accepted" else "pending"

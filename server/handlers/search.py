@@ -33,7 +33,7 @@ async def why(context: Context, frame: client.Why) -> Whereabouts:
         if found.message.sender_id != context.user_id and not may(found.me, Act.MODERATE):
             raise Refused(
                 ErrorCode.FORBIDDEN,
-                "Only the sender and moderators may ask about a message. Ask one of them.",
+                "Only the sender and moderators may trace a message. Ask one of them.",
                 path="message_id",
             )
     return delivery_report.answer(told, context.events.published_at(found.message.conversation_id, told.version))

@@ -117,7 +117,9 @@ class Accounts:
         """Return the session of a request. Raises Refused without one."""
         token = token_of(request, self._origins)
         if token is None:
-            raise Refused(ErrorCode.UNAUTHENTICATED, "Log in, and send the token as `Authorization: Bearer`.")
+            raise Refused(
+                ErrorCode.UNAUTHENTICATED, "The request has no token. Log in, and send it as `Authorization: Bearer`."
+            )
         return await self._sessions.authenticate(token)
 
     async def asked(self, request: Request) -> tuple[Active, bytes]:

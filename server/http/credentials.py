@@ -35,7 +35,7 @@ def token_of(request: HTTPConnection, allowed_origins: Collection[str]) -> str |
     if len(cookies) > 1:
         raise Refused(
             ErrorCode.UNAUTHENTICATED,
-            "There are two session cookies, of which another site may have set one. Delete both, and log in again.",
+            "The request has two session cookies, and another site may have set one. Delete both, and log in again.",
             path="cookie",
         )
     return cookies.pop()
@@ -85,8 +85,8 @@ def _not_allowed(request: HTTPConnection, what: str) -> Refused:
     elif origin.lower().partition("://")[2] == own.partition("://")[2]:
         # To allow such an origin would let the page in, with a cookie that lacks `Secure` and `__Host-`.
         sentence = (
-            f"This page may not {what}: for the server, its own pages begin with `{own.partition('//')[0]}//`. Ask the "
-            "operator to set `OPENCHAT_TRUSTED_PROXIES`, and to have the proxy that ends TLS set `X-Forwarded-Proto`."
+            f"This page may not {what}, because the server expects its own pages at `{own.partition('//')[0]}//`. "
+            "Ask the operator to set `OPENCHAT_TRUSTED_PROXIES`, and `X-Forwarded-Proto` in the proxy."
         )
     else:
         sentence = f"This origin may not {what}. Ask the operator to add it to `OPENCHAT_ORIGINS`."

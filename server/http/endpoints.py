@@ -49,9 +49,13 @@ AUTHENTICATE_SECONDS = 5.0
 READY_SECONDS = 2.0
 CALL_SECONDS = 10.0
 """Max time that a call waits for others of the same user at the worker, in seconds."""
-NO_SOCKET = Refused(ErrorCode.INVALID, "Connect to this path by WebSocket, or send single frames to `POST /v1/call`.")
+NO_SOCKET = Refused(
+    ErrorCode.INVALID, "This path needs a WebSocket. Connect by WebSocket, or send single frames to `POST /v1/call`."
+)
 OTHER_PROTOCOL = Refused(
-    ErrorCode.INVALID, f"Offer the subprotocol `{SUBPROTOCOL}`, or none.", path="sec-websocket-protocol"
+    ErrorCode.INVALID,
+    f"`Sec-WebSocket-Protocol` must offer `{SUBPROTOCOL}`, or be left out.",
+    path="sec-websocket-protocol",
 )
 CONNECTS_PER_SECOND = 10.0
 """Max connections of one user that begin, per second and worker; twice as many as may be open begin immediately. One

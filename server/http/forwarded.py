@@ -53,8 +53,8 @@ class Forwarded:
         except Refused:
             self._warn(
                 "refused",
-                "requests are refused with 400: the entry of X-Forwarded-For that OPENCHAT_TRUSTED_PROXIES counts is "
-                "no IP address. Set it to the proxies that are there, and have them append addresses without ports",
+                "refusing requests with 400: the client's entry in X-Forwarded-For is not an IP address. Set "
+                "OPENCHAT_TRUSTED_PROXIES to the proxies in front, and have them append addresses without ports",
             )
             raise
         if not client.hops and (forwarded_for or scope["path"] not in DIRECT):
@@ -72,16 +72,16 @@ class Forwarded:
         if self._proxies.count:
             self._warn(
                 "too few",
-                "X-Forwarded-For has %d of the %d entries that OPENCHAT_TRUSTED_PROXIES counts; it is ignored, and "
+                "X-Forwarded-For has %d of the %d entries that OPENCHAT_TRUSTED_PROXIES requires. It is ignored, and "
                 "clients are counted by the address that connects", len(forwarded_for), self._proxies.count,
             )  # fmt: skip
         elif _is_near(peer) and any(name.lower() in ADDED for name, _ in headers):
             # From elsewhere, a client may have written them.
             self._warn(
                 "not named",
-                "requests come through a proxy at %s, which OPENCHAT_TRUSTED_PROXIES does not name: all its clients "
-                "share the limits of one address, and if it ends TLS, browsers are refused. Set it to the number of "
-                "proxies in front, or to their networks",
+                "requests come through a proxy at %s that OPENCHAT_TRUSTED_PROXIES does not include. All its clients "
+                "share the limits of one address, and browsers are refused if the proxy terminates TLS. Set it to the "
+                "number of proxies in front, or to their networks",
                 peer or "a Unix socket",
             )
 

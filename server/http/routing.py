@@ -43,7 +43,7 @@ async def no_route(request: Request, error: Exception) -> Response:  # noqa: ARG
     assert isinstance(error, HTTPException)  # noqa: S101 - what it is registered for
     if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
         allowed = Headers(error.headers).get("allow", "")
-        refused = Refused(ErrorCode.INVALID, f"This path is for other methods. Use {allowed}.")
+        refused = Refused(ErrorCode.INVALID, f"This path does not support the method. Use {allowed}.")
         response = refusal_response(refused, status=error.status_code)
         response.headers["allow"] = allowed
         return response
@@ -62,7 +62,7 @@ async def limited_body(request: Request) -> bytes:
         async for chunk in request.stream():
             body += chunk
             if len(body) > MAX_FRAME_BYTES:
-                raise Refused(ErrorCode.INVALID, f"A request's body has at most {MAX_FRAME_BYTES} bytes.")
+                raise Refused(ErrorCode.INVALID, f"The body is longer than {MAX_FRAME_BYTES} bytes. Shorten it.")
     except ClientDisconnect:
         raise Refused(ErrorCode.BAD_FRAME, "The body is shorter than its `Content-Length`. Send all of it.") from None
     return bytes(body)

@@ -265,7 +265,7 @@ class RedisBus:
         self.is_up = True
         self._asked.clear()
         if self._was_lost:
-            log.info("the bus is up again")
+            log.info("the bus works again")
         self._caught_up()
 
     def _ask_for(self, channels: Iterable[bytes]) -> None:

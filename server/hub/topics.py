@@ -161,7 +161,7 @@ class Topics:
         if topic is None or topic.opening is not None:
             raise Refused(
                 ErrorCode.UNAVAILABLE,
-                "The conversation is not open yet. Retry after `retry_after_ms`.",
+                "The conversation is still loading. Retry after `retry_after_ms`.",
                 retry_after_ms=1_000,
             )
         missed: Sequence[bytes] | None = ()

@@ -106,7 +106,7 @@ class Watchers:
             if len(socket.watched) > MAX_WATCHED:
                 raise Refused(
                     ErrorCode.CONFLICT,
-                    f"A connection watches at most {MAX_WATCHED} users. Unwatch some first.",
+                    f"A connection can watch at most {MAX_WATCHED} users. Unwatch some first.",
                     path="user_ids",
                 )
             for pair, (_, sight, presence) in answers.items():

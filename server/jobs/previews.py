@@ -89,7 +89,7 @@ class Previews:
         if not self._are_on or message.content_type != "text" or first_link(message.content) is None:
             return
         if not self._bound.take(message.sender_id):
-            log.info("too many links of one user: message %s goes without its preview", message.id)
+            log.info("no preview of message %s: its user sends too many links", message.id)
         elif self._lines.put(message.sender_id, At(message.conversation_id, message.id)):
             self._turns.release()
 
@@ -112,7 +112,7 @@ class Previews:
                 log.info("no preview of message %s: the conversation is busy", at.message_id)
             except Exception as error:
                 if not is_lost(error):
-                    log.exception("a preview failed")
+                    log.exception("creating a preview failed")
             finally:
                 self._bound.give(sender_id)
                 if self._lines.done(sender_id):

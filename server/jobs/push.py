@@ -182,13 +182,13 @@ class WebPush:
             }
             answer = await self._outbound.post(said.endpoint, body, headers, watch=watch)
         except Unreachable as error:
-            log.info("a notification could not be pushed: %s", error)
+            log.info("cannot push a notification: %s", error)
             raise Failed from error
         except (ValueError, http_ece.ECEException) as error:
             self._drops.add("unusable")
             if (user_id := await self._forget(said.endpoint)) is not None:
                 log.warning(
-                    "an endpoint of user %s at %s cannot be used (%s) and was deleted",
+                    "deleted an unusable endpoint of user %s at %s (%s)",
                     user_id, urlsplit(said.endpoint).hostname, type(error).__name__,
                 )  # fmt: skip
             return

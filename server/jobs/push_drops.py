@@ -20,5 +20,5 @@ class Drops:
         self.counts[reason] += count
         if not self._throttle.passes(reason):
             return False
-        log.warning("notifications are dropped: %s (counted in openchat_push_dropped_total)", reason)
+        log.warning("dropping notifications: %s (counted in openchat_push_dropped_total)", reason)
         return True

@@ -13,7 +13,7 @@ from server.core.addresses import limit_key, parsed
 from server.core.throttle import Throttle
 from server.limits.token_bucket import TokenBuckets
 
-OF_A_PROXY = ". If it is a proxy's, set OPENCHAT_TRUSTED_PROXIES: all its clients are counted as one"
+OF_A_PROXY = ". If it is a proxy, set OPENCHAT_TRUSTED_PROXIES; otherwise all its clients count as one"
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ class Addresses:
             self._requests.require(key)
         except Refused:
             if self._throttle.passes(key):
-                log.warning("too many requests of address %s: further ones are refused%s", key, OF_A_PROXY)
+                log.warning("too many requests from address %s; refusing further ones%s", key, OF_A_PROXY)
             raise
 
     @contextmanager
@@ -98,7 +98,7 @@ class Addresses:
 def too_many_of_address(key: str, throttle: Throttle[str]) -> Refused:
     """Return what to tell an address that has all the connections it may have. Log its key, if `throttle` passes."""
     if throttle.passes(key):
-        log.warning("too many connections of address %s: further ones are refused%s", key, OF_A_PROXY)
+        log.warning("too many connections from address %s; refusing further ones%s", key, OF_A_PROXY)
     return Refused(
         ErrorCode.RATE_LIMITED,
         "Too many connections from this address. Close one, or retry after `retry_after_ms`.",

@@ -98,7 +98,7 @@ class SharedRateLimit:
                     pipe.expire(self._key(user_id), LASTS_SECONDS)
                 totals = (await pipe.execute())[::2]
         except REDIS_LOST as error:
-            log.debug("allowances are not shared: %s", error)
+            log.debug("rate limits are not shared: %s", error)
             return
         before, self._totals = self._totals, dict(zip(busy, totals, strict=True))
         for user_id, total in self._totals.items():

@@ -105,7 +105,7 @@ def too_many(what: str, wait: float, *, path: str | None = None) -> Refused:
     """Return what to tell whoever has nothing left of an allowance and should wait, in seconds."""
     return Refused(
         ErrorCode.RATE_LIMITED,
-        f"The allowance of {what} is used up. Retry after `retry_after_ms`.",
+        f"The rate limit of {what} is exceeded. Retry after `retry_after_ms`.",
         path=path,
         retry_after_ms=int(wait * 1000) + 1,
     )

@@ -219,11 +219,11 @@ class Supervisor:
             # A text says all about the machine. A defect of ours needs its traceback, but not with every attempt.
             is_new_defect = not isinstance(error, Fatal | OSError) and self._failures.get(what) != failure
             self._failures[what] = failure
-            log.error("%s: %s; trying again", what, error, exc_info=error if is_new_defect else None)  # noqa: TRY400
+            log.error("%s: %s; retrying", what, error, exc_info=error if is_new_defect else None)  # noqa: TRY400
 
     def _see_to_server(self, server: Postgres | Valkey) -> None:
         if not server.is_running() and not self._stopping.is_set():
-            log.error("%s ended; starting it again", type(server).__name__)
+            log.error("%s ended; restarting it", type(server).__name__)
             server.start()
         server.log.rotate()
 
@@ -236,7 +236,7 @@ class Supervisor:
 
     def _roll(self) -> None:
         """Replace all workers, one after the other: there is always one that takes connections in each place."""
-        log.info("replacing the workers, one after the other")
+        log.info("replacing the workers one by one")
         for worker in self._workers:
             try:
                 old = worker.replace()
@@ -247,7 +247,7 @@ class Supervisor:
                 self._see_off(old)
             if self._stopping.is_set():
                 return
-        log.info("all workers are new")
+        log.info("all workers are replaced")
 
     def _see_off(self, old: subprocess.Popen[bytes]) -> None:
         """Have a process drain and end, and look after everything else meanwhile."""
@@ -332,7 +332,7 @@ async def _require_redis(url: str) -> None:
     try:
         redis = Redis.from_url(url, socket_connect_timeout=database.CONNECT_SECONDS)
     except ValueError:
-        raise Fatal("REDIS_URL is not understood. Check its port, its database and its options.") from None
+        raise Fatal("REDIS_URL is invalid. Check its port, database and options.") from None
     try:
         await redis.ping()
     except REDIS_LOST as error:

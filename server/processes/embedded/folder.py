@@ -78,7 +78,7 @@ class DataFolder:
         # Beside the data folder only ours will do; within it, root gives over what an earlier user had.
         is_ours = self.run.stat().st_uid in {os.geteuid(), self.uid}
         if self.run.is_symlink() or not (is_ours or (self.owner and self.run.parent == path)):
-            raise Fatal(f"{self.run} belongs to someone else; remove it.")
+            raise Fatal(f"{self.run} belongs to another user. Remove it.")
         self._give_to_owner()
 
     @property
@@ -104,7 +104,9 @@ class DataFolder:
             if not copy.exists():  # or else another process made it meanwhile
                 raise Fatal(f"{package} cannot be copied to {SHARED_BINARIES} ({error}).") from None
         if not self._reaches(copy / package.name):
-            raise Fatal(f"the user {self.owner.name} cannot reach {copy}; open the folders above it to everyone.")
+            raise Fatal(
+                f"the user {self.owner.name} cannot reach {copy}. Make the folders above it accessible to everyone."
+            )
         return copy / package.name
 
     def give(self, tree: Path) -> None:
@@ -185,7 +187,7 @@ class DataFolder:
                     below = os.open(name, FOLDER, dir_fd=here)
                 except OSError as error:
                     if error.errno in {errno.ELOOP, errno.ENOTDIR}:
-                        raise Fatal(f"{folder} is a link or no folder; somebody has changed {self.path}.") from None
+                        raise Fatal(f"{folder} is a link or not a folder. Check who has changed {self.path}.") from None
                     raise
                 os.close(here)
                 here = below
@@ -208,8 +210,8 @@ class DataFolder:
             os.close(opened)
         if not self._reaches(self.run):
             raise Fatal(
-                f"PostgreSQL refuses to run as root, and the user {self.owner.name}, who runs it instead, "
-                f"cannot reach {self.path}; open the folders above it, or {self._advice}."
+                f"PostgreSQL runs as the user {self.owner.name}, because it refuses to run as root. This user cannot "
+                f"reach {self.path}. Make the folders above it accessible to everyone, or {self._advice}."
             )
 
     def _reaches(self, path: Path) -> bool:
@@ -233,7 +235,7 @@ def installed(package: str) -> Path:
     """Return the folder of an installed package, without importing it. Raises Fatal if it is not there."""
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
-        raise Fatal(f"the package {package} is not installed: set DATABASE_URL and REDIS_URL, or install it.")
+        raise Fatal(f"the package {package} is not installed. Install it, or set DATABASE_URL and REDIS_URL.")
     return Path(spec.origin).parent
 
 
@@ -267,9 +269,9 @@ def _unprivileged() -> Owner:
             entry = pwd.getpwnam(USER)
         except KeyError:
             raise Fatal(
-                f"PostgreSQL refuses to run as root, and {reason}; make the user ({' '.join(MAKE_USER)}), "
-                "or start openchat as a user who is not root."
+                f"PostgreSQL refuses to run as root, and {reason}. Create the user ({' '.join(MAKE_USER)}), "
+                "or start openchat as a user other than root."
             ) from None
     if entry.pw_uid == 0:
-        raise Fatal(f"PostgreSQL refuses to run as root, and the user {USER} is root; give it a uid of its own.")
+        raise Fatal(f"PostgreSQL refuses to run as root, and the user {USER} is root. Give it a uid of its own.")
     return Owner(entry.pw_name, entry.pw_uid, entry.pw_gid)

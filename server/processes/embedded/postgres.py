@@ -101,13 +101,11 @@ class Postgres:
                     return
                 if time.monotonic() > deadline:
                     self.stop()
-                    raise Fatal(f"the embedded PostgreSQL does not answer; see {self.log.path}.")
+                    raise Fatal(f"the embedded PostgreSQL does not respond. See {self.log.path}.")
                 time.sleep(POLL_SECONDS)
             # The processes of a killed postmaster need a moment to notice and let the shared memory go.
             if time.monotonic() > deadline - START_SECONDS + 5:
-                raise Fatal(
-                    f"the embedded PostgreSQL does not start: {self.log.last_line()} (all of it in {self.log.path})."
-                )
+                raise Fatal(f"the embedded PostgreSQL does not start: {self.log.last_line()} (see {self.log.path}).")
             time.sleep(POLL_SECONDS * 10)
 
     def stop(self) -> None:
@@ -132,7 +130,7 @@ class Postgres:
         if made.returncode:
             shutil.rmtree(unfinished, ignore_errors=True)
             reason = (made.stderr.strip().splitlines() or ["no reason given"])[0].removeprefix("initdb: error: ")
-            raise Fatal(f"the embedded PostgreSQL cannot be set up: {reason}. DATABASE_URL can name another one.")
+            raise Fatal(f"the embedded PostgreSQL cannot be set up: {reason}. Set DATABASE_URL to use another one.")
         unfinished.rename(self._data)
 
     def _close(self) -> None:
@@ -155,7 +153,7 @@ class Postgres:
         self._folder.remove(pid_file)
         if self._is_listening():
             raise Fatal(
-                f"another folder's PostgreSQL listens in {self._folder.run}; stop it, or choose another --data-dir."
+                f"another folder's PostgreSQL listens in {self._folder.run}. Stop it, or choose another --data-dir."
             )
         # It holds a number, too: PostgreSQL does not start beside any process that has it.
         self._folder.remove(self._folder.run / f"{SOCKET}.lock")
@@ -171,8 +169,8 @@ class Postgres:
         is_ours = workdir.is_in(pid, self._data, self._folder.owner)
         if is_ours is None and _is_postgres(pid, uid):
             raise Fatal(
-                f"{pid_file} names process {pid}, a PostgreSQL, and it cannot be told whether it runs in this folder. "
-                f"If it does, stop it (kill -INT {pid}); if not, remove that file."
+                f"{pid_file} names process {pid}, a PostgreSQL that may or may not use this folder. "
+                f"If it does, stop it (kill -INT {pid}). If not, remove {pid_file}."
             )
         if not is_ours:
             return
@@ -181,7 +179,7 @@ class Postgres:
         while _is_postgres(pid, uid) and time.monotonic() < deadline:
             time.sleep(POLL_SECONDS)
         if _is_postgres(pid, uid):
-            raise Fatal(f"an older PostgreSQL (process {pid}) does not stop.")
+            raise Fatal(f"an older PostgreSQL (process {pid}) does not stop. Stop it by hand.")
 
     def _is_listening(self) -> bool:
         with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as client:

@@ -64,8 +64,8 @@ def _require_database(path: Path) -> None:
         postgres.data(path).lstat()
     except (FileNotFoundError, NotADirectoryError):
         raise Fatal(
-            f"there is no database in {path}. Correct --data-dir, or leave it out and set DATABASE_URL; for a new "
-            "database, start the server with that --data-dir, or run `openchat migrate` with it."
+            f"there is no database in {path}. Correct --data-dir, or set DATABASE_URL instead. To create a database, "
+            "start the server or run `openchat migrate` with this --data-dir."
         ) from None
     except OSError:
         return  # DataFolder says why it cannot be used

@@ -69,7 +69,7 @@ class Valkey:
         deadline = time.monotonic() + START_SECONDS
         while not self._say(b"PING\r\n").startswith(b"+PONG"):
             if self._process.poll() is not None or time.monotonic() > deadline:
-                raise Fatal(f"the embedded Valkey does not start; see {self.log.path}.")
+                raise Fatal(f"the embedded Valkey does not start. See {self.log.path}.")
             time.sleep(POLL_SECONDS)
 
     def stop(self) -> None:
@@ -87,10 +87,10 @@ class Valkey:
             where = Path(os.fsdecode(answer.strip().rsplit(b"\r\n", 1)[-1]))
             if not (where.is_absolute() and where.exists() and where.samefile(self._folder.path)):
                 raise Fatal(
-                    f"another folder's server listens at {self._socket}; stop it, or choose another --data-dir."
+                    f"another folder's server listens at {self._socket}. Stop it, or choose another --data-dir."
                 )
             if self._say(b"SHUTDOWN NOSAVE\r\n"):
-                raise Fatal("an older Valkey does not stop.")
+                raise Fatal("an older Valkey does not stop. Stop it by hand.")
         self._folder.remove(self._socket)
 
     def _say(self, command: bytes) -> bytes:
