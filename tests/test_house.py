@@ -7,11 +7,13 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, get_type_hints
 
 import pytest
 
+from protocol.client import Frame
 from server.describe import DOCUMENTS
+from server.routes import ROUTES
 
 ROOT = Path(__file__).parent.parent
 SERVER = ROOT / "server"
@@ -260,6 +262,12 @@ def test_a_protocol_has_two_implementations_or_one_that_it_may_not_see(key: str)
         assert room in ROOMS, f"{key} has one implementation: name {only}"
         assert other not in ROOMS[room] | {room}, f"{key} has one implementation, and may import it: name {only}"
         assert f"`{only.rpartition(':')[2]}`" in protocol.docstring, f"the docstring of {key} does not name {only}"
+
+
+@pytest.mark.parametrize("frame", ROUTES, ids=lambda frame: frame.__name__)
+def test_each_frame_has_a_handler_of_its_own(frame: type[Frame]) -> None:
+    """Frames that turn something on and off, too: what two handlers share is a private function."""
+    assert get_type_hints(ROUTES[frame].handler)["frame"] is frame
 
 
 def held(tree: ast.AST) -> Iterator[ast.AST]:

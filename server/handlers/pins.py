@@ -13,9 +13,17 @@ from server.queries import bounds, conversations, messages, pins
 from server.queries.cursor import Cursor
 
 
-async def pin(context: Context, frame: client.Pin | client.Unpin) -> Changed:
-    """Pin a message, or take it down, and tell everyone; nothing happens if it is so already."""
-    is_on = isinstance(frame, client.Pin)
+async def pin(context: Context, frame: client.Pin) -> Changed:
+    """Pin a message and tell everyone; nothing happens if it is pinned already."""
+    return await _set_pinned(context, frame, is_on=True)
+
+
+async def unpin(context: Context, frame: client.Unpin) -> Changed:
+    """Take a pinned message down and tell everyone; nothing happens if it is not pinned."""
+    return await _set_pinned(context, frame, is_on=False)
+
+
+async def _set_pinned(context: Context, frame: client.Pin | client.Unpin, *, is_on: bool) -> Changed:
     async with context.transaction() as db:
         found = await messages.lock(db, frame, context.user_id)
         if found is None or found.message.is_deleted:

@@ -1,6 +1,5 @@
 """Relationships: friends who ask and answer; block, follow and mute, which nobody has to answer; switches; the list."""
 
-from collections.abc import Awaitable, Callable
 from typing import Literal, NamedTuple
 
 from protocol import client
@@ -87,42 +86,65 @@ async def unfriend(context: Context, frame: client.Unfriend) -> Done:
     return Done()
 
 
-OneOf = client.Block | client.Unblock | client.Follow | client.Unfollow | client.Mute | client.Unmute
+async def block(context: Context, frame: client.Block) -> OneRelationship:
+    """Block a user: ends a friendship, and the caller's own request or follow."""
+    return await _set_on(context, frame.user_id, "block", is_on=True)
 
 
-def toggle(
-    kind: Literal["block", "follow", "mute"], *, on: bool
-) -> Callable[[Context, OneOf], Awaitable[OneRelationship]]:
-    """Return the handler that begins or ends what is the caller's own affair."""
-    turn = RelationshipChange(kind, "active" if on else "inactive")
+async def unblock(context: Context, frame: client.Unblock) -> OneRelationship:
+    """Unblock a user."""
+    return await _set_on(context, frame.user_id, "block", is_on=False)
 
-    async def handler(context: Context, frame: OneOf) -> OneRelationship:
-        me, them = context.user_id, _other(context, frame.user_id)
-        async with context.transaction() as db:
-            if (same := await _unchanged(db, me, them, turn)) is not None:
-                return OneRelationship(relationship=same)
-            if on:
-                await approaches.require(db, kind, me, [them])
-            await (_lock_caller if kind == "mute" else _lock)(db, me, them)
-            if (same := await _unchanged(db, me, them, turn)) is not None:
-                return OneRelationship(relationship=same)
-            if on:
-                # Whatever ends has begun before, so its end needs no bound.
-                await approaches.count(db, kind, me, [them])
-            if kind == "block" and on:
-                # One after the other, as if each were ended by itself.
-                await relationships.end(db, me, them, "friend")
-                await relationships.end(db, me, them, "follow")
-            made = await relationships.put(db, me, them, turn, me)
-            if on:
-                await bounds.require_relationships(db, me, kind)
-        if kind == "block":
-            _tell(context, me, them)
-        else:
-            context.events.notify([me, them] if kind == "follow" else [me])
-        return OneRelationship(relationship=made)
 
-    return handler
+async def follow(context: Context, frame: client.Follow) -> OneRelationship:
+    """Follow a user, who can see it."""
+    return await _set_on(context, frame.user_id, "follow", is_on=True)
+
+
+async def unfollow(context: Context, frame: client.Unfollow) -> OneRelationship:
+    """Stop following a user."""
+    return await _set_on(context, frame.user_id, "follow", is_on=False)
+
+
+async def mute(context: Context, frame: client.Mute) -> OneRelationship:
+    """Mute a user, who cannot see it."""
+    return await _set_on(context, frame.user_id, "mute", is_on=True)
+
+
+async def unmute(context: Context, frame: client.Unmute) -> OneRelationship:
+    """Unmute a user."""
+    return await _set_on(context, frame.user_id, "mute", is_on=False)
+
+
+async def _set_on(
+    context: Context, user_id: UserId, kind: Literal["block", "follow", "mute"], *, is_on: bool
+) -> OneRelationship:
+    """Begin or end what is the caller's own affair."""
+    turn = RelationshipChange(kind, "active" if is_on else "inactive")
+    me, them = context.user_id, _other(context, user_id)
+    async with context.transaction() as db:
+        if (same := await _unchanged(db, me, them, turn)) is not None:
+            return OneRelationship(relationship=same)
+        if is_on:
+            await approaches.require(db, kind, me, [them])
+        await (_lock_caller if kind == "mute" else _lock)(db, me, them)
+        if (same := await _unchanged(db, me, them, turn)) is not None:
+            return OneRelationship(relationship=same)
+        if is_on:
+            # Whatever ends has begun before, so its end needs no bound.
+            await approaches.count(db, kind, me, [them])
+        if kind == "block" and is_on:
+            # One after the other, as if each were ended by itself.
+            await relationships.end(db, me, them, "friend")
+            await relationships.end(db, me, them, "follow")
+        made = await relationships.put(db, me, them, turn, me)
+        if is_on:
+            await bounds.require_relationships(db, me, kind)
+    if kind == "block":
+        _tell(context, me, them)
+    else:
+        context.events.notify([me, them] if kind == "follow" else [me])
+    return OneRelationship(relationship=made)
 
 
 async def set_switches(context: Context, frame: client.SetSwitches) -> OneRelationship:

@@ -34,9 +34,14 @@ async def list_replies(context: Context, frame: client.ListReplies) -> MessagePa
     return await found.decoded()
 
 
-async def follow(context: Context, frame: client.FollowThread | client.UnfollowThread) -> OneThreadFollow:
-    """Be told of replies, or not any more."""
-    return await _change(context, frame, FollowChange(is_following=isinstance(frame, client.FollowThread)))
+async def follow(context: Context, frame: client.FollowThread) -> OneThreadFollow:
+    """Be told of replies."""
+    return await _change(context, frame, FollowChange(is_following=True))
+
+
+async def unfollow(context: Context, frame: client.UnfollowThread) -> OneThreadFollow:
+    """Be told of replies no more."""
+    return await _change(context, frame, FollowChange(is_following=False))
 
 
 async def read(context: Context, frame: client.ReadThread) -> OneThreadFollow:

@@ -1,8 +1,7 @@
 """Reactions: a row for each user and emoji; the counts on the message change in the same statement."""
 
-import msgspec
+from typing import NamedTuple
 
-from protocol.client import React, Unreact
 from protocol.errors import ErrorCode, Refused
 from protocol.ids import UserId
 from protocol.limits import MAX_EMOJI_OF_USER
@@ -68,39 +67,55 @@ SELECT EXISTS (
 """
 
 
-async def is_there(db: Db, found: Message, user_id: UserId, frame: React) -> bool:
-    """Whether a user has put that emoji on a message already. Under the lock."""
-    return bool(await db.fetchval(IS_THERE, found.conversation_id, found.id, user_id, frame.emoji))
+class ReactionChange(NamedTuple):
+    """A reaction as it is after a frame, the version of its last change, and how many have it now: None if nothing
+    changed.
+    """
+
+    emoji: str
+    version: int
+    total: int | None
 
 
-async def stored(db: Db, found: Message, user_id: UserId, frame: Unreact) -> Unreact:
-    """Return a frame with the reaction as it is stored: as `frame` spells it, or as it is written now, or otherwise.
+async def is_there(db: Db, found: Message, user_id: UserId, emoji: str) -> bool:
+    """Return whether a user has put that emoji on a message already. Under the lock."""
+    return bool(await db.fetchval(IS_THERE, found.conversation_id, found.id, user_id, emoji))
+
+
+async def stored(db: Db, found: Message, user_id: UserId, emoji: str) -> str:
+    """Return a user's reaction as it is stored: as `emoji` spells it, or as it is written now, or otherwise.
 
     Raises Refused if there is none, and none can be. Older versions stored any text, and imports store any name.
     """
     error = None
     try:
-        now = normalized(frame.emoji)
+        now = normalized(emoji)
     except ValueError as found_out:
-        now, error = frame.emoji, found_out
-    emoji = await db.fetchval(STORED, found.conversation_id, found.id, user_id, frame.emoji, now)
-    if emoji is None and error is not None:
+        now, error = emoji, found_out
+    there: str | None = await db.fetchval(STORED, found.conversation_id, found.id, user_id, emoji, now)
+    if there is None and error is not None:
         raise Refused(ErrorCode.INVALID, str(error), path="emoji") from error
-    return msgspec.structs.replace(frame, emoji=emoji or now)
+    return there or now
 
 
-async def react(db: Db, found: Message, user_id: UserId, frame: React | Unreact) -> tuple[int, int | None]:
-    """Put an emoji on a message, or take it back. Under the lock.
-
-    Return the version of the change and how many have the emoji there now; no count if nothing changed. Raises Refused
-    if the user has had too many different emoji there: those taken back keep their rows.
+async def react(db: Db, found: Message, user_id: UserId, emoji: str) -> ReactionChange:
+    """Put an emoji on a message. Under the lock. Raises Refused if the user has had too many different emoji there:
+    those taken back keep their rows.
     """
-    change = REACT if isinstance(frame, React) else UNREACT
-    row = await db.fetchrow(change, found.conversation_id, found.id, user_id, frame.emoji)
+    row = await db.fetchrow(REACT, found.conversation_id, found.id, user_id, emoji)
     if row is not None:
-        return row[0], row[1]
-    version = await db.fetchval(AS_IT_IS, found.conversation_id, found.id, user_id, frame.emoji)
-    if version is None and isinstance(frame, React):
+        return ReactionChange(emoji, row[0], row[1])
+    version = await db.fetchval(AS_IT_IS, found.conversation_id, found.id, user_id, emoji)
+    if version is None:
         sentence = f"You can put at most {MAX_EMOJI_OF_USER} different emoji on a message, those taken back included."
         raise Refused(ErrorCode.CONFLICT, sentence, path="emoji")
-    return found.version if version is None else version, None
+    return ReactionChange(emoji, version, None)
+
+
+async def unreact(db: Db, found: Message, user_id: UserId, emoji: str) -> ReactionChange:
+    """Take an emoji back from a message. Under the lock."""
+    row = await db.fetchrow(UNREACT, found.conversation_id, found.id, user_id, emoji)
+    if row is not None:
+        return ReactionChange(emoji, row[0], row[1])
+    version = await db.fetchval(AS_IT_IS, found.conversation_id, found.id, user_id, emoji)
+    return ReactionChange(emoji, found.version if version is None else version, None)
