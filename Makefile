@@ -74,7 +74,7 @@ $(NODE)/node_modules: $(NODE)/package-lock.json
 
 lock:  ## find the newest versions that pyproject.toml allows (needs uv)
 	uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-annotate --no-header \
-	    pyproject.toml --extra load -o requirements.lock
+	    pyproject.toml -o requirements.lock
 	uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-annotate --no-header \
 	    pyproject.toml --group dev -o requirements-dev.lock
 

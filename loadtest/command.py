@@ -1,13 +1,12 @@
 """`openchat load`: a crowd in front of a server, what it sees while it is there, and a report."""
 
-import argparse
 import asyncio
 import os
-import sys
 import time
 from pathlib import Path
-from typing import Self
+from typing import Any, NamedTuple, Self
 
+import click
 import msgspec
 from rich.console import Console
 from rich.live import Live
@@ -20,9 +19,11 @@ from loadtest.run import Moment, Phase, Result, Run, Watch
 from loadtest.scenario import Size
 from loadtest.scenarios import SCENARIOS
 from loadtest.target import OpenChat, Unusable
-from server.cli.arguments import Parser, path
+from server.cli.arguments import Command, File, Number, OneOf
+from server.cli.tables import visible
 from server.core.atomic_file import aside, require_folder
 from server.core.errors import Fatal
+from server.core.terminal import complain
 
 MS = 1_000
 STEP = 1.5
@@ -30,48 +31,85 @@ STEP = 1.5
 NARROWER = 3
 """How often the last step is halved after the bound was passed."""
 STEP_SECONDS = 6.0
+COUNT = Number(int, 1, 1_000_000)
+RATE = Number(float, 0.01, 1_000_000)
+SECONDS = Number(float, 0.1, 1_000_000)
 KEPT_UP = 0.97
 """A server that answered less than this share of what was offered was too slow, whatever the percentiles say."""
 
 
-def main(arguments: list[str]) -> int:
-    """Run `openchat load` with these arguments; return the exit status: 1 if anything was lost, refused or late."""
-    options = _parser().parse_args(arguments)
+class Options(NamedTuple):
+    """What `openchat load` is asked for."""
+
+    scenario: str
+    url: str
+    rate: float | None
+    seconds: float
+    people: int | None
+    connections: int | None
+    group: int | None
+    messages: int
+    processes: int
+    bound: float
+    report: Path
+    is_list: bool
+    is_limit_wanted: bool
+
+
+@click.command(
+    "load",
+    cls=Command,
+    examples="""
+        openchat load --list
+        openchat load teams
+        openchat load room --rate 100 --seconds 60
+        openchat load teams --find-limit
+    """,
+)
+@click.argument(
+    "scenario", type=OneOf(list(SCENARIOS)), default="teams", metavar="[SCENARIO]", help="What happens. [teams]"
+)
+@click.option("--list", "is_list", is_flag=True, help="Print the scenarios.")
+@click.option("--url", default="http://127.0.0.1:8000", help="The server. [http://127.0.0.1:8000]", metavar="URL")
+@click.option("--rate", type=RATE, metavar="RATE", help="Acts per second, whatever the server does.")
+@click.option("--seconds", type=SECONDS, default=20.0, metavar="SECONDS", help="Duration. [20]")
+@click.option("--people", type=COUNT, metavar="COUNT", help="Accounts.")
+@click.option("--connections", type=COUNT, metavar="COUNT", help="Connections, if more than one for each account.")
+@click.option("--group", type=COUNT, metavar="COUNT", help="People in each conversation.")
+@click.option(
+    "--messages", type=Number(int, 1, 1_000_000_000), default=1_000_000, metavar="COUNT",
+    help="Length of the conversation of `history`. [1000000]",
+)  # fmt: skip
+@click.option(
+    "--processes", type=Number(int, 1, 256), default=os.cpu_count() or 1, metavar="COUNT",
+    help="Processes of the crowd. [one per core]",
+)  # fmt: skip
+@click.option("--find-limit", "is_limit_wanted", is_flag=True, help="Offer more and more until p99 passes --bound.")
+@click.option(
+    "--bound", type=Number(float, 1, 1_000_000), default=250.0, metavar="MS",
+    help="For --find-limit, in milliseconds. [250]",
+)  # fmt: skip
+@click.option(
+    "--report", type=File(), default=Path("load-report"), metavar="FOLDER", help="Folder for the report. [load-report]"
+)
+def load(**given: Any) -> int:  # noqa: ANN401 - the options
+    """Put a crowd in front of a server and check every delivery.
+
+    The server limits each user to 50 writing frames a second, and each address to 100 accounts in five minutes. The
+    crowd keeps to that: on loopback it comes from many addresses. It keeps its accounts for the next run.
+    """
+    options = Options(**given)
     console = Console()
-    if options.list:
+    if options.is_list:
         console.print(_list())
         return 0
     try:
         return asyncio.run(_load(options, console))
     except (Unusable, Fatal) as error:
-        sys.stderr.write(f"openchat load: {error}\n")
+        complain(error, "openchat load")
         return 1
     except KeyboardInterrupt:
         return 130
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = Parser(
-        prog="openchat load",
-        description="Puts a crowd in front of a running server and checks that everything comes once and in order.",
-        epilog="The server limits each user to 50 writing frames a second and each address to 100 accounts in five "
-        "minutes; the crowd keeps to that: on loopback it comes from many addresses. It keeps its accounts for the "
-        "next run.",
-    )
-    parser.add_argument("scenario", nargs="?", default="teams", choices=list(SCENARIOS), help="what happens (teams)")
-    parser.add_argument("--list", action="store_true", help="say what each scenario is")
-    parser.add_argument("--url", default="http://127.0.0.1:8000", help="the server (http://127.0.0.1:8000)")
-    parser.add_argument("--rate", type=float, help="how much happens in a second, whatever the server does")
-    parser.add_argument("--seconds", type=float, default=20.0, help="for how long (20)")
-    parser.add_argument("--people", type=int, help="accounts")
-    parser.add_argument("--connections", type=int, help="connections, if more than one for each of the people")
-    parser.add_argument("--group", type=int, help="people in each conversation")
-    parser.add_argument("--messages", type=int, default=1_000_000, help="length of the conversation of `history`")
-    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="of the crowd (one per core)")
-    parser.add_argument("--find-limit", action="store_true", help="offer more and more until p99 passes --bound")
-    parser.add_argument("--bound", type=float, default=250.0, metavar="MS", help="for --find-limit, in ms (250)")
-    parser.add_argument("--report", type=path, default=Path("load-report"), help="folder for the report (load-report)")
-    return parser
 
 
 def _list() -> Table:
@@ -83,7 +121,7 @@ def _list() -> Table:
     return table
 
 
-async def _load(options: argparse.Namespace, console: Console) -> int:
+async def _load(options: Options, console: Console) -> int:
     scenario = SCENARIOS[options.scenario]
     people = options.people or scenario.people
     connections = options.connections or (people if options.people else scenario.connections or people)
@@ -102,7 +140,7 @@ async def _load(options: argparse.Namespace, console: Console) -> int:
                 await run.connect()
                 if scenario.name == "history":
                     await _write_history(run, target, size.messages, screen)
-                if options.find_limit:
+                if options.is_limit_wanted:
                     await find_limit(run, size.rate or 100.0, options.bound / MS)
                 elif scenario.name != "storm":
                     await run.drive(options.seconds, size.rate)
@@ -153,8 +191,8 @@ def slowest(phase: Phase) -> float:
     return Histogram(phase.tally.deliveries or phase.tally.answers).percentile(0.99)
 
 
-def _conclude(result: Result, options: argparse.Namespace, console: Console) -> int:
-    bound = options.bound / MS if options.find_limit else None
+def _conclude(result: Result, options: Options, console: Console) -> int:
+    bound = options.bound / MS if options.is_limit_wanted else None
     console.print(_tables(result, bound))
     stem = options.report / f"{result.scenario}-{time.strftime('%Y%m%d-%H%M%S')}"
     with aside(stem.with_suffix(".json")) as write:
@@ -174,13 +212,15 @@ def _conclude(result: Result, options: argparse.Namespace, console: Console) -> 
                 f"[bold]The ceiling: {ceiling.rate:,.0f} a second, {delivered:,.0f} deliveries a second, "
                 f"with p99 at {slowest(ceiling) * MS:.0f} ms[/] (bound {options.bound:.0f} ms)."
             )
-    console.print(f"[bold {'green' if is_good else 'red'}]{sentence}[/]")
-    console.print(f"Report: {stem.with_suffix('.html')}")
+    console.print(visible(sentence, f"bold {'green' if is_good else 'red'}"))
+    console.print(visible(f"Report: {stem.with_suffix('.html')}"), soft_wrap=True)
     return 0 if is_good else 1
 
 
 def _tables(result: Result, bound: float | None) -> Table:
-    table = Table(box=None, header_style="bold", title=f"{result.scenario} at {result.where}", title_justify="left")
+    table = Table(
+        box=None, header_style="bold", title=visible(f"{result.scenario} at {result.where}"), title_justify="left"
+    )
     if bound is not None:
         for column in ("offered/s", "sent/s", "delivered/s", "p50 ms", "p99 ms", "CPU µs/delivery", ""):
             table.add_column(column, justify="right")
@@ -199,7 +239,7 @@ def _tables(result: Result, bound: float | None) -> Table:
     for phase in result.phases:
         table.add_row(f"[bold]{phase.name}[/]", "")
         for figure in figures.of_phase(phase, result):
-            table.add_row(f"  {figure.name}", figure.value)
+            table.add_row(visible(f"  {figure.name}"), visible(figure.value))
     return table
 
 
@@ -219,9 +259,9 @@ class Screen(Watch):
 
     def tell(self, line: str) -> None:
         """Say what is being done."""
-        self._live.update(f"[dim]{line}[/]")
+        self._live.update(visible(line, "dim"))
         if not self._console.is_terminal:
-            self._console.print(line)
+            self._console.print(visible(line))
 
     def see(self, phase: str, moment: Moment, total: Tally) -> None:
         """Show the last second."""
@@ -248,5 +288,5 @@ class Screen(Watch):
         if total.wrong:
             table.add_row("[bold red]wrong", f"[bold red]{total.wrong:,}", "[red]lost, duplicated or out of order")
         for error, count in total.errors.items():
-            table.add_row("[red]errors", f"[red]{count:,}", f"[red]{error}")
+            table.add_row("[red]errors", f"[red]{count:,}", visible(error, "red"))
         self._live.update(table)

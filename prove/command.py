@@ -1,14 +1,14 @@
 """`openchat prove`: a crowd, a schedule of faults, and a table that says whether the promises held."""
 
-import argparse
 import asyncio
 import random
 import signal
-import sys
 import time
 from collections.abc import Iterator, Sequence
-from typing import Self
+from pathlib import Path
+from typing import Any, NamedTuple, Self
 
+import click
 import msgspec
 import uvloop
 from rich.console import Console
@@ -21,9 +21,11 @@ from prove.cluster import Cluster, OwnCluster
 from prove.faults import FAULTS, Fault
 from prove.proxy import Proxy
 from prove.run import Outcome, Proof, Run
-from server.cli.arguments import Parser, path
+from server.cli.arguments import Command, File, Number
+from server.cli.tables import visible
 from server.core.atomic_file import aside, require_folder
 from server.core.errors import Fatal
+from server.core.terminal import complain
 
 PHASE_SECONDS = 15.0
 COLUMNS = (
@@ -32,47 +34,92 @@ COLUMNS = (
 )  # fmt: skip
 
 
-def main(arguments: list[str]) -> int:
-    """Run `openchat prove` with these arguments; return the exit status: 1 if any promise was broken."""
-    options = _parser().parse_args(arguments)
+class Options(NamedTuple):
+    """What `openchat prove` is asked for."""
+
+    faults: tuple[str, ...]
+    only: tuple[str, ...]
+    seed: int
+    minutes: float
+    rate: float
+    people: int
+    workers: int
+    seconds: float
+    url: str | None
+    database_url: str | None
+    redis_url: str | None
+    report: Path | None
+    is_list: bool
+
+
+@click.command(
+    "prove",
+    cls=Command,
+    examples="""
+        openchat prove                        # every fault once, about six minutes
+        openchat prove --list
+        openchat prove worker sockets
+        openchat prove --minutes 60 --seed 7 --report proof
+    """,
+)
+@click.argument("faults", nargs=-1, metavar="[FAULT]...", help="Only faults whose names begin like this.")
+@click.option("--only", multiple=True, metavar="FAULT", help="The same, for scripts.", hidden=True)
+@click.option("--list", "is_list", is_flag=True, help="Print the faults.")
+@click.option(
+    "--seed", type=Number(int, 0, 2**32), default=1, metavar="NUMBER", help="Repeats a schedule of faults. [1]"
+)
+@click.option(
+    "--minutes",
+    type=Number(float, 0, 100_000),
+    default=0.0,
+    metavar="MINUTES",
+    help="Go on with more rounds for so long.",
+)
+@click.option(
+    "--rate",
+    type=Number(float, 0.1, 100_000),
+    default=100.0,
+    metavar="RATE",
+    help="Acts per second, of all people. [100]",
+)
+@click.option(
+    "--people", type=Number(int, 2, 100_000), default=40, metavar="COUNT", help="Accounts, one connection each. [40]"
+)
+@click.option("--workers", type=Number(int, 1, 256), default=2, metavar="COUNT", help="Workers of the cluster. [2]")
+@click.option(
+    "--seconds",
+    type=Number(float, 0.1, 100_000),
+    default=PHASE_SECONDS,
+    metavar="SECONDS",
+    help="Min time per fault. [15]",
+)
+@click.option("--url", metavar="URL", help="An installation that is there, instead of a new cluster.")
+@click.option("--database-url", metavar="URL", help="Its PostgreSQL.")
+@click.option("--redis-url", metavar="URL", help="Its Redis or Valkey.")
+@click.option("--report", type=File(), metavar="FOLDER", help="Folder for a report, as JSON and as HTML.")
+def prove(**given: Any) -> int:  # noqa: ANN401 - the options
+    """Break a cluster in every way while a crowd uses it.
+
+    After each fault, what everybody saw is compared with what is stored.
+
+    With --url, --database-url and --redis-url it proves an installation that is there, with those faults that need no
+    access to its processes. It makes accounts and conversations and leaves them there: never use it where people chat.
+    """
+    options = Options(**given)
     console = Console()
     # What it started ends with it.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    if options.list:
+    if options.is_list:
         console.print(_list())
         return 0
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             return runner.run(_prove(options, console))
     except (Unusable, Fatal, TimeoutError) as error:
-        sys.stderr.write(f"openchat prove: {str(error) or 'the installation does not become ready.'}\n")
+        complain(str(error) or "the installation does not become ready.", "openchat prove")
         return 1
     except KeyboardInterrupt:
         return 130
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = Parser(
-        prog="openchat prove",
-        description="Starts a cluster and a crowd that does everything the wire offers, hurts the cluster in every "
-        "way of a list while the crowd acts, and compares after each what everyone saw with what is stored.",
-        epilog="With --url, --database-url and --redis-url it proves an installation that is there, with those "
-        "faults that need no access to its processes. It makes accounts and conversations and leaves them there: not "
-        "where people chat.",
-    )
-    parser.add_argument("--list", action="store_true", help="say what the faults are")
-    parser.add_argument("--seed", type=int, default=1, help="repeats a schedule (1)")
-    parser.add_argument("--minutes", type=float, default=0.0, help="go on with more rounds for so long")
-    parser.add_argument("--rate", type=float, default=100.0, help="what people do in a second, all together (100)")
-    parser.add_argument("--people", type=int, default=40, help="accounts, one connection each (40)")
-    parser.add_argument("--workers", type=int, default=2, help="worker processes of the cluster (2)")
-    parser.add_argument("--seconds", type=float, default=PHASE_SECONDS, help="for each fault at least (15)")
-    parser.add_argument("--only", nargs="+", metavar="FAULT", help="faults whose names begin like this")
-    parser.add_argument("--url", help="an installation that is there, instead of one of our own")
-    parser.add_argument("--database-url", help="its PostgreSQL")
-    parser.add_argument("--redis-url", help="its Redis or Valkey")
-    parser.add_argument("--report", type=path, help="a folder for the report, as JSON and as HTML")
-    return parser
 
 
 def _list() -> Table:
@@ -84,7 +131,7 @@ def _list() -> Table:
     return table
 
 
-async def _prove(options: argparse.Namespace, console: Console) -> int:
+async def _prove(options: Options, console: Console) -> int:
     faults = _chosen(options)
     if options.report:
         require_folder(options.report)
@@ -101,7 +148,7 @@ async def _prove(options: argparse.Namespace, console: Console) -> int:
     return _conclude(proof, options, console)
 
 
-async def _run(faults: Sequence[Fault], proof: Proof, options: argparse.Namespace, console: Console) -> None:
+async def _run(faults: Sequence[Fault], proof: Proof, options: Options, console: Console) -> None:
     with Screen(console, proof) as screen:
         screen.tell("starting a cluster …" if options.url is None else f"looking at {options.url} …")
         async with _cluster(options) as cluster, Proxy(*cluster.address) as proxy:
@@ -119,20 +166,19 @@ async def _run(faults: Sequence[Fault], proof: Proof, options: argparse.Namespac
             screen.tell("stopping the cluster …")
 
 
-def _chosen(options: argparse.Namespace) -> list[Fault]:
+def _chosen(options: Options) -> list[Fault]:
     if options.url and not (options.database_url and options.redis_url):
         raise Unusable("with --url, say where its data is: --database-url and --redis-url.")
     faults = [one for one in FAULTS if not (options.url and one.needs_processes)]
-    if options.only:
-        wanted = tuple(one.lower() for one in options.only)
+    if wanted := tuple(one.lower() for one in options.faults + options.only):
         faults = [one for one in faults if one.name.lower().startswith(wanted)]
     if not faults:
         raise Unusable("there is no such fault; --list says which there are.")
     return faults
 
 
-def _cluster(options: argparse.Namespace) -> Cluster:
-    if options.url:
+def _cluster(options: Options) -> Cluster:
+    if options.url and options.database_url and options.redis_url:
         return Cluster(options.url, options.database_url, options.redis_url)
     return OwnCluster(options.workers)
 
@@ -147,19 +193,19 @@ def _schedule(faults: Sequence[Fault], seed: int) -> Iterator[Fault]:
         yield from shuffled
 
 
-def _conclude(proof: Proof, options: argparse.Namespace, console: Console) -> int:
+def _conclude(proof: Proof, options: Options, console: Console) -> int:
     for outcome in proof.outcomes:
         for words in outcome.words:
-            console.print(f"[red]{outcome.name}[/]: {words}", highlight=False, soft_wrap=True)
+            console.print(visible(f"{outcome.name}: ", "red").append_text(visible(words, "default")), soft_wrap=True)
     if options.report:
         stem = options.report / f"prove-{time.strftime('%Y%m%d-%H%M%S')}"
         with aside(stem.with_suffix(".json")) as write:
             write(msgspec.json.format(msgspec.json.encode(proof)))
         with aside(stem.with_suffix(".html")) as write:
             write(report.page(proof).encode())
-        console.print(f"The report is {stem.with_suffix('.html')}")
+        console.print(visible(f"The report is {stem.with_suffix('.html')}"), soft_wrap=True)
     verdict = report.verdict(proof)
-    console.print(f"[bold {'green' if proof.is_good else 'red'}]{verdict}[/]", highlight=False)
+    console.print(visible(verdict, f"bold {'green' if proof.is_good else 'red'}"))
     return 0 if proof.is_good else 1
 
 
@@ -196,16 +242,17 @@ class Screen:
         if self._console.is_terminal:
             self.show()
         else:
-            self._console.print(what, highlight=False)
+            self._console.print(visible(what))
 
     def show(self) -> None:
         """Show how it goes."""
         if not self._console.is_terminal:
             return
         table = _table(self._proof.outcomes)
-        table.caption = self._now
+        caption = self._now
         if self._proof.moments:
             last = self._proof.moments[-1]
-            table.caption += f"   {last.answers:.0f} answers a second, {last.connected} connected, "
-            table.caption += f"{last.waiting:.1f} s waited for the slowest"
+            caption += f"   {last.answers:.0f} answers a second, {last.connected} connected, "
+            caption += f"{last.waiting:.1f} s waited for the slowest"
+        table.caption = visible(caption)
         self._live.update(table, refresh=True)

@@ -15,10 +15,9 @@ from protocol import client, server
 from protocol.errors import CloseCode, ErrorCode
 from protocol.ids import ConversationId
 from prove.client import Client
-from server.cli import admin, main, maintenance
+from server.cli import main
 from server.core.config import Settings, without_password
 from server.core.errors import Fatal
-from server.core.terminal import status_of
 from server.processes.embedded.reach import reached
 from server.queries import conversations, export
 from tests.world import World, http_client, refused, sent
@@ -39,8 +38,7 @@ class Shell:
     async def both(self, *arguments: str, status: int = 0) -> tuple[str, str]:
         """Return what a command printed to standard output, and to standard error."""
         self._capsys.readouterr()
-        group = admin if arguments[0] in admin.COMMANDS else maintenance
-        ended = await asyncio.to_thread(group.main, list(arguments))
+        ended = await asyncio.to_thread(main.run, list(arguments))
         out, err = self._capsys.readouterr()
         assert ended == status, (out, err)
         return out, err
@@ -62,10 +60,10 @@ async def test_new_epoch_names_the_database_and_begins_when_that_is_meant(
     epoch = "SELECT epoch FROM database_epoch"
     before = await shell.world.db.fetchval(epoch)
     name = without_password(shell.world.settings.database_url)
-    assert await asyncio.to_thread(status_of, lambda: main._run(["new-epoch"])) == 1  # noqa: SLF001
+    assert await asyncio.to_thread(main.run, ["new-epoch"]) == 1
     assert f"database {name} would start over. Give --yes" in capsys.readouterr().err
     assert await shell.world.db.fetchval(epoch) == before
-    assert await asyncio.to_thread(status_of, lambda: main._run(["new-epoch", "--yes"])) == 0  # noqa: SLF001
+    assert await asyncio.to_thread(main.run, ["new-epoch", "--yes"]) == 0
     assert name in capsys.readouterr().out
     assert await shell.world.db.fetchval(epoch) != before
     assert f"Checking {name}." in await shell.run("check")

@@ -1,21 +1,28 @@
 """The command line's arguments: options before a command mean what they mean after it, and none starts a server."""
 
-import argparse
-import functools
-from collections.abc import Iterator
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 
 from loadtest import command as load
 from prove import command as prove
-from server.cli import admin, main, maintenance
+from server.cli import admin, main, maintenance, schema, serve
+from server.cli.arguments import Documented
 from server.core.config import Settings
-from server.core.terminal import status_of
 from server.processes.embedded.reach import Reached
 
+PROGRAM = [sys.executable, "-P", "-m", "server.cli.main"]
 SOME_ID = "01a20000-0000-7000-8000-000000000001"
+ALONE = (["load"], ["prove"], ["settings"], ["completion", "bash"])
+"""Commands that use no database."""
 LINES = (
     [], ["run"], ["migrate"], ["new-epoch"],
     ["user", "create", "Ada", "ada@example.org"], ["user", "sessions", "ada@example.org"],
@@ -23,7 +30,7 @@ LINES = (
     *(["user", one, "ada@example.org"] for one in ("show", "disable", "enable", "promote", "demote", "reset-password")),
     *(["conversation", one, SOME_ID] for one in ("show", "export", "delete", "audit")),
     ["erase", "ada@example.org"], ["check"], ["why", SOME_ID], ["reindex"], ["export"], ["export", "file"],
-    ["import", "slack", "path"], ["load"], ["prove"],
+    ["import", "slack", "path"], *ALONE,
 )  # fmt: skip
 """Every command, with its operands."""
 OPTIONS = (
@@ -34,10 +41,6 @@ OPTIONS = (
 )  # fmt: skip
 SERVER = ["--data-dir", "--data", "--host", "--port", "--workers"]
 """Options of the server, without their values."""
-
-
-# Building the parsers takes longer than their work.
-PARSERS = [(module, functools.cache(module._parser)) for module in (main, admin, maintenance)]  # noqa: SLF001
 
 
 @pytest.fixture
@@ -57,29 +60,22 @@ def began(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         found.append(settings)
         yield Reached("", None, "the database")
 
-    async def run(*arguments: object) -> int:
-        (options,) = (one for one in arguments if isinstance(one, argparse.Namespace))
-        found.append({**vars(options), "work": options.work.__name__})
+    async def work(*_: object, **__: object) -> int:
+        asked = click.get_current_context()
+        found.append((asked.command_path, asked.params))
         return 0
 
-    async def administer(servers: Reached, **options: object) -> None:
-        found.append((servers, options))
-
-    def from_outside(*arguments: object) -> int:
-        found.append(arguments)
-        return 0
-
-    monkeypatch.setattr(main, "Supervisor", Server)
-    monkeypatch.setattr(main, "_migrate", administer)
-    monkeypatch.setattr(main, "_begin_epoch", administer)
-    monkeypatch.setattr(main, "_from_outside", from_outside)
+    monkeypatch.setattr(serve, "Supervisor", Server)
     monkeypatch.setattr("server.core.log.configure", lambda _: None)
+    monkeypatch.setattr("prove.command.signal.signal", lambda *_: None)
     monkeypatch.delenv("DATABASE_URL", raising=False)
-    for module, parser in PARSERS:
-        monkeypatch.setattr(module, "_parser", parser)
+    for module in (admin, maintenance, schema):
         monkeypatch.setattr(module, "reached", reached)
-    for group in (admin, maintenance):
-        monkeypatch.setattr(group, "_run", run)
+    for module, name in (
+        (admin, "_run"), (maintenance, "_run"), (schema, "_migrate"), (schema, "_begin_epoch"), (load, "_load"),
+        (prove, "_prove"),
+    ):  # fmt: skip
+        monkeypatch.setattr(module, name, work)
     monkeypatch.setattr(admin, "_show", lambda *_, **__: None)
     return found
 
@@ -87,7 +83,7 @@ def began(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 def outcome(arguments: list[str], began: list[Any], capsys: pytest.CaptureFixture[str]) -> tuple[int, list[Any], str]:
     """Return the status of a command line, what began, and the last line on standard error."""
     began.clear()
-    status = status_of(lambda: main._run(arguments))  # noqa: SLF001
+    status = main.run(arguments)
     said = capsys.readouterr().err.splitlines()
     return status, list(began), said[-1] if said else ""
 
@@ -115,13 +111,13 @@ def test_an_option_before_a_command_means_what_it_means_after_it(
         else:
             assert before == after, line
         assert is_a_server(after[1]) == (line in ([], ["run"]) and name in SERVER), line
-        if name in {"--data-dir", "--data"} and line[:1] not in (["load"], ["prove"]):
+        if name in {"--data-dir", "--data"} and line not in ALONE:
             assert (after[0], after[2]) == (0, ""), line
             settings = after[1][0][1] if is_a_server(after[1]) else after[1][0]
             assert settings.data_dir == "folder", line
             assert outcome([*line[:1], *option, *line[1:]], began, capsys) == after, line
         elif name == "--plan":
-            assert (after[0] == 0) == (line in (["migrate"], ["load"], ["prove"])), line
+            assert (after[0] == 0) == (line == ["migrate"]), line
 
 
 def test_folder_beside_the_url_of_a_database_begins_nothing(
@@ -129,7 +125,7 @@ def test_folder_beside_the_url_of_a_database_begins_nothing(
 ) -> None:
     monkeypatch.setenv("DATABASE_URL", "postgresql://ada:secret@db/live")
     for line in LINES:
-        if line[:1] in (["load"], ["prove"]):
+        if line in ALONE:
             continue
         status, nothing, said = outcome([*line, "--data-dir", "folder"], began, capsys)
         assert (status, nothing) == (1, []), line
@@ -145,27 +141,42 @@ def test_folder_beside_the_url_of_a_database_begins_nothing(
     ("arguments", "said"),
     [
         (["--prot", "3"], "`--prot` is not an option. Give `--port`."),
-        (["--port", "99999999"], "--port must be a whole number from 0 to 65535, not 99999999."),
-        (["chekc"], "`chekc` is not a command. Give the command first, then its options."),
-        (["--data-dir", "folder", "chekc"], "`chekc` is not a command. Give the command first, then its options."),
+        (["--port", "99999999"], "--port must be a whole number from 0 to 65535, not '99999999'."),
+        (["chekc"], "`chekc` is not a command. Did you mean `check`? Give the command first, then its options."),
+        (["xyzzy"], "`xyzzy` is not a command. Give the command first, then its options."),
+        (["--data-dir", "folder", "chekc"], "`chekc` is not a command. Did you mean `check`? Give the command first"),
         (["--data-dir", "check"], "`--data-dir check` names a folder. Write `--data-dir ./check`, or give the folder."),
-        (["export", ""], "argument file: give the name of a file or a folder; one that is named `-` is `./-`"),
+        (["export", ""], "FILE must be the name of a file or a folder, not ''."),
         (["new-epoch", "--plan"], "`openchat new-epoch` has no option --plan."),
         (["--port", "0", "migrate", "--plan"], "`openchat migrate` has no option --port."),
         (["--plan"], "`openchat` has no option --plan."),
         (["run", "--plan"], "`openchat run` has no option --plan."),
-        (["why", "nonsense"], "argument message: invalid UUID value: 'nonsense'. `openchat why --help` says what it"),
-        (["conversation", "show", "nope"], "`openchat conversation show --help` says what it takes."),
-        (["user", "list", "--foo"], "`openchat user list` has no option --foo. `openchat user list --help` says what"),
-        (["user"], "the following arguments are required: what. `openchat user --help` says what it takes."),
-        (["user", "nonsense"], "`openchat user --help` says what it takes."),
-        (["import", "irc", "file"], "`openchat import --help` says what it takes."),
-        (["--data-dir", "folder", "--", "check"], "unrecognized arguments"),
-        (["run", "check"], "unrecognized arguments: check"),
-        (["--port"], "argument --port: expected one argument"),
-        (["user", "list", "--limit", "501"], "argument --limit: give a number from 1 to 500"),
-        (["conversation", "list", "--limit", "0"], "argument --limit: give a number from 1 to 500"),
-        (["conversation", "list", "--after", "5"], "argument --after: invalid UUID value: '5'"),
+        (["why", "nonsense"], f"MESSAGE must be an id such as {SOME_ID}, not 'nonsense'. `openchat why --help` tells"),
+        (["conversation", "show", "nope"], "`openchat conversation show --help` tells more."),
+        (["user", "list", "--foo"], "`openchat user list` has no option --foo. `openchat user list --help` tells"),
+        (["user"], "`openchat user` needs one of its commands: create, list, show, disable"),
+        (["user", "nonsense"], "`openchat user` has no command `nonsense`. `openchat user --help` tells more."),
+        (["import", "irc", "file"], "FORMAT must be `openchat`, `slack` or `mattermost`, not 'irc'."),
+        (["--data-dir", "folder", "--", "check"], "give the command before `--`."),
+        (["run", "check"], "`openchat run` takes no further `check`."),
+        (["--port"], "--port needs a value."),
+        (["--port", "--workers", "2"], "--port needs a value."),
+        (["--data-dir", "--json", "check"], "--data-dir needs a value."),
+        (["user", "create", "Ada"], "`openchat user create` needs EMAIL."),
+        (["--workers", "-1"], "--workers must be a whole number from 0 to 256, not '-1'."),
+        (["--workers", "many"], "--workers must be a whole number from 0 to 256, not 'many'."),
+        (["load", "--rate", "0"], "--rate must be a number from 0.01 to 1000000, not '0'."),
+        (["load", "--rate", "nan"], "--rate must be a number from 0.01 to 1000000, not 'nan'."),
+        (["load", "--people", "0"], "--people must be a whole number from 1 to 1000000, not '0'."),
+        (["load", "--people", "1_0"], "--people must be a whole number from 1 to 1000000, not '1_0'."),
+        (["load", "teems"], "SCENARIO must be `room`, `teams`"),
+        (["prove", "--workers", "-1"], "--workers must be a whole number from 1 to 256, not '-1'."),
+        (["prove", "--minutes", "inf"], "--minutes must be a number from 0 to 100000, not 'inf'."),
+        (["completion", "sh"], "SHELL must be `bash`, `zsh` or `fish`, not 'sh'."),
+        (["settings", "xyzzy"], "no setting has `xyzzy` in its name."),
+        (["user", "list", "--limit", "501"], "--limit must be a whole number from 1 to 500"),
+        (["conversation", "list", "--limit", "0"], "--limit must be a whole number from 1 to 500"),
+        (["conversation", "list", "--after", "5"], f"--after must be an id such as {SOME_ID}, not '5'."),
     ],
     ids=lambda one: " ".join(one) if isinstance(one, list) else "",
 )
@@ -173,7 +184,7 @@ def test_arguments_that_cannot_be_meant_begin_nothing(
     arguments: list[str], said: str, began: list[Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     began.clear()
-    status = status_of(lambda: main._run(arguments))  # noqa: SLF001
+    status = main.run(arguments)
     (line,) = capsys.readouterr().err.splitlines()
     assert (status, began) == (1, [])
     assert line.startswith("openchat: ")
@@ -185,49 +196,118 @@ def test_no_argument_names_a_file_or_folder_by_a_dash_or_nothing(
 ) -> None:
     """`-` is standard output where a command prints, and no name elsewhere: a file `-` would be there by mistake."""
     for name in ("", "-"):
-        for line in [one for one in LINES if one[:1] not in (["load"], ["prove"])]:
+        for line in [one for one in LINES if one not in ALONE]:
             status, nothing, said = outcome([*line, "--data-dir", name], began, capsys)
             assert (status, nothing) == (1, []), line
-            assert "argument --data-dir: give the name of a file or a folder" in said, line
-        assert "argument path: give the name of" in outcome(["import", "slack", name], began, capsys)[2]
-        for module in (load, prove):
-            assert status_of(functools.partial(module.main, ["--report", name])) == 1
-            assert "argument --report: give the name of" in capsys.readouterr().err
+            assert "--data-dir must be the name of a file or a folder" in said, line
+        assert "PATH must be the name of" in outcome(["import", "slack", name], began, capsys)[2]
+        for command in ("load", "prove"):
+            assert "--report must be the name of" in outcome([command, "--report", name], began, capsys)[2]
     for line in (["export"], ["export", "--user", "ada"]):
         status, began_with, _ = outcome([*line, "-"], began, capsys)
         assert (status, began_with) == outcome(line, began, capsys)[:2], line
 
 
-@pytest.mark.parametrize("module", [load, prove])
-def test_commands_that_speak_to_a_server_refuse_in_the_same_form(
-    module: Any, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert status_of(lambda: module.main(["--foo"])) == 1
-    name = module.__name__.partition(".")[0].removesuffix("test")
+@pytest.mark.parametrize("name", ["load", "prove"])
+def test_commands_that_speak_to_a_server_refuse_in_the_same_form(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.run([name, "--foo"]) == 1
     assert capsys.readouterr().err.startswith(f"openchat: `openchat {name}` has no option --foo. `openchat {name} --h")
+
+
+def commands(command: click.Command = main.openchat, *words: str) -> Iterator[tuple[tuple[str, ...], click.Command]]:
+    """Yield every command and group, with its words."""
+    yield words, command
+    if isinstance(command, click.Group):
+        for name in command.list_commands(click.Context(command)):
+            below = command.get_command(click.Context(command), name)
+            assert below is not None
+            yield from commands(below, *words, name)
 
 
 def test_help_and_version_go_with_every_option(began: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, said in (
-        (["--help"], "usage: openchat [COMMAND] [OPTIONS]"),
+        (["--help"], "Usage: openchat [COMMAND] [OPTIONS]"),
+        (["-h"], "Usage: openchat [COMMAND] [OPTIONS]"),
         (["--port", "0", "--version"], "openchat "),
-        (["--data-dir", "folder", "check", "--help"], "usage: openchat check"),
-        (["--help", "check"], "usage: openchat check"),
-        (["--data-dir", "folder", "user", "show", "--help"], "usage: openchat user show"),
+        (["--data-dir", "folder", "check", "--help"], "Usage: openchat check"),
+        (["--help", "check"], "Usage: openchat check"),
+        (["--data-dir", "folder", "user", "show", "--help"], "Usage: openchat user show"),
         (["--version", "check"], "openchat "),
-        *(
-            ([*line[: 2 if line[0] in admin.GROUPS else 1], "--help"], f"usage: openchat {line[0]}")
-            for line in LINES
-            if line and line[0] not in main.OUTSIDE
-        ),
+        *(([*words, "--help"], " ".join(["Usage: openchat", *words])) for words, _ in commands()),
     ):
-        assert status_of(lambda arguments=arguments: main._run(arguments)) == 0, arguments  # type: ignore[misc] # noqa: SLF001
-        assert capsys.readouterr().out.startswith(said)
+        assert main.run(arguments) == 0, arguments
+        printed = capsys.readouterr().out
+        assert printed.startswith(said)
+        assert [line for line in printed.splitlines() if len(line) > 80] == [], "a terminal of 80 columns"
     assert began == []
-    assert status_of(lambda: main._run(["--help"])) == 0  # noqa: SLF001
+    assert main.run(["--help"]) == 0
     listed = capsys.readouterr().out
     assert [name for name in main.COMMANDS if f"\n  {name} " not in listed] == []
-    assert status_of(lambda: main._run(["new-epoch", "--help"])) == 0  # noqa: SLF001
+    assert main.run(["new-epoch", "--help"]) == 0
     said = capsys.readouterr().out
     assert "--yes" in said
     assert "--port" not in said
+
+
+def test_every_command_says_what_it_does_in_one_line_and_has_examples_that_are_understood() -> None:
+    for words, command in commands():
+        assert command.get_short_help_str(60).endswith("."), words
+        assert "..." not in command.get_short_help_str(60), words
+        assert isinstance(command, Documented)
+        assert command.examples, words
+        for example in command.examples:
+            _, _, line = example.partition("openchat ") if "$(" not in example else ("", "", "completion zsh")
+            arguments = shlex.split(line.partition(">")[0].partition("|")[0], comments=True)
+            if "--help" in arguments:
+                continue
+            ctx = main.openchat.make_context("openchat", arguments)
+            while isinstance(ctx.command, click.Group) and ctx._protected_args:  # noqa: SLF001 - click has no other way
+                _, below, rest = ctx.command.resolve_command(ctx, [*ctx._protected_args, *ctx.args])  # noqa: SLF001
+                assert below is not None, example
+                ctx = below.make_context(below.name, rest, parent=ctx)
+            assert not isinstance(ctx.command, click.Group) or ctx.command is main.openchat, example
+    for name, entry in main.COMMANDS.items():
+        found = main.openchat.get_command(click.Context(main.openchat), name)
+        assert found is not None
+        assert (found.help or "").splitlines()[0] == entry.about
+
+
+@pytest.fixture
+def bash(tmp_path: Path) -> Callable[..., list[str]]:
+    """Return what tells the offers of bash for the last of some words, by the script that the program prints."""
+    program = tmp_path / "openchat"
+    program.write_text(f'#!/bin/sh\nexec {shlex.join(PROGRAM)} "$@"\n')
+    program.chmod(0o700)
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+
+    def offers(*words: str) -> list[str]:
+        script = f"""
+            eval "$(openchat completion bash)"
+            COMP_WORDS=({" ".join(word or "''" for word in words)}) COMP_CWORD={len(words) - 1}
+            _openchat_completion openchat
+            printf '%s\\n' "${{COMPREPLY[@]}}"
+        """
+        command = ["bash", "--norc", "-c", script]
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True, env=environment)
+        assert ended.stderr == ""
+        return ended.stdout.split()
+
+    return offers
+
+
+def test_bash_completes_commands_and_options(bash: Callable[..., list[str]]) -> None:
+    assert bash("openchat", "") == list(main.COMMANDS)
+    assert bash("openchat", "--data-dir", "folder", "ch") == ["check"]
+    assert bash("openchat", "user", "re") == ["reset-password"]
+    assert bash("openchat", "conversation", "delete", "--") == ["--yes", "--json", "--data-dir", "--help"]
+    assert bash("openchat", "import", "s") == ["slack"]
+    assert bash("openchat", "xyzzy", "") == list(main.COMMANDS)
+
+
+def test_help_and_completion_import_no_command() -> None:
+    code = "import sys, server.cli.main as m; m.run(['--help']); print(*sorted(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30, check=True)
+    modules = done.stdout.splitlines()[-1].split()
+    assert "server.cli.main" in modules
+    heavy = ("server.app", "server.queries", "server.processes", "rich")
+    assert [one for one in modules if one.startswith(heavy)] == []

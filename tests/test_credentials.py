@@ -19,7 +19,7 @@ from protocol.http import LoggedIn
 from prove.client import Client
 from server.auth import passwords
 from server.auth.attempts import Attempts
-from server.cli import admin
+from server.cli import admin, main
 from server.core.config import Settings
 from server.processes.embedded.reach import Reached
 from server.queries import accounts
@@ -54,9 +54,12 @@ def bearer(token: str | None) -> dict[str, str]:
 
 async def administer(world: World, *arguments: str) -> admin.Answer:
     """Do what a command of `openchat` does, on a connection of its own."""
-    options = admin._parser().parse_args(list(arguments))  # noqa: SLF001
+    begun: list[admin.Work] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(admin, "start", lambda work, **_: begun.append(work))
+        assert main.run(list(arguments)) == 0
     reach = Reached(world.settings.database_url, world.settings.redis_url, "")
-    return await admin._run(reach, options)  # noqa: SLF001
+    return await admin._run(reach, begun[0])  # noqa: SLF001
 
 
 async def ticket_of(world: World, token: str) -> str:

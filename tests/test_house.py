@@ -182,8 +182,9 @@ def test_the_crowd_speaks_only_the_protocol_and_writes_files_as_the_server_does(
         "server.core.atomic_file.aside",
         "server.core.atomic_file.require_folder",
         "server.core.errors.Fatal",
-        "server.cli.arguments.Parser",
-        "server.cli.arguments.path",
+        "server.core.terminal.complain",
+        "server.cli.tables.visible",
+        *(f"server.cli.arguments.{kind}" for kind in ("OneOf", "Command", "File", "Number")),
     }
     assert [what for _, what in imported(path) if not what.startswith("protocol") and what not in files] == []
 

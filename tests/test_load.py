@@ -4,19 +4,17 @@ import asyncio
 import os
 import re
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
 import pytest
 
-import loadtest.command
-import prove.command
 from loadtest.histogram import Histogram
 from loadtest.plot import axis
 from loadtest.run import Result
 from loadtest.scenarios import SCENARIOS
 from loadtest.scenarios.history import message_id
+from server.cli import main
 from server.core.config import Settings
 from tests.cluster import Cluster
 from tests.relay import Relay
@@ -102,9 +100,9 @@ async def test_the_crowd_says_that_nobody_is_there(tmp_path: Path) -> None:
     assert "nothing answers at http://127.0.0.1:9" in said
 
 
-@pytest.mark.parametrize("command", [loadtest.command.main, prove.command.main])
+@pytest.mark.parametrize("command", ["load", "prove"])
 def test_a_report_that_cannot_be_written_ends_the_command_before_its_work(
-    command: Callable[[list[str]], int],
+    command: str,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
@@ -112,7 +110,7 @@ def test_a_report_that_cannot_be_written_ends_the_command_before_its_work(
     monkeypatch.setattr("prove.command.signal.signal", lambda *_: None)
     monkeypatch.setattr("prove.command._run", lambda *_: pytest.fail("it works"))
     (tmp_path / "file").write_text("")
-    assert command(["--report", str(tmp_path / "file" / "reports")]) == 1
+    assert main.run([command, "--report", str(tmp_path / "file" / "reports")]) == 1
     assert re.fullmatch(
         r"openchat \w+: /\S+/reports cannot be written: Not a directory\. .*\n", capsys.readouterr().err
     )

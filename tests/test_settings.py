@@ -9,7 +9,7 @@ import msgspec
 import pytest
 from msgspec.inspect import BoolType, FloatType, IntType, LiteralType
 
-from server.cli import maintenance
+from server.cli import main
 from server.core import config
 from server.core.config import FIELDS, TEXTS, Settings, allowed, variable
 from server.core.errors import Fatal
@@ -190,7 +190,7 @@ def test_a_refused_setting_ends_every_command_in_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("OPENCHAT_WRITE_RATE", "0")
-    assert maintenance.main(["check"]) == 1
+    assert main.run(["check"]) == 1
     assert re.fullmatch(r"openchat: OPENCHAT_WRITE_RATE must be [^\n]*\n", capsys.readouterr().err)
 
 
@@ -222,3 +222,58 @@ def test_the_handbook_lists_every_setting_with_its_default_and_its_bounds() -> N
     defaults = {name: words.get(str(field.default), str(field.default)) for name, field in FIELDS.items()}
     assert rows == [(variable(name), defaults[name], allowed(name)) for name in FIELDS]
     assert f"which takes {SENDING_CONNECTIONS} more" in OPERATIONS
+
+
+def test_settings_are_printed_with_meaning_default_value_and_source(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("OPENCHAT_PORT", "9000")
+    assert main.run(["settings", "--json"]) == 0
+    rows = {row["name"]: row for row in msgspec.json.decode(capsys.readouterr().out)}
+    assert list(rows) == [variable(name) for name in FIELDS]
+    for name, row in zip(FIELDS, rows.values(), strict=True):
+        assert (row["allowed"], row["meaning"]) == (allowed(name), config.meaning(name))
+        assert re.fullmatch(r"[A-Z].*\.", row["meaning"]), name
+        assert row["value"] == ("9000" if name == "port" else row["default"])
+        assert row["source"] == ("environment" if name == "port" else "default")
+    assert rows["OPENCHAT_LINK_PREVIEWS"]["default"] == "false"
+    assert main.run(["settings"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(FIELDS) + 1, "a title, and a line for each"
+    (port,) = (line for line in lines if line.startswith("OPENCHAT_PORT "))
+    assert re.fullmatch(r"OPENCHAT_PORT +9000 +environment +8000 +a whole number from 0 to 65535 +TCP port .*", port)
+    assert main.run(["settings", "write"]) == 0
+    assert capsys.readouterr().out.count("\n") == 2
+    assert main.run(["settings", "--data-dir", "/srv/chat", "data_dir", "--json"]) == 0
+    (row,) = msgspec.json.decode(capsys.readouterr().out)
+    assert (row["value"], row["source"]) == ("/srv/chat", "argument")
+    monkeypatch.setenv("OPENCHAT_PORT", "many")
+    assert main.run(["settings"]) == 1
+    assert capsys.readouterr().err.startswith("openchat: OPENCHAT_PORT must be ")
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("postgresql://ada:secret@db:5432/chat?password=secret&host=/run", "postgresql://ada@db:5432/chat?host=/run"),
+        ("postgresql://ada:se@cret@db/chat", "postgresql://ada@db/chat"),
+        ("postgresql://ada@a:1,b:2/chat", "postgresql://ada@a:1,b:2/chat"),
+        ("postgresql://[::1]:5432/chat", "postgresql://[::1]:5432/chat"),
+        ("postgresql:///chat", "postgresql:///chat"),
+        *((f"postgresql://ada:{secret}@db/chat", "postgresql://***")
+          for secret in ("secret/x", "12/secret", "12?secret", "secret#x", "12#secret")),
+        ("postgresql://ada:secret", "postgresql://***"),
+    ],
+)  # fmt: skip
+def test_no_password_is_shown(
+    url: str, shown: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in config.SECRET:
+        other = url.replace("postgresql", "redis") if name == "redis_url" else url
+        monkeypatch.setenv(variable(name), other)
+        assert main.run(["settings"]) == 0
+        printed = capsys.readouterr().out
+        assert f" {shown.replace('postgresql', 'redis') if name == 'redis_url' else shown} " in printed
+        assert "secret" not in printed
+        assert "cret@" not in printed
+        monkeypatch.delenv(variable(name))

@@ -7,11 +7,11 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import click
 import pytest
 
 from server.cli import main
 from server.core.config import Settings, variable
-from server.core.errors import Fatal
 from server.processes import supervisor
 from server.processes.embedded import postgres, valkey
 from server.processes.embedded.folder import MAKE_USER, USER
@@ -34,10 +34,10 @@ def service() -> configparser.SectionProxy:
 def test_its_command_and_its_settings_are_those_of_the_program(service: configparser.SectionProxy) -> None:
     program, *arguments = shlex.split(service["ExecStart"])
     assert program == PROGRAM
-    options = main._parser(None).parse_args(arguments)  # noqa: SLF001
-    assert (options.host, options.port) == (Settings().host, Settings().port)
-    with pytest.raises(Fatal, match="no option --bind"):
-        main._parser(None).parse_args([*arguments, "--bind"])  # noqa: SLF001
+    given = main.openchat.make_context("openchat", [*arguments]).params
+    assert (given["host"], given["port"]) == (Settings().host, str(Settings().port))
+    with pytest.raises(click.NoSuchOption, match="--bind"):
+        main.openchat.make_context("openchat", [*arguments, "--bind"])
     text = UNIT.read_text()
     named = set(re.findall(r"\b(?:OPENCHAT_[A-Z_]+|DATABASE_URL|REDIS_URL)\b", text))
     assert named

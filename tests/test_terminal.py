@@ -1,13 +1,19 @@
 """The administrator's terminal: what people wrote is shown there, and never obeyed."""
 
+import contextlib
 import logging
+import os
+import pty
 import re
 import sys
+import termios
 import unicodedata
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from server.cli import tables
 from server.core import log
 from server.core.terminal import plain, plain_json
 from server.ops.progress import Progress
@@ -21,6 +27,7 @@ HOSTILE = "\x1b]0;owned\x07\x1b[2J\r\n\x9b31m\x7f\u202eevil\u2066\u2028\u2029\u2
 OBEYED = {"Cc", "Cf", "Cs", "Zl", "Zp"}
 MAY_WRITE = {
     "core.terminal": "it makes lines visible",
+    "cli.tables": "it draws what it has made visible, for core.terminal to print",
     "ops.progress": "it moves the cursor itself",
     "processes.worker": "a pipe to the supervisor, who makes it visible",
     "describe.__main__": "names of our own files",
@@ -67,6 +74,57 @@ async def test_nothing_that_a_command_prints_of_people_is_obeyed(shell: Shell) -
     assert (await shell.json("user", "show", str(ada.id)))["name"] == f"Ada {HOSTILE}", "JSON means the same"
     assert not obeyed(await shell.run("user", "show", HOSTILE, status=1))
     assert not obeyed(await shell.run("import", "openchat", f"/nowhere/{HOSTILE}".replace("\n", ""), status=1))
+
+
+ESCAPES = re.compile(r"\x1b\[[\d;]*m")
+"""What rich itself writes on a terminal."""
+
+
+def on_a_terminal(columns: int, work: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> str:
+    """Return what is shown on a terminal that is so wide."""
+    primary, secondary = pty.openpty()
+    try:
+        termios.tcsetwinsize(secondary, (24, columns))
+        with os.fdopen(secondary, "w") as out, monkeypatch.context() as patch:
+            patch.setattr(sys, "stdout", out)
+            patch.setenv("COLUMNS", str(columns))
+            patch.setenv("TERM", "xterm")
+            patch.delenv("NO_COLOR", raising=False)
+            work()
+        found = b""
+        with contextlib.suppress(OSError):  # nobody writes any more
+            while piece := os.read(primary, 65_536):
+                found += piece
+    finally:
+        os.close(primary)
+    return found.decode().replace("\r\n", "\n")
+
+
+def test_tables_fit_the_terminal_and_nothing_in_them_is_obeyed_or_markup(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [[f"{number}", f"Ada [red]{HOSTILE}[/]", "x" * 20] for number in range(3)]
+
+    def work() -> None:
+        tables.show_rows(("number", "name [b]", "rest"), rows)
+        tables.show_fields([("name", f"[blink]{HOSTILE}")])
+
+    wide, narrow = (on_a_terminal(columns, work, monkeypatch) for columns in (160, 80))
+    for shown in (wide, narrow):
+        assert "\x1b[5m" not in shown, "no blinking"
+        bare = ESCAPES.sub("", shown)
+        assert not obeyed(bare)
+        assert "[red]\\x1b" in bare
+    assert len(wide.splitlines()) == 1 + 3 + 1
+    assert ESCAPES.sub("", wide).splitlines()[0].split() == ["number", "name", "[b]", "rest"]
+    assert all(len(line) <= 80 for line in ESCAPES.sub("", narrow).splitlines())
+    assert re.findall(r"^number +(\d)$", narrow, re.MULTILINE) == ["0", "1", "2"]
+
+
+def test_each_row_of_a_table_is_one_line_in_a_pipe(capsys: pytest.CaptureFixture[str]) -> None:
+    tables.show_rows(("a", "b"), [["x" * 300, f"[red]{HOSTILE}"], ["", ""]])
+    printed = capsys.readouterr().out
+    assert not obeyed(printed)
+    assert len(printed.splitlines()) == 3
+    assert "x" * 300 + "  [red]" in printed
 
 
 async def test_what_the_supervisor_and_progress_tell_is_not_obeyed(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,22 +1,24 @@
 """The operator's command line: is everything as it should be, where did a message go, move everything elsewhere."""
 
-import argparse
 import asyncio
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
+from typing import NamedTuple, TypeAlias
 from uuid import UUID
 
+import click
 import msgspec
 
 from protocol.ids import MessageId
 from server.cli import admin
-from server.cli.arguments import Parser, named, path
+from server.cli.arguments import SOME_ID, Command, File, Id, OneOf, with_data_dir, with_json
+from server.cli.tables import show_fields, show_rows
 from server.core import config
 from server.core.atomic_file import aside
 from server.core.errors import Fatal
-from server.core.terminal import complain, plain, printing, say, say_bytes, say_json, status_of
+from server.core.terminal import complain, plain, printing, say, say_bytes, say_json
 from server.db import database, migrate
 from server.db.database import Db
 from server.ops.check import run_checks
@@ -29,85 +31,65 @@ from server.processes.embedded.reach import reached
 from server.queries import accounts, delivery_report, transfers
 from server.queries.audit import Deed
 
-COMMANDS = ("check", "why", "reindex", "export", "import")
+STANDARD_OUTPUT = Path("-")
 NOT_UNDERSTOOD = (*reading.WRONG, *load.REFUSED)
 """What is raised about a file that does not hold what it should."""
 FOREIGN: dict[str, Callable[[Path], Archive]] = {"slack": slack.read, "mattermost": mattermost.read}
 
 
-def main(arguments: list[str]) -> int:
-    """Do what the command line says; return the status to end with."""
+class Place(NamedTuple):
+    """The installation that a command works on."""
 
-    def done() -> int:
-        options = _parser().parse_args(arguments)
-        settings = config.read(data_dir=options.data_dir)
-        options.grace = timedelta(days=settings.erase_after_days)
-        with reached(settings) as servers:
-            options.database = servers.name
-            return asyncio.run(_run(servers.database_url, settings.search_language, options))
-
-    return status_of(done)
+    name: str
+    grace: timedelta
+    """How long a deleted account waits before it is erased."""
 
 
-def _parser() -> Parser:
-    parser = Parser(prog="openchat", description=__doc__)
-    common = Parser(add_help=False)
-    common.add_argument("--data-dir", type=named, help="where the embedded database lives, if not in the usual place")
-    json = Parser(add_help=False)
-    json.add_argument("--json", action="store_true", help="print JSON, for programs")
-    top = parser.add_subparsers(required=True, metavar="command")
-
-    def command(name: str, work: Work, *parents: Parser) -> Parser:
-        about = (work.__doc__ or "").split("\n")[0]
-        made = top.add_parser(name, parents=[common, *parents], help=about, description=about)
-        made.set_defaults(work=work)
-        return made
-
-    command("check", check, json)
-    command("why", why, json).add_argument("message", type=UUID, help="an id")
-    command("reindex", reindex)
-    exported = command("export", export)
-    exported.add_argument("file", nargs="?", type=_output, help="where to write it; `-` or nothing is standard output")
-    exported.add_argument("--user", help="only what is stored about a user: an e-mail address, or an id")
-    imported = command("import", import_all)
-    imported.add_argument("format", choices=("openchat", *FOREIGN), help="what wrote it")
-    imported.add_argument("path", type=path, help="a file, or for Slack a folder or a zip file")
-    imported.add_argument(
-        "--source", metavar="NAME",
-        help="which server or workspace of Slack or Mattermost it was: the same name in each import from there",
-    )  # fmt: skip
-    imported.add_argument(
-        "--match-accounts", metavar="CODE",
-        help="who has the same, unverified address is the same person: the code under the list; or `none` of them is",
-    )  # fmt: skip
-    return parser
+Work: TypeAlias = Callable[[Db, Place], Coroutine[None, None, int]]
 
 
-def _output(text: str) -> Path | None:
-    """Return a file to write, or None for standard output."""
-    return None if text == "-" else path(text)
+def start(work: Work, data_dir: str | None) -> int:
+    """Do the work of a command on the database; return the status to end with."""
+    settings = config.read(data_dir=data_dir)
+    with reached(settings) as servers:
+        place = Place(servers.name, timedelta(days=settings.erase_after_days))
+        return asyncio.run(_run(servers.database_url, settings.search_language, lambda db: work(db, place)))
 
 
-async def _run(url: str, language: str, options: argparse.Namespace) -> int:
+async def _run(url: str, language: str, work: Callable[[Db], Coroutine[None, None, int]]) -> int:
     connection = await database.connect(url)
     try:
         await migrate.require_current(connection)
         await database.speak(connection, language)
-        work: Work = options.work
-        return await work(connection, options)
+        return await work(connection)
     finally:
         await connection.close()
 
 
-Work = Callable[[Db, argparse.Namespace], Awaitable[int]]
+@click.command(
+    "check",
+    cls=Command,
+    examples="""
+        openchat check
+        openchat check --json
+        openchat check --data-dir /srv/restored     # a backup that was restored
+    """,
+)
+@with_json
+@with_data_dir
+def check(data_dir: str | None, *, is_json: bool) -> int:
+    """Recount everything and look for corruption.
+
+    Ends with status 1 if anything is wrong. The server may run meanwhile.
+    """
+    return start(lambda db, place: _check(db, place, is_json=is_json), data_dir)
 
 
-async def check(db: Db, options: argparse.Namespace) -> int:
-    """Count everything again and look for what must not be; end with status 1 if anything is wrong."""
-    progress = Progress(is_on=not options.json)
-    progress.line(f"Checking {options.database}.")
+async def _check(db: Db, place: Place, *, is_json: bool) -> int:
+    progress = Progress(is_on=not is_json)
+    progress.line(f"Checking {place.name}.")
     lines = []
-    async for line in run_checks(db, begins=progress.begins, grace=options.grace):
+    async for line in run_checks(db, begins=progress.begins, grace=place.grace):
         lines.append(line)
         state = "skipped: needs CREATEROLE" if line.found is None else "ok" if line.is_good else "WRONG"
         progress.line(f"{line.name:<74} {line.seconds:>7.1f} s  {state}")
@@ -115,7 +97,7 @@ async def check(db: Db, options: argparse.Namespace) -> int:
             progress.line(f"  {line.found.number:,}: {', '.join(line.found.some)}")
     wrong = sum(not line.is_good for line in lines)
     skipped = sum(line.found is None for line in lines)
-    if options.json:
+    if is_json:
         rows = [
             {"check": line.name, "seconds": round(line.seconds, 3), "is_good": line.is_good,
              "wrong": line.found and line.found.number, "some": line.found and line.found.some}
@@ -129,49 +111,99 @@ async def check(db: Db, options: argparse.Namespace) -> int:
     return 1 if wrong else 0
 
 
-async def why(db: Db, options: argparse.Namespace) -> int:
-    """Tell where a message went: stored, delivered, read, and for each who has it not, why."""
-    told = await delivery_report.of(db, MessageId(options.message), None, viewer=None)
+@click.command("why", cls=Command, examples=f"openchat why {SOME_ID}")
+@click.argument("message", type=Id(), help="An id.")
+@with_json
+@with_data_dir
+def why(message: UUID, data_dir: str | None, *, is_json: bool) -> int:
+    """Show where a message went, and who does not have it and why."""
+    return start(lambda db, _: _why(db, MessageId(message), is_json=is_json), data_dir)
+
+
+async def _why(db: Db, message: MessageId, *, is_json: bool) -> int:
+    told = await delivery_report.of(db, message, None, viewer=None)
     if told is None:
-        raise Fatal(f"there is no message {options.message}.")
+        raise Fatal(f"there is no message {message}.")
     await admin.note(db, "why", message_id=told.message_id)
-    if options.json:
+    if is_json:
         say_json(msgspec.json.encode(told).decode() + "\n")
         return 0
     names = await accounts.names(db, [told.sender_id, *(one.user_id for one in told.recipients)])
-    say(f"message       {told.message_id}")
-    say(f"conversation  {told.conversation_id}")
-    say(f"sender        {names.get(told.sender_id, '?')} ({told.sender_id})")
-    say(f"stored        {told.stored_at.isoformat()} as version {told.version}")
-    say(f"delivered to  {told.delivered_to}")
-    say(f"read by       {told.read_by}")
+    show_fields(
+        [
+            ("message", str(told.message_id)),
+            ("conversation", str(told.conversation_id)),
+            ("sender", f"{names.get(told.sender_id, '?')} ({told.sender_id})"),
+            ("stored", f"{told.stored_at.isoformat()} as version {told.version}"),
+            ("delivered to", str(told.delivered_to)),
+            ("read by", str(told.read_by)),
+        ]
+    )
     say("")
-    for one in told.recipients:
-        at = "" if one.at is None else one.at.isoformat(timespec="seconds")
-        say(f"{one.state:<13} {names.get(one.user_id, '?'):<30} {one.user_id}  {at}".rstrip())
+    show_rows(
+        ("state", "name", "user", "since"),
+        [
+            (
+                one.state,
+                names.get(one.user_id, "?"),
+                str(one.user_id),
+                one.at.isoformat(timespec="seconds") if one.at else "",
+            )
+            for one in told.recipients
+        ],
+    )
     return 0
 
 
-async def reindex(db: Db, options: argparse.Namespace) -> int:  # noqa: ARG001 - every command's shape
-    """Make what messages are found by anew, in the language of OPENCHAT_SEARCH_LANGUAGE; the server may run."""
+@click.command("reindex", cls=Command, examples="OPENCHAT_SEARCH_LANGUAGE=english openchat reindex")
+@with_data_dir
+def reindex(data_dir: str | None) -> int:
+    """Rebuild the search index, in another language.
+
+    The language is that of OPENCHAT_SEARCH_LANGUAGE. The server may run meanwhile.
+    """
+    return start(lambda db, _: _reindex(db), data_dir)
+
+
+async def _reindex(db: Db) -> int:
     count = await rebuild_search_index(db, Progress())
     say(f"{count:,} messages can be found.")
     return 0
 
 
-async def export(db: Db, options: argparse.Namespace) -> int:
-    """Write the whole installation, or with --user all about one person, as JSON (docs/transfer.md). Keep it safe."""
-    if options.user is not None:
-        return await _export_user(db, options)
+@click.command(
+    "export",
+    cls=Command,
+    examples="""
+        openchat export openchat.jsonl
+        openchat export | gzip > openchat.jsonl.gz
+        openchat export ada.json --user ada@example.org
+    """,
+)
+@click.argument("file", type=File(has_output=True), default="-", help="Where to write; standard output without it.")
+@click.option("--user", metavar="USER", help="Only the data of a user: an e-mail address or an id.")
+@with_data_dir
+def export(file: Path, user: str | None, data_dir: str | None) -> int:
+    """Write the whole installation, or one person's data.
+
+    The file holds everything that was said. docs/transfer.md has its format.
+    """
+    target = None if file == STANDARD_OUTPUT else file
+    if user is not None:
+        return start(lambda db, _: _export_user(db, user, target), data_dir)
+    return start(lambda db, _: _export(db, target), data_dir)
+
+
+async def _export(db: Db, file: Path | None) -> int:
     progress = Progress()
-    if options.file is None:
+    if file is None:
         with printing() as out:
             if out.isatty():
                 raise Fatal("an export of everything is not for a terminal; name a file.")
         await _note_export(db)
         await dump.write(db, say_bytes, progress)
         return 0
-    with aside(options.file) as write:
+    with aside(file) as write:
         await _note_export(db)
         summary = await dump.write(db, write, progress)
     say(f"{summary.total:,} rows in {len(summary.rows)} tables, sha256 {summary.sha256}")
@@ -184,19 +216,62 @@ async def _note_export(db: Db) -> None:
         await admin.note(db, "export")
 
 
-async def _export_user(db: Db, options: argparse.Namespace) -> int:
-    if options.file is None:
-        async for piece in admin.export_user(db, options):
+async def _export_user(db: Db, user: str, file: Path | None) -> int:
+    if file is None:
+        async for piece in admin.export_user(db, user):
             say_json(piece.decode())
         return 0
-    with aside(options.file) as write:
-        async for piece in admin.export_user(db, options):
+    with aside(file) as write:
+        async for piece in admin.export_user(db, user):
             write(piece)
     return 0
 
 
-async def import_all(db: Db, options: argparse.Namespace) -> int:
-    """Bring in what another installation, Slack or Mattermost has exported (docs/transfer.md)."""
+@click.command(
+    "import",
+    cls=Command,
+    examples="""
+        openchat import openchat openchat.jsonl      # into an empty installation
+        openchat import slack export.zip
+        openchat import mattermost export.jsonl --source company
+    """,
+)
+@click.argument(
+    "format_",
+    metavar="FORMAT",
+    type=OneOf(("openchat", *FOREIGN)),
+    help=f"One of {', '.join(('openchat', *FOREIGN))}.",
+)
+@click.argument("path", type=File(), help="A file; for Slack a folder or a zip file.")
+@click.option(
+    "--source", metavar="NAME",
+    help="Which server or workspace of Slack or Mattermost it was: the same name in each import from there.",
+)  # fmt: skip
+@click.option(
+    "--match-accounts", metavar="CODE",
+    help="Treat people and accounts with the same, unverified addresses as the same: the code under the list; or "
+    "`none` of them.",
+)  # fmt: skip
+@with_data_dir
+def import_(format_: str, path: Path, source: str | None, match_accounts: str | None, data_dir: str | None) -> int:
+    """Bring in an export of OpenChat, Slack or Mattermost.
+
+    docs/transfer.md says what is brought in. If anything is not understood, nothing is.
+    """
+    plan = Import(format_, path, source, match_accounts)
+    return start(lambda db, _: _import(db, plan), data_dir)
+
+
+class Import(NamedTuple):
+    """What to bring in."""
+
+    format: str
+    path: Path
+    source: str | None
+    match_accounts: str | None
+
+
+async def _import(db: Db, options: Import) -> int:
     progress = Progress()
     is_whole = options.format == "openchat"
     deed = Deed(

@@ -6,7 +6,7 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Literal, TypeAlias
+from typing import Annotated, Literal, TypeAlias, get_type_hints
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
 import msgspec
@@ -20,6 +20,8 @@ MAX_DEFAULT_WORKERS = 4
 MAX_QUOTED = 60
 """Max characters of a refused value that are quoted."""
 PREFIX = "OPENCHAT_"
+COMPLETION = "_OPENCHAT_COMPLETE"
+"""Variable that a shell sets when it completes a command."""
 REPLACED = {"OPENCHAT_BEHIND_PROXY": "OPENCHAT_TRUSTED_PROXIES to the number of proxies"}
 """Variables of earlier versions, and what to set instead."""
 SERVICE = re.compile(r"(OPENCHAT(?:_\w+)?)_PORT(?:_\d+_(?:TCP|UDP|SCTP))?")
@@ -33,6 +35,9 @@ BOTH = (
     "DATABASE_URL to use the folder. OPENCHAT_DATA_DIR sets the folder of an embedded Valkey."
 )
 
+_HOST = r"(\[[\w:.%]+\]|[\w.-]*)(:\d*)?"
+CLEAR = re.compile(rf"(.*@)?{_HOST}(,{_HOST})*")
+"""What stands between `://` and the first `/`, `?` or `#` of a URL that is well-formed."""
 PLACES = {"host", "port", "dbname", "user"}
 """Options in the URL of a database that say where it is, or who connects."""
 
@@ -41,82 +46,92 @@ Rate: TypeAlias = Annotated[float, Meta(ge=0.1, le=1_000_000)]
 
 
 class Settings(msgspec.Struct, kw_only=True, frozen=True):
-    """Everything that can be set. Each field's environment variable is OPENCHAT_ and its name in capitals,
-    except DATABASE_URL and REDIS_URL, which are the customary ones.
+    """Everything that can be set, each with its bounds and its meaning, which `openchat settings` prints. A field's
+    environment variable is OPENCHAT_ and its name in capitals; DATABASE_URL and REDIS_URL have their usual names.
     """
 
-    host: str = "127.0.0.1"
-    """The address to listen on. Loopback unless told otherwise."""
-    port: Annotated[int, Meta(ge=0, le=65_535)] = 8000
-    """The TCP port to listen on; 0 takes a free one."""
-    workers: Annotated[int, Meta(ge=0, le=256)] = 0
-    """Worker processes; 0 is one per core, up to four."""
-    data_dir: str = ""
-    """Where the embedded database lives; empty is the user's state directory."""
-    database_url: str = ""
-    """A PostgreSQL (15 or later) to use; empty starts the embedded one."""
-    redis_url: str = ""
-    """A Redis (7.0 or later) or Valkey to use; empty starts the embedded one."""
-    origins: str = ""
-    """Origins, comma-separated, that browsers may connect from besides the server's own address."""
-    database_connections: Annotated[int, Meta(ge=2, le=500)] = 8
-    """The most PostgreSQL connections for each worker."""
-    session_days: Annotated[int, Meta(ge=1, le=3650)] = 30
-    """A session ends after this many days without use."""
-    heartbeat_seconds: Annotated[float, Meta(ge=0.1, le=300)] = 30.0
-    """How often each connection hears from the server; silence for two of them closes it."""
-    outbox_bytes: Annotated[int, Meta(ge=65_536, le=1_073_741_824)] = 1024 * 1024
-    """How many bytes may wait for a slow reader before it is closed."""
-    connections_per_user: Annotated[int, Meta(ge=1, le=1_000_000)] = 50
-    """The most connections of one user to one worker."""
-    connections_per_address: Annotated[int, Meta(ge=1, le=1_000_000)] = 2_000
-    """The most connections from one address to one worker: an office may be behind one."""
-    address_rate: Rate = 500.0
-    """Requests and new connections a second from each address to each worker, on average; bursts of four times that."""
-    frame_rate: Rate = 200.0
-    """Frames a second on each connection, of all kinds, on average; bursts of four times that."""
-    write_rate: Rate = 50.0
-    """Writing frames a second for each user at all workers, on average; bursts of four times that."""
-    read_rate: Rate = 100.0
-    """Reading frames a second for each user at all workers, on average; bursts of four times that."""
-    ephemeral_rate: Rate = 20.0
-    """Typing and presence frames a second for each user at all workers, on average; bursts of four times that."""
-    search_rate: Rate = 2.0
-    """Searches a second for each user at all workers, on average; bursts of four times that."""
-    login_attempts: Annotated[int, Meta(ge=1, le=1_000_000)] = 10
-    """Failed logins in five minutes for one account before it has to wait."""
-    login_attempts_per_address: Annotated[int, Meta(ge=1, le=1_000_000)] = 100
-    """Logins and registrations in five minutes from one address before it has to wait."""
-    audit_days: Annotated[int, Meta(ge=1, le=36_500)] = 365
-    """How many days entries of the audit logs of conversations are kept. The server's own log is kept."""
-    erase_after_days: Annotated[float, Meta(ge=0, le=3650)] = 30.0
-    """How long a deleted account waits, and may come back, before the person is erased."""
-    search_language: str = "simple"
-    """The language of the words that are searched for, such as `english`: a text search configuration of PostgreSQL.
-    `simple` leaves words as they are. After a change, run `openchat reindex`.
-    """
-    registration: Literal["open", "closed"] = "open"
-    """Who may make an account: everybody, or, if `closed`, the operator alone by `openchat user create`."""
-    link_previews: bool = False
-    """Ask for the page behind the first link of a message, and show what it says of itself."""
-    add_people: Literal["by_privacy", "anyone"] = "by_privacy"
-    """Who is added to groups and channels without being asked: `by_privacy`, by friends alone (docs/privacy.md);
-    `anyone`, by everybody who may invite them, for an installation in which all know each other, such as a company's.
-    """
-    push_after_seconds: Annotated[float, Meta(ge=0, le=3600)] = 5.0
-    """What is not read for so long after it was sent is pushed to browsers that want notifications."""
-    push_contact: str = "mailto:postmaster@localhost"
-    """How the operators of push services reach this server's: mailto: or https:. Apple's refuses `localhost`."""
-    private_addresses: bool = False
-    """Let push endpoints and previews be at addresses of this machine and its network."""
-    metrics_from: str = "127.0.0.0/8,::1/128"
-    """The networks from which `/metrics` may be read, directly and not through a proxy. Empty is none."""
-    metrics_hosts: str = ""
-    """Names, comma-separated, by which `/metrics` may be asked for besides `localhost` and IP addresses."""
-    trusted_proxies: str = ""
-    """Believe X-Forwarded-For and X-Forwarded-Proto of this many proxies in front (`1`, `2`), or of the networks that
-    they are in (`10.0.0.0/8,fd00::/8`). Empty believes nobody.
-    """
+    host: Annotated[str, "Address to listen on."] = "127.0.0.1"
+    port: Annotated[int, Meta(ge=0, le=65_535), "TCP port to listen on; 0 takes a free one."] = 8000
+    workers: Annotated[int, Meta(ge=0, le=256), "Worker processes; 0 is one per core, at most 4."] = 0
+    data_dir: Annotated[
+        str,
+        "Folder of the embedded database and Valkey. By default the user's state folder, or /var/lib/openchat for "
+        "root.",
+    ] = ""
+    database_url: Annotated[str, "PostgreSQL, 15 or later. By default the server starts its own."] = ""
+    redis_url: Annotated[str, "Redis, 7.0 or later, or Valkey. By default the server starts its own."] = ""
+    origins: Annotated[str, "Other origins whose pages may use the session cookie, separated by commas."] = ""
+    database_connections: Annotated[int, Meta(ge=2, le=500), "Max PostgreSQL connections, per worker."] = 8
+    session_days: Annotated[int, Meta(ge=1, le=3650), "Days without use after which a session ends."] = 30
+    heartbeat_seconds: Annotated[
+        float, Meta(ge=0.1, le=300), "Interval of heartbeats, per connection. Silence for two of them closes it."
+    ] = 30.0
+    outbox_bytes: Annotated[
+        int, Meta(ge=65_536, le=1_073_741_824), "Max bytes that wait for a slow reader before it is closed."
+    ] = 1024 * 1024
+    connections_per_user: Annotated[
+        int, Meta(ge=1, le=1_000_000), "Max WebSockets of a user, and max calls in flight, per worker."
+    ] = 50
+    connections_per_address: Annotated[
+        int, Meta(ge=1, le=1_000_000), "Max connections from an address, per worker. An office may be behind one."
+    ] = 2_000
+    address_rate: Annotated[
+        Rate, "Max requests and new connections per second from an address, per worker. Bursts: four times that."
+    ] = 500.0
+    frame_rate: Annotated[Rate, "Max frames per second, per connection. Bursts: four times that."] = 200.0
+    write_rate: Annotated[Rate, "Max writing frames per second, per user. Bursts: four times that."] = 50.0
+    read_rate: Annotated[Rate, "Max reading frames per second, per user. Bursts: four times that."] = 100.0
+    ephemeral_rate: Annotated[Rate, "Max typing and presence frames per second, per user. Bursts: four times that."] = (
+        20.0
+    )
+    search_rate: Annotated[Rate, "Max searches per second, per user. Bursts: four times that."] = 2.0
+    login_attempts: Annotated[int, Meta(ge=1, le=1_000_000), "Max failed logins in five minutes, per account."] = 10
+    login_attempts_per_address: Annotated[
+        int, Meta(ge=1, le=1_000_000), "Max logins and registrations in five minutes, per address."
+    ] = 100
+    audit_days: Annotated[
+        int,
+        Meta(ge=1, le=36_500),
+        "Days that entries of the audit logs of conversations are kept. The server's own log is kept for ever.",
+    ] = 365
+    erase_after_days: Annotated[
+        float, Meta(ge=0, le=3650), "Days that a deleted account may come back before the person is erased."
+    ] = 30.0
+    search_language: Annotated[
+        str,
+        "Language of the search index, such as `english`: a text search configuration of PostgreSQL. `simple` leaves "
+        "words as they are. After a change, run `openchat reindex`.",
+    ] = "simple"
+    registration: Annotated[
+        Literal["open", "closed"],
+        "Who may make an account: everybody, or, if `closed`, the operator alone with `openchat user create`.",
+    ] = "open"
+    link_previews: Annotated[bool, "Fetch the page behind the first link of a message and show its title."] = False
+    add_people: Annotated[
+        Literal["by_privacy", "anyone"],
+        "Who adds users to groups and channels without asking them: `by_privacy`, their friends; `anyone`, everybody "
+        "who may invite them. `anyone` is for closed installations, such as a company's.",
+    ] = "by_privacy"
+    push_after_seconds: Annotated[
+        float, Meta(ge=0, le=3600), "Seconds after which an unread message is pushed to browsers."
+    ] = 5.0
+    push_contact: Annotated[
+        str, "How operators of push services reach you: mailto: or https:. Apple's refuses `localhost`."
+    ] = "mailto:postmaster@localhost"
+    private_addresses: Annotated[
+        bool, "Allow push endpoints and link previews at addresses of this machine and its network."
+    ] = False
+    metrics_from: Annotated[str, "Networks from which `/metrics` may be read, directly and not through a proxy."] = (
+        "127.0.0.0/8,::1/128"
+    )
+    metrics_hosts: Annotated[
+        str, "Names in `Host` by which `/metrics` may be read, besides `localhost` and IP addresses."
+    ] = ""
+    trusted_proxies: Annotated[
+        str,
+        "Proxies whose X-Forwarded-For and X-Forwarded-Proto are believed: how many are in front (`1`, `2`), or their "
+        "networks (`10.0.0.0/8,fd00::/8`).",
+    ] = ""
 
     @property
     def worker_count(self) -> int:
@@ -166,6 +181,11 @@ def variable(field: str) -> str:
     return field.upper() if field in {"database_url", "redis_url"} else f"{PREFIX}{field.upper()}"
 
 
+def option(field: str) -> str:
+    """Return the name of a setting's option, if it has one."""
+    return f"--{field.replace('_', '-')}"
+
+
 def allowed(field: str) -> str:
     """Return which values a setting may have."""
     if field in TEXTS:
@@ -180,11 +200,27 @@ def allowed(field: str) -> str:
     return f"{number} from {kind.ge} to {kind.le}"
 
 
+def meaning(field: str) -> str:
+    """Return what a setting is for."""
+    (about,) = (one for one in HINTS[field].__metadata__ if isinstance(one, str))
+    return about
+
+
+def source(field: str) -> str:
+    """Return where `read` finds the value of a setting."""
+    return "environment" if variable(field) in os.environ else "default"
+
+
+def completion() -> str:
+    """Return what a shell that completes a command asks for; empty if none does."""
+    return os.environ.get(COMPLETION, "")
+
+
 def read(**overrides: object) -> Settings:
     """Return the settings from the environment, with `overrides` (those that are not None) on top.
 
-    Raises Fatal, naming the variable, if one is unknown or has a value that is not allowed, and if an override names a
-    data folder while DATABASE_URL names a database.
+    Raises Fatal if a variable is unknown, if a value is not allowed (naming its variable, or its option), and if an
+    override names a data folder while DATABASE_URL names a database.
     """
     for name in _names():
         _require_known(name)
@@ -195,17 +231,29 @@ def read(**overrides: object) -> Settings:
     }
     given = {field: value for field, value in overrides.items() if value is not None}
     # A variable that an argument overrides today may count tomorrow.
-    for field, value in (*stored.items(), *given.items()):
+    values = [(variable(field), field, value) for field, value in stored.items()]
+    values += [(option(field), field, value) for field, value in given.items()]
+    for name, field, value in values:
         try:
             one = msgspec.convert({field: value}, Settings, strict=False)
             is_understood = FORMS[field](one) if field in FORMS else True
         except HostBits as error:
-            raise Fatal(f"{_not_allowed(field, str(value))} {error}") from None
+            raise Fatal(f"{_not_allowed(name, field, str(value))} {error}") from None
         except (msgspec.ValidationError, ValueError, RuntimeError):  # the last for the folder of a user there is not
             is_understood = False
         if not is_understood:
-            raise Fatal(_not_allowed(field, str(value)))
+            raise Fatal(_not_allowed(name, field, str(value)))
     return msgspec.convert(stored | given, Settings, strict=False)
+
+
+def masked(url: str) -> str:
+    """Return the URL of a database as it may be shown: where it is and who connects, nothing else."""
+    scheme, _, rest = url.partition("://")
+    place = re.split(r"[/?#]", rest, maxsplit=1)[0]
+    # A character that should have been escaped makes a part of a password look like a part of something else.
+    if not CLEAR.fullmatch(place) or "@" in rest[len(place) :]:
+        return f"{scheme}://***"
+    return without_password(url)
 
 
 def without_password(url: str) -> str:
@@ -244,8 +292,8 @@ def _is_origin(origin: str) -> bool:
     return bool(parts.scheme and parts.hostname) and origin == f"{parts.scheme}://{parts.netloc}"
 
 
-def _not_allowed(field: str, value: str) -> str:
-    sentence = f"{variable(field)} must be {allowed(field)}"
+def _not_allowed(name: str, field: str, value: str) -> str:
+    sentence = f"{name} must be {allowed(field)}"
     if field in SECRET:
         return f"{sentence}. The given value is not shown, because it may contain a password."
     link = " Kubernetes sets it for a Service named `openchat`. Set `enableServiceLinks: false`."
@@ -253,6 +301,7 @@ def _not_allowed(field: str, value: str) -> str:
     return f"{sentence}, not '{quoted}'.{link if value.startswith('tcp://') else ''}"
 
 
+HINTS = get_type_hints(Settings, include_extras=True)
 FIELDS = {field.name: field for field in msgspec.inspect.type_info(Settings).fields}  # type: ignore[attr-defined]
 SECRET = {"database_url", "redis_url"}
 TEXTS = {

@@ -64,11 +64,11 @@ def printing() -> Iterator[TextIO]:
         raise Fatal(f"standard output cannot be written: {error.strerror or type(error).__name__}.") from None
 
 
-def complain(error: object) -> None:
+def complain(error: object, command: str = "openchat") -> None:
     """Print an error, or a part of a longer one, on standard error as one line, if anybody takes it."""
     if sys.stderr is not None:
         with contextlib.suppress(OSError, ValueError):
-            sys.stderr.write(f"openchat: {plain(str(error))}\n")
+            sys.stderr.write(f"{command}: {plain(str(error))}\n")
 
 
 def status_of(work: Callable[[], int]) -> int:
@@ -78,7 +78,7 @@ def status_of(work: Callable[[], int]) -> int:
     try:
         try:
             status = work()
-        except SystemExit as end:  # argparse has printed its help, or what is wrong with the arguments
+        except SystemExit as end:  # a library ends the program
             status = end.code if isinstance(end.code, int) else 1
         with printing() as out:
             out.flush()
