@@ -11,6 +11,7 @@ from protocol.json_object import Json
 from protocol.values import AuditEntry
 from server.db.database import Db
 from server.db.rows import Page, Reader, Undecoded
+from server.queries.locks import LOCK_ROW
 
 SERVER = ConversationId(UUID(int=0))
 """The chain of what is done on the server, outside any conversation."""
@@ -33,7 +34,6 @@ class Deed(NamedTuple):
 
 # One at a time in each chain. An entry is made without its hash first: the hash is of what the row then says.
 # A row is locked: whoever may only read can take an advisory lock, and no row lock.
-LOCK = "SELECT FROM conversation WHERE id = $1 FOR NO KEY UPDATE"
 LOCK_SERVER = "SELECT FROM database_epoch FOR NO KEY UPDATE"
 RECORD = """
 WITH before AS (
@@ -56,7 +56,7 @@ async def record(db: Db, chain: ConversationId, deed: Deed) -> None:
     if chain == SERVER:
         await db.execute(LOCK_SERVER)
     else:
-        await db.execute(LOCK, chain)
+        await db.execute(LOCK_ROW, chain)
     details = msgspec.json.encode(deed.details).decode()
     await db.execute(RECORD, chain, deed.actor_id, deed.action, deed.user_id, deed.message_id, details)
 

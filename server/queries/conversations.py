@@ -21,7 +21,8 @@ from protocol.values import (
 from server.db.database import Db
 from server.db.rows import Page, Reader, Undecoded, fitting
 from server.queries.cursor import Cursor
-from server.queries.messages import HAS_PART, Obstacle
+from server.queries.locks import HAS_PART, LOCK, LOCK_AS
+from server.queries.messages import Obstacle
 from server.queries.unread import COUNT_UNREAD
 
 _view_decoder = Reader(ConversationView)
@@ -203,19 +204,10 @@ async def send_access(db: Db, conversation_id: ConversationId, user_id: UserId) 
     return None if row is None else SendAccess(*row)
 
 
-LOCK = "SELECT conversation_json(c) FROM conversation c WHERE c.id = $1 AND NOT c.is_deleted FOR NO KEY UPDATE"
-
-
 async def lock(db: Db, conversation_id: ConversationId) -> Conversation | None:
     """Lock a conversation until the transaction ends. What is read after this in the transaction is current."""
     text = await db.fetchval(LOCK, conversation_id)
     return None if text is None else _conversation_decoder.decode(text)
-
-
-LOCK_AS = f"""
-SELECT conversation_json(c) FROM conversation c
-WHERE c.id = $1 AND NOT c.is_deleted AND {HAS_PART.format(status="$3")} FOR NO KEY UPDATE
-"""  # noqa: S608 - a constant is put in
 
 
 async def lock_as(

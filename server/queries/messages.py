@@ -9,6 +9,7 @@ from protocol.server import MessagePage, OneMessage
 from protocol.values import Conversation, Message, Participant
 from server.db.database import Db
 from server.db.rows import Reader, Undecoded, fitting
+from server.queries.locks import LOCK_PART
 
 _one_decoder = Reader(OneMessage)
 _message_decoder = Reader(Message)
@@ -66,17 +67,6 @@ class FoundMessage(NamedTuple):
     wait_ms: int
 
 
-# PostgreSQL locks only the rows that WHERE selects: others neither wait for the row nor hold it. A row that changed
-# meanwhile is selected anew, but `conversation_participant` is read as it was when the statement began.
-HAS_PART = """EXISTS (
-    SELECT FROM conversation_participant p
-    WHERE p.conversation_id = c.id AND p.user_id = $2 AND p.status = {status} OFFSET 0
-)"""
-"""Whether the user $2 has a part with this status in the conversation `c`, asked before the row of `c` is locked."""
-LOCK = f"""
-SELECT true FROM conversation c
-WHERE c.id = $1 AND NOT c.is_deleted AND {HAS_PART.format(status="'active'")} FOR NO KEY UPDATE
-"""  # noqa: S608 - a constant is put in
 FIND = f"""
 SELECT message_json(m), participant_json(p), conversation_json(c),
     coalesce(c.settings ->> 'history' = 'from_joining', false) AND m.sent_version <= c.access_version,
@@ -90,7 +80,7 @@ async def lock(db: Db, place: MessageRef, user_id: UserId) -> FoundMessage | Non
 
     Locks nothing unless the user takes part.
     """
-    if not await db.fetchval(LOCK, place.conversation_id, user_id):
+    if not await db.fetchval(LOCK_PART, place.conversation_id, user_id):
         return None
     return await find(db, place, user_id)
 

@@ -16,7 +16,8 @@ from server.db.database import Db
 from server.db.rows import Reader
 from server.fairness.batcher import Slow
 from server.fairness.lanes import HELD, Held
-from server.queries.messages import LOCK, Obstacle
+from server.queries.locks import LOCK_PART
+from server.queries.messages import Obstacle
 
 SHARED_LOCK_MS, ALONE_LOCK_MS = 10, 200
 """Max time that messages wait for a row other than their conversation's, in milliseconds: several that share a
@@ -376,7 +377,7 @@ async def send_slowly(db: Db, outgoing: Outgoing) -> Stored | int | None:
     does. In a transaction.
     """
     about = outgoing.frame.conversation_id
-    if not await db.fetchval(LOCK, about, outgoing.sender_id):
+    if not await db.fetchval(LOCK_PART, about, outgoing.sender_id):
         return None
     if wait := await db.fetchval(WAIT, about, outgoing.sender_id):
         return int(wait)
