@@ -84,7 +84,9 @@ async def test_deleted_conversations_do_not_count(world: World, monkeypatch: pyt
     for _ in range(3):
         group = await world.group(owner, charles)
         await owner.call(client.DeleteConversation(conversation_id=group))
-    await world.group(owner, charles)
+    group = await world.group(owner, charles)
+    page = await owner.call(client.ListConversations(), server.ConversationPage)
+    assert [view.conversation.id for view in page.conversations] == [group]
 
 
 async def test_stars_are_bounded(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -271,6 +273,8 @@ async def test_a_deletion_waits_for_nobody_who_has_a_draft_there(room: Room, wor
     async with world.db.transaction():
         await users.lock(world.db, [room.them[1].id])
         await room.ada.call(client.DeleteConversation(conversation_id=room.group))
+        deleted = await world.db.fetchval("SELECT is_deleted FROM conversation WHERE id = $1", room.group)
+    assert deleted
 
 
 async def test_a_draft_that_waits_while_its_writer_is_removed_is_refused(room: Room, world: World) -> None:

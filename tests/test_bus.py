@@ -70,6 +70,7 @@ async def test_a_lost_connection_is_made_again_with_all_its_channels(ends: tuple
     for channel in (b"a", b"late"):
         one.bus.publish(channel, b"said")
     await until(lambda: len(other.heard) == 2)
+    assert set(other.heard) == {(b"a", b"said"), (b"late", b"said")}
     await redis.aclose()
 
 

@@ -429,7 +429,8 @@ async def test_news_that_was_missed_while_the_bus_was_away_is_asked_about(
         await charles.call(client.UpdateProfile(is_private=True))
     seen = len(ada.events)
     world.workers[0].app.hub.compare_soon()
-    await ada.event(server.PresenceChanged, lambda event: event.presence.status == "offline", start=seen)
+    news = await ada.event(server.PresenceChanged, start=seen)
+    assert (news.presence.user_id, news.presence.status) == (people[1].id, "offline")
 
 
 # ------------------------------------------------------------------------------------------------------ seen again

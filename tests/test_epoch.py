@@ -375,3 +375,5 @@ async def test_an_update_of_the_package_does_not_make_a_running_worker_unready(
         async with asyncio.timeout(5):
             while await is_ready(world.url):
                 await asyncio.sleep(0.05)
+        async with http_client(world.url) as http:
+            assert (await http.get("/readyz")).status_code == 503

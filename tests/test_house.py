@@ -312,6 +312,37 @@ def test_generated_documents_are_current(name: str) -> None:
     assert (ROOT / "docs" / name).read_text() == DOCUMENTS[name](), "run `make docs`"
 
 
+HELPERS_THAT_WAIT = {"ask", "call", "connect", "event", "heard", "message", "sent", "synced", "until"}
+"""Helpers of tests that have an assertion of their own, which says nothing about what a test is of."""
+
+
+def asserts(node: ast.AST, helpers: dict[str, list[ast.AST]], depth: int = 3) -> bool:
+    """Return whether a function has an assertion, expects an exception, or calls a helper of tests that does."""
+    if any(isinstance(one, ast.Assert | ast.Raise) for one in ast.walk(node)):
+        return True
+    calls = (ast.unparse(one.func).rpartition(".")[2] for one in ast.walk(node) if isinstance(one, ast.Call))
+    return any(
+        name in {"raises", "fail"}
+        or (depth > 0 and any(asserts(one, helpers, depth - 1) for one in helpers.get(name, []) if one is not node))
+        for name in calls
+        if name not in HELPERS_THAT_WAIT
+    )
+
+
+def test_each_test_asserts_something() -> None:
+    nodes = [
+        (path, node)
+        for path in sorted((ROOT / "tests").rglob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    ]
+    helpers: dict[str, list[ast.AST]] = {}
+    for _, node in nodes:
+        helpers.setdefault(node.name, []).append(node)
+    tests = [(path, node) for path, node in nodes if node.name.startswith("test_")]
+    assert [f"{path.name}: {node.name}" for path, node in tests if not asserts(node, helpers)] == []
+
+
 PRIMITIVES = {
     "string", "integer", "number", "boolean", "null", "list", "object", "anything", "uuid", "date", "partial", "time",
     "of", "or", "to", "from",

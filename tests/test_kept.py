@@ -49,6 +49,8 @@ async def test_in_a_direct_conversation_both_may_pin(room: Room) -> None:
     about = made.view.conversation.id
     message_id = await sent(room.ada, about)
     await room.charles.call(client.Pin(conversation_id=about, message_id=message_id))
+    pinned = await room.ada.call(client.ListPins(conversation_id=about), server.MessageList)
+    assert [one.id for one in pinned.messages] == [message_id]
 
 
 async def test_stars_follow_the_person(room: Room, world: World) -> None:

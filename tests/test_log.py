@@ -370,3 +370,4 @@ async def test_what_was_held_back_is_counted_though_nothing_else_is_logged(
     for _ in range(3):
         logging.getLogger("test").warning("again")
     await until(lambda: "2 more entries" in lines.text)
+    assert lines.text.count("again") == 1

@@ -370,3 +370,5 @@ async def test_system_messages_are_deleted_whoever_caused_them(scene: Scene) -> 
     page = await scene.bystander.call(client.History(conversation_id=scene.about), server.MessagePage)
     (told,) = [one for one in page.messages if one.system_message_type == "title_change"]
     await scene.bystander.call(client.Delete(conversation_id=scene.about, message_id=told.id))
+    page = await scene.bystander.call(client.History(conversation_id=scene.about), server.MessagePage)
+    assert [one.is_deleted for one in page.messages if one.id == told.id] in ([], [True])

@@ -340,10 +340,14 @@ async def main():
         await asyncio.sleep(0.01)
     asking.cancel()
     await asker.close()
+    print("closed")
 socket.getaddrinfo = silent
 asyncio.run(main())
 """
-    subprocess.run([sys.executable, "-c", script], check=True, timeout=20, cwd=Path(__file__).parent.parent)
+    ended = subprocess.run(
+        [sys.executable, "-c", script], check=True, timeout=20, cwd=Path(__file__).parent.parent, capture_output=True
+    )
+    assert ended.stdout == b"closed\n"
 
 
 async def test_a_redirect_is_looked_at_anew(careless: SafeHttp, site: Site) -> None:

@@ -233,8 +233,9 @@ async def test_what_changed_during_the_comparison_is_told_after_it(world: World)
         await charles.call(client.UpdateProfile(display_name="Charles Babbage"))
         await charles.call(client.SetPresence(status="busy"))
     await asked
-    await ada.event(server.PresenceChanged, lambda event: event.presence.status == "busy", start=seen)
-    await ada.event(server.UserUpdated, lambda event: event.user.display_name == "Charles Babbage", start=seen)
+    busy = await ada.event(server.PresenceChanged, lambda event: event.presence.status == "busy", start=seen)
+    named = await ada.event(server.UserUpdated, lambda event: event.user.display_name == "Charles Babbage", start=seen)
+    assert busy.presence.user_id == named.user.id == people[1].id
 
 
 @pytest.mark.parametrize("is_new", [True, False], ids=["a new watch", "a comparison"])
