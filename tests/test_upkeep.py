@@ -84,7 +84,8 @@ async def test_everything_is_well_and_each_thing_that_is_not_is_found(
     assert [line["check"] for line in lines if not line["is_good"]] == []
     printed = await shell.run("check")
     assert "all is well" in printed
-    assert printed.count(" ok\n") == len(lines)
+    assert len(re.findall(r"^ok +\d+\.\d s  \w", printed, re.MULTILINE)) == len(lines)
+    assert [line for line in printed.splitlines()[1:] if len(line) > 80] == [], "a terminal of 80 columns"
     assert f"\n{len(lines)} checks in " in printed
     with monkeypatch.context() as patch:
         patch.setattr(checks, "MAY_MAKE_ROLES", "SELECT false")

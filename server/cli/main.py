@@ -127,7 +127,7 @@ def openchat(ctx: click.Context, /, **options: Any) -> None:  # noqa: ANN401 - h
 def main() -> None:
     """Do what the command line says; end with status 1 and one line if it cannot be done."""
     if instruction := config.completion():
-        sys.exit(shell_complete(openchat, {}, PROGRAM, config.COMPLETION, instruction))
+        sys.exit(status_of(lambda: shell_complete(openchat, {}, PROGRAM, config.COMPLETION, instruction)))
     sys.exit(run(sys.argv[1:]))
 
 

@@ -91,8 +91,10 @@ async def _check(db: Db, place: Place, *, is_json: bool) -> int:
     lines = []
     async for line in run_checks(db, begins=progress.begins, grace=place.grace):
         lines.append(line)
-        state = "skipped: needs CREATEROLE" if line.found is None else "ok" if line.is_good else "WRONG"
-        progress.line(f"{line.name:<74} {line.seconds:>7.1f} s  {state}")
+        state = "-" if line.found is None else "ok" if line.is_good else "WRONG"
+        progress.line(f"{state:<5} {line.seconds:>6.1f} s  {line.name}")
+        if line.found is None:
+            progress.line("  skipped: needs CREATEROLE")
         if line.found is not None and line.found.number:
             progress.line(f"  {line.found.number:,}: {', '.join(line.found.some)}")
     wrong = sum(not line.is_good for line in lines)

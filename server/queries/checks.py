@@ -201,7 +201,7 @@ CHECKS = (
         UNION ALL SELECT a.id FROM account a JOIN "user" u ON u.id = a.user_id WHERE u.erased_at IS NOT NULL
         UNION ALL SELECT e.id FROM push_endpoint e JOIN session s ON s.id = e.session_id WHERE s.user_id <> e.user_id
     """),
-    Check("who deleted their account is erased a day after their grace at the latest", """
+    Check("deleted accounts are erased within a day after their grace", """
         SELECT id FROM "user" WHERE is_deleted AND erased_at IS NULL
             AND deleted_at < now() - current_setting('openchat.erase_after')::interval - interval '1 day'
     """),
