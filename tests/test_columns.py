@@ -1,34 +1,171 @@
 """Every column of schema.sql has a statement that writes it and one that reads it, or waits for what it is for."""
 
+import ast
 import re
+from collections.abc import AsyncIterator
+from pathlib import Path
 
 import asyncpg
 import msgspec
+import pytest
 
 from protocol import values
 from protocol.ids import uuid7
-from server.describe.columns import FOR_READERS, WAITING, columns, granted, without_targets, written
+from server import queries
+from server.describe import columns, query_tree
+from server.describe.columns import WAITING, WAITING_VALUES, granted
+from server.queries import erasure
+from tests.world import Room, World
+
+READERS = "readers of the database"
+DOCUMENT = Path("docs/columns.md").read_text()
+CODE = "".join(
+    path.read_text()
+    for folder in ("protocol", "server")
+    for path in Path(folder).rglob("*.py")
+    if path.parent.name != "describe"
+)
+DEFAULT = "its default"
 
 
-async def test_no_column_is_dead(database_url: str) -> None:
-    db = await asyncpg.connect(database_url)
-    rows = await db.fetch("""
-        SELECT table_name || '.' || column_name FROM information_schema.columns
-        JOIN information_schema.tables USING (table_schema, table_name)
-        WHERE table_schema = 'public' AND table_type = 'BASE TABLE' AND table_name <> 'schema_migration'
-    """)
-    await db.close()
-    known = {f"{column.table}.{column.name}": column for column in columns()}
-    assert known.keys() == {row[0] for row in rows}
-    assert {place for place, column in known.items() if not column.note and not column.writers} == set()
-    assert {place for place, column in known.items() if not column.note and not column.readers} == set()
-    assert known.keys() >= FOR_READERS
-    # What waits is not in use already.
+@pytest.fixture
+async def db(database_url: str) -> "AsyncIterator[asyncpg.Connection[asyncpg.Record]]":
+    connection = await asyncpg.connect(database_url)
+    yield connection
+    await connection.close()
+
+
+async def test_no_column_is_dead(db: "asyncpg.Connection[asyncpg.Record]") -> None:
+    found = {f"{column.table}.{column.name}": column for column in await columns.columns(db)}
+    assert {place for place, column in found.items() if not column.note and not column.writers} == set()
+    assert {place for place, column in found.items() if not column.note and not column.readers} == set()
+    # No column waits that is in use already.
+    assert set(WAITING) - found.keys() <= {column.table for column in found.values()}
     for place in WAITING:
-        if "." in place:
-            column = known[place]
-            writers = [name for name in column.writers if name != "its default" and not name.startswith("erasure.")]
-            assert not (column.readers and writers), place
+        if place in found:
+            writers = {name for name in found[place].writers if not name.startswith("erasure.")} - {DEFAULT}
+            assert not (writers and set(found[place].readers) - {READERS}), place
+
+
+async def test_document_names_what_the_database_of_the_suite_names(db: "asyncpg.Connection[asyncpg.Record]") -> None:
+    found = await columns.columns(db)
+    assert columns.markdown(found) == DOCUMENT
+    assert await columns.columns(db) == found
+
+
+async def test_each_statement_is_prepared_or_a_part_of_one_that_is(db: "asyncpg.Connection[asyncpg.Record]") -> None:
+    texts = columns.statements()
+    used = await columns.uses(db)
+    whole = [text for name, text in texts.items() if name in used]
+    assert len(whole) > 250
+    for name in texts.keys() - used.keys():
+        for piece in re.split(r"\{\w*\}", texts[name]):
+            assert any(piece.replace("{{", "{").replace("}}", "}") in text for text in whole), name
+
+
+def test_no_statement_hides_in_a_function() -> None:
+    hidden = [
+        f"{path.name}: {part.value}"
+        for path in Path(queries.__file__).parent.glob("*.py")
+        for function in ast.walk(ast.parse(path.read_text()))
+        if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef)
+        for call in ast.walk(function)
+        if isinstance(call, ast.Call)
+        for argument in call.args
+        for part in ast.walk(argument)
+        if isinstance(part, ast.Constant) and isinstance(part.value, str)
+        if re.match(r"\s*(SELECT|WITH|INSERT INTO|UPDATE|DELETE FROM)\b", part.value)
+    ]
+    assert hidden == []
+
+
+async def test_values_that_wait_are_allowed_and_nothing_writes_them(db: "asyncpg.Connection[asyncpg.Record]") -> None:
+    """A value is written if a statement that writes its column has it, or if a handler or the wire knows its name."""
+    allowed: dict[str, set[str]] = {}
+    for table, text in await db.fetch(
+        "SELECT conrelid::regclass::text, pg_get_constraintdef(oid) FROM pg_constraint WHERE contype = 'c'"
+    ):
+        if found := re.search(r"\(+(\w+) = ANY \(ARRAY\[(.*?)\]", text):
+            allowed[f"{table.strip(chr(34))}.{found[1]}"] = set(re.findall(r"'(\w+)'", found[2]))
+    assert WAITING_VALUES.keys() < allowed.keys()
+    texts, used = columns.statements(), await columns.uses(db)
+    for place, names in allowed.items():
+        waiting = set(WAITING_VALUES.get(place, ()))
+        assert waiting <= names
+        written = " ".join(texts.get(name, "") for name, use in used.items() if place in use.written)
+        assert {name for name in names if f"'{name}'" in written} & waiting == set()
+        assert {name for name in names - waiting if f"'{name}'" not in written and f'"{name}"' not in CODE} == set()
+
+
+STATEMENTS = {
+    "SELECT s.content FROM (SELECT * FROM draft) s": ({"content"}, set()),
+    "WITH all_of AS (SELECT * FROM draft) SELECT a.user_id FROM all_of a": ({"user_id"}, set()),
+    "WITH unasked AS (SELECT content FROM draft) SELECT 1": (set(), set()),
+    "SELECT count(*) FROM draft d WHERE EXISTS (SELECT d.content FROM draft o WHERE o.user_id = d.user_id)":
+        ({"user_id"}, set()),
+    "SELECT d.user_id FROM draft d ORDER BY d.updated_at": ({"user_id", "updated_at"}, set()),
+    "SELECT max(d.updated_at) FROM draft d GROUP BY d.user_id HAVING count(d.content) > 1":
+        ({"updated_at", "user_id", "content"}, set()),
+    "SELECT user_id FROM draft UNION SELECT conversation_id FROM draft": ({"user_id", "conversation_id"}, set()),
+    "SELECT a.content FROM draft a JOIN draft b USING (user_id)": ({"content", "user_id"}, set()),
+    "SELECT (found.d).content FROM (SELECT d FROM draft d) found": ({"content"}, set()),
+    "SELECT l.content FROM (SELECT d FROM draft d) found CROSS JOIN LATERAL (SELECT (found.d).*) l":
+        ({"content"}, set()),
+    "SELECT row_to_json(d) FROM draft d":
+        ({"user_id", "conversation_id", "content", "user_version", "updated_at"}, set()),
+    "UPDATE draft SET user_version = user_version + 1": (set(), {"user_version"}),
+    "UPDATE draft SET content = $1, user_version = user_version + 1 WHERE user_id = $2 RETURNING user_version":
+        ({"user_id", "user_version"}, {"content", "user_version"}),
+    "WITH moved AS (UPDATE draft SET content = '' RETURNING *) SELECT m.user_id FROM moved m":
+        ({"user_id"}, {"content"}),
+    "INSERT INTO draft (user_id, content) SELECT user_id, content FROM draft": ({"user_id", "content"},) * 2,
+    "INSERT INTO draft AS d (user_id) VALUES ($1) ON CONFLICT (user_id, conversation_id)"
+    " DO UPDATE SET content = excluded.content WHERE d.user_version < 5":
+        ({"content", "user_version"}, {"user_id", "content"}),
+}  # fmt: skip
+"""Columns of `draft` that each statement reads and writes."""
+
+
+async def test_use_of_a_statement_is_what_reaches_a_condition_or_the_result(
+    db: "asyncpg.Connection[asyncpg.Record]", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(columns, "statements", lambda: {text: text for text in STATEMENTS})
+    found = await columns.uses(db)
+    for text, (read, written) in STATEMENTS.items():
+        assert found[text].read == {f"draft.{name}" for name in read}, text
+        assert found[text].written == {f"draft.{name}" for name in written}, text
+
+
+async def test_row_that_a_function_gets_whole_is_read_by_the_function(db: "asyncpg.Connection[asyncpg.Record]") -> None:
+    used = await columns.uses(db)
+    assert used["users.ME"].read == {"user.id"}
+    assert {"user.email", "user.bio"} <= used["schema.me_json"].read
+    # Functions in PL/pgSQL, views and policies.
+    assert {"user.erased_at", "user_relationship.can_see_profile"} <= used["schema.may"].read
+    assert "conversation.direct_low" in used["schema.are_together"].read
+    assert used["schema.is_unerased_now"].read == {"user.id", "user.erased_at"}
+    assert {"user.bio", "user.id"} <= used["schema.user_profile"].read
+    assert used["schema.message_access"].read == {
+        "message.conversation_id", "message.sent_version", "message.is_moderated", "message.sender_id",
+    }  # fmt: skip
+
+
+def test_tree_is_parsed_with_escaped_names_and_empty_values() -> None:
+    tree = query_tree.parse('({ALIAS :aliasname a\\ b :colnames ("x y" "z") :none <> :value 2 [ 1 0 ]})')
+    assert tree == [
+        {"type": "ALIAS", "aliasname": "a\\ b", "colnames": ['"x y"', '"z"'], "none": None, "value": "2",
+         "value, more": ["[", "1", "0", "]"]}
+    ]  # fmt: skip
+
+
+async def test_notifications_are_enabled_unless_the_level_is_none(world: World, room: Room) -> None:
+    db = world.db
+    await db.execute("""
+        UPDATE conversation_participant SET notification_level = 'none', notifications_enabled = false
+    """)
+    await erasure.clear(db, room.them[0].id, erasure.Cleared())
+    rows = await db.fetch("SELECT notification_level, notifications_enabled FROM conversation_participant")
+    assert all(is_enabled == (level != "none") for level, is_enabled in rows)
 
 
 SHOWN: dict[str, tuple[type[msgspec.Struct], ...]] = {
@@ -72,9 +209,11 @@ TOLD = {"message_reaction": "events and `list_reactions`, row by row", "attachme
 OWN_CLOCK = "user_version"
 
 
-async def test_each_column_that_a_reader_reads_is_shown_by_frames_to_the_same_user() -> None:
+async def test_each_column_that_a_reader_reads_is_shown_by_frames_to_the_same_user(
+    db: "asyncpg.Connection[asyncpg.Record]",
+) -> None:
     every: dict[str, list[str]] = {}
-    for column in columns():
+    for column in await columns.columns(db):
         every.setdefault(column.table, []).append(column.name)
     every["user_profile"] = ["id", "bio", "location", "website", "created_at"]
     hidden, needless = [], set(SAME)
@@ -111,13 +250,3 @@ async def test_columns_that_a_reader_reads_are_listed(database_url: str) -> None
     assert {table for table, _ in readable} == listed.keys()
     for table, column, is_readable in rows:
         assert is_readable == (table in listed and (not listed[table] or column in listed[table])), (table, column)
-
-
-def test_the_test_knows_a_writer_from_a_reader() -> None:
-    text = (
-        "UPDATE message m SET content = $1, version = b.version FROM bumped b WHERE m.id = $2 RETURNING m.sent_version"
-    )
-    assert written(text) == {"message": {"content", "version"}}
-    assert re.search(r"\bcontent\b", without_targets(text)) is None
-    assert re.search(r"\bsent_version\b", without_targets(text))
-    assert written("INSERT INTO report (id, reason) VALUES ($1, $2)") == {"report": {"id", "reason"}}

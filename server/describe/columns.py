@@ -1,89 +1,191 @@
-"""Every column of the database, what writes it and what reads it: docs/columns.md, in which nothing may be dead."""
+"""Every column of the database, what writes it and what reads it: docs/columns.md, in which nothing may be dead.
 
+PostgreSQL itself says what a statement uses: server/describe/query_tree.py reads its parse trees.
+"""
+
+import asyncio
 import importlib
+import inspect
 import pkgutil
 import re
+import tempfile
 from collections import defaultdict
-from types import ModuleType
-from typing import NamedTuple
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import asyncpg
 
 from server import queries
-from server.db import migrate
+from server.db import epoch, migrate
+from server.describe import query_tree
+from server.describe.query_tree import Use
+from server.processes.embedded.folder import DataFolder
+from server.processes.embedded.postgres import Postgres
 
+LOGINS = "accounts that people and companies can rely on (issue 19)"
+SYNC = "local-first sync (issue 22)"
 WAITING = {
-    "attachment": "uploads",
-    "verification": "verified addresses, and passwords that are reset by mail",
-    "account.access_token": "other ways to log in",
-    "account.refresh_token": "other ways to log in",
-    "account.id_token": "other ways to log in",
-    "account.access_token_expires_at": "other ways to log in",
-    "account.refresh_token_expires_at": "other ways to log in",
-    "account.scope": "other ways to log in",
-    "user.email_verified": "verified addresses",
-    "message.token_count": "assistants",
-    "message.model": "assistants",
-    "database_epoch": "server/db/epoch.py, which keeps it",
+    "attachment": "files (issue 20)",
+    "verification": LOGINS,
+    "account.id": LOGINS,
+    "account.access_token": LOGINS,
+    "account.refresh_token": LOGINS,
+    "account.id_token": LOGINS,
+    "account.access_token_expires_at": LOGINS,
+    "account.refresh_token_expires_at": LOGINS,
+    "account.scope": LOGINS,
+    "account.updated_at": LOGINS,
+    "user.email_verified": LOGINS,
+    "user.updated_at": SYNC,
+    "conversation.updated_at": SYNC,
+    "conversation_participant.notifications_enabled": f"{SYNC}; kept equal to `notification_level <> 'none'`",
+    "message.token_count": "assistants (issue 21)",
+    "message.model": "assistants (issue 21)",
+    "database_epoch.is_only": "nothing: its constraint allows one row",
 }
-"""Tables and columns that nothing uses yet, or that no query of server/queries does, and what for."""
-
-FOR_READERS = {
-    "conversation.updated_at", "message.updated_at", "message.edited_by", "message.status",
-    "user_relationship.updated_at",
-    "account.updated_at", "session.updated_at", "user.updated_at", "user.is_online", "conversation.direct_low",
-    "conversation_participant.id", "conversation_participant.notifications_enabled", "account.id", "session.created_at",
-    "message_reaction.created_at", "message_edit.message_id",
-}  # fmt: skip
-"""What is kept for those who read the database directly: grant_reader() in schema.sql shows most of it to them."""
+"""Columns of the specification that no statement reads yet, or whole tables, and the feature that will."""
+WAITING_VALUES = {
+    "conversation.type": {"assistant": "assistants (issue 21)"},
+    "message.status": {
+        "sending": "assistants (issue 21): an answer that is still streamed",
+        "failed": "assistants (issue 21): an answer that broke off",
+        "delivered": "nothing: follows from `delivered_version` of each participant",
+        "read": "nothing: follows from `last_read_version` of each participant",
+    },
+    "attachment.storage_provider": dict.fromkeys(("local", "s3", "gcs", "azure", "cloudinary"), "files (issue 20)"),
+    "attachment.scan_result": dict.fromkeys(("clean", "infected", "suspicious", "pending"), "files (issue 20)"),
+    "attachment.processing_status": dict.fromkeys(("pending", "processing", "completed", "failed"), "files (issue 20)"),
+}
+"""Values of the specification's lists that nothing writes yet."""
 
 GRANT = re.compile(r"GRANT SELECT (?:\(([^)]*)\) )?ON ([^']*?) TO %I")
 """What grant_reader() grants: some columns of a table, or tables and views whole."""
 
 SHOWN = 4
-INSERT = re.compile(r'INSERT INTO\s+("?\w+"?)\s*(?:AS \w+\s*)?\(([^)]*)\)', re.IGNORECASE)
-UPDATE = re.compile(
-    r'(?<!FOR NO KEY )\bUPDATE\s+("?\w+"?)(?:\s+(?!SET\b)\w+)?\s+SET\b'
-    r"(.*?)(?=\bFROM\b|\bWHERE\b|\bRETURNING\b|$)",
-    re.IGNORECASE | re.DOTALL,
-)
-UPSERT = re.compile(r"DO UPDATE SET\b(.*?)(?=\bWHERE\b|\bRETURNING\b|$)", re.IGNORECASE | re.DOTALL)
-WORD = re.compile(r"\w+")
-TARGET = re.compile(r"(?:^|,)\s*(\w+)\s*=", re.MULTILINE)
+PRINT = "SET debug_print_parse = on; SET debug_pretty_print = off; SET client_min_messages = log"
+FRAGMENTS = (asyncpg.PostgresSyntaxError, asyncpg.UndefinedTableError, asyncpg.UndefinedColumnError,
+             asyncpg.IndeterminateDatatypeError)  # fmt: skip
+"""How PostgreSQL refuses what is no whole statement."""
+TABLES = """
+SELECT c.oid, c.relname, c.reltype, a.attnum, a.attname, pg_get_expr(d.adbin, d.adrelid) AS made
+FROM pg_class c
+JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
+LEFT JOIN pg_attrdef d ON d.adrelid = c.oid AND d.adnum = a.attnum
+WHERE c.relnamespace = 'public'::regnamespace AND c.relkind = 'r' AND c.relname <> 'schema_migration'
+ORDER BY c.oid, a.attnum
+"""
+RULES = """
+SELECT p.proname AS name, 0 AS about, p.prosqlbody::text AS tree FROM pg_proc p
+WHERE p.pronamespace = 'public'::regnamespace AND p.prosqlbody IS NOT NULL
+UNION ALL
+SELECT c.relname, 0, r.ev_action::text FROM pg_rewrite r JOIN pg_class c ON c.oid = r.ev_class
+WHERE c.relnamespace = 'public'::regnamespace
+UNION ALL SELECT p.polname, p.polrelid, p.polqual::text FROM pg_policy p
+"""
+"""Functions of SQL, views and policies, which PostgreSQL keeps as trees."""
+FUNCTIONS = """
+SELECT p.proname, p.prosrc, pg_get_function_identity_arguments(p.oid) AS arguments FROM pg_proc p
+WHERE p.pronamespace = 'public'::regnamespace AND p.prolang = (SELECT oid FROM pg_language WHERE lanname = 'plpgsql')
+ORDER BY 1
+"""
+COPY = "CREATE FUNCTION pg_temp.{name}({arguments}) RETURNS void LANGUAGE sql BEGIN ATOMIC {body}; END"
+"""A statement of a function in PL/pgSQL, whose variables are parameters here."""
+DECLARED = re.compile(r"^ *(\w+) (?:CONSTANT )?(?!record)(\w+(?:\[\])?)(?: :=.*)?;", re.MULTILINE)
 
 
 def statements() -> dict[str, str]:
-    """Return all statements by name, and the functions, policies and views of the schema."""
+    """Return all constants that may be statements, by name."""
     found: dict[str, str] = {}
-    for info in pkgutil.iter_modules(queries.__path__):
-        module: ModuleType = importlib.import_module(f"server.queries.{info.name}")
+    names = [f"server.queries.{info.name}" for info in pkgutil.iter_modules(queries.__path__)]
+    for module in map(importlib.import_module, [*names, epoch.__name__]):
+        source = inspect.getsource(module)
         for name, value in vars(module).items():
+            if not re.search(rf"^{name}\b.*=", source, re.MULTILINE):
+                continue  # from another module
             texts = value if isinstance(value, tuple) else (value,)
             for number, text in enumerate(texts):
                 if name.isupper() and isinstance(text, str) and re.search(r"\b(SELECT|INSERT|UPDATE|DELETE)\b", text):
-                    found[f"{info.name}.{name}{number or ''}"] = text
-    text = re.sub(r"--.*", "", (migrate.ROOT / "schema.sql").read_text())
-    for part in re.split(r"\n(?=CREATE (?:FUNCTION|POLICY|VIEW))", text)[1:]:
-        if kind := re.match(r"CREATE (?:FUNCTION|POLICY|VIEW) (\w+)", part):
-            # To its own end: tables may follow.
-            found[f"schema.{kind[1]}"] = part.split("\n$$;" if "$$" in part.split(";\n")[0] else ";\n")[0]
+                    found[f"{module.__name__.split('.')[-1]}.{name}{number or ''}"] = text
     return found
 
 
-def written(text: str) -> dict[str, set[str]]:
-    """Return which columns of which tables a statement writes."""
-    found: dict[str, set[str]] = defaultdict(set)
-    for table, columns in INSERT.findall(text):
-        found[table.strip('"')] |= {column.strip() for column in columns.split(",")}
-        for targets in UPSERT.findall(text):
-            found[table.strip('"')] |= set(TARGET.findall(targets))
-    for table, targets in UPDATE.findall(text):
-        found[table.strip('"')] |= set(TARGET.findall(targets))
+async def uses(db: "asyncpg.Connection[asyncpg.Record]") -> dict[str, Use]:
+    """Return what each statement, function, policy and view uses, in a database with the schema."""
+    rows = await db.fetch(TABLES)
+    tables: query_tree.Tables = {}
+    for row in rows:
+        tables.setdefault(row["oid"], (row["relname"], {}))[1][row["attnum"]] = row["attname"]
+    row_types = {row["reltype"]: row["oid"] for row in rows}
+    found: dict[str, Use] = defaultdict(lambda: Use(tables, row_types))
+    for name, tree in await _trees(db):
+        found[name].query(tree)
+    for name, about, text in await db.fetch(RULES):
+        if about:
+            found[f"schema.{name}"].condition(query_tree.parse(text), about)
+        else:
+            for tree in _queries(query_tree.parse(text)):
+                found[f"schema.{name}"].query(tree)
+    for name, source, arguments in await db.fetch(FUNCTIONS):
+        for statement in _statements(source, {table for table, _ in tables.values()}):
+            declared = ", ".join(f"{one} {kind}" for one, kind in DECLARED.findall(source.split("BEGIN")[0]))
+            every = ", ".join(filter(None, (arguments, declared)))
+            async with db.transaction():
+                await db.execute(COPY.format(name=name, arguments=every, body=statement))
+                text = await db.fetchval(
+                    "SELECT prosqlbody::text FROM pg_proc WHERE proname = $1 AND pronamespace = pg_my_temp_schema()",
+                    name,
+                )
+                await db.execute(f"DROP FUNCTION pg_temp.{name}")
+            for tree in _queries(query_tree.parse(text)):
+                found[f"schema.{name}"].query(tree)
+    return dict(found)
+
+
+async def _trees(db: "asyncpg.Connection[asyncpg.Record]") -> list[tuple[str, Any]]:
+    """Return the trees of the statements of server/queries/."""
+    printed: list[str] = []
+
+    def note(_: object, message: asyncpg.PostgresLogMessage) -> None:
+        if message.message == "parse tree:" and ":commandType 6 " not in (message.detail or "")[:50]:  # utilities
+            printed.append(message.detail or "")
+
+    found = []
+    db.add_log_listener(note)
+    await db.execute(PRINT)
+    for name, text in statements().items():
+        printed.clear()
+        try:
+            await db.prepare(text)
+        except FRAGMENTS:
+            continue
+        await db.execute(PRINT)  # the listener is called in the next turn of the loop
+        found += [(name, query_tree.parse(one)) for one in printed]
+    await db.execute("RESET debug_print_parse; RESET client_min_messages")
+    db.remove_log_listener(note)
     return found
 
 
-def without_targets(text: str) -> str:
-    """Return a statement without the places where it says what it writes."""
-    text = INSERT.sub(r"\1", text)
-    return re.sub(r"(?m)(^\s*|, |SET )\w+ = ", r"\1", text)
+def _queries(tree: Any) -> Iterator[Any]:  # noqa: ANN401 - a node tree
+    """Return the queries of a tree: functions keep lists of them."""
+    if isinstance(tree, dict):
+        yield tree
+    for one in tree if isinstance(tree, list) else ():
+        yield from _queries(one)
+
+
+def _statements(source: str, tables: set[str]) -> Iterator[str]:
+    """Return the queries in a function in PL/pgSQL that name one of these tables."""
+    source = re.sub(r"--.*|\bINTO \w+\b", "", source).replace("PERFORM", "SELECT")
+    place = 0
+    while start := re.compile(r"\b(SELECT|INSERT|UPDATE|DELETE)\b").search(source, place):
+        place, depth = start.start(), 0
+        while depth >= 0 and source[place] != ";":
+            depth += {"(": 1, ")": -1}.get(source[place], 0)
+            place += depth >= 0
+        text = source[start.start() : place]
+        if set(re.findall(r'\b(?:FROM|JOIN|INTO|UPDATE) (?:public\.)?"?(\w+)', text)) & tables:
+            yield text
 
 
 class Column(NamedTuple):
@@ -96,36 +198,31 @@ class Column(NamedTuple):
     note: str = ""
 
 
-def columns() -> list[Column]:
+async def columns(db: "asyncpg.Connection[asyncpg.Record]") -> list[Column]:
     """Return all columns, in the order of schema.sql."""
-    texts = statements()
     writers: dict[str, set[str]] = defaultdict(set)
-    for name, text in texts.items():
-        for table, targets in written(text).items():
-            for column in targets:
-                writers[f"{table}.{column}"].add(name)
-    words = {name: (set(WORD.findall(one)), set(WORD.findall(without_targets(one)))) for name, one in texts.items()}
+    readers: dict[str, set[str]] = defaultdict(set)
+    for name, use in (await uses(db)).items():
+        for place in use.written:
+            writers[place].add(name)
+        for place in use.read:
+            readers[place].add(name)
+    shown = granted()
     found = []
-    text = re.sub(r"--.*", "", (migrate.ROOT / "schema.sql").read_text())
-    for table, inside in re.findall(r'CREATE TABLE "?(\w+)"? \((.*?)\n\)', text, re.DOTALL):
-        for column, definition in re.findall(r"^    (\w+) ((?:[a-z]+\b.*))$", inside, re.MULTILINE):
-            if column in {"CONSTRAINT", "CHECK"}:
-                continue
-            place = f"{table}.{column}"
-            made = [*writers[place], *(["its default"] if "DEFAULT" in definition else [])]
-            if table == "audit_entry" and not made:
-                made = ["audit.RECORD"]  # a whole row at once
-            readers = [name for name, (said, read) in words.items() if table in said and column in read]
-            note = WAITING.get(place, WAITING.get(table, ""))
-            if not note and not readers and place in FOR_READERS:
-                readers = ["whoever reads the database directly"]
-            found.append(Column(table, column, sorted(made), sorted(readers), note))
+    for row in await db.fetch(TABLES):
+        table, name = row["relname"], row["attname"]
+        place = f"{table}.{name}"
+        made = [*sorted(writers[place]), *([] if row["made"] is None else ["its default"])]
+        read = sorted(readers[place])
+        if table in shown and (not shown[table] or name in shown[table]):
+            read.append("readers of the database")
+        found.append(Column(table, name, made, read, WAITING.get(place, WAITING.get(table, ""))))
     return found
 
 
 def granted() -> dict[str, list[str]]:
     """Return the tables and views that grant_reader() grants, with their columns; none for a whole one."""
-    text = statements()["schema.grant_reader"]
+    text = (migrate.ROOT / "schema.sql").read_text()
     found: dict[str, list[str]] = {}
     for names, tables in GRANT.findall(re.sub(r"\s+", " ", text)):
         for table in tables.split(","):
@@ -134,17 +231,41 @@ def granted() -> dict[str, list[str]]:
 
 
 def document() -> str:
+    """Return the list in Markdown, as a PostgreSQL of its own tells it."""
+    with tempfile.TemporaryDirectory(prefix="openchat-columns-") as path:
+        folder = DataFolder(Path(path))
+        postgres = Postgres(folder, max_connections=5, options={"fsync": "off"})
+        try:
+            postgres.start()
+            return markdown(asyncio.run(_columns(postgres.url("postgres"))))
+        finally:
+            postgres.stop()
+            folder.release()
+
+
+async def _columns(url: str) -> list[Column]:
+    await migrate.migrate(url)
+    db = await asyncpg.connect(url)
+    try:
+        return await columns(db)
+    finally:
+        await db.close()
+
+
+def markdown(found: list[Column]) -> str:
     """Return the list in Markdown."""
     lines = [
         "# The columns",
         "",
         "<!-- Generated by `make docs` from schema.sql and server/queries/. Do not edit. -->",
         "",
-        "What writes and what reads each column of [schema.sql](../schema.sql): statements of `server/queries/`,",
-        "by file and name, and forms and rules of the schema itself (`schema.…`).",
+        "The statements that write and read each column of [schema.sql](../schema.sql): constants of",
+        "`server/queries/`, and functions, views and policies of the schema itself (`schema.…`). PostgreSQL's own",
+        "parse trees tell ([how](decisions/0072-postgresql-says-what-is-used.md)). The last section says who the",
+        "readers of the database are.",
     ]
     table = ""
-    for column in columns():
+    for column in found:
         if column.table != table:
             table = column.table
             lines += ["", f"## {table}", "", "| column | written by | read by |", "| --- | --- | --- |"]
@@ -153,6 +274,18 @@ def document() -> str:
         else:
             lines.append(f"| `{column.name}` | {_some(column.writers)} | {_some(column.readers)} |")
     lines += [
+        "",
+        "## Values that wait",
+        "",
+        "Values that the schema allows and that nothing writes.",
+        "",
+        "| column | value | waits for |",
+        "| --- | --- | --- |",
+        *(
+            f"| `{place}` | `{value}` | {reason} |"
+            for place, values in WAITING_VALUES.items()
+            for value, reason in values.items()
+        ),
         "",
         "## What readers of the database read",
         "",

@@ -343,9 +343,12 @@ async def direct(db: Db, one: UserId, other: UserId) -> ConversationId | None:
     return ConversationId(found) if (found := await db.fetchval(DIRECT, one, other)) else None
 
 
+IS_DELETED = "SELECT is_deleted FROM conversation WHERE id = $1"
+
+
 async def is_deleted(db: Db, conversation_id: ConversationId) -> bool:
     """Whether a conversation is deleted for everyone: older programs deleted direct ones, too."""
-    return bool(await db.fetchval("SELECT is_deleted FROM conversation WHERE id = $1", conversation_id))
+    return bool(await db.fetchval(IS_DELETED, conversation_id))
 
 
 OPEN = """

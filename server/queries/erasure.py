@@ -151,8 +151,8 @@ WITH page AS MATERIALIZED (
     WHERE p.user_id = $1 AND p.conversation_id > $2 ORDER BY p.conversation_id LIMIT $3
 ), cleared AS (
     UPDATE conversation_participant p SET pin_order = NULL, is_hidden = false, is_muted = false, muted_until = NULL,
-        notification_level = 'all', last_read_at = NULL, last_sent_at = NULL, delivered_at = NULL,
-        unread_from_id = NULL, unread_from_version = NULL
+        notification_level = 'all', notifications_enabled = true, last_read_at = NULL, last_sent_at = NULL,
+        delivered_at = NULL, unread_from_id = NULL, unread_from_version = NULL
     WHERE p.conversation_id = ANY(ARRAY(SELECT conversation_id FROM page)) AND p.user_id = $1
 )
 SELECT max(conversation_id::text)::uuid FROM page
