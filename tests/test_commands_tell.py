@@ -14,7 +14,7 @@ from protocol import server
 from protocol.errors import CloseCode
 from prove.client import Client
 from server.app import announcement
-from server.cli import admin
+from server.cli import conversations, users
 from server.db import epoch
 from server.db.epoch import epoch_id
 from server.domain.presence import WORKER
@@ -68,7 +68,7 @@ READS = {
 
 def _commands() -> Iterator[str]:
     yield "erase"
-    for group in (admin.user, admin.conversation):
+    for group in (users.user, conversations.conversation):
         yield from (f"{group.name} {name}" for name in group.commands)
 
 

@@ -205,7 +205,7 @@ async def test_an_export_is_whole_or_not_there(
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert said == f"openchat: {folder / 'large'} cannot be written: File too large. No partial file remains.\n"
-    name = "server.cli.admin.written" if user else "server.ops.transfer.dump.transfers.rows"
+    name = "server.cli.users.written" if user else "server.ops.transfer.dump.transfers.rows"
     with monkeypatch.context() as patch:
         patch.setattr(name, lambda *_: interrupted())
         assert await asyncio.to_thread(main.run, [*export, str(folder / "interrupted")]) == 130

@@ -294,7 +294,13 @@ def awaited(node: ast.AST) -> Iterator[ast.AST]:
 
 def test_nothing_but_the_database_is_waited_for_while_a_connection_is_held() -> None:
     """Others wait for it, or for what it has locked: nobody's answer, no turn of the loop, no rows that are decoded."""
-    commands = {"cli.admin", "ops.reindex", "queries.checks"}  # each has a connection of its own
+    commands = {
+        "cli.admin",
+        "cli.conversations",
+        "cli.users",
+        "ops.reindex",
+        "queries.checks",
+    }  # each has a connection of its own
     found = [
         f"{path}: {ast.unparse(one)}"
         for name, path in modules().items()

@@ -31,9 +31,9 @@ SECTIONS = {
         "reindex": Entry("server.cli.maintenance:reindex", "Rebuild the search index, in another language."),
     },
     "Administer": {
-        "user": Entry("server.cli.admin:user", "List, create, change and lock accounts."),
-        "conversation": Entry("server.cli.admin:conversation", "List, show, export and delete conversations."),
-        "erase": Entry("server.cli.admin:erase", "Erase a person. Their messages stay, without a name."),
+        "user": Entry("server.cli.users:user", "List, create, change and lock accounts."),
+        "conversation": Entry("server.cli.conversations:conversation", "List, show, export and delete conversations."),
+        "erase": Entry("server.cli.users:erase", "Erase a person. Their messages stay, without a name."),
     },
     "Inspect": {
         "settings": Entry("server.cli.settings:settings", "Print every setting, its meaning, value and source."),

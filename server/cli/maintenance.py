@@ -12,7 +12,7 @@ import click
 import msgspec
 
 from protocol.ids import MessageId
-from server.cli import admin
+from server.cli import admin, users
 from server.cli.arguments import SOME_ID, Command, File, Id, OneOf, with_data_dir, with_json
 from server.cli.tables import show_fields, show_rows
 from server.core import config
@@ -220,11 +220,11 @@ async def _note_export(db: Db) -> None:
 
 async def _export_user(db: Db, user: str, file: Path | None) -> int:
     if file is None:
-        async for piece in admin.export_user(db, user):
+        async for piece in users.export_user(db, user):
             say_json(piece.decode())
         return 0
     with aside(file) as write:
-        async for piece in admin.export_user(db, user):
+        async for piece in users.export_user(db, user):
             write(piece)
     return 0
 
