@@ -18,6 +18,7 @@ import uvloop
 from redis.asyncio import Redis
 
 from protocol import server as said
+from protocol.ids import uuid7
 from server.core.config import Settings
 from server.db import migrate
 from server.limits import load_shedding
@@ -26,7 +27,7 @@ from server.processes.embedded.postgres import Postgres
 from server.processes.embedded.valkey import Valkey
 from tests.cluster import Cluster
 from tests.databases import Databases
-from tests.world import Room, World
+from tests.world import Reader, Room, World
 
 TEMPLATE = "template_openchat"
 ROOM = 2 * 1024**3
@@ -189,3 +190,15 @@ async def room(world: World) -> Room:
     group = await world.group(ada, them[1])
     await charles.event(said.ConversationJoined)
     return Room(group, ada, charles, them)
+
+
+@pytest.fixture
+async def reader(world: World) -> AsyncIterator[Reader]:
+    name = f"reader_{uuid7().hex}"
+    await world.db.execute(f"CREATE ROLE {name} LOGIN")
+    await world.db.execute("SELECT grant_reader($1)", name)
+    db = await asyncpg.connect(world.settings.database_url)
+    await db.execute(f"SET ROLE {name}")
+    yield Reader(name, db)
+    await db.close()
+    await world.db.execute(f"DROP OWNED BY {name}; DROP ROLE {name}")

@@ -5,8 +5,8 @@ import asyncio
 import os
 import signal
 import time
-from collections.abc import Awaitable, Callable, Sequence
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any, NamedTuple
 
 import msgspec
@@ -136,10 +136,17 @@ class Crowd(Stage):
         return int(row[0])
 
 
-async def test_bad_message_costs_the_others_no_further_statement(settings: Settings) -> None:
+@asynccontextmanager
+async def staged(settings: Settings) -> AsyncIterator[tuple[World, Crowd]]:
+    """A world of one worker, and the crowd on its stage."""
     async with World(settings, workers=1) as world:
         stage = Crowd(world)
         await stage.begin()
+        yield world, stage
+
+
+async def test_bad_message_costs_the_others_no_further_statement(settings: Settings) -> None:
+    async with staged(settings) as (_, stage):
         found = {}
         for name, way in WAYS.items():
             bad, good = await way.spoil(stage), stage.good(OTHERS)
@@ -166,9 +173,7 @@ async def test_message_whose_id_is_taken_meanwhile_costs_the_others_one_statemen
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sending, "SHARED_LOCK_MS", 1_000)
-    async with World(settings, workers=1) as world:
-        stage = Crowd(world)
-        await stage.begin()
+    async with staged(settings) as (world, stage):
         bad, good = message(stage.own), stage.good(OTHERS)
         async with world.db.transaction():
             await world.db.execute(TAKE, stage.group, bad.message_id)
@@ -197,9 +202,7 @@ async def test_slow_message_delays_its_own_conversation_alone(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(database, "SENDING_SECONDS", 0.2)
-    async with World(settings, workers=1) as world:
-        stage = Crowd(world)
-        await stage.begin()
+    async with staged(settings) as (world, stage):
         await world.db.execute(SLOW)
         for count in (0, OTHERS):  # alone, and with others
             await world.db.execute("SELECT pg_advisory_lock(64)")
@@ -228,9 +231,7 @@ async def test_late_commit_is_not_taken_for_a_slow_statement(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(database, "SENDING_SECONDS", 0.2)
-    async with World(settings, workers=1) as world:
-        stage = Crowd(world)
-        await stage.begin()
+    async with staged(settings) as (world, stage):
         await world.db.execute(LATE)
         late, good = Outgoing(stage.charles.id, message(stage.own, "Late")), stage.good(OTHERS)
         async with asyncio.timeout(SECONDS):
@@ -242,9 +243,7 @@ async def test_frozen_statement_fails_one_batch_and_its_connection_is_not_used_a
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(database, "STATEMENT_SECONDS", 0.3)
-    async with World(settings, workers=1) as world:
-        stage = Crowd(world)
-        await stage.begin()
+    async with staged(settings) as (world, stage):
         await asyncio.gather(*stage.submit(*stage.good(2)))
         pool = world.workers[0].app._database._shared.sending
         (frozen,) = pool._free
@@ -265,9 +264,7 @@ async def test_frozen_statement_fails_one_batch_and_its_connection_is_not_used_a
 async def test_repeated_frame_whose_outcome_was_in_doubt_is_notified_once(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async with World(settings, workers=1) as world:
-        stage = Crowd(world)
-        await stage.begin()
+    async with staged(settings) as (world, stage):
         store, due = sending.send_free, world.workers[0].app.web_push._due
 
         async def lost(db: Any, items: list[Outgoing]) -> Any:
@@ -316,9 +313,7 @@ async def test_message_whose_outcome_was_in_doubt_has_one_event_by_the_compariso
 ) -> None:
     """On each device, whether the frame is repeated or not, and also of those that were stored by one statement."""
     monkeypatch.setattr(hub, "COMPARE_SECONDS", 3_600.0)
-    async with World(settings, workers=1) as world:
-        stage = Crowd(world)
-        await stage.begin()
+    async with staged(settings) as (world, stage):
         devices = [stage.author, stage.sender, *[await world.connect(who) for who in (stage.ada, stage.charles)]]
         frames = [message(stage.group, "In doubt") for _ in devices]
         store, runs = sending.send_free, []

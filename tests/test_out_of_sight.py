@@ -1,39 +1,22 @@
 """What others do about one's messages, once one may not see them any more: no export and no policy tells it."""
 
 import json
-from collections.abc import AsyncIterator
-from typing import Any, TypeAlias
-
-import asyncpg
-import pytest
+from typing import Any
 
 from protocol import client
 from protocol.client import Frame
 from protocol.errors import ErrorCode
-from protocol.ids import ConversationId, MessageId, uuid7
+from protocol.ids import ConversationId, MessageId
 from protocol.payloads import Poll
 from protocol.values import ConversationSettings
 from prove.client import Client
 from server.describe.columns import granted
-from tests.world import Somebody, World, http_client, refused, sent
+from tests.world import Reader, Somebody, World, http_client, refused, sent
 
-Reader: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
 POLL = Poll(options=["Yes", "No"])
 SAID = ("hidden", "deleted", "edited, deleted", "moderated", "moderated, shown", "pinned", "replied to", "reacted to")
 WAYS = ("stays", "leaves", "is removed", "is banned", "comes back")
 """How somebody stands to the messages from before. `comes back` is after a rejoining that hides those."""
-
-
-@pytest.fixture
-async def reader(world: World) -> AsyncIterator[Reader]:
-    name = f"reader_{uuid7().hex}"
-    await world.db.execute(f"CREATE ROLE {name} LOGIN")
-    await world.db.execute("SELECT grant_reader($1)", name)
-    db = await asyncpg.connect(world.settings.database_url)
-    await db.execute(f"SET ROLE {name}")
-    yield db
-    await db.close()
-    await world.db.execute(f"DROP OWNED BY {name}; DROP ROLE {name}")
 
 
 class Scene:
@@ -117,13 +100,13 @@ async def test_nothing_is_told_of_what_others_do_about_messages_one_may_not_see(
     gone = [name for name in WAYS if name != "stays"]
 
     async def told(name: str) -> dict[str, Any]:
-        await reader.execute("SELECT set_config('openchat.user_id', $1, false)", str(scene.people[name].id))
+        await reader.db.execute("SELECT set_config('openchat.user_id', $1, false)", str(scene.people[name].id))
         rows = {}
         for table, names in granted().items():
             # Whoever came back sees the conversation as it is, and what is said from then on.
             if name != "comes back" or table not in {"conversation", "conversation_participant", "message"}:
                 query = f'SELECT {", ".join(names) or "*"} FROM "{table}"'
-                rows[table] = sorted(map(repr, await reader.fetch(query)))
+                rows[table] = sorted(map(repr, await reader.db.fetch(query)))
         return {"export": await scene.export(name), "rows": rows}
 
     before = {name: await told(name) for name in WAYS}

@@ -1,19 +1,16 @@
 """Who is invited, has declined or is banned: each way to learn of it gives each viewer the same answer."""
 
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal, TypeAlias
-
-import asyncpg
-import pytest
 
 from protocol import client, server
 from protocol.client import Frame
 from protocol.codec import encode
 from protocol.errors import ErrorCode
-from protocol.ids import ConversationId, MessageId, UserId, uuid7
+from protocol.ids import ConversationId, MessageId, UserId
 from protocol.server import Error
 from prove.client import Client
-from tests.world import Somebody, World, heard, http_client, sent
+from tests.world import Reader, Somebody, World, heard, http_client, sent
 
 VIEWERS = ("owner", "admin", "moderator", "member", "guest", "adder", "remover", "inviter")
 """All who take part. `adder` may add people, `remover` may remove them. `inviter` invited people, and lost the right to
@@ -48,18 +45,6 @@ OWN = {
 
 Told: TypeAlias = list[tuple[str, object, object]]
 """What a way told somebody, with what it should have told."""
-
-
-@pytest.fixture
-async def reader(world: World) -> AsyncIterator["asyncpg.Connection[asyncpg.Record]"]:
-    name = f"reader_{uuid7().hex}"
-    await world.db.execute(f"CREATE ROLE {name} LOGIN")
-    await world.db.execute("SELECT grant_reader($1)", name)
-    db = await asyncpg.connect(world.settings.database_url)
-    await db.execute(f"SET ROLE {name}")
-    yield db
-    await db.close()
-    await world.db.execute(f"DROP OWNED BY {name}; DROP ROLE {name}")
 
 
 class Scene:
@@ -167,11 +152,11 @@ async def by_lists(scene: Scene) -> Told:
     return told
 
 
-async def by_policies(scene: Scene, reader: "asyncpg.Connection[asyncpg.Record]") -> Told:
+async def by_policies(scene: Scene, reader: Reader) -> Told:
     told: Told = []
     for name, who in scene.people.items():
-        await reader.execute("SELECT set_config('openchat.user_id', $1, false)", str(who.id))
-        rows = await reader.fetch("SELECT user_id, status FROM conversation_participant")
+        await reader.db.execute("SELECT set_config('openchat.user_id', $1, false)", str(who.id))
+        rows = await reader.db.fetch("SELECT user_id, status FROM conversation_participant")
         sees = SEES.get(name, ("active",) if name in STATUSES["active"] else ())
         shown: set[tuple[str, str]] = {(member, status) for status in sees for member in STATUSES[status]}
         own = OWN.get(name)
@@ -201,9 +186,7 @@ async def by_why(scene: Scene) -> Told:
     return [("member, why", {name: found[name] for name in found.keys() & OWN.keys() - STATUSES["active"]}, gone)]
 
 
-async def test_each_way_tells_each_viewer_the_same_of_outsiders(
-    world: World, reader: "asyncpg.Connection[asyncpg.Record]"
-) -> None:
+async def test_each_way_tells_each_viewer_the_same_of_outsiders(world: World, reader: Reader) -> None:
     everyone = [*VIEWERS, "stranger", *BEFORE, *(name for name in INVITED if name not in BEFORE)]
     people = dict(zip(everyone, await world.users(*everyone), strict=True))
     of = {name: await world.connect(who, number % 2) for number, (name, who) in enumerate(people.items())}

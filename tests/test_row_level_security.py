@@ -2,8 +2,7 @@
 
 import json
 import random
-from collections.abc import AsyncIterator
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 from uuid import UUID
 
 import asyncpg
@@ -18,33 +17,10 @@ from protocol.server import Error
 from protocol.values import ConversationSettings, ConversationView, Message, ReportStatus
 from prove.client import Client
 from server.describe.columns import granted
-from tests.world import Somebody, World, message, refused, sent
+from tests.world import Reader, Somebody, World, message, refused, sent
 
 Db: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
 PEOPLE = 8
-
-
-class Reader(NamedTuple):
-    """A role that may read, and the connection that uses it."""
-
-    name: str
-    db: Db
-
-    async def seen(self, who: UserId | None, query: str) -> list[Any]:
-        await self.db.execute("SELECT set_config('openchat.user_id', $1, false)", "" if who is None else str(who))
-        return [row[0] for row in await self.db.fetch(query)]
-
-
-@pytest.fixture
-async def reader(world: World) -> AsyncIterator[Reader]:
-    name = f"reader_{uuid7().hex}"
-    await world.db.execute(f"CREATE ROLE {name} LOGIN")
-    await world.db.execute("SELECT grant_reader($1)", name)
-    db = await asyncpg.connect(world.settings.database_url)
-    await db.execute(f"SET ROLE {name}")
-    yield Reader(name, db)
-    await db.close()
-    await world.db.execute(f"DROP OWNED BY {name}; DROP ROLE {name}")
 
 
 async def crowd(world: World, seed: int) -> tuple[list[Somebody], list[Client], list[ConversationId]]:

@@ -235,3 +235,14 @@ async def all_sent(scheduling: Scheduler) -> None:
     """Return when nothing is left of the scheduled messages that a worker has begun to send."""
     while scheduling._sending:  # noqa: SLF001
         await asyncio.wait(scheduling._sending)  # noqa: SLF001
+
+
+class Reader(NamedTuple):
+    """A role that may read, and the connection that uses it."""
+
+    name: str
+    db: "asyncpg.Connection[asyncpg.Record]"
+
+    async def seen(self, who: UserId | None, query: str) -> list[Any]:
+        await self.db.execute("SELECT set_config('openchat.user_id', $1, false)", "" if who is None else str(who))
+        return [row[0] for row in await self.db.fetch(query)]
