@@ -1,6 +1,7 @@
 """The administrator's terminal: what people wrote is shown there, and never obeyed."""
 
 import contextlib
+import io
 import logging
 import os
 import pty
@@ -12,7 +13,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
+from loadtest import command as load
+from loadtest.ledger import Tally
+from loadtest.run import Moment
+from prove import command as prove
+from prove.run import Proof
 from server.cli import tables
 from server.core import log
 from server.core.terminal import plain, plain_json
@@ -125,6 +132,26 @@ def test_each_row_of_a_table_is_one_line_in_a_pipe(capsys: pytest.CaptureFixture
     assert not obeyed(printed)
     assert len(printed.splitlines()) == 3
     assert "x" * 300 + "  [red]" in printed
+
+
+def test_what_a_server_answers_the_crowd_is_not_obeyed_and_is_no_markup() -> None:
+    hostile = f"[blink]{HOSTILE}[/]"
+    drawn = io.StringIO()
+    console = Console(file=drawn, force_terminal=True, width=200)
+    load_screen = load.Screen(console)
+    moment = Moment(
+        at=1, sent=1, delivered=1, answer_p50=0, answer_p99=0, delivery_p50=0, delivery_p99=0, returned=0, cpu={}
+    )
+    with load_screen:
+        load_screen.tell(hostile)
+        load_screen.see("load", moment, Tally(errors={hostile: 1}))
+    plain_console = Console(file=drawn, width=200)
+    load.Screen(plain_console).tell(hostile)
+    prove.Screen(plain_console, Proof(seed=1, people=1, rate=1, where="")).tell(hostile)
+    shown = drawn.getvalue()
+    assert shown.count(r"\u202eevil") >= 3
+    assert "\x1b[5m" not in shown, "no blinking"
+    assert not obeyed(re.sub(r"\x1b\[[\d;?]*[a-zA-Z]", "", shown)) - {"\r"}
 
 
 async def test_what_the_supervisor_and_progress_tell_is_not_obeyed(capsys: pytest.CaptureFixture[str]) -> None:
