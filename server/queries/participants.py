@@ -332,6 +332,7 @@ async def stamp(
 HEIRS_LOOKED_AT = 1_000
 """Max participants of each role whose accounts are looked at when an owner leaves."""
 # Read in order by the index, up to the first whose account is active.
+# OFFSET 0 keeps the planner from collecting all active users first.
 HEIR = f"""
 SELECT participant_json(p) FROM (
     SELECT first.user_id FROM unnest($4::text[]) WITH ORDINALITY AS rank (role, place)
@@ -343,7 +344,7 @@ SELECT participant_json(p) FROM (
             ORDER BY p.joined_at, p.user_id LIMIT {HEIRS_LOOKED_AT}
         ) o
         WHERE NOT $3::boolean OR EXISTS (
-            SELECT FROM "user" u WHERE u.id = o.user_id AND u.is_active AND NOT u.is_deleted
+            SELECT FROM "user" u WHERE u.id = o.user_id AND u.is_active AND NOT u.is_deleted OFFSET 0
         )
         ORDER BY o.joined_at, o.user_id LIMIT 1
     ) first

@@ -329,7 +329,8 @@ async def choose(db: Db, user_id: UserId, frame: SetPresence, *, is_here: bool) 
 
 EXPIRE = """
 WITH t AS MATERIALIZED (
-    SELECT id FROM "user" WHERE custom_status_until <= now() ORDER BY id LIMIT $1 FOR NO KEY UPDATE SKIP LOCKED
+    SELECT id FROM "user" WHERE custom_status_until <= now()
+    ORDER BY custom_status_until LIMIT $1 FOR NO KEY UPDATE SKIP LOCKED
 )
 UPDATE "user" u SET custom_status = NULL, custom_status_until = NULL,
     version = u.version + 1, own_version = u.version + 1, own_moves = u.own_moves + 1

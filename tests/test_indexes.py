@@ -1,0 +1,154 @@
+"""Each index of schema.sql has a statement that is found by it, or a constraint or a feature that needs it."""
+
+import json
+from collections.abc import AsyncIterator, Iterator
+from typing import Any, TypeAlias
+
+import asyncpg
+import pytest
+
+from server.describe import columns
+from server.queries import users
+from server.queries.users import Transition
+from tests.test_reads import CROWD
+from tests.world import World
+
+Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
+
+NEEDED_BY = {
+    "account_user_idx": "accounts.CHANGE",
+    "approach_began_idx": "approaches.EXPIRE",
+    "approach_to_idx": "erasure.FORGET_APPROACHED",
+    "audit_entry_actor_idx": "export.DEEDS",
+    "audit_entry_created_idx": "audit.FORGET",
+    "conversation_created_by_idx": "bounds.MADE",
+    "conversation_remains_idx": "remains.DELETED",
+    "conversation_words_idx": "conversations.FIND",
+    "draft_conversation_idx": "drafts.EMPTY_SOME",
+    "draft_version_idx": "users.NEWS",
+    "message_conversation_created_idx": "messages.PAGE",
+    "message_conversation_version_idx": "changes.SINCE",
+    "message_edit_message_idx": "edits.EDITS",
+    "message_expires_idx": "expiry.DUE",
+    "message_loud_idx": "feed.PAGE",
+    "message_pinned_idx": "pins.LIST",
+    "message_reaction_author_idx": "feed.PAGE",
+    "message_reaction_user_idx": "export.REACTIONS",
+    "message_reaction_version_idx": "changes.SINCE",
+    "message_remains_idx": "remains.DUE",
+    "message_search_words_idx": "search.NEWEST",
+    "message_sender_idx": "erasure.FORGET_EDITS",
+    "message_star_removed_idx": "bounds.FORGET_STARS",
+    "message_star_user_idx": "pins.STARS",
+    "message_star_version_idx": "bounds.STARS",
+    "message_thread_root_idx": "feed.PAGE",
+    "message_timeline_idx": "conversations.PAGE",
+    "participant_heir_idx": "participants.HEIR",
+    "participant_invited_by_idx": "welcome.GUESTS",
+    "participant_invited_idx": "feed.PAGE",
+    "participant_invited_to_idx": "participants.END_INVITATIONS",
+    "participant_left_version_idx": "changes.SINCE",
+    "participant_user_idx": "bounds.MEMBERSHIPS",
+    "participant_user_version_idx": "users.NEWS",
+    "participant_version_idx": "changes.SINCE",
+    "poll_vote_user_idx": "export.VOTES",
+    "poll_vote_version_idx": "changes.SINCE",
+    "push_endpoint_user_idx": "erasure.IS_ERASED",
+    "report_conversation_idx": "moderation.REPORTS",
+    "report_open_idx": "moderation.DISMISS",
+    "report_reporter_idx": "erasure.CLEAR_REPORTS",
+    "scheduled_message_over_idx": "scheduled.FORGET",
+    "scheduled_message_sender_idx": "erasure.FORGET_SCHEDULED",
+    "scheduled_message_turn_idx": "scheduled.WALK",
+    "scheduled_message_version_idx": "users.NEWS",
+    "scheduled_message_waiting_idx": "scheduled.SENDER",
+    "session_expires_idx": "sessions.EXPIRED",
+    "session_user_idx": "accounts.LEAVE",
+    "thread_follow_user_idx": "threads.LIST",
+    "thread_follow_version_idx": "bounds.THREADS",
+    "user_custom_status_until_idx": "users.EXPIRE",
+    "user_relationship_from_version_idx": "users.NEWS",
+    "user_relationship_hiding_idx": "mentions.RESOLVE",
+    "user_relationship_over_idx": "relationships.FORGET",
+    "user_relationship_pending_idx": "bounds.REQUESTS",
+    "user_relationship_to_idx": "conversations.PAGE",
+    "user_relationship_to_version_idx": "users.NEWS",
+    "user_to_erase_idx": "erasure.DUE",
+    "user_words_idx": "users.SEARCH",
+}
+"""A statement whose plan uses the index, for each index."""
+KEPT_FOR = {
+    "conversation_id_hash_key": "two ids with one hash are refused (docs/decisions/0050)",
+    "push_endpoint_session_idx": "push_endpoint_session_fkey, when a session is deleted",
+    "attachment_message_idx": "files (issue 20)",
+    "attachment_uploaded_by_idx": "files (issue 20)",
+    "verification_identifier_idx": "accounts that people and companies can rely on (issue 19)",
+}
+"""Indexes that no plan shows, and what needs them."""
+INDEXES = """
+SELECT c.relname FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid
+WHERE c.relnamespace = 'public'::regnamespace
+    AND NOT EXISTS (SELECT FROM pg_constraint k WHERE k.conindid = i.indexrelid)
+"""
+PLANNING = "SET enable_seqscan = off; SET plan_cache_mode = force_generic_plan"
+"""So that small tables are not read whole instead."""
+UPDATED = """
+SELECT pg_stat_get_xact_tuples_updated('"user"'::regclass), pg_stat_get_xact_tuples_hot_updated('"user"'::regclass)
+"""
+
+
+@pytest.fixture
+async def db(database_url: str) -> AsyncIterator[Connection]:
+    connection = await asyncpg.connect(database_url)
+    yield connection
+    await connection.close()
+
+
+def indexes(node: dict[str, Any]) -> Iterator[str]:
+    """Return the indexes that a plan finds rows by, and partial ones that it reads whole."""
+    if "Index Name" in node:
+        yield node["Index Name"]
+    for child in node.get("Plans", []):
+        yield from indexes(child)
+
+
+async def used_by(db: Connection, text: str) -> set[str]:
+    """Return the indexes in the generic plan of a statement."""
+    await db.execute(f"PREPARE it AS {text}")
+    count = await db.fetchval("SELECT cardinality(parameter_types) FROM pg_prepared_statements WHERE name = 'it'")
+    given = f"({', '.join(['NULL'] * count)})" if count else ""
+    plan = json.loads(await db.fetchval(f"EXPLAIN (FORMAT JSON) EXECUTE it{given}"))
+    await db.execute("DEALLOCATE it")
+    return set(indexes(plan[0]["Plan"]))
+
+
+async def test_each_index_is_needed_by_a_statement_or_a_constraint(db: Connection) -> None:
+    assert {row[0] for row in await db.fetch(INDEXES)} == NEEDED_BY.keys() | KEPT_FOR.keys()
+    await db.execute(CROWD)
+    await db.execute("ANALYZE")
+    await db.execute(PLANNING)
+    texts = columns.statements()
+    plans = {name: await used_by(db, texts[name]) for name in set(NEEDED_BY.values())}
+    assert {index: name for index, name in NEEDED_BY.items() if index not in plans[name]} == {}
+
+
+async def test_index_that_nothing_needs_is_noticed(db: Connection) -> None:
+    await db.execute('CREATE INDEX needless_idx ON "user" (location)')
+    assert "needless_idx" in {row[0] for row in await db.fetch(INDEXES)} - NEEDED_BY.keys() - KEPT_FOR.keys()
+    await db.execute(PLANNING)
+    assert "needless_idx" not in await used_by(db, users.SEARCH)
+    await db.execute("DROP INDEX needless_idx")
+
+
+async def test_presence_changes_no_index(world: World) -> None:
+    them = await world.users("Ada", "Charles")
+    ids = [one.id for one in them]
+    async with world.db.transaction():
+        for is_online in (True, False) * 5:
+            await users.seen(world.db, dict.fromkeys(ids, Transition(is_online)))
+        assert tuple(await world.db.fetchrow(UPDATED) or ()) == (20, 20)
+        # With an index on what moves, none would be.
+        await world.db.execute('CREATE INDEX user_last_seen_idx ON "user" (is_online)')
+        await users.seen(world.db, dict.fromkeys(ids, Transition(is_online=True)))
+        assert tuple(await world.db.fetchrow(UPDATED) or ()) == (22, 20)
+        await world.db.execute("DROP INDEX user_last_seen_idx")
