@@ -229,7 +229,10 @@ async def test_own_lists_start_over_where_the_database_is_another(room: Room, wo
 def test_the_documents_name_the_same_rows_to_drop_at_a_start_over() -> None:
     guide = " ".join((Path(__file__).parent.parent / "docs" / "clients.md").read_text().split())
     listed = [
-        re.search(r"(?:After `own_start_over`, d|D)rop ([a-z, ]+): all that there are follow", text)
+        re.search(
+            r"(?:`own_start_over`, drop|Delete all) ([a-z, ]+)(?:: all that there are|\. The current ones) follow",
+            text,
+        )
         for text in (guide, " ".join((server.OwnStartOver.__doc__ or "").split()))
     ]
     names = {one[1] if one else None for one in listed}

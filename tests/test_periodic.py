@@ -129,7 +129,7 @@ def test_an_outage_is_a_line_and_a_defect_has_one_traceback(
     failures.add(error)
     assert [bool(record.exc_info) for record in caplog.records] == [is_defect, False, is_defect]
     for record in caplog.records:
-        assert record.exc_info or "tried again" in record.message
+        assert record.exc_info or "will be retried" in record.message
 
 
 async def test_a_job_that_the_database_ends_is_one_line(caplog: pytest.LogCaptureFixture) -> None:
