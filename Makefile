@@ -31,7 +31,7 @@ types: $(VENV)/test-ready
 	$(VENV)/bin/mypy
 
 tests: $(VENV)/test-ready
-	$(VENV)/bin/pytest -n 3 $(ARGS)
+	$(VENV)/bin/pytest -n 4 $(ARGS)
 
 long: $(VENV)/test-ready  ## the tests that take longer
 	$(VENV)/bin/pytest -n 3 -m long $(ARGS)
