@@ -134,7 +134,7 @@ class Sockets:
     def flooded(self, key: str) -> None:
         """Log the key of a connection that is closed for abuse before it is a user's."""
         if self._floods.passes(key):
-            log.warning("closing a connection from address %s with 4003: too much data before authentication", key)
+            log.warning("closing a connection from address %s with 4003: too many fragments or pings before login", key)
 
     def waits(self, connection: object, close: Callable[[], None]) -> None:
         """Note that a connection is idle. `close` closes it when another connection needs its place."""
