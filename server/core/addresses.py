@@ -1,15 +1,17 @@
-"""IP addresses: parsed, and what limits by address count by."""
+"""IP addresses: parsing, and the keys of limits per address."""
 
 import ipaddress
 from functools import lru_cache
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 CLIENT_BITS = 64
-"""The part of an IPv6 address that tells networks apart: one customer has all addresses below it (RFC 6177)."""
+"""Bits of an IPv6 address that identify a network. One customer has all addresses below it (RFC 6177)."""
 
 
 def parsed(text: str) -> Address | None:
-    """Return an IP address, one of IPv4 in IPv6 as IPv4; None if the text is anything else, such as one with a zone."""
+    """Return an IP address; one of IPv4 in IPv6 becomes IPv4. Return None if the text is anything else, such as an
+    address with a zone.
+    """
     try:
         address = ipaddress.ip_address(text)
     except ValueError:
@@ -21,7 +23,7 @@ def parsed(text: str) -> Address | None:
 
 @lru_cache(maxsize=4096)
 def limit_key(host: str) -> str:
-    """Return what limits by address count by: the address, or the first 64 bits of an IPv6 address."""
+    """Return the key of limits per address: the address itself, or the first 64 bits of an IPv6 address."""
     address = parsed(host.partition("%")[0])
     if isinstance(address, ipaddress.IPv6Address):
         return str(ipaddress.IPv6Address(int(address) >> CLIENT_BITS << CLIENT_BITS)) + f"/{CLIENT_BITS}"

@@ -1,4 +1,4 @@
-"""A file that is there whole or not at all: written beside its place, and moved there when it is complete."""
+"""Files that are either complete or absent: written beside their place, and moved there when they are complete."""
 
 import contextlib
 import os
@@ -14,11 +14,11 @@ from server.core.terminal import complain
 
 @contextmanager
 def aside(path: Path, *, replaces: bool = False) -> Iterator[Callable[[bytes], None]]:
-    """Return a function that writes to a new file, readable by its owner alone. The file becomes `path` when the block
+    """Return a function that writes to a new file, readable by its owner only. The file becomes `path` when the block
     ends, and is deleted if the block fails.
 
-    Raises Fatal if `path` cannot be written, or, without `replaces`, if it is there at the beginning or at the end.
-    Names what a killed process left beside `path`.
+    Raises Fatal if `path` cannot be written. Without `replaces`, also raises it if `path` exists at the beginning or
+    end. Names the files that a killed process left beside `path`.
     """
     unfinished = path.with_name(f".{path.name}.{secrets.token_hex(4)}.unfinished")
     with _about(path):
@@ -47,7 +47,7 @@ def aside(path: Path, *, replaces: bool = False) -> Iterator[Callable[[bytes], N
 
 
 def require_folder(path: Path) -> None:
-    """Make a folder that files are to be written into. Raises Fatal if that cannot be done."""
+    """Create a folder for files. Raises Fatal if it cannot be created or written."""
     with _about(path):
         path.mkdir(parents=True, exist_ok=True)
         if not os.access(path, os.W_OK | os.X_OK):
@@ -56,7 +56,7 @@ def require_folder(path: Path) -> None:
 
 @contextmanager
 def _about(path: Path) -> Iterator[None]:
-    """Raise Fatal for an error of the block, in which nothing but this file is used."""
+    """Raise Fatal for an error of the block, which must use only this file."""
     try:
         yield
     except FileExistsError:
@@ -67,7 +67,7 @@ def _about(path: Path) -> Iterator[None]:
 
 
 def _place(unfinished: Path, path: Path) -> None:
-    """Name a file `path`, in place of nothing. Raises FileExistsError if something has come there meanwhile."""
+    """Rename a file to `path`, which must not exist. Raises FileExistsError if it was created meanwhile."""
     try:
         os.link(unfinished, path)
     except FileExistsError:
@@ -83,7 +83,7 @@ def _place(unfinished: Path, path: Path) -> None:
 
 
 def _keep(folder: Path) -> None:
-    """Have the name outlast a power failure, where a folder can be synchronised."""
+    """Synchronise the folder, so that the name survives a power failure. Some systems cannot do this."""
     with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:

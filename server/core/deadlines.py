@@ -1,18 +1,18 @@
-"""A time for each key, such as when a bucket is full again; one that is over says nothing any more."""
+"""A time per key, such as when a bucket is full again. Times in the past have no meaning."""
 
 from collections.abc import Hashable
 from typing import Generic, TypeVar
 
 Key = TypeVar("Key", bound=Hashable)
 Time = TypeVar("Time", int, float)
-"""Of the caller's clock, in its unit."""
+"""A time of the caller's clock, in its unit."""
 
 SWEEP_AT = 1_000
-"""Times that there may be before those that are over are forgotten; later, twice as many as were left then."""
+"""Min number of times at which the past ones are deleted. Later sweeps start at twice the number that remained."""
 
 
 class Deadlines(Generic[Key, Time]):
-    """Times by key. Those that are over are forgotten whenever there are twice as many as at the last sweep."""
+    """Times by key. Past times are deleted whenever there are twice as many times as after the last sweep."""
 
     __slots__ = ("_at", "_sweep_at")
 
@@ -24,7 +24,7 @@ class Deadlines(Generic[Key, Time]):
         return len(self._at)
 
     def get(self, key: Key, now: Time) -> Time:
-        """Return the time of a key, or `now` if it has none or that is over."""
+        """Return the time of a key, or `now` if it has none or a past one."""
         return max(self._at.get(key, now), now)
 
     def put(self, key: Key, at: Time, now: Time) -> None:
@@ -35,5 +35,5 @@ class Deadlines(Generic[Key, Time]):
             self._sweep_at = max(SWEEP_AT, 2 * len(self._at))
 
     def clear(self) -> None:
-        """Forget all times."""
+        """Delete all times."""
         self._at.clear()

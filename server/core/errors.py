@@ -1,4 +1,4 @@
-"""What goes wrong below the handlers, told as the protocol tells it: constraint names and lost databases."""
+"""Failures below the handlers, mapped to the protocol's errors: violated constraints and lost databases."""
 
 import asyncio
 import logging
@@ -17,22 +17,22 @@ INTERNAL = Refused(ErrorCode.INTERNAL, "Internal error; it was logged. Tell the 
 
 
 class Fatal(Exception):  # noqa: N818 - the program's last word, not a fault in it
-    """The program cannot start or go on. Its text is the one line that the operator sees."""
+    """The program cannot start or continue. The text is the one line that the operator sees."""
 
 
 class Away(ConnectionError):  # noqa: N818 - a state of the world
-    """PostgreSQL cannot be reached. Whoever raises it has logged it."""
+    """PostgreSQL cannot be reached. The code that raises this has logged it."""
 
 
 class NotFound(Refused):
-    """The answer for what is not there, or may not be seen: always the same words."""
+    """The refusal for objects that do not exist or may not be seen. The message is always the same."""
 
     def __init__(self, path: str | None = None) -> None:
         super().__init__(ErrorCode.NOT_FOUND, "Not found, or you may not see it. Check the id.", path=path)
 
 
 class NotActive(Refused):
-    """The answer to a user who was deactivated, disabled or erased while their frame was in flight."""
+    """The refusal for a user who was deactivated, disabled or erased while their frame was in flight."""
 
     def __init__(self) -> None:
         super().__init__(ErrorCode.UNAUTHENTICATED, "Your account is not active. Log in again.")
@@ -75,35 +75,37 @@ _LOST: tuple[type[BaseException], ...] = (
 )
 
 _NO_ENTRY = (asyncpg.InvalidCatalogNameError, asyncpg.InvalidAuthorizationSpecificationError)
-"""Raised by connecting: the database is not there, or the role or its password is not right."""
+"""Raised by connecting if the database does not exist, or if the role or its password is wrong."""
 ROLLED_BACK = (asyncpg.DeadlockDetectedError, asyncpg.SerializationError)
-"""What PostgreSQL raises when it ends a transaction that succeeds if it is tried once more."""
+"""Raised when PostgreSQL ends a transaction that succeeds if it is retried once."""
 HELD_UP = (asyncpg.LockNotAvailableError, asyncpg.QueryCanceledError)
-"""Raised by a statement that waited or ran for too long. No defect of ours."""
+"""Raised by a statement that waited or ran for too long. It is not a defect of this program."""
 
 _UNFIT: tuple[type[BaseException], ...] = (
     asyncpg.DataError,  # U+0000, times and numbers out of range
     asyncpg.ProgramLimitExceededError,
     asyncpg.StatementTooComplexError,
 )
-"""Values that PostgreSQL cannot hold: the last net below the bounds of protocol/."""
+"""Values that PostgreSQL cannot store: the last check below the limits of protocol/."""
 _BRIEF: tuple[type[BaseException], ...] = (RecursionError, OverflowError, UnicodeError)
-"""Defects that a value of a client's shows: their tracebacks are long, say little, and quote the value."""
+"""Defects that a client's value reveals. Their tracebacks are long, say little, and quote the value."""
 
 _BROKEN = re.compile(r"\bclosed\b|\breleased\b|operation .*\bin progress\b|\bnot connected\b")
-"""Texts of asyncpg's errors about a connection that is lost or going to be. Others are defects of ours."""
+"""Texts of asyncpg's errors about a connection that is lost or closing. Its other errors are defects of this
+program.
+"""
 
 REDIS_LOST = (RedisError, RedisClusterException, OSError, asyncio.TimeoutError)
-"""What is raised when Redis cannot be reached."""
+"""Raised when Redis cannot be reached."""
 
 
 def redis_unreachable(error: Exception) -> Fatal:
-    """Return what to tell the operator when Redis cannot be reached at the start."""
+    """Return the error for an operator whose Redis cannot be reached at the start."""
     return Fatal(f"Redis cannot be reached: {str(error).rstrip('.')}. Check REDIS_URL.")
 
 
 def is_lost(error: BaseException) -> bool:
-    """Whether the database went away under a statement, or the system refused a thread: repeating it later is right."""
+    """Whether the database was lost during a statement, or the system refused a thread. Retrying later is right."""
     return isinstance(error, _LOST) or is_without_thread(error)
 
 
@@ -113,22 +115,22 @@ def is_without_thread(error: BaseException) -> bool:
 
 
 def is_known(error: BaseException) -> bool:
-    """Whether the machine, the database or Redis explains a failure, so that a traceback tells nothing more."""
+    """Whether the machine, the database or Redis explains a failure, so that a traceback adds nothing."""
     if isinstance(error, (asyncpg.InterfaceError, asyncpg.InternalClientError)):
         return _BROKEN.search(str(error)) is not None
     return isinstance(error, (Fatal, *_NO_ENTRY, *HELD_UP, *REDIS_LOST)) or is_lost(error)
 
 
 def cause(error: BaseException) -> BaseException:
-    """Return the error that closed a connection, of one that was raised because the connection is closed."""
+    """Return the error that closed a connection, given an error that was raised because the connection is closed."""
     while isinstance(error, asyncpg.InterfaceError) and error.__context__ is not None and is_lost(error.__context__):
         error = error.__context__
     return error
 
 
 def told(error: BaseException) -> str:
-    """Return what `error` says, for the log: of PostgreSQL's errors no DETAIL, HINT or context, which quote rows and
-    parameters, and no message that quotes a value.
+    """Return the text of `error` for the log. It leaves out DETAIL, HINT and context of PostgreSQL's errors, which
+    quote rows and parameters. It also leaves out messages that quote a value.
     """
     is_about_a_value = isinstance(error, asyncpg.InterfaceError) and isinstance(error, ValueError)
     if is_about_a_value or isinstance(error, asyncpg.DataError):
@@ -139,7 +141,7 @@ def told(error: BaseException) -> str:
 
 
 def log_defect(log: logging.Logger, what: str, error: Exception) -> None:
-    """Log that `what` failed by a defect of ours: in one line where a client's value explains it."""
+    """Log a defect of this program that made `what` fail. If a client's value explains it, log one line."""
     if isinstance(error, _BRIEF):
         log.error("%s failed: %s", what, type(error).__name__)
     else:
@@ -147,8 +149,8 @@ def log_defect(log: logging.Logger, what: str, error: Exception) -> None:
 
 
 def log_failure(log: logging.Logger, what: str, error: Exception) -> None:
-    """Log that `what` failed and is tried again: in one line if the machine, the database or Redis explains it. While
-    PostgreSQL is away, whoever connects to it logs that, and not each job that needs it.
+    """Log that `what` failed and will be retried. It takes one line if the machine, the database or Redis explains it.
+    While PostgreSQL is away, only the code that connects to it logs that, and not each job that needs it.
     """
     if isinstance(error, Away):
         return
@@ -159,10 +161,10 @@ def log_failure(log: logging.Logger, what: str, error: Exception) -> None:
 
 
 def refusal(error: Exception) -> Refused | None:
-    """Return what to tell a client about `error`, or None if it is a defect of ours.
+    """Return the refusal for `error`, or None if it is a defect of this program.
 
-    What is returned has no traceback: the caller's frame, which holds it, would be in that. Such a cycle keeps the
-    request until the collector comes, which is late.
+    The result has no traceback, because a traceback refers to the caller's frame, which refers to the result. Such a
+    cycle would keep the request until the collector runs, which is late.
     """
     if isinstance(error, Refused):
         return error.with_traceback(None)

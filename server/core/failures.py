@@ -1,4 +1,6 @@
-"""Failures in a row: the first is logged, and again once a minute, for an outage fails the same job every second."""
+"""Consecutive failures, of which the first is logged, and then one per minute. An outage fails the same job every
+second.
+"""
 
 import logging
 import time
@@ -9,12 +11,12 @@ from server.core.throttle import Throttle
 
 
 class Failures:
-    """Those of one thing that is tried again and again."""
+    """Consecutive failures of one operation that is retried."""
 
     __slots__ = ("_log", "_logged", "_throttle", "_what")
 
     def __init__(self, log: logging.Logger, what: str, *, clock: Callable[[], float] = time.monotonic) -> None:
-        """`what` names the thing in the log."""
+        """`what` names the operation in the log."""
         self._log = log
         self._what = what
         self._throttle: Throttle[str] = Throttle(clock=clock)
@@ -37,7 +39,7 @@ class Failures:
         self._logged.add(kind)
 
     def end(self) -> bool:
-        """Note a success. Return whether it ends failures in a row."""
+        """Record a success. Return whether it ends consecutive failures."""
         was_failing = bool(self._logged)
         self._logged.clear()
         self._throttle.clear()

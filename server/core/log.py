@@ -1,4 +1,4 @@
-"""One line for each thing an operator may want to know, on standard error."""
+"""The log: one line on standard error for each event that concerns an operator."""
 
 import asyncio
 import contextlib
@@ -17,15 +17,17 @@ from server.core.terminal import plain
 
 MOST_ENTRIES = 10
 WINDOW_SECONDS = 60.0
-"""Max entries of the same place in the code within `WINDOW_SECONDS`."""
+"""Max entries per place in the code, per `WINDOW_SECONDS`."""
 MAX_LINE = 2_000
-"""Max characters of a line: errors quote what clients and other servers have sent, which may be long."""
+"""Max characters per line. Errors may quote long texts of clients and other servers."""
 MAX_TRACEBACK = 20_000
-"""Max characters of the traceback of an entry."""
+"""Max characters of a traceback, per entry."""
 
 
 def configure(name: str) -> None:
-    """Send this process's log to standard error, each line with the time and `name`; also what ends the process."""
+    """Send this process's log to standard error, each line with the time and `name`. Unhandled errors are
+    logged, too.
+    """
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Formatter(f"%(asctime)s {name} %(levelname)s %(message)s"))
     handler.addFilter(_Bound())
@@ -48,9 +50,9 @@ def _ended(kind: type[BaseException], error: BaseException, trace: TracebackType
 
 
 class _Bound(logging.Filter):
-    """Passes `MOST_ENTRIES` of each place in the code per `WINDOW_SECONDS`, and logs how many more there were.
+    """Passes `MOST_ENTRIES` per place in the code and `WINDOW_SECONDS`, and logs how many more there were.
 
-    An act of a client that is logged can be repeated as fast as the network allows, and the disk is everybody's.
+    A client can repeat a logged action as fast as the network allows, and the disk is shared by all.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -84,7 +86,7 @@ class _Bound(logging.Filter):
 
 
 class _Place(NamedTuple):
-    """Where a record is from: the line that logs, and the line that raised what it logs."""
+    """The origin of a record: the line that logs, and the line that raised the logged error."""
 
     logger: str
     path: str
@@ -95,7 +97,7 @@ class _Place(NamedTuple):
 
 @dataclass(slots=True)
 class _Window:
-    """What a place has logged since its first entry."""
+    """The entries of a place since the first one."""
 
     end: float
     level: int
@@ -112,10 +114,10 @@ def _place(record: logging.LogRecord) -> _Place:
 
 
 class _Formatter(logging.Formatter):
-    """Makes one line of each entry, and indented lines of a traceback, whatever the texts in them hold, each within
-    `MAX_LINE` and `MAX_TRACEBACK`.
+    """Formats each entry as one line, and tracebacks as indented lines, whatever the texts contain. `MAX_LINE` and
+    `MAX_TRACEBACK` apply.
 
-    Exceptions are formatted by `told`, in arguments and in tracebacks, so that no value of a row is logged.
+    `told` formats exceptions, in arguments and in tracebacks, so that no value of a row is logged.
     """
 
     def format(self, record: logging.LogRecord) -> str:

@@ -1,7 +1,7 @@
-"""What is counted, and how one worker can tell it for all.
+"""Counters and gauges, and a page of them for all workers.
 
-Counting is adding to a plain number. Once a second each worker writes its numbers into a file of a folder that
-all workers share; whichever of them is asked puts the files together.
+Counting is adding to a plain number. Once a second, each worker writes its numbers to a file in a folder that all
+workers share. Any worker can combine the files into a page.
 """
 
 import time
@@ -17,16 +17,18 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 STALE_SECONDS = 10.0
-"""A file that was not written for this long belongs to a worker that is no more."""
+"""Max age of a file, in seconds. An older one belongs to a worker that has ended."""
 REST = 20
-"""Min pause after a page was made, as a multiple of the time that it took. Any program of the machine may ask."""
+"""Min pause after rendering a page, as a multiple of the time that rendering took. Any program of the machine
+may ask.
+"""
 BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
 """Upper bounds of the latency histogram, in seconds."""
 
 LOGIN = "/v1/auth/login"
 OTHER = "other"
 LOGINS = {"200": "ok", "401": "wrong", "429": "limited"}
-"""Results of a login, by the status of its answer."""
+"""Results of a login, by HTTP status."""
 
 GAUGES = {
     "connections": "Authenticated WebSocket connections.",
@@ -86,11 +88,11 @@ LABELLED: dict[str, tuple[str, list[str], Callable[[Snapshot], dict[str, int]]]]
         lambda one: one.job_overruns,
     ),
 }
-"""Counters with labels: the text, the labels, and the counts by the values of the labels."""
+"""Counters with labels: the description, the label names, and a function that returns counts by label values."""
 
 
 class Metrics:
-    """This worker's numbers, and the folder with everyone's."""
+    """This worker's numbers, and the folder with those of all workers."""
 
     def __init__(self, folder: Path, worker: int, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._folder = folder
@@ -140,7 +142,7 @@ class Metrics:
         unfinished.rename(path)
 
     def page(self) -> bytes:
-        """Return all workers' numbers in Prometheus' text format, made a moment ago or now."""
+        """Return all workers' numbers in Prometheus' text format. A recent page is reused."""
         began = self._clock()
         if began >= self._page_lasts_until:
             self.write_once()
@@ -160,7 +162,7 @@ class Metrics:
 
 
 class _Collected(Collector):
-    """The snapshots as families of Prometheus' client library."""
+    """The snapshots as metric families of Prometheus' client library."""
 
     def __init__(self, snapshots: dict[str, Snapshot]) -> None:
         self._snapshots = snapshots

@@ -1,4 +1,4 @@
-"""Jobs that run again and again, whatever happens in one run, until they are ended."""
+"""Jobs that run periodically until they are cancelled. A failed run does not stop them."""
 
 import asyncio
 import logging
@@ -12,7 +12,7 @@ from server.core.failures import Failures
 log = logging.getLogger(__name__)
 
 SWALLOWED_SECONDS = 1.0
-"""Max seconds that a cancelled task takes to end, before it is cancelled once more."""
+"""Max time that a cancelled task takes to end before it is cancelled again, in seconds."""
 
 
 async def every(
@@ -22,12 +22,12 @@ async def every(
     is_spread: bool = False,
     overruns: Counter[str] | None = None,
 ) -> None:
-    """Run `job` immediately and then after pauses of `seconds`, until cancelled. Errors are logged, repeated ones
+    """Run `job` immediately and then after pauses of `seconds`, until cancelled. Errors are logged, and repeated ones
     once a minute.
 
-    A job that returns True, because more is due, is run again without a pause. With `is_spread` the first run begins
-    after a random part of `seconds`: workers that start together do not ask the database for the same at the same
-    moment. `overruns` counts, by the job's name, runs that took longer than `seconds` until nothing more was due.
+    A job that returns True has more work due and runs again without a pause. With `is_spread`, the first run starts
+    after a random part of `seconds`, so that workers that start together do not query the database together. `overruns`
+    counts runs, by the job's name, that took longer than `seconds` until no more work was due.
     """
     if is_spread:
         await asyncio.sleep(random.random() * seconds)  # noqa: S311 - it spreads load, and keeps no secret
@@ -52,8 +52,8 @@ async def every(
 async def end(tasks: Iterable[asyncio.Task[None]]) -> None:
     """Cancel tasks, and return when they have ended.
 
-    They are cancelled until they do: `wait_for` of Python 3.11 takes a cancellation for its own if what it waits for
-    ends in the same turn of the loop, and a job that was not cancelled goes on for ever.
+    Tasks are cancelled repeatedly. `wait_for` of Python 3.11 loses a cancellation if the awaited task ends in the same
+    turn of the loop, and then the job would run on forever.
     """
     running = set(tasks)
     while running:

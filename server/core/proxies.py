@@ -1,4 +1,4 @@
-"""Trusted proxies: which of the addresses in X-Forwarded-For is the client's (docs/decisions/0029)."""
+"""Trusted proxies, and the client's address in X-Forwarded-For (docs/decisions/0029)."""
 
 import ipaddress
 from collections.abc import Iterable, Sequence
@@ -14,24 +14,24 @@ FORWARDED_FOR = b"x-forwarded-for"
 
 
 class Client(NamedTuple):
-    """Who sent a request, as the trusted proxies report it."""
+    """The sender of a request, as reported by trusted proxies."""
 
     host: str | None
-    """None if there is no address besides the peer's."""
+    """The client's address. None if no proxy reported one."""
     hops: int
-    """Trusted proxies that the request came through; 0 if its headers are not to be believed."""
+    """Trusted proxies that the request passed through. 0 means that its headers are not trusted."""
 
 
 @dataclass(frozen=True, slots=True)
 class Proxies:
-    """The setting: either how many proxies every request comes through, or the networks that they are in."""
+    """The setting: either the number of proxies that every request passes through, or their networks."""
 
     count: int = 0
     networks: tuple[Network, ...] = ()
 
     @classmethod
     def read(cls, text: str) -> "Proxies":
-        """Return the setting. Raises ValueError, with a sentence, if it is not understood."""
+        """Parse the setting. Raises ValueError, with a sentence, if it is invalid."""
         if not text.strip():
             return cls()
         if text.strip().isdecimal():
@@ -51,8 +51,8 @@ class Proxies:
         return address is not None and is_within(address, self.networks)
 
     def client(self, peer: str | None, forwarded_for: Sequence[str]) -> Client:
-        """Return the client of a request: `forwarded_for` are the entries of X-Forwarded-For, of which each proxy
-        appends one. Raises Refused if the entry that counts is not an IP address.
+        """Return the client of a request. `forwarded_for` has the entries of X-Forwarded-For, to which each proxy
+        appends one. Raises Refused if the client's entry is not an IP address.
         """
         if not self.trusts(peer):
             return Client(None, 0)
@@ -72,18 +72,18 @@ class Proxies:
 
 
 def entries(headers: Iterable[tuple[bytes, bytes]], name: bytes) -> list[str]:
-    """Return the entries of a header: several lines of it are one list."""
+    """Return the entries of a header. Several lines of it form one list."""
     lines = [value.decode("latin-1") for key, value in headers if key.lower() == name]
     return [entry.strip() for entry in ",".join(lines).split(",")] if any(map(str.strip, lines)) else []
 
 
 class HostBits(ValueError):  # noqa: N818 - its text is the advice
-    """An address where a network is meant, such as 10.0.0.1/8: its text says what to give."""
+    """An address instead of a network, such as 10.0.0.1/8. The text says what to set."""
 
 
 def networks(text: str) -> tuple[Network, ...]:
-    """Parse networks separated by commas. Raises ValueError if one of them is not a network, HostBits if it is an
-    address in one.
+    """Parse networks separated by commas. Raises ValueError if one is not a network, and HostBits if it is an address
+    in one.
     """
     return tuple(_network(one.strip()) for one in text.split(","))
 

@@ -1,4 +1,4 @@
-"""How long others take."""
+"""Measures how long other parties take."""
 
 import time
 from collections.abc import Iterator
@@ -6,19 +6,19 @@ from contextlib import contextmanager
 
 
 class Stopwatch:
-    """Seconds since it was started, without those for which it was stopped."""
+    """Seconds since the start, without the time for which it was stopped."""
 
     def __init__(self) -> None:
         self._began = time.monotonic()
 
     @property
     def seconds(self) -> float:
-        """How long it has run."""
+        """The measured time, in seconds."""
         return time.monotonic() - self._began
 
     @contextmanager
     def stopped(self) -> Iterator[None]:
-        """Stop for as long as the context lasts: that time is ours, not theirs."""
+        """Stop the watch during the context, because that time is spent by this program."""
         began = time.monotonic()
         try:
             yield

@@ -1,4 +1,4 @@
-"""How many of something each key has, and who has most: found without looking at all of them."""
+"""Counts per key, and the key with the highest count without a scan."""
 
 from collections.abc import Hashable
 from typing import Generic, TypeVar
@@ -7,7 +7,7 @@ Key = TypeVar("Key", bound=Hashable)
 
 
 class Tally(Generic[Key]):
-    """Counts, of which those that are 0 are forgotten."""
+    """Counts by key. Keys whose count is 0 take no memory."""
 
     def __init__(self) -> None:
         self._counts: dict[Key, int] = {}
@@ -18,7 +18,7 @@ class Tally(Generic[Key]):
         return self._counts.get(key, 0)
 
     def add(self, key: Key, count: int) -> None:
-        """Add `count`, which may be negative, to what a key has."""
+        """Add `count`, which may be negative, to the count of a key."""
         before = self._counts.pop(key, 0)
         if before:
             del self._keys[before][key]
@@ -30,7 +30,9 @@ class Tally(Generic[Key]):
             self._most = max(self._most, after)
 
     def most(self) -> Key:
-        """Return the key that has most; of several, the one that has had as many for longest. There must be one."""
+        """Return the key with the highest count. Of several, it is the one that reached it first. There must be
+        a key.
+        """
         while self._most not in self._keys:
             self._most -= 1
         return next(iter(self._keys[self._most]))

@@ -1,4 +1,4 @@
-"""Text for a terminal or a log: what others have written cannot move the cursor, change colours or reorder a line."""
+"""Text for a terminal or a log: foreign text cannot move the cursor, change colours or reorder a line."""
 
 import contextlib
 import errno
@@ -13,48 +13,48 @@ from typing import TextIO
 from server.core.errors import Fatal, cause, is_lost, is_without_thread, told
 
 INTERRUPTED = 130
-"""The status of a command that a Ctrl-C ends."""
+"""The exit status of a command that Ctrl-C ended."""
 
 UNREACHABLE = {errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EHOSTDOWN, errno.ENETDOWN, errno.ENETRESET}
-"""Errors of a network that have no class of their own."""
+"""Network errors without a class of their own."""
 
 INVISIBLE = {"Cc", "Cf", "Cs", "Co", "Zl", "Zp"}
-"""Categories of characters that a terminal obeys instead of showing them: controls, formats, line ends."""
+"""Categories of characters that a terminal obeys instead of showing them: controls, formats and line ends."""
 
 
 def plain(text: str) -> str:
-    r"""Return text with each invisible character written as its escape in Python, such as `\x1b` or `\u202e`."""
+    r"""Return text with each invisible character as its Python escape, such as `\x1b` or `\u202e`."""
     return _escaped(text, lambda character: character.encode("unicode_escape").decode())
 
 
 def plain_json(text: str) -> str:
-    """Return JSON that means the same, with each invisible character as its escape; line feeds stay between values."""
+    """Return equivalent JSON with each invisible character as its escape. Line feeds between values remain."""
     return _escaped(text, lambda character: "\n" if character == "\n" else json.dumps(character)[1:-1])
 
 
 def say(line: str) -> None:
-    """Print a line. Raises Fatal if nobody takes it."""
+    """Print a line. Raises Fatal if standard output cannot be written."""
     with printing() as out:
         out.write(plain(line) + "\n")
         out.flush()
 
 
 def say_json(text: str) -> None:
-    """Print JSON, or a piece of it. Raises Fatal if nobody takes it."""
+    """Print JSON, or a piece of it. Raises Fatal if standard output cannot be written."""
     with printing() as out:
         out.write(plain_json(text))
 
 
 def say_bytes(piece: bytes) -> None:
-    """Print a piece of a file for a pipe, as it is. Raises Fatal if nobody takes it."""
+    """Print a piece of a file unchanged, for a pipe. Raises Fatal if standard output cannot be written."""
     with printing() as out:
         out.buffer.write(piece)
 
 
 @contextmanager
 def printing() -> Iterator[TextIO]:
-    """Return standard output. Raises Fatal if it is closed, or if what the block writes is not taken. The block uses
-    nothing else that raises OSError, such as a database.
+    """Return standard output. Raises Fatal if it is closed or the block's output cannot be written. The block must not
+    do anything else that raises OSError, such as using a database.
     """
     if sys.stdout is None or sys.stdout.closed:
         raise Fatal("standard output is closed.")
@@ -65,15 +65,15 @@ def printing() -> Iterator[TextIO]:
 
 
 def complain(error: object, command: str = "openchat") -> None:
-    """Print an error, or a part of a longer one, on standard error as one line, if anybody takes it."""
+    """Print an error, or a part of a longer one, as one line on standard error, if that is open."""
     if sys.stderr is not None:
         with contextlib.suppress(OSError, ValueError):
             sys.stderr.write(f"{command}: {plain(str(error))}\n")
 
 
 def status_of(work: Callable[[], int]) -> int:
-    """Return the status that a command ends with: what `work` returns, or, after one sentence, 1 if it fails by
-    something outside the program, and 130 if it is interrupted.
+    """Return the exit status of a command, which is the result of `work`. A failure with an outside cause prints one
+    sentence and gives 1; an interrupt gives 130.
     """
     try:
         try:
@@ -109,7 +109,7 @@ def _failure(error: BaseException) -> str:
 
 
 def _discard_output() -> None:
-    """Have what is still to be printed go nowhere: the interpreter would complain of it when it ends."""
+    """Discard pending output. Otherwise, the interpreter would report an error about it when it exits."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
         sys.stdout.flush()
     with contextlib.suppress(OSError, ValueError, AttributeError):

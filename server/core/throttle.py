@@ -1,4 +1,6 @@
-"""What happens again and again is logged once a minute: outages, drops and floods come thousands a second."""
+"""Limits log entries about repeated events to one per minute. Outages, drops and floods happen thousands of times a
+second.
+"""
 
 import time
 from collections.abc import Callable, Hashable
@@ -9,11 +11,11 @@ from server.core.deadlines import Deadlines
 Key = TypeVar("Key", bound=Hashable)
 
 AGAIN_SECONDS = 60.0
-"""Min interval between two entries about the same, in seconds."""
+"""Min interval between two log entries, per key, in seconds."""
 
 
 class Throttle(Generic[Key]):
-    """Picks what is logged: of each key the first, and the first after `AGAIN_SECONDS`."""
+    """Selects events to log: the first one of each key, and the first after `AGAIN_SECONDS`."""
 
     __slots__ = ("_again_at", "_clock")
 
@@ -22,7 +24,7 @@ class Throttle(Generic[Key]):
         self._clock = clock
 
     def passes(self, key: Key) -> bool:
-        """Whether to log what happens to `key` now."""
+        """Whether to log an event of `key` now."""
         now = self._clock()
         if self._again_at.get(key, now) > now:
             return False
@@ -30,5 +32,5 @@ class Throttle(Generic[Key]):
         return True
 
     def clear(self) -> None:
-        """Log whatever happens next: what went on is over."""
+        """Log the next event of each key, because the previous ones are over."""
         self._again_at.clear()

@@ -1,4 +1,4 @@
-"""Group commit for whatever is asked one at a time: what arrives while a batch is in flight is the next batch."""
+"""Group commit: items that are submitted while a batch is in flight form the next batch."""
 
 import asyncio
 from collections.abc import Awaitable, Callable, Hashable
@@ -12,28 +12,26 @@ Outcome = TypeVar("Outcome")
 
 
 class Slow(Exception):  # noqa: N818 - one of them may be slow, the others are not
-    """Raised by work that took too long and was ended. Nothing of it was done."""
+    """Raised by work that took too long and was ended without any effect."""
 
 
 class WrongCount(Exception):  # noqa: N818 - a defect of the work
-    """The work returned more or fewer outcomes than it got items."""
+    """The work returned more or fewer outcomes than it received items."""
 
 
 SLOW_PARTS = 8
-"""A batch whose work is `Slow` is repeated in so many parts: of 64 items, two further runs are slow because of one."""
+"""Number of parts in which a `Slow` batch is repeated. One slow item among 64 makes two further runs slow."""
 MAX_SLOW = 2
-"""Max single items of a batch, one after the other, whose work is `Slow`: then everything is, and the batch fails."""
+"""Max consecutive single items whose work is `Slow`, per batch. Beyond it, everything is slow, and the batch fails."""
 
 
 class Batcher(Generic[Item, Outcome]):
-    """Runs `work` on the items that gathered while the previous run was in flight, one of each owner in turn.
+    """Runs `work` on the items that arrived while the previous run was in flight, one of each owner in turn.
 
-    1. Nothing waits when nothing is in flight: whoever comes then runs their own item at once.
-    2. One run at a time, so the items of one owner keep their order.
-    3. A run that fails for another reason than a lost database is repeated in halves: one bad item does not take its
-       neighbours with it. After `Slow`, which costs more time, it is repeated in more and smaller parts. `work` must
-       be all or nothing.
-    4. If the database is lost, or too many single items are slow, the rest of the batch fails without being tried.
+    1. If nothing is in flight, an item runs immediately. 2. Runs do not overlap, so the items of one owner keep their
+    order. 3. A failed run is repeated in halves, unless the database was lost, so that one bad item does not fail its
+    neighbours. After `Slow`, which costs more time, it is repeated in more and smaller parts. `work` must be all or
+    nothing. 4. If the database is lost, or too many single items are slow, the rest of the batch fails without a run.
     """
 
     def __init__(
@@ -47,9 +45,10 @@ class Batcher(Generic[Item, Outcome]):
         on_idle: Callable[[], object] = lambda: None,
     ) -> None:
         """`work` takes 1 to `most` items and returns as many outcomes, in the same order. Together they weigh at most
-        `most_weight`, unless one alone weighs more. However many items an owner has, the first one of another owner is
-        in the next run, if each owner's next one fits into that. `on_idle` is called whenever nothing is in flight and
-        nothing waits any more.
+        `most_weight`, unless a single one weighs more.
+
+        The first item of each owner is in the next run, if those of all owners fit, however many items another owner
+        has. `on_idle` is called whenever nothing is in flight and nothing waits.
         """
         self._work = work
         self._most = most
@@ -112,7 +111,7 @@ class Batcher(Generic[Item, Outcome]):
         return outcomes
 
     async def _run_batch(self, batch: list[tuple[Item, asyncio.Future[Outcome]]]) -> None:
-        """Run the work on a batch, and on parts of it after a failure. Whatever happens, nobody waits for it then."""
+        """Run the work on a batch, and on parts of it after a failure. All futures of the batch are done afterwards."""
         todo, slow = [batch], 0
         try:
             while todo:

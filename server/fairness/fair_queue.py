@@ -1,4 +1,4 @@
-"""Lines of things to do, one for each client: clients take turns, and of each one thing at a time is done."""
+"""A queue per client. Clients take turns, and each has at most one item in progress."""
 
 from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable
@@ -10,19 +10,17 @@ Item = TypeVar("Item")
 
 
 class FairQueue(Generic[Key, Item]):
-    """Hands out the first of each line in turn. A client without a line takes no memory."""
+    """Returns the first item of each client in turn. A client without items takes no memory."""
 
     def __init__(self, *, is_over: Callable[[Item], bool] | None = None) -> None:
-        """`is_over` tells whether an item is no longer to be done. Such items are left out: they cost their client no
-        turn.
-        """
+        """`is_over` tells whether an item is obsolete. Obsolete items are skipped and cost their client no turn."""
         # A line stays, perhaps empty, while something of its client is being done, or while the client has a place.
         self._lines: dict[Key, deque[Item]] = {}
         self._next: OrderedDict[Key, None] = OrderedDict()
         self._is_over = is_over
 
     def __bool__(self) -> bool:
-        """Whether `take` has something to return. Leaves out what is over: ask before `first` and `take`."""
+        """Whether `take` has an item to return. This skips obsolete items, so call it before `first` and `take`."""
         if self._is_over is not None:
             while self._next:
                 key = next(iter(self._next))
@@ -35,7 +33,7 @@ class FairQueue(Generic[Key, Item]):
         return bool(self._next)
 
     def put(self, key: Key, item: Item) -> bool:
-        """Put something at the end of a client's line; True if the client had none, so that `take` has one more to
+        """Append an item to a client's queue. Return whether the client had none, so that `take` has one more to
         return.
         """
         if (line := self._lines.get(key)) is not None:
@@ -46,15 +44,15 @@ class FairQueue(Generic[Key, Item]):
         return True
 
     def drop(self, key: Key, item: Item) -> None:
-        """Take what is over out of a client's line, if it is still there. The client keeps its place until its turn:
-        whoever gives up and comes back before, again and again, would else never have one.
+        """Remove an obsolete item from a client's queue, if it is still there. The client keeps its place until its
+        turn. Otherwise a client that gives up and returns again and again would never get one.
         """
         if (line := self._lines.get(key)) is not None:
             with suppress(ValueError):
                 line.remove(item)
 
     def leave(self, key: Key) -> None:
-        """Take a client's place and line away, unless something of it is being done."""
+        """Delete a client's place and queue, unless an item of it is in progress."""
         if key in self._next:
             del self._lines[key], self._next[key]
 
@@ -68,13 +66,15 @@ class FairQueue(Generic[Key, Item]):
         return self._lines[next(iter(self._next))][0]
 
     def take(self) -> tuple[Key, Item]:
-        """Return the first of the client whose turn it is. Nothing else of it is taken until `done`."""
+        """Return the first item of the client whose turn it is. No other item of this client is returned until
+        `done`.
+        """
         key, _ = self._next.popitem(last=False)
         return key, self._lines[key].popleft()
 
     def done(self, key: Key) -> bool:
-        """Note that what was taken of a client is done: it goes to the end of those who wait for a turn. True if it has
-        something left, so that `take` has one more to return.
+        """Mark the item in progress of a client as done, and move the client behind the others. Return whether it has
+        more items, so that `take` has one more to return.
         """
         if self._lines[key]:
             self._next[key] = None

@@ -1,4 +1,6 @@
-"""Group commit past what is held: items whose row somebody else has locked wait aside, and all others go on."""
+"""Group commit around locked rows: items whose row is locked by another transaction wait aside, and all others
+proceed.
+"""
 
 import asyncio
 from collections.abc import Awaitable, Callable, Hashable
@@ -8,11 +10,13 @@ from typing import Final, Generic, TypeVar
 from server.fairness.batcher import Batcher, Slow
 
 HEAVY_SHARE = 16
-"""Items that take more than one in `HEAVY_SHARE` of the weight of a run are heavy: no other item waits for them."""
+"""Min share of a run's weight, as 1 / `HEAVY_SHARE`, above which an item is heavy. Light items do not wait for heavy
+ones.
+"""
 
 
 class Held:
-    """The outcome of an item whose row is held: nothing was done about it."""
+    """The outcome of an item whose row is locked. The run had no effect on it."""
 
 
 HELD: Final = Held()
@@ -23,13 +27,12 @@ Outcome = TypeVar("Outcome")
 
 
 class Lanes(Generic[Key, Item, Outcome]):
-    """A `Batcher` for all light items, one for all heavy ones, and one more for each key whose row is held, as long as
-    items of that key wait.
+    """A `Batcher` for light items, one for heavy items, and a lane for each key whose row is locked, while its items
+    wait.
 
-    An item of which the common run reports `HELD` goes into the lane of its key, and so do those that come after it; so
-    does one whose own common run was `Slow`.
-    The lane waits for the row. Items of one key without an outcome have no order among each other: who needs one waits
-    for the outcome before the next item, as a connection does.
+    An item enters the lane of its key if the common run reports `HELD` or is `Slow` for it alone. So do later items of
+    that key. The lane waits for the row. Items of one key without an outcome have no order. A caller that needs one
+    awaits each outcome before the next item, as a connection does.
     """
 
     def __init__(
@@ -44,9 +47,9 @@ class Lanes(Generic[Key, Item, Outcome]):
         most_weight: int,
         lanes: int,
     ) -> None:
-        """`run` does what it can without waiting for a row; `wait` waits for the row of the key. Both take items of one
+        """`run` processes items without waiting for a row; `wait` waits for the row of the key. Both take items of one
         `Batcher`, where owners take turns. Items that weigh more than one in `HEAVY_SHARE` of `most_weight` have a
-        `Batcher` of their own. Max `lanes` lanes wait at a time, each for its own row.
+        `Batcher` of their own. Max `lanes` lanes wait concurrently, each for its own row.
         """
         self._key = key
         self._owner = owner

@@ -1,4 +1,4 @@
-"""A budget of the loop's time, for work that has to leave most of it to others."""
+"""A budget of the event loop's time, for work that must leave most of it to others."""
 
 import asyncio
 import time
@@ -10,12 +10,12 @@ Clock = Callable[[], float]
 
 
 class LoopTime:
-    """Seconds of the loop's thread that flow in at `share` of the time, at most `burst` of them."""
+    """Seconds of the loop's thread. `share` of a second flows in per second, up to `burst` seconds."""
 
     def __init__(
         self, share: float, burst: float, *, clock: Clock = time.monotonic, used: Clock = time.thread_time
     ) -> None:
-        """`used` tells how long the thread has run."""
+        """`used` returns the CPU time of the thread."""
         self._share = share
         self._burst = burst
         self._clock = clock
@@ -25,15 +25,15 @@ class LoopTime:
         self._turn = asyncio.Lock()
 
     def wait(self) -> float:
-        """Return the seconds until there is some left, 0 if there is."""
+        """Return the seconds until the budget is positive, or 0 if it is."""
         now = self._clock()
         self._left = min(self._burst, self._left + (now - self._at) * self._share)
         self._at = now
         return 0.0 if self._left > 0 else -self._left / self._share + 0.001
 
     async def turn(self) -> None:
-        """Return in a later turn of the loop, when there is some left. Callers return one in each turn, in their order:
-        the work of many in one turn would hold up everything else.
+        """Return in a later turn of the loop, when the budget is positive. At most one caller returns per turn, in
+        order, because the work of many in one turn would delay everything else.
         """
         async with self._turn:
             await asyncio.sleep(0)
@@ -41,7 +41,7 @@ class LoopTime:
                 await asyncio.sleep(seconds)
 
     def do(self, work: Callable[[], Outcome]) -> Outcome:
-        """Return what `work` returns, and spend the time that it takes."""
+        """Return the result of `work`, and spend the time that it takes."""
         began = self._used()
         try:
             return work()
@@ -49,7 +49,7 @@ class LoopTime:
             self._left -= self._used() - began
 
     async def run(self, work: Coroutine[Any, Any, Outcome]) -> Outcome:
-        """Await `work`, and spend the time that it takes, without the time that it waits."""
+        """Await `work`, and spend the time that it runs, but not the time that it waits."""
         return await _Metered(work, self)
 
 

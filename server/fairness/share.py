@@ -1,4 +1,4 @@
-"""A share of something scarce: at most so many hold it, at most so many wait for it, and nobody waits for long."""
+"""A share of a scarce resource, with a max number of holders, a max number of waiters and a max wait."""
 
 import asyncio
 import time
@@ -10,14 +10,14 @@ from typing import TypeVar
 from protocol.errors import ErrorCode, Refused
 
 HELD: ContextVar[float] = ContextVar("held", default=0.0)
-"""Seconds for which the current task has used what is shared. The time that it waited for that does not count."""
+"""Seconds for which the current task has held the resource. The time that it waited for it does not count."""
 
 
 Scarce = TypeVar("Scarce")
 
 
 class Share:
-    """Admits `most` at a time; up to `waiting` others wait for up to `patience` seconds."""
+    """Admits `most` holders; up to `waiting` others wait for up to `patience` seconds."""
 
     def __init__(
         self, most: int, *, waiting: int, patience: float, clock: Callable[[], float] = time.monotonic
@@ -30,8 +30,8 @@ class Share:
 
     @asynccontextmanager
     async def hold(self, scarce: AbstractAsyncContextManager[Scarce]) -> AsyncIterator[Scarce]:
-        """Hold a part of the share, and then `scarce`. Raises Refused if too many wait, or if no part becomes free
-        soon. Adds the time for which `scarce` is held to `HELD`, and not the time until it is free.
+        """Hold a part of the share, and then `scarce`. Raises Refused if too many wait, or if no part becomes free in
+        time. Adds the time for which `scarce` is held to `HELD`, without the time until it is free.
         """
         if self._turns.locked() and self._waiting >= self._most_waiting:
             raise self._busy()

@@ -1,19 +1,19 @@
-"""A bound that all clients of a worker share: however much some of them hold, there is some left for the others."""
+"""A bound that all clients of a worker share. Some of it stays free for others, however much a few clients hold."""
 
 from collections.abc import Hashable
 from typing import Final, Generic, TypeVar
 
 SHARE: Final = 4
-"""One client holds at most one in `SHARE` of what the others leave."""
+"""Max share of what other clients leave, per client, as 1 / `SHARE`."""
 
 Key = TypeVar("Key", bound=Hashable)
 
 
 class SharedBound(Generic[Key]):
-    """Places or bytes, counted by client. A client that holds none takes no memory.
+    """Places or bytes, counted per client. A client that holds none takes no memory.
 
-    The first client gets at most a fourth of all, and the next ones a fourth of what is left. A fixed share would be
-    small for one client alone, or used up by few.
+    The first client gets at most a fourth of all, and each next one a fourth of the rest. A fixed share would be small
+    for a single client, or used up by a few.
     """
 
     def __init__(self, most: int) -> None:
@@ -22,7 +22,7 @@ class SharedBound(Generic[Key]):
         self._held: dict[Key, int] = {}
 
     def take(self, key: Key, count: int = 1) -> bool:
-        """Count `count` more of a client; False, and nothing is counted, beyond its share or the bound."""
+        """Add `count` to a client. Return False, without an effect, if that exceeds its share or the bound."""
         held = self._held.get(key, 0)
         left = self.most - self.taken
         if count > left or held + count > max(1, (left + held) // SHARE):

@@ -1,4 +1,4 @@
-"""Turns: at most so many at a time for each key; others of the same key wait in line."""
+"""Turns: a max number of concurrent turns per key, for which others of the same key queue."""
 
 import asyncio
 from collections.abc import Hashable
@@ -20,8 +20,8 @@ class Turns(Generic[Key]):
         self._waiting: dict[Key, FairQueue[Hashable, asyncio.Future[None]]] = {}
 
     async def take(self, key: Key, client: Hashable = None) -> None:
-        """Return when the caller has a turn, which lasts until `give`. Clients of a key are served alike, and each in
-        order. Raises TimeoutError if no turn is free in time.
+        """Return when the caller has a turn, which lasts until `give`. Clients of a key take turns, and each is served
+        in order. Raises TimeoutError if no turn is free in time.
         """
         taken = self._taken.get(key, 0)
         if taken < self._most:
@@ -44,7 +44,7 @@ class Turns(Generic[Key]):
             raise
 
     def give(self, key: Key, client: Hashable = None) -> None:
-        """End a turn of a client: of the others, the one who has waited longest is next."""
+        """End a turn of a client. Of the other clients, the one that has waited longest is next."""
         if (waiting := self._waiting.get(key)) is not None:
             waiting.to_end(client)
             if waiting:
