@@ -47,10 +47,6 @@ async def test_no_column_is_dead(db: "asyncpg.Connection[asyncpg.Record]") -> No
             assert not (writers and set(found[place].readers) - {READERS}), place
 
 
-async def test_document_names_what_the_database_of_the_suite_names(db: "asyncpg.Connection[asyncpg.Record]") -> None:
-    assert columns.markdown(await columns.columns(db)) == DOCUMENT
-
-
 async def test_each_statement_is_prepared_or_a_part_of_one_that_is(db: "asyncpg.Connection[asyncpg.Record]") -> None:
     texts = columns.statements()
     used = await columns.uses(db)

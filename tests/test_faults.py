@@ -139,6 +139,7 @@ async def readiness(world: World, wanted: int) -> None:
                 await asyncio.sleep(0.05)
 
 
+@pytest.mark.long
 async def test_valkey_stops_for_ten_seconds(own: tuple[Settings, Servers]) -> None:
     settings, servers = own
     async with World(settings) as world:
