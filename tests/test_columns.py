@@ -18,7 +18,6 @@ from server.queries import erasure
 from tests.world import Room, World
 
 READERS = "readers of the database"
-DOCUMENT = Path("docs/columns.md").read_text()
 CODE = "".join(
     path.read_text()
     for folder in ("protocol", "server")
