@@ -1,1 +1,1 @@
-"""What everything stands on; it imports nothing else of ours."""
+"""Settings, errors, the log, metrics and periodic jobs: the foundation of all rooms. It imports none of them."""

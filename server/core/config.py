@@ -1,4 +1,4 @@
-"""The settings, read once: the only file that reads the environment."""
+"""The settings, which are read once. No other file reads the environment."""
 
 import difflib
 import os
@@ -17,18 +17,20 @@ from server.core.errors import Fatal
 from server.core.proxies import MAX_COUNT, HostBits, Network, Proxies, networks
 
 MAX_DEFAULT_WORKERS = 4
+"""Max worker processes if `workers` is 0."""
 MAX_QUOTED = 60
-"""Max characters of a refused value that are quoted."""
+"""Max characters of a refused value that an error quotes."""
 PREFIX = "OPENCHAT_"
 COMPLETION = "_OPENCHAT_COMPLETE"
-"""Variable that a shell sets when it completes a command."""
+"""The variable that a shell sets to complete a command."""
 REPLACED = {"OPENCHAT_BEHIND_PROXY": "OPENCHAT_TRUSTED_PROXIES to the number of proxies"}
-"""Variables of earlier versions, and what to set instead."""
+"""Variables of earlier versions, each with the setting that replaced it."""
 SERVICE = re.compile(r"(OPENCHAT(?:_\w+)?)_PORT(?:_\d+_(?:TCP|UDP|SCTP))?")
-"""Variables that Kubernetes sets to a URL of `SERVICE_URL` for each Service whose name begins with `openchat`."""
+"""Variables that Kubernetes sets for each Service whose name begins with `openchat`. Their values match `SERVICE_URL`.
+"""
 SERVICE_URL = re.compile(r"(?:tcp|udp|sctp)://")
 SERVICE_PARTS = r"_(?:SERVICE_HOST|SERVICE_PORT(?:_\w+)?|PORT(?:_\d+_(?:TCP|UDP|SCTP)(?:_PROTO|_PORT|_ADDR)?)?)"
-"""Ends of the names of all variables that Kubernetes sets for a Service."""
+"""Endings of the variables that Kubernetes sets for a Service."""
 
 BOTH = (
     "--data-dir and DATABASE_URL each name a database. Leave out --data-dir to use DATABASE_URL, or unset "
@@ -37,46 +39,54 @@ BOTH = (
 
 _HOST = r"(\[[\w:.%]+\]|[\w.-]*)(:\d*)?"
 CLEAR = re.compile(rf"(.*@)?{_HOST}(,{_HOST})*")
-"""What stands between `://` and the first `/`, `?` or `#` of a URL that is well-formed."""
+"""The part of a well-formed URL between `://` and the first `/`, `?` or `#`."""
 PLACES = {"host", "port", "dbname", "user"}
-"""Options in the URL of a database that say where it is, or who connects."""
+"""Options in a database's URL that name its place or its user. They are no secrets."""
 
 Rate: TypeAlias = Annotated[float, Meta(ge=0.1, le=1_000_000)]
-"""A number per second. A token bucket has no longer interval than ten seconds, and no shorter one than 1 µs."""
+"""A number per second. The bounds keep the interval between two tokens between 1 µs and ten seconds."""
 
 
 class Settings(msgspec.Struct, kw_only=True, frozen=True):
-    """Everything that can be set, each with its bounds and its meaning, which `openchat settings` prints. A field's
-    environment variable is OPENCHAT_ and its name in capitals; DATABASE_URL and REDIS_URL have their usual names.
+    """All settings, each with its bounds and its meaning. `openchat settings` prints them.
+
+    The environment variable of a field is OPENCHAT_ and its name in capitals. DATABASE_URL and REDIS_URL have their
+    usual names.
     """
 
     host: Annotated[str, "Address to listen on."] = "127.0.0.1"
-    port: Annotated[int, Meta(ge=0, le=65_535), "TCP port to listen on; 0 takes a free one."] = 8000
-    workers: Annotated[int, Meta(ge=0, le=256), "Worker processes; 0 is one per core, at most 4."] = 0
+    port: Annotated[int, Meta(ge=0, le=65_535), "TCP port to listen on. 0 selects a free one."] = 8000
+    workers: Annotated[int, Meta(ge=0, le=256), "Number of worker processes. 0 means one per core, at most 4."] = 0
     data_dir: Annotated[
         str,
-        "Folder of the embedded database and Valkey. By default the user's state folder, or /var/lib/openchat for "
+        "Folder of the embedded PostgreSQL and Valkey. By default the user's state folder, or /var/lib/openchat for "
         "root.",
     ] = ""
-    database_url: Annotated[str, "PostgreSQL, 15 or later. By default the server starts its own."] = ""
-    redis_url: Annotated[str, "Redis, 7.0 or later, or Valkey. By default the server starts its own."] = ""
-    origins: Annotated[str, "Other origins whose pages may use the session cookie, separated by commas."] = ""
+    database_url: Annotated[
+        str, "URL of a PostgreSQL database, version 15 or later. By default the server starts its own."
+    ] = ""
+    redis_url: Annotated[
+        str, "URL of Redis 7.0 or later, or of Valkey. By default the server starts its own Valkey."
+    ] = ""
+    origins: Annotated[str, "Additional origins whose pages may use the session cookie, separated by commas."] = ""
     database_connections: Annotated[int, Meta(ge=2, le=500), "Max PostgreSQL connections, per worker."] = 8
-    session_days: Annotated[int, Meta(ge=1, le=3650), "Days without use after which a session ends."] = 30
+    session_days: Annotated[int, Meta(ge=1, le=3650), "Days without use after which a session expires."] = 30
     heartbeat_seconds: Annotated[
-        float, Meta(ge=0.1, le=300), "Interval of heartbeats, per connection. Silence for two of them closes it."
+        float,
+        Meta(ge=0.1, le=300),
+        "Interval of heartbeats, per connection. A connection that is silent for two intervals is closed.",
     ] = 30.0
     outbox_bytes: Annotated[
-        int, Meta(ge=65_536, le=1_073_741_824), "Max bytes that wait for a slow reader before it is closed."
+        int, Meta(ge=65_536, le=1_073_741_824), "Max bytes that wait for a slow reader, per connection. More close it."
     ] = 1024 * 1024
     connections_per_user: Annotated[
-        int, Meta(ge=1, le=1_000_000), "Max WebSockets of a user, and max calls in flight, per worker."
+        int, Meta(ge=1, le=1_000_000), "Max WebSockets, and max concurrent calls, per user and worker."
     ] = 50
     connections_per_address: Annotated[
-        int, Meta(ge=1, le=1_000_000), "Max connections from an address, per worker. An office may be behind one."
+        int, Meta(ge=1, le=1_000_000), "Max connections, per address and worker. A whole office may share one address."
     ] = 2_000
     address_rate: Annotated[
-        Rate, "Max requests and new connections per second from an address, per worker. Bursts: four times that."
+        Rate, "Max requests and new connections per second, per address and worker. Bursts: four times that."
     ] = 500.0
     frame_rate: Annotated[Rate, "Max frames per second, per connection. Bursts: four times that."] = 200.0
     write_rate: Annotated[Rate, "Max writing frames per second, per user. Bursts: four times that."] = 50.0
@@ -92,55 +102,56 @@ class Settings(msgspec.Struct, kw_only=True, frozen=True):
     audit_days: Annotated[
         int,
         Meta(ge=1, le=36_500),
-        "Days that entries of the audit logs of conversations are kept. The server's own log is kept for ever.",
+        "Days for which the audit logs of conversations keep an entry. The server's own audit log keeps all entries.",
     ] = 365
     erase_after_days: Annotated[
-        float, Meta(ge=0, le=3650), "Days that a deleted account may come back before the person is erased."
+        float, Meta(ge=0, le=3650), "Days for which a deleted account can be restored, before the user is erased."
     ] = 30.0
     search_language: Annotated[
         str,
-        "Language of the search index, such as `english`: a text search configuration of PostgreSQL. `simple` leaves "
-        "words as they are. After a change, run `openchat reindex`.",
+        "Text search configuration of PostgreSQL for the search index, such as `english`. `simple` indexes words as "
+        "they are. After a change, run `openchat reindex`.",
     ] = "simple"
     registration: Annotated[
         Literal["open", "closed"],
-        "Who may make an account: everybody, or, if `closed`, the operator alone with `openchat user create`.",
+        "Who may create an account: everybody (`open`), or only the operator, with `openchat user create` (`closed`).",
     ] = "open"
-    link_previews: Annotated[bool, "Fetch the page behind the first link of a message and show its title."] = False
+    link_previews: Annotated[bool, "Fetch the page of a message's first link, and show the page's title."] = False
     add_people: Annotated[
         Literal["by_privacy", "anyone"],
-        "Who adds users to groups and channels without asking them: `by_privacy`, their friends; `anyone`, everybody "
-        "who may invite them. `anyone` is for closed installations, such as a company's.",
+        "Who may add users to groups and channels without their consent: their friends (`by_privacy`), or everybody "
+        "who may invite them (`anyone`). `anyone` is for closed installations, such as a company's.",
     ] = "by_privacy"
     push_after_seconds: Annotated[
         float, Meta(ge=0, le=3600), "Seconds after which an unread message is pushed to browsers."
     ] = 5.0
     push_contact: Annotated[
-        str, "How operators of push services reach you: mailto: or https:. Apple's refuses `localhost`."
+        str,
+        "Contact for operators of push services, as a `mailto:` or `https:` URL. Apple's service refuses `localhost`.",
     ] = "mailto:postmaster@localhost"
     private_addresses: Annotated[
-        bool, "Allow push endpoints and link previews at addresses of this machine and its network."
+        bool, "Allow push endpoints and link previews at addresses of this machine and of private networks."
     ] = False
-    metrics_from: Annotated[str, "Networks from which `/metrics` may be read, directly and not through a proxy."] = (
+    metrics_from: Annotated[str, "Networks from which `/metrics` may be read, without a proxy in between."] = (
         "127.0.0.0/8,::1/128"
     )
     metrics_hosts: Annotated[
-        str, "Names in `Host` by which `/metrics` may be read, besides `localhost` and IP addresses."
+        str, "Names that a request of `/metrics` may have in `Host`, besides `localhost` and IP addresses."
     ] = ""
     trusted_proxies: Annotated[
         str,
-        "Proxies whose X-Forwarded-For and X-Forwarded-Proto are believed: how many are in front (`1`, `2`), or their "
-        "networks (`10.0.0.0/8,fd00::/8`).",
+        "Proxies whose X-Forwarded-For and X-Forwarded-Proto are trusted, as a number (`1`, `2`) or as networks "
+        "(`10.0.0.0/8,fd00::/8`).",
     ] = ""
 
     @property
     def worker_count(self) -> int:
-        """How many worker processes to run."""
+        """The number of worker processes to run."""
         return self.workers or min(os.cpu_count() or 1, MAX_DEFAULT_WORKERS)
 
     @property
     def data_path(self) -> Path:
-        """The data folder, not necessarily there yet."""
+        """The data folder. It may not exist yet."""
         if self.data_dir:
             return Path(self.data_dir).expanduser().absolute()
         # root's own state directory is closed to the unprivileged user that has to run PostgreSQL.
@@ -150,44 +161,46 @@ class Settings(msgspec.Struct, kw_only=True, frozen=True):
 
     @property
     def folder_advice(self) -> str:
-        """How to do without this data folder: --data-dir is refused where DATABASE_URL names the database."""
+        """Advice to use another data folder. `--data-dir` is no advice with DATABASE_URL, because `read` refuses both
+        together.
+        """
         if self.database_url:
             return "choose another one by OPENCHAT_DATA_DIR, or set REDIS_URL to do without one"
         return "choose another one by --data-dir"
 
     @property
     def proxies(self) -> Proxies:
-        """The trusted proxies. Raises ValueError if the setting is not understood."""
+        """The trusted proxies. Raises ValueError if the setting is invalid."""
         return Proxies.read(self.trusted_proxies)
 
     @property
     def metrics_networks(self) -> tuple[Network, ...]:
-        """The networks of `metrics_from`. Raises ValueError if the setting is not understood."""
+        """The networks of `metrics_from`. Raises ValueError if the setting is invalid."""
         return networks(self.metrics_from) if self.metrics_from.strip() else ()
 
     @property
     def metrics_names(self) -> frozenset[str]:
-        """The names of `metrics_hosts`, in lower case."""
+        """The names in `metrics_hosts`, in lower case."""
         return frozenset(name.strip().lower() for name in self.metrics_hosts.split(",") if name.strip())
 
     @property
     def allowed_origins(self) -> frozenset[str]:
-        """The extra origins, without trailing slashes."""
+        """The additional origins, without trailing slashes."""
         return frozenset(origin.strip().rstrip("/") for origin in self.origins.split(",") if origin.strip())
 
 
 def variable(field: str) -> str:
-    """Return the name of the environment variable of a setting."""
+    """Return the environment variable of a setting."""
     return field.upper() if field in {"database_url", "redis_url"} else f"{PREFIX}{field.upper()}"
 
 
 def option(field: str) -> str:
-    """Return the name of a setting's option, if it has one."""
+    """Return the command-line option of a setting. Only some settings have one."""
     return f"--{field.replace('_', '-')}"
 
 
 def allowed(field: str) -> str:
-    """Return which values a setting may have."""
+    """Return the allowed values of a setting, as a phrase after "must be"."""
     if field in TEXTS:
         return TEXTS[field]
     kind = FIELDS[field].type
@@ -201,26 +214,26 @@ def allowed(field: str) -> str:
 
 
 def meaning(field: str) -> str:
-    """Return what a setting is for."""
+    """Return the meaning of a setting."""
     (about,) = (one for one in HINTS[field].__metadata__ if isinstance(one, str))
     return about
 
 
 def source(field: str) -> str:
-    """Return where `read` finds the value of a setting."""
+    """Return where `read` finds the value of a setting: `environment` or `default`."""
     return "environment" if variable(field) in os.environ else "default"
 
 
 def completion() -> str:
-    """Return what a shell that completes a command asks for; empty if none does."""
+    """Return the request of a shell that completes a command, or an empty string."""
     return os.environ.get(COMPLETION, "")
 
 
 def read(**overrides: object) -> Settings:
-    """Return the settings from the environment, with `overrides` (those that are not None) on top.
+    """Return the settings of the environment. `overrides` other than None replace them.
 
-    Raises Fatal if a variable is unknown, if a value is not allowed (naming its variable, or its option), and if an
-    override names a data folder while DATABASE_URL names a database.
+    Raises Fatal if a variable is unknown, or if a value is not allowed. It names the variable or option. Also raises
+    Fatal if an override names a data folder and DATABASE_URL names a database.
     """
     for name in _names():
         _require_known(name)
@@ -230,7 +243,7 @@ def read(**overrides: object) -> Settings:
         field: os.environ[variable(field)] for field in FIELDS if variable(field) in os.environ
     }
     given = {field: value for field, value in overrides.items() if value is not None}
-    # A variable that an argument overrides today may count tomorrow.
+    # Variables are checked even if an option overrides them, because the next start may lack the option.
     values = [(variable(field), field, value) for field, value in stored.items()]
     values += [(option(field), field, value) for field, value in given.items()]
     for name, field, value in values:
@@ -239,7 +252,7 @@ def read(**overrides: object) -> Settings:
             is_understood = FORMS[field](one) if field in FORMS else True
         except HostBits as error:
             raise Fatal(f"{_not_allowed(name, field, str(value))} {error}") from None
-        except (msgspec.ValidationError, ValueError, RuntimeError):  # the last for the folder of a user there is not
+        except (msgspec.ValidationError, ValueError, RuntimeError):  # RuntimeError: no user is called `~name`
             is_understood = False
         if not is_understood:
             raise Fatal(_not_allowed(name, field, str(value)))
@@ -247,17 +260,17 @@ def read(**overrides: object) -> Settings:
 
 
 def masked(url: str) -> str:
-    """Return the URL of a database as it may be shown: where it is and who connects, nothing else."""
+    """Return a database's URL with its user, place and name only. If it is malformed, return its scheme only."""
     scheme, _, rest = url.partition("://")
     place = re.split(r"[/?#]", rest, maxsplit=1)[0]
-    # A character that should have been escaped makes a part of a password look like a part of something else.
+    # If the password contains an unescaped `/`, `?` or `#`, the rest of it looks like a path, a query or a fragment.
     if not CLEAR.fullmatch(place) or "@" in rest[len(place) :]:
         return f"{scheme}://***"
     return without_password(url)
 
 
 def without_password(url: str) -> str:
-    """Return the URL of a database with nothing but its user, its place and its name."""
+    """Return a database's URL with its user, place and name only."""
     parts = urlsplit(url)
     user, has_user, place = parts.netloc.rpartition("@")
     options = [(name, value) for name, value in parse_qsl(parts.query) if name in PLACES]
@@ -267,7 +280,7 @@ def without_password(url: str) -> str:
 
 
 def _names() -> list[str]:
-    """Return the variables that may be meant as settings: all with our prefix, but those of Kubernetes Services."""
+    """Return the variables with our prefix, without those of Kubernetes Services."""
     ours = {name: value for name, value in os.environ.items() if name.upper().startswith(PREFIX)}
     found = (SERVICE.fullmatch(name) for name, value in ours.items() if SERVICE_URL.match(value))
     services = "|".join({re.escape(match[1]) for match in found if match})
@@ -316,7 +329,7 @@ TEXTS = {
     "metrics_hosts": "empty, or names such as chat-1.internal, without ports, separated by commas",
     "trusted_proxies": f"a number from 0 to {MAX_COUNT}, or networks such as 10.0.0.0/8, separated by commas",
 }
-"""What may be given for the settings that are texts."""
+"""Allowed values of the text settings, as phrases after "must be"."""
 FORMS: dict[str, Callable[[Settings], object]] = {
     "host": lambda one: one.host.strip(),
     "data_dir": lambda one: one.data_path,
@@ -329,4 +342,4 @@ FORMS: dict[str, Callable[[Settings], object]] = {
     "metrics_hosts": lambda one: all(re.fullmatch(r"[\w.-]+", name, re.ASCII) for name in one.metrics_names),
     "trusted_proxies": lambda one: one.proxies is not None,
 }
-"""Checks of the settings that are texts. A check returns false or raises ValueError for a text that is not allowed."""
+"""Checks of the text settings. A check returns false or raises ValueError if the text is not allowed."""

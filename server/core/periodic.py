@@ -53,7 +53,7 @@ async def end(tasks: Iterable[asyncio.Task[None]]) -> None:
     """Cancel tasks, and return when they have ended.
 
     Tasks are cancelled repeatedly. `wait_for` of Python 3.11 loses a cancellation if the awaited task ends in the same
-    turn of the loop, and then the job would run on forever.
+    turn of the loop. Without a second cancellation the job would run on forever.
     """
     running = set(tasks)
     while running:
