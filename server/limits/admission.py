@@ -1,6 +1,7 @@
-"""Who may come in now: a bounded number at once, and the others are told when, by how fast it really goes.
+"""Admission of connections: a bounded number connects concurrently. The others get a time to retry, which follows from
+the measured rate.
 
-A place stands for work that the server does. A connection that waits for its client holds none.
+A slot stands for work that the server does. A connection that waits for its client holds none.
 """
 
 import random
@@ -13,16 +14,16 @@ from server.core.deadlines import Deadlines
 from server.fairness.shared_bound import SHARE, SharedBound
 
 AT_ONCE = 256
-"""How many connections may be on their way in: from the handshake to their first page, or the end of their resume."""
+"""Max connections between the handshake and their first page, or the end of their resume."""
 WINDOW_SECONDS = 1.0
 FIRST_GUESS = 200.0
-"""How many places a second are given back, before that is known."""
+"""Slots released per second, until that rate is measured."""
 SOONEST_SECONDS, LATEST_SECONDS = 0.25, 30.0
 
 
 class Admission:
-    """Counts who is on the way in, by address and by user, who was told to come later, and how many get in within a
-    second.
+    """Counts connections that hold a slot, per address and per user. Measures how many slots are released per second,
+    and remembers the times that refused clients were told.
     """
 
     def __init__(self, *, at_once: int = AT_ONCE, clock: Callable[[], float] = time.monotonic) -> None:
@@ -32,7 +33,7 @@ class Admission:
         self._rate = FIRST_GUESS
         self._given = 0
         self._since = clock()
-        # When everyone who was told to come later will have had their turn: all of them, and those of each client.
+        # The time by which all refused clients have had their turn, in total and per client.
         self._booked_until = 0.0
         self._booked: Deadlines[str | UserId, float] = Deadlines()
         self.refused = 0
@@ -41,8 +42,8 @@ class Admission:
         return self._addresses.taken
 
     def begin(self, address: str) -> "Slot":
-        """Let one more begin to come in. Raises Refused, with a time to come back, if too many are on their way, in all
-        or from this address.
+        """Return a slot for a new connection. Raises Refused, with a time to retry, if too many connections hold a
+        slot, in total or from this address.
         """
         place = Slot(self, address)
         if not self.take(place):
@@ -50,25 +51,27 @@ class Admission:
         return place
 
     def require(self, place: "Slot", user_id: UserId) -> None:
-        """Count a place as one of a user. Raises Refused, as `begin`, if too many of the user's connections come in."""
+        """Count a slot for a user, too. Raises Refused, as `begin` does, if too many connections of the user hold a
+        slot.
+        """
         if not self._users.take(user_id):
             raise self._later(user_id)
         place.user_id = user_id
 
     def take(self, place: "Slot") -> bool:
-        """Count a place; False if there is none in the share of its client."""
+        """Take a slot. Return False if the share of its client has none left."""
         if not self._addresses.take(place.address):
             return False
         if place.user_id is not None and not self._users.take(place.user_id):
             self._addresses.give(place.address)
             return False
         if self._addresses.taken == 1:
-            self._since, self._given = self._clock(), 0  # what comes now and then says nothing about how fast it goes
+            self._since, self._given = self._clock(), 0  # occasional connections do not show the rate
         place.is_held = True
         return True
 
     def give(self, place: "Slot") -> None:
-        """Take a place back."""
+        """Release a slot."""
         place.is_held = False
         self._addresses.give(place.address)
         if place.user_id is not None:
@@ -85,10 +88,11 @@ class Admission:
         after_those_inside = now + len(self) / self._rate
         booked = max(self._booked.get(client, now), after_those_inside) + 1 / self._rate
         if booked - after_those_inside <= self._addresses.most / SHARE / self._rate:
-            # One client that asks again and again has others told a later time only up to its share.
+            # A client that retries continuously delays the times of other clients only up to its share.
             self._booked_until = max(self._booked_until, after_those_inside) + 1 / self._rate
         self._booked.put(client, min(booked, now + LATEST_SECONDS), now)
-        # Nobody is told the same moment, and nobody who comes when told finds the ones before still waiting.
+        # The random factor spreads the retries. Most of it is above 1, so that earlier connections are finished by
+        # then.
         wait = (max(booked, self._booked_until) - now) * random.uniform(0.9, 1.3)  # noqa: S311 - it need not be secret
         return Refused(
             ErrorCode.UNAVAILABLE,
@@ -98,7 +102,7 @@ class Admission:
 
 
 class Slot:
-    """A place of one connection among those that are on their way in."""
+    """The slot of one connection during admission."""
 
     __slots__ = ("_admission", "address", "is_held", "user_id")
 
@@ -109,17 +113,17 @@ class Slot:
         self.is_held = False
 
     def require(self, user_id: UserId) -> None:
-        """Count the place as one of a user, too. Raises Refused if the user has too many."""
+        """Count the slot for a user, too. Raises Refused if the user has too many."""
         self._admission.require(self, user_id)
 
     def end(self) -> None:
-        """Give the place back: the connection is in, waits for its client, or is gone."""
+        """Release the slot, because the connection is admitted, waits for its client, or is lost."""
         if self.is_held:
             self._admission.give(self)
 
     def again(self) -> None:
-        """Take a place again: the client has said what the connection waited for. A client that has no place left goes
-        on without: its frames have a rate and turns at the database, and others who come keep their places.
+        """Take a slot again, because the client has sent what the connection waited for. Without a free slot the client
+        continues anyway. Its frames have rate limits and turns at the database, and others keep their slots.
         """
         if not self.is_held:
             self._admission.take(self)

@@ -1,4 +1,4 @@
-"""The rates that `ready` tells clients to keep to."""
+"""The rate limits in `ready`."""
 
 from protocol.limits import Limits, RateLimit
 from server.core.config import Settings
@@ -6,7 +6,7 @@ from server.limits.token_bucket import Pace
 
 
 def advertised(settings: Settings) -> Limits:
-    """Return the rate limits of an account. A client that keeps to them is never refused with `rate_limited`."""
+    """Return the rate limits of a user. A client that keeps to them is never refused with `rate_limited`."""
     return Limits(
         frames=rate_limit(settings.frame_rate),
         writes=rate_limit(settings.write_rate),
@@ -17,7 +17,7 @@ def advertised(settings: Settings) -> Limits:
 
 
 def rate_limit(rate: float) -> RateLimit:
-    """Return `rate` with its burst: one second less than the bucket holds, because frames may arrive closer together
-    than they were sent.
+    """Return the rate and its burst. The burst lacks one second of what the bucket holds, because frames may arrive
+    closer together than they were sent.
     """
     return RateLimit(per_second=rate, burst=Pace.of(rate).most)

@@ -1,4 +1,4 @@
-"""How far behind a worker is, and what it does not do while it is: what can wait, in a stated order; never messages."""
+"""Load shedding: a worker that falls behind refuses frames that can wait, in a fixed order. It refuses no messages."""
 
 import asyncio
 import time
@@ -7,12 +7,13 @@ from enum import IntEnum
 from protocol.errors import ErrorCode, Refused
 
 LOOK_SECONDS = 1.0
+"""Interval of measurements, in seconds."""
 LATE_SECONDS = (0.05, 0.1, 0.2)
-"""How late the loop is when the first, the second and the third kind of frames are shed."""
+"""Delays of the event loop, in seconds, from which the first, second and third kind of frame is refused."""
 
 
 class Shed(IntEnum):
-    """What is refused first, second and third."""
+    """Kinds of frames that are refused under load. The lowest number is refused first."""
 
     TYPING = 1
     PRESENCE = 2
@@ -20,15 +21,15 @@ class Shed(IntEnum):
 
 
 class LoadShedding:
-    """Measures how late the loop is: how long something that is due now has to wait for its turn."""
+    """Measures the delay of the event loop, which is how long a callback that is due waits for its turn."""
 
     def __init__(self) -> None:
         self.late = 0.0
-        """Seconds; after a peak it is halved each second."""
+        """The delay in seconds. After a peak it is halved each second."""
         self.refused = 0
 
     async def watch(self) -> None:
-        """Measure, until cancelled."""
+        """Measure the delay once a second, until cancelled."""
         while True:
             due = time.monotonic() + LOOK_SECONDS
             await asyncio.sleep(LOOK_SECONDS)
@@ -36,11 +37,11 @@ class LoadShedding:
 
     @property
     def level(self) -> int:
-        """How many kinds of frames are shed."""
+        """The number of kinds that are refused now."""
         return sum(self.late >= late for late in LATE_SECONDS)
 
     def require(self, kind: Shed) -> None:
-        """Raises Refused if this kind of frame has to wait."""
+        """Raise Refused if frames of this kind are refused now."""
         if self.late >= LATE_SECONDS[kind - 1]:
             self.refused += 1
             raise Refused(

@@ -1,4 +1,4 @@
-"""What one address may do at a worker: so many requests a second, so many connections at once."""
+"""Limits per client address: requests per second, and concurrent connections, at one worker."""
 
 import logging
 from collections import Counter
@@ -18,18 +18,21 @@ OF_A_PROXY = ". If it is a proxy, set OPENCHAT_TRUSTED_PROXIES; otherwise all it
 log = logging.getLogger(__name__)
 
 RETRY_MS = 5_000
+"""`retry_after_ms` of an address with too many connections."""
 LATE_RATE = 100.0
-"""Min answers a second to requests of an address beyond its rate, which is how many there are if it is higher."""
+"""Min rate of answers to refused requests, per address, in answers per second. A higher rate of the address counts
+instead.
+"""
 
 
 def address_of(request: HTTPConnection) -> str | None:
-    """Return the address that a request comes from; behind a trusted proxy, the one that it names."""
+    """Return the address of a request's client, as a trusted proxy reports it. Return None if it is no IP address."""
     address = parsed(request.client.host.partition("%")[0]) if request.client else None
     return None if address is None else str(address)
 
 
 def host_of(request: HTTPConnection) -> str | None:
-    """Return the name or address in `Host`, in lower case and without a port; None if there is none."""
+    """Return the name or address in `Host`, in lower case and without a port. Return None without a valid one."""
     try:
         return urlsplit(f"//{request.headers.get('host', '')}").hostname
     except ValueError:
@@ -37,16 +40,16 @@ def host_of(request: HTTPConnection) -> str | None:
 
 
 def key_of(request: HTTPConnection) -> str:
-    """Return what limits by address count a request by."""
+    """Return the key of a request for limits per address."""
     return limit_key(request.client.host) if request.client else "unknown"
 
 
 class Addresses:
-    """Counts by the address that a request comes from."""
+    """Requests and connections per client address."""
 
     def __init__(self, rate: float, *, connections: int, too_many: Throttle[str]) -> None:
-        """`rate` is in requests and new connections a second; `connections` how many may be open; `too_many` picks what
-        is logged of addresses with more.
+        """`rate` is the max number of requests and new connections per second. `connections` is the max number of open
+        connections. `too_many` limits log entries about addresses with too many connections.
         """
         self._requests: TokenBuckets[str] = TokenBuckets("requests of this address", rate)
         self._late_rate = max(rate, LATE_RATE)
@@ -57,7 +60,7 @@ class Addresses:
         self._most = connections
 
     def require(self, request: HTTPConnection) -> None:
-        """Count a request. Raises Refused if its address has too many."""
+        """Count a request. Raises Refused if its address exceeds the rate."""
         key = key_of(request)
         try:
             self._requests.require(key)
@@ -68,8 +71,8 @@ class Addresses:
 
     @contextmanager
     def late(self, request: HTTPConnection) -> Iterator[float]:
-        """Count a request that `require` refused while its answer waits, and yield for how many seconds it should: one
-        after another, or refusals would cost a worker as much as what they refuse.
+        """Count a request that `require` refused, and yield the delay of its answer, in seconds. Answers leave one
+        after another. Otherwise refusals would cost a worker as much as the requests.
         """
         key = key_of(request)
         self._late[key] += 1
@@ -81,7 +84,7 @@ class Addresses:
                 del self._late[key]
 
     def connect(self, request: HTTPConnection) -> Callable[[], None]:
-        """Count a connection, and return what counts it out again. Raises Refused if its address has too many."""
+        """Count a connection. Return the function that ends the count. Raises Refused if the address has too many."""
         key = key_of(request)
         if self._connections[key] >= self._most:
             raise too_many_of_address(key, self._too_many)
@@ -96,7 +99,7 @@ class Addresses:
 
 
 def too_many_of_address(key: str, throttle: Throttle[str]) -> Refused:
-    """Return what to tell an address that has all the connections it may have. Log its key, if `throttle` passes."""
+    """Return the refusal for an address with the max number of connections. Log it if `throttle` passes."""
     if throttle.passes(key):
         log.warning("too many connections from address %s; refusing further ones%s", key, OF_A_PROXY)
     return Refused(

@@ -1,4 +1,4 @@
-"""A token bucket that keeps a token for each refused frame until the time that its client was told."""
+"""A token bucket that reserves a token for each refused frame, for the time at which the client may retry it."""
 
 import time
 from collections import deque
@@ -6,14 +6,14 @@ from collections import deque
 from server.limits.token_bucket import Clock, Pace
 
 GRACE_NS = 2_000_000
-"""Timers of clients may fire early by this much."""
+"""Max time by which clients' timers may fire early, in nanoseconds."""
 
 
 class ReservingBucket:
-    """A token bucket of one connection.
+    """The token bucket of one connection.
 
-    Each refusal reserves the next token that flows in, so refused frames are told different times, and a client that
-    repeats each of them when told is not refused again, however many wait.
+    Each refusal reserves the next token that flows in, so refused frames get different retry times. A client that
+    retries each frame at its time is not refused again, however many frames wait.
     """
 
     __slots__ = ("_clock", "_full_at", "_pace", "_reserved")
@@ -22,15 +22,15 @@ class ReservingBucket:
         self._pace = pace
         self._full_at = 0
         self._clock = clock
-        # The times that refused frames were told, ascending. None while there are none: most connections have none.
+        # The retry times of refused frames, ascending. None without any, which saves memory in most connections.
         self._reserved: deque[int] | None = None
 
     def take(self) -> float:
-        """Take one token, or one that was reserved until now; return 0, or in how many seconds to try again."""
+        """Take a free token, or one that was reserved for now. Return 0, or after how many seconds to retry."""
         now = self._clock()
         if self._reserved is not None:
             if self._full_at <= now:
-                self._reserved = None  # the bucket is full: these clients did not come back
+                self._reserved = None  # the bucket is full, so the clients did not retry
             elif self._reserved and self._reserved[0] - GRACE_NS <= now:
                 self._reserved.popleft()
                 return 0.0

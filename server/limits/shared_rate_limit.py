@@ -1,9 +1,8 @@
-"""One allowance of a user at all workers: each charges itself what the others have given out.
+"""A rate limit per user that workers share. Each worker takes tokens for the frames at other workers, too.
 
-Asking Redis for every frame would cost more than most frames do. So a worker decides by its own bucket, and twice a
-second tells the others, by counters in Redis, about those users who are busy enough to matter; what others counted is
-taken from its own bucket too. Whoever spreads over workers gets at most half a second's worth more. Without Redis each
-worker's allowance is its own.
+Asking Redis for every frame would cost more than most frames do. So a worker decides by its own buckets. Twice a second
+it adds the frames of busy users to counters in Redis, and takes tokens for the frames that others added. A user with
+connections at several workers gets at most the tokens of half a second more. Without Redis each worker limits alone.
 """
 
 import asyncio
@@ -20,19 +19,21 @@ from server.limits.retries import Retries
 from server.limits.token_bucket import Clock, Pace, TokenBuckets
 
 SHARE_SECONDS = 0.5
+"""Interval at which a worker shares its counts, in seconds."""
 MATTERS = 0.1
-"""The share of the rate from which on a user's frames at one worker are told to the others."""
+"""Min frames of a user at one worker that are shared, as a part of the rate."""
 LASTS_SECONDS = 60
+"""Seconds after which an unused counter expires in Redis."""
 KEY = "openchat:allowance:"
 
 TOLD = {"write": "writes", "read": "reads", "ephemeral": "ephemeral", "search": "searches"}
-"""What `ready.limits` calls each allowance."""
+"""The names of these limits in `ready.limits`."""
 
 log = logging.getLogger(__name__)
 
 
 class SharedRateLimit:
-    """An allowance of frames for each user, of one class."""
+    """A rate limit per user for one class of frames."""
 
     def __init__(
         self,
@@ -43,7 +44,7 @@ class SharedRateLimit:
         installation: str = "",
         clock: Clock = time.monotonic_ns,
     ) -> None:
-        """`rate` is in frames a second; `redis` is None where there is only one worker."""
+        """`rate` is in frames per second. `redis` is None with a single worker."""
         self._prefix = f"{KEY}{installation}:{name}:"
         self.rate = rate
         self._bucket: TokenBuckets[UserId] = TokenBuckets(f"`{TOLD[name]}` of your user", rate, clock=clock)
@@ -51,7 +52,7 @@ class SharedRateLimit:
         self._redis = redis
         self._matters = max(2.0, rate * SHARE_SECONDS * MATTERS)
         self._counts: Counter[UserId] = Counter()
-        # The counter in Redis as it was when this worker last looked.
+        # The counters in Redis as this worker last read them.
         self._totals: dict[UserId, int] = {}
         self._sharing: asyncio.Task[None] | None = None
 
@@ -63,12 +64,12 @@ class SharedRateLimit:
         self._tell(user_id, count)
 
     def charge(self, user_id: UserId, count: int) -> None:
-        """Take tokens for what was done already, whether they are there or not; at most one bucket is owed."""
+        """Take tokens for frames that were handled already. If there are too few, up to one more bucket is owed."""
         self._bucket.charge(user_id, count)
         self._tell(user_id, count)
 
     def retry_after(self, user_id: UserId, wait_ms: int, tokens: int) -> int:
-        """Return after how many milliseconds, at least `wait_ms`, to repeat a refused frame of so many tokens."""
+        """Return after how many milliseconds, at least `wait_ms`, to retry a frame that takes `tokens` tokens."""
         return self._retries.after(user_id, wait_ms, tokens)
 
     def _tell(self, user_id: UserId, count: int) -> None:
@@ -78,7 +79,7 @@ class SharedRateLimit:
                 self._sharing = asyncio.create_task(self._share(self._redis))
 
     async def close(self) -> None:
-        """Share no more: what is not told yet stays untold."""
+        """Stop sharing. Frames that were not shared yet are lost to the other workers."""
         self._redis = None
         if self._sharing is not None:
             await end([self._sharing])
@@ -102,7 +103,7 @@ class SharedRateLimit:
             return
         before, self._totals = self._totals, dict(zip(busy, totals, strict=True))
         for user_id, total in self._totals.items():
-            # Of a user who was not busy here before, what others counted long ago is not held against them.
+            # A user who was not busy here before is not charged for what others counted since, which may be old.
             others = total - before.get(user_id, total - busy[user_id]) - busy[user_id]
             if others > 0:
                 self._bucket.charge(user_id, others)
