@@ -1,4 +1,4 @@
-"""What a handler receives: who asks, and what it may use to answer. The two wings of the server meet here."""
+"""The parameters of a handler: its caller, and the services that it may use. The two wings of the server meet here."""
 
 from collections.abc import AsyncIterator, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, asynccontextmanager
@@ -23,165 +23,173 @@ from server.queries.users import OwnNews
 
 
 class Events(Protocol):
-    """How a handler publishes events, after its commit: by the `Hub`, which handlers may not import."""
+    """Publishes events after a handler's commit. `Hub` implements it, which handlers may not import."""
 
     def publish(self, event: DurableEvent, *, gone: UserId | None = None) -> None:
-        """Deliver a durable event in the order of versions; then stop delivering to the user who is `gone`."""
+        """Deliver a durable event in the order of versions. Then stop delivery to the user `gone`."""
 
     def relay(self, conversation_id: ConversationId, event: ServerFrame) -> None:
-        """Deliver something ephemeral to whoever is there now."""
+        """Deliver an ephemeral event to the connections that are attached now."""
 
     def whisper(self, user_id: UserId, event: ServerFrame) -> None:
-        """Deliver something ephemeral to a user's own devices."""
+        """Deliver an ephemeral event to a user's own devices."""
 
     def announce(self, user_id: UserId, event: ServerFrame) -> None:
-        """Deliver something about a user to those who watch them."""
+        """Deliver an event about a user to those who watch the user."""
 
     def reconsider(self, user_id: UserId, watcher: UserId | None = None) -> None:
-        """Check again whether all who watch a user may do so, or one of them. They get nothing until that is done."""
+        """Check again whether those who watch a user may do so, or whether `watcher` may. They receive nothing until
+        the check is done.
+        """
 
     def notify(self, user_ids: Iterable[UserId], *, may_watch_others: bool = False) -> None:
-        """Have the workers look again at these users' conversations and sessions, and with `may_watch_others` check
-        whom they may watch.
+        """Make the workers recheck these users' conversations and sessions. With `may_watch_others`, also recheck whom
+        they may watch.
         """
 
     def published_at(self, conversation_id: ConversationId, version: int) -> datetime | None:
-        """Return when a version was delivered by this worker, as far as it remembers."""
+        """Return when this worker delivered a version, if it still remembers."""
 
 
 class Subscriber(Protocol):
-    """The `Connection` that a frame came by, as far as handlers may use it: they may not import it."""
+    """The connection of a frame, as far as handlers may use it. `Connection` implements it, which handlers may not
+    import.
+    """
 
     user_version: int
-    """The user's own clock, as far as the connection was told of it."""
+    """The user version that the connection was last sent."""
 
     @property
     def attached(self) -> Collection[ConversationId]:
-        """The conversations whose events reach the connection."""
+        """The conversations whose events the connection receives."""
 
     @property
     def is_closed(self) -> bool:
-        """Whether nothing that is said reaches the client any more."""
+        """Whether no further frame reaches the client."""
 
     async def open(self, conversation_ids: Sequence[ConversationId]) -> None:
-        """Have the worker follow these conversations: from now on nothing of them is missed."""
+        """Make the worker follow these conversations, so that no later event of theirs is missed."""
 
     def attach(self, conversation_id: ConversationId, version: int) -> bool:
-        """Deliver the events after `version`; False if later ones were delivered already: read what came, try again."""
+        """Deliver the events after `version`. Return False if later ones were delivered already. Then the caller must
+        read those and try again.
+        """
 
     def catching_up(self, conversation_id: ConversationId) -> AbstractContextManager[None]:
-        """Keep what is delivered meanwhile, for an `attach` at what is read meanwhile."""
+        """Keep events that are delivered during the block, for an `attach` at a version that is read in the block."""
 
     def detach(self, conversation_id: ConversationId) -> None:
-        """Deliver no more of them."""
+        """Stop delivering events of a conversation."""
 
     def say(self, *frames: ServerFrame) -> None:
-        """Send frames to this connection alone, in one write. Those of a handler take tokens as its answer does."""
+        """Send frames to this connection alone, in one write. Frames from a handler take tokens as its reply does."""
 
     def charge(self, size: int) -> None:
-        """Have the frame take tokens as if so many bytes were said: they were read, and are not said."""
+        """Take tokens for `size` bytes that were read and are not sent, as if they were."""
 
     async def drained(self) -> None:
-        """Return when most of what was said has been taken in: before more of it is made."""
+        """Wait until the client has received most of what was sent, so that the caller may produce more."""
 
     async def watch(self, user_ids: Collection[UserId]) -> Mapping[UserId, Presence]:
-        """Deliver the presence and the faces of these users; return how they are seen, as far as the caller may see
-        them. Raises Refused when it would be too many.
+        """Deliver the presence and the names and images of these users. Return their presences, as far as the caller
+        may see them. Raises Refused if the connection watches too many users.
         """
 
     def unwatch(self, user_ids: Iterable[UserId]) -> None:
-        """Deliver it no more."""
+        """Stop delivering the presence of these users."""
 
 
 class UserNews(Protocol):
-    """What connections of one user are told: read once for all of those at a worker, by `PostgresUserNews` of `app`."""
+    """News for the connections of one user at a worker, which share one read. `PostgresUserNews` of `app` implements
+    it.
+    """
 
     @property
     def is_whole(self) -> bool:
-        """Whether the user's memberships may have changed, and not only rows of their own."""
+        """Whether the user's memberships may have changed, too, and not only their own rows."""
 
     async def memberships(self) -> Mapping[ConversationId, Membership]:
         """Return the user's conversations, as of the first call or later."""
 
     async def news(self, since: int) -> OwnNews:
-        """Return the first changes of the user's own after a number of their clock, as of the first such call."""
+        """Return the first changes of the user's own rows after the user version `since`, as of the first such call."""
 
 
 class Presences(Protocol):
-    """Who is here, and how they are seen: `Presence` of `domain`, which imports this file."""
+    """The presence of users. `Presence` of `domain` implements it, which imports this file."""
 
     async def choose(self, user_id: UserId, device: Subscriber | None, frame: SetPresence) -> bool:
-        """Record how a user, or one device of theirs, wants to be seen; return whether they chose anew."""
+        """Store the chosen presence of a user, or of one of the user's devices. Return whether the choice changed."""
 
     async def announce(self, user_id: UserId) -> None:
-        """Tell those who watch a user how they are seen now."""
+        """Send a user's presence to those who watch the user."""
 
 
 class AfterSend(Protocol):
-    """What is done about a message some time after it was stored, if anything is."""
+    """Work that follows some time after a message is stored, such as a push."""
 
     def enqueue(self, message: Message) -> None:
-        """Have it done for this one."""
+        """Enqueue this message."""
 
 
 class Tokens(Protocol):
-    """An allowance of each user's frames."""
+    """A rate limit for each user's frames."""
 
     def require(self, user_id: UserId, count: int = 1, *, taken: int = 0, path: str | None = None) -> None:
-        """Take tokens, beside those that were taken for the same frame. Raises Refused if there are too few; `path`
-        says what alone has to wait, if that is not the user.
+        """Take `count` tokens, in addition to `taken` ones for the same frame. Raises Refused if there are too few.
+        `path` names the field whose limit it is, if the limit is not that of all frames.
         """
 
 
 class Services(msgspec.Struct, frozen=True, kw_only=True):
-    """What all connections of a worker share."""
+    """Services that all connections of a worker share."""
 
     database: Database
     events: Events
     presence: Presences
     sends: Lanes[ConversationId, Outgoing, Stored | None]
     memberships: Batcher[UserId, dict[ConversationId, Membership]]
-    """A user's conversations: when many come back at once, many users' in one query."""
+    """Reads users' conversations. When many users reconnect concurrently, one query reads those of several."""
     unconfirmed: Unconfirmed
     web_push: AfterSend
-    """Pushes a message to those who have not read it after a while."""
+    """Pushes a message to users who have not read it after some seconds."""
     previews: AfterSend
-    """Looks at the page that a message links to."""
+    """Fetches the preview of a message's link."""
     writes: Tokens
-    """For a frame of which only its handler knows what it costs."""
+    """The write limit, for frames whose handler knows their cost."""
     new_endpoints: Tokens
-    """For push endpoints that a user did not have."""
+    """The limit for new push endpoints."""
     push_key: str
-    """The public key of what is pushed, in base64url."""
+    """The public VAPID key of Web Push, in base64url."""
     anyone_adds: bool
-    """Whether everybody who may invite somebody may add them without asking (`OPENCHAT_ADD_PEOPLE`)."""
+    """Whether everybody who may invite a user may also add the user without their consent (`OPENCHAT_ADD_PEOPLE`)."""
 
 
 class Context(msgspec.Struct, frozen=True, kw_only=True):
-    """One caller: a connection, or one HTTP call, which has no `subscriber`."""
+    """The caller of a handler: a connection, or an HTTP call, which has no `subscriber`."""
 
     services: Services
     user: User
     session_id: SessionId
     subscriber: Subscriber | None = None
     is_of_job: bool = False
-    """Whether a job acts for the caller: it waits for no turn of the caller's, and not for long for a lock."""
+    """Whether a job acts for the caller. It does not wait for the caller's turn, and waits only briefly for locks."""
 
     @property
     def user_id(self) -> UserId:
-        """Who is calling."""
+        """The caller's id."""
         return self.user.id
 
     @property
     def database(self) -> Database:
-        """The database, as the caller has it."""
+        """The database, with the caller's share of connections."""
         database = self.services.database
         return database.of_jobs() if self.is_of_job else database.of(self.user_id)
 
     @asynccontextmanager
     async def transaction(self) -> AsyncIterator[Db]:
-        """Borrow a connection inside a transaction, which commits when the block ends. Raises NotActive then, and rolls
-        it back, if the caller's account is not active any more: the frame may have waited for long.
+        """Borrow a connection inside a transaction, which commits when the block ends. If the caller's account is no
+        longer active then, it rolls back and raises NotActive. The frame may have waited for long.
         """
         async with self.database.transaction() as db:
             yield db
@@ -190,11 +198,11 @@ class Context(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def events(self) -> Events:
-        """Where to tell what happened."""
+        """The publisher of events."""
         return self.services.events
 
     @property
     def connection(self) -> Subscriber:
-        """The connection that a frame of a route with `socket_only` came by."""
+        """The connection of a frame whose route is `socket_only`."""
         assert self.subscriber is not None  # noqa: S101 - dispatch refuses such frames by plain HTTP
         return self.subscriber

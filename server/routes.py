@@ -1,4 +1,4 @@
-"""THE table: every frame, its handler, the rate limit it counts for, and whether it is shed under load."""
+"""The table of frames: each frame's handler, its rate limit, and whether it is refused under load."""
 
 from protocol import client
 from server.gateway.dispatch import Rate, Route
@@ -84,7 +84,7 @@ ROUTES: dict[type[client.Frame], Route] = {
     client.Delivered: Route(receipts.delivered, Rate.EPHEMERAL, Shed.RECEIPTS),
     client.MarkUnread: Route(receipts.mark_unread, Rate.WRITE),
     client.ListReaders: Route(receipts.list_readers, Rate.READ),
-    # what is not said yet
+    # drafts and scheduled messages
     client.SetDraft: Route(drafts.set_draft, Rate.WRITE),
     client.ListDrafts: Route(drafts.list_drafts, Rate.READ),
     client.Schedule: Route(drafts.schedule, Rate.WRITE),
@@ -127,4 +127,4 @@ ROUTES: dict[type[client.Frame], Route] = {
     client.SetSwitches: Route(relationships.set_switches, Rate.WRITE),
     client.ListRelationships: Route(relationships.list_relationships, Rate.READ),
 }
-"""Every client frame but `authenticate`, which comes before there is anyone to ask for the others."""
+"""Every client frame except `authenticate`, which precedes all others."""

@@ -7,7 +7,15 @@ from pathlib import Path
 from tests.prose import faults, sentences
 
 ROOT = Path(__file__).parent.parent
-DONE = ("protocol", "server/core", "server/fairness", "server/limits")
+DONE = (
+    "protocol",
+    "server/context.py",
+    "server/core",
+    "server/db",
+    "server/fairness",
+    "server/limits",
+    "server/routes.py",
+)
 """Rooms whose docstrings were rewritten. Add a room when all of it keeps the rules."""
 
 
@@ -22,7 +30,7 @@ def docstrings(path: Path) -> Iterator[tuple[int, str]]:
 def test_docstrings_are_short_sentences_that_begin_with_their_subject() -> None:
     found, count = [], 0
     for room in DONE:
-        for path in sorted((ROOT / room).rglob("*.py")):
+        for path in sorted((ROOT / room).rglob("*.py")) or [ROOT / room]:
             for line, text in docstrings(path):
                 count += 1
                 found += [f"{path.relative_to(ROOT)}:{line} {fault}" for fault in faults(text)]

@@ -1,1 +1,1 @@
-"""The connections to PostgreSQL: nothing else opens any."""
+"""The connections to PostgreSQL. No other room opens any."""

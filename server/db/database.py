@@ -1,4 +1,4 @@
-"""The connections to PostgreSQL."""
+"""The database of a worker: pools of connections, transactions and retries."""
 
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
@@ -21,44 +21,48 @@ from server.limits.token_bucket import BURST_SECONDS
 
 OLDEST_MAJOR = 15
 CONNECT_SECONDS = 5.0
+"""Max time to connect, and max wait for a connection of the pool, in seconds."""
 STATEMENT_SECONDS = 10.0
+"""Max time of a statement, in seconds."""
 SENDING_SECONDS = 2.0
-"""Max time of a statement that stores messages of all users, in seconds. PostgreSQL ends it: it does so before the
-commit or not at all, so nothing was stored (docs/decisions/0066).
+"""Max time of a statement that stores messages, which are of many users, in seconds. PostgreSQL cancels it before the
+commit or not at all, so a cancelled statement stored nothing (docs/decisions/0066).
 """
 SENDING_CONNECTIONS = 2
-"""Connections for those statements alone, besides `OPENCHAT_DATABASE_CONNECTIONS`."""
+"""Connections for statements that store messages, per worker, in addition to `OPENCHAT_DATABASE_CONNECTIONS`."""
 SEARCH_SHARE = 4
-"""Searches hold at most one in `SEARCH_SHARE` of a worker's connections, and at least one."""
+"""Max share of a worker's connections that searches hold, as 1 / `SEARCH_SHARE`, but at least one."""
 SEARCHES_WAITING = 8
 """Max searches that wait for a connection, per worker."""
 SEARCH_PATIENCE = 1.0
 """Max time that a search waits for a connection, in seconds."""
 COUNTS_WAITING = 256
-"""Max badges that wait for a connection, per worker: every client asks for one when it starts."""
+"""Max `get_badge` frames that wait for a connection, per worker. Every client sends one when it starts."""
 JOB_LOCK_MS = 500
-"""Max time that a transaction of a job waits for a lock, in milliseconds: what is due for others comes after it."""
+"""Max time that a transaction of a job waits for a lock, in milliseconds. Due work of others waits behind the job."""
 COUNT_PATIENCE = 5.0
-"""Max time that a badge waits for a connection, in seconds."""
+"""Max time that a `get_badge` waits for a connection, in seconds."""
 CATCHING_UP_SHARE = 4
-"""Connections that catch up on more than a page hold at most one in `CATCHING_UP_SHARE`, and at least one."""
+"""Max share of connections that clients hold while they catch up on more than a page, as 1 / `CATCHING_UP_SHARE`, but
+at least one.
+"""
 CATCHING_UP_WAITING = 1_024
 CATCHING_UP_PATIENCE = 10.0
-"""Max connections that wait for their next page, and max time that each waits, in seconds."""
+"""Max clients that wait for their next page, and max wait of each, in seconds."""
 UNREACHABLE = (*REFUSED, ValueError)
-"""What connecting raises, also for a URL that is not understood."""
+"""Raised by connecting. ValueError stands for an invalid URL."""
 
 log = logging.getLogger(__name__)
 
 Db: TypeAlias = Connection
-"""What queries take first: a connection."""
+"""The first parameter of a query: a connection."""
 Result = TypeVar("Result")
 
 SESSION = {
     "application_name": "openchat",
-    # Every query of ours is meant to go from one indexed row to the next and stop early. A plan is kept, and one
-    # that was made while a table was small would scan or hash all of it until the next ANALYZE, so the plans that
-    # only pay for a few rows are not offered (docs/decisions/0008).
+    # Every query is meant to read one indexed row after the other and to stop early. PostgreSQL keeps plans. A plan
+    # that was made for a small table would scan or hash a large one until the next ANALYZE. So plans that only pay for
+    # a few rows are disabled (docs/decisions/0008).
     "plan_cache_mode": "force_generic_plan",
     "enable_seqscan": "off",
     "enable_bitmapscan": "off",
@@ -71,19 +75,19 @@ SESSION = {
 }
 
 SEARCHING = "SET LOCAL enable_bitmapscan = on; SET LOCAL work_mem = '32MB'; SET LOCAL statement_timeout = '2s'"
-"""What a transaction that uses an index of words sets. A search that takes longer than `SEARCH_MS` is refused."""
+"""Settings of a transaction that uses the search index. A search that takes longer than `SEARCH_MS` is refused."""
 SEARCH_MS = 2_000
 IN_ORDER = "SET LOCAL enable_bitmapscan = off"
-"""What such a transaction sets for statements that read in the order of an index and stop: a bitmap has no order."""
+"""Setting for statements of such a transaction that read in the order of an index and stop. A bitmap has no order."""
 
 IMPATIENT = f"SET LOCAL lock_timeout = '{JOB_LOCK_MS}ms'"
 
 
 class PoolState:
-    """What all users of a pool share."""
+    """The state that all users of a pool share."""
 
     def __init__(self, pool: Pool, sending: Pool, epoch: Epoch, *, most: int) -> None:
-        """`most` is how many connections `pool` may open."""
+        """`most` is the max number of connections of `pool`."""
         self.pool = pool
         self.sending = sending
         self.epoch = epoch
@@ -96,7 +100,7 @@ class PoolState:
 
 
 class Database:
-    """A pool of connections. Heals by itself: what was lost is opened again when it is next needed."""
+    """A pool of connections. Lost connections are replaced when the next statement needs one."""
 
     __slots__ = ("_is_impatient", "_pool", "_shared")
 
@@ -106,37 +110,37 @@ class Database:
         self._is_impatient = is_impatient
 
     def of(self, user_id: UserId) -> "Database":
-        """Return the database as one user has it, who holds a share of the connections at most."""
+        """Return the database for one user, who holds at most a share of the connections."""
         return Database(self._shared.pool.of(user_id), self._shared)
 
     def of_sessions(self, user_id: UserId, asker: SessionId | None) -> "Database":
-        """Return the database for the sessions of one user: one further connection, which their frames cannot hold.
-        `asker` is the session that asks; None for a login.
+        """Return the database for requests about one user's sessions. They have a connection that the user's frames
+        cannot hold. `asker` is the session that asks, or None for a login.
         """
         return Database(self._shared.pool.of_sessions(user_id, asker), self._shared)
 
     def of_strangers(self, address: str) -> "Database":
-        """Return the database as those have it who have no account yet: all together a share of the connections, and
-        none waits longer than `JOB_LOCK_MS` for a lock. An import holds the e-mail addresses that it brings in until it
-        commits, and a registration of such an address waits for that.
+        """Return the database for requests without an account. Together they hold at most a share of the connections.
+        None waits longer than `JOB_LOCK_MS` for a lock, because an import locks the e-mail addresses of its users until
+        it commits. A registration of such an address would wait for the import.
         """
         return Database(self._shared.pool.of_strangers(address), self._shared, is_impatient=True)
 
     def of_jobs(self) -> "Database":
-        """Return the database as periodic jobs have it: its transactions raise LockNotAvailableError if they wait for a
-        lock longer than `JOB_LOCK_MS`.
+        """Return the database for periodic jobs. Its transactions raise LockNotAvailableError if they wait for a lock
+        longer than `JOB_LOCK_MS`.
         """
         return Database(self._shared.pool, self._shared, is_impatient=True)
 
     @property
     def deadlocks(self) -> int:
-        """Transactions that PostgreSQL ended, and that were tried once more."""
+        """The number of transactions that PostgreSQL ended to break a deadlock, and that were retried."""
         return self._shared.deadlocks
 
     @classmethod
     async def open(cls, settings: Settings) -> "Database":
-        """Return a pool for `settings.database_url`, whose connections are all of one epoch. Raises Fatal if it cannot
-        be reached.
+        """Return a pool for `settings.database_url`, whose connections all belong to one epoch. Raises Fatal if the
+        database cannot be reached.
         """
         session = SESSION | {"default_text_search_config": settings.search_language}
 
@@ -168,22 +172,22 @@ class Database:
         return cls(pool, PoolState(pool, sending, epoch, most=most))
 
     async def close(self) -> None:
-        """Close all connections, without waiting for what is in flight."""
+        """Close all connections, without waiting for statements in flight."""
         self._shared.pool.close()
         self._shared.sending.close()
 
     def connection(self) -> Lease:
-        """Borrow a connection; each statement commits by itself."""
+        """Borrow a connection. Each statement commits on its own."""
         return Lease(self._pool, is_lost)
 
     def sending(self) -> Lease:
-        """Borrow a connection on which PostgreSQL ends statements after `SENDING_SECONDS`."""
+        """Borrow a connection on which PostgreSQL cancels statements after `SENDING_SECONDS`."""
         return Lease(self._shared.sending, is_lost)
 
     @asynccontextmanager
     async def catching_up(self) -> AsyncIterator[Db]:
-        """Borrow a connection of the share that clients with much to catch up on have, for one statement or two. They
-        come in turns, each with one statement at a time. Raises Refused if too many wait, or if no turn comes soon.
+        """Borrow a connection for one or two statements of a client that catches up on much. Such clients share a part
+        of the connections, in turns. Raises Refused if too many wait, or if no turn comes in time.
         """
         async with self._of_share(self._shared.catching_up) as connection:
             yield connection
@@ -197,8 +201,8 @@ class Database:
             yield connection
 
     async def atomically(self, what: str, work: Callable[[Db], Awaitable[Result]]) -> Result:
-        """Return what `work` does in a transaction. It is done once more if PostgreSQL ended it to break a deadlock, so
-        it publishes nothing; `what` names it in the log.
+        """Return the result of `work` in a transaction, which is retried once if PostgreSQL ends it to break a
+        deadlock. So `work` must not publish anything. `what` names it in the log.
         """
 
         async def once() -> Result:
@@ -208,34 +212,34 @@ class Database:
         return await self.again(what, once)
 
     async def again(self, what: str, work: Callable[[], Awaitable[Result]]) -> Result:
-        """Return what `work` does, done once more if PostgreSQL ended its transaction to break a deadlock."""
+        """Return the result of `work`, which is retried once if PostgreSQL ends its transaction to break a deadlock."""
         return await twice(work, partial(self.rolled_back, what))
 
     def rolled_back(self, what: str, error: Exception) -> None:
-        """Count and log that PostgreSQL ended a transaction that is tried once more now."""
+        """Count and log a transaction that PostgreSQL ended and that is retried now."""
         self._shared.deadlocks += 1
         log.warning("%s was rolled back by PostgreSQL and is retried once: %s", what, error)
 
     def searching(self) -> AbstractAsyncContextManager[Db]:
-        """Borrow a connection, of the share that searches have, inside a transaction in which an index of words may be
-        used, as only bitmaps can. Raises Refused if no connection becomes free soon, or if the search takes too long.
+        """Borrow a connection of the share of searches, inside a transaction that may use the search index by bitmaps.
+        Raises Refused if no connection becomes free in time, or if the search takes too long.
         """
         return self._with_words(
             self._shared.searches,
             "This search takes too long. Use longer or rarer words, or name a conversation.",
-            retry_after_ms=int(BURST_SECONDS * 1_000),  # until then at most, the allowance has no token
+            retry_after_ms=int(BURST_SECONDS * 1_000),  # the max time until the rate limit has a token again
         )
 
     def counting(self) -> AbstractAsyncContextManager[Db]:
-        """The same of the share that badges have: other users' searches refuse no badge."""
+        """The same with the share of badges, so that searches of other users refuse no badge."""
         return self._with_words(
             self._shared.counts, "Counting takes too long. Retry after `retry_after_ms`.", retry_after_ms=SEARCH_MS
         )
 
     @asynccontextmanager
     async def _of_share(self, share: Share) -> AsyncIterator[Db]:
-        """Borrow a connection of a share. The user's turn comes first: a user who waits for it keeps no part of the
-        share from others.
+        """Borrow a connection of a share. The user's turn comes first, because a user who waits for it must not hold a
+        part of the share.
         """
         async with self._pool.turn() as pool, share.hold(Lease(pool, is_lost)) as connection:
             yield connection
@@ -251,11 +255,11 @@ class Database:
 
     @property
     def size(self) -> int:
-        """How many connections there are."""
+        """The number of open connections."""
         return len(self._shared.pool) + len(self._shared.sending)
 
     async def is_current(self) -> bool:
-        """Whether the database answers and has the schema that this program knows."""
+        """Whether the database answers and has exactly the schema of this program."""
         async with self.connection() as db:
             return await is_current(db)
 
@@ -265,19 +269,21 @@ class Database:
         return self._shared.epoch
 
     async def check_epoch(self) -> None:
-        """Check a connection that lives on: `openchat new-epoch` ends none."""
+        """Check the epoch of an open connection. `openchat new-epoch` closes none, so opening alone would not notice
+        it.
+        """
         async with self.connection() as db:
             await self.epoch.check(db)
 
 
 class Single:
-    """One connection, with the transactions of a Database: for the command line."""
+    """One connection with the transactions of `Database`, for the command line."""
 
     def __init__(self, connection: Db) -> None:
         self._connection = connection
 
     async def atomically(self, what: str, work: Callable[[Db], Awaitable[Result]]) -> Result:
-        """Return what `work` does in a transaction, done once more as in Database."""
+        """Return the result of `work` in a transaction, which is retried as in `Database`."""
 
         async def once() -> Result:
             async with self._connection.transaction():
@@ -287,8 +293,8 @@ class Single:
 
 
 async def twice(work: Callable[[], Awaitable[Result]], told: Callable[[Exception], None]) -> Result:
-    """Return what `work` does, done once more if PostgreSQL ended its transaction to break a deadlock. `told` is called
-    with the error before that.
+    """Return the result of `work`, which is retried once if PostgreSQL ends its transaction to break a deadlock. `told`
+    is called with the error before the retry.
     """
     try:
         return await work()
@@ -300,7 +306,7 @@ async def twice(work: Callable[[], Awaitable[Result]], told: Callable[[Exception
 async def connect(url: str) -> "asyncpg.Connection[asyncpg.Record]":
     """Return one connection to the database at `url`, outside any pool.
 
-    Raises Fatal if it cannot be reached or is older than PostgreSQL 15.
+    Raises Fatal if the database cannot be reached, or if it is older than PostgreSQL 15.
     """
     try:
         connection = await asyncpg.connect(url, timeout=CONNECT_SECONDS)
@@ -318,7 +324,7 @@ LANGUAGE = "SELECT set_config('default_text_search_config', $1, false)"
 
 
 async def speak(connection: Connection, language: str) -> None:
-    """Have a connection take words for those of a language. Raises Fatal if PostgreSQL does not know it."""
+    """Set the text search configuration of a connection. Raises Fatal if PostgreSQL does not have it."""
     try:
         await connection.execute(LANGUAGE, language)
     except asyncpg.PostgresError:
@@ -330,7 +336,7 @@ async def speak(connection: Connection, language: str) -> None:
 
 
 def _unreachable(error: Exception) -> Fatal:
-    if isinstance(error, ValueError):  # about the URL, which it may quote
+    if isinstance(error, ValueError):  # an error about the URL may quote it, with its password
         return Fatal("DATABASE_URL is invalid. Check its host, port and options.")
     reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
     return Fatal(f"the database cannot be reached: {reason}. Check DATABASE_URL.")

@@ -1,8 +1,7 @@
-"""The epoch of the database: a restore, a replacement, a promotion and `openchat new-epoch` each begin another one.
+"""The epoch of the database. A restore, a replacement, a promotion and `openchat new-epoch` each begin a new one.
 
-All that a worker remembers, such as delivered versions, is true in the epoch in which the worker started. So a worker
-belongs to one epoch: each of its connections is checked before it is used, and when another epoch is found, the worker
-ends (docs/decisions/0061).
+The state of a worker, such as delivered versions, is valid in the epoch in which the worker started. So a worker
+belongs to one epoch. It checks each connection before use, and exits when it finds another epoch (docs/decisions/0061).
 """
 
 import asyncio
@@ -13,9 +12,9 @@ import asyncpg
 
 from server.core.errors import Away
 
-# A restored dump has its `epoch` from the original, and is told from it by the numbers of the PostgreSQL, the database
-# or the table. Only a copy of the files of a PostgreSQL, or rows put in place of others, need `openchat new-epoch`.
-# `pg_control_checkpoint` learns of a promotion only at the checkpoint after it, which takes minutes.
+# A restored dump has the `epoch` of the original. The numbers of the PostgreSQL cluster, the database or the table
+# distinguish them. `openchat new-epoch` is only needed after a copy of a cluster's files, or after replacing rows.
+# `pg_control_checkpoint` would show a promotion only after the next checkpoint, which takes minutes.
 EPOCH = """
 SELECT pg_is_in_recovery(), left(encode(sha256(concat_ws('.', e.epoch, s.system_identifier, d.oid, e.tableoid,
     CASE WHEN NOT pg_is_in_recovery() THEN left(pg_walfile_name(pg_current_wal_lsn()), 8) END)::bytea), 'hex'), 16)
@@ -31,9 +30,9 @@ Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
 
 
 class Epoch:
-    """The epoch that the first connection of this process leads to.
+    """The epoch of this process, which its first connection defines.
 
-    `id` is part of each key and channel in Redis, and clients are told it. `over` is set when a connection leads to
+    `id` is part of each key and channel in Redis, and is sent to clients. `over` is set when a connection belongs to
     another epoch.
     """
 
@@ -42,8 +41,8 @@ class Epoch:
         self.over = asyncio.Event()
 
     async def check(self, connection: Connection) -> None:
-        """Return if a connection leads to this epoch. Raises Away if it leads to another one, and ConnectionError if to
-        none: the connection is not to be used.
+        """Check that a connection belongs to this epoch. Raises Away if it belongs to another one, and ConnectionError
+        if it belongs to none. The caller must not use such a connection.
         """
         found = await _read(connection)
         if found is None:
@@ -57,17 +56,19 @@ class Epoch:
 
 
 async def epoch_id(connection: Connection) -> str:
-    """Return the id of the present epoch."""
+    """Return the id of the current epoch."""
     return str(await connection.fetchval(EPOCH, column=1))
 
 
 async def begin_epoch(connection: Connection) -> None:
-    """Have every client start over, as after restoring a backup. Workers that run find out within seconds."""
+    """Begin a new epoch, so that every client starts over, as after restoring a backup. Running workers notice it
+    within seconds.
+    """
     await connection.execute(NEW)
 
 
 async def _read(connection: Connection) -> str | None:
-    """Return the id of the epoch, or None if the database is a standby or has no epoch yet."""
+    """Return the id of the epoch. Return None if the database is a standby or has no epoch yet."""
     try:
         found = await connection.fetchrow(EPOCH)
     except asyncpg.UndefinedTableError:

@@ -1,4 +1,4 @@
-"""Brings a database to the schema that this program knows: schema.sql for an empty one, migrations for others."""
+"""Brings a database to the schema of this program. An empty one gets schema.sql, and others get migrations."""
 
 import asyncio
 import logging
@@ -14,19 +14,19 @@ import asyncpg
 from server.core.errors import Fatal
 
 LOCK_SECONDS = 1
-"""Max wait of a migration for each lock, in seconds. Other statements on that table wait behind it."""
+"""Max wait of a migration for each lock, in seconds. Other statements on the table wait behind it."""
 ATTEMPTS = 30
-"""Max attempts at a migration that other sessions' locks stop."""
+"""Max attempts at a migration that locks of other sessions stop."""
 PAUSE_SECONDS = 1.0
-"""Pause between two attempts, in seconds, in which the statements that waited go on."""
+"""Pause between two attempts, in seconds. Waiting statements proceed meanwhile."""
 TURN_SECONDS = 0.1
-"""Interval at which a process asks whether another one still migrates or builds an index, in seconds."""
+"""Interval at which a process checks whether another one still migrates or builds an index, in seconds."""
 BUILD_SECONDS = 600
 """Max wait of an index build for older transactions, in seconds. No statement waits behind it."""
 
 _HERE = Path(__file__).parents[1]
 ROOT = _HERE if (_HERE / "schema.sql").exists() else _HERE.parent
-"""The folder of schema.sql and migrations/: the package when installed, its parent in a checkout."""
+"""The folder of schema.sql and migrations/. It is the package when installed, and its parent in a checkout."""
 
 TABLE = """
 CREATE TABLE schema_migration (
@@ -36,7 +36,7 @@ CREATE TABLE schema_migration (
 )
 """
 LOCK = "LOCK TABLE schema_migration IN SHARE UPDATE EXCLUSIVE MODE NOWAIT"
-"""Lets one process migrate at a time. Readers of the database could hold an advisory lock, but not this one."""
+"""Lets one process migrate at a time. Other readers of the database could take an advisory lock, but not this one."""
 PATIENCE = f"SET LOCAL lock_timeout = '{LOCK_SECONDS}s'"
 PATIENCE_OF_STEPS = f"SET lock_timeout = '{LOCK_SECONDS}s'"
 UNTIL_BUILT = f"SET lock_timeout = '{BUILD_SECONDS}s'"
@@ -44,14 +44,16 @@ BUILD = re.compile(
     r'CREATE (?:UNIQUE )?INDEX CONCURRENTLY (?P<index>\w+) ON (?P<table>\w+|"\w+")\s+(?:USING \w+ )?'
     r"\((?P<key>[^;]+?)\)(?P<where>\s+WHERE [^;]+)?;"
 )
-"""The only kind of statement in a migration whose text holds `CONCURRENTLY`."""
+"""The only kind of statement in a migration whose text contains `CONCURRENTLY`."""
 COMMITS = re.compile(r"^\s*COMMIT;", re.MULTILINE)
-"""Marks a migration that is one block, which changes rows in small transactions. Run again, it changes the rest."""
+"""Identifies a migration that is one block, which changes rows in small transactions. A second run changes the
+remaining rows.
+"""
 IS_BUILDING = (
     "SELECT EXISTS (SELECT FROM pg_stat_progress_create_index WHERE relid = to_regclass('public.' || $1::text))"
 )
 ALIKE = "SELECT string_agg(id::text, ', ' ORDER BY id) FROM {table} {where} GROUP BY {key} HAVING count(*) > 1 LIMIT 1"
-"""Rows that keep a unique index from being built. Every table that gets one this way has an `id`."""
+"""Rows that prevent a unique index. Every table that gets an index this way has an `id`."""
 DELETE_ONE = "DELETE FROM {table} WHERE id = '<its id>'"
 IS_VALID = "SELECT i.indisvalid FROM pg_index i WHERE i.indexrelid = to_regclass(format('public.%I', $1::text))"
 UNHURRIED = """
@@ -79,11 +81,11 @@ Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record] | asyncpg.pool.PoolC
 
 
 STOPPED = (asyncpg.LockNotAvailableError, asyncpg.DeadlockDetectedError)
-"""Errors of PostgreSQL about locks of other sessions, after which a migration is tried again."""
+"""Errors about locks of other sessions, after which a migration is retried."""
 
 
 class Migration(NamedTuple):
-    """One step. `number` is its place: 1, 2, 3 and so on."""
+    """A migration. `number` is its place in the order: 1, 2, 3 and so on."""
 
     number: int
     name: str
@@ -91,19 +93,23 @@ class Migration(NamedTuple):
 
 
 def known() -> list[Migration]:
-    """Return all migrations that this program knows, in order."""
+    """Return all migrations of this program, in order."""
     return _steps(ROOT / "migrations")
 
 
 @cache
 def _steps(folder: Path) -> list[Migration]:
-    """Read a folder once: an update of the package may put a newer program's steps there while this one runs."""
+    """Read a folder once per process. An update of the package may add a newer program's migrations while this one
+    runs.
+    """
     paths = sorted(folder.glob("*.sql"))
     return [Migration(int(path.stem.split("_")[0]), path.stem, path) for path in paths]
 
 
 async def plan(connection: Connection) -> list[str]:
-    """Return the steps that `migrate` would do, none if the database is up to date. Raises Fatal as `migrate` does."""
+    """Return the names of the steps that `migrate` would apply. The list is empty if the schema is current. Raises
+    Fatal as `migrate` does.
+    """
     if await connection.fetchval(IS_EMPTY):
         return ["schema.sql (the database is empty)"]
     applied = await _applied(connection)
@@ -111,16 +117,17 @@ async def plan(connection: Connection) -> list[str]:
 
 
 async def migrate(url: str) -> list[str]:
-    """Do the steps of `plan` in the database at `url`, and return them. Processes may call it concurrently.
+    """Apply the steps of `plan` to the database at `url`, and return their names. Processes may call it concurrently.
 
-    Raises Fatal if the schema is newer than the program, or is not OpenChat's, or if another session holds its tables.
+    Raises Fatal if the schema is newer than this program, or is not OpenChat's. Also raises Fatal if another session
+    holds its tables.
     """
     async with _connected(url) as connection:
         if await connection.fetchval(IS_EMPTY):
             try:
                 return await _create(connection)
             except (asyncpg.UniqueViolationError, asyncpg.DuplicateTableError):
-                # Another process created the tables first, and has committed.
+                # Another process has created the tables and committed.
                 if not await connection.fetchval(HAS_TABLE):
                     raise
         await _applied(connection)
@@ -140,7 +147,7 @@ async def _connected(url: str) -> AsyncIterator[Connection]:
 
 
 class _Warnings:
-    """Logs what PostgreSQL and our functions warn of, each message once for each connection."""
+    """Logs warnings and notices of PostgreSQL and of our functions. Each message is logged once per connection."""
 
     def __init__(self) -> None:
         self._seen: set[str] = set()
@@ -153,9 +160,10 @@ class _Warnings:
 
 @asynccontextmanager
 async def _alone(url: str) -> AsyncIterator[Connection]:
-    """Let one process migrate at a time. The lock has a connection of its own: no transaction builds an index.
+    """Let one process migrate at a time. The lock has a connection of its own, because no index is built concurrently
+    inside a transaction.
 
-    A statement that waits for a lock has a snapshot, for which an index that is built would wait: so ask again instead.
+    A statement that waits for a lock has a snapshot, and an index build would wait for that snapshot. So this polls.
     """
     async with _connected(url) as keeper:
         while True:
@@ -172,7 +180,7 @@ async def _alone(url: str) -> AsyncIterator[Connection]:
 
 
 async def _create(connection: Connection) -> list[str]:
-    """Create all tables. Of concurrent processes one does; the others wait at the first statement, and raise."""
+    """Create all tables. Of concurrent processes, one succeeds. The others wait at the first statement, and raise."""
     async with connection.transaction():
         await connection.execute(TABLE)
         await connection.execute((ROOT / "schema.sql").read_text())
@@ -199,7 +207,7 @@ async def _migrate(connection: Connection, keeper: Connection) -> list[str]:
                     f"the migration {migration.name} found rows of the table {error.table_name} that violate "
                     f"{error.constraint_name or 'a constraint'}. Change or delete these rows, and start again."
                 ) from error
-    # A restored dump brings grants to readers, and not what was taken from everybody.
+    # A restored dump has the grants of the original, but not its revocations.
     await connection.execute(CLOSE)
     return todo
 
@@ -231,10 +239,10 @@ async def _apply(connection: Connection, migration: Migration) -> None:
 
 
 async def _build(connection: Connection, statement: re.Match[str]) -> None:
-    """Build an index while others write. An invalid one, which a broken build left behind, is dropped first."""
+    """Build an index without blocking writes. An invalid index that a failed build left behind is dropped first."""
     index = statement["index"]
-    # PostgreSQL goes on building for a client that was killed.
-    while await connection.fetchval(IS_BUILDING, statement["table"]):  # noqa: ASYNC110 - PostgreSQL tells nobody
+    # PostgreSQL continues a build whose client was killed.
+    while await connection.fetchval(IS_BUILDING, statement["table"]):  # noqa: ASYNC110 - there is no event
         await asyncio.sleep(TURN_SECONDS)
     is_valid = await connection.fetchval(IS_VALID, index)
     if is_valid is False:
@@ -255,13 +263,13 @@ async def _build(connection: Connection, statement: re.Match[str]) -> None:
 
 
 async def is_current(connection: Connection) -> bool:
-    """Return whether the database has exactly the schema that this program knows."""
+    """Return whether the database has exactly the schema of this program."""
     has_table = await connection.fetchval(HAS_TABLE)
     return bool(has_table) and int(await connection.fetchval(APPLIED)) == len(known())
 
 
 async def require_steps(connection: Connection) -> None:
-    """Raise Fatal if the database lacks steps of this program's schema. It may have those of a newer program, which is
+    """Raise Fatal if the database lacks migrations of this program. It may have those of a newer program that is
     replacing this one.
     """
     if not await connection.fetchval(HAS_TABLE) or int(await connection.fetchval(APPLIED)) < len(known()):
@@ -269,7 +277,7 @@ async def require_steps(connection: Connection) -> None:
 
 
 async def require_current(connection: Connection) -> None:
-    """Raise Fatal unless the database has exactly the schema that this program knows."""
+    """Raise Fatal unless the database has exactly the schema of this program."""
     if not await is_current(connection):
         raise Fatal(OLDER)
 

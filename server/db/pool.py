@@ -1,8 +1,8 @@
-"""The pool of connections to PostgreSQL: what every statement passes through, so there is little of it.
+"""The pool of connections to PostgreSQL. Every statement passes through it, so it does little.
 
-asyncpg has a pool; at a few hundred statements a second an eighth of a worker's CPU time went into it
-(docs/performance.md). Ours hands the connection itself to whoever asks, at once if one is free, and asks PostgreSQL
-to forget nothing in between, because nothing that we do leaves anything behind.
+asyncpg has a pool, which took an eighth of a worker's CPU time at a few hundred statements per second
+(docs/performance.md). This one lends the connection itself, immediately if one is free. It does not reset connections,
+because no statement of this program leaves a state behind.
 """
 
 import asyncio
@@ -19,17 +19,17 @@ from server.fairness.fair_queue import FairQueue
 from server.fairness.turns import Turns
 
 USER_SHARE = 2
-"""One user holds at most one in `USER_SHARE` of a worker's connections, and at least one."""
+"""Max share of a worker's connections per user, as 1 / `USER_SHARE`, but at least one."""
 
 
 class OfSessions(NamedTuple):
-    """What requests about the sessions of one user wait as: behind none of the user's frames."""
+    """The client for requests about one user's sessions. They do not wait behind the user's frames."""
 
     user_id: UserId
 
 
 class OfStrangers(Enum):
-    """What requests of those who have no account yet wait as, all together."""
+    """The client for all requests without an account."""
 
     REGISTERING = "registering"
 
@@ -39,10 +39,10 @@ Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
 
 
 class Pool:
-    """At most `most` connections, opened when they are needed; the one used last is used next."""
+    """Max `most` connections, which are opened when needed. The connection that was used last is used next."""
 
     def __init__(self, connect: Callable[[], Awaitable[Connection]], *, most: int, patience: float) -> None:
-        """`patience` is how many seconds to wait for one to become free."""
+        """`patience` is the max wait for a free connection, in seconds."""
         self._connect = connect
         self._most = most
         self._patience = patience
@@ -55,32 +55,35 @@ class Pool:
         self._sessions_turns: Turns[Client] = Turns(1, patience=patience)
 
     def of(self, user_id: UserId) -> "UserPool":
-        """Return the pool as one user has it."""
+        """Return the pool for one user."""
         return UserPool(self, self._turns, user_id)
 
     def of_sessions(self, user_id: UserId, asker: SessionId | None) -> "UserPool":
-        """Return the pool for the sessions of one user: one further connection, which their frames cannot hold, and for
-        which they do not wait behind these. Each session that asks, and logins, have it in turn.
+        """Return the pool for requests about one user's sessions. They have a connection that the user's frames cannot
+        hold, and do not wait behind those frames. Each session that asks, and all logins together, take turns.
         """
         return UserPool(self, self._sessions_turns, OfSessions(user_id), asker)
 
     def of_strangers(self, address: str) -> "UserPool":
-        """Return the pool as all who have no account yet have it together: as one user. Addresses have it in turn."""
+        """Return the pool for all requests without an account, which together count as one user. Addresses
+        take turns.
+        """
         return UserPool(self, self._turns, OfStrangers.REGISTERING, address)
 
     @asynccontextmanager
     async def turn(self) -> "AsyncIterator[Pool]":
-        """The same as `UserPool.turn` of no user: nobody waits."""
+        """Do nothing, where `UserPool.turn` waits. Without a user, nothing limits the turns."""
         yield self
 
     def __len__(self) -> int:
         return len(self._free) + len(self._taken)
 
     async def take(self, client: Client | None = None) -> Connection:
-        """Return a connection that is nobody else's until `give`. Clients that wait take turns, and nobody overtakes
-        them. What is done for no user, such as a job or a look-up for many, waits as a client of its own.
+        """Return a connection, which is the caller's until `give`. Waiting clients take turns, and no later call
+        overtakes them. A call without a client, such as that of a job, waits as a client of its own.
 
-        Raises TimeoutError if none becomes free in time, InterfaceError once closed, and what connecting raises.
+        Raises TimeoutError if none becomes free in time, InterfaceError if the pool is closed, and the errors of
+        connecting.
         """
         if self._is_closed:
             raise _closed()
@@ -100,7 +103,7 @@ class Pool:
                 got = await turn
         except BaseException:
             if turn.done() and not turn.cancelled() and turn.exception() is None:
-                self._hand_on(turn.result())  # it came too late
+                self._hand_on(turn.result())  # the connection came too late
             elif client is None:
                 self._waiting.leave(line)
             else:
@@ -109,7 +112,7 @@ class Pool:
         return await self._open() if got is None else got
 
     def give(self, connection: Connection, *, is_usable: bool) -> None:
-        """Take a connection back; one that may be in the middle of something is ended."""
+        """Return a connection to the pool. It is closed if a statement may still be in progress on it."""
         if is_usable and not connection.is_closed() and not self._is_closed:
             self._hand_on(connection)
             return
@@ -119,7 +122,9 @@ class Pool:
         self._hand_on(None)
 
     def _hand_on(self, connection: "Connection | None") -> None:
-        """Give a connection that was taken, or the place to open one, to whoever waits: newcomers do not overtake."""
+        """Pass on a connection that was taken, or the right to open one if `connection` is None. Waiting clients come
+        first.
+        """
         if self._waiting:
             self._next_turn().set_result(connection)
         elif connection is None:
@@ -129,13 +134,13 @@ class Pool:
             self._free.append(connection)
 
     def _next_turn(self) -> "asyncio.Future[Connection | None]":
-        """Take whose turn it is out of the lines."""
+        """Remove the next waiting call from the queue, and return its future."""
         line, turn = self._waiting.take()
         self._waiting.done(line)
         return turn
 
     def close(self) -> None:
-        """End all connections, without waiting for what is in flight; no others are opened."""
+        """Close all connections, without waiting for statements in flight. No others are opened."""
         self._is_closed = True
         for connection in (*self._free, *self._taken):
             connection.terminate()
@@ -144,7 +149,7 @@ class Pool:
             self._next_turn().set_exception(_closed())
 
     async def _open(self) -> Connection:
-        """Open a connection in a place that `_opening` counts."""
+        """Open a connection that `_opening` counts already."""
         try:
             connection = await self._connect()
         except BaseException:
@@ -163,8 +168,8 @@ def _closed() -> asyncpg.InterfaceError:
 
 
 class UserPool:
-    """The pool as one user has it: who holds a share of the connections waits for one of their own to come back, so
-    that there are others for everybody else.
+    """The pool for one user. A user who holds the max share waits for one of their own connections, so that others stay
+    free for other users.
     """
 
     __slots__ = ("_asker", "_client", "_pool", "_turns")
@@ -176,7 +181,9 @@ class UserPool:
         self._asker = asker
 
     async def take(self) -> Connection:
-        """Return a connection as the pool does. Raises TimeoutError if none of the user comes back in time, too."""
+        """Return a connection as `Pool.take` does. Raises TimeoutError also if the user's other connections are not
+        returned in time.
+        """
         await self._turns.take(self._client, self._asker)
         try:
             return await self._pool.take(self._client)
@@ -186,10 +193,10 @@ class UserPool:
 
     @asynccontextmanager
     async def turn(self) -> "AsyncIterator[HeldTurn]":
-        """Hold one of the user's turns, for a block that takes a connection of the pool later. A user who waits for a
-        turn holds nothing else that others need, such as a part of a share.
+        """Hold one of the user's turns, for a block that takes a connection later. A user who waits for a turn holds
+        nothing that others need, such as a part of a share.
 
-        Raises TimeoutError if none of the user comes back in time.
+        Raises TimeoutError if no turn of the user is returned in time.
         """
         await self._turns.take(self._client, self._asker)
         try:
@@ -198,7 +205,7 @@ class UserPool:
             self._turns.give(self._client, self._asker)
 
     def give(self, connection: Connection, *, is_usable: bool) -> None:
-        """Take a connection back."""
+        """Return a connection to the pool."""
         try:
             self._pool.give(connection, is_usable=is_usable)
         finally:
@@ -215,21 +222,21 @@ class HeldTurn:
         self._client = client
 
     async def take(self) -> Connection:
-        """Return a connection as the pool does."""
+        """Return a connection as `Pool.take` does."""
         return await self._pool.take(self._client)
 
     def give(self, connection: Connection, *, is_usable: bool) -> None:
-        """Take a connection back."""
+        """Return a connection to the pool."""
         self._pool.give(connection, is_usable=is_usable)
 
 
 class Lease:
-    """A connection for the length of a block."""
+    """A connection for the duration of a block."""
 
     __slots__ = ("_connection", "_is_lost", "_pool")
 
     def __init__(self, pool: Pool | UserPool | HeldTurn, is_lost: Callable[[BaseException], bool]) -> None:
-        """`is_lost` tells of an error whether the connection may still be in the middle of what failed."""
+        """`is_lost` returns whether a connection may still be busy after an error."""
         self._pool = pool
         self._is_lost = is_lost
         self._connection: Connection

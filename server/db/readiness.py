@@ -1,15 +1,15 @@
-"""Whether a worker is ready: one look at the database for all who ask within a second."""
+"""Whether a worker is ready. Requests within a second share one check of the database."""
 
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
 
 LOOK_SECONDS = 1.0
-"""Min interval between the beginnings of two looks, in seconds. Probes need no account and no allowance."""
+"""Min interval between the starts of two checks, in seconds. Probes need no account and have no rate limit."""
 
 
 class Readiness:
-    """Shares each look among those who ask."""
+    """Shares each check among concurrent callers."""
 
     def __init__(self, look: Callable[[], Awaitable[bool]], *, clock: Callable[[], float] = time.monotonic) -> None:
         self._look = look
@@ -18,9 +18,11 @@ class Readiness:
         self._looking: asyncio.Task[bool] | None = None
 
     async def is_given(self) -> bool:
-        """Return what the last look found if it began less than `LOOK_SECONDS` ago, or what a new one finds."""
+        """Return the result of the last check if it began less than `LOOK_SECONDS` ago. Otherwise return that of a new
+        one.
+        """
         if self._looking is None or (self._looking.done() and self._clock() - self._began >= LOOK_SECONDS):
             self._began = self._clock()
             self._looking = asyncio.ensure_future(self._look())
-        # One who hangs up does not end the look of the others.
+        # A caller that disconnects must not cancel the check of the others.
         return await asyncio.shield(self._looking)

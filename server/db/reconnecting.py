@@ -1,4 +1,6 @@
-"""New connections to PostgreSQL. While it is away, few are tried: it logs each that comes before it is ready."""
+"""New connections to PostgreSQL. During an outage few are attempted, because PostgreSQL logs each one that comes before
+it is ready.
+"""
 
 import logging
 import time
@@ -11,9 +13,9 @@ from server.core.errors import Away, told
 from server.core.failures import Failures
 
 RETRY_SECONDS = 0.25
-"""Min interval between two tries to connect while PostgreSQL is away, in seconds."""
+"""Min interval between two attempts to connect during an outage, in seconds."""
 REFUSED = (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError)
-"""What connecting raises."""
+"""Raised by connecting."""
 
 log = logging.getLogger(__name__)
 
@@ -21,7 +23,7 @@ Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
 
 
 class Reconnecting:
-    """Connects as often as it is asked to. After a failure, one connects at a time, and all others are told of it."""
+    """Connects for each call. After a failure one call connects at a time, and all others fail with the last reason."""
 
     def __init__(
         self,
@@ -37,7 +39,7 @@ class Reconnecting:
         self._is_trying = False
 
     async def connect(self, session: Mapping[str, str]) -> Connection:
-        """Return a new connection with the settings of `session`. Raises Away if there is none."""
+        """Return a new connection with the settings in `session`. Raises Away if PostgreSQL cannot be reached."""
         is_retry = self._reason is not None
         if self._reason is not None:
             if self._is_trying or self._clock() < self._next:

@@ -1,7 +1,7 @@
-"""Rows that PostgreSQL writes as JSON, decoded so that one unreadable part never ends a page, a connection or a batch.
+"""Rows that PostgreSQL returns as JSON. One unreadable part never fails a page, a connection or a batch.
 
-Rows may be older than a bound, restored, imported, or written by a newer server. A part that cannot be read is left
-out, its message says `is_unreadable`, and the log names it once.
+Rows may be older than a limit, restored, imported, or written by a newer server. Unreadable parts are left out. Their
+messages get `is_unreadable`, and the log names each part once.
 """
 
 import asyncio
@@ -27,20 +27,20 @@ Value = TypeVar("Value")
 Made = TypeVar("Made")
 
 PORTION = 16 * 1024
-"""Characters of rows that are read before whatever waits for the loop has a turn: 0.4 ms of metadata at its bounds
+"""Characters of rows that are decoded before other callbacks of the event loop run. Decoding them takes up to 0.4 ms
 (docs/performance.md).
 """
 MAX_DEPTH = 200
-"""Max depth of a row: far beyond what `json_object.read` lets through, far below what ends in RecursionError."""
+"""Max depth of a row. It is far above what `json_object.read` accepts, and far below what raises RecursionError."""
 MAX_MENDED = 1_000
-"""Max parts that are left out of one row."""
+"""Max parts that are left out, per row."""
 MAX_TOLD = 1_000
 """Max unreadable parts that are remembered, so that the log names each once."""
 MAX_DIGITS = 300
 STAND_INS: dict[str, object] = {"words": {"content": ""}, "content": ""}
-"""Values for fields that have no default and that clients have written."""
+"""Substitutes for fields without a default that clients have written."""
 LONG_AGO = "1970-01-01T00:00:00Z"
-"""Stands in for a time that has no default, whose field ends in `_at`."""
+"""Substitute for a time without a default. Such a field's name ends with `_at`."""
 
 _TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[\[{]|[\]}]|[^"\[\]{}]+')
 _STEP = re.compile(r"\.(?P<name>\w+)|\[(?P<place>\d+)\]|\[\.\.\.\]")
@@ -49,8 +49,8 @@ _told: set[tuple[str, str]] = set()
 
 
 def fitting(found: Iterable[Iterable[Any]], most: int = MAX_PAGE_BYTES) -> int:
-    """Return how many of these rows fit into a page of `most` bytes, by all texts in them: one at least, if there is
-    one.
+    """Return how many of these rows fit into a page of `most` bytes, by the size of all texts in them. The first row
+    always fits.
     """
     count = total = 0
     for columns in found:
@@ -64,8 +64,8 @@ def fitting(found: Iterable[Iterable[Any]], most: int = MAX_PAGE_BYTES) -> int:
 
 
 class Undecoded(Generic[Value]):
-    """What a query found. It is decoded once the connection is given back: others wait for one, and decoding takes a
-    turn of the loop for each portion.
+    """The result of a query before decoding. It is decoded after the connection is returned to the pool. Others wait
+    for a connection, and decoding takes one turn of the loop per portion.
     """
 
     __slots__ = ("_decode",)
@@ -74,11 +74,11 @@ class Undecoded(Generic[Value]):
         self._decode = decode
 
     async def decoded(self) -> Value:
-        """Return it. Whatever waits for the loop has a turn between portions of its rows."""
+        """Return the decoded rows. Other callbacks of the event loop run between portions."""
         return await self._decode()
 
     def then(self, make: Callable[[Value], Made]) -> "Undecoded[Made]":
-        """Return what `make` will make of it."""
+        """Return the result of `make` on the decoded rows, also undecoded."""
 
         async def decode() -> Made:
             return make(await self._decode())
@@ -87,14 +87,16 @@ class Undecoded(Generic[Value]):
 
 
 class Page(NamedTuple, Generic[Row]):
-    """Rows that can be read, and where the next page begins: None if there are no more, readable or not."""
+    """Readable rows, and the key after which the next page begins. `after` is None if no rows follow,
+    readable or not.
+    """
 
     rows: list[Row]
     after: Any
 
 
 class Reader(Generic[Row]):
-    """Decodes rows of one kind."""
+    """Decodes rows of one type."""
 
     @overload
     def __init__(self, kind: type[Row]) -> None: ...
@@ -109,7 +111,7 @@ class Reader(Generic[Row]):
         )
 
     def decode(self, text: str) -> Row:
-        """Return a row. Raises ValidationError if what is left without its unreadable parts is not one."""
+        """Return a row without its unreadable parts. Raises ValidationError if the rest is not a row."""
         try:
             return self._decoder.decode(text)
         except RecursionError:
@@ -121,7 +123,7 @@ class Reader(Generic[Row]):
             return self._mended(value)
 
     def read(self, text: str) -> Row | None:
-        """Return a row; None, which is logged, if too little of it can be read."""
+        """Return a row. Return None and log it if too little is readable."""
         try:
             return self.decode(text)
         except msgspec.ValidationError as error:
@@ -129,31 +131,32 @@ class Reader(Generic[Row]):
             return None
 
     def few(self, texts: Iterable[str]) -> list[Row]:
-        """Return rows, without those of which too little can be read, at once: a transaction may wait for them."""
+        """Return rows without the unreadable ones, immediately, because a transaction may wait for them."""
         return [row for text in texts if (row := self.read(text)) is not None]
 
     def each(self, texts: Iterable[str]) -> Undecoded[list[Row]]:
-        """Return rows, without those of which too little can be read."""
+        """Return rows without the unreadable ones."""
         return self.beside([(text,) for text in texts]).then(_first)
 
     def every(self, text: str) -> list[Row]:
-        """Return the rows of a JSON array, without those of which too little can be read."""
+        """Return the rows of a JSON array without the unreadable ones."""
         try:
             return self._list_decoder.decode(text)
         except (RecursionError, msgspec.ValidationError):
             return self.few(msgspec.json.encode(one).decode() for one in _parsed(text))
 
     def beside(self, found: Sequence[Any]) -> Undecoded[list[tuple[Row, Any]]]:
-        """Return pairs: the row that `read` makes of the first column, which is JSON, and all columns. Rows that `read`
-        leaves out, or whose first column is NULL since the reader may not see them, are left out.
+        """Return pairs of a decoded row and all its columns. The first column is the row's JSON. Rows that `read`
+        leaves out are left out. So are rows whose first column is NULL, because the reader may not see them.
         """
         return Undecoded(partial(self._in_portions, found))
 
     def page(self, found: Sequence[Any], limit: int, key: Callable[[Any], Any] = itemgetter(1)) -> Undecoded[Page[Row]]:
-        """Return the first `limit` of the rows that a query found, which asked for one more, as `beside` takes them, or
-        as many as fit into a page.
+        """Return the first `limit` rows of a query that asked for `limit` + 1, or as many as fit into a page. `found`
+        is as in `beside`.
 
-        `key` tells where a row stands. It reads columns, not the row: the last one of a page may be unreadable.
+        `key` returns the sort key of a row's columns. It does not read the decoded row, because the last one of a page
+        may be unreadable.
         """
         count = fitting(found[:limit])
         after = key(found[count - 1]) if len(found) > count else None
@@ -173,7 +176,7 @@ class Reader(Generic[Row]):
                 read.append((row, columns))
         return read
 
-    def _mended(self, value: Any) -> Row:  # noqa: ANN401 - whatever JSON holds
+    def _mended(self, value: Any) -> Row:  # noqa: ANN401 - any JSON value
         for _ in range(MAX_MENDED):
             try:
                 return self._decoder.decode(msgspec.json.encode(value))
@@ -188,12 +191,12 @@ def _first(read: list[tuple[Row, Any]]) -> list[Row]:
 
 
 def _mend(value: Any, problem: str) -> bool:  # noqa: ANN401 - as above
-    """Leave out the smallest part of a row that explains a decoder's problem; False if that is all of it."""
+    """Remove the smallest part of a row that explains a decoder's error. Return False if only the whole row does."""
     what, path = located(problem)
     steps: list[str | int] = []
     for one in _STEP.finditer(path):
         if one["name"] is None and one["place"] is None:
-            break  # a value in an object whose keys msgspec does not name: the object goes
+            break  # msgspec does not name the keys of this object, so remove the object
         steps.append(one["name"] if one["place"] is None else int(one["place"]))
     around = [value]
     for at in steps:
@@ -220,7 +223,7 @@ def _mend(value: Any, problem: str) -> bool:  # noqa: ANN401 - as above
 
 
 def _mark(around: list[Any]) -> None:
-    """Have the message that lost a part say so."""
+    """Mark the message around a removed part as unreadable."""
     for one in reversed(around):
         if isinstance(one, dict) and "sent_version" in one:
             one["is_unreadable"] = True
@@ -244,7 +247,7 @@ def _tell(part: str, what: str) -> None:
 
 
 def _shown(text: object) -> object:
-    """Return a text from before a rule about its characters, without those that names and links may not have."""
+    """Return an older text without the characters that names and links may not contain today."""
     if not isinstance(text, str):
         return text
     kept = visible(text)
@@ -252,7 +255,7 @@ def _shown(text: object) -> object:
 
 
 def _shallow(text: str) -> str:
-    """Return JSON without what is nested beyond `MAX_DEPTH`, for which null stands. It may be nested without end."""
+    """Return JSON with null in place of values below `MAX_DEPTH`. The depth of `text` may be unlimited."""
     kept: list[str] = []
     depth = 0
     for token in _TOKEN.findall(text):
@@ -276,5 +279,5 @@ def _parsed(text: str) -> Any:  # noqa: ANN401 - as above
 
 
 def _number(digits: str) -> int | None:
-    """Return an integer; None if it has more digits than any decoder takes."""
+    """Return an integer. Return None if it has more digits than a decoder accepts."""
     return int(digits) if len(digits) <= MAX_DIGITS else None
