@@ -12,6 +12,7 @@ DONE = (
     "server/context.py",
     "server/core",
     "server/db",
+    "server/domain",
     "server/fairness",
     "server/limits",
     "server/routes.py",

@@ -1,1 +1,1 @@
-"""What several handlers share: rules and features, without sockets and HTTP."""
+"""Rules and features that several handlers share, without sockets and HTTP."""

@@ -1,4 +1,4 @@
-"""What the server makes of what is said: HTML of Markdown, mentions that count, and hashtags."""
+"""Derived parts of a message: the HTML of its Markdown, its valid mentions and its hashtags."""
 
 from protocol.client import Edit, Schedule, Send
 from protocol.codec import now
@@ -14,12 +14,12 @@ from server.queries.sending import Derived, Outgoing, Source
 
 
 def require_fair(frame: Send | Schedule) -> None:
-    """Raise Refused if a message is a poll that has options which look alike, or closes before it is sent. The time in
-    `message_id` counts, not the server's: a repetition that comes after `closes_at` gets the first answer.
+    """Raise Refused if a message is a poll whose options look alike, or which closes before it is sent. The time in
+    `message_id` counts as the time of sending. So a repetition after `closes_at` gets the first answer.
     """
     if not isinstance(frame.payload, Poll):
         return
-    # Asked here and not of every Poll: what was stored before there was the rule stays readable.
+    # The protocol's `Poll` does not check this, so that older polls in the database stay readable.
     if len({collapsed(option) for option in frame.payload.options}) != len(frame.payload.options):
         raise Refused(ErrorCode.INVALID, "`options` must differ by more than white space.", path="payload.options")
     if (closes_at := frame.payload.closes_at) is None:
@@ -33,17 +33,17 @@ def require_fair(frame: Send | Schedule) -> None:
 
 
 def is_closed(message: Message, poll: Poll) -> bool:
-    """Whether a message that is a poll takes no votes any more."""
+    """Whether a poll no longer accepts votes."""
     return message.poll_closed_at is not None or is_over(poll)
 
 
 def is_over(poll: Poll) -> bool:
-    """Whether the time of a poll is over."""
+    """Whether a poll's `closes_at` has passed."""
     return poll.closes_at is not None and poll.closes_at <= now()
 
 
 async def compose(context: Context, frame: Send | Edit, *, is_code: bool) -> Derived:
-    """Return what is made of a message's content. Raises Refused if that is too long."""
+    """Return the derived parts of a message's content. Raises Refused if the HTML is too long."""
     formatted = await markdown.rendered(frame.content, context.user_id) if frame.is_markdown else None
     found = mentions.find(frame.content, is_code=is_code, is_markdown=frame.is_markdown)
     who: list[UserId] = []
@@ -56,6 +56,6 @@ async def compose(context: Context, frame: Send | Edit, *, is_code: bool) -> Der
 
 
 async def outgoing(context: Context, frame: Send, source: Source | None = None) -> Outgoing:
-    """Return a message as it is to be stored. Raises Refused if what is made of it is too long."""
+    """Return a message as it will be stored. Raises Refused if its HTML is too long."""
     made = await compose(context, frame, is_code=isinstance(frame.payload, Code))
     return Outgoing(context.user_id, frame, made, source)

@@ -1,4 +1,4 @@
-"""Erasing a person, when the time of grace is over or an administrator says so."""
+"""Erases users, after the grace period of a deleted account or when an administrator asks for it."""
 
 import logging
 from collections.abc import Awaitable, Callable
@@ -23,22 +23,22 @@ FIRST = UserId(UUID(int=0))
 
 
 class _Unrelated(NamedTuple):
-    """How far the relationships of a user are ended, and whether some were skipped because their users are held."""
+    """Progress in ending a user's relationships. `is_any_held` tells whether locked users were skipped."""
 
     last: UserId
     is_any_held: bool
 
 
 class Atomic(Protocol):
-    """What runs transactions: a Database, or a connection of the command line."""
+    """Runs transactions. `Database` implements it, and so does the command line's connection."""
 
     async def atomically(self, what: str, work: Callable[[Db], Awaitable[Result]]) -> Result:
-        """Return what `work` does in a transaction."""
+        """Return the result of `work` in a transaction."""
 
 
 async def erase_due(database: Database, events: Events, grace: timedelta) -> None:
-    """Erase those whose time of grace is over, and publish who takes part in what now. Somebody who could not be erased
-    is logged and left to a later run. Raises what asking for the next ones raises: without a database the run ends.
+    """Erase users whose grace period is over, and publish their departures. An erasure that fails is logged and left to
+    a later run. Raises the errors of the query for due users, because without a database the run ends.
     """
     database = database.of_jobs()
     tell = partial(publish_participant, events)
@@ -48,10 +48,10 @@ async def erase_due(database: Database, events: Events, grace: timedelta) -> Non
             tried.add(user_id)
             try:
                 await erase(database, user_id, tell, grace=grace)
-            except Exception as error:  # noqa: BLE001 - the others are due, too
+            except Exception as error:  # noqa: BLE001 - the other users are due, too
                 log_failure(log, f"erasing {user_id}", error)
                 if is_lost(error):
-                    break  # a statement may have been too slow for the client: ask whether the database is there
+                    break  # the query for due users tells a lost database from a slow statement
 
 
 async def _due(database: Database, grace: timedelta, tried: set[UserId]) -> list[UserId]:
@@ -62,12 +62,14 @@ async def _due(database: Database, grace: timedelta, tried: set[UserId]) -> list
 async def erase(
     database: Atomic, user_id: UserId, tell: Callable[[ParticipantChange], None], *, grace: timedelta | None = None
 ) -> None:
-    """Erase a user, who may be online: shut them out, let them out of everything they are in, as `leave` does, so that
-    nothing is left without an owner, and forget them once nothing is left. A transaction changes a bounded number of
-    rows, and only the last one names them erased. Done again after a crash in the middle, or for who was erased before,
-    it takes away what is left. `tell` gets each change of a participant after its commit, also if a later step fails.
+    """Erase a user, who may be online. End the user's sessions, and make the user leave all conversations as `leave`
+    does, so that each keeps an owner. Then delete the user's data.
 
-    With `grace`, do nothing if they did not delete their account, or came back, or deleted it not so long ago.
+    Each transaction changes a bounded number of rows, and only the last one marks the user as erased. A repetition
+    after a crash, or for an erased user, deletes the remaining data. `tell` gets each change of a participant after its
+    commit, even if a later step fails.
+
+    With `grace`, do nothing unless the user deleted their own account at least that long ago.
     """
     if not await database.atomically("erasure", partial(_shut_out, user_id, grace)):
         return
@@ -85,7 +87,7 @@ async def erase(
 
 
 async def _let_out(database: Atomic, user_id: UserId, tell: Callable[[ParticipantChange], None]) -> None:
-    """Let a user out of everything that they take part in or are invited to."""
+    """Make a user leave all conversations that they participate in or are invited to."""
     for conversation_id in await database.atomically("erasure", partial(_there, user_id)):
         for change in await database.atomically("erasure", partial(_leave, user_id, conversation_id)):
             tell(change)
@@ -97,8 +99,9 @@ async def _shut_out(user_id: UserId, grace: timedelta | None, db: Db) -> bool:
 
 
 async def _unrelate(user_id: UserId, after: UserId, db: Db) -> _Unrelated | None:
-    """End what is between a user and the next ones after an id; None if there are none. Waits for the first of them
-    alone, and takes those with it who are free: strangers are not held until somebody else's lock is released.
+    """End the relationships of a user with a page of others, those after an id. Return None if there are none. It waits
+    for the lock of the first one only, and skips others that are locked. So it never holds some users while it waits
+    for another.
     """
     others = await erasure.related(db, user_id, after)
     if not others:
@@ -134,8 +137,9 @@ async def _forget_some(user_id: UserId, db: Db) -> bool:
 
 
 async def _forget(user_id: UserId, db: Db) -> bool:
-    """Forget a user who takes part in nothing, and has no more left than a portion; return whether that was so. A reply
-    in a thread of theirs has them follow it either before, so that it is seen, or not at all.
+    """Delete the remaining data of a user who participates in nothing, if it fits one transaction. Return whether it
+    did. The lock makes a concurrent reply in the user's thread, which follows that thread for the user, come before or
+    fail.
     """
     await erasure.lock_out_references(db, user_id)
     if await erasure.conversations(db, user_id) or await erasure.forget_some(db, user_id):

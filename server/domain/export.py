@@ -1,4 +1,4 @@
-"""A person's own data, written piece by piece: however much they said, little of it is in memory at a time."""
+"""The export of a user's own data, in pieces. Only a small part is in memory at a time."""
 
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
@@ -11,9 +11,9 @@ from server.queries import export
 from server.queries.export import ExportRow
 
 Connect = Callable[[], AbstractAsyncContextManager[Db]]
-"""Returns a connection for one query: none is kept while the reader takes its time."""
+"""Returns a connection for one query, so that a slow reader holds none."""
 Page = Callable[[Db, Any, Any], Awaitable[list[ExportRow]]]
-"""Returns the rows of an owner after a place."""
+"""Returns the rows of an owner after a sort key."""
 NO_ID = UUID(int=0)
 LISTS: tuple[tuple[str, Page, Any], ...] = (
     ("drafts", export.drafts, NO_ID),
@@ -22,11 +22,11 @@ LISTS: tuple[tuple[str, Page, Any], ...] = (
     ("reactions", export.reactions, (NO_ID, "")),
     ("deeds", export.deeds, (NO_ID, 0)),
 )
-"""Lists without a highest number, besides messages: field, page, and the place before all of them."""
+"""Lists of unlimited length, besides messages. Each has its field, its query, and the sort key before the first row."""
 
 
 async def written(connect: Connect, user_id: UserId) -> AsyncIterator[bytes]:
-    """Return a user's data, as protocol/export.py has it, in pieces of JSON."""
+    """Yield a user's data in pieces of JSON. protocol/export.py defines it."""
     async with connect() as db:
         head = await export.head(db, user_id)
     yield _open(head).encode()
@@ -38,7 +38,7 @@ async def written(connect: Connect, user_id: UserId) -> AsyncIterator[bytes]:
     yield b',"messages":['
     separator = ""
     async for rows in _rows(connect, export.messages, user_id, NO_ID):
-        # One piece for each page, but for edits: whoever passes the pieces on asks the database before each.
+        # One piece per page, except for edits, because the caller checks the database before it sends each piece.
         texts: list[str] = []
         for row in rows:
             texts.append(f'{separator}{_open(row.text)},"edits":[')
@@ -54,7 +54,7 @@ async def written(connect: Connect, user_id: UserId) -> AsyncIterator[bytes]:
 
 
 async def _rows(connect: Connect, page: Page, owner: UserId, after: Any) -> AsyncIterator[list[ExportRow]]:  # noqa: ANN401 - as `ExportRow.place`
-    """Return what one owns, page by page, from the first row after a place."""
+    """Yield the rows of an owner after a sort key, page by page."""
     while True:
         async with connect() as db:
             rows = await page(db, owner, after)
@@ -65,7 +65,7 @@ async def _rows(connect: Connect, page: Page, owner: UserId, after: Any) -> Asyn
 
 
 async def _pages(connect: Connect, page: Page, owner: UserId, after: Any) -> AsyncIterator[bytes]:  # noqa: ANN401 - as above
-    """Return the same as the pieces of a JSON array, without its brackets."""
+    """Yield the same as pieces of a JSON array, without its brackets."""
     separator = ""
     async for rows in _rows(connect, page, owner, after):
         yield (separator + ",".join(row.text for row in rows)).encode()
@@ -73,5 +73,5 @@ async def _pages(connect: Connect, page: Page, owner: UserId, after: Any) -> Asy
 
 
 def _open(head: str) -> str:
-    """Return a JSON object without its last brace."""
+    """Return a JSON object without its closing brace."""
     return head[: head.rindex("}")]

@@ -1,9 +1,9 @@
-"""Invite codes: whoever has one may join."""
+"""Invite codes, which allow to join a conversation."""
 
 import secrets
 
 BYTES = 12
-"""Of randomness in a code: 96 bits, 16 characters."""
+"""Random bytes of a code. 96 bits are 16 characters."""
 
 
 def new_code() -> str:

@@ -1,7 +1,7 @@
-"""Markdown to HTML that is safe to show: pulldown-cmark (CommonMark) renders it in time linear to its length, and nh3
-(ammonia) lets through nothing but the elements named here, whatever the renderer makes.
+"""Renders Markdown to safe HTML. The renderer pulldown-cmark (CommonMark) takes linear time. nh3 (ammonia) then removes
+all elements but the ones listed here, whatever the renderer returns.
 
-Both release the interpreter's lock, so that long messages are rendered in a thread while the loop serves others.
+Both release the interpreter's lock. So a thread can render long messages while the loop serves others.
 """
 
 import asyncio
@@ -20,22 +20,24 @@ ELEMENTS = {"p", "br", "em", "strong", "s", "code", "pre", "blockquote", "ul", "
 ATTRIBUTES: dict[str, set[str]] = {"*": set(), "a": {"href"}, "ol": {"start"}}
 SCHEMES = {"http", "https", "mailto"}
 MAX_RAW = 20_000
-"""Max characters of HTML before it is cleaned, which takes longer than rendering."""
+"""Max characters of the HTML before cleaning, which takes longer than rendering."""
 MAX_DEPTH = 20
-"""Max depth of elements: a list is two, its `ul` and its `li`."""
+"""Max depth of elements. A list is two deep, with its `ul` and its `li`."""
 MAX_INLINE = 1_000
-"""Max characters that are rendered on the loop: they take less time than the way to a thread and back."""
+"""Max characters of a message that is rendered on the loop, which takes less time than the use of a thread."""
 
 TURN_SECONDS = 10.0
-"""Max seconds that a long message waits for others of the same user. The refusal is that of a database that is away."""
+"""Max wait of a long message for others of its user, in seconds. A longer wait is refused as an outage of the database
+is.
+"""
 
 _thread = ThreadPoolExecutor(1, thread_name_prefix="markdown")
 _turns: Turns[UserId] = Turns(1, patience=TURN_SECONDS)
 
-# Markup that messages do not have is hidden from the renderer behind characters for private use, and shown as text.
+# Unsupported markup is replaced by private-use characters before rendering, and shown as text.
 _LESS, _AND, _NOTHING = "\ue0f0", "\ue0f1", "\ue0f2"
 _ESCAPED = {"\\\\": "\0b", "\\<": "\0l", "\\&": "\0a", "\\\n": "\0n"}
-"""Stand-ins for what a backslash escapes. Pairs of backslashes come first, since they escape nothing after them."""
+"""Substitutes for escaped characters. Pairs of backslashes come first, because the second one escapes nothing."""
 _OURS = re.compile(f"[\0{_LESS}{_AND}{_NOTHING}]")
 _IMAGE_OR_HEADING = re.compile(r"(?<=!)(?=\[)|^(?= {0,3}(?:#{1,6}[ \t\r\n]|=+[ \t]*$|\[[^\]\n]+\]:))", re.MULTILINE)
 _REVEALED = {_LESS: "&lt;", _AND: "&amp;", "%EE%83%B0": "%3C", "%EE%83%B1": "&amp;", "%EE%83%B2": "", _NOTHING: ""}
@@ -45,10 +47,11 @@ _SINGLE = {"br", "hr"}
 
 
 async def rendered(content: str, user_id: UserId) -> str:
-    """Return what `render` does for a message of a user, without holding up the loop. Raises Refused as `render` does.
+    """Return the result of `render` for a message of a user, without blocking the loop. Raises Refused as `render`
+    does.
 
-    Each connection waits for its message, so frames keep their order. In the queue of the thread each user has one
-    message: with many connections, a user would have others wait for all of theirs.
+    Each connection waits for its message, so frames keep their order. Each user has at most one message in the queue of
+    the thread. Otherwise a user with many connections would delay others by as many messages.
     """
     if len(content) <= MAX_INLINE:
         return render(content)
@@ -60,7 +63,7 @@ async def rendered(content: str, user_id: UserId) -> str:
 
 
 def render(content: str) -> str:
-    """Return the HTML of a message in Markdown. Raises Refused if that is too long, or nested too deeply."""
+    """Return the HTML of a message in Markdown. Raises Refused if it is too long or too deep."""
     raw = pyromark.html(_hidden(content), options=pyromark.Options.ENABLE_STRIKETHROUGH)
     raw = _HEADING.sub(r"<\1p>", raw.replace("  \n", "\n").replace("<del>", "<s>").replace("</del>", "</s>"))
     for stands_in, shown in _REVEALED.items():
@@ -87,16 +90,16 @@ def render(content: str) -> str:
 
 
 def _hidden(content: str) -> str:
-    """Return Markdown in which only markup that messages have is markup, and line breaks are seen.
+    """Return Markdown without the markup that messages do not support. Line breaks become hard breaks.
 
-    Each step is a `str.replace`: a pattern that copies groups took ten times as long as the renderer.
+    Each step is a `str.replace`. A regular expression with groups took ten times as long as the renderer.
     """
     hidden = _OURS.sub("\ufffd", content).replace("\r\n", "\n").replace("\r", "\n")
     for escaped, stands_in in _ESCAPED.items():
         hidden = hidden.replace(escaped, stands_in)
     hidden = hidden.replace("<", _LESS).replace(f"{_LESS}http://", "<http://").replace(f"{_LESS}https://", "<https://")
     hidden = hidden.replace("&", _AND)
-    # Two spaces before a line break make it one that is seen; in code, they are taken away again.
+    # Two spaces before a line break make it a hard break. In code they are removed afterwards.
     hidden = hidden.replace("\n", "  \n")
     for escaped, stands_in in _ESCAPED.items():
         hidden = hidden.replace(stands_in, escaped)

@@ -1,4 +1,4 @@
-"""Changes of who takes part in a conversation: made under its lock, told after the commit."""
+"""Changes of a conversation's participants. They happen under its lock, and are published after the commit."""
 
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -23,7 +23,7 @@ from server.queries.welcome import Guest
 
 
 class MembershipChange:
-    """What one transaction changes in a conversation, collected to be told when it is over."""
+    """The changes of one transaction in a conversation, which `tell` publishes after the commit."""
 
     def __init__(self, context: Context, db: Db, conversation: Conversation) -> None:
         self._context = context
@@ -34,22 +34,22 @@ class MembershipChange:
         self.changes: list[ParticipantChange] = []
 
     def enter(self, changes: list[ParticipantChange]) -> None:
-        """Collect those who came in."""
+        """Collect the changes of users who joined or were invited."""
         self._entered.update(change.participant.user_id for change in changes)
         self.changes += changes
 
     async def announce(self, said: Announcement) -> None:
-        """Have it said in the conversation what the caller did, unless its settings are against that."""
+        """Post a system message about an action of the caller, unless the conversation's settings disable these."""
         if self._conversation.settings.system_messages:
             about = self._conversation.id
             self._announced.append(await sending.announce(self._db, about, self._context.user_id, said))
 
     async def record(self, deed: Deed) -> None:
-        """Note it in the conversation's audit log."""
+        """Add an action to the conversation's audit log."""
         await audit.record(self._db, self._conversation.id, deed)
 
     def tell(self) -> None:
-        """Tell everyone. After the commit."""
+        """Publish all changes. The caller has committed."""
         for change in self.changes:
             publish_participant(self._context.events, change)
         for message in self._announced:
@@ -58,7 +58,7 @@ class MembershipChange:
             )
         for change in self.changes:
             who = change.participant.user_id
-            # Participants see somebody private among them, and not any more when one of the two has left.
+            # Participants of a conversation see private users among them, which ends when one of the two leaves.
             decides = who in self._entered or change.participant.status not in {"active", "invited"}
             self._context.events.notify([who], may_watch_others=decides)
             if decides:
@@ -66,7 +66,7 @@ class MembershipChange:
 
 
 async def taking_part(db: Db, conversation_id: ConversationId, user_id: UserId) -> Participant:
-    """Return a user's part in a conversation. Raises NotFound unless they take part."""
+    """Return an active participant. Raises NotFound if the user is none."""
     me = await participants.get(db, conversation_id, user_id)
     if me is None or me.status != "active":
         raise NotFound("conversation_id")
@@ -76,10 +76,10 @@ async def taking_part(db: Db, conversation_id: ConversationId, user_id: UserId) 
 async def lock_with_member(
     db: Db, context: Context, conversation_id: ConversationId
 ) -> tuple[Conversation, Participant]:
-    """Lock a conversation whose participants change, and return it with the caller's part in it.
+    """Lock a conversation to change its participants. Return it and the caller as a participant.
 
-    Raises NotFound for everyone who has none, and locks nothing for them. Raises Refused where participants stay as
-    they are.
+    Raises NotFound if the caller is no active participant, without locking the conversation. Raises Refused if the
+    participants of this conversation never change.
     """
     conversation = await conversations.lock_as(db, conversation_id, context.user_id)
     if conversation is None:
@@ -95,37 +95,40 @@ async def lock_with_member(
 
 
 def is_lasting(conversation: Conversation) -> bool:
-    """Whether participants stay as they are and nobody deletes the conversation: there is one for each pair, ever."""
+    """Whether the participants never change and nobody may delete the conversation. There is one such conversation per
+    pair, for ever.
+    """
     return conversation.type in {"direct", "assistant"}
 
 
 async def end(db: Db, conversation_id: ConversationId) -> Conversation:
-    """Delete a conversation for everyone. Return what is left of it. Under the conversation's lock."""
+    """Delete a conversation for everyone, under its lock. Return its remains."""
     await conversations.lock_all_out(db, conversation_id)
     return await conversations.delete(db, conversation_id)
 
 
 class Welcome(NamedTuple):
-    """How those whom a frame names come in, in its order. The caller is none of them."""
+    """The users in a frame, grouped by how they come in, without the caller. Each group keeps the frame's order."""
 
     present: list[UserId]
-    """They take part already."""
+    """Active participants."""
     waiting: list[UserId]
-    """They may only be invited, and are."""
+    """Users who are invited and may not be added."""
     added: list[UserId]
-    """They may be added, invited or not."""
+    """Users who may be added, invited or not."""
     invited: list[UserId]
-    """They may only be invited, and are not yet."""
+    """Users who may only be invited, and are not yet."""
 
 
 async def guests(
     db: Db, context: Context, conversation_id: ConversationId | None, named: Iterable[UserId]
 ) -> list[Guest]:
-    """Return how the users named stand to the caller and to a conversation, None if it is new. Raises NotFound if one
-    of them may not even be invited.
+    """Return the relations of named users to the caller and to a conversation, which is None if it is new. Raises
+    NotFound if one of them may not even be invited.
 
-    Called twice: before the users are locked, so that a refused frame locks no stranger, and under the locks of all of
-    them and the caller. A block, or a change of privacy, then waits until the transaction ends.
+    Callers call this twice. The first call precedes the locks, so that a refused frame locks no stranger. The second
+    one follows the locks of the caller and the named users. From then on, blocks and changes of privacy wait for the
+    transaction.
     """
     others = [user_id for user_id in dict.fromkeys(named) if user_id != context.user_id]
     found = await welcome.guests(db, context.user_id, conversation_id, others)
@@ -135,10 +138,10 @@ async def guests(
 
 
 def welcomed(context: Context, named: list[Guest], *, only_invited: bool = False) -> Welcome:
-    """Return whom of the guests the caller adds, and whom they invite; with `only_invited`, nobody is added.
+    """Return whom of the guests the caller adds, and whom the caller invites. With `only_invited`, nobody is added.
 
-    Raises Refused if too many invitations would wait for an answer: the caller's, or those of somebody invited by a
-    person who may not add them. The words are the same for both.
+    Raises Refused if too many invitations would be pending for the caller, or for a user who may not be added. The
+    message is the same for both.
     """
     found = Welcome([], [], [], [])
     for guest in named:
@@ -162,12 +165,12 @@ def welcomed(context: Context, named: list[Guest], *, only_invited: bool = False
 
 
 async def welcomed_by(db: Db, context: Context, me: Participant, frame: AddParticipants | Invite) -> Welcome:
-    """Lock all whom a frame adds or invites, and return how they come in. Raises Refused unless the caller may do that,
-    as what the frame says.
+    """Lock all users that a frame adds or invites. Return how they come in. Raises Refused if the caller may not do
+    that.
     """
     require(me, Act.ADD_MEMBERS)
     require_below(me, frame.role)
-    # A refused frame does not lock strangers.
+    # Check before the lock, so that a refused frame locks no stranger.
     await require_uncounted(db, context, await _allowed(db, context, me, frame))
     await users.lock(db, [context.user_id, *frame.participants])
     they = await _allowed(db, context, me, frame)
@@ -187,19 +190,19 @@ async def _allowed(db: Db, context: Context, me: Participant, frame: AddParticip
 
 
 async def require_uncounted(db: Db, context: Context, they: Welcome) -> None:
-    """Raise Refused if `counted` would. Before the locks."""
+    """Raise Refused if `counted` would. This comes before the locks."""
     await approaches.require(db, "add", context.user_id, they.added)
     await approaches.require(db, "invite", context.user_id, they.invited)
 
 
 async def counted(db: Db, context: Context, they: Welcome) -> None:
-    """Count that the caller adds and invites them. Raises Refused if one of them was, too often within a day."""
+    """Count the additions and invitations by the caller. Raises Refused if a user got too many of them within a day."""
     await approaches.count(db, "add", context.user_id, they.added)
     await approaches.count(db, "invite", context.user_id, they.invited)
 
 
 def require_room(conversation: Conversation, more: int, path: str) -> None:
-    """Raise Refused, for a field of the frame, unless so many more people may come."""
+    """Raise Refused, for a field of the frame, if `more` further participants would exceed the limit."""
     limit = conversation.max_participants
     if limit is not None and conversation.participant_count + more > limit:
         raise Refused(

@@ -1,4 +1,4 @@
-"""What the server finds in a message: who is mentioned, and hashtags. Whether it counts is the database's to say."""
+"""Finds mentions and hashtags in a message. The database decides which mentions are valid."""
 
 import re
 from typing import NamedTuple
@@ -9,9 +9,9 @@ from protocol.limits import MAX_HASHTAGS, MAX_MENTIONS
 from protocol.roles import ROLES
 
 LOUD = ("everyone", "here", *ROLES)
-"""Words that mention many at once: all, those who are here now, or those with a role."""
+"""Words that mention several participants: all, those who are online, or those with a role."""
 
-# Not in the middle of a word: that is an e-mail address, or a link.
+# A mention does not begin inside a word, which would be an e-mail address or a link.
 _MENTION = re.compile(r"(?<![\w@/.])(?:<@([0-9a-fA-F]{8}-(?:[0-9a-fA-F]{4}-){3}[0-9a-fA-F]{12})>|@(\w[\w.-]{0,254}))")
 _HASHTAG = re.compile(r"(?<![\w#&/])#(\w{1,100})")
 _CODE = re.compile(r"```.*?(?:```|\Z)|`[^`\n]*`", re.DOTALL)
@@ -19,7 +19,7 @@ _NUMBER = re.compile(r"\d+\Z")
 
 
 class Mentioned(NamedTuple):
-    """What a text mentions: people by id, by name (in lower case, as written), many at once; and its hashtags."""
+    """Mentions and hashtags in a text. Users are mentioned by id, by name in lower case, or by one of `LOUD`."""
 
     ids: list[UserId]
     names: list[str]
@@ -28,7 +28,7 @@ class Mentioned(NamedTuple):
 
     @property
     def is_about_people(self) -> bool:
-        """Whether anybody may be mentioned at all."""
+        """Whether the text may mention anybody."""
         return bool(self.ids or self.names or self.loud)
 
 
@@ -36,7 +36,9 @@ NOTHING = Mentioned([], [], [], [])
 
 
 def find(content: str, *, is_code: bool, is_markdown: bool) -> Mentioned:
-    """Return what is mentioned in a text: at most so many of each, nothing in code, and each once, in order."""
+    """Return the mentions and hashtags in a text, without duplicates, in order. Code counts as text without any.
+    `MAX_MENTIONS` and `MAX_HASHTAGS` limit the lists.
+    """
     if is_code or ("@" not in content and "#" not in content):
         return NOTHING
     text = _CODE.sub(" ", content) if is_markdown else content

@@ -1,4 +1,4 @@
-"""What a participant may do, asked in one way: protocol/roles.py has the rules."""
+"""Permissions of participants. protocol/roles.py defines the rules."""
 
 from protocol.errors import ErrorCode, Refused
 from protocol.ids import UserId
@@ -15,18 +15,18 @@ OBSTACLES: dict[Obstacle, str] = {
     "role": "Your role cannot send in this conversation. Ask an admin for another role.",
     "unwanted": "You cannot write to this user. Unblock them if you block them; otherwise do not retry.",
 }
-"""Error messages for what keeps a participant from saying anything, however long they wait."""
+"""Error messages for obstacles that do not pass with time."""
 
 
 class OwnBlock(Refused):
-    """The answer to a user who would reach somebody whom they block."""
+    """The refusal for a user who contacts someone whom they block."""
 
     def __init__(self) -> None:
         super().__init__(ErrorCode.CONFLICT, "You block this user. Unblock them first.", path="user_id")
 
 
 def require(me: Participant, act: Act) -> None:
-    """Raise Refused, naming the role and the permission that it takes, unless a participant may do something."""
+    """Raise Refused unless a participant may do something. It names the required role and permission."""
     if not may(me, act):
         rule = act.value
         permission = "" if rule.permission is None else f" or the permission `{rule.permission}`"
@@ -34,8 +34,8 @@ def require(me: Participant, act: Act) -> None:
 
 
 def require_may_send(access: FoundMessage | SendAccess) -> None:
-    """Raise Refused unless a participant may say something now: one rule for messages and for everything that reaches
-    others as a message does.
+    """Raise Refused unless a participant may send now. The rule is the same for messages and for all frames that reach
+    others as messages do.
     """
     if access.obstacle == "inactive":
         raise NotActive
@@ -46,7 +46,9 @@ def require_may_send(access: FoundMessage | SendAccess) -> None:
 
 
 def slow_mode(wait_ms: int) -> Refused:
-    """Return what to answer a participant whom slow mode has wait for so many milliseconds."""
+    """Return the refusal for a participant in slow mode. `wait_ms` is the time until the next message, in
+    milliseconds.
+    """
     return Refused(
         ErrorCode.RATE_LIMITED,
         "The conversation is in slow mode. Retry after `retry_after_ms`.",
@@ -56,7 +58,7 @@ def slow_mode(wait_ms: int) -> Refused:
 
 
 async def unreachable(db: Db, me: UserId, them: UserId) -> Refused:
-    """Return what to answer a user who may not reach another one. It tells of the user's own block alone."""
+    """Return the refusal for a user who may not contact another one. It reveals only the user's own block."""
     if await relationships.status(db, me, them, "block") == "active":
         return OwnBlock()
     return NotFound("user_id")
@@ -69,16 +71,16 @@ def require_above(me: Participant, them: Participant) -> None:
 
 
 async def require_sender_not_above(db: Db, me: Participant, message: Message) -> None:
-    """Raise Refused if the sender of a message has a higher role than a participant. Under the conversation's lock.
+    """Raise Refused if the sender of a message has a higher role than a participant. Requires the conversation's lock.
 
-    Senders who take part no more have no role, nor have system messages.
+    Former participants and system messages have no role.
     """
     if message.system_message_type is None:
         await require_not_above(db, me, message.sender_id, "message_id")
 
 
 async def require_not_above(db: Db, me: Participant, user_id: UserId, path: str) -> None:
-    """Raise Refused, for a field of the frame, if a user takes part in a higher role than a participant."""
+    """Raise Refused, for a field of the frame, if a user is a participant with a higher role."""
     them = await participants.get(db, me.conversation_id, user_id)
     if them is not None and them.status == "active" and rank(them.role) > rank(me.role):
         raise Refused(
@@ -87,6 +89,6 @@ async def require_not_above(db: Db, me: Participant, user_id: UserId, path: str)
 
 
 def require_below(me: Participant, role: Role) -> None:
-    """Raise Refused unless a role is below a participant's own. Guests and members may also give their own."""
+    """Raise Refused unless a role is lower than a participant's own. Guests and members may also assign their own."""
     if rank(role) >= rank(me.role) and not role == me.role in {"guest", "member"}:
         raise Refused(ErrorCode.FORBIDDEN, "`role` must be lower than your own.", path="role")

@@ -1,8 +1,8 @@
-"""Who is here, and how they are seen.
+"""Presence: which users are online, and how others see them.
 
-Each worker notes in Redis which users it has: a hash for each user with a field for each worker, and a sign of
-life that expires. So presence is right again seconds after a worker is killed, whoever else is there to notice.
-Without Redis a worker knows its own users. PostgreSQL keeps what users chose, and when they were last seen.
+Redis has a hash per user with a field per worker, and a sign of life of each worker, which expires. So presence is
+correct again seconds after a worker is killed, if any other worker runs. Without Redis a worker knows its own users
+only. PostgreSQL stores the users' choices and when they were last seen.
 """
 
 import asyncio
@@ -31,14 +31,17 @@ from server.queries import users
 from server.queries.users import Transition, Visibility, Watchable
 
 FLUSH_SECONDS = 0.1
-"""Arrivals and departures travel together this often."""
+"""Interval at which arrivals and departures are written to Redis, in seconds."""
 OFFLINE_SECONDS = 5.0
-"""How long after the last device has gone a user is announced as offline: most come back at once."""
+"""Delay between the last device's departure and the "offline" announcement, in seconds. Most devices reconnect before
+that.
+"""
 SIGN_SECONDS, SIGN_LASTS_SECONDS = 2.0, 6
-"""A worker's sign of life: how often it is renewed, how long it lasts."""
+"""The interval and the lifetime of a worker's sign of life, in seconds."""
 RECORD_SECONDS = 1.0
+"""Interval at which arrivals and departures are written to PostgreSQL, in seconds."""
 LAST_TRIES = 5
-"""Max tries, `FLUSH_SECONDS` apart, of a worker that ends to record those whose rows are held."""
+"""Max attempts of a worker that shuts down to record users whose rows are locked, `FLUSH_SECONDS` apart."""
 
 CALLS_AT_ONCE = 256
 """Max calls that share an exchange with Redis."""
@@ -52,7 +55,7 @@ USER = "openchat:presence:"
 
 
 async def has_worker(redis: Redis | RedisCluster, installation: str) -> bool:
-    """Whether a worker of an installation gives signs of life. Raises what REDIS_LOST names."""
+    """Whether a worker of an installation is alive. Raises an error of `REDIS_LOST` if Redis cannot be reached."""
     members = await redis.smembers(f"{WORKERS}{installation}")
     for member in members:
         if await redis.exists(f"{WORKER}{installation}:{_text(member)}"):
@@ -61,7 +64,7 @@ async def has_worker(redis: Redis | RedisCluster, installation: str) -> bool:
 
 
 class Presence:
-    """The users at this worker, and what is known of the others."""
+    """The users at this worker, and the known state of others."""
 
     def __init__(
         self,
@@ -70,7 +73,7 @@ class Presence:
         database: Database,
         announce: Callable[[UserId, PresenceChanged], None],
     ) -> None:
-        """`announce` tells those who watch a user."""
+        """`announce` publishes to those who watch a user."""
         self._redis = redis
         self._workers = f"{WORKERS}{installation}"
         self._worker_key = f"{WORKER}{installation}:"
@@ -83,24 +86,24 @@ class Presence:
         self._has_news = asyncio.Event()
         self._departing: dict[UserId, float] = {}
         self._unsaved: set[UserId] = set()
-        # With which code the last connection of who is gone was closed, and when, in seconds of the epoch: until Redis
-        # has noted that they are gone.
+        # The close code of a departed user's last connection, and its time in seconds of the epoch, until Redis has the
+        # departure.
         self._ends: dict[UserId, CloseCode] = {}
         self._left_at: dict[UserId, float] = {}
         self._transitions: dict[UserId, Transition] = {}
         self._pending = PendingPresence(self._announce_all)
-        # One exchange with Redis at a time: nothing older comes last.
+        # Exchanges with Redis are serialized, so that the latest one comes last.
         self._flushes: Batcher[None, None] = Batcher(self._flush_dirty, most=CALLS_AT_ONCE)
-        # Who was announced while Redis was away: by what this worker knows.
+        # Users who were announced during an outage of Redis, from this worker's knowledge alone.
         self._guessed: set[UserId] = set()
-        # Workers that are cleaned up after, and whose users may still be untold.
+        # Dead workers whose entries are being deleted, with users whose announcement may still be pending.
         self._burying: dict[str, Collection[UserId]] = {}
         self._dead: set[str] = set()
         self._tasks: list[asyncio.Task[None]] = []
         self._loop = asyncio.get_running_loop()
 
     async def start(self) -> None:
-        """Begin to keep Redis and PostgreSQL up to date."""
+        """Start the jobs that keep Redis and PostgreSQL up to date."""
         jobs = (
             (self._flush, FLUSH_SECONDS), (self._tell_due, FLUSH_SECONDS), (self._sign, SIGN_SECONDS),
             (self._record, RECORD_SECONDS),
@@ -108,14 +111,14 @@ class Presence:
         self._tasks = [asyncio.create_task(every(seconds, job)) for job, seconds in jobs]
 
     async def close(self, *, is_epoch_over: bool = False) -> None:
-        """Stop. The sign of life is taken back, so that others notice soon who is not coming back. No others come if
-        the epoch is over, so what they would clean up is cleaned up here.
+        """Stop. Delete the sign of life, so that other workers soon announce the users who do not reconnect. After the
+        end of an epoch no other worker does that, so this one deletes its entries itself.
         """
-        await end(self._tasks)  # first: a sign of life in flight would come after the one that takes it back
+        await end(self._tasks)  # a sign of life in flight would undo the deletion of it
         leaving = [*self._devices, *self._left_at]
         self._devices.clear()
         try:
-            # Some are also somewhere else, or have gone there already.
+            # Some users are also connected to another worker, or have moved there.
             for user_id, fields in (await self._fields(leaving)).items():
                 fields.pop(self._worker.encode(), None)
                 if not self._states(fields):
@@ -138,7 +141,7 @@ class Presence:
     # ----------------------------------------------------------------------------------------- coming and going
 
     def arrived(self, user_id: UserId, device: Subscriber) -> None:
-        """A device of a user is connected."""
+        """A user's device connected."""
         devices = self._devices.setdefault(user_id, {})
         devices[device] = False
         self._departing.pop(user_id, None)
@@ -147,7 +150,7 @@ class Presence:
         self._note(user_id)
 
     def left(self, user_id: UserId, device: Subscriber, code: CloseCode | None) -> None:
-        """A device is gone."""
+        """A user's device disconnected."""
         devices = self._devices.get(user_id)
         if devices is None or devices.pop(device, None) is None:
             return
@@ -163,18 +166,20 @@ class Presence:
             self._has_news.set()
 
     async def choose(self, user_id: UserId, device: Subscriber | None, frame: SetPresence) -> bool:
-        """Record how a user, or with `away` one device of theirs, wants to be seen; return whether they chose anew."""
+        """Store the chosen presence of a user, or `away` for one of the user's devices. Return whether the choice
+        changed.
+        """
         devices = self._devices.get(user_id, {})
         async with self._database.of(user_id).connection() as db:
             is_new, is_visible_again = await users.choose(db, user_id, frame, is_here=bool(devices))
         if is_visible_again and not devices and self._departing.pop(user_id, None) is not None:
-            # Nobody was to know that they were here, so no announcement waits for them to come back.
+            # They were invisible, so their departure needs no delay in which they may reconnect.
             self._note(user_id)
         if device in devices:
             devices[device] = frame.status == "away"
             self._note(user_id)
         try:
-            await self._flushes.submit(None)  # if a device is idle now, or is no more, it is announced
+            await self._flushes.submit(None)  # announces a device that became idle or active
         finally:
             if is_new:
                 self._pending.keep(user_id, PresenceNews(Reason.CHOICE))
@@ -182,12 +187,12 @@ class Presence:
         return is_new
 
     async def announce(self, user_id: UserId) -> None:
-        """Tell those who watch a user how they are seen now that their privacy is another."""
+        """Announce a user whose privacy changed to those who watch them."""
         self._pending.keep(user_id, PresenceNews(Reason.PRIVACY))
         await self._pending.tell(user_id)
 
     async def expire_statuses(self) -> bool:
-        """Take away custom statuses whose time is over, and tell it; return whether there may be more."""
+        """Delete expired custom statuses, and announce it. Return whether there may be more."""
         async with self._database.connection() as db:
             over = await users.expire_statuses(db)
         for user_id in over:
@@ -197,7 +202,7 @@ class Presence:
     # ------------------------------------------------------------------------------------------------- seeing
 
     async def describe(self, found: Mapping[WatchedBy, Watchable]) -> dict[WatchedBy, Seen]:
-        """Return how watchers see those whom they may watch."""
+        """Return how watchers see the users whom they may watch."""
         fields = await self._fields(list({watched for _, watched in found}))
         return {pair: _seen(pair[1], one.choice, self._states(fields[pair[1]])) for pair, one in found.items()}
 
@@ -221,7 +226,7 @@ class Presence:
         return {self._worker.encode(): b"away" if all(devices.values()) else b"online"}
 
     def _states(self, fields: dict[bytes, bytes]) -> set[bytes]:
-        """What those workers say that are not known to be dead."""
+        """Return the states at workers that are not known to be dead."""
         return {state for worker, state in fields.items() if worker.decode() not in self._dead}
 
     # ------------------------------------------------------------------------------------------------ keeping up
@@ -243,7 +248,7 @@ class Presence:
             await self._flushes.submit(None)
 
     async def _flush_dirty(self, calls: list[None]) -> list[None]:
-        """Note in Redis how those are here now of whom that may have changed."""
+        """Write the users with a changed state to Redis."""
         dirty, self._dirty = self._dirty, set()
         try:
             if dirty:
@@ -265,13 +270,13 @@ class Presence:
             was = self._states(before[user_id])
             others = {worker: state for worker, state in before[user_id].items() if worker != self._worker.encode()}
             states = self._states(others | here.get(user_id, {}))
-            # Whom Redis has forgotten, or never knew, has left all the same; somebody else was not here.
+            # A user is gone even if Redis had no entry. A user whom nobody knew was never here.
             has_left = not states and (bool(was) or user_id in left_at)
             if (states and not was) or (has_left and is_noted):
                 self._transitions[user_id] = Transition(is_online=True) if states else self._gone(user_id)
             if was != states or has_left:
                 self._pending.keep(user_id, _of_device(states, left_at.get(user_id)))
-            # Redis may have been lost while it was told, and is told again.
+            # Redis may have been lost during the exchange, and then another one follows.
             if is_noted and user_id not in self._unsaved and self._left_at.get(user_id) == left_at.get(user_id):
                 self._left_at.pop(user_id, None)
                 self._ends.pop(user_id, None)
@@ -279,7 +284,7 @@ class Presence:
     async def _exchange(
         self, user_ids: Sequence[UserId], here: Mapping[UserId, dict[bytes, bytes]]
     ) -> dict[UserId, dict[bytes, bytes]] | None:
-        """Note in Redis how users are here. Return what it said of them before, or None if it is away."""
+        """Write the states of users to Redis. Return the states before, or None if Redis cannot be reached."""
         gone = [user_id for user_id in user_ids if user_id not in here]
         try:
             async with self._redis.pipeline(transaction=False) as pipe:
@@ -289,7 +294,7 @@ class Presence:
                     pipe.hset(self.user_key + user_id.hex, mapping=local)  # type: ignore[arg-type]
                 for user_id in gone:
                     pipe.hdel(self.user_key + user_id.hex, self._worker)
-                # Whom to clean up after, if this worker dies.
+                # If this worker dies, others delete the entries of these users.
                 if here:
                     pipe.sadd(self._worker_key + self._worker + ":users", *(user_id.hex for user_id in here))
                 if gone:
@@ -318,12 +323,12 @@ class Presence:
                 continue
             states = self._states(fields[user_id])
             if left_at is not None and reason is Reason.DEVICE and left_at >= (choice.visible_since or 0.0):
-                # It may not be recorded yet.
+                # The departure may not be in PostgreSQL yet.
                 choice = choice._replace(last_seen_at=max(left_at, choice.last_seen_at or 0.0))  # noqa: PLW2901
             self._announce(user_id, PresenceChanged(presence=_seen(user_id, choice, states)))
 
     async def _sign(self) -> None:
-        """Give a sign of life, and look for those who give none any more."""
+        """Renew the sign of life, and clean up after workers that no longer renew theirs."""
         try:
             async with self._redis.pipeline(transaction=False) as pipe:
                 pipe.set(self._worker_key + self._worker, "1", ex=SIGN_LASTS_SECONDS, get=True)
@@ -339,22 +344,22 @@ class Presence:
             return
         self._dead = {worker for worker, is_there in zip(workers, alive, strict=True) if not is_there}
         if self._unsaved:
-            # A Redis that was frozen does late, and in any order, what it was told before it seemed lost.
+            # A frozen Redis may execute earlier commands late, in any order.
             self._note(*self._unsaved)
             self._unsaved.clear()
         for user_id in self._guessed:
             self._pending.keep(user_id, PresenceNews(Reason.DEVICE, self._left_at.get(user_id)))
         self._guessed.clear()
         if known is None:
-            # Redis is new, or was away for so long that others took us for dead; and may be in the middle of
-            # cleaning up after us, so that it is said once more with the next sign.
+            # Redis is new, or the outage was so long that others considered this worker dead. They may be deleting its
+            # entries right now, so the next sign of life writes them again.
             self._note(*self._devices)
             self._unsaved.update(self._devices)
         for worker in self._dead:
             await self._bury(worker)
 
     async def _bury(self, worker: str) -> None:
-        """Clean up after a worker that died, and announce who is offline by it."""
+        """Delete the entries of a dead worker, and announce its users who are offline now."""
         key = self._worker_key + worker + ":users"
         if worker not in self._burying:
             try:
@@ -375,13 +380,13 @@ class Presence:
         await self._end_burials()
 
     async def _end_burials(self) -> None:
-        """Take away what dead workers left, once their users were announced: should this one die before that, another
-        one does all of it again.
+        """Delete the keys of dead workers whose users have been announced. If this worker dies before that, another one
+        repeats all of it.
         """
         over = [worker for worker, user_ids in self._burying.items() if self._pending.isdisjoint(user_ids)]
         for worker in over:
             if worker not in self._dead:
-                del self._burying[worker]  # it is back
+                del self._burying[worker]  # the worker is alive again
         await self._take_away([worker for worker in over if worker in self._dead])
 
     async def _take_away(self, workers: Sequence[str]) -> None:
@@ -412,7 +417,9 @@ class Presence:
             self._transitions = left | self._transitions
 
     async def _without_returned(self, transitions: dict[UserId, Transition]) -> dict[UserId, Transition]:
-        """Leave out those who went and are at another worker by now: it records that they came, perhaps before this."""
+        """Leave out users who departed and are at another worker by now. The other worker records their arrival,
+        perhaps before this.
+        """
         gone = [user_id for user_id, one in transitions.items() if not one.is_online]
         try:
             fields = await self._shared_fields(gone) if gone else {}
@@ -425,7 +432,9 @@ class Presence:
 
 
 def _of_device(states: Collection[bytes], left_at: float | None = None) -> PresenceNews:
-    """Return that a device came or went: by default just now, as is said of the users of a worker that died."""
+    """Return the announcement of a device's arrival or departure. By default a departure counts as now, as for the
+    users of a dead worker.
+    """
     return PresenceNews(Reason.DEVICE, None if states else left_at or time.time())
 
 

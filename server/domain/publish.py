@@ -1,4 +1,4 @@
-"""Telling everyone what changed in a conversation. After the commit."""
+"""Publishes changes in a conversation, after the commit."""
 
 from protocol.ids import UserId
 from protocol.server import (
@@ -16,8 +16,8 @@ from server.queries.participants import ParticipantChange
 
 
 def publish_changed(events: Events, found: FoundMessage, message: Message) -> Changed:
-    """Tell that the message that was `found` is now `message`, with its words if everyone who is there may read them;
-    return what to answer.
+    """Publish that the message `found` is now `message`. The event includes its content if all participants may read
+    it. Return the reply.
     """
     about, version = message.conversation_id, message.version
     if found.is_from_before:
@@ -28,8 +28,8 @@ def publish_changed(events: Events, found: FoundMessage, message: Message) -> Ch
 
 
 def publish_deleted(events: Events, deleted: Deleted) -> Changed:
-    """Publish that a message was deleted, with what is left if everyone who is there may see it; return what to
-    answer.
+    """Publish that a message was deleted. The event includes its remains if all participants may see them. Return the
+    reply.
     """
     message = deleted.message
     about, version = message.conversation_id, message.version
@@ -45,7 +45,7 @@ def publish_deleted(events: Events, deleted: Deleted) -> Changed:
 
 
 def publish_updated(events: Events, conversation: Conversation, *, gone: UserId | None = None) -> None:
-    """Tell what a conversation's settings are now; then drop who is `gone` by that."""
+    """Publish a conversation's settings. Then stop delivery to the user `gone`."""
     event = ConversationUpdated(
         conversation_id=conversation.id, version=conversation.version, conversation=conversation
     )
@@ -53,6 +53,6 @@ def publish_updated(events: Events, conversation: Conversation, *, gone: UserId 
 
 
 def publish_participant(events: Events, change: ParticipantChange) -> None:
-    """Tell what everybody may know of what became of a participant; then drop them if they are not in any more."""
+    """Publish the public part of a participant's change. Then stop delivery to a user who left."""
     now = change.participant
     events.publish(change.event, gone=None if now.status in {"active", "invited"} else now.user_id)

@@ -1,4 +1,4 @@
-"""What people type into a search box, as PostgreSQL's text search understands it."""
+"""Converts search input to queries of PostgreSQL's text search."""
 
 import unicodedata
 
@@ -6,17 +6,17 @@ from protocol.errors import ErrorCode, Refused
 
 MAX_WORDS = 10
 PREFIX_OF_WORDS = 3
-"""Min length, in bytes of UTF-8, of a word that also finds longer words in texts. The beginning `a` would find half of
-all words; one character of Chinese, which takes three bytes, is a word by itself.
+"""Min length of a word that also finds longer words in texts, in bytes of UTF-8. The prefix `a` would find half of all
+words. One Chinese character, which takes three bytes, is a word by itself.
 """
 PREFIX_OF_NAMES = 2
-"""Min length, in bytes of UTF-8, of a word that also finds longer names."""
+"""Min length of a word that also finds longer names, in bytes of UTF-8."""
 _OF_WORDS = frozenset(("Lu", "Ll", "Lt", "Lm", "Lo", "Mn", "Mc", "Me", "Nd", "Nl", "Cf"))
-"""Categories of the characters that PostgreSQL's parser takes for parts of words. Vowel signs and accents are marks."""
+"""Categories of the characters that PostgreSQL's parser treats as parts of words. Vowel signs and accents are marks."""
 
 
 def query(text: str, *, prefix: int) -> str:
-    """Return a tsquery for what has all of these words. Words of at least `prefix` bytes also find longer words.
+    """Return a tsquery for texts with all of these words. Words of at least `prefix` bytes also find longer words.
 
     Raises Refused if there is no word.
     """

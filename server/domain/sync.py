@@ -1,7 +1,8 @@
-"""Bringing a connection up to date: at the start, after a drop, and when its conversations change.
+"""Brings a connection up to date: at the start, after a reconnect, and when its user's conversations change.
 
-Always follow first and compare second: once the worker follows a conversation, `attach` tells whether what was
-read before is still the latest, and the difference is asked for until it is. The rest arrives by itself.
+It always follows first and compares second. Once the worker follows a conversation, `attach` tells whether the version
+that was read is still the latest. If not, the difference is read and `attach` is tried again. Later events are
+delivered as usual.
 """
 
 import asyncio
@@ -35,15 +36,15 @@ from server.queries.users import OWN_PAGE, OwnNews
 
 CLOSED = Refused(ErrorCode.UNAVAILABLE, "The connection is closed. Connect again.", retry_after_ms=RETRY_AFTER_MS)
 PAGE = 50
-"""Conversations in each `conversations` frame, in each statement that reads them, and in a turn of the loop."""
+"""Max conversations per `conversations` frame, per statement that reads them, and per turn of the loop."""
 
 
 async def start(context: Context) -> None:
-    """Say all of the user's conversations, in pages, most recently active first, and follow them."""
+    """Send all of the user's conversations in pages, most recently active first, and follow them."""
     async with context.database.connection() as db:
         order = await conversations.order(db, context.user_id)
-    # Read by id, page by page: each page of an order would sort all of them again. Conversations that are joined
-    # meanwhile move the user's clock, which has them said.
+    # The pages are read by id, because each page of a sorted query would sort all conversations again. Conversations
+    # that are joined meanwhile move the user version, which sends them.
     for start in range(0, max(1, len(order)), PAGE):
         wanted = order[start : start + PAGE]
         parts = await _views(context, wanted, start) if wanted else []
@@ -54,14 +55,17 @@ async def start(context: Context) -> None:
 
 
 async def resume(context: Context, frame: Resume) -> Resumed:
-    """Say the difference to `frame.versions`, and everything that the client does not know; follow it all."""
+    """Send the difference to `frame.versions`, and everything that the client does not have. Follow all
+    conversations.
+    """
     connection = context.connection
     there = await context.services.memberships.submit(context.user_id)
     await _say_left(context, frame.versions.keys() - there.keys())
     known = {one: version for one, version in frame.versions.items() if one in there}
     is_same_epoch = frame.epoch == context.database.epoch.id
     if is_same_epoch:
-        # Told by the clock: reading a thousand changes to throw them away costs as much as saying them.
+        # The versions tell the number of changes. Reading a thousand changes to discard them costs as much as sending
+        # them.
         far = {one for one, version in known.items() if there[one].version - version > MAX_CHANGES}
         done = await _start_all_over(context, far, "too_many_changes")
         near = {one: version for one, version in known.items() if one not in far}
@@ -70,7 +74,7 @@ async def resume(context: Context, frame: Resume) -> Resumed:
             if number % PAGE == 0:
                 await asyncio.sleep(0)
             connection.detach(conversation_id)
-            await connection.open([conversation_id])  # those before it may have taken long
+            await connection.open([conversation_id])  # the conversations before it may have taken long
             if version != there[conversation_id].version or not connection.attach(conversation_id, version):
                 await _catch_up(context, conversation_id, version, done=done)
                 done += 1
@@ -92,8 +96,8 @@ async def resume(context: Context, frame: Resume) -> Resumed:
 
 
 async def refresh(context: Context, look: UserNews, whole: UserNews | None) -> None:
-    """Say what changed for the user alone; before that, with `whole`, compare what the connection follows with what the
-    user takes part in, and say what is new and what is over.
+    """Send changes of the user's own rows. Before that, with `whole`, compare the connection's conversations with the
+    user's memberships, and send the difference.
     """
     if whole is not None:
         await _compare(context, await whole.memberships())
@@ -103,17 +107,17 @@ async def refresh(context: Context, look: UserNews, whole: UserNews | None) -> N
 async def _compare(context: Context, there: Mapping[ConversationId, Membership]) -> None:
     connection = context.connection
     if any(one not in there for one in connection.attached):
-        # Shared memberships may be older than what the connection joined by a frame of its own.
+        # Shared memberships may be older than a conversation that the connection joined by its own frame.
         there = await context.services.memberships.submit(context.user_id)
     for _, some in _pages(one for one in connection.attached if one not in there):
-        # Others have their turn between pages, and may have said it meanwhile.
+        # Other tasks run between pages, and may have sent some of these.
         await _say_left(context, [one for one in some if one in connection.attached])
     await _join(context, [one for one in there if one not in connection.attached])
 
 
 async def join(context: Context, view: ConversationView) -> None:
-    """Follow a conversation that the caller has just made or joined: its answer comes after this, so the caller
-    gets the events of whatever they do next.
+    """Follow a conversation that the caller created or joined. The reply comes after this, so the caller receives the
+    events of all later frames.
     """
     subscriber = context.subscriber
     if subscriber is not None and view.conversation.id not in subscriber.attached:
@@ -121,7 +125,7 @@ async def join(context: Context, view: ConversationView) -> None:
 
 
 async def _say_own(context: Context, look: UserNews | None = None) -> None:
-    """Say what changed for the user alone since the connection was last told. `look` has the first page."""
+    """Send the changes of the user's own rows after the connection's user version. `look` has the first page."""
     connection = context.connection
     is_whole, has_started_over, done = False, False, 0
     while not is_whole:
@@ -142,7 +146,7 @@ async def _say_own(context: Context, look: UserNews | None = None) -> None:
 
 
 def _start_own_over(context: Context, reason: OwnStartOverReason) -> None:
-    """Have the client drop its own rows; all that there are follow."""
+    """Make the client delete its copies of the user's own rows. All current rows follow."""
     context.connection.say(OwnStartOver(user_version=0, reason=reason))
     context.connection.user_version = 0
 
@@ -165,7 +169,7 @@ async def _join(context: Context, conversation_ids: Iterable[ConversationId]) ->
 async def _follow(context: Context, views: list[ConversationView], frames: list[ServerFrame]) -> None:
     connection = context.connection
     await connection.open([view.conversation.id for view in views])
-    # From here to the last `attach` nothing else can run: what is said comes before the events that follow it.
+    # From here to the last `attach` no other task runs, so the frames precede the events that follow them.
     for frame in frames:
         connection.say(frame)
     behind = [view for view in views if not connection.attach(view.conversation.id, view.version)]
@@ -186,8 +190,8 @@ async def _catch_up(context: Context, conversation_id: ConversationId, version: 
 
 
 async def _say_difference(context: Context, conversation_id: ConversationId, version: int, done: int) -> int | None:
-    """Say what came after a version, and return the version that it leads to; None if something else was said: all of
-    the conversation, or that it is not the user's.
+    """Send the changes after a version, and return the version that they lead to. Return None if something else was
+    sent: the whole conversation, or that the user is not in it.
     """
     async with _reading(context, done) as db:
         found = await changes.missed(
@@ -214,7 +218,7 @@ async def _say_difference(context: Context, conversation_id: ConversationId, ver
 
 
 async def _start_all_over(context: Context, conversation_ids: Iterable[ConversationId], reason: StartOverReason) -> int:
-    """Say all of conversations, in pages; return how many there were."""
+    """Send whole conversations, in pages. Return their number."""
     count = 0
     for done, some in _pages(conversation_ids):
         await _start_over(context, some, reason, done=done)
@@ -237,7 +241,7 @@ async def _start_over(
 
 
 def _pages(conversation_ids: Iterable[ConversationId]) -> Iterator[tuple[int, list[ConversationId]]]:
-    """Return conversations in pages, each with how many came before."""
+    """Return the ids in pages, each with the number of ids before it."""
     every = list(conversation_ids)
     return ((start, every[start : start + PAGE]) for start in range(0, len(every), PAGE))
 
@@ -245,16 +249,15 @@ def _pages(conversation_ids: Iterable[ConversationId]) -> Iterator[tuple[int, li
 async def _views(
     context: Context, conversation_ids: Sequence[ConversationId], done: int
 ) -> list[list[ConversationView]]:
-    """Return the conversations as the user sees them, in parts of the size of a page."""
+    """Return the conversations as the user sees them, in parts that fit a page."""
     async with _reading(context, done) as db:
         found = await conversations.parts(db, context.user_id, conversation_ids)
     return await found.decoded()
 
 
 def _reading(context: Context, done: int) -> AbstractAsyncContextManager[Db]:
-    """Borrow a connection to the database, for one statement. Past the first page, take turns: clients with much to
-    catch up on share a part of the connections, whatever their number. Raises Refused if the client is gone: nothing
-    more is read for it.
+    """Borrow a connection to the database for one statement. After the first page, clients that catch up share a part
+    of the connections and take turns. Raises Refused if the client is gone, so that nothing more is read for it.
     """
     if context.connection.is_closed:
         raise CLOSED
@@ -262,7 +265,7 @@ def _reading(context: Context, done: int) -> AbstractAsyncContextManager[Db]:
 
 
 async def _say_left(context: Context, conversation_ids: Iterable[ConversationId]) -> None:
-    """Say that conversations are not the user's, each page in one write. A `resume` may name thousands."""
+    """Send that conversations are not the user's, with one write per page. A `resume` may name thousands."""
     for _, some in _pages(conversation_ids):
         for conversation_id in some:
             context.connection.detach(conversation_id)
