@@ -479,6 +479,43 @@ async def test_answers_that_have_begun_take_a_share_of_the_loop(
     await asyncio.gather(*waiting, return_exceptions=True)
 
 
+async def test_of_answers_that_arrive_together_one_is_parsed_in_a_turn_of_the_loop(
+    careless: SafeHttp, site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    careless._posts = LoopTime(1.0, 60.0)  # noqa: SLF001
+    read = safe_http._Stream.read  # noqa: SLF001
+    turn = 0
+    parsed: list[int] = []
+    arrived: list[int] = []
+    all_wait = asyncio.Event()
+
+    async def recorded(stream: safe_http._Stream, max_bytes: int, timeout: float | None = None) -> bytes:  # noqa: ASYNC109
+        data = await read(stream, max_bytes, timeout)
+        parsed.append(turn)
+        return data
+
+    async def together() -> bytes:
+        arrived.append(1)
+        if len(arrived) == 40:
+            all_wait.set()
+        await all_wait.wait()
+        return page("x")
+
+    async def count_turns() -> None:
+        nonlocal turn
+        while True:
+            turn += 1
+            await asyncio.sleep(0)
+
+    monkeypatch.setattr(safe_http._Stream, "read", recorded)  # noqa: SLF001
+    site.answer = lambda _: together()
+    counting = asyncio.create_task(count_turns())
+    await asyncio.gather(*(careless.post(site.url, b"x", {}, watch=Stopwatch()) for _ in range(40)))
+    counting.cancel()
+    assert len(parsed) >= 40
+    assert len(set(parsed)) == len(parsed)
+
+
 def overdraw(share: LoopTime) -> None:
     """Have a share be used up for 0.6 seconds."""
     share._left, share._at = -0.06, time.monotonic()  # noqa: SLF001

@@ -35,8 +35,10 @@ class LoopTime:
         """Return in a later turn of the loop, when the budget is positive. At most one caller returns per turn, in
         order, because the work of many in one turn would delay everything else.
         """
+        is_next = not self._turn.locked()
         async with self._turn:
-            await asyncio.sleep(0)
+            if is_next:  # whoever waited for the lock gets it in a later turn already
+                await asyncio.sleep(0)
             while (seconds := self.wait()) > 0:  # noqa: ASYNC110 - time is no event
                 await asyncio.sleep(seconds)
 

@@ -230,16 +230,16 @@ class _Backend(httpcore.AnyIOBackend):
 
 
 class _Stream(httpcore.AsyncNetworkStream):
-    """Gives others a turn of the loop before each read, and reads little of an answer at a time, and in all."""
+    """Reads little of an answer at a time, and in all, and gives others a turn of the loop after each read."""
 
     def __init__(self, stream: httpcore.AsyncNetworkStream) -> None:
         self._stream = stream
 
     async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:  # noqa: ASYNC109 - as above
         cost = _COST.get()
-        await cost.turn()
         data = await self._stream.read(min(max_bytes, TURN_BYTES), timeout)
         cost.note(len(data))
+        await cost.turn()  # before it is parsed: of answers that arrive together, one is parsed in a turn
         return data
 
     async def write(self, buffer: bytes, timeout: float | None = None) -> None:  # noqa: ASYNC109 - as above
@@ -270,9 +270,9 @@ class _Encrypted(ByteStream):
 
     async def receive(self, max_bytes: int = TURN_BYTES) -> bytes:
         cost = _COST.get()
-        await cost.turn()
         data = await self._stream.receive(min(max_bytes, TURN_BYTES))
         cost.note_encrypted(len(data))
+        await cost.turn()
         return data
 
     async def send(self, item: bytes) -> None:
