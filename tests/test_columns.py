@@ -14,6 +14,7 @@ from protocol.ids import uuid7
 from server import queries
 from server.describe import columns, query_tree
 from server.describe.columns import WAITING, WAITING_VALUES, granted
+from server.describe.query_tree import Use
 from server.queries import erasure
 from tests.world import Room, World
 
@@ -24,6 +25,7 @@ CODE = "".join(
     for path in Path(folder).rglob("*.py")
     if path.parent.name != "describe"
 )
+DOCUMENT = Path("docs/columns.md").read_text()
 DEFAULT = "its default"
 
 
@@ -34,8 +36,23 @@ async def db(database_url: str) -> "AsyncIterator[asyncpg.Connection[asyncpg.Rec
     await connection.close()
 
 
-async def test_no_column_is_dead(db: "asyncpg.Connection[asyncpg.Record]") -> None:
-    found = {f"{column.table}.{column.name}": column for column in await columns.columns(db)}
+USED: dict[str, Use] = {}
+
+
+@pytest.fixture
+async def used(db: "asyncpg.Connection[asyncpg.Record]") -> dict[str, Use]:
+    """What each statement uses: the same in every database with the schema, and it takes two seconds to find out."""
+    if not USED:
+        USED.update(await columns.uses(db))
+    return USED
+
+
+async def test_document_is_current(db: "asyncpg.Connection[asyncpg.Record]", used: dict[str, Use]) -> None:
+    assert columns.markdown(await columns.columns(db, used)) == DOCUMENT, "run `make docs`"
+
+
+async def test_no_column_is_dead(db: "asyncpg.Connection[asyncpg.Record]", used: dict[str, Use]) -> None:
+    found = {f"{column.table}.{column.name}": column for column in await columns.columns(db, used)}
     assert {place for place, column in found.items() if not column.note and not column.writers} == set()
     assert {place for place, column in found.items() if not column.note and not column.readers} == set()
     # No column waits that is in use already.
@@ -46,9 +63,8 @@ async def test_no_column_is_dead(db: "asyncpg.Connection[asyncpg.Record]") -> No
             assert not (writers and set(found[place].readers) - {READERS}), place
 
 
-async def test_each_statement_is_prepared_or_a_part_of_one_that_is(db: "asyncpg.Connection[asyncpg.Record]") -> None:
+async def test_each_statement_is_prepared_or_a_part_of_one_that_is(used: dict[str, Use]) -> None:
     texts = columns.statements()
-    used = await columns.uses(db)
     whole = [text for name, text in texts.items() if name in used]
     assert len(whole) > 250
     for name in texts.keys() - used.keys():
@@ -72,7 +88,9 @@ def test_no_statement_hides_in_a_function() -> None:
     assert hidden == []
 
 
-async def test_values_that_wait_are_allowed_and_nothing_writes_them(db: "asyncpg.Connection[asyncpg.Record]") -> None:
+async def test_values_that_wait_are_allowed_and_nothing_writes_them(
+    db: "asyncpg.Connection[asyncpg.Record]", used: dict[str, Use]
+) -> None:
     """A value is written if a statement that writes its column has it, or if a handler or the wire knows its name."""
     allowed: dict[str, set[str]] = {}
     for table, text in await db.fetch(
@@ -81,7 +99,7 @@ async def test_values_that_wait_are_allowed_and_nothing_writes_them(db: "asyncpg
         if found := re.search(r"\(+(\w+) = ANY \(ARRAY\[(.*?)\]", text):
             allowed[f"{table.strip(chr(34))}.{found[1]}"] = set(re.findall(r"'(\w+)'", found[2]))
     assert WAITING_VALUES.keys() < allowed.keys()
-    texts, used = columns.statements(), await columns.uses(db)
+    texts = columns.statements()
     for place, names in allowed.items():
         waiting = set(WAITING_VALUES.get(place, ()))
         assert waiting <= names
@@ -129,8 +147,7 @@ async def test_use_of_a_statement_is_what_reaches_a_condition_or_the_result(
         assert found[text].written == {f"draft.{name}" for name in written}, text
 
 
-async def test_row_that_a_function_gets_whole_is_read_by_the_function(db: "asyncpg.Connection[asyncpg.Record]") -> None:
-    used = await columns.uses(db)
+async def test_row_that_a_function_gets_whole_is_read_by_the_function(used: dict[str, Use]) -> None:
     assert used["users.ME"].read == {"user.id"}
     assert {"user.email", "user.bio"} <= used["schema.me_json"].read
     # Functions in PL/pgSQL, views and policies.
@@ -203,10 +220,10 @@ OWN_CLOCK = "user_version"
 
 
 async def test_each_column_that_a_reader_reads_is_shown_by_frames_to_the_same_user(
-    db: "asyncpg.Connection[asyncpg.Record]",
+    db: "asyncpg.Connection[asyncpg.Record]", used: dict[str, Use]
 ) -> None:
     every: dict[str, list[str]] = {}
-    for column in await columns.columns(db):
+    for column in await columns.columns(db, used):
         every.setdefault(column.table, []).append(column.name)
     every["user_profile"] = ["id", "bio", "location", "website", "created_at"]
     hidden, needless = [], set(SAME)

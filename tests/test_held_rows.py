@@ -53,7 +53,7 @@ async def test_due_message_waits_for_no_row_that_concerns_another_sender(
     monkeypatch.setattr(background, "DUE_SECONDS", 36_000.0)
     monkeypatch.setattr(database, "IMPATIENT", "SET LOCAL lock_timeout = '50ms'", raising=False)
     async with World(settings, workers=1) as world:
-        (send_due,) = (job.run for job in world.workers[0].app.background.jobs if job.name == "send_due")
+        (send_due,) = (job.run for job in world.workers[0].app.background.jobs if job.run.__name__ == "send_due")
         people = await world.users("Ada", "Charles", "Mary")
         ada, charles, mary = [await world.connect(one) for one in people]
         stuck = await world.group(ada, *people[1:], title="Held")
@@ -165,7 +165,7 @@ async def test_more_held_senders_than_a_worker_sends_for_delay_nobody_else(
 ) -> None:
     monkeypatch.setattr(background, "DUE_SECONDS", 36_000.0)
     async with World(settings, workers=1) as world:
-        (send_due,) = (job.run for job in world.workers[0].app.background.jobs if job.name == "send_due")
+        (send_due,) = (job.run for job in world.workers[0].app.background.jobs if job.run.__name__ == "send_due")
         names = [f"Held {number}" for number in range(settings.database_connections)]
         people = await world.users("Ada", "Mary", *names)
         ada, mary, *stuck = [await world.connect(one) for one in people]

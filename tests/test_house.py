@@ -30,22 +30,22 @@ REDIS = re.compile(r"^\s*(from|import) redis\b", re.MULTILINE)
 ENVIRONMENT = re.compile(r"\bos\.(environ|getenv)\b")
 
 
-class Table(NamedTuple):
-    """A table of docs/map.md: what each line names in backticks."""
-
-    lines: dict[str, frozenset[str]]
-
-    @classmethod
-    def read(cls, header: str) -> "Table":
-        """Return the table whose first column is called `header`."""
-        page = (ROOT / "docs" / "map.md").read_text()
-        body = page.split(f"\n| {header} | ", 1)[1].split("\n\n", 1)[0].splitlines()[2:]
-        cells = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in body]
-        return cls({first.strip("` "): frozenset(re.findall(r"`([\w.]+)`", second)) for first, second, *_ in cells})
+def table(header: str) -> dict[str, frozenset[str]]:
+    """Return the table of docs/map.md whose first column is called `header`: what each line names in backticks."""
+    page = (ROOT / "docs" / "map.md").read_text()
+    body = page.split(f"\n| {header} | ", 1)[1].split("\n\n", 1)[0].splitlines()[2:]
+    cells = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in body]
+    return {first.strip("` "): frozenset(re.findall(r"`([\w.]+)`", second)) for first, second, *_ in cells}
 
 
-ROOMS = Table.read("room").lines
-ONLY = Table.read("only here").lines
+ROOMS = table("room")
+ONLY = table("only here")
+
+
+@functools.cache
+def parsed(path: Path) -> ast.Module:
+    """Return a file's syntax tree."""
+    return ast.parse(path.read_text())
 
 
 def name_of(path: Path, server: Path) -> str:
@@ -62,7 +62,7 @@ def modules() -> dict[str, Path]:
 def imported(path: Path) -> list[tuple[int, str]]:
     """Return the lines of a file that import something of ours, and what."""
     found: list[tuple[int, str]] = []
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(parsed(path)):
         names: list[str] = []
         if isinstance(node, ast.ImportFrom):
             names = [f"{'.' * node.level}{node.module or ''}.{alias.name}" for alias in node.names]
@@ -91,9 +91,7 @@ def broken(server: Path) -> list[str]:
                 found.append(f"{where}: no handler imports another")
         text = path.read_text()
         strings = [
-            one.value
-            for one in ast.walk(ast.parse(text))
-            if isinstance(one, ast.Constant) and isinstance(one.value, str)
+            one.value for one in ast.walk(parsed(path)) if isinstance(one, ast.Constant) and isinstance(one.value, str)
         ]
         uses = {
             "SQL": any(map(SQL.search, strings)),
@@ -228,7 +226,7 @@ def classes() -> dict[str, Class]:
         f"{path.relative_to(ROOT)}:{node.name}": Class.read(path, node)
         for folder in folders
         for path in sorted(folder.rglob("*.py"))
-        for node in ast.walk(ast.parse(path.read_text()))
+        for node in ast.walk(parsed(path))
         if isinstance(node, ast.ClassDef)
     }
 
@@ -305,7 +303,7 @@ def test_nothing_but_the_database_is_waited_for_while_a_connection_is_held() -> 
         f"{path}: {ast.unparse(one)}"
         for name, path in modules().items()
         if name not in commands
-        for block in held(ast.parse(path.read_text()))
+        for block in held(parsed(path))
         for one in awaited(block)
         if not {"db", "news"} & {part.id for part in ast.walk(one) if isinstance(part, ast.Name)}
         or any(isinstance(part, ast.Attribute) and part.attr == "decoded" for part in ast.walk(one))
@@ -313,7 +311,7 @@ def test_nothing_but_the_database_is_waited_for_while_a_connection_is_held() -> 
     assert found == []
 
 
-@pytest.mark.parametrize("name", DOCUMENTS)
+@pytest.mark.parametrize("name", sorted(DOCUMENTS.keys() - {"columns.md"}))  # for which test_columns.py has a database
 def test_generated_documents_are_current(name: str) -> None:
     assert (ROOT / "docs" / name).read_text() == DOCUMENTS[name](), "run `make docs`"
 
@@ -339,7 +337,7 @@ def test_each_test_asserts_something() -> None:
     nodes = [
         (path, node)
         for path in sorted((ROOT / "tests").rglob("*.py"))
-        for node in ast.walk(ast.parse(path.read_text()))
+        for node in ast.walk(parsed(path))
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
     ]
     helpers: dict[str, list[ast.AST]] = {}
@@ -389,7 +387,7 @@ def test_links_in_documents_lead_somewhere() -> None:
 def test_a_class_has_a_name_of_its_own() -> None:
     names: dict[str, list[str]] = {}
     for module, path in modules().items():
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(parsed(path)):
             if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
                 names.setdefault(node.name, []).append(module)
     assert {name: where for name, where in names.items() if len(where) > 1} == {}

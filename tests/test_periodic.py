@@ -463,7 +463,7 @@ async def test_no_job_leaves_what_is_due_for_others_because_a_row_is_held(
     async with World(settings, workers=1) as world:
         backlog = Backlog(world)
         await backlog.begin()
-        jobs = {job.name: job.run for job in world.workers[0].app.background.jobs}
+        jobs = {job.run.__name__: job.run for job in world.workers[0].app.background.jobs}
         assert set(jobs) == HELD.keys() | NO_QUEUE | ELSEWHERE
         for name, (lock, stuck) in HELD.items():
             left = await getattr(backlog, name)()

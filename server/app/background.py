@@ -37,11 +37,6 @@ class Job(NamedTuple):
     run: Callable[[], Awaitable[bool | None]]
     """Does all that is due, or some of it and returns whether there may be more."""
 
-    @property
-    def name(self) -> str:
-        """The name in logs and metrics."""
-        return self.run.__name__
-
 
 class Background:
     """The periodic jobs of one worker."""

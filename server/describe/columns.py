@@ -198,11 +198,11 @@ class Column(NamedTuple):
     note: str = ""
 
 
-async def columns(db: "asyncpg.Connection[asyncpg.Record]") -> list[Column]:
-    """Return all columns, in the order of schema.sql."""
+async def columns(db: "asyncpg.Connection[asyncpg.Record]", used: dict[str, Use]) -> list[Column]:
+    """Return all columns, in the order of schema.sql, with what uses them according to `uses`."""
     writers: dict[str, set[str]] = defaultdict(set)
     readers: dict[str, set[str]] = defaultdict(set)
-    for name, use in (await uses(db)).items():
+    for name, use in used.items():
         for place in use.written:
             writers[place].add(name)
         for place in use.read:
@@ -247,7 +247,7 @@ async def _columns(url: str) -> list[Column]:
     await migrate.migrate(url)
     db = await asyncpg.connect(url)
     try:
-        return await columns(db)
+        return await columns(db, await uses(db))
     finally:
         await db.close()
 
