@@ -1,1 +1,1 @@
-"""Fan-out: which socket follows what, and the bus between workers."""
+"""Fan-out of events to sockets, and the bus between workers."""

@@ -1,11 +1,11 @@
-"""What is delivered in a conversation while a socket reads what came before it."""
+"""Events of a conversation that are delivered while a socket reads earlier ones."""
 
 from typing import NamedTuple
 
 MAX_BACKLOG = 256
-"""Max events of a backlog. A socket that is behind by more reads again."""
+"""Max events of a backlog. A socket that misses more reads again."""
 MAX_BACKLOG_BYTES = 256 * 1024
-"""Max bytes of them."""
+"""Max bytes of a backlog."""
 
 
 class _Event(NamedTuple):
@@ -15,7 +15,7 @@ class _Event(NamedTuple):
 
 
 class Backlog:
-    """Durable events in the order of their conversation's clock, without a gap."""
+    """Durable events in the order of their versions, without a gap."""
 
     __slots__ = ("_bytes", "_events")
 
@@ -24,7 +24,9 @@ class Backlog:
         self._bytes = 0
 
     def add(self, since: int, version: int, frame: bytes) -> None:
-        """Add the event, framed, that leads from one version to another. Beyond the bounds nothing is kept."""
+        """Add a WebSocket frame with the event that leads from the version `since` to `version`. A full backlog is
+        emptied and stays empty.
+        """
         self._bytes += len(frame)
         if len(self._events) < MAX_BACKLOG and self._bytes <= MAX_BACKLOG_BYTES:
             self._events.append(_Event(since, version, frame))
@@ -33,6 +35,8 @@ class Backlog:
             self._bytes = MAX_BACKLOG_BYTES
 
     def after(self, version: int) -> list[bytes] | None:
-        """Return the events after a version; None if they are not all here, or one of them began before it."""
+        """Return the frames after a version. Return None if some are missing, or if one contains changes before that
+        version.
+        """
         later = [event for event in self._events if event.version > version]
         return [event.frame for event in later] if later and later[0].since == version else None

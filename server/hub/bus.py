@@ -1,48 +1,48 @@
-"""The bus between workers, as the hub sees it."""
+"""The interface of the bus between workers."""
 
 from collections.abc import Callable, Collection
 from typing import Protocol
 
 
 class Bus(Protocol):
-    """Says in channels what happened, and hears what others say: hints, for PostgreSQL has the truth."""
+    """Publishes messages on channels to other workers. They are hints, because PostgreSQL has the truth."""
 
     @property
     def is_up(self) -> bool:
-        """Whether what others say is heard now."""
+        """Whether messages of other workers are received now."""
 
     @property
     def published(self) -> int:
-        """How many messages were said."""
+        """The number of published messages."""
 
     @property
     def received(self) -> int:
-        """How many were heard."""
+        """The number of received messages."""
 
     @property
     def dropped(self) -> int:
-        """How many could not be said; their events are found in PostgreSQL."""
+        """The number of messages that could not be published. Workers find their events in PostgreSQL."""
 
     async def start(self) -> None:
-        """Connect. Raises Fatal if that cannot be."""
+        """Connect. Raises Fatal if that fails."""
 
     async def close(self) -> None:
         """Disconnect."""
 
     async def subscribe(self, channels: Collection[bytes]) -> None:
-        """Listen to channels; when this returns, nothing that is said in them is missed, unless the bus is down."""
+        """Subscribe to channels. After this returns, no message on them is missed unless the bus is down."""
 
     def unsubscribe(self, channel: bytes) -> None:
-        """Listen to a channel no more."""
+        """Unsubscribe from a channel."""
 
     def publish(self, channel: bytes, words: bytes) -> None:
-        """Say something in a channel."""
+        """Publish a message on a channel."""
 
 
 class Connect(Protocol):
-    """How the hub gets its bus."""
+    """Creates the bus of a hub."""
 
     def __call__(self, *, deliver: Callable[[bytes, bytes], None], caught_up: Callable[[], None]) -> Bus:
-        """Return a bus. `deliver` is to be told a channel and what another worker said in it; `caught_up`, that
-        the bus is up, so that what was said while it was not has to be looked for.
+        """Return a bus. It calls `deliver` with the channel and the content of each message of another worker. It calls
+        `caught_up` when it is up again, because the hub has to look for the messages that it missed.
         """

@@ -1,9 +1,10 @@
-"""The bus on a Redis or Valkey cluster, by sharded pub/sub: a connection to each primary.
+"""The bus on a Redis or Valkey cluster, by sharded pub/sub, with a connection to each primary.
 
-A channel lives in one node, the one that its name's slot is on; so every conversation, and every user, is on one
-node, and a cluster carries as many times more as it has nodes. Which node that is changes when the cluster does:
-it is asked every few seconds, and what moved is followed there. A node that is away is to the hub what a bus that
-is down is: it looks into PostgreSQL for news until the node, or a replica of it, is there.
+A channel belongs to the node of its name's slot. So each conversation and each user has one node, and capacity grows
+with the number of nodes. Slots move when the cluster changes. The worker polls their nodes every few seconds, and
+subscribes again where channels moved.
+
+An unreachable node counts as a bus that is down. Until it or its replica answers, the hub reads news from PostgreSQL.
 """
 
 import asyncio
@@ -21,7 +22,7 @@ from server.core.periodic import end, every
 from server.hub.redis_bus import CONNECT_SECONDS, ORIGIN_BYTES, SHARDED, RedisBus, prefix
 
 LOOK_SECONDS = 2.0
-"""How often the cluster is asked which slots are where."""
+"""Interval at which the worker asks for the nodes of all slots, in seconds."""
 
 Address: TypeAlias = tuple[str, int]
 
@@ -32,7 +33,7 @@ class ClusterBus:
     def __init__(
         self, url: str, installation: str, *, deliver: Callable[[bytes, bytes], None], caught_up: Callable[[], None]
     ) -> None:
-        """`url` names any of the nodes; the rest is as RedisBus has it."""
+        """`url` names any node of the cluster. The other parameters are those of `RedisBus`."""
         self._url = url
         self._installation = installation
         self._prefix = prefix(installation)
@@ -47,22 +48,22 @@ class ClusterBus:
 
     @property
     def is_up(self) -> bool:
-        """Whether all that others say is heard now."""
+        """Whether all messages of other workers are received now."""
         return self._is_covered and all(node.is_up for node in self._nodes.values())
 
     @property
     def published(self) -> int:
-        """How many messages were said."""
+        """The number of published messages."""
         return sum(node.published for node in self._nodes.values())
 
     @property
     def received(self) -> int:
-        """How many were heard."""
+        """The number of received messages."""
         return sum(node.received for node in self._nodes.values())
 
     @property
     def dropped(self) -> int:
-        """How many could not be said."""
+        """The number of messages that could not be published."""
         return sum(node.dropped for node in self._nodes.values())
 
     async def start(self) -> None:
@@ -81,7 +82,7 @@ class ClusterBus:
             await node.close()
 
     async def subscribe(self, channels: Collection[bytes]) -> None:
-        """Listen to channels; when this returns, nothing that is said in them is missed, unless their node is away."""
+        """Subscribe to channels. After this returns, no message on them is missed unless their node is down."""
         by_node: dict[RedisBus, list[bytes]] = {}
         for channel in channels:
             node = self._followed[channel] = self._node(channel)
@@ -90,12 +91,12 @@ class ClusterBus:
         await asyncio.gather(*(node.subscribe(its) for node, its in by_node.items()))
 
     def unsubscribe(self, channel: bytes) -> None:
-        """Listen to a channel no more."""
+        """Unsubscribe from a channel."""
         if (node := self._followed.pop(channel, None)) is not None:
             node.unsubscribe(channel)
 
     def publish(self, channel: bytes, words: bytes) -> None:
-        """Say something in a channel."""
+        """Publish a message on a channel."""
         if (node := self._node(channel)) is not None:
             node.publish(channel, words)
 
@@ -103,7 +104,7 @@ class ClusterBus:
         return self._slots[key_slot(self._prefix + channel)]
 
     async def _look(self) -> None:
-        """Ask the first node that answers how things are arranged, and follow what moved."""
+        """Ask the first node that answers for the nodes of all slots, and move subscriptions."""
         for address in [*self._nodes, None]:
             with contextlib.suppress(*REDIS_LOST):
                 await self._arrange(await slots(self._url if address is None else _at(self._url, address)))
@@ -145,11 +146,13 @@ async def is_cluster(url: str) -> bool:
 
 
 async def slots(url: str) -> dict[tuple[int, int], Address]:
-    """Return which primary has which slots, first and last, as the node at `url` sees it."""
+    """Return the address of each slot range's primary, as the node at `url` reports it. A range has its first and its
+    last slot.
+    """
     async with _node_at(url) as redis:
         found = await redis.execute_command("CLUSTER SLOTS")  # type: ignore[no-untyped-call]
     here = urlsplit(url).hostname or "localhost"
-    # A node that was never told its own address leaves it out.
+    # A node that does not know its own address omits it.
     return {(first, last): (host.decode() or here, port) for first, last, (host, port, *_), *_ in found}
 
 
@@ -158,7 +161,7 @@ def _node_at(url: str) -> Redis:
 
 
 def _at(url: str, address: Address) -> str:
-    """Return the URL of another node, with the same scheme, name and password."""
+    """Return the URL of another node, with the same scheme, user and password."""
     parts = urlsplit(url)
     user, at, _ = parts.netloc.rpartition("@")
     host, port = address

@@ -1,4 +1,4 @@
-"""Doubts: pairs of a watcher and a watched user that the database has to be asked about, some of each cause in turn."""
+"""Doubts: pairs of a watcher and a watched user that have to be checked in the database. Causes take turns."""
 
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Hashable, Iterable
@@ -7,13 +7,13 @@ from typing import NamedTuple
 from protocol.ids import UserId
 
 PAIRS = 200
-"""Max pairs in one statement: other causes wait for no more than these."""
+"""Max pairs per statement. Other causes wait for at most that many."""
 SHARE = 50
-"""Max pairs of one cause in one statement, while others wait."""
+"""Max pairs of one cause per statement, while others wait."""
 REST = 4
-"""Rest of a cause after all its pairs were asked about, as a multiple of the time that took."""
+"""Pause of a cause after all its pairs were checked, as a multiple of the duration of the checks."""
 RETRY_SECONDS, RETRY_MOST_SECONDS = 1.0, 10.0
-"""Pause of a cause after a failure; it doubles with each one. The most that a cause rests or pauses."""
+"""Pause of a cause after a failure, which doubles with each one, and the max pause of a cause."""
 
 
 class Pair(NamedTuple):
@@ -31,8 +31,8 @@ class Whole(NamedTuple):
 
 
 class Doubt:
-    """A pair in doubt. `stamp` tells when something last changed; `frames` are held back: of each kind, presence or
-    face, the newest. `askers` counts the callers of `begin`.
+    """A pair in doubt. `stamp` is the time of the last change that concerns it, as a counter. `frames` has the newest
+    held frame of each kind, presence or face. `askers` is the number of callers of `begin` that have not ended.
     """
 
     __slots__ = ("askers", "frames", "stamp", "turn")
@@ -45,16 +45,16 @@ class Doubt:
 
 
 class Turn:
-    """What one cause has put in doubt and nobody has asked about."""
+    """The pairs of one cause that are in doubt and not being checked."""
 
     __slots__ = ("cause", "done", "failures", "most", "not_before", "pairs", "seconds", "wholes")
 
     def __init__(self, cause: Hashable) -> None:
         self.cause = cause
         self.pairs: OrderedDict[Pair, None] = OrderedDict()
-        # Each with its stamp.
+        # Each has its stamp.
         self.wholes: OrderedDict[Whole, int] = OrderedDict()
-        # Those of this round. One that is put in doubt again belongs to the next round, which a rest precedes.
+        # Those of the current round. One that is put in doubt again belongs to the next round, after a pause.
         self.done: set[Whole] = set()
         self.seconds = 0.0
         self.not_before = 0.0
@@ -63,44 +63,44 @@ class Turn:
 
     @property
     def next_whole(self) -> Whole | None:
-        """The next one to look up the pairs of in this round."""
+        """The next one of this round whose pairs are not looked up yet."""
         whole = next(iter(self.wholes), None)
         return None if whole in self.done else whole
 
 
 class Batch(NamedTuple):
-    """Pairs for one statement. Its answer is about what had changed when the stamp was `since`."""
+    """Pairs of one statement. Its result includes all changes up to the stamp `since`."""
 
     since: int
     turns: dict[Turn, list[Pair]]
 
     @property
     def pairs(self) -> list[Pair]:
-        """All of them."""
+        """All pairs of the batch."""
         return [pair for pairs in self.turns.values() for pair in pairs]
 
 
 class InDoubt(NamedTuple):
-    """Which watchers of one user are in doubt."""
+    """The watchers of one user that are in doubt."""
 
     are_all: bool
     alone: Collection[UserId]
     with_all_they_watch: Collection[UserId]
 
     def has(self, watcher: UserId) -> bool:
-        """Whether this one is."""
+        """Whether a watcher is in doubt."""
         return self.are_all or watcher in self.alone or watcher in self.with_all_they_watch
 
 
 class Doubts:
-    """The pairs in doubt. To put all pairs of a user in doubt costs the same however many they are."""
+    """All pairs in doubt. Putting all pairs of a user in doubt takes constant time."""
 
     def __init__(self, pairs_of: Callable[[Whole], Iterable[Pair]]) -> None:
-        """`pairs_of` returns the pairs that there are now."""
+        """`pairs_of` returns the current pairs."""
         self._pairs_of = pairs_of
         self._doubts: dict[UserId, dict[UserId, Doubt]] = {}
         self._wholes: dict[Whole, Turn] = {}
-        # Those of `_wholes` that are of watchers.
+        # The watchers in `_wholes`.
         self._watchers: set[UserId] = set()
         self._turns: OrderedDict[Hashable, Turn] = OrderedDict()
         self._stamp = 0
@@ -109,7 +109,7 @@ class Doubts:
         return bool(self._doubts or self._wholes)
 
     def add(self, pair: Pair, cause: Hashable) -> None:
-        """Put a pair in doubt. It is asked about in the turn of the cause, or in an earlier one."""
+        """Put a pair in doubt. It is checked in the turn of its cause, or in an earlier one."""
         self._add(pair, cause, self.since())
 
     def add_all(self, whole: Whole, cause: Hashable) -> None:
@@ -122,7 +122,7 @@ class Doubts:
         turn.wholes[whole] = self.since()
 
     def begin(self, pairs: Iterable[Pair]) -> None:
-        """Put pairs in doubt that the caller asks about. They stay so until each caller has ended that."""
+        """Put pairs in doubt that the caller checks. They stay in doubt until each caller has called `end`."""
         for pair in pairs:
             self._there(pair).askers += 1
 
@@ -132,45 +132,45 @@ class Doubts:
             self._there(pair).askers -= 1
 
     def is_asked_about(self, pair: Pair) -> bool:
-        """Whether somebody has begun to ask about a pair."""
+        """Whether a caller of `begin` checks a pair now."""
         doubt = self._doubts.get(pair.watched, {}).get(pair.watcher)
         return doubt is not None and doubt.askers > 0
 
     def since(self) -> int:
-        """Return the stamp now."""
+        """Return a new stamp."""
         self._stamp += 1
         return self._stamp
 
     def ask_again(self, pair: Pair, cause: Hashable) -> None:
-        """Ask about a pair that is still in doubt, in the turn of the cause or in an earlier one."""
+        """Check a pair that is still in doubt, in the turn of the cause or in an earlier one."""
         if pair.watcher in self._doubts.get(pair.watched, {}):
             self._add(pair, cause, 0)
 
     def of(self, watched: UserId) -> InDoubt | None:
-        """Return which watchers of a user are in doubt; None if none is."""
+        """Return the watchers of a user that are in doubt, or None if none is."""
         are_all = Whole(watched, is_watcher=False) in self._wholes
         alone = self._doubts.get(watched, {})
         return InDoubt(are_all, alone, self._watchers) if are_all or alone or self._watchers else None
 
     def hold(self, pair: Pair, frame: bytes, *, is_face: bool) -> None:
-        """Hold back a frame of a pair in doubt. It takes the place of an older one of its kind."""
+        """Hold a frame for a pair in doubt. It replaces an older one of its kind."""
         if pair.watcher not in self._doubts.get(pair.watched, {}):
             for turn, stamp in self._wholes_of(pair):
                 self._add(pair, turn.cause, stamp)
         self._there(pair).frames[is_face] = frame
 
     def held(self, pair: Pair) -> dict[bool, bytes]:
-        """Return what is held back of a pair."""
+        """Return the held frames of a pair."""
         doubt = self._doubts.get(pair.watched, {}).get(pair.watcher)
         return {} if doubt is None else doubt.frames
 
     def is_current(self, pair: Pair, since: int) -> bool:
-        """Whether a pair is in doubt, and for nothing that came after this stamp."""
+        """Whether a pair is in doubt, and only because of changes up to the stamp `since`."""
         doubt = self._doubts.get(pair.watched, {}).get(pair.watcher)
         return doubt is not None and max(doubt.stamp, *(stamp for _, stamp in self._wholes_of(pair)), 0) <= since
 
     def settle(self, pair: Pair) -> None:
-        """Take a pair out of doubt, if it is, and drop what is held back. It stays in doubt while somebody asks."""
+        """Remove a doubt and its held frames. The pair stays in doubt while a caller of `begin` checks it."""
         of_watched = self._doubts.get(pair.watched, {})
         doubt = of_watched.get(pair.watcher)
         if doubt is None:
@@ -188,14 +188,14 @@ class Doubts:
     # -------------------------------------------------------------------------------------------------- in turn
 
     def take(self, now: float) -> Batch:
-        """Return pairs to ask about, a share of each cause in turn; none if all causes rest."""
+        """Return pairs to check, a share of each cause in turn. The batch is empty if all causes pause."""
         batch, count = Batch(self.since(), {}), 0
         for _ in range(len(self._turns)):
             cause, turn = self._turns.popitem(last=False)
             if turn.not_before > now:
                 self._turns[cause] = turn
             elif turn.failures and count:
-                # It is asked about alone, so that nobody else's answers are lost with its own.
+                # Check it alone, so that its failure does not affect other causes.
                 self._turns[cause] = turn
                 self._turns.move_to_end(cause, last=False)
                 break
@@ -225,11 +225,13 @@ class Doubts:
         return some
 
     def pause(self, now: float) -> float | None:
-        """Return in how many seconds there may be pairs to take; None if nothing is in doubt and no cause rests."""
+        """Return the seconds until there may be pairs to check. Return None if nothing is in doubt and no
+        cause pauses.
+        """
         return min((max(0.0, turn.not_before - now) for turn in self._turns.values()), default=None)
 
     def answered(self, batch: Batch, now: float, *, seconds: float, failed: Collection[Pair] = ()) -> None:
-        """Have the causes rest whose pairs were all asked about. Those with pairs that `failed` keep their pace."""
+        """Make causes pause whose pairs are all checked. Causes with pairs that `failed` keep their delays."""
         count = len(batch.pairs)
         for turn, pairs in batch.turns.items():
             turn.seconds += seconds * len(pairs) / count
@@ -241,19 +243,21 @@ class Doubts:
                 turn.failures, turn.most = 0, SHARE
 
     def retry(self, pairs: Iterable[Pair], now: float) -> None:
-        """Ask again about pairs, each in a turn of its own that begins later each time: others do not wait for it."""
+        """Check pairs again, each as a cause of its own with growing delays, so that others do not wait."""
         for pair in pairs:
             self._add(pair, pair, 0)
             self._pause(self._turn(pair), now)
 
     def put_back(self, batch: Batch) -> None:
-        """Ask again, as if nothing had been asked."""
+        """Check the pairs of a batch again, without a delay."""
         for turn, pairs in batch.turns.items():
             for pair in pairs:
                 self.ask_again(pair, turn.cause)
 
     def failed(self, batch: Batch, now: float) -> None:
-        """Ask again, each cause by itself, and later and about fewer pairs each time that this fails."""
+        """Check the pairs again, each cause alone. With each further failure, the delay grows and the number of pairs
+        shrinks.
+        """
         for turn, pairs in batch.turns.items():
             if len(batch.turns) == 1:
                 turn.most = max(1, len(pairs) // 2)

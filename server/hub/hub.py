@@ -1,4 +1,4 @@
-"""The hub: where handlers tell what happened, the bus tells what happened elsewhere, and sockets get both."""
+"""The hub delivers events of handlers and of other workers to sockets."""
 
 import asyncio
 import contextlib
@@ -21,31 +21,35 @@ from server.hub.watchers import Describe, Watchers, WatchRecord
 
 COMPARE_SECONDS = 5.0
 COMPARE_SECONDS_WITHOUT_BUS = 0.5
-"""How often all positions are compared with PostgreSQL: the last line of defence, and without a bus the only one."""
+"""Intervals at which all positions are compared with PostgreSQL, in seconds, with and without the bus. The comparison
+finds all events that the bus lost.
+"""
 PEOPLE_PARTS = 6
-"""While the bus is up, the users are compared in so many parts, one at a time: there are many more of them than of
+"""Number of parts in which users are compared while the bus is up, one part per interval. Users outnumber
 conversations, and their news is rare.
 """
 
 _ENTRY = struct.Struct("!QI16s")
-"""An event on the bus: its version (0 for ephemeral ones), how long its frame is, who is gone by it."""
+"""An event on the bus: its version or kind, the length of its frame, and the user who left by it."""
 FACE = 1
-"""In the place of the version: about a user's face, for all who watch them, and not about their presence."""
+"""Kind of an event about a user's face, instead of the presence, on the channel of watchers. It takes the place of the
+version.
+"""
 WATCHING = 1
-"""In the place of the version: what changed about a user decides whom they may watch."""
+"""Kind of a notification about a change that affects whom the user may watch. It takes the place of the version."""
 
 log = logging.getLogger(__name__)
 
 
 class Record(ConversationRecord, UserRecord, WatchRecord, Protocol):
-    """What the hub asks of the database: of `PostgresHubStore`, since `hub` may import no queries."""
+    """The hub's queries. `PostgresHubStore` implements them, because `hub` may not import `queries`."""
 
 
 class Hub:
-    """What one worker delivers."""
+    """Delivers events at one worker."""
 
     def __init__(self, record: Record, connect: Connect, *, describe: Describe) -> None:
-        """`connect` returns the bus by which the other workers are met; `describe`, the presences of those watched."""
+        """`connect` returns the bus to the other workers. `describe` returns the presences of watched users."""
         self._record = record
         self.bus: Bus = connect(deliver=self._hear, caught_up=self.compare_soon)
         self.watchers = Watchers(record, self.bus, describe=describe)
@@ -64,7 +68,7 @@ class Hub:
         self._comparing: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Connect to the bus and begin to compare positions. Raises Fatal if the bus cannot be reached."""
+        """Connect to the bus, and start comparing positions. Raises Fatal if the bus cannot be reached."""
         await self.bus.start()
         self._comparing = asyncio.create_task(self._compare())
 
@@ -80,52 +84,54 @@ class Hub:
     # ----------------------------------------------------------------------------- what handlers use (Events)
 
     def publish(self, event: DurableEvent, *, gone: UserId | None = None) -> None:
-        """Deliver a durable event here and everywhere, in the order of versions; then drop who is `gone`."""
+        """Deliver a durable event at all workers, in the order of versions. Then stop delivery to the user `gone`."""
         frame = text_frame(encode(event))
         who = NOBODY if gone is None else gone.bytes
         self._say(topics.channel(event.conversation_id), event.version, frame, who)
         self.topics.accept(event.conversation_id, event.version, frame, who)
 
     def relay(self, conversation_id: ConversationId, event: ServerFrame) -> None:
-        """Deliver something ephemeral to those who follow a conversation now."""
+        """Deliver an ephemeral event to the sockets that are attached now."""
         frame = text_frame(encode(event))
         self._say(topics.channel(conversation_id), 0, frame)
         self.topics.accept(conversation_id, 0, frame, NOBODY)
 
     def whisper(self, user_id: UserId, event: ServerFrame) -> None:
-        """Deliver something ephemeral to a user's own devices."""
+        """Deliver an ephemeral event to a user's own devices."""
         frame = text_frame(encode(event))
         self._say(online_users.channel(user_id), 0, frame)
         self.people.write(user_id, frame)
 
     def announce(self, user_id: UserId, event: ServerFrame) -> None:
-        """Deliver a user's presence, or their face, to those who watch them."""
+        """Deliver a user's presence or face to those who watch the user."""
         frame = text_frame(encode(event))
         kind = FACE if isinstance(event, UserUpdated) else 0
         self._say(watchers.channel(user_id), kind, frame)
         self.watchers.tell(user_id, frame, is_face=kind == FACE)
 
     def reconsider(self, user_id: UserId, watcher: UserId | None = None) -> None:
-        """Check again whether all who watch a user may do so, or one of them. They get nothing until that is done."""
+        """Check again whether those who watch a user may do so, or whether `watcher` may. They receive nothing until
+        the check is done.
+        """
         who = NOBODY if watcher is None else watcher.bytes
         self._say(watchers.channel(user_id), 0, b"", who)
         self.watchers.doubt_watchers(user_id, watcher)
 
     def notify(self, user_ids: Iterable[UserId], *, may_watch_others: bool = False) -> None:
-        """Have all workers look again at these users' conversations and sessions, and with `may_watch_others` check
-        whom they may watch.
+        """Make all workers recheck these users' conversations and sessions. With `may_watch_others`, also recheck whom
+        they may watch.
         """
         for user_id in user_ids:
             self._say(online_users.channel(user_id), WATCHING if may_watch_others else 0, b"")
             self.people.look(user_id, may_watch_others=may_watch_others)
 
     def published_at(self, conversation_id: ConversationId, version: int) -> datetime | None:
-        """Return when a version was delivered here, as far as that is remembered."""
+        """Return when this worker delivered a version, if it still remembers."""
         at = self.topics.told_at(conversation_id, version)
         return None if at is None else datetime.fromtimestamp(at, UTC)
 
     def remove(self, socket: Socket) -> None:
-        """Forget a socket altogether."""
+        """Remove a socket from all topics and watchers."""
         for conversation_id in list(socket.attached):
             self.topics.detach(socket, conversation_id)
         self.watchers.remove(socket, list(socket.watched))
@@ -166,7 +172,7 @@ class Hub:
             self._loop.call_soon(self.flush)
 
     def flush(self) -> None:
-        """Write what was delivered in this turn of the loop, and publish it."""
+        """Write the events of this turn of the loop to sockets, and publish them on the bus."""
         self._is_flushing = False
         self.topics.flush()
         outgoing, self._outgoing = self._outgoing, {}
@@ -176,7 +182,7 @@ class Hub:
     # -------------------------------------------------------------------------------------- looking for oneself
 
     def compare_soon(self) -> None:
-        """Compare all positions with PostgreSQL now: something may have been missed."""
+        """Compare all positions with PostgreSQL now, because events may have been missed."""
         self._compare_now.set()
 
     async def _compare(self) -> None:
@@ -194,5 +200,5 @@ class Hub:
                 await self.topics.compare()
                 await self.people.compare(parts=1 if is_all else PEOPLE_PARTS)
                 failures.end()
-            except Exception as error:  # noqa: BLE001 - the database is away: compare again when it is back
+            except Exception as error:  # noqa: BLE001 - the database is away, so compare again later
                 failures.add(error)

@@ -1,4 +1,4 @@
-"""People: the users with sockets at this worker, and looking again at what is theirs."""
+"""The users with sockets at this worker, and rechecks of their own rows."""
 
 import asyncio
 import contextlib
@@ -18,16 +18,16 @@ from server.hub.bus import Bus
 
 COMPARE_AT_ONCE = 2_000
 REST, REST_MOST_SECONDS = 4, 2.0
-"""Rest of a user's rechecks after each one, as a multiple of its duration, and the max in seconds."""
+"""Pause between a user's rechecks, as a multiple of the last one's duration, and its max in seconds."""
 
 UNKNOWN = (0, 0, 0)
-"""The clocks of who is not in the database."""
+"""The versions of a user who is not in the database."""
 
 log = logging.getLogger(__name__)
 
 
 class Sight(IntEnum):
-    """What a socket may see of a user whom it watches. Each includes those before it."""
+    """Parts of a watched user that a socket may see. Each includes those before it."""
 
     NOTHING = 0
     FACE = 1
@@ -35,7 +35,7 @@ class Sight(IntEnum):
 
 
 class Socket(Protocol):
-    """What the hub needs of a `Connection`, which it may not import."""
+    """A connection, as far as the hub uses it. `Connection` implements it, which `hub` may not import."""
 
     user_id: UserId
     session_id: SessionId
@@ -45,33 +45,34 @@ class Socket(Protocol):
     write: Callable[[bytes], None]
 
     def say(self, frame: ServerFrame) -> None:
-        """Send a frame to it alone."""
+        """Send a frame to this socket alone."""
 
     def refresh(self, look: UserNews) -> None:
-        """Have it say what changed for its user."""
+        """Make the socket send the changes of its user's rows."""
 
     def close(self, code: CloseCode) -> None:
-        """Close it."""
+        """Close the socket."""
 
 
 class UserRecord(Protocol):
-    """What is asked of the database about users, by way of `PostgresHubStore`."""
+    """Queries about users. `PostgresHubStore` implements them."""
 
     async def user_versions(self, user_ids: Sequence[UserId]) -> Mapping[UserId, tuple[int, int, int]]:
-        """Return users' own clocks; the hidden ones, which move when others let them see less or more; and how often
-        the own ones moved for more than own rows.
+        """Return three numbers for each user. The first is the user version. The second is the hidden version, which
+        moves when others let the user see less or more. The third counts the moves of the first that concern more than
+        the user's own rows.
         """
 
     def look(self, user_id: UserId, *, is_whole: bool) -> UserNews:
-        """Return what a user's sockets share the answers of."""
+        """Return the news that a user's sockets share."""
 
     async def living(self, session_ids: Sequence[SessionId]) -> Collection[SessionId]:
-        """Return which of the sessions are valid."""
+        """Return the valid ones of these sessions."""
 
 
 class OnlineUser:
-    """A user with sockets at this worker. `version` and `shared` are their clocks as of the last look, `compared` the
-    hidden and the shared one as of the last comparison.
+    """A user with sockets at this worker. `version` and `shared` are from the last recheck. `compared` has the hidden
+    and the shared number of the last comparison.
     """
 
     __slots__ = ("channel", "compared", "is_look_due", "is_whole_due", "look", "shared", "sockets", "version")
@@ -88,10 +89,10 @@ class OnlineUser:
 
 
 class OnlineUsers:
-    """All of them."""
+    """All users with sockets at this worker."""
 
     def __init__(self, record: UserRecord, bus: Bus, *, doubt: Callable[[UserId], None]) -> None:
-        """`doubt` is called with each user who may see less, or more, than before."""
+        """`doubt` is called with each user who may see less or more than before."""
         self._record = record
         self._bus = bus
         self._doubt = doubt
@@ -104,7 +105,7 @@ class OnlineUsers:
         return list(person.sockets) if (person := self._people.get(user_id)) is not None else []
 
     def version(self, user_id: UserId) -> int:
-        """Return a user's own clock as of the last look."""
+        """Return the user version as of the last recheck, or -1."""
         return person.version if (person := self._people.get(user_id)) is not None else -1
 
     def everyone(self) -> list[Socket]:
@@ -112,8 +113,8 @@ class OnlineUsers:
         return [socket for person in self._people.values() for socket in person.sockets]
 
     async def add(self, socket: Socket, version: int) -> None:
-        """Let a socket in: from now on news about its user reaches it. `version` is the user's own clock as of
-        when its session was found valid: what changed since then is looked at.
+        """Add a socket, which from now on receives news of its user. `version` is the user version at which its session
+        was valid. Later changes are rechecked.
         """
         person = self._people.get(socket.user_id)
         if person is None:
@@ -129,7 +130,7 @@ class OnlineUsers:
             self.look(socket.user_id, is_whole=True)
 
     def remove(self, socket: Socket) -> None:
-        """Forget a socket."""
+        """Remove a socket."""
         person = self._people.get(socket.user_id)
         if person is not None:
             person.sockets.discard(socket)
@@ -144,29 +145,29 @@ class OnlineUsers:
                 socket.write(frame)
 
     def fresh(self, user_id: UserId) -> UserNews:
-        """Return everything that a socket of a user is to be told, to be read now."""
+        """Return all news for a socket of a user, which is read from now on."""
         return self._record.look(user_id, is_whole=True)
 
     def look(self, user_id: UserId, *, may_watch_others: bool = False, is_whole: bool = False) -> None:
-        """Have a user's sockets say what changed: something did. Their sessions and memberships are read only if the
-        clocks say that those may have changed, or if it `is_whole`. With `may_watch_others`, it decides whom they may
-        watch.
+        """Recheck a user, because something changed, and make the sockets send the news. Sessions and memberships are
+        read only if the versions show that they may have changed, or with `is_whole`. With `may_watch_others`, also
+        recheck whom the user may watch.
         """
         person = self._people.get(user_id)
         if person is None:
             return
-        # Not a part of `refresh`, which a client that does not read can delay.
+        # This is not a part of `refresh`, which a client that does not read can delay.
         if may_watch_others:
             self._doubt(user_id)
-        # Serialize rechecks; always run one that starts after this call. One that waits does for all calls.
+        # Serialize rechecks; always run one that starts after this call. A recheck that waits serves all calls.
         person.is_whole_due |= is_whole
         if not person.is_look_due:
             person.is_look_due = True
             person.look = self._spawn(self._look(user_id, person, person.look))
 
     async def compare(self, *, parts: int) -> None:
-        """Compare the users' own clocks with PostgreSQL, and look at those whose news was missed: all of them, or
-        one of so many `parts`, and the next one the next time.
+        """Compare the versions of users with PostgreSQL, and recheck those whose news was missed. Each call compares
+        one of `parts` parts of the users, in turn.
         """
         self._turn += 1
         user_ids = list(self._people)[self._turn % parts :: parts]
@@ -178,14 +179,14 @@ class OnlineUsers:
                     continue
                 version, hidden, shared = clocks
                 if person.compared != (hidden, shared):
-                    # Of what decided whom they may watch, a poke may have been lost. A look does not ask about that.
+                    # The bus may have lost a notification with `may_watch_others`, which a recheck does not replace.
                     person.compared = (hidden, shared)
                     self._doubt(user_id)
                 if (person.version, person.shared) != (version, shared):
                     self.look(user_id)
 
     def close(self) -> None:
-        """Stop looking."""
+        """Cancel the rechecks."""
         for look in self._looks:
             look.cancel()
 
@@ -196,19 +197,23 @@ class OnlineUsers:
         began = time.monotonic()
         try:
             look = await self._tell(user_id, person, is_whole=is_whole)
-        except Exception as error:  # noqa: BLE001 - the database is away: the next comparison looks again
+        except Exception as error:  # noqa: BLE001 - the database is away, and the next comparison rechecks
             log_failure(log, f"looking at user {user_id}", error)
             person.version, person.shared = 0, -1
             look = None
         if look is not None:
-            # The user's own turns may be full, and the next look may find that a session has ended: it waits no longer.
+            # The read may wait for the user's own turns. The next recheck may end a session, so it waits no longer than
+            # this.
             await asyncio.wait([self._spawn(_read(look, person))], timeout=REST_MOST_SECONDS)
-        # News that comes meanwhile is one look: a user with many conversations takes no more than a share of the loop.
+        # News that arrives during the pause shares one recheck. So a user with many conversations takes a bounded share
+        # of the loop.
         spent = time.monotonic() - began
         await asyncio.sleep(max(0.0, min(REST * spent, REST_MOST_SECONDS - spent)))
 
     async def _tell(self, user_id: UserId, person: OnlineUser, *, is_whole: bool) -> UserNews | None:
-        """Close sockets whose sessions have ended, and have the others say what is new; return that, if anything is."""
+        """Close sockets whose sessions have ended, and make the others send the news. Return the news, or None if
+        nothing changed.
+        """
         version, _, shared = (await self._record.user_versions([user_id])).get(user_id, UNKNOWN)
         is_whole = is_whole or shared != person.shared
         if not is_whole and version == person.version:
@@ -226,7 +231,7 @@ class OnlineUsers:
             if not is_whole or socket in checked:
                 socket.refresh(look)
             else:
-                # It came in meanwhile.
+                # The socket was added meanwhile.
                 self.look(user_id, is_whole=True)
         return look
 
@@ -238,7 +243,7 @@ class OnlineUsers:
 
 
 async def _read(look: UserNews, person: OnlineUser) -> None:
-    """Read what most of a person's sockets ask for; each of them sees to what fails."""
+    """Read the news that most sockets of a user need. Each socket handles failures itself."""
     with contextlib.suppress(Exception):
         if look.is_whole:
             await look.memberships()

@@ -1,9 +1,11 @@
-"""The bus between workers by Redis or Valkey pub/sub.
+"""The bus between workers, by pub/sub of Redis or Valkey.
 
-One connection says and hears. redis-py makes it (URL, TLS, authentication); then the bus takes its transport over,
-as a WebSocket does (docs/decisions/0004): what is said is written at once, what is heard goes through the parser
-straight to whoever listens. While the server cannot be reached, publishing does nothing, `is_up` says so, and
-whoever follows a channel has to look for news elsewhere.
+One connection publishes and subscribes. redis-py opens it, with its URL, TLS and authentication. Then the bus takes
+over its transport, as a WebSocket does (docs/decisions/0004). Messages are written immediately, and the parser passes
+received ones directly to the hub.
+
+While the server cannot be reached, publishing does nothing and `is_up` is false. Subscribers then have to look for news
+in PostgreSQL.
 """
 
 import asyncio
@@ -21,22 +23,24 @@ from server.core.periodic import end, every
 
 CONNECT_SECONDS = 2.0
 PING_SECONDS = 0.5
-"""How often the server is asked for a sign of life, in seconds."""
+"""Interval of pings to the server, in seconds."""
 MAX_UNANSWERED = 2
-"""Pings without an answer after which the server is down. They are counted, since a worker that was held up itself, for
-however long, has asked nothing meanwhile.
+"""Number of unanswered pings after which the server is down. Pings are counted, because a worker that was suspended
+itself has sent none in that time.
 """
 REPLY_SECONDS = 2.0
+"""Max wait for a reply while connecting, in seconds."""
 RETRY_SECONDS = (0.1, 0.2, 0.5, 1.0)
+"""Pauses between attempts to connect, in seconds. The last one repeats."""
 ORIGIN_BYTES = 8
 MAX_UNSENT_BYTES = 16 * 1024 * 1024
-"""How much may wait for a server that is slow; what is more is dropped and found in PostgreSQL."""
+"""Max bytes that wait for a slow server. Further messages are dropped, and their events are found in PostgreSQL."""
 
 log = logging.getLogger(__name__)
 
 
 class Verbs(NamedTuple):
-    """What the commands and messages of pub/sub are called, and how many channels one command may name."""
+    """Names of the commands and messages of pub/sub, and the max number of channels per command."""
 
     publish: bytes
     subscribe: bytes
@@ -48,14 +52,14 @@ class Verbs(NamedTuple):
 
 PLAIN = Verbs(b"PUBLISH", b"SUBSCRIBE", b"UNSUBSCRIBE", b"subscribe", b"message", 500)
 SHARDED = Verbs(b"SPUBLISH", b"SSUBSCRIBE", b"SUNSUBSCRIBE", b"ssubscribe", b"smessage", 1)
-"""Those of a cluster: a channel lives in one node, and a command takes channels of one slot."""
+"""Those of a cluster. A channel belongs to one node, and one command takes channels of one slot."""
 PATTERNS = Verbs(b"PUBLISH", b"PSUBSCRIBE", b"PUNSUBSCRIBE", b"psubscribe", b"pmessage", 500)
-"""Those of channels that are named by a pattern."""
+"""Those for patterns of channels."""
 EVERY = b"*"
 
 
 class _Ear(asyncio.Protocol):
-    """What the server says on one connection."""
+    """Parses the server's messages on one connection."""
 
     def __init__(self, heard: Callable[[Any], None]) -> None:
         self._parser = hiredis.Reader()
@@ -67,7 +71,7 @@ class _Ear(asyncio.Protocol):
             self._parser.feed(data)
             while (said := self._parser.gets()) is not False:
                 self._heard(said)
-        except Exception as error:  # noqa: BLE001 - whatever it is, this connection is of no use any more
+        except Exception as error:  # noqa: BLE001 - after any error this connection is unusable
             self.connection_lost(error)
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -77,14 +81,14 @@ class _Ear(asyncio.Protocol):
 
 @dataclass(slots=True)
 class _Confirmation:
-    """What those who subscribe to a channel wait for: the answers to all commands that subscribe to it."""
+    """The result that subscribers of a channel wait for, and the number of unanswered commands for that channel."""
 
     done: asyncio.Future[None]
     commands: int = 0
 
 
 class RedisBus:
-    """This worker's connection to a Redis."""
+    """This worker's connection to a Redis server."""
 
     def __init__(
         self,
@@ -96,8 +100,9 @@ class RedisBus:
         verbs: Verbs = PLAIN,
         origin: bytes | None = None,
     ) -> None:
-        """`installation` begins the name of each channel on the server: another installation may have the same ids.
-        `deliver` takes a channel and what another worker said in it; `caught_up` is called when it is up (again).
+        """`installation` is the prefix of all channels on the server, because another installation may have equal ids.
+        `deliver` is called with the channel and the content of each message of another worker. `caught_up` is called
+        whenever the bus is up again.
         """
         self._pool = ConnectionPool.from_url(
             url, protocol=3, socket_timeout=REPLY_SECONDS, socket_connect_timeout=CONNECT_SECONDS, retry=None
@@ -106,11 +111,11 @@ class RedisBus:
         self._caught_up = caught_up
         self._verbs = verbs
         self._prefix = prefix(installation)
-        # Who says it comes first in every message: this worker has heard its own already.
+        # Each message begins with its sender, because this worker has already delivered its own events.
         self._origin = origin or os.urandom(ORIGIN_BYTES)
         self._channels: set[bytes] = set()
         self._confirming: dict[bytes, _Confirmation] = {}
-        # Of a connection that is not up yet: the channels that were asked for, and those that are not confirmed.
+        # For a connection that is not up yet: requested channels, and unconfirmed ones.
         self._asked: set[bytes] = set()
         self._unconfirmed: set[bytes] = set()
         self._commands: list[tuple[bytes, bytes]] = []
@@ -126,7 +131,7 @@ class RedisBus:
         self.dropped = 0
 
     async def start(self) -> None:
-        """Connect. Raises Fatal if the server cannot be reached: a start is when that is a mistake."""
+        """Connect. Raises Fatal if the server cannot be reached, which at the start is likely a mistake."""
         try:
             connection = await self._connect()
         except REDIS_LOST as error:
@@ -134,7 +139,7 @@ class RedisBus:
         self.begin(connection)
 
     def begin(self, connection: AbstractConnection | None = None) -> None:
-        """Connect as soon as the server can be reached, and stay connected."""
+        """Connect as soon as the server can be reached, and reconnect whenever the connection is lost."""
         self._tasks = [
             asyncio.create_task(self._stay(connection)),
             asyncio.create_task(every(PING_SECONDS, self._watch)),
@@ -145,12 +150,12 @@ class RedisBus:
         await end(self._tasks)
 
     async def subscribe(self, channels: Collection[bytes]) -> None:
-        """Listen to channels, and return when that is confirmed; at once while the bus is down."""
+        """Subscribe to channels, and return when that is confirmed. While the bus is down, return immediately."""
         new = [channel for channel in channels if channel not in self._channels]
         self._channels.update(new)
         if self.is_up:
             for channel in new:
-                # It may wait for an earlier answer, of before it was unsubscribed from.
+                # It may wait for the answer to an earlier command, before an `unsubscribe`.
                 waiting_for = self._confirming.setdefault(channel, _Confirmation(self._loop.create_future()))
                 waiting_for.commands += 1
                 self._command(self._verbs.subscribe, channel)
@@ -159,13 +164,13 @@ class RedisBus:
             await asyncio.wait(waiting)
 
     def unsubscribe(self, channel: bytes) -> None:
-        """Listen to a channel no more."""
+        """Unsubscribe from a channel."""
         self._channels.discard(channel)
         if self.is_up:
             self._command(self._verbs.unsubscribe, channel)
 
     def publish(self, channel: bytes, words: bytes) -> None:
-        """Say `words` in a channel. The caller sees to it that what is said in one turn of the loop is said at once."""
+        """Publish a message. The caller collects the events of one turn of the loop in one message per channel."""
         if self._transport is None or self._transport.get_write_buffer_size() > MAX_UNSENT_BYTES:
             self.dropped += 1
             return
@@ -185,7 +190,7 @@ class RedisBus:
             try:
                 connection = connection or await self._connect()
                 await self._listen(connection)
-            except Exception as error:  # noqa: BLE001 - whatever it is, without a connection there is no bus
+            except Exception as error:  # noqa: BLE001 - any error means that there is no connection
                 if self.is_up:
                     log_failure(log, "the bus", error)
                     attempt = 0
@@ -198,16 +203,16 @@ class RedisBus:
             attempt += 1
 
     async def _listen(self, connection: AbstractConnection) -> None:
-        """Take the connection over, and raise what ends it."""
+        """Take over the connection. Raises the error that ends it."""
         ear = self._ear = _Ear(self._hear)
         assert connection._writer is not None  # noqa: S101, SLF001 - it is connected
-        self._transport = connection._writer.transport  # noqa: SLF001 - the public way goes through two more layers
+        self._transport = connection._writer.transport  # noqa: SLF001 - the public API goes through two more layers
         self._transport.set_protocol(ear)
         self._unanswered = 0
         self._asked.clear()
         self._unconfirmed.clear()
         self._ask_for(self._channels)
-        # Its answer comes even if there are no channels to be confirmed.
+        # The answer to this ping marks the bus as up if there are no channels to confirm.
         self._transport.write(_PING)
         await ear.lost
 
@@ -215,7 +220,7 @@ class RedisBus:
         if self._transport is None or self._ear is None:
             return
         if self._unanswered >= MAX_UNANSWERED:
-            # Not a clean end: a server that hangs, a network that swallows.
+            # The server hangs, or the network drops packets without an error.
             self._ear.connection_lost(TimeoutError(f"no answer to {MAX_UNANSWERED} pings"))
             self._transport.abort()
         else:
@@ -226,14 +231,14 @@ class RedisBus:
         self.is_up = False
         self._was_lost = True
         self._transport = None
-        # Those who wait go on: they look into PostgreSQL, and will again when the bus is up.
+        # Subscribers proceed. They read PostgreSQL now, and again when the bus is up.
         for waiting in self._confirming.values():
             waiting.done.set_result(None)
         self._confirming.clear()
 
     # -------------------------------------------------------------------------------------------------- hearing
 
-    def _hear(self, said: Any) -> None:  # noqa: ANN401 - whatever Redis says
+    def _hear(self, said: Any) -> None:  # noqa: ANN401 - any value of the protocol
         self._unanswered = 0
         if isinstance(said, hiredis.PushNotification):
             if said[0] == self._verbs.message:
@@ -245,10 +250,10 @@ class RedisBus:
             elif said[0] == self._verbs.subscribed:
                 self._confirm(said[1][len(self._prefix) :])
         elif isinstance(said, hiredis.ReplyError):
-            # To a command of ours: what it should have said or followed has to be looked for elsewhere.
+            # A command failed, so a message or a subscription is missing. Reconnect.
             raise said
         if not self.is_up and not self._unconfirmed:
-            # What was added while the others were being confirmed comes next; then it is all there.
+            # Subscribe to channels that were added meanwhile. The bus is up when none remain.
             self._ask_for(self._channels - self._asked)
             if not self._unconfirmed:
                 self._go_up()
@@ -284,7 +289,7 @@ class RedisBus:
             self._write(commands)
 
     def _write(self, commands: Iterable[tuple[bytes, bytes]]) -> None:
-        # Neighbours of the same kind travel in one command; the order between kinds stays.
+        # Consecutive commands of the same kind are combined, which keeps the order.
         groups: list[list[bytes]] = []
         for verb, channel in commands:
             if not groups or groups[-1][0] != verb or len(groups[-1]) > self._verbs.channels_at_once:
@@ -295,27 +300,27 @@ class RedisBus:
 
 
 class Alone(RedisBus):
-    """The bus of the only worker: it publishes nothing, and receives all that commands of the operator publish."""
+    """The bus of a single worker. It publishes nothing, and receives all messages of the operator's commands."""
 
     def __init__(
         self, url: str, installation: str, *, deliver: Callable[[bytes, bytes], None], caught_up: Callable[[], None]
     ) -> None:
-        """As RedisBus."""
+        """The parameters are those of `RedisBus`."""
         super().__init__(url, installation, deliver=deliver, caught_up=caught_up, verbs=PATTERNS)
         self._channels.add(EVERY)
 
     async def subscribe(self, channels: Collection[bytes]) -> None:
-        """All channels are received."""
+        """Do nothing, because all channels are received."""
 
     def unsubscribe(self, channel: bytes) -> None:
-        """All channels are received."""
+        """Do nothing, because all channels are received."""
 
     def publish(self, channel: bytes, words: bytes) -> None:
-        """No other worker is there."""
+        """Do nothing, because there is no other worker."""
 
 
 def prefix(installation: str) -> bytes:
-    """Return what the names of an installation's channels begin with. Numbers of databases do not divide channels."""
+    """Return the prefix of an installation's channels. Channels are shared by all databases of a Redis server."""
     return f"{installation}:".encode()
 
 

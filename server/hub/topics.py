@@ -1,8 +1,8 @@
-"""Topics: the conversations that this worker follows, and how far each has been delivered.
+"""Topics: the conversations that this worker follows, and the version up to which each is delivered.
 
-A durable event is delivered in the order of its conversation's clock, once. One that comes early is held back
-while what lies before it is on its way, or is fetched. Where an event came from, this worker's handlers, the
-bus or PostgreSQL, makes no difference: all of them end in `accept`.
+A durable event is delivered once, in the order of its conversation's versions. An early one is held until the events
+before it arrive or are fetched. Events of this worker's handlers, of the bus and of PostgreSQL all pass through
+`accept`.
 """
 
 import asyncio
@@ -24,22 +24,22 @@ from server.hub.bus import Bus
 from server.hub.online_users import COMPARE_AT_ONCE, OnlineUsers, Socket
 
 GAP_SECONDS = 0.1
-"""How long an early event waits for those before it, before they are fetched."""
+"""Delay before the events before an early one are fetched, in seconds."""
 MAX_EARLY = 256
-"""How many early events of a conversation are kept; the others are fetched."""
+"""Max early events that are kept, per conversation. Others are fetched."""
 LINGER_SECONDS = 30.0
-"""How long a conversation that nobody follows any more is still listened to."""
+"""Time for which the worker follows a conversation without sockets, in seconds."""
 NOBODY = bytes(16)
 REMEMBERED = 256
-"""Of how many of a conversation's last events it is known when they were delivered here."""
+"""Max versions per conversation whose delivery time is remembered."""
 CROWD, REST = 50, 2.0
-"""A busy conversation with so many sockets rests after each write, for so many times as long as that took."""
+"""With at least `CROWD` sockets, a busy conversation pauses after a write for `REST` times its duration."""
 
 log = logging.getLogger(__name__)
 
 
 class Fetched(NamedTuple):
-    """A `changes` event that leads to a version, and who is gone by it."""
+    """A `changes` event, the version that it leads to, and the users who left by it."""
 
     changes: ServerFrame
     version: int
@@ -47,13 +47,13 @@ class Fetched(NamedTuple):
 
 
 class ConversationRecord(Protocol):
-    """What is asked of the database about conversations, by way of `PostgresHubStore`."""
+    """Queries about conversations. `PostgresHubStore` implements them."""
 
     async def since(self, conversation_id: ConversationId, version: int) -> Fetched | None:
-        """Return what came after a version, or the first part of it."""
+        """Return the changes after a version, or a first part of them. Return None if there are none."""
 
     async def versions(self, conversation_ids: Sequence[ConversationId]) -> dict[ConversationId, int]:
-        """Return conversations' clocks."""
+        """Return the versions of conversations."""
 
 
 class Topic:
@@ -69,13 +69,13 @@ class Topic:
         self.channel = channel(conversation_id)
         self.delivered = 0
         self.sockets: dict[Socket, Callable[[bytes], None]] = {}
-        # Sockets that were told of a version which is not delivered yet: they get what comes after it.
+        # Sockets that were sent a version which is not delivered yet. They receive later events only.
         self.joining: dict[Socket, int] = {}
-        # Sockets that are about to be told of a version which may be over by then, and what came meanwhile.
+        # Sockets that are reading a version which may be outdated by then, with the events delivered meanwhile.
         self.behind: dict[Socket, Backlog] = {}
         self.early: dict[int, tuple[bytes, bytes]] = {}
         self.pending: list[bytes] = []
-        # Versions, in order, and when they were delivered here, in Unix seconds.
+        # Versions in order, with their delivery times in Unix seconds.
         self.told: list[tuple[int, float]] = []
         self.fetch: asyncio.Task[None] | None = None
         self.opening: asyncio.Task[None] | None = None
@@ -85,7 +85,7 @@ class Topic:
 
 
 class Topics:
-    """All of them."""
+    """All topics of this worker."""
 
     def __init__(
         self,
@@ -96,8 +96,8 @@ class Topics:
         flush_soon: Callable[[], None],
         doubt: Callable[[UserId, ConversationId], None],
     ) -> None:
-        """`flush_soon` is called when there is something to `flush` in this turn of the loop; `doubt` with each user
-        who leaves a conversation, and with that conversation: the user may see fewer people.
+        """`flush_soon` is called when `flush` has something to write in this turn of the loop. `doubt` is called with
+        each user who leaves a conversation, and with the conversation, because the user may see fewer people.
         """
         self._record = record
         self._bus = bus
@@ -116,7 +116,7 @@ class Topics:
     # ---------------------------------------------------------------------------------------- who follows what
 
     async def open(self, conversation_ids: Iterable[ConversationId]) -> None:
-        """Follow conversations; when this returns, nothing of them is missed from here on."""
+        """Follow conversations. After this returns, no later event of theirs is missed."""
         now = self._loop.time()
         new: list[Topic] = []
         waiting: set[asyncio.Task[None]] = set()
@@ -146,14 +146,14 @@ class Topics:
             raise
         for topic in topics:
             topic.opening = None
-            # However long that took: those who waited for it attach next.
+            # Opening may have taken long, and the callers that waited for it attach next.
             topic.quiet_at = self._loop.time()
-            # Only now is there a position to compare with; what the bus brought meanwhile is in it, or early.
+            # Events that the bus delivered meanwhile are included in the version, or are early.
             topic.delivered = versions.get(topic.id, 0)
             self._drain(topic)
 
     def attach(self, socket: Socket, conversation_id: ConversationId, version: int) -> bool:
-        """Deliver to a socket what comes after `version`; False if some of that was delivered already.
+        """Deliver the events after `version` to a socket. Return False if some of them were delivered already.
 
         Raises Refused while the topic is opening, which takes long only if PostgreSQL is slow.
         """
@@ -182,8 +182,8 @@ class Topics:
 
     @contextmanager
     def catching_up(self, socket: Socket, conversation_id: ConversationId) -> Iterator[None]:
-        """Keep what is delivered meanwhile for a socket, so that `attach` has what came while a version was read: in a
-        busy conversation something always does.
+        """Keep events for a socket that are delivered during the block. After a read of a version in the block,
+        `attach` has the later ones. In a busy conversation there always are some.
         """
         topic = self._topics.get(conversation_id)
         if topic is not None:
@@ -195,7 +195,7 @@ class Topics:
                 topic.behind.pop(socket, None)
 
     def detach(self, socket: Socket, conversation_id: ConversationId) -> None:
-        """Deliver no more of a conversation to a socket."""
+        """Stop delivering events of a conversation to a socket."""
         socket.attached.discard(conversation_id)
         if (topic := self._topics.get(conversation_id)) is not None:
             self._flush(topic)
@@ -204,16 +204,20 @@ class Topics:
             topic.quiet_at = self._loop.time()
 
     def recent(self, conversation_ids: Iterable[ConversationId], *, since: float) -> dict[ConversationId, int]:
-        """Return how far those of the conversations were delivered in which something was, after a loop time."""
+        """Return the delivered versions of those conversations that had an event after `since`, which is a time of the
+        loop.
+        """
         topics = [self._topics[conversation_id] for conversation_id in conversation_ids]
         for topic in topics:
-            self._flush(topic)  # what is delivered but not written yet must not look like a loss
+            self._flush(topic)  # a delivered version that is not written yet must not look lost
         return {topic.id: topic.delivered for topic in topics if topic.changed_at > since}
 
     # ---------------------------------------------------------------------------------------- order of versions
 
     def accept(self, conversation_id: ConversationId, version: int, frame: bytes, gone: bytes) -> None:
-        """Deliver an event when it is its turn, once; then drop who is `gone` by it. Version 0 is ephemeral."""
+        """Deliver an event once, when its version is next. Then stop delivery to the user `gone`. Version 0 is an
+        ephemeral event.
+        """
         topic = self._topics.get(conversation_id)
         if topic is None:
             return
@@ -247,7 +251,7 @@ class Topics:
             backlog.add(topic.delivered, version, frame)
         ready = [socket for socket, told in topic.joining.items() if told < version]
         if ready:
-            # What is waiting to be written is older than they are.
+            # Pending frames are older than the versions of these sockets.
             self._flush(topic)
             for socket in ready:
                 del topic.joining[socket]
@@ -264,7 +268,7 @@ class Topics:
             [*topic.sockets, *topic.joining, *topic.behind] if user_id == EVERYONE else self._people.sockets(user_id)
         )
         for socket in sockets:
-            topic.behind.pop(socket, None)  # it asks again whether its user may read
+            topic.behind.pop(socket, None)  # the socket checks again whether its user may read
             if topic.id in socket.attached:
                 self.detach(socket, topic.id)
                 socket.say(ConversationLeft(conversation_id=topic.id))
@@ -277,27 +281,27 @@ class Topics:
             topic.fetch = asyncio.create_task(self._fetch(topic, delay))
 
     async def _fetch(self, topic: Topic, delay: float) -> None:
-        """Deliver from PostgreSQL what did not come, as one `changes` event or several."""
+        """Deliver missing events from PostgreSQL, as one or more `changes` events."""
         await asyncio.sleep(delay)
         is_filled = False
         try:
             is_filled = await self._fill(topic)
-        except Exception as error:  # noqa: BLE001 - the database is away: the next comparison finds the gap again
+        except Exception as error:  # noqa: BLE001 - the database is away, and the next comparison finds the gap again
             log_failure(log, f"reading the changes of {topic.id}", error)
         finally:
             topic.fetch = None
         if is_filled and topic.early:
-            # It came while this ran, behind another gap, and could not have that fetched.
+            # An early event behind another gap arrived during this fetch.
             self._fetch_soon(topic, GAP_SECONDS)
 
     async def _fill(self, topic: Topic) -> bool:
-        """Deliver what lies before the events that are early now; False if PostgreSQL has nothing new."""
+        """Deliver the events before the current early ones. Return False if PostgreSQL has none."""
         highest = max(topic.early, default=topic.delivered + 1)
         while topic.delivered < highest:
             since = topic.delivered
             fetched = await self._record.since(topic.id, since)
             if since != topic.delivered:
-                continue  # some of it came meanwhile
+                continue  # some of it was delivered meanwhile
             if fetched is None or fetched.version <= since:
                 return False
             self.fetched += 1
@@ -308,7 +312,7 @@ class Topics:
         return True
 
     async def compare(self) -> None:
-        """Compare all positions with PostgreSQL, and fetch what was missed."""
+        """Compare all positions with PostgreSQL, and fetch missed events."""
         self._close_quiet()
         ids = list(self._topics)
         for start in range(0, len(ids), COMPARE_AT_ONCE):
@@ -316,11 +320,13 @@ class Topics:
             for conversation_id, version in versions.items():
                 topic = self._topics.get(conversation_id)
                 if topic is not None and topic.opening is None and version > topic.delivered:
-                    # With a bus it is most likely on its way.
+                    # With the bus up, the event is probably on its way.
                     self._fetch_soon(topic, GAP_SECONDS if self._bus.is_up else 0)
 
     def told_at(self, conversation_id: ConversationId, version: int) -> float | None:
-        """Return when a version was delivered here, in Unix seconds; None if it was not, or is long ago."""
+        """Return when this worker delivered a version, in Unix seconds. Return None if it did not, or no longer
+        remembers.
+        """
         topic = self._topics.get(conversation_id)
         if topic is None or not topic.told or version < topic.told[0][0]:
             return None
@@ -328,7 +334,7 @@ class Topics:
         return topic.told[place][1] if place < len(topic.told) else None
 
     def close(self) -> None:
-        """Stop fetching."""
+        """Cancel fetches."""
         for topic in self._topics.values():
             if topic.fetch is not None:
                 topic.fetch.cancel()
@@ -348,7 +354,7 @@ class Topics:
     # ---------------------------------------------------------------------------------------- onto the sockets
 
     def flush(self) -> None:
-        """Write what was delivered since the last time, once to each socket of each conversation that does not rest."""
+        """Write pending events, once to each socket of each conversation that does not pause."""
         dirty, self._dirty = self._dirty, []
         for topic in dirty:
             if (rest := topic.rests_until - time.monotonic()) > 0:
@@ -374,7 +380,7 @@ class Topics:
             write(data)
         ended = time.monotonic()
         if len(pending) > 1 and len(topic.sockets) >= CROWD:
-            # It is busy: what comes meanwhile leaves in one write per socket, and others have their turn.
+            # The conversation is busy. Events during the pause leave in one write per socket, and other tasks run.
             topic.rests_until = ended + REST * (ended - began)
 
 

@@ -1,4 +1,4 @@
-"""Watchers: the sockets that are told each user's presence and face, and whether they still may be."""
+"""Watchers: the sockets that receive a user's presence and face, and whether they still may."""
 
 import asyncio
 import contextlib
@@ -17,35 +17,37 @@ from server.hub.doubts import Batch, Doubts, Pair, Whole
 from server.hub.online_users import Sight, Socket
 
 TRIES = 3
-"""Max reads for one `watch`, when what it reads changes meanwhile."""
+"""Max reads per `watch`, if their result is outdated by changes meanwhile."""
 
 LOST_SECONDS = 1.0
-"""Pause of all questions after the database was found to be away, in seconds."""
+"""Pause of all checks during an outage of the database, in seconds."""
 
 log = logging.getLogger(__name__)
 
 
 class WatchablePair(Protocol):
-    """What the database knows of a pair whose watcher may see at least the face: a `Watchable` of `queries`."""
+    """The database's result for a pair whose watcher may see at least the face. `Watchable` of `queries`
+    implements it.
+    """
 
     @property
     def is_seen(self) -> bool:
-        """Whether the watcher may have the presence as well."""
+        """Whether the watcher may also see the presence."""
 
 
 class WatchRecord(Protocol):
-    """What is asked of the database about watchers, by way of `PostgresHubStore`."""
+    """Queries about watchers. `PostgresHubStore` implements them."""
 
     async def watchable(self, pairs: Sequence[Pair], *, asker: UserId | None = None) -> Mapping[Pair, WatchablePair]:
-        """Return those of the pairs whose watcher may see the face; `asker` is the user who asks, if one does."""
+        """Return the pairs whose watcher may see at least the face. `asker` is the user who asks, or None."""
 
 
 Describe = Callable[[Mapping[Pair, Any]], Awaitable[Mapping[Pair, Presence]]]
-"""Returns the presences of pairs that were found watchable."""
+"""Returns the presences of watchable pairs."""
 
 
 class WatchAnswer(NamedTuple):
-    """What the database knew of a pair when the stamp was `since`."""
+    """The database's result for a pair, with all changes up to the stamp `since`."""
 
     since: int
     sight: Sight
@@ -53,10 +55,10 @@ class WatchAnswer(NamedTuple):
 
 
 class Watchers:
-    """Who watches whom at this worker.
+    """The watchers and watched users at this worker.
 
-    A pair is in doubt from when something changed that may forbid it until the database was asked. What would be
-    delivered meanwhile is held back: of each kind the newest, since each frame says all.
+    A pair is in doubt from a change that may forbid it until the next check in the database. Frames for it are held
+    meanwhile. Only the newest of each kind is kept, because each has the whole state.
     """
 
     def __init__(self, record: WatchRecord, bus: Bus, *, describe: Describe) -> None:
@@ -73,19 +75,19 @@ class Watchers:
 
     @property
     def are_in_doubt(self) -> bool:
-        """Whether anything is held back."""
+        """Whether any pair is in doubt."""
         return bool(self._doubts)
 
     async def watch(self, socket: Socket, user_ids: Collection[UserId]) -> Mapping[UserId, Presence]:
-        """Deliver the presence and the faces of users to a socket; return how they are seen now.
+        """Deliver the presence and the faces of users to a socket. Return their current presences.
 
-        Those that it may not see are left out. Raises Refused if the socket would watch too many.
+        Users that the socket may not see are left out. Raises Refused if the socket watches too many users.
         """
         new = {user_id for user_id in user_ids if user_id not in socket.watched}
         pairs = {Pair(socket.user_id, user_id) for user_id in user_ids}
         answers: dict[Pair, WatchAnswer] = {}
         seen: dict[UserId, Presence] = {}
-        # In doubt first, and asked second: what changes in between is noticed.
+        # The pairs are in doubt before the query, so that a change in between is noticed.
         self._doubts.begin(pairs)
         try:
             self._add(socket, new)
@@ -117,12 +119,12 @@ class Watchers:
             self.remove(socket, new)
             raise
         finally:
-            # The reply is written before the loop gets to this: what is newer comes after it.
+            # The reply is written before the loop calls this, so newer frames follow it.
             self._loop.call_soon(self._release, Whole(socket.user_id, is_watcher=True), pairs, answers)
         return seen
 
     def remove(self, socket: Socket, user_ids: Iterable[UserId]) -> None:
-        """Deliver them no more."""
+        """Stop delivering these users to a socket."""
         for user_id in user_ids:
             socket.watched.pop(user_id, None)
             watchers = self._watchers.get(user_id)
@@ -138,7 +140,7 @@ class Watchers:
                 del self._sockets[socket.user_id]
 
     def tell(self, user_id: UserId, frame: bytes, *, is_face: bool) -> None:
-        """Write a user's presence, or their face, to the sockets that may have it."""
+        """Write a user's presence or face to the sockets that may see it."""
         needed = Sight.FACE if is_face else Sight.ALL
         in_doubt = self._doubts.of(user_id)
         for socket, write in self._watchers.get(user_id, {}).items():
@@ -148,7 +150,7 @@ class Watchers:
                 write(frame)
 
     def doubt_watchers(self, user_id: UserId, watcher: UserId | None) -> None:
-        """Ask again whether all who watch a user may, or one of them."""
+        """Check again whether those who watch a user may do so, or whether `watcher` may."""
         whole = Whole(user_id, is_watcher=False)
         if watcher is None and user_id in self._watchers:
             self._doubts.add_all(whole, cause=whole)
@@ -157,19 +159,21 @@ class Watchers:
         self._ask_soon()
 
     def doubt_watched(self, user_id: UserId, *, cause: Hashable = None) -> None:
-        """Ask again whether a user may watch whom they watch. `cause`, or else the user, is what waits its turn."""
+        """Check again whether a user may watch those whom the user watches. `cause`, by default the user, takes turns
+        with others.
+        """
         if user_id in self._sockets:
             whole = Whole(user_id, is_watcher=True)
             self._doubts.add_all(whole, cause=whole if cause is None else cause)
         self._ask_soon()
 
     def doubt_all(self) -> None:
-        """Ask again about everybody: news that forbids something may have been missed."""
+        """Check all pairs again, because news that forbids some may have been missed."""
         for user_id in self._sockets:
             self.doubt_watched(user_id)
 
     def close(self) -> None:
-        """Ask no more."""
+        """Cancel the checks."""
         if self._asking is not None:
             self._asking.cancel()
 
@@ -196,7 +200,9 @@ class Watchers:
         self._has_doubts.set()
 
     async def _ask(self) -> None:
-        """Ask about all pairs in doubt, one statement after the other: many changes take no more of the database."""
+        """Check all pairs in doubt, one statement after the other, so that many changes do not load the
+        database more.
+        """
         try:
             while True:
                 self._has_doubts.clear()
@@ -217,12 +223,12 @@ class Watchers:
             found = await self._record.watchable(batch.pairs)
             regained = {pair: one for pair, one in found.items() if one.is_seen and self._is_unseen(pair)}
             presences = await self._describe(regained) if regained else {}
-        except Exception as error:  # noqa: BLE001 - what is held back stays so until it could be asked
+        except Exception as error:  # noqa: BLE001 - held frames stay until a check succeeds
             if not self._is_failing:
                 log_failure(log, "asking who may watch whom", error)
             self._is_failing = True
             if is_lost(error) and not isinstance(error, TimeoutError):
-                # No cause is to blame, as it may be for a long statement. Each of thousands would fail alone.
+                # The whole database is lost, so no cause is delayed. Otherwise each of thousands would fail separately.
                 self._doubts.put_back(batch)
                 await asyncio.sleep(LOST_SECONDS)
             else:
@@ -240,8 +246,8 @@ class Watchers:
         return any(socket.watched.get(pair.watched, Sight.ALL) is not Sight.ALL for socket in sockets)
 
     def _release(self, watcher: Whole, pairs: Iterable[Pair], answers: Mapping[Pair, WatchAnswer]) -> None:
-        """Decide about the pairs that a `watch` has asked about, unless another one still does. Ask again about those
-        that it has no current answer of.
+        """Decide about the pairs of a `watch`, unless another one still checks them. Check those without a current
+        result again.
         """
         self._doubts.end(pairs)
         self._decide_all(answers)
@@ -253,15 +259,15 @@ class Watchers:
         self._ask_soon()
 
     def _decide_all(self, answers: Mapping[Pair, WatchAnswer]) -> list[Pair]:
-        """Decide about those pairs that nothing has put in doubt since they were asked about, and that no `watch` asks
-        about. Return those with which that failed; they stay in doubt.
+        """Decide about pairs that were not put in doubt again, and that no `watch` checks. Return the pairs for which
+        that failed, which stay in doubt.
         """
         failed: list[Pair] = []
         for pair, (since, sight, presence) in answers.items():
             if self._doubts.is_current(pair, since) and not self._doubts.is_asked_about(pair):
                 try:
                     self._decide(pair, sight, presence)
-                except Exception as error:  # noqa: BLE001 - a defect with one pair decides nothing about the others
+                except Exception as error:  # noqa: BLE001 - a defect with one pair must not affect others
                     if not self._is_failing:
                         log_defect(log, "deciding who may watch whom", error)
                     self._is_failing = True
@@ -272,8 +278,8 @@ class Watchers:
         return failed
 
     def _decide(self, pair: Pair, sight: Sight, presence: Presence | None) -> None:
-        """Deliver what was held back of a user, as far as the watcher may see it, after their presence if the watcher
-        may see that again. The pair stays in doubt if this fails.
+        """Deliver the held frames that the watcher may see. The presence precedes them if the watcher may see it again.
+        The pair stays in doubt if this fails.
         """
         frames = self._doubts.held(pair)
         for socket in list(self._sockets.get(pair.watcher, ())):
@@ -292,8 +298,8 @@ class Watchers:
 
 
 def sight_of(found: WatchablePair | None) -> Sight:
-    """Return what a watcher may see, by what was found of the pair."""
-    # In a conversation a face is seen when presence is not, whoever hides it from whom.
+    """Return what a watcher may see, given the database's result for the pair."""
+    # Participants of a conversation see each other's faces, even when presence is hidden.
     return Sight.NOTHING if found is None else Sight.ALL if found.is_seen else Sight.FACE
 
 
