@@ -14,6 +14,7 @@ DONE = (
     "server/db",
     "server/domain",
     "server/fairness",
+    "server/gateway",
     "server/hub",
     "server/limits",
     "server/routes.py",

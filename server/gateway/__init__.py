@@ -1,1 +1,1 @@
-"""One socket: bytes, frames in order, an answer for each; and the registry of all connections."""
+"""The transport of one socket: bytes, frames in order and a reply for each. Also the registry of all connections."""

@@ -1,4 +1,4 @@
-"""One client's connection: its frames in order, one at a time, and everything that is written to it."""
+"""One client's connection. It answers frames in order, one at a time, and writes all frames to the client."""
 
 import asyncio
 import logging
@@ -31,25 +31,26 @@ from server.limits.token_bucket import Pace, too_many
 log = logging.getLogger(__name__)
 
 MAX_INBOX = 32
-"""How many frames, or MAX_FRAME_BYTES in all, wait for their turn before the socket is not read any more."""
+"""Max frames that wait in the inbox before the socket is not read any more. The max size is `MAX_FRAME_BYTES`."""
 AT_ONCE = 4
-"""Frames of a connection that are answered in one turn of the loop, at most."""
+"""Max frames of a connection that are answered in one turn of the event loop."""
 ENTER_SECONDS = 10.0
-"""Max seconds on the way in: a client that says it will resume may never do so."""
+"""Max time of a connection's admission, in seconds. A client that announces a `resume` may never send it."""
 REFRESH_RETRY_SECONDS = 1.0
+"""Delay of a recheck after a failed refresh, in seconds."""
 NOT_TEXT = Refused(ErrorCode.BAD_FRAME, "Binary messages are not supported. Send each frame as a text message.")
-"""The answer to a binary message."""
+"""The reply to a binary message."""
 
 
 class Hooks(NamedTuple):
-    """What happens to a connection besides its frames: when it begins, and when its user's conversations change."""
+    """Callbacks of a connection besides its frames, when it begins and when its user's rows change."""
 
     start: Callable[[Context], Awaitable[None]]
     refresh: Callable[[Context, UserNews, UserNews | None], Awaitable[None]]
 
 
 class ConnectionDeps(NamedTuple):
-    """What all connections of a worker have in common."""
+    """Dependencies that all connections of a worker share."""
 
     epoch: str
     hub: Hub
@@ -61,23 +62,23 @@ class ConnectionDeps(NamedTuple):
     left: Callable[["Connection"], None]
     connections_per_user: int
     places: Counter[UserId]
-    """Connections of each user."""
+    """The number of connections, per user."""
     heartbeat_seconds: float
     abuse: Throttle[UserId]
-    """Picks of which users it is logged that they are closed for abuse."""
+    """Limits log entries about users whose connection is closed for abuse."""
     working: "set[asyncio.Task[None]]"
-    """What connections are in the middle of: it is done before what it needs is closed."""
+    """Tasks that answer frames. They end before the server closes what they use."""
 
 
 def too_many_of_user(most: int) -> Refused:
-    """Return the last answer to a connection beyond its user's limit."""
+    """Return the last frame to a connection beyond its user's limit."""
     return Refused(
         ErrorCode.CONFLICT, f"Your user has {most:,} connections to this server, which is the max. Close one first."
     )
 
 
 class Connection:
-    """A WebSocket that has been authenticated."""
+    """An authenticated WebSocket."""
 
     __slots__ = (
         "_entering", "_frames", "_gone", "_has_place", "_has_to_refresh", "_inbox", "_inbox_bytes", "_is_closed",
@@ -96,8 +97,8 @@ class Connection:
         place: Slot,
         gone: Callable[[], None],
     ) -> None:
-        """`expires_at` and `user_version` are of the session, `place` is among those who are on their way in; `gone` is
-        called when the connection is no more. `context` comes with `begin`: each needs the other.
+        """`expires_at` and `user_version` are the session's. `place` is the connection's slot in admission. `gone` is
+        called when the connection has ended. `begin` sets `context`, because the two refer to each other.
         """
         self._gone = gone
         self._place: Slot | None = place
@@ -109,7 +110,7 @@ class Connection:
         self.attached: set[ConversationId] = set()
         self.watched: dict[UserId, Sight] = {}
         self._shared = shared
-        # A list: it is short, and an empty deque takes ten times the memory.
+        # A list, because it is short, and an empty deque takes ten times the memory.
         self._inbox: list[bytes | None] = []
         self._inbox_bytes = 0
         self._todo: list[Callable[[], Awaitable[None]]] = []
@@ -118,28 +119,28 @@ class Connection:
         self._last: tuple[GoingAway, CloseCode] | None = None
         self._is_resuming = False
         self._has_to_refresh = False
-        # What the next refresh is told from, the newest of each: own rows, and memberships.
+        # The newest sources for the next refresh: own rows, and memberships.
         self._look: UserNews | None = None
         self._whole: UserNews | None = None
         self._entering: asyncio.TimerHandle | None = None
         self._has_place = False
-        # Of this connection alone, and gone with it: the `id` of a connection is used again.
+        # These belong to this connection alone. A table of them by `id` would fail, because ids of objects are reused.
         self._frames = ReservingBucket(shared.frames)
         self._strikes: Strikes | None = None
-        self._said = 0  # bytes since the frame began that is answered now
+        self._said = 0  # bytes written since the current frame began
         self.user_version = user_version
         self.closed_with: CloseCode | None = None
 
     def begin(self, context: Context, *, is_resuming: bool) -> None:
-        """Say `ready`, and then, unless the client will `resume`, all conversations."""
+        """Send `ready`, and then all conversations unless the client will send `resume`."""
         self.context = context
         self.user_id = context.user_id
         self.session_id = context.session_id
         self._is_resuming = is_resuming
-        # It is no longer on its way in, in any case, after a while.
+        # Admission ends after this time in any case.
         self._entering = asyncio.get_running_loop().call_later(ENTER_SECONDS, self._is_in)
         self._todo.append(self._begin)
-        # Counted before anything is awaited, or connections that come concurrently would not see each other.
+        # Counted before the first `await`, so that concurrent connections see each other.
         self._has_place = self._shared.places[self.user_id] < self._shared.connections_per_user
         self._shared.places[self.user_id] += self._has_place
         self._shared.arrived(self)
@@ -150,8 +151,8 @@ class Connection:
         self._wake()
 
     def finish(self, last: GoingAway, code: CloseCode) -> None:
-        """Answer what has been begun, say a last word, and close. What was begun in an epoch that is over has no answer
-        that is worth the wait.
+        """Answer the current frame, send `last`, and close. At the end of an epoch, close immediately, because replies
+        from it are worthless.
         """
         self._last = last, code
         self._inbox.clear()
@@ -161,9 +162,9 @@ class Connection:
     # ------------------------------------------------------------------------------ from the socket
 
     def received(self, data: bytes, *, is_text: bool) -> None:
-        """Put a frame in line; stop reading when the line is long."""
+        """Put a frame into the inbox. Stop reading when the inbox is full."""
         if self._is_closed or self._last is not None:
-            self.socket.pause_receiving()  # until the close frame: what is dropped takes no tokens
+            self.socket.pause_receiving()  # until the close frame, because frames that are dropped take no tokens
             return
         self._inbox.append(data if is_text else None)
         self._inbox_bytes += len(data)
@@ -172,20 +173,20 @@ class Connection:
         self._wake()
 
     def overflowed(self) -> None:
-        """The client reads too slowly."""
+        """Close, because the client reads too slowly."""
         self.close(CloseCode.SLOW)
 
     def flooded(self) -> None:
-        """The client sends too many control frames or fragments."""
+        """Close, because the client sends too many control frames or fragments."""
         self._end_abuse("too many control frames or fragments")
 
     def unfinished(self, refused: Refused, code: CloseCode) -> None:
-        """The rest of a message is not waited for any more."""
+        """Refuse the incomplete message, and close."""
         self.say(error_frame(refused))
         self.close(code)
 
     def lost(self) -> None:
-        """The connection is gone."""
+        """The connection is lost."""
         if not self._is_closed:
             self._leave()
 
@@ -206,11 +207,11 @@ class Connection:
             self.socket.close(code)
 
     def refresh(self, look: UserNews | None = None) -> None:
-        """Say what changed for the user, when there is time: what `look` knows, or everything."""
+        """Send the changes of the user's rows as soon as possible: those in `look`, or all."""
         if self._is_closed:
             return
         if self._is_resuming and self._entering is not None:
-            # Nothing is followed yet: all would be said anew, just before the client says what it has.
+            # Nothing is followed yet. A refresh now would send everything just before the client says what it has.
             self._has_to_refresh = True
             return
         self._look = look or self._shared.hub.people.fresh(self.user_id)
@@ -224,44 +225,44 @@ class Connection:
 
     @property
     def is_closed(self) -> bool:
-        """Whether nothing that is said reaches the client any more."""
+        """Whether no further frame reaches the client."""
         return self._is_closed
 
     async def open(self, conversation_ids: Sequence[ConversationId]) -> None:
-        """Have the worker follow conversations."""
+        """Make the worker follow conversations."""
         await self._shared.hub.topics.open(conversation_ids)
 
     def charge(self, size: int) -> None:
-        """Have the frame that is answered take tokens as if so many bytes were said."""
+        """Make the current frame take tokens for `size` more bytes."""
         self._said += size
 
     async def drained(self) -> None:
-        """Return when most of what was said has been taken in: before more of it is made."""
+        """Wait until the client has received most of what was sent, so that the caller may produce more."""
         if self._place is not None and self.socket.is_behind:
             self._place.end()
         await self.socket.drained()
 
     def attach(self, conversation_id: ConversationId, version: int) -> bool:
-        """Deliver the events after `version`; False if later ones were delivered already."""
+        """Deliver the events after `version`. Return False if later ones were delivered already."""
         return self._is_closed or self._shared.hub.topics.attach(self, conversation_id, version)
 
     def catching_up(self, conversation_id: ConversationId) -> AbstractContextManager[None]:
-        """Keep what is delivered meanwhile, for `attach`."""
+        """Keep events that are delivered during the block, for `attach`."""
         return self._shared.hub.topics.catching_up(self, conversation_id)
 
     def detach(self, conversation_id: ConversationId) -> None:
-        """Deliver no more of them."""
+        """Stop delivering events of a conversation."""
         self._shared.hub.topics.detach(self, conversation_id)
 
     async def watch(self, user_ids: Collection[UserId]) -> Mapping[UserId, Presence]:
-        """Deliver the presence and the faces of users; return how they are seen."""
+        """Deliver the presence and the faces of users. Return their presences."""
         if self._is_resuming and not self.attached:
-            # Or else it would not notice that a conversation ends in which it sees them.
+            # Otherwise the connection would not notice the end of a conversation through which it sees them.
             self.refresh()
         return {} if self._is_closed else await self._shared.hub.watchers.watch(self, user_ids)
 
     def unwatch(self, user_ids: Iterable[UserId]) -> None:
-        """Deliver it no more."""
+        """Stop delivering these users."""
         self._shared.hub.watchers.remove(self, user_ids)
 
     # ---------------------------------------------------------------------------------------------- the worker
@@ -272,14 +273,14 @@ class Connection:
             self._shared.working.add(self._worker)
 
     async def _work(self) -> None:
-        """Do what there is to do, in order, and end: an idle connection has no task."""
+        """Do the pending work in order, and end. So an idle connection has no task."""
         done = 0
         try:
             while not self._is_closed:
                 await self.socket.drained()
                 done += 1
                 if done % AT_ONCE == 0:
-                    await asyncio.sleep(0)  # refusals wait for nothing: a full inbox would keep others waiting
+                    await asyncio.sleep(0)  # refusals await nothing, so a full inbox would delay others
                 if self._todo:
                     await self._todo.pop(0)()
                 elif self._inbox:
@@ -317,9 +318,9 @@ class Connection:
         try:
             self.say(answer)
             if data is not None:
-                # With all that a `resume` has said.
+                # The size includes the frames that a `resume` has sent.
                 self._shared.dispatch.answered(self.context.user_id, data, self._said)
-        except Exception as error:  # noqa: BLE001 - an answer that cannot be written is a defect of its frame alone
+        except Exception as error:  # noqa: BLE001 - a reply that cannot be written is a defect of its frame alone
             log_defect(log, "writing an answer", error)
             answer = error_frame(INTERNAL, re=answer.re)
             self.say(answer)
@@ -355,7 +356,7 @@ class Connection:
                 await shared.lifecycle.start(self.context)
                 self._is_in()
             elif self._place is not None and not self._inbox:
-                self._place.end()  # it waits for its client: the server has nothing to do
+                self._place.end()  # the connection waits for its client, so it needs no slot
         except Exception as error:
             if refusal(error) is None:
                 raise
@@ -370,7 +371,7 @@ class Connection:
         except Exception as error:
             if refusal(error) is None:
                 raise
-            # One look for all sockets of the user, which failed alike.
+            # One recheck serves all sockets of the user, which failed alike.
             again = partial(self._shared.hub.people.look, self.user_id, is_whole=True)
             asyncio.get_running_loop().call_later(REFRESH_RETRY_SECONDS, again)
 

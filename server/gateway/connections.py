@@ -1,4 +1,4 @@
-"""All connections of a worker: how many each user may have, their heartbeats, and their end when it drains."""
+"""All connections of a worker: their heartbeats, and their end when the worker drains."""
 
 import asyncio
 import logging
@@ -16,19 +16,21 @@ from server.hub.hub import Hub
 log = logging.getLogger(__name__)
 
 SLICES = 30
-"""A heartbeat's period is cut into this many turns, each of which takes its share of the connections."""
+"""Number of parts of a heartbeat interval. In each part, the same share of the connections gets a heartbeat."""
 DRAIN_BATCH_SECONDS = 0.1
+"""Pause between two batches, in seconds."""
 DRAIN_BATCHES = 20
-"""Clients are sent away in this many batches, so that they do not all come back in one instant."""
+"""Number of batches in which a draining worker closes its connections, so that not all clients reconnect together."""
 DRAIN_SECONDS = 10.0
+"""Max wait for the last connections to end, in seconds."""
 RETURNS_PER_SECOND, SPREAD_SECONDS = 500, 10.0
-"""Clients are asked to come back at such a rate, which one worker takes in with half of its time to spare
-(docs/performance.md, storm), and within so many seconds.
+"""Rate at which clients are asked to reconnect, and max spread of the times in seconds. One worker admits that rate in
+half of its time (docs/performance.md, storm).
 """
 
 
 class Connections:
-    """Who is connected to this worker."""
+    """The connections of this worker."""
 
     def __init__(
         self,
@@ -38,8 +40,8 @@ class Connections:
         alive: Callable[[list[Connection]], None],
         tickets: Callable[[list[Connection]], Awaitable[list[str | None]]],
     ) -> None:
-        """`alive` is told, once in each heartbeat, of every connection that is; `tickets` returns one for each of some
-        connections, with which to come back.
+        """`alive` is called in each heartbeat with all connections that are alive. `tickets` returns a ticket per
+        connection, with which its client may reconnect.
         """
         self._hub = hub
         self._tickets = tickets
@@ -54,21 +56,21 @@ class Connections:
         return sum(len(one) for one in self._slices)
 
     def start(self) -> None:
-        """Begin the heartbeats."""
+        """Start the heartbeats."""
         self._beating = asyncio.create_task(every(self._heartbeat_seconds / SLICES, self._beat))
 
     def add(self, connection: Connection) -> None:
-        """Count a connection in."""
+        """Add a connection."""
         self._slices[self._next].add(connection)
         self._next = (self._next + 1) % SLICES
 
     def remove(self, connection: Connection) -> None:
-        """Count it out."""
+        """Remove a connection."""
         for one in self._slices:
             one.discard(connection)
 
     async def drain(self, code: CloseCode) -> None:
-        """Let every connection finish what it does and send its client elsewhere, batch by batch."""
+        """Let every connection finish its current frame, and ask its client to reconnect, batch by batch."""
         if self._beating is not None:
             await end([self._beating])
         everyone = [connection for one in self._slices for connection in one]

@@ -1,4 +1,4 @@
-"""From bytes to reply: decode, look up in the table, check the allowance, run the handler, answer."""
+"""The path from a frame's bytes to its reply: decode it, look up its route, take tokens, run the handler."""
 
 import logging
 import time
@@ -51,45 +51,51 @@ from server.limits.shared_rate_limit import SharedRateLimit
 log = logging.getLogger(__name__)
 
 SEARCHING_MS = 500
-"""When to retry a search that was refused because another one of the same user runs, in milliseconds."""
+"""Delay after which to retry a search that was refused because the user has another one running, in milliseconds."""
 
 SEARCH_REST = 4
-"""Rest after a search, as a multiple of its time at the database: a user whose searches are slow does not occupy a
+"""Tokens for a search, as a multiple of its time in the database. So a user whose searches are slow does not occupy a
 connection all the time.
 """
 
 READ_SECONDS = 10.0
-"""Max seconds that a large read waits for others of the same user. The refusal is that of a database that is away."""
+"""Max wait of a large read for others of its user, in seconds. A longer wait is refused as an outage of the database
+is.
+"""
 
 
 SOCKET_ONLY = Refused(ErrorCode.INVALID, "This frame needs a WebSocket connection. Send it on one.", path="type")
 
 
 class Rate(Enum):
-    """Whose allowance a frame takes (docs/operations.md has the figures)."""
+    """The rate limit that a frame counts for. docs/operations.md has the figures."""
 
     WRITE = "write"
     READ = "read"
     EPHEMERAL = "ephemeral"
     SEARCH = "search"
-    """Frames that may cost the database a hundred times a typical read: few a second, and one of a user at a time."""
+    """Frames that may cost the database a hundred times as much as a typical read. Few are allowed per second, and one
+    at a time, per user.
+    """
 
 
 class Route(NamedTuple):
-    """One line of the table."""
+    """A line of the table of frames."""
 
     handler: Callable[[Context, Any], Awaitable[Result]]
     rate: Rate
     shed: Shed | None = None
-    """Whether it has to wait while the worker is behind, and before what."""
+    """The load at which the frame is refused. None if it never is."""
     waits_for_client: bool = False
-    """Whether it waits for its client while it reads: then no other large read of the user waits for it."""
+    """Whether the handler waits for its client while it reads. Then other large reads of the user do not wait
+    for it.
+    """
     socket_only: bool = False
-    """Whether it is about the connection that it came by, and so refused by plain HTTP."""
+    """Whether the frame concerns its connection. Over plain HTTP it is refused."""
 
 
 class Dispatch:
-    """The way of every frame, whether it came by WebSocket or by HTTP."""
+    """Runs all frames, from WebSockets and from HTTP."""
 
     def __init__(
         self,
@@ -106,10 +112,10 @@ class Dispatch:
         self._rates = {str(frame.__struct_config__.tag): route.rate for frame, route in routes.items()}
         self._reading: Turns[UserId] = Turns(1, patience=READ_SECONDS)
         self.searching: set[UserId] = set()
-        """Who is searching at this worker."""
+        """Users with a running search at this worker."""
 
     async def run(self, context: Context, data: bytes) -> Reply | Error:
-        """Return the answer to one frame. Whatever goes wrong is an answer, too."""
+        """Return the reply to a frame. Errors are replies, too."""
         frame = None
         began = time.perf_counter()
         try:
@@ -130,7 +136,7 @@ class Dispatch:
                 result = await self._read_alone(route, context, frame)
             else:
                 result = await self._handle(route, context, frame)
-        except Exception as error:  # noqa: BLE001 - whatever goes wrong is answered
+        except Exception as error:  # noqa: BLE001 - any error becomes a reply
             refused = refusal(error)
             if refused is None:
                 log_defect(log, type(frame).__name__, error)
@@ -143,9 +149,9 @@ class Dispatch:
         return Reply(re=frame.id, result=result)
 
     def _charge(self, user_id: UserId, data: bytes) -> int:
-        """Take tokens for an encoded frame, by its size, before it costs the work of decoding; return how many.
+        """Take tokens for an encoded frame by its size, before it costs the work of decoding. Return their number.
 
-        Raises Refused if there are too few, or if the frame is a search and another one of the user runs.
+        Raises Refused if there are too few tokens, or if the frame is a search and the user has another one running.
         """
         named = kind(data) or ""
         rate = self._rates.get(named, Rate.READ)
@@ -160,7 +166,7 @@ class Dispatch:
         return count
 
     def _in_turn(self, user_id: UserId, data: bytes, frame: Frame | None, refused: Refused, wait_ms: int) -> Refused:
-        """Return a refusal that has the frame repeated after those of the user that were refused before."""
+        """Return a refusal with a retry time after the user's earlier refused frames."""
         named = kind(data) or ""
         more = most_further(named, data) if frame is None else further(frame)
         tokens = 1 + len(data) // TOKEN_BYTES + more
@@ -168,22 +174,23 @@ class Dispatch:
         return Refused(refused.code, refused.message, path=refused.path, retry_after_ms=wait_ms)
 
     def answered(self, user_id: UserId, data: bytes, size: int) -> None:
-        """Take tokens for an answer to an encoded frame, by the size of the answer."""
+        """Take tokens for the reply to an encoded frame, by the size of the reply."""
         if (more := size // ANSWER_TOKEN_BYTES) > 0:
             self._allowances[self._rates.get(kind(data) or "", Rate.READ)].charge(user_id, more)
 
     async def _handle(self, route: Route, context: Context, frame: Frame) -> Result:
-        """Run the handler of a frame, and once more if PostgreSQL ended its transaction to break a deadlock."""
+        """Run the handler of a frame. Retry it once if PostgreSQL ended its transaction to break a deadlock."""
         try:
             return await route.handler(context, frame)
         except ROLLED_BACK as error:
-            # Handlers publish after their commit, so nothing has happened yet.
+            # Handlers publish after their commit, so nothing was published yet.
             context.database.rolled_back(str(type(frame).__struct_config__.tag), error)
         return await route.handler(context, frame)
 
     async def _read_alone(self, route: Route, context: Context, frame: Frame) -> Result:
-        """Run the handler of a frame that may have a large answer. Other such frames of the user at this worker wait:
-        decoding an answer takes the loop milliseconds, and a user with many connections could ask for many at once.
+        """Run the handler of a frame that may have a large reply. Other such frames of the user at this worker wait.
+        Decoding a reply blocks the loop for milliseconds, and a user with many connections could request many
+        concurrently.
         """
         await self._reading.take(context.user_id)
         try:
@@ -192,7 +199,7 @@ class Dispatch:
             self._reading.give(context.user_id)
 
     async def _search(self, route: Route, context: Context, frame: Frame) -> Result:
-        """Run the handler of a search; meanwhile `_charge` refuses others of the same user at this worker."""
+        """Run the handler of a search. Meanwhile `_charge` refuses other searches of the user at this worker."""
         self.searching.add(context.user_id)
         HELD.set(0.0)
         try:
@@ -205,19 +212,19 @@ class Dispatch:
 
 
 def error_frame(refused: Refused, *, re: int | str | None = None) -> Error:
-    """Return what tells a client about a refusal."""
+    """Return the error frame of a refusal."""
     return Error(
         re=re, code=refused.code, message=refused.message, path=refused.path, retry_after_ms=refused.retry_after_ms
     )
 
 
 def further(frame: Frame) -> int:
-    """Return how many more tokens a frame takes for what it asks for."""
+    """Return the number of additional tokens that a frame takes for the work it requests."""
     match frame:
         case Send() | Edit() | Schedule():
             part = part_of_mentions(frame.content)
         case Forward():
-            return 0  # the handler takes them when it knows the content
+            return 0  # the handler takes them when it has read the content
         case Watch():
             part = len(frame.user_ids) / MAX_WATCHED
         case CreateGroup() | AddParticipants() | Invite():
@@ -235,8 +242,8 @@ def further(frame: Frame) -> int:
 
 
 def most_further(named: str, data: bytes) -> int:
-    """Return the most that `further` may return for a frame that is not decoded yet. A refusal tells when so much can
-    be paid, and books it: for a short message that is not what one with 50 mentions takes.
+    """Return the max of `further` for a frame that is not decoded yet. A refusal reserves that many tokens. A short
+    message needs fewer than one with 50 mentions.
     """
     match named:
         case "send" | "edit" | "schedule":
@@ -253,7 +260,7 @@ def most_further(named: str, data: bytes) -> int:
 
 
 def _already_authenticated(frame: object) -> Refused:
-    assert isinstance(frame, Authenticate)  # noqa: S101 - the only frame without a line in the table
+    assert isinstance(frame, Authenticate)  # noqa: S101 - no other frame lacks a route
     return Refused(
         ErrorCode.INVALID, "This connection is already authenticated. Do not send `authenticate` again.", path="type"
     )

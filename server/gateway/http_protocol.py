@@ -1,6 +1,7 @@
-"""HTTP, as bytes: uvicorn's protocol class, with deadlines for what a client has to do, and bounds on what it sends.
+"""The HTTP transport. It extends uvicorn's protocol class by deadlines and by limits on requests.
 
-The deadlines are for the whole of a thing, not for its next byte: a client that drips is cut off as one that is silent.
+A deadline applies to a whole header or body, not to its next byte. So a client that sends single bytes is cut off like
+a silent one.
 """
 
 import asyncio
@@ -25,31 +26,33 @@ from server.gateway.websocket import EXTENSION, WebSocket
 log = logging.getLogger(__name__)
 
 HEAD_SECONDS = 10.0
-"""Max seconds from when a connection is accepted, or a request begins, to the end of its header."""
+"""Max time from accepting a connection, or from the first byte of a request, to the end of the header, in seconds."""
 BODY_SECONDS = 30.0
-"""Max seconds from the end of a header to the end of the body."""
+"""Max time from the end of a header to the end of the body, in seconds."""
 STALL_SECONDS = 30.0
-"""Max seconds without the client taking in any of an answer."""
+"""Max time in which the client reads nothing of a response, in seconds."""
 LINGER_SECONDS = 5.0
-"""Max seconds to take in the last of an answer, and in which the rest of a refused request is read and dropped."""
+"""Max time to read the end of a response, in seconds. In that time the rest of a refused request is read and
+dropped.
+"""
 MAX_HEAD_BYTES = 64 * 1024
 MAX_BODY_BYTES = 4 * MAX_FRAME_BYTES
-"""Max bytes that a body takes on the wire, in however small chunks it comes, also of what nobody reads."""
+"""Max bytes of a body on the wire, including the overhead of small chunks and bodies that nobody reads."""
 MAX_HEADERS = 128
-"""Max headers and trailers of a request: each costs as much as 200 bytes of a long one."""
+"""Max headers and trailers of a request. Each costs as much as 200 bytes of a long one."""
 MAX_CHUNKS = 4096
-"""Max chunks of a body, likewise."""
+"""Max chunks of a body, for the same reason."""
 NO_HANDSHAKE = Refused(
     ErrorCode.BAD_FRAME, "The WebSocket handshake has a body, more than 128 headers, or a line over 8 KiB. Correct it."
 )
 HOST = re.compile(rb"(?:\[[0-9A-Za-z:.%]+\]|[-\w.~%!$&'()*+,;=]*)(?::\d*)?")
-"""A `Host` (RFC 9110, section 7.2). Proxies and caches may take a request with none, or with two, for another one's."""
+"""A valid `Host` (RFC 9110, section 7.2). Proxies and caches may confuse requests without one, or with two."""
 MAX_PIPELINED = 8
-"""Max requests that wait for the answer of the one before."""
+"""Max requests that wait for the response to the one before."""
 
 
 class Stage(Enum):
-    """What a client has to send next, as far as it has begun."""
+    """The part of a request that the client has begun to send."""
 
     NOTHING = "nothing"
     HEAD = "header"
@@ -57,7 +60,7 @@ class Stage(Enum):
 
 
 class Answering:
-    """The transport that an answer is written to. Closing it is the connection's decision."""
+    """The transport of a response. The connection decides when it is closed."""
 
     def __init__(self, transport: asyncio.Transport, write: Callable[[bytes], None], close: Callable[[], None]) -> None:
         self.write = write
@@ -71,23 +74,24 @@ class Http(HttpToolsProtocol):
     def __init__(self, *args: Any, sockets: Sockets, **kwargs: Any) -> None:  # noqa: ANN401 - as uvicorn makes it
         super().__init__(*args, **kwargs)
         self._sockets = sockets
-        # What the connection is counted by; of a trusted proxy, by whom it asks for now.
+        # The key under which the connection is counted. On a proxy's connection, it is the current request's client.
         self._key: str | None = None
         self._is_of_proxy = False
         self._stage = Stage.NOTHING
         self._deadline: asyncio.TimerHandle | None = None
         self._stalled: asyncio.TimerHandle | None = None
-        # Of the header or body that is being received, on the wire.
+        # Bytes of the current header or body on the wire.
         self._bytes = 0
-        # The request that the application answers now; `cycle` is the one that arrived last.
+        # The request that the application handles now. `cycle` is the one that arrived last.
         self._running: RequestResponseCycle | None = None
-        # Of bodies, counted at `sockets`: bytes of each request and its client. And how many more are not counted.
+        # Bytes of bodies that are counted in `sockets`, per request and client, and the number of further bytes that
+        # are not counted.
         self._held: Counter[tuple[RequestResponseCycle, str]] = Counter()
         self._free = FREE_BYTES
         self._is_over = False
         self._is_lingering = False
         self._is_new = True
-        # Of the request that is being received.
+        # Headers and chunks of the current request.
         self._headers = self._chunks = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # noqa: D102
@@ -132,7 +136,7 @@ class Http(HttpToolsProtocol):
         try:
             self.transport.resume_reading()
             self._receive(data)
-        except Exception as error:  # noqa: BLE001 - as the loop does with what `data_received` raises
+        except Exception as error:  # noqa: BLE001 - the event loop, too, logs what `data_received` raises
             log_defect(log, "taking in the first bytes of a connection", error)
             self._abort()
 
@@ -151,7 +155,7 @@ class Http(HttpToolsProtocol):
             elif self._deadline is None:
                 self._arm(BODY_SECONDS, self._too_late)
         elif self._stage is Stage.HEAD or not self._is_answering():
-            # Also for empty lines: the parser skips them, and uvicorn restarts its own deadline at each.
+            # Empty lines count, too. The parser skips them, and uvicorn restarts its own deadline with each.
             if self._bytes > MAX_HEAD_BYTES:
                 self._refuse(
                     Refused(ErrorCode.BAD_FRAME, "The request line and headers are longer than 64 KiB. Shorten them."),
@@ -171,7 +175,7 @@ class Http(HttpToolsProtocol):
         super().handle_websocket_upgrade()
         upgraded = self.transport.get_protocol()
         if isinstance(upgraded, WebSocket) and not upgraded.handshake_initiated:
-            # websockets takes fewer and shorter headers than HTTP does, and no body. It says so to nobody.
+            # websockets accepts fewer and shorter headers than HTTP does, and no body. It closes without a response.
             upgraded.disarm()
             self.transport.set_protocol(self)
             self.connections.discard(upgraded)
@@ -188,7 +192,7 @@ class Http(HttpToolsProtocol):
                 Refused(ErrorCode.BAD_FRAME, f"The request has more than {MAX_HEADERS} headers. Send fewer."),
                 status=431,
             )
-        # Trailers come after the body. Nothing reads them, and a proxy may pass on those of its client unchecked.
+        # Trailers follow the body. Nothing reads them, and a proxy may forward those of its client unchecked.
         if self._stage is Stage.HEAD:
             super().on_header(name, value)
 
@@ -227,7 +231,7 @@ class Http(HttpToolsProtocol):
             self.cycle.transport = Answering(self.transport, self._write, self._close)  # type: ignore[assignment]
 
     def on_chunk_header(self) -> None:
-        """Count the chunks of a body: parsing many small ones takes long, however few bytes there are in all."""
+        """Count the chunks of a body. Parsing many small ones takes long, however few bytes they have."""
         self._chunks += 1
         if self._chunks > MAX_CHUNKS:
             self._refuse_and_stop(
@@ -242,7 +246,7 @@ class Http(HttpToolsProtocol):
         super().on_body(body)
 
     def _hold(self, count: int) -> None:
-        """Count bytes of a body. Refuse it if there are too many."""
+        """Count bytes of a body. Raises Refused if there are too many."""
         free = min(count, self._free)
         self._free -= free
         if count > free:
@@ -269,7 +273,7 @@ class Http(HttpToolsProtocol):
         super()._start_asgi_task(cycle, app)
 
     def _write(self, data: bytes) -> None:
-        # The loop raises for a transport that was aborted, and the application learns of it only afterwards.
+        # The event loop raises for an aborted transport, and the application learns of it only afterwards.
         if not self._is_lingering and not self.transport.is_closing():
             self.transport.write(data)
 
@@ -282,7 +286,7 @@ class Http(HttpToolsProtocol):
         if self.transport.is_closing():
             self._arm(LINGER_SECONDS, self._abort)
         elif self._is_answering():
-            self._release(of=answered)  # the next one, which waited for this answer, is begun, and holds its own
+            self._release(of=answered)  # the next request has begun, and holds its own bytes
         else:
             self._release()
             if not self._is_over:
@@ -323,22 +327,22 @@ class Http(HttpToolsProtocol):
             )
 
     def _refuse_and_stop(self, refused: Refused, *, status: int | None = None) -> NoReturn:
-        """Refuse, and raise Refused through the parser, which then leaves the rest of what was read alone."""
+        """Refuse the request, and raise Refused through the parser, which then drops the rest of the read bytes."""
         if not self._is_over:
             self._refuse(refused, status=status)
         raise refused
 
     def _refuse(self, refused: Refused, *, status: int | None = None) -> None:
-        """Answer in place of the application, and close."""
+        """Respond in place of the application, and close."""
         self._is_over = True
         if self._is_answering():
             self.cycle.disconnected = True
             self.cycle.message_event.set()
             if self.cycle.response_started or not self.cycle.more_body or self.pipeline:
-                self._abort()  # there is no place for another answer
+                self._abort()  # the connection cannot carry another response now
                 return
         elif self._stage is Stage.BODY and self.cycle is not None:
-            self._linger()  # the answer came before the end of the body
+            self._linger()  # the response preceded the end of the body
             return
         response = refusal_response(refused, status=status)
         self._sockets.answered(response.status_code)
@@ -346,7 +350,7 @@ class Http(HttpToolsProtocol):
         lines = [name + b": " + value + b"\r\n" for name, value in headers]
         self.transport.write(b"".join([STATUS_LINE[response.status_code], *lines, b"\r\n", bytes(response.body)]))
         if self._key is None:
-            self._shut()  # it is not counted, so it must not stay
+            self._shut()  # the connection is not counted, so it must not stay
         else:
             self._linger()
 
@@ -362,7 +366,9 @@ class Http(HttpToolsProtocol):
             self._arm(LINGER_SECONDS, self._abort)
 
     def _linger(self) -> None:
-        """Tell the client that no more comes. Close when the client does, or at the bounds of what is dropped."""
+        """Send the end of the stream, and drop further bytes. Close when the client closes, or at the limits of dropped
+        bytes and time.
+        """
         if self._is_lingering or self.transport.is_closing():
             return
         self._is_over = self._is_lingering = True
@@ -384,14 +390,16 @@ class Http(HttpToolsProtocol):
         return cycle is not None and not cycle.response_complete
 
     def _release(self, of: RequestResponseCycle | None = None) -> None:
-        """Give back the bytes of one request, or of all, of which further ones are free then."""
+        """Release the counted bytes of one request, or of all. After all, `FREE_BYTES` are free again."""
         for one in [one for one in self._held if of is None or one[0] is of]:
             self._sockets.release(one[1], self._held.pop(one))
         if of is None:
             self._free = FREE_BYTES
 
     def _count_as(self, key: str) -> None:
-        """Count a proxy's connection as one of a client. Raises Refused if that one has too many."""
+        """Count a proxy's connection as the client's of the current request. Raises Refused if the client has
+        too many.
+        """
         if self._is_of_proxy and self._key is not None and self._key != key:
             self._sockets.move(self._key, key)
             self._key = key

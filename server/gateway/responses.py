@@ -1,4 +1,4 @@
-"""Answers over HTTP: values and refusals as JSON."""
+"""HTTP responses: values and refusals as JSON."""
 
 from starlette.responses import Response
 
@@ -19,16 +19,16 @@ STATUS = {
     ErrorCode.UNAVAILABLE: 503,
     ErrorCode.INTERNAL: 500,
 }
-"""The HTTP status of each refusal."""
+"""The HTTP status of each error code."""
 
 
 def refusal_response(refused: Refused, *, status: int | None = None) -> Response:
-    """Return the answer to a request that was refused."""
+    """Return the response to a refused request."""
     return error_response(error_frame(refused), status=status)
 
 
 def error_response(error: Error, *, status: int | None = None) -> Response:
-    """Return an error as the answer to a request, with its time to come back in the header that HTTP clients know."""
+    """Return an error as a response. `Retry-After` has its retry time."""
     response = json_response(error, status=status or STATUS[error.code])
     if error.retry_after_ms is not None:
         response.headers["retry-after"] = str(-(-error.retry_after_ms // 1000))
@@ -36,5 +36,5 @@ def error_response(error: Error, *, status: int | None = None) -> Response:
 
 
 def json_response(value: object, *, status: int = 200) -> Response:
-    """Return `value` as JSON, not to be kept by anyone in between."""
+    """Return `value` as JSON, which no cache may store."""
     return Response(encode(value), status, {"cache-control": "no-store"}, JSON)

@@ -1,4 +1,4 @@
-"""The TCP connections of a worker: counted when they are accepted, and never more than there are descriptors for."""
+"""The TCP connections of a worker, counted when they are accepted. They never need more descriptors than there are."""
 
 import asyncio
 import logging
@@ -19,42 +19,43 @@ from server.limits.per_address import too_many_of_address
 from server.limits.token_bucket import Pace
 
 RESERVED_DESCRIPTORS = 128
-"""Descriptors that connections leave to the database, Redis, logs, metrics and requests to other servers."""
+"""Descriptors reserved for the database, Redis, logs, metrics and requests to other servers."""
 MACOS_DESCRIPTORS = 10_240
-"""Where the hard limit is infinite, the kernel may still take no more than this."""
+"""Number of descriptors to try if the hard limit is infinite, because the kernel of macOS has another limit."""
 SPARE = 8
-"""Min connections of an address beyond those that are let in."""
+"""Min number of connections per address beyond the admitted ones."""
 UNREAD_BYTES = 16 * 1024 * 1024
-"""Max bytes of requests that are not complete or not answered, and of what arrives before login, of a worker; as many
-again of users' messages that are not complete. Each address, and each user, has a share (`SharedBound`).
+"""Max bytes of incomplete or unanswered requests and of data before login, per worker. As many are allowed for
+incomplete messages of users. Each address and each user gets a share (`SharedBound`).
 """
 FREE_BYTES = 4096
-"""Bytes of these that a connection holds without counting: logins, small requests and most messages pass, however much
-others hold.
+"""Bytes of these that each connection has without counting. So logins, small requests and most messages pass, however
+much others hold.
 """
 LINGER_BYTES = 16 * MAX_FRAME_BYTES
-"""Max bytes that are read and dropped before a connection is closed. A socket that is closed with unread bytes is
-reset, and then the client may lose the answer or the close frame.
+"""Max bytes that are read and dropped before a connection is closed. Closing a socket with unread bytes resets it, and
+the client may lose the response or the close frame.
 """
 PROXY = ""
-"""The key of a connection of a trusted proxy between requests."""
+"""The key of a trusted proxy's connection between requests."""
 RETRY_MS = 5_000
+"""`retry_after_ms` of these refusals."""
 
 log = logging.getLogger(__name__)
 
 
 class Sockets:
-    """Counts connections by the address of the TCP peer; those of a trusted proxy, by the address that each request is
-    forwarded for, from the end of its header until it is answered. In between, a proxy's have no limit of their own.
+    """Counts connections by the address of the TCP peer. A trusted proxy's connection counts for the client of its
+    current request, from the end of the header until the response. In between it counts for nobody.
     """
 
     def __init__(self, *, most: int, per_address: int, proxies: Proxies, frames: Pace, outbox_bytes: int) -> None:
-        """`frames` is the pace of WebSocket control frames and fragments of each connection; `outbox_bytes` the max
-        bytes that wait for a WebSocket peer that reads slowly.
+        """`frames` is the rate of WebSocket control frames and fragments, per connection. `outbox_bytes` is the max
+        number of bytes that wait for a slow WebSocket peer.
         """
         self._most = most
-        # Some more than are let in: any client can read a refusal that answers its request, unlike one that comes
-        # before it. And one address alone never takes the last eighth of all.
+        # A few more than are admitted, because a client can always read a refusal that answers its request, unlike one
+        # before that. One address alone never takes the last eighth.
         self._per_address = min(per_address + max(SPARE, per_address // 4), max(1, most - most // 8 - 1))
         self._proxies = proxies
         self.frames = frames
@@ -62,21 +63,21 @@ class Sockets:
         self._count = 0
         self._of_address: Counter[str] = Counter()
         self.unread: SharedBound[str] = SharedBound(UNREAD_BYTES)
-        """Bytes of requests that are not complete or not answered, and of what arrives before login, by address."""
+        """Bytes of incomplete or unanswered requests and of data before login, by address."""
         self.unread_of_users: SharedBound[UserId] = SharedBound(UNREAD_BYTES)
-        """Bytes of incomplete messages, by user: nobody without an account takes any of these."""
-        # The connections that the server does nothing for now, oldest first, and what closes each.
+        """Bytes of incomplete messages, by user. Clients without an account take none of these."""
+        # Idle connections, oldest first, each with the function that closes it.
         self._waiting: dict[object, Callable[[], None]] = {}
         self._beginning: FairQueue[str, Callable[[], None]] = FairQueue()
         self._is_beginning = False
         self._sheds: Throttle[None] = Throttle()
         self._floods: Throttle[str] = Throttle()
         self.too_many: Throttle[str] = Throttle()
-        """Picks what is logged of addresses with too many connections, here and in `Addresses`."""
+        """Limits log entries about addresses with too many connections, here and in `Addresses`."""
         self.closed: Counter[str] = Counter()
         """WebSockets that the server closed, by close code."""
         self.answers: Counter[tuple[str, int]] = Counter()
-        """Answers to HTTP requests and refused handshakes, by path and status."""
+        """HTTP responses, including refused handshakes, by path and status."""
         self.shed = 0
         self.timed_out = 0
 
@@ -84,9 +85,9 @@ class Sockets:
         return self._count
 
     def arrive(self, host: str | None) -> str:
-        """Count a connection, and return the key to hand to `leave`. Raises Refused if there is no room for it.
+        """Count a connection. Return its key for `leave`. Raises Refused if there is no room.
 
-        If descriptors run out, the connection that has waited longest without asking for anything makes room.
+        If descriptors run out, the connection that has been idle for longest is closed.
         """
         key = PROXY if host is None or self._proxies.trusts(host) else limit_key(host)
         if key and self._of_address[key] >= self._per_address:
@@ -106,8 +107,8 @@ class Sockets:
         return key
 
     def client_key(self, peer: str | None, headers: Iterable[tuple[bytes, bytes]]) -> str:
-        """Return the key of the client that a request of a trusted proxy is forwarded for: of the address in its
-        headers, or else of the proxy's. A request whose address is none is refused later.
+        """Return the key of the client of a proxied request, by the address in its headers, or else by the proxy's. If
+        that entry is no address, another check refuses the request later.
         """
         try:
             host = self._proxies.client(peer, entries(headers, FORWARDED_FOR)).host
@@ -116,38 +117,38 @@ class Sockets:
         return limit_key(host or peer or "unknown")
 
     def move(self, key: str, to: str) -> None:
-        """Count a connection under another key. Raises Refused if there are too many of that one."""
+        """Count a connection under another key. Raises Refused if that key has too many."""
         if to and self._of_address[to] >= self._per_address:
             raise too_many_of_address(to, self.too_many)
         self._of_address[to] += 1
         _take(self._of_address, key, 1)
 
     def leave(self, key: str) -> None:
-        """Give back the place of a connection that is closed."""
+        """End the count of a closed connection."""
         self._count -= 1
         _take(self._of_address, key, 1)
 
     def answered(self, status: int) -> None:
-        """Count an answer that a connection gave in place of the application, whatever path was asked for."""
+        """Count a response in place of the application's. The path does not matter."""
         self.answers[OTHER, status] += 1
 
     def flooded(self, key: str) -> None:
-        """Log the key of a connection that is closed for abuse before it is a user's."""
+        """Log the key of a connection that is closed for abuse before login."""
         if self._floods.passes(key):
             log.warning("closing a connection from address %s with 4003: too many fragments or pings before login", key)
 
     def waits(self, connection: object, close: Callable[[], None]) -> None:
-        """Note that a connection is idle. `close` closes it when another connection needs its place."""
+        """Mark a connection as idle. `close` closes it when another connection needs its place."""
         self._waiting[connection] = close
 
     def works(self, connection: object) -> None:
-        """Note that a connection is no longer idle."""
+        """Mark a connection as busy."""
         self._waiting.pop(connection, None)
 
     def begin(self, key: str, received: Callable[[], None]) -> None:
-        """Call `received`, which takes in the first bytes of a connection, when it is its turn: a handshake takes the
-        loop half a millisecond, and hundreds may arrive at once. In each turn of the loop, one is taken in. Addresses
-        take turns.
+        """Call `received`, which handles the first bytes of a connection, in its turn. A handshake blocks the loop for
+        half a millisecond, and hundreds may arrive together. Each turn of the loop handles one, and addresses take
+        turns.
         """
         self._beginning.put(key, received)
         if not self._is_beginning:
@@ -163,8 +164,8 @@ class Sockets:
         received()
 
     def hold(self, client: str | UserId, count: int) -> None:
-        """Count `count` bytes of a request or message, of an address or a user. Raises Refused beyond the client's
-        share or the maximum.
+        """Count `count` bytes of a request or message for an address or a user. Raises Refused beyond the client's
+        share or the total.
         """
         if isinstance(client, str):
             is_held = self.unread.take(client, count)
@@ -178,7 +179,7 @@ class Sockets:
             )
 
     def release(self, client: str | UserId, count: int) -> None:
-        """Give back bytes that `hold` counted."""
+        """Release bytes that `hold` counted."""
         if isinstance(client, str):
             self.unread.give(client, count)
         else:
@@ -191,7 +192,7 @@ class Sockets:
 
 
 def raise_descriptor_limit() -> None:
-    """Raise this process's soft limit of descriptors to the hard one."""
+    """Raise this process's soft limit of descriptors to the hard limit."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     for limit in (hard, MACOS_DESCRIPTORS):
         if soft == hard or (limit != resource.RLIM_INFINITY and limit <= soft):
@@ -204,7 +205,9 @@ def raise_descriptor_limit() -> None:
 
 
 def most_sockets(reserved: int) -> int:
-    """Return how many connections there are descriptors for, besides `reserved` ones and those for everything else."""
+    """Return the max number of connections, given the limit of descriptors, `reserved` ones and those for everything
+    else.
+    """
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY:
         soft = MACOS_DESCRIPTORS

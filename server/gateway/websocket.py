@@ -1,8 +1,8 @@
-"""The WebSocket, as bytes: uvicorn's protocol class, with a way past ASGI for everything after the handshake.
+"""The WebSocket transport. It extends uvicorn's protocol class, and bypasses ASGI after the handshake.
 
-ASGI carries a connection through authentication. Then a `Connection` takes the socket over: frames go straight to
-it, and what it writes goes straight to the transport. Per connection that saves a task, two queues and a few
-kilobytes; per delivery it saves most of the cost (docs/performance.md).
+ASGI carries a connection through authentication. Then a `Connection` takes over the socket. It receives frames
+directly, and writes directly to the transport. Per connection that saves a task, two queues and a few kilobytes. Per
+delivery it saves most of the cost (docs/performance.md).
 """
 
 import asyncio
@@ -27,36 +27,37 @@ if TYPE_CHECKING:
 EXTENSION = "openchat.socket"
 """The key of the connection in the scope's extensions."""
 PING = b"\x89\x00"
-"""The frame that asks a peer for a pong (RFC 6455, section 5.5.2)."""
+"""A ping frame (RFC 6455, section 5.5.2)."""
 HANDSHAKE_SECONDS = 30.0
-"""Max seconds from the handshake's request until somebody takes the socket over, `authenticate` included."""
+"""Max time from the handshake's request until `take_over`, including `authenticate`, in seconds."""
 MESSAGE_SECONDS = 30.0
-"""Max seconds from the first byte of a message to its last, as long as the server reads."""
+"""Max time from the first to the last byte of a message, while the server reads, in seconds."""
 STALL_SECONDS = 30.0
-"""Max seconds without the peer taking in any of a large answer."""
+"""Max time in which the peer reads nothing of a large reply, in seconds."""
 CLOSE_SECONDS = 5.0
-"""How long a peer may take to answer a close, or to read what is left, before the connection is cut."""
+"""Max time for the peer to answer a close frame or to read the rest, in seconds. Then the connection is cut."""
 MAX_EARLY_BYTES = 4096
-"""Max bytes of the one message that is read before somebody takes the socket over: `authenticate` is small."""
+"""Max bytes of the one message before `take_over`, which is `authenticate`."""
 MAX_FRAGMENTS = 128
-"""Max frames that a message may be cut into."""
+"""Max fragments of a message."""
 
 
 KERNEL_BYTES = 128 * 1024
-"""How much the kernel may hold that the peer has not room for, besides `outbox_bytes` of ours."""
+"""Max bytes for a slow peer in the kernel's buffer, in addition to `outbox_bytes` in ours."""
 _WHOLE_TEXT, _PING, _PONG, _MASKED, _MASK_BYTES = 0x81, 0x89, 0x8A, 0x80, 4
 _FIN, _OPCODE, _CONTROL, _CONTINUATION, _CLOSE, _MAX_CONTROL = 0x80, 0x0F, 0x08, 0, 8, 125
 _MEDIUM, _LARGE = 126, 127
-"""The bits and lengths of RFC 6455, section 5.2."""
+"""Bits and lengths of RFC 6455, section 5.2."""
 DRAIN_LOOK_SECONDS = 0.02
+"""Interval of checks whether the peer has read, in seconds."""
 _NOTSENT_LOWAT: int | None = getattr(socket_module, "TCP_NOTSENT_LOWAT", None)
 
 
 class _NobodysQueue(asyncio.Queue[Any]):
-    """Where uvicorn puts what it has to say to an application that is not there any more."""
+    """A queue for uvicorn's events after the application has ended."""
 
     def put_nowait(self, item: Any) -> None:  # noqa: ANN401 - as asyncio.Queue has it
-        """Drop it."""
+        """Drop the event."""
 
 
 _NOBODYS_QUEUE = _NobodysQueue()
@@ -71,27 +72,27 @@ class WebSocket(WebSocketsSansIOProtocol):
     _partial: bytearray | None = None
     _wanted = 0
     heard_at = 0.0
-    # True while a large answer, which the peer asked for, may exceed `outbox_bytes`.
+    # True while a large reply may exceed `outbox_bytes`.
     _is_wide = False
     # Max bytes of a message.
     _most_bytes = MAX_EARLY_BYTES
-    # Bytes of a message that is not complete, and `_unread`, as counted at `_sockets`, and the message's deadline.
+    # Bytes of an incomplete message and of `_unread`, as counted in `_sockets`, and the message's deadline.
     _held = 0
     _overdue: asyncio.TimerHandle | None = None
-    # Bytes that arrived in the read in which reading paused, from the first frame that was not taken in.
+    # Bytes that arrived in the read in which reading paused, from the first unhandled frame.
     _unread = b""
     # Whether the message before `take_over` is a text.
     _is_first_text = False
-    # Fragments of the message that is being received.
+    # Fragments of the current message.
     _fragments = 0
-    # Control frames and fragments; whole messages are the receiver's to count.
+    # Limits control frames and fragments. The receiver limits whole messages.
     _bucket: TokenBucket | None = None
-    # The newest ping that is not answered.
+    # The newest unanswered ping.
     _ping: bytes | None = None
     _deadline: asyncio.TimerHandle | None = None
     _stalled: asyncio.TimerHandle | None = None
     _is_flooded = False
-    # True once nothing is written any more, and no frame is read. Bytes that arrived since the close frame was sent.
+    # True once nothing more is written or read. `_dropped` counts the bytes after the close frame.
     _is_lingering = False
     _dropped = 0
 
@@ -101,7 +102,7 @@ class WebSocket(WebSocketsSansIOProtocol):
         self._sockets = sockets
         self._outbox_bytes = sockets.outbox_bytes
         self._key = key
-        # Whose bytes `_held` are: of the address, or of the user who took the socket over.
+        # The client for whom `_held` is counted: the address, or the user after `take_over`.
         self._client: str | UserId = key or ""
         self.conn.max_message_size = MAX_EARLY_BYTES
 
@@ -111,7 +112,8 @@ class WebSocket(WebSocketsSansIOProtocol):
         self.heard_at = self.loop.time()
         self.transport.set_write_buffer_limits(high=self._outbox_bytes)
         if _NOTSENT_LOWAT is not None and (socket := transport.get_extra_info("socket")) is not None:
-            # Or the kernel would hold megabytes more for a slow peer, and we would not know that it is slow.
+            # Otherwise the kernel would buffer megabytes for a slow peer, and the server would not notice that it is
+            # slow.
             socket.setsockopt(IPPROTO_TCP, _NOTSENT_LOWAT, KERNEL_BYTES)
 
     def data_received(self, data: bytes) -> None:  # noqa: D102
@@ -126,13 +128,13 @@ class WebSocket(WebSocketsSansIOProtocol):
         if self.receiver is None and (not self.handshake_initiated or self.conn.parser_exc is not None):
             super().data_received(whole)
         elif not self.handshake_complete:
-            self.transport.abort()  # RFC 6455, section 4.1: nothing before the answer to the handshake
+            self.transport.abort()  # RFC 6455, section 4.1: no frame precedes the response to the handshake
         else:
             self._take_in(whole)
 
     def _take_in(self, data: bytes) -> None:
-        """Take in frames until reading pauses. The rest waits until it resumes: thousands of small frames may arrive in
-        one read. Before `take_over`, reading pauses after one message.
+        """Handle frames until reading pauses. The rest waits until it resumes, because one read may have thousands of
+        small frames. Before `take_over`, reading pauses after one message.
         """
         at = 0
         while at < len(data) and not self.read_paused:
@@ -141,7 +143,7 @@ class WebSocket(WebSocketsSansIOProtocol):
                 self._partial = bytearray(data[at:])
                 break
             if self._overdue is not None and self.conn.current_size is None:
-                self._await_no_rest()  # that was the end of a message, and not only of a part of it
+                self._await_no_rest()  # this frame ended a message, not only a fragment
             at = end
         else:
             if at < len(data):
@@ -152,7 +154,7 @@ class WebSocket(WebSocketsSansIOProtocol):
             self._keep_unfinished()
 
     def _continued(self, partial: bytearray, data: bytes) -> bytes:
-        """Return bytes with those of the frame that they continue; nothing as long as it is not complete."""
+        """Return the frame that `data` continues, with the bytes after it. Return nothing while it is incomplete."""
         partial += data
         if len(partial) < self._wanted:
             return b""
@@ -160,8 +162,8 @@ class WebSocket(WebSocketsSansIOProtocol):
         return bytes(partial)
 
     def _keep_unfinished(self) -> None:
-        """Count the bytes of a message that is not complete, and those that are not taken in yet. Begin the message's
-        time. Close if all hold too much of that.
+        """Count the bytes of an incomplete message and of unhandled frames, and start the message's deadline. Close if
+        the client or all clients together hold too many.
         """
         if self._is_lingering:
             return
@@ -179,7 +181,7 @@ class WebSocket(WebSocketsSansIOProtocol):
         self._await_rest()
 
     def _await_rest(self) -> None:
-        """Begin the time of a message that is not complete, unless it runs already or the server does not read."""
+        """Start the deadline of an incomplete message, unless it runs already or reading is paused."""
         is_begun = self._partial is not None or self.conn.current_size is not None
         if is_begun and self._overdue is None and not (self.read_paused or self._is_lingering):
             self._overdue = self.loop.call_later(MESSAGE_SECONDS, self._is_overdue)
@@ -215,9 +217,10 @@ class WebSocket(WebSocketsSansIOProtocol):
             self._held = 0
 
     def _frame(self, data: bytes, at: int) -> int:
-        """Take in the frame that begins at `at`, and return where it ends; 0 if it is not all there.
+        """Handle the frame at `at`. Return where it ends, or 0 if it is incomplete.
 
-        A whole text message, which nearly all frames are, goes straight to the receiver; websockets sees to the rest.
+        Whole text messages go directly to the receiver. They are nearly all frames. The library websockets handles the
+        rest.
         """
         if len(data) < at + 2:
             self._wanted = 2
@@ -241,14 +244,16 @@ class WebSocket(WebSocketsSansIOProtocol):
             if self._is_allowed(data[at]) and data[at] == _PING:
                 self._ping = apply_mask(data[first:end], data[mask:first])
         elif is_legal and (self.close_sent and data[at] & _OPCODE != _CLOSE):
-            self._is_allowed(data[at])  # nobody reads it any more
+            self._is_allowed(data[at])  # nobody reads the frame any more
         elif self._is_allowed(data[at]):
             end = end if is_legal else len(data)
             super().data_received(data[at:end])
         return len(data) if self._is_lingering else end
 
     def _is_allowed(self, head: int) -> bool:
-        """Count a frame that is not a whole text message, or comes after the close frame. Close if that is too many."""
+        """Count a frame other than a whole text message, or a frame after the close frame. Close if there are too many.
+        Return whether to handle the frame.
+        """
         if not head & _CONTROL:
             self._fragments = self._fragments + 1 if head & _OPCODE == _CONTINUATION else 1
         if self._bucket is None:
@@ -257,7 +262,7 @@ class WebSocket(WebSocketsSansIOProtocol):
             self._is_flooded = True
             self._ping = None
             if self.close_sent:
-                pass  # it was told why, and a client may have sent much before it read that
+                pass  # the client was told why, and may have sent much before it read that
             elif self.receiver is not None:
                 self.receiver.flooded()
             else:
@@ -268,7 +273,7 @@ class WebSocket(WebSocketsSansIOProtocol):
         return not self._is_flooded
 
     def _answer_ping(self) -> None:
-        """Answer the newest ping, which is enough (RFC 6455, section 5.5.3), unless the peer does not read."""
+        """Answer the newest ping, which suffices (RFC 6455, section 5.5.3), unless the peer does not read."""
         ping, self._ping = self._ping, None
         is_reading = self.transport.get_write_buffer_size() <= self._outbox_bytes // 4
         if ping is not None and is_reading and not self.close_sent:
@@ -289,7 +294,7 @@ class WebSocket(WebSocketsSansIOProtocol):
     def pause_writing(self) -> None:  # noqa: D102
         super().pause_writing()
         if self.receiver is not None:
-            # Called from within a write: the receiver may not change who is written to just now.
+            # This runs inside a write to a set of sockets, which the receiver must not change now.
             self.loop.call_soon(self.receiver.overflowed)
 
     def handle_connect(self, event: Any) -> None:  # noqa: D102, ANN401 - websockets' Request
@@ -310,14 +315,14 @@ class WebSocket(WebSocketsSansIOProtocol):
             self.receiver.received(data, is_text=is_text)
             return
         self.is_first_text = is_text
-        # As bytes also if it is a text: whether they are UTF-8 is for whoever reads them to find out and to answer.
+        # Bytes, even for a text. The code that decodes the frame also checks its UTF-8.
         self.queue.put_nowait({"type": "websocket.receive", "bytes": data})
         self.pause_receiving()
 
     async def receive(self) -> Any:  # noqa: ANN401, D102 - as uvicorn has it
         if not (self.handshake_complete and self.queue.empty()):
             return await self.queue.get()
-        # For the client to authenticate: whoever does not makes room for others.
+        # While the client has not authenticated, other connections may take its place.
         self._sockets.waits(self, self.transport.abort)
         try:
             return await self.queue.get()
@@ -326,7 +331,7 @@ class WebSocket(WebSocketsSansIOProtocol):
                 self._sockets.works(self)
 
     def take_over(self, receiver: "Connection") -> None:
-        """Hand everything that comes from here on to `receiver`, and what came already."""
+        """Pass all further messages to `receiver`, and those that are queued."""
         self.disarm()
         self.receiver = receiver
         while not self.queue.empty():
@@ -344,33 +349,35 @@ class WebSocket(WebSocketsSansIOProtocol):
             self._keep_unfinished()
 
     def disarm(self) -> None:
-        """End the deadline of the handshake."""
+        """Cancel the deadline of the handshake."""
         if self._deadline is not None:
             self._deadline.cancel()
             self._deadline = None
 
     def _forget_handshake(self) -> None:
-        """Let go of what only the handshake and ASGI need: half of what an idle connection would hold."""
+        """Delete the state of the handshake and of ASGI, which is half the memory of an idle connection."""
         del self.scope, self.request, self.response
         self.queue = _NOBODYS_QUEUE
         self.writable = _NOBODYS_EVENT
 
     def write_asked(self, data: bytes) -> None:
-        """Write what the peer asked for: however large, it does not make the peer slow. Await `drained` before the next
-        such thing, so that no more than one of them waits.
+        """Write a reply, which does not count the peer as slow, however large it is. The caller awaits `drained` before
+        the next one, so that one waits at a time.
         """
         if len(data) > self._outbox_bytes // 4:
             waiting = self.transport.get_write_buffer_size()
             self.transport.set_write_buffer_limits(high=waiting + len(data) + self._outbox_bytes)
             self._is_wide = True
-            # Most of the answer before was taken in: the time begins anew, with what waits now.
+            # The peer read most of the reply before, so its time starts again with the bytes that wait now.
             if self._stalled is not None:
                 self._stalled.cancel()
             self._stalled = self.loop.call_later(STALL_SECONDS, self._is_stalled, waiting + len(data))
         self.transport.write(data)
 
     def _is_stalled(self, before: int) -> None:
-        """Cut the connection if the peer has taken in nothing of a large answer; look again while some of it waits."""
+        """Cut the connection if the peer has read nothing of a large reply. Otherwise check again while some of it
+        waits.
+        """
         waiting = self.transport.get_write_buffer_size()
         self._stalled = None
         if waiting > self._outbox_bytes // 2:
@@ -381,7 +388,7 @@ class WebSocket(WebSocketsSansIOProtocol):
 
     @property
     def is_behind(self) -> bool:
-        """Whether the peer has most of a large answer still to take in."""
+        """Whether most of a large reply still waits for the peer."""
         return (
             self._is_wide
             and not self.transport.is_closing()
@@ -389,22 +396,22 @@ class WebSocket(WebSocketsSansIOProtocol):
         )
 
     async def drained(self) -> None:
-        """Return when the peer has taken in most of what it asked for, or is gone."""
-        while self.is_behind:  # noqa: ASYNC110 - nothing tells when the transport has written
+        """Return when the peer has read most of its replies, or is gone."""
+        while self.is_behind:  # noqa: ASYNC110 - the transport does not report progress of writing
             await asyncio.sleep(DRAIN_LOOK_SECONDS)
         if self._is_wide and not self.transport.is_closing():
             self.transport.set_write_buffer_limits(high=self._outbox_bytes)
             self._is_wide = False
 
     def pause_receiving(self) -> None:
-        """Read no more from the peer for now."""
+        """Stop reading from the peer."""
         if not self.read_paused:
             self.read_paused = True
             self.transport.pause_reading()
             self._await_no_rest()
 
     def resume_receiving(self) -> None:
-        """Read from the peer again, and take in first what was read before."""
+        """Handle bytes that were read before the pause, and read from the peer again."""
         if self.read_paused:
             self.read_paused = False
             self.transport.resume_reading()
@@ -412,7 +419,7 @@ class WebSocket(WebSocketsSansIOProtocol):
             self._take_in(unread)
 
     def close(self, code: CloseCode) -> None:
-        """Close with `code` after what is already on its way, and cut the connection if the peer is too slow."""
+        """Close with `code` after pending writes. Cut the connection if the peer is too slow."""
         if self.close_sent or self.transport.is_closing():
             return
         try:
@@ -437,9 +444,7 @@ class WebSocket(WebSocketsSansIOProtocol):
         self._linger()
 
     def _linger(self) -> None:
-        """After the close frame of a peer that no frame is taken from any more: drop what comes, until the peer closes
-        or at the bounds.
-        """
+        """Drop further bytes after the close frame, until the peer closes or a limit is reached."""
         if self._is_lingering or self.transport.is_closing():
             return
         self._is_lingering = True
@@ -461,7 +466,7 @@ class WebSocket(WebSocketsSansIOProtocol):
             self.receiver = None
 
     async def run_asgi(self) -> None:
-        """Run the app for the handshake; afterwards the connection lives on if somebody took it over."""
+        """Run the application for the handshake. If a receiver has taken over, the connection lives on."""
         try:
             await self.app(self.scope, self.receive, self.send)
         except (ClientDisconnected, WebSocketDisconnect):
