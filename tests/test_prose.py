@@ -9,12 +9,14 @@ from tests.prose import faults, sentences
 ROOT = Path(__file__).parent.parent
 DONE = (
     "protocol",
+    "server/auth",
     "server/context.py",
     "server/core",
     "server/db",
     "server/domain",
     "server/fairness",
     "server/gateway",
+    "server/http",
     "server/hub",
     "server/limits",
     "server/routes.py",

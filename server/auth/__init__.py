@@ -1,1 +1,1 @@
-"""Identity: passwords, tokens, sessions, tickets."""
+"""Authentication: passwords, tokens, sessions, tickets and login attempts."""

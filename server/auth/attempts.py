@@ -1,7 +1,7 @@
-"""Login attempts, counted for each account and each address: in Redis for all workers, or else in this one.
+"""Login attempts, counted per account and per address. Redis has the counters of all workers. Without Redis each worker
+counts on its own.
 
-An attempt is counted before it is made. Concurrent attempts therefore cannot all pass a check that none of them has
-yet failed.
+An attempt is counted before it is made. Otherwise concurrent attempts could all pass before any of them has failed.
 """
 
 import asyncio
@@ -20,17 +20,20 @@ from server.core.errors import REDIS_LOST
 from server.limits.per_address import OF_A_PROXY
 
 WINDOW_SECONDS = 300
+"""Length of a window, in seconds, from its first attempt."""
 KEY = "openchat:attempts:"
 MAX_COUNTED_HERE = 10_000
-"""Max counters in a worker's own memory; beyond it, the oldest is dropped. They only decide while Redis is away."""
+"""Max counters in a worker's own memory, of which the oldest are dropped first. They decide only while Redis is
+unavailable.
+"""
 FAILURES = frozenset({ErrorCode.UNAUTHENTICATED, ErrorCode.FORBIDDEN})
-"""The refusals that tell a wrong password."""
+"""Refusals that stand for a wrong password."""
 
 log = logging.getLogger(__name__)
 
 
 class Attempts:
-    """Counts in windows of five minutes."""
+    """Counts attempts in windows of five minutes."""
 
     def __init__(self, redis: Redis | RedisCluster, installation: str, *, per_account: int, per_address: int) -> None:
         self._redis = redis
@@ -40,16 +43,18 @@ class Attempts:
         self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
     async def of_address(self, address: str) -> None:
-        """Count one attempt of an address. Raises Refused if it had too many."""
+        """Count an attempt from an address. Raises Refused if it has made too many."""
         self._require("address", *await self._count(self._key("address", address)))
 
     @asynccontextmanager
     async def at_account(self, who: str) -> AsyncIterator[None]:
-        """Count one attempt at an account, made in the block. Raises Refused if there were too many.
+        """Count an attempt at an account, which is made in the block. Raises Refused if there were too many.
 
-        The block raises Refused with one of FAILURES if the attempt fails. If it succeeds, the earlier failures are
-        forgotten; if it could not be made, it is not counted. A worker makes one attempt at an account at a time, so
-        the attempts of an owner with many devices do not add up before the first of them succeeds.
+        The block raises Refused with one of `FAILURES` if the attempt fails. Success clears earlier failures. An
+        attempt that another error prevents is not counted.
+
+        A worker makes one attempt at an account at a time. So the attempts of an owner with many devices do not add up
+        before the first one succeeds.
         """
         key = self._key("account", who)
         turn = self._turns.setdefault(key, asyncio.Lock())
@@ -64,13 +69,13 @@ class Attempts:
             await self._forget(key)
 
     async def forget(self, who: str) -> None:
-        """Forget the failed attempts at an account."""
+        """Clear the failed attempts at an account."""
         await self._forget(self._key("account", who))
 
     def _require(self, kind: str, count: int, seconds: float) -> None:
         most = self._limits[kind]
         if count > most:
-            if count == most + 1:  # the first one, at all workers
+            if count == most + 1:  # logged once, for the first refused attempt at any worker
                 text = "login attempts of one %s reached %d; refusing further ones for %.0f s%s"
                 log.warning(text, kind, most, seconds, OF_A_PROXY if kind == "address" else "")
             raise Refused(
@@ -80,7 +85,7 @@ class Attempts:
             )
 
     async def _count(self, key: str) -> tuple[int, float]:
-        """Count one more; return how many that makes, and for how many seconds they count."""
+        """Count an attempt. Return the number of attempts in the window, and its remaining seconds."""
         here, until = self._count_here(key)
         try:
             async with self._redis.pipeline(transaction=True) as pipe:
@@ -114,7 +119,7 @@ class Attempts:
         now = time.monotonic()
         count, until = self._here.get(key, (0, 0.0))
         if until <= now:
-            # All windows are equally long, so expired counters are at the beginning of the OrderedDict.
+            # All windows have the same length, so expired counters come first in the OrderedDict.
             self._here.pop(key, None)
             count, until = 0, now + WINDOW_SECONDS
             while self._here and (len(self._here) >= MAX_COUNTED_HERE or next(iter(self._here.values()))[1] <= now):
@@ -123,5 +128,5 @@ class Attempts:
         return count + 1, until
 
     def _key(self, kind: str, who: str) -> str:
-        # Hashed, so that Redis holds no e-mail address and no IP address.
+        # The key is a hash, so that Redis stores no e-mail or IP addresses.
         return f"{self._prefix}{kind}:{hashlib.sha256(who.encode()).hexdigest()[:32]}"

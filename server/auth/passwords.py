@@ -1,4 +1,4 @@
-"""Passwords, hashed with argon2id in a few threads of their own: never on the loop, never too many at once."""
+"""Passwords, hashed with argon2id in a few threads, never on the event loop."""
 
 import asyncio
 from collections.abc import Callable
@@ -14,10 +14,11 @@ Given = ParamSpec("Given")
 Result = TypeVar("Result")
 
 MAX_WAITING = 64
-"""Max passwords that wait for a thread in this process: about a second's work. Any more logins would wait in vain."""
+"""Max passwords that wait for a thread in this process, which is the work of about a second."""
 RETRY_AFTER_MS = 1_000
 
-# OWASP's Password Storage Cheat Sheet, argon2id: 19 MiB of memory, two passes, one lane. About 30 ms.
+# argon2id with the parameters of OWASP's Password Storage Cheat Sheet: 19 MiB of memory, two passes, one lane. A hash
+# takes about 30 ms.
 _hasher = PasswordHasher(time_cost=2, memory_cost=19 * 1024, parallelism=1, type=Type.ID)
 _threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="argon2")
 _unfinished: set[asyncio.Future[Any]] = set()
@@ -25,20 +26,20 @@ _nobody = _hasher.hash("nobody's password")
 
 
 async def hashed(password: str) -> str:
-    """Return the hash to store. Raises Refused while too many others wait."""
+    """Return the hash of a password. Raises Refused if too many passwords wait."""
     return await _in_thread(_hasher.hash, password)
 
 
 async def matches(password: str, password_hash: str | None) -> bool:
-    """Whether a password is the one that was hashed; takes as long when there is no such account.
+    """Whether a password matches a hash. Without an account it takes the same time.
 
-    Raises Refused while too many others wait.
+    Raises Refused if too many passwords wait.
     """
     return await _in_thread(_matches, password, password_hash)
 
 
 def is_outdated(password_hash: str) -> bool:
-    """Whether a hash was made with other parameters than today's."""
+    """Whether a hash has other parameters than new ones have."""
     return _hasher.check_needs_rehash(password_hash)
 
 

@@ -1,4 +1,4 @@
-"""Sessions: from a token to a user, and how long that lasts."""
+"""Sessions: from a token to its user, and how long sessions last."""
 
 import asyncio
 from collections.abc import Callable, Coroutine, Sequence
@@ -17,22 +17,22 @@ from server.queries import sessions
 from server.queries.sessions import Active
 
 SLIDE_EVERY = timedelta(days=1)
-"""A session in use is extended at most this often, or twice in its time if that is shorter than two days."""
+"""Min interval between two extensions of a session in use. Half of the session's lifetime, if that is shorter."""
 
 
 class OpenSocket(Protocol):
-    """A socket of a session: a `Connection`, which `auth` may not import."""
+    """A socket of a session. `Connection` implements it, which `auth` may not import."""
 
     session_id: SessionId
     expires_at: datetime
-    """When the session expires, as far as the socket's worker knows."""
+    """When the session expires, as last read by the socket's worker."""
 
     def close(self, code: CloseCode) -> None:
-        """Close it."""
+        """Close the socket."""
 
 
 class Sessions:
-    """Looks tokens up, many in one query when many come at once."""
+    """Looks up tokens. Concurrent look-ups share a query."""
 
     def __init__(self, database: Database, tickets: Tickets, *, days: int) -> None:
         self._database = database
@@ -45,16 +45,18 @@ class Sessions:
         self._being_extended: set[SessionId] = set()
 
     async def authenticate(self, token: str) -> Active:
-        """Return the session of a token. Raises Refused if there is none, or it has expired, or it is a ticket."""
+        """Return the session of a token. Raises Refused if it does not exist or has expired, or if the token is a
+        ticket.
+        """
         if token.startswith(PREFIX):
             raise TicketRefused("A ticket is for the socket alone. Send the token.")
         return self._required(await self._lookups.submit(token_hash(token)))
 
     async def admit(self, token: str, require: Callable[[UserId], None]) -> Active:
-        """Return the session of a token, or of a return ticket, which is for the socket alone. Raises Refused as
-        `authenticate` does: a ticket is worth what its session is worth now.
+        """Return the session of a token, or of a return ticket, which is valid for sockets only. Raises Refused as
+        `authenticate` does. A ticket's session must still be valid.
 
-        `require` raises Refused for a user who may not connect now: their ticket stays good.
+        `require` raises Refused for a user who may not connect now. The ticket stays valid then.
         """
         if not token.startswith(PREFIX):
             active = await self.authenticate(token)
@@ -64,11 +66,11 @@ class Sessions:
         found = None if ticket is None else await self._returns.submit(ticket.session_id)
         if found is not None:
             require(found.user.id)
-        # Of two that came with the same ticket, one gets in.
+        # Of two connections with the same ticket, one is admitted.
         ticket = await self._tickets.redeem(token)
         if found is None or ticket is None:
             raise TicketRefused
-        # What the user's other devices changed meanwhile is news to this one.
+        # Send this device what the user's other devices have changed meanwhile.
         return self._required(found._replace(user_version=ticket.user_version))
 
     def _required(self, active: Active | None) -> Active:
@@ -79,11 +81,11 @@ class Sessions:
         return active
 
     def is_due(self, expires_at: datetime) -> bool:
-        """Whether a session that is being used should be extended."""
+        """Whether a session in use should be extended."""
         return expires_at - now() < self.lasts - self._slide_every
 
     def keep(self, sockets: Sequence[OpenSocket]) -> None:
-        """Extend the sessions of open sockets that are due, soon, and close the sockets of those that have ended."""
+        """Extend the sessions of open sockets that are due, in the background. Close the sockets of ended sessions."""
         due = [one for one in sockets if self.is_due(one.expires_at) and one.session_id not in self._being_extended]
         if due:
             self._spawn(self._keep(due))
@@ -94,17 +96,17 @@ class Sessions:
         task.add_done_callback(self._tasks.discard)
 
     async def clear(self) -> bool:
-        """Delete some of the sessions that have long expired; return whether there may be more."""
+        """Delete some of the sessions that expired long ago. Return whether there may be more."""
         async with self._database.connection() as db:
             return await sessions.clear_expired(db)
 
     async def _slide(self, session_ids: Sequence[SessionId]) -> dict[SessionId, datetime] | None:
-        """Extend sessions, and return when each of those that are valid expires; None without a database."""
+        """Extend sessions. Return when each valid one expires, or None if the database is lost."""
         try:
             async with self._database.connection() as db:
                 return await sessions.slide(db, session_ids, self.lasts)
         except Exception as error:
-            # The next use extends it.
+            # The next use of the session extends it.
             if not is_lost(error):
                 raise
             return None

@@ -1,7 +1,7 @@
-"""Return tickets: what a worker that drains gives its clients, so that they come back without their token.
+"""Return tickets, with which the clients of a draining worker reconnect without their token.
 
-A ticket is 256 random bits, good for one return to the socket within a minute; Redis keeps what it stands for under its
-hash. A ticket names a session and says nothing about it: whoever redeems it looks whether the session is still valid.
+A ticket has 256 random bits. It is valid for one connection within a minute. Redis stores its session and user version
+under its hash. The worker that redeems the ticket checks whether the session is still valid.
 """
 
 import logging
@@ -18,23 +18,25 @@ from server.core.errors import REDIS_LOST
 from server.fairness.batcher import Batcher
 
 LASTS_SECONDS = 60
+"""Lifetime of a ticket, in seconds."""
 PREFIX = "ticket."
-"""No token has a full stop in it."""
+"""A prefix that no token has, because tokens contain no full stop."""
 KEY = "openchat:return:"
 AT_ONCE = 256
+"""Max tickets per exchange with Redis."""
 
 log = logging.getLogger(__name__)
 
 
 class TicketRefused(Refused):
-    """The answer to a return ticket that is no good. It says nothing about the token of the same session."""
+    """The refusal for an invalid return ticket. It reveals nothing about the token of the same session."""
 
     def __init__(self, message: str = "This ticket is used or too old. Connect with the token.") -> None:
         super().__init__(ErrorCode.UNAUTHENTICATED, message, path="ticket")
 
 
 class Ticket(NamedTuple):
-    """What a ticket stands for: a session, and the user's own clock as far as the connection was told of it."""
+    """The content of a ticket: a session, and the user version that the connection was last sent."""
 
     session_id: SessionId
     user_version: int
@@ -44,7 +46,7 @@ _decoder = msgspec.json.Decoder(Ticket)
 
 
 class Tickets:
-    """Gives them out and takes them back, many at once."""
+    """Issues and redeems tickets. Concurrent calls share an exchange with Redis."""
 
     def __init__(self, redis: Redis | RedisCluster, installation: str) -> None:
         self._redis = redis
@@ -53,7 +55,7 @@ class Tickets:
         self._returns: Batcher[str, Ticket | None] = Batcher(self._redeem, most=AT_ONCE)
 
     async def issue(self, wanted: Sequence[Ticket]) -> list[str | None]:
-        """Return the words of each ticket; none while Redis is away: the token does as well."""
+        """Return the ticket strings, or None for each while Redis is unavailable. Clients then use their tokens."""
         tickets = [PREFIX + new_token() for _ in wanted]
         try:
             async with self._redis.pipeline(transaction=False) as pipe:
@@ -66,11 +68,13 @@ class Tickets:
         return list(tickets)
 
     async def look(self, ticket: str) -> Ticket | None:
-        """Return what a ticket stands for, and leave it good; None as `redeem`."""
+        """Return the content of a ticket without redeeming it. Return None as `redeem` does."""
         return await self._looks.submit(ticket)
 
     async def redeem(self, ticket: str) -> Ticket | None:
-        """Return what a ticket stands for, once; None if it is used, too old or made up, or Redis is away."""
+        """Redeem a ticket, and return its content. Return None if it is used, expired or invented, or if Redis is
+        unavailable.
+        """
         return await self._returns.submit(ticket)
 
     async def _look(self, tickets: list[str]) -> list[Ticket | None]:

@@ -1,4 +1,4 @@
-"""Random tokens, and what is kept of them."""
+"""Random tokens, and the hashes that are stored of them."""
 
 import hashlib
 import secrets
@@ -12,7 +12,7 @@ def new_token() -> str:
 
 
 def token_hash(token: str) -> str:
-    """Return what is stored of a token. It is random, so one round of SHA-256 is enough, and looked up by
-    equality in an index, so comparing it leaks nothing of use.
+    """Return the stored hash of a token. One round of SHA-256 suffices, because tokens are random. The comparison in an
+    index leaks nothing useful.
     """
     return hashlib.sha256(token.encode()).hexdigest()

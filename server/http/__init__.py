@@ -1,1 +1,1 @@
-"""The HTTP side: endpoints, accounts, and their descriptions."""
+"""The HTTP side: endpoints, accounts, middleware, and the OpenAPI and AsyncAPI documents."""

@@ -38,16 +38,18 @@ _confirm = msgspec.json.Decoder(Confirm)
 _change = msgspec.json.Decoder(ChangePassword)
 MAX_USER_AGENT = 255
 MAX_RACES = 2
-"""Max tries of what takes a password, if another request changes its hash after it was checked."""
+"""Max attempts of a request that needs the password, if others change the hash after it was checked."""
 RETRY_MS = 1_000
 EXPORTS_PER_SECOND, EXPORTS_AT_ONCE = 1 / 60, 3
-"""How often one user may export their data from a worker."""
+"""Max exports, per second and as a burst, per user and worker."""
 REQUESTS_PER_SECOND, REQUESTS_AT_ONCE = 1.0, 30
-"""Max requests of one session that list or end sessions, change the password or leave, per worker."""
+"""Max requests that list or end sessions, change the password or leave, per second and as a burst. Per session and
+worker.
+"""
 
 
 class Begun(NamedTuple):
-    """Whose session has begun, and by which token it is known."""
+    """A session that has begun, with its user and its token."""
 
     user: User
     token: str
@@ -61,16 +63,16 @@ class AccountRequest(NamedTuple):
     active: Active
     body: bytes
     database: Database
-    """The database as the user has it for this request."""
+    """The database for this request, with the connections that its kind of request has."""
 
     @property
     def user_id(self) -> UserId:
-        """Who asks."""
+        """The user who sent the request."""
         return self.active.user.id
 
 
 class Accounts:
-    """Register, log in, log out, and see to one's sessions."""
+    """Registration, login, logout, and the user's sessions."""
 
     def __init__(
         self,
@@ -83,7 +85,7 @@ class Accounts:
         origins: frozenset[str],
         is_open: bool,
     ) -> None:
-        """`reads` is the allowance of frames that read. `is_open` is whether everybody may register."""
+        """`reads` is the rate limit of reading frames. `is_open` is whether everybody may register."""
         self._database = database
         self._events = events
         self._sessions = sessions
@@ -114,7 +116,7 @@ class Accounts:
         ]
 
     async def caller(self, request: Request) -> Active:
-        """Return the session of a request. Raises Refused without one."""
+        """Return the session of a request. Raises Refused without a valid one."""
         token = token_of(request, self._origins)
         if token is None:
             raise Refused(
@@ -123,13 +125,15 @@ class Accounts:
         return await self._sessions.authenticate(token)
 
     async def asked(self, request: Request) -> tuple[Active, bytes]:
-        """Return the session and the body of a request: the session last, or it might end while the body arrives."""
+        """Return the session and the body of a request. The session comes last, because it might end while the body
+        arrives.
+        """
         data = await limited_body(request)
         return await self.caller(request), data
 
     def _of_session(self, method: str, path: str, act: Callable[[AccountRequest], Awaitable[Response]]) -> Route:
-        """Return a route by which users end sessions. Each request takes tokens of its session by its size, and has the
-        connection that its user has for this alone: a flood of frames by another session refuses no such request.
+        """Return a route about the user's sessions. Each request takes tokens of its session by its size. It has a
+        connection that frames cannot hold, so no flood of frames from another session blocks it.
         """
 
         async def asked(request: Request) -> Response:
@@ -142,7 +146,7 @@ class Accounts:
         return Route(path, endpoint(asked), methods=[method])
 
     async def register(self, request: Request) -> Response:
-        """Make an account and begin its first session."""
+        """Create an account and begin its first session."""
         require_origin(request, self._origins)
         address = key_of(request)
         await self._attempts.of_address(address)
@@ -181,8 +185,8 @@ class Accounts:
             )
 
     async def _log_in(self, request: Request, found: Found, password: str) -> Begun | None:
-        """Begin a session of whoever gave the right password, which brings back who has gone; None if the password or
-        the account is not what it was when that was checked.
+        """Begin a session after the password was checked, which also restores a deactivated or deleted account. Return
+        None if the password or the account has changed since the check.
         """
         checked = found.password_hash
         new_hash = await passwords.hashed(password) if passwords.is_outdated(checked) else None
@@ -210,7 +214,7 @@ class Accounts:
         return response
 
     async def change_password(self, asked: AccountRequest) -> Response:
-        """Take another password, and end all sessions but the one of the request."""
+        """Change the password, and end all sessions except the one of the request."""
         user_id, body = asked.user_id, decode(asked.body, _change)
 
         async def change(checked: str | None) -> bool:
@@ -232,11 +236,11 @@ class Accounts:
         return Response(status_code=204)
 
     async def deactivate(self, asked: AccountRequest) -> Response:
-        """Go away until the next login: nobody finds the user or writes to them."""
+        """Deactivate the account until the next login. Nobody finds the user or writes to them."""
         return await self._leave(asked, is_for_good=False)
 
     async def delete(self, asked: AccountRequest) -> Response:
-        """Go away for good: when the time of grace is over, in which logging in undoes it, the user is erased."""
+        """Delete the account. The user is erased after the grace period, in which a login restores the account."""
         return await self._leave(asked, is_for_good=True)
 
     async def _leave(self, asked: AccountRequest, *, is_for_good: bool) -> Response:
@@ -264,16 +268,16 @@ class Accounts:
     async def _with_password(
         self, asked: AccountRequest, password: str, act: Callable[[str | None], Awaitable[bool]]
     ) -> None:
-        """Act for whoever has a session and knows the password. Raises Refused if the session has ended, or the
-        password is wrong, which alone counts as an attempt.
+        """Call `act` for a user who has a session and knows the password. Raises Refused if the session has ended or
+        the password is wrong. Only a wrong password counts as an attempt.
 
-        `act` gets the hash that the password was checked against, and returns False, in vain, if that is not the user's
-        any more: another request has hashed the password anew, or changed it.
+        `act` gets the hash of the check. It returns False, without an effect, if another request has changed the hash
+        or the password.
         """
         for _ in range(MAX_RACES):
             async with asked.database.connection() as db:
                 address = await accounts.address(db, asked.user_id)
-            # By the same key as a login, so that an account has one counter.
+            # Logins use the same key, so that an account has one counter.
             async with self._attempts.at_account(address or asked.user_id.hex):
                 async with asked.database.connection() as db:
                     checked = await accounts.password_hash(db, asked.user_id)
@@ -289,7 +293,7 @@ class Accounts:
         )
 
     async def export(self, request: Request) -> Response:
-        """Return everything that is stored about the user. An export takes tokens and connections as frames do."""
+        """Return all stored data of the user. An export takes tokens and connections as frames do."""
         active, body = await self.asked(request)
         user_id = active.user.id
         self._reads.require(user_id, 1 + len(body) // TOKEN_BYTES)
@@ -304,7 +308,7 @@ class Accounts:
         )
 
     async def _exported(self, asked: AccountRequest) -> AsyncIterator[bytes]:
-        """Return a user's data piece by piece; when their session ends, break off, so that what came is not whole."""
+        """Yield a user's data in pieces. If the session ends, stop, so that the response is incomplete."""
         async for piece in written(asked.database.connection, asked.user_id):
             async with asked.database.connection() as db:
                 if not await sessions.living(db, [asked.active.session_id]):
@@ -328,12 +332,12 @@ class Accounts:
         return Response(status_code=204)
 
     async def revoke_all(self, asked: AccountRequest) -> Response:
-        """End all of the user's sessions, this one included."""
+        """End all of the user's sessions, including the one of the request."""
         await self._revoke(asked, None)
         return Response(status_code=204)
 
     async def _revoke(self, asked: AccountRequest, session_id: SessionId | None) -> bool:
-        """End one session of the user, or all; return whether any was there. If none is, wait for no lock."""
+        """End one session of the user, or all of them. Return whether there was any. Without any, take no lock."""
         user_id = asked.user_id
         async with asked.database.connection() as db:
             if not await sessions.is_there(db, user_id, session_id):
@@ -369,5 +373,5 @@ class Accounts:
 
 
 def not_the_password() -> Refused:
-    """Return what to tell whoever gave another password than the present one."""
+    """Return the refusal for a wrong password."""
     return Refused(ErrorCode.FORBIDDEN, "The password is wrong. Correct it.", path="password")

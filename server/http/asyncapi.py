@@ -1,4 +1,4 @@
-"""AsyncAPI 3: the socket, seen from the server."""
+"""Generates the AsyncAPI 3 document of the socket, from the server's point of view."""
 
 from importlib.metadata import version
 from typing import Any, get_args
@@ -17,13 +17,13 @@ SERVER_FRAMES: tuple[type[msgspec.Struct], ...] = get_args(ServerFrame)
 DURABLE: frozenset[type[msgspec.Struct]] = frozenset(get_args(DurableEvent))
 ANSWERS = (Reply, Error)
 ECMA = {HASHTAG: r"^[^\x00-/:-@\[-\^`{-\x7f]+$"}
-"""Patterns that other languages read otherwise than Python, and what is described instead. `\\w` is ASCII there; the
-description leaves it to the server which characters beyond ASCII are letters.
+"""Patterns that mean something else in other languages, and their replacements in the document. `\\w` is ASCII there,
+so the document leaves letters beyond ASCII to the server.
 """
 
 
 def tag(frame: type[msgspec.Struct]) -> str:
-    """Return what a frame says in `type`."""
+    """Return the `type` of a frame."""
     return str(frame.__struct_config__.tag)
 
 
@@ -32,14 +32,14 @@ def summary(what: type) -> str:
     return " ".join((what.__doc__ or "").split())
 
 
-def schemas(*types: Any) -> Schema:  # noqa: ANN401 - whatever msgspec describes
-    """Return the JSON schemas of types and of all that they use, by name."""
+def schemas(*types: Any) -> Schema:  # noqa: ANN401 - any type that msgspec describes
+    """Return the JSON schemas of types and of all types that they use, by name."""
     _, found = msgspec.json.schema_components(types, ref_template="#/components/schemas/{name}")
     return {name: _in_ecma(one) for name, one in found.items()}
 
 
 def _in_ecma(schema: Any) -> Any:  # noqa: ANN401 - any JSON
-    """Return a schema with its patterns as other languages write them, where `$` is the end and nothing else."""
+    """Return a schema with its patterns in the syntax of other languages, where `$` matches the end only."""
     if isinstance(schema, dict):
         return {
             key: ECMA.get(inner, inner.replace(r"\Z", "$"))
@@ -51,14 +51,14 @@ def _in_ecma(schema: Any) -> Any:  # noqa: ANN401 - any JSON
 
 
 def document() -> Schema:
-    """Return the description of the socket."""
+    """Return the AsyncAPI document."""
     frames = [*CLIENT_FRAMES, *SERVER_FRAMES]
     return {
         "asyncapi": "3.0.0",
         "info": {
             "title": "OpenChat socket",
             "version": version("openchat"),
-            "description": "Frames of JSON in text messages. "
+            "description": "Each frame is a JSON object in a text message. "
             + " ".join(f"{code.value} {code.name.lower()}: {_meaning(code)}" for code in CloseCode),
         },
         "defaultContentType": "application/json",
@@ -83,7 +83,7 @@ def document() -> Schema:
                             "properties": {
                                 "resume": {
                                     "const": "1",
-                                    "description": "Say only `ready`: the client will `resume`.",
+                                    "description": "Send only `ready`, because the client will send `resume`.",
                                 }
                             },
                         },
@@ -132,11 +132,11 @@ def _sent(frame: type[msgspec.Struct]) -> Schema:
 
 
 def _meaning(code: CloseCode) -> str:
-    return "reconnect." if code.reconnect else "do not reconnect by itself."
+    return "reconnect." if code.reconnect else "do not reconnect automatically."
 
 
 def _in_asyncapi(schema: Any) -> Any:  # noqa: ANN401 - any part of a schema
-    """Return a schema with its discriminators as AsyncAPI has them: the property's name alone."""
+    """Return a schema with discriminators in the form of AsyncAPI, which is the name of the property."""
     if isinstance(schema, list):
         return [_in_asyncapi(one) for one in schema]
     if isinstance(schema, dict):

@@ -1,4 +1,4 @@
-"""Where a request carries its token: a header, or the cookie of a page that may."""
+"""The token of a request: in a header, or in the session cookie of a page with an allowed origin."""
 
 from collections.abc import Collection
 from datetime import timedelta
@@ -10,17 +10,19 @@ from protocol.errors import ErrorCode, Refused
 
 COOKIE = "openchat_session"
 HOST_COOKIE = f"__Host-{COOKIE}"
-"""The cookie behind TLS. Browsers take this prefix from the host itself alone, and from no sibling subdomain."""
+"""The cookie with TLS. Browsers accept this prefix from the host itself only, and not from a sibling subdomain."""
 COOKIE_LASTS = timedelta(days=400)
-"""How long browsers keep the cookie: the longest that they do. The server decides when its session ends."""
+"""Lifetime of the cookie in browsers, which is the max that they support. The server decides when the session
+expires.
+"""
 SAFE_METHODS = frozenset({"GET", "HEAD"})
 
 
 def token_of(request: HTTPConnection, allowed_origins: Collection[str]) -> str | None:
-    """Return the token that a request carries, from `Authorization: Bearer` or the session cookie.
+    """Return the token of a request, from `Authorization: Bearer` or from the session cookie.
 
-    Raises Refused if the cookie came from a page whose origin is not allowed: a browser sends cookies along
-    whoever asks, so a WebSocket, or a request that changes something, must say where it comes from.
+    Raises Refused if the cookie came from a page whose origin is not allowed. A browser adds cookies to requests of any
+    page. So a WebSocket, or a request that changes something, must have an allowed `Origin`.
     """
     header = request.headers.get("authorization", "")
     scheme, _, token = header.partition(" ")
@@ -42,7 +44,7 @@ def token_of(request: HTTPConnection, allowed_origins: Collection[str]) -> str |
 
 
 def set_cookie(request: Request, response: Response, token: str) -> None:
-    """Have the browser keep the token of a session: for longer than that may last, since using it extends it."""
+    """Set the session cookie. It outlasts the session, because use extends the session."""
     response.set_cookie(
         _cookie_of(request),
         token,
@@ -54,13 +56,13 @@ def set_cookie(request: Request, response: Response, token: str) -> None:
 
 
 def forget_cookie(request: Request, response: Response) -> None:
-    """Have the browser delete the token of a session. It obeys only with the attributes that the name needs."""
+    """Delete the session cookie. Browsers require the attributes that the prefix of its name needs."""
     response.delete_cookie(_cookie_of(request), httponly=True, samesite="lax", secure=_is_secure(request))
 
 
 def require_origin(request: HTTPConnection, allowed_origins: Collection[str]) -> None:
-    """Raises Refused for a page whose origin is not allowed: what it asks for would set the session cookie of whoever
-    looks at it. Programs, which send no Origin, may.
+    """Raise Refused for a page whose origin is not allowed, because the response would set a session cookie in its
+    visitor's browser. Programs send no `Origin`, and may pass.
     """
     if "origin" in request.headers and not _is_allowed(request, allowed_origins):
         raise _not_allowed(request, "log in")
@@ -74,7 +76,7 @@ def _is_allowed(request: HTTPConnection, allowed_origins: Collection[str]) -> bo
 
 
 def _own(request: HTTPConnection) -> str:
-    """Return the origin of the server's own pages, in lower case, as far as its proxies tell how it is reached."""
+    """Return the origin of the server's own pages, in lower case, as its proxies report it."""
     return f"{'https' if _is_secure(request) else 'http'}://{request.headers.get('host', '').lower()}"
 
 
@@ -83,7 +85,7 @@ def _not_allowed(request: HTTPConnection, what: str) -> Refused:
     if origin is None:
         sentence = f"A request without `Origin` may not {what}. Send the token as `Authorization: Bearer`."
     elif origin.lower().partition("://")[2] == own.partition("://")[2]:
-        # To allow such an origin would let the page in, with a cookie that lacks `Secure` and `__Host-`.
+        # Allowing such an origin would admit the page with a cookie that lacks `Secure` and `__Host-`.
         sentence = (
             f"This page may not {what}, because the server expects its own pages at `{own.partition('//')[0]}//`. "
             "Ask the operator to set `OPENCHAT_TRUSTED_PROXIES`, and `X-Forwarded-Proto` in the proxy."
@@ -102,6 +104,6 @@ def _cookie_of(request: HTTPConnection) -> str:
 
 
 def _values(request: HTTPConnection, name: str) -> set[str]:
-    """Return all values of a cookie, of which a browser sends several if other hosts or paths have set it, too."""
+    """Return all values of a cookie. A browser sends several if other hosts or paths have set it, too."""
     pairs = (pair.partition("=") for line in request.headers.getlist("cookie") for pair in line.split(";"))
     return {value.strip() for key, _, value in pairs if key.strip() == name}

@@ -1,4 +1,4 @@
-"""The HTTP endpoints that are not about accounts: the socket's door, one frame by HTTP, health, documents."""
+"""The HTTP endpoints other than accounts: the WebSocket, single frames, health, metrics, and the documents."""
 
 import asyncio
 import re
@@ -42,13 +42,15 @@ from server.limits.token_bucket import TokenBuckets
 from server.queries.sessions import Active
 
 FORWARDING = frozenset({"forwarded", "via", "x-forwarded-for", "x-forwarded-host", "x-forwarded-proto", "x-real-ip"})
-"""Headers that proxies add: what comes through one comes from elsewhere, whatever the peer's address is."""
+"""Headers that proxies add. A request with one comes from elsewhere, whatever the address of the peer."""
 LOCAL = re.compile(r"(^|\.)localhost\Z")
-"""Names that browsers themselves take for this machine (RFC 6761)."""
+"""Names that browsers resolve to this machine themselves (RFC 6761)."""
 AUTHENTICATE_SECONDS = 5.0
+"""Max wait for `authenticate`, in seconds."""
 READY_SECONDS = 2.0
+"""Max time of the database's check for `/readyz`, in seconds."""
 CALL_SECONDS = 10.0
-"""Max time that a call waits for others of the same user at the worker, in seconds."""
+"""Max wait of a call for others of its user at this worker, in seconds."""
 NO_SOCKET = Refused(
     ErrorCode.INVALID, "This path needs a WebSocket. Connect by WebSocket, or send single frames to `POST /v1/call`."
 )
@@ -58,19 +60,19 @@ OTHER_PROTOCOL = Refused(
     path="sec-websocket-protocol",
 )
 CONNECTS_PER_SECOND = 10.0
-"""Max connections of one user that begin, per second and worker; twice as many as may be open begin immediately. One
-that begins costs as much as ten small frames, and more with each conversation.
+"""Max new connections, per user, second and worker. The burst is twice the max of open connections. A new connection
+costs as much as ten small frames, and more with each conversation.
 """
 
 
 @cache
 def _encoded(document: Callable[[], object]) -> bytes:
-    """Return a description, encoded once: making one takes fifty milliseconds."""
+    """Return a document, encoded once, because generating it takes fifty milliseconds."""
     return encode(document())
 
 
 class TooLate(Refused):
-    """The answer to a client that does not authenticate. Its token may be good."""
+    """The refusal for a client that does not authenticate in time. Its token may be valid."""
 
     def __init__(self) -> None:
         super().__init__(
@@ -81,14 +83,14 @@ class TooLate(Refused):
 
 
 def _close_code(refused: Refused) -> CloseCode:
-    """Return what to close a connection with that is not let in: a good token is never called a bad one."""
+    """Return the close code for a refused connection. A valid token is never reported as an invalid one."""
     if refused.code in {ErrorCode.UNAVAILABLE, ErrorCode.RATE_LIMITED, ErrorCode.INTERNAL}:
         return CloseCode.GOING_AWAY
     return CloseCode.WITH_TOKEN if isinstance(refused, (TicketRefused, TooLate)) else CloseCode.UNAUTHENTICATED
 
 
 class HttpDeps(NamedTuple):
-    """What it takes to let somebody in."""
+    """Dependencies of the endpoints."""
 
     services: Services
     shared: ConnectionDeps
@@ -105,11 +107,11 @@ class HttpDeps(NamedTuple):
 
 
 class Endpoints:
-    """Everything but /v1/auth."""
+    """All endpoints except those under /v1/auth."""
 
     def __init__(self, door: HttpDeps) -> None:
         self._door = door
-        # The same bound as that of frames by the socket, of which each connection answers one at a time.
+        # The same limit as for frames from sockets, because each connection has one frame in progress.
         self._calls: Turns[UserId] = Turns(door.shared.connections_per_user, patience=CALL_SECONDS)
         self._database = Readiness(self._has_database)
 
@@ -127,7 +129,7 @@ class Endpoints:
         ]
 
     async def socket(self, handshake: Handshake) -> None:
-        """Authenticate a WebSocket and hand it over to a connection."""
+        """Authenticate a WebSocket, and pass it to a connection."""
         try:
             disconnect = self._door.addresses.connect(handshake)
         except Refused as refused:
@@ -143,7 +145,7 @@ class Endpoints:
     async def _let_in(self, handshake: Handshake, disconnect: Callable[[], None]) -> Connection | None:
         admitted: tuple[Active, Slot] | None = None
         if (offered := handshake.scope["subprotocols"]) and SUBPROTOCOL not in offered:
-            # RFC 6455, section 4.2.2, leaves it to the server. A client of another version would misread ours.
+            # RFC 6455, section 4.2.2, leaves this to the server. A client of another version would misread the frames.
             await handshake.send_denial_response(refusal_response(OTHER_PROTOCOL, status=400))
             return None
         try:
@@ -153,7 +155,7 @@ class Endpoints:
                     "The server is shutting down. Reconnect after `retry_after_ms`.",
                     retry_after_ms=1_000,
                 )
-            # With a token, a refusal is still an HTTP answer that any client can read.
+            # With a token in the handshake, a refusal is an HTTP response that any client can read.
             if (token := token_of(handshake, self._door.origins)) is not None:
                 admitted = await self._admit(token, key_of(handshake))
         except Exception as error:
@@ -173,7 +175,7 @@ class Endpoints:
         active, place = admitted
         socket: WebSocket = handshake.scope["extensions"][EXTENSION]
         if self._door.is_draining.is_set():
-            # Since it was asked above. Those who are sent away are no longer counted.
+            # The worker began to drain during the handshake. `drain` has already collected its connections.
             place.end()
             socket.close(CloseCode.GOING_AWAY)
             return None
@@ -212,11 +214,11 @@ class Endpoints:
         return response
 
     async def alive(self, request: Request) -> Response:  # noqa: ARG002 - Starlette's shape
-        """Say that the process answers."""
+        """Respond that the process is alive."""
         return PlainTextResponse("alive\n")
 
     async def ready(self, request: Request) -> Response:  # noqa: ARG002
-        """Say whether clients should be sent here, and if not, why not."""
+        """Report whether clients should be sent to this server, with the result of each check."""
         checks = {
             "database": await self._database.is_given(),
             "bus": self._door.shared.hub.bus.is_up,
@@ -225,23 +227,23 @@ class Endpoints:
         return json_response(checks, status=200 if all(checks.values()) else 503)
 
     async def metrics(self, request: Request) -> Response:
-        """Return all workers' numbers, to those who may read them: for others the path is not there."""
+        """Return the metrics of all workers. For clients that may not read them, the path does not exist."""
         address = parsed(request.client.host) if request.client else None
         is_direct = FORWARDING.isdisjoint(request.headers.keys()) and "origin" not in request.headers
         if address is None or not is_direct or not is_within(address, self._door.metrics_from):
             raise HTTPException(404)
-        # A page's name may be made to lead here (DNS rebinding), and its browser may run on this machine.
+        # DNS rebinding can make a page's name resolve to this server, and a browser may run on this machine.
         host = host_of(request)
         if host is None or not (host in self._door.metrics_names or LOCAL.search(host) or parsed(host)):
             raise HTTPException(404)
         return Response(self._door.metrics.page(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def asyncapi(self, request: Request) -> Response:  # noqa: ARG002
-        """Return the description of the socket."""
+        """Return the AsyncAPI document."""
         return Response(_encoded(asyncapi.document), media_type=JSON)
 
     async def openapi(self, request: Request) -> Response:  # noqa: ARG002
-        """Return the description of the HTTP endpoints."""
+        """Return the OpenAPI document."""
         return Response(_encoded(openapi.document), media_type=JSON)
 
     async def _has_database(self) -> bool:
@@ -253,8 +255,8 @@ class Endpoints:
             return False
 
     async def _admit(self, token: str, address: str) -> tuple[Active, Slot]:
-        """Return the session of a token, and the place of its connection among those that are on their way in: only
-        now, or whoever connects and says nothing would keep others out.
+        """Return the session of a token and the connection's slot in admission. The slot is taken only now, so that
+        silent connections do not hold slots.
         """
         place = self._door.admission.begin(address)
 
@@ -269,7 +271,7 @@ class Endpoints:
             raise
 
     async def _introduced(self, handshake: Handshake) -> tuple[Active, Slot] | None:
-        """Return the session that the first frame names; if none, tell the client, close, and return None."""
+        """Return the session that the first frame names. Without one, send an error, close, and return None."""
         try:
             return await self._admit((await self._first_frame(handshake)).token, key_of(handshake))
         except WebSocketDisconnect:

@@ -1,7 +1,7 @@
-"""X-Forwarded-For and X-Forwarded-Proto: a trusted proxy's address and scheme become its client's.
+"""X-Forwarded-For and X-Forwarded-Proto: replaces a trusted proxy's address and scheme by its client's.
 
-A proxy that nobody told the server of is logged once: all its clients would share the limits of one address, and its
-`X-Forwarded-Proto` is not believed.
+A proxy that the settings do not include is logged once. All its clients share the limits of one address, and its
+`X-Forwarded-Proto` is ignored.
 """
 
 import logging
@@ -20,27 +20,27 @@ log = logging.getLogger(__name__)
 ADDED = frozenset({FORWARDED_FOR, b"forwarded"})
 """Headers in which a proxy names its client."""
 DIRECT = PROBES | {"/metrics"}
-"""Paths that are asked for past all proxies."""
+"""Paths that are requested without proxies."""
 SCHEMES = {"http": {"http": "http", "https": "https"}, "websocket": {"http": "ws", "https": "wss"}}
 
 
 class Forwarded:
-    """ASGI middleware."""
+    """ASGI middleware that rewrites the scope of proxied requests."""
 
     def __init__(self, app: ASGIApp, proxies: Proxies) -> None:
         self._app = app
         self._proxies = proxies
-        # What was logged, each once.
+        # Warnings that were logged, because each is logged once.
         self._warned: set[str] = set()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Handle a request, or refuse it if the address that counts is none."""
+        """Handle a request. Refuse it if the client's entry is not an IP address."""
         if scope["type"] in SCHEMES:
             try:
                 self._rewrite(scope)
             except Refused as refused:
                 response = refusal_response(refused)
-                response.status_code = 400  # of the request itself, not of a field in its body
+                response.status_code = 400  # the fault is in the request itself, not in a field of its body
                 await response(scope, receive, send)
                 return
         await self._app(scope, receive, send)
@@ -68,7 +68,7 @@ class Forwarded:
     def _warn_if_ignored(
         self, peer: str | None, forwarded_for: Sequence[str], headers: Iterable[tuple[bytes, bytes]]
     ) -> None:
-        """Log what to set if a proxy seems to be in front whose headers are ignored."""
+        """Log what to set if an unknown proxy seems to be in front of the server."""
         if self._proxies.count:
             self._warn(
                 "too few",
@@ -76,7 +76,7 @@ class Forwarded:
                 "clients are counted by the address that connects", len(forwarded_for), self._proxies.count,
             )  # fmt: skip
         elif _is_near(peer) and any(name.lower() in ADDED for name, _ in headers):
-            # From elsewhere, a client may have written them.
+            # A client that connects from elsewhere may have written these headers itself.
             self._warn(
                 "not named",
                 "requests come through a proxy at %s that OPENCHAT_TRUSTED_PROXIES does not include. All its clients "
@@ -92,6 +92,6 @@ class Forwarded:
 
 
 def _is_near(peer: str | None) -> bool:
-    """Whether a TCP peer is on this machine or in a private network, as proxies are."""
+    """Whether a TCP peer is on this machine or in a private network, as proxies usually are."""
     address = None if peer is None else parsed(peer)
     return address is None or not address.is_global

@@ -1,4 +1,4 @@
-"""ASGI middleware: requests are limited by address, and answers counted."""
+"""ASGI middleware that limits requests per address and counts responses."""
 
 import asyncio
 
@@ -13,13 +13,12 @@ from server.gateway.websocket import EXTENSION
 from server.limits.per_address import Addresses
 
 PROBES = frozenset({"/healthz", "/readyz"})
-"""Paths that a load balancer asks, from an address that it may share with all clients: late answers, but no refusals.
-"""
+"""Paths of load balancers' probes, which may share an address with all clients. They are delayed and never refused."""
 
 
 class Counted:
-    """ASGI middleware: every request and handshake takes from the allowance of its address. Beyond it, answers come
-    late, and all but those to probes are refusals.
+    """ASGI middleware that limits requests and handshakes per address. Beyond the rate, responses are delayed, and all
+    except those to probes are refusals.
     """
 
     def __init__(self, app: ASGIApp, addresses: Addresses, sockets: Sockets) -> None:
@@ -28,7 +27,7 @@ class Counted:
         self._sockets = sockets
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Handle a request, or refuse it if its address has sent too many."""
+        """Handle a request. Refuse it if its address exceeds the rate."""
         if self._is_counted(scope):
             request = HTTPConnection(scope)
             try:
@@ -42,8 +41,8 @@ class Counted:
         await self._app(scope, receive, send)
 
     async def _waited(self, request: HTTPConnection, receive: Receive) -> bool:
-        """Wait until it is the turn of a late answer; False if the client has gone. Meanwhile its connection makes room
-        for others.
+        """Wait for the turn of a delayed response. Return False if the client disconnects. Meanwhile the connection
+        counts as idle.
         """
         connection = request.scope["extensions"][EXTENSION]
         if not connection.transport.is_closing():
@@ -63,9 +62,9 @@ class Counted:
 
 
 class Tallied:
-    """ASGI middleware: counts answers by path and status. Paths that are no route's or hold ids are `other`.
+    """ASGI middleware that counts responses by path and status. Paths with ids and unknown paths are `other`.
 
-    An answer to a client that is gone is not sent, and not counted: `Http` may have answered it.
+    A response to a client that is gone is neither sent nor counted, because `Http` may have responded.
     """
 
     def __init__(self, app: ASGIApp, metrics: Metrics, paths: frozenset[str]) -> None:
@@ -74,7 +73,7 @@ class Tallied:
         self._paths = paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Handle a request, and count its answer."""
+        """Handle a request, and count its response."""
         path = scope.get("path", "")
         is_gone = False
 
@@ -93,7 +92,9 @@ class Tallied:
 
 
 class CountedPreflights(Counted):
-    """ASGI middleware around `CORSMiddleware`: counts what that answers itself, and leaves the rest to `Counted`."""
+    """ASGI middleware around `CORSMiddleware`. It counts the preflights that `CORSMiddleware` answers, and leaves other
+    requests to `Counted`.
+    """
 
     def _is_counted(self, scope: Scope) -> bool:
         if scope["type"] != "http" or scope["method"] != "OPTIONS":

@@ -1,4 +1,4 @@
-"""OpenAPI 3.1: what there is over HTTP."""
+"""Generates the OpenAPI 3.1 document of the HTTP endpoints."""
 
 from importlib.metadata import version
 from typing import Any
@@ -12,44 +12,46 @@ from server.routes import ROUTES
 _SECURITY: list[dict[str, list[str]]] = [{"token": []}, {"cookie": []}]
 
 CALLED = tuple(frame for frame in CLIENT_FRAMES if frame in ROUTES and not ROUTES[frame].socket_only)
-"""The frames that `/v1/call` takes."""
+"""The frames that `/v1/call` accepts."""
 ALWAYS = (429, 500, 503)
-"""Too many requests of an address, a defect of ours, and a database that is away may be the answer to any request."""
+"""Statuses of any request: an exceeded rate limit of the address, a defect of the server, and an unavailable
+database.
+"""
 REFUSALS = {
-    400: "The body is no JSON, or the type of a frame is not known.",
-    401: "There is no session, or it has ended, or address and password do not match. With the `path` `ticket`, the "
-    "credential is a return ticket, and the token may be good.",
-    403: "Not allowed: the page's origin, the user's role or relationship, or the password of the session is wrong.",
+    400: "The body is not valid JSON, or the frame's type is unknown.",
+    401: "There is no session, or it has ended, or the e-mail address and the password do not match. With the `path` "
+    "`ticket`, the credential is a return ticket, and the token may be valid.",
+    403: "The page's origin, the user's role or a relationship forbids it, or the password is wrong.",
     404: "It does not exist, or the user may not see it.",
-    409: "It contradicts what is there. With `retry_after_ms`, only for now.",
-    422: "A field is missing, of the wrong type or out of bounds; `path` names it.",
-    429: "Too many, or too many for now: repeat the request after `retry_after_ms`.",
-    500: "A defect of the server. It was logged; nothing was half-written.",
-    503: "The server is busy, or its database is away: repeat the same request after `retry_after_ms`.",
+    409: "It conflicts with existing data. With `retry_after_ms`, the conflict is temporary.",
+    422: "A field is missing, of the wrong type or out of range. `path` names it.",
+    429: "A rate limit is exceeded. Retry after `retry_after_ms`.",
+    500: "Internal error of the server; it was logged. Nothing was partly written.",
+    503: "The server is busy, or its database is unavailable. Retry the same request after `retry_after_ms`.",
 }
-"""What each refusal means."""
+"""The meaning of each status."""
 TIMED = frozenset({409, 429, 503})
-"""Refusals that may tell when to repeat the request."""
+"""Statuses whose error may have a retry time."""
 BEFORE_ANY_PATH = (400, 408, 413, 431)
-"""The answers to what is no whole, valid request within bounds. It may have no path."""
+"""Statuses of requests that are invalid, incomplete or too large as HTTP, whatever their path."""
 
 
 def document() -> Schema:
-    """Return the description of the HTTP endpoints."""
+    """Return the OpenAPI document."""
     return {
         "openapi": "3.1.0",
         "info": {
             "title": "OpenChat HTTP",
             "version": version("openchat"),
-            "description": "Accounts and sessions, one frame at a time, health. The chat itself is on the socket. "
-            "A request that is invalid, incomplete or too large as HTTP gets "
-            f"{', '.join(map(str, BEFORE_ANY_PATH[:-1]))} or {BEFORE_ANY_PATH[-1]}, whatever its path. A path that "
-            "is not there is 404, another method 405, and `/v1/ws` without a WebSocket handshake 426.",
+            "description": "Accounts, sessions, single frames and health. The chat itself uses the WebSocket. "
+            "A request that is invalid, incomplete or too large as HTTP gets status "
+            f"{', '.join(map(str, BEFORE_ANY_PATH[:-1]))} or {BEFORE_ANY_PATH[-1]}, whatever its path. An "
+            "unknown path gets 404, an unsupported method 405, and `/v1/ws` without a WebSocket handshake 426.",
         },
         "servers": [{"url": "/"}],
         "paths": {
             "/v1/auth/register": {
-                "post": _operation("register", "Make an account and begin its first session.", body=Register)
+                "post": _operation("register", "Create an account and begin its first session.", body=Register)
                 | _responses({"201": ("A session has begun.", LoggedIn)}, 400, 403, 409, 422)
             },
             "/v1/auth/login": {
@@ -58,39 +60,41 @@ def document() -> Schema:
             },
             "/v1/auth/logout": {
                 "post": _operation("logout", "End this session.", is_secured=True)
-                | _responses({"204": ("It has ended.", None)}, 401, 403)
+                | _responses({"204": ("The session has ended.", None)}, 401, 403)
             },
             "/v1/auth/password": {
                 "post": _operation(
                     "change_password",
-                    "Take another password; all other sessions end.",
+                    "Change the password. All other sessions end.",
                     body=ChangePassword,
                     is_secured=True,
                 )
-                | _responses({"204": ("It has been changed.", None)}, 400, 401, 403, 422)
+                | _responses({"204": ("The password was changed.", None)}, 400, 401, 403, 422)
             },
             "/v1/auth/deactivate": {
-                "post": _operation("deactivate", "Go away until the next login.", body=Confirm, is_secured=True)
+                "post": _operation(
+                    "deactivate", "Deactivate the account until the next login.", body=Confirm, is_secured=True
+                )
                 | _responses({"204": ("All sessions have ended.", None)}, 400, 401, 403, 422)
             },
             "/v1/auth/delete": {
                 "post": _operation(
                     "delete",
-                    "Go away for good: erased after some days, in which a login undoes it.",
+                    "Delete the account. The user is erased after some days, in which a login restores the account.",
                     body=Confirm,
                     is_secured=True,
                 )
                 | _responses({"204": ("All sessions have ended.", None)}, 400, 401, 403, 422)
             },
             "/v1/auth/export": {
-                "get": _operation("export", "Return everything that is stored about the user.", is_secured=True)
+                "get": _operation("export", "Return all stored data of the user.", is_secured=True)
                 | _responses({"200": ("The data.", Export)}, 401)
             },
             "/v1/auth/sessions": {
                 "get": _operation("list_sessions", "Return the user's sessions.", is_secured=True)
                 | _responses({"200": ("The sessions, newest first.", SessionList)}, 401),
                 "delete": _operation("revoke_all_sessions", "End all sessions.", is_secured=True)
-                | _responses({"204": ("They have ended.", None)}, 401, 403),
+                | _responses({"204": ("All sessions have ended.", None)}, 401, 403),
             },
             "/v1/auth/sessions/{session_id}": {
                 "delete": _operation("revoke_session", "End one session.", is_secured=True)
@@ -104,7 +108,7 @@ def document() -> Schema:
                         }
                     ]
                 }
-                | _responses({"204": ("It has ended.", None)}, 401, 403, 404)
+                | _responses({"204": ("The session has ended.", None)}, 401, 403, 404)
             },
             "/v1/call": {
                 "post": _operation("call", "Run one frame, as on the socket.", is_secured=True)
@@ -112,24 +116,30 @@ def document() -> Schema:
                 | _responses({"200": ("The reply.", Reply)}, 400, 401, 403, 404, 409, 422)
             },
             "/healthz": {
-                "get": _operation("alive", "Say that the process answers.")
-                | {"responses": {"200": {"description": "It does."}}}
+                "get": _operation("alive", "Check that the process is alive.")
+                | {"responses": {"200": {"description": "The process is alive."}}}
             },
             "/readyz": {
-                "get": _operation("ready", "Say whether clients should be sent here.")
+                "get": _operation("ready", "Check whether clients should be sent to this server.")
                 | {
                     "responses": {
-                        "200": {"description": "Yes.", **_content(_CHECKS)},
-                        "503": {"description": "No; the check that is false says why.", **_content(_CHECKS)},
+                        "200": {"description": "The server is ready.", **_content(_CHECKS)},
+                        "503": {
+                            "description": "The server is not ready. A false check tells why.",
+                            **_content(_CHECKS),
+                        },
                     }
                 }
             },
             "/metrics": {
-                "get": _operation("metrics", "All workers' numbers, for Prometheus.")
+                "get": _operation("metrics", "Return the metrics of all workers, for Prometheus.")
                 | {
                     "responses": {
-                        "200": {"description": "The text format.", "content": {"text/plain": {}}},
-                        "404": {"description": "Not from this address, or not through a proxy."},
+                        "200": {
+                            "description": "Metrics in the text format of Prometheus.",
+                            "content": {"text/plain": {}},
+                        },
+                        "404": {"description": "This address, or a proxy, may not read metrics."},
                         "429": _refusal(429),
                     }
                 }

@@ -1,4 +1,4 @@
-"""What all HTTP endpoints share: errors become answers, and bodies have a limit."""
+"""Error responses and limits of bodies for all HTTP endpoints."""
 
 import logging
 from collections.abc import Awaitable, Callable
@@ -23,12 +23,12 @@ Endpoint = Callable[[Request], Awaitable[Response]]
 
 
 def endpoint(inner: Endpoint) -> Endpoint:
-    """Return `inner` with everything that goes wrong in it told to the client as on the socket."""
+    """Return `inner` with an error response for everything that it raises, with the same errors as on the socket."""
 
     async def outer(request: Request) -> Response:
         try:
             return await inner(request)
-        except Exception as error:  # noqa: BLE001 - whatever goes wrong is answered
+        except Exception as error:  # noqa: BLE001 - any error becomes a response
             refused = refusal(error)
             if refused is None:
                 log_defect(log, request.url.path, error)
@@ -39,8 +39,8 @@ def endpoint(inner: Endpoint) -> Endpoint:
 
 
 async def no_route(request: Request, error: Exception) -> Response:  # noqa: ARG001 - Starlette's shape
-    """Return the answer to a request whose path or method is not there."""
-    assert isinstance(error, HTTPException)  # noqa: S101 - what it is registered for
+    """Return the response to a request whose path or method does not exist."""
+    assert isinstance(error, HTTPException)  # noqa: S101 - it is registered for this class
     if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
         allowed = Headers(error.headers).get("allow", "")
         refused = Refused(ErrorCode.INVALID, f"This path does not support the method. Use {allowed}.")
@@ -51,12 +51,12 @@ async def no_route(request: Request, error: Exception) -> Response:  # noqa: ARG
 
 
 async def no_path(scope: Scope, receive: Receive, send: Send) -> None:
-    """Answer a request or a WebSocket handshake whose path is not there, as `no_route` does."""
+    """Respond to a request or a WebSocket handshake whose path does not exist, as `no_route` does."""
     await refusal_response(NO_PATH)(scope, receive, send)
 
 
 async def limited_body(request: Request) -> bytes:
-    """Return the body of a request. Raises Refused if it is larger than a frame may be."""
+    """Return the body of a request. Raises Refused if it is longer than a frame may be."""
     body = bytearray()
     try:
         async for chunk in request.stream():
