@@ -16,6 +16,7 @@ DONE = (
     "server/domain",
     "server/fairness",
     "server/gateway",
+    "server/handlers",
     "server/http",
     "server/hub",
     "server/limits",

@@ -1,3 +1,3 @@
-"""What each frame does: one function a frame, one file a noun. A handler takes the context and the frame and
-returns its result, after the commit; it raises Refused for what may not be. It never sees a socket.
+"""Handlers: one function per frame, one file per noun. A handler takes the context and the frame. After its commit it
+returns the result, or it raises Refused. It never uses a socket.
 """

@@ -1,4 +1,4 @@
-"""Conversations: made, listed, changed."""
+"""Conversations: create, list, get, update, delete, find, and the caller's preferences."""
 
 import msgspec
 
@@ -38,7 +38,7 @@ from server.queries.sending import Announcement
 
 
 async def create_direct(context: Context, frame: client.CreateDirect) -> OneConversation:
-    """Return the caller's conversation with a user, made if there is none."""
+    """Return the caller's direct conversation with a user. Create it if there is none."""
     if frame.user_id == context.user_id:
         raise Refused(ErrorCode.INVALID, "`user_id` must name another user.", path="user_id")
     founding = Founding(
@@ -57,7 +57,7 @@ async def create_direct(context: Context, frame: client.CreateDirect) -> OneConv
             )
         made = False
         if there is None:
-            # A refused frame does not lock a stranger, so this is asked before the lock, too.
+            # Checked before the lock, too, so that a refused frame locks no stranger.
             if not await users.all_may(db, "write", context.user_id, [frame.user_id]):
                 raise await unreachable(db, context.user_id, frame.user_id)
             await bounds.require_made(db, context.user_id, "user_id", more=1)
@@ -80,13 +80,13 @@ async def create_direct(context: Context, frame: client.CreateDirect) -> OneConv
 
 
 async def create_group(context: Context, frame: client.CreateGroup) -> OneConversation:
-    """Make a group of the caller, who owns it, and those named."""
+    """Create a group of the caller, who owns it, and the named users."""
     members: dict[UserId, Role] = dict.fromkeys(frame.participants, "member")
     return await _create(context, frame, members | {context.user_id: "owner"})
 
 
 async def create_channel(context: Context, frame: client.CreateChannel) -> OneConversation:
-    """Make a channel that the caller owns."""
+    """Create a channel that the caller owns."""
     return await _create(context, frame, {context.user_id: "owner"})
 
 
@@ -124,7 +124,7 @@ async def _create(
         if they is None:
             they = await _there(db, context, founding)
     if made:
-        # Those who came in see each other from now on, also if they are private.
+        # Participants see each other from now on, even private ones.
         context.events.notify([context.user_id, *they.added], may_watch_others=bool(they.added))
         context.events.notify(they.invited)
     await sync.join(context, view)
@@ -132,21 +132,21 @@ async def _create(
 
 
 async def _made(db: Db, context: Context, founding: Founding) -> Welcome | None:
-    """Make a group or channel, and return how its members come in; None if the id is taken.
+    """Create a group or channel. Return how its participants come in, or None if the id is taken.
 
-    The id may be that of somebody else's conversation, so nothing is read there: no refusal depends on what is in it.
+    The id may belong to a conversation of others, so nothing in that is read and no refusal depends on it.
     """
     if await conversations.versions(db, [founding.id]):
         return None
     is_group = founding.type == "group"
     if is_group:
-        # A refused frame does not lock strangers.
+        # A refused frame locks no strangers.
         await bounds.require_made(db, context.user_id, "conversation_id", more=1)
         await require_uncounted(db, context, welcomed(context, await guests(db, context, None, founding.members)))
     if context.user_id not in await users.lock(db, founding.members):
         raise NotActive
     if await conversations.versions(db, [founding.id]):
-        return None  # made while this frame waited, by the same frame on another connection
+        return None  # the same frame on another connection created it while this one waited
     they = welcomed(context, await guests(db, context, None, founding.members) if is_group else [])
     founding = msgspec.structs.replace(founding, invited=frozenset(they.invited))
     if not await conversations.create(db, founding):
@@ -160,8 +160,8 @@ async def _made(db: Db, context: Context, founding: Founding) -> Welcome | None:
 
 
 async def _there(db: Db, context: Context, founding: Founding) -> Welcome:
-    """Return what `create_group`, repeated, answers: those named who take part or are invited, as far as the caller
-    sees that.
+    """Return the result of a repeated `create_group`: those of the named users who participate or are invited, as far
+    as the caller sees that.
     """
     named = [one for one in founding.members if one != context.user_id]
     seen = await participants.seen(db, founding.id, context.user_id, named) if named else {}
@@ -180,13 +180,13 @@ async def list_conversations(context: Context, frame: client.ListConversations) 
 
 
 async def get(context: Context, frame: client.GetConversation) -> OneConversation:
-    """Return one conversation of the caller's."""
+    """Return one of the caller's conversations."""
     async with context.database.connection() as db:
         return OneConversation(view=await _view(db, context.user_id, frame.conversation_id))
 
 
 async def update(context: Context, frame: client.UpdateConversation) -> OneConversation:
-    """Change a conversation's settings and tell everyone."""
+    """Change a conversation's settings, and publish the change."""
     given = client.given(frame)
     async with context.transaction() as db:
         if await conversations.lock_as(db, frame.conversation_id, context.user_id) is None:
@@ -214,7 +214,7 @@ async def update(context: Context, frame: client.UpdateConversation) -> OneConve
 
 
 def _said(conversation: Conversation, changed: dict[str, object]) -> list[Announcement]:
-    """Return what to say in the conversation about what was changed."""
+    """Return the system messages about a change."""
     said: list[Announcement] = []
     if "title" in changed:
         words = f"changed the title to {conversation.title}"
@@ -226,7 +226,7 @@ def _said(conversation: Conversation, changed: dict[str, object]) -> list[Announ
 
 
 async def delete(context: Context, frame: client.DeleteConversation) -> Done:
-    """End a conversation, for everyone."""
+    """Delete a conversation for everyone."""
     async with context.transaction() as db:
         conversation, me = await lock_with_member(db, context, frame.conversation_id)
         require(me, Act.DELETE_CONVERSATION)
@@ -237,14 +237,14 @@ async def delete(context: Context, frame: client.DeleteConversation) -> Done:
 
 
 async def find(context: Context, frame: client.FindConversations) -> PublicConversationList:
-    """Return public conversations that have these words."""
+    """Return public conversations whose title or description contains the words."""
     query = search_text.query(frame.text, prefix=search_text.PREFIX_OF_NAMES)
     async with context.database.searching() as db:
         return PublicConversationList(conversations=await conversations.find(db, query, limit=frame.limit))
 
 
 async def set_preferences(context: Context, frame: client.SetPreferences) -> OneConversation:
-    """Change how the caller, alone, wants to have a conversation."""
+    """Change the caller's own preferences for a conversation."""
     given = client.given(frame)
     async with context.transaction() as db:
         if given and not await participants.prefer(db, frame.conversation_id, context.user_id, given):

@@ -1,4 +1,4 @@
-"""What is written and not said yet: drafts, and messages that wait for their time."""
+"""Drafts and scheduled messages."""
 
 from datetime import timedelta
 
@@ -20,13 +20,13 @@ from server.queries.cursor import Cursor
 from server.queries.sending import Outgoing
 
 LATEST = timedelta(days=366)
-"""How far ahead a message may be scheduled."""
+"""Max time from now to `send_at`."""
 OLDEST = timedelta(days=30)
-"""Max age of `send_at` of a new message. `queries/scheduled.py` says what relies on it."""
+"""Max age of `send_at` of a new message. queries/scheduled.py relies on it."""
 
 
 async def set_draft(context: Context, frame: client.SetDraft) -> Done:
-    """Keep what the caller has begun to write, for all of their devices."""
+    """Store the caller's draft for a conversation."""
     async with context.transaction() as db:
         if not await conversations.keep(db, frame.conversation_id, context.user_id):
             raise NotFound("conversation_id")
@@ -38,7 +38,7 @@ async def set_draft(context: Context, frame: client.SetDraft) -> Done:
 
 
 async def list_drafts(context: Context, frame: client.ListDrafts) -> DraftList:
-    """Return a page of what the caller has begun to write."""
+    """Return a page of the caller's drafts."""
     async with context.database.connection() as db:
         found = await drafts.page(db, context.user_id, Cursor.read(frame.after))
     page = await found.decoded()
@@ -46,14 +46,14 @@ async def list_drafts(context: Context, frame: client.ListDrafts) -> DraftList:
 
 
 async def schedule(context: Context, frame: client.Schedule) -> OneScheduled:
-    """Keep a message until its time, or change one that waits."""
+    """Schedule a message, or change a scheduled one."""
     if frame.send_at > now() + LATEST:
         raise Refused(ErrorCode.INVALID, "`send_at` must be at most 366 days ahead.", path="send_at")
     require_fair(frame)
-    # What is too large is refused now, not when nobody looks.
+    # A message that is too large is refused now. When it is due, its sender may be offline.
     out = await outgoing(context, _as_send(frame))
     async with context.transaction() as db:
-        # Access is read under the conversation's lock, like that of every frame that says something.
+        # Access is read under the conversation's lock, as for all frames that send something.
         if await conversations.lock_as(db, frame.conversation_id, context.user_id) is None:
             raise NotFound("conversation_id")
         access = await conversations.send_access(db, frame.conversation_id, context.user_id)
@@ -65,7 +65,7 @@ async def schedule(context: Context, frame: client.Schedule) -> OneScheduled:
         if (sent := await _sent_before(db, frame, out, there)) is not None:
             return OneScheduled(scheduled=sent)
         if there is None:
-            # Slow mode counts when the time has come, and so does everything else once more.
+            # Slow mode applies when the message is due. All other checks are repeated then.
             require_may_send(access._replace(wait_ms=0))
             if await scheduled.count(db, context.user_id) >= MAX_SCHEDULED:
                 raise Refused(
@@ -82,7 +82,7 @@ async def schedule(context: Context, frame: client.Schedule) -> OneScheduled:
 
 
 async def cancel(context: Context, frame: client.CancelScheduled) -> OneScheduled:
-    """Do not send a message that waits."""
+    """Cancel a scheduled message."""
     async with context.transaction() as db:
         await users.lock(db, [context.user_id])
         there = await scheduled.get(db, frame.message_id, context.user_id, frame.conversation_id)
@@ -98,7 +98,7 @@ async def cancel(context: Context, frame: client.CancelScheduled) -> OneSchedule
 
 
 async def list_scheduled(context: Context, frame: client.ListScheduled) -> ScheduledList:
-    """Return a page of what waits, and what could not be sent."""
+    """Return a page of messages that are scheduled or could not be sent."""
     async with context.database.connection() as db:
         found = await scheduled.page(db, context.user_id, Cursor.read(frame.after))
     page = await found.decoded()
@@ -106,7 +106,9 @@ async def list_scheduled(context: Context, frame: client.ListScheduled) -> Sched
 
 
 def _too_late(there: Scheduled | None) -> Refused:
-    """Return why a scheduled message does not change. One that is being sent may be put off, and can change then."""
+    """Return why a scheduled message cannot change. One that is being sent may be deferred, and can change
+    after that.
+    """
     retry_after_ms = None
     if there is None:
         sentence = "Another message has this id. Make a new id."
@@ -123,9 +125,9 @@ def _too_late(there: Scheduled | None) -> Refused:
 
 
 async def _sent_before(db: Db, frame: client.Schedule, out: Outgoing, there: Scheduled | None) -> Scheduled | None:
-    """Return what was scheduled, if it was sent so long ago that only the message is left; None if there is a row, or
-    nothing has the id. Raises Refused if another message has it, or if a new `send_at` is so old that the row of a
-    cancelled message may be deleted.
+    """Return a scheduled message whose row is deleted because it was sent long ago. Return None if there is a row, or
+    if nothing has the id. Raises Refused if another message has the id. Also raises Refused if a new `send_at` is so
+    old that the row of a cancelled message may be deleted.
     """
     if there is None:
         first = await sending.existing(db, out)
@@ -148,5 +150,5 @@ async def _sent_before(db: Db, frame: client.Schedule, out: Outgoing, there: Sch
 
 
 def _as_send(frame: client.Schedule) -> client.Send:
-    """Return what will be sent."""
+    """Return the `send` of a scheduled message."""
     return client.Send(**{name: getattr(frame, name) for name in client.Send.__struct_fields__ if name != "id"})

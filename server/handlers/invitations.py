@@ -1,4 +1,4 @@
-"""Invitations: invite, decline, list, and the code that lets in whoever has it. To follow one is to `join`."""
+"""Invitations: invite, decline, list, and invite codes. Accepting one is a `join`."""
 
 from datetime import timedelta
 
@@ -16,7 +16,7 @@ from server.queries.audit import Deed
 
 
 async def invite(context: Context, frame: client.Invite) -> Done:
-    """Ask users to join."""
+    """Invite users to a conversation."""
     async with context.transaction() as db:
         conversation, me = await lock_with_member(db, context, frame.conversation_id)
         they = await welcomed_by(db, context, me, frame)
@@ -29,7 +29,7 @@ async def invite(context: Context, frame: client.Invite) -> Done:
 
 
 async def decline(context: Context, frame: client.Decline) -> Done:
-    """Do not follow an invitation."""
+    """Decline an invitation."""
     async with context.transaction() as db:
         conversation = await conversations.lock_as(db, frame.conversation_id, context.user_id, "invited")
         if conversation is not None:
@@ -47,13 +47,13 @@ async def decline(context: Context, frame: client.Decline) -> Done:
 
 
 async def list_invitations(context: Context, frame: client.ListInvitations) -> InvitationList:  # noqa: ARG001
-    """Return where the caller is invited to."""
+    """Return the caller's pending invitations."""
     async with context.database.connection() as db:
         return InvitationList(invitations=await participants.invitations(db, context.user_id))
 
 
 async def set_invite_code(context: Context, frame: client.SetInviteCode) -> OneConversation:
-    """Make a new invite code, or take it away."""
+    """Set a new invite code, or delete it."""
     lasts = None if frame.expires_in_seconds is None else timedelta(seconds=frame.expires_in_seconds)
     code = new_code() if frame.is_open else None
     async with context.transaction() as db:

@@ -1,4 +1,4 @@
-"""Messages: edit, delete, history. Sending them has a file of its own."""
+"""Messages: edit, delete, get, and history. sending.py sends them."""
 
 from datetime import timedelta
 
@@ -22,7 +22,7 @@ from server.queries.sending import Derived
 
 
 async def edit(context: Context, frame: client.Edit) -> Changed:
-    """Change what the caller's own message says, keep what it said, and tell everyone."""
+    """Change the content of the caller's own message, keep the old one as an edit, and publish the change."""
     async with context.database.connection() as db:
         there = await messages.find(db, frame, context.user_id)
     made = await _made_anew(context, frame, None if there is None else there.message)
@@ -38,7 +38,8 @@ async def edit(context: Context, frame: client.Edit) -> Changed:
                 raise Refused(ErrorCode.CONFLICT, "Another edit has this id. Make a new id.", path="edit_id")
             return Changed(conversation_id=before.conversation_id, version=version)
         _require_editable(context, found)
-        # An edit with an id is kept even if it changes nothing: repeated after a later edit, it would undo that one.
+        # An edit with an id is stored even if it changes nothing. Otherwise its repetition after a later edit would
+        # undo that one.
         is_same = (before.content, before.formatted_content) == (frame.content, made.formatted_content)
         if is_same and frame.edit_id is None:
             return Changed(conversation_id=before.conversation_id, version=before.version)
@@ -46,9 +47,10 @@ async def edit(context: Context, frame: client.Edit) -> Changed:
         require_may_send(found)
         words = found_before and found_before.words
         if made.loud_mentions and not may(found.me, Act.BE_LOUD):
-            # What was made before the lock may be of a role that was lost since.
+            # The content was composed before the lock, and the sender may have lost the role since.
             made, words = made._replace(loud_mentions=[]), None
-        # Refused, not forgotten: what an edit made is known by what the next one kept (`edits.EDITED`).
+        # Further edits are refused. Deleting old ones would lose the content by which an edit is recognized
+        # (`edits.EDITED`).
         if await edits.count(db, before) >= MAX_EDITS:
             sentence = f"A message can be edited at most {MAX_EDITS} times. Send a new one."
             raise Refused(ErrorCode.CONFLICT, sentence, path="message_id")
@@ -60,7 +62,7 @@ async def edit(context: Context, frame: client.Edit) -> Changed:
 
 
 async def _made_anew(context: Context, frame: client.Edit, there: Message | None) -> Derived:
-    """Return what is made of an edit's content; it is there already if the message says the same."""
+    """Return the derived parts of an edit's content. An unchanged message has them already."""
     if there is not None and (there.content, there.formatted_content is not None) == (frame.content, frame.is_markdown):
         return Derived(there.formatted_content, there.mentions, there.loud_mentions, there.hashtags)
     return await compose(context, frame, is_code=there is not None and there.content_type == "code")
@@ -92,7 +94,7 @@ def _require_editable(context: Context, found: FoundMessage) -> None:
 
 
 def _require_nobody_voted(message: Message) -> None:
-    """Raise Refused if a message is a poll that has votes or takes none any more: what was voted on stays as it is."""
+    """Raise Refused if a message is a poll that has votes or is closed, because its votes refer to its content."""
     if message.poll_voters or (isinstance(message.payload, Poll) and is_closed(message, message.payload)):
         raise Refused(
             ErrorCode.FORBIDDEN, "A poll that has votes or is closed cannot be edited. Send a new one.",
@@ -101,7 +103,7 @@ def _require_nobody_voted(message: Message) -> None:
 
 
 async def delete(context: Context, frame: client.Delete) -> Changed:
-    """Take a message's words away and tell everyone."""
+    """Delete a message's content, and publish the deletion."""
     async with context.transaction() as db:
         found = await messages.lock(db, frame, context.user_id)
         if found is None:
@@ -153,7 +155,7 @@ async def get(context: Context, frame: client.GetMessage) -> OneMessage:
 
 
 async def list_edits(context: Context, frame: client.ListEdits) -> EditPage:
-    """Return a page of what a message said before."""
+    """Return a page of a message's earlier contents."""
     async with context.database.connection() as db:
         found = await edits.edits(db, frame, context.user_id, frame.after, limit=MAX_PAGE)
     if found is None:

@@ -1,4 +1,4 @@
-"""Moderation: hide and show, report, review, and the log of who used what power."""
+"""Moderation: hide and show messages, reports, and the audit log."""
 
 from protocol import client
 from protocol.errors import ErrorCode, Refused
@@ -17,7 +17,7 @@ from server.queries.messages import FoundMessage
 
 
 async def moderate(context: Context, frame: client.Moderate) -> Changed:
-    """Hide somebody's message from all but them and the moderators, and uphold what was reported about it."""
+    """Hide a message from all users except its sender and moderators. Uphold its reports."""
     async with context.transaction() as db:
         found = await _moderated(db, context, frame)
         before = message = found.message
@@ -33,13 +33,14 @@ async def moderate(context: Context, frame: client.Moderate) -> Changed:
     while is_more_due:
         async with context.transaction() as db:
             is_more_due = await moderation.uphold(db, message, context.user_id)
-            # Checked last, as in `list_reports`: the hiding is committed, and they may have lost the role since.
+            # Checked last, as in `list_reports`. The message is hidden already, and the caller may have lost the role
+            # since.
             await _require(db, context, before.conversation_id, Act.MODERATE)
     return answer
 
 
 async def unmoderate(context: Context, frame: client.Unmoderate) -> Changed:
-    """Show it again."""
+    """Show a hidden message again."""
     async with context.transaction() as db:
         there = await messages.find(db, frame, context.user_id)
         known = await edits.words(db, frame) if there is not None and there.message.is_moderated else None
@@ -55,7 +56,7 @@ async def unmoderate(context: Context, frame: client.Unmoderate) -> Changed:
 
 
 async def report(context: Context, frame: client.ReportMessage) -> Done:
-    """Tell the moderators what is wrong with a message."""
+    """Report a message to the moderators."""
     async with context.transaction() as db:
         found = await messages.lock(db, frame, context.user_id)
         if found is None or found.message.is_deleted:
@@ -72,17 +73,17 @@ async def report(context: Context, frame: client.ReportMessage) -> Done:
 
 
 async def list_reports(context: Context, frame: client.ListReports) -> ReportPage:
-    """Return what was reported."""
+    """Return a page of reports."""
     async with context.database.connection() as db:
         found = await moderation.reports(db, frame, context.user_id, limit=frame.limit)
-        # Checked last: whoever may read now may read all of the above.
+        # Checked last, so that a caller who may read now may read all of the result.
         await _require(db, context, frame.conversation_id, Act.MODERATE)
     page = await found.decoded()
     return ReportPage(reports=page.rows, after=page.after)
 
 
 async def dismiss_report(context: Context, frame: client.DismissReport) -> Done:
-    """Find nothing wrong."""
+    """Dismiss a report."""
     async with context.transaction() as db:
         if await conversations.lock_as(db, frame.conversation_id, context.user_id) is None:
             raise NotFound("conversation_id")
@@ -100,7 +101,7 @@ async def dismiss_report(context: Context, frame: client.DismissReport) -> Done:
 
 
 async def list_audit(context: Context, frame: client.ListAudit) -> AuditPage:
-    """Return who used what power."""
+    """Return a page of the audit log."""
     chain = frame.conversation_id or audit.SERVER
     async with context.database.connection() as db:
         found = await audit.page(db, chain, frame.after, limit=frame.limit, reader=context.user_id)
@@ -111,7 +112,7 @@ async def list_audit(context: Context, frame: client.ListAudit) -> AuditPage:
 
 
 async def _require(db: Db, context: Context, conversation_id: ConversationId | None, act: Act) -> None:
-    """Raise Refused unless the caller may do something in a conversation, or without one on the server."""
+    """Raise Refused unless the caller may do something in a conversation, or on the server if that is None."""
     if conversation_id is None:
         if not await users.is_admin(db, context.user_id):
             raise Refused(ErrorCode.FORBIDDEN, "Only server administrators may leave out `conversation_id`. Give it.",

@@ -1,4 +1,4 @@
-"""Notifications: the feed, the badge, and where to push to."""
+"""Notifications: the feed, the badge, and push subscriptions."""
 
 from protocol import client
 from protocol.codec import now
@@ -9,14 +9,14 @@ from server.queries import feed, push, unread, users
 
 
 async def list_feed(context: Context, frame: client.ListFeed) -> FeedPage:
-    """Return a page of what concerns the caller."""
+    """Return a page of the caller's feed."""
     async with context.database.searching() as db:
         found = await feed.page(db, context.user_id, frame)
     return await found.decoded()
 
 
 async def see_feed(context: Context, frame: client.SeeFeed) -> Done:
-    """Note that the caller has seen the feed, on all of their devices."""
+    """Mark the caller's feed as seen up to a time, on all devices."""
     async with context.database.connection() as db:
         await feed.see(db, context.user_id, frame.up_to or now())
     context.events.notify([context.user_id])
@@ -24,7 +24,7 @@ async def see_feed(context: Context, frame: client.SeeFeed) -> Done:
 
 
 async def get_badge(context: Context, frame: client.GetBadge) -> Badge:  # noqa: ARG001 - the table's shape
-    """Return how much is unread, and how much is new."""
+    """Return the number of unread messages, and the number of unseen entries of the feed."""
     async with context.database.connection() as db:
         messages = await unread.badge(db, context.user_id)
     async with context.database.counting() as db:
@@ -32,12 +32,12 @@ async def get_badge(context: Context, frame: client.GetBadge) -> Badge:  # noqa:
 
 
 async def get_push_key(context: Context, frame: client.GetPushKey) -> PushKey:  # noqa: ARG001 - as above
-    """Return what a browser subscribes with."""
+    """Return the key for a browser's push subscription."""
     return PushKey(key=context.services.push_key)
 
 
 async def register_push(context: Context, frame: client.RegisterPush) -> Done:
-    """Push to an endpoint until the session ends."""
+    """Register a push subscription, which lasts until the session ends."""
     require_keys(frame.p256dh, frame.auth)
     async with context.transaction() as db:
         await users.lock(db, [context.user_id])
@@ -48,7 +48,7 @@ async def register_push(context: Context, frame: client.RegisterPush) -> Done:
 
 
 async def unregister_push(context: Context, frame: client.UnregisterPush) -> Done:
-    """No longer."""
+    """Delete a push subscription."""
     async with context.transaction() as db:
         await push.unregister(db, context.user_id, frame.endpoint)
     return Done()

@@ -1,4 +1,4 @@
-"""Participants: join, leave, add, remove, roles, permissions, list."""
+"""Participants: join, leave, add, remove, ban, roles, permissions, ownership, list."""
 
 from protocol import client
 from protocol.errors import ErrorCode, Refused
@@ -18,11 +18,11 @@ from server.queries.sending import Announcement
 
 
 async def join(context: Context, frame: client.Join) -> OneConversation:
-    """Let the caller in: a public conversation, one they have the code of, or one they were invited to."""
+    """Join a conversation that is public, has the invite code, or invited the caller."""
     path = _named_by(frame)
     async with context.transaction() as db:
-        # Asked before the lock, so that whoever is refused does not lock the conversation, and again under it: the
-        # conversation may have closed, or the code may have changed, in between.
+        # Checked before the lock, so that a refused caller does not lock the conversation. Checked again under it,
+        # because the conversation may have closed, or the code may have changed.
         found, _ = await _welcomed(db, context, frame)
         if await conversations.lock(db, found.id) is None:
             raise NotFound(path)
@@ -49,8 +49,9 @@ async def join(context: Context, frame: client.Join) -> OneConversation:
 
 
 async def _welcomed(db: Db, context: Context, frame: client.Join) -> tuple[Conversation, Participant | None]:
-    """Return the conversation that the caller may join, and their part in it so far. Raises NotFound if none is open to
-    them, and Refused if they are banned, whoever invited them may add nobody any more, or it is full.
+    """Return the conversation that the caller may join, and the caller's earlier participation. Raises NotFound if no
+    conversation is open to the caller. Raises Refused if the caller is banned, if the inviter may no longer add users,
+    or if it is full.
     """
     path = _named_by(frame)
     conversation = await conversations.open_to(db, context.user_id, frame.conversation_id, frame.invite_code)
@@ -65,7 +66,7 @@ async def _welcomed(db: Db, context: Context, frame: client.Join) -> tuple[Conve
         )
     is_open = conversation.is_public or frame.invite_code is not None
     is_invited = before is not None and before.status == "invited" and not is_open
-    # What lets in who is invited is the right of whoever invited them.
+    # An invitation counts only while its sender may still add users.
     if is_invited and await participants.invited_as(db, conversation.id, context.user_id) is None:
         raise Refused(
             ErrorCode.FORBIDDEN,
@@ -82,7 +83,9 @@ def _named_by(frame: client.Join) -> str:
 
 
 async def leave(context: Context, frame: client.Leave) -> Done:
-    """Let the caller out; an owner's place goes to the next in rank, then in age."""
+    """Leave a conversation. The highest in role, and then the oldest participant, becomes owner in place of one who
+    leaves.
+    """
     async with context.transaction() as db:
         conversation, me = await lock_with_member(db, context, frame.conversation_id)
         await users.lock(db, [context.user_id])
@@ -96,7 +99,7 @@ async def leave(context: Context, frame: client.Leave) -> Done:
 
 
 async def add(context: Context, frame: client.AddParticipants) -> Added:
-    """Let users in whom the caller may add, and ask the others to come."""
+    """Add users whom the caller may add, and invite the others."""
     async with context.transaction() as db:
         conversation, me = await lock_with_member(db, context, frame.conversation_id)
         they = await welcomed_by(db, context, me, frame)
@@ -118,7 +121,7 @@ async def add(context: Context, frame: client.AddParticipants) -> Added:
 
 
 async def remove(context: Context, frame: client.RemoveParticipant) -> Done:
-    """Put someone of a lower role out, or take back their invitation."""
+    """Remove or ban a user of a lower role, or revoke the user's invitation."""
     status: ParticipantStatus = "banned" if frame.ban else "removed"
     async with context.transaction() as db:
         conversation, me = await lock_with_member(db, context, frame.conversation_id)
@@ -128,14 +131,15 @@ async def remove(context: Context, frame: client.RemoveParticipant) -> Done:
             return Done()
         if them.status not in {"active", "invited"} and not frame.ban:
             raise NotFound("user_id")
-        # After the refusals, so that none of them locks a stranger. The conversation's lock keeps the status as it is.
+        # The lock follows the refusals, so that none of them locks a stranger. The conversation's lock keeps the status
+        # until then.
         await users.lock(db, [frame.user_id])
         news = MembershipChange(context, db, conversation)
         news.changes.append(await participants.change(db, them, status=status))
         if them.status == "active":
             await news.announce(Announcement("remove_member", "removed someone", {"user_ids": [them.user_id]}))
         await news.record(Deed(context.user_id, "ban" if frame.ban else "remove", them.user_id))
-        # Nothing is new to a user who has left already, or bans and unbans would reach them again and again.
+        # A user who has left receives nothing. Otherwise bans and unbans could reach the user again and again.
         if them.status in {"active", "invited"}:
             await participants.stamp(db, conversation.id, [them.user_id])
     news.tell()
@@ -158,7 +162,7 @@ async def unban(context: Context, frame: client.Unban) -> Done:
 
 
 async def set_role(context: Context, frame: client.SetRole) -> Done:
-    """Give someone of a lower role another one."""
+    """Change the role of a user of a lower role."""
     async with context.transaction() as db:
         conversation, me = await lock_with_member(db, context, frame.conversation_id)
         require(me, Act.SET_ROLES)
@@ -177,7 +181,7 @@ async def set_role(context: Context, frame: client.SetRole) -> Done:
 
 
 async def set_permissions(context: Context, frame: client.SetPermissions) -> Done:
-    """Give someone of a lower role permissions beyond it, or take them back."""
+    """Grant permissions beyond the role to a user of a lower role, or revoke them."""
     wanted = client.given(frame)
     async with context.transaction() as db:
         conversation, me = await lock_with_member(db, context, frame.conversation_id)
@@ -198,7 +202,7 @@ async def set_permissions(context: Context, frame: client.SetPermissions) -> Don
 
 
 async def transfer_ownership(context: Context, frame: client.TransferOwnership) -> Done:
-    """Make another participant the owner; the caller becomes an admin."""
+    """Make another participant the owner. The caller becomes an admin."""
     async with context.transaction() as db:
         conversation, me = await lock_with_member(db, context, frame.conversation_id)
         require(me, Act.TRANSFER)
@@ -215,7 +219,7 @@ async def transfer_ownership(context: Context, frame: client.TransferOwnership) 
 
 
 async def list_participants(context: Context, frame: client.ListParticipants) -> ParticipantPage:
-    """Return a page of those who take part, are invited, or are banned."""
+    """Return a page of active, invited or banned participants."""
     async with context.database.connection() as db:
         found = await participants.page(db, context.user_id, frame, limit=frame.limit)
         if found is None:
@@ -228,7 +232,9 @@ async def list_participants(context: Context, frame: client.ListParticipants) ->
 
 
 async def _other(db: Db, me: Participant, user_id: UserId) -> Participant:
-    """Return someone whose role is below the caller's, as is everyone's who is not there any more."""
+    """Return a participant whose role is below the caller's. A former participant has none. Raises NotFound or Refused
+    otherwise.
+    """
     them = await participants.get(db, me.conversation_id, user_id)
     if them is None:
         raise NotFound("user_id")
@@ -245,7 +251,7 @@ async def _active(db: Db, me: Participant, user_id: UserId) -> Participant:
 
 
 async def _require_account(db: Db, them: Participant) -> None:
-    """Raise Refused unless a participant's account is active: rights of others would be used by nobody."""
+    """Raise Refused unless a participant's account is active, because nobody else could use the rights."""
     if not await users.lock(db, [them.user_id]):
         raise Refused(
             ErrorCode.CONFLICT, "The account of this user is not active. Choose another user.", path="user_id"

@@ -1,4 +1,4 @@
-"""Pins, for everyone in a conversation; stars, for oneself."""
+"""Pins, which all participants of a conversation see, and stars, which only their user sees."""
 
 from protocol import client
 from protocol.errors import ErrorCode, Refused
@@ -14,12 +14,12 @@ from server.queries.cursor import Cursor
 
 
 async def pin(context: Context, frame: client.Pin) -> Changed:
-    """Pin a message and tell everyone; nothing happens if it is pinned already."""
+    """Pin a message, and publish that. A pinned message does not change."""
     return await _set_pinned(context, frame, is_on=True)
 
 
 async def unpin(context: Context, frame: client.Unpin) -> Changed:
-    """Take a pinned message down and tell everyone; nothing happens if it is not pinned."""
+    """Unpin a message, and publish that. Without a pin nothing changes."""
     return await _set_pinned(context, frame, is_on=False)
 
 
@@ -45,7 +45,7 @@ async def _set_pinned(context: Context, frame: client.Pin | client.Unpin, *, is_
 
 
 async def list_pins(context: Context, frame: client.ListPins) -> MessageList:
-    """Return what is pinned."""
+    """Return a page of pinned messages."""
     async with context.database.connection() as db:
         found = await pins.page(db, frame.conversation_id, context.user_id, Cursor.read(frame.after))
     if found is None:
@@ -54,7 +54,7 @@ async def list_pins(context: Context, frame: client.ListPins) -> MessageList:
 
 
 async def star(context: Context, frame: client.Star) -> Done:
-    """Put a message aside, on all of the caller's devices."""
+    """Star a message, on all of the caller's devices."""
     async with context.transaction() as db:
         if not await conversations.keep(db, frame.conversation_id, context.user_id):
             raise NotFound("message_id")
@@ -66,7 +66,7 @@ async def star(context: Context, frame: client.Star) -> Done:
 
 
 async def unstar(context: Context, frame: client.Unstar) -> Done:
-    """Take it back, even from where the caller is no longer let in."""
+    """Remove a star, even in a conversation that the caller can no longer read."""
     async with context.transaction() as db:
         await pins.unstar(db, frame, context.user_id)
         await bounds.forget_stars(db, context.user_id)
@@ -75,7 +75,7 @@ async def unstar(context: Context, frame: client.Unstar) -> Done:
 
 
 async def list_stars(context: Context, frame: client.ListStars) -> MessageList:
-    """Return a page of what the caller has put aside."""
+    """Return a page of the caller's starred messages."""
     async with context.database.connection() as db:
         found = await pins.stars(db, context.user_id, Cursor.read(frame.after), limit=frame.limit)
     return await found.decoded()

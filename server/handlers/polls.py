@@ -1,4 +1,4 @@
-"""Polls: vote, close, who voted for what."""
+"""Polls: vote, close, list votes."""
 
 from protocol import client
 from protocol.errors import ErrorCode, Refused
@@ -16,18 +16,18 @@ from server.queries.messages import FoundMessage
 
 
 async def vote(context: Context, frame: client.Vote) -> Changed:
-    """Count the caller's vote instead of the one before, and tell everyone how the poll stands."""
+    """Replace the caller's vote, and publish the counts."""
     options = sorted(frame.options)
     async with context.transaction() as db:
         found = await messages.lock(db, frame, context.user_id)
         poll = _poll(found)
-        assert found is not None  # noqa: S101 - or there were no poll
+        assert found is not None  # noqa: S101 - `_poll` raises for None
         message = found.message
         about = message.conversation_id
         before, version = await polls.voted(db, message, context.user_id)
         if before == options:
             return Changed(conversation_id=about, version=version)
-        if options:  # withdrawing a vote says nothing
+        if options:  # a withdrawal reaches nobody as a message does
             require_may_send(found)
         if is_closed(message, poll):
             raise Refused(
@@ -60,11 +60,11 @@ async def vote(context: Context, frame: client.Vote) -> Changed:
 
 
 async def close(context: Context, frame: client.ClosePoll) -> Changed:
-    """End a poll: one's own, or anyone's with the permission to delete messages."""
+    """Close the caller's own poll, or with the permission to delete messages anyone's."""
     async with context.transaction() as db:
         found = await messages.lock(db, frame, context.user_id)
         _poll(found)
-        assert found is not None  # noqa: S101 - or there were no poll
+        assert found is not None  # noqa: S101 - `_poll` raises for None
         before = found.message
         is_own = before.sender_id == context.user_id
         if not is_own:
@@ -82,10 +82,10 @@ async def close(context: Context, frame: client.ClosePoll) -> Changed:
 
 
 async def list_votes(context: Context, frame: client.ListVotes) -> VotePage:
-    """Return a page of who voted for what."""
+    """Return a page of a poll's votes."""
     async with context.database.connection() as db:
         found = await polls.votes(db, frame, frame.after, limit=frame.limit)
-        # Checked last: whoever may read now may read all of the above.
+        # Checked last, so that a caller who may read now may read all of the result.
         if _poll(await messages.find(db, frame, context.user_id)).is_anonymous:
             raise Refused(
                 ErrorCode.FORBIDDEN, "This poll is anonymous. Read its counts in the message.", path="message_id"
@@ -95,7 +95,7 @@ async def list_votes(context: Context, frame: client.ListVotes) -> VotePage:
 
 
 def _poll(found: FoundMessage | None) -> Poll:
-    """Return the poll that a message is. Raises NotFound if it is none any more, and Refused if it never was."""
+    """Return the poll in a message. Raises NotFound if the message is deleted, and Refused if it is no poll."""
     if found is None or found.message.is_deleted:
         raise NotFound("message_id")
     if found.message.content_type != "poll":

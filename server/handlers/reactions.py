@@ -1,4 +1,4 @@
-"""Reactions: put on, taken back."""
+"""Reactions: add and remove."""
 
 from protocol import client
 from protocol.errors import ErrorCode, Refused
@@ -14,10 +14,10 @@ from server.queries.reactions import ReactionChange
 
 
 async def react(context: Context, frame: client.React) -> Changed:
-    """Put an emoji on a message and tell everyone; nothing happens if it is there already."""
+    """Add an emoji to a message, and publish that. A repetition changes nothing."""
     async with context.transaction() as db:
         found = await _locked(db, context, frame)
-        # A reaction that is there already says nothing.
+        # A repeated reaction reaches nobody, so it needs no permission to send.
         if not (found.obstacle and await reactions.is_there(db, found.message, context.user_id, frame.emoji)):
             require_may_send(found)
         there = found.message.reactions
@@ -32,7 +32,7 @@ async def react(context: Context, frame: client.React) -> Changed:
 
 
 async def unreact(context: Context, frame: client.Unreact) -> Changed:
-    """Take an emoji back, which says nothing, and tell everyone; nothing happens if it is not there."""
+    """Remove an emoji, and publish that. Without it, nothing changes. Removing needs no permission to send."""
     async with context.transaction() as db:
         found = await _locked(db, context, frame)
         emoji = await reactions.stored(db, found.message, context.user_id, frame.emoji)

@@ -1,4 +1,4 @@
-"""Receipts: read, delivered, unread again, and who has read."""
+"""Receipts: read, delivered, unread marks, and readers of a message."""
 
 from protocol import client
 from protocol.limits import MAX_SHARED_PARTICIPANTS
@@ -9,7 +9,9 @@ from server.queries import conversations, participants, receipts, users
 
 
 async def read(context: Context, frame: client.Read) -> ReadUpTo:
-    """Move the caller's read position forward, and tell the others, or in a crowd only the caller's devices."""
+    """Move the caller's read position forward. Send that to all participants, or in a large conversation to the
+    caller's devices only.
+    """
     async with context.database.connection() as db:
         position = await receipts.read(db, frame, context.user_id)
     if position is not None and position.was_marked:
@@ -37,7 +39,7 @@ async def read(context: Context, frame: client.Read) -> ReadUpTo:
 
 
 async def delivered(context: Context, frame: client.Delivered) -> Done:
-    """Note how far one of the caller's clients has taken in what was sent."""
+    """Store up to which message one of the caller's clients has received messages."""
     async with context.database.connection() as db:
         arrival = await receipts.delivered(db, frame, context.user_id, most=MAX_SHARED_PARTICIPANTS)
     if arrival is None:
@@ -54,7 +56,7 @@ async def delivered(context: Context, frame: client.Delivered) -> Done:
 
 
 async def mark_unread(context: Context, frame: client.MarkUnread) -> ReadUpTo:
-    """Have a conversation count as unread from a message on."""
+    """Mark a conversation as unread from a message on."""
     async with context.transaction() as db:
         if not await conversations.keep(db, frame.conversation_id, context.user_id):
             raise NotFound("message_id")
@@ -68,7 +70,7 @@ async def mark_unread(context: Context, frame: client.MarkUnread) -> ReadUpTo:
 
 
 async def list_readers(context: Context, frame: client.ListReaders) -> Readers:
-    """Return who has read a message."""
+    """Return the users who have read a message."""
     async with context.database.connection() as db:
         found = await receipts.readers(db, frame, context.user_id, most=MAX_SHARED_PARTICIPANTS)
     if found is None:

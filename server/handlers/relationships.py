@@ -1,4 +1,6 @@
-"""Relationships: friends who ask and answer; block, follow and mute, which nobody has to answer; switches; the list."""
+"""Relationships: friend requests and their answers; blocks, follows and mutes, which need no answer; switches; the
+list.
+"""
 
 from typing import Literal, NamedTuple
 
@@ -16,20 +18,21 @@ from server.queries.relationships import RelationshipChange
 
 
 class _Request(NamedTuple):
-    """What becomes of a friend request."""
+    """The result of a friend request."""
 
     becomes: RelationshipStatus
     is_answer: bool
-    """Whether the other one has asked already."""
+    """Whether the other user has sent a request, too."""
     same: Relationship | None
-    """What is there, if it was asked before: the other one is not told again."""
+    """The existing relationship if the request repeats an earlier one. The other user gets no news of it."""
 
 
 async def request_friend(context: Context, frame: client.RequestFriend) -> OneRelationship:
-    """Ask for friendship; if the other one has asked already, be friends."""
+    """Send a friend request. If the other user has sent one, become friends."""
     me, them = context.user_id, _other(context, frame.user_id)
     async with context.transaction() as db:
-        # Asked before the lock, too, here and below: a frame that is refused or changes nothing locks no stranger.
+        # Checked before the lock, too, here and below, so that a frame that is refused or changes nothing locks no
+        # stranger.
         request = await _request(db, me, frame)
         if request.same is not None:
             return OneRelationship(relationship=request.same)
@@ -51,7 +54,7 @@ async def request_friend(context: Context, frame: client.RequestFriend) -> OneRe
 
 
 async def answer_friend(context: Context, frame: client.AnswerFriend) -> OneRelationship:
-    """Accept or reject a request."""
+    """Accept or reject a friend request."""
     me, them = context.user_id, _other(context, frame.user_id)
     change = RelationshipChange("friend", "accepted" if frame.accept else "rejected", response_message=frame.message)
     async with context.transaction() as db:
@@ -71,7 +74,7 @@ async def answer_friend(context: Context, frame: client.AnswerFriend) -> OneRela
 
 
 async def unfriend(context: Context, frame: client.Unfriend) -> Done:
-    """Take back a request, or end a friendship."""
+    """Withdraw a friend request, or end a friendship."""
     me, them = context.user_id, _other(context, frame.user_id)
     async with context.transaction() as db:
         if await relationships.status(db, me, them, "friend") is None:
@@ -87,7 +90,7 @@ async def unfriend(context: Context, frame: client.Unfriend) -> Done:
 
 
 async def block(context: Context, frame: client.Block) -> OneRelationship:
-    """Block a user: ends a friendship, and the caller's own request or follow."""
+    """Block a user. This ends a friendship, and the caller's own request or follow."""
     return await _set_on(context, frame.user_id, "block", is_on=True)
 
 
@@ -97,7 +100,7 @@ async def unblock(context: Context, frame: client.Unblock) -> OneRelationship:
 
 
 async def follow(context: Context, frame: client.Follow) -> OneRelationship:
-    """Follow a user, who can see it."""
+    """Follow a user, who can see that."""
     return await _set_on(context, frame.user_id, "follow", is_on=True)
 
 
@@ -107,7 +110,7 @@ async def unfollow(context: Context, frame: client.Unfollow) -> OneRelationship:
 
 
 async def mute(context: Context, frame: client.Mute) -> OneRelationship:
-    """Mute a user, who cannot see it."""
+    """Mute a user, who cannot see that."""
     return await _set_on(context, frame.user_id, "mute", is_on=True)
 
 
@@ -119,7 +122,7 @@ async def unmute(context: Context, frame: client.Unmute) -> OneRelationship:
 async def _set_on(
     context: Context, user_id: UserId, kind: Literal["block", "follow", "mute"], *, is_on: bool
 ) -> OneRelationship:
-    """Begin or end what is the caller's own affair."""
+    """Begin or end a relationship that needs no answer."""
     turn = RelationshipChange(kind, "active" if is_on else "inactive")
     me, them = context.user_id, _other(context, user_id)
     async with context.transaction() as db:
@@ -131,10 +134,10 @@ async def _set_on(
         if (same := await _unchanged(db, me, them, turn)) is not None:
             return OneRelationship(relationship=same)
         if is_on:
-            # Whatever ends has begun before, so its end needs no bound.
+            # Each end follows a beginning, so ends need no limit.
             await approaches.count(db, kind, me, [them])
         if kind == "block" and is_on:
-            # One after the other, as if each were ended by itself.
+            # Two calls, as if the frames `unfriend` and `unfollow` ended them.
             await relationships.end(db, me, them, "friend")
             await relationships.end(db, me, them, "follow")
         made = await relationships.put(db, me, them, turn, me)
@@ -148,12 +151,12 @@ async def _set_on(
 
 
 async def set_switches(context: Context, frame: client.SetSwitches) -> OneRelationship:
-    """Say what someone may see or do."""
+    """Change what another user may see or do."""
     wanted = client.given(frame)
     me, them = context.user_id, _other(context, frame.user_id)
 
     async def switched(db: Db) -> tuple[Relationship, set[str]]:
-        """Return a relationship, and the switches that change."""
+        """Return the relationship, and the names of the switches that change."""
         there = await relationships.between(db, me, them)
         if not there:
             raise NotFound("user_id")
@@ -173,7 +176,7 @@ async def set_switches(context: Context, frame: client.SetSwitches) -> OneRelati
         if not changed:
             return OneRelationship(relationship=same)
         if not all(wanted[name] for name in changed):
-            # What is turned on was turned off before.
+            # A switch that is turned on was turned off before, so only turning off counts.
             await approaches.count(db, "switch", me, [them])
         made = await relationships.switch(db, me, them, wanted)
     context.events.notify([me])
@@ -182,7 +185,7 @@ async def set_switches(context: Context, frame: client.SetSwitches) -> OneRelati
 
 
 async def list_relationships(context: Context, frame: client.ListRelationships) -> RelationshipPage:
-    """Return a page of what is between the caller and others."""
+    """Return a page of the caller's relationships."""
     async with context.database.connection() as db:
         found = await relationships.page(db, context.user_id, frame, limit=frame.limit)
     page = await found.decoded()
@@ -190,14 +193,14 @@ async def list_relationships(context: Context, frame: client.ListRelationships) 
 
 
 async def _lock(db: Db, me: UserId, them: UserId) -> None:
-    """Lock what is between two users. Raises NotActive if the caller is not."""
+    """Lock the relationships of two users. Raises NotActive if the caller is not active."""
     if me not in await relationships.lock(db, me, them):
         raise NotActive
 
 
 async def _lock_caller(db: Db, me: UserId, them: UserId) -> None:
-    """Lock the caller, for what changes no row of the other user, and have an erasure of the other one wait. Raises
-    NotActive if the caller is not.
+    """Lock the caller, for a change of the caller's own rows only, and make an erasure of the other user wait. Raises
+    NotActive if the caller is not active.
     """
     if me not in await users.lock(db, [me]):
         raise NotActive
@@ -205,7 +208,7 @@ async def _lock_caller(db: Db, me: UserId, them: UserId) -> None:
 
 
 async def _request(db: Db, me: UserId, frame: client.RequestFriend) -> _Request:
-    """Return what becomes of a request. Raises Refused if the caller may not ask."""
+    """Return the result of a friend request. Raises Refused if the caller may not send one."""
     them = frame.user_id
     if not await users.all_may(db, "request_friend", me, [them]):
         raise await unreachable(db, me, them)
@@ -225,8 +228,8 @@ async def _request(db: Db, me: UserId, frame: client.RequestFriend) -> _Request:
 
 
 async def _answered(db: Db, me: UserId, them: UserId, change: RelationshipChange) -> Relationship | None:
-    """Return a request if it was answered so before: the other one is not told again. Raises Refused if there is none
-    that the caller may answer so.
+    """Return a request that already has this answer. The other user gets no news of it. Raises Refused if the caller
+    cannot give this answer.
     """
     there = await relationships.status(db, them, me, "friend")
     if there != change.status and there not in {"pending", "rejected"}:
@@ -237,7 +240,7 @@ async def _answered(db: Db, me: UserId, them: UserId, change: RelationshipChange
 
 
 async def _unchanged(db: Db, me: UserId, them: UserId, turn: RelationshipChange) -> Relationship | None:
-    """Return what is there if nothing changes. Raises Refused if it may not begin, or never began."""
+    """Return the relationship if nothing changes. Raises Refused if it may not begin, or if it never began."""
     if turn.status == "active":
         await _require_may_begin(db, turn.kind, me, them)
     elif await relationships.status(db, me, them, turn.kind) is None:
@@ -250,20 +253,20 @@ async def _require_may_begin(db: Db, kind: RelationshipKind, me: UserId, them: U
         if not await users.all_may(db, "follow", me, [them]):
             raise await unreachable(db, me, them)
     elif not await users.all_may(db, "see_face", me, [them]):
-        raise NotFound("user_id")  # whoever repeats a block has nothing to end
+        raise NotFound("user_id")  # even if the caller blocks the user already, nothing remains to end
     await _require_not_deleted(db, them)
 
 
 async def _require_not_deleted(db: Db, them: UserId) -> None:
-    """Raise NotFound if a user is deleted: nothing new is kept of who may be erased. Under the lock, or after
-    `users.keep`, this stays so.
+    """Raise NotFound if a user is deleted, because the user may be erased soon. Under the user's lock, or after
+    `users.keep`, the result stays true.
     """
     if await users.is_deleted(db, them):
         raise NotFound("user_id")
 
 
 def _tell(context: Context, me: UserId, them: UserId) -> None:
-    """Tell both users of what is between them now, which decides whether they see each other. After the commit."""
+    """Notify both users of a change between them, and recheck whether they see each other. The caller has committed."""
     context.events.notify([me, them])
     context.events.reconsider(me, them)
     context.events.reconsider(them, me)

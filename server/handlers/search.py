@@ -1,4 +1,4 @@
-"""Search among messages; where one of them went."""
+"""Search for messages, and the delivery report of one message."""
 
 from protocol import client
 from protocol.errors import ErrorCode, Refused
@@ -12,7 +12,7 @@ from server.queries.search import find
 
 
 async def search(context: Context, frame: client.Search) -> SearchPage:
-    """Return a page of what matches."""
+    """Return a page of messages that match."""
     if frame.text is None and frame.hashtag is None and frame.conversation_id is None and not frame.mentions_me:
         raise Refused(ErrorCode.INVALID, "Give at least one of `text`, `hashtag`, `mentions_me` and `conversation_id`.",
                       path="text")  # fmt: skip
@@ -23,10 +23,10 @@ async def search(context: Context, frame: client.Search) -> SearchPage:
 
 
 async def why(context: Context, frame: client.Why) -> Whereabouts:
-    """Return where a message went, and why it did not reach some."""
+    """Return to whom a message was delivered, and why it did not reach others."""
     async with context.database.connection() as db:
         told = await delivery_report.of(db, frame.message_id, frame.conversation_id, viewer=context.user_id)
-        # Checked last: whoever may read now may read the above.
+        # Checked last, so that a caller who may read now may read all of the result.
         found = await messages.find(db, frame, context.user_id)
         if found is None or told is None:
             raise NotFound("message_id")

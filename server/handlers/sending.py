@@ -1,4 +1,4 @@
-"""Sending: say something, forward what somebody said."""
+"""Sending and forwarding messages."""
 
 from asyncio import CancelledError
 from collections.abc import Awaitable, Callable, Iterator
@@ -24,30 +24,32 @@ from server.queries import messages, sending
 from server.queries.sending import Outgoing, Source, Stored
 
 MAX_RACES = 5
-"""How often a send is tried again when the sender's access, or the message's id, changed under it."""
+"""Max attempts of a send whose access or id is changed by concurrent frames."""
 
 
-class SourceChanged(Exception):  # noqa: N818 - what it says has to be read again
-    """What is to be forwarded was edited, deleted or hidden, or its reader lost access, since it was read."""
+class SourceChanged(Exception):  # noqa: N818 - the caller reads the message again
+    """The message to forward was edited, deleted or hidden after it was read, or its reader lost access."""
 
 
 Note: TypeAlias = Callable[[Db], Awaitable[None]]
-"""What is written in the transaction of a message. If it raises, the message is not stored."""
+"""A write in the transaction of a message. If it raises, the message is not stored."""
 
 
 async def send(context: Context, frame: client.Send) -> Sent:
-    """Store a message, once, and tell everyone."""
+    """Store a message once, and publish it."""
     require_fair(frame)
     return await _store(context, await outgoing(context, frame))
 
 
 async def send_noted(context: Context, frame: client.Send, note: Note) -> Sent:
-    """Do what `send` does, with a note in the same transaction. The note is written also if the message is there."""
+    """Do the same as `send`, and write `note` in the same transaction. If the message is stored already, the note is
+    written, too.
+    """
     return await _store(context, await outgoing(context, frame), note)
 
 
 async def forward(context: Context, frame: client.Forward) -> Sent:
-    """Say in another conversation what a message says, and who said it."""
+    """Send the content of a message to another conversation, with its original sender."""
     is_paid = False
     for _ in range(MAX_RACES):
         said = await _source(context, frame)
@@ -60,13 +62,13 @@ async def forward(context: Context, frame: client.Forward) -> Sent:
         is_paid = True
         with _renamed(), suppress(SourceChanged):
             out = await outgoing(context, again, _origin(said))
-            # Tried once more here, since the whole frame would take its tokens once more.
+            # Only this part is retried, because a retry of the whole frame would take its tokens again.
             return await context.database.again("forward", partial(_store, context, out))
     raise _changing()
 
 
 async def _source(context: Context, frame: client.Forward) -> Message | Sent:
-    """Return the message that is to be forwarded, or the first answer if it may not be any more, but was."""
+    """Return the message to forward. If it can no longer be forwarded but was, return the first result."""
     async with context.database.connection() as db:
         found = await messages.get(db, frame, context.user_id)
     if found is None:
@@ -85,14 +87,14 @@ async def _source(context: Context, frame: client.Forward) -> Message | Sent:
     if said.is_unreadable:
         raise Refused(
             ErrorCode.FORBIDDEN,
-            "A message that cannot be read whole cannot be forwarded. Send a new one.",
+            "A message with unreadable parts cannot be forwarded. Send a new one.",
             path="message_id",
         )
     return said
 
 
 def _as_send(frame: client.Forward, said: Message) -> client.Send:
-    """Return the `send` that a `forward` becomes."""
+    """Return the `send` of a `forward`."""
     return client.Send(
         conversation_id=frame.to_conversation_id,
         message_id=frame.new_message_id,
@@ -109,7 +111,7 @@ def _origin(said: Message) -> Source:
 
 @contextmanager
 def _renamed() -> Iterator[None]:
-    """Name the fields of `forward` in refusals of the `send` that it becomes."""
+    """Rename the fields in refusals of a `send` to those of its `forward`."""
     try:
         yield
     except Refused as refused:
@@ -136,7 +138,7 @@ async def _store(context: Context, out: Outgoing, note: Note | None = None) -> S
                 context.services.unconfirmed.add(frame.message_id, tried_at)
             raise
         if stored is not None:
-            # An earlier try, of which the outcome was in doubt, had not stored it.
+            # An earlier attempt with an unknown outcome did not store the message.
             context.services.unconfirmed.settle(frame.message_id, stored.created_at)
             message = _message(out, stored)
             context.events.publish(
@@ -163,7 +165,7 @@ async def _store(context: Context, out: Outgoing, note: Note | None = None) -> S
             return answer
         is_slow = answer == "slow"
         if out.made.loud_mentions:
-            # The sender may have lost the role that these take.
+            # The sender may have lost the role that these mentions require.
             out = await outgoing(context, frame, out.source)
     raise _changing()
 
@@ -221,15 +223,15 @@ async def _send_alone(context: Context, out: Outgoing, note: Note | None, *, is_
 
 
 async def _why_not(context: Context, out: Outgoing) -> Sent | Literal["slow"] | None:
-    """Return the first answer if the message was stored before, "slow" if the sender may have to wait, None to try
-    again; raises Refused otherwise, or SourceChanged.
+    """Return the first result if the message was stored before, "slow" if slow mode may apply, and None to retry.
+    Raises Refused if the sender may not send, or SourceChanged.
     """
     frame = out.frame
     async with context.database.connection() as db:
         there = await sending.existing(db, out)
     if there.is_same and there.version is not None and there.created_at is not None:
         if context.services.unconfirmed.settle(frame.message_id, there.created_at):
-            # The event is delivered by the comparison of positions; nothing else makes up for these.
+            # The comparison of positions delivers the event, but nothing else enqueues these.
             message = _message(out, Stored(there.version, there.created_at, None, None, None, 0))
             context.services.web_push.enqueue(message)
             context.services.previews.enqueue(message)
@@ -246,7 +248,7 @@ async def _why_not(context: Context, out: Outgoing) -> Sent | Literal["slow"] | 
     if there.obstacle in OBSTACLES:
         raise Refused(ErrorCode.FORBIDDEN, OBSTACLES[there.obstacle], path="conversation_id")
     if there.version is not None:
-        raise Refused(ErrorCode.CONFLICT, "Another message has this id. Make a new one.", path="message_id")
+        raise Refused(ErrorCode.CONFLICT, "Another message has this id. Make a new id.", path="message_id")
     if there.missing is not None:
         raise NotFound(there.missing)
     if there.is_source_changed:

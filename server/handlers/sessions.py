@@ -1,4 +1,4 @@
-"""The connection itself: what a frame can ask of it."""
+"""Frames about the connection itself."""
 
 from protocol import client
 from protocol.codec import now
@@ -8,10 +8,10 @@ from server.domain import sync
 
 
 async def ping(context: Context, frame: client.Ping) -> Pong:  # noqa: ARG001 - the table's shape
-    """Answer with the server's time."""
+    """Return the server's time."""
     return Pong(server_time=now())
 
 
 async def resume(context: Context, frame: client.Resume) -> Resumed:
-    """Send exactly what was missed."""
+    """Send the changes that the client missed."""
     return await sync.resume(context, frame)

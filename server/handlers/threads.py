@@ -1,4 +1,4 @@
-"""Threads: see one, page through it, follow it, read on in it."""
+"""Threads: get, list replies, follow, read, list."""
 
 from protocol import client
 from protocol.server import MessagePage, OneThread, OneThreadFollow, ThreadList
@@ -20,7 +20,7 @@ async def get(context: Context, frame: client.GetThread) -> OneThread:
 
 
 async def list_replies(context: Context, frame: client.ListReplies) -> MessagePage:
-    """Return a page of a thread."""
+    """Return a page of a thread's replies."""
     order = NEWEST
     span = Span(frame.message_id, frame.limit, 0)
     if frame.before_order is not None:
@@ -35,17 +35,17 @@ async def list_replies(context: Context, frame: client.ListReplies) -> MessagePa
 
 
 async def follow(context: Context, frame: client.FollowThread) -> OneThreadFollow:
-    """Be told of replies."""
+    """Follow a thread, so that the caller is notified of replies."""
     return await _change(context, frame, FollowChange(is_following=True))
 
 
 async def unfollow(context: Context, frame: client.UnfollowThread) -> OneThreadFollow:
-    """Be told of replies no more."""
+    """Unfollow a thread."""
     return await _change(context, frame, FollowChange(is_following=False))
 
 
 async def read(context: Context, frame: client.ReadThread) -> OneThreadFollow:
-    """Note how far the caller has read in a thread."""
+    """Move the caller's read position in a thread."""
     return await _change(context, frame, FollowChange(last_read_order=frame.thread_order))
 
 

@@ -1,4 +1,4 @@
-"""Users: their faces, their presence, and that they are typing."""
+"""Users: faces, profiles, presence, and typing."""
 
 from msgspec import UNSET
 
@@ -23,13 +23,13 @@ from server.queries import conversations, users
 
 
 async def get(context: Context, frame: client.GetUsers) -> UserList:
-    """Return the public faces of users."""
+    """Return the faces of users."""
     async with context.database.connection() as db:
         return UserList(users=await users.get(db, context.user_id, frame.user_ids))
 
 
 async def profile(context: Context, frame: client.GetProfile) -> OneProfile:
-    """Return what a user tells about themselves."""
+    """Return a user's profile."""
     async with context.database.connection() as db:
         found = await users.profile(db, context.user_id, frame.user_id)
     if found is None:
@@ -45,13 +45,15 @@ async def search_users(context: Context, frame: client.SearchUsers) -> UserList:
 
 
 async def me(context: Context, frame: client.GetMe) -> OneMe:  # noqa: ARG001 - every handler's shape
-    """Return the caller as they see themselves."""
+    """Return the caller's own account."""
     async with context.database.connection() as db:
         return OneMe(me=await users.me(db, context.user_id))
 
 
 async def update_profile(context: Context, frame: client.UpdateProfile) -> OneMe:
-    """Change the caller's profile or privacy, and tell those who watch them, and their other devices."""
+    """Change the caller's profile or privacy. Publish that to those who watch the caller, and to the caller's
+    devices.
+    """
     given = client.given(frame)
     if frame.time_zone is not UNSET:
         async with context.database.connection() as db:
@@ -69,7 +71,7 @@ async def update_profile(context: Context, frame: client.UpdateProfile) -> OneMe
                 ("quiet_from", "quiet_until") if after.quiet_from is None else ("quiet_until", "quiet_from")
             )
             raise Refused(ErrorCode.INVALID, f"Give `{missing}` with `{other}`, or neither.", path=missing)
-    # First, so that a new name is held back from those who may not see it any more.
+    # The recheck comes first, so that users who may no longer see the caller do not receive a new name.
     if (after.show_online_status, after.is_private) != (before.show_online_status, before.is_private):
         context.events.reconsider(context.user_id)
     if after.user != before.user:
@@ -82,7 +84,7 @@ async def update_profile(context: Context, frame: client.UpdateProfile) -> OneMe
 
 
 async def typing(context: Context, frame: client.Typing) -> Done:
-    """Tell the others in a small conversation that the caller is typing, or stopped."""
+    """Publish in a small conversation that the caller is typing or has stopped."""
     async with context.database.connection() as db:
         access = await conversations.send_access(db, frame.conversation_id, context.user_id)
     if access is None:
@@ -97,19 +99,19 @@ async def typing(context: Context, frame: client.Typing) -> Done:
 
 
 async def set_presence(context: Context, frame: client.SetPresence) -> Done:
-    """Record how the caller wants to be seen."""
+    """Store the caller's chosen presence."""
     if await context.services.presence.choose(context.user_id, context.subscriber, frame):
         context.events.notify([context.user_id])
     return Done()
 
 
 async def watch(context: Context, frame: client.Watch) -> PresenceList:
-    """Begin to deliver the presence of users; return it as it is now."""
+    """Watch users, and return their current presences."""
     seen = await context.connection.watch(frame.user_ids)
     return PresenceList(presences=[seen[user_id] for user_id in dict.fromkeys(frame.user_ids) if user_id in seen])
 
 
 async def unwatch(context: Context, frame: client.Unwatch) -> Done:
-    """Deliver it no more."""
+    """Stop watching users."""
     context.connection.unwatch(frame.user_ids)
     return Done()
