@@ -19,6 +19,7 @@ DONE = (
     "server/handlers",
     "server/http",
     "server/hub",
+    "server/jobs",
     "server/limits",
     "server/routes.py",
 )

@@ -1,1 +1,1 @@
-"""What happens to messages later: scheduled sends, expiry, push, previews."""
+"""Periodic and deferred work: scheduled sends, expiry, push notifications, link previews."""

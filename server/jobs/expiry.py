@@ -1,4 +1,4 @@
-"""Messages that disappear: deleted for everyone when the time is over that the conversation's settings give them."""
+"""Expiry: deletes messages after the lifetime that their conversation's settings define."""
 
 import logging
 from functools import partial
@@ -17,9 +17,11 @@ log = logging.getLogger(__name__)
 
 
 async def expire_due(database: Database, events: Events) -> None:
-    """Delete the messages whose time is over, and tell everyone. Any worker may; one of them does. Senders take turns,
-    so nobody's messages wait for all those of another sender. A conversation that is held for long, or that failed, has
-    its turn in a later run. Raises what asking for the next ones raises: without a database the run ends.
+    """Delete expired messages, and publish that. Any worker may run this, and one of them deletes each message. Senders
+    take turns, so that no sender's messages wait for all those of another.
+
+    A conversation that fails, or whose lock takes too long, is left to a later run. Raises the errors of the query for
+    due messages, because without a database the run ends.
     """
     database = database.of_jobs()
     failed: set[ConversationId] = set()
@@ -39,17 +41,17 @@ async def expire_due(database: Database, events: Events) -> None:
                 await _expire(database, events, conversation_id, message_ids)
             except LockNotAvailableError:
                 failed.add(conversation_id)
-            except Exception as error:  # noqa: BLE001 - the others are due, too
+            except Exception as error:  # noqa: BLE001 - the other conversations are due, too
                 log_failure(log, f"expiry in {conversation_id}", error)
                 failed.add(conversation_id)
                 if is_lost(error):
-                    break  # a statement may have been too slow for the client: ask whether the database is there
+                    break  # the query for due messages tells a lost database from a slow statement
 
 
 async def _expire(
     database: Database, events: Events, conversation_id: ConversationId, message_ids: list[MessageId]
 ) -> None:
-    """Delete messages in portions: whoever sends to the conversation has their turn between two of them."""
+    """Delete messages in portions, so that other frames get the conversation's lock in between."""
     for start in range(0, len(message_ids), expiry.PORTION):
         portion = message_ids[start : start + expiry.PORTION]
         async with database.connection() as db:
@@ -60,7 +62,7 @@ async def _expire(
 
 
 async def _expire_portion(conversation_id: ConversationId, message_ids: list[MessageId], db: Db) -> list[Deleted]:
-    # Deleted as a whole, it is locked by nobody, and its messages go all the same.
+    # A deleted conversation cannot be locked, and its messages expire without a lock.
     await conversations.lock(db, conversation_id)
     due = await expiry.still_due(db, conversation_id, message_ids)
     gone = [await edits.expire(db, conversation_id, message_id) for message_id in due]

@@ -1,6 +1,6 @@
-"""Link previews: what the page behind the first link of a message says of itself. Only if switched on.
+"""Link previews, from the page of a message's first link. They are off by default.
 
-It is asked for after the message was stored, and becomes part of it by a change like any other.
+A page is fetched after the message was stored. The preview is then added as a change of the message.
 """
 
 import asyncio
@@ -31,22 +31,24 @@ from server.queries.messages import At
 
 MAX_PAGE_BYTES = 256 * 1024
 MAX_PARTS = 1_000
-"""Max titles, `meta` elements, scripts, styles and comments of a page that are looked at."""
+"""Max titles, `meta` elements, scripts, styles and comments that are parsed, per page."""
 MAX_PART, MAX_ATTRIBUTES = 4_096, 20
-"""Max characters of a title or tag, and max attributes of a tag, that are looked at."""
+"""Max characters of a title or tag, and max attributes of a tag, that are parsed."""
 KEPT = frozenset({"og:title", "og:description", "og:image", "description"})
-"""Names of `meta` elements that a preview is made of."""
+"""Names of the `meta` elements that a preview uses."""
 MAX_WAITING = 1_000
-"""Max links that wait, per worker. A user has a share (`SharedBound`)."""
+"""Max links that wait, per worker. Each user gets a share (`SharedBound`)."""
 AT_ONCE = 4
-"""Max links looked at concurrently, per worker; one of a user."""
+"""Max links that are fetched concurrently, per worker. Each user has one at a time."""
 PAUSE_SECONDS = 60.0
-"""How long a host that failed is not asked again for the same user, and for all after it failed for `PAUSE_USERS`."""
+"""Time for which a failed host is not asked again for the same user, in seconds. After failures for `PAUSE_USERS` users
+it is not asked for anybody.
+"""
 PAUSE_USERS = 3
 MAX_PAUSES = 500
-"""Max hosts whose pauses are remembered, per worker. The oldest pause is forgotten."""
+"""Max hosts whose pauses are remembered, per worker. The oldest pause is deleted first."""
 TITLE, DESCRIPTION, LINK = 300, 1_000, 2_000
-"""How long what is kept of a page may be, in characters."""
+"""Max characters of a title, of a description, and of the address of an image."""
 
 _PART = re.compile(r"<(!--|(?:title|meta|script|style)\b)", re.ASCII | re.IGNORECASE)
 _ENDS = {
@@ -63,14 +65,14 @@ log = logging.getLogger(__name__)
 
 
 class _Pause(NamedTuple):
-    """Until when a host is left alone, and the users for whom it failed."""
+    """The end of a host's pause, and the users for whom the host failed."""
 
     until: float
     users: frozenset[UserId]
 
 
 class Previews:
-    """Looks at the pages that messages link to: users take turns, and each has one link at a time looked at."""
+    """Fetches the pages of messages' links. Users take turns, and each has one link in progress."""
 
     def __init__(self, database: Database, events: Events, outbound: SafeHttp, *, are_on: bool) -> None:
         self._database = database
@@ -79,13 +81,13 @@ class Previews:
         self._are_on = are_on
         self._bound: SharedBound[UserId] = SharedBound(MAX_WAITING)
         self._lines: FairQueue[UserId, At] = FairQueue()
-        """Messages by sender. They may wait for long, so their words are read when it is their turn."""
+        """Messages by sender. They may wait long, so their content is read in their turn."""
         self._turns = asyncio.Semaphore(0)
-        """As many as there are users whose turn may come."""
+        """The number of users who may have a turn."""
         self._pauses: OrderedDict[str, _Pause] = OrderedDict()
 
     def enqueue(self, message: Message) -> None:
-        """Have the first link of a message looked at; one beyond the share of its sender goes without."""
+        """Enqueue the first link of a message, unless its sender has too many in the queue."""
         if not self._are_on or message.content_type != "text" or first_link(message.content) is None:
             return
         if not self._bound.take(message.sender_id):
@@ -94,7 +96,7 @@ class Previews:
             self._turns.release()
 
     async def work(self) -> None:
-        """Look at what is wanted, a few at a time, until cancelled."""
+        """Fetch queued links, `AT_ONCE` concurrently, until cancelled."""
         async with asyncio.TaskGroup() as group:
             for _ in range(AT_ONCE):
                 group.create_task(self._work())
@@ -125,7 +127,7 @@ class Previews:
             return
         message = found.message
         if (link := first_link(message.content)) is None:
-            return  # edited meanwhile
+            return  # the message was edited meanwhile
         if self._is_paused(link, sender_id):
             return
         answer = await self._outbound.get(link, most=MAX_PAGE_BYTES)
@@ -137,7 +139,7 @@ class Previews:
         async with self._database.of_jobs().transaction() as db:
             found = await previews.lock(db, message)
             if found is None:
-                return  # edited, deleted or hidden meanwhile
+                return  # the message was edited, deleted or hidden meanwhile
             changed = await previews.put(db, message, preview)
         publish_changed(self._events, found, changed)
 
@@ -149,7 +151,7 @@ class Previews:
 
     def _pause(self, url: str, user_id: UserId) -> None:
         if not (host := _host(url)):
-            return  # nothing failed but the address
+            return  # the address itself is invalid
         now = time.monotonic()
         before = self._pauses.pop(host, None)
         users = before.users if before is not None and before.until > now else frozenset[UserId]()
@@ -159,7 +161,7 @@ class Previews:
 
 
 def _host(url: str) -> str:
-    """Return the scheme, name and port of an address that may fail; an empty text of one that is none."""
+    """Return the scheme, name and port of an address. Return an empty text if the address is invalid."""
     with contextlib.suppress(ValueError):
         parts = urlsplit(url)
         if parts.hostname:
@@ -168,13 +170,13 @@ def _host(url: str) -> str:
 
 
 def first_link(content: str) -> str | None:
-    """Return the first address of a page in a text."""
+    """Return the first link in a text."""
     found = _LINK.search(content[:MAX_CONTENT])
     return None if found is None else found[0].rstrip(".,;:!?)]}'")
 
 
 def read(page: bytes, link: str, base: str) -> LinkPreview | None:
-    """Return what a page says of itself; None if that is nothing. `base` is where it came from."""
+    """Return the preview of a page, or None if the page has no title. `base` is the page's address."""
     found = _said(page.decode(errors="replace"))
     title = _short(found.get("og:title") or found.get("title") or "", TITLE)
     if title is None:
@@ -196,10 +198,10 @@ def _short(text: str, most: int) -> str | None:
     return visible(" ".join(text.split()))[:most] or None
 
 
-# The thread that reads a page holds the interpreter, and so the worker, during each search. So nothing is searched
-# twice: a parser that starts anew at each `<` took 0.3 s for tags that do not end.
+# The thread that parses a page holds the interpreter during each search, and so delays the worker. So no text is
+# searched twice. A parser that starts again at each `<` took 0.3 s for unclosed tags.
 def _said(page: str) -> dict[str, str]:
-    """Return the first title of a page, and what its `meta` elements say, by their names."""
+    """Return the first title of a page, and the contents of its `meta` elements by name."""
     found: dict[str, str] = {}
     at = 0
     for _ in range(MAX_PARTS):

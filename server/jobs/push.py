@@ -1,8 +1,8 @@
-"""Notifications: what somebody has not read a few seconds after it was sent is pushed to their browsers (Web Push).
+"""Push notifications: messages that users have not read after some seconds are sent to their browsers (Web Push).
 
-Encrypted for each browser (RFC 8291, by http-ece), signed by the server (RFC 8292, by py-vapid), handed to the push
-service that the browser named. That is done by the worker that stored the message, from memory: should it die within
-those seconds, a notification is lost, which is a hint; the message is not.
+They are encrypted for each browser (RFC 8291, by http-ece), signed by the server (RFC 8292, by py-vapid), and sent to
+the browser's push service. The worker that stored a message does this from memory. If it dies within those seconds, the
+notification is lost, but not the message.
 """
 
 import asyncio
@@ -37,29 +37,30 @@ from server.queries import push, unread
 from server.queries.push import FIRST, Notice, PushPage, PushPost
 
 TICK_SECONDS = 1.0
-"""Messages of a conversation that become due within this time are looked at together."""
+"""Time within which due messages of a conversation share a pass, in seconds."""
 IN_A_TURN = 50
-"""Max posts that are queued in one turn of the loop: a user may have 20 in each conversation."""
+"""Max posts that are queued in one turn of the loop. A user may have 20 in each conversation."""
 READS = 16
-"""Max posts whose words and badges one statement reads."""
+"""Max posts whose content and badges one statement reads."""
 MAX_SIGNED = 500
-"""Max signatures kept, one per host."""
+"""Max signatures that are kept. Each host has one."""
 TTL_SECONDS = 86_400
-"""For how long a push service keeps it for a browser that is not there."""
+"""Time for which a push service keeps a notification for an offline browser, in seconds."""
 SIGNED_SECONDS = 3_600
+"""Time for which a signature is reused, in seconds."""
 GONE = frozenset({404, 410})
-"""What a push service answers about an endpoint that is no more."""
+"""Statuses of endpoints that no longer exist."""
 MAX_DATE = 100
-"""Max characters of a Retry-After header that are read."""
+"""Max characters of a Retry-After header that are parsed."""
 
 log = logging.getLogger(__name__)
 
 
 class WebPush:
-    """Pushes messages to those who have not read them after a while."""
+    """Pushes messages to users who have not read them after some seconds."""
 
     def __init__(self, database: Database, outbound: SafeHttp, *, key: str, contact: str, after_seconds: float) -> None:
-        """`key` is what `new_key` made; `contact` is how the operators of push services may reach the server's."""
+        """`key` is a result of `new_key`. `contact` is for the operators of push services."""
         self._database = database
         self._outbound = outbound
         self._vapid = Vapid02.from_raw(key.encode())
@@ -68,21 +69,21 @@ class WebPush:
         self._signed: OrderedDict[str, tuple[float, str]] = OrderedDict()
         self._drops = Drops()
         self.dropped = self._drops.counts
-        """Notifications dropped, by reason."""
+        """The number of dropped notifications, by reason."""
         self._due = DueMessages(self._drops)
         self._one_run = asyncio.Lock()
         self._reads: Batcher[PushPost, Push | None] = Batcher(self._read, most=READS)
         self._posts = Posts(self._read_one, self._post, self._drops)
         point = self._vapid.public_key.public_bytes(Encoding.X962, PublicFormat.UncompressedPoint)
         self.public_key = _base64url(point)
-        """What browsers subscribe with."""
+        """The public key for browsers' subscriptions."""
 
     def enqueue(self, message: Message) -> None:
-        """Have a message pushed to those who have not read it in a few seconds."""
+        """Enqueue a message for users who have not read it after some seconds."""
         self._due.add(message.conversation_id, message.sender_id, message.id, seconds=self._after_seconds)
 
     async def push_due(self) -> None:
-        """Queue posts for what has waited long enough, one call at a time. Never waits for a post."""
+        """Queue posts for due messages, one call at a time. Never waits for a post."""
         self._posts.start()
         if self._due:
             async with self._one_run:
@@ -95,12 +96,12 @@ class WebPush:
                 self._due.forget(tick)
                 return
         while True:
-            # What became due within a second of the same conversation is one pass.
+            # Messages of a conversation that become due within a second share one pass.
             if time.monotonic() - tick >= TICK_SECONDS:
                 tick = time.monotonic()
             if looks := self._due.begin(tick):
                 await self._look(looks, PAGE)
-            # After first pages, too: there may be more of them for as long as the database is slow.
+            # First pages do not prevent further ones, because a slow database may produce first pages all the time.
             if further := self._due.further():
                 await self._look([further], NEXT_PAGE)
             if looks or further:
@@ -111,7 +112,7 @@ class WebPush:
                 return
 
     async def _look(self, looks: list[PushPage], limit: int) -> None:
-        """Ask for whom messages are news, and queue posts to them."""
+        """Find the users who receive notifications for messages, and queue posts to them."""
         began = time.monotonic()
         try:
             async with self._database.connection() as db:
@@ -139,7 +140,7 @@ class WebPush:
         self._posts.start()
 
     async def close(self) -> None:
-        """Give up the posts in flight."""
+        """Cancel the posts in flight."""
         await self._posts.close()
 
     async def _read_one(self, post: PushPost) -> Push | None:
@@ -152,7 +153,7 @@ class WebPush:
             return None
 
     async def _read(self, posts: list[PushPost]) -> list[Push | None]:
-        """Return what posts say, with None for those whose reader has no right to them any more, or has read them."""
+        """Return the content of posts. It is None for readers who may no longer read the message or have read it."""
         async with self._database.connection() as db:
             found = {notice.post: notice for notice in await push.notices(db, posts)}
             badges = await unread.badges(db, {post.user_id for post in found})
@@ -162,7 +163,7 @@ class WebPush:
         ]
 
     async def _post(self, said: Push, watch: Stopwatch) -> None:
-        """Encrypt and send. Raises Failed or Rejected."""
+        """Encrypt and send a notification. Raises Failed or Rejected."""
         try:
             body = http_ece.encrypt(
                 said.payload,
@@ -177,7 +178,8 @@ class WebPush:
                 "content-encoding": "aes128gcm",
                 "content-type": "application/octet-stream",
                 "ttl": str(TTL_SECONDS),
-                # A newer one of the same conversation takes its place, while it waits (RFC 8030, section 5.4).
+                # A newer notification of the conversation replaces one that waits at the service (RFC 8030, section
+                # 5.4).
                 "topic": said.topic,
             }
             answer = await self._outbound.post(said.endpoint, body, headers, watch=watch)
@@ -199,18 +201,18 @@ class WebPush:
             raise Failed(retry_after) if answer.status >= 500 else Rejected(retry_after)  # noqa: PLR2004
 
     async def _forget(self, endpoint: str) -> UserId | None:
-        """Delete an endpoint. Return whose it was, or None if it is not there or the database cannot be reached."""
+        """Delete an endpoint. Return its user. Return None if it does not exist, or if the database is lost."""
         try:
             async with self._database.connection() as db:
                 return await push.forget(db, endpoint)
         except Exception as error:
-            # The next notification for this endpoint tries again.
+            # The next notification to this endpoint tries again.
             if not is_lost(error):
                 raise
             return None
 
     def _authorization(self, endpoint: str) -> str:
-        """Return the signature for a push service, which is the same for an hour."""
+        """Return the signature for a push service, which is reused for an hour."""
         audience = host_of(endpoint)
         until, signed = self._signed.pop(audience, (0.0, ""))
         if until < time.time():
@@ -239,15 +241,15 @@ def _push_of(notice: Notice, badge: int) -> Push:
 
 
 def seconds_of(retry_after: str) -> float:
-    """Return the seconds that a Retry-After header asks for, in either of its forms, at most `MAX_RETRY_AFTER`; 0 if
-    it has neither.
+    """Return the seconds of a Retry-After header in either form, at most `MAX_RETRY_AFTER`. Return 0 if the header is
+    invalid.
     """
     asked = retry_after[:MAX_DATE]
     if asked.isascii() and asked.isdigit():
         return min(float(asked), MAX_RETRY_AFTER)
     try:
         return min(max(0.0, parsedate_to_datetime(asked).timestamp() - time.time()), MAX_RETRY_AFTER)
-    except Exception:  # noqa: BLE001 - a stranger's text, for which the library raises errors of many kinds
+    except Exception:  # noqa: BLE001 - the header is untrusted, and the library raises many kinds of errors
         return 0.0
 
 

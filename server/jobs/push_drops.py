@@ -1,4 +1,4 @@
-"""Notifications that are dropped: counted by reason, and logged once a minute."""
+"""Dropped notifications, counted by reason and logged once a minute."""
 
 import logging
 from collections import Counter
@@ -9,14 +9,14 @@ log = logging.getLogger(__name__)
 
 
 class Drops:
-    """Counts the notifications that are dropped, by reason."""
+    """Counts dropped notifications by reason."""
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
         self._throttle: Throttle[str] = Throttle()
 
     def add(self, reason: str, count: int = 1) -> bool:
-        """Count dropped notifications. Return whether that is logged."""
+        """Count dropped notifications. Return whether that was logged."""
         self.counts[reason] += count
         if not self._throttle.passes(reason):
             return False

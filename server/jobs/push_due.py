@@ -1,10 +1,10 @@
-"""Messages whose notifications are due, conversation by conversation in turns: nobody's messages hold up another's.
+"""Messages whose notifications are due. Conversations take turns, so that no conversation delays another.
 
-A pass asks for which participants of a conversation its due messages are news, page by page. The first page is asked
-for several conversations in one statement. Further pages, of large conversations, and pages that failed are asked one
-at a time, with a rest in between; a large conversation also rests before its next pass.
+A pass finds the participants of a conversation who receive notifications for its due messages, page by page. One
+statement reads the first pages of several conversations. Further pages, of large conversations, and failed pages are
+read one at a time, with pauses in between. A large conversation also pauses before its next pass.
 
-All messages are kept here until their pass is over, so one bound holds for all.
+Messages stay here until their pass has ended, so one limit covers them all.
 """
 
 import time
@@ -17,13 +17,13 @@ from server.jobs.push_drops import Drops
 from server.queries.push import FIRST, PushPage
 
 MAX_WAITING = 10_000
-"""Max messages that wait, per worker."""
+"""Max waiting messages, per worker."""
 MAX_OF_SENDER = 500
-"""Max messages of one sender that wait, per worker: more than the default rate brings until they are due."""
+"""Max waiting messages per sender and worker, which is more than the default rate allows until they are due."""
 MAX_TOGETHER = 50
-"""Max messages of one sender in one pass: the newest."""
+"""Max messages of one sender in one pass. Older ones are dropped."""
 MAX_IN_PASS = 100
-"""Max messages in one pass; those of other senders wait for the next one."""
+"""Max messages in one pass. Those of other senders wait for the next pass."""
 MAX_LOOKS = 20
 """Max conversations in one statement."""
 MAX_MESSAGES = 200
@@ -33,15 +33,17 @@ PAGE = 100
 NEXT_PAGE = 500
 """Participants in a further page."""
 REST = 3
-"""Rest after a further page, as a multiple of its duration: large conversations occupy no connection all the time."""
+"""Pause after a further page, as a multiple of its duration. So large conversations do not occupy a connection all the
+time.
+"""
 REST_OF_PARTICIPANT = 0.000_5
-"""Rest of a conversation after a pass, for each participant asked about, in seconds."""
+"""Pause of a conversation after a pass, per participant in it, in seconds."""
 MAX_REST = 10.0
-"""Max rest of a conversation after a pass, and after a page, in seconds."""
+"""Max pause of a conversation after a pass, and max pause after a page, in seconds."""
 MAX_TRIES = 3
-"""Times that a page is asked for, before the messages of its pass are dropped."""
+"""Max attempts to read a page, before the messages of its pass are dropped."""
 RETRY_SECONDS = 1.0
-"""Rest after a page that failed, in seconds."""
+"""Pause after a failed page, in seconds."""
 
 
 class _Waiting(NamedTuple):
@@ -50,7 +52,7 @@ class _Waiting(NamedTuple):
 
 
 class _Pass:
-    """What is asked about a conversation now, and after which participant."""
+    """The messages of a conversation's current pass, and the last participant of it so far."""
 
     def __init__(self, message_ids: list[MessageId]) -> None:
         self.message_ids = message_ids
@@ -67,7 +69,7 @@ class _Conversation:
 
 
 class DueMessages:
-    """The messages that wait, by conversation and by sender."""
+    """The waiting messages, by conversation and by sender."""
 
     def __init__(self, drops: Drops, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._drops = drops
@@ -83,8 +85,8 @@ class DueMessages:
         return self._count
 
     def add(self, conversation_id: ConversationId, sender_id: UserId, message_id: MessageId, *, seconds: float) -> None:
-        """Have a message looked at in so many seconds. If too many wait, the sender with most of them loses the
-        oldest. One that waits already is looked at once.
+        """Add a message, which is due in `seconds`. If too many wait, the sender with the most loses the oldest. A
+        message that waits already is not added again.
         """
         if message_id in self._senders.get(sender_id, ()):
             return
@@ -99,7 +101,7 @@ class DueMessages:
         self._count += 1
 
     def begin(self, now: float) -> list[PushPage]:
-        """Begin passes of conversations with messages due at `now`, those that wait for longest first. Return their
+        """Begin passes of conversations with messages due at `now`, those that have waited longest first. Return their
         first pages.
         """
         looks: list[PushPage] = []
@@ -108,7 +110,7 @@ class DueMessages:
             if place.now is not None or place.ready_at > now:
                 continue
             if not place.messages:
-                del self._conversations[conversation_id]  # its rest is over
+                del self._conversations[conversation_id]  # its pause is over
                 continue
             if next(iter(place.messages.values())).at > now:
                 continue
@@ -121,7 +123,7 @@ class DueMessages:
         return looks
 
     def further(self) -> PushPage | None:
-        """Return the next further page, of the conversation that waits for longest, or None if none may be asked for
+        """Return the next further page, of the conversation that has waited longest. Return None if none may be read
         now.
         """
         if self._clock() < self._further_at:
@@ -131,19 +133,19 @@ class DueMessages:
             messages = self._conversations[conversation_id].messages
             if ids := tuple(message_id for message_id in one.message_ids if message_id in messages):
                 return PushPage(conversation_id, one.after, ids)
-            self._end(conversation_id)  # they were dropped meanwhile
+            self._end(conversation_id)  # its messages were dropped meanwhile
         return None
 
     def wait(self) -> float | None:
-        """Return the seconds until a further page may be asked for, or None if none waits."""
+        """Return the seconds until a further page may be read, or None if none waits."""
         return max(0.0, self._further_at - self._clock()) if self._further else None
 
     def done(self, look: PushPage, after: UserId | None, *, limit: int, seconds: float) -> None:
-        """Note that a page was asked for, of `limit` participants, in so many seconds. `after` is where the next one
-        begins.
+        """Record that a page of `limit` participants was read within `seconds`. `after` is the last one of it, or None
+        at the end.
         """
         one = self._conversations[look.conversation_id].now
-        assert one is not None  # noqa: S101 - the pass of a page that was returned ends here
+        assert one is not None  # noqa: S101 - a page that was returned has a pass
         if self._further.pop(look.conversation_id, None) is not None:
             self._further_at = self._clock() + min(MAX_REST, REST * seconds)
         if after is None:
@@ -155,7 +157,7 @@ class DueMessages:
         self._further[look.conversation_id] = one
 
     def failed(self, look: PushPage) -> None:
-        """Have a page asked for again, by itself. At the last try, drop the messages of its pass."""
+        """Retry a page alone. After the last attempt, drop the messages of its pass."""
         one = self._conversations[look.conversation_id].now
         assert one is not None  # noqa: S101 - as above
         self._further.pop(look.conversation_id, None)
@@ -168,7 +170,7 @@ class DueMessages:
             self._end(look.conversation_id)
 
     def forget(self, now: float) -> None:
-        """Forget what is due: nobody wants notifications."""
+        """Delete due messages, because nobody has subscribed to notifications."""
         for conversation_id, place in list(self._conversations.items()):
             for message_id in [one for one, waiting in place.messages.items() if waiting.at <= now]:
                 self._remove(conversation_id, message_id)
@@ -178,7 +180,7 @@ class DueMessages:
                 del self._conversations[conversation_id]
 
     def _choose(self, place: _Conversation, now: float) -> list[MessageId]:
-        """Return the messages of the next pass, and forget the older ones of a sender who has too many."""
+        """Return the messages of the next pass. Drop older ones of a sender with too many."""
         by_sender: dict[UserId, list[MessageId]] = {}
         for message_id, waiting in place.messages.items():
             if waiting.at <= now:
@@ -195,11 +197,11 @@ class DueMessages:
         return chosen
 
     def _end(self, conversation_id: ConversationId) -> None:
-        """End a pass. The conversation rests, behind all others."""
+        """End a pass. The conversation pauses, and then comes after all others."""
         place = self._conversations.pop(conversation_id)
         self._further.pop(conversation_id, None)
         one = place.now
-        assert one is not None  # noqa: S101 - a pass is what ends
+        assert one is not None  # noqa: S101 - only a conversation with a pass gets here
         place.now = None
         self._conversations[conversation_id] = place
         for message_id in one.message_ids:

@@ -1,4 +1,4 @@
-"""Hosts of push services: the queue of each, how fast it has answered, and how long it is left alone."""
+"""Hosts of push services: their queues, their speed and their pauses."""
 
 import time
 from collections import Counter, OrderedDict
@@ -11,39 +11,43 @@ from server.queries.push import PushPost
 PER_HOST = 8
 """Max posts in flight to a fast host."""
 PER_USER = 2
-"""Max posts in flight of one user to one host, and to all hosts that are not known to be fast."""
+"""Max posts in flight per user, to one host, and to all hosts that are not known to be fast."""
 SLOW_SECONDS = 2.0
-"""An answer that takes longer makes a host slow."""
+"""Duration of a response from which a host is slow, in seconds."""
 HOST_USERS = 3
-"""Users whose posts must fail or be slow, with no fast answer in between, before the host is paused or slow for all."""
+"""Min number of users with a failed or slow post, without a fast response in between, before a host is paused or slow
+for all.
+"""
 KEPT_SECONDS = 300.0
-"""A host that has answered `HOST_USERS` users fast is not forgotten for this long after a post, in seconds."""
+"""Time after a post for which a host that responded fast to `HOST_USERS` users is remembered, in seconds."""
 MAX_BACKOFF = 300.0
-"""Max wait after consecutive failures, in seconds, and max wait that a host may ask for in the name of all users."""
+"""Max pause after consecutive failures, and max pause that a host can request for all users, in seconds."""
 
 
 class Pause(NamedTuple):
-    """How many times in a row something failed, and until when it is left alone."""
+    """The number of consecutive failures, and the end of the pause."""
 
     failures: int = 0
     until: float = 0.0
 
     def after_failure(self, retry_after: float, most: float) -> "Pause":
-        """Return the pause after a failure: longer each time, and as long as was asked for, up to `most` seconds."""
+        """Return the pause after a failure. It grows with each one, and is at least `retry_after`, up to `most`
+        seconds.
+        """
         now = time.monotonic()
-        failures = self.failures + (self.until <= now)  # else this post was in flight when another one failed
+        failures = self.failures + (self.until <= now)  # otherwise this post was in flight during the previous failure
         wait = max(min(2.0 ** min(failures - 1, 30), MAX_BACKOFF), min(retry_after, most))
         return Pause(failures, max(self.until, now + wait))
 
 
 class Host:
-    """What is queued for a host, and what its answers have told about it."""
+    """The queue of a host, and its state as known from responses."""
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.queue: OrderedDict[UserId, OrderedDict[tuple[str, ConversationId], PushPost]] = OrderedDict()
         self.crowds: OrderedDict[UserId, OrderedDict[tuple[str, ConversationId], PushPost]] = OrderedDict()
-        """Posts of large conversations. The two take turns."""
+        """Posts of large conversations. The two queues take turns."""
         self.is_crowds_turn = False
         self.queued = 0
         self.in_flight: Counter[UserId] = Counter()
@@ -55,13 +59,13 @@ class Host:
         self.pause = Pause()
 
     def put(self, post: PushPost, *, is_crowd: bool) -> None:
-        """Enqueue a post. There is none of the same conversation to the same endpoint."""
+        """Enqueue a post. There is none of the same conversation to the same endpoint yet."""
         queue = self.crowds if is_crowd else self.queue
         queue.setdefault(post.user_id, OrderedDict())[post.endpoint, post.conversation_id] = post
         self.queued += 1
 
     def replace(self, post: PushPost) -> bool:
-        """Put a post in the place of an older one of the same conversation. Return whether there was one."""
+        """Replace a queued post of the same conversation to the same endpoint. Return whether there was one."""
         for queue in (self.queue, self.crowds):
             posts = queue.get(post.user_id)
             if posts is not None and (post.endpoint, post.conversation_id) in posts:
@@ -70,11 +74,11 @@ class Host:
         return False
 
     def posts_of(self, user_id: UserId) -> list[PushPost]:
-        """Return what is queued of a user."""
+        """Return a user's queued posts."""
         return [post for queue in (self.queue, self.crowds) for post in queue.get(user_id, OrderedDict()).values()]
 
     def users(self) -> set[UserId]:
-        """Return those of whom something is queued."""
+        """Return the users with queued posts."""
         return {*self.queue, *self.crowds}
 
     def take(
@@ -83,7 +87,7 @@ class Host:
         is_paused: Callable[[PushPost], bool],
         has_token: Callable[[UserId], bool],
     ) -> PushPost | None:
-        """Return the oldest post that may begin, of the user who waited longest."""
+        """Return the oldest post that may begin, of the user who has waited longest."""
         for queue in (self.crowds, self.queue) if self.is_crowds_turn else (self.queue, self.crowds):
             for user_id, posts in queue.items():
                 if self.in_flight[user_id] >= PER_USER or not may_begin(user_id):
@@ -96,7 +100,7 @@ class Host:
         return None
 
     def remove(self, post: PushPost) -> bool:
-        """Remove a post from the queue. Return whether it was one of a large conversation."""
+        """Remove a post from its queue. Return whether it was one of a large conversation."""
         is_crowd = (post.endpoint, post.conversation_id) not in self.queue.get(post.user_id, ())
         queue = self.crowds if is_crowd else self.queue
         posts = queue[post.user_id]
@@ -107,7 +111,7 @@ class Host:
         return is_crowd
 
     def oldest(self) -> PushPost:
-        """Return the oldest post of the user who has most."""
+        """Return the oldest post of the user with the most."""
         return next(iter(max((*self.queue.values(), *self.crowds.values()), key=len).values()))
 
     @property
@@ -121,11 +125,11 @@ class Host:
         return len(self.queue) + len(self.crowds) > HOST_USERS
 
     def stays(self, now: float) -> bool:
-        """Whether it has answered several users fast, not long ago."""
+        """Whether it has responded fast to several users lately."""
         return self.is_fast and len(self.answered) >= HOST_USERS and now - self.used_at < KEPT_SECONDS
 
     def note_fast(self, user_id: UserId) -> None:
-        """Note that a post of a user was answered fast."""
+        """Record a fast response to a user's post."""
         self.failing.clear()
         self.pause = self.pause._replace(failures=0)
         self.is_fast = True
@@ -134,14 +138,14 @@ class Host:
             self.answered.add(user_id)
 
     def note_slow(self, user_id: UserId) -> None:
-        """Note that a post of a user was answered slowly: with enough users, the host is slow."""
+        """Record a slow response to a user's post. With enough users, the host is slow."""
         self._add_failing(user_id)
         if len(self.failing) >= HOST_USERS:
             self.is_fast = False
             self.is_slow = True
 
     def note_failed(self, user_id: UserId, retry_after: float) -> None:
-        """Note that a post of a user failed: with enough users, the host is paused for all."""
+        """Record a failed post of a user. With enough users, the host is paused for all."""
         self._add_failing(user_id)
         if len(self.failing) >= HOST_USERS:
             self.pause = self.pause.after_failure(retry_after, MAX_BACKOFF)
@@ -153,8 +157,8 @@ class Host:
             self.failing.add(user_id)
 
     def note_long(self) -> None:
-        """Note that a post took long, whatever the answer. A host that has been slow for everybody whom it had answered
-        fast is not known to be fast any more.
+        """Record a long post, whatever its result. A host that was slow for all users to whom it had responded fast is
+        no longer known to be fast.
         """
         if self.answered <= self.failing:
             self.is_fast = False

@@ -1,16 +1,18 @@
-"""Posts to push services, queued per host and user: who fails or is slow delays nobody else.
+"""Posts to push services, with a queue per host and user, so that failing or slow ones delay nobody else.
 
-A host starts with one post at a time. A fast answer raises that to `PER_HOST`; failures and slow answers of several
-users lower it to one again. Hosts at one post share half of the slots, so that fast hosts always find a free slot.
+A host starts with one post at a time. A fast response raises that to `PER_HOST`. Failures and slow responses of several
+users reduce it to one again. Hosts with one post at a time share half of the slots, so that fast hosts always find a
+free slot.
 
-Users name endpoints, so an answer tells first about its endpoint (429 and other refusals) or about that user at that
-host (no connection, no answer, 5xx, slow answers). Only what happens to several users tells about the host. A user
-whose posts take long is paused at all hosts that are not known to be fast, whatever new ones they name.
+Users choose endpoints, so a response first concerns its endpoint (429 and other refusals) or the user at that host (no
+connection, no response, 5xx, slow responses). Only results of several users concern the host. A user whose posts take
+long is paused at all hosts that are not known to be fast, including new ones.
 
-Users also have bounds over all hosts: of hosts, posts queued, and posts in flight. If a table is full, whoever has most
-in it makes room. Posts of large conversations fill half of the queue, and take turns with the others at each host.
+Users also have limits across all hosts: on hosts, on queued posts, and on posts in flight. A full table drops entries
+of the user with the most. Posts of large conversations fill at most half of the queue, and take turns with others at
+each host.
 
-One post begins in a turn of the loop, users take turns, and all of them take a share of the loop's time.
+One post begins per turn of the loop. Users take turns, and all posts share a part of the loop's time.
 """
 
 import asyncio
@@ -38,33 +40,37 @@ SLOW_SLOTS = SLOTS // 2
 SLOW_USER_SLOTS = SLOW_SLOTS // 2
 """Of these, max posts of users whose posts to such hosts have taken long, per worker."""
 MAX_HOSTS = 500
-"""Max hosts remembered, per worker."""
+"""Max hosts that are remembered, per worker."""
 MAX_QUEUED = 10_000
-"""Max posts queued, per worker; hosts that are not known to be fast fill half of it."""
+"""Max queued posts, per worker. Hosts that are not known to be fast fill at most half of it."""
 MAX_QUEUED_SLOW = 8
-"""Max posts queued for a slow host: its last answer was slow, or it failed twice in a row."""
+"""Max queued posts of a slow host, whose last response was slow, or which failed twice in a row."""
 ROOM_SECONDS = 0.5
-"""After a search for a host to forget found none, max seconds until the next one for a user with as many hosts."""
+"""Min interval between two searches for a host to drop, after one found none, in seconds. It applies to users with the
+same number of hosts.
+"""
 IN_FLIGHT_OF_USER = 4
-"""Max posts in flight of one user."""
+"""Max posts in flight, per user."""
 MAX_HOSTS_OF_USER = 5
-"""Max hosts at which posts of one user are queued or in flight. There are few push services that browsers use."""
+"""Max hosts of queued posts and posts in flight, per user. Browsers use few push services."""
 MAX_QUEUED_OF_USER = 100
-"""Max posts queued of one user."""
+"""Max queued posts, per user."""
 USER_RATE, USER_BURST = 2.0, 40.0
-"""Posts of one user that begin per second, and at once. Others wait; a newer one for the same place replaces them."""
+"""Max posts that begin, per user, per second and as a burst. Others wait, and may be replaced by newer ones for the
+same place.
+"""
 SHARE, BURST_SECONDS = 0.1, 0.1
-"""Share of the loop's time that posts take, and seconds of it that they may take at once."""
+"""Max share of the loop's time that posts take, and the burst of it in seconds."""
 MAX_PAUSES = 10_000
-"""Max pauses of endpoints, of users at a host, and of users that are remembered, per worker."""
+"""Max remembered pauses of endpoints, of users at hosts, and of users, per worker."""
 MAX_RETRY_AFTER = 3_600.0
-"""Max wait that a host may ask for in the name of one endpoint or user, in seconds."""
+"""Max pause that a host can request for one endpoint or user, in seconds."""
 
 log = logging.getLogger(__name__)
 
 
 class Push(NamedTuple):
-    """What a post says, not yet encrypted, and the keys of its endpoint."""
+    """The content of a post, not yet encrypted, and the keys of its endpoint."""
 
     endpoint: str
     p256dh: str
@@ -74,7 +80,7 @@ class Push(NamedTuple):
 
 
 class Failed(Exception):  # noqa: N818 - an answer, not a fault
-    """There was no answer, or 5xx; `retry_after` is the wait in seconds that was asked for, or 0."""
+    """There was no response, or a 5xx. `retry_after` is the requested delay in seconds, or 0."""
 
     def __init__(self, retry_after: float = 0.0) -> None:
         super().__init__(retry_after)
@@ -82,7 +88,7 @@ class Failed(Exception):  # noqa: N818 - an answer, not a fault
 
 
 class Rejected(Failed):
-    """The host answered that it takes nothing for this endpoint now."""
+    """The host refused the notification for this endpoint."""
 
 
 _Paused: TypeAlias = str | UserId | tuple[UserId, str]
@@ -90,13 +96,13 @@ _Paused: TypeAlias = str | UserId | tuple[UserId, str]
 
 
 class _User:
-    """What there is of one user: posts queued and in flight at each host."""
+    """The number of queued posts and posts in flight of one user, by host."""
 
     def __init__(self) -> None:
         self.hosts: Counter[str] = Counter()
         self.in_flight = 0
         self.slow = 0
-        """Of these, to hosts that were not known to be fast when they began."""
+        """Of these, the posts to hosts that were not known to be fast when they began."""
 
 
 class Posts:
@@ -108,8 +114,8 @@ class Posts:
         send: Callable[[Push, Stopwatch], Awaitable[None]],
         drops: Drops,
     ) -> None:
-        """`read` is called when a post begins, and returns None if it has nothing to say any more. `send` raises
-        `Failed` or `Rejected` if it was not taken, and stops the watch while nobody waits for the host.
+        """`read` is called when a post begins. It returns None if nothing remains to be sent. `send` raises `Failed` or
+        `Rejected` if the post was not accepted. It stops the watch while it does not wait for the host.
         """
         self._read = read
         self._send = send
@@ -129,7 +135,7 @@ class Posts:
         self._queued_of: Tally[UserId] = Tally()
 
     def keep(self, user_id: UserId, endpoints: Container[str]) -> None:
-        """Drop what is queued for other endpoints of a user than these, which are all that there are now."""
+        """Drop queued posts to endpoints of a user that are not among `endpoints`, which are all current ones."""
         for name in list(self._hosts_of(user_id)):
             host = self._hosts[name]
             for post in host.posts_of(user_id):
@@ -143,7 +149,7 @@ class Posts:
             self._drops.add(reason)
 
     def _put(self, post: PushPost, *, is_crowd: bool) -> str | None:
-        """Enqueue a post. Return why one was dropped, if one was."""
+        """Enqueue a post. If a post was dropped, return the reason."""
         name = host_of(post.endpoint)
         host = self._hosts.get(name)
         if host is not None and host.replace(post):
@@ -164,7 +170,7 @@ class Posts:
         return None
 
     def _beyond_share(self, host: Host | None, name: str, user_id: UserId) -> str | None:
-        """Return what a user, or a slow host, has too much of for another post."""
+        """Return the reason if a user, or a slow host, has too many posts or hosts for another post."""
         if self._queued_of[user_id] >= MAX_QUEUED_OF_USER:
             return "user_full"
         hosts = self._hosts_of(user_id)
@@ -175,7 +181,7 @@ class Posts:
         return None
 
     def _without_room(self, host: Host | None, post: PushPost, *, is_crowd: bool) -> str | None:
-        """Make room for a post. Return which table is full, if it stays so."""
+        """Make room for a post. If there is none, return the full table as the reason."""
         is_fast = host is not None and host.is_fast
         is_full = self._queued >= (MAX_QUEUED if is_fast else MAX_QUEUED // 2)
         if (is_crowd and self._crowds >= MAX_QUEUED // 2) or (is_full and not self._make_room(post.user_id)):
@@ -189,12 +195,12 @@ class Posts:
         return Counter() if user is None else user.hosts
 
     def start(self) -> None:
-        """Begin posts, one in a turn of the loop, as long as there are slots and time for them."""
+        """Begin posts, one per turn of the loop, while there are slots and time for them."""
         if self._next is None:
             self._begin_one()
 
     async def close(self) -> None:
-        """Cancel what is in flight."""
+        """Cancel the posts in flight."""
         tasks = list(self._tasks)
         self._hosts.clear()
         for task in tasks:
@@ -214,7 +220,7 @@ class Posts:
             self._next = loop.call_soon(self._begin_one)
 
     def _find(self) -> tuple[Host, PushPost] | None:
-        """Take the post that begins next, of the host that waited longest."""
+        """Take the next post, of the host that has waited longest."""
         now = time.monotonic()
         for name, host in self._hosts.items():
             if len(self._tasks) >= SLOTS:
@@ -253,7 +259,7 @@ class Posts:
         self._leave(host, post.user_id)
 
     def _leave(self, host: Host, user_id: UserId) -> None:
-        """Note that there is one post less of a user at a host, queued or in flight."""
+        """Record that a user has one post less at a host, queued or in flight."""
         hosts = self._of_user[user_id].hosts
         hosts[host.name] -= 1
         if not hosts[host.name]:
@@ -292,13 +298,13 @@ class Posts:
         task.add_done_callback(ended)
 
     async def _run(self, host: Host, post: PushPost) -> None:
-        # Made here, not before the task begins: it may be cancelled before that.
+        # Created inside the task, which may be cancelled before it begins.
         await self._time.run(self._deliver(host, post))
 
     async def _deliver(self, host: Host, post: PushPost) -> None:
         try:
             push = await self._read(post)
-        except Exception as error:  # noqa: BLE001 - the others are pushed
+        except Exception as error:  # noqa: BLE001 - other posts continue
             self._failed_by_defect(error)
             return
         if push is None:
@@ -311,8 +317,9 @@ class Posts:
             self._pause(post.endpoint, rejected.retry_after)
             self._trim_paused(host, post.user_id)
             self._note_duration(host, post.user_id, watch.seconds)
-        except Exception as error:  # noqa: BLE001 - the others are pushed
-            # A defect of ours that an answer of theirs set off is a failure, too: else it would be asked for ever.
+        except Exception as error:  # noqa: BLE001 - other posts continue
+            # A defect that a host's response triggers counts as a failure. Otherwise the post would be retried for
+            # ever.
             if isinstance(error, Failed):
                 self._drops.add("host_failed")
                 retry_after = error.retry_after
@@ -352,7 +359,7 @@ class Posts:
         self._pause(user_id, 0.0)
 
     def _pause_of(self, host: Host, post: PushPost) -> _Paused | None:
-        """Return what pauses a post, its user at its host or its endpoint or everywhere, if anything does."""
+        """Return the key whose pause applies to a post, or None."""
         now = time.monotonic()
         keys: list[_Paused] = [(post.user_id, host.name), post.endpoint]
         if not host.is_fast:
@@ -360,7 +367,7 @@ class Posts:
         return next((key for key in keys if key in self._pauses and self._pauses[key].until > now), None)
 
     def _trim_paused(self, host: Host, user_id: UserId) -> None:
-        """Keep the newest post of a user for each pause: a badge tells of the others."""
+        """Keep the newest post of a user for each pause. Its badge includes the others."""
         kept = set()
         for post in reversed(host.posts_of(user_id)):
             pause = self._pause_of(host, post)
@@ -370,13 +377,13 @@ class Posts:
             kept.add(pause)
 
     def _pause(self, key: _Paused, retry_after: float) -> None:
-        """Pause an endpoint, a user at a host, or a user, for longer each time."""
+        """Pause an endpoint, a user at a host, or a user. Each further pause is longer."""
         self._pauses[key] = self._pauses.pop(key, Pause()).after_failure(retry_after, MAX_RETRY_AFTER)
         if len(self._pauses) > MAX_PAUSES:
             self._pauses.popitem(last=False)
 
     def _trim(self, host: Host) -> None:
-        """Drop what a slow host may not have queued."""
+        """Drop posts beyond the limit of a slow host."""
         over = max(0, host.queued - MAX_QUEUED_SLOW) if host.is_slow else 0
         for _ in range(over):
             self._remove(host, host.oldest())
@@ -384,15 +391,15 @@ class Posts:
             self._drops.add("host_slow", over)
 
     def _forget_one(self) -> bool:
-        """Forget the host that was idle for longest; among hosts that back off, the one that may be asked soonest.
+        """Drop the host that has been idle longest. Among paused hosts, drop the one whose pause ends first.
 
-        Return False if none is idle. A back-off that is forgotten early is lost, so those hosts come last. Hosts that
-        have answered several users fast, not long ago, stay: others would take their places while they are idle.
+        Return False if none is idle. Paused hosts are dropped last, because their pauses are lost with them. Hosts that
+        responded fast to several users lately stay. Otherwise others would take their places while they are idle.
         """
         now = time.monotonic()
         hosts = self._hosts.items()
         idle = (name for name, host in hosts if not host.queued and not host.in_flight and not host.stays(now))
-        # `min` returns the first of equals: that is the one idle for longest.
+        # `min` returns the first of equal ones, which has been idle longest.
         name = min(idle, key=lambda name: max(self._hosts[name].pause.until, now), default=None)
         if name is None:
             return False
@@ -400,8 +407,8 @@ class Posts:
         return True
 
     def _make_room_for_host(self, user_id: UserId) -> bool:
-        """Forget a host. Return False if there is none to be forgotten for this user; that is remembered for a while,
-        since the search looks at all hosts.
+        """Drop a host. Return False if there is none to drop for this user. The result is cached, because the search
+        visits all hosts.
         """
         now = time.monotonic()
         kind = (self._is_slow(user_id), len(self._hosts_of(user_id)))
@@ -413,8 +420,8 @@ class Posts:
         return False
 
     def _evict_for(self, is_slow: bool, number: int) -> bool:  # noqa: FBT001 - a kind of users
-        """Drop what is queued at one host, for users who are at `number` hosts: one of users whose posts take long, or
-        else one whose users are at more hosts. Return False if there is none. Hosts that are fast, in use or have many
+        """Drop the queue of one host, for a user with `number` hosts. It is a host of users whose posts take long, or
+        else one whose users have more hosts. Return False if there is none. Hosts that are fast, in use or have many
         users stay.
         """
 
@@ -436,12 +443,12 @@ class Posts:
         return True
 
     def _is_slow(self, user_id: UserId) -> bool:
-        """Whether a post of a user has taken long lately, at a host that is not known to be fast."""
+        """Whether a post of a user has recently taken long at a host that is not known to be fast."""
         pause = self._pauses.get(user_id)
         return pause is not None and time.monotonic() - pause.until <= MAX_BACKOFF
 
     def _make_room(self, user_id: UserId) -> bool:
-        """Drop a post of the user who has most of them queued. Return False if that is this user."""
+        """Drop a post of the user with the most queued posts. Return False if that is this user."""
         most = self._queued_of.most()
         if self._queued_of[most] <= self._queued_of[user_id] + 1:
             return False

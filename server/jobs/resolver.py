@@ -1,6 +1,6 @@
-"""Looks names up in threads. A name that nobody answers for delays only who asked for it, and not the worker's stop.
+"""Resolves names in threads. A name without an answer delays only its callers, and not the shutdown of the worker.
 
-`getaddrinfo` can't be cancelled: after a time-out its thread runs on until the system's resolver gives up.
+`getaddrinfo` cannot be cancelled. After a time-out its thread continues until the system's resolver gives up.
 """
 
 import asyncio
@@ -9,13 +9,15 @@ import socket
 import threading
 
 MAX_OVERDUE = 256
-"""Max look-ups that run on after their callers have given up, per worker. Further callers wait for their thread."""
+"""Max look-ups that continue after their callers have given up, per worker. Further callers wait for their
+own thread.
+"""
 
 
 class Resolver:
-    """One daemon thread per name that is being looked up; a second caller of the same name waits for the same thread.
+    """Runs a daemon thread per name in progress. Further callers of the same name share its thread.
 
-    No caller waits for a thread of another name, so the callers bound the threads: `MAX_OVERDUE` and one per caller.
+    No caller waits for the thread of another name. So there are at most `MAX_OVERDUE` threads, and one per caller.
     """
 
     def __init__(self) -> None:
@@ -23,10 +25,12 @@ class Resolver:
         self._overdue = 0
 
     async def addresses(self, host: str, *, seconds: float) -> list[str]:
-        """Return all addresses of a name. Raises OSError or ValueError if it has none, and TimeoutError."""
+        """Return all addresses of a name. Raises OSError or ValueError if it has none, and TimeoutError after
+        `seconds`.
+        """
         asked = self._running.get(host)
         found = asked or self._begin(host)
-        # `wait` cancels nothing: the thread goes on, and others may wait for it.
+        # `wait` does not cancel the thread, because other callers may wait for it.
         await asyncio.wait({found}, timeout=seconds)
         if found.done():
             return found.result()
@@ -47,7 +51,7 @@ class Resolver:
             try:
                 addresses = [str(one[4][0]) for one in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)]
             except Exception as error:  # noqa: BLE001 - the caller raises it
-                problem = error.with_traceback(None)  # this frame, which holds it, would be in it
+                problem = error.with_traceback(None)  # a traceback would refer to this frame, which refers to the error
             with contextlib.suppress(RuntimeError):  # the worker has stopped meanwhile
                 loop.call_soon_threadsafe(self._ended, host, addresses, problem)
 
@@ -64,7 +68,7 @@ class Resolver:
             found.set_result(addresses)
         else:
             found.set_exception(problem)
-            found.exception()  # there may be no caller left
+            found.exception()  # marks the error as handled, because no caller may be left
 
     def _ended_late(self, _: asyncio.Future[list[str]]) -> None:
         self._overdue -= 1

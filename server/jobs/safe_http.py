@@ -1,7 +1,8 @@
-"""Requests to addresses that users have named: never to this machine or its network, never for long, never for much.
+"""HTTP requests to addresses that users chose. They never reach this machine or its network, and are limited in time
+and size.
 
-The name is resolved once, all of its addresses are looked at, and the connection is made to one of those: a name that
-leads elsewhere the second time it is asked (DNS rebinding) leads nowhere.
+A name is resolved once and all of its addresses are checked. The connection uses one of these, so a name that resolves
+to another address the second time (DNS rebinding) has no effect.
 """
 
 import asyncio
@@ -22,40 +23,38 @@ from server.fairness.loop_time import LoopTime
 from server.jobs.resolver import Resolver
 
 TOTAL_SECONDS = 5.0
-"""Max seconds that all of an answer takes, redirects included. Waits for our own share of the loop do not count."""
+"""Max time of a request including redirects, in seconds. Waits for the worker's own share of the loop do not count."""
 MAX_REDIRECTS = 3
 REDIRECTS = frozenset({301, 302, 303, 307, 308})
 MOST_OF_POST = 1_000
-"""Max bytes of the answer to a POST request that are read."""
+"""Max bytes of a response to a POST request that are read."""
 MAX_BESIDE_BYTES = 16 * 1024
-"""Max bytes of an answer beside its body: all that has to be parsed, such as headers, `103` answers and sizes of
+"""Max bytes of a response besides its body, which have to be parsed. These are headers, `103` responses and sizes of
 chunks. A thousand of the shortest headers take a worker 2 ms.
 """
 MAX_TLS_BYTES = 128 * 1024
-"""Max bytes that are received over TLS beside the max body: certificates, and what records and tickets add."""
+"""Max bytes over TLS in addition to the max body, for certificates, records and tickets."""
 MAX_READS = 1_000
-"""Max reads of an answer, which may come byte by byte."""
+"""Max reads per response, which may arrive byte by byte."""
 TURN_BYTES = 4 * 1024
 """Max bytes that are parsed in one turn of the loop."""
 SHARE, BURST_SECONDS = 0.1, 0.02
-"""Share of the loop's time that all GET requests take, and all POST requests, and seconds of it that they may take at
-once.
-"""
+"""Max share of the loop's time for all GET requests, and the same for all POST requests, and its burst in seconds."""
 PORTS = {"http": 80, "https": 443}
 NEAR = [ipaddress.ip_network(one) for one in ("192.0.0.0/24", "192.88.99.0/24", "3fff::/20", "5f00::/16")]
-"""Networks of special purposes (RFC 6890) that Python 3.11 takes for public ones: protocol assignments, relays of 6to4,
-documentation, segment routing.
+"""Networks for special purposes (RFC 6890) that Python 3.11 considers public. These are protocol assignments, relays of
+6to4, documentation, and segment routing.
 """
 
 
 class Unreachable(Exception):  # noqa: N818 - an answer, not a fault
-    """It cannot be asked, or may not be; `url` is what was asked last."""
+    """The address cannot be reached, or may not be. `url` is the last address of the request."""
 
     url = ""
 
 
 class HttpAnswer(NamedTuple):
-    """What came back; `body` is at most as long as was asked for, and `url` where it came from in the end."""
+    """A response. `body` is cut to the requested size. `url` is the address after redirects."""
 
     status: int
     headers: httpx.Headers
@@ -64,10 +63,12 @@ class HttpAnswer(NamedTuple):
 
 
 class _Cost:
-    """How much of an answer was read, and how long that took. What waits for bytes of it has its turns here."""
+    """The size and the reads of one response. Reads of it wait here for their turns of the loop."""
 
     def __init__(self, share: LoopTime, watch: Stopwatch, limit: asyncio.Timeout, *, most: int) -> None:
-        """`limit` ends it after `TOTAL_SECONDS` by `watch`. `most` is the max size of the body, in bytes."""
+        """`limit` cancels the request when `watch` reaches `TOTAL_SECONDS`. `most` is the max size of the body, in
+        bytes.
+        """
         self._share = share
         self._watch = watch
         self._limit = limit
@@ -77,61 +78,61 @@ class _Cost:
         self._most_encrypted = most + MAX_TLS_BYTES
 
     async def turn(self) -> None:
-        """Return in a later turn of the loop, when our share has some left. The other server is not timed meanwhile."""
+        """Return in a later turn of the loop, when the share permits it. The time-out pauses meanwhile."""
         self._limit.reschedule(None)
         with self._watch.stopped():
             await self._share.turn()
         self._limit.reschedule(_until(self._watch))
 
     def note(self, read: int) -> None:
-        """Note bytes that were read. Raises httpcore.ReadError if this is too much of anything but the body."""
+        """Count bytes that were read. Raises httpcore.ReadError if too many bytes do not belong to the body."""
         self._reads += 1
         self._beside += read
-        # What was read last is not parsed yet, and may be of the body.
+        # The bytes of the last read are not parsed yet, and may belong to the body.
         if self._reads > MAX_READS or self._beside > MAX_BESIDE_BYTES + TURN_BYTES:
             raise httpcore.ReadError("its answer has too many parts")
 
     def note_encrypted(self, received: int) -> None:
-        """Note bytes that were received over TLS. Raises httpcore.ReadError if these are too many."""
+        """Count bytes that were received over TLS. Raises httpcore.ReadError if there are too many."""
         self._reads += 1
         self._encrypted += received
         if self._reads > MAX_READS or self._encrypted > self._most_encrypted:
             raise httpcore.ReadError("its answer has too many parts")
 
     def note_body(self, size: int) -> None:
-        """Note how much of that was the body."""
+        """Subtract bytes that belong to the body."""
         self._beside -= size
 
 
 _COST: ContextVar[_Cost] = ContextVar("cost")
-"""That of the answer which the task waits for."""
+"""The counts of the response that the current task waits for."""
 
 
 class SafeHttp:
-    """Asks other servers. What that takes of the loop's time is bounded for each answer, and in all."""
+    """Sends requests to other servers. The loop's time is limited for each response, and in total."""
 
     def __init__(self, *, to_private: bool) -> None:
-        """`to_private` lets addresses of this machine and its network be asked, too."""
+        """`to_private` allows addresses of this machine and of its networks."""
         self._to_private = to_private
         self._resolver = Resolver()
-        # One each: links that people send do not delay notifications.
+        # GET and POST have one share each, so that links in messages do not delay notifications.
         self._gets = LoopTime(SHARE, BURST_SECONDS)
         self._posts = LoopTime(SHARE, BURST_SECONDS)
 
     @cached_property
     def _transport(self) -> "_Transport":
-        # Made when it is first needed: it reads all certificates of the web's authorities. No client around it: one
-        # keeps the cookies of every answer for ever.
+        # Created when first needed, because it reads the certificates of all authorities. It is used without a client,
+        # which would keep the cookies of all responses for ever.
         return _Transport(httpx.create_ssl_context(trust_env=False))
 
     async def close(self) -> None:
-        """Let go of all connections."""
+        """Close all connections."""
         if "_transport" in self.__dict__:
             await self._transport.aclose()
 
     async def get(self, url: str, *, most: int) -> HttpAnswer:
-        """Return up to `most` bytes of what is at an address, after a few redirects, each looked at anew. All of that
-        has one time limit.
+        """Return up to `most` bytes of the page at an address, after a few redirects. Each redirect is checked again,
+        and all share one time limit.
 
         Raises Unreachable.
         """
@@ -147,7 +148,7 @@ class SafeHttp:
         raise Unreachable("there are too many redirects")
 
     async def post(self, url: str, body: bytes, headers: dict[str, str], *, watch: Stopwatch) -> HttpAnswer:
-        """Return the answer to what is sent to an address. `watch` is stopped while it waits for its turns.
+        """Return the response to a POST request. `watch` is stopped while the request waits for its turns.
 
         Raises Unreachable.
         """
@@ -162,7 +163,7 @@ class SafeHttp:
             if parts.scheme not in PORTS or not parts.hostname or parts.username is not None:
                 raise Unreachable("this is not an address on the web")
             port = parts.port or PORTS[parts.scheme]
-            # Not under the time-out: after it, this may have to wait for the look-up's thread to end.
+            # Outside the time-out, because after it this may wait for the end of the look-up's thread.
             address = await self._resolve(parts.hostname, max(0.0, TOTAL_SECONDS - watch.seconds))
             async with asyncio.timeout_at(_until(watch)) as limit:
                 request = httpx.Request(
@@ -170,7 +171,7 @@ class SafeHttp:
                     httpx.URL(url, host=address, port=port),
                     headers={"host": parts.netloc, "accept-encoding": "identity", "user-agent": "OpenChat"} | headers,
                     content=body,
-                    # No time-outs of the library: they would include waits for our share.
+                    # The library's time-outs would include waits for the worker's share of the loop.
                     extensions={"sni_hostname": parts.hostname},
                 )
                 return await share.run(self._exchange(request, url, most, _Cost(share, watch, limit, most=most)))
@@ -199,7 +200,7 @@ class SafeHttp:
 
 
 class _Transport(httpx.AsyncHTTPTransport):
-    """Pools connections by address and name: names at one address have different certificates."""
+    """Pools connections by address and name, because names at one address have different certificates."""
 
     def __init__(self, context: ssl.SSLContext) -> None:
         super().__init__(verify=context, trust_env=False)
@@ -209,7 +210,7 @@ class _Transport(httpx.AsyncHTTPTransport):
         )  # fmt: skip
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-        # A pool knows connections by scheme, host and port. In hexadecimal, whatever the name is makes a host.
+        # A pool distinguishes connections by scheme, host and port. In hexadecimal, any name is a valid host.
         address = ipaddress.ip_address(request.url.host).packed.hex()
         name = str(request.extensions["sni_hostname"]).encode().hex()
         request.url = request.url.copy_with(host=f"{address}.{name}")
@@ -230,7 +231,7 @@ class _Backend(httpcore.AnyIOBackend):
 
 
 class _Stream(httpcore.AsyncNetworkStream):
-    """Reads little of an answer at a time, and in all, and gives others a turn of the loop after each read."""
+    """Limits the bytes per read and in total, and lets other callbacks run after each read."""
 
     def __init__(self, stream: httpcore.AsyncNetworkStream) -> None:
         self._stream = stream
@@ -254,7 +255,7 @@ class _Stream(httpcore.AsyncNetworkStream):
         server_hostname: str | None = None,
         timeout: float | None = None,  # noqa: ASYNC109 - as above
     ) -> httpcore.AsyncNetworkStream:
-        # TLS reads in portions of 64 KiB what never becomes bytes of an answer. The library has no other way in.
+        # TLS reads 64 KiB at a time, including bytes that never belong to a response. The library offers no other hook.
         self._stream._stream = _Encrypted(self._stream._stream)  # type: ignore[attr-defined]  # noqa: SLF001
         return _Stream(await self._stream.start_tls(ssl_context, server_hostname, timeout))
 
@@ -263,7 +264,7 @@ class _Stream(httpcore.AsyncNetworkStream):
 
 
 class _Encrypted(ByteStream):
-    """The bytes below TLS, in small portions, each in a turn of the loop."""
+    """The bytes below TLS, read in small portions with a turn of the loop each."""
 
     def __init__(self, stream: ByteStream) -> None:
         self._stream = stream
@@ -290,7 +291,7 @@ class _Encrypted(ByteStream):
 
 
 def _until(watch: Stopwatch) -> float:
-    """Return the loop's time at which `TOTAL_SECONDS` are over."""
+    """Return the loop's time at which `TOTAL_SECONDS` have passed."""
     return asyncio.get_running_loop().time() + TOTAL_SECONDS - watch.seconds
 
 
@@ -298,7 +299,7 @@ def _is_public(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
     inside = getattr(address, "ipv4_mapped", None) or getattr(address, "sixtofour", None)
     if inside is not None:
         return _is_public(inside)
-    # Python takes the site-local addresses of IPv6, which networks may still route to themselves, for global ones.
+    # Python considers the site-local addresses of IPv6 global, but networks may still route them internally.
     is_near = address.is_multicast or address.is_reserved or getattr(address, "is_site_local", False)
     return address.is_global and not is_near and not any(address in network for network in NEAR)
 

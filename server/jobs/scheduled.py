@@ -1,7 +1,7 @@
-"""Scheduled messages: sent, when their time has come, by the same handler as all others.
+"""Scheduled messages, which are sent by the same handler as all others when they are due.
 
-A message and the note that it was sent commit together, and only while the worker's claim holds. So a worker that
-stalls or dies sends nothing twice, and nothing that its owner has changed or cancelled since.
+A message and the record of its sending commit together, while the worker's claim is valid. So a worker that stalls or
+dies sends nothing twice, and nothing that its owner has changed or cancelled since.
 """
 
 import asyncio
@@ -28,22 +28,22 @@ log = logging.getLogger(__name__)
 
 NO_SESSION = SessionId(UUID(int=0))
 AGAIN = frozenset({ErrorCode.UNAVAILABLE, ErrorCode.RATE_LIMITED})
-"""Refusals that say to come back: the message is taken up again after a while."""
+"""Temporary refusals, after which a message is retried later."""
 
 
 class _Round:
-    """One turn of each sender of whom something is due: a walk along all that is due, a page at a time."""
+    """A round in which each sender with due messages has one turn. It reads all due messages, a page at a time."""
 
     def __init__(self) -> None:
         self.senders: deque[UserId] = deque()
-        """Senders in the pages that were read, who have not had their turn."""
+        """Senders of the pages so far who have not had their turn."""
         self.is_of_use = False
-        """Whether something was taken up."""
+        """Whether any message was claimed in this round."""
         self.last: Waiting | None = None
         self._seen: set[UserId] = set()
 
     def add(self, page: list[Waiting]) -> None:
-        """Give a turn to each sender of a page who has none in this round."""
+        """Give a turn to each sender of a page who has had none in this round."""
         self.last = page[-1]
         for sender_id in dict.fromkeys(one.sender_id for one in page):
             if sender_id not in self._seen:
@@ -52,14 +52,13 @@ class _Round:
 
 
 class Scheduler:
-    """Sends what is due: the messages of one sender in order, those of different senders concurrently, one of each
-    sender in turn. So nobody's messages wait for all those of another sender, for a lock on that sender's row, or for a
-    conversation that another one writes to. A message that was put off holds up those behind it in its conversation
-    alone.
+    """Sends due messages. Those of one sender are sent in order, and senders take turns concurrently. So no sender's
+    messages wait for all those of another, for a lock on another sender, or for a conversation to which another one
+    writes. A deferred message delays only later ones in its conversation.
     """
 
     def __init__(self, services: Services, *, most: int) -> None:
-        """`most` is the max number of senders at a time. Each of them holds one connection to the database."""
+        """`most` is the max number of concurrent senders. Each holds one connection to the database."""
         self._services = services
         self._most = most
         self._sending: set[asyncio.Task[None]] = set()
@@ -67,23 +66,23 @@ class Scheduler:
         self._walks = asyncio.Lock()
 
     async def send_due(self) -> None:
-        """Begin to send all messages whose time has come and that no other worker has taken up."""
+        """Begin to send all due messages that no other worker has claimed."""
         while len(self._sending) < self._most and (due := await self._claim()) is not None:
             task = asyncio.create_task(self._send_all(due))
             self._sending.add(task)
             task.add_done_callback(self._sending.discard)
 
     async def _send_all(self, due: DueScheduled | None) -> None:
-        """Send a message, and what is due after it."""
+        """Send a message, and then further due ones."""
         try:
             while due is not None:
                 await _send(self._services, due)
                 due = await self._claim()
-        except Exception as error:  # noqa: BLE001 - `send_due` begins again
+        except Exception as error:  # noqa: BLE001 - the next `send_due` begins again
             log_failure(log, "sending scheduled messages", error)
 
     async def _claim(self) -> DueScheduled | None:
-        """Take up the next message; None if there is none."""
+        """Claim the next due message. Return None if there is none."""
         while (sender_id := await self._next_sender()) is not None:
             async with self._services.database.connection() as db:
                 due = await scheduled.claim(db, sender_id)
@@ -93,7 +92,7 @@ class Scheduler:
         return None
 
     async def _next_sender(self) -> UserId | None:
-        """Return whose turn it is; None at the end of a round in which nothing could be taken up."""
+        """Return the next sender. Return None at the end of a round in which nothing could be claimed."""
         async with self._walks:
             while not self._round.senders:
                 async with self._services.database.connection() as db:
@@ -107,24 +106,26 @@ class Scheduler:
             return self._round.senders.popleft()
 
     async def close(self) -> None:
-        """Give up what was begun. What is not committed is rolled back, and sent by another worker."""
+        """Cancel the sends in progress. Without a commit they are rolled back, and another worker sends these
+        messages.
+        """
         await end(self._sending)
 
 
 async def _send(services: Services, due: DueScheduled) -> None:
-    """Send a message. One that met a lock that somebody else holds, or no database, stays claimed: nothing of the same
-    sender overtakes it until the claim ends, and then it is due again.
+    """Send a message. After a lock's time-out or a lost database it stays claimed. No other message of the sender
+    overtakes it until the claim expires, and then it is due again.
     """
     try:
         await _send_one(services, due)
     except (LockNotAvailableError, ClaimLost):
         return
-    except Exception as error:  # noqa: BLE001 - it is taken up again
+    except Exception as error:  # noqa: BLE001 - the message is claimed again later
         log_failure(log, "sending scheduled messages", error)
 
 
 async def _send_one(services: Services, due: DueScheduled) -> None:
-    """Send a message, put it off, or note why it cannot be sent."""
+    """Send a message, defer it, or record why it cannot be sent."""
     if due.sender is None:
         problem = "The account cannot send messages any more."
     elif due.frame is None:
@@ -138,7 +139,7 @@ async def _send_one(services: Services, due: DueScheduled) -> None:
             await services.database.again("a scheduled message", partial(send_noted, context, due.frame, note))
         except (LockNotAvailableError, ClaimLost):
             raise
-        except Exception as error:  # noqa: BLE001 - the others are due, too
+        except Exception as error:  # noqa: BLE001 - other messages are due, too
             refused = refusal(error)
             if refused is None:
                 log_defect(log, "send_due", error)
