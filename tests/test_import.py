@@ -72,8 +72,8 @@ async def test_an_operator_confirms_the_list_that_was_shown(shell: Shell, world:
     code = re.findall(r"--match-accounts ([0-9a-f]{12})", await shell.run("import", "slack", path, status=1))[0]
     for wrong in ("0" * 12, "bad", ""):
         said = await shell.run("import", "slack", path, "--match-accounts", wrong, status=1)
-        assert f"`--match-accounts {wrong}` is not the code of this list: " in said
-        assert "Nothing was brought in" in said
+        assert f"`--match-accounts {wrong}` is not the code of this list. " in said
+        assert "Nothing was imported" in said
     assert "is not the code" not in await shell.run("import", "slack", path, status=1)
     # Somebody takes another address meanwhile: they are not on the list that was confirmed.
     mallory = await with_address(world, "Mallory", "charles@example.org")
@@ -93,13 +93,13 @@ async def test_an_operator_confirms_the_list_that_was_shown(shell: Shell, world:
     # Another account with the address is asked about, whoever had it before.
     await world.db.execute("""UPDATE "user" SET email = 'free@example.org' WHERE id = $1""", ada.id)
     await with_address(world, "Mallory", "ada@example.org")
-    assert "Nothing was brought in" in await shell.run("import", "slack", path, status=1)
+    assert "Nothing was imported" in await shell.run("import", "slack", path, status=1)
 
 
 async def test_what_is_not_there_cannot_be_read(shell: Shell, tmp_path: Path) -> None:
     for kind in ("slack", "mattermost", "openchat"):
         said = await shell.run("import", kind, str(tmp_path / "nonexistent"), status=1)
-        assert "nonexistent cannot be read: No such file or directory. Nothing was brought in." in said, kind
+        assert "nonexistent cannot be read: No such file or directory. Nothing was imported." in said, kind
 
 
 async def test_another_account_with_the_same_address_is_not_the_one_that_was_confirmed(
@@ -112,7 +112,7 @@ async def test_another_account_with_the_same_address_is_not_the_one_that_was_con
     mallory = await with_address(world, "Ada", "ada@example.org")
     refused = await shell.run("import", "slack", path, "--match-accounts", code, status=1)
     assert f"ada@example.org ({mallory.id})" in refused
-    assert f"say --match-accounts {code}" not in refused
+    assert f"use --match-accounts {code}" not in refused
     assert await world.db.fetchval("SELECT count(*) FROM conversation") == 0
 
 
@@ -187,7 +187,7 @@ async def test_names_that_lead_out_of_a_zip_file_are_refused(shell: Shell, tmp_p
         entry.filename = name  # the constructor would cut it
         file.writestr(entry, "[]")
     refused = await shell.run("import", "slack", str(path), status=1)
-    assert "is not understood" in refused
+    assert "cannot be imported" in refused
     assert "\n" not in refused.strip()
 
 
@@ -197,19 +197,19 @@ async def test_links_are_not_followed(shell: Shell, world: World, tmp_path: Path
     stolen = [{"type": "message", "user": "U1", "ts": "1700000009.0", "text": "Stolen"}]
     (tmp_path / "elsewhere" / "2023.json").write_text(json.dumps(stolen))
     (path / "general" / "2024.json").symlink_to(tmp_path / "elsewhere" / "2023.json")
-    assert "is a link" in await shell.run("import", "slack", str(path), status=1)
+    assert "is a symbolic link" in await shell.run("import", "slack", str(path), status=1)
     (path / "general" / "2024.json").unlink()
     for outside in ("../elsewhere", str(tmp_path / "elsewhere"), ".."):
         channels = json.loads((path / "channels.json").read_text())
         channels[0]["name"] = outside
         (path / "channels.json").write_text(json.dumps(channels))
-        assert "is not the name of a file in it" in await shell.run("import", "slack", str(path), status=1)
+        assert "is not a valid file name" in await shell.run("import", "slack", str(path), status=1)
     link = zipfile.ZipInfo("general/2024.json")
     link.external_attr = (stat.S_IFLNK | 0o777) << 16
     archive = zipped(tmp_path)
     with zipfile.ZipFile(archive, "a") as file:
         file.writestr(link, "../../elsewhere/2023.json")
-    assert "is a link" in await shell.run("import", "slack", str(archive), status=1)
+    assert "is a symbolic link" in await shell.run("import", "slack", str(archive), status=1)
     assert await world.db.fetchval("SELECT count(*) FROM message") == 0
 
 
@@ -237,7 +237,7 @@ async def test_what_a_zip_file_becomes_is_bounded(
     with zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED) as file:
         file.writestr("general/2024.json", "[" + 200_000 * " " + "]")
     monkeypatch.setattr(reading, bound, {"MAX_FILES": 3, "MAX_TOTAL": 2_000}.get(bound, 100_000))
-    assert "is not understood" in await shell.run("import", "slack", str(path), status=1)
+    assert "cannot be imported" in await shell.run("import", "slack", str(path), status=1)
     assert await world.db.fetchval("SELECT count(*) FROM message") == 0
     monkeypatch.undo()
     monkeypatch.setenv("DATABASE_URL", world.settings.database_url)
@@ -282,27 +282,27 @@ async def test_later_export_says_how_many_messages_of_each_conversation_were_lef
     shell: Shell, world: World, tmp_path: Path
 ) -> None:
     shutil.copytree(SAMPLES / "slack", path := tmp_path / "slack")
-    left_out = "messages without words, of bots, or of people who are not in the export, which were left out"
+    left_out = "messages without text, of bots, or of people who are not in the export were left out"
     assert (await shell.run("import", "slack", str(path))).count(f"channels.json: C1: {left_out}: 1\n") == 1
     again = await shell.run("import", "slack", str(path))
-    assert again.count("is here already and was left as it is\n") == 3
+    assert again.count("exists already and was not changed\n") == 3
     assert "left out" not in again
     said = [f'{ADA}"ts": "{1700200000 + second}.0", "text": "Later"}}' for second in range(2)]
     bot = '{"type": "message", "subtype": "bot_message", "text": "x", "ts": "1700200009.0"}'
     (path / "general" / "2023-11-17.json").write_text(f"[{', '.join([*said, bot])}]")
     (path / "D1" / "2023-11-17.json").write_text(f"[{said[0]}]")
     later = await shell.run("import", "slack", str(path))
-    left_out = "is here already and was left as it is. Messages that are not in it, and were left out:"
+    left_out = "exists already and was not changed. Messages that it lacks, and that were left out:"
     assert f"channels.json: C1: this conversation {left_out} 2\n" in later
     assert f"dms.json: D1: this conversation {left_out} 1\n" in later
-    assert "groups.json: G1: this conversation is here already and was left as it is\n" in later
+    assert "groups.json: G1: this conversation exists already and was not changed\n" in later
     assert await world.db.fetchval("SELECT count(*) FROM message WHERE content = 'Later'") == 0
     # Another export of the same two people: their conversation is of another key.
     await world.db.execute('UPDATE "user" SET email_verified = true')
     for file in path.rglob("*.json"):
         file.write_text(file.read_text().replace('"U1"', '"V1"').replace('"U2"', '"V2"'))
     other = await shell.run("import", "slack", str(path), "--source", "other")
-    assert f"dms.json: D1: a direct conversation of these two people {left_out} 3\n" in other
+    assert f"dms.json: D1: a direct conversation of these two users {left_out} 3\n" in other
 
 
 async def test_every_message_of_an_archive_is_brought_in_or_counted(shell: Shell, world: World, tmp_path: Path) -> None:
@@ -316,13 +316,13 @@ async def test_every_message_of_an_archive_is_brought_in_or_counted(shell: Shell
     (path / "empty").mkdir()
     for source in (path, Path(shutil.make_archive(str(tmp_path / "zipped"), "zip", path))):
         printed = await shell.run("import", "slack", str(source))
-        assert "gone: no conversation has this folder; its files were left out\n" in printed
-        assert ("C1: messages with the id of another one, which were left out: 1\n" in printed) == (source == path)
+        assert "gone: no conversation has this folder. Its files were left out\n" in printed
+        assert ("C1: messages with the id of another message were left out: 1\n" in printed) == (source == path)
         assert "empty: " not in printed
     assert await world.db.fetchval("SELECT count(*) FROM message WHERE content IN ('First', 'Second')") == 1
     lines = [user("ada", "ada@elsewhere.org", "kept", "gone"), *channel("kept", "Kept"), channel("gone", "Gone")[1]]
     printed = await shell.run("import", "mattermost", mattermost(tmp_path / "m.jsonl", *lines))
-    assert "line 5: no line tells of the channel town/gone; its messages were left out: 1\n" in printed
+    assert "line 5: no line defines the channel town/gone. Its messages were left out: 1\n" in printed
     assert await world.db.fetchval("SELECT array_agg(content) FROM message WHERE content IN ('Kept', 'Gone')") == [
         "Kept"
     ]
@@ -365,7 +365,7 @@ def test_reading_a_conversation_takes_no_longer_in_an_archive_of_many_files(tmp_
 
 
 FOUND = [
-    ("users.json", "[]", "users.json: it names nobody"),
+    ("users.json", "[]", "users.json: the file has no users"),
     ("users.json", '[{"id": "U1", "name": "Ada", "team_id": [1]}]', "users.json: entry 1: [1] is not an id"),
     ("users.json", '[{"id": "U1", "name": "Ada"}, {"name": "x"}]', "users.json: entry 2: 'id' is missing"),
     ("channels.json", '[{"id": "C1", "name": "general"}, 1]', "channels.json: entry 2: "),
@@ -407,7 +407,7 @@ async def test_a_file_with_too_many_values_or_messages_is_refused(
     lines.write_text(text)
     for kind, path, place in (("slack", folder, "general/2024.json"), ("mattermost", lines, "line 1")):
         said = await shell.run("import", kind, str(path), status=1)
-        assert f"{place}: it holds more than 1,000 values" in said
+        assert f"{place}: the JSON has more than 1,000 values" in said
     monkeypatch.setattr(reading, "MAX_VALUES", 1_000_000)
     many = [user("ada", "ada@example.org"), *(line for name in "abc" for line in channel(name, name)), direct("d")]
     for most, what in ((0, "people"), (2, "conversations"), (3, "conversations")):
@@ -479,14 +479,14 @@ async def test_people_of_another_server_are_others_whatever_they_are_called(
     both = [user("ada", "ada@c.example", "square"), *channel("square", "Of C", at_ms=1700000009000)]
     third = mattermost(tmp_path / "c", *both)
     refused = await shell.run("import", "mattermost", third, status=1)
-    assert "line 3: another conversation is called town/square, too" in refused
-    assert "--source mattermost; if not" in refused
+    assert "line 3: an earlier import has a conversation town/square, too" in refused
+    assert "use --source mattermost; otherwise" in refused
     assert await world.db.fetchval("SELECT count(*) FROM conversation") == 3
     said = ""
     for _ in range(2):
         said = await shell.run("import", "mattermost", third, "--source", "c")
         assert await world.db.fetchval(READS, "ada@c.example") == ["Of C"]
-    assert "line 3: this conversation is here already and was left as it is" in said
+    assert "line 3: this conversation exists already and was not changed" in said
     # The same export needs no name, and the operator may say that it is the same server.
     await shell.run("import", "mattermost", first)
     assert "was left as it is" in await shell.run(
@@ -511,7 +511,7 @@ async def test_who_has_no_address_gets_nothing_of_another_workspace(shell: Shell
 
     await shell.run("import", "slack", workspace("a", None, "G1"))
     other = workspace("b", None, "G2")
-    assert "U1 has no address" in await shell.run("import", "slack", other, status=1)
+    assert "U1 has no e-mail address" in await shell.run("import", "slack", other, status=1)
     await shell.run("import", "slack", workspace("c", "T3", "G3"))
     await shell.run("import", "slack", workspace("d", "T4", "G4"))
     await shell.run("import", "slack", other, "--source", "slack")
@@ -544,7 +544,7 @@ async def test_import_that_does_not_fit_brings_in_nothing_and_says_where(shell: 
     taken = MessageId(origin.made_id(1700000110000, "G1", "1700000110.000000"))
     await mallory.call(client.Send(conversation_id=own, message_id=taken, content="Mine"))
     refused = await shell.run("import", "slack", str(SAMPLES / "slack"), status=1)
-    assert "secret/2023-11-14.json: 1700000110.000000: this row of message is refused: its id" in refused
+    assert "secret/2023-11-14.json: 1700000110.000000: this row of message was refused: its id" in refused
     assert await world.db.fetchval("SELECT count(*) FROM message") == 1
     assert await world.db.fetchval("SELECT count(*) FROM conversation") == 1
 
@@ -570,10 +570,10 @@ async def test_who_is_erased_comes_back_by_no_import(shell: Shell, world: World,
     planned = await archive.plan(world.db, found)
     bob = await world.db.fetchval("""SELECT id FROM "user" WHERE email = 'bob@a.example'""")
     await shell.run("erase", str(bob), "--yes")
-    with pytest.raises(ValueError, match="somebody was erased meanwhile"):
+    with pytest.raises(ValueError, match="a user was erased during the import"):
         await load.load(world.db, planned.rows, Progress(is_on=False), is_whole=False, deed=Deed(None, "import"))
     said = await shell.run("import", "mattermost", mattermost(tmp_path / "d", *people, *channel("four", "Alone")))
-    assert "line 4: everybody who was in it is erased, so it was left out" in said
+    assert "line 4: all participants are erased, so the conversation was left out" in said
     assert [line for line in await shell.json("check") if not line["is_good"]] == []
 
 
@@ -585,14 +585,14 @@ def test_zip_file_is_unpacked_within_bounds_or_refused(tmp_path: Path) -> None:
     for method in (zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA):
         with zipfile.ZipFile(path, "w", method) as file:
             file.writestr("users.json", "[]" + 500 * " ")
-        with pytest.raises(ValueError, match=r"'users.json' is packed in another way than by deflate"):
+        with pytest.raises(ValueError, match=r"'users.json' is not compressed with deflate"):
             slack_read(path)
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
         file.writestr("users.json", "[]")
     packed = bytearray(path.read_bytes())
     packed[packed.find(b"PK\x01\x02") + 8] |= 1
     path.write_bytes(packed)
-    with pytest.raises(ValueError, match=r"'users.json' is encrypted; pack it without a password"):
+    with pytest.raises(ValueError, match=r"'users.json' is encrypted. Create the zip file without a password"):
         slack_read(path)
 
 
@@ -632,7 +632,7 @@ async def test_nobody_takes_part_in_too_many_conversations(
     await shell.run("import", "mattermost", mattermost(tmp_path / "a", *one))
     more = mattermost(tmp_path / "b", user("ada", "ada@a.example", "one", "two"), *one[1:], *channel("two", "Second"))
     refused = await shell.run("import", "mattermost", more, status=1)
-    assert "ada would take part in more than 1 conversations" in refused
+    assert "ada would participate in more than 1 conversations" in refused
     assert await world.db.fetchval("SELECT count(*) FROM conversation") == 1
 
 
@@ -697,7 +697,7 @@ async def test_every_field_of_an_import_has_the_bounds_of_clients(world: World, 
         seen.add(line.row.table)
     assert seen == WRITTEN.keys()
     assert [note for note in planned.notes if "address" in note] == [
-        f"users.json: U{number}: its address is none, and was left out" for number in range(3)
+        f"users.json: U{number}: the e-mail address is invalid and was left out" for number in range(3)
     ]
 
 

@@ -214,7 +214,7 @@ async def test_a_whole_installation_moves(
     assert await there.fetch("SELECT message_id, words::text FROM message_search ORDER BY message_id") == here_words
     assert await there.fetchval("SELECT content FROM message WHERE id = $1", root) == "Root, edited, for @charles #loom"
     await there.close()
-    assert "users here already" in await shell.run("import", "openchat", str(first), status=1)
+    assert "the database has users already" in await shell.run("import", "openchat", str(first), status=1)
 
 
 async def test_a_broken_export_brings_in_nothing(
@@ -226,27 +226,30 @@ async def test_a_broken_export_brings_in_nothing(
     lines = path.read_text().splitlines(keepends=True)
     monkeypatch.setenv("DATABASE_URL", elsewhere)
     for broken, why in (
-        (lines[:-1], "its end is missing"),
-        ([line.replace("Whole", "Other") for line in lines], "not what was written"),
-        ([lines[0].replace('"version":1', '"version":2'), *lines[1:]], "format openchat 2"),
-        ([lines[0].replace('"schema":', '"schema":9'), *lines[1:]], "at step"),
+        (lines[:-1], "the last line is missing"),
+        ([line.replace("Whole", "Other") for line in lines], "do not match the lines before"),
+        ([lines[0].replace('"version":1', '"version":2'), *lines[1:]], "the format is openchat 2"),
+        ([lines[0].replace('"schema":', '"schema":9'), *lines[1:]], "the schema of step"),
         (['{"table": "user"}\n'], "first line"),
-        ([lines[0], '{"table":"pg_authid","row":{}}\n'], "line 2: there is no table 'pg_authid'"),
+        ([lines[0], '{"table":"pg_authid","row":{}}\n'], "line 2: the table 'pg_authid' does not exist"),
         (
             [lines[0], '{"table":"server_key","row":{"name":"vapid"}}\n'],
-            "line 2: its columns are not those of server_key",
+            "line 2: the columns are not those of the table server_key",
         ),
-        ([lines[0], lines[1].replace('"row":{', '"row":{"other":1,')], "line 2: its columns are not those of user"),
+        (
+            [lines[0], lines[1].replace('"row":{', '"row":{"other":1,')],
+            "line 2: the columns are not those of the table user",
+        ),
         ([lines[0], "{\n"], "line 2: "),
         ([lines[0], '{"table":"message","row":' + 100 * "[" + 100 * "]" + "}\n"], "line 2: Expected `object`"),
-        ([*lines[:1], lines[1], *lines[1:]], "line 3: this row of user is refused"),
+        ([*lines[:1], lines[1], *lines[1:]], "line 3: this row of user was refused"),
         ([*lines[:2], re.sub('"created_at": ?"', '"created_at":"x', lines[2]), *lines[3:]], "line 3: this row of user"),
         ([], "first line"),
     ):
         path.write_text("".join(broken))
         said = await shell.run("import", "openchat", str(path), status=1)
         assert why in said
-        assert re.fullmatch(rf"openchat: {path} is not understood: (after )?line \d+: [^\n]+\n", said)
+        assert re.fullmatch(rf"openchat: {path} cannot be imported: (after )?line \d+: [^\n]+\n", said)
     there = await asyncpg.connect(elsewhere)
     assert await there.fetchval('SELECT count(*) FROM "user"') == 0
     await there.close()
@@ -331,7 +334,7 @@ async def test_what_is_no_export_is_refused(shell: Shell, tmp_path: Path) -> Non
     missing = tmp_path / "missing"
     for kind, path in (("slack", tmp_path), ("slack", nothing), ("mattermost", nothing), ("mattermost", missing)):
         said = await shell.run("import", kind, str(path), status=1)
-        assert ("cannot be read: No such file" if path == missing else "is not understood") in said
+        assert ("cannot be read: No such file" if path == missing else "cannot be imported") in said
         assert "Errno" not in said
 
 

@@ -221,12 +221,12 @@ def test_a_line_of_an_import_has_a_bound(length: int, monkeypatch: pytest.Monkey
     monkeypatch.setattr(reading, "MAX_LINE", length)
     fits, is_longer = b"x" * (length - 1) + b"\n", b"x" * length + b"\n"
     assert list(reading.lines(io.BytesIO(fits * 2))) == [(1, fits), (2, fits)]
-    with pytest.raises(ValueError, match=f"line 2: it is longer than {length:,} bytes"):
+    with pytest.raises(ValueError, match=f"line 2: the line is longer than {length:,} bytes"):
         list(reading.lines(io.BytesIO(fits + is_longer)))
 
 
 def test_a_line_of_an_import_is_nested_to_a_bound() -> None:
     reading.require_shallow(b"[" * 64 + b"]" * 64)
-    with pytest.raises(ValueError, match="nested more than 64 deep"):
+    with pytest.raises(ValueError, match="nested more than 64 levels deep"):
         reading.require_shallow(b"[" * 65 + b"]" * 65)
     assert reading.MAX_LINE == 64 * 1024**2

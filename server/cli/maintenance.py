@@ -201,7 +201,7 @@ async def _export(db: Db, file: Path | None) -> int:
     if file is None:
         with printing() as out:
             if out.isatty():
-                raise Fatal("an export of everything is not for a terminal; name a file.")
+                raise Fatal("an export cannot be written to a terminal. Give a file name.")
         await _note_export(db)
         await dump.write(db, say_bytes, progress)
         return 0
@@ -289,12 +289,12 @@ async def _import(db: Db, options: Import) -> int:
             lines, notes = await archive.plan(db, found, source=options.source, confirmed=options.match_accounts)
         summary = await load.load(db, _read(options.path, lines), progress, is_whole=is_whole, deed=deed)
     except Unnamed as unnamed:
-        raise Fatal(f"{plain(str(unnamed))} Nothing was brought in.") from None
+        raise Fatal(f"{plain(str(unnamed))} Nothing was imported.") from None
     except UnconfirmedMatches as unconfirmed:
         raise Fatal(_ask(unconfirmed, options.match_accounts)) from None
     except NOT_UNDERSTOOD as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise Fatal(f"{options.path} is not understood: {plain(reason)}. Nothing was brought in.") from error
+        raise Fatal(f"{options.path} cannot be imported: {plain(reason)}. Nothing was imported.") from error
     await rebuild_search_index(db, progress, only_missing=True)
     for note in notes:
         say(note)
@@ -315,7 +315,7 @@ def _reading(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise Fatal(f"{path} cannot be read: {error.strerror or error}. Nothing was brought in.") from None
+        raise Fatal(f"{path} cannot be read: {error.strerror or error}. Nothing was imported.") from None
 
 
 def _ask(unconfirmed: UnconfirmedMatches, given: str | None) -> str:
@@ -323,9 +323,9 @@ def _ask(unconfirmed: UnconfirmedMatches, given: str | None) -> str:
     for person, account in unconfirmed.matches:
         complain(f"{person.name} ({person.key}) = {account.name}, {account.email} ({account.id})")
     code = archive.confirmation(unconfirmed.matches)
-    refused = "" if given is None else f"`--match-accounts {given}` is not the code of this list: "
+    refused = "" if given is None else f"`--match-accounts {given}` is not the code of this list. "
     return (
-        f"{refused}these accounts have the addresses of people in the export, and nobody has verified that the "
-        "addresses are theirs. Nothing was brought in. If each of them is the same person, who gets that person's "
-        f"conversations, say --match-accounts {code}; to keep all of them apart, say --match-accounts {archive.OTHERS}."
+        f"{refused}These accounts have unverified e-mail addresses that people in the export have, too. Nothing was "
+        f"imported. If each account is the same person, use --match-accounts {code}. It gives each account that "
+        f"person's conversations. To keep all of them apart, use --match-accounts {archive.OTHERS}."
     )

@@ -1,1 +1,1 @@
-"""Work on a whole database while the server runs: checks, indexes, moving data."""
+"""Work on a whole database while the server runs: checks, the search index, exports and imports."""

@@ -1,4 +1,4 @@
-"""`openchat check`: whether what is stored is what it should be. While the server runs, and without a lock."""
+"""`openchat check` verifies the stored data while the server runs, without locks."""
 
 import time
 from collections.abc import AsyncIterator, Callable
@@ -10,28 +10,30 @@ from server.queries import checks
 from server.queries.checks import CHECKS, Violations
 
 PAIRS = 50
-"""For so many people and conversations that one picks the other of, and as many who are in, is looked what they see."""
+"""Size of the sample of users and of conversations whose visibility is checked."""
 NOBODY_SEES = "nobody sees what they may not (a sample)"
 
 
 class CheckLine(NamedTuple):
-    """A line of the table: what was asked, how long that took in seconds, and what was found."""
+    """The result of a check, with its name and its duration in seconds."""
 
     name: str
     seconds: float
     found: Violations | None
-    """None if it could not be asked."""
+    """None if the check could not run."""
 
     @property
     def is_good(self) -> bool:
-        """Whether nothing is wrong."""
+        """Whether no violations were found."""
         return self.found is None or not self.found.number
 
 
 async def run_checks(
     db: Db, *, begins: Callable[[str], None], grace: timedelta = checks.GRACE
 ) -> AsyncIterator[CheckLine]:
-    """Ask all questions, one after the other. `begins` is told of each before it is asked; `checks.run` has `grace`."""
+    """Run all checks, one after the other. `begins` is called with the name of each before it runs. `grace` is passed
+    to `checks.run`.
+    """
     for check in CHECKS:
         begins(check.name)
         began = time.monotonic()

@@ -1,4 +1,4 @@
-"""What is going on, told on standard error while a command runs: in place on a terminal, in lines elsewhere."""
+"""The progress of a command on standard error. On a terminal, the line of the current step is overwritten."""
 
 import sys
 import time
@@ -6,6 +6,7 @@ import time
 from server.core.terminal import plain, say
 
 REFRESH_SECONDS = 0.2
+"""Min interval between two counts, in seconds."""
 
 
 def _has_terminal() -> bool:
@@ -13,7 +14,7 @@ def _has_terminal() -> bool:
 
 
 class Progress:
-    """Tells how far a command is."""
+    """Prints the progress of a command."""
 
     def __init__(self, *, is_on: bool = True, is_terminal: bool | None = None) -> None:
         self._is_on = is_on
@@ -21,13 +22,13 @@ class Progress:
         self._next = 0.0
 
     def begins(self, what: str) -> None:
-        """Tell what is being done now, where that can be overwritten."""
+        """Show the current step on a terminal."""
         if self._is_on and self._is_terminal:
             sys.stderr.write(f"\r\x1b[K{plain(what)} …")
             sys.stderr.flush()
 
     def counts(self, what: str, count: int) -> None:
-        """Tell how many there are by now, a few times a second."""
+        """Show a count, at most every `REFRESH_SECONDS`."""
         if time.monotonic() >= self._next:
             self._next = time.monotonic() + REFRESH_SECONDS
             self.begins(f"{what}: {count:,}")
@@ -41,6 +42,6 @@ class Progress:
             say(text)
 
     def done(self) -> None:
-        """Take away what was being done."""
+        """Clear the line of the current step."""
         if self._is_on and self._is_terminal:
             sys.stderr.write("\r\x1b[K")

@@ -1,4 +1,4 @@
-"""Making what messages are found by anew: page by page, past what others change, so that nothing waits for it."""
+"""Rebuilds the search index page by page. It skips messages that others are changing, so nothing waits for it."""
 
 import asyncio
 from uuid import UUID
@@ -10,12 +10,12 @@ from server.queries import search_index
 
 FIRST = MessageId(UUID(int=0))
 PAUSE_SECONDS = 0.1
-"""Pause before messages that somebody changes are tried again."""
+"""Pause before another attempt at messages that others are changing, in seconds."""
 
 
 async def rebuild_search_index(db: Db, progress: Progress, *, only_missing: bool = False) -> int:
-    """Make the words of all messages anew, or of those that have none; return how many were made. Ends when those who
-    hold one of them have let go.
+    """Rebuild the index entries of all messages, or with `only_missing` of those without one. Return their number.
+    Messages that others have locked come last.
     """
     count, after = 0, FIRST
     held: list[MessageId] = []

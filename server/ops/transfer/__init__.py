@@ -1,1 +1,1 @@
-"""Moving in and out: a whole installation as lines of JSON (docs/transfer.md), and what other chats export."""
+"""Exports and imports: whole installations as lines of JSON (docs/transfer.md), and exports of other chats."""

@@ -1,9 +1,10 @@
-"""What another chat has exported, in our words, and the rows that it becomes.
+"""An export of another chat, and the rows that are created from it.
 
-Ids follow from what things are called there (origin.py), so that the same archive brought in again changes nothing.
-The same name and another address are another person. Anybody may register any address. So a person becomes an account
-that is here only if its address is verified, or an operator has confirmed the list of those who match. A conversation
-that is here already is left alone.
+Ids derive from the keys in the export (origin.py), so a second import of the same archive changes nothing.
+
+An equal name with another e-mail address is another user. Anybody may register any address. So a person becomes an
+existing account only if its address is verified, or if an operator has confirmed the list of matches. An existing
+conversation is not changed.
 """
 
 import hashlib
@@ -30,24 +31,24 @@ from server.queries import transfers
 from server.queries.transfers import Account
 
 TONES = {str(number): chr(0x1F3F9 + number) for number in range(2, 7)}
-"""Modifiers of the skin's tone, U+1F3FB to U+1F3FF, by the number of the Fitzpatrick scale that Slack has for them."""
+"""Skin tone modifiers, U+1F3FB to U+1F3FF, by their number in Slack."""
 
 AT_ONCE = 10_000
-"""Max messages that one statement looks for."""
+"""Max messages that one statement looks up."""
 SAMPLE = 100
-"""Max messages of a conversation that are looked for, to tell whether it is the same."""
+"""Max messages of a conversation that are looked up, to find out whether it is the same."""
 
 _encode = msgspec.json.Encoder().encode
 _MENTION = re.compile("\0([^\0]*)\0")
 
 
 def mention(key: str) -> str:
-    """Return what stands for the mention of a person in a post's text, which itself holds no U+0000."""
+    """Return the placeholder for a mention of a person in a post's text, which itself contains no U+0000."""
     return f"\0{key}\0"
 
 
 class ArchivePerson(msgspec.Struct, kw_only=True):
-    """Somebody, by the key that the other chat has for them. `found` is the file, and the line or id in it."""
+    """A person, with the other chat's key. `found` is the file, and the line or id in it."""
 
     key: str
     found: str
@@ -58,14 +59,14 @@ class ArchivePerson(msgspec.Struct, kw_only=True):
 
 
 class Reaction(msgspec.Struct, kw_only=True):
-    """An emoji that somebody put on a post, by its name there, such as `tada` or `wave::skin-tone-2`."""
+    """An emoji reaction to a post, by its name in the other chat, such as `tada` or `wave::skin-tone-2`."""
 
     person: str
     name: str
 
 
 class ArchivePost(msgspec.Struct, kw_only=True):
-    """A message; `thread` is the key of the post that it replies to, and `person` is empty for a bot. Times are in
+    """A message. `thread` is the key of the post that it replies to. `person` is empty for a bot. Times are in
     milliseconds since 1970.
     """
 
@@ -80,7 +81,7 @@ class ArchivePost(msgspec.Struct, kw_only=True):
 
 
 class ArchivePlace(msgspec.Struct, kw_only=True):
-    """A conversation. `posts` reads what was said in it, in any order."""
+    """A conversation. `posts` reads its messages, in any order."""
 
     key: str
     found: str
@@ -96,53 +97,55 @@ class ArchivePlace(msgspec.Struct, kw_only=True):
 
 
 class Archive(msgspec.Struct, kw_only=True):
-    """All of it. `source` is the workspace's own name for itself; None if the export does not tell."""
+    """A whole export. `source` is the workspace's own name, or None if the export does not contain it."""
 
     kind: str
     source: str | None = None
     people: list[ArchivePerson]
     places: list[ArchivePlace]
     notes: list[str] = []
-    """Of what it holds that belongs to no conversation."""
+    """Notes on parts of the export that belong to no conversation."""
 
 
 class Match(NamedTuple):
-    """A person of the archive, and the account here that has the same address."""
+    """A person in the archive, and the existing account with the same address."""
 
     person: ArchivePerson
     account: Account
 
 
 OTHERS = "none"
-"""What an operator confirms if nobody with an unverified address is who the archive means."""
+"""The operator's answer if no match by an unverified address is the same person."""
 
 
 def confirmation(matches: list[Match]) -> str:
-    """Return what confirms exactly these matches: had another account taken an address since, it would be another."""
+    """Return the code that confirms exactly these matches. If another account took one of the addresses, the code would
+    differ.
+    """
     words = [f"{match.person.key} {match.account.email} {match.account.id}" for match in matches]
     return hashlib.sha256("\0".join(words).encode()).hexdigest()[:12]
 
 
-class UnconfirmedMatches(Exception):  # noqa: N818 - it is a question
-    """People match accounts whose addresses nobody has verified."""
+class UnconfirmedMatches(Exception):  # noqa: N818 - it asks the operator
+    """People match accounts with unverified addresses."""
 
     def __init__(self, matches: list[Match]) -> None:
         super().__init__("accounts match by unverified addresses")
         self.matches = matches
 
 
-class Unnamed(Exception):  # noqa: N818 - it is a question
-    """Something of an earlier import has the same name, and nothing tells whether it is the same."""
+class Unnamed(Exception):  # noqa: N818 - it asks the operator
+    """An earlier import has something with the same key, and nothing tells whether it is the same."""
 
     def __init__(self, archive: Archive, what: str) -> None:
         super().__init__(
-            f"{what}, and nothing tells whether both come from the same server. If they do, say --source "
-            f"{archive.kind}; if not, give this server a name of its own, the same in each import: --source NAME."
+            f"{what}. The export does not name its server. If both come from the same one, use --source "
+            f"{archive.kind}; otherwise use --source NAME, with the same name in each import from this server."
         )
 
 
 class Plan(NamedTuple):
-    """The rows that an archive becomes, and notes of what it holds that does not become any: all of them once the rows
+    """The rows of an archive, and notes on parts that become no rows. The notes are complete when all rows
     were read.
     """
 
@@ -151,11 +154,11 @@ class Plan(NamedTuple):
 
 
 async def plan(db: Db, archive: Archive, *, source: str | None = None, confirmed: str | None = None) -> Plan:
-    """Return what an archive becomes. `source` is the operator's name of where it comes from.
+    """Return the rows of an archive. `source` is the operator's name of its server.
 
-    Raises Unconfirmed if people match accounts by unverified addresses, and `confirmed` is neither `OTHERS` nor the
-    confirmation of these matches; Unnamed if it may come from elsewhere than an earlier import, and nobody has named
-    its source; ValueError if two of its people or conversations are one.
+    Raises UnconfirmedMatches if people match accounts with unverified addresses, unless `confirmed` is `OTHERS` or the
+    confirmation of these matches. Raises Unnamed if the archive may come from another server than an earlier import,
+    and has no source. Raises ValueError if two of its people or conversations are the same.
     """
     _require_different("people", [(person.key, person.key, person.found) for person in archive.people])
     _require_different("conversations", [(place.key, place.key, place.found) for place in archive.places])
@@ -172,20 +175,24 @@ async def plan(db: Db, archive: Archive, *, source: str | None = None, confirmed
             wanted.append(place)
             continue
         if ids[place.key] in there and not (is_named or await _is_same(db, origin, place, who.users)):
-            raise Unnamed(archive, f"{place.found}: another conversation is called {place.key}, too")
-        why = "this conversation" if ids[place.key] in there else "a direct conversation of these two people"
+            raise Unnamed(archive, f"{place.found}: an earlier import has a conversation {place.key}, too")
+        why = "this conversation" if ids[place.key] in there else "a direct conversation of these two users"
         absent = await _absent(db, origin, place, who.users)
         notes.append(
-            f"{place.found}: {why} is here already and was left as it is"
-            + (f". Messages that are not in it, and were left out: {absent:,}" if absent else "")
+            f"{place.found}: {why} exists already and was not changed"
+            + (f". Messages that it lacks, and that were left out: {absent:,}" if absent else "")
         )
     if not is_named and (unknown := who.unknown & {key for place in wanted for key in place.members}):
-        raise Unnamed(archive, f"{min(unknown)} has no address, and somebody of an earlier import has the same id")
+        raise Unnamed(
+            archive, f"{min(unknown)} has no e-mail address, and an earlier import has a user with the same id"
+        )
     return Plan(_rows(archive, wanted, who, _Ids(origin, ids), notes), notes)
 
 
 def _require_different(what: str, named: Iterable[tuple[object, str, str]]) -> None:
-    """Raise ValueError if two of the things, each a value with a key and where it was found, have the same value."""
+    """Raise ValueError if two things have the same value. `named` has each one's value, its key, and where it was
+    found.
+    """
     seen: dict[object, tuple[str, str]] = {}
     for value, key, found in named:
         if value in seen:
@@ -195,7 +202,7 @@ def _require_different(what: str, named: Iterable[tuple[object, str, str]]) -> N
 
 
 async def _is_same(db: Db, origin: Origin, place: ArchivePlace, users: dict[str, UserId]) -> bool:
-    """Whether a conversation that is here holds what was said in one of the archive, or nothing was said there."""
+    """Whether an existing conversation has messages of the archive's conversation, or the latter has none."""
     with reading(place.found):
         found = place.posts()
     posts = sorted((post for post in found if _is_said(post, users)), key=lambda post: post.at_ms)
@@ -204,7 +211,7 @@ async def _is_same(db: Db, origin: Origin, place: ArchivePlace, users: dict[str,
 
 
 async def _absent(db: Db, origin: Origin, place: ArchivePlace, users: dict[str, UserId]) -> int:
-    """Return how many messages of a conversation of the archive are not here."""
+    """Return the number of messages of the archive's conversation that do not exist here."""
     with reading(place.found):
         found = place.posts()
     messages = {_message_id(origin, place, post) for post in found if _is_said(post, users)}
@@ -215,7 +222,7 @@ async def _absent(db: Db, origin: Origin, place: ArchivePlace, users: dict[str, 
 
 
 def _is_said(post: ArchivePost, users: dict[str, UserId]) -> bool:
-    """Whether a post becomes a message: it has words, and its sender is known."""
+    """Whether a post becomes a message. It must have text and a known sender."""
     return post.person in users and bool(post.text)
 
 
@@ -224,8 +231,9 @@ def _message_id(origin: Origin, place: ArchivePlace, post: ArchivePost) -> Messa
 
 
 class _People(NamedTuple):
-    """Who each person becomes. `new` are to be made, with their addresses; `erased` were here and are erased; `unknown`
-    are here by their key alone; accounts of `inactive` are not active. `notes` tell of addresses that are none.
+    """The users that people become. `new` are created, with these addresses. `erased` exist here and are erased.
+    `unknown` exist here without an e-mail address. `inactive` have accounts that are not active. `notes` report invalid
+    addresses.
     """
 
     users: dict[str, UserId]
@@ -242,7 +250,7 @@ async def _people(db: Db, archive: Archive, origin: Origin, confirmed: str | Non
     own = {key: UserId(origin.made_id(0, "user", key, email)) for key, email in emails.items()}
     accounts = await transfers.by_email(db, sorted(email for email in emails.values() if email))
     here = await transfers.present(db, list(own.values()))
-    # Who came in before, under an id that follows from the archive, has been decided about.
+    # Users whose id derives from the archive came with an earlier import, so their match was decided then.
     matches = [
         Match(person, accounts[emails[person.key]])
         for person in archive.people
@@ -270,13 +278,15 @@ async def _people(db: Db, archive: Archive, origin: Origin, confirmed: str | Non
         erased={key for key in own if here.get(own[key])},
         unknown={key for key in own if own[key] in here and not emails[key]},
         inactive={one.key for one in archive.people if not active.get(users[one.key], one.is_active)},
-        notes=[f"{one.found}: its address is none, and was left out" for one in archive.people
+        notes=[f"{one.found}: the e-mail address is invalid and was left out" for one in archive.people
                if one.email and not emails[one.key]],
     )  # fmt: skip
 
 
 async def _known(db: Db, archive: Archive, origin: Origin, keys: set[str]) -> dict[str, set[UserId]]:
-    """Return which accounts each person became in earlier imports, by their parts in the archive's conversations."""
+    """Return the accounts that people became in earlier imports, by their participation in the archive's
+    conversations.
+    """
     of = {_part_id(origin, place, key): key for place in archive.places for key in place.members if key in keys}
     known: dict[str, set[UserId]] = {key: set() for key in keys}
     for part_id, user_id in (await transfers.parts(db, list(of))).items():
@@ -289,7 +299,7 @@ def _part_id(origin: Origin, place: ArchivePlace, key: str) -> UUID:
 
 
 def _address(person: ArchivePerson) -> str:
-    """Return a person's address as it is stored, or nothing if an account may not have it."""
+    """Return a person's address in its stored form. Return an empty text if it is missing or invalid."""
     try:
         return canonical(msgspec.convert(person.email, Email)) if person.email else ""
     except msgspec.ValidationError:
@@ -297,7 +307,7 @@ def _address(person: ArchivePerson) -> str:
 
 
 class _Ids(NamedTuple):
-    """What ids follow from, and those of the conversations."""
+    """The origin of derived ids, and the ids of conversations."""
 
     origin: Origin
     places: dict[str, ConversationId]
@@ -311,16 +321,16 @@ def _rows(archive: Archive, places: list[ArchivePlace], who: _People, ids: _Ids,
         made = _Made(ids.origin, place, who, ids.places[place.key])
         tables = made.rows()
         if not tables:
-            notes.append(f"{place.found}: everybody who was in it is erased, so it was left out")
+            notes.append(f"{place.found}: all participants are erased, so the conversation was left out")
         for table, rows in tables.items():
             yield from (_line(table, row, found) for row, found in rows)
         if made.left_out:
             notes.append(
-                f"{place.found}: messages without words, of bots, or of people who are not in the export, which were "
-                f"left out: {made.left_out:,}"
+                f"{place.found}: messages without text, of bots, or of people who are not in the export were left "
+                f"out: {made.left_out:,}"
             )
         if made.repeated:
-            notes.append(f"{place.found}: messages with the id of another one, which were left out: {made.repeated:,}")
+            notes.append(f"{place.found}: messages with the id of another message were left out: {made.repeated:,}")
 
 
 def _line(table: str, row: dict[str, Any], found: str) -> RowLine:
@@ -338,7 +348,7 @@ def _user(person: ArchivePerson, user_id: UserId, email: str) -> dict[str, Any]:
 
 
 class _Made:
-    """A conversation, with everything in it, as it will be stored: numbered as if it had been said here."""
+    """A conversation and its content as they will be stored, with versions as if it had happened here."""
 
     def __init__(self, origin: Origin, place: ArchivePlace, who: _People, about: ConversationId) -> None:
         self._origin = origin
@@ -350,16 +360,16 @@ class _Made:
         self._everyone = set(who.users.values())
         self._clock = 1
         self.left_out = 0
-        """Messages that become no row."""
+        """The number of posts that become no message."""
         self.repeated = 0
-        """Messages that become no row because another one has their key."""
+        """The number of posts that become no message because another one has their key."""
         self._messages: dict[str, dict[str, Any]] = {}
         self._roots: dict[MessageId, dict[str, Any]] = {}
         self._follows: dict[tuple[MessageId, UserId], dict[str, Any]] = {}
 
     def rows(self) -> dict[str, Iterable[tuple[dict[str, Any], str]]]:
-        """Return its rows, each with where it was found, by table, each table after those that it refers to; nothing
-        if everybody who was in it is erased.
+        """Return the rows by table, each with where it was found. Each table follows those that it refers to. Return
+        nothing if all participants are erased.
         """
         posts = sorted(self._posts(), key=lambda post: post.at_ms)
         said = dict.fromkeys(post.person for post in posts)
@@ -381,7 +391,7 @@ class _Made:
                 follow["last_read_order"] = self._roots[follow["root_id"]]["thread_order"]
         reactions = [(row, post.found) for post in posts for row in self._react(post)]
         for part in parts:
-            part["last_read_version"] = self._clock  # what was said elsewhere is history
+            part["last_read_version"] = self._clock  # messages of the other chat do not count as unread
         return {
             "conversation": [(self._conversation(parts, posts, joined, is_pair=is_pair), self._place.found)],
             "conversation_participant": [(row, self._place.found) for row in parts],
@@ -393,7 +403,7 @@ class _Made:
         }
 
     def _posts(self) -> Iterable[ArchivePost]:
-        """Return what somebody said who is known, each once."""
+        """Return the posts with text and a known sender, without repetitions."""
         posts: dict[str, ArchivePost] = {}
         for post in self._place.posts():
             if not _is_said(post, self._users):
@@ -407,7 +417,7 @@ class _Made:
         return self._clock
 
     def _owner(self, members: list[str]) -> str | None:
-        """Return who owns it: whoever made it, or the first member, of those who are active; if none is, of all."""
+        """Return the owner: the creator, or else the first participant. Active ones come first."""
         possible = [key for key in members if key not in self._inactive] or members
         return self._place.owner if self._place.owner in possible else next(iter(possible), None)
 
@@ -416,7 +426,7 @@ class _Made:
         parts = []
         for key in (*members, *gone):
             joined = version = self._tick()
-            if key in gone:  # they left after they joined: see gone_version()
+            if key in gone:  # they left after they joined, as gone_version() requires
                 version = self._tick()
             parts.append({
                 "id": _part_id(self._origin, self._place, key),
@@ -530,7 +540,9 @@ def _moment(at_ms: int) -> datetime:
 
 
 def _emoji(name: str) -> str | None:
-    """Return a reaction by its name there, as `react` stores it. None if `react` takes nothing of the kind."""
+    """Return a reaction in the form in which `react` stores it, by its name in the other chat. Return None if there is
+    none.
+    """
     base, _, tone = name.partition("::skin-tone-")
     named = emojize(f":{base}:", language="alias")
     for text in (named + TONES.get(tone, ""), named):

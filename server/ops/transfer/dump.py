@@ -1,4 +1,4 @@
-"""A whole installation, written as lines of JSON, and read again."""
+"""Exports of a whole installation as lines of JSON, and their import."""
 
 import hashlib
 import re
@@ -21,12 +21,12 @@ _head_decoder = msgspec.json.Decoder(Head)
 _row_decoder = msgspec.json.Decoder(Row)
 _tail_decoder = msgspec.json.Decoder(Tail)
 _keys_decoder = msgspec.json.Decoder(dict[str, msgspec.Raw])
-NO_HEAD = "line 1: its first line is not that of an export of OpenChat"
+NO_HEAD = "line 1: this is not the first line of an export of OpenChat"
 _DEEP = re.compile(rb'\{"table":"(\w+)","row":(\{.*\})\}\n?\Z', re.DOTALL)
 
 
 async def write(db: Db, write_piece: Callable[[bytes], object], progress: Progress) -> Summary:
-    """Write everything that is not derived, as it is at one moment; return what that was."""
+    """Export all rows that are not derived, as of one moment. Return their numbers."""
     digest = hashlib.sha256()
     counts: Counter[str] = Counter()
     head = Head(
@@ -48,9 +48,9 @@ async def write(db: Db, write_piece: Callable[[bytes], object], progress: Progre
 
 
 def read(path: Path, columns: Mapping[str, frozenset[str]]) -> Lines:
-    """Return the rows that were written to a file. `columns` are those of each table, all of which each row names.
+    """Yield the rows of an exported file. `columns` are those of each table, and each row has all of them.
 
-    Raises ValueError if it is something else, of another version, or not all of it.
+    Raises ValueError if the file is not an export, is incomplete, or has another version.
     """
     digest = hashlib.sha256()
     counts: Counter[str] = Counter()
@@ -63,19 +63,19 @@ def read(path: Path, columns: Mapping[str, frozenset[str]]) -> Lines:
                 with reading(f"line {number}"):
                     tail = _tail_decoder.decode(line)
                 if (tail.rows, tail.sha256) != (dict(counts), digest.hexdigest()):
-                    raise ValueError(f"line {number}: it is not what was written, by its counts or its hash")
+                    raise ValueError(f"line {number}: the counts or the hash do not match the lines before")
                 return
             else:
                 with reading(f"line {number}"):
                     row, is_deep = _row(line)
                     if row.table not in columns:
-                        raise ValueError(f"there is no table {row.table!r}")
+                        raise ValueError(f"the table {row.table!r} does not exist")
                     if not is_deep and _keys_decoder.decode(row.row).keys() != columns[row.table]:
-                        raise ValueError(f"its columns are not those of {row.table}")
+                        raise ValueError(f"the columns are not those of the table {row.table}")
                 digest.update(line)
                 counts[row.table] += 1
                 yield RowLine(row, f"line {number}")
-    raise ValueError(f"after line {number}: its end is missing" if counts else NO_HEAD)
+    raise ValueError(f"after line {number}: the last line is missing" if counts else NO_HEAD)
 
 
 def _check_head(line: bytes) -> None:
@@ -84,17 +84,19 @@ def _check_head(line: bytes) -> None:
     except msgspec.MsgspecError:
         raise ValueError(NO_HEAD) from None
     if (head.format, head.version) != (FORMAT, VERSION):
-        raise ValueError(f"line 1: it has the format {head.format} {head.version}; {FORMAT} {VERSION} is known")
+        raise ValueError(
+            f"line 1: the format is {head.format} {head.version}, and only {FORMAT} {VERSION} is supported"
+        )
     if head.schema != len(migrate.known()):
         raise ValueError(
-            f"line 1: it comes from a database at step {head.schema}, and this one is at {len(migrate.known())}: "
-            "bring both to the same version of OpenChat"
+            f"line 1: the export has the schema of step {head.schema}, and this database that of step "
+            f"{len(migrate.known())}. Bring both to the same version of OpenChat"
         )
 
 
 def _row(line: bytes) -> tuple[Row, bool]:
-    """Return a row, and whether it is nested deeper than decoders go: PostgreSQL reads such a row all the same, and
-    refuses what is no JSON and columns that there are not.
+    """Return a row, and whether it is too deep for decoders. PostgreSQL reads such a row, and refuses invalid JSON and
+    unknown columns.
     """
     try:
         return _row_decoder.decode(line), False

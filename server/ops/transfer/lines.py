@@ -1,4 +1,6 @@
-"""The format: lines of JSON, the first of which says what it is, and the last what there was (docs/transfer.md)."""
+"""The export format, which is lines of JSON (docs/transfer.md). The first line identifies it, and the last one has
+counts.
+"""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -9,7 +11,7 @@ FORMAT, VERSION = "openchat", 1
 
 
 class Head(msgspec.Struct, frozen=True, kw_only=True):
-    """The first line. `schema` is the number of the last migration of the database that it was read from."""
+    """The first line. `schema` is the number of the database's last migration."""
 
     format: str
     version: int
@@ -18,37 +20,37 @@ class Head(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Row(msgspec.Struct, frozen=True):
-    """Each line between: a row, with the names of its columns."""
+    """A line in between: a row, with the names of its columns."""
 
     table: str
     row: msgspec.Raw
 
 
 class Tail(msgspec.Struct, frozen=True, kw_only=True):
-    """The last line: how many rows of each table there were, and the SHA-256 of all lines between, in hex."""
+    """The last line: the number of rows per table, and the SHA-256 of all lines in between, in hexadecimal."""
 
     rows: dict[str, int]
     sha256: str
 
 
 class Summary(msgspec.Struct, kw_only=True):
-    """What was written, or brought in: rows of each table."""
+    """The number of exported or imported rows, per table."""
 
     rows: dict[str, int] = {}
     sha256: str = ""
 
     @property
     def total(self) -> int:
-        """How many rows in all."""
+        """The total number of rows."""
         return sum(self.rows.values())
 
 
 class RowLine(NamedTuple):
-    """A row to be brought in. `place` is where an operator finds what it was made of."""
+    """A row to import. `place` tells the operator where it comes from."""
 
     row: Row
     place: str
 
 
 Lines = Iterator[RowLine]
-"""Rows to be brought in, those of a table one after the other, each after those that it refers to."""
+"""Rows to import. The rows of a table are consecutive, and follow those that they refer to."""

@@ -1,7 +1,7 @@
-"""A Mattermost bulk export: one JSON object a line, as https://docs.mattermost.com/manage/bulk-export-tool.html has it.
+"""Mattermost bulk exports: one JSON object per line (https://docs.mattermost.com/manage/bulk-export-tool.html).
 
-Lines of the types `user`, `channel`, `post`, `direct_channel` and `direct_post` are read; where there are several
-teams, a channel's title says of which.
+Lines of the types `user`, `channel`, `post`, `direct_channel` and `direct_post` are read. With several teams, a
+channel's title includes its team.
 """
 
 from collections import defaultdict
@@ -26,11 +26,11 @@ from server.ops.transfer.reading import (
 
 KIND = "mattermost"
 APART = "/,"
-"""What stands between the names that a key is made of."""
+"""Separators of the names in a key."""
 
 
 def read(path: Path) -> Archive:
-    """Return what is in a Mattermost export. Raises ValueError or OSError if it is none."""
+    """Return the archive in a Mattermost export. Raises ValueError or OSError if the file is no such export."""
     people: list[ArchivePerson] = []
     channels: list[tuple[str, ArchivePlace]] = []
     members: defaultdict[str, list[str]] = defaultdict(list)
@@ -43,7 +43,7 @@ def read(path: Path) -> Archive:
                 require_shallow(line)
                 one = msgspec.json.decode(line)
                 if number == 1 and one.get("type") != "version":
-                    raise ValueError("it is not the first of a bulk export")
+                    raise ValueError("this is not the first line of a Mattermost bulk export")
                 kind, said = one["type"], one.get(one["type"]) or {}
                 if kind == "user":
                     people.append(_person(said, f"line {number}"))
@@ -69,11 +69,11 @@ def read(path: Path) -> Archive:
                     posts[key] += _posts(said, len(posts[key]), f"line {number}")
                     require_few_posts(len(posts[key]), key)
     if not people:
-        raise ValueError("there are no users in it")
+        raise ValueError("the export has no users")
     places = _places(channels, directs, members, posts)
     known = {place.key for place in places}
     notes = [
-        f"{said[0].found}: no line tells of the channel {key}; its messages were left out: {len(said):,}"
+        f"{said[0].found}: no line defines the channel {key}. Its messages were left out: {len(said):,}"
         for key, said in posts.items()
         if key not in known
     ]
@@ -86,7 +86,7 @@ def _places(
     members: defaultdict[str, list[str]],
     posts: defaultdict[str, list[ArchivePost]],
 ) -> list[ArchivePlace]:
-    """Return all conversations, with their members and posts."""
+    """Return all conversations, with their participants and posts."""
     is_one_team = len({team for team, _ in channels}) == 1
     places = []
     for _, place in channels:
@@ -97,7 +97,7 @@ def _places(
         ArchivePlace(
             key=key,
             found=found,
-            kind="direct" if len(set(who)) == 2 else "group",  # noqa: PLR2004 - which is what direct means
+            kind="direct" if len(set(who)) == 2 else "group",  # noqa: PLR2004 - two participants
             title=", ".join(sorted(who)),
             members=who,
             posts=list,
@@ -110,7 +110,7 @@ def _places(
 
 
 def _channel(channel: dict[str, Any], found: str) -> tuple[str, ArchivePlace]:
-    """Return the team of a channel, and the channel without its members and posts."""
+    """Return the team of a channel, and the channel without participants and posts."""
     place = ArchivePlace(
         key=_channel_key(channel["team"], channel["name"]),
         found=found,
@@ -158,7 +158,7 @@ def _person(user: dict[str, Any], found: str) -> ArchivePerson:
 
 
 def _posts(said: dict[str, Any], number: int, found: str) -> list[ArchivePost]:
-    """Return a post and its replies. They have no ids in the export: what they are called is their place in it."""
+    """Return a post and its replies. The export has no ids, so their places serve as keys."""
     root = _post(said, f"{said['create_at']}/{number}", found)
     replies = [_post(reply, f"{root.key}/{place}", found) for place, reply in enumerate(said.get("replies") or ())]
     for reply in replies:

@@ -1,6 +1,6 @@
-"""Where an archive comes from, and the ids that follow from it: the same in each import from the same source.
+"""The origin of an archive, and ids that derive from it. They are equal in each import from the same origin.
 
-A client that could foresee an id could take it first, and keep a part of the import out. So ids also follow from a
+A client that could predict an id could take it first, and so keep a part of the import out. So ids also derive from a
 secret of this installation.
 """
 
@@ -15,14 +15,14 @@ from server.db.database import Db
 from server.queries import push
 
 KEY = "import"
-"""The name of the secret among the keys of the server."""
+"""The name of the secret among the server's keys."""
 KEY_BYTES = 32
 
 _encode = msgspec.json.Encoder().encode
 
 
 class Origin(NamedTuple):
-    """The kind of the other chat, which server or workspace it was, and the secret of this installation."""
+    """The kind of the other chat, its server or workspace, and the secret of this installation."""
 
     kind: str
     source: str
@@ -30,11 +30,11 @@ class Origin(NamedTuple):
 
     @classmethod
     async def of(cls, db: Db, kind: str, source: str) -> Self:
-        """Return an origin with the secret of this installation, which is made if there is none."""
+        """Return an origin with the secret of this installation, which is created if there is none."""
         return cls(kind, source, await push.key(db, KEY, secrets.token_urlsafe(KEY_BYTES)))
 
     def made_id(self, at_ms: int, *parts: str) -> UUID:
-        """Return a UUIDv7 that follows from a moment and from words: the same again for the same."""
+        """Return a UUIDv7 that derives from a time and from texts. Equal arguments give equal ids."""
         words = _encode([self.kind, self.source, *parts])
         random = int.from_bytes(hmac.digest(self.secret.encode(), words, "sha256")[:10])
         high = (at_ms & 0xFFFF_FFFF_FFFF) << 80

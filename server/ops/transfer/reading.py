@@ -1,4 +1,4 @@
-"""Reading what somebody else has written: within bounds, inside its folder, and with the place of what is wrong."""
+"""Reads untrusted files: within limits, inside their folder, and with the place of each error."""
 
 import os
 import re
@@ -22,36 +22,36 @@ Made = TypeVar("Made")
 MAX_LINE = 64 * 1024**2
 """Max bytes of a line."""
 MAX_FILE = 256 * 1024**2
-"""Max bytes of one file of a Slack export."""
+"""Max bytes of one file in a Slack export."""
 MAX_TOTAL = 64 * 1024**3
 """Max bytes of all files that are read from a zip file."""
 MAX_FILES = 500_000
 """Max files in a zip file."""
 MAX_RATIO = 200
-"""Max bytes that a byte of a zip file becomes, for files of more than `RATIO_FROM` bytes."""
+"""Max compression ratio of files above `RATIO_FROM` bytes in a zip file."""
 RATIO_FROM = 1024**2
 MAX_POSTS = 5_000_000
-"""Max messages of a conversation, which is in memory while it is imported: 1.4 KiB each."""
+"""Max messages of a conversation, which is in memory during its import. Each takes 1.4 KiB."""
 MAX_THINGS = 500_000
-"""Max people of an archive, and max conversations: 1 KiB each in memory."""
+"""Max people, and max conversations, of an archive. Each takes 1 KiB of memory."""
 MAX_VALUES = 16_000_000
-"""Max commas, objects and arrays in a line or file: short ones take 25 times their bytes when they are decoded."""
+"""Max commas, objects and arrays in a line or file. Short ones take 25 times their size when they are decoded."""
 MAX_DEPTH = 64
 """Max depth of objects and arrays in a line."""
 
 MAX_KEY = 255
-"""Max characters of an id or name that things are told apart by."""
+"""Max characters of an id or name that serves as a key."""
 MAX_AHEAD_MS = 3_600_000
-"""Max time that something is later than now, as clocks differ, milliseconds."""
+"""Max milliseconds by which a time may be later than now, because clocks differ."""
 PACKED = {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}
-"""How files may be packed. Python unpacks the other ways without a bound: 6 GiB from 2 KB."""
+"""Supported compression methods. Python unpacks the others without a limit: 6 GiB from 2 KB."""
 ENCRYPTED = 0x1
 
 WRONG = (
     KeyError, TypeError, AttributeError, ValueError, OverflowError, RecursionError, msgspec.MsgspecError,
     zipfile.BadZipFile, zlib.error, struct.error, EOFError, NotImplementedError,
 )  # fmt: skip
-"""What reading raises about something that has another form than it should."""
+"""Raised by reading data of an unexpected form."""
 
 
 _LINE = re.compile(LINE)
@@ -59,7 +59,7 @@ _LINE = re.compile(LINE)
 
 @contextmanager
 def reading(place: str) -> Iterator[None]:
-    """Have whatever is wrong be a ValueError that names its place."""
+    """Turn errors about the data into a ValueError with its place."""
     try:
         yield
     except WRONG as error:
@@ -67,11 +67,11 @@ def reading(place: str) -> Iterator[None]:
 
 
 def each(file: str, entries: Iterable[Any], make: Callable[[Any], Made]) -> list[Made]:
-    """Return what `make` returns of each entry. Raises ValueError, with the file and the number of the entry."""
+    """Return the result of `make` for each entry. Raises ValueError, with the file and the number of the entry."""
     made: list[Made] = []
     number = 0
     try:
-        for number, entry in enumerate(entries, 1):  # noqa: B007 - what goes wrong is named by it
+        for number, entry in enumerate(entries, 1):  # noqa: B007 - errors include the number
             made.append(make(entry))
     except WRONG as error:
         raise _at(f"{file}: entry {number}" if number else file, error) from error
@@ -84,12 +84,12 @@ def _at(place: str, error: Exception) -> ValueError:
 
 
 def lines(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
-    """Return the lines of a file with their numbers, from 1. Raises ValueError if one is too long."""
+    """Yield the lines of a file with their numbers, from 1. Raises ValueError if one is too long."""
     number = 0
     while line := file.readline(MAX_LINE + 1):
         number += 1
         if len(line) > MAX_LINE:
-            raise ValueError(f"line {number}: it is longer than {MAX_LINE:,} bytes")
+            raise ValueError(f"line {number}: the line is longer than {MAX_LINE:,} bytes")
         yield number, line
 
 
@@ -106,19 +106,19 @@ def require_few_things(count: int, what: str) -> None:
 
 
 def require_few(text: bytes) -> None:
-    """Raise ValueError if JSON holds too many values."""
+    """Raise ValueError if JSON has too many values."""
     if text.count(b",") + text.count(b"{") + text.count(b"[") > MAX_VALUES:
-        raise ValueError(f"it holds more than {MAX_VALUES:,} values")
+        raise ValueError(f"the JSON has more than {MAX_VALUES:,} values")
 
 
 def require_shallow(line: bytes) -> None:
-    """Raise ValueError if a line of JSON is nested too deeply."""
+    """Raise ValueError if a line of JSON is too deep."""
     if line.count(b"{") + line.count(b"[") > MAX_DEPTH and depth(line) > MAX_DEPTH:
-        raise ValueError(f"it is nested more than {MAX_DEPTH} deep")
+        raise ValueError(f"the JSON is nested more than {MAX_DEPTH} levels deep")
 
 
 def depth(text: bytes) -> int:
-    """Return how deep JSON is nested."""
+    """Return the depth of JSON."""
     deepest = now = 0
     for character in STRING.sub(b"", text):
         if character in b"[{":
@@ -130,9 +130,9 @@ def depth(text: bytes) -> int:
 
 
 def component(name: object) -> str:
-    """Return a name that stands for one file or folder. Raises ValueError if it leads anywhere else."""
+    """Return the name of one file or folder. Raises ValueError if it leads elsewhere."""
     if not isinstance(name, str) or not _is_component(name):
-        raise ValueError(f"{name!r:.100} is not the name of a file in it")
+        raise ValueError(f"{name!r:.100} is not a valid file name")
     return name
 
 
@@ -141,8 +141,8 @@ def _is_component(name: str) -> bool:
 
 
 def moment_ms(at_ms: int) -> int:
-    """Return a time in milliseconds since 1970. Raises ValueError if it is before that, or later than now: something
-    made in the future counts for each day until then.
+    """Return a time in milliseconds since 1970. Raises ValueError if it is earlier, or later than now. A message from
+    the future would count as new until then.
     """
     if not 0 <= at_ms <= time.time() * 1000 + MAX_AHEAD_MS:
         raise ValueError(f"{at_ms} is not a time in milliseconds between 1970 and now")
@@ -150,15 +150,15 @@ def moment_ms(at_ms: int) -> int:
 
 
 def text(value: object) -> str:
-    """Return a text without U+0000, which PostgreSQL does not hold. Raises TypeError if it is none."""
+    """Return a text without U+0000, which PostgreSQL cannot store. Raises TypeError if `value` is no text."""
     if not isinstance(value, str):
         raise TypeError(f"{value!r:.100} is not a text")
     return value.replace("\0", "")
 
 
 def key(value: object, without: str = "") -> str:
-    """Return what something is told apart by. Raises ValueError if it is too long, or holds characters that are
-    invisible or of `without`; TypeError if it is no text.
+    """Return a key. Raises ValueError if it is too long, or contains invisible characters or some of `without`. Raises
+    TypeError if it is no text.
     """
     if not isinstance(value, str):
         raise TypeError(f"{value!r:.100} is not an id")
@@ -172,11 +172,11 @@ def _is_plain_folder(place: Path) -> bool:
 
 
 class Files:
-    """The files of an export: those of a folder, or those of a zip file."""
+    """The files of an export, in a folder or a zip file."""
 
     def __init__(self, path: Path) -> None:
-        """Raises OSError if there is nothing, ValueError if the zip file is none, holds a name that leads out of it, or
-        too much.
+        """Raises OSError if `path` does not exist. Raises ValueError if the zip file is invalid, is too large, or
+        contains a name that leads out of it.
         """
         path.stat()
         self._root = path.resolve()
@@ -191,25 +191,25 @@ class Files:
 
     def _check(self, entries: list[zipfile.ZipInfo]) -> None:
         if len(entries) > MAX_FILES:
-            raise ValueError(f"there are more than {MAX_FILES:,} files in it")
+            raise ValueError(f"the zip file has more than {MAX_FILES:,} files")
         for entry in entries:
             parts = tuple(component(part) for part in entry.orig_filename.removesuffix("/").split("/"))
             if stat.S_ISLNK(entry.external_attr >> 16):
-                raise ValueError(f"{entry.filename!r} is a link")
+                raise ValueError(f"{entry.filename!r} is a symbolic link")
             if entry.flag_bits & ENCRYPTED:
-                raise ValueError(f"{entry.filename!r} is encrypted; pack it without a password")
+                raise ValueError(f"{entry.filename!r} is encrypted. Create the zip file without a password")
             if entry.compress_type not in PACKED:
-                raise ValueError(f"{entry.filename!r} is packed in another way than by deflate; pack it again")
+                raise ValueError(f"{entry.filename!r} is not compressed with deflate. Create the zip file again")
             if entry.file_size > max(RATIO_FROM, entry.compress_size * MAX_RATIO):
-                raise ValueError(f"{entry.filename!r} would become too large")
+                raise ValueError(f"{entry.filename!r} is too large when unpacked")
             if parts in self._entries:
-                raise ValueError(f"{entry.filename!r} is in it twice")
+                raise ValueError(f"the zip file has {entry.filename!r} twice")
             self._entries[parts] = entry
             if len(parts) == 2:  # noqa: PLR2004 - a folder and a file
                 self._folders.setdefault(parts[0], []).append(parts[1])
 
     def json(self, *parts: object) -> Any:  # noqa: ANN401 - whatever is in it
-        """Return what a file holds, or None if there is no such file."""
+        """Return the content of a file, or None if it does not exist."""
         place = tuple(component(part) for part in parts)
         with reading("/".join(place)):
             text = self._read(place)
@@ -219,7 +219,7 @@ class Files:
             return msgspec.json.decode(text)
 
     def names(self, folder: object) -> list[str]:
-        """Return the names of the files in a folder, in order; none if there is no such folder."""
+        """Return the sorted names of the files in a folder, or none if it does not exist."""
         name = component(folder)
         if self._zip is not None:
             return sorted(self._folders.get(name, []))
@@ -227,8 +227,8 @@ class Files:
         return sorted(one.name for one in place.iterdir()) if place.is_dir() else []
 
     def folders(self) -> list[str]:
-        """Return the names of the folders that files may be in, in order. Whatever else lies beside them is not of the
-        export: links, and what has another name or may not be read.
+        """Return the sorted names of all folders. Links, unreadable folders and unusual names do not belong to the
+        export.
         """
         if self._zip is not None:
             return sorted(self._folders)
@@ -237,7 +237,7 @@ class Files:
     def _inside(self, parts: tuple[str, ...]) -> Path:
         place = self._root.joinpath(*parts)
         if place.resolve() != place:
-            raise ValueError(f"{'/'.join(parts)!r} is a link")
+            raise ValueError(f"{'/'.join(parts)!r} is a symbolic link")
         return place
 
     def _read(self, parts: tuple[str, ...]) -> bytes | None:
@@ -254,8 +254,8 @@ class Files:
             return self._bounded(file.read(MAX_FILE + 1))
 
     def _bounded(self, text: bytes) -> bytes:
-        # What was read is counted: what the zip file says about itself may be wrong.
+        # Counts the bytes that were read, because the sizes in the zip file may be wrong.
         self._left -= len(text)
         if len(text) > MAX_FILE or self._left < 0:
-            raise ValueError("it is too large")
+            raise ValueError("the file is too large")
         return text

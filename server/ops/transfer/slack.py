@@ -1,7 +1,8 @@
-"""A Slack export: a folder, or the zip file of it, as https://slack.com/help/articles/220556107 describes it.
+"""Slack exports, as a folder or a zip file (https://slack.com/help/articles/220556107).
 
-`users.json`; `channels.json`, `groups.json`, `mpims.json` and `dms.json`, as far as the plan has them; and for each of
-these conversations a folder of its name (of a direct message, its id) with one file a day.
+They contain `users.json`. Depending on the plan, they contain `channels.json`, `groups.json`, `mpims.json` and
+`dms.json`. Each conversation in these has a folder of its name, or for a direct message of its id. The folder has one
+file per day.
 """
 
 import html
@@ -25,24 +26,24 @@ from server.ops.transfer.reading import (
 
 KINDS = {"channels.json": "channel", "groups.json": "group", "mpims.json": "group", "dms.json": "direct"}
 SAID = {None, "thread_broadcast", "me_message", "bot_message", "file_share", "file_comment"}
-"""Subtypes of messages that are what somebody said; the others tell of joins and settings."""
+"""Subtypes of messages of users and bots. Others report joins and settings."""
 KIND = "slack"
 
 _LINK = re.compile(r"<([^<>]+)>")
 
 
 def read(path: Path) -> Archive:
-    """Return what is in a Slack export. Raises ValueError or OSError if it is none."""
+    """Return the archive in a Slack export. Raises ValueError or OSError if the path is no such export."""
     files = Files(path)
     users = files.json("users.json")
     if users is None:
-        raise ValueError("there is no users.json in it")
+        raise ValueError("users.json is missing")
     with reading("users.json"):
         require_few_things(len(users), "people")
         if not users:
-            raise ValueError("it names nobody")
+            raise ValueError("the file has no users")
     people = each("users.json", users, _person)
-    # Most users are of the workspace itself; the others come from elsewhere by shared channels.
+    # Most users belong to the workspace itself. Others come from shared channels.
     teams = Counter(sorted(team for team in each("users.json", users, _team) if team))
     places: list[ArchivePlace] = []
     folders: dict[str, str] = {}
@@ -53,7 +54,7 @@ def read(path: Path) -> Archive:
         places += each(name, entries, partial(_place, files, folders, name, kind))
     source = next(iter(teams.most_common(1)), (None,))[0]
     unnamed = [folder for folder in files.folders() if folder not in folders and files.names(folder)]
-    notes = [f"{folder}: no conversation has this folder; its files were left out" for folder in unnamed]
+    notes = [f"{folder}: no conversation has this folder. Its files were left out" for folder in unnamed]
     return Archive(kind=KIND, source=source, people=people, places=places, notes=notes)
 
 
@@ -80,8 +81,8 @@ def _place(
     kind: Any,  # noqa: ANN401 - one of three words
     one: dict[str, Any],
 ) -> ArchivePlace:
-    """Return a conversation, and note its folder. Raises ValueError if another one has the same folder: what was said
-    in one would be said in both.
+    """Return a conversation, and record its folder. Raises ValueError if another conversation has the same folder,
+    because each message would appear in both.
     """
     name = one.get("name") or one["id"]
     if (other := folders.setdefault(name, one["id"])) != one["id"]:
@@ -113,7 +114,7 @@ def _posts(files: Files, name: object) -> list[ArchivePost]:
 
 
 def _post(file: str, message: dict[str, Any]) -> ArchivePost | None:
-    """Return what somebody or a bot said, or None for anything else."""
+    """Return a message of a user or a bot, or None for anything else."""
     if message.get("type") != "message" or message.get("subtype") not in SAID:
         return None
     edited = message.get("edited")
@@ -141,7 +142,7 @@ def _ms(ts: str) -> int:
 
 
 def _text(said: str) -> str:
-    """Return Slack's text as people see it: `<@U1>` is a mention, `<#C1|name>` a channel, `<url|label>` a link."""
+    """Return Slack's text in plain form: `<@U1>` is a mention, `<#C1|name>` a channel, `<url|label>` a link."""
 
     def plain(found: re.Match[str]) -> str:
         target, _, label = found[1].partition("|")
