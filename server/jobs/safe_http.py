@@ -240,7 +240,7 @@ class _Stream(httpcore.AsyncNetworkStream):
         cost = _COST.get()
         data = await self._stream.read(min(max_bytes, TURN_BYTES), timeout)
         cost.note(len(data))
-        await cost.turn()  # before it is parsed: of answers that arrive together, one is parsed in a turn
+        await cost.turn()  # before parsing: of responses that arrive together, each turn parses one
         return data
 
     async def write(self, buffer: bytes, timeout: float | None = None) -> None:  # noqa: ASYNC109 - as above
