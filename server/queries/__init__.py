@@ -1,23 +1,29 @@
-"""All SQL but the migrations'. One file a noun; each function is one statement, and says what it takes and returns.
+"""All SQL except migrations, with a file per noun. Each function runs one statement, and documents its parameters and
+its result.
 
-Every statement carries its own access check or runs in a transaction that has made it. A write of something
-durable happens under the conversation's row lock: `send` takes it inside its one statement, all others by
-`conversations.lock_as` or `messages.lock` first, so that what they look at afterwards holds until they commit. No frame
-locks a row of a conversation for a user whom it refuses for lack of a part there: both ask for the part before the
-lock, and the handler asks again under it. `conversations.lock` asks nothing: it is for jobs, operators and `join`.
+Every statement checks access itself, or runs in a transaction that has done so. A durable write happens under the
+conversation's row lock. `send` takes the lock inside its one statement. All others call `conversations.lock_as` or
+`messages.lock` first, so that all later reads stay true until they commit.
 
-Transactions lock in one order, so that no two ever wait for each other (docs/decisions/0032-one-lock-order.md):
+No frame locks a conversation's row for a user whom it refuses as no participant. Both functions check that before the
+lock, and the handler checks it again under the lock. `conversations.lock` checks nothing. Jobs, operators and `join`
+use it.
 
-1. the conversation: `conversations.lock_as`, `messages.lock`; several in the order of their ids
-2. users whose own clock moves, or who must be active: `users.lock`, once, for all of them, in the order of their ids
-3. what is theirs: participants, sessions, accounts, drafts, stars, follows, relationships, endpoints, what they have
-   scheduled
-4. the chain of the audit log: `audit.record`
+Transactions take locks in one order, so that no two wait for each other (docs/decisions/0032-one-lock-order.md):
 
-A step may be left out; nobody goes back. A statement of one row needs no lock before it. The parts of one statement run
-in no particular order, so a statement that changes both a user and what is theirs makes the second depend on the first.
-An INSERT locks the rows that its foreign keys name, and so does the second UPDATE of a row in one transaction. Where
-they name a conversation, `conversations.keep` comes before the lock of a user.
-A job that takes rows of many people skips those that are locked. `send`, which stores messages of many, waits only
-for conversations, and some milliseconds for other rows (docs/decisions/0062-the-common-statement-waits-for-nobody.md).
+1. The conversation: `conversations.lock_as`, `messages.lock`. Several are locked in the order of their ids.
+2. Users whose user version moves, or who must be active: `users.lock`, once for all of them, in the order of their ids.
+3. Rows of these users: participants, sessions, accounts, drafts, stars, follows, relationships, endpoints, scheduled
+  messages.
+4. The chain of the audit log: `audit.record`.
+
+A transaction may skip steps, but never goes back. A statement on one row needs no lock before it. The parts of one
+statement run in any order. So a statement that changes both a user and the user's rows makes the second part depend on
+the first.
+
+An INSERT locks the rows of its foreign keys, and so does the second UPDATE of a row in one transaction. If they refer
+to a conversation, `conversations.keep` comes before the lock of a user.
+
+A job that takes rows of many users skips locked ones. `send`, which stores messages of many users, waits only for
+conversations, and some milliseconds for other rows (docs/decisions/0062-the-common-statement-waits-for-nobody.md).
 """

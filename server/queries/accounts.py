@@ -1,4 +1,4 @@
-"""Accounts: how a user logs in."""
+"""Accounts: passwords, states, and lists for administrators."""
 
 from datetime import datetime
 from typing import NamedTuple
@@ -17,7 +17,7 @@ NAMES = """SELECT u.id, u.name FROM "user" u WHERE u.id = ANY($1)"""
 
 
 async def names(db: Db, user_ids: list[UserId]) -> dict[UserId, str]:
-    """Return users' names."""
+    """Return the names of users."""
     return {row[0]: row[1] for row in await db.fetch(NAMES, user_ids)}
 
 
@@ -29,12 +29,12 @@ SELECT id, 'credential', $2, $3 FROM made RETURNING user_id
 
 
 async def register(db: Db, name: str, email: str, password_hash: str) -> UserId:
-    """Make a user who logs in with a password. Raises UniqueViolationError if the address is taken."""
+    """Create a user with a password. Raises UniqueViolationError if the e-mail address is taken."""
     return UserId(await db.fetchval(REGISTER, name, email, password_hash))
 
 
 class Login(NamedTuple):
-    """A user and the hash of their password."""
+    """A user, and the hash of the password."""
 
     user: User
     password_hash: str
@@ -48,7 +48,7 @@ WHERE a.provider_id = 'credential' AND a.account_id = $1 AND a.password IS NOT N
 
 
 async def find(db: Db, email: str) -> Login | None:
-    """Return who logs in with this address."""
+    """Return the user who logs in with this e-mail address."""
     row = await db.fetchrow(FIND, email)
     return None if row is None else Login(_user_decoder.decode(row[0]), row[1])
 
@@ -57,7 +57,7 @@ ADDRESS = "SELECT account_id FROM account WHERE provider_id = 'credential' AND u
 
 
 async def address(db: Db, user_id: UserId) -> str | None:
-    """Return the e-mail address that a user logs in with; None if they have no password."""
+    """Return the e-mail address of a user's login, or None without a password."""
     found: str | None = await db.fetchval(ADDRESS, user_id)
     return found
 
@@ -66,13 +66,13 @@ HASH = "SELECT password FROM account WHERE provider_id = 'credential' AND user_i
 
 
 async def password_hash(db: Db, user_id: UserId) -> str | None:
-    """Return the hash of a user's password; None if they have none."""
+    """Return the hash of a user's password, or None."""
     found: str | None = await db.fetchval(HASH, user_id)
     return found
 
 
-# A password is checked outside of any transaction, since that takes long. Each statement below therefore repeats that
-# the checked hash is still the user's. It runs under the user's lock, which every change of the hash takes, too.
+# A password is checked outside transactions, because that takes long. So each statement below repeats the check that
+# the hash is still the user's. It requires the user's lock, which every change of the hash takes, too.
 _HAS_HASH = """EXISTS (
     SELECT FROM account a WHERE a.user_id = u.id AND a.provider_id = 'credential' AND a.password = $2
 )"""
@@ -89,10 +89,10 @@ RETURNING true
 async def leave(
     db: Db, user_id: UserId, password_hash: str | None, *, session_id: SessionId, is_for_good: bool
 ) -> bool:
-    """Deactivate a user from one of their sessions, or mark them to be erased after the grace period. Under the user's
-    lock.
+    """Deactivate a user from one of the user's sessions, or mark the user to be erased after the grace period. Requires
+    the user's lock.
 
-    Return False, and change nothing, if `password_hash` is no longer the user's, or that session has ended.
+    Return False, without an effect, if `password_hash` is no longer the user's, or if the session has ended.
     """
     return bool(await db.fetchval(LEAVE, user_id, password_hash, is_for_good, session_id))
 
@@ -105,8 +105,8 @@ RETURNING true
 
 
 async def come_back(db: Db, user_id: UserId, password_hash: str) -> bool:
-    """Undo `leave`, if `password_hash` is still the user's; return whether there was anything to undo. Under the user's
-    lock.
+    """Undo `leave` if `password_hash` is still the user's. Return whether there was anything to undo. Requires the
+    user's lock.
     """
     return bool(await db.fetchval(COME_BACK, user_id, password_hash))
 
@@ -129,8 +129,11 @@ SELECT EXISTS (SELECT FROM changed)
 async def change_password(
     db: Db, user_id: UserId, new_hash: str, *, instead_of: str | None, session_id: SessionId
 ) -> bool:
-    """Give an active user another password from one of their sessions, and end all the others; False, and in vain, if
-    `instead_of` is not the hash of their password any more, or if that session has ended. Under the user's lock.
+    """Change the password of an active user from one of the user's sessions, and end all others. Requires the user's
+    lock.
+
+    Return False, without an effect, if `instead_of` is no longer the hash of the user's password, or if the session has
+    ended.
     """
     return bool(await db.fetchval(CHANGE, user_id, instead_of, new_hash, session_id))
 
@@ -142,11 +145,11 @@ WHERE provider_id = 'credential' AND user_id = $1 AND password = $3
 
 
 async def set_password(db: Db, user_id: UserId, new_hash: str, *, instead_of: str) -> None:
-    """Put another hash of the same password in the place of one. Under the user's lock."""
+    """Replace the hash of a password by another hash of the same password. Requires the user's lock."""
     await db.execute(NEW_HASH, user_id, new_hash, instead_of)
 
 
-# Somebody who was imported has no account row yet, nor has somebody who is erased, who must not get one.
+# An imported user has no account row yet. An erased user has none either, and must not get one.
 GIVE = """
 WITH given AS (
     UPDATE account SET password = $2, updated_at = now() WHERE provider_id = 'credential' AND user_id = $1
@@ -163,8 +166,8 @@ SELECT EXISTS (SELECT FROM given UNION ALL SELECT FROM made)
 
 
 async def give_password(db: Db, user_id: UserId, new_hash: str) -> bool:
-    """Give a user a password, also one who had none; False, and in vain, if they are erased or have no address to log
-    in with. Under the user's lock.
+    """Set the password of a user, with or without one. Return False, without an effect, if the user is erased or has no
+    e-mail address for a login. Requires the user's lock.
     """
     return bool(await db.fetchval(GIVE, user_id, new_hash))
 
@@ -176,7 +179,7 @@ WHERE id = $1 AND erased_at IS NULL
 
 
 async def disable(db: Db, user_id: UserId, *, is_disabled: bool) -> None:
-    """Lock a user out, or let them in again."""
+    """Disable a user's account, or enable it again."""
     await db.execute(DISABLE, user_id, is_disabled)
 
 
@@ -184,12 +187,12 @@ PROMOTE = """UPDATE "user" SET is_admin = $2, version = version + 1, own_version
 
 
 async def promote(db: Db, user_id: UserId, *, is_admin: bool) -> None:
-    """Make a user a server administrator, or no longer."""
+    """Make a user a server administrator, or revoke that."""
     await db.execute(PROMOTE, user_id, is_admin)
 
 
 class AccountEntry(msgspec.Struct, frozen=True, kw_only=True):
-    """An account in a list of them."""
+    """An account in a list."""
 
     id: UserId
     name: str
@@ -201,7 +204,7 @@ class AccountEntry(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class AccountCard(AccountEntry, frozen=True, kw_only=True):
-    """What an administrator sees of an account."""
+    """An account as administrators see it."""
 
     sessions: int
     conversations: int
@@ -224,7 +227,7 @@ FROM "user" u WHERE u.id::text = $1 OR u.email = lower($1)
 
 
 async def card(db: Db, who: str) -> AccountCard | None:
-    """Return the account of a user named by id or e-mail address."""
+    """Return an account by the user's id or e-mail address."""
     text = await db.fetchval(CARD, who)
     return None if text is None else _card_decoder.decode(text)
 
@@ -239,5 +242,5 @@ ORDER BY u.email LIMIT $3 + 1
 
 
 async def listed(db: Db, part: str, after: str, *, limit: int) -> Undecoded[Page[AccountEntry]]:
-    """Return accounts with `part` in a name or in the address, by address, after one."""
+    """Return accounts with `part` in a name or in the address, sorted by address, after the address `after`."""
     return _entry_decoder.page(await db.fetch(LIST, after, part, limit), limit)

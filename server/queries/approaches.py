@@ -1,5 +1,5 @@
-"""Approaches: how often a user reached another one within a day, or changed their row, counted by the statement that
-allows it.
+"""Approaches: how often a user contacted another one within a day, or changed the other's row. The statement that
+allows one counts it.
 """
 
 from collections.abc import Sequence
@@ -16,9 +16,9 @@ SAID: dict[Kind, str] = {
     "mute": "mute", "switch": "turn off switches for",
 }  # fmt: skip
 AT_ONCE = 1_000
-"""Counts that one statement deletes."""
+"""Max counts that one statement deletes."""
 
-# A row that is not returned has reached its bound.
+# A user without a returned row has reached the limit.
 COUNT = """
 INSERT INTO approach AS a (from_user_id, to_user_id, kind)
 SELECT $1, named.user_id, $3 FROM unnest($2::uuid[]) AS named (user_id) ORDER BY named.user_id
@@ -40,16 +40,16 @@ WHERE a.from_user_id = $1 AND a.to_user_id = ANY($2) AND a.kind = $3
 
 
 async def require(db: Db, kind: Kind, user_id: UserId, others: Sequence[UserId]) -> None:
-    """Raise Refused if a user has reached one of the others too often within a day. Before the locks, so that a refused
-    frame locks no stranger.
+    """Raise Refused if a user has approached one of the others too often within a day. This precedes the locks, so that
+    a refused frame locks no stranger.
     """
     if others and (full := await db.fetch(FULL, user_id, list(others), kind, _most(kind))):
         await _refuse(db, kind, user_id, [row[0] for row in full])
 
 
 async def count(db: Db, kind: Kind, user_id: UserId, others: Sequence[UserId]) -> None:
-    """Count that a user reaches others. Raises Refused if one of them was reached too often within a day. Under the
-    user's lock.
+    """Count an approach of a user to others. Raises Refused if one of them was approached too often within a day.
+    Requires the user's lock.
     """
     if not others:
         return
@@ -66,7 +66,7 @@ async def _refuse(db: Db, kind: Kind, user_id: UserId, others: Sequence[UserId])
     wait = await db.fetchval(WAIT, user_id, others, kind)
     raise Refused(
         ErrorCode.RATE_LIMITED,
-        f"You can {SAID[kind]} the same user {_most(kind)} times a day. Retry after `retry_after_ms`.",
+        f"You can {SAID[kind]} the same user at most {_most(kind)} times a day. Retry after `retry_after_ms`.",
         path="participants" if kind in {"add", "invite"} else "user_id",
         retry_after_ms=max(1, int(wait or 1)),
     )
@@ -84,5 +84,5 @@ RETURNING true
 
 
 async def expire(db: Db) -> bool:
-    """Delete counts that are older than a day, at most `AT_ONCE`; return whether there may be more."""
+    """Delete counts that are older than a day, at most `AT_ONCE`. Return whether there may be more."""
     return len(await db.fetch(EXPIRE, AT_ONCE)) == AT_ONCE

@@ -1,4 +1,4 @@
-"""The audit log: a chain of entries for each conversation, and one for the server, each sealed by a hash."""
+"""The audit log. Each conversation has a chain of entries, and so has the server. Each entry is sealed by a hash."""
 
 from datetime import timedelta
 from typing import NamedTuple
@@ -14,26 +14,26 @@ from server.db.rows import Page, Reader, Undecoded
 from server.queries.locks import LOCK_ROW
 
 SERVER = ConversationId(UUID(int=0))
-"""The chain of what is done on the server, outside any conversation."""
+"""The chain of actions on the server, outside conversations."""
 
 AT_ONCE = 500
-"""Entries that one statement deletes, about."""
+"""Approximate max entries that one statement deletes."""
 
 _entry_decoder = Reader(AuditEntry)
 
 
 class Deed(NamedTuple):
-    """What is to be noted: who did what, to whom, to which message, and how."""
+    """An entry to record: the actor, the action, the affected user and message, and details."""
 
     actor_id: UserId | None
     action: str
     user_id: UserId | None = None
     message_id: MessageId | None = None
-    details: Json = {}  # noqa: RUF012 - nobody writes to it
+    details: Json = {}  # noqa: RUF012 - it is never changed
 
 
-# One at a time in each chain. An entry is made without its hash first: the hash is of what the row then says.
-# A row is locked: whoever may only read can take an advisory lock, and no row lock.
+# Transactions append to a chain one at a time. An entry is built without its hash first, because the hash covers the
+# row's values. The lock is a row lock, because roles that may only read can take advisory locks, but no row locks.
 LOCK_SERVER = "SELECT FROM database_epoch FOR NO KEY UPDATE"
 RECORD = """
 WITH before AS (
@@ -52,7 +52,7 @@ SELECT e.*, audit_hash(ROW(e.*, ''::bytea)::audit_entry) FROM entry e
 
 
 async def record(db: Db, chain: ConversationId, deed: Deed) -> None:
-    """Add an entry to a chain, in the transaction of what it tells."""
+    """Append an entry to a chain, in the transaction of the action."""
     if chain == SERVER:
         await db.execute(LOCK_SERVER)
     else:
@@ -61,8 +61,8 @@ async def record(db: Db, chain: ConversationId, deed: Deed) -> None:
     await db.execute(RECORD, chain, deed.actor_id, deed.action, deed.user_id, deed.message_id, details)
 
 
-# Left out is an entry about a message from before the reader could see any, and that a report about their own was
-# dismissed, as in `moderation.REPORTS` (`is_action_shown` in schema.sql is the same rule).
+# Entries about messages from before the reader's visible history are left out. So is the dismissal of a report about
+# the reader's own message, as in `moderation.REPORTS`. `is_action_shown` in schema.sql has the same rule.
 PAGE = """
 SELECT CASE WHEN $4::uuid IS NULL OR e.message_id IS NULL OR (visible_after(c, me) < coalesce(m.sent_version, 1)
         AND NOT (e.action = 'dismiss_report' AND m.sender_id IS NOT DISTINCT FROM $4))
@@ -82,8 +82,8 @@ ORDER BY e.number
 async def page(
     db: Db, chain: ConversationId, after: int, *, limit: int, reader: UserId | None = None
 ) -> Undecoded[Page[AuditEntry]]:
-    """Return up to `limit` entries of a chain from after a number on, all of them or those that a reader may see. There
-    is no access check.
+    """Return up to `limit` entries of a chain after a number: all of them, or those that a reader may see. There is no
+    access check.
     """
     return _entry_decoder.page(await db.fetch(PAGE, chain, after, limit + 1, reader), limit)
 
@@ -100,7 +100,7 @@ async def count(db: Db, chain: ConversationId) -> int:
     return int(await db.fetchval(COUNT, chain))
 
 
-# Changed, exchanged, taken out of the middle: what follows does not fit any more. The first entry goes on from the last
+# If an entry was changed, moved or removed, the entries after it do not match. The first entry continues from the last
 # one that was deleted for its age.
 BROKEN = """
 SELECT number FROM (
@@ -113,12 +113,12 @@ ORDER BY number LIMIT 1
 
 
 async def broken(db: Db, chain: ConversationId) -> int | None:
-    """Return the number of the first entry that is not what it was, or not where it was; None if all are."""
+    """Return the number of the first entry that was changed, moved or follows a gap. Return None if there is none."""
     number = await db.fetchval(BROKEN, chain)
     return None if number is None else int(number)
 
 
-# A conversation that is held by another transaction has its turn later.
+# Conversations that another transaction has locked are left to a later call.
 FORGET = """
 WITH due AS MATERIALIZED (
     SELECT e.chain, e.number FROM audit_entry e
@@ -140,5 +140,5 @@ SELECT count(*) FROM gone
 
 
 async def forget(db: Db, kept: timedelta) -> bool:
-    """Delete entries of conversations that are older than `kept`, about `AT_ONCE`; return whether there may be more."""
+    """Delete entries of conversations that are older than `kept`, about `AT_ONCE`. Return whether there may be more."""
     return int(await db.fetchval(FORGET, kept, AT_ONCE)) >= AT_ONCE

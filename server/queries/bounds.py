@@ -1,6 +1,6 @@
-"""Bounds on what users own. Each function counts after a write, in the same transaction, and raises to undo it.
+"""Limits on rows of users. Each function counts after a write, in the same transaction, and raises to undo the write.
 
-The transaction has locked the user's row before, so no other transaction adds to the same user meanwhile.
+The transaction has locked the user's row before, so no other one adds rows of that user meanwhile.
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ from protocol.values import RelationshipKind
 from server.db.database import Db
 
 RETRY_MS = 3_600_000
-"""Interval until the next try after too many conversations or reports of a day, milliseconds."""
+"""`retry_after_ms` of the limits per day."""
 
 MADE = """
 SELECT count(*) FROM conversation c WHERE c.created_by = $1 AND c.created_at > now() - interval '1 day'
@@ -30,20 +30,21 @@ SELECT count(*) FROM conversation c WHERE c.created_by = $1 AND c.created_at > n
 
 
 async def require_made(db: Db, user_id: UserId, path: str, *, more: int = 0) -> None:
-    """Raise Refused if a user has made too many conversations within a day; `path` names the new one. Under the user's
-    lock. With `more`, before it: there are too many with so many more.
+    """Raise Refused if a user has created too many conversations within a day. `path` names the new one. Requires the
+    user's lock. With `more`, count that many further ones, before the lock.
     """
     if int(await db.fetchval(MADE, user_id)) + more > MAX_CONVERSATIONS_A_DAY:
         raise Refused(
             ErrorCode.RATE_LIMITED,
-            f"You can make {MAX_CONVERSATIONS_A_DAY} conversations a day. Try again later.",
+            f"You can create at most {MAX_CONVERSATIONS_A_DAY} conversations a day. Retry later.",
             path=path,
             retry_after_ms=RETRY_MS,
         )
 
 
-# Participants of a deleted conversation keep their status, and nobody can leave it: it does not count. Only who seems
-# to take part in too many is counted exactly: a hundred users may be named, and their conversation is held meanwhile.
+# Participants of a deleted conversation keep their status and cannot leave, so it does not count. Users are counted
+# exactly only if the cheaper count exceeds the limit. A frame may name a hundred users, and the conversation is locked
+# meanwhile.
 MEMBERSHIPS = """
 SELECT EXISTS (
     SELECT FROM unnest($1::uuid[]) AS them (id) WHERE CASE WHEN (
@@ -58,11 +59,11 @@ SELECT EXISTS (
 
 
 async def require_memberships(db: Db, user_ids: Sequence[UserId], path: str) -> None:
-    """Raise Refused if one of the users takes part in too many conversations. Under the users' locks."""
+    """Raise Refused if one of the users participates in too many conversations. Requires the users' locks."""
     if await db.fetchval(MEMBERSHIPS, list(user_ids), MAX_MEMBERSHIPS):
         raise Refused(
             ErrorCode.CONFLICT,
-            f"A user can take part in at most {MAX_MEMBERSHIPS} conversations. Leave one, or name other users.",
+            f"A user can participate in at most {MAX_MEMBERSHIPS} conversations. Leave one, or name other users.",
             path=path,
         )
 
@@ -71,7 +72,7 @@ STARS = "SELECT count(*) FROM message_star s WHERE s.user_id = $1 AND NOT s.is_r
 
 
 async def require_stars(db: Db, user_id: UserId) -> None:
-    """Raise Refused if a user has starred too many messages. Under the user's lock."""
+    """Raise Refused if a user has starred too many messages. Requires the user's lock."""
     if int(await db.fetchval(STARS, user_id)) > MAX_STARS:
         raise Refused(ErrorCode.CONFLICT, f"You can star at most {MAX_STARS} messages. Unstar one first.")
 
@@ -90,19 +91,19 @@ WHERE u.id = $1 AND EXISTS (SELECT FROM gone)
 
 
 async def forget_stars(db: Db, user_id: UserId) -> None:
-    """Delete the oldest tombstones of stars beyond `MAX_REMOVED_STARS`. Under the user's lock."""
+    """Delete the oldest tombstones of stars beyond `MAX_REMOVED_STARS`. Requires the user's lock."""
     await db.execute(FORGET_STARS, user_id, MAX_REMOVED_STARS, FORGOTTEN_AT_ONCE)
 
 
-# Rows that ended do not count: they stay as tombstones, and would keep a user from blocking anybody else. A rejected
-# request counts, as it does something: its sender may not send another one.
+# Ended relationships do not count. They stay as tombstones, and would otherwise prevent new blocks. A rejected request
+# counts, because it has an effect: its sender cannot send another one.
 RELATIONSHIPS = """
 SELECT count(*) FROM user_relationship r WHERE r.from_user_id = $1 AND r.type = $2 AND r.status <> 'inactive'
 """
 
 
 async def require_relationships(db: Db, user_id: UserId, kind: RelationshipKind) -> None:
-    """Raise Refused if a user has too many relationships of a kind that have not ended. Under the user's lock."""
+    """Raise Refused if a user has too many relationships of a kind that have not ended. Requires the user's lock."""
     if int(await db.fetchval(RELATIONSHIPS, user_id, kind)) > MAX_RELATIONSHIPS:
         raise Refused(
             ErrorCode.CONFLICT,
@@ -120,18 +121,18 @@ SELECT (SELECT count(*) FROM user_relationship r
 
 
 async def require_requests(db: Db, user_id: UserId, other: UserId) -> None:
-    """Raise Refused if a user has sent, or `other` has received, too many friend requests that are not answered. Under
-    both users' locks.
+    """Raise Refused if a user has sent, or `other` has received, too many unanswered friend requests. Requires both
+    users' locks.
     """
     sent, received = await db.fetchrow(REQUESTS, user_id, other) or (0, 0)
     if sent > MAX_REQUESTS_SENT:
         raise Refused(
             ErrorCode.CONFLICT,
-            f"At most {MAX_REQUESTS_SENT} of your friend requests can wait for an answer. Take one back first.",
+            f"You can have at most {MAX_REQUESTS_SENT} pending friend requests. Withdraw one first.",
         )
     if received > MAX_REQUESTS_RECEIVED:
         raise Refused(
-            ErrorCode.CONFLICT, "This user has too many friend requests to answer. Try again later.", path="user_id"
+            ErrorCode.CONFLICT, "This user has too many pending friend requests. Retry later.", path="user_id"
         )
 
 
@@ -141,18 +142,18 @@ SELECT count(*) FROM report r WHERE r.reporter_id = $1 AND r.created_at > now() 
 
 
 async def require_reports(db: Db, user_id: UserId) -> None:
-    """Raise Refused if a user has reported too many messages within a day. Under the user's lock."""
+    """Raise Refused if a user has reported too many messages within a day. Requires the user's lock."""
     if int(await db.fetchval(REPORTS, user_id)) > MAX_REPORTS_A_DAY:
         raise Refused(
             ErrorCode.RATE_LIMITED,
-            f"You can report {MAX_REPORTS_A_DAY} messages a day. Try again later.",
+            f"You can report at most {MAX_REPORTS_A_DAY} messages a day. Retry later.",
             path="message_id",
             retry_after_ms=RETRY_MS,
         )
 
 
-# Rows of replies do not count, as each stands for a message of the user's. A row has a version once the user follows,
-# unfollows or reads the thread.
+# Rows of replies do not count, because each belongs to a message of the user. A row has a version once the user
+# follows, unfollows or reads the thread.
 THREADS = """
 SELECT count(*) FROM thread_follow t WHERE t.user_id = $1 AND t.user_version > 0 AND NOT t.has_replied
 """
@@ -160,7 +161,7 @@ FORGET_THREADS = """
 WITH due AS MATERIALIZED (
     SELECT o.root_id FROM thread_follow o
     WHERE o.user_id = $1 AND o.user_version > 0 AND NOT o.is_following AND NOT o.has_replied
-        -- Whoever began a thread and does not follow it would follow it again with the next reply.
+        -- Without this row, the author of a thread would follow it again with the next reply.
         AND NOT EXISTS (
             SELECT FROM message m
             WHERE m.id = o.root_id AND (m.conversation_id = o.conversation_id) IS TRUE AND m.sender_id = $1
@@ -178,8 +179,8 @@ FORGOTTEN_AT_ONCE = 100
 
 
 async def require_threads(db: Db, user_id: UserId) -> None:
-    """Delete the oldest read positions in threads that a user neither follows nor replied in, if there are too many
-    rows; raise Refused if too many threads are followed. Under the user's lock.
+    """If a user has too many rows, delete the oldest read positions in threads without a follow or a reply. Raises
+    Refused if too many threads are followed. Requires the user's lock.
     """
     if int(await db.fetchval(THREADS, user_id)) <= MAX_THREAD_FOLLOWS:
         return

@@ -1,4 +1,4 @@
-"""What changed in a conversation after a version: one indexed read of each table that has a clock."""
+"""Changes in a conversation after a version, by one indexed read of each table with versions."""
 
 from collections.abc import Sequence
 from itertools import groupby
@@ -18,7 +18,7 @@ from server.queries.unread import COUNT_UNREAD
 from server.queries.users import UNSEEN
 
 MANY = 4
-"""Max events that fit into a frame, however large they are."""
+"""Number of events that fit into a frame at any size."""
 
 _event_decoder = Reader(DurableEvent)
 _receipts_decoder = Reader(Receipt)
@@ -26,8 +26,8 @@ _receipts_decoder = Reader(Receipt)
 _CHANGED = """json_build_object('type', 'message_changed', 'conversation_id', {row}.conversation_id,
         'version', {row}.version, 'message_id', m.id)"""
 
-# Where newcomers do not see what was said before, messages that someone there may not see are asked for one by one,
-# deleted ones too: what is left of them names their sender, and who deleted or hid them, and why.
+# If new participants do not see earlier messages, clients fetch messages that some participant may not see. This
+# includes deleted ones, because their remains name the sender, who deleted or hid them, and why.
 _EVENTS = """
     (SELECT m.version, CASE WHEN {from_before} THEN {changed} ELSE json_build_object(
             'type', CASE WHEN m.is_deleted THEN 'message_deleted'
@@ -70,11 +70,15 @@ _EVENTS = """
     WHERE c.settings_version > {since}
     ORDER BY 1 LIMIT {limit}
 """
-"""At most `{limit}` events of the conversation `c` after the version `{since}`, in order; who is gone by them."""
+"""Up to `{limit}` events of the conversation `c` after the version `{since}`, in order, each with the user who left by
+it.
+"""
 
 
 def _since(*, since: str, limit: str, most: str) -> str:
-    """Return a statement, for the conversation $1: all events of the first version, and then as much as fits."""
+    """Return a statement for the conversation $1. It returns all events of the first version, and then as
+    many as fit.
+    """
     events = _EVENTS.format(
         since=since,
         limit=limit,
@@ -101,8 +105,8 @@ SINCE = _since(since="$2", limit="$3", most="$4")
 
 
 class Difference(NamedTuple):
-    """The changes up to a version, whose participation they end, the conversation's clock, and how many bytes of
-    changes were read.
+    """Changes up to a version, the users who left by them, the conversation's version, and the bytes of changes that
+    were read.
     """
 
     changes: Changes
@@ -111,7 +115,9 @@ class Difference(NamedTuple):
     size: int
 
     def parts(self, most: int) -> list[Changes] | None:
-        """Return the changes in parts of at most `most` bytes, cut between versions; None if one version takes more."""
+        """Return the changes in parts of at most `most` bytes, cut between versions. Return None if one version is
+        larger.
+        """
         events = self.changes.events
         if len(events) <= MANY:
             return [self.changes]
@@ -136,15 +142,15 @@ class Difference(NamedTuple):
 
     @property
     def is_whole(self) -> bool:
-        """Whether these are all changes there are."""
+        """Whether the changes are complete."""
         return self.changes.version >= self.clock
 
 
 async def since(db: Db, conversation_id: ConversationId, version: int, *, limit: int) -> Undecoded[Difference] | None:
-    """Return about `limit` changes after `version`, or as many as fit, cut where a version ends; None without such a
-    conversation.
+    """Return about `limit` changes after `version`, or as many as fit, cut where a version ends. Return None without
+    such a conversation.
 
-    For the hub, which delivers to those who are in: there is no access check.
+    There is no access check, because the hub delivers to participants only.
     """
     rows = await db.fetch(SINCE, conversation_id, version, limit + 1, MAX_CHANGES_BYTES)
     return _difference(conversation_id, version, rows, limit=limit) if rows else None
@@ -157,7 +163,7 @@ def _difference(
     reached = max(clock, version)
     kept = [row for row in rows if row[1] is not None]
     if kept and (len(kept) > limit or len(kept) < kept[0][4]):
-        # The last version may have more events than were read, unless it is the first: that one is whole, if it fits.
+        # The last version may have further events. If it is also the first, it is complete, if it fits.
         last = kept[-1][1]
         reached = last if last == kept[0][1] and len(kept) <= limit else last - 1
         kept = [row for row in kept if row[1] <= reached]
@@ -171,7 +177,7 @@ def _difference(
     return _event_decoder.each(row[2] for row in kept).then(of)
 
 
-# One statement, so that what is said meanwhile is either in all of it or in nothing.
+# One statement, so that each concurrent change is in all parts of the result or in none.
 MISSED = f"""
 SELECT NULL, NULL, NULL, NULL, NULL, me.last_read_message_id, (
     {COUNT_UNREAD.format(me="me")}
@@ -192,7 +198,7 @@ UNION ALL SELECT missed.*, NULL, NULL, NULL FROM ({_since(since="$4", limit="$5"
 
 
 class Reading(NamedTuple):
-    """Where the caller's read position is, and the others', where those are shared."""
+    """The caller's read position, and those of others if these are shared."""
 
     last_read_message_id: MessageId | None
     unread_count: int
@@ -202,8 +208,8 @@ class Reading(NamedTuple):
 async def missed(
     db: Db, conversation_id: ConversationId, user_id: UserId, version: int, *, limit: int, most: int
 ) -> tuple[Undecoded[Difference], Reading] | None:
-    """Return what `since` does for a user, and the read positions, all of them if the conversation has at most `most`
-    participants; None without access.
+    """Return the result of `since` for a user, and read positions. Positions of others are included if the conversation
+    has at most `most` participants. Return None without access.
     """
     rows = await db.fetch(MISSED, conversation_id, user_id, most, version, limit + 1, MAX_CHANGES_BYTES)
     positions = [row for row in rows if row[6] is not None]

@@ -1,7 +1,7 @@
-"""What `openchat check` asks: everything that is derived, counted again from the rows, and everything that must not be.
+"""The checks of `openchat check`. They recompute derived data from the rows, and search for rows that must not exist.
 
-Each statement finds what is wrong, and is one look at the database as it is at one moment, so that nothing needs to be
-locked: what changes meanwhile changes for both sides of a comparison, or for neither.
+Each statement finds violations, and reads the database as of one moment. So nothing needs a lock. A concurrent change
+is on both sides of a comparison or on neither.
 """
 
 from datetime import timedelta
@@ -12,7 +12,7 @@ from server.queries.relationships import BLANK
 
 
 class Check(NamedTuple):
-    """One question: `FINDS` returns a line for each thing that is wrong."""
+    """A check. `FINDS` returns a row per violation."""
 
     name: str
     FINDS: str
@@ -233,7 +233,8 @@ CHECKS = (
             WINDOW w AS (PARTITION BY e.chain ORDER BY e.number)
         ) e WHERE NOT e.is_itself OR NOT e.is_next OR e.number <> e.place
     """),
-    # Where somebody reads. What was there before is deleted by a superuser's keep_no_statistics(); see schema.sql.
+    # Only with readers. The superuser's function keep_no_statistics() deletes earlier statistics, as schema.sql
+    # explains.
     Check("nobody but owners makes tables beside those of the server", """
         SELECT a.privilege_type || ' on the database' FROM pg_database d,
             aclexplode(coalesce(d.datacl, acldefault('d', d.datdba))) a
@@ -254,7 +255,7 @@ CHECKS = (
                 WHERE v.oid = 'user_profile'::regclass AND a.grantee <> v.relowner
             )
     """),
-    # Where somebody reads. To close them: REVOKE CONNECT ON DATABASE … FROM PUBLIC.
+    # Only with readers. `REVOKE CONNECT ON DATABASE … FROM PUBLIC` closes a database.
     Check("no reader can stop this database from another one", """
         SELECT o.name FROM open_databases() o (name)
         WHERE EXISTS (
@@ -263,9 +264,9 @@ CHECKS = (
         )
     """),
 )  # fmt: skip
-"""In the order in which they are asked. The index of places makes sure by itself that no place is taken twice."""
+"""All checks, in the order in which they run. The index of places itself prevents duplicate places."""
 
-# What the program's own connections are not allowed, because they go from row to row: here whole tables are compared.
+# Other connections of this program have limits and go from row to row. Here, whole tables are compared.
 PREPARE = (
     "SET TRANSACTION READ ONLY",
     "SET LOCAL statement_timeout = 0",
@@ -278,23 +279,23 @@ FOUND_SHOWN = 3
 
 
 class Violations(NamedTuple):
-    """How much is wrong, and some of it."""
+    """The number of violations, and some examples."""
 
     number: int
     some: list[str]
 
 
 async def run(db: Db, check: Check, *, grace: timedelta = GRACE) -> Violations:
-    """Ask one question. `grace` is the time in which users may undo that they deleted their account."""
+    """Run a check. `grace` is the period in which users may restore a deleted account."""
     async with db.transaction():
-        for STATEMENT in PREPARE:  # noqa: N806 - a constant, as all that is asked of the database
+        for STATEMENT in PREPARE:  # noqa: N806 - a constant, as all SQL
             await db.execute(STATEMENT)
         await db.execute(ERASE_AFTER, f"{grace.total_seconds():.0f} seconds")
         rows = await db.fetch(check.FINDS)
     return Violations(len(rows), [str(row[0]) for row in rows[:FOUND_SHOWN]])
 
 
-# A role that exists for a moment, and sees by the policies what somebody else's client would see.
+# A temporary role, which sees by the policies what another client of the database would see.
 MAY_MAKE_ROLES = "SELECT rolcreaterole OR rolsuper FROM pg_roles WHERE rolname = current_user"
 AS_READER = (
     "CREATE ROLE openchat_check NOLOGIN",
@@ -326,13 +327,13 @@ BE_ONESELF = "SELECT set_config('role', 'none', true)"
 
 
 async def may_make_roles(db: Db) -> bool:
-    """Whether this connection may make the role that `leaks` needs."""
+    """Whether this connection may create the role that `leaks` needs."""
     return bool(await db.fetchval(MAY_MAKE_ROLES))
 
 
 async def leaks(db: Db, *, many: int) -> Violations:
-    """Return for which of some people and conversations, taken at random, the policies show other messages than those
-    that the rules say. What is made for it is taken back.
+    """Compare the messages that the policies show with those of the rules, for a random sample of users and
+    conversations. Return the differences. The transaction is rolled back.
     """
     found = []
     transaction = db.transaction()

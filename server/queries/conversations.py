@@ -1,4 +1,4 @@
-"""Conversations: made, changed, and listed as one of their participants sees them."""
+"""Conversations: created, changed, and listed as a participant sees them."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -50,7 +50,7 @@ VIEW = f"""json_build_object(
         'code', c.invite_code, 'expires_at', c.invite_expires_at, 'uses_left', c.invite_uses_left
     ) END
 )"""  # noqa: S608 - only column references are put in
-"""What protocol/values.py calls ConversationView, of the conversation `c` and the participant `me`."""
+"""A `ConversationView` of protocol/values.py, for the conversation `c` and the participant `me`."""
 
 GET = f"""
 SELECT {VIEW}
@@ -60,14 +60,14 @@ WHERE me.user_id = $1 AND me.conversation_id = ANY($2) AND me.status = 'active'
 
 
 async def get(db: Db, user_id: UserId, conversation_ids: Sequence[ConversationId]) -> list[ConversationView]:
-    """Return those of the conversations, a few, that the user takes part in."""
+    """Return the given conversations in which the user participates. The caller gives a few."""
     return _view_decoder.few(row[0] for row in await db.fetch(GET, user_id, list(conversation_ids)))
 
 
 async def parts(
     db: Db, user_id: UserId, conversation_ids: Sequence[ConversationId]
 ) -> Undecoded[list[list[ConversationView]]]:
-    """Return those of the conversations that the user takes part in, in their order, in parts of the size of a page."""
+    """Return the given conversations in which the user participates, in their order, in parts that fit a page."""
     place = {conversation_id: number for number, conversation_id in enumerate(conversation_ids)}
     rows = await db.fetch(GET, user_id, list(place))
 
@@ -84,7 +84,7 @@ async def parts(
 
 
 class Filter(NamedTuple):
-    """Which of a user's conversations: `before` is the last activity and id of the last one of the page before."""
+    """Selects conversations of a user. `before` is the last activity and the id of the previous page's last one."""
 
     type: ConversationType | None = None
     is_archived: bool | None = None
@@ -92,9 +92,9 @@ class Filter(NamedTuple):
     before: Cursor | None = None
 
 
-# The participant's row comes along: joined again, it might be looked for among all of the user's.
+# The participant's row is passed along, because a join might search all of the user's rows for it.
 ACTIVE_AT = "greatest(least(c.last_activity_at, '9999-12-30'), '0001-01-02')"
-"""When a conversation was last active, as a page can say it. A restored one may say any time."""
+"""When a conversation was last active, within the range of a page. A restored row may have any time."""
 PAGE = f"""
 SELECT {VIEW}, {ACTIVE_AT}, c.id
 FROM (
@@ -133,7 +133,7 @@ async def order(db: Db, user_id: UserId) -> list[ConversationId]:
 
 
 class Membership(NamedTuple):
-    """The clock of one of a user's conversations, and how far they have read in it."""
+    """The version of a user's conversation, and the user's read position in it."""
 
     version: int
     last_read: MessageId | None
@@ -141,7 +141,7 @@ class Membership(NamedTuple):
 
 MEMBERSHIPS_READ = 2_000
 """Max memberships that one statement reads."""
-# Of each of the users $1, at most $3 past the conversation in $2.
+# For each of the users $1, at most $3 conversations after the one in $2.
 MEMBERSHIPS = """
 SELECT who.user_id, part.* FROM unnest($1::uuid[], $2::uuid[]) AS who (user_id, after)
 CROSS JOIN LATERAL (
@@ -154,8 +154,8 @@ CROSS JOIN LATERAL (
 
 
 async def memberships(db: Db, user_ids: Sequence[UserId]) -> list[dict[ConversationId, Membership]]:
-    """Return the conversations of each of the users, in their order. A user's clock moves when they join or leave
-    meanwhile, and then these are read again.
+    """Return the conversations of each user, in the order of `user_ids`. A user version moves when the user joins or
+    leaves meanwhile, and then these are read again.
     """
     found: dict[UserId, dict[ConversationId, Membership]] = {user_id: {} for user_id in user_ids}
     after = dict.fromkeys(found, _FIRST)
@@ -177,13 +177,13 @@ VERSIONS = "SELECT id, version FROM conversation WHERE id = ANY($1)"
 
 
 async def versions(db: Db, conversation_ids: Sequence[ConversationId]) -> dict[ConversationId, int]:
-    """Return the clocks of conversations."""
+    """Return the versions of conversations."""
     return {row[0]: row[1] for row in await db.fetch(VERSIONS, list(conversation_ids))}
 
 
 class SendAccess(NamedTuple):
-    """How many participants would hear a user, what keeps them from it, and for how many milliseconds slow mode
-    does.
+    """The number of participants, the obstacle to sending if there is one, and the remaining wait of slow mode in
+    milliseconds.
     """
 
     participant_count: int
@@ -199,13 +199,13 @@ WHERE c.id = $1 AND NOT c.is_deleted
 
 
 async def send_access(db: Db, conversation_id: ConversationId, user_id: UserId) -> SendAccess | None:
-    """Return whether a user may say anything in a conversation; None if they do not take part in it."""
+    """Return whether a user may send in a conversation. Return None if the user does not participate."""
     row = await db.fetchrow(SEND_ACCESS, conversation_id, user_id)
     return None if row is None else SendAccess(*row)
 
 
 async def lock(db: Db, conversation_id: ConversationId) -> Conversation | None:
-    """Lock a conversation until the transaction ends. What is read after this in the transaction is current."""
+    """Lock a conversation until the transaction ends. Later reads in the transaction are current."""
     text = await db.fetchval(LOCK, conversation_id)
     return None if text is None else _conversation_decoder.decode(text)
 
@@ -213,7 +213,7 @@ async def lock(db: Db, conversation_id: ConversationId) -> Conversation | None:
 async def lock_as(
     db: Db, conversation_id: ConversationId, user_id: UserId, status: ParticipantStatus = "active"
 ) -> Conversation | None:
-    """Do what `lock` does for a user whose part has this status. Return None, and wait for nothing, for anybody else.
+    """Do the same as `lock` for a participant with this status. For all other users return None without waiting.
 
     The status may have changed while the statement waited. Read it again under the lock.
     """
@@ -228,9 +228,9 @@ WHERE c.id = $1 AND NOT c.is_deleted AND {HAS_PART.format(status="'active'")} FO
 
 
 async def keep(db: Db, conversation_id: ConversationId, user_id: UserId) -> bool:
-    """Make `lock_all_out` wait until the transaction ends. Whoever sends or changes something is not delayed.
+    """Make `lock_all_out` wait until the transaction ends. Frames that send or change something are not delayed.
 
-    Return False, and lock nothing, unless the user takes part. As for `lock_as`, read that again under the lock.
+    Return False, without a lock, unless the user participates. As for `lock_as`, read that again under the lock.
     """
     return bool(await db.fetchval(KEEP, conversation_id, user_id))
 
@@ -239,19 +239,21 @@ LOCK_ALL_OUT = "SELECT FROM conversation WHERE id = $1 FOR UPDATE"
 
 
 async def lock_all_out(db: Db, conversation_id: ConversationId) -> None:
-    """Wait for every transaction that refers to a conversation, and hold up new ones. Under the lock."""
+    """Wait for every transaction that refers to a conversation, and make new ones wait. Requires the conversation's
+    lock.
+    """
     await db.execute(LOCK_ALL_OUT, conversation_id)
 
 
 class Founding(msgspec.Struct, frozen=True, kw_only=True):
-    """A conversation to be made, with those in it from the start."""
+    """A conversation to create, with its first participants."""
 
     id: ConversationId
     type: ConversationType
     created_by: UserId
     members: dict[UserId, Role]
     invited: frozenset[UserId] = frozenset()
-    """Those of the members who are not in it, but asked to come."""
+    """Members who are only invited."""
     title: str | None = None
     description: str | None = None
     image: str | None = None
@@ -261,7 +263,7 @@ class Founding(msgspec.Struct, frozen=True, kw_only=True):
     settings: ConversationSettings = ConversationSettings()
 
 
-# The clock: 1 is the conversation itself, each participant, in it or invited, takes one more.
+# Version 1 is the conversation itself, and each participant, active or invited, takes the next one.
 CREATE = """
 WITH made AS (
     INSERT INTO conversation (id, type, created_by, title, description, is_public, invite_code, max_participants,
@@ -283,7 +285,7 @@ SELECT EXISTS (SELECT FROM made)
 
 
 async def create(db: Db, founding: Founding) -> bool:
-    """Make a conversation; False if its id or its pair is taken."""
+    """Create a conversation. Return False if its id or its pair of users is taken."""
     pair = sorted(founding.members) if founding.type == "direct" else [None, None]
     return bool(
         await db.fetchval(
@@ -306,9 +308,9 @@ async def create(db: Db, founding: Founding) -> bool:
     )
 
 
-# As it was made: the participants whom its maker brought along, whatever became of them. They are compared only for a
-# maker who sees every part in it (`sees_participant`): the comparison would tell others who is invited or banned. For a
-# maker who takes part no more, all copies are the same, so that the answer is `not_found`.
+# The conversation as created, with the participants whom its creator added, whatever their status is now. They are
+# compared only if the creator sees all participants (`sees_participant`). Otherwise the result would reveal who is
+# invited or banned. For a creator who left, all copies are equal, so that the answer is `not_found`.
 IS_SAME = """
 SELECT c.created_by = $2 AND (me.user_id IS NULL OR (c.type = $3 AND (c.settings_version > 1 OR (
         c.title = $4 AND c.description IS NOT DISTINCT FROM $5 AND c.is_public = $6
@@ -325,7 +327,7 @@ WHERE c.id = $1
 
 
 async def is_same(db: Db, founding: Founding) -> bool:
-    """Whether the conversation under this id is the one that is being made once more."""
+    """Whether the conversation with this id is the result of the same frame."""
     settings = msgspec.json.encode(founding.settings).decode()
     return bool(
         await db.fetchval(
@@ -347,7 +349,7 @@ IS_DELETED = "SELECT is_deleted FROM conversation WHERE id = $1"
 
 
 async def is_deleted(db: Db, conversation_id: ConversationId) -> bool:
-    """Whether a conversation is deleted for everyone: older programs deleted direct ones, too."""
+    """Whether a conversation is deleted for everyone. Older versions deleted direct ones, too."""
     return bool(await db.fetchval(IS_DELETED, conversation_id))
 
 
@@ -368,8 +370,8 @@ WHERE c.invite_code = $2 AND c.type IN ('group', 'channel') AND c.is_active AND 
 async def open_to(
     db: Db, user_id: UserId, conversation_id: ConversationId | None, invite_code: str | None
 ) -> Conversation | None:
-    """Return the conversation that is named by its id or its code, if it is open to the user: public, by its code, or
-    because they are invited.
+    """Return the conversation with this id or code if the user may join it. It must be public, have the code, or have
+    invited the user.
     """
     text = await db.fetchval(OPEN, conversation_id, invite_code, user_id)
     return None if text is None else _conversation_decoder.decode(text)
@@ -393,7 +395,7 @@ RETURNING conversation_json(c)
 
 
 async def update(db: Db, conversation_id: ConversationId, changes: dict[str, Any]) -> Conversation:
-    """Change the fields that are in `changes`, and return the conversation as it is now. Under the lock."""
+    """Change the fields in `changes`, and return the conversation. Requires the conversation's lock."""
     patch = msgspec.json.encode(changes).decode()
     return _conversation_decoder.decode(await db.fetchval(UPDATE, conversation_id, patch))
 
@@ -407,9 +409,9 @@ RETURNING conversation_json(c)
 
 
 async def delete(db: Db, conversation_id: ConversationId) -> Conversation:
-    """End a conversation for everyone; return what is left of it. Under the lock of `lock_all_out`.
+    """Delete a conversation for everyone, and return its remains. Requires the lock of `lock_all_out`.
 
-    Drafts and invitations are left to `remains`: all participants may have one, and a crowd may be invited.
+    `remains` deletes drafts and invitations later, because there may be very many.
     """
     return _conversation_decoder.decode(await db.fetchval(DELETE, conversation_id))
 
@@ -425,7 +427,7 @@ RETURNING conversation_json(c)
 async def set_invite_code(
     db: Db, conversation_id: ConversationId, code: str | None, lasts: timedelta | None, uses: int | None
 ) -> Conversation:
-    """Replace the invite code, or take it away; return the conversation. Under the lock."""
+    """Replace or delete the invite code, and return the conversation. Requires the conversation's lock."""
     return _conversation_decoder.decode(await db.fetchval(SET_INVITE_CODE, conversation_id, code, lasts, uses))
 
 
@@ -435,11 +437,11 @@ UPDATE conversation SET invite_uses_left = invite_uses_left - 1 WHERE id = $1 AN
 
 
 async def use_invite_code(db: Db, conversation_id: ConversationId) -> None:
-    """Count that someone has come in by the invite code. Under the lock."""
+    """Count a use of the invite code. Requires the conversation's lock."""
     await db.execute(USE_INVITE_CODE, conversation_id)
 
 
-# The largest first: whoever looks for "engines" means the one where the others are.
+# The largest come first, because users most likely search for these.
 FIND = """
 SELECT coalesce(json_agg(json_build_object('conversation_id', c.id, 'type', c.type, 'title', c.title,
     'description', c.description, 'image', c.image, 'participant_count', c.participant_count)), '[]')
@@ -455,12 +457,12 @@ FROM (
 
 
 async def find(db: Db, query: str, *, limit: int) -> list[PublicConversation]:
-    """Return public conversations that match a query of `search.query`."""
+    """Return public conversations that match a query of `search_text.query`."""
     return _public_decoder.every(await db.fetchval(FIND, query, limit))
 
 
 class ConversationCard(msgspec.Struct, frozen=True, kw_only=True):
-    """What an administrator sees of a conversation without reading it."""
+    """A conversation as administrators see it, without its content."""
 
     conversation: Conversation
     owner: UserId | None
@@ -482,13 +484,13 @@ FROM conversation c WHERE c.id = $1
 
 
 async def card(db: Db, conversation_id: ConversationId) -> ConversationCard | None:
-    """Return what an administrator sees of a conversation, deleted or not."""
+    """Return a conversation as administrators see it, deleted or not."""
     text = await db.fetchval(CARD, conversation_id)
     return None if text is None else _card_decoder.decode(text)
 
 
 class ConversationEntry(msgspec.Struct, frozen=True, kw_only=True):
-    """A conversation in a list of all."""
+    """A conversation in a list."""
 
     id: ConversationId
     type: str
@@ -520,8 +522,8 @@ ORDER BY c.id DESC LIMIT $4 + 1
 async def listed(
     db: Db, part: str, before: ConversationId, *, user_id: UserId | None, limit: int
 ) -> Undecoded[Page[ConversationEntry]]:
-    """Return conversations with `part` in the title, the newest first, that were made before one; of a user, those that
-    they take part in. There is no access check.
+    """Return conversations with `part` in the title that are older than the conversation `before`, newest first. With
+    `user_id`, only those in which the user participates. There is no access check.
     """
     return _entry_decoder.page(await db.fetch(LIST, before, part, user_id, limit), limit)
 
@@ -534,5 +536,5 @@ FROM message m WHERE m.conversation_id = $1 AND m.sent_version > $2 ORDER BY m.s
 
 
 async def everything(db: Db, conversation_id: ConversationId, after: int, *, limit: int) -> list[tuple[str, int]]:
-    """Return up to `limit` messages after a version, each as JSON with its place. There is no access check."""
+    """Return up to `limit` messages after a version, each as JSON with its version. There is no access check."""
     return [(row[0], row[1]) for row in await db.fetch(EVERYTHING, conversation_id, after, limit)]

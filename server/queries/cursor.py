@@ -1,4 +1,4 @@
-"""Where a page ends: a moment and an id, as an opaque word that the client hands back to get the next page."""
+"""Cursors: the end of a page as a time and an id. Clients pass the opaque text back to get the next page."""
 
 from datetime import UTC, datetime
 from typing import Any, NamedTuple, Self
@@ -8,7 +8,7 @@ from protocol.errors import ErrorCode, Refused
 
 
 def moment_of(text: str) -> datetime:
-    """Return a time in UTC. Raises ValueError without a time zone, or outside of the years 1 to 9999."""
+    """Return a time in UTC. Raises ValueError without a time zone, or outside the years 1 to 9999."""
     at = datetime.fromisoformat(text)
     if at.tzinfo is None:
         raise ValueError
@@ -19,7 +19,7 @@ def moment_of(text: str) -> datetime:
 
 
 class Cursor(NamedTuple):
-    """A place in a list that is sorted by time, and by id where times are the same."""
+    """A place in a list that is sorted by time, and then by id."""
 
     at: datetime
     id: UUID
@@ -29,14 +29,14 @@ class Cursor(NamedTuple):
 
     @classmethod
     def of(cls, columns: Any) -> str | None:  # noqa: ANN401 - a row has no type
-        """Return the cursor of a row, whose second and third column are its time and id; None if the time is NULL, as
-        it is before the year 1: the list ends there.
+        """Return the cursor of a row, whose second and third column are its time and id. Return None for a NULL time,
+        which stands for one before the year 1. The list ends there.
         """
         return None if columns[1] is None else str(cls(columns[1], UUID(int=columns[2].int)))
 
     @classmethod
     def read(cls, text: str | None) -> Self | None:
-        """Return what `str` of a cursor says; None of nothing. Raises Refused if it is something else."""
+        """Parse the text of a cursor. Return None for None. Raises Refused if it is invalid."""
         if text is None:
             return None
         moment, _, one = text.partition("/")
@@ -47,5 +47,5 @@ class Cursor(NamedTuple):
 
 
 def not_a_cursor() -> Refused:
-    """Return what to tell whoever gives an `after` that no page came with."""
+    """Return the refusal for an `after` that is not from a page."""
     return Refused(ErrorCode.INVALID, "`after` must be the `after` of an earlier page, unchanged.", path="after")

@@ -1,7 +1,7 @@
-"""Where a message went: stored, taken in, read, and for each who has it not, why.
+"""The delivery report of a message: stored, delivered and read, and why it did not reach others.
 
-What somebody asks about others is told as far as they may know it. Who blocks them, is invisible, or does not show them
-whether they are here, is told as `offline`, as everybody who is away. An operator, without a viewer, is told all of it.
+A user learns only what the user may know about others. Users who block the viewer, are invisible or hide their presence
+are reported as `offline`, like all who are away. An operator, who has no viewer, learns everything.
 """
 
 from datetime import datetime
@@ -17,10 +17,11 @@ from server.db.rows import Reader
 from server.queries.receipts import TAKEN_IN
 
 MOST = 100
+"""Max recipients in a report."""
 
 
 class Told(msgspec.Struct, frozen=True, kw_only=True):
-    """What the rows tell."""
+    """The report, as read from the rows."""
 
     message_id: MessageId
     conversation_id: ConversationId
@@ -36,8 +37,8 @@ _told_decoder = Reader(Told)
 
 _TAKEN_IN = TAKEN_IN.format(who="p")
 
-# Those without it come first. `slow` is who was closed for reading too slowly after it had been sent and has not been
-# back; who is here and has not confirmed may have a client that does not.
+# Those without the message come first. `slow` stands for a user whose connection was closed as too slow after the
+# message was sent, and who has not returned. The client of an online user may not support confirmations.
 OF = f"""
 SELECT json_build_object('message_id', m.id, 'conversation_id', m.conversation_id, 'sender_id', m.sender_id,
     'version', m.sent_version, 'stored_at', m.created_at,
@@ -88,13 +89,13 @@ FROM message m WHERE m.id = $1 AND ($3::uuid IS NULL OR (m.conversation_id = $3)
 async def of(
     db: Db, message_id: MessageId, conversation_id: ConversationId | None, *, viewer: UserId | None
 ) -> Told | None:
-    """Return where a message went, as far as the viewer may know, or all of it without one."""
+    """Return the delivery report of a message, as far as the viewer may know it. Without a viewer, return all of it."""
     text = await db.fetchval(OF, message_id, viewer, conversation_id)
     return None if text is None else _told_decoder.decode(text)
 
 
 def answer(told: Told, published_at: datetime | None) -> Whereabouts:
-    """Return what to answer."""
+    """Return the reply of `why`."""
     return Whereabouts(
         message_id=told.message_id, sender_id=told.sender_id, version=told.version, stored_at=told.stored_at,
         published_at=published_at, delivered_to=told.delivered_to, read_by=told.read_by, recipients=told.recipients,

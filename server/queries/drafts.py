@@ -1,4 +1,4 @@
-"""Drafts: what somebody has begun to write, one in each conversation."""
+"""Drafts: unsent text of users, one per conversation."""
 
 from protocol.client import SetDraft
 from protocol.ids import ConversationId, UserId
@@ -12,7 +12,7 @@ from server.queries.users import MOVE_OWN
 
 _draft_decoder = Reader(Draft)
 
-# Users are locked before what is theirs, as everywhere.
+# The user is locked before the user's rows, as everywhere.
 SET = f"""
 WITH here AS (
     SELECT p.conversation_id FROM conversation_participant p
@@ -30,15 +30,15 @@ RETURNING true
 
 
 async def put(db: Db, frame: SetDraft, user_id: UserId) -> bool:
-    """Keep a draft in the place of the one before. Return False, and keep nothing, without access.
+    """Store a draft, which replaces an earlier one. Return False, without an effect, if the user has no access.
 
-    Under the lock of `conversations.keep`, which a deletion waits for, and under the user's lock, which leaving and
-    removal take: no draft outlives the membership.
+    Requires the lock of `conversations.keep`, for which a deletion waits, and the user's lock, which leaving and
+    removal take. So no draft outlives the membership.
     """
     return bool(await db.fetchval(SET, frame.conversation_id, user_id, frame.content))
 
 
-# The row stays, so that the user's other devices are told.
+# The row stays, so that the user's other devices are notified.
 EMPTY = f"""
 WITH touched AS (
     {MOVE_OWN} AND EXISTS (
@@ -51,11 +51,11 @@ WHERE d.user_id = $2 AND d.conversation_id = $1
 
 
 async def empty(db: Db, conversation_id: ConversationId, user_id: UserId) -> None:
-    """Empty the draft that a user has in a conversation. Under the locks of both."""
+    """Empty a user's draft in a conversation. Requires the locks of both."""
     await db.execute(EMPTY, conversation_id, user_id)
 
 
-# A crowd has drafts, so `remains` calls this after the conversation was deleted, under no lock but those of the users.
+# Very many participants may have drafts. So `remains` calls this after a deletion, with the users' locks only.
 EMPTY_SOME = """
 WITH free AS MATERIALIZED (
     SELECT o.id FROM draft d JOIN "user" o ON o.id = d.user_id
@@ -72,7 +72,7 @@ RETURNING d.user_id
 
 
 async def empty_some(db: Db, conversation_id: ConversationId, *, limit: int) -> list[UserId]:
-    """Empty up to `limit` drafts in a conversation that was deleted; return whose. Skip users who are held."""
+    """Empty up to `limit` drafts in a deleted conversation. Return their users. Locked users are skipped."""
     return [UserId(row[0]) for row in await db.fetch(EMPTY_SOME, conversation_id, limit)]
 
 
@@ -92,5 +92,5 @@ ORDER BY d.updated_at DESC, d.conversation_id DESC
 
 
 async def page(db: Db, user_id: UserId, before: Cursor | None) -> Undecoded[Page[Draft]]:
-    """Return a page of a user's drafts where they still take part, the latest first."""
+    """Return a page of a user's drafts in conversations of the user, latest first."""
     return _draft_decoder.page(await db.fetch(LIST, user_id, *(before or (None, None))), MAX_PAGE, Cursor.of)

@@ -1,4 +1,4 @@
-"""Messages changed: edited, deleted, and what they said before."""
+"""Changed messages: edited, deleted, and their earlier contents."""
 
 from typing import NamedTuple
 
@@ -26,14 +26,14 @@ UPDATE message m SET content = $5, formatted_content = $6, mentions = $7, loud_m
 FROM bumped b WHERE m.id = $2 AND (m.conversation_id = $1) IS TRUE
 RETURNING message_json(m)
 """
-# Finding the words of a long message takes longer than all the rest, so it comes before the lock.
+# Parsing the words of a long message takes longer than everything else, so it precedes the lock.
 WORDS = """
 SELECT search_words(m.conversation_id, coalesce($3, m.content), m.payload, coalesce($4, m.mentions),
     coalesce($5, m.loud_mentions), coalesce($6, m.hashtags)), m.version
 FROM message m WHERE m.id = $2 AND (m.conversation_id = $1) IS TRUE
 """
-# After whatever changed a message's words, or hid them, in the same transaction: from then on it is found by what it
-# says now; without words, not at all.
+# Runs after every change of a message's content or visibility, in the same transaction. The search index then has the
+# new content, or no entry for hidden and deleted messages.
 FIND_ANEW = """
 MERGE INTO message_search s
 USING (
@@ -55,12 +55,12 @@ SELECT count(*) FROM message_edit e WHERE e.message_id = $2 AND (e.conversation_
 
 
 async def count(db: Db, found: Message) -> int:
-    """Return how many versions of a message are kept. Under the lock."""
+    """Return the number of stored edits of a message. Requires the conversation's lock."""
     return int(await db.fetchval(COUNT, found.conversation_id, found.id))
 
 
 class IndexedWords(NamedTuple):
-    """What a message is found by, and the version of the message that they were found in."""
+    """The entry of the search index for a message, and the version of the message that it belongs to."""
 
     words: str
     version: int
@@ -69,9 +69,9 @@ class IndexedWords(NamedTuple):
 async def words(
     db: Db, place: MessageRef, content: str | None = None, made: Derived | None = None
 ) -> IndexedWords | None:
-    """Find the words of an edit, or of a message as it is, before the lock; None if there is no such message.
+    """Parse the words of an edit, or of the message as it is, before the lock. Return None if there is no such message.
 
-    The caller has checked that the user may see it.
+    The caller has checked that the user may see the message.
     """
     said = (None, None, None) if made is None else (made.mentions, made.loud_mentions, made.hashtags)
     row = await db.fetchrow(WORDS, place.conversation_id, place.message_id, content, *said)
@@ -79,9 +79,9 @@ async def words(
 
 
 async def edit(db: Db, found: Message, user_id: UserId, frame: Edit, made: Derived, *, words: str | None) -> Message:
-    """Change what a message says, keep what it said, and return it as it is now. Under the lock.
+    """Change the content of a message, store the old one, and return the message. Requires the conversation's lock.
 
-    `words` are those of the edit, if they are known.
+    `words` is the index entry of the new content, if it is known.
 
     Raises UniqueViolationError if the edit's id is taken.
     """
@@ -94,13 +94,13 @@ async def edit(db: Db, found: Message, user_id: UserId, frame: Edit, made: Deriv
 async def find_anew(
     db: Db, conversation_id: ConversationId, message_id: MessageId, *, words: str | None = None
 ) -> None:
-    """Have a message that was changed be found by what it says now, whose words are found here if they are not given.
-    Under the lock.
+    """Update a changed message in the search index. Its words are parsed here if they are not given. Requires the
+    conversation's lock.
     """
     await db.execute(FIND_ANEW, conversation_id, message_id, words)
 
 
-# What an edit made of the message is what the next edit kept, or what the message says now.
+# The result of an edit is the content that the next edit replaced, or the current content.
 EDITED = """
 SELECT e.version, e.message_id = $2 AND e.edited_by = $3
     AND coalesce(next.content, m.content) = $4
@@ -117,16 +117,16 @@ WHERE e.id = $1 AND e.conversation_id = $6
 
 
 async def edited(db: Db, frame: Edit, user_id: UserId) -> tuple[int, bool] | None:
-    """Return the version of the edit with this id, and whether it is the same edit; None if there is none."""
+    """Return the version of the edit with this id, and whether it is the same edit. Return None if there is none."""
     row = await db.fetchrow(
         EDITED, frame.edit_id, frame.message_id, user_id, frame.content, frame.is_markdown, frame.conversation_id
     )
     return None if row is None else (row[0], row[1])
 
 
-# By a user ($3), what a message said is kept; without one, its time is over, and nothing is. Reactions and votes
-# are left to `remains`: a crowd adds any number of them, and whoever sends waits for this statement. The message counts
-# none from now on, and what reads them asks whether the message is deleted.
+# Deleted by the user $3, a message keeps its content as an edit. Without a user it has expired, and nothing is kept.
+# `remains` deletes reactions and votes later, because there may be very many and senders wait for this statement. The
+# message has no counts from now on, and statements that read reactions check whether it is deleted.
 DELETE = """
 WITH bumped AS (
     UPDATE conversation SET version = version + 1, message_count = message_count - 1 WHERE id = $1
@@ -156,7 +156,9 @@ RETURNING message_json(m), (SELECT reply_count FROM root),
 
 
 class Deleted(NamedTuple):
-    """What is left of a deleted message; its root's count if it was a reply; `is_from_before` as in `Found`."""
+    """The remains of a deleted message, and the root's reply count if it was a reply. `is_from_before` is that of
+    `FoundMessage`.
+    """
 
     message: Message
     root_reply_count: int | None
@@ -164,17 +166,17 @@ class Deleted(NamedTuple):
 
 
 async def delete(db: Db, found: Message, user_id: UserId) -> Deleted:
-    """Delete a message's words; return what is left. Under the lock.
+    """Delete the content of a message, and return its remains. Requires the conversation's lock.
 
-    What it said is kept for those who read the database, until the time is over that the message had.
+    The content stays readable for readers of the database until the message expires.
     """
     text, root_reply_count, is_from_before = await _delete(db, found.conversation_id, found.id, user_id)
     return Deleted(_message_decoder.decode(text), root_reply_count, is_from_before)
 
 
-# All copies of a message's words but that in `message` itself, and in forwards, which are messages of their own. The
-# row of a scheduled message stays, since a repeated frame is known by it. A message that is deleted already loses its
-# time here; any other, by `DELETE`.
+# All copies of a message's content except those in `message` and in forwards, which are messages of their own. The row
+# of a scheduled message stays, because it identifies repeated frames. A deleted message loses its expiry here, and
+# others lose it by `DELETE`.
 FORGET = """
 WITH edits AS (
     DELETE FROM message_edit e WHERE e.message_id = $2 AND e.conversation_id = $1
@@ -187,9 +189,10 @@ RETURNING true
 
 
 async def expire(db: Db, conversation_id: ConversationId, message_id: MessageId) -> Deleted | None:
-    """Take the words away of a message whose time is over, and keep none; return as `delete`. Under the lock.
+    """Delete the content of an expired message and all copies of it. Return the same as `delete`. Requires the
+    conversation's lock.
 
-    Return None if it was deleted before, or if what is left cannot be read: its words are gone all the same.
+    Return None if it was deleted before, or if its remains are unreadable. The content is deleted in any case.
     """
     if await db.fetchval(FORGET, conversation_id, message_id):
         return None
@@ -202,12 +205,12 @@ async def _delete(
     db: Db, conversation_id: ConversationId, message_id: MessageId, user_id: UserId | None
 ) -> tuple[str, int | None, bool]:
     row = await db.fetchrow(DELETE, conversation_id, message_id, user_id)
-    assert row is not None  # noqa: S101 - the caller found it under the lock
+    assert row is not None  # noqa: S101 - the caller has found it under the lock
     await find_anew(db, conversation_id, message_id)
     return row[0], row[1], row[2]
 
 
-# Whoever may see them gets a row, whether or not there are any.
+# With access there is a row, even without edits.
 EDITS = f"""
 SELECT CASE WHEN e.id IS NOT NULL THEN row_to_json(e) END, e.version
 FROM (
@@ -228,8 +231,8 @@ ORDER BY e.version DESC
 async def edits(
     db: Db, place: MessageRef, user_id: UserId, before: int | None, *, limit: int
 ) -> Undecoded[Page[MessageEdit]] | None:
-    """Return up to `limit` of what a message said before a version, newest first; None without access, when it is
-    deleted or hidden from them.
+    """Return up to `limit` earlier contents of a message before a version, newest first. Return None without access, or
+    if the message is deleted or hidden from the user.
     """
     rows = await db.fetch(EDITS, place.message_id, user_id, place.conversation_id, limit + 1, before)
     return _edit_decoder.page([row for row in rows if row[0] is not None], limit) if rows else None

@@ -1,4 +1,4 @@
-"""Erasing a person: what they said stays, and nothing else of them."""
+"""Erasure of users. Their messages stay, and all other data of theirs is deleted."""
 
 import re
 from collections.abc import Collection
@@ -11,6 +11,7 @@ from server.db.database import Db
 from server.queries.relationships import BLANK
 
 AT_ONCE = 10
+"""Max users that `due` returns."""
 
 DUE = """
 SELECT id FROM "user" WHERE is_deleted AND erased_at IS NULL AND deleted_at < now() - $1::interval AND id <> ALL ($2)
@@ -19,12 +20,12 @@ ORDER BY deleted_at LIMIT $3
 
 
 async def due(db: Db, grace: timedelta, besides: Collection[UserId]) -> list[UserId]:
-    """Return the users, besides some whose time of grace is over, the first ones, at most `AT_ONCE`."""
+    """Return users whose grace period is over, the earliest first, except those in `besides`. At most `AT_ONCE`."""
     return [UserId(row[0]) for row in await db.fetch(DUE, grace, list(besides), AT_ONCE)]
 
 
-# First of all the user cannot come in any more, and whatever lets somebody into a conversation refuses them: it asks
-# under the user's lock whether they are active. The logins go now, so that nobody comes back who is half erased.
+# First, the user can no longer join or connect. Statements that add participants check under the user's lock that the
+# user is active. Logins are deleted now, so that nobody restores a half-erased account.
 IS_DUE = """
 SELECT is_deleted AND erased_at IS NULL AND deleted_at < now() - $2::interval FROM "user" WHERE id = $1
 """
@@ -40,12 +41,12 @@ SHUT_OUT = (
 
 
 async def shut_out(db: Db, user_id: UserId, grace: timedelta | None) -> bool:
-    """Deactivate a user for good; False, and in vain, if `grace` is given and they did not delete their account, or not
-    so long ago. Under the user's lock.
+    """Deactivate a user for ever. With `grace`, return False, without an effect, unless the user deleted the account at
+    least that long ago. Requires the user's lock.
     """
     if grace is not None and not await db.fetchval(IS_DUE, user_id, grace):
         return False
-    for STATEMENT in SHUT_OUT:  # noqa: N806 - a constant of this file, as all that is asked of the database
+    for STATEMENT in SHUT_OUT:  # noqa: N806 - a constant, as all SQL
         await db.execute(STATEMENT, user_id)
     return True
 
@@ -54,7 +55,7 @@ TAKES_PART = """
 SELECT p.conversation_id FROM conversation_participant p
 WHERE p.user_id = $1 AND p.status IN ('active', 'invited') ORDER BY p.conversation_id
 """
-# What was deleted for everyone has no events and no owner any more, and `participants.leave` does not know it.
+# A deleted conversation has no events and no owner any more, and `participants.leave` does not find it.
 LEAVE_DELETED = """
 WITH counted AS (
     UPDATE conversation c SET participant_count = c.participant_count - (p.status = 'active')::integer
@@ -68,12 +69,12 @@ WHERE p.conversation_id = counted.id AND p.user_id = $2
 
 
 async def leave_deleted(db: Db, conversation_id: ConversationId, user_id: UserId) -> None:
-    """Let a user out of a conversation that was deleted."""
+    """Make a user leave a deleted conversation."""
     await db.execute(LEAVE_DELETED, conversation_id, user_id)
 
 
 async def conversations(db: Db, user_id: UserId) -> list[ConversationId]:
-    """Return where a user takes part or is invited to."""
+    """Return the conversations that a user participates in or is invited to."""
     return [ConversationId(row[0]) for row in await db.fetch(TAKES_PART, user_id)]
 
 
@@ -85,13 +86,13 @@ FROM "user" u WHERE u.id = $1
 
 
 async def words(db: Db, user_id: UserId) -> list[str]:
-    """Return what a user is known by, to be looked for afterwards."""
+    """Return the texts that identify a user, to search for them afterwards."""
     return list(await db.fetchval(WORDS, user_id) or ())
 
 
-# The others' devices are told by the row itself, as of any relationship that ends: it says nothing any more, and
-# `relationships.forget` deletes it after a while. A device that was deleted a row of would read all its own rows anew,
-# and the followers of one user are many (docs/decisions/0054). Nobody is told of another's block or mute by its end.
+# The row itself notifies the other user's devices, as with any relationship that ends. `relationships.forget` deletes
+# it later. Deleting it now would make devices read all their own rows again, and one user may have many followers
+# (docs/decisions/0054). Blocks and mutes are never visible to the other user, even at their end.
 RELATED = f"""
 SELECT o.id FROM (
     SELECT there.id FROM unnest('{{friend,block,follow,mute}}'::text[]) AS kind CROSS JOIN LATERAL (
@@ -130,21 +131,21 @@ FROM ended e JOIN moved m ON m.id = e.other WHERE r.id = e.id
 
 
 async def related(db: Db, user_id: UserId, after: UserId) -> list[UserId]:
-    """Return those whom a user has a relationship with that says something, or who have one with the user: the first
-    after an id, at most `RELATED_AT_ONCE`.
+    """Return users who have a relationship with a user that is not blank, in either direction. They are the first after
+    an id, at most `RELATED_AT_ONCE`.
     """
     return [UserId(row[0]) for row in await db.fetch(RELATED, user_id, after, RELATED_AT_ONCE)]
 
 
 async def unrelate(db: Db, user_id: UserId, others: list[UserId]) -> None:
-    """End what is between a user and others, and delete the words of it. Under the locks of all of them."""
+    """End the relationships of a user with others, and delete their texts. Requires the locks of all of them."""
     await db.execute(UNRELATE, user_id, others)
 
 
 PORTION = 500
 """Max rows of each kind that one transaction deletes or clears."""
-# In the order of an index, and each from where the one before it ended: a user may have any number of these rows, and
-# most of them stay. A statement returns the last key that it looked at.
+# Each statement proceeds in the order of an index, from where the one before ended. A user may have any number of these
+# rows, and most of them stay. The statement returns the last key that it visited.
 CLEAR_MEMBERSHIPS = """
 WITH page AS MATERIALIZED (
     SELECT p.conversation_id FROM conversation_participant p
@@ -167,7 +168,7 @@ WITH page AS MATERIALIZED (
 )
 SELECT max(root_id::text)::uuid FROM page
 """
-# One message may have a thousand edits. What is kept beyond a portion is deleted by the same statement once more.
+# A message may have a thousand edits. Those beyond a portion are deleted by the next run of the statement.
 FORGET_EDITS = """
 WITH page AS MATERIALIZED (
     SELECT m.id, m.conversation_id, m.is_deleted FROM message m
@@ -180,7 +181,7 @@ WITH page AS MATERIALIZED (
 )
 SELECT CASE WHEN (SELECT count(*) FROM kept) < $3 THEN (SELECT max(id::text)::uuid FROM page) ELSE $2 END
 """
-# Several reports may have one time, so those that are done are told by their reason.
+# Several reports may have the same time, so the reason marks those that are done.
 CLEAR_REPORTS = """
 WITH page AS MATERIALIZED (
     SELECT r.id, r.created_at FROM report r
@@ -196,15 +197,17 @@ CLEARED = (CLEAR_MEMBERSHIPS, CLEAR_THREADS, FORGET_EDITS, CLEAR_REPORTS)
 
 
 class Cleared(NamedTuple):
-    """How far the rows of a user that stay are cleared: by which statement, and after which key it goes on."""
+    """The progress of clearing a user's remaining rows: the statement, and the key after which it continues."""
 
     step: int = 0
     after: UUID = UUID(int=0)
 
 
 async def clear(db: Db, user_id: UserId, place: Cleared) -> Cleared | None:
-    """Clear a portion of a user's rows that stay; return where to go on, None at the end. Under the user's lock."""
-    STATEMENT = CLEARED[place.step]  # noqa: N806 - a constant of this file, as all that is asked of the database
+    """Clear a portion of a user's remaining rows. Return where to continue, or None at the end. Requires the user's
+    lock.
+    """
+    STATEMENT = CLEARED[place.step]  # noqa: N806 - a constant, as all SQL
     after: UUID | None = await db.fetchval(STATEMENT, user_id, place.after, PORTION)
     if after is not None:
         return Cleared(place.step, after)
@@ -251,8 +254,8 @@ WHERE t.root_id = page.root_id AND t.user_id = $1
 RETURNING 1
 """
 FORGOTTEN = (FORGET_APPROACHES, FORGET_APPROACHED, FORGET_DRAFTS, FORGET_SCHEDULED, FORGET_STARS, UNFOLLOW)
-# The rows that a user has few of, and last of all the user's own: it stays, for what they said refers to it. Its
-# address is random: nobody can have one that makes erasing fail.
+# Tables with few rows of a user, and at last the user's own row. It stays, because messages refer to it. Its address is
+# random, so that nobody can take the address in advance and make erasures fail.
 FORGET = (
     'DELETE FROM verification v USING "user" u WHERE u.id = $1 AND v.identifier = u.email',
     "DELETE FROM session WHERE user_id = $1",
@@ -273,29 +276,33 @@ FORGET = (
 
 
 async def forget_some(db: Db, user_id: UserId) -> bool:
-    """Take away a portion of what a user keeps; return whether there may be more. Under the user's lock."""
-    for STATEMENT in FORGOTTEN:  # noqa: N806 - a constant of this file, as all that is asked of the database
+    """Delete a portion of the rows that users may have many of. Return whether there may be more. Requires the user's
+    lock.
+    """
+    for STATEMENT in FORGOTTEN:  # noqa: N806 - a constant, as all SQL
         if len(await db.fetch(STATEMENT, user_id, PORTION)) == PORTION:
             return True
     return False
 
 
 REFERENCES = 'SELECT FROM "user" WHERE id = $1 FOR UPDATE'
-"""A row that refers to the user, and is not committed, has the user locked FOR KEY SHARE."""
+"""Transactions that have inserted rows which refer to the user hold FOR KEY SHARE on the user's row until
+they commit.
+"""
 
 
 async def lock_out_references(db: Db, user_id: UserId) -> None:
-    """Lock a user after the transactions that have inserted rows which refer to the user, and before those that will:
-    `is_unerased_now` and `users.keep` wait for this one.
+    """Lock a user after the transactions that have inserted rows which refer to the user, and before later ones.
+    `is_unerased_now` and `users.keep` wait for this lock.
     """
     await db.execute(REFERENCES, user_id)
 
 
 async def forget(db: Db, user_id: UserId) -> None:
-    """Take away the rest of a user, after `forget_some`, in its transaction: frames that were in flight while the user
-    was shut out may have written rows since.
+    """Delete the remaining rows of a user, after `forget_some`, in the same transaction. Frames in flight may have
+    written rows after the user was shut out.
     """
-    for STATEMENT in FORGET:  # noqa: N806 - a constant of this file, as all that is asked of the database
+    for STATEMENT in FORGET:  # noqa: N806 - a constant, as all SQL
         await db.execute(STATEMENT, user_id)
 
 
@@ -303,7 +310,7 @@ _SPECIAL = re.compile(r"[\\%_]")
 
 
 class Trace(NamedTuple):
-    """Where something is left: a column, whether it holds what people said, and in how many rows."""
+    """Remaining data of a user: the column, whether it has content of messages, and the number of rows."""
 
     place: str
     is_said: bool
@@ -329,7 +336,7 @@ SELECT NOT EXISTS (SELECT FROM account WHERE user_id = $1) AND NOT EXISTS (SELEC
 
 
 async def traces(db: Db, user_id: UserId, texts: list[str]) -> list[Trace]:
-    """Return where something of a user is left: rows of theirs, or any of the texts anywhere."""
+    """Return where data of a user remains: the user's rows, and any of the texts in any column."""
     found = [] if await db.fetchval(IS_ERASED, user_id) else [Trace("rows of the user", is_said=False, found=1)]
     needles = ["%" + _SPECIAL.sub(r"\\\g<0>", text) + "%" for text in texts]
     return found + [Trace(*row) for row in await db.fetch(TRACES, needles)]

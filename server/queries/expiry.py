@@ -1,4 +1,4 @@
-"""Messages whose time is over."""
+"""Expired messages."""
 
 from collections.abc import Collection, Sequence
 
@@ -6,10 +6,11 @@ from protocol.ids import ConversationId, MessageId, UserId
 from server.db.database import Db
 
 AT_ONCE = 200
+"""Max messages that `due` returns."""
 PORTION = 8
-"""Max messages that expire in one transaction: as long, at most, whoever sends to the conversation waits."""
+"""Max messages that expire in one transaction, because other frames of the conversation wait for it."""
 EDITS_AT_ONCE = 12
-"""Max former versions of each message that one statement deletes."""
+"""Max edits of a message that one statement deletes."""
 
 DUE = """
 SELECT m.sender_id, m.conversation_id, m.id FROM message m
@@ -21,8 +22,8 @@ ORDER BY m.expires_at LIMIT $1
 async def due(
     db: Db, besides: Collection[ConversationId], served: Collection[UserId]
 ) -> dict[tuple[UserId, ConversationId], list[MessageId]]:
-    """Return the messages whose time has been over for longest, at most `AT_ONCE`, by sender and conversation, but for
-    those of the conversations `besides` and of the senders `served`.
+    """Return expired messages by sender and conversation, at most `AT_ONCE`, those that expired first. Those of the
+    conversations `besides` and of the senders `served` are left out.
     """
     found: dict[tuple[UserId, ConversationId], list[MessageId]] = {}
     for sender_id, conversation_id, message_id in await db.fetch(DUE, AT_ONCE, list(besides), list(served)):
@@ -37,12 +38,12 @@ WHERE m.id = ANY($2) AND (m.conversation_id = $1) IS TRUE AND m.expires_at <= no
 
 
 async def still_due(db: Db, conversation_id: ConversationId, message_ids: Sequence[MessageId]) -> list[MessageId]:
-    """Return those of the messages that no other worker has dealt with. Under the lock."""
+    """Return those of the messages that no other worker has deleted. Requires the conversation's lock."""
     return [MessageId(row[0]) for row in await db.fetch(STILL_DUE, conversation_id, list(message_ids))]
 
 
-# The words of messages that were edited often go before the lock of the conversation. The oldest ones stay until then:
-# a repeated `send` is known by them.
+# Edits are deleted before the conversation's lock. The oldest one stays until then, because it identifies a repeated
+# `send`.
 FORGET_EDITS = """
 WITH gone AS MATERIALIZED (
     SELECT kept.id FROM message m CROSS JOIN LATERAL (
@@ -61,6 +62,6 @@ SELECT count(*) FROM deleted
 
 
 async def forget_edits(db: Db, conversation_id: ConversationId, message_ids: Sequence[MessageId]) -> bool:
-    """Delete some of what messages whose time is over said before; return whether there may be more."""
+    """Delete some edits of expired messages. Return whether there may be more."""
     deleted = await db.fetchval(FORGET_EDITS, conversation_id, list(message_ids), EDITS_AT_ONCE)
     return int(deleted) >= EDITS_AT_ONCE

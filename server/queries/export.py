@@ -1,4 +1,6 @@
-"""A person's own data: what may be large in pages, the rest whole. The fields are those of protocol/export.py."""
+"""The export of a user's own data: lists of any length in pages, and the rest whole. protocol/export.py defines the
+fields.
+"""
 
 from typing import Any, NamedTuple
 from uuid import UUID
@@ -7,19 +9,20 @@ from protocol.ids import UserId
 from server.db.database import Db
 
 PAGE = 50
-"""Rows in each piece: messages, drafts and edits may have 10,000 characters each."""
+"""Rows per page. Messages, drafts and edits may have 10,000 characters each."""
 
 _IS_SHOWN = """EXISTS (
     SELECT FROM conversation c JOIN conversation_participant p ON p.conversation_id = c.id AND p.user_id = $1
     WHERE c.id = m.conversation_id AND NOT c.is_deleted AND p.status = 'active'
         AND m.sent_version > visible_after(c, p)
 )"""
-"""Whether frames show the message `m` to the user $1 now. Of other messages, an export has what the user did alone: not
-what others have done about them since.
+"""Whether frames show the message `m` to the user $1 now. For other messages, an export contains only the user's own
+actions, and not what others have done since.
 """
 
-# What a person sent to others is among their own relationships; what others did about them is not theirs. Of where they
-# take part no more, it has not why, nor what it is called now. A conversation that was deleted is left by all.
+# The user's own relationships include what the user sent to others, and not what others did about them. For
+# conversations that the user left, the export has neither the reason nor the current title. A deleted conversation
+# counts as left.
 HEAD = f"""
 SELECT json_build_object(
     'me', me_json(u),
@@ -86,7 +89,7 @@ SCHEDULED = """
 SELECT s.id, scheduled_json(s)::text
 FROM scheduled_message s WHERE s.sender_id = $1 AND s.id > $2 ORDER BY s.id LIMIT $3
 """
-# The words of a message that somebody else deleted are those that the deletion kept. Without words, its time is over.
+# If another user deleted a message, its content is the one that the deletion kept. Without that, it has expired.
 _WORDS_ALONE = """json_populate_record(NULL::message, json_build_object(
     'id', m.id, 'conversation_id', m.conversation_id, 'sender_id', m.sender_id, 'content_type', m.content_type,
     'content', coalesce(taken.content, m.content),
@@ -117,7 +120,8 @@ LEFT JOIN LATERAL (
 ) taken ON true
 WHERE m.sender_id = $1 AND m.id > $2 ORDER BY m.id LIMIT $3
 """  # noqa: S608 - only constants are put in
-# Edits are the sender's own. What somebody else's deletion kept is shown as the message itself where that is not shown.
+# Edits by the sender. The content that another user's deletion kept is part of the message itself if frames do not show
+# it.
 EDITS = f"""
 SELECT e.version, json_build_object('id', e.id, 'content', e.content, 'formatted_content', e.formatted_content,
     'edited_by', e.edited_by, 'edited_at', e.edited_at, 'version', e.version)::text
@@ -128,7 +132,7 @@ ORDER BY e.version LIMIT $4
 
 
 class ExportRow(NamedTuple):
-    """A row as JSON, and after what to go on: an id, or both columns of a key."""
+    """A row as JSON, and its sort key: an id, or both columns of a key."""
 
     place: Any
     text: str
@@ -136,40 +140,40 @@ class ExportRow(NamedTuple):
 
 
 async def head(db: Db, user_id: UserId) -> str:
-    """Return all that is not large, as a JSON object."""
+    """Return everything except lists of any length, as a JSON object."""
     return str(await db.fetchval(HEAD, user_id))
 
 
 async def drafts(db: Db, user_id: UserId, after: UUID) -> list[ExportRow]:
-    """Return up to `PAGE` of a user's drafts, in the order of their conversations."""
+    """Return up to `PAGE` drafts of a user, by conversation."""
     return [ExportRow(*row) for row in await db.fetch(DRAFTS, user_id, after, PAGE)]
 
 
 async def scheduled(db: Db, user_id: UserId, after: UUID) -> list[ExportRow]:
-    """Return up to `PAGE` of a user's scheduled messages."""
+    """Return up to `PAGE` scheduled messages of a user."""
     return [ExportRow(*row) for row in await db.fetch(SCHEDULED, user_id, after, PAGE)]
 
 
 async def reactions(db: Db, user_id: UserId, after: tuple[UUID, str]) -> list[ExportRow]:
-    """Return up to `PAGE` of a user's reactions, in the order of messages and emoji."""
+    """Return up to `PAGE` reactions of a user, by message and emoji."""
     return [ExportRow((row[0], row[1]), row[2]) for row in await db.fetch(REACTIONS, user_id, *after, PAGE)]
 
 
 async def votes(db: Db, user_id: UserId, after: UUID) -> list[ExportRow]:
-    """Return up to `PAGE` of a user's votes."""
+    """Return up to `PAGE` votes of a user."""
     return [ExportRow(*row) for row in await db.fetch(VOTES, user_id, after, PAGE)]
 
 
 async def deeds(db: Db, user_id: UserId, after: tuple[UUID, int]) -> list[ExportRow]:
-    """Return up to `PAGE` entries of audit logs that a user is the actor of, in the order of the logs."""
+    """Return up to `PAGE` entries of audit logs whose actor is a user, by log."""
     return [ExportRow((row[0], row[1]), row[2]) for row in await db.fetch(DEEDS, user_id, *after, PAGE)]
 
 
 async def messages(db: Db, user_id: UserId, after: UUID) -> list[ExportRow]:
-    """Return up to `PAGE` of a user's messages, without their edits."""
+    """Return up to `PAGE` messages of a user, without their edits."""
     return [ExportRow(*row) for row in await db.fetch(MESSAGES, user_id, after, PAGE)]
 
 
 async def edits(db: Db, user_id: UserId, after: tuple[UUID, int]) -> list[ExportRow]:
-    """Return up to `PAGE` of what a user's message said before a version, in the order of versions."""
+    """Return up to `PAGE` edits of a user's message after a version, by version."""
     return [ExportRow((after[0], row[0]), row[1]) for row in await db.fetch(EDITS, user_id, *after, PAGE)]

@@ -1,4 +1,4 @@
-"""The feed: what concerns somebody, computed from the rows that say it. Nothing is kept, so nothing can drift."""
+"""The feed of a user, computed from other rows. Nothing is stored, so nothing can become inconsistent."""
 
 from collections.abc import Sequence
 from datetime import datetime
@@ -22,11 +22,13 @@ _entry_decoder = Reader(FeedEntry)
 
 KINDS: tuple[FeedKind, ...] = ("mention", "reply", "reaction", "friend_request", "invitation")
 THREADS = 500
-"""Max threads whose replies are in the feed: of those that the user follows, the ones that began last."""
+"""Max threads whose replies are in the feed. They are those with the newest roots among the threads that the user
+follows.
+"""
 REPLIES = 100
-"""Max replies that the feed looks at, per thread: the newest."""
+"""Max replies per thread that the feed reads, the newest first."""
 
-# By key, for each row: joined, all of the user's conversations would be compared with each.
+# Read by key for each row. A join would compare all of the user's conversations with each row.
 _SEEN_AFTER = """
     SELECT visible_after(c, p) AS after FROM conversation c
     JOIN conversation_participant p ON p.conversation_id = {at} AND p.user_id = $1 AND p.status = 'active'
@@ -34,10 +36,10 @@ _SEEN_AFTER = """
 """
 _BEFORE = """{at} > $5 AND ({at}, {key}) < (coalesce($3::timestamptz, 'infinity'),
         coalesce($4, 'ffffffff-ffff-ffff-ffff-ffffffffffff'::uuid))"""
-"""After the time $5 and before the end of the page before, by an index on both columns."""
+"""After the time $5 and before the end of the previous page, by an index on both columns."""
 _FOR_ME = f"""n.sender_id <> $1 AND NOT $1 = ANY(n.mentions) AND NOT n.is_deleted AND NOT n.is_moderated
             AND n.sent_version > l.after AND NOT {SILENCES.format(me="$1", them="n.sender_id")}"""
-# Messages of each place, the latest first.
+# Messages of each place, latest first.
 _LOUD = f"""
         SELECT n.created_at, n.id, n.sender_id FROM message n
         WHERE n.conversation_id = l.conversation_id AND n.loud_mentions <> '{{}}'
@@ -54,7 +56,7 @@ _REPLIES = f"""
         WHERE {_BEFORE.format(at="n.created_at", key="n.id")} AND {_FOR_ME}
         ORDER BY n.thread_order DESC
 """  # noqa: S608 - constants are put in
-# The latest of each place decides which places to read on in, at most as many as there are entries on a page.
+# The latest message of each place decides which places are read further, at most as many as the page has entries.
 _OF_PLACES = """
     (SELECT {kind}, n.created_at, n.id, n.sender_id, l.conversation_id, NULL::text
     FROM (
@@ -70,7 +72,7 @@ _THREADS = f"""
         ) t CROSS JOIN LATERAL ({_SEEN_AFTER.format(at="t.conversation_id")}) there
 """  # noqa: S608 - constants are put in
 _LATEST = LATEST.format(user="$1", also="AND 'mention' = ANY($2)", since="$7::timestamptz")
-# Mentions by name, of the user $1. Only this goes by the index of words, which has no order.
+# Mentions of the user $1 by name. Only this uses the search index, which has no order.
 NAMED = f"""
 SELECT s.created_at, s.message_id, seen.sender_id, s.conversation_id
 FROM (
@@ -92,11 +94,10 @@ CROSS JOIN LATERAL (
 WHERE 'mention' = ANY($2)
 ORDER BY s.created_at DESC, s.message_id DESC LIMIT $6
 """  # noqa: S608 - constants are put in
-# $1 is the user, $2 the kinds, $3 and $4 where the page before ended, $5 the time after which, $6 how many at most, $7
-# since when the latest conversations were active, $8 to $11 what NAMED brought. Each branch goes by an index, the
-# latest first, and stops when it has as many as are asked for. A branch whose kind is not asked for reads nothing. A
-# message that mentions the user is no reply as well: the place where a page ends could not tell two entries of one time
-# and id apart.
+# $1 is the user, $2 the kinds, $3 and $4 the end of the previous page, $5 the min time, and $6 the limit. $7 is the
+# last activity of the oldest conversation that counts, and $8 to $11 are the result of NAMED. Each branch reads an
+# index, latest first, and stops at the limit. A branch without its kind in $2 reads nothing. A message that mentions
+# the user is not also a reply, because the end of a page could not distinguish two entries with equal time and id.
 ROWS = f"""
 SELECT DISTINCT ON (at, key, user_id, emoji) * FROM (
     (SELECT 'mention' AS kind, n.at, n.key, n.user_id, n.conversation_id, NULL::text AS emoji
@@ -159,7 +160,7 @@ SEEN_AT = """SELECT coalesce(u.feed_seen_at, '-infinity') FROM "user" u WHERE u.
 
 
 class FeedPosition(NamedTuple):
-    """Where a page of the feed ends, and since when the conversations were active that it looked through."""
+    """The end of a page of the feed, and the last activity of the oldest conversation that the feed covers."""
 
     at: datetime
     id: UUID
@@ -170,7 +171,7 @@ class FeedPosition(NamedTuple):
 
     @classmethod
     def read(cls, text: str | None) -> Self | None:
-        """Return what `str` of a place says; None of nothing. Raises Refused if it is something else."""
+        """Parse the text of a position. Return None for None. Raises Refused if it is invalid."""
         if text is None:
             return None
         try:
@@ -181,7 +182,7 @@ class FeedPosition(NamedTuple):
 
 
 class FeedQuery(NamedTuple):
-    """Which entries of a user: of these kinds, before a place, after a time, and how many at most."""
+    """Selects entries of a user: by kind, before a place, after a time, up to a limit."""
 
     user_id: UserId
     kinds: Sequence[FeedKind]
@@ -192,13 +193,13 @@ class FeedQuery(NamedTuple):
 
 
 async def _named(db: Db, asked: FeedQuery) -> list[list[Any]]:
-    """Return the mentions by name as columns. While an index of words may be used."""
+    """Return mentions by name, as columns. The transaction must allow the search index."""
     rows = await db.fetch(NAMED, *asked)
     return [[row[column] for row in rows] for column in range(4)]
 
 
 async def page(db: Db, user_id: UserId, frame: ListFeed) -> Undecoded[FeedPage]:
-    """Return a page of entries, the latest first, and how many are new. In a transaction for searching."""
+    """Return a page of entries, latest first, and the number of unseen ones. Requires a transaction for searches."""
     kinds, before = frame.kinds or KINDS, FeedPosition.read(frame.after)
     at, key, since = before or (None, None, None)
     if before is None and "mention" in kinds:
@@ -219,7 +220,7 @@ async def page(db: Db, user_id: UserId, frame: ListFeed) -> Undecoded[FeedPage]:
 
 
 async def count_unseen(db: Db, user_id: UserId) -> int:
-    """Return how many entries are newer than what the user has seen, up to 100. In a transaction for searching."""
+    """Return the number of entries that the user has not seen, up to 100. Requires a transaction for searches."""
     asked = await _unseen(db, user_id)
     named = await _named(db, asked)
     await db.execute(IN_ORDER)
@@ -242,5 +243,5 @@ WHERE id = $1 AND is_active AND coalesce(feed_seen_at < least($2, now()), true)
 
 
 async def see(db: Db, user_id: UserId, up_to: datetime) -> None:
-    """Note that a user has seen the feed up to a time, which only moves forward."""
+    """Mark the feed as seen up to a time, which never moves back."""
     await db.execute(SEE, user_id, up_to)

@@ -1,12 +1,16 @@
-"""Statements that lock one conversation until the transaction ends. The package says in which order to lock."""
+"""Statements that lock one conversation until the transaction ends. `server/queries/__init__.py` defines the order of
+locks.
+"""
 
-# PostgreSQL locks only the rows that WHERE selects: others neither wait for the row nor hold it. A row that changed
-# meanwhile is selected anew, but `conversation_participant` is read as it was when the statement began.
+# PostgreSQL locks only the rows that WHERE selects, so refused users neither wait for the row nor hold it. A row that
+# changed meanwhile is evaluated again, but `conversation_participant` is read as of the start of the statement.
 HAS_PART = """EXISTS (
     SELECT FROM conversation_participant p
     WHERE p.conversation_id = c.id AND p.user_id = $2 AND p.status = {status} OFFSET 0
 )"""
-"""Whether the user $2 has a part with this status in the conversation `c`, asked before the row of `c` is locked."""
+"""Whether the user $2 is a participant with this status in the conversation `c`, checked before the row of `c` is
+locked.
+"""
 
 
 def _locking(what: str, *conditions: str) -> str:
@@ -15,10 +19,10 @@ def _locking(what: str, *conditions: str) -> str:
 
 
 LOCK_ROW = _locking("true")
-"""Locks a conversation, also a deleted one."""
+"""Locks a conversation, deleted or not."""
 LOCK = _locking("conversation_json(c)", "NOT c.is_deleted")
-"""Locks a conversation and returns it."""
+"""Locks a conversation, and returns it."""
 LOCK_AS = _locking("conversation_json(c)", "NOT c.is_deleted", HAS_PART.format(status="$3"))
-"""Does what `LOCK` does, if the user $2 has a part with the status $3."""
+"""The same as `LOCK` for a participant $2 with the status $3."""
 LOCK_PART = _locking("true", "NOT c.is_deleted", HAS_PART.format(status="'active'"))
-"""Locks a conversation, if the user $2 takes part."""
+"""Locks a conversation for an active participant $2."""

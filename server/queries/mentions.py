@@ -1,4 +1,4 @@
-"""Mentions: who of those that a message names is meant by it."""
+"""Resolves the users that a message mentions."""
 
 from typing import NamedTuple
 
@@ -8,15 +8,15 @@ from server.db.database import Db
 
 
 class Meant(NamedTuple):
-    """Who is mentioned, and whether the sender may mention many at once."""
+    """The mentioned users, and whether the sender may mention several users by a word such as `everyone`."""
 
     user_ids: list[UserId]
     may_be_loud: bool
 
 
-# Somebody outside, gone, or blocked by the sender is not mentioned, and neither is a name that two people have. Whoever
-# blocks the sender is mentioned as everybody is, and not told of it: a mention that failed would tell of the block.
-# Spaces in a name are written as dots or underscores, or left out.
+# A mention is ignored if the user is no participant, inactive or blocked by the sender, or if two users have the name.
+# A user who blocks the sender is mentioned as others are, because a failed mention would reveal the block. Such a user
+# gets no notification. Spaces in a name are written as dots or underscores, or left out.
 RESOLVE = f"""
 SELECT c.type <> 'direct' AND can(me.role, 'moderator', false), ARRAY(
     SELECT found.id FROM (
@@ -57,6 +57,6 @@ WHERE me.conversation_id = $1 AND me.user_id = $2 AND me.status = 'active'
 async def resolve(
     db: Db, conversation_id: ConversationId, sender_id: UserId, ids: list[UserId], names: list[str]
 ) -> Meant:
-    """Return who of those named in a conversation is mentioned; nobody if the sender does not take part in it."""
+    """Return the mentioned users in a conversation. Return none if the sender does not participate."""
     row = await db.fetchrow(RESOLVE, conversation_id, sender_id, ids, names)
     return Meant([], may_be_loud=False) if row is None else Meant(row[1], row[0])

@@ -1,4 +1,4 @@
-"""Messages: found, read in pages."""
+"""Messages: found, locked, and read in pages."""
 
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, Protocol
@@ -17,46 +17,46 @@ _participant_decoder = Reader(Participant)
 _conversation_decoder = Reader(Conversation)
 
 NEWEST = 2**62
-"""An anchor after every message."""
+"""An anchor after all messages."""
 
 
 VISIBLE = """FROM message m
 JOIN conversation c ON c.id = m.conversation_id AND NOT c.is_deleted
 JOIN conversation_participant p ON p.conversation_id = m.conversation_id AND p.user_id = $2 AND p.status = 'active'
 WHERE m.id = $1 AND (m.conversation_id = $3) IS TRUE AND m.sent_version > visible_after(c, p)"""
-"""The message $1 of the conversation $3, if the user $2 takes part in it and may see that far back."""
+"""The message $1 of the conversation $3, if the user $2 participates and may see it."""
 WITHHELD = """CASE WHEN {message}.is_moderated AND ({message}.sender_id = $2
     OR can(p.role, 'moderator', p.can_delete_messages)) THEN {message}.content END"""
-"""What a moderator has hidden, for the participant `p`, who is the user $2."""
+"""The content of a hidden message, for its sender and for moderators. The participant `p` is the user $2."""
 
 
 class MessageRef(Protocol):
-    """What names a message: every frame about one does."""
+    """The address of a message, which every frame about one has."""
 
     @property
     def conversation_id(self) -> ConversationId:
-        """Where it is."""
+        """The id of its conversation."""
 
     @property
     def message_id(self) -> MessageId:
-        """Which it is."""
+        """The id of the message."""
 
 
 class At(NamedTuple):
-    """What names a message that no frame does."""
+    """The address of a message without a frame."""
 
     conversation_id: ConversationId
     message_id: MessageId
 
 
 Obstacle = Literal["inactive", "archived", "role", "unwanted", "slow"]
-"""What keeps a participant from saying anything in a conversation: obstacle() in schema.sql."""
+"""Obstacles to sending in a conversation, as obstacle() in schema.sql returns them."""
 
 
 class FoundMessage(NamedTuple):
-    """A message, the caller's part in its conversation, the conversation itself, and whether there are people there who
-    may not see the message because they joined later, so that its words are not for everyone; what keeps the caller
-    from saying anything there, and for how many milliseconds slow mode does.
+    """A message with the caller's participation and the conversation. `is_from_before` tells that some participants
+    joined later and may not see the message, so that events must not contain it. `obstacle` and `wait_ms` tell whether
+    the caller may send.
     """
 
     message: Message
@@ -76,9 +76,9 @@ SELECT message_json(m), participant_json(p), conversation_json(c),
 
 
 async def lock(db: Db, place: MessageRef, user_id: UserId) -> FoundMessage | None:
-    """Lock the conversation of a message, and then return the message as it is, deleted or not; None without access.
+    """Lock the conversation of a message, and then return the message, deleted or not. Return None without access.
 
-    Locks nothing unless the user takes part.
+    Without participation, nothing is locked.
     """
     if not await db.fetchval(LOCK_PART, place.conversation_id, user_id):
         return None
@@ -86,7 +86,7 @@ async def lock(db: Db, place: MessageRef, user_id: UserId) -> FoundMessage | Non
 
 
 async def find(db: Db, place: MessageRef, user_id: UserId) -> FoundMessage | None:
-    """Return a message as it is, deleted or not; None without access."""
+    """Return a message, deleted or not. Return None without access."""
     row = await db.fetchrow(FIND, place.message_id, user_id, place.conversation_id)
     if row is None:
         return None
@@ -104,8 +104,8 @@ REACHED = """(
             LIMIT 1000
         ) o
     )"""
-"""How many others the message `m` has reached, by a position of theirs; at most 1,000 are counted. Those who came
-after the message have a position past it, and have not read it.
+"""The number of others whose position has reached the message `m`, up to 1,000. Those who joined after the message have
+a later position, and do not count.
 """
 
 GET = f"""
@@ -130,13 +130,13 @@ SELECT json_build_object(
 
 
 async def get(db: Db, place: MessageRef, user_id: UserId) -> OneMessage | None:
-    """Return a message with the caller's reactions and how many have read it (at most 1,000 are counted)."""
+    """Return a message with the caller's reactions, and the number of readers, up to 1,000."""
     text = await db.fetchval(GET, place.message_id, user_id, place.conversation_id)
     return None if text is None else _one_decoder.decode(text)
 
 
-# $3 is the anchor, whose place ($4 past it, or $4 itself when there is none) divides what is older from what
-# is not. A participant gets at least one row, empty if need be: no row means no access.
+# $3 is the anchor. Its place, plus $4, divides older messages from the others. Without an anchor, $4 is that place. A
+# participant gets at least one row, which may be empty, so no row means no access.
 _PAGE = f"""
 SELECT c.version, anchor.place, page.is_older, message_json(page.m), {WITHHELD.format(message="(page.m)")}, ARRAY(
     SELECT r.emoji FROM message_reaction r
@@ -172,19 +172,21 @@ TIMELINE = _PAGE.format(
     within="m.conversation_id = $1 AND (m.thread_root_id IS NULL OR m.also_in_conversation)",
     place="sent_version",
 )
-"""The same without replies that stand in their threads alone."""
-# The root has to be there, and to be visible, for a place in its thread.
+"""The same without replies that are visible in their threads only."""
+# The root must exist and be visible.
 REPLIES = _PAGE.format(
     anchor="""SELECT $4::bigint AS place FROM message a
         WHERE a.id = $3 AND (a.conversation_id = $1) IS TRUE AND a.sent_version > visible_after(c, p)""",
     within="m.thread_root_id = $3 AND (m.conversation_id = $1) IS TRUE",
     place="thread_order",
 )
-"""The same within the thread that begins with $3, by the places in it."""
+"""The same within the thread of the root $3, by the places in it."""
 
 
 class Span(NamedTuple):
-    """Which messages: up to `older` before the anchor, and up to `newer` from it on (after it, if `is_after`)."""
+    """Selects messages: up to `older` before the anchor, and up to `newer` from the anchor on, or after it with
+    `is_after`.
+    """
 
     anchor: MessageId | None
     older: int
@@ -195,7 +197,7 @@ class Span(NamedTuple):
 async def page(
     db: Db, conversation_id: ConversationId, user_id: UserId, span: Span, *, with_replies: bool
 ) -> Undecoded[MessagePage] | None:
-    """Return the messages of `span`, oldest first; None without access.
+    """Return the messages of `span`, oldest first. Return None without access.
 
     Raises LookupError if the anchor is not a message of the conversation.
     """
@@ -208,13 +210,13 @@ async def page(
 async def replies(
     db: Db, place: MessageRef, user_id: UserId, span: Span, *, order: int
 ) -> Undecoded[MessagePage] | None:
-    """Return the replies of `span` around a place in the thread of its anchor, oldest first; None without access."""
+    """Return the replies of `span` around a place in a thread, oldest first. Return None without access."""
     rows = await db.fetch(REPLIES, place.conversation_id, user_id, place.message_id, order, *_limits(span))
     return _page(rows, span, is_open=order == NEWEST or (not span.older and order == 1))
 
 
 def _limits(span: Span) -> list[int]:
-    # One more than asked, on each side asked for, tells whether there is more.
+    # One more than requested on each side tells whether there are more.
     return [count and count + 1 for count in (span.older, span.newer)]
 
 

@@ -1,4 +1,4 @@
-"""Messages hidden and shown again, and what people report."""
+"""Moderation: messages hidden and shown again, and reports."""
 
 from typing import NamedTuple
 
@@ -33,7 +33,7 @@ RETURNING message_json(m)
 
 
 async def moderate(db: Db, found: Message, user_id: UserId, reason: str) -> Message:
-    """Hide a message, and return it as everyone sees it. Under the lock. `uphold` comes after it."""
+    """Hide a message, and return it as all participants see it. Requires the conversation's lock. `uphold` follows."""
     text = await db.fetchval(MODERATE, found.conversation_id, found.id, user_id, reason)
     await find_anew(db, found.conversation_id, found.id)
     return _message_decoder.decode(text)
@@ -41,7 +41,7 @@ async def moderate(db: Db, found: Message, user_id: UserId, reason: str) -> Mess
 
 AT_ONCE = 100
 """Max reports that one statement resolves."""
-# A crowd reports a message any number of times, so this is done in portions, and not under the conversation's lock.
+# A message may have any number of reports. So this runs in portions, without the conversation's lock.
 UPHOLD = """
 WITH due AS MATERIALIZED (
     SELECT o.id FROM report o
@@ -56,12 +56,14 @@ RETURNING 1
 
 
 async def uphold(db: Db, found: Message, user_id: UserId) -> bool:
-    """Uphold some of the reports about a message that is hidden; return whether there may be more."""
+    """Uphold some of the reports about a hidden message. Return whether there may be more."""
     return len(await db.fetch(UPHOLD, found.conversation_id, found.id, user_id, AT_ONCE)) == AT_ONCE
 
 
 async def unmoderate(db: Db, found: Message, *, words: str | None) -> Message:
-    """Show a message again, and return it. Under the lock. `words` are the message's, if they are known."""
+    """Show a message again, and return it. Requires the conversation's lock. `words` is the message's index entry, if
+    it is known.
+    """
     text = await db.fetchval(UNMODERATE, found.conversation_id, found.id)
     await find_anew(db, found.conversation_id, found.id, words=words)
     return _message_decoder.decode(text)
@@ -75,7 +77,7 @@ ON CONFLICT (message_id, reporter_id) DO NOTHING
 
 
 async def report(db: Db, frame: ReportMessage, user_id: UserId) -> None:
-    """Note what a user finds wrong with a message; the first time counts."""
+    """Store a user's report of a message. A second report of the same user changes nothing."""
     await db.execute(REPORT, frame.conversation_id, frame.message_id, user_id, frame.reason, uuid7())
 
 
@@ -83,10 +85,10 @@ _REPORT = """json_build_object('id', r.id, 'conversation_id', r.conversation_id,
     'sender_id', m.sender_id, 'content', m.content, 'reporter_id', r.reporter_id, 'reason', r.reason,
     'status', r.status, 'resolved_by', r.resolved_by, 'resolved_at', r.resolved_at, 'created_at', r.created_at)"""
 READ_AT_ONCE = 1_000
-"""Max reports that one page reads, with those about the reader's own messages."""
-# Reports about the reader's own messages are skipped before the last LIMIT: neither a short page nor where the next one
-# begins tells of them. One about a message from before the reader could see any is left out after it. About a message
-# that is not there, nobody knows when it was sent (`is_report_shown` in schema.sql is the same rule).
+"""Max reports that one page reads, including those about the reader's own messages."""
+# Reports about the reader's own messages are skipped before the last LIMIT, so that neither a short page nor its end
+# reveals them. A report about a message from before the reader's visible history is left out after the LIMIT. If the
+# message is missing, its time is unknown. `is_report_shown` in schema.sql has the same rule.
 REPORTS = f"""
 SELECT CASE WHEN visible_after(c, me) < coalesce(m.sent_version, 1) AND m.sender_id IS DISTINCT FROM $5
     THEN {_REPORT} END, r.id, r.place = {READ_AT_ONCE} FROM (
@@ -113,9 +115,9 @@ ORDER BY r.id LIMIT $3
 
 
 async def reports(db: Db, frame: ListReports, user_id: UserId, *, limit: int) -> Undecoded[Page[Report]]:
-    """Return up to `limit` reports of a conversation, without those about messages that were sent before a user could
-    see any; or reports of all conversations. Reports about the user's own messages are skipped, and are no reason for
-    another page unless there are `READ_AT_ONCE`. There is no access check.
+    """Return up to `limit` reports of a conversation, without those about messages from before the user's visible
+    history. Without a conversation, return reports of all. Reports about the user's own messages are skipped. They
+    cause another page only if there are `READ_AT_ONCE`. There is no access check.
     """
     if frame.conversation_id is None:
         rows = await db.fetch(ALL_REPORTS, frame.status, frame.after, limit + 1, user_id)
@@ -145,18 +147,18 @@ RETURNING true
 
 
 class Reported(NamedTuple):
-    """The message that a report is about, and who sent it, if it is there."""
+    """The message of a report, and its sender if the message exists."""
 
     message_id: MessageId
     sender_id: UserId | None
 
 
 async def reported(db: Db, frame: DismissReport, user_id: UserId) -> Reported | None:
-    """Return what a report is about; None if there is none that a user sees."""
+    """Return the message of a report. Return None if the user sees no such report."""
     row = await db.fetchrow(REPORTED, frame.conversation_id, frame.report_id, user_id)
     return None if row is None else Reported(*row)
 
 
 async def dismiss(db: Db, frame: DismissReport, user_id: UserId) -> bool:
-    """Close an open report; return whether it was open. The caller has checked that the user sees it."""
+    """Dismiss an open report. Return whether it was open. The caller has checked that the user sees it."""
     return bool(await db.fetchval(DISMISS, frame.conversation_id, frame.report_id, user_id))

@@ -1,4 +1,6 @@
-"""Participants: who is in a conversation, as what, and how that changes. All changes are made under the lock."""
+"""Participants: users in a conversation, their roles and their statuses. All changes require the
+conversation's lock.
+"""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -24,7 +26,7 @@ _event_decoder: Reader[ParticipantEvent] = Reader(ParticipantEvent)
 
 
 class ParticipantChange(NamedTuple):
-    """A participant as they are now, how many there are, and what everybody in the conversation is told of it."""
+    """A participant, the number of participants, and the event for the others."""
 
     participant: Participant
     participant_count: int
@@ -44,12 +46,12 @@ WHERE p.conversation_id = $1 AND p.user_id = $2
 
 
 async def get(db: Db, conversation_id: ConversationId, user_id: UserId) -> Participant | None:
-    """Return a user's part in a conversation, whatever its status."""
+    """Return a user's participation in a conversation, with any status."""
     text = await db.fetchval(GET, conversation_id, user_id)
     return None if text is None else _participant_decoder.decode(text)
 
 
-# Participants see each other's faces, so that nothing has to be asked about those.
+# Participants see each other's faces, so these need no check.
 PAGE = f"""
 SELECT json_build_object(
     'participant', participant_json(p), 'last_read_message_id', p.last_read_message_id,
@@ -69,7 +71,7 @@ LIMIT $4
 async def page(
     db: Db, user_id: UserId, frame: ListParticipants, *, limit: int
 ) -> Undecoded[Page[ParticipantEntry]] | None:
-    """Return up to `limit` participants in the order of their ids; None if there are none, or without access."""
+    """Return up to `limit` participants by user id. Return None if there are none, or without access."""
     rows = await db.fetch(PAGE, frame.conversation_id, user_id, frame.after, limit + 1, frame.status)
     return _entry_decoder.page(rows, limit) if rows else None
 
@@ -84,12 +86,12 @@ WHERE me.conversation_id = $1 AND me.user_id = $2 AND sees_participant($2, me, p
 async def seen(
     db: Db, conversation_id: ConversationId, viewer: UserId, user_ids: Sequence[UserId]
 ) -> dict[UserId, ParticipantStatus]:
-    """Return the status of those users in a conversation whose part there a viewer sees."""
+    """Return the status of those of the users whose participation the viewer sees."""
     return {row[0]: row[1] for row in await db.fetch(SEEN, conversation_id, viewer, list(user_ids))}
 
 
-# Whoever enters has nothing unread: what was said before is history to them. Who was invited, and comes by themselves,
-# has the role that whoever invited them may give now. A guest who comes back stays one.
+# New participants have nothing unread, because earlier messages are history to them. An invited user who joins gets the
+# role that the inviter may give now. A returning guest stays a guest.
 ADD = """
 WITH entering AS (
     SELECT a.user_id, row_number() OVER (ORDER BY a.user_id) AS place
@@ -126,9 +128,9 @@ RETURNING participant_json(p), (SELECT participant_count FROM bumped),
 async def add(
     db: Db, conversation_id: ConversationId, user_ids: Sequence[UserId], role: Role, invited_by: UserId | None
 ) -> list[ParticipantChange]:
-    """Let users in who are not; return those, in the order of their versions.
+    """Add users who are not active. Return them in the order of their versions.
 
-    Without `invited_by` they come by themselves: as what their invitation gives now, or as a guest if they were one.
+    Without `invited_by` they join themselves. They get the role of their invitation, or stay guests.
     """
     rows = await db.fetch(ADD, conversation_id, list(user_ids), role, invited_by)
     return sorted((_change(row) for row in rows), key=lambda change: change.participant.version)
@@ -140,7 +142,7 @@ SELECT invited_as(p) FROM conversation_participant p WHERE p.conversation_id = $
 
 
 async def invited_as(db: Db, conversation_id: ConversationId, user_id: UserId) -> Role | None:
-    """Return the role that an invitation gives now; None if whoever sent it may add nobody any more."""
+    """Return the role that an invitation gives now. Return None if its sender may no longer add users."""
     role: Role | None = await db.fetchval(INVITED_AS, conversation_id, user_id)
     return role
 
@@ -173,7 +175,7 @@ RETURNING participant_json(p), (SELECT participant_count FROM bumped),
 async def invite(
     db: Db, conversation_id: ConversationId, user_ids: Sequence[UserId], role: Role, invited_by: UserId
 ) -> list[ParticipantChange]:
-    """Ask users to come who are neither there nor asked by somebody who may still add people; return those, in the
+    """Invite users who are not active and have no invitation of a user who may still add users. Return them in the
     order of their versions.
     """
     rows = await db.fetch(INVITE, conversation_id, list(user_ids), role, invited_by)
@@ -190,12 +192,11 @@ SELECT coalesce(json_agg(invitation_json(p, c) ORDER BY p.user_version DESC), '[
 
 
 async def invitations(db: Db, user_id: UserId) -> list[Invitation]:
-    """Return where a user is invited to, at most 100, the newest first."""
+    """Return up to 100 invitations of a user, newest first."""
     return _invitations_decoder.every(await db.fetchval(INVITATIONS, user_id))
 
 
-# A crowd may be invited, so `remains` calls this after the conversation has ended, under no lock but those of the
-# users.
+# Very many users may be invited. So `remains` calls this after the conversation has ended, with the users' locks only.
 END_INVITATIONS = """
 WITH free AS MATERIALIZED (
     SELECT o.id FROM conversation_participant p JOIN "user" o ON o.id = p.user_id
@@ -212,11 +213,11 @@ RETURNING p.user_id
 
 
 async def end_invitations(db: Db, conversation_id: ConversationId, *, limit: int) -> list[UserId]:
-    """End up to `limit` invitations to a conversation that has ended; return whose. Skip users who are held."""
+    """End up to `limit` invitations to an ended conversation. Return their users. Locked users are skipped."""
     return [UserId(row[0]) for row in await db.fetch(END_INVITATIONS, conversation_id, limit)]
 
 
-# Whoever is still invited when nobody is left is told by `remains`.
+# When no participant is left, `remains` ends the remaining invitations.
 CHANGE = """
 WITH bumped AS (
     UPDATE conversation SET version = version + 1, access_version = version + 1,
@@ -235,14 +236,14 @@ RETURNING participant_json(p), b.participant_count, participant_event(p, b.parti
 async def change(
     db: Db, now: Participant, *, role: Role | None = None, status: ParticipantStatus = "active"
 ) -> ParticipantChange:
-    """Give a participant another role, or another status, which ends their part and empties their draft. When nobody is
-    left, the conversation ends, too.
+    """Change a participant's role or status. Leaving also empties the participant's draft. When nobody is left, the
+    conversation ends.
     """
     leaving = int(now.status == "active" and status != "active")
     if leaving:
         await drafts.empty(db, now.conversation_id, now.user_id)
     row = await db.fetchrow(CHANGE, now.conversation_id, now.user_id, role or now.role, status, leaving)
-    assert row is not None  # noqa: S101 - the caller read it under the lock
+    assert row is not None  # noqa: S101 - the caller has read it under the lock
     return _change(row)
 
 
@@ -274,8 +275,8 @@ RETURNING participant_json(p), b.participant_count, participant_event(p, b.parti
 
 
 async def permit(db: Db, now: Participant, granted: dict[str, bool]) -> ParticipantChange | None:
-    """Give a participant permissions beyond their role, or take them back; None, and in vain, if they are so already.
-    Under the conversation's lock.
+    """Grant permissions beyond a participant's role, or revoke them. Return None, without an effect, if nothing
+    changes. Requires the conversation's lock.
     """
     row = await db.fetchrow(PERMIT, now.conversation_id, now.user_id, msgspec.json.encode(granted).decode())
     return None if row is None else _change(row)
@@ -298,7 +299,7 @@ RETURNING true
 
 
 async def prefer(db: Db, conversation_id: ConversationId, user_id: UserId, changes: dict[str, Any]) -> bool:
-    """Change how a user wants to have a conversation; False, and in vain, without access."""
+    """Change a user's preferences for a conversation. Return False, without an effect, without access."""
     return bool(await db.fetchval(PREFER, conversation_id, user_id, msgspec.json.encode(changes).decode()))
 
 
@@ -323,16 +324,15 @@ async def stamp(
     also: Sequence[UserId] = (),
     is_own: bool = False,
 ) -> None:
-    """Move users' own clocks, and note that it was for their invitations to a conversation, or their preferences there.
-    The clocks of those in `also` move without a note. With `is_own`, no membership changed.
+    """Move user versions, because of invitations to a conversation or of preferences for it. Those in `also` move
+    without a change of their participation's row. With `is_own`, no membership has changed.
     """
     await db.execute(STAMP, conversation_id, list(user_ids), list(also), int(is_own))
 
 
 HEIRS_LOOKED_AT = 1_000
-"""Max participants of each role whose accounts are looked at when an owner leaves."""
-# Read in order by the index, up to the first whose account is active.
-# OFFSET 0 keeps the planner from collecting all active users first.
+"""Max participants per role that are considered when an owner leaves."""
+# Reads the index in order, up to the first active account.
 HEIR = f"""
 SELECT participant_json(p) FROM (
     SELECT first.user_id FROM unnest($4::text[]) WITH ORDINALITY AS rank (role, place)
@@ -355,8 +355,8 @@ JOIN conversation_participant p ON p.conversation_id = $1 AND p.user_id = heir.u
 
 
 async def heir(db: Db, leaving: Participant) -> Participant | None:
-    """Return who follows an owner: the highest in rank, then the longest there, of those whose accounts are active. If
-    no account is that is looked at, of all: some may come back, and there always is an owner.
+    """Return the next owner: the highest in role, and then the oldest participant, with an active account. If no
+    considered account is active, return the first of all. Some may be restored, and there is always an owner.
     """
     for is_active in (True, False):
         text = await db.fetchval(HEIR, leaving.conversation_id, leaving.user_id, is_active, ROLES[::-1])
@@ -366,7 +366,7 @@ async def heir(db: Db, leaving: Participant) -> Participant | None:
 
 
 async def leave(db: Db, leaving: Participant) -> list[ParticipantChange]:
-    """Let a participant out. An owner's place goes to the next in rank, then in age, so that there always is one."""
+    """Make a participant leave. If an owner leaves, the next owner takes over."""
     changes = [await change(db, leaving, status="left")]
     if leaving.role == "owner" and (next_one := await heir(db, leaving)) is not None:
         changes.append(await change(db, next_one, role="owner"))

@@ -1,4 +1,4 @@
-"""Pins: what stands out for everyone in a conversation. Stars: what somebody has put aside for themselves."""
+"""Pins, which all participants of a conversation see, and stars, which only their user sees."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -29,17 +29,17 @@ PINNED = "SELECT count(*) FROM message m WHERE m.conversation_id = $1 AND m.is_p
 
 
 async def pin(db: Db, found: Message, user_id: UserId, *, is_on: bool) -> Message:
-    """Pin a message, or take it down; return it as it is now. Under the lock."""
+    """Pin or unpin a message, and return it. Requires the conversation's lock."""
     return _message_decoder.decode(await db.fetchval(PIN, found.conversation_id, found.id, user_id, is_on))
 
 
 async def count(db: Db, conversation_id: ConversationId) -> int:
-    """Return how many messages are pinned in a conversation. Under the lock."""
+    """Return the number of pinned messages in a conversation. Requires the conversation's lock."""
     return int(await db.fetchval(PINNED, conversation_id))
 
 
-# A participant gets a row, whether or not anything is pinned. What is said in two ways here leaves the planner no index
-# but that of pins, even while there are none (docs/decisions/0008).
+# A participant gets a row even without pins. The redundant conditions leave the planner only the index of pins, even
+# while it is empty (docs/decisions/0008).
 LIST = f"""
 SELECT CASE WHEN (pinned.m).id IS NOT NULL THEN message_json(pinned.m) END,
     {MOMENT.format(at="(pinned.m).pinned_at")}, (pinned.m).id,
@@ -61,13 +61,13 @@ ORDER BY (pinned.m).pinned_at DESC, (pinned.m).id DESC
 async def page(
     db: Db, conversation_id: ConversationId, user_id: UserId, before: Cursor | None
 ) -> Undecoded[MessageList] | None:
-    """Return a page of what is pinned, the latest first; None without access."""
+    """Return a page of pinned messages, latest first. Return None without access."""
     rows = await db.fetch(LIST, conversation_id, user_id, *(before or (None, None)))
     return _list([row for row in rows if row[0] is not None], MAX_PINS) if rows else None
 
 
 def _list(rows: Sequence[Any], limit: int) -> Undecoded[MessageList]:
-    """Return a page of the rows of `LIST` or `STARS`."""
+    """Return a page from the rows of `LIST` or `STARS`."""
 
     def of(page: Page[Message]) -> MessageList:
         shown = {message.id for message in page.rows}
@@ -80,7 +80,7 @@ def _list(rows: Sequence[Any], limit: int) -> Undecoded[MessageList]:
     return _message_decoder.page(rows, limit, Cursor.of).then(of)
 
 
-# Users are locked before what is theirs, as everywhere. Whoever has lost access may still take a star back.
+# The user is locked before the user's rows, as everywhere. Removing a star needs no access to the message.
 STAR = f"""
 WITH seen AS (SELECT m.id, m.conversation_id {VISIBLE} AND NOT m.is_deleted),
 touched AS (
@@ -107,12 +107,12 @@ WHERE s.user_id = $2 AND s.message_id = $1
 
 
 async def star(db: Db, place: MessageRef, user_id: UserId) -> bool:
-    """Put a message aside; False, and in vain, without access to it."""
+    """Star a message. Return False, without an effect, without access."""
     return bool(await db.fetchval(STAR, place.message_id, user_id, place.conversation_id))
 
 
 async def unstar(db: Db, place: MessageRef, user_id: UserId) -> None:
-    """Take a star back, if there is one."""
+    """Remove a star, if there is one."""
     await db.execute(UNSTAR, place.message_id, user_id)
 
 
@@ -134,6 +134,6 @@ ORDER BY s.starred_at DESC, s.message_id DESC LIMIT $3
 
 
 async def stars(db: Db, user_id: UserId, before: Cursor | None, *, limit: int) -> Undecoded[MessageList]:
-    """Return up to `limit` messages that a user has put aside and may see, the latest first."""
+    """Return up to `limit` starred messages that a user may see, latest first."""
     rows = await db.fetch(STARS, before and before.at, user_id, limit + 1, before and before.id)
     return _list(rows, limit)

@@ -1,4 +1,4 @@
-"""Polls: a row for each voter; the counts on the message change in the same statement."""
+"""Polls, with a row per voter. The same statement changes the counts in the message."""
 
 from typing import NamedTuple
 
@@ -13,14 +13,14 @@ _vote_decoder = Reader(PollVote)
 
 
 class Standing(NamedTuple):
-    """How a poll stands after a vote: when that was, the votes for each option, and of how many people."""
+    """A poll after a vote: the vote's version, the number of votes per option, and the number of voters."""
 
     version: int
     poll_counts: list[int]
     poll_voters: int
 
 
-# The vote before is read under the conversation's lock, so it is the one that is replaced. Arrays count from 1.
+# The earlier vote is read under the conversation's lock, so it is the one that is replaced. Arrays begin at 1.
 VOTE = """
 WITH before AS MATERIALIZED (
     SELECT coalesce((
@@ -51,14 +51,14 @@ WHERE v.message_id = $1 AND v.user_id = $2 AND (v.conversation_id = $3) IS TRUE
 
 
 async def vote(db: Db, found: Message, user_id: UserId, options: list[int]) -> Standing:
-    """Put a vote in the place of the one before; without options, withdraw it. Under the lock."""
+    """Replace a vote. Without options, withdraw it. Requires the conversation's lock."""
     row = await db.fetchrow(VOTE, found.conversation_id, found.id, user_id, options)
-    assert row is not None  # noqa: S101 - the caller found it under the lock
+    assert row is not None  # noqa: S101 - the caller has found it under the lock
     return Standing(*row)
 
 
 async def voted(db: Db, found: Message, user_id: UserId) -> tuple[list[int], int]:
-    """Return what a user has voted for, and when they voted; nothing, and when the message last changed, if not."""
+    """Return a user's vote and its version. Without a vote, return no options and the version of the message."""
     row = await db.fetchrow(VOTED, found.id, user_id, found.conversation_id)
     return ([], found.version) if row is None else (row[0], row[1])
 
@@ -74,7 +74,7 @@ RETURNING message_json(m)
 
 
 async def close(db: Db, found: Message) -> Message:
-    """End a poll; return its message. Under the lock."""
+    """Close a poll, and return its message. Requires the conversation's lock."""
     return _message_decoder.decode(await db.fetchval(CLOSE, found.conversation_id, found.id))
 
 

@@ -1,4 +1,4 @@
-"""What the page behind a message's link says of itself, put beside the message."""
+"""Link previews, which are stored with their message."""
 
 import msgspec
 
@@ -12,7 +12,7 @@ _message_decoder = Reader(Message)
 
 
 async def lock(db: Db, message: Message) -> FoundMessage | None:
-    """Lock the conversation of a message, and return the message; None if it says something else by now."""
+    """Lock the conversation of a message, and return the message. Return None if its content has changed."""
     found = await messages.lock(db, At(message.conversation_id, message.id), message.sender_id)
     return None if found is None or found.message.content != message.content else found
 
@@ -28,6 +28,6 @@ RETURNING message_json(m)
 
 
 async def put(db: Db, message: Message, preview: LinkPreview) -> Message:
-    """Keep what was found beside a message; return that as it is now. Under the lock."""
+    """Store a preview with a message, and return the message. Requires the conversation's lock."""
     text = await db.fetchval(PUT, message.conversation_id, message.id, msgspec.json.encode(preview).decode())
     return _message_decoder.decode(text)

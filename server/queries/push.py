@@ -1,4 +1,4 @@
-"""Notifications: which endpoints there are, and for which of them a message is still news."""
+"""Push notifications: endpoints, and the messages that are news for them."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -22,12 +22,12 @@ SELECT coalesce((SELECT value FROM made), (SELECT value FROM server_key WHERE na
 
 
 async def key(db: Db, name: str, otherwise: str) -> str:
-    """Return a key of the server's; if there is none, that is `otherwise` from now on."""
-    # The statement does not see what another one has made while it waited for that: the next one does.
+    """Return a key of the server. If there is none, store `otherwise` as that key."""
+    # The first statement may wait for a concurrent one, whose row it does not see. The second one sees it.
     return str(await db.fetchval(KEY, name, otherwise) or await db.fetchval(KEY, name, otherwise))
 
 
-# An endpoint belongs to whoever registered it last: a browser has one, whoever is logged in there.
+# An endpoint belongs to the user who registered it last, because a browser has one endpoint for all users.
 REGISTER = """
 INSERT INTO push_endpoint (user_id, session_id, endpoint, p256dh, auth)
 SELECT $1, s.id, $3, $4, $5 FROM session s WHERE s.id = $2 AND s.user_id = $1
@@ -46,31 +46,31 @@ FORGET = "DELETE FROM push_endpoint WHERE endpoint = $1 RETURNING user_id"
 
 
 async def register(db: Db, frame: RegisterPush, user_id: UserId, session_id: SessionId) -> None:
-    """Keep an endpoint, and of each user's the newest ones. The caller has locked the user: else concurrent calls would
-    not see each other's rows.
+    """Store an endpoint, and delete the oldest ones of the user. The caller has locked the user. Otherwise concurrent
+    calls would not see each other's rows.
     """
     await db.execute(REGISTER, user_id, session_id, frame.endpoint, frame.p256dh, frame.auth)
     await db.execute(KEEP, user_id)
 
 
 async def is_registered(db: Db, user_id: UserId, endpoint: str) -> bool:
-    """Whether an endpoint is a user's."""
+    """Whether a user has registered an endpoint."""
     return bool(await db.fetchval(IS_REGISTERED, user_id, endpoint))
 
 
 async def unregister(db: Db, user_id: UserId, endpoint: str) -> None:
-    """Forget an endpoint of a user's."""
+    """Delete an endpoint of a user."""
     await db.execute(UNREGISTER, user_id, endpoint)
 
 
 async def forget(db: Db, endpoint: str) -> UserId | None:
-    """Delete an endpoint that cannot be pushed to any more. Return whose it was, or None if there is none."""
+    """Delete an endpoint that no longer works. Return its user, or None if it does not exist."""
     user_id: UserId | None = await db.fetchval(FORGET, endpoint)
     return user_id
 
 
 class PushPost(NamedTuple):
-    """Which message to push to which endpoint of which user. Posts may wait for long, so they hold no words."""
+    """A message to push to an endpoint of a user. Posts may wait long, so they do not have the content."""
 
     user_id: UserId
     endpoint: str
@@ -79,7 +79,7 @@ class PushPost(NamedTuple):
 
 
 class Notice(NamedTuple):
-    """What a post says, and the keys to encrypt it with."""
+    """The content of a post, and the keys to encrypt it."""
 
     post: PushPost
     p256dh: str
@@ -94,10 +94,10 @@ class Notice(NamedTuple):
 EXCERPT = 160
 """Max characters of a message in a notification."""
 DUE_SECONDS = 2.0
-"""Max seconds of the statement that asks for whom messages are news."""
+"""Max time of the statement that finds recipients, in seconds."""
 ANY = "SELECT EXISTS (SELECT FROM push_endpoint)"
-# One definition of what is news, in three parts: what depends on the recipient alone, on a message, and on its sender.
-# The recipient has no silence there and no quiet hours.
+# The definition of a message that is news for a recipient, in three parts: the recipient alone, the message, and its
+# sender. The recipient has not muted the conversation and has no quiet hours now.
 _RECIPIENT = """
 JOIN conversation c ON c.id = p.conversation_id AND NOT c.is_deleted
 JOIN "user" them ON them.id = p.user_id AND them.is_active AND NOT them.is_deleted
@@ -108,8 +108,8 @@ _MAY_BE_TOLD = """p.status = 'active'
     AND NOT coalesce(CASE WHEN them.quiet_from <= them.quiet_until
         THEN clock.at >= them.quiet_from AND clock.at < them.quiet_until
         ELSE clock.at >= them.quiet_from OR clock.at < them.quiet_until END, false)"""
-# The message was not read meanwhile; where only mentions are wanted, it is a mention, or a reply in a thread that is
-# followed; and a reply that stands in its thread alone is for those who follow that, or are mentioned.
+# The message is unread. If the recipient wants mentions only, it is a mention, or a reply in a followed thread. A reply
+# that is visible in its thread only is for followers of the thread and for mentioned users.
 _MESSAGE = """
 LEFT JOIN thread_follow t ON t.root_id = m.thread_root_id AND t.user_id = p.user_id AND t.is_following
     AND (t.conversation_id = m.conversation_id) IS TRUE
@@ -126,8 +126,8 @@ _IS_NEWS = """NOT m.is_deleted AND NOT m.is_moderated AND NOT m.is_system_messag
     AND (said.is_in_conversation AND m.sent_version > coalesce(p.unread_from_version - 1, p.last_read_version)
         OR NOT said.is_in_conversation AND m.thread_order > coalesce(t.last_read_order, 0)
             AND m.sent_version > p.last_read_version)"""
-# The sender is not silenced. A notification has the sender's name: if the sender has left meanwhile, it is for those
-# who may see that name.
+# The recipient does not silence the sender. A notification contains the sender's name. If the sender has left, it is
+# for recipients who may see the name.
 _SENDER_IS_SHOWN = f"""NOT {SILENCES.format(me="p.user_id", them="m.sender_id")}
     AND (EXISTS (
         SELECT FROM conversation_participant s
@@ -137,9 +137,8 @@ _SENDER_IS_SHOWN = f"""NOT {SILENCES.format(me="p.user_id", them="m.sender_id")}
         SELECT FROM user_relationship r
         WHERE r.from_user_id = p.user_id AND r.to_user_id = m.sender_id AND NOT r.notifications_enabled
     )"""  # noqa: S608 - SILENCES is a constant
-# Of each conversation, the next participants; of those, the few who have an endpoint; for each of them the latest
-# message that is news. Whom somebody silences is asked for each sender, not for each message. A last row without an
-# endpoint tells where a full page ends.
+# For each conversation, the next participants. For those with an endpoint, the latest message that is news. Silenced
+# senders are checked per sender, not per message. A last row without an endpoint marks the end of a full page.
 DUE = f"""
 WITH asked AS (
     SELECT * FROM unnest($1::uuid[], $2::uuid[]) AS asked (conversation_id, after)
@@ -192,12 +191,12 @@ WHERE {_MAY_BE_TOLD} AND {_IS_NEWS} AND {_SENDER_IS_SHOWN}
 
 
 async def is_anybody_there(db: Db) -> bool:
-    """Whether anybody wants notifications."""
+    """Whether any user has registered an endpoint."""
     return bool(await db.fetchval(ANY))
 
 
 class PushPage(NamedTuple):
-    """For which participants of a conversation its messages are to be asked: those after a user, by id."""
+    """A page of participants of a conversation, after a user id, and the messages to check for them."""
 
     conversation_id: ConversationId
     after: UserId
@@ -205,19 +204,21 @@ class PushPage(NamedTuple):
 
 
 FIRST = UserId(UUID(int=0))
-"""What the first page of participants is after."""
+"""The first page begins after this id."""
 
 
 class DuePushes(NamedTuple):
-    """For which endpoints messages are news, one of each conversation, and where the pages end that have a next one."""
+    """The posts for endpoints, one per conversation and endpoint, and the last user of each page that has a
+    next one.
+    """
 
     posts: list[PushPost]
     next: dict[ConversationId, UserId]
 
 
 async def due(db: Db, looks: Sequence[PushPage], limit: int) -> DuePushes:
-    """Return for which endpoints messages are news: of each conversation the latest one, for at most `limit`
-    participants. Raises TimeoutError after `DUE_SECONDS`.
+    """Return the endpoints for which messages are news, with the latest message of each conversation, for at most
+    `limit` participants per conversation. Raises TimeoutError after `DUE_SECONDS`.
     """
     ids = [message_id for look in looks for message_id in look.message_ids]
     found = DuePushes([], {})
@@ -232,7 +233,7 @@ async def due(db: Db, looks: Sequence[PushPage], limit: int) -> DuePushes:
 
 
 async def notices(db: Db, posts: Sequence[PushPost]) -> list[Notice]:
-    """Return what posts say, without those that are no longer news."""
+    """Return the content of posts, without those that are no longer news."""
     columns = [[post[number] for post in posts] for number in range(len(PushPost._fields))]
     found = []
     for user_id, endpoint, conversation_id, message_id, p256dh, auth, face, *said in await db.fetch(NOTICES, *columns):

@@ -1,4 +1,4 @@
-"""Reactions: a row for each user and emoji; the counts on the message change in the same statement."""
+"""Reactions, with a row per user and emoji. The same statement changes the counts in the message."""
 
 from typing import NamedTuple
 
@@ -68,9 +68,7 @@ SELECT EXISTS (
 
 
 class ReactionChange(NamedTuple):
-    """A reaction as it is after a frame, the version of its last change, and how many have it now: None if nothing
-    changed.
-    """
+    """A reaction, the version of its last change, and the number of users with it, or None if nothing changed."""
 
     emoji: str
     version: int
@@ -78,14 +76,14 @@ class ReactionChange(NamedTuple):
 
 
 async def is_there(db: Db, found: Message, user_id: UserId, emoji: str) -> bool:
-    """Return whether a user has put that emoji on a message already. Under the lock."""
+    """Whether a user's reaction to a message exists. Requires the conversation's lock."""
     return bool(await db.fetchval(IS_THERE, found.conversation_id, found.id, user_id, emoji))
 
 
 async def stored(db: Db, found: Message, user_id: UserId, emoji: str) -> str:
-    """Return a user's reaction as it is stored: as `emoji` spells it, or as it is written now, or otherwise.
+    """Return a user's reaction as stored, in the spelling of `emoji`, in the normalized one, or in another one.
 
-    Raises Refused if there is none, and none can be. Older versions stored any text, and imports store any name.
+    Raises Refused if there is none, and `emoji` is invalid. Older versions stored any text, and imports store any name.
     """
     error = None
     try:
@@ -99,21 +97,23 @@ async def stored(db: Db, found: Message, user_id: UserId, emoji: str) -> str:
 
 
 async def react(db: Db, found: Message, user_id: UserId, emoji: str) -> ReactionChange:
-    """Put an emoji on a message. Under the lock. Raises Refused if the user has had too many different emoji there:
-    those taken back keep their rows.
+    """Add an emoji to a message. Raises Refused if the user has used too many different ones there, because removed
+    ones keep their rows. Requires the conversation's lock.
     """
     row = await db.fetchrow(REACT, found.conversation_id, found.id, user_id, emoji)
     if row is not None:
         return ReactionChange(emoji, row[0], row[1])
     version = await db.fetchval(AS_IT_IS, found.conversation_id, found.id, user_id, emoji)
     if version is None:
-        sentence = f"You can put at most {MAX_EMOJI_OF_USER} different emoji on a message, those taken back included."
+        sentence = (
+            f"You can use at most {MAX_EMOJI_OF_USER} different emoji per message, with removed ones. Use one of these."
+        )
         raise Refused(ErrorCode.CONFLICT, sentence, path="emoji")
     return ReactionChange(emoji, version, None)
 
 
 async def unreact(db: Db, found: Message, user_id: UserId, emoji: str) -> ReactionChange:
-    """Take an emoji back from a message. Under the lock."""
+    """Remove an emoji from a message. Requires the conversation's lock."""
     row = await db.fetchrow(UNREACT, found.conversation_id, found.id, user_id, emoji)
     if row is not None:
         return ReactionChange(emoji, row[0], row[1])

@@ -1,5 +1,5 @@
-"""Receipts: how far each participant has read, and how far a client of theirs has taken in what was sent. Both are one
-number that only grows. Unread and read-by follow from it.
+"""Receipts: up to which message each participant has read, and each client has received. Both are versions that only
+grow. Unread counts and readers derive from them.
 """
 
 from typing import NamedTuple
@@ -17,12 +17,12 @@ _readers_decoder = Reader(Readers)
 
 
 IS_ACTIVE = """EXISTS (SELECT FROM "user" u WHERE u.id = $2 AND u.is_active AND NOT u.is_deleted)"""
-"""Whether the user $2 is active, whose socket may not have heard that they are not."""
+"""Whether the user $2 is active. A socket may not know yet that its user is not."""
 
 
 class Position(NamedTuple):
-    """Where the caller's read position is now, whether it moved, and whether something is marked as unread: that was
-    read, or under no lock, is still to be read under the user's.
+    """The caller's read position, whether it moved, and whether something was marked as unread. Without a lock,
+    `was_marked` tells that the statement must be repeated under the user's lock.
     """
 
     conversation_id: ConversationId
@@ -33,8 +33,8 @@ class Position(NamedTuple):
     was_marked: bool
 
 
-# What is marked as unread is read, too. The statement that counts sees the row as it was before, so the position is
-# told to it as if it were the row.
+# An unread mark is removed, too. The counting statement sees the row as before the update, so it gets the new position
+# as a row.
 READ = f"""
 WITH target AS (
     SELECT m.id, m.conversation_id, m.sent_version, c.participant_count {VISIBLE} AND {IS_ACTIVE}
@@ -66,8 +66,8 @@ CROSS JOIN LATERAL (
 
 
 async def read(db: Db, frame: Read, user_id: UserId, *, is_locked: bool = False) -> Position | None:
-    """Move the read position forward to a message; None without access to it. What is marked as unread takes the user's
-    lock, for it moves their own clock.
+    """Move the read position to a message. Return None without access to it. If something is marked as unread, this
+    requires the user's lock, because the user version moves.
     """
     row = await db.fetchrow(READ, frame.message_id, user_id, frame.conversation_id, is_locked)
     return None if row is None else Position(*row)
@@ -87,15 +87,15 @@ SELECT ({COUNT_UNREAD.format(me="marked")}) FROM marked
 
 
 async def mark_unread(db: Db, frame: MarkUnread, user_id: UserId) -> int | None:
-    """Have a conversation count as unread from a message on; return how much that is, None without access.
-    Under the user's lock.
+    """Mark a conversation as unread from a message on. Return the number of unread messages, or None without access.
+    Requires the user's lock.
     """
     count = await db.fetchval(MARK_UNREAD, frame.message_id, user_id, frame.conversation_id)
     return None if count is None else int(count)
 
 
-# An invisible user confirms nothing: that would tell that they are here. Where a participant may not see the user's
-# presence, `told` are the others.
+# An invisible user confirms nothing, because a confirmation would reveal that the user is online. If some participants
+# may not see the user's presence, `told` lists the others.
 DELIVERED = f"""
 WITH target AS (
     SELECT m.id, m.conversation_id, m.sent_version, c.participant_count {VISIBLE} AND {IS_ACTIVE}
@@ -131,7 +131,7 @@ FROM target t CROSS JOIN LATERAL (
 
 
 class Arrival(NamedTuple):
-    """How many take part, whether the position moved, and who may be told of it if not everyone."""
+    """The number of participants, whether the position moved, and the users who may receive it, if not all may."""
 
     participant_count: int
     has_moved: bool
@@ -139,8 +139,8 @@ class Arrival(NamedTuple):
 
 
 async def delivered(db: Db, frame: Delivered, user_id: UserId, *, most: int) -> Arrival | None:
-    """Note that a client has taken in everything up to a message; None without access to it. In a crowd of more than
-    `most` nobody is named who may be told.
+    """Record that a client has received all messages up to one. Return None without access to it. In a conversation
+    with more than `most` participants, `told` is empty unless all may receive it.
     """
     row = await db.fetchrow(DELIVERED, frame.message_id, user_id, frame.conversation_id, most)
     return None if row is None else Arrival(*row)
@@ -148,9 +148,9 @@ async def delivered(db: Db, frame: Delivered, user_id: UserId, *, most: int) -> 
 
 TAKEN_IN = f"""CASE WHEN {{who}}.user_id = ANY({UNSEEN}) THEN {{who}}.last_read_version
     ELSE greatest({{who}}.delivered_version, {{who}}.last_read_version) END"""
-"""How far the participant `{who}` has taken in what was sent, as far as the user $2 may know it."""
+"""The version up to which the participant `{who}` has received messages, as far as the user $2 may know it."""
 
-# Whoever has read something has taken it in. In a crowd ($4 people) nobody is named.
+# Read messages count as delivered. With more than $4 participants, readers are counted and not listed.
 READERS = f"""
 SELECT json_build_object('type', 'readers', 'is_crowd', c.participant_count > $4,
     'read_by', {REACHED.format(position="o.last_read_version")},
@@ -166,6 +166,6 @@ SELECT json_build_object('type', 'readers', 'is_crowd', c.participant_count > $4
 
 
 async def readers(db: Db, place: MessageRef, user_id: UserId, *, most: int) -> Readers | None:
-    """Return who has read a message, named where at most `most` take part; None without access."""
+    """Return the readers of a message, listed by user if at most `most` participate. Return None without access."""
     text = await db.fetchval(READERS, place.message_id, user_id, place.conversation_id, most)
     return None if text is None else _readers_decoder.decode(text)

@@ -1,4 +1,4 @@
-"""Relationships: friends, blocks, follows, mutes. Each change moves the clocks of those it is told to."""
+"""Relationships: friends, blocks, follows, mutes. Each change moves the user versions of those who may see it."""
 
 from datetime import timedelta
 from typing import NamedTuple
@@ -14,19 +14,18 @@ from server.queries import users
 from server.queries.users import FACE
 
 AT_ONCE = 1_000
-"""Relationships that one statement deletes."""
+"""Max relationships that one statement deletes."""
 KEPT = timedelta(days=90)
-"""Min age of a relationship that has ended before its row is deleted."""
+"""Min age of an ended relationship before its row is deleted."""
 
 _relationship_decoder = Reader(Relationship)
 _entry_decoder = Reader(RelationshipEntry)
 
 BLANK = """(r.status = 'inactive' AND r.request_message IS NULL AND r.response_message IS NULL AND r.accepted_at IS NULL
     AND r.can_see_online_status AND r.can_send_messages AND r.can_see_profile AND r.notifications_enabled)"""
-"""Whether a relationship has ended, and says nothing but that there was one."""
+"""Whether a relationship has ended and contains nothing else."""
 
-# Whoever changes what is between two users locks their direct conversation, where it says who may be written to, and
-# then both users.
+# A change between two users locks their direct conversation, where it affects who may write, and then both users.
 LOCK_DIRECT = """
 SELECT FROM conversation WHERE direct_low = least($1::uuid, $2) AND direct_high = greatest($1::uuid, $2)
 FOR NO KEY UPDATE
@@ -34,7 +33,7 @@ FOR NO KEY UPDATE
 
 
 async def lock(db: Db, one: UserId, other: UserId) -> set[UserId]:
-    """Lock what is between two users until the transaction ends; return which of them are active."""
+    """Lock the relationships of two users until the transaction ends. Return the active ones of the two."""
     await db.execute(LOCK_DIRECT, one, other)
     return await users.lock(db, [one, other])
 
@@ -43,7 +42,7 @@ STATUS = "SELECT status FROM user_relationship WHERE from_user_id = $1 AND to_us
 
 
 async def status(db: Db, one: UserId, other: UserId, kind: RelationshipKind) -> RelationshipStatus | None:
-    """Return how a relationship of one user to another stands; None if there never was one."""
+    """Return the status of a user's relationship to another one. Return None if there never was one."""
     found: RelationshipStatus | None = await db.fetchval(STATUS, one, other, kind)
     return found
 
@@ -55,13 +54,13 @@ WHERE r.from_user_id = $1 AND r.to_user_id = $2 AND r.type = $3 AND r.status = $
 
 
 async def get(db: Db, one: UserId, other: UserId, change: "RelationshipChange", viewer: UserId) -> Relationship | None:
-    """Return a relationship of one user to another as `viewer` sees it, if its status is that of `change`."""
+    """Return a user's relationship to another one, as `viewer` sees it, if it has the status of `change`."""
     text = await db.fetchval(GET, one, other, change.kind, viewer, change.status)
     return None if text is None else _relationship_decoder.decode(text)
 
 
 class RelationshipChange(NamedTuple):
-    """What becomes of a relationship: its status, and the words that come with it."""
+    """A change of a relationship: its status, and the texts of a request and its answer."""
 
     kind: RelationshipKind
     status: RelationshipStatus
@@ -69,8 +68,8 @@ class RelationshipChange(NamedTuple):
     response_message: str | None = None
 
 
-# A request begins anew with its own words; an answer leaves them. Who is blocked is not told, not even by their own
-# clock: what they watch is checked again because `hidden_version` moves.
+# A new request replaces the texts, and an answer keeps them. A blocked user is not notified, not even by the user
+# version. Moving `hidden_version` rechecks whom the blocked user watches.
 SET = """
 WITH touched AS (
     UPDATE "user" SET version = version + (id = $1 OR $3 <> 'block')::integer,
@@ -93,11 +92,11 @@ RETURNING relationship_json(r, $7)
 
 
 async def put(db: Db, one: UserId, other: UserId, change: RelationshipChange, viewer: UserId) -> Relationship:
-    """Make or change a relationship of one user to another; return it as `viewer` sees it. Under the lock."""
+    """Create or change a user's relationship to another one. Return it as `viewer` sees it. Requires the lock."""
     return _relationship_decoder.decode(await db.fetchval(SET, one, other, *change, viewer))
 
 
-# A request or a follow of the other one stays: only they can end it, so its end would tell of a block.
+# A request or a follow by the other user stays. Only the other user can end it, so its end would reveal a block.
 END = """
 WITH ended AS (
     SELECT id FROM user_relationship
@@ -124,12 +123,12 @@ SELECT EXISTS (
 
 
 async def may_end(db: Db, one: UserId, other: UserId, kind: RelationshipKind) -> bool:
-    """Whether `end` has something to end."""
+    """Whether `end` would end anything."""
     return bool(await db.fetchval(MAY_END, one, other, kind))
 
 
 async def end(db: Db, one: UserId, other: UserId, kind: RelationshipKind) -> None:
-    """End a user's relationship of a kind to another one, and a friendship on both sides. Under the lock."""
+    """End a user's relationship of a kind to another one. A friendship ends on both sides. Requires the lock."""
     await db.execute(END, one, other, kind)
 
 
@@ -155,14 +154,14 @@ RETURNING relationship_json(r, $1)
 
 
 async def switch(db: Db, user_id: UserId, other: UserId, switches: dict[str, bool]) -> Relationship:
-    """Set the switches of all of a user's relationships to another one, and return one of these. Under the lock."""
+    """Set the switches of all of a user's relationships to another one. Return one of these. Requires the lock."""
     return _relationship_decoder.decode(
         await db.fetchval(SWITCH, user_id, other, msgspec.json.encode(switches).decode())
     )
 
 
-# How much two users have written to each other is what their direct conversation says: nothing is counted twice.
-# Who asks to be a friend shows their face by asking, even if they are private.
+# The number of interactions is that of their direct conversation, so nothing is counted twice. The sender of a friend
+# request shows their face, even if private.
 PAGE = f"""
 SELECT json_build_object('relationship', relationship_json(r.r, $1), 'user',
     CASE WHEN may('see_face', $1, u.id) OR ((r.r).to_user_id = $1 AND (r.r).type = 'friend'
@@ -187,13 +186,13 @@ ORDER BY (r.r).id
 
 
 async def page(db: Db, user_id: UserId, frame: ListRelationships, *, limit: int) -> Undecoded[Page[RelationshipEntry]]:
-    """Return up to `limit` of a user's relationships, in the order of their ids."""
+    """Return up to `limit` relationships of a user, in the order of their ids."""
     rows = await db.fetch(PAGE, user_id, frame.kind, frame.is_outgoing, frame.status, frame.after, limit + 1)
     return _entry_decoder.page(rows, limit)
 
 
-# Rows that still say something stay: a rejected request, and switches. Nobody is told of another's block or mute. The
-# second IS TRUE keeps the planner from finding the rows by their age again.
+# Rows that have an effect stay, such as a rejected request or switches. The other user is never notified of the end of
+# a block or mute. The second IS TRUE keeps the planner from finding the rows by their age again.
 FORGET = """
 WITH due AS MATERIALIZED (
     SELECT r.id, r.from_user_id, r.to_user_id FROM user_relationship r
@@ -223,7 +222,7 @@ SELECT count(*) FROM gone
 
 
 async def forget(db: Db) -> bool:
-    """Delete relationships that ended long ago and whose switches are as at first, at most `AT_ONCE`; return whether
-    there may be more.
+    """Delete relationships that ended long ago and whose switches have their defaults, at most `AT_ONCE`. Return
+    whether there may be more.
     """
     return int(await db.fetchval(FORGET, KEPT, AT_ONCE)) == AT_ONCE

@@ -1,6 +1,6 @@
-"""What is left of what was deleted: reactions and votes of messages, drafts in conversations, and invitations to them.
-No query shows them. A job deletes reactions and votes, empties drafts and ends invitations, under no lock of a
-conversation. Conversations that everybody has left are over, too.
+"""Remains of deleted objects: reactions and votes of messages, drafts in conversations, and invitations to them. No
+query shows them. A job deletes reactions and votes, empties drafts and ends invitations, without locks on
+conversations. A conversation without participants counts as deleted.
 """
 
 from typing import NamedTuple
@@ -15,9 +15,9 @@ AT_ONCE = 500
 USERS_AT_ONCE = 100
 """Max drafts that one statement empties, or invitations that it ends, and users whom it locks."""
 
-# A message that is deleted gets no more of them, so none is added meanwhile.
+# A deleted message gets no further ones, so none is added meanwhile.
 DUE = "SELECT m.id FROM message m WHERE m.has_remains ORDER BY m.id LIMIT $1"
-# What another worker is deleting is its own.
+# Rows that another worker is deleting are skipped.
 UNREACT = """
 WITH gone AS MATERIALIZED (
     SELECT o.message_id, o.user_id, o.emoji FROM message_reaction o WHERE o.message_id = ANY($1)
@@ -35,7 +35,7 @@ DELETE FROM poll_vote v USING gone
 WHERE v.message_id = gone.message_id AND v.user_id = gone.user_id
 RETURNING 1
 """
-# A message that somebody changes, such as the root of a thread, has its turn later.
+# A message that another transaction changes, such as the root of a thread, is left to a later run.
 DONE = """
 UPDATE message m SET has_remains = false FROM (
     SELECT o.id FROM message o WHERE o.id = ANY($1) FOR NO KEY UPDATE SKIP LOCKED
@@ -47,18 +47,18 @@ RETURNING m.id
 
 
 async def clear(db: Db) -> bool:
-    """Delete some of what is left of deleted messages; return whether there may be more."""
+    """Delete some remains of deleted messages. Return whether there may be more."""
     due = [MessageId(row[0]) for row in await db.fetch(DUE, AT_ONCE)]
     if not due:
         return False
     gone = len(await db.fetch(UNREACT, due, AT_ONCE)) + len(await db.fetch(WITHDRAW, due, AT_ONCE))
     done = len(await db.fetch(DONE, due))
-    # Nothing was done if others are at all of it: they go on.
+    # If nothing was done, other workers are deleting all of it, and continue.
     return gone + done > 0
 
 
 DELETED = "SELECT c.id FROM conversation c WHERE c.has_remains ORDER BY c.id LIMIT $1"
-# Nobody writes a draft in a conversation that is over, or invites to it, so none is added meanwhile.
+# An ended conversation gets no new drafts or invitations, so none is added meanwhile.
 EMPTIED = """
 UPDATE conversation c SET has_remains = false FROM (
     SELECT o.id FROM conversation o WHERE o.id = ANY($1) FOR NO KEY UPDATE SKIP LOCKED
@@ -73,8 +73,8 @@ RETURNING c.id
 """
 
 
-# A worker of the release before migration 0066, which may run beside this one, takes the mark away though invitations
-# are left. By an index of all invitations, a portion at a time.
+# A worker of the release before migration 0066, which may run beside this one, removes the mark although invitations
+# remain. This repairs that by the index of all invitations, a portion at a time.
 MARK = """
 WITH seen AS MATERIALIZED (
     SELECT CASE WHEN p.status = 'invited' THEN p.conversation_id END AS id FROM conversation_participant p
@@ -89,26 +89,26 @@ WITH seen AS MATERIALIZED (
 SELECT s.id FROM seen s ORDER BY s.id
 """
 FIRST = ConversationId(UUID(int=0))
-"""Where to begin with `mark`: before all conversations."""
+"""`mark` begins after this id."""
 
 
 async def mark(db: Db, after: ConversationId) -> ConversationId:
-    """Have `empty` see to some of the conversations that are over and have invitations, and no mark. Return where to go
-    on; `FIRST` once all were looked at.
+    """Mark some of the ended conversations with invitations and without a mark for `empty`. Return the id after which
+    to continue, or `FIRST` at the end.
     """
     rows = await db.fetch(MARK, after, AT_ONCE)
     return ConversationId(rows[-1][0]) if len(rows) == AT_ONCE else FIRST
 
 
 class Emptied(NamedTuple):
-    """Whose drafts were emptied or invitations ended, and whether there may be more that can be."""
+    """The users whose drafts were emptied or invitations ended, and whether there may be more."""
 
     user_ids: list[UserId]
     is_more_due: bool
 
 
 async def empty(db: Db) -> Emptied:
-    """Empty some of the drafts in conversations that are over, and end some of the invitations to them."""
+    """Empty some drafts in ended conversations, and end some invitations to them."""
     due = [ConversationId(row[0]) for row in await db.fetch(DELETED, AT_ONCE)]
     emptied: list[UserId] = []
     for conversation_id in due:
@@ -117,5 +117,5 @@ async def empty(db: Db) -> Emptied:
         if len(emptied) >= USERS_AT_ONCE:
             break
     done = len(await db.fetch(EMPTIED, due)) if due else 0
-    # Nothing was done if all users are held: they have their turn in a later run.
+    # If nothing was done, all users are locked, and a later run continues.
     return Emptied(emptied, bool(emptied) or done > 0)

@@ -1,4 +1,4 @@
-"""Scheduled messages: kept until their time, claimed by one worker, sent by the way of all messages."""
+"""Scheduled messages: stored until they are due, claimed by one worker, and sent as other messages are."""
 
 from datetime import UTC, datetime, timedelta
 from typing import NamedTuple
@@ -22,14 +22,14 @@ _words_decoder = msgspec.json.Decoder(Words, dec_hook=json_object.read)
 _user_decoder = Reader(User)
 
 CLAIMED = timedelta(seconds=15)
-"""For how long a worker that has claimed a message may take before another one does."""
+"""Time after which another worker may claim a claimed message."""
 AT_ONCE = 50
-"""Messages that one statement of `forget` deletes."""
+"""Max messages that one statement of `forget` deletes."""
 WALKED = 500
-"""Max messages that are due in a page of `walk`."""
+"""Max due messages in a page of `walk`."""
 KEPT = timedelta(days=366 + 2 * 30)
-"""Min age of `send_at` of a message that is over before its row is deleted. An earlier copy of its frame may name a
-time 366 days after the last one; and a frame that names a time 30 days ago is refused, so no late copy is sent again.
+"""Min age of `send_at` of a finished message before its row is deleted. An earlier copy of its frame may have a
+`send_at` 366 days later. A frame with a `send_at` more than 30 days ago is refused, so no late copy is sent again.
 """
 
 GET = (
@@ -39,18 +39,18 @@ WAITING = "SELECT count(*) FROM scheduled_message s WHERE s.sender_id = $1 AND s
 
 
 async def get(db: Db, message_id: MessageId, user_id: UserId, conversation_id: ConversationId) -> Scheduled | None:
-    """Return what a user has scheduled under an id."""
+    """Return a user's scheduled message with an id."""
     text = await db.fetchval(GET, message_id, user_id, conversation_id)
     return None if text is None else _scheduled_decoder.decode(text)
 
 
 async def count(db: Db, user_id: UserId) -> int:
-    """Return how many messages of a user wait. Under the user's lock."""
+    """Return the number of a user's waiting messages. Requires the user's lock."""
     return int(await db.fetchval(WAITING, user_id))
 
 
-# Until a worker has taken it up; then it is too late. A worker that lost the answer of the database may have put off
-# what was sent.
+# A claimed message can no longer change. A worker that lost the database's answer may have deferred a message that was
+# sent.
 _WAITS = """s.sender_id = $2 AND s.conversation_id = $3 AND s.claimed_at IS NULL AND NOT EXISTS (
         SELECT FROM message m WHERE m.id = $1 AND m.sender_id = $2 AND (m.conversation_id = $3) IS TRUE
     )"""
@@ -72,14 +72,14 @@ RETURNING scheduled_json(s)
 
 
 async def put(db: Db, frame: Schedule, user_id: UserId) -> Scheduled | None:
-    """Keep a message until its time, or change one that waits; None if the id is taken, or it is too late. Under the
-    user's lock.
+    """Schedule a message, or change a waiting one. Return None if the id is taken, or if the message can no longer
+    change. Requires the user's lock.
     """
     text = await db.fetchval(PUT, frame.message_id, user_id, frame.conversation_id, _words(frame), frame.send_at)
     return None if text is None else _scheduled_decoder.decode(text)
 
 
-# A message without words was sent, and its time was over (`edits.FORGET`): nobody schedules one.
+# A message without content was sent and has expired (`edits.FORGET`). Nobody can schedule one.
 IS_REPEATED = """
 SELECT s.words IN ($4::jsonb, '{"content": ""}') AND s.send_at = $5 FROM scheduled_message s
 WHERE s.id = $1 AND s.sender_id = $2 AND s.conversation_id = $3 AND s.status IN ('waiting', 'sent')
@@ -87,7 +87,7 @@ WHERE s.id = $1 AND s.sender_id = $2 AND s.conversation_id = $3 AND s.status IN 
 
 
 async def is_repeated(db: Db, frame: Schedule, user_id: UserId) -> bool:
-    """Whether a message that waits, or was sent, has the words and the time of a frame."""
+    """Whether a waiting or sent message has the content and the time of a frame."""
     place = (frame.message_id, user_id, frame.conversation_id)
     return bool(await db.fetchval(IS_REPEATED, *place, _words(frame), frame.send_at))
 
@@ -99,7 +99,9 @@ def _words(frame: Schedule) -> str:
 
 
 async def cancel(db: Db, message_id: MessageId, user_id: UserId, conversation_id: ConversationId) -> Scheduled | None:
-    """Do not send a message that waits; None if there is none, or it is too late. Under the user's lock."""
+    """Cancel a waiting message. Return None if there is none, or if it can no longer change. Requires the
+    user's lock.
+    """
     text = await db.fetchval(CANCEL, message_id, user_id, conversation_id)
     return None if text is None else _scheduled_decoder.decode(text)
 
@@ -113,38 +115,39 @@ ORDER BY s.send_at DESC, s.id DESC LIMIT {MAX_PAGE + 1}
 
 
 async def page(db: Db, user_id: UserId, before: Cursor | None) -> Undecoded[Page[Scheduled]]:
-    """Return a page of a user's messages that wait or could not be sent, the latest first."""
+    """Return a page of a user's messages that wait or could not be sent, latest first."""
     return _scheduled_decoder.page(await db.fetch(LIST, user_id, *(before or (None, None))), MAX_PAGE, Cursor.of)
 
 
 class DueScheduled(NamedTuple):
-    """A message whose time has come."""
+    """A due message."""
 
     message_id: MessageId
     conversation_id: ConversationId
     sender_id: UserId
     sender: User | None
-    """None if they are not here any more, or cannot be read."""
+    """None if the sender's account is not active, or cannot be read."""
     frame: Send | None
-    """None if it cannot be read."""
+    """None if the message cannot be read."""
     claimed_at: datetime
-    """Identifies the claim: a later one has another time, and a message that was put off has none."""
+    """Identifies the claim. A later claim has another time, and a deferred message has none."""
 
 
 class ClaimLost(Exception):  # noqa: N818 - another worker has the message now
-    """The message was claimed again, put off, cancelled or finished meanwhile."""
+    """The message was claimed again, deferred, cancelled or finished meanwhile."""
 
 
 class Waiting(NamedTuple):
-    """A message that is due, in the order in which messages have their turns."""
+    """A due message, with its place in the order of turns."""
 
     send_at: datetime
     message_id: MessageId
     sender_id: UserId
 
 
-# Who has a turn is found by a walk along the index, a page at a time: one that began anew for each claim would pass all
-# that is due of those who had a turn. IS TRUE keeps the planner from reading all that is due and sorting it.
+# The next sender is found by reading the index in order, a page at a time. Starting at the beginning for each claim
+# would pass all due messages of senders who had their turn. IS TRUE keeps the planner from reading and sorting all due
+# messages.
 _IS_FREE = """s.send_at <= now() AND (s.not_before IS NULL OR s.not_before <= now())
     AND (s.claimed_at IS NULL OR s.claimed_at < now() - $1::interval)"""
 WALK = f"""
@@ -155,19 +158,19 @@ ORDER BY s.send_at, s.id LIMIT $4
 
 
 async def walk(db: Db, after: Waiting | None) -> list[Waiting]:
-    """Return up to `WALKED` messages that are due and that nobody has claimed, those that are due first before others.
-    `after` is the last one of the page before.
+    """Return up to `WALKED` due messages without a claim, the earliest first. `after` is the last one of the page
+    before.
     """
     place = (datetime.min.replace(tzinfo=UTC), UUID(int=0)) if after is None else (after.send_at, after.message_id)
     return [Waiting(*row) for row in await db.fetch(WALK, CLAIMED, *place, WALKED)]
 
 
-# One claim takes one message. A sender of whom a claim has not ended has no other one, so their messages are sent in
-# order, and other senders' beside them. What was put off is not overtaken in its conversation.
-# The sender's lock keeps their frames and other workers' claims away from all rows; a sender whose lock somebody else
-# has comes later. `CLAIM` asks again under that lock: another worker may have committed a claim since `SENDER` began.
-# Whoever deleted their account, or was locked out, says nothing any more.
-# All that waits of the sender is read once: of messages for the same minute, each would be compared with all.
+# One claim takes one message. A sender with a valid claim gets no other one, so the sender's messages are sent in
+# order, concurrently with those of other senders. A deferred message is not overtaken in its conversation. The sender's
+# lock keeps the sender's frames and other workers' claims away from all rows. Locked senders are skipped. `CLAIM`
+# checks again under that lock, because another worker may have committed a claim since `SENDER` began. A deleted or
+# disabled sender sends nothing any more. All waiting messages of the sender are read once. Otherwise each of many
+# messages for the same minute would be compared with all.
 _FIRST_DUE = f"""
     WITH mine AS MATERIALIZED (
         SELECT s.id, s.conversation_id, s.send_at, s.claimed_at, s.not_before FROM scheduled_message s
@@ -196,8 +199,8 @@ RETURNING t.id, t.conversation_id, t.words, t.claimed_at
 
 
 async def claim(db: Db, sender_id: UserId) -> DueScheduled | None:
-    """Take up the first message of a sender that is due. Return None if there is none, a claim of theirs has not ended,
-    or another transaction holds the sender's row.
+    """Claim the first due message of a sender. Return None if there is none, if a claim of the sender is valid, or if
+    another transaction has locked the sender.
     """
     async with db.transaction():
         if (sender_row := await db.fetchrow(SENDER, CLAIMED, sender_id)) is None:
@@ -215,8 +218,8 @@ async def claim(db: Db, sender_id: UserId) -> DueScheduled | None:
     return DueScheduled(message_id, conversation_id, sender_id, sender, frame, claimed_at)
 
 
-# A claim runs out while its worker waits: another one takes the message, and the owner may change or cancel it after
-# that. So these statements act on the worker's own claim alone.
+# A claim may expire while its worker waits. Another worker may then take the message, and the owner may change or
+# cancel it. So these statements require the worker's own claim.
 PUT_OFF = f"""
 WITH touched AS ({MOVE_OWN} RETURNING version)
 UPDATE scheduled_message s SET claimed_at = NULL, not_before = now() + $4::interval, user_version = t.version
@@ -231,23 +234,22 @@ RETURNING true
 
 
 async def put_off(db: Db, due: DueScheduled, wait: timedelta) -> None:
-    """Have a message that was taken up wait for at least `CLAIMED`, and those behind it in its conversation until it
-    was sent.
+    """Defer a claimed message by at least `CLAIMED`. Later messages in its conversation wait until it was sent.
 
-    Nobody has claimed it meanwhile: its owner may change or cancel it. Does nothing if the claim is lost.
+    It has no claim meanwhile, so its owner may change or cancel it. Does nothing if the claim is lost.
     """
     await db.execute(PUT_OFF, due.message_id, due.sender_id, due.claimed_at, max(wait, CLAIMED))
 
 
 async def finish(db: Db, due: DueScheduled, status: ScheduledStatus, problem: str | None = None) -> None:
-    """Note what became of a message that was taken up. Raises ClaimLost, which rolls back the message that was stored
-    in the same transaction.
+    """Store the result of a claimed message. Raises ClaimLost, which rolls back the message that was stored in the same
+    transaction.
     """
     if not await db.fetchval(FINISH, due.message_id, due.sender_id, due.claimed_at, status, problem):
         raise ClaimLost
 
 
-# A user who is held by another transaction has their turn later. Their devices that were told less start over.
+# Users whom another transaction has locked are left to a later run. Devices with an earlier user version start over.
 FORGET = """
 WITH due AS MATERIALIZED (
     SELECT s.id, s.sender_id FROM scheduled_message s
@@ -267,7 +269,7 @@ SELECT count(*) FROM gone
 
 
 async def forget(db: Db) -> bool:
-    """Delete messages that were sent, failed or were cancelled long ago, at most `AT_ONCE`; return whether there may be
+    """Delete messages that were sent, failed or were cancelled long ago, at most `AT_ONCE`. Return whether there may be
     more.
     """
     return int(await db.fetchval(FORGET, KEPT, AT_ONCE)) == AT_ONCE

@@ -1,7 +1,7 @@
-"""Search: messages by their words, and by what else they have, as far as somebody may see them.
+"""Search for messages by words and other criteria, among the messages that a user may see.
 
-The index of words holds, beside them, where each message was said and whom it mentions (search_words() in schema.sql),
-so that it narrows down all of that together, and only what is left is looked at one by one.
+The search index also contains the conversation of each message and its mentions (search_words() in schema.sql). So it
+applies all of these together, and only the remaining messages are checked one by one.
 """
 
 import re
@@ -24,16 +24,16 @@ from server.queries.moment import MOMENT
 _message_decoder = Reader(Message)
 
 RANKED = 1_000
-"""How many of the newest that match are ranked by relevance."""
+"""Max newest matches that are ranked by relevance."""
 EXCERPT, BEFORE = 2_000, 500
-"""Max characters of a message that a snippet is taken from, and how many of them may stand before the first word that
-was searched for. Marking all of a message of 10,000 characters took milliseconds for each hit.
+"""Max characters of a message for a snippet, and max characters of these before the first matching word. Marking all
+words of a message of 10,000 characters took milliseconds per hit.
 """
 _CUT = re.compile("[\x02\x03]")
 
-# $1 is the user, $2 the words as a tsquery, $3 a conversation, $4 a hashtag, $5 whether the user is mentioned. Words
-# that are none in this language, such as "the" in English, are nowhere. Of mentions of roles, those of another one than
-# the user has there are left out later. `since` stands for the parameter that tells which conversations are the latest.
+# $1 is the user, $2 the words as a tsquery, $3 a conversation, $4 a hashtag, $5 whether the user is mentioned. Stop
+# words of the language, such as "the" in English, match nothing. Mentions of roles that are not the user's are left out
+# later. `since` stands for the parameter that selects the latest conversations.
 _THERE = "AND ($3::uuid IS NULL OR p.conversation_id = $3)"
 _QUERY = f"""(
     SELECT CASE WHEN $2::text IS NULL THEN w.filters
@@ -49,7 +49,7 @@ _QUERY = f"""(
         FROM ({LATEST.format(user="$1", also=_THERE, since="{since}")}) p
     ) w
 )"""  # noqa: S608 - only a constant is put in
-# What matches, the newest first, is looked at one by one until there are enough: LATERAL and OFFSET 0 keep it that way.
+# Matches are checked one by one, newest first, until there are enough. LATERAL and OFFSET 0 enforce that.
 _FOUND = f"""
     FROM (
         SELECT s.message_id, s.conversation_id, s.created_at FROM message_search s
@@ -71,9 +71,9 @@ _FOUND = f"""
     ) seen
     ORDER BY s.created_at DESC, s.message_id DESC LIMIT $13
 """  # noqa: S608 - as above
-# Where the first word stands is found as it is spelled; if it is spelled otherwise there, the beginning is taken. With
-# an \x01 after each punctuation mark, which is taken out again, words are those of the index, and the parser's time is
-# linear (`unpunctuated` in schema.sql). What a text itself has of the three control characters is left out.
+# The first word is located by its spelling in the query. If the text spells it otherwise, the snippet is the beginning.
+# An \x01 after each punctuation mark, which is removed again, makes words equal those of the index, and the parser's
+# time linear (`unpunctuated` in schema.sql). The three control characters are removed from the text itself.
 _SNIPPET = f"""CASE WHEN $2 IS NULL THEN left(translate((found.m).content, E'\\x02\\x03', ''), 200)
 ELSE replace(ts_headline(
     regexp_replace(translate(substring((found.m).content FROM greatest(1, least(
@@ -104,8 +104,8 @@ FROM (
 
 
 class SearchPosition(NamedTuple):
-    """Where a page of hits ends: as of when it was searched, so that what comes later does not shift the next page, and
-    since when the conversations were active that it looked through.
+    """The end of a page of hits. `as_of` is the time of the first page, so that later messages do not shift the next
+    page. `since` is the last activity of the oldest conversation that the search covers.
     """
 
     as_of: datetime
@@ -120,7 +120,7 @@ class SearchPosition(NamedTuple):
 
     @classmethod
     def read(cls, text: str | None) -> Self | None:
-        """Return what `str` of a place says; None of nothing. Raises Refused if it is something else."""
+        """Parse the text of a position. Return None for None. Raises Refused if it is invalid."""
         if text is None:
             return None
         try:
@@ -131,8 +131,8 @@ class SearchPosition(NamedTuple):
 
 
 async def find(db: Db, user_id: UserId, frame: Search, words: str | None, *, limit: int) -> Undecoded[SearchPage]:
-    """Return up to `limit` messages that match. `words` is a query of `search.query`. In a
-    transaction for searching.
+    """Return up to `limit` matching messages. `words` is a result of `search_text.query`. Requires a transaction for
+    searches.
     """
     after = SearchPosition.read(frame.after)
     as_of = now() if after is None else after.as_of

@@ -1,4 +1,4 @@
-"""What messages are found by, made anew."""
+"""Rebuilds and maintains the search index."""
 
 from typing import NamedTuple
 
@@ -6,11 +6,11 @@ from protocol.ids import MessageId
 from server.db.database import Db
 
 AT_ONCE = 200
-"""Max messages of one statement."""
+"""Max messages per statement."""
 
-# Words are made before anything is locked, as that takes long; `made` counts them, so that it is done by then. Then the
-# messages whose words are still the same are locked, for as long as writing takes, so that an edit waits for that or is
-# seen. Those that somebody holds, or has changed meanwhile, are left for another time.
+# Words are parsed before the locks, because that takes long. `made` counts them, which forces that order. Then messages
+# with unchanged content are locked for the time of writing, so that an edit waits for it or is noticed. Messages that
+# are locked or were changed meanwhile are left for another call.
 PAGE = """
 WITH page AS MATERIALIZED (
     SELECT m.id, m.conversation_id, m.created_at, m.content, m.payload, m.mentions, m.loud_mentions, m.hashtags,
@@ -36,8 +36,8 @@ SELECT (SELECT count(*) FROM free), ARRAY(SELECT id FROM page EXCEPT ALL SELECT 
 NEXT = "SELECT m.id FROM message m WHERE m.id > $1 ORDER BY m.id LIMIT $2"
 
 
-# What was added last waits in a list, which each search reads through, and which whoever finds it full has to sort in.
-# One worker does that at a time: the others would wait for its lock on the index, for nothing.
+# PostgreSQL collects new entries in a pending list. Each search reads the list, and a sender who fills it has to merge
+# it. One worker merges it at a time, because others would only wait for its lock on the index.
 TIDY = """
 SELECT gin_clean_pending_list('message_search_words_idx')
 FROM (SELECT FROM server_key WHERE name = 'vapid' FOR NO KEY UPDATE SKIP LOCKED) turn
@@ -45,14 +45,16 @@ FROM (SELECT FROM server_key WHERE name = 'vapid' FOR NO KEY UPDATE SKIP LOCKED)
 
 
 async def tidy(db: Db) -> None:
-    """Sort in what was added to the index of words: so that nobody who sends a message has to. Does nothing while
-    another worker does.
+    """Merge the pending list of the search index, so that no sender has to. Does nothing while another worker
+    does it.
     """
     await db.execute(TIDY)
 
 
 class IndexedPage(NamedTuple):
-    """How many were made, and which messages were held or changed meanwhile: to be made later."""
+    """The number of entries that were written, and the messages to retry later, which were locked or changed
+    meanwhile.
+    """
 
     made: int
     left: list[MessageId]
@@ -64,6 +66,6 @@ async def following(db: Db, after: MessageId) -> list[MessageId]:
 
 
 async def page(db: Db, message_ids: list[MessageId], *, only_missing: bool) -> IndexedPage:
-    """Make the words of messages, of those that have some. Waits for nobody who changes one of them."""
+    """Write the index entries of messages that need one. Does not wait for locked messages."""
     made, left = await db.fetchrow(PAGE, message_ids, only_missing) or (0, [])
     return IndexedPage(made, [MessageId(one) for one in left])

@@ -1,4 +1,4 @@
-"""Sessions: found by the hash of their token, sliding while they are used, gone when revoked."""
+"""Sessions: found by the hash of their token, extended while they are used, deleted when revoked."""
 
 from collections.abc import Sequence
 from datetime import datetime, timedelta
@@ -15,9 +15,9 @@ _user_decoder = Reader(User)
 _sessions_decoder = Reader(Session)
 
 AT_ONCE = 1_000
-"""Sessions that one statement deletes."""
+"""Max sessions that one statement deletes."""
 
-# `updated_at` is when a session last began or was extended, which happens at least daily while it is used.
+# `updated_at` is the time at which a session began or was last extended, which happens at least daily while it is used.
 CREATE = f"""
 WITH welcome AS (
     SELECT u.id FROM "user" u
@@ -40,7 +40,7 @@ RETURNING id, expires_at, EXISTS (SELECT FROM unused)
 
 
 class Beginning(NamedTuple):
-    """A session that has begun, and whether others had to end for it."""
+    """A session that has begun, and whether others ended because of it."""
 
     session_id: SessionId
     expires_at: datetime
@@ -56,18 +56,18 @@ async def create(
     *,
     password_hash: str | None = None,
 ) -> Beginning | None:
-    """Begin a session; `device` is its address and its user agent. Of `MAX_SESSIONS` that there are, the one unused for
+    """Begin a session. `device` is its address and its user agent. Beyond `MAX_SESSIONS`, the one that was unused for
     longest ends.
 
-    Return None if the user is not active, or if `password_hash`, against which their password was checked, is not
-    theirs any more. Under the user's lock, which is taken by whoever changes either.
+    Return None if the user is not active, or if `password_hash` of the check is no longer the user's. Requires the
+    user's lock, which all changes of either take.
     """
     row = await db.fetchrow(CREATE, user_id, token_hash, lasts, *device, password_hash)
     return None if row is None else Beginning(*row)
 
 
 class Active(NamedTuple):
-    """A session that is valid, whose it is, and the user's own clock when that was so."""
+    """A valid session, its user, and the user version at that time."""
 
     session_id: SessionId
     expires_at: datetime
@@ -75,7 +75,7 @@ class Active(NamedTuple):
     user: User
 
 
-# A restored session may end in any year; Python knows those up to 9999.
+# A restored session may expire in any year, and Python supports years up to 9999.
 FIND = f"""
 SELECT s.token, s.id, least(s.expires_at, '9999-12-30'), u.version, {FACE}
 FROM session s JOIN "user" u ON u.id = s.user_id AND u.is_active AND NOT u.is_deleted
@@ -84,7 +84,7 @@ WHERE s.token = ANY($1) AND s.expires_at > now()
 
 
 async def find(db: Db, token_hashes: Sequence[str]) -> Undecoded[dict[str, Active]]:
-    """Return the valid sessions among those, by the hash of their token."""
+    """Return the valid ones of these sessions, by the hash of the token."""
     rows = await db.fetch(FIND, list(token_hashes))
     found = _user_decoder.beside([(row[4], *row[:4]) for row in rows])
     return found.then(lambda read: {row[1]: Active(row[2], row[3], row[4], user) for user, row in read})
@@ -98,13 +98,13 @@ WHERE s.id = ANY($1) AND s.expires_at > now()
 
 
 async def find_by_id(db: Db, session_ids: Sequence[SessionId]) -> Undecoded[dict[SessionId, Active]]:
-    """Return the valid sessions among those."""
+    """Return the valid ones of these sessions."""
     rows = await db.fetch(FIND_BY_ID, list(session_ids))
     found = _user_decoder.beside([(row[3], *row[:3]) for row in rows])
     return found.then(lambda read: {row[1]: Active(row[1], row[2], row[3], user) for user, row in read})
 
 
-# A session that somebody else holds is being revoked, or extended: nobody waits for it.
+# A session that another transaction has locked is being revoked or extended. It is skipped.
 SLIDE = """
 WITH extended AS (
     UPDATE session s SET expires_at = now() + $2, updated_at = now()
@@ -122,7 +122,7 @@ WHERE s.id = ANY($1) AND s.expires_at > now() AND s.id <> ALL (ARRAY(SELECT e.id
 
 
 async def slide(db: Db, session_ids: Sequence[SessionId], lasts: timedelta) -> dict[SessionId, datetime]:
-    """Let sessions last from now on. Return when each of those that are valid expires."""
+    """Extend sessions. Return when each valid one expires."""
     return {row[0]: row[1] for row in await db.fetch(SLIDE, list(session_ids), lasts)}
 
 
@@ -134,7 +134,7 @@ WHERE s.id = ANY($1) AND s.expires_at > now()
 
 
 async def living(db: Db, session_ids: Sequence[SessionId]) -> dict[SessionId, datetime]:
-    """Return those of the sessions that are valid, with when they expire."""
+    """Return the valid ones of these sessions, with the times at which they expire."""
     return {row[0]: row[1] for row in await db.fetch(LIVING, list(session_ids))}
 
 
@@ -147,7 +147,7 @@ SELECT coalesce(json_agg(s ORDER BY s.created_at DESC), '[]') FROM (
 
 
 async def of_user(db: Db, user_id: UserId, current: SessionId | None) -> list[Session]:
-    """Return a user's valid sessions, newest first, at most 100."""
+    """Return up to 100 valid sessions of a user, newest first."""
     return _sessions_decoder.every(await db.fetchval(LIST, user_id, current))
 
 
@@ -155,7 +155,7 @@ IS_THERE = "SELECT EXISTS (SELECT FROM session WHERE user_id = $1 AND ($2::uuid 
 
 
 async def is_there(db: Db, user_id: UserId, session_id: SessionId | None) -> bool:
-    """Return whether `revoke` of the same would end anything."""
+    """Whether `revoke` with the same arguments would end a session."""
     return bool(await db.fetchval(IS_THERE, user_id, session_id))
 
 
@@ -163,7 +163,7 @@ REVOKE = "DELETE FROM session WHERE user_id = $1 AND ($2::uuid IS NULL OR id = $
 
 
 async def revoke(db: Db, user_id: UserId, session_id: SessionId | None) -> int:
-    """End one session of a user, or all; return how many that were. Under the user's lock."""
+    """End one session of a user, or all. Return their number. Requires the user's lock."""
     return len(await db.fetch(REVOKE, user_id, session_id))
 
 
@@ -176,5 +176,5 @@ DELETE FROM session s USING due WHERE s.id = due.id RETURNING true
 
 
 async def clear_expired(db: Db) -> bool:
-    """Delete sessions that ended more than a day ago, at most `AT_ONCE`; return whether there may be more."""
+    """Delete sessions that expired more than a day ago, at most `AT_ONCE`. Return whether there may be more."""
     return len(await db.fetch(EXPIRED, AT_ONCE)) == AT_ONCE

@@ -1,4 +1,4 @@
-"""Threads: who follows which, how far they have read in it, and how much is new."""
+"""Threads: their followers, read positions, and unread counts."""
 
 from typing import NamedTuple
 
@@ -16,9 +16,10 @@ _view_decoder = Reader(ThreadView)
 _follow_decoder = Reader(ThreadFollow)
 
 MOST_LISTED, MOST_LOOKED_AT, MOST_PARTICIPANTS = 100, 1_000, 100
+"""Max threads per page, max followed threads that a page considers, and max participants per thread."""
 
-# `t` is the follower's row, or what stands for one that there is not; `m` is the root. Whoever replied is noted in the
-# rows of followers, so that a thread of 10,000 replies need not be read to say who.
+# `t` is the follower's row, or a substitute if there is none. `m` is the root. The rows of followers also record who
+# has replied, so that a thread of 10,000 replies need not be read for that.
 _VIEW = f"""json_build_object(
     'root', message_json(m),
     'follow', json_build_object('conversation_id', m.conversation_id, 'root_id', m.id,
@@ -50,12 +51,12 @@ CROSS JOIN LATERAL ({COUNT_REPLIES.format(me="t")}) counted (unread)
 
 
 async def get(db: Db, place: MessageRef, user_id: UserId) -> ThreadView | None:
-    """Return the thread that begins with a message; None without access to that."""
+    """Return the thread of a root. Return None without access to the root."""
     text = await db.fetchval(GET, place.message_id, user_id, place.conversation_id)
     return None if text is None else _view_decoder.decode(text)
 
 
-# Those that are shown are found first, and only in them the replies are counted.
+# The threads of the page are selected first, so that replies are counted in these only.
 LIST = f"""
 SELECT {_VIEW}, {MOMENT.format(at="found.at")}, m.id FROM (
     SELECT t, m, newest.at
@@ -88,21 +89,21 @@ ORDER BY found.at DESC, m.id DESC
 
 
 async def page(db: Db, user_id: UserId, before: Cursor | None, *, is_unread: bool) -> Undecoded[Page[ThreadView]]:
-    """Return a page of the threads that a user follows and where somebody replied, or where there is something new, the
-    latest first: of the 1,000 that began last.
+    """Return a page of the followed threads with replies, or with `is_unread` with unread ones, latest first. It covers
+    the 1,000 threads with the newest roots.
     """
     rows = await db.fetch(LIST, user_id, is_unread, *(before or (None, None)))
     return _view_decoder.page(rows, MOST_LISTED, Cursor.of)
 
 
 class FollowChange(NamedTuple):
-    """What of a follower's row is to change, and is left as it is if not said."""
+    """A change of a follower's row. None leaves a column unchanged."""
 
     is_following: bool | None = None
     last_read_order: int | None = None
 
 
-# Users are locked before what is theirs, as everywhere. A thread begins with a message that is in none.
+# The user is locked before the user's rows, as everywhere. A root is in no thread itself.
 CHANGE = f"""
 WITH root AS (
     SELECT m.id, m.conversation_id, m.thread_order {VISIBLE} AND m.thread_root_id IS NULL
@@ -121,13 +122,13 @@ RETURNING thread_json(t), xmax = 0
 
 
 class FollowChanged(NamedTuple):
-    """How a user follows a thread now, and whether there is a new row for that."""
+    """The follower's row, and whether it is new."""
 
     follow: ThreadFollow
     is_new: bool
 
 
 async def change(db: Db, place: MessageRef, user_id: UserId, change: FollowChange) -> FollowChanged | None:
-    """Follow a thread or not, or read on in it; None without access to a root."""
+    """Follow or unfollow a thread, or move the read position in it. Return None without access to the root."""
     row = await db.fetchrow(CHANGE, place.message_id, user_id, place.conversation_id, *change)
     return None if row is None else FollowChanged(_follow_decoder.decode(row[0]), row[1])

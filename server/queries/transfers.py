@@ -1,4 +1,4 @@
-"""Rows in and out of the database, as JSON, for moving a whole installation or bringing in another chat."""
+"""Exports and imports rows as JSON, for whole installations and for archives of other chats."""
 
 from collections.abc import AsyncIterator
 from typing import NamedTuple
@@ -30,22 +30,23 @@ TABLES = {
     "report": "SELECT row_to_json(t)::text FROM report t ORDER BY t.id",
     "audit_entry": "SELECT row_to_json(t)::text FROM audit_entry t ORDER BY t.chain, t.number",
 }
-"""Every table with what is not derived, in an order in which each comes after those that it refers to."""
+"""All tables with data that is not derived. Each table follows those that it refers to."""
 
 SNAPSHOT = "SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY"
 NO_TIMEOUT = "SET LOCAL statement_timeout = 0"
 AT_ONCE = 500
+"""Rows that are fetched together."""
 
 
 async def rows(db: Db, table: str) -> AsyncIterator[str]:
-    """Return all rows of a table as JSON, in the order of their keys. In a transaction."""
-    STATEMENT = TABLES[table]  # noqa: N806 - a constant, as all that is asked of the database
+    """Yield all rows of a table as JSON, in the order of their keys. Requires a transaction."""
+    STATEMENT = TABLES[table]  # noqa: N806 - a constant, as all SQL
     async for row in db.cursor(STATEMENT, prefetch=AT_ONCE):
         yield row[0]
 
 
 async def begin(db: Db, *, is_snapshot: bool) -> None:
-    """Have a transaction last as long as it takes; and with `is_snapshot`, see the database as it is now."""
+    """Remove the time-out of a transaction. With `is_snapshot`, make it read the database as of now."""
     if is_snapshot:
         await db.execute(SNAPSHOT)
     await db.execute(NO_TIMEOUT)
@@ -55,7 +56,7 @@ LOAD = "SELECT load_rows($1, $2)"
 
 
 async def load(db: Db, table: str, rows: str) -> int:
-    """Put rows, a JSON array, into a table; return how many were not there before. In a transaction."""
+    """Insert rows, a JSON array, into a table. Return how many were new. Requires a transaction."""
     return int(await db.fetchval(LOAD, table, rows))
 
 
@@ -64,16 +65,16 @@ DISCARD_KEYS = "DELETE FROM server_key"
 
 
 async def is_empty(db: Db) -> bool:
-    """Whether nobody is here yet."""
+    """Whether there are neither users nor conversations."""
     return bool(await db.fetchval(IS_EMPTY))
 
 
 async def discard_keys(db: Db) -> None:
-    """Forget the keys that this installation has made for itself: those of the other one come."""
+    """Delete the keys of this installation, because the import brings those of the other one."""
     await db.execute(DISCARD_KEYS)
 
 
-# Whoever came into a conversation in this transaction.
+# Users who were added to a conversation in this transaction.
 TOUCH = """
 UPDATE "user" u SET version = u.version + 1
 FROM (
@@ -86,8 +87,8 @@ WHERE u.id = t.id
 
 
 async def touch(db: Db) -> None:
-    """Move the clocks of those who were brought into conversations, so that a running server tells them. In the
-    transaction that did it.
+    """Move the user versions of users who were added to conversations, so that running servers notify them. Runs in the
+    transaction that added them.
     """
     await db.execute(TOUCH)
 
@@ -111,16 +112,16 @@ SELECT EXISTS (
 
 
 async def overfull(db: Db, most: int) -> str | None:
-    """Return the name of somebody who was brought into conversations and takes part in more than `most`. In the
-    transaction that did it.
+    """Return the name of a user who was added to conversations and participates in more than `most`. Runs in the
+    transaction that added them.
     """
     name: str | None = await db.fetchval(OVERFULL, most)
     return name
 
 
 async def is_erased_in(db: Db) -> bool:
-    """Whether somebody was brought into a conversation who is erased. In the transaction that did it, after `touch`,
-    which locks them: whoever is erased later is let out of it.
+    """Whether an erased user was added to a conversation. Runs in the transaction that added them, after `touch`, which
+    locks the users. A later erasure makes the user leave.
     """
     return bool(await db.fetchval(IS_ERASED_IN))
 
@@ -138,7 +139,7 @@ PAIRS = "SELECT c.direct_low, c.direct_high FROM conversation c WHERE c.type = '
 
 
 class Account(NamedTuple):
-    """Who has an address here. It is theirs for certain if it is verified."""
+    """An account with an e-mail address. A verified address certainly belongs to the user."""
 
     email: str
     id: UserId
@@ -147,43 +148,43 @@ class Account(NamedTuple):
 
 
 async def by_email(db: Db, emails: list[str]) -> dict[str, Account]:
-    """Return who has which of the addresses here."""
+    """Return the accounts with these e-mail addresses."""
     return {row[0]: Account(*row) for row in await db.fetch(BY_EMAIL, emails)}
 
 
 async def parts(db: Db, ids: list[UUID]) -> dict[UUID, UserId]:
-    """Return whose those of the participants' rows are that are here."""
+    """Return the users of existing participants' rows."""
     return {row[0]: row[1] for row in await db.fetch(PARTS, ids)}
 
 
 async def present(db: Db, user_ids: list[UserId]) -> dict[UserId, bool]:
-    """Return those of the users that are here already, and whether each is erased."""
+    """Return the existing ones of these users, and whether each is erased."""
     return {row[0]: row[1] for row in await db.fetch(PRESENT, user_ids)}
 
 
 async def is_any_message(db: Db, message_ids: list[MessageId]) -> bool:
-    """Whether any of the messages is here."""
+    """Whether any of the messages exists."""
     return bool(await db.fetchval(IS_ANY_MESSAGE, message_ids))
 
 
 async def absent_messages(db: Db, message_ids: list[MessageId]) -> int:
-    """Return how many of the messages are not here."""
+    """Return how many of the messages do not exist."""
     found: int = await db.fetchval(ABSENT_MESSAGES, message_ids)
     return found
 
 
 async def active(db: Db, user_ids: list[UserId]) -> dict[UserId, bool]:
-    """Return which of the users are here, and whether their accounts are active."""
+    """Return the existing ones of these users, and whether each account is active."""
     return {row[0]: row[1] for row in await db.fetch(ACTIVE, user_ids)}
 
 
 async def there(db: Db, conversation_ids: list[ConversationId]) -> set[ConversationId]:
-    """Return those of the conversations that are here already."""
+    """Return the existing ones of these conversations."""
     return {row[0] for row in await db.fetch(THERE, conversation_ids)}
 
 
 async def pairs(db: Db, lows: list[UserId]) -> set[tuple[UserId, UserId]]:
-    """Return the pairs that have a direct conversation, by the lower of the two."""
+    """Return the pairs of users with a direct conversation, by the lower id of the two."""
     return {(row[0], row[1]) for row in await db.fetch(PAIRS, lows)}
 
 

@@ -1,9 +1,11 @@
-"""What is unread: one definition, for the list of conversations, the badge, and what is pushed.
+"""The definition of unread messages, for the list of conversations, the badge and push notifications.
 
-Past the read position, or from where on somebody marked it unread: messages of others that stand in the conversation
-itself, and are neither deleted, nor hidden by a moderator, nor the server's announcements, nor of somebody whom they
-block or mute. That is asked by key for each message: who mutes thousands would otherwise have all of them compared with
-each message.
+Unread messages come after the read position, or begin at the unread mark. They are messages of others in the
+conversation itself. Deleted, hidden and system messages do not count, nor do messages of users whom the reader blocks
+or mutes.
+
+Blocks and mutes are looked up by key for each message. Otherwise, with thousands of muted users, all of them would be
+compared with each message.
 """
 
 from collections.abc import Collection
@@ -16,8 +18,8 @@ SILENCES = """coalesce((
     SELECT true FROM user_relationship s WHERE s.from_user_id = {me} AND s.to_user_id = {them}
         AND s.type IN ('block', 'mute') AND s.status = 'active' LIMIT 1
 ), false)"""
-"""Whether a user blocks or mutes another one. With EXISTS, PostgreSQL would hash all whom the user silences, again for
-each conversation.
+"""Whether a user blocks or mutes another one. With EXISTS, PostgreSQL would hash all users whom the user silences,
+again for each conversation.
 """
 
 _UNREAD = f"""
@@ -29,8 +31,8 @@ _UNREAD = f"""
 _COUNTED = f"""count(*) FILTER (WHERE NOT is_deleted AND NOT is_system_message AND NOT is_moderated
     AND sender_id <> {{me}}.user_id AND NOT {SILENCES.format(me="{me}.user_id", them="sender_id")})"""
 COUNT_UNREAD = f"SELECT {_COUNTED} FROM ({_UNREAD}) newest"  # noqa: S608 - constants
-"""Of the newest 100 messages past the position, those that count: bounded, however long one was away. `{me}` is the
-name of the participant in the query that embeds it, never a value.
+"""The number of unread messages among the newest 100 after the position, which bounds the cost. `{me}` is the name of
+the participant in the embedding query, never a value.
 """
 
 _UNREAD_REPLIES = f"""
@@ -42,17 +44,19 @@ _UNREAD_REPLIES = f"""
 _COUNTS = f"""NOT newest.is_deleted AND NOT newest.is_moderated AND newest.sender_id <> {{me}}.user_id
     AND NOT {SILENCES.format(me="{me}.user_id", them="newest.sender_id")}"""
 COUNT_REPLIES = f"SELECT count(*) FILTER (WHERE {_COUNTS}) FROM ({_UNREAD_REPLIES}) newest"  # noqa: S608 - constants
-"""The same in a thread. `{me}` is the name of the follower."""
+"""The same in a thread. `{me}` is the name of the follower's row."""
 HAS_UNREAD_REPLY = f"EXISTS (SELECT FROM ({_UNREAD_REPLIES}) newest WHERE {_COUNTS})"
 """Whether COUNT_REPLIES is more than 0."""
 
 MAX_IN_BADGE = 100
-"""Max conversations that a badge adds up: those with something new that were active last."""
+"""Max conversations in a badge. They are those with changes and the latest activity."""
 
 MAX_BADGE = 1_000
-"""Max messages that a badge looks at, in the order of these conversations: it is counted for each notification."""
+"""Max messages that a badge counts, in the order of these conversations, because it is counted for each
+notification.
+"""
 
-# Those where nothing has happened since need no counting.
+# Conversations without changes since the read position need no counting.
 BADGE = f"""
 SELECT who.user_id, (
     SELECT {_COUNTED.format(me="newest")}::integer FROM (
@@ -71,12 +75,12 @@ FROM unnest($1::uuid[]) AS who (user_id)
 
 
 async def badge(db: Db, user_id: UserId) -> int:
-    """Return the sum of what is unread in those 100 of a user's conversations with something new that were active last,
-    without those that are muted or hidden. Counting stops after `MAX_BADGE` messages.
+    """Return the number of unread messages in up to 100 conversations of a user, those with changes and the latest
+    activity. Muted and hidden ones do not count. Counting stops after `MAX_BADGE` messages.
     """
     return (await badges(db, {user_id})).get(user_id, 0)
 
 
 async def badges(db: Db, user_ids: Collection[UserId]) -> dict[UserId, int]:
-    """Return the badges of several users; those with nothing unread may be absent."""
+    """Return the badges of several users. Users without unread messages may be missing."""
     return {row[0]: row[1] for row in await db.fetch(BADGE, list(user_ids))}

@@ -1,4 +1,4 @@
-"""Users as others see them."""
+"""Users: faces, profiles, presence, user versions, and locks."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -19,13 +19,13 @@ _me_decoder = Reader(Me)
 _own_decoder = Reader(OwnEvent)
 
 AT_ONCE = 1_000
-"""Custom statuses that one statement takes away."""
+"""Max custom statuses that one statement deletes."""
 
 FACE = "json_build_object('id', u.id, 'name', u.name, 'display_name', u.display_name, 'image', u.image)"
-"""A user's face (protocol/values.py), for queries that have the user's row as `u`."""
+"""A user's face (protocol/values.py), for queries with the user's row as `u`."""
 MOVE_OWN = """UPDATE "user" SET version = version + 1, own_moves = own_moves + 1 WHERE id = $2"""
-"""Locks the user `$2` and moves their clock, for queries that change what is theirs alone. Further conditions and
-`RETURNING version` follow.
+"""Locks the user `$2` and moves the user version, for queries that change only rows of that user. Further conditions
+and `RETURNING version` follow.
 """
 
 GET = f"""
@@ -34,7 +34,7 @@ SELECT coalesce(json_agg({FACE}), '[]') FROM "user" u WHERE u.id = ANY($2) AND m
 
 
 async def get(db: Db, caller: UserId, user_ids: Sequence[UserId]) -> list[User]:
-    """Return those of the users that exist and that the caller may see."""
+    """Return the existing ones of these users whom the caller may see."""
     return _users_decoder.every(await db.fetchval(GET, caller, list(user_ids)))
 
 
@@ -46,13 +46,13 @@ FROM "user" u WHERE u.id = $2 AND may('see_profile', $1, $2)
 
 
 async def profile(db: Db, caller: UserId, user_id: UserId) -> Profile | None:
-    """Return what a user tells about themselves; None if the caller may not see it."""
+    """Return a user's profile. Return None if the caller may not see it."""
     text = await db.fetchval(PROFILE, caller, user_id)
     return None if text is None else _profile_decoder.decode(text)
 
 
-# At most a thousand that match are asked whether they may be seen: whoever is looked for has more words than that.
-# `IS TRUE` keeps the planner from reading the index of active users, which are nearly all, beside the index of words.
+# At most a thousand matches are checked for visibility, because a useful search has fewer. `IS TRUE` keeps the planner
+# from reading the index of active users, which are nearly all, in addition to the index of words.
 SEARCH = f"""
 SELECT coalesce(json_agg({FACE} ORDER BY u.name, u.id), '[]') FROM (
     SELECT u.* FROM (
@@ -69,7 +69,7 @@ SELECT coalesce(json_agg({FACE} ORDER BY u.name, u.id), '[]') FROM (
 
 
 async def search(db: Db, caller: UserId, query: str, *, limit: int) -> list[User]:
-    """Return users who match a query of `search.query` and whom the caller may see."""
+    """Return users who match a query of `search_text.query` and whom the caller may see."""
     return _users_decoder.every(await db.fetchval(SEARCH, caller, query, limit))
 
 
@@ -77,7 +77,7 @@ ME = """SELECT me_json(u) FROM "user" u WHERE u.id = $1"""
 
 
 async def me(db: Db, user_id: UserId) -> Me:
-    """Return a user as they see themselves."""
+    """Return the user's own account."""
     return _me_decoder.decode(await db.fetchval(ME, user_id))
 
 
@@ -103,19 +103,19 @@ RETURNING me_json(u)
 
 
 async def update(db: Db, user_id: UserId, changes: dict[str, Any]) -> Me | None:
-    """Change the fields of a user that are in `changes`, and return the user as they are now; None if not active."""
+    """Change the fields in `changes` of a user, and return the user. Return None if the user is not active."""
     text = await db.fetchval(UPDATE, user_id, msgspec.json.encode(changes).decode())
     return None if text is None else _me_decoder.decode(text)
 
 
 TIME_ZONES = "SELECT name FROM pg_timezone_names"
 _time_zones: set[str] = set()
-"""The names that PostgreSQL knows. Reading them takes it tens of milliseconds, so a process reads them once."""
+"""The names of time zones in PostgreSQL. Reading them takes tens of milliseconds, so a process reads them once."""
 
 
 async def is_time_zone(db: Db, name: str) -> bool:
-    """Whether PostgreSQL knows a time zone. The name is compared here: PostgreSQL would log one that it refuses, and
-    takes any text in angle brackets for a zone.
+    """Whether PostgreSQL has a time zone. Names are compared here, because PostgreSQL would log a name that it refuses,
+    and accepts any text in angle brackets.
     """
     if not _time_zones:
         _time_zones.update(row[0] for row in await db.fetch(TIME_ZONES))
@@ -134,7 +134,7 @@ IS_DELETED = """SELECT is_deleted FROM "user" WHERE id = $1"""
 
 
 async def is_deleted(db: Db, user_id: UserId) -> bool:
-    """Whether a user has deleted their account, or was erased, or is being erased."""
+    """Whether a user has deleted the account, or was erased, or is being erased."""
     return bool(await db.fetchval(IS_DELETED, user_id))
 
 
@@ -146,8 +146,8 @@ async def is_admin(db: Db, user_id: UserId) -> bool:
     return bool(await db.fetchval(IS_ADMIN, user_id))
 
 
-# What is a user's alone, and changed after the number $2 of their own clock, as the events that tell it: the first $3,
-# each kind by an index of its own.
+# Changes of the user's own rows after the user version $2, as events, the first $3 of them. Each kind uses its own
+# index.
 NEWS = """
 SELECT u.version, u.forgotten_version, news.version, news.event FROM "user" u LEFT JOIN LATERAL (
     SELECT u.own_version AS version, json_build_object('type', 'me_changed', 'user_version', u.own_version,
@@ -205,12 +205,12 @@ WHERE u.id = $1
 
 
 OWN_PAGE = 500
-"""Changes of the user's own that one statement reads, about."""
+"""Approximate max changes of own rows that one statement reads."""
 
 
 class OwnNews(NamedTuple):
-    """What changed for a user alone up to a number of their own clock, and whether that is all of it. `lost` says why
-    events cannot name all rows that are gone.
+    """Changes of a user's own rows up to a user version, and whether these are all. `lost` is the reason if events
+    cannot name all deleted rows.
     """
 
     version: int
@@ -220,8 +220,8 @@ class OwnNews(NamedTuple):
 
 
 async def news(db: Db, user_id: UserId, since: int, *, limit: int) -> Undecoded[OwnNews]:
-    """Return about `limit` changes after a number of a user's own clock, cut where a number of it ends; of a number
-    that the clock has not reached, none.
+    """Return about `limit` changes after a user version, cut where a version ends. After a version that does not exist
+    yet, there are none.
     """
     rows = await db.fetch(NEWS, user_id, since, limit + 1)
     found = [row for row in rows if row[2] is not None]
@@ -231,7 +231,7 @@ async def news(db: Db, user_id: UserId, since: int, *, limit: int) -> Undecoded[
     if since > version:
         version, found, is_whole, lost = 0, [], False, "ahead_of_server"
     elif not is_whole:
-        # The last number may have more events than were read.
+        # The last version may have more events than were read.
         version = found[-1][2] - 1
         if version <= since:
             return await news(db, user_id, since, limit=2 * limit)
@@ -240,7 +240,7 @@ async def news(db: Db, user_id: UserId, since: int, *, limit: int) -> Undecoded[
 
 
 class Clocks(NamedTuple):
-    """A user's own clock, the one that nobody is told of, and the moves of the own clock by more than own rows."""
+    """The user version, the hidden version, and the moves of the user version that concern more than own rows."""
 
     version: int
     hidden_version: int
@@ -248,22 +248,22 @@ class Clocks(NamedTuple):
 
 
 class Visibility(NamedTuple):
-    """What a user has chosen about being seen."""
+    """A user's choice of presence."""
 
     status: PresenceStatus
     custom_status: str | None
     is_shown: bool
     last_seen_at: float | None
     visible_since: float | None
-    """When they stopped being invisible: the departure of a device before that is told to nobody."""
+    """When the user stopped being invisible. Nobody is told of a device's departure before that."""
 
 
 STATUS_NOW = "CASE WHEN u.custom_status_until > now() OR u.custom_status_until IS NULL THEN u.custom_status END"
-"""A custom status while it lasts, for queries that have the user's row as `u`."""
+"""A custom status until it expires, for queries with the user's row as `u`."""
 
 
 class Watchable(NamedTuple):
-    """What a watcher may know of a user whose face they may see."""
+    """The presence of a user whose face a watcher may see."""
 
     is_seen: bool
     """Whether the user's presence may be delivered to the watcher."""
@@ -279,18 +279,19 @@ WHERE u.is_active AND NOT u.is_deleted AND may('see_face', pair.watcher, u.id)
 
 
 async def watchable(db: Db, pairs: Sequence[tuple[UserId, UserId]]) -> dict[tuple[UserId, UserId], Watchable]:
-    """Return those pairs of a watcher and a watched user of which the face may be delivered to the watcher."""
+    """Return the pairs of a watcher and a watched user whose watcher may see the face."""
     rows = await db.fetch(WATCHABLE, [one for one, _ in pairs], [other for _, other in pairs])
     found: dict[tuple[UserId, UserId], Watchable] = {}
     for watcher, watched, is_shown, *choice in rows:
         visibility = Visibility(*choice)
-        # The presence of who shows it to nobody is delivered: it is `offline`.
+        # The presence of a user who hides it from everybody is delivered as `offline`.
         found[watcher, watched] = Watchable(visibility.is_shown or not is_shown, visibility)
     return found
 
 
-# 'away' belongs to a device, not to the user; 'offline' is what the column says of those who never chose. Whoever
-# becomes invisible is last seen then, as if they had gone. Whoever is it no more is visible from when the row is free.
+# 'away' belongs to a device, not to the user. 'offline' is the column's value for users who never chose. A user who
+# becomes invisible is last seen then, as if they had disconnected. A user who is visible again is visible from the time
+# at which the row was locked.
 CHOOSE = """
 UPDATE "user" u SET updated_at = now(), status = chosen.status,
     last_seen_at = CASE WHEN ($6 OR u.is_online) AND chosen.status = 'invisible' AND u.status <> 'invisible' THEN now()
@@ -311,14 +312,14 @@ RETURNING (u.visible_since >= now()) IS TRUE
 
 
 class Choice(NamedTuple):
-    """Whether what a user chose is new to the row, and whether it ended that they were invisible."""
+    """Whether the choice changed the row, and whether it ended invisibility."""
 
     is_new: bool
     is_visible_again: bool
 
 
 async def choose(db: Db, user_id: UserId, frame: SetPresence, *, is_here: bool) -> Choice:
-    """Record how a user, who is here or not, wants to be seen."""
+    """Store the chosen presence of a user. `is_here` tells whether the user is online."""
     custom_status = None if frame.custom_status is UNSET else frame.custom_status
     seconds = frame.custom_status_seconds
     is_visible_again = await db.fetchval(
@@ -340,7 +341,7 @@ WHERE u.id = t.id RETURNING u.id
 
 
 async def expire_statuses(db: Db) -> list[UserId]:
-    """Take away custom statuses whose time is over, at most `AT_ONCE`; return whose they were."""
+    """Delete expired custom statuses, at most `AT_ONCE`. Return their users."""
     return [UserId(row[0]) for row in await db.fetch(EXPIRE, AT_ONCE)]
 
 
@@ -352,12 +353,12 @@ FROM "user" u WHERE u.id = ANY($1)
 
 
 async def choices(db: Db, user_ids: Sequence[UserId]) -> dict[UserId, Visibility]:
-    """Return how users want to be seen, to announce it."""
+    """Return the users' choices of presence, to announce them."""
     return {row[0]: Visibility(*row[1:]) for row in await db.fetch(CHOICES, list(user_ids))}
 
 
-# Whoever is invisible is not seen to come and go, also not afterwards. The rows of all others are not held until a
-# locked one is free.
+# Arrivals and departures of an invisible user are not recorded, so they do not appear later either. Locked rows are
+# skipped, so that they do not delay others.
 SEEN = """
 WITH noted AS (
     UPDATE "user" u SET is_online = s.is_online, last_close = s.last_close,
@@ -376,8 +377,8 @@ WHERE NOT EXISTS (SELECT FROM "user" o WHERE o.id = s.id AND o.erased_at IS NULL
 
 
 class Transition(NamedTuple):
-    """A user came online, or went offline, and with which code the server closed their last connection, if it did.
-    `left_at` is when that was, in seconds of the epoch, if not now.
+    """A user came online or went offline. `close_code` is the server's close code of the last connection, if it closed
+    that. `left_at` is the time in seconds of the epoch, if it is not now.
     """
 
     is_online: bool
@@ -386,7 +387,7 @@ class Transition(NamedTuple):
 
 
 async def seen(db: Db, transitions: dict[UserId, Transition]) -> dict[UserId, Transition]:
-    """Record who came and who went just now. Return what is left: of users whose rows other transactions hold."""
+    """Record arrivals and departures. Return those of users whose rows other transactions have locked."""
     came = [one.is_online for one in transitions.values()]
     codes = [one.close_code for one in transitions.values()]
     left_at = [one.left_at for one in transitions.values()]
@@ -402,26 +403,27 @@ UNSEEN = """(SELECT ARRAY(
     SELECT r.to_user_id FROM user_relationship r
     WHERE r.from_user_id = $2 AND r.type = 'block' AND r.status = 'active'
 ))::uuid[]"""
-"""Those whose presence the user $2 may not see, of whom they meet. Asked once, not for each row."""
+"""Users whose presence the user $2 may not see, evaluated once and not for each row."""
 
 VERSIONS = """SELECT id, version, hidden_version, version - own_moves FROM "user" WHERE id = ANY($1)"""
 
 
 async def versions(db: Db, user_ids: Sequence[UserId]) -> dict[UserId, Clocks]:
-    """Return the users' clocks."""
+    """Return the versions of users."""
     return {row[0]: Clocks(*row[1:]) for row in await db.fetch(VERSIONS, list(user_ids))}
 
 
-# The second step of the order in which everything is locked (queries/__init__.py).
+# The second step in the order of locks (queries/__init__.py).
 LOCK = """
 SELECT u.id, u.is_active AND NOT u.is_deleted FROM "user" u WHERE u.id = ANY($1) ORDER BY u.id FOR NO KEY UPDATE
 """
 
 
 async def lock(db: Db, user_ids: Iterable[UserId]) -> set[UserId]:
-    """Lock users until the transaction ends: what is read of theirs after this is current. Return those who are active.
+    """Lock users until the transaction ends, so that later reads of their rows are current. Return the active ones.
 
-    After a conversation's lock, before any row of theirs, and once: for everyone whom the transaction is about.
+    This follows a conversation's lock and precedes all rows of the users. A transaction calls it once, for all of its
+    users.
     """
     return {UserId(row[0]) for row in await db.fetch(LOCK, list(user_ids)) if row[1]}
 
@@ -430,8 +432,8 @@ KEEP = """SELECT FROM "user" WHERE id = $1 FOR KEY SHARE"""
 
 
 async def keep(db: Db, user_id: UserId) -> None:
-    """Have the erasure of a user wait until the transaction ends: whether they are deleted, as read after this, is
-    current. It waits for an erasure that begins or ends, and for nobody who holds the user's row otherwise.
+    """Make the erasure of a user wait until the transaction ends, so that later reads of `is_deleted` are current. It
+    waits for an erasure in progress, and for no other lock on the user's row.
     """
     await db.execute(KEEP, user_id)
 
@@ -442,7 +444,7 @@ SELECT u.id FROM "user" u WHERE u.id = ANY($1) ORDER BY u.id FOR NO KEY UPDATE S
 
 
 async def lock_free(db: Db, user_ids: Sequence[UserId]) -> list[UserId]:
-    """Lock those users whom no other transaction holds, until the transaction ends; return them."""
+    """Lock those of the users whom no other transaction has locked, until the transaction ends. Return them."""
     return [UserId(row[0]) for row in await db.fetch(LOCK_FREE, user_ids)]
 
 
@@ -453,7 +455,9 @@ FROM (SELECT id FROM "user" WHERE id = ANY($1) ORDER BY id FOR NO KEY UPDATE) t 
 
 
 async def touch(db: Db, user_ids: Sequence[UserId]) -> None:
-    """Move the users' own clocks: their conversations or sessions changed. Always after a conversation's lock."""
+    """Move user versions, because conversations or sessions of these users changed. Always after a
+    conversation's lock.
+    """
     await db.execute(TOUCH, list(user_ids))
 
 
@@ -461,6 +465,6 @@ ALL_MAY = "SELECT count(*) FROM unnest($3::uuid[]) AS named (user_id) WHERE NOT 
 
 
 async def all_may(db: Db, action: str, caller: UserId, user_ids: Sequence[UserId]) -> bool:
-    """Whether the caller may do something (protocol/privacy.py) to all of the users. Themselves are no question."""
+    """Whether the caller may do something (protocol/privacy.py) to all of the users. The caller is skipped."""
     others = [user_id for user_id in user_ids if user_id != caller]
     return not others or not await db.fetchval(ALL_MAY, action, caller, others)

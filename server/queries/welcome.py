@@ -1,4 +1,4 @@
-"""How users stand to somebody who wants them in a conversation. Asked for all of them, before and after a lock."""
+"""The relations of users to a caller who adds or invites them, read for all of them before and after a lock."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -16,14 +16,14 @@ class Guest(NamedTuple):
     may_be_invited: bool
     may_be_added: bool
     status: ParticipantStatus | None
-    """Their part in the conversation; None if they never had one."""
+    """The user's status in the conversation. None without any."""
     is_full: bool
-    """Whether `MAX_INVITATIONS` wait for their answer, or `MAX_INVITATIONS_OF_PAIR` of the one who asks."""
+    """Whether `MAX_INVITATIONS` invitations of the user are pending, or `MAX_INVITATIONS_OF_PAIR` from the caller."""
     sent: int
-    """Invitations of the one who asks that wait for an answer, counted up to `MAX_INVITATIONS_SENT`."""
+    """The number of the caller's pending invitations, up to `MAX_INVITATIONS_SENT`."""
 
 
-# An invitation to a conversation that is over can be neither answered nor taken back, so it does not count.
+# An invitation to an ended conversation can be neither answered nor revoked, so it does not count.
 _WAITING = """(SELECT count(*) FROM (
     SELECT FROM conversation_participant w JOIN conversation c ON c.id = w.conversation_id AND c.is_active
     WHERE {whose} AND w.status = 'invited' LIMIT {most}
@@ -47,7 +47,9 @@ ORDER BY named.place
 async def guests(
     db: Db, caller: UserId, conversation_id: ConversationId | None, user_ids: Sequence[UserId]
 ) -> list[Guest]:
-    """Return how users stand to the caller and to a conversation, None if it is new, in their order."""
+    """Return the relations of users to the caller and to a conversation, which is None if it is new. They keep the
+    order of `user_ids`.
+    """
     bounds = (MAX_INVITATIONS, MAX_INVITATIONS_SENT, MAX_INVITATIONS_OF_PAIR)
     rows = await db.fetch(GUESTS, caller, conversation_id, list(user_ids), *bounds)
     return [Guest(*row) for row in rows]
