@@ -106,7 +106,7 @@ async def react(db: Db, found: Message, user_id: UserId, emoji: str) -> Reaction
     version = await db.fetchval(AS_IT_IS, found.conversation_id, found.id, user_id, emoji)
     if version is None:
         sentence = (
-            f"You can use at most {MAX_EMOJI_OF_USER} different emoji per message, with removed ones. Use one of these."
+            f"You can use at most {MAX_EMOJI_OF_USER} different emoji per message, removed ones included. Reuse one."
         )
         raise Refused(ErrorCode.CONFLICT, sentence, path="emoji")
     return ReactionChange(emoji, version, None)
