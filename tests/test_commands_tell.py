@@ -116,7 +116,7 @@ async def test_command_says_that_no_server_was_told_and_until_when(
     who = await shell.world.user("Ada")
     out, err = await shell.both("user", "disable", str(who.id), "--json")
     assert json.loads(out)["state"] == "disabled"
-    assert "no server was told" in err
+    assert "no server was notified" in err
     assert reason in err
     assert f"within {announcement.BOUND_SECONDS:.0f} seconds" in err
 
@@ -136,7 +136,7 @@ async def test_each_command_says_that_the_redis_it_told_has_no_server(shell: She
             await redis.delete(key)
     for command, subject in subjects.items():
         _, err = await shell.both(*command.split(), str(subject))
-        assert f"no server was told: {announcement.NO_SERVER}. Open sockets see it within" in err, command
+        assert f"no server was notified: {announcement.NO_SERVER}. Open sockets see it within" in err, command
 
 
 async def test_reset_password_forgets_failed_logins(shell: Shell) -> None:

@@ -9,6 +9,7 @@ from tests.prose import faults, sentences
 ROOT = Path(__file__).parent.parent
 DONE = (
     "protocol",
+    "server/app",
     "server/auth",
     "server/context.py",
     "server/core",
@@ -22,6 +23,7 @@ DONE = (
     "server/jobs",
     "server/limits",
     "server/ops",
+    "server/processes",
     "server/queries",
     "server/routes.py",
 )

@@ -1,1 +1,1 @@
-"""The composition root: everything is built and wired here."""
+"""The composition root, where all objects of a worker are created and connected."""

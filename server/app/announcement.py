@@ -1,4 +1,4 @@
-"""News of a command of the operator for the workers of a running server: published on the bus after the commit."""
+"""Notifies the workers of a running server of an operator's command, by the bus, after the commit."""
 
 from collections.abc import Callable
 from typing import NamedTuple, cast
@@ -15,40 +15,40 @@ from server.hub.hub import COMPARE_SECONDS, PEOPLE_PARTS, Hub, Record
 from server.hub.watchers import Describe
 
 BOUND_SECONDS = COMPARE_SECONDS * PEOPLE_PARTS
-"""Max seconds after which a worker that was not told finds out, by comparing clocks."""
+"""Max time until a worker without a notification finds the change, by comparing versions, in seconds."""
 UNTOLD = f"Open sockets see it within {BOUND_SECONDS:.0f} seconds."
-NO_SERVER = "none is at this Redis. If one runs, set REDIS_URL as it has it"
+NO_SERVER = "no server uses this Redis. If one runs, set REDIS_URL as it does"
 
 
 class CommandNews(NamedTuple):
-    """What to tell the workers, and the address of an account whose failed logins are forgotten."""
+    """The events of a command, and the address of an account whose failed logins are cleared."""
 
     tell: Callable[[Events], None]
     account: str | None = None
 
 
 async def announce(redis_url: str | None, installation: str, news: CommandNews) -> None:
-    """Publish news to the workers of an installation. Tell the operator if none of them received it, why, and when they
-    find out. `redis_url` is as in Reached.
+    """Publish news to the workers of an installation. If no worker received it, print the reason, and when they find
+    the change. `redis_url` is as in `Reached`.
     """
     if redis_url is None:
         return
     if not redis_url:
-        complain(f"The change is stored, but no server was told: set REDIS_URL as the server has it. {UNTOLD}")
+        complain(f"The change is stored, but no server was notified. Next time, set REDIS_URL as it does. {UNTOLD}")
         return
     try:
         if not await _publish(redis_url, installation, news):
-            complain(f"The change is stored, but no server was told: {NO_SERVER}. {UNTOLD}")
+            complain(f"The change is stored, but no server was notified: {NO_SERVER}. {UNTOLD}")
     except (Fatal, ValueError, *REDIS_LOST) as error:
-        complain(f"The change is stored, but no server was told: {str(error).rstrip('.')}. {UNTOLD}")
+        complain(f"The change is stored, but no server was notified: {str(error).rstrip('.')}. {UNTOLD}")
 
 
 async def _publish(redis_url: str, installation: str, news: CommandNews) -> bool:
-    """Publish news. Return whether a worker of the installation is there to receive it. Those who receive a channel
-    would say less: of a user without a connection, there are none.
+    """Publish news. Return whether a worker of the installation is running. The number of subscribers would not tell
+    that, because a user without connections has no channel.
     """
     bus = CommandBus(installation)
-    # A hub without sockets asks nothing of the database.
+    # A hub without sockets sends no queries.
     hub = Hub(cast("Record", None), lambda **_: bus, describe=cast("Describe", None))
     news.tell(hub)
     hub.flush()

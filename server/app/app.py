@@ -1,4 +1,4 @@
-"""The server of one worker, built from top to bottom."""
+"""The server of one worker, with all of its objects."""
 
 import asyncio
 from collections import Counter
@@ -60,29 +60,30 @@ from server.queries.sending import Outgoing, Stored
 from server.routes import ROUTES
 
 SENDS_AT_ONCE = 64
-"""How many messages one statement stores at most."""
+"""Max messages that one statement stores."""
 SENT_AT_ONCE = 32_000
-"""Max characters, with those of payloads, in one statement that stores messages; one alone may have more. The
-statement holds the locks of all their conversations: 64 messages at their bounds would hold them for a second. Messages
-of more than 2,000 are stored apart: the words of one of 10,000 take ten times as long as the rest of it
-(docs/performance.md).
+"""Max characters of messages with their payloads in one statement. A single message may have more.
+
+The statement holds the locks of all their conversations. 64 messages of the max size would hold them for a second.
+Messages with more than 2,000 characters are stored in statements of their own. Parsing the words of one with 10,000
+takes ten times as long as everything else (docs/performance.md).
 """
 REDIS_SECONDS = 1.0
+"""Max time of a command to Redis, in seconds."""
 METRICS_SECONDS = 1.0
+"""Interval at which a worker writes its metrics, in seconds."""
 LANES_SHARE = 4
-"""Messages to conversations that somebody holds wait on at most one in `LANES_SHARE` of a worker's connections, and at
-least one.
-"""
+"""Max share of a worker's connections that wait for locked conversations, as 1 / `LANES_SHARE`, but at least one."""
 SENDERS_SHARE = 4
-"""Scheduled messages hold at most one in `SENDERS_SHARE` of a worker's connections, and at least one."""
+"""Max share of a worker's connections that scheduled messages use, as 1 / `SENDERS_SHARE`, but at least one."""
 ENDPOINT_RATE, ENDPOINT_BURST = 1 / 30, 40.0
-"""New push endpoints of one user at a worker, per second, and at once. A browser keeps its own for months."""
+"""Max new push endpoints, per user and worker, per second and as a burst. A browser keeps its endpoint for months."""
 FINISH_SECONDS = 5.0
-"""How long what connections have begun may take when the worker ends."""
+"""Max wait for frames in progress when the worker ends, in seconds."""
 
 
 class App:
-    """Everything a worker has, wired together."""
+    """All objects of a worker."""
 
     def __init__(
         self,
@@ -108,7 +109,7 @@ class App:
         self.hub = Hub(
             record,
             connect,
-            describe=lambda found: self.presence.describe(found),  # noqa: PLW0108 - it is made below
+            describe=lambda found: self.presence.describe(found),  # noqa: PLW0108 - it is created below
         )
         self.presence = Presence(self._redis, installation, database, self.hub.announce)
         self._tickets = Tickets(self._redis, installation)
@@ -248,7 +249,7 @@ class App:
                 Middleware(Counted, addresses=addresses, sockets=self.sockets),
             ],
         )
-        # A redirect would name whatever host the request does.
+        # A redirect would contain the host of the request, whatever that is.
         self.starlette.router.redirect_slashes = False
         self.starlette.router.default = no_path
         metrics.values = self._values
@@ -258,11 +259,10 @@ class App:
 
     @classmethod
     async def open(cls, settings: Settings, folder: Path, number: int, *, is_alone: bool = False) -> "App":
-        """Return a worker's server, connected to everything. `folder` is for what the workers share; one that
-        `is_alone` has no others to talk to.
+        """Return a worker's server, connected to the database and to Redis. `folder` is shared by the workers. With
+        `is_alone`, there are no other workers.
 
-        Raises Fatal if the database or the bus cannot be reached, or if the database lacks steps of this program's
-        schema.
+        Raises Fatal if the database or Redis cannot be reached, or if the database lacks migrations of this program.
         """
         redis: Redis | RedisCluster
         bus: type[RedisBus | ClusterBus]
@@ -299,17 +299,17 @@ class App:
         return app
 
     async def drain(self) -> None:
-        """Send everyone elsewhere, after what they have begun is done."""
+        """Ask all clients to reconnect, after their frames in progress."""
         self._draining.set()
         await self.connections.drain(CloseCode.START_OVER if self.epoch.over.is_set() else CloseCode.GOING_AWAY)
 
     async def finish(self) -> None:
-        """Return when nothing is in the middle of something, or it has taken too long."""
+        """Wait until no frame is in progress, up to `FINISH_SECONDS`."""
         if self._working:
             await asyncio.wait(self._working, timeout=FINISH_SECONDS)
 
     async def close(self) -> None:
-        """Let go of everything, after what is in the middle of something is done."""
+        """Finish frames in progress, stop all jobs, and close all connections."""
         await self.finish()
         await self.background.close()
         await end(self._tasks)
@@ -322,7 +322,7 @@ class App:
         await self._outbound.close()
         await self._redis.aclose()
         if isinstance(self._redis, RedisCluster):
-            # The above leaves all open if the client was about to look at the cluster anew.
+            # `aclose` leaves connections open if the client was about to read the nodes of the cluster again.
             await self._redis.nodes_manager.aclose()
         await self._database.close()
 
@@ -344,7 +344,7 @@ class App:
 
     async def _issue_tickets(self, connections: list[Connection]) -> list[str | None]:
         if self.epoch.over.is_set():
-            return [None] * len(connections)  # they are kept under the name of this epoch
+            return [None] * len(connections)  # tickets belong to this epoch
         return await self._tickets.issue(
             [Ticket(one.session_id, self.hub.people.version(one.user_id)) for one in connections]
         )
@@ -371,7 +371,7 @@ class App:
 
 
 def _for_pages_of(origins: frozenset[str], addresses: Addresses, sockets: Sockets) -> list[Middleware]:
-    """Let pages of other origins read answers, if there are any that may."""
+    """Return the middleware that lets pages of other origins read responses, if any origin may."""
     if not origins:
         return []
     return [

@@ -1,4 +1,4 @@
-"""The periodic jobs of a worker, in one table. Any worker may do what is due; each job lets one of them do it."""
+"""The table of a worker's periodic jobs. Each worker runs all of them, and due work is done by one of the workers."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -19,14 +19,14 @@ from server.jobs.scheduled import Scheduler
 from server.queries import approaches, audit, relationships, remains, scheduled, search_index
 
 DUE_SECONDS = 1.0
-"""Interval of what users wait for: messages to send, push or expire."""
+"""Interval of jobs that users wait for, in seconds: sending, pushing and expiring messages."""
 TIDY_SECONDS = 5.0
 EPOCH_SECONDS = 5.0
-"""Interval between looks at the database's epoch. New connections are checked besides."""
+"""Interval between two checks of the database's epoch, in seconds. New connections are checked, too."""
 EXPIRE_SECONDS = 15.0
-"""Interval at which custom statuses expire. Reads hide an expired status immediately."""
+"""Interval at which custom statuses expire, in seconds. Reads hide an expired status immediately."""
 CLEAR_SECONDS = 600.0
-"""Interval at which old rows are deleted."""
+"""Interval at which old rows are deleted, in seconds."""
 
 
 class Job(NamedTuple):
@@ -35,7 +35,7 @@ class Job(NamedTuple):
     seconds: float
     """Interval, in seconds. A run that takes longer is counted in `openchat_job_overruns_total`."""
     run: Callable[[], Awaitable[bool | None]]
-    """Does all that is due, or some of it and returns whether there may be more."""
+    """Does all due work. Or does some of it, and returns whether there may be more."""
 
 
 class Background:
@@ -78,7 +78,7 @@ class Background:
         )
 
     def start(self) -> None:
-        """Run each job every `seconds`, the first time after a random part of them."""
+        """Run each job every `seconds`, the first time after a random part of that."""
         self._tasks = [
             asyncio.create_task(every(job.seconds, job.run, is_spread=True, overruns=self._overruns))
             for job in self.jobs
@@ -93,7 +93,7 @@ class Background:
         await expire_due(self._database, self._hub)
 
     async def clear_remains(self) -> bool:
-        """Delete some of what is left of deleted messages and conversations; return whether there may be more."""
+        """Delete some remains of deleted messages and conversations. Return whether there may be more."""
         async with self._database.connection() as db:
             is_more_due = await remains.clear(db)
             emptied = await remains.empty(db)
@@ -101,12 +101,12 @@ class Background:
         return is_more_due or emptied.is_more_due
 
     async def tidy(self) -> None:
-        """Merge new entries into the index of words."""
+        """Merge new entries into the search index."""
         async with self._database.connection() as db:
             await search_index.tidy(db)
 
     async def clear_expired(self) -> bool:
-        """Delete some of the sessions that expired long ago, and of the approaches that were counted a day ago; return
+        """Delete some sessions that expired long ago, and some counts of approaches that are older than a day. Return
         whether there may be more.
         """
         is_more_due = await self._sessions.clear()
@@ -114,23 +114,23 @@ class Background:
             return await approaches.expire(db) or is_more_due
 
     async def mark_remains(self) -> bool:
-        """Find invitations to conversations that are over; return whether there are more to look at."""
+        """Find invitations to ended conversations. Return whether there are more to check."""
         async with self._database.connection() as db:
             self._marked = await remains.mark(db, self._marked)
         return self._marked != remains.FIRST
 
     async def forget_scheduled(self) -> bool:
-        """Delete some of the scheduled messages that ended long ago; return whether there may be more."""
+        """Delete some scheduled messages that ended long ago. Return whether there may be more."""
         async with self._database.connection() as db:
             return await scheduled.forget(db)
 
     async def forget_relationships(self) -> bool:
-        """Delete some of the relationships that ended long ago; return whether there may be more."""
+        """Delete some relationships that ended long ago. Return whether there may be more."""
         async with self._database.connection() as db:
             return await relationships.forget(db)
 
     async def forget_audit(self) -> bool:
-        """Delete some of the old entries of the audit logs of conversations; return whether there may be more."""
+        """Delete some old entries of conversations' audit logs. Return whether there may be more."""
         async with self._database.connection() as db:
             return await audit.forget(db, self._audit_kept)
 

@@ -1,4 +1,4 @@
-"""The bus of a command of the operator: it publishes what the command changed, and receives nothing."""
+"""The bus of an operator's command. It publishes the changes of the command, and receives nothing."""
 
 import os
 from collections.abc import Collection
@@ -10,7 +10,7 @@ from server.hub.redis_bus import CONNECT_SECONDS, ORIGIN_BYTES, prefix
 
 
 class CommandBus:
-    """Collects what is published, until `send` does so and waits for the server to confirm it."""
+    """Collects messages. `send` publishes them, and waits for the server to confirm."""
 
     is_up = True
     received = dropped = 0
@@ -22,23 +22,23 @@ class CommandBus:
         self.published = 0
 
     async def start(self) -> None:
-        """Nothing to connect to before `send`."""
+        """Do nothing, because `send` connects."""
 
     async def close(self) -> None:
-        """Nothing to disconnect from."""
+        """Do nothing, because `send` disconnects."""
 
     async def subscribe(self, channels: Collection[bytes]) -> None:
-        """A command has no sockets."""
+        """Do nothing, because a command has no sockets."""
 
     def unsubscribe(self, channel: bytes) -> None:
-        """A command has no sockets."""
+        """Do nothing, because a command has no sockets."""
 
     def publish(self, channel: bytes, words: bytes) -> None:
-        """Collect something to be said in a channel."""
+        """Collect a message for a channel."""
         self._said.append((self._prefix + channel, self._origin + words))
 
     async def send(self, redis: Redis | RedisCluster) -> None:
-        """Publish all that is collected. Raises what REDIS_LOST names if Redis cannot be reached."""
+        """Publish all collected messages. Raises an error of `REDIS_LOST` if Redis cannot be reached."""
         said, self._said = self._said, []
         for channel, words in said:
             if isinstance(redis, RedisCluster):

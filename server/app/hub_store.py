@@ -1,4 +1,4 @@
-"""What the hub asks the database, many questions of a kind in one query."""
+"""The hub's queries. Concurrent queries of a kind share one statement."""
 
 import asyncio
 from collections.abc import Collection, Mapping, Sequence
@@ -18,7 +18,9 @@ MEMBERSHIPS_AT_ONCE = 64
 
 
 class PostgresUserNews:
-    """What connections of one user are told, in PostgreSQL. Each question is asked once; later callers share it."""
+    """News for the connections of one user, from PostgreSQL. Each query runs once, and later callers share
+    its result.
+    """
 
     def __init__(self, record: "PostgresHubStore", user_id: UserId, *, is_whole: bool) -> None:
         self._record = record
@@ -34,14 +36,14 @@ class PostgresUserNews:
         return await asyncio.shield(self._there)
 
     async def news(self, since: int) -> OwnNews:
-        """Return the first changes of the user's own after a number of their clock."""
+        """Return the first changes of the user's own rows after a user version."""
         if (there := self._news.get(since)) is None:
             there = self._news[since] = asyncio.ensure_future(self._record.news(self._user_id, since))
         return await asyncio.shield(there)
 
 
 class PostgresHubStore:
-    """The hub's Record, in PostgreSQL."""
+    """The hub's queries in PostgreSQL."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
@@ -52,7 +54,7 @@ class PostgresHubStore:
         )
 
     async def since(self, conversation_id: ConversationId, version: int) -> Fetched | None:
-        """Return what came after a version, or the first part of it."""
+        """Return the changes after a version, or a first part of them. Return None without such a conversation."""
         async with self._database.connection() as db:
             found = await changes.since(db, conversation_id, version, limit=MAX_CHANGES)
         if found is None:
@@ -61,30 +63,30 @@ class PostgresHubStore:
         return Fetched(difference.changes, difference.changes.version, difference.gone)
 
     async def versions(self, conversation_ids: Sequence[ConversationId]) -> dict[ConversationId, int]:
-        """Return conversations' clocks."""
+        """Return the versions of conversations."""
         return await self._versions.submit(conversation_ids)
 
     async def user_versions(self, user_ids: Sequence[UserId]) -> dict[UserId, Clocks]:
-        """Return users' clocks."""
+        """Return the versions of users."""
         return await self._users.submit(user_ids)
 
     def look(self, user_id: UserId, *, is_whole: bool) -> PostgresUserNews:
-        """Return what a user's connections share the answers of."""
+        """Return the news that a user's connections share."""
         return PostgresUserNews(self, user_id, is_whole=is_whole)
 
     async def news(self, user_id: UserId, since: int) -> OwnNews:
-        """Return the first changes of a user's own after a number of their clock."""
+        """Return the first changes of a user's own rows after a user version."""
         async with self._database.of(user_id).connection() as db:
             found = await users.news(db, user_id, since, limit=OWN_PAGE)
         return await found.decoded()
 
     async def living(self, session_ids: Sequence[SessionId]) -> Collection[SessionId]:
-        """Return which of the sessions are valid."""
+        """Return the valid ones of these sessions."""
         async with self._database.connection() as db:
             return await sessions.living(db, session_ids)
 
     async def watchable(self, pairs: Sequence[Pair], *, asker: UserId | None = None) -> dict[Pair, Watchable]:
-        """Return those of the pairs whose watcher may see the face: for a user who asks, with their share."""
+        """Return the pairs whose watcher may see the face. For an asking user, use the user's share of connections."""
         database = self._database if asker is None else self._database.of(asker)
         async with database.connection() as db:
             found = await users.watchable(db, pairs)

@@ -1,4 +1,4 @@
-"""The process that the operator starts: it owns the embedded servers, the port and the workers."""
+"""The supervisor: the operator's process, which owns the embedded servers, the port and the workers."""
 
 import asyncio
 import contextlib
@@ -34,18 +34,22 @@ from server.processes.embedded.valkey import Valkey
 from server.processes.worker_spec import DRAIN_SECONDS, READY, Orders
 
 WATCH_SECONDS = 0.2
+"""Interval at which processes are checked, in seconds."""
 READY_SECONDS = 30.0
+"""Max time until a worker accepts connections, in seconds."""
 STOP_SECONDS = DRAIN_SECONDS + 15.0
+"""Max time until a worker ends, in seconds. Then it is killed."""
 CRASHED_SOON_SECONDS = 2.0
-"""A worker that lives shorter than this is started again only after that long."""
+"""Min lifetime of a worker that is restarted immediately, in seconds. Others are restarted after that time."""
 BACKLOG = 4096
 SPARE_DATABASE_CONNECTIONS = 20
+"""Connections of the embedded PostgreSQL besides those of workers, for commands and readers."""
 
 log = logging.getLogger(__name__)
 
 
 class Worker:
-    """A place for a worker process, with a listening socket of its own that outlives it."""
+    """A place for a worker process, whose listening socket outlives the process."""
 
     def __init__(
         self, settings: Settings, number: int, listener: socket.socket, folder: Path, *, is_alone: bool = False
@@ -57,11 +61,11 @@ class Worker:
         self.process: subprocess.Popen[bytes] | None = None
 
     def is_running(self) -> bool:
-        """Whether there is a process in this place."""
+        """Whether a process runs in this place."""
         return self.process is not None and self.process.poll() is None
 
     def last_words(self) -> str:
-        """Return why a process that has ended could not start, if it said so."""
+        """Return why an ended process could not start, if it printed that."""
         if self.process is None or self.process.stdout is None or self.process.stdout.closed:
             return ""
         return self.process.stdout.read().decode().removeprefix(READY).strip().rstrip(".")
@@ -71,19 +75,19 @@ class Worker:
         self._forget()
         self.started_at = time.monotonic()
         self.process = process = subprocess.Popen(
-            # -P: a server.py in the current folder is not ours.
+            # -P, because a server.py in the current folder is another program's.
             [sys.executable, "-P", "-m", "server.processes.worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             pass_fds=[self.listener.fileno()],
             process_group=0,
         )
-        assert process.stdin is not None  # noqa: S101 - asked for above
+        assert process.stdin is not None  # noqa: S101 - requested above
         process.stdin.write(msgspec.json.encode(self._orders) + b"\n")
         process.stdin.flush()
 
     def wait_ready(self) -> None:
-        """Return when it takes connections. Raises Fatal, with what it says, if it does not."""
+        """Return when the worker accepts connections. Raises Fatal, with the worker's text, if it does not."""
         assert self.process is not None and self.process.stdout is not None  # noqa: S101, PT018 - started, with a pipe
         with selectors.DefaultSelector() as selector:
             selector.register(self.process.stdout, selectors.EVENT_READ)
@@ -93,8 +97,8 @@ class Worker:
             raise Fatal(said.strip() or f"worker {self.number} does not start.")
 
     def replace(self) -> subprocess.Popen[bytes] | None:
-        """Start another process in this place and return the one that was there, which goes on, once the new one takes
-        connections. Raises Fatal, and leaves everything as it was, if it does not.
+        """Start another process in this place. When it accepts connections, return the previous process, which is still
+        running. Raises Fatal, without an effect, if it does not accept any.
         """
         old, self.process = self.process, None
         try:
@@ -107,12 +111,12 @@ class Worker:
         return old
 
     def terminate(self) -> None:
-        """Ask it to drain and end."""
+        """Ask the worker to drain and end."""
         if self.process is not None and self.is_running():
             self.process.send_signal(signal.SIGTERM)
 
     def kill(self) -> None:
-        """End it now, if it has not."""
+        """Kill the worker, if it is running."""
         if self.process is not None:
             self.process.kill()
             self.process.wait()
@@ -124,7 +128,7 @@ class Worker:
 
 
 class Supervisor:
-    """Starts everything, keeps it running, stops it."""
+    """Starts all processes, restarts them when they end, and stops them."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
@@ -136,13 +140,13 @@ class Supervisor:
         self._valkey: Valkey | None = None
         self._workers: list[Worker] = []
         self._resting: dict[str, float] = {}
-        """Until when each of them is left alone, after something failed."""
+        """The time until which each failed process is not attended."""
         self._failures: dict[str, str] = {}
-        """The last failure of each of them."""
+        """The last failure of each process."""
         self._shared = Path(tempfile.mkdtemp(prefix="openchat-"))
 
     def run(self) -> None:
-        """Run until SIGINT or SIGTERM. Raises Fatal if it cannot start."""
+        """Run until SIGINT or SIGTERM. Raises Fatal if the start fails."""
         signal.signal(signal.SIGINT, self._on_signal)
         signal.signal(signal.SIGTERM, self._on_signal)
         signal.signal(signal.SIGHUP, self._on_hangup)
@@ -158,12 +162,12 @@ class Supervisor:
 
     def _start(self) -> None:
         listeners = listen(self._settings.host, self._settings.port, self._settings.worker_count)
-        # Who is named first: a start that fails by them makes no data folder.
+        # Named servers come first, because a start that fails with them must not create a data folder.
         asyncio.run(prepare(self._settings))
         settings = self._with_servers()
         if self._postgres is not None:
             asyncio.run(prepare(settings))
-        # With a Valkey of our own, which nobody else can reach, a single worker has nobody to talk to.
+        # Nobody else can reach an embedded Valkey, so a single worker has no others to publish to.
         is_alone = self._valkey is not None and len(listeners) == 1
         self._workers = [
             Worker(settings, number, listener, self._shared, is_alone=is_alone)
@@ -206,8 +210,8 @@ class Supervisor:
             self._attend(f"worker {worker.number}", partial(self._see_to_worker, worker))
 
     def _attend(self, what: str, work: Callable[[], None]) -> None:
-        """Do what one of the processes needs now. Nothing that fails in it ends the supervisor, which has all others to
-        look after: a full disk, a table of processes without room, a package that is being replaced.
+        """Attend a process. No failure ends the supervisor, which has to attend all others. Failures may be a full
+        disk, a full table of processes, or a package that is being replaced.
         """
         if time.monotonic() < self._resting.get(what, 0):
             return
@@ -216,7 +220,7 @@ class Supervisor:
         except Exception as error:
             self._resting[what] = time.monotonic() + CRASHED_SOON_SECONDS
             failure = repr(error)
-            # A text says all about the machine. A defect of ours needs its traceback, but not with every attempt.
+            # The text of a known failure suffices. A defect of this program is logged with its traceback once.
             is_new_defect = not isinstance(error, Fatal | OSError) and self._failures.get(what) != failure
             self._failures[what] = failure
             log.error("%s: %s; retrying", what, error, exc_info=error if is_new_defect else None)  # noqa: TRY400
@@ -235,7 +239,7 @@ class Supervisor:
             worker.start()
 
     def _roll(self) -> None:
-        """Replace all workers, one after the other: there is always one that takes connections in each place."""
+        """Replace all workers one after the other. In each place, one process accepts connections at all times."""
         log.info("replacing the workers one by one")
         for worker in self._workers:
             try:
@@ -250,7 +254,7 @@ class Supervisor:
         log.info("all workers are replaced")
 
     def _see_off(self, old: subprocess.Popen[bytes]) -> None:
-        """Have a process drain and end, and look after everything else meanwhile."""
+        """Drain and end a process, and attend all others meanwhile."""
         old.terminate()
         deadline = time.monotonic() + STOP_SECONDS
         while old.poll() is None and time.monotonic() < deadline and not self._stopping.wait(WATCH_SECONDS):
@@ -261,9 +265,9 @@ class Supervisor:
 
     def _stop(self) -> None:
         if self._workers:
-            tell("Stopping: clients are sent away, what is in flight is finished …")
+            tell("Stopping: clients reconnect elsewhere, frames in progress are finished …")
         for worker in self._workers:
-            # Ours first: the kernel would go on filling it while the worker drains.
+            # Close our copy first, because the kernel would add connections to it while the worker drains.
             worker.listener.close()
         for worker in self._workers:
             worker.terminate()
@@ -313,9 +317,7 @@ class Supervisor:
 
 
 async def prepare(settings: Settings) -> None:
-    """See that the Redis of the settings answers, and bring their database to this program's schema, if they name
-    them. Raises Fatal if it cannot be.
-    """
+    """Check that the given Redis answers, and migrate the given database. Raises Fatal if that fails."""
     if settings.redis_url:
         await _require_redis(settings.redis_url)
     if settings.database_url:
@@ -342,12 +344,14 @@ async def _require_redis(url: str) -> None:
 
 
 def listen(host: str, port: int, count: int) -> list[socket.socket]:
-    """Return `count` listening sockets that share a port, which the kernel balances. Raises Fatal if it is taken."""
+    """Return `count` listening sockets that share a port. The kernel balances connections among them. Raises Fatal if
+    the port is taken.
+    """
     try:
         family, kind, number, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
-        # Alone first: with SO_REUSEPORT, a second server would quietly get half of the connections.
+        # Bind without SO_REUSEPORT first. Otherwise a second server would get half of the connections without an error.
         with socket.socket(family, kind, number) as alone:
             alone.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             alone.bind(address)
@@ -361,19 +365,21 @@ def listen(host: str, port: int, count: int) -> list[socket.socket]:
             listener.listen(BACKLOG)
             listeners.append(listener)
     except (OSError, UnicodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is no name"
+        reason = error.strerror if isinstance(error, OSError) else "it is not a valid name"
         raise Fatal(f"cannot listen on {host} port {port}: {reason}. Choose another by --host or --port.") from None
     return listeners
 
 
 def close_pipes(process: subprocess.Popen[bytes]) -> None:
-    """Let go of what a process was spoken to by."""
+    """Close the pipes to a process."""
     for pipe in (process.stdin, process.stdout):
         if pipe is not None:
             pipe.close()
 
 
 def tell(line: str) -> None:
-    """Tell the operator something, if anybody listens: a server outlives the terminal that started it."""
+    """Print a line for the operator. Ignore a closed terminal, because a server outlives the terminal that
+    started it.
+    """
     with contextlib.suppress(Fatal):
         say(line)

@@ -1,7 +1,8 @@
-"""A worker process: one loop, one hub, one share of the connections. The supervisor starts it.
+"""A worker process: one event loop, one hub, and a share of the connections. The supervisor starts it.
 
-`python -m server.processes.worker` reads its orders, one line of JSON, from standard input, and ends when that closes:
-a worker does not outlive its supervisor. It says "ready" on standard output when it takes connections.
+`python -m server.processes.worker` reads its parameters, one line of JSON, from standard input. It ends when standard
+input closes, so a worker does not outlive its supervisor. It writes "ready" to standard output when it accepts
+connections.
 """
 
 import asyncio
@@ -29,25 +30,26 @@ from server.gateway.websocket import WebSocket
 from server.processes.worker_spec import DRAIN_SECONDS, READY, Orders
 
 GC_THRESHOLDS = (2_500, 200, 20)
-"""New objects between collections of the young ones, and how many of those until the survivors are walked over again.
+"""Thresholds of the garbage collector: new objects per collection, and young collections per collection of older
+objects.
 
-A connection is some hundred objects that stay: by default (700, 10) they would be walked over every few connections.
-The first number bounds the pause: with 25,000, the garbage of 120 connections that had closed took 70 ms at once.
+A connection has some hundred objects that stay. By default (700, 10), they would be visited again after every few
+connections. The first number bounds the pause. With 25,000, the garbage of 120 closed connections took 70 ms.
 """
 SECURITY_HEADERS = [
     ("x-content-type-options", "nosniff"),
     ("content-security-policy", "default-src 'none'; frame-ancestors 'none'"),
     ("referrer-policy", "no-referrer"),
 ]
-"""On every answer: none of them is a page, and a browser should not take one for one."""
+"""Headers of every response, because none is a page and no browser should treat one as a page."""
 OVER_SECONDS = 1
-"""Max seconds that requests of an epoch that is over are waited for."""
+"""Max wait for requests after the end of an epoch, in seconds."""
 DATE_SECONDS = 1.0
-"""How often the Date header of HTTP answers is renewed: it counts in seconds."""
+"""Interval at which the Date header of HTTP responses is renewed, in seconds, which is its resolution."""
 
 
 class DrainingServer(uvicorn.Server):
-    """uvicorn, which leaves signals to us, says when it is ready, and sends clients away in batches before it stops."""
+    """uvicorn without signal handling. It reports when it is ready, and drains clients in batches before it stops."""
 
     def __init__(self, app: App) -> None:
         super().__init__(
@@ -74,13 +76,13 @@ class DrainingServer(uvicorn.Server):
         self._stopping = asyncio.Event()
 
     def stop(self) -> None:
-        """Have `serve` drain and return."""
+        """Make `serve` drain and return."""
         self.should_exit = True
         self._stopping.set()
 
     async def main_loop(self) -> None:
-        """Wait until told to stop, or until the epoch is over, and renew the Date header. uvicorn looks ten times a
-        second; idle should be idle.
+        """Wait for `stop` or the end of the epoch, and renew the Date header. uvicorn wakes up ten times per second,
+        even when idle.
         """
         try:
             sys.stdout.write(READY)
@@ -100,10 +102,10 @@ class DrainingServer(uvicorn.Server):
         yield
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Stop accepting, drain, and then stop as uvicorn does.
+        """Stop accepting connections, drain, and then stop as uvicorn does.
 
-        When the epoch is over, go on accepting until all is done, and refuse: before this worker has ended, nobody else
-        takes the connections of its listener.
+        At the end of an epoch, continue to accept connections and refuse them until all is done. Nobody else accepts
+        the connections of this worker's listener before it has ended.
         """
         is_over = self._app.epoch.over.is_set()
         if is_over:
@@ -118,17 +120,17 @@ class DrainingServer(uvicorn.Server):
 
 
 async def serve(orders: Orders) -> None:
-    """Run until told to stop. Raises Fatal if something it needs cannot be reached, and when the epoch of the database
-    is over: the supervisor starts another one.
+    """Run until told to stop. Raises Fatal if a server cannot be reached, and at the end of the database's epoch. The
+    supervisor then starts another worker.
     """
     app = await App.open(orders.settings, Path(orders.folder), orders.number, is_alone=orders.is_alone)
     server = DrainingServer(app)
 
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGTERM, server.stop)
-    loop.add_signal_handler(signal.SIGINT, lambda: None)  # a Ctrl-C is the supervisor's to act on
+    loop.add_signal_handler(signal.SIGINT, lambda: None)  # the supervisor handles Ctrl-C
     loop.add_reader(sys.stdin.fileno(), _orphaned, server)
-    # What is there now is there for good: later collections need not look at it.
+    # Objects that exist now stay for ever, so later collections need not visit them.
     gc.collect()
     gc.freeze()
     gc.set_threshold(*GC_THRESHOLDS)
@@ -141,13 +143,13 @@ async def serve(orders: Orders) -> None:
 
 
 def _orphaned(server: DrainingServer) -> None:
-    """Stop when the supervisor has ended. What is read from then on is the end, again and again."""
+    """Stop when the supervisor has ended. Further reads would only return the end again."""
     asyncio.get_running_loop().remove_reader(sys.stdin.fileno())
     server.stop()
 
 
 def main() -> None:
-    """Run a worker as ordered on standard input."""
+    """Run a worker with the parameters on standard input."""
     orders = msgspec.json.decode(sys.stdin.buffer.readline(), type=Orders)
     log.configure(f"worker {orders.number}")
     raise_descriptor_limit()

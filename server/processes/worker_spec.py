@@ -1,18 +1,18 @@
-"""What a supervisor and its workers say to each other."""
+"""The messages between a supervisor and its workers."""
 
 import msgspec
 
 from server.core.config import Settings
 
 READY = "ready\n"
-"""What a worker says on standard output when it takes connections; anything else is why it cannot."""
+"""A worker's output when it accepts connections. Any other output is the reason why it cannot."""
 DRAIN_SECONDS = 15
-"""How long a worker may take to finish what is in flight."""
+"""Max time for a worker to finish frames in progress, in seconds."""
 
 
 class Orders(msgspec.Struct, frozen=True):
-    """What a worker is told: its settings, its number, the listening socket, the folder workers share, and whether
-    it is the only one.
+    """The parameters of a worker: its settings, its number, the listening socket, the folder that workers share, and
+    whether it is the only one.
     """
 
     settings: Settings

@@ -1,1 +1,1 @@
-"""The servers that come with OpenChat: a PostgreSQL and a Valkey of one's own, owned by the supervisor."""
+"""The embedded PostgreSQL and Valkey, which the supervisor owns."""

@@ -1,4 +1,4 @@
-"""The data folder: who may use it, who holds it, and as whom the servers in it run."""
+"""The data folder: its lock, its owner, and the user who runs the embedded servers."""
 
 import contextlib
 import errno
@@ -19,10 +19,10 @@ from typing import NamedTuple
 from server.core.errors import Fatal
 
 MAX_SOCKET_DIR = 80
-"""Longest folder for Unix sockets, in bytes: sun_path holds 104 to 108 with the file's name."""
+"""Max length of the folder for Unix sockets, in bytes. `sun_path` holds 104 to 108 bytes, including the file's name."""
 
 USER = "openchat"
-"""The system user that runs the servers when root starts them. It is shared with no other program."""
+"""The system user that runs the servers if root starts them. No other program uses it."""
 
 MAKE_USER = ("useradd", "--system", "--no-create-home", "--shell", "/usr/sbin/nologin", USER)
 
@@ -30,11 +30,11 @@ FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 MAX_READ = 4096
 
 SHARED_BINARIES = Path("/var/cache/openchat")
-"""Where root puts binaries that the unprivileged user cannot reach where they were installed."""
+"""The folder for copies of binaries that the unprivileged user cannot reach where they are installed."""
 
 
 class FolderHeld(Fatal):
-    """Another process has the data folder. `run` is where its servers listen."""
+    """Another process has locked the data folder. `run` is the folder of its servers' sockets."""
 
     def __init__(self, path: Path, run: Path, advice: str) -> None:
         super().__init__(f"another openchat runs with the data folder {path}; stop it, or {advice}.")
@@ -42,7 +42,7 @@ class FolderHeld(Fatal):
 
 
 class Owner(NamedTuple):
-    """The user that runs the embedded servers, when that is not the one who runs the program."""
+    """The user that runs the embedded servers, if it is not the user of this process."""
 
     name: str
     uid: int
@@ -50,18 +50,18 @@ class Owner(NamedTuple):
 
 
 class DataFolder:
-    """A data folder that this process holds, alone, until it ends."""
+    """A data folder, which this process locks until it ends."""
 
     def __init__(self, path: Path, *, advice: str = "choose another one by --data-dir") -> None:
-        """Make and lock the folder. `advice` says how to do without it. Raises Fatal if it cannot be written, Held if
-        another process has it.
+        """Create and lock the folder. `advice` tells how to do without it. Raises Fatal if it cannot be written, and
+        FolderHeld if another process has locked it.
         """
         self.path = path
         self._advice = advice
         self.owner = _unprivileged() if os.geteuid() == 0 else None
         try:
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
-            # A folder that another user owns (a volume) stays as open as it is: what is in it is closed itself.
+            # A folder of another user, such as a volume, keeps its permissions. The files in it have their own.
             with contextlib.suppress(PermissionError):
                 path.chmod(0o700)
             self._lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
@@ -75,7 +75,8 @@ class DataFolder:
         self._here = os.open(path.resolve(), FOLDER)
         self.run = run_folder(path)
         self.run.mkdir(mode=0o700, exist_ok=True)
-        # Beside the data folder only ours will do; within it, root gives over what an earlier user had.
+        # Beside the data folder, it must belong to this user. Inside, root changes the owner of an earlier user's
+        # folder.
         is_ours = self.run.stat().st_uid in {os.geteuid(), self.uid}
         if self.run.is_symlink() or not (is_ours or (self.owner and self.run.parent == path)):
             raise Fatal(f"{self.run} belongs to another user. Remove it.")
@@ -83,16 +84,16 @@ class DataFolder:
 
     @property
     def uid(self) -> int:
-        """The user who runs the servers."""
+        """The id of the user who runs the servers."""
         return self.owner.uid if self.owner else os.geteuid()
 
     def release(self) -> None:
-        """Let another process have the folder."""
+        """Unlock the folder for other processes."""
         os.close(self._here)
         os.close(self._lock)
 
     def reachable(self, package: Path) -> Path:
-        """Return the folder of an installed package, or a copy of it which the servers' user can reach."""
+        """Return the folder of an installed package, or a copy that the servers' user can reach."""
         if self.owner is None or self._reaches(package):
             return package
         stamp = hashlib.sha256(f"{package}{package.stat().st_mtime_ns}".encode()).hexdigest()[:12]
@@ -101,7 +102,7 @@ class DataFolder:
             if not copy.exists():
                 _copy(package, copy)
         except OSError as error:
-            if not copy.exists():  # or else another process made it meanwhile
+            if not copy.exists():  # otherwise another process created it meanwhile
                 raise Fatal(f"{package} cannot be copied to {SHARED_BINARIES} ({error}).") from None
         if not self._reaches(copy / package.name):
             raise Fatal(
@@ -110,7 +111,7 @@ class DataFolder:
         return copy / package.name
 
     def give(self, tree: Path) -> None:
-        """Give a tree to the servers' user, if another one has it. The tree's own folder comes last."""
+        """Give a folder tree to the servers' user, if another user owns it. The tree's own folder comes last."""
         if self.owner is None or tree.lstat().st_uid == self.owner.uid:
             return
         with self._opened(tree) as top:
@@ -120,21 +121,21 @@ class DataFolder:
             os.fchown(top, self.owner.uid, self.owner.gid)
 
     def _give_entry(self, name: str, here: int) -> None:
-        assert self.owner is not None  # noqa: S101 - asked before
+        assert self.owner is not None  # noqa: S101 - the caller has checked it
         try:
             entry = os.open(name, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=here)
-        except OSError:  # a link or a socket: nobody needs to own it
+        except OSError:  # a link or a socket, whose owner does not matter
             return
         try:
             what = os.fstat(entry)
-            # A second name of a file may be a file elsewhere, which is not theirs to be given.
+            # A file with a second name may be a file elsewhere, which must keep its owner.
             if stat.S_ISDIR(what.st_mode) or (stat.S_ISREG(what.st_mode) and what.st_nlink == 1):
                 os.fchown(entry, self.owner.uid, self.owner.gid)
         finally:
             os.close(entry)
 
     def make(self, prefix: str) -> Path:
-        """Make a new folder in this one that the servers' user owns, and return it."""
+        """Create a new folder in this one for the servers' user, and return it."""
         name = f"{prefix}{secrets.token_hex(4)}"
         os.mkdir(name, 0o700, dir_fd=self._here)
         made = os.open(name, FOLDER, dir_fd=self._here)
@@ -146,7 +147,7 @@ class DataFolder:
         return self.path / name
 
     def write(self, path: Path, text: str) -> None:
-        """Write a file that only the servers' user reads, in the place of the one that is there."""
+        """Write a file that only the servers' user may read. It replaces an existing one."""
         new = f"{path.name}.new"
         with self._opened(path.parent) as here:
             with contextlib.suppress(FileNotFoundError):
@@ -159,7 +160,7 @@ class DataFolder:
             os.replace(new, path.name, src_dir_fd=here, dst_dir_fd=here)
 
     def read(self, path: Path) -> str | None:
-        """Return the beginning of a file, or None if there is no such file."""
+        """Return the beginning of a file, or None if it does not exist."""
         try:
             with self._opened(path.parent) as here:
                 flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -169,15 +170,16 @@ class DataFolder:
             return None
 
     def remove(self, path: Path) -> None:
-        """Remove a file, if it is there."""
+        """Remove a file, if it exists."""
         with contextlib.suppress(FileNotFoundError), self._opened(path.parent) as here:
             os.unlink(path.name, dir_fd=here)
 
     @contextlib.contextmanager
     def _opened(self, folder: Path) -> Iterator[int]:
-        """Open a folder in this one, step by step: the servers' user, who owns it, may put a link into each place.
+        """Open a folder inside this one step by step. The servers' user owns it, and may have replaced any part by a
+        link.
 
-        Raises Fatal if one of them is a link.
+        Raises Fatal if a part is a link.
         """
         is_inside = folder.is_relative_to(self.path)
         here = os.dup(self._here) if is_inside else os.open(folder, FOLDER)
@@ -197,7 +199,9 @@ class DataFolder:
 
     @property
     def users(self) -> list[str]:
-        """The system users who may connect to the servers: those who run them, and those who run the program."""
+        """The system users who may connect to the servers: the one who runs them, the one who runs this program, and
+        root.
+        """
         uids = {0, os.geteuid(), self.owner.uid if self.owner else os.geteuid()}
         return [pwd.getpwuid(uid).pw_name for uid in sorted(uids)]
 
@@ -215,7 +219,7 @@ class DataFolder:
             )
 
     def _reaches(self, path: Path) -> bool:
-        assert self.owner is not None  # noqa: S101 - only asked of another user
+        assert self.owner is not None  # noqa: S101 - needed for another user only
         return (
             subprocess.run(  # noqa: S603 - no outside input
                 ["/bin/ls", path], user=self.owner.uid, group=self.owner.gid, extra_groups=[],
@@ -232,7 +236,7 @@ def run_folder(path: Path) -> Path:
 
 
 def installed(package: str) -> Path:
-    """Return the folder of an installed package, without importing it. Raises Fatal if it is not there."""
+    """Return the folder of an installed package, without importing it. Raises Fatal if the package is not installed."""
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
         raise Fatal(f"the package {package} is not installed. Install it, or set DATABASE_URL and REDIS_URL.")
@@ -240,7 +244,7 @@ def installed(package: str) -> Path:
 
 
 def _copy(package: Path, copy: Path) -> None:
-    """Copy a package, with the libraries that its binaries find beside it, open to everyone whatever the umask says."""
+    """Copy a package and the libraries beside it, readable for everyone whatever the umask is."""
     SHARED_BINARIES.mkdir(parents=True, exist_ok=True)
     SHARED_BINARIES.chmod(0o755)
     unfinished = Path(tempfile.mkdtemp(dir=SHARED_BINARIES))
@@ -257,7 +261,7 @@ def _copy(package: Path, copy: Path) -> None:
 
 
 def _unprivileged() -> Owner:
-    """Return the user of our own that runs the servers for root, and make it if there is none."""
+    """Return the user who runs the servers for root. Create the user if it does not exist."""
     reason = f"there is no user {USER} to run it as"
     try:
         entry = pwd.getpwnam(USER)

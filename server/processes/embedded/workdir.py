@@ -1,4 +1,6 @@
-"""Where a process runs: the number in a file may have gone to another process since, or have come with a copy."""
+"""The working directory of a process. The id in a file may belong to another process by now, or come from a copied
+folder.
+"""
 
 import os
 import subprocess
@@ -8,13 +10,14 @@ from server.processes.embedded.folder import Owner
 
 PROC = Path("/proc/self/cwd")
 PATIENCE_SECONDS = 10.0
+"""Max time of a command, in seconds."""
 
 
 def is_in(pid: int, folder: Path, owner: Owner | None) -> bool | None:
-    """Return whether the working directory of a living process is `folder`, or None if that cannot be told.
+    """Return whether the working directory of a living process is `folder`. Return None if that is unknown.
 
-    `owner` is who the process runs as, if that is not the one who asks: without the right to trace processes
-    (a container), root does not see the directory of another user's process.
+    `owner` is the user of the process, if it is not the user of this one. Without the right to trace processes, as in a
+    container, root cannot see the directory of another user's process.
     """
     where = f"/proc/{pid}/cwd" if PROC.exists() else _listed(pid, owner)
     if where is None:
@@ -37,7 +40,7 @@ def _asked_by(owner: Owner | None, where: str, here: os.stat_result) -> bool | N
 
 
 def _listed(pid: int, owner: Owner | None) -> str | None:
-    """Return the path of the working directory as `lsof` knows it, where there is no /proc."""
+    """Return the path of the working directory from `lsof`, for systems without /proc."""
     lines = _said("lsof", "-a", "-p", str(pid), "-d", "cwd", "-Fn", owner=owner).splitlines()
     return next((line[1:] for line in lines if line.startswith("n/")), None)
 
