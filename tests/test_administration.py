@@ -61,7 +61,7 @@ async def test_new_epoch_names_the_database_and_begins_when_that_is_meant(
     before = await shell.world.db.fetchval(epoch)
     name = without_password(shell.world.settings.database_url)
     assert await asyncio.to_thread(main.run, ["new-epoch"]) == 1
-    assert f"database {name} would start over. Give --yes" in capsys.readouterr().err
+    assert f"database {name} would start over. To confirm, use --yes" in capsys.readouterr().err
     assert await shell.world.db.fetchval(epoch) == before
     assert await asyncio.to_thread(main.run, ["new-epoch", "--yes"]) == 0
     assert name in capsys.readouterr().out
@@ -141,14 +141,15 @@ async def test_conversations_are_shown_exported_and_deleted(shell: Shell) -> Non
     assert [json.loads(line)["message"]["content"] for line in lines] == ["Message 0", "Message 1", "Message 2"]
     assert (await shell.json("conversation", "audit", str(about), "--verify"))["tampered_with"] is False
     asked = await shell.run("conversation", "delete", str(about), status=1)
-    assert f"this deletes the channel `Engines` ({about}) and its 1 participants lose it for good; say --yes" in asked
+    assert f"this deletes the channel `Engines` ({about}) and its 1 participants lose it." in asked
+    assert "To confirm, use --yes" in asked
     assert (await shell.json("conversation", "show", str(about))).get("is_deleted", False) is False
     deleted = {"id": str(about), "title": "Engines", "state": "deleted"}
     assert await shell.json("conversation", "delete", str(about), "--yes") == deleted
     assert await shell.json("conversation", "delete", str(about)) == deleted, "again"
     shell.world.workers[0].app.hub.compare_soon()
     await ada.event(server.ConversationLeft)
-    assert "there is no conversation" in await shell.run("conversation", "show", str(UUID(int=1)), status=1)
+    assert "does not exist" in await shell.run("conversation", "show", str(UUID(int=1)), status=1)
     await shell.world.db.execute("UPDATE audit_entry SET action = 'nothing'")
     assert "tampered with" in await shell.run("conversation", "audit", str(UUID(int=0)), "--verify", status=1)
 
@@ -159,7 +160,7 @@ async def test_direct_conversation_is_kept_by_the_command_line_as_by_frames(shel
     asked = client.CreateDirect(user_id=charles.id)
     about = (await one.call(asked, server.OneConversation)).view.conversation.id
     for yes in ((), ("--yes",)):
-        assert "is not deleted" in await shell.run("conversation", "delete", str(about), *yes, status=1)
+        assert "cannot be deleted" in await shell.run("conversation", "delete", str(about), *yes, status=1)
     assert (await one.call(asked, server.OneConversation)).view.conversation.id == about
     await shell.run("erase", str(charles.id), "--yes")
     assert (await one.call(asked, server.OneConversation)).view.conversation.id == about, "there is what was said"
@@ -194,7 +195,7 @@ async def test_accounts_and_conversations_are_found_and_listed_in_pages(shell: S
         shown, after = await shell.both(group, "list", "--limit", "2")
         assert shown.splitlines()[0].split()[0] == "id"
         assert len(shown.splitlines()) == 3
-        assert after == f"openchat: there are more: give --after {whole[1][key]}\n"
+        assert after == f"openchat: there are more. To continue, use --after {whole[1][key]}\n"
         rest, nothing = await shell.both(group, "list", "--after", whole[1][key], "--json")
         assert (json.loads(rest), nothing) == (whole[2:], "")
     log = await shell.json("conversation", "audit", str(UUID(int=0)))
@@ -240,7 +241,7 @@ async def test_a_person_is_exported_and_erased_and_no_trace_is_left(shell: Shell
     assert (await shell.json("erase", str(who.id), "--verify"))["traces"] == 0
     assert (await shell.json("user", "show", str(who.id)))["state"] == "erased"
     await shell.world.db.execute('UPDATE "user" SET bio = $2 WHERE id = $1', who.id, "Something")
-    assert "something is left" in await shell.run("erase", str(who.id), "--verify", status=1)
+    assert "data of the user remains" in await shell.run("erase", str(who.id), "--verify", status=1)
 
 
 def test_the_embedded_database_is_reached_whether_its_server_runs_or_not() -> None:

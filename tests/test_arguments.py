@@ -140,12 +140,15 @@ def test_folder_beside_the_url_of_a_database_begins_nothing(
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--prot", "3"], "`--prot` is not an option. Give `--port`."),
+        (["--prot", "3"], "`--prot` is not an option. Use `--port`."),
         (["--port", "99999999"], "--port must be a whole number from 0 to 65535, not '99999999'."),
         (["chekc"], "`chekc` is not a command. Did you mean `check`? Give the command first, then its options."),
         (["xyzzy"], "`xyzzy` is not a command. Give the command first, then its options."),
         (["--data-dir", "folder", "chekc"], "`chekc` is not a command. Did you mean `check`? Give the command first"),
-        (["--data-dir", "check"], "`--data-dir check` names a folder. Write `--data-dir ./check`, or give the folder."),
+        (
+            ["--data-dir", "check"],
+            "`--data-dir check` names a folder. Write `--data-dir ./check`, or name another folder.",
+        ),
         (["export", ""], "FILE must be the name of a file or a folder, not ''."),
         (["new-epoch", "--plan"], "`openchat new-epoch` has no option --plan."),
         (["--port", "0", "migrate", "--plan"], "`openchat migrate` has no option --port."),

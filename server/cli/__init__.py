@@ -1,1 +1,1 @@
-"""The command line: what an operator types."""
+"""The operator's command line."""

@@ -1,7 +1,9 @@
-"""What commands of administrators have in common: one transaction, a note in the audit log, and news for the servers.
+"""The common parts of administrators' commands: one transaction, an entry in the audit log, and notifications of
+servers.
 
-Whoever may run them may read the database, so they ask nobody else; what they do goes to the server's audit log. A
-running server is told by the bus, as by its own workers. The commands are in users.py and conversations.py.
+A user who may run them may read the database, so the commands check no further rights. Their actions are recorded in
+the server's audit log. A running server is notified by the bus, as by its own workers. users.py and conversations.py
+contain the commands.
 """
 
 import asyncio
@@ -31,11 +33,11 @@ from server.queries.audit import Deed
 MAX_SHOWN = 500
 """Max rows of a list that are shown."""
 SHOWN = 50
-"""Rows of a list that are shown unless more are asked for."""
+"""Default number of rows of a list that are shown."""
 
 
 class ListPart(NamedTuple):
-    """A part of a list, and the `--after` that shows the next one, if there is one."""
+    """A part of a list, and the `--after` of the next part, or None at the end."""
 
     rows: list[Mapping[str, Any]]
     after: str | None
@@ -47,12 +49,12 @@ Answer: TypeAlias = Mapping[str, Any] | list[Mapping[str, Any]] | ListPart | Non
 
 
 class RightsChange(NamedTuple):
-    """The answer of a command that changed rights, and the news for the workers, whose sockets see it."""
+    """The answer of a command that changes rights, and the news for the workers."""
 
     answer: Answer
     news: CommandNews
     failure: str | None = None
-    """What to end with, once the workers were told."""
+    """The error with which to exit after the workers were notified."""
 
 
 Work: TypeAlias = Callable[[Db], Coroutine[None, None, Answer | RightsChange]]
@@ -60,11 +62,11 @@ Work: TypeAlias = Callable[[Db], Coroutine[None, None, Answer | RightsChange]]
 with_limit = click.option(
     "--limit", type=Number(int, 1, MAX_SHOWN), default=SHOWN, metavar="COUNT", help="Max rows to show. [50]"
 )
-with_yes = click.option("--yes", "is_meant", is_flag=True, help="Really: there is no way back.")
+with_yes = click.option("--yes", "is_meant", is_flag=True, help="Confirm. This cannot be undone.")
 
 
 def start(work: Work, *, is_json: bool, data_dir: str | None) -> None:
-    """Do the work of a command on the database, and show the answer."""
+    """Run a command on the database, and show its answer."""
     with reached(config.read(data_dir=data_dir)) as servers:
         answer = asyncio.run(_run(servers, work))
     if answer is not None:
@@ -72,7 +74,7 @@ def start(work: Work, *, is_json: bool, data_dir: str | None) -> None:
 
 
 def command(group: click.Group, name: str, *arguments: Decorator, example: str) -> Callable[[Act], Act]:
-    """Make a command of a function that is given a connection, and by name what `arguments` declare."""
+    """Make a command of a function, which gets a connection and the declared arguments by name."""
 
     def made(act: Act) -> Act:
         def begin(*, is_json: bool, data_dir: str | None, **given: Any) -> None:  # noqa: ANN401 - the arguments
@@ -93,9 +95,10 @@ async def _run(servers: Reached, work: Work) -> Answer:
     connection = await database.connect(servers.database_url)
     try:
         await migrate.require_current(connection)
-        # Before the change: once that is committed, nothing that fails hides from the operator whether servers know it.
+        # Read before the change. After the commit, no failure may hide from the operator whether the servers were
+        # notified.
         installation = await epoch_id(connection)
-        # All that a command does is in one transaction, or may be done again.
+        # A command runs in one transaction, or can be repeated.
         answer = await database.twice(lambda: work(connection), lambda _: None)
     finally:
         await connection.close()
@@ -110,13 +113,13 @@ async def _run(servers: Reached, work: Work) -> Answer:
 async def note(
     db: Db, action: str, user_id: UserId | None = None, message_id: MessageId | None = None, **details: object
 ) -> None:
-    """Note in the server's audit log what is done, or read, on the command line: before it is shown."""
+    """Record an action of the command line in the server's audit log, before its result is shown."""
     async with db.transaction():
         await audit.record(db, audit.SERVER, Deed(None, action, user_id, message_id, details))
 
 
 async def card(db: Db, who: str) -> AccountCard:
-    """Return an account, by e-mail address or id. Raises Fatal if there is none."""
+    """Return an account, by e-mail address or id. Raises Fatal if it does not exist."""
     found = await accounts.card(db, who)
     if found is None:
         raise Fatal(f"there is no user {who}.")
@@ -124,17 +127,17 @@ async def card(db: Db, who: str) -> AccountCard:
 
 
 def fields(struct: msgspec.Struct) -> dict[str, Any]:
-    """Return the fields of a struct as JSON has them."""
+    """Return the fields of a struct in their JSON form."""
     found: dict[str, Any] = msgspec.to_builtins(struct)
     return found
 
 
 def _show(answer: Answer, *, is_json: bool) -> None:
-    """Print a table: a line for each of several, or for each field of one."""
+    """Print a table with a line per row, or per field of a single answer."""
     if isinstance(answer, ListPart):
         _show(answer.rows, is_json=is_json)
         if answer.after is not None:
-            complain(f"there are more: give --after {answer.after}")
+            complain(f"there are more. To continue, use --after {answer.after}")
     elif is_json:
         say_json(msgspec.json.encode(answer).decode() + "\n")
     elif not answer:

@@ -1,4 +1,4 @@
-"""What every command of `openchat` is made of: help with examples, kinds of arguments, and refusals of one line."""
+"""The common parts of all commands: help with examples, types of arguments, and errors in one line."""
 
 import math
 import re
@@ -15,7 +15,7 @@ from server.core.terminal import say
 
 F = TypeVar("F", bound=Callable[..., Any])
 EXTRA = re.compile(r"Got unexpected extra arguments? \((.*)\)\Z", re.DOTALL)
-"""What click tells of an argument too many."""
+"""click's error about superfluous arguments."""
 SOME_ID = "01a20000-0000-7000-8000-000000000001"
 """An id for examples."""
 
@@ -29,18 +29,18 @@ class Documented(click.Command):
         self.examples = examples.strip().splitlines()
 
     def get_help_option(self, ctx: click.Context) -> click.Option | None:
-        """Return `--help`, which fails if nobody takes what it prints."""
+        """Return `--help`, which fails if its output cannot be written."""
         option = super().get_help_option(ctx)
         if option is not None:
             option.callback = _show_help
         return option
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Take abbreviated options, too."""
+        """Expand abbreviated options."""
         return super().parse_args(ctx, list(self._spelled_out(ctx, args)))
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the examples, each as it is typed."""
+        """Write the examples."""
         super().format_epilog(ctx, formatter)
         if self.examples:
             with formatter.section("Examples"):
@@ -48,7 +48,9 @@ class Documented(click.Command):
                     formatter.write(f"{'':{formatter.current_indent}}{line.strip()}\n")
 
     def _spelled_out(self, ctx: click.Context, args: Sequence[str]) -> Iterator[str]:
-        """Yield the arguments with whole names of options. Raise UsageError for an option in the place of a value."""
+        """Yield the arguments with complete names of options. Raises UsageError if an option stands in place of a
+        value.
+        """
         options = {name: one for one in self.get_params(ctx) if isinstance(one, click.Option) for name in one.opts}
         rest = iter(args)
         for argument in rest:
@@ -70,11 +72,11 @@ class Documented(click.Command):
 
 
 class Command(Documented):
-    """A command that does something."""
+    """A command that runs something."""
 
 
 class Group(Documented, click.Group):
-    """Commands with a first word in common."""
+    """Commands with a common first word."""
 
     command_class = Command
 
@@ -100,7 +102,7 @@ def _show_help(ctx: click.Context, _: click.Parameter, value: bool) -> None:  # 
 
 
 def refusal(error: click.UsageError) -> Fatal:
-    """Return what to tell about arguments that are refused: one line, as for everything else."""
+    """Return the error about invalid arguments, in one line."""
     path = " ".join((error.ctx.command_path if error.ctx else "openchat").split())
     if isinstance(error, click.NoSuchOption):
         what = f"`{path}` has no option {error.option_name}"
@@ -122,7 +124,7 @@ def refusal(error: click.UsageError) -> Fatal:
 
 
 def shown(parameter: click.Parameter) -> str:
-    """Return the name of an option or of an argument, as one types or reads it."""
+    """Return the name of an option or an argument, as typed or as shown in the help."""
     name = parameter.human_readable_name.strip("[].")
     return max(parameter.opts, key=len) if isinstance(parameter, click.Option) else name
 
@@ -131,8 +133,8 @@ def shown(parameter: click.Parameter) -> str:
 
 
 class Name(click.ParamType[str]):
-    """The name of a file or a folder. It refuses an empty one, as of a variable that is not set, and what begins with
-    `-`: that is an option, or stands for standard input or output.
+    """The name of a file or a folder. Empty names are refused, because they often come from unset variables. Names that
+    begin with `-` are refused, because these are options, or stand for standard input or output.
     """
 
     name = "path"
@@ -144,12 +146,12 @@ class Name(click.ParamType[str]):
         return value
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:  # noqa: ARG002
-        """Have the shell complete names of files."""
+        """Let the shell complete file names."""
         return [CompletionItem(incomplete, type="file")]
 
 
 class File(click.ParamType[Path]):
-    """A file or a folder, as `Name`. With `has_output`, None for `-`, which is standard output."""
+    """A file or a folder, as `Name`. With `has_output`, `-` stands for standard output."""
 
     name = "path"
 
@@ -166,7 +168,7 @@ class File(click.ParamType[Path]):
 
 
 class Number(click.ParamType[float]):
-    """A number between two others."""
+    """A number within a range."""
 
     def __init__(self, kind: type[int] | type[float], least: float, most: float) -> None:
         self.name = "number"
@@ -186,7 +188,7 @@ class Number(click.ParamType[float]):
 
 
 class Id(click.ParamType[UUID]):
-    """The id of a conversation or of a message."""
+    """The id of a conversation or a message."""
 
     name = "id"
 
@@ -202,7 +204,7 @@ class OneOf(click.Choice[str]):
     """One of a few words."""
 
     def get_invalid_choice_message(self, value: Any, ctx: click.Context | None) -> str:  # noqa: ANN401, ARG002
-        """Return which words there are."""
+        """Return the error with the allowed words."""
         words = [f"`{one}`" for one in self.choices]
         return f"must be {', '.join(words[:-1])} or {words[-1]}, not '{value}'"
 
@@ -217,11 +219,11 @@ with_json = click.option("--json", "is_json", is_flag=True, help="Print JSON, fo
 
 
 def with_server_options(function: F) -> F:
-    """Add the options of the server. `core.config` reads them, as it reads variables."""
+    """Add the options of the server. `core.config` reads them in the same way as variables."""
     for add in (
-        click.option("--data-dir", metavar="FOLDER", type=NAME, help="Folder of the embedded database and Valkey."),
-        click.option("--workers", metavar="COUNT", help="Worker processes; 0 is one per core, at most 4."),
-        click.option("--port", help="TCP port to listen on; 0 takes a free one. [8000]", metavar="PORT"),
+        click.option("--data-dir", metavar="FOLDER", type=NAME, help="Folder of the embedded PostgreSQL and Valkey."),
+        click.option("--workers", metavar="COUNT", help="Number of worker processes. 0 means one per core, at most 4."),
+        click.option("--port", help="TCP port to listen on. 0 selects a free one. [8000]", metavar="PORT"),
         click.option("--host", help="Address to listen on. [127.0.0.1]", metavar="ADDRESS"),
     ):
         function = add(function)

@@ -1,4 +1,4 @@
-"""`openchat completion`: what makes a shell complete commands and options on Tab."""
+"""`openchat completion`: scripts with which shells complete commands and options."""
 
 import click
 from click.shell_completion import get_completion_class
@@ -27,7 +27,7 @@ def completion(ctx: click.Context, shell: str) -> None:
     It takes effect in shells that start afterwards. Bash has to be 4.4 or later.
     """
     kind = get_completion_class(shell)
-    assert kind is not None  # noqa: S101 - click has all of SHELLS
+    assert kind is not None  # noqa: S101 - click supports all of SHELLS
     root = ctx.find_root()
     for line in kind(root.command, {}, "openchat", config.COMPLETION).source().splitlines():
         say(line)

@@ -1,4 +1,4 @@
-"""`openchat conversation`: what conversations are, what was said in them, and who used what power."""
+"""`openchat conversation`: conversations, their messages, and their audit logs."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -22,10 +22,10 @@ from server.ops.progress import Progress
 from server.queries import audit, conversations, export
 
 PAGE = 500
-"""Max entries of an audit log that are read at a time."""
+"""Max entries of an audit log that one query reads."""
 LAST_ID = UUID(int=2**128 - 1)
 SERVER_LOG = UUID(int=0)
-"""What stands for the id of a conversation where the server's own audit log is meant."""
+"""The id that stands for the server's own audit log."""
 
 with_conversation = click.argument("conversation", type=Id(), help="An id.")
 
@@ -42,20 +42,20 @@ with_conversation = click.argument("conversation", type=Id(), help="An id.")
 def conversation() -> None:
     """List, show, export and delete conversations.
 
-    What these commands do, and what they show, is noted in the server's audit log. A running server knows immediately.
+    These commands are recorded in the server's audit log. They take effect immediately, even on a running server.
     """
 
 
 @command(
     conversation, "list", click.argument("text", default="", help="A part of a title."), with_limit,
-    click.option("--user", metavar="USER", help="Those of a user: an e-mail address or an id."),
-    click.option("--after", type=Id(), default=LAST_ID, metavar="ID", help="Go on after the last that was shown."),
+    click.option("--user", metavar="USER", help="Only those of a user: an e-mail address or an id."),
+    click.option("--after", type=Id(), default=LAST_ID, metavar="ID", help="Continue after the last one shown."),
     example="--user ada@example.org",
 )  # fmt: skip
 async def list_conversations(db: Db, *, text: str, limit: int, user: str | None, after: UUID) -> Answer:
-    """List conversations, the newest first.
+    """List conversations, newest first.
 
-    All, those with a text in the title, or those of a user.
+    With TEXT, only those with the text in their title. With --user, only those of a user.
     """
     user_id = None if user is None else (await admin.card(db, user)).id
     found = await conversations.listed(db, text, ConversationId(after), user_id=user_id, limit=limit)
@@ -83,7 +83,7 @@ def _shown(found: conversations.ConversationCard) -> Answer:
 
 @command(conversation, "export", with_conversation, example=SOME_ID)
 async def export_conversation(db: Db, *, conversation: UUID) -> Answer:
-    """Print all messages of a conversation, one JSON a line."""
+    """Print all messages of a conversation as lines of JSON."""
     found = await _conversation(db, conversation)
     await admin.note(db, "export_conversation", None, conversation_id=str(found.conversation.id))
     progress, after = Progress(), 0
@@ -98,15 +98,17 @@ async def export_conversation(db: Db, *, conversation: UUID) -> Answer:
 
 @command(conversation, "delete", with_conversation, with_yes, example=f"{SOME_ID} --yes")
 async def delete_conversation(db: Db, *, conversation: UUID, is_meant: bool) -> Answer | RightsChange:
-    """Delete a group or a channel, for everyone and for good."""
+    """Delete a group or a channel for everyone. This cannot be undone."""
     found = (await _conversation(db, conversation)).conversation
     if membership.is_lasting(found):
-        raise Fatal("a direct conversation is not deleted: its two participants could never have another.")
+        raise Fatal(
+            "a direct conversation cannot be deleted, because its two participants could never have another one."
+        )
     if not found.is_deleted and not is_meant:
         await admin.note(db, "show_conversation", None, conversation_id=str(found.id))
         raise Fatal(
             f"this deletes the {found.type} `{found.title}` ({found.id}) and its {found.participant_count} "
-            "participants lose it for good; say --yes if that is meant."
+            "participants lose it. This cannot be undone. To confirm, use --yes."
         )
     answer = {"id": str(found.id), "title": found.title, "state": "deleted"}
     async with db.transaction():
@@ -123,13 +125,13 @@ async def delete_conversation(db: Db, *, conversation: UUID, is_meant: bool) -> 
 
 @command(
     conversation, "audit", with_conversation,
-    click.option("--verify", "is_verified", is_flag=True, help="Only check that nothing was changed."),
+    click.option("--verify", "is_verified", is_flag=True, help="Only verify that no entry was changed."),
     example=f"{SERVER_LOG} --verify",
 )  # fmt: skip
 async def show_audit(db: Db, *, conversation: UUID, is_verified: bool) -> Answer:
-    """Show who used what power in a conversation.
+    """Show the audit log of a conversation.
 
-    The id 00000000-0000-0000-0000-000000000000 stands for the server's own log.
+    The id 00000000-0000-0000-0000-000000000000 selects the server's own log.
     """
     chain = ConversationId(conversation)
     if (number := await audit.broken(db, chain)) is not None:
@@ -148,5 +150,5 @@ async def show_audit(db: Db, *, conversation: UUID, is_verified: bool) -> Answer
 async def _conversation(db: Db, conversation: UUID) -> conversations.ConversationCard:
     found = await conversations.card(db, ConversationId(conversation))
     if found is None:
-        raise Fatal(f"there is no conversation {conversation}.")
+        raise Fatal(f"the conversation {conversation} does not exist.")
     return found

@@ -1,4 +1,4 @@
-"""The command line: `openchat`, and the table of its commands. A command's module is imported when it is used."""
+"""The command line `openchat`, and the table of its commands. A command's module is imported when it is used."""
 
 import difflib
 import importlib
@@ -17,7 +17,7 @@ from server.core.terminal import say, status_of
 
 
 class Entry(NamedTuple):
-    """A line of the table: where a command is, and what it does."""
+    """A line of the table: the place of a command, and its description."""
 
     place: str
     about: str
@@ -26,23 +26,25 @@ class Entry(NamedTuple):
 SECTIONS = {
     "Run": {
         "run": Entry("server.cli.serve:run", "Start the server. `openchat` alone does the same."),
-        "migrate": Entry("server.cli.schema:migrate", "Bring the database to this program's schema."),
-        "new-epoch": Entry("server.cli.schema:new_epoch", "Have every client start over, after a backup was restored."),
-        "reindex": Entry("server.cli.maintenance:reindex", "Rebuild the search index, in another language."),
+        "migrate": Entry("server.cli.schema:migrate", "Migrate the database to this program's schema."),
+        "new-epoch": Entry("server.cli.schema:new_epoch", "Make every client start over, after a backup was restored."),
+        "reindex": Entry("server.cli.maintenance:reindex", "Rebuild the search index, such as for another language."),
     },
     "Administer": {
-        "user": Entry("server.cli.users:user", "List, create, change and lock accounts."),
+        "user": Entry("server.cli.users:user", "List, create, change and disable accounts."),
         "conversation": Entry("server.cli.conversations:conversation", "List, show, export and delete conversations."),
-        "erase": Entry("server.cli.users:erase", "Erase a person. Their messages stay, without a name."),
+        "erase": Entry("server.cli.users:erase", "Erase a user. Their messages stay, without a name."),
     },
     "Inspect": {
-        "settings": Entry("server.cli.settings:settings", "Print every setting, its meaning, value and source."),
-        "check": Entry("server.cli.maintenance:check", "Recount everything and look for corruption."),
-        "why": Entry("server.cli.maintenance:why", "Show where a message went, and who does not have it and why."),
+        "settings": Entry(
+            "server.cli.settings:settings", "Print all settings with their meanings, values and sources."
+        ),
+        "check": Entry("server.cli.maintenance:check", "Recompute derived data and search for corruption."),
+        "why": Entry("server.cli.maintenance:why", "Show who has received a message, and why others have not."),
     },
     "Move data": {
-        "export": Entry("server.cli.maintenance:export", "Write the whole installation, or one person's data."),
-        "import": Entry("server.cli.maintenance:import_", "Bring in an export of OpenChat, Slack or Mattermost."),
+        "export": Entry("server.cli.maintenance:export", "Export the whole installation, or the data of one user."),
+        "import": Entry("server.cli.maintenance:import_", "Import an export of OpenChat, Slack or Mattermost."),
     },
     "Prove": {
         "load": Entry("loadtest.command:load", "Put a crowd in front of a server and check every delivery."),
@@ -62,10 +64,10 @@ PROGRAM = "openchat"
 
 
 class Root(Group):
-    """`openchat` itself. It knows its commands by the table, without importing them."""
+    """`openchat` itself. It lists its commands from the table, without importing them."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - click's
-        """Return the names in the table's order."""
+        """Return the names in the order of the table."""
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002 - click's
@@ -84,7 +86,7 @@ class Root(Group):
                 formatter.write_dl([(name.ljust(width), entry.about) for name, entry in entries.items()])
 
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
-        """Complete commands by the table, and options."""
+        """Complete commands from the table, and options."""
         found = [CompletionItem(name, help=COMMANDS[name].about) for name in COMMANDS if name.startswith(incomplete)]
         return found + click.Command.shell_complete(self, ctx, incomplete)
 
@@ -114,25 +116,25 @@ def _show_version(ctx: click.Context, _: click.Parameter, value: bool) -> None: 
 def openchat(ctx: click.Context, /, **options: Any) -> None:  # noqa: ANN401 - handed on
     """Run and administer a real-time chat server.
 
-    The server brings its own PostgreSQL and Valkey, unless DATABASE_URL and REDIS_URL name others. `openchat settings`
-    lists everything that can be set. Without a command, the options are those of `openchat run`. Every option may also
-    come before its command.
+    The server starts its own PostgreSQL and Valkey, unless DATABASE_URL and REDIS_URL name others. `openchat settings`
+    lists all settings. Without a command, the options are those of `openchat run`. Options may also come before their
+    command.
     """
     if ctx.invoked_subcommand is None:
         command = openchat.get_command(ctx, "run")
-        assert command is not None  # noqa: S101 - it is in the table
+        assert command is not None  # noqa: S101 - the table has it
         ctx.invoke(command, **options)
 
 
 def main() -> None:
-    """Do what the command line says; end with status 1 and one line if it cannot be done."""
+    """Run the command line. On failure, print one line and exit with status 1."""
     if instruction := config.completion():
         sys.exit(status_of(lambda: shell_complete(openchat, {}, PROGRAM, config.COMPLETION, instruction)))
     sys.exit(run(sys.argv[1:]))
 
 
 def run(arguments: list[str]) -> int:
-    """Do what the command line says; return the status to end with."""
+    """Run the command line. Return the exit status."""
     return status_of(lambda: _run(arguments))
 
 
@@ -145,7 +147,7 @@ def _run(arguments: list[str]) -> int:
         raise Fatal(_unknown(name, given))
     for option, folder in pairwise(arguments):
         if option == "--data-dir" and folder in COMMANDS:
-            raise Fatal(f"`--data-dir {folder}` names a folder. Write `--data-dir ./{folder}`, or give the folder.")
+            raise Fatal(f"`--data-dir {folder}` names a folder. Write `--data-dir ./{folder}`, or name another folder.")
     try:
         with openchat.make_context(PROGRAM, arguments) as ctx:
             status = openchat.invoke(ctx)
@@ -159,14 +161,14 @@ def _run(arguments: list[str]) -> int:
 def _unknown(name: str, given: list[str]) -> str:
     before = given[given.index(name) - 1] if name in given[1:] else ""
     if not _takes_value(before) and (near := difflib.get_close_matches(before, VALUED, n=1)):
-        return f"`{before}` is not an option. Give `{near[0]}`."
+        return f"`{before}` is not an option. Use `{near[0]}`."
     near = difflib.get_close_matches(name, COMMANDS, n=1)
     guess = f" Did you mean `{near[0]}`?" if near else ""
     return f"`{name}` is not a command.{guess} Give the command first, then its options. `openchat --help` lists both."
 
 
 def _ordered(arguments: list[str]) -> list[str]:
-    """Return `arguments` with the command first: people give options before it, too."""
+    """Return `arguments` with the command first, because options may come before it."""
     words: list[str] = []
     options: list[str] = []
     rest = arguments

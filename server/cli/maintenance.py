@@ -1,4 +1,4 @@
-"""The operator's command line: is everything as it should be, where did a message go, move everything elsewhere."""
+"""The commands that check, trace, index, export and import."""
 
 import asyncio
 from collections.abc import Callable, Coroutine, Iterator
@@ -33,7 +33,7 @@ from server.queries.audit import Deed
 
 STANDARD_OUTPUT = Path("-")
 NOT_UNDERSTOOD = (*reading.WRONG, *load.REFUSED)
-"""What is raised about a file that does not hold what it should."""
+"""Raised about a file with invalid content."""
 FOREIGN: dict[str, Callable[[Path], Archive]] = {"slack": slack.read, "mattermost": mattermost.read}
 
 
@@ -42,14 +42,14 @@ class Place(NamedTuple):
 
     name: str
     grace: timedelta
-    """How long a deleted account waits before it is erased."""
+    """Time for which a deleted account can be restored, before it is erased."""
 
 
 Work: TypeAlias = Callable[[Db, Place], Coroutine[None, None, int]]
 
 
 def start(work: Work, data_dir: str | None) -> int:
-    """Do the work of a command on the database; return the status to end with."""
+    """Run a command on the database. Return the exit status."""
     settings = config.read(data_dir=data_dir)
     with reached(settings) as servers:
         place = Place(servers.name, timedelta(days=settings.erase_after_days))
@@ -78,9 +78,9 @@ async def _run(url: str, language: str, work: Callable[[Db], Coroutine[None, Non
 @with_json
 @with_data_dir
 def check(data_dir: str | None, *, is_json: bool) -> int:
-    """Recount everything and look for corruption.
+    """Recompute derived data and search for corruption.
 
-    Ends with status 1 if anything is wrong. The server may run meanwhile.
+    The exit status is 1 if anything is wrong. The server may run meanwhile.
     """
     return start(lambda db, place: _check(db, place, is_json=is_json), data_dir)
 
@@ -118,7 +118,7 @@ async def _check(db: Db, place: Place, *, is_json: bool) -> int:
 @with_json
 @with_data_dir
 def why(message: UUID, data_dir: str | None, *, is_json: bool) -> int:
-    """Show where a message went, and who does not have it and why."""
+    """Show who has received a message, and why others have not."""
     return start(lambda db, _: _why(db, MessageId(message), is_json=is_json), data_dir)
 
 
@@ -160,16 +160,16 @@ async def _why(db: Db, message: MessageId, *, is_json: bool) -> int:
 @click.command("reindex", cls=Command, examples="OPENCHAT_SEARCH_LANGUAGE=english openchat reindex")
 @with_data_dir
 def reindex(data_dir: str | None) -> int:
-    """Rebuild the search index, in another language.
+    """Rebuild the search index, such as for another language.
 
-    The language is that of OPENCHAT_SEARCH_LANGUAGE. The server may run meanwhile.
+    OPENCHAT_SEARCH_LANGUAGE sets the language. The server may run meanwhile.
     """
     return start(lambda db, _: _reindex(db), data_dir)
 
 
 async def _reindex(db: Db) -> int:
     count = await rebuild_search_index(db, Progress())
-    say(f"{count:,} messages can be found.")
+    say(f"{count:,} messages are in the search index.")
     return 0
 
 
@@ -182,13 +182,13 @@ async def _reindex(db: Db) -> int:
         openchat export ada.json --user ada@example.org
     """,
 )
-@click.argument("file", type=File(has_output=True), default="-", help="Where to write; standard output without it.")
+@click.argument("file", type=File(has_output=True), default="-", help="The file to write. Standard output by default.")
 @click.option("--user", metavar="USER", help="Only the data of a user: an e-mail address or an id.")
 @with_data_dir
 def export(file: Path, user: str | None, data_dir: str | None) -> int:
-    """Write the whole installation, or one person's data.
+    """Export the whole installation, or the data of one user.
 
-    The file holds everything that was said. docs/transfer.md has its format.
+    The file contains all messages. docs/transfer.md has its format.
     """
     target = None if file == STANDARD_OUTPUT else file
     if user is not None:
@@ -213,7 +213,7 @@ async def _export(db: Db, file: Path | None) -> int:
 
 
 async def _note_export(db: Db) -> None:
-    # Where nobody is, nothing of anybody is read, and a whole installation may come, with an audit log of its own.
+    # An empty installation has no data to read. An import may follow, which brings an audit log of its own.
     if not await transfers.is_empty(db):
         await admin.note(db, "export")
 
@@ -247,25 +247,25 @@ async def _export_user(db: Db, user: str, file: Path | None) -> int:
 @click.argument("path", type=File(), help="A file; for Slack a folder or a zip file.")
 @click.option(
     "--source", metavar="NAME",
-    help="Which server or workspace of Slack or Mattermost it was: the same name in each import from there.",
+    help="Name of the Slack workspace or Mattermost server, the same in each import from it.",
 )  # fmt: skip
 @click.option(
     "--match-accounts", metavar="CODE",
-    help="Treat people and accounts with the same, unverified addresses as the same: the code under the list; or "
-    "`none` of them.",
+    help="Confirm that people and accounts with the same unverified addresses are the same, by the printed code. "
+    "`none` keeps them apart.",
 )  # fmt: skip
 @with_data_dir
 def import_(format_: str, path: Path, source: str | None, match_accounts: str | None, data_dir: str | None) -> int:
-    """Bring in an export of OpenChat, Slack or Mattermost.
+    """Import an export of OpenChat, Slack or Mattermost.
 
-    docs/transfer.md says what is brought in. If anything is not understood, nothing is.
+    docs/transfer.md lists what is imported. If anything is invalid, nothing is imported.
     """
     plan = Import(format_, path, source, match_accounts)
     return start(lambda db, _: _import(db, plan), data_dir)
 
 
 class Import(NamedTuple):
-    """What to bring in."""
+    """The options of an import."""
 
     format: str
     path: Path
@@ -304,14 +304,14 @@ async def _import(db: Db, options: Import) -> int:
 
 
 def _read(path: Path, lines: Lines) -> Lines:
-    # The database is used between two lines: its errors are not those of the file.
+    # The database is used between two lines, and its errors must not count as those of the file.
     with _reading(path):
         yield from lines
 
 
 @contextmanager
 def _reading(path: Path) -> Iterator[None]:
-    """Raise Fatal for an OSError of the block, in which nothing but a file is read."""
+    """Raise Fatal for an OSError of the block, which only reads a file."""
     try:
         yield
     except OSError as error:
@@ -319,7 +319,7 @@ def _reading(path: Path) -> Iterator[None]:
 
 
 def _ask(unconfirmed: UnconfirmedMatches, given: str | None) -> str:
-    """Print who would become whom, and return what to do about it. `given` is a code that confirms something else."""
+    """Print the matches, and return how to answer. `given` is a code that confirms other matches."""
     for person, account in unconfirmed.matches:
         complain(f"{person.name} ({person.key}) = {account.name}, {account.email} ({account.id})")
     code = archive.confirmation(unconfirmed.matches)

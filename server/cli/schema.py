@@ -22,12 +22,12 @@ from server.processes.embedded.reach import Reached, reached
         openchat migrate
     """,
 )
-@click.option("--plan", "is_plan", is_flag=True, help="Only print what would be done.")
+@click.option("--plan", "is_plan", is_flag=True, help="Only print the steps.")
 @with_data_dir
 def migrate(data_dir: str | None, *, is_plan: bool) -> None:
-    """Bring the database to this program's schema.
+    """Migrate the database to this program's schema.
 
-    A starting server does so, too. An empty database gets the whole schema.
+    The server does the same when it starts. An empty database gets the whole schema.
     """
     log.configure("openchat")
     with reached(config.read(data_dir=data_dir), may_create=not is_plan) as servers:
@@ -42,12 +42,12 @@ def migrate(data_dir: str | None, *, is_plan: bool) -> None:
         openchat new-epoch --yes
     """,
 )
-@click.option("--yes", "is_meant", is_flag=True, help="Really, in the database that the command names.")
+@click.option("--yes", "is_meant", is_flag=True, help="Confirm, for the database that the command names.")
 @with_data_dir
 def new_epoch(data_dir: str | None, *, is_meant: bool) -> None:
-    """Have every client start over, after a backup was restored.
+    """Make every client start over, after a backup was restored.
 
-    Only for a restore that the server cannot notice: see docs/operations.md.
+    Only needed for restores that the server cannot notice, as docs/operations.md explains.
     """
     log.configure("openchat")
     with reached(config.read(data_dir=data_dir)) as servers:
@@ -71,8 +71,8 @@ async def _begin_epoch(servers: Reached, *, is_meant: bool) -> None:
     try:
         await migrations.require_current(connection)
         if not is_meant:
-            raise Fatal(f"every client of the database {servers.name} would start over. Give --yes if that is meant.")
+            raise Fatal(f"every client of the database {servers.name} would start over. To confirm, use --yes.")
         await begin_epoch(connection)
     finally:
         await connection.close()
-    say(f"A new epoch has begun in {servers.name}: every client starts over. Workers that run are replaced.")
+    say(f"A new epoch has begun in {servers.name}. Every client starts over, and running workers are replaced.")

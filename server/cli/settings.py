@@ -1,4 +1,4 @@
-"""`openchat settings`: what can be set, what it means, and what it is now."""
+"""`openchat settings`: all settings with their meanings and current values."""
 
 from typing import NamedTuple
 
@@ -15,7 +15,7 @@ from server.core.terminal import printing, say_json
 
 
 class Line(NamedTuple):
-    """What is known about a setting."""
+    """A line about a setting."""
 
     name: str
     value: str
@@ -39,10 +39,10 @@ class Line(NamedTuple):
 @with_json
 @with_data_dir
 def settings(text: str, data_dir: str | None, *, is_json: bool) -> None:
-    """Print every setting, its meaning, value and source.
+    """Print all settings with their meanings, values and sources.
 
-    Settings are environment variables, read once when the server starts. This shows those of this shell, which a server
-    that runs elsewhere need not have. Passwords are not shown.
+    Settings are environment variables, which the server reads once when it starts. This command shows the variables of
+    this shell, which may differ from those of a running server. Passwords are not shown.
     """
     lines = [one for one in _lines(data_dir) if text.lower() in one.name.lower()]
     if not lines:

@@ -16,7 +16,7 @@ WIDE = 100_000
 
 
 def show_rows(names: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a row for each of several things. Raises Fatal if nobody takes them."""
+    """Print a line per row. Raises Fatal if the output cannot be written."""
     with drawing() as console:
         table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
         for name in names:
@@ -31,12 +31,12 @@ def show_rows(names: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 
 def show_fields(fields: Iterable[tuple[str, str]]) -> None:
-    """Print a line for each field of one thing. Raises Fatal if nobody takes them."""
+    """Print a line per field. Raises Fatal if the output cannot be written."""
     _show(_fields(fields))
 
 
 def show_paragraphs(paragraphs: Iterable[tuple[Text, list[str]]]) -> None:
-    """Print lines, each with sentences below it. Raises Fatal if nobody takes them."""
+    """Print lines, each with sentences below it. Raises Fatal if the output cannot be written."""
     parts: list[RenderableType] = []
     for line, sentences in paragraphs:
         parts += [line, *(Padding(visible(one), (0, 0, 0, 4)) for one in sentences), ""]
@@ -44,7 +44,7 @@ def show_paragraphs(paragraphs: Iterable[tuple[Text, list[str]]]) -> None:
 
 
 def visible(text: str, style: str = "") -> Text:
-    """Return a text that a terminal shows and does not obey. Nothing in it is markup."""
+    """Return a text without control characters and markup for a terminal."""
     return Text(plain(text), style, overflow="fold")
 
 
@@ -62,7 +62,9 @@ def _show(*things: RenderableType) -> None:
 
 @contextmanager
 def drawing() -> Iterator[Console]:
-    """Return a console that draws in memory, and print its drawing at the end. Raises Fatal if nobody takes it."""
+    """Return a console that draws in memory, and print its drawing at the end. Raises Fatal if the output cannot be
+    written.
+    """
     with printing() as out:
         is_terminal = out.isatty()
         width = Console(file=out).width if is_terminal else WIDE

@@ -1,4 +1,4 @@
-"""`openchat user` and `openchat erase`: accounts, and everything about a person."""
+"""`openchat user` and `openchat erase`: accounts, and all data of a user."""
 
 import contextlib
 import secrets
@@ -29,7 +29,7 @@ from server.domain.publish import publish_participant
 from server.queries import accounts, erasure, participants, sessions, users
 
 PASSWORD_BYTES = 12
-"""Of randomness in a password that we make."""
+"""Random bytes of a generated password."""
 
 with_user = click.argument("user", help="An e-mail address or an id.")
 
@@ -44,9 +44,9 @@ with_user = click.argument("user", help="An e-mail address or an id.")
     """,
 )
 def user() -> None:
-    """List, create, change and lock accounts.
+    """List, create, change and disable accounts.
 
-    What these commands do, and what they show, is noted in the server's audit log. A running server knows immediately.
+    These commands are recorded in the server's audit log. They take effect immediately, even on a running server.
     """
 
 
@@ -56,7 +56,7 @@ def user() -> None:
     example="Ada ada@example.org --admin",
 )  # fmt: skip
 async def create_user(db: Db, *, name: str, email: str, is_admin: bool) -> Answer:
-    """Make an account, and print its password once."""
+    """Create an account, and print its password once."""
     _require_fit("an e-mail address", email, limits.Email)
     _require_fit("a name", name, limits.Name)
     password = secrets.token_urlsafe(PASSWORD_BYTES)
@@ -73,7 +73,7 @@ async def create_user(db: Db, *, name: str, email: str, is_admin: bool) -> Answe
 
 
 def _require_fit(what: str, value: str, kind: object) -> None:
-    """Raise Fatal, with what to give instead, for a value that the wire does not allow either."""
+    """Raise Fatal, with the expected form, for a value that the protocol does not allow."""
     try:
         msgspec.convert(value, kind)
     except msgspec.ValidationError as error:
@@ -82,13 +82,13 @@ def _require_fit(what: str, value: str, kind: object) -> None:
 
 @command(
     user, "list", click.argument("text", default="", help="A part of a name or of an e-mail address."), with_limit,
-    click.option("--after", default="", metavar="EMAIL", help="Go on after this one, the last that was shown."),
+    click.option("--after", default="", metavar="EMAIL", help="Continue after the last one shown."),
     example="ada --limit 10",
 )  # fmt: skip
 async def list_users(db: Db, *, text: str, limit: int, after: str) -> Answer:
     """List accounts, by e-mail address.
 
-    All, or those with a text in a name or in the address.
+    With TEXT, only those with the text in a name or in the address.
     """
     found = await accounts.listed(db, text, after, limit=limit)
     await admin.note(db, "list_users")
@@ -106,13 +106,13 @@ async def show_user(db: Db, *, user: str) -> Answer:
 
 @command(user, "disable", with_user, example="ada@example.org")
 async def disable_user(db: Db, *, user: str) -> RightsChange:
-    """Lock a user out, until enabled again."""
+    """Disable an account until it is enabled again."""
     return await _set_disabled(db, user, is_disabled=True)
 
 
 @command(user, "enable", with_user, example="ada@example.org")
 async def enable_user(db: Db, *, user: str) -> RightsChange:
-    """Let a user in again."""
+    """Enable a disabled account."""
     return await _set_disabled(db, user, is_disabled=False)
 
 
@@ -130,7 +130,7 @@ async def demote_user(db: Db, *, user: str) -> RightsChange:
 
 @command(user, "reset-password", with_user, example="ada@example.org")
 async def reset_password(db: Db, *, user: str) -> RightsChange:
-    """Make a new password, print it once, end all sessions."""
+    """Set a new password, print it once, and end all sessions."""
     card = await admin.card(db, user)
     password = secrets.token_urlsafe(PASSWORD_BYTES)
     new_hash = await passwords.hashed(password)
@@ -185,13 +185,13 @@ async def _set_admin(db: Db, user: str, *, is_admin: bool) -> RightsChange:
 
 
 def _of_user(user_id: UserId, events: Events) -> None:
-    """Have the workers look again at a user's sessions, and at who may see the user."""
+    """Make the workers recheck a user's sessions, and who may see the user."""
     events.notify([user_id])
     events.reconsider(user_id)
 
 
 async def export_user(db: Db, who: str) -> AsyncIterator[bytes]:
-    """Return everything that is stored about a user, as JSON (protocol/export.py), piece by piece. This is noted."""
+    """Yield all stored data of a user as JSON (protocol/export.py), in pieces. This is recorded in the audit log."""
     card = await admin.card(db, who)
     await admin.note(db, "export_user", card.id)
     async for piece in written(lambda: contextlib.nullcontext(db), card.id):
@@ -201,15 +201,15 @@ async def export_user(db: Db, who: str) -> AsyncIterator[bytes]:
 @click.command("erase", cls=Command, examples="openchat erase ada@example.org --yes --verify")
 @with_user
 @with_yes
-@click.option("--verify", "is_verified", is_flag=True, help="Look afterwards whether anything is left.")
+@click.option("--verify", "is_verified", is_flag=True, help="Search for remaining data afterwards.")
 @with_json
 @with_data_dir
 def erase(user: str, data_dir: str | None, *, is_meant: bool, is_verified: bool, is_json: bool) -> None:
-    """Erase a person. Their messages stay, without a name.
+    """Erase a user. Their messages stay, without a name.
 
-    Nothing else about the person stays. There is no way back.
+    No other data of the user stays. This cannot be undone.
     """
-    # Those that an attempt committed before it failed are told, too.
+    # Changes that a failed attempt has committed are published, too.
     work = partial(erase_user, user=user, is_meant=is_meant, is_verified=is_verified, changes=[])
     admin.start(work, is_json=is_json, data_dir=data_dir)
 
@@ -217,14 +217,14 @@ def erase(user: str, data_dir: str | None, *, is_meant: bool, is_verified: bool,
 async def erase_user(
     db: Db, *, user: str, is_meant: bool, is_verified: bool, changes: list[participants.ParticipantChange]
 ) -> RightsChange:
-    """Erase a person now. `changes` gets the ends of their memberships."""
+    """Erase a user now. `changes` collects the ends of the user's memberships."""
     card = await admin.card(db, user)
     texts = [] if card.state == "erased" else await erasure.words(db, card.id)
     if card.state != "erased" and not is_meant:
         await admin.note(db, "show_user", card.id)
-        raise Fatal(f"this erases {card.name} ({card.email}) for good; say --yes if that is meant.")
+        raise Fatal(f"this erases {card.name} ({card.email}). It cannot be undone. To confirm, use --yes.")
     if is_meant:
-        # Who was erased before is erased again: what was left, or came since, is taken away.
+        # An erased user is erased again, because data may remain or may have been added since.
         await erasing.erase(database.Single(db), card.id, changes.append)
         await admin.note(db, "erase_user", card.id)
     answer: dict[str, Any] = {"id": str(card.id), "state": "erased"}
@@ -233,7 +233,7 @@ async def erase_user(
         found = await erasure.traces(db, card.id, texts)
         left = [f"{trace.place} ({trace.found})" for trace in found if not trace.is_said]
         if left:
-            failure = f"something is left in {', '.join(left)}."
+            failure = f"data of the user remains in {', '.join(left)}."
         answer["traces"] = 0
         answer["people_say_the_same_in"] = ", ".join(f"{trace.place} ({trace.found})" for trace in found) or "-"
 

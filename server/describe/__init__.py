@@ -1,5 +1,5 @@
-"""The wire, described: AsyncAPI 3 for the socket, OpenAPI 3.1 for HTTP, a handbook for people, the rules as tables, the
-columns with what uses them. All of it is generated from the code; `python -m server.describe docs` writes it.
+"""Generates the documents about the protocol and the database: AsyncAPI 3, OpenAPI 3.1, the handbook, the matrices of
+roles and privacy, and the columns. `python -m server.describe docs` writes them.
 """
 
 import json
@@ -16,4 +16,4 @@ DOCUMENTS: dict[str, Callable[[], str]] = {
     "privacy.md": rules.people,
     "columns.md": columns.document,
 }
-"""What belongs into docs/, by file name."""
+"""The documents in docs/, by file name."""

@@ -1,4 +1,4 @@
-"""`python -m server.describe FOLDER`: write the descriptions there."""
+"""`python -m server.describe FOLDER` writes the documents."""
 
 import sys
 from pathlib import Path
@@ -7,7 +7,7 @@ from server.describe import DOCUMENTS
 
 
 def main() -> None:
-    """Write all files."""
+    """Write all documents."""
     folder = Path(sys.argv[1])
     for name, document in DOCUMENTS.items():
         (folder / name).write_text(document())

@@ -1,6 +1,7 @@
-"""Every column of the database, what writes it and what reads it: docs/columns.md, in which nothing may be dead.
+"""Every column of the database with the statements that write and read it, for docs/columns.md. A test finds unused
+ones.
 
-PostgreSQL itself says what a statement uses: server/describe/query_tree.py reads its parse trees.
+PostgreSQL itself reports the columns of a statement, and server/describe/query_tree.py reads its parse trees.
 """
 
 import asyncio
@@ -44,7 +45,7 @@ WAITING = {
     "message.model": "assistants (issue 21)",
     "database_epoch.is_only": "nothing: its constraint allows one row",
 }
-"""Columns of the specification that no statement reads yet, or whole tables, and the feature that will."""
+"""Columns or whole tables of the specification that no statement reads yet, and the feature that will."""
 WAITING_VALUES = {
     "conversation.type": {"assistant": "assistants (issue 21)"},
     "message.status": {
@@ -57,16 +58,16 @@ WAITING_VALUES = {
     "attachment.scan_result": dict.fromkeys(("clean", "infected", "suspicious", "pending"), "files (issue 20)"),
     "attachment.processing_status": dict.fromkeys(("pending", "processing", "completed", "failed"), "files (issue 20)"),
 }
-"""Values of the specification's lists that nothing writes yet."""
+"""Values in the specification's lists that no statement writes yet."""
 
 GRANT = re.compile(r"GRANT SELECT (?:\(([^)]*)\) )?ON ([^']*?) TO %I")
-"""What grant_reader() grants: some columns of a table, or tables and views whole."""
+"""The grants of grant_reader(): some columns of a table, or whole tables and views."""
 
 SHOWN = 4
 PRINT = "SET debug_print_parse = on; SET debug_pretty_print = off; SET client_min_messages = log"
 FRAGMENTS = (asyncpg.PostgresSyntaxError, asyncpg.UndefinedTableError, asyncpg.UndefinedColumnError,
              asyncpg.IndeterminateDatatypeError)  # fmt: skip
-"""How PostgreSQL refuses what is no whole statement."""
+"""PostgreSQL's errors about incomplete statements."""
 TABLES = """
 SELECT c.oid, c.relname, c.reltype, a.attnum, a.attname, pg_get_expr(d.adbin, d.adrelid) AS made
 FROM pg_class c
@@ -83,14 +84,14 @@ SELECT c.relname, 0, r.ev_action::text FROM pg_rewrite r JOIN pg_class c ON c.oi
 WHERE c.relnamespace = 'public'::regnamespace
 UNION ALL SELECT p.polname, p.polrelid, p.polqual::text FROM pg_policy p
 """
-"""Functions of SQL, views and policies, which PostgreSQL keeps as trees."""
+"""SQL functions, views and policies, which PostgreSQL stores as trees."""
 FUNCTIONS = """
 SELECT p.proname, p.prosrc, pg_get_function_identity_arguments(p.oid) AS arguments FROM pg_proc p
 WHERE p.pronamespace = 'public'::regnamespace AND p.prolang = (SELECT oid FROM pg_language WHERE lanname = 'plpgsql')
 ORDER BY 1
 """
 COPY = "CREATE FUNCTION pg_temp.{name}({arguments}) RETURNS void LANGUAGE sql BEGIN ATOMIC {body}; END"
-"""A statement of a function in PL/pgSQL, whose variables are parameters here."""
+"""A statement of a PL/pgSQL function, with the function's variables as parameters."""
 DECLARED = re.compile(r"^ *(\w+) (?:CONSTANT )?(?!record)(\w+(?:\[\])?)(?: :=.*)?;", re.MULTILINE)
 
 
@@ -102,7 +103,7 @@ def statements() -> dict[str, str]:
         source = inspect.getsource(module)
         for name, value in vars(module).items():
             if not re.search(rf"^{name}\b.*=", source, re.MULTILINE):
-                continue  # from another module
+                continue  # imported from another module
             texts = value if isinstance(value, tuple) else (value,)
             for number, text in enumerate(texts):
                 if name.isupper() and isinstance(text, str) and re.search(r"\b(SELECT|INSERT|UPDATE|DELETE)\b", text):
@@ -111,7 +112,7 @@ def statements() -> dict[str, str]:
 
 
 async def uses(db: "asyncpg.Connection[asyncpg.Record]") -> dict[str, Use]:
-    """Return what each statement, function, policy and view uses, in a database with the schema."""
+    """Return the columns that each statement, function, policy and view uses, in a database with the schema."""
     rows = await db.fetch(TABLES)
     tables: query_tree.Tables = {}
     for row in rows:
@@ -143,7 +144,7 @@ async def uses(db: "asyncpg.Connection[asyncpg.Record]") -> dict[str, Use]:
 
 
 async def _trees(db: "asyncpg.Connection[asyncpg.Record]") -> list[tuple[str, Any]]:
-    """Return the trees of the statements of server/queries/."""
+    """Return the trees of the statements in server/queries/."""
     printed: list[str] = []
 
     def note(_: object, message: asyncpg.PostgresLogMessage) -> None:
@@ -167,7 +168,7 @@ async def _trees(db: "asyncpg.Connection[asyncpg.Record]") -> list[tuple[str, An
 
 
 def _queries(tree: Any) -> Iterator[Any]:  # noqa: ANN401 - a node tree
-    """Return the queries of a tree: functions keep lists of them."""
+    """Yield the queries of a tree, which may be a list of them in functions."""
     if isinstance(tree, dict):
         yield tree
     for one in tree if isinstance(tree, list) else ():
@@ -175,7 +176,7 @@ def _queries(tree: Any) -> Iterator[Any]:  # noqa: ANN401 - a node tree
 
 
 def _statements(source: str, tables: set[str]) -> Iterator[str]:
-    """Return the queries in a function in PL/pgSQL that name one of these tables."""
+    """Yield the queries of a PL/pgSQL function that use one of these tables."""
     source = re.sub(r"--.*|\bINTO \w+\b", "", source).replace("PERFORM", "SELECT")
     place = 0
     while start := re.compile(r"\b(SELECT|INSERT|UPDATE|DELETE)\b").search(source, place):
@@ -189,7 +190,7 @@ def _statements(source: str, tables: set[str]) -> Iterator[str]:
 
 
 class Column(NamedTuple):
-    """A column, and the names of the statements that write and read it; `note` is for one without."""
+    """A column, and the names of the statements that write and read it. `note` is for unused ones."""
 
     table: str
     name: str
@@ -199,7 +200,7 @@ class Column(NamedTuple):
 
 
 async def columns(db: "asyncpg.Connection[asyncpg.Record]", used: dict[str, Use]) -> list[Column]:
-    """Return all columns, in the order of schema.sql, with what uses them according to `uses`."""
+    """Return all columns in the order of schema.sql, with the statements of `uses`."""
     writers: dict[str, set[str]] = defaultdict(set)
     readers: dict[str, set[str]] = defaultdict(set)
     for name, use in used.items():
@@ -221,7 +222,7 @@ async def columns(db: "asyncpg.Connection[asyncpg.Record]", used: dict[str, Use]
 
 
 def granted() -> dict[str, list[str]]:
-    """Return the tables and views that grant_reader() grants, with their columns; none for a whole one."""
+    """Return the tables and views of grant_reader(), with their columns, or with none for whole ones."""
     text = (migrate.ROOT / "schema.sql").read_text()
     found: dict[str, list[str]] = {}
     for names, tables in GRANT.findall(re.sub(r"\s+", " ", text)):
@@ -231,7 +232,7 @@ def granted() -> dict[str, list[str]]:
 
 
 def document() -> str:
-    """Return the list in Markdown, as a PostgreSQL of its own tells it."""
+    """Return the list in Markdown, from a temporary PostgreSQL."""
     with tempfile.TemporaryDirectory(prefix="openchat-columns-") as path:
         folder = DataFolder(Path(path))
         postgres = Postgres(folder, max_connections=5, options={"fsync": "off"})
@@ -261,8 +262,8 @@ def markdown(found: list[Column]) -> str:
         "",
         "The statements that write and read each column of [schema.sql](../schema.sql): constants of",
         "`server/queries/`, and functions, views and policies of the schema itself (`schema.…`). PostgreSQL's own",
-        "parse trees tell ([how](decisions/0072-postgresql-says-what-is-used.md)). The last section says who the",
-        "readers of the database are.",
+        "parse trees are the source ([0072](decisions/0072-postgresql-says-what-is-used.md)). The last section has the",
+        "columns for readers of the database.",
     ]
     table = ""
     for column in found:
@@ -275,9 +276,9 @@ def markdown(found: list[Column]) -> str:
             lines.append(f"| `{column.name}` | {_some(column.writers)} | {_some(column.readers)} |")
     lines += [
         "",
-        "## Values that wait",
+        "## Unused values",
         "",
-        "Values that the schema allows and that nothing writes.",
+        "Values that the schema allows and that no statement writes.",
         "",
         "| column | value | waits for |",
         "| --- | --- | --- |",
@@ -287,11 +288,11 @@ def markdown(found: list[Column]) -> str:
             for value, reason in values.items()
         ),
         "",
-        "## What readers of the database read",
+        "## Columns for readers of the database",
         "",
-        "Columns that `grant_reader` grants ([administration.md](administration.md#reading-the-database-directly)), of",
-        "the rows that the policies show. A query that names another column or table is refused; so is `SELECT *` of a",
-        "table that is not granted whole.",
+        "Columns that `grant_reader` grants ([administration.md](administration.md#reading-the-database-directly)).",
+        "The policies limit the rows. PostgreSQL refuses a query of other columns or tables, and `SELECT *` from a",
+        "table that is only granted in part.",
         "",
         "| table or view | columns |",
         "| --- | --- |",
@@ -301,6 +302,6 @@ def markdown(found: list[Column]) -> str:
 
 
 def _some(names: list[str]) -> str:
-    """Return the first names and how many more there are."""
+    """Return the first names, and the number of others."""
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return ", ".join(names[:SHOWN]) + more

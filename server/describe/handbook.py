@@ -1,4 +1,4 @@
-"""The handbook: the wire on one page, for people who write clients."""
+"""The handbook: the protocol on one page, for developers of clients."""
 
 import enum
 import inspect
@@ -108,14 +108,14 @@ def _is_struct_of(one: Any, module: Any) -> bool:  # noqa: ANN401 - any member o
 
 
 OPEN = (client.CreateGroup, client.CreateChannel, client.Decline, client.Unstar)
-"""Frames that name a conversation and are for anyone: for its creator, or for users who are not in it (any more)."""
+"""Frames with a conversation that are for any user: for its creator, or for users who are not in it."""
 LISTS = (client.ListReports, client.ListAudit)
-"""Frames that name a conversation, or none for that of the server."""
+"""Frames with an optional conversation. Without one, they concern the server."""
 
 
 def is_for_participants(frame: type[client.Frame]) -> bool:
-    """Return whether users outside a conversation get `not_found` for every frame of this type about it. The queries
-    enforce it: tests/test_refusals.py asks each of them as a stranger.
+    """Whether users outside a conversation get `not_found` for every frame of this type about it. The queries enforce
+    that, and tests/test_refusals.py sends each of them as a stranger.
     """
     names_one = "conversation_id" in {one.name for one in msgspec.structs.fields(frame) if one.required}
     return (names_one and frame not in OPEN) or frame in LISTS
@@ -159,7 +159,7 @@ def _fields(struct: type[msgspec.Struct]) -> str:
 
 
 def _version(struct: type[msgspec.Struct], name: str) -> str:
-    """Return which version of UUID a field takes, if only one will do."""
+    """Return the required version of a UUID field, if there is one."""
     found = [vars(one)["__post_init__"] for one in struct.__mro__ if "__post_init__" in vars(one)]
     checks = "".join(map(inspect.getsource, found))
     return ", version 7" if f"require_uuid7(self.{name}," in checks else ""
@@ -204,17 +204,17 @@ def _bounds(schema: dict[str, Any], unit: str, noun: str) -> str:
 
 
 def _said(kind: type[enum.Enum], member: enum.Enum) -> str:
-    """Return the string below a member, which Python itself does not keep."""
+    """Return the string below a member, which Python does not keep."""
     lines = inspect.getsource(kind).splitlines()
     start = next(number for number, line in enumerate(lines) if line.strip().startswith(f"{member.name} = "))
     said: list[str] = []
     for line in lines[start + 1 :]:
         said.append(line)
-        if textwrap.dedent("\n".join(said)).count('"""') == 2:  # noqa: PLR2004 - one opens, one closes
+        if textwrap.dedent("\n".join(said)).count('"""') == 2:  # noqa: PLR2004 - the opening and the closing quotes
             break
     return " ".join("\n".join(said).replace('"""', "").split())
 
 
 TAGGED = {one for one in vars(server).values() if _is_struct_of(one, server) and one.__struct_config__.tag is not None}
 NAMES = {one.__name__: tag(one) for one in TAGGED}
-"""The names of classes on the wire."""
+"""The names of classes in the protocol."""

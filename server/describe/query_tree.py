@@ -1,8 +1,8 @@
-"""Columns that a statement reads and writes, from the tree that PostgreSQL itself makes of it.
+"""The columns that a statement reads and writes, from PostgreSQL's own parse tree of it.
 
-PostgreSQL prints trees (`debug_print_parse`) and keeps them (`pg_proc.prosqlbody`, `pg_policy.polqual`,
-`pg_rewrite.ev_action`) in one format, with all names resolved. A column counts as read if it reaches a condition or
-the result: outputs of a subquery or CTE that nobody asks for do not count, and neither does `x = x + 1`.
+PostgreSQL prints trees (`debug_print_parse`) and stores them (`pg_proc.prosqlbody`, `pg_policy.polqual`,
+`pg_rewrite.ev_action`) in one format, with all names resolved. A column counts as read if it reaches a condition or the
+result. Unused outputs of a subquery or CTE do not count, and neither does `x = x + 1`.
 """
 
 import re
@@ -16,19 +16,19 @@ Tables = dict[int, tuple[str, dict[int, str]]]
 TOKEN = re.compile(r"""[(){}]|"(?:\\.|[^"\\])*"|(?:\\.|[^\s(){}\\])+""")
 WHOLE_ROW = 0
 RELATION, SUBQUERY, JOIN, CTE, GROUP = "0", "1", "2", "6", "9"
-"""Kinds of entries of a range table (RTEKind in parsenodes.h)."""
+"""Kinds of range table entries (RTEKind in parsenodes.h)."""
 INSERT, UPDATE = "3", "2"
 """Values of `commandType` (CmdType in nodes.h)."""
 FIRST_OWN_OID = 16384
-"""Functions with a smaller oid are PostgreSQL's own."""
+"""Functions with a smaller oid belong to PostgreSQL."""
 EXISTS = "0"
-"""The value of `subLinkType` of EXISTS, which looks at no column of its subquery."""
+"""The value of `subLinkType` of EXISTS, which reads no output of its subquery."""
 OWN_WALK = {"targetList", "returningList", "rtable", "cteList", "rteperminfos", "onConflict", "utilityStmt"}
-"""Fields of a query that are walked by what they mean, or that name no column which is used."""
+"""Fields of a query that have their own traversal, or that contain no used column."""
 
 
 def parse(text: str) -> Any:  # noqa: ANN401 - as nested as the text
-    """Return a node tree as dictionaries (`type`, and its fields) and lists."""
+    """Return a node tree as dictionaries, with `type` and the node's fields, and lists."""
     stack: list[list[Any]] = [[]]
     for part in TOKEN.findall(text):
         if part in "({":
@@ -56,7 +56,7 @@ def parse(text: str) -> Any:  # noqa: ANN401 - as nested as the text
 
 
 class Use:
-    """What is read and written, as `table.column`."""
+    """The columns that are read and written, as `table.column`."""
 
     def __init__(self, tables: Tables, row_types: dict[int, int]) -> None:
         """`row_types` has the table of each row type."""
@@ -69,7 +69,7 @@ class Use:
         self._own: tuple[int, int, int] | None = None
 
     def query(self, query: Node) -> None:
-        """Count what a whole statement uses."""
+        """Count the columns of a whole statement."""
         if "outer" not in query:
             _link(query, None)
         self._begin(query)
@@ -77,14 +77,14 @@ class Use:
             self._demand(query, number)
 
     def condition(self, node: Any, table: int) -> None:  # noqa: ANN401
-        """Count what the condition of a policy uses."""
+        """Count the columns in the condition of a policy."""
         entry = {"type": "RANGETBLENTRY", "rtekind": RELATION, "relid": str(table)}
         query: Node = {"rtable": [entry], "outer": None}
         _link(node, query)
         self._walk(node, query)
 
     def _begin(self, query: Node) -> None:
-        """Count what a query uses whichever of its outputs are asked for."""
+        """Count the columns that a query uses whichever outputs are used."""
         if id(query) in self._begun:
             return
         self._begun.add(id(query))
@@ -108,7 +108,7 @@ class Use:
         self._walk([value for field, value in query.items() if field not in OWN_WALK and field != "outer"], query)
 
     def _enter(self, query: Node) -> None:
-        """Count what the subqueries and functions in FROM use in any case."""
+        """Count the columns that subqueries and functions in FROM use in any case."""
         for entry in query["rtable"] or ():
             if entry["rtekind"] == SUBQUERY:
                 self._begin(entry["subquery"])
@@ -116,7 +116,7 @@ class Use:
                 self._walk(list(entry.values()), query)
 
     def _assign(self, query: Node, targets: list[Node] | None) -> None:
-        """Count columns that an INSERT or UPDATE gives values to, and what these are made of."""
+        """Count the columns that an INSERT or UPDATE sets, and those in the values."""
         result = int(query["resultRelation"])
         table, columns = self._tables[int(query["rtable"][result - 1]["relid"])]
         for target in targets or ():
@@ -132,7 +132,7 @@ class Use:
         return [int(target["resno"]) for target in query[field] or () if target["resjunk"] != "true"]
 
     def _demand(self, query: Node, number: int, *, passed: bool = False) -> None:
-        """Count what an output of a query is made of; `passed` for a row that goes to a function whole."""
+        """Count the columns of an output of a query. `passed` tells that a row is passed to a function as a whole."""
         if (id(query), number, passed) in self._done:
             return
         self._done.add((id(query), number, passed))
@@ -145,7 +145,9 @@ class Use:
             self._own = own
 
     def _walk(self, node: Any, query: Node, *, passed: bool = False) -> None:  # noqa: ANN401
-        """Count what an expression reads. Rows that it passes to functions whole are left to those."""
+        """Count the columns that an expression reads. Rows that are passed to functions as a whole are
+        counted there.
+        """
         if isinstance(node, list):
             for one in node:
                 self._walk(one, query)
@@ -167,7 +169,7 @@ class Use:
                 self._walk(value, query)
 
     def _call(self, node: Node, query: Node) -> None:
-        """Count arguments of a function of the schema, except rows that it gets whole."""
+        """Count the arguments of a function of the schema, except rows that it gets as a whole."""
         for one in [node["arg"]] if node["type"] == "NULLTEST" else node["args"] or ():
             if one["type"] == "ROWEXPR":
                 self._passed_row(one, query)
@@ -175,7 +177,7 @@ class Use:
                 self._walk(one, query, passed=True)
 
     def _place(self, variable: Node, query: Node) -> tuple[Node, Node, int]:
-        """Return the query that a variable belongs to, its entry in the range table, and the number of the column."""
+        """Return the query that a variable belongs to, its range table entry, and the number of the column."""
         for _ in range(int(variable["varlevelsup"])):
             query = query["outer"]
         return query, query["rtable"][int(variable["varno"]) - 1], int(variable["varattno"])
@@ -198,7 +200,7 @@ class Use:
                 self._demand(source, one, passed=passed)
 
     def _field(self, node: Node, query: Node) -> None:
-        """Count one field of a row: of a parameter, or of a row that comes from a subquery."""
+        """Count one field of a row, which is a parameter or comes from a subquery."""
         if origin := self._origin(node, query):
             table, number = origin
             if number in self._tables[table][1]:
@@ -208,14 +210,14 @@ class Use:
             self._walk(node["arg"], query)
 
     def _passed_row(self, node: Node, query: Node) -> None:
-        """Count what is put together to a row of a table for a function, except that row's own columns."""
+        """Count the columns of a row that is built for a function, except that row's own columns."""
         table = self._row_types.get(int(node["row_typeid"]))
         for number, field in enumerate(node["args"] or (), 1):
             if table is None or self._origin(field, query) != (table, number):
                 self._walk(field, query)
 
     def _origin(self, node: Node, query: Node) -> tuple[int, int] | None:
-        """Return the table and the number of the column that an expression is a copy of."""
+        """Return the table and the number of the column of which an expression is a copy."""
         if node["type"] == "VAR":
             query, entry, number = self._place(node, query)
             if entry["rtekind"] == RELATION and int(entry["relid"]) in self._tables:
@@ -234,7 +236,7 @@ class Use:
 
 
 def _link(node: Any, outer: Node | None) -> None:  # noqa: ANN401
-    """Note in each query of a tree which one it stands in."""
+    """Set the outer query of each query in a tree."""
     if isinstance(node, list):
         for one in node:
             _link(one, outer)
@@ -255,7 +257,7 @@ def _sorted_by(query: Node) -> set[str]:
 
 
 def _arms(tree: Node) -> Iterator[int]:
-    """Return the entries of the range table that a UNION is made of."""
+    """Yield the range table entries of a UNION."""
     if tree["type"] == "RANGETBLREF":
         yield int(tree["rtindex"])
     else:
@@ -269,14 +271,14 @@ def _target(query: Node, number: int) -> Node | None:
 
 
 def _owner(entry: Node, query: Node) -> Node:
-    """Return the query that a subquery or CTE stands in."""
+    """Return the query that contains a subquery or CTE."""
     for _ in range(int(entry["ctelevelsup"]) if entry["rtekind"] == CTE else 0):
         query = query["outer"]
     return query
 
 
 def _source(entry: Node, query: Node) -> Node | None:
-    """Return the query that an entry of a range table stands for."""
+    """Return the query of a range table entry."""
     if entry["rtekind"] == SUBQUERY:
         found: Node = entry["subquery"]
         return found
