@@ -175,7 +175,7 @@ def _are_too_many(data: bytes) -> bool:
     if len(data) <= MAX_FRAME_VALUES or _count(data) <= MAX_FRAME_VALUES:
         return False
     bare = data.replace(rb"\\", b"").replace(rb"\"", b"")
-    # Strings are values, too. Few frames have so many commas, so few are split.
+    # Strings are values, too. Few frames have that many commas, so few are split.
     return bare.count(b'"') > 2 * MAX_FRAME_VALUES or _count(b"".join(bare.split(b'"')[::2])) > MAX_FRAME_VALUES
 
 

@@ -93,7 +93,7 @@ _COME_BACK = {
 }
 
 
-class Refused(Exception):  # noqa: N818 - a refusal is an answer, not a fault
+class Refused(Exception):  # noqa: N818 - a refusal is a reply, not a fault
     """An error that answers a frame or a request. Any layer may raise it; the dispatch sends the answer.
 
     `path` is the field at fault, such as `mentions[3]`.

@@ -73,7 +73,7 @@ def _place(unfinished: Path, path: Path) -> None:
     except FileExistsError:
         raise
     except OSError:
-        # Some file systems have no hard links. An empty file holds the name, which the rename takes over.
+        # Some file systems have no hard links. An empty file reserves the name, and the rename replaces it.
         os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
         try:
             unfinished.replace(path)

@@ -16,11 +16,11 @@ UNFIT = "A value is out of range for the database. Send a smaller one."
 INTERNAL = Refused(ErrorCode.INTERNAL, "Internal error; it was logged. Tell the operator.")
 
 
-class Fatal(Exception):  # noqa: N818 - the program's last word, not a fault in it
+class Fatal(Exception):  # noqa: N818 - it ends the program, and is no defect of it
     """The program cannot start or continue. The text is the one line that the operator sees."""
 
 
-class Away(ConnectionError):  # noqa: N818 - a state of the world
+class Away(ConnectionError):  # noqa: N818 - a state of the environment
     """PostgreSQL cannot be reached. The code that raises this has logged it."""
 
 
@@ -44,7 +44,7 @@ _EMAIL_TAKEN = (
     "email",
 )
 _CONVERSATION_TAKEN = (ErrorCode.CONFLICT, "Another conversation has this id. Make a new id.", "conversation_id")
-# The answer to each constraint of schema.sql that a frame can violate, by the constraint's name.
+# The refusal for each constraint of schema.sql that a frame can violate, by the constraint's name.
 CONSTRAINTS: dict[str, tuple[ErrorCode, str, str | None]] = {
     "user_email_key": _EMAIL_TAKEN,
     "account_provider_key": _EMAIL_TAKEN,

@@ -20,7 +20,7 @@ class Failures:
         self._log = log
         self._what = what
         self._throttle: Throttle[str] = Throttle(clock=clock)
-        # The kinds of the failures in a row: classes, or nothing for all that the environment explains.
+        # Kinds of consecutive failures: names of classes, or an empty text for those that the environment explains.
         self._logged: set[str] = set()
 
     def add(self, error: Exception) -> None:

@@ -34,10 +34,10 @@ def configure(name: str) -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(logging.INFO)
-    # Connections and errors are worth a line, requests are not; the metrics count them.
+    # The log reports connections and errors. The metrics count requests.
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
     logging.getLogger("websockets").setLevel(logging.WARNING)
-    # A browser's or client's mistake in the HTTP handshake is not ours to report.
+    # Clients' errors in the HTTP handshake do not concern the operator.
     logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
     sys.excepthook = _ended
 
@@ -58,7 +58,7 @@ class _Bound(logging.Filter):
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         super().__init__()
         self._clock = clock
-        # By place: the entries of its window, and the window's end. Places are lines of code, so they are bounded.
+        # The windows by place. Places are lines of code, so their number is bounded.
         self._windows: dict[_Place, _Window] = {}
 
     def filter(self, record: logging.LogRecord) -> bool:
@@ -71,7 +71,7 @@ class _Bound(logging.Filter):
         window = self._windows.setdefault(place, _Window(now + WINDOW_SECONDS, record.levelno))
         window.entries += 1
         if window.entries == MOST_ENTRIES + 1:
-            with contextlib.suppress(RuntimeError):  # no loop: the next record of any kind concludes the window
+            with contextlib.suppress(RuntimeError):  # without a loop, the next record of any place ends the window
                 asyncio.get_running_loop().call_later(WINDOW_SECONDS, self._conclude, window.end)
         return window.entries <= MOST_ENTRIES
 
@@ -129,7 +129,7 @@ class _Formatter(logging.Formatter):
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - the library's name
         text = super().formatMessage(record)
         error = record.exc_info[1] if record.exc_info else None
-        # The loop names a task that nobody awaited with the error that it ended with.
+        # The event loop's message about a task that nobody awaited contains the task's error.
         return _line(text if error is None else text.replace(repr(error), type(error).__name__))
 
     def formatException(self, ei: Any) -> str:  # noqa: ANN401, N802 - the library's name
@@ -137,7 +137,7 @@ class _Formatter(logging.Formatter):
 
 
 def _line(text: str) -> str:
-    # Cut first, as escapes are longer than what they stand for, and afterwards, for the same reason.
+    # Cut before escaping, because escapes are longer than their characters, and again after it.
     return _cut(plain(_cut(text, MAX_LINE)), MAX_LINE)
 
 

@@ -30,7 +30,7 @@ async def every(
     counts runs, by the job's name, that took longer than `seconds` until no more work was due.
     """
     if is_spread:
-        await asyncio.sleep(random.random() * seconds)  # noqa: S311 - it spreads load, and keeps no secret
+        await asyncio.sleep(random.random() * seconds)  # noqa: S311 - it spreads load, and needs no secrecy
     failures = Failures(log, job.__qualname__)
     began = time.monotonic()
     while True:
@@ -38,7 +38,7 @@ async def every(
         try:
             is_more_due = await job()
             failures.end()
-        except Exception as error:  # noqa: BLE001 - it runs again
+        except Exception as error:  # noqa: BLE001 - the job runs again
             failures.add(error)
         if is_more_due:
             await asyncio.sleep(0)

@@ -58,7 +58,8 @@ class Proxies:
             return Client(None, 0)
         entries = list(forwarded_for)
         if self.count:
-            # With fewer entries than proxies, the request came past one of them, and the client may have written all.
+            # With fewer entries than proxies, the request bypassed one of them, and the client may have written all
+            # entries.
             if len(entries) < self.count:
                 return Client(None, 0)
             return Client(str(_required(entries[-self.count])), self.count)
@@ -77,7 +78,7 @@ def entries(headers: Iterable[tuple[bytes, bytes]], name: bytes) -> list[str]:
     return [entry.strip() for entry in ",".join(lines).split(",")] if any(map(str.strip, lines)) else []
 
 
-class HostBits(ValueError):  # noqa: N818 - its text is the advice
+class HostBits(ValueError):  # noqa: N818 - its text is the advice for the operator
     """An address instead of a network, such as 10.0.0.1/8. The text says what to set."""
 
 

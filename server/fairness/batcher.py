@@ -11,11 +11,11 @@ Item = TypeVar("Item")
 Outcome = TypeVar("Outcome")
 
 
-class Slow(Exception):  # noqa: N818 - one of them may be slow, the others are not
+class Slow(Exception):  # noqa: N818 - one item may be slow, and others are not
     """Raised by work that took too long and was ended without any effect."""
 
 
-class WrongCount(Exception):  # noqa: N818 - a defect of the work
+class WrongCount(Exception):  # noqa: N818 - a defect of `run`
     """The work returned more or fewer outcomes than it received items."""
 
 
@@ -56,7 +56,7 @@ class Batcher(Generic[Item, Outcome]):
         self._weigh = weigh
         self._most_weight = most_weight
         self._on_idle = on_idle
-        # Whoever is cancelled before a run has their item wants nothing of it.
+        # An item whose submitter is cancelled before its run is dropped.
         self._waiting: FairQueue[Hashable, tuple[Item, asyncio.Future[Outcome]]] = FairQueue(
             is_over=lambda one: one[1].done()
         )
@@ -133,10 +133,10 @@ class Batcher(Generic[Item, Outcome]):
                 for (_, future), outcome in zip(part, outcomes, strict=True):
                     if not future.done():
                         future.set_result(outcome)
-        except Exception as error:  # noqa: BLE001 - handed to whoever asked
+        except Exception as error:  # noqa: BLE001 - the submitters raise it
             _fail(batch, error)
         except BaseException:
-            # A cancellation from inside the work, of which those who asked are not to take it for their own.
+            # Submitters must not take a cancellation inside the run as their own.
             _fail(batch, ConnectionError("the work was cancelled"))
             raise
 

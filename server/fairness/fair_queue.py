@@ -14,7 +14,8 @@ class FairQueue(Generic[Key, Item]):
 
     def __init__(self, *, is_over: Callable[[Item], bool] | None = None) -> None:
         """`is_over` tells whether an item is obsolete. Obsolete items are skipped and cost their client no turn."""
-        # A line stays, perhaps empty, while something of its client is being done, or while the client has a place.
+        # A queue stays while an item of its client is in progress, or while the client has a place, even if it is
+        # empty.
         self._lines: dict[Key, deque[Item]] = {}
         self._next: OrderedDict[Key, None] = OrderedDict()
         self._is_over = is_over

@@ -84,7 +84,7 @@ class Lanes(Generic[Key, Item, Outcome]):
             owner=self._owner,
             weigh=self._weigh,
             most_weight=self._most_weight,
-            # Not when nobody waits for an outcome: items whose submitters were cancelled still wait for the row.
+            # Only when idle. Items whose submitters were cancelled still wait for the row.
             on_idle=lambda: self._lanes.pop(key),
         )
 

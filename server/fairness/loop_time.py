@@ -37,9 +37,9 @@ class LoopTime:
         """
         is_next = not self._turn.locked()
         async with self._turn:
-            if is_next:  # whoever waited for the lock gets it in a later turn already
+            if is_next:  # a caller that waited for the lock is in a later turn already
                 await asyncio.sleep(0)
-            while (seconds := self.wait()) > 0:  # noqa: ASYNC110 - time is no event
+            while (seconds := self.wait()) > 0:  # noqa: ASYNC110 - elapsed time has no event
                 await asyncio.sleep(seconds)
 
     def do(self, work: Callable[[], Outcome]) -> Outcome:
@@ -69,11 +69,11 @@ class _Metered(Generic[Outcome]):
                     waits_for = self._budget.do(lambda: work.send(None))
                 else:
                     thrown = problem
-                    waits_for = self._budget.do(lambda: work.throw(thrown))  # noqa: B023 - called before the next turn
+                    waits_for = self._budget.do(lambda: work.throw(thrown))  # noqa: B023 - called immediately
             except StopIteration as end:
                 return end.value  # type: ignore[no-any-return]
             problem = None
             try:
                 yield waits_for
-            except BaseException as error:  # noqa: BLE001 - the work decides what becomes of it
+            except BaseException as error:  # noqa: BLE001 - the work decides how to handle it
                 problem = error

@@ -37,7 +37,7 @@ class Turns(Generic[Key]):
                 await turn
         except BaseException:
             if turn.done() and not turn.cancelled():
-                self.give(key, client)  # the turn came too late: the next in line has it
+                self.give(key, client)  # the turn came too late, so pass it to the next one
             else:
                 waiting.drop(client, turn)
                 self._end_if_empty(key)

@@ -94,10 +94,10 @@ CROSS JOIN LATERAL (
 WHERE 'mention' = ANY($2)
 ORDER BY s.created_at DESC, s.message_id DESC LIMIT $6
 """  # noqa: S608 - constants are put in
-# $1 is the user, $2 the kinds, $3 and $4 the end of the previous page, $5 the min time, and $6 the limit. $7 is the
-# last activity of the oldest conversation that counts, and $8 to $11 are the result of NAMED. Each branch reads an
+# $1 is the user, and $2 the kinds. The previous page ended at $3 and $4. The min time is $5, and the limit is $6. The
+# oldest conversation that counts was last active at $7. The result of NAMED is in $8 to $11. Each branch reads an
 # index, latest first, and stops at the limit. A branch without its kind in $2 reads nothing. A message that mentions
-# the user is not also a reply, because the end of a page could not distinguish two entries with equal time and id.
+# the user is not also a reply. The end of a page could not distinguish two entries with equal time and id.
 ROWS = f"""
 SELECT DISTINCT ON (at, key, user_id, emoji) * FROM (
     (SELECT 'mention' AS kind, n.at, n.key, n.user_id, n.conversation_id, NULL::text AS emoji

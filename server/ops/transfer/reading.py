@@ -208,7 +208,7 @@ class Files:
             if len(parts) == 2:  # noqa: PLR2004 - a folder and a file
                 self._folders.setdefault(parts[0], []).append(parts[1])
 
-    def json(self, *parts: object) -> Any:  # noqa: ANN401 - whatever is in it
+    def json(self, *parts: object) -> Any:  # noqa: ANN401 - any JSON value
         """Return the content of a file, or None if it does not exist."""
         place = tuple(component(part) for part in parts)
         with reading("/".join(place)):
