@@ -30,7 +30,7 @@ from tests.test_lock_order import Quarrel
 from tests.test_may_send import waiting
 from tests.world import Somebody, World, http_client, message, sent
 
-ERASED = next(check for check in CHECKS if check.name == "nothing is left of who was erased")
+ERASED = next(check for check in CHECKS if check.name == "erased users have no data left")
 
 
 def nobody(_: ParticipantChange) -> None:

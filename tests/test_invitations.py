@@ -130,7 +130,7 @@ async def test_invitation_to_what_was_over_before_an_upgrade_ends(world: World) 
     for about in (over, lasting):
         await owner.call(client.Invite(conversation_id=about, participants=[charles.id]))
     await world.db.execute("UPDATE conversation SET is_deleted = true, is_active = false WHERE id = $1", over)
-    check = next(one for one in CHECKS if one.name == "invitations to what is over are about to end")
+    check = next(one for one in CHECKS if one.name == "invitations to ended conversations are marked to end")
     assert (await ask(world.db, check)).number == 1
     await world.workers[0].app.background.mark_remains()
     assert (await ask(world.db, check)).number == 0

@@ -171,7 +171,7 @@ async def test_what_is_wrong_in_the_end_is_found(world: World) -> None:
     await run.check()
     (outcome,) = run.proof.outcomes
     assert (outcome.wrong, outcome.is_good, len(outcome.words)) == (1, False, 1)
-    assert outcome.words[0].startswith("wrong: messages are counted right")
+    assert outcome.words[0].startswith("wrong: message counts match the rows")
 
 
 async def test_the_bad_network_loses_what_comes_last_and_never_turns_it_around() -> None:

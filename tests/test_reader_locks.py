@@ -204,7 +204,7 @@ async def test_reader_who_may_connect_to_another_database_is_found_and_refused_o
     world: World, role: Role, login: Login
 ) -> None:
     """All databases share one table of locks, and functions of PostgreSQL are closed in each by itself."""
-    (check,) = (one for one in checks.CHECKS if one.name == "no reader can stop this database from another one")
+    (check,) = (one for one in checks.CHECKS if one.name == "no reader can lock this database from another one")
     for closed in ("postgres", "template1"):
         with pytest.raises(asyncpg.InsufficientPrivilegeError, match="permission denied for database"):
             await login(closed)

@@ -11,7 +11,7 @@ from server.queries.checks import CHECKS, Violations
 
 PAIRS = 50
 """Size of the sample of users and of conversations whose visibility is checked."""
-NOBODY_SEES = "nobody sees what they may not (a sample)"
+NO_LEAKS = "no user can read hidden messages (a sample)"
 
 
 class CheckLine(NamedTuple):
@@ -39,7 +39,7 @@ async def run_checks(
         began = time.monotonic()
         found = await checks.run(db, check, grace=grace)
         yield CheckLine(check.name, time.monotonic() - began, found)
-    begins(NOBODY_SEES)
+    begins(NO_LEAKS)
     began = time.monotonic()
     leaks = await checks.leaks(db, many=PAIRS) if await checks.may_make_roles(db) else None
-    yield CheckLine(NOBODY_SEES, time.monotonic() - began, leaks)
+    yield CheckLine(NO_LEAKS, time.monotonic() - began, leaks)

@@ -19,26 +19,26 @@ class Check(NamedTuple):
 
 
 CHECKS = (
-    Check("participants are counted right", """
+    Check("participant counts match the rows", """
         SELECT c.id FROM conversation c LEFT JOIN (
             SELECT conversation_id, count(*) AS n FROM conversation_participant WHERE status = 'active' GROUP BY 1
         ) p ON p.conversation_id = c.id
         WHERE c.participant_count <> coalesce(p.n, 0)
     """),
-    Check("messages are counted right", """
+    Check("message counts match the rows", """
         SELECT c.id FROM conversation c LEFT JOIN (
             SELECT conversation_id, count(*) AS n FROM message WHERE NOT is_deleted GROUP BY 1
         ) m ON m.conversation_id = c.id
         WHERE c.message_count <> coalesce(m.n, 0)
     """),
-    Check("replies are counted right", """
+    Check("reply counts match the rows", """
         SELECT m.id FROM message m LEFT JOIN (
             SELECT thread_root_id, count(*) AS n FROM message
             WHERE thread_root_id IS NOT NULL AND NOT is_deleted GROUP BY 1
         ) r ON r.thread_root_id = m.id
         WHERE m.reply_count <> coalesce(r.n, 0)
     """),
-    Check("threads have places without holes", """
+    Check("places in threads have no gaps", """
         SELECT r.thread_root_id FROM (
             SELECT thread_root_id, count(*) AS n, count(DISTINCT thread_order) AS places, min(thread_order) AS first,
                 max(thread_order) AS last
@@ -46,7 +46,7 @@ CHECKS = (
         ) r JOIN message m ON m.id = r.thread_root_id
         WHERE r.first <> 1 OR r.last <> r.n OR r.places <> r.n OR m.thread_order <> r.n OR m.thread_root_id IS NOT NULL
     """),
-    Check("reactions are counted right", """
+    Check("reaction counts match the rows", """
         SELECT m.id FROM message m LEFT JOIN (
             SELECT message_id, jsonb_object_agg(emoji, n) AS counts FROM (
                 SELECT message_id, emoji, count(*) AS n FROM message_reaction WHERE NOT is_removed GROUP BY 1, 2
@@ -54,7 +54,7 @@ CHECKS = (
         ) r ON r.message_id = m.id
         WHERE m.reactions <> CASE WHEN m.is_deleted THEN '{}' ELSE coalesce(r.counts, '{}') END
     """),
-    Check("votes are counted right", """
+    Check("vote counts match the rows", """
         SELECT m.id FROM message m WHERE m.poll_counts IS NOT NULL AND (
             m.poll_voters <> (SELECT count(*) FROM poll_vote v WHERE v.message_id = m.id AND v.options <> '{}')
             OR m.poll_counts <> ARRAY(
@@ -64,7 +64,7 @@ CHECKS = (
         SELECT v.message_id FROM poll_vote v JOIN message m ON m.id = v.message_id
         WHERE v.options <> '{}' AND m.poll_counts IS NULL AND NOT m.is_deleted
     """),
-    Check("no clock is behind or ahead of its rows", """
+    Check("versions of conversations match their rows", """
         SELECT c.id FROM conversation c
         LEFT JOIN (SELECT conversation_id, max(version) AS v FROM message GROUP BY 1) m ON m.conversation_id = c.id
         LEFT JOIN (SELECT conversation_id, max(version) AS v FROM message_reaction GROUP BY 1) r
@@ -74,7 +74,7 @@ CHECKS = (
             ON p.conversation_id = c.id
         WHERE c.version <> greatest(c.settings_version, m.v, r.v, o.v, p.v) OR c.access_version > c.version
     """),
-    Check("no version is taken twice", """
+    Check("no version occurs twice", """
         SELECT taken.conversation_id FROM (
             SELECT conversation_id, sent_version AS version FROM message
             UNION ALL SELECT conversation_id, version FROM conversation_participant WHERE version > 0
@@ -85,7 +85,7 @@ CHECKS = (
         SELECT m.id FROM message m JOIN conversation c ON c.id = m.conversation_id
         WHERE m.version < m.sent_version OR m.sent_version < 1 OR m.sent_version > c.version
     """),
-    Check("no user's own clock is behind", """
+    Check("no user version is behind its rows", """
         SELECT u.id FROM "user" u
         LEFT JOIN (SELECT user_id, max(user_version) AS v FROM conversation_participant GROUP BY 1) p
             ON p.user_id = u.id
@@ -97,7 +97,7 @@ CHECKS = (
             ON f.from_user_id = u.id
         WHERE u.version < greatest(u.own_version, p.v, s.v, d.v, t.v, w.v, f.v)
     """),
-    Check("read and delivered positions are where they say", """
+    Check("read and delivered positions match their messages", """
         SELECT p.id FROM conversation_participant p
         JOIN conversation c ON c.id = p.conversation_id
         LEFT JOIN message r ON r.id = p.last_read_message_id
@@ -110,7 +110,7 @@ CHECKS = (
             OR (p.last_read_message_id IS NOT NULL AND r.id IS NULL)
             OR greatest(p.last_read_version, p.delivered_version) > c.version
     """),
-    Check("who is in a thread is noted there", """
+    Check("all authors of replies have a row in the thread", """
         SELECT r.thread_root_id FROM (
             SELECT DISTINCT thread_root_id, sender_id FROM message WHERE thread_root_id IS NOT NULL
         ) r LEFT JOIN thread_follow t ON t.root_id = r.thread_root_id AND t.user_id = r.sender_id AND t.has_replied
@@ -121,7 +121,7 @@ CHECKS = (
         SELECT t.root_id FROM thread_follow t JOIN message m ON m.id = t.root_id
         WHERE t.last_read_order > m.thread_order OR m.thread_root_id IS NOT NULL
     """),
-    Check("what refers to a message says where it is", """
+    Check("rows about a message have its conversation", """
         SELECT r.message_id FROM message_reaction r JOIN message m ON m.id = r.message_id
         WHERE r.conversation_id <> m.conversation_id OR r.author_id <> m.sender_id
         UNION ALL SELECT e.message_id FROM message_edit e JOIN message m ON m.id = e.message_id
@@ -135,7 +135,7 @@ CHECKS = (
         UNION ALL SELECT r.message_id FROM report r JOIN message m ON m.id = r.message_id
         WHERE r.conversation_id <> m.conversation_id
     """),
-    Check("what messages refer to is in the same conversation", """
+    Check("messages refer to their own conversation", """
         SELECT m.id FROM message m JOIN message o ON o.id = m.parent_message_id
         WHERE o.conversation_id <> m.conversation_id OR m.thread_root_id <> coalesce(o.thread_root_id, o.id)
             OR m.thread_root_id IS NULL OR o.sent_version >= m.sent_version
@@ -143,27 +143,27 @@ CHECKS = (
         WHERE o.conversation_id <> m.conversation_id OR o.sent_version >= m.sent_version
         UNION ALL SELECT m.id FROM message m WHERE (m.forwarded_from_id IS NULL) <> (m.forwarded_sender_id IS NULL)
     """),
-    Check("who is mentioned exists", """
+    Check("mentioned users exist", """
         SELECT m.id FROM message m CROSS JOIN unnest(m.mentions) AS mentioned (id)
         LEFT JOIN "user" u ON u.id = mentioned.id WHERE m.mentions <> '{}' AND u.id IS NULL
     """),
-    Check("invitations to what is over are about to end", """
+    Check("invitations to ended conversations are marked to end", """
         SELECT DISTINCT c.id FROM conversation_participant p JOIN conversation c ON c.id = p.conversation_id
         WHERE p.status = 'invited' AND (c.is_deleted OR NOT c.is_active) AND NOT c.has_remains
     """),
-    Check("every group has one owner, or is over", """
+    Check("every group has one owner, or has ended", """
         SELECT c.id FROM conversation c LEFT JOIN (
             SELECT conversation_id, count(*) AS n FROM conversation_participant
             WHERE status = 'active' AND role = 'owner' GROUP BY 1
         ) o ON o.conversation_id = c.id
         WHERE c.type IN ('group', 'channel') AND NOT c.is_deleted AND coalesce(o.n, 0) <> c.is_active::integer
     """),
-    Check("a direct conversation has its two, and no others", """
+    Check("direct conversations have their two participants only", """
         SELECT c.id FROM conversation c LEFT JOIN conversation_participant p ON p.conversation_id = c.id
         WHERE c.type = 'direct' GROUP BY c.id
         HAVING count(*) <> 2 OR bool_or(p.user_id NOT IN (c.direct_low, c.direct_high)) IS NOT false
     """),
-    Check("friendship is mutual, and no friend is blocked", """
+    Check("friendships are mutual, and no friend is blocked", """
         SELECT r.id FROM user_relationship r LEFT JOIN user_relationship o
             ON o.from_user_id = r.to_user_id AND o.to_user_id = r.from_user_id AND o.type = 'friend'
         WHERE r.type = 'friend' AND r.status = 'accepted' AND o.status IS DISTINCT FROM 'accepted'
@@ -172,40 +172,40 @@ CHECKS = (
                 AND b.to_user_id = r.to_user_id) OR (b.from_user_id = r.to_user_id AND b.to_user_id = r.from_user_id))
         WHERE r.type = 'friend' AND r.status = 'accepted'
     """),
-    Check("the rows of deleted messages are empty", """
+    Check("deleted messages are empty", """
         SELECT m.id FROM message m WHERE m.is_deleted AND (m.content <> '' OR m.formatted_content IS NOT NULL
             OR m.payload IS NOT NULL OR m.metadata IS NOT NULL OR m.mentions <> '{}' OR m.hashtags <> '{}'
             OR m.reactions <> '{}' OR m.is_pinned OR m.link_preview IS NOT NULL OR m.deleted_at IS NULL)
     """),
-    Check("messages whose time is over are gone", """
+    Check("expired messages are deleted", """
         SELECT m.id FROM message m WHERE m.expires_at < now() - interval '5 minutes'
     """),
-    Check("what can be found is what can be read", """
+    Check("the search index has exactly the readable messages", """
         SELECT coalesce(m.id, s.message_id) FROM message m FULL JOIN message_search s ON s.message_id = m.id
         WHERE (s.message_id IS NOT NULL AND m.id IS NOT NULL) IS DISTINCT FROM
                 coalesce(NOT m.is_deleted AND NOT m.is_moderated AND NOT m.is_system_message, true)
             OR s.conversation_id <> m.conversation_id
     """),
-    Check("it is found by what it says (one in a hundred)", """
+    Check("the search index matches the messages (one in a hundred)", """
         SELECT m.id FROM message m TABLESAMPLE system (1) JOIN message_search s ON s.message_id = m.id
         WHERE s.words IS DISTINCT FROM search_words(m.conversation_id, m.content, m.payload, m.mentions,
             m.loud_mentions, m.hashtags) AND NOT m.is_deleted AND NOT m.is_moderated
     """),
-    Check("nobody is in what is over", """
+    Check("ended conversations have no participants", """
         SELECT p.id FROM conversation_participant p JOIN conversation c ON c.id = p.conversation_id
         WHERE p.status = 'active' AND NOT c.is_active AND NOT c.is_deleted
     """),
-    Check("who is gone cannot come in", """
+    Check("disabled and erased users cannot log in", """
         SELECT s.id FROM session s JOIN "user" u ON u.id = s.user_id
         WHERE u.is_disabled OR u.erased_at IS NOT NULL
         UNION ALL SELECT a.id FROM account a JOIN "user" u ON u.id = a.user_id WHERE u.erased_at IS NOT NULL
         UNION ALL SELECT e.id FROM push_endpoint e JOIN session s ON s.id = e.session_id WHERE s.user_id <> e.user_id
     """),
-    Check("deleted accounts are erased within a day after their grace", """
+    Check("deleted accounts are erased a day after their grace period", """
         SELECT id FROM "user" WHERE is_deleted AND erased_at IS NULL
             AND deleted_at < now() - current_setting('openchat.erase_after')::interval - interval '1 day'
     """),
-    Check("nothing is left of who was erased", """
+    Check("erased users have no data left", """
         SELECT left_over.user_id FROM (
             SELECT user_id FROM conversation_participant WHERE status IN ('active', 'invited')
             UNION ALL SELECT user_id FROM session
@@ -224,7 +224,7 @@ CHECKS = (
             OR coalesce(u.image, u.display_name, u.bio, u.location, u.website, u.custom_status) IS NOT NULL
         )
     """),  # noqa: S608 - a condition is put in
-    Check("the audit logs are whole", """
+    Check("the audit logs are intact", """
         SELECT e.chain FROM (
             SELECT e.chain, e.number, coalesce(c.audit_number, 0) + row_number() OVER w AS place,
                 e.hash = audit_hash(e) AS is_itself,
@@ -235,7 +235,7 @@ CHECKS = (
     """),
     # Only with readers. The superuser's function keep_no_statistics() deletes earlier statistics, as schema.sql
     # explains.
-    Check("nobody but owners makes tables beside those of the server", """
+    Check("only owners can create tables", """
         SELECT a.privilege_type || ' on the database' FROM pg_database d,
             aclexplode(coalesce(d.datacl, acldefault('d', d.datdba))) a
         WHERE d.datname = current_database() AND a.grantee = 0 AND a.privilege_type IN ('TEMPORARY', 'CREATE')
@@ -244,7 +244,7 @@ CHECKS = (
             aclexplode(coalesce(n.nspacl, acldefault('n', n.nspowner))) a
         WHERE n.nspname = 'public' AND a.grantee = 0 AND a.privilege_type = 'CREATE'
     """),
-    Check("no estimates tell readers of the database what is hidden", """
+    Check("no statistics reveal hidden data to readers of the database", """
         SELECT s.tablename || '.' || s.attname FROM pg_stats s
         JOIN pg_class c ON c.relname = s.tablename AND c.relnamespace = 'public'::regnamespace
         LEFT JOIN pg_index i ON i.indexrelid = c.oid
@@ -256,7 +256,7 @@ CHECKS = (
             )
     """),
     # Only with readers. `REVOKE CONNECT ON DATABASE … FROM PUBLIC` closes a database.
-    Check("no reader can stop this database from another one", """
+    Check("no reader can lock this database from another one", """
         SELECT o.name FROM open_databases() o (name)
         WHERE EXISTS (
             SELECT FROM pg_class v CROSS JOIN aclexplode(v.relacl) a
