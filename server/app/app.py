@@ -223,7 +223,7 @@ class App:
         self._connects: TokenBuckets[UserId] = TokenBuckets(
             "connections of your user that begin", CONNECTS_PER_SECOND, burst=2.0 * settings.connections_per_user
         )
-        door = HttpDeps(
+        deps = HttpDeps(
             services=services,
             shared=shared,
             sessions=self.sessions,
@@ -237,7 +237,7 @@ class App:
             connects=self._connects,
             admission=self.admission,
         )
-        routes = [*Endpoints(door).routes(), *self.accounts.routes()]
+        routes = [*Endpoints(deps).routes(), *self.accounts.routes()]
         paths = frozenset(route.path for route in routes if isinstance(route, (Route, WebSocketRoute)))
         self.starlette = Starlette(
             routes=routes,

@@ -109,10 +109,10 @@ class HttpDeps(NamedTuple):
 class Endpoints:
     """All endpoints except those under /v1/auth."""
 
-    def __init__(self, door: HttpDeps) -> None:
-        self._door = door
+    def __init__(self, deps: HttpDeps) -> None:
+        self._deps = deps
         # The same limit as for frames from sockets, because each connection has one frame in progress.
-        self._calls: Turns[UserId] = Turns(door.shared.connections_per_user, patience=CALL_SECONDS)
+        self._calls: Turns[UserId] = Turns(deps.shared.connections_per_user, patience=CALL_SECONDS)
         self._database = Readiness(self._has_database)
 
     def routes(self) -> list[BaseRoute]:
@@ -131,7 +131,7 @@ class Endpoints:
     async def socket(self, handshake: Handshake) -> None:
         """Authenticate a WebSocket, and pass it to a connection."""
         try:
-            disconnect = self._door.addresses.connect(handshake)
+            disconnect = self._deps.addresses.connect(handshake)
         except Refused as refused:
             await handshake.send_denial_response(refusal_response(refused))
             return
@@ -149,14 +149,14 @@ class Endpoints:
             await handshake.send_denial_response(refusal_response(OTHER_PROTOCOL, status=400))
             return None
         try:
-            if self._door.is_draining.is_set():
+            if self._deps.is_draining.is_set():
                 raise Refused(
                     ErrorCode.UNAVAILABLE,
                     "The server is shutting down. Reconnect after `retry_after_ms`.",
                     retry_after_ms=1_000,
                 )
             # With a token in the handshake, a refusal is an HTTP response that any client can read.
-            if (token := token_of(handshake, self._door.origins)) is not None:
+            if (token := token_of(handshake, self._deps.origins)) is not None:
                 admitted = await self._admit(token, key_of(handshake))
         except Exception as error:
             refused = refusal(error)
@@ -174,21 +174,21 @@ class Endpoints:
             return None
         active, place = admitted
         socket: WebSocket = handshake.scope["extensions"][EXTENSION]
-        if self._door.is_draining.is_set():
+        if self._deps.is_draining.is_set():
             # The worker began to drain during the handshake. `drain` has already collected its connections.
             place.end()
             socket.close(CloseCode.GOING_AWAY)
             return None
         connection = Connection(
             socket,
-            self._door.shared,
+            self._deps.shared,
             expires_at=active.expires_at,
             user_version=active.user_version,
             place=place,
             gone=disconnect,
         )
         context = Context(
-            services=self._door.services, user=active.user, session_id=active.session_id, subscriber=connection
+            services=self._deps.services, user=active.user, session_id=active.session_id, subscriber=connection
         )
         connection.begin(context, is_resuming=handshake.query_params.get("resume") == "1")
         return connection
@@ -201,9 +201,9 @@ class Endpoints:
 
     async def call(self, request: Request) -> Response:
         """Run one frame."""
-        active, data = await self._door.accounts.asked(request)
-        context = Context(services=self._door.services, user=active.user, session_id=active.session_id)
-        dispatch = self._door.shared.dispatch
+        active, data = await self._deps.accounts.asked(request)
+        context = Context(services=self._deps.services, user=active.user, session_id=active.session_id)
+        dispatch = self._deps.shared.dispatch
         await self._calls.take(context.user_id)
         try:
             answer = await dispatch.run(context, data)
@@ -221,8 +221,8 @@ class Endpoints:
         """Report whether clients should be sent to this server, with the result of each check."""
         checks = {
             "database": await self._database.is_given(),
-            "bus": self._door.shared.hub.bus.is_up,
-            "accepting": not self._door.is_draining.is_set(),
+            "bus": self._deps.shared.hub.bus.is_up,
+            "accepting": not self._deps.is_draining.is_set(),
         }
         return json_response(checks, status=200 if all(checks.values()) else 503)
 
@@ -230,13 +230,13 @@ class Endpoints:
         """Return the metrics of all workers. For clients that may not read them, the path does not exist."""
         address = parsed(request.client.host) if request.client else None
         is_direct = FORWARDING.isdisjoint(request.headers.keys()) and "origin" not in request.headers
-        if address is None or not is_direct or not is_within(address, self._door.metrics_from):
+        if address is None or not is_direct or not is_within(address, self._deps.metrics_from):
             raise HTTPException(404)
         # DNS rebinding can make a page's name resolve to this server, and a browser may run on this machine.
         host = host_of(request)
-        if host is None or not (host in self._door.metrics_names or LOCAL.search(host) or parsed(host)):
+        if host is None or not (host in self._deps.metrics_names or LOCAL.search(host) or parsed(host)):
             raise HTTPException(404)
-        return Response(self._door.metrics.page(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        return Response(self._deps.metrics.page(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def asyncapi(self, request: Request) -> Response:  # noqa: ARG002
         """Return the AsyncAPI document."""
@@ -248,7 +248,7 @@ class Endpoints:
 
     async def _has_database(self) -> bool:
         try:
-            return await asyncio.wait_for(self._door.services.database.is_current(), READY_SECONDS)
+            return await asyncio.wait_for(self._deps.services.database.is_current(), READY_SECONDS)
         except Exception as error:
             if refusal(error) is None:
                 raise
@@ -258,14 +258,14 @@ class Endpoints:
         """Return the session of a token and the connection's slot in admission. The slot is taken only now, so that
         silent connections do not hold slots.
         """
-        place = self._door.admission.begin(address)
+        place = self._deps.admission.begin(address)
 
         def require(user_id: UserId) -> None:
-            self._door.connects.require(user_id)
+            self._deps.connects.require(user_id)
             place.require(user_id)
 
         try:
-            return await self._door.sessions.admit(token, require), place
+            return await self._deps.sessions.admit(token, require), place
         except BaseException:
             place.end()
             raise
