@@ -245,7 +245,7 @@ async def test_frozen_statement_fails_one_batch_and_its_connection_is_not_used_a
     monkeypatch.setattr(database, "STATEMENT_SECONDS", 0.3)
     async with staged(settings) as (world, stage):
         await asyncio.gather(*stage.submit(*stage.good(2)))
-        pool = world.workers[0].app._database._shared.sending
+        pool = world.workers[0].app._database._state.sending
         (frozen,) = pool._free
         pid = frozen.get_server_pid()
         os.kill(pid, signal.SIGSTOP)

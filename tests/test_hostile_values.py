@@ -277,7 +277,7 @@ class Direct(NamedTuple):
         somebody, ids = await ids_in(world)
         (one,) = world.workers[0].app.hub.people.sockets(somebody.id)
         assert isinstance(one, Connection)
-        return cls(one._shared.dispatch, one.context, ids)  # noqa: SLF001
+        return cls(one._deps.dispatch, one.context, ids)  # noqa: SLF001
 
     async def run_all(self, values: list[str]) -> int:
         """Put each value into each field; return how many that were. None is answered with `internal`."""

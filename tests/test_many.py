@@ -36,7 +36,7 @@ async def test_a_resume_that_gets_no_turn_is_refused_and_succeeds_later(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sync, "PAGE", 3)
-    turns = world.workers[0].app._database._shared.catching_up = Share(1, waiting=0, patience=60.0)  # noqa: SLF001
+    turns = world.workers[0].app._database._state.catching_up = Share(1, waiting=0, patience=60.0)  # noqa: SLF001
     (ada,) = await world.users("Ada")
     await world.db.execute(FILL, ada.id, 10)
     reader = await world.connect(ada, query="?resume=1")

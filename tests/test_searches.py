@@ -227,15 +227,15 @@ async def test_a_user_whose_searches_are_slow_waits_between_them(settings: Setti
         one, other, third = [await world.connect(who) for who in (ada, charles, dora)]
         app._allowances[Rate.SEARCH] = SharedRateLimit("search", 2.0, None, clock=lambda: 1)  # noqa: SLF001
         for asker, seconds, answered in ((one, 0.0, 8), (other, 1.0, 1)):
-            app._database._shared.searches._clock = count(0.0, seconds).__next__  # noqa: SLF001
+            app._database._state.searches._clock = count(0.0, seconds).__next__  # noqa: SLF001
             answers = [await asker.ask(client.Search(text="engine")) for _ in range(9)]
             late = [answer for answer in answers if isinstance(answer, server.Error)]
             assert len(answers) - len(late) == answered
             assert {answer.code for answer in late} == {ErrorCode.RATE_LIMITED}
             assert all(answer.retry_after_ms for answer in late)
         now = 0.0
-        app._database._shared.searches._clock = lambda: now  # noqa: SLF001
-        pool = app._database._shared.pool  # noqa: SLF001
+        app._database._state.searches._clock = lambda: now  # noqa: SLF001
+        pool = app._database._state.pool  # noqa: SLF001
         held = [await pool.take() for _ in range(pool._most)]  # noqa: SLF001
         waiting = asyncio.create_task(third.call(client.Search(text="engine"), server.SearchPage))
         await until(lambda: dora.id in pool._waiting._lines)  # noqa: SLF001

@@ -46,7 +46,7 @@ async def test_a_user_whose_frames_wait_for_a_lock_leaves_connections_to_others(
     busy, quiet = await world.channel(asker), await world.channel(other)
     about = await sent(asker, busy)
     more = [await world.connect(ada) for _ in range(2 * CONNECTIONS)]
-    pool = world.workers[0].app._database._shared.pool  # noqa: SLF001
+    pool = world.workers[0].app._database._state.pool  # noqa: SLF001
     holding = await asyncpg.connect(world.settings.database_url)
     try:
         await holding.execute("BEGIN")
@@ -163,7 +163,7 @@ async def test_every_route_of_a_user_takes_from_an_allowance(world: World) -> No
 async def test_a_flood_of_a_users_frames_refuses_none_of_their_account_requests(world: World) -> None:
     """Whoever has stolen a session may use up all that frames have: its owner logs in and ends it."""
     app = world.workers[0].app
-    turns = app._database._shared.pool._turns  # noqa: SLF001
+    turns = app._database._state.pool._turns  # noqa: SLF001
     account = {"email": "ada@example.org", "password": "correct horse"}
     answered = []
     async with http_client(world.url) as http:
@@ -191,7 +191,7 @@ TAKEN = """INSERT INTO "user" (name, email) VALUES ('Ada', 'ada@example.org')"""
 async def test_registrations_that_wait_for_an_import_leave_connections_to_others(world: World) -> None:
     """An import has the addresses that it brings in until it commits."""
     bob = await world.connect(await world.user("Bob"))
-    pool = world.workers[0].app._database._shared.pool  # noqa: SLF001
+    pool = world.workers[0].app._database._state.pool  # noqa: SLF001
     account = {"name": "Ada", "email": "ada@example.org", "password": "correct horse"}
     async with http_client(world.url, timeout=30) as http, asyncio.TaskGroup() as tasks:
         async with world.db.transaction():
@@ -217,7 +217,7 @@ async def test_every_route_of_a_user_waits_in_the_turns_of_the_user(
     """Frames and requests hold half of the connections at most, and what ends sessions one more."""
     ada, charles = await world.users("Ada", "Charles")
     app = world.workers[0].app
-    pool = app._database._shared.pool  # noqa: SLF001
+    pool = app._database._state.pool  # noqa: SLF001
     own = pool._sessions_turns  # noqa: SLF001
     poked: list[UserId] = []
     poke = Hub.notify
@@ -279,7 +279,7 @@ async def test_every_frame_waits_in_the_turns_of_its_user(world: World) -> None:
     ids = {name: str(one) for name, one in named.items()}
     (one,) = world.workers[0].app.hub.people.sockets(ada.id)
     assert isinstance(one, Connection)
-    turns = world.workers[0].app._database._shared.pool._turns  # noqa: SLF001
+    turns = world.workers[0].app._database._state.pool._turns  # noqa: SLF001
     for _ in range(turns._most):  # noqa: SLF001
         await turns.take(ada.id)
     turns._patience = 0.0  # noqa: SLF001
@@ -287,7 +287,7 @@ async def test_every_frame_waits_in_the_turns_of_its_user(world: World) -> None:
     for kind in ROUTES:
         frame = valid(inspect.type_info(kind), "", ids)
         frame |= FURTHER_FIELDS.get(frame["type"], {})
-        answer = await one._shared.dispatch.run(one.context, json.dumps(frame).encode())  # noqa: SLF001
+        answer = await one._deps.dispatch.run(one.context, json.dumps(frame).encode())  # noqa: SLF001
         if not isinstance(answer, server.Error) or answer.code is not ErrorCode.UNAVAILABLE:
             answered[frame["type"]] = answer
     for _ in range(turns._most):  # noqa: SLF001
@@ -300,7 +300,7 @@ async def test_due_messages_wait_for_no_turn_of_their_senders(world: World) -> N
     ada, charles = await world.users("Ada", "Charles")
     asker, other = await world.connect(ada), await world.connect(charles)
     abouts = await world.channel(asker), await world.channel(other)
-    every_turns = [worker.app._database._shared.pool._turns for worker in world.workers]  # noqa: SLF001
+    every_turns = [worker.app._database._state.pool._turns for worker in world.workers]  # noqa: SLF001
     for by, about in zip((asker, other), abouts, strict=True):
         await by.call(
             client.Schedule(
@@ -323,14 +323,14 @@ async def test_due_messages_wait_for_no_turn_of_their_senders(world: World) -> N
 async def test_a_user_who_waits_for_a_turn_of_their_own_holds_no_part_of_a_share(world: World) -> None:
     ada, charles = await world.users("Ada", "Charles")
     database = world.workers[0].app._database  # noqa: SLF001
-    pool, shared = database._shared.pool, database._shared  # noqa: SLF001
+    pool, state = database._state.pool, database._state  # noqa: SLF001
     mine, others = database.of(ada.id), database.of(charles.id)
 
     async def use(borrowed: AbstractAsyncContextManager[Db]) -> int:
         async with borrowed as db:
             return int(await db.fetchval("SELECT 1"))
 
-    shares = (shared.counts, shared.searches, shared.catching_up)
+    shares = (state.counts, state.searches, state.catching_up)
     for _ in range(pool._turns._most):  # noqa: SLF001
         await pool._turns.take(ada.id)  # noqa: SLF001
     ways = (Database.counting, Database.searching, Database.catching_up)

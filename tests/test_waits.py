@@ -106,7 +106,7 @@ class Reading(Database):
     __slots__ = ()
 
     def of(self, user_id: UserId) -> Database:
-        return Reading(self._shared.pool.of(user_id), self._shared)
+        return Reading(self._state.pool.of(user_id), self._state)
 
     @asynccontextmanager
     async def connection(self) -> AsyncIterator[Any]:  # type: ignore[override]
@@ -129,7 +129,7 @@ async def test_no_frame_writes_but_in_a_transaction_that_asks_for_the_account(wo
         quarrel = Quarrel(world, http)
         await quarrel.begin()
         services = quarrel.app._services  # noqa: SLF001
-        reading = Reading(services.database._pool, services.database._shared)  # noqa: SLF001
+        reading = Reading(services.database._pool, services.database._state)  # noqa: SLF001
         context = Context(
             services=msgspec.structs.replace(services, database=reading),
             user=User(id=quarrel.ada, name="Ada"),

@@ -188,7 +188,7 @@ class App:
         )
         dispatch = Dispatch(ROUTES, self._allowances, metrics=metrics, pressure=self.pressure)
         self.searching = dispatch.searching
-        shared = ConnectionDeps(
+        connection_deps = ConnectionDeps(
             epoch=self.epoch.id,
             hub=self.hub,
             dispatch=dispatch,
@@ -225,7 +225,7 @@ class App:
         )
         deps = HttpDeps(
             services=services,
-            shared=shared,
+            connection_deps=connection_deps,
             sessions=self.sessions,
             accounts=self.accounts,
             origins=settings.allowed_origins,

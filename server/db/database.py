@@ -102,40 +102,40 @@ class PoolState:
 class Database:
     """A pool of connections. Lost connections are replaced when the next statement needs one."""
 
-    __slots__ = ("_is_impatient", "_pool", "_shared")
+    __slots__ = ("_is_impatient", "_pool", "_state")
 
-    def __init__(self, pool: Pool | UserPool, shared: PoolState, *, is_impatient: bool = False) -> None:
+    def __init__(self, pool: Pool | UserPool, state: PoolState, *, is_impatient: bool = False) -> None:
         self._pool = pool
-        self._shared = shared
+        self._state = state
         self._is_impatient = is_impatient
 
     def of(self, user_id: UserId) -> "Database":
         """Return the database for one user, who holds at most a share of the connections."""
-        return Database(self._shared.pool.of(user_id), self._shared)
+        return Database(self._state.pool.of(user_id), self._state)
 
     def of_sessions(self, user_id: UserId, asker: SessionId | None) -> "Database":
         """Return the database for requests about one user's sessions. They have a connection that the user's frames
         cannot hold. `asker` is the session that asks, or None for a login.
         """
-        return Database(self._shared.pool.of_sessions(user_id, asker), self._shared)
+        return Database(self._state.pool.of_sessions(user_id, asker), self._state)
 
     def of_strangers(self, address: str) -> "Database":
         """Return the database for requests without an account. Together they hold at most a share of the connections.
         None waits longer than `JOB_LOCK_MS` for a lock, because an import locks the e-mail addresses of its users until
         it commits. A registration of such an address would wait for the import.
         """
-        return Database(self._shared.pool.of_strangers(address), self._shared, is_impatient=True)
+        return Database(self._state.pool.of_strangers(address), self._state, is_impatient=True)
 
     def of_jobs(self) -> "Database":
         """Return the database for periodic jobs. Its transactions raise LockNotAvailableError if they wait for a lock
         longer than `JOB_LOCK_MS`.
         """
-        return Database(self._shared.pool, self._shared, is_impatient=True)
+        return Database(self._state.pool, self._state, is_impatient=True)
 
     @property
     def deadlocks(self) -> int:
         """The number of transactions that PostgreSQL ended to break a deadlock, and that were retried."""
-        return self._shared.deadlocks
+        return self._state.deadlocks
 
     @classmethod
     async def open(cls, settings: Settings) -> "Database":
@@ -173,8 +173,8 @@ class Database:
 
     async def close(self) -> None:
         """Close all connections, without waiting for statements in flight."""
-        self._shared.pool.close()
-        self._shared.sending.close()
+        self._state.pool.close()
+        self._state.sending.close()
 
     def connection(self) -> Lease:
         """Borrow a connection. Each statement commits on its own."""
@@ -182,14 +182,14 @@ class Database:
 
     def sending(self) -> Lease:
         """Borrow a connection on which PostgreSQL cancels statements after `SENDING_SECONDS`."""
-        return Lease(self._shared.sending, is_lost)
+        return Lease(self._state.sending, is_lost)
 
     @asynccontextmanager
     async def catching_up(self) -> AsyncIterator[Db]:
         """Borrow a connection for one or two statements of a client that catches up on much. Such clients share a part
         of the connections, in turns. Raises Refused if too many wait, or if no turn comes in time.
         """
-        async with self._of_share(self._shared.catching_up) as connection:
+        async with self._of_share(self._state.catching_up) as connection:
             yield connection
 
     @asynccontextmanager
@@ -217,7 +217,7 @@ class Database:
 
     def rolled_back(self, what: str, error: Exception) -> None:
         """Count and log a transaction that PostgreSQL ended and that is retried now."""
-        self._shared.deadlocks += 1
+        self._state.deadlocks += 1
         log.warning("%s was rolled back by PostgreSQL and is retried once: %s", what, error)
 
     def searching(self) -> AbstractAsyncContextManager[Db]:
@@ -225,7 +225,7 @@ class Database:
         Raises Refused if no connection becomes free in time, or if the search takes too long.
         """
         return self._with_words(
-            self._shared.searches,
+            self._state.searches,
             "This search takes too long. Use longer or rarer words, or name a conversation.",
             retry_after_ms=int(BURST_SECONDS * 1_000),  # the max time until the rate limit has a token again
         )
@@ -233,7 +233,7 @@ class Database:
     def counting(self) -> AbstractAsyncContextManager[Db]:
         """The same with the share of badges, so that searches of other users refuse no badge."""
         return self._with_words(
-            self._shared.counts, "Counting takes too long. Retry after `retry_after_ms`.", retry_after_ms=SEARCH_MS
+            self._state.counts, "Counting takes too long. Retry after `retry_after_ms`.", retry_after_ms=SEARCH_MS
         )
 
     @asynccontextmanager
@@ -256,7 +256,7 @@ class Database:
     @property
     def size(self) -> int:
         """The number of open connections."""
-        return len(self._shared.pool) + len(self._shared.sending)
+        return len(self._state.pool) + len(self._state.sending)
 
     async def is_current(self) -> bool:
         """Whether the database answers and has exactly the schema of this program."""
@@ -266,7 +266,7 @@ class Database:
     @property
     def epoch(self) -> Epoch:
         """The epoch of all connections."""
-        return self._shared.epoch
+        return self._state.epoch
 
     async def check_epoch(self) -> None:
         """Check the epoch of an open connection. `openchat new-epoch` closes none, so opening alone would not notice

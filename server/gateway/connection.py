@@ -81,8 +81,8 @@ class Connection:
     """An authenticated WebSocket."""
 
     __slots__ = (
-        "_entering", "_frames", "_gone", "_has_place", "_has_to_refresh", "_inbox", "_inbox_bytes", "_is_closed",
-        "_is_resuming", "_last", "_look", "_place", "_said", "_shared", "_strikes", "_todo", "_whole", "_worker",
+        "_deps", "_entering", "_frames", "_gone", "_has_place", "_has_to_refresh", "_inbox", "_inbox_bytes",
+        "_is_closed", "_is_resuming", "_last", "_look", "_place", "_said", "_strikes", "_todo", "_whole", "_worker",
         "attached", "closed_with", "context", "expires_at", "session_id", "socket", "user_id", "user_version",
         "watched", "write",
     )  # fmt: skip
@@ -90,7 +90,7 @@ class Connection:
     def __init__(
         self,
         socket: WebSocket,
-        shared: ConnectionDeps,
+        deps: ConnectionDeps,
         *,
         expires_at: datetime,
         user_version: int,
@@ -109,7 +109,7 @@ class Connection:
         self.user_id: UserId
         self.attached: set[ConversationId] = set()
         self.watched: dict[UserId, Sight] = {}
-        self._shared = shared
+        self._deps = deps
         # A list, because it is short, and an empty deque takes ten times the memory.
         self._inbox: list[bytes | None] = []
         self._inbox_bytes = 0
@@ -125,7 +125,7 @@ class Connection:
         self._entering: asyncio.TimerHandle | None = None
         self._has_place = False
         # These belong to this connection alone. A table of them by `id` would fail, because ids of objects are reused.
-        self._frames = ReservingBucket(shared.frames)
+        self._frames = ReservingBucket(deps.frames)
         self._strikes: Strikes | None = None
         self._said = 0  # bytes written since the current frame began
         self.user_version = user_version
@@ -141,12 +141,12 @@ class Connection:
         self._entering = asyncio.get_running_loop().call_later(ENTER_SECONDS, self._is_in)
         self._todo.append(self._begin)
         # Counted before the first `await`, so that concurrent connections see each other.
-        self._has_place = self._shared.places[self.user_id] < self._shared.connections_per_user
-        self._shared.places[self.user_id] += self._has_place
-        self._shared.arrived(self)
+        self._has_place = self._deps.places[self.user_id] < self._deps.connections_per_user
+        self._deps.places[self.user_id] += self._has_place
+        self._deps.arrived(self)
         self.socket.take_over(self)
         if not self._has_place:
-            self.say(error_frame(too_many_of_user(self._shared.connections_per_user)))
+            self.say(error_frame(too_many_of_user(self._deps.connections_per_user)))
             self.close(CloseCode.TOO_MANY_CONNECTIONS)
         self._wake()
 
@@ -214,7 +214,7 @@ class Connection:
             # Nothing is followed yet. A refresh now would send everything just before the client says what it has.
             self._has_to_refresh = True
             return
-        self._look = look or self._shared.hub.people.fresh(self.user_id)
+        self._look = look or self._deps.hub.people.fresh(self.user_id)
         if self._look.is_whole:
             self._whole = self._look
         if self._refresh not in self._todo:
@@ -230,7 +230,7 @@ class Connection:
 
     async def open(self, conversation_ids: Sequence[ConversationId]) -> None:
         """Make the worker follow conversations."""
-        await self._shared.hub.topics.open(conversation_ids)
+        await self._deps.hub.topics.open(conversation_ids)
 
     def charge(self, size: int) -> None:
         """Make the current frame take tokens for `size` more bytes."""
@@ -244,33 +244,33 @@ class Connection:
 
     def attach(self, conversation_id: ConversationId, version: int) -> bool:
         """Deliver the events after `version`. Return False if later ones were delivered already."""
-        return self._is_closed or self._shared.hub.topics.attach(self, conversation_id, version)
+        return self._is_closed or self._deps.hub.topics.attach(self, conversation_id, version)
 
     def catching_up(self, conversation_id: ConversationId) -> AbstractContextManager[None]:
         """Keep events that are delivered during the block, for `attach`."""
-        return self._shared.hub.topics.catching_up(self, conversation_id)
+        return self._deps.hub.topics.catching_up(self, conversation_id)
 
     def detach(self, conversation_id: ConversationId) -> None:
         """Stop delivering events of a conversation."""
-        self._shared.hub.topics.detach(self, conversation_id)
+        self._deps.hub.topics.detach(self, conversation_id)
 
     async def watch(self, user_ids: Collection[UserId]) -> Mapping[UserId, Presence]:
         """Deliver the presence and the faces of users. Return their presences."""
         if self._is_resuming and not self.attached:
             # Otherwise the connection would not notice the end of a conversation through which it sees them.
             self.refresh()
-        return {} if self._is_closed else await self._shared.hub.watchers.watch(self, user_ids)
+        return {} if self._is_closed else await self._deps.hub.watchers.watch(self, user_ids)
 
     def unwatch(self, user_ids: Iterable[UserId]) -> None:
         """Stop delivering these users."""
-        self._shared.hub.watchers.remove(self, user_ids)
+        self._deps.hub.watchers.remove(self, user_ids)
 
     # ---------------------------------------------------------------------------------------------- the worker
 
     def _wake(self) -> None:
         if self._worker is None and not self._is_closed:
             self._worker = asyncio.create_task(self._work())
-            self._shared.working.add(self._worker)
+            self._deps.working.add(self._worker)
 
     async def _work(self) -> None:
         """Do the pending work in order, and end. So an idle connection has no task."""
@@ -295,7 +295,7 @@ class Connection:
             self.close(CloseCode.GOING_AWAY)
         finally:
             if self._worker is not None:
-                self._shared.working.discard(self._worker)
+                self._deps.working.discard(self._worker)
             self._worker = None
         if self._last is not None:
             self._go(*self._last)
@@ -311,7 +311,7 @@ class Connection:
         elif (wait := self._frames.take()) > 0:
             answer, is_flood = error_frame(too_many("`frames` of this connection", wait), re=label(data)), True
         else:
-            answer = await self._shared.dispatch.run(self.context, data)
+            answer = await self._deps.dispatch.run(self.context, data)
         if isinstance(answer, Error):
             self._strikes = self._strikes or Strikes()
             is_abuse = self._strikes.is_abuse(answer, is_flood=is_flood)
@@ -319,7 +319,7 @@ class Connection:
             self.say(answer)
             if data is not None:
                 # The size includes the frames that a `resume` has sent.
-                self._shared.dispatch.answered(self.context.user_id, data, self._said)
+                self._deps.dispatch.answered(self.context.user_id, data, self._said)
         except Exception as error:  # noqa: BLE001 - a reply that cannot be written is a defect of its frame alone
             log_defect(log, "writing an answer", error)
             answer = error_frame(INTERNAL, re=answer.re)
@@ -330,30 +330,30 @@ class Connection:
             self._end_abuse("too many frames that are refused")
 
     def _end_abuse(self, what: str) -> None:
-        if not self._is_closed and self._shared.abuse.passes(self.user_id):
+        if not self._is_closed and self._deps.abuse.passes(self.user_id):
             log.warning("closing a connection of user %s with 4003 (abuse): %s", self.user_id, what)
         self.close(CloseCode.ABUSE)
 
     async def _begin(self) -> None:
-        shared = self._shared
+        deps = self._deps
         try:
-            await shared.hub.people.add(self, self.user_version)
+            await deps.hub.people.add(self, self.user_version)
             self.say(
                 Ready(
                     protocol=PROTOCOL_VERSION,
                     user=self.context.user,
                     user_version=self.user_version,
                     session_id=self.session_id,
-                    epoch=shared.epoch,
+                    epoch=deps.epoch,
                     server_time=now(),
-                    heartbeat_ms=int(shared.heartbeat_seconds * 1000),
-                    limits=shared.limits,
+                    heartbeat_ms=int(deps.heartbeat_seconds * 1000),
+                    limits=deps.limits,
                 )
             )
             if self._is_closed:
                 return
             if not self._is_resuming:
-                await shared.lifecycle.start(self.context)
+                await deps.lifecycle.start(self.context)
                 self._is_in()
             elif self._place is not None and not self._inbox:
                 self._place.end()  # the connection waits for its client, so it needs no slot
@@ -367,12 +367,12 @@ class Connection:
         if look is None:
             return
         try:
-            await self._shared.lifecycle.refresh(self.context, look, whole)
+            await self._deps.lifecycle.refresh(self.context, look, whole)
         except Exception as error:
             if refusal(error) is None:
                 raise
             # One recheck serves all sockets of the user, which failed alike.
-            again = partial(self._shared.hub.people.look, self.user_id, is_whole=True)
+            again = partial(self._deps.hub.people.look, self.user_id, is_whole=True)
             asyncio.get_running_loop().call_later(REFRESH_RETRY_SECONDS, again)
 
     def _is_in(self) -> None:
@@ -395,10 +395,10 @@ class Connection:
         self._gone()
         if self._has_place:
             self._has_place = False
-            self._shared.places[self.user_id] -= 1
-            if not self._shared.places[self.user_id]:
-                del self._shared.places[self.user_id]
+            self._deps.places[self.user_id] -= 1
+            if not self._deps.places[self.user_id]:
+                del self._deps.places[self.user_id]
         self._inbox.clear()
         self._todo.clear()
-        self._shared.hub.remove(self)
-        self._shared.left(self)
+        self._deps.hub.remove(self)
+        self._deps.left(self)

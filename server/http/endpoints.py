@@ -93,7 +93,7 @@ class HttpDeps(NamedTuple):
     """Dependencies of the endpoints."""
 
     services: Services
-    shared: ConnectionDeps
+    connection_deps: ConnectionDeps
     sessions: Sessions
     accounts: Accounts
     origins: frozenset[str]
@@ -112,7 +112,7 @@ class Endpoints:
     def __init__(self, deps: HttpDeps) -> None:
         self._deps = deps
         # The same limit as for frames from sockets, because each connection has one frame in progress.
-        self._calls: Turns[UserId] = Turns(deps.shared.connections_per_user, patience=CALL_SECONDS)
+        self._calls: Turns[UserId] = Turns(deps.connection_deps.connections_per_user, patience=CALL_SECONDS)
         self._database = Readiness(self._has_database)
 
     def routes(self) -> list[BaseRoute]:
@@ -181,7 +181,7 @@ class Endpoints:
             return None
         connection = Connection(
             socket,
-            self._deps.shared,
+            self._deps.connection_deps,
             expires_at=active.expires_at,
             user_version=active.user_version,
             place=place,
@@ -203,7 +203,7 @@ class Endpoints:
         """Run one frame."""
         active, data = await self._deps.accounts.asked(request)
         context = Context(services=self._deps.services, user=active.user, session_id=active.session_id)
-        dispatch = self._deps.shared.dispatch
+        dispatch = self._deps.connection_deps.dispatch
         await self._calls.take(context.user_id)
         try:
             answer = await dispatch.run(context, data)
@@ -221,7 +221,7 @@ class Endpoints:
         """Report whether clients should be sent to this server, with the result of each check."""
         checks = {
             "database": await self._database.is_given(),
-            "bus": self._deps.shared.hub.bus.is_up,
+            "bus": self._deps.connection_deps.hub.bus.is_up,
             "accepting": not self._deps.is_draining.is_set(),
         }
         return json_response(checks, status=200 if all(checks.values()) else 503)
