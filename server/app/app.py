@@ -192,7 +192,7 @@ class App:
             epoch=self.epoch.id,
             hub=self.hub,
             dispatch=dispatch,
-            lifecycle=Hooks(sync.start, sync.refresh),
+            hooks=Hooks(sync.start, sync.refresh),
             limits=advertised(settings),
             frames=Pace.of(settings.frame_rate),
             arrived=self._arrived,

@@ -55,7 +55,7 @@ class ConnectionDeps(NamedTuple):
     epoch: str
     hub: Hub
     dispatch: Dispatch
-    lifecycle: Hooks
+    hooks: Hooks
     limits: Limits
     frames: Pace
     arrived: Callable[["Connection"], None]
@@ -353,7 +353,7 @@ class Connection:
             if self._is_closed:
                 return
             if not self._is_resuming:
-                await deps.lifecycle.start(self.context)
+                await deps.hooks.start(self.context)
                 self._is_in()
             elif self._place is not None and not self._inbox:
                 self._place.end()  # the connection waits for its client, so it needs no slot
@@ -367,7 +367,7 @@ class Connection:
         if look is None:
             return
         try:
-            await self._deps.lifecycle.refresh(self.context, look, whole)
+            await self._deps.hooks.refresh(self.context, look, whole)
         except Exception as error:
             if refusal(error) is None:
                 raise
