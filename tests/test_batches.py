@@ -609,7 +609,7 @@ IN_ORDER = "SELECT id, sender_id, content FROM message WHERE NOT is_system_messa
 async def test_senders_of_scheduled_messages_take_turns(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(background, "DUE_SECONDS", 36_000.0)
     async with World(settings, workers=1) as world:
-        scheduling = world.workers[0].app.scheduling
+        scheduler = world.workers[0].app.scheduler
         many = await world.users("Ada", "Charles", "Jane")
         (mary,) = await world.users("Mary")
         owner = await world.connect(mary)
@@ -621,10 +621,10 @@ async def test_senders_of_scheduled_messages_take_turns(settings: Settings, monk
                 await schedule(flooder, own, f"{number}")
         last = await schedule(owner, elsewhere, "Mary")
         async with asyncio.timeout(SECONDS):
-            await scheduling.send_due()
-            await all_sent(scheduling)
+            await scheduler.send_due()
+            await all_sent(scheduler)
         said = [tuple(row) for row in await world.db.fetch(IN_ORDER)]
         # One of each who came before, and what is in flight beside it.
-        assert [one[0] for one in said].index(last) <= len(many) + scheduling._most
+        assert [one[0] for one in said].index(last) <= len(many) + scheduler._most
         for one in many:
             assert [content for _, sender, content in said if sender == one.id] == [f"{number}" for number in range(6)]

@@ -33,7 +33,7 @@ class Turns:
         self.group = room.group
         self.db = world.db
         self.services: Services = world.workers[0].app._services  # noqa: SLF001
-        self.scheduling = Scheduler(self.services, most=1)
+        self.scheduler = Scheduler(self.services, most=1)
         self._next: dict[asyncio.Task[object] | None, DueScheduled] = {}
 
     async def claim(self) -> DueScheduled | None:
@@ -59,8 +59,8 @@ class Turns:
     async def send(self, due: DueScheduled) -> None:
         """Go on with a claim as its worker does."""
         self._next[asyncio.current_task()] = due
-        await self.scheduling.send_due()
-        await all_sent(self.scheduling)
+        await self.scheduler.send_due()
+        await all_sent(self.scheduler)
 
     async def put_off(self, due: DueScheduled) -> None:
         """Put a message off as a worker does that met a busy database."""

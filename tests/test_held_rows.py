@@ -83,7 +83,7 @@ async def test_claim_that_meets_another_workers_takes_nothing_and_other_senders_
     """A worker that began to look before another one's claim was committed, and goes on after that."""
     monkeypatch.setattr(background, "DUE_SECONDS", 36_000.0)
     async with World(settings, workers=1) as world:
-        scheduling = world.workers[0].app.scheduling
+        scheduler = world.workers[0].app.scheduler
         people = await world.users("Ada", "Charles", "Mary")
         ada, charles, mary = [await world.connect(one) for one in people]
         group = await world.group(ada, *people[1:], title="Held")
@@ -102,7 +102,7 @@ async def test_claim_that_meets_another_workers_takes_nothing_and_other_senders_
         await world.db.execute("SELECT pg_advisory_lock(56)")
         looking = "pg_advisory_xact_lock_shared(56)::text IS NOT NULL AND u.is_active"
         monkeypatch.setattr(scheduled, "SENDER", scheduled.SENDER.replace("u.is_active", looking, 1))
-        sending = asyncio.create_task(scheduling.send_due())
+        sending = asyncio.create_task(scheduler.send_due())
         async with asyncio.timeout(5):
             while not await world.db.fetchval(WAITS):
                 await world.db.execute("SELECT pg_stat_clear_snapshot()")
@@ -112,15 +112,15 @@ async def test_claim_that_meets_another_workers_takes_nothing_and_other_senders_
         await world.db.execute("SELECT pg_advisory_unlock(56)")
         await sending
         assert (await heard(ada, first)).content == "Mary"
-        await all_sent(scheduling)
+        await all_sent(scheduler)
         waiting = await world.db.fetch(
             "SELECT id FROM scheduled_message WHERE claimed_at IS NULL AND status = 'waiting'"
         )
         assert [row[0] for row in waiting] == [more]
         await world.db.execute(LAPSE)
         await world.db.execute("UPDATE scheduled_message SET send_at = now() WHERE id = $1", more)
-        await scheduling.send_due()
-        await all_sent(scheduling)
+        await scheduler.send_due()
+        await all_sent(scheduler)
         assert await world.db.fetchval(SAID, group) == ["Mary", "Charles 0", "Charles 1"]
 
 
@@ -129,7 +129,7 @@ async def test_what_was_put_off_is_not_overtaken_in_its_conversation(
 ) -> None:
     monkeypatch.setattr(background, "DUE_SECONDS", 36_000.0)
     async with World(settings, workers=1) as world:
-        scheduling = world.workers[0].app.scheduling
+        scheduler = world.workers[0].app.scheduler
         ada, charles, mary = await world.users("Ada", "Charles", "Mary")
         owner, sender, other = await world.connect(ada), await world.connect(charles), await world.connect(mary)
         slow = await world.group(owner, charles, settings=ConversationSettings(slow_mode_seconds=3_600))
@@ -137,8 +137,8 @@ async def test_what_was_put_off_is_not_overtaken_in_its_conversation(
 
         async def send_due() -> tuple[object, object, int]:
             async with asyncio.timeout(5):
-                await scheduling.send_due()
-                await all_sent(scheduling)
+                await scheduler.send_due()
+                await all_sent(scheduler)
             put_off = await world.db.fetchval("SELECT count(*) FROM scheduled_message WHERE not_before IS NOT NULL")
             assert not await world.db.fetchval(
                 "SELECT count(claimed_at) FROM scheduled_message WHERE status = 'waiting'"
@@ -194,17 +194,17 @@ async def test_scheduled_messages_of_all_users_hold_a_fourth_of_the_connections(
     monkeypatch.setattr(background, "DUE_SECONDS", 36_000.0)
     settings = msgspec.structs.replace(settings, database_connections=8)
     async with World(settings, workers=1) as world:
-        scheduling = world.workers[0].app.scheduling
+        scheduler = world.workers[0].app.scheduler
         senders = [await world.connect(one) for one in await world.users(*(f"Sender {n}" for n in range(6)))]
         for one in senders:
             await schedule(one, await world.channel(one), "Later")
         held: list[int] = []
         async with world.db.transaction(), asyncio.timeout(10):
             await world.db.execute("SELECT FROM conversation FOR UPDATE")
-            await scheduling.send_due()
+            await scheduler.send_due()
             await senders[-1].call(client.GetMe())
-            assert scheduling._sending, "others are served meanwhile"  # noqa: SLF001
-            while scheduling._sending:  # noqa: SLF001
+            assert scheduler._sending, "others are served meanwhile"  # noqa: SLF001
+            while scheduler._sending:  # noqa: SLF001
                 held.append(await world.db.fetchval(HELD_UP))
                 await asyncio.sleep(0.01)
             assert await world.db.fetchval(WAITING) == len(senders)

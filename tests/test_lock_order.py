@@ -291,9 +291,9 @@ class Quarrel:
         with contextlib.suppress(asyncpg.TransactionRollbackError):
             await self.app.background.clear_expired()
             await self.app.background.expire_due()
-            scheduling = self.app.scheduling
-            await scheduling.send_due()
-            await all_sent(scheduling)
+            scheduler = self.app.scheduler
+            await scheduler.send_due()
+            await all_sent(scheduler)
 
 
 @pytest.fixture

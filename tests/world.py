@@ -231,10 +231,10 @@ def refused(code: ErrorCode, path: str | None) -> "pytest.RaisesExc[Refused]":
     return pytest.raises(Refused, check=lambda error: (error.code, error.path) == (code, path))
 
 
-async def all_sent(scheduling: Scheduler) -> None:
+async def all_sent(scheduler: Scheduler) -> None:
     """Return when nothing is left of the scheduled messages that a worker has begun to send."""
-    while scheduling._sending:  # noqa: SLF001
-        await asyncio.wait(scheduling._sending)  # noqa: SLF001
+    while scheduler._sending:  # noqa: SLF001
+        await asyncio.wait(scheduler._sending)  # noqa: SLF001
 
 
 class Reader(NamedTuple):

@@ -175,14 +175,14 @@ class App:
             anyone_adds=settings.add_people == "anyone",
         )
         self._services = services
-        self.scheduling = Scheduler(services, most=max(1, settings.database_connections // SENDERS_SHARE))
+        self.scheduler = Scheduler(services, most=max(1, settings.database_connections // SENDERS_SHARE))
         self.background = Background(
             settings,
             database,
             self.hub,
             sessions=self.sessions,
             presence=self.presence,
-            scheduling=self.scheduling,
+            scheduler=self.scheduler,
             web_push=self.web_push,
             metrics=metrics,
         )
@@ -313,7 +313,7 @@ class App:
         await self.finish()
         await self.background.close()
         await end(self._tasks)
-        await self.scheduling.close()
+        await self.scheduler.close()
         for allowance in self._allowances.values():
             await allowance.close()
         await self.presence.close(is_epoch_over=self.epoch.over.is_set())

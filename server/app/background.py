@@ -49,7 +49,7 @@ class Background:
         *,
         sessions: Sessions,
         presence: Presence,
-        scheduling: Scheduler,
+        scheduler: Scheduler,
         web_push: WebPush,
         metrics: Metrics,
     ) -> None:
@@ -62,7 +62,7 @@ class Background:
         self._marked = remains.FIRST
         self._tasks: list[asyncio.Task[None]] = []
         self.jobs = (
-            Job(DUE_SECONDS, scheduling.send_due),
+            Job(DUE_SECONDS, scheduler.send_due),
             Job(DUE_SECONDS, web_push.push_due),
             Job(DUE_SECONDS, self.expire_due),
             Job(DUE_SECONDS, self.clear_remains),
