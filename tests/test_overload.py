@@ -193,14 +193,14 @@ async def test_first_typing_then_presence_then_receipts_never_messages(settings:
         ada = await world.connect(await world.user("Ada"))
         channel = await world.channel(ada)
         first = await sent(ada, channel)
-        pressure = world.workers[0].app.pressure
+        load_shedding = world.workers[0].app.load_shedding
         frames = (
             client.Typing(conversation_id=channel),
             client.SetPresence(status="busy"),
             client.Read(conversation_id=channel, message_id=first),
         )
         for level, late in enumerate((0.0, *LATE_SECONDS)):
-            pressure.late = late
+            load_shedding.late = late
             codes = []
             for frame in frames:
                 answer = await ada.ask(frame)
@@ -208,19 +208,19 @@ async def test_first_typing_then_presence_then_receipts_never_messages(settings:
                 if isinstance(answer, Error):
                     assert answer.retry_after_ms is not None
             assert codes == [ErrorCode.UNAVAILABLE] * level + [None] * (3 - level)
-            pressure.late = late
+            load_shedding.late = late
             await ada.call(message(channel), server.Sent)
 
 
 async def test_a_worker_notices_that_it_is_behind_and_recovers(world: World) -> None:
-    pressure = world.workers[0].app.pressure
+    load_shedding = world.workers[0].app.load_shedding
     ada = await world.connect(await world.user("Ada"))
     channel = await world.channel(ada)
     async with asyncio.timeout(20):
-        while pressure.level < 3:
+        while load_shedding.level < 3:
             time.sleep(0.6)  # noqa: ASYNC251 - the loop is late, on purpose
             await asyncio.sleep(0)
         assert isinstance(await ada.ask(client.Typing(conversation_id=channel)), Error)
-        while pressure.level:
+        while load_shedding.level:
             await asyncio.sleep(0.05)
     await ada.call(client.Typing(conversation_id=channel))

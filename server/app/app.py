@@ -127,7 +127,7 @@ class App:
             frames=Pace.of(settings.frame_rate),
             outbox_bytes=settings.outbox_bytes,
         )
-        self.pressure = LoadShedding()
+        self.load_shedding = LoadShedding()
         self.admission = Admission()
         self._sends: Lanes[ConversationId, Outgoing, Stored | None] = Lanes(
             key=lambda out: out.frame.conversation_id,
@@ -186,7 +186,7 @@ class App:
             web_push=self.web_push,
             metrics=metrics,
         )
-        dispatch = Dispatch(ROUTES, self._allowances, metrics=metrics, pressure=self.pressure)
+        dispatch = Dispatch(ROUTES, self._allowances, metrics=metrics, load_shedding=self.load_shedding)
         self.searching = dispatch.searching
         connection_deps = ConnectionDeps(
             epoch=self.epoch.id,
@@ -294,7 +294,7 @@ class App:
         app._tasks = [
             asyncio.create_task(every(METRICS_SECONDS, app.metrics.write)),
             asyncio.create_task(app.previews.work()),
-            asyncio.create_task(app.pressure.watch()),
+            asyncio.create_task(app.load_shedding.watch()),
         ]
         return app
 
@@ -364,9 +364,9 @@ class App:
             "sockets": len(self.sockets),
             "sockets_shed": self.sockets.shed,
             "sockets_timed_out": self.sockets.timed_out,
-            "shed": self.pressure.refused,
+            "shed": self.load_shedding.refused,
             "turned_away": self.admission.refused,
-            "shedding": self.pressure.level,
+            "shedding": self.load_shedding.level,
         }
 
 

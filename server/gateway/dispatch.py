@@ -103,11 +103,11 @@ class Dispatch:
         allowances: Mapping[Rate, SharedRateLimit],
         *,
         metrics: Metrics,
-        pressure: LoadShedding,
+        load_shedding: LoadShedding,
     ) -> None:
         self._routes = routes
         self._metrics = metrics
-        self._pressure = pressure
+        self._load_shedding = load_shedding
         self._allowances = allowances
         self._rates = {str(frame.__struct_config__.tag): route.rate for frame, route in routes.items()}
         self._reading: Turns[UserId] = Turns(1, patience=READ_SECONDS)
@@ -129,7 +129,7 @@ class Dispatch:
             if (more := further(frame)) > 0:
                 self._allowances[route.rate].require(context.user_id, more, taken=taken)
             if route.shed is not None:
-                self._pressure.require(route.shed)
+                self._load_shedding.require(route.shed)
             if route.rate is Rate.SEARCH:
                 result = await self._search(route, context, frame)
             elif more > 0 and route.rate is Rate.READ and not route.waits_for_client:
