@@ -294,7 +294,7 @@ async def test_what_a_socket_is_told_follows_the_rules_after_every_act(world: Wo
                     sights = {
                         (who.id, other): socket.watched[other]
                         for number, who in enumerate(people[:2])
-                        for socket in world.workers[number].app.hub.people.sockets(who.id)
+                        for socket in world.workers[number].app.hub.online_users.sockets(who.id)
                         for other in them - {who.id}
                     }
                     if sights == {pair: sight for pair, sight in rules.items() if pair in sights}:

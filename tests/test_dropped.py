@@ -74,7 +74,7 @@ async def closed(world: World) -> Wire:
     ada = await world.user("Ada")
     wire = await shake(world.url, ada)
     await until(lambda: len(world.workers[0].app.connections) == 1)
-    (one,) = world.workers[0].app.hub.people.sockets(ada.id)
+    (one,) = world.workers[0].app.hub.online_users.sockets(ada.id)
     one.close(CloseCode.SILENT)
     return wire
 
@@ -190,7 +190,7 @@ async def test_frames_of_one_read_are_parsed_when_there_is_a_place_for_them(
     app = alone.workers[0].app
     wire = await shake(alone.url, ada)
     await until(lambda: len(app.connections) == 1)
-    (one,) = app.hub.people.sockets(ada.id)
+    (one,) = app.hub.online_users.sockets(ada.id)
     holding = await busy(alone, wire, 0)
     calls.clear()
     pings = [frame(b'{"type":"ping","id":%d}' % (1 + number)) for number in range(count)]
@@ -218,7 +218,7 @@ async def test_while_a_connection_finishes_its_socket_is_not_read(alone: World, 
     app = alone.workers[0].app
     wire = await shake(alone.url, ada)
     await until(lambda: len(app.connections) == 1)
-    (one,) = app.hub.people.sockets(ada.id)
+    (one,) = app.hub.online_users.sockets(ada.id)
     holding = await busy(alone, wire, 1)
     one.finish(GoingAway(reconnect_after_ms=0, ticket=""), CloseCode.GOING_AWAY)  # type: ignore[attr-defined]
     calls.clear()

@@ -183,7 +183,7 @@ async def test_valkey_hangs(own: tuple[Settings, Servers], monkeypatch: pytest.M
             message_id = await sent(talk.clients[0], talk.channel, "Over PostgreSQL")
             talk.acknowledged.append(message_id)
             await until(lambda: message_id in talk.mirrors[1].copies[talk.channel].messages, seconds=2)
-            for socket_of_slow in here.hub.people.sockets(slow.id):
+            for socket_of_slow in here.hub.online_users.sockets(slow.id):
                 socket_of_slow.close(CloseCode.SLOW)
             await until(lambda: slow.id in here.presence._unsaved)  # noqa: SLF001
         finally:
@@ -389,7 +389,7 @@ async def test_a_slow_reader_is_closed_and_nobody_else_notices(narrow: World) ->
         slow = await world.connect(await world.user("Slow"), sock=small.dup())
     await slow.call(client.Join(conversation_id=channel))
 
-    (held,) = world.workers[0].app.hub.people.sockets(slow.ready.user.id)
+    (held,) = world.workers[0].app.hub.online_users.sockets(slow.ready.user.id)
     assert isinstance(held, Connection)
 
     async def stall() -> None:

@@ -164,7 +164,7 @@ async def test_a_bounded_number_of_bytes_is_dropped_after_a_close(
     for is_broken in (True, False):
         wire = await shake(alone.url, ada)
         await until(lambda: len(alone.workers[0].app.connections) == 1)
-        (one,) = alone.workers[0].app.hub.people.sockets(ada.id)
+        (one,) = alone.workers[0].app.hub.online_users.sockets(ada.id)
         if not is_broken:
             one.close(CloseCode.SILENT)
         with contextlib.suppress(ConnectionError):

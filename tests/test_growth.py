@@ -384,13 +384,13 @@ async def test_frames_of_all_kinds_leave_containers_as_they_were(lone: World, mo
 async def test_rechecks_of_a_user_are_coalesced(lone: World) -> None:
     ada = await lone.user("Ada")
     client = await lone.connect(ada)
-    people = lone.workers[0].app.hub.people
+    online_users = lone.workers[0].app.hub.online_users
     for _ in range(1_000):
-        people.look(ada.id)
-    assert len(people._looks) <= 2  # noqa: SLF001
-    await until(lambda: not people._looks)  # noqa: SLF001
+        online_users.look(ada.id)
+    assert len(online_users._looks) <= 2  # noqa: SLF001
+    await until(lambda: not online_users._looks)  # noqa: SLF001
     await lone.db.execute("DELETE FROM session")
-    people.look(ada.id, is_whole=True)
+    online_users.look(ada.id, is_whole=True)
     assert await client.closed() == CloseCode.SESSION_ENDED
 
 
@@ -399,7 +399,7 @@ async def test_close_code_of_who_is_elsewhere_is_forgotten(world: World, monkeyp
     ada = await world.user("Ada")
     here, _ = await world.connect(ada), await world.connect(ada, 1)
     app = world.workers[0].app
-    for socket in app.hub.people.sockets(ada.id):
+    for socket in app.hub.online_users.sockets(ada.id):
         socket.close(CloseCode.SILENT)
     await here.closed()
     await until(lambda: not app.presence._departing and not app.presence._devices)  # noqa: SLF001
@@ -414,5 +414,5 @@ async def test_refused_watch_leaves_nothing(lone: World, monkeypatch: pytest.Mon
         await client.call(Block(user_id=one.id))
     assert isinstance(await client.ask(Watch(user_ids=[charles.id])), Reply)
     assert isinstance(await client.ask(Watch(user_ids=[mary.id])), Error)
-    (socket,) = lone.workers[0].app.hub.people.sockets(ada.id)
+    (socket,) = lone.workers[0].app.hub.online_users.sockets(ada.id)
     assert socket.watched == {charles.id: Sight.FACE}

@@ -275,7 +275,7 @@ class Direct(NamedTuple):
     @classmethod
     async def of(cls, world: World) -> Self:
         somebody, ids = await ids_in(world)
-        (one,) = world.workers[0].app.hub.people.sockets(somebody.id)
+        (one,) = world.workers[0].app.hub.online_users.sockets(somebody.id)
         assert isinstance(one, Connection)
         return cls(one._deps.dispatch, one.context, ids)  # noqa: SLF001
 

@@ -397,7 +397,7 @@ async def test_an_answer_may_be_larger_than_what_may_wait_for_a_slow_reader(sett
         await sent(ada, channel, "And on it goes")
         await reader.event(server.MessageSent, lambda event: event.message.content == "And on it goes")
         # Whoever asks and does not read is not given more than one of them at a time, and closed when nothing is heard.
-        (held,) = world.workers[0].app.hub.people.sockets(charles.id)
+        (held,) = world.workers[0].app.hub.online_users.sockets(charles.id)
         reader.socket.transport.pause_reading()
         for number in range(10):
             frame = client.History(id=number, conversation_id=channel, limit=100)
@@ -430,7 +430,7 @@ async def test_a_large_answer_that_nobody_reads_ends_the_connection(
         channel = await world.channel(reader)
         for _ in range(100):
             await sent(reader, channel, "x" * 9_000)
-        (held,) = world.workers[0].app.hub.people.sockets(ada.id)
+        (held,) = world.workers[0].app.hub.online_users.sockets(ada.id)
         transport = held.socket.transport  # type: ignore[attr-defined]
         await reader.call(client.History(conversation_id=channel, limit=100))
         await until(lambda: held.socket._stalled is None)  # type: ignore[attr-defined]  # noqa: SLF001
@@ -597,7 +597,7 @@ async def test_a_socket_is_not_read_while_many_of_its_frames_wait(world: World, 
     ada = await world.user("Ada")
     one = await world.connect(ada)
     about = await world.channel(one)
-    (there,) = world.workers[0].app.hub.people.sockets(ada.id)
+    (there,) = world.workers[0].app.hub.online_users.sockets(ada.id)
     assert isinstance(there, Connection)
     frames = [message(about, "x" * size) for _ in range(MAX_INBOX + 1)]
     async with world.db.transaction():

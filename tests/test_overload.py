@@ -181,7 +181,7 @@ async def test_who_does_not_read_keeps_no_place(world: World, monkeypatch: pytes
     is_slow = True
     monkeypatch.setattr(WebSocket, "is_behind", property(lambda one: is_slow and one.receiver.attached))
     slow = await world.connect(ada)  # has its first page, which it seems not to read
-    entering = [one for one in worker.hub.people.sockets(ada.id) if one._entering is not None]  # type: ignore[attr-defined]  # noqa: SLF001
+    entering = [one for one in worker.hub.online_users.sockets(ada.id) if one._entering is not None]  # type: ignore[attr-defined]  # noqa: SLF001
     assert (len(entering), len(worker.admission)) == (1, 0)
     is_slow = False
     await slow.synced()

@@ -14,8 +14,8 @@ async def test_a_session_revoked_while_its_socket_comes_in_ends_it(world: World)
     await world.db.execute('UPDATE "user" SET version = version + 1')
     other = await world.user("Charles")
     one = await world.connect(other)
-    (held,) = app.hub.people.sockets(other.id)
+    (held,) = app.hub.online_users.sockets(other.id)
     assert isinstance(held, Connection)
     held.session_id, held.user_id = stale.session_id, who.id
-    await app.hub.people.add(held, stale.user_version)
+    await app.hub.online_users.add(held, stale.user_version)
     assert await one.closed() == CloseCode.SESSION_ENDED

@@ -77,14 +77,16 @@ async def quiet(world: World, *who: Somebody) -> None:
     """Wait until all sockets of some users were told of everything, and no worker looks at them."""
     for one in who:
         version = await world.db.fetchval('SELECT version FROM "user" WHERE id = $1', one.id)
-        for people in [worker.app.hub.people for worker in world.workers]:
-            await until(partial(_knows, people, one.id, version))
+        for online_users in [worker.app.hub.online_users for worker in world.workers]:
+            await until(partial(_knows, online_users, one.id, version))
 
 
-def _knows(people: OnlineUsers, user_id: UserId, version: int) -> bool:
-    sockets = people.sockets(user_id)
-    return not people._looks and all(  # noqa: SLF001
-        known == version for known in [people.version(user_id), *(socket.user_version for socket in sockets)] if sockets
+def _knows(online_users: OnlineUsers, user_id: UserId, version: int) -> bool:
+    sockets = online_users.sockets(user_id)
+    return not online_users._looks and all(  # noqa: SLF001
+        known == version
+        for known in [online_users.version(user_id), *(socket.user_version for socket in sockets)]
+        if sockets
     )
 
 
@@ -189,11 +191,11 @@ async def test_memberships_that_are_older_than_a_socket_end_nothing(lone: World)
     ada = await lone.user("Ada")
     socket = await lone.connect(ada)
     app = lone.workers[0].app
-    look = app.hub.people.fresh(ada.id)
+    look = app.hub.online_users.fresh(ada.id)
     assert not await look.memberships()
     group = await lone.channel(socket)
     await quiet(lone, ada)
-    (held,) = app.hub.people.sockets(ada.id)
+    (held,) = app.hub.online_users.sockets(ada.id)
     assert isinstance(held, Connection)
     await sync.refresh(held.context, look, look)
     assert held.attached == {group}
@@ -219,7 +221,7 @@ async def test_news_while_a_user_rests_is_one_look_and_others_do_not_wait(
     await other[0].call(client.SetDraft(conversation_id=theirs, content="Dear"))
     await other[1].event(server.DraftChanged)
     assert asked.taken() == (0, 1)
-    assert len(lone.workers[0].app.hub.people._looks) <= 3  # noqa: SLF001 - Ada's rest and next look, Charles's rest
+    assert len(lone.workers[0].app.hub.online_users._looks) <= 3  # noqa: SLF001 - Ada's rest and next look, Charles's rest
 
 
 async def test_revoked_session_ends_while_own_news_cannot_be_read(lone: World, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -251,14 +253,14 @@ async def test_look_hides_no_lost_news_of_who_may_watch_whom(
     socket = await lone.connect(ada)
     group = await lone.channel(socket)
     await quiet(lone, ada)
-    people = lone.workers[0].app.hub.people
-    await people.compare(parts=1)
+    online_users = lone.workers[0].app.hub.online_users
+    await online_users.compare(parts=1)
     doubted: list[UserId] = []
-    monkeypatch.setattr(people, "_doubt", doubted.append)
+    monkeypatch.setattr(online_users, "_doubt", doubted.append)
     await lone.db.execute(f'UPDATE "user" SET {moved} WHERE id = $1', ada.id)
     await socket.call(client.SetDraft(conversation_id=group, content="Dear"))
     await quiet(lone, ada)
-    await people.compare(parts=1)
+    await online_users.compare(parts=1)
     assert doubted == [ada.id]
-    await people.compare(parts=1)
+    await online_users.compare(parts=1)
     assert doubted == [ada.id], "asked once"

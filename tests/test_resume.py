@@ -267,7 +267,7 @@ async def test_a_resume_ends_with_its_connection(away: Away, monkeypatch: pytest
         nonlocal reads
         reads += 1
         if reads == 3:
-            for socket in app.hub.people.sockets(away.who.id):
+            for socket in app.hub.online_users.sockets(away.who.id):
                 socket.close(CloseCode.GOING_AWAY)
         return await missed(*args, **options)
 

@@ -277,7 +277,7 @@ async def test_every_frame_waits_in_the_turns_of_its_user(world: World) -> None:
     said = await sent(asker, about)
     named = {"conversation_id": about, "to_conversation_id": about, "message_id": said, "user_id": charles.id}
     ids = {name: str(one) for name, one in named.items()}
-    (one,) = world.workers[0].app.hub.people.sockets(ada.id)
+    (one,) = world.workers[0].app.hub.online_users.sockets(ada.id)
     assert isinstance(one, Connection)
     turns = world.workers[0].app._database._state.pool._turns  # noqa: SLF001
     for _ in range(turns._most):  # noqa: SLF001

@@ -173,7 +173,7 @@ async def test_a_worker_that_missed_a_block_notices_it_and_tells_nobody_of_its_c
     ada = room.them[0].id
     before = await world.db.fetchval('SELECT version FROM "user" WHERE id = $1', ada)
     await relationships.put(world.db, who.id, ada, RelationshipChange("block", "active"), who.id)
-    await world.workers[0].app.hub.people.compare(parts=1)
+    await world.workers[0].app.hub.online_users.compare(parts=1)
     await room.ada.event(server.PresenceChanged, lambda event: event.presence.status == "offline")
     assert await world.db.fetchval('SELECT version FROM "user" WHERE id = $1', ada) == before
     again = await world.connect(room.them[0])

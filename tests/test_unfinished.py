@@ -134,7 +134,7 @@ async def test_time_in_which_the_server_does_not_read_does_not_count(
     monkeypatch.setattr(websocket, "MESSAGE_SECONDS", SHORT)
     ada = await alone.user("Ada")
     wire = await shake(alone, ada)
-    (one,) = alone.workers[0].app.hub.people.sockets(ada.id)
+    (one,) = alone.workers[0].app.hub.online_users.sockets(ada.id)
     holding = await asyncpg.connect(alone.settings.database_url)
     await holding.execute("BEGIN; LOCK TABLE draft IN ACCESS EXCLUSIVE MODE")
     wire.writer.write(frame(b'{"type":"list_drafts","id":1}'))

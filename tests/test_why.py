@@ -74,7 +74,7 @@ async def test_a_client_that_reads_too_slowly_is_remembered(world: World) -> Non
     owner = await world.connect(ada)
     group = await world.group(owner, charles)
     slow = await world.connect(charles)
-    connection = next(iter(world.workers[0].app.hub.people.sockets(charles.id)))
+    connection = next(iter(world.workers[0].app.hub.online_users.sockets(charles.id)))
     message_id = await sent(owner, group)
     connection.overflowed()  # type: ignore[attr-defined]
     await slow.closed()

@@ -282,11 +282,11 @@ class Twin:
 
     async def caught_up(self) -> None:
         """Return when the viewer's connections are told of all that is theirs alone: it is told as it is by then."""
-        people = self.world.workers[0].app.hub.people
+        online_users = self.world.workers[0].app.hub.online_users
         async with asyncio.timeout(10):
             while True:
                 version = await self.world.db.fetchval('SELECT version FROM "user" WHERE id = $1', self.id(VIEWER))
-                sockets = people.sockets(self.id(VIEWER))
+                sockets = online_users.sockets(self.id(VIEWER))
                 if all(socket.user_version == version for socket in sockets):
                     break
                 await asyncio.sleep(0.002)

@@ -346,7 +346,7 @@ class App:
         if self.epoch.over.is_set():
             return [None] * len(connections)  # tickets belong to this epoch
         return await self._tickets.issue(
-            [Ticket(one.session_id, self.hub.people.version(one.user_id)) for one in connections]
+            [Ticket(one.session_id, self.hub.online_users.version(one.user_id)) for one in connections]
         )
 
     def _values(self) -> dict[str, float]:

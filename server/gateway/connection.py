@@ -214,7 +214,7 @@ class Connection:
             # Nothing is followed yet. A refresh now would send everything just before the client says what it has.
             self._has_to_refresh = True
             return
-        self._look = look or self._deps.hub.people.fresh(self.user_id)
+        self._look = look or self._deps.hub.online_users.fresh(self.user_id)
         if self._look.is_whole:
             self._whole = self._look
         if self._refresh not in self._todo:
@@ -337,7 +337,7 @@ class Connection:
     async def _begin(self) -> None:
         deps = self._deps
         try:
-            await deps.hub.people.add(self, self.user_version)
+            await deps.hub.online_users.add(self, self.user_version)
             self.say(
                 Ready(
                     protocol=PROTOCOL_VERSION,
@@ -372,7 +372,7 @@ class Connection:
             if refusal(error) is None:
                 raise
             # One recheck serves all sockets of the user, which failed alike.
-            again = partial(self._deps.hub.people.look, self.user_id, is_whole=True)
+            again = partial(self._deps.hub.online_users.look, self.user_id, is_whole=True)
             asyncio.get_running_loop().call_later(REFRESH_RETRY_SECONDS, again)
 
     def _is_in(self) -> None:

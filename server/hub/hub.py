@@ -24,7 +24,7 @@ COMPARE_SECONDS_WITHOUT_BUS = 0.5
 """Intervals at which all positions are compared with PostgreSQL, in seconds, with and without the bus. The comparison
 finds all events that the bus lost.
 """
-PEOPLE_PARTS = 6
+USER_PARTS = 6
 """Number of parts in which users are compared while the bus is up, one part per interval. Users outnumber
 conversations, and their news is rare.
 """
@@ -53,11 +53,11 @@ class Hub:
         self._record = record
         self.bus: Bus = connect(deliver=self._hear, caught_up=self.compare_soon)
         self.watchers = Watchers(record, self.bus, describe=describe)
-        self.people = OnlineUsers(record, self.bus, doubt=self.watchers.doubt_watched)
+        self.online_users = OnlineUsers(record, self.bus, doubt=self.watchers.doubt_watched)
         self.topics = Topics(
             record,
             self.bus,
-            self.people,
+            self.online_users,
             flush_soon=self._flush_soon,
             doubt=lambda user_id, left: self.watchers.doubt_watched(user_id, cause=left),
         )
@@ -76,7 +76,7 @@ class Hub:
         """Stop."""
         if self._comparing is not None:
             self._comparing.cancel()
-        self.people.close()
+        self.online_users.close()
         self.watchers.close()
         self.topics.close()
         await self.bus.close()
@@ -100,7 +100,7 @@ class Hub:
         """Deliver an ephemeral event to a user's own devices."""
         frame = text_frame(encode(event))
         self._say(online_users.channel(user_id), 0, frame)
-        self.people.write(user_id, frame)
+        self.online_users.write(user_id, frame)
 
     def announce(self, user_id: UserId, event: ServerFrame) -> None:
         """Deliver a user's presence or face to those who watch the user."""
@@ -123,7 +123,7 @@ class Hub:
         """
         for user_id in user_ids:
             self._say(online_users.channel(user_id), WATCHING if may_watch_others else 0, b"")
-            self.people.look(user_id, may_watch_others=may_watch_others)
+            self.online_users.look(user_id, may_watch_others=may_watch_others)
 
     def published_at(self, conversation_id: ConversationId, version: int) -> datetime | None:
         """Return when this worker delivered a version, if it still remembers."""
@@ -135,7 +135,7 @@ class Hub:
         for conversation_id in list(socket.attached):
             self.topics.detach(socket, conversation_id)
         self.watchers.remove(socket, list(socket.watched))
-        self.people.remove(socket)
+        self.online_users.remove(socket)
 
     # -------------------------------------------------------------------------------------------- other workers
 
@@ -162,9 +162,9 @@ class Hub:
             elif kind == b"p:":
                 self.watchers.doubt_watchers(UserId(one), None if gone == NOBODY else UserId(UUID(bytes=gone)))
             elif frame:
-                self.people.write(UserId(one), frame)
+                self.online_users.write(UserId(one), frame)
             else:
-                self.people.look(UserId(one), may_watch_others=version == WATCHING)
+                self.online_users.look(UserId(one), may_watch_others=version == WATCHING)
 
     def _flush_soon(self) -> None:
         if not self._is_flushing:
@@ -198,7 +198,7 @@ class Hub:
             is_all = was_away or not self.bus.is_up
             try:
                 await self.topics.compare()
-                await self.people.compare(parts=1 if is_all else PEOPLE_PARTS)
+                await self.online_users.compare(parts=1 if is_all else USER_PARTS)
                 failures.end()
             except Exception as error:  # noqa: BLE001 - the database is away, so compare again later
                 failures.add(error)

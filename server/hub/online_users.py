@@ -96,52 +96,52 @@ class OnlineUsers:
         self._record = record
         self._bus = bus
         self._doubt = doubt
-        self._people: dict[UserId, OnlineUser] = {}
+        self._users: dict[UserId, OnlineUser] = {}
         self._looks: set[asyncio.Task[None]] = set()
         self._turn = 0
 
     def sockets(self, user_id: UserId) -> list[Socket]:
         """Return a user's sockets."""
-        return list(person.sockets) if (person := self._people.get(user_id)) is not None else []
+        return list(user.sockets) if (user := self._users.get(user_id)) is not None else []
 
     def version(self, user_id: UserId) -> int:
         """Return the user version as of the last recheck, or -1."""
-        return person.version if (person := self._people.get(user_id)) is not None else -1
+        return user.version if (user := self._users.get(user_id)) is not None else -1
 
     def everyone(self) -> list[Socket]:
         """Return all sockets."""
-        return [socket for person in self._people.values() for socket in person.sockets]
+        return [socket for user in self._users.values() for socket in user.sockets]
 
     async def add(self, socket: Socket, version: int) -> None:
         """Add a socket, which from now on receives news of its user. `version` is the user version at which its session
         was valid. Later changes are rechecked.
         """
-        person = self._people.get(socket.user_id)
-        if person is None:
-            person = self._people[socket.user_id] = OnlineUser(channel(socket.user_id))
-        person.sockets.add(socket)
-        await self._bus.subscribe([person.channel])
-        if person.version < 0:
+        user = self._users.get(socket.user_id)
+        if user is None:
+            user = self._users[socket.user_id] = OnlineUser(channel(socket.user_id))
+        user.sockets.add(socket)
+        await self._bus.subscribe([user.channel])
+        if user.version < 0:
             found = await self._record.user_versions([socket.user_id])
             own, hidden, shared = found.get(socket.user_id, UNKNOWN)
-            person.compared = (hidden, shared)
-            person.version, person.shared = max(person.version, own), max(person.shared, shared)
-        if person.version != version:
+            user.compared = (hidden, shared)
+            user.version, user.shared = max(user.version, own), max(user.shared, shared)
+        if user.version != version:
             self.look(socket.user_id, is_whole=True)
 
     def remove(self, socket: Socket) -> None:
         """Remove a socket."""
-        person = self._people.get(socket.user_id)
-        if person is not None:
-            person.sockets.discard(socket)
-            if not person.sockets:
-                del self._people[socket.user_id]
-                self._bus.unsubscribe(person.channel)
+        user = self._users.get(socket.user_id)
+        if user is not None:
+            user.sockets.discard(socket)
+            if not user.sockets:
+                del self._users[socket.user_id]
+                self._bus.unsubscribe(user.channel)
 
     def write(self, user_id: UserId, frame: bytes) -> None:
         """Write a frame to a user's sockets."""
-        if (person := self._people.get(user_id)) is not None:
-            for socket in person.sockets:
+        if (user := self._users.get(user_id)) is not None:
+            for socket in user.sockets:
                 socket.write(frame)
 
     def fresh(self, user_id: UserId) -> UserNews:
@@ -153,36 +153,36 @@ class OnlineUsers:
         read only if the versions show that they may have changed, or with `is_whole`. With `may_watch_others`, also
         recheck whom the user may watch.
         """
-        person = self._people.get(user_id)
-        if person is None:
+        user = self._users.get(user_id)
+        if user is None:
             return
         # This is not a part of `refresh`, which a client that does not read can delay.
         if may_watch_others:
             self._doubt(user_id)
         # Serialize rechecks; always run one that starts after this call. A recheck that waits serves all calls.
-        person.is_whole_due |= is_whole
-        if not person.is_look_due:
-            person.is_look_due = True
-            person.look = self._spawn(self._look(user_id, person, person.look))
+        user.is_whole_due |= is_whole
+        if not user.is_look_due:
+            user.is_look_due = True
+            user.look = self._spawn(self._look(user_id, user, user.look))
 
     async def compare(self, *, parts: int) -> None:
         """Compare the versions of users with PostgreSQL, and recheck those whose news was missed. Each call compares
         one of `parts` parts of the users, in turn.
         """
         self._turn += 1
-        user_ids = list(self._people)[self._turn % parts :: parts]
+        user_ids = list(self._users)[self._turn % parts :: parts]
         for start in range(0, len(user_ids), COMPARE_AT_ONCE):
             versions = await self._record.user_versions(user_ids[start : start + COMPARE_AT_ONCE])
             for user_id, clocks in versions.items():
-                person = self._people.get(user_id)
-                if person is None or person.version < 0:
+                user = self._users.get(user_id)
+                if user is None or user.version < 0:
                     continue
                 version, hidden, shared = clocks
-                if person.compared != (hidden, shared):
+                if user.compared != (hidden, shared):
                     # The bus may have lost a notification with `may_watch_others`, which a recheck does not replace.
-                    person.compared = (hidden, shared)
+                    user.compared = (hidden, shared)
                     self._doubt(user_id)
-                if (person.version, person.shared) != (version, shared):
+                if (user.version, user.shared) != (version, shared):
                     self.look(user_id)
 
     def close(self) -> None:
@@ -190,44 +190,44 @@ class OnlineUsers:
         for look in self._looks:
             look.cancel()
 
-    async def _look(self, user_id: UserId, person: OnlineUser, before: asyncio.Task[None] | None) -> None:
+    async def _look(self, user_id: UserId, user: OnlineUser, before: asyncio.Task[None] | None) -> None:
         if before is not None:
             await asyncio.wait([before])
-        is_whole, person.is_look_due, person.is_whole_due = person.is_whole_due, False, False
+        is_whole, user.is_look_due, user.is_whole_due = user.is_whole_due, False, False
         began = time.monotonic()
         try:
-            look = await self._tell(user_id, person, is_whole=is_whole)
+            look = await self._tell(user_id, user, is_whole=is_whole)
         except Exception as error:  # noqa: BLE001 - the database is away, and the next comparison rechecks
             log_failure(log, f"looking at user {user_id}", error)
-            person.version, person.shared = 0, -1
+            user.version, user.shared = 0, -1
             look = None
         if look is not None:
             # The read may wait for the user's own turns. The next recheck may end a session, so it waits no longer than
             # this.
-            await asyncio.wait([self._spawn(_read(look, person))], timeout=REST_MOST_SECONDS)
+            await asyncio.wait([self._spawn(_read(look, user))], timeout=REST_MOST_SECONDS)
         # News that arrives during the pause shares one recheck. So a user with many conversations takes a bounded share
         # of the loop.
         spent = time.monotonic() - began
         await asyncio.sleep(max(0.0, min(REST * spent, REST_MOST_SECONDS - spent)))
 
-    async def _tell(self, user_id: UserId, person: OnlineUser, *, is_whole: bool) -> UserNews | None:
+    async def _tell(self, user_id: UserId, user: OnlineUser, *, is_whole: bool) -> UserNews | None:
         """Close sockets whose sessions have ended, and make the others send the news. Return the news, or None if
         nothing changed.
         """
         version, _, shared = (await self._record.user_versions([user_id])).get(user_id, UNKNOWN)
-        is_whole = is_whole or shared != person.shared
-        if not is_whole and version == person.version:
+        is_whole = is_whole or shared != user.shared
+        if not is_whole and version == user.version:
             return None
         checked: set[Socket] = set()
         if is_whole:
-            checked.update(person.sockets)
+            checked.update(user.sockets)
             living = await self._record.living([socket.session_id for socket in checked])
             for socket in checked:
                 if socket.session_id not in living:
                     socket.close(CloseCode.SESSION_ENDED)
         look = self._record.look(user_id, is_whole=is_whole)
-        person.version, person.shared = version, shared
-        for socket in list(person.sockets):
+        user.version, user.shared = version, shared
+        for socket in list(user.sockets):
             if not is_whole or socket in checked:
                 socket.refresh(look)
             else:
@@ -242,12 +242,12 @@ class OnlineUsers:
         return task
 
 
-async def _read(look: UserNews, person: OnlineUser) -> None:
+async def _read(look: UserNews, user: OnlineUser) -> None:
     """Read the news that most sockets of a user need. Each socket handles failures itself."""
     with contextlib.suppress(Exception):
         if look.is_whole:
             await look.memberships()
-        for since, _ in Counter(socket.user_version for socket in person.sockets).most_common(1):
+        for since, _ in Counter(socket.user_version for socket in user.sockets).most_common(1):
             await look.news(since)
 
 

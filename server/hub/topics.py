@@ -91,7 +91,7 @@ class Topics:
         self,
         record: ConversationRecord,
         bus: Bus,
-        people: OnlineUsers,
+        online_users: OnlineUsers,
         *,
         flush_soon: Callable[[], None],
         doubt: Callable[[UserId, ConversationId], None],
@@ -101,7 +101,7 @@ class Topics:
         """
         self._record = record
         self._bus = bus
-        self._people = people
+        self._online_users = online_users
         self._flush_soon = flush_soon
         self._doubt = doubt
         self._topics: dict[ConversationId, Topic] = {}
@@ -265,7 +265,9 @@ class Topics:
 
     def _drop(self, topic: Topic, user_id: UserId) -> None:
         sockets = (
-            [*topic.sockets, *topic.joining, *topic.behind] if user_id == EVERYONE else self._people.sockets(user_id)
+            [*topic.sockets, *topic.joining, *topic.behind]
+            if user_id == EVERYONE
+            else self._online_users.sockets(user_id)
         )
         for socket in sockets:
             topic.behind.pop(socket, None)  # the socket checks again whether its user may read
