@@ -403,15 +403,15 @@ class Read(NamedTuple):
 
 async def _reads(world: World, ada: Somebody, about: ConversationId) -> dict[str, Read]:
     app = world.workers[0].app
-    record: Any = app.hub._record
+    hub_store: Any = app.hub._store
     sessions, tickets, notices = app.sessions, app._tickets, app.web_push
     session_id = await world.db.fetchval("SELECT id FROM session WHERE token = $1", token_hash(ada.token))
     (ticket,) = await tickets.issue([Ticket(session_id, 1)])
     nobody = UserId(uuid7())
     return {
-        "versions": Read(record._versions, record.versions, [about], [[], [nobody], [nobody, nobody]]),
-        "users": Read(record._users, record.user_versions, [ada.id], [[], [nobody], [nobody, nobody]]),
-        "memberships": Read(record.memberships, record.memberships.submit, ada.id, [nobody, UserId(about)]),
+        "versions": Read(hub_store._versions, hub_store.versions, [about], [[], [nobody], [nobody, nobody]]),
+        "users": Read(hub_store._users, hub_store.user_versions, [ada.id], [[], [nobody], [nobody, nobody]]),
+        "memberships": Read(hub_store.memberships, hub_store.memberships.submit, ada.id, [nobody, UserId(about)]),
         "tokens": Read(sessions._lookups, sessions.authenticate, ada.token, ["", "\0", "x" * 4096, "\N{SNOWMAN}"]),
         "sessions": Read(sessions._returns, sessions._returns.submit, session_id, [nobody]),
         "looks at tickets": Read(tickets._looks, tickets.look, ticket, ["", "ticket.\0", "ticket." + "x" * 4096]),

@@ -21,7 +21,7 @@ async def test_no_gap_waits_for_the_comparison(world: World, monkeypatch: pytest
     topics = world.workers[0].app.hub.topics
     topic = topics._topics[about]  # noqa: SLF001
     base = topic.delivered
-    since = topics._record.since  # noqa: SLF001
+    since = topics._store.since  # noqa: SLF001
     fetched: list[int] = []
 
     async def late(conversation_id: ConversationId, version: int) -> Fetched | None:
@@ -38,7 +38,7 @@ async def test_no_gap_waits_for_the_comparison(world: World, monkeypatch: pytest
         return
 
     monkeypatch.setattr(Topics, "compare", no_comparison)
-    monkeypatch.setattr(topics._record, "since", late)  # noqa: SLF001
+    monkeypatch.setattr(topics._store, "since", late)  # noqa: SLF001
     for _ in range(2):
         await world.db.fetchval(BUMP, about)
     topics.accept(about, base + 2, EVENT, NOBODY)

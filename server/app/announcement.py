@@ -11,7 +11,7 @@ from server.context import Events
 from server.core.errors import REDIS_LOST, Fatal
 from server.core.terminal import complain
 from server.domain.presence import has_worker
-from server.hub.hub import COMPARE_SECONDS, USER_PARTS, Hub, Record
+from server.hub.hub import COMPARE_SECONDS, USER_PARTS, Hub, HubStore
 from server.hub.watchers import Describe
 
 BOUND_SECONDS = COMPARE_SECONDS * USER_PARTS
@@ -49,7 +49,7 @@ async def _publish(redis_url: str, installation: str, news: CommandNews) -> bool
     """
     bus = CommandBus(installation)
     # A hub without sockets sends no queries.
-    hub = Hub(cast("Record", None), lambda **_: bus, describe=cast("Describe", None))
+    hub = Hub(cast("HubStore", None), lambda **_: bus, describe=cast("Describe", None))
     news.tell(hub)
     hub.flush()
     redis = await connect(redis_url)

@@ -105,9 +105,9 @@ class App:
         self._working: set[asyncio.Task[None]] = set()
         self._tasks: list[asyncio.Task[None]] = []
 
-        record = PostgresHubStore(database)
+        hub_store = PostgresHubStore(database)
         self.hub = Hub(
-            record,
+            hub_store,
             connect,
             describe=lambda found: self.presence.describe(found),  # noqa: PLW0108 - it is created below
         )
@@ -165,7 +165,7 @@ class App:
             events=self.hub,
             presence=self.presence,
             sends=self._sends,
-            memberships=record.memberships,
+            memberships=hub_store.memberships,
             unconfirmed=Unconfirmed(),
             web_push=self.web_push,
             previews=self.previews,

@@ -22,8 +22,8 @@ class PostgresUserNews:
     its result.
     """
 
-    def __init__(self, record: "PostgresHubStore", user_id: UserId, *, is_whole: bool) -> None:
-        self._record = record
+    def __init__(self, store: "PostgresHubStore", user_id: UserId, *, is_whole: bool) -> None:
+        self._store = store
         self._user_id = user_id
         self.is_whole = is_whole
         self._there: asyncio.Future[dict[ConversationId, Membership]] | None = None
@@ -32,13 +32,13 @@ class PostgresUserNews:
     async def memberships(self) -> Mapping[ConversationId, Membership]:
         """Return the user's conversations."""
         if self._there is None:
-            self._there = asyncio.ensure_future(self._record.memberships.submit(self._user_id))
+            self._there = asyncio.ensure_future(self._store.memberships.submit(self._user_id))
         return await asyncio.shield(self._there)
 
     async def news(self, since: int) -> OwnNews:
         """Return the first changes of the user's own rows after a user version."""
         if (there := self._news.get(since)) is None:
-            there = self._news[since] = asyncio.ensure_future(self._record.news(self._user_id, since))
+            there = self._news[since] = asyncio.ensure_future(self._store.news(self._user_id, since))
         return await asyncio.shield(there)
 
 

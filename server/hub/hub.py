@@ -15,9 +15,9 @@ from protocol.server import DurableEvent, ServerFrame, UserUpdated
 from server.core.failures import Failures
 from server.hub import online_users, topics, watchers
 from server.hub.bus import Bus, Connect
-from server.hub.online_users import OnlineUsers, Socket, UserRecord
-from server.hub.topics import NOBODY, ConversationRecord, Topics
-from server.hub.watchers import Describe, Watchers, WatchRecord
+from server.hub.online_users import OnlineUsers, Socket, UserStore
+from server.hub.topics import NOBODY, ConversationStore, Topics
+from server.hub.watchers import Describe, Watchers, WatchStore
 
 COMPARE_SECONDS = 5.0
 COMPARE_SECONDS_WITHOUT_BUS = 0.5
@@ -41,21 +41,21 @@ WATCHING = 1
 log = logging.getLogger(__name__)
 
 
-class Record(ConversationRecord, UserRecord, WatchRecord, Protocol):
+class HubStore(ConversationStore, UserStore, WatchStore, Protocol):
     """The hub's queries. `PostgresHubStore` implements them, because `hub` may not import `queries`."""
 
 
 class Hub:
     """Delivers events at one worker."""
 
-    def __init__(self, record: Record, connect: Connect, *, describe: Describe) -> None:
+    def __init__(self, store: HubStore, connect: Connect, *, describe: Describe) -> None:
         """`connect` returns the bus to the other workers. `describe` returns the presences of watched users."""
-        self._record = record
+        self._store = store
         self.bus: Bus = connect(deliver=self._hear, caught_up=self.compare_soon)
-        self.watchers = Watchers(record, self.bus, describe=describe)
-        self.online_users = OnlineUsers(record, self.bus, doubt=self.watchers.doubt_watched)
+        self.watchers = Watchers(store, self.bus, describe=describe)
+        self.online_users = OnlineUsers(store, self.bus, doubt=self.watchers.doubt_watched)
         self.topics = Topics(
-            record,
+            store,
             self.bus,
             self.online_users,
             flush_soon=self._flush_soon,

@@ -54,7 +54,7 @@ class Socket(Protocol):
         """Close the socket."""
 
 
-class UserRecord(Protocol):
+class UserStore(Protocol):
     """Queries about users. `PostgresHubStore` implements them."""
 
     async def user_versions(self, user_ids: Sequence[UserId]) -> Mapping[UserId, tuple[int, int, int]]:
@@ -91,9 +91,9 @@ class OnlineUser:
 class OnlineUsers:
     """All users with sockets at this worker."""
 
-    def __init__(self, record: UserRecord, bus: Bus, *, doubt: Callable[[UserId], None]) -> None:
+    def __init__(self, store: UserStore, bus: Bus, *, doubt: Callable[[UserId], None]) -> None:
         """`doubt` is called with each user who may see less or more than before."""
-        self._record = record
+        self._store = store
         self._bus = bus
         self._doubt = doubt
         self._users: dict[UserId, OnlineUser] = {}
@@ -122,7 +122,7 @@ class OnlineUsers:
         user.sockets.add(socket)
         await self._bus.subscribe([user.channel])
         if user.version < 0:
-            found = await self._record.user_versions([socket.user_id])
+            found = await self._store.user_versions([socket.user_id])
             own, hidden, shared = found.get(socket.user_id, UNKNOWN)
             user.compared = (hidden, shared)
             user.version, user.shared = max(user.version, own), max(user.shared, shared)
@@ -146,7 +146,7 @@ class OnlineUsers:
 
     def fresh(self, user_id: UserId) -> UserNews:
         """Return all news for a socket of a user, which is read from now on."""
-        return self._record.look(user_id, is_whole=True)
+        return self._store.look(user_id, is_whole=True)
 
     def look(self, user_id: UserId, *, may_watch_others: bool = False, is_whole: bool = False) -> None:
         """Recheck a user, because something changed, and make the sockets send the news. Sessions and memberships are
@@ -172,7 +172,7 @@ class OnlineUsers:
         self._turn += 1
         user_ids = list(self._users)[self._turn % parts :: parts]
         for start in range(0, len(user_ids), COMPARE_AT_ONCE):
-            versions = await self._record.user_versions(user_ids[start : start + COMPARE_AT_ONCE])
+            versions = await self._store.user_versions(user_ids[start : start + COMPARE_AT_ONCE])
             for user_id, clocks in versions.items():
                 user = self._users.get(user_id)
                 if user is None or user.version < 0:
@@ -214,18 +214,18 @@ class OnlineUsers:
         """Close sockets whose sessions have ended, and make the others send the news. Return the news, or None if
         nothing changed.
         """
-        version, _, shared = (await self._record.user_versions([user_id])).get(user_id, UNKNOWN)
+        version, _, shared = (await self._store.user_versions([user_id])).get(user_id, UNKNOWN)
         is_whole = is_whole or shared != user.shared
         if not is_whole and version == user.version:
             return None
         checked: set[Socket] = set()
         if is_whole:
             checked.update(user.sockets)
-            living = await self._record.living([socket.session_id for socket in checked])
+            living = await self._store.living([socket.session_id for socket in checked])
             for socket in checked:
                 if socket.session_id not in living:
                     socket.close(CloseCode.SESSION_ENDED)
-        look = self._record.look(user_id, is_whole=is_whole)
+        look = self._store.look(user_id, is_whole=is_whole)
         user.version, user.shared = version, shared
         for socket in list(user.sockets):
             if not is_whole or socket in checked:

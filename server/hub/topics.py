@@ -46,7 +46,7 @@ class Fetched(NamedTuple):
     gone: Sequence[UserId]
 
 
-class ConversationRecord(Protocol):
+class ConversationStore(Protocol):
     """Queries about conversations. `PostgresHubStore` implements them."""
 
     async def since(self, conversation_id: ConversationId, version: int) -> Fetched | None:
@@ -89,7 +89,7 @@ class Topics:
 
     def __init__(
         self,
-        record: ConversationRecord,
+        store: ConversationStore,
         bus: Bus,
         online_users: OnlineUsers,
         *,
@@ -99,7 +99,7 @@ class Topics:
         """`flush_soon` is called when `flush` has something to write in this turn of the loop. `doubt` is called with
         each user who leaves a conversation, and with the conversation, because the user may see fewer people.
         """
-        self._record = record
+        self._store = store
         self._bus = bus
         self._online_users = online_users
         self._flush_soon = flush_soon
@@ -139,7 +139,7 @@ class Topics:
     async def _open(self, topics: list[Topic]) -> None:
         try:
             await self._bus.subscribe([topic.channel for topic in topics])
-            versions = await self._record.versions([topic.id for topic in topics])
+            versions = await self._store.versions([topic.id for topic in topics])
         except BaseException:
             for topic in topics:
                 self._close(topic)
@@ -301,7 +301,7 @@ class Topics:
         highest = max(topic.early, default=topic.delivered + 1)
         while topic.delivered < highest:
             since = topic.delivered
-            fetched = await self._record.since(topic.id, since)
+            fetched = await self._store.since(topic.id, since)
             if since != topic.delivered:
                 continue  # some of it was delivered meanwhile
             if fetched is None or fetched.version <= since:
@@ -318,7 +318,7 @@ class Topics:
         self._close_quiet()
         ids = list(self._topics)
         for start in range(0, len(ids), COMPARE_AT_ONCE):
-            versions = await self._record.versions(ids[start : start + COMPARE_AT_ONCE])
+            versions = await self._store.versions(ids[start : start + COMPARE_AT_ONCE])
             for conversation_id, version in versions.items():
                 topic = self._topics.get(conversation_id)
                 if topic is not None and topic.opening is None and version > topic.delivered:

@@ -35,7 +35,7 @@ class WatchablePair(Protocol):
         """Whether the watcher may also see the presence."""
 
 
-class WatchRecord(Protocol):
+class WatchStore(Protocol):
     """Queries about watchers. `PostgresHubStore` implements them."""
 
     async def watchable(self, pairs: Sequence[Pair], *, asker: UserId | None = None) -> Mapping[Pair, WatchablePair]:
@@ -61,8 +61,8 @@ class Watchers:
     meanwhile. Only the newest of each kind is kept, because each has the whole state.
     """
 
-    def __init__(self, record: WatchRecord, bus: Bus, *, describe: Describe) -> None:
-        self._record = record
+    def __init__(self, store: WatchStore, bus: Bus, *, describe: Describe) -> None:
+        self._store = store
         self._bus = bus
         self._describe = describe
         self._watchers: dict[UserId, dict[Socket, Callable[[bytes], None]]] = {}
@@ -95,7 +95,7 @@ class Watchers:
             open_pairs = list(pairs)
             for _ in range(TRIES):
                 since = self._doubts.since()
-                found = await self._record.watchable(open_pairs, asker=socket.user_id)
+                found = await self._store.watchable(open_pairs, asker=socket.user_id)
                 presences = await self._describe(found)
                 for pair in open_pairs:
                     answers[pair] = WatchAnswer(since, sight_of(found.get(pair)), presences.get(pair))
@@ -220,7 +220,7 @@ class Watchers:
     async def _ask_about(self, batch: Batch) -> None:
         began = self._loop.time()
         try:
-            found = await self._record.watchable(batch.pairs)
+            found = await self._store.watchable(batch.pairs)
             regained = {pair: one for pair, one in found.items() if one.is_seen and self._is_unseen(pair)}
             presences = await self._describe(regained) if regained else {}
         except Exception as error:  # noqa: BLE001 - held frames stay until a check succeeds
