@@ -1,5 +1,5 @@
-# make run       start the server, after setting up whatever it needs
-# make test      lint, types, tests, after setting up whatever they need
+# make run       install what is missing, and start the server
+# make test      install what is missing; lint, check types, run the tests
 # make test-all  the same, and the tests that take longer, measure, or need nginx
 # make help      everything else
 
@@ -8,7 +8,7 @@ VENV := .venv
 NODE := benchmarks/peers/node
 ARGS ?=
 
-# Tests start many processes: none of them should have to compile what another one has.
+# Tests start many processes, which share compiled bytecode.
 unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: run test test-all long more lint types tests docs bench prove fuzz scale search worst format lock clean help
@@ -45,40 +45,40 @@ format: $(VENV)/test-ready  ## format the code and fix what can be fixed
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
-docs: $(VENV)/test-ready  ## write the generated part of docs/
+docs: $(VENV)/test-ready  ## write the generated parts of docs/
 	$(VENV)/bin/python -m server.describe docs
 
-bench: $(VENV)/test-ready $(NODE)/node_modules  ## compare with other servers, about half an hour (needs Node.js)
+bench: $(VENV)/test-ready $(NODE)/node_modules  ## compare with other servers (half an hour, needs Node.js)
 	$(VENV)/bin/python -m benchmarks $(ARGS)
 
-prove: $(VENV)/test-ready  ## hurt a cluster in every way while a crowd uses it, and compare (six minutes)
+prove: $(VENV)/test-ready  ## cause faults in a cluster under load, and compare clients with the database (six minutes)
 	$(VENV)/bin/openchat prove $(ARGS)
 
-fuzz: $(VENV)/test-ready  ## look for bytes and requests that break something, for two minutes (Linux)
+fuzz: $(VENV)/test-ready  ## fuzz the decoder and the HTTP endpoints for two minutes (Linux)
 	$(VENV)/bin/pip install -q --disable-pip-version-check 'atheris>=3' 'schemathesis>=4'
 	$(VENV)/bin/python fuzz/frames.py -max_total_time=60 -max_len=2000
 	$(VENV)/bin/python fuzz/requests_of_all_kinds.py
 	$(VENV)/bin/python fuzz/garbage.py
 
-scale: $(VENV)/test-ready  ## simulate a million connections from the measured costs
+scale: $(VENV)/test-ready  ## simulate a million connections, from measured costs
 	$(VENV)/bin/python -m benchmarks.scale $(ARGS)
 
-search: $(VENV)/test-ready  ## what a search costs among a million messages (two minutes)
+search: $(VENV)/test-ready  ## measure searches in a million messages (two minutes)
 	$(VENV)/bin/python -m benchmarks.search $(ARGS)
 
-worst: $(VENV)/test-ready  ## what each frame costs at most, asked by an account at its bounds (ten minutes)
+worst: $(VENV)/test-ready  ## measure the max cost of each frame, for an account at its bounds (ten minutes)
 	$(VENV)/bin/python -m benchmarks.worst $(ARGS)
 
 $(NODE)/node_modules: $(NODE)/package-lock.json
 	npm ci --prefix $(NODE) --no-audit --no-fund
 
-lock:  ## find the newest versions that pyproject.toml allows (needs uv)
+lock:  ## lock the newest versions that pyproject.toml allows (needs uv)
 	uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-annotate --no-header \
 	    pyproject.toml -o requirements.lock
 	uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-annotate --no-header \
 	    pyproject.toml --group dev -o requirements-dev.lock
 
-clean:  ## remove what was set up here (the data folder stays)
+clean:  ## delete the virtual environment and caches, but not the data folder
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 help:
@@ -87,7 +87,7 @@ help:
 $(VENV)/bin/python:
 	@echo "Setting up $(VENV) …"
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-	    { echo "OpenChat needs Python 3.11 or later; say which one with PYTHON=…"; exit 1; }
+	    { echo "OpenChat needs Python 3.11 or later. Name one with PYTHON=…"; exit 1; }
 	@$(PYTHON) -m venv $(VENV)
 
 $(VENV)/run-ready: requirements.lock pyproject.toml | $(VENV)/bin/python
