@@ -18,7 +18,7 @@ from server.fairness.batcher import Batcher
 from server.fairness.lanes import Lanes
 from server.queries import users
 from server.queries.conversations import Membership
-from server.queries.sending import Outgoing, Stored
+from server.queries.sending import NotStored, Outgoing, Stored
 from server.queries.users import OwnNews
 
 
@@ -147,7 +147,7 @@ class Services(msgspec.Struct, frozen=True, kw_only=True):
     database: Database
     events: Events
     presence: Presences
-    sends: Lanes[ConversationId, Outgoing, Stored | None]
+    sends: Lanes[ConversationId, Outgoing, Stored | NotStored]
     memberships: Batcher[UserId, dict[ConversationId, Membership]]
     """Reads users' conversations. When many users reconnect concurrently, one query reads those of several."""
     unconfirmed: Unconfirmed

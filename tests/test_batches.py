@@ -28,10 +28,10 @@ from server.http import endpoints
 from server.hub import hub
 from server.queries import sending
 from server.queries.push import PushPost
-from server.queries.sending import Outgoing, Source
+from server.queries.sending import NotStored, Outgoing, Source
 from tests.test_held_rows import schedule
 from tests.test_send_waits import SECONDS, Stage
-from tests.world import Somebody, World, all_sent, http_client, message, refused, sent, until
+from tests.world import Somebody, World, all_sent, are_stored, http_client, message, refused, sent, until
 
 OTHERS = 40
 """Good messages in one statement with a bad one."""
@@ -154,7 +154,7 @@ async def test_bad_message_costs_the_others_no_further_statement(settings: Setti
             before, ends = stage.submit(*good[:5]), stage.submit(*bad)
             after = stage.submit(*good[5:])
             async with asyncio.timeout(SECONDS):
-                assert None not in await asyncio.gather(first, *before, *after), name
+                assert are_stored(await asyncio.gather(first, *before, *after)), name
                 stored = await asyncio.gather(*ends, return_exceptions=True)
             # Of two with one id the first one is stored, if it is allowed to be there.
             assert [one for one in stored if isinstance(one, sending.Stored)] == stored[: name.startswith("id twice")]
@@ -183,7 +183,7 @@ async def test_message_whose_id_is_taken_meanwhile_costs_the_others_one_statemen
                     await asyncio.sleep(0.01)
         async with asyncio.timeout(SECONDS):
             stored = await asyncio.gather(*waiting)
-        assert [place for place, one in enumerate(stored) if one is None] == [6]
+        assert [place for place, one in enumerate(stored) if one == NotStored("duplicate")] == [6]
         assert await stage.statements(good) == 1
 
 
@@ -211,12 +211,12 @@ async def test_slow_message_delays_its_own_conversation_alone(
             first = stage.submit(*stage.good(1))
             (stuck,), others = stage.submit(slow), stage.submit(*good)
             async with asyncio.timeout(SECONDS):
-                assert None not in await asyncio.gather(*first, *others)
+                assert are_stored(await asyncio.gather(*first, *others))
                 # Nor do those wait who come later.
-                assert None not in await asyncio.gather(*stage.submit(*stage.good(3)))
+                assert are_stored(await asyncio.gather(*stage.submit(*stage.good(3))))
             assert not stuck.done()
             await world.db.execute("SELECT pg_advisory_unlock(64)")
-            assert await asyncio.wait_for(stuck, SECONDS) is not None
+            assert are_stored([await asyncio.wait_for(stuck, SECONDS)])
 
 
 # The commit of a message takes long, as with a slow disk or a standby.
@@ -235,7 +235,7 @@ async def test_late_commit_is_not_taken_for_a_slow_statement(
         await world.db.execute(LATE)
         late, good = Outgoing(stage.charles.id, message(stage.own, "Late")), stage.good(OTHERS)
         async with asyncio.timeout(SECONDS):
-            assert None not in await asyncio.gather(*stage.submit(*stage.good(1), late, *good))
+            assert are_stored(await asyncio.gather(*stage.submit(*stage.good(1), late, *good)))
         assert await stage.statements([late, *good]) == 1
 
 
@@ -254,7 +254,7 @@ async def test_frozen_statement_fails_one_batch_and_its_connection_is_not_used_a
             async with asyncio.timeout(SECONDS):
                 with pytest.raises(TimeoutError):
                     await first
-                assert None not in await asyncio.gather(*others)
+                assert are_stored(await asyncio.gather(*others))
         finally:
             os.kill(pid, signal.SIGCONT)
         assert frozen not in pool._free
@@ -573,7 +573,7 @@ async def test_many_messages_of_one_user_go_before_one_of_another_by_two_stateme
                         while len(stage.sends._lanes) != 1 or in_lane(stage) < len(flood):
                             await asyncio.sleep(0)
                     await held.rollback()
-                assert None not in await asyncio.gather(bystander, *flooding)
+                assert are_stored(await asyncio.gather(bystander, *flooding))
                 (mine,) = await world.db.fetchval(VERSIONS, [last.message_id])
                 theirs = await world.db.fetchval(VERSIONS, [one.frame.message_id for one in flood])
                 # One statement was in flight; in the next one, they take turns.

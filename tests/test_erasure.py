@@ -28,7 +28,7 @@ from server.queries.sending import Outgoing
 from tests.test_credentials import administer
 from tests.test_lock_order import Quarrel
 from tests.test_may_send import waiting
-from tests.world import Somebody, World, http_client, message, sent
+from tests.world import Somebody, World, are_stored, http_client, message, sent
 
 ERASED = next(check for check in CHECKS if check.name == "erased users have no data left")
 
@@ -172,7 +172,7 @@ async def test_reply_during_an_erasure_leaves_nothing_of_theirs(settings: Settin
     await hold.start()
     async with asyncio.timeout(10), asyncio.TaskGroup() as tasks:
         if order == "the reply, then the erasure":
-            assert await sending.send(holder, [Outgoing(charles.id, reply)]) != [None]
+            assert are_stored(await sending.send(holder, [Outgoing(charles.id, reply)]))
             tasks.create_task(erase_ada())
             await waiting(world, 1)
         elif order == "the erasure's end, then the reply":

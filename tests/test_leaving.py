@@ -23,7 +23,7 @@ from server.domain.export import written
 from server.queries import erasure
 from server.queries.export import PAGE
 from server.queries.participants import ParticipantChange
-from tests.world import Somebody, World, http_client, refused, sent
+from tests.world import Somebody, World, http_client, message, refused, sent
 
 PASSWORD = "correct horse"
 ADA = {"name": "Ada Lovelace", "email": "ada.lovelace@example.org", "password": PASSWORD}
@@ -189,7 +189,7 @@ async def test_who_is_erased_leaves_their_words_and_nothing_else(world: World, a
     (face,) = (await other.call(client.GetUsers(user_ids=[me]), server.UserList)).users
     assert (face.name, face.display_name) == ("Deleted user", None)
     with refused(ErrorCode.FORBIDDEN, "conversation_id"):
-        await other.call(client.Send(conversation_id=direct, message_id=said, content="Where are you?"))
+        await other.call(message(direct, "Where are you?"))
     login = {"email": ADA["email"], "password": PASSWORD}
     assert (await ada.http.post("/v1/auth/login", json=login)).status_code == 401
     assert (await ada.http.post("/v1/auth/register", json=ADA)).status_code == 201

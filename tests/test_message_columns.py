@@ -15,6 +15,7 @@ from server.handlers import sending as handler
 from server.queries import export, sending
 from server.queries.sending import Outgoing
 
+SCHEMA = Path("schema.sql").read_text()
 SET_LATER = {
     "link_preview", "reactions", "reply_count", "is_pinned", "pinned_at", "pinned_by", "poll_voters", "poll_closed_at",
     "edited_at", "is_deleted", "deleted_at", "deleted_by", "system_message_type", "is_moderated", "moderation_reason",
@@ -25,6 +26,11 @@ DECODED = {"is_unreadable"}
 """Fields of `Message` without a column."""
 NOT_SHOWN = {"updated_at"}
 """Columns that a send fills and no client sees."""
+
+NOT_ON_THE_WIRE = NOT_SHOWN | {
+    "edited_by", "has_remains", "is_system_message", "model", "status", "token_count",
+}  # fmt: skip
+"""Columns of the table that are no fields of `Message`. docs/columns.md says what each is for."""
 
 NOT_EXPORTED = {
     "link_preview", "is_pinned", "pinned_at", "pinned_by", "poll_counts", "poll_voters", "poll_closed_at", "expires_at",
@@ -38,13 +44,21 @@ def fields() -> set[str]:
 
 
 def inserted() -> list[str]:
-    (names,) = re.findall(r"INSERT INTO message \((.+?)\)", sending.SEND, re.DOTALL)
+    function = SCHEMA[SCHEMA.index("CREATE FUNCTION send_messages(") :]
+    (names,) = re.findall(r"INSERT INTO message \((.+?)\)", function.partition("$$;")[0], re.DOTALL)
     return re.findall(r"\w+", names)
 
 
+def test_table_has_the_fields_of_message() -> None:
+    (body,) = re.findall(r"CREATE TABLE message \((.+?)\n\);", SCHEMA, re.DOTALL)
+    columns = set(re.findall(r"^    (\w+) [a-z]", body, re.MULTILINE))
+
+    assert columns - fields() == NOT_ON_THE_WIRE
+    assert fields() - columns == set()
+
+
 def test_message_json_has_the_fields_of_message() -> None:
-    schema = Path("schema.sql").read_text()
-    (body,) = re.findall(r"CREATE FUNCTION message_json\(m message\).+?\n    \);\n", schema, re.DOTALL)
+    (body,) = re.findall(r"CREATE FUNCTION message_json\(m message\).+?\n    \);\n", SCHEMA, re.DOTALL)
 
     assert set(re.findall(r"^        '(\w+)',", body, re.MULTILINE)) == fields()
 
@@ -67,7 +81,7 @@ def test_the_event_of_a_send_has_the_columns_that_the_send_fills() -> None:
 def test_send_reads_the_names_that_its_input_has() -> None:
     frame = Send(conversation_id=ConversationId(uuid7()), message_id=MessageId(uuid7()), content="")
     (row,) = json.loads(sending._encoded([Outgoing(UserId(uuid7()), frame)]))  # noqa: SLF001 - the list itself
-    (columns,) = re.findall(r"AS i \((.+?)\n    \)", sending.SEND, re.DOTALL)
+    (columns,) = re.findall(r"CREATE TYPE outgoing_message AS \((.+?)\n\)", SCHEMA, re.DOTALL)
 
     assert [column.split()[0] for column in columns.split(",")] == list(row)
 

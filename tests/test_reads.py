@@ -181,7 +181,7 @@ LIMITS = {
     "receipts.READ": 2,
     "receipts.MARK_UNREAD": 2,
     "scheduled.SENDER": 1,
-    "sending.EXISTING": 2,
+    "sending.EARLIER": 1,
     "threads.GET": 4,
     "threads.LIST": 9,
     "unread.BADGE": 4,

@@ -17,7 +17,7 @@ from server.processes.embedded.folder import installed
 from server.queries import sending
 from server.queries.sending import Outgoing
 from tests.conftest import Servers
-from tests.world import World, sent
+from tests.world import World, are_stored, sent
 
 UPDATED = """
 SELECT pg_stat_get_xact_tuples_updated('conversation'::regclass),
@@ -122,7 +122,7 @@ async def test_a_message_changes_no_index_of_its_conversation(world: World) -> N
     async with world.db.transaction():
         for number in range(10):
             frame = Send(conversation_id=channel, message_id=MessageId(uuid7()), content=str(number))
-            assert await sending.send(world.db, [Outgoing(ada.id, frame)]) != [None]
+            assert are_stored(await sending.send(world.db, [Outgoing(ada.id, frame)]))
         assert tuple(await world.db.fetchrow(UPDATED) or ()) == (10, 10)
 
 

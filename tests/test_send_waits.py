@@ -14,7 +14,7 @@ from server.ops.progress import Progress
 from server.ops.reindex import rebuild_search_index
 from server.queries import sending
 from server.queries.sending import Outgoing, Source
-from tests.world import World, message, refused, sent
+from tests.world import World, are_stored, message, refused, sent
 
 OTHERS = 40
 """Messages of somebody else that come with the one that waits."""
@@ -97,7 +97,7 @@ async def test_nobody_waits_for_a_row_of_another_message(settings: Settings, mon
                 others += [asyncio.ensure_future(sends.submit(Outgoing(stage.mary.id, one))) for one in frames[5:]]
                 done, late = await asyncio.wait(others, timeout=SECONDS)
                 assert not late, (table, row, len(late))
-                assert None not in {one.result() for one in done}
+                assert are_stored(one.result() for one in done)
                 if table != "conversation":
                     with pytest.raises(asyncpg.LockNotAvailableError):
                         await asyncio.wait_for(stuck, SECONDS)
@@ -107,7 +107,7 @@ async def test_nobody_waits_for_a_row_of_another_message(settings: Settings, mon
                 assert stuck.done() == (table != "conversation")
                 await held.rollback()
                 stored = await (stuck if table == "conversation" else sends.submit(out))
-                assert stored is not None, (table, row)
+                assert are_stored([stored]), (table, row)
 
 
 async def test_every_table_that_a_message_touches_is_in_the_table_of_rows(settings: Settings) -> None:
@@ -116,7 +116,7 @@ async def test_every_table_that_a_message_touches_is_in_the_table_of_rows(settin
         await stage.begin()
         out, _ = await stage.reply(is_followed=False)
         async with world.workers[0].app._database.transaction() as db:  # noqa: SLF001 - the rows that it locks
-            assert None not in await sending.send(db, [out])
+            assert are_stored(await sending.send(db, [out]))
             assert {row[0] for row in await db.fetch(LOCKED)} == set(HOLD)
 
 

@@ -24,7 +24,7 @@ from server.gateway.http_protocol import Http
 from server.gateway.sockets import Sockets
 from server.limits.token_bucket import Pace
 from server.queries import messages
-from server.queries.sending import Outgoing, Stored, weight
+from server.queries.sending import NotStored, Outgoing, Stored, weight
 from tests.test_unreadable_pages import filled, walks_of, whole_of
 from tests.world import Room, World, http_client, message, until
 
@@ -195,7 +195,7 @@ async def test_short_message_does_not_wait_for_long_ones_of_others(world: World,
     rooms = await world.channel(chatty), await world.channel(quiet)
     send_free, batches = App._send_free, list[int]()  # noqa: SLF001
 
-    async def wait(app: App, batch: list[Outgoing]) -> list[Stored | None | Held]:
+    async def wait(app: App, batch: list[Outgoing]) -> list[Stored | NotStored | Held]:
         batches.append(max(weight(out) for out in batch))
         if batches[-1] > SENT_AT_ONCE // HEAVY_SHARE:
             await held.wait()

@@ -5,7 +5,7 @@ import re
 import shutil
 import socket
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AsyncExitStack
 from datetime import timedelta
 from functools import cache
@@ -32,6 +32,7 @@ from server.http.openapi import BEFORE_ANY_PATH
 from server.jobs.scheduled import Scheduler
 from server.processes.worker import DrainingServer
 from server.queries import accounts, sessions
+from server.queries.sending import Stored
 
 ON_LOOPBACK = ("127.0.0.1", 0)
 
@@ -199,6 +200,11 @@ def message(conversation_id: ConversationId, content: str = "Hello", **fields: A
 async def sent(client: Client, conversation_id: ConversationId, content: str = "Hello", **fields: Any) -> MessageId:
     """Send a message and return its id."""
     return (await client.call(message(conversation_id, content, **fields), Sent)).message_id
+
+
+def are_stored(outcomes: Iterable[object]) -> bool:
+    """Whether `sending.send` has stored all of these messages."""
+    return all(isinstance(one, Stored) for one in outcomes)
 
 
 async def heard(client: Client, message_id: MessageId) -> Message:

@@ -56,7 +56,7 @@ from server.limits.per_address import Addresses
 from server.limits.shared_rate_limit import SharedRateLimit
 from server.limits.token_bucket import Pace, TokenBuckets
 from server.queries import push, sending
-from server.queries.sending import Outgoing, Stored
+from server.queries.sending import NotStored, Outgoing, Stored
 from server.routes import ROUTES
 
 SENDS_AT_ONCE = 64
@@ -129,7 +129,7 @@ class App:
         )
         self.load_shedding = LoadShedding()
         self.admission = Admission()
-        self._sends: Lanes[ConversationId, Outgoing, Stored | None] = Lanes(
+        self._sends: Lanes[ConversationId, Outgoing, Stored | NotStored] = Lanes(
             key=lambda out: out.frame.conversation_id,
             owner=lambda out: out.sender_id,
             run=self._send_free,
@@ -326,11 +326,11 @@ class App:
             await self._redis.nodes_manager.aclose()
         await self._database.close()
 
-    async def _send_free(self, batch: list[Outgoing]) -> list[Stored | Held | None]:
+    async def _send_free(self, batch: list[Outgoing]) -> list[Stored | NotStored | Held]:
         async with self._database.sending() as db:
             return await sending.send_free(db, batch)
 
-    async def _send(self, batch: list[Outgoing]) -> list[Stored | None]:
+    async def _send(self, batch: list[Outgoing]) -> list[Stored | NotStored]:
         async with self._database.connection() as db:
             return await sending.send(db, batch)
 

@@ -177,9 +177,9 @@ def _queries(tree: Any) -> Iterator[Any]:  # noqa: ANN401 - a node tree
 
 def _statements(source: str, tables: set[str]) -> Iterator[str]:
     """Yield the queries of a PL/pgSQL function that use one of these tables."""
-    source = re.sub(r"--.*|\bINTO \w+\b", "", source).replace("PERFORM", "SELECT")
+    source = re.sub(r"--.*|(?<!INSERT )\bINTO \w+(, \w+)*", "", source).replace("PERFORM", "SELECT")
     place = 0
-    while start := re.compile(r"\b(SELECT|INSERT|UPDATE|DELETE)\b").search(source, place):
+    while start := re.compile(r"\b(WITH|SELECT|INSERT|UPDATE|DELETE)\b").search(source, place):
         place, depth = start.start(), 0
         while depth >= 0 and source[place] != ";":
             depth += {"(": 1, ")": -1}.get(source[place], 0)

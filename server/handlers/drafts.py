@@ -130,17 +130,17 @@ async def _sent_before(db: Db, frame: client.Schedule, out: Outgoing, there: Sch
     old that the row of a cancelled message may be deleted.
     """
     if there is None:
-        first = await sending.existing(db, out)
-        if first.is_same and first.created_at is not None:
+        earlier = await sending.earlier(db, out)
+        if earlier is not None and earlier.is_same:
             return Scheduled(
                 message_id=frame.message_id,
                 conversation_id=frame.conversation_id,
                 words=convert(frame, Words, from_attributes=True, dec_hook=json_object.accept),
                 send_at=frame.send_at,
                 status="sent",
-                created_at=first.created_at,
+                created_at=earlier.created_at,
             )
-        if first.version is not None:
+        if earlier is not None:
             raise _too_late(None)
     is_new = there is None or (there.status == "waiting" and there.send_at != frame.send_at)
     if is_new and frame.send_at < now() - OLDEST:

@@ -5,7 +5,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from functools import partial
-from typing import Literal, TypeAlias
+from typing import TypeAlias
 
 from asyncpg import UniqueViolationError
 
@@ -21,7 +21,7 @@ from server.db.database import Db
 from server.domain.compose import outgoing, require_fair
 from server.domain.permissions import OBSTACLES, slow_mode
 from server.queries import messages, sending
-from server.queries.sending import Outgoing, Source, Stored
+from server.queries.sending import NotStored, Outgoing, Reason, Source, Stored
 
 MAX_RACES = 5
 """Max attempts of a send whose access or id is changed by concurrent frames."""
@@ -30,6 +30,23 @@ MAX_RACES = 5
 class SourceChanged(Exception):  # noqa: N818 - the caller reads the message again
     """The message to forward was edited, deleted or hidden after it was read, or its reader lost access."""
 
+
+def _forbidden(outcome: NotStored) -> Refused:
+    return Refused(ErrorCode.FORBIDDEN, OBSTACLES[outcome.reason], path="conversation_id")  # type: ignore[index]
+
+
+REFUSALS: dict[Reason, Callable[[NotStored], Exception]] = {
+    "no_access": lambda _: NotFound("conversation_id"),
+    "inactive": lambda _: NotActive(),
+    "archived": _forbidden,
+    "role": _forbidden,
+    "unwanted": _forbidden,
+    "missing_parent": lambda _: NotFound("parent_message_id"),
+    "missing_quoted": lambda _: NotFound("quoted_message_id"),
+    "source_changed": lambda _: SourceChanged(),
+    "slow": lambda outcome: slow_mode(outcome.wait_ms),
+}
+"""Errors for messages that no further attempt would store, by the reason."""
 
 Note: TypeAlias = Callable[[Db], Awaitable[None]]
 """A write in the transaction of a message. If it raises, the message is not stored."""
@@ -75,10 +92,9 @@ async def _source(context: Context, frame: client.Forward) -> Message | Sent:
         raise NotFound("message_id")
     said = found.message
     if said.is_deleted or said.is_moderated:
-        with _renamed(), suppress(SourceChanged):
-            answer = await _why_not(context, Outgoing(context.user_id, _as_send(frame, said), source=_origin(said)))
-            if isinstance(answer, Sent):
-                return answer
+        out = Outgoing(context.user_id, _as_send(frame, said), source=_origin(said))
+        if answer := await _answered(context, out):
+            return answer
         raise NotFound("message_id")
     if said.system_message_type is not None:
         raise Refused(
@@ -123,51 +139,89 @@ def _renamed() -> Iterator[None]:
 
 async def _store(context: Context, out: Outgoing, note: Note | None = None) -> Sent:
     frame = out.frame
-    is_slow = False
     for _ in range(MAX_RACES):
-        tried_at = datetime.now(UTC)
-        try:
-            if is_slow or note is not None:
-                stored = await _send_alone(context, out, note, is_slow=is_slow)
-            else:
-                stored = await context.services.sends.submit(out)
-        except UniqueViolationError:
-            stored = None
-        except BaseException as error:
-            if is_lost(error) or isinstance(error, CancelledError):
-                context.services.unconfirmed.add(frame.message_id, tried_at)
-            raise
-        if stored is not None:
-            # An earlier attempt with an unknown outcome did not store the message.
-            context.services.unconfirmed.settle(frame.message_id, stored.created_at)
-            message = _message(out, stored)
-            context.events.publish(
-                MessageSent(
-                    conversation_id=frame.conversation_id,
-                    version=stored.version,
-                    message=message,
-                    root_reply_count=stored.root_reply_count,
-                )
-            )
-            context.services.web_push.enqueue(message)
-            context.services.previews.enqueue(message)
-            return Sent(
-                conversation_id=frame.conversation_id,
-                message_id=frame.message_id,
-                version=stored.version,
-                created_at=stored.created_at,
-            )
-        answer = await _why_not(context, out)
-        if isinstance(answer, Sent):
-            if note is not None:
-                async with context.transaction() as db:
-                    await note(db)
-            return answer
-        is_slow = answer == "slow"
-        if out.made.loud_mentions:
-            # The sender may have lost the role that these mentions require.
+        outcome = await _outcome(context, out, note)
+        if isinstance(outcome, Stored):
+            return _published(context, out, outcome)
+        if outcome.reason == "duplicate":
+            return await _first_answer(context, out, note)
+        if outcome.reason == "loud":
             out = await outgoing(context, frame, out.source)
+        elif outcome.reason != "changed":
+            raise REFUSALS[outcome.reason](outcome)
     raise _changing()
+
+
+async def _outcome(context: Context, out: Outgoing, note: Note | None) -> Stored | NotStored:
+    """Store a message in the next batch, or with a note in a transaction of its own. Remember it if its outcome is in
+    doubt.
+    """
+    tried_at = datetime.now(UTC)
+    try:
+        if note is None:
+            return await context.services.sends.submit(out)
+        async with context.transaction() as db:
+            (outcome,) = await sending.send(db, [out])
+            if isinstance(outcome, Stored):
+                await note(db)
+    except UniqueViolationError:
+        return NotStored("changed")
+    except BaseException as error:
+        if is_lost(error) or isinstance(error, CancelledError):
+            context.services.unconfirmed.add(out.frame.message_id, tried_at)
+        raise
+    return outcome
+
+
+def _published(context: Context, out: Outgoing, stored: Stored) -> Sent:
+    """Publish a message that was stored now, and return its answer."""
+    frame = out.frame
+    # An earlier attempt whose outcome was in doubt had not stored it.
+    context.services.unconfirmed.settle(frame.message_id, stored.created_at)
+    message = _message(out, stored)
+    context.events.publish(
+        MessageSent(
+            conversation_id=frame.conversation_id,
+            version=stored.version,
+            message=message,
+            root_reply_count=stored.root_reply_count,
+        )
+    )
+    context.services.web_push.enqueue(message)
+    context.services.previews.enqueue(message)
+    return _sent(out, stored.version, stored.created_at)
+
+
+async def _first_answer(context: Context, out: Outgoing, note: Note | None) -> Sent:
+    """Return the answer to the same message when it was stored. Raises Refused if another message has its id."""
+    answer = await _answered(context, out)
+    if answer is None:
+        raise Refused(ErrorCode.CONFLICT, "Another message has this id. Make a new one.", path="message_id")
+    if note is not None:
+        async with context.transaction() as db:
+            await note(db)
+    return answer
+
+
+async def _answered(context: Context, out: Outgoing) -> Sent | None:
+    """Return the answer to a message that was stored before; None if it was not."""
+    async with context.database.connection() as db:
+        earlier = await sending.earlier(db, out)
+    if earlier is None or not earlier.is_same:
+        return None
+    if context.services.unconfirmed.settle(out.frame.message_id, earlier.created_at):
+        # The comparison of positions delivers the event; nothing else makes up for these.
+        message = _message(out, Stored(earlier.version, earlier.created_at, None, None, None, 0))
+        context.services.web_push.enqueue(message)
+        context.services.previews.enqueue(message)
+    return _sent(out, earlier.version, earlier.created_at)
+
+
+def _sent(out: Outgoing, version: int, created_at: datetime) -> Sent:
+    frame = out.frame
+    return Sent(
+        conversation_id=frame.conversation_id, message_id=frame.message_id, version=version, created_at=created_at
+    )
 
 
 def _changing() -> Refused:
@@ -199,58 +253,9 @@ def _message(out: Outgoing, stored: Stored) -> Message:
         quoted_message_id=frame.quoted_message_id,
         forwarded_from_id=out.source and out.source.message_id,
         forwarded_sender_id=out.source and out.source.sender_id,
-        poll_counts=None if out.options is None else [0] * out.options,
+        poll_counts=out.poll_counts,
         expires_at=stored.expires_at,
         sent_version=stored.version,
         version=stored.version,
         created_at=stored.created_at,
     )
-
-
-async def _send_alone(context: Context, out: Outgoing, note: Note | None, *, is_slow: bool) -> Stored | None:
-    """Store a message in a transaction of its own, in slow mode or with a note."""
-    stored: Stored | int | None
-    async with context.transaction() as db:
-        if is_slow:
-            stored = await sending.send_slowly(db, out)
-        else:
-            (stored,) = await sending.send(db, [out])
-        if isinstance(stored, Stored) and note is not None:
-            await note(db)
-    if isinstance(stored, int):
-        raise slow_mode(stored)
-    return stored
-
-
-async def _why_not(context: Context, out: Outgoing) -> Sent | Literal["slow"] | None:
-    """Return the first result if the message was stored before, "slow" if slow mode may apply, and None to retry.
-    Raises Refused if the sender may not send, or SourceChanged.
-    """
-    frame = out.frame
-    async with context.database.connection() as db:
-        there = await sending.existing(db, out)
-    if there.is_same and there.version is not None and there.created_at is not None:
-        if context.services.unconfirmed.settle(frame.message_id, there.created_at):
-            # The comparison of positions delivers the event, but nothing else enqueues these.
-            message = _message(out, Stored(there.version, there.created_at, None, None, None, 0))
-            context.services.web_push.enqueue(message)
-            context.services.previews.enqueue(message)
-        return Sent(
-            conversation_id=frame.conversation_id,
-            message_id=frame.message_id,
-            version=there.version,
-            created_at=there.created_at,
-        )
-    if there.obstacle == "access":
-        raise NotFound("conversation_id")
-    if there.obstacle == "inactive":
-        raise NotActive
-    if there.obstacle in OBSTACLES:
-        raise Refused(ErrorCode.FORBIDDEN, OBSTACLES[there.obstacle], path="conversation_id")
-    if there.version is not None:
-        raise Refused(ErrorCode.CONFLICT, "Another message has this id. Make a new id.", path="message_id")
-    if there.missing is not None:
-        raise NotFound(there.missing)
-    if there.is_source_changed:
-        raise SourceChanged
-    return "slow" if there.obstacle == "slow" else None

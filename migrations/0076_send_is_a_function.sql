@@ -1,0 +1,200 @@
+-- `send` is a function of plain statements, which answers each message with an outcome (docs/decisions/0073).
+-- A message on its way in: the fields of `_encoded` in server/queries/sending.py, by the same names (a test compares them).
+CREATE TYPE outgoing_message AS (
+    place integer, message_id uuid, conversation_id uuid, sender_id uuid, content text, content_type text,
+    payload jsonb, formatted_content text, mentions uuid[], loud_mentions text[], hashtags text[], metadata jsonb,
+    parent_message_id uuid, also_in_conversation boolean, quoted_message_id uuid, forwarded_from_id uuid,
+    forwarded_sender_id uuid, source_conversation_id uuid, source_edited_at timestamptz, poll_counts integer[]
+);
+
+-- What becomes of it. Replies to one thread in one batch are numbered from its newest one, by `from_last`.
+CREATE TYPE send_outcome AS (
+    outcome text, wait_ms integer, is_slow boolean, root_id uuid, from_last bigint, version bigint,
+    created_at timestamptz, expires_at timestamptz
+);
+
+-- Returns the message with an id, if it is in a conversation. The planner always finds it by the id: IS TRUE makes the
+-- conversation a check that no index serves, and OFFSET 0 keeps conditions of the caller out (docs/decisions/0008).
+CREATE FUNCTION message_in(conversation uuid, id uuid)
+    RETURNS TABLE (sent_version bigint, is_deleted boolean, root_id uuid) LANGUAGE sql STABLE
+    BEGIN ATOMIC
+        SELECT m.sent_version, m.is_deleted, coalesce(m.thread_root_id, m.id) FROM message m
+        WHERE m.id = message_in.id AND (m.conversation_id = conversation) IS TRUE OFFSET 0;
+    END;
+
+-- Returns what send_messages() asks about a sender, if they take part in a conversation. `obstacle` is that of
+-- obstacle(), which is only called where it may return one. OFFSET 0 has the planner go from the participant's row to
+-- the two others.
+CREATE FUNCTION sender_part(conversation uuid, sender uuid) RETURNS TABLE (
+    clock bigint, obstacle text, wait_ms integer, may_be_loud boolean, visible_after bigint, expires_after interval
+) LANGUAGE sql STABLE
+    BEGIN ATOMIC
+        SELECT c.version,
+            CASE WHEN c.type = 'direct' OR NOT u.is_active OR u.is_deleted OR NOT may_send(c, p.role, false)
+                THEN obstacle(c, p) END,
+            slow_mode_wait(c, p),
+            c.type <> 'direct' AND can(p.role, 'moderator', false),
+            visible_after(c, p),
+            CASE WHEN c.settings <> '{}' THEN make_interval(secs => (c.settings ->> 'expire_after_seconds')::float8) END
+        FROM conversation_participant p
+        JOIN conversation c ON c.id = p.conversation_id AND NOT c.is_deleted
+        JOIN "user" u ON u.id = p.user_id
+        WHERE p.conversation_id = conversation AND p.user_id = sender AND p.status = 'active'
+        OFFSET 0;
+    END;
+
+-- Stores messages of many users in many conversations, and returns what became of each (server/queries/sending.py has
+-- the list of outcomes). Each statement sees what was committed before it began, so the order of the steps is a contract:
+-- every step says what it needs, and what would break elsewhere.
+--
+-- `passes_held`: messages to a conversation that another transaction holds have the outcome `held`, instead of waiting.
+-- `patience`: the max time to wait for any row after the conversations, as a `lock_timeout`.
+CREATE FUNCTION send_messages(input json, passes_held boolean, patience text) RETURNS TABLE (
+    place integer, outcome text, wait_ms integer, version bigint, created_at timestamptz, expires_at timestamptz,
+    root_id uuid, reply_count integer, thread_order integer
+) LANGUAGE plpgsql SET search_path = pg_catalog, public, pg_temp AS $$
+#variable_conflict use_column
+DECLARE
+    items outgoing_message[];
+    words tsvector[];
+    asked uuid[];
+    locked uuid[];
+    taken uuid[];
+    judged send_outcome[];
+    has_replies boolean;
+    has_slow boolean;
+    root_ids uuid[];
+    reply_counts integer[];
+    thread_orders integer[];
+BEGIN
+    -- 1. Words. They take up to 6 ms, so under the lock everyone in the conversation would wait for them. They are made
+    --    for those who may send, and only their conversations are locked: others do not queue for the lock (0065).
+    SELECT array_agg(i), array_agg(
+            CASE WHEN p.clock IS NOT NULL AND (p.obstacle IS NULL OR (p.obstacle = 'slow' AND p.wait_ms = 0))
+                THEN search_words(i.conversation_id, i.content, i.payload, i.mentions, i.loud_mentions, i.hashtags) END
+        ), array_agg(i.message_id)
+    INTO items, words, taken
+    FROM json_populate_recordset(NULL::outgoing_message, input) i
+    LEFT JOIN LATERAL sender_part(i.conversation_id, i.sender_id) p ON true;
+    asked := ARRAY(SELECT i.conversation_id FROM unnest(words, items) i (words) WHERE i.words IS NOT NULL);
+
+    -- 2. Locks, in the order of the ids: two batches in another order would deadlock. Whoever changes a role, a setting
+    --    or a block holds the same lock, so what the next step reads stays true until the commit.
+    IF passes_held THEN
+        locked := ARRAY(
+            SELECT c.id FROM conversation c WHERE c.id = ANY(asked) ORDER BY c.id FOR NO KEY UPDATE SKIP LOCKED
+        );
+    ELSE
+        locked := ARRAY(SELECT c.id FROM conversation c WHERE c.id = ANY(asked) ORDER BY c.id FOR NO KEY UPDATE);
+    END IF;
+    -- From here on somebody waits for this transaction. Rows that come after may be held by users who do not hold the
+    -- conversation: followers, authors, an id that is not committed (0062).
+    patience := set_config('lock_timeout', patience, true);
+
+    -- 3. The outcome of each, and its number. After the lock: before it, a message would pass that was sent by a user
+    --    who was removed meanwhile, or as a reply to a deleted one, and two messages would get one number.
+    taken := ARRAY(SELECT m.id FROM message m WHERE m.id = ANY(taken));
+    SELECT array_agg(ROW(j.outcome, j.wait_ms, j.is_slow, j.root_id, j.from_last, j.version, j.created_at,
+            j.created_at + j.expires_after)::send_outcome ORDER BY j.place),
+        bool_or(j.outcome = 'stored' AND j.root_id IS NOT NULL), bool_or(j.outcome = 'stored' AND j.is_slow)
+    INTO judged, has_replies, has_slow
+    FROM (
+        SELECT k.*, clock_timestamp() AS created_at,
+            k.clock + row_number() OVER (PARTITION BY k.conversation_id, k.outcome ORDER BY k.place) AS version,
+            row_number() OVER (PARTITION BY k.root_id, k.outcome ORDER BY k.place DESC) AS from_last
+        FROM (
+            SELECT i.place, i.conversation_id, p.clock, p.wait_ms, p.obstacle = 'slow' AS is_slow, p.expires_after,
+                parent.root_id,
+                CASE
+                    WHEN i.message_id = ANY(taken) THEN 'duplicate'
+                    WHEN p.clock IS NULL THEN 'no_access'
+                    WHEN p.obstacle <> 'slow' THEN p.obstacle
+                    WHEN i.loud_mentions <> '{}' AND NOT p.may_be_loud THEN 'loud'
+                    WHEN i.parent_message_id IS NOT NULL AND parent.root_id IS NULL THEN 'missing_parent'
+                    WHEN i.quoted_message_id IS NOT NULL AND quoted.root_id IS NULL THEN 'missing_quoted'
+                    WHEN i.forwarded_from_id IS NOT NULL AND NOT may_forward_now(i.sender_id, i.forwarded_from_id,
+                        i.source_conversation_id, i.source_edited_at) THEN 'source_changed'
+                    WHEN p.wait_ms > 0 THEN 'slow'
+                    WHEN i.words IS NULL OR (p.obstacle = 'slow' AND EXISTS (
+                        SELECT FROM unnest(items) o
+                        WHERE o.conversation_id = i.conversation_id AND o.sender_id = i.sender_id AND o.place < i.place
+                    )) THEN 'changed'
+                    WHEN i.conversation_id <> ALL(locked) THEN 'held'
+                    ELSE 'stored'
+                END AS outcome
+            FROM unnest(words, items) i (words)
+            LEFT JOIN LATERAL sender_part(i.conversation_id, i.sender_id) p ON true
+            LEFT JOIN LATERAL message_in(i.conversation_id, i.parent_message_id) parent
+                ON NOT parent.is_deleted AND parent.sent_version > p.visible_after
+            LEFT JOIN LATERAL message_in(i.conversation_id, i.quoted_message_id) quoted
+                ON NOT quoted.is_deleted AND quoted.sent_version > p.visible_after
+        ) k
+    ) j;
+
+    -- 4. The conversations' clocks, once each: an update for each message would leave as many dead rows.
+    UPDATE conversation c SET version = f.version, message_count = c.message_count + f.messages,
+        last_message_at = f.created_at, last_activity_at = f.created_at
+    FROM (
+        SELECT s.conversation_id, max(s.version) AS version, count(*) AS messages, max(s.created_at) AS created_at
+        FROM unnest(items, judged) s WHERE s.outcome = 'stored' GROUP BY s.conversation_id
+    ) f
+    WHERE c.id = f.conversation_id AND c.id = ANY(locked);
+    IF has_slow THEN
+        UPDATE conversation_participant p SET last_sent_at = s.created_at FROM unnest(items, judged) s
+        WHERE s.outcome = 'stored' AND s.is_slow AND p.conversation_id = s.conversation_id AND p.user_id = s.sender_id;
+    END IF;
+
+    -- 5. Threads. Before the messages: a reply has its place in the thread from the root. The author of the root and
+    --    those who replied follow it.
+    IF has_replies THEN
+        WITH roots AS (
+            UPDATE message m SET reply_count = m.reply_count + f.replies, thread_order = m.thread_order + f.replies,
+                version = f.version
+            FROM (
+                SELECT s.root_id, max(s.version) AS version, count(*) AS replies
+                FROM unnest(judged) s WHERE s.outcome = 'stored' GROUP BY s.root_id
+            ) f
+            WHERE m.id = f.root_id
+            RETURNING m.id, m.conversation_id, m.sender_id, m.reply_count, m.thread_order
+        ), followed AS (
+            INSERT INTO thread_follow AS t (root_id, user_id, conversation_id, has_replied, last_read_order)
+            SELECT f.root_id, f.user_id, f.conversation_id, bool_or(f.has_replied), max(f.thread_order) FROM (
+                SELECT r.id AS root_id, s.sender_id AS user_id, r.conversation_id, true AS has_replied,
+                    (r.thread_order - s.from_last + 1)::integer AS thread_order
+                FROM unnest(items, judged) s JOIN roots r ON r.id = s.root_id WHERE s.outcome = 'stored'
+                UNION ALL
+                SELECT r.id, r.sender_id, r.conversation_id, false, 0 FROM roots r WHERE is_unerased_now(r.sender_id)
+            ) f
+            GROUP BY f.root_id, f.user_id, f.conversation_id
+            ON CONFLICT (root_id, user_id) DO UPDATE SET has_replied = t.has_replied OR excluded.has_replied,
+                last_read_order = greatest(t.last_read_order, excluded.last_read_order)
+        )
+        SELECT array_agg(r.id), array_agg(r.reply_count), array_agg(r.thread_order)
+        INTO root_ids, reply_counts, thread_orders FROM roots r;
+    END IF;
+
+    -- 6. The messages, and the words by which they are found.
+    INSERT INTO message (id, conversation_id, sender_id, content, content_type, payload, formatted_content, mentions,
+        loud_mentions, hashtags, metadata, parent_message_id, thread_root_id, thread_order, also_in_conversation,
+        quoted_message_id, forwarded_from_id, forwarded_sender_id, poll_counts, expires_at, sent_version, version,
+        created_at, updated_at)
+    SELECT s.message_id, s.conversation_id, s.sender_id, s.content, s.content_type, s.payload, s.formatted_content,
+        s.mentions, s.loud_mentions, s.hashtags, s.metadata, s.parent_message_id, s.root_id,
+        coalesce(r.thread_order - s.from_last + 1, 0), s.also_in_conversation, s.quoted_message_id,
+        s.forwarded_from_id, s.forwarded_sender_id, s.poll_counts, s.expires_at, s.version, s.version, s.created_at,
+        s.created_at
+    FROM unnest(items, judged) s
+    LEFT JOIN unnest(root_ids, thread_orders) r (id, thread_order) ON r.id = s.root_id
+    WHERE s.outcome = 'stored';
+    INSERT INTO message_search (message_id, conversation_id, created_at, words)
+    SELECT s.message_id, s.conversation_id, s.created_at, s.words FROM unnest(words, items, judged) s (words)
+    WHERE s.outcome = 'stored';
+
+    RETURN QUERY SELECT s.place, s.outcome, s.wait_ms, s.version, s.created_at, s.expires_at, s.root_id, r.reply_count,
+        coalesce(r.thread_order - s.from_last + 1, 0)::integer
+    FROM unnest(items, judged) s
+    LEFT JOIN unnest(root_ids, reply_counts, thread_orders) r (id, reply_count, thread_order) ON r.id = s.root_id;
+END
+$$;
+REVOKE EXECUTE ON FUNCTION message_in(uuid, uuid), sender_part(uuid, uuid), send_messages(json, boolean, text)
+    FROM PUBLIC;
