@@ -471,10 +471,13 @@ async def test_a_group_of_strangers_takes_as_many_statements_as_one_of_friends(
     monkeypatch.setattr(asyncpg.Connection, "_execute", counted)
     took = []
     for one in (friend, stranger):
-        asked = 0
-        made = await conversations.create_group(context, group_of(one))
-        assert (made.added, made.invited) == (([one.id], []) if one is friend else ([], [one.id]))
-        took.append(asked)
+        counts = []
+        for _ in range(3):  # a connection that has to be opened for one of them takes statements, too
+            asked = 0
+            made = await conversations.create_group(context, group_of(one))
+            assert (made.added, made.invited) == (([one.id], []) if one is friend else ([], [one.id]))
+            counts.append(asked)
+        took.append(min(counts))
     assert took[0] == took[1] > 0
 
 
