@@ -82,7 +82,7 @@ class Connection:
 
     __slots__ = (
         "_deps", "_entering", "_frames", "_gone", "_has_place", "_has_to_refresh", "_inbox", "_inbox_bytes",
-        "_is_closed", "_is_resuming", "_last", "_look", "_place", "_said", "_strikes", "_todo", "_whole", "_worker",
+        "_is_closed", "_is_resuming", "_last", "_look", "_said", "_slot", "_strikes", "_todo", "_whole", "_worker",
         "attached", "closed_with", "context", "expires_at", "session_id", "socket", "user_id", "user_version",
         "watched", "write",
     )  # fmt: skip
@@ -94,14 +94,14 @@ class Connection:
         *,
         expires_at: datetime,
         user_version: int,
-        place: Slot,
+        slot: Slot,
         gone: Callable[[], None],
     ) -> None:
-        """`expires_at` and `user_version` are the session's. `place` is the connection's slot in admission. `gone` is
+        """`expires_at` and `user_version` are the session's. `slot` is the connection's slot in admission. `gone` is
         called when the connection has ended. `begin` sets `context`, because the two refer to each other.
         """
         self._gone = gone
-        self._place: Slot | None = place
+        self._slot: Slot | None = slot
         self.socket = socket
         self.write: Callable[[bytes], None] = socket.transport.write
         self.expires_at = expires_at
@@ -238,8 +238,8 @@ class Connection:
 
     async def drained(self) -> None:
         """Wait until the client has received most of what was sent, so that the caller may produce more."""
-        if self._place is not None and self.socket.is_behind:
-            self._place.end()
+        if self._slot is not None and self.socket.is_behind:
+            self._slot.end()
         await self.socket.drained()
 
     def attach(self, conversation_id: ConversationId, version: int) -> bool:
@@ -302,8 +302,8 @@ class Connection:
 
     async def _answer(self, data: bytes | None) -> None:
         answer: Reply | Error
-        if self._place is not None:
-            self._place.again()
+        if self._slot is not None:
+            self._slot.again()
         is_flood = is_abuse = False
         self._said = 0
         if data is None:
@@ -355,8 +355,8 @@ class Connection:
             if not self._is_resuming:
                 await deps.hooks.start(self.context)
                 self._is_in()
-            elif self._place is not None and not self._inbox:
-                self._place.end()  # the connection waits for its client, so it needs no slot
+            elif self._slot is not None and not self._inbox:
+                self._slot.end()  # the connection waits for its client, so it needs no slot
         except Exception as error:
             if refusal(error) is None:
                 raise
@@ -376,9 +376,9 @@ class Connection:
             asyncio.get_running_loop().call_later(REFRESH_RETRY_SECONDS, again)
 
     def _is_in(self) -> None:
-        if self._place is not None:
-            self._place.end()
-            self._place = None
+        if self._slot is not None:
+            self._slot.end()
+            self._slot = None
         if self._entering is not None:
             self._entering.cancel()
             self._entering = None

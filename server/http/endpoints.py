@@ -172,11 +172,11 @@ class Endpoints:
             raise
         if admitted is None and (admitted := await self._introduced(handshake)) is None:
             return None
-        active, place = admitted
+        active, slot = admitted
         socket: WebSocket = handshake.scope["extensions"][EXTENSION]
         if self._deps.is_draining.is_set():
             # The worker began to drain during the handshake. `drain` has already collected its connections.
-            place.end()
+            slot.end()
             socket.close(CloseCode.GOING_AWAY)
             return None
         connection = Connection(
@@ -184,7 +184,7 @@ class Endpoints:
             self._deps.connection_deps,
             expires_at=active.expires_at,
             user_version=active.user_version,
-            place=place,
+            slot=slot,
             gone=disconnect,
         )
         context = Context(
@@ -258,16 +258,16 @@ class Endpoints:
         """Return the session of a token and the connection's slot in admission. The slot is taken only now, so that
         silent connections do not hold slots.
         """
-        place = self._deps.admission.begin(address)
+        slot = self._deps.admission.begin(address)
 
         def require(user_id: UserId) -> None:
             self._deps.connects.require(user_id)
-            place.require(user_id)
+            slot.require(user_id)
 
         try:
-            return await self._deps.sessions.admit(token, require), place
+            return await self._deps.sessions.admit(token, require), slot
         except BaseException:
-            place.end()
+            slot.end()
             raise
 
     async def _introduced(self, handshake: Handshake) -> tuple[Active, Slot] | None:

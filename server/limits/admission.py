@@ -45,37 +45,37 @@ class Admission:
         """Return a slot for a new connection. Raises Refused, with a time to retry, if too many connections hold a
         slot, in total or from this address.
         """
-        place = Slot(self, address)
-        if not self.take(place):
+        slot = Slot(self, address)
+        if not self.take(slot):
             raise self._later(address)
-        return place
+        return slot
 
-    def require(self, place: "Slot", user_id: UserId) -> None:
+    def require(self, slot: "Slot", user_id: UserId) -> None:
         """Count a slot for a user, too. Raises Refused, as `begin` does, if too many connections of the user hold a
         slot.
         """
         if not self._users.take(user_id):
             raise self._later(user_id)
-        place.user_id = user_id
+        slot.user_id = user_id
 
-    def take(self, place: "Slot") -> bool:
+    def take(self, slot: "Slot") -> bool:
         """Take a slot. Return False if the share of its client has none left."""
-        if not self._addresses.take(place.address):
+        if not self._addresses.take(slot.address):
             return False
-        if place.user_id is not None and not self._users.take(place.user_id):
-            self._addresses.give(place.address)
+        if slot.user_id is not None and not self._users.take(slot.user_id):
+            self._addresses.give(slot.address)
             return False
         if self._addresses.taken == 1:
             self._since, self._given = self._clock(), 0  # occasional connections do not show the rate
-        place.is_held = True
+        slot.is_held = True
         return True
 
-    def give(self, place: "Slot") -> None:
+    def give(self, slot: "Slot") -> None:
         """Release a slot."""
-        place.is_held = False
-        self._addresses.give(place.address)
-        if place.user_id is not None:
-            self._users.give(place.user_id)
+        slot.is_held = False
+        self._addresses.give(slot.address)
+        if slot.user_id is not None:
+            self._users.give(slot.user_id)
         self._given += 1
         elapsed = self._clock() - self._since
         if elapsed >= WINDOW_SECONDS:
