@@ -176,14 +176,14 @@ async def test_one_retry_after_the_time_told_is_not_refused_whatever_the_frame_c
     await asker.call(said)
     there = {"conversation_id": said.conversation_id, "message_id": said.message_id}
     costly = COSTLY | {"forward": msgspec.structs.replace(COSTLY["forward"], **there)}
-    allowances = world.workers[0].app._allowances  # noqa: SLF001
+    rate_limits = world.workers[0].app._rate_limits  # noqa: SLF001
     for rate, (name, frame), left in product((100.0, 5.0, 1.0), costly.items(), (0, 1)):
         clock = Clock()
-        allowance = allowances[ROUTES[type(frame)].rate]
+        rate_limit = rate_limits[ROUTES[type(frame)].rate]
         # In its place: the handlers have it, too.
-        vars(allowance).update(vars(SharedRateLimit("write", rate, None, clock=clock)))
+        vars(rate_limit).update(vars(SharedRateLimit("write", rate, None, clock=clock)))
         for _ in range(round(4 * rate) - left):
-            allowance.require(ada.id)
+            rate_limit.require(ada.id)
         refused = await asker.ask(frame)
         assert isinstance(refused, Error), (name, rate, left)
         assert refused.code is ErrorCode.RATE_LIMITED
@@ -197,10 +197,10 @@ async def test_many_short_messages_at_once_are_told_to_come_back_one_token_apart
     """And one with mentions, whose content is not looked into, as many tokens later as it may take."""
     asker = await world.connect(await world.user("Ada"))
     about = await world.channel(asker)
-    allowance = world.workers[0].app._allowances[Rate.WRITE]  # noqa: SLF001
-    vars(allowance).update(vars(SharedRateLimit("write", 1.0, None, clock=Clock())))
+    rate_limit = world.workers[0].app._rate_limits[Rate.WRITE]  # noqa: SLF001
+    vars(rate_limit).update(vars(SharedRateLimit("write", 1.0, None, clock=Clock())))
     for _ in range(4):
-        allowance.require(asker.ready.user.id)
+        rate_limit.require(asker.ready.user.id)
     frames = [message(about) for _ in range(5)] + [message(about, "@" * MAX_MENTIONS)]
     told = [(await asker.ask(frame)).retry_after_ms for frame in frames]  # type: ignore[union-attr]
     assert told == [1_001, 2_000, 3_000, 4_000, 5_000, 8_000]  # the last one is all that the bucket holds

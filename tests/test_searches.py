@@ -225,7 +225,7 @@ async def test_a_user_whose_searches_are_slow_waits_between_them(settings: Setti
         app = world.workers[0].app
         ada, charles, dora = await world.users("Ada", "Charles", "Dora")
         one, other, third = [await world.connect(who) for who in (ada, charles, dora)]
-        app._allowances[Rate.SEARCH] = SharedRateLimit("search", 2.0, None, clock=lambda: 1)  # noqa: SLF001
+        app._rate_limits[Rate.SEARCH] = SharedRateLimit("search", 2.0, None, clock=lambda: 1)  # noqa: SLF001
         for asker, seconds, answered in ((one, 0.0, 8), (other, 1.0, 1)):
             app._database._state.searches._clock = count(0.0, seconds).__next__  # noqa: SLF001
             answers = [await asker.ask(client.Search(text="engine")) for _ in range(9)]

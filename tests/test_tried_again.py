@@ -66,7 +66,7 @@ async def test_frame_whose_first_attempt_is_ended_is_done_and_told_once(
         await quarrel.begin()
         here = world.workers[0].app
         told = Told(here.hub, monkeypatch)
-        dispatch = Dispatch(ROUTES, here._allowances, metrics=here.metrics, load_shedding=here.load_shedding)  # noqa: SLF001
+        dispatch = Dispatch(ROUTES, here._rate_limits, metrics=here.metrics, load_shedding=here.load_shedding)  # noqa: SLF001
         context = Context(
             services=here._services,  # noqa: SLF001
             user=User(id=quarrel.ada, name="Ada"),

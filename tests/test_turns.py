@@ -140,7 +140,7 @@ async def test_every_route_of_a_user_takes_from_an_allowance(world: World) -> No
     (other,) = await begun(world, ada.id, 1)
     session_id = await world.db.fetchval("SELECT id FROM session WHERE user_id = $1 AND id <> $2", ada.id, other)
     before = await world.db.fetch("SELECT * FROM session ORDER BY id")
-    reads: Deadlines[Any, int] = app._allowances[Rate.READ]._bucket._full_at  # noqa: SLF001
+    reads: Deadlines[Any, int] = app._rate_limits[Rate.READ]._bucket._full_at  # noqa: SLF001
     requests: Deadlines[Any, int] = app.accounts._requests._full_at  # noqa: SLF001
     async with http_client(world.url) as http:
         for full_at, key, name, routes in (
@@ -171,8 +171,8 @@ async def test_a_flood_of_a_users_frames_refuses_none_of_their_account_requests(
         turns._patience = 0.01  # noqa: SLF001
         for _ in range(turns._most):  # noqa: SLF001
             await turns.take(ada)
-        for allowance in app._allowances.values():  # noqa: SLF001
-            allowance._bucket._full_at.put(ada, 2**62, 0)  # noqa: SLF001
+        for rate_limit in app._rate_limits.values():  # noqa: SLF001
+            rate_limit._bucket._full_at.put(ada, 2**62, 0)  # noqa: SLF001
         for route in reversed(IN_TURN):
             welcome = await http.post("/v1/auth/login", json=account)
             answer = welcome if welcome.is_error else await ask(http, welcome.json()["token"], route, uuid7())

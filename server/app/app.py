@@ -157,7 +157,7 @@ class App:
             Rate.SEARCH: settings.search_rate,
         }
         others = None if isinstance(self.hub.bus, Alone) else self._redis
-        self._allowances = {
+        self._rate_limits = {
             one: SharedRateLimit(one.value, rate, others, installation=installation) for one, rate in rates.items()
         }
         services = Services(
@@ -169,7 +169,7 @@ class App:
             unconfirmed=Unconfirmed(),
             web_push=self.web_push,
             previews=self.previews,
-            writes=self._allowances[Rate.WRITE],
+            writes=self._rate_limits[Rate.WRITE],
             new_endpoints=TokenBuckets("new push endpoints", ENDPOINT_RATE, burst=ENDPOINT_BURST),
             push_key=self.web_push.public_key,
             anyone_adds=settings.add_people == "anyone",
@@ -186,7 +186,7 @@ class App:
             web_push=self.web_push,
             metrics=metrics,
         )
-        dispatch = Dispatch(ROUTES, self._allowances, metrics=metrics, load_shedding=self.load_shedding)
+        dispatch = Dispatch(ROUTES, self._rate_limits, metrics=metrics, load_shedding=self.load_shedding)
         self.searching = dispatch.searching
         connection_deps = ConnectionDeps(
             epoch=self.epoch.id,
@@ -213,7 +213,7 @@ class App:
                 per_account=settings.login_attempts,
                 per_address=settings.login_attempts_per_address,
             ),
-            reads=self._allowances[Rate.READ],
+            reads=self._rate_limits[Rate.READ],
             origins=settings.allowed_origins,
             is_open=settings.registration == "open",
         )
@@ -314,8 +314,8 @@ class App:
         await self.background.close()
         await end(self._tasks)
         await self.scheduler.close()
-        for allowance in self._allowances.values():
-            await allowance.close()
+        for rate_limit in self._rate_limits.values():
+            await rate_limit.close()
         await self.presence.close(is_epoch_over=self.epoch.over.is_set())
         await self.hub.close()
         await self.web_push.close()

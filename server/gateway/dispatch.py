@@ -100,7 +100,7 @@ class Dispatch:
     def __init__(
         self,
         routes: Mapping[type[Frame], Route],
-        allowances: Mapping[Rate, SharedRateLimit],
+        rate_limits: Mapping[Rate, SharedRateLimit],
         *,
         metrics: Metrics,
         load_shedding: LoadShedding,
@@ -108,7 +108,7 @@ class Dispatch:
         self._routes = routes
         self._metrics = metrics
         self._load_shedding = load_shedding
-        self._allowances = allowances
+        self._rate_limits = rate_limits
         self._rates = {str(frame.__struct_config__.tag): route.rate for frame, route in routes.items()}
         self._reading: Turns[UserId] = Turns(1, patience=READ_SECONDS)
         self.searching: set[UserId] = set()
@@ -127,7 +127,7 @@ class Dispatch:
             if route is None:
                 raise _already_authenticated(frame)
             if (more := further(frame)) > 0:
-                self._allowances[route.rate].require(context.user_id, more, taken=taken)
+                self._rate_limits[route.rate].require(context.user_id, more, taken=taken)
             if route.shed is not None:
                 self._load_shedding.require(route.shed)
             if route.rate is Rate.SEARCH:
@@ -162,7 +162,7 @@ class Dispatch:
                 retry_after_ms=SEARCHING_MS,
             )
         count = 1 + len(data) // TOKEN_BYTES
-        self._allowances[rate].require(user_id, count, to_come=most_further(named, data))
+        self._rate_limits[rate].require(user_id, count, to_come=most_further(named, data))
         return count
 
     def _in_turn(self, user_id: UserId, data: bytes, frame: Frame | None, refused: Refused, wait_ms: int) -> Refused:
@@ -170,13 +170,13 @@ class Dispatch:
         named = kind(data) or ""
         more = most_further(named, data) if frame is None else further(frame)
         tokens = 1 + len(data) // TOKEN_BYTES + more
-        wait_ms = self._allowances[self._rates.get(named, Rate.READ)].retry_after(user_id, wait_ms, tokens)
+        wait_ms = self._rate_limits[self._rates.get(named, Rate.READ)].retry_after(user_id, wait_ms, tokens)
         return Refused(refused.code, refused.message, path=refused.path, retry_after_ms=wait_ms)
 
     def answered(self, user_id: UserId, data: bytes, size: int) -> None:
         """Take tokens for the reply to an encoded frame, by the size of the reply."""
         if (more := size // ANSWER_TOKEN_BYTES) > 0:
-            self._allowances[self._rates.get(kind(data) or "", Rate.READ)].charge(user_id, more)
+            self._rate_limits[self._rates.get(kind(data) or "", Rate.READ)].charge(user_id, more)
 
     async def _handle(self, route: Route, context: Context, frame: Frame) -> Result:
         """Run the handler of a frame. Retry it once if PostgreSQL ended its transaction to break a deadlock."""
@@ -206,9 +206,9 @@ class Dispatch:
             return await self._handle(route, context, frame)
         finally:
             self.searching.discard(context.user_id)
-            allowance = self._allowances[Rate.SEARCH]
-            if (more := int(HELD.get() * SEARCH_REST * allowance.rate)) > 0:
-                allowance.charge(context.user_id, more)
+            rate_limit = self._rate_limits[Rate.SEARCH]
+            if (more := int(HELD.get() * SEARCH_REST * rate_limit.rate)) > 0:
+                rate_limit.charge(context.user_id, more)
 
 
 def error_frame(refused: Refused, *, re: int | str | None = None) -> Error:
