@@ -31,7 +31,7 @@ from server.processes.embedded.folder import DataFolder, installed
 from server.processes.embedded.postgres import Postgres
 from server.processes.embedded.reach import named
 from server.processes.embedded.valkey import Valkey
-from server.processes.worker_spec import DRAIN_SECONDS, READY, Orders
+from server.processes.worker_spec import DRAIN_SECONDS, READY, WorkerSpec
 
 WATCH_SECONDS = 0.2
 """Interval at which processes are checked, in seconds."""
@@ -54,7 +54,7 @@ class Worker:
     def __init__(
         self, settings: Settings, number: int, listener: socket.socket, folder: Path, *, is_alone: bool = False
     ) -> None:
-        self._orders = Orders(settings, number, listener.fileno(), str(folder), is_alone)
+        self._spec = WorkerSpec(settings, number, listener.fileno(), str(folder), is_alone)
         self.listener = listener
         self.number = number
         self.started_at = 0.0
@@ -83,7 +83,7 @@ class Worker:
             process_group=0,
         )
         assert process.stdin is not None  # noqa: S101 - requested above
-        process.stdin.write(msgspec.json.encode(self._orders) + b"\n")
+        process.stdin.write(msgspec.json.encode(self._spec) + b"\n")
         process.stdin.flush()
 
     def wait_ready(self) -> None:

@@ -27,7 +27,7 @@ from server.db.epoch import OVER
 from server.gateway.http_protocol import Http
 from server.gateway.sockets import raise_descriptor_limit
 from server.gateway.websocket import WebSocket
-from server.processes.worker_spec import DRAIN_SECONDS, READY, Orders
+from server.processes.worker_spec import DRAIN_SECONDS, READY, WorkerSpec
 
 GC_THRESHOLDS = (2_500, 200, 20)
 """Thresholds of the garbage collector: new objects per collection, and young collections per collection of older
@@ -119,11 +119,11 @@ class DrainingServer(uvicorn.Server):
         await super().shutdown(sockets)
 
 
-async def serve(orders: Orders) -> None:
+async def serve(spec: WorkerSpec) -> None:
     """Run until told to stop. Raises Fatal if a server cannot be reached, and at the end of the database's epoch. The
     supervisor then starts another worker.
     """
-    app = await App.open(orders.settings, Path(orders.folder), orders.number, is_alone=orders.is_alone)
+    app = await App.open(spec.settings, Path(spec.folder), spec.number, is_alone=spec.is_alone)
     server = DrainingServer(app)
 
     loop = asyncio.get_running_loop()
@@ -135,7 +135,7 @@ async def serve(orders: Orders) -> None:
     gc.freeze()
     gc.set_threshold(*GC_THRESHOLDS)
     try:
-        await server.serve(sockets=[socket.socket(fileno=orders.listener)])
+        await server.serve(sockets=[socket.socket(fileno=spec.listener)])
     finally:
         await app.close()
     if app.epoch.over.is_set():
@@ -150,12 +150,12 @@ def _orphaned(server: DrainingServer) -> None:
 
 def main() -> None:
     """Run a worker with the parameters on standard input."""
-    orders = msgspec.json.decode(sys.stdin.buffer.readline(), type=Orders)
-    log.configure(f"worker {orders.number}")
+    spec = msgspec.json.decode(sys.stdin.buffer.readline(), type=WorkerSpec)
+    log.configure(f"worker {spec.number}")
     raise_descriptor_limit()
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(serve(orders))
+            runner.run(serve(spec))
     except Fatal as error:
         sys.stdout.write(f"{error}\n")
         sys.exit(1)

@@ -10,7 +10,7 @@ DRAIN_SECONDS = 15
 """Max time for a worker to finish frames in progress, in seconds."""
 
 
-class Orders(msgspec.Struct, frozen=True):
+class WorkerSpec(msgspec.Struct, frozen=True):
     """The parameters of a worker: its settings, its number, the listening socket, the folder that workers share, and
     whether it is the only one.
     """
