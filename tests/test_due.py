@@ -84,32 +84,32 @@ def test_sender_displaces_their_own_messages_and_a_full_table_those_of_who_has_m
     assert (len(desk.due), desk.drops.counts) == (11, {"messages_full": 1})
     elsewhere = [desk.say(place(), user()) for _ in range(4)]
     assert (len(desk.due), desk.drops.counts) == (12, {"messages_full": 4})
-    looks = desk.begin()
-    assert looks[0] == PushPage(here, FIRST, (*hers, *theirs[-5:])), "of one sender the newest, of others all"
-    assert [one.message_ids for one in looks[1:]] == [tuple(one) for one in elsewhere]
+    pages = desk.begin()
+    assert pages[0] == PushPage(here, FIRST, (*hers, *theirs[-5:])), "of one sender the newest, of others all"
+    assert [one.message_ids for one in pages[1:]] == [tuple(one) for one in elsewhere]
     assert desk.drops.counts == {"messages_full": 4, "replaced": 2}
 
 
 def test_page_that_fails_is_asked_for_again_alone_and_dropped_in_the_end(desk: Desk) -> None:
     for _ in range(3):
         desk.say(place(), user(), 2)
-    looks = desk.begin()
-    assert len(looks) == 3
-    for one in looks:
+    pages = desk.begin()
+    assert len(pages) == 3
+    for one in pages:
         desk.due.failed(one)
     assert (desk.begin(), desk.due.further()) == ([], None)
     for number in range(push_due.MAX_TRIES):
         desk.now += push_due.RETRY_SECONDS
-        look = desk.due.further()
-        assert look is not None
+        page = desk.due.further()
+        assert page is not None
         if number == 1:
-            desk.due.done(look, None, limit=NEXT_PAGE, seconds=0.0)
+            desk.due.done(page, None, limit=NEXT_PAGE, seconds=0.0)
             continue
-        desk.due.failed(look)
+        desk.due.failed(page)
     assert (len(desk.due), desk.drops.counts) == (4, {}), "one has succeeded"
     desk.now += push_due.MAX_REST
-    while (look := desk.due.further()) is not None:
-        desk.due.failed(look)
+    while (page := desk.due.further()) is not None:
+        desk.due.failed(page)
         desk.now += push_due.RETRY_SECONDS
     assert (len(desk.due), desk.drops.counts) == (0, {"database": 4})
     desk.say(place(), user())
@@ -118,22 +118,22 @@ def test_page_that_fails_is_asked_for_again_alone_and_dropped_in_the_end(desk: D
 
 
 def act(
-    desk: Desk, rng: random.Random, looks: list[PushPage], places: list[ConversationId], people: list[UserId]
+    desk: Desk, rng: random.Random, pages: list[PushPage], places: list[ConversationId], people: list[UserId]
 ) -> None:
-    """Do one of the things that workers do. `looks` are the pages that were not answered yet."""
+    """Do one of the things that workers do. `pages` are the pages that were not answered yet."""
     choice = rng.random()
     if choice < 0.6:
         desk.say(rng.choice(places), rng.choice(people))
     elif choice < 0.7:
-        looks += desk.begin()
-    elif choice < 0.75 and not looks:
+        pages += desk.begin()
+    elif choice < 0.75 and not pages:
         desk.due.forget(desk.now - rng.random())
-    elif looks and rng.random() < 0.2:
-        desk.due.failed(looks.pop())
-    elif looks:
-        desk.due.done(looks.pop(), user() if rng.random() < 0.3 else None, limit=PAGE, seconds=0.01)
+    elif pages and rng.random() < 0.2:
+        desk.due.failed(pages.pop())
+    elif pages:
+        desk.due.done(pages.pop(), user() if rng.random() < 0.3 else None, limit=PAGE, seconds=0.01)
     elif (further := desk.due.further()) is not None:
-        looks.append(further)
+        pages.append(further)
 
 
 def test_what_waits_adds_up_after_anything() -> None:
@@ -141,17 +141,17 @@ def test_what_waits_adds_up_after_anything() -> None:
     rng = random.Random(14)
     desk = Desk()
     places, people = [place() for _ in range(5)], [user() for _ in range(5)]
-    looks: list[PushPage] = []
+    pages: list[PushPage] = []
     for _ in range(5_000):
-        act(desk, rng, looks, places, people)
+        act(desk, rng, pages, places, people)
         desk.now += 0.01
         waiting = [one for here in desk.due._conversations.values() for one in here.messages]  # noqa: SLF001
         assert len(waiting) == len(set(waiting)) == len(desk.due)
     for _ in range(1_000):
         desk.now += push_due.MAX_REST
-        for look in [*looks, *desk.begin()]:
-            desk.due.done(look, None, limit=PAGE, seconds=0.01)
-        looks = [] if (further := desk.due.further()) is None else [further]
+        for page in [*pages, *desk.begin()]:
+            desk.due.done(page, None, limit=PAGE, seconds=0.01)
+        pages = [] if (further := desk.due.further()) is None else [further]
     desk.begin()
     assert (len(desk.due), desk.due._conversations, desk.due._senders) == (0, {}, {})  # noqa: SLF001
 
@@ -178,10 +178,10 @@ async def test_further_pages_have_their_turn_while_first_pages_are_always_due(
     crowd, asked = place(), list[PushPage]()
     first = desk.say(crowd, user())
 
-    async def look(looks: list[PushPage], limit: int) -> None:
-        asked.extend(looks)
+    async def read(pages: list[PushPage], limit: int) -> None:
+        asked.extend(pages)
         desk.now += 1.0
-        for one in looks:
+        for one in pages:
             is_last = one.conversation_id != crowd or len(asked) >= 10
             desk.due.done(one, None if is_last else UserId(uuid7()), limit=limit, seconds=0.1)
         if len(asked) < 100:
@@ -194,7 +194,7 @@ async def test_further_pages_have_their_turn_while_first_pages_are_always_due(
     monkeypatch.setattr(push, "is_anybody_there", is_somebody_there)
     monkeypatch.setattr(desk.due, "begin", partial(_begin, desk, desk.due.begin))
     monkeypatch.setattr(notices, "_due", desk.due)
-    monkeypatch.setattr(notices, "_look", look)
+    monkeypatch.setattr(notices, "_read_pages", read)
     async with asyncio.timeout(5):
         await notices.push_due()
     pages = [number for number, one in enumerate(asked) if one.message_ids == tuple(first)]

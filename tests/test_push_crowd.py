@@ -52,10 +52,10 @@ async def test_member_of_a_crowd_who_writes_all_the_time_silences_nobody_else(
     """When each page was asked for, of which conversations, and how many posts had begun when it was there."""
     due = push.due
 
-    async def noted(db: Db, looks: Sequence[PushPage], limit: int) -> DuePushes:
+    async def noted(db: Db, asked: Sequence[PushPage], limit: int) -> DuePushes:
         asked_at = time.monotonic()
-        found = await due(db, looks, limit)
-        pages.append((asked_at, {look.conversation_id for look in looks}, len(pushed)))
+        found = await due(db, asked, limit)
+        pages.append((asked_at, {page.conversation_id for page in asked}, len(pushed)))
         return found
 
     async def post(self: SafeHttp, url: str, *_: object, **__: object) -> HttpAnswer:  # noqa: ARG001

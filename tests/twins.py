@@ -312,8 +312,8 @@ class Twin:
         queued = []
         for name, here in (("theirs", self.group), ("reply", self.group), ("direct", self.direct)):
             if name in self.said:
-                look = push.PushPage(here, push.FIRST, (self.said[name],))
-                queued += (await push.due(self.world.db, [look], 100)).posts
+                page = push.PushPage(here, push.FIRST, (self.said[name],))
+                queued += (await push.due(self.world.db, [page], 100)).posts
         self.told["pushed"] = [self.plain(one) for one in await push.notices(self.world.db, queued)]
         if writes:
             await self.ask(self.viewer, "writes", self.writes())

@@ -87,9 +87,9 @@ class WebPush:
         self._posts.start()
         if self._due:
             async with self._one_run:
-                await self._look_at_due()
+                await self._push_all_due()
 
-    async def _look_at_due(self) -> None:
+    async def _push_all_due(self) -> None:
         tick = time.monotonic()
         async with self._database.connection() as db:
             if not await push.is_anybody_there(db):
@@ -99,35 +99,35 @@ class WebPush:
             # Messages of a conversation that become due within a second share one pass.
             if time.monotonic() - tick >= TICK_SECONDS:
                 tick = time.monotonic()
-            if looks := self._due.begin(tick):
-                await self._look(looks, PAGE)
+            if pages := self._due.begin(tick):
+                await self._read_pages(pages, PAGE)
             # First pages do not prevent further ones, because a slow database may produce first pages all the time.
             if further := self._due.further():
-                await self._look([further], NEXT_PAGE)
-            if looks or further:
+                await self._read_pages([further], NEXT_PAGE)
+            if pages or further:
                 continue
             if (wait := self._due.wait()) is not None:
                 await asyncio.sleep(min(wait, TICK_SECONDS))
             else:
                 return
 
-    async def _look(self, looks: list[PushPage], limit: int) -> None:
+    async def _read_pages(self, pages: list[PushPage], limit: int) -> None:
         """Find the users who receive notifications for messages, and queue posts to them."""
         began = time.monotonic()
         try:
             async with self._database.connection() as db:
-                found = await push.due(db, looks, limit)
+                found = await push.due(db, pages, limit)
         except Exception as error:
-            for look in looks:
-                self._due.failed(look)
+            for page in pages:
+                self._due.failed(page)
             if not is_lost(error):
                 raise
-            log_failure(log, "looking for whom messages are news", error)
+            log_failure(log, "finding the receivers of notifications", error)
             return
         seconds = time.monotonic() - began
-        crowds = {look.conversation_id for look in looks if look.after != FIRST} | found.next.keys()
-        for look in looks:
-            self._due.done(look, found.next.get(look.conversation_id), limit=limit, seconds=seconds)
+        crowds = {page.conversation_id for page in pages if page.after != FIRST} | found.next.keys()
+        for page in pages:
+            self._due.done(page, found.next.get(page.conversation_id), limit=limit, seconds=seconds)
         by_user = groupby(sorted(found.posts, key=lambda post: post.user_id), key=lambda post: post.user_id)
         added = count(1)
         for user_id, group in by_user:

@@ -24,7 +24,7 @@ MAX_TOGETHER = 50
 """Max messages of one sender in one pass. Older ones are dropped."""
 MAX_IN_PASS = 100
 """Max messages in one pass. Those of other senders wait for the next pass."""
-MAX_LOOKS = 20
+MAX_CONVERSATIONS = 20
 """Max conversations in one statement."""
 MAX_MESSAGES = 200
 """Max messages in one statement, unless one conversation has more."""
@@ -94,8 +94,8 @@ class DueMessages:
             self._drop(sender_id)
         elif self._count >= MAX_WAITING:
             self._drop(self._most.most())
-        place = self._conversations.setdefault(conversation_id, _Conversation())
-        place.messages[message_id] = _Waiting(self._clock() + seconds, sender_id)
+        conversation = self._conversations.setdefault(conversation_id, _Conversation())
+        conversation.messages[message_id] = _Waiting(self._clock() + seconds, sender_id)
         self._senders.setdefault(sender_id, {})[message_id] = conversation_id
         self._most.add(sender_id, 1)
         self._count += 1
@@ -104,23 +104,23 @@ class DueMessages:
         """Begin passes of conversations with messages due at `now`, those that have waited longest first. Return their
         first pages.
         """
-        looks: list[PushPage] = []
+        pages: list[PushPage] = []
         count = 0
-        for conversation_id, place in list(self._conversations.items()):
-            if place.now is not None or place.ready_at > now:
+        for conversation_id, conversation in list(self._conversations.items()):
+            if conversation.now is not None or conversation.ready_at > now:
                 continue
-            if not place.messages:
+            if not conversation.messages:
                 del self._conversations[conversation_id]  # its pause is over
                 continue
-            if next(iter(place.messages.values())).at > now:
+            if next(iter(conversation.messages.values())).at > now:
                 continue
-            ids = self._choose(place, now)
-            if looks and (len(looks) == MAX_LOOKS or count + len(ids) > MAX_MESSAGES):
+            ids = self._choose(conversation, now)
+            if pages and (len(pages) == MAX_CONVERSATIONS or count + len(ids) > MAX_MESSAGES):
                 break
-            place.now = _Pass(ids)
-            looks.append(PushPage(conversation_id, FIRST, tuple(ids)))
+            conversation.now = _Pass(ids)
+            pages.append(PushPage(conversation_id, FIRST, tuple(ids)))
             count += len(ids)
-        return looks
+        return pages
 
     def further(self) -> PushPage | None:
         """Return the next further page, of the conversation that has waited longest. Return None if none may be read
@@ -140,49 +140,49 @@ class DueMessages:
         """Return the seconds until a further page may be read, or None if none waits."""
         return max(0.0, self._further_at - self._clock()) if self._further else None
 
-    def done(self, look: PushPage, after: UserId | None, *, limit: int, seconds: float) -> None:
+    def done(self, page: PushPage, after: UserId | None, *, limit: int, seconds: float) -> None:
         """Record that a page of `limit` participants was read within `seconds`. `after` is the last one of it, or None
         at the end.
         """
-        one = self._conversations[look.conversation_id].now
+        one = self._conversations[page.conversation_id].now
         assert one is not None  # noqa: S101 - a page that was returned has a pass
-        if self._further.pop(look.conversation_id, None) is not None:
+        if self._further.pop(page.conversation_id, None) is not None:
             self._further_at = self._clock() + min(MAX_REST, REST * seconds)
         if after is None:
-            self._end(look.conversation_id)
+            self._end(page.conversation_id)
             return
         one.after = after
         one.asked += limit
         one.tries = 0
-        self._further[look.conversation_id] = one
+        self._further[page.conversation_id] = one
 
-    def failed(self, look: PushPage) -> None:
+    def failed(self, page: PushPage) -> None:
         """Retry a page alone. After the last attempt, drop the messages of its pass."""
-        one = self._conversations[look.conversation_id].now
+        one = self._conversations[page.conversation_id].now
         assert one is not None  # noqa: S101 - as above
-        self._further.pop(look.conversation_id, None)
+        self._further.pop(page.conversation_id, None)
         self._further_at = self._clock() + RETRY_SECONDS
         one.tries += 1
         if one.tries < MAX_TRIES:
-            self._further[look.conversation_id] = one
+            self._further[page.conversation_id] = one
         else:
-            self._drops.add("database", len(look.message_ids))
-            self._end(look.conversation_id)
+            self._drops.add("database", len(page.message_ids))
+            self._end(page.conversation_id)
 
     def forget(self, now: float) -> None:
         """Delete due messages, because nobody has subscribed to notifications."""
-        for conversation_id, place in list(self._conversations.items()):
-            for message_id in [one for one, waiting in place.messages.items() if waiting.at <= now]:
+        for conversation_id, conversation in list(self._conversations.items()):
+            for message_id in [one for one, waiting in conversation.messages.items() if waiting.at <= now]:
                 self._remove(conversation_id, message_id)
-            if place.now is not None:
+            if conversation.now is not None:
                 self._end(conversation_id)
-            elif not place.messages:
+            elif not conversation.messages:
                 del self._conversations[conversation_id]
 
-    def _choose(self, place: _Conversation, now: float) -> list[MessageId]:
+    def _choose(self, conversation: _Conversation, now: float) -> list[MessageId]:
         """Return the messages of the next pass. Drop older ones of a sender with too many."""
         by_sender: dict[UserId, list[MessageId]] = {}
-        for message_id, waiting in place.messages.items():
+        for message_id, waiting in conversation.messages.items():
             if waiting.at <= now:
                 by_sender.setdefault(waiting.sender_id, []).append(message_id)
         chosen: list[MessageId] = []
@@ -198,16 +198,16 @@ class DueMessages:
 
     def _end(self, conversation_id: ConversationId) -> None:
         """End a pass. The conversation pauses, and then comes after all others."""
-        place = self._conversations.pop(conversation_id)
+        conversation = self._conversations.pop(conversation_id)
         self._further.pop(conversation_id, None)
-        one = place.now
+        one = conversation.now
         assert one is not None  # noqa: S101 - only a conversation with a pass gets here
-        place.now = None
-        self._conversations[conversation_id] = place
+        conversation.now = None
+        self._conversations[conversation_id] = conversation
         for message_id in one.message_ids:
             self._remove(conversation_id, message_id)
-        place.ready_at = self._clock() + min(MAX_REST, REST_OF_PARTICIPANT * one.asked)
-        if not one.asked and not place.messages:
+        conversation.ready_at = self._clock() + min(MAX_REST, REST_OF_PARTICIPANT * one.asked)
+        if not one.asked and not conversation.messages:
             del self._conversations[conversation_id]
 
     def _drop(self, sender_id: UserId) -> None:

@@ -216,14 +216,14 @@ class DuePushes(NamedTuple):
     next: dict[ConversationId, UserId]
 
 
-async def due(db: Db, looks: Sequence[PushPage], limit: int) -> DuePushes:
+async def due(db: Db, pages: Sequence[PushPage], limit: int) -> DuePushes:
     """Return the endpoints for which messages are news, with the latest message of each conversation, for at most
     `limit` participants per conversation. Raises TimeoutError after `DUE_SECONDS`.
     """
-    ids = [message_id for look in looks for message_id in look.message_ids]
+    ids = [message_id for page in pages for message_id in page.message_ids]
     found = DuePushes([], {})
     for user_id, endpoint, conversation_id, message_id in await db.fetch(
-        DUE, [look.conversation_id for look in looks], [look.after for look in looks], ids, limit, timeout=DUE_SECONDS
+        DUE, [page.conversation_id for page in pages], [page.after for page in pages], ids, limit, timeout=DUE_SECONDS
     ):
         if endpoint is None:
             found.next[conversation_id] = user_id
