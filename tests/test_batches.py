@@ -414,7 +414,7 @@ async def _reads(world: World, ada: Somebody, about: ConversationId) -> dict[str
         "memberships": Read(hub_store.memberships, hub_store.memberships.submit, ada.id, [nobody, UserId(about)]),
         "tokens": Read(sessions._lookups, sessions.authenticate, ada.token, ["", "\0", "x" * 4096, "\N{SNOWMAN}"]),
         "sessions": Read(sessions._returns, sessions._returns.submit, session_id, [nobody]),
-        "looks at tickets": Read(tickets._looks, tickets.look, ticket, ["", "ticket.\0", "ticket." + "x" * 4096]),
+        "looks at tickets": Read(tickets._lookups, tickets.find, ticket, ["", "ticket.\0", "ticket." + "x" * 4096]),
         "tickets": Read(tickets._returns, tickets.redeem, ticket, ["", "ticket.\0", "ticket." + "x" * 4096]),
         "posts": Read(
             notices._reads,

@@ -92,7 +92,7 @@ async def test_open_sockets_see_every_command_that_changes_rights(shell: Shell, 
         subject = str(who.id)
         if command.startswith("conversation"):
             subject = str(await shell.world.channel(sockets[0]))
-            shell.world.workers[alone].app.hub.online_users.look(who.id)  # a real one has no neighbours
+            shell.world.workers[alone].app.hub.online_users.recheck(who.id)  # a real one has no neighbours
             await sockets[1].event(server.ConversationJoined)
         _, err = await shell.both(*command.split(), subject)
         assert err == "", command

@@ -386,11 +386,11 @@ async def test_rechecks_of_a_user_are_coalesced(lone: World) -> None:
     client = await lone.connect(ada)
     online_users = lone.workers[0].app.hub.online_users
     for _ in range(1_000):
-        online_users.look(ada.id)
-    assert len(online_users._looks) <= 2  # noqa: SLF001
-    await until(lambda: not online_users._looks)  # noqa: SLF001
+        online_users.recheck(ada.id)
+    assert len(online_users._rechecks) <= 2  # noqa: SLF001
+    await until(lambda: not online_users._rechecks)  # noqa: SLF001
     await lone.db.execute("DELETE FROM session")
-    online_users.look(ada.id, is_whole=True)
+    online_users.recheck(ada.id, is_whole=True)
     assert await client.closed() == CloseCode.SESSION_ENDED
 
 

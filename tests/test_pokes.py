@@ -83,7 +83,7 @@ async def quiet(world: World, *who: Somebody) -> None:
 
 def _knows(online_users: OnlineUsers, user_id: UserId, version: int) -> bool:
     sockets = online_users.sockets(user_id)
-    return not online_users._looks and all(  # noqa: SLF001
+    return not online_users._rechecks and all(  # noqa: SLF001
         known == version
         for known in [online_users.version(user_id), *(socket.user_version for socket in sockets)]
         if sockets
@@ -191,13 +191,13 @@ async def test_memberships_that_are_older_than_a_socket_end_nothing(lone: World)
     ada = await lone.user("Ada")
     socket = await lone.connect(ada)
     app = lone.workers[0].app
-    look = app.hub.online_users.fresh(ada.id)
-    assert not await look.memberships()
+    user_news = app.hub.online_users.fresh(ada.id)
+    assert not await user_news.memberships()
     group = await lone.channel(socket)
     await quiet(lone, ada)
     (held,) = app.hub.online_users.sockets(ada.id)
     assert isinstance(held, Connection)
-    await sync.refresh(held.context, look, look)
+    await sync.refresh(held.context, user_news, user_news)
     assert held.attached == {group}
     assert not [event for event in socket.events if isinstance(event, server.ConversationLeft)]
 
@@ -221,7 +221,7 @@ async def test_news_while_a_user_rests_is_one_look_and_others_do_not_wait(
     await other[0].call(client.SetDraft(conversation_id=theirs, content="Dear"))
     await other[1].event(server.DraftChanged)
     assert asked.taken() == (0, 1)
-    assert len(lone.workers[0].app.hub.online_users._looks) <= 3  # noqa: SLF001 - Ada's rest and next look, Charles's rest
+    assert len(lone.workers[0].app.hub.online_users._rechecks) <= 3  # noqa: SLF001 - two of Ada, one of Charles
 
 
 async def test_revoked_session_ends_while_own_news_cannot_be_read(lone: World, monkeypatch: pytest.MonkeyPatch) -> None:

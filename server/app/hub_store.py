@@ -70,7 +70,7 @@ class PostgresHubStore:
         """Return the versions of users."""
         return await self._users.submit(user_ids)
 
-    def look(self, user_id: UserId, *, is_whole: bool) -> PostgresUserNews:
+    def user_news(self, user_id: UserId, *, is_whole: bool) -> PostgresUserNews:
         """Return the news that a user's connections share."""
         return PostgresUserNews(self, user_id, is_whole=is_whole)
 

@@ -62,7 +62,7 @@ class Sessions:
             active = await self.authenticate(token)
             require(active.user.id)
             return active
-        ticket = await self._tickets.look(token)
+        ticket = await self._tickets.find(token)
         found = None if ticket is None else await self._returns.submit(ticket.session_id)
         if found is not None:
             require(found.user.id)

@@ -51,7 +51,7 @@ class Tickets:
     def __init__(self, redis: Redis | RedisCluster, installation: str) -> None:
         self._redis = redis
         self._prefix = f"{KEY}{installation}:"
-        self._looks: Batcher[str, Ticket | None] = Batcher(self._look, most=AT_ONCE)
+        self._lookups: Batcher[str, Ticket | None] = Batcher(self._find, most=AT_ONCE)
         self._returns: Batcher[str, Ticket | None] = Batcher(self._redeem, most=AT_ONCE)
 
     async def issue(self, wanted: Sequence[Ticket]) -> list[str | None]:
@@ -67,9 +67,9 @@ class Tickets:
             return [None] * len(wanted)
         return list(tickets)
 
-    async def look(self, ticket: str) -> Ticket | None:
+    async def find(self, ticket: str) -> Ticket | None:
         """Return the content of a ticket without redeeming it. Return None as `redeem` does."""
-        return await self._looks.submit(ticket)
+        return await self._lookups.submit(ticket)
 
     async def redeem(self, ticket: str) -> Ticket | None:
         """Redeem a ticket, and return its content. Return None if it is used, expired or invented, or if Redis is
@@ -77,7 +77,7 @@ class Tickets:
         """
         return await self._returns.submit(ticket)
 
-    async def _look(self, tickets: list[str]) -> list[Ticket | None]:
+    async def _find(self, tickets: list[str]) -> list[Ticket | None]:
         return await self._read(tickets, is_last=False)
 
     async def _redeem(self, tickets: list[str]) -> list[Ticket | None]:

@@ -95,13 +95,13 @@ async def resume(context: Context, frame: Resume) -> Resumed:
     )
 
 
-async def refresh(context: Context, look: UserNews, whole: UserNews | None) -> None:
+async def refresh(context: Context, user_news: UserNews, whole: UserNews | None) -> None:
     """Send changes of the user's own rows. Before that, with `whole`, compare the connection's conversations with the
     user's memberships, and send the difference.
     """
     if whole is not None:
         await _compare(context, await whole.memberships())
-    await _say_own(context, look)
+    await _say_own(context, user_news)
 
 
 async def _compare(context: Context, there: Mapping[ConversationId, Membership]) -> None:
@@ -124,13 +124,13 @@ async def join(context: Context, view: ConversationView) -> None:
         await _follow(context, [view], [ConversationJoined(view=view)])
 
 
-async def _say_own(context: Context, look: UserNews | None = None) -> None:
-    """Send the changes of the user's own rows after the connection's user version. `look` has the first page."""
+async def _say_own(context: Context, user_news: UserNews | None = None) -> None:
+    """Send the changes of the user's own rows after the connection's user version. `user_news` has the first page."""
     connection = context.connection
     is_whole, has_started_over, done = False, False, 0
     while not is_whole:
         version, news, is_whole, lost = await (
-            look.news(connection.user_version) if look is not None and not done else _own_news(context, done)
+            user_news.news(connection.user_version) if user_news is not None and not done else _own_news(context, done)
         )
         if lost is not None and connection.user_version and not has_started_over:
             has_started_over = True

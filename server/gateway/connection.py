@@ -82,9 +82,9 @@ class Connection:
 
     __slots__ = (
         "_deps", "_entering", "_frames", "_gone", "_has_place", "_has_to_refresh", "_inbox", "_inbox_bytes",
-        "_is_closed", "_is_resuming", "_last", "_look", "_said", "_slot", "_strikes", "_todo", "_whole", "_worker",
-        "attached", "closed_with", "context", "expires_at", "session_id", "socket", "user_id", "user_version",
-        "watched", "write",
+        "_is_closed", "_is_resuming", "_last", "_said", "_slot", "_strikes", "_todo", "_user_news", "_whole",
+        "_worker", "attached", "closed_with", "context", "expires_at", "session_id", "socket", "user_id",
+        "user_version", "watched", "write",
     )  # fmt: skip
 
     def __init__(
@@ -120,7 +120,7 @@ class Connection:
         self._is_resuming = False
         self._has_to_refresh = False
         # The newest sources for the next refresh: own rows, and memberships.
-        self._look: UserNews | None = None
+        self._user_news: UserNews | None = None
         self._whole: UserNews | None = None
         self._entering: asyncio.TimerHandle | None = None
         self._has_place = False
@@ -206,17 +206,17 @@ class Connection:
             self._leave()
             self.socket.close(code)
 
-    def refresh(self, look: UserNews | None = None) -> None:
-        """Send the changes of the user's rows as soon as possible: those in `look`, or all."""
+    def refresh(self, user_news: UserNews | None = None) -> None:
+        """Send the changes of the user's rows as soon as possible: those in `user_news`, or all."""
         if self._is_closed:
             return
         if self._is_resuming and self._entering is not None:
             # Nothing is followed yet. A refresh now would send everything just before the client says what it has.
             self._has_to_refresh = True
             return
-        self._look = look or self._deps.hub.online_users.fresh(self.user_id)
-        if self._look.is_whole:
-            self._whole = self._look
+        self._user_news = user_news or self._deps.hub.online_users.fresh(self.user_id)
+        if self._user_news.is_whole:
+            self._whole = self._user_news
         if self._refresh not in self._todo:
             self._todo.append(self._refresh)
             self._wake()
@@ -363,16 +363,16 @@ class Connection:
             self.close(CloseCode.GOING_AWAY)
 
     async def _refresh(self) -> None:
-        look, whole, self._look, self._whole = self._look, self._whole, None, None
-        if look is None:
+        user_news, whole, self._user_news, self._whole = self._user_news, self._whole, None, None
+        if user_news is None:
             return
         try:
-            await self._deps.hooks.refresh(self.context, look, whole)
+            await self._deps.hooks.refresh(self.context, user_news, whole)
         except Exception as error:
             if refusal(error) is None:
                 raise
             # One recheck serves all sockets of the user, which failed alike.
-            again = partial(self._deps.hub.online_users.look, self.user_id, is_whole=True)
+            again = partial(self._deps.hub.online_users.recheck, self.user_id, is_whole=True)
             asyncio.get_running_loop().call_later(REFRESH_RETRY_SECONDS, again)
 
     def _is_in(self) -> None:

@@ -123,7 +123,7 @@ class Hub:
         """
         for user_id in user_ids:
             self._say(online_users.channel(user_id), WATCHING if may_watch_others else 0, b"")
-            self.online_users.look(user_id, may_watch_others=may_watch_others)
+            self.online_users.recheck(user_id, may_watch_others=may_watch_others)
 
     def published_at(self, conversation_id: ConversationId, version: int) -> datetime | None:
         """Return when this worker delivered a version, if it still remembers."""
@@ -164,7 +164,7 @@ class Hub:
             elif frame:
                 self.online_users.write(UserId(one), frame)
             else:
-                self.online_users.look(UserId(one), may_watch_others=version == WATCHING)
+                self.online_users.recheck(UserId(one), may_watch_others=version == WATCHING)
 
     def _flush_soon(self) -> None:
         if not self._is_flushing:

@@ -47,7 +47,7 @@ class Socket(Protocol):
     def say(self, frame: ServerFrame) -> None:
         """Send a frame to this socket alone."""
 
-    def refresh(self, look: UserNews) -> None:
+    def refresh(self, user_news: UserNews) -> None:
         """Make the socket send the changes of its user's rows."""
 
     def close(self, code: CloseCode) -> None:
@@ -63,7 +63,7 @@ class UserStore(Protocol):
         the user's own rows.
         """
 
-    def look(self, user_id: UserId, *, is_whole: bool) -> UserNews:
+    def user_news(self, user_id: UserId, *, is_whole: bool) -> UserNews:
         """Return the news that a user's sockets share."""
 
     async def living(self, session_ids: Sequence[SessionId]) -> Collection[SessionId]:
@@ -75,7 +75,7 @@ class OnlineUser:
     and the shared number of the last comparison.
     """
 
-    __slots__ = ("channel", "compared", "is_look_due", "is_whole_due", "look", "shared", "sockets", "version")
+    __slots__ = ("channel", "compared", "is_recheck_due", "is_whole_due", "recheck", "shared", "sockets", "version")
 
     def __init__(self, channel: bytes) -> None:
         self.channel = channel
@@ -83,9 +83,9 @@ class OnlineUser:
         self.version = -1
         self.shared = -1
         self.compared = (0, 0)
-        self.is_look_due = False
+        self.is_recheck_due = False
         self.is_whole_due = False
-        self.look: asyncio.Task[None] | None = None
+        self.recheck: asyncio.Task[None] | None = None
 
 
 class OnlineUsers:
@@ -97,7 +97,7 @@ class OnlineUsers:
         self._bus = bus
         self._doubt = doubt
         self._users: dict[UserId, OnlineUser] = {}
-        self._looks: set[asyncio.Task[None]] = set()
+        self._rechecks: set[asyncio.Task[None]] = set()
         self._turn = 0
 
     def sockets(self, user_id: UserId) -> list[Socket]:
@@ -127,7 +127,7 @@ class OnlineUsers:
             user.compared = (hidden, shared)
             user.version, user.shared = max(user.version, own), max(user.shared, shared)
         if user.version != version:
-            self.look(socket.user_id, is_whole=True)
+            self.recheck(socket.user_id, is_whole=True)
 
     def remove(self, socket: Socket) -> None:
         """Remove a socket."""
@@ -146,9 +146,9 @@ class OnlineUsers:
 
     def fresh(self, user_id: UserId) -> UserNews:
         """Return all news for a socket of a user, which is read from now on."""
-        return self._store.look(user_id, is_whole=True)
+        return self._store.user_news(user_id, is_whole=True)
 
-    def look(self, user_id: UserId, *, may_watch_others: bool = False, is_whole: bool = False) -> None:
+    def recheck(self, user_id: UserId, *, may_watch_others: bool = False, is_whole: bool = False) -> None:
         """Recheck a user, because something changed, and make the sockets send the news. Sessions and memberships are
         read only if the versions show that they may have changed, or with `is_whole`. With `may_watch_others`, also
         recheck whom the user may watch.
@@ -161,9 +161,9 @@ class OnlineUsers:
             self._doubt(user_id)
         # Serialize rechecks; always run one that starts after this call. A recheck that waits serves all calls.
         user.is_whole_due |= is_whole
-        if not user.is_look_due:
-            user.is_look_due = True
-            user.look = self._spawn(self._look(user_id, user, user.look))
+        if not user.is_recheck_due:
+            user.is_recheck_due = True
+            user.recheck = self._spawn(self._recheck(user_id, user, user.recheck))
 
     async def compare(self, *, parts: int) -> None:
         """Compare the versions of users with PostgreSQL, and recheck those whose news was missed. Each call compares
@@ -183,28 +183,28 @@ class OnlineUsers:
                     user.compared = (hidden, shared)
                     self._doubt(user_id)
                 if (user.version, user.shared) != (version, shared):
-                    self.look(user_id)
+                    self.recheck(user_id)
 
     def close(self) -> None:
         """Cancel the rechecks."""
-        for look in self._looks:
-            look.cancel()
+        for recheck in self._rechecks:
+            recheck.cancel()
 
-    async def _look(self, user_id: UserId, user: OnlineUser, before: asyncio.Task[None] | None) -> None:
+    async def _recheck(self, user_id: UserId, user: OnlineUser, before: asyncio.Task[None] | None) -> None:
         if before is not None:
             await asyncio.wait([before])
-        is_whole, user.is_look_due, user.is_whole_due = user.is_whole_due, False, False
+        is_whole, user.is_recheck_due, user.is_whole_due = user.is_whole_due, False, False
         began = time.monotonic()
         try:
-            look = await self._tell(user_id, user, is_whole=is_whole)
+            user_news = await self._tell(user_id, user, is_whole=is_whole)
         except Exception as error:  # noqa: BLE001 - the database is away, and the next comparison rechecks
-            log_failure(log, f"looking at user {user_id}", error)
+            log_failure(log, f"rechecking user {user_id}", error)
             user.version, user.shared = 0, -1
-            look = None
-        if look is not None:
+            user_news = None
+        if user_news is not None:
             # The read may wait for the user's own turns. The next recheck may end a session, so it waits no longer than
             # this.
-            await asyncio.wait([self._spawn(_read(look, user))], timeout=REST_MOST_SECONDS)
+            await asyncio.wait([self._spawn(_read(user_news, user))], timeout=REST_MOST_SECONDS)
         # News that arrives during the pause shares one recheck. So a user with many conversations takes a bounded share
         # of the loop.
         spent = time.monotonic() - began
@@ -225,30 +225,30 @@ class OnlineUsers:
             for socket in checked:
                 if socket.session_id not in living:
                     socket.close(CloseCode.SESSION_ENDED)
-        look = self._store.look(user_id, is_whole=is_whole)
+        user_news = self._store.user_news(user_id, is_whole=is_whole)
         user.version, user.shared = version, shared
         for socket in list(user.sockets):
             if not is_whole or socket in checked:
-                socket.refresh(look)
+                socket.refresh(user_news)
             else:
                 # The socket was added meanwhile.
-                self.look(user_id, is_whole=True)
-        return look
+                self.recheck(user_id, is_whole=True)
+        return user_news
 
     def _spawn(self, coroutine: Coroutine[None, None, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(coroutine)
-        self._looks.add(task)
-        task.add_done_callback(self._looks.discard)
+        self._rechecks.add(task)
+        task.add_done_callback(self._rechecks.discard)
         return task
 
 
-async def _read(look: UserNews, user: OnlineUser) -> None:
+async def _read(user_news: UserNews, user: OnlineUser) -> None:
     """Read the news that most sockets of a user need. Each socket handles failures itself."""
     with contextlib.suppress(Exception):
-        if look.is_whole:
-            await look.memberships()
+        if user_news.is_whole:
+            await user_news.memberships()
         for since, _ in Counter(socket.user_version for socket in user.sockets).most_common(1):
-            await look.news(since)
+            await user_news.news(since)
 
 
 def channel(user_id: UserId) -> bytes:

@@ -225,7 +225,7 @@ class Watchers:
             presences = await self._describe(regained) if regained else {}
         except Exception as error:  # noqa: BLE001 - held frames stay until a check succeeds
             if not self._is_failing:
-                log_failure(log, "asking who may watch whom", error)
+                log_failure(log, "checking who may watch whom", error)
             self._is_failing = True
             if is_lost(error) and not isinstance(error, TimeoutError):
                 # The whole database is lost, so no cause is delayed. Otherwise each of thousands would fail separately.
