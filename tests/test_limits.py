@@ -29,7 +29,7 @@ from server.core.config import Settings
 from server.core.proxies import Proxies
 from server.core.throttle import Throttle
 from server.db.database import Database
-from server.db.readiness import LOOK_SECONDS, Readiness
+from server.db.readiness import CHECK_SECONDS, Readiness
 from server.fairness.shared_bound import SHARE
 from server.gateway import websocket
 from server.gateway.connection import MAX_INBOX, Connection
@@ -244,7 +244,7 @@ async def test_all_who_ask_whether_a_worker_is_ready_share_a_look_each_second() 
     await asyncio.sleep(0)
     looks[1].set_result(True)
     assert await again
-    now += LOOK_SECONDS / 2
+    now += CHECK_SECONDS / 2
     assert await readiness.is_given()
     assert len(looks) == 2
 
@@ -262,7 +262,7 @@ async def test_probes_ask_the_database_once_a_second(world: World, monkeypatch: 
     began = time.monotonic()
     async with http_client(world.url) as http:
         assert {await status(http, "/readyz") for _ in range(20)} == {HTTPStatus.OK}
-    assert asked <= 1 + (time.monotonic() - began) / LOOK_SECONDS
+    assert asked <= 1 + (time.monotonic() - began) / CHECK_SECONDS
 
 
 async def test_connections_of_one_address(settings: Settings, caplog: pytest.LogCaptureFixture) -> None:

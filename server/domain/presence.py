@@ -138,7 +138,7 @@ class Presence:
         except REDIS_LOST:
             return
 
-    # ----------------------------------------------------------------------------------------- coming and going
+    # ---------------------------------------------------------------------------------- connections and choices
 
     def arrived(self, user_id: UserId, device: Subscriber) -> None:
         """A user's device connected."""
@@ -199,7 +199,7 @@ class Presence:
             self._pending.keep(user_id, PresenceNews(Reason.CHOICE))
         return len(over) == users.AT_ONCE
 
-    # ------------------------------------------------------------------------------------------------- seeing
+    # -------------------------------------------------------------------------------------------------- reads
 
     async def describe(self, found: Mapping[WatchedBy, Watchable]) -> dict[WatchedBy, Seen]:
         """Return how watchers see the users whom they may watch."""
@@ -229,7 +229,7 @@ class Presence:
         """Return the states at workers that are not known to be dead."""
         return {state for worker, state in fields.items() if worker.decode() not in self._dead}
 
-    # ------------------------------------------------------------------------------------------------ keeping up
+    # ----------------------------------------------------------------------------------------- writes and expiry
 
     def _note(self, *user_ids: UserId) -> None:
         self._dirty.update(user_ids)

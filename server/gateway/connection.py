@@ -221,7 +221,7 @@ class Connection:
             self._todo.append(self._refresh)
             self._wake()
 
-    # ---------------------------------------------------------------------------- what handlers use (Subscriber)
+    # --------------------------------------------------------------------------------- for handlers (Subscriber)
 
     @property
     def is_closed(self) -> bool:

@@ -183,7 +183,7 @@ class Http(HttpToolsProtocol):
             self._key = key
             self._refuse(NO_HANDSHAKE, status=400)
 
-    # ------------------------------------------------------------------------------------ what the parser calls
+    # -------------------------------------------------------------------------------------- calls by the parser
 
     def on_header(self, name: bytes, value: bytes) -> None:  # noqa: D102
         self._headers += 1
@@ -266,7 +266,7 @@ class Http(HttpToolsProtocol):
             self._sockets.works(self)
         super().on_message_complete()
 
-    # -------------------------------------------------------------------------------------------- the answer
+    # ------------------------------------------------------------------------------------------ the response
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
         self._running = cycle
@@ -310,7 +310,7 @@ class Http(HttpToolsProtocol):
             self._stalled.cancel()
             self._stalled = None
 
-    # ------------------------------------------------------------------------------------------- the end of it
+    # ------------------------------------------------------------------------------- the end of the connection
 
     def _too_late(self) -> None:
         self._sockets.timed_out += 1

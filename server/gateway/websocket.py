@@ -48,7 +48,7 @@ _WHOLE_TEXT, _PING, _PONG, _MASKED, _MASK_BYTES = 0x81, 0x89, 0x8A, 0x80, 4
 _FIN, _OPCODE, _CONTROL, _CONTINUATION, _CLOSE, _MAX_CONTROL = 0x80, 0x0F, 0x08, 0, 8, 125
 _MEDIUM, _LARGE = 126, 127
 """Bits and lengths of RFC 6455, section 5.2."""
-DRAIN_LOOK_SECONDS = 0.02
+DRAIN_POLL_SECONDS = 0.02
 """Interval of checks whether the peer has read, in seconds."""
 _NOTSENT_LOWAT: int | None = getattr(socket_module, "TCP_NOTSENT_LOWAT", None)
 
@@ -398,7 +398,7 @@ class WebSocket(WebSocketsSansIOProtocol):
     async def drained(self) -> None:
         """Return when the peer has read most of its replies, or is gone."""
         while self.is_behind:  # noqa: ASYNC110 - the transport does not report progress of writing
-            await asyncio.sleep(DRAIN_LOOK_SECONDS)
+            await asyncio.sleep(DRAIN_POLL_SECONDS)
         if self._is_wide and not self.transport.is_closing():
             self.transport.set_write_buffer_limits(high=self._outbox_bytes)
             self._is_wide = False

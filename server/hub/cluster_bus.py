@@ -21,7 +21,7 @@ from server.core.errors import REDIS_LOST, redis_unreachable
 from server.core.periodic import end, every
 from server.hub.redis_bus import CONNECT_SECONDS, ORIGIN_BYTES, SHARDED, RedisBus, prefix
 
-LOOK_SECONDS = 2.0
+REFRESH_SECONDS = 2.0
 """Interval at which the worker asks for the nodes of all slots, in seconds."""
 
 Address: TypeAlias = tuple[str, int]
@@ -44,7 +44,7 @@ class ClusterBus:
         self._slots: list[RedisBus | None] = [None] * REDIS_CLUSTER_HASH_SLOTS
         self._is_covered = False
         self._followed: dict[bytes, RedisBus | None] = {}
-        self._looking: asyncio.Task[None] | None = None
+        self._refreshing: asyncio.Task[None] | None = None
 
     @property
     def is_up(self) -> bool:
@@ -72,12 +72,12 @@ class ClusterBus:
             await self._arrange(await slots(self._url))
         except REDIS_LOST as error:
             raise redis_unreachable(error) from error
-        self._looking = asyncio.create_task(every(LOOK_SECONDS, self._look))
+        self._refreshing = asyncio.create_task(every(REFRESH_SECONDS, self._refresh))
 
     async def close(self) -> None:
         """Disconnect."""
-        if self._looking is not None:
-            await end([self._looking])
+        if self._refreshing is not None:
+            await end([self._refreshing])
         for node in self._nodes.values():
             await node.close()
 
@@ -103,7 +103,7 @@ class ClusterBus:
     def _node(self, channel: bytes) -> RedisBus | None:
         return self._slots[key_slot(self._prefix + channel)]
 
-    async def _look(self) -> None:
+    async def _refresh(self) -> None:
         """Ask the first node that answers for the nodes of all slots, and move subscriptions."""
         for address in [*self._nodes, None]:
             with contextlib.suppress(*REDIS_LOST):

@@ -185,7 +185,7 @@ class Doubts:
         if not of_watched:
             del self._doubts[pair.watched]
 
-    # -------------------------------------------------------------------------------------------------- in turn
+    # ---------------------------------------------------------------------------------------------------- turns
 
     def take(self, now: float) -> Batch:
         """Return pairs to check, a share of each cause in turn. The batch is empty if all causes pause."""

@@ -81,7 +81,7 @@ class Hub:
         self.topics.close()
         await self.bus.close()
 
-    # ----------------------------------------------------------------------------- what handlers use (Events)
+    # ---------------------------------------------------------------------------------- for handlers (Events)
 
     def publish(self, event: DurableEvent, *, gone: UserId | None = None) -> None:
         """Deliver a durable event at all workers, in the order of versions. Then stop delivery to the user `gone`."""
@@ -179,7 +179,7 @@ class Hub:
         for channel, entries in outgoing.items():
             self.bus.publish(channel, b"".join(entries))
 
-    # -------------------------------------------------------------------------------------- looking for oneself
+    # ----------------------------------------------------------------------------- comparison with PostgreSQL
 
     def compare_soon(self) -> None:
         """Compare all positions with PostgreSQL now, because events may have been missed."""

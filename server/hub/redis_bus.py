@@ -236,7 +236,7 @@ class RedisBus:
             waiting.done.set_result(None)
         self._confirming.clear()
 
-    # -------------------------------------------------------------------------------------------------- hearing
+    # -------------------------------------------------------------------------------------- messages from Redis
 
     def _hear(self, said: Any) -> None:  # noqa: ANN401 - any value of the protocol
         self._unanswered = 0

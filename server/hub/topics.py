@@ -113,7 +113,7 @@ class Topics:
     def __len__(self) -> int:
         return len(self._topics)
 
-    # ---------------------------------------------------------------------------------------- who follows what
+    # -------------------------------------------------------------------------------- topics and their sockets
 
     async def open(self, conversation_ids: Iterable[ConversationId]) -> None:
         """Follow conversations. After this returns, no later event of theirs is missed."""
@@ -276,7 +276,7 @@ class Topics:
                 socket.say(ConversationLeft(conversation_id=topic.id))
                 self._doubt(socket.user_id, topic.id)
 
-    # --------------------------------------------------------------------------------- what did not come by itself
+    # -------------------------------------------------------------------------------- changes read from PostgreSQL
 
     def _fetch_soon(self, topic: Topic, delay: float) -> None:
         if topic.fetch is None:
@@ -353,7 +353,7 @@ class Topics:
         if topic.fetch is not None:
             topic.fetch.cancel()
 
-    # ---------------------------------------------------------------------------------------- onto the sockets
+    # --------------------------------------------------------------------------------------- writes to sockets
 
     def flush(self) -> None:
         """Write pending events, once to each socket of each conversation that does not pause."""

@@ -177,7 +177,7 @@ class Watchers:
         if self._asking is not None:
             self._asking.cancel()
 
-    # ------------------------------------------------------------------------------------------------- asking
+    # ------------------------------------------------------------------------------------------------- checks
 
     def _pairs(self, whole: Whole) -> set[Pair]:
         if whole.is_watcher:

@@ -106,7 +106,7 @@ class Previews:
             await self._turns.acquire()
             sender_id, at = self._lines.take()
             try:
-                await self._look(at, sender_id)
+                await self._preview(at, sender_id)
             except Unreachable as error:
                 log.info("no preview of message %s: %s", at.message_id, error)
                 self._pause(error.url, sender_id)
@@ -120,7 +120,7 @@ class Previews:
                 if self._lines.done(sender_id):
                     self._turns.release()
 
-    async def _look(self, at: At, sender_id: UserId) -> None:
+    async def _preview(self, at: At, sender_id: UserId) -> None:
         async with self._database.of_jobs().connection() as db:
             found = await messages.find(db, at, sender_id)
         if found is None or found.message.is_deleted or found.message.is_moderated:

@@ -6,7 +6,7 @@ from enum import IntEnum
 
 from protocol.errors import ErrorCode, Refused
 
-LOOK_SECONDS = 1.0
+INTERVAL_SECONDS = 1.0
 """Interval of measurements, in seconds."""
 LATE_SECONDS = (0.05, 0.1, 0.2)
 """Delays of the event loop, in seconds, from which the first, second and third kind of frame is refused."""
@@ -31,8 +31,8 @@ class LoadShedding:
     async def watch(self) -> None:
         """Measure the delay once a second, until cancelled."""
         while True:
-            due = time.monotonic() + LOOK_SECONDS
-            await asyncio.sleep(LOOK_SECONDS)
+            due = time.monotonic() + INTERVAL_SECONDS
+            await asyncio.sleep(INTERVAL_SECONDS)
             self.late = max(time.monotonic() - due, self.late / 2)
 
     @property
@@ -47,5 +47,5 @@ class LoadShedding:
             raise Refused(
                 ErrorCode.UNAVAILABLE,
                 "The server is busy. Retry the same frame after `retry_after_ms`.",
-                retry_after_ms=int(LOOK_SECONDS * 1000),
+                retry_after_ms=int(INTERVAL_SECONDS * 1000),
             )
