@@ -305,7 +305,7 @@ def test_nothing_but_the_database_is_waited_for_while_a_connection_is_held() -> 
         if name not in commands
         for block in held(parsed(path))
         for one in awaited(block)
-        if not {"db", "news"} & {part.id for part in ast.walk(one) if isinstance(part, ast.Name)}
+        if not {"db", "membership_change"} & {part.id for part in ast.walk(one) if isinstance(part, ast.Name)}
         or any(isinstance(part, ast.Attribute) and part.attr == "decoded" for part in ast.walk(one))
     ]
     assert found == []

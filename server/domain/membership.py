@@ -38,11 +38,11 @@ class MembershipChange:
         self._entered.update(change.participant.user_id for change in changes)
         self.changes += changes
 
-    async def announce(self, said: Announcement) -> None:
+    async def announce(self, announcement: Announcement) -> None:
         """Post a system message about an action of the caller, unless the conversation's settings disable these."""
         if self._conversation.settings.system_messages:
             about = self._conversation.id
-            self._announced.append(await sending.announce(self._db, about, self._context.user_id, said))
+            self._announced.append(await sending.announce(self._db, about, self._context.user_id, announcement))
 
     async def record(self, deed: Deed) -> None:
         """Add an action to the conversation's audit log."""

@@ -203,13 +203,15 @@ async def update(context: Context, frame: client.UpdateConversation) -> OneConve
         if not changed:
             return OneConversation(view=before)
         conversation = await conversations.update(db, frame.conversation_id, changed)
-        news = MembershipChange(context, db, conversation)
+        membership_change = MembershipChange(context, db, conversation)
         for said in _said(conversation, changed):
-            await news.announce(said)
-        await news.record(Deed(context.user_id, "update_conversation", details={"fields": sorted(changed)}))
+            await membership_change.announce(said)
+        await membership_change.record(
+            Deed(context.user_id, "update_conversation", details={"fields": sorted(changed)})
+        )
         view = await _view(db, context.user_id, frame.conversation_id)
     publish_updated(context.events, conversation)
-    news.tell()
+    membership_change.tell()
     return OneConversation(view=view)
 
 

@@ -20,11 +20,13 @@ async def invite(context: Context, frame: client.Invite) -> Done:
     async with context.transaction() as db:
         conversation, me = await lock_with_member(db, context, frame.conversation_id)
         they = await welcomed_by(db, context, me, frame)
-        news = MembershipChange(context, db, conversation)
+        membership_change = MembershipChange(context, db, conversation)
         if they.invited:
-            news.changes += await participants.invite(db, conversation.id, they.invited, frame.role, context.user_id)
+            membership_change.changes += await participants.invite(
+                db, conversation.id, they.invited, frame.role, context.user_id
+            )
             await participants.stamp(db, conversation.id, they.invited)
-    news.tell()
+    membership_change.tell()
     return Done()
 
 
@@ -39,10 +41,10 @@ async def decline(context: Context, frame: client.Decline) -> Done:
             return Done()
         if conversation is None or me is None or me.status != "invited":
             raise NotFound("conversation_id")
-        news = MembershipChange(context, db, conversation)
-        news.changes.append(await participants.change(db, me, status="declined"))
+        membership_change = MembershipChange(context, db, conversation)
+        membership_change.changes.append(await participants.change(db, me, status="declined"))
         await participants.stamp(db, conversation.id, [context.user_id])
-    news.tell()
+    membership_change.tell()
     return Done()
 
 

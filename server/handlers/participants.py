@@ -31,19 +31,19 @@ async def join(context: Context, frame: client.Join) -> OneConversation:
         conversation, before = await _welcomed(db, context, frame)
         if conversation.id != found.id:
             raise NotFound(path)
-        news = MembershipChange(context, db, conversation)
+        membership_change = MembershipChange(context, db, conversation)
         if before is None or before.status != "active":
-            news.enter(await participants.add(db, conversation.id, [context.user_id], "member", None))
+            membership_change.enter(await participants.add(db, conversation.id, [context.user_id], "member", None))
             if frame.invite_code is not None:
                 await conversations.use_invite_code(db, conversation.id)
-            await news.announce(Announcement("join", "joined"))
+            await membership_change.announce(Announcement("join", "joined"))
             if before is not None and before.status == "invited":
                 await participants.stamp(db, conversation.id, [context.user_id])
             else:
                 await users.touch(db, [context.user_id])
             await bounds.require_memberships(db, [context.user_id], path)
         (view,) = await conversations.get(db, context.user_id, [conversation.id])
-    news.tell()
+    membership_change.tell()
     await sync.join(context, view)
     return OneConversation(view=view)
 
@@ -89,12 +89,12 @@ async def leave(context: Context, frame: client.Leave) -> Done:
     async with context.transaction() as db:
         conversation, me = await lock_with_member(db, context, frame.conversation_id)
         await users.lock(db, [context.user_id])
-        news = MembershipChange(context, db, conversation)
-        news.changes += await participants.leave(db, me)
-        if news.changes[0].participant_count:
-            await news.announce(Announcement("leave", "left"))
+        membership_change = MembershipChange(context, db, conversation)
+        membership_change.changes += await participants.leave(db, me)
+        if membership_change.changes[0].participant_count:
+            await membership_change.announce(Announcement("leave", "left"))
         await users.touch(db, [context.user_id])
-    news.tell()
+    membership_change.tell()
     return Done()
 
 
@@ -103,20 +103,24 @@ async def add(context: Context, frame: client.AddParticipants) -> Added:
     async with context.transaction() as db:
         conversation, me = await lock_with_member(db, context, frame.conversation_id)
         they = await welcomed_by(db, context, me, frame)
-        news = MembershipChange(context, db, conversation)
+        membership_change = MembershipChange(context, db, conversation)
         if they.added:
             require_room(conversation, len(they.added), "participants")
-            news.enter(await participants.add(db, conversation.id, they.added, frame.role, context.user_id))
+            membership_change.enter(
+                await participants.add(db, conversation.id, they.added, frame.role, context.user_id)
+            )
         if they.invited:
-            news.changes += await participants.invite(db, conversation.id, they.invited, frame.role, context.user_id)
+            membership_change.changes += await participants.invite(
+                db, conversation.id, they.invited, frame.role, context.user_id
+            )
         if they.added:
             count = "someone" if len(they.added) == 1 else f"{len(they.added)} people"
-            await news.announce(Announcement("add_member", f"added {count}", {"user_ids": they.added}))
-        if news.changes:
+            await membership_change.announce(Announcement("add_member", f"added {count}", {"user_ids": they.added}))
+        if membership_change.changes:
             await participants.stamp(db, conversation.id, they.added + they.invited)
         if they.added:
             await bounds.require_memberships(db, they.added, "participants")
-    news.tell()
+    membership_change.tell()
     return Added(added=they.present + they.added, invited=they.waiting + they.invited)
 
 
@@ -134,15 +138,17 @@ async def remove(context: Context, frame: client.RemoveParticipant) -> Done:
         # The lock follows the refusals, so that none of them locks a stranger. The conversation's lock keeps the status
         # until then.
         await users.lock(db, [frame.user_id])
-        news = MembershipChange(context, db, conversation)
-        news.changes.append(await participants.change(db, them, status=status))
+        membership_change = MembershipChange(context, db, conversation)
+        membership_change.changes.append(await participants.change(db, them, status=status))
         if them.status == "active":
-            await news.announce(Announcement("remove_member", "removed someone", {"user_ids": [them.user_id]}))
-        await news.record(Deed(context.user_id, "ban" if frame.ban else "remove", them.user_id))
+            await membership_change.announce(
+                Announcement("remove_member", "removed someone", {"user_ids": [them.user_id]})
+            )
+        await membership_change.record(Deed(context.user_id, "ban" if frame.ban else "remove", them.user_id))
         # A user who has left receives nothing. Otherwise bans and unbans could reach the user again and again.
         if them.status in {"active", "invited"}:
             await participants.stamp(db, conversation.id, [them.user_id])
-    news.tell()
+    membership_change.tell()
     return Done()
 
 
@@ -154,10 +160,10 @@ async def unban(context: Context, frame: client.Unban) -> Done:
         them = await _other(db, me, frame.user_id)
         if them.status != "banned":
             return Done()
-        news = MembershipChange(context, db, conversation)
-        news.changes.append(await participants.change(db, them, status="removed"))
-        await news.record(Deed(context.user_id, "unban", them.user_id))
-    news.tell()
+        membership_change = MembershipChange(context, db, conversation)
+        membership_change.changes.append(await participants.change(db, them, status="removed"))
+        await membership_change.record(Deed(context.user_id, "unban", them.user_id))
+    membership_change.tell()
     return Done()
 
 
@@ -172,11 +178,11 @@ async def set_role(context: Context, frame: client.SetRole) -> Done:
             return Done()
         if rank(frame.role) > rank(them.role):
             await _require_account(db, them)
-        news = MembershipChange(context, db, conversation)
-        news.changes.append(await participants.change(db, them, role=frame.role))
+        membership_change = MembershipChange(context, db, conversation)
+        membership_change.changes.append(await participants.change(db, them, role=frame.role))
         details = {"from": them.role, "to": frame.role}
-        await news.record(Deed(context.user_id, "set_role", them.user_id, details=details))
-    news.tell()
+        await membership_change.record(Deed(context.user_id, "set_role", them.user_id, details=details))
+    membership_change.tell()
     return Done()
 
 
@@ -194,10 +200,10 @@ async def set_permissions(context: Context, frame: client.SetPermissions) -> Don
         changed = await participants.permit(db, them, wanted)
         if changed is None:
             return Done()
-        news = MembershipChange(context, db, conversation)
-        news.changes.append(changed)
-        await news.record(Deed(context.user_id, "set_permissions", them.user_id, details=wanted))
-    news.tell()
+        membership_change = MembershipChange(context, db, conversation)
+        membership_change.changes.append(changed)
+        await membership_change.record(Deed(context.user_id, "set_permissions", them.user_id, details=wanted))
+    membership_change.tell()
     return Done()
 
 
@@ -210,11 +216,11 @@ async def transfer_ownership(context: Context, frame: client.TransferOwnership) 
             return Done()
         them = await _active(db, me, frame.user_id)
         await _require_account(db, them)
-        news = MembershipChange(context, db, conversation)
-        news.changes.append(await participants.change(db, them, role="owner"))
-        news.changes.append(await participants.change(db, me, role="admin"))
-        await news.record(Deed(context.user_id, "transfer_ownership", them.user_id))
-    news.tell()
+        membership_change = MembershipChange(context, db, conversation)
+        membership_change.changes.append(await participants.change(db, them, role="owner"))
+        membership_change.changes.append(await participants.change(db, me, role="admin"))
+        await membership_change.record(Deed(context.user_id, "transfer_ownership", them.user_id))
+    membership_change.tell()
     return Done()
 
 

@@ -123,15 +123,15 @@ async def _set_on(
     context: Context, user_id: UserId, kind: Literal["block", "follow", "mute"], *, is_on: bool
 ) -> OneRelationship:
     """Begin or end a relationship that needs no answer."""
-    turn = RelationshipChange(kind, "active" if is_on else "inactive")
+    change = RelationshipChange(kind, "active" if is_on else "inactive")
     me, them = context.user_id, _other(context, user_id)
     async with context.transaction() as db:
-        if (same := await _unchanged(db, me, them, turn)) is not None:
+        if (same := await _unchanged(db, me, them, change)) is not None:
             return OneRelationship(relationship=same)
         if is_on:
             await approaches.require(db, kind, me, [them])
         await (_lock_caller if kind == "mute" else _lock)(db, me, them)
-        if (same := await _unchanged(db, me, them, turn)) is not None:
+        if (same := await _unchanged(db, me, them, change)) is not None:
             return OneRelationship(relationship=same)
         if is_on:
             # Each end follows a beginning, so ends need no limit.
@@ -140,7 +140,7 @@ async def _set_on(
             # Two calls, as if the frames `unfriend` and `unfollow` ended them.
             await relationships.end(db, me, them, "friend")
             await relationships.end(db, me, them, "follow")
-        made = await relationships.put(db, me, them, turn, me)
+        made = await relationships.put(db, me, them, change, me)
         if is_on:
             await bounds.require_relationships(db, me, kind)
     if kind == "block":
@@ -239,13 +239,13 @@ async def _answered(db: Db, me: UserId, them: UserId, change: RelationshipChange
     return await relationships.get(db, them, me, change, me)
 
 
-async def _unchanged(db: Db, me: UserId, them: UserId, turn: RelationshipChange) -> Relationship | None:
+async def _unchanged(db: Db, me: UserId, them: UserId, change: RelationshipChange) -> Relationship | None:
     """Return the relationship if nothing changes. Raises Refused if it may not begin, or if it never began."""
-    if turn.status == "active":
-        await _require_may_begin(db, turn.kind, me, them)
-    elif await relationships.status(db, me, them, turn.kind) is None:
+    if change.status == "active":
+        await _require_may_begin(db, change.kind, me, them)
+    elif await relationships.status(db, me, them, change.kind) is None:
         raise NotFound("user_id")
-    return await relationships.get(db, me, them, turn, me)
+    return await relationships.get(db, me, them, change, me)
 
 
 async def _require_may_begin(db: Db, kind: RelationshipKind, me: UserId, them: UserId) -> None:
