@@ -77,9 +77,9 @@ async def erase(
     while (page := await database.atomically("erasure", partial(_unrelate, user_id, after))) or is_any_held:
         after, is_any_held = (page.last, is_any_held or page.is_any_held) if page else (FIRST, False)
     await _let_out(database, user_id, tell)
-    place: Cleared | None = Cleared()
-    while place is not None:
-        place = await database.atomically("erasure", partial(_clear, user_id, place))
+    cleared: Cleared | None = Cleared()
+    while cleared is not None:
+        cleared = await database.atomically("erasure", partial(_clear, user_id, cleared))
     while await database.atomically("erasure", partial(_forget_some, user_id)):
         pass
     while not await database.atomically("erasure", partial(_forget, user_id)):
@@ -126,9 +126,9 @@ async def _there(user_id: UserId, db: Db) -> list[ConversationId]:
     return await erasure.conversations(db, user_id)
 
 
-async def _clear(user_id: UserId, place: Cleared, db: Db) -> Cleared | None:
+async def _clear(user_id: UserId, cleared: Cleared, db: Db) -> Cleared | None:
     await users.lock(db, [user_id])
-    return await erasure.clear(db, user_id, place)
+    return await erasure.clear(db, user_id, cleared)
 
 
 async def _forget_some(user_id: UserId, db: Db) -> bool:

@@ -67,18 +67,18 @@ class IndexedWords(NamedTuple):
 
 
 async def words(
-    db: Db, place: MessageRef, content: str | None = None, made: Derived | None = None
+    db: Db, ref: MessageRef, content: str | None = None, derived: Derived | None = None
 ) -> IndexedWords | None:
     """Parse the words of an edit, or of the message as it is, before the lock. Return None if there is no such message.
 
     The caller has checked that the user may see the message.
     """
-    said = (None, None, None) if made is None else (made.mentions, made.loud_mentions, made.hashtags)
-    row = await db.fetchrow(WORDS, place.conversation_id, place.message_id, content, *said)
+    said = (None, None, None) if derived is None else (derived.mentions, derived.loud_mentions, derived.hashtags)
+    row = await db.fetchrow(WORDS, ref.conversation_id, ref.message_id, content, *said)
     return None if row is None else IndexedWords(*row)
 
 
-async def edit(db: Db, found: Message, user_id: UserId, frame: Edit, made: Derived, *, words: str | None) -> Message:
+async def edit(db: Db, found: Message, user_id: UserId, frame: Edit, derived: Derived, *, words: str | None) -> Message:
     """Change the content of a message, store the old one, and return the message. Requires the conversation's lock.
 
     `words` is the index entry of the new content, if it is known.
@@ -86,7 +86,7 @@ async def edit(db: Db, found: Message, user_id: UserId, frame: Edit, made: Deriv
     Raises UniqueViolationError if the edit's id is taken.
     """
     edit_id = frame.edit_id or EditId(uuid7())
-    text = await db.fetchval(EDIT, found.conversation_id, found.id, edit_id, user_id, frame.content, *made)
+    text = await db.fetchval(EDIT, found.conversation_id, found.id, edit_id, user_id, frame.content, *derived)
     await find_anew(db, found.conversation_id, found.id, words=words)
     return _message_decoder.decode(text)
 
@@ -229,10 +229,10 @@ ORDER BY e.version DESC
 
 
 async def edits(
-    db: Db, place: MessageRef, user_id: UserId, before: int | None, *, limit: int
+    db: Db, ref: MessageRef, user_id: UserId, before: int | None, *, limit: int
 ) -> Undecoded[Page[MessageEdit]] | None:
     """Return up to `limit` earlier contents of a message before a version, newest first. Return None without access, or
     if the message is deleted or hidden from the user.
     """
-    rows = await db.fetch(EDITS, place.message_id, user_id, place.conversation_id, limit + 1, before)
+    rows = await db.fetch(EDITS, ref.message_id, user_id, ref.conversation_id, limit + 1, before)
     return _edit_decoder.page([row for row in rows if row[0] is not None], limit) if rows else None

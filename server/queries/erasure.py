@@ -203,15 +203,15 @@ class Cleared(NamedTuple):
     after: UUID = UUID(int=0)
 
 
-async def clear(db: Db, user_id: UserId, place: Cleared) -> Cleared | None:
+async def clear(db: Db, user_id: UserId, cleared: Cleared) -> Cleared | None:
     """Clear a portion of a user's remaining rows. Return where to continue, or None at the end. Requires the user's
     lock.
     """
-    STATEMENT = CLEARED[place.step]  # noqa: N806 - a constant, as all SQL
-    after: UUID | None = await db.fetchval(STATEMENT, user_id, place.after, PORTION)
+    STATEMENT = CLEARED[cleared.step]  # noqa: N806 - a constant, as all SQL
+    after: UUID | None = await db.fetchval(STATEMENT, user_id, cleared.after, PORTION)
     if after is not None:
-        return Cleared(place.step, after)
-    return Cleared(place.step + 1) if place.step + 1 < len(CLEARED) else None
+        return Cleared(cleared.step, after)
+    return Cleared(cleared.step + 1) if cleared.step + 1 < len(CLEARED) else None
 
 
 FORGET_APPROACHES = """

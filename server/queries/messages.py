@@ -75,19 +75,19 @@ SELECT message_json(m), participant_json(p), conversation_json(c),
 """
 
 
-async def lock(db: Db, place: MessageRef, user_id: UserId) -> FoundMessage | None:
+async def lock(db: Db, ref: MessageRef, user_id: UserId) -> FoundMessage | None:
     """Lock the conversation of a message, and then return the message, deleted or not. Return None without access.
 
     Without participation, nothing is locked.
     """
-    if not await db.fetchval(LOCK_PART, place.conversation_id, user_id):
+    if not await db.fetchval(LOCK_PART, ref.conversation_id, user_id):
         return None
-    return await find(db, place, user_id)
+    return await find(db, ref, user_id)
 
 
-async def find(db: Db, place: MessageRef, user_id: UserId) -> FoundMessage | None:
+async def find(db: Db, ref: MessageRef, user_id: UserId) -> FoundMessage | None:
     """Return a message, deleted or not. Return None without access."""
-    row = await db.fetchrow(FIND, place.message_id, user_id, place.conversation_id)
+    row = await db.fetchrow(FIND, ref.message_id, user_id, ref.conversation_id)
     if row is None:
         return None
     return FoundMessage(
@@ -129,9 +129,9 @@ SELECT json_build_object(
 """  # noqa: S608 - VISIBLE is a constant
 
 
-async def get(db: Db, place: MessageRef, user_id: UserId) -> OneMessage | None:
+async def get(db: Db, ref: MessageRef, user_id: UserId) -> OneMessage | None:
     """Return a message with the caller's reactions, and the number of readers, up to 1,000."""
-    text = await db.fetchval(GET, place.message_id, user_id, place.conversation_id)
+    text = await db.fetchval(GET, ref.message_id, user_id, ref.conversation_id)
     return None if text is None else _one_decoder.decode(text)
 
 
@@ -207,11 +207,9 @@ async def page(
     return _page(rows, span, is_open=span.anchor is None)
 
 
-async def replies(
-    db: Db, place: MessageRef, user_id: UserId, span: Span, *, order: int
-) -> Undecoded[MessagePage] | None:
+async def replies(db: Db, ref: MessageRef, user_id: UserId, span: Span, *, order: int) -> Undecoded[MessagePage] | None:
     """Return the replies of `span` around a place in a thread, oldest first. Return None without access."""
-    rows = await db.fetch(REPLIES, place.conversation_id, user_id, place.message_id, order, *_limits(span))
+    rows = await db.fetch(REPLIES, ref.conversation_id, user_id, ref.message_id, order, *_limits(span))
     return _page(rows, span, is_open=order == NEWEST or (not span.older and order == 1))
 
 

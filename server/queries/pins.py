@@ -106,14 +106,14 @@ WHERE s.user_id = $2 AND s.message_id = $1
 """  # noqa: S608 - MOVE_OWN is a constant
 
 
-async def star(db: Db, place: MessageRef, user_id: UserId) -> bool:
+async def star(db: Db, ref: MessageRef, user_id: UserId) -> bool:
     """Star a message. Return False, without an effect, without access."""
-    return bool(await db.fetchval(STAR, place.message_id, user_id, place.conversation_id))
+    return bool(await db.fetchval(STAR, ref.message_id, user_id, ref.conversation_id))
 
 
-async def unstar(db: Db, place: MessageRef, user_id: UserId) -> None:
+async def unstar(db: Db, ref: MessageRef, user_id: UserId) -> None:
     """Remove a star, if there is one."""
-    await db.execute(UNSTAR, place.message_id, user_id)
+    await db.execute(UNSTAR, ref.message_id, user_id)
 
 
 STARS = f"""

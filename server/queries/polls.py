@@ -87,7 +87,7 @@ ORDER BY v.user_id LIMIT $4
 """
 
 
-async def votes(db: Db, place: MessageRef, after: UserId | None, *, limit: int) -> Undecoded[Page[PollVote]]:
+async def votes(db: Db, ref: MessageRef, after: UserId | None, *, limit: int) -> Undecoded[Page[PollVote]]:
     """Return up to `limit` votes in a poll, by user. There is no access check."""
-    rows = await db.fetch(VOTES, place.message_id, place.conversation_id, after, limit + 1)
+    rows = await db.fetch(VOTES, ref.message_id, ref.conversation_id, after, limit + 1)
     return _vote_decoder.page(rows, limit)

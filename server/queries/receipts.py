@@ -165,7 +165,7 @@ SELECT json_build_object('type', 'readers', 'is_crowd', c.participant_count > $4
 """  # noqa: S608 - VISIBLE is a constant
 
 
-async def readers(db: Db, place: MessageRef, user_id: UserId, *, most: int) -> Readers | None:
+async def readers(db: Db, ref: MessageRef, user_id: UserId, *, most: int) -> Readers | None:
     """Return the readers of a message, listed by user if at most `most` participate. Return None without access."""
-    text = await db.fetchval(READERS, place.message_id, user_id, place.conversation_id, most)
+    text = await db.fetchval(READERS, ref.message_id, user_id, ref.conversation_id, most)
     return None if text is None else _readers_decoder.decode(text)

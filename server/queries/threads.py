@@ -50,9 +50,9 @@ CROSS JOIN LATERAL ({COUNT_REPLIES.format(me="t")}) counted (unread)
 """  # noqa: S608 - as above
 
 
-async def get(db: Db, place: MessageRef, user_id: UserId) -> ThreadView | None:
+async def get(db: Db, ref: MessageRef, user_id: UserId) -> ThreadView | None:
     """Return the thread of a root. Return None without access to the root."""
-    text = await db.fetchval(GET, place.message_id, user_id, place.conversation_id)
+    text = await db.fetchval(GET, ref.message_id, user_id, ref.conversation_id)
     return None if text is None else _view_decoder.decode(text)
 
 
@@ -128,7 +128,7 @@ class FollowChanged(NamedTuple):
     is_new: bool
 
 
-async def change(db: Db, place: MessageRef, user_id: UserId, change: FollowChange) -> FollowChanged | None:
+async def change(db: Db, ref: MessageRef, user_id: UserId, change: FollowChange) -> FollowChanged | None:
     """Follow or unfollow a thread, or move the read position in it. Return None without access to the root."""
-    row = await db.fetchrow(CHANGE, place.message_id, user_id, place.conversation_id, *change)
+    row = await db.fetchrow(CHANGE, ref.message_id, user_id, ref.conversation_id, *change)
     return None if row is None else FollowChanged(_follow_decoder.decode(row[0]), row[1])
