@@ -97,12 +97,12 @@ async def asker(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[SafeHttp]:
 
 async def test_connection_that_one_name_has_proven_is_not_used_for_another_name(host: Host, asker: SafeHttp) -> None:
     for _ in range(2):
-        assert (await asker.post(f"https://{PROVEN}:{host.port}/", b"", {}, watch=Stopwatch())).status == 201
+        assert (await asker.post(f"https://{PROVEN}:{host.port}/", b"", {}, stopwatch=Stopwatch())).status == 201
     (first, _), (second, _) = host.asked
     assert first == second, "one name keeps its connection"
     for name in ("other.example", "127.0.0.1", f"sub.{PROVEN}"):
         with pytest.raises(Unreachable, match=r"(?i)certificate"):
-            await asker.post(f"https://{name}:{host.port}/", b"", {}, watch=Stopwatch())
+            await asker.post(f"https://{name}:{host.port}/", b"", {}, stopwatch=Stopwatch())
     assert {name for _, name in host.asked} == {PROVEN}
 
 
@@ -119,11 +119,11 @@ async def test_endless_parts_of_tls_are_left(host: Host, asker: SafeHttp, monkey
     monkeypatch.setattr(SocketStream, "receive", spied)
     host.context.num_tickets = 10_000
     with pytest.raises(Unreachable, match="too many parts"):
-        await asker.post(f"https://{PROVEN}:{host.port}/", b"", {}, watch=Stopwatch())
+        await asker.post(f"https://{PROVEN}:{host.port}/", b"", {}, stopwatch=Stopwatch())
     assert sum(received) <= safe_http.MOST_OF_POST + safe_http.MAX_TLS_BYTES + safe_http.TURN_BYTES
     assert max(received) <= safe_http.TURN_BYTES
     host.context.num_tickets = 2
-    assert (await asker.post(f"https://{PROVEN}:{host.port}/", b"", {}, watch=Stopwatch())).status == 201
+    assert (await asker.post(f"https://{PROVEN}:{host.port}/", b"", {}, stopwatch=Stopwatch())).status == 201
 
 
 async def test_handshake_that_waits_for_our_share_of_the_loop_is_in_time(
@@ -131,9 +131,9 @@ async def test_handshake_that_waits_for_our_share_of_the_loop_is_in_time(
 ) -> None:
     monkeypatch.setattr(safe_http, "TOTAL_SECONDS", 0.5)
     overdraw(asker._posts)  # noqa: SLF001
-    watch = Stopwatch()
-    assert (await asker.post(f"https://{PROVEN}:{host.port}/", b"", {}, watch=watch)).status == 201
-    assert watch.seconds < safe_http.TOTAL_SECONDS
+    stopwatch = Stopwatch()
+    assert (await asker.post(f"https://{PROVEN}:{host.port}/", b"", {}, stopwatch=stopwatch)).status == 201
+    assert stopwatch.seconds < safe_http.TOTAL_SECONDS
 
 
 async def test_whatever_names_a_host_its_address_is_connected_to(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -164,7 +164,7 @@ async def test_nothing_of_an_answer_is_kept(careless: SafeHttp, site: Site, capl
     site.answer = answer
 
     async def post() -> None:
-        assert (await careless.post(f"{site.url}/push", b"x", {"ttl": "60"}, watch=Stopwatch())).status == 201
+        assert (await careless.post(f"{site.url}/push", b"x", {"ttl": "60"}, stopwatch=Stopwatch())).status == 201
 
     await post()
     gc.collect()
@@ -222,9 +222,9 @@ def names(monkeypatch: pytest.MonkeyPatch) -> Iterator[Names]:
 
 
 def posts_by(asker: SafeHttp, drops: Drops) -> Posts:
-    async def send(post: Push, watch: Stopwatch) -> None:
+    async def send(post: Push, stopwatch: Stopwatch) -> None:
         try:
-            await asker.post(post.endpoint, post.payload, {}, watch=watch)
+            await asker.post(post.endpoint, post.payload, {}, stopwatch=stopwatch)
         except Unreachable as error:
             raise Failed from error
 
@@ -437,7 +437,7 @@ async def test_an_answer_of_endless_parts_is_left_and_others_have_turns_meanwhil
     with pytest.raises(Unreachable, match="too many parts"):
         await careless.get(site.url, most=200_000)
     with contextlib.suppress(Unreachable):
-        assert len((await careless.post(site.url, b"x", {}, watch=Stopwatch())).body) == safe_http.MOST_OF_POST
+        assert len((await careless.post(site.url, b"x", {}, stopwatch=Stopwatch())).body) == safe_http.MOST_OF_POST
     turns.cancel()
     assert events.total < 2 * 2 * safe_http.MAX_BESIDE_BYTES / 5
     assert events.most_in_turn <= safe_http.TURN_BYTES / 5
@@ -463,7 +463,7 @@ async def test_answers_that_have_begun_take_a_share_of_the_loop(
     monkeypatch.setattr(safe_http, "TURN_BYTES", 60)
     site.answer = lambda _: CHUNKED + b"1\r\nx\r\n" * 200 + b"0\r\n\r\n"
     for name, ask in (
-        ("_gets", careless.get(site.url, most=1_000)), ("_posts", careless.post(site.url, b"x", {}, watch=Stopwatch())),
+        ("_gets", careless.get(site.url, most=1_000)), ("_posts", careless.post(site.url, b"x", {}, stopwatch=Stopwatch())),
     ):  # fmt: skip
         setattr(careless, name, LoopTime(1.0, 0.01, used=lambda: events.used))
         began, used = time.monotonic(), events.used
@@ -472,7 +472,7 @@ async def test_answers_that_have_begun_take_a_share_of_the_loop(
         assert time.monotonic() - began >= events.used - used - 0.05
     careless._gets = LoopTime(1e-9, 1e-9, used=lambda: events.used)  # noqa: SLF001
     waiting = [asyncio.create_task(careless.get(site.url, most=1_000)) for _ in range(2)]
-    assert (await careless.post(site.url, b"x", {}, watch=Stopwatch())).body == b"x" * 200
+    assert (await careless.post(site.url, b"x", {}, stopwatch=Stopwatch())).body == b"x" * 200
     assert not any(one.done() for one in waiting)
     for one in waiting:
         one.cancel()
@@ -510,7 +510,7 @@ async def test_of_answers_that_arrive_together_one_is_parsed_in_a_turn_of_the_lo
     monkeypatch.setattr(safe_http._Stream, "read", recorded)  # noqa: SLF001
     site.answer = lambda _: together()
     counting = asyncio.create_task(count_turns())
-    await asyncio.gather(*(careless.post(site.url, b"x", {}, watch=Stopwatch()) for _ in range(40)))
+    await asyncio.gather(*(careless.post(site.url, b"x", {}, stopwatch=Stopwatch()) for _ in range(40)))
     counting.cancel()
     assert len(parsed) >= 40
     assert len(set(parsed)) == len(parsed)

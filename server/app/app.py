@@ -140,15 +140,15 @@ class App:
             lanes=max(1, settings.database_connections // LANES_SHARE),
         )
 
-        self._outbound = SafeHttp(to_private=settings.private_addresses)
+        self._safe_http = SafeHttp(to_private=settings.private_addresses)
         self.web_push = WebPush(
             database,
-            self._outbound,
+            self._safe_http,
             key=push_key,
             contact=settings.push_contact,
             after_seconds=settings.push_after_seconds,
         )
-        self.previews = Previews(database, self.hub, self._outbound, are_on=settings.link_previews)
+        self.previews = Previews(database, self.hub, self._safe_http, are_on=settings.link_previews)
 
         rates = {
             Rate.WRITE: settings.write_rate,
@@ -319,7 +319,7 @@ class App:
         await self.presence.close(is_epoch_over=self.epoch.over.is_set())
         await self.hub.close()
         await self.web_push.close()
-        await self._outbound.close()
+        await self._safe_http.close()
         await self._redis.aclose()
         if isinstance(self._redis, RedisCluster):
             # `aclose` leaves connections open if the client was about to read the nodes of the cluster again.

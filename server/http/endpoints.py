@@ -113,7 +113,7 @@ class Endpoints:
         self._deps = deps
         # The same limit as for frames from sockets, because each connection has one frame in progress.
         self._calls: Turns[UserId] = Turns(deps.connection_deps.connections_per_user, patience=CALL_SECONDS)
-        self._database = Readiness(self._has_database)
+        self._readiness = Readiness(self._has_database)
 
     def routes(self) -> list[BaseRoute]:
         """Return the routes."""
@@ -220,7 +220,7 @@ class Endpoints:
     async def ready(self, request: Request) -> Response:  # noqa: ARG002
         """Report whether clients should be sent to this server, with the result of each check."""
         checks = {
-            "database": await self._database.is_given(),
+            "database": await self._readiness.is_given(),
             "bus": self._deps.connection_deps.hub.bus.is_up,
             "accepting": not self._deps.is_draining.is_set(),
         }

@@ -74,10 +74,10 @@ class _Pause(NamedTuple):
 class Previews:
     """Fetches the pages of messages' links. Users take turns, and each has one link in progress."""
 
-    def __init__(self, database: Database, events: Events, outbound: SafeHttp, *, are_on: bool) -> None:
+    def __init__(self, database: Database, events: Events, safe_http: SafeHttp, *, are_on: bool) -> None:
         self._database = database
         self._events = events
-        self._outbound = outbound
+        self._safe_http = safe_http
         self._are_on = are_on
         self._bound: SharedBound[UserId] = SharedBound(MAX_WAITING)
         self._lines: FairQueue[UserId, At] = FairQueue()
@@ -130,7 +130,7 @@ class Previews:
             return  # the message was edited meanwhile
         if self._is_paused(link, sender_id):
             return
-        answer = await self._outbound.get(link, most=MAX_PAGE_BYTES)
+        answer = await self._safe_http.get(link, most=MAX_PAGE_BYTES)
         if answer.status != 200 or "text/html" not in answer.headers.get("content-type", ""):  # noqa: PLR2004
             return
         preview = await asyncio.to_thread(read, answer.body, link, answer.url)

@@ -59,10 +59,12 @@ log = logging.getLogger(__name__)
 class WebPush:
     """Pushes messages to users who have not read them after some seconds."""
 
-    def __init__(self, database: Database, outbound: SafeHttp, *, key: str, contact: str, after_seconds: float) -> None:
+    def __init__(
+        self, database: Database, safe_http: SafeHttp, *, key: str, contact: str, after_seconds: float
+    ) -> None:
         """`key` is a result of `new_key`. `contact` is for the operators of push services."""
         self._database = database
-        self._outbound = outbound
+        self._safe_http = safe_http
         self._vapid = Vapid02.from_raw(key.encode())
         self._contact = contact
         self._after_seconds = after_seconds
@@ -162,40 +164,40 @@ class WebPush:
             for post in posts
         ]
 
-    async def _post(self, said: Push, watch: Stopwatch) -> None:
+    async def _post(self, notification: Push, stopwatch: Stopwatch) -> None:
         """Encrypt and send a notification. Raises Failed or Rejected."""
         try:
             body = http_ece.encrypt(
-                said.payload,
+                notification.payload,
                 salt=os.urandom(16),
                 private_key=ec.generate_private_key(ec.SECP256R1()),
-                dh=from_base64url(said.p256dh),
-                auth_secret=from_base64url(said.auth),
+                dh=from_base64url(notification.p256dh),
+                auth_secret=from_base64url(notification.auth),
                 version="aes128gcm",
             )
             headers = {
-                "authorization": self._authorization(said.endpoint),
+                "authorization": self._authorization(notification.endpoint),
                 "content-encoding": "aes128gcm",
                 "content-type": "application/octet-stream",
                 "ttl": str(TTL_SECONDS),
                 # A newer notification of the conversation replaces one that waits at the service (RFC 8030, section
                 # 5.4).
-                "topic": said.topic,
+                "topic": notification.topic,
             }
-            answer = await self._outbound.post(said.endpoint, body, headers, watch=watch)
+            answer = await self._safe_http.post(notification.endpoint, body, headers, stopwatch=stopwatch)
         except Unreachable as error:
             log.info("cannot push a notification: %s", error)
             raise Failed from error
         except (ValueError, http_ece.ECEException) as error:
             self._drops.add("unusable")
-            if (user_id := await self._forget(said.endpoint)) is not None:
+            if (user_id := await self._forget(notification.endpoint)) is not None:
                 log.warning(
                     "deleted an unusable endpoint of user %s at %s (%s)",
-                    user_id, urlsplit(said.endpoint).hostname, type(error).__name__,
+                    user_id, urlsplit(notification.endpoint).hostname, type(error).__name__,
                 )  # fmt: skip
             return
         if answer.status in GONE:
-            await self._forget(said.endpoint)
+            await self._forget(notification.endpoint)
         elif answer.status >= 400:  # noqa: PLR2004
             retry_after = seconds_of(answer.headers.get("retry-after", ""))
             raise Failed(retry_after) if answer.status >= 500 else Rejected(retry_after)  # noqa: PLR2004

@@ -115,7 +115,7 @@ class Posts:
         drops: Drops,
     ) -> None:
         """`read` is called when a post begins. It returns None if nothing remains to be sent. `send` raises `Failed` or
-        `Rejected` if the post was not accepted. It stops the watch while it does not wait for the host.
+        `Rejected` if the post was not accepted. It stops the stopwatch while it does not wait for the host.
         """
         self._read = read
         self._send = send
@@ -309,14 +309,14 @@ class Posts:
             return
         if push is None:
             return
-        watch = Stopwatch()
+        stopwatch = Stopwatch()
         try:
-            await self._send(push, watch)
+            await self._send(push, stopwatch)
         except Rejected as rejected:
             self._drops.add("refused")
             self._pause(post.endpoint, rejected.retry_after)
             self._trim_paused(host, post.user_id)
-            self._note_duration(host, post.user_id, watch.seconds)
+            self._note_duration(host, post.user_id, stopwatch.seconds)
         except Exception as error:  # noqa: BLE001 - other posts continue
             # A defect that a host's response triggers counts as a failure. Otherwise the post would be retried for
             # ever.
@@ -330,9 +330,9 @@ class Posts:
             self._trim_paused(host, post.user_id)
             host.note_failed(post.user_id, retry_after)
             self._trim(host)
-            self._note_duration(host, post.user_id, watch.seconds)
+            self._note_duration(host, post.user_id, stopwatch.seconds)
         else:
-            if watch.seconds < SLOW_SECONDS:
+            if stopwatch.seconds < SLOW_SECONDS:
                 self._pauses.pop(post.endpoint, None)
                 self._pauses.pop((post.user_id, host.name), None)
                 host.note_fast(post.user_id)
@@ -341,7 +341,7 @@ class Posts:
                 self._trim_paused(host, post.user_id)
                 host.note_slow(post.user_id)
                 self._trim(host)
-                self._note_duration(host, post.user_id, watch.seconds)
+                self._note_duration(host, post.user_id, stopwatch.seconds)
 
     def _failed_by_defect(self, error: Exception) -> None:
         if self._drops.add("error"):

@@ -65,12 +65,12 @@ class HttpAnswer(NamedTuple):
 class _Cost:
     """The size and the reads of one response. Reads of it wait here for their turns of the loop."""
 
-    def __init__(self, share: LoopTime, watch: Stopwatch, limit: asyncio.Timeout, *, most: int) -> None:
-        """`limit` cancels the request when `watch` reaches `TOTAL_SECONDS`. `most` is the max size of the body, in
+    def __init__(self, share: LoopTime, stopwatch: Stopwatch, limit: asyncio.Timeout, *, most: int) -> None:
+        """`limit` cancels the request when `stopwatch` reaches `TOTAL_SECONDS`. `most` is the max size of the body, in
         bytes.
         """
         self._share = share
-        self._watch = watch
+        self._stopwatch = stopwatch
         self._limit = limit
         self._reads = 0
         self._beside = 0
@@ -80,9 +80,9 @@ class _Cost:
     async def turn(self) -> None:
         """Return in a later turn of the loop, when the share permits it. The time-out pauses meanwhile."""
         self._limit.reschedule(None)
-        with self._watch.stopped():
+        with self._stopwatch.stopped():
             await self._share.turn()
-        self._limit.reschedule(_until(self._watch))
+        self._limit.reschedule(_until(self._stopwatch))
 
     def note(self, read: int) -> None:
         """Count bytes that were read. Raises httpcore.ReadError if too many bytes do not belong to the body."""
@@ -136,9 +136,9 @@ class SafeHttp:
 
         Raises Unreachable.
         """
-        watch = Stopwatch()
+        stopwatch = Stopwatch()
         for _ in range(MAX_REDIRECTS + 1):
-            answer = await self._ask("GET", url, most=most, headers={"accept": "text/html"}, watch=watch)
+            answer = await self._ask("GET", url, most=most, headers={"accept": "text/html"}, stopwatch=stopwatch)
             if answer.status not in REDIRECTS or "location" not in answer.headers:
                 return answer
             try:
@@ -147,15 +147,22 @@ class SafeHttp:
                 raise Unreachable("it redirects to no address") from None
         raise Unreachable("there are too many redirects")
 
-    async def post(self, url: str, body: bytes, headers: dict[str, str], *, watch: Stopwatch) -> HttpAnswer:
-        """Return the response to a POST request. `watch` is stopped while the request waits for its turns.
+    async def post(self, url: str, body: bytes, headers: dict[str, str], *, stopwatch: Stopwatch) -> HttpAnswer:
+        """Return the response to a POST request. `stopwatch` is stopped while the request waits for its turns.
 
         Raises Unreachable.
         """
-        return await self._ask("POST", url, most=MOST_OF_POST, headers=headers, watch=watch, body=body)
+        return await self._ask("POST", url, most=MOST_OF_POST, headers=headers, stopwatch=stopwatch, body=body)
 
     async def _ask(
-        self, method: str, url: str, *, most: int, headers: dict[str, str], watch: Stopwatch, body: bytes | None = None
+        self,
+        method: str,
+        url: str,
+        *,
+        most: int,
+        headers: dict[str, str],
+        stopwatch: Stopwatch,
+        body: bytes | None = None,
     ) -> HttpAnswer:
         share = self._gets if body is None else self._posts
         try:
@@ -164,8 +171,8 @@ class SafeHttp:
                 raise Unreachable("this is not an address on the web")
             port = parts.port or PORTS[parts.scheme]
             # Outside the time-out, because after it this may wait for the end of the look-up's thread.
-            address = await self._resolve(parts.hostname, max(0.0, TOTAL_SECONDS - watch.seconds))
-            async with asyncio.timeout_at(_until(watch)) as limit:
+            address = await self._resolve(parts.hostname, max(0.0, TOTAL_SECONDS - stopwatch.seconds))
+            async with asyncio.timeout_at(_until(stopwatch)) as limit:
                 request = httpx.Request(
                     method,
                     httpx.URL(url, host=address, port=port),
@@ -174,7 +181,7 @@ class SafeHttp:
                     # The library's time-outs would include waits for the worker's share of the loop.
                     extensions={"sni_hostname": parts.hostname},
                 )
-                return await share.run(self._exchange(request, url, most, _Cost(share, watch, limit, most=most)))
+                return await share.run(self._exchange(request, url, most, _Cost(share, stopwatch, limit, most=most)))
         except (httpx.HTTPError, httpx.InvalidURL, OSError, TimeoutError, ValueError) as error:
             unreachable = Unreachable(str(error) or type(error).__name__)
             unreachable.url = url
@@ -290,9 +297,9 @@ class _Encrypted(ByteStream):
         return self._stream.extra_attributes
 
 
-def _until(watch: Stopwatch) -> float:
+def _until(stopwatch: Stopwatch) -> float:
     """Return the loop's time at which `TOTAL_SECONDS` have passed."""
-    return asyncio.get_running_loop().time() + TOTAL_SECONDS - watch.seconds
+    return asyncio.get_running_loop().time() + TOTAL_SECONDS - stopwatch.seconds
 
 
 def _is_public(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
