@@ -390,7 +390,7 @@ async def test_failures_with_some_pairs_hold_back_nothing_else_and_end(
     assert sizes[:3] == [7, 3, 3], "half as many after a timeout"
     assert len(defects) == 3
     told = [record.getMessage().split(" failed")[0] for record in caplog.records if "may watch" in record.getMessage()]
-    assert told == ["asking who may watch whom", "deciding who may watch whom"]
+    assert told == ["checking who may watch whom", "deciding who may watch whom"]
     assert not [event for event in watching[0].events[seen:] if isinstance(event, server.UserUpdated)]
 
 

@@ -463,8 +463,9 @@ async def test_answers_that_have_begun_take_a_share_of_the_loop(
     monkeypatch.setattr(safe_http, "TURN_BYTES", 60)
     site.answer = lambda _: CHUNKED + b"1\r\nx\r\n" * 200 + b"0\r\n\r\n"
     for name, ask in (
-        ("_gets", careless.get(site.url, most=1_000)), ("_posts", careless.post(site.url, b"x", {}, stopwatch=Stopwatch())),
-    ):  # fmt: skip
+        ("_gets", careless.get(site.url, most=1_000)),
+        ("_posts", careless.post(site.url, b"x", {}, stopwatch=Stopwatch())),
+    ):
         setattr(careless, name, LoopTime(1.0, 0.01, used=lambda: events.used))
         began, used = time.monotonic(), events.used
         assert (await ask).body == b"x" * 200

@@ -124,7 +124,7 @@ class Accounts:
             )
         return await self._sessions.authenticate(token)
 
-    async def asked(self, request: Request) -> tuple[Active, bytes]:
+    async def session_and_body(self, request: Request) -> tuple[Active, bytes]:
         """Return the session and the body of a request. The session comes last, because it might end while the body
         arrives.
         """
@@ -136,14 +136,14 @@ class Accounts:
         connection that frames cannot hold, so no flood of frames from another session blocks it.
         """
 
-        async def asked(request: Request) -> Response:
-            active, body = await self.asked(request)
+        async def respond(request: Request) -> Response:
+            active, body = await self.session_and_body(request)
             self._requests.require(active.session_id, 1 + len(body) // TOKEN_BYTES)
             return await act(
                 AccountRequest(request, active, body, self._database.of_sessions(active.user.id, active.session_id))
             )
 
-        return Route(path, endpoint(asked), methods=[method])
+        return Route(path, endpoint(respond), methods=[method])
 
     async def register(self, request: Request) -> Response:
         """Create an account and begin its first session."""
@@ -206,16 +206,16 @@ class Accounts:
             self._events.notify([found.user.id])
         return begun
 
-    async def logout(self, asked: AccountRequest) -> Response:
+    async def logout(self, account_request: AccountRequest) -> Response:
         """End the session of the request."""
-        await self._revoke(asked, asked.active.session_id)
+        await self._revoke(account_request, account_request.active.session_id)
         response = Response(status_code=204)
-        forget_cookie(asked.request, response)
+        forget_cookie(account_request.request, response)
         return response
 
-    async def change_password(self, asked: AccountRequest) -> Response:
+    async def change_password(self, account_request: AccountRequest) -> Response:
         """Change the password, and end all sessions except the one of the request."""
-        user_id, body = asked.user_id, decode(asked.body, _change)
+        user_id, body = account_request.user_id, decode(account_request.body, _change)
 
         async def change(checked: str | None) -> bool:
             new_hash = await passwords.hashed(body.new_password)
@@ -223,50 +223,50 @@ class Accounts:
             async def changed(db: Db) -> bool:
                 await users.lock(db, [user_id])
                 is_changed = await accounts.change_password(
-                    db, user_id, new_hash, instead_of=checked, session_id=asked.active.session_id
+                    db, user_id, new_hash, instead_of=checked, session_id=account_request.active.session_id
                 )
                 if is_changed:
                     await users.touch(db, [user_id])
                 return is_changed
 
-            return await asked.database.atomically("change a password", changed)
+            return await account_request.database.atomically("change a password", changed)
 
-        await self._with_password(asked, body.password, change)
+        await self._with_password(account_request, body.password, change)
         self._events.notify([user_id])
         return Response(status_code=204)
 
-    async def deactivate(self, asked: AccountRequest) -> Response:
+    async def deactivate(self, account_request: AccountRequest) -> Response:
         """Deactivate the account until the next login. Nobody finds the user or writes to them."""
-        return await self._leave(asked, is_for_good=False)
+        return await self._leave(account_request, is_for_good=False)
 
-    async def delete(self, asked: AccountRequest) -> Response:
+    async def delete(self, account_request: AccountRequest) -> Response:
         """Delete the account. The user is erased after the grace period, in which a login restores the account."""
-        return await self._leave(asked, is_for_good=True)
+        return await self._leave(account_request, is_for_good=True)
 
-    async def _leave(self, asked: AccountRequest, *, is_for_good: bool) -> Response:
-        user_id, body = asked.user_id, decode(asked.body, _confirm)
+    async def _leave(self, account_request: AccountRequest, *, is_for_good: bool) -> Response:
+        user_id, body = account_request.user_id, decode(account_request.body, _confirm)
 
         async def leave(checked: str | None) -> bool:
             async def left(db: Db) -> bool:
                 await users.lock(db, [user_id])
                 is_left = await accounts.leave(
-                    db, user_id, checked, session_id=asked.active.session_id, is_for_good=is_for_good
+                    db, user_id, checked, session_id=account_request.active.session_id, is_for_good=is_for_good
                 )
                 if is_left:
                     await sessions.revoke(db, user_id, None)
                 return is_left
 
-            return await asked.database.atomically("leave", left)
+            return await account_request.database.atomically("leave", left)
 
-        await self._with_password(asked, body.password, leave)
+        await self._with_password(account_request, body.password, leave)
         self._events.notify([user_id])
         self._events.reconsider(user_id)
         response = Response(status_code=204)
-        forget_cookie(asked.request, response)
+        forget_cookie(account_request.request, response)
         return response
 
     async def _with_password(
-        self, asked: AccountRequest, password: str, act: Callable[[str | None], Awaitable[bool]]
+        self, account_request: AccountRequest, password: str, act: Callable[[str | None], Awaitable[bool]]
     ) -> None:
         """Call `act` for a user who has a session and knows the password. Raises Refused if the session has ended or
         the password is wrong. Only a wrong password counts as an attempt.
@@ -275,17 +275,17 @@ class Accounts:
         or the password.
         """
         for _ in range(MAX_RACES):
-            async with asked.database.connection() as db:
-                address = await accounts.address(db, asked.user_id)
+            async with account_request.database.connection() as db:
+                address = await accounts.address(db, account_request.user_id)
             # Logins use the same key, so that an account has one counter.
-            async with self._attempts.at_account(address or asked.user_id.hex):
-                async with asked.database.connection() as db:
-                    checked = await accounts.password_hash(db, asked.user_id)
+            async with self._attempts.at_account(address or account_request.user_id.hex):
+                async with account_request.database.connection() as db:
+                    checked = await accounts.password_hash(db, account_request.user_id)
                 if not await passwords.matches(password, checked):
                     raise not_the_password()
                 if await act(checked):
                     return
-            await self.caller(asked.request)
+            await self.caller(account_request.request)
         raise Refused(
             ErrorCode.UNAVAILABLE,
             "Another request is changing the account. Retry after `retry_after_ms`.",
@@ -294,7 +294,7 @@ class Accounts:
 
     async def export(self, request: Request) -> Response:
         """Return all stored data of the user. An export takes tokens and connections as frames do."""
-        active, body = await self.asked(request)
+        active, body = await self.session_and_body(request)
         user_id = active.user.id
         self._reads.require(user_id, 1 + len(body) // TOKEN_BYTES)
         self._exports.require(user_id)
@@ -307,39 +307,39 @@ class Accounts:
             },
         )
 
-    async def _exported(self, asked: AccountRequest) -> AsyncIterator[bytes]:
+    async def _exported(self, account_request: AccountRequest) -> AsyncIterator[bytes]:
         """Yield a user's data in pieces. If the session ends, stop, so that the response is incomplete."""
-        async for piece in written(asked.database.connection, asked.user_id):
-            async with asked.database.connection() as db:
-                if not await sessions.living(db, [asked.active.session_id]):
+        async for piece in written(account_request.database.connection, account_request.user_id):
+            async with account_request.database.connection() as db:
+                if not await sessions.living(db, [account_request.active.session_id]):
                     return
             yield piece
 
-    async def list_sessions(self, asked: AccountRequest) -> Response:
+    async def list_sessions(self, account_request: AccountRequest) -> Response:
         """Return the user's sessions."""
-        async with asked.database.connection() as db:
-            mine = await sessions.of_user(db, asked.user_id, asked.active.session_id)
+        async with account_request.database.connection() as db:
+            mine = await sessions.of_user(db, account_request.user_id, account_request.active.session_id)
         return json_response(SessionList(sessions=mine))
 
-    async def revoke(self, asked: AccountRequest) -> Response:
+    async def revoke(self, account_request: AccountRequest) -> Response:
         """End one of the user's sessions."""
         try:
-            session_id = msgspec.convert(asked.request.path_params["session_id"], SessionId)
+            session_id = msgspec.convert(account_request.request.path_params["session_id"], SessionId)
         except msgspec.ValidationError:
             raise NotFound("session_id") from None
-        if not await self._revoke(asked, session_id):
+        if not await self._revoke(account_request, session_id):
             raise NotFound("session_id")
         return Response(status_code=204)
 
-    async def revoke_all(self, asked: AccountRequest) -> Response:
+    async def revoke_all(self, account_request: AccountRequest) -> Response:
         """End all of the user's sessions, including the one of the request."""
-        await self._revoke(asked, None)
+        await self._revoke(account_request, None)
         return Response(status_code=204)
 
-    async def _revoke(self, asked: AccountRequest, session_id: SessionId | None) -> bool:
+    async def _revoke(self, account_request: AccountRequest, session_id: SessionId | None) -> bool:
         """End one session of the user, or all of them. Return whether there was any. Without any, take no lock."""
-        user_id = asked.user_id
-        async with asked.database.connection() as db:
+        user_id = account_request.user_id
+        async with account_request.database.connection() as db:
             if not await sessions.is_there(db, user_id, session_id):
                 return False
 
@@ -350,7 +350,7 @@ class Accounts:
                 await users.touch(db, [user_id])
             return is_revoked
 
-        is_revoked = await asked.database.atomically("revoke", revoked)
+        is_revoked = await account_request.database.atomically("revoke", revoked)
         if is_revoked:
             self._events.notify([user_id])
         return is_revoked

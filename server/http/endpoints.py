@@ -201,7 +201,7 @@ class Endpoints:
 
     async def call(self, request: Request) -> Response:
         """Run one frame."""
-        active, data = await self._deps.accounts.asked(request)
+        active, data = await self._deps.accounts.session_and_body(request)
         context = Context(services=self._deps.services, user=active.user, session_id=active.session_id)
         dispatch = self._deps.connection_deps.dispatch
         await self._calls.take(context.user_id)
