@@ -93,8 +93,8 @@ async def _source(context: Context, frame: client.Forward) -> Message | Sent:
     said = found.message
     if said.is_deleted or said.is_moderated:
         out = Outgoing(context.user_id, _as_send(frame, said), source=_origin(said))
-        if answer := await _answered(context, out):
-            return answer
+        if reply := await _earlier_reply(context, out):
+            return reply
         raise NotFound("message_id")
     if said.system_message_type is not None:
         raise Refused(
@@ -144,7 +144,7 @@ async def _store(context: Context, out: Outgoing, note: Note | None = None) -> S
         if isinstance(outcome, Stored):
             return _published(context, out, outcome)
         if outcome.reason == "duplicate":
-            return await _first_answer(context, out, note)
+            return await _first_reply(context, out, note)
         if outcome.reason == "loud":
             out = await outgoing(context, frame, out.source)
         elif outcome.reason != "changed":
@@ -153,8 +153,8 @@ async def _store(context: Context, out: Outgoing, note: Note | None = None) -> S
 
 
 async def _outcome(context: Context, out: Outgoing, note: Note | None) -> Stored | NotStored:
-    """Store a message in the next batch, or with a note in a transaction of its own. Remember it if its outcome is in
-    doubt.
+    """Store a message in the next batch, or with a note in a transaction of its own. If the outcome is unknown, add the
+    message to `unconfirmed`.
     """
     tried_at = datetime.now(UTC)
     try:
@@ -174,9 +174,9 @@ async def _outcome(context: Context, out: Outgoing, note: Note | None) -> Stored
 
 
 def _published(context: Context, out: Outgoing, stored: Stored) -> Sent:
-    """Publish a message that was stored now, and return its answer."""
+    """Publish a message that was just stored, and return the reply."""
     frame = out.frame
-    # An earlier attempt whose outcome was in doubt had not stored it.
+    # An earlier attempt with an unknown outcome did not store the message.
     context.services.unconfirmed.settle(frame.message_id, stored.created_at)
     message = _message(out, stored)
     context.events.publish(
@@ -192,25 +192,27 @@ def _published(context: Context, out: Outgoing, stored: Stored) -> Sent:
     return _sent(out, stored.version, stored.created_at)
 
 
-async def _first_answer(context: Context, out: Outgoing, note: Note | None) -> Sent:
-    """Return the answer to the same message when it was stored. Raises Refused if another message has its id."""
-    answer = await _answered(context, out)
-    if answer is None:
-        raise Refused(ErrorCode.CONFLICT, "Another message has this id. Make a new one.", path="message_id")
+async def _first_reply(context: Context, out: Outgoing, note: Note | None) -> Sent:
+    """Return the reply to the first attempt of a message, and write the note. Raises Refused if another message has the
+    id.
+    """
+    reply = await _earlier_reply(context, out)
+    if reply is None:
+        raise Refused(ErrorCode.CONFLICT, "Another message has this id. Make a new id.", path="message_id")
     if note is not None:
         async with context.transaction() as db:
             await note(db)
-    return answer
+    return reply
 
 
-async def _answered(context: Context, out: Outgoing) -> Sent | None:
-    """Return the answer to a message that was stored before; None if it was not."""
+async def _earlier_reply(context: Context, out: Outgoing) -> Sent | None:
+    """Return the reply to the first attempt of a message, or None if the message is not stored."""
     async with context.database.connection() as db:
         earlier = await sending.earlier(db, out)
     if earlier is None or not earlier.is_same:
         return None
     if context.services.unconfirmed.settle(out.frame.message_id, earlier.created_at):
-        # The comparison of positions delivers the event; nothing else makes up for these.
+        # The comparison of positions delivers the event, but nothing else enqueues these.
         message = _message(out, Stored(earlier.version, earlier.created_at, None, None, None, 0))
         context.services.web_push.enqueue(message)
         context.services.previews.enqueue(message)
