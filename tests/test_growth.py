@@ -31,6 +31,7 @@ from server.hub.online_users import Sight
 from tests.test_hostile import idle
 from tests.test_hostile_values import each_frame, ids_for, ids_in, valid
 from tests.test_periodic import AGED, Backlog
+from tests.trees import parsed
 from tests.world import World, until
 
 ROOT = Path(__file__).parents[1]
@@ -133,7 +134,7 @@ def containers() -> frozenset[str]:
         file = path.relative_to(SERVER).as_posix()
         if file.startswith(NOT_FOR_CLIENTS):
             continue
-        tree = ast.parse(path.read_text())
+        tree = parsed(path)
         for node in ast.walk(tree):
             found |= {f"{file} {ast.unparse(one)}" for one in assigned(node) if isinstance(one, ast.Attribute)}
             if isinstance(node, ast.ClassDef):
@@ -222,7 +223,7 @@ PARTS = ("fairness/lanes.py self._all", "fairness/share.py ", "fairness/turns.py
 def test_every_bound_that_clients_share_is_listed_with_their_share() -> None:
     made: set[str] = set()
     for path in SERVER.rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(parsed(path)):
             if isinstance(node, ast.Assign | ast.AnnAssign) and isinstance(node.value, ast.Call):
                 target = node.targets[0] if isinstance(node, ast.Assign) else node.target
                 if name_of(node.value.func) in SHARING and ast.unparse(target) != "lane":

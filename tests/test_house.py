@@ -14,6 +14,7 @@ import pytest
 from protocol.client import Frame
 from server.describe import DOCUMENTS
 from server.routes import ROUTES
+from tests.trees import parsed
 
 ROOT = Path(__file__).parent.parent
 SERVER = ROOT / "server"
@@ -40,12 +41,6 @@ def table(header: str) -> dict[str, frozenset[str]]:
 
 ROOMS = table("room")
 ONLY = table("only here")
-
-
-@functools.cache
-def parsed(path: Path) -> ast.Module:
-    """Return a file's syntax tree."""
-    return ast.parse(path.read_text())
 
 
 def name_of(path: Path, server: Path) -> str:
@@ -231,16 +226,18 @@ def classes() -> dict[str, Class]:
     }
 
 
-def members(one: Class) -> dict[str, frozenset[str] | None]:
+@functools.cache
+def members(key: str) -> dict[str, frozenset[str] | None]:
     """Return what instances of a class have, by itself and by its bases."""
-    named = [members(base) for key, base in classes().items() if key.rpartition(":")[2] in one.bases]
+    one = classes()[key]
+    named = [members(base) for base in classes() if base.rpartition(":")[2] in one.bases]
     return functools.reduce(lambda all_of, more: more | all_of, named, one.own)
 
 
-def implements(one: Class, protocol: Class) -> bool:
+def implements(key: str, protocol: str) -> bool:
     """Return whether a class has all members of a Protocol; of one that is called, whether making it takes the same."""
     needed = {name.replace("__call__", "__init__"): takes for name, takes in members(protocol).items()}
-    has = members(one)
+    has = members(key)
     return needed.keys() <= has.keys() and all(
         (takes is None) == (has[name] is None) and (takes or frozenset()) <= (has[name] or frozenset())
         for name, takes in needed.items()
@@ -254,7 +251,7 @@ PROTOCOLS = sorted(key for key, one in classes().items() if "Protocol" in one.ba
 def test_a_protocol_has_two_implementations_or_one_that_it_may_not_see(key: str) -> None:
     """The sole implementation stands in a room that the Protocol's may not import, and its docstring names it."""
     protocol = classes()[key]
-    found = [name for name, one in classes().items() if name not in PROTOCOLS and implements(one, protocol)]
+    found = [name for name in classes() if name not in PROTOCOLS and implements(name, key)]
     if len(found) < 2:
         (only,) = found
         room, other = protocol.room(), classes()[only].room()

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from tests.prose import faults, sentences
+from tests.trees import parsed
 
 ROOT = Path(__file__).parent.parent
 DONE = ("protocol", "server")
@@ -28,7 +29,7 @@ def files() -> Iterator[tuple[str, Path]]:
 
 def docstrings(path: Path) -> Iterator[tuple[int, str]]:
     """Yield all docstrings of a file with their lines, those of constants and fields included."""
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(parsed(path)):
         match node:
             case ast.Expr(value=ast.Constant(value=str(text))):
                 yield node.lineno, text

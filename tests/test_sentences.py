@@ -24,6 +24,7 @@ from server.domain.permissions import OBSTACLES
 from tests.prose import faults
 from tests.test_hostile_values import filled, frames, valid
 from tests.test_wire_bounds import BODIES, BOUNDS, CLIENT, answer
+from tests.trees import parsed
 from tests.world import Room, World, http_client, refused, sent
 
 ROOT = Path(__file__).parent.parent
@@ -56,7 +57,7 @@ def sentences() -> Iterator[tuple[str, str]]:
     for path in sorted([*(ROOT / "protocol").rglob("*.py"), *(ROOT / "server").rglob("*.py")]):
         if ELSEWHERE.match(str(path.relative_to(ROOT))):
             continue
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(parsed(path)):
             texts: list[ast.expr] = []
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
                 texts = node.args[1:2] if node.func.id == "Refused" else []
@@ -77,7 +78,7 @@ def entries() -> Iterator[tuple[str, str]]:
     for path in sorted((ROOT / "server").rglob("*.py")):
         if OF_OTHERS.match(str(path.relative_to(ROOT))):
             continue
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(parsed(path)):
             match node:
                 case ast.Call(
                     func=ast.Name(id="Fatal")
@@ -239,7 +240,7 @@ def test_every_refusal_for_a_field_has_its_path() -> None:
     codes = {"INVALID", "FORBIDDEN", "CONFLICT", "NOT_FOUND"}
     without = []
     for path in sorted([*(ROOT / "protocol").rglob("*.py"), *(ROOT / "server").rglob("*.py")]):
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(parsed(path)):
             match node:
                 case ast.Call(func=ast.Name(id="Refused"), args=[ast.Attribute(attr=code), text], keywords=keywords):
                     has_path = any(keyword.arg in {"path", None} for keyword in keywords)
@@ -263,7 +264,7 @@ def test_every_refusal_by_a_rate_that_is_not_of_the_whole_user_names_what_has_to
     """Else a client holds back everything for hours, because one conversation is in slow mode."""
     without, allowances = set(), {}
     for path in sorted((ROOT / "server").rglob("*.py")):
-        tree = ast.parse(path.read_text())
+        tree = parsed(path)
         for node in ast.walk(tree):
             match node:
                 case ast.Call(func=ast.Name(id="Refused"), args=[ast.Attribute(attr="RATE_LIMITED"), text]):
