@@ -148,15 +148,17 @@ class _Create(Frame, kw_only=True):
 
 
 class CreateGroup(_Create, tag="create_group", kw_only=True):
-    """Create a group that the caller owns. Participants who may be added without asking (docs/privacy.md) are added;
-    the others are invited.
+    """Create a group that the caller owns. Participants who may be added without an invitation (docs/privacy.md) are
+    added; the others are invited.
     """
 
     participants: Annotated[list[UserId], PARTICIPANTS_NAMED]
 
 
 class CreateChannel(_Create, tag="create_channel"):
-    """Create a channel. Any user may join a public channel; other channels need an invite code or an invitation."""
+    """Create a channel. Any user may join a public channel. Users join another channel by an invite code or an
+    invitation, or are added.
+    """
 
 
 class ListConversations(Frame, tag="list_conversations"):
@@ -234,16 +236,16 @@ class Join(Frame, tag="join"):
 
 
 class Leave(Frame, tag="leave"):
-    """Leave a conversation. When the only owner leaves, the participant of the next highest role becomes owner. Among
-    several of that role, the one who joined first does.
+    """Leave a conversation. When the owner leaves, the participant with the highest role becomes the owner, and among
+    several the one who joined first. Participants with active accounts come before all others.
     """
 
     conversation_id: ConversationId
 
 
 class AddParticipants(Frame, tag="add_participants"):
-    """Add users to a group or a channel. Users who may not be added without asking (docs/privacy.md) are invited.
-    Current participants stay unchanged.
+    """Add users to a group or a channel. Users who may not be added without an invitation (docs/privacy.md) are
+    invited. Current participants stay unchanged.
     """
 
     conversation_id: ConversationId

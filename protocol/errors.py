@@ -45,9 +45,9 @@ class CloseCode(IntEnum):
     """Why the server closed a connection, and whether the client should reconnect."""
 
     GOING_AWAY = 1012
-    """The server restarts, drains, is full or failed. Reconnect to any server and resume. Wait for `reconnect_after_ms`
-    of the `going_away` before, or `retry_after_ms` of the `error` before. If there was neither, wait as after a lost
-    connection.
+    """The server restarts, shuts down, is full or failed. Reconnect to any server and resume. First wait for the
+    `reconnect_after_ms` of the `going_away` that came before, or the `retry_after_ms` of the `error`. If there was
+    neither, wait as after a lost connection.
     """
     TOO_BIG = 1009
     """The client sent a frame larger than `limits.frame_bytes`, or larger than 4 KiB before `ready`. Reconnect, but do

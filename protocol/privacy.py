@@ -6,17 +6,17 @@
 from typing import NamedTuple
 
 STANDINGS = {
-    "friend": "is a friend of the target",
-    "together": "is in the same conversation",
-    "stranger": "is anyone else",
+    "stranger": "any user",
+    "together": "in the same conversation",
+    "friend": "friend",
     "blocking": "blocks the target",
-    "blocked": "is blocked by the target",
+    "blocked": "blocked by the target",
 }
-"""The standings of one user to another. If several apply, the last one counts."""
+"""The relations of a caller to a target. If several apply, the last one decides."""
 
-YES, NO, PUBLIC, SAME, MET = "yes", "no", "if public", "as otherwise", "in a conversation"
-"""`if public` means unless the other user has `is_private`. `as otherwise` means that blocking a user does not change
-what the caller sees. `in a conversation` means only while both take part in the same conversation.
+YES, NO, PUBLIC, SAME, MET = "yes", "no", "if public", "unchanged", "if together"
+"""`if public` means yes, unless the target has set `is_private`. `unchanged` means that the caller's block has no
+effect. `if together` means only while both take part in the same conversation.
 """
 
 
@@ -32,17 +32,17 @@ class Rule(NamedTuple):
 
 
 RULES: dict[str, Rule] = {
-    "see_face": Rule("see name and picture, find by name", (YES, YES, PUBLIC, SAME, MET)),
-    "see_profile": Rule("see bio, location, website", (YES, PUBLIC, PUBLIC, SAME, NO), None, "can_see_profile"),
-    "see_presence": Rule("see presence and custom status", (YES, YES, PUBLIC, NO, NO),
+    "see_face": Rule("see name and picture, find by name", (PUBLIC, YES, YES, SAME, MET)),
+    "see_profile": Rule("see bio, location, website", (PUBLIC, PUBLIC, YES, SAME, NO), None, "can_see_profile"),
+    "see_presence": Rule("see presence and custom status", (PUBLIC, YES, YES, NO, NO),
         "show_online_status", "can_see_online_status"),
-    "write": Rule("open a direct conversation, send in it", (YES, YES, PUBLIC, NO, NO), None, "can_send_messages"),
-    "invite": Rule("invite to a group or a channel", (YES, PUBLIC, PUBLIC, NO, NO), None, "can_send_messages"),
-    "add": Rule("add to a group or a channel without asking", (YES, NO, NO, NO, NO),
+    "write": Rule("open a direct conversation, send in it", (PUBLIC, YES, YES, NO, NO), None, "can_send_messages"),
+    "invite": Rule("invite to a group or a channel", (PUBLIC, PUBLIC, YES, NO, NO), None, "can_send_messages"),
+    "add": Rule("add to a group or a channel without an invitation", (NO, NO, YES, NO, NO),
         "allow_adding", "can_send_messages"),
-    "request_friend": Rule("ask for friendship", (YES, YES, YES, NO, NO), "allow_friend_requests"),
-    "follow": Rule("follow", (YES, PUBLIC, PUBLIC, NO, NO)),
+    "request_friend": Rule("send a friend request", (YES, YES, YES, NO, NO), "allow_friend_requests"),
+    "follow": Rule("follow", (PUBLIC, PUBLIC, YES, NO, NO)),
 }  # fmt: skip
-"""The cells are in the order of STANDINGS. Users who deactivated or deleted their account show only their face, and
-only to users in the same conversation. Erased users show everyone that they were erased.
+"""The cells are in the order of STANDINGS. Users whose account is deactivated, deleted or disabled show only their
+face, and only to users in the same conversation. Everyone sees that an erased user was erased.
 """

@@ -20,21 +20,21 @@ class Rule(NamedTuple):
 class Act(Enum):
     """Actions that require a role."""
 
-    TAKE_PART = Rule("read, react, follow; send, unless `send_role` asks for more; report; leave", "guest")
+    TAKE_PART = Rule("read, react, follow threads, report, leave; send, unless `send_role` is higher", "guest")
     SKIP_SLOW_MODE = Rule("send without waiting in slow mode", "moderator")
     PIN_MESSAGES = Rule("pin messages", "moderator", "can_pin_messages")
-    BE_LOUD = Rule("mention everyone, everyone who is here, or a role", "moderator")
+    BE_LOUD = Rule("mention `@everyone`, `@here` or a role", "moderator")
     DELETE_MESSAGES = Rule("delete other people's messages", "moderator", "can_delete_messages")
-    MODERATE = Rule("hide messages and show them again, see what is hidden, review reports", "moderator",
+    MODERATE = Rule("hide messages, show them again, read hidden ones, review reports", "moderator",
         "can_delete_messages")  # fmt: skip
-    ADD_MEMBERS = Rule("add and invite people, see who is invited or banned, see and change the invite code", "admin",
-        "can_add_members")  # fmt: skip
-    REMOVE_MEMBERS = Rule("remove and ban people, lift bans, see who is invited or banned", "admin",
+    ADD_MEMBERS = Rule("add and invite users, list invited, declined and banned ones, see and change the invite code",
+        "admin", "can_add_members")  # fmt: skip
+    REMOVE_MEMBERS = Rule("remove and ban users, lift bans, list invited, declined and banned users", "admin",
         "can_remove_members")  # fmt: skip
     EDIT_CONVERSATION = Rule("change title, description, image, settings; archive", "admin", "can_edit_conversation")
-    SET_ROLES = Rule("give roles and permissions below one's own", "admin")
+    SET_ROLES = Rule("set the roles and permissions of participants with lower roles", "admin")
     READ_AUDIT = Rule("read the audit log", "admin")
-    TRANSFER = Rule("make someone else the owner", "owner")
+    TRANSFER = Rule("transfer the ownership", "owner")
     DELETE_CONVERSATION = Rule("delete the conversation", "owner")
 
 

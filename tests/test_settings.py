@@ -221,7 +221,7 @@ def test_the_handbook_lists_every_setting_with_its_default_and_its_bounds() -> N
     words = {"": "none", "True": "true", "False": "false"}
     defaults = {name: words.get(str(field.default), str(field.default)) for name, field in FIELDS.items()}
     assert rows == [(variable(name), defaults[name], allowed(name)) for name in FIELDS]
-    assert f"which takes {SENDING_CONNECTIONS} more" in OPERATIONS
+    assert f"besides {SENDING_CONNECTIONS} for messages" in OPERATIONS
 
 
 def test_settings_are_printed_with_meaning_default_value_and_source(

@@ -69,7 +69,9 @@ class Settings(msgspec.Struct, kw_only=True, frozen=True):
         str, "URL of Redis 7.0 or later, or of Valkey. By default the server starts its own Valkey."
     ] = ""
     origins: Annotated[str, "Additional origins whose pages may use the session cookie, separated by commas."] = ""
-    database_connections: Annotated[int, Meta(ge=2, le=500), "Max PostgreSQL connections, per worker."] = 8
+    database_connections: Annotated[
+        int, Meta(ge=2, le=500), "Max PostgreSQL connections of each worker, besides 2 for messages."
+    ] = 8
     session_days: Annotated[int, Meta(ge=1, le=3650), "Days without use after which a session expires."] = 30
     heartbeat_seconds: Annotated[
         float,
@@ -83,18 +85,24 @@ class Settings(msgspec.Struct, kw_only=True, frozen=True):
         int, Meta(ge=1, le=1_000_000), "Max WebSockets, and max concurrent calls, per user and worker."
     ] = 50
     connections_per_address: Annotated[
-        int, Meta(ge=1, le=1_000_000), "Max connections, per address and worker. A whole office may share one address."
+        int, Meta(ge=1, le=1_000_000), "Max WebSockets, per address and worker. A whole office may share one address."
     ] = 2_000
     address_rate: Annotated[
         Rate, "Max requests and new connections per second, per address and worker. Bursts: four times that."
     ] = 500.0
     frame_rate: Annotated[Rate, "Max frames per second, per connection. Bursts: four times that."] = 200.0
-    write_rate: Annotated[Rate, "Max writing frames per second, per user. Bursts: four times that."] = 50.0
-    read_rate: Annotated[Rate, "Max reading frames per second, per user. Bursts: four times that."] = 100.0
-    ephemeral_rate: Annotated[Rate, "Max typing and presence frames per second, per user. Bursts: four times that."] = (
-        20.0
+    write_rate: Annotated[Rate, "Max writing frames per second, per user at all workers. Bursts: four times that."] = (
+        50.0
     )
-    search_rate: Annotated[Rate, "Max searches per second, per user. Bursts: four times that."] = 2.0
+    read_rate: Annotated[Rate, "Max reading frames per second, per user at all workers. Bursts: four times that."] = (
+        100.0
+    )
+    ephemeral_rate: Annotated[
+        Rate, "Max ephemeral frames (typing, presence) per second, per user at all workers. Bursts: four times that."
+    ] = 20.0
+    search_rate: Annotated[
+        Rate, "Max searches and pages of the feed per second, per user at all workers. Bursts: four times that."
+    ] = 2.0
     login_attempts: Annotated[int, Meta(ge=1, le=1_000_000), "Max failed logins in five minutes, per account."] = 10
     login_attempts_per_address: Annotated[
         int, Meta(ge=1, le=1_000_000), "Max logins and registrations in five minutes, per address."
