@@ -15,10 +15,10 @@ from server.core.errors import NotFound
 from server.db.database import Db
 from server.domain.permissions import require, require_below
 from server.domain.publish import publish_participant
-from server.queries import approaches, audit, conversations, participants, sending, users, welcome
+from server.queries import approaches, audit, conversations, participants, system_messages, users, welcome
 from server.queries.audit import Deed
 from server.queries.participants import ParticipantChange
-from server.queries.sending import Announcement
+from server.queries.system_messages import SystemMessage
 from server.queries.welcome import Guest
 
 
@@ -38,11 +38,11 @@ class MembershipChange:
         self._entered.update(change.participant.user_id for change in changes)
         self.changes += changes
 
-    async def announce(self, announcement: Announcement) -> None:
+    async def announce(self, message: SystemMessage) -> None:
         """Post a system message about an action of the caller, unless the conversation's settings disable these."""
         if self._conversation.settings.system_messages:
             about = self._conversation.id
-            self._announced.append(await sending.announce(self._db, about, self._context.user_id, announcement))
+            self._announced.append(await system_messages.store(self._db, about, self._context.user_id, message))
 
     async def record(self, deed: Deed) -> None:
         """Add an action to the conversation's audit log."""

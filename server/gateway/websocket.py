@@ -82,7 +82,7 @@ class WebSocket(WebSocketsSansIOProtocol):
     # Bytes that arrived in the read in which reading paused, from the first unhandled frame.
     _unread = b""
     # Whether the message before `take_over` is a text.
-    _is_first_text = False
+    is_first_text = False
     # Fragments of the current message.
     _fragments = 0
     # Limits control frames and fragments. The receiver limits whole messages.

@@ -34,7 +34,7 @@ from server.queries import audit, bounds, conversations, participants, users
 from server.queries.audit import Deed
 from server.queries.conversations import Filter, Founding
 from server.queries.cursor import Cursor
-from server.queries.sending import Announcement
+from server.queries.system_messages import SystemMessage
 
 
 async def create_direct(context: Context, frame: client.CreateDirect) -> OneConversation:
@@ -215,15 +215,15 @@ async def update(context: Context, frame: client.UpdateConversation) -> OneConve
     return OneConversation(view=view)
 
 
-def _said(conversation: Conversation, changed: dict[str, object]) -> list[Announcement]:
+def _said(conversation: Conversation, changed: dict[str, object]) -> list[SystemMessage]:
     """Return the system messages about a change."""
-    said: list[Announcement] = []
+    said: list[SystemMessage] = []
     if "title" in changed:
         words = f"changed the title to {conversation.title}"
-        said.append(Announcement("title_change", words, {"title": conversation.title}))
+        said.append(SystemMessage("title_change", words, {"title": conversation.title}))
     if fields := sorted(changed.keys() - {"title"}):
         words = f"changed {', '.join(field.removeprefix('is_') for field in fields)}"
-        said.append(Announcement("settings_change", words, {"fields": fields}))
+        said.append(SystemMessage("settings_change", words, {"fields": fields}))
     return said
 
 

@@ -1,4 +1,4 @@
-"""Messages on their way in: sent in batches by one statement, and the server's own announcements."""
+"""Storing messages of users, in batches."""
 
 from collections.abc import Sequence
 from datetime import datetime
@@ -9,25 +9,22 @@ from asyncpg import LockNotAvailableError, QueryCanceledError, Record, UniqueVio
 
 from protocol.client import Send
 from protocol.ids import ConversationId, MessageId, UserId
-from protocol.json_object import Json
 from protocol.payloads import Poll
-from protocol.values import ContentType, Message, SystemMessageType
+from protocol.values import ContentType
 from server.db.database import Db
-from server.db.rows import Reader
 from server.fairness.batcher import Slow
 from server.fairness.lanes import HELD, Held
 
 SHARED_LOCK_MS, ALONE_LOCK_MS = 10, 200
-"""Max time that messages wait for a row other than their conversation's, in milliseconds: several that share a
-statement, and one that has its own and only holds up its conversation.
+"""Max wait for a row other than the conversation's, in milliseconds: for a batch of several messages, and for a single
+one, which delays only its conversation.
 """
 
-_message_decoder = Reader(Message)
 _encode = msgspec.json.Encoder().encode
 
 
 class Derived(NamedTuple):
-    """What the server makes of what is said."""
+    """The parts of a message that the server derives from its content."""
 
     formatted_content: str | None = None
     mentions: Sequence[UserId] = ()
@@ -36,7 +33,7 @@ class Derived(NamedTuple):
 
 
 class Source(NamedTuple):
-    """What was forwarded, who had said it, and since when it says that, if it was edited."""
+    """The message that is forwarded, its original sender, and the time of its last edit."""
 
     conversation_id: ConversationId
     message_id: MessageId
@@ -45,34 +42,34 @@ class Source(NamedTuple):
 
 
 class Outgoing(NamedTuple):
-    """A message on its way in: who sends what."""
+    """A message that is not stored yet, and its sender."""
 
     sender_id: UserId
     frame: Send
-    made: Derived = Derived()
+    derived: Derived = Derived()
     source: Source | None = None
 
     @property
     def content_type(self) -> ContentType:
-        """What kind of message it is: its payload says so."""
+        """The content type, which follows from the payload."""
         payload = self.frame.payload
         return "text" if payload is None else payload.__struct_config__.tag  # type: ignore[return-value]
 
     @property
     def poll_counts(self) -> list[int] | None:
-        """The votes for each option of a poll, which are none."""
+        """Zero votes for each option of a poll; None for other messages."""
         return [0] * len(self.frame.payload.options) if isinstance(self.frame.payload, Poll) else None
 
 
 def weight(out: Outgoing) -> int:
-    """Return how many characters a message says, also in its payload: the words of them take most of the time."""
+    """Return the length of a message with its payload, in characters. It determines how long storing takes."""
     payload = out.frame.payload
     return len(out.frame.content) + (0 if payload is None else len(_encode(payload)))
 
 
 class Stored(NamedTuple):
-    """The version and times of a stored message. For a reply, also its thread: the root, its reply count, and the
-    reply's place.
+    """The version and times of a stored message. For a reply, also the root of its thread, the root's reply count, and
+    the position of the reply.
     """
 
     version: int
@@ -84,32 +81,33 @@ class Stored(NamedTuple):
 
 
 SEND = "SELECT * FROM send_messages($1, $2, $3)"
-"""Stores a batch: send_messages() in schema.sql, beside which its contract stands."""
+"""Stores a batch. schema.sql has the function, and beside it the contract of its steps."""
 
 Reason = Literal[
     "changed", "duplicate", "no_access", "inactive", "archived", "role", "unwanted", "loud", "missing_parent",
     "missing_quoted", "source_changed", "slow",
 ]  # fmt: skip
-"""Why a message was not stored; of several reasons, the first one in the order of send_messages(). With `changed` and
-`loud` it may be stored if it is tried again: the sender's right came up while it ran, or another message took the id;
-or the sender may no longer mention everyone, and it has to be composed anew.
+"""Why a message was not stored. Of several reasons, it is the first one in send_messages().
+
+Another attempt may succeed for two of them. `changed` means that the sender's rights changed while the statement ran,
+or that another message took the id. `loud` means that the sender may not notify everyone, so the message has to be
+composed again.
 """
 
 
 class NotStored(NamedTuple):
-    """A message that was not stored, and for `slow`, the milliseconds until its sender may send."""
+    """A message that was not stored. `wait_ms` is the time until the sender may send in slow mode, in milliseconds."""
 
     reason: Reason
     wait_ms: int = 0
 
 
 async def send(db: Db, batch: Sequence[Outgoing]) -> list[Stored | NotStored]:
-    """Store a batch, and return what became of each message, in order. Of several with the same id, the first one is
-    stored.
+    """Store a batch, and return the outcomes in its order. Of several messages with the same id, the first is stored.
 
-    Stores none and raises UniqueViolationError if another transaction took an id while it ran, LockNotAvailableError if
-    it waited under the lock of a conversation for a row that somebody else holds: `SHARED_LOCK_MS` in a batch of
-    several, `ALONE_LOCK_MS` alone. In a transaction, that bounds what comes after it as well.
+    Stores none of them and raises UniqueViolationError if another transaction took an id meanwhile, or
+    LockNotAvailableError if it waited too long for another row while it held a conversation (`SHARED_LOCK_MS`,
+    `ALONE_LOCK_MS`). In a transaction, this limit stays in force for later statements.
     """
     patience = ALONE_LOCK_MS if len(batch) == 1 else SHARED_LOCK_MS
     rows = await _fetched(db, batch, patience, passes_held=False)
@@ -117,17 +115,17 @@ async def send(db: Db, batch: Sequence[Outgoing]) -> list[Stored | NotStored]:
 
 
 async def send_free(db: Db, batch: Sequence[Outgoing]) -> list[Stored | NotStored | Held]:
-    """Do what `send` does, but wait for nothing that somebody holds: `HELD` stands for messages to conversations that
-    are held, and for one that is alone and would wait longer than `SHARED_LOCK_MS` for another row. Of several, such a
-    one raises LockNotAvailableError: ask for parts of them.
+    """Do the same as `send`, but skip locked conversations. The outcome of their messages is `HELD`. So is that of a
+    single message that would wait for another row longer than `SHARED_LOCK_MS`. A batch of several raises
+    LockNotAvailableError in that case, and the caller repeats it in parts.
 
-    Raises Slow if PostgreSQL ended the statement. It does so before the commit or not at all: nothing was stored. What
-    the client gives up may have been stored (docs/decisions/0066).
+    Raises Slow if PostgreSQL cancelled the statement. Nothing is stored then, because the limit does not apply to the
+    commit. After a timeout of the client, messages may be stored (docs/decisions/0066).
     """
     try:
         try:
             rows = await _fetched(db, batch, SHARED_LOCK_MS, passes_held=True)
-        except UniqueViolationError:  # an id was taken while it ran: another run sees it
+        except UniqueViolationError:  # another transaction took an id meanwhile, and a second run sees its message
             rows = await _fetched(db, batch, SHARED_LOCK_MS, passes_held=True)
     except QueryCanceledError:
         raise Slow from None
@@ -143,7 +141,7 @@ async def _fetched(db: Db, batch: Sequence[Outgoing], patience_ms: int, *, passe
 
 
 def _outcomes(batch: Sequence[Outgoing], rows: Sequence[Record]) -> list[Stored | NotStored | Held]:
-    """Return the outcome of each message of a batch. One that has the id of an earlier one has no row."""
+    """Return the outcomes of a batch. A message with the id of an earlier one in the batch has no row."""
     outcomes: list[Stored | NotStored | Held] = [NotStored("changed")] * len(batch)
     for place, outcome, wait_ms, *stored in rows:
         if outcome == "stored":
@@ -154,8 +152,8 @@ def _outcomes(batch: Sequence[Outgoing], rows: Sequence[Record]) -> list[Stored 
 
 
 def _encoded(batch: Sequence[Outgoing]) -> str:
-    """Return the messages as JSON, without those that have the id of an earlier one: the fields of the type
-    `outgoing_message`.
+    """Return the messages as JSON with the fields of the type `outgoing_message`. Leaves out messages with the id of an
+    earlier one in the batch.
     """
     first: dict[MessageId, tuple[int, Outgoing]] = {}
     for place, item in enumerate(batch):
@@ -169,10 +167,10 @@ def _encoded(batch: Sequence[Outgoing]) -> str:
             "content": item.frame.content,
             "content_type": item.content_type,
             "payload": item.frame.payload,
-            "formatted_content": item.made.formatted_content,
-            "mentions": item.made.mentions,
-            "loud_mentions": item.made.loud_mentions,
-            "hashtags": item.made.hashtags,
+            "formatted_content": item.derived.formatted_content,
+            "mentions": item.derived.mentions,
+            "loud_mentions": item.derived.loud_mentions,
+            "hashtags": item.derived.hashtags,
             "metadata": item.frame.metadata,
             "parent_message_id": item.frame.parent_message_id,
             "also_in_conversation": item.frame.also_in_conversation,
@@ -189,16 +187,15 @@ def _encoded(batch: Sequence[Outgoing]) -> str:
 
 
 class Earlier(NamedTuple):
-    """The message that has the id of another one, and whether it is the same."""
+    """A stored message with the id of another one, and whether both are the same."""
 
     version: int
     created_at: datetime
     is_same: bool
 
 
-# What was sent first is compared in its original words: an edit keeps them as its oldest row. A message that was
-# forwarded is compared by where it came from, for that may say something else by now; of one that has expired nothing
-# is left to compare.
+# The original content is compared, which is in the oldest row of `message_edit` if the message was edited. A forwarded
+# message is compared by its source, whose content may have changed. Of a message that has expired, no content is left.
 EARLIER = """
 SELECT m.sent_version, m.created_at,
     m.conversation_id = $2 AND m.sender_id = $3 AND m.forwarded_from_id IS NOT DISTINCT FROM $12
@@ -218,7 +215,7 @@ WHERE m.id = $1
 
 
 async def earlier(db: Db, outgoing: Outgoing) -> Earlier | None:
-    """Return the message that has the id of another one, in any conversation."""
+    """Return the stored message with the id of an outgoing one, in any conversation."""
     frame = outgoing.frame
     row = await db.fetchrow(
         EARLIER, frame.message_id, frame.conversation_id, outgoing.sender_id, frame.parent_message_id,
@@ -236,38 +233,5 @@ WAITED = "UPDATE conversation_participant SET last_sent_at = $3 WHERE conversati
 
 
 async def begin_wait(db: Db, conversation_id: ConversationId, user_id: UserId, at: datetime) -> None:
-    """Have slow mode count from a time at which a participant said something by another frame than `send`. Requires the
-    conversation's lock.
-    """
+    """Start the wait of slow mode for a participant who edited a message. Requires the conversation's lock."""
     await db.execute(WAITED, conversation_id, user_id, at)
-
-
-ANNOUNCE = """
-WITH bumped AS (
-    UPDATE conversation SET version = version + 1, message_count = message_count + 1,
-        last_message_at = now(), last_activity_at = now()
-    WHERE id = $1 RETURNING version
-)
-INSERT INTO message AS m (conversation_id, sender_id, content, content_type, metadata, is_system_message,
-    system_message_type, sent_version, version)
-SELECT $1, $2, $3, 'system', $4, true, $5, b.version, b.version FROM bumped b
-RETURNING message_json(m)
-"""
-
-
-class Announcement(NamedTuple):
-    """What a system message says its sender did: for programs, and in English. No name is in it: people change theirs,
-    and may want it forgotten.
-    """
-
-    kind: SystemMessageType
-    content: str
-    metadata: Json = {}  # noqa: RUF012 - nobody writes to it
-
-
-async def announce(db: Db, conversation_id: ConversationId, user_id: UserId, said: Announcement) -> Message:
-    """Store what a user did as a system message, and return it. Under the lock."""
-    metadata = msgspec.json.encode(said.metadata).decode()
-    return _message_decoder.decode(
-        await db.fetchval(ANNOUNCE, conversation_id, user_id, said.content, metadata, said.kind)
-    )
