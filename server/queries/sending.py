@@ -16,8 +16,8 @@ from server.fairness.batcher import Slow
 from server.fairness.lanes import HELD, Held
 
 SHARED_LOCK_MS, ALONE_LOCK_MS = 10, 200
-"""Max wait for a row other than the conversation's, in milliseconds: for a batch of several messages, and for a single
-one, which delays only its conversation.
+"""Max wait for a row other than the conversation's, in milliseconds. The first is for a batch of several messages, the
+second for a single one, which delays only its conversation.
 """
 
 _encode = msgspec.json.Encoder().encode
@@ -105,9 +105,9 @@ class NotStored(NamedTuple):
 async def send(db: Db, batch: Sequence[Outgoing]) -> list[Stored | NotStored]:
     """Store a batch, and return the outcomes in its order. Of several messages with the same id, the first is stored.
 
-    Stores none of them and raises UniqueViolationError if another transaction took an id meanwhile, or
-    LockNotAvailableError if it waited too long for another row while it held a conversation (`SHARED_LOCK_MS`,
-    `ALONE_LOCK_MS`). In a transaction, this limit stays in force for later statements.
+    Stores none of them and raises UniqueViolationError if another transaction took an id meanwhile. It does the same
+    with LockNotAvailableError if it waited for another row longer than `SHARED_LOCK_MS` or `ALONE_LOCK_MS`. In a
+    transaction, this limit stays in force for later statements.
     """
     patience = ALONE_LOCK_MS if len(batch) == 1 else SHARED_LOCK_MS
     rows = await _fetched(db, batch, patience, passes_held=False)
