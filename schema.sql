@@ -1,23 +1,22 @@
--- OpenChat's database, whole: what a new installation gets. Read it after protocol/.
+-- The schema of OpenChat's database. A new installation gets this file, and migrations/ upgrade older databases to it.
+-- tests/test_schema.py proves that both ways lead to the same schema. Read protocol/ first.
 --
--- The one idea to know: every conversation has a clock, conversation.version. Each durable change takes the
--- next number in the statement that makes it and stamps the row it changed, so that "what changed since v" is
--- one indexed read per table, and deletions (soft) are part of the answer. See docs/decisions/0002-one-clock.md.
---
--- Older databases arrive here through migrations/; tests/test_schema.py proves that both ways end alike.
+-- Each conversation has a version, `conversation.version`. Each durable change takes the next version in its own
+-- statement, and writes it to the changed row. So the changes since a version are one indexed read per table. Deletions
+-- are soft, so they are among them. See docs/decisions/0002-one-clock.md.
 
 -- ------------------------------------------------------------------------------------------------ users
 
--- Text as its words are found: without punctuation, as queries are. PostgreSQL's parser tries addresses, paths and tags
--- at each word, up to the next space: 10,000 characters of `1a@1a@…` took seconds. Runs are replaced at once: translate()
--- compared each character with each mark, which took as long as finding the words.
+-- Replaces punctuation by spaces, in texts to index and in queries. PostgreSQL's parser tries to find addresses, paths
+-- and tags at each word, up to the next space, so 10,000 characters of `1a@1a@…` took seconds. The expression replaces
+-- whole runs. translate() compared each character with each mark, which took as long as parsing.
 CREATE FUNCTION unpunctuated(text text) RETURNS text LANGUAGE sql IMMUTABLE PARALLEL SAFE
     RETURN regexp_replace(text, '[!-/:-@[-`{-~]+', ' ', 'g');
 
 CREATE TABLE "user" (
     id uuid CONSTRAINT user_pkey PRIMARY KEY DEFAULT gen_random_uuid(),
     name text NOT NULL CONSTRAINT user_name_length CHECK (char_length(name) BETWEEN 1 AND 255),
-    -- Kept in lower case, so that the unique constraint means what people expect of an address.
+    -- In lower case, so that the unique constraint ignores case.
     email text NOT NULL CONSTRAINT user_email_key UNIQUE CONSTRAINT user_email_lower CHECK (email = lower(email)),
     email_verified boolean NOT NULL DEFAULT false,
     image text,
@@ -25,10 +24,11 @@ CREATE TABLE "user" (
     bio text CONSTRAINT user_bio_length CHECK (char_length(bio) <= 500),
     location text CONSTRAINT user_location_length CHECK (char_length(location) BETWEEN 1 AND 255),
     website text,
-    -- Presence as of the last transition; the live truth is in presence (server/domain/presence.py).
+    -- Presence as of the last transition. server/domain/presence.py has the current state.
     is_online boolean NOT NULL DEFAULT false,
     last_seen_at timestamptz,
-    -- What the user chose to be seen as while connected. 'offline' here means "never chosen": online.
+    -- The status that the user chose to show while connected. 'offline' means that the user never chose one, and counts
+    -- as 'online'.
     status text NOT NULL DEFAULT 'offline'
         CONSTRAINT user_status_known CHECK (status IN ('online', 'away', 'busy', 'invisible', 'offline')),
     custom_status text CONSTRAINT user_custom_status_length CHECK (char_length(custom_status) BETWEEN 1 AND 255),
@@ -38,43 +38,45 @@ CREATE TABLE "user" (
     is_private boolean NOT NULL DEFAULT false,
     allow_friend_requests boolean NOT NULL DEFAULT true,
     show_online_status boolean NOT NULL DEFAULT true,
-    -- The user's own clock: it moves when their conversations, sessions, invitations, relationships, preferences
-    -- or profile change. What changed keeps its number, so that whoever missed the news finds out by comparing one.
+    -- The user version. It advances when the user's conversations, sessions, invitations, relationships, preferences or
+    -- profile change. The changed row stores it, so a client that missed events finds out by comparing one number.
     version bigint NOT NULL DEFAULT 0,
     created_at timestamptz NOT NULL DEFAULT now(),
     updated_at timestamptz NOT NULL DEFAULT now(),
-    -- The own clock when the profile or the privacy settings last changed.
+    -- The user version when the profile or the privacy settings last changed.
     own_version bigint NOT NULL DEFAULT 0,
     custom_status_until timestamptz,
-    -- Locked by an administrator: logging in does not bring it back, as it does after deactivating oneself.
+    -- Disabled by an administrator. Logging in does not reactivate the account, as it does after a deactivation by the
+    -- user.
     is_disabled boolean NOT NULL DEFAULT false,
-    -- A server administrator (docs/administration.md says what that opens, and what not).
+    -- A server administrator. docs/administration.md describes their rights.
     is_admin boolean NOT NULL DEFAULT false,
-    -- When nothing was left of the person but the row that their messages refer to.
+    -- When the account was erased. Only the row remains, because messages refer to it.
     erased_at timestamptz,
-    -- Between these times of day, in this zone, nothing is pushed to them.
+    -- Quiet hours in `time_zone`, without push notifications.
     quiet_from time,
     quiet_until time,
     time_zone text NOT NULL DEFAULT 'UTC',
-    -- What is newer than this in the feed (see queries/feed.py) is new to them.
+    -- Items of the feed that are newer than this are new to the user (server/queries/feed.py).
     feed_seen_at timestamptz,
-    -- With which code (protocol/errors.py) the server closed the last of their connections, if it was the server: for `why`.
+    -- The close code of the last connection (protocol/errors.py), if the server closed it. Read by `why`.
     last_close integer,
-    -- Whether friends may add them to groups and channels without asking.
+    -- Whether friends may add the user to groups and channels without an invitation.
     allow_adding boolean NOT NULL DEFAULT true,
-    -- It moves when somebody blocks or unblocks them, or sets a switch about them, so that what they watch is checked
-    -- again. Nobody is told of it: their own clock would tell of the block.
+    -- Advances when another user blocks or unblocks this one, or changes a switch about them. Workers then recheck whom
+    -- this user watches. No event reports it, and the user version does not advance, because both would reveal the
+    -- block.
     hidden_version bigint NOT NULL DEFAULT 0,
-    -- The highest number of the own clock that a deleted row of theirs had: whoever was told less may have that row.
+    -- The highest user version of the user's deleted rows. A client with a lower version may still have such a row.
     forgotten_version bigint NOT NULL DEFAULT 0,
-    -- How often the own clock moved for rows that are theirs alone (drafts, stars, preferences, the profile). All other
-    -- moves may concern memberships, sessions or relationships, and workers read those again.
+    -- How often the user version advanced for rows that concern only this user (drafts, stars, preferences, the
+    -- profile). Other advances may concern memberships, sessions or relationships, so workers read those again.
     own_moves bigint NOT NULL DEFAULT 0,
-    -- When they stopped being invisible. No device that went before that moves `last_seen_at`.
+    -- When the user stopped being invisible. A device that disconnected before that does not change `last_seen_at`.
     visible_since timestamptz
 )
--- Each connection writes presence, and each change moves the clock. With room on the page, and no index on those
--- columns, that changes no index (HOT).
+-- Each connection writes presence, and each change advances the version. Free space on the page, and no index on these
+-- columns, keep such updates out of all indexes (HOT).
 WITH (fillfactor = 85);
 CREATE INDEX user_words_idx ON "user"
     USING gin (to_tsvector('simple', unpunctuated(name || ' ' || coalesce(display_name, ''))));
@@ -84,7 +86,7 @@ CREATE INDEX user_to_erase_idx ON "user" (deleted_at) WHERE is_deleted AND erase
 CREATE TABLE session (
     id uuid CONSTRAINT session_pkey PRIMARY KEY DEFAULT gen_random_uuid(),
     user_id uuid NOT NULL CONSTRAINT session_user_fkey REFERENCES "user" (id) ON DELETE CASCADE,
-    -- SHA-256 of the token, in hex. The token itself (256 random bits) is only ever in the client's hands.
+    -- SHA-256 of the token, in hex. Only the client has the token itself (256 random bits).
     token text NOT NULL CONSTRAINT session_token_key UNIQUE,
     expires_at timestamptz NOT NULL,
     ip_address text,
@@ -95,7 +97,8 @@ CREATE TABLE session (
 CREATE INDEX session_user_idx ON session (user_id);
 CREATE INDEX session_expires_idx ON session (expires_at);
 
--- One linked login. provider_id 'credential' is a password (argon2id), whose account_id is the e-mail address.
+-- One login method of a user. `provider_id` 'credential' is a password (argon2id), with the e-mail address as
+-- `account_id`.
 CREATE TABLE account (
     id uuid CONSTRAINT account_pkey PRIMARY KEY DEFAULT gen_random_uuid(),
     user_id uuid NOT NULL CONSTRAINT account_user_fkey REFERENCES "user" (id) ON DELETE CASCADE,
@@ -136,46 +139,49 @@ CREATE TABLE conversation (
     invite_code text CONSTRAINT conversation_invite_code_key UNIQUE
         CONSTRAINT conversation_invite_code_length CHECK (char_length(invite_code) BETWEEN 1 AND 50),
     max_participants integer CONSTRAINT conversation_max_participants_positive CHECK (max_participants > 0),
-    -- False once everyone has left: nobody can come back, or there would be nobody who owns it.
+    -- False after the last participant has left. Nobody can join again, because the conversation would have no owner.
     is_active boolean NOT NULL DEFAULT true,
     is_archived boolean NOT NULL DEFAULT false,
     is_deleted boolean NOT NULL DEFAULT false,
     created_by uuid NOT NULL CONSTRAINT conversation_created_by_fkey REFERENCES "user" (id),
     last_message_at timestamptz,
     last_activity_at timestamptz NOT NULL DEFAULT now(),
-    -- Both counts are kept by the statements that change the rows they count.
+    -- Both counts are updated by the statements that change the counted rows.
     message_count integer NOT NULL DEFAULT 0,
     participant_count integer NOT NULL DEFAULT 0,
-    -- protocol/values.py has their type, ConversationSettings. Those that are as usual are left out.
+    -- ConversationSettings in protocol/values.py. Settings with their default values are left out.
     settings jsonb NOT NULL DEFAULT '{}',
-    -- The pair of a direct conversation, in order: what makes it one per pair.
+    -- The two users of a direct conversation, the lower id first. The unique constraint allows one conversation per
+    -- pair.
     direct_low uuid CONSTRAINT conversation_direct_low_fkey REFERENCES "user" (id),
     direct_high uuid CONSTRAINT conversation_direct_high_fkey REFERENCES "user" (id),
-    -- The clock (see above), its value when who may do what last changed (a writer whose snapshot is older
-    -- than that starts again), and its value when this row's own settings last changed.
+    -- `version` is the version of the last change (see above). `access_version` is that of the last change to
+    -- participants or their rights, and `settings_version` that of the last change to the settings in this row.
     version bigint NOT NULL DEFAULT 0,
     access_version bigint NOT NULL DEFAULT 0,
     settings_version bigint NOT NULL DEFAULT 0,
     created_at timestamptz NOT NULL DEFAULT now(),
     updated_at timestamptz NOT NULL DEFAULT now(),
     image text CONSTRAINT conversation_image_length CHECK (char_length(image) BETWEEN 1 AND 2000),
-    -- Until when the invite code opens, and how often yet; no limit if null.
+    -- When the invite code expires, and how often it can still be used. Null means no limit.
     invite_expires_at timestamptz,
     invite_uses_left integer CONSTRAINT conversation_invite_uses_left_range CHECK (invite_uses_left >= 0),
-    -- The last entry of its audit log that was deleted for its age: the next one goes on from there.
+    -- Number and hash of the last audit entry that was deleted because of its age. The chain continues after it.
     audit_number bigint NOT NULL DEFAULT 0,
     audit_hash bytea NOT NULL DEFAULT '',
-    -- Over, perhaps with drafts and invitations that no query shows. A job ends those (server/queries/remains.py).
+    -- Whether an ended conversation may still have drafts and invitations. No query shows them, and a job ends them
+    -- (server/queries/remains.py).
     has_remains boolean NOT NULL DEFAULT false,
     CONSTRAINT conversation_direct_pair_key UNIQUE (direct_low, direct_high),
     CONSTRAINT conversation_direct_has_pair
         CHECK ((type = 'direct') = (direct_low IS NOT NULL) AND direct_low < direct_high IS NOT false),
     CONSTRAINT conversation_group_has_title CHECK (type NOT IN ('group', 'channel') OR title IS NOT NULL)
 )
--- Each message moves the clock. With room on the page, and no index on what moves, that changes no index (HOT).
+-- Each message advances the version. Free space on the page, and no index on the updated columns, keep such updates out
+-- of all indexes (HOT).
 WITH (fillfactor = 70);
--- Python's hash of an id. Whoever makes ids can make thousands with the same one, and a worker keeps dictionaries of the
--- conversations that somebody takes part in (docs/decisions/0050-ids-that-collide.md).
+-- Python's hash of an id. Clients create the ids of conversations, and could create thousands with the same hash.
+-- Workers keep dictionaries of conversations (docs/decisions/0050-ids-that-collide.md).
 CREATE FUNCTION id_hash(id uuid) RETURNS bigint LANGUAGE sql IMMUTABLE PARALLEL SAFE
     RETURN (
         substring(('x' || replace(id::text, '-', ''))::bit(128) FROM 1 FOR 6)::bit(6)::integer::bigint
@@ -183,7 +189,7 @@ CREATE FUNCTION id_hash(id uuid) RETURNS bigint LANGUAGE sql IMMUTABLE PARALLEL 
         + substring(('x' || replace(id::text, '-', ''))::bit(128) FROM 68 FOR 61)::bit(61)::bigint
     ) % 2305843009213693951;
 CREATE UNIQUE INDEX conversation_id_hash_key ON conversation (id_hash(id));
--- With the time, so that the conversations of a day are counted without those of all years.
+-- With the time, so that the conversations of one day are counted without reading those of all years.
 CREATE INDEX conversation_created_by_idx ON conversation (created_by, created_at);
 CREATE INDEX conversation_remains_idx ON conversation (id) WHERE has_remains;
 CREATE INDEX conversation_words_idx ON conversation
@@ -200,7 +206,7 @@ CREATE TABLE conversation_participant (
         CHECK (role IN ('owner', 'admin', 'moderator', 'member', 'guest')),
     status text NOT NULL DEFAULT 'active' CONSTRAINT conversation_participant_status_known
         CHECK (status IN ('active', 'invited', 'declined', 'left', 'removed', 'banned')),
-    -- Permissions granted beyond those that the role brings (see can()).
+    -- Permissions granted in addition to those of the role (see can()).
     can_add_members boolean NOT NULL DEFAULT false,
     can_remove_members boolean NOT NULL DEFAULT false,
     can_edit_conversation boolean NOT NULL DEFAULT false,
@@ -209,7 +215,8 @@ CREATE TABLE conversation_participant (
     notifications_enabled boolean NOT NULL DEFAULT true,
     muted_until timestamptz,
     is_muted boolean NOT NULL DEFAULT false,
-    -- The read position. Unread and read-by counts are derived from it; no row is written when others send.
+    -- The read position. Unread counts and read-by counts are derived from it, so a send updates no rows of other
+    -- participants.
     last_read_message_id uuid,
     last_read_version bigint NOT NULL DEFAULT 0,
     last_read_at timestamptz,
@@ -217,47 +224,51 @@ CREATE TABLE conversation_participant (
     left_at timestamptz,
     invited_by uuid CONSTRAINT conversation_participant_invited_by_fkey REFERENCES "user" (id),
     version bigint NOT NULL DEFAULT 0,
-    -- The clock when they last joined: what was sent before may be hidden from them (see visible_after()).
+    -- The version when the user last joined. Earlier messages may be hidden from them (see visible_after()).
     joined_version bigint NOT NULL DEFAULT 0,
-    -- The user's own clock when this row last changed in a way that is theirs alone: invited, preferences.
+    -- The user version of the last change that concerns only this user: an invitation or a preference.
     user_version bigint NOT NULL DEFAULT 0,
     pin_order integer,
     is_hidden boolean NOT NULL DEFAULT false,
     notification_level text NOT NULL DEFAULT 'all' CONSTRAINT conversation_participant_notification_level_known
         CHECK (notification_level IN ('all', 'mentions', 'none')),
-    -- Kept only where slow mode has people wait.
+    -- Set only in conversations with slow mode.
     last_sent_at timestamptz,
-    -- The newest message that one of their clients has taken in.
+    -- The newest message that one of the user's clients has received.
     delivered_message_id uuid,
     delivered_version bigint NOT NULL DEFAULT 0,
     delivered_at timestamptz,
-    -- From where on they want it to count as unread, for themselves alone, whatever they have read.
+    -- The first message that the user has marked as unread. Only the user's own clients see it, and it is independent
+    -- of the read position.
     unread_from_id uuid,
     unread_from_version bigint,
-    -- The clock when they last left or were removed; later invitations and bans do not move it. See gone_version().
+    -- The version when the user last left or was removed. Later invitations and bans do not change it. See
+    -- gone_version().
     left_version bigint NOT NULL DEFAULT 0,
     CONSTRAINT conversation_participant_key UNIQUE (conversation_id, user_id)
 );
--- "participant_conversation_idx" of the specification is the unique constraint above.
--- Not "WHERE status = 'active'": a plan made while the table is small might walk all of a partial index.
--- With the conversation, so that whichever index is taken to find somebody in a conversation finds one row: by the user
--- alone, all conversations of somebody who is in thousands would be looked through.
+-- The unique constraint above is "participant_conversation_idx" of the specification.
+-- The index is not partial by `status = 'active'`: a plan made for a small table might read a whole partial index.
+-- It includes the conversation, so that finding a user in a conversation reads one row, whichever index the planner
+-- takes.
+-- By the user alone, it would read all conversations of a user who is in thousands.
 CREATE INDEX participant_user_idx ON conversation_participant (user_id, conversation_id);
--- What was told to a user alone, by their own clock.
+-- Changes that concern only one user, by user version.
 CREATE INDEX participant_user_version_idx ON conversation_participant (user_id, user_version) WHERE user_version > 0;
 CREATE INDEX participant_version_idx ON conversation_participant (conversation_id, version);
--- Those who left and were invited or banned later: the clock of what the others may know of them.
+-- Users who left and were invited or banned later. Other participants may learn only that they left.
 CREATE INDEX participant_left_version_idx ON conversation_participant (conversation_id, left_version)
     WHERE left_version > 0 AND left_version < version;
--- Invitations that nobody has answered, by who has them and by who sent them.
+-- Open invitations, by invited user and by inviter.
 CREATE INDEX participant_invited_idx ON conversation_participant (user_id) WHERE status = 'invited';
 CREATE INDEX participant_invited_by_idx ON conversation_participant (invited_by) WHERE status = 'invited';
--- By the conversation, when it is over: by an expression, so that no other statement is planned along it.
+-- Invitations to a conversation that has ended. An expression, so that the planner uses this index for no other
+-- statement.
 CREATE INDEX participant_invited_to_idx ON conversation_participant
     ((CASE WHEN status = 'invited' THEN conversation_id END))
     WHERE (CASE WHEN status = 'invited' THEN conversation_id END) IS NOT NULL;
--- Who follows an owner that leaves. By an expression, so that no other statement is planned along it: with the status as
--- a column, or as a condition, one made for a small table would walk all of the index.
+-- The successor of an owner who leaves. An expression, so that the planner uses this index for no other statement. With
+-- the status as a column or as a condition, a plan made for a small table would read the whole index.
 CREATE INDEX participant_heir_idx ON conversation_participant
     ((CASE WHEN status = 'active' THEN role END), conversation_id, joined_at, user_id);
 
@@ -274,13 +285,13 @@ CREATE TABLE message (
     formatted_content text CONSTRAINT message_formatted_length CHECK (char_length(formatted_content) <= 15000),
     mentions uuid[] NOT NULL DEFAULT '{}',
     hashtags text[] NOT NULL DEFAULT '{}',
-    -- Counts by emoji, kept by the statement that changes message_reaction.
+    -- Counts by emoji, updated by the statement that changes message_reaction.
     reactions jsonb NOT NULL DEFAULT '{}',
     thread_root_id uuid CONSTRAINT message_thread_root_fkey REFERENCES message (id),
     parent_message_id uuid CONSTRAINT message_parent_fkey REFERENCES message (id),
-    -- The place of a reply in its thread, from 1 without holes; on the root, that of its newest reply.
+    -- The place of a reply in its thread, from 1 without gaps. On the root, the place of its newest reply.
     thread_order integer NOT NULL DEFAULT 0,
-    -- Replies that are not deleted, on the root of the thread.
+    -- On the root of a thread, the number of replies that are not deleted.
     reply_count integer NOT NULL DEFAULT 0,
     status text NOT NULL DEFAULT 'sent' CONSTRAINT message_status_known
         CHECK (status IN ('sending', 'sent', 'delivered', 'read', 'failed', 'edited', 'deleted')),
@@ -303,47 +314,49 @@ CREATE TABLE message (
     token_count integer NOT NULL DEFAULT 0,
     model text CONSTRAINT message_model_length CHECK (char_length(model) <= 255),
     metadata jsonb,
-    -- The clock when the message was sent, which is its place in the conversation, and when it last changed.
+    -- `sent_version` is the version when the message was sent, which is its place in the conversation. `version` is
+    -- that of its last change.
     sent_version bigint NOT NULL,
     version bigint NOT NULL,
     created_at timestamptz NOT NULL DEFAULT now(),
     updated_at timestamptz NOT NULL DEFAULT now(),
-    -- What content types other than text consist of: protocol/payloads.py has their forms.
+    -- The content of content types other than text, in the forms of protocol/payloads.py.
     payload jsonb,
-    -- Those mentioned by what they are: 'everyone', 'here', or a role.
+    -- Mentions that name no single user: 'everyone', 'here' or a role.
     loud_mentions text[] NOT NULL DEFAULT '{}',
-    -- A reply that stands in the conversation as well, and counts there.
+    -- Whether a reply is also shown in the conversation, and counts there.
     also_in_conversation boolean NOT NULL DEFAULT false,
     quoted_message_id uuid CONSTRAINT message_quoted_fkey REFERENCES message (id),
-    -- From where a message was forwarded: of another conversation, so that there is no constraint.
+    -- The original of a forwarded message. It has no constraint, because the original is in another conversation.
     forwarded_from_id uuid,
     forwarded_sender_id uuid CONSTRAINT message_forwarded_sender_fkey REFERENCES "user" (id),
-    -- The votes for each option, and of how many people, kept by the statement that changes poll_vote.
+    -- The number of votes for each option, and of voters, updated by the statement that changes poll_vote.
     poll_counts integer[],
     poll_voters integer NOT NULL DEFAULT 0,
     poll_closed_at timestamptz,
-    -- When its words go, where the conversation's settings say so; null afterwards.
+    -- When the content is deleted, if the conversation's settings say so. Null after that.
     expires_at timestamptz,
     link_preview jsonb,
-    -- Deleted, with reactions or votes that no query shows. A job deletes those (server/queries/remains.py).
+    -- Whether a deleted message still has reactions or votes. No query shows them, and a job deletes them
+    -- (server/queries/remains.py).
     has_remains boolean NOT NULL DEFAULT false
 );
--- History in pages. By the clock, not by created_at: two messages can share an instant, never a version.
+-- Pages of history, by version. Two messages can have the same `created_at`, but not the same version.
 CREATE UNIQUE INDEX message_conversation_created_idx ON message (conversation_id, sent_version);
 CREATE INDEX message_conversation_version_idx ON message (conversation_id, version);
--- With the id, so that what somebody said can be read in pages.
+-- With the id, so that the messages of a sender can be read in pages.
 CREATE INDEX message_sender_idx ON message (sender_id, id);
 CREATE INDEX message_thread_root_idx ON message (thread_root_id, thread_order) WHERE thread_root_id IS NOT NULL;
--- What stands in the conversation itself, without the replies in its threads: what unread counts go by.
+-- Messages shown in the conversation itself, without the replies in its threads. Unread counts use it.
 CREATE INDEX message_timeline_idx ON message (conversation_id, sent_version)
     WHERE thread_root_id IS NULL OR also_in_conversation;
 CREATE INDEX message_pinned_idx ON message (conversation_id, pinned_at) WHERE is_pinned;
 CREATE INDEX message_expires_idx ON message (expires_at) WHERE expires_at IS NOT NULL;
 CREATE INDEX message_remains_idx ON message (id) WHERE has_remains;
--- Messages that mention everyone, or a role, which the feed reads the latest first, conversation by conversation.
+-- Messages that mention everyone or a role. The feed reads them newest first, one conversation after another.
 CREATE INDEX message_loud_idx ON message (conversation_id, created_at, id) WHERE loud_mentions <> '{}';
 
--- One row for each user and emoji on a message; taken back, it stays as its own tombstone.
+-- One row per message, user and emoji. A removed reaction stays as a tombstone.
 CREATE TABLE message_reaction (
     message_id uuid NOT NULL CONSTRAINT message_reaction_message_fkey REFERENCES message (id) ON DELETE CASCADE,
     user_id uuid NOT NULL CONSTRAINT message_reaction_user_fkey REFERENCES "user" (id) ON DELETE CASCADE,
@@ -353,17 +366,17 @@ CREATE TABLE message_reaction (
     is_removed boolean NOT NULL DEFAULT false,
     version bigint NOT NULL,
     created_at timestamptz NOT NULL DEFAULT now(),
-    -- Whose message it is, which never changes: the feed asks by it.
+    -- The sender of the message, who never changes. The feed searches by this column.
     author_id uuid NOT NULL CONSTRAINT message_reaction_author_fkey REFERENCES "user" (id),
     CONSTRAINT message_reaction_pkey PRIMARY KEY (message_id, user_id, emoji)
 );
 CREATE INDEX message_reaction_author_idx ON message_reaction (author_id, created_at) WHERE NOT is_removed;
 CREATE INDEX message_reaction_version_idx ON message_reaction (conversation_id, version);
--- With the rest of the key, so that a person's own data is read in pages.
+-- With the rest of the key, so that the reactions of a user can be read in pages.
 CREATE INDEX message_reaction_user_idx ON message_reaction (user_id, message_id, emoji);
 
--- What a message said before each edit, and before it was deleted: a deleted message keeps its place in
--- the conversation and loses its words. An edit's id is the client's, so that a repeated edit is one edit.
+-- The content of a message before each edit, and before its deletion. A deleted message keeps its place in the
+-- conversation and loses its content. The client creates the id of an edit, so a repeated edit is stored once.
 CREATE TABLE message_edit (
     id uuid CONSTRAINT message_edit_pkey PRIMARY KEY,
     message_id uuid NOT NULL CONSTRAINT message_edit_message_fkey REFERENCES message (id) ON DELETE CASCADE,
@@ -377,13 +390,13 @@ CREATE TABLE message_edit (
 );
 CREATE INDEX message_edit_message_idx ON message_edit (message_id, version);
 
--- One row for each voter of a poll, so that nobody votes twice; without options, the vote was withdrawn.
+-- One row per poll and voter, so that nobody votes twice. A row without options is a withdrawn vote.
 CREATE TABLE poll_vote (
     message_id uuid NOT NULL CONSTRAINT poll_vote_message_fkey REFERENCES message (id) ON DELETE CASCADE,
     user_id uuid NOT NULL CONSTRAINT poll_vote_user_fkey REFERENCES "user" (id) ON DELETE CASCADE,
     conversation_id uuid NOT NULL
         CONSTRAINT poll_vote_conversation_fkey REFERENCES conversation (id) ON DELETE CASCADE,
-    -- The places of the options in the payload, from 0, in order.
+    -- Indexes of the options in the payload, from 0, in ascending order.
     options integer[] NOT NULL,
     version bigint NOT NULL,
     voted_at timestamptz NOT NULL DEFAULT now(),
@@ -392,7 +405,7 @@ CREATE TABLE poll_vote (
 CREATE INDEX poll_vote_version_idx ON poll_vote (conversation_id, version);
 CREATE INDEX poll_vote_user_idx ON poll_vote (user_id, message_id);
 
--- Who follows a thread: whoever began it or replied in it, or wants to, until they say otherwise.
+-- Who follows a thread: its author, those who replied, and those who chose to, until they unfollow it.
 CREATE TABLE thread_follow (
     root_id uuid NOT NULL CONSTRAINT thread_follow_root_fkey REFERENCES message (id) ON DELETE CASCADE,
     user_id uuid NOT NULL CONSTRAINT thread_follow_user_fkey REFERENCES "user" (id) ON DELETE CASCADE,
@@ -400,17 +413,18 @@ CREATE TABLE thread_follow (
         CONSTRAINT thread_follow_conversation_fkey REFERENCES conversation (id) ON DELETE CASCADE,
     is_following boolean NOT NULL DEFAULT true,
     has_replied boolean NOT NULL DEFAULT false,
-    -- The thread_order of the last reply that they have read.
+    -- The `thread_order` of the last reply that the user has read.
     last_read_order integer NOT NULL DEFAULT 0,
     user_version bigint NOT NULL DEFAULT 0,
     CONSTRAINT thread_follow_pkey PRIMARY KEY (root_id, user_id)
 );
--- With the root, whose id tells when the thread began, so that the newest ones are read without all others.
+-- With the root, whose id contains the time of the thread's start, so that the newest threads are read without older
+-- ones.
 CREATE INDEX thread_follow_user_idx ON thread_follow (user_id, is_following, root_id);
--- Those rows that were told of: not each that a reply has made.
+-- Rows that were published to the user's clients. Those that a reply created have no user version.
 CREATE INDEX thread_follow_version_idx ON thread_follow (user_id, user_version) WHERE user_version > 0;
 
--- What somebody has put aside; taken back, it stays as its own tombstone.
+-- Messages that a user has starred. A removed star stays as a tombstone.
 CREATE TABLE message_star (
     user_id uuid NOT NULL CONSTRAINT message_star_user_fkey REFERENCES "user" (id) ON DELETE CASCADE,
     message_id uuid NOT NULL CONSTRAINT message_star_message_fkey REFERENCES message (id) ON DELETE CASCADE,
@@ -425,7 +439,7 @@ CREATE INDEX message_star_user_idx ON message_star (user_id, starred_at) WHERE N
 CREATE INDEX message_star_version_idx ON message_star (user_id, user_version);
 CREATE INDEX message_star_removed_idx ON message_star (user_id, user_version) WHERE is_removed;
 
--- What somebody has begun to write: one in each conversation, on all of their devices; empty, there is none.
+-- The draft of a user in a conversation, shared by all of their devices. Empty content means that there is none.
 CREATE TABLE draft (
     user_id uuid NOT NULL CONSTRAINT draft_user_fkey REFERENCES "user" (id) ON DELETE CASCADE,
     conversation_id uuid NOT NULL
@@ -435,47 +449,47 @@ CREATE TABLE draft (
     updated_at timestamptz NOT NULL DEFAULT now(),
     CONSTRAINT draft_pkey PRIMARY KEY (user_id, conversation_id)
 );
--- Those of a conversation that was deleted, which are emptied.
+-- Drafts in a conversation that was deleted, for the job that empties them.
 CREATE INDEX draft_conversation_idx ON draft (conversation_id, user_id) WHERE content <> '';
 CREATE INDEX draft_version_idx ON draft (user_id, user_version) WHERE user_version > 0;
 
--- Messages that wait for their time. The id is the message's: sent twice, it is stored once.
+-- Messages to send at a later time. The id is that of the message, so a message that is sent twice is stored once.
 CREATE TABLE scheduled_message (
     id uuid CONSTRAINT scheduled_message_pkey PRIMARY KEY,
     sender_id uuid NOT NULL CONSTRAINT scheduled_message_sender_fkey REFERENCES "user" (id) ON DELETE CASCADE,
     conversation_id uuid NOT NULL
         CONSTRAINT scheduled_message_conversation_fkey REFERENCES conversation (id) ON DELETE CASCADE,
-    -- What will be said (protocol/values.py, Words).
+    -- The content to send (protocol/values.py, Words).
     words jsonb NOT NULL,
     send_at timestamptz NOT NULL,
     status text NOT NULL DEFAULT 'waiting' CONSTRAINT scheduled_message_status_known
         CHECK (status IN ('waiting', 'sent', 'failed', 'cancelled')),
-    -- Why it failed, in the words of the refusal.
+    -- The message of the error with which sending failed.
     problem text,
-    -- When a worker took it up; should that die, another one does after a while.
+    -- When a worker claimed the message. If that worker dies, another one claims it after a while.
     claimed_at timestamptz,
     user_version bigint NOT NULL,
     created_at timestamptz NOT NULL DEFAULT now(),
-    -- The time of the next try, after slow mode or a busy server put it off. Nobody has claimed it meanwhile.
+    -- The time of the next attempt, after slow mode or a busy server delayed it. The message is not claimed meanwhile.
     not_before timestamptz
 );
--- What is due, in order, to go on after the last one of a page.
+-- Due messages, in order. A page continues after the last message of the page before.
 CREATE INDEX scheduled_message_turn_idx ON scheduled_message (send_at, id) WHERE status = 'waiting';
 CREATE INDEX scheduled_message_version_idx ON scheduled_message (sender_id, user_version) WHERE user_version > 0;
 CREATE INDEX scheduled_message_sender_idx ON scheduled_message (sender_id, send_at);
--- What still waits of one sender, beside all that is over.
+-- The waiting messages of one sender, without those that were sent, failed or were cancelled.
 CREATE INDEX scheduled_message_waiting_idx ON scheduled_message (sender_id, send_at) WHERE status = 'waiting';
--- What is over, and deleted after a while.
+-- Messages that were sent, failed or were cancelled. They are deleted after a while.
 CREATE INDEX scheduled_message_over_idx ON scheduled_message (send_at) WHERE status <> 'waiting';
 
--- Where notifications are pushed to: a browser's, which ends with the session that it was registered in.
+-- Endpoints for Web Push. Each belongs to a browser, and is deleted with the session that registered it.
 CREATE TABLE push_endpoint (
     id uuid CONSTRAINT push_endpoint_pkey PRIMARY KEY DEFAULT gen_random_uuid(),
     user_id uuid NOT NULL CONSTRAINT push_endpoint_user_fkey REFERENCES "user" (id) ON DELETE CASCADE,
     session_id uuid NOT NULL CONSTRAINT push_endpoint_session_fkey REFERENCES session (id) ON DELETE CASCADE,
     endpoint text NOT NULL CONSTRAINT push_endpoint_key UNIQUE
         CONSTRAINT push_endpoint_length CHECK (char_length(endpoint) BETWEEN 1 AND 2000),
-    -- The browser's keys, which what is pushed is encrypted with (RFC 8291), in base64url.
+    -- The browser's keys for encrypting notifications (RFC 8291), in base64url.
     p256dh text NOT NULL,
     auth text NOT NULL,
     created_at timestamptz NOT NULL DEFAULT now()
@@ -483,16 +497,16 @@ CREATE TABLE push_endpoint (
 CREATE INDEX push_endpoint_user_idx ON push_endpoint (user_id);
 CREATE INDEX push_endpoint_session_idx ON push_endpoint (session_id);
 
--- What can be searched for in each message that has words, written by the statement that writes the message. A table of
--- its own, so that a reaction or a reply, which change the message's row, leave the index of words alone.
+-- The words of each message that has words, for search. The statement that writes the message writes them. They have
+-- their own table, so that reactions and replies, which update the message's row, do not update the index of words.
 CREATE TABLE message_search (
     message_id uuid CONSTRAINT message_search_pkey PRIMARY KEY,
     conversation_id uuid NOT NULL,
     created_at timestamptz NOT NULL,
     words tsvector NOT NULL
 );
--- What was added last waits in a list. Whoever finds it full sorts it in, under the lock of a conversation: so it is
--- large, and a job empties it (server/queries/search_index.py).
+-- GIN collects new entries in a pending list. The sender who fills it merges it while holding the lock of a
+-- conversation. So the list is large, and a job merges it (server/queries/search_index.py).
 CREATE INDEX message_search_words_idx ON message_search USING gin (words) WITH (gin_pending_list_limit = 32768);
 
 CREATE TABLE attachment (
@@ -556,28 +570,29 @@ CREATE TABLE user_relationship (
     created_at timestamptz NOT NULL DEFAULT now(),
     updated_at timestamptz NOT NULL DEFAULT now(),
     accepted_at timestamptz,
-    -- Both users' own clocks when this last changed.
+    -- The user versions of both users when this row last changed.
     from_version bigint NOT NULL DEFAULT 0,
     to_version bigint NOT NULL DEFAULT 0,
     CONSTRAINT user_relationship_key UNIQUE (from_user_id, to_user_id, type),
     CONSTRAINT user_relationship_not_self CHECK (from_user_id <> to_user_id)
 );
--- What changed for either user since a number of their own clock. Partial, so that nothing else is looked up by them.
+-- Changes since a user version, for either user. Partial, so that the planner uses the indexes for nothing else.
 CREATE INDEX user_relationship_from_version_idx ON user_relationship (from_user_id, from_version) WHERE from_version > 0;
 CREATE INDEX user_relationship_to_version_idx ON user_relationship (to_user_id, to_version) WHERE to_version > 0;
--- Who hides from a user: not all who follow them.
+-- Users who hide from a user, without all others who follow them.
 CREATE INDEX user_relationship_hiding_idx ON user_relationship (to_user_id)
     WHERE NOT can_see_online_status OR (type = 'block' AND status = 'active');
 CREATE INDEX user_relationship_to_idx ON user_relationship (to_user_id, type, from_user_id);
--- Friend requests without an answer, for the feed.
+-- Open friend requests, for the feed.
 CREATE INDEX user_relationship_pending_idx ON user_relationship (to_user_id, updated_at, id)
     WHERE type = 'friend' AND status = 'pending';
--- What has ended and says nothing any more, and is deleted after a while.
+-- Ended relationships without changed switches. They are deleted after a while.
 CREATE INDEX user_relationship_over_idx ON user_relationship (updated_at)
     WHERE status = 'inactive' AND can_see_online_status AND can_send_messages AND can_see_profile
         AND notifications_enabled;
 
--- How often somebody has tried to reach somebody else, or changed rows of theirs, since `began_at`, by kind. Rows older than a day are deleted.
+-- How often a user has approached another user, or changed rows of theirs, since `began_at`, by kind. Rows older than a
+-- day are deleted.
 CREATE TABLE approach (
     from_user_id uuid NOT NULL CONSTRAINT approach_from_fkey REFERENCES "user" (id) ON DELETE CASCADE,
     to_user_id uuid NOT NULL CONSTRAINT approach_to_fkey REFERENCES "user" (id) ON DELETE CASCADE,
@@ -593,7 +608,7 @@ CREATE INDEX approach_to_idx ON approach (to_user_id);
 
 -- ------------------------------------------------------------------------------------------- moderation
 
--- One for each message and reporter: said again, it is the same report.
+-- One row per message and reporter. A repeated report changes nothing.
 CREATE TABLE report (
     id uuid CONSTRAINT report_pkey PRIMARY KEY DEFAULT gen_random_uuid(),
     conversation_id uuid NOT NULL
@@ -612,12 +627,12 @@ CREATE INDEX report_conversation_idx ON report (conversation_id, status, id);
 CREATE INDEX report_open_idx ON report (id) WHERE status = 'open';
 CREATE INDEX report_reporter_idx ON report (reporter_id, created_at);
 
--- Who used what power on whom. Each chain, one for each conversation and one (of zeros) for the server, is numbered
--- without holes, and each entry carries the hash of the one before: see audit_hash().
+-- The audit log. It has one chain per conversation, and one for the server, whose id is all zeros. The entries of a
+-- chain are numbered without gaps. Each contains the hash of the one before (see audit_hash()).
 CREATE TABLE audit_entry (
     chain uuid NOT NULL,
     number bigint NOT NULL,
-    -- Null: the command line.
+    -- Null for the command line.
     actor_id uuid CONSTRAINT audit_entry_actor_fkey REFERENCES "user" (id),
     action text NOT NULL CONSTRAINT audit_entry_action_length CHECK (char_length(action) BETWEEN 1 AND 50),
     user_id uuid,
@@ -629,12 +644,12 @@ CREATE TABLE audit_entry (
     CONSTRAINT audit_entry_pkey PRIMARY KEY (chain, number)
 );
 CREATE INDEX audit_entry_actor_idx ON audit_entry (actor_id, chain, number);
--- Those that are to be deleted; the server's own log stays.
+-- Entries that are deleted because of their age. The server's own chain is kept.
 CREATE INDEX audit_entry_created_idx ON audit_entry (created_at) WHERE chain <> '00000000-0000-0000-0000-000000000000';
 
 -- ------------------------------------------------------------------------------------- about this database
 
--- One row. A new epoch tells every client that positions from before mean nothing here (a restored backup).
+-- One row. A new epoch tells every client that its versions are meaningless here, because a backup was restored.
 CREATE TABLE database_epoch (
     is_only boolean CONSTRAINT database_epoch_pkey PRIMARY KEY DEFAULT true
         CONSTRAINT database_epoch_one_row CHECK (is_only),
@@ -642,29 +657,30 @@ CREATE TABLE database_epoch (
 );
 INSERT INTO database_epoch DEFAULT VALUES;
 
--- Keys that the server makes for itself once: 'vapid' signs what is pushed (RFC 8292), and is the P-256 private key.
+-- Keys that the server creates once. 'vapid' is the P-256 private key that signs Web Push requests (RFC 8292).
 CREATE TABLE server_key (
     name text CONSTRAINT server_key_pkey PRIMARY KEY,
     value text NOT NULL
 );
 
--- --------------------------------------------------------------------------------------------- rules and forms
+-- ------------------------------------------------------------------------------------------ rules and wire format
 
--- What a role brings, in one place: may a participant with this role and this grant do it?
--- `needed` is the least role that has the permission without a grant.
+-- The permissions of roles. can() returns whether a participant with a role and a grant has a permission.
+-- `needed` is the lowest role that has the permission without a grant.
 CREATE FUNCTION role_rank(role text) RETURNS integer LANGUAGE sql IMMUTABLE PARALLEL SAFE
     RETURN array_position(ARRAY['guest', 'member', 'moderator', 'admin', 'owner'], role);
 
 CREATE FUNCTION can(role text, needed text, granted boolean) RETURNS boolean LANGUAGE sql IMMUTABLE PARALLEL SAFE
     RETURN granted OR role_rank(role) >= role_rank(needed);
 
--- The messages that a participant may see are those sent after this version.
+-- A participant may see the messages sent after this version.
 CREATE FUNCTION visible_after(c conversation, p conversation_participant) RETURNS bigint
     LANGUAGE sql IMMUTABLE PARALLEL SAFE
     RETURN CASE WHEN c.settings ->> 'history' = 'from_joining' THEN p.joined_version ELSE 0 END;
 
--- Whether a participant may send now: not while it is archived, below the role that the settings ask for, and in slow
--- mode, which moderators are free of, only with `has_waited`, which whoever made sure of it says.
+-- Whether a participant may send now. The conversation must not be archived, and the role must be at least the
+-- `send_role` of the settings. In slow mode, moderators may send, and others only with `has_waited`, which the caller
+-- determines.
 CREATE FUNCTION may_send(c conversation, role text, has_waited boolean) RETURNS boolean
     LANGUAGE sql IMMUTABLE PARALLEL SAFE
     RETURN NOT c.is_archived AND (c.settings = '{}' OR (
@@ -672,14 +688,14 @@ CREATE FUNCTION may_send(c conversation, role text, has_waited boolean) RETURNS 
         AND (NOT c.settings ? 'slow_mode_seconds' OR has_waited OR role_rank(role) >= role_rank('moderator'))
     ));
 
--- Whose messages somebody does not want to hear of. Unread counts, the feed and notifications leave them out.
+-- Users whom a user has blocked or muted. Unread counts, the feed and notifications leave out their messages.
 CREATE FUNCTION silenced(by_whom uuid) RETURNS uuid[] LANGUAGE sql STABLE PARALLEL SAFE
     RETURN ARRAY(
         SELECT r.to_user_id FROM user_relationship r
         WHERE r.from_user_id = by_whom AND r.type IN ('block', 'mute') AND r.status = 'active'
     );
 
--- Whether a participant may see what a message of that sender said before.
+-- Whether a participant may see earlier contents of a message of `sender`.
 CREATE FUNCTION shows_edits(c conversation, p conversation_participant, sender uuid) RETURNS boolean
     LANGUAGE sql IMMUTABLE PARALLEL SAFE
     RETURN p.user_id = sender OR CASE coalesce(c.settings ->> 'edits_visible_to', 'everyone')
@@ -687,13 +703,13 @@ CREATE FUNCTION shows_edits(c conversation, p conversation_participant, sender u
         WHEN 'moderators' THEN can(p.role, 'moderator', p.can_delete_messages)
         ELSE false END;
 
--- Words with something in front of each, none of which has a space in it. Without a subquery, so that it costs nothing
--- where there are none, as in most messages.
+-- Puts a prefix before each word. No word may contain a space. There is no subquery, so an empty list, which most
+-- messages have, costs nothing.
 CREATE FUNCTION prefixed(prefix text, words text[]) RETURNS text[] LANGUAGE sql IMMUTABLE PARALLEL SAFE
     RETURN CASE WHEN words = '{}' THEN '{}' ELSE string_to_array(prefix || array_to_string(words, ' ' || prefix), ' ') END;
 
--- What a message is found by: its words in the language of the connection (OPENCHAT_SEARCH_LANGUAGE), and beside them
--- where it was said (c:), who is mentioned (m:) and its hashtags (h:), so that one index narrows down all of them.
+-- The search vector of a message. It has the words in the language of the connection (OPENCHAT_SEARCH_LANGUAGE), the
+-- conversation (c:), mentions (m:) and hashtags (h:). So one index serves all conditions of a search.
 CREATE FUNCTION search_words(conversation uuid, content text, payload jsonb, mentions uuid[], loud text[], hashtags text[])
     RETURNS tsvector LANGUAGE sql STABLE PARALLEL SAFE
     RETURN to_tsvector(unpunctuated(concat_ws(' ', content, payload ->> 'name', payload ->> 'alt',
@@ -701,8 +717,8 @@ CREATE FUNCTION search_words(conversation uuid, content text, payload jsonb, men
         || array_to_tsvector(ARRAY['c:' || conversation] || prefixed('m:', mentions::text[]) || prefixed('m:', loud)
             || prefixed('h:', hashtags));
 
--- A row as it goes over the wire (protocol/values.py has the same fields). What a moderator has hidden is hidden here,
--- for everyone; whoever may see it all the same gets it beside the message.
+-- A message in the wire format (protocol/values.py has the same fields). Content that a moderator has hidden is left
+-- out for everyone. Users who may see it receive it beside the message.
 CREATE FUNCTION message_json(m message) RETURNS json LANGUAGE sql STABLE
     RETURN json_build_object(
         'id', m.id,
@@ -784,12 +800,12 @@ CREATE FUNCTION participant_json(p conversation_participant) RETURNS json LANGUA
         'version', p.version
     );
 
--- The one rule of who learns what of a participation (docs/decisions/0052): `sees_participant` for whoever asks,
--- `participant_event` for what everybody is told.
+-- The rule of who may see which participants (docs/decisions/0052): `sees_participant` for one viewer, and
+-- `participant_event` for events to everyone.
 
--- Whether `viewer`, whose own part is `me`, sees the part of somebody and its status. An invitation and its refusal are
--- for those who may add or remove people, for whoever sent it while they take part, and for whoever got it; a ban is for
--- the first alone.
+-- Whether `viewer`, whose own row is `me`, sees another participant and their status. Users who may add or remove
+-- others see invitations, refusals and bans. Invitations and refusals are also visible to the inviter, while they take
+-- part, and to the invited user.
 CREATE FUNCTION sees_participant(viewer uuid, me conversation_participant, them conversation_participant)
     RETURNS boolean LANGUAGE sql IMMUTABLE PARALLEL SAFE
     RETURN CASE
@@ -799,22 +815,22 @@ CREATE FUNCTION sees_participant(viewer uuid, me conversation_participant, them 
         ELSE (me.status = 'active' AND (can(me.role, 'admin', me.can_add_members OR me.can_remove_members)
             OR (them.status <> 'banned' AND them.invited_by = viewer))) IS TRUE END;
 
--- The clock when somebody left, and 0 if they take part or never did. Versions before 0030 kept `left_at` alone, and left
--- a `left_version` from before the last `joined_version` as it was.
+-- The version when a user left, or 0 if they take part or never did. Before migration 0030, only `left_at` was written,
+-- and a `left_version` from before the last `joined_version` stayed as it was.
 CREATE FUNCTION gone_version(p conversation_participant) RETURNS bigint LANGUAGE sql IMMUTABLE PARALLEL SAFE
     RETURN CASE WHEN p.status = 'active' THEN 0
         WHEN p.left_version > p.joined_version THEN p.left_version
         WHEN p.status IN ('left', 'removed', 'banned') AND p.left_at IS NOT NULL THEN p.version
         ELSE 0 END;
 
--- That somebody takes part no more, and nothing about why.
+-- The event that a user no longer takes part. It does not contain the reason.
 CREATE FUNCTION participant_left_json(p conversation_participant, participant_count integer) RETURNS json
     LANGUAGE sql STABLE
     RETURN json_build_object('type', 'participant_left', 'conversation_id', p.conversation_id,
         'version', gone_version(p), 'user_id', p.user_id, 'participant_count', participant_count);
 
--- What everybody in the conversation is told of a participant's last change. Of somebody who did not take part before
--- it, and does not after it, that is nothing but the version.
+-- The event of a participant's last change, for everyone in the conversation. If the user took part neither before nor
+-- after the change, the event contains only the version.
 CREATE FUNCTION participant_event(p conversation_participant, participant_count integer) RETURNS json
     LANGUAGE sql STABLE
     RETURN CASE WHEN p.status = 'active' THEN json_build_object('type', 'participant_changed',
@@ -854,8 +870,8 @@ CREATE FUNCTION thread_json(t thread_follow) RETURNS json LANGUAGE sql STABLE
         'last_read_order', t.last_read_order
     );
 
--- What an invitation gives now: the role that it names, or the highest that whoever sent it may give now; null if they may
--- add nobody any more.
+-- The role that an invitation gives now. It is the role of the invitation, or the highest that the inviter may give
+-- now. Null if the inviter may no longer add users.
 CREATE FUNCTION invited_as(p conversation_participant) RETURNS text LANGUAGE sql STABLE
     RETURN (
         SELECT CASE
@@ -881,7 +897,7 @@ CREATE FUNCTION invitation_json(p conversation_participant, c conversation) RETU
         'invited_by', p.invited_by
     );
 
--- As one of the two sees it.
+-- A relationship, as one of the two users sees it.
 CREATE FUNCTION relationship_json(r user_relationship, viewer uuid) RETURNS json LANGUAGE sql STABLE
     RETURN json_build_object(
         'id', r.id,
@@ -924,8 +940,8 @@ CREATE FUNCTION me_json(u "user") RETURNS json LANGUAGE sql STABLE
         'created_at', u.created_at
     );
 
--- The time of day in a zone, or in UTC if PostgreSQL does not know the zone: an update of PostgreSQL may drop names. An
--- error would end the statement that reads other users' rows, and quote the zone in PostgreSQL's log.
+-- The time of day in a zone, or in UTC if PostgreSQL does not know the zone. An update of PostgreSQL may remove names.
+-- An error would abort the statement, which also reads other users' rows, and write the zone to PostgreSQL's log.
 CREATE FUNCTION time_of_day(zone text) RETURNS time LANGUAGE plpgsql STABLE
     SET search_path = pg_catalog, public, pg_temp AS $$
 BEGIN
@@ -936,18 +952,18 @@ END
 $$;
 REVOKE EXECUTE ON FUNCTION time_of_day(text) FROM PUBLIC;
 
--- What makes an entry of the audit log stand where it stands and say what it says.
+-- The hash of an audit entry, over its place in the chain, its content and the hash of the entry before.
 CREATE FUNCTION audit_hash(e audit_entry) RETURNS bytea LANGUAGE sql STABLE
     RETURN sha256(convert_to(jsonb_build_array(
         e.chain, e.number, e.actor_id, e.action, e.user_id, e.message_id, e.details,
         extract(epoch FROM e.created_at), encode(e.previous_hash, 'hex')
     )::text, 'UTF8'));
 
--- The one table of who may see or do what to whom (protocol/privacy.py has it in words; a test compares all cells).
--- It asks what is cheap first: most people are neither private nor blocked.
--- The names in a string body are resolved when it runs. Functions that run as the owner call this one, so each table and
--- function in it is qualified, and no temporary table stands in for one. A SET clause would do the same, and cost time
--- for each direct message (docs/decisions/0035). The same holds for may_now() and are_together().
+-- The rules of privacy for all actions (protocol/privacy.py has them in words; a test compares all cells).
+-- Cheap conditions come first, because most users are neither private nor blocked.
+-- PL/pgSQL resolves the names in a body when it runs. Functions that run as the owner call this one. So each table and
+-- function is qualified, and no temporary table can replace one. A SET clause would do the same, but takes time for
+-- each direct message (docs/decisions/0035). The same holds for may_now() and are_together().
 CREATE FUNCTION may(action text, viewer uuid, target uuid) RETURNS boolean LANGUAGE plpgsql STABLE AS $$
 #variable_conflict use_column
 DECLARE
@@ -997,8 +1013,9 @@ BEGIN
 END
 $$;
 
--- Returns the reason why a participant may not write in a conversation, with any frame; null if they may.
--- 'slow' means that slow mode applies to the participant; slow_mode_wait() returns how long they have to wait.
+-- Returns why a participant may not write in a conversation, whichever the frame, or null if they may.
+-- If slow mode applies to the participant, the reason is 'slow', and slow_mode_wait() returns how long they have to
+-- wait.
 CREATE FUNCTION obstacle(c conversation, p conversation_participant) RETURNS text LANGUAGE sql STABLE
     RETURN CASE
         WHEN NOT EXISTS (SELECT FROM "user" u WHERE u.id = p.user_id AND u.is_active AND NOT u.is_deleted) THEN 'inactive'
@@ -1008,7 +1025,7 @@ CREATE FUNCTION obstacle(c conversation, p conversation_participant) RETURNS tex
             CASE WHEN c.direct_low = p.user_id THEN c.direct_high ELSE c.direct_low END) THEN 'unwanted'
         WHEN NOT may_send(c, p.role, false) THEN 'slow' END;
 
--- For how many milliseconds slow mode has a participant wait.
+-- Returns how long slow mode makes a participant wait, in milliseconds.
 CREATE FUNCTION slow_mode_wait(c conversation, p conversation_participant) RETURNS integer LANGUAGE sql STABLE
     RETURN CASE WHEN may_send(c, p.role, false) OR p.last_sent_at IS NULL THEN 0
         ELSE greatest(0, ceil(1000 * coalesce((c.settings ->> 'slow_mode_seconds')::integer, 0)
@@ -1017,8 +1034,8 @@ CREATE FUNCTION slow_mode_wait(c conversation, p conversation_participant) RETUR
 -- may_now() and is_there_now() are for workers older than migration 0076, which may run beside newer ones. The next
 -- release drops them (docs/decisions/0073).
 --
--- Whether a user is here and may do something to another one, null for nobody, as of now: for a statement that has waited
--- for a lock since it began.
+-- Whether a user is active and may do something to `target`, as of now. Null means that there is no other user. For
+-- statements that have waited for a lock since they began.
 CREATE FUNCTION may_now(action text, viewer uuid, target uuid) RETURNS boolean LANGUAGE plpgsql VOLATILE AS $$
 BEGIN
     RETURN EXISTS (SELECT FROM public."user" u WHERE u.id = may_now.viewer AND u.is_active AND NOT u.is_deleted)
@@ -1026,7 +1043,7 @@ BEGIN
 END
 $$;
 
--- Whether a message is there and not deleted, as of now.
+-- Whether a message exists and is not deleted, as of now.
 CREATE FUNCTION is_there_now(message uuid, conversation uuid) RETURNS boolean LANGUAGE plpgsql VOLATILE AS $$
 BEGIN
     RETURN EXISTS (
@@ -1037,7 +1054,7 @@ BEGIN
 END
 $$;
 
--- Whether a user is not erased, as of now; nor will they be before the transaction of whoever asks is over.
+-- Whether a user is not erased, as of now. The row lock prevents an erasure until the caller's transaction ends.
 CREATE FUNCTION is_unerased_now(account uuid) RETURNS boolean LANGUAGE plpgsql VOLATILE AS $$
 BEGIN
     PERFORM FROM public."user" u WHERE u.id = is_unerased_now.account AND u.erased_at IS NULL FOR KEY SHARE;
@@ -1045,7 +1062,7 @@ BEGIN
 END
 $$;
 
--- Whether a user may forward a message, and it has not been edited since, as of now.
+-- Whether a user may forward a message whose last edit is still `edited`, as of now.
 CREATE FUNCTION may_forward_now(sender uuid, message uuid, conversation uuid, edited timestamptz) RETURNS boolean
     LANGUAGE plpgsql VOLATILE AS $$
 BEGIN
@@ -1061,7 +1078,8 @@ BEGIN
 END
 $$;
 
--- A message on its way in: the fields of `_encoded` in server/queries/sending.py, by the same names (a test compares them).
+-- A message to store. The fields have the names of those in `_encoded` in server/queries/sending.py (a test compares
+-- them).
 CREATE TYPE outgoing_message AS (
     place integer, message_id uuid, conversation_id uuid, sender_id uuid, content text, content_type text,
     payload jsonb, formatted_content text, mentions uuid[], loud_mentions text[], hashtags text[], metadata jsonb,
@@ -1069,14 +1087,14 @@ CREATE TYPE outgoing_message AS (
     forwarded_sender_id uuid, source_conversation_id uuid, source_edited_at timestamptz, poll_counts integer[]
 );
 
--- What becomes of it. Replies to one thread in one batch are numbered from its newest one, by `from_last`.
+-- The outcome for a message. `from_last` numbers the replies to one thread in a batch, from the newest one.
 CREATE TYPE send_outcome AS (
     outcome text, wait_ms integer, is_slow boolean, root_id uuid, from_last bigint, version bigint,
     created_at timestamptz, expires_at timestamptz
 );
 
--- Returns the message with an id, if it is in a conversation. The planner always finds it by the id: IS TRUE makes the
--- conversation a check that no index serves, and OFFSET 0 keeps conditions of the caller out (docs/decisions/0008).
+-- Returns the message with an id, if it is in a conversation. The planner always finds it by the id. IS TRUE keeps it
+-- from using an index on the conversation, and OFFSET 0 from adding conditions of the caller (docs/decisions/0008).
 CREATE FUNCTION message_in(conversation uuid, id uuid)
     RETURNS TABLE (sent_version bigint, is_deleted boolean, root_id uuid) LANGUAGE sql STABLE
     BEGIN ATOMIC
@@ -1084,9 +1102,9 @@ CREATE FUNCTION message_in(conversation uuid, id uuid)
         WHERE m.id = message_in.id AND (m.conversation_id = conversation) IS TRUE OFFSET 0;
     END;
 
--- Returns what send_messages() asks about a sender, if they take part in a conversation. `obstacle` is that of
--- obstacle(), which is only called where it may return one. OFFSET 0 has the planner go from the participant's row to
--- the two others.
+-- Returns what send_messages() needs to know about a sender who takes part in a conversation. `obstacle` is the result
+-- of obstacle(), which is called only where it may return one. OFFSET 0 makes the planner start from the participant's
+-- row.
 CREATE FUNCTION sender_part(conversation uuid, sender uuid) RETURNS TABLE (
     clock bigint, obstacle text, wait_ms integer, may_be_loud boolean, visible_after bigint, expires_after interval
 ) LANGUAGE sql STABLE
@@ -1105,12 +1123,12 @@ CREATE FUNCTION sender_part(conversation uuid, sender uuid) RETURNS TABLE (
         OFFSET 0;
     END;
 
--- Stores messages of many users in many conversations, and returns what became of each (server/queries/sending.py has
--- the list of outcomes). Each statement sees what was committed before it began, so the order of the steps is a contract:
--- every step says what it needs, and what would break elsewhere.
+-- Stores messages of many users in many conversations, and returns the outcome of each message.
+-- server/queries/sending.py lists the outcomes. Each statement sees everything that was committed before it began, so
+-- the order of the steps matters. The comment of a step states what it needs, and what would fail elsewhere.
 --
--- `passes_held`: messages to a conversation that another transaction holds have the outcome `held`, instead of waiting.
--- `patience`: the max time to wait for any row after the conversations, as a `lock_timeout`.
+-- `passes_held`: messages to a conversation that another transaction holds get the outcome `held`, instead of waiting.
+-- `patience`: max time to wait for any row after the conversations, as a `lock_timeout`.
 CREATE FUNCTION send_messages(input json, passes_held boolean, patience text) RETURNS TABLE (
     place integer, outcome text, wait_ms integer, version bigint, created_at timestamptz, expires_at timestamptz,
     root_id uuid, reply_count integer, thread_order integer
@@ -1129,8 +1147,9 @@ DECLARE
     reply_counts integer[];
     thread_orders integer[];
 BEGIN
-    -- 1. Words. They take up to 6 ms, so under the lock everyone in the conversation would wait for them. They are made
-    --    for those who may send, and only their conversations are locked: others do not queue for the lock (0065).
+    -- 1. Words. They take up to 6 ms, so under the lock everyone in the conversation would wait for them. Only users
+    -- who
+    --    may send get them, and only their conversations are locked, so others do not queue for the lock (0065).
     SELECT array_agg(i), array_agg(
             CASE WHEN p.clock IS NOT NULL AND (p.obstacle IS NULL OR (p.obstacle = 'slow' AND p.wait_ms = 0))
                 THEN search_words(i.conversation_id, i.content, i.payload, i.mentions, i.loud_mentions, i.hashtags) END
@@ -1140,8 +1159,9 @@ BEGIN
     LEFT JOIN LATERAL sender_part(i.conversation_id, i.sender_id) p ON true;
     asked := ARRAY(SELECT i.conversation_id FROM unnest(words, items) i (words) WHERE i.words IS NOT NULL);
 
-    -- 2. Locks, in the order of the ids: two batches in another order would deadlock. Whoever changes a role, a setting
-    --    or a block holds the same lock, so what the next step reads stays true until the commit.
+    -- 2. Locks, in the order of the ids, because two batches in different orders would deadlock. Changes of roles,
+    -- settings
+    --    and blocks take the same lock. So the results of the next step stay true until the commit.
     IF passes_held THEN
         locked := ARRAY(
             SELECT c.id FROM conversation c WHERE c.id = ANY(asked) ORDER BY c.id FOR NO KEY UPDATE SKIP LOCKED
@@ -1149,12 +1169,12 @@ BEGIN
     ELSE
         locked := ARRAY(SELECT c.id FROM conversation c WHERE c.id = ANY(asked) ORDER BY c.id FOR NO KEY UPDATE);
     END IF;
-    -- From here on somebody waits for this transaction. Rows that come after may be held by users who do not hold the
-    -- conversation: followers, authors, an id that is not committed (0062).
+    -- From here on, others wait for this transaction. The rows that follow may be locked by transactions that do not
+    -- hold the conversation: followers, authors, an id that is not committed (0062).
     patience := set_config('lock_timeout', patience, true);
 
-    -- 3. The outcome of each, and its number. After the lock: before it, a message would pass that was sent by a user
-    --    who was removed meanwhile, or as a reply to a deleted one, and two messages would get one number.
+    -- 3. The outcome and the version of each message, after the lock. Before it, a message of a user who was removed
+    --    meanwhile would be stored, or a reply to a deleted message. Two messages would get one version.
     taken := ARRAY(SELECT m.id FROM message m WHERE m.id = ANY(taken));
     SELECT array_agg(ROW(j.outcome, j.wait_ms, j.is_slow, j.root_id, j.from_last, j.version, j.created_at,
             j.created_at + j.expires_after)::send_outcome ORDER BY j.place),
@@ -1193,7 +1213,7 @@ BEGIN
         ) k
     ) j;
 
-    -- 4. The conversations' clocks, once each: an update for each message would leave as many dead rows.
+    -- 4. The versions of conversations, once each, because an update per message would leave as many dead rows.
     UPDATE conversation c SET version = f.version, message_count = c.message_count + f.messages,
         last_message_at = f.created_at, last_activity_at = f.created_at
     FROM (
@@ -1206,8 +1226,9 @@ BEGIN
         WHERE s.outcome = 'stored' AND s.is_slow AND p.conversation_id = s.conversation_id AND p.user_id = s.sender_id;
     END IF;
 
-    -- 5. Threads. Before the messages: a reply has its place in the thread from the root. The author of the root and
-    --    those who replied follow it.
+    -- 5. Threads, before the messages, because the root determines the place of a reply in its thread. The author of
+    -- the
+    --    root and those who replied follow the thread.
     IF has_replies THEN
         WITH roots AS (
             UPDATE message m SET reply_count = m.reply_count + f.replies, thread_order = m.thread_order + f.replies,
@@ -1235,7 +1256,7 @@ BEGIN
         INTO root_ids, reply_counts, thread_orders FROM roots r;
     END IF;
 
-    -- 6. The messages, and the words by which they are found.
+    -- 6. The messages, and their words for search.
     INSERT INTO message (id, conversation_id, sender_id, content, content_type, payload, formatted_content, mentions,
         loud_mentions, hashtags, metadata, parent_message_id, thread_root_id, thread_order, also_in_conversation,
         quoted_message_id, forwarded_from_id, forwarded_sender_id, poll_counts, expires_at, sent_version, version,
@@ -1321,9 +1342,9 @@ BEGIN
 END
 $$;
 
--- Where any of these texts is left, in whichever table: what `openchat erase --verify` looks at. What people said and
--- called things, and what other people are called, is counted apart: that it reads the same proves nothing. In hashes,
--- keys and ids, which nobody wrote, a short name stands by chance.
+-- Returns the columns that still contain any of these texts, for `openchat erase --verify`. `is_said` marks texts that
+-- users wrote, and names of other users, where a match proves nothing. Hashes, keys and ids are left out, because they
+-- may contain a short name by chance.
 CREATE FUNCTION traces(needles text[]) RETURNS TABLE (place text, is_said boolean, matches bigint)
     LANGUAGE plpgsql STABLE SET search_path = pg_catalog, public, pg_temp AS $$
 DECLARE
@@ -1357,7 +1378,7 @@ END
 $$;
 REVOKE EXECUTE ON FUNCTION traces(text[]) FROM PUBLIC;
 
--- Puts rows, which all name the same columns, into a table; those whose keys are taken are left out. For `openchat import`.
+-- Inserts rows into a table, for `openchat import`. All rows have the same columns. Rows whose keys exist are skipped.
 CREATE FUNCTION load_rows(table_name text, rows json) RETURNS bigint
     LANGUAGE plpgsql SET search_path = pg_catalog, public, pg_temp AS $$
 DECLARE
@@ -1375,21 +1396,24 @@ REVOKE EXECUTE ON FUNCTION load_rows(text, json) FROM PUBLIC;
 
 -- --------------------------------------------------------------------------------------- row-level security
 
--- For whoever reads the database directly, such as analytics or a sync engine: the same rules that the queries carry.
--- The server connects as the owner of the tables, whom policies pass by. An administrator makes a role, and lets it in:
+-- Access for those who read the database directly, such as analytics or a sync engine. Policies enforce the same rules
+-- as the queries. The server connects as the owner of the tables, for whom policies do not apply. An administrator
+-- creates a role and grants it access:
+--
 --     CREATE ROLE analyst LOGIN; SELECT grant_reader('analyst');
--- It may only read, and says for whom: SET openchat.user_id = '…'.
+--
+-- The role may only read, and sets the user on whose behalf: SET openchat.user_id = '…'.
 
 CREATE FUNCTION current_user_id() RETURNS uuid LANGUAGE sql STABLE
     RETURN nullif(current_setting('openchat.user_id', true), '')::uuid;
 
--- Functions that run as the owner look for names in pg_catalog first and in the reader's pg_temp last, where a path that
--- does not name it has it first (docs/decisions/0035).
+-- Functions that run as the owner search for names in pg_catalog first and in the reader's pg_temp last. A path without
+-- pg_temp would search it first (docs/decisions/0035).
 
--- What policies ask, as the owner: a policy on conversation_participant would ask itself. Each is about the reader,
--- so that none tells what stands between others.
--- Each costs less than any operator, so that PostgreSQL asks it first: comparisons are leakproof, and would otherwise be
--- made on hidden rows before the policy, which EXPLAIN (ANALYZE) tells (docs/decisions/0043).
+-- Conditions of policies. They run as the owner, because a policy on conversation_participant would otherwise apply to
+-- itself. Each is about the reader, so none reveals anything between other users.
+-- Each costs less than any operator, so PostgreSQL evaluates it first. Comparisons are leakproof, and would otherwise
+-- run on hidden rows before the policy. EXPLAIN (ANALYZE) would reveal their results (docs/decisions/0043).
 CREATE FUNCTION may_i(action text, target uuid) RETURNS boolean LANGUAGE sql STABLE SECURITY DEFINER COST 0.0001
     SET search_path = pg_catalog, public, pg_temp
     RETURN may(action, current_user_id(), target);
@@ -1402,8 +1426,8 @@ CREATE FUNCTION is_participant(conversation uuid) RETURNS boolean LANGUAGE sql S
             AND p.status = 'active'
     );
 
--- Whether the reader has the permission `needed` in a conversation, by role or by the grant that is named. Other columns
--- of the row are not looked at: an error about one would tell what is in it.
+-- Whether the reader has the permission `needed` in a conversation, by role or by the grant `permission`. It reads no
+-- other columns of the row, because an error about one would reveal its value.
 CREATE FUNCTION is_allowed(conversation uuid, needed text, permission text) RETURNS boolean
     LANGUAGE sql STABLE SECURITY DEFINER COST 0.0001 SET search_path = pg_catalog, public, pg_temp
     RETURN EXISTS (
@@ -1423,7 +1447,7 @@ CREATE FUNCTION is_visible(conversation uuid, sent_version bigint) RETURNS boole
             AND is_visible.sent_version > visible_after(c, p)
     );
 
--- The policies of tables, one call each, so that nothing of a reader's comes between the parts of a policy.
+-- The policies of tables, one call each, so that no condition of a reader runs between the parts of a policy.
 CREATE FUNCTION is_mine(owner uuid) RETURNS boolean LANGUAGE sql STABLE SECURITY DEFINER COST 0.0001
     SET search_path = pg_catalog, public, pg_temp
     RETURN owner = current_user_id();
@@ -1440,7 +1464,8 @@ CREATE FUNCTION is_part_shown(message uuid, of_deleted boolean) RETURNS boolean
             AND is_message_shown(m.conversation_id, m.sent_version, m.is_moderated, m.sender_id)
     );
 
--- Whether the reader may see what a message said before: as its sender, a moderator, or if the settings show it to all.
+-- Whether the reader may see earlier contents of a message: as its sender, as a moderator, or if the settings show them
+-- to everyone.
 CREATE FUNCTION are_edits_shown(message uuid) RETURNS boolean LANGUAGE sql STABLE SECURITY DEFINER COST 0.0001
     SET search_path = pg_catalog, public, pg_temp
     RETURN is_part_shown(message, false) AND EXISTS (
@@ -1449,8 +1474,8 @@ CREATE FUNCTION are_edits_shown(message uuid) RETURNS boolean LANGUAGE sql STABL
         WHERE m.id = are_edits_shown.message AND shows_edits(c, p, m.sender_id)
     );
 
--- A poll that was deleted, or that a moderator hides, has no votes, and a vote that was withdrawn is none. A deleted message
--- has no payload, so whether it was anonymous is not known: what the policies allow, they allow by what is there.
+-- A poll that was deleted, or that a moderator has hidden, shows no votes, and a withdrawn vote is not shown. A deleted
+-- message has no payload, so it is unknown whether its poll was anonymous.
 CREATE FUNCTION is_vote_shown(message uuid, voter uuid, options integer[]) RETURNS boolean
     LANGUAGE sql STABLE SECURITY DEFINER COST 0.0001 SET search_path = pg_catalog, public, pg_temp
     RETURN options <> '{}' AND is_part_shown(message, false) AND EXISTS (
@@ -1468,8 +1493,8 @@ CREATE FUNCTION is_membership_shown(conversation uuid, member uuid, status text)
             AND sees_participant(current_user_id(), me, them)
     ) END;
 
--- Whether the reader may see what was reported or noted about a message: not if it was sent before they could see any.
--- About a message that is not there, nobody knows, so it is for readers of all of the history.
+-- Whether the reader may see reports and audit entries about a message. They may not if it was sent before they could
+-- see messages. If the message does not exist, its version is unknown, and only readers of the whole history may.
 CREATE FUNCTION is_past_shown(conversation uuid, message uuid) RETURNS boolean
     LANGUAGE sql STABLE SECURITY DEFINER COST 0.0001 SET search_path = pg_catalog, public, pg_temp
     RETURN message IS NULL OR is_visible(conversation, coalesce((
@@ -1477,7 +1502,7 @@ CREATE FUNCTION is_past_shown(conversation uuid, message uuid) RETURNS boolean
         WHERE m.id = is_past_shown.message AND m.conversation_id = is_past_shown.conversation
     ), 1));
 
--- Nobody sees who has reported them.
+-- Moderators see reports, except those about their own messages.
 CREATE FUNCTION is_report_shown(conversation uuid, message uuid) RETURNS boolean
     LANGUAGE sql STABLE SECURITY DEFINER COST 0.0001 SET search_path = pg_catalog, public, pg_temp
     RETURN is_allowed(conversation, 'moderator', 'can_delete_messages') AND is_past_shown(conversation, message)
@@ -1489,18 +1514,18 @@ CREATE FUNCTION is_entry_shown(chain uuid, message uuid) RETURNS boolean
     LANGUAGE sql STABLE SECURITY DEFINER COST 0.0001 SET search_path = pg_catalog, public, pg_temp
     RETURN is_allowed(chain, 'admin', '') AND is_past_shown(chain, message);
 
--- Nor that a report about them was dismissed.
+-- They do not see either that a report about their own message was dismissed.
 CREATE FUNCTION is_action_shown(chain uuid, message uuid, action text) RETURNS boolean
     LANGUAGE sql STABLE SECURITY DEFINER COST 0.0001 SET search_path = pg_catalog, public, pg_temp
     RETURN is_entry_shown(chain, message) AND (action <> 'dismiss_report' OR is_report_shown(chain, message));
 
--- Whoever begins a thread follows it from the first reply on. Where they may not see that, only what is their own doing is
--- shown: that they replied, or chose to follow.
+-- The author of a thread's root follows it from the first reply on. A reader who may not see the root sees only rows of
+-- their own making: they replied, or chose to follow.
 CREATE FUNCTION is_follow_shown(owner uuid, root uuid, has_replied boolean, user_version bigint) RETURNS boolean
     LANGUAGE sql STABLE SECURITY DEFINER COST 0.0001 SET search_path = pg_catalog, public, pg_temp
     RETURN owner = current_user_id() AND (has_replied OR user_version > 0 OR is_part_shown(root, true));
 
--- Nobody learns who blocked or muted them.
+-- Nobody sees who blocked or muted them.
 CREATE FUNCTION is_relationship_shown(from_user uuid, to_user uuid, type text) RETURNS boolean
     LANGUAGE sql STABLE SECURITY DEFINER COST 0.0001 SET search_path = pg_catalog, public, pg_temp
     RETURN from_user = current_user_id() OR (to_user = current_user_id() AND type IN ('friend', 'follow'));
@@ -1549,7 +1574,7 @@ CREATE POLICY user_relationship_access ON user_relationship FOR SELECT
 CREATE POLICY report_access ON report FOR SELECT USING (is_report_shown(conversation_id, message_id));
 CREATE POLICY audit_entry_access ON audit_entry FOR SELECT USING (is_action_shown(chain, message_id, action));
 
--- The columns of "user" that not everybody may read who may read the row. Policies restrict rows, this view columns.
+-- Columns of "user" that fewer users may read than the row. Policies restrict rows, and this view restricts columns.
 CREATE VIEW user_profile WITH (security_barrier) AS
     SELECT id, bio, location, website, created_at FROM "user" WHERE may_i('see_profile', id);
 
@@ -1586,10 +1611,10 @@ END
 $$;
 REVOKE EXECUTE ON FUNCTION close_to_public() FROM PUBLIC;
 
--- Takes from everybody the functions of PostgreSQL by which any role fills what all share: the table of locks, the disk,
--- the log of changes that every replica reads, and the ids of transactions. Takes away the languages, too: a DO block
--- writes to the server's log what it likes. Migrations make functions in these languages, so the owner keeps them.
--- Only a superuser can. These rights are copied with a template and are in a dump.
+-- Revokes from PUBLIC the functions with which any role can exhaust shared resources (the lock table, the disk, the WAL
+-- that each replica reads, and transaction ids). Also revokes the languages, because a DO block can write anything to
+-- the server's log. Migrations create functions in these languages, so the owner keeps them. Only a superuser can do
+-- this. Templates and dumps copy these rights.
 CREATE FUNCTION close_functions_to_public() RETURNS void LANGUAGE plpgsql SET search_path = pg_catalog, public, pg_temp AS $$
 DECLARE
     found record;
@@ -1622,8 +1647,8 @@ END
 $$;
 REVOKE EXECUTE ON FUNCTION close_functions_to_public() FROM PUBLIC;
 
--- The other databases of the cluster that everybody may connect to. All of them have one table of locks, and none of these
--- is closed as this one is: from there, a reader stops the server (docs/decisions/0045-what-readers-hold.md).
+-- The other databases of the cluster that PUBLIC may connect to. All databases share one lock table, and the others are
+-- not restricted as this one is. From there, a reader can stop the server (docs/decisions/0045-what-readers-hold.md).
 CREATE FUNCTION open_databases() RETURNS SETOF text LANGUAGE sql STABLE SET search_path = pg_catalog, public, pg_temp
 BEGIN ATOMIC
     SELECT d.datname::text FROM pg_database d CROSS JOIN aclexplode(coalesce(d.datacl, acldefault('d', d.datdba))) a
@@ -1632,8 +1657,9 @@ BEGIN ATOMIC
 END;
 REVOKE EXECUTE ON FUNCTION open_databases() FROM PUBLIC;
 
--- Statistics hold samples of all rows, hidden ones too, and the estimates of EXPLAIN tell a reader what is in them
--- (docs/decisions/0051-no-statistics.md). Keeps ANALYZE from making any for tables with policies, and deletes those there are.
+-- Statistics contain samples of all rows, including hidden ones, and the estimates of EXPLAIN reveal them to a reader
+-- (docs/decisions/0051-no-statistics.md). Keeps ANALYZE from collecting any for tables with policies, and deletes
+-- existing ones.
 CREATE FUNCTION keep_no_statistics() RETURNS void LANGUAGE plpgsql SET search_path = pg_catalog, public, pg_temp AS $$
 DECLARE
     change text;
@@ -1677,9 +1703,9 @@ $$;
 REVOKE EXECUTE ON FUNCTION keep_no_statistics() FROM PUBLIC;
 SELECT keep_no_statistics();
 
--- Bounds what a reader takes, as far as nobody has set it yet. The timeouts are defaults, which a reader can change; the
--- number of connections, the size of temporary files and what is logged are not. They hold for whoever logs in with that
--- role. Without log_min_messages, each failing statement and each plan that a reader asks for is in the server's log.
+-- Limits the resources of a reader, unless the role has its own limits. A reader can change the timeouts, but not the
+-- number of connections, the size of temporary files or the log level. The limits apply to sessions of that role.
+-- Without log_min_messages, the server's log would contain each failing statement and each plan that a reader requests.
 CREATE FUNCTION bound_reader(role_name text) RETURNS void LANGUAGE plpgsql SET search_path = pg_catalog, public, pg_temp AS $$
 DECLARE
     bound record;
@@ -1711,7 +1737,7 @@ END
 $$;
 REVOKE EXECUTE ON FUNCTION bound_reader(text) FROM PUBLIC;
 
--- Gives a role what a reader may see, and nothing else of these tables: run again, it takes away what was granted before.
+-- Grants a role the rights of a reader, and no others on these tables. A repeated call revokes earlier grants.
 CREATE FUNCTION grant_reader(role_name text) RETURNS void LANGUAGE plpgsql SET search_path = pg_catalog, public, pg_temp AS $$
 DECLARE
     open_ones text := (SELECT string_agg(quote_ident(o.name), ', ') FROM open_databases() o (name));

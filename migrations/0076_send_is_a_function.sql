@@ -67,8 +67,9 @@ DECLARE
     reply_counts integer[];
     thread_orders integer[];
 BEGIN
-    -- 1. Words. They take up to 6 ms, so under the lock everyone in the conversation would wait for them. They are made
-    --    for those who may send, and only their conversations are locked: others do not queue for the lock (0065).
+    -- 1. Words. They take up to 6 ms, so under the lock everyone in the conversation would wait for them. Only users
+    -- who
+    --    may send get them, and only their conversations are locked, so others do not queue for the lock (0065).
     SELECT array_agg(i), array_agg(
             CASE WHEN p.clock IS NOT NULL AND (p.obstacle IS NULL OR (p.obstacle = 'slow' AND p.wait_ms = 0))
                 THEN search_words(i.conversation_id, i.content, i.payload, i.mentions, i.loud_mentions, i.hashtags) END
@@ -78,8 +79,9 @@ BEGIN
     LEFT JOIN LATERAL sender_part(i.conversation_id, i.sender_id) p ON true;
     asked := ARRAY(SELECT i.conversation_id FROM unnest(words, items) i (words) WHERE i.words IS NOT NULL);
 
-    -- 2. Locks, in the order of the ids: two batches in another order would deadlock. Whoever changes a role, a setting
-    --    or a block holds the same lock, so what the next step reads stays true until the commit.
+    -- 2. Locks, in the order of the ids, because two batches in different orders would deadlock. Changes of roles,
+    -- settings
+    --    and blocks take the same lock. So the results of the next step stay true until the commit.
     IF passes_held THEN
         locked := ARRAY(
             SELECT c.id FROM conversation c WHERE c.id = ANY(asked) ORDER BY c.id FOR NO KEY UPDATE SKIP LOCKED
@@ -87,12 +89,12 @@ BEGIN
     ELSE
         locked := ARRAY(SELECT c.id FROM conversation c WHERE c.id = ANY(asked) ORDER BY c.id FOR NO KEY UPDATE);
     END IF;
-    -- From here on somebody waits for this transaction. Rows that come after may be held by users who do not hold the
-    -- conversation: followers, authors, an id that is not committed (0062).
+    -- From here on, others wait for this transaction. The rows that follow may be locked by transactions that do not
+    -- hold the conversation: followers, authors, an id that is not committed (0062).
     patience := set_config('lock_timeout', patience, true);
 
-    -- 3. The outcome of each, and its number. After the lock: before it, a message would pass that was sent by a user
-    --    who was removed meanwhile, or as a reply to a deleted one, and two messages would get one number.
+    -- 3. The outcome and the version of each message, after the lock. Before it, a message of a user who was removed
+    --    meanwhile would be stored, or a reply to a deleted message. Two messages would get one version.
     taken := ARRAY(SELECT m.id FROM message m WHERE m.id = ANY(taken));
     SELECT array_agg(ROW(j.outcome, j.wait_ms, j.is_slow, j.root_id, j.from_last, j.version, j.created_at,
             j.created_at + j.expires_after)::send_outcome ORDER BY j.place),
@@ -131,7 +133,7 @@ BEGIN
         ) k
     ) j;
 
-    -- 4. The conversations' clocks, once each: an update for each message would leave as many dead rows.
+    -- 4. The versions of conversations, once each, because an update per message would leave as many dead rows.
     UPDATE conversation c SET version = f.version, message_count = c.message_count + f.messages,
         last_message_at = f.created_at, last_activity_at = f.created_at
     FROM (
@@ -144,8 +146,9 @@ BEGIN
         WHERE s.outcome = 'stored' AND s.is_slow AND p.conversation_id = s.conversation_id AND p.user_id = s.sender_id;
     END IF;
 
-    -- 5. Threads. Before the messages: a reply has its place in the thread from the root. The author of the root and
-    --    those who replied follow it.
+    -- 5. Threads, before the messages, because the root determines the place of a reply in its thread. The author of
+    -- the
+    --    root and those who replied follow the thread.
     IF has_replies THEN
         WITH roots AS (
             UPDATE message m SET reply_count = m.reply_count + f.replies, thread_order = m.thread_order + f.replies,
@@ -173,7 +176,7 @@ BEGIN
         INTO root_ids, reply_counts, thread_orders FROM roots r;
     END IF;
 
-    -- 6. The messages, and the words by which they are found.
+    -- 6. The messages, and their words for search.
     INSERT INTO message (id, conversation_id, sender_id, content, content_type, payload, formatted_content, mentions,
         loud_mentions, hashtags, metadata, parent_message_id, thread_root_id, thread_order, also_in_conversation,
         quoted_message_id, forwarded_from_id, forwarded_sender_id, poll_counts, expires_at, sent_version, version,
