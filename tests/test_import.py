@@ -1,4 +1,4 @@
-"""Bringing in what another chat has exported: who becomes whom, and what an archive may be called and unpack to."""
+"""`openchat import` for Slack and Mattermost exports: the mapping of accounts, untrusted archives, and bounds."""
 
 import hashlib
 import json
@@ -39,21 +39,21 @@ DIRECT = "SELECT count(*) FROM conversation_participant WHERE user_id = $1"
 
 
 async def with_address(world: World, name: str, address: str) -> Somebody:
-    """Return somebody who has registered an address, which nobody has verified."""
+    """Return a user with an unverified email address."""
     who = await world.user(name)
     await world.db.execute('UPDATE "user" SET email = $2 WHERE id = $1', who.id, address)
     return who
 
 
 @pytest.mark.parametrize("kind", ["slack", "mattermost"])
-async def test_who_registers_an_address_gets_nothing_of_the_person_who_has_it(
+async def test_account_with_an_imported_address_does_not_get_imported_data(
     shell: Shell, world: World, kind: str
 ) -> None:
     path = str(SAMPLES / ("slack" if kind == "slack" else "mattermost.jsonl"))
     mallory = await with_address(world, "Mallory\x1b[2J", "ada@example.org")
     refused = await shell.run("import", kind, path, status=1)
     assert await world.db.fetchval("SELECT count(*) FROM conversation") == 0
-    # The list shows whom it is about, and what the names hold.
+    # The list has the account's id, and its name is escaped.
     assert f"ada@example.org ({mallory.id})" in refused
     assert "Mallory\\x1b[2J" in refused
     assert "\x1b" not in refused
@@ -61,12 +61,12 @@ async def test_who_registers_an_address_gets_nothing_of_the_person_who_has_it(
     assert await world.db.fetchval(DIRECT, mallory.id) == 0
     assert await world.db.fetchval("""SELECT count(*) FROM "user" WHERE email LIKE '%@invalid'""") >= 1
     assert [line for line in await shell.json("check") if not line["is_good"]] == []
-    # Who came in as somebody else has been decided about.
+    # Imported users that were mapped to an account stay mapped.
     await shell.run("import", kind, path)
     assert await world.db.fetchval(DIRECT, mallory.id) == 0
 
 
-async def test_an_operator_confirms_the_list_that_was_shown(shell: Shell, world: World) -> None:
+async def test_operator_confirms_exactly_the_listed_accounts(shell: Shell, world: World) -> None:
     path = str(SAMPLES / "slack")
     ada = await with_address(world, "Ada", "ada@example.org")
     code = re.findall(r"--match-accounts ([0-9a-f]{12})", await shell.run("import", "slack", path, status=1))[0]
@@ -75,7 +75,7 @@ async def test_an_operator_confirms_the_list_that_was_shown(shell: Shell, world:
         assert f"`--match-accounts {wrong}` is not the code of this list. " in said
         assert "Nothing was imported" in said
     assert "is not the code" not in await shell.run("import", "slack", path, status=1)
-    # Somebody takes another address meanwhile: they are not on the list that was confirmed.
+    # An account that takes an address after the list was printed is not covered by the confirmation.
     mallory = await with_address(world, "Mallory", "charles@example.org")
     refused = await shell.run("import", "slack", path, "--match-accounts", code, status=1)
     assert str(mallory.id) in refused
@@ -84,27 +84,25 @@ async def test_an_operator_confirms_the_list_that_was_shown(shell: Shell, world:
     await shell.run("import", "slack", path, "--match-accounts", code)
     assert await world.db.fetchval(DIRECT, ada.id) > 0
     assert await world.db.fetchval(DIRECT, mallory.id) == 0
-    # The answer is remembered: nobody is asked again, and another answer makes nobody anew.
+    # The mapping is stored: a second import needs no confirmation, and other answers create no users.
     people = 'SELECT array_agg(id ORDER BY id) FROM "user"'
     before = await world.db.fetchval(people)
     for again in ((), ("--match-accounts", "none"), ("--match-accounts", code)):
         await shell.run("import", "slack", path, *again)
         assert await world.db.fetchval(people) == before, again
-    # Another account with the address is asked about, whoever had it before.
+    # Another account that takes the address needs a new confirmation.
     await world.db.execute("""UPDATE "user" SET email = 'free@example.org' WHERE id = $1""", ada.id)
     await with_address(world, "Mallory", "ada@example.org")
     assert "Nothing was imported" in await shell.run("import", "slack", path, status=1)
 
 
-async def test_what_is_not_there_cannot_be_read(shell: Shell, tmp_path: Path) -> None:
+async def test_import_of_a_missing_path_is_refused(shell: Shell, tmp_path: Path) -> None:
     for kind in ("slack", "mattermost", "openchat"):
         said = await shell.run("import", kind, str(tmp_path / "nonexistent"), status=1)
         assert "nonexistent cannot be read: No such file or directory. Nothing was imported." in said, kind
 
 
-async def test_another_account_with_the_same_address_is_not_the_one_that_was_confirmed(
-    shell: Shell, world: World
-) -> None:
+async def test_confirmation_does_not_cover_another_account_with_the_same_address(shell: Shell, world: World) -> None:
     path = str(SAMPLES / "slack")
     ada = await with_address(world, "Ada", "ada@example.org")
     code = re.findall(r"--match-accounts ([0-9a-f]{12})", await shell.run("import", "slack", path, status=1))[0]
@@ -116,19 +114,19 @@ async def test_another_account_with_the_same_address_is_not_the_one_that_was_con
     assert await world.db.fetchval("SELECT count(*) FROM conversation") == 0
 
 
-async def test_address_of_somebody_stops_no_import(shell: Shell, world: World) -> None:
+async def test_account_with_a_generated_address_does_not_block_an_import(shell: Shell, world: World) -> None:
     squat = hashlib.sha256(b"slack U3").hexdigest()[:24]
     await with_address(world, "Mallory", f"{squat}@invalid")
     await shell.run("import", "slack", str(SAMPLES / "slack"))
     assert await world.db.fetchval("""SELECT count(*) FROM "user" WHERE name = 'Mary Somerville'""") == 1
 
 
-async def test_password_that_an_operator_gives_lets_imported_people_in(shell: Shell, world: World) -> None:
+async def test_imported_users_log_in_with_a_password_set_by_an_operator(shell: Shell, world: World) -> None:
     await shell.run("import", "slack", str(SAMPLES / "slack"))
     people = await world.db.fetch("""SELECT id, email FROM "user" WHERE name ~ '^(Ada|Mary)'""")
     login: dict[str, str] = {}
     async with http_client(world.url) as http:
-        # Also who was imported without an address has one to log in with.
+        # Users imported without an address have a generated one to log in with.
         for who in people:
             given = await shell.json("user", "reset-password", str(who["id"]))
             assert given["email"] == who["email"]
@@ -141,7 +139,7 @@ async def test_password_that_an_operator_gives_lets_imported_people_in(shell: Sh
 
 
 def slack(tmp_path: Path) -> Path:
-    """Return a copy of an export, to be spoiled."""
+    """Return a copy of an export, for a test to change."""
     return Path(shutil.copytree(SAMPLES / "slack", tmp_path / "slack"))
 
 
@@ -169,7 +167,7 @@ async def test_owner_of_an_imported_conversation_is_an_active_account(
         ])
     ]))  # fmt: skip
     await shell.run("import", "slack", str(path))
-    # Mary is gone there, Ada here. In the last one nobody is active.
+    # Mary has left this conversation, and Ada has left that one. The last conversation has no active account.
     assert [row[1] for row in await world.db.fetch(OWNERS) if row[0] in set("0123")] == [
         "Charles Babbage", "Charles Babbage", "Charles Babbage", "Mary Somerville",
     ]  # fmt: skip
@@ -180,11 +178,11 @@ async def test_owner_of_an_imported_conversation_is_an_active_account(
     ["/etc/passwd", "../users.json", "general/../../x.json", "..\\x.json", "C:\\x.json", "c:x.json", "a//b",
      "users.json", "nul\0.json", "./x.json"],
 )  # fmt: skip
-async def test_names_that_lead_out_of_a_zip_file_are_refused(shell: Shell, tmp_path: Path, name: str) -> None:
+async def test_zip_entries_with_unsafe_names_are_refused(shell: Shell, tmp_path: Path, name: str) -> None:
     path = zipped(tmp_path)
-    with warnings.catch_warnings(action="ignore"), zipfile.ZipFile(path, "a") as file:  # of a name that is twice in it
+    with warnings.catch_warnings(action="ignore"), zipfile.ZipFile(path, "a") as file:  # for a duplicate name
         entry = zipfile.ZipInfo("x" * len(name))
-        entry.filename = name  # the constructor would cut it
+        entry.filename = name  # the constructor would truncate it
         file.writestr(entry, "[]")
     refused = await shell.run("import", "slack", str(path), status=1)
     assert "cannot be imported" in refused
@@ -213,7 +211,7 @@ async def test_links_are_not_followed(shell: Shell, world: World, tmp_path: Path
     assert await world.db.fetchval("SELECT count(*) FROM message") == 0
 
 
-async def test_what_lies_beside_an_export_is_left_alone(shell: Shell, world: World, tmp_path: Path) -> None:
+async def test_folders_that_are_not_part_of_an_export_are_not_read(shell: Shell, world: World, tmp_path: Path) -> None:
     path = slack(tmp_path)
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "2023.json").write_text("[]")
@@ -230,7 +228,7 @@ async def test_what_lies_beside_an_export_is_left_alone(shell: Shell, world: Wor
 
 
 @pytest.mark.parametrize("bound", ["MAX_FILE", "MAX_TOTAL", "MAX_FILES", "RATIO_FROM"])
-async def test_what_a_zip_file_becomes_is_bounded(
+async def test_unpacked_size_of_a_zip_file_is_bounded(
     shell: Shell, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bound: str
 ) -> None:
     path = zipped(tmp_path)
@@ -257,7 +255,9 @@ async def test_what_a_zip_file_becomes_is_bounded(
         ("general/2024.json", 100_000 * "["),
     ],
 )
-async def test_a_malformed_file_is_named(shell: Shell, world: World, tmp_path: Path, file: str, text: str) -> None:
+async def test_error_about_a_malformed_file_names_it(
+    shell: Shell, world: World, tmp_path: Path, file: str, text: str
+) -> None:
     path = slack(tmp_path)
     (path / file).write_text(text)
     assert f"{file}: " in await shell.run("import", "slack", str(path), status=1)
@@ -267,7 +267,7 @@ async def test_a_malformed_file_is_named(shell: Shell, world: World, tmp_path: P
 @pytest.mark.parametrize(
     "line", ["{", "[]", '{"type": "post", "post": {}}', '{"type": "user", "user": 3}', 9_999 * "["]
 )
-async def test_a_malformed_line_is_named(shell: Shell, world: World, tmp_path: Path, line: str) -> None:
+async def test_error_about_a_malformed_line_names_it(shell: Shell, world: World, tmp_path: Path, line: str) -> None:
     path = tmp_path / "mattermost.jsonl"
     lines = (SAMPLES / "mattermost.jsonl").read_text().splitlines()
     path.write_text("\n".join([*lines[:3], line, *lines[3:]]))
@@ -278,7 +278,7 @@ async def test_a_malformed_line_is_named(shell: Shell, world: World, tmp_path: P
 ADA = '{"type": "message", "user": "U1", '
 
 
-async def test_later_export_says_how_many_messages_of_each_conversation_were_left_out(
+async def test_second_import_reports_the_skipped_messages_of_each_conversation(
     shell: Shell, world: World, tmp_path: Path
 ) -> None:
     shutil.copytree(SAMPLES / "slack", path := tmp_path / "slack")
@@ -297,7 +297,7 @@ async def test_later_export_says_how_many_messages_of_each_conversation_were_lef
     assert f"dms.json: D1: this conversation {left_out} 1\n" in later
     assert "groups.json: G1: this conversation exists already and was not changed\n" in later
     assert await world.db.fetchval("SELECT count(*) FROM message WHERE content = 'Later'") == 0
-    # Another export of the same two people: their conversation is of another key.
+    # Another export of the same two users gives their conversation another key.
     await world.db.execute('UPDATE "user" SET email_verified = true')
     for file in path.rglob("*.json"):
         file.write_text(file.read_text().replace('"U1"', '"V1"').replace('"U2"', '"V2"'))
@@ -305,8 +305,10 @@ async def test_later_export_says_how_many_messages_of_each_conversation_were_lef
     assert f"dms.json: D1: a direct conversation of these two users {left_out} 3\n" in other
 
 
-async def test_every_message_of_an_archive_is_brought_in_or_counted(shell: Shell, world: World, tmp_path: Path) -> None:
-    """Those of no conversation, and a second one with an id that another one has."""
+async def test_every_message_of_an_archive_is_imported_or_counted_as_skipped(
+    shell: Shell, world: World, tmp_path: Path
+) -> None:
+    """Messages without a conversation and messages with a duplicate id are counted."""
     path = slack(tmp_path)
     at = '"ts": "1700300000.000100"'
     said = [f'{ADA}{at}, "text": "First"}}', f'{ADA}{at}, "text": "First"}}', f'{ADA}{at}, "text": "Second"}}']
@@ -335,11 +337,11 @@ async def test_two_conversations_with_one_folder_are_refused(shell: Shell, tmp_p
     assert "groups.json: entry 1: G9 and C1 are different conversations with the same folder 'general'" in said
 
 
-def test_reading_a_conversation_takes_no_longer_in_an_archive_of_many_files(tmp_path: Path) -> None:
-    """28 MB with 500,000 conversations and 300,000 files took three hours: for each, all files were gone through."""
+def test_time_to_read_a_conversation_does_not_grow_with_the_archive(tmp_path: Path) -> None:
+    """An archive of 28 MB took three hours: for each of 500,000 conversations, all 300,000 files were scanned."""
 
     def steps(files: int) -> int:
-        """Return how many lines of code run to read ten conversations in an archive."""
+        """Return the number of lines of code that run to read ten conversations in an archive."""
         path = tmp_path / f"{files}.zip"
         with zipfile.ZipFile(path, "w") as file:
             file.writestr("users.json", '[{"id": "U1"}]')
@@ -377,7 +379,7 @@ FOUND = [
 ]  # fmt: skip
 
 
-async def test_what_is_refused_of_slack_can_be_found(shell: Shell, world: World, tmp_path: Path) -> None:
+async def test_errors_about_a_slack_export_name_the_place(shell: Shell, world: World, tmp_path: Path) -> None:
     for number, (file, text, place) in enumerate(FOUND):
         path = slack(tmp_path / str(number))
         (path / file).write_text(text)
@@ -385,7 +387,7 @@ async def test_what_is_refused_of_slack_can_be_found(shell: Shell, world: World,
     assert await world.db.fetchval("SELECT count(*) FROM conversation") == 0
 
 
-async def test_what_is_refused_of_mattermost_can_be_found(shell: Shell, world: World, tmp_path: Path) -> None:
+async def test_errors_about_a_mattermost_export_name_the_place(shell: Shell, world: World, tmp_path: Path) -> None:
     path = tmp_path / "mattermost.jsonl"
     lines = (SAMPLES / "mattermost.jsonl").read_text().splitlines()
     number = next(at for at, line in enumerate(lines) if '"type": "channel"' in line)
@@ -431,7 +433,7 @@ async def test_a_file_with_too_many_values_or_messages_is_refused(
     assert "general/2023-11-14.json: there are more than 0 messages in general" in said
 
 
-# ------------------------------------------------------------------------------------------------- whose is what
+# ------------------------------------------------------------------------------------------------- ownership
 
 
 def user(name: str, email: str, *channels: str) -> dict[str, Any]:
@@ -453,7 +455,7 @@ def direct(said: str) -> dict[str, Any]:
 
 
 def mattermost(path: Path, *lines: dict[str, Any]) -> str:
-    """Write an export, and return its path."""
+    """Write an export and return its path."""
     path.write_text("\n".join(json.dumps(line) for line in ({"type": "version", "version": 1}, *lines)))
     return str(path)
 
@@ -465,7 +467,7 @@ JOIN "user" u ON u.id = p.user_id WHERE u.email = $1
 """
 
 
-async def test_people_of_another_server_are_others_whatever_they_are_called(
+async def test_users_of_another_server_are_other_users_even_with_equal_names(
     shell: Shell, world: World, tmp_path: Path
 ) -> None:
     first = mattermost(tmp_path / "a", user("ada", "ada@a.example", "square"), *channel("square", "Of A"))
@@ -475,7 +477,7 @@ async def test_people_of_another_server_are_others_whatever_they_are_called(
     await shell.run("import", "mattermost", mattermost(tmp_path / "b", *theirs))
     assert await world.db.fetchval(READS, "ada@a.example") == ["Of A"]
     assert await world.db.fetchval(READS, "ada@b.example") == ["Of B", "To Ada of B"]
-    # With a conversation of the same name, nothing tells whether it is the same server.
+    # With a conversation of the same name, the import cannot tell whether it is the same server.
     both = [user("ada", "ada@c.example", "square"), *channel("square", "Of C", at_ms=1700000009000)]
     third = mattermost(tmp_path / "c", *both)
     refused = await shell.run("import", "mattermost", third, status=1)
@@ -487,7 +489,7 @@ async def test_people_of_another_server_are_others_whatever_they_are_called(
         said = await shell.run("import", "mattermost", third, "--source", "c")
         assert await world.db.fetchval(READS, "ada@c.example") == ["Of C"]
     assert "line 3: this conversation exists already and was not changed" in said
-    # The same export needs no name, and the operator may say that it is the same server.
+    # The same export needs no server name. The operator may state that it is the same server.
     await shell.run("import", "mattermost", first)
     assert "was not changed" in await shell.run(
         "import", "mattermost", third, "--source", "mattermost", "--match-accounts", "none"
@@ -496,7 +498,9 @@ async def test_people_of_another_server_are_others_whatever_they_are_called(
     assert [line for line in await shell.json("check") if not line["is_good"]] == []
 
 
-async def test_who_has_no_address_gets_nothing_of_another_workspace(shell: Shell, world: World, tmp_path: Path) -> None:
+async def test_user_without_an_address_gets_no_data_of_another_workspace(
+    shell: Shell, world: World, tmp_path: Path
+) -> None:
     def workspace(name: str, team: str | None, group: str) -> str:
         path = tmp_path / name
         (path / group).mkdir(parents=True)
@@ -519,8 +523,8 @@ async def test_who_has_no_address_gets_nothing_of_another_workspace(shell: Shell
     assert sorted(said) == [["G1", "G2"], ["G3"], ["G4"]]
 
 
-async def test_no_client_keeps_a_part_of_an_import_out(shell: Shell, world: World) -> None:
-    """With ids that followed from the archive alone, a channel with the id of one to come took its place."""
+async def test_client_cannot_block_an_import_by_taking_its_ids(shell: Shell, world: World) -> None:
+    """When ids depended on the archive alone, a client could take the id of a channel to be imported."""
 
     def foreseen(at_ms: int, *parts: str) -> UUID:
         random = int.from_bytes(hashlib.sha256("\0".join(parts).encode()).digest()[:10])
@@ -537,7 +541,9 @@ async def test_no_client_keeps_a_part_of_an_import_out(shell: Shell, world: Worl
     assert [line for line in await shell.json("check") if not line["is_good"]] == []
 
 
-async def test_import_that_does_not_fit_brings_in_nothing_and_says_where(shell: Shell, world: World) -> None:
+async def test_import_that_violates_a_constraint_imports_nothing_and_names_the_place(
+    shell: Shell, world: World
+) -> None:
     mallory = await world.connect(await world.user("Mallory"))
     origin = await Origin.of(world.db, "slack", "slack")
     own = await world.channel(mallory)
@@ -549,7 +555,7 @@ async def test_import_that_does_not_fit_brings_in_nothing_and_says_where(shell: 
     assert await world.db.fetchval("SELECT count(*) FROM conversation") == 1
 
 
-async def test_who_is_erased_comes_back_by_no_import(shell: Shell, world: World, tmp_path: Path) -> None:
+async def test_erased_user_is_not_imported_again(shell: Shell, world: World, tmp_path: Path) -> None:
     people = [user("ada", "ada@a.example", "one", "two"), user("bob", "bob@a.example", "one", "two", "three")]
     one, two = channel("one", "First"), channel("two", "Second")
     await shell.run("import", "mattermost", mattermost(tmp_path / "a", *people, *one))
@@ -565,7 +571,7 @@ async def test_who_is_erased_comes_back_by_no_import(shell: Shell, world: World,
     ]  # fmt: skip
     assert await world.db.fetchval(READS, "bob@a.example") == ["First", "Second", "To Ada"]
     assert [line for line in await shell.json("check") if not line["is_good"]] == []
-    # Nor if they are erased between the plan and the import.
+    # A user who is erased between the plan and the import is not imported either.
     found = mattermost_read(Path(mattermost(tmp_path / "c", *people, *channel("three", "Third"))))
     planned = await archive.plan(world.db, found)
     bob = await world.db.fetchval("""SELECT id FROM "user" WHERE email = 'bob@a.example'""")
@@ -577,10 +583,10 @@ async def test_who_is_erased_comes_back_by_no_import(shell: Shell, world: World,
     assert [line for line in await shell.json("check") if not line["is_good"]] == []
 
 
-# ---------------------------------------------------------------------------------------------- what it is made of
+# ---------------------------------------------------------------------------------------------- contents
 
 
-def test_zip_file_is_unpacked_within_bounds_or_refused(tmp_path: Path) -> None:
+def test_zip_file_over_a_bound_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.zip"
     for method in (zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA):
         with zipfile.ZipFile(path, "w", method) as file:
@@ -596,7 +602,7 @@ def test_zip_file_is_unpacked_within_bounds_or_refused(tmp_path: Path) -> None:
         slack_read(path)
 
 
-def test_broken_zip_file_is_refused_with_a_sentence(tmp_path: Path) -> None:
+def test_broken_zip_file_is_refused_with_a_clear_error(tmp_path: Path) -> None:
     whole, path, chance = zipped(tmp_path).read_bytes(), tmp_path / "a.zip", random.Random(5)
     refused = 0
     for _ in range(150):
@@ -612,19 +618,19 @@ def test_broken_zip_file_is_refused_with_a_sentence(tmp_path: Path) -> None:
     assert refused > 30
 
 
-async def test_two_people_with_one_address_are_named(shell: Shell, tmp_path: Path) -> None:
+async def test_error_about_a_duplicate_address_names_both_users(shell: Shell, tmp_path: Path) -> None:
     twice = mattermost(tmp_path / "a", user("ada", "Ada@a.example"), user("bob", "ada@A.example"))
     refused = await shell.run("import", "mattermost", twice, status=1)
     assert "line 3: bob and ada (line 2) are different people with the same ada@a.example" in refused
 
 
-async def test_what_is_made_in_the_future_is_refused(shell: Shell, tmp_path: Path) -> None:
+async def test_timestamps_in_the_future_are_refused(shell: Shell, tmp_path: Path) -> None:
     for at_ms in (int(time.time() * 1000) + 7_200_000, 140_000_000_000_000, 1 << 60):
         late = mattermost(tmp_path / "a", user("ada", "ada@a.example"), *channel("one", "Late", at_ms=at_ms))
         assert f"line 4: {at_ms} is not a time" in await shell.run("import", "mattermost", late, status=1)
 
 
-async def test_nobody_takes_part_in_too_many_conversations(
+async def test_number_of_conversations_per_user_is_bounded(
     shell: Shell, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(load, "MAX_MEMBERSHIPS", 1)
@@ -667,10 +673,10 @@ WRITTEN: dict[str, Any] = {
         "root_id": UUID, "user_id": UUID, "conversation_id": UUID, "has_replied": bool, "is_following": bool,
         "last_read_order": Count},
 }  # fmt: skip
-"""Every column that an import writes, with the bounds that a client's frames have for it."""
+"""Every column that an import writes, with the bounds that client frames have for it."""
 
 
-async def test_every_field_of_an_import_has_the_bounds_of_clients(world: World, tmp_path: Path) -> None:
+async def test_imported_fields_have_the_bounds_of_client_frames(world: World, tmp_path: Path) -> None:
     long = HIDDEN + 20_000 * "x"
     path = tmp_path / "slack"
     (path / "C1").mkdir(parents=True)
@@ -701,6 +707,6 @@ async def test_every_field_of_an_import_has_the_bounds_of_clients(world: World, 
     ]
 
 
-def test_depth_is_of_what_is_outside_of_strings() -> None:
+def test_nesting_depth_ignores_brackets_in_strings() -> None:
     assert reading.depth(b'{"a": [[1], "[[[[\\"[["]}') == 3
     assert plain("Zoë 🎉") == "Zoë 🎉"

@@ -1,4 +1,4 @@
-"""Each index of schema.sql has a statement that is found by it, or a constraint or a feature that needs it."""
+"""Each index of schema.sql is used by a statement, or a constraint or a feature needs it."""
 
 import json
 from collections.abc import AsyncIterator, Iterator
@@ -76,7 +76,7 @@ NEEDED_BY = {
     "user_to_erase_idx": "erasure.DUE",
     "user_words_idx": "users.SEARCH",
 }
-"""A statement whose plan uses the index, for each index."""
+"""For each index, a statement whose plan uses it."""
 KEPT_FOR = {
     "conversation_id_hash_key": "two ids with one hash are refused (docs/decisions/0050)",
     "push_endpoint_session_idx": "push_endpoint_session_fkey, when a session is deleted",
@@ -84,14 +84,14 @@ KEPT_FOR = {
     "attachment_uploaded_by_idx": "files (issue 20)",
     "verification_identifier_idx": "accounts that people and companies can rely on (issue 19)",
 }
-"""Indexes that no plan shows, and what needs them."""
+"""Indexes that no plan uses, and the reason to keep them."""
 INDEXES = """
 SELECT c.relname FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid
 WHERE c.relnamespace = 'public'::regnamespace
     AND NOT EXISTS (SELECT FROM pg_constraint k WHERE k.conindid = i.indexrelid)
 """
 PLANNING = "SET enable_seqscan = off; SET plan_cache_mode = force_generic_plan"
-"""So that small tables are not read whole instead."""
+"""Settings under which plans do not scan small tables."""
 UPDATED = """
 SELECT pg_stat_get_xact_tuples_updated('"user"'::regclass), pg_stat_get_xact_tuples_hot_updated('"user"'::regclass)
 """
@@ -105,7 +105,7 @@ async def db(database_url: str) -> AsyncIterator[Connection]:
 
 
 def indexes(node: dict[str, Any]) -> Iterator[str]:
-    """Return the indexes that a plan finds rows by, and partial ones that it reads whole."""
+    """Return the indexes that a plan finds rows by, and the partial indexes that it scans whole."""
     if "Index Name" in node:
         yield node["Index Name"]
     for child in node.get("Plans", []):
@@ -132,7 +132,7 @@ async def test_each_index_is_needed_by_a_statement_or_a_constraint(db: Connectio
     assert {index: name for index, name in NEEDED_BY.items() if index not in plans[name]} == {}
 
 
-async def test_index_that_nothing_needs_is_noticed(db: Connection) -> None:
+async def test_unused_index_is_detected(db: Connection) -> None:
     await db.execute('CREATE INDEX needless_idx ON "user" (location)')
     assert "needless_idx" in {row[0] for row in await db.fetch(INDEXES)} - NEEDED_BY.keys() - KEPT_FOR.keys()
     await db.execute(PLANNING)
@@ -140,14 +140,14 @@ async def test_index_that_nothing_needs_is_noticed(db: Connection) -> None:
     await db.execute("DROP INDEX needless_idx")
 
 
-async def test_presence_changes_no_index(world: World) -> None:
+async def test_presence_update_changes_no_index(world: World) -> None:
     them = await world.users("Ada", "Charles")
     ids = [one.id for one in them]
     async with world.db.transaction():
         for is_online in (True, False) * 5:
             await users.seen(world.db, dict.fromkeys(ids, Transition(is_online)))
         assert tuple(await world.db.fetchrow(UPDATED) or ()) == (20, 20)
-        # With an index on what moves, none would be.
+        # An index on a column that the update changes would prevent this.
         await world.db.execute('CREATE INDEX user_last_seen_idx ON "user" (is_online)')
         await users.seen(world.db, dict.fromkeys(ids, Transition(is_online=True)))
         assert tuple(await world.db.fetchrow(UPDATED) or ()) == (22, 20)

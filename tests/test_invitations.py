@@ -1,4 +1,4 @@
-"""Membership: invited, declined, by code, found, removed on every worker; what newcomers see; system messages."""
+"""Membership: invitations, invite codes, public conversations, removal, history for newcomers, and system messages."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -22,7 +22,7 @@ async def view(one: Client, about: ConversationId) -> ConversationView:
     return (await one.call(client.GetConversation(conversation_id=about), server.OneConversation)).view
 
 
-async def test_an_invitation_is_told_on_every_device_and_followed_or_not(world: World) -> None:
+async def test_invitation_reaches_every_device_and_can_be_accepted_or_declined(world: World) -> None:
     ada, charles, mary = await world.users("Ada", "Charles", "Mary")
     owner, phone, desk = await world.connect(ada), await world.connect(charles), await world.connect(charles, 1)
     hers = await world.connect(mary, 1)
@@ -35,7 +35,7 @@ async def test_an_invitation_is_told_on_every_device_and_followed_or_not(world: 
     for device in (phone, desk, hers):
         invitation = (await device.event(server.Invited)).invitation
         assert (invitation.title, invitation.role, invitation.invited_by) == ("Engines", "moderator", ada.id)
-    # To be invited is not to be in.
+    # An invited user is not a participant yet.
     with refused(ErrorCode.NOT_FOUND, "conversation_id"):
         await phone.call(client.History(conversation_id=about))
     assert (await view(owner, about)).conversation.participant_count == 1
@@ -45,7 +45,7 @@ async def test_an_invitation_is_told_on_every_device_and_followed_or_not(world: 
     await desk.event(server.ConversationJoined)
     await hers.call(client.Decline(conversation_id=about))
     await hers.event(server.InvitationEnded)
-    # The others are told that something changed; whoever invites asks what.
+    # Others learn only that the list changed. Those who may invite fetch it.
     seen = (await owner.event(server.OutsidersChanged)).version
     await owner.event(server.OutsidersChanged, lambda event: event.version > seen + 1)
     answer = await owner.call(client.ListParticipants(conversation_id=about, status="declined"), server.ParticipantPage)
@@ -61,8 +61,8 @@ async def test_an_invitation_is_told_on_every_device_and_followed_or_not(world: 
     assert await recount(world.db) == []
 
 
-async def test_the_invitations_that_one_was_told_of_are_those_that_there_are(world: World) -> None:
-    """However one ends: on another device, and for who comes back, old state and events are the list."""
+async def test_invitation_events_add_up_to_the_list_of_invitations(world: World) -> None:
+    """An invitation may end on another device or while the client is away."""
     ada, charles = await world.users("Ada", "Charles")
     owner, phone, desk = await world.connect(ada), await world.connect(charles), await world.connect(charles, 1)
 
@@ -95,7 +95,7 @@ async def test_the_invitations_that_one_was_told_of_are_those_that_there_are(wor
         await end(places[name])
         there = (await phone.call(client.ListInvitations(), server.InvitationList)).invitations
         assert {names[one.conversation_id] for one in there} == {"none"}, name
-        # A job ends the invitations to what is over: devices are told soon, and who resumes then in the answer.
+        # A job ends the invitations to a deleted conversation. Devices receive an event, and a resume reports it.
         await until(lambda: told(*desk.events) == {"none"})
         async with Client(world.url, charles.token, query="?resume=1") as back:
             await back.call(client.Resume(epoch=desk.ready.epoch, versions={}, user_version=version), server.Resumed)
@@ -104,7 +104,7 @@ async def test_the_invitations_that_one_was_told_of_are_those_that_there_are(wor
             with refused(ErrorCode.NOT_FOUND, "conversation_id"):
                 await phone.call(client.Join(conversation_id=places[name]))
     assert await world.db.fetchval("SELECT count(*) FROM conversation WHERE has_remains") == 0
-    # Whoever was told of the invitation, and resumes before the job, is told by it.
+    # A client that resumes before the job runs receives the event from the job.
     about = await world.channel(owner, title="Held")
     names[about] = "held"
     await owner.call(client.Invite(conversation_id=about, participants=[charles.id]))
@@ -122,8 +122,8 @@ async def test_the_invitations_that_one_was_told_of_are_those_that_there_are(wor
     assert await recount(world.db) == []
 
 
-async def test_invitation_to_what_was_over_before_an_upgrade_ends(world: World) -> None:
-    """A worker of an older release, beside a new one, takes the mark of the job away."""
+async def test_invitation_to_a_conversation_deleted_before_an_upgrade_ends(world: World) -> None:
+    """A worker of an older release beside a new one clears `has_remains`."""
     ada, charles = await world.users("Ada", "Charles")
     owner, desk = await world.connect(ada), await world.connect(charles, 1)
     over, lasting = [await world.channel(owner, title=title) for title in ("Over", "Lasting")]
@@ -139,8 +139,8 @@ async def test_invitation_to_what_was_over_before_an_upgrade_ends(world: World) 
     assert [one.conversation_id for one in there] == [lasting]
 
 
-async def test_an_invitation_gives_no_more_than_whoever_sent_it_may_give_when_it_is_followed(world: World) -> None:
-    """Whatever became of the inviter: what the invited get, alone and where the conversation is public."""
+async def test_accepted_invitation_gives_no_more_than_the_inviter_may_give_then(world: World) -> None:
+    """Each change of the inviter is tested in private and in public conversations."""
     owner, inviter, guest = await world.users("Owner", "Inviter", "Guest")
     o, g = await world.connect(owner), await world.connect(guest)
     await world.befriend(owner, inviter)
@@ -172,7 +172,7 @@ async def test_an_invitation_gives_no_more_than_whoever_sent_it_may_give_when_it
             assert given is not None or (answer.code, answer.path) == (ErrorCode.FORBIDDEN, "conversation_id")
             assert (becomes, is_public, given) == (becomes, is_public, role)
             if role is None:
-                # Whoever may, invites them anew.
+                # A user with the permission can invite them again.
                 await o.call(client.Invite(conversation_id=about, participants=[guest.id], role="moderator"))
                 joined = await g.call(client.Join(conversation_id=about), server.OneConversation)
                 assert (joined.view.me.role, joined.view.me.invited_by) == ("moderator", owner.id)
@@ -190,10 +190,10 @@ BECAME = [
     ("gone", None, "member"),
     ("disabled", None, "member"),
 ]
-"""What becomes of somebody who has invited a moderator, and as what the invitation lets them in after that."""
+"""Changes of an inviter who invited a moderator, and the role that the invitation then gives: private, then public."""
 
 
-async def test_what_changed_for_oneself_while_away_is_said_on_resume(world: World) -> None:
+async def test_resume_reports_the_users_own_changes(world: World) -> None:
     ada, charles = await world.users("Ada", "Charles")
     owner = await world.connect(ada)
     about = await world.channel(owner, is_public=True)
@@ -215,7 +215,7 @@ async def test_what_changed_for_oneself_while_away_is_said_on_resume(world: Worl
     assert {server.MeChanged, server.RelationshipChanged, server.Invited} <= set(kinds)
 
 
-async def test_an_invite_code_expires_and_is_used_up(world: World) -> None:
+async def test_invite_code_expires_and_has_a_maximum_number_of_uses(world: World) -> None:
     ada, one, two, three = await world.users("Ada", "One", "Two", "Three")
     owner = await world.connect(ada)
     about = await world.channel(owner)
@@ -225,7 +225,7 @@ async def test_an_invite_code_expires_and_is_used_up(world: World) -> None:
     code = made.view.invite.code
     first = await world.connect(one)
     await first.call(client.Join(invite_code=code))
-    await first.call(client.Join(invite_code=code))  # who is in uses nothing up
+    await first.call(client.Join(invite_code=code))  # a join by a participant is not counted
     await (await world.connect(two)).call(client.Join(invite_code=code))
     third = await world.connect(three)
     with refused(ErrorCode.NOT_FOUND, "invite_code"):
@@ -238,7 +238,7 @@ async def test_an_invite_code_expires_and_is_used_up(world: World) -> None:
         await third.call(client.Join(invite_code=timed.view.invite.code))
 
 
-async def test_a_hundred_who_come_at_once_find_room_for_as_many_as_there_is(world: World) -> None:
+async def test_a_hundred_concurrent_joins_do_not_exceed_the_maximum(world: World) -> None:
     owner = await world.connect(await world.user("Ada"))
     about = await world.channel(owner, is_public=True, max_participants=40)
     people = [await world.user(f"Person {number}") for number in range(100)]
@@ -250,7 +250,7 @@ async def test_a_hundred_who_come_at_once_find_room_for_as_many_as_there_is(worl
     assert await recount(world.db) == []
 
 
-async def test_public_conversations_are_found(world: World) -> None:
+async def test_public_conversations_are_searchable(world: World) -> None:
     owner = await world.connect(await world.user("Ada"))
     made = await world.channel(owner, title="Analytical engines", is_public=True, description="Brass and steam")
     await world.channel(owner, title="Analytical secrets")
@@ -264,7 +264,7 @@ async def test_public_conversations_are_found(world: World) -> None:
     assert (await other.call(client.FindConversations(text="eng"), server.PublicConversationList)).conversations == []
 
 
-async def test_who_is_removed_hears_no_more_on_any_worker(world: World) -> None:
+async def test_removed_participant_receives_no_more_events_on_any_worker(world: World) -> None:
     ada, charles = await world.users("Ada", "Charles")
     owner, phone, desk = await world.connect(ada), await world.connect(charles), await world.connect(charles, 1)
     about = await world.group(owner, charles)
@@ -284,7 +284,7 @@ async def test_who_is_removed_hears_no_more_on_any_worker(world: World) -> None:
         assert [event for event in said if event.message.content == "Behind their back"] == []
 
 
-async def test_newcomers_see_what_was_said_before_if_the_settings_say_so(world: World) -> None:
+async def test_newcomers_see_earlier_messages_only_if_the_settings_allow_it(world: World) -> None:
     ada, charles = await world.users("Ada", "Charles")
     owner = await world.connect(ada)
     about = await world.channel(owner, is_public=True, settings=ConversationSettings(history="from_joining"))
@@ -302,7 +302,7 @@ async def test_newcomers_see_what_was_said_before_if_the_settings_say_so(world: 
     ):  # fmt: skip
         with refused(ErrorCode.NOT_FOUND, "message_id"):
             await newcomer.call(frame)
-    # Its words are in no event, live or fetched later; nor is who sent, hid or deleted what was said before.
+    # No event has its text, live or fetched later, nor the ids of those who sent, hid or deleted earlier messages.
     await owner.call(client.Edit(**place, content="Before, edited"))
     changed = await newcomer.event(server.MessageChanged)
     assert changed.message_id == before
@@ -313,7 +313,7 @@ async def test_newcomers_see_what_was_said_before_if_the_settings_say_so(world: 
     await newcomer.event(server.MessageChanged, lambda event: event.message_id == fading)
     told = [event for event in newcomer.events if isinstance(event, server.MessageChanged)]
     assert [event.message_id for event in told] == [before, hidden, hidden, fading]
-    # The owner, who was there before, asks for it.
+    # The owner, who took part before, can read it.
     left = await owner.call(client.GetMessage(conversation_id=about, message_id=hidden), server.OneMessage)
     assert (left.message.is_deleted, left.message.deleted_by) == (True, ada.id)
     again = await world.connect(charles, query="?resume=1")
@@ -332,7 +332,7 @@ async def test_newcomers_see_what_was_said_before_if_the_settings_say_so(world: 
     assert (await newcomer.call(client.GetMessage(**place), server.OneMessage)).message.content == "Before, edited"
 
 
-async def test_the_system_says_who_came_and_went_and_what_changed(world: World) -> None:
+async def test_system_messages_report_joins_departures_and_changes(world: World) -> None:
     ada, charles, mary = await world.users("Ada", "Charles", "Mary")
     owner, other = await world.connect(ada), await world.connect(charles, 1)
     about = await world.channel(owner, is_public=True)
@@ -361,7 +361,7 @@ async def test_the_system_says_who_came_and_went_and_what_changed(world: World) 
     assert (await view(owner, about)).last_message == page.messages[-1]
 
 
-async def test_a_deleted_conversation_is_over_for_everyone(world: World) -> None:
+async def test_deleted_conversation_ends_for_all_participants(world: World) -> None:
     ada, charles = await world.users("Ada", "Charles")
     owner, other = await world.connect(ada), await world.connect(charles, 1)
     about = await world.channel(owner, is_public=True)
@@ -379,7 +379,7 @@ async def test_a_deleted_conversation_is_over_for_everyone(world: World) -> None
         await other.call(client.Join(conversation_id=about))
 
 
-async def test_preferences_are_ones_own_on_all_devices(world: World) -> None:
+async def test_preferences_are_private_and_shared_by_all_devices(world: World) -> None:
     ada, charles = await world.users("Ada", "Charles")
     owner, phone, desk = await world.connect(ada), await world.connect(charles), await world.connect(charles, 1)
     about = await world.group(owner, charles)
@@ -397,7 +397,7 @@ async def test_preferences_are_ones_own_on_all_devices(world: World) -> None:
     assert (await view(owner, about)).preferences.is_hidden is False
 
 
-async def test_who_is_invited_or_banned_is_for_who_sees_to_it(world: World) -> None:
+async def test_only_permitted_roles_list_the_invited_and_the_banned(world: World) -> None:
     ada, charles, mary = await world.users("Ada", "Charles", "Mary")
     owner, other = await world.connect(ada), await world.connect(charles, 1)
     about = await world.channel(owner, is_public=True)

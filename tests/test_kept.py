@@ -1,4 +1,4 @@
-"""What is kept of messages: pins, stars, forwards, quotes; drafts and scheduled messages; and what goes with time."""
+"""Pins, stars, forwards, quotes, drafts, scheduled messages, and the expiry of messages."""
 
 from datetime import UTC, datetime, timedelta
 
@@ -17,7 +17,7 @@ from tests.world import Room, World, message, refused, sent
 SOON = timedelta(hours=1)
 
 
-async def test_pins_are_for_everyone(room: Room) -> None:
+async def test_pins_are_shared_by_all_participants(room: Room) -> None:
     ids = [await sent(room.ada, room.group, str(number)) for number in range(3)]
     first = await room.ada.call(client.Pin(**room.at(ids[0])), server.Changed)
     assert await room.ada.call(client.Pin(**room.at(ids[0])), server.Changed) == first
@@ -35,7 +35,7 @@ async def test_pins_are_for_everyone(room: Room) -> None:
         await room.ada.call(client.Pin(**room.at(ids[2])))
 
 
-async def test_there_are_only_so_many_pins(room: Room, world: World) -> None:
+async def test_number_of_pins_is_bounded(room: Room, world: World) -> None:
     message_id = await sent(room.ada, room.group)
     for number in range(100):
         await sent(room.ada, room.group, str(number))
@@ -53,7 +53,7 @@ async def test_in_a_direct_conversation_both_may_pin(room: Room) -> None:
     assert [one.id for one in pinned.messages] == [message_id]
 
 
-async def test_stars_follow_the_person(room: Room, world: World) -> None:
+async def test_stars_are_private_and_on_all_devices(room: Room, world: World) -> None:
     ids = [await sent(room.ada, room.group, str(number)) for number in range(3)]
     phone = await world.connect(room.them[1])
     for one in ids:
@@ -74,7 +74,7 @@ async def test_stars_follow_the_person(room: Room, world: World) -> None:
         await phone.call(client.Star(**room.at(ids[1])))
 
 
-async def test_a_forward_says_whose_words_it_was_once(room: Room, world: World) -> None:
+async def test_forward_names_the_first_author(room: Room, world: World) -> None:
     source = message(room.group, "print(1)", payload=Code(language="python"))
     await room.ada.call(source)
     elsewhere = await world.channel(room.charles)
@@ -111,7 +111,7 @@ async def test_a_forward_says_whose_words_it_was_once(room: Room, world: World) 
         await room.charles.call(taken)
 
 
-async def test_a_draft_follows_the_person_and_nobody_else(room: Room, world: World) -> None:
+async def test_draft_is_private_and_on_all_devices(room: Room, world: World) -> None:
     phone = await world.connect(room.them[1])
     await room.charles.call(client.SetDraft(conversation_id=room.group, content="I thi"))
     assert (await phone.event(server.DraftChanged)).draft.content == "I thi"
@@ -121,7 +121,7 @@ async def test_a_draft_follows_the_person_and_nobody_else(room: Room, world: Wor
     await room.charles.event(server.DraftChanged, lambda event: not event.draft.content)
     assert (await phone.call(client.ListDrafts(), server.DraftList)).drafts == []
     await room.charles.call(client.SetDraft(conversation_id=room.group, content="Away"))
-    # A device that was away is told when it is back, once.
+    # A device that was away receives it once when it is back.
     back = await world.connect(room.them[1], query="?resume=1")
     frame = client.Resume(epoch=back.ready.epoch, versions={}, user_version=0)
     await back.call(frame)
@@ -148,11 +148,13 @@ async def test_a_scheduled_message_is_sent_once_at_its_time(room: Room, world: W
     assert (await room.ada.call(frame, server.OneScheduled)).scheduled.status == "sent"
 
 
-async def test_a_worker_that_dies_between_sending_and_noting_it_sends_once(room: Room, world: World) -> None:
+async def test_scheduled_message_is_sent_once_if_the_worker_dies_before_it_records_that(
+    room: Room, world: World
+) -> None:
     frame = schedule(room, at=datetime.now(UTC))
     await room.ada.call(frame)
     await room.ada.event(server.ScheduledChanged, lambda event: event.scheduled.status == "sent")
-    # As if it had died: it is claimed by somebody who is not there any more, and not noted.
+    # As if the worker had died: the row is claimed, and the send is not recorded.
     await world.db.execute(
         "UPDATE scheduled_message SET status = 'waiting', claimed_at = now() - 2 * $1::interval", scheduled.CLAIMED
     )
@@ -162,7 +164,7 @@ async def test_a_worker_that_dies_between_sending_and_noting_it_sends_once(room:
     assert await world.db.fetchval("SELECT count(*) FROM message WHERE id = $1", frame.message_id) == 1
 
 
-async def test_what_waits_can_be_cancelled_and_what_is_gone_cannot(room: Room, world: World) -> None:
+async def test_scheduled_message_can_be_cancelled_until_it_is_sent(room: Room, world: World) -> None:
     frame = schedule(room)
     await room.ada.call(frame)
     place = room.at(frame.message_id)
@@ -180,7 +182,7 @@ async def test_what_waits_can_be_cancelled_and_what_is_gone_cannot(room: Room, w
         await room.ada.call(schedule(room, at=datetime.now(UTC) + timedelta(days=400)))
 
 
-async def test_message_put_off_for_slow_mode_is_listed_changed_and_cancelled(room: Room) -> None:
+async def test_message_postponed_by_slow_mode_can_be_listed_changed_and_cancelled(room: Room) -> None:
     slow = ConversationSettings(slow_mode_seconds=3600)
     await room.ada.call(client.UpdateConversation(conversation_id=room.group, settings=slow))
     await sent(room.charles, room.group)
@@ -188,7 +190,7 @@ async def test_message_put_off_for_slow_mode_is_listed_changed_and_cancelled(roo
     await room.charles.call(changed)
     told = await room.charles.event(server.ScheduledChanged, lambda event: event.scheduled.not_before is not None)
     assert told.scheduled.status == "waiting"
-    await room.charles.call(cancelled)  # it comes after the other one
+    await room.charles.call(cancelled)  # it is due after the other one
     listed = (await room.charles.call(client.ListScheduled(), server.ScheduledList)).scheduled
     assert {one.message_id for one in listed} == {changed.message_id, cancelled.message_id}
     first, second = (one for of in (changed, cancelled) for one in listed if one.message_id == of.message_id)
@@ -205,11 +207,11 @@ async def test_message_put_off_for_slow_mode_is_listed_changed_and_cancelled(roo
     assert [one.words.content for one in listed] == ["Changed"]
 
 
-async def test_message_that_was_sent_before_it_was_put_off_is_not_cancelled(room: Room, world: World) -> None:
+async def test_message_sent_before_it_was_postponed_cannot_be_cancelled(room: Room, world: World) -> None:
     frame = schedule(room, at=datetime.now(UTC))
     await room.ada.call(frame)
     await room.ada.event(server.ScheduledChanged, lambda event: event.scheduled.status == "sent")
-    # As if the worker had lost the answer to `send`.
+    # As if the worker had lost the result of the send.
     await world.db.execute(
         "UPDATE scheduled_message SET status = 'waiting', claimed_at = NULL, not_before = now() + interval '1 hour'"
     )
@@ -224,7 +226,7 @@ def schedule_of(frame: client.Schedule) -> client.Schedule:
     )
 
 
-async def test_what_cannot_be_sent_says_why(room: Room) -> None:
+async def test_failed_scheduled_message_has_a_reason(room: Room) -> None:
     frame = schedule(room)
     await room.charles.call(frame)
     await room.charles.call(client.Leave(conversation_id=room.group))
@@ -240,7 +242,7 @@ async def test_what_cannot_be_sent_says_why(room: Room) -> None:
     assert told.scheduled.problem == NotFound().message
 
 
-async def test_messages_disappear_where_the_settings_say_so(room: Room, world: World) -> None:
+async def test_messages_expire_if_the_settings_say_so(room: Room, world: World) -> None:
     kept = await sent(room.ada, room.group, "Kept")
     settings = ConversationSettings(expire_after_seconds=3600)
     await room.ada.call(client.UpdateConversation(conversation_id=room.group, settings=settings))
@@ -254,15 +256,15 @@ async def test_messages_disappear_where_the_settings_say_so(room: Room, world: W
     for one in (root, reply):
         event = await room.charles.event(server.MessageDeleted, lambda event, one=one: event.message.id == one)  # type: ignore[misc]
         assert (event.message.content, event.message.deleted_by) == ("", None)
-    await expire_due(world.workers[0].app._database, world.workers[0].app.hub)  # noqa: SLF001 - nothing is due twice
-    assert await room.ada.call(frame, server.Sent) == first, "sent again, it is not said again"
-    assert await world.db.fetchval("SELECT count(*) FROM message_edit") == 0, "nothing is kept of it"
+    await expire_due(world.workers[0].app._database, world.workers[0].app.hub)  # noqa: SLF001 - none expires twice
+    assert await room.ada.call(frame, server.Sent) == first, "a repeated send stores no second message"
+    assert await world.db.fetchval("SELECT count(*) FROM message_edit") == 0, "no content is kept"
     assert await world.db.fetchval("SELECT count(*) FROM message WHERE content LIKE 'Secret%'") == 0
     assert (await room.ada.call(client.GetMessage(**room.at(kept)), server.OneMessage)).message.content == "Kept"
 
 
-async def test_no_copy_of_the_words_of_a_message_outlives_its_time(room: Room, world: World) -> None:
-    """Not what it was scheduled with, not what was kept when somebody deleted it."""
+async def test_no_copy_of_the_content_of_an_expired_message_remains(room: Room, world: World) -> None:
+    """The content of the scheduled message and the content that was kept on deletion are covered."""
     settings = ConversationSettings(expire_after_seconds=3600)
     await room.ada.call(client.UpdateConversation(conversation_id=room.group, settings=settings))
     scheduled = schedule(room, "Secret, scheduled", datetime.now(UTC))
@@ -276,17 +278,17 @@ async def test_no_copy_of_the_words_of_a_message_outlives_its_time(room: Room, w
     await world.db.execute("UPDATE message SET expires_at = now() WHERE expires_at IS NOT NULL")
     await room.charles.event(server.MessageDeleted, lambda event: event.message.id == scheduled.message_id)
     app = world.workers[0].app
-    await expire_due(app._database, app.hub)  # noqa: SLF001 - whatever another run has left
+    await expire_due(app._database, app.hub)  # noqa: SLF001 - rows that another run left
     assert await world.db.fetchval(traces) == []
     assert await world.db.fetchval("SELECT count(*) FROM message_search WHERE words @@ 'secret'") == 0
-    # Neither is said again, nor told again.
+    # A repeated send stores and publishes neither of them again.
     await room.ada.call(scheduled)
     assert await room.ada.call(client.Delete(**room.at(deleted)), server.Changed) == gone
     assert await world.db.fetchval("SELECT count(*) FROM message WHERE expires_at IS NOT NULL") == 0
 
 
 @pytest.mark.parametrize("window", [0, 3600])
-async def test_an_edit_is_in_time_or_refused(room: Room, world: World, window: int) -> None:
+async def test_edit_after_the_edit_window_is_refused(room: Room, world: World, window: int) -> None:
     settings = ConversationSettings(edit_window_seconds=window)
     await room.ada.call(client.UpdateConversation(conversation_id=room.group, settings=settings))
     message_id = await sent(room.ada, room.group, "One")
@@ -297,7 +299,7 @@ async def test_an_edit_is_in_time_or_refused(room: Room, world: World, window: i
         await room.ada.call(client.Edit(**room.at(message_id), content="Three"))
 
 
-async def test_who_sees_what_a_message_said_before_is_a_setting(room: Room) -> None:
+async def test_setting_decides_who_sees_the_edits_of_a_message(room: Room) -> None:
     message_id = await sent(room.charles, room.group, "One")
     await room.charles.call(client.Edit(**room.at(message_id), content="Two"))
     for visible_to, owner_sees in (("everyone", True), ("moderators", True), ("nobody", False)):

@@ -1,4 +1,4 @@
-"""Lists of rows at their maximum size: no answer, and no frame at connect, is larger than a page and one row."""
+"""Lists of rows of maximum size: no answer, and no frame on connecting, is larger than a page and one row."""
 
 import asyncio
 import typing
@@ -17,7 +17,7 @@ from server.routes import ROUTES
 from tests.world import Room, World, message, refused, sent
 
 ROW_BYTES = 100_000
-"""More than the largest row: a thread, of a root and a reply."""
+"""Larger than the largest row: a thread with a root and a reply."""
 MANY = 30
 SMALL = {
     server.OneConversation: "ids of at most 100 users",
@@ -30,7 +30,7 @@ SMALL = {
     server.PresenceList: "at most 500 users",
     server.OneMessage: "one message, with the caller's own vote",
 }
-"""Results with lists that need no pages, and why."""
+"""Results whose lists need no pages, and the reason."""
 LARGEST = (
     "UPDATE message SET content = repeat('😀', 10000)",
     "UPDATE message_edit SET content = repeat('😀', 10000)",
@@ -67,7 +67,7 @@ async def walked(one: Client, frame: Any) -> list[Any]:
     return pages
 
 
-async def test_no_list_is_larger_than_a_page(room: Room, world: World) -> None:
+async def test_no_list_exceeds_a_page(room: Room, world: World) -> None:
     ada, group = room.ada, room.group
     rooms = [await world.channel(ada) for _ in range(MANY)]
     said = [await sent(ada, group, f"Number {number}") for number in range(MANY)]
@@ -101,7 +101,7 @@ async def test_no_list_is_larger_than_a_page(room: Room, world: World) -> None:
         assert [one for page in pages for one in ids(page)] == expected, frame
         assert len(pages) > 1, frame
 
-    # The words of hidden messages stand beside the messages.
+    # The content of hidden messages is returned beside the messages.
     await world.db.execute("UPDATE message SET is_moderated = true")
     pages = await walked(ada, client.ListPins(conversation_id=group))
     assert [one.id for page in pages for one in page.messages] == said[::-1]
@@ -110,7 +110,7 @@ async def test_no_list_is_larger_than_a_page(room: Room, world: World) -> None:
     assert (await ada.call(client.History(conversation_id=group, limit=100), server.MessagePage)).has_before
     await world.db.execute("UPDATE message SET is_moderated = false")
 
-    # What a connection brings by itself: at the start, and where the epoch is another.
+    # The frames that a client gets on connecting: the initial state, and the state after a change of the epoch.
     again = await world.connect(room.them[0])
     anew = await world.connect(room.them[0], query="?resume=1")
     await anew.call(client.Resume(epoch="another", versions=dict.fromkeys([group, *rooms], 1)))

@@ -1,4 +1,4 @@
-"""The time when a user was last seen: the same in events and in the row, and never a time when they were not here."""
+"""`last_seen_at`: events and the row agree, and it is never a time at which the user was not visibly online."""
 
 import asyncio
 from collections.abc import Sequence
@@ -17,13 +17,13 @@ from tests.world import World, http_client, until
 ROW = 'SELECT is_online, last_seen_at FROM "user" WHERE id = $1'
 
 
-async def test_choice_of_who_has_no_device_tells_no_time(world: World) -> None:
+async def test_choosing_a_status_without_a_device_sets_no_last_seen(world: World) -> None:
     ada, charles = await world.users("Ada", "Charles")
     watcher = await world.connect(ada)
     await watcher.call(client.Watch(user_ids=[charles.id]), server.PresenceList)
     headers = {"authorization": f"Bearer {charles.token}"}
     async with http_client(world.url) as http:
-        for frame in ("online", "online", "busy", "busy", "online"):  # each second one is no new choice
+        for frame in ("online", "online", "busy", "busy", "online"):  # every second frame repeats the status
             answer = await http.post("/v1/call", content=encode(client.SetPresence(status=frame)), headers=headers)
             assert answer.status_code == 200, answer.text
     await until(lambda: len(_times(watcher.events)) >= 3)
@@ -32,8 +32,8 @@ async def test_choice_of_who_has_no_device_tells_no_time(world: World) -> None:
     assert await world.db.fetchval('SELECT last_seen_at FROM "user" WHERE id = $1', charles.id) is None
 
 
-@pytest.mark.parametrize("is_empty", [True, False], ids=["Redis comes back empty", "Redis comes back as it was"])
-async def test_who_leaves_while_redis_is_away_was_last_seen_then(
+@pytest.mark.parametrize("is_empty", [True, False], ids=["redis-returns-empty", "redis-returns-unchanged"])
+async def test_last_seen_of_a_user_who_leaves_during_a_redis_outage_is_their_departure(
     settings: Settings, monkeypatch: pytest.MonkeyPatch, *, is_empty: bool
 ) -> None:
     monkeypatch.setattr(presence, "OFFLINE_SECONDS", 0.3)
@@ -63,7 +63,7 @@ async def test_who_leaves_while_redis_is_away_was_last_seen_then(
         async with asyncio.timeout(5):
             while (row := await world.db.fetchrow(ROW, charles.id)) is None or row["is_online"]:
                 await asyncio.sleep(0.01)
-        # Who was announced without Redis is announced once more.
+        # A user who was announced without Redis is announced once more.
         await until(lambda: len(_times(watcher.events[seen:])) >= 2)
         await until(lambda: not app.presence._pending)  # noqa: SLF001
         await watcher.synced()
@@ -74,11 +74,11 @@ async def test_who_leaves_while_redis_is_away_was_last_seen_then(
         await nowhere.aclose()
 
 
-@pytest.mark.parametrize("worker", [0, 1], ids=["the same worker", "another worker"])
-async def test_who_left_while_they_were_invisible_was_last_seen_before_that(
+@pytest.mark.parametrize("worker", [0, 1], ids=["same-worker", "other-worker"])
+async def test_last_seen_of_a_user_who_left_while_invisible_is_before_that(
     settings: Settings, monkeypatch: pytest.MonkeyPatch, worker: int
 ) -> None:
-    """Also if they choose to be visible, with no device, before their departure is recorded."""
+    """The same holds if they become visible, without a device, before their departure is recorded."""
     monkeypatch.setattr(presence, "OFFLINE_SECONDS", 0.5)
     monkeypatch.setattr(presence, "RECORD_SECONDS", 0.1)
     async with World(settings, workers=2) as world:
@@ -102,8 +102,10 @@ async def test_who_left_while_they_were_invisible_was_last_seen_before_that(
         await watcher.synced()
         assert set(_times(watcher.events[seen:])) == {before}
         if worker == 0:
-            assert len(_times(watcher.events[seen:])) == len(_statuses(watcher.events[seen:])), "nobody was there"
-        # Whoever is visible when they leave was last seen then.
+            assert len(_times(watcher.events[seen:])) == len(_statuses(watcher.events[seen:])), (
+                "no device was connected"
+            )
+        # A user who is visible when they leave was last seen then.
         phone = await world.connect(charles)
         await _recorded(world, charles.id, is_online=True)
         came_at = datetime.now(UTC)
@@ -115,7 +117,7 @@ async def test_who_left_while_they_were_invisible_was_last_seen_before_that(
 async def test_departure_is_not_recorded_after_a_return_at_another_worker(
     settings: Settings, monkeypatch: pytest.MonkeyPatch, *, is_back: bool
 ) -> None:
-    """Two workers record in no order."""
+    """Two workers may record in any order."""
     monkeypatch.setattr(presence, "OFFLINE_SECONDS", 0.1)
     monkeypatch.setattr(presence, "RECORD_SECONDS", 3_600.0)
     async with World(settings, workers=2) as world:
@@ -136,7 +138,7 @@ async def test_departure_is_not_recorded_after_a_return_at_another_worker(
 
 
 async def _recorded(world: World, user_id: UserId, *, is_online: bool) -> datetime:
-    """Wait until a row tells that a user is online, or not, and return when they were last seen."""
+    """Wait until the row says that the user is online or offline, and return `last_seen_at`."""
     async with asyncio.timeout(5):
         while (row := await world.db.fetchrow(ROW, user_id)) is None or row["is_online"] is not is_online:
             await asyncio.sleep(0.01)
@@ -148,7 +150,7 @@ def _statuses(events: Sequence[object]) -> list[str]:
 
 
 def _times(events: Sequence[object]) -> list[datetime | None]:
-    """Return which times the events tell by which somebody is offline."""
+    """Return the `last_seen_at` of the events that say that the user is offline."""
     return [
         event.presence.last_seen_at
         for event in events

@@ -1,4 +1,4 @@
-"""Going away and coming back, going for good, and a person's own data."""
+"""Deactivation, deletion and erasure of accounts, and the export of a user's own data."""
 
 import re
 from collections.abc import AsyncIterator
@@ -30,7 +30,7 @@ ADA = {"name": "Ada Lovelace", "email": "ada.lovelace@example.org", "password": 
 
 
 class Person:
-    """Somebody with a password, over HTTP and on a socket."""
+    """A user with a password, over HTTP and on a socket."""
 
     def __init__(self, world: World, http: httpx.AsyncClient) -> None:
         self.world, self.http = world, http
@@ -59,7 +59,7 @@ async def ada(world: World) -> AsyncIterator[Person]:
         yield Person(world, http)
 
 
-async def test_who_deactivates_is_gone_until_they_log_in(world: World, ada: Person) -> None:
+async def test_deactivated_account_is_hidden_until_the_next_login(world: World, ada: Person) -> None:
     one = await ada.register()
     other = await world.connect(await world.user("Charles"))
     me = one.ready.user.id
@@ -75,7 +75,7 @@ async def test_who_deactivates_is_gone_until_they_log_in(world: World, ada: Pers
     assert (await other.call(client.GetProfile(user_id=me), server.OneProfile)).profile.user.name == "Ada Lovelace"
 
 
-async def test_who_deletes_may_come_back_for_a_while(world: World, ada: Person) -> None:
+async def test_deleted_account_can_be_restored_for_a_while(world: World, ada: Person) -> None:
     await ada.register()
     assert await ada.post("delete", password=PASSWORD) == 204
     assert await ada.post("delete", password=PASSWORD) == 401
@@ -84,7 +84,7 @@ async def test_who_deletes_may_come_back_for_a_while(world: World, ada: Person) 
     assert await world.db.fetchval('SELECT deleted_at IS NULL AND is_active AND NOT is_deleted FROM "user"')
 
 
-async def test_request_of_who_deleted_their_account_is_not_accepted_until_they_are_back(
+async def test_friend_request_of_a_deleted_account_cannot_be_accepted_until_its_return(
     world: World, ada: Person
 ) -> None:
     one = await ada.register()
@@ -101,7 +101,7 @@ async def test_request_of_who_deleted_their_account_is_not_accepted_until_they_a
     assert await world.db.fetchval("SELECT count(*) FROM user_relationship WHERE status = 'accepted'") == 2
 
 
-async def test_a_locked_account_does_not_come_back(world: World, ada: Person) -> None:
+async def test_disabled_account_cannot_be_reactivated_by_a_login(world: World, ada: Person) -> None:
     await ada.register()
     await world.db.execute('UPDATE "user" SET is_disabled = true, is_active = false')
     login = {"email": ADA["email"], "password": PASSWORD}
@@ -122,8 +122,8 @@ DIFFER = {
 """Columns in which an erased user's row may differ from a new one's."""
 
 
-async def test_name_that_stands_in_hashes_keys_and_ids_is_no_trace(world: World) -> None:
-    """Cid was found in a password's hash, and Ada, which is hexadecimal, in ids and in hashes of sessions."""
+async def test_name_within_hashes_keys_and_ids_is_no_trace(world: World) -> None:
+    """`Cid` occurred in a password's hash, and `Ada`, which is hexadecimal, in ids and in hashes of sessions."""
     await world.user("Charles")
     whole = "5ada0000-0000-4000-8000-000000000ada"
     note = "INSERT INTO audit_entry (chain, number, action, details, previous_hash, hash) VALUES "
@@ -132,13 +132,13 @@ async def test_name_that_stands_in_hashes_keys_and_ids_is_no_trace(world: World)
     await world.db.execute("INSERT INTO server_key (name, value) VALUES ('another', 'ada')")
     await world.db.execute(note + "(gen_random_uuid(), 1, 'x', jsonb_build_object('id', $1::text), '', '')", whole)
     assert await world.db.fetch(erasure.TRACES, ["%ada%"]) == []
-    # An id that is looked for itself is found, and so is the name outside of one.
+    # A search for a whole id finds it, and a name outside an id is found too.
     (found,) = await world.db.fetch(erasure.TRACES, [f"%{whole}%"])
     assert tuple(found) == ("audit_entry.details", False, 1)
     await world.db.execute(note + "(gen_random_uuid(), 1, 'x', jsonb_build_object('name', 'Ada'), '', '')")
     (found,) = await world.db.fetch(erasure.TRACES, ["%ada%"])
     assert tuple(found) == ("audit_entry.details", False, 1)
-    # What is left out of the search is there.
+    # The rows that the search leaves out exist.
     source = await world.db.fetchval("SELECT prosrc FROM pg_proc WHERE proname = 'traces'")
     opaque = set(re.findall(r"'([a-z_.]+)'", source.partition("opaque CONSTANT")[2].partition(";")[0]))
     columns = await world.db.fetch(
@@ -148,7 +148,7 @@ async def test_name_that_stands_in_hashes_keys_and_ids_is_no_trace(world: World)
     assert opaque <= {column[0] for column in columns}
 
 
-async def test_who_is_erased_leaves_their_words_and_nothing_else(world: World, ada: Person) -> None:
+async def test_erased_user_leaves_only_their_messages(world: World, ada: Person) -> None:
     one = await ada.register()
     charles = await world.user("Charles")
     other = await world.connect(charles)
@@ -177,7 +177,7 @@ async def test_who_is_erased_leaves_their_words_and_nothing_else(world: World, a
         for who in (me, (await world.user("Mary")).id)
     ]
     assert {column for column, value in erased.items() if value != new[column]} <= DIFFER
-    # What they took back themselves goes with them.
+    # Messages that they deleted themselves are erased too.
     assert await world.db.fetchval("SELECT count(*) FROM message_edit WHERE content = 'Never mind'") == 0
     promoted = await other.event(server.ParticipantChanged, lambda event: event.participant.user_id == charles.id)
     assert promoted.participant.role == "owner"
@@ -199,7 +199,7 @@ async def test_who_is_erased_leaves_their_words_and_nothing_else(world: World, a
     assert changes == []
 
 
-async def test_ones_own_data_is_all_there(world: World, ada: Person) -> None:
+async def test_export_contains_all_data_of_the_user(world: World, ada: Person) -> None:
     one = await ada.register()
     charles = await world.user("Charles")
     other = await world.connect(charles)
@@ -222,7 +222,7 @@ async def test_ones_own_data_is_all_there(world: World, ada: Person) -> None:
         conversation_id=about, message_id=MessageId(uuid7()), content="Later", send_at=now() + timedelta(days=1)
     )
     await one.call(later)
-    # More than one page of messages.
+    # The messages need more than one page.
     await world.db.execute("""
         INSERT INTO message (conversation_id, sender_id, content, sent_version, version)
         SELECT $1, $2, 'Filler', 1000 + n, 1000 + n FROM generate_series(1, 600) n
@@ -232,7 +232,7 @@ async def test_ones_own_data_is_all_there(world: World, ada: Person) -> None:
     export = msgspec.json.decode(answer.content, type=Export, dec_hook=json_object.read)
     assert (export.me.email, export.logins[0].provider_id, len(export.sessions)) == (ADA["email"], "credential", 1)
     assert [entry.conversation_id for entry in export.conversations] == [about]
-    # A block, which is not told, leaves her follow as it was (docs/decisions/0042).
+    # A block, which is not announced, leaves her follow in place (docs/decisions/0042).
     assert [(one.kind, one.status) for one in export.relationships] == [("follow", "active")]
     assert [reaction.message_id for reaction in export.reactions] == [theirs]
     assert [report.reason for report in export.reports] == ["Not mine"]
@@ -244,7 +244,7 @@ async def test_ones_own_data_is_all_there(world: World, ada: Person) -> None:
     assert [thread.root_id for thread in export.threads] == [theirs]
     assert [deed["action"] for deed in export.deeds] == ["update_conversation"]
     mine = {entry.message.id: entry for entry in export.messages}
-    assert len(mine) == len(export.messages) == 3 + 1 + 600  # the title's change is told, too
+    assert len(mine) == len(export.messages) == 3 + 1 + 600  # the change of the title is exported too
     assert theirs not in mine
     assert [edit.content for edit in mine[said[0]].edits] == ["Message 0"]
     ada.http.cookies.clear()
@@ -254,7 +254,7 @@ async def test_ones_own_data_is_all_there(world: World, ada: Person) -> None:
     assert answer.status_code == 429
 
 
-async def test_an_export_is_made_in_pieces_however_often_a_message_was_edited(world: World) -> None:
+async def test_export_is_made_in_parts_however_often_a_message_was_edited(world: World) -> None:
     ada = await world.user("Ada")
     one = await world.connect(ada)
     about = await world.channel(one)
@@ -280,7 +280,7 @@ async def test_an_export_is_made_in_pieces_however_often_a_message_was_edited(wo
     assert (len(export.drafts), len({draft.conversation_id for draft in export.drafts})) == (120, 120)
 
 
-async def test_an_export_is_made_in_pieces_however_often_a_person_reacted_voted_and_moderated(world: World) -> None:
+async def test_export_is_made_in_parts_however_often_a_user_reacted_voted_and_moderated(world: World) -> None:
     ada, charles = await world.users("Ada", "Charles")
     one = await world.connect(ada)
     about = await world.channel(one)
@@ -305,7 +305,7 @@ async def test_an_export_is_made_in_pieces_however_often_a_person_reacted_voted_
     assert [len(export.reactions), len(export.votes), len(export.deeds)] == [170, 170, 170]
 
 
-async def test_export_says_of_a_deleted_conversation_what_it_says_of_one_that_was_left(world: World) -> None:
+async def test_export_shows_a_deleted_conversation_like_one_that_was_left(world: World) -> None:
     ada, charles, mary, left = await world.users("Ada", "Charles", "Mary", "Left")
     owner, gone = await world.connect(ada), await world.connect(left)
     about = await world.group(owner, charles, mary, left, title="Secret")
@@ -314,7 +314,7 @@ async def test_export_says_of_a_deleted_conversation_what_it_says_of_one_that_wa
     await owner.call(client.DeleteConversation(conversation_id=about))
     while await world.db.fetchval("SELECT has_remains FROM conversation WHERE id = $1", about):
         await world.workers[0].app.background.clear_remains()
-    # An invitation that nobody can follow any more, and that no job has ended yet.
+    # An invitation that cannot be accepted any more and that no job has ended yet.
     await world.db.execute("UPDATE conversation_participant SET status = 'invited' WHERE user_id = $1", mary.id)
     for who in (ada, charles, mary, left):
         pieces = [piece async for piece in written(world.workers[0].app._database.connection, who.id)]  # noqa: SLF001

@@ -1,4 +1,4 @@
-"""How much of everything one user, one connection and one address may do; docs/limits.md has the table."""
+"""Limits per user, per connection and per address; docs/limits.md has the table."""
 
 import asyncio
 import contextlib
@@ -47,7 +47,7 @@ UPGRADE = (
 
 
 async def refused(asker: Client, count: int) -> int:
-    """Ask for so much at once, and return how much was too much."""
+    """Send `count` frames concurrently and return how many are refused."""
     answers = await asyncio.gather(*(asker.ask(client.Ping()) for _ in range(count)))
     late = [answer for answer in answers if isinstance(answer, Error)]
     for answer in late:
@@ -56,7 +56,7 @@ async def refused(asker: Client, count: int) -> int:
     return len(late)
 
 
-async def test_frames_of_one_connection(settings: Settings) -> None:
+async def test_frames_of_one_connection_are_limited(settings: Settings) -> None:
     settings = msgspec.structs.replace(settings, frame_rate=5.0, ephemeral_rate=1e6)
     async with World(settings, workers=1) as world:
         who = await world.user("Ada")
@@ -65,24 +65,24 @@ async def test_frames_of_one_connection(settings: Settings) -> None:
         assert await refused(other, 10) == 0
 
 
-async def test_frames_of_one_user_on_two_workers(settings: Settings) -> None:
+async def test_frames_of_one_user_are_limited_across_two_workers(settings: Settings) -> None:
     settings = msgspec.structs.replace(settings, ephemeral_rate=40.0)
     async with World(settings) as world:
         who, another = await world.users("Ada", "Charles")
         here, there = await world.connect(who, 0), await world.connect(who, 1)
-        # Told once that it matters, and what there was before that is not counted.
+        # The workers share the count from now on. Earlier frames are not counted.
         assert await refused(here, 20) == await refused(there, 20) == 0
         await asyncio.sleep(0.7)
         assert await refused(here, 120) <= 10
         await asyncio.sleep(0.7)
         await refused(there, 10)
         await asyncio.sleep(0.7)
-        # 160 at once are allowed, and 40 a second: alone, this worker would give out most of another 160.
+        # The burst is 160, and 40 refill per second. Alone, this worker would allow most of another 160.
         assert await refused(there, 140) > 40
         assert await refused(await world.connect(another, 1), 100) == 0
 
 
-async def test_without_redis_each_worker_counts_for_itself(settings: Settings) -> None:
+async def test_without_redis_each_worker_counts_separately(settings: Settings) -> None:
     settings = msgspec.structs.replace(settings, ephemeral_rate=5.0)
     async with World(settings) as world:
         one = await world.connect(await world.user("Ada"))
@@ -92,7 +92,7 @@ async def test_without_redis_each_worker_counts_for_itself(settings: Settings) -
         assert 10 <= await refused(one, 40) <= 20
 
 
-async def test_requests_of_one_address(settings: Settings, caplog: pytest.LogCaptureFixture) -> None:
+async def test_requests_of_one_address_are_limited(settings: Settings, caplog: pytest.LogCaptureFixture) -> None:
     settings = msgspec.structs.replace(settings, address_rate=0.25)
     async with World(settings, workers=1) as world, http_client(world.url) as http:
         who = await world.user("Ada")
@@ -111,10 +111,10 @@ async def test_requests_of_one_address(settings: Settings, caplog: pytest.LogCap
     assert logged(caplog) == [f"too many requests from address 127.0.0.1; refusing further ones{OF_A_PROXY}"]
 
 
-async def test_answers_beyond_the_rate_of_an_address_come_late_and_their_connections_make_room(
+async def test_answers_over_the_rate_of_an_address_are_delayed_and_their_connections_can_be_evicted(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Refusals and probes without an end took a fourth of a worker. Other clients of the proxy are answered."""
+    """Endless refused requests and probes took a quarter of a worker. Other clients of the proxy are answered."""
     made: list[Addresses] = []
     require, asked = Addresses.require, list[str]()
 
@@ -143,7 +143,7 @@ async def test_answers_beyond_the_rate_of_an_address_come_late_and_their_connect
             late[-1][1].write(asking.encode() * (1 if more else 2))
         await until(lambda: addresses._late == {mal: len(late)})  # noqa: SLF001
         assert sorted(asked) == ["/healthz", "/nowhere", "/readyz", "/v1/ws"]
-        assert len(sockets._waiting) == len(late) + 1  # noqa: SLF001 - one more is the idle one of `http`
+        assert len(sockets._waiting) == len(late) + 1  # noqa: SLF001 - one more is the idle connection of `http`
         for other in ({}, {"X-Forwarded-For": "198.51.100.7"}):
             assert (await http.get("/readyz", headers=other)).status_code == HTTPStatus.OK
         for _, writer in late:
@@ -152,7 +152,7 @@ async def test_answers_beyond_the_rate_of_an_address_come_late_and_their_connect
         await until(lambda: len(sockets._waiting) == len(sockets) == 1)  # noqa: SLF001
 
 
-def test_late_answers_of_an_address_come_one_after_another() -> None:
+def test_delayed_answers_of_an_address_are_spaced_by_the_rate() -> None:
     def asking(host: str) -> HTTPConnection:
         return HTTPConnection({"type": "http", "client": (host, 1), "headers": []})
 
@@ -167,7 +167,7 @@ def test_late_answers_of_an_address_come_one_after_another() -> None:
 
 
 def logged(caplog: pytest.LogCaptureFixture) -> list[str]:
-    """Return what was logged of addresses."""
+    """Return the log entries about addresses."""
     return [record.getMessage() for record in caplog.records if "address" in record.getMessage()]
 
 
@@ -222,7 +222,7 @@ async def status(http: httpx.AsyncClient, path: str) -> int:
     return (await http.get(path)).status_code
 
 
-async def test_all_who_ask_whether_a_worker_is_ready_share_a_look_each_second() -> None:
+async def test_readiness_probes_share_one_check_per_second() -> None:
     now, looks = 100.0, list[asyncio.Future[bool]]()
 
     def look() -> asyncio.Future[bool]:
@@ -234,7 +234,7 @@ async def test_all_who_ask_whether_a_worker_is_ready_share_a_look_each_second() 
     await asyncio.sleep(0)
     asking[0].cancel()
     await asyncio.sleep(0)
-    now += 5.0  # it takes long; nobody begins another one
+    now += 5.0  # it takes long, and no second one begins
     asking += [asyncio.create_task(readiness.is_given()) for _ in range(100)]
     await asyncio.sleep(0)
     looks[0].set_result(False)
@@ -249,7 +249,7 @@ async def test_all_who_ask_whether_a_worker_is_ready_share_a_look_each_second() 
     assert len(looks) == 2
 
 
-async def test_probes_ask_the_database_once_a_second(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_probes_query_the_database_once_per_second(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = 0
     is_current = Database.is_current
 
@@ -265,7 +265,7 @@ async def test_probes_ask_the_database_once_a_second(world: World, monkeypatch: 
     assert asked <= 1 + (time.monotonic() - began) / CHECK_SECONDS
 
 
-async def test_connections_of_one_address(settings: Settings, caplog: pytest.LogCaptureFixture) -> None:
+async def test_connections_of_one_address_are_limited(settings: Settings, caplog: pytest.LogCaptureFixture) -> None:
     settings = msgspec.structs.replace(settings, connections_per_address=3)
     async with World(settings, workers=1) as world:
         who = await world.user("Ada")
@@ -282,13 +282,13 @@ async def test_connections_of_one_address(settings: Settings, caplog: pytest.Log
                 try:
                     await (await world.connect(who)).call(client.Ping())
                 except InvalidStatus:
-                    await asyncio.sleep(0.01)  # it notices in a moment that the first is gone
+                    await asyncio.sleep(0.01)  # the server notices soon that the first is gone
                 else:
                     break
 
 
-def test_address_is_logged_once_for_each_thing_that_it_has_too_many_of(caplog: pytest.LogCaptureFixture) -> None:
-    """However many places refuse its connections, and whatever of it was logged before."""
+def test_address_is_logged_once_per_limit_that_it_exceeds(caplog: pytest.LogCaptureFixture) -> None:
+    """Several places refuse its connections, and it may have been logged for another limit."""
     address = "198.51.100.1"
     sockets = Sockets(most=1_000, per_address=1, proxies=Proxies.read(""), frames=Pace.of(1.0), outbox_bytes=1 << 20)
     addresses = Addresses(0.25, connections=1, too_many=sockets.too_many)
@@ -312,7 +312,7 @@ def test_address_is_logged_once_for_each_thing_that_it_has_too_many_of(caplog: p
     ]  # fmt: skip
 
 
-async def test_connections_of_one_user_that_come_concurrently(settings: Settings) -> None:
+async def test_concurrent_connections_of_one_user_are_limited(settings: Settings) -> None:
     async with World(settings, workers=1) as world:
         who, other = await world.users("Ada", "Charles")
 
@@ -332,7 +332,7 @@ async def test_connections_of_one_user_that_come_concurrently(settings: Settings
                 return False
             return True
 
-        # All are looked up in a few statements, so that they begin in the same turn of the loop.
+        # A few statements authenticate all of them, so that they begin in the same turn of the loop.
         everyone = [await come() for _ in range(60)]
         await asyncio.gather(*map(introduce, everyone))
         staying = [
@@ -340,10 +340,10 @@ async def test_connections_of_one_user_that_come_concurrently(settings: Settings
         ]
         assert len(staying) == settings.connections_per_user
         await (await world.connect(other)).call(client.Ping())
-        # Who was refused has taken no place; who leaves gives theirs back.
+        # Refused connections take no place, and closed ones return theirs.
         await staying[0].close()
         roster = world.workers[0].app.connections
-        await until(lambda: len(roster) == settings.connections_per_user)  # Charles is one of them
+        await until(lambda: len(roster) == settings.connections_per_user)  # including Charles
         again = []
         for _ in range(2):
             everyone.append(await come())
@@ -353,8 +353,8 @@ async def test_connections_of_one_user_that_come_concurrently(settings: Settings
         await asyncio.gather(*(one.close() for one in everyone))
 
 
-async def test_who_connects_again_and_again_is_told_when_to_come(settings: Settings) -> None:
-    """Twice as many begin at once as may be open, however soon they end."""
+async def test_user_who_reconnects_too_often_is_refused_with_a_delay(settings: Settings) -> None:
+    """Twice the maximum of open connections may begin, however soon they end."""
     async with World(msgspec.structs.replace(settings, connections_per_user=1), workers=1) as world:
         ada, charles = await world.users("Ada", "Charles")
         app = world.workers[0].app
@@ -369,7 +369,7 @@ async def test_who_connects_again_and_again_is_told_when_to_come(settings: Setti
         error = msgspec.json.decode(told.value.response.body or b"", type=Error)
         assert (error.code, bool(error.retry_after_ms)) == (ErrorCode.RATE_LIMITED, True)
         await (await world.connect(charles)).call(client.Ping())
-        # Those who introduce themselves in a frame are told the same in a frame, and to come back.
+        # Clients that authenticate with a frame get the same refusal in a frame, with a delay.
         late = Client(world.url, None)
         await late.open()
         answer = await late.raw(encode(client.Authenticate(token=ada.token)).decode())
@@ -380,7 +380,7 @@ async def test_who_connects_again_and_again_is_told_when_to_come(settings: Setti
         await (await world.connect(ada)).call(client.Ping())
 
 
-async def test_an_answer_may_be_larger_than_what_may_wait_for_a_slow_reader(settings: Settings) -> None:
+async def test_answer_may_be_larger_than_the_outbox(settings: Settings) -> None:
     settings = msgspec.structs.replace(settings, outbox_bytes=32 * 1024, heartbeat_seconds=1.2)
     async with World(settings, workers=1) as world:
         ada = await world.connect(await world.user("Ada"))
@@ -396,7 +396,7 @@ async def test_an_answer_may_be_larger_than_what_may_wait_for_a_slow_reader(sett
         assert all(len(page.messages) == 100 for page in pages)
         await sent(ada, channel, "And on it goes")
         await reader.event(server.MessageSent, lambda event: event.message.content == "And on it goes")
-        # Whoever asks and does not read is not given more than one of them at a time, and closed when nothing is heard.
+        # A client that does not read gets one such answer at a time, and is closed when it is silent.
         (held,) = world.workers[0].app.hub.online_users.sockets(charles.id)
         reader.socket.transport.pause_reading()
         for number in range(10):
@@ -414,14 +414,12 @@ async def test_an_answer_may_be_larger_than_what_may_wait_for_a_slow_reader(sett
 
 
 def hold_little(reader: Client) -> None:
-    """Have the kernel hold little of what a client does not read: some kernels hold 30 MB."""
+    """Limit the kernel's buffer for bytes that a client does not read. Some kernels hold 30 MB."""
     reader.socket.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 64 * 1024)
 
 
-async def test_a_large_answer_that_nobody_reads_ends_the_connection(
-    settings: Settings, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Also if the peer answers pings: it is there, and does not read."""
+async def test_unread_large_answer_closes_the_connection(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The client is closed even if it answers pings, since it does not read."""
     monkeypatch.setattr(websocket, "STALL_SECONDS", 0.3)
     settings = msgspec.structs.replace(settings, outbox_bytes=32 * 1024)
     async with World(settings, workers=1) as world:
@@ -434,7 +432,7 @@ async def test_a_large_answer_that_nobody_reads_ends_the_connection(
         transport = held.socket.transport  # type: ignore[attr-defined]
         await reader.call(client.History(conversation_id=channel, limit=100))
         await until(lambda: held.socket._stalled is None)  # type: ignore[attr-defined]  # noqa: SLF001
-        assert not transport.is_closing(), "whoever reads stays"
+        assert not transport.is_closing(), "a client that reads is not closed"
         hold_little(reader)
         reader.socket.transport.pause_reading()
         for number in range(15):
@@ -447,10 +445,8 @@ async def test_a_large_answer_that_nobody_reads_ends_the_connection(
         reader.socket.transport.resume_reading()
 
 
-async def test_each_large_answer_has_its_own_time_to_be_taken_in(
-    settings: Settings, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Whoever read a small answer whole is not cut because a larger one follows."""
+async def test_each_large_answer_has_its_own_deadline(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client that has read a small answer is not closed because a larger one follows."""
     looks: list[tuple[int, int]] = []
 
     def look(self: websocket.WebSocket, before: int) -> None:
@@ -476,8 +472,11 @@ async def test_each_large_answer_has_its_own_time_to_be_taken_in(
     assert all(waiting <= before for waiting, before in looks)
 
 
-async def test_a_frame_takes_tokens_by_what_it_costs(settings: Settings) -> None:
-    """Reads at 10 a second, 40 at once: of those that take 21, one at once; of a small part, nearly as many as ever."""
+async def test_frame_takes_tokens_by_its_cost(settings: Settings) -> None:
+    """Reads have a rate of 10 and a burst of 40.
+
+    Of frames that take 21, one fits; of frames that read little, nearly 40.
+    """
     settings = msgspec.structs.replace(settings, read_rate=10.0)
     async with World(settings, workers=1) as world:
         about = await world.channel(await world.connect(await world.user("Charles")))
@@ -513,8 +512,8 @@ def tag(frame: Any) -> str:
     return str(type(frame).__struct_config__.tag)
 
 
-async def test_a_page_ends_when_it_is_large(world: World) -> None:
-    """Whatever it is a page of, the next ones bring the rest, in order."""
+async def test_page_has_a_maximum_size_in_bytes(world: World) -> None:
+    """The next pages contain the rest, in order, for every kind of list."""
     people = await world.users("Ada", "Charles")
     ada, charles = [await world.connect(who) for who in people]
     about = await world.group(ada, people[1])
@@ -525,7 +524,7 @@ async def test_a_page_ends_when_it_is_large(world: World) -> None:
         await charles.call(client.Star(conversation_id=about, message_id=message_id))
 
     async def walked(frame: Any, **asked: Any) -> list[MessageId]:
-        """Return the ids on a page and on those that follow, in their order."""
+        """Return the ids on a page and on the next ones, in order."""
         answer = await charles.ask(msgspec.structs.replace(frame, id=None, limit=100, **asked))
         assert len(encode(answer)) < MAX_PAGE_BYTES + 100_000
         assert isinstance(answer, server.Reply)
@@ -558,8 +557,8 @@ async def test_a_page_ends_when_it_is_large(world: World) -> None:
     assert set(await walked(client.Search(text="engine", order="relevance"))) == set(ids)
 
 
-async def test_a_large_answer_takes_tokens_by_its_size(settings: Settings) -> None:
-    """Reads at 10 a second, 40 at once: a page of 1 MB and thirty small ones leave none, also over HTTP."""
+async def test_large_answer_takes_tokens_by_its_size(settings: Settings) -> None:
+    """Reads have a rate of 10 and a burst of 40. A page of 1 MB and thirty small ones use it up, also over HTTP."""
     settings = msgspec.structs.replace(settings, read_rate=10.0)
     async with World(settings, workers=1) as world:
         ada = await world.connect(await world.user("Ada"))
@@ -575,7 +574,7 @@ async def test_a_large_answer_takes_tokens_by_its_size(settings: Settings) -> No
 
             async def ask(frame: client.Frame, *, over_http: bool = is_http) -> int | None:
                 if not over_http:
-                    answer = await reader.ask(frame)  # noqa: B023 - asked in this turn
+                    answer = await reader.ask(frame)  # noqa: B023 - called in this iteration
                     return answer.retry_after_ms if isinstance(answer, Error) else None
                 async with http_client(world.url) as http:
                     bearer = {"authorization": f"Bearer {who.token}"}  # noqa: B023 - as above
@@ -585,15 +584,17 @@ async def test_a_large_answer_takes_tokens_by_its_size(settings: Settings) -> No
             began = time.monotonic()
             for _ in range(30):
                 assert await ask(client.History(conversation_id=small, limit=33)) is None
-            assert await ask(client.History(conversation_id=large, limit=100)) is None, "it is given"
+            assert await ask(client.History(conversation_id=large, limit=100)) is None, "the answer is returned"
             wait = await ask(client.GetMe()) or 0
-            refilled = 1_000 * (time.monotonic() - began)  # on a busy machine, more comes back meanwhile
+            refilled = 1_000 * (time.monotonic() - began)  # on a busy machine, more tokens refill meanwhile
             assert wait + refilled > 2_000
-            assert await ask(client.SetDraft(conversation_id=small, content="I thi")) is None, "writes have their own"
+            assert await ask(client.SetDraft(conversation_id=small, content="I thi")) is None, (
+                "writes have their own tokens"
+            )
 
 
 @pytest.mark.parametrize("size", [10, MAX_CONTENT])
-async def test_a_socket_is_not_read_while_many_of_its_frames_wait(world: World, size: int) -> None:
+async def test_socket_is_not_read_while_many_of_its_frames_wait(world: World, size: int) -> None:
     ada = await world.user("Ada")
     one = await world.connect(ada)
     about = await world.channel(one)
@@ -605,7 +606,7 @@ async def test_a_socket_is_not_read_while_many_of_its_frames_wait(world: World, 
         count = 0
         while not there.socket.read_paused:
             await one.socket.send(encode(frames[count]).decode())
-            # One is being answered, and the others wait.
+            # One frame is being handled, and the others wait.
             await until(lambda: len(there._inbox) == count and bool(there._worker))  # noqa: B023, SLF001
             count += 1
         if size == MAX_CONTENT:
@@ -616,7 +617,7 @@ async def test_a_socket_is_not_read_while_many_of_its_frames_wait(world: World, 
     await heard(one, frames[count - 1].message_id)
 
 
-def test_bytes_of_unanswered_requests_are_counted_by_address_and_in_all() -> None:
+def test_bytes_of_unanswered_requests_are_limited_per_address_and_in_total() -> None:
     sockets = Sockets(
         most=1_000, per_address=1_000, proxies=Proxies.read(""), frames=Pace.of(1.0), outbox_bytes=1 << 20
     )
@@ -627,7 +628,7 @@ def test_bytes_of_unanswered_requests_are_counted_by_address_and_in_all() -> Non
             sockets.hold(address, 2)
         sockets.hold(address, 1)
         left -= left // SHARE
-    # Whatever nine addresses hold, there is room for the largest frame of another one.
+    # With nine addresses at their limits, the largest frame of another one still fits.
     sockets.hold("another", MAX_FRAME_BYTES)
     for number in range(1_000):
         with contextlib.suppress(Refused):
@@ -637,7 +638,7 @@ def test_bytes_of_unanswered_requests_are_counted_by_address_and_in_all() -> Non
     sockets.hold("0", MAX_FRAME_BYTES)
 
 
-async def test_three_exports_of_a_user_are_begun_and_no_fourth(world: World) -> None:
+async def test_user_can_begin_three_exports_and_no_fourth(world: World) -> None:
     headers = {"Authorization": f"Bearer {(await world.user('Ada')).token}"}
     others = {"Authorization": f"Bearer {(await world.user('Charles')).token}"}
     async with http_client(world.url) as http:
@@ -647,7 +648,7 @@ async def test_three_exports_of_a_user_are_begun_and_no_fourth(world: World) -> 
         assert (await http.get("/v1/auth/export", headers=others)).status_code == 200
 
 
-def test_buckets_that_are_full_again_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_buckets_are_discarded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(deadlines, "SWEEP_AT", 10)
     times = itertools.count(step=10**9)
     allowance: TokenBuckets[int] = TokenBuckets("frames", rate=1.0, burst=2, clock=lambda: next(times))

@@ -1,4 +1,4 @@
-"""Clients in lines take turns, whatever each of them puts there or gives up."""
+"""Queues per client take turns, also when clients give up and return."""
 
 from collections import Counter
 from typing import NamedTuple
@@ -14,14 +14,14 @@ clients, places = st.sampled_from(CLIENTS), st.integers(0, 9)
 
 
 class Item(NamedTuple):
-    """Something in the line of a client."""
+    """An entry in the queue of a client."""
 
     client: str
     number: int
 
 
 class Machine(RuleBasedStateMachine):
-    """Clients put things in their lines and give some up, before or after their line is told of it."""
+    """Clients enqueue items and cancel some, before or after the queue is told of it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -30,8 +30,9 @@ class Machine(RuleBasedStateMachine):
         self.enqueue: dict[str, list[Item]] = {client: [] for client in CLIENTS}
         self.busy: list[str] = []
         self.ahead: dict[str, Counter[str]] = {client: Counter() for client in CLIENTS}
-        """How often each other client had a turn since one waits. Who gives up and is back before the next turn has
-        waited meanwhile.
+        """For each waiting client, the turns of each other client meanwhile.
+
+        A client that cancels and returns before the next turn has waited throughout.
         """
         self.count = 0
 
@@ -76,12 +77,14 @@ class Machine(RuleBasedStateMachine):
             return
         first = self.lines.first()
         client, item = self.lines.take()
-        assert item == first == self.enqueue[client].pop(0), "each client's in order, and none that is over"
+        assert item == first == self.enqueue[client].pop(0), (
+            "items of a client are taken in order, without cancelled ones"
+        )
         self.busy.append(client)
         self.ahead[client].clear()
         for other in self.waiting():
             self.ahead[other][client] += 1
-            assert self.ahead[other][client] == 1, "twice while another waits"
+            assert self.ahead[other][client] == 1, "a client had two turns while another waited"
 
     @precondition(lambda self: self.busy)
     @rule(place=places)
@@ -95,7 +98,7 @@ class Machine(RuleBasedStateMachine):
             self.take()
             self.done(0)
         assert not any(self.enqueue.values())
-        assert (self.lines._lines, len(self.lines._next)) == ({}, 0), "nothing is left of anybody"  # noqa: SLF001
+        assert (self.lines._lines, len(self.lines._next)) == ({}, 0), "state of a client is left"  # noqa: SLF001
 
 
 TestLines = Machine.TestCase

@@ -1,4 +1,4 @@
-"""The crowd: what it says of a server that keeps its word, and of a network that does not."""
+"""`openchat load`: its report on a correct server, and on a network that loses, repeats and reorders events."""
 
 import asyncio
 import os
@@ -24,12 +24,12 @@ PEOPLE = ["--people", "6", "--group", "3", "--rate", "60", "--seconds", "1.5", "
 
 @pytest.fixture
 def settings(settings: Settings) -> Settings:
-    """The default of OPENCHAT_ADD_PEOPLE: the crowd are strangers, who follow their invitations."""
+    """The default of OPENCHAT_ADD_PEOPLE: the clients are strangers, who accept invitations."""
     return msgspec.structs.replace(settings, add_people=Settings().add_people)
 
 
 class Faults:
-    """Loses, repeats and swaps events: one of each."""
+    """Drops, repeats and swaps events, one of each."""
 
     def __init__(self) -> None:
         self._faults = ["lose", "repeat", "swap"]
@@ -48,7 +48,7 @@ class Faults:
 
 
 async def load(port: int, folder: Path, *arguments: str) -> tuple[int, str, Result | None]:
-    """Run `openchat load`; return its exit status, what it printed and what it wrote."""
+    """Run `openchat load` and return its exit status, its output and its report."""
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "server.cli.main", "load", *arguments,
         "--url", f"http://127.0.0.1:{port}", "--report", str(folder),
@@ -65,7 +65,7 @@ def written(folder: Path) -> Result | None:
 
 
 @pytest.mark.long
-async def test_the_crowd_sees_what_goes_wrong_and_nothing_else(cluster: Cluster, tmp_path: Path) -> None:
+async def test_load_reports_exactly_the_faults_of_the_network(cluster: Cluster, tmp_path: Path) -> None:
     port = cluster.workers[0].listener.getsockname()[1]
     good, bad = tmp_path / "good", tmp_path / "bad"
     faults = Faults()
@@ -89,26 +89,26 @@ async def test_the_crowd_sees_what_goes_wrong_and_nothing_else(cluster: Cluster,
     assert bad_status == 1, bad_said
     assert bad_result is not None
     assert bad_result.phases[-1].tally.duplicated >= 1, bad_said
-    # Lost: one was skipped over. Swapped: one was skipped over, and came late.
+    # The dropped event left a gap. The swapped one left a gap and came late.
     assert bad_result.phases[-1].tally.skipped >= 2, bad_said
     assert "out of order" in bad_said
 
 
-async def test_the_crowd_says_that_nobody_is_there(tmp_path: Path) -> None:
+async def test_load_reports_a_missing_server(tmp_path: Path) -> None:
     status, said, _ = await load(9, tmp_path, "idle")
     assert status == 1
     assert "nothing answers at http://127.0.0.1:9" in said
 
 
 @pytest.mark.parametrize("command", ["load", "prove"])
-def test_a_report_that_cannot_be_written_ends_the_command_before_its_work(
+def test_command_ends_before_its_work_if_its_report_cannot_be_written(
     command: str,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("prove.command.signal.signal", lambda *_: None)
-    monkeypatch.setattr("prove.command._run", lambda *_: pytest.fail("it works"))
+    monkeypatch.setattr("prove.command._run", lambda *_: pytest.fail("the command ran"))
     (tmp_path / "file").write_text("")
     assert main.run([command, "--report", str(tmp_path / "file" / "reports")]) == 1
     assert re.fullmatch(
@@ -116,7 +116,7 @@ def test_a_report_that_cannot_be_written_ends_the_command_before_its_work(
     )
 
 
-def test_percentiles_are_as_exact_as_they_claim() -> None:
+def test_percentiles_have_the_documented_precision() -> None:
     spans = Histogram()
     for number in range(1, 1_001):
         spans.add(number / 1_000)
@@ -127,14 +127,14 @@ def test_percentiles_are_as_exact_as_they_claim() -> None:
     assert Histogram().percentile(0.5) == 0
 
 
-def test_ids_of_a_long_conversation_are_known_without_being_kept() -> None:
+def test_message_ids_are_reproducible_ordered_and_distinct() -> None:
     made = [message_id("a", number) for number in range(1_000)]
     assert made == sorted(set(made))
     assert all(one.version == 7 for one in made)
     assert made[7] == message_id("a", 7) != message_id("b", 7)
 
 
-def test_every_scenario_is_named_as_it_is_called() -> None:
+def test_every_scenario_has_the_name_of_its_function() -> None:
     assert all(name == one.name and one.about for name, one in SCENARIOS.items())
 
 
