@@ -1,1 +1,1 @@
-"""Proof, over real sockets against the real PostgreSQL and Valkey. Nothing of ours is mocked, nothing sleeps."""
+"""Tests over real sockets against a real PostgreSQL and Valkey, without mocks of the server and without sleeps."""

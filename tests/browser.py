@@ -1,4 +1,4 @@
-"""A browser that notifications are pushed to, with its push service."""
+"""A simulated browser with a push service, to which notifications are sent."""
 
 import asyncio
 import base64
@@ -17,7 +17,7 @@ from server.queries.push import PushPost
 
 
 class Browser:
-    """A browser's push service and the browser in one: receives what is pushed, and decrypts it."""
+    """A push service and the browser behind it. Receives notifications and decrypts them."""
 
     def __init__(self) -> None:
         self.key = ec.generate_private_key(ec.SECP256R1())
@@ -25,9 +25,9 @@ class Browser:
         self.received: asyncio.Queue[tuple[dict[str, str], bytes]] = asyncio.Queue()
         self.status = 201
         self.statuses: dict[str, int] = {}
-        """Other statuses, by the end of the path; with an hour to wait."""
+        """Other statuses by the end of the path, sent with a `Retry-After` of an hour."""
         self.answers = asyncio.Event()
-        """Clear it to have posts wait."""
+        """Clear this event to delay responses."""
         self.answers.set()
         self.url = ""
         self._server: asyncio.Server
@@ -59,7 +59,7 @@ class Browser:
         await self.received.put((headers, body))
         await self.answers.wait()
         retry = "retry-after: 3600\r\n" if status in self.statuses.values() else ""
-        writer.write(f"HTTP/1.1 {status} So\r\n{retry}content-length: 0\r\nconnection: close\r\n\r\n".encode())
+        writer.write(f"HTTP/1.1 {status} Status\r\n{retry}content-length: 0\r\nconnection: close\r\n\r\n".encode())
         await writer.drain()
         writer.close()
 
@@ -69,10 +69,10 @@ def text(data: bytes) -> str:
 
 
 def post_to(endpoint: str, user_id: UserId | None = None) -> PushPost:
-    """Return a post of a new message to an endpoint, by default of a user of its own."""
+    """Return a post about a new message to an endpoint, by default for a new user."""
     return PushPost(user_id or UserId(uuid7()), endpoint, ConversationId(uuid7()), MessageId(uuid7()))
 
 
-async def say(post: PushPost) -> Push:
-    """Stand in for the statement that reads what a post says."""
+async def prepared_push(post: PushPost) -> Push:
+    """Return a dummy notification, in place of the statement that reads its content."""
     return Push(post.endpoint, "", "", "", b"x")

@@ -1,12 +1,12 @@
-"""A user who has nothing to do with an attack, and who measures how long answers take while it goes on.
+"""A user not involved in an attack, who measures the latency of replies during the attack.
 
-The bystander is a process of its own: `python -m tests.bystander URL TOKEN CONVERSATION WORKER SECONDS` asks, one after
-the other, for what people do all the time, and prints how long each answer took. In the attackers' process it would
-measure how busy they are.
+The bystander runs in a separate process, `python -m tests.bystander URL TOKEN CONVERSATION WORKER SECONDS`. It sends
+frequent kinds of frames one after the other, and prints the latency of each reply. In the attackers' process it would
+measure the load of the attackers.
 
-Attackers, server and bystander share the machine, which in life they do not. So attackers run at the lowest priority,
-and of each answer's time the bystander takes off what the worker and itself waited for a processor (schedstat,
-proc(5)). Without that, of 13 seconds by which the loop was late during one attack, it had waited 10 for a processor.
+Attackers, server and bystander share a machine in the test, but not in production. Therefore attackers run at the
+lowest priority. The bystander subtracts the time that the worker and itself waited for a CPU (schedstat, proc(5)).
+During one attack, the worker's loop was late by 13 seconds, 10 of which it had waited for a CPU.
 """
 
 import asyncio
@@ -27,68 +27,68 @@ import msgspec
 from protocol import client
 from protocol.ids import ConversationId
 from prove.client import Client
-from tests.world import Somebody, message
+from tests.world import UserSession, message
 
 PAUSE_SECONDS = 0.01
-"""Pause between an answer and the next request: the bystander is no load."""
+"""Pause between a reply and the next frame, seconds, so that the bystander causes no load."""
 ROUNDS = 5
-"""Max measurements of one attack, each between two quiet ones. Most of them decide: neither one lucky round nor one
-round during which another program had the processor does.
+"""Max measurements of one attack, each between two without it. The majority decides, so that a single lucky round, or
+one disturbed by another program, does not matter.
 """
 SECONDS = 2.0
 ROOT = Path(__file__).parent.parent
 
 
-class Answers(NamedTuple):
-    """How long answers took, in milliseconds."""
+class Latency(NamedTuple):
+    """Latency of replies in milliseconds, and the number of frames."""
 
     median: float
     p99: float
-    asked: int
+    frames: int
 
 
 class Round(NamedTuple):
-    """A measurement during an attack, and the quiet ones beside it."""
+    """A measurement during an attack, and those without the attack before and after it."""
 
-    before: Answers
-    during: Answers
-    after: Answers
+    before: Latency
+    during: Latency
+    after: Latency
 
     @property
     def ratio(self) -> float:
-        """How often the p99 with the attack is the worse quiet one."""
+        """The p99 with the attack divided by the worse p99 without it."""
         return self.during.p99 / max(self.before.p99, self.after.p99)
 
 
 class Bystander:
-    """Somebody with a conversation of their own, at one server."""
+    """A user with their own conversation on one server."""
 
-    def __init__(self, url: str, who: Somebody, conversation_id: ConversationId, *, worker: int) -> None:
-        """`worker` is the process that serves `url`."""
+    def __init__(self, url: str, who: UserSession, conversation_id: ConversationId, *, worker: int) -> None:
+        """`worker` is the id of the process that serves `url`."""
         self.user_id = who.id
         self._arguments = (url, who.token, str(conversation_id), str(worker))
         self.rounds: list[Round] = []
 
-    async def measure(self, seconds: float = SECONDS) -> Answers:
-        """Ask for so long and return how long the answers took. Raises RuntimeError if one was refused."""
-        asking = await asyncio.create_subprocess_exec(
+    async def measure(self, seconds: float = SECONDS) -> Latency:
+        """Send frames for some seconds and return the latency of replies. Raises RuntimeError if one was refused."""
+        process = await asyncio.create_subprocess_exec(
             sys.executable, "-m", "tests.bystander", *self._arguments, str(seconds),
             stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE, cwd=ROOT,
         )  # fmt: skip
-        with lowest_priority():  # the attackers', if there are any
-            said, problem = await asking.communicate()
-        if asking.returncode:
-            raise RuntimeError(f"the bystander was refused: {problem.decode()[-500:]}")
-        took = sorted(msgspec.json.decode(said, type=list[float]))
-        return Answers(statistics.median(took), took[int(0.99 * len(took))], len(took))
+        with lowest_priority():  # that of the attackers
+            output, errors = await process.communicate()
+        if process.returncode:
+            raise RuntimeError(f"the bystander was refused: {errors.decode()[-500:]}")
+        took = sorted(msgspec.json.decode(output, type=list[float]))
+        return Latency(statistics.median(took), took[int(0.99 * len(took))], len(took))
 
     async def is_unaffected(
         self, attack: Callable[[], Awaitable[None]], *, ratio: float = 3.0, seconds: float = SECONDS
     ) -> None:
-        """Measure in turns without the attack and with it. Raises AssertionError, with all figures, if in most rounds
-        the p99 with the attack is more than `ratio` times the worse one of the quiet measurements beside it.
+        """Measure alternately without and with the attack. Raises AssertionError, with all figures, if the p99 in most
+        rounds is more than `ratio` times the worse p99 of the two measurements around it.
 
-        `attack` goes on until it is cancelled; what it raises before that is raised here.
+        `attack` runs until it is cancelled. An exception that it raises before is raised here.
         """
         good = bad = 0
         before = await self.measure(seconds)
@@ -110,7 +110,7 @@ class Bystander:
 
 @contextlib.contextmanager
 def lowest_priority() -> Iterator[None]:
-    """Let everything else go before the calling thread (sched(7)); for good where only root may take that back."""
+    """Give the calling thread the lowest priority (sched(7)). Without the right to raise it, it stays low."""
     thread = threading.get_native_id()
     before = os.getpriority(os.PRIO_PROCESS, thread)
     os.setpriority(os.PRIO_PROCESS, thread, 19)
@@ -122,7 +122,7 @@ def lowest_priority() -> Iterator[None]:
 
 
 def resident_bytes(pid: int) -> int:
-    """Return how much memory a process holds (VmRSS of /proc/PID/status, proc(5))."""
+    """Return the resident memory of a process (VmRSS of /proc/PID/status, proc(5))."""
     for line in Path(f"/proc/{pid}/status").read_text().splitlines():
         if line.startswith("VmRSS:"):
             return int(line.split()[1]) * 1024
@@ -130,22 +130,24 @@ def resident_bytes(pid: int) -> int:
 
 
 def waited_ms(pid: int) -> float:
-    """Return how long the first thread of a process has waited for a processor; 0 where the system does not tell."""
+    """Return how long the main thread of a process has waited for a CPU, or 0 if the system does not report it."""
     try:
         return int(Path(f"/proc/{pid}/schedstat").read_text().split()[1]) / 1e6
     except (FileNotFoundError, IndexError):
         return 0.0
 
 
-async def _ask(url: str, token: str, conversation_id: ConversationId, *, worker: int, seconds: float) -> list[float]:
+async def _latencies(
+    url: str, token: str, conversation_id: ConversationId, *, worker: int, seconds: float
+) -> list[float]:
     own = os.getpid()
     took: list[float] = []
-    async with Client(url, token) as asker:
+    async with Client(url, token) as connection:
         until = time.monotonic() + seconds
         for frame in _frames(conversation_id):
             waited = waited_ms(worker) + waited_ms(own)
             began = time.perf_counter()
-            await asker.call(frame)
+            await connection.call(frame)
             elapsed = 1_000 * (time.perf_counter() - began)
             took.append(max(0.0, elapsed - (waited_ms(worker) + waited_ms(own) - waited)))
             if time.monotonic() > until:
@@ -155,10 +157,10 @@ async def _ask(url: str, token: str, conversation_id: ConversationId, *, worker:
 
 
 def _frames(conversation_id: ConversationId) -> Iterator[client.Frame]:
-    """Yield what people do all the time, for ever."""
+    """Yield frequent kinds of frames, without end."""
     for number in cycle(range(4)):
         if number == 0:
-            yield message(conversation_id, "Is it still as quick as it was?")
+            yield message(conversation_id, "Is it still as fast as before?")
         elif number == 1:
             yield client.History(conversation_id=conversation_id, limit=10)
         elif number == 2:
@@ -170,5 +172,5 @@ def _frames(conversation_id: ConversationId) -> Iterator[client.Frame]:
 if __name__ == "__main__":
     url, token, conversation, worker, seconds = sys.argv[1:]
     about = ConversationId(UUID(conversation))
-    answers = asyncio.run(_ask(url, token, about, worker=int(worker), seconds=float(seconds)))
+    answers = asyncio.run(_latencies(url, token, about, worker=int(worker), seconds=float(seconds)))
     sys.stdout.buffer.write(msgspec.json.encode(answers))

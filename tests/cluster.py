@@ -1,4 +1,4 @@
-"""Workers in processes of their own, started as the supervisor starts them, which can be killed."""
+"""Workers in separate processes, started as the supervisor starts them, which a test can kill."""
 
 import asyncio
 from pathlib import Path
@@ -8,7 +8,7 @@ from server.processes.supervisor import Worker, listen
 
 
 class Cluster:
-    """Each worker has a port of its own."""
+    """Several workers, each on its own port."""
 
     def __init__(self, settings: Settings, folder: Path, count: int) -> None:
         self.workers = [

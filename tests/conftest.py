@@ -1,4 +1,4 @@
-"""One PostgreSQL and one Valkey for the run; a database, and workers, for each test."""
+"""Fixtures: one PostgreSQL and one Valkey per test run, and a database and workers per test."""
 
 import asyncio
 import functools
@@ -17,7 +17,7 @@ import redis.utils
 import uvloop
 from redis.asyncio import Redis
 
-from protocol import server as said
+from protocol import server
 from protocol.ids import uuid7
 from server.core.config import Settings
 from server.db import migrate
@@ -30,9 +30,10 @@ from tests.databases import Databases
 from tests.world import Reader, Room, World
 
 TEMPLATE = "template_openchat"
-ROOM = 2 * 1024**3
+MIN_FREE_BYTES = 2 * 1024**3
+"""Min free memory file system for the databases of the tests, bytes."""
 
-# The library reads its own version from the disk for each connection (4 ms), and each test makes a dozen.
+# redis-py reads its own version from disk for each connection (4 ms), and each test opens a dozen.
 redis.utils.get_lib_version = functools.cache(redis.utils.get_lib_version)
 
 
@@ -41,34 +42,34 @@ known_types: dict[frozenset[int], Any] = {}
 
 
 async def introspect_once(connection: asyncpg.Connection, oids: Iterable[int], timeout: float | None) -> Any:  # noqa: ASYNC109 - as the library calls it
-    """Ask PostgreSQL about a type once per process, not once per connection: the question costs it 20 ms.
+    """Introspect a type once per process, not once per connection, since the query takes 20 ms.
 
-    The schema has no types of its own, and those of PostgreSQL have the same numbers in every database.
+    The schema defines no types, and the built-in types of PostgreSQL have the same OIDs in every database.
     """
-    asked = frozenset(oids)
-    if asked not in known_types:
-        known_types[asked] = await introspect(connection, asked, timeout)
-    return known_types[asked]
+    key = frozenset(oids)
+    if key not in known_types:
+        known_types[key] = await introspect(connection, key, timeout)
+    return known_types[key]
 
 
 asyncpg.Connection._introspect_types = introspect_once  # type: ignore[attr-defined]  # noqa: SLF001
 
 
 class Servers(NamedTuple):
-    """The real thing, twice."""
+    """The real database servers."""
 
     postgres: Postgres
     valkey: Valkey
 
 
 def pytest_asyncio_loop_factories() -> dict[str, Callable[[], asyncio.AbstractEventLoop]]:
-    """The loop that workers run on."""
+    """Run tests on the event loop that workers use."""
     return {"uvloop": uvloop.new_event_loop}
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol() -> Generator[None, object, object]:
-    """Let the log that a test configures end with it: later lines would go to a stream that is closed."""
+    """Restore the logging configuration after each test, since a test's stream is closed when the test ends."""
     root, hook = logging.getLogger(), sys.excepthook
     handlers, level = root.handlers[:], root.level
     try:
@@ -88,7 +89,7 @@ def pytest_warning_recorded(warning_message: warnings.WarningMessage, nodeid: st
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Fail if a test left a socket open: the only warning that cannot be an error where it is found."""
+    """Fail the run if a test left a socket open. Such a warning comes too late to fail the test itself."""
     if unclosed and session.exitstatus == pytest.ExitCode.OK:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
@@ -97,7 +98,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 def servers() -> Iterator[Servers]:
     path = Path(tempfile.mkdtemp(prefix="openchat-tests-", dir=scratch()))
     folder = DataFolder(path)
-    # Nobody cuts the power of this one; the tests of faults have their own.
+    # This server need not survive a crash. Tests of faults start their own.
     postgres = Postgres(folder, max_connections=200, options={"fsync": "off", "full_page_writes": "off"})
     valkey = Valkey(folder)
     try:
@@ -113,9 +114,9 @@ def servers() -> Iterator[Servers]:
 
 
 def scratch() -> str | None:
-    """Return a folder in memory, if there is one with room: copying a database there takes 10 ms, not 300."""
+    """Return a folder in memory if it has enough space. Copying a database there takes 10 ms instead of 300."""
     memory = Path("/dev/shm")  # noqa: S108 - mkdtemp makes a folder of our own in it
-    return str(memory) if memory.is_dir() and shutil.disk_usage(memory).free > ROOM else None
+    return str(memory) if memory.is_dir() and shutil.disk_usage(memory).free > MIN_FREE_BYTES else None
 
 
 async def make_template(administration: str, template: str) -> None:
@@ -126,8 +127,8 @@ async def make_template(administration: str, template: str) -> None:
 
 
 @pytest.fixture(autouse=True)
-def nothing_is_shed(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A busy machine refuses no test's frames; tests/test_overload.py is about what is refused when."""
+def no_load_shedding(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Disable load shedding, so that a busy machine fails no test. Only tests/test_overload.py tests shedding."""
     if request.path.name != "test_overload.py":
         monkeypatch.setattr(load_shedding, "LATE_SECONDS", (60, 60, 60))
 
@@ -151,8 +152,8 @@ async def settings(servers: Servers, database_url: str) -> Settings:
     valkey = Redis.from_url(servers.valkey.url)
     await valkey.flushall()
     await valkey.aclose()
-    # Tests write faster than people do; the limits are tested with the frames that are `ephemeral`. People in them are
-    # mere strangers who add each other; tests/test_adding.py is about the default.
+    # Tests write faster than people do, so rate limits are disabled. Tests of rate limits use `ephemeral` frames. Users
+    # may add strangers. tests/test_adding.py tests the default of `add_people`.
     return Settings(
         database_url=database_url,
         redis_url=servers.valkey.url,
@@ -168,7 +169,7 @@ async def settings(servers: Servers, database_url: str) -> Settings:
 
 @pytest.fixture
 async def world(settings: Settings) -> AsyncIterator[World]:
-    """Two workers on one database, with users to be made."""
+    """Two workers on one database, without users."""
     async with World(settings) as world:
         yield world
 
@@ -185,11 +186,11 @@ async def cluster(settings: Settings, tmp_path: Path) -> AsyncIterator[Cluster]:
 
 @pytest.fixture
 async def room(world: World) -> Room:
-    them = await world.users("Ada", "Charles")
-    ada, charles = await world.connect(them[0]), await world.connect(them[1], 1)
-    group = await world.group(ada, them[1])
-    await charles.event(said.ConversationJoined)
-    return Room(group, ada, charles, them)
+    users = await world.users("Ada", "Charles")
+    ada, charles = await world.connect(users[0]), await world.connect(users[1], 1)
+    group = await world.group(ada, users[1])
+    await charles.event(server.ConversationJoined)
+    return Room(group, ada, charles, users)
 
 
 @pytest.fixture

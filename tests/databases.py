@@ -1,4 +1,4 @@
-"""Databases for tests. Emptying one takes a fraction of the time of making one."""
+"""A pool of databases for tests. Emptying a database takes a fraction of the time of creating one."""
 
 import asyncio
 import concurrent.futures
@@ -10,19 +10,19 @@ import asyncpg
 
 T = TypeVar("T")
 
-MOST_USES = 50
-"""Max tests that use a database: what deleted rows leave behind makes it slower."""
+MAX_USES = 50
+"""Max tests that use one database. Dead rows make it slower."""
 SETTINGS = {"session_replication_role": "replica"}
-"""Of a session that deletes rows that refer to each other, and those that nobody may delete."""
+"""Settings that disable foreign keys and triggers, so that all rows can be deleted in any order."""
 
 END_SESSIONS = """
 SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity
 WHERE datname = current_database() AND pid <> pg_backend_pid() AND backend_type = 'client backend'
 """
-# Whatever alters a catalog, also a grant or a setting, writes a row. Statistics are written in place.
+# Each change of a catalog, including a grant or a setting, writes a row. Statistics are updated in place.
 CATALOGS = ("pg_class", "pg_attribute", "pg_proc", "pg_constraint", "pg_trigger", "pg_policy", "pg_db_role_setting")
 KEPT = ("database_epoch", "schema_migration")
-"""Tables with rows of their own in the template."""
+"""Tables that have rows in the template."""
 EMPTY = f"""
 DO $$
 DECLARE
@@ -44,18 +44,18 @@ IS_ALTERED = "SELECT " + " OR ".join(
 
 
 class Database:
-    """A database, and the session that empties it, from the first time on."""
+    """A database, and the session that empties it, opened at the first use."""
 
-    def __init__(self, name: str, url: str, made: int, *, most_uses: int) -> None:
-        """`made` is the number of the transaction after which no other one has altered it."""
+    def __init__(self, name: str, url: str, made: int, *, max_uses: int) -> None:
+        """`made` is the id of the last transaction that changed the catalogs."""
         self.name = name
         self._url = url
         self._made = made
-        self._uses_left = most_uses
+        self._uses_left = max_uses
         self._session: asyncpg.Connection[asyncpg.Record] | None = None
 
     async def is_as_new(self) -> bool:
-        """Note a use, and empty it if another one may follow; return whether it is then as the template."""
+        """Count a use and empty the database. Return whether it may be used again, since it equals the template."""
         self._uses_left -= 1
         if not self._uses_left:
             return False
@@ -68,13 +68,13 @@ class Database:
         return True
 
     async def close(self) -> None:
-        """End the session."""
+        """Close the session."""
         if self._session is not None:
             await self._session.close()
 
 
 class Databases:
-    """Gives out databases that are as the template. Its sessions have a loop of their own: tests have one each."""
+    """Lends databases that equal the template. Its sessions use their own event loop, since each test has its own."""
 
     def __init__(self, url: Callable[[str], str], template: str) -> None:
         self._url = url
@@ -87,15 +87,15 @@ class Databases:
         self._administration = self._run(asyncpg.connect(url("postgres"))).result()
 
     def take(self, *, is_new: bool) -> "asyncio.Future[Database]":
-        """Return a database that nobody uses. One that has to be new has no second use, and so no session of ours."""
+        """Return an unused database. One that has to be new is used once, so it needs no session to empty it."""
         return asyncio.wrap_future(self._run(self._take(is_new=is_new)))
 
     def give(self, database: Database) -> "asyncio.Future[None]":
-        """Take it back."""
+        """Return a database to the pool, or delete it."""
         return asyncio.wrap_future(self._run(self._give(database)))
 
     def close(self) -> None:
-        """End all sessions."""
+        """Close all sessions."""
         self._run(self._close()).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
@@ -110,10 +110,10 @@ class Databases:
         self._made += 1
         name = f"test_{self._made}"
         await self._administration.execute(f"CREATE DATABASE {name} TEMPLATE {self._template} STRATEGY file_copy")
-        # A template gives none of its own rights; every start of a server revokes this one.
+        # A copy does not have the privileges of its template. Every start of a server revokes this privilege.
         await self._administration.execute(f"REVOKE TEMPORARY ON DATABASE {name} FROM PUBLIC")
         made = await self._administration.fetchval("SELECT pg_current_xact_id()::text::bigint")
-        return Database(name, self._url(name), made, most_uses=1 if is_new else MOST_USES)
+        return Database(name, self._url(name), made, max_uses=1 if is_new else MAX_USES)
 
     async def _give(self, database: Database) -> None:
         if await database.is_as_new():

@@ -1,4 +1,4 @@
-"""Stands between clients and a server that keeps its word, and makes of it one that does not."""
+"""A WebSocket proxy that changes the frames of a correct server, to simulate a faulty one."""
 
 import asyncio
 import contextlib
@@ -7,15 +7,15 @@ from collections.abc import AsyncIterator, Callable
 from protocol.codec import text_frame
 
 Spoil = Callable[[bytes], list[bytes]]
-"""What becomes of a frame: nothing, itself, or others."""
+"""Returns the frames to send in place of a frame: none, the same one, or others."""
 
 PLAIN = 126
 MASKED = 0x80
 
 
 class Relay:
-    """Relays frames one by one. `down` makes what spoils the server's words on one connection; `up` sees what a client
-    says, without its mask, and returns what is answered in the server's stead, or None to hand it on.
+    """Relays frames one by one. `down` returns the `Spoil` of one connection, for frames of the server. `up` receives
+    the payload of a client's frame. It returns a reply to send instead of the server's, or None to relay the frame.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class Relay:
 
 
 async def frame_of(reader: asyncio.StreamReader) -> tuple[bytes, bytes]:
-    """Return the next WebSocket frame, and what is in it."""
+    """Return the next WebSocket frame and its unmasked payload."""
     frame = await reader.readexactly(2)
     is_masked, size = frame[1] & MASKED, frame[1] & ~MASKED
     if size >= PLAIN:

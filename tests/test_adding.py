@@ -29,7 +29,7 @@ from server.queries.relationships import RelationshipChange
 from server.routes import ROUTES
 from tests.test_may_send import waiting
 from tests.test_security import ROOT, sources
-from tests.world import Somebody, World, http_client, refused
+from tests.world import UserSession, World, http_client, refused
 
 ENTERED = "SELECT count(*) FROM conversation_participant WHERE user_id = $1"
 
@@ -42,16 +42,16 @@ async def world(settings: Settings) -> AsyncIterator[World]:
         yield world
 
 
-def group_of(*them: Somebody) -> client.CreateGroup:
+def group_of(*them: UserSession) -> client.CreateGroup:
     ids = [one.id for one in them]
     return client.CreateGroup(conversation_id=ConversationId(uuid7()), title="Engines", participants=ids)
 
 
-def adding(about: ConversationId, *them: Somebody) -> client.AddParticipants:
+def adding(about: ConversationId, *them: UserSession) -> client.AddParticipants:
     return client.AddParticipants(conversation_id=about, participants=[one.id for one in them])
 
 
-def inviting(about: ConversationId, *them: Somebody) -> client.Invite:
+def inviting(about: ConversationId, *them: UserSession) -> client.Invite:
     return client.Invite(conversation_id=about, participants=[one.id for one in them])
 
 
@@ -236,7 +236,7 @@ async def test_who_blocks_reads_as_somebody_who_is_not_there(settings: Settings,
             await devices[1].call(client.SetSwitches(user_id=ada.id, can_send_messages=False))
             await devices[2].call(client.UpdateProfile(is_private=True))
             await world.db.execute('UPDATE "user" SET is_active = false WHERE id = $1', deactivated.id)
-        nobody = Somebody(UserId(uuid7()), "Nobody", "")
+        nobody = UserSession(UserId(uuid7()), "Nobody", "")
         about = await world.channel(owner)
         answers = set()
         for one in (*them, nobody):
@@ -344,14 +344,14 @@ async def test_nobody_is_added_or_invited_after_their_block_was_acknowledged(wor
     owners = [await world.connect(ada, number % 2) for number in range(4)]
     about = [await world.channel(owners[0]) for _ in range(20)]
 
-    async def keep_adding(one: Client, kind: Callable[[ConversationId, Somebody], Frame]) -> None:
+    async def keep_adding(one: Client, kind: Callable[[ConversationId, UserSession], Frame]) -> None:
         for channel in about:
             answer = await one.ask(kind(channel, friend))
             if isinstance(answer, Error):
                 assert answer.code is ErrorCode.NOT_FOUND
                 return
 
-    kinds: list[Callable[[ConversationId, Somebody], Frame]] = [
+    kinds: list[Callable[[ConversationId, UserSession], Frame]] = [
         adding, inviting, lambda _, who: group_of(who), adding,
     ]  # fmt: skip
     for wait in range(3):
@@ -383,7 +383,7 @@ FROM (SELECT *, row_number() OVER () AS n FROM made) m JOIN numbered t ON t.n = 
 """
 
 
-async def let_wait(world: World, count: int, to: Somebody | None = None, sender: Somebody | None = None) -> None:
+async def let_wait(world: World, count: int, to: UserSession | None = None, sender: UserSession | None = None) -> None:
     """Have invitations wait for somebody, from others, or from somebody, for others; each to its own conversation."""
     await world.db.execute(INVITATIONS, count, None if to is None else to.id, None if sender is None else sender.id)
 
@@ -553,7 +553,7 @@ async def test_a_refused_frame_that_names_strangers_does_not_lock_them(
     await owner.call(client.SetPermissions(conversation_id=about, user_id=charles.id, can_add_members=True))
     await owner.call(client.RemoveParticipant(conversation_id=about, user_id=banned.id, ban=True))
     await adder.call(group_of(invited))
-    nobody, blocking = Somebody(UserId(uuid7()), "Nobody", ""), await world.user("Blocking")
+    nobody, blocking = UserSession(UserId(uuid7()), "Nobody", ""), await world.user("Blocking")
     await relationships.put(world.db, blocking.id, charles.id, RelationshipChange("block", "active"), blocking.id)
     frames: list[tuple[Frame, ErrorCode]] = [
         (group_of(stranger, nobody), ErrorCode.NOT_FOUND), (group_of(stranger, invited), ErrorCode.CONFLICT)

@@ -31,7 +31,7 @@ from server.queries.push import PushPost
 from server.queries.sending import NotStored, Outgoing, Source
 from tests.test_held_rows import schedule
 from tests.test_send_waits import SECONDS, Stage
-from tests.world import Somebody, World, all_sent, are_stored, http_client, message, refused, sent, until
+from tests.world import UserSession, World, all_sent, are_stored, http_client, message, refused, sent, until
 
 OTHERS = 40
 """Good messages in one statement with a bad one."""
@@ -94,7 +94,7 @@ async def _beyond_a_column(stage: "Crowd") -> list[Outgoing]:
     return [Outgoing(stage.charles.id, message(stage.own))]
 
 
-def _out(who: Somebody, about: ConversationId, message_id: MessageId, **fields: Any) -> Outgoing:
+def _out(who: UserSession, about: ConversationId, message_id: MessageId, **fields: Any) -> Outgoing:
     frame = msgspec.structs.replace(message(about, **fields), message_id=message_id)
     return Outgoing(who.id, frame)
 
@@ -401,7 +401,7 @@ class Read(NamedTuple):
     bad: Sequence[Any]
 
 
-async def _reads(world: World, ada: Somebody, about: ConversationId) -> dict[str, Read]:
+async def _reads(world: World, ada: UserSession, about: ConversationId) -> dict[str, Read]:
     app = world.workers[0].app
     hub_store: Any = app.hub._store
     sessions, tickets, notices = app.sessions, app._tickets, app.web_push
@@ -590,7 +590,7 @@ async def test_calls_of_one_user_in_flight_are_bounded(settings: Settings, monke
         stage = Crowd(world)
         await stage.begin()
 
-        async def call(who: Somebody, about: ConversationId) -> int:
+        async def call(who: UserSession, about: ConversationId) -> int:
             headers = {"authorization": f"Bearer {who.token}"}
             return (await http.post("/v1/call", content=encode(message(about)), headers=headers)).status_code
 

@@ -18,12 +18,12 @@ from server.handlers import messages
 from server.queries import bounds, conversations, drafts, participants, sessions, users
 from tests.test_credentials import administer
 from tests.test_may_send import waiting
-from tests.world import Room, Somebody, World, http_client, refused, sent
+from tests.world import Room, UserSession, World, http_client, refused, sent
 
 MOST, ASKED = 5, 15
 
 
-async def refusals(who: Somebody, world: World, frames: Sequence[client.Frame]) -> list[ErrorCode]:
+async def refusals(who: UserSession, world: World, frames: Sequence[client.Frame]) -> list[ErrorCode]:
     """Send frames concurrently, each on a connection of its own, and return the codes of those that were refused.
     Frames that a busy worker puts off (docs/limits.md) are sent again.
     """
@@ -166,7 +166,7 @@ async def test_reports_of_a_day_are_bounded(room: Room, world: World, monkeypatc
     monkeypatch.setattr(bounds, "MAX_REPORTS_A_DAY", MOST)
     said = [await sent(room.ada, room.group) for _ in range(ASKED)]
     reports: list[client.Frame] = [client.ReportMessage(**room.at(one), reason="Rude") for one in said]
-    assert await refusals(room.them[1], world, reports) == [ErrorCode.RATE_LIMITED] * (ASKED - MOST)
+    assert await refusals(room.users[1], world, reports) == [ErrorCode.RATE_LIMITED] * (ASKED - MOST)
     assert await world.db.fetchval("SELECT count(*) FROM report") == MOST
     await world.db.execute("UPDATE report SET created_at = now() - interval '2 days'")
     for report in reports:
@@ -178,7 +178,7 @@ async def test_edits_of_a_message_are_bounded(room: Room, world: World, monkeypa
     monkeypatch.setattr(messages, "MAX_EDITS", MOST)
     said = await sent(room.ada, room.group)
     edits = [client.Edit(**room.at(said), content=f"{number}", edit_id=EditId(uuid7())) for number in range(ASKED)]
-    assert await refusals(room.them[0], world, edits) == [ErrorCode.CONFLICT] * (ASKED - MOST)
+    assert await refusals(room.users[0], world, edits) == [ErrorCode.CONFLICT] * (ASKED - MOST)
     page = await room.ada.call(client.ListEdits(**room.at(said)), server.EditPage)
     assert len(page.edits) == MOST
     # An edit that was made is acknowledged again, and the message can be deleted.
@@ -192,13 +192,13 @@ async def test_followed_threads_are_bounded(room: Room, world: World, monkeypatc
     said = [await sent(room.ada, room.group) for _ in range(ASKED)]
     rows = "SELECT count(*) FROM thread_follow WHERE user_id = $1"
     reads: list[client.Frame] = [client.ReadThread(**room.at(one), thread_order=0) for one in said]
-    assert await refusals(room.them[1], world, reads) == []
-    assert await world.db.fetchval(rows, room.them[1].id) <= MOST
+    assert await refusals(room.users[1], world, reads) == []
+    assert await world.db.fetchval(rows, room.users[1].id) <= MOST
     follows: list[client.Frame] = [client.FollowThread(**room.at(one)) for one in said]
-    assert await refusals(room.them[1], world, follows) == [ErrorCode.CONFLICT] * (ASKED - MOST)
-    assert await world.db.fetchval(rows, room.them[1].id) == MOST
-    assert await refusals(room.them[1], world, reads) == []
-    assert await world.db.fetchval(rows, room.them[1].id) == MOST
+    assert await refusals(room.users[1], world, follows) == [ErrorCode.CONFLICT] * (ASKED - MOST)
+    assert await world.db.fetchval(rows, room.users[1].id) == MOST
+    assert await refusals(room.users[1], world, reads) == []
+    assert await world.db.fetchval(rows, room.users[1].id) == MOST
     await sent(room.charles, room.group, parent_message_id=said[-1])
 
 
@@ -211,9 +211,9 @@ async def test_what_is_unfollowed_by_its_author_is_not_forgotten(
     await room.charles.call(client.UnfollowThread(**room.at(begun)))
     for _ in range(3):
         other = await sent(room.charles, room.group)
-        assert await refusals(room.them[0], world, [client.ReadThread(**room.at(other), thread_order=0)]) == []
+        assert await refusals(room.users[0], world, [client.ReadThread(**room.at(other), thread_order=0)]) == []
     told = await world.db.fetch("SELECT user_id FROM thread_follow WHERE root_id = $1", begun)
-    assert [row[0] for row in told if row[0] == room.them[0].id] == [room.them[0].id]
+    assert [row[0] for row in told if row[0] == room.users[0].id] == [room.users[0].id]
 
 
 async def test_emoji_of_a_user_on_a_message_are_bounded(room: Room, world: World) -> None:
@@ -221,10 +221,10 @@ async def test_emoji_of_a_user_on_a_message_are_bounded(room: Room, world: World
     await world.db.execute(
         """INSERT INTO message_reaction (message_id, user_id, emoji, conversation_id, version, author_id, is_removed)
         SELECT $1, $2, ':e' || n || ':', $3, 1, $2, true FROM generate_series(1, $4) n""",
-        said, room.them[0].id, room.group, MAX_EMOJI_OF_USER - MOST,
+        said, room.users[0].id, room.group, MAX_EMOJI_OF_USER - MOST,
     )  # fmt: skip
     put: list[client.Frame] = [client.React(**room.at(said), emoji=f":new{number}:") for number in range(ASKED)]
-    assert await refusals(room.them[0], world, put) == [ErrorCode.CONFLICT] * (ASKED - MOST)
+    assert await refusals(room.users[0], world, put) == [ErrorCode.CONFLICT] * (ASKED - MOST)
     assert await world.db.fetchval("SELECT count(*) FROM message_reaction") == MAX_EMOJI_OF_USER
     with refused(ErrorCode.CONFLICT, "emoji"):
         await room.ada.call(client.React(**room.at(said), emoji=":other:"))
@@ -235,14 +235,14 @@ async def test_emoji_of_a_user_on_a_message_are_bounded(room: Room, world: World
 @pytest.mark.parametrize("frame", ["leave", "remove", "delete", "openchat conversation delete"])
 async def test_draft_goes_with_its_conversation(room: Room, world: World, frame: str) -> None:
     """The writer's other devices are told, and the row keeps no text."""
-    other = await world.connect(room.them[1], 1)
+    other = await world.connect(room.users[1], 1)
     await room.charles.call(client.SetDraft(conversation_id=room.group, content="I thi"))
     await other.event(server.DraftChanged, lambda event: event.draft.content == "I thi")
     match frame:
         case "leave":
             await room.charles.call(client.Leave(conversation_id=room.group))
         case "remove":
-            await room.ada.call(client.RemoveParticipant(conversation_id=room.group, user_id=room.them[1].id))
+            await room.ada.call(client.RemoveParticipant(conversation_id=room.group, user_id=room.users[1].id))
         case "delete":
             await room.ada.call(client.DeleteConversation(conversation_id=room.group))
         case _:
@@ -255,7 +255,7 @@ async def test_draft_goes_with_its_conversation(room: Room, world: World, frame:
 
 
 async def test_a_draft_that_is_set_while_its_conversation_is_deleted_goes_with_it(room: Room, world: World) -> None:
-    charles = room.them[1].id
+    charles = room.users[1].id
     async with world.db.transaction():
         # As `set_draft` locks and writes.
         await conversations.keep(world.db, room.group, charles)
@@ -271,14 +271,14 @@ async def test_a_draft_that_is_set_while_its_conversation_is_deleted_goes_with_i
 async def test_a_deletion_waits_for_nobody_who_has_a_draft_there(room: Room, world: World) -> None:
     await room.charles.call(client.SetDraft(conversation_id=room.group, content="I thi"))
     async with world.db.transaction():
-        await users.lock(world.db, [room.them[1].id])
+        await users.lock(world.db, [room.users[1].id])
         await room.ada.call(client.DeleteConversation(conversation_id=room.group))
         deleted = await world.db.fetchval("SELECT is_deleted FROM conversation WHERE id = $1", room.group)
     assert deleted
 
 
 async def test_a_draft_that_waits_while_its_writer_is_removed_is_refused(room: Room, world: World) -> None:
-    charles = room.them[1].id
+    charles = room.users[1].id
     async with world.db.transaction():
         await users.lock(world.db, [charles])
         asked = asyncio.create_task(room.charles.ask(client.SetDraft(conversation_id=room.group, content="I thi")))
@@ -302,7 +302,7 @@ async def test_session_unused_for_longest_ends_when_there_are_too_many(world: Wo
         await world.db.execute(
             "UPDATE session SET updated_at = now() - interval '1 hour' WHERE id = $1", first.session_id
         )
-        oldest = await world.connect(Somebody(first.user.id, "Ada", first.token), 1)
+        oldest = await world.connect(UserSession(first.user.id, "Ada", first.token), 1)
         answers = await asyncio.gather(
             *(http.post(f"{world.workers[number % 2].url}/v1/auth/login", json=ada) for number in range(4))
         )

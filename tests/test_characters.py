@@ -74,7 +74,7 @@ def test_addresses_have_no_hidden_character_and_links_nothing_that_ends_an_attri
 
 
 async def test_each_refusal_names_its_field_in_words(room: Room) -> None:
-    group = CreateGroup(conversation_id=ConversationId(uuid7()), participants=[room.them[1].id], title="News\u200b")
+    group = CreateGroup(conversation_id=ConversationId(uuid7()), participants=[room.users[1].id], title="News\u200b")
     frames: list[tuple[client.Frame, str]] = [
         (UpdateProfile(name="Ada\u202e"), "name"), (UpdateProfile(display_name="Ada\n"), "display_name"),
         (UpdateProfile(bio="a\x1b[2J"), "bio"), (UpdateProfile(image='https://example.org/"'), "image"),

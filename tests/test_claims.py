@@ -29,7 +29,7 @@ class Turns:
 
     def __init__(self, room: Room, world: World) -> None:
         self.charles = room.charles
-        self._sender_id = room.them[1].id
+        self._sender_id = room.users[1].id
         self.group = room.group
         self.db = world.db
         self.services: Services = world.workers[0].app._services  # noqa: SLF001

@@ -173,7 +173,7 @@ async def test_notifications_are_enabled_unless_the_level_is_none(world: World, 
     await db.execute("""
         UPDATE conversation_participant SET notification_level = 'none', notifications_enabled = false
     """)
-    await erasure.clear(db, room.them[0].id, erasure.Cleared())
+    await erasure.clear(db, room.users[0].id, erasure.Cleared())
     rows = await db.fetch("SELECT notification_level, notifications_enabled FROM conversation_participant")
     assert all(is_enabled == (level != "none") for level, is_enabled in rows)
 

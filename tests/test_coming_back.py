@@ -9,9 +9,9 @@ from protocol.errors import ErrorCode
 from protocol.ids import ConversationId
 from protocol.values import ConversationSettings
 from prove.client import Client
-from tests.world import Somebody, World, message, refused, sent
+from tests.world import UserSession, World, message, refused, sent
 
-Way: TypeAlias = Callable[[Client, Client, Somebody, ConversationId], Awaitable[object]]
+Way: TypeAlias = Callable[[Client, Client, UserSession, ConversationId], Awaitable[object]]
 
 COLUMNS = {
     "their place in the conversation": {"id", "conversation_id", "user_id"},
@@ -41,35 +41,35 @@ WHERE conversation_id = $1 AND user_id = $2
 ROW = "SELECT * FROM conversation_participant WHERE conversation_id = $1 AND user_id = $2"
 
 
-async def leave(them: Client, _: Client, __: Somebody, about: ConversationId) -> None:
+async def leave(them: Client, _: Client, __: UserSession, about: ConversationId) -> None:
     await them.call(client.Leave(conversation_id=about))
 
 
-async def be_removed(_: Client, owner: Client, who: Somebody, about: ConversationId) -> None:
+async def be_removed(_: Client, owner: Client, who: UserSession, about: ConversationId) -> None:
     await owner.call(client.RemoveParticipant(conversation_id=about, user_id=who.id))
 
 
-async def be_banned(_: Client, owner: Client, who: Somebody, about: ConversationId) -> None:
+async def be_banned(_: Client, owner: Client, who: UserSession, about: ConversationId) -> None:
     await owner.call(client.RemoveParticipant(conversation_id=about, user_id=who.id, ban=True))
     await owner.call(client.Unban(conversation_id=about, user_id=who.id))
 
 
-async def decline(them: Client, owner: Client, who: Somebody, about: ConversationId) -> None:
+async def decline(them: Client, owner: Client, who: UserSession, about: ConversationId) -> None:
     await leave(them, owner, who, about)
     await owner.call(client.Invite(conversation_id=about, participants=[who.id], role="admin"))
     await them.call(client.Decline(conversation_id=about))
 
 
-async def join(them: Client, _: Client, __: Somebody, about: ConversationId) -> None:
+async def join(them: Client, _: Client, __: UserSession, about: ConversationId) -> None:
     await them.call(client.Join(conversation_id=about))
 
 
-async def follow_an_invitation(them: Client, owner: Client, who: Somebody, about: ConversationId) -> None:
+async def follow_an_invitation(them: Client, owner: Client, who: UserSession, about: ConversationId) -> None:
     await owner.call(client.Invite(conversation_id=about, participants=[who.id]))
     await them.call(client.Join(conversation_id=about))
 
 
-async def be_added(_: Client, owner: Client, who: Somebody, about: ConversationId) -> None:
+async def be_added(_: Client, owner: Client, who: UserSession, about: ConversationId) -> None:
     await owner.call(client.AddParticipants(conversation_id=about, participants=[who.id]))
 
 

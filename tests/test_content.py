@@ -23,7 +23,7 @@ from protocol.server import Reply
 from protocol.values import Message
 from server.domain import markdown, mentions
 from server.queries import mentions as meaning
-from tests.world import Room, World, heard, message, refused, sent, until
+from tests.world import Room, World, message, received_message, refused, sent, until
 
 WEB = "https://example.org/x"
 PAYLOADS: list[Payload] = [
@@ -41,7 +41,7 @@ async def test_each_type_of_content_comes_as_it_was_sent(room: Room) -> None:
     for payload in PAYLOADS:
         frame = message(room.group, "Words for who does not know the type", payload=payload)
         first = await room.ada.call(frame, server.Sent)
-        told = await heard(room.charles, frame.message_id)
+        told = await received_message(room.charles, frame.message_id)
         got = await room.charles.call(client.GetMessage(**room.at(frame.message_id)), server.OneMessage)
         assert got.message == told
         assert (told.payload, told.content_type) == (payload, payload.__struct_config__.tag)
@@ -208,7 +208,7 @@ async def test_long_messages_of_one_user_delay_those_of_others_by_one(
         return render(content)
 
     monkeypatch.setattr(markdown, "render", held)
-    devices = [await world.connect(room.them[0]) for _ in range(5)]
+    devices = [await world.connect(room.users[0]) for _ in range(5)]
     try:
         asked = [
             asyncio.create_task(one.ask(message(room.group, "a *word* " * 500, is_markdown=True))) for one in devices
@@ -250,7 +250,8 @@ async def test_a_long_message_in_markdown_is_rendered_beside_the_loop_and_in_ord
     finally:
         released.set()
     versions = [
-        (await heard(room.charles, message_id)).version for message_id in (meanwhile, dear.message_id, after.message_id)
+        (await received_message(room.charles, message_id)).version
+        for message_id in (meanwhile, dear.message_id, after.message_id)
     ]
     assert versions == sorted(versions)
     monkeypatch.setattr(markdown, "render", render)
@@ -289,7 +290,7 @@ async def said(room: Room, content: str, **fields: Any) -> Message:
 
 
 async def test_people_are_mentioned_by_id_and_by_name(room: Room, world: World) -> None:
-    charles = room.them[1].id
+    charles = room.users[1].id
     for content in (
         f"<@{charles}> look",
         "@charles: look",
@@ -325,7 +326,7 @@ async def test_who_is_outside_blocked_gone_or_one_of_two_is_plain_text(room: Roo
     assert set((await said(room, "@gone @blocked @blocking")).mentions) == {gone.id, blocked.id, blocking.id}
     await world.db.execute('UPDATE "user" SET is_active = false WHERE id = $1', gone.id)
     await room.ada.call(client.Block(user_id=blocked.id))
-    await (await world.connect(blocking)).call(client.Block(user_id=room.them[0].id))
+    await (await world.connect(blocking)).call(client.Block(user_id=room.users[0].id))
     text = "@out @gone @blocked @blocking @twin " + " ".join(
         f"<@{one.id}>" for one in (outside, gone, blocked, blocking)
     )
@@ -341,22 +342,22 @@ async def test_the_loud_ones_take_a_permission(room: Room, world: World) -> None
     quiet = await sent(room.charles, room.group, loud)
     got = await room.charles.call(client.GetMessage(**room.at(quiet)), server.OneMessage)
     assert got.message.loud_mentions == [], "a member's is plain text"
-    await room.ada.call(client.SetRole(conversation_id=room.group, user_id=room.them[1].id, role="moderator"))
+    await room.ada.call(client.SetRole(conversation_id=room.group, user_id=room.users[1].id, role="moderator"))
     heard = await sent(room.charles, room.group, loud)
     got = await room.charles.call(client.GetMessage(**room.at(heard)), server.OneMessage)
     assert got.message.loud_mentions == ["everyone", "here", "moderator"]
-    direct = (await room.ada.call(client.CreateDirect(user_id=room.them[1].id), server.OneConversation)).view
+    direct = (await room.ada.call(client.CreateDirect(user_id=room.users[1].id), server.OneConversation)).view
     there = await sent(room.ada, direct.conversation.id, "@everyone @charles")
     got = await room.ada.call(
         client.GetMessage(conversation_id=direct.conversation.id, message_id=there), server.OneMessage
     )
-    assert (got.message.loud_mentions, got.message.mentions) == ([], [room.them[1].id])
+    assert (got.message.loud_mentions, got.message.mentions) == ([], [room.users[1].id])
     assert await world.db.fetchval("SELECT count(*) FROM message WHERE 'here' = ANY(loud_mentions)") == 2
 
 
 async def test_hashtags_are_found_and_an_edit_finds_anew(room: Room) -> None:
     first = await said(room, "#Loom and #loom, #42 but #42nd, a#b, https://x.y/#z, #überholt @charles")
-    assert (first.hashtags, first.mentions) == (["loom", "42nd", "überholt"], [room.them[1].id])
+    assert (first.hashtags, first.mentions) == (["loom", "42nd", "überholt"], [room.users[1].id])
     await room.ada.call(client.Edit(**room.at(first.id), content="Only #cards"))
     event = await room.charles.event(server.MessageEdited)
     assert (event.message.hashtags, event.message.mentions) == (["cards"], [])
@@ -386,13 +387,13 @@ async def test_a_vote_can_be_changed_and_withdrawn_and_everyone_sees_it(room: Ro
     await room.ada.event(server.PollVoted, lambda event: event.version == first.version + 2)
     events = [event for event in room.ada.events if isinstance(event, server.PollVoted)]
     assert [(one.poll_counts, one.poll_voters) for one in events] == [([0, 1, 0], 1), ([1, 1, 0], 2), ([1, 0, 1], 2)]
-    assert (events[2].user_id, events[2].options) == (room.them[1].id, [2])
+    assert (events[2].user_id, events[2].options) == (room.users[1].id, [2])
     got = await room.charles.call(client.GetMessage(**place), server.OneMessage)
     assert (got.message.poll_counts, got.message.poll_voters, got.vote) == ([1, 0, 1], 2, [2])
     page = await room.charles.call(client.History(conversation_id=room.group), server.MessagePage)
     assert page.votes == {message_id: [2]}
     votes = await room.ada.call(client.ListVotes(**place), server.VotePage)
-    assert {one.user_id: one.options for one in votes.votes} == {room.them[0].id: [0], room.them[1].id: [2]}
+    assert {one.user_id: one.options for one in votes.votes} == {room.users[0].id: [0], room.users[1].id: [2]}
     await room.charles.call(client.Vote(**place, options=[]))
     got = await room.charles.call(client.GetMessage(**place), server.OneMessage)
     assert (got.message.poll_counts, got.message.poll_voters, got.vote) == ([1, 0, 0], 1, [])
@@ -502,7 +503,7 @@ async def test_of_an_anonymous_poll_only_the_counts_are_told(room: Room, world: 
         await room.ada.call(client.ListVotes(**place))
     # Nor does whoever comes back learn it.
     frame = client.Resume(epoch=room.ada.ready.epoch, versions={room.group: event.version - 1})
-    phone = await world.connect(room.them[0], query="?resume=1")
+    phone = await world.connect(room.users[0], query="?resume=1")
     await phone.call(frame)
     (told,) = (await phone.event(server.Changes)).events
     assert isinstance(told, server.PollVoted)
@@ -551,7 +552,7 @@ async def test_many_long_names_cost_little_more_than_one(room: Room, world: Worl
         times = []
         for _ in range(3):
             began = time.perf_counter()
-            meant = await meaning.resolve(world.db, room.group, room.them[0].id, [], some)
+            meant = await meaning.resolve(world.db, room.group, room.users[0].id, [], some)
             times.append(time.perf_counter() - began)
             assert len(meant.user_ids) == len(some)
         return min(times)

@@ -24,7 +24,7 @@ from server.core.config import Settings
 from server.processes.embedded.reach import Reached
 from server.queries import accounts
 from tests.test_may_send import waiting
-from tests.world import Somebody, World, http_client, refused
+from tests.world import UserSession, World, http_client, refused
 
 ADA = {"name": "Ada", "email": "ada@example.org", "password": "correct horse"}
 LOGIN = {"email": ADA["email"], "password": ADA["password"]}
@@ -188,12 +188,12 @@ async def test_ticket_is_refused_over_http_and_stays_good_for_the_socket(
     # A client that is told "log in again" would log its user out.
     assert (answer.status_code, error["code"], error["path"]) == (401, "unauthenticated", "ticket")
     assert "Log in" not in error["message"]
-    back = await world.connect(Somebody(ada.user.id, "Ada", ticket), 1)
+    back = await world.connect(UserSession(ada.user.id, "Ada", ticket), 1)
     assert back.ready.session_id == ada.session_id
 
 
 async def test_export_stops_when_its_session_ends(world: World, http: httpx.AsyncClient, ada: LoggedIn) -> None:
-    one = await world.connect(Somebody(ada.user.id, "Ada", ada.token), 1)
+    one = await world.connect(UserSession(ada.user.id, "Ada", ada.token), 1)
     about = await world.channel(one)
     await world.db.execute("""
         INSERT INTO message (conversation_id, sender_id, content, sent_version, version)
@@ -382,8 +382,8 @@ async def test_changed_password_ends_every_session_but_the_one_that_changed_it(
 ) -> None:
     other = (await http.post("/v1/auth/login", json=LOGIN)).json()["token"]
     http.cookies.clear()
-    here = await world.connect(Somebody(ada.user.id, "Ada", ada.token), 0)
-    there = await world.connect(Somebody(ada.user.id, "Ada", other), 1)
+    here = await world.connect(UserSession(ada.user.id, "Ada", ada.token), 0)
+    there = await world.connect(UserSession(ada.user.id, "Ada", other), 1)
     for wrong in ({"old": "wrong horse"}, {"new": "short"}, {"new": "x" * 2000}):
         answer = await changed(http, ada.token, **wrong)
         assert answer.status_code == (403 if "old" in wrong else 422)

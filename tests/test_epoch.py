@@ -33,7 +33,7 @@ from tests.cluster import Cluster
 from tests.conftest import Servers
 from tests.test_command import Program, workers_of
 from tests.test_faults import own
-from tests.world import Somebody, World, http_client, message, sent, until
+from tests.world import UserSession, World, http_client, message, sent, until
 
 __all__ = ("own",)
 
@@ -103,7 +103,7 @@ class Files:
 class Talker(Actor):
     """Somebody who sends without a pause, whatever happens, and never gives up on a message."""
 
-    def __init__(self, world: World, who: Somebody, url: str, channel: ConversationId) -> None:
+    def __init__(self, world: World, who: UserSession, url: str, channel: ConversationId) -> None:
         super().__init__(who, lambda: [url], [channel], 0)
         self.world = world
         self.channel = channel

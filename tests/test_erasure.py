@@ -28,7 +28,7 @@ from server.queries.sending import Outgoing
 from tests.test_credentials import administer
 from tests.test_lock_order import Quarrel
 from tests.test_may_send import waiting
-from tests.world import Somebody, World, are_stored, http_client, message, sent
+from tests.world import UserSession, World, are_stored, http_client, message, sent
 
 ERASED = next(check for check in CHECKS if check.name == "erased users have no data left")
 
@@ -257,7 +257,7 @@ async def test_check_finds_whatever_is_left_of_who_was_erased(world: World) -> N
 
 
 async def plant(
-    world: World, statement: str, ada: Somebody, charles: Somebody, *, group: ConversationId, said: MessageId
+    world: World, statement: str, ada: UserSession, charles: UserSession, *, group: ConversationId, said: MessageId
 ) -> None:
     """Run a statement that names some of those."""
     values = [ada.id, charles.id, group, said]

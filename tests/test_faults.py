@@ -38,7 +38,7 @@ from server.processes.embedded.postgres import Postgres
 from server.processes.embedded.valkey import Valkey
 from tests.conftest import TEMPLATE, Servers, make_template, scratch
 from tests.test_batches import counted
-from tests.world import Somebody, World, http_client, message, sent, until
+from tests.world import UserSession, World, http_client, message, sent, until
 
 ROOM = 100
 OUTBOX_BYTES = 256 * 1024
@@ -73,7 +73,7 @@ class Talk:
 
     def __init__(self, world: World) -> None:
         self.world = world
-        self.people: list[Somebody] = []
+        self.people: list[UserSession] = []
         self.clients: list[Client] = []
         self.mirrors = [Mirror(), Mirror()]
         self.channel: ConversationId

@@ -24,7 +24,7 @@ from server.gateway.websocket import MAX_EARLY_BYTES, MAX_FRAGMENTS
 from tests.cluster import Cluster
 from tests.test_frames import Wire, frame
 from tests.test_lock_order import WAITS
-from tests.world import Somebody, World, until
+from tests.world import UserSession, World, until
 
 PATIENCE = 10.0
 GROWTH = 8 * 1024
@@ -51,7 +51,7 @@ async def alone(settings: Settings) -> AsyncIterator[World]:
         yield world
 
 
-async def shake(url: str, who: Somebody | None) -> Wire:
+async def shake(url: str, who: UserSession | None) -> Wire:
     """Return a WebSocket, of somebody or of nobody yet."""
     host, _, port = url.removeprefix("http://").rpartition(":")
     wire = Wire(*await asyncio.open_connection(host, int(port)))

@@ -30,7 +30,7 @@ class Device:
         self.mirror = Mirror()
 
     async def begin(self) -> None:
-        phone = await self.world.connect(self.room.them[1], 1)
+        phone = await self.world.connect(self.room.users[1], 1)
         self.mirror.hear(phone.ready)
         self.mirror.user_version = phone.ready.user_version
         await self.read(phone)
@@ -49,7 +49,7 @@ class Device:
 
     async def back(self, epoch: str | None = None) -> list[str]:
         """Come back; return why the device started over."""
-        phone = await self.world.connect(self.room.them[1], 1, query="?resume=1")
+        phone = await self.world.connect(self.room.users[1], 1, query="?resume=1")
         frame = client.Resume(epoch=epoch or self.mirror.epoch, versions={}, user_version=self.mirror.user_version)
         resumed = await phone.call(frame, server.Resumed)
         for event in phone.events:
@@ -81,7 +81,7 @@ Act = Callable[[Room, World, pytest.MonkeyPatch], Awaitable[None]]
 
 async def threads(room: Room, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bounds, "MAX_THREAD_FOLLOWS", 1)
-    old = await world.db.fetchval("SELECT root_id FROM thread_follow WHERE user_id = $1", room.them[1].id)
+    old = await world.db.fetchval("SELECT root_id FROM thread_follow WHERE user_id = $1", room.users[1].id)
     await room.charles.call(client.UnfollowThread(**room.at(MessageId(old))))
     await room.charles.call(client.ReadThread(**room.at(await sent(room.ada, room.group)), thread_order=0))
     assert (
@@ -117,13 +117,13 @@ async def cancelled(room: Room, world: World, monkeypatch: pytest.MonkeyPatch) -
 
 
 async def ended(room: Room, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    await room.charles.call(client.Unmute(user_id=room.them[0].id))
+    await room.charles.call(client.Unmute(user_id=room.users[0].id))
     await aged(world, monkeypatch)
     assert await world.db.fetchval("SELECT count(*) FROM user_relationship WHERE type = 'mute'") == 0
 
 
 async def ended_by_the_other(room: Room, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    await room.ada.call(client.Unfollow(user_id=room.them[1].id))
+    await room.ada.call(client.Unfollow(user_id=room.users[1].id))
     await aged(world, monkeypatch)
     assert await world.db.fetchval("SELECT count(*) FROM user_relationship WHERE type = 'follow'") == 0
 
@@ -147,8 +147,8 @@ async def test_device_that_was_away_drops_rows_that_were_deleted(
         conversation_id=room.group, message_id=MessageId(uuid7()), content="Later", send_at=now() + timedelta(hours=1)
     )
     await room.charles.call(later)
-    await room.charles.call(client.Mute(user_id=room.them[0].id))
-    await room.ada.call(client.Follow(user_id=room.them[1].id))
+    await room.charles.call(client.Mute(user_id=room.users[0].id))
+    await room.ada.call(client.Follow(user_id=room.users[1].id))
     device = Device(room, world)
     await device.begin()
     assert [len(rows) for rows in device.state().values()] == [1, 1, 1, 2]
@@ -165,7 +165,7 @@ async def test_device_drops_relationships_with_who_was_erased(room: Room, world:
     mary, blocked = await world.users("Mary", "Blocked")
     other = await world.connect(mary)
     await room.charles.call(client.Follow(user_id=mary.id))
-    await other.call(client.Follow(user_id=room.them[1].id))
+    await other.call(client.Follow(user_id=room.users[1].id))
     await other.call(client.Block(user_id=blocked.id))
     device = Device(room, world)
     await device.begin()
@@ -186,7 +186,7 @@ TOLD_OF_ERASED = {"id", "type", "created_at", "updated_at", "from_version", "to_
 async def test_relationship_with_who_was_erased_says_two_ids_and_when_and_is_deleted_after_90_days(
     room: Room, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ada, charles = room.them
+    ada, charles = room.users
     await room.ada.call(client.RequestFriend(user_id=charles.id, message="It is Ada"))
     await room.charles.call(client.AnswerFriend(user_id=ada.id, accept=True, message="At last"))
     await room.charles.call(client.Follow(user_id=ada.id))
@@ -254,14 +254,14 @@ async def test_device_that_is_here_is_told_of_rows_that_were_deleted_before_it_k
     place = room.at(await sent(room.ada, room.group))
     await room.charles.call(client.FollowThread(**place))
     other = await sent(room.ada, room.group)
-    phone = await world.connect(room.them[1], 1)
+    phone = await world.connect(room.users[1], 1)
     monkeypatch.setattr(bounds, "MAX_THREAD_FOLLOWS", 1)
     # Unfollowed at a worker whose news are late.
     await world.db.execute(
         """WITH moved AS (UPDATE "user" SET version = version + 1 WHERE id = $1 RETURNING version)
         UPDATE thread_follow t SET is_following = false, user_version = m.version FROM moved m
         WHERE t.user_id = $1 AND t.root_id = $2""",
-        room.them[1].id, place["message_id"],
+        room.users[1].id, place["message_id"],
     )  # fmt: skip
     await room.charles.call(client.ReadThread(**room.at(other), thread_order=0))
     assert (await phone.event(server.OwnStartOver)).reason == "forgotten"
@@ -270,7 +270,7 @@ async def test_device_that_is_here_is_told_of_rows_that_were_deleted_before_it_k
 async def test_rows_that_still_say_something_are_not_deleted(
     room: Room, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ada, charles = room.them[0], room.them[1]
+    ada, charles = room.users[0], room.users[1]
     mary = await world.user("Mary")
     await room.ada.call(client.RequestFriend(user_id=charles.id))
     await room.charles.call(client.AnswerFriend(user_id=ada.id, accept=False))
@@ -297,12 +297,12 @@ async def test_relationship_that_was_deleted_tells_the_other_one_nothing(
 ) -> None:
     """Who was blocked or muted does not start over, which would tell of the block."""
     for begin, finish in ((client.Block, client.Unblock), (client.Mute, client.Unmute)):
-        await room.ada.call(begin(user_id=room.them[1].id))
-        await room.ada.call(finish(user_id=room.them[1].id))
+        await room.ada.call(begin(user_id=room.users[1].id))
+        await room.ada.call(finish(user_id=room.users[1].id))
     await aged(world, monkeypatch)
     assert await world.db.fetchval("SELECT count(*) FROM user_relationship") == 0
     versions = 'SELECT forgotten_version > 0 FROM "user" WHERE id = $1'
-    assert [await world.db.fetchval(versions, one.id) for one in room.them[:2]] == [True, False]
+    assert [await world.db.fetchval(versions, one.id) for one in room.users[:2]] == [True, False]
 
 
 async def test_scheduled_message_whose_row_was_deleted_is_not_sent_again(

@@ -10,7 +10,7 @@ from websockets.frames import Frame, Opcode
 
 from protocol import SUBPROTOCOL
 from protocol.limits import MAX_FRAME_BYTES
-from tests.world import Somebody, World
+from tests.world import UserSession, World
 
 PATIENCE = 10.0
 
@@ -23,7 +23,7 @@ class Wire:
         self.writer = writer
 
     @classmethod
-    async def open(cls, world: World, somebody: Somebody) -> "Wire":
+    async def open(cls, world: World, somebody: UserSession) -> "Wire":
         host, _, port = world.url.removeprefix("http://").rpartition(":")
         wire = cls(*await asyncio.open_connection(host, int(port)))
         wire.writer.write(

@@ -6,7 +6,7 @@ from protocol import client, server
 from protocol.ids import ConversationId, MessageId
 from prove.client import Client
 from server.queries import push
-from tests.world import Somebody, World, sent
+from tests.world import UserSession, World, sent
 
 SUBSCRIBE = """
 INSERT INTO push_endpoint (user_id, session_id, endpoint, p256dh, auth)
@@ -14,7 +14,7 @@ SELECT user_id, id, 'https://push.example.org/' || id, '', '' FROM session
 """
 
 
-async def told(world: World, one: Client, me: Somebody, message_id: MessageId) -> dict[str, int]:
+async def told(world: World, one: Client, me: UserSession, message_id: MessageId) -> dict[str, int]:
     """Return how much each frame that is about all of a user's conversations tells of, and what is pushed."""
     lists: dict[str, tuple[client.Frame, type[Any], str]] = {
         "search": (client.Search(text="engine"), server.SearchPage, "hits"),

@@ -25,7 +25,7 @@ from server.queries.sending import Outgoing
 from server.routes import ROUTES
 from tests.test_may_send import waiting
 from tests.test_refusals import frames
-from tests.world import Room, World, all_sent, are_stored, heard, message, refused, sent
+from tests.world import Room, World, all_sent, are_stored, message, received_message, refused, sent
 
 HOLD = {
     "sender": """SELECT FROM "user" WHERE name = 'Charles' FOR NO KEY UPDATE""",
@@ -64,12 +64,12 @@ async def test_due_message_waits_for_no_row_that_concerns_another_sender(
             await world.db.execute(HOLD[held])
             job = asyncio.create_task(every(0.02, send_due))
             first = await schedule(mary, free, "Mary 1")
-            assert (await heard(ada, first)).content == "Mary 1"
+            assert (await received_message(ada, first)).content == "Mary 1"
             assert await world.db.fetchval(WAITING) == 3
         # Nothing of the same sender overtakes what could not be sent, in any conversation.
         last = await schedule(charles, stuck, "Charles 3")
         await world.db.execute(LAPSE)
-        await heard(ada, last)
+        await received_message(ada, last)
         await end([job])
         assert await world.db.fetchval(SAID, stuck) == [f"Charles {number}" for number in range(4)]
         assert await world.db.fetchval(SAID, free) == ["Mary 1"]
@@ -111,7 +111,7 @@ async def test_claim_that_meets_another_workers_takes_nothing_and_other_senders_
         await claiming.close()
         await world.db.execute("SELECT pg_advisory_unlock(56)")
         await sending
-        assert (await heard(ada, first)).content == "Mary"
+        assert (await received_message(ada, first)).content == "Mary"
         await all_sent(scheduler)
         waiting = await world.db.fetch(
             "SELECT id FROM scheduled_message WHERE claimed_at IS NULL AND status = 'waiting'"
@@ -177,7 +177,7 @@ async def test_more_held_senders_than_a_worker_sends_for_delay_nobody_else(
             await world.db.execute("""SELECT FROM "user" WHERE name LIKE 'Held%' FOR NO KEY UPDATE""")
             async with asyncio.timeout(5):
                 await send_due()
-                await heard(ada, last)
+                await received_message(ada, last)
             assert await world.db.fetchval(WAITING) == len(stuck)
         async with asyncio.timeout(5):
             await send_due()

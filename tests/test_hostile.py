@@ -16,7 +16,7 @@ from websockets.frames import Opcode
 from protocol.limits import MAX_FRAME_BYTES
 from server.core.config import Settings
 from tests.test_frames import Wire
-from tests.world import Somebody, World, http_client
+from tests.world import UserSession, World, http_client
 
 PATIENCE = 10.0
 TASKS = 33
@@ -69,7 +69,7 @@ frames = st.one_of(
 
 
 @pytest.fixture
-async def worker(settings: Settings) -> AsyncIterator[tuple[World, Somebody]]:
+async def worker(settings: Settings) -> AsyncIterator[tuple[World, UserSession]]:
     async with World(settings, workers=1) as world:
         yield world, await world.user("Ada")
 
@@ -85,7 +85,7 @@ async def idle(world: World) -> None:
 @examples(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(pieces=st.lists(frames, min_size=1, max_size=6), cut=st.integers(1, 400))
 async def test_whatever_comes_the_server_answers_or_closes(
-    worker: tuple[World, Somebody], pieces: list[bytes], cut: int
+    worker: tuple[World, UserSession], pieces: list[bytes], cut: int
 ) -> None:
     world, ada = worker
     wire = await Wire.open(world, ada)
@@ -108,7 +108,7 @@ async def test_whatever_comes_the_server_answers_or_closes(
 @given(
     head=st.one_of(raw, st.builds(lambda line: HEAD + line, raw), st.builds(lambda t: HEAD + t + b"\r\n\r\n", texts))
 )
-async def test_whatever_comes_in_place_of_a_handshake(worker: tuple[World, Somebody], head: bytes) -> None:
+async def test_whatever_comes_in_place_of_a_handshake(worker: tuple[World, UserSession], head: bytes) -> None:
     world, _ = worker
     reader, writer = await asyncio.open_connection(*_address(world))
     writer.write(head)
@@ -121,7 +121,7 @@ async def test_whatever_comes_in_place_of_a_handshake(worker: tuple[World, Someb
     await idle(world)
 
 
-async def test_compression_is_not_agreed_to(worker: tuple[World, Somebody]) -> None:
+async def test_compression_is_not_agreed_to(worker: tuple[World, UserSession]) -> None:
     world, ada = worker
     reader, writer = await asyncio.open_connection(*_address(world))
     writer.write(
@@ -135,7 +135,7 @@ async def test_compression_is_not_agreed_to(worker: tuple[World, Somebody]) -> N
     writer.close()
 
 
-async def test_garbage_leaves_nothing_behind(worker: tuple[World, Somebody]) -> None:
+async def test_garbage_leaves_nothing_behind(worker: tuple[World, UserSession]) -> None:
     """What hostile connections leave in memory, counted in objects of each type: one for each connection is a leak. A
     busy machine opens more connections to the database, which keep statements.
     """

@@ -35,7 +35,7 @@ from server.gateway.dispatch import Dispatch
 from server.routes import ROUTES
 from tests.conftest import Servers
 from tests.test_protocol import JSON
-from tests.world import PUSH_POINT, Somebody, World, http_client, refused, sent, until
+from tests.world import PUSH_POINT, UserSession, World, http_client, refused, sent, until
 
 HOLE = "the hole that a hostile value is put into"
 BIG = MAX_FRAME_BYTES - 2_000
@@ -231,13 +231,13 @@ def _postgres_log(request: pytest.FixtureRequest) -> Iterator[None]:
     assert [line for line in lines if not QUOTES_NO_VALUE.search(line)] == []
 
 
-async def ids_in(world: World) -> tuple[Somebody, dict[str, str]]:
+async def ids_in(world: World) -> tuple[UserSession, dict[str, str]]:
     """Return a user who is connected, and the ids of what they made, by the fields that name it."""
     ada, charles = await world.users("Ada", "Charles")
     return ada, await ids_of(world, await world.connect(ada), charles)
 
 
-async def ids_of(world: World, client: Client, charles: Somebody) -> dict[str, str]:
+async def ids_of(world: World, client: Client, charles: UserSession) -> dict[str, str]:
     group = await world.group(client, charles)
     message_id = await sent(client, group)
     return {

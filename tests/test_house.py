@@ -313,7 +313,7 @@ def test_generated_documents_are_current(name: str) -> None:
     assert (ROOT / "docs" / name).read_text() == DOCUMENTS[name](), "run `make docs`"
 
 
-HELPERS_THAT_WAIT = {"ask", "call", "connect", "event", "heard", "message", "sent", "synced", "until"}
+HELPERS_THAT_WAIT = {"ask", "call", "connect", "event", "message", "received_message", "sent", "synced", "until"}
 """Helpers of tests that have an assertion of their own, which says nothing about what a test is of."""
 
 

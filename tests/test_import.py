@@ -32,13 +32,13 @@ from server.ops.transfer.slack import read as slack_read
 from server.queries.audit import Deed
 from tests.test_administration import Shell
 from tests.test_upkeep import SAMPLES, shell
-from tests.world import Somebody, World, http_client
+from tests.world import UserSession, World, http_client
 
 __all__ = ["shell"]
 DIRECT = "SELECT count(*) FROM conversation_participant WHERE user_id = $1"
 
 
-async def with_address(world: World, name: str, address: str) -> Somebody:
+async def with_address(world: World, name: str, address: str) -> UserSession:
     """Return a user with an unverified email address."""
     who = await world.user(name)
     await world.db.execute('UPDATE "user" SET email = $2 WHERE id = $1', who.id, address)

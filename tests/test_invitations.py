@@ -306,7 +306,7 @@ async def test_newcomers_see_earlier_messages_only_if_the_settings_allow_it(worl
     await owner.call(client.Edit(**place, content="Before, edited"))
     changed = await newcomer.event(server.MessageChanged)
     assert changed.message_id == before
-    await world.judge(client.Moderate(conversation_id=about, message_id=hidden, reason="Unseen"))
+    await world.moderate_as_owner(client.Moderate(conversation_id=about, message_id=hidden, reason="Unseen"))
     await owner.call(client.Delete(conversation_id=about, message_id=hidden))
     await world.db.execute("UPDATE message SET expires_at = now() WHERE id = $1", fading)
     await expire_due(world.workers[0].app._database, world.workers[0].app.hub)  # noqa: SLF001 - due now

@@ -22,7 +22,7 @@ async def test_pins_are_shared_by_all_participants(room: Room) -> None:
     first = await room.ada.call(client.Pin(**room.at(ids[0])), server.Changed)
     assert await room.ada.call(client.Pin(**room.at(ids[0])), server.Changed) == first
     event = await room.charles.event(server.MessageEdited)
-    assert (event.message.is_pinned, event.message.pinned_by) == (True, room.them[0].id)
+    assert (event.message.is_pinned, event.message.pinned_by) == (True, room.users[0].id)
     await room.ada.call(client.Pin(**room.at(ids[2])))
     pinned = await room.charles.call(client.ListPins(conversation_id=room.group), server.MessageList)
     assert [one.id for one in pinned.messages] == [ids[2], ids[0]]
@@ -45,7 +45,7 @@ async def test_number_of_pins_is_bounded(room: Room, world: World) -> None:
 
 
 async def test_in_a_direct_conversation_both_may_pin(room: Room) -> None:
-    made = await room.ada.call(client.CreateDirect(user_id=room.them[1].id), server.OneConversation)
+    made = await room.ada.call(client.CreateDirect(user_id=room.users[1].id), server.OneConversation)
     about = made.view.conversation.id
     message_id = await sent(room.ada, about)
     await room.charles.call(client.Pin(conversation_id=about, message_id=message_id))
@@ -55,7 +55,7 @@ async def test_in_a_direct_conversation_both_may_pin(room: Room) -> None:
 
 async def test_stars_are_private_and_on_all_devices(room: Room, world: World) -> None:
     ids = [await sent(room.ada, room.group, str(number)) for number in range(3)]
-    phone = await world.connect(room.them[1])
+    phone = await world.connect(room.users[1])
     for one in ids:
         await room.charles.call(client.Star(**room.at(one)))
         await room.charles.call(client.Star(**room.at(one)))
@@ -86,8 +86,8 @@ async def test_forward_names_the_first_author(room: Room, world: World) -> None:
         client.GetMessage(conversation_id=elsewhere, message_id=frame.new_message_id), server.OneMessage
     )
     said = got.message
-    assert (said.content, said.payload, said.sender_id) == (source.content, source.payload, room.them[1].id)
-    assert (said.forwarded_from_id, said.forwarded_sender_id) == (source.message_id, room.them[0].id)
+    assert (said.content, said.payload, said.sender_id) == (source.content, source.payload, room.users[1].id)
+    assert (said.forwarded_from_id, said.forwarded_sender_id) == (source.message_id, room.users[0].id)
     with refused(ErrorCode.FORBIDDEN, "message_id"):
         await room.charles.call(
             client.Edit(conversation_id=elsewhere, message_id=frame.new_message_id, content="They said")
@@ -112,7 +112,7 @@ async def test_forward_names_the_first_author(room: Room, world: World) -> None:
 
 
 async def test_draft_is_private_and_on_all_devices(room: Room, world: World) -> None:
-    phone = await world.connect(room.them[1])
+    phone = await world.connect(room.users[1])
     await room.charles.call(client.SetDraft(conversation_id=room.group, content="I thi"))
     assert (await phone.event(server.DraftChanged)).draft.content == "I thi"
     assert len((await phone.call(client.ListDrafts(), server.DraftList)).drafts) == 1
@@ -122,7 +122,7 @@ async def test_draft_is_private_and_on_all_devices(room: Room, world: World) -> 
     assert (await phone.call(client.ListDrafts(), server.DraftList)).drafts == []
     await room.charles.call(client.SetDraft(conversation_id=room.group, content="Away"))
     # A device that was away receives it once when it is back.
-    back = await world.connect(room.them[1], query="?resume=1")
+    back = await world.connect(room.users[1], query="?resume=1")
     frame = client.Resume(epoch=back.ready.epoch, versions={}, user_version=0)
     await back.call(frame)
     assert (await back.event(server.DraftChanged)).draft.content == "Away"
@@ -140,7 +140,7 @@ async def test_a_scheduled_message_is_sent_once_at_its_time(room: Room, world: W
     await room.ada.call(frame)
     event = await room.charles.event(server.MessageSent)
     assert (event.message.id, event.message.content) == (frame.message_id, "Now, @charles")
-    assert event.message.mentions == [room.them[1].id]
+    assert event.message.mentions == [room.users[1].id]
     told = await room.ada.event(server.ScheduledChanged, lambda event: event.scheduled.status == "sent")
     assert told.scheduled.message_id == frame.message_id
     assert (await room.ada.call(client.ListScheduled(), server.ScheduledList)).scheduled == []
@@ -231,7 +231,7 @@ async def test_failed_scheduled_message_has_a_reason(room: Room) -> None:
     await room.charles.call(frame)
     await room.charles.call(client.Leave(conversation_id=room.group))
     assert (await room.charles.call(client.ListScheduled(), server.ScheduledList)).scheduled
-    await room.ada.call(client.AddParticipants(conversation_id=room.group, participants=[room.them[1].id]))
+    await room.ada.call(client.AddParticipants(conversation_id=room.group, participants=[room.users[1].id]))
     frame.send_at = datetime.now(UTC)
     await room.charles.call(frame)
     await room.ada.event(server.MessageSent, lambda event: event.message.id == frame.message_id)

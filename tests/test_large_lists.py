@@ -111,8 +111,8 @@ async def test_no_list_exceeds_a_page(room: Room, world: World) -> None:
     await world.db.execute("UPDATE message SET is_moderated = false")
 
     # The frames that a client gets on connecting: the initial state, and the state after a change of the epoch.
-    again = await world.connect(room.them[0])
-    anew = await world.connect(room.them[0], query="?resume=1")
+    again = await world.connect(room.users[0])
+    anew = await world.connect(room.users[0], query="?resume=1")
     await anew.call(client.Resume(epoch="another", versions=dict.fromkeys([group, *rooms], 1)))
     for one in (again, anew):
         assert max(len(encode(event)) for event in one.events) < MAX_PAGE_BYTES + ROW_BYTES

@@ -23,7 +23,7 @@ from server.domain.export import written
 from server.queries import erasure
 from server.queries.export import PAGE
 from server.queries.participants import ParticipantChange
-from tests.world import Somebody, World, http_client, message, refused, sent
+from tests.world import UserSession, World, http_client, message, refused, sent
 
 PASSWORD = "correct horse"
 ADA = {"name": "Ada Lovelace", "email": "ada.lovelace@example.org", "password": PASSWORD}
@@ -50,7 +50,7 @@ class Person:
 
     async def _on_socket(self, token: str) -> Client:
         self.headers = {"authorization": f"Bearer {token}"}
-        return await self.world.connect(Somebody(UserId(uuid7()), "Ada", token), 1)
+        return await self.world.connect(UserSession(UserId(uuid7()), "Ada", token), 1)
 
 
 @pytest.fixture

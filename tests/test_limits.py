@@ -38,7 +38,7 @@ from server.http.middleware import PROBES
 from server.limits.per_address import LATE_RATE, OF_A_PROXY, Addresses
 from server.limits.token_bucket import Pace, TokenBuckets, too_many
 from server.queries import conversations
-from tests.world import World, heard, http_client, message, sent, until
+from tests.world import World, http_client, message, received_message, sent, until
 
 UPGRADE = (
     "Upgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"
@@ -614,7 +614,7 @@ async def test_socket_is_not_read_while_many_of_its_frames_wait(world: World, si
         else:
             assert len(there._inbox) == MAX_INBOX  # noqa: SLF001
     await one.call(client.Ping())
-    await heard(one, frames[count - 1].message_id)
+    await received_message(one, frames[count - 1].message_id)
 
 
 def test_bytes_of_unanswered_requests_are_limited_per_address_and_in_total() -> None:

@@ -92,7 +92,7 @@ class Quarrel:
 
     async def run(self, who: UserId, frame: client.Frame) -> object:
         """Run a frame of somebody's on either worker. What is refused is no matter; what cannot be done is."""
-        user = User(id=who, name="Somebody")
+        user = User(id=who, name="UserSession")
         services = self.app._services  # noqa: SLF001
         context = Context(services=services, user=user, session_id=self.sessions[who])
         try:

@@ -142,7 +142,7 @@ async def test_no_frame_about_a_message_changes_rows_of_a_crowd_under_the_lock(c
     )
     for frame in frames:
         if isinstance(frame, client.Moderate | client.Unmoderate):
-            await crowd.world.judge(frame)
+            await crowd.world.moderate_as_owner(frame)
         else:
             await crowd.ada.call(frame)
         locked, _ = await crowd.largest()

@@ -126,9 +126,9 @@ async def test_own_changes_are_read_in_pages_and_none_is_lost(world: World, monk
 
 async def test_search_and_feed_look_through_the_latest_conversations(room: Room, world: World) -> None:
     """Those before are found by name, and the answer says that it lacks them."""
-    ada, mine = room.ada, room.them[0].id
+    ada, mine = room.ada, room.users[0].id
     await world.db.execute(FILL, mine, latest.SEARCHED)
-    old, new = await world.group(room.charles, room.them[0]), await world.group(room.charles, room.them[0])
+    old, new = await world.group(room.charles, room.users[0]), await world.group(room.charles, room.users[0])
     there = {one: await sent(room.charles, one, "Found @everyone") for one in (old, new)}
     named = await sent(room.charles, old, "Hello @Ada")
     await world.db.execute("UPDATE conversation SET last_activity_at = '2020-01-01' WHERE id = $1", old)

@@ -25,14 +25,14 @@ from server.queries import conversations, participants
 from server.routes import ROUTES
 from tests.test_may_send import waiting
 from tests.test_security import LEAST
-from tests.world import Somebody, World, message, sent
+from tests.world import UserSession, World, message, sent
 
 
 class Stage(NamedTuple):
     """A channel whose admin acts while something happens to them."""
 
     about: ConversationId
-    admin: Somebody
+    admin: UserSession
     acting: Client
     people: dict[str, UserId]
     said: dict[str, MessageId]

@@ -27,7 +27,7 @@ from server.gateway.dispatch import Rate
 from server.queries import accounts, conversations, erasure, participants, relationships, sessions
 from server.queries.relationships import RelationshipChange
 from server.routes import ROUTES
-from tests.world import Somebody, World, heard, message, refused, sent
+from tests.world import UserSession, World, message, received_message, refused, sent
 
 WAITING = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
 
@@ -38,7 +38,7 @@ class Stage(NamedTuple):
     world: World
     about: ConversationId
     member: Client
-    who: Somebody
+    who: UserSession
     keeper: Client
     keeper_id: UserId
     said: dict[str, MessageId]
@@ -169,7 +169,7 @@ async def ask_for_moderators(on: Stage) -> None:
 async def slow_down(on: Stage) -> None:
     settings = ConversationSettings(slow_mode_seconds=3_600)
     await on.keeper.call(client.UpdateConversation(conversation_id=on.about, settings=settings))
-    await heard(on.keeper, await sent(on.member, on.about, "The last one for an hour"))
+    await received_message(on.keeper, await sent(on.member, on.about, "The last one for an hour"))
 
 
 async def block(on: Stage) -> None:

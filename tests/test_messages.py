@@ -13,7 +13,7 @@ from protocol.payloads import Code
 from protocol.reaction import normalized
 from prove.client import Client
 from server.db import migrate
-from tests.world import Room, Somebody, World, heard, message, refused, sent
+from tests.world import Room, UserSession, World, message, received_message, refused, sent
 
 
 async def test_a_message_keeps_all_that_was_sent(room: Room) -> None:
@@ -23,7 +23,7 @@ async def test_a_message_keeps_all_that_was_sent(room: Room) -> None:
         metadata={"deep": {"n": [1, None, "é\n"]}}, quoted_message_id=first,
     )  # fmt: skip
     await room.ada.call(frame)
-    event = await heard(room.charles, frame.message_id)
+    event = await received_message(room.charles, frame.message_id)
     got = await room.charles.call(client.GetMessage(**room.at(frame.message_id)), server.OneMessage)
     assert got.message == event
     assert (event.content_type, event.payload, event.metadata) == ("code", frame.payload, frame.metadata)
@@ -112,7 +112,7 @@ async def test_a_deleted_message_keeps_its_place_and_loses_its_words(room: Room,
     assert await room.ada.call(client.Delete(**room.at(message_id)), server.Changed) == first
     page = await room.charles.call(client.History(conversation_id=room.group), server.MessagePage)
     (left,) = page.messages
-    assert (left.id, left.is_deleted, left.deleted_by) == (message_id, True, room.them[0].id)
+    assert (left.id, left.is_deleted, left.deleted_by) == (message_id, True, room.users[0].id)
     assert (left.content, left.metadata, left.mentions, left.reactions) == ("", None, [], {})
     for frame in (
         client.Edit(**room.at(message_id), content="Back"),
@@ -130,7 +130,7 @@ async def test_only_moderators_delete_for_others(room: Room, world: World) -> No
     hers = await sent(await world.connect(mary), room.group)
     with refused(ErrorCode.FORBIDDEN, None):
         await room.charles.call(client.Delete(**room.at(hers)))
-    await room.ada.call(client.SetRole(conversation_id=room.group, user_id=room.them[1].id, role="moderator"))
+    await room.ada.call(client.SetRole(conversation_id=room.group, user_id=room.users[1].id, role="moderator"))
     await room.charles.call(client.Delete(**room.at(hers)))
 
 
@@ -176,7 +176,7 @@ async def test_reaction_that_can_no_longer_be_put_on_can_be_taken_back(room: Roo
     """Older versions stored any text, and each spelling of an emoji; imports store names that nobody may send."""
     stored = ["lol", "❤", "❤\ufe0f", ":thumbsup::skin-tone-2:", ":Ship-It:"]
     message_id = await sent(room.ada, room.group)
-    await world.db.execute(OLD_REACTION, message_id, room.them[0].id, room.group, stored)
+    await world.db.execute(OLD_REACTION, message_id, room.users[0].id, room.group, stored)
     await world.db.execute(COUNTED, message_id, stored)
     with refused(ErrorCode.INVALID, "emoji"):
         await room.charles.call(client.Unreact(**room.at(message_id), emoji="lol"))
@@ -190,7 +190,7 @@ async def test_reaction_that_can_no_longer_be_put_on_can_be_taken_back(room: Roo
 
 async def test_reactions_in_older_spellings_become_one(room: Room, world: World) -> None:
     message_id = await sent(room.ada, room.group)
-    ada, charles = (one.id for one in room.them)
+    ada, charles = (one.id for one in room.users)
     await world.db.execute(OLD_REACTION, message_id, ada, room.group, ["❤", "❤\ufe0f", ":Ship-It:", "lol"])
     await world.db.execute(OLD_REACTION, message_id, charles, room.group, ["❤", "☺\ufe0e", "👍"])
     old = ["❤", "❤\ufe0f", ":Ship-It:", "lol", "☺\ufe0e", "👍"]
@@ -282,14 +282,14 @@ async def test_history_says_which_reactions_are_mine(room: Room) -> None:
 async def test_read_by_and_unread_follow_from_positions(room: Room, world: World) -> None:
     ids = [await sent(room.ada, room.group, str(number)) for number in range(3)]
 
-    async def unread(who: Somebody) -> int:
+    async def unread(who: UserSession) -> int:
         async with Client(world.url, who.token) as one:
             view = (await one.event(server.Conversations)).conversations[0]
             return view.unread_count
 
-    assert [await unread(one) for one in room.them] == [0, 3]
+    assert [await unread(one) for one in room.users] == [0, 3]
     await room.charles.call(client.Read(**room.at(ids[1])))
-    assert await unread(room.them[1]) == 1
+    assert await unread(room.users[1]) == 1
     read_by = [(await room.ada.call(client.GetMessage(**room.at(one)), server.OneMessage)).read_by for one in ids]
     assert read_by == [1, 1, 0]
 
@@ -297,14 +297,14 @@ async def test_read_by_and_unread_follow_from_positions(room: Room, world: World
 async def test_unread_stops_at_a_hundred(room: Room, world: World) -> None:
     for number in range(105):
         await sent(room.ada, room.group, str(number))
-    phone = await world.connect(room.them[1])
+    phone = await world.connect(room.users[1])
     assert (await phone.event(server.Conversations)).conversations[0].unread_count == 100
 
 
 async def test_users_have_faces(room: Room, world: World) -> None:
     private = await world.user("Private")
     await world.db.execute('UPDATE "user" SET is_private = true WHERE id = $1', private.id)
-    asked = client.GetUsers(user_ids=[room.them[1].id, private.id, UserId(uuid7())])
+    asked = client.GetUsers(user_ids=[room.users[1].id, private.id, UserId(uuid7())])
     assert [one.name for one in (await room.ada.call(asked, server.UserList)).users] == ["Charles"]
     with refused(ErrorCode.NOT_FOUND, "participants"):
         await room.ada.call(client.AddParticipants(conversation_id=room.group, participants=[private.id]))

@@ -23,7 +23,7 @@ from protocol.server import Error
 from prove.client import Client
 from prove.truth import recount
 from server.core.config import Settings
-from tests.world import Somebody, World, message, sent
+from tests.world import UserSession, World, message, sent
 
 PEOPLE = 3
 OK, FORBIDDEN, NOT_FOUND, CONFLICT = None, ErrorCode.FORBIDDEN, ErrorCode.NOT_FOUND, ErrorCode.CONFLICT
@@ -321,7 +321,7 @@ Step = tuple[str, int, int, Literal["admin", "moderator", "member", "guest"], st
 
 
 def step_of(  # noqa: C901, PLR0911, PLR0912 - a table of what can be said
-    model: Model, about: ConversationId, people: list[Somebody], step: Step
+    model: Model, about: ConversationId, people: list[UserSession], step: Step
 ) -> tuple[Frame, Code] | None:
     """Return what somebody says in a step, and what they should be answered; None for what is about oneself."""
     kind, who, other, role, grant, flag = step

@@ -26,9 +26,9 @@ from server.jobs.push import seconds_of
 from server.jobs.push_drops import Drops
 from server.jobs.push_posts import Failed, Posts, Push
 from server.queries.push import PushPost
-from tests.browser import Browser, post_to, say, text
+from tests.browser import Browser, post_to, prepared_push, text
 from tests.conftest import Servers
-from tests.world import PUSH_POINT, Room, Somebody, World, refused, sent, until
+from tests.world import PUSH_POINT, Room, UserSession, World, refused, sent, until
 
 
 async def feed(one: Any, *kinds: str) -> list[tuple[str, Any]]:
@@ -47,14 +47,14 @@ async def test_the_feed_has_what_concerns_one_and_nothing_else(room: Room, world
     await sent(room.ada, room.group, "Come, @moderator")
     await sent(room.ada, room.group, "A reply", parent_message_id=mine)
     await hers.call(client.React(**room.at(mine), emoji="👍"))
-    await hers.call(client.RequestFriend(user_id=room.them[1].id))
+    await hers.call(client.RequestFriend(user_id=room.users[1].id))
     other = await world.group(hers, await world.user("Grace"))
-    await hers.call(client.Invite(conversation_id=other, participants=[room.them[1].id]))
+    await hers.call(client.Invite(conversation_id=other, participants=[room.users[1].id]))
     assert await feed(room.charles) == [
         ("invitation", mary.id), ("friend_request", mary.id), ("reaction", "Mine"), ("reply", "A reply"),
         ("mention", "Listen, @everyone"), ("mention", "Look, @charles"),
     ]  # fmt: skip
-    await room.ada.call(client.SetRole(conversation_id=room.group, user_id=room.them[1].id, role="moderator"))
+    await room.ada.call(client.SetRole(conversation_id=room.group, user_id=room.users[1].id, role="moderator"))
     assert [said for _, said in await feed(room.charles, "mention")] == [
         "Come, @moderator", "Listen, @everyone", "Look, @charles",
     ]  # fmt: skip
@@ -75,7 +75,7 @@ async def test_what_is_taken_back_is_in_the_feed_no_more(room: Room, world: Worl
     await room.ada.call(client.Edit(**room.at(said), content="Never mind"))
     await room.ada.call(client.Delete(**room.at(reply)))
     await room.ada.call(client.Unreact(**room.at(mine), emoji="👍"))
-    await world.judge(client.Moderate(**room.at(hidden), reason="Rude"))
+    await world.moderate_as_owner(client.Moderate(**room.at(hidden), reason="Rude"))
     assert await feed(room.charles) == []
 
 
@@ -87,7 +87,7 @@ async def test_the_feed_in_pages_and_what_is_new_in_it(room: Room, world: World)
     rest = await room.charles.call(client.ListFeed(limit=3, after=first.after), server.FeedPage)
     contents = [entry.message.content[0] for entry in (*first.entries, *rest.entries) if entry.message]
     assert (contents, rest.after, first.unread_count) == (["4", "3", "2", "1", "0"], None, 5)
-    phone = await world.connect(room.them[1])
+    phone = await world.connect(room.users[1])
     await room.charles.call(client.SeeFeed())
     assert (await phone.event(server.MeChanged)).me.feed_seen_at is not None
     await sent(room.ada, room.group, "6 @charles")
@@ -206,7 +206,7 @@ async def test_quiet_hours_in_an_unknown_zone_are_those_of_utc(
 ) -> None:
     hours = [(datetime.now(UTC) + timedelta(hours=one)).time().replace(microsecond=0) for one in (-1, 1)]
     await room.charles.call(client.UpdateProfile(quiet_from=hours[0], quiet_until=hours[1]))
-    await world.db.execute("""UPDATE "user" SET time_zone = 'Mars/Olympus' WHERE id = $1""", room.them[1].id)
+    await world.db.execute("""UPDATE "user" SET time_zone = 'Mars/Olympus' WHERE id = $1""", room.users[1].id)
     await sent(room.ada, room.group, "At night?")
     await asyncio.gather(*(worker.app.web_push.push_due() for worker in world.workers))
     await room.charles.call(client.UpdateProfile(quiet_from=None, quiet_until=None))
@@ -228,7 +228,7 @@ async def test_an_endpoint_ends_with_its_session_or_its_service(room: Room, worl
     await room.charles.call(client.UnregisterPush(endpoint=browser.url))
     assert await world.db.fetchval("SELECT count(*) FROM push_endpoint") == 0
     await room.charles.call(browser.subscription())
-    await world.db.execute("DELETE FROM session WHERE user_id = $1", room.them[1].id)
+    await world.db.execute("DELETE FROM session WHERE user_id = $1", room.users[1].id)
     assert await world.db.fetchval("SELECT count(*) FROM push_endpoint") == 0
 
 
@@ -239,7 +239,7 @@ async def test_of_each_person_the_newest_endpoints_are_kept(room: Room, world: W
         await room.charles.call(browser.subscription())
     kept = {row[0].rsplit("/", 1)[1] for row in await world.db.fetch("SELECT endpoint FROM push_endpoint")}
     assert kept == {str(number) for number in range(5, 25)}
-    nobody: Somebody = room.them[0]
+    nobody: UserSession = room.users[0]
     await room.ada.call(client.UnregisterPush(endpoint=browser.url))
     assert await world.db.fetchval("SELECT count(*) FROM push_endpoint") == 20, "one's own alone"
     with refused(ErrorCode.NOT_FOUND, "message_id"):
@@ -278,7 +278,7 @@ async def test_each_participant_on_every_page_gets_the_latest_message_that_conce
         await browser.start()
         await device.call(browser.subscription())
     await devices[0].call(client.SetPreferences(conversation_id=room.group, notification_level="mentions"))
-    await devices[1].call(client.Mute(user_id=room.them[1].id))
+    await devices[1].call(client.Mute(user_id=room.users[1].id))
     await devices[2].call(client.SetPreferences(conversation_id=room.group, notification_level="none"))
     mention = await sent(room.ada, room.group, "@p0")
     plain = await sent(room.ada, room.group, "Older")
@@ -286,7 +286,7 @@ async def test_each_participant_on_every_page_gets_the_latest_message_that_conce
     one = world.workers[0].app.web_push
     one._due = push_due.DueMessages(one._drops)  # noqa: SLF001 - what waits already is not added again
     one._due._clock = lambda: -60.0  # noqa: SLF001 - all that is added now is due
-    for message_id, sender in ((mention, room.them[0]), (plain, room.them[0]), (last, room.them[1])):
+    for message_id, sender in ((mention, room.users[0]), (plain, room.users[0]), (last, room.users[1])):
         one._due.add(room.group, sender.id, message_id, seconds=0.0)  # noqa: SLF001
     one._due._clock = monotonic  # noqa: SLF001
     try:
@@ -336,7 +336,7 @@ async def test_keys_that_nothing_can_be_encrypted_with_are_refused(
         while await world.db.fetchval("SELECT count(*) FROM push_endpoint"):
             await asyncio.sleep(0.01)
     lines = [one for one in caplog.messages if "unusable endpoint" in one]
-    assert [(str(room.them[1].id) in one, "127.0.0.1" in one, browser.url in one) for one in lines] == [
+    assert [(str(room.users[1].id) in one, "127.0.0.1" in one, browser.url in one) for one in lines] == [
         (True, True, False)
     ]
 
@@ -433,7 +433,7 @@ async def idle(queue: Posts) -> None:
 
 
 async def test_a_silent_host_takes_one_slot(held: Held) -> None:
-    queue = Posts(say, held.send, Drops())
+    queue = Posts(prepared_push, held.send, Drops())
     for number in range(20):
         queue.add(post(number))
     for number in range(push_posts.SLOTS):
@@ -466,7 +466,7 @@ async def test_a_failing_host_is_left_alone_for_longer_each_time(
     monkeypatch.setattr(push_posts.time, "monotonic", lambda: clock)  # type: ignore[attr-defined]
     held.retry_after = retry_after
     held.gate.set()
-    queue = Posts(say, held.send, Drops())
+    queue = Posts(prepared_push, held.send, Drops())
     for wait in waits:
         queue.add(post())
         queue.start()
@@ -502,7 +502,7 @@ async def test_every_dropped_notification_is_counted_and_one_of_a_stretch_is_log
     monkeypatch.setattr(push_posts, "MAX_QUEUED", 40)
     held.retry_after = 0.0
     drops = Drops()
-    queue = Posts(say, held.send, drops)
+    queue = Posts(prepared_push, held.send, drops)
     for number in range(30):
         queue.add(post(number))
     assert drops.counts == {"queue_full": 10}, "hosts that are not known to be fast fill half of the queue"
@@ -532,7 +532,7 @@ async def test_hosts_and_signatures_are_bounded(held: Held, world: World, monkey
     monkeypatch.setattr(push_posts, "MAX_HOSTS", 3)
     monkeypatch.setattr(push, "MAX_SIGNED", 3)
     drops = Drops()
-    queue = Posts(say, held.send, drops)
+    queue = Posts(prepared_push, held.send, drops)
     for number in range(4):
         queue.add(post(host=f"{number}.example"))
     assert drops.counts == {"too_many_hosts": 1}, "all of them have something queued"
@@ -555,7 +555,7 @@ async def test_hosts_that_back_off_are_forgotten_last(held: Held, monkeypatch: p
     monkeypatch.setattr(push_posts, "MAX_HOSTS", 3)
     held.gate.set()
     drops = Drops()
-    queue = Posts(say, held.send, drops)
+    queue = Posts(prepared_push, held.send, drops)
     for name, retry_after in (("longer", 200.0), ("shorter", 100.0), ("idle", None)):
         held.retry_after = retry_after
         queue.add(post(host=name))
@@ -579,7 +579,7 @@ async def test_bounds_hold_for_frames_that_come_concurrently_on_two_workers(room
     await asyncio.gather(*(sent(room.ada, room.group) for _ in range(MAX_PINS - 2)))
     await world.db.execute("UPDATE message SET is_pinned = true")
     ids = [await sent(room.ada, room.group) for _ in range(8)]
-    elsewhere = await world.connect(room.them[0], worker=1)
+    elsewhere = await world.connect(room.users[0], worker=1)
     both = (room.ada, elsewhere)
     here: dict[str, Any] = {"conversation_id": room.group}
     later = datetime.now(UTC) + timedelta(hours=1)

@@ -11,7 +11,7 @@ from protocol.payloads import Poll
 from protocol.values import ConversationSettings
 from prove.client import Client
 from server.describe.columns import granted
-from tests.world import Reader, Somebody, World, http_client, refused, sent
+from tests.world import Reader, UserSession, World, http_client, refused, sent
 
 POLL = Poll(options=["Yes", "No"])
 SAID = ("hidden", "deleted", "edited, deleted", "moderated", "moderated, shown", "pinned", "replied to", "reacted to")
@@ -22,7 +22,7 @@ WAYS = ("stays", "leaves", "is removed", "is banned", "comes back")
 class Scene:
     """A channel of an owner, a friend of theirs, and people who each said the same."""
 
-    def __init__(self, world: World, owner: Client, other: Client, people: dict[str, Somebody]) -> None:
+    def __init__(self, world: World, owner: Client, other: Client, people: dict[str, UserSession]) -> None:
         self.world, self.owner, self.other, self.people = world, owner, other, people
         self.about: ConversationId
         self.clients: dict[str, Client] = {}

@@ -31,7 +31,7 @@ from server.jobs.push_drops import Drops
 from server.jobs.push_hosts import HOST_USERS, Host
 from server.jobs.push_posts import SLOW_SLOTS, Failed, Posts, Push
 from server.jobs.safe_http import SafeHttp, Unreachable
-from tests.browser import post_to, say
+from tests.browser import post_to, prepared_push
 from tests.world import Room, World, http_client, message, sent, until
 
 PAGE = """<html><head><title>The Engine &amp; its notes</title>
@@ -228,7 +228,7 @@ def posts_by(asker: SafeHttp, drops: Drops) -> Posts:
         except Unreachable as error:
             raise Failed from error
 
-    return Posts(say, send, drops)
+    return Posts(prepared_push, send, drops)
 
 
 async def test_silent_names_fail_no_push_service_that_answers(careless: SafeHttp, site: Site, names: Names) -> None:
@@ -663,7 +663,7 @@ class TestInTheServer:
         names = ("deleted", "moderated", "edited", "kept")
         ids = {name: await sent(room.ada, room.group, f"{site.url}/{name}") for name in names}
         await room.ada.call(client.Delete(**room.at(ids["deleted"])))
-        await world.judge(client.Moderate(**room.at(ids["moderated"]), reason="Rude"))
+        await world.moderate_as_owner(client.Moderate(**room.at(ids["moderated"]), reason="Rude"))
         await room.ada.call(client.Edit(**room.at(ids["edited"]), content="Never mind"))
         may_answer.set()
         await room.charles.event(

@@ -10,7 +10,7 @@ from protocol.errors import ErrorCode
 from protocol.ids import ConversationId, MessageId, UserId
 from protocol.server import Error
 from prove.client import Client
-from tests.world import Reader, Somebody, World, heard, http_client, sent
+from tests.world import Reader, UserSession, World, http_client, received_message, sent
 
 VIEWERS = ("owner", "admin", "moderator", "member", "guest", "adder", "remover", "inviter")
 """All who take part. `adder` may add people, `remover` may remove them. `inviter` invited people, and lost the right to
@@ -50,7 +50,9 @@ Told: TypeAlias = list[tuple[str, object, object]]
 class Scene:
     """A channel in which everything has happened to everybody."""
 
-    def __init__(self, world: World, people: dict[str, Somebody], of: dict[str, Client], about: ConversationId) -> None:
+    def __init__(
+        self, world: World, people: dict[str, UserSession], of: dict[str, Client], about: ConversationId
+    ) -> None:
         self.world = world
         self.people = people
         self.of = of
@@ -78,7 +80,7 @@ class Scene:
             await self.call(name, client.Leave(conversation_id=self.about))
         last = await sent(self.of["owner"], self.about, "From here on")
         for name in VIEWERS:
-            self.base = (await heard(self.of[name], last)).version
+            self.base = (await received_message(self.of[name], last)).version
             self.starts[name] = len(self.of[name].events)
 
     async def happen(self) -> None:
@@ -95,7 +97,7 @@ class Scene:
             await self.call("owner", frame)
         end = await sent(self.of["owner"], self.about, "That was all")
         for name in VIEWERS:
-            await heard(self.of[name], end)
+            await received_message(self.of[name], end)
 
     async def _permit(self, name: str, **permissions: bool) -> None:
         await self.call(

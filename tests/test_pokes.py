@@ -23,7 +23,7 @@ from server.hub.online_users import OnlineUsers
 from server.queries import conversations, users
 from server.queries.conversations import Membership
 from server.queries.users import OwnNews
-from tests.world import Somebody, World, sent, until
+from tests.world import UserSession, World, sent, until
 
 MANY = """
 WITH made AS (
@@ -73,7 +73,7 @@ async def lone(settings: Settings) -> AsyncIterator[World]:
         yield world
 
 
-async def quiet(world: World, *who: Somebody) -> None:
+async def quiet(world: World, *who: UserSession) -> None:
     """Wait until all sockets of some users were told of everything, and no worker looks at them."""
     for one in who:
         version = await world.db.fetchval('SELECT version FROM "user" WHERE id = $1', one.id)
@@ -142,7 +142,7 @@ async def test_own_change_is_read_once_per_worker_and_memberships_only_when_they
     assert asked.taken() == (2, 2)
 
 
-async def _joins(world: World, ada: Somebody, group: ConversationId) -> None:
+async def _joins(world: World, ada: UserSession, group: ConversationId) -> None:
     await world.db.execute(
         """INSERT INTO conversation_participant (conversation_id, user_id, role, version, joined_version)
         SELECT id, $1, 'member', version, version FROM conversation WHERE id = $2""",
@@ -151,7 +151,7 @@ async def _joins(world: World, ada: Somebody, group: ConversationId) -> None:
     )
 
 
-async def _removed(world: World, ada: Somebody, group: ConversationId) -> None:
+async def _removed(world: World, ada: UserSession, group: ConversationId) -> None:
     await world.db.execute(
         "UPDATE conversation_participant SET status = 'removed' WHERE user_id = $1 AND conversation_id = $2",
         ada.id,
@@ -161,7 +161,7 @@ async def _removed(world: World, ada: Somebody, group: ConversationId) -> None:
 
 @pytest.mark.parametrize("change", [_joins, _removed])
 async def test_own_change_does_not_hide_news_that_was_missed(
-    lone: World, change: Callable[[World, Somebody, ConversationId], Awaitable[None]]
+    lone: World, change: Callable[[World, UserSession, ConversationId], Awaitable[None]]
 ) -> None:
     ada, charles = await lone.users("Ada", "Charles")
     friend = await lone.connect(charles)

@@ -86,7 +86,7 @@ async def test_no_vote_counts_after_the_poll_was_closed(room: Room, world: World
     voting = [asyncio.create_task(vote_until_closed(one, number)) for number, one in enumerate(every)]
     await until(lambda: len(answered) >= len(every))
     # Closed concurrently at both workers, it is closed once.
-    again = await world.connect(room.them[0], 1)
+    again = await world.connect(room.users[0], 1)
     closed = await asyncio.gather(
         *(one.call(client.ClosePoll(**room.at(message_id)), Changed) for one in (room.ada, again))
     )

@@ -20,7 +20,7 @@ from server.jobs import push, push_hosts, push_posts
 from server.jobs.push_drops import Drops
 from server.jobs.push_posts import Failed, Posts, Push, Rejected
 from server.queries.push import PushPost
-from tests.browser import Browser, post_to, say
+from tests.browser import Browser, post_to, prepared_push
 from tests.world import World, sent, until
 
 HOST = "https://push.example"
@@ -33,7 +33,7 @@ class Service:
         self.begun: list[str] = []
         self.refusals: dict[str, Exception] = {}
         self.silent: set[str] = set()
-        self.queue = Posts(say, self.send, Drops())
+        self.queue = Posts(prepared_push, self.send, Drops())
 
     async def send(self, push: Push, _: Stopwatch) -> None:
         self.begun.append(push.endpoint)
@@ -271,7 +271,7 @@ async def test_newer_notification_of_a_conversation_replaces_the_one_that_waits(
 
     async def keep(post: PushPost) -> Push:
         read.append(post)
-        return await say(post)
+        return await prepared_push(post)
 
     service.queue._read = keep  # noqa: SLF001
     await service.post(older, newer)

@@ -18,13 +18,13 @@ from server.queries import users
 from server.queries.users import Transition
 from tests.cluster import Cluster
 from tests.test_may_send import waiting
-from tests.world import Somebody, World, message, refused, until
+from tests.world import UserSession, World, message, refused, until
 
 
 class Pair:
     """Ada watches Charles, from the other worker."""
 
-    def __init__(self, ada: Client, charles: Somebody) -> None:
+    def __init__(self, ada: Client, charles: UserSession) -> None:
         self.ada = ada
         self.charles = charles
 
@@ -109,7 +109,7 @@ async def test_who_may_not_be_seen_is_not_watched(pair: Pair, world: World) -> N
     assert {event.presence.user_id for event in pair.seen} == {pair.charles.id}
 
 
-async def three(world: World) -> tuple[list[Somebody], list[Client]]:
+async def three(world: World) -> tuple[list[UserSession], list[Client]]:
     """Return Ada, Charles and Mary, who are strangers, and their clients. Charles is at the other worker, and his
     arrival has been announced: an announcement may take longer than the frames that follow it.
     """

@@ -8,7 +8,7 @@ from protocol import client, server
 from protocol.errors import ErrorCode
 from protocol.ids import ConversationId, UserId, uuid7
 from protocol.privacy import MET, PUBLIC, RULES, SAME, STANDINGS, YES
-from tests.world import Somebody, World, message, refused, sent
+from tests.world import UserSession, World, message, refused, sent
 
 SETTINGS = ("allow_friend_requests", "show_online_status", "allow_adding")
 SWITCHES = ("can_see_online_status", "can_send_messages", "can_see_profile")
@@ -153,7 +153,7 @@ async def test_blocking_ends_what_there_was(world: World) -> None:
     await sent(one, direct, "Again")
 
 
-def group_with(who: Somebody) -> client.CreateGroup:
+def group_with(who: UserSession) -> client.CreateGroup:
     return client.CreateGroup(conversation_id=ConversationId(uuid7()), title="Us", participants=[who.id])
 
 

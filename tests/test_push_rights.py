@@ -15,7 +15,7 @@ from prove.client import Client
 from server.core.config import Settings
 from tests.browser import Browser
 from tests.test_house import ROOT
-from tests.world import Somebody, World, http_client, sent, until
+from tests.world import UserSession, World, http_client, sent, until
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ class Case(NamedTuple):
     world: World
     ada: Client
     reader: Client
-    who: Somebody
+    who: UserSession
     browser: Browser
     group: ConversationId
     message_id: MessageId
@@ -48,7 +48,7 @@ async def delete(case: Case) -> None:
 
 
 async def moderate(case: Case) -> None:
-    await case.world.judge(client.Moderate(**case.at, reason="Rude"))  # type: ignore[arg-type]
+    await case.world.moderate_as_owner(client.Moderate(**case.at, reason="Rude"))  # type: ignore[arg-type]
 
 
 async def ban(case: Case) -> None:

@@ -175,7 +175,7 @@ async def test_reader_who_holds_every_lock_it_can_take_stops_no_writer(world: Wo
             held[relation] |= {row for row in ROWS if await role.takes(f"SELECT 1 FROM {relation} LIMIT 1 FOR {row}")}
         async with asyncio.timeout(5):
             await sent(one, channel, "Still writing")
-            await world.judge(client.Moderate(conversation_id=channel, message_id=kept, reason="Rude"))
+            await world.moderate_as_owner(client.Moderate(conversation_id=channel, message_id=kept, reason="Rude"))
             await one.call(client.SetInviteCode(conversation_id=channel, is_open=True), OneConversation)
             async with world.db.transaction():
                 await audit.record(world.db, audit.SERVER, Deed(None, "disable_user"))

@@ -126,11 +126,11 @@ async def test_the_largest_frame_is_read(ada: Client) -> None:
 async def test_abuse_closes_and_the_log_names_the_user_once(
     world: World, room: Room, caplog: pytest.LogCaptureFixture
 ) -> None:
-    for again in (room.ada, await world.connect(room.them[0])):
+    for again in (room.ada, await world.connect(room.users[0])):
         for _ in range(300):
             await again.socket.send("abuse")
         assert await again.closed() == CloseCode.ABUSE
-    named = f"closing a connection of user {room.them[0].id} with 4003 (abuse): too many frames that are refused"
+    named = f"closing a connection of user {room.users[0].id} with 4003 (abuse): too many frames that are refused"
     assert [record.message for record in caplog.records if "4003" in record.message] == [named]
 
 

@@ -12,13 +12,13 @@ from protocol.ids import UserId, uuid7
 from protocol.values import Relationship
 from prove.client import Client
 from server.queries import approaches
-from tests.world import Somebody, World, refused, sent
+from tests.world import UserSession, World, refused, sent
 
 
 class Pair:
     """Two people on two workers."""
 
-    def __init__(self, ada: Somebody, charles: Somebody, one: Client, other: Client) -> None:
+    def __init__(self, ada: UserSession, charles: UserSession, one: Client, other: Client) -> None:
         self.ada, self.charles, self.one, self.other = ada, charles, one, other
 
     async def kinds(self, of: Client) -> list[tuple[str, str, bool]]:

@@ -31,13 +31,13 @@ from server.domain import sync
 from server.gateway.connection import Connection
 from server.hub import backlog, topics
 from server.queries.changes import missed, since
-from tests.world import Somebody, World, message, sent, until
+from tests.world import UserSession, World, message, sent, until
 
 
 class Away:
     """Charles, who is away while Ada acts."""
 
-    def __init__(self, world: World, ada: Client, charles: Somebody, group: ConversationId) -> None:
+    def __init__(self, world: World, ada: Client, charles: UserSession, group: ConversationId) -> None:
         self.world = world
         self.ada = ada
         self.who = charles
@@ -434,14 +434,14 @@ ACTIONS = st.lists(
 
 
 @pytest.fixture
-async def watched(world: World) -> tuple[World, Client, Somebody]:
+async def watched(world: World) -> tuple[World, Client, UserSession]:
     return world, await world.connect(await world.user("Ada")), await world.user("Charles")
 
 
 @examples(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(actions=ACTIONS)
 async def test_old_state_plus_events_is_fresh_state(
-    watched: tuple[World, Client, Somebody], actions: list[tuple[str, int]]
+    watched: tuple[World, Client, UserSession], actions: list[tuple[str, int]]
 ) -> None:
     """Whatever happens, and wherever the connection drops in between, what was told adds up to what is."""
     world, ada, charles = watched
@@ -470,7 +470,9 @@ async def test_old_state_plus_events_is_fresh_state(
     await phone.close()
 
 
-async def listening(world: World, who: Somebody, mirror: Mirror, versions: dict[ConversationId, int] | None) -> Client:
+async def listening(
+    world: World, who: UserSession, mirror: Mirror, versions: dict[ConversationId, int] | None
+) -> Client:
     phone = Client(world.workers[1].url, who.token, query="" if versions is None else "?resume=1")
     phone.on_event = mirror.hear
     await phone.open()

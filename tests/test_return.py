@@ -14,12 +14,12 @@ from protocol.errors import CloseCode, ErrorCode, Refused
 from protocol.ids import ConversationId, uuid7
 from prove.client import Client
 from tests.test_command import Program, folder, program, registered, workers_of
-from tests.world import Somebody, World, message, sent, until
+from tests.world import UserSession, World, message, sent, until
 
 __all__ = ["folder", "program"]
 
 
-async def sent_away(world: World, who: Somebody) -> tuple[Client, server.GoingAway]:
+async def sent_away(world: World, who: UserSession) -> tuple[Client, server.GoingAway]:
     """Connect somebody to the first worker, and drain that."""
     one = await world.connect(who)
     await world.workers[0].app.drain()
@@ -39,7 +39,7 @@ async def test_a_ticket_brings_one_back_once_and_a_token_always(world: World) ->
     assert 0 <= word.reconnect_after_ms <= 10_000
     missed = await sent(other, channel, "Missed")
 
-    back = await world.connect(Somebody(ada.id, ada.name, word.ticket), 1, query="?resume=1")
+    back = await world.connect(UserSession(ada.id, ada.name, word.ticket), 1, query="?resume=1")
     assert back.ready.user.id == ada.id
     await back.call(client.Resume(epoch=back.ready.epoch, versions={channel: version}))
     changes = await back.event(server.Changes)

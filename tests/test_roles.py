@@ -14,7 +14,7 @@ from prove.client import Client
 from prove.truth import recount
 from server.gateway.dispatch import Rate
 from server.routes import ROUTES
-from tests.world import Somebody, World, message, refused, sent
+from tests.world import UserSession, World, message, refused, sent
 
 GRANTS = ("can_add_members", "can_remove_members", "can_edit_conversation", "can_delete_messages", "can_pin_messages")
 
@@ -60,7 +60,7 @@ class Room:
         owner = await world.connect(await world.user("Owner"))
         return cls(world, owner, await world.channel(owner, is_public=True))
 
-    async def enter(self, who: Somebody, role: Role = "member", **grants: bool) -> Client:
+    async def enter(self, who: UserSession, role: Role = "member", **grants: bool) -> Client:
         one = await self.world.connect(who, 1)
         await one.call(client.Join(conversation_id=self.about))
         await self.owner.call(client.SetRole(conversation_id=self.about, user_id=who.id, role=role))  # type: ignore[arg-type]
@@ -79,7 +79,7 @@ async def test_each_cell(world: World, role: Role) -> None:
 async def try_each_act(world: World, role: Role, grant: str | None) -> None:
     """Have somebody with a role and a permission do everything, in a room of its own."""
     room = await Room.make(world)
-    guest, other, somebody = await world.users("Guest", "Other", "Somebody")
+    guest, other, somebody = await world.users("Guest", "Other", "UserSession")
     lowest = await room.enter(guest, "guest")
     actor = await room.enter(somebody, role, **({grant: True} if grant else {}))
     said = await sent(lowest, room.about)

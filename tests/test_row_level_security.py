@@ -17,13 +17,13 @@ from protocol.server import Error
 from protocol.values import ConversationSettings, ConversationView, Message, ReportStatus
 from prove.client import Client
 from server.describe.columns import granted
-from tests.world import Reader, Somebody, World, message, refused, sent
+from tests.world import Reader, UserSession, World, message, refused, sent
 
 Db: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
 PEOPLE = 8
 
 
-async def crowd(world: World, seed: int) -> tuple[list[Somebody], list[Client], list[ConversationId]]:
+async def crowd(world: World, seed: int) -> tuple[list[UserSession], list[Client], list[ConversationId]]:
     """Make people who do random things to each other; return also everything there is to see."""
     chance = random.Random(seed)
     people = [await world.user(f"Person {number}") for number in range(PEOPLE)]

@@ -39,7 +39,7 @@ async def test_words_and_beginnings_of_words(room: Room) -> None:
     with refused(ErrorCode.INVALID, "text"):
         await found(room.charles, "&!|")
     with refused(ErrorCode.INVALID, "text"):
-        await found(room.charles, sender_id=room.them[0].id)
+        await found(room.charles, sender_id=room.users[0].id)
 
 
 async def test_only_what_one_may_see(room: Room, world: World) -> None:
@@ -47,9 +47,9 @@ async def test_only_what_one_may_see(room: Room, world: World) -> None:
     stranger = await world.connect(await world.user("Stranger"))
     assert await found(stranger, "engine") == []
     assert await found(stranger, "engine", conversation_id=room.group) == []
-    await world.judge(client.Moderate(**room.at(message_id), reason="Rude"))
+    await world.moderate_as_owner(client.Moderate(**room.at(message_id), reason="Rude"))
     assert await found(room.charles, "engine") == []
-    await world.judge(client.Unmoderate(**room.at(message_id)))
+    await world.moderate_as_owner(client.Unmoderate(**room.at(message_id)))
     assert await found(room.charles, "engine") == ["Secret engine"]
     await room.ada.call(client.Edit(**room.at(message_id), content="Public loom"))
     assert (await found(room.charles, "engine"), await found(room.charles, "loom")) == ([], ["Public loom"])
@@ -73,7 +73,7 @@ async def test_each_filter(room: Room, world: World) -> None:
     await sent(room.charles, room.group, "engine poll", payload=Poll(options=["Brass", "Steel"]))
     await sent(room.ada, other, "engine elsewhere")
     await room.ada.call(client.Pin(**room.at(root)))
-    charles = room.them[1].id
+    charles = room.users[1].id
     here: dict[str, Any] = {"conversation_id": room.group}
     assert await found(room.ada, "engine", conversation_id=other) == ["engine elsewhere"]
     assert await found(room.ada, "engine", sender_id=charles, **here) == ["engine poll", "engine @ada", "engine reply"]

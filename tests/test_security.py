@@ -27,7 +27,7 @@ from server.core.config import Settings
 from server.describe import DOCUMENTS
 from server.describe.handbook import is_for_participants
 from server.routes import ROUTES
-from tests.world import PUSH_POINT, Somebody, World, http_client, message, sent
+from tests.world import PUSH_POINT, UserSession, World, http_client, message, sent
 
 ROOT = Path(__file__).parent.parent
 CODE = ("server", "protocol", "prove", "loadtest", "benchmarks")
@@ -144,7 +144,7 @@ async def test_every_frame_as_every_role(world: World, role: str) -> None:
             await owner.call(client.AddParticipants(conversation_id=channel, participants=[mary.id]))
 
 
-async def become(world: World, owner: Client, channel: ConversationId, who: Somebody, role: str) -> None:
+async def become(world: World, owner: Client, channel: ConversationId, who: UserSession, role: str) -> None:
     """Give somebody a role, or have them be out in one of the ways there are."""
     if role in {"admin", "moderator", "member", "guest"}:
         frame = client.SetRole(conversation_id=channel, user_id=who.id, role=role)  # type: ignore[arg-type]

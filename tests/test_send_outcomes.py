@@ -19,7 +19,7 @@ from server.db.database import Db
 from server.handlers.sending import REFUSALS
 from server.queries import sending
 from server.queries.sending import Derived, NotStored, Outgoing, Reason, Source, Stored
-from tests.world import Somebody, World, message, refused, sent
+from tests.world import UserSession, World, message, refused, sent
 
 SLOW = ConversationSettings(slow_mode_seconds=3_600)
 
@@ -57,7 +57,7 @@ class Stage:
         await gone.close()
         await self.world.db.execute('UPDATE "user" SET is_active = false WHERE id = $1', self.gone.id)
 
-    def out(self, about: ConversationId, who: Somebody | None = None, **fields: Any) -> Outgoing:
+    def out(self, about: ConversationId, who: UserSession | None = None, **fields: Any) -> Outgoing:
         return Outgoing((who or self.charles).id, message(about, **fields))
 
     def forwarded(self, source: MessageId, about: ConversationId) -> Outgoing:

@@ -350,7 +350,7 @@ async def test_refusals_name_the_setting_and_the_block_that_can_be_changed(room:
     with pytest.raises(Refused, match="Messages cannot be edited in this conversation"):
         await room.ada.call(client.Edit(**said, content="Anew"))
     mary = await world.user("Mary")
-    ada, charles = room.them[0].id, room.them[1].id
+    ada, charles = room.users[0].id, room.users[1].id
     await room.ada.call(client.Block(user_id=mary.id))
     for frame in (client.CreateDirect, client.RequestFriend, client.Follow):
         with pytest.raises(Refused, match="Unblock them first") as told:

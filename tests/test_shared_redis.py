@@ -15,7 +15,7 @@ from server.core.config import Settings
 from server.db.epoch import epoch_id
 from tests.conftest import Servers
 from tests.test_credentials import ADA, LOGIN, registered
-from tests.world import Somebody, World, http_client, sent
+from tests.world import UserSession, World, http_client, sent
 
 pytestmark = pytest.mark.new_database
 
@@ -25,7 +25,7 @@ class Twins(NamedTuple):
 
     one: World
     copy: World
-    people: list[Somebody]
+    people: list[UserSession]
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ async def twins(servers: Servers, settings: Settings) -> AsyncIterator[Twins]:
         await admin.close()
 
 
-async def seen(one: Client, who: Somebody) -> str:
+async def seen(one: Client, who: UserSession) -> str:
     watched = await one.call(client.Watch(user_ids=[who.id]), server.PresenceList)
     return watched.presences[0].status
 

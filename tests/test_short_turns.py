@@ -176,7 +176,7 @@ def portions(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 async def test_no_connection_is_held_while_rows_are_decoded(room: Room, world: World, portions: list[int]) -> None:
     there = await filled(room, world)
     await room.ada.call(Pin(**room.at(there.root)))
-    again = await world.connect(room.them[0], query="?resume=1")
+    again = await world.connect(room.users[0], query="?resume=1")
     frames = [
         ListPins(conversation_id=room.group),
         *(one.frame for one in walks_of(room, there) + whole_of(room, there)),

@@ -7,7 +7,7 @@ from protocol import client, server
 from protocol.errors import ErrorCode
 from protocol.ids import MessageId, uuid7
 from protocol.values import ConversationSettings
-from tests.world import Room, World, heard, message, refused, sent
+from tests.world import Room, World, message, received_message, refused, sent
 
 
 async def test_replies_take_their_places_and_stay_out_of_the_conversation(room: Room) -> None:
@@ -15,7 +15,7 @@ async def test_replies_take_their_places_and_stay_out_of_the_conversation(room: 
     replies = [await sent(room.charles, room.group, str(number), parent_message_id=root) for number in range(5)]
     nested = await sent(room.ada, room.group, "5", parent_message_id=replies[2])
     loud = await sent(room.ada, room.group, "6", parent_message_id=root, also_in_conversation=True)
-    told = [await heard(room.charles, one) for one in (*replies, nested, loud)]
+    told = [await received_message(room.charles, one) for one in (*replies, nested, loud)]
     assert [one.thread_order for one in told] == [1, 2, 3, 4, 5, 6, 7]
     assert {one.thread_root_id for one in told} == {root}
     page = await room.charles.call(client.History(conversation_id=room.group), server.MessagePage)
@@ -37,7 +37,7 @@ async def test_replies_take_their_places_and_stay_out_of_the_conversation(room: 
     got = await room.charles.call(client.GetThread(**place), server.OneThread)
     assert (got.thread.root.reply_count, got.thread.root.thread_order) == (6, 7)
     again = await sent(room.ada, room.group, "7", parent_message_id=root)
-    assert (await heard(room.charles, again)).thread_order == 8, "a place is not given twice"
+    assert (await received_message(room.charles, again)).thread_order == 8, "a place is not given twice"
 
 
 async def test_who_takes_part_follows_and_what_is_new_is_counted(room: Room, world: World) -> None:
@@ -59,7 +59,7 @@ async def test_who_takes_part_follows_and_what_is_new_is_counted(room: Room, wor
     await sent(room.charles, room.group, "2", parent_message_id=root)
     assert [await unread(one) for one in (room.ada, room.charles, reader)] == [(True, 2), (True, 0), (True, 1)]
     view = (await room.ada.call(client.GetThread(**place), server.OneThread)).thread
-    assert (view.participants, view.last_reply and view.last_reply.content) == ([room.them[1].id], "2")
+    assert (view.participants, view.last_reply and view.last_reply.content) == ([room.users[1].id], "2")
     listed = await room.ada.call(client.ListThreads(is_unread=True), server.ThreadList)
     assert [one.root.id for one in listed.threads] == [root]
     await room.ada.call(client.ReadThread(**place, thread_order=1))
@@ -88,9 +88,9 @@ async def test_what_does_not_count_in_a_thread(room: Room) -> None:
     await room.charles.call(client.Delete(**room.at(gone)))
     await room.ada.call(client.Moderate(**room.at(hidden), reason="Rude"))
     assert await unread() == 1
-    await room.ada.call(client.Mute(user_id=room.them[1].id))
+    await room.ada.call(client.Mute(user_id=room.users[1].id))
     assert await unread() == 0
-    await room.ada.call(client.Unmute(user_id=room.them[1].id))
+    await room.ada.call(client.Unmute(user_id=room.users[1].id))
     await room.ada.call(client.Unmoderate(**room.at(hidden)))
     assert await unread() == 2
 

@@ -16,7 +16,7 @@ from server.gateway.dispatch import Rate
 from server.limits import load_shedding
 from server.routes import ROUTES
 from tests.twins import COMPANION, VIEWER, WORDS, XAVER, Twin
-from tests.world import Somebody, World, http_client
+from tests.world import UserSession, World, http_client
 
 Fact = Callable[[Twin], Awaitable[None]]
 
@@ -99,7 +99,7 @@ async def is_private_to_strangers(twin: Twin) -> None:
 
 async def deactivates(twin: Twin) -> None:
     async with http_client(twin.world.url) as http:
-        headers = {"authorization": f"Bearer {twin.people[XAVER].token}"}
+        headers = {"authorization": f"Bearer {twin.users[XAVER].token}"}
         answer = await http.post("/v1/auth/deactivate", headers=headers, json={"password": WORDS})
     assert answer.status_code == 204
     twin.xaver = None
@@ -155,14 +155,14 @@ async def test_worlds_that_differ_in_a_hidden_fact_look_alike(world: World, case
         twin = Twin(world, f"é{number}")
         await twin.begin(have_met=have_met, are_friends=are_friends)
         await fact(twin)
-        await twin.look(writes=writes)
+        await twin.collect(writes=writes)
         twins.append(twin)
     first, *others = twins
     for fact, other in zip(facts[1:], others, strict=True):
         wrong = {
-            kind: list(difflib.unified_diff(told, other.told[kind], facts[0].__name__, fact.__name__, n=0))
-            for kind, told in first.told.items()
-            if told != other.told[kind]
+            kind: list(difflib.unified_diff(told, other.received[kind], facts[0].__name__, fact.__name__, n=0))
+            for kind, told in first.received.items()
+            if told != other.received[kind]
         }
         assert not wrong, "\n".join(f"{kind}:\n" + "\n".join(lines) for kind, lines in wrong.items())
 
@@ -207,7 +207,7 @@ def inviting(twin: Twin) -> list[client.Frame]:
 async def test_every_frame_that_names_participants_is_compared(world: World) -> None:
     twin = Twin(world, "é0")
     naming = {frame for frame in ROUTES if "participants" in frame.__struct_fields__}
-    twin.people = {name: Somebody(UserId(uuid7()), name, "") for name in (VIEWER, XAVER, COMPANION)}
+    twin.users = {name: UserSession(UserId(uuid7()), name, "") for name in (VIEWER, XAVER, COMPANION)}
     assert {type(frame) for frame in inviting(twin)} == naming
 
 
@@ -222,7 +222,7 @@ async def test_answers_to_an_invitation_hide_a_block_in_each_world(world: World,
     app._services = msgspec.structs.replace(app._services, anyone_adds=anyone_adds)  # noqa: SLF001
     told: dict[str, list[str]] = {}
     for twin, fact in zip(twins, UNINVITABLE, strict=True):
-        again = await world.connect(twin.people[VIEWER])
+        again = await world.connect(twin.users[VIEWER])
         await twin.ask(again, "inviting", inviting(twin))
-        told[fact.__name__] = twin.told["inviting"]
+        told[fact.__name__] = twin.received["inviting"]
     assert all(one == told["only_blocks"] for one in told.values()), told

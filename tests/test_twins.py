@@ -12,14 +12,14 @@ from protocol.values import User
 from prove.client import Client
 from server.queries import push, relationships
 from server.queries.relationships import RelationshipChange
-from tests.world import PUSH_POINT, Room, Somebody, World, sent
+from tests.world import PUSH_POINT, Room, UserSession, World, sent
 
 BLOCKS, HIDES, SWITCHED, INVISIBLE, AWAY = "Blocks", "Hides", "Switched", "Invisible", "Away"
 
 
-async def people(room: Room, world: World) -> dict[str, Somebody]:
+async def people(room: Room, world: World) -> dict[str, UserSession]:
     """Return members of the room who are connected in ways that Ada may not know of, and one who is not."""
-    ada = room.them[0].id
+    ada = room.users[0].id
     names = (BLOCKS, HIDES, SWITCHED, INVISIBLE, AWAY)
     them = dict(zip(names, await world.users(*names), strict=True))
     await room.ada.call(
@@ -42,7 +42,7 @@ async def people(room: Room, world: World) -> dict[str, Somebody]:
     return them
 
 
-async def about(room: Room, who: Somebody, message_id: MessageId) -> str:
+async def about(room: Room, who: UserSession, message_id: MessageId) -> str:
     """Return all that Ada is told about somebody, without their id and name."""
     told: list[Any] = []
     page = await room.ada.call(client.Why(conversation_id=room.group, message_id=message_id), server.Whereabouts)
@@ -102,7 +102,7 @@ async def test_every_frame_shows_the_same_faces_of_participants(room: Room, worl
     await room.ada.call(client.Invite(conversation_id=room.group, participants=[outsiders["Invited"].id]))
     await room.ada.call(client.RemoveParticipant(conversation_id=room.group, user_id=outsiders["Banned"].id, ban=True))
     for one in (them["Blocks"], *outsiders.values()):
-        await (await world.connect(one)).call(client.Block(user_id=room.them[0].id))
+        await (await world.connect(one)).call(client.Block(user_id=room.users[0].id))
     await world.db.execute('UPDATE "user" SET is_private = true WHERE id = $1', them["Private"].id)
     await world.db.execute('UPDATE "user" SET is_active = false WHERE id = $1', them["Gone"].id)
     await world.db.execute('UPDATE "user" SET erased_at = now(), is_deleted = true WHERE id = $1', them["Erased"].id)
@@ -119,7 +119,7 @@ async def test_every_frame_shows_the_same_faces_of_participants(room: Room, worl
     asked = client.GetUsers(user_ids=[entry.participant.user_id for entry in entries])
     shown = {face.id: face for face in (await room.ada.call(asked, server.UserList)).users}
     assert {entry.participant.user_id: entry.user for entry in entries if entry.user is not None} == shown
-    assert {one.id for one in (*them.values(), *room.them)} == set(shown)
+    assert {one.id for one in (*them.values(), *room.users)} == set(shown)
     assert len(entries) == len(shown) + len(outsiders)
     assert await room.ada.call(client.Mute(user_id=them["Blocks"].id)), "one can mute whom one sees"
 
@@ -139,7 +139,7 @@ async def test_who_asks_for_friendship_shows_their_face(world: World, *, is_bloc
         assert face.name == "Private"
 
 
-async def meet(room: Room, world: World) -> tuple[Somebody, Client]:
+async def meet(room: Room, world: World) -> tuple[UserSession, Client]:
     """Return somebody in the room, whom Ada watches and sees, and their connection to the other worker."""
     who = await world.user("Xaver")
     await room.ada.call(client.AddParticipants(conversation_id=room.group, participants=[who.id]))
@@ -153,7 +153,7 @@ async def meet(room: Room, world: World) -> tuple[Somebody, Client]:
 
 async def test_a_new_face_is_told_to_who_may_not_see_presence_and_presence_is_not(room: Room, world: World) -> None:
     _, one = await meet(room, world)
-    await one.call(client.Block(user_id=room.them[0].id))
+    await one.call(client.Block(user_id=room.users[0].id))
     await room.ada.event(server.PresenceChanged, lambda event: event.presence.status == "offline")
     await room.ada.synced()
     seen = len(room.ada.events)
@@ -161,7 +161,7 @@ async def test_a_new_face_is_told_to_who_may_not_see_presence_and_presence_is_no
     await one.call(client.UpdateProfile(display_name="X."))
     assert (await room.ada.event(server.UserUpdated)).user.display_name == "X."
     assert not [event for event in room.ada.events[seen:] if isinstance(event, server.PresenceChanged)]
-    await one.call(client.Unblock(user_id=room.them[0].id))
+    await one.call(client.Unblock(user_id=room.users[0].id))
     # The presence of now comes without another change of it.
     await room.ada.event(server.PresenceChanged, lambda event: event.presence.custom_status == "Computing")
     await one.call(client.SetPresence(status="online"))
@@ -170,13 +170,13 @@ async def test_a_new_face_is_told_to_who_may_not_see_presence_and_presence_is_no
 
 async def test_a_worker_that_missed_a_block_notices_it_and_tells_nobody_of_its_clock(room: Room, world: World) -> None:
     who, _ = await meet(room, world)
-    ada = room.them[0].id
+    ada = room.users[0].id
     before = await world.db.fetchval('SELECT version FROM "user" WHERE id = $1', ada)
     await relationships.put(world.db, who.id, ada, RelationshipChange("block", "active"), who.id)
     await world.workers[0].app.hub.online_users.compare(parts=1)
     await room.ada.event(server.PresenceChanged, lambda event: event.presence.status == "offline")
     assert await world.db.fetchval('SELECT version FROM "user" WHERE id = $1', ada) == before
-    again = await world.connect(room.them[0])
+    again = await world.connect(room.users[0])
     assert again.ready.user_version == before
 
 

@@ -5,13 +5,13 @@ import pytest
 from protocol import client, server
 from protocol.ids import ConversationId, MessageId, uuid7
 from prove.client import Client
-from tests.world import Somebody, World, message, sent
+from tests.world import UserSession, World, message, sent
 
 
 class Pair:
     """Ada on one worker, Charles on the other, in a group."""
 
-    def __init__(self, ada: Client, charles: Client, conversation_id: ConversationId, them: list[Somebody]) -> None:
+    def __init__(self, ada: Client, charles: Client, conversation_id: ConversationId, them: list[UserSession]) -> None:
         self.ada = ada
         self.charles = charles
         self.group = conversation_id

@@ -23,7 +23,7 @@ from tests.test_floods import HEAD
 from tests.test_frames import Wire, frame
 from tests.test_lock_order import WAITS
 from tests.test_silence import Streams, assert_nothing_is_kept, dial, drip, heard
-from tests.world import Somebody, World, http_client, until
+from tests.world import UserSession, World, http_client, until
 
 SHORT = 0.3
 LARGE = frame(b" " * MAX_FRAME_BYTES)
@@ -38,7 +38,7 @@ async def alone(settings: Settings) -> AsyncIterator[World]:
         yield world
 
 
-async def shake(world: World, who: Somebody | None, source: str = "127.0.0.1") -> Wire:
+async def shake(world: World, who: UserSession | None, source: str = "127.0.0.1") -> Wire:
     """Return a WebSocket, of somebody or of nobody yet."""
     host, _, port = world.url.removeprefix("http://").rpartition(":")
     wire = Wire(*await asyncio.open_connection(host, int(port), local_addr=(source, 0)))
@@ -186,7 +186,7 @@ async def test_bytes_of_unfinished_messages_are_counted_by_user(alone: World, be
     assert_nothing_is_kept(sockets)
 
 
-async def assert_takes_a_frame_in_two_reads(world: World, wire: Wire, who: Somebody) -> None:
+async def assert_takes_a_frame_in_two_reads(world: World, wire: Wire, who: UserSession) -> None:
     held = world.workers[0].app.sockets.unread_of_users._held  # noqa: SLF001
     padded = frame(b'{"type":"ping","id":1}' + b" " * 200_000)
     wire.writer.write(padded[:150_000])

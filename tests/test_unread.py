@@ -11,7 +11,7 @@ from protocol.ids import ConversationId, MessageId
 from prove import truth
 from prove.client import Client
 from server.queries import unread as counting
-from tests.world import Room, Somebody, World, message, refused, sent
+from tests.world import Room, UserSession, World, message, refused, sent
 
 
 async def listed(one: Client, about: ConversationId) -> int:
@@ -30,7 +30,7 @@ async def test_what_counts_and_what_does_not(room: Room, world: World) -> None:
     await sent(await world.connect(mary), room.group, "Mary's")
     assert await listed(room.charles, room.group) == 6
     await room.ada.call(client.Delete(**room.at(gone)))
-    await world.judge(client.Moderate(**room.at(hidden), reason="Rude"))
+    await world.moderate_as_owner(client.Moderate(**room.at(hidden), reason="Rude"))
     assert await listed(room.charles, room.group) == 4
     for silence, sound in ((client.Mute, client.Unmute), (client.Block, client.Unblock)):
         await room.charles.call(silence(user_id=mary.id))
@@ -44,7 +44,7 @@ async def test_what_counts_and_what_does_not(room: Room, world: World) -> None:
 
 async def test_unread_again_from_here_is_for_oneself_alone(room: Room, world: World) -> None:
     ids = [await sent(room.ada, room.group, str(number)) for number in range(4)]
-    phone = await world.connect(room.them[1])
+    phone = await world.connect(room.users[1])
     await room.charles.call(client.Read(**room.at(ids[3])))
     marked = await room.charles.call(client.MarkUnread(**room.at(ids[1])), server.ReadUpTo)
     assert marked.unread_count == 3
@@ -53,7 +53,7 @@ async def test_unread_again_from_here_is_for_oneself_alone(room: Room, world: Wo
     assert await listed(phone, room.group) == 3
     assert (await phone.call(client.GetBadge(), server.Badge)).messages == 3
     readers = await room.ada.call(client.ListReaders(**room.at(ids[3])), server.Readers)
-    assert [one.user_id for one in readers.readers] == [room.them[1].id], "others are not told"
+    assert [one.user_id for one in readers.readers] == [room.users[1].id], "others are not told"
     got = await phone.call(client.Read(**room.at(ids[2])), server.ReadUpTo)
     assert (got.message_id, got.unread_count) == (ids[3], 0), "reading anything takes the mark away"
     await room.charles.event(server.PreferencesChanged, lambda event: event.preferences.unread_from_id is None)
@@ -64,18 +64,18 @@ async def test_delivered_and_read_are_two_things(room: Room, world: World) -> No
     first, second = await sent(room.ada, room.group, "1"), await sent(room.ada, room.group, "2")
     await room.charles.call(client.Delivered(**room.at(second)))
     told = await room.ada.event(server.MessageDelivered)
-    assert (told.user_id, told.message_id) == (room.them[1].id, second)
+    assert (told.user_id, told.message_id) == (room.users[1].id, second)
     got = await room.ada.call(client.ListReaders(**room.at(first)), server.Readers)
     assert (got.delivered_to, got.read_by, got.readers) == (1, 0, [])
     await room.charles.call(client.Read(**room.at(first)))
     got = await room.ada.call(client.ListReaders(**room.at(first)), server.Readers)
-    assert (got.delivered_to, got.read_by, [one.user_id for one in got.readers]) == (1, 1, [room.them[1].id])
+    assert (got.delivered_to, got.read_by, [one.user_id for one in got.readers]) == (1, 1, [room.users[1].id])
     assert got.readers[0].read_at is not None
     await room.charles.call(client.Delivered(**room.at(first)))
     got = await room.ada.call(client.ListReaders(**room.at(second)), server.Readers)
     assert (got.delivered_to, got.read_by) == (1, 0), "it only moves forward"
     frame = client.Resume(epoch=room.ada.ready.epoch, versions={room.group: 1})
-    back = await world.connect(room.them[0], query="?resume=1")
+    back = await world.connect(room.users[0], query="?resume=1")
     await back.call(frame)
     (receipt,) = (await back.event(server.Changes)).receipts
     assert (receipt.message_id, receipt.delivered_message_id) == (first, second)
@@ -92,7 +92,7 @@ async def test_readers_are_those_who_take_part_now_and_did_when_it_was_sent(room
     assert await read_by(before) == (1, 1, 1)
     await room.charles.call(client.Leave(conversation_id=room.group))
     assert await read_by(before) == (0, 0, 0)
-    await room.ada.call(client.AddParticipants(conversation_id=room.group, participants=[room.them[1].id]))
+    await room.ada.call(client.AddParticipants(conversation_id=room.group, participants=[room.users[1].id]))
     after = await sent(room.ada, room.group)
     await room.charles.call(client.Read(**room.at(after)))
     assert [await read_by(one) for one in (before, after)] == [(0, 0, 0), (1, 1, 1)]
@@ -146,7 +146,7 @@ async def test_the_count_is_that_of_a_slow_and_obvious_recount(world: World, see
 
 async def test_what_somebody_cannot_see_cannot_be_marked(room: Room, world: World) -> None:
     message_id = await sent(room.ada, room.group)
-    stranger: Somebody = await world.user("Stranger")
+    stranger: UserSession = await world.user("Stranger")
     one = await world.connect(stranger)
     for frame in (
         client.MarkUnread(**room.at(message_id)),

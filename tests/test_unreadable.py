@@ -17,7 +17,7 @@ from protocol.limits import MAX_JSON_DEPTH, MAX_JSON_VALUES
 from protocol.payloads import File
 from tests.test_administration import Shell
 from tests.test_upkeep import elsewhere, shell
-from tests.world import Room, World, heard, http_client, refused, sent
+from tests.world import Room, World, http_client, received_message, refused, sent
 
 __all__ = ["elsewhere", "shell"]
 
@@ -81,12 +81,12 @@ async def test_every_unreadable_message_is_shown_as_far_as_it_can_be_read(
     stars = await room.charles.call(client.ListStars(limit=50), server.MessageList)
     assert {one.id for one in stars.messages} == set(broken.values())
 
-    fresh = await world.connect(room.them[1])
+    fresh = await world.connect(room.users[1])
     told = await fresh.event(server.Conversations)
     (view,) = [view for view in told.conversations if view.conversation.id == room.group]
     assert view.last_message is not None
     assert (view.last_message.id, view.last_message.is_unreadable) == (last, True)
-    again = await world.connect(room.them[1], query="?resume=1")
+    again = await world.connect(room.users[1], query="?resume=1")
     await again.call(client.Resume(epoch=again.ready.epoch, versions={room.group: before.version}))
     changes = await again.event(server.Changes)
     edited = {event.message.id: event.message for event in changes.events if isinstance(event, server.MessageSent)}
@@ -109,7 +109,7 @@ async def test_every_unreadable_message_is_shown_as_far_as_it_can_be_read(
 
 
 async def test_unreadable_settings_and_schedules_harm_nobody(room: Room, world: World) -> None:
-    other = await world.group(room.ada, room.them[1], title="Unharmed")
+    other = await world.group(room.ada, room.users[1], title="Unharmed")
     await room.charles.event(server.ConversationJoined, lambda event: event.view.conversation.id == other)
     await world.db.execute(
         "UPDATE conversation SET settings = $2 WHERE id = $1", room.group,
@@ -119,7 +119,7 @@ async def test_unreadable_settings_and_schedules_harm_nobody(room: Room, world: 
     assert (view.conversation.settings.edits_visible_to, view.conversation.settings.custom) == ("nobody", {})
     page = await room.ada.call(client.ListConversations(), server.ConversationPage)
     assert {one.conversation.id for one in page.conversations} == {room.group, other}
-    fresh = await world.connect(room.them[0])
+    fresh = await world.connect(room.users[0])
     await sent(fresh, room.group, "Still here")
 
     soon = now() + timedelta(hours=1)
@@ -172,7 +172,7 @@ async def test_an_installation_with_unreadable_rows_moves(
     assert len(await there.fetchval("SELECT metadata::text FROM message WHERE id = $1", one)) > 5_000
     await there.close()
     async with http_client(shell.world.workers[0].url) as http:
-        token = {"Authorization": f"Bearer {room.them[0].token}"}
+        token = {"Authorization": f"Bearer {room.users[0].token}"}
         exported = await http.get("/v1/auth/export", headers=token)
     assert str(one) in exported.text
     assert exported.text.endswith("]}\n")
@@ -204,7 +204,7 @@ async def test_what_is_nested_as_deeply_as_allowed_comes_as_it_was_sent(room: Ro
     assert (room.ada.ready.limits.json_depth, room.ada.ready.limits.metadata_bytes) == (20, 16 * 1024)
     metadata = json.loads(deep(MAX_JSON_DEPTH))
     one = await sent(room.ada, room.group, metadata=metadata)
-    assert (await heard(room.charles, one)).metadata == metadata
+    assert (await received_message(room.charles, one)).metadata == metadata
 
 
 async def test_values_of_an_object_are_bounded(room: Room) -> None:
@@ -216,7 +216,7 @@ async def test_values_of_an_object_are_bounded(room: Room) -> None:
             assert str(MAX_JSON_VALUES) in error.message
     metadata: dict[str, list[list[int]]] = {"a": [[] for _ in range(MAX_JSON_VALUES - 2)]}
     one = await sent(room.ada, room.group, metadata=metadata)
-    assert (await heard(room.charles, one)).metadata == metadata
+    assert (await received_message(room.charles, one)).metadata == metadata
 
 
 @pytest.mark.parametrize("value", [r'"\u0000"', "[1e308" + ",1e308" * 60 + "]", str(2**64), '{"a\\u0000": 1}'])

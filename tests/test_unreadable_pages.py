@@ -13,7 +13,7 @@ from protocol.codec import now
 from protocol.ids import ConversationId, MessageId, uuid7
 from protocol.payloads import Poll
 from server.routes import ROUTES
-from tests.world import Room, Somebody, World, sent
+from tests.world import Room, UserSession, World, sent
 
 BROKEN = (
     "ALTER TABLE conversation DROP CONSTRAINT conversation_type_known",
@@ -79,7 +79,7 @@ class Filled(NamedTuple):
     root: MessageId
     said: list[MessageId]
     reported: list[MessageId]
-    others: list[Somebody]
+    others: list[UserSession]
 
 
 async def filled(room: Room, world: World) -> Filled:
@@ -87,7 +87,7 @@ async def filled(room: Room, world: World) -> Filled:
     ada, group = room.ada, room.group
     others = await world.users("Grace", "Mary", "Joan")
     await ada.call(client.AddParticipants(conversation_id=group, participants=[one.id for one in others]))
-    rooms = [await world.group(ada, room.them[1], title=f"Room {n}") for n in range(3)]
+    rooms = [await world.group(ada, room.users[1], title=f"Room {n}") for n in range(3)]
     poll = MessageId(uuid7())
     await ada.call(client.Send(conversation_id=group, message_id=poll, content="?", payload=Poll(options=["a", "b"])))
     voters = [await world.connect(one) for one in others]
@@ -152,13 +152,13 @@ async def test_every_list_goes_on_past_an_unreadable_row(
     walks = walks_of(room, there)
     listed = {str(frame.__struct_config__.tag) for frame in ROUTES if "limit" in frame.__struct_fields__}
     assert {str(type(one.frame).__struct_config__.tag) for one in walks} | WHOLE >= listed
-    again = await world.connect(room.them[0])
+    again = await world.connect(room.users[0])
     for one in walks:
         assert (one.frame, len(await walked(again, one.frame, one.entries))) == (one.frame, one.readable)
     for frame, entries, readable in whole_of(room, there):
         assert (frame, len(getattr(await again.call(frame), entries))) == (frame, readable)
     # Their session ends in a year that Python does not know, their role is none: others who log in with them can.
-    fresh = await asyncio.gather(*(world.connect(one) for one in [*there.others, *room.them]))
+    fresh = await asyncio.gather(*(world.connect(one) for one in [*there.others, *room.users]))
     assert not [one for one in fresh if one.is_over]
     lines = [record.getMessage() for record in caplog.records if "unreadable" in record.getMessage()]
     assert len(lines) == len(set(lines)), "each is logged once"

@@ -67,7 +67,7 @@ async def busy(room: Room, world: World) -> MessageId:
     await hers.call(client.Delete(**room.at(gone)))
     await room.ada.call(client.Moderate(**room.at(await sent(hers, room.group, "Rude")), reason="Rude"))
     await room.charles.call(client.Read(**room.at(poll)))
-    await hers.call(client.RequestFriend(user_id=room.them[0].id))
+    await hers.call(client.RequestFriend(user_id=room.users[0].id))
     await room.ada.call(client.AnswerFriend(user_id=mary.id, accept=True))
     await room.ada.call(client.Pin(**room.at(root)))
     await room.ada.call(client.CreateDirect(user_id=mary.id))
@@ -160,7 +160,7 @@ async def test_a_policy_that_shows_too_much_is_found(shell: Shell, room: Room, w
 
 async def test_why_for_operators(shell: Shell, room: Room) -> None:
     message_id = await sent(room.ada, room.group)
-    await room.charles.call(client.Mute(user_id=room.them[0].id))
+    await room.charles.call(client.Mute(user_id=room.users[0].id))
     printed = await shell.run("why", str(message_id))
     assert "as version" in printed
     assert "muted" in printed

@@ -21,7 +21,7 @@ from protocol.http import LoggedIn
 from protocol.ids import ConversationId, uuid7
 from prove.client import Client
 from tests.test_command import Program, folder, registered, workers_of
-from tests.world import heard, http_client, sent
+from tests.world import http_client, received_message, sent
 
 __all__ = ("folder",)
 ROOT = Path(__file__).parent.parent
@@ -100,7 +100,7 @@ async def test_installed_program_works_beside_modules_of_the_same_names(
             await one.call(CreateChannel(conversation_id=about, title="News", is_public=True))
             await other.call(Join(conversation_id=about))
             message_id = await sent(one, about, "Hello")
-            assert (await heard(other, message_id)).content == "Hello"
+            assert (await received_message(other, message_id)).content == "Hello"
 
         assert "all is well" in await said("check", *data)
         users = json.loads(await said("user", "list", "--json", *data))

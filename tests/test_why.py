@@ -18,14 +18,14 @@ async def why(one: Client, room: Room, message_id: MessageId) -> server.Whereabo
 
 async def test_stored_published_delivered_and_read(room: Room, world: World) -> None:
     async with asyncio.timeout(10):
-        while not await world.db.fetchval('SELECT is_online FROM "user" WHERE id = $1', room.them[1].id):
+        while not await world.db.fetchval('SELECT is_online FROM "user" WHERE id = $1', room.users[1].id):
             await asyncio.sleep(0.01)
     before = datetime.now(UTC)
     message_id = await sent(room.ada, room.group)
     told = await why(room.ada, room, message_id)
     assert told.published_at is not None
     assert before - timedelta(seconds=1) < told.stored_at <= told.published_at + timedelta(seconds=1)
-    assert (told.sender_id, told.delivered_to, told.read_by) == (room.them[0].id, 0, 0)
+    assert (told.sender_id, told.delivered_to, told.read_by) == (room.users[0].id, 0, 0)
     assert [one.state for one in told.recipients] == ["unconfirmed"]
     await room.charles.call(client.Delivered(**room.at(message_id)))
     told = await why(room.ada, room, message_id)
@@ -46,14 +46,14 @@ async def test_for_each_who_has_it_not_the_reason(room: Room, world: World) -> N
         if name == "Left":
             await one.call(client.Leave(conversation_id=room.group))
         else:
-            await one.call((client.Mute if name == "Muting" else client.Block)(user_id=room.them[0].id))
+            await one.call((client.Mute if name == "Muting" else client.Block)(user_id=room.users[0].id))
     message_id = await sent(room.ada, room.group)
     await world.db.execute(
         'UPDATE "user" SET is_online = false, last_close = 4008, last_seen_at = now() WHERE id = $1', people["Slow"].id
     )
     await room.ada.call(client.AddParticipants(conversation_id=room.group, participants=[people["Late"].id]))
-    ids: dict[UserId, str] = {one.id: name for name, one in people.items()} | {room.them[1].id: "Charles"}
-    await world.db.execute('UPDATE "user" SET is_online = true WHERE id = $1', room.them[1].id)
+    ids: dict[UserId, str] = {one.id: name for name, one in people.items()} | {room.users[1].id: "Charles"}
+    await world.db.execute('UPDATE "user" SET is_online = true WHERE id = $1', room.users[1].id)
     told = await delivery_report.of(world.db, message_id, None, viewer=None)
     assert told is not None
     assert {ids[one.user_id]: one.state for one in told.recipients} == {

@@ -1,5 +1,7 @@
-"""Twins: small worlds, each with a viewer, that are alike but for one fact about somebody else. What the viewer is told
-in one, with ids, names and times replaced, is compared byte by byte with what they are told in the other.
+"""Twins: environments, each with a viewer, that differ in one fact about another user.
+
+Replies and events that the viewer receives in one are compared byte by byte with those in the other. Ids, names and
+times are replaced before.
 """
 
 import asyncio
@@ -22,7 +24,7 @@ from protocol.values import PresenceStatus
 from prove.client import Client
 from server.auth.tokens import new_token, token_hash
 from server.queries import push, sessions
-from tests.world import PUSH_POINT, Somebody, World, http_client, message, sent
+from tests.world import PUSH_POINT, UserSession, World, http_client, message, sent
 
 VIEWER, XAVER, COMPANION, MARKER = "Viewer", "Xaver", "Companion", "Marker"
 ADD = """INSERT INTO "user" (id, name, display_name, email, bio, last_seen_at) VALUES ($1, $2, $2, $3, 'Bio', $4)"""
@@ -38,25 +40,25 @@ RANDOM = re.compile(r'"(token|ip_address|user_agent|email|account_id|hash|previo
 
 
 class Twin:
-    """One of the worlds: people of this name in the same database as the others."""
+    """One of the environments: users with this label, in the same database as the others."""
 
     def __init__(self, world: World, label: str) -> None:
         self.world, self.label = world, label
-        self.people: dict[str, Somebody] = {}
+        self.users: dict[str, UserSession] = {}
         self.names: dict[str, str] = {}
         self.group = self.direct = ConversationId(uuid7())
         self.other = ConversationId(uuid7())
-        self.said: dict[str, MessageId] = {}
+        self.messages: dict[str, MessageId] = {}
         self.viewer: Client
         self.xaver: Client | None = None
         self.companion: Client
         self.began: datetime
-        self.told: dict[str, list[str]] = {}
+        self.received: dict[str, list[str]] = {}
 
     async def begin(self, *, have_met: bool, are_friends: bool) -> None:
-        """Make the people, what they are to each other and what they have said, and have the viewer watch them."""
+        """Create the users, their relationships and messages, and let the viewer watch them."""
         for rank, name in enumerate((VIEWER, XAVER, COMPANION, MARKER)):
-            # Lists that go by ids have the same order in each world.
+            # Lists ordered by id have the same order in each twin.
             user_id = UserId(
                 UUID(int=(rank << 96) | (int.from_bytes(self.label.encode()) << 24) | (4 << 76) | (8 << 60))
             )
@@ -65,10 +67,10 @@ class Twin:
             await self.world.db.execute(ACCOUNT, user_id, f"{called.lower()}@example.org", CHEAP.hash(WORDS))
             token = new_token()
             await sessions.create(self.world.db, user_id, token_hash(token), timedelta(days=1), (None, None))
-            self.people[name] = Somebody(user_id, called, token)
-        self.viewer = await self.world.connect(self.people[VIEWER])
-        self.companion = await self.world.connect(self.people[COMPANION])
-        xaver = self.xaver = await self.world.connect(self.people[XAVER])
+            self.users[name] = UserSession(user_id, called, token)
+        self.viewer = await self.world.connect(self.users[VIEWER])
+        self.companion = await self.world.connect(self.users[COMPANION])
+        xaver = self.xaver = await self.world.connect(self.users[XAVER])
         if have_met:
             await self._meet(xaver)
         if are_friends:
@@ -78,48 +80,48 @@ class Twin:
         else:
             await self.viewer.call(client.RequestFriend(user_id=self.id(XAVER)))
         await self.viewer.call(client.Follow(user_id=self.id(XAVER)))
-        self.other = await self.world.group(self.viewer, self.people[COMPANION], title=f"Other{self.label}")
+        self.other = await self.world.group(self.viewer, self.users[COMPANION], title=f"Other{self.label}")
         watch = client.Watch(user_ids=[self.id(name) for name in (XAVER, COMPANION, MARKER)])
         await self.viewer.call(watch)
         await self.settle()
-        # What was told so far is no matter.
+        # Ignore the events so far.
         self.start = len(self.viewer.events)
         self.began = now()
 
     async def _meet(self, xaver: Client) -> None:
         self.group = await self.world.group(
-            self.companion, self.people[VIEWER], self.people[XAVER], title=f"Circle{self.label}", is_public=True
+            self.companion, self.users[VIEWER], self.users[XAVER], title=f"Circle{self.label}", is_public=True
         )
         here: dict[str, Any] = {"conversation_id": self.group}
         await self.companion.call(client.SetRole(**here, user_id=self.id(VIEWER), role="admin"))
         made = await self.viewer.call(client.CreateDirect(user_id=self.id(XAVER)), server.OneConversation)
         self.direct = made.view.conversation.id
         mention = f"Hello <@{self.id(VIEWER)}>"
-        self.said["poll"] = await sent(xaver, self.group, "Tea?", payload=Poll(options=["Yes", "No"]))
-        self.said["theirs"] = await sent(xaver, self.group, mention)
-        self.said["mine"] = await sent(self.viewer, self.group, "Mine")
-        self.said["reply"] = await sent(xaver, self.group, "Reply", parent_message_id=self.said["mine"])
-        self.said["direct"] = await sent(xaver, self.direct, "Direct")
-        self.said["my direct"] = await sent(self.viewer, self.direct, "My direct")
-        await xaver.call(client.React(**here, message_id=self.said["mine"], emoji="👍"))
-        await xaver.call(client.Vote(**here, message_id=self.said["poll"], options=[0]))
-        await xaver.call(client.Read(**here, message_id=self.said["reply"]))
-        await self.companion.call(client.Pin(**here, message_id=self.said["theirs"]))
-        await self.companion.call(client.ReportMessage(**here, message_id=self.said["theirs"], reason="Rude"))
+        self.messages["poll"] = await sent(xaver, self.group, "Tea?", payload=Poll(options=["Yes", "No"]))
+        self.messages["theirs"] = await sent(xaver, self.group, mention)
+        self.messages["mine"] = await sent(self.viewer, self.group, "Mine")
+        self.messages["reply"] = await sent(xaver, self.group, "Reply", parent_message_id=self.messages["mine"])
+        self.messages["direct"] = await sent(xaver, self.direct, "Direct")
+        self.messages["my direct"] = await sent(self.viewer, self.direct, "My direct")
+        await xaver.call(client.React(**here, message_id=self.messages["mine"], emoji="👍"))
+        await xaver.call(client.Vote(**here, message_id=self.messages["poll"], options=[0]))
+        await xaver.call(client.Read(**here, message_id=self.messages["reply"]))
+        await self.companion.call(client.Pin(**here, message_id=self.messages["theirs"]))
+        await self.companion.call(client.ReportMessage(**here, message_id=self.messages["theirs"], reason="Rude"))
 
     def id(self, name: str) -> UserId:
-        return self.people[name].id
+        return self.users[name].id
 
     def at(self, which: str) -> dict[str, Any]:
         place = self.direct if which.endswith("direct") else self.group
-        return {"conversation_id": place, "message_id": self.said.get(which, MessageId(UUID(int=1)))}
+        return {"conversation_id": place, "message_id": self.messages.get(which, MessageId(UUID(int=1)))}
 
-    # ----------------------------------------------------------------------------------------- what is done meanwhile
+    # --------------------------------------------------------------------------------------------------- acts of Xaver
 
     async def settle(self) -> None:
-        """Return when all arrivals and departures are told: somebody comes and goes after them."""
+        """Wait until all changes of presence are published, by connecting and closing another user after them."""
         seen = len(self.viewer.events)
-        marker = await self.world.connect(self.people[MARKER])
+        marker = await self.world.connect(self.users[MARKER])
         await marker.close()
         marked = self.id(MARKER)
         await self.viewer.event(
@@ -132,11 +134,11 @@ class Twin:
         await self.viewer.synced()
 
     async def behave(self, *statuses: PresenceStatus) -> None:
-        """Do what a client does by itself: come and go, confirm what it has taken in, and say when it is idle."""
+        """Act as a client does by itself: connect, close, confirm deliveries and change the presence."""
         for _ in range(2):
             if self.xaver is None:
-                self.xaver = await self.world.connect(self.people[XAVER])
-                # Or else the arrival is told together with what Xaver does next.
+                self.xaver = await self.world.connect(self.users[XAVER])
+                # Otherwise the arrival would share an event with the next act of Xaver.
                 await self.settle()
             for which in ("reply", "my direct"):
                 await self.xaver.ask(client.Delivered(**self.at(which)))
@@ -144,34 +146,34 @@ class Twin:
                 await self.xaver.call(client.SetPresence(status=status))
             await self.settle()
             await self.leave()
-        self.xaver = await self.world.connect(self.people[XAVER])
+        self.xaver = await self.world.connect(self.users[XAVER])
         await self.settle()
 
     async def leave(self) -> None:
-        """Have Xaver's client go, and wait until that is known."""
+        """Close Xaver's connection and wait until that is published."""
         assert self.xaver is not None
         await self.xaver.close()
         self.xaver = None
         await self.settle()
 
     async def act(self) -> None:
-        """Do what is seen of whoever does it: say something, react, read, have another name."""
-        one = self.xaver or await self.world.connect(self.people[XAVER])
-        if self.said:
+        """Act visibly: send a message, react, read, and change the name."""
+        one = self.xaver or await self.world.connect(self.users[XAVER])
+        if self.messages:
             await sent(one, self.group, "Afterwards")
             await one.call(client.React(**self.at("theirs"), emoji="🎉"))
             await one.call(client.Read(**self.at("reply")))
         await one.call(client.UpdateProfile(display_name=f"Xaver{self.label} II"))
 
-    # ------------------------------------------------------------------------------------------- what the viewer asks
+    # --------------------------------------------------------------------------------------------- frames of the viewer
 
     def reads(self) -> list[Frame]:
-        """Return every frame that reads, about Xaver as far as it can be."""
+        """Return every frame that reads, about Xaver if the frame can be about a user."""
         here: dict[str, Any] = {"conversation_id": self.group}
         them: dict[str, Any] = {"user_id": self.id(XAVER)}
         name = f"Xaver{self.label}"
         frames: list[Frame] = [
-            client.GetUsers(user_ids=[one.id for one in self.people.values()]),
+            client.GetUsers(user_ids=[one.id for one in self.users.values()]),
             client.GetProfile(**them),
             client.SearchUsers(text=name),
             client.ListParticipants(**here),
@@ -209,7 +211,7 @@ class Twin:
         return [*frames, client.Watch(user_ids=[self.id(XAVER), self.id(COMPANION)])]
 
     def writes(self) -> list[Frame]:
-        """Return all other frames, about Xaver as far as they can be; the last ones end what there is."""
+        """Return all other frames, about Xaver if they can be about a user. The last ones delete or leave."""
         here: dict[str, Any] = {"conversation_id": self.group}
         other: dict[str, Any] = {"conversation_id": self.other}
         them: dict[str, Any] = {"user_id": self.id(XAVER)}
@@ -220,7 +222,7 @@ class Twin:
             client.Ping(),
             message(self.group, f"Hello <@{user}>"),
             message(self.group, f"Hello @{name}"),
-            message(self.group, "Reply", parent_message_id=self.said.get("reply")),
+            message(self.group, "Reply", parent_message_id=self.messages.get("reply")),
             message(self.direct, "Are you there?"),
             client.Edit(**self.at("mine"), content=f"Mine, <@{user}>", edit_id=EditId(uuid7())),
             client.Edit(**self.at("my direct"), content="Edited", edit_id=EditId(uuid7())),
@@ -268,7 +270,7 @@ class Twin:
         ]  # fmt: skip
 
     async def ask(self, one: Client, kind: str, frames: list[Frame]) -> None:
-        answers = self.told.setdefault(kind, [])
+        answers = self.received.setdefault(kind, [])
         for number, frame in enumerate(frames):
             answer = await one.ask(frame)
             found: object = msgspec.structs.replace(answer, re=None) if isinstance(answer, Error) else answer.result
@@ -281,7 +283,7 @@ class Twin:
                 await self.caught_up()
 
     async def caught_up(self) -> None:
-        """Return when the viewer's connections are told of all that is theirs alone: it is told as it is by then."""
+        """Wait until the viewer's connections have received all changes of the viewer's own data."""
         online_users = self.world.workers[0].app.hub.online_users
         async with asyncio.timeout(10):
             while True:
@@ -291,30 +293,30 @@ class Twin:
                     break
                 await asyncio.sleep(0.002)
 
-    async def look(self, *, writes: bool) -> None:
-        """Have the viewer ask for everything, on the connection that there is, on a new one, on one that resumes, and
-        over HTTP; and note all that their connections were told meanwhile.
+    async def collect(self, *, writes: bool) -> None:
+        """Send all frames of the viewer, on the open connection, a new one, one that resumes, and over HTTP. Record all
+        replies and events.
         """
         await self.ask(self.viewer, "reads", self.reads())
-        again = await self.world.connect(self.people[VIEWER])
-        back = await self.world.connect(self.people[VIEWER], query="?resume=1")
-        versions = dict.fromkeys((self.group, self.direct), 1) if self.said else {}
+        again = await self.world.connect(self.users[VIEWER])
+        back = await self.world.connect(self.users[VIEWER], query="?resume=1")
+        versions = dict.fromkeys((self.group, self.direct), 1) if self.messages else {}
         epoch = self.viewer.ready.epoch
         resumed = await back.call(client.Resume(epoch=epoch, user_version=0, versions=versions), server.Resumed)
-        self.told["resumed"] = [self.plain(resumed)]
+        self.received["resumed"] = [self.plain(resumed)]
         async with http_client(self.world.url) as http:
-            headers = {"authorization": f"Bearer {self.people[VIEWER].token}"}
+            headers = {"authorization": f"Bearer {self.users[VIEWER].token}"}
             export = (await http.get("/v1/auth/export", headers=headers)).json()
         export["relationships"].sort(key=lambda one: one["kind"])
         for key in ("conversations", "stars", "threads", "sessions"):
             export[key].sort(key=lambda one: json.dumps(self._cut(json.dumps(one)), sort_keys=True))
-        self.told["export"] = [self._cut(json.dumps(export, separators=(",", ":"), ensure_ascii=False))]
+        self.received["export"] = [self._cut(json.dumps(export, separators=(",", ":"), ensure_ascii=False))]
         queued = []
         for name, here in (("theirs", self.group), ("reply", self.group), ("direct", self.direct)):
-            if name in self.said:
-                page = push.PushPage(here, push.FIRST, (self.said[name],))
+            if name in self.messages:
+                page = push.PushPage(here, push.FIRST, (self.messages[name],))
                 queued += (await push.due(self.world.db, [page], 100)).posts
-        self.told["pushed"] = [self.plain(one) for one in await push.notices(self.world.db, queued)]
+        self.received["pushed"] = [self.plain(one) for one in await push.notices(self.world.db, queued)]
         if writes:
             await self.ask(self.viewer, "writes", self.writes())
         await self.settle()
@@ -322,8 +324,8 @@ class Twin:
             await one.synced()
             start = self.start if one is self.viewer else 0
             events = [self.plain(event) for event in one.events[start:] if not isinstance(event, server.Heartbeat)]
-            # Events of different things come in no order.
-            self.told[f"events {name}"] = sorted(event for event in events if MARKER not in event)
+            # Events about different objects have no order.
+            self.received[f"events {name}"] = sorted(event for event in events if MARKER not in event)
 
     def plain(self, told: object) -> str:
         if isinstance(told, server.Conversations):
@@ -331,9 +333,9 @@ class Twin:
         return self._cut(msgspec.json.encode(told, enc_hook=str).decode())
 
     def _cut(self, text: str) -> str:
-        """Return a text without what differs from world to world by itself."""
-        known: dict[str, str] = {str(one.id): name for name, one in self.people.items()}
-        known |= {str(one): name for name, one in self.said.items()}
+        """Return a text without ids, times and names, which always differ between twins."""
+        known: dict[str, str] = {str(one.id): name for name, one in self.users.items()}
+        known |= {str(one): name for name, one in self.messages.items()}
         known |= {str(self.group): "group", str(self.direct): "direct", str(self.other): "other"}
         text = ID.sub(lambda found: known.get(found[0], "id"), text)
         text = TIME.sub(self._when, text)

@@ -1,4 +1,4 @@
-"""A small world to test in: workers that share a database, and users with conversations."""
+"""The environment of most tests: workers that share a database, and helpers to create users and conversations."""
 
 import asyncio
 import re
@@ -40,16 +40,16 @@ PUSH_POINT = "BCVxsr7N_eNgVRqvHtD0zTZsEc6-VV-JvLexhqUzORcxaOzi6-AYWXvTBHm4bjyPjs
 """A public key of a browser (RFC 8291, section 5)."""
 
 
-JUDGE = """
+ADD_OWNER = """
 INSERT INTO conversation_participant (conversation_id, user_id, role, version) VALUES ($1, $2, 'owner', 1)
 """
-BEFRIEND = """
+ADD_FRIENDS = """
 INSERT INTO user_relationship (from_user_id, to_user_id, type, status)
 VALUES ($1, $2, 'friend', 'accepted'), ($2, $1, 'friend', 'accepted')
 """
 
 
-class Somebody(NamedTuple):
+class UserSession(NamedTuple):
     """A user with a session."""
 
     id: UserId
@@ -58,7 +58,7 @@ class Somebody(NamedTuple):
 
 
 class Worker:
-    """A worker as server/processes/worker.py runs it, in the test's own process, so that starting one takes no time."""
+    """A worker as server/processes/worker.py runs it, but in the test's own process, where it starts immediately."""
 
     def __init__(self, settings: Settings, folder: Path, number: int, *, is_alone: bool = False) -> None:
         self._settings = settings
@@ -85,7 +85,7 @@ class Worker:
 
 
 class World:
-    """Two workers, a connection to look into their database, and whoever is made."""
+    """Workers (two by default), a connection to their database, and the users and clients that a test creates."""
 
     def __init__(self, settings: Settings, *, workers: int = 2) -> None:
         self.settings = settings
@@ -112,28 +112,28 @@ class World:
     def url(self) -> str:
         return self.workers[0].url
 
-    async def user(self, name: str) -> Somebody:
-        """Make a user, with a session, but without the work of hashing a password."""
+    async def user(self, name: str) -> UserSession:
+        """Create a user with a session, without hashing a password."""
         user_id = await accounts.register(self.db, name, f"{name.lower()}.{uuid7().hex}@example.org", "no password")
         token = new_token()
         await sessions.create(self.db, user_id, token_hash(token), timedelta(days=30), (None, None))
-        return Somebody(user_id, name, token)
+        return UserSession(user_id, name, token)
 
-    async def users(self, *names: str) -> list[Somebody]:
+    async def users(self, *names: str) -> list[UserSession]:
         return [await self.user(name) for name in names]
 
-    async def befriend(self, one: Somebody, other: Somebody) -> None:
-        await self.db.execute(BEFRIEND, one.id, other.id)
+    async def befriend(self, one: UserSession, other: UserSession) -> None:
+        await self.db.execute(ADD_FRIENDS, one.id, other.id)
 
-    async def connect(self, who: Somebody, worker: int = 0, **options: Any) -> Client:
-        """Connect a user to a worker; the connection ends with the test."""
+    async def connect(self, who: UserSession, worker: int = 0, **options: Any) -> Client:
+        """Connect a user to a worker. The connection is closed at the end of the test."""
         client = await self._open.enter_async_context(Client(self.workers[worker].url, who.token, **options))
         if "resume" not in options.get("query", ""):
             await client.settled()
         return client
 
-    async def group(self, owner: Client, *others: Somebody, **fields: Any) -> ConversationId:
-        """Make a group and return its id."""
+    async def group(self, owner: Client, *others: UserSession, **fields: Any) -> ConversationId:
+        """Create a group and return its id."""
         frame = CreateGroup(
             conversation_id=ConversationId(uuid7()),
             title=fields.pop("title", "Lovelace's circle"),
@@ -143,14 +143,14 @@ class World:
         made = await owner.call(frame, OneConversation)
         return made.view.conversation.id
 
-    async def judge(self, frame: Moderate | Unmoderate) -> None:
-        """Send a frame about a message of an owner, whom nobody else judges, as another owner: SQL makes them."""
-        judge = await self.user("Judge")
-        await self.db.execute(JUDGE, frame.conversation_id, judge.id)
-        one = await self.connect(judge)
+    async def moderate_as_owner(self, frame: Moderate | Unmoderate) -> None:
+        """Send a frame about an owner's message as a second owner, added by SQL, since no other role may send it."""
+        moderator = await self.user("Moderator")
+        await self.db.execute(ADD_OWNER, frame.conversation_id, moderator.id)
+        one = await self.connect(moderator)
         await one.call(frame)
         await one.close()
-        await self.db.execute("DELETE FROM conversation_participant WHERE user_id = $1", judge.id)
+        await self.db.execute("DELETE FROM conversation_participant WHERE user_id = $1", moderator.id)
 
     async def channel(self, owner: Client, **fields: Any) -> ConversationId:
         frame = CreateChannel(conversation_id=ConversationId(uuid7()), title=fields.pop("title", "News"), **fields)
@@ -158,9 +158,9 @@ class World:
 
 
 def http_client(url: str = "", *, timeout: float = 5) -> httpx.AsyncClient:
-    """Return an HTTP client of the server at `url`, without certificates: to read them takes 40 ms.
+    """Return an HTTP client of the server at `url`, without TLS certificates, since reading them takes 40 ms.
 
-    It fails when an answer has a status that is not described.
+    It fails on a response whose status is not in the OpenAPI document.
     """
     return httpx.AsyncClient(
         base_url=url,
@@ -172,7 +172,7 @@ def http_client(url: str = "", *, timeout: float = 5) -> httpx.AsyncClient:
 
 
 async def require_described(response: httpx.Response) -> None:
-    """Fail if the description of the path that was asked for does not have the status of the answer, or its time."""
+    """Fail if the OpenAPI document does not list the status of a response, or its `Retry-After`, for the path."""
     request = response.request
     path = re.sub(r"^(/v1/auth/sessions/)[^/]+$", r"\1{session_id}", request.url.path)
     described = _statuses().get((request.method, path))
@@ -184,7 +184,7 @@ async def require_described(response: httpx.Response) -> None:
 
 @cache
 def _statuses() -> dict[tuple[str, str], dict[int, bool]]:
-    """Return the statuses of each operation, and whether they may have `Retry-After`."""
+    """Return the statuses of each operation, and whether each may have `Retry-After`."""
     return {
         (method.upper(), path): {int(status): "headers" in one for status, one in operation["responses"].items()}
         for path, operations in openapi.document()["paths"].items()
@@ -203,52 +203,54 @@ async def sent(client: Client, conversation_id: ConversationId, content: str = "
 
 
 def are_stored(outcomes: Iterable[object]) -> bool:
-    """Whether `sending.send` has stored all of these messages."""
+    """Return whether `sending.send` has stored all of these messages."""
     return all(isinstance(one, Stored) for one in outcomes)
 
 
-async def heard(client: Client, message_id: MessageId) -> Message:
-    """Return a message as an event brings it, now or soon."""
+async def received_message(client: Client, message_id: MessageId) -> Message:
+    """Wait for the event of a message, and return the message."""
     return (await client.event(MessageSent, lambda event: event.message.id == message_id)).message
 
 
-async def until(is_so: Callable[[], bool], *, seconds: float = 15.0) -> None:
-    """Wait until something is so. Raises TimeoutError if it does not come to be."""
+async def until(condition: Callable[[], bool], *, seconds: float = 15.0) -> None:
+    """Wait until a condition holds. Raises TimeoutError after `seconds`."""
     async with asyncio.timeout(seconds):
-        while not is_so():
+        while not condition():
             await asyncio.sleep(0.01)
 
 
 class Room:
-    """Ada, who owns a group, and Charles."""
+    """A group with its owner Ada, connected to the first worker, and a member Charles, connected to the second."""
 
-    def __init__(self, group: ConversationId, ada: Client, charles: Client, them: list[Somebody]) -> None:
+    def __init__(self, group: ConversationId, ada: Client, charles: Client, users: list[UserSession]) -> None:
         self.group = group
         self.ada = ada
         self.charles = charles
-        self.them = them
+        self.users = users
 
     def at(self, message_id: MessageId) -> dict[str, Any]:
-        """What names a message, in a frame about it."""
+        """Return the fields that identify a message of the group in a frame."""
         return {"conversation_id": self.group, "message_id": message_id}
 
 
 def refused(code: ErrorCode, path: str | None) -> "pytest.RaisesExc[Refused]":
+    """Expect an error with this code and path."""
     return pytest.raises(Refused, check=lambda error: (error.code, error.path) == (code, path))
 
 
 async def all_sent(scheduler: Scheduler) -> None:
-    """Return when nothing is left of the scheduled messages that a worker has begun to send."""
+    """Wait until a worker is not sending any scheduled message."""
     while scheduler._sending:  # noqa: SLF001
         await asyncio.wait(scheduler._sending)  # noqa: SLF001
 
 
 class Reader(NamedTuple):
-    """A role that may read, and the connection that uses it."""
+    """A PostgreSQL role with read access, and a connection that uses it."""
 
     name: str
     db: "asyncpg.Connection[asyncpg.Record]"
 
     async def seen(self, who: UserId | None, query: str) -> list[Any]:
+        """Return the first column of a query, run with the row-level security of a user."""
         await self.db.execute("SELECT set_config('openchat.user_id', $1, false)", "" if who is None else str(who))
         return [row[0] for row in await self.db.fetch(query)]

@@ -1,4 +1,4 @@
-"""One worker in a process of its own, somebody who attacks it, and a bystander."""
+"""One worker in a separate process, an attacker and a bystander."""
 
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -11,29 +11,29 @@ from server.core.config import Settings
 from server.processes.supervisor import Worker
 from tests.bystander import Bystander, Round
 from tests.cluster import Cluster
-from tests.world import Somebody, World
+from tests.world import UserSession, World
 
 
 class Scene(NamedTuple):
-    """Who is there. `world` makes users; connect to `url`: the worker that is attacked."""
+    """The parties of a test. `world` creates users. `url` is the address of the attacked worker."""
 
     world: World
     url: str
     worker: Worker
-    attacker: Somebody
+    attacker: UserSession
     bystander: Bystander
 
 
 @pytest.fixture
 def settings(settings: Settings) -> Settings:
-    """The limits that an installation has unless told otherwise: an attack stays within them."""
+    """The default limits, which an attack does not exceed."""
     usual = Settings()
     limits = [name for name in Settings.__struct_fields__ if name not in {"database_url", "redis_url"}]
     return msgspec.structs.replace(settings, **{name: getattr(usual, name) for name in limits})
 
 
 FIGURES = pytest.StashKey[dict[str, list[Round]]]()
-"""What the bystanders of each test have measured."""
+"""The measurements of the bystander of each test."""
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -41,7 +41,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """Show the round in the middle of each test."""
+    """Show the median round of each test."""
     if config.stash[FIGURES]:
         terminalreporter.section("the bystander's p99, in ms")
         terminalreporter.line(f"{'quiet':>8} {'attacked':>8} {'ratio':>6}")

@@ -1,4 +1,4 @@
-"""The instrument itself: it sees a server that is slower for everybody, and does not see what is not there."""
+"""The bystander detects a slow server, and reports nothing without an attack."""
 
 import asyncio
 import signal
@@ -10,7 +10,7 @@ from tests.abuse.conftest import Scene
 pytestmark = pytest.mark.more
 
 
-async def test_a_server_that_stops_now_and_then_is_noticed(scene: Scene) -> None:
+async def test_bystander_notices_a_server_that_freezes_repeatedly(scene: Scene) -> None:
     process = scene.worker.process
     assert process is not None
 
@@ -28,5 +28,5 @@ async def test_a_server_that_stops_now_and_then_is_noticed(scene: Scene) -> None
         await scene.bystander.is_unaffected(freeze, seconds=1.0)
 
 
-async def test_somebody_who_does_nothing_disturbs_nobody(scene: Scene) -> None:
+async def test_bystander_is_unaffected_without_an_attack(scene: Scene) -> None:
     await scene.bystander.is_unaffected(lambda: asyncio.sleep(60), seconds=1.0)

@@ -1,4 +1,4 @@
-"""A server of default limits on which somebody searches as much as they may, and in the worst way."""
+"""The most expensive searches that the default limits allow do not delay other users."""
 
 import asyncio
 from contextlib import AsyncExitStack
@@ -12,7 +12,7 @@ from tests.abuse.conftest import Scene
 pytestmark = pytest.mark.more
 
 MESSAGES = 60_000
-ASKERS = 40
+CONNECTIONS = 40
 WORDS = "engine loom weave brass steel punch cards gear wheel crank"
 FILL = """
 WITH said AS (
@@ -28,25 +28,25 @@ UPDATE conversation SET version = version + $3 WHERE id = $1
 """
 
 
-async def test_who_searches_in_the_worst_way_delays_nobody_else(scene: Scene) -> None:
+async def test_most_expensive_searches_do_not_delay_other_users(scene: Scene) -> None:
     async with Client(scene.url, scene.attacker.token) as attacker:
         about = await scene.world.channel(attacker)
         await scene.world.db.execute(FILL, about, WORDS, MESSAGES)
-        # Beginnings of words, which match all of them, ranked.
+        # Prefixes that match every message, ordered by relevance.
         frame = client.Search(text=" ".join(word[:3] for word in WORDS.split()), order="relevance", limit=100)
 
-        async def search(asker: Client) -> None:
+        async def search(connection: Client) -> None:
             while True:
-                await asker.ask(frame)
+                await connection.ask(frame)
                 await asyncio.sleep(0.02)
 
         async def attack() -> None:
             async with asyncio.TaskGroup() as group:
-                for asker in askers:
-                    group.create_task(search(asker))
+                for connection in connections:
+                    group.create_task(search(connection))
 
-        async with AsyncExitStack() as connections:
-            askers = [
-                await connections.enter_async_context(Client(scene.url, scene.attacker.token)) for _ in range(ASKERS)
+        async with AsyncExitStack() as stack:
+            connections = [
+                await stack.enter_async_context(Client(scene.url, scene.attacker.token)) for _ in range(CONNECTIONS)
             ]
             await scene.bystander.is_unaffected(attack)

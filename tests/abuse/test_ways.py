@@ -1,8 +1,8 @@
-"""Ways of attacking that an account has within its rates. `WAYS` is the table of contents.
+"""Attacks from an account that stays within its rate limits do not delay other users. `ATTACKS` lists the attacks.
 
-Elsewhere: searches (test_searching), three thousand silent sockets (test_silence), each kind of flood (test_floods),
-deadlocks (test_lock_order), push services that never answer (`test_silent_endpoints_delay_nobody_else` of
-test_notifications), hostile values (test_hostile_values).
+Other files test searches (test_searching), 3,000 silent sockets (test_silence), each kind of flood (test_floods),
+deadlocks (test_lock_order), push services that never respond (`test_silent_endpoints_delay_nobody_else` of
+test_notifications) and hostile values (test_hostile_values).
 """
 
 import asyncio
@@ -27,24 +27,24 @@ from tests.world import message, sent
 pytestmark = [pytest.mark.more, pytest.mark.timeout(300)]
 
 CONNECTIONS = 8
-ROOM_BYTES = 64 * 1024 * 1024
-"""Max growth of a worker by an attack: caches, and memory that the allocator keeps."""
+MAX_GROWTH_BYTES = 64 * 1024 * 1024
+"""Max growth of a worker during an attack, bytes, for caches and memory that the allocator keeps."""
 FORGED = {"origin": "https://elsewhere.example", "x-forwarded-for": "<script>, 8.8.8.8"}
 PAUSE = 0.01
-"""Interval between frames of which each is refused, in seconds: within the rate of a connection."""
+"""Interval between refused frames, seconds, within the rate limit of a connection."""
 
-Way = Callable[[Scene, Client, ConversationId], Awaitable[None]]
+Attack = Callable[[Scene, Client, ConversationId], Awaitable[None]]
 
 
 async def ask(one: Client, frame: client.Frame) -> None:
-    """Ask, and wait as told if refused."""
+    """Send a frame, and wait for `retry_after_ms` if it is refused."""
     try:
         await one.call(frame)
     except Refused as error:
         await asyncio.sleep((error.retry_after_ms or 20) / 1_000)
 
 
-def markdown(scrap: str) -> Way:
+def markdown(scrap: str) -> Attack:
     async def attack(_: Scene, one: Client, about: ConversationId) -> None:
         content = (scrap * 10_000)[:10_000]
         while True:
@@ -61,8 +61,8 @@ async def unchanged_edits(_: Scene, one: Client, about: ConversationId) -> None:
         await ask(one, edit)
 
 
-def metadata(json: str, *, pause: float) -> Way:
-    """Send raw frames with `json` as metadata, as fast as the user's rate allows if `pause` is 0."""
+def metadata(json: str, *, pause: float) -> Attack:
+    """Send raw frames with `json` as metadata, as fast as the user's rate limit allows if `pause` is 0."""
 
     async def attack(_: Scene, one: Client, about: ConversationId) -> None:
         while True:
@@ -97,8 +97,8 @@ async def silent_sockets(scene: Scene, _: Client, __: ConversationId) -> None:
             writer.close()
 
 
-def flood(name: str) -> Way:
-    """Flood a connection until it is closed, then another one."""
+def flood(name: str) -> Attack:
+    """Flood connections, each until it is closed."""
 
     async def attack(scene: Scene, _: Client, __: ConversationId) -> None:
         while True:
@@ -124,7 +124,7 @@ async def pages_of_metadata(_: Scene, one: Client, about: ConversationId) -> Non
         await ask(one, client.History(conversation_id=about, limit=MAX_PAGE))
 
 
-async def descriptions(scene: Scene, _: Client, __: ConversationId) -> None:
+async def documents(scene: Scene, _: Client, __: ConversationId) -> None:
     async with httpx.AsyncClient(base_url=scene.url, trust_env=False) as http:
         while True:
             await http.get("/v1/asyncapi.json")
@@ -138,7 +138,7 @@ async def foreign_origins(scene: Scene, _: Client, __: ConversationId) -> None:
             await asyncio.sleep(0.02)
 
 
-async def dead_credentials(scene: Scene, _: Client, __: ConversationId) -> None:
+async def invalid_credentials(scene: Scene, _: Client, __: ConversationId) -> None:
     async with httpx.AsyncClient(base_url=scene.url, trust_env=False) as http:
         while True:
             await http.post(
@@ -176,7 +176,7 @@ async def searches(_: Scene, one: Client, __: ConversationId) -> None:
 
 
 LARGE = 250_000
-WAYS: dict[str, Way] = {
+ATTACKS: dict[str, Attack] = {
     "Markdown whose HTML is too long": markdown("a\n\n* * *\n"),
     "Markdown of entities": markdown("&"),
     "Markdown of nested emphasis": markdown("**a *b "),
@@ -190,26 +190,26 @@ WAYS: dict[str, Way] = {
     "silent sockets": silent_sockets,
     "pings": flood("pings"),
     "continuation frames": flood("messages of two fragments"),
-    "descriptions without an account": descriptions,
+    "API documents without an account": documents,
     "logins from foreign origins with forged addresses": foreign_origins,
-    "credentials that are dead": dead_credentials,
+    "invalid credentials": invalid_credentials,
     "invitations of a stranger": invitations,
-    "conversations made until the bound": creating_until_refused,
-    "stars put and taken back": starring,
+    "conversations created up to the bound": creating_until_refused,
+    "stars set and removed": starring,
     "badges and lists of threads": badges,
     "searches": searches,
 }
-ALONE = {"pings": 1, "continuation frames": 1}
-"""Connections of attacks that would be an address's flood with more of them."""
+FEWER_CONNECTIONS = {"pings": 1, "continuation frames": 1}
+"""Connections of attacks that would exceed the limit of an address with more."""
 
 
-@pytest.mark.parametrize("name", WAYS)
-async def test_an_account_within_its_rates_delays_nobody_else(scene: Scene, name: str) -> None:
+@pytest.mark.parametrize("name", ATTACKS)
+async def test_attack_within_rate_limits_does_not_delay_other_users(scene: Scene, name: str) -> None:
     assert scene.worker.process is not None
     async with AsyncExitStack() as stack:
         attackers = [
             await stack.enter_async_context(Client(scene.url, scene.attacker.token))
-            for _ in range(ALONE.get(name, CONNECTIONS))
+            for _ in range(FEWER_CONNECTIONS.get(name, CONNECTIONS))
         ]
         about = await scene.world.channel(attackers[0])
         memory = resident_bytes(scene.worker.process.pid)
@@ -217,13 +217,13 @@ async def test_an_account_within_its_rates_delays_nobody_else(scene: Scene, name
         async def attack() -> None:
             async with asyncio.TaskGroup() as group:
                 for one in attackers:
-                    group.create_task(unless_closed(WAYS[name](scene, one, about)))
+                    group.create_task(until_closed(ATTACKS[name](scene, one, about)))
 
         await scene.bystander.is_unaffected(attack)
-    assert resident_bytes(scene.worker.process.pid) < memory + ROOM_BYTES
+    assert resident_bytes(scene.worker.process.pid) < memory + MAX_GROWTH_BYTES
 
 
-async def unless_closed(way: Awaitable[None]) -> None:
-    """Attack until the server closes the connection: then the attack is over."""
+async def until_closed(attack: Awaitable[None]) -> None:
+    """Attack until the server closes the connection."""
     with contextlib.suppress(ConnectionError, ConnectionClosed):
-        await way
+        await attack
