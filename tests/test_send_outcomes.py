@@ -19,7 +19,7 @@ from server.db.database import Db
 from server.handlers.sending import REFUSALS
 from server.queries import sending
 from server.queries.sending import Derived, NotStored, Outgoing, Reason, Source, Stored
-from tests.world import UserSession, World, message, refused, sent
+from tests.world import UserSession, World, message, refused, sent, until
 
 SLOW = ConversationSettings(slow_mode_seconds=3_600)
 
@@ -172,6 +172,34 @@ async def test_batch_stores_what_its_messages_would_store_alone(stage: Stage, se
             results.append((told(outcomes, batch), tuple(await db.fetchrow(STORED))))  # type: ignore[arg-type]
             await transaction.rollback()
         assert results[0] == results[1], seed
+
+
+async def test_reply_and_quote_of_a_message_in_the_same_batch_are_tried_again(stage: Stage) -> None:
+    new = stage.out(stage.group)
+    about = new.frame.message_id
+    batch = [new, stage.out(stage.group, parent_message_id=about), stage.out(stage.group, quoted_message_id=about)]
+    outcomes = await sending.send(stage.world.db, batch)
+    assert [reason(one) for one in outcomes] == ["stored", "changed", "changed"]
+    outcomes = await sending.send(stage.world.db, batch)
+    assert [reason(one) for one in outcomes] == ["duplicate", "stored", "stored"]
+
+
+async def test_reply_that_waits_beside_its_parent_is_stored(stage: Stage) -> None:
+    other = await stage.world.connect(stage.charles)
+    lanes = stage.world.workers[0].app._sends._lanes  # noqa: SLF001 - who waits for the conversation
+    first, parent = message(stage.group), message(stage.group)
+    reply = message(stage.group, parent_message_id=parent.message_id)
+    async with asyncio.timeout(10):
+        async with stage.world.db.transaction():
+            await stage.world.db.execute("SELECT FROM conversation WHERE id = $1 FOR UPDATE", stage.group)
+            waiting = [asyncio.ensure_future(stage.owner.ask(first))]
+            await until(lambda: stage.group in lanes)
+            waiting += [
+                asyncio.ensure_future(one.ask(frame)) for one, frame in ((stage.member, parent), (other, reply))
+            ]
+            await until(lambda: sum(map(len, lanes[stage.group]._waiting._lines.values())) == 2)  # noqa: SLF001
+        answers = await asyncio.gather(*waiting)
+    assert [answer for answer in answers if isinstance(answer, Error)] == []
 
 
 async def test_slow_mode_lets_one_of_many_messages_at_once_pass(stage: Stage) -> None:

@@ -90,9 +90,13 @@ Reason = Literal[
 """Why a message was not stored. Of several reasons, it is the first one in send_messages().
 
 Another attempt may succeed for two of them. `changed` means that the sender's rights changed while the statement ran,
-or that another message took the id. `loud` means that the sender may not notify everyone, so the message has to be
-composed again.
+or that another message took the id. It is also the reason of a message that refers to a new one of its batch. `loud`
+means that the sender may not notify everyone, so the message has to be composed again.
 """
+
+
+MISSING = {"missing_parent": "parent_message_id", "missing_quoted": "quoted_message_id"}
+"""The field that names the missing message, by the reason."""
 
 
 class NotStored(NamedTuple):
@@ -141,11 +145,16 @@ async def _fetched(db: Db, batch: Sequence[Outgoing], patience_ms: int, *, passe
 
 
 def _outcomes(batch: Sequence[Outgoing], rows: Sequence[Record]) -> list[Stored | NotStored | Held]:
-    """Return the outcomes of a batch. A message with the id of an earlier one in the batch has no row."""
+    """Return the outcomes of a batch. A message with the id of an earlier one in the batch has no row. A message that
+    refers to a new one in the batch has the reason `changed`.
+    """
     outcomes: list[Stored | NotStored | Held] = [NotStored("changed")] * len(batch)
+    new = {batch[place].frame.message_id for place, outcome, *_ in rows if outcome in {"stored", "held", "changed"}}
     for place, outcome, wait_ms, *stored in rows:
         if outcome == "stored":
             outcomes[place] = Stored(*stored)
+        elif outcome in MISSING and getattr(batch[place].frame, MISSING[outcome]) in new:
+            outcomes[place] = NotStored("changed")
         else:
             outcomes[place] = HELD if outcome == "held" else NotStored(outcome, wait_ms or 0)
     return outcomes
