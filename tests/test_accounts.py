@@ -1,4 +1,4 @@
-"""Accounts and sessions over HTTP, and what ends them."""
+"""Accounts and sessions over HTTP: registration, login, cookies, and the end of sessions."""
 
 import asyncio
 import re
@@ -85,16 +85,16 @@ async def test_tokens_and_passwords_are_hashed_at_rest(http: httpx.AsyncClient, 
         ({"role": "admin"}, "role"),
     ],
 )
-async def test_register_refuses(http: httpx.AsyncClient, fields: dict[str, str], path: str) -> None:
+async def test_invalid_registration_is_refused(http: httpx.AsyncClient, fields: dict[str, str], path: str) -> None:
     assert refusal(await http.post("/v1/auth/register", json=ADA | fields)) == (422, "invalid", path)
 
 
-async def test_register_refuses_a_taken_address(http: httpx.AsyncClient) -> None:
+async def test_registration_with_a_taken_address_is_refused(http: httpx.AsyncClient) -> None:
     await register(http)
     assert refusal(await http.post("/v1/auth/register", json=ADA)) == (409, "conflict", "email")
 
 
-async def test_login_refuses_alike(http: httpx.AsyncClient) -> None:
+async def test_login_does_not_reveal_whether_an_account_exists(http: httpx.AsyncClient) -> None:
     await register(http)
     wrong = await http.post("/v1/auth/login", json={"email": ADA["email"], "password": "wrong horse"})
     nobody = await http.post("/v1/auth/login", json={"email": "no@example.org", "password": "wrong horse"})
@@ -102,8 +102,8 @@ async def test_login_refuses_alike(http: httpx.AsyncClient) -> None:
     assert wrong.json() == nobody.json()
 
 
-async def test_a_password_of_nobody_takes_the_same_work() -> None:
-    """In processor time, the median of five."""
+async def test_login_takes_the_same_time_for_an_unknown_account() -> None:
+    """Measured in CPU time, as the median of five."""
     taken: dict[str | None, float] = {}
     for password_hash in (await passwords.hashed("correct horse"), None):
         times = []
@@ -112,8 +112,8 @@ async def test_a_password_of_nobody_takes_the_same_work() -> None:
             assert not await passwords.matches("wrong horse", password_hash)
             times.append(time.process_time() - begun)
         taken[password_hash] = sorted(times)[2]
-    of_somebody, of_nobody = taken.values()
-    assert 1 / 3 < of_nobody / of_somebody < 3
+    known, unknown = taken.values()
+    assert 1 / 3 < unknown / known < 3
 
 
 async def test_a_token_in_the_url_is_not_read(http: httpx.AsyncClient, world: World) -> None:
@@ -128,13 +128,13 @@ async def test_a_token_in_the_url_is_not_read(http: httpx.AsyncClient, world: Wo
     assert (await http.get("/v1/auth/sessions", headers={"Authorization": f"Bearer {token}"})).status_code == 200
 
 
-async def test_bodies_are_limited_and_understood(http: httpx.AsyncClient) -> None:
+async def test_malformed_and_large_bodies_are_refused(http: httpx.AsyncClient) -> None:
     assert refusal(await http.post("/v1/auth/login", content=b"{")) == (400, "bad_frame", None)
     big = b'{"name": "' + b"x" * 300_000
     assert refusal(await http.post("/v1/auth/register", content=big)) == (422, "invalid", None)
 
 
-async def test_attempts_are_limited(
+async def test_login_attempts_of_an_account_are_limited(
     http: httpx.AsyncClient, settings: Settings, caplog: pytest.LogCaptureFixture
 ) -> None:
     await register(http)
@@ -147,10 +147,12 @@ async def test_attempts_are_limited(
     for _ in range(2):
         assert (await http.post("/v1/auth/login", json=wrong)).status_code == 429
     (line,) = [one.getMessage() for one in caplog.records if "login attempts of" in one.getMessage()]
-    assert re.fullmatch(r"login attempts of one account reached \d+; refusing further ones for \d+ s", line), "nobody"
+    assert re.fullmatch(r"login attempts of one account reached \d+; refusing further ones for \d+ s", line), (
+        "no account"
+    )
 
 
-async def test_attempts_of_an_address_are_limited(settings: Settings, caplog: pytest.LogCaptureFixture) -> None:
+async def test_login_attempts_of_an_address_are_limited(settings: Settings, caplog: pytest.LogCaptureFixture) -> None:
     async with (
         World(msgspec.structs.replace(settings, login_attempts_per_address=2), workers=2) as world,
         http_client() as http,
@@ -195,7 +197,7 @@ async def test_revoke_all_closes_every_socket(http: httpx.AsyncClient, world: Wo
     assert refusal(await http.get("/v1/auth/sessions", headers=bearer(logged_in)))[0] == 401
 
 
-async def test_someone_elses_session_is_not_found(http: httpx.AsyncClient) -> None:
+async def test_session_of_another_user_is_not_found(http: httpx.AsyncClient) -> None:
     ada = await register(http)
     mary = await register(http, name="Mary", email="mary@example.org")
     response = await http.delete(f"/v1/auth/sessions/{ada.session_id}", headers=bearer(mary))
@@ -217,7 +219,7 @@ async def test_expired_session_is_refused(http: httpx.AsyncClient, world: World)
     assert refused.value.response.status_code == 401
 
 
-async def test_a_session_slides_with_use(http: httpx.AsyncClient, world: World) -> None:
+async def test_use_of_a_session_extends_it(http: httpx.AsyncClient, world: World) -> None:
     logged_in = await register(http)
     await world.db.execute("UPDATE session SET expires_at = now() + interval '2 days'")
     async with Client(world.url, logged_in.token):
@@ -225,10 +227,10 @@ async def test_a_session_slides_with_use(http: httpx.AsyncClient, world: World) 
             await world.db.execute("SELECT pg_sleep(0.01)")
 
 
-LEFT = "SELECT expires_at - now() FROM session WHERE id = $1"
+REMAINING = "SELECT expires_at - now() FROM session WHERE id = $1"
 
 
-async def test_a_session_in_use_is_extended_however_long_sessions_last(http: httpx.AsyncClient, world: World) -> None:
+async def test_session_is_extended_for_every_session_lifetime(http: httpx.AsyncClient, world: World) -> None:
     logged_in = await register(http)
     app = world.workers[0].app
     for days in (1, 2, 3, 3650):
@@ -238,17 +240,19 @@ async def test_a_session_in_use_is_extended_however_long_sessions_last(http: htt
         for left, is_extended in ((least + timedelta(minutes=1), False), (least - timedelta(minutes=1), True)):
             await world.db.execute("UPDATE session SET expires_at = now() + $1", left)
             assert sessions.is_due((await sessions.authenticate(logged_in.token)).expires_at) == is_extended
-            while is_extended and await world.db.fetchval(LEFT, logged_in.session_id) < lasts - timedelta(minutes=1):
+            while is_extended and await world.db.fetchval(REMAINING, logged_in.session_id) < lasts - timedelta(
+                minutes=1
+            ):
                 await world.db.execute("SELECT pg_sleep(0.01)")
 
 
-async def test_an_open_socket_keeps_its_session_alive_and_is_closed_once_that_has_expired(settings: Settings) -> None:
+async def test_open_socket_extends_its_session_and_is_closed_when_the_session_expires(settings: Settings) -> None:
     settings = msgspec.structs.replace(settings, session_days=1, heartbeat_seconds=0.2)
     async with World(settings, workers=1) as world:
         kept, lost = await world.users("Kept", "Lost")
         await world.db.execute("UPDATE session SET expires_at = now() + interval '1 second'")
         async with world.db.transaction():
-            # Nobody extends a session whose row somebody else holds.
+            # A session whose row is locked is not extended.
             await world.db.execute("SELECT FROM session WHERE user_id = $1 FOR UPDATE", lost.id)
             one, other = await world.connect(kept), await world.connect(lost)
             assert await other.closed() == CloseCode.SESSION_ENDED
@@ -277,15 +281,15 @@ async def test_first_frame_authenticates(http: httpx.AsyncClient, world: World) 
         (b'{"type": "authenticate", "token": "wrong"}', "bad_frame"),
     ],
 )
-async def test_bad_first_frame_closes(world: World, first: str | bytes, code: str) -> None:
+async def test_bad_first_frame_closes_the_connection(world: World, first: str | bytes, code: str) -> None:
     client = Client(world.url, None)
     await client.open()
     assert (await client.raw(first)).code == code
     assert await client.closed() == CloseCode.UNAUTHENTICATED
 
 
-async def test_no_first_frame_closes_after_five_seconds(world: World) -> None:
-    """What has no token that the server reads is told where to put it."""
+async def test_connection_without_a_first_frame_is_closed_after_five_seconds(world: World) -> None:
+    """The error explains where to put the token, also when it was sent in the wrong place."""
 
     async def closed(query: str = "", **headers: str) -> tuple[str, int | None]:
         url = world.url.replace("http", "ws", 1) + "/v1/ws" + query
@@ -311,7 +315,7 @@ async def test_cookie_needs_an_allowed_origin(http: httpx.AsyncClient, world: Wo
             await Client(world.url, None, headers=cookie, origin=origin).open()
         assert refused.value.response.status_code == 403
         said = (refused.value.response.body or b"").decode()
-        # Behind TLS the origin is not foreign: the server does not know that it is.
+        # Behind a TLS proxy that is not configured, the server does not recognize its own origin.
         named = "Bearer" if origin is None else "OPENCHAT_TRUSTED_PROXIES" if origin == secure else "OPENCHAT_ORIGINS"
         names = {one for one in ("Bearer", "OPENCHAT_TRUSTED_PROXIES", "OPENCHAT_ORIGINS") if one in said}
         assert names == {named}, (origin, said)
@@ -338,7 +342,7 @@ async def test_wrong_token_is_refused_before_the_socket_opens(world: World) -> N
         ("/v1/ws", ["openchat.v9.json", "chat"], (400, "invalid")),
     ],
 )
-async def test_a_handshake_for_another_path_or_protocol_is_refused_in_json(
+async def test_handshake_for_another_path_or_subprotocol_is_refused_in_json(
     http: httpx.AsyncClient, world: World, path: str, offered: list[Subprotocol], answer: tuple[int, str]
 ) -> None:
     bearing = bearer(await register(http))
@@ -354,8 +358,8 @@ async def test_a_handshake_for_another_path_or_protocol_is_refused_in_json(
 
 
 @pytest.mark.parametrize("origin", ["https://evil.example", "null", "", "http://127.0.0.1:1", "https://é.example"])
-async def test_pages_of_other_origins_change_nothing(http: httpx.AsyncClient, world: World, origin: str) -> None:
-    """With the cookie that the browser sends along, and, where no session is needed, without."""
+async def test_requests_from_foreign_origins_change_nothing(http: httpx.AsyncClient, world: World, origin: str) -> None:
+    """With the cookie that the browser adds, and also without it where no session is needed."""
     ada = await register(http)
     routes = [one for one in world.workers[0].app.starlette.routes if isinstance(one, Route)]
     changing = [(one.path, method) for one in routes for method in sorted((one.methods or set()) - SAFE_METHODS)]
@@ -373,7 +377,7 @@ async def test_pages_of_other_origins_change_nothing(http: httpx.AsyncClient, wo
     assert len((await http.get("/v1/auth/sessions", headers=bearer(ada))).json()["sessions"]) == 1
 
 
-async def test_own_and_allowed_origins_and_programs_log_in(settings: Settings) -> None:
+async def test_own_and_allowed_origins_and_non_browsers_can_log_in(settings: Settings) -> None:
     async with (
         World(msgspec.structs.replace(settings, origins="https://chat.example"), workers=1) as world,
         http_client(world.url) as http,
@@ -386,7 +390,7 @@ async def test_own_and_allowed_origins_and_programs_log_in(settings: Settings) -
             assert "set-cookie" in answer.headers
 
 
-async def test_pages_of_allowed_origins_may_read_answers(settings: Settings) -> None:
+async def test_allowed_origins_may_read_responses(settings: Settings) -> None:
     theirs = {"Origin": "https://chat.example"}
     async with (
         World(msgspec.structs.replace(settings, origins="https://chat.example/"), workers=1) as world,
@@ -400,7 +404,7 @@ async def test_pages_of_allowed_origins_may_read_answers(settings: Settings) -> 
             assert client.ready.user.name == "Ada"
 
 
-async def test_the_handbook_of_clients_logs_in(world: World) -> None:
+async def test_login_in_the_client_guide_works(world: World) -> None:
     page = (Path(__file__).parent.parent / "docs" / "clients.md").read_text()
     page = page.replace("localhost:8000", world.url.removeprefix("http://"))
     commands = re.findall(r"^curl -s (\S+/v1/auth/\S+) -d '(.*)'$", page, re.MULTILINE)

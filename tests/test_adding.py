@@ -1,4 +1,4 @@
-"""Strangers are invited, not added: which frames add whom, what they answer, and what changes while they wait."""
+"""Strangers are invited instead of added: frames, their replies, and changes while a frame waits for a lock."""
 
 import asyncio
 import re
@@ -36,7 +36,7 @@ ENTERED = "SELECT count(*) FROM conversation_participant WHERE user_id = $1"
 
 @pytest.fixture
 async def world(settings: Settings) -> AsyncIterator[World]:
-    """Two workers with the default of OPENCHAT_ADD_PEOPLE, and as many connections as frames may wait in them."""
+    """Two workers with the default of OPENCHAT_ADD_PEOPLE, and with enough database connections for waiting frames."""
     settings = msgspec.structs.replace(settings, add_people=Settings().add_people, database_connections=8)
     async with World(settings) as world:
         yield world
@@ -61,24 +61,24 @@ async def statuses(world: World, about: ConversationId) -> dict[UserId, str]:
 
 
 async def listed(one: Client) -> tuple[set[ConversationId], set[ConversationId]]:
-    """Return where somebody takes part, and where they are invited to."""
+    """Return the conversations and the invitations of a user."""
     page = await one.call(client.ListConversations(limit=100), server.ConversationPage)
     asked = await one.call(client.ListInvitations(), server.InvitationList)
     return {view.conversation.id for view in page.conversations}, {one.conversation_id for one in asked.invitations}
 
 
-# ----------------------------------------------------------------------------------------- who is added, who invited
+# ---------------------------------------------------------------------------------------------- adding or inviting
 
 
-async def test_a_stranger_takes_nobody_into_any_conversation(world: World) -> None:
-    """The victim takes part in nothing, and five invitations wait."""
+async def test_stranger_cannot_add_a_user_to_any_conversation(world: World) -> None:
+    """The victim is in no group, and has five invitations."""
     stranger, victim = await world.users("Stranger", "Victim")
     one, other = await world.connect(stranger), await world.connect(victim, 1)
     for _ in range(3):
         await one.call(group_of(victim))
     about = await world.channel(one)
     await one.call(adding(about, victim))
-    # To write to somebody, or to meet them in a channel, is not to know them.
+    # A direct conversation or a common channel does not make them friends.
     await one.call(client.CreateDirect(user_id=victim.id))
     public = await world.channel(one, is_public=True)
     await other.call(client.Join(conversation_id=public))
@@ -90,7 +90,7 @@ async def test_a_stranger_takes_nobody_into_any_conversation(world: World) -> No
 
 
 @pytest.mark.parametrize("is_http", [False, True], ids=["socket", "http"])
-async def test_the_reply_names_who_was_added_and_who_was_invited(world: World, *, is_http: bool) -> None:
+async def test_reply_lists_added_and_invited_users(world: World, *, is_http: bool) -> None:
     ada, friend, stranger, mary = await world.users("Ada", "Friend", "Stranger", "Mary")
     for one in (friend, mary):
         await world.befriend(ada, one)
@@ -113,7 +113,7 @@ async def test_the_reply_names_who_was_added_and_who_was_invited(world: World, *
     await theirs.event(server.ConversationJoined, lambda event: event.view.conversation.id == about)
     invitation = (await others.event(server.Invited)).invitation
     assert (invitation.conversation_id, invitation.invited_by, invitation.role) == (about, ada.id, "member")
-    # A frame whose answer was lost is sent again.
+    # Repeat the frame, as if the reply was lost.
     assert await call(make) == made
     assert await statuses(world, about) == {ada.id: "active", friend.id: "active", stranger.id: "invited"}
 
@@ -131,7 +131,7 @@ async def test_the_reply_names_who_was_added_and_who_was_invited(world: World, *
     assert await recount(world.db) == []
 
 
-async def test_who_left_or_was_removed_or_declined_is_invited_again_unless_they_are_a_friend(world: World) -> None:
+async def test_former_participant_is_invited_again_and_a_friend_is_added_again(world: World) -> None:
     ada, *them = await world.users("Ada", "Left", "Removed", "Declined", "Friend")
     owner = await world.connect(ada)
     about = await world.channel(owner, is_public=True)
@@ -151,7 +151,7 @@ async def test_who_left_or_was_removed_or_declined_is_invited_again_unless_they_
     assert await recount(world.db) == []
 
 
-async def test_a_friend_who_is_invited_already_is_added(world: World) -> None:
+async def test_friend_with_a_pending_invitation_is_added(world: World) -> None:
     ada, charles = await world.users("Ada", "Charles")
     owner, other = await world.connect(ada), await world.connect(charles, 1)
     about = await world.channel(owner)
@@ -160,11 +160,11 @@ async def test_a_friend_who_is_invited_already_is_added(world: World) -> None:
     await owner.call(client.AnswerFriend(user_id=charles.id, accept=True))
     assert await owner.call(adding(about, charles), Added) == Added(added=[charles.id])
     await other.event(server.ConversationJoined)
-    # It was an invitation; the other devices learn that it is none any more.
+    # The invitation is gone on all devices.
     assert await listed(other) == ({about}, set())
 
 
-async def test_who_does_not_want_to_be_added_is_invited_by_friends(world: World) -> None:
+async def test_friend_who_disallows_adding_is_invited(world: World) -> None:
     ada, charles = await world.users("Ada", "Charles")
     await world.befriend(ada, charles)
     owner, other = await world.connect(ada), await world.connect(charles, 1)
@@ -175,7 +175,7 @@ async def test_who_does_not_want_to_be_added_is_invited_by_friends(world: World)
     assert (await owner.call(group_of(charles), OneConversation)).added == [charles.id]
 
 
-async def test_in_an_open_installation_everybody_adds_whom_they_may_invite(settings: Settings) -> None:
+async def test_with_add_people_anyone_users_add_everyone_whom_they_may_invite(settings: Settings) -> None:
     async with World(msgspec.structs.replace(settings, add_people="anyone")) as world:
         ada, charles, private, blocking = await world.users("Ada", "Charles", "Private", "Blocking")
         owner = await world.connect(ada)
@@ -189,14 +189,14 @@ async def test_in_an_open_installation_everybody_adds_whom_they_may_invite(setti
                 await owner.call(adding(made.view.conversation.id, one))
 
 
-def test_the_setting_has_two_values() -> None:
+def test_add_people_has_two_values() -> None:
     assert Settings().add_people == "by_privacy"
     with pytest.raises(msgspec.ValidationError):
         msgspec.convert({"add_people": "everyone"}, Settings)
 
 
-def test_three_statements_put_somebody_into_a_conversation() -> None:
-    """A new one has to ask who may be added, too. What is imported goes through `load_rows`."""
+def test_only_three_statements_insert_participants() -> None:
+    """A new statement must check who may be added, too. Imports use `load_rows`."""
     found = []
     for path in sources("server"):
         for name, _ in re.findall(r'^([A-Z_]+) = f?"""(?:(?!""").)*?(INSERT INTO conversation_participant)',
@@ -212,13 +212,14 @@ def test_three_statements_put_somebody_into_a_conversation() -> None:
     ]
 
 
-# ------------------------------------------------------------------------------------------------- what is not told
+# ------------------------------------------------------------------------------------------------------- privacy
 
 
 @pytest.mark.parametrize("add_people", ["by_privacy", "anyone"])
-async def test_who_blocks_reads_as_somebody_who_is_not_there(settings: Settings, add_people: str) -> None:
-    """Users who block, switched messages off, are private, deactivated or do not exist give one answer to all frames,
-    to strangers and to those who share a group with them.
+async def test_blocking_user_cannot_be_distinguished_from_a_missing_one(settings: Settings, add_people: str) -> None:
+    """Users who block, have switched messages off, are private, deactivated or do not exist cause one error.
+
+    The error is the same for all frames, and whether or not the caller shares a group with them.
     """
     async with World(msgspec.structs.replace(settings, add_people=add_people)) as world:
         names = ("Blocking", "Switched", "Private", "Deactivated")
@@ -248,7 +249,7 @@ async def test_who_blocks_reads_as_somebody_who_is_not_there(settings: Settings,
         assert await statuses(world, about) == {ada.id: "active"}
 
 
-async def test_a_block_changes_nothing_about_an_invitation_that_waits(world: World) -> None:
+async def test_block_does_not_change_a_pending_invitation(world: World) -> None:
     ada, silent, blocking = await world.users("Ada", "Silent", "Blocking")
     owner = await world.connect(ada)
     about = (await owner.call(group_of(silent, blocking), OneConversation)).view.conversation.id
@@ -266,7 +267,7 @@ async def test_a_block_changes_nothing_about_an_invitation_that_waits(world: Wor
     assert [event for event in owner.events[seen:] if hasattr(event, "conversation_id")] == []
 
 
-# ----------------------------------------------------------------------------------- what changes while a frame waits
+# --------------------------------------------------------------------------------- changes while a frame waits
 
 
 async def blocking(db: Db, caller: UserId, them: UserId) -> None:
@@ -282,7 +283,7 @@ async def switching_off(db: Db, caller: UserId, them: UserId) -> None:
     await relationships.switch(db, them, caller, {"can_send_messages": False})
 
 
-async def not_to_be_added(db: Db, _: UserId, them: UserId) -> None:
+async def disallowing_adding(db: Db, _: UserId, them: UserId) -> None:
     await users.update(db, them, {"allow_adding": False})
 
 
@@ -296,13 +297,13 @@ CHANGES: dict[Callable[[Db, UserId, UserId], Awaitable[None]], bool] = {
     switching_off: False,
     hiding: False,
     unfriending: True,
-    not_to_be_added: True,
+    disallowing_adding: True,
 }
-"""What a friend changes, and whether they may be invited after that."""
+"""Changes by a friend, and whether the friend may be invited afterwards."""
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda one: one.__name__)
-async def test_a_frame_that_waits_is_judged_when_its_turn_comes(
+async def test_permission_is_checked_after_waiting_for_the_lock(
     world: World, change: Callable[[Any, UserId, UserId], Awaitable[None]]
 ) -> None:
     ada, friend = await world.users("Ada", "Friend")
@@ -314,7 +315,7 @@ async def test_a_frame_that_waits_is_judged_when_its_turn_comes(
     ]  # fmt: skip
     devices = [await world.connect(ada, number % 2) for number in range(len(frames))]
     async with world.db.transaction():
-        # As the handlers of what changes between two users, and `update_profile`, lock.
+        # The lock of the handlers of relationships and of `update_profile`.
         await relationships.lock(world.db, ada.id, friend.id)
         answers = [asyncio.create_task(one.ask(frame)) for one, frame in zip(devices, frames, strict=True)]
         await waiting(world, len(frames))
@@ -338,7 +339,7 @@ async def test_a_frame_that_waits_is_judged_when_its_turn_comes(
         assert rows == []
 
 
-async def test_nobody_is_added_or_invited_after_their_block_was_acknowledged(world: World) -> None:
+async def test_user_is_not_added_or_invited_after_their_block_was_acknowledged(world: World) -> None:
     ada, friend = await world.users("Ada", "Friend")
     other = await world.connect(friend, 1)
     owners = [await world.connect(ada, number % 2) for number in range(4)]
@@ -383,8 +384,10 @@ FROM (SELECT *, row_number() OVER () AS n FROM made) m JOIN numbered t ON t.n = 
 """
 
 
-async def let_wait(world: World, count: int, to: UserSession | None = None, sender: UserSession | None = None) -> None:
-    """Have invitations wait for somebody, from others, or from somebody, for others; each to its own conversation."""
+async def add_invitations(
+    world: World, count: int, to: UserSession | None = None, sender: UserSession | None = None
+) -> None:
+    """Insert pending invitations to one user or from one user, each to a different conversation."""
     await world.db.execute(INVITATIONS, count, None if to is None else to.id, None if sender is None else sender.id)
 
 
@@ -392,10 +395,10 @@ def codes(answers: list[Any]) -> list[ErrorCode | None]:
     return [answer.code if isinstance(answer, Error) else None for answer in answers]
 
 
-async def test_invitations_that_wait_for_one_person_are_bounded(world: World) -> None:
+async def test_pending_invitations_to_a_user_are_bounded(world: World) -> None:
     victim, friend = await world.users("Victim", "Friend")
     other = await world.connect(victim, 1)
-    await let_wait(world, MAX_INVITATIONS - 1, to=victim)
+    await add_invitations(world, MAX_INVITATIONS - 1, to=victim)
     strangers = [await world.connect(await world.user("Stranger"), number % 2) for number in range(6)]
     channels = [await world.channel(one) for one in strangers]
     frames: list[Frame] = [
@@ -405,12 +408,12 @@ async def test_invitations_that_wait_for_one_person_are_bounded(world: World) ->
     answers = await asyncio.gather(*(one.ask(frame) for one, frame in zip(strangers, frames, strict=True)))
     assert sorted(map(str, codes(list(answers)))) == sorted([str(None), *[str(ErrorCode.CONFLICT)] * 5])
     (place,) = [number for number, code in enumerate(codes(list(answers))) if code is None]
-    # The same invitation again is none more.
+    # A repeated invitation does not count.
     assert codes([await strangers[place].ask(frames[place])]) == [None]
     late = (place + 1) % 6
     assert codes([await strangers[late].ask(frames[late])]) == [ErrorCode.CONFLICT]
 
-    # Friends are not kept from inviting by strangers.
+    # Invitations of strangers do not prevent those of friends.
     await world.befriend(victim, friend)
     known = await world.connect(friend)
     about = await world.channel(known)
@@ -418,13 +421,13 @@ async def test_invitations_that_wait_for_one_person_are_bounded(world: World) ->
     _, asked = await listed(other)
     assert len(asked) == MAX_INVITATIONS
     assert about in asked
-    # Whatever is answered makes room, and so does what is over.
+    # An answered invitation frees its place.
     for one in list(asked - {about})[:2]:
         await other.call(client.Decline(conversation_id=one))
     assert codes([await strangers[late].ask(frames[late])]) == [None]
 
 
-async def test_nobody_fills_the_invitations_of_somebody_alone(world: World) -> None:
+async def test_one_user_cannot_use_up_the_invitations_of_another(world: World) -> None:
     spammer, victim, honest = await world.users("Spammer", "Victim", "Honest")
     one = await world.connect(spammer)
     answers = [await one.ask(group_of(victim)) for _ in range(MAX_INVITATIONS_OF_PAIR + 2)]
@@ -432,9 +435,9 @@ async def test_nobody_fills_the_invitations_of_somebody_alone(world: World) -> N
     assert codes([await (await world.connect(honest)).ask(group_of(victim))]) == [None]
 
 
-async def test_invitations_of_one_person_that_wait_are_bounded(world: World) -> None:
+async def test_pending_invitations_from_a_user_are_bounded(world: World) -> None:
     spammer, *them = await world.users("Spammer", *["Victim"] * 6)
-    await let_wait(world, MAX_INVITATIONS_SENT - 1, sender=spammer)
+    await add_invitations(world, MAX_INVITATIONS_SENT - 1, sender=spammer)
     devices = [await world.connect(spammer, number % 2) for number in range(6)]
     about = await world.channel(devices[0])
     frames: list[Frame] = [
@@ -444,7 +447,7 @@ async def test_invitations_of_one_person_that_wait_are_bounded(world: World) -> 
     answers = await asyncio.gather(*(one.ask(frame) for one, frame in zip(devices, frames, strict=True)))
     assert sorted(map(str, codes(list(answers)))) == sorted([str(None), *[str(ErrorCode.CONFLICT)] * 5])
     assert len({answer.message for answer in answers if isinstance(answer, Error)}) == 1
-    # To a conversation that is over nobody can come, and nobody can take the invitation back.
+    # Invitations to deleted conversations do not count, since nobody can join or withdraw them.
     await world.db.execute("UPDATE conversation SET is_deleted = true, is_active = false WHERE title = 'Spam'")
     assert codes([await devices[0].ask(group_of(*them))]) == [None]
 
@@ -452,7 +455,7 @@ async def test_invitations_of_one_person_that_wait_are_bounded(world: World) -> 
 # -------------------------------------------------------------------------------------------------------------- cost
 
 
-async def test_a_group_of_strangers_takes_as_many_statements_as_one_of_friends(
+async def test_creating_a_group_of_strangers_takes_as_many_statements_as_one_of_friends(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ada, friend, stranger = await world.users("Ada", "Friend", "Stranger")
@@ -472,7 +475,7 @@ async def test_a_group_of_strangers_takes_as_many_statements_as_one_of_friends(
     took = []
     for one in (friend, stranger):
         counts = []
-        for _ in range(3):  # a connection that has to be opened for one of them takes statements, too
+        for _ in range(3):  # opening a connection would take statements, too
             asked = 0
             made = await conversations.create_group(context, group_of(one))
             assert (made.added, made.invited) == (([one.id], []) if one is friend else ([], [one.id]))
@@ -481,7 +484,7 @@ async def test_a_group_of_strangers_takes_as_many_statements_as_one_of_friends(
     assert took[0] == took[1] > 0
 
 
-async def test_a_group_with_the_id_of_another_conversation_is_refused_the_same_whoever_is_named(
+async def test_group_with_a_taken_id_is_refused_in_the_same_words_for_all_participants(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(welcome, "MAX_INVITATIONS_OF_PAIR", 1)
@@ -499,7 +502,7 @@ async def test_a_group_with_the_id_of_another_conversation_is_refused_the_same_w
         await owner.call(client.RemoveParticipant(conversation_id=about.conversation_id, user_id=who.id, ban=True))
     named = [[one.id] for one in them.values()] + [[UserId(uuid7())]]
     for attacker in attackers:
-        # One invitation of theirs waits for each, so that another one would be one too many.
+        # Each user has an invitation of the attacker, so that one more would exceed the limit.
         await attacker.call(group_of(*them.values()))
         answers = [await attacker.ask(msgspec.structs.replace(about, participants=ids)) for ids in named]
         assert [(one.code, one.path) for one in answers if isinstance(one, Error)] == [
@@ -508,7 +511,7 @@ async def test_a_group_with_the_id_of_another_conversation_is_refused_the_same_w
         assert len({one.message for one in answers if isinstance(one, Error)}) == 1
 
 
-async def test_a_repeated_group_tells_its_maker_what_they_see_now(world: World) -> None:
+async def test_repeated_create_group_returns_what_its_creator_may_see_now(world: World) -> None:
     kinds = ("Active", "Invited", "Declined", "Banned", "Elsewhere")
     them = dict(zip(kinds, await world.users(*kinds), strict=True))
     ada, heir, friend, stranger = await world.users("Ada", "Heir", "Friend", "Stranger")
@@ -519,7 +522,7 @@ async def test_a_repeated_group_tells_its_maker_what_they_see_now(world: World) 
     first = await maker.call(frame, OneConversation)
     assert (first.added, first.invited) == ([heir.id, friend.id], [stranger.id])
     again = await maker.call(frame, OneConversation)
-    assert (again.added, again.invited) == (first.added, first.invited), "the answer that was lost"
+    assert (again.added, again.invited) == (first.added, first.invited), "repeats the lost reply"
     named = [msgspec.structs.replace(frame, participants=[one.id]) for one in them.values()]
     assert {one.code for each in named if isinstance(one := await maker.ask(each), Error)} == {ErrorCode.CONFLICT}
     where: dict[str, Any] = {"conversation_id": frame.conversation_id}
@@ -529,22 +532,20 @@ async def test_a_repeated_group_tells_its_maker_what_they_see_now(world: World) 
     await (await world.connect(them["Declined"])).call(client.Decline(**where))
     await other.call(client.RemoveParticipant(**where, user_id=them["Banned"].id, ban=True))
     answers = [await maker.ask(each) for each in named]
-    assert [isinstance(one, Error) for one in answers] == [False, False, False, False, True], "an admin sees all parts"
+    assert [isinstance(one, Error) for one in answers] == [False, False, False, False, True], "admins see all"
     await other.call(client.SetRole(**where, user_id=ada.id, role="member"))
     told = [await maker.call(each, OneConversation) for each in named]
     assert [(one.added, one.invited) for one in told] == [([them["Active"].id], [])] + [([], [])] * 4
     own = await maker.call(frame, OneConversation)
-    assert (own.added, own.invited) == (first.added, first.invited), "the maker invited them, and still sees that"
+    assert (own.added, own.invited) == (first.added, first.invited), "the creator still sees whom they invited"
     await maker.call(client.Leave(**where))
     for each in (frame, *named, msgspec.structs.replace(frame, title="Other")):
         with refused(ErrorCode.NOT_FOUND, "conversation_id"):
             await maker.call(each)
 
 
-async def test_a_refused_frame_that_names_strangers_does_not_lock_them(
-    world: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Every frame that names users, but those that only read and those about participants of a conversation."""
+async def test_refused_frame_does_not_lock_the_users_it_names(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All frames that name users, except those that only read and those about participants of a conversation."""
     monkeypatch.setattr(welcome, "MAX_INVITATIONS_OF_PAIR", 1)
     ada, charles, stranger, invited, banned = await world.users("Ada", "Charles", "Stranger", "Invited", "Banned")
     owner, adder = await world.connect(ada), await world.connect(charles)

@@ -1,4 +1,4 @@
-"""The administrator's command line, on a database that a server is using."""
+"""Commands of administrators, on a database that a server is using."""
 
 import asyncio
 import json
@@ -24,19 +24,19 @@ from tests.world import World, http_client, refused, sent
 
 
 class Shell:
-    """Runs commands in a thread of their own, as a shell would."""
+    """Runs commands in a separate thread, as a shell would in a separate process."""
 
     def __init__(self, world: World, capsys: pytest.CaptureFixture[str]) -> None:
         self.world = world
         self._capsys = capsys
 
     async def run(self, *arguments: str, status: int = 0, is_output: bool = False) -> str:
-        """Return what a command printed, to its errors if that is what is expected, and not said to be its output."""
+        """Run a command and return its standard output. If it is to fail and not `is_output`, return standard error."""
         out, err = await self.both(*arguments, status=status)
         return err if status and not is_output else out
 
     async def both(self, *arguments: str, status: int = 0) -> tuple[str, str]:
-        """Return what a command printed to standard output, and to standard error."""
+        """Run a command and return its standard output and standard error."""
         self._capsys.readouterr()
         ended = await asyncio.to_thread(main.run, list(arguments))
         out, err = self._capsys.readouterr()
@@ -54,7 +54,7 @@ def shell(world: World, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.
     return Shell(world, capsys)
 
 
-async def test_new_epoch_names_the_database_and_begins_when_that_is_meant(
+async def test_new_epoch_names_the_database_and_needs_confirmation(
     shell: Shell, capsys: pytest.CaptureFixture[str]
 ) -> None:
     epoch = "SELECT epoch FROM database_epoch"
@@ -79,7 +79,7 @@ def test_name_of_a_database_holds_no_password() -> None:
         assert without_password(url) == name
 
 
-async def test_fields_of_an_account_are_refused_with_what_to_give(shell: Shell) -> None:
+async def test_invalid_fields_of_an_account_are_refused_with_advice(shell: Shell) -> None:
     for name, email, sentence in (
         ("Eve", "bad", "`bad` cannot be an e-mail address. Give an e-mail address such as ada@example.org"),
         ("", "eve@example.org", "`` cannot be a name. Give at least 1 character."),
@@ -90,7 +90,7 @@ async def test_fields_of_an_account_are_refused_with_what_to_give(shell: Shell) 
         assert "regex" not in said
 
 
-async def test_accounts_are_made_shown_locked_and_let_in(shell: Shell) -> None:
+async def test_accounts_are_created_shown_disabled_and_enabled(shell: Shell) -> None:
     made = await shell.json("user", "create", "Ada", "ADA@example.org")
     login = {"email": "ada@example.org", "password": made["password"]}
     async with http_client(shell.world.url) as http:
@@ -118,7 +118,7 @@ async def test_accounts_are_made_shown_locked_and_let_in(shell: Shell) -> None:
     assert "there is no user" in await shell.run("user", "show", "nobody@example.org", status=1)
 
 
-async def test_administrators_are_made_and_their_deeds_are_noted(shell: Shell) -> None:
+async def test_promotion_and_demotion_of_administrators_are_audited(shell: Shell) -> None:
     who = await shell.world.user("Ada")
     ada = await shell.world.connect(who)
     assert (await shell.json("user", "promote", str(who.id)))["is_admin"] is True
@@ -146,7 +146,7 @@ async def test_conversations_are_shown_exported_and_deleted(shell: Shell) -> Non
     assert (await shell.json("conversation", "show", str(about))).get("is_deleted", False) is False
     deleted = {"id": str(about), "title": "Engines", "state": "deleted"}
     assert await shell.json("conversation", "delete", str(about), "--yes") == deleted
-    assert await shell.json("conversation", "delete", str(about)) == deleted, "again"
+    assert await shell.json("conversation", "delete", str(about)) == deleted, "repeating it succeeds"
     shell.world.workers[0].app.hub.compare_soon()
     await ada.event(server.ConversationLeft)
     assert "does not exist" in await shell.run("conversation", "show", str(UUID(int=1)), status=1)
@@ -154,7 +154,7 @@ async def test_conversations_are_shown_exported_and_deleted(shell: Shell) -> Non
     assert "tampered with" in await shell.run("conversation", "audit", str(UUID(int=0)), "--verify", status=1)
 
 
-async def test_direct_conversation_is_kept_by_the_command_line_as_by_frames(shell: Shell) -> None:
+async def test_direct_conversation_cannot_be_deleted_by_command(shell: Shell) -> None:
     ada, charles = await shell.world.users("Ada", "Charles")
     one = await shell.world.connect(ada)
     asked = client.CreateDirect(user_id=charles.id)
@@ -163,8 +163,8 @@ async def test_direct_conversation_is_kept_by_the_command_line_as_by_frames(shel
         assert "cannot be deleted" in await shell.run("conversation", "delete", str(about), *yes, status=1)
     assert (await one.call(asked, server.OneConversation)).view.conversation.id == about
     await shell.run("erase", str(charles.id), "--yes")
-    assert (await one.call(asked, server.OneConversation)).view.conversation.id == about, "there is what was said"
-    # As an earlier program left it.
+    assert (await one.call(asked, server.OneConversation)).view.conversation.id == about, "it has messages"
+    # The state that an earlier version left behind.
     await shell.world.db.execute("UPDATE conversation SET is_deleted = true, is_active = false WHERE id = $1", about)
     with refused(ErrorCode.CONFLICT, "user_id"):
         await one.call(asked)
@@ -178,13 +178,13 @@ async def test_accounts_and_conversations_are_found_and_listed_in_pages(shell: S
     made = [str(await shell.world.group(client_of_ada, mary, title=title)) for title in ("Engines", "Tea", "Steam")]
     await client_of_ada.call(client.DeleteConversation(conversation_id=ConversationId(UUID(made[1]))))
     everybody = await shell.json("user", "list")
-    assert [one["name"] for one in everybody] == ["Ada", "Charles", "Mary"], "by their addresses"
+    assert [one["name"] for one in everybody] == ["Ada", "Charles", "Mary"], "ordered by e-mail address"
     assert [one["state"] for one in everybody] == ["active", "disabled", "active"]
     for part in ("somerVILLE", "mary", everybody[2]["email"].upper()):
         assert [one["id"] for one in await shell.json("user", "list", part)] == [str(mary.id)]
-    assert await shell.run("user", "list", "_") == "none\n", "no pattern"
+    assert await shell.run("user", "list", "_") == "none\n", "`_` is not a wildcard"
     found = await shell.json("conversation", "list")
-    assert [one["id"] for one in found] == made[::-1], "the newest first"
+    assert [one["id"] for one in found] == made[::-1], "newest first"
     assert [one["is_deleted"] for one in found] == [False, True, False]
     assert (found[0]["title"], found[0]["participants"], found[0]["owner"]) == ("Steam", 2, str(ada.id))
     assert [one["title"] for one in await shell.json("conversation", "list", "GIN")] == ["Engines"]
@@ -202,9 +202,7 @@ async def test_accounts_and_conversations_are_found_and_listed_in_pages(shell: S
     assert log[-1]["action"] == "list_conversations"
 
 
-async def test_a_conversation_is_exported_by_few_messages_at_a_time(
-    shell: Shell, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_conversation_is_exported_in_small_batches(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
     ada = await shell.world.connect(await shell.world.user("Ada"))
     about = await shell.world.channel(ada)
     await shell.world.db.execute(
@@ -227,7 +225,7 @@ async def test_a_conversation_is_exported_by_few_messages_at_a_time(
     assert max(held) < (export.PAGE + 1) * 62_000
 
 
-async def test_a_person_is_exported_and_erased_and_no_trace_is_left(shell: Shell) -> None:
+async def test_user_is_exported_and_erased_without_a_trace(shell: Shell) -> None:
     who = await shell.world.user("Adelaide")
     one = await shell.world.connect(who)
     about = await shell.world.channel(one)
@@ -244,12 +242,12 @@ async def test_a_person_is_exported_and_erased_and_no_trace_is_left(shell: Shell
     assert "data of the user remains" in await shell.run("erase", str(who.id), "--verify", status=1)
 
 
-def test_the_embedded_database_is_reached_whether_its_server_runs_or_not() -> None:
+def test_embedded_database_is_reached_with_and_without_a_running_server() -> None:
     folder = Path(tempfile.mkdtemp(prefix="openchat-tests-"))
     folder.rmdir()
     settings = Settings(data_dir=str(folder))
     with pytest.raises(Fatal, match="there is no database"), reached(settings):
-        pytest.fail("a mistyped --data-dir made a database")
+        pytest.fail("a mistyped --data-dir created a database")
     assert not folder.exists()
     with reached(settings, may_create=True) as first, reached(settings) as second:
         assert first == second

@@ -1,4 +1,4 @@
-"""The command line's arguments: options before a command mean what they mean after it, and none starts a server."""
+"""Arguments of the command line: the order of options and commands, errors, help and completion."""
 
 import os
 import shlex
@@ -21,7 +21,7 @@ from server.processes.embedded.reach import Reached
 
 PROGRAM = [sys.executable, "-P", "-m", "server.cli.main"]
 SOME_ID = "01a20000-0000-7000-8000-000000000001"
-ALONE = (["load"], ["prove"], ["settings"], ["completion", "bash"])
+WITHOUT_DATABASE = (["load"], ["prove"], ["settings"], ["completion", "bash"])
 """Commands that use no database."""
 LINES = (
     [], ["run"], ["migrate"], ["new-epoch"],
@@ -30,7 +30,7 @@ LINES = (
     *(["user", one, "ada@example.org"] for one in ("show", "disable", "enable", "promote", "demote", "reset-password")),
     *(["conversation", one, SOME_ID] for one in ("show", "export", "delete", "audit")),
     ["erase", "ada@example.org"], ["check"], ["why", SOME_ID], ["reindex"], ["export"], ["export", "file"],
-    ["import", "slack", "path"], *ALONE,
+    ["import", "slack", "path"], *WITHOUT_DATABASE,
 )  # fmt: skip
 """Every command, with its operands."""
 OPTIONS = (
@@ -40,12 +40,12 @@ OPTIONS = (
     ["--match-accounts", "none"], ["--url", "http://localhost"], ["--nonsense"],
 )  # fmt: skip
 SERVER = ["--data-dir", "--data", "--host", "--port", "--workers"]
-"""Options of the server, without their values."""
+"""Options of the server, without values."""
 
 
 @pytest.fixture
 def began(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Return a list of what begins. Nothing begins in earnest."""
+    """Replace the work of all commands, and return a list of the calls."""
     found: list[Any] = []
 
     class Server:
@@ -81,14 +81,14 @@ def began(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 def outcome(arguments: list[str], began: list[Any], capsys: pytest.CaptureFixture[str]) -> tuple[int, list[Any], str]:
-    """Return the status of a command line, what began, and the last line on standard error."""
+    """Return the status of a command line, the calls of `began`, and the last line on standard error."""
     began.clear()
     status = main.run(arguments)
     said = capsys.readouterr().err.splitlines()
     return status, list(began), said[-1] if said else ""
 
 
-def test_the_lines_cover_every_command() -> None:
+def test_lines_cover_every_command() -> None:
     assert {line[0] for line in LINES if line} == set(main.COMMANDS)
 
 
@@ -97,7 +97,7 @@ def is_a_server(began: list[Any]) -> bool:
 
 
 @pytest.mark.parametrize("option", OPTIONS, ids=" ".join)
-def test_an_option_before_a_command_means_what_it_means_after_it(
+def test_option_has_the_same_meaning_before_and_after_a_command(
     option: list[str], began: list[Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     name = option[0].partition("=")[0]
@@ -111,7 +111,7 @@ def test_an_option_before_a_command_means_what_it_means_after_it(
         else:
             assert before == after, line
         assert is_a_server(after[1]) == (line in ([], ["run"]) and name in SERVER), line
-        if name in {"--data-dir", "--data"} and line not in ALONE:
+        if name in {"--data-dir", "--data"} and line not in WITHOUT_DATABASE:
             assert (after[0], after[2]) == (0, ""), line
             settings = after[1][0][1] if is_a_server(after[1]) else after[1][0]
             assert settings.data_dir == "folder", line
@@ -120,12 +120,12 @@ def test_an_option_before_a_command_means_what_it_means_after_it(
             assert (after[0] == 0) == (line == ["migrate"]), line
 
 
-def test_folder_beside_the_url_of_a_database_begins_nothing(
+def test_data_dir_together_with_a_database_url_is_refused(
     began: list[Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DATABASE_URL", "postgresql://ada:secret@db/live")
     for line in LINES:
-        if line in ALONE:
+        if line in WITHOUT_DATABASE:
             continue
         status, nothing, said = outcome([*line, "--data-dir", "folder"], began, capsys)
         assert (status, nothing) == (1, []), line
@@ -183,7 +183,7 @@ def test_folder_beside_the_url_of_a_database_begins_nothing(
     ],
     ids=lambda one: " ".join(one) if isinstance(one, list) else "",
 )
-def test_arguments_that_cannot_be_meant_begin_nothing(
+def test_invalid_arguments_are_refused_with_advice(
     arguments: list[str], said: str, began: list[Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     began.clear()
@@ -194,12 +194,10 @@ def test_arguments_that_cannot_be_meant_begin_nothing(
     assert said in line
 
 
-def test_no_argument_names_a_file_or_folder_by_a_dash_or_nothing(
-    began: list[Any], capsys: pytest.CaptureFixture[str]
-) -> None:
-    """`-` is standard output where a command prints, and no name elsewhere: a file `-` would be there by mistake."""
+def test_dash_and_empty_string_are_refused_as_file_names(began: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
+    """`-` means standard output for commands that print, and is refused elsewhere."""
     for name in ("", "-"):
-        for line in [one for one in LINES if one not in ALONE]:
+        for line in [one for one in LINES if one not in WITHOUT_DATABASE]:
             status, nothing, said = outcome([*line, "--data-dir", name], began, capsys)
             assert (status, nothing) == (1, []), line
             assert "--data-dir must be the name of a file or a folder" in said, line
@@ -212,7 +210,7 @@ def test_no_argument_names_a_file_or_folder_by_a_dash_or_nothing(
 
 
 @pytest.mark.parametrize("name", ["load", "prove"])
-def test_commands_that_speak_to_a_server_refuse_in_the_same_form(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_load_and_prove_refuse_options_in_the_same_form(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main.run([name, "--foo"]) == 1
     assert capsys.readouterr().err.startswith(f"openchat: `openchat {name}` has no option --foo. `openchat {name} --h")
 
@@ -227,7 +225,7 @@ def commands(command: click.Command = main.openchat, *words: str) -> Iterator[tu
             yield from commands(below, *words, name)
 
 
-def test_help_and_version_go_with_every_option(began: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_and_version_work_with_every_option(began: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, said in (
         (["--help"], "Usage: openchat [COMMAND] [OPTIONS]"),
         (["-h"], "Usage: openchat [COMMAND] [OPTIONS]"),
@@ -241,7 +239,7 @@ def test_help_and_version_go_with_every_option(began: list[Any], capsys: pytest.
         assert main.run(arguments) == 0, arguments
         printed = capsys.readouterr().out
         assert printed.startswith(said)
-        assert [line for line in printed.splitlines() if len(line) > 80] == [], "a terminal of 80 columns"
+        assert [line for line in printed.splitlines() if len(line) > 80] == [], "fits a terminal of 80 columns"
     assert began == []
     assert main.run(["--help"]) == 0
     listed = capsys.readouterr().out
@@ -252,7 +250,7 @@ def test_help_and_version_go_with_every_option(began: list[Any], capsys: pytest.
     assert "--port" not in said
 
 
-def test_every_command_says_what_it_does_in_one_line_and_has_examples_that_are_understood() -> None:
+def test_every_command_has_a_one_line_summary_and_valid_examples() -> None:
     for words, command in commands():
         assert command.get_short_help_str(60).endswith("."), words
         assert "..." not in command.get_short_help_str(60), words
@@ -277,13 +275,13 @@ def test_every_command_says_what_it_does_in_one_line_and_has_examples_that_are_u
 
 @pytest.fixture
 def bash(tmp_path: Path) -> Callable[..., list[str]]:
-    """Return what tells the offers of bash for the last of some words, by the script that the program prints."""
+    """Return a function that lists the completions of bash for the last word, by the script that the program prints."""
     program = tmp_path / "openchat"
     program.write_text(f'#!/bin/sh\nexec {shlex.join(PROGRAM)} "$@"\n')
     program.chmod(0o700)
     environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
 
-    def offers(*words: str) -> list[str]:
+    def completions(*words: str) -> list[str]:
         script = f"""
             eval "$(openchat completion bash)"
             COMP_WORDS=({" ".join(word or "''" for word in words)}) COMP_CWORD={len(words) - 1}
@@ -295,7 +293,7 @@ def bash(tmp_path: Path) -> Callable[..., list[str]]:
         assert ended.stderr == ""
         return ended.stdout.split()
 
-    return offers
+    return completions
 
 
 def test_bash_completes_commands_and_options(bash: Callable[..., list[str]]) -> None:
@@ -307,7 +305,7 @@ def test_bash_completes_commands_and_options(bash: Callable[..., list[str]]) -> 
     assert bash("openchat", "xyzzy", "") == list(main.COMMANDS)
 
 
-def test_help_and_completion_import_no_command() -> None:
+def test_help_and_completion_do_not_import_commands() -> None:
     code = "import sys, server.cli.main as m; m.run(['--help']); print(*sorted(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30, check=True)
     modules = done.stdout.splitlines()[-1].split()

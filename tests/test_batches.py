@@ -1,6 +1,6 @@
-"""One statement for many people: a bad item takes nothing from others, and nobody's many go before another's few."""
+"""Batches: a bad item does not fail or delay others in its statement, and users take turns."""
 
-# ruff: noqa: SLF001 - how many statements there were, and what waits, is seen inside
+# ruff: noqa: SLF001 - statements and queues are only visible in private attributes
 import asyncio
 import os
 import signal
@@ -34,15 +34,15 @@ from tests.test_send_waits import SECONDS, Stage
 from tests.world import UserSession, World, all_sent, are_stored, http_client, message, refused, sent, until
 
 OTHERS = 40
-"""Good messages in one statement with a bad one."""
+"""Valid messages in one statement with an invalid one."""
 HALVINGS = 6
-"""Max statements that store those, if nobody has thought of what is wrong with the bad one."""
+"""Max statements that store the valid ones, if the invalid one fails in an unforeseen way."""
 
 
-class Way(NamedTuple):
-    """A way in which messages are bad: `spoil` returns them; the others are stored by `most` statements."""
+class BadMessages(NamedTuple):
+    """Invalid messages, created by `create`. The valid ones beside them are stored by at most `most` statements."""
 
-    spoil: Callable[["Crowd"], Awaitable[list[Outgoing]]]
+    create: Callable[["Crowd"], Awaitable[list[Outgoing]]]
     most: int = 1
 
 
@@ -51,7 +51,7 @@ async def _taken_elsewhere(stage: "Crowd") -> list[Outgoing]:
     return [_out(stage.charles, stage.own, there)]
 
 
-async def _taken_by_somebody(stage: "Crowd") -> list[Outgoing]:
+async def _taken_by_another_user(stage: "Crowd") -> list[Outgoing]:
     there = await sent(stage.other, stage.elsewhere)
     return [_out(stage.charles, stage.own, there)]
 
@@ -70,11 +70,11 @@ async def _twice_by_two_senders(stage: "Crowd") -> list[Outgoing]:
     return [_out(stage.charles, stage.group, new), _out(stage.ada, stage.group, new)]
 
 
-async def _nowhere(stage: "Crowd") -> list[Outgoing]:
+async def _to_a_missing_conversation(stage: "Crowd") -> list[Outgoing]:
     return [_out(stage.charles, about, MessageId(uuid7())) for about in (ConversationId(uuid7()), stage.elsewhere)]
 
 
-async def _about_nothing(stage: "Crowd") -> list[Outgoing]:
+async def _about_a_missing_message(stage: "Crowd") -> list[Outgoing]:
     new, nothing = MessageId(uuid7()), MessageId(uuid7())
     return [
         _out(stage.charles, stage.own, new, parent_message_id=nothing),
@@ -89,7 +89,7 @@ async def _unforeseen(stage: "Crowd") -> list[Outgoing]:
     return [Outgoing(stage.charles.id, message(stage.own, "\0"))]
 
 
-async def _beyond_a_column(stage: "Crowd") -> list[Outgoing]:
+async def _out_of_range(stage: "Crowd") -> list[Outgoing]:
     await stage.world.db.execute("UPDATE conversation SET message_count = 2147483647 WHERE id = $1", stage.own)
     return [Outgoing(stage.charles.id, message(stage.own))]
 
@@ -99,23 +99,23 @@ def _out(who: UserSession, about: ConversationId, message_id: MessageId, **field
     return Outgoing(who.id, frame)
 
 
-WAYS = {
-    "id taken in another conversation of one's own": Way(_taken_elsewhere),
-    "id taken in a conversation of others": Way(_taken_by_somebody),
-    "id twice": Way(_twice),
-    "id twice in two conversations": Way(_twice_in_two_conversations),
-    "id twice by two senders": Way(_twice_by_two_senders),
-    "no such conversation, or not a participant": Way(_nowhere),
-    "no such message or user": Way(_about_nothing),
-    "what PostgreSQL refuses": Way(_unforeseen, HALVINGS),
-    "a number beyond its column": Way(_beyond_a_column, HALVINGS),
+BAD_MESSAGES = {
+    "id taken in another conversation of the sender": BadMessages(_taken_elsewhere),
+    "id taken in a conversation of other users": BadMessages(_taken_by_another_user),
+    "id twice": BadMessages(_twice),
+    "id twice in two conversations": BadMessages(_twice_in_two_conversations),
+    "id twice by two senders": BadMessages(_twice_by_two_senders),
+    "no such conversation, or not a participant": BadMessages(_to_a_missing_conversation),
+    "no such message or user": BadMessages(_about_a_missing_message),
+    "content that PostgreSQL refuses": BadMessages(_unforeseen, HALVINGS),
+    "number out of range of its column": BadMessages(_out_of_range, HALVINGS),
 }
-# In autocommit mode a statement has one transaction, and rows name theirs.
+# In autocommit mode each statement has its own transaction, whose id is in `xmin`.
 STATEMENTS = "SELECT count(DISTINCT xmin::text), count(*) FROM message WHERE id = ANY($1)"
 
 
 class Crowd(Stage):
-    """The stage, with a channel of the one whose messages are bad."""
+    """The stage, with a channel of the sender of invalid messages."""
 
     async def begin(self) -> None:
         await super().begin()
@@ -129,7 +129,7 @@ class Crowd(Stage):
         return [Outgoing(self.mary.id, message(self.elsewhere)) for _ in range(count)]
 
     async def statements(self, good: Sequence[Outgoing]) -> int:
-        """Return how many statements have stored these messages: all of them."""
+        """Assert that these messages are stored, and return by how many statements."""
         row = await self.world.db.fetchrow(STATEMENTS, [one.frame.message_id for one in good])
         assert row is not None
         assert row[1] == len(good)
@@ -138,28 +138,28 @@ class Crowd(Stage):
 
 @asynccontextmanager
 async def staged(settings: Settings) -> AsyncIterator[tuple[World, Crowd]]:
-    """A world of one worker, and the crowd on its stage."""
+    """One worker, and the crowd on its stage."""
     async with World(settings, workers=1) as world:
         stage = Crowd(world)
         await stage.begin()
         yield world, stage
 
 
-async def test_bad_message_costs_the_others_no_further_statement(settings: Settings) -> None:
+async def test_invalid_message_causes_no_further_statement_for_the_others(settings: Settings) -> None:
     async with staged(settings) as (_, stage):
         found = {}
-        for name, way in WAYS.items():
-            bad, good = await way.spoil(stage), stage.good(OTHERS)
+        for name, kind in BAD_MESSAGES.items():
+            bad, good = await kind.create(stage), stage.good(OTHERS)
             (first,) = stage.submit(*stage.good(1))
             before, ends = stage.submit(*good[:5]), stage.submit(*bad)
             after = stage.submit(*good[5:])
             async with asyncio.timeout(SECONDS):
                 assert are_stored(await asyncio.gather(first, *before, *after)), name
                 stored = await asyncio.gather(*ends, return_exceptions=True)
-            # Of two with one id the first one is stored, if it is allowed to be there.
+            # Of two messages with one id, the first one is stored if the sender may send it.
             assert [one for one in stored if isinstance(one, sending.Stored)] == stored[: name.startswith("id twice")]
             found[name] = await stage.statements(good)
-        assert {name: count for name, count in found.items() if count > WAYS[name].most} == {}
+        assert {name: count for name, count in found.items() if count > BAD_MESSAGES[name].most} == {}
 
 
 TAKE = """
@@ -169,7 +169,7 @@ SELECT $2, id, created_by, 'Taken', 100, 100 FROM conversation WHERE id = $1
 WAITS = "SELECT EXISTS (SELECT FROM pg_locks WHERE locktype = 'transactionid' AND NOT granted)"
 
 
-async def test_message_whose_id_is_taken_meanwhile_costs_the_others_one_statement(
+async def test_message_whose_id_is_taken_concurrently_causes_one_statement_for_the_others(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sending, "SHARED_LOCK_MS", 1_000)
@@ -187,7 +187,7 @@ async def test_message_whose_id_is_taken_meanwhile_costs_the_others_one_statemen
         assert await stage.statements(good) == 1
 
 
-# The words of one message take until an advisory lock is free.
+# Finding the words of one message waits for an advisory lock.
 SLOW = """
 ALTER FUNCTION search_words RENAME TO words_of;
 CREATE FUNCTION search_words(uuid, text, jsonb, uuid[], text[], text[]) RETURNS tsvector LANGUAGE plpgsql AS $$
@@ -198,9 +198,7 @@ END $$
 """
 
 
-async def test_slow_message_delays_its_own_conversation_alone(
-    settings: Settings, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_slow_message_delays_only_its_conversation(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(database, "SENDING_SECONDS", 0.2)
     async with staged(settings) as (world, stage):
         await world.db.execute(SLOW)
@@ -212,14 +210,14 @@ async def test_slow_message_delays_its_own_conversation_alone(
             (stuck,), others = stage.submit(slow), stage.submit(*good)
             async with asyncio.timeout(SECONDS):
                 assert are_stored(await asyncio.gather(*first, *others))
-                # Nor do those wait who come later.
+                # Later messages do not wait either.
                 assert are_stored(await asyncio.gather(*stage.submit(*stage.good(3))))
             assert not stuck.done()
             await world.db.execute("SELECT pg_advisory_unlock(64)")
             assert are_stored([await asyncio.wait_for(stuck, SECONDS)])
 
 
-# The commit of a message takes long, as with a slow disk or a standby.
+# Committing a message takes long, as with a slow disk or a synchronous standby.
 LATE = """
 CREATE FUNCTION late() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN PERFORM pg_sleep(0.5); RETURN NULL; END $$;
 CREATE CONSTRAINT TRIGGER late AFTER INSERT ON message DEFERRABLE INITIALLY DEFERRED FOR EACH ROW
@@ -227,7 +225,7 @@ WHEN (new.content = 'Late') EXECUTE FUNCTION late()
 """
 
 
-async def test_late_commit_is_not_taken_for_a_slow_statement(
+async def test_slow_commit_does_not_count_as_a_slow_statement(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(database, "SENDING_SECONDS", 0.2)
@@ -239,7 +237,7 @@ async def test_late_commit_is_not_taken_for_a_slow_statement(
         assert await stage.statements([late, *good]) == 1
 
 
-async def test_frozen_statement_fails_one_batch_and_its_connection_is_not_used_again(
+async def test_frozen_statement_fails_one_batch_and_its_connection_is_discarded(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(database, "STATEMENT_SECONDS", 0.3)
@@ -261,7 +259,7 @@ async def test_frozen_statement_fails_one_batch_and_its_connection_is_not_used_a
         assert await stage.statements(good) == 1
 
 
-async def test_repeated_frame_whose_outcome_was_in_doubt_is_notified_once(
+async def test_repeated_frame_after_an_unknown_outcome_is_notified_once(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with staged(settings) as (world, stage):
@@ -279,15 +277,15 @@ async def test_repeated_frame_whose_outcome_was_in_doubt_is_notified_once(
         for _ in range(3):
             await stage.author.call(frame, server.Sent)
             assert len(due) == before + 1
-        # Nothing is in doubt about this one: it is notified once, too.
+        # The outcome of this message is known. It is notified once, too.
         await stage.author.call(again := message(stage.group, "Again"), server.Sent)
         await stage.author.call(again, server.Sent)
         assert len(due) == before + 2
 
-        async def away(db: Any, items: list[Outgoing]) -> Any:  # noqa: ARG001 - as the other one
+        async def away(db: Any, items: list[Outgoing]) -> Any:  # noqa: ARG001 - same signature
             raise TimeoutError  # before the statement
 
-        # Nor about this one, once it is stored.
+        # This message is stored by the repeated frame.
         frame = message(stage.group, "Not stored")
         with monkeypatch.context() as lose, refused(ErrorCode.UNAVAILABLE, None):
             lose.setattr(sending, "send_free", away)
@@ -295,7 +293,7 @@ async def test_repeated_frame_whose_outcome_was_in_doubt_is_notified_once(
         for _ in range(3):
             await stage.author.call(frame, server.Sent)
             assert len(due) == before + 3
-        # Nor about one that was stored before, though its sender had no answer and tried again without the database.
+        # This message was stored and notified before. A repeated frame that fails does not notify again.
         await stage.author.call(frame := message(stage.group, "Stored"), server.Sent)
         await world.db.execute(
             "UPDATE message SET created_at = created_at - interval '1 minute' WHERE content = 'Stored'"
@@ -308,10 +306,10 @@ async def test_repeated_frame_whose_outcome_was_in_doubt_is_notified_once(
         assert len(due) == 0
 
 
-async def test_message_whose_outcome_was_in_doubt_has_one_event_by_the_comparison_of_positions(
+async def test_message_with_an_unknown_outcome_is_delivered_once_by_the_comparison_of_versions(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On each device, whether the frame is repeated or not, and also of those that were stored by one statement."""
+    """On each device, with and without a repeated frame, also for messages stored by one statement."""
     monkeypatch.setattr(hub, "COMPARE_SECONDS", 3_600.0)
     async with staged(settings) as (world, stage):
         devices = [stage.author, stage.sender, *[await world.connect(who) for who in (stage.ada, stage.charles)]]
@@ -323,7 +321,7 @@ async def test_message_whose_outcome_was_in_doubt_has_one_event_by_the_compariso
             runs.append(len(items))
             raise TimeoutError  # after the commit
 
-        def told() -> list[list[MessageId]]:
+        def received() -> list[list[MessageId]]:
             return [
                 [one.message.id for event in device.events for one in getattr(event, "events", [event])
                  if isinstance(one, server.MessageSent) and one.message.content == "In doubt"]
@@ -339,13 +337,13 @@ async def test_message_whose_outcome_was_in_doubt_has_one_event_by_the_compariso
             await one.call(frame, server.Sent)
             await one.call(frame, server.Sent)
         await asyncio.gather(*(device.synced() for device in devices))
-        assert told() == [[]] * 4
+        assert received() == [[]] * 4
         world.workers[0].app.hub.compare_soon()
-        await until(lambda: all(len(ids) == len(frames) for ids in told()))
+        await until(lambda: all(len(ids) == len(frames) for ids in received()))
         last = await sent(stage.author, stage.group, "After them")
         for device in devices:
             await device.event(server.MessageSent, lambda event: event.message.id == last)
-        assert [sorted(ids) for ids in told()] == [sorted(frame.message_id for frame in frames)] * 4
+        assert [sorted(ids) for ids in received()] == [sorted(frame.message_id for frame in frames)] * 4
 
 
 def _several(items: list[int], error: type[BaseException]) -> None:
@@ -358,8 +356,8 @@ def _slow(items: list[int], which: range) -> None:
         raise Slow
 
 
-# Of 0 alone, of the 64 after it, and of the last ones: what happens to a run, how many runs there are, and of how many
-# items, and how many of 69 fail.
+# For 69 items: what a run does, the sizes of the runs, and how many items fail. The first run has one item, the next
+# one 64.
 FAILURES: dict[str, tuple[Callable[[list[int]], object], list[int], int]] = {
     "too few outcomes": (lambda items: items.pop() and None if len(items) > 1 else None, [1, 64, 4], 68),
     "a cancellation": (lambda items: _several(items, asyncio.CancelledError), [1, 64, 4], 68),
@@ -370,7 +368,7 @@ FAILURES: dict[str, tuple[Callable[[list[int]], object], list[int], int]] = {
 
 
 @pytest.mark.parametrize("name", FAILURES)
-async def test_work_that_fails_in_any_way_leaves_nobody_waiting(name: str) -> None:
+async def test_failed_work_leaves_no_item_waiting(name: str) -> None:
     happen, runs, failed = FAILURES[name]
     asked: list[int] = []
 
@@ -380,22 +378,22 @@ async def test_work_that_fails_in_any_way_leaves_nobody_waiting(name: str) -> No
         happen(outcomes)
         return outcomes
 
-    gather: Batcher[int, int] = Batcher(counted(work, asked), most=64)
+    batcher: Batcher[int, int] = Batcher(counted(work, asked), most=64)
     async with asyncio.timeout(SECONDS):
-        answers = await asyncio.gather(*(gather.submit(one) for one in range(69)), return_exceptions=True)
+        answers = await asyncio.gather(*(batcher.submit(one) for one in range(69)), return_exceptions=True)
     assert asked == runs
     assert sum(isinstance(one, Exception) for one in answers) == failed
     assert not any(isinstance(one, asyncio.CancelledError) for one in answers)
-    assert await gather.submit(0) == 0
+    assert await batcher.submit(0) == 0
 
 
 # ------------------------------------------------------------------------------------------ statements that read
 
 
 class Read(NamedTuple):
-    """What one statement reads for many: how to ask, whether an answer is one, and items that have none."""
+    """A batched query: how to submit an item, a valid item, and items without a result."""
 
-    gather: Batcher[Any, Any]
+    batcher: Batcher[Any, Any]
     ask: Callable[[Any], Awaitable[Any]]
     good: Any
     bad: Sequence[Any]
@@ -425,7 +423,7 @@ async def _reads(world: World, ada: UserSession, about: ConversationId) -> dict[
     }
 
 
-async def test_bad_question_costs_the_others_no_further_statement(settings: Settings) -> None:
+async def test_invalid_item_causes_no_further_query_for_the_others(settings: Settings) -> None:
     async with World(settings, workers=1) as world:
         (ada,) = await world.users("Ada")
         about = await world.channel(await world.connect(ada))
@@ -433,26 +431,26 @@ async def test_bad_question_costs_the_others_no_further_statement(settings: Sett
         for name, read in reads.items():
             runs: list[int] = []
             answers: list[Any] = []
-            work = read.gather._work
+            work = read.batcher._work
             asked = [read.bad[0], *read.bad, *([] if read.good is None else [read.good])]
             async with asyncio.timeout(SECONDS):
-                while sum(runs) != len(asked):  # jobs and a connection that began ask, too
-                    while read.gather._is_running:
+                while sum(runs) != len(asked):  # jobs and new connections query, too
+                    while read.batcher._is_running:
                         await asyncio.sleep(0)
                     runs.clear()
-                    read.gather._work = counted(work, runs)
+                    read.batcher._work = counted(work, runs)
                     answers = await asyncio.gather(*(read.ask(one) for one in asked), return_exceptions=True)
-                    read.gather._work = work
+                    read.batcher._work = work
             assert read.good is None or not (answers[-1] is None or isinstance(answers[-1], Exception)), name
             assert runs == [1, len(asked) - 1], name
         app = world.workers[0].app
-        # The last two take no items: what they do is kept beside them, by user.
+        # These batchers send messages or write presence, and have no row in the table.
         others = {app._sends._light, app._sends._heavy, app.presence._flushes, app.presence._pending._tells}
-        assert _gathers(app) - others == {read.gather for read in reads.values()}, "each has a row in the table"
+        assert _batchers(app) - others == {read.batcher for read in reads.values()}, "each has a row"
 
 
 def counted(work: Any, runs: list[int]) -> Any:
-    """Return the work of a `Batcher` that notes how many items each run has."""
+    """Wrap the work of a `Batcher` to record the number of items of each run."""
 
     async def work_counted(items: list[Any]) -> Any:
         runs.append(len(items))
@@ -461,8 +459,8 @@ def counted(work: Any, runs: list[int]) -> Any:
     return work_counted
 
 
-def _gathers(app: App) -> set[Batcher[Any, Any]]:
-    """Return every `Batcher` that a worker's parts hold."""
+def _batchers(app: App) -> set[Batcher[Any, Any]]:
+    """Return every `Batcher` reachable from a worker's app."""
     found: set[Batcher[Any, Any]] = set()
     seen: set[int] = set()
     todo: list[Any] = [app]
@@ -479,7 +477,7 @@ def _gathers(app: App) -> set[Batcher[Any, Any]]:
     return found
 
 
-# -------------------------------------------------------------------------------------------------------- in turn
+# -------------------------------------------------------------------------------------------------------- turns
 
 
 async def test_owners_of_items_take_turns() -> None:
@@ -491,10 +489,10 @@ async def test_owners_of_items_take_turns() -> None:
         await may_go_on.wait()
         return items
 
-    gather = Batcher(work, most=4, owner=lambda item: item[0])
+    batcher = Batcher(work, most=4, owner=lambda item: item[0])
     items = [*(f"a{number}" for number in range(9)), "b0", "b1", "c0"]
-    tasks = [asyncio.create_task(gather.submit(item)) for item in items]
-    given_up = [asyncio.create_task(gather.submit(item)) for item in ("d0", "d1", "d2")]
+    tasks = [asyncio.create_task(batcher.submit(item)) for item in items]
+    given_up = [asyncio.create_task(batcher.submit(item)) for item in ("d0", "d1", "d2")]
     await asyncio.sleep(0)
     for task in given_up[:2]:
         task.cancel()
@@ -504,12 +502,12 @@ async def test_owners_of_items_take_turns() -> None:
 
 
 def in_lane(stage: Crowd) -> int:
-    """Return how many messages wait for the group, which is held: one in flight, and those behind it."""
+    """Return how many messages wait for the locked group: one in flight, and those queued behind it."""
     return 1 + sum(map(len, stage.sends._lanes[stage.group]._waiting._lines.values()))
 
 
-async def test_items_of_one_key_never_wait_in_two_lanes() -> None:
-    """A submitter that is cancelled leaves an item behind, which takes its turn all the same."""
+async def test_items_of_one_key_wait_in_one_lane() -> None:
+    """The item of a cancelled submitter stays in the queue and takes its turn."""
     batches: list[list[str]] = []
     is_free = asyncio.Event()
 
@@ -537,7 +535,7 @@ async def test_items_of_one_key_never_wait_in_two_lanes() -> None:
     late = asyncio.create_task(lanes.submit("a3"))
     for _ in range(10):
         await asyncio.sleep(0)
-    assert batches == [["a0"], ["a1", "a2"]], "of one key, one run at a time"
+    assert batches == [["a0"], ["a1", "a2"]], "one run per key at a time"
     is_free.set()
     assert await late == "a3"
     assert batches[2:] == [["a3"]]
@@ -547,13 +545,13 @@ async def test_items_of_one_key_never_wait_in_two_lanes() -> None:
 VERSIONS = "SELECT array_agg(sent_version) FROM message WHERE id = ANY($1)"
 
 
-async def test_many_messages_of_one_user_go_before_one_of_another_by_two_statements_at_most(settings: Settings) -> None:
-    """Large ones and small ones, by the statement of all and by that of a conversation which was held."""
+async def test_many_messages_of_one_user_delay_another_user_by_at_most_two_statements(settings: Settings) -> None:
+    """With large and small messages, in the shared statement and in the lane of a locked conversation."""
     few = msgspec.structs.replace(settings, database_connections=4)
     async with World(few, workers=1) as world, AsyncExitStack() as all_of_them:
         stage = Crowd(world)
         await stage.begin()
-        # No connection has to be opened, and no statement planned, while messages wait. A lane takes any connection.
+        # Open all connections and prepare the statement before messages wait. A lane takes any connection.
         connect = world.workers[0].app._database.connection
         for db in [await all_of_them.enter_async_context(connect()) for _ in range(few.database_connections)]:
             await sending.send(db, [])
@@ -579,7 +577,7 @@ async def test_many_messages_of_one_user_go_before_one_of_another_by_two_stateme
                 assert are_stored(await asyncio.gather(bystander, *flooding))
                 (mine,) = await world.db.fetchval(VERSIONS, [last.message_id])
                 theirs = await world.db.fetchval(VERSIONS, [one.frame.message_id for one in flood])
-                # One statement was in flight; in the next one, they take turns.
+                # One statement was in flight. In the next one, senders take turns.
                 assert sum(one < mine for one in theirs) <= most + 1, (is_held, size)
 
 
@@ -602,7 +600,7 @@ async def test_calls_of_one_user_in_flight_are_bounded(settings: Settings, monke
             assert in_lane(stage) == 3
             assert await call(stage.mary, stage.elsewhere) == 200
         assert sorted([await one for one in calls]) == [200, 200, 200, 503, 503]
-        # Who waits, and not for too long, has a turn.
+        # Calls that wait for a short time succeed.
         assert set(await asyncio.gather(*(call(stage.ada, stage.group) for _ in range(10)))) == {200}
 
 
@@ -627,7 +625,7 @@ async def test_senders_of_scheduled_messages_take_turns(settings: Settings, monk
             await scheduler.send_due()
             await all_sent(scheduler)
         said = [tuple(row) for row in await world.db.fetch(IN_ORDER)]
-        # One of each who came before, and what is in flight beside it.
+        # One message of each earlier sender, and those in flight.
         assert [one[0] for one in said].index(last) <= len(many) + scheduler._most
         for one in many:
             assert [content for _, sender, content in said if sender == one.id] == [f"{number}" for number in range(6)]

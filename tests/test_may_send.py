@@ -314,7 +314,7 @@ OF_ACCOUNTS: dict[Callable[[Any, Stage], Awaitable[None]], bool] = {
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda one: one.__name__)
-async def test_a_frame_that_waits_is_judged_when_its_turn_comes(
+async def test_permission_is_checked_after_waiting_for_the_lock(
     world: World, change: Callable[[Any, Stage], Awaitable[None]]
 ) -> None:
     is_direct, code = CHANGES[change]
