@@ -182,7 +182,7 @@ async def test_sessions_are_listed_and_revoked(http: httpx.AsyncClient, world: W
     gone = await http.delete(f"/v1/auth/sessions/{second.session_id}", headers=bearer(first))
     assert gone.status_code == 204
     assert await other.closed() == CloseCode.SESSION_ENDED
-    assert time.monotonic() - revoked_at < 1
+    assert time.monotonic() - revoked_at < 5  # much less than the heartbeat, which would notice it, too
     again = await http.delete(f"/v1/auth/sessions/{second.session_id}", headers=bearer(first))
     assert refusal(again) == (404, "not_found", "session_id")
     strange = await http.delete("/v1/auth/sessions/not-an-id", headers=bearer(first))

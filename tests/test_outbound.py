@@ -598,9 +598,9 @@ def test_a_page_takes_no_time_beyond_its_length() -> None:
 
     def seconds(body: str) -> float:
         page = f"<title>a</title>{body * 50_000}".encode(errors="surrogatepass")[:50_000]
-        began = time.perf_counter()
+        began = time.thread_time()
         previews.read(page, "https://x.y", "https://x.y")
-        return time.perf_counter() - began
+        return time.thread_time() - began
 
     most = 100 * min(seconds("<p class=a>Text</p>") for _ in range(3))
     assert [part for part in MARKUP if seconds(part) > most] == []
