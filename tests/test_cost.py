@@ -563,6 +563,44 @@ async def test_cost_does_not_grow_with_what_somebody_else_may_grow_to(db: "async
     assert grown.keys() <= LISTS_ALL, grown
 
 
+CROWD = """
+WITH them AS (
+    INSERT INTO "user" (name, email) SELECT 'Crowd ' || n, 'crowd' || n || '@example.org'
+    FROM generate_series(1, $2::int) n RETURNING id
+)
+INSERT INTO conversation_participant (conversation_id, user_id, version, joined_version) SELECT $1, id, 2, 2 FROM them
+"""
+SLOW_MODE = """
+UPDATE conversation SET settings = '{"slow_mode_seconds": 1}';
+UPDATE conversation_participant SET role = 'member'
+"""
+LISTS_PARTICIPANTS = {
+    "get", "resume, 10 missed", "resume, all missed", "participants", "delivered", "readers", "due for a push", "why",
+}  # fmt: skip
+"""Statements that count or list the participants of a conversation."""
+
+
+async def test_plans_of_an_empty_database_find_one_participant_of_many(
+    db: "asyncpg.Connection[asyncpg.Record]", database_url: str
+) -> None:
+    # Another connection fills the tables. If this one changed `session_replication_role`, it would lose its plans.
+    filler = await asyncpg.connect(database_url)
+    nobody = Place(ConversationId(uuid4()), UserId(uuid4()), SMALL)
+    for name, (query, arguments) in hot(nobody, {"new": uuid4(), "middle": uuid4()}).items():
+        await db.execute(f'PREPARE "{name}" AS {query}')
+        await explained(db, name, arguments)
+    place = await filled(filler, "first", 20)
+    await filler.execute(SLOW_MODE)
+    middle = await db.fetchval("SELECT id FROM message WHERE sent_version = 10")
+    statements = hot(place, {"new": uuid4(), "middle": middle})
+    before = {name: await explained(db, name, arguments) for name, (_, arguments) in statements.items()}
+    await filler.execute(CROWD, place.conversation_id, 2_000)
+    await filler.close()
+    after = {name: await explained(db, name, arguments) for name, (_, arguments) in statements.items()}
+    grown = {name: (before[name].rows, plan.rows) for name, plan in after.items() if plan.rows > before[name].rows + 50}
+    assert grown.keys() <= LISTS_PARTICIPANTS, grown
+
+
 MUCH = (
     """INSERT INTO conversation (id, type, title, created_by, version, is_public)
     SELECT place($1, n), 'group', 'Much', $1, $2::int, true FROM generate_series(1, 120) n""",
